@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::write(out.join("client-descriptors.bin"), protox::compile(CLIENT_FILES, ["proto"])?.encode_to_vec())?;
     tonic_prost_build::configure()
         .bytes(".")
-        .codec_path("crate::proto::codec::Tuned")
+        .codec_path("crate::proto::codec::LargeBufferCodec")
         .build_server(env::var_os("CARGO_FEATURE_SERVER").is_some())
         .compile_fds(descriptors)?;
     describe_etcd()

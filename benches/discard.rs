@@ -1,12 +1,9 @@
-//! The reference of the throughput figures: the same gRPC services with nothing behind them.
+//! The reference of the throughput figures: a server with a broker's gRPC services and no storage.
 //!
-//! `Produce` answers every request at once and throws its bytes away. `Fetch` sends prepared batches as fast as the
-//! caller takes them. Listener, codec, windows and message limits are those of the broker (`server/grpc.rs`), so what
-//! `strandline bench` carries to this server is what the transport, the client and the machine allow, and what a broker
-//! loses against it is the broker's own.
-//!
-//! Any topic exists here and has `--partitions` partitions. Offsets mean nothing but that they are dense when read.
-//! It prints the address that it listens on as its first line and runs until it is killed.
+//! `Produce` acknowledges and discards every batch at once; `Fetch` sends prepared batches as fast as the client accepts them. Listener,
+//! codec, windows and message limits are the broker's (`server/grpc.rs`). So `strandline bench` measures the limit of transport, client and
+//! machine here, and a broker's loss against it is the broker's own cost. Every topic exists and has `--partitions` partitions. Read
+//! offsets are dense and have no other meaning. The first output line is the server's address. The server runs until it is killed.
 
 use std::{
     io::{self, Write as _},
@@ -33,39 +30,39 @@ use tonic::{
     transport::{Server, server::TcpIncoming},
 };
 
-// The broker's, from server/grpc.rs.
+// Values of the broker, from server/grpc.rs.
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
 const FRAME: u32 = 256 << 10;
 
-/// Bytes of one fetch response where the request does not say.
+/// Size of a fetch response in bytes, if the request sets none.
 const DEFAULT_FETCH_BYTES: usize = 1 << 20;
 
-/// Responses that a fetch stream rotates through: by the time that one comes round again it has been encoded, so its
-/// offsets can be rewritten in place. Their sum is larger than a core's cache, as real data is.
+/// Number of responses that a fetch stream rotates through. A response has been encoded before its next turn, so its
+/// offsets can be rewritten in place. All responses together exceed a core's cache, as real data does.
 const RING: usize = 8;
 
-/// Where the log of every partition claims to end.
+/// Log end that every partition reports.
 const END: i64 = 1 << 50;
 
-/// A gRPC server with Strandline's services that throws away what it is sent and makes up what it is asked for.
+/// A gRPC server with Strandline's services that discards produced batches and generates fetched ones.
 #[derive(Parser)]
 struct Arguments {
-    /// Where to listen; port 0 takes a free one.
+    /// Address to listen on; port 0 selects a free port.
     #[arg(default_value = "127.0.0.1:0")]
     listen: SocketAddr,
-    /// Partitions of every topic.
+    /// Number of partitions of every topic.
     #[arg(long, default_value_t = 1)]
     partitions: i32,
-    /// Bytes of one record's value in what is read.
+    /// Bytes of the value of a fetched record.
     #[arg(long, default_value_t = 1024)]
     record_size: usize,
-    /// Bytes of one batch in what is read.
+    /// Bytes of a fetched batch.
     #[arg(long, default_value_t = 64 << 10)]
     batch_size: usize,
 }
 
-/// What all calls share.
+/// State shared by all calls.
 struct Discard {
     address: SocketAddr,
     partitions: i32,
@@ -73,13 +70,13 @@ struct Discard {
     next_producer: AtomicI64,
 }
 
-/// One batch to send over and over.
+/// One batch that is sent repeatedly.
 struct Prepared {
     bytes: Bytes,
     records: i64,
 }
 
-/// The services of a broker without one.
+/// The gRPC services of this server.
 #[derive(Clone)]
 struct Service(Arc<Discard>);
 
@@ -114,7 +111,7 @@ async fn main() -> anyhow::Result<()> {
 }
 
 impl Prepared {
-    /// A batch of incompressible records. At least one record goes in, whatever the sizes.
+    /// Builds a batch of incompressible records. The batch has at least one record, for any sizes.
     fn new(record_size: usize, batch_size: usize) -> anyhow::Result<Self> {
         let mut value = vec![0; record_size];
         let mut builder = BatchBuilder::with_capacity(Compression::None, batch_size);
@@ -126,13 +123,13 @@ impl Prepared {
         }
         let records = builder.count().into();
         let mut bytes = BytesMut::from(&builder.finish(None)?.to_bytes()[..]);
-        // The leader epoch, which the checksum does not cover; a builder leaves it at -1.
+        // The leader epoch, which the checksum does not cover. A builder leaves it at -1.
         bytes[12..16].copy_from_slice(&0_i32.to_be_bytes());
         Ok(Self { bytes: bytes.freeze(), records })
     }
 }
 
-/// How many records a batch has, by its header; 0 where there is none.
+/// Returns the number of records in a request: for a batch by its header; 0 without records.
 fn records_of(append: Option<&v1::AppendRequest>) -> i64 {
     let payload = append.and_then(|append| append.payload.as_ref());
     match payload {
@@ -156,13 +153,13 @@ fn appended(append: Option<&v1::AppendRequest>) -> v1::AppendResponse {
     }
 }
 
-/// One reader: its partitions in turn, one response each.
+/// One fetch stream. Its partitions take turns, with one response each.
 struct Session {
     discard: Arc<Discard>,
     requests: Streaming<v1::FetchRequest>,
     places: Vec<v1::FetchPartition>,
     turn: usize,
-    /// Whole batches one after another, at most as many bytes as the first request asked for.
+    /// Responses of consecutive batches, each at most as large as the first request allows.
     ring: Vec<Bytes>,
     slot: usize,
 }
@@ -205,7 +202,7 @@ impl Session {
         self.turn = (self.turn + 1) % self.places.len();
         self.slot = (self.slot + 1) % self.ring.len();
         let place = &mut self.places[self.turn];
-        // In place, unless the transport has not taken the last use of this slot yet.
+        // In place, unless the transport still holds the last response of this slot.
         let taken = std::mem::take(&mut self.ring[self.slot]);
         let mut bytes = taken.try_into_mut().unwrap_or_else(|shared| BytesMut::from(&shared[..]));
         for batch in bytes.chunks_exact_mut(batch.len()) {

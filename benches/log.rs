@@ -1,5 +1,5 @@
-//! A data directory on the real disk (below `target/`): appending, reading back, opening after a crash, finding a time.
-//! Batches are 64 KiB of one record unless a name says otherwise.
+//! A data directory on the real disk (below `target/`): append, read, open after a crash, find a time.
+//! Batches are 64 KiB with one record unless the name of a benchmark gives another size.
 
 use std::{
     fs,
@@ -22,16 +22,17 @@ use strandline::{
 };
 
 const BATCH_BYTES: usize = 64 << 10;
-/// A segment is sealed and given up at this size, so that a long run needs no more disk than a short one.
+/// Size in bytes at which a segment is sealed and evicted, so that a long run does not need more disk space.
 const SEGMENT_BYTES: u64 = 64 << 20;
 const EPOCH: LeaderEpoch = LeaderEpoch(1);
 
-/// A data directory of its own, removed at the end.
+/// Creates a data directory, which its drop removes.
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("target/ can be written")
 }
 
-/// With a broker's threads and its journal; segments are synced behind once `sync_bytes` of them are not.
+/// Opens a log with the threads and the journal of a broker. Segments are synced in the background once `sync_bytes` of
+/// them are unsynced.
 fn open(dir: &Path, sync_bytes: u64) -> Log {
     let identity = Identity { cluster: "bench".to_owned(), broker: BrokerId(1) };
     let sync_after = Duration::from_secs(3600);
@@ -48,7 +49,7 @@ fn replicas(log: &Log, count: u32) -> Vec<Replica> {
     (0..count).map(open).collect()
 }
 
-/// One record of bytes that nothing shrinks.
+/// Returns a batch of one incompressible record.
 fn batch(bytes: usize) -> Batch {
     let mut value = vec![0; bytes - 100];
     StdRng::seed_from_u64(1).fill_bytes(&mut value);
@@ -57,10 +58,10 @@ fn batch(bytes: usize) -> Batch {
     builder.finish(None).expect("it has a record")
 }
 
-/// Appends one batch, stamped as a leader does.
+/// Appends one batch, with its offset and epoch set as by a leader.
 fn append(replica: &mut Replica, batch: &Batch) {
     let mut batch = batch.clone();
-    batch.stamp(replica.log_end(), EPOCH);
+    batch.set_offset_and_epoch(replica.log_end(), EPOCH);
     replica.append(&[batch]).expect("the disk has room");
 }
 
@@ -72,7 +73,7 @@ fn persist(replica: &mut Replica) -> Receiver<Offset> {
     receiver
 }
 
-/// Hands over what all have appended, then waits for all.
+/// Submits the appends of all replicas to the journal, then waits for all.
 fn persist_all(replicas: &mut [Replica]) {
     let answers: Vec<_> = replicas.iter_mut().map(persist).collect();
     for answer in answers {
@@ -80,7 +81,7 @@ fn persist_all(replicas: &mut [Replica]) {
     }
 }
 
-/// Seals what has grown to a segment, and gives it up.
+/// Seals and evicts the active segment if it has reached its size.
 fn give_up(replica: &mut Replica) {
     if replica.active().bytes >= SEGMENT_BYTES {
         replica.roll().expect("the disk has room");
@@ -88,7 +89,7 @@ fn give_up(replica: &mut Replica) {
     }
 }
 
-/// Times `round` on replicas of a new directory; what gives segments up between the rounds is not timed.
+/// Times `round` on the replicas of a new directory. Evictions between its calls are not timed.
 fn rounds(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, count: u32, mut round: impl FnMut(&mut [Replica])) {
     let folder = folder();
     let log = open(folder.path(), 64 << 20);
@@ -146,7 +147,8 @@ fn reading(group: &mut BenchmarkGroup<'_, WallTime>) {
     });
 }
 
-/// A directory as kill -9 leaves it: 16 replicas, 2 MiB of each journaled and not synced in its segment.
+/// Leaves a directory as kill -9 does: 16 replicas with 2 MiB each that is journaled and not synced in its segment.
+/// Returns the bytes of all replicas.
 fn killed(dir: &Path) -> u64 {
     let log = open(dir, u64::MAX);
     let mut replicas = replicas(&log, 16);
@@ -155,7 +157,7 @@ fn killed(dir: &Path) -> u64 {
         replicas.iter_mut().for_each(|replica| append(replica, &batch));
         persist_all(&mut replicas);
     }
-    // Nothing is closed: what a drop leaves is what a killed process leaves.
+    // Nothing is closed: a drop leaves the same files as a killed process.
     replicas.iter().map(Replica::bytes).sum()
 }
 
@@ -220,7 +222,7 @@ fn finding(group: &mut BenchmarkGroup<'_, WallTime>) {
     });
 }
 
-/// Everything that a replica does on the way of a write and of a read.
+/// Benchmarks the operations of a replica on the write path and on the read path.
 pub(crate) fn log(c: &mut Criterion) {
     let mut group = c.benchmark_group("log");
     appending(&mut group);

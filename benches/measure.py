@@ -1,4 +1,4 @@
-"""What benches/report measures with: numbers and tables, processes that are ended again, a broker, and the references."""
+"""Tools of benches/report: figures and tables, processes that are ended again, a broker, and reference measurements."""
 import contextlib, http.client, json, os, pathlib, re, resource, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -10,7 +10,7 @@ SHAPES = (1, 16, 256, 1000)
 
 
 class Skip(Exception):
-    """A figure that cannot be had here, and why."""
+    """Reason why a figure cannot be measured on this machine."""
 
 
 def say(*words):
@@ -21,7 +21,7 @@ def say(*words):
 
 
 class Figure:
-    """The values of one measurement, run after run."""
+    """Values of one measurement, one per run."""
 
     def __init__(self, values, unit=""):
         self.values, self.unit = [float(v) for v in values], unit
@@ -39,13 +39,13 @@ def show(value):
 
 
 class Table:
-    """One section's rows; printed when the section is over, so that an end in between keeps what was measured."""
+    """Rows of one section. The table is printed at the end of its section, so that an interruption keeps the measured sections."""
 
     def __init__(self, title, note=""):
         self.title, self.note, self.rows = title, note, []
 
     def add(self, what, figure, reference=None, name="", aim=None, least=True):
-        """`aim` is a bound on figure / reference: at least that, or with `least=False` at most."""
+        """Adds a row. `aim` is the minimum of figure / reference, or the maximum with `least=False`."""
         row = dict(what=what, value=figure.median, unit=figure.unit, values=figure.values, shown=str(figure), reference="", ratio="", aim="", met="")
         if reference is not None:
             ratio = figure.median / reference if reference else float("inf")
@@ -56,7 +56,7 @@ class Table:
         say(f"  {what}: {row['shown']} {row['reference']} {row['ratio']} {row['met']}")
 
     def bound(self, what, figure, most):
-        """A figure with an absolute aim."""
+        """Adds a row with an absolute maximum as the target."""
         met = "yes" if figure.median < most else "**no**"
         self.rows.append(dict(what=what, value=figure.median, unit=figure.unit, values=figure.values, shown=str(figure), reference="", ratio="",
                               aim=f"< {most:g}", met=met))
@@ -79,7 +79,7 @@ class Table:
 
 @contextlib.contextmanager
 def attempt(table, what):
-    """A measurement that fails or cannot be had leaves a row that says so, and the others go on."""
+    """Adds a row for a measurement that fails or is skipped, so that the next measurements continue."""
     try:
         yield
     except Skip as why:
@@ -92,7 +92,7 @@ def attempt(table, what):
 
 
 def run(command, timeout, env=None, cwd=None):
-    """A command's output. Its failure says what it printed."""
+    """Runs a command and returns its output. The error of a failed command contains the end of its output."""
     r = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd)
     if r.returncode:
         raise ValueError(f"`{' '.join(str(c) for c in command[:6])} …` ended with {r.returncode}: {(r.stderr or r.stdout).strip()[-300:]}")
@@ -100,7 +100,7 @@ def run(command, timeout, env=None, cwd=None):
 
 
 def environment(**more):
-    """What a command of ours gets: this program's own variables are no settings, and a command refuses what it does not know."""
+    """Returns the environment of a Strandline command. A command rejects unknown variables, so this program's own ones are left out."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("STRANDLINE_")}
     return dict(inherited, **more)
 
@@ -121,7 +121,7 @@ def cpu_of(pid):
 
 
 def get(port, path):
-    """A page of a server of this machine: its status and text; None where nobody answers."""
+    """Returns the status and text of a page of a local server; the status is None without a response."""
     c = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         c.request("GET", path)
@@ -134,7 +134,7 @@ def get(port, path):
 
 
 def is_ready(port):
-    """Whether a broker says so on its HTTP port."""
+    """Returns True if the broker with this HTTP port is ready."""
     return get(port, "/readyz")[0] == 200
 
 
@@ -143,7 +143,7 @@ def rss_mb(pid):
 
 
 class Process:
-    """A server that this program started and ends."""
+    """Server that this program starts and ends."""
 
     def __init__(self, command, log, env=None, stdout=None):
         self.log = log
@@ -179,7 +179,7 @@ class Process:
 
 
 class Meter:
-    """Processor seconds of one process, of the programs run meanwhile, and of everything else, between enter and exit."""
+    """CPU seconds of one process and of this program with its commands, and cores used by all else, between enter and exit."""
 
     def __init__(self, pid):
         self.pid = pid
@@ -199,7 +199,7 @@ class Meter:
 
 
 class Lab:
-    """Where programs, data and already measured references are."""
+    """Paths of programs and data, and the references measured so far."""
 
     def __init__(self, options):
         self.o = options
@@ -222,7 +222,7 @@ class Lab:
             sys.exit(f"report: {self.bin} does not exist: build it with `cargo build --release --bin strandline`")
 
     def once(self, key, measure):
-        """A reference is measured when it is first needed, and then known."""
+        """Returns a reference, which is measured at its first use only."""
         if key not in self.known:
             try:
                 self.known[key] = measure()
@@ -238,7 +238,7 @@ class Lab:
             raise Skip(f"{gigabytes} GB of disk are needed in {self.root}, {free:.0f} are free")
 
     def settle(self):
-        """What earlier runs left in the page cache goes to the disk now and not during the next run."""
+        """Writes the page cache of earlier runs to the disk now, and not during the next run."""
         os.sync()
         time.sleep(0.2 if self.o.short else 1)
 
@@ -263,7 +263,7 @@ class Lab:
 
 
 class Broker(Process):
-    """One broker with embedded metadata on free ports. `store` is the object store: extra lines of its section."""
+    """Standalone broker on free ports. `store` holds the lines of the object store section."""
 
     def __init__(self, lab, directory, store=None, env=None, seconds=120):
         self.lab, self.directory = lab, pathlib.Path(directory)
@@ -304,7 +304,7 @@ class Broker(Process):
 
 
 def fio(lab, block, **how):
-    """One fio job: sequential writes of `block` bytes. Gives MB/s and the percentiles of one durable write in ms."""
+    """Runs a fio job of sequential writes of `block` bytes. Returns MB/s and the percentiles of one durable write in ms."""
     if not shutil.which("fio"):
         raise Skip("fio is not in PATH")
     lab.room(20)
@@ -334,17 +334,17 @@ def fio(lab, block, **how):
 
 
 def durable(lab, block):
-    """Direct writes over blocks that were written before, each durable when it returns: what a journal can do."""
+    """Measures direct overwrites of written blocks, each durable when it returns: the limit of a journal."""
     return fio(lab, block, size="1g", direct=1, overwrite=1, sync="dsync")
 
 
 def appended(lab, block, **how):
-    """Writes that make a file grow, through the page cache."""
+    """Measures writes through the page cache that extend a file."""
     return fio(lab, block, size="16g", direct=0, fallocate="none", **how)
 
 
 def file_syncs(lab, partitions):
-    """What syncing each file at each append would give: 64 KiB in turn to `partitions` growing files."""
+    """Measures a sync of the file at each append: 64 KiB in turn to `partitions` growing files."""
     jobs = min(8, partitions)
     files = max(1, partitions // jobs)
     return fio(lab, BATCH, size="16g" if partitions == 1 else "2g", direct=0, fallocate="none", fdatasync=1, numjobs=jobs, group_reporting=1,
@@ -352,14 +352,14 @@ def file_syncs(lab, partitions):
 
 
 def produce_arguments(lab, partitions, extra=()):
-    """The producer of every figure; `extra` holds pairs of a flag and its value, which may take the place of one of these."""
+    """Returns the producer flags of every figure. `extra` holds pairs of a flag and its value, which may replace a default pair."""
     flags = {"--topic": "t", "--seconds": lab.seconds, "--record-size": RECORD, "--batch-size": BATCH, "--partitions-used": partitions}
     flags.update(zip(extra[::2], extra[1::2]))
     return [x for pair in flags.items() for x in pair]
 
 
 def discarded(lab, partitions, extra=()):
-    """The same producer against a server that throws everything away."""
+    """Measures the same producer against a server that discards everything."""
 
     def measure():
         with lab.discard(partitions) as server:
@@ -374,13 +374,13 @@ def discarded(lab, partitions, extra=()):
 
 
 def produced(lab, durability, partitions, extra=()):
-    """A producer against a broker of its own, one new topic per run."""
+    """Measures a producer against its own broker, with one new topic per run."""
 
     def measure():
         lab.room(3 + lab.seconds * 2)
         runs = []
         with Broker(lab, lab.root / "produce") as broker:
-            for i in range(-1, lab.repeat):  # the first warms up and does not count
+            for i in range(-1, lab.repeat):  # the first run is a warm-up and does not count
                 broker.topic("t", partitions, durability=durability, remote_storage_enable="false")
                 lab.settle()
                 with Meter(broker.pid) as m:

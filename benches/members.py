@@ -1,11 +1,11 @@
-"""A cluster for benches/cluster: three members of etcd and brokers over them, as processes that are ended again."""
+"""The cluster of benches/cluster: three etcd members and brokers that use them, as processes that are ended again."""
 import json, os, pathlib, re, shutil, signal, time
 
 from measure import REPO, Process, cpu_of, environment, free_port, get, is_ready, rss_mb, run
 
 
 class Etcd:
-    """Three members on the loopback."""
+    """Three etcd members on the loopback interface."""
 
     def __init__(self, directory):
         program = run([REPO / "tests/fetch-etcd"], 300).strip()
@@ -27,7 +27,7 @@ class Etcd:
         return [f"http://127.0.0.1:{client}" for client, _ in self.ports]
 
     def writes(self):
-        """Transactions that were applied so far, by the first member."""
+        """Returns the number of puts and deletes that the first member has applied so far."""
         _, page = get(self.ports[0][0], "/metrics")
         return sum(float(re.search(rf"^{name} (\S+)", page, re.M)[1]) for name in ("etcd_debugging_mvcc_put_total", "etcd_debugging_mvcc_delete_total"))
 
@@ -37,14 +37,14 @@ class Etcd:
 
 
 class Member:
-    """One broker's place: it may be killed and started again."""
+    """One broker, which may be killed and started again."""
 
     def __init__(self, cluster, number):
         self.cluster, self.number = cluster, number
         self.directory = cluster.directory / f"broker{number}"
         self.directory.mkdir(parents=True, exist_ok=True)
         self.grpc, self.http = free_port(), free_port()
-        # A binary of an earlier commit, for a comparison, has no listener for brokers.
+        # For a comparison the binary may be of an earlier commit without a listener for brokers.
         has_peer = "[peer]" in run([cluster.lab.bin, "config", "print"], 10, environment())
         peer = ["[peer]", f'listen = "127.0.0.1:{free_port()}"'] if has_peer else []
         store = [f'url = "file://{cluster.bucket}"'] if cluster.bucket else []
@@ -65,7 +65,7 @@ class Member:
         self.process.end(signal.SIGKILL)
 
     def stop(self):
-        """Asks it to stop, as an operator does: it hands over what it leads and ends by itself."""
+        """Stops the broker as an operator does: the broker transfers leadership and exits."""
         self.process.end(signal.SIGTERM, 600)
         if self.process.child.returncode:
             raise ValueError(f"broker {self.number} ended with {self.process.child.returncode} when it was to stop")
@@ -79,7 +79,7 @@ class Member:
 
 
 class Cluster:
-    """Brokers over an etcd of three. `bucket` is a folder, where one is wanted."""
+    """Brokers with three etcd members. With `bucket` a folder is their object store."""
 
     def __init__(self, lab, name, brokers=3, bucket=False, settings=(), env=None):
         self.lab, self.directory, self.settings, self.env = lab, lab.root / name, list(settings), env or {}
@@ -134,7 +134,7 @@ class Cluster:
         return json.loads(self.cli("topic", "describe", name, "--output", "json"))["partitions"]
 
     def in_sync(self, name, factor, seconds=300):
-        """Waits until every replica of the topic is in sync; how long that took."""
+        """Waits until every replica of the topic is in sync. Returns the time taken, in seconds."""
         began = time.monotonic()
         while True:
             states = self.partitions(name)

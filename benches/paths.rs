@@ -1,4 +1,5 @@
-//! Benchmarks of the record, log and tier paths. One function per room; `cargo bench --bench paths -- record` runs one.
+//! Benchmarks of the record, log and tier paths, with one function per module. `cargo bench --bench paths -- record`
+//! runs one.
 
 use criterion::{criterion_group, criterion_main};
 

@@ -1,4 +1,5 @@
-//! Batches: checking, building, decoding, and each codec. 64 KiB of 1 KiB records unless a name says otherwise.
+//! Batches: parse, build, decode, and each codec. Batches are 64 KiB of 1 KiB records unless the name of a benchmark
+//! gives another size.
 
 use std::hint::black_box;
 
@@ -12,14 +13,14 @@ use strandline::{
 const BATCH_BYTES: usize = 64 << 10;
 const RECORD_BYTES: usize = 1 << 10;
 
-/// Bytes that no codec makes smaller.
+/// Returns incompressible bytes.
 fn noise(bytes: usize) -> Vec<u8> {
     let mut noise = vec![0; bytes];
     StdRng::seed_from_u64(1).fill_bytes(&mut noise);
     noise
 }
 
-/// Lines as a log has them, which codecs shrink to about a quarter.
+/// Returns lines of a text log, which codecs compress to about a quarter.
 fn lines(bytes: usize) -> Vec<u8> {
     let mut rng = StdRng::seed_from_u64(2);
     let line = |_| {
@@ -51,7 +52,11 @@ pub(crate) fn record(c: &mut Criterion) {
     group.throughput(Throughput::Bytes(bytes.len() as u64));
     group.bench_function("parse", |b| b.iter(|| Batch::parse(black_box(&bytes).clone())));
     group.bench_function("stamp", |b| {
-        b.iter_batched_ref(|| batch.clone(), |batch| batch.stamp(Offset::MAX, LeaderEpoch(1)), BatchSize::SmallInput);
+        b.iter_batched_ref(
+            || batch.clone(),
+            |batch| batch.set_offset_and_epoch(Offset::MAX, LeaderEpoch(1)),
+            BatchSize::SmallInput,
+        );
     });
     group.bench_function("build/1KiB", |b| b.iter(|| build(Compression::None, black_box(&payload), RECORD_BYTES)));
     group.bench_function("build/100B", |b| b.iter(|| build(Compression::None, black_box(&payload), 100)));

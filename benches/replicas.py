@@ -1,4 +1,4 @@
-"""What replicas cost, phase by phase, for the sections `replicas` of benches/report and benches/cluster."""
+"""Cost of replicas, phase by phase, for the sections `replicas` of benches/report and benches/cluster."""
 import pathlib, re, time
 
 from measure import Broker, Figure, cpu_of, get, rss_mb, say
@@ -6,7 +6,7 @@ from measure import Broker, Figure, cpu_of, get, rss_mb, say
 COUNTS = (1000, 10_000, 30_000, 100_000)
 TOPIC = "t"
 
-# Aims for 100,000 partitions: memory of a broker, and time until its replicas are open.
+# Targets for 100,000 partitions: memory of a broker in MB, and seconds until its replicas are open.
 MOST_MB, MOST_SECONDS = 2**31 / 1e6, 60
 
 PHASES = {
@@ -25,12 +25,12 @@ PHASES = {
 
 
 def metric(port, name):
-    """The sum of a metric's values; 0 while nobody answers."""
+    """Returns the sum of a metric's values; 0 while no server responds."""
     return sum(float(value) for value in re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)", get(port, "/metrics")[1], re.M))
 
 
 class Peak:
-    """The most memory that a process held since this was made, in MB."""
+    """Peak memory of a process since the creation of this object, in MB."""
 
     def __init__(self, pid):
         self.pid = pid
@@ -41,8 +41,8 @@ class Peak:
 
 
 class Phases:
-    """One run over all phases. `brokers` have `pid`, `http`, `directory`, `stop`, `kill` and `start`; `cli` runs a command, `produce` the
-    benchmark."""
+    """One run over all phases. Each of `brokers` has `pid`, `http`, `directory`, `stop`, `kill` and `start`. `cli` runs a command, and
+    `produce` runs the benchmark."""
 
     def __init__(self, lab, count, factor, brokers, cli, produce):
         self.lab, self.count, self.factor, self.brokers, self.cli, self.produce = lab, count, factor, brokers, cli, produce
@@ -60,7 +60,7 @@ class Phases:
                 self.until(self.is_in_sync)
                 done("in sync")
         watch = 10 if self.lab.o.short else 30
-        time.sleep(watch)  # new files are synced at leisure
+        time.sleep(watch)  # new files are synced in the background
         with self.phase() as done:
             before = sum(cpu_of(broker.pid) for broker in self.brokers)
             time.sleep(watch)
@@ -121,7 +121,7 @@ class Phases:
 
 
 class Phase:
-    """Time since it began, memory now and at most, of the broker that holds most."""
+    """Time since the start of a phase, and the maximum over the brokers of current and of peak memory."""
 
     def __init__(self, phases, brokers, began):
         self.phases, self.brokers, self.began = phases, brokers, began
@@ -139,7 +139,7 @@ class Phase:
 
 
 class Alone:
-    """One broker with embedded metadata that may be stopped, killed and started again."""
+    """One standalone broker, which may be stopped, killed and started again."""
 
     def __init__(self, lab, directory):
         self.lab, self.directory, self.process = lab, directory, None
@@ -159,7 +159,7 @@ class Alone:
 
 
 def bound():
-    """More replicas than the default bound of a small machine."""
+    """Returns the setting of a replica limit above the default of a small machine."""
     return dict(STRANDLINE_BROKER_MAX_REPLICAS=str(2 * max(COUNTS)))
 
 
@@ -168,13 +168,13 @@ def counts(lab):
 
 
 def replicas(directory):
-    """The folders of replicas in a data directory."""
+    """Returns the replica folders of a data directory."""
     topics = [path for path in (pathlib.Path(directory) / "data").iterdir() if path.is_dir() and len(path.name) == 36]
     return [path for topic in topics for path in topic.iterdir()]
 
 
 def tabulate(table, runs):
-    """One column for each run; the aims of the largest."""
+    """Fills the table with one column per run, and with the targets of the largest run."""
     names = [name for name in PHASES if any(name in run.cells for run in runs)]
     lines = ["| phase | " + " | ".join(f"{run.count:,}" for run in runs) + " |", "| --- " * (len(runs) + 1) + "|"]
     lines += [f"| {name}: {PHASES[name]} | " + " | ".join(run.cells.get(name, "") for run in runs) + " |" for name in names]

@@ -1,10 +1,10 @@
-"""Object stores and files to read from beside a broker: a directory, a MinIO server, and the segment files themselves."""
+"""Object stores of a broker, and the reads that are its references: a directory, a MinIO server, and the segment files."""
 import datetime, hashlib, hmac, http.client, os, re, shutil, threading, time
 
 from measure import MIB, Process, Skip, free_port
 
 class Directory:
-    """A directory as object store; its reference is reading the objects as files."""
+    """Directory as object store. Its reference is a read of the objects as files."""
 
     def __init__(self, lab):
         self.path = lab.root / "bucket"
@@ -37,7 +37,7 @@ def newest(files, want):
 
 
 class Minio(Process):
-    """A MinIO server with one bucket, and its own ranged GETs: 4 MiB each, 8 at once."""
+    """MinIO server with one bucket. Its reference is ranged GETs of 4 MiB, 8 of them concurrently."""
 
     KEY, SECRET, BUCKET = "strandline", "strandline-secret", "report"
 
@@ -56,7 +56,7 @@ class Minio(Process):
         self.reference = "8 ranged GETs at once"
 
     def request(self, connection, method, path, query="", headers=None):
-        """Signs (AWS Signature Version 4, unsigned payload) and sends."""
+        """Signs a request (AWS Signature Version 4, unsigned payload) and sends it."""
         now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         signed = {"host": f"127.0.0.1:{self.port}", "x-amz-content-sha256": "UNSIGNED-PAYLOAD", "x-amz-date": now}
         names = ";".join(signed)
@@ -138,7 +138,7 @@ def forget(directory):
 
 
 def read_files(directory, want):
-    """MB/s of reading segment files one after another, 1 MiB at a time."""
+    """Reads segment files one after another, 1 MiB at a time. Returns MB/s."""
     buffer, total, began = bytearray(MIB), 0, time.monotonic()
     for file in sorted(directory.rglob("*.log")):
         with open(file, "rb", buffering=0) as f:

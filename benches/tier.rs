@@ -1,4 +1,4 @@
-//! The tier's pure paths: a footer for a whole segment, and finding an offset in a long history.
+//! The pure paths of tiering: the footer of a full segment, and the lookup of an offset in a long manifest.
 
 use std::hint::black_box;
 
@@ -31,7 +31,7 @@ fn batch(offset: u64) -> Batch {
     let mut builder = BatchBuilder::new(Compression::None);
     builder.push(0, None, Some(&vec![7; BATCH_BYTES]), &[]).expect("fits");
     let mut batch = builder.finish(None).expect("one record");
-    batch.stamp(at(offset), EPOCH);
+    batch.set_offset_and_epoch(at(offset), EPOCH);
     batch
 }
 
@@ -41,7 +41,7 @@ fn footer(batches: &[Batch]) -> Footer {
     builder.finish(Bytes::new())
 }
 
-/// A manifest of this many segments of a thousand offsets.
+/// Returns a manifest of `segments` segments with a thousand offsets each.
 fn manifest(segments: u64) -> Root {
     (0..segments).fold(Root::empty(partition(), at(0)), |root, number| {
         let attempt = uuid::Uuid::from_u128(number.into());
@@ -58,7 +58,7 @@ fn manifest(segments: u64) -> Root {
     })
 }
 
-/// Footer and manifest.
+/// Benchmarks footers and manifests.
 pub(crate) fn tier(c: &mut Criterion) {
     let mut group = c.benchmark_group("tier");
     let batches: Vec<_> = (0..SEGMENT_BYTES / BATCH_BYTES as u64).map(batch).collect();

@@ -1,9 +1,13 @@
 //! Strandline: a log service that tiers its log to object storage.
 //!
-//! Default features build the whole system, `default-features = false` the Rust client alone. The modules are in import order: each may
-//! import only the modules above it.
+//! Default features build the complete system, and `default-features = false` only the Rust client. The modules are in
+//! import order: each may import only the modules above it.
 
-/// Returns whether a test breaks this rule on purpose (`task::mutation`). Always `false` outside of tests and the simulator.
+// The crate without `server` is the client, whose public items are documented.
+#![cfg_attr(not(feature = "server"), warn(missing_docs))]
+
+/// Returns true if a test breaks this rule on purpose (`task::mutation`). The value is always `false` outside tests and
+/// the simulator.
 #[cfg(all(feature = "server", any(test, feature = "sim")))]
 macro_rules! mutant {
     ($rule:ident) => {

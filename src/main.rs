@@ -1,9 +1,9 @@
-//! The `strandline` binary: broker, operator's tool and command-line client.
+//! The `strandline` binary: broker, operator tool and command-line client.
 
 use std::process::ExitCode;
 
-/// Measured (docs/performance.md): the system's allocator gives the codec's buffers back to the kernel after every
-/// message, which cost a quarter of a busy broker's CPU.
+/// Global allocator. The system's allocator returns the codec's buffers to the kernel after every message, which takes
+/// a quarter of a busy broker's CPU (docs/performance.md).
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

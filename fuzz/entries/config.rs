@@ -1,4 +1,4 @@
-//! The configuration file and the environment.
+//! Fuzz entry of the configuration file and the environment variables.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use strandline::{
     model::{ConfigMap, TopicConfig},
 };
 
-/// A file, and after a zero byte the variables of an environment, one per line.
+/// Loads a file and, after a zero byte, environment variables, one per line.
 pub(crate) fn config(input: &[u8]) -> bool {
     let mut parts = input.splitn(2, |byte| *byte == 0);
     let text = |bytes: Option<&[u8]>| String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned();
@@ -27,16 +27,16 @@ pub(crate) fn config(input: &[u8]) -> bool {
     }
 }
 
-/// What `config print` prints is a configuration file that says the same.
+/// Checks that the output of `config print` is a file with the same configuration.
 fn printed(settings: &Settings) {
     let text = settings.print();
-    // A password is not printed, and so what is printed says something else.
+    // Passwords are masked, so the printed configuration differs.
     if text.contains("***@") {
         return;
     }
     match Sources::new().file(Path::new("printed.toml"), text.as_str()).load() {
         Ok(mut again) => {
-            // Every default is printed, and so is set in what is read: what topics take is the same.
+            // Every default is printed, and so is set in the printed file. The effective topic configuration is equal.
             let topics = |config: &Config| TopicConfig::resolve(&config.topic_defaults, &ConfigMap::new());
             assert_eq!(topics(&again.config), topics(&settings.config), "{text}");
             again.config.topic_defaults.clone_from(&settings.config.topic_defaults);

@@ -1,8 +1,8 @@
-//! A whole data directory, each file of it hostile: opened, read, written to, closed, and opened again.
+//! Fuzz entry of a data directory with hostile files: opened, read, appended to, closed and opened again.
 //!
-//! The input is a row of files: a byte that says which, two that say how long, and the content. What is checked, as in every
-//! broker's start: nothing panics, nothing is served that is no row of whole batches, what is readable once is readable again,
-//! and a log that takes an append has it after the next start.
+//! The input is a sequence of files: one byte selects the file, two bytes are its length, then follows the content. No
+//! input causes a panic. Reads return complete batches only, readable records stay readable, and an accepted append is
+//! there after the next start.
 
 use std::{
     path::{Path, PathBuf},
@@ -18,20 +18,20 @@ use strandline::{
     telemetry::Metrics,
 };
 
-/// The id in `strandline.json`; rounds and checkpoints are made to carry it.
+/// Directory id in `strandline.json`. Frames and checkpoints of the input are changed to carry it.
 const DIRECTORY: [u8; 16] = [0xd1; 16];
 const CARD: &str = r#"{"format":1,"cluster":"test","broker":1,"directory_id":"d1d1d1d1-d1d1-d1d1-d1d1-d1d1d1d1d1d1"}"#;
 const TOPIC: [u8; 16] = [7; 16];
 const DATA: &str = "/data";
-/// Where segments may begin.
+/// Base offsets of the segments.
 const BASES: [u64; 4] = [0, 6, 12, 18];
 const EXTENSIONS: [&str; 4] = ["log", "index", "timeindex", "snapshot"];
 const BLOCK: usize = 4096;
 
-/// The files of the input as a directory.
+/// Opens the files of the input as a directory. Returns true if a replica accepted an append.
 pub(crate) fn data_directory(input: &[u8]) -> bool {
     let disk = SimDisk::new();
-    // A disk of some size: a position of exabytes is a full disk here and not all of the fuzzer's memory.
+    // With a bounded capacity, a write at a huge position fills the disk instead of the fuzzer's memory.
     disk.set_capacity(Some(8 << 20));
     lay_out(&disk, input);
     let Ok(log) = open(&disk) else { return false };
@@ -65,7 +65,7 @@ fn open(disk: &SimDisk) -> Result<Log, strandline::log::OpenError> {
     let options = Options {
         journal_bytes: 1 << 20,
         journal_dir: None,
-        // Most inputs bring no journal; what is left without one is to be opened as well.
+        // Most inputs have no journal. Their directories must be opened as well.
         accept_journal_loss: true,
         round_bytes: 16 << 10,
         journal_most: 24 << 10,
@@ -82,7 +82,7 @@ fn open(disk: &SimDisk) -> Result<Log, strandline::log::OpenError> {
     Log::open(Arc::new(disk.clone()), Path::new(DATA), &identity, options)
 }
 
-/// Everything that can be read, in order; damage ends it. The other ways to read must not panic either.
+/// Returns all readable bytes in order, up to the first corruption. Lookups of times must not panic either.
 fn read_all(reader: &Reader) -> Vec<u8> {
     let (mut next, end) = (reader.local_start(), reader.log_end());
     for time in [i64::MIN, 0, i64::MAX] {
@@ -106,7 +106,7 @@ fn read_all(reader: &Reader) -> Vec<u8> {
     all
 }
 
-/// Appends one batch and waits for the journal. False when the log refuses, as one with a missing file may.
+/// Appends one batch and waits for the journal. Returns false if the log rejects it, as a log with a missing file may.
 fn append(log: &Log, replica: &mut Replica) -> bool {
     for info in replica.sealed() {
         if let Ok(export) = replica.export(info.base) {
@@ -124,7 +124,7 @@ fn append(log: &Log, replica: &mut Replica) -> bool {
     let mut builder = BatchBuilder::new(Compression::None);
     builder.push(1, None, Some(b"value"), &[]).expect("it fits");
     let mut batch = builder.finish(None).expect("it has a record");
-    batch.stamp(end, epoch);
+    batch.set_offset_and_epoch(end, epoch);
     if replica.append(&[batch]).is_err() {
         return false;
     }
@@ -139,7 +139,7 @@ fn append(log: &Log, replica: &mut Replica) -> bool {
     persisted.is_ok()
 }
 
-/// Which file a byte names.
+/// Returns the path of the file that a byte selects.
 fn path(kind: u8) -> PathBuf {
     let data = Path::new(DATA);
     let replica = data.join(TopicId::from_bytes(TOPIC).to_string()).join("0");
@@ -170,7 +170,7 @@ fn lay_out(disk: &SimDisk, mut input: &[u8]) {
     }
 }
 
-/// Makes checksums and the directory's id right, so that what lies behind them is seen. A bit of the kind leaves them wrong.
+/// Corrects checksums and the directory id, so that the code behind them is reached. Kinds from 0x80 on stay as given.
 fn make_right(kind: u8, content: &mut Vec<u8>) {
     if kind >= 0x80 {
         return;

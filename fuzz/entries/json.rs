@@ -1,11 +1,11 @@
-//! JSON that an operator may have edited, in the bucket and in the metadata store, and the names beside it.
+//! Fuzz entry of JSON that an operator may have edited, in the object store and in the metadata store, and of names.
 
 use strandline::{
     cluster::{BrokerValue, ControllerValue, DeletedValue, Keys, PartitionValue, ProducerIdsValue, TopicValue, Value},
     tier::{ManifestName, TierState, fuzzing, name::Stamp},
 };
 
-/// The first byte picks what the rest claims to be.
+/// Decodes the input as the type that the first byte selects.
 pub(crate) fn json(input: &[u8]) -> bool {
     let Some((&kind, content)) = input.split_first() else { return false };
     match kind % 12 {
@@ -43,7 +43,7 @@ fn value<T: Value + PartialEq + std::fmt::Debug>(content: &[u8]) -> bool {
     }
 }
 
-/// A path of the metadata store: each thing has one.
+/// Parses a path of the metadata store. Each key has exactly one path.
 fn path(content: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(content) else { return false };
     let keys = Keys::new("test").expect("a legal name");
@@ -53,7 +53,7 @@ fn path(content: &[u8]) -> bool {
     true
 }
 
-/// An object's file name.
+/// Parses the file name of an object. Each object has exactly one name.
 fn name(content: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(content) else { return false };
     let segment = Stamp::from_segment(text).map(|stamp| stamp.segment());

@@ -1,9 +1,9 @@
-//! The files of a data directory, one by one.
+//! Fuzz entries of the single files of a data directory.
 
 use bytes::Bytes;
 use strandline::{
     log::{ProducerTable, Verdict, fuzzing},
-    record::{Batch, HEADER_BYTES, ProducerStamp},
+    record::{Batch, HEADER_BYTES, ProducerSequence},
 };
 
 use super::{sealed, understood};
@@ -11,7 +11,7 @@ use super::{sealed, understood};
 const ROUND_HEAD: usize = 44;
 const ENTRY_HEAD: usize = 80;
 
-/// One round of the journal.
+/// Decodes a journal frame.
 pub(crate) fn journal(input: &[u8]) -> bool {
     let round = |bytes: &[u8]| fuzzing::round(&Bytes::copy_from_slice(bytes));
     let as_is = understood(input, round);
@@ -20,13 +20,13 @@ pub(crate) fn journal(input: &[u8]) -> bool {
     understood(&right, round) || as_is
 }
 
-/// A checkpoint.
+/// Decodes a checkpoint.
 pub(crate) fn checkpoint(input: &[u8]) -> bool {
     let as_is = understood(input, fuzzing::checkpoint);
     understood(&sealed(input), fuzzing::checkpoint) || as_is
 }
 
-/// An offset index and a time index: two bytes that say how long the first is, then both.
+/// Decodes an offset index and a time index. The first two bytes are the length of the offset index.
 pub(crate) fn index(input: &[u8]) -> bool {
     let Some((&[high, low], files)) = input.split_first_chunk::<2>() else { return false };
     let length = usize::from(u16::from_be_bytes([high, low])).min(files.len());
@@ -40,7 +40,7 @@ pub(crate) fn index(input: &[u8]) -> bool {
     door((&sealed(offsets), &sealed(times))) || as_is
 }
 
-/// A snapshot, and the same bytes as a table of producers, which a footer holds by itself.
+/// Decodes a snapshot, and the same bytes as a producer table. A footer contains a producer table without a snapshot.
 pub(crate) fn snapshot(input: &[u8]) -> bool {
     let as_is = understood(input, fuzzing::snapshot);
     let table = producers(input);
@@ -52,17 +52,17 @@ fn producers(input: &[u8]) -> bool {
     assert_eq!(table.to_bytes(), input, "a table has one way to be written");
     let mut rest = &input[12..];
     let mut producers = 0;
-    // Every batch that it remembers is a duplicate, and the number after the last is the next one.
+    // Every stored batch is a duplicate, and an older epoch of its producer is fenced.
     while let Some((head, after)) = rest.split_first_chunk::<19>() {
         let (id, epoch) = (number(&head[..8]), i16::from_be_bytes([head[8], head[9]]));
         let (batches, after) = after.split_at(usize::from(head[18]) * 21);
         for batch in batches.chunks(21) {
             let base_sequence = i32::from_be_bytes(batch[..4].try_into().expect("four bytes"));
             let count = u32::from_be_bytes(batch[4..8].try_into().expect("four bytes"));
-            let stamp = ProducerStamp { id, epoch, base_sequence };
+            let stamp = ProducerSequence { id, epoch, base_sequence };
             assert!(matches!(table.check(stamp, count, None), Verdict::Duplicate { .. }));
             assert_eq!(
-                table.check(ProducerStamp { epoch: epoch.saturating_sub(1), ..stamp }, count, None),
+                table.check(ProducerSequence { epoch: epoch.saturating_sub(1), ..stamp }, count, None),
                 if epoch == i16::MIN { table.check(stamp, count, None) } else { Verdict::Fenced { current: epoch } },
             );
         }
@@ -76,7 +76,8 @@ fn number(bytes: &[u8]) -> i64 {
     i64::from_be_bytes(bytes.try_into().expect("eight bytes"))
 }
 
-/// Makes all checksums of a round right: of its batches, of their headers, of its directory.
+/// Corrects all checksums of a frame: of the batches, of their headers in each entry, and of the frame header with its
+/// entries.
 pub(super) fn renew_round(round: &mut [u8]) {
     let Some(count) = round.get(36..40).map(|count| u32::from_be_bytes(count.try_into().expect("four bytes"))) else {
         return;

@@ -1,14 +1,13 @@
-//! What the fuzzers call: one function per parser. Each takes any bytes, must not panic, and checks what must hold when
-//! the bytes are accepted: what was understood and written again is understood the same way. The targets under
-//! `fuzz_targets/` hand them to libFuzzer, which also bounds their memory (`memory.rs`); `tests/it/fuzz.rs` runs the same
-//! functions on a stable compiler.
+//! Entry points of the fuzzers: one function per parser. Each accepts any bytes, must not panic, and checks accepted
+//! input: a value that is encoded and decoded again is the same value. The targets in `fuzz_targets/` run the functions
+//! under libFuzzer and bound their memory (`memory.rs`); `tests/it/fuzz.rs` runs them on a stable compiler.
 //!
 //! ```text
 //! make fuzz                                                  every target, from seeds/ and regressions/ on
 //! RUSTC_BOOTSTRAP=1 cargo fuzz run footer fuzz/corpus/footer fuzz/seeds/footer
 //! ```
-//! Formats with checksums are tried twice: as they come, and with the checksums made right, or no fuzzer would ever see what
-//! lies behind them. A case that was found goes to `regressions/TARGET/`, from where the test keeps running it.
+//! Formats with checksums are tried twice: as given, and with corrected checksums. Otherwise no fuzzer would reach the
+//! code behind the checksums. Found cases go to `regressions/TARGET/`, and the test runs them from there.
 
 mod config;
 mod directory;
@@ -18,22 +17,22 @@ mod proto;
 mod record;
 mod tier;
 
-/// One parser.
+/// The fuzz entry of one parser.
 #[derive(Clone, Copy)]
 pub(crate) struct Entry {
-    /// The target's name, and that of its folders.
+    /// Name of the target and of its folders.
     pub(crate) name: &'static str,
-    /// Runs it. True when something was accepted, which every seed is.
+    /// Runs the parser. Returns true if the parser accepted any input; it accepts every seed.
     pub(crate) run: fn(&[u8]) -> bool,
-    /// Bytes that it may hold at once beside [`FACTOR`] times its input.
+    /// Maximum bytes that the entry holds at once, in addition to [`FACTOR`] times its input.
     #[allow(dead_code, reason = "only the fuzzers count")]
     pub(crate) bytes: usize,
-    /// How many runs take as long as one of the quickest entry, about: the test does fewer of them.
+    /// Approximate duration of a run, as a multiple of the fastest entry. The test runs a slow entry less often.
     #[allow(dead_code, reason = "only the test asks")]
     pub(crate) weight: u64,
 }
 
-/// Bytes that an entry may hold at once for each byte of its input: the input's copies, and what was understood of it.
+/// Maximum bytes that an entry holds at once for each byte of its input: copies of the input, and the decoded value.
 #[allow(dead_code, reason = "only the fuzzers count")]
 pub(crate) const FACTOR: usize = 64;
 
@@ -44,9 +43,9 @@ const fn entry(name: &'static str, run: fn(&[u8]) -> bool, bytes: usize, weight:
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 
-/// Every entry.
+/// All entries.
 pub(crate) const ENTRIES: &[Entry] = &[
-    // Records may grow to what a batch may hold, by design: these bounds are those of the codecs.
+    // Records may decompress to the maximum batch size by design. These bounds are those of the codecs.
     entry("batch_parse", record::batch_parse, 600 * MIB, 1),
     entry("records", record::records, 600 * MIB, 1),
     entry("decompress", record::decompress_any, 16 * MIB, 1),
@@ -54,7 +53,7 @@ pub(crate) const ENTRIES: &[Entry] = &[
     entry("checkpoint", log::checkpoint, 16 * KIB, 1),
     entry("index", log::index, 16 * KIB, 1),
     entry("snapshot", log::snapshot, 16 * KIB, 1),
-    // A ring of journal files, a tail buffer, a window for reading: what an open directory costs.
+    // The memory of an open directory: a ring of journal files, a tail cache and a read buffer.
     entry("data_directory", directory::data_directory, 32 * MIB, 100),
     entry("footer", tier::footer, 16 * KIB, 1),
     entry("manifest", tier::manifest, 16 * KIB, 1),
@@ -63,13 +62,14 @@ pub(crate) const ENTRIES: &[Entry] = &[
     entry("produce", proto::produce, 64 * KIB, 1),
 ];
 
-/// The bytes with their last four made the CRC-32C of those before.
+/// Returns the bytes with the last four replaced by the CRC-32C of those before.
 fn sealed(input: &[u8]) -> Vec<u8> {
     let content = &input[..input.len().saturating_sub(4)];
     [content, &crc32c::crc32c(content).to_be_bytes()].concat()
 }
 
-/// Runs a door that writes again what it understood. That must be understood too, as the same, and be no longer.
+/// Runs `door`, which decodes the input and encodes the value. The output must give the same output again and must not
+/// be longer than the input. Returns false if `door` rejects the input.
 fn understood(input: &[u8], door: impl Fn(&[u8]) -> Option<Vec<u8>>) -> bool {
     let Some(again) = door(input) else { return false };
     assert!(again.len() <= input.len(), "{} bytes became {}", input.len(), again.len());

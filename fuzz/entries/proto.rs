@@ -1,17 +1,18 @@
-//! What a producer sends: the generated message, and the frame that this package writes by hand in its place.
+//! Fuzz entry of produce requests: the generated message, and the encoding that this package writes by hand in its
+//! place.
 
 use bytes::Bytes;
 use prost::Message;
 use strandline::{
     proto::{
-        fault::Fault,
-        frame::ProduceFrame,
+        error::ApiError,
+        produce_request::ProduceRequestParts,
         v1::{self, append_request::Payload},
     },
     record::Batch,
 };
 
-/// Bytes as a produce request.
+/// Decodes a produce request, and the same bytes as an error.
 pub(crate) fn produce(input: &[u8]) -> bool {
     error(input);
     let Ok(request) = v1::ProduceRequest::decode(Bytes::copy_from_slice(input)) else { return false };
@@ -21,12 +22,13 @@ pub(crate) fn produce(input: &[u8]) -> bool {
     framed(&with_right_batch(request)) || as_is
 }
 
-/// A request whose batch is right goes out as a frame: the same message.
+/// Checks that the hand-written encoding of a request with a valid batch decodes to the same request. Returns false
+/// without a valid batch.
 fn framed(request: &v1::ProduceRequest) -> bool {
     let Some(append) = &request.append else { return false };
     let Some(Payload::Batch(batch)) = &append.payload else { return false };
     let Ok(batch) = Batch::parse(batch.clone()) else { return false };
-    let frame = ProduceFrame {
+    let frame = ProduceRequestParts {
         correlation: request.correlation,
         topic: append.topic.as_str().into(),
         partition: append.partition,
@@ -50,10 +52,10 @@ fn with_right_batch(mut request: v1::ProduceRequest) -> v1::ProduceRequest {
     request
 }
 
-/// The same bytes as an error of a stream: a reason that this version does not know keeps its words.
+/// Decodes an error of a stream. An error code that is unknown to this version keeps its message.
 fn error(input: &[u8]) {
     let Ok(error) = v1::Error::decode(input) else { return };
-    let fault = Fault::from(error.clone());
+    let fault = ApiError::from(error.clone());
     assert_eq!((&fault.message, fault.retryable), (&error.message, error.retryable));
-    assert_eq!(Fault::from(v1::Error::from(fault.clone())), fault);
+    assert_eq!(ApiError::from(v1::Error::from(fault.clone())), fault);
 }

@@ -1,16 +1,16 @@
-//! Batches, their records, and the codecs.
+//! Fuzz entries of batches, records and codecs.
 
 use bytes::Bytes;
 use strandline::{
     model::Compression,
-    record::{Batch, BatchBuilder, Chunks, HEADER_BYTES, Malformed, Record, decompress},
+    record::{Batch, BatchBuilder, ChunkedBatches, HEADER_BYTES, MalformedBatch, Record, decompress},
 };
 
-/// Most bytes that the entries decompress to: enough to be interesting, little enough to be fast.
+/// Maximum decompressed bytes: enough for interesting inputs, and few enough for speed.
 const MOST: usize = 1 << 20;
 
-/// Bytes as they come from a socket or a file: batches until one is refused. Then once more with the first batch's CRC
-/// made right, or no fuzzer would ever see what comes after that check.
+/// Splits bytes of a socket or a file into batches until one is rejected. Repeats this with a corrected CRC of the
+/// first batch: otherwise no fuzzer would reach the code behind that check.
 pub(crate) fn batch_parse(input: &[u8]) -> bool {
     let as_is = split_all(Bytes::copy_from_slice(input));
     let mut right = input.to_vec();
@@ -21,7 +21,7 @@ pub(crate) fn batch_parse(input: &[u8]) -> bool {
     split_all(right) || as_is
 }
 
-/// The same batches come out of pieces that are cut anywhere, here by what is in them.
+/// Checks that chunk boundaries do not change the batches. The content determines the boundaries.
 fn chunks_agree(whole: &Bytes) {
     let mut whole_batches = Vec::new();
     let mut rest = whole.clone();
@@ -33,11 +33,11 @@ fn chunks_agree(whole: &Bytes) {
         chunks.push(left.split_to(usize::from(*at).min(left.len())));
     }
     chunks.push(left);
-    let cut: Vec<Batch> = Chunks::new(chunks).map_while(Result::ok).collect();
+    let cut: Vec<Batch> = ChunkedBatches::new(chunks).map_while(Result::ok).collect();
     assert_eq!(cut, whole_batches, "where the pieces are cut changes nothing");
 }
 
-/// Whether there was one.
+/// Splits off and checks batches until one is rejected. Returns true if there was a batch.
 fn split_all(mut rest: Bytes) -> bool {
     let mut any = false;
     loop {
@@ -60,7 +60,7 @@ fn split_all(mut rest: Bytes) -> bool {
     }
 }
 
-/// A codec, a count and any bytes as the records of a batch that is otherwise right.
+/// Decodes a codec, a count and any bytes as the records of an otherwise valid batch.
 pub(crate) fn records(input: &[u8]) -> bool {
     let Some((&[codec, high, low], records)) = input.split_first_chunk::<3>() else { return false };
     let count = u16::from_be_bytes([high, low]);
@@ -77,7 +77,7 @@ pub(crate) fn records(input: &[u8]) -> bool {
     true
 }
 
-/// A codec and any bytes that claim to be compressed.
+/// Decompresses any bytes with the codec of the first byte.
 pub(crate) fn decompress_any(input: &[u8]) -> bool {
     let Some((&codec, stored)) = input.split_first() else { return false };
     let Ok(plain) = decompress(codec_of(codec), stored, MOST) else { return false };
@@ -89,7 +89,7 @@ pub(crate) fn decompress_any(input: &[u8]) -> bool {
     true
 }
 
-fn both_walks_agree(batch: &Batch) -> Result<Vec<Record>, Malformed> {
+fn both_walks_agree(batch: &Batch) -> Result<Vec<Record>, MalformedBatch> {
     let decoded = batch.records().and_then(|records| records.map(|item| item.map(|(_, record)| record)).collect());
     assert_eq!(decoded.as_ref().map(|_: &Vec<Record>| ()).map_err(Clone::clone), batch.verify_records());
     decoded
@@ -105,11 +105,11 @@ fn codec_of(byte: u8) -> Compression {
     }
 }
 
-/// The bytes of a batch with these records, whose length, count and CRC are right.
+/// Returns the bytes of a batch with these records and a valid length, count and CRC.
 fn forge(codec: u8, count: u16, records: &[u8]) -> Bytes {
     let mut builder = BatchBuilder::new(Compression::None);
     builder.push(0, None, None, &[]).expect("an empty record fits");
-    let mut bytes = builder.finish(None).expect("it has a record").head().to_vec();
+    let mut bytes = builder.finish(None).expect("it has a record").header().to_vec();
     bytes.extend_from_slice(records);
     let length = u32::try_from(HEADER_BYTES - 12 + records.len()).unwrap_or(u32::MAX);
     bytes[8..12].copy_from_slice(&length.to_be_bytes());
@@ -120,7 +120,7 @@ fn forge(codec: u8, count: u16, records: &[u8]) -> Bytes {
     bytes.into()
 }
 
-/// Makes a batch's CRC right again, where there are enough bytes for one.
+/// Corrects the CRC of a batch, if there are enough bytes for a header.
 pub(super) fn renew_crc(bytes: &mut [u8]) {
     if bytes.len() >= HEADER_BYTES {
         let crc = crc32c::crc32c(&bytes[21..]);

@@ -1,4 +1,4 @@
-//! The objects of a bucket.
+//! Fuzz entries of the objects in the object store.
 
 use strandline::{
     model::{LeaderEpoch, Offset},
@@ -12,13 +12,13 @@ use strandline::{
 
 use super::sealed;
 
-/// Where a body says how long the data is.
+/// Position of the data length in a footer's body.
 const BODY_DATA_BYTES: std::ops::Range<usize> = 40..48;
 
-/// The end of a segment object.
+/// Decodes the end of a segment object.
 pub(crate) fn footer(input: &[u8]) -> bool {
     let as_is = opened(input);
-    // The whole input as one footer, with everything in the trailer right that is not the footer's word.
+    // The entire input as one footer, with corrected lengths, body CRC, trailer CRC and magic in the trailer.
     let Some((body, trailer)) = input.split_last_chunk::<TRAILER_BYTES>() else { return as_is };
     let mut trailer = *trailer;
     if let Some(data_bytes) = body.get(BODY_DATA_BYTES) {
@@ -50,7 +50,7 @@ fn opened(tail: &[u8]) -> bool {
     true
 }
 
-/// A manifest's root or a page of one.
+/// Decodes a manifest root and a manifest page.
 pub(crate) fn manifest(input: &[u8]) -> bool {
     let as_is = root(input) || page(input);
     let right = sealed(input);
@@ -80,7 +80,7 @@ fn root(bytes: &[u8]) -> bool {
     true
 }
 
-/// What a broker does with a manifest that it has read: it adds a segment, and drops what is too old.
+/// Changes a manifest as a broker does: adds a segment, then removes all segments as expired.
 fn grow(root: &Root) {
     let end = root.end();
     if let Some(next) = end.get().checked_add(10).and_then(Offset::new) {
@@ -109,7 +109,7 @@ fn page(bytes: &[u8]) -> bool {
     true
 }
 
-/// The offset before one that is not the first.
+/// Returns the offset before `offset`, which must not be the first one.
 fn before(offset: Offset) -> Offset {
     Offset::new(offset.get() - 1).expect("smaller than an offset")
 }

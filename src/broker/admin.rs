@@ -1,6 +1,6 @@
-//! Topic administration: the requests' shapes over `cluster::Topics`.
+//! Topic administration: translates requests to `cluster::Topics`.
 //!
-//! A change is answered when this broker itself acts by it: a topic that was created takes records at once.
+//! The response to a change is sent after this broker has applied the change: a created topic accepts records at once.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -9,16 +9,20 @@ use crate::{
     cluster::{NewTopic, TopicInfo, TopicValue},
     model::{ConfigMap, TopicId, TopicName},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1,
     },
 };
 
-/// How long an answer waits for this broker to act by the change. It goes out after that all the same: the change is made.
+/// Maximum time that a response waits for this broker to apply the change. The response is sent afterwards in any case, because the change
+/// is committed.
 const SETTLE: Duration = Duration::from_secs(10);
 
 impl Broker {
-    pub(super) async fn create_topic(&self, request: v1::CreateTopicRequest) -> Result<v1::CreateTopicResponse, Fault> {
+    pub(super) async fn create_topic(
+        &self,
+        request: v1::CreateTopicRequest,
+    ) -> Result<v1::CreateTopicResponse, ApiError> {
         let topic = NewTopic {
             name: name(&request.name)?,
             partitions: request.partitions.max(1),
@@ -42,7 +46,7 @@ impl Broker {
         v1::ListTopicsResponse { topics }
     }
 
-    pub(super) async fn alter_topic(&self, request: v1::AlterTopicRequest) -> Result<v1::AlterTopicResponse, Fault> {
+    pub(super) async fn alter_topic(&self, request: v1::AlterTopicRequest) -> Result<v1::AlterTopicResponse, ApiError> {
         let topic = name(&request.name)?;
         let factor = Some(request.replication_factor).filter(|factor| *factor > 0);
         let info = self.topics.alter(&topic, request.set.into_iter().collect(), request.unset, factor).await?;
@@ -53,13 +57,13 @@ impl Broker {
     pub(super) async fn add_partitions(
         &self,
         request: v1::AddPartitionsRequest,
-    ) -> Result<v1::AddPartitionsResponse, Fault> {
+    ) -> Result<v1::AddPartitionsResponse, ApiError> {
         let info = self.topics.add_partitions(&name(&request.name)?, request.to).await?;
         self.settled(&info).await;
         Ok(v1::AddPartitionsResponse { topic: Some(summary(&info.name, &info.value)) })
     }
 
-    pub(super) async fn delete_topic(&self, topic: &str) -> Result<v1::DeleteTopicResponse, Fault> {
+    pub(super) async fn delete_topic(&self, topic: &str) -> Result<v1::DeleteTopicResponse, ApiError> {
         let topic = name(topic)?;
         let id: TopicId = self.topics.delete(&topic).await?;
         let gone = self.hosted.until(|hosted| hosted.topic(&topic).is_none_or(|hosted| hosted.id != id));
@@ -70,12 +74,12 @@ impl Broker {
         })
     }
 
-    pub(super) async fn init_producer(&self, quota: &ProducerIdQuota) -> Result<v1::InitProducerResponse, Fault> {
+    pub(super) async fn init_producer(&self, quota: &ProducerIdQuota) -> Result<v1::InitProducerResponse, ApiError> {
         let producer_id = self.next_producer_id(quota).await?;
         Ok(v1::InitProducerResponse { producer_id, producer_epoch: 0 })
     }
 
-    /// Waits until this broker acts by a change.
+    /// Waits until this broker has applied a change, for a bounded time.
     async fn settled(&self, info: &TopicInfo) {
         let (name, value) = (&info.name, &info.value);
         let acts = self.hosted.until(|hosted| {
@@ -87,8 +91,8 @@ impl Broker {
     }
 }
 
-pub(super) fn name(text: &str) -> Result<TopicName, Fault> {
-    TopicName::new(text).map_err(|error| Fault::new(Reason::InvalidTopic, error.to_string()))
+pub(super) fn name(text: &str) -> Result<TopicName, ApiError> {
+    TopicName::new(text).map_err(|error| ApiError::new(ErrorCode::InvalidTopic, error.to_string()))
 }
 
 pub(super) fn texts(config: ConfigMap) -> HashMap<String, String> {

@@ -1,21 +1,21 @@
-//! Carries what partitions propose to the metadata store, and the outcome back.
+//! Sends ISR proposals of partitions to the metadata store, and the outcomes back.
 //!
 //! # Overview
 //!
-//! A leader asks for a change of its in-sync replicas and goes on; it has at most one such question open, so what waits here is bounded
-//! by the number of partitions. What was asked meanwhile goes together, as few transactions: a follower that dies is in hundreds of
-//! partitions at once. Nothing else batches it.
+//! A leader continues while its proposal is open, and has at most one open request. The queue is therefore bounded by the number of
+//! partitions. Requests that queue up meanwhile are sent together, in as few transactions as possible: a failed follower is a member of
+//! hundreds of partitions at once. No other component batches these requests.
 //!
 //! # Invariants
 //!
-//! - No proposal is sent twice. What is not known to be done is told as such; the leader then asks to read the key back, and that is
-//!   tried until the store answers.
-//! - A leader whose disk failed gives up in the store what it is there, if another member is in sync. That too is tried until it is done,
-//!   or another epoch has begun.
+//! - No proposal is sent twice. A proposal that may or may not be applied has the outcome unknown. The leader then requests a read-back of
+//!   the key, which is retried until the store responds.
+//! - A leader whose disk failed resigns in the metadata store, if another member is in sync. The resignation is retried until it is done or
+//!   another epoch has begun.
 //!
 //! # Shutdown
 //!
-//! The task ends where it is. What was on its way is found in the store by whoever leads next.
+//! The tasks end at once. The next leader finds the result of requests in flight in the metadata store.
 
 use std::{
     collections::BTreeMap,
@@ -37,13 +37,13 @@ use crate::{
     task::Tasks,
 };
 
-/// First and longest pause after the store did not answer.
+/// First and longest pause after the store did not respond.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
-/// Keys that are read side by side.
+/// Maximum number of keys that are read concurrently.
 const TOGETHER: usize = 16;
 
-/// What waits, of each partition.
+/// Queue with at most one entry per partition.
 struct Inbox<T> {
     waiting: Mutex<BTreeMap<PartitionId, T>>,
     news: Notify,
@@ -54,13 +54,13 @@ impl<T: Default> Inbox<T> {
         Self { waiting: Mutex::default(), news: Notify::new() }
     }
 
-    /// Changes what waits of a partition.
+    /// Updates the entry of a partition.
     fn put(&self, id: PartitionId, change: impl FnOnce(&mut T)) {
         change(self.waiting.lock().unwrap_or_else(PoisonError::into_inner).entry(id).or_default());
         self.news.notify_one();
     }
 
-    /// All that waits, once there is something. One task calls it.
+    /// Takes all entries, once there are any. Only one task calls this function.
     async fn take(&self) -> BTreeMap<PartitionId, T> {
         loop {
             let taken = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
@@ -72,14 +72,14 @@ impl<T: Default> Inbox<T> {
     }
 }
 
-/// What is read or written for one partition beside its proposals.
+/// Store operations of one partition, other than its proposals.
 #[derive(Clone, Copy, Debug, Default)]
 struct Errand {
     read_back: bool,
     resign: Option<LeaderEpoch>,
 }
 
-/// The way to the metadata store, for the partitions of one broker.
+/// Requests of one broker's partitions to the metadata store.
 pub(super) struct Agree {
     me: BrokerId,
     keys: Keys,
@@ -108,7 +108,7 @@ impl Agree {
         Arc::new(Self { me, keys, changes, hosted, proposals: Inbox::new(), errands: Inbox::new() })
     }
 
-    /// Starts the tasks: proposals do not wait for what is read back.
+    /// Starts the tasks. Proposals do not wait for read-backs.
     pub(super) fn spawn(self: &Arc<Self>, tasks: &Tasks) {
         let (agree, stop) = (Arc::clone(self), tasks.clone());
         tasks.spawn("agree", async move {
@@ -148,7 +148,7 @@ impl Agree {
     }
 
     async fn answer(&self, id: PartitionId, outcome: Agreed) {
-        // One that is not here any more does not care.
+        // The outcome for a partition that is no longer open is dropped.
         if let Some(partition) = self.hosted.by_id(id) {
             partition.agreed(outcome).await;
         }
@@ -176,7 +176,7 @@ impl Agree {
         }
     }
 
-    /// Reads the key and does what is asked. Returns what is left to do.
+    /// Reads the key and runs the requested operations. Returns the remaining operations.
     async fn run_errand(&self, id: PartitionId, errand: Errand) -> Errand {
         let found = match self.changes.read_back(id).await {
             Ok(found) => found,
@@ -194,7 +194,7 @@ impl Agree {
         Errand { read_back: false, resign: (!resigned).then_some(epoch) }
     }
 
-    /// Gives up the leadership of this epoch. False where that is to be tried again.
+    /// Resigns from the leadership of this epoch. Returns false if that must be retried.
     async fn resign_from(
         &self,
         id: PartitionId,
@@ -205,7 +205,7 @@ impl Agree {
         let leads = value.leader == Some(self.me) && value.leader_epoch == epoch;
         let stay = value.isr.iter().any(|member| *member != self.me);
         if !leads || !stay {
-            // Alone in sync it would only be elected again; as it is it still serves what it has.
+            // The only in-sync replica would be elected again. As the leader, it still serves its records.
             return true;
         }
         let Some(config) = self.hosted.config(id) else { return true };
@@ -221,15 +221,15 @@ impl Agree {
     }
 }
 
-/// What the store's answer means to who proposed.
+/// Translates the result of the store to the outcome for the proposing leader.
 fn outcome(id: PartitionId, changed: Changed) -> Agreed {
     match changed {
         Changed::Done(revision) => Agreed::Done(revision),
         Changed::Refused(Some((value, revision))) => Agreed::Found(value, revision),
-        // It cannot be read either: nobody may go on as if it had the old value.
+        // There is no readable value, so the leader must not continue as if the old value were stored.
         Changed::Refused(None) => Agreed::Gone,
         Changed::Barred => unreachable!("nothing was named that holds for all"),
-        // Not made, or not known to have been: what stands in the store tells.
+        // The change was not applied, or may have been applied: a read-back shows the stored value.
         Changed::Unknown(error) | Changed::Failed(error) => {
             tracing::debug!(partition = %id, %error, "a change of the in-sync replicas has no known outcome yet");
             Agreed::Unknown
@@ -278,7 +278,7 @@ mod tests {
             PartitionValue::decode(&key, &entry.value).expect("ours")
         }
 
-        /// Resigns from an epoch; true when nothing is left to do.
+        /// Resigns from an epoch. Returns true if nothing is left to do.
         async fn resign(&self, epoch: u32) -> bool {
             let errand = Errand { read_back: false, resign: Some(LeaderEpoch(epoch)) };
             self.agree.run_errand(self.id, errand).await.resign.is_none()
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_leader_that_cannot_write_gives_up_what_another_member_can_lead_and_nothing_else() {
+    async fn failed_leader_resigns_only_for_another_isr_member() {
         let bench = Bench::new();
         for (before, epoch, why) in [
             (value(1, &[1]), 3, "nobody else is in sync"),
@@ -311,9 +311,9 @@ mod tests {
         assert_eq!((after.leader, after.leader_epoch, after.isr), (None, LeaderEpoch(4), vec![BrokerId(2)]));
     }
 
-    /// A broker that was struck since it acknowledged, and registered anew, may lack what it had.
+    /// A broker that was removed from the sets after its acknowledgement, and registered again, may lack the acknowledged records.
     #[tokio::test]
-    async fn who_is_admitted_is_still_registered_as_it_was() {
+    async fn isr_admission_requires_unchanged_broker_epoch() {
         let bench = Bench::new();
         let peer = BrokerId(2);
         let key = bench.keys.broker(peer);
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_waits_of_a_partition_is_taken_once_and_the_last_word_counts() {
+    async fn queued_operations_of_one_partition_are_merged() {
         let inbox: Inbox<Errand> = Inbox::new();
         let topic = TopicId::new(random::uuid());
         for number in [0, 1, 0] {
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_to_be_done_is_read_back_and_what_cannot_be_read_is_over() {
+    fn store_results_map_to_proposal_outcomes() {
         let id = PartitionId::new(TopicId::new(random::uuid()), 0);
         let (found, at) = (value(2, &[2]), Revision(7));
         let lost = || crate::cluster::StoreError::unknown("no answer");

@@ -1,23 +1,24 @@
-//! Memory of requests and responses that are under way: a budget for each, of which one connection gets a part.
+//! Memory budgets of requests and responses in progress: one each, of which every connection gets a share.
 //!
 //! # Overview
 //!
-//! Each budget has two pools. Small messages have one of their own, so that large ones never hold them up. Small requests that came whole
-//! have a third one: no client can hold it by sending nothing. A connection takes from its own part of a pool first, then from the pool,
-//! each in turn: at most so much waits in the queue of a pool for one connection as it may hold.
-//! Everything is taken at once, for as many bytes as are announced: what holds a part of what it needs never waits for the rest.
+//! Each budget has two pools. Small messages use a pool of their own, so large messages never delay them. Small requests that have arrived
+//! completely use a third pool, which no client can occupy by sending nothing.
 //!
-//! The parts of a request have pools of their own. They are taken at once as well, when the whole request is there. Requests take from
-//! small pools, large pools and those of parts in this order, so none waits for another that waits for it.
+//! A connection takes memory from its own share of a pool first, then from the pool. Requests of one connection can therefore queue at a
+//! pool for at most the share of that connection. Memory for all announced bytes is taken at once: no request holds a part of its memory
+//! while it waits for the rest.
+//!
+//! The parts of a request (its repeated elements) have pools of their own. Their memory is also taken at once, when the request has arrived
+//! completely. Requests take from small pools, large pools and part pools in this order, so no two requests wait for each other.
 //!
 //! # Invariants
 //!
-//! - A request whose bytes do not come holds nothing that others wait for: where a pool is used up, requests that are incomplete for longer
-//!   than [`SMALL_GRACE`] or [`grace`] end with `OVERLOADED`, the oldest first.
-//! - A connection whose client does not read, and holds memory that others wait for, is closed
-//!   (`connections`).
-//! - A request is charged until its batch has produce memory, a response above 4 KiB until HTTP/2 has written its last byte: who takes a byte
-//!   of it has not taken it.
+//! - A request whose bytes do not arrive holds no memory that other requests wait for. When a pool is exhausted, requests that are
+//!   incomplete for longer than [`SMALL_GRACE`] or [`grace`] fail with `OVERLOADED`, the oldest first.
+//! - A connection that holds memory which other connections wait for is closed (`connections`) if its client does not read.
+//! - A request is charged until its batch has produce memory. A response above 4 KiB is charged until HTTP/2 has written its last byte. A
+//!   client that takes one byte of a response has not taken the response.
 
 mod connections;
 mod grant;
@@ -40,58 +41,58 @@ use self::{
 };
 use crate::{
     partition::{Memory, Opener},
-    proto::fault::{Fault, Reason},
+    proto::error::{ApiError, ErrorCode},
     task::clock,
 };
 
-/// Requests and responses up to this size use the pool of small ones: a batch of 64 KiB, the most common size, and what is around it.
+/// Maximum size of a message in the small pools, in bytes: a batch of 64 KiB, the most common size, and its envelope.
 pub const SMALL_BYTES: usize = 65 << 10;
 
-/// Memory that one repeated part of a request takes at most when it has become a struct, in a list that grows.
+/// Maximum memory of one repeated part of a request after decoding to a struct in a growing list, in bytes.
 const PART_BYTES: usize = 256;
 
-/// The share of request memory for the parts of requests, as a divisor.
+/// Share of request memory for the parts of requests, as a divisor.
 const PARTS_SHARE: u64 = 4;
 
-/// The share of request memory for what came of requests that wait for memory, as a divisor.
+/// Share of request memory for received bytes of requests that wait for memory, as a divisor.
 const WAITING_SHARE: u64 = 16;
 
-/// The share of request memory for small requests that came whole, as a divisor.
+/// Share of request memory for small requests that have arrived completely, as a divisor.
 const WHOLE_SHARE: u64 = 16;
 
-/// Bytes of a waiting request that are not counted.
+/// Bytes of a waiting request that are not charged.
 pub const WAITING_BYTES: usize = 4 << 10;
 
-/// Bytes of a response that are not counted.
+/// Bytes of a response that are not charged.
 const UNCHARGED_BYTES: usize = 4 << 10;
 
-/// The share of response memory for what fetches and reads keep of the partitions that they name, as a divisor.
+/// Share of response memory for the partition state of fetches and reads, as a divisor.
 const SESSION_SHARE: u64 = 8;
 
-/// How long a request waits for memory.
+/// Maximum time that a request waits for memory.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a small request may be incomplete while others wait.
+/// Maximum time that a small request may be incomplete while other requests wait.
 const SMALL_GRACE: Duration = Duration::from_millis(10);
 
-/// How long a larger one may be incomplete, beside the time that its bytes take.
+/// Maximum time that a large request may be incomplete while other requests wait, in addition to the time for its bytes.
 const LARGE_GRACE: Duration = Duration::from_secs(1);
 
-/// Least pace at which a large request must come while others wait: the largest has less time than others wait.
+/// Minimum rate of a large request while other requests wait. The largest request gets less time than other requests wait.
 const MIN_BYTES_PER_SECOND: usize = 8 << 20;
 
-/// The share of a pool that one connection may hold, as a divisor.
+/// Share of a pool that one connection may hold, as a divisor.
 const CONNECTION_SHARE: u64 = 4;
 
-/// Calls of one connection whose answers are made of metadata and have not been sent yet.
+/// Maximum number of calls per connection whose responses are built from metadata and have not been sent.
 const METADATA_CALLS: usize = 16;
 
-/// Bytes for messages that are read, of `request_bytes`.
+/// Returns the part of `request_bytes` for messages that are being read.
 fn message_bytes(request_bytes: u64) -> u64 {
     request_bytes - request_bytes / PARTS_SHARE - request_bytes / WAITING_SHARE - request_bytes / WHOLE_SHARE
 }
 
-/// How long an incomplete request of so many bytes is left alone while others wait.
+/// Returns the maximum time that a request of this size may be incomplete while other requests wait.
 fn grace(bytes: usize) -> Duration {
     if bytes <= SMALL_BYTES {
         return SMALL_GRACE;
@@ -99,21 +100,21 @@ fn grace(bytes: usize) -> Duration {
     LARGE_GRACE + Duration::from_secs((bytes / MIN_BYTES_PER_SECOND) as u64)
 }
 
-/// The budgets of a broker. Clones share them.
+/// Memory budgets of a broker. Clones share them.
 #[derive(Clone, Debug)]
 pub struct Budgets(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     requests: Pools,
-    /// Small requests that came whole.
+    /// Pool of small requests that have arrived completely.
     whole: Memory,
     parts: Pools,
     waiting: Memory,
-    /// Requests that wait for the pool of small ones, and for that of large ones.
+    /// Queues of requests at the small pool and at the large pool.
     queues: [RequestQueue; 2],
     responses: Pools,
-    /// Memory for the partitions that fetches and reads name.
+    /// Memory for the partitions named in fetches and reads.
     sessions: Memory,
     request_bytes: u64,
     response_bytes: u64,
@@ -121,7 +122,7 @@ struct Inner {
     connections: Arc<Connections>,
 }
 
-/// A pool for small messages, and one for all others.
+/// A pool for small messages and one for all other messages.
 #[derive(Clone, Debug)]
 pub(super) struct Pools {
     small: Memory,
@@ -129,27 +130,27 @@ pub(super) struct Pools {
 }
 
 impl Pools {
-    /// A quarter for small messages.
+    /// Creates pools with a quarter of the memory for small messages.
     fn new(bytes: u64) -> Self {
         Self { small: Memory::new(bytes / 4), large: Memory::new(bytes - bytes / 4) }
     }
 
-    /// Half for small messages.
+    /// Creates pools with half of the memory for small messages.
     pub(super) fn halves(bytes: u64) -> Self {
         Self { small: Memory::new(bytes / 2), large: Memory::new(bytes - bytes / 2) }
     }
 
-    /// The pool for a message of `bytes`.
+    /// Returns the pool for a message of `bytes`.
     pub(super) const fn of(&self, bytes: usize) -> &Memory {
         if bytes <= SMALL_BYTES { &self.small } else { &self.large }
     }
 
-    /// Bytes that are taken of both.
+    /// Returns the bytes taken from both pools.
     pub(super) fn taken(&self) -> usize {
         self.small.taken() + self.large.taken()
     }
 
-    /// Takes from a connection's part and from the whole, where both have as much.
+    /// Takes memory from a connection's share and from the pool, if both have enough.
     fn try_take(own: &Self, all: &Self, bytes: usize) -> Option<Grant> {
         let own = own.of(bytes).try_take(bytes)?;
         let all = all.of(bytes).try_take(bytes)?;
@@ -157,11 +158,11 @@ impl Pools {
     }
 }
 
-/// Grants of one message: mostly one for its bytes, and one for its parts.
+/// Grants of one message: usually one for its bytes and one for its parts.
 type Grants = SmallVec<[Grant; 2]>;
 
 impl Budgets {
-    /// Budgets of so many bytes.
+    /// Creates budgets of these sizes.
     pub fn new(request_bytes: u64, response_bytes: u64) -> Self {
         Self(Arc::new(Inner {
             requests: Pools::new(message_bytes(request_bytes)),
@@ -178,7 +179,7 @@ impl Budgets {
         }))
     }
 
-    /// The part of a new connection, which `close` ends.
+    /// Opens the share of a new connection. `close` closes that connection.
     pub fn connection(&self, close: impl Fn() + Send + Sync + 'static) -> ConnectionMemory {
         let Inner { request_bytes, response_bytes, .. } = *self.0;
         let sessions_bytes = response_bytes / SESSION_SHARE;
@@ -189,13 +190,13 @@ impl Budgets {
         self.0.connections.open(pools, whole, sessions, close)
     }
 
-    /// Bytes that requests and responses have taken.
+    /// Returns the bytes taken by requests and by responses.
     pub fn taken(&self) -> (usize, usize) {
         let requests = self.0.requests.taken() + self.0.whole.taken() + self.0.waiting.taken();
         (requests + self.0.parts.taken(), self.0.responses.taken() + self.0.sessions.taken())
     }
 
-    /// Takes `bytes` of a pool. While it waits, connections are closed that hold more of it and whose clients do not read.
+    /// Takes `bytes` from a pool. While the call waits, it closes connections that hold such memory and whose clients do not read.
     async fn take(&self, pool: &Memory, bytes: usize, kind: MemoryKind) -> OwnedSemaphorePermit {
         let mut taken = std::pin::pin!(pool.take(bytes));
         loop {
@@ -206,16 +207,16 @@ impl Budgets {
         }
     }
 
-    fn no_request_memory(&self, bytes: usize, message: &str) -> Fault {
+    fn no_request_memory(&self, bytes: usize, message: &str) -> ApiError {
         let most = self.0.request_bytes;
         let message = format!(
             "{message}: the request has {bytes} bytes, and requests may take {most} (limits.request_memory_bytes)"
         );
-        Fault::new(Reason::Overloaded, message).with("bytes", bytes).with("max", most)
+        ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", most)
     }
 }
 
-/// The memory of one call. Clones share it.
+/// Memory of one call. Clones share it.
 #[derive(Clone, Debug)]
 pub struct CallMemory {
     budgets: Budgets,
@@ -223,28 +224,28 @@ pub struct CallMemory {
     call: Arc<Mutex<Call>>,
 }
 
-/// A request that was read, with its memory until this is dropped.
+/// A request that was read, with its memory until the value is dropped.
 #[derive(Debug, Default)]
 pub struct HeldRequest {
-    /// Bytes of its message; 0 where it came by no connection.
+    /// Size of the message in bytes; 0 for a request that arrived on no connection.
     pub(super) bytes: usize,
     grants: Grants,
 }
 
 #[derive(Debug, Default)]
 struct Call {
-    /// The request that was read, until its handler takes it.
+    /// Request that was read and not yet taken by its handler.
     request: HeldRequest,
-    /// Responses that were made and not handed to the connection yet.
+    /// Grants of responses that are complete and not yet passed to the connection.
     made: Grants,
-    /// How many frames of responses were handed to the connection and have not been sent.
+    /// Number of response frames that were passed to the connection and have not been sent.
     handed: usize,
-    /// While there are such.
+    /// Present while response frames are unsent.
     unread: Option<UnreadResponse>,
 }
 
 impl CallMemory {
-    /// Nothing taken yet.
+    /// Creates the memory of a call, with nothing taken.
     pub fn new(budgets: Budgets, connection: ConnectionMemory) -> Self {
         Self { budgets, connection, call: Arc::default() }
     }
@@ -253,12 +254,12 @@ impl CallMemory {
         self.call.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes memory for a request of which nothing but its length is there. Most get it at once.
+    /// Takes memory for a request of which only the length has arrived, without waiting. Most requests get their memory here.
     pub fn try_request(&self, bytes: usize) -> Option<Grant> {
         Pools::try_take(&self.connection.0.requests, &self.budgets.0.requests, bytes)
     }
 
-    /// Takes memory for a small request that is there. Most get it at once.
+    /// Takes memory for a small request that has arrived completely, without waiting. Most requests get their memory here.
     pub fn try_whole_request(&self, bytes: usize) -> Option<Grant> {
         let taken = || {
             let own = self.connection.0.whole.try_take(bytes)?;
@@ -267,11 +268,11 @@ impl CallMemory {
         taken().or_else(|| self.try_request(bytes))
     }
 
-    /// Takes memory for what came of a request that is to wait.
+    /// Takes memory for the received bytes of a request that is about to wait.
     ///
     /// # Errors
-    /// `OVERLOADED` where others that wait hold too much.
-    pub fn try_waiting(&self, bytes: usize) -> Result<Grant, Fault> {
+    /// `OVERLOADED`: other waiting requests hold too much.
+    pub fn try_waiting(&self, bytes: usize) -> Result<Grant, ApiError> {
         let permit = self.budgets.0.waiting.try_take(bytes);
         permit.map(Grant::of_all).ok_or_else(|| {
             self.budgets
@@ -279,11 +280,11 @@ impl CallMemory {
         })
     }
 
-    /// Waits for it. Its connection reads nothing of the request meanwhile, so HTTP/2's window stops its sender.
+    /// Waits for memory for a request. Meanwhile the connection reads nothing of the request, so the HTTP/2 window stops the sender.
     ///
     /// # Errors
-    /// `OVERLOADED` where none came free in time.
-    pub async fn request(self, bytes: usize) -> Result<Grant, Fault> {
+    /// `OVERLOADED`: no memory became free in time.
+    pub async fn request(self, bytes: usize) -> Result<Grant, ApiError> {
         let deadline = clock::monotonic() + REQUEST_TIMEOUT;
         let own = self.connection.0.requests.of(bytes).take(bytes);
         let Ok(own) = tokio::time::timeout_at(deadline, own).await else {
@@ -307,16 +308,16 @@ impl CallMemory {
         }
     }
 
-    /// Takes memory for the parts of a request that is there. Most get it at once.
+    /// Takes memory for the parts of a request that has arrived completely, without waiting. Most requests get their memory here.
     pub fn try_parts(&self, parts: usize) -> Option<Grant> {
         Pools::try_take(&self.connection.0.parts, &self.budgets.0.parts, parts * PART_BYTES)
     }
 
-    /// Waits for it. The last bytes of the request are held back meanwhile, so nothing is made of it.
+    /// Waits for memory for the parts of a request. Meanwhile the last bytes of the request are held back, so the request is not decoded.
     ///
     /// # Errors
-    /// `OVERLOADED` where none came free in time.
-    pub async fn parts(self, parts: usize) -> Result<Grant, Fault> {
+    /// `OVERLOADED`: no memory became free in time.
+    pub async fn parts(self, parts: usize) -> Result<Grant, ApiError> {
         let bytes = parts * PART_BYTES;
         let (own, all) = (&self.connection.0.parts, &self.budgets.0.parts);
         let taken = async {
@@ -327,19 +328,19 @@ impl CallMemory {
         in_time.map_err(|_| self.budgets.no_request_memory(bytes, "no memory for the request's parts came free"))
     }
 
-    /// A request of `bytes` was read whole.
+    /// Stores the memory of a completely read request of `bytes` until its handler takes that memory.
     pub fn deliver(&self, bytes: usize, grants: impl IntoIterator<Item = Grant>) {
         let mut call = self.call();
         call.request.bytes = bytes;
         call.request.grants.extend(grants);
     }
 
-    /// Takes over the memory of the request that was read last. Dropping the value gives it back.
+    /// Takes over the memory of the request that was read last. Dropping the value frees the memory.
     pub fn take_request(&self) -> HeldRequest {
         std::mem::take(&mut self.call().request)
     }
 
-    /// Notes that a request is incomplete, for as long as the value lives.
+    /// Registers a request as incomplete until the returned guard is dropped.
     pub fn incomplete(&self, bytes: usize, since: Instant) -> IncompleteGuard {
         IncompleteGuard {
             budgets: self.budgets.clone(),
@@ -347,8 +348,8 @@ impl CallMemory {
         }
     }
 
-    /// Memory for a response of up to `bytes`, or of up to `least` where others hold too much for that: the bytes that were granted. `None`
-    /// where there is none now.
+    /// Takes memory for a response of up to `bytes`, or of `least` if other responses hold too much for that. Returns the grant and its
+    /// bytes, or `None` if there is no memory now.
     pub(super) fn try_response(&self, bytes: usize, least: usize) -> Option<(ResponseGrant, usize)> {
         let take = |bytes: usize, is_small| {
             let (own, all) = self.response_pools(is_small);
@@ -359,7 +360,7 @@ impl CallMemory {
         large.or_else(|| take(least, self.is_small(least)))
     }
 
-    /// As [`Self::try_response`]. Waits where there is none.
+    /// Takes memory as [`Self::try_response`] does, but waits for it.
     pub(super) async fn response(&self, bytes: usize, least: usize) -> (ResponseGrant, usize) {
         if let Some(granted) = self.try_response(bytes, least) {
             return granted;
@@ -371,7 +372,8 @@ impl CallMemory {
         (ResponseGrant { grant: Grant::of_connection(own, all), is_small }, least)
     }
 
-    /// A response larger than the small part of one connection waits for the large pool.
+    /// Returns true if the small pool serves a response of `least` bytes. A response above the connection's small share waits for the large
+    /// pool.
     fn is_small(&self, least: usize) -> bool {
         least <= self.connection.0.responses.small.bytes()
     }
@@ -381,34 +383,34 @@ impl CallMemory {
         if is_small { (&own.small, &all.small) } else { (&own.large, &all.large) }
     }
 
-    /// Memory for reading `bytes` that are no part of a response, for as long as the value lives.
+    /// Waits for memory for reading `bytes` that belong to no response.
     pub(super) async fn read(&self, bytes: usize) -> Grant {
         let own = self.connection.0.responses.large.take(bytes).await;
         let all = self.budgets.take(&self.budgets.0.responses.large, bytes, MemoryKind::Responses).await;
         Grant::of_connection(own, all)
     }
 
-    /// No memory for a response came free in time.
-    pub(super) fn no_response_memory(&self) -> Fault {
+    /// Returns the error for a response whose memory did not become free in time.
+    pub(super) fn no_response_memory(&self) -> ApiError {
         let most = self.budgets.0.response_bytes;
         let message = format!(
             "no memory for the response came free in time: others that were not read yet hold it, and responses may take {most} bytes \
              (limits.response_memory_bytes)"
         );
-        Fault::new(Reason::Overloaded, message).with("max", most)
+        ApiError::new(ErrorCode::Overloaded, message).with("max", most)
     }
 
-    /// Takes more for a response that is being made, and charges it with that.
+    /// Takes additional memory for the response that is being built, and charges the response with it.
     ///
     /// # Errors
-    /// `OVERLOADED` where there is not as much.
-    pub(crate) fn reserve_more(&self, bytes: usize) -> Result<(), Fault> {
+    /// `OVERLOADED`: there is not enough memory.
+    pub(crate) fn reserve_more(&self, bytes: usize) -> Result<(), ApiError> {
         let more = self.take_more(bytes)?;
         self.call().made.push(more);
         Ok(())
     }
 
-    fn take_more(&self, bytes: usize) -> Result<Grant, Fault> {
+    fn take_more(&self, bytes: usize) -> Result<Grant, ApiError> {
         let taken = (self.connection.0.responses.large.try_take(bytes), self.budgets.0.responses.large.try_take(bytes));
         let (Some(own), Some(all)) = taken else {
             self.budgets.0.connections.close_unread(MemoryKind::Responses);
@@ -417,16 +419,16 @@ impl CallMemory {
                 "no memory for the response: it needs {bytes} bytes, and responses may take {most} (limits.response_memory_bytes), of which \
                  others that were not read yet hold a part"
             );
-            return Err(Fault::new(Reason::Overloaded, message).with("bytes", bytes).with("max", most));
+            return Err(ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", most));
         };
         Ok(Grant::of_connection(own, all))
     }
 
-    /// Takes memory for what a fetch or a read keeps of the partitions that it names.
+    /// Takes memory for the partition state of a fetch or read.
     ///
     /// # Errors
-    /// `OVERLOADED` where there is not as much.
-    pub(super) fn session(&self, bytes: usize) -> Result<Grant, Fault> {
+    /// `OVERLOADED`: there is not enough memory.
+    pub(super) fn session(&self, bytes: usize) -> Result<Grant, ApiError> {
         let own = self.connection.0.sessions.try_take(bytes);
         let taken = own.and_then(|own| Some(Grant::of_connection(own, self.budgets.0.sessions.try_take(bytes)?)));
         taken.ok_or_else(|| {
@@ -435,35 +437,35 @@ impl CallMemory {
                 "no memory for the partitions of the request: they need {bytes} bytes, all fetches and reads together may take {most} and \
                  those of one connection a quarter of it (an eighth of limits.response_memory_bytes): name fewer partitions"
             );
-            Fault::new(Reason::Overloaded, message).with("bytes", bytes).with("max", most)
+            ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", most)
         })
     }
 
-    /// A response of so many bytes was made of what was taken for it. It is charged until it has been sent.
+    /// Reduces the memory of a completed response to `bytes`. This memory stays charged until the response has been sent.
     pub(super) fn made(&self, mut response: ResponseGrant, bytes: usize) {
         response.shrink(bytes);
         self.call().made.push(response.grant);
     }
 
-    /// Takes again what a response gave back, up to `bytes`; whether there was as much.
+    /// Takes back memory that a response has freed, up to `bytes`. Returns true if there was enough.
     pub(super) fn grow(&self, response: &mut ResponseGrant, bytes: usize) -> bool {
         let (own, all) = self.response_pools(response.is_small);
         response.grant.try_grow(own, all, bytes)
     }
 
-    /// The client took a piece of what was handed over.
+    /// Records that the client took a piece of the data that was passed to HTTP/2.
     pub fn on_piece_taken(&self) {
         if let Some(unread) = &self.call().unread {
             unread.renew();
         }
     }
 
-    /// Hands `bytes` of a response to the connection, which has sent them when the value is dropped. What was taken for the response covers
-    /// most; what is made without records, as metadata is, takes its memory here.
+    /// Charges `bytes` of a response that are passed to the connection. The connection has sent them when the returned value is dropped.
+    /// Memory taken for the response covers most of them. A response without records, such as metadata, takes its memory here.
     ///
     /// # Errors
-    /// `OVERLOADED` where there is not as much.
-    pub fn hand(&self, bytes: usize) -> Result<HandedResponse, Fault> {
+    /// `OVERLOADED`: there is not enough memory.
+    pub fn hand(&self, bytes: usize) -> Result<HandedResponse, ApiError> {
         let mut grants = std::mem::take(&mut self.call().made);
         let charged = grants.iter().map(Grant::bytes).sum::<usize>();
         if bytes > charged + UNCHARGED_BYTES {
@@ -472,35 +474,36 @@ impl CallMemory {
         let charged = grants.iter().map(Grant::bytes).sum();
         let mut call = self.call();
         call.handed += 1;
-        // Until the client takes it, the call can give back nothing.
+        // Until the client reads the response, the call cannot free any memory.
         call.unread.get_or_insert_with(|| UnreadResponse::new(&self.connection.0)).hand(charged);
         drop(call);
         Ok(HandedResponse { call: Arc::clone(&self.call), _grants: grants })
     }
 
-    /// Opens the batches of this connection one at a time.
+    /// Returns a decompressor that processes one batch of this connection at a time.
     pub(super) fn opener(&self, opener: &Opener) -> Opener {
         opener.for_caller(Arc::clone(&self.connection.0.decompression))
     }
 
-    /// Rewrites the batches of this connection one at a time. Its readers wait for none of them.
+    /// Returns a decompressor for recompression that processes one batch of this connection at a time. Reads of the connection do not wait
+    /// for it.
     pub(super) fn rewriter(&self, opener: &Opener) -> Opener {
         opener.for_caller(Arc::clone(&self.connection.0.recompression))
     }
 
-    /// A place for an append with `acks=tiered` among those of its connection, where there is one.
+    /// Returns a permit for an append with `acks=tiered` from those of the connection, if one is free.
     pub(super) fn tiered_append(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.connection.0.tiered_appends).try_acquire_owned().ok()
     }
 
-    /// The turn of a call whose answer is made of metadata, until that was sent.
+    /// Waits for a permit to build a response from metadata. The caller holds the permit until the response has been sent.
     pub async fn metadata_turn(&self) -> OwnedSemaphorePermit {
         let turn = Arc::clone(&self.connection.0.metadata_calls).acquire_owned().await;
         turn.expect("the semaphore is never closed")
     }
 }
 
-/// A frame of a response that HTTP/2 has: it is charged until this is dropped.
+/// A response frame that was passed to HTTP/2. The frame is charged until this value is dropped.
 #[derive(Debug)]
 pub struct HandedResponse {
     call: Arc<Mutex<Call>>,
@@ -524,28 +527,28 @@ impl Drop for HandedResponse {
 #[derive(Debug)]
 pub(super) struct ResponseGrant {
     grant: Grant,
-    /// Taken from the pools of small responses.
+    /// True if the memory is from the small pools.
     is_small: bool,
 }
 
 impl ResponseGrant {
-    /// Takes `bytes` out for a read, or as many as there are.
+    /// Splits off `bytes` for a read, or all if there are fewer.
     pub(super) fn split(&mut self, bytes: usize) -> Grant {
         self.grant.split(bytes)
     }
 
-    /// Puts back what was taken out. What came of other pools is given back.
+    /// Merges memory that was split off. Memory from other pools is freed.
     pub(super) fn merge(&mut self, part: Grant) {
         self.grant.merge(part);
     }
 
-    /// Gives back what is above `bytes`.
+    /// Frees the memory above `bytes`.
     pub(super) fn shrink(&mut self, bytes: usize) {
         self.grant.shrink(bytes);
     }
 }
 
-/// A request that is incomplete.
+/// Registration of an incomplete request.
 #[derive(Debug)]
 pub struct IncompleteGuard {
     budgets: Budgets,
@@ -553,8 +556,8 @@ pub struct IncompleteGuard {
 }
 
 impl IncompleteGuard {
-    /// Why the request ends, where others need its memory; wakes the task when that becomes so.
-    pub fn check(&self, waker: &std::task::Waker) -> Result<(), Fault> {
+    /// Returns the error with which the request ends, if other requests need its memory. The task of `waker` is woken when that happens.
+    pub fn check(&self, waker: &std::task::Waker) -> Result<(), ApiError> {
         if !self.request.is_ended(waker) {
             return Ok(());
         }

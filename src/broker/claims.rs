@@ -1,8 +1,8 @@
-//! Looks claims of other brokers about registrations and leader epochs up in the metadata store, at a bounded rate.
+//! Verifies claims of other brokers about registrations and leader epochs in the metadata store, at a bounded rate.
 //!
-//! Brokers do not prove who they are. So what a message claims is a reason to look, and never more: this broker gives something up when the
-//! store says so. Where the rate is exceeded or the store does not answer, the claim counts for nothing, and the mirror tells what is true
-//! a moment later.
+//! Brokers do not authenticate. A claim is therefore only a reason for a look-up: this broker changes its state only if the store confirms
+//! the claim. If the rate is exceeded or the store does not respond, the claim is ignored, and the metadata cache shows the truth a moment
+//! later.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -13,17 +13,17 @@ use super::producer_ids::Bucket;
 use crate::{
     cluster::{Keys, MetaStore, PartitionValue, Revision, Value as _},
     model::{BrokerId, LeaderEpoch, PartitionId},
-    proto::fault::{Fault, Reason},
+    proto::error::{ApiError, ErrorCode},
     task::clock,
 };
 
-/// Look-ups of one kind in a minute.
+/// Maximum number of look-ups of one kind per minute.
 const LOOKUPS_PER_MINUTE: u32 = 600;
 
-/// How long the store may take: whoever claims something waits no longer for an answer.
+/// Timeout of a look-up. The claiming broker waits no longer for a response.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The store's word on what others claim.
+/// Verifier of other brokers' claims.
 pub(super) struct Claims {
     store: Arc<dyn MetaStore>,
     keys: Keys,
@@ -31,7 +31,7 @@ pub(super) struct Claims {
     partitions: Rate,
 }
 
-/// Bounds look-ups.
+/// Rate limit of look-ups.
 #[derive(Default)]
 struct Rate(Mutex<Option<Bucket>>);
 
@@ -49,11 +49,11 @@ impl Claims {
         Self { store, keys, registrations: Rate::default(), partitions: Rate::default() }
     }
 
-    /// In which uptime a broker is registered; `None` when it is not.
+    /// Returns the broker epoch under which a broker is registered; `None` if the broker is not registered.
     ///
     /// # Errors
-    /// When that cannot be said now.
-    pub(super) async fn broker_epoch(&self, broker: BrokerId) -> Result<Option<Revision>, Fault> {
+    /// The epoch cannot be looked up now.
+    pub(super) async fn broker_epoch(&self, broker: BrokerId) -> Result<Option<Revision>, ApiError> {
         if !self.registrations.take() {
             return Err(not_now("too many registrations are looked up"));
         }
@@ -65,7 +65,7 @@ impl Claims {
         }
     }
 
-    /// The leader epoch of a partition; `None` where that cannot be said now.
+    /// Returns the leader epoch of a partition; `None` if the epoch cannot be looked up now.
     pub(super) async fn leader_epoch(&self, id: PartitionId) -> Option<LeaderEpoch> {
         if !self.partitions.take() {
             return None;
@@ -77,8 +77,8 @@ impl Claims {
     }
 }
 
-fn not_now(why: &str) -> Fault {
-    Fault::new(Reason::NotReady, why)
+fn not_now(why: &str) -> ApiError {
+    ApiError::new(ErrorCode::NotReady, why)
 }
 
 #[cfg(test)]
@@ -102,7 +102,7 @@ mod tests {
         for _ in 2..LOOKUPS_PER_MINUTE {
             claims.broker_epoch(BrokerId(3)).await.unwrap();
         }
-        assert_eq!(claims.broker_epoch(BrokerId(2)).await.unwrap_err().reason, Reason::NotReady);
+        assert_eq!(claims.broker_epoch(BrokerId(2)).await.unwrap_err().code, ErrorCode::NotReady);
         tokio::time::advance(Duration::from_secs(1)).await;
         assert_eq!(claims.broker_epoch(BrokerId(2)).await.unwrap(), Some(created), "tokens come back");
     }

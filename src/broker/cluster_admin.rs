@@ -1,6 +1,7 @@
-//! The cluster's description, and an operator's orders: the requests' shapes over `cluster::Orders`.
+//! Cluster description and admin operations: translates requests to `cluster::Orders`.
 //!
-//! An order is answered when it is written down and this broker sees it, so that a question which follows at once finds it.
+//! The response to an operation is sent when the operation is committed and this broker's metadata cache contains it, so that the next
+//! request finds it.
 
 use std::time::Duration;
 
@@ -15,13 +16,13 @@ use crate::{
     cluster::{self, BrokerValue, ElectError, Held, Known, Ordered, PartitionEntry, Revision, Successor, successor},
     model::{BrokerId, Offset, PartitionId, TopicName},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1,
     },
     task::clock,
 };
 
-/// Reassignments that are described before other tasks have their turn.
+/// Number of reassignments that are described before a yield to other tasks.
 const REASSIGNMENTS_TOGETHER: usize = 256;
 
 impl Broker {
@@ -43,7 +44,7 @@ impl Broker {
             if let Some(known) = state.brokers().get(id) {
                 registered(&mut broker, known);
                 if *id == self.settings.id {
-                    // Peers learn it late, and a standalone broker has none.
+                    // The registration shows this state late, and on a standalone broker never.
                     broker.disk_full |= self.metrics.disk_full.get() > 0;
                     broker.no_room |= self.health.is_full();
                 }
@@ -77,14 +78,14 @@ impl Broker {
         }
     }
 
-    /// How long this broker has been cut off from the metadata store; nothing while it is not. One whose registration is renewed is not,
-    /// however long nothing has changed.
+    /// Returns the time for which this broker has been cut off from the metadata store; zero while it is connected. A broker whose
+    /// registration is renewed is connected, even if nothing has changed for a long time.
     pub(super) fn metadata_silence(&self) -> Duration {
         let renewed = self.session.get().is_none_or(|session| !session.lease_left().is_zero());
         if renewed { Duration::ZERO } else { self.view.silence() }
     }
 
-    pub(super) async fn drain_broker(&self, broker: u32) -> Result<v1::DrainBrokerResponse, Fault> {
+    pub(super) async fn drain_broker(&self, broker: u32) -> Result<v1::DrainBrokerResponse, ApiError> {
         let drained = self.orders.drain(BrokerId(broker), clock::wall_ms()).await?;
         let count = |many: usize| u32::try_from(many).unwrap_or(u32::MAX);
         Ok(v1::DrainBrokerResponse {
@@ -98,11 +99,11 @@ impl Broker {
         })
     }
 
-    pub(super) async fn restore_broker(&self, broker: u32) -> Result<v1::RestoreBrokerResponse, Fault> {
+    pub(super) async fn restore_broker(&self, broker: u32) -> Result<v1::RestoreBrokerResponse, ApiError> {
         Ok(v1::RestoreBrokerResponse { changed: self.orders.restore(BrokerId(broker)).await? })
     }
 
-    pub(super) async fn reassign(&self, request: v1::ReassignRequest) -> Result<v1::ReassignResponse, Fault> {
+    pub(super) async fn reassign(&self, request: v1::ReassignRequest) -> Result<v1::ReassignResponse, ApiError> {
         let (topic, partition) = (name(&request.topic)?, number(request.partition)?);
         if request.replicas.is_empty() {
             return Err(invalid("no brokers are named: name as many as the topic's replication factor"));
@@ -115,7 +116,7 @@ impl Broker {
     pub(super) async fn list_reassignments(
         &self,
         request: &v1::ListReassignmentsRequest,
-    ) -> Result<v1::ListReassignmentsResponse, Fault> {
+    ) -> Result<v1::ListReassignmentsResponse, ApiError> {
         let (topic, partition) = filter(&request.topic, request.partition)?;
         let moving = self.orders.moving(topic.as_ref(), partition)?;
         Ok(v1::ListReassignmentsResponse { partitions: self.reassignments(&moving).await })
@@ -124,13 +125,16 @@ impl Broker {
     pub(super) async fn cancel_reassignment(
         &self,
         request: &v1::CancelReassignmentRequest,
-    ) -> Result<v1::CancelReassignmentResponse, Fault> {
+    ) -> Result<v1::CancelReassignmentResponse, ApiError> {
         let (topic, partition) = filter(&request.topic, request.partition)?;
         let ordered = self.orders.cancel(topic.as_ref(), partition).await?;
         Ok(v1::CancelReassignmentResponse { partitions: self.reassignments(&ordered).await })
     }
 
-    pub(super) async fn elect_leader(&self, request: v1::ElectLeaderRequest) -> Result<v1::ElectLeaderResponse, Fault> {
+    pub(super) async fn elect_leader(
+        &self,
+        request: v1::ElectLeaderRequest,
+    ) -> Result<v1::ElectLeaderResponse, ApiError> {
         let topic = name(&request.topic)?;
         let partition = number(Some(request.partition))?.unwrap_or_default();
         if request.unclean {
@@ -148,7 +152,7 @@ impl Broker {
         topic: &TopicName,
         partition: u32,
         request: &v1::ElectLeaderRequest,
-    ) -> Result<v1::ElectLeaderResponse, Fault> {
+    ) -> Result<v1::ElectLeaderResponse, ApiError> {
         let expect = request.revision.map(Revision);
         if let (Some(to), Some(_)) = (request.to, expect) {
             self.still_usable(topic, partition, BrokerId(to), request.discard).await?;
@@ -163,7 +167,7 @@ impl Broker {
         let found = self.orders.forsaken(topic, partition)?;
         let asked = self.ask_replicas(&found).await;
         let tiered_end = self.view.partition(found.id).as_ref().map_or(Offset::ZERO, bucket_end);
-        // The last resort: it goes on behind what the bucket has. What is lost there nobody can say any more.
+        // Last resort: an unusable replica that restarts at the tiered end. The lost offsets are unknown then.
         let behind_bucket = || {
             let broker = asked.useless.filter(|_| tiered_end > Offset::ZERO && !asked.silent)?;
             Some(Successor { broker, loss: None })
@@ -189,7 +193,8 @@ impl Broker {
         Ok(v1::ElectLeaderResponse { held: asked.held, discard, ..answer })
     }
 
-    /// Refuses where the replica that is to lead answered then and does not now: whoever agreed was not told that its log would be of no use.
+    /// Rejects the election if the replica to be elected responded earlier and does not now. The operator did not agree to the loss of its
+    /// log.
     async fn still_usable(
         &self,
         topic: &TopicName,
@@ -197,7 +202,7 @@ impl Broker {
         to: BrokerId,
         discard: bool,
     ) -> Result<(), ElectError> {
-        // Refused: an earlier try of this very order, or whatever that order says of it.
+        // An error here means that an earlier attempt of this operation succeeded, or the operation itself returns the error.
         let Ok(found) = self.orders.forsaken(topic, partition) else { return Ok(()) };
         if discard || self.ask_replicas(&found).await.told.iter().any(|held| held.broker == to) {
             return Ok(());
@@ -205,7 +210,7 @@ impl Broker {
         Err(ElectError::Unusable { partition: format!("{topic}/{partition}"), id: to })
     }
 
-    /// Counts an election that was ordered, waits until it is seen here, and tells it.
+    /// Counts an election, waits until this broker's metadata cache contains it, and returns the response.
     async fn carried_out(&self, cause: &'static str, ordered: &Ordered) -> v1::ElectLeaderResponse {
         if ordered.changed {
             self.metrics.elections.count(cause);
@@ -214,7 +219,7 @@ impl Broker {
         elected(ordered)
     }
 
-    /// What a partition's replicas say that they hold.
+    /// Requests the reports of a partition's replicas.
     async fn ask_replicas(&self, found: &Ordered) -> Asked {
         let (id, value) = (found.id, &found.value);
         let state = self.view.state();
@@ -271,7 +276,7 @@ impl Broker {
     fn reassignment(&self, ordered: &Ordered) -> v1::Reassignment {
         let value = &ordered.value;
         let waiting = value.is_ordered() && !value.is_moving();
-        // One that waits is shown as it will be.
+        // A queued reassignment is shown as it will be.
         let begun = value.begin_ordered().filter(|_| waiting);
         let move_of = begun.as_ref().unwrap_or(value);
         let stays = |id: &BrokerId| !move_of.removing.contains(id);
@@ -288,7 +293,7 @@ impl Broker {
         }
     }
 
-    /// A partition by its topic's name; by its id where the topic has gone meanwhile.
+    /// Returns a partition with the name of its topic, or with the topic id if the topic was deleted meanwhile.
     fn named(&self, id: PartitionId) -> v1::PartitionName {
         let state = self.view.state();
         let topic = state.name(id.topic).map_or_else(|| id.topic.to_string(), ToString::to_string);
@@ -296,7 +301,7 @@ impl Broker {
     }
 }
 
-/// What a registered broker says in its registration.
+/// Adds the content of a broker's registration.
 fn registered(broker: &mut v1::BrokerState, known: &Known<BrokerValue>) {
     let value = &known.value;
     broker.alive = true;
@@ -326,35 +331,35 @@ fn bucket_end(entry: &PartitionEntry) -> Offset {
     entry.tier.as_ref().map_or(Offset::ZERO, |known| known.value.bucket_end())
 }
 
-/// What the replicas of a partition were found to hold.
+/// Reports of a partition's replicas.
 #[derive(Default)]
 struct Asked {
-    /// For the answer, in the order of the replicas.
+    /// Entries for the response, in the order of the replicas.
     held: Vec<v1::ReplicaState>,
-    /// Of those that did answer.
+    /// Reports of the replicas that responded.
     told: Vec<Held>,
-    /// The first that lives and whose replica cannot be used.
+    /// First live broker whose replica is unusable.
     useless: Option<BrokerId>,
-    /// One that lives has not answered, or not said yet what it holds.
+    /// True if a live broker has not responded, or has not opened its replica yet.
     silent: bool,
 }
 
-fn gone(broker: BrokerId) -> Fault {
-    Fault::new(Reason::NotReady, format!("broker {broker} is not alive"))
+fn gone(broker: BrokerId) -> ApiError {
+    ApiError::new(ErrorCode::NotReady, format!("broker {broker} is not alive"))
 }
 
-fn without(broker: BrokerId) -> Fault {
+fn without(broker: BrokerId) -> ApiError {
     let message = format!("broker {broker} does not have its replica open");
-    Fault::new(Reason::NotReady, message)
+    ApiError::new(ErrorCode::NotReady, message)
 }
 
-fn number(partition: Option<i32>) -> Result<Option<u32>, Fault> {
+fn number(partition: Option<i32>) -> Result<Option<u32>, ApiError> {
     let Some(number) = partition else { return Ok(None) };
     u32::try_from(number).map(Some).map_err(|_| invalid(format!("partition {number} is negative")))
 }
 
-/// Which partitions a request is about: none, a topic's, or one.
-fn filter(topic: &str, partition: Option<i32>) -> Result<(Option<TopicName>, Option<u32>), Fault> {
+/// Parses the scope of a request: all topics, one topic, or one partition.
+fn filter(topic: &str, partition: Option<i32>) -> Result<(Option<TopicName>, Option<u32>), ApiError> {
     let partition = number(partition)?;
     if topic.is_empty() {
         return match partition {

@@ -1,7 +1,7 @@
-//! A topic as its partitions' leaders see it.
+//! Description of a topic, as the leaders of its partitions report it.
 //!
-//! Who holds a partition is in the metadata; how far its log is, only its leader knows. A leader that does not answer leaves its
-//! partitions' marks unknown, and the description says so.
+//! The metadata contains the replicas, and only the leader knows the end of its log. If a leader does not respond, the watermarks of its
+//! partitions are unknown, and the description contains the error.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -15,13 +15,13 @@ use crate::{
     cluster::{PartitionEntry, PartitionValue},
     model::{BrokerId, ConfigMap, Offset, PartitionId, TOPIC_CONFIG_KEYS, TopicConfig, TopicId, TopicName, Watermarks},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1,
     },
 };
 
 impl Broker {
-    pub(super) async fn describe_topic(&self, topic: &str) -> Result<v1::DescribeTopicResponse, Fault> {
+    pub(super) async fn describe_topic(&self, topic: &str) -> Result<v1::DescribeTopicResponse, ApiError> {
         let name = name(topic)?;
         let state = self.view.state();
         let Some(known) = state.topic(&name).cloned() else { return Err(self.topics.unknown(topic).into()) };
@@ -42,7 +42,7 @@ impl Broker {
                 }
             }
             if let Some(why) = self.unusable(id) {
-                state.fault = Some(Fault::new(Reason::StorageFailed, why).into());
+                state.fault = Some(ApiError::new(ErrorCode::StorageFailed, why).into());
             }
             state
         });
@@ -54,20 +54,20 @@ impl Broker {
         })
     }
 
-    /// What a partition's leader said of it.
+    /// Returns the leader's report about a partition.
     fn told(
         &self,
         topic: &TopicName,
         id: PartitionId,
         entry: &PartitionEntry,
         answers: &BTreeMap<BrokerId, Answer>,
-    ) -> Result<Told, Fault> {
+    ) -> Result<Told, ApiError> {
         let leader = entry.partition.as_ref().and_then(|known| known.value.leader);
         let Some(leader) = leader else {
             let known = entry.partition.as_ref();
             let waits = known.map_or_else(String::new, |known| waits(topic, id.number, &known.value));
-            return Err(Fault::new(
-                Reason::NoLeader,
+            return Err(ApiError::new(
+                ErrorCode::NoLeader,
                 format!("nobody leads partition {} at the moment{waits}", id.number),
             ));
         };
@@ -77,15 +77,15 @@ impl Broker {
                 Some(Err(why)) => Err(useless(leader, why)),
                 None => {
                     let message = format!("broker {leader} does not serve partition {} at the moment", id.number);
-                    Err(Fault::new(Reason::NotReady, message))
+                    Err(ApiError::new(ErrorCode::NotReady, message))
                 }
             },
             Some(Err(fault)) => Err(fault.clone()),
-            None => Err(Fault::new(Reason::NotReady, format!("broker {leader} was not asked"))),
+            None => Err(ApiError::new(ErrorCode::NotReady, format!("broker {leader} was not asked"))),
         }
     }
 
-    /// Why the replica here cannot be used.
+    /// Returns why the local replica is unusable.
     pub(super) fn unusable(&self, id: PartitionId) -> Option<String> {
         match &*self.hosted.held(id)? {
             Holding::Unusable(unusable) => Some(unusable.why.as_ref().to_owned()),
@@ -94,7 +94,7 @@ impl Broker {
     }
 }
 
-/// The source of each key of a topic's effective configuration.
+/// Returns the source of each key of a topic's effective configuration.
 fn sources(defaults: &ConfigMap, own: &ConfigMap) -> HashMap<String, i32> {
     let source = |key: &str| match (own.contains_key(key), defaults.contains_key(key)) {
         (true, _) => v1::ConfigSource::Topic,
@@ -104,7 +104,7 @@ fn sources(defaults: &ConfigMap, own: &ConfigMap) -> HashMap<String, i32> {
     TOPIC_CONFIG_KEYS.iter().map(|key| (key.name.to_owned(), source(key.name).into())).collect()
 }
 
-/// Who could lead a partition that nobody leads; or, where nobody could, what an operator can do.
+/// Names the brokers that could lead a leaderless partition or, if there are none, the election that an operator can run.
 fn waits(topic: &TopicName, number: u32, value: &PartitionValue) -> String {
     let waited: Vec<String> = value.isr.iter().chain(&value.elr).map(ToString::to_string).collect();
     if !waited.is_empty() {
@@ -116,7 +116,7 @@ fn waits(topic: &TopicName, number: u32, value: &PartitionValue) -> String {
     )
 }
 
-/// Whom to ask for which partitions of a topic.
+/// Groups the partitions of a topic by leader.
 fn leaders(topic: TopicId, entries: &[(u32, PartitionEntry)]) -> BTreeMap<BrokerId, Vec<PartitionId>> {
     let mut leaders: BTreeMap<BrokerId, Vec<PartitionId>> = BTreeMap::new();
     for (number, entry) in entries {
@@ -127,7 +127,7 @@ fn leaders(topic: TopicId, entries: &[(u32, PartitionEntry)]) -> BTreeMap<Broker
     leaders
 }
 
-/// What the metadata says of a partition.
+/// Returns the description of a partition according to the metadata.
 fn assigned(number: u32, value: Option<&PartitionValue>) -> v1::PartitionState {
     let mut state =
         v1::PartitionState { partition: number.cast_signed(), leader_epoch: -1, ..v1::PartitionState::default() };
@@ -144,7 +144,7 @@ fn assigned(number: u32, value: Option<&PartitionValue>) -> v1::PartitionState {
     state
 }
 
-/// What its leader says of it.
+/// Adds the leader's report to the description.
 fn marked(state: &mut v1::PartitionState, told: &Told) {
     let Watermarks { log_start, local_start, tiered_end, high_watermark, persisted_end, log_end } = told.marks;
     state.log_start = log_start.as_i64();
@@ -155,10 +155,10 @@ fn marked(state: &mut v1::PartitionState, told: &Told) {
     state.log_end = log_end.as_i64();
     state.local_bytes = told.local_bytes;
     state.tiered_bytes = told.tiered_bytes;
-    state.fault = told.failed.as_ref().map(|why| Fault::new(Reason::StorageFailed, why.as_str()).into());
+    state.fault = told.failed.as_ref().map(|why| ApiError::new(ErrorCode::StorageFailed, why.as_str()).into());
 }
 
-/// Brokers as they travel.
+/// Converts broker ids to their wire form.
 pub(super) fn numbers(ids: &[BrokerId]) -> Vec<u32> {
     ids.iter().map(|id| id.0).collect()
 }
@@ -169,7 +169,7 @@ mod tests {
     use crate::model::LeaderEpoch;
 
     #[test]
-    fn a_topics_own_values_go_before_the_brokers_and_those_before_the_built_in_ones() {
+    fn config_source_prefers_topic_then_broker() {
         let map = |keys: &[&str]| keys.iter().map(|&key| (key.to_owned(), "1".to_owned())).collect::<ConfigMap>();
         let found = sources(&map(&["retention.ms", "segment.ms"]), &map(&["segment.ms"]));
         let of = |key: &str| v1::ConfigSource::try_from(found[key]).expect("known");
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_partition_without_a_leader_tells_who_is_waited_for_or_the_way_out() {
+    fn leaderless_partition_names_candidates_or_election() {
         let topic: TopicName = "orders".parse().expect("valid");
         let whole = PartitionValue::new([1, 2, 3].map(BrokerId).to_vec(), LeaderEpoch(4));
         let waiting = PartitionValue { leader: None, isr: vec![BrokerId(1)], elr: vec![BrokerId(3)], ..whole };

@@ -1,9 +1,8 @@
-//! Whether this broker may have been replaced without having heard of it: its registration is gone, or the metadata store has not renewed
-//! it for as long as it lives.
+//! Lease monitor: detects that this broker may have been replaced without notice, because its registration is gone or was not renewed in
+//! time.
 //!
-//! By this process's clock, and a hint for clients: nothing that must be right depends on it. The broker goes on with what it has. Readers are
-//! told, so that one who waits here for records that another broker takes by now can ask who leads; and what needs the store is
-//! refused before anything of it is begun, so that a client can have another broker do it.
+//! The result depends on this process's clock, so no invariant relies on it. The broker continues to serve. Readers are notified, and can
+//! look for a new leader. Operations that need the metadata store are rejected before their start, so that clients can use another broker.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,13 +11,13 @@ use tokio::sync::watch;
 use super::Broker;
 use crate::{
     cluster::Session,
-    proto::fault::{Fault, Reason},
+    proto::error::{ApiError, ErrorCode},
 };
 
-/// How often it is looked whether the doubt is over.
+/// Interval between checks while the lease has expired.
 const AGAIN: Duration = Duration::from_millis(250);
 
-/// Looks whether the registration is kept alive, until the broker stops.
+/// Monitors the lease until the broker stops.
 pub(super) async fn run(broker: Arc<Broker>, session: Session) {
     let mut standing = session.standing();
     loop {
@@ -45,12 +44,12 @@ pub(super) async fn run(broker: Arc<Broker>, session: Session) {
 }
 
 impl Broker {
-    /// Whether there is doubt now.
+    /// Returns true if the lease has expired.
     pub(super) fn is_in_doubt(&self) -> bool {
         *self.doubt.borrow()
     }
 
-    /// Its beginnings and ends. A doubt that there is already counts as one that has just begun.
+    /// Returns a receiver of lease expiry and its end. A lease that has already expired counts as a change.
     pub(super) fn doubts(&self) -> watch::Receiver<bool> {
         let mut doubts = self.doubt.subscribe();
         if *doubts.borrow() {
@@ -59,7 +58,7 @@ impl Broker {
         doubts
     }
 
-    /// Why there is doubt.
+    /// Returns the reason for the lease expiry.
     pub(super) fn why_unregistered(&self) -> String {
         match self.metadata_silence() {
             Duration::ZERO => "the metadata store does not hold it".to_owned(),
@@ -67,10 +66,10 @@ impl Broker {
         }
     }
 
-    /// Refuses what needs the metadata store while that is out of reach, or has gone back.
-    pub(super) fn reaches_metadata(&self) -> Result<(), Fault> {
+    /// Rejects an operation that needs the metadata store while the store is unavailable, or has returned to an older state.
+    pub(super) fn reaches_metadata(&self) -> Result<(), ApiError> {
         if let Some(regression) = self.store.regression() {
-            let fault = Fault::new(Reason::MetadataRegressed, regression.to_string());
+            let fault = ApiError::new(ErrorCode::MetadataRegressed, regression.to_string());
             return Err(fault.with("not_begun", true).with("broker", self.settings.id));
         }
         if !self.is_in_doubt() {
@@ -85,6 +84,6 @@ impl Broker {
              store answers",
             self.settings.id
         );
-        Err(Fault::new(Reason::MetadataUnavailable, message).with("not_begun", true))
+        Err(ApiError::new(ErrorCode::MetadataUnavailable, message).with("not_begun", true))
     }
 }

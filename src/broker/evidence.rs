@@ -1,25 +1,26 @@
-//! What a lost link means: whether the process at its other end is gone, long before its lease says so.
+//! Failure detection: confirms after a lost link that the process of the peer is gone, long before its lease expires.
 //!
 //! # Overview
 //!
-//! A link that breaks says little. A connection that is then refused says that nobody listens at that address any more: the system
-//! there answered, and the process is gone. So a lost link is followed by a probe, twice; when both are refused, or another
-//! process of that broker answers, two things happen (a probe that breaks, or is not answered at once, is repeated: a process that is dying
-//! takes connections until its last moment, one in its place takes them before it answers, and on a busy machine every answer is late):
+//! A broken link alone proves little. A refused connection proves that no process listens at the address: the host responded, and the
+//! process is gone. So a lost link is followed by probes. An inconclusive probe is repeated: an exiting process accepts connections until
+//! its last moment, its successor accepts them before it responds, and a busy host responds late.
 //!
-//! - leaders here drop the broker from their in-sync replicas at once (`Departure::Gone`), so that `acks=all` does not wait for its lease;
-//! - the controller is told. It probes for itself, whoever told it, and takes the registration away, by comparing the broker epoch; it then elects
-//!   others. Is the controller itself the suspect, the brokers with the lowest numbers do the same, each a little later than the
-//!   one before.
+//! If two probes in a row are refused or reach another process of that broker, two things happen:
 //!
-//! Silence means nothing here: a host that vanished, or is cut off, keeps its lease until that ends.
+//! - Leaders on this broker remove the peer from the ISR at once (`Departure::Gone`), so that `acks=all` does not wait for the lease.
+//! - The controller receives a failure report. The controller probes the peer itself, for any reporter, deletes the registration with a
+//!   compare on the broker epoch, and then elects other leaders. If the controller is the suspect, the other brokers delete its
+//!   registration, in the order of their ids, each a little later than the one before.
+//!
+//! A timeout is no failure here: a host that disappeared or is unreachable keeps its lease until the lease expires.
 //!
 //! # Invariants
 //!
-//! - Nothing becomes wrong by wrong evidence, only slow: who is declared gone registers again under a new broker epoch, and every
-//!   change of a partition is a compare-and-set as always.
-//! - A process that was declared gone and comes back was not dead, so something between lies. Evidence against that broker then
-//!   counts for nothing, for a minute at first and twice as long each time.
+//! - A false report costs time, never correctness: the broker registers again under a new broker epoch, and every partition update is a
+//!   compare-and-set.
+//! - A process that returns after it was declared gone was running, so something between the brokers refuses connections. Reports about
+//!   that broker are then ignored, for a minute at first and twice as long each time.
 
 mod shared_checks;
 mod trust;
@@ -46,48 +47,49 @@ use crate::{
 };
 use futures::{StreamExt as _, stream};
 
-/// How long a probe waits for an answer.
+/// Timeout of a probe.
 const PROBE: Duration = Duration::from_millis(200);
 
-/// Between two probes: a port that is refused for less is one that is being taken over.
+/// Pause between two probes. A port that refuses connections for a shorter time is being taken over by another process.
 const BETWEEN: Duration = Duration::from_millis(50);
 
-/// How long probes are repeated while it is not clear what they show.
+/// Maximum time for which inconclusive probes are repeated.
 const UNCLEAR: Duration = Duration::from_secs(1);
 
-/// Pause before a look that showed nothing is repeated, twice as long each time up to the longest: the process that takes a dead one's place may not answer yet.
+/// First and longest pause before an inconclusive check is repeated. The pause doubles each time: the successor of an exited process may
+/// not respond yet.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// How long partitions may take to note it. One that is too busy hears of the registration's end instead.
+/// Maximum time for the partitions to process the failure. A partition that is too busy receives the end of the registration instead.
 const NOTED: Duration = Duration::from_secs(1);
 
-/// How long the controller may take to look for itself, and to take the registration away.
+/// Timeout of a report, in which the controller probes the peer and deletes its registration.
 const REPORT: Duration = Duration::from_secs(3);
 
-/// How often, and after which pause, somebody is looked for who takes a report.
+/// Maximum number of report attempts, and the pause between them.
 const REPORTS: u32 = 10;
 const REPORT_AGAIN: Duration = Duration::from_millis(200);
 
-/// Brokers that are looked at, because others reported them, at the same time.
+/// Maximum number of brokers that are probed concurrently because of reports.
 const REPORT_PROBES: usize = 4;
 
-/// How often a registration is tried to be taken away. Done twice it does no more than once.
+/// Maximum number of attempts to delete a registration. A second deletion has no effect.
 const REVOKES: u32 = 3;
 
-/// How much later than the one before a broker acts when the controller itself is gone.
+/// Delay between two successive brokers that act when the controller itself is gone.
 const RANK: Duration = Duration::from_millis(30);
 
-/// What is known of a broker's process from the outside.
+/// Result of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Seen {
-    /// Nobody listens there any more.
+    /// No process listens at the address.
     Refused,
-    /// Another process answers.
+    /// Another process responds.
     Replaced,
-    /// It answers.
+    /// The process responds.
     There,
-    /// Nothing can be said: the connection broke, or nobody answered in time.
+    /// Inconclusive: the connection broke, or no response arrived in time.
     Unclear,
 }
 
@@ -101,24 +103,24 @@ impl Seen {
         }
     }
 
-    /// Whether the process is gone.
+    /// Returns true if the process is gone.
     fn is_gone(self) -> bool {
         matches!(self, Self::Refused | Self::Replaced)
     }
 }
 
-/// The evidence of one broker.
+/// Failure detector of one broker.
 pub(super) struct Evidence {
     itself: Weak<Self>,
     broker: Weak<Broker>,
     peers: Peers,
     tasks: Tasks,
-    /// Looks that are under way: a broker has many links, and all of them break at once.
+    /// Checks in progress. A broker has several links, and all of them break at once.
     looks: Mutex<BTreeSet<(BrokerId, Revision)>>,
     trust: Mutex<Trust>,
-    /// Reports by others that are being looked into.
+    /// Reports of other brokers that are being verified.
     reports: SharedChecks<(BrokerId, Revision), Result<bool, StoreError>>,
-    /// Reports about brokers that were there.
+    /// Log throttle for reports about brokers that were running.
     false_reports: Mutex<LogThrottle>,
 }
 
@@ -140,7 +142,7 @@ impl LinkLost for Evidence {
 }
 
 impl Evidence {
-    /// Of this broker. Probes run as tasks of `tasks`.
+    /// Creates the failure detector of this broker. Probes run as tasks of `tasks`.
     pub(super) fn new(broker: Weak<Broker>, peers: Peers, tasks: Tasks) -> Arc<Self> {
         Arc::new_cyclic(|itself| Self {
             itself: Weak::clone(itself),
@@ -164,7 +166,7 @@ impl Evidence {
 }
 
 impl Broker {
-    /// Looks whether the process of a lost link is gone, and acts by it. Ends when that is clear or its registration is gone.
+    /// Probes the process of a lost link and handles its failure. Returns when the result is conclusive, or the registration is gone.
     async fn look_after(&self, broker: BrokerId, epoch: Revision, evidence: &Evidence) {
         let mut pause = LOOK_AGAIN;
         let seen = loop {
@@ -185,7 +187,8 @@ impl Broker {
         probe(&evidence.peers, suspect).await
     }
 
-    /// Has leaders here drop a broker. One whose task is stuck at its disk holds up no other, and is not waited for.
+    /// Removes a broker from the ISR of all partitions led here. A partition that is blocked by its disk delays no other partition, and the
+    /// call does not wait for it longer than a bounded time.
     async fn drop_everywhere(&self, peer: Peer) {
         let led = self.hosted.open().into_iter().filter(|partition| partition.standing().role.leads());
         let told = stream::iter(led)
@@ -195,8 +198,8 @@ impl Broker {
         }
     }
 
-    /// Sees to it that the registration of a process that is gone is taken away: until it is, or nobody could be told for long. Two
-    /// processes may have gone at once, and one of them been the controller: then there is another one soon.
+    /// Reports a failed process until its registration is deleted, or until no report was accepted for long. If the controller failed at
+    /// the same time, another controller is elected soon.
     async fn report(&self, broker: BrokerId, epoch: Revision, seen: Seen, evidence: &Evidence) {
         for _ in 0..REPORTS {
             if registered(&self.view.state(), broker, epoch).is_none()
@@ -213,7 +216,7 @@ impl Broker {
         tracing::debug!(%broker, "nobody took the report of a process that is gone; its lease will end");
     }
 
-    /// True when somebody has taken the registration away.
+    /// Reports a failed process once. Returns true if its registration was deleted.
     async fn report_once(&self, broker: BrokerId, epoch: Revision, seen: Seen, evidence: &Evidence) -> bool {
         let me = self.settings.id;
         let state = self.view.state();
@@ -224,11 +227,12 @@ impl Broker {
         drop(state);
         let report = Report { reporter: me, broker, epoch, seen: seen.words().to_owned() };
         match (controller, address) {
-            // Its own look was the probe.
+            // This broker is the controller and has already probed.
             (Some(controller), _) if controller == me => {
                 self.take_away(report, evidence).await.is_ok_and(|revoked| revoked)
             }
-            // The controller alone may look, and is registered without an address: the lease will end.
+            // Only the controller may delete the registration, and the controller is registered without a peer address. The lease will
+            // expire.
             (Some(_), Some(None)) => false,
             (Some(_), Some(Some(address))) => {
                 let request = v1::ReportGoneRequest {
@@ -242,28 +246,29 @@ impl Broker {
                 if let Err(error) = &response {
                     tracing::debug!(%broker, %error, "the controller did not take the report");
                 }
-                // Not taken away: what the controller saw was not clear, or it is another one by now.
+                // Not revoked: the controller's probe was inconclusive, or another broker is the controller by now.
                 response.is_ok_and(|response| response.revoked)
             }
-            // The suspect itself, or nobody: the first of those that are left acts in its place.
+            // The controller is the suspect, or there is none: the first of the remaining brokers acts in its place.
             _ => {
                 tokio::time::sleep(RANK * u32::try_from(rank).unwrap_or(u32::MAX)).await;
                 let revoked = self.revoke(broker, epoch).await;
                 if let Err(error) = &revoked {
                     tracing::debug!(%broker, %error, "the registration could not be taken away");
                 }
-                // Refused by one that was faster, or because the controller is another one by now: the mirror will tell.
+                // The compare failed because another broker was faster, or because the controller changed. The metadata cache will show
+                // which.
                 revoked == Ok(true)
             }
         }
     }
 
-    /// The controller's look at a report that came by the network: this broker probes, no matter which reporter it names. Reports about the same
-    /// registration that wait share one probe, so reports about one live broker do not hold up those about others. True when it took the
-    /// registration away.
+    /// Verifies a report that arrived over the network, as the controller: this broker probes the suspect itself, for any reporter. Waiting
+    /// reports about one registration share one probe, so reports about one live broker do not delay reports about others. Returns true if
+    /// the registration was deleted.
     ///
     /// # Errors
-    /// When the store did not do it: whoever reported is to report again.
+    /// The metadata store did not apply the deletion: the reporter must report again.
     pub(super) async fn judge(&self, report: Report, evidence: &Evidence) -> Result<bool, StoreError> {
         let Report { reporter, broker, epoch, .. } = report;
         if self.view.state().controller() != Some(self.settings.id) {
@@ -290,7 +295,7 @@ impl Broker {
         evidence.reports.run((broker, epoch), look).await
     }
 
-    /// Takes the registration of a process away that this broker has seen to be gone, if it is the controller. True when that was done.
+    /// Deletes the registration of a process that this broker found gone, if this broker is the controller. Returns true if it is deleted.
     async fn take_away(&self, report: Report, evidence: &Evidence) -> Result<bool, StoreError> {
         let Report { reporter, broker, epoch, seen } = report;
         if self.view.state().controller() != Some(self.settings.id) {
@@ -302,7 +307,7 @@ impl Broker {
         }
         let now = clock::monotonic();
         if !evidence.trust().believes(broker, &known.value.incarnation, now) {
-            // The report is made several times while the registration stands.
+            // The report is repeated while the registration exists.
             if let Some(reports) = evidence.trust().distrusted(broker, now) {
                 tracing::info!(
                     %broker, %reporter, seen, reports,
@@ -322,7 +327,7 @@ impl Broker {
         Ok(revoked)
     }
 
-    /// Takes a registration away, if it still is that uptime's. True when that was done here.
+    /// Deletes a registration if it still has this broker epoch. Returns true if this call deleted the registration.
     async fn revoke(&self, broker: BrokerId, epoch: Revision) -> Result<bool, StoreError> {
         let mut tries = 1;
         loop {
@@ -337,7 +342,7 @@ impl Broker {
         }
     }
 
-    /// One try, and with the registration the controller's key, if that is the same broker's.
+    /// Makes one attempt. Also deletes the controller key, if the same broker holds it.
     async fn revoke_once(&self, broker: BrokerId, epoch: Revision) -> Result<bool, StoreError> {
         let key = self.keys.broker(broker);
         let mut transaction = Transaction::new().when(Compare::CreateRevision(key.clone(), epoch)).delete(key);
@@ -351,7 +356,7 @@ impl Broker {
     }
 }
 
-/// The registration of this uptime, while the mirror shows it.
+/// Returns the registration with this broker epoch, while the metadata cache contains it.
 fn registered(state: &ViewState, broker: BrokerId, epoch: Revision) -> Option<Arc<Known<BrokerValue>>> {
     state.brokers().get(&broker).filter(|known| known.create_revision == epoch).cloned()
 }
@@ -364,7 +369,7 @@ struct Suspect<'a> {
     registered: &'a BrokerValue,
 }
 
-/// Looks until it is there, or was seen to be gone twice in a row, or nothing has become clear for long.
+/// Probes until the process responds, until two probes in a row found it gone, or until probes were inconclusive for too long.
 async fn probe(peers: &Peers, suspect: Suspect<'_>) -> Seen {
     let until = clock::monotonic() + UNCLEAR;
     let mut gone = false;
@@ -385,11 +390,11 @@ async fn probe_once(peers: &Peers, suspect: Suspect<'_>) -> Seen {
 }
 
 impl Suspect<'_> {
-    /// Judges the process by the answer at its address.
+    /// Derives the state of the process from the response at its address.
     fn judge(self, answer: &Result<v1::WhoIsResponse, PeerError>) -> Seen {
         let Self { cluster, broker, registered } = self;
         match answer {
-            // An address that is wrong or used twice says nothing about the process.
+            // A wrong address, or one that is used twice, proves nothing about the process.
             Ok(there) if there.cluster != cluster || there.broker != broker.0 => Seen::Unclear,
             Ok(there) if there.incarnation != registered.incarnation => Seen::Replaced,
             Ok(_) | Err(PeerError::Refused(_)) => Seen::There,
@@ -410,7 +415,7 @@ mod tests {
         Suspect { cluster: "test", broker: BrokerId(1), registered }
     }
 
-    /// A port, and a broker that is registered there.
+    /// Returns a listener and a broker that is registered at its address.
     async fn listening() -> (Peers, TcpListener, BrokerValue) {
         let wait = Duration::from_secs(5);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -418,13 +423,13 @@ mod tests {
         (Peers::new(Arc::new(Tcp::between_brokers(wait)), wait), listener, registered)
     }
 
-    /// A process that is killed takes connections until its listener is closed, which may be after its other ones. One such probe,
-    /// and its partitions waited for the lease's end.
+    /// A killed process accepts connections until its listener is closed, which may be after its other sockets. Regression: after one such
+    /// probe, the partitions of the process waited until its lease expired.
     #[tokio::test]
-    async fn a_process_that_dies_while_it_is_probed_is_seen_to_be_gone() {
+    async fn process_exiting_during_probe_is_detected() {
         let (peers, listener, registered) = listening().await;
         let (seen, ()) = tokio::join!(probe(&peers, suspect(&registered)), async {
-            // One connection breaks, one is not answered; then nobody listens any more.
+            // One connection breaks, one gets no response, then the listener is closed.
             drop(listener.accept().await.unwrap());
             let silent = listener.accept().await.unwrap();
             tokio::time::sleep(PROBE).await;
@@ -434,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn answer_of_another_broker_or_cluster_is_no_proof_that_a_process_is_gone() {
+    fn response_of_other_broker_or_cluster_is_inconclusive() {
         let registered = BrokerValue::running_at("127.0.0.1:9470".to_owned());
         let answer = |cluster: &str, broker, incarnation: &str| {
             let answer = v1::WhoIsResponse {
@@ -452,7 +457,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_process_that_says_nothing_is_not_taken_for_dead() {
+    async fn unresponsive_process_is_not_declared_gone() {
         let (peers, _listener, registered) = listening().await;
         assert_eq!(probe(&peers, suspect(&registered)).await, Seen::Unclear);
     }

@@ -1,15 +1,17 @@
-//! Reading: the stream that goes on and on, and the single read.
+//! Fetching: the fetch stream and the unary read.
 //!
-//! A [`Session`] holds the partitions of one reader with its position in each. Which of them has something new comes
-//! from [`Ready`], so a reader of ten thousand quiet partitions costs nothing. Reads of several partitions run side by
-//! side: one that waits for the bucket does not hold up those whose records are in memory.
+//! # Overview
 //!
-//! A reader that takes any replica is also served where this broker follows and is in sync, below the high watermark that it knows. What
-//! a partition is here is looked at after each read: who is struck out while it serves sends its readers to the leader. Only a leader says
-//! that an offset is above the log; one that lies below the committed log start is out of range everywhere.
+//! A [`Session`] holds the partitions of one reader and its position in each. [`Ready`] reports the partitions with new records, so a
+//! reader of ten thousand idle partitions costs nothing. Reads of several partitions run concurrently: a read from the object store does
+//! not delay partitions whose records are in memory.
 //!
-//! `max_wait_ms` bounds the wait for records that do not exist yet. A single read waits for those that exist, which a disk or the object
-//! store has, within a bound of its own.
+//! A reader that accepts any replica is also served by an in-sync follower, below the high watermark known to that follower. The role of a
+//! partition is checked after each read: a follower that was removed from the ISR sends its readers to the leader. Only a leader rejects an
+//! offset above the log end. An offset below the committed log start is out of range on every replica.
+//!
+//! `max_wait_ms` bounds the wait for records that do not exist yet. A unary read waits for existing records, on disk or in the object
+//! store, within a separate bound.
 
 mod memory;
 mod plain;
@@ -40,31 +42,31 @@ use crate::{
     model::{Offset, PartitionId},
     partition::{Fetched, Partition, ReadError, Reader, Ready, Source},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1,
     },
     task::clock,
 };
 
-/// Reads of one session that may be under way.
+/// Maximum number of concurrent reads of one session.
 const READS: usize = 8;
 
-/// How long an answer that has enough waits for reads that are under way: they end with the call, and what is in memory would keep what is on
-/// a disk out for ever.
+/// Maximum time that a response with enough bytes waits for reads in progress. These reads end with the call: without the wait, partitions
+/// in memory would keep partitions on disk out of every response.
 const OTHER_READS_WAIT: Duration = Duration::from_millis(100);
 
-/// Bytes of one answer where the request does not say.
+/// Default for the maximum bytes of a response.
 const DEFAULT_BYTES: usize = 1 << 20;
 
-/// Most partitions of a fetch or read that are not charged.
+/// Maximum number of partitions of a fetch or read that is not charged for them.
 const FEW_PARTITIONS: usize = 16;
 
-/// Bytes that a partition of a fetch or read takes, with its entry in an answer, beside the name of its topic.
+/// Memory of one partition of a fetch or read, with its entry in a response and without the topic name, in bytes.
 const PLACE_BYTES: usize = 512;
 
 type ReadOutcome = (usize, Result<Option<Fetched>, ReadError>);
 
-/// With the memory that its read took out of the response's.
+/// Outcome of a read, with the memory that the read held.
 type EndedRead = (ReadOutcome, Option<Grant>);
 
 /// One partition of a session.
@@ -72,31 +74,31 @@ struct Place {
     served: Arc<Partition>,
     topic: String,
     partition: i32,
-    /// `None` once it failed: it is left out from then on.
+    /// `None` after a failure: the session skips the partition from then on.
     reader: Option<Reader>,
-    /// Where it was asked for.
+    /// Offset that the client requested.
     from: Offset,
     position: Offset,
-    /// A read from `position` is under way: a second one would give the same records again.
+    /// True while a read from `position` is in progress. A second read would return the same records again.
     reading: bool,
-    /// Something new came during that read.
+    /// True if the partition became ready again during that read.
     again: bool,
 }
 
 impl Place {
-    /// True if this broker knows of committed records at its position.
+    /// Returns true if this broker has committed records at or above the position.
     fn has_more(&self) -> bool {
         self.reader.as_ref().is_some_and(|reader| self.position < reader.marks().high_watermark)
     }
 }
 
-/// How much one answer holds, and how long it may be held back.
+/// Limits on the size and delay of one response.
 #[derive(Clone, Copy)]
 struct Terms {
     min_bytes: usize,
     max_bytes: usize,
     max_wait: Duration,
-    /// Most bytes that several reads fill together: what one message takes.
+    /// Maximum bytes of several reads together: the size of one message.
     message_bytes: usize,
 }
 
@@ -113,17 +115,17 @@ impl Terms {
     }
 }
 
-/// What an answer is being made of.
+/// A response being built.
 #[derive(Default)]
 struct Gathered {
     partitions: Vec<v1::FetchedPartition>,
-    /// Which place each of `partitions` is of; failures have none.
+    /// Index in the session of each of `partitions`; `None` for rejected partitions.
     places: Vec<Option<usize>>,
-    /// Index in `partitions` of each place.
+    /// Index in `partitions`, by index in the session.
     entries: BTreeMap<usize, usize>,
     bytes: usize,
     failed: bool,
-    /// What comes next does not fit.
+    /// True if the next read outcome does not fit.
     full: bool,
 }
 
@@ -133,23 +135,24 @@ struct Session {
     places: Vec<Place>,
     ready: Arc<Ready>,
     reading: FuturesUnordered<Pin<Box<dyn Future<Output = EndedRead> + Send>>>,
-    /// What was read and did not fit into the last answer: the first of the next one, so that nothing small can keep it out for ever.
+    /// Read outcome that did not fit into the last response. The next response starts with this outcome, so small batches cannot delay a
+    /// large one for ever.
     held: Option<ReadOutcome>,
     terms: Terms,
     memory: CallMemory,
-    /// Memory for the partitions, where they are many.
+    /// Memory for the partitions, if there are many.
     named: Option<Grant>,
-    /// Memory for the response that is being made.
+    /// Memory for the response being built.
     grant: Option<Granted>,
-    /// The largest batch that is expected.
+    /// Size of the largest expected batch, in bytes.
     expected_batch_bytes: usize,
-    /// The largest batch that was found, where there was not enough memory for it.
+    /// Size of the largest batch for which a read had not enough memory, in bytes.
     max_batch_bytes: usize,
-    /// A first plain record for which memory is taken beside that for others.
+    /// Size of a first decoded record with a separate reservation, in bytes.
     record_bytes: usize,
-    /// Followers in sync may serve it.
+    /// True if in-sync followers may serve this session.
     any_replica: bool,
-    /// Failures that are told with the next answer.
+    /// Rejected partitions, to be reported in the next response.
     refused: Vec<v1::FetchedPartition>,
 }
 
@@ -174,8 +177,8 @@ impl Session {
         }
     }
 
-    /// Reads these partitions from now on, and no others. One that was being read goes on where it is, unless `restart`.
-    fn assign(&mut self, wanted: Vec<v1::FetchPartition>, restart: bool, any_replica: bool) -> Result<(), Fault> {
+    /// Replaces the partitions of the session. A partition that is already being read continues at its position, unless `restart`.
+    fn assign(&mut self, wanted: Vec<v1::FetchPartition>, restart: bool, any_replica: bool) -> Result<(), ApiError> {
         self.any_replica = any_replica;
         if wanted.len() > limits::MAX_FETCH_PARTITIONS {
             return Err(faults::invalid(format!(
@@ -207,7 +210,7 @@ impl Session {
         for want in wanted {
             match self.broker.readable(&want, any_replica) {
                 Ok(partition) => {
-                    // Not by name: a topic that was made again is another one.
+                    // Matched by id, not by name: a recreated topic is another topic.
                     let from = match positions.get(&partition.id()) {
                         Some(position) => *position,
                         None => faults::offset(want.offset)?,
@@ -228,7 +231,7 @@ impl Session {
                     });
                 }
                 Err(fault) => {
-                    self.broker.metrics.fetch_errors.count(fault.reason.as_str());
+                    self.broker.metrics.fetch_errors.count(fault.code.as_str());
                     self.refused.push(self.broker.refused_partition(want, fault));
                 }
             }
@@ -236,7 +239,7 @@ impl Session {
         Ok(())
     }
 
-    /// Begins reads of what is ready.
+    /// Starts reads of ready partitions.
     fn begin_reads(&mut self, max_bytes: usize) {
         while self.may_begin_read()
             && let Some(granted) = &mut self.grant
@@ -260,7 +263,7 @@ impl Session {
         }
     }
 
-    /// Takes the outcome of one read into the answer, and its memory into the answer's.
+    /// Adds the outcome of a read to the response, and the memory of the read to that of the response.
     fn absorb_ended(&mut self, (outcome, charge): EndedRead, gathered: &mut Gathered) {
         if let (Some(granted), Some(charge)) = (&mut self.grant, charge) {
             granted.end_read(charge);
@@ -268,13 +271,13 @@ impl Session {
         self.absorb(outcome, gathered);
     }
 
-    /// Takes the outcome of one read into the answer.
+    /// Adds the outcome of a read to the response.
     fn absorb(&mut self, (index, outcome): ReadOutcome, gathered: &mut Gathered) {
         if let Ok(Some(fetched)) = &outcome
             && gathered.bytes > 0
             && gathered.bytes + fetched.bytes > self.terms.message_bytes
         {
-            // No message takes both.
+            // One message cannot hold both.
             gathered.full = true;
             self.held = Some((index, outcome));
             return;
@@ -285,7 +288,7 @@ impl Session {
         let place = &mut self.places[index];
         let standing = place.served.standing();
         let elsewhere = match &outcome {
-            // What was read is committed all the same, and is read again where it is served.
+            // The records are committed in any case, and the client reads them again from a replica that serves it.
             Ok(_) => !standing.role.serves(self.any_replica),
             Err(ReadError::OutOfRange { offset, .. }) => {
                 !standing.role.leads() && *offset >= place.served.committed_log_start()
@@ -293,7 +296,7 @@ impl Session {
             Err(_) => false,
         };
         if (elsewhere || outcome.is_err()) && gathered.has_records(index) {
-            // The records before the error are an answer of their own.
+            // The records before the error form a response of their own.
             gathered.full = true;
             self.held = Some((index, outcome));
             return;
@@ -305,7 +308,7 @@ impl Session {
             place.reader = None;
             gathered.failed = true;
             let fault = self.broker.not_leader(&place.topic, place.partition, place.served.id());
-            self.broker.metrics.fetch_errors.count(fault.reason.as_str());
+            self.broker.metrics.fetch_errors.count(fault.code.as_str());
             return gathered.entry(index, place).error = Some(fault.into());
         }
         match outcome {
@@ -334,13 +337,13 @@ impl Session {
                 place.reader = None;
                 gathered.failed = true;
                 let fault = self.broker.read_refused(place.served.id(), error);
-                self.broker.metrics.fetch_errors.count(fault.reason.as_str());
+                self.broker.metrics.fetch_errors.count(fault.code.as_str());
                 gathered.entry(index, place).error = Some(fault.into());
             }
         }
     }
 
-    /// Takes what can be had without waiting.
+    /// Gathers everything that is available without waiting.
     fn gather_now(&mut self, gathered: &mut Gathered) {
         gathered.failed |= !self.refused.is_empty();
         self.refused.drain(..).for_each(|refused| gathered.refuse(refused));
@@ -357,30 +360,30 @@ impl Session {
             }
         }
         if gathered.bytes == 0 && self.reading.is_empty() {
-            // There was nothing: what waits for records holds no memory.
+            // Nothing was found. A response that waits for records holds no memory.
             self.grant = None;
         }
     }
 
-    /// Says of everything that is still being read why the answer has nothing of it.
+    /// Adds an error to the response for each partition that is still being read.
     fn give_up_reads(&self, gathered: &mut Gathered) {
         let reading = self.places.iter().enumerate().filter(|(_, place)| place.reading && place.reader.is_some());
         for (index, place) in reading {
             let (offset, bound) = (place.position, self.broker.settings.fetch_max_wait);
             let (reason, owner) = if offset < place.served.marks().local_start {
-                (Reason::ObjectStoreUnavailable, "the object store")
+                (ErrorCode::ObjectStoreUnavailable, "the object store")
             } else {
-                (Reason::Timeout, "this broker's disk")
+                (ErrorCode::Timeout, "this broker's disk")
             };
             let message = format!(
                 "{owner} has not served offset {offset} within {bound:?} (tier.fetch_max_wait); the read goes on: ask again for it"
             );
             self.broker.metrics.fetch_errors.count(reason.as_str());
-            gathered.entry(index, place).error = Some(Fault::new(reason, message).with("offset", offset).into());
+            gathered.entry(index, place).error = Some(ApiError::new(reason, message).with("offset", offset).into());
         }
     }
 
-    /// Marks everything that has records which the answer does not have, though nothing is wrong with it; whether there is any.
+    /// Marks the partitions with records, if the response has neither records nor errors. Returns true if it marked any.
     fn mark_unread(&self, gathered: &Gathered) -> bool {
         if gathered.bytes > 0 || gathered.failed {
             return false;
@@ -389,7 +392,7 @@ impl Session {
         unread.map(|(index, _)| self.ready.mark(index)).count() > 0
     }
 
-    /// Adds the marks of every partition that the answer has nothing else of.
+    /// Adds an entry with watermarks for each partition that has no entry in the response.
     fn complete(&self, gathered: &mut Gathered) {
         for (index, place) in self.places.iter().enumerate() {
             if !gathered.entries.contains_key(&index) {
@@ -398,8 +401,8 @@ impl Session {
         }
     }
 
-    /// Gathers what one read answers.
-    async fn gather(&mut self, plain: bool, deadline: Instant) -> Result<Gathered, Fault> {
+    /// Gathers the response of a unary read.
+    async fn gather(&mut self, plain: bool, deadline: Instant) -> Result<Gathered, ApiError> {
         let patience = self.broker.settings.fetch_max_wait;
         let mut gathered = Gathered::default();
         let (mut reading_since, mut enough_since, mut looked_again) = (None, None, false);
@@ -407,7 +410,7 @@ impl Session {
             if self.needs_memory() {
                 let reserved = tokio::time::timeout(patience, self.reserve(plain)).await;
                 reserved.map_err(|_| self.memory.no_response_memory())?;
-                // The time until then was not the disk's.
+                // The time until here was spent on memory, not on the disk.
                 reading_since = None;
             }
             self.gather_now(&mut gathered);
@@ -419,7 +422,7 @@ impl Session {
                 }
                 continue;
             }
-            // Records that are being read exist: only a bound of its own ends the wait for them.
+            // Records that are being read exist, so the wait for them has a separate bound.
             let awaits_records = gathered.bytes == 0 && !self.reading.is_empty();
             let until = if awaits_records {
                 *reading_since.get_or_insert_with(clock::monotonic) + patience
@@ -433,7 +436,7 @@ impl Session {
             if awaits_records {
                 self.give_up_reads(&mut gathered);
             }
-            // Records that came since the last look are not left out.
+            // Records that arrived since the last check still go into this response.
             if awaits_records || std::mem::replace(&mut looked_again, true) || !self.mark_unread(&gathered) {
                 break;
             }
@@ -442,13 +445,13 @@ impl Session {
         Ok(gathered)
     }
 
-    /// Waits for one more outcome; false where there is none to come.
+    /// Waits for one more read outcome. Returns false if no read is in progress.
     async fn next_read(&mut self, gathered: &mut Gathered) -> bool {
         let ended = self.reading.next().await;
         ended.map(|ended| self.absorb_ended(ended, gathered)).is_some()
     }
 
-    /// Waits for one more outcome, or for something to become ready.
+    /// Waits for one more read outcome, or until a partition becomes ready.
     async fn wait(&mut self, gathered: &mut Gathered) {
         self.release_unused(gathered);
         let (ready, more) = (Arc::clone(&self.ready), self.awaits_marks());
@@ -464,13 +467,13 @@ impl Session {
 }
 
 impl Gathered {
-    /// Adds what was read of a place to what the answer has of it.
+    /// Adds the records of a read to the entry of a partition.
     fn add(&mut self, index: usize, place: &Place, fetched: Fetched) {
         self.bytes += fetched.bytes;
         self.entry(index, place).chunks.extend(fetched.chunks);
     }
 
-    /// What the answer has of a place, with the partition's marks as they are now.
+    /// Returns the entry of a partition in the response, with its current watermarks.
     fn entry(&mut self, index: usize, place: &Place) -> &mut v1::FetchedPartition {
         let at = *self.entries.entry(index).or_insert_with(|| {
             let (topic, partition) = (place.topic.clone(), place.partition);
@@ -503,12 +506,12 @@ impl Gathered {
 }
 
 impl Broker {
-    /// Reads once.
+    /// Serves a unary read.
     pub(super) async fn read(
         self: Arc<Self>,
         request: v1::ReadRequest,
         memory: CallMemory,
-    ) -> Result<v1::ReadResponse, Fault> {
+    ) -> Result<v1::ReadResponse, ApiError> {
         let terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
         self.acquaint(request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()))).await;
         let mut session = Session::new(self, terms, memory);
@@ -528,7 +531,7 @@ impl Broker {
         }
     }
 
-    /// Reads on and on.
+    /// Serves a fetch stream.
     pub(super) fn fetch(
         self: Arc<Self>,
         requests: Requests<v1::FetchRequest>,

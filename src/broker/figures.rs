@@ -1,6 +1,6 @@
-//! What brokers say of themselves and of their replicas: this one at once, the others by a call.
+//! Reports of brokers about themselves and about their replicas: the local ones at once, those of peers by a request.
 //!
-//! A broker that does not answer in time costs a description that time once, however many partitions it leads.
+//! A broker that does not respond in time delays a description by that time once, for any number of partitions.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -13,33 +13,33 @@ use crate::{
     model::{BrokerId, LeaderEpoch, Offset, PartitionId, Watermarks},
     partition::Partition,
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1,
     },
 };
 
-/// How long another broker may take.
+/// Timeout of a request to a peer.
 const ANSWER: Duration = Duration::from_secs(1);
 
-/// What a broker says of one replica.
+/// Report of a broker about one replica.
 #[derive(Clone, Debug)]
 pub(super) struct Told {
-    /// Its marks.
     pub(super) marks: Watermarks,
-    /// The epoch of its last batch; none in an empty log.
+    /// Epoch of the last batch; `None` for an empty log.
     pub(super) last_epoch: Option<LeaderEpoch>,
-    /// Bytes on the disk and in the bucket.
+    /// Bytes on the disk and in the object store.
     pub(super) local_bytes: u64,
     pub(super) tiered_bytes: u64,
-    /// Why it takes no writes.
+    /// Reason why the replica accepts no writes.
     pub(super) failed: Option<String>,
 }
 
-/// What a broker says of replicas that it was asked for, or why one is of no use. One that it does not hold is left out.
-pub(super) type Answer = Result<BTreeMap<PartitionId, Result<Told, String>>, Fault>;
+/// Reports of a broker about the requested replicas, or the reason why a replica is unusable. Replicas that the broker does not have are
+/// left out.
+pub(super) type Answer = Result<BTreeMap<PartitionId, Result<Told, String>>, ApiError>;
 
 impl Broker {
-    /// Asks brokers for replicas of theirs, all at the same time.
+    /// Requests replica reports from brokers, concurrently.
     pub(super) async fn ask_marks(&self, wanted: BTreeMap<BrokerId, Vec<PartitionId>>) -> BTreeMap<BrokerId, Answer> {
         let asked = wanted.into_iter().map(async |(broker, ids)| (broker, self.marks_at(broker, &ids).await));
         future::join_all(asked).await.into_iter().collect()
@@ -66,16 +66,16 @@ impl Broker {
         Ok(answer)
     }
 
-    /// Asks brokers for their figures, all at the same time.
+    /// Requests stats from brokers, concurrently.
     pub(super) async fn ask_figures(
         &self,
         brokers: Vec<BrokerId>,
-    ) -> BTreeMap<BrokerId, Result<v1::BrokerFigures, Fault>> {
+    ) -> BTreeMap<BrokerId, Result<v1::BrokerFigures, ApiError>> {
         let asked = brokers.into_iter().map(async |broker| (broker, self.figures_of(broker).await));
         future::join_all(asked).await.into_iter().collect()
     }
 
-    async fn figures_of(&self, broker: BrokerId) -> Result<v1::BrokerFigures, Fault> {
+    async fn figures_of(&self, broker: BrokerId) -> Result<v1::BrokerFigures, ApiError> {
         let status = if broker == self.settings.id {
             self.status()
         } else {
@@ -96,19 +96,19 @@ impl Broker {
         })
     }
 
-    fn way_to(&self, broker: BrokerId) -> Result<(&Peers, String), Fault> {
+    fn way_to(&self, broker: BrokerId) -> Result<(&Peers, String), ApiError> {
         let state = self.view.state();
         let known = state.brokers().get(&broker);
         let address = known.and_then(|known| known.value.listeners.peer().map(str::to_owned));
         let way = self.others.as_ref().map(Others::peers).zip(address);
         way.ok_or_else(|| {
             let why = if known.is_some() { "registered without an address for other brokers" } else { "not alive" };
-            Fault::new(Reason::NotReady, format!("broker {broker} is {why}"))
+            ApiError::new(ErrorCode::NotReady, format!("broker {broker} is {why}"))
         })
     }
 }
 
-/// What this broker says of a replica of its own.
+/// Returns the report about a local replica.
 fn told(partition: &Arc<Partition>) -> Told {
     Told {
         marks: partition.marks(),
@@ -119,7 +119,7 @@ fn told(partition: &Arc<Partition>) -> Told {
     }
 }
 
-/// What another one said of a replica of its own; nothing where it has none.
+/// Parses a peer's report about its replica. Returns `None` if the peer has none.
 fn heard(marks: v1::ReplicaMarks) -> Option<Result<Told, String>> {
     let failed = Some(marks.failed).filter(|why| !why.is_empty());
     if !marks.here {
@@ -142,11 +142,11 @@ fn heard(marks: v1::ReplicaMarks) -> Option<Result<Told, String>> {
     }))
 }
 
-/// A replica that its broker cannot open.
-pub(super) fn useless(broker: BrokerId, why: &str) -> Fault {
-    Fault::new(Reason::StorageFailed, format!("the replica on broker {broker} cannot be used: {why}"))
+/// Returns the error for a replica that its broker cannot open.
+pub(super) fn useless(broker: BrokerId, why: &str) -> ApiError {
+    ApiError::new(ErrorCode::StorageFailed, format!("the replica on broker {broker} cannot be used: {why}"))
 }
 
-fn silent(broker: BrokerId, error: PeerError) -> Fault {
-    Fault::new(Reason::NotReady, format!("broker {broker} does not answer: {error}"))
+fn silent(broker: BrokerId, error: PeerError) -> ApiError {
+    ApiError::new(ErrorCode::NotReady, format!("broker {broker} does not answer: {error}"))
 }

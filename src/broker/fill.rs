@@ -1,10 +1,12 @@
-//! How full this broker's disk is, and when the others are told. A broker alone has nobody to tell, and shows it.
+//! Disk usage of this broker, and its publication to peers. A standalone broker has no peers, and only shows the state.
 //!
-//! Two things are told. Above a threshold: it is to be given no new replicas. Once a record did not fit: others are to lead what is led
-//! here, where they are in sync and have room, because what this broker leads cannot be written.
+//! # Overview
 //!
-//! They are told in the registration, where placement and elections look anyway, and only when that changes: in steady state nothing is
-//! written. What was said is taken back well below where it began, so that a disk at the edge does not write at each look.
+//! Two states are published. Under disk pressure, above a threshold, the broker gets no new replicas. With a full disk, after a record did
+//! not fit, in-sync brokers with space take over its leaderships, because its partitions cannot be written.
+//!
+//! Both states are in the registration, which placement and elections read anyway. The registration is written only when a state changes. A
+//! state ends well below its start, so that a disk at the threshold does not cause a write at each check.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,16 +18,16 @@ use crate::{
     task,
 };
 
-/// How often it is asked whether records have found room.
+/// Interval between checks of the disk-full state.
 const EVERY: Duration = Duration::from_millis(500);
 
-/// In how many of these looks the disk is looked at itself.
+/// Number of these checks per check of the disk itself.
 const DISK_EVERY: u32 = 10;
 
-/// How far below the threshold a full disk must fall, in percent of the disk, to count as one with room again.
+/// Distance below the threshold at which disk pressure ends, in percent of the disk.
 const BACK_PERCENT: u64 = 5;
 
-/// Whether a disk counts as full that was, or was not, until now. One of which nothing is known has room.
+/// Returns true if the disk is under pressure, given its previous state. A disk of unknown size is not under pressure.
 fn counts_as_full(was: bool, space: Space, percent: u64) -> bool {
     let Space { free_bytes, total_bytes } = space;
     let used = u128::from(total_bytes.saturating_sub(free_bytes)) * 100;
@@ -33,25 +35,25 @@ fn counts_as_full(was: bool, space: Space, percent: u64) -> bool {
     used > u128::from(total_bytes) * u128::from(limit)
 }
 
-/// Free bytes with which any batch fits: a refusal of before says nothing then, also where no record has come since.
+/// Free bytes with which any batch fits. An earlier refusal no longer counts then, also if no record has arrived since.
 const ROOM_BYTES: u64 = limits::MIN_FREE_DISK_BYTES + limits::MAX_BATCH_BYTES as u64;
 
-/// Whether records do not fit: since one did not, until one did, or any would.
+/// Returns true if records do not fit: after a refusal, until a record was written or any record would fit.
 const fn does_not_fit(refused: bool, space: Space) -> bool {
     refused && space.free_bytes < ROOM_BYTES
 }
 
-/// Whether others are to lead what this broker leads: since a record did not fit, until there is as much room again as for replicas.
+/// Returns true if other brokers are to lead this broker's partitions: after a record did not fit, until there is space for replicas again.
 fn is_without_room(was: bool, refused: bool, space: Space, percent: u64) -> bool {
     does_not_fit(refused, space) || (was && counts_as_full(false, space, percent.min(100 - BACK_PERCENT)))
 }
 
-/// Whether the disk of this log counts as full at a start. Blocks on the file system.
+/// Returns true if the disk of this log is under pressure at a start. Blocks on the file system.
 pub fn starts_full(log: &Log, percent: u64) -> bool {
     log.space().is_ok_and(|space| counts_as_full(false, space, percent))
 }
 
-/// Looks at the disk and tells the others what has changed, until the broker stops.
+/// Checks the disk and publishes changed states, until the broker stops.
 pub(super) async fn run(broker: Arc<Broker>, session: Session) {
     let percent = broker.settings.disk_full_percent;
     let (mut full, mut without_room, mut told) = (session.says_full(), false, true);
@@ -119,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_is_full_above_the_threshold_and_has_room_again_well_below_it() {
+    fn disk_pressure_ends_well_below_threshold() {
         let room = |used: u64| Space { free_bytes: 1000 - used, total_bytes: 1000 };
         let looks = [(850, false), (851, true), (850, true), (801, true), (800, false), (850, false), (1000, true)];
         let mut full = false;
@@ -134,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_is_without_room_from_a_record_that_did_not_fit_until_there_is_much() {
+    fn disk_full_lasts_until_there_is_space_for_replicas() {
         let room = |used: u64| Space { free_bytes: 1000 - used, total_bytes: 1000 };
         assert!(!is_without_room(false, false, room(999), 85), "everything fitted so far");
         assert!(is_without_room(false, true, room(999), 85));

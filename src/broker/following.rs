@@ -1,8 +1,8 @@
-//! One link for each broker that leads something which this one follows.
+//! Outbound links: one for each broker that leads a partition which this broker follows.
 //!
-//! Partitions say whom they follow ([`Links`]); a link is made when the first of them names a broker, and made anew whenever it
-//! breaks: at once, then after pauses that grow to a second. It lasts for one broker epoch of either side. Whatever can be
-//! concluded from how it ended is told to [`LinkLost`]; nothing is concluded here.
+//! Partitions name their leaders ([`Links`]). A link is opened when the first partition names its broker, and reopened whenever it breaks:
+//! at once, then after pauses that grow to a second. A link lasts for one broker epoch of either side. The end of a link is reported to
+//! [`LinkLost`], which draws the conclusions.
 
 use std::{
     collections::BTreeMap,
@@ -28,36 +28,36 @@ use crate::{
     telemetry::{Counter, LogThrottle, PeerCounters},
 };
 
-/// The version of the protocol between brokers.
+/// Version of the protocol between brokers.
 pub(super) const VERSION: u32 = 1;
 
-/// How long a connection may take to come up, and the other side to say who it is.
+/// Timeout for a connection, and for the peer's welcome.
 const CONNECT: Duration = Duration::from_secs(2);
 
-/// The first pause before a link is made again.
+/// First pause before a link is reopened.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// The longest.
+/// Longest pause before a link is reopened.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// The links over which this broker follows.
+/// Outbound links of this broker.
 pub(super) struct Following {
     neighbours: Arc<Neighbours>,
     peers: Peers,
     state: Mutex<State>,
-    /// Bytes of batches that came, by leader.
+    /// Bytes of received batches, by leader.
     received: PeerCounters,
     tasks: Tasks,
 }
 
 #[derive(Default)]
 struct State {
-    /// Whom each partition follows.
+    /// Leader that each partition follows.
     leaders: BTreeMap<PartitionId, BrokerId>,
     links: BTreeMap<BrokerId, Arc<Asked>>,
 }
 
-/// Why a link is over, or was not made.
+/// Reason why a link ended, or was not opened.
 #[derive(Debug, thiserror::Error)]
 enum Over {
     #[error("this side ends it")]
@@ -79,7 +79,7 @@ enum Over {
 }
 
 impl Following {
-    /// Links over these connections, run as tasks of `tasks`. What comes over them is counted in `received`.
+    /// Creates links over `connect`, which run as tasks of `tasks`. Received bytes are counted in `received`.
     pub(super) fn new(
         neighbours: Arc<Neighbours>,
         connect: Arc<dyn Connect>,
@@ -90,24 +90,24 @@ impl Following {
         Arc::new(Self { neighbours, peers, state: Mutex::default(), received, tasks })
     }
 
-    /// Its way to other brokers, for questions.
+    /// Returns the client for requests to peers.
     pub(super) fn peers(&self) -> &Peers {
         &self.peers
     }
 
-    /// Says how this broker's partitions are found, who is told of lost links, and how registrations are looked up. Once, before the first
-    /// of them is assigned.
+    /// Sets how local partitions are found, where lost links are reported, and how registrations are looked up. Called once, before the
+    /// first partition is assigned.
     pub(super) fn hosts(&self, find: Find, lost: Arc<dyn LinkLost>, look_up: LookUp) {
         self.neighbours.serve(find, lost, look_up);
     }
 
-    /// Takes every broker that is registered, with its address for brokers and its broker epoch, at every change.
+    /// Updates the registered brokers with their peer addresses and broker epochs. Called at every change.
     pub(super) fn brokers(&self, known: BTreeMap<BrokerId, (String, Revision)>) {
         let known = known.into_iter().map(|(id, (address, epoch))| (id, Neighbour { address, epoch }));
         self.neighbours.know(known.collect());
     }
 
-    /// Takes this broker's own broker epoch. Links are made anew when another one begins.
+    /// Updates this broker's own broker epoch. A new epoch reopens the links.
     pub(super) fn registered(&self, epoch: Option<Revision>) {
         self.neighbours.registered(epoch);
     }
@@ -116,7 +116,7 @@ impl Following {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The link on which a partition follows.
+    /// Returns the link on which a partition follows.
     fn link(&self, partition: PartitionId) -> Option<Arc<Asked>> {
         let state = self.state();
         state.links.get(state.leaders.get(&partition)?).cloned()
@@ -126,7 +126,7 @@ impl Following {
         self.neighbours.find()(partition).map_or(LeaderEpoch::default(), |partition| partition.epoch())
     }
 
-    /// A task for the link to `leader`. It owns what the partitions ask; the handle may go before it.
+    /// Starts a task for the link to `leader`. The task owns the requests of the partitions, and may outlive the returned handle.
     fn open(&self, leader: BrokerId) -> Arc<Asked> {
         let asked = Arc::new(Asked::default());
         let link = Link {
@@ -180,7 +180,7 @@ impl Links for Following {
     }
 }
 
-/// The link to one broker.
+/// Link to one broker.
 struct Link {
     leader: BrokerId,
     asked: Arc<Asked>,
@@ -191,7 +191,7 @@ struct Link {
     tasks: Tasks,
 }
 
-/// What of the links to one uptime of a broker is logged: of links that come and go without a pause, few.
+/// Log throttles for the links to one registration of a broker, because links may break and reopen without a pause.
 #[derive(Default)]
 struct LinkLog {
     epoch: Revision,
@@ -200,7 +200,7 @@ struct LinkLog {
 }
 
 impl Link {
-    /// Makes the link whenever somebody follows on it, until the broker stops.
+    /// Opens the link whenever a partition follows on it, until the broker stops.
     async fn keep(self) {
         let mut pause: Option<Duration> = None;
         loop {
@@ -220,7 +220,7 @@ impl Link {
                 return;
             }
             self.conclude(&to.address, epoch, &over);
-            // One that stood is made again at once.
+            // A link that was up for some time is reopened at once.
             if matches!(over, Over::Stopped) || began.elapsed() > CONNECT + LONGEST_PAUSE {
                 pause = None;
             }
@@ -234,7 +234,7 @@ impl Link {
         }
     }
 
-    /// Says how a link ended, to people and to whoever concludes something from it.
+    /// Logs how a link ended, and reports a lost link.
     fn conclude(&self, address: &str, epoch: Revision, over: &Over) {
         let how = match over {
             Over::Call(PeerError::Lost { how, .. }) => Some(*how),
@@ -252,7 +252,7 @@ impl Link {
                 tracing::debug!(%leader, address, why = %over, "the link to a leader's broker is over again");
             }
             Over::Stopped => tracing::debug!(%leader, "the link to a leader's broker begins anew"),
-            // One of the two may not have heard of the other yet.
+            // One of the two brokers may not have received the registration of the other yet.
             Over::Unconfirmed(Unconfirmed::Unsure { .. }) => {
                 tracing::info!(%leader, address, links, why = %over, "the link to a leader's broker cannot stand yet");
             }
@@ -262,7 +262,7 @@ impl Link {
             _ if how.is_some() => {
                 tracing::info!(%leader, address, links, why = %over, "the link to a leader's broker is lost")
             }
-            // Repeats itself until one of the two is repaired.
+            // Repeats until one of the two brokers is repaired.
             _ => tracing::warn!(%leader, address, links, why = %over, "the link to a leader's broker cannot stand"),
         }
         if let Some(how) = how {
@@ -270,7 +270,7 @@ impl Link {
         }
     }
 
-    /// Counts what happened to a link. `Some` when it is to be logged, with how many there were since the last line.
+    /// Counts a link event. Returns the number of events since the last log line if one is due.
     fn log(&self, epoch: Revision, throttle: impl FnOnce(&mut LinkLog) -> &mut LogThrottle) -> Option<u64> {
         let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         if log.epoch != epoch {
@@ -279,7 +279,7 @@ impl Link {
         throttle(&mut log).occur(clock::monotonic())
     }
 
-    /// One link, from its making to its end. `epoch` becomes that of the process that answers, when one does.
+    /// Runs one link from its opening to its end. Sets `epoch` to that of the responding process, if one responds.
     async fn once(&self, own: Revision, to: &Neighbour, epoch: &mut Revision) -> Over {
         let link = self.tasks.child();
         let made = tokio::select! {
@@ -301,7 +301,7 @@ impl Link {
         let following = session::follow(&self.asked, &find, receiver, sender, &self.received, &link);
         let ended = tokio::select! {
             biased;
-            // Pending for ever once it has cancelled the link.
+            // Pending for ever after it has cancelled the link.
             () = async {
                 self.neighbours.cancel_at_change(own, self.leader, *epoch, &link).await;
                 std::future::pending().await
@@ -316,7 +316,7 @@ impl Link {
         }
     }
 
-    /// Opens the stream and waits for the other side's welcome.
+    /// Opens the stream and waits for the peer's welcome.
     async fn make(&self, own: Revision, to: &Neighbour) -> Result<(Replicating, Revision), Over> {
         let hello = v1::Hello {
             cluster: self.neighbours.cluster().to_owned(),

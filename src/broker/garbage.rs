@@ -1,8 +1,7 @@
-//! Takes away what crashes and deletions left behind: objects and uploads in the bucket, keys in the metadata.
+//! Collects the garbage of crashes and deletions: objects and uploads in the object store, and keys in the metadata store.
 //!
-//! One task goes through all of it at intervals, each part for itself: what fails is said, counted, and tried again the next
-//! time. What may be deleted is decided where it is known: `tier` for objects and uploads, `cluster` for keys. In doubt
-//! everything stays.
+//! One task processes each kind on its own, at intervals. A failure is logged, counted, and retried in the next run. `tier` decides about
+//! objects and uploads, and `cluster` about keys. Anything that may still be needed stays.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -14,20 +13,20 @@ use crate::{
     tier::{self, Live, collect_garbage, end_abandoned_uploads},
 };
 
-/// How often a search is made, at most; a shorter grace means a shorter interval.
+/// Maximum interval between two runs. A shorter grace period shortens the interval.
 const INTERVAL: Duration = Duration::from_secs(3600);
 
-/// How long the mark of a deleted topic outlives the last of it: brokers that were away so long keep what they have of it.
+/// Time for which a tombstone outlives the last data of its topic. A broker that was offline for longer keeps its files of the topic.
 const MARKS_KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
 
 const UPLOADS: &str = "uploads without an end could not be looked for";
 
-/// How often a search is made.
+/// Returns the interval between two runs.
 fn interval(grace: Duration) -> Duration {
     INTERVAL.min(grace.max(Duration::from_secs(1)))
 }
 
-/// How long an object stays in the bucket at most once nothing names it: the grace, and then until the next search.
+/// Returns the maximum time that an orphan object stays in the object store: the grace period, and then one interval.
 pub(super) fn most_kept(grace: Duration) -> Duration {
     grace.saturating_add(interval(grace))
 }
@@ -46,14 +45,14 @@ async fn run(broker: Arc<Broker>) {
             () = tokio::time::sleep(interval) => {}
         }
         if !broker.is_controller() {
-            // One of them does it for all. What it remembered is another one's to find.
+            // The controller collects for the whole cluster. The next controller starts without the state of this one.
             search = Search::default();
             broker.metrics.tier_garbage_bytes.set(0);
             continue;
         }
         tokio::select! {
             biased;
-            // What is cut off here is done by the next one.
+            // The next run completes a cancelled one.
             () = broker.tasks.cancelled() => return,
             () = search.run(&broker) => {}
         }
@@ -61,12 +60,12 @@ async fn run(broker: Arc<Broker>) {
     }
 }
 
-/// What one search remembers for the next.
+/// State that one run keeps for the next.
 #[derive(Default)]
 struct Search {
     sweep: Sweep,
-    /// Whether it has been said that uploads cannot be listed. A store or a policy that does not allow it never will, and
-    /// is not to fill the log.
+    /// True if it was logged that uploads cannot be listed. A store or a policy that forbids the listing does so for ever, and must not
+    /// fill the log.
     said: bool,
 }
 
@@ -90,9 +89,9 @@ impl Search {
         }
     }
 
-    /// Multipart uploads that a killed broker left.
+    /// Ends multipart uploads that a killed broker left.
     async fn uploads(&mut self, broker: &Broker, tier: &Tier, now_ms: i64) {
-        // Boxed: the vendor's futures are large.
+        // Boxed, because the futures of the SDK are large.
         let swept = Box::pin(end_abandoned_uploads(&tier.store, broker.settings.upload_grace, now_ms)).await;
         match swept {
             Ok(report) => {
@@ -120,7 +119,7 @@ fn failed(broker: &Broker, error: &dyn std::fmt::Display, what: &str) {
     tracing::warn!(%error, "{what}; it is tried again");
 }
 
-/// Objects that no manifest names.
+/// Deletes orphan objects.
 async fn objects(broker: &Broker, tier: &Tier, now_ms: i64) {
     let grace = broker.settings.garbage_grace;
     match collect_garbage(&tier.store, |id| broker.live(id), grace, now_ms).await {
@@ -140,7 +139,7 @@ async fn objects(broker: &Broker, tier: &Tier, now_ms: i64) {
     }
 }
 
-/// Why marks were not looked at.
+/// Error of processing tombstones.
 #[derive(Debug, thiserror::Error)]
 enum MarksError {
     #[error(transparent)]
@@ -149,7 +148,7 @@ enum MarksError {
     Objects(#[from] tier::StoreError),
 }
 
-/// Marks of deleted topics of which nothing is left. Without an object store they stay: there might be one again.
+/// Deletes the tombstones of topics without any remaining data. Without an object store they stay, because one may be configured again.
 async fn marks(broker: &Broker, tier: &Tier) -> Result<(), MarksError> {
     let marks = broker.topics.marks().await?;
     if marks.is_empty() {
@@ -168,7 +167,7 @@ async fn marks(broker: &Broker, tier: &Tier) -> Result<(), MarksError> {
 }
 
 impl Broker {
-    /// What the metadata store says of a partition at this moment, for whoever is about to delete objects.
+    /// Returns the state of a partition in the metadata store at this moment, before objects are deleted.
     async fn live(&self, id: PartitionId) -> Live {
         match (self.topics.was_deleted(id.topic).await, self.commits.current(id).await) {
             (Ok(true), _) => Live::Deleted,

@@ -1,14 +1,15 @@
-//! A graceful stop among several brokers: others lead what is led here before anything is closed.
+//! Controlled shutdown of a broker in a cluster: leadership is transferred before anything is closed.
 //!
 //! # Overview
 //!
-//! 1. `/readyz` says no; requests are served as before.
-//! 2. The registration says that this broker stops. From then on it is elected for nothing, its leaders drop it from their in-sync
-//!    replicas, and the controller gives what it leads to others.
-//! 3. It waits until it leads nothing that another replica could lead, and until no set has it that can do without it.
+//! 1. `/readyz` reports that the broker is not ready; requests are served as before.
+//! 2. The registration shows that this broker stops. From then on it wins no election, leaders remove it from their ISR, and the controller
+//!    transfers its leaderships.
+//! 3. The broker waits until no other replica could take over its leaderships, and until every ISR that can do without the broker has
+//!    removed it.
 //!
-//! What takes longer than it may is left as it is: the others then notice by its end, as of a broker that died, and nothing is lost by
-//! it. A partition of which this broker is the only replica in sync has nobody to go to.
+//! After a timeout, the shutdown continues as it is. Peers then detect its end like that of a failed broker, and no data is lost. A
+//! partition whose only in-sync replica is on this broker cannot be transferred.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,11 +19,11 @@ use crate::{
     model::BrokerId,
 };
 
-/// Pause before the store is asked again.
+/// Pause before the metadata store is called again.
 const AGAIN: Duration = Duration::from_millis(250);
 
 impl Broker {
-    /// Gives leaderships and memberships away, within a time.
+    /// Transfers leaderships and ISR memberships, within a time.
     pub async fn hand_over(self: &Arc<Self>, session: &Session, within: Duration) {
         self.leave();
         if tokio::time::timeout(within, self.hand_all_over(session)).await.is_err() {
@@ -41,17 +42,17 @@ impl Broker {
             tokio::time::sleep(AGAIN).await;
         }
         let mut states = self.view.watch();
-        // The mirror ends with the broker.
+        // The metadata cache ends with the broker.
         let _gone = states.wait_for(|state| self.is_said(state) && self.entrusted(state) == 0).await;
         tracing::info!("others lead what this broker led, where another replica was in sync");
     }
 
-    /// Whether the others can know that this broker stops.
+    /// Returns true if the metadata shows that this broker stops, or does not contain its registration.
     fn is_said(&self, state: &ViewState) -> bool {
         state.brokers().get(&self.settings.id).is_none_or(|known| known.value.state == BrokerState::Stopping)
     }
 
-    /// How many partitions others can take over, or do without this broker, and do not yet.
+    /// Returns the number of partitions that peers could take over from this broker, or that could do without this broker.
     fn entrusted(&self, state: &ViewState) -> usize {
         let open = self.hosted.open();
         let needed = open.iter().filter(|partition| {
@@ -63,12 +64,12 @@ impl Broker {
     }
 }
 
-/// Whether a broker is there to stay.
+/// Returns true if a broker is registered and not shutting down.
 fn takes(state: &ViewState, id: BrokerId) -> bool {
     state.brokers().get(&id).is_some_and(|known| known.value.state == BrokerState::Running)
 }
 
-/// Whether a partition has this broker where another one could be, or where nobody need be.
+/// Returns true if another broker could lead the partition instead of this one, or if the ISR could do without this broker.
 fn is_entrusted(value: &PartitionValue, me: BrokerId, min_insync: usize, takes: impl Fn(BrokerId) -> bool) -> bool {
     if value.leader == Some(me) {
         return value.isr.iter().any(|id| *id != me && takes(*id));
@@ -90,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_waits_for_what_others_can_take_and_for_nothing_else() {
+    fn shutdown_waits_only_for_transferable_partitions() {
         let two_stays = |id: BrokerId| id == BrokerId(2);
         for (leader, isr, waits, why) in [
             (Some(1), &[1, 2][..], true, "broker 2 can lead"),

@@ -1,7 +1,8 @@
-//! How this broker is: what probes and `cluster health` are told. A broker that serves requests is ready, whatever is impaired: an
-//! outage of the object store or of the metadata store meets all brokers, and must not take all of them out of service.
+//! Health of this broker, for probes and `cluster health`. A broker that serves requests is ready even if it is impaired. An outage of the
+//! object store or of the metadata store affects all brokers, and must not take all of them out of service.
 //!
-//! A start lasts until every replica here has been in sync once, or `broker.catch_up_timeout` has passed: a rolling restart goes on then.
+//! A start lasts until every local replica has been in sync once, or until `broker.catch_up_timeout` has passed. A rolling restart
+//! continues then.
 
 use std::{
     collections::BTreeMap,
@@ -19,36 +20,36 @@ use crate::{
     task::clock,
 };
 
-/// How often a start looks whether its replicas are in sync; more rarely where that look takes long.
+/// Minimum interval between checks of the replicas, and minimum ratio of the interval to the duration of a check.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 const LOOK_SHARE: u32 = 20;
 
-/// How long a start waits for others to lead what nobody leads: an election that a lease has to end for takes 7 s.
+/// Maximum time that a start waits for a leader of a leaderless partition. An election that waits for the end of a lease takes 7 s.
 const ELECTION_WAIT: Duration = Duration::from_secs(8);
 
-/// Whether a broker takes requests.
+/// Readiness of a broker for requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Readiness {
-    /// It does not, and why.
+    /// The broker is not ready, for this reason.
     NotReady(String),
-    /// It does. Impairments, one line each.
+    /// The broker is ready. Contains its impairments, one line each.
     Ready(Vec<String>),
 }
 
-/// What is remembered between two questions.
+/// State that is kept between two queries.
 #[derive(Debug)]
 pub(super) struct Health {
     start: Mutex<Start>,
-    /// Since when the registration is gone.
+    /// Time since which the registration is gone.
     unregistered: Mutex<Option<Instant>>,
-    /// Since when records do not fit on the disk.
+    /// Time since which records do not fit on the disk.
     full: Mutex<Option<Instant>>,
 }
 
-/// How far the start has come.
+/// Progress of the start.
 #[derive(Debug)]
 enum Start {
-    /// Replicas that have not been in sync yet, each with the time since which nobody leads it; `None` before the first look.
+    /// Replicas that have not been in sync yet, each with the time since which it has no leader. `None` before the first check.
     CatchingUp(Option<BTreeMap<PartitionId, Option<Instant>>>),
     Over,
 }
@@ -60,17 +61,17 @@ impl Default for Health {
 }
 
 impl Health {
-    /// Notes that records fit on the disk, or do not.
+    /// Sets the disk-full state.
     pub(super) fn set_full(&self, full: bool) {
         note(&self.full, full);
     }
 
-    /// Whether records do not fit.
+    /// Returns true if records do not fit on the disk.
     pub(super) fn is_full(&self) -> bool {
         lock(&self.full).is_some()
     }
 
-    /// Notes that the registration is gone, or is there.
+    /// Records that the registration is gone, or exists.
     pub(super) fn set_unregistered(&self, unregistered: bool) {
         note(&self.unregistered, unregistered);
     }
@@ -85,7 +86,7 @@ fn note(since: &Mutex<Option<Instant>>, holds: bool) {
     *since = holds.then(|| since.unwrap_or_else(clock::monotonic));
 }
 
-/// Looks until every replica has been in sync once, so that this counts also where nobody asks.
+/// Checks the replicas until every one has been in sync once, so that a start also ends without queries.
 pub(super) async fn watch_start(broker: Arc<Broker>) {
     loop {
         let began = clock::monotonic();
@@ -102,12 +103,12 @@ pub(super) async fn watch_start(broker: Arc<Broker>) {
 }
 
 impl Broker {
-    /// Why this process should be restarted, if it should.
+    /// Returns the reason why this process should be restarted, if there is one.
     pub fn health(&self) -> Result<(), String> {
         self.log.failure().map_or(Ok(()), |why| Err(takes_no_writes(&why)))
     }
 
-    /// Whether it takes requests, and what is impaired.
+    /// Returns the readiness of the broker and its impairments.
     pub fn readiness(&self) -> Readiness {
         let not_ready = |why: String| Readiness::NotReady(why);
         if self.leaving.load(Ordering::Acquire) || self.readers.is_cancelled() {
@@ -125,7 +126,7 @@ impl Broker {
         }
     }
 
-    /// What is not as it should be here, one line each.
+    /// Returns the impairments of this broker, one line each.
     fn impairments(&self) -> Vec<String> {
         let failed = self.hosted.open().iter().filter(|partition| partition.fault().is_some()).count();
         let upkeep = self.upkeep_failures.to_string();
@@ -160,7 +161,8 @@ impl Broker {
         matches!(*lock(&self.health.start), Start::Over)
     }
 
-    /// Replicas here that have not been in sync yet, and have a leader to catch up with or may get one; none once the start is over.
+    /// Returns the number of local replicas that have not been in sync yet, and have a leader or may get one. Returns 0 once the start is
+    /// over.
     pub(super) fn catching_up(&self) -> usize {
         let mut start = lock(&self.health.start);
         let Start::CatchingUp(pending) = &mut *start else { return 0 };
@@ -174,7 +176,7 @@ impl Broker {
             return 0;
         }
         let (state, now) = (self.view.state(), clock::monotonic());
-        // A replica without a leader has nobody to catch up with, once there was time for an election.
+        // After the time for an election, a replica without a leader does not count: there is no log that it could copy.
         let is_behind = |(id, unled): (&PartitionId, &mut Option<Instant>)| {
             *unled = if has_leader(&state, *id) { None } else { Some(unled.unwrap_or(now)) };
             unled.is_none_or(|since| now.saturating_duration_since(since) < ELECTION_WAIT)
@@ -196,12 +198,12 @@ fn takes_no_writes(why: &str) -> String {
     format!("the data directory takes no writes: {}", one_line(why))
 }
 
-/// Other programs' words may have several lines.
+/// Joins the lines of a text that another program wrote.
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// The moment that lies so far back, and how far that is.
+/// Formats the moment this long ago, and the duration in seconds.
 fn since(lasted: Duration) -> String {
     let now = Duration::from_millis(u64::try_from(clock::wall_ms()).unwrap_or(0));
     let at = SystemTime::UNIX_EPOCH + now.saturating_sub(lasted);
@@ -213,7 +215,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_condition_keeps_the_moment_at_which_it_began() {
+    async fn condition_keeps_its_start_time() {
         let health = Health::default();
         health.set_full(true);
         let began = *lock(&health.full);
@@ -225,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_stays_one_whatever_it_quotes() {
+    fn impairment_is_one_line() {
         assert_eq!(one_line("status 503:\n <Error>\r\n</Error>"), "status 503: <Error> </Error>");
         assert!(since(Duration::from_secs(75)).ends_with("Z (75 s)"));
     }

@@ -1,7 +1,7 @@
-//! The partitions that this broker holds, found by topic name without a lock.
+//! The partitions that this broker hosts, found by topic name without a lock.
 //!
-//! A partition has a cell of its own: that it is opened, or let go, costs no copy of what is held beside it. What this broker is in a
-//! partition is said by the partition itself.
+//! Each partition has its own cell, so opening or closing a partition copies no other entry. The role of a partition is published by the
+//! partition itself.
 
 mod parts;
 
@@ -17,40 +17,38 @@ use crate::{
     partition::Partition,
 };
 
-/// What this broker has of one partition.
+/// State of one partition on this broker.
 #[derive(Clone)]
 pub(super) enum Holding {
-    /// A replica, which leads, follows or waits.
+    /// A replica that leads, follows or is idle.
     Open(Arc<Partition>),
-    /// Nothing, or it is being opened.
+    /// No replica, or one that is being opened.
     Elsewhere,
-    /// The replica here cannot be used.
+    /// The local replica is unusable.
     Unusable(Unusable),
 }
 
 /// A replica that cannot be opened.
 #[derive(Clone)]
 pub(super) struct Unusable {
-    /// What is wrong with it.
+    /// Error of the open.
     pub(super) why: Arc<str>,
-    /// The leader epoch in which that was found. Who elects it unclean later knows.
+    /// Leader epoch in which the replica was found unusable. A later unclean election was made with that knowledge.
     pub(super) since: LeaderEpoch,
 }
 
-/// What this broker has of one topic.
+/// State of one topic on this broker.
 #[derive(Clone)]
 pub(super) struct HostedTopic {
-    /// Its identity.
     pub(super) id: TopicId,
-    /// The revision of the topic's key that is acted by: its partitions are what that makes of them. Zero before the first.
+    /// Revision of the topic key that has been applied to all of its partitions; zero before the first one.
     pub(super) revision: Revision,
-    /// Its configuration.
     pub(super) config: Arc<TopicConfig>,
     cells: Arc<[ArcSwap<Holding>]>,
 }
 
 impl HostedTopic {
-    /// A topic with so many partitions; those that `before` had are as they were, and so is what is acted by.
+    /// Creates a topic with this number of partitions. Keeps the partitions and the applied revision of `before`.
     pub(super) fn new(id: TopicId, config: Arc<TopicConfig>, partitions: u32, before: Option<&Self>) -> Self {
         let cells = match before {
             Some(before) if before.count() == partitions as usize => Arc::clone(&before.cells),
@@ -68,23 +66,23 @@ impl HostedTopic {
         Self { id, revision, config, cells }
     }
 
-    /// How many partitions it has.
+    /// Returns the number of partitions.
     pub(super) fn count(&self) -> usize {
         self.cells.len()
     }
 
-    /// What is held of a partition; `None` when the topic has none of this number.
+    /// Returns the state of a partition, or `None` if the topic has no such partition.
     pub(super) fn holding(&self, number: u32) -> Option<Arc<Holding>> {
         Some(self.cells.get(usize::try_from(number).ok()?)?.load_full())
     }
 
-    /// What is held, by partition number.
+    /// Returns the states of all partitions, by partition number.
     pub(super) fn holdings(&self) -> impl Iterator<Item = Arc<Holding>> + '_ {
         self.cells.iter().map(ArcSwap::load_full)
     }
 }
 
-/// All of them. Readers see each topic whole.
+/// Table of all hosted topics. Readers get a consistent entry of each topic.
 pub(super) struct Hosted {
     topics: Parts<TopicName, HostedTopic>,
     ids: Parts<TopicId, TopicName>,
@@ -97,16 +95,16 @@ impl Default for Hosted {
     }
 }
 
-/// What is found under a name and a number.
+/// Result of a lookup by topic name and partition number.
 pub(super) enum Found {
-    /// What is held of this partition.
+    /// State of the partition.
     Held(PartitionId, Arc<Holding>),
-    /// The topic has only so many.
+    /// The topic has no such partition. Holds the number of its partitions.
     NoPartition(usize),
 }
 
 impl Hosted {
-    /// What there is for this name and number; `None` when no topic has the name.
+    /// Looks up a partition by topic name and number. Returns `None` if no topic has the name.
     pub(super) fn find(&self, topic: &str, partition: i32) -> Option<Found> {
         let topics = self.topics.of_name(topic);
         let hosted = topics.get(topic)?;
@@ -115,17 +113,17 @@ impl Hosted {
         Some(held.map_or_else(|| Found::NoPartition(hosted.count()), |(id, holding)| Found::Held(id, holding)))
     }
 
-    /// What is held of a topic.
+    /// Returns the entry of a topic.
     pub(super) fn topic(&self, name: &TopicName) -> Option<HostedTopic> {
         self.topics.of(name).get(name).cloned()
     }
 
-    /// Every topic's name.
+    /// Returns the names of all topics.
     pub(super) fn names(&self) -> Vec<TopicName> {
         self.topics.all().flat_map(|part| part.keys().cloned().collect::<Vec<_>>()).collect()
     }
 
-    /// The replica of this partition, whatever it does.
+    /// Returns the open replica of a partition, in any role.
     pub(super) fn by_id(&self, id: PartitionId) -> Option<Arc<Partition>> {
         match &*self.held(id)? {
             Holding::Open(partition) => Some(Arc::clone(partition)),
@@ -133,21 +131,21 @@ impl Hosted {
         }
     }
 
-    /// What is held of this partition.
+    /// Returns the state of a partition.
     pub(super) fn held(&self, id: PartitionId) -> Option<Arc<Holding>> {
         let ids = self.ids.of(&id.topic);
         let name = ids.get(&id.topic)?;
         self.topics.of(name).get(name).filter(|topic| topic.id == id.topic)?.holding(id.number)
     }
 
-    /// The configuration by which this partition is held.
+    /// Returns the configuration that is applied to a partition.
     pub(super) fn config(&self, id: PartitionId) -> Option<Arc<TopicConfig>> {
         let ids = self.ids.of(&id.topic);
         let name = ids.get(&id.topic)?;
         Some(Arc::clone(&self.topics.of(name).get(name)?.config))
     }
 
-    /// Waits until `holds` is true of what is held.
+    /// Waits until `holds` returns true for the table.
     pub(super) async fn until(&self, holds: impl Fn(&Self) -> bool) {
         let mut changed = self.changed.subscribe();
         while !holds(self) {
@@ -157,7 +155,7 @@ impl Hosted {
         }
     }
 
-    /// Every replica.
+    /// Returns all open replicas.
     pub(super) fn open(&self) -> Vec<Arc<Partition>> {
         let mut open = Vec::new();
         for part in self.topics.all() {
@@ -170,12 +168,11 @@ impl Hosted {
         open
     }
 
-    /// Takes topics in, or takes over what is new of them. Only the task that follows the metadata changes the set, so no
-    /// change is lost.
+    /// Adds or replaces topics. Only the task that applies the metadata changes the table, so no change is lost.
     pub(super) fn put(&self, some: impl IntoIterator<Item = (TopicName, HostedTopic)>) {
         let mut ids = BTreeMap::new();
         let topics = some.into_iter().map(|(name, topic)| {
-            // A topic that was made again under its name has another id.
+            // A recreated topic has the same name and another id.
             ids.extend(self.topic(&name).map(|before| (before.id, None)));
             ids.insert(topic.id, Some(name.clone()));
             (name, Some(topic))
@@ -184,7 +181,7 @@ impl Hosted {
         self.ids.apply(ids);
     }
 
-    /// Lets a topic go.
+    /// Removes a topic.
     pub(super) fn remove(&self, name: &TopicName) {
         if let Some(topic) = self.topic(name) {
             self.ids.apply([(topic.id, None)]);
@@ -192,7 +189,7 @@ impl Hosted {
         }
     }
 
-    /// From now on this is held of a partition.
+    /// Sets the state of a partition.
     pub(super) fn set(&self, id: PartitionId, holding: Holding) {
         let ids = self.ids.of(&id.topic);
         let Some(name) = ids.get(&id.topic) else { return };
@@ -203,7 +200,7 @@ impl Hosted {
         }
     }
 
-    /// Everything that was put or set is so, and these topics are acted by at these revisions.
+    /// Records the applied revisions of these topics and wakes waiting tasks. All preceding changes of the table are visible by then.
     pub(super) fn acted(&self, revisions: BTreeMap<TopicName, Revision>) {
         let acted = revisions.into_iter().filter_map(|(name, revision)| {
             let topic = HostedTopic { revision, ..self.topic(&name)? };
@@ -213,7 +210,7 @@ impl Hosted {
         self.tell();
     }
 
-    /// Tells those who wait that something has changed.
+    /// Wakes the tasks that wait for a change of the table.
     pub(super) fn tell(&self) {
         self.changed.send_replace(());
     }

@@ -1,14 +1,15 @@
-//! One clock for all partitions that have a member behind: a timer in each would wake as many tasks, all the time.
+//! One clock for all partitions that need ticks, because an in-sync replica is behind or the leader waits for metadata. A timer per
+//! partition would wake as many tasks continually.
 
 use std::{sync::Arc, time::Duration};
 
 use super::Broker;
 use crate::task::clock;
 
-/// How often the partitions with a member behind are told the time.
+/// Interval between ticks.
 const EVERY: Duration = Duration::from_millis(250);
 
-/// Tells the time to the partitions that want it, until the broker stops.
+/// Sends clock ticks to the partitions that need ticks, until the broker stops.
 pub(super) async fn run(broker: Arc<Broker>) {
     let began = clock::monotonic();
     loop {

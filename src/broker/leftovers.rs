@@ -1,8 +1,7 @@
-//! Replicas on the disk that the metadata gives to other brokers, or to nobody: they are deleted, once the store itself has said so.
-//!
-//! What the mirror shows is no licence to delete: it may be old, or of a store that was put back. So a partition's key is read at
-//! that moment, and only one that can be read and names others lets the files go; of a topic that is gone, only the mark that its deletion
-//! left. Where the store does not answer they stay, and it is asked again.
+//! Stray replicas: files on disk that the metadata assigns to other brokers, or to none. The metadata store must confirm each deletion,
+//! because the metadata cache may be stale, or of a restored store. A partition's key is read at that moment, and only a readable key with
+//! other replicas permits the deletion. For a removed topic, only its tombstone does. If the store does not respond, the files stay, and
+//! the read is retried.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -16,37 +15,37 @@ use crate::{
     task::{self, clock},
 };
 
-/// Pause before the store is asked again.
+/// Pause before the metadata store is read again.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// How long an answer of the store is waited for: the task that waits has other things to do.
+/// Timeout of a read from the metadata store. The waiting task has other work.
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// How many are looked at together.
+/// Maximum number of replicas that are checked together.
 const TOGETHER: usize = 64;
 
-/// Replicas that are deleted together, with two rounds of the journal and one sync of their topic's folder, and how many such parts are
-/// deleted side by side: a file system that discards what it frees has each removed file wait for the device.
+/// Number of replicas deleted together, with two journal frames and one sync of the topic's directory, and number of such groups deleted
+/// concurrently. On a file system that discards freed blocks, each removed file waits for the device.
 const DELETED_TOGETHER: usize = 64;
 const DELETIONS: usize = 16;
 
-/// Those that are to be looked at.
+/// Stray replicas that are to be checked.
 #[derive(Debug, Default)]
 pub(super) struct Leftovers {
     waiting: BTreeSet<PartitionId>,
-    /// Topics that are gone, and of which the store has not said whether they were deleted.
+    /// Removed topics whose tombstone could not be looked up yet.
     topics: BTreeSet<TopicId>,
-    /// Not before this moment: the store did not answer.
+    /// Earliest time of the next check, set when the store did not respond.
     not_before: Option<Instant>,
 }
 
 impl Leftovers {
-    /// A replica that the metadata gives to others.
+    /// Adds a replica that the metadata does not assign to this broker.
     pub(super) fn add(&mut self, id: PartitionId) {
         self.waiting.insert(id);
     }
 
-    /// Resolves when there is something to look at.
+    /// Resolves when there is something to check.
     pub(super) async fn due(&self) {
         if self.waiting.is_empty() && self.topics.is_empty() {
             return std::future::pending().await;
@@ -56,11 +55,11 @@ impl Leftovers {
         }
     }
 
-    /// Deletes those of which the store says that they are others', or nobody's.
+    /// Deletes the waiting replicas that the metadata store assigns to other brokers, and those of deleted topics.
     pub(super) async fn see_to(&mut self, broker: &Broker) {
         self.not_before = None;
         for topic in std::mem::take(&mut self.topics) {
-            // One that came back meanwhile is served, or will be.
+            // A topic that reappeared meanwhile is served, or will be.
             if broker.view.state().name(topic).is_none() && self.see_to_topic(broker, topic).await {
                 tracing::info!(%topic, "the topic was deleted while the metadata store did not answer; its files here were deleted");
             }
@@ -84,7 +83,7 @@ impl Leftovers {
                 }
             };
             self.waiting.remove(&id);
-            // One that came back meanwhile is open, or will be: the mirror brings it.
+            // A replica that was assigned again meanwhile is open, or will be opened when the metadata cache shows that.
             let is_others = value.is_some_and(|value| !value.replicas.contains(&broker.settings.id));
             if is_others && broker.hosted.by_id(id).is_none() {
                 moved.push(id);
@@ -96,7 +95,7 @@ impl Leftovers {
         }
     }
 
-    /// Sees to the replicas on the disk that no topic has: those of a topic that was deleted go, others are named.
+    /// Checks the replicas on disk that belong to no topic. Replicas of deleted topics are deleted, and all other topics are logged.
     pub(super) async fn see_to_strays(&mut self, broker: &Broker, state: &ViewState) {
         let topics: BTreeSet<TopicId> =
             broker.log.partitions().into_iter().chain(broker.log.unclaimed()).map(|id| id.topic).collect();
@@ -107,7 +106,7 @@ impl Leftovers {
         }
     }
 
-    /// Sees to what the disk holds of topics whose deletion left a mark just now.
+    /// Deletes the files of topics whose tombstone has just appeared.
     pub(super) async fn see_to_deleted(&mut self, broker: &Broker, topics: Vec<TopicId>) {
         for topic in topics {
             let held = held_of(broker, topic);
@@ -117,7 +116,8 @@ impl Leftovers {
         }
     }
 
-    /// Deletes what the disk holds of a topic that is gone, when its deletion left a mark; says so when it is kept.
+    /// Deletes the files of a removed topic if there is a tombstone. Logs a warning if the files are kept. Returns true if they are
+    /// deleted.
     pub(super) async fn see_to_topic(&mut self, broker: &Broker, topic: TopicId) -> bool {
         let held = held_of(broker, topic);
         self.delete_held(broker, topic, held).await
@@ -144,7 +144,7 @@ impl Leftovers {
     }
 }
 
-/// All of a topic that the data directory has files of.
+/// Returns all partitions of a topic that have files in the data directory.
 fn held_of(broker: &Broker, topic: TopicId) -> Vec<PartitionId> {
     let unclaimed = broker.log.unclaimed().into_iter().filter(|id| id.topic == topic);
     broker.log.partitions_of(topic).into_iter().chain(unclaimed).collect()

@@ -1,4 +1,4 @@
-//! Finding who serves a partition: this broker, or the one that the metadata names.
+//! Finds the broker that serves a partition: this broker, or the leader in the metadata.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,33 +11,33 @@ use crate::{
     model::{LeaderEpoch, PartitionId, TopicId, TopicName},
     partition::{AppendError, Partition, ReadError, Standing},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1,
     },
 };
 
-/// How long a name that is not known here is waited for: another broker may have made the topic a moment ago.
+/// Maximum time to wait for an unknown topic: another broker may have created the topic a moment ago.
 const NEWS: Duration = Duration::from_millis(300);
 
 impl Broker {
-    /// The partition that serves requests for this name and number: it is led here.
-    pub(super) fn partition(&self, topic: &str, partition: i32) -> Result<Arc<Partition>, Fault> {
+    /// Returns the partition with this name and number, if it is led here.
+    pub(super) fn partition(&self, topic: &str, partition: i32) -> Result<Arc<Partition>, ApiError> {
         self.partition_of(topic, None, partition)
     }
 
-    /// As [`Self::partition`], of the topic with this id where one is named.
+    /// Returns a partition as [`Self::partition`] does. Requires this topic id, if one is given.
     pub(super) fn partition_of(
         &self,
         topic: &str,
         id: Option<TopicId>,
         partition: i32,
-    ) -> Result<Arc<Partition>, Fault> {
+    ) -> Result<Arc<Partition>, ApiError> {
         self.replica(topic, id, partition, |standing| standing.role.leads())
     }
 
-    /// The partition that serves a reader who knows of the leader epoch that it names: it is led here or, where the reader takes any replica,
-    /// followed in sync. A replica that has not heard of that epoch may know less than the reader has seen.
-    pub(super) fn readable(&self, want: &v1::FetchPartition, any_replica: bool) -> Result<Arc<Partition>, Fault> {
+    /// Returns the partition for a reader, if it is led here or, for a reader that accepts any replica, followed in sync. The reader names
+    /// the newest leader epoch that it knows. A replica in an older epoch is rejected, because it may know less than the reader has seen.
+    pub(super) fn readable(&self, want: &v1::FetchPartition, any_replica: bool) -> Result<Arc<Partition>, ApiError> {
         let known = LeaderEpoch::from_i32(want.leader_epoch).unwrap_or_default();
         let id = faults::topic_id(&want.topic_id)?;
         self.replica(&want.topic, id, want.partition, |standing| {
@@ -45,8 +45,8 @@ impl Broker {
         })
     }
 
-    /// The entry of a response for a partition that is not read here, with the marks of the replica where one is open.
-    pub(super) fn refused_partition(&self, want: v1::FetchPartition, fault: Fault) -> v1::FetchedPartition {
+    /// Returns the response entry of a partition that is not read here, with the watermarks of the replica if one is open.
+    pub(super) fn refused_partition(&self, want: v1::FetchPartition, fault: ApiError) -> v1::FetchedPartition {
         let holding = match self.hosted.find(&want.topic, want.partition) {
             Some(Found::Held(id, holding))
                 if faults::topic_id(&want.topic_id).is_ok_and(|asked| asked.is_none_or(|asked| asked == id.topic)) =>
@@ -67,15 +67,15 @@ impl Broker {
         refused
     }
 
-    /// The partition of this name and number, if its standing here is one that `serves`.
+    /// Returns the partition with this name and number, if `serves` accepts its role and epoch.
     fn replica(
         &self,
         topic: &str,
         asked: Option<TopicId>,
         partition: i32,
         serves: impl FnOnce(Standing) -> bool,
-    ) -> Result<Arc<Partition>, Fault> {
-        let lookup = |error: LookupError| Err(Fault::from(error));
+    ) -> Result<Arc<Partition>, ApiError> {
+        let lookup = |error: LookupError| Err(ApiError::from(error));
         let topic = topic.to_owned();
         let (id, holding) = match self.hosted.find(&topic, partition) {
             Some(Found::Held(id, _))
@@ -106,7 +106,7 @@ impl Broker {
         }
     }
 
-    /// Waits a moment for topics, by name and id, that are not known here, where another broker may have made them just now.
+    /// Waits a moment for topics, by name and id, that are unknown here: another broker may have created them just now.
     pub(super) async fn acquaint(&self, topics: impl Iterator<Item = (&str, &str)>) {
         if self.alone {
             return;
@@ -130,7 +130,7 @@ impl Broker {
         let _late = tokio::time::timeout(NEWS, known).await;
     }
 
-    /// Who leads a partition, by the metadata.
+    /// Returns the leader of a partition according to the metadata.
     pub(super) fn leader(&self, id: PartitionId) -> Option<Leader> {
         let state = self.view.state();
         let value = &state.partition(id)?.partition.as_ref()?.value;
@@ -139,39 +139,39 @@ impl Broker {
         Some(Leader { broker, epoch: value.leader_epoch, address })
     }
 
-    /// What a write is told that comes while this broker stops: where to go, if others lead already.
-    pub(super) fn stopping_refusal(&self, partition: &Partition) -> Fault {
+    /// Returns the error for a write while this broker stops, with the new leader if there is one.
+    pub(super) fn stopping_refusal(&self, partition: &Partition) -> ApiError {
         let id = partition.id();
         match self.leader(id).filter(|leader| leader.broker != self.settings.id) {
             Some(leader) => {
                 let (topic, partition) = (partition.topic().to_string(), id.number.cast_signed());
                 LookupError::NotLeader { topic, partition, leader: Some(leader) }.into()
             }
-            None => Fault::new(Reason::NotReady, "this broker is stopping; try another, or again later"),
+            None => ApiError::new(ErrorCode::NotReady, "this broker is stopping; try another, or again later"),
         }
     }
 
-    /// A fault for whoever reads a partition that is not led here any more.
-    pub(super) fn not_leader(&self, topic: &str, partition: i32, id: PartitionId) -> Fault {
+    /// Returns the error for a read of a partition that this broker no longer leads.
+    pub(super) fn not_leader(&self, topic: &str, partition: i32, id: PartitionId) -> ApiError {
         LookupError::NotLeader { topic: topic.to_owned(), partition, leader: self.leader(id) }.into()
     }
 
-    /// Why a write was refused, with whom to turn to instead.
-    pub(super) fn append_refused(&self, id: PartitionId, error: AppendError) -> Fault {
+    /// Returns the error for a rejected write, with the leader to contact instead.
+    pub(super) fn append_refused(&self, id: PartitionId, error: AppendError) -> ApiError {
         let elsewhere = matches!(error, AppendError::NotLeader { .. } | AppendError::Deposed | AppendError::Closing);
-        let fault = Fault::from(error);
+        let fault = ApiError::from(error);
         if elsewhere { self.pointing(id, fault) } else { fault }
     }
 
-    /// Why a read was refused, with whom to turn to instead.
-    pub(super) fn read_refused(&self, id: PartitionId, error: ReadError) -> Fault {
+    /// Returns the error for a rejected read, with the leader to contact instead.
+    pub(super) fn read_refused(&self, id: PartitionId, error: ReadError) -> ApiError {
         let elsewhere = matches!(error, ReadError::Closed);
-        let fault = Fault::from(error);
+        let fault = ApiError::from(error);
         if elsewhere { self.pointing(id, fault) } else { fault }
     }
 
-    /// A fault that says who leads, where that is another broker.
-    fn pointing(&self, id: PartitionId, fault: Fault) -> Fault {
+    /// Adds the leader to an error, if it is another broker.
+    fn pointing(&self, id: PartitionId, fault: ApiError) -> ApiError {
         match self.leader(id) {
             Some(leader) if leader.broker != self.settings.id => leader.told(fault),
             _ => fault,

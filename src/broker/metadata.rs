@@ -1,4 +1,4 @@
-//! What a client needs to route: brokers, topics, leaders.
+//! Routing metadata for clients: brokers, topics, leaders.
 
 use std::collections::BTreeSet;
 
@@ -7,12 +7,12 @@ use crate::{
     cluster::{BrokerState, TopicValue, ViewState},
     limits,
     model::{BrokerId, TopicConfig, TopicName},
-    proto::{fault::Fault, v1},
+    proto::{error::ApiError, v1},
 };
 
 impl Broker {
-    /// Brokers, and the topics asked for.
-    pub(super) fn metadata(&self, request: &v1::GetMetadataRequest) -> Result<v1::GetMetadataResponse, Fault> {
+    /// Returns all brokers and the requested topics.
+    pub(super) fn metadata(&self, request: &v1::GetMetadataRequest) -> Result<v1::GetMetadataResponse, ApiError> {
         if request.topics.len() > limits::MAX_METADATA_TOPICS {
             return Err(faults::invalid(format!(
                 "{} topics in one request; at most {} are allowed: send several requests, or ask for all topics",
@@ -27,7 +27,7 @@ impl Broker {
             )));
         }
         let state = self.view.state();
-        // Clients ask the first ones first: who stops is better left alone.
+        // Clients contact brokers in the order of this list, so brokers that shut down come last.
         let (stay, go): (Vec<_>, Vec<_>) =
             state.brokers().iter().partition(|(_, known)| known.value.state == BrokerState::Running);
         let brokers = stay.into_iter().chain(go).map(|(id, known)| v1::Broker {
@@ -55,7 +55,7 @@ impl Broker {
             Some((topic, name)) => self.describe_routes(state, &name, &topic.value),
             None => v1::TopicMetadata {
                 name: topic.to_owned(),
-                error: Some(Fault::from(self.topics.unknown(topic)).into()),
+                error: Some(ApiError::from(self.topics.unknown(topic)).into()),
                 ..Default::default()
             },
         }

@@ -1,7 +1,7 @@
-//! The page of figures: what is counted where it happens, and what is read now.
+//! Metrics: counters are updated where the events happen, and gauges are read for each scrape.
 //!
-//! What is read costs one pass over the partitions of the mirror, and one over those that are open here, for each page; nothing
-//! while nobody asks.
+//! A scrape costs one pass over the partitions of the metadata cache, and one over the partitions that are open here. Without scrapes there
+//! is no cost.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -14,8 +14,8 @@ use crate::{
 };
 
 impl Broker {
-    /// Brings the figures up to date that are read rather than counted. One page at a time: some are set for some brokers and then taken
-    /// from others.
+    /// Updates the gauges. Only one call may run at a time, because per-broker gauges are set for some brokers and then removed for the
+    /// rest.
     pub fn observe(&self) {
         let open = self.hosted.open();
         let status = self.log.status();
@@ -43,7 +43,7 @@ impl Broker {
         metrics.lease_left_seconds.set(lease_left.as_secs_f64());
     }
 
-    /// Partitions that this broker answers for.
+    /// Updates the gauges of the partitions that this broker reports.
     fn observe_duty(&self, state: &ViewState) {
         let minimum = |topic| {
             let config = state.name(topic).and_then(|name| self.hosted.topic(name)).map(|topic| topic.config);
@@ -59,7 +59,7 @@ impl Broker {
         metrics.partitions_moving.set(duty.moving);
     }
 
-    /// How far each broker is behind with what is led here: records of all partitions, and the age of the oldest.
+    /// Updates the lag of each broker behind the partitions led here: the records of all partitions, and the longest time.
     fn observe_followers(&self, state: &ViewState, open: &[Arc<Partition>]) {
         let now = clock::monotonic();
         let mut lags: BTreeMap<BrokerId, (u64, Duration)> = BTreeMap::new();

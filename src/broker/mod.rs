@@ -1,27 +1,35 @@
-//! This node: the partitions it holds, and one file per family of requests.
+//! One broker: the partitions that it hosts, and one file per family of requests.
 //!
 //! # Overview
 //!
-//! Every request does the same steps: validate, find the partition (or refuse with who serves it), serve. `service` is
-//! the gRPC face; `produce`, `fetch`, `offsets`, `admin`, `describe` and `cluster_admin` serve; `lookup` finds, `figures` asks other
-//! brokers; `faults` maps every error once. `reconcile` follows the cluster's metadata and opens, configures and closes partitions,
-//! and `leftovers` deletes what is nobody's here any more; `upkeep` gives partitions their turn at sealing, uploading and deleting;
-//! `garbage` takes away what crashes and deletions left in the bucket and in the metadata.
+//! Every request takes the same steps: validate, look up the partition (or reject with the leader), serve.
 //!
-//! Among several brokers `following` and `peer` are the links over which replicas follow, `evidence` says what a lost one means,
-//! `agree` carries what leaders propose to the metadata store, `lag` tells them the time, and one of the brokers is the
-//! controller (`cluster::Controller`), which alone collects garbage.
+//! | files | content |
+//! | --- | --- |
+//! | `service` | gRPC services |
+//! | `produce`, `fetch`, `offsets`, `admin`, `describe`, `cluster_admin` | request handlers |
+//! | `lookup`, `figures` | partition lookup; requests to other brokers |
+//! | `faults` | the one mapping from errors to responses |
+//! | `reconcile`, `leftovers` | opening, configuring and closing partitions by the metadata; deleting stray replicas |
+//! | `upkeep`, `garbage` | maintenance (rolling, uploading, deleting); garbage of crashes and deletions in object store and metadata |
+//! | `following`, `peer` | replication links between brokers |
+//! | `evidence` | failure detection after a lost link |
+//! | `agree` | ISR proposals of leaders to the metadata store |
+//! | `lag` | clock ticks for leaders |
+//!
+//! The controller (`cluster::Controller`) runs on one broker of the cluster. Garbage is collected only there, or on a standalone broker.
 //!
 //! # Start
 //!
-//! [`Broker::open`] opens what the disk holds and does nothing with it. What came up whole is shown to the others ([`Broker::whole`]).
-//! [`Broker::begin`], once the broker is registered and its mirror shows that, tells every replica its place and serves.
+//! [`Broker::open`] opens the replicas on disk and leaves them idle. [`Broker::whole`] returns the intact ones for the startup
+//! verification. [`Broker::begin`] assigns every replica its role and serves requests. The broker is registered by then, and its metadata
+//! cache contains the registration.
 //!
 //! # Shutdown
 //!
-//! Among several brokers first [`Broker::hand_over`]: others lead what is led here, while requests are served.
-//! [`Broker::stop`]: refuse new writes, end the fetch streams, let the partitions answer what is written, end upkeep. What it
-//! owns (log, metadata store) is closed by `server` after it.
+//! A broker of a cluster first calls [`Broker::hand_over`], which transfers leadership while requests are still served. [`Broker::stop`]
+//! refuses new writes, ends the fetch streams, completes the queued writes and ends maintenance. `server` closes the log and the metadata
+//! store after that.
 
 mod admin;
 mod agree;
@@ -98,79 +106,75 @@ use crate::{
     tier::{Cache, Outage, Store},
 };
 
-/// What a broker is told about itself.
+/// Configuration of one broker.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Its number.
     pub id: BrokerId,
-    /// The cluster's name.
+    /// Name of the cluster.
     pub cluster: String,
-    /// What topics have that set nothing else.
+    /// Values of topic configuration keys that a topic does not set.
     pub topic_defaults: ConfigMap,
-    /// Bytes of writes that may be under way.
+    /// Maximum bytes of unacknowledged writes.
     pub produce_memory_bytes: u64,
-    /// Bytes that requests may take until their batches wait for an acknowledgement.
+    /// Maximum bytes of requests until their batches have produce memory.
     pub request_memory_bytes: u64,
-    /// Bytes that responses may take until they have been sent.
+    /// Maximum bytes of responses until they have been sent.
     pub response_memory_bytes: u64,
-    /// Bytes that opened batches may take.
+    /// Maximum bytes of decompressed batches.
     pub decompression_memory_bytes: u64,
-    /// New producers of one connection in a minute.
+    /// Maximum number of new producers per connection and minute.
     pub producer_ids_per_minute: u32,
-    /// Partitions that may upload at the same moment; as many others may have the rest of their upkeep.
+    /// Number of upload workers, and also of workers for all other maintenance. Each worker processes one partition at a time.
     pub upkeep_workers: usize,
-    /// How often retention looks at every partition that holds records.
+    /// Interval at which retention checks every partition that holds records.
     pub retention_interval: Duration,
-    /// How long a single read waits for records that exist.
+    /// Maximum time that a unary read waits for records that exist.
     pub fetch_max_wait: Duration,
-    /// How long an object that no manifest names is kept.
+    /// Age from which an object that no manifest references is deleted.
     pub garbage_grace: Duration,
-    /// How long a multipart upload may take before it counts as abandoned.
+    /// Age from which an unfinished multipart upload counts as abandoned.
     pub upload_grace: Duration,
-    /// Replicas of a partition of a topic whose creation does not say.
+    /// Replication factor of a topic whose creation request names none.
     pub default_factor: u32,
-    /// How long a member of the in-sync replicas may take to catch up.
+    /// Time after which an in-sync replica that has not caught up counts as lagging.
     pub lag_time: Duration,
-    /// How fast replicas that are not in sync copy from this broker, in bytes per second; `None`: as fast as they can.
+    /// Rate limit for copying to replicas outside the ISR, in bytes per second; `None` means no limit.
     pub catchup_bytes_per_second: Option<u64>,
-    /// How full the disk is, in percent, when this broker is given no new replicas.
+    /// Disk usage, in percent, above which this broker gets no new replicas.
     pub disk_full_percent: u64,
-    /// How long a start may last because replicas are not in sync yet.
+    /// Maximum time that a start waits for its replicas to be in sync.
     pub catch_up_timeout: Duration,
-    /// How much this broker moves at the same time when it is the controller.
+    /// Limits of the planner while this broker is the controller.
     pub controller: Limits,
 }
 
-/// The object store and the cache before it.
+/// The object store and the chunk cache in front of it.
 #[derive(Clone)]
 pub struct Tier {
-    /// The store.
     pub store: Store,
-    /// The cache of all partitions.
+    /// Chunk cache shared by all partitions.
     pub cache: Cache,
 }
 
-/// What a broker is made of.
+/// Dependencies of a broker.
 pub struct Parts {
-    /// Settings.
     pub settings: Settings,
-    /// The data directory.
+    /// Data directory.
     pub log: Log,
-    /// The metadata store.
+    /// Metadata store.
     pub store: Arc<dyn MetaStore>,
-    /// Its keys.
+    /// Keys of the cluster in the metadata store.
     pub keys: Keys,
-    /// The mirror of the metadata.
+    /// Metadata cache.
     pub view: View,
-    /// The object store, where there is one.
+    /// Object store; `None` for a broker without one.
     pub tier: Option<Tier>,
-    /// How other brokers are reached.
+    /// Connector to other brokers.
     pub connect: Arc<dyn Connect>,
-    /// Whether there are no other brokers: the metadata lies beside the data.
+    /// True for a standalone broker, whose metadata lies beside its data.
     pub alone: bool,
-    /// This uptime, as it is or will be registered.
+    /// Incarnation of this process, as it is or will be registered.
     pub incarnation: String,
-    /// Figures.
     pub metrics: Metrics,
 }
 
@@ -182,9 +186,9 @@ pub struct Broker {
     keys: Keys,
     view: View,
     alone: bool,
-    /// This uptime, as it is registered.
+    /// Incarnation of this process, as it is registered.
     incarnation: String,
-    /// Links and evidence, where there are other brokers.
+    /// Replication links and failure detection; `None` for a standalone broker.
     others: Option<Others>,
     topics: Topics,
     orders: Orders,
@@ -196,48 +200,49 @@ pub struct Broker {
     unproven: Unproven,
     budgets: Budgets,
     produce_memory: Pools,
-    /// Places of appends that wait for the object store.
+    /// Permits for appends that wait for the object store.
     tiered_appends: Arc<Semaphore>,
-    /// Who opens compressed batches goes through it.
+    /// Decompressor for all compressed batches; bounds their memory.
     opener: Opener,
     commits: TierCommits,
     upkeep: Upkeep,
     upkeep_queue: UpkeepQueue,
-    /// Partitions with something to upload.
+    /// Partitions with segments to upload.
     upload_queue: UpkeepQueue,
     upkeep_failures: upkeep::Failures,
-    /// Of all topics: their records could not be written to the object store.
+    /// Log throttle, shared by all topics, for failed writes of topic records to the object store.
     failed_topic_records: Arc<Mutex<LogThrottle>>,
     metrics: Metrics,
     session: OnceLock<Session>,
     health: health::Health,
-    /// Whether others may lead by now what this broker leads.
+    /// True while the lease has expired: other brokers may lead the partitions that this broker leads.
     doubt: watch::Sender<bool>,
-    /// Partitions' tasks.
+    /// Tasks of the partitions.
     partitions: Tasks,
-    /// The broker's own.
+    /// Tasks of the broker itself.
     tasks: Tasks,
-    /// Ends the streams of readers.
+    /// Cancels the streams of clients.
     readers: Tasks,
-    /// Since when it takes part.
+    /// Time of activation.
     begun: OnceLock<tokio::time::Instant>,
     ready: AtomicBool,
-    /// Others are asked to take over: it serves, and nobody new should come.
+    /// True during a controlled shutdown: the broker still serves requests, but reports that it is not ready.
     leaving: AtomicBool,
 }
 
 impl Broker {
-    /// What requests and responses take their memory from.
+    /// Returns the memory budgets of requests and responses.
     pub fn budgets(&self) -> &Budgets {
         &self.budgets
     }
 
-    /// The memory of a call that came by no connection.
+    /// Returns the memory of a call that arrived on no connection.
     fn call_memory(&self) -> CallMemory {
         CallMemory::new(self.budgets.clone(), self.budgets.connection(|| {}))
     }
 
-    /// Opens every replica that the metadata gives this broker and its disk holds. Nothing is done with them yet.
+    /// Opens every replica that the metadata assigns to this broker and that is on disk. A standalone broker also creates missing replicas.
+    /// All replicas stay idle until the broker is activated.
     pub async fn open(parts: Parts) -> Arc<Self> {
         let Parts { settings, log, store, keys, view, tier, connect, alone, incarnation, metrics } = parts;
         let commits = TierCommits::new(Arc::clone(&store), keys.clone());
@@ -294,7 +299,7 @@ impl Broker {
         broker
     }
 
-    /// The replicas that came up whole. Those of a topic that cannot be read, which are not held, are opened for this answer alone.
+    /// Returns the intact replicas. A replica whose topic value cannot be read is not hosted; that replica is opened only for this check.
     pub async fn whole(&self) -> BTreeSet<PartitionId> {
         let mut whole: BTreeSet<PartitionId> = self.hosted.open().iter().map(|partition| partition.id()).collect();
         let (state, me) = (self.view.state(), self.settings.id);
@@ -314,8 +319,10 @@ impl Broker {
         whole
     }
 
-    /// Takes part: every replica is told its place, and requests are served. The mirror must show the registration of `session`: what it
-    /// showed before may name this broker for what it has given up since. What is `unread` it takes part in when that is proven.
+    /// Activates the broker: every replica is assigned its role, and requests are served.
+    ///
+    /// The metadata cache must contain the registration of `session`. An older state may name this broker as the leader of partitions that
+    /// it has released since. Partitions in `unread` become active after their verification.
     pub async fn begin(self: &Arc<Self>, session: &Session, unread: Unread) {
         let state = self.view.state();
         self.begun.get_or_init(clock::monotonic);
@@ -358,10 +365,10 @@ impl Broker {
         }
     }
 
-    /// Stops in order; returns when nothing of it runs.
+    /// Stops everything in order, and returns when no task of the broker runs.
     pub async fn stop(&self) {
         self.ready.store(false, Ordering::Release);
-        // Partitions end when the journal has answered them, which a disk must not keep from happening.
+        // Partitions end after the journal has completed their entries. From this call on, a full journal fails after a bounded wait.
         self.log.expect_close();
         self.readers.stop().await;
         self.tasks.stop().await;
@@ -374,28 +381,27 @@ impl Broker {
         }
     }
 
-    /// Its mirror of the metadata, for the simulator's judge.
+    /// Returns the current metadata snapshot, for the simulator's checker.
     #[cfg(feature = "sim")]
     pub fn mirror(&self) -> Arc<crate::cluster::ViewState> {
         self.view.state()
     }
 
-    /// Its number.
     pub fn id(&self) -> BrokerId {
         self.settings.id
     }
 
-    /// Waits until it knows of so many brokers that are alive.
+    /// Waits until the metadata cache contains at least this number of registered brokers.
     pub async fn meets(&self, brokers: usize) {
         self.view.until(|state| state.brokers().len() >= brokers).await;
     }
 
-    /// How many partitions it serves.
+    /// Returns the number of open partitions.
     pub fn partitions(&self) -> usize {
         self.hosted.open().len()
     }
 
-    /// Records of a partition that are not in the bucket yet and are to go there.
+    /// Returns the number of records that are due for the object store and not there yet.
     fn tier_lag(&self, partition: &Partition) -> u64 {
         if !partition.config().tiered || !self.has_object_store() {
             return 0;
@@ -408,12 +414,12 @@ impl Broker {
         self.tier.is_some()
     }
 
-    /// The outage of the object store, while it is away.
+    /// Returns the outage of the object store, if there is one.
     fn store_away(&self) -> Option<Outage> {
         self.tier.as_ref()?.store.away()
     }
 
-    /// Waits until the object store is away.
+    /// Waits until the object store is unavailable.
     async fn until_store_away(&self) -> Outage {
         match &self.tier {
             Some(tier) => tier.store.until_away().await,
@@ -421,17 +427,17 @@ impl Broker {
         }
     }
 
-    /// Whether replicas are told their places.
+    /// Returns true once replicas receive their assignments.
     fn takes_part(&self) -> bool {
         self.begun.get().is_some()
     }
 
-    /// Whether it is this broker that does what one of them does for all.
+    /// Returns true if this broker does the work that one broker does for the cluster: it is standalone, or the controller.
     fn is_controller(&self) -> bool {
         self.alone || self.view.state().controller() == Some(self.settings.id)
     }
 
-    /// Where its partitions' tasks reach others.
+    /// Returns the context through which partitions reach other brokers.
     fn around(&self) -> Surroundings {
         let counts = Counts::of(&self.metrics);
         match &self.others {
@@ -440,7 +446,7 @@ impl Broker {
         }
     }
 
-    /// From now on nobody new should come.
+    /// Begins the controlled shutdown: from now on the broker reports that it is not ready.
     fn leave(&self) {
         self.leaving.store(true, Ordering::Release);
     }
@@ -449,7 +455,7 @@ impl Broker {
         !self.ready.load(Ordering::Acquire)
     }
 
-    /// Resolves when readers' streams must end.
+    /// Resolves when the streams of clients must end.
     async fn stopping(&self) {
         self.readers.cancelled().await;
     }

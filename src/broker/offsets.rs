@@ -1,4 +1,4 @@
-//! Finding offsets: the ends of a partition, and the first record of a time.
+//! Finding offsets: the start and end of a partition, and the first record for a timestamp.
 
 use std::{
     sync::{
@@ -17,34 +17,34 @@ use crate::{
     model::{LeaderEpoch, Offset},
     partition::{Charge, On, Partition, ReadError, Ready, Role},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{self, offset_query::At},
     },
     task::clock,
 };
 
-/// Look-ups by time of one request that run side by side: each may read a file or the bucket.
+/// Maximum number of concurrent look-ups of one request. A look-up by timestamp may read a file or the object store.
 const LOOKUPS: usize = 8;
 
-/// How long the latest offsets of one request are waited for where new leaders do not know them yet.
+/// Maximum time that one request waits for new leaders whose epoch is not committed yet.
 const SETTLES: Duration = Duration::from_secs(1);
 
-/// How the look-ups of one request wait.
+/// Limits on the waits of one request.
 #[derive(Clone, Copy)]
 struct Waits<'a> {
-    /// For new leaders.
+    /// Deadline for new leaders.
     settled: Instant,
-    /// One of them waited for memory in vain: the others take what is there.
+    /// True after a look-up waited for memory in vain. The other look-ups do not wait then.
     out_of_memory: &'a AtomicBool,
 }
 
 impl Broker {
-    /// Answers the queries in their order.
+    /// Returns the results of the queries, in their order.
     pub(super) async fn list_offsets(
         &self,
         request: v1::ListOffsetsRequest,
         memory: &CallMemory,
-    ) -> Result<v1::ListOffsetsResponse, Fault> {
+    ) -> Result<v1::ListOffsetsResponse, ApiError> {
         if request.queries.len() > limits::MAX_FETCH_PARTITIONS {
             return Err(faults::invalid(format!(
                 "{} queries in one request; at most {} are allowed",
@@ -53,7 +53,7 @@ impl Broker {
             )));
         }
         self.acquaint(request.queries.iter().map(|query| (query.topic.as_str(), ""))).await;
-        // For all of them together: thousands of partitions without their minimum must not be waited for one after the other.
+        // One deadline for all queries: thousands of partitions below min ISR must not be waited for one after the other.
         let now = clock::monotonic();
         let out_of_memory = AtomicBool::new(false);
         let waits = Waits { settled: now + SETTLES, out_of_memory: &out_of_memory };
@@ -65,7 +65,7 @@ impl Broker {
                 leader_epoch: -1,
             })
         });
-        // A doubt that ends meanwhile has not heard yet what became of what is answered.
+        // If the lease is renewed meanwhile, a result may still be from before the renewal.
         let doubted = self.is_in_doubt();
         let answers = answers.buffered(LOOKUPS).collect().await;
         Ok(v1::ListOffsetsResponse { answers, in_doubt: doubted || self.is_in_doubt() })
@@ -76,11 +76,11 @@ impl Broker {
         query: &v1::OffsetQuery,
         waits: Waits<'_>,
         memory: &CallMemory,
-    ) -> Result<v1::OffsetAnswer, Fault> {
+    ) -> Result<v1::OffsetAnswer, ApiError> {
         let partition = self.partition(&query.topic, query.partition)?;
         if !matches!(query.at, Some(At::Earliest(_)) | None) && !settled(&partition, waits.settled).await {
             let message = "a new leader of the partition does not know yet what is committed: try again";
-            return Err(Fault::new(Reason::NotReady, message));
+            return Err(ApiError::new(ErrorCode::NotReady, message));
         }
         let marks = partition.marks();
         let epoch = partition.epoch();
@@ -98,17 +98,18 @@ impl Broker {
         Ok(v1::OffsetAnswer { error: None, offset: offset.as_i64(), timestamp_ms, leader_epoch: epoch.as_i32() })
     }
 
-    /// The first record of a time. Memory is taken for batches of the usual size at first, and for a larger one once it was met.
+    /// Returns the first record for a timestamp. Takes memory for batches of the usual size first, and for a larger batch once one was
+    /// found.
     async fn find_time(
         &self,
         partition: &Partition,
         time: i64,
         waits: Waits<'_>,
         memory: &CallMemory,
-    ) -> Result<Option<(Offset, i64, LeaderEpoch)>, Fault> {
+    ) -> Result<Option<(Offset, i64, LeaderEpoch)>, ApiError> {
         let (opener, mut batch_bytes) = (memory.opener(&self.opener), limits::SEARCH_BYTES);
         loop {
-            // Chunks of the bucket, and the batch that is put together from them.
+            // Memory for chunks from the object store, and for the batch that is assembled from them.
             let is_out = waits.out_of_memory.load(Ordering::Relaxed);
             let patience = if is_out { Duration::ZERO } else { self.settings.fetch_max_wait };
             let granted = tokio::time::timeout(patience, memory.read(2 * batch_bytes)).await;
@@ -119,7 +120,7 @@ impl Broker {
             let charge: Charge = Arc::new(granted);
             let opener = opener.charged(Arc::clone(&charge));
             match partition.reader().charged(charge).offset_for_time(time, batch_bytes, &opener).await {
-                // Larger than needed: batches that grow byte by byte would begin the search again and again.
+                // Rounded up: batches that grow byte by byte would restart the search each time.
                 Err(ReadError::BatchTooLarge { bytes }) => batch_bytes = bytes.next_power_of_two(),
                 found => return Ok(found?),
             }
@@ -127,7 +128,8 @@ impl Broker {
     }
 }
 
-/// Waits until the partition's leader knows what is committed; false when it does not by then, or leads no more.
+/// Waits until the epoch of the partition's leader is committed. Returns false if that does not happen in time, or if this broker does not
+/// lead.
 async fn settled(partition: &Partition, by: Instant) -> bool {
     if partition.standing().role == (Role::Leader { settled: true }) || mutant!(LatestBeforeEpochCommitted) {
         return true;
@@ -141,7 +143,7 @@ async fn settled(partition: &Partition, by: Instant) -> bool {
                 Role::Leader { settled: false } => ready.wait().await,
                 Role::Waiting | Role::Follower { .. } => return false,
             }
-            // What is looked at next is newer than this news.
+            // The role is read again after this, so these notifications are covered.
             while ready.take().is_some() {}
         }
     };

@@ -1,5 +1,4 @@
-//! What a broker of several has going on with the others: the links over which it follows, those that follow here, and what a lost one
-//! means.
+//! Replication between this broker and its peers: outbound and inbound links, and failure detection.
 
 use std::{
     collections::BTreeMap,
@@ -23,29 +22,30 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// Everything between this broker and the others.
+/// Links and failure detection between this broker and its peers.
 pub(super) struct Others {
     following: Arc<Following>,
     peering: Arc<Peering>,
-    /// The registrations without an address for other brokers, each of which was logged.
+    /// Registrations without a peer address, each of which was logged.
     unreachable: Mutex<BTreeMap<BrokerId, Revision>>,
-    /// Links and probes. They end after the partitions, which say good-bye over them.
+    /// Tasks of links and probes. These tasks end after the partitions, which unsubscribe over the links.
     tasks: Tasks,
 }
 
-/// What it takes.
+/// Identity and dependencies of the local broker.
 pub(super) struct Known {
     pub(super) id: BrokerId,
     pub(super) cluster: String,
     pub(super) incarnation: String,
     pub(super) catchup_bytes_per_second: Option<u64>,
     pub(super) metrics: Metrics,
-    /// Looks up what the others claim.
+    /// Verifies claims of peers in the metadata store.
     pub(super) claims: Arc<Claims>,
 }
 
 impl Others {
-    /// Of a broker that is being made. It tells the others who it is, and does nothing more before it is registered.
+    /// Creates the links and the failure detector of a broker that is being opened. Before its registration, the broker only identifies
+    /// itself to peers.
     pub(super) fn new(known: Known, connect: Arc<dyn Connect>, broker: &Weak<Broker>) -> Self {
         let Known { id, cluster, incarnation, catchup_bytes_per_second, metrics, claims } = known;
         let tasks = Tasks::new();
@@ -73,22 +73,22 @@ impl Others {
         Self { following, peering, unreachable: Mutex::default(), tasks }
     }
 
-    /// The way for partitions.
+    /// Returns the replication links for partitions.
     pub(super) fn links(&self) -> Arc<dyn Links> {
         Arc::clone(&self.following) as _
     }
 
-    /// The way for questions.
+    /// Returns the client for requests to peers.
     pub(super) fn peers(&self) -> &Peers {
         self.following.peers()
     }
 
-    /// The service that the others call.
+    /// Returns the service that peers call.
     pub(super) fn service(&self) -> PeerServer<PeerService> {
         peer::service(&self.peering)
     }
 
-    /// Takes the brokers that are registered.
+    /// Updates the peers from the registrations.
     pub(super) fn know(&self, state: &ViewState) {
         let known = state.brokers().iter();
         let known = known
@@ -106,12 +106,12 @@ impl Others {
         *logged = without;
     }
 
-    /// Answers all questions of the others from now on; before this it says only who it is.
+    /// Serves all requests of peers from now on. Before this call, the broker only identifies itself.
     pub(super) fn begin(&self) {
         self.peering.begin();
     }
 
-    /// Follows this broker's own registration.
+    /// Starts to track this broker's own registration.
     pub(super) fn follow(&self, session: &Session, tasks: &Tasks) {
         let (mut standing, following, stop) = (session.standing(), Arc::clone(&self.following), tasks.clone());
         following.registered(session.epoch());
@@ -161,7 +161,7 @@ fn questions(broker: &Weak<Broker>, evidence: Arc<Evidence>, claims: Arc<Claims>
 }
 
 impl Broker {
-    /// How this broker is, for others who place partitions or describe the cluster.
+    /// Returns the state of this broker, for peers that place partitions or describe the cluster.
     pub(super) fn status(&self) -> v1::StatusResponse {
         let (open, log) = (self.hosted.open(), self.log.status());
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
@@ -193,7 +193,7 @@ impl Broker {
     }
 }
 
-/// How many segments hold timestamps that are still to come, and of which partitions; empty where none does.
+/// Describes the segments with timestamps in the future: their number, and the partition with most of them. Empty if there are none.
 fn future_timestamps(open: &[Arc<crate::partition::Partition>]) -> String {
     let with: Vec<_> = open.iter().filter(|partition| partition.future_segments() > 0).collect();
     let Some(most) = with.iter().max_by_key(|partition| partition.future_segments()) else { return String::new() };

@@ -1,7 +1,7 @@
-//! Writing: unary append, and the pipelined stream.
+//! Producing: unary append and the pipelined stream.
 //!
-//! The edge checks a batch before anything is stored, finds its partition, takes memory for it, and queues it. The answer
-//! comes from the partition's task when the request's own rule holds.
+//! The handler checks a batch before anything is stored, finds its partition, takes memory for the batch, and queues it. The partition's
+//! actor completes the append when the acknowledgement that the request asks for holds.
 
 mod incoming;
 
@@ -26,22 +26,23 @@ use crate::{
     model::{Acks, PartitionId},
     partition::{Acked, AppendError, AppendResult, BatchOrigin, Held, Partition, Refused, Stored},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{self, produce_response},
     },
     task::clock,
 };
 
-/// Most requests of one stream that may be under way; more wait in HTTP/2's window.
+/// Maximum number of requests of one stream in progress. Further requests wait in the HTTP/2 window.
 const STREAM_REQUESTS: usize = 4096;
 
-/// Most answers that are put together before HTTP/2 is offered them. It takes what has room for a client that reads, and asks for more then.
+/// Maximum number of responses that are collected before HTTP/2 gets them. HTTP/2 takes as many as a reading client has window for, and
+/// then polls for more.
 const ANSWERS_AT_ONCE: usize = 16;
 
-/// How long an acknowledgement is awaited where the request does not say.
+/// Timeout of the acknowledgement if the request sets none.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A write that was queued: what is left is to wait for its answer.
+/// A write in the queue of its partition, whose outcome is pending.
 struct Queued {
     partition: PartitionId,
     answer: Option<Awaited>,
@@ -49,19 +50,20 @@ struct Queued {
     began: Instant,
     bytes: u64,
     records: u64,
-    /// With `acks=tiered`.
+    /// Set with `acks=tiered`.
     tiered: Option<Tiered>,
 }
 
-/// What an append keeps that waits for the object store.
+/// State of an append that waits for the object store.
 struct Tiered {
-    /// Its offsets, once it is stored here.
+    /// Offsets of the append, once it is stored here.
     stored: Stored,
-    /// Its places among those that wait, of its connection and of all.
+    /// Permits for appends that wait for the object store: of the connection, and of the broker.
     _places: [OwnedSemaphorePermit; 2],
 }
 
-/// The answer to a write. The partition hears of it when it is waited for no more, because time is up or the client has gone.
+/// Pending acknowledgement of a write. The partition is notified if the wait ends early, because of a timeout or because the client is
+/// gone.
 struct Awaited {
     answer: Option<oneshot::Receiver<AppendResult>>,
     partition: Arc<Partition>,
@@ -85,21 +87,21 @@ impl Drop for Awaited {
 }
 
 impl Broker {
-    /// Appends and waits for the acknowledgement.
+    /// Appends a batch and waits for the acknowledgement.
     pub(super) async fn append(
         &self,
         request: v1::AppendRequest,
         quota: &ProducerIdQuota,
         memory: &CallMemory,
-    ) -> Result<v1::AppendResponse, Fault> {
+    ) -> Result<v1::AppendResponse, ApiError> {
         let queued = self
             .queue(request, quota, memory)
             .await
-            .inspect_err(|fault| self.metrics.produce_errors.count(fault.reason.as_str()))?;
+            .inspect_err(|fault| self.metrics.produce_errors.count(fault.code.as_str()))?;
         self.outcome(queued).await
     }
 
-    /// Answers a stream of writes. Requests are queued in the order in which they came.
+    /// Serves a stream of writes. Requests are queued in the order of their arrival.
     pub(super) fn produce(
         self: Arc<Self>,
         requests: Requests<v1::ProduceRequest>,
@@ -116,14 +118,14 @@ impl Broker {
         })
     }
 
-    /// Checks a write and puts it into its partition's queue.
+    /// Checks a write and puts it into the queue of its partition.
     async fn queue(
         &self,
         request: v1::AppendRequest,
         quota: &ProducerIdQuota,
         memory: &CallMemory,
-    ) -> Result<Queued, Fault> {
-        // Given back when the batch has produce memory.
+    ) -> Result<Queued, ApiError> {
+        // Freed when the batch has produce memory.
         let held = memory.take_request();
         let began = clock::monotonic();
         self.metrics.produce_requests.inc();
@@ -145,7 +147,8 @@ impl Broker {
         let mut incoming = self.read_payload(request.payload, held.bytes, &partition, &config, quota).await?;
         incoming.refusal = incoming.refusal.or_else(|| self.refuse_without_store(tiered.as_ref()));
         self.recompress(&mut incoming, &partition, &config, memory, deadline).await?;
-        // A retry of one that was stored before the topic's configuration changed, or before the store was away, is the partition's to find.
+        // A rejected batch of an idempotent producer still goes to the partition, which recognises retries. The batch may have been stored
+        // before the topic's configuration changed, or before the outage of the object store.
         if let Some(refused) = incoming.refusal.take_if(|_| incoming.batch.producer().is_none() || acks == Acks::None) {
             return Err(AppendError::Refused(refused).into());
         }
@@ -153,7 +156,7 @@ impl Broker {
         let Incoming { batch, fingerprint, timestamps, refusal, .. } = incoming;
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
         let stored = tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored));
-        // It may have gone away while the append waited for memory.
+        // The object store may have become unavailable while the append waited for memory.
         let refusal = refusal.or_else(|| self.refuse_without_store(tiered.as_ref()));
         let origin = BatchOrigin { fingerprint, timestamps, refusal };
         let answer = Some(partition.append_tracked(batch, origin, acks, permit, stored).await);
@@ -162,21 +165,21 @@ impl Broker {
         Ok(Queued { partition: id, answer, timeout, began, bytes, records, tiered })
     }
 
-    /// The refusal of an append with `acks=tiered` that could only wait: the object store is away.
+    /// Returns the rejection of an append with `acks=tiered` that could only wait, because the object store is unavailable.
     fn refuse_without_store(&self, tiered: Option<&Tiered>) -> Option<Refused> {
         tiered.and_then(|_| self.store_away()).map(|outage| Refused::StoreAway { outage: outage.to_string() })
     }
 
-    /// Refuses an append where too many wait for the object store.
-    fn admit_tiered(&self, memory: &CallMemory) -> Result<Tiered, Fault> {
+    /// Takes permits for an append with `acks=tiered`. Rejects the append if too many appends wait for the object store.
+    fn admit_tiered(&self, memory: &CallMemory) -> Result<Tiered, ApiError> {
         let overloaded = |whose: &str, most: usize| match self.store_away() {
-            // They wait for that, and their number is no cause.
+            // Those appends wait because of the outage, so their number is not the cause.
             Some(outage) => AppendError::Refused(Refused::StoreAway { outage: outage.to_string() }).into(),
             None => {
                 let message = format!(
                     "{most} appends {whose}wait for the object store already, and no more may: try again later"
                 );
-                Fault::new(Reason::Overloaded, message).with("max", most)
+                ApiError::new(ErrorCode::Overloaded, message).with("max", most)
             }
         };
         let own = memory.tiered_append();
@@ -186,9 +189,9 @@ impl Broker {
         Ok(Tiered { stored: Stored::default(), _places: [own, all] })
     }
 
-    async fn outcome(&self, queued: Queued) -> Result<v1::AppendResponse, Fault> {
+    async fn outcome(&self, queued: Queued) -> Result<v1::AppendResponse, ApiError> {
         let Some(answer) = queued.answer else { return Ok(unacknowledged()) };
-        // Of its time a part is over: it may have waited for memory.
+        // A part of the time is used up: the append may have waited for memory.
         let left = queued.timeout.saturating_sub(queued.began.elapsed());
         let outcome = match tokio::time::timeout(left, answer.get()).await {
             Ok(Ok(Ok(acked))) => Ok(response(&acked)),
@@ -202,19 +205,20 @@ impl Broker {
                 self.metrics.produce_bytes.inc_by(queued.bytes);
                 self.metrics.produce_ack_seconds.observe(queued.began.elapsed().as_secs_f64());
             }
-            Err(fault) => self.metrics.produce_errors.count(fault.reason.as_str()),
+            Err(fault) => self.metrics.produce_errors.count(fault.code.as_str()),
         }
         outcome
     }
 }
 
 impl Broker {
-    /// No acknowledgement came in time. What is stored here already must not look as if it were not: it would be written twice.
-    fn timed_out(&self, id: PartitionId, timeout: Duration, tiered: Option<&Tiered>) -> Fault {
+    /// Returns the error for an acknowledgement that did not arrive in time. An append that is already stored here must not look as if it
+    /// were not, because the client would write it twice.
+    fn timed_out(&self, id: PartitionId, timeout: Duration, tiered: Option<&Tiered>) -> ApiError {
         let ms = timeout.as_millis();
         let Some(stored) = tiered.and_then(|tiered| tiered.stored.get()) else {
-            return Fault::new(
-                Reason::Timeout,
+            return ApiError::new(
+                ErrorCode::Timeout,
                 format!("no acknowledgement within {ms} ms; the write may still happen"),
             );
         };
@@ -230,11 +234,14 @@ impl Broker {
             "no acknowledgement within {ms} ms: the leader has the records at offsets {base} up to, but not including, {end}, \
              and not in the object store yet: {cause}"
         );
-        Fault::new(Reason::Timeout, message).with("cause", cause).with("base_offset", base).with("end_offset", end)
+        ApiError::new(ErrorCode::Timeout, message)
+            .with("cause", cause)
+            .with("base_offset", base)
+            .with("end_offset", end)
     }
 
-    /// Waits for the outcome of an append of a stream. One that is stored here and waits for the object store says why, once the store is away
-    /// or does not take what its partition uploads.
+    /// Waits for the outcome of an append of a stream. An append that waits only for the object store returns a notice first, once the
+    /// store is unavailable or does not accept uploads of the partition.
     async fn next_step(self: Arc<Self>, correlation: u64, queued: Queued) -> Step {
         let (stored, partition) = (queued.tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored)), queued.partition);
         let broker = Arc::clone(&self);
@@ -242,7 +249,7 @@ impl Broker {
         let Some(stored) = stored else { return answer.await };
         let mut answer = Box::pin(answer);
         let cause = async {
-            // Before that it may be refused yet, or waits for other brokers.
+            // Before that, the append may still be rejected, or waits for other brokers.
             stored.wait().await;
             tokio::select! {
                 biased;
@@ -257,39 +264,39 @@ impl Broker {
             step = &mut answer => return step,
             message = cause => message,
         };
-        let waiting = Fault::new(Reason::ObjectStoreUnavailable, message).into();
+        let waiting = ApiError::new(ErrorCode::ObjectStoreUnavailable, message).into();
         let result = Some(produce_response::Result::Waiting(waiting));
         Step::Notice(v1::ProduceResponse { correlation, result }, answer)
     }
 }
 
-/// What comes of an append of a stream.
+/// Event of an append of a stream.
 enum Step {
     Answer(v1::ProduceResponse),
-    /// Why there is no answer yet; what is left to wait for.
+    /// Reason why there is no response yet, and the future of the next event.
     Notice(v1::ProduceResponse, BoxFuture<'static, Step>),
 }
 
-/// A request of a stream by its number, and what became of it at first.
-type Begun = (u64, Result<Queued, Fault>);
+/// Correlation id of a request, and the result of queueing that request.
+type Begun = (u64, Result<Queued, ApiError>);
 
-/// One produce stream: requests going in, answers coming out as they are due.
+/// One produce stream: requests are read, and responses are sent as they complete.
 struct Pipeline {
     broker: Arc<Broker>,
     requests: Requests<v1::ProduceRequest>,
     quota: ProducerIdQuota,
     memory: CallMemory,
-    /// The request that came last, which may have to wait for memory. The next one is taken when it is queued.
+    /// The last request, while it waits for memory. The next request is read after this one is queued.
     beginning: Option<AbortOnDropHandle<Begun>>,
     answers: FuturesUnordered<BoxFuture<'static, Step>>,
-    /// No more requests come: the producer said so, or what it sent cannot be read. The stream ends with this.
+    /// Set when no more requests arrive: the producer ended the stream, or its data cannot be read. The stream ends with this result.
     ended: Option<Result<(), Status>>,
 }
 
 impl Pipeline {
     async fn next(&mut self) -> Option<Result<v1::ProduceResponse, Status>> {
         loop {
-            // What was queued is answered first, whatever came after it.
+            // Queued requests are completed before anything that arrived later.
             let is_idle = self.answers.is_empty() && self.beginning.is_none();
             if is_idle && let Some(ended) = &mut self.ended {
                 return std::mem::replace(ended, Ok(())).err().map(Err);
@@ -303,7 +310,7 @@ impl Pipeline {
                         return Some(Ok(notice));
                     }
                 },
-                // Every write that came has its answer: a stop need not wait for a producer that is quiet.
+                // Every received write has its response, so a stop need not wait for an idle producer.
                 () = self.broker.stopping(), if is_idle => return None,
                 begun = begun(&mut self.beginning), if self.beginning.is_some() => self.await_answer(begun),
                 request = self.requests.try_next(), if self.takes_more() => {
@@ -335,7 +342,7 @@ impl Pipeline {
         });
         match (&mut beginning).now_or_never() {
             Some(begun) => self.await_answer(begun),
-            // It waits for memory among others. Nothing of the stream runs while its client reads no answers, so this is a task of its own.
+            // The request waits for memory in a task of its own, because the stream is not polled while its client reads no responses.
             None => self.beginning = Some(AbortOnDropHandle::new(self.broker.tasks.spawn("append", beginning))),
         }
     }
@@ -346,7 +353,7 @@ impl Pipeline {
             match queued {
                 Ok(queued) => broker.next_step(correlation, queued).await,
                 Err(fault) => {
-                    broker.metrics.produce_errors.count(fault.reason.as_str());
+                    broker.metrics.produce_errors.count(fault.code.as_str());
                     Step::Answer(answered(correlation, Err(fault)))
                 }
             }
@@ -354,7 +361,7 @@ impl Pipeline {
     }
 }
 
-fn answered(correlation: u64, outcome: Result<v1::AppendResponse, Fault>) -> v1::ProduceResponse {
+fn answered(correlation: u64, outcome: Result<v1::AppendResponse, ApiError>) -> v1::ProduceResponse {
     let result = match outcome {
         Ok(appended) => produce_response::Result::Appended(appended),
         Err(fault) => produce_response::Result::Error(fault.into()),
@@ -362,15 +369,15 @@ fn answered(correlation: u64, outcome: Result<v1::AppendResponse, Fault>) -> v1:
     v1::ProduceResponse { correlation, result: Some(result) }
 }
 
-/// Waits until the request that came last is queued, or refused.
+/// Waits until the last request is queued or rejected.
 async fn begun(beginning: &mut Option<AbortOnDropHandle<Begun>>) -> Begun {
     let begun = beginning.as_mut().expect("only asked while there is one").await;
     *beginning = None;
     begun.expect("the task is not aborted while it is awaited")
 }
 
-/// How long an append waits for its acknowledgement.
-fn timeout(ms: u32) -> Result<Duration, Fault> {
+/// Returns the maximum time that an append waits for its acknowledgement.
+fn timeout(ms: u32) -> Result<Duration, ApiError> {
     if ms > limits::MAX_APPEND_TIMEOUT_MS {
         let most = limits::MAX_APPEND_TIMEOUT_MS;
         return Err(faults::invalid(format!("timeout_ms {ms} is more than {most}, the most that an append waits")));
@@ -378,7 +385,7 @@ fn timeout(ms: u32) -> Result<Duration, Fault> {
     Ok(if ms == 0 { DEFAULT_TIMEOUT } else { Duration::from_millis(ms.into()) })
 }
 
-fn acks(value: i32) -> Result<Acks, Fault> {
+fn acks(value: i32) -> Result<Acks, ApiError> {
     match v1::Acks::try_from(value) {
         Ok(v1::Acks::Unspecified | v1::Acks::All) => Ok(Acks::All),
         Ok(v1::Acks::None) => Ok(Acks::None),

@@ -1,7 +1,7 @@
-//! Ids for idempotent producers: handed out from blocks that no other broker has, and checked when a batch names one.
+//! Ids for idempotent producers: assigned from blocks that no other broker has, and checked when a batch names one.
 //!
-//! A broker takes blocks before it needs them: a producer that begins while the metadata store is away gets its id all the same. The end of
-//! the newest block is in the data directory before an id of it is handed out, and the store's counter is raised to it at a start.
+//! A broker reserves blocks in advance, so that a new producer gets its id while the metadata store is unavailable. The end of the newest
+//! block is in the data directory before an id of that block is assigned. At a start, the counter in the store is raised to that end.
 
 use std::{
     collections::VecDeque,
@@ -17,49 +17,48 @@ use super::Broker;
 use crate::{
     cluster::{ANONYMOUS, ProducerIdKey, StoreError, Topics},
     log::Log,
-    proto::fault::{Fault, Reason},
+    proto::error::{ApiError, ErrorCode},
     task::{self, clock},
 };
 
-/// With fewer ids left than this, another block is taken.
+/// Number of remaining ids below which another block is reserved.
 const LOW: i64 = 500;
 
-/// Pause before the store is asked again.
+/// Pause before the metadata store is called again.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// How long a batch waits for the cluster's key, which another broker made a moment ago.
+/// Maximum time that a batch waits for the cluster's key, which another broker may have created just now.
 const KEY_WAIT: Duration = Duration::from_secs(1);
 
-/// Why no producer id can be handed out.
+/// Error of assigning a producer id.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ProducerIdError {
-    /// The store did not answer, or what it holds cannot be used.
+    /// The store did not respond, or its value is unusable.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The block could not be noted in the data directory.
+    /// The end of the block could not be written to the data directory.
     #[error("the end of a block of producer ids cannot be kept in the data directory: {0}")]
     Directory(#[from] io::Error),
 }
 
-impl From<ProducerIdError> for Fault {
+impl From<ProducerIdError> for ApiError {
     fn from(error: ProducerIdError) -> Self {
         let message = error.to_string();
         match error {
             ProducerIdError::Store(error) => error.into(),
             ProducerIdError::Directory(error) if error.kind() == io::ErrorKind::StorageFull => {
-                Self::new(Reason::DiskFull, message)
+                Self::new(ErrorCode::DiskFull, message)
             }
-            ProducerIdError::Directory(_) => Self::new(Reason::StorageFailed, message),
+            ProducerIdError::Directory(_) => Self::new(ErrorCode::StorageFailed, message),
         }
     }
 }
 
-/// The quota of new producers of one connection: ids that were asked for, and ids in batches that the cluster never handed out. Clones share
-/// it.
+/// Quota of new producers per connection: requested ids, and ids in batches that the cluster never assigned. Clones share the quota.
 #[derive(Clone, Debug, Default)]
 pub struct ProducerIdQuota(Arc<Mutex<Option<Bucket>>>);
 
-/// Tokens that come back evenly, as many in a minute as there are at most.
+/// Token bucket. Tokens return evenly, up to the number for one minute.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Bucket {
     tokens: f64,
@@ -67,7 +66,7 @@ pub(super) struct Bucket {
 }
 
 impl Bucket {
-    /// Takes a token; `None` where there is none.
+    /// Takes a token. Returns `None` if there is none.
     pub(super) fn take(bucket: Option<Self>, per_minute: u32, now: Instant) -> Option<Self> {
         let most = f64::from(per_minute);
         let tokens = bucket.map_or(most, |bucket| {
@@ -80,11 +79,11 @@ impl Bucket {
 
 impl ProducerIdQuota {
     /// Counts one new producer.
-    fn take(&self, per_minute: u32) -> Result<(), Fault> {
+    fn take(&self, per_minute: u32) -> Result<(), ApiError> {
         let mut bucket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(left) = Bucket::take(*bucket, per_minute, clock::monotonic()) else {
-            return Err(Fault::new(
-                Reason::Overloaded,
+            return Err(ApiError::new(
+                ErrorCode::Overloaded,
                 format!(
                     "this connection has begun {per_minute} producers within a minute (limits.producer_ids_per_minute): keep producers, or try \
                      again later"
@@ -96,19 +95,19 @@ impl ProducerIdQuota {
     }
 }
 
-/// What is left of the blocks that were taken.
+/// Remaining ids of the reserved blocks.
 #[derive(Default)]
 pub(super) struct ProducerIds {
-    /// The cluster's key, once it was read. It never changes.
+    /// The cluster's key, once it was read. The key never changes.
     key: OnceLock<ProducerIdKey>,
     blocks: Mutex<VecDeque<Range<i64>>>,
-    /// Of many who find nothing left one takes a block. Holds the end of the newest block, once the data directory was read.
+    /// Lock with which one of many callers reserves a block. Holds the end of the newest block, once the data directory was read.
     filling: tokio::sync::Mutex<Option<i64>>,
     low: Notify,
 }
 
 impl ProducerIds {
-    /// An id that nobody was given before.
+    /// Returns an id that was never assigned before.
     async fn next(&self, topics: &Topics, log: &Log) -> Result<i64, ProducerIdError> {
         let key = self.key(topics).await?;
         loop {
@@ -119,7 +118,7 @@ impl ProducerIds {
         }
     }
 
-    /// The cluster's key. Makes it where no broker has.
+    /// Returns the cluster's key. Creates the key if no broker has.
     async fn key(&self, topics: &Topics) -> Result<&ProducerIdKey, StoreError> {
         if let Some(key) = self.key.get() {
             return Ok(key);
@@ -146,7 +145,7 @@ impl ProducerIds {
         Some(id)
     }
 
-    /// Takes a block where fewer than `least` are left.
+    /// Reserves a block if fewer than `least` ids are left.
     async fn fill(&self, topics: &Topics, log: &Log, least: i64) -> Result<(), ProducerIdError> {
         let mut noted = self.filling.lock().await;
         if left(&self.blocks()) >= least {
@@ -173,15 +172,15 @@ fn left(blocks: &VecDeque<Range<i64>>) -> i64 {
 }
 
 impl Broker {
-    /// Hands out a producer id.
-    pub(super) async fn next_producer_id(&self, quota: &ProducerIdQuota) -> Result<i64, Fault> {
+    /// Assigns a producer id.
+    pub(super) async fn next_producer_id(&self, quota: &ProducerIdQuota) -> Result<i64, ApiError> {
         quota.take(self.settings.producer_ids_per_minute)?;
         Ok(self.producer_ids.next(&self.topics, &self.log).await?)
     }
 
-    /// Refuses a batch whose producer id this cluster never handed out. Nobody else is asked. While this broker has not read the cluster's
-    /// key, no id can be judged, and the batch is refused until it has.
-    pub(super) async fn check_producer_id(&self, id: i64, quota: &ProducerIdQuota) -> Result<(), Fault> {
+    /// Rejects a batch whose producer id this cluster never assigned. No other broker is called. Until this broker has read the cluster's
+    /// key, no id can be verified, and such batches are rejected.
+    pub(super) async fn check_producer_id(&self, id: i64, quota: &ProducerIdQuota) -> Result<(), ApiError> {
         let key = match self.producer_ids.key.get() {
             Some(key) => key,
             None => self.read_producer_id_key().await?,
@@ -191,21 +190,21 @@ impl Broker {
         }
         quota.take(self.settings.producer_ids_per_minute)?;
         let message = format!("producer id {id} was not handed out by this cluster: ask for one with InitProducer");
-        Err(Fault::new(Reason::UnknownProducer, message).with("producer", id))
+        Err(ApiError::new(ErrorCode::UnknownProducer, message).with("producer", id))
     }
 
-    async fn read_producer_id_key(&self) -> Result<&ProducerIdKey, Fault> {
+    async fn read_producer_id_key(&self) -> Result<&ProducerIdKey, ApiError> {
         let read = self.view.until(|state| state.producer_id_key().is_some());
         let _late = tokio::time::timeout(KEY_WAIT, read).await;
         let key = self.view.state().producer_id_key().cloned().ok_or_else(|| {
             let message = "this broker has not read the key of the cluster's producer ids yet; the batch was not appended: try again";
-            Fault::new(Reason::MetadataUnavailable, message)
+            ApiError::new(ErrorCode::MetadataUnavailable, message)
         })?;
         Ok(self.producer_ids.key.get_or_init(|| key))
     }
 }
 
-/// Keeps the cluster's key and a block at hand until the broker stops.
+/// Keeps the cluster's key and a block available until the broker stops.
 pub(super) async fn keep(broker: Arc<Broker>) {
     let ids = &broker.producer_ids;
     let kept = async {
@@ -248,7 +247,7 @@ mod tests {
         Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap()
     }
 
-    /// More ids than a block has.
+    /// Takes more ids than one block has.
     async fn many(ids: &ProducerIds, topics: &Topics, log: &Log) -> BTreeSet<i64> {
         let mut given = BTreeSet::new();
         for _ in 0..1500 {
@@ -258,7 +257,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn restored_store_hands_out_no_id_twice() {
+    async fn restored_store_assigns_no_id_twice() {
         let (disk, tasks) = (SimDisk::new(), Tasks::new());
         let (store, keys) = (Arc::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap());
         let shared: Arc<dyn MetaStore> = Arc::clone(&store) as _;
@@ -275,14 +274,14 @@ mod tests {
         let after = many(&ProducerIds::default(), &topics, &log).await;
         assert!(before.is_disjoint(&after));
 
-        // A block whose end is not in the directory is handed out to nobody.
+        // No id is assigned from a block whose end is not in the directory.
         disk.fail_writes_after(Some(0));
         assert!(matches!(ProducerIds::default().next(&topics, &log).await, Err(ProducerIdError::Directory(_))));
         tasks.stop().await;
     }
 
     #[test]
-    fn quota_grows_back_evenly_and_never_above_a_minute() {
+    fn quota_refills_evenly_up_to_one_minute() {
         let start = clock::monotonic();
         let after = |seconds| start + Duration::from_secs(seconds);
         let take_all = |mut bucket, now| {

@@ -1,11 +1,12 @@
-//! `RebuildManifest`: a person decides on a lost manifest. Any broker answers: it commits by compare-and-set, in the leader's epoch.
+//! `RebuildManifest`: an operator decides about a lost manifest. Any broker serves the request, because the commit is a compare-and-set in
+//! the leader's epoch.
 
 use super::{Broker, admin::name, faults::invalid};
 use crate::{
     cluster::TierCommitError,
     model::{Offset, PartitionId},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1,
     },
     tier::{ClaimError, PartitionTier, ReadError, StoreError, Survey, UploadError},
@@ -15,22 +16,22 @@ impl Broker {
     pub(super) async fn rebuild_manifest(
         &self,
         request: v1::RebuildManifestRequest,
-    ) -> Result<v1::RebuildManifestResponse, Fault> {
+    ) -> Result<v1::RebuildManifestResponse, ApiError> {
         let topic = name(&request.topic)?;
         let number = u32::try_from(request.partition).map_err(|_| invalid("the partition is negative"))?;
         let state = self.view.state();
         let Some(known) = state.topic(&topic) else { return Err(self.topics.unknown(&request.topic).into()) };
         if number >= known.value.partitions {
             let message = format!("topic {topic} has {} partitions, numbered from 0", known.value.partitions);
-            return Err(Fault::new(Reason::UnknownPartition, message));
+            return Err(ApiError::new(ErrorCode::UnknownPartition, message));
         }
         let id = PartitionId::new(known.value.id, number);
         drop(state);
-        let impossible = |message: String| Fault::new(Reason::NotPossible, message);
+        let impossible = |message: String| ApiError::new(ErrorCode::NotPossible, message);
         let Some(objects) = &self.tier else { return Err(impossible("this broker has no object store".to_owned())) };
         let committed = self.commits.current(id).await.map_err(commit_fault)?;
         let Some(committed) = committed else {
-            return Err(Fault::new(Reason::Conflict, "the partition is being deleted"));
+            return Err(ApiError::new(ErrorCode::Conflict, "the partition is being deleted"));
         };
         let tier = PartitionTier::new(objects.store.clone(), objects.cache.clone(), id, committed);
         let lost = match tier.check_manifest().await {
@@ -46,8 +47,8 @@ impl Broker {
         let plan = plan(&survey);
         let commits = request.plan.is_some();
         if request.plan.is_some_and(|agreed| agreed != plan) {
-            return Err(Fault::new(
-                Reason::Conflict,
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
                 "what is in the bucket has changed since it was shown: look again",
             ));
         }
@@ -57,10 +58,10 @@ impl Broker {
         Ok(answer(survey, lost, plan, commits))
     }
 
-    async fn commit_rebuilt(&self, tier: &PartitionTier, survey: &Survey) -> Result<(), Fault> {
+    async fn commit_rebuilt(&self, tier: &PartitionTier, survey: &Survey) -> Result<(), ApiError> {
         let id = tier.id();
         let Some((value, _)) = self.changes.read_back(id).await? else {
-            return Err(Fault::new(Reason::Conflict, "the partition is being deleted"));
+            return Err(ApiError::new(ErrorCode::Conflict, "the partition is being deleted"));
         };
         let staged = tier.stage_rebuilt(&survey.chain, survey.log_start, value.leader_epoch).await;
         let staged = staged.map_err(|error| upload_fault(&error))?;
@@ -74,7 +75,7 @@ impl Broker {
     }
 }
 
-/// Names exactly this outcome of a survey, so that a person agrees to what was shown and to nothing else.
+/// Returns an identifier of exactly this survey result, so that the operator's consent covers the displayed plan and no other.
 fn plan(survey: &Survey) -> String {
     let mut attempts = Vec::with_capacity(survey.chain.len() * 16);
     survey.chain.iter().for_each(|line| attempts.extend_from_slice(line.stamp.attempt.as_bytes()));
@@ -100,24 +101,24 @@ fn answer(survey: Survey, lost: String, plan: String, committed: bool) -> v1::Re
     }
 }
 
-fn commit_fault(error: TierCommitError) -> Fault {
+fn commit_fault(error: TierCommitError) -> ApiError {
     match error {
         TierCommitError::Store(error) => error.into(),
-        other => Fault::new(Reason::Conflict, other.to_string()),
+        other => ApiError::new(ErrorCode::Conflict, other.to_string()),
     }
 }
 
-fn read_fault(error: &ReadError) -> Fault {
-    Fault::new(Reason::ObjectStoreUnavailable, error.to_string())
+fn read_fault(error: &ReadError) -> ApiError {
+    ApiError::new(ErrorCode::ObjectStoreUnavailable, error.to_string())
 }
 
-fn upload_fault(error: &UploadError) -> Fault {
+fn upload_fault(error: &UploadError) -> ApiError {
     let reason = match error {
-        UploadError::Deposed { .. } => Reason::Conflict,
+        UploadError::Deposed { .. } => ErrorCode::Conflict,
         UploadError::Store(StoreError::Denied { .. }) | UploadError::Claim(ClaimError::Foreign { .. }) => {
-            Reason::NotPossible
+            ErrorCode::NotPossible
         }
-        _ => Reason::ObjectStoreUnavailable,
+        _ => ErrorCode::ObjectStoreUnavailable,
     };
-    Fault::new(reason, error.to_string())
+    ApiError::new(reason, error.to_string())
 }

@@ -1,26 +1,27 @@
-//! Follows the cluster's metadata, partition by partition: opens replicas that this broker is given and tells each what it is to be,
-//! passes on changed configurations, closes and deletes what is gone.
+//! Applies the cluster's metadata to the partitions of this broker: opens assigned replicas, assigns their roles, passes on changed
+//! configurations, and closes and deletes removed partitions.
 //!
 //! # Overview
 //!
 //! ```text
-//!   topic key      ─▶ how many partitions, and by which configuration; gone: closed, and deleted where a mark says so
-//!   partition key  ─▶ a replica here: opened, and told its place (`Partition::assign`); none here: closed, and a leftover
-//!   tier key       ─▶ what followers know as committed to the bucket
-//!   broker key     ─▶ what leaders know of their followers' brokers, and where this one finds its leaders
+//!   topic key      ─▶ number of partitions and configuration; key removed: closed, and deleted if there is a tombstone
+//!   partition key  ─▶ replica here: opened and assigned (`Partition::assign`); none here: closed, then a stray replica
+//!   tier key       ─▶ tier state that followers take as committed
+//!   broker key     ─▶ status of followers' brokers, for leaders; address of the leader, for followers
 //! ```
 //!
-//! A broker that starts opens what its disk holds, and tells nobody anything: first it shows to the others what it still has.
-//! Only when it is registered is every replica told its place, from a state that knows of the registration.
+//! A starting broker opens the replicas on disk and assigns no roles, because the startup verification comes first. Every replica gets its
+//! assignment after the registration, from a metadata snapshot that contains the registration.
 //!
 //! # Invariants
 //!
-//! - Metadata is only a hint of what to do next; nothing here decides who leads.
-//! - Nothing is deleted from the disk because the metadata does not name it: only the mark that a deletion leaves is a licence, or
-//!   the partition's own key, read from the store at that moment, that names other replicas. What is in no topic and without a
-//!   mark is kept and named: metadata that was lost, damaged or taken back to an older state must not cost data as well.
-//! - A replica is begun anew only when no set has it, so that nobody counts on what it held.
-//! - A replica whose value could not be read when this broker showed what it holds is told nothing before that is made up for (`unproven`).
+//! - Metadata is a hint for the next action. Nothing here decides about leadership.
+//! - A missing entry in the metadata never causes the deletion of files. Deletion requires the tombstone of the topic, or the partition's
+//!   own key with other replicas, read from the metadata store at that moment. Partitions without topic and tombstone are kept and logged:
+//!   lost, corrupt or restored metadata must not cost data as well.
+//! - A local replica is discarded only when it is in neither ISR nor ELR, so no commit depends on its content. The exception is an unusable
+//!   replica that an operator elected in order to discard it.
+//! - A replica whose partition value was unreadable during the startup verification gets no assignment until it is verified (`unproven`).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -42,17 +43,17 @@ use crate::{
     tier::{PartitionTier, TopicRecord},
 };
 
-/// Partitions that one thread opens one after the other. A hand-over for each would start threads by the dozen, which open
-/// none sooner and leave memory behind.
+/// Number of partitions that one thread opens in sequence. One hand-over per partition would start dozens of threads, which are not faster
+/// and leave memory behind.
 const OPENED_TOGETHER: usize = 64;
 
-/// Threads that open partitions side by side: each partition may have to recover its tail.
+/// Maximum number of threads that open partitions concurrently. Each partition may have to recover its tail.
 const OPENINGS: usize = 4;
 
-/// Partitions that are told of a change side by side.
+/// Maximum number of partitions that are notified of a change concurrently.
 const TOLD_TOGETHER: usize = 256;
 
-/// Applies every change of the metadata until the broker stops.
+/// Applies every metadata change until the broker stops.
 pub(super) async fn follow(broker: Arc<Broker>, mut leftovers: Leftovers) {
     let mut feed = broker.view.feed();
     loop {
@@ -80,7 +81,7 @@ pub(super) async fn follow(broker: Arc<Broker>, mut leftovers: Leftovers) {
 }
 
 impl Broker {
-    /// Brings what is held in line with all of the metadata.
+    /// Applies all of the metadata.
     pub(super) async fn reconcile(&self, state: &ViewState, leftovers: &mut Leftovers) {
         let mut names: BTreeSet<TopicName> = state.topics().keys().cloned().collect();
         names.extend(self.hosted.names());
@@ -111,7 +112,7 @@ impl Broker {
                 }
                 Key::Tier(id) => self.adopt(*id, state).await,
                 Key::Broker(id) => brokers.push(*id),
-                // What this broker never held, because it could not read its configuration, goes too.
+                // A topic that was never hosted, because its configuration was unreadable, is deleted too.
                 Key::Deleted(id) if state.name(*id).is_none() => gone.push(*id),
                 _ => {}
             }
@@ -122,12 +123,11 @@ impl Broker {
         }
         self.hold(ids.into_iter().collect(), state, leftovers).await;
         self.hosted.acted(acted);
-        // Last: it may take long, and who leads is more urgent.
+        // Last, because deletion may take long, and leadership changes are more urgent.
         leftovers.see_to_deleted(self, gone).await;
     }
 
-    /// Takes over what is new of topics. Returns their partitions, which are to be looked at one by one, and the revision that
-    /// each is acted by once that is done.
+    /// Applies topic values to the partition table. Returns the partitions to reconcile, and the revision that each topic reaches by that.
     async fn hold_topics<'a>(
         &self,
         names: impl Iterator<Item = &'a TopicName> + Send,
@@ -145,14 +145,14 @@ impl Broker {
                 topics.push((name.clone(), topic));
             }
         }
-        // All at once: each change copies a part of the table of topics.
+        // In one call, because each change copies a part of the topic table.
         if !topics.is_empty() {
             self.hosted.put(topics);
         }
         (ids, acted)
     }
 
-    /// What this broker has of a topic from now on; `None` when that is nothing, or nothing new.
+    /// Applies one topic value. Returns the new entry of the topic and its revision, or `None` if there is nothing to apply.
     async fn hold_topic(
         &self,
         name: &TopicName,
@@ -162,7 +162,7 @@ impl Broker {
         let hosted = self.hosted.topic(name);
         let wanted = state.topic(name);
         if wanted.is_none() && state.unreadable().contains_key(&Key::Topic(name.clone())) {
-            // What it says is not known, so nothing new is to be done.
+            // The new value is unreadable, so nothing changes.
             return None;
         }
         if let Some(hosted) = &hosted
@@ -195,12 +195,12 @@ impl Broker {
         Some((now, wanted.mod_revision))
     }
 
-    /// Brings partitions in line with what the metadata says of them.
+    /// Applies the metadata to these partitions.
     async fn hold(&self, ids: Vec<PartitionId>, state: &ViewState, leftovers: &mut Leftovers) {
         let is_on_disk = |id: &PartitionId| self.log.holds(*id);
         let (mut opened, mut told, mut readable) = (Vec::new(), Vec::new(), Vec::new());
         for id in ids {
-            // Of a topic that is not acted by, nothing is done.
+            // Partitions of a topic that is not hosted are skipped.
             let Some(holding) = self.hosted.held(id) else { continue };
             let known = state.partition(id).and_then(|entry| entry.partition.as_ref());
             match known {
@@ -221,7 +221,7 @@ impl Broker {
                         leftovers.add(id);
                     }
                 }
-                // It is on its way, or being deleted, or cannot be read: nobody knows who leads.
+                // The value has not arrived, was deleted or is unreadable, so the leader is unknown.
                 None => self.close(id, &holding).await,
             }
         }
@@ -229,7 +229,7 @@ impl Broker {
         self.open_all(opened).await;
         readable.into_iter().for_each(|id| self.unproven.can_be_read(id));
         if self.takes_part() {
-            // What turns out to be of no use, and nobody counts on, begins anew now: no other change may come that would ask for it.
+            // An unusable replica that may be discarded is replaced by an empty one now, because no later metadata change may trigger that.
             let again = tried.into_iter().filter_map(|id| {
                 let holding = self.hosted.held(id)?;
                 let known = state.partition(id)?.partition.as_ref()?;
@@ -242,7 +242,7 @@ impl Broker {
         }
     }
 
-    /// Whether the replica here came up whole; `None` where it is on the disk and was not opened.
+    /// Returns true if the local replica is intact, and `None` if it is on disk and was not opened.
     pub(super) fn came_up_whole(&self, id: PartitionId) -> Option<bool> {
         match self.hosted.held(id).as_deref() {
             Some(Holding::Open(_)) => Some(true),
@@ -251,7 +251,7 @@ impl Broker {
         }
     }
 
-    /// Ends a replica here, if there is one. Its files stay.
+    /// Stops the local replica, if there is one. The files stay.
     async fn close(&self, id: PartitionId, holding: &Holding) {
         if let Holding::Open(partition) = holding {
             partition.stop().await;
@@ -261,7 +261,7 @@ impl Broker {
         }
     }
 
-    /// How a replica is to be opened; `None` where it must not be now.
+    /// Returns the parameters for opening a replica, or `None` if it must not be opened now.
     fn spec(
         &self,
         id: PartitionId,
@@ -272,7 +272,7 @@ impl Broker {
     ) -> Option<Spec> {
         let (alone, me) = (self.alone, self.settings.id);
         if !on_disk && !alone && !self.takes_part() {
-            // Nothing to show. It begins when the others know that.
+            // There is nothing to verify. The replica is created after the activation.
             return None;
         }
         let counted = value.isr.contains(&me) || value.elr.contains(&me);
@@ -282,12 +282,12 @@ impl Broker {
         };
         let anew = !on_disk
             || useless.is_some_and(|useless| match value.leader {
-                // An operator has it lead, and was told that it cannot be used and goes.
+                // An operator elected this replica, knowing that it is unusable and will be discarded.
                 Some(leader) if leader == me => {
                     value.isr == [me] && value.discard && value.unclean.is_some_and(|epoch| epoch > useless.since)
                 }
                 Some(_) => !counted,
-                // There is nobody to copy from: what is here stays, whatever it is worth.
+                // There is no leader to copy from, so the files stay even if their content is useless.
                 None => false,
             });
         let anew = anew && !alone;
@@ -302,7 +302,7 @@ impl Broker {
         Some(Spec { id, topic: name.clone(), config, committed, tier, alone, anew, lag_time })
     }
 
-    /// Opens replicas, side by side.
+    /// Opens replicas concurrently.
     async fn open_all(&self, specs: Vec<Spec>) {
         let opened = stream::iter(chunks(specs)).map(|specs| self.open_some(specs)).buffer_unordered(OPENINGS);
         opened
@@ -325,7 +325,7 @@ impl Broker {
         known.map(|known| known.value.leader_epoch).unwrap_or_default()
     }
 
-    /// What cannot be opened, and why: said once, though it is tried again at each change.
+    /// Returns the entry of a replica that could not be opened. Logs each error once, although every metadata change retries the open.
     fn not_opened(&self, id: PartitionId, topic: &TopicName, error: &PartitionError) -> Holding {
         let why: Arc<str> = error.to_string().into();
         let earlier = self.hosted.held(id).and_then(|held| match &*held {
@@ -344,7 +344,7 @@ impl Broker {
         Holding::Unusable(Unusable { why, since })
     }
 
-    /// Opens replicas one after the other, on a thread that may block.
+    /// Opens replicas in sequence, on a blocking thread.
     async fn open_some(
         &self,
         specs: Vec<Spec>,
@@ -362,7 +362,7 @@ impl Broker {
         task::run_blocking(move || specs.into_iter().map(open).collect()).await
     }
 
-    /// Gives up a leadership for which there is no replica: somebody else may have one.
+    /// Resigns from the leadership of a partition whose local replica is unusable, because another broker may have a usable replica.
     fn give_up_unusable(&self, id: PartitionId, state: &ViewState) {
         let unusable = self.hosted.held(id).is_some_and(|holding| matches!(*holding, Holding::Unusable(_)));
         let known = state.partition(id).and_then(|entry| entry.partition.as_ref());
@@ -373,13 +373,14 @@ impl Broker {
         }
     }
 
-    /// Whether another process has this broker's number by now, with a copy of its data directory: then it is that one who leads.
+    /// Returns true if another process is registered with this broker's id, on a copy of its data directory. That process leads the
+    /// partitions then.
     fn is_replaced(&self, state: &ViewState) -> bool {
         let registered = state.brokers().get(&self.settings.id);
         registered.is_some_and(|known| known.value.incarnation != self.incarnation)
     }
 
-    /// Tells a replica its place.
+    /// Sends a replica its assignment.
     async fn tell(&self, id: PartitionId, state: &ViewState) {
         let Some(partition) = self.hosted.by_id(id) else { return };
         let Some(entry) = state.partition(id) else { return };
@@ -398,8 +399,8 @@ impl Broker {
         partition.assign(assignment).await;
     }
 
-    /// Passes on what is committed of a partition's tier. A leader knows what it commits itself, and not what was there before in a value
-    /// that could not be read when it was opened.
+    /// Passes the committed tier state to a partition. A leader knows its own commits, but not a value that was unreadable when the replica
+    /// was opened.
     async fn adopt(&self, id: PartitionId, state: &ViewState) {
         let Some(partition) = self.hosted.by_id(id) else { return };
         if let Some(known) = state.partition(id).and_then(|entry| entry.tier.as_ref()) {
@@ -407,7 +408,7 @@ impl Broker {
         }
     }
 
-    /// Tells the partitions that this broker leads, as far as is known, what the metadata says of these brokers now.
+    /// Sends the status of these brokers to the partitions that this broker leads according to the metadata.
     async fn tell_leaders(&self, brokers: &[BrokerId], state: &ViewState) {
         let me = self.settings.id;
         let led = self.hosted.open().into_iter().filter_map(|partition| {
@@ -425,8 +426,8 @@ impl Broker {
             .await;
     }
 
-    /// Writes down in the bucket what the topic is called, for `restore`. Best effort: it is written again at each start, by
-    /// whoever leads its first partition.
+    /// Writes the topic record to the object store, for `restore`. Best effort: the preferred leader of the first partition writes the
+    /// record again at each start.
     fn record_topic(&self, name: &TopicName, topic: &TopicValue, state: &ViewState) {
         let Some(tier) = &self.tier else { return };
         let first = state.partition(PartitionId::new(topic.id, 0)).and_then(|entry| entry.partition.as_ref());
@@ -456,7 +457,7 @@ impl Broker {
         });
     }
 
-    /// Ends what is held of a topic that the metadata does not name any more, and deletes it where that was meant.
+    /// Closes the partitions of a topic that the metadata no longer contains. Deletes their files if the topic was deleted on purpose.
     async fn let_go(&self, name: &TopicName, hosted: &HostedTopic, leftovers: &mut Leftovers) {
         self.hosted.remove(name);
         let stop = async |holding: Arc<Holding>| {
@@ -472,8 +473,8 @@ impl Broker {
     }
 }
 
-/// Replicas in parts that are opened together. Each part has memory of its own: one that was split off kept room for all that came after
-/// it, which was quadratic in their number.
+/// Splits replicas into chunks that are opened together. Each chunk has its own allocation: chunks split off one vector would keep capacity
+/// for all later replicas, which is quadratic.
 fn chunks<T>(all: Vec<T>) -> impl Iterator<Item = Vec<T>> {
     let mut rest = all.into_iter();
     std::iter::from_fn(move || {
@@ -482,7 +483,7 @@ fn chunks<T>(all: Vec<T>) -> impl Iterator<Item = Vec<T>> {
     })
 }
 
-/// What the metadata says of a broker.
+/// Returns the status of a broker according to the metadata.
 fn registration(state: &ViewState, broker: BrokerId) -> Registration {
     match state.brokers().get(&broker).map(|known| (known.value.state, known.create_revision)) {
         Some((BrokerState::Running, epoch)) => Registration::Running(epoch),
@@ -496,7 +497,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chunks_of_replicas_keep_no_room_for_others() {
+    fn replica_chunks_keep_no_excess_capacity() {
         let chunks: Vec<Vec<u64>> = chunks((0..10_000).collect()).collect();
         assert!(chunks.iter().flatten().copied().eq(0..10_000), "all of them, in order");
         let kept: usize = chunks.iter().map(Vec::capacity).sum();

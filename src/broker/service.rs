@@ -1,4 +1,4 @@
-//! The gRPC services: each method hands over to the room that serves it, and maps its failure once.
+//! The gRPC services. Each method calls its handler and maps the error once.
 
 use std::sync::Arc;
 
@@ -9,12 +9,12 @@ use super::{Broker, CallMemory, ProducerIdQuota, others::Others, peer::PeerServi
 use crate::{
     limits,
     proto::{
-        fault::Fault,
+        error::ApiError,
         v1::{self, admin_server, log_server, peer_server},
     },
 };
 
-/// The messages of a request that is a stream.
+/// Messages of a request that is a stream.
 pub type Requests<T> = BoxStream<'static, Result<T, Status>>;
 
 /// The `Log` service of a broker.
@@ -25,39 +25,39 @@ pub struct LogService(Arc<Broker>);
 #[derive(Clone)]
 pub struct AdminService(Arc<Broker>);
 
-/// The `Admin` service.
+/// Returns the `Admin` service.
 pub fn admin_service(broker: &Arc<Broker>) -> admin_server::AdminServer<AdminService> {
     admin_server::AdminServer::new(AdminService(Arc::clone(broker)))
 }
 
-/// The service that other brokers call; `None` for a broker alone.
+/// Returns the service that other brokers call; `None` for a standalone broker.
 pub fn peer_service(broker: &Broker) -> Option<peer_server::PeerServer<PeerService>> {
     broker.others.as_ref().map(Others::service)
 }
 
-fn answer<T>(result: Result<T, Fault>) -> Result<Response<T>, Status> {
+fn answer<T>(result: Result<T, ApiError>) -> Result<Response<T>, Status> {
     result.map(Response::new).map_err(Status::from)
 }
 
-/// The quota of the connection that a request came by. A request that came by none of the listeners has one of its own.
+/// Returns the quota of the request's connection. A request that arrived on no listener gets a quota of its own.
 fn quota<T>(request: &Request<T>) -> ProducerIdQuota {
     request.extensions().get().cloned().unwrap_or_default()
 }
 
 impl LogService {
-    /// The service of this broker.
+    /// Creates the service of this broker.
     pub fn new(broker: &Arc<Broker>) -> Self {
         Self(Arc::clone(broker))
     }
 
-    /// Its unary calls, with their message limits.
+    /// Returns the server of the unary calls, with its message limits.
     pub fn server(self) -> log_server::LogServer<Self> {
         log_server::LogServer::new(self)
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
     }
 
-    /// Answers the requests of one `Produce` stream.
+    /// Serves one `Produce` stream.
     pub fn serve_produce(
         &self,
         request: Request<Requests<v1::ProduceRequest>>,
@@ -66,7 +66,7 @@ impl LogService {
         Arc::clone(&self.0).produce(request.into_inner(), quota, memory)
     }
 
-    /// Answers the requests of one `Fetch` stream.
+    /// Serves one `Fetch` stream.
     pub fn serve_fetch(
         &self,
         request: Request<Requests<v1::FetchRequest>>,
@@ -75,7 +75,7 @@ impl LogService {
         Arc::clone(&self.0).fetch(request.into_inner(), memory)
     }
 
-    /// What a call takes of the memory of requests and responses.
+    /// Returns the memory of a call.
     fn memory<T>(&self, request: &Request<T>) -> CallMemory {
         request.extensions().get().cloned().unwrap_or_else(|| self.0.call_memory())
     }
@@ -88,7 +88,7 @@ impl log_server::Log for LogService {
         answer(self.0.append(request.into_inner(), &quota, &memory).await)
     }
 
-    // The broker's own listener serves the streams by `server/streams`.
+    // The broker's own listener serves the streams through `server/streams`.
     type ProduceStream = BoxStream<'static, Result<v1::ProduceResponse, Status>>;
 
     async fn produce(
@@ -101,7 +101,7 @@ impl log_server::Log for LogService {
     async fn read(&self, request: Request<v1::ReadRequest>) -> Result<Response<v1::ReadResponse>, Status> {
         let memory = self.memory(&request);
         let request = request.into_inner();
-        // A read may wait for a minute, and holds no more of its request than the partitions' names. Longer lists are refused.
+        // A read may wait for a minute, and keeps only the names of the partitions from its request. Longer lists are rejected.
         if request.partitions.len() <= limits::MAX_FETCH_PARTITIONS {
             drop(memory.take_request());
         }

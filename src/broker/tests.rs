@@ -1,4 +1,4 @@
-//! One broker on a real disk, with the metadata in memory: what it does when that changes under it.
+//! One broker on a real disk with its metadata in memory: its behaviour when the metadata changes.
 
 use std::{path::Path, time::Duration};
 
@@ -17,7 +17,7 @@ use crate::{
     log::{Identity, OpenError, Options, RealDisk},
     model::{Compression, LeaderEpoch, TopicId, TopicName},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1,
     },
     record::BatchBuilder,
@@ -30,7 +30,7 @@ use crate::{
 pub(super) struct Bench {
     pub(super) broker: Arc<Broker>,
     store: EmbeddedStore,
-    /// The store as the broker reaches it.
+    /// The store as the broker reaches it, with injected faults.
     link: Faulty,
     keys: Keys,
     tasks: Tasks,
@@ -41,13 +41,13 @@ impl Bench {
         Self::over(dir, alone, EmbeddedStore::in_memory()).await
     }
 
-    /// Starts as a broker of several does: it opens what it has, shows it, registers, and takes part.
+    /// Starts as a broker of a cluster does: opens its replicas, verifies them, registers, and becomes active.
     pub(super) async fn over(dir: &Path, alone: bool, store: EmbeddedStore) -> Self {
         let id = BrokerId(1);
         let identity = Identity { cluster: "test".to_owned(), broker: id };
         let options = Options { journal_bytes: 8 << 20, ..Options::default() };
         let open = || Log::open(Arc::new(RealDisk::default()), dir, &identity, options.clone());
-        // A task that was cancelled at the stop before may hold the directory for a moment more.
+        // A task that was cancelled at the previous stop may hold the directory for a moment.
         let mut log = open();
         for _ in 0..6_000 {
             if !matches!(log, Err(OpenError::InUse { .. })) {
@@ -130,23 +130,23 @@ impl Bench {
         made.value.id
     }
 
-    /// Changes the metadata behind the broker's back; returns when the broker has seen that.
+    /// Changes the metadata directly in the store, and returns when the broker has applied that.
     async fn change(&self, transaction: Transaction) {
         self.store.transact(transaction).await.unwrap();
-        // What comes later is seen later.
+        // A later change is applied later, so its end shows that this change is applied.
         let later = TopicName::new("later").unwrap();
         self.create(&later, 1).await;
         self.broker.topics.delete(&later).await.unwrap();
         self.broker.hosted.until(|hosted| hosted.topic(&later).is_none()).await;
     }
 
-    /// Appends one record of so many bytes to topic `t`.
+    /// Appends one record of this size to topic `t`.
     pub(super) async fn append(
         &self,
         partition: i32,
         bytes: usize,
         timeout_ms: u32,
-    ) -> Result<v1::AppendResponse, Fault> {
+    ) -> Result<v1::AppendResponse, ApiError> {
         let records = vec![v1::Record { value: Some(vec![7; bytes].into()), ..Default::default() }];
         let payload = Some(v1::append_request::Payload::Records(v1::PlainRecords { records }));
         let topic = "t".to_owned();
@@ -154,7 +154,7 @@ impl Bench {
         self.broker.append(request, &ProducerIdQuota::default(), &self.broker.call_memory()).await
     }
 
-    /// How many partitions of a topic are open, and how many replicas of it are on the disk.
+    /// Returns the number of open partitions of a topic, and of its replicas on the disk.
     fn holds(&self, topic: TopicId) -> (usize, usize) {
         let open = self.broker.hosted.open().iter().filter(|partition| partition.id().topic == topic).count();
         (open, self.broker.log.partitions().iter().filter(|id| id.topic == topic).count())
@@ -167,7 +167,7 @@ impl Bench {
 }
 
 #[tokio::test]
-async fn only_a_deletions_mark_deletes_what_the_disk_holds() {
+async fn only_a_tombstone_deletes_files_of_a_topic() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     let name = TopicName::new("t").unwrap();
@@ -197,7 +197,7 @@ async fn only_a_deletions_mark_deletes_what_the_disk_holds() {
 }
 
 #[tokio::test]
-async fn a_replica_that_moved_away_is_deleted_by_its_own_key_and_by_nothing_less() {
+async fn moved_replica_is_deleted_only_by_its_own_key() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), false).await;
     let name = TopicName::new("t").unwrap();
@@ -226,7 +226,7 @@ async fn a_replica_that_moved_away_is_deleted_by_its_own_key_and_by_nothing_less
 }
 
 #[tokio::test]
-async fn who_is_asked_for_anothers_partition_says_who_leads_it() {
+async fn request_for_foreign_partition_returns_leader() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), false).await;
     let name = TopicName::new("t").unwrap();
@@ -248,21 +248,22 @@ async fn who_is_asked_for_anothers_partition_says_who_leads_it() {
     bench.change(put).await;
 
     let fault = bench.broker.partition("t", 0).err().unwrap();
-    assert_eq!((fault.reason, fault.number("leader")), (Reason::NotLeader, Some(2)));
+    assert_eq!((fault.code, fault.number("leader")), (ErrorCode::NotLeader, Some(2)));
     assert_eq!(fault.number("leader_epoch"), Some(i64::from(led.leader_epoch.as_i32())));
     assert_eq!(fault.metadata.get("address").map(String::as_str), Some("broker-2:9460"));
     assert!(fault.message.contains("broker 2 at broker-2:9460"), "{fault}");
-    // It is gone, and nobody else is in sync: the controller finds no one either.
+    // Broker 2 is gone, and no other replica is in sync, so the controller elects no leader.
     let nobody = PartitionValue { isr: vec![other], ..led.leaderless() };
     bench.change(Transaction::new().delete(bench.keys.broker(other)).put(key, nobody.encode())).await;
     let fault = bench.broker.partition("t", 0).err().unwrap();
-    assert_eq!((fault.reason, fault.metadata.get("leader")), (Reason::NotLeader, None), "{fault}");
+    assert_eq!((fault.code, fault.metadata.get("leader")), (ErrorCode::NotLeader, None), "{fault}");
     bench.stop().await;
 }
 
-/// One look while nobody led ended the start for good, and the rolling restart went on before anything here was in sync.
+/// Regression: one check in a leaderless moment ended the start for good. The rolling restart continued before any replica here was in
+/// sync.
 #[tokio::test]
-async fn a_start_is_not_over_because_nobody_leads_for_a_moment() {
+async fn start_continues_while_partition_is_leaderless() {
     let dir = tempfile::tempdir().unwrap();
     let store = EmbeddedStore::in_memory();
     let bench = Bench::over(dir.path(), false, store.clone()).await;
@@ -283,7 +284,7 @@ async fn a_start_is_not_over_because_nobody_leads_for_a_moment() {
     let bench = Bench::over(dir.path(), false, store).await;
     assert_eq!(bench.broker.catching_up(), 1, "one may be elected");
     assert!(!bench.broker.is_started());
-    // It takes connections and says nothing: nobody can tell that it is gone.
+    // The listener accepts connections and sends nothing, so the broker is not declared gone.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let theirs = BrokerValue::running_at(silent.local_addr().unwrap().to_string());
     bench.change(Transaction::new().put(bench.keys.broker(other), theirs.encode()).put(key, led.encode())).await;
@@ -294,7 +295,7 @@ async fn a_start_is_not_over_because_nobody_leads_for_a_moment() {
 }
 
 #[tokio::test]
-async fn broker_whose_data_directory_failed_is_ready_while_it_serves_a_partition() {
+async fn broker_with_failed_directory_is_ready_while_serving() {
     const WHY: &str = "the data directory takes no writes: the journal could not be written";
     for partitions in [0, 1] {
         let dir = tempfile::tempdir().unwrap();
@@ -318,7 +319,7 @@ async fn broker_whose_data_directory_failed_is_ready_while_it_serves_a_partition
 }
 
 #[tokio::test]
-async fn what_a_leader_does_not_answer_for_is_said_to_be_unknown() {
+async fn watermarks_of_unresponsive_leader_are_unknown() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), false).await;
     let name = TopicName::new("t").unwrap();
@@ -333,11 +334,11 @@ async fn what_a_leader_does_not_answer_for_is_said_to_be_unknown() {
         ..PartitionValue::decode(&key, &before).unwrap()
     };
     let registered = bench.store.get(&bench.keys.broker(BrokerId(1))).await.unwrap().entry.unwrap().value;
-    // Nobody listens at that port.
+    // No process listens at that port.
     let silent = BrokerValue { incarnation: "q".to_owned(), ..BrokerValue::decode("brokers/1", &registered).unwrap() };
     bench.change(Transaction::new().put(bench.keys.broker(other), silent.encode()).put(key, theirs.encode())).await;
 
-    // It is led here as soon as it is open.
+    // Partition 0 is led here as soon as it is open.
     let described = wait_for("partition 0 is served", async || {
         let described = bench.broker.describe_topic("t").await.unwrap().partitions;
         described[0].unanswered.is_none().then_some(described)
@@ -354,9 +355,10 @@ async fn what_a_leader_does_not_answer_for_is_said_to_be_unknown() {
     bench.stop().await;
 }
 
-/// A process that slept wakes, and finds its number leading in a newer epoch: that is the process that was started on a copy of its directory.
+/// A suspended process resumes, and its broker id leads in a newer epoch. The leader is a process that was started on a copy of its
+/// directory.
 #[tokio::test]
-async fn who_was_replaced_leads_nothing_of_what_its_number_is_given() {
+async fn superseded_broker_leads_no_partition() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), false).await;
     let id = bench.create(&TopicName::new("t").unwrap(), 1).await;
@@ -370,7 +372,7 @@ async fn who_was_replaced_leads_nothing_of_what_its_number_is_given() {
     let put = Transaction::new().put(me, theirs.encode()).put(key, given.encode());
     bench.store.transact(put).await.unwrap();
     let refused = wait_for("it leads no more", async || bench.broker.partition("t", 0).err()).await;
-    assert_eq!(refused.reason, Reason::NotLeader);
+    assert_eq!(refused.code, ErrorCode::NotLeader);
     let epoch = bench.broker.hosted.by_id(PartitionId::new(id, 0)).unwrap().epoch();
     assert_eq!(epoch, given.leader_epoch, "by what was given, and not by what it had");
     bench.change(Transaction::new()).await;
@@ -378,10 +380,10 @@ async fn who_was_replaced_leads_nothing_of_what_its_number_is_given() {
     bench.stop().await;
 }
 
-/// Others have to hold what these write, and may be away for hours: a producer that tries again and again took all the memory that there is for
-/// writes, and nobody could write to anything.
+/// Regression: appends may wait for hours for replicas that are offline. A producer that retried took all of the produce memory, and
+/// blocked all writes.
 #[tokio::test]
-async fn who_waits_no_more_for_an_acknowledgement_takes_no_memory() {
+async fn timed_out_append_holds_no_memory() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), false).await;
     let id = bench.create(&TopicName::new("t").unwrap(), 2).await;
@@ -392,7 +394,7 @@ async fn who_waits_no_more_for_an_acknowledgement_takes_no_memory() {
     let shared = PartitionValue { replicas: both.clone(), isr: both, ..value };
     let silent = BrokerValue::running_at("127.0.0.1:1".to_owned()).encode();
     bench.change(Transaction::new().put(bench.keys.broker(BrokerId(2)), silent)).await;
-    // Nobody can be taken out of the set meanwhile.
+    // No member can be removed from the ISR meanwhile.
     bench.link.transactions(vec![Some(faulty::Fault::Refused); 100_000]);
     bench.store.transact(Transaction::new().put(key, shared.encode())).await.unwrap();
     let append = async |partition, timeout_ms| {
@@ -400,30 +402,30 @@ async fn who_waits_no_more_for_an_acknowledgement_takes_no_memory() {
         tokio::time::timeout(Duration::from_secs(20), append).await.expect("there is room")
     };
     wait_for("both are led here", async || {
-        let waits = append(0, 50).await.is_err_and(|fault| fault.reason == Reason::Timeout);
+        let waits = append(0, 50).await.is_err_and(|fault| fault.code == ErrorCode::Timeout);
         (waits && append(1, 30_000).await.is_ok()).then_some(())
     })
     .await;
-    // Of the MiB that there is.
+    // These appends exceed the produce memory of 1 MiB.
     for _ in 0..8 {
-        assert_eq!(append(0, 50).await.expect_err("broker 2 is not there").reason, Reason::Timeout);
+        assert_eq!(append(0, 50).await.expect_err("broker 2 is not there").code, ErrorCode::Timeout);
     }
     append(1, 30_000).await.expect("nobody else has to hold this one");
     wait_for("all of it is given back", async || (bench.broker.produce_memory.taken() == 0).then_some(())).await;
 
-    // Who had to wait for memory has waited: what is left of its time is for the acknowledgement.
+    // The wait for memory counts: only the rest of the time is for the acknowledgement.
     let since = clock::monotonic();
     let holding = futures::future::join_all((0..3).map(|_| bench.append(0, 300_000, 3000)));
     let (_held, late) = futures::join!(holding, bench.append(0, 300_000, 4000));
-    assert_eq!(late.expect_err("broker 2 is not there").reason, Reason::Timeout);
+    assert_eq!(late.expect_err("broker 2 is not there").code, ErrorCode::Timeout);
     let waited = since.elapsed();
     assert!(waited >= Duration::from_secs(4) && waited < Duration::from_secs(6), "{waited:?} of 4 s");
     bench.stop().await;
 }
 
-/// Found by review: it was written all the same, and its client, told that it may have been, sent it again.
+/// Regression: a batch without remaining time was written all the same. The client got a timeout and sent the batch again.
 #[tokio::test]
-async fn what_has_no_time_left_is_not_written() {
+async fn append_past_its_deadline_is_not_written() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), false).await;
     let name = TopicName::new("t").unwrap();
@@ -431,18 +433,18 @@ async fn what_has_no_time_left_is_not_written() {
         tokio::time::sleep(Duration::from_millis(20)).await;
         bench.create(&name, 1).await
     };
-    // A broker waits a moment for a topic that it has not heard of.
+    // A broker waits a moment for an unknown topic.
     let (late, id) = futures::join!(bench.append(0, 10, 1), created);
     let fault = late.expect_err("its time was over before there was such a topic");
-    assert!(matches!(fault.reason, Reason::Overloaded | Reason::UnknownTopic), "{fault}");
+    assert!(matches!(fault.code, ErrorCode::Overloaded | ErrorCode::UnknownTopic), "{fault}");
     let partition = bench.broker.hosted.by_id(PartitionId::new(id, 0)).expect("it is led here");
     assert_eq!(partition.marks().log_end, Offset::ZERO);
     bench.stop().await;
 }
 
-/// The mirror told of it, and then the store was away for a moment: the files stayed until the next start.
+/// Regression: the store was unavailable for a moment after the metadata cache showed the deletion. The files stayed until the next start.
 #[tokio::test]
-async fn a_topic_that_is_deleted_while_the_store_does_not_answer_is_deleted_when_it_does() {
+async fn topic_deletion_is_completed_after_store_outage() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     let name = TopicName::new("t").unwrap();
@@ -456,14 +458,15 @@ async fn a_topic_that_is_deleted_while_the_store_does_not_answer_is_deleted_when
     bench.stop().await;
 }
 
-/// A process died while the store had no leader: its partitions waited for its lease's end, though everybody had seen it go.
+/// Regression: a process exited while the store had no leader. The partitions waited until the lease of that process expired, although all
+/// peers had detected the exit.
 #[tokio::test]
-async fn a_registration_that_cannot_be_taken_away_yet_is_reported_again() {
+async fn failed_deletion_of_registration_is_retried() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), false).await;
     bench.broker.view.until(|state| state.controller() == Some(BrokerId(1))).await;
     let key = bench.keys.broker(BrokerId(2));
-    // Nobody listens at that port.
+    // No process listens at that port.
     let gone = BrokerValue::running_at("127.0.0.1:1".to_owned());
     bench.store.transact(Transaction::new().put(key.clone(), gone.encode())).await.unwrap();
     let epoch = bench.store.get(&key).await.unwrap().entry.unwrap().create_revision;
@@ -477,7 +480,7 @@ async fn a_registration_that_cannot_be_taken_away_yet_is_reported_again() {
         bench.store.get(&key).await.unwrap().entry.is_none().then_some(())
     })
     .await;
-    // The same process is there again: it was not dead, and is not believed to be.
+    // The same process is registered again, so the report was false, and further reports are ignored.
     bench.change(Transaction::new().put(key.clone(), gone.encode())).await;
     let epoch = bench.store.get(&key).await.unwrap().entry.unwrap().create_revision;
     let report = peer::Report { reporter: BrokerId(1), broker: BrokerId(2), epoch, seen: String::new() };
@@ -485,7 +488,7 @@ async fn a_registration_that_cannot_be_taken_away_yet_is_reported_again() {
     bench.stop().await;
 }
 
-/// One topic of one partition, made and led in an uptime that is over.
+/// Creates one topic of one partition, which was led in an incarnation that has ended.
 async fn led_before(dir: &Path, store: &EmbeddedStore) -> (TopicName, PartitionId, PartitionValue) {
     let bench = Bench::over(dir, false, store.clone()).await;
     let name = TopicName::new("t").unwrap();
@@ -503,10 +506,10 @@ async fn stands(store: &EmbeddedStore, keys: &Keys, id: PartitionId) -> Partitio
     PartitionValue::decode(&entry.key, &entry.value).unwrap()
 }
 
-/// The value could not be read when the broker started, so there was nothing to prove or to give up; then it was put back as it was, and the
-/// broker went on to lead in an epoch that began before its process: what it had lost since, it appended anew at the same offsets.
+/// Regression: the value was unreadable at the start, so nothing was verified or released. Once the value was restored, the broker led in
+/// an epoch from before its process, and assigned the offsets of lost records again.
 #[tokio::test]
-async fn a_broker_leads_in_no_epoch_of_before_though_that_is_put_back_after_its_start() {
+async fn restored_value_grants_no_leadership_of_old_epoch() {
     let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
     let (_, id, before) = led_before(dir.path(), &store).await;
     let key = Keys::new("test").unwrap().partition(id);
@@ -519,16 +522,16 @@ async fn a_broker_leads_in_no_epoch_of_before_though_that_is_put_back_after_its_
     })
     .await;
     let after = stands(&store, &bench.keys, id).await;
-    // It gave that epoch up, and was elected.
+    // The broker released that leadership and was elected again.
     assert_eq!((after.leader_epoch.0, &after.isr), (before.leader_epoch.0 + 2, &before.isr));
     assert_eq!(bench.broker.hosted.by_id(id).unwrap().epoch(), after.leader_epoch);
     bench.stop().await;
 }
 
-/// It could not open the replicas of a topic of which it could not read the value, took them for lost, and left their sets: if all brokers
-/// started so, nobody was left who could lead without loss.
+/// Regression: the broker could not open the replicas of a topic with an unreadable value, took them for lost, and left the ISR and ELR. If
+/// all brokers started so, no replica could lead without loss.
 #[tokio::test]
-async fn a_topic_that_cannot_be_read_at_the_start_costs_no_membership() {
+async fn unreadable_topic_at_start_keeps_isr_membership() {
     let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
     let (name, id, before) = led_before(dir.path(), &store).await;
     let key = Keys::new("test").unwrap().topic(&name);
@@ -544,9 +547,9 @@ async fn a_topic_that_cannot_be_read_at_the_start_costs_no_membership() {
     bench.stop().await;
 }
 
-/// Thousands of small batches that became large waited for memory in their large form, uncharged.
+/// Regression: thousands of small batches waited for memory in their large form, uncharged.
 #[tokio::test]
-async fn batch_to_recompress_waits_for_memory_before_it_is_opened() {
+async fn recompression_takes_memory_before_decompression() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     let config = ConfigMap::from([("compression.type".to_owned(), "zstd".to_owned())]);
@@ -561,7 +564,7 @@ async fn batch_to_recompress_waits_for_memory_before_it_is_opened() {
     let memory = bench.broker.produce_memory.of(1 << 20);
     let held = memory.take(memory.bytes() - (8 << 10)).await;
     let fault = append(300).await.expect_err("there is memory for what came, and not for what it may become");
-    assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
+    assert_eq!((fault.code, fault.retryable), (ErrorCode::Overloaded, true));
     assert!(fault.message.contains("limits.produce_memory_bytes"), "{fault}");
     drop(held);
     append(20_000).await.expect("there is memory");
@@ -569,9 +572,9 @@ async fn batch_to_recompress_waits_for_memory_before_it_is_opened() {
     bench.stop().await;
 }
 
-/// Plain records were compressed on the thread of the call, up to 64 MiB at once.
+/// Regression: records were compressed on the thread of the call, up to 64 MiB at once.
 #[tokio::test]
-async fn many_plain_records_are_compressed_in_the_turn_of_their_connection() {
+async fn large_record_list_waits_for_its_compression_turn() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     let config = ConfigMap::from([("compression.type".to_owned(), "gzip".to_owned())]);
@@ -586,13 +589,13 @@ async fn many_plain_records_are_compressed_in_the_turn_of_their_connection() {
     let turn = memory.rewriter(&bench.broker.opener).in_turn().await;
     append(vec![7; 1000], 20_000).await.expect("few are compressed at once");
     let fault = append(vec![7; 2 << 20], 300).await.expect_err("another batch of the connection has the turn");
-    assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
+    assert_eq!((fault.code, fault.retryable), (ErrorCode::Overloaded, true));
     drop(turn);
     append(vec![7; 2 << 20], 20_000).await.expect("2 MiB that become a few kilobytes");
     let mut noise = vec![0; 2 << 20];
     random::fill(&mut noise);
     let fault = append(noise, 20_000).await.expect_err("they stay larger than max.message.bytes");
-    assert_eq!(fault.reason, Reason::RecordTooLarge);
+    assert_eq!(fault.code, ErrorCode::RecordTooLarge);
     assert!(["1048588", "max.message.bytes"].iter().all(|part| fault.message.contains(part)), "{fault}");
     bench.stop().await;
 }

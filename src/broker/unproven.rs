@@ -1,9 +1,8 @@
-//! Partitions of which this broker could show nothing when it started, because their values could not be read.
+//! Partitions that the startup verification could not check, because their values were unreadable.
 //!
-//! Somebody may put such a value back as it was: it may then name this broker as the leader of an epoch that began before this process
-//! did, or count on records that its disk has lost since. So its replica is opened and told nothing; as soon as the mirror can read the value
-//! the broker compares itself with it ([`Unread::prove`]), gives up what it must, and only then takes part in it. A store that does not answer
-//! is asked again.
+//! A restored value may name this broker as the leader of an epoch from before this process, or rely on lost records. So the replica is
+//! opened without an assignment. Once the value is readable, the broker verifies its replica ([`Unread::prove`]), releases roles that do
+//! not hold, and becomes active in the partition. If the store does not respond, the verification is retried.
 
 use std::{
     collections::BTreeSet,
@@ -20,13 +19,13 @@ use crate::{
     task::clock,
 };
 
-/// Pause before the store is asked again.
+/// Pause before the verification is retried.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// How long the store, and then the mirror, are waited for: the task that waits has other things to do.
+/// Timeout of one verification: of the metadata store, and then of the metadata cache. The waiting task has other work.
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// What is still to be proven.
+/// Partitions that are not verified yet.
 #[derive(Debug, Default)]
 pub(super) struct Unproven {
     state: Mutex<State>,
@@ -36,29 +35,29 @@ pub(super) struct Unproven {
 struct State {
     unread: Unread,
     left: BTreeSet<PartitionId>,
-    /// Those of them that can be read by now.
+    /// Partitions of `left` that can be read by now.
     readable: BTreeSet<PartitionId>,
-    /// Not before this moment: the store did not answer.
+    /// Earliest time of the next attempt, set when the store did not respond.
     not_before: Option<Instant>,
 }
 
 impl Unproven {
-    /// What the start left to prove.
+    /// Takes over the partitions that the startup verification could not check.
     pub(super) fn take(&self, unread: Unread) {
         *self.state() = State { left: unread.partitions().clone(), unread, ..State::default() };
     }
 
-    /// Whether this broker may not take part in the partition yet.
+    /// Returns true if this broker must not be active in the partition yet.
     pub(super) fn holds_back(&self, id: PartitionId) -> bool {
         self.state().left.contains(&id)
     }
 
-    /// One of them can be read by now, and what is on the disk of it was opened: it is seen to soon.
+    /// Marks a partition as readable and opened, so that it is verified soon.
     pub(super) fn can_be_read(&self, id: PartitionId) {
         self.state().readable.insert(id);
     }
 
-    /// Resolves when there is something to see to.
+    /// Resolves when there is something to verify.
     pub(super) async fn due(&self) {
         let not_before = {
             let state = self.state();
@@ -71,7 +70,7 @@ impl Unproven {
         }
     }
 
-    /// Proves what can be proven now. Returns the partitions that this broker may take part in from here on, as its mirror shows them.
+    /// Verifies the readable partitions. Returns those in which this broker may be active from now on, as its metadata cache shows them.
     pub(super) async fn see_to(&self, broker: &Broker) -> Vec<PartitionId> {
         let (readable, unread) = {
             let mut state = self.state();
@@ -92,7 +91,7 @@ impl Unproven {
                 );
                 let revision: Option<Revision> = proof.await?;
                 if let Some(revision) = revision {
-                    // What the mirror shows until then is what was given up.
+                    // Until that revision, the cache shows the roles that were released.
                     broker.view.reached(revision).await;
                 }
                 Ok::<_, StoreError>(revision)
@@ -103,9 +102,9 @@ impl Unproven {
                     self.state().left.remove(&id);
                     proven.push(id);
                 }
-                // Gone, or spoiled again: the mirror says when it is back.
+                // The value was deleted or is unreadable again. The metadata cache reports its return.
                 Ok(Ok(None)) => {}
-                // The others would wait as long.
+                // The remaining partitions would wait as long.
                 Ok(Err(_)) | Err(_) => {
                     let mut state = self.state();
                     state.readable.extend(std::iter::once(id).chain(readable));

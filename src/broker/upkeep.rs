@@ -1,7 +1,7 @@
-//! Gives partitions their turn at upkeep, and at uploads.
+//! Schedules partitions for maintenance and for uploads.
 //!
-//! Retention must go on while the object store takes nothing, so it has workers of its own: what they find to be uploaded goes into a second
-//! queue, whose workers may wait for the store.
+//! Retention must continue while the object store accepts nothing, so maintenance has its own workers. These workers put partitions with
+//! uploads into a second queue, whose workers may wait for the object store.
 
 use std::{
     collections::BTreeMap,
@@ -22,19 +22,20 @@ use crate::{
     tier::{self, Store, UploadError},
 };
 
-/// How often old active segments are looked for, at most.
+/// Minimum interval between two searches for old active segments.
 const SEAL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// The look at all partitions is made so much more rarely than it takes: thousands of idle ones must not cost a core's percent.
+/// Minimum ratio of the pause to the duration of a search over all partitions. Thousands of idle partitions must not cost a percent of a
+/// core.
 const LOOK_SHARE: u32 = 500;
 
-/// A failure that is over after so many tries is not worth telling of.
+/// Number of consecutive failures from which a partition is reported.
 const TRIES: u32 = 3;
 
-/// The time without a successful upload after which the description says so, whichever partitions have failed.
+/// Time without a successful upload after which the status shows that, for failures of any partition.
 const UPLOADS_FAIL: Duration = Duration::from_secs(30);
 
-/// Starts the workers and the clockwork.
+/// Starts the workers and the scheduler.
 pub(super) fn spawn(broker: &Arc<Broker>) {
     for _ in 0..broker.settings.upkeep_workers.max(1) {
         broker.tasks.spawn("upkeep", work(Arc::clone(broker), Lane::Upkeep));
@@ -46,41 +47,42 @@ pub(super) fn spawn(broker: &Arc<Broker>) {
     }
 }
 
-/// Partitions whose last steps failed. Shown, it is how many, and the one that has failed for longest; nothing while all is well.
+/// Partitions whose last maintenance steps failed. `Display` writes their number and the partition that has failed for longest, or nothing
+/// if there are none.
 #[derive(Default)]
 pub(super) struct Failures {
     of: Mutex<BTreeMap<PartitionId, Failing>>,
-    /// A step of some partition failed for a reason of its own.
+    /// Notified when a step fails for a reason of its partition.
     failed: Notify,
-    /// Of all partitions: the metadata store takes no commit.
+    /// Log throttle, shared by all partitions, for commits that the metadata store rejects.
     commits: Mutex<LogThrottle>,
-    /// Of all partitions: the object store took no upload since then, and why; `None` after one that it took.
+    /// Time since which the object store has accepted no upload of any partition, and the error; `None` after a successful upload.
     uploads: Mutex<Option<(Instant, String)>>,
 }
 
 #[derive(Clone)]
 struct Failing {
-    /// How many in a row; 0 after one that did what had failed.
+    /// Number of consecutive failures; 0 after a successful step.
     steps: u32,
     log: LogThrottle,
     since: Instant,
     name: TopicName,
-    /// What is wrong with this partition; `None` where a store does not answer, of which the stores' clients speak.
+    /// Error of this partition; `None` for a failure that is reported elsewhere, such as an outage of a store.
     why: Option<String>,
 }
 
 impl Failures {
-    /// Why the last step of this partition failed.
+    /// Returns why the last step of this partition failed.
     fn why(&self, id: PartitionId) -> Option<String> {
         self.lock().get(&id)?.why.clone()
     }
 
-    /// Why this partition has not been uploaded: its last step failed, or uploads of others fail and it waits behind them.
+    /// Returns why this partition has not been uploaded: its last step failed, or the partition waits behind failing uploads of others.
     pub(super) fn why_not_uploaded(&self, id: PartitionId) -> Option<String> {
         self.why(id).or_else(|| Some(format!("uploads fail: {}", self.failing_uploads(&self.lock())?.1)))
     }
 
-    /// Waits until there is a reason that this partition has not been uploaded: which.
+    /// Waits until there is a reason why this partition has not been uploaded, and returns the reason.
     pub(super) async fn until_not_uploaded(&self, id: PartitionId) -> String {
         loop {
             let failed = self.failed.notified();
@@ -91,7 +93,7 @@ impl Failures {
         }
     }
 
-    /// Notes what became of an upload. What fails for a reason of one partition says nothing about others.
+    /// Records the result of an upload. The failure of one partition for its own reason does not concern other partitions.
     fn note_upload(&self, outcome: Result<(), &UpkeepError>) {
         match outcome {
             Ok(()) => *self.uploads() = None,
@@ -104,7 +106,8 @@ impl Failures {
         }
     }
 
-    /// Since when no upload has succeeded, and why. Where no partition fails any longer, the one that did was deleted, or is led elsewhere.
+    /// Returns the time since which no upload has succeeded, and the error. Returns `None` if no partition fails any longer: the failing
+    /// one was deleted, or another broker leads it.
     fn failing_uploads(&self, of: &BTreeMap<PartitionId, Failing>) -> Option<(Instant, String)> {
         self.uploads().clone().filter(|_| of.values().any(|failing| failing.steps > 0))
     }
@@ -119,8 +122,8 @@ impl Failures {
 }
 
 impl Failures {
-    /// A step of this partition did what there was to do. What is known of its failures is kept for a while, so that a partition whose
-    /// upkeep fails and works by turns does not fill the log.
+    /// Records a successful step of this partition. The failures of a partition are kept for a while, so that alternating failures and
+    /// successes do not fill the log.
     fn recover(&self, partition: &Partition) {
         let mut all = self.lock();
         let Some(failing) = all.get_mut(&partition.id()) else { return };
@@ -142,7 +145,7 @@ impl fmt::Display for Failures {
             lasting.filter_map(|(id, failing)| Some((id.number, failing, failing.why.as_ref()?)))
         };
         let Some((number, first, why)) = told().min_by_key(|(_, failing, _)| failing.since) else {
-            // With many partitions it takes long until one has failed so often.
+            // With many partitions, it takes long until one of them has failed that often.
             return match self.failing_uploads(&failing) {
                 Some((since, why)) if since.elapsed() >= UPLOADS_FAIL => {
                     write!(f, "no upload succeeds, for {} s: {why}", since.elapsed().as_secs())
@@ -156,12 +159,12 @@ impl fmt::Display for Failures {
     }
 }
 
-/// The queue that a worker serves, and what it does with a partition.
+/// Queue that a worker serves, and the work on its partitions.
 #[derive(Clone, Copy, Debug)]
 enum Lane {
-    /// Everything but uploads.
+    /// Everything except uploads.
     Upkeep,
-    /// Everything.
+    /// Everything, including uploads.
     Uploads,
 }
 
@@ -190,7 +193,7 @@ async fn work(broker: Arc<Broker>, lane: Lane) {
         };
         let outcome = tokio::select! {
             biased;
-            // A step that is cut off here leaves at most an object that nobody names.
+            // A step that is cancelled here leaves at most an orphan object.
             () = broker.tasks.cancelled() => return,
             outcome = step => outcome,
         };
@@ -242,18 +245,18 @@ async fn work(broker: Arc<Broker>, lane: Lane) {
     }
 }
 
-/// Whether it is an outage that has been spoken of, or nothing but another leader's turn.
+/// Returns true if the error is reported elsewhere, or if it only means that another broker leads.
 fn is_told_elsewhere(broker: &Broker, error: &UpkeepError) -> bool {
     is_of_another_leader(error) || refuses_commits(error) || error.is_outage() && broker.is_cut_off()
 }
 
-/// What a change of leader interrupts, the new one does.
+/// Returns true if a change of leader interrupted the step. The new leader does that work.
 const fn is_of_another_leader(error: &UpkeepError) -> bool {
     matches!(error, UpkeepError::Commit(TierCommitError::Deposed { .. }))
 }
 
-/// Logs a failure once, then as a reminder with a count: a bucket that is gone for an hour must not fill the log. An outage is logged
-/// once for all partitions: by the stores' own clients, or here where the metadata store answers and takes no commit.
+/// Logs a failure once, then reminders with a count: an outage of an hour must not fill the log. An outage is logged once for all
+/// partitions, by the clients of the stores, or here if the metadata store responds but rejects commits.
 fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, failing: &mut Failing) {
     broker.metrics.tier_upload_failures.inc();
     let (id, topic, now) = (partition.id(), partition.topic(), clock::monotonic());
@@ -276,21 +279,21 @@ fn report(broker: &Broker, partition: &Partition, error: &UpkeepError, failing: 
     }
 }
 
-/// Whether the metadata store answers and takes no commit of any partition.
+/// Returns true if the metadata store responds but rejects the commits of all partitions.
 const fn refuses_commits(error: &UpkeepError) -> bool {
     let UpkeepError::Commit(TierCommitError::Store(error)) = error else { return false };
     matches!(error, StoreError::NoSpace { .. } | StoreError::Regressed(_))
 }
 
 impl Broker {
-    /// Whether an outage of the object store or of the metadata store has been spoken of and is not over.
+    /// Returns true during a reported outage of the object store or of the metadata store.
     fn is_cut_off(&self) -> bool {
         let unserved = self.tier.as_ref().is_some_and(|tier| tier.store.outage().is_some());
         unserved || !self.metadata_silence().is_zero()
     }
 }
 
-/// Steps that failed because the object store was away are tried again as soon as it is back.
+/// Retries failed steps as soon as an outage of the object store is over.
 async fn resume_after_outages(broker: Arc<Broker>, store: Store) {
     loop {
         tokio::select! {
@@ -304,7 +307,7 @@ async fn resume_after_outages(broker: Arc<Broker>, store: Store) {
     }
 }
 
-/// Waits for one outage and its end.
+/// Waits for the start and the end of one outage.
 async fn outage(store: &Store) {
     store.until_away().await;
     store.until_back().await;
@@ -340,7 +343,7 @@ mod tests {
     use crate::model::TopicId;
 
     #[tokio::test(start_paused = true)]
-    async fn failing_uploads_are_told_of_until_one_succeeds_or_nobody_fails() {
+    async fn upload_failures_are_reported_until_one_succeeds() {
         let (failures, id) = (Failures::default(), PartitionId::new(TopicId::from_bytes([1; 16]), 0));
         let failing = |steps| Failing {
             steps,

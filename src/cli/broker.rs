@@ -1,4 +1,4 @@
-//! `strandline broker`: run a broker from a configuration file; drain and restore one.
+//! `strandline broker`: runs a broker from a configuration file; drains and restores a broker.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -24,10 +24,10 @@ use crate::{
     task::clock,
 };
 
-/// How long nothing may be able to move before a wait ends.
+/// Time after which a wait ends if no replica has been able to move.
 const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Most partitions that are named one by one.
+/// Maximum number of partitions that a message lists.
 const MOST_NAMED: usize = 10;
 
 /// Run a broker from a configuration file; drain a broker, or restore it
@@ -86,7 +86,7 @@ enum Order {
     },
 }
 
-/// A broker's number as it is typed.
+/// Parses a broker id.
 pub(super) fn number(text: &str) -> Result<u32, String> {
     text.parse().map_err(|_| "not a broker's number, such as 2".to_owned())
 }
@@ -140,7 +140,7 @@ async fn give(admin: Admin, order: Order, output: Output, bar: &ProgressBar) -> 
     let (value, lines) = match order {
         Order::Drain { id, wait, wait_for_brokers } => {
             let drain = admin.drain_broker(BrokerId(id)).await.map_err(|error| explain_order(&error))?;
-            // A wait looks for a minute first: a broker may only be restarting.
+            // With `--wait` the command fails only after a minute, because a broker may be restarting.
             if drain.is_stuck() && !wait.is_wanted() {
                 print(&drained(id, &drain), &said(id, &drain), output)?;
                 bail!("{}", stuck(id));
@@ -171,7 +171,7 @@ fn print(value: &Value, lines: &str, output: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The end of a command where nothing that is left can move.
+/// Returns the error message for a drain in which none of the remaining replicas can move.
 fn stuck(id: u32) -> String {
     format!(
         "no replica on broker {id} can move, because too few other brokers take replicas, a broker that a move waits for is gone, or nobody \
@@ -180,14 +180,15 @@ fn stuck(id: u32) -> String {
     )
 }
 
-/// Ends a wait in which nothing has been able to move for a while. A broker that restarts takes no replicas for a moment.
+/// Time since which no replica of a drained broker can move. A restarting broker accepts no replicas for a moment, so
+/// only a long standstill ends a wait.
 #[derive(Debug, Default)]
 struct Standstill {
     since: Option<Instant>,
 }
 
 impl Standstill {
-    /// Whether nothing has been able to move for [`STANDSTILL_TIMEOUT`].
+    /// Returns true if no replica has been able to move for [`STANDSTILL_TIMEOUT`].
     fn is_over(&mut self, replicas: u32, stuck: u32, now: Instant) -> bool {
         if replicas == 0 || stuck < replicas {
             self.since = None;
@@ -197,7 +198,7 @@ impl Standstill {
     }
 }
 
-/// Waits until the broker holds nothing; what to print then.
+/// Waits until the broker has no replicas, and returns the output as JSON and as text.
 async fn until_empty(
     admin: &Admin,
     id: u32,
@@ -215,7 +216,7 @@ async fn until_empty(
         let unsaid = |error: CallError| Unsaid::new(error.retryable(), explain_order(&error));
         let cluster = admin.describe_cluster().await.map_err(unsaid)?;
         let broker = cluster.brokers.iter().find(|broker| broker.id == BrokerId(id));
-        // One that is known no more holds nothing.
+        // A broker that the description no longer contains has no replicas.
         let Some(broker) = broker else { return Ok(Left::default()) };
         if broker.draining_since_ms.is_none() {
             let error = anyhow!("the drain of broker {id} was taken back while this waited for it");
@@ -313,16 +314,16 @@ mod tests {
     }
 
     #[test]
-    fn a_brokers_number_is_one() {
+    fn broker_id_must_be_a_number() {
         assert_eq!(number("12"), Ok(12));
         for wrong in ["x", "", "-1", "1.5"] {
             assert!(number(wrong).expect_err(wrong).contains("such as 2"), "{wrong}");
         }
     }
 
-    /// A restart among the others ends no wait; a cluster that is too small does.
+    /// The restart of another broker does not end a wait; a cluster that is too small does.
     #[test]
-    fn a_wait_ends_when_nothing_has_been_able_to_move_for_a_minute() {
+    fn wait_ends_when_no_replica_can_move_for_a_minute() {
         let (start, mut standstill) = (clock::monotonic(), Standstill::default());
         let at = |seconds| start + Duration::from_secs(seconds);
         assert!(!standstill.is_over(8, 8, at(0)) && !standstill.is_over(8, 8, at(59)));
@@ -333,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_drain_is_stuck_where_every_replica_is() {
+    fn drain_is_blocked_when_every_replica_is() {
         assert!(Drain { replicas: 2, ..drain(2) }.is_stuck());
         assert!(!Drain { replicas: 3, ..drain(2) }.is_stuck());
         assert!(!Drain { replicas: 0, ..drain(0) }.is_stuck(), "an empty one is done");
@@ -343,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn a_drain_says_what_moves_and_what_is_stuck() {
+    fn drain_output_lists_moving_and_blocked_replicas() {
         output::golden::lines("broker-drain.txt", &said(2, &drain(0)));
         output::golden::json("broker-drain.json", &drained(2, &drain(2)));
         output::golden::lines("broker-drain-stuck.txt", &said(2, &drain(12)));

@@ -1,5 +1,5 @@
-//! `strandline cluster`: `describe` shows the brokers, what they carry, and what is not as it should be; `new-generation` follows a
-//! restored metadata store. `health` is in a file of its own.
+//! `strandline cluster`: `describe` shows the brokers, their load and all problems; `new-generation` follows the
+//! restore of a metadata store. `health` has its own file.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -20,7 +20,7 @@ use crate::{
     server::raise_generation,
 };
 
-/// How many partitions in trouble are named on a line.
+/// Maximum number of unavailable partitions that a line lists.
 const MOST_NAMED: usize = 8;
 
 #[derive(Clone, Debug, Subcommand)]
@@ -55,7 +55,7 @@ pub(super) async fn run(common: &Common, command: Cluster) -> anyhow::Result<Exi
     let described = async { client.admin().describe_cluster().await.map_err(|error| explain_order(&error)) };
     let cluster = Patience::new(&client).over(None, described).await?;
     match command {
-        // Answered above.
+        // Handled above.
         Cluster::NewGeneration(_) => Ok(ExitCode::SUCCESS),
         Cluster::Describe => {
             match common.output {
@@ -128,7 +128,8 @@ fn lines(cluster: &ClusterDescription) -> String {
     lines.join("\n")
 }
 
-/// What a person must know before believing the rest.
+/// Returns a warning if the description is stale because the responding broker gets no response from the metadata
+/// store.
 fn old_news(cluster: &ClusterDescription) -> Option<String> {
     let (broker, silence) = (cluster.answered_by, cluster.metadata_silence.as_secs());
     (!cluster.metadata_silence.is_zero()).then(|| {
@@ -139,7 +140,7 @@ fn old_news(cluster: &ClusterDescription) -> Option<String> {
     })
 }
 
-/// Which partitions take no `acks=all`.
+/// Returns a line with the partitions that accept no writes with `acks=all`.
 fn unavailable(cluster: &ClusterDescription) -> Option<String> {
     let mut names: Vec<String> =
         cluster.unavailable.iter().take(MOST_NAMED).map(|(topic, number)| format!("{topic}/{number}")).collect();
@@ -150,7 +151,7 @@ fn unavailable(cluster: &ClusterDescription) -> Option<String> {
         .then(|| format!("cannot be written with acks=all: {} (`strandline topic describe` says why)", names.join(" ")))
 }
 
-/// What is wrong with how many partitions.
+/// Returns a line with the number of partitions for each problem; empty if there is no problem.
 fn troubles(cluster: &ClusterDescription) -> String {
     let named = [
         (cluster.leaderless, "without a leader"),
@@ -197,7 +198,7 @@ fn row(broker: &BrokerDescription) -> Vec<String> {
     ]
 }
 
-/// What a person should know of a broker that the table does not say.
+/// Returns notes about a broker that the table does not contain.
 fn notes(broker: &BrokerDescription, hidden: Option<&str>, alone: bool) -> Vec<String> {
     let (id, mut notes) = (broker.id, Vec::new());
     let host = |address: &str| address.rsplit_once(':').map(|(host, _)| host.to_owned());
@@ -268,7 +269,7 @@ fn notes(broker: &BrokerDescription, hidden: Option<&str>, alone: bool) -> Vec<S
     notes
 }
 
-/// A value that cannot be used and would say who holds replicas, by its key.
+/// Returns the key of an unusable value of a topic or partition. The replicas in such a value are not counted.
 pub(super) fn hides_replicas(cluster: &ClusterDescription) -> Option<&str> {
     let mut keys = cluster.unreadable.iter().map(|unreadable| &*unreadable.key);
     keys.find(|key| key.contains("/topics/") || key.contains("/partitions/"))
@@ -345,7 +346,7 @@ pub(super) mod tests {
     use crate::{
         client::{BrokerFigures, UnreadableKey},
         model::BrokerId,
-        proto::fault::{Fault, Reason},
+        proto::error::{ApiError, ErrorCode},
     };
 
     fn running(id: u32, rack: &str) -> BrokerDescription {
@@ -396,7 +397,7 @@ pub(super) mod tests {
     }
 
     pub(in crate::cli) fn troubled() -> ClusterDescription {
-        let silent = Fault::new(Reason::NotReady, "broker 2 did not answer within 1s");
+        let silent = ApiError::new(ErrorCode::NotReady, "broker 2 did not answer within 1s");
         let two = BrokerDescription { stopping: true, figures: Some(Err(silent)), in_sync: 18, ..running(2, "") };
         let draining = Some(1_790_000_000_000);
         let three =
@@ -448,9 +449,9 @@ pub(super) mod tests {
         }
     }
 
-    /// Whoever stopped it for good could lose the only replica of what was not counted.
+    /// A permanent stop of such a broker could lose the only replica of a partition that was not counted.
     #[test]
-    fn a_broker_is_not_called_drained_while_values_cannot_be_read() {
+    fn broker_is_not_drained_while_values_are_unreadable() {
         let empty = BrokerDescription { draining_since_ms: Some(1), replicas: 0, ..running(1, "") };
         assert_eq!(notes(&empty, hides_replicas(&calm()), false), ["broker 1 is drained: it can be stopped for good"]);
         let said = notes(&empty, hides_replicas(&troubled()), false).remove(0);
@@ -458,7 +459,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_cluster_is_described_with_what_is_not_as_it_should_be() {
+    fn cluster_description_matches_golden_files() {
         output::golden::lines("cluster-describe.txt", &lines(&calm()));
         output::golden::lines("cluster-describe-troubled.txt", &lines(&troubled()));
         output::golden::json("cluster-describe.json", &description(&troubled()));

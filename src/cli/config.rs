@@ -1,4 +1,4 @@
-//! `strandline config`: what a broker started here would use.
+//! `strandline config`: the configuration that a broker started here would use.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -43,7 +43,7 @@ pub(super) fn run(common: &Common, command: ConfigCommand) -> anyhow::Result<Exi
     Ok(ExitCode::SUCCESS)
 }
 
-/// A configuration file's values, by section and key.
+/// Returns the values of a configuration file as JSON, by section and key.
 fn json(file: &str) -> anyhow::Result<serde_json::Value> {
     let table: toml::Table = file.parse()?;
     Ok(serde_json::to_value(table)?)

@@ -1,4 +1,4 @@
-//! Finding the cluster, and saying what to do when something is not there.
+//! Connects to the cluster, and turns client errors into messages that name a remedy.
 
 use std::time::Duration;
 
@@ -8,13 +8,13 @@ use super::{Common, DEFAULT_BOOTSTRAP};
 use crate::{
     client::{Admin, CallError, Client, ConnectError, ConsumeError, Options, SendError},
     model::near,
-    proto::fault::Reason,
+    proto::error::ErrorCode,
 };
 
-/// How soon a command that sends or reads sees new partitions.
+/// Maximum age of the routing metadata, and thus the time until a command uses new partitions.
 pub(super) const METADATA_AGE: Duration = Duration::from_secs(5);
 
-/// Most names that are worth reading.
+/// Maximum number of topic names that a message lists.
 const MOST_NAMES: usize = 5;
 
 pub(super) async fn connect(common: &Common) -> anyhow::Result<Client> {
@@ -27,7 +27,7 @@ pub(super) async fn connect(common: &Common) -> anyhow::Result<Client> {
 
 fn without_cluster(error: &CallError) -> anyhow::Error {
     match error {
-        // Nobody named a cluster, so there may be none.
+        // Only the default address was tried: the user probably named no cluster, and there may be none.
         CallError::Connect(ConnectError::NoAnswer { tried })
             if tried.iter().all(|(address, _)| address == DEFAULT_BOOTSTRAP) =>
         {
@@ -40,14 +40,14 @@ fn without_cluster(error: &CallError) -> anyhow::Error {
     }
 }
 
-/// An error for people, of a call that is about no topic.
+/// Returns the error message for a request that concerns no topic.
 pub(super) fn explain_order(error: &CallError) -> anyhow::Error {
     without_cluster(error)
 }
 
-/// An error for people: for an unknown topic, with the names that look like it.
+/// Returns the error message for a request about a topic. For an unknown topic, the message lists similar names.
 pub(super) async fn explain(admin: &Admin, topic: &str, error: CallError) -> anyhow::Error {
-    if error.reason() != Some(Reason::UnknownTopic) {
+    if error.reason() != Some(ErrorCode::UnknownTopic) {
         return without_cluster(&error);
     }
     let names = match admin.list_topics().await {
@@ -57,7 +57,7 @@ pub(super) async fn explain(admin: &Admin, topic: &str, error: CallError) -> any
     anyhow!("{}", unknown_topic(topic, &names))
 }
 
-/// As [`explain`], for a send that failed.
+/// Returns the error message of [`explain`] for a failed send.
 pub(super) async fn explain_send(admin: &Admin, topic: &str, error: SendError) -> anyhow::Error {
     match error {
         SendError::Lookup(error) => explain(admin, topic, error).await,
@@ -65,7 +65,7 @@ pub(super) async fn explain_send(admin: &Admin, topic: &str, error: SendError) -
     }
 }
 
-/// As [`explain`], for a read that failed.
+/// Returns the error message of [`explain`] for a failed read.
 pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError) -> anyhow::Error {
     match error {
         ConsumeError::Lookup(error) => explain(admin, topic, error).await,
@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unknown_topic_comes_with_the_near_names_or_with_what_to_type() {
+    fn unknown_topic_error_names_similar_topics_or_a_command() {
         let names = ["orders".to_owned(), "audit".to_owned()];
         assert_eq!(unknown_topic("ordres", &names), "topic \"ordres\" does not exist; did you mean orders?");
         let short = unknown_topic("lgo", &["log".to_owned()]);

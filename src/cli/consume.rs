@@ -1,4 +1,4 @@
-//! `strandline consume`: print records.
+//! `strandline consume`: prints records.
 
 use std::{
     cell::Cell,
@@ -27,7 +27,7 @@ use crate::{
     model::Offset,
 };
 
-/// Bytes that are held back while more records are there.
+/// Size of the output buffer in bytes. The buffer is flushed before a wait for records.
 const BUFFER_BYTES: usize = 64 << 10;
 
 /// Print records
@@ -65,11 +65,11 @@ pub(super) struct Consume {
     format: Option<Format>,
 }
 
-/// What is read.
+/// Consumer, end offsets and output format of a run.
 struct Plan {
     consumer: Consumer,
     bounds: Bounds,
-    /// How many partitions the topic had.
+    /// Number of known partitions of the topic.
     partitions: u32,
     printer: Printer,
 }
@@ -105,7 +105,7 @@ pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<Exi
     Ok(ExitCode::SUCCESS)
 }
 
-/// Looks up where to begin and end in each partition. All of it is checked before anything is printed.
+/// Looks up the start and the end of each partition. All partitions are checked before any record is printed.
 async fn plan(common: &Common, command: &Consume, client: &Client, pieces: &Cell<u64>) -> anyhow::Result<Plan> {
     let admin = client.admin();
     let mut bounds = Bounds::default();
@@ -150,7 +150,7 @@ async fn plan(common: &Common, command: &Consume, client: &Client, pieces: &Cell
     Ok(Plan { consumer, bounds, partitions, printer })
 }
 
-/// The partitions to read, and how many there are.
+/// Returns the partitions to read, and the number of partitions of the topic.
 async fn partitions(client: &Client, command: &Consume) -> anyhow::Result<(Vec<u32>, u32)> {
     let route = match client.topic(&command.topic).await {
         Ok(route) => route,
@@ -173,11 +173,11 @@ async fn offset(admin: &Admin, topic: &str, partition: u32, at: OffsetAt) -> any
     }
 }
 
-/// Waits until the topic has more than `known` partitions; the new ones, each with its first offset.
+/// Waits until the topic has more than `known` partitions, and returns the new ones with their first offsets.
 async fn growth(client: &Client, topic: &str, known: u32) -> Vec<(u32, Offset)> {
     loop {
         tokio::time::sleep(METADATA_AGE).await;
-        // What fails here is said by those who read, and looked at again.
+        // A failed request is repeated here. The consumer reports the error.
         let Ok(route) = client.topic_now(topic).await else { continue };
         let mut found = Vec::new();
         for partition in known..u32::try_from(route.partitions.len()).unwrap_or(known) {
@@ -190,14 +190,14 @@ async fn growth(client: &Client, topic: &str, known: u32) -> Vec<(u32, Offset)> 
     }
 }
 
-/// Where the partitions end that have not ended yet; none at all when reading goes on for ever.
+/// End offsets of the partitions that are not finished; empty if reading never ends.
 #[derive(Debug, Default)]
 struct Bounds {
     ends: BTreeMap<u32, Offset>,
 }
 
 impl Bounds {
-    /// Whether a record is to be printed, and whether it was the last of all.
+    /// Returns two flags: the record is to be printed, and no partition has further records to print.
     fn admit(&mut self, partition: u32, offset: Offset, bounded: bool) -> (bool, bool) {
         if !bounded {
             return (true, false);
@@ -209,7 +209,7 @@ impl Bounds {
         (offset < end, self.ends.is_empty())
     }
 
-    /// Passes over records up to `next`; whether these were the last of all.
+    /// Skips the records below `next`. Returns true if no partition has further records to print.
     fn skip(&mut self, partition: u32, next: Offset, bounded: bool) -> bool {
         self.ends.retain(|number, end| *number != partition || *end > next);
         bounded && self.ends.is_empty()
@@ -227,7 +227,7 @@ async fn print(
     let mut left = command.max.unwrap_or(u64::MAX);
     let mut grown = Box::pin(growth(client, &command.topic, plan.partitions));
     loop {
-        // With records at hand nothing else would let a signal be seen.
+        // While records are buffered, no other await yields, so the command would not react to a signal.
         tokio::task::consume_budget().await;
         let next = tokio::select! {
             biased;
@@ -269,7 +269,7 @@ async fn print(
     }
 }
 
-/// The next record. What was printed goes out before waiting for it.
+/// Returns the next record. Printed records are flushed before a wait for the next one.
 async fn next(
     consumer: &mut Consumer,
     out: &mut BufWriter<io::StdoutLock<'_>>,
@@ -289,7 +289,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reading_ends_where_the_log_ended_and_prints_nothing_younger() {
+    fn until_end_prints_no_record_behind_the_first_log_end() {
         let at = |n| Offset::new(n).expect("small");
         let mut bounds = Bounds { ends: BTreeMap::from([(0, at(2)), (1, at(1))]) };
         assert_eq!(bounds.admit(0, at(0), true), (true, false));
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn reading_ends_where_the_last_batch_before_the_end_was_skipped() {
+    fn until_end_finishes_when_the_last_batch_is_skipped() {
         let at = |n| Offset::new(n).expect("small");
         let mut bounds = Bounds { ends: BTreeMap::from([(0, at(4)), (1, at(1))]) };
         assert!(!bounds.skip(0, at(3), true));

@@ -1,8 +1,8 @@
-//! `strandline dev`: one broker with everything embedded, or a small cluster of them in this process.
+//! `strandline dev`: one standalone broker, or a small cluster of brokers in this process.
 //!
 //! ```text
 //! {data-dir}/strandline.json …   one broker          {data-dir}/1/ 2/ 3/     the brokers of a cluster
-//! {data-dir}/metadata.redb                           {data-dir}/metadata.redb   what they agree on, unless --etcd
+//! {data-dir}/metadata.redb                           {data-dir}/metadata.redb   their metadata store, unless --etcd
 //! {data-dir}/bucket/                                 {data-dir}/bucket/
 //! ```
 
@@ -24,10 +24,10 @@ use crate::{
     telemetry,
 };
 
-/// Most brokers in one process: to try a cluster out, not to run one.
+/// Maximum number of brokers in one process. Such a cluster is for trials, not for production.
 const MOST_BROKERS: i64 = 32;
 
-/// How far one broker's ports are from the next one's.
+/// Distance between the ports of consecutive brokers.
 const PORTS: u16 = 2;
 
 /// Run a broker with everything embedded: metadata in a file, a directory as object store; or a cluster of several
@@ -80,7 +80,7 @@ pub(super) async fn run(command: Dev) -> anyhow::Result<ExitCode> {
 }
 
 impl Dev {
-    /// The settings of one broker that keeps everything itself.
+    /// Returns the settings of a standalone broker.
     fn alone(self, data_dir: &Path) -> anyhow::Result<Settings> {
         let sources = base(data_dir)
             .environment(environment())
@@ -90,7 +90,7 @@ impl Dev {
         Ok(self.overrides.apply(sources).load()?)
     }
 
-    /// The settings of each broker of a cluster.
+    /// Returns the configuration of each broker of a cluster.
     fn together(&self, data_dir: &Path) -> anyhow::Result<Vec<Config>> {
         let (grpc, http) = (ports(&self.listen, self.brokers, "--listen")?, ports(&self.http, self.brokers, "--http")?);
         if let Some(both) = grpc.iter().find(|address| address.port() != 0 && http.contains(address)) {
@@ -102,10 +102,10 @@ impl Dev {
         let configs = (1..=self.brokers).zip(grpc.into_iter().zip(http)).map(|(id, (grpc, http))| {
             let mut sources = base(data_dir)
                 .with_default("replication.default_factor", self.brokers.min(3).to_string())
-                // They share one disk: where one has no room none has, and topics can be made all the same.
+                // All brokers share one disk, so disk pressure affects all or none. 100 keeps topic creation possible.
                 .with_default("broker.disk_full_percent", "100")
                 .with_default("limits.memory_bytes", default_memory_bytes(self.brokers.into()).to_string())
-                // Nobody outside this process connects there.
+                // Only brokers of this process connect to this port.
                 .with_default("peer.listen", "127.0.0.1:0");
             if self.brokers >= 3 {
                 sources = sources.with_default("topic_defaults.min.insync.replicas", "2");
@@ -129,12 +129,12 @@ impl Dev {
     }
 }
 
-/// What is so for one broker and for several.
+/// Returns the defaults that one broker and several brokers share.
 fn base(data_dir: &Path) -> Sources {
     Sources::new().with_default("object_store.url", format!("file://{}", data_dir.join("bucket").display()))
 }
 
-/// Refuses an address with a port that every broker would listen on or tell others.
+/// Rejects an address with a fixed port, because every broker would listen on that port or advertise it.
 fn own_port_each(settings: &Settings) -> anyhow::Result<()> {
     let Config { grpc, peer, .. } = &settings.config;
     for (key, address) in [
@@ -153,14 +153,14 @@ fn own_port_each(settings: &Settings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The addresses of so many listeners, of which the first is given.
+/// Returns the addresses of `count` listeners. `first` is the first address, and `flag` the option that set it.
 fn ports(first: &str, count: u32, flag: &str) -> anyhow::Result<Vec<SocketAddr>> {
     let first: SocketAddr =
         first.parse().with_context(|| format!("{flag} {first:?} is no address: write it as 127.0.0.1:9460"))?;
     let mut address = first;
     let mut addresses = vec![first];
     for _ in 1..count {
-        // Port 0 stays 0: the system chooses.
+        // Port 0 stays 0: the system chooses a free port.
         if first.port() != 0 {
             let Some(next) = address.port().checked_add(PORTS) else {
                 bail!("{flag} {first} leaves no ports for {count} brokers, which take every second one: begin lower");
@@ -172,7 +172,8 @@ fn ports(first: &str, count: u32, flag: &str) -> anyhow::Result<Vec<SocketAddr>>
     Ok(addresses)
 }
 
-/// Whether a broker alone may use this directory: it would take a cluster's metadata for its own.
+/// Rejects a directory with brokers of a cluster or of a run with `--etcd`: a standalone broker would use the cluster's
+/// metadata as its own.
 fn alone_may(data_dir: &Path) -> anyhow::Result<()> {
     match brokers_in(data_dir).len() {
         0 => Ok(()),
@@ -187,7 +188,7 @@ fn alone_may(data_dir: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Whether a cluster may use this directory: it would take a lone broker's metadata for its own.
+/// Rejects the directory of a standalone broker: a cluster would use that broker's metadata as its own.
 fn together_may(data_dir: &Path) -> anyhow::Result<()> {
     if is_data_directory(data_dir) {
         bail!(
@@ -198,7 +199,7 @@ fn together_may(data_dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a person should know who starts fewer brokers than there were.
+/// Returns a warning if the directory contains brokers that this start leaves out.
 fn left_out(data_dir: &Path, brokers: u32) -> Option<String> {
     let out: Vec<String> = brokers_in(data_dir).iter().filter(|id| **id > brokers).map(u32::to_string).collect();
     (!out.is_empty()).then(|| {
@@ -211,7 +212,7 @@ fn left_out(data_dir: &Path, brokers: u32) -> Option<String> {
     })
 }
 
-/// The brokers of a cluster that have a data directory in this one.
+/// Returns the ids of the cluster's brokers that have a data directory below `data_dir`.
 fn brokers_in(data_dir: &Path) -> Vec<u32> {
     let brokers = (1..=MOST_BROKERS).filter_map(|id| u32::try_from(id).ok());
     brokers.filter(|id| is_data_directory(&data_dir.join(id.to_string()))).collect()
@@ -221,10 +222,10 @@ fn is_data_directory(path: &Path) -> bool {
     path.join(log::IDENTITY).exists()
 }
 
-/// What `dev` says once it is ready: where everything is, and what to type next.
+/// Returns the text that `dev` prints when all brokers are ready: addresses, directories and example commands.
 fn welcome(ready: &[Ready], program: &str) -> String {
     let [first, others @ ..] = ready else { unreachable!("there is at least one broker") };
-    // The commands go to the default address unless told otherwise.
+    // Without the variable, the example commands use the default address.
     let export = if first.grpc.to_string() == super::DEFAULT_BOOTSTRAP {
         String::new()
     } else {
@@ -269,7 +270,7 @@ fn welcome(ready: &[Ready], program: &str) -> String {
     text
 }
 
-/// How this program was called, so that what is shown can be typed.
+/// Returns the name by which this program was called, so that a user can copy the example commands.
 fn program() -> String {
     std::env::args().next().unwrap_or_else(|| "strandline".to_owned())
 }
@@ -291,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn each_broker_of_a_cluster_has_a_folder_and_two_ports_of_its_own() {
+    fn cluster_brokers_have_own_directories_and_ports() {
         let configs = dev(&["--brokers", "3"]).together(Path::new("/d")).expect("valid");
         let shown: Vec<String> = configs
             .iter()
@@ -319,7 +320,8 @@ mod tests {
         assert_eq!((etcd.len(), etcd[0].metadata.etcd.len()), (1, 2));
     }
 
-    /// Every broker took `peer.listen`, which the second could not bind, and `peer.advertise`, so that nobody reached another one.
+    /// Regression: every broker used `peer.listen`, which the second broker could not bind, and `peer.advertise`, so
+    /// that no broker reached another one.
     #[test]
     fn address_of_one_broker_is_refused_for_several() {
         for (key, host) in [("grpc.advertise", "h"), ("peer.advertise", "h"), ("peer.listen", "127.0.0.1")] {
@@ -335,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_that_meet_or_do_not_exist_are_refused() {
+    fn colliding_or_out_of_range_ports_are_refused() {
         let error = dev(&["--brokers", "2", "--http", "127.0.0.1:9462"]).together(Path::new("/d")).expect_err("meet");
         assert!(error.to_string().contains("127.0.0.1:9462"), "{error}");
         let error = dev(&["--brokers", "3", "--listen", "127.0.0.1:65532"]).together(Path::new("/d")).expect_err("end");
@@ -345,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broker_alone_and_a_cluster_do_not_take_each_others_data() {
+    fn standalone_and_cluster_directories_are_not_mixed() {
         let dir = tempfile::tempdir().expect("a folder");
         assert!(alone_may(dir.path()).is_ok() && together_may(dir.path()).is_ok(), "an empty one is anybody's");
         let mark = |folder: &Path| {

@@ -1,4 +1,5 @@
-//! `strandline doctor`: can this bucket, with these credentials, do what a broker needs?
+//! `strandline doctor`: checks whether an object store, with these credentials, supports everything that a broker
+//! needs.
 
 use std::process::ExitCode;
 
@@ -61,7 +62,7 @@ pub(super) async fn run(common: &Common, command: Doctor) -> anyhow::Result<Exit
     Ok(if fit(&checks) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Whether a broker can work with it.
+/// Returns true if a broker can use the object store: no check failed.
 fn fit(checks: &[Check]) -> bool {
     checks.iter().all(|check| check.outcome != Outcome::Fail)
 }
@@ -94,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_a_broker_needs_makes_a_bucket_unfit() {
+    fn only_a_failed_check_makes_an_object_store_unfit() {
         let check = |outcome| Check { name: "n", outcome, detail: String::new(), meaning: "m" };
         assert!(fit(&[check(Outcome::Pass), check(Outcome::Unsupported)]));
         assert!(!fit(&[check(Outcome::Fail), check(Outcome::Untried)]));

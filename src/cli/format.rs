@@ -1,4 +1,4 @@
-//! How `consume` prints a record.
+//! Output formats of records for `consume`, and their escapes for terminals.
 
 use std::io::{self, Write};
 
@@ -17,12 +17,12 @@ pub(super) enum Format {
     Json,
 }
 
-/// Prints records in one form.
+/// Printer of records in one format.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Printer {
     pub(super) format: Format,
-    /// Control characters are printed as escapes: a record must not move the cursor of a reader, say what the terminal types, or show its
-    /// text in another order than it has.
+    /// True if control characters are printed as escapes. A record must not move the user's cursor, make the terminal
+    /// type text, or show its text in another order.
     pub(super) escapes: bool,
 }
 
@@ -62,16 +62,17 @@ impl Printer {
     }
 }
 
-/// The value in JSON, with the control characters escaped that JSON itself allows: those from U+007F on, and those of direction.
+/// Returns a value as JSON, with the control characters escaped that JSON itself allows: those from U+007F on, and
+/// those that change the direction of text.
 pub(super) fn json_for_terminal(value: &Value) -> String {
     let mut line = Vec::new();
-    // Outside of strings there are none.
+    // JSON contains such characters only inside strings.
     escape(&value.to_string(), &mut line, |character, line| write!(line, "\\u{:04x}", u32::from(character)))
         .expect("memory can be written");
     String::from_utf8(line).expect("it was text before")
 }
 
-/// Writes `text` with every control character but tab and line end as `write_escape` writes it.
+/// Writes `text`, and passes every control character except tab and line end to `write_escape`.
 fn escape<W: Write>(text: &str, out: &mut W, write_escape: impl Fn(char, &mut W) -> io::Result<()>) -> io::Result<()> {
     let mut rest = text;
     while let Some(at) = rest.find(|character| is_control(character) && !matches!(character, '\t' | '\n')) {
@@ -84,8 +85,8 @@ fn escape<W: Write>(text: &str, out: &mut W, write_escape: impl Fn(char, &mut W)
     out.write_all(rest.as_bytes())
 }
 
-/// True for a character that a terminal obeys instead of showing it: control characters, and those that change the direction of text
-/// (Unicode's `Bidi_Control`).
+/// Returns true for a character that a terminal executes instead of showing: control characters, and those that change
+/// the direction of text (Unicode's `Bidi_Control`).
 fn is_control(character: char) -> bool {
     let directs = matches!(
         character,
@@ -109,7 +110,7 @@ fn object(consumed: &ConsumedRecord) -> Value {
     })
 }
 
-/// A string where the bytes are one, base64 where they are not.
+/// Returns the bytes as a JSON string if they are UTF-8, else as an object with base64.
 pub(super) fn text(bytes: Option<&[u8]>) -> Value {
     use base64::{Engine as _, engine::general_purpose::STANDARD};
     match bytes {
@@ -144,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn control_characters_are_escaped_for_a_terminal_and_json_stays_the_same_value() {
+    fn terminal_escapes_do_not_change_the_json_value() {
         let value = Bytes::from_static("a\tb\x1b[2J\r\x07é\u{9b}31m\x7f\u{202e}".as_bytes());
         let record = Record { value: Some([&value[..], b"\xff\x9b"].concat().into()), ..Record::default() };
         let consumed = ConsumedRecord { topic: "t".into(), partition: 0, offset: Offset::ZERO, record };
@@ -168,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn json_tells_null_empty_text_and_bytes_apart() {
+    fn json_distinguishes_null_empty_text_and_bytes() {
         let record = Record {
             timestamp_ms: 5,
             key: None,
@@ -194,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_is_printed_as_its_bytes() {
+    fn value_is_printed_as_raw_bytes() {
         let record = Record {
             key: Some(Bytes::from_static(b"k")),
             value: Some(Bytes::from_static(b"a\r\xff")),

@@ -1,4 +1,5 @@
-//! `strandline cluster health`: what is impaired, of all brokers, in one line each; for scripts that go on only when nothing is.
+//! `strandline cluster health`: one line per impairment of the cluster or a broker. The exit code lets scripts continue
+//! only if there is none.
 
 use std::process::ExitCode;
 
@@ -7,9 +8,9 @@ use serde_json::{Value, json};
 use super::{cluster::state, output};
 use crate::client::{BrokerDescription, ClusterDescription};
 
-/// What is impaired of a cluster.
+/// Impairments of a cluster.
 pub(super) struct Health {
-    /// Of no single broker.
+    /// Impairments that belong to no single broker.
     cluster: Vec<String>,
     brokers: Vec<BrokerHealth>,
 }
@@ -17,7 +18,7 @@ pub(super) struct Health {
 struct BrokerHealth {
     id: u32,
     state: &'static str,
-    /// Whether it takes requests; `None` where it did not answer.
+    /// True if the broker accepts requests; `None` if a registered broker did not respond.
     ready: Option<bool>,
     impaired: Vec<String>,
 }
@@ -103,7 +104,7 @@ mod tests {
     use crate::cli::cluster::tests::{calm, troubled};
 
     #[test]
-    fn health_is_one_line_for_each_impairment_and_fails_while_there_is_one() {
+    fn health_prints_one_line_per_impairment() {
         let healthy = Health::of(&calm());
         assert!(healthy.is_healthy());
         output::golden::lines("cluster-health.txt", &healthy.lines());
@@ -113,9 +114,9 @@ mod tests {
         output::golden::json("cluster-health.json", &troubled.json());
     }
 
-    /// A drained broker that was stopped for good is no fault.
+    /// A drained broker that was stopped permanently is no impairment.
     #[test]
-    fn a_broker_that_is_gone_and_holds_nothing_is_no_impairment() {
+    fn gone_broker_without_replicas_is_no_impairment() {
         let mut cluster = calm();
         let gone = &mut cluster.brokers[1];
         (gone.alive, gone.replicas, gone.figures) = (false, 0, None);

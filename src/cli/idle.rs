@@ -1,7 +1,8 @@
-//! Freed memory goes back to the system while the process has little to do.
+//! Returns freed memory to the system while the process is idle.
 //!
-//! The allocator looks for memory to give back when it is asked for some. An idle broker asks for little, so the allocator would keep what a
-//! burst took. Threads that are about to wait make it look. What others free of the memory of a thread comes back when that thread wakes.
+//! The allocator collects freed memory during allocations. An idle broker allocates little, so the allocator would keep
+//! the memory of a burst. Threads therefore collect before they park. Memory that another thread freed is returned only
+//! after its owning thread wakes and parks again.
 
 use std::{cell::Cell, time::Duration};
 
@@ -9,14 +10,15 @@ use tokio::time::Instant;
 
 use crate::task::clock;
 
-/// How often a thread gives memory back.
+/// Minimum interval between two collections of one thread.
 const COLLECT_INTERVAL: Duration = Duration::from_millis(100);
 
 thread_local! {
     static COLLECTED: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// Gives back what this thread has freed, and what others freed of its memory, once in a while. Called by a thread that is about to wait.
+/// Returns this thread's freed memory to the system, at most once per `COLLECT_INTERVAL`. This includes blocks that
+/// other threads freed. Called by a thread before it parks.
 pub(super) fn give_memory_back() {
     let now = clock::monotonic();
     if COLLECTED.get().is_none_or(|last| now.duration_since(last) >= COLLECT_INTERVAL) {
@@ -27,6 +29,6 @@ pub(super) fn give_memory_back() {
 
 #[allow(unsafe_code)]
 fn collect() {
-    // SAFETY: any thread may call it at any time; it takes no pointer.
+    // SAFETY: `mi_collect` takes no pointer, and any thread may call it at any time.
     unsafe { libmimalloc_sys::mi_collect(false) }
 }

@@ -1,33 +1,34 @@
-//! Lines out of a byte stream, with their bytes unchanged and memory bounded.
+//! Lines of a byte stream, with unchanged bytes and bounded memory.
 
 use std::io;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
-/// Bytes that are read at a time.
+/// Minimum free buffer space before each read, in bytes.
 const READ_BYTES: usize = 256 << 10;
 
-/// Splits at `\n` alone: a carriage return stays, an empty line is an empty line, and a last line needs no end.
+/// Line reader that splits at `\n` only: a carriage return stays, an empty line is a line, and the last line needs no
+/// `\n`.
 pub(super) struct Lines<R> {
     input: R,
     buffer: Vec<u8>,
-    /// What of the buffer was not handed out.
+    /// Start of the bytes in the buffer that were not returned yet.
     start: usize,
-    /// Up to where no `\n` was found.
+    /// Position up to which the bytes that were not returned contain no `\n`.
     searched: usize,
     longest: usize,
     ended: bool,
-    /// How many lines were handed out.
+    /// Number of lines returned so far.
     pub(super) number: u64,
 }
 
 impl<R: AsyncRead + Unpin> Lines<R> {
-    /// Lines of at most `longest` bytes.
+    /// Creates a reader that fails if more than `longest` bytes are buffered without a `\n`.
     pub(super) fn new(input: R, longest: usize) -> Self {
         Self { input, buffer: Vec::new(), start: 0, searched: 0, longest, ended: false, number: 0 }
     }
 
-    /// The next line without its end. Dropping the future loses nothing.
+    /// Returns the next line without its `\n`. Dropping the future loses no bytes.
     pub(super) async fn next(&mut self) -> io::Result<Option<&[u8]>> {
         loop {
             if let Some(at) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
@@ -77,7 +78,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_line_counts_and_no_byte_changes() {
+    async fn lines_are_split_without_changing_bytes() {
         assert_eq!(split(b"").await, [b""; 0]);
         assert_eq!(split(b"\n").await, [b""]);
         assert_eq!(split(b"a").await, [b"a"]);
@@ -88,7 +89,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_line_without_an_end_takes_bounded_memory() {
+    async fn endless_line_uses_bounded_memory() {
         let mut lines = Lines::new(tokio::io::repeat(b'x'), 1 << 20);
         let error = lines.next().await.expect_err("it never ends");
         assert!(error.to_string().contains("line 1 is longer"), "{error}");

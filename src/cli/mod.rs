@@ -1,8 +1,8 @@
 //! The command line: one file per command.
 //!
-//! Exit codes: 0 done, 1 failed, 2 wrong usage. Answers go to standard output, everything else to standard error. A
-//! reader that closes its end of a pipe ends a command quietly. Progress is drawn only on a terminal, and never with
-//! `NO_COLOR`.
+//! Exit codes: 0 success, 1 failure, 2 wrong usage. Results go to standard output, everything else to standard error. A
+//! closed output pipe ends a command with exit code 0 and no message. Progress is drawn only on a terminal, and never
+//! with `NO_COLOR`.
 
 mod bench;
 mod broker;
@@ -46,13 +46,13 @@ struct Arguments {
     command: Command,
 }
 
-/// Where `strandline dev` listens unless told otherwise.
+/// Default bootstrap address of all commands, and default client address of `strandline dev`.
 const DEFAULT_BOOTSTRAP: &str = "127.0.0.1:9460";
 
-/// What names the brokers where no option does.
+/// Environment variable with the bootstrap addresses. The option has precedence.
 const BOOTSTRAP_VARIABLE: &str = "STRANDLINE_BOOTSTRAP";
 
-/// Under what the help lists the options that all commands share, below a command's own.
+/// Help heading of the options that all commands share. It stands below a command's own options.
 const COMMON: &str = "Common options";
 
 /// What every command that talks to a cluster, or prints a table, takes.
@@ -60,7 +60,8 @@ const COMMON: &str = "Common options";
 struct Common {
     /// Some of the cluster's brokers, by which the others are found; else those of the environment's
     /// STRANDLINE_BOOTSTRAP, else 127.0.0.1:9460
-    // Read by hand: clap's usage lines show an option that the environment sets as if it had to be given.
+    // `bootstrap()` reads the variable, not clap: clap's usage lines show an option that the environment sets as
+    // required.
     #[arg(long, global = true, value_name = "ADDR[,ADDR]", help_heading = COMMON)]
     bootstrap: Option<String>,
     /// Whether answers are printed for people or for programs
@@ -69,7 +70,8 @@ struct Common {
 }
 
 impl Common {
-    /// The brokers to ask first. A variable, or an option, that is set and empty counts as not set.
+    /// Returns the bootstrap addresses: those of the option, else of the variable. An empty option or variable selects
+    /// the default.
     fn bootstrap(&self) -> String {
         let given = self.bootstrap.clone().or_else(|| std::env::var(BOOTSTRAP_VARIABLE).ok());
         given.filter(|addresses| !addresses.is_empty()).unwrap_or_else(|| DEFAULT_BOOTSTRAP.to_owned())
@@ -109,7 +111,7 @@ enum Command {
 }
 
 impl Arguments {
-    /// Whether what clap lets through makes sense together.
+    /// Rejects combinations of arguments that clap accepts and the command does not support.
     fn check(&self) -> Result<(), clap::Error> {
         let wrong = match &self.command {
             Command::Partition(command) => command.wrong_usage(),
@@ -136,7 +138,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Refuses variables of ours that nothing reads: a command that ignored `STRANDLINE_BOOTSTRP` would go to another cluster than was meant.
+/// Rejects `STRANDLINE_` variables that no code reads or whose value is not UTF-8. A command that ignored
+/// `STRANDLINE_BOOTSTRP` would use another cluster than the user meant.
 fn check_environment() -> anyhow::Result<()> {
     for (name, value) in std::env::vars_os() {
         let name = name.to_string_lossy();
@@ -148,12 +151,12 @@ fn check_environment() -> anyhow::Result<()> {
     Ok(Sources::check_names(serve::environment())?)
 }
 
-/// Takes as many open files as the process may have: where 1024 are the soft limit, as they often are, a thousand clients are enough for a
-/// broker to find none left for its own.
+/// Raises the soft limit of open files to the hard limit. With the common soft limit of 1024, a thousand clients use
+/// all file descriptors, and none is left for the broker's own files.
 fn raise_open_files() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
-        // Where the system does not let it, there are as many as before.
+        // If the system refuses, the old limit stays.
         let _raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     }
 }
@@ -173,7 +176,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Segment(command) => segment::run(&common, command),
         Command::Config(command) => config::run(&common, command),
         Command::Completions { shell } => {
-            // Into memory first: the generator panics where its writer fails.
+            // The script is built in memory, because the generator panics if its writer fails.
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Arguments::command(), "strandline", &mut script);
             io::Write::write_all(&mut io::stdout().lock(), &script)?;
@@ -182,17 +185,18 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Runs a command's future. Large ones are boxed, so that no command's size is every command's stack.
+/// Runs a command's future. The future is boxed, so that the largest command does not set the stack size of every
+/// command.
 fn block_on<F: Future<Output = anyhow::Result<ExitCode>>>(command: F) -> anyhow::Result<ExitCode> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.enable_all().on_thread_park(idle::give_memory_back).build()?;
     let result = runtime.block_on(Box::pin(command));
-    // A read of standard input cannot be interrupted; nobody waits for it.
+    // A read of standard input cannot be interrupted, so the shutdown does not wait for it.
     runtime.shutdown_background();
     result
 }
 
-/// An error with its causes. Some of ours have their cause's words in their own sentence; those are not said again.
+/// Formats an error with its causes. A cause that the text already contains is not repeated.
 fn whole(error: &anyhow::Error) -> String {
     error
         .chain()
@@ -201,7 +205,7 @@ fn whole(error: &anyhow::Error) -> String {
         .fold(error.to_string(), |text, cause| if text.contains(&cause) { text } else { format!("{text}: {cause}") })
 }
 
-/// Whether an error says that nobody reads standard output any more.
+/// Returns true if the cause of an error is a closed standard output.
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
     let mut chain = error.chain();
     chain.any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|io| io.kind() == io::ErrorKind::BrokenPipe))
@@ -212,12 +216,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_arguments_are_consistent() {
+    fn arguments_are_consistent() {
         Arguments::command().debug_assert();
     }
 
     #[test]
-    fn an_error_says_each_cause_once() {
+    fn error_text_contains_each_cause_once() {
         let cause = || io::Error::other("no such place");
         let said = anyhow::Error::from(cause()).context("f cannot be read: no such place");
         assert_eq!(whole(&said), "f cannot be read: no such place");
@@ -226,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn the_fixed_forms_are_understood() {
+    fn promised_command_lines_are_parsed() {
         for line in [
             "topic create t --partitions 3 --replication-factor 1 --config a=b --config c=d",
             "topic list --output json",
@@ -277,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn the_help_says_what_a_command_does_beyond_its_first_line() {
+    fn long_help_describes_command_behaviour() {
         let seconds = format!("within {} seconds", connect::METADATA_AGE.as_secs());
         for (name, said) in [
             ("produce", "only if every record was acknowledged"),
@@ -294,14 +298,14 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_bootstrap_is_the_default() {
+    fn empty_bootstrap_selects_the_default() {
         let parsed = |value: &str| Arguments::try_parse_from(["strandline", "--bootstrap", value, "topic", "list"]);
         assert_eq!(parsed("").expect("valid").common.bootstrap(), DEFAULT_BOOTSTRAP);
         assert_eq!(parsed("a:1").expect("valid").common.bootstrap(), "a:1");
     }
 
     #[test]
-    fn wrong_usage_is_refused_before_anything_is_called() {
+    fn wrong_usage_exits_with_code_2() {
         for line in [
             "topic create",
             "broker",
@@ -350,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_may_stand_before_or_after_what_is_asked_of_its_moves() {
+    fn name_may_precede_or_follow_reassign_subcommand() {
         for line in [
             "partition reassign t status",
             "partition reassign status t",
@@ -366,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn a_low_soft_limit_of_open_files_is_raised() {
+    fn low_soft_limit_of_open_files_is_raised() {
         let limit = getrlimit(Resource::Nofile);
         let low = limit.maximum.map(|most| most - 1);
         setrlimit(Resource::Nofile, Rlimit { current: low, ..limit }).expect("lower is allowed");

@@ -1,4 +1,4 @@
-//! How answers are printed: tables for people, JSON for programs.
+//! Output of results: tables for people, JSON for programs.
 
 use std::io::{self, IsTerminal as _, Write as _};
 
@@ -30,13 +30,13 @@ pub(super) fn line(text: &str) -> io::Result<()> {
     out.flush()
 }
 
-/// Prints rows under a header, without frames, so that `awk` and `grep` can read them too. Columns named in `right`
-/// hold numbers.
+/// Prints rows under a header, without borders, so that `awk` and `grep` can process the rows. `right` lists the
+/// columns with numbers, which are right-aligned.
 pub(super) fn table(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -> io::Result<()> {
     line(&tabled(header, right, rows))
 }
 
-/// The lines that [`table`] prints.
+/// Returns the lines that [`table`] prints.
 pub(super) fn tabled(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header.to_vec());
@@ -52,7 +52,7 @@ pub(super) fn tabled(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -
     table.trim_fmt()
 }
 
-/// A progress bar on standard error when a person is watching; nothing otherwise.
+/// Returns a progress bar on standard error. The bar is hidden without a terminal or with `NO_COLOR`.
 pub(super) fn progress(length: Option<u64>, template: &'static str) -> ProgressBar {
     let watched = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let target = if watched { ProgressDrawTarget::stderr_with_hz(5) } else { ProgressDrawTarget::hidden() };
@@ -61,18 +61,18 @@ pub(super) fn progress(length: Option<u64>, template: &'static str) -> ProgressB
     bar
 }
 
-/// A number of things: `1 partition`, `2 partitions`.
+/// Formats a number with its noun: `1 partition`, `2 partitions`.
 pub(super) fn count(number: u64, noun: &str) -> String {
     if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
 }
 
-/// Bytes for people.
+/// Formats a number of bytes for people.
 pub(super) fn bytes(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()
 }
 
-/// Tests of what is printed, against files that are only changed on purpose: `GOLDEN=write cargo test` writes them anew, and the
-/// change is read before it is committed.
+/// Comparison of output with golden files. `GOLDEN=write cargo test` rewrites the files; their changes must be reviewed
+/// before a commit.
 #[cfg(test)]
 pub(super) mod golden {
     use std::{
@@ -82,14 +82,14 @@ pub(super) mod golden {
 
     use serde_json::Value;
 
-    /// Widest line that is comfortable to read.
+    /// Maximum width of a text line in characters.
     const WIDTH: usize = 100;
 
     fn path(name: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli/golden").join(name)
     }
 
-    /// What the file says; what it is given, where it is to be written anew.
+    /// Returns the content of a golden file. With `GOLDEN=write`, first writes `shown` to the file.
     fn text(name: &str, shown: &str) -> String {
         let path = path(name);
         if std::env::var("GOLDEN").as_deref() == Ok("write") {
@@ -98,13 +98,13 @@ pub(super) mod golden {
         fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     }
 
-    /// An answer for programs: its fields are a promise.
+    /// Asserts that JSON output equals its golden file. Programs rely on its fields.
     pub(in crate::cli) fn json(name: &str, answer: &Value) {
         let shown = serde_json::to_string_pretty(answer).expect("JSON") + "\n";
         assert_eq!(text(name, &shown), shown, "{name}");
     }
 
-    /// An answer for people: it fits the screen.
+    /// Asserts that text output equals its golden file and is at most `WIDTH` wide.
     pub(in crate::cli) fn lines(name: &str, answer: &str) {
         for line in answer.lines() {
             assert!(line.chars().count() <= WIDTH, "{} columns: {line}", line.chars().count());

@@ -1,4 +1,4 @@
-//! `strandline partition`: reassign, status, cancel, elect. What they say is in `words`.
+//! `strandline partition`: reassign, status, cancel, elect, rebuild-manifest. The output is in `words` and `rebuild`.
 
 mod rebuild;
 mod words;
@@ -105,7 +105,7 @@ pub(super) struct Elect {
     yes: bool,
 }
 
-/// A topic, or one of its partitions.
+/// Name of a topic or of one of its partitions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Name {
     topic: String,
@@ -136,7 +136,7 @@ fn one_partition(text: &str) -> Result<Name, String> {
 }
 
 impl Partition {
-    /// What makes no sense together, in words.
+    /// Returns an error message if the arguments contradict each other.
     pub(super) fn wrong_usage(&self) -> Option<&'static str> {
         let none = &None;
         let (orders, before, after, all) = match self {
@@ -175,7 +175,7 @@ pub(super) async fn run(common: &Common, command: Partition) -> anyhow::Result<E
             Partition::Reassign(Reassign { name, replicas, wait, what: None }) => {
                 reassign(&admin, &name.expect("clap asks for it"), &replicas, output, wait, &bar).await
             }
-            // `reassign TOPIC status` and `reassign status TOPIC` say the same.
+            // `reassign TOPIC status` and `reassign status TOPIC` are the same command.
             Partition::Reassign(Reassign { name, what: Some(What::Status(which)), .. }) => {
                 status(&admin, name.or(which.name), output).await
             }
@@ -188,7 +188,7 @@ pub(super) async fn run(common: &Common, command: Partition) -> anyhow::Result<E
             Partition::RebuildManifest(command) => rebuild::run(&admin, &command, output).await,
         }
     };
-    // Boxed: a question to a person is in it.
+    // The future is boxed, because it contains an interactive prompt.
     let mut patience = Patience::new(&client);
     patience.beside(&bar);
     patience.over(None, Box::pin(work)).await?;
@@ -229,7 +229,8 @@ async fn reassign(
     print(&done, &format!("{said} after {}", took(time)), output)
 }
 
-/// Waits until every partition is where it was ordered; the moves as they ended.
+/// Waits until every reassignment is over, and checks that each partition has the ordered replicas. Returns the final
+/// reassignments, and the time that the wait took.
 async fn until_moved(
     admin: &Admin,
     name: &Name,
@@ -264,7 +265,7 @@ async fn until_moved(
     Ok((moves, time))
 }
 
-/// Which of the ordered moves are not over.
+/// Returns the ordered reassignments that are not completed.
 fn left(ordered: &[Reassignment], under_way: &[Reassignment]) -> Left {
     let mine = |one: &&Reassignment| ordered.iter().any(|ordered| ordered.partition == one.partition);
     let left: Vec<&Reassignment> = under_way.iter().filter(mine).collect();
@@ -323,12 +324,12 @@ async fn elect(admin: &Admin, command: &Elect, output: Output) -> anyhow::Result
     show(&uncleanly(topic, number, &election), if command.yes { &said } else { last(&said) }, output)
 }
 
-/// The last line: what was asked has been read already.
+/// Returns the last line. The prompt has already shown the lines before it.
 fn last(text: &str) -> &str {
     text.lines().next_back().unwrap_or(text)
 }
 
-/// Asks the person at the terminal.
+/// Prompts the user at the terminal. Fails without a terminal or without a yes.
 fn confirm(prospect: &str, question: &str) -> anyhow::Result<()> {
     if !io::stdin().is_terminal() {
         bail!("{prospect}\nnothing was done: there is no terminal to ask at, so --yes must say that this is wanted");

@@ -1,5 +1,5 @@
-//! What a command says while it waits: on standard error, once a trouble has lasted a second, at each change of its cause,
-//! every half minute, and when it is over. It also ends a wait that has gone on for too long without any progress.
+//! Retry output of a waiting command on standard error: a line when a problem has lasted a second, when its cause
+//! changes, every 30 seconds, and at its end. Also ends a wait without progress after a timeout.
 
 use std::{cell::Cell, time::Duration};
 
@@ -15,34 +15,34 @@ use crate::{
     task::clock,
 };
 
-/// How often a look is taken.
+/// Interval between checks of the retry status.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// A trouble that is over sooner is not worth a word.
+/// Minimum duration of a problem, or of its absence, before a line is printed.
 const BRIEF: Duration = Duration::from_secs(1);
 
-/// Silence after which a reader that has records to come is said to wait.
+/// Time without progress after which expected work counts as delayed although no problem is known.
 const QUIET: Duration = Duration::from_secs(5);
 
-/// A cause that takes turns with another is not said anew sooner than this.
+/// Minimum interval between lines if the cause changes. Two causes may alternate.
 const CHANGE: Duration = Duration::from_secs(5);
 
-/// How often a trouble that stays is said again.
+/// Interval at which a lasting problem is printed again.
 const AGAIN: Duration = Duration::from_secs(30);
 
-/// Watches over a command's work.
+/// Monitor of a command's work and of the retry status of its clients.
 pub(super) struct Patience {
     troubles: Vec<watch::Receiver<Option<Trouble>>>,
     bar: Option<ProgressBar>,
 }
 
-/// Work whose next piece is known to be there.
+/// Work whose next piece is known to exist.
 pub(super) struct Expected<'a> {
-    /// How many pieces have come.
+    /// Number of pieces so far.
     pub(super) pieces: &'a Cell<u64>,
-    /// What a piece is, for the sentence that none has come.
+    /// Noun for a piece, for messages.
     pub(super) piece: &'static str,
-    /// How long the next one may take.
+    /// Maximum time until the next piece.
     pub(super) timeout: Duration,
 }
 
@@ -51,20 +51,20 @@ impl Patience {
         Self { troubles: vec![client.trouble()], bar: None }
     }
 
-    /// Minds this client's troubles too.
+    /// Adds the retry status of another client.
     pub(super) fn and(&mut self, client: &Client) {
         self.troubles.push(client.trouble());
     }
 
-    /// Keeps its lines apart from a progress bar.
+    /// Sets the progress bar that is suspended while a line is printed.
     pub(super) fn beside(&mut self, bar: &ProgressBar) {
         self.bar = Some(bar.clone());
     }
 
-    /// Does the work, and says meanwhile what keeps it from going on.
+    /// Runs the work, and prints problems that delay it.
     ///
     /// # Errors
-    /// The work's own, or that what was expected came too late, with what stood in the way.
+    /// The work failed, or the next piece did not arrive in time; the error then names the known problem.
     pub(super) async fn over<T>(
         &self,
         expected: Option<Expected<'_>>,
@@ -77,14 +77,15 @@ impl Patience {
         }
     }
 
-    /// Ends when what is expected came too late.
+    /// Prints lines until the next expected piece is overdue, and returns the error for that. Never returns without
+    /// `expected`.
     async fn watch(&self, expected: Option<Expected<'_>>) -> anyhow::Error {
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut story = Story::default();
         let mut last = (0, clock::monotonic());
         loop {
-            // Not the tick's own moment: it is long past where printing has blocked.
+            // The time of the tick itself is long past if printing has blocked.
             looks.tick().await;
             let now = clock::monotonic();
             let shown = self.troubles.iter().find_map(|trouble| trouble.borrow().clone());
@@ -113,7 +114,8 @@ impl Patience {
     }
 }
 
-/// The trouble with the moment at which the wait ends. Where none is known, long silence is one.
+/// Returns the problem with the time at which the wait ends. Without a known problem, `QUIET` without progress counts
+/// as one.
 fn limited(
     expected: &Expected<'_>,
     trouble: Option<Trouble>,
@@ -139,7 +141,7 @@ fn late(expected: &Expected<'_>, trouble: Option<Trouble>) -> anyhow::Error {
     anyhow!("given up after {timeout} without a {piece}: {why}; --timeout waits longer")
 }
 
-/// What was said, and what is to be said next.
+/// State of the retry output: the last printed line, from which the next one follows.
 #[derive(Debug, Default)]
 struct Story {
     said: Option<Said>,
@@ -149,9 +151,9 @@ struct Story {
 struct Said {
     problem: String,
     at: Instant,
-    /// Since when it had not worked.
+    /// Start of the problem; kept when the cause changes.
     since: Instant,
-    /// Since when there has been no trouble again.
+    /// Time since which there has been no problem; `None` during a problem.
     well: Option<Instant>,
 }
 
@@ -187,7 +189,7 @@ impl Story {
     }
 }
 
-/// A duration in whole seconds, for people.
+/// Formats a duration rounded to seconds. Whole minutes from two minutes on are printed as minutes.
 fn seconds(time: Duration) -> String {
     match (time + Duration::from_millis(500)).as_secs() {
         whole if whole >= 120 && whole % 60 == 0 => format!("{} min", whole / 60),
@@ -208,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trouble_is_said_after_a_second_at_a_change_every_half_minute_and_when_it_is_over() {
+    fn problem_is_printed_at_start_change_interval_and_end() {
         let start = clock::monotonic();
         let mut story = Story::default();
         let (a, b) = (trouble("a", start), trouble("b", start));
@@ -229,7 +231,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_wait_without_progress_ends_and_says_what_stood_in_the_way() {
+    async fn wait_without_progress_ends_and_names_the_problem() {
         let (shown, watch) = watch::channel(None);
         let patience = Patience { troubles: vec![watch], bar: None };
         let pieces = Cell::new(0);

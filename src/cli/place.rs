@@ -1,18 +1,18 @@
-//! Places in a log, as they are typed: `earliest`, `latest`, an offset, or `@` with a time.
+//! Start positions in a log as a user types them: `earliest`, `latest`, an offset, or `@` with a time.
 
 use std::time::UNIX_EPOCH;
 
 use crate::{client::OffsetAt, model::Offset};
 
-/// Numbers below it are hardly meant as milliseconds.
+/// Start of the year 2000 in milliseconds since 1970. Smaller numbers are probably seconds.
 const YEAR_2000_MS: i64 = 946_684_800_000;
 
-/// Where reading starts.
+/// Position at which reading starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
-    /// To be looked up in each partition.
+    /// A position that is looked up in each partition.
     At(OffsetAt),
-    /// The same in each partition.
+    /// The same offset in each partition.
     Offset(Offset),
 }
 
@@ -43,7 +43,7 @@ impl std::str::FromStr for Place {
     }
 }
 
-/// Milliseconds since 1970 of a time in milliseconds or RFC 3339, with `Z` or a numeric offset.
+/// Parses a time, in milliseconds or in RFC 3339 with `Z` or a numeric zone offset, into milliseconds since 1970.
 fn time_ms(text: &str) -> Option<i64> {
     if let Ok(ms) = text.parse() {
         return Some(ms);
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_form_of_a_place_is_understood() {
+    fn every_form_of_a_start_position_is_parsed() {
         let time = |ms| Ok(Place::At(OffsetAt::Time(ms)));
         for (text, place) in [
             ("earliest", Ok(Place::At(OffsetAt::Earliest))),

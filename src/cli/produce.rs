@@ -1,4 +1,4 @@
-//! `strandline produce`: one record per line.
+//! `strandline produce`: sends one record per line.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -30,13 +30,13 @@ use crate::{
     model::{Acks, Compression, UnknownName},
 };
 
-/// Deliveries that may be outstanding before the oldest is waited for.
+/// Maximum number of unfinished deliveries. Above it, the command waits for the oldest.
 const MOST_OUTSTANDING: usize = 100_000;
 
-/// How long a stop waits for the answers to what is on its way.
+/// Maximum time that the end of the command waits for records in flight.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
-/// Ranges of offsets that are printed for one partition.
+/// Maximum number of offset ranges that are printed for one partition.
 const MOST_RANGES: usize = 8;
 
 /// Send the lines of files, or of standard input, as records
@@ -77,26 +77,27 @@ pub(super) fn compression(text: &str) -> Result<Compression, String> {
     text.parse().map_err(|error: UnknownName| error.to_string())
 }
 
-/// What became of the records so far.
+/// Results of the records so far.
 #[derive(Debug, Default)]
 struct Tally {
     sent: u64,
-    /// Acknowledged; with acks=0, accepted.
+    /// Acknowledged records; with `acks=0`, accepted records.
     answered: u64,
     failed: u64,
-    /// Lines in which the separator was found.
+    /// Lines that contain the separator.
     keyed: u64,
     first_failure: Option<SendError>,
     partitions: BTreeMap<u32, Landed>,
-    /// What the acknowledgements meant; several where the in-sync set changed meanwhile.
+    /// Number of acknowledgements by meaning, such as `synced on 1 replica`. There are several meanings if the ISR
+    /// changed meanwhile.
     meanings: BTreeMap<String, u64>,
 }
 
-/// Where records of one partition are.
+/// Acknowledged records of one partition and their offsets.
 #[derive(Debug, Default)]
 struct Landed {
     records: u64,
-    /// Ascending, ends exclusive.
+    /// Offset ranges in the order of sending, ends excluded. Consecutive offsets share a range.
     ranges: Vec<(u64, u64)>,
 }
 
@@ -128,7 +129,7 @@ impl Landed {
     fn add(&mut self, offset: u64) {
         match self.ranges.last_mut() {
             Some((_, end)) if *end == offset => *end += 1,
-            // A repeated batch may be answered behind later ones.
+            // A gap starts a range: a retried batch may be acknowledged behind later batches.
             _ => self.ranges.push((offset, offset + 1)),
         }
     }
@@ -142,7 +143,7 @@ impl Landed {
     }
 }
 
-/// Deliveries in the order of sending.
+/// Unfinished deliveries in the order of sending, and the results of the finished ones.
 #[derive(Default)]
 struct Outstanding {
     deliveries: VecDeque<Delivery>,
@@ -150,11 +151,11 @@ struct Outstanding {
 }
 
 impl Outstanding {
-    /// Counts what is answered already, and waits when too much is not.
+    /// Adds a delivery. Counts finished deliveries, and waits while more than `MOST_OUTSTANDING` are unfinished.
     async fn push(&mut self, delivery: Delivery) {
         self.tally.sent += 1;
         self.deliveries.push_back(delivery);
-        // Looking is cheap, but not free: once for every few records.
+        // Polling a delivery has a small cost, so it happens once per 64 records.
         if self.tally.sent.is_multiple_of(64) {
             while let Some(answer) = self.deliveries.front_mut().and_then(FutureExt::now_or_never) {
                 self.deliveries.pop_front();
@@ -170,7 +171,7 @@ impl Outstanding {
         }
     }
 
-    /// Counts every answer. Dropping the future loses none.
+    /// Waits for every delivery and counts its result. Dropping the future loses no result.
     async fn finish(&mut self) {
         while let Some(delivery) = self.deliveries.front_mut() {
             let answer = delivery.await;
@@ -179,7 +180,7 @@ impl Outstanding {
         }
     }
 
-    /// Counts what nobody waits for any more.
+    /// Counts all unfinished deliveries as failed and drops them.
     fn give_up(&mut self) {
         self.tally.failed += self.deliveries.len() as u64;
         self.deliveries.clear();
@@ -197,7 +198,7 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
 }
 
 async fn produce(common: &Common, command: &Produce, outstanding: &mut Outstanding) -> anyhow::Result<()> {
-    // Said before anything is sent.
+    // An unreadable file is reported before any record is sent.
     for file in command.files.iter().filter(|file| !is_stdin(file)) {
         std::fs::File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
     }
@@ -222,7 +223,8 @@ async fn produce(common: &Common, command: &Produce, outstanding: &mut Outstandi
             }
         }
     };
-    // What is on its way when a person stops it is mostly answered in a moment; the summary does not wait for more.
+    // After a stop, most records in flight are acknowledged within a moment. The summary waits for at most
+    // `LAST_ANSWERS`.
     let _late = tokio::time::timeout(LAST_ANSWERS, finish(&producer, outstanding)).await;
     outstanding.give_up();
     bar.finish_and_clear();
@@ -238,7 +240,7 @@ async fn produce(common: &Common, command: &Produce, outstanding: &mut Outstandi
     }
 }
 
-/// A producer, once the topic and the partition are known to be there.
+/// Checks that the topic and the partition exist, and returns a producer.
 async fn start(client: &Client, command: &Produce) -> anyhow::Result<Producer> {
     let topic = command.topic.as_str();
     let route = match client.topic(topic).await {
@@ -252,7 +254,7 @@ async fn start(client: &Client, command: &Produce) -> anyhow::Result<Producer> {
     let options = ProducerOptions {
         acks: command.acks,
         compression: command.compression,
-        // Long enough for the next read of a pipe, too short for a person to notice.
+        // Long enough for the next read of a pipe, too short for a user to notice.
         linger: Duration::from_millis(5),
         delivery_timeout: command.timeout.map_or_else(|| timeout(command.acks), Duration::from_secs),
         ..ProducerOptions::default()
@@ -260,12 +262,12 @@ async fn start(client: &Client, command: &Produce) -> anyhow::Result<Producer> {
     Ok(client.producer(options).await?)
 }
 
-/// How long a command's records may take unless it is told: the bucket takes longer.
+/// Returns the default delivery timeout of a record. A commit to the object store takes longer.
 pub(super) fn timeout(acks: Acks) -> Duration {
     Duration::from_secs(if acks == Acks::Tiered { 120 } else { 60 })
 }
 
-/// Waits for what is on its way.
+/// Flushes the producer and waits for all deliveries.
 async fn finish(producer: &Producer, outstanding: &mut Outstanding) -> anyhow::Result<()> {
     let _ = tokio::join!(producer.flush(), outstanding.finish());
     Ok(())
@@ -318,14 +320,14 @@ async fn send_lines(
         outstanding.push(delivery).await;
         bar.inc(1);
         if outstanding.tally.first_failure.is_some() {
-            // What comes after a lost record is not sent: the error comes from the tally.
+            // No record is sent after a failed one. The caller takes the error from the tally.
             return Ok(());
         }
     }
     Ok(())
 }
 
-/// The record of a line, and whether the separator was found in it.
+/// Returns the record of a line, and true if the line contains the separator.
 fn record<'a>(line: &'a [u8], command: &Produce) -> (NewRecord<'a>, bool) {
     let split = command.key_separator.as_ref().and_then(|separator| separator.split(line));
     let record = match split {
@@ -339,7 +341,7 @@ fn record<'a>(line: &'a [u8], command: &Produce) -> (NewRecord<'a>, bool) {
     (record, split.is_some())
 }
 
-/// What is said where a separator was given and found in no line.
+/// Returns a hint if the option set a separator and no line contains it.
 fn keyless(command: &Produce, tally: &Tally) -> Option<String> {
     let separator = command.key_separator.as_ref().filter(|_| tally.sent > 0 && tally.keyed == 0)?;
     let lines = if tally.sent == 1 { "the line".to_owned() } else { format!("any of the {} lines", tally.sent) };
@@ -366,7 +368,7 @@ fn report(command: &Produce, tally: &Tally, failure: Option<&anyhow::Error>, out
     Ok(())
 }
 
-/// What an answer says of a record.
+/// Returns the verb for records that were delivered. With `acks=0`, a record is only accepted.
 fn verb(acks: Acks) -> &'static str {
     if acks == Acks::None { "accepted" } else { "acknowledged" }
 }
@@ -413,7 +415,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_tally_says_how_many_where_and_what_it_meant() {
+    async fn summary_contains_counts_offsets_and_ack_meaning() {
         let mut tally = Tally::default();
         for (partition, offset) in [(0, 5), (0, 6), (1, 0), (0, 9)] {
             tally.count(ack(partition, offset));

@@ -1,4 +1,4 @@
-//! Where a reader stands, and what that means for it.
+//! The rack of a consumer. A consumer reads from in-sync replicas in its own rack if there are any.
 
 use clap::Args;
 
@@ -7,28 +7,28 @@ use crate::{
     model::near,
 };
 
-/// What names the rack where no option does.
+/// Environment variable with the rack. The option has precedence.
 const VARIABLE: &str = "STRANDLINE_RACK";
 
-/// Most racks that are worth reading.
+/// Maximum number of racks that a message lists.
 const MOST_RACKS: usize = 5;
 
 #[derive(Clone, Debug, Args)]
 pub(super) struct Rack {
     /// The rack, or zone, where this runs, as brokers name theirs: in-sync replicas there are read, and leaders elsewhere only
     /// while there are none; else that of the environment's STRANDLINE_RACK
-    // Read by hand, as --bootstrap is.
+    // `options()` reads the variable, not clap, for the same reason as with `--bootstrap`.
     #[arg(long = "rack", value_name = "NAME")]
     name: Option<String>,
 }
 
 impl Rack {
-    /// How a consumer here reads. Says on standard error when no broker stands in its rack, once.
+    /// Returns the options of a consumer in this rack. Prints a warning on standard error if no broker is in the rack.
     pub(super) async fn options(&self, client: &Client) -> ConsumerOptions {
-        // A variable, or an option, that is set and empty counts as not set.
+        // An empty option or variable sets no rack.
         let given = self.name.clone().or_else(|| std::env::var(VARIABLE).ok()).filter(|rack| !rack.is_empty());
         let Some(rack) = given else { return ConsumerOptions::default() };
-        // Who does not answer now is told of by what comes next.
+        // An error is ignored here, because the reads that follow report it.
         if let Ok(cluster) = client.admin().cluster().await {
             let mut racks: Vec<String> = cluster.brokers.into_iter().map(|broker| broker.rack).collect();
             racks.sort_unstable();
@@ -41,7 +41,8 @@ impl Rack {
     }
 }
 
-/// What is said when no broker stands there.
+/// Returns a warning if no broker is in `rack`. `racks` are the racks of all brokers, empty for a broker without a
+/// rack.
 fn nobody_there(rack: &str, racks: &[String]) -> Option<String> {
     let named: Vec<&str> = racks.iter().map(String::as_str).filter(|name| !name.is_empty()).collect();
     if named.contains(&rack) {
@@ -61,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rack_without_a_broker_is_said_with_the_near_ones() {
+    fn rack_without_a_broker_is_reported_with_similar_racks() {
         let said = |rack, racks: &[&str]| {
             let racks: Vec<String> = racks.iter().map(|&rack| rack.to_owned()).collect();
             nobody_there(rack, &racks).unwrap_or_default()

@@ -1,4 +1,4 @@
-//! `strandline segment dump`: what a segment file holds, batch by batch.
+//! `strandline segment dump`: prints and checks a segment file batch by batch.
 
 use std::{
     io::{self, BufWriter, Read, Write},
@@ -13,7 +13,7 @@ use self::file::{Batches, Damage, Epochs};
 use super::{Common, format, output::Output};
 use crate::{
     model::{Offset, TimestampType},
-    record::{Batch, Malformed, Record},
+    record::{Batch, MalformedBatch, Record},
     tier::Footer,
 };
 
@@ -44,7 +44,8 @@ pub(super) fn run(common: &Common, command: Segment) -> anyhow::Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
-/// A batch is printed once the one after it was read: only then is its epoch known to be no fall.
+/// Prints all batches. Each batch is printed after the next one was read, because only the next batch can show that
+/// this batch's leader epoch is too high.
 fn dump_all(
     mut batches: Batches<impl Read>,
     footer: Option<&Footer>,
@@ -57,7 +58,7 @@ fn dump_all(
     let mut current = batches.next().map_err(damage)?;
     while let Some((position, batch)) = current {
         let next = batches.next();
-        // Damage behind this batch says nothing about it.
+        // A corrupt next batch does not affect the check of this batch.
         let after = next.as_ref().ok().and_then(|next| next.as_ref()).map(|(_, next)| next);
         epochs.check(&batch, after, footer).map_err(|problem| file::damaged(&dump.file, position, &problem))?;
         print_all(position, &batch, dump, output, out)?;
@@ -67,7 +68,7 @@ fn dump_all(
 }
 
 fn print_all(position: u64, batch: &Batch, dump: &Dump, output: Output, out: &mut impl Write) -> anyhow::Result<()> {
-    let damaged = |error: Malformed| file::damaged(&dump.file, position, &error);
+    let damaged = |error: MalformedBatch| file::damaged(&dump.file, position, &error);
     if !dump.records {
         batch.verify_records().map_err(damaged)?;
         return Ok(print_batch(position, batch, output, out)?);

@@ -1,8 +1,8 @@
-//! Separators as they are typed, with escapes for what a shell makes hard to type.
+//! Separators as a user types them, with escapes for bytes that are hard to type in a shell.
 
 use std::{fmt, str::FromStr};
 
-/// Bytes that stand between two parts of a line.
+/// Bytes between two parts of a line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Separator {
     bytes: Vec<u8>,
@@ -10,7 +10,7 @@ pub(super) struct Separator {
 }
 
 impl Separator {
-    /// The two parts of a line around the first separator in it.
+    /// Returns the two parts of a line around its first separator; `None` if the line contains no separator.
     pub(super) fn split<'a>(&self, line: &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
         let at = line.windows(self.bytes.len()).position(|window| window == self.bytes)?;
         Some((&line[..at], &line[at + self.bytes.len()..]))
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn escapes_are_the_bytes_that_they_name() {
+    fn separator_escapes_are_parsed_into_bytes() {
         for (typed, bytes) in [
             (":", &b":"[..]),
             (r"\t", b"\t"),
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_split_at_the_first_separator() {
+    fn line_is_split_at_the_first_separator() {
         let tab: Separator = r"\t".parse().expect("valid");
         assert_eq!(tab.split(b"k\ta\tb"), Some((&b"k"[..], &b"a\tb"[..])));
         assert_eq!(tab.split(br"k\tv"), None, "the two characters are not a tab");

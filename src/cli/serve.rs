@@ -1,4 +1,4 @@
-//! What `strandline dev` and `strandline broker` share: the settings that flags override, and a broker that runs until a signal.
+//! Shared parts of `strandline dev` and `strandline broker`: setting overrides, and a broker that runs until a signal.
 
 use std::{io::Write as _, process::ExitCode};
 
@@ -27,23 +27,25 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 }
 
 impl Overrides {
-    /// Puts them over what is given already.
+    /// Adds the overrides to `sources`. The overrides have precedence over the values that are set already.
     pub(super) fn apply(self, sources: Sources) -> Sources {
         self.set.into_iter().fold(sources, |sources, (key, value)| sources.flag(&key, value))
     }
 }
 
-/// The environment; a name that is not UTF-8 cannot be a setting of ours, and `check_environment` refuses such a value of one.
+/// Returns the environment variables. A name that is not UTF-8 cannot be a setting, and `check_environment` rejects a
+/// setting whose value is not UTF-8.
 pub(super) fn environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.to_string_lossy().into_owned())))
 }
 
-/// Keeps what this process makes for its user alone, the objects of a `file://` bucket too: their library opens files by itself.
+/// Makes new files of this process accessible to its user only. The umask also covers objects of a `file://` object
+/// store, whose library opens files itself.
 pub(super) fn keep_files_private() {
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
 }
 
-/// Runs a broker until it is told to stop.
+/// Runs a broker until a stop signal.
 pub(super) async fn serve(settings: Settings, ready: impl FnOnce(&Ready)) -> anyhow::Result<ExitCode> {
     let config = settings.config;
     keep_files_private();
@@ -53,7 +55,7 @@ pub(super) async fn serve(settings: Settings, ready: impl FnOnce(&Ready)) -> any
     Ok(ExitCode::SUCCESS)
 }
 
-/// Resolves at Ctrl-C or SIGTERM. The handlers are in place when this returns.
+/// Returns a future that resolves at Ctrl-C or SIGTERM. The signal handlers are installed on return.
 pub(super) fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for Ctrl-C")?;
@@ -66,7 +68,7 @@ pub(super) fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     })
 }
 
-/// Prints for the person who started it. A closed standard output is no reason to stop serving.
+/// Prints text on standard output. A closed standard output does not stop the broker.
 pub(super) fn say(text: &str) {
     let mut out = std::io::stdout().lock();
     let _closed = out.write_all(text.as_bytes()).and_then(|()| out.flush());

@@ -80,7 +80,7 @@ pub(super) struct Alter {
     changes: Changes,
 }
 
-/// As many replicas as a partition may have.
+/// Returns the parser of a replication factor: from 1 to the maximum number of replicas.
 fn factor() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1..=i64::from(limits::MAX_REPLICAS))
 }
@@ -94,7 +94,7 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 
 pub(super) async fn run(common: &Common, command: Topic) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
-    // Boxed: a question to a person is in it.
+    // The future is boxed, because it contains an interactive prompt.
     Patience::new(&client).over(None, Box::pin(act(client.admin(), command, common.output))).await
 }
 
@@ -138,8 +138,8 @@ async fn act(admin: Admin, command: Topic, output: Output) -> anyhow::Result<Exi
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says on standard error what a topic of several replicas does not promise, where one of them is enough. A topic that was made is
-/// made, whatever becomes of this.
+/// Prints a hint on standard error if a topic with several replicas has `min.insync.replicas` 1. The topic has been
+/// created already, so an error is ignored here.
 async fn hint(admin: &Admin, name: &str, replicas: u32) {
     if replicas < 2 {
         return;
@@ -230,12 +230,12 @@ fn lines(topic: &TopicDescription) -> String {
     lines.join("\n")
 }
 
-/// Who sets a configuration key.
+/// Returns the source of a configuration value.
 fn set_by(topic: &TopicDescription, key: &str) -> &'static str {
     topic.config_source.get(key).copied().unwrap_or(ConfigSource::Default).as_str()
 }
 
-/// Who holds a partition, and how much.
+/// Returns the table row with a partition's replicas and their bytes.
 fn who(partition: &PartitionDescription) -> Vec<String> {
     let bytes = |bytes| if partition.unanswered.is_none() { output::bytes(bytes) } else { "?".to_owned() };
     vec![
@@ -250,7 +250,7 @@ fn who(partition: &PartitionDescription) -> Vec<String> {
     ]
 }
 
-/// Where its log is.
+/// Returns the table row with a partition's watermarks; `?` stands for an unknown one.
 fn place(partition: &PartitionDescription) -> Vec<String> {
     let marks = &partition.watermarks;
     let known = |mark: Offset| if partition.unanswered.is_none() { mark.to_string() } else { "?".to_owned() };
@@ -265,7 +265,7 @@ fn place(partition: &PartitionDescription) -> Vec<String> {
     ]
 }
 
-/// What a person should know of a partition that the tables do not say.
+/// Returns notes about a partition that the tables do not contain.
 fn notes(partition: &PartitionDescription) -> Vec<String> {
     let (number, mut notes) = (partition.partition, Vec::new());
     if let Some(fault) = &partition.unanswered {
@@ -340,7 +340,7 @@ mod tests {
     use super::*;
     use crate::{
         model::{BrokerId, LeaderEpoch, TopicId, Watermarks},
-        proto::fault::{Fault, Reason},
+        proto::error::{ApiError, ErrorCode},
     };
 
     fn topic() -> TopicDescription {
@@ -369,7 +369,7 @@ mod tests {
             fault: None,
             unanswered: None,
         };
-        let nobody = Fault::new(Reason::NoLeader, "nobody leads partition 1 at the moment");
+        let nobody = ApiError::new(ErrorCode::NoLeader, "nobody leads partition 1 at the moment");
         let waiting = PartitionDescription {
             partition: 1,
             leader: None,
@@ -383,7 +383,7 @@ mod tests {
             watermarks: Watermarks { tiered_end: offset(5), ..Watermarks::default() },
             ..led.clone()
         };
-        let failed = Fault::new(Reason::StorageFailed, "the disk failed");
+        let failed = ApiError::new(ErrorCode::StorageFailed, "the disk failed");
         let broken = PartitionDescription { partition: 2, adding: vec![], fault: Some(failed), ..led.clone() };
         let config = ConfigMap::from([("retention.ms".to_owned(), "86400000".to_owned())]);
         let summary = TopicSummary {
@@ -406,13 +406,13 @@ mod tests {
     }
 
     #[test]
-    fn a_topic_is_described_with_what_its_leaders_say_and_what_nobody_says() {
+    fn topic_description_matches_golden_files() {
         output::golden::lines("topic-describe.txt", &lines(&topic()));
         output::golden::json("topic-describe.json", &description(&topic()));
     }
 
     #[test]
-    fn a_configuration_value_may_hold_an_equals_sign() {
+    fn config_value_may_contain_an_equals_sign() {
         assert_eq!(key_value("a=b=c"), Ok(("a".to_owned(), "b=c".to_owned())));
         assert!(key_value("a").is_err() && key_value("=b").is_err());
     }

@@ -1,7 +1,7 @@
-//! Waiting until an order is carried out: how far it is, on standard error, and an end to the wait where one is asked for.
+//! `--wait`: waits until an admin operation is completed, shows its progress, and ends after an optional timeout.
 //!
-//! The brokers carry an order out whether somebody waits or not; giving up changes nothing of it. That takes hours, and brokers restart
-//! meanwhile, so one question without an answer does not end the wait.
+//! The brokers complete the operation whether or not a command waits; a timeout does not cancel it. An operation may
+//! take hours, and brokers restart meanwhile, so one failed request does not end the wait.
 
 use std::time::Duration;
 
@@ -13,10 +13,10 @@ use tokio::time::Instant;
 use super::output;
 use crate::task::clock;
 
-/// How often the cluster is asked how far it is.
+/// Interval between requests for the remaining work.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// How long nobody may answer.
+/// Time without a successful response after which a wait ends.
 const SILENCE: Duration = Duration::from_secs(60);
 
 /// Whether to wait, and how long.
@@ -30,28 +30,28 @@ pub(super) struct Wait {
     timeout: Option<u64>,
 }
 
-/// What is still to be done.
+/// Remaining work of an operation.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Left {
-    /// How many replicas or partitions.
+    /// Number of remaining replicas or partitions.
     pub(super) count: u64,
-    /// The same as a sentence, for who gives up.
+    /// The remaining work as text, for the progress bar and the timeout error.
     pub(super) said: String,
-    /// What keeps some of it from being done, for the person who waits.
+    /// Reason why part of the work cannot proceed, as text for the user.
     pub(super) obstacle: Option<String>,
 }
 
-/// How often an obstacle that stays is repeated.
+/// Interval at which a lasting obstacle is printed again.
 const REMINDER_INTERVAL: Duration = Duration::from_secs(30);
 
-/// The obstacle that a waiting command last printed.
+/// Time at which a waiting command last printed an obstacle, or at which its wait began.
 #[derive(Debug, Default)]
 struct Reminder {
     at: Option<Instant>,
 }
 
 impl Reminder {
-    /// Whether to print the obstacle now: at once, and then at intervals while there is one.
+    /// Returns true if the obstacle is to be printed now: `at` is not set, or lies `REMINDER_INTERVAL` in the past.
     fn is_due(&mut self, obstacle: Option<&String>, now: Instant) -> bool {
         let since = |at: Instant| now.duration_since(at) < REMINDER_INTERVAL;
         if obstacle.is_none() || self.at.is_some_and(since) {
@@ -62,29 +62,29 @@ impl Reminder {
     }
 }
 
-/// Why nobody says what is still to be done.
+/// Reason why the remaining work is unknown.
 #[derive(Debug)]
 pub(super) enum Unsaid {
-    /// Somebody may a little later.
+    /// A later request may succeed.
     ForNow(anyhow::Error),
-    /// There is nothing to wait for any more.
+    /// The wait cannot succeed.
     ForGood(anyhow::Error),
 }
 
 impl Unsaid {
-    /// By whether the question may be asked again, and in words for people.
+    /// Returns `ForNow` for a retryable error, else `ForGood`. `error` is a message for the user.
     pub(super) fn new(retryable: bool, error: anyhow::Error) -> Self {
         if retryable { Self::ForNow(error) } else { Self::ForGood(error) }
     }
 }
 
 impl Wait {
-    /// Whether to wait at all.
+    /// Returns true if the command waits.
     pub(super) fn is_wanted(self) -> bool {
         self.wait
     }
 
-    /// The bar that shows how far it is; it is nowhere where nobody waits or looks.
+    /// Returns the progress bar. The bar is hidden without `--wait` or without a terminal.
     pub(super) fn bar(self) -> ProgressBar {
         if !self.wait {
             return ProgressBar::hidden();
@@ -92,10 +92,12 @@ impl Wait {
         output::progress(Some(0), "{spinner} {bar:24} {pos} of {len} moved, {elapsed}  {msg}")
     }
 
-    /// Asks what is left until nothing is, and says how long that took.
+    /// Requests the remaining work until none is left, and returns the time that this took. `progress` is the command
+    /// that shows the progress later.
     ///
     /// # Errors
-    /// What asking ends with, or that the time was over, with what was left then and where to look for `progress`.
+    /// A request failed permanently, no request succeeded for a minute, or the timeout expired. The timeout error
+    /// contains the remaining work and `progress`.
     pub(super) async fn until_done(
         self,
         bar: &ProgressBar,
@@ -110,7 +112,8 @@ impl Wait {
                 Ok(Left { count: 0, .. }) => break Ok(began.elapsed()),
                 Ok(left) => {
                     heard = clock::monotonic();
-                    // More may come: a drained broker's partitions wait for room, a topic grows.
+                    // The remaining work may grow: partitions of a drained broker wait for capacity, or a topic gets
+                    // partitions.
                     total = total.max(left.count);
                     bar.set_length(total);
                     bar.set_position(total - left.count);
@@ -136,7 +139,7 @@ impl Wait {
     }
 }
 
-/// A time for people.
+/// Formats a duration in seconds, or in minutes and seconds from two minutes on.
 pub(super) fn took(time: Duration) -> String {
     match time.as_secs() {
         0..120 => format!("{:.1} s", time.as_secs_f64()),
@@ -155,7 +158,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_ends_when_nothing_is_left() {
+    async fn wait_ends_when_no_work_is_left() {
         let wait = Wait { wait: true, timeout: None };
         let bar = ProgressBar::hidden();
         let mut answers = VecDeque::from([2, 3, 1, 0]);
@@ -165,7 +168,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_gives_up_in_words_and_says_that_the_order_stays() {
+    async fn wait_timeout_error_names_remaining_work() {
         let wait = Wait { wait: true, timeout: Some(7) };
         let began = clock::monotonic();
         let error = wait.until_done(&ProgressBar::hidden(), "`it`", async || Ok(left(4))).await.expect_err("never");
@@ -176,9 +179,9 @@ mod tests {
         assert_eq!(refused.await.expect_err("not for ever").to_string(), "gone");
     }
 
-    /// One restart among the brokers, and a wait of hours was over.
+    /// Regression: the restart of one broker ended a wait of hours.
     #[tokio::test(start_paused = true)]
-    async fn brokers_that_restart_end_no_wait_and_silence_does() {
+    async fn wait_outlasts_restarts_and_ends_after_silence() {
         let wait = Wait { wait: true, timeout: None };
         let (bar, mut asked) = (ProgressBar::hidden(), 0);
         let restarts = wait.until_done(&bar, "x", async || {
@@ -197,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn an_obstacle_is_repeated_each_half_minute() {
+    fn obstacle_is_repeated_every_30_seconds() {
         let (start, obstacle) = (clock::monotonic(), "no brokers".to_owned());
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut reminder = Reminder::default();
@@ -207,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_short() {
+    fn durations_are_formatted_in_seconds_or_minutes() {
         assert_eq!(took(Duration::from_millis(1234)), "1.2 s");
         assert_eq!(took(Duration::from_secs(3_725)), "62 min 5 s");
     }

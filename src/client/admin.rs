@@ -1,4 +1,4 @@
-//! Topics and the cluster: typed calls and typed answers.
+//! Typed calls and responses for the administration of topics and of the cluster.
 
 mod cluster;
 mod manifest;
@@ -24,12 +24,12 @@ use super::{
 use crate::{
     model::{BrokerId, ConfigMap, LeaderEpoch, Offset, TopicId, Watermarks},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1,
     },
 };
 
-/// Creates, changes, describes and deletes topics. Any broker answers.
+/// Creates, changes, describes and deletes topics. Any broker can serve these calls.
 ///
 /// ```no_run
 /// # async fn example(client: strandline::client::Client) -> Result<(), Box<dyn std::error::Error>> {
@@ -48,26 +48,26 @@ pub struct Admin {
     client: Client,
 }
 
-/// A topic to be made.
+/// Definition of a topic to create.
 #[derive(Clone, Debug, Default)]
 pub struct NewTopic {
     request: v1::CreateTopicRequest,
 }
 
 impl NewTopic {
-    /// A topic of one partition with the brokers' defaults.
+    /// Creates a definition with one partition and the brokers' defaults.
     pub fn new(name: &str) -> Self {
         Self { request: v1::CreateTopicRequest { name: name.to_owned(), ..Default::default() } }
     }
 
-    /// How many partitions; 0 means 1.
+    /// Sets the number of partitions; 0 means 1.
     #[must_use]
     pub fn partitions(mut self, partitions: u32) -> Self {
         self.request.partitions = partitions;
         self
     }
 
-    /// How many replicas of each partition; 0 means the brokers' default.
+    /// Sets the number of replicas of each partition; 0 means the brokers' default.
     #[must_use]
     pub fn replication_factor(mut self, replicas: u32) -> Self {
         self.request.replication_factor = replicas;
@@ -81,7 +81,7 @@ impl NewTopic {
         self
     }
 
-    /// Checks everything and creates nothing.
+    /// Limits the call to validation: the topic is not created.
     #[must_use]
     pub fn validate_only(mut self) -> Self {
         self.request.validate_only = true;
@@ -89,78 +89,78 @@ impl NewTopic {
     }
 }
 
-/// A change of a topic. What it does not name stays.
+/// Change of a topic. Settings that are not named keep their values.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TopicChange {
     /// Configuration keys to set.
     pub set: ConfigMap,
-    /// Configuration keys to take back to their defaults.
+    /// Configuration keys to reset to their defaults.
     pub unset: Vec<String>,
-    /// How many replicas each partition is to have. The controller adds or takes away replicas.
+    /// New number of replicas of each partition. The controller adds or removes replicas.
     pub replication_factor: Option<u32>,
 }
 
-/// A cluster's brokers.
+/// Name and registered brokers of a cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cluster {
-    /// Its name.
+    /// Name of the cluster.
     pub name: String,
-    /// Its live brokers.
+    /// Registered brokers.
     pub brokers: Vec<Broker>,
 }
 
-/// One live broker.
+/// Registered broker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Broker {
-    /// Its number.
+    /// Broker id.
     pub id: BrokerId,
-    /// `host:port` of its gRPC listener.
+    /// `host:port` of the broker's gRPC listener.
     pub address: String,
-    /// Where it stands; empty when it did not say.
+    /// Rack of the broker; empty if it has none.
     pub rack: String,
 }
 
-/// A topic in a list.
+/// Topic as an entry of a list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopicSummary {
-    /// Its name.
+    /// Name of the topic.
     pub name: String,
-    /// Its identity.
+    /// Id of the topic; a topic created later under the same name has another id.
     pub id: TopicId,
-    /// How many partitions it has.
+    /// Number of partitions.
     pub partitions: u32,
-    /// How many replicas each has.
+    /// Number of replicas of each partition.
     pub replication_factor: u32,
-    /// What the topic itself sets.
+    /// Configuration keys that the topic itself sets.
     pub config: ConfigMap,
 }
 
-/// All about one topic.
+/// Full description of one topic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopicDescription {
-    /// As in a list.
+    /// Entry of the topic in a list.
     pub summary: TopicSummary,
     /// Every configuration key with its effective value.
     pub effective_config: ConfigMap,
     /// The source of each of these keys.
     pub config_source: BTreeMap<String, ConfigSource>,
-    /// Its partitions, by number.
+    /// Partitions by number.
     pub partitions: Vec<PartitionDescription>,
 }
 
-/// Who sets a configuration key.
+/// Source of a configuration value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConfigSource {
-    /// Nobody: it is the default that is built in.
+    /// The built-in default.
     Default,
-    /// The configuration of the broker that answered, in `[topic_defaults]`.
+    /// The `[topic_defaults]` of the broker that responded.
     Broker,
     /// The topic itself.
     Topic,
 }
 
 impl ConfigSource {
-    /// `default`, `broker` or `topic`.
+    /// Returns `default`, `broker` or `topic`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Default => "default",
@@ -178,48 +178,49 @@ impl ConfigSource {
     }
 }
 
-/// All about one partition, as its leader sees it.
+/// Full description of one partition, as reported by its leader.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PartitionDescription {
-    /// Its number.
+    /// Partition number.
     pub partition: u32,
-    /// Who leads it, if anyone.
+    /// Leader; `None` if there is none.
     pub leader: Option<BrokerId>,
-    /// The epoch of that leader.
+    /// Leader epoch.
     pub leader_epoch: LeaderEpoch,
-    /// Who holds it.
+    /// Brokers that hold a replica.
     pub replicas: Vec<BrokerId>,
-    /// Who is in sync.
+    /// In-sync replicas.
     pub isr: Vec<BrokerId>,
-    /// Who left the ISR and may still lead without loss.
+    /// Eligible leader replicas: outside the ISR, and able to lead without loss.
     pub elr: Vec<BrokerId>,
-    /// Replicas that a move adds.
+    /// Replicas that a reassignment adds.
     pub adding: Vec<BrokerId>,
-    /// Replicas that a move takes away once the new ones are in sync.
+    /// Replicas that a reassignment removes once the added replicas are in sync.
     pub removing: Vec<BrokerId>,
-    /// The last epoch before which committed records may have been lost, if there was one.
+    /// Newest leader epoch before which committed records may have been lost; `None` if there was no such epoch.
     pub unclean_epoch: Option<LeaderEpoch>,
-    /// Its marks.
+    /// Watermarks of the log.
     pub watermarks: Watermarks,
     /// Bytes on the leader's disk.
     pub local_bytes: u64,
-    /// Bytes in the bucket.
+    /// Bytes in the object store.
     pub tiered_bytes: u64,
-    /// Why it takes no writes, when it takes none.
-    pub fault: Option<Fault>,
-    /// Why the marks are not the leader's. The log start and the tiered end are then those of the metadata store, the others 0, as
-    /// are the bytes.
-    pub unanswered: Option<Fault>,
+    /// Error for which the partition refuses writes; `None` if it accepts them.
+    pub fault: Option<ApiError>,
+    /// Error of the request to the leader, if it failed. The log start and the tiered end are then those of the
+    /// metadata store; the other watermarks and the byte counts are 0.
+    pub unanswered: Option<ApiError>,
 }
 
-/// A place in a partition to look up.
+/// Position in a partition whose offset is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OffsetAt {
-    /// The first offset that can be read.
+    /// First offset that can be read.
     Earliest,
-    /// The first offset that is not committed yet.
+    /// First uncommitted offset.
     Latest,
-    /// The first record whose timestamp is at least this, in milliseconds since 1970; the end where none is that young.
+    /// First record with at least this timestamp, in milliseconds since 1970; the high watermark if there is no such
+    /// record.
     Time(i64),
 }
 
@@ -228,10 +229,10 @@ impl Admin {
         Self { client }
     }
 
-    /// The cluster's name and brokers.
+    /// Returns the cluster's name and brokers.
     ///
     /// # Errors
-    /// When no broker answers.
+    /// No broker responds.
     pub async fn cluster(&self) -> Result<Cluster, CallError> {
         let call = |wire| async move { admin_client(wire).get_metadata(v1::GetMetadataRequest::default()).await };
         let answer = self.client.retried(|| self.client.ask_any(call)).await?;
@@ -244,7 +245,8 @@ impl Admin {
     /// Creates a topic.
     ///
     /// # Errors
-    /// When it exists, the name or the configuration is not allowed, or the cluster cannot hold it.
+    /// The topic exists, its name or configuration is invalid, or the cluster has too few brokers or no capacity for
+    /// it.
     pub async fn create_topic(&self, topic: &NewTopic) -> Result<TopicSummary, CallError> {
         let call = |wire| {
             let request = topic.request.clone();
@@ -253,20 +255,20 @@ impl Admin {
         summary(self.client.tell_any(call).await?.topic)
     }
 
-    /// Every topic, by name.
+    /// Returns all topics, ordered by name.
     ///
     /// # Errors
-    /// When no broker answers.
+    /// No broker responds.
     pub async fn list_topics(&self) -> Result<Vec<TopicSummary>, CallError> {
         let call = |wire| async move { admin_client(wire).list_topics(v1::ListTopicsRequest {}).await };
         let answer = self.client.retried(|| self.client.ask_any(call)).await?;
         answer.topics.into_iter().map(|topic| summary(Some(topic))).collect()
     }
 
-    /// All about one topic.
+    /// Returns the full description of a topic.
     ///
     /// # Errors
-    /// When it does not exist.
+    /// The topic does not exist.
     pub async fn describe_topic(&self, name: &str) -> Result<TopicDescription, CallError> {
         let call = |wire| {
             let request = v1::DescribeTopicRequest { name: name.to_owned() };
@@ -285,10 +287,10 @@ impl Admin {
         })
     }
 
-    /// Changes a topic's configuration, or how many replicas its partitions have.
+    /// Changes a topic's configuration or its replication factor.
     ///
     /// # Errors
-    /// When the topic does not exist, a key or value is not allowed, or there are too few brokers.
+    /// The topic does not exist, a key or value is invalid, or there are too few brokers.
     pub async fn alter_topic(&self, name: &str, change: &TopicChange) -> Result<TopicSummary, CallError> {
         let call = |wire| {
             let request = v1::AlterTopicRequest {
@@ -302,10 +304,10 @@ impl Admin {
         summary(self.client.tell_any(call).await?.topic)
     }
 
-    /// Gives a topic more partitions: `to` is how many it has afterwards.
+    /// Raises the number of partitions of a topic to `to`.
     ///
     /// # Errors
-    /// When the topic does not exist, or has as many already.
+    /// The topic does not exist, or already has at least `to` partitions.
     pub async fn add_partitions(&self, name: &str, to: u32) -> Result<TopicSummary, CallError> {
         let call = |wire| {
             let request = v1::AddPartitionsRequest { name: name.to_owned(), to };
@@ -314,11 +316,12 @@ impl Admin {
         summary(self.client.tell_any(call).await?.topic)
     }
 
-    /// Deletes a topic with all its records. Returns how long objects of the topic stay in the bucket at most (`tier.garbage_grace`
-    /// and the time until the next search); nothing where the brokers have no bucket.
+    /// Deletes a topic with all its records. Returns the longest time for which objects of the topic stay in the object
+    /// store: `tier.garbage_grace` and the time until the next garbage collection. Returns `None` if the brokers have
+    /// no object store.
     ///
     /// # Errors
-    /// When it does not exist.
+    /// The topic does not exist.
     pub async fn delete_topic(&self, name: &str) -> Result<Option<Duration>, CallError> {
         let call = |wire| {
             let request = v1::DeleteTopicRequest { name: name.to_owned() };
@@ -331,7 +334,7 @@ impl Admin {
     /// Looks up one offset; see [`OffsetAt`].
     ///
     /// # Errors
-    /// When the topic or the partition does not exist, or its leader does not answer in the request timeout.
+    /// The topic or the partition does not exist, or the leader does not respond within the request timeout.
     pub async fn offset(&self, topic: &str, partition: u32, at: OffsetAt) -> Result<Offset, CallError> {
         self.client.topic(topic).await?;
         let number = i32::try_from(partition).unwrap_or(i32::MAX);
@@ -351,7 +354,7 @@ impl Admin {
                     return self.ask_leader(topic, partition, &query).await.map(|told| told.offset);
                 }
                 let answer = answer.map(|told| told.offset);
-                if let Err(CallError::Fault(fault)) = &answer
+                if let Err(CallError::Api(fault)) = &answer
                     && self.client.routing().told(topic, partition, fault)
                 {
                     return self.ask_leader(topic, partition, &query).await.map(|told| told.offset);
@@ -364,7 +367,8 @@ impl Admin {
             .await
     }
 
-    /// Whether another broker leads in a newer epoch than the one that told this: others are asked where that one is in doubt.
+    /// Returns true if another broker leads in a newer epoch than the leader that sent `told`. Queries other brokers
+    /// only if that leader reports an expired lease.
     async fn is_succeeded(&self, topic: &str, partition: u32, told: &Told, seen: u64) -> bool {
         let Some(doubted) = &told.in_doubt else { return false };
         let asked = self.client.refresh_doubting(&BTreeSet::from([doubted.clone()]), seen, &[topic]).await;
@@ -377,19 +381,19 @@ impl Admin {
         if usize::try_from(partition).is_ok_and(|number| number >= route.partitions.len()) {
             let count = route.partitions.len();
             let message = format!("topic {topic:?} has no partition {partition}: it has {count}, numbered from 0");
-            return Err(Fault::new(Reason::UnknownPartition, message).into());
+            return Err(ApiError::new(ErrorCode::UnknownPartition, message).into());
         }
         let Some(Source { address, epoch, .. }) = self.client.routing().source(topic, partition, None) else {
             let message = format!("partition {topic}/{partition} has no leader at the moment");
-            return Err(Fault::new(Reason::NotLeader, message).into());
+            return Err(ApiError::new(ErrorCode::NotLeader, message).into());
         };
         let unreachable = |problem: String| {
             let message = format!("the leader of {topic}/{partition}, {}: {problem}", address.as_str());
-            CallError::from(Fault::new(Reason::NotReady, message))
+            CallError::from(ApiError::new(ErrorCode::NotReady, message))
         };
         let wire = self.client.wire(&address).await.map_err(|error| unreachable(error.problem()))?;
         let wait = match query.at {
-            // May have to read the bucket.
+            // A lookup by time may read the object store.
             Some(v1::offset_query::At::TimestampMs(_)) => self.client.options().request_timeout,
             _ => self.client.options().request_timeout.min(super::ANY_ANSWER),
         };
@@ -400,32 +404,32 @@ impl Admin {
             Err(super::Unanswered::Refused(fault)) => return Err(fault.into()),
             Err(unanswered) => return Err(unreachable(unanswered.fault().message)),
         };
-        // Where a log begins nobody else knows better.
+        // The log start of an expired leader is accepted: no other broker has a better one.
         let in_doubt = (answer.in_doubt && !is_start).then_some(address);
         let Some(answer) = answer.answers.into_iter().next() else {
             return Err(odd("an empty answer to a query for an offset").into());
         };
         match answer.error {
-            Some(error) => Err(Fault::from(error).into()),
+            Some(error) => Err(ApiError::from(error).into()),
             None => Ok(Told { offset: offset(answer.offset)?, epoch, in_doubt }),
         }
     }
 }
 
-/// What a leader says of its log.
+/// Offset that a leader returned.
 struct Told {
     offset: Offset,
-    /// The epoch that it leads in, as far as this client knew.
+    /// Newest leader epoch that the client had when it called.
     epoch: LeaderEpoch,
-    /// Where it is, if it doubts whether it leads.
+    /// Address of the leader if it reports that its lease expired.
     in_doubt: Option<Address>,
 }
 
-fn odd(what: &str) -> Fault {
-    Fault::new(Reason::Internal, format!("the broker sent {what}"))
+fn odd(what: &str) -> ApiError {
+    ApiError::new(ErrorCode::Internal, format!("the broker sent {what}"))
 }
 
-fn offset(value: i64) -> Result<Offset, Fault> {
+fn offset(value: i64) -> Result<Offset, ApiError> {
     Offset::from_i64(value).ok_or_else(|| odd("a negative offset"))
 }
 
@@ -461,8 +465,8 @@ fn describe(state: v1::PartitionState) -> Result<PartitionDescription, CallError
         },
         local_bytes: state.local_bytes,
         tiered_bytes: state.tiered_bytes,
-        fault: state.fault.map(Fault::from),
-        unanswered: state.unanswered.map(Fault::from),
+        fault: state.fault.map(ApiError::from),
+        unanswered: state.unanswered.map(ApiError::from),
     })
 }
 

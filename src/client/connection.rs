@@ -1,4 +1,4 @@
-//! Connections: one per broker address, made once and shared by all that call there.
+//! Connections: one per broker address, made once and shared by all callers.
 
 use std::{
     collections::BTreeMap,
@@ -20,15 +20,15 @@ use crate::{
     proto::v1::{admin_client::AdminClient, log_client::LogClient},
 };
 
-/// A broker's `host:port`, checked.
+/// Validated `host:port` of a broker.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address(Arc<str>);
 
 impl Address {
-    /// Checks one address. The port may be left out, and `http://` may stand before it.
+    /// Parses an address. The port is optional, and the prefix `http://` is allowed.
     ///
     /// # Errors
-    /// When it is none.
+    /// The text is no valid address.
     pub fn parse(text: &str) -> Result<Self, ConnectError> {
         let refuse = |problem| Err(ConnectError::Address { address: text.to_owned(), problem });
         let bare = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
@@ -55,18 +55,18 @@ impl Address {
         }
     }
 
-    /// `host:port`.
+    /// Returns `host:port`.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// What is said when nobody answers there.
+    /// Returns the error for an address at which no broker responds.
     pub(super) fn no_answer(&self, problem: String) -> ConnectError {
         ConnectError::NoAnswer { tried: vec![(self.as_str().to_owned(), problem)] }
     }
 }
 
-/// The connections of one client.
+/// Connections of one client.
 pub(super) struct Pool {
     connect: Arc<dyn Connect>,
     connect_timeout: Duration,
@@ -84,15 +84,15 @@ impl Pool {
         Self { connect, connect_timeout, wires: Mutex::default() }
     }
 
-    /// The connection to `address`, made now if there is none. Once made it mends itself when it breaks; the calls that
-    /// it carried fail.
+    /// Returns the connection to `address`; makes it if there is none. A broken connection reconnects for the next
+    /// call; the calls in progress fail.
     pub(super) async fn wire(&self, address: &Address) -> Result<Wire, ConnectError> {
         let cell = lock(&self.wires).entry(address.clone()).or_default().clone();
         let wire = cell.get_or_try_init(|| self.connect(address)).await?;
         Ok(wire.clone())
     }
 
-    /// A connection of its own to `address`, made now: who is refused there is refused now.
+    /// Makes a separate connection to `address`, so that a refusal by the host is detected now.
     #[cfg(feature = "server")]
     pub(super) async fn fresh(&self, address: &Address) -> Result<Wire, ConnectError> {
         self.connect(address).await
@@ -106,14 +106,14 @@ impl Pool {
     }
 }
 
-/// The log service over a connection.
+/// Creates a client of the Log service on a connection.
 pub(super) fn log_client(wire: Wire) -> LogClient<Wire> {
     LogClient::new(wire)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
-/// The admin service over a connection.
+/// Creates a client of the Admin service on a connection.
 pub(super) fn admin_client(wire: Wire) -> AdminClient<Wire> {
     AdminClient::new(wire)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
@@ -125,7 +125,7 @@ mod tests {
     use super::{super::transport::Tcp, *};
 
     #[test]
-    fn an_address_is_checked_before_anything_is_called() {
+    fn address_is_validated_when_parsed() {
         for (text, address) in [
             ("127.0.0.1:9460", "127.0.0.1:9460"),
             ("broker-1", "broker-1:9460"),

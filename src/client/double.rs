@@ -1,5 +1,5 @@
-//! A broker's double for the client's tests: one topic in memory behind the real gRPC interface, with Kafka's rules for
-//! sequences, that fails as its script says.
+//! Fake broker for the client's tests: one topic in memory behind the real gRPC interface, with Kafka's rules for
+//! sequences. It fails according to a script.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -17,29 +17,29 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     model::{LeaderEpoch, Offset, TopicId},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{self, admin_server, log_server},
     },
     record::Batch,
     task::Tasks,
 };
 
-/// What the double does with one produce request.
+/// Action of the fake for one produce request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Act {
-    /// Appends nothing and answers so.
-    Refuse(Reason),
-    /// Appends, and answers that the acknowledgement did not come in time.
+    /// Appends nothing and returns this error.
+    Refuse(ErrorCode),
+    /// Appends, and returns a timeout of the acknowledgement.
     AppendAndTimeOut,
-    /// Appends, and breaks the stream before the answer.
+    /// Appends, and breaks the stream before the response.
     AppendAndBreak,
     /// Breaks the stream.
     Break,
-    /// Appends, and answers behind the next answer.
+    /// Appends, and responds after the next response.
     AnswerLate,
-    /// Appends and answers.
+    /// Appends and responds.
     Append,
-    /// Appends, and never answers.
+    /// Appends, and never responds.
     Hold,
 }
 
@@ -47,7 +47,7 @@ pub(super) enum Act {
 struct Partition {
     batches: Vec<Batch>,
     start: u64,
-    /// By producer id: next sequence, and base sequence with base offset of the last ones.
+    /// By producer id: the next sequence, and the base sequence and base offset of the last batches.
     producers: BTreeMap<i64, (i32, VecDeque<(i32, u64)>)>,
 }
 
@@ -61,30 +61,30 @@ pub(super) struct State {
     partitions: Vec<Partition>,
     next_producer: i64,
     pub(super) script: VecDeque<Act>,
-    /// Fetch responses until the stream breaks, if it does.
+    /// Number of fetch responses until the stream breaks; `None` if it does not break.
     pub(super) fetches_until_break: Option<u32>,
-    /// How many fetch responses are damaged.
+    /// Number of fetch responses to corrupt.
     pub(super) damage: u32,
     pub(super) requests: u32,
-    /// Where its metadata says that it listens.
+    /// Address in the fake's metadata.
     pub(super) advertised: String,
-    /// Why partitions cannot be read, if they cannot.
-    pub(super) unreadable: Option<Reason>,
-    /// Brokers beside it, all in sync with it.
+    /// Error of every read; `None` if partitions can be read.
+    pub(super) unreadable: Option<ErrorCode>,
+    /// Other brokers, all in sync with the fake.
     pub(super) neighbours: Vec<v1::Broker>,
-    /// It follows: it serves those who take any replica.
+    /// True if the fake is a follower: it serves only requests with `any_replica`.
     pub(super) follows: bool,
-    /// How many responses to fetches it has sent.
+    /// Number of fetch responses sent.
     pub(super) fetches: u32,
-    /// The leader epoch of which it knows, and the one in its metadata.
+    /// Leader epoch of the fake; `advertised_epoch` is the one in its metadata.
     pub(super) epoch: i32,
     pub(super) advertised_epoch: i32,
-    /// It tells its readers that it doubts whether it leads.
+    /// True if the fake reports an expired lease.
     pub(super) doubts: bool,
-    /// How often it was asked for metadata.
+    /// Number of metadata requests received.
     pub(super) asked: u32,
-    /// What it says to whoever wants something changed.
-    pub(super) refusal: Fault,
+    /// Error of every admin call except for metadata.
+    pub(super) refusal: ApiError,
 }
 
 #[derive(Clone)]
@@ -115,7 +115,7 @@ impl Double {
             advertised_epoch: 0,
             doubts: false,
             asked: 0,
-            refusal: Fault::new(Reason::TopicExists, "the double has its topic"),
+            refusal: ApiError::new(ErrorCode::TopicExists, "the double has its topic"),
         };
         let tasks = Tasks::new();
         let double = Self { state: Arc::new(Mutex::new(state)), grown: watch::Sender::new(()), tasks, address };
@@ -141,7 +141,7 @@ impl Double {
         self.state().script.extend(acts);
     }
 
-    /// Every value of a partition, in order.
+    /// Returns all values of a partition, in order.
     pub(super) fn values(&self, partition: usize) -> Vec<String> {
         let state = self.state();
         let records = state.partitions[partition].batches.iter().flat_map(|batch| batch.records().expect("plain"));
@@ -153,13 +153,13 @@ impl Double {
         self.state().partitions[partition].batches.len()
     }
 
-    /// From now on it doubts whether it leads, and says so.
+    /// Makes the fake report an expired lease from now on.
     pub(super) fn doubt(&self) {
         self.state().doubts = true;
         self.grown.send_replace(());
     }
 
-    /// Makes the records of a stored batch such that nobody can decode them, though its checksum holds.
+    /// Makes the records of a stored batch undecodable, with a valid checksum.
     pub(super) fn garble(&self, partition: usize, batch: usize) {
         const CRC: std::ops::Range<usize> = 17..21;
         const CODEC: usize = 22;
@@ -179,9 +179,9 @@ impl Double {
         partition.batches.retain(|batch| batch.end_offset().get() > start);
     }
 
-    fn append(&self, request: &v1::AppendRequest) -> Result<v1::AppendResponse, Fault> {
+    fn append(&self, request: &v1::AppendRequest) -> Result<v1::AppendResponse, ApiError> {
         let Some(v1::append_request::Payload::Batch(bytes)) = &request.payload else {
-            return Err(Fault::new(Reason::InvalidRequest, "no batch"));
+            return Err(ApiError::new(ErrorCode::InvalidRequest, "no batch"));
         };
         let mut batch = Batch::parse(bytes.clone()).expect("the client sends whole batches");
         let mut state = self.state();
@@ -195,7 +195,10 @@ impl Double {
                 base = *at;
                 duplicate = true;
             } else if *next != stamp.base_sequence {
-                return Err(Fault::new(Reason::OutOfOrderSequence, format!("{} is not {next}", stamp.base_sequence)));
+                return Err(ApiError::new(
+                    ErrorCode::OutOfOrderSequence,
+                    format!("{} is not {next}", stamp.base_sequence),
+                ));
             } else {
                 *next += i32::try_from(batch.count()).expect("few");
                 last.push_back((stamp.base_sequence, base));
@@ -206,7 +209,7 @@ impl Double {
         }
         let count = u64::from(batch.count());
         if !duplicate {
-            batch.stamp(Offset::new(base).expect("small"), LeaderEpoch(0));
+            batch.set_offset_and_epoch(Offset::new(base).expect("small"), LeaderEpoch(0));
             partition.batches.push(batch);
             self.grown.send_replace(());
         }
@@ -221,17 +224,17 @@ impl Double {
         })
     }
 
-    fn perform(&self, request: &v1::AppendRequest) -> (Act, Result<v1::AppendResponse, Fault>) {
+    fn perform(&self, request: &v1::AppendRequest) -> (Act, Result<v1::AppendResponse, ApiError>) {
         let act = {
             let mut state = self.state();
             state.requests += 1;
             state.script.pop_front().unwrap_or(Act::Append)
         };
         let result = match act {
-            Act::Refuse(reason) => Err(Fault::new(reason, "as the script says")),
-            Act::Break => Err(Fault::new(Reason::NotReady, "unsaid")),
+            Act::Refuse(reason) => Err(ApiError::new(reason, "as the script says")),
+            Act::Break => Err(ApiError::new(ErrorCode::NotReady, "unsaid")),
             Act::AppendAndTimeOut => {
-                self.append(request).and_then(|_| Err(Fault::new(Reason::Timeout, "as the script says")))
+                self.append(request).and_then(|_| Err(ApiError::new(ErrorCode::Timeout, "as the script says")))
             }
             Act::AppendAndBreak | Act::AnswerLate | Act::Append | Act::Hold => self.append(request),
         };
@@ -269,7 +272,7 @@ impl Double {
         }
     }
 
-    /// One response for a partition from `offset` on; none at the end.
+    /// Returns one response for a partition from `offset` on; `None` at the end.
     fn fetched(&self, want: &v1::FetchPartition, any_replica: bool) -> Option<v1::FetchedPartition> {
         let mut state = self.state();
         let number = usize::try_from(want.partition).expect("positive");
@@ -285,19 +288,20 @@ impl Double {
             ..Default::default()
         };
         if state.follows && !any_replica || want.leader_epoch > state.epoch {
-            fetched.error = Some(Fault::new(Reason::NotLeader, "it follows, or is behind").into());
+            fetched.error = Some(ApiError::new(ErrorCode::NotLeader, "it follows, or is behind").into());
             return Some(fetched);
         }
         if let Some(reason) = state.unreadable {
-            fetched.error = Some(Fault::new(reason, "unreadable as the test says").into());
+            fetched.error = Some(ApiError::new(reason, "unreadable as the test says").into());
             return Some(fetched);
         }
         if !(start..=end).contains(&offset) {
-            let fault = Fault::new(Reason::OffsetOutOfRange, "out of range").with("start", start).with("end", end);
+            let fault =
+                ApiError::new(ErrorCode::OffsetOutOfRange, "out of range").with("start", start).with("end", end);
             fetched.error = Some(fault.into());
             return Some(fetched);
         }
-        // One batch at a time, its header apart, so that streams are long.
+        // One batch at a time, with its header in a separate chunk, so that streams are long.
         let batch = state.partitions[number].batches.iter().find(|batch| batch.end_offset().get() > offset)?.clone();
         let mut records = batch.records_bytes().to_vec();
         if state.damage > 0 {
@@ -305,7 +309,7 @@ impl Double {
             records[0] ^= 1;
         }
         fetched.next_offset = batch.end_offset().as_i64();
-        fetched.chunks = vec![Bytes::copy_from_slice(batch.head()), records.into()];
+        fetched.chunks = vec![Bytes::copy_from_slice(batch.header()), records.into()];
         Some(fetched)
     }
 
@@ -395,7 +399,7 @@ impl log_server::Log for Double {
         let mut requests = request.into_inner();
         let first = requests.message().await?.expect("a first request");
         if first.partitions.len() > crate::limits::MAX_FETCH_PARTITIONS {
-            return Err(Fault::new(Reason::InvalidRequest, "too many partitions").into());
+            return Err(ApiError::new(ErrorCode::InvalidRequest, "too many partitions").into());
         }
         let (answers, stream) = mpsc::channel(1);
         self.tasks.spawn("double fetch", self.clone().serve_fetch(first.partitions, first.any_replica, answers));
@@ -472,7 +476,7 @@ impl Double {
         let replicas: Vec<u32> = brokers.iter().map(|broker| broker.id).collect();
         let topics = request.topics.iter().map(|name| {
             if name != "t" {
-                let fault = Fault::new(Reason::UnknownTopic, format!("topic {name:?} does not exist"));
+                let fault = ApiError::new(ErrorCode::UnknownTopic, format!("topic {name:?} does not exist"));
                 return v1::TopicMetadata { name: name.clone(), error: Some(fault.into()), ..Default::default() };
             }
             let numbers = 0..i32::try_from(state.partitions.len()).expect("few");

@@ -1,38 +1,38 @@
-//! What can go wrong between a client and the brokers. One enum per kind of call; each knows whether the same call may
+//! Errors between a client and the brokers: one enum per kind of call. Each error states whether the same call may
 //! succeed later.
 
 use std::{error::Error, fmt};
 
 use crate::{
     model::Offset,
-    proto::fault::{Fault, Reason},
-    record::{Malformed, Unbuildable},
+    proto::error::{ApiError, ErrorCode},
+    record::{BuildError, MalformedBatch},
 };
 
-/// No connection to any broker.
+/// Error of a connection to the brokers.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
     /// The list of brokers is empty.
     #[error("no broker is named; give at least one address, such as 127.0.0.1:9460")]
     NoAddress,
-    /// A text that is no address.
+    /// The text is no valid address.
     #[error("{address:?} is no broker address: {problem}; write host:port, such as 127.0.0.1:9460")]
     Address {
-        /// What was given.
+        /// The text.
         address: String,
-        /// What is wrong with it.
+        /// Problem of the text.
         problem: &'static str,
     },
-    /// None of them took the connection.
+    /// No broker accepted the connection.
     #[error("no broker answers at {}", Tried(.tried))]
     NoAnswer {
-        /// Each address with what happened there.
+        /// Addresses that were tried, each with its error.
         tried: Vec<(String, String)>,
     },
 }
 
 impl ConnectError {
-    /// What is wrong, for a sentence that names the address itself.
+    /// Returns the error for a message that names the address itself.
     pub(super) fn problem(&self) -> String {
         match self {
             Self::NoAnswer { tried } => {
@@ -45,7 +45,7 @@ impl ConnectError {
 
 #[cfg(feature = "server")]
 impl ConnectError {
-    /// Whether the system at every address said that nobody listens there. The words are those of [`root_cause`].
+    /// Returns true if the host at every address refused the connection. The text is that of [`root_cause`].
     pub(super) fn is_refused(&self) -> bool {
         match self {
             Self::NoAnswer { tried } => {
@@ -68,42 +68,42 @@ impl fmt::Display for Tried<'_> {
     }
 }
 
-/// A call that was not answered, or was refused.
+/// Error of a call: no response, or a broker's error.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
-    /// Nobody to call.
+    /// No broker could be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// A broker refused, or the connection broke while it worked on the call.
+    /// A broker returned an error, or the connection broke during the call.
     #[error("{0}")]
-    Fault(Fault),
+    Api(ApiError),
 }
 
 impl CallError {
-    /// Whether the same call may succeed later.
+    /// Returns true if the same call may succeed later.
     pub fn retryable(&self) -> bool {
         match self {
             Self::Connect(error) => matches!(error, ConnectError::NoAnswer { .. }),
-            Self::Fault(fault) => fault.retryable,
+            Self::Api(fault) => fault.retryable,
         }
     }
 
-    /// The broker's reason, when a broker refused.
-    pub fn reason(&self) -> Option<Reason> {
+    /// Returns the broker's error code if a broker returned an error.
+    pub fn reason(&self) -> Option<ErrorCode> {
         match self {
             Self::Connect(_) => None,
-            Self::Fault(fault) => Some(fault.reason),
+            Self::Api(fault) => Some(fault.code),
         }
     }
 }
 
-impl From<Fault> for CallError {
-    fn from(fault: Fault) -> Self {
-        Self::Fault(fault)
+impl From<ApiError> for CallError {
+    fn from(fault: ApiError) -> Self {
+        Self::Api(fault)
     }
 }
 
-/// A record or batch that was not acknowledged.
+/// Error of a record or batch that was not acknowledged.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SendError {
     /// The topic could not be looked up.
@@ -112,71 +112,71 @@ pub enum SendError {
     /// The topic has no such partition.
     #[error("topic {topic:?} has no partition {partition}: it has {partitions}, numbered from 0")]
     UnknownPartition {
-        /// The topic.
+        /// Topic name.
         topic: String,
-        /// The partition asked for.
+        /// Requested partition.
         partition: u32,
-        /// How many it has.
+        /// Number of partitions of the topic.
         partitions: u32,
     },
-    /// Larger than the topic takes.
+    /// The record or batch is larger than the topic allows.
     #[error(
         "record of {bytes} bytes is too large for topic {topic:?}: {limit} bytes is the most; raise the topic's \
          max.message.bytes, or send less at a time"
     )]
     TooLarge {
-        /// The topic.
+        /// Topic name.
         topic: String,
-        /// Bytes that the record takes in a batch of its own.
+        /// Size of the record in a batch of its own, in bytes.
         bytes: usize,
-        /// The most that are allowed.
+        /// Maximum size in bytes.
         limit: usize,
     },
-    /// No batch can hold it.
+    /// The batch could not be built.
     #[error(transparent)]
-    Unbuildable(#[from] Unbuildable),
-    /// A broker refused it for good. It was not appended.
+    Build(#[from] BuildError),
+    /// A broker refused the record with an error that is not retried. The record was not appended.
     #[error("{topic}/{partition}: {fault}")]
     Refused {
-        /// The topic.
+        /// Topic name.
         topic: String,
-        /// The partition.
+        /// Partition number.
         partition: u32,
-        /// The broker's words.
-        fault: Fault,
+        /// Error of the broker.
+        fault: ApiError,
     },
-    /// It was never acknowledged in the delivery timeout.
+    /// The record was not acknowledged within the delivery timeout.
     #[error(
         "{topic}/{partition}: not acknowledged in the delivery timeout; {}; last trouble: {trouble}",
         if *.maybe_appended { "it may have been appended" } else { "it was not appended" }
     )]
     Expired {
-        /// The topic.
+        /// Topic name.
         topic: String,
-        /// The partition.
+        /// Partition number.
         partition: u32,
-        /// Whether an earlier try may have been appended though its answer was lost.
+        /// True if an earlier attempt may have been appended although its response was lost.
         maybe_appended: bool,
-        /// What stood in the way last.
+        /// Last problem before the timeout.
         trouble: String,
     },
-    /// The answer was lost, and asking again could append it twice.
+    /// The response was lost, and another attempt could append the record twice.
     #[error(
         "{topic}/{partition}: the answer was lost; the batch may have been appended, and sending it again could double it"
     )]
     Unknown {
-        /// The topic.
+        /// Topic name.
         topic: String,
-        /// The partition.
+        /// Partition number.
         partition: u32,
     },
-    /// The producer was closed or dropped first.
+    /// The producer was closed or dropped before the acknowledgement.
     #[error("the producer is closed")]
     Closed,
 }
 
 impl SendError {
-    /// Whether the same record may succeed later. The producer has already retried what it safely could.
+    /// Returns true if the same record may succeed later. The producer has already made all retries that are safe.
     pub fn retryable(&self) -> bool {
         match self {
             Self::Lookup(error) => error.retryable(),
@@ -187,7 +187,7 @@ impl SendError {
     }
 }
 
-/// A read that cannot go on.
+/// Error of a read that cannot continue.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConsumeError {
     /// The topic could not be looked up.
@@ -196,89 +196,89 @@ pub enum ConsumeError {
     /// The partition is not assigned to this consumer.
     #[error("partition {topic}/{partition} is not assigned to this consumer; assign it first")]
     NotAssigned {
-        /// The topic.
+        /// Topic name.
         topic: String,
-        /// The partition.
+        /// Partition number.
         partition: u32,
     },
     /// The topic has no such partition.
     #[error("topic {topic:?} has no partition {partition}: it has {partitions}, numbered from 0")]
     UnknownPartition {
-        /// The topic.
+        /// Topic name.
         topic: String,
-        /// The partition asked for.
+        /// Requested partition.
         partition: u32,
-        /// How many it has.
+        /// Number of partitions of the topic.
         partitions: u32,
     },
-    /// The position is not in the log.
+    /// The position is outside the log.
     #[error("{topic}/{partition}: offset {offset} is out of range: the log holds {start}..{end}; seek to one of those")]
     OutOfRange {
-        /// The topic.
+        /// Topic name.
         topic: String,
-        /// The partition.
+        /// Partition number.
         partition: u32,
-        /// The position.
+        /// Position of the consumer.
         offset: Offset,
         /// First offset that can be read.
         start: Offset,
-        /// First offset that is not committed yet.
+        /// First uncommitted offset.
         end: Offset,
     },
-    /// What the broker sent is no batch, several times over.
+    /// The broker repeatedly sent invalid batches.
     #[error("{topic}/{partition}: what the broker sent at offset {offset} is damaged: {source}")]
     Damaged {
-        /// The topic.
+        /// Topic name.
         topic: String,
-        /// The partition.
+        /// Partition number.
         partition: u32,
-        /// The position.
+        /// Position of the consumer.
         offset: Offset,
-        /// What is wrong with it.
-        source: Malformed,
+        /// Error of the batch.
+        source: MalformedBatch,
     },
-    /// A batch is stored, and nobody can decode it: its producer wrote it so.
+    /// A stored batch cannot be decoded: its producer wrote it in this form.
     #[error(
         "{topic}/{partition}: the batch at offset {batch} cannot be decoded from offset {offset} on: {source}; {}",
         Further { skipped: *.skipped, next: *.next }
     )]
     Undecodable {
-        /// The topic.
+        /// Topic name.
         topic: String,
-        /// The partition.
+        /// Partition number.
         partition: u32,
         /// First offset of the batch.
         batch: Offset,
-        /// The position: first offset that cannot be decoded.
+        /// Position of the consumer: the first offset that cannot be decoded.
         offset: Offset,
-        /// First offset behind the batch.
+        /// First offset after the batch.
         next: Offset,
-        /// The consumer goes on there, as its options say. Else it stays at `offset`.
+        /// True if the consumer continues at `next`, according to its options. If false, it stays at `offset`.
         skipped: bool,
-        /// What is wrong with it.
-        source: Malformed,
+        /// Error of the batch.
+        source: MalformedBatch,
     },
-    /// The broker left out records.
+    /// The broker skipped records.
     #[error("{topic}/{partition}: the broker sent offset {found} where {expected} was due")]
     Gap {
-        /// The topic.
+        /// Topic name.
         topic: String,
-        /// The partition.
+        /// Partition number.
         partition: u32,
-        /// The position.
+        /// Position of the consumer.
         expected: Offset,
-        /// First offset of what came.
+        /// First offset of the response.
         found: Offset,
     },
-    /// A broker refused for good.
+    /// A broker refused the read with an error that is not retried.
     #[error("{topic}/{partition}: {fault}")]
     Refused {
-        /// The topic.
+        /// Topic name.
         topic: String,
-        /// The partition.
+        /// Partition number.
         partition: u32,
-        /// The broker's words.
-        fault: Fault,
+        /// Error of the broker.
+        fault: ApiError,
     },
     /// The consumer's task has ended.
     #[error("the consumer is closed")]
@@ -286,7 +286,7 @@ pub enum ConsumeError {
 }
 
 impl ConsumeError {
-    /// Whether the same read may succeed later.
+    /// Returns true if the same read may succeed later.
     pub fn retryable(&self) -> bool {
         match self {
             Self::Lookup(error) => error.retryable(),
@@ -296,7 +296,7 @@ impl ConsumeError {
     }
 }
 
-/// Where a consumer reads on behind a batch that cannot be decoded.
+/// Message part that names the offset after a batch that cannot be decoded.
 struct Further {
     skipped: bool,
     next: Offset,
@@ -313,7 +313,7 @@ impl fmt::Display for Further {
     }
 }
 
-/// The plainest words for a failed connection: the last cause, without the system's error number.
+/// Returns the last cause of a failed connection as text, without the operating system's error number.
 pub(super) fn root_cause(error: &(dyn Error + 'static)) -> String {
     let mut last = error;
     while let Some(source) = last.source() {
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_connection_is_said_without_numbers() {
+    fn refused_connection_error_has_no_error_number() {
         let error = std::io::Error::from_raw_os_error(111);
         assert_eq!(root_cause(&error), "connection refused");
         assert_eq!(root_cause(&std::io::Error::from_raw_os_error(101)), "network is unreachable");

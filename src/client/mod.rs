@@ -2,23 +2,26 @@
 //!
 //! # Overview
 //!
-//! A [`Client`] knows one cluster. It learns from any broker who leads what (`routing`), keeps one connection per
-//! broker (`connection`, over `transport`), and makes the three faces. Each producer and each consumer has one task that owns its state;
-//! the handles that users hold only queue work for it or take what it has fetched.
+//! A [`Client`] serves one cluster. It requests the leader of each partition from any broker (`routing`) and keeps one
+//! connection per broker (`connection`, over `transport`). It creates producers, consumers and admin handles. Each
+//! producer and each consumer has one task that owns its state. User handles only queue work for that task or take what
+//! the task has fetched.
 //!
 //! # Invariants
 //!
-//! - A leader that metadata named is never replaced by one of an older epoch.
-//! - A producer's records reach a partition in the order in which they were sent, once, whatever had to be retried
-//!   (see [`producer`]); where that cannot be known the send fails and says so.
-//! - A consumer hands out records in offset order, none twice and none left out, whatever broke in between.
-//! - Memory is bounded: a producer by `ProducerOptions::memory_bytes`, a consumer by a few responses per leader.
-//! - Nothing is retried in secret: [`Client::trouble`] shows what is, since when and until when.
+//! - A leader that metadata named is never replaced by a leader of an older epoch.
+//! - A producer's records reach a partition once and in the order in which they were sent, also across retries (see
+//!   [`producer`]). If the outcome of a record is unknown, the send fails with [`SendError::Unknown`] or
+//!   [`SendError::Expired`].
+//! - A consumer returns records in offset order, without duplicates and without gaps, also across broken streams.
+//! - Memory is bounded: of a producer by `ProducerOptions::memory_bytes`, of a consumer by its queue, one response, and
+//!   a stream window per broker.
+//! - Retries are visible: [`Client::trouble`] shows the problem, its start and its deadline.
 //!
 //! # Shutdown
 //!
-//! [`Producer::close`] delivers what is queued and joins its task; dropping the last handle ends the task at once and
-//! fails what was not acknowledged. A [`Consumer`] ends with its value.
+//! [`Producer::close`] delivers all queued records and joins its task. Dropping the last handle ends the task at once
+//! and fails unacknowledged records. A [`Consumer`] ends when its value is dropped.
 
 mod admin;
 mod connection;
@@ -72,13 +75,13 @@ use self::{
 };
 use crate::{
     proto::{
-        fault::{self, Fault, Reason},
+        error::{ApiError, ErrorCode, is_broker_status},
         v1,
     },
     task::clock,
 };
 
-/// One cluster, as a client sees it. Clones share connections and what is known of the cluster.
+/// Client of one cluster. Clones share connections and routing metadata.
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -103,35 +106,36 @@ struct Inner {
     bootstrap: Vec<Address>,
     pool: Pool,
     routing: Routing,
-    /// Which broker the next call that any may answer goes to first: the one that answered last.
+    /// Broker that receives the next call that any broker can serve: the last one that responded.
     preferred: Mutex<Option<Address>>,
     troubles: Arc<Troubles>,
 }
 
-/// How long one broker may take for an answer that another could give as well. A broker that is there but does not work
-/// (stopped, or cut off) is noticed by nothing else.
+/// Response timeout of one broker for a call that another broker could serve as well. Nothing else detects a broker
+/// that is connected but does not work, because its process is stopped or its network is partitioned.
 const ANY_ANSWER: Duration = Duration::from_secs(5);
 
-/// How long one broker is asked before the next is asked too.
+/// Time without a response after which the next broker is called as well.
 const HEDGE: Duration = Duration::from_millis(250);
 
-/// The same where a leader is silent or in doubt: whoever asks waits already, and what took that leader may have taken its neighbours.
+/// Hedge delay while a leader does not respond or reports that its lease expired. It is shorter than `HEDGE`: the
+/// caller already waits, and the failure of that leader may also affect the brokers beside it.
 const HEDGE_IN_DOUBT: Duration = Duration::from_millis(100);
 
 impl Client {
-    /// Finds a cluster by the addresses of some of its brokers, `host:port` separated by commas.
+    /// Connects to a cluster by the addresses of some of its brokers, `host:port` separated by commas.
     ///
     /// # Errors
-    /// When an address is none, or none of them answers.
+    /// An address is invalid, or no broker responds.
     pub async fn connect(bootstrap: &str, options: Options) -> Result<Self, CallError> {
         let tcp = Tcp::new(options.connect_timeout);
         Self::connect_through(Arc::new(tcp), bootstrap, options).await
     }
 
-    /// As [`Client::connect`], over connections of another kind than TCP.
+    /// Connects as [`Client::connect`] does, over connections of another kind than TCP.
     ///
     /// # Errors
-    /// As [`Client::connect`].
+    /// See [`Client::connect`].
     pub async fn connect_through(
         connect: Arc<dyn Connect>,
         bootstrap: &str,
@@ -156,28 +160,28 @@ impl Client {
         Ok(client)
     }
 
-    /// Topics and the cluster.
+    /// Returns a handle that administers topics and the cluster.
     pub fn admin(&self) -> Admin {
         Admin::new(self.clone())
     }
 
-    /// A producer.
+    /// Creates a producer.
     ///
     /// # Errors
-    /// When no broker hands out an id for it.
+    /// No broker assigns a producer id.
     pub async fn producer(&self, options: ProducerOptions) -> Result<Producer, CallError> {
         Producer::start(self.clone(), options).await
     }
 
-    /// A consumer without partitions: assign some.
+    /// Creates a consumer without partitions; [`Consumer::assign`] adds partitions.
     pub fn consumer(&self, options: ConsumerOptions) -> Consumer {
         Consumer::start(self.clone(), options)
     }
 
-    /// What is known of a topic, asked for if nothing is.
+    /// Returns the routing metadata of a topic. Requests the metadata from a broker if the client has none.
     ///
     /// # Errors
-    /// When it does not exist, or nobody answers in the request timeout.
+    /// The topic does not exist, or no broker responds within the request timeout.
     pub async fn topic(&self, name: &str) -> Result<Arc<TopicRoute>, CallError> {
         if let Some(Ok(route)) = self.inner.routing.topic(name) {
             return Ok(route);
@@ -187,23 +191,23 @@ impl Client {
             self.refresh(seen, &[name]).await?;
             match self.inner.routing.topic(name) {
                 Some(route) => Ok(route?),
-                None => Err(Fault::new(Reason::UnknownTopic, format!("topic {name:?} does not exist")).into()),
+                None => Err(ApiError::new(ErrorCode::UnknownTopic, format!("topic {name:?} does not exist")).into()),
             }
         })
         .await
     }
 
-    /// As [`Client::topic`], but asks the cluster even if something is known.
+    /// Returns the routing metadata of a topic as [`Client::topic`] does, but always requests it from a broker first.
     ///
     /// # Errors
-    /// As [`Client::topic`].
+    /// See [`Client::topic`].
     pub async fn topic_now(&self, name: &str) -> Result<Arc<TopicRoute>, CallError> {
         self.refresh(self.inner.routing.generation(), &[name]).await?;
         self.topic(name).await
     }
 
-    /// What keeps this client's producers, consumers and calls from going on while they retry; nothing when all is well.
-    /// Of several troubles it shows the oldest.
+    /// Returns a watch of the problem that this client's producers, consumers and calls are retrying; `None` while
+    /// there is none. Of several problems the watch shows the oldest.
     pub fn trouble(&self) -> watch::Receiver<Option<Trouble>> {
         self.inner.troubles.watch()
     }
@@ -212,7 +216,7 @@ impl Client {
         &self.inner.options
     }
 
-    /// Somebody who may get into trouble.
+    /// Creates a reporter for the retries of one producer, consumer or call.
     fn party(&self) -> Party {
         self.inner.troubles.party()
     }
@@ -224,7 +228,7 @@ impl Client {
     async fn wire(&self, address: &Address) -> Result<Wire, ConnectError> {
         let connected = self.inner.pool.wire(address).await;
         connected.map_err(|error| match error {
-            // The user named other addresses, and has to be told where this one comes from.
+            // The user gave other addresses, so the error names the source of this address.
             ConnectError::NoAnswer { mut tried } if !self.inner.bootstrap.contains(address) => {
                 if let Some(broker) = self.inner.routing.broker_at(address) {
                     for (_, problem) in &mut tried {
@@ -237,20 +241,21 @@ impl Client {
         })
     }
 
-    /// Makes what is known newer than generation `seen`.
+    /// Refreshes the routing metadata unless it is newer than generation `seen` and holds the topics `wanted`.
     async fn refresh(&self, seen: u64, wanted: &[&str]) -> Result<(), CallError> {
         self.refresh_doubting(&BTreeSet::new(), seen, wanted).await
     }
 
-    /// The same, for somebody who doubts what these brokers know: they are asked after all others. One that is cut off from the
-    /// cluster answers its clients all the same, with what was.
+    /// Refreshes as [`Client::refresh`] does, but calls the brokers in `doubted` after all other brokers. A broker that
+    /// is partitioned from the cluster still responds to its clients, with old metadata.
     async fn refresh_doubting(&self, doubted: &BTreeSet<Address>, seen: u64, wanted: &[&str]) -> Result<(), CallError> {
         let ask = |topics: Vec<String>| {
             let mut order = self.anybody();
             order.sort_by_key(|address| doubted.contains(address));
             let hedge = if doubted.is_empty() { HEDGE } else { HEDGE_IN_DOUBT };
             async move {
-                // One that is cut off may be the first to answer: it is believed where nobody knows better.
+                // A partitioned broker may respond first. Its response is accepted only if no other broker has a better
+                // one.
                 let doubtful = Mutex::new(None);
                 let call = |wire| {
                     let request = v1::GetMetadataRequest { topics: topics.clone(), all_topics: false };
@@ -261,7 +266,7 @@ impl Client {
                             return Ok(answer);
                         }
                         *lock(doubtful) = Some(answer.into_inner());
-                        Err(Fault::new(Reason::MetadataUnavailable, "the broker doubts what it knows").into())
+                        Err(ApiError::new(ErrorCode::MetadataUnavailable, "the broker doubts what it knows").into())
                     }
                 };
                 let answer = self.ask_in_turn(order, hedge, call).await;
@@ -271,8 +276,8 @@ impl Client {
         self.inner.routing.refresh(seen, wanted, ask).await
     }
 
-    /// Asks whichever broker answers, first the one that did last. For questions: one that may have been heard is asked elsewhere all
-    /// the same.
+    /// Calls any broker, the last one that responded first. For reads only: a call that a broker may have received is
+    /// still repeated at another broker.
     async fn ask_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn(Wire) -> R,
@@ -281,8 +286,9 @@ impl Client {
         self.ask_in_turn(self.anybody(), HEDGE, call).await
     }
 
-    /// Asks brokers in this order: the next as well where one fails, does not reach the metadata store, or stays silent for as long as `hedge`.
-    /// The first answer is taken.
+    /// Calls brokers in this order. Returns the first response, or the first error that a broker itself returned. Calls
+    /// the next broker as well if a call fails in transport, or the broker does not reach the metadata store, or
+    /// `hedge` passes.
     async fn ask_in_turn<F, R, T>(&self, order: Vec<Address>, hedge: Duration, call: F) -> Result<T, CallError>
     where
         F: Fn(Wire) -> R,
@@ -317,7 +323,7 @@ impl Client {
                     return Ok(answer);
                 }
                 Some((_, Err(Unreached::Unanswered(Unanswered::Refused(fault)))))
-                    if fault.reason == Reason::MetadataUnavailable =>
+                    if fault.code == ErrorCode::MetadataUnavailable =>
                 {
                     cut_off = Some(fault);
                 }
@@ -335,7 +341,7 @@ impl Client {
         }
     }
 
-    /// One call at one broker.
+    /// Makes one call to one broker.
     async fn at<F, R, T>(&self, address: &Address, wait: Duration, call: F) -> Result<T, Unreached>
     where
         F: Fn(Wire) -> R,
@@ -345,8 +351,9 @@ impl Client {
         bounded(wait, call(wire)).await.map_err(Unreached::Unanswered)
     }
 
-    /// Has whichever broker there is do something: the next one where one says that it does not reach the metadata store and has begun
-    /// nothing. What a broker may have begun is not repeated elsewhere.
+    /// Calls any broker for a change. Calls the next broker if no broker received the call, or if the broker does not
+    /// reach the metadata store and has not started the change. A change that a broker may have started is not repeated
+    /// elsewhere.
     async fn tell_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn(Wire) -> R,
@@ -372,7 +379,7 @@ impl Client {
         Err(cut_off.map_or_else(|| nobody(tried, false), CallError::from))
     }
 
-    /// Every broker that is known, in the order in which they are called.
+    /// Returns all known brokers in the order in which they are called.
     fn anybody(&self) -> Vec<Address> {
         let mut addresses = self.inner.routing.brokers();
         for address in &self.inner.bootstrap {
@@ -388,7 +395,8 @@ impl Client {
         addresses
     }
 
-    /// Repeats a call that may be repeated until it succeeds, fails for good, or the request timeout is over.
+    /// Repeats a call until it succeeds, fails with an error that is not retryable, or the request timeout has passed.
+    /// The call must be safe to repeat.
     async fn retried<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn() -> R,
@@ -402,7 +410,7 @@ impl Client {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
-            // Nobody there at all is said at once: a person waits for this answer.
+            // An error that no broker is reachable returns at once: a person waits for this result.
             let hopeless = matches!(error, CallError::Connect(_)) || !error.retryable();
             let pause = pauses.next();
             if hopeless || clock::monotonic() + pause >= deadline {
@@ -415,26 +423,27 @@ impl Client {
     }
 }
 
-/// Whether a broker could not do it, has changed nothing, and another one may be able to.
-fn is_not_begun(fault: &Fault) -> bool {
-    fault.reason == Reason::MetadataUnavailable && fault.metadata.contains_key("not_begun")
+/// Returns true if a broker could not make the change, has changed nothing, and another broker may be able to.
+fn is_not_begun(fault: &ApiError) -> bool {
+    fault.code == ErrorCode::MetadataUnavailable && fault.metadata.contains_key("not_begun")
 }
 
-/// What is said when no broker answered. One that took the call may answer the next: that is no reason to give up.
+/// Returns the error of a call that got no response. A broker that received the call may respond to the next one, so
+/// the error is retryable then.
 fn nobody(tried: Vec<(String, String)>, heard: bool) -> CallError {
     let nobody = ConnectError::NoAnswer { tried };
-    if heard { Fault::new(Reason::NotReady, nobody.to_string()).into() } else { nobody.into() }
+    if heard { ApiError::new(ErrorCode::NotReady, nobody.to_string()).into() } else { nobody.into() }
 }
 
-/// A call that one broker gave no answer to.
+/// A call to one broker that failed.
 enum Unreached {
-    /// There is no connection to it.
+    /// No connection to the broker.
     Unconnected(ConnectError),
-    /// There is.
+    /// The connection exists, and the call failed.
     Unanswered(Unanswered),
 }
 
-/// One unary call, within a time.
+/// Makes one unary call with a timeout.
 async fn bounded<R, T>(wait: Duration, call: R) -> Result<T, Unanswered>
 where
     R: Future<Output = Result<tonic::Response<T>, Status>>,
@@ -446,43 +455,43 @@ where
     }
 }
 
-/// A unary call without an answer.
+/// A unary call without a successful response.
 #[derive(Debug)]
 enum Unanswered {
-    /// The connection could not be made: the broker never saw the call.
+    /// The connection could not be made: the broker never received the call.
     NotSent(String),
-    /// What is there is no broker, or one that does not know the call: nothing was done.
-    NoBroker(Fault),
-    /// The connection broke, or something in between answered: the broker may have seen the call.
-    Broken(Fault),
-    /// Nothing came in that time.
+    /// The other end is no broker, or a broker that does not implement the call: nothing was done.
+    NoBroker(ApiError),
+    /// The connection broke, or an intermediary responded: the broker may have received the call.
+    Broken(ApiError),
+    /// No response arrived within this time.
     Silent(Duration),
-    /// The broker's own answer.
-    Refused(Fault),
+    /// The broker's own error.
+    Refused(ApiError),
 }
 
 impl Unanswered {
-    /// Whether a broker may have seen the call.
+    /// Returns true if a broker may have received the call.
     const fn was_heard(&self) -> bool {
         matches!(self, Self::Broken(_) | Self::Silent(_))
     }
 
-    /// The same as a fault, without the address.
-    fn fault(self) -> Fault {
+    /// Converts into an [`ApiError`] without the address.
+    fn fault(self) -> ApiError {
         match self {
-            Self::NotSent(problem) => Fault::new(Reason::NotReady, problem),
-            Self::Silent(wait) => Fault::new(Reason::Timeout, format!("no answer in {wait:?}")),
+            Self::NotSent(problem) => ApiError::new(ErrorCode::NotReady, problem),
+            Self::Silent(wait) => ApiError::new(ErrorCode::Timeout, format!("no answer in {wait:?}")),
             Self::NoBroker(fault) | Self::Broken(fault) | Self::Refused(fault) => fault,
         }
     }
 
-    /// The same as a fault that says where. A broker's own words need no address.
-    fn at(self, address: &Address) -> Fault {
+    /// Converts into an [`ApiError`] whose message starts with the address. The broker's own errors need no address.
+    fn at(self, address: &Address) -> ApiError {
         match self {
             Self::Refused(fault) => fault,
             other => {
                 let fault = other.fault();
-                Fault { message: format!("{}: {}", address.as_str(), fault.message), ..fault }
+                ApiError { message: format!("{}: {}", address.as_str(), fault.message), ..fault }
             }
         }
     }
@@ -492,8 +501,8 @@ fn unanswered(status: &Status) -> Unanswered {
     if let Some(problem) = transport::unsent(status) {
         return Unanswered::NotSent(problem);
     }
-    let fault = Fault::from(status);
-    match (fault::is_own(status), status.code()) {
+    let fault = ApiError::from(status);
+    match (is_broker_status(status), status.code()) {
         (true, _) => Unanswered::Refused(fault),
         (false, tonic::Code::Unimplemented) => Unanswered::NoBroker(fault),
         (false, _) => Unanswered::Broken(fault),

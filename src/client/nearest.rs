@@ -1,16 +1,16 @@
-//! Which replica of a partition a consumer reads. Pure.
+//! Selection of the replica that a consumer reads. Pure.
 //!
-//! In the consumer's rack if it can be: the leader, when it stands there, because nobody knows more; else a follower that is in sync (KIP-392).
-//! Of several followers there each gets its share of a topic's partitions, the same ones from every consumer of the rack, so that what one reads
-//! the next finds in that broker's memory.
+//! A consumer with a rack reads at the leader if it is in the rack, because the leader has the newest state. Else it
+//! reads at an in-sync follower in the rack (KIP-392). Several followers share the partitions of a topic. All consumers
+//! of the rack read a partition at the same follower, so that later reads find the data in that broker's memory.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use super::routing::PartitionRoute;
 use crate::model::BrokerId;
 
-/// The broker at which a consumer in `rack` reads partition `of`; `rack_of` knows the brokers that are there. The leader where no replica
-/// of that rack is in sync; none when there is no leader either.
+/// Returns the broker at which a consumer in `rack` reads partition `of`. `rack_of` returns the racks of registered
+/// brokers. Without an in-sync replica in the rack it is the leader; `None` if there is no leader either.
 pub(super) fn nearest<'a>(
     rack: Option<&str>,
     of: (&str, u32),
@@ -25,7 +25,8 @@ pub(super) fn nearest<'a>(
     let in_sync = |broker: &&BrokerId| route.isr.contains(broker);
     let mut near: Vec<BrokerId> = route.replicas.iter().filter(in_sync).filter(|id| is_near(id)).copied().collect();
     near.sort_unstable();
-    // Neighbouring partitions take turns; topics of one partition do not all begin with the same broker.
+    // Consecutive partitions rotate through the followers. The topic's hash selects the first one, so that topics with
+    // one partition do not all use the same broker.
     let (topic, partition) = of;
     let mut hasher = DefaultHasher::new();
     topic.hash(&mut hasher);
@@ -51,13 +52,13 @@ mod tests {
         PartitionRoute { leader, replicas: ids(replicas), isr: ids(isr), ..PartitionRoute::default() }
     }
 
-    /// Brokers 1 to 4 stand in "a", "b", "b" and nowhere; no other is there.
+    /// Returns the rack of a broker: "a", "b", "b" and "" for brokers 1 to 4; other brokers are not registered.
     fn rack_of(broker: BrokerId) -> Option<&'static str> {
         [(1, "a"), (2, "b"), (3, "b"), (4, "")].into_iter().find(|(id, _)| *id == broker.0).map(|(_, rack)| rack)
     }
 
     #[test]
-    fn an_in_sync_replica_in_the_rack_is_read_and_else_the_leader() {
+    fn in_sync_replica_in_rack_is_read_else_the_leader() {
         let read = |rack, route: &PartitionRoute| nearest(rack, ("t", 0), route, rack_of).map(|id| id.0);
         let whole = route(Some(1), &[1, 2], &[1, 2]);
         assert_eq!(read(None, &whole), Some(1));
@@ -72,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn several_in_one_rack_take_turns() {
+    fn several_followers_in_rack_share_partitions() {
         let whole = route(Some(1), &[1, 2, 3], &[1, 2, 3]);
         let mut shares: BTreeMap<u32, u32> = BTreeMap::new();
         for partition in 0..10 {
@@ -83,7 +84,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn who_is_read_is_the_leader_or_an_in_sync_replica_in_the_rack(
+        fn selected_replica_is_leader_or_in_sync_in_rack(
             leader in proptest::option::of(1..5_u32),
             replicas in proptest::collection::btree_set(1..6_u32, 0..5),
             isr in proptest::collection::btree_set(1..6_u32, 0..5),

@@ -1,4 +1,4 @@
-//! How a client behaves, as plain data with defaults.
+//! Settings of a client, with defaults.
 
 use std::time::Duration;
 
@@ -6,22 +6,22 @@ use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 
 use crate::task::random;
 
-/// The port that brokers listen on unless told otherwise.
+/// Default port of a broker.
 pub const DEFAULT_PORT: u16 = 9460;
 
-/// What a [`super::Client`] may be told.
+/// Settings of a [`super::Client`].
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How long one connection may take to come up. 3 seconds.
+    /// Time limit for making one connection. Default: 3 seconds.
     pub connect_timeout: Duration,
-    /// How long a call may go unanswered, retries included. 30 seconds.
+    /// Time limit for a call, retries included. Default: 30 seconds.
     pub request_timeout: Duration,
-    /// First pause after a failed try; it doubles, with jitter, up to `backoff_max`. 20 ms.
+    /// First pause after a failed attempt; it doubles, with jitter, up to `backoff_max`. Default: 20 ms.
     pub backoff_min: Duration,
-    /// Longest pause between tries. 1 second.
+    /// Longest pause between attempts. Default: 1 second.
     pub backoff_max: Duration,
-    /// How often a producer looks up the leaders of partitions in use though nothing failed, so that new partitions are
-    /// seen, and a consumer with a rack who is in sync there. 1 minute.
+    /// Interval of metadata refreshes without a failure. Producers then detect new partitions, and consumers with a
+    /// rack detect its in-sync replicas. Default: 1 minute.
     pub metadata_age: Duration,
 }
 
@@ -38,7 +38,7 @@ impl Default for Options {
 }
 
 impl Options {
-    /// The pauses between tries, without end.
+    /// Returns an endless sequence of pauses between attempts.
     pub(super) fn backoff(&self) -> Pauses {
         let exponential = ExponentialBuilder::new()
             .with_min_delay(self.backoff_min)
@@ -51,7 +51,7 @@ impl Options {
     }
 }
 
-/// Pauses between tries.
+/// Sequence of pauses between attempts.
 #[derive(Debug)]
 pub(super) struct Pauses {
     exponential: ExponentialBackoff,

@@ -1,7 +1,7 @@
-//! How brokers call each other: the stream that carries replication, and the questions that one broker asks another.
+//! Calls between brokers: the replication stream, and requests from one broker to another.
 //!
-//! Every call says which address it goes to and how long it may take; nothing is retried here. Who calls knows what an answer that did
-//! not come means.
+//! Each call names its address and its time limit. Nothing is retried here; the caller decides what a missing response
+//! means.
 
 use std::{error::Error, sync::Arc, time::Duration};
 
@@ -17,76 +17,76 @@ use super::{
 use crate::{
     limits,
     proto::{
-        fault::{self, Fault},
+        error::{ApiError, is_broker_status},
         v1::{self, peer_client::PeerClient},
     },
 };
 
-/// Messages of a replication stream that wait for the connection. What a link has under way is bounded by its windows; a queue here
-/// would only make acknowledgements late.
+/// Messages of a replication stream that wait for the connection. Data in flight on a link is bounded by its windows; a
+/// longer queue would only delay acknowledgements.
 const QUEUE: usize = 1;
 
-/// How a connection, or a call over it, ended: what can be concluded about the process at the other end.
+/// Reason for the end of a connection or of a call on it. Conclusions about the peer's process depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum How {
-    /// The system there refused the connection: nobody listens at that address.
+    /// The host refused the connection: no process listens at the address.
     Refused,
     /// The connection broke.
     Reset,
-    /// The other side ended the stream in good order.
+    /// The peer ended the stream normally.
     Ended,
-    /// Nothing was heard for too long: it, or the network, may be gone, slow or cut.
+    /// No data arrived for too long: the process, host or network may be down, slow or partitioned.
     Silent,
 }
 
-/// A call to another broker that was not answered.
+/// Error of a call to another broker.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PeerError {
-    /// The address in the metadata is none.
+    /// The address in the metadata is invalid.
     #[error(transparent)]
     Address(ConnectError),
-    /// The connection could not be made, or broke, or was silent.
+    /// The connection could not be made, broke, or timed out.
     #[error("{address}: {problem}")]
     Lost {
-        /// Where.
+        /// Address of the broker.
         address: String,
-        /// How.
+        /// Reason for the end of the connection.
         how: How,
-        /// What the system said.
+        /// Error text of the connection.
         problem: String,
     },
-    /// The broker's own refusal.
+    /// Error returned by the broker.
     #[error("{0}")]
-    Refused(Fault),
+    Refused(ApiError),
 }
 
-/// The way to other brokers. Clones share connections.
+/// Client for calls to other brokers. Clones share connections.
 #[derive(Clone, Debug)]
 pub struct Peers {
     pool: Arc<Pool>,
     connect_timeout: Duration,
 }
 
-/// An open replication stream, seen from the follower's broker.
+/// Open replication stream of the follower's broker.
 #[derive(Debug)]
 pub struct Replicating {
-    /// What goes to the leader's broker.
+    /// Messages to the leader's broker.
     pub sender: mpsc::Sender<v1::ToLeader>,
-    /// What comes from there.
+    /// Messages from the leader's broker.
     pub receiver: Streaming<v1::ToFollower>,
 }
 
 impl Peers {
-    /// The way over these connections. One that is not up after `connect_timeout` is given up.
+    /// Creates a client over these connections. An attempt to connect fails after `connect_timeout`.
     pub fn new(connect: Arc<dyn Connect>, connect_timeout: Duration) -> Self {
         Self { pool: Arc::new(Pool::new(connect, connect_timeout)), connect_timeout }
     }
 
-    /// Opens a replication stream over a connection of its own, and says hello on it. What the other side thinks of that is its first
-    /// message.
+    /// Opens a replication stream on a separate connection and sends `hello`. The first message from the peer is its
+    /// response to `hello`.
     ///
     /// # Errors
-    /// When the connection cannot be made, or no answer begins in the connect timeout.
+    /// The connection cannot be made, or the response does not start within the connect timeout.
     pub async fn replicate(&self, address: &str, hello: v1::Hello) -> Result<Replicating, PeerError> {
         let to = Address::parse(address).map_err(PeerError::Address)?;
         let wire = self.pool.fresh(&to).await.map_err(|error| unmade(&to, &error))?;
@@ -99,20 +99,20 @@ impl Peers {
         Ok(Replicating { sender, receiver })
     }
 
-    /// Asks who answers there, over a connection of its own: a probe.
+    /// Requests the identity of the broker at an address, on a separate connection: a probe.
     ///
     /// # Errors
-    /// When nobody answers in that time, or what answers is no broker.
+    /// No broker responds within `wait`, or the process there is no broker.
     pub async fn who_is(&self, address: &str, wait: Duration) -> Result<v1::WhoIsResponse, PeerError> {
         let to = Address::parse(address).map_err(PeerError::Address)?;
         let wire = within_connecting(&to, wait, self.pool.fresh(&to)).await?;
         within(&to, wait, client(wire).who_is(v1::WhoIsRequest {})).await
     }
 
-    /// Tells the controller that a process is gone.
+    /// Reports to the controller that a process has exited.
     ///
     /// # Errors
-    /// When no answer comes in that time; the controller may have acted.
+    /// No response arrives within `wait`; the controller may have acted.
     pub async fn report_gone(
         &self,
         address: &str,
@@ -123,10 +123,10 @@ impl Peers {
         within(&to, wait, client(wire).report_gone(report)).await
     }
 
-    /// Asks how replicas stand there.
+    /// Requests the progress of replicas from the broker at an address.
     ///
     /// # Errors
-    /// When no answer comes in that time.
+    /// No response arrives within `wait`.
     pub async fn marks(
         &self,
         address: &str,
@@ -137,16 +137,16 @@ impl Peers {
         within(&to, wait, client(wire).marks(request)).await
     }
 
-    /// Asks how the broker there is.
+    /// Requests the stats of the broker at an address.
     ///
     /// # Errors
-    /// When no answer comes in that time.
+    /// No response arrives within `wait`.
     pub async fn status(&self, address: &str, wait: Duration) -> Result<v1::StatusResponse, PeerError> {
         let (to, wire) = self.wire(address, wait).await?;
         within(&to, wait, client(wire).status(v1::StatusRequest {})).await
     }
 
-    /// The connection that all questions to one address share.
+    /// Returns the connection that all requests to one address share.
     async fn wire(&self, address: &str, wait: Duration) -> Result<(Address, Wire), PeerError> {
         let to = Address::parse(address).map_err(PeerError::Address)?;
         let wire = within_connecting(&to, wait, self.pool.wire(&to)).await?;
@@ -192,20 +192,20 @@ fn unmade(to: &Address, error: &ConnectError) -> PeerError {
     PeerError::Lost { address: to.as_str().to_owned(), how, problem: error.problem() }
 }
 
-/// What a status says that ended a call to `address`, or a stream.
+/// Converts the status that ended a call to `address`, or a stream, into an error.
 pub fn lost(address: &str, status: &Status) -> PeerError {
-    if fault::is_own(status) {
-        return PeerError::Refused(Fault::from(status));
+    if is_broker_status(status) {
+        return PeerError::Refused(ApiError::from(status));
     }
     let (how, problem) = match transport::unsent(status) {
         Some(problem) => (How::Refused, problem),
-        None => (broken(status), Fault::from(status).message),
+        None => (broken(status), ApiError::from(status).message),
     };
     PeerError::Lost { address: address.to_owned(), how, problem }
 }
 
-/// How a connection broke. A peer that answers no ping is silent; everything else that breaks a call was said by somebody: the system
-/// there, or something in between.
+/// Returns the reason for a broken connection. A peer that does not respond to pings is [`How::Silent`]. Every other
+/// break was signalled by the peer's host or by an intermediary.
 fn broken(status: &Status) -> How {
     let mut next = status.source();
     while let Some(error) = next {
@@ -221,12 +221,12 @@ fn broken(status: &Status) -> How {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{client::Tcp, proto::fault::Reason};
+    use crate::{client::Tcp, proto::error::ErrorCode};
 
     const WAIT: Duration = Duration::from_secs(5);
 
     #[tokio::test]
-    async fn a_port_that_nobody_listens_at_is_told_from_one_that_says_nothing() {
+    async fn refused_port_differs_from_unresponsive_port() {
         let peers = Peers::new(Arc::new(Tcp::new(WAIT)), WAIT);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_process_that_goes_while_it_is_asked_is_no_silence() {
+    async fn process_exit_during_call_is_no_timeout() {
         let peers = Peers::new(Arc::new(Tcp::new(WAIT)), WAIT);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -253,13 +253,13 @@ mod tests {
             drop((listener, stream));
         });
         let error = asked.unwrap_err();
-        // The transport may have tried once more what had not been sent.
+        // The transport may have repeated a request that was not sent.
         assert!(matches!(&error, PeerError::Lost { how: How::Reset | How::Refused, .. }), "{error:?}");
     }
 
     #[test]
-    fn a_brokers_own_word_is_no_sign_that_it_is_gone() {
-        let fault = Fault::new(Reason::NotReady, "not yet");
+    fn broker_error_is_no_lost_connection() {
+        let fault = ApiError::new(ErrorCode::NotReady, "not yet");
         assert_eq!(lost("a:1", &fault.clone().into()), PeerError::Refused(fault));
         let timeout = Status::deadline_exceeded("late");
         assert!(matches!(lost("a:1", &timeout), PeerError::Lost { how: How::Silent, .. }));

@@ -1,8 +1,8 @@
-//! Who leads and who holds what: a cache of the cluster's metadata.
+//! Routing metadata: a cache of leaders, replicas and broker addresses.
 //!
-//! Callers read the cache without waiting. Whoever finds it wrong says which generation it acted on and asks for a
-//! newer one; of many who ask at once, one calls a broker and all take its answer. A partition's leader is only ever
-//! replaced by one of a higher or equal leader epoch, so that a broker which lags cannot send a client back.
+//! Callers read the cache without waiting. A caller that finds the cache outdated names the generation that it used and
+//! requests a newer one. Concurrent requests share one call to a broker. A leader is never replaced by one of a lower
+//! leader epoch, so a broker with old metadata cannot send a client back.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,55 +13,55 @@ use super::{connection::Address, error::CallError, lock::lock, nearest::nearest}
 use crate::{
     model::{BrokerId, LeaderEpoch, TopicId},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1,
     },
 };
 
-/// What a client knows of one topic.
+/// Routing metadata of one topic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopicRoute {
-    /// The topic's id; another one under the same name is another topic.
+    /// Topic id; a topic created later under the same name has another id.
     pub id: TopicId,
-    /// Its partitions, by number.
+    /// Partitions by number.
     pub partitions: Vec<PartitionRoute>,
-    /// Largest batch that it takes, in bytes as stored.
+    /// Maximum size of a stored batch in bytes.
     pub max_message_bytes: usize,
-    /// `compression.type` as configured.
+    /// Configured `compression.type`.
     pub compression_type: String,
 }
 
-/// Who leads one partition, and who else holds it.
+/// Leader and replicas of one partition.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PartitionRoute {
-    /// The leader; none at the moment of an election.
+    /// Leader; `None` during an election.
     pub leader: Option<BrokerId>,
-    /// The epoch that it leads in.
+    /// Leader epoch.
     pub epoch: LeaderEpoch,
-    /// Who holds it, the preferred leader first.
+    /// Replicas, the preferred leader first.
     pub replicas: Vec<BrokerId>,
-    /// Who of them is in sync.
+    /// In-sync replicas.
     pub isr: Vec<BrokerId>,
 }
 
-/// Where a broker is.
+/// Address and rack of a broker.
 #[derive(Clone, Debug)]
 struct Home {
     address: Address,
-    /// Empty when it did not say.
+    /// Rack; empty if the broker has none.
     rack: String,
 }
 
-/// Where a consumer reads a partition.
+/// Broker at which a consumer reads a partition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Source {
-    /// The broker.
+    /// Address of the broker.
     pub(super) address: Address,
-    /// Whether it is a follower.
+    /// True if the broker is a follower.
     pub(super) follows: bool,
-    /// The topic's identity.
+    /// Topic id.
     pub(super) topic: TopicId,
-    /// The newest leader epoch that is known.
+    /// Newest known leader epoch.
     pub(super) epoch: LeaderEpoch,
 }
 
@@ -69,29 +69,30 @@ pub(super) struct Source {
 struct View {
     generation: u64,
     brokers: BTreeMap<BrokerId, Home>,
-    topics: BTreeMap<String, Result<Arc<TopicRoute>, Fault>>,
+    topics: BTreeMap<String, Result<Arc<TopicRoute>, ApiError>>,
 }
 
-/// The cache.
+/// Cache of routing metadata.
 #[derive(Debug, Default)]
 pub(super) struct Routing {
     view: Mutex<View>,
-    /// Held while one caller asks a broker for all.
+    /// Held by the one caller that requests metadata from a broker.
     refreshing: tokio::sync::Mutex<()>,
 }
 
 impl Routing {
-    /// Grows with each refresh. Read it before acting, and hand it to [`Routing::refresh`] when the act failed.
+    /// Returns the generation, which grows with each refresh. Read it before a call, and pass it to
+    /// [`Routing::refresh`] if the call fails.
     pub(super) fn generation(&self) -> u64 {
         lock(&self.view).generation
     }
 
-    /// The topic, when it is known; a fault when brokers said that it does not exist.
-    pub(super) fn topic(&self, name: &str) -> Option<Result<Arc<TopicRoute>, Fault>> {
+    /// Returns the topic if it is cached; an error if the last metadata had an error for it.
+    pub(super) fn topic(&self, name: &str) -> Option<Result<Arc<TopicRoute>, ApiError>> {
         lock(&self.view).topics.get(name).cloned()
     }
 
-    /// Where the leader of a partition listens.
+    /// Returns the address of a partition's leader.
     pub(super) fn leader(&self, topic: &str, partition: u32) -> Option<Address> {
         let view = lock(&self.view);
         let route = view.topics.get(topic)?.as_ref().ok()?;
@@ -99,7 +100,8 @@ impl Routing {
         view.brokers.get(&leader).map(|home| home.address.clone())
     }
 
-    /// Where a consumer in `rack` reads a partition: at an in-sync replica there, else at the leader.
+    /// Returns the broker at which a consumer in `rack` reads a partition: an in-sync replica in the rack, else the
+    /// leader.
     pub(super) fn source(&self, topic: &str, partition: u32, rack: Option<&str>) -> Option<Source> {
         let view = lock(&self.view);
         let known = view.topics.get(topic)?.as_ref().ok()?;
@@ -110,21 +112,21 @@ impl Routing {
         Some(Source { address, follows: route.leader != Some(broker), topic: known.id, epoch: route.epoch })
     }
 
-    /// The brokers that the last answer named.
+    /// Returns the brokers of the last metadata.
     pub(super) fn brokers(&self) -> Vec<Address> {
         lock(&self.view).brokers.values().map(|home| home.address.clone()).collect()
     }
 
-    /// The broker that advertises an address.
+    /// Returns the broker that advertises an address.
     pub(super) fn broker_at(&self, address: &Address) -> Option<BrokerId> {
         lock(&self.view).brokers.iter().find(|(_, home)| home.address == *address).map(|(id, _)| *id)
     }
 
-    /// Believes a broker that does not lead a partition, or not any more, and says who does (docs/errors.md), where that is newer than
-    /// what is known: nobody needs to be asked then. An epoch that is not above the known one changes nothing, so that two brokers which
-    /// name each other cannot send a client back and forth.
-    pub(super) fn told(&self, topic: &str, partition: u32, fault: &Fault) -> bool {
-        if !matches!(fault.reason, Reason::NotLeader | Reason::NotReady) {
+    /// Applies the leader hint of a broker that does not lead a partition (docs/errors.md). Returns true if the hint is
+    /// newer than the cache; no metadata request is needed then. A hint without a newer epoch is ignored, so that two
+    /// brokers that name each other cannot send a client back and forth.
+    pub(super) fn told(&self, topic: &str, partition: u32, fault: &ApiError) -> bool {
+        if !matches!(fault.code, ErrorCode::NotLeader | ErrorCode::NotReady) {
             return false;
         }
         let leader = fault.number("leader").and_then(|id| u32::try_from(id).ok()).map(BrokerId);
@@ -144,8 +146,8 @@ impl Routing {
         true
     }
 
-    /// Makes the cache newer than `seen` and adds `wanted` to the topics that it keeps. `ask` calls a broker; it is not
-    /// called when somebody else has refreshed meanwhile.
+    /// Refreshes the cache if its generation is not above `seen` or a topic of `wanted` is missing, and adds these
+    /// topics. `ask` requests metadata from a broker; it is not called if another caller has refreshed the cache since.
     pub(super) async fn refresh<F, R>(&self, seen: u64, wanted: &[&str], ask: F) -> Result<(), CallError>
     where
         F: FnOnce(Vec<String>) -> R,
@@ -157,7 +159,7 @@ impl Routing {
             if view.generation > seen && wanted.iter().all(|name| view.topics.contains_key(*name)) {
                 return Ok(());
             }
-            // A name that nobody wants any more and that does not exist is not asked for for ever.
+            // Topics that do not exist are requested only while a caller needs them.
             let known = view.topics.iter().filter(|(_, route)| route.is_ok()).map(|(name, _)| name.clone());
             known.chain(wanted.iter().map(|name| (*name).to_owned())).collect()
         };
@@ -168,12 +170,12 @@ impl Routing {
 }
 
 impl View {
-    fn take(&mut self, answer: v1::GetMetadataResponse) -> Result<(), Fault> {
+    fn take(&mut self, answer: v1::GetMetadataResponse) -> Result<(), ApiError> {
         let mut brokers = BTreeMap::new();
         for broker in answer.brokers {
             let address = Address::parse(&broker.address).map_err(|error| {
                 let message = format!("broker {} advertises an address that cannot be called: {error}", broker.id);
-                Fault::new(Reason::Internal, message)
+                ApiError::new(ErrorCode::Internal, message)
             })?;
             brokers.insert(BrokerId(broker.id), Home { address, rack: broker.rack });
         }
@@ -191,11 +193,11 @@ impl View {
     }
 }
 
-fn read_topic(topic: v1::TopicMetadata, old: Option<&TopicRoute>) -> Result<TopicRoute, Fault> {
+fn read_topic(topic: v1::TopicMetadata, old: Option<&TopicRoute>) -> Result<TopicRoute, ApiError> {
     if let Some(error) = topic.error {
         return Err(error.into());
     }
-    let odd = |what: &str| Fault::new(Reason::Internal, format!("metadata of topic {:?} has {what}", topic.name));
+    let odd = |what: &str| ApiError::new(ErrorCode::Internal, format!("metadata of topic {:?} has {what}", topic.name));
     let id: TopicId = topic.topic_id.parse().map_err(|_| odd("no valid topic id"))?;
     let old = old.filter(|old| old.id == id);
     let mut partitions = Vec::new();
@@ -244,7 +246,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn of_many_who_ask_at_once_one_calls() {
+    async fn concurrent_refreshes_share_one_call() {
         let routing = Routing::default();
         let calls = std::sync::atomic::AtomicU32::new(0);
         let ask = |_| async {
@@ -260,10 +262,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_broker_that_does_not_lead_says_who_does_and_is_believed_where_that_is_newer() {
+    async fn leader_hint_with_newer_epoch_is_applied() {
         let routing = Routing::default();
         let fault = |leader: u32, epoch: i32| {
-            Fault::new(Reason::NotLeader, "elsewhere")
+            ApiError::new(ErrorCode::NotLeader, "elsewhere")
                 .with("leader", leader)
                 .with("leader_epoch", epoch)
                 .with("address", format!("n{leader}:9460"))
@@ -272,9 +274,10 @@ mod tests {
         routing.refresh(0, &["t"], |_| async { Ok(answer(1, 3)) }).await.expect("answered");
         assert!(!routing.told("t", 0, &fault(2, 3)), "another word on the epoch that is known");
         assert!(!routing.told("t", 1, &fault(2, 4)), "no such partition");
-        assert!(!routing.told("t", 0, &Fault::new(Reason::NotLeader, "nobody")));
-        assert!(!routing.told("t", 0, &Fault { reason: Reason::StorageFailed, ..fault(2, 4) }));
-        let odd = Fault::new(Reason::NotLeader, "odd").with("leader", -1).with("leader_epoch", "x").with("address", "");
+        assert!(!routing.told("t", 0, &ApiError::new(ErrorCode::NotLeader, "nobody")));
+        assert!(!routing.told("t", 0, &ApiError { code: ErrorCode::StorageFailed, ..fault(2, 4) }));
+        let odd =
+            ApiError::new(ErrorCode::NotLeader, "odd").with("leader", -1).with("leader_epoch", "x").with("address", "");
         assert!(!routing.told("t", 0, &odd));
         assert_eq!(routing.leader("t", 0).expect("known").as_str(), "b1:9460");
         assert!(routing.told("t", 0, &fault(3, 4)), "a broker that was not known");
@@ -288,7 +291,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_consumer_in_a_rack_is_sent_there_and_without_one_to_the_leader() {
+    async fn consumer_reads_in_its_rack_else_at_the_leader() {
         let routing = Routing::default();
         let mut metadata = answer(1, 3);
         for (broker, rack) in metadata.brokers.iter_mut().zip(["a", "b"]) {
@@ -305,8 +308,8 @@ mod tests {
         assert_eq!(at(Some("a")), ("b1:9460".to_owned(), false));
         assert_eq!(at(Some("b")), ("b2:9460".to_owned(), true));
         assert_eq!(at(Some("c")), ("b1:9460".to_owned(), false));
-        // Somebody says that 2 leads by now: its rack is still known.
-        let told = Fault::new(Reason::NotLeader, "elsewhere")
+        // A hint names broker 2 as the new leader; its rack stays known.
+        let told = ApiError::new(ErrorCode::NotLeader, "elsewhere")
             .with("leader", 2)
             .with("leader_epoch", 4)
             .with("address", "n2:9460");
@@ -317,7 +320,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_leader_of_an_older_epoch_is_not_believed() {
+    async fn leader_of_older_epoch_is_ignored() {
         let routing = Routing::default();
         routing.refresh(0, &["t"], |_| async { Ok(answer(2, 5)) }).await.expect("answered");
         routing.refresh(1, &["t"], |_| async { Ok(answer(1, 4)) }).await.expect("answered");

@@ -1,8 +1,7 @@
-//! How a client reaches a broker: over TCP, or over whatever else carries gRPC calls.
+//! Transport between a client and a broker: TCP, or another carrier of gRPC calls.
 //!
-//! Producer, consumer, admin and the calls between brokers all go through [`Connect`], so a network that is simulated, or a tunnel,
-//! is under every one of them. It costs one boxed future per call and nothing per message: streams flow through the bodies
-//! as they are.
+//! Producer, consumer, admin and the calls between brokers all use [`Connect`], so a simulated network or a tunnel
+//! carries every call. The cost is one boxed future per call and nothing per message.
 
 use std::{
     error::Error,
@@ -25,44 +24,44 @@ use super::{
     error::{ConnectError, root_cause},
 };
 
-// Measured (docs/performance.md): with the message codec's large buffers these carry twice what the defaults do, and
-// the stream window bounds throughput over real round trips.
+// Measured (docs/performance.md): with the message codec's large buffers, these values carry twice as much as the
+// defaults. The stream window bounds the throughput over real round trips.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 const FRAME_BYTES: u32 = 256 << 10;
 
-/// A peer that answers no ping for this long is gone.
+/// Interval of pings, and time limit for the response to a ping.
 const PING: Duration = Duration::from_secs(3);
 
-/// The same between brokers: whom nobody hears for twice this long is not waited for.
+/// Ping interval and time limit between brokers: a broker without data for twice this time is disconnected.
 #[cfg(feature = "server")]
 const PING_BETWEEN_BROKERS: Duration = Duration::from_secs(2);
 
-/// What a call that got no answer ends with. A [`Status`] in it, or in its sources, is the call's outcome; an [`Unsent`] says that the
-/// broker never saw the call.
+/// Error of a call without a response. A [`Status`] in it, or in its sources, is the outcome of the call. An [`Unsent`]
+/// means that the broker never received the call.
 pub type TransportError = Box<dyn Error + Send + Sync>;
 
-/// What becomes of one call.
+/// Result of one call.
 pub type Answered = Result<http::Response<Body>, TransportError>;
 
-/// Makes connections to brokers.
+/// Factory of connections to brokers.
 pub trait Connect: Send + Sync + 'static {
-    /// A connection to `to`. It lasts: when it breaks the calls that it carried fail, and it is made anew for the next.
+    /// Makes a connection to `to`. If it breaks, the calls in progress fail, and the next call reconnects.
     fn connect(&self, to: &Address) -> BoxFuture<'_, Result<Wire, ConnectError>>;
 }
 
-/// The other end of a connection.
+/// Transport of gRPC calls on one connection.
 pub trait Call: Send + Sync + 'static {
-    /// One gRPC call.
+    /// Makes one gRPC call.
     fn call(&self, request: http::Request<Body>) -> BoxFuture<'static, Answered>;
 }
 
-/// One connection, as the generated clients use it. Clones share it.
+/// Connection of the generated clients to one broker. Clones share the connection.
 #[derive(Clone)]
 pub struct Wire(Arc<dyn Call>);
 
 impl Wire {
-    /// A connection to whatever answers these calls.
+    /// Creates a connection whose calls go to `end`.
     pub fn new(end: impl Call) -> Self {
         Self(Arc::new(end))
     }
@@ -80,7 +79,7 @@ impl Service<http::Request<Body>> for Wire {
     type Future = BoxFuture<'static, Answered>;
 
     fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<(), TransportError>> {
-        // Each call waits for its own turn.
+        // Each call waits for capacity itself.
         Poll::Ready(Ok(()))
     }
 
@@ -89,12 +88,12 @@ impl Service<http::Request<Body>> for Wire {
     }
 }
 
-/// A call that did not leave this side.
+/// Error of a call that was not sent.
 #[derive(Debug)]
 pub struct Unsent(Status);
 
 impl Unsent {
-    /// Says why, in words that may follow an address and a colon.
+    /// Creates the error. `problem` is a text that may follow an address and a colon.
     pub fn new(problem: impl Into<String>) -> Self {
         Self(Status::unavailable(problem))
     }
@@ -112,7 +111,7 @@ impl Error for Unsent {
     }
 }
 
-/// Why the broker never saw the call that ended so; `None` where it may have.
+/// Returns the reason for which the broker never received the call; `None` if the broker may have received it.
 pub(super) fn unsent(status: &Status) -> Option<String> {
     let source = Error::source(status)?;
     if let Some(unsent) = source.downcast_ref::<Unsent>() {
@@ -122,7 +121,7 @@ pub(super) fn unsent(status: &Status) -> Option<String> {
     (error.to_string() == "transport error" && is_refused(error)).then(|| root_cause(error))
 }
 
-/// Whether an error chain says that the connection could not be made.
+/// Returns true if a refused connection is among the causes of an error.
 fn is_refused(error: &(dyn Error + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
@@ -134,7 +133,7 @@ fn is_refused(error: &(dyn Error + 'static)) -> bool {
     false
 }
 
-/// HTTP/2 over TCP.
+/// Connections by HTTP/2 over TCP.
 #[derive(Clone, Debug)]
 pub struct Tcp {
     connect_timeout: Duration,
@@ -142,12 +141,12 @@ pub struct Tcp {
 }
 
 impl Tcp {
-    /// Connections that may take so long to come up.
+    /// Creates a factory with a time limit for making one connection.
     pub fn new(connect_timeout: Duration) -> Self {
         Self { connect_timeout, ping: PING }
     }
 
-    /// The same for calls between brokers, which notice sooner that nobody answers any more.
+    /// Creates a factory for calls between brokers, which detects a broker that does not respond sooner.
     #[cfg(feature = "server")]
     pub fn between_brokers(connect_timeout: Duration) -> Self {
         Self { connect_timeout, ping: PING_BETWEEN_BROKERS }

@@ -1,8 +1,8 @@
-//! What stands in the way of a client's work while it tries again: for the person who waits.
+//! Retry status of a client, for its user: the problems that block the client's work while it retries.
 //!
-//! Retries are silent by nature, and a person who waits must know for what. Whoever retries enters here what went wrong
-//! and leaves once it works, has been given up, or ends; [`super::Client::trouble`] shows one trouble at a time, the one
-//! that is there already before any newer one. Nothing here decides anything.
+//! A producer, consumer or call reports a problem here when an attempt fails. It clears the problem when the work
+//! succeeds, fails or ends. [`super::Client::trouble`] shows one problem at a time; a problem that is shown stays until
+//! it is cleared, before newer ones. Nothing here decides anything.
 
 use std::{
     collections::BTreeMap,
@@ -14,29 +14,29 @@ use tokio::{sync::watch, time::Instant};
 use super::lock::lock;
 use crate::task::clock;
 
-/// Something that failed and is being tried again.
+/// Work that failed and is being retried.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trouble {
-    /// What is wrong, and where: for people.
+    /// Error message with the place of the problem, for people.
     pub problem: String,
-    /// Since when it has not worked. The problem may have changed meanwhile.
+    /// Time of the first failure. The problem may have changed since.
     pub since: Instant,
-    /// When it is given up; none where it is tried for ever.
+    /// Time at which the retries end; `None` if there is no limit.
     pub until: Option<Instant>,
 }
 
-/// Which work is in trouble: whose, and which of its own.
+/// Key of one piece of work: the reporter's number, and the reporter's own number for the work.
 type Key = (u64, u64);
 
 #[derive(Debug, Default)]
 struct Entries {
     next_party: u64,
-    /// What the watch shows.
+    /// Key of the entry that the watch shows.
     shown: Option<Key>,
     all: BTreeMap<Key, Trouble>,
 }
 
-/// The troubles of one client.
+/// Retry status of all work of one client.
 #[derive(Debug)]
 pub(super) struct Troubles {
     entries: Mutex<Entries>,
@@ -52,7 +52,7 @@ impl Troubles {
         self.shown.subscribe()
     }
 
-    /// Somebody who retries.
+    /// Creates a reporter.
     pub(super) fn party(self: &Arc<Self>) -> Party {
         let mut entries = lock(&self.entries);
         entries.next_party += 1;
@@ -66,7 +66,7 @@ impl Troubles {
             entries.shown = entries.all.iter().min_by_key(|(_, trouble)| trouble.since).map(|(key, _)| *key);
         }
         let shown = entries.shown.and_then(|key| entries.all.get(&key));
-        // Under the lock, so that the last change is the last shown.
+        // Sent under the lock, so that the last change is the last value shown.
         self.shown.send_if_modified(|old| {
             let modified = old.as_ref() != shown;
             if modified {
@@ -77,7 +77,7 @@ impl Troubles {
     }
 }
 
-/// One producer, consumer or call. What it entered goes with it.
+/// Reporter of one producer, consumer or call. Dropping it clears its entries.
 #[derive(Debug)]
 pub(super) struct Party {
     troubles: Arc<Troubles>,
@@ -85,7 +85,7 @@ pub(super) struct Party {
 }
 
 impl Party {
-    /// A piece of work failed and will be tried again, until that moment if there is one.
+    /// Records that a piece of work failed and will be retried, until the deadline `until` if there is one.
     pub(super) fn enter(&self, work: u64, problem: String, until: Option<Instant>) {
         self.troubles.change(|all| {
             let since = all.get(&(self.number, work)).map_or_else(clock::monotonic, |old| old.since);
@@ -93,7 +93,7 @@ impl Party {
         });
     }
 
-    /// It worked, or nobody waits for it any more.
+    /// Clears the entry of a piece of work that succeeded or is no longer waited for.
     pub(super) fn leave(&self, work: u64) {
         self.troubles.change(|all| {
             all.remove(&(self.number, work));
@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn the_oldest_trouble_is_shown_until_it_is_over() {
+    async fn oldest_problem_is_shown_until_cleared() {
         let troubles = Troubles::new();
         let watch = troubles.watch();
         let shown = || watch.borrow().as_ref().map(|trouble| trouble.problem.clone());

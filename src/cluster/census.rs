@@ -1,48 +1,49 @@
-//! Counts of the cluster: what each broker carries, and how many partitions are not as they should be; all of it for who describes it
-//! ([`Census`]), and one broker's part for its figures ([`Duty`]). Pure.
+//! Counts of the cluster: the load of each broker and the number of partitions that need attention. [`Census`] covers
+//! the cluster, [`Duty`] the share that one broker reports. Pure.
 
 use std::collections::BTreeMap;
 
 use super::{partition_value::PartitionValue, view::ViewState};
 use crate::model::{BrokerId, ConfigMap, TopicConfig, TopicId, TopicName};
 
-/// What one broker carries.
+/// Load of one broker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Carried {
-    /// Partitions that it leads.
+    /// Number of partitions that the broker leads.
     pub leaders: u32,
-    /// Partitions that it holds.
+    /// Number of partitions that the broker holds.
     pub replicas: u32,
-    /// Of these, those that it is in sync with.
+    /// Number of partitions that the broker holds in sync.
     pub in_sync: u32,
 }
 
-/// The cluster in numbers.
+/// Counts over the whole cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Census {
-    /// Brokers that are alive, that hold replicas, or that are to be drained.
+    /// Brokers that are live, hold replicas or are to be drained.
     pub brokers: BTreeMap<BrokerId, Carried>,
-    /// Topics.
+    /// Number of topics.
     pub topics: u32,
-    /// Partitions of them.
+    /// Number of partitions.
     pub partitions: u32,
-    /// Partitions that no live broker leads.
+    /// Number of partitions without a live leader.
     pub leaderless: u32,
-    /// Partitions with fewer in sync than replicas that are to stay.
+    /// Number of partitions whose ISR lacks a replica that is not being removed.
     pub under_replicated: u32,
-    /// Partitions with fewer in sync than `min.insync.replicas`.
+    /// Number of partitions with an ISR below `min.insync.replicas`.
     pub below_minimum: u32,
-    /// Partitions whose replicas are being moved.
+    /// Number of partitions under reassignment.
     pub moving: u32,
-    /// Names of those that no live broker leads or that have fewer in sync than the minimum: `acks=all` fails there. The first twenty.
+    /// Topic and number of the first twenty partitions without a live leader or below the min ISR: `acks=all` fails
+    /// there.
     pub unavailable: Vec<(TopicName, u32)>,
 }
 
-/// How many partitions in trouble are named.
+/// Maximum number of unavailable partitions that are listed.
 const MOST_NAMED: usize = 20;
 
 impl Census {
-    /// Counts a view. `defaults` are what topics have that set nothing else.
+    /// Counts a metadata snapshot. `defaults` are the topic configuration of the cluster.
     pub fn of(state: &ViewState, defaults: &ConfigMap) -> Self {
         let mut census = Self::default();
         for id in state.brokers().keys().chain(state.drains().keys()) {
@@ -86,27 +87,27 @@ impl Census {
     }
 }
 
-/// What one broker answers for. The sum over all of them is the cluster's: a partition is counted by who leads it, and what nobody
-/// leads, or is moved, by the controller.
+/// Metrics that one broker reports. Their sum over all brokers covers the cluster: the leader counts a partition, and
+/// the controller counts leaderless partitions and reassignments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Duty {
-    /// Partitions that it leads.
+    /// Number of partitions that the broker leads.
     pub led: u64,
-    /// Of these, those of which a replica that is to stay is not in sync.
+    /// Number of led partitions whose ISR lacks a replica that is not being removed.
     pub under_replicated: u64,
-    /// Of these, those with fewer in sync than `min.insync.replicas`.
+    /// Number of led partitions with an ISR below `min.insync.replicas`.
     pub below_minimum: u64,
-    /// Of these, those with eligible leaders that are not in sync.
+    /// Number of led partitions with a non-empty ELR.
     pub at_risk: u64,
-    /// Partitions that no live broker leads. Only of the controller.
+    /// Number of partitions without a live leader. Counted by the controller only.
     pub leaderless: u64,
-    /// Partitions whose replicas are being moved. Only of the controller.
+    /// Number of partitions under reassignment. Counted by the controller only.
     pub moving: u64,
 }
 
 impl Duty {
-    /// Counts what `me` answers for in a view: one pass over its partitions. `minimum` is asked once for each topic of which it leads
-    /// something.
+    /// Counts the partitions of `me` in one pass over a metadata snapshot. `minimum` is called once for each topic of
+    /// which `me` leads a partition.
     pub fn of(state: &ViewState, me: BrokerId, is_controller: bool, minimum: impl Fn(TopicId) -> usize) -> Self {
         let mut duty = Self::default();
         for topic in state.topics().values() {
@@ -138,7 +139,7 @@ fn is_led(state: &ViewState, value: &PartitionValue) -> bool {
     value.leader.is_some_and(|leader| state.brokers().contains_key(&leader))
 }
 
-/// Whether one is missing that is to stay.
+/// Returns true if a replica that is not being removed is out of sync.
 fn is_under_replicated(value: &PartitionValue) -> bool {
     value.replicas.iter().any(|id| !value.isr.contains(id) && !value.removing.contains(id))
 }

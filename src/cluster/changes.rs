@@ -1,9 +1,8 @@
-//! Compare-and-set of many partitions' values: how leaders, the controller, a broker that starts and an operator agree on who
-//! leads and who is in sync.
+//! Compare-and-set of partition values, for leaders, the controller, starting brokers and operators.
 //!
-//! Changes that come together share transactions. One that is refused must not hold up the others: a transaction that is
-//! refused is tried in halves, down to the single change, whose answer is what stands in the store. A transaction whose outcome is
-//! not known is never tried again here: who asked reads back, and treats both as possible until then.
+//! Changes that are submitted together share transactions. A conflict does not block other changes: a failed
+//! transaction is retried in halves, down to a single change, which returns the stored value. An unknown outcome is
+//! never retried here: the caller reads back, and treats both outcomes as possible until then.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -16,38 +15,38 @@ use super::{
 };
 use crate::{limits, model::PartitionId};
 
-/// Transactions under way at the same moment.
+/// Maximum number of concurrent transactions.
 const TRANSACTIONS: usize = 8;
 
-/// A partition's value, to be replaced where it still is what was seen.
+/// A new value of a partition, applied only if the stored value is still the expected one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
-    /// Which partition.
+    /// Partition to change.
     pub id: PartitionId,
-    /// The transaction that wrote the value that was seen.
+    /// Revision of the value that the change is based on.
     pub expect: Revision,
-    /// The value that takes its place.
+    /// New value.
     pub value: PartitionValue,
-    /// What else must hold, of other keys: the registrations of brokers that are added.
+    /// Compares on other keys that must hold too: the registrations of added brokers.
     pub also: Vec<Compare>,
 }
 
-/// What became of a change.
+/// Result of a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Changed {
-    /// It was made, at this revision.
+    /// The change was applied at this revision.
     Done(Revision),
-    /// Something did not hold. With what stands in the store, if it is there and can be read.
+    /// A compare did not hold. Contains the stored value if it exists and can be read.
     Refused(Option<(PartitionValue, Revision)>),
-    /// What had to hold for all of them does not: nothing was made.
+    /// A compare that all changes share did not hold: nothing was applied.
     Barred,
-    /// It was made, was not made, or will be a little later: read back.
+    /// The change was applied, was not applied, or will be applied later: read back.
     Unknown(StoreError),
-    /// It was not made: the store could not be asked.
+    /// The change was not applied: the store request failed.
     Failed(StoreError),
 }
 
-/// Changes partitions' values. Cheap to clone.
+/// Writes partition values. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct PartitionChanges {
     store: Arc<dyn MetaStore>,
@@ -55,16 +54,16 @@ pub struct PartitionChanges {
 }
 
 impl PartitionChanges {
-    /// Changes under `keys` in `store`.
+    /// Returns a writer of the partitions under `keys` in `store`.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys) -> Self {
         Self { store, keys }
     }
 
-    /// Makes changes of different partitions, each for itself. `when` must hold for every one of them: a controller names its own
-    /// key there.
+    /// Applies changes of different partitions, each independently. The compares in `when` must hold for every change:
+    /// a controller passes its own key there.
     ///
     /// # Panics
-    /// When two changes are of the same partition.
+    /// Two changes are of the same partition.
     pub async fn make(&self, changes: Vec<Change>, when: &[Compare]) -> Vec<(PartitionId, Changed)> {
         let distinct: BTreeSet<PartitionId> = changes.iter().map(|change| change.id).collect();
         assert_eq!(distinct.len(), changes.len(), "one change of each partition");
@@ -77,7 +76,7 @@ impl PartitionChanges {
             .await
     }
 
-    /// One transaction, and halves of it where that is refused.
+    /// Writes a group in one transaction, and in halves if the store rejects it.
     async fn make_group(&self, group: Vec<Change>, when: &[Compare]) -> Vec<(PartitionId, Changed)> {
         let (mut made, mut waiting) = (Vec::with_capacity(group.len()), vec![group]);
         while let Some(mut group) = waiting.pop() {
@@ -128,7 +127,7 @@ impl PartitionChanges {
         }
     }
 
-    /// What stands in the store; `None` when the partition is gone or its value cannot be read.
+    /// Returns the stored value; `None` if the partition is gone or its value cannot be read.
     pub async fn read_back(&self, id: PartitionId) -> Result<Option<(PartitionValue, Revision)>, StoreError> {
         let entry = self.store.get(&self.keys.partition(id)).await?.entry;
         Ok(entry.and_then(|entry| self.read(id, &entry)))
@@ -145,7 +144,7 @@ impl PartitionChanges {
     }
 }
 
-/// As many changes together as one transaction takes.
+/// Groups changes so that each group fits into one transaction.
 fn groups(changes: Vec<Change>, when: usize) -> Vec<Vec<Change>> {
     let mut groups: Vec<Vec<Change>> = Vec::new();
     let mut compares = usize::MAX;

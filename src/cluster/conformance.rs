@@ -1,7 +1,7 @@
-//! What every [`MetaStore`] must do: one suite, run on each implementation.
+//! Contract of every [`MetaStore`]: one suite, run on each implementation.
 //!
-//! A suite runs on one store that others may have used before: it works under a prefix of its own and compares
-//! revisions with each other, never with numbers.
+//! The suite may run on a store with earlier content: it uses a prefix of its own and compares revisions only with each
+//! other, never with numbers.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,30 +11,30 @@ use futures::future::{BoxFuture, join_all};
 use super::store::{Compare, Event, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction, Watch};
 use crate::limits;
 
-/// A store under test, and how to let its leases' time pass.
+/// A store under test, with control over the time of its leases.
 pub(super) struct Subject {
     pub(super) store: Arc<dyn MetaStore>,
-    /// Lets at least this long pass for leases.
+    /// Lets at least this much time pass for leases.
     pub(super) pass: Box<dyn Fn(Duration) -> BoxFuture<'static, ()> + Send + Sync>,
-    /// Unique to this run.
+    /// Prefix that is unique to this run.
     pub(super) prefix: String,
 }
 
-/// Runs everything.
+/// Runs all tests.
 pub(super) async fn all(subject: &Subject) {
-    a_put_is_read_back_with_its_revisions(subject).await;
-    every_compare_decides(subject).await;
-    a_refused_transaction_changes_nothing_and_reads(subject).await;
-    a_transaction_without_effect_has_no_revision(subject).await;
-    a_listing_is_one_moment_in_order(subject).await;
-    of_racing_compare_and_sets_one_wins(subject).await;
-    a_watch_sees_everything_in_order_from_its_revision(subject).await;
-    two_halves_of_a_transaction_are_never_seen_apart(subject).await;
-    a_lease_that_is_not_kept_alive_takes_its_keys_along(subject).await;
-    a_revoked_lease_takes_its_keys_along_and_can_be_revoked_again(subject).await;
-    a_put_without_lease_takes_the_key_off_it(subject).await;
-    a_lease_that_ended_holds_nothing(subject).await;
-    what_is_too_large_is_refused_whole(subject).await;
+    put_is_read_back_with_its_revisions(subject).await;
+    every_compare_is_evaluated(subject).await;
+    failed_transaction_changes_nothing_and_reads(subject).await;
+    transaction_without_effect_has_no_revision(subject).await;
+    list_is_ordered_at_one_revision(subject).await;
+    one_of_concurrent_compare_and_sets_wins(subject).await;
+    watch_returns_all_changes_in_order_from_start(subject).await;
+    watch_never_splits_a_transaction(subject).await;
+    expired_lease_deletes_its_keys(subject).await;
+    revoked_lease_deletes_keys_and_can_be_revoked_again(subject).await;
+    put_without_lease_detaches_the_key(subject).await;
+    put_under_ended_lease_fails(subject).await;
+    too_large_transaction_is_rejected(subject).await;
 }
 
 impl Subject {
@@ -66,7 +66,7 @@ impl Subject {
     }
 }
 
-/// The next events, at least so many.
+/// Returns the next events, at least `count`.
 async fn events(watch: &mut Watch, count: usize) -> Vec<Event> {
     let mut seen = Vec::new();
     while seen.len() < count {
@@ -76,7 +76,7 @@ async fn events(watch: &mut Watch, count: usize) -> Vec<Event> {
     seen
 }
 
-async fn a_put_is_read_back_with_its_revisions(subject: &Subject) {
+async fn put_is_read_back_with_its_revisions(subject: &Subject) {
     let first = subject.put("rw/a", "1").await;
     let second = subject.put("rw/a", "2").await;
     assert!(second > first);
@@ -91,7 +91,7 @@ async fn a_put_is_read_back_with_its_revisions(subject: &Subject) {
     assert_eq!((entry.create_revision, entry.value.len()), (again, 0), "deleted and made again, it is another key");
 }
 
-async fn every_compare_decides(subject: &Subject) {
+async fn every_compare_is_evaluated(subject: &Subject) {
     let (there, gone) = (subject.key("cmp/there"), subject.key("cmp/gone"));
     let lease = subject.lease().await;
     let created = subject.done(Transaction::new().put_leased(there.clone(), "0", lease)).await;
@@ -120,7 +120,7 @@ async fn every_compare_decides(subject: &Subject) {
         subject.done(Transaction::new().when(compare.clone())).await;
     }
     for compare in fail {
-        // Beside one that holds: all of them must.
+        // Together with a compare that holds: all must hold.
         let transaction = Transaction::new().when(hold[0].clone()).when(compare.clone()).put(there.clone(), "2");
         let outcome = subject.store.transact(transaction).await.expect("the store answers");
         assert!(matches!(outcome, Outcome::Refused { .. }), "{compare:?}");
@@ -128,7 +128,7 @@ async fn every_compare_decides(subject: &Subject) {
     assert_eq!(subject.value("cmp/there").await.as_deref(), Some(&b"1"[..]));
 }
 
-async fn a_refused_transaction_changes_nothing_and_reads(subject: &Subject) {
+async fn failed_transaction_changes_nothing_and_reads(subject: &Subject) {
     let revision = subject.put("else/a", "1").await;
     let (a, b) = (subject.key("else/a"), subject.key("else/b"));
     let transaction = Transaction::new()
@@ -147,7 +147,7 @@ async fn a_refused_transaction_changes_nothing_and_reads(subject: &Subject) {
     assert_eq!(subject.value("else/b").await, None);
 }
 
-async fn a_transaction_without_effect_has_no_revision(subject: &Subject) {
+async fn transaction_without_effect_has_no_revision(subject: &Subject) {
     let before = subject.put("none/a", "1").await;
     let empty = subject.done(Transaction::new()).await;
     let deleted = subject.done(Transaction::new().delete(subject.key("none/never"))).await;
@@ -155,7 +155,7 @@ async fn a_transaction_without_effect_has_no_revision(subject: &Subject) {
     assert_eq!((empty, deleted, after), (before, before, before.next()));
 }
 
-async fn a_listing_is_one_moment_in_order(subject: &Subject) {
+async fn list_is_ordered_at_one_revision(subject: &Subject) {
     for name in ["list/b", "list/a", "list/a/c", "listing"] {
         subject.put(name, name).await;
     }
@@ -169,7 +169,7 @@ async fn a_listing_is_one_moment_in_order(subject: &Subject) {
     assert!(nothing.entries.is_empty() && nothing.revision >= last);
 }
 
-async fn of_racing_compare_and_sets_one_wins(subject: &Subject) {
+async fn one_of_concurrent_compare_and_sets_wins(subject: &Subject) {
     let revision = subject.put("race/a", "").await;
     let key = subject.key("race/a");
     let attempt = |n: usize| {
@@ -182,7 +182,7 @@ async fn of_racing_compare_and_sets_one_wins(subject: &Subject) {
     assert_eq!(subject.value("race/a").await, Some(won[0].to_string().into()));
 }
 
-async fn a_watch_sees_everything_in_order_from_its_revision(subject: &Subject) {
+async fn watch_returns_all_changes_in_order_from_start(subject: &Subject) {
     let first = subject.put("watch/a", "0").await;
     let past = subject.put("watch/a", "1").await;
     subject.put("other", "x").await;
@@ -203,7 +203,7 @@ async fn a_watch_sees_everything_in_order_from_its_revision(subject: &Subject) {
     assert_eq!(events(&mut from_past, 199).await, all[2..]);
 }
 
-async fn two_halves_of_a_transaction_are_never_seen_apart(subject: &Subject) {
+async fn watch_never_splits_a_transaction(subject: &Subject) {
     let start = subject.put("whole/start", "").await;
     let mut watch = subject.watch("whole/", start.next()).await;
     let count = 40;
@@ -221,7 +221,7 @@ async fn two_halves_of_a_transaction_are_never_seen_apart(subject: &Subject) {
     }
 }
 
-async fn a_lease_that_is_not_kept_alive_takes_its_keys_along(subject: &Subject) {
+async fn expired_lease_deletes_its_keys(subject: &Subject) {
     let lease = subject.lease().await;
     let start = subject.put("lease/plain", "").await;
     let mut watch = subject.watch("lease/", start.next()).await;
@@ -240,7 +240,7 @@ async fn a_lease_that_is_not_kept_alive_takes_its_keys_along(subject: &Subject) 
     assert_eq!(subject.store.keep_alive(lease).await, Err(StoreError::LeaseGone { lease }));
 }
 
-async fn a_revoked_lease_takes_its_keys_along_and_can_be_revoked_again(subject: &Subject) {
+async fn revoked_lease_deletes_keys_and_can_be_revoked_again(subject: &Subject) {
     let lease = subject.lease().await;
     subject.done(Transaction::new().put_leased(subject.key("revoke/a"), "", lease)).await;
     subject.store.revoke(lease).await.expect("the store answers");
@@ -248,7 +248,7 @@ async fn a_revoked_lease_takes_its_keys_along_and_can_be_revoked_again(subject: 
     subject.store.revoke(lease).await.expect("no error when it has ended");
 }
 
-async fn a_put_without_lease_takes_the_key_off_it(subject: &Subject) {
+async fn put_without_lease_detaches_the_key(subject: &Subject) {
     let lease = subject.lease().await;
     subject.done(Transaction::new().put_leased(subject.key("off/a"), "", lease)).await;
     subject.put("off/a", "stays").await;
@@ -256,7 +256,7 @@ async fn a_put_without_lease_takes_the_key_off_it(subject: &Subject) {
     assert!(subject.value("off/a").await.is_some());
 }
 
-async fn a_lease_that_ended_holds_nothing(subject: &Subject) {
+async fn put_under_ended_lease_fails(subject: &Subject) {
     let lease = subject.lease().await;
     subject.store.revoke(lease).await.expect("the store answers");
     let (a, b) = (subject.key("ended/a"), subject.key("ended/b"));
@@ -265,7 +265,7 @@ async fn a_lease_that_ended_holds_nothing(subject: &Subject) {
     assert_eq!(subject.value("ended/a").await, None, "nothing of it was done");
 }
 
-async fn what_is_too_large_is_refused_whole(subject: &Subject) {
+async fn too_large_transaction_is_rejected(subject: &Subject) {
     let key = |n: usize| subject.key(&format!("large/{n}"));
     let puts = |count: usize| (0..count).fold(Transaction::new(), |transaction, n| transaction.put(key(n), ""));
     subject.done(puts(limits::MAX_TRANSACTION_OPS)).await;

@@ -2,19 +2,22 @@
 //!
 //! # Overview
 //!
-//! Every broker runs this task. It campaigns for the controller's key, which hangs on the broker's own lease and so goes with its
-//! registration. Who has it plans whenever brokers, topics, partitions or drains changed, and carries the steps out as
-//! compare-and-sets that name the key: a controller that was deposed is refused at its first write. Between changes it sleeps.
+//! Every broker runs this task. It campaigns for the controller key, which is attached to the broker's own lease and so
+//! ends with its registration. The holder plans whenever brokers, topics, partitions or drains change. It writes the
+//! planned changes as compare-and-sets that include the key: the first write of a deposed controller fails. Between
+//! changes it sleeps.
 //!
 //! # Invariants
 //!
-//! - Nothing that a controller does is safe because it is the only one: two of them, or one with an old view, waste refusals.
-//! - It keeps nothing but how long it has seen brokers there or gone. A new controller begins to count anew, so a broker is
-//!   replaced late after a change of controller, and never early.
+//! - No change is safe only because there is one controller: two controllers, or one with a stale cache, only cause
+//!   failed compares.
+//! - The controller keeps only the times for which brokers have been online or offline. A new controller counts from
+//!   zero, so after a controller change a broker is replaced late and never early.
 //!
 //! # Shutdown
 //!
-//! The task ends where it is; what is half done is in the partitions' values. The key goes with the lease.
+//! The task stops at any point; unfinished reassignments are recorded in the partition values. The key ends with the
+//! lease.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -39,38 +42,38 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// How long changes are gathered before a plan is made: one failure changes many keys.
+/// Time for which changes are collected before a plan is made: one failure changes many keys.
 const GATHER: Duration = Duration::from_millis(5);
 
-/// How long the mirror may take to show what was written, before the next plan is made without.
+/// Maximum time to wait until the metadata cache shows the written changes, before the next plan.
 const CATCH_UP: Duration = Duration::from_secs(1);
 
-/// Pause after the store did not answer.
+/// Pause after a failed store request.
 const AGAIN: Duration = Duration::from_millis(250);
 
-/// What a controller is made of.
+/// Dependencies and settings of the controller.
 #[derive(Clone, Debug)]
 pub struct Controller {
     /// The metadata store.
     pub store: Arc<dyn MetaStore>,
-    /// Its keys.
+    /// Paths of the cluster.
     pub keys: Keys,
-    /// The mirror.
+    /// The metadata cache.
     pub view: View,
-    /// This broker's registration.
+    /// Registration of this broker.
     pub session: Session,
-    /// This broker's number.
+    /// Id of this broker.
     pub id: BrokerId,
-    /// What topics have that set nothing else.
+    /// Topic configuration defaults.
     pub defaults: ConfigMap,
-    /// How much is moved at the same time.
+    /// Limits on concurrent reassignments.
     pub limits: Limits,
-    /// Figures.
+    /// Metrics.
     pub metrics: Metrics,
 }
 
 impl Controller {
-    /// Campaigns, and plans while it is the controller, until the tasks are stopped.
+    /// Starts the task, which campaigns and plans until the tasks are stopped.
     pub fn spawn(self, tasks: &Tasks) {
         let stop = tasks.clone();
         tasks.spawn("controller", async move {
@@ -103,7 +106,7 @@ impl Controller {
         }
     }
 
-    /// The lease of this broker's registration, once there is one.
+    /// Returns the lease of this broker's registration, as soon as there is one.
     async fn registered(&self) -> LeaseId {
         let mut standing = self.session.standing();
         loop {
@@ -111,13 +114,13 @@ impl Controller {
                 return lease;
             }
             if standing.changed().await.is_err() {
-                // The session has ended: nothing comes any more.
+                // The session has ended: no further registration follows.
                 std::future::pending::<()>().await;
             }
         }
     }
 
-    /// Takes the key where nobody has it.
+    /// Takes the controller key if it does not exist.
     async fn campaign(&self, lease: LeaseId) -> Result<Campaign, StoreError> {
         let key = self.keys.controller();
         let transaction = Transaction::new()
@@ -133,7 +136,7 @@ impl Controller {
                 } else if entry.lease.is_none() {
                     self.take_away(&entry, "it has no lease").await?;
                 } else if entry.lease == Some(lease) {
-                    // Its own, of a try whose answer was lost.
+                    // This broker's own key, from an attempt whose response was lost.
                     return Ok(Campaign::Won { term: entry.create_revision });
                 }
                 Ok(Campaign::Taken { at })
@@ -141,7 +144,8 @@ impl Controller {
         }
     }
 
-    /// Takes away what no broker wrote: it hangs on nobody's lease, so it would stay for ever and the cluster without a controller.
+    /// Deletes a controller key that no broker wrote: without a lease it would stay forever and leave the cluster
+    /// without a controller.
     async fn take_away(&self, entry: &Entry, why: &str) -> Result<(), StoreError> {
         tracing::warn!(why, "what stands in the controller's key was written by no broker; it is taken away");
         let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
@@ -149,12 +153,13 @@ impl Controller {
         Ok(())
     }
 
-    /// Waits until nobody has the key, as far as the mirror shows, or this broker's own lease is another one. Somebody had it `at` this
-    /// revision.
+    /// Waits until the metadata cache shows no controller key or this broker's lease changes. The store had the key at
+    /// revision `at`.
     async fn vacancy(&self, lease: LeaseId, at: Revision) {
         let (mut states, mut standing) = (self.view.watch(), self.session.standing());
         let mine = |standing: &Standing| matches!(standing, Standing::Registered { lease: now, .. } if *now == lease);
-        // A mirror that has not come so far, or stands still, shows nobody there: that must not have the store asked without a pause.
+        // A cache that is older than `at` or has stalled shows no holder. This wait keeps the store from being queried
+        // in a tight loop.
         let _late = tokio::time::timeout(CATCH_UP, self.view.reached(at)).await;
         tokio::select! {
             _ = states.wait_for(|state| state.controller().is_none()) => {}
@@ -162,7 +167,7 @@ impl Controller {
         }
     }
 
-    /// Plans and carries out until the term is over.
+    /// Plans and applies changes until the term is over.
     async fn govern(&self, lease: LeaseId, term: Revision) {
         let when = [Compare::CreateRevision(self.keys.controller(), term)];
         let changes = PartitionChanges::new(Arc::clone(&self.store), self.keys.clone());
@@ -176,7 +181,7 @@ impl Controller {
             }
             let state = self.view.state();
             if state.revision() >= term && state.controller_revision() != Some(term) {
-                // Its key was taken away, or overwritten: who has it now governs.
+                // The key was deleted or overwritten: its present holder is the controller.
                 return;
             }
             drop(state);
@@ -193,7 +198,7 @@ impl Controller {
                 _ = standing.changed() => {}
                 news = relevant(&mut feed) => match news {
                     true => tokio::time::sleep(GATHER).await,
-                    // The mirror has ended: so has this broker.
+                    // The metadata cache has ended, and so has this broker.
                     false => std::future::pending().await,
                 },
                 () = sleep(again) => {}
@@ -214,7 +219,7 @@ impl Controller {
         })
     }
 
-    /// Writes the steps, those that matter most first.
+    /// Writes the planned changes, the most important first.
     async fn carry_out(&self, changes: &PartitionChanges, steps: Vec<planner::Step>, when: &[Compare]) -> CarriedOut {
         let mut outcome = CarriedOut { reached: Revision::ZERO, failed: false, deposed: false };
         if steps.is_empty() {
@@ -248,7 +253,7 @@ impl Controller {
                         );
                     }
                 }
-                // The view will show what stands there.
+                // The metadata cache will show the stored value.
                 Changed::Refused(_) => {}
                 Changed::Barred => outcome.deposed = true,
                 Changed::Unknown(error) | Changed::Failed(error) => {
@@ -268,14 +273,14 @@ async fn sleep(time: Option<Duration>) {
     }
 }
 
-/// Waits for a change that a plan may depend on. False when there will be none any more.
+/// Waits for a change that a plan may depend on. Returns false if no further change will follow.
 async fn relevant(feed: &mut Feed) -> bool {
     loop {
         match feed.next().await {
             None => return false,
             Some(Moved::Everything) => return true,
             Some(Moved::Keys(keys)) => {
-                // What is committed to the bucket, every few seconds for each partition, is no news here.
+                // Tier commits, every few seconds per partition, do not affect the plan.
                 if keys.iter().any(|key| !matches!(key, Key::Tier(_))) {
                     return true;
                 }
@@ -284,29 +289,29 @@ async fn relevant(feed: &mut Feed) -> bool {
     }
 }
 
-/// How a campaign ended.
+/// Result of a campaign.
 enum Campaign {
-    /// The key is this broker's. The transaction that made it is the term.
+    /// This broker holds the key. The revision that created the key is the term.
     Won { term: Revision },
-    /// Another broker was faster, or what had no right to be there was taken away.
+    /// Another broker holds the key, or an invalid key was deleted.
     Taken { at: Revision },
 }
 
 struct CarriedOut {
-    /// The newest transaction that was done.
+    /// Newest revision of an applied change.
     reached: Revision,
-    /// Some could not be made, or it is not known: plan again soon.
+    /// A change failed or its outcome is unknown: plan again soon.
     failed: bool,
-    /// Another broker has the key, or nobody.
+    /// The key belongs to another broker or does not exist.
     deposed: bool,
 }
 
-/// The name of a partition's topic, for the log.
+/// Returns the name of a partition's topic, for the log.
 fn named(view: &ViewState, id: PartitionId) -> &str {
     view.name(id.topic).map_or("?", TopicName::as_str)
 }
 
-/// Says once of each partition that it waits, and once that it does not any more.
+/// Logs the start and the end of each partition's blocked state once.
 fn report(plan: &Plan, view: &ViewState, waiting: &mut BTreeSet<PartitionId>) {
     let now: BTreeSet<PartitionId> = plan.waiting.iter().map(|(id, _)| *id).collect();
     for (id, what) in plan.waiting.iter().filter(|(id, _)| !waiting.contains(id)) {
@@ -335,7 +340,7 @@ fn report(plan: &Plan, view: &ViewState, waiting: &mut BTreeSet<PartitionId>) {
     *waiting = now;
 }
 
-/// How long brokers have been seen there, or gone.
+/// Times since which brokers have been online or offline, as seen by this process.
 #[derive(Debug, Default)]
 struct Presence {
     up: BTreeMap<BrokerId, (Revision, Instant)>,
@@ -365,7 +370,7 @@ impl Presence {
         }
     }
 
-    /// Milliseconds that each has been there, and that each has been gone.
+    /// Returns the milliseconds that each broker has been online, and that each has been offline.
     fn lasting(&self, now: Instant) -> (BTreeMap<BrokerId, u64>, BTreeMap<BrokerId, u64>) {
         let ms = |since: Instant| u64::try_from(now.duration_since(since).as_millis()).unwrap_or(u64::MAX);
         let up = self.up.iter().map(|(id, (_, since))| (*id, ms(*since))).collect();

@@ -1,11 +1,11 @@
-//! How a broker is reached: its listeners by name, in its registration.
+//! The named listeners of a broker, as its registration publishes them.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// The listeners of a broker by their names, as others reach them. Entries that this version cannot read are dropped: newer versions may
-/// add listeners and protocols.
+/// Advertised listeners of a broker by name. Entries that this version cannot read are dropped: newer versions may add
+/// listeners and protocols.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "BTreeMap<String, serde_json::Value>")]
 pub struct Endpoints(BTreeMap<String, Endpoint>);
@@ -17,16 +17,16 @@ impl From<BTreeMap<String, serde_json::Value>> for Endpoints {
     }
 }
 
-/// How one listener is reached.
+/// Address and protocol of one listener.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
-    /// What is spoken there.
+    /// Protocol of the listener.
     pub protocol: Protocol,
-    /// `host:port`.
+    /// Address as `host:port`.
     pub address: String,
 }
 
-/// What is spoken at a listener.
+/// Protocol of a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
@@ -37,39 +37,39 @@ pub enum Protocol {
 }
 
 impl Endpoints {
-    /// The names of the listeners.
+    /// Listener names.
     const CLIENT: &str = "client";
     const HTTP: &str = "http";
     const PEER: &str = "peer";
 
-    /// A broker that clients reach at `client`.
+    /// Returns the endpoints of a broker with this client address.
     pub fn new(client: String) -> Self {
         Self(BTreeMap::new()).with(Self::CLIENT, Protocol::Grpc, client)
     }
 
-    /// The same, with pages at `address`.
+    /// Adds the HTTP listener.
     #[must_use]
     pub fn with_http(self, address: String) -> Self {
         self.with(Self::HTTP, Protocol::Http, address)
     }
 
-    /// The same, reached by other brokers at `address`.
+    /// Adds the listener for other brokers.
     #[must_use]
     pub fn with_peer(self, address: String) -> Self {
         self.with(Self::PEER, Protocol::Grpc, address)
     }
 
-    /// Where clients reach it.
+    /// Returns the address for clients; empty if there is none.
     pub fn client(&self) -> &str {
         self.address(Self::CLIENT, Protocol::Grpc).unwrap_or_default()
     }
 
-    /// Where its pages are; `None` where nobody said.
+    /// Returns the address of the HTTP pages; `None` if none is registered.
     pub fn http(&self) -> Option<&str> {
         self.address(Self::HTTP, Protocol::Http)
     }
 
-    /// Where other brokers reach it; `None` for a broker alone.
+    /// Returns the address for other brokers; `None` for a standalone broker.
     pub fn peer(&self) -> Option<&str> {
         self.address(Self::PEER, Protocol::Grpc)
     }

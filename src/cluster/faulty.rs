@@ -1,4 +1,4 @@
-//! The embedded store with a bad link before it, for tests: what it is told to do wrong, it does once each.
+//! The embedded store with injected faults, for tests: each requested fault occurs once.
 
 use std::{
     collections::VecDeque,
@@ -11,14 +11,14 @@ use super::{
     store::{Answer, LeaseId, Listing, MetaStore, Outcome, Reading, Revision, StoreError, Transaction, Watch},
 };
 
-/// What becomes of one transaction.
+/// Fault of one transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// It is not done, and the caller knows.
+    /// Not applied; the error has a known outcome.
     Refused,
-    /// It is not done, and the caller does not know.
+    /// Not applied; the error has an unknown outcome.
     Lost,
-    /// It is done, and the caller does not know.
+    /// Applied; the error has an unknown outcome.
     AnswerLost,
 }
 
@@ -31,7 +31,7 @@ struct Faults {
     transacted: usize,
 }
 
-/// The store. Clones share it.
+/// A store with injected faults. Clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct Faulty {
     store: EmbeddedStore,
@@ -43,27 +43,27 @@ impl Faulty {
         Self { store, faults: Arc::default() }
     }
 
-    /// What becomes of the next transactions, one after the other; `None` goes through.
+    /// Sets the faults of the next transactions, in order; `None` means no fault.
     pub(crate) fn transactions(&self, faults: impl IntoIterator<Item = Option<Fault>>) {
         self.faults().transactions.extend(faults);
     }
 
-    /// So many of the next keys that are asked for are not answered.
+    /// Makes this number of the next reads fail.
     pub(crate) fn fail_gets(&self, count: usize) {
         self.faults().gets = count;
     }
 
-    /// So many of the next listings fail.
+    /// Makes this number of the next lists fail.
     pub(crate) fn fail_lists(&self, count: usize) {
         self.faults().lists = count;
     }
 
-    /// From now on watches show nothing and end after a second.
+    /// Makes new watches return no changes and end after a second.
     pub(crate) fn break_watches(&self) {
         self.faults().break_watches = true;
     }
 
-    /// How many transactions were asked for.
+    /// Returns the number of transactions so far.
     pub(crate) fn transacted(&self) -> usize {
         self.faults().transacted
     }

@@ -1,18 +1,20 @@
-//! The cluster generation: a number that rises when the metadata store was put back to an older state.
+//! The cluster generation: a number that is raised when the metadata store was restored to an older state.
 //!
-//! Revisions of a restored etcd are given out a second time. The pair (generation, create revision) is not, so whatever must tell an old
-//! holder of a key from a new one compares both. The number stands in three places: the key `generation`, the bucket's `cluster.json`,
-//! and the card of each data directory. It is 1 in a new cluster, and only a person raises it ([`Generations::raise`], by
-//! `strandline cluster new-generation`).
+//! A restored etcd issues the same revisions a second time. The pair (generation, create revision) stays unique, so
+//! code that must distinguish an old holder of a key from a new one compares both. The number is stored in three
+//! places: the key `generation`, the object store's `cluster.json`, and the marker file of each data directory. It is 1
+//! in a new cluster. Only an operator raises it, with `strandline cluster new-generation` ([`Generations::raise`]).
 //!
 //! # Invariants
 //!
-//! - The key is raised first. A broker that starts copies the key's number into its directory and into the bucket, where that is less.
-//! - A broker whose directory or bucket has a higher number than the key does not start: the key is of an older backup.
+//! - The key is raised first. A starting broker copies the key's number to its directory and to the object store if
+//!   theirs is lower.
+//! - A broker whose directory or object store has a higher number than the key does not start: the key is from an older
+//!   backup.
 //!
-//! # What a crash leaves
+//! # Crash
 //!
-//! A key that is ahead of the bucket and of the directories, which the next starts mend.
+//! A crash may leave the key ahead of the object store and the directories; the next starts correct them.
 
 use std::sync::Arc;
 
@@ -22,40 +24,40 @@ use super::{
     store::{Compare, Entry, MetaStore, Outcome, StoreError, Transaction},
 };
 
-/// The number of a cluster that was never restored.
+/// Generation of a cluster that was never restored.
 pub const FIRST_GENERATION: u64 = 1;
 
-/// Counters of producer ids that a generation may hand out: those of the next one begin behind them, so no id that was handed out after a
-/// backup comes a second time.
+/// Number of producer id counters per generation. The counters of the next generation start above them, so an id that
+/// was issued after a backup is never issued again.
 const PRODUCER_IDS: i64 = 1 << 28;
 
-/// The first counter of producer ids of a generation.
+/// Returns the first producer id counter of a generation.
 fn first_producer_id(generation: u64) -> i64 {
     let before = i64::try_from(generation.saturating_sub(FIRST_GENERATION)).unwrap_or(i64::MAX);
     before.saturating_mul(PRODUCER_IDS).min(COUNTER_END)
 }
 
-/// The key `generation`.
+/// Access to the key `generation`.
 pub struct Generations {
     store: Arc<dyn MetaStore>,
     keys: Keys,
 }
 
 impl Generations {
-    /// The key in `store`.
+    /// Returns access to the key in `store`.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys) -> Self {
         Self { store, keys }
     }
 
-    /// The number in the store; `None` in one that no cluster has used yet.
+    /// Returns the stored number; `None` in a store that no cluster has used yet.
     ///
     /// # Errors
-    /// When the store does not answer, or the value cannot be read.
+    /// The store does not respond, or the value cannot be read.
     pub async fn current(&self) -> Result<Option<u64>, StoreError> {
         Ok(self.read().await?.map(|(_, generation)| generation))
     }
 
-    /// The number in the store, which is begun where there is none.
+    /// Returns the stored number, and creates it if there is none.
     ///
     /// # Errors
     /// As [`Generations::current`].
@@ -66,12 +68,13 @@ impl Generations {
             }
             let key = self.keys.generation();
             let first = GenerationValue { generation: FIRST_GENERATION }.encode();
-            // Refused: another broker has begun it.
+            // Another broker has created the key if the compare fails.
             self.store.transact(Transaction::new().when(Compare::Absent(key.clone())).put(key, first)).await?;
         }
     }
 
-    /// Raises the number above what it is, and above `above`, and the counter of producer ids with it. Returns the new one.
+    /// Raises the number above its current value and above `above`, together with the producer id counter. Returns the
+    /// new number.
     ///
     /// # Errors
     /// As [`Generations::current`].
@@ -112,7 +115,7 @@ mod tests {
     use crate::cluster::EmbeddedStore;
 
     #[tokio::test]
-    async fn a_generation_begins_at_one_and_is_raised_above_everything_known() {
+    async fn generation_starts_at_one_and_rises_above_known_values() {
         let store = Arc::new(EmbeddedStore::in_memory());
         let generations = Generations::new(Arc::clone(&store) as _, Keys::new("test").expect("valid"));
         assert_eq!(generations.current().await, Ok(None));
@@ -123,9 +126,9 @@ mod tests {
         assert_eq!(generations.current().await, Ok(Some(7)));
     }
 
-    /// A broker that started before another one was given a block that the other one had handed out after the backup.
+    /// Regression: a broker was given a block of producer ids that another broker had issued after the backup.
     #[tokio::test]
-    async fn producer_ids_of_a_generation_lie_behind_those_of_the_ones_before() {
+    async fn producer_ids_start_above_those_of_earlier_generations() {
         let (store, keys) = (Arc::new(EmbeddedStore::in_memory()), Keys::new("test").expect("valid"));
         let generations = Generations::new(Arc::clone(&store) as _, keys.clone());
         let next = async || {
@@ -135,7 +138,7 @@ mod tests {
         let backup = ProducerIdsValue { next: 3000 }.encode();
         generations.begin().await.expect("it answers");
         let mut least = 0;
-        // The same backup twice: the bucket knows of the first time.
+        // The same backup twice: the object store has the generation of the first restore.
         for above in [1, 2] {
             store.transact(Transaction::new().put(keys.producer_ids(), backup.clone())).await.expect("taken");
             let generation = generations.raise(above).await.expect("it answers");
@@ -149,7 +152,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_generation_that_cannot_be_read_is_not_begun_again() {
+    async fn unreadable_generation_is_not_overwritten() {
         let (store, keys) = (Arc::new(EmbeddedStore::in_memory()), Keys::new("test").expect("valid"));
         store.transact(Transaction::new().put(keys.generation(), "seven")).await.expect("taken");
         let generations = Generations::new(Arc::clone(&store) as _, keys.clone());

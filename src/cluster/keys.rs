@@ -1,8 +1,7 @@
-//! The key space and the values in it: what is at which path, as JSON that an operator can read.
+//! The key space: the paths and their values, stored as JSON that an operator can read.
 //!
-//! Values are read leniently: a field that this version does not know is passed over, one that may be missing has a
-//! default. A value that does not parse, or contradicts itself, is an error with its key; who mirrors the store names
-//! it and goes on without it.
+//! Decoding is lenient: unknown fields are ignored, and optional fields have defaults. A value that does not parse or
+//! that contradicts itself is an error with its key; the metadata cache logs the key and continues without it.
 
 use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc};
 
@@ -22,45 +21,45 @@ pub struct Keys {
     prefix: Arc<str>,
 }
 
-/// A cluster's name: 1 to 100 of `a-z A-Z 0-9 . _ -`.
+/// Error for a cluster name that is not 1 to 100 of `a-z A-Z 0-9 . _ -`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cluster name {name:?} is not valid: use 1 to 100 of a-z, A-Z, 0-9, '.', '_' and '-'")]
 pub struct InvalidClusterName {
-    /// What was given, cut to a length that can be printed.
+    /// The rejected name, shortened to 100 characters.
     pub name: String,
 }
 
-/// What a path names.
+/// Meaning of a path.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
-    /// `brokers/{id}`
+    /// =
     Broker(BrokerId),
-    /// `directories/{id}`
+    /// =
     Directory(BrokerId),
-    /// `drains/{id}`
+    /// =
     Drain(BrokerId),
-    /// `controller`
+    /// =
     Controller,
-    /// `topics/{name}`
+    /// =
     Topic(TopicName),
-    /// `partitions/{topic-id}/{n}`
+    /// =
     Partition(PartitionId),
-    /// `tier/{topic-id}/{n}`
+    /// =
     Tier(PartitionId),
-    /// `deleted/{topic-id}`
+    /// =
     Deleted(TopicId),
-    /// `producer-ids`
+    /// =
     ProducerIds,
-    /// `producer-id-key`
+    /// =
     ProducerIdKey,
-    /// `object-store`
+    /// =
     ObjectStore,
-    /// `generation`
+    /// =
     Generation,
 }
 
 impl Keys {
-    /// The paths of the cluster of this name.
+    /// Returns the paths of the cluster with this name.
     pub fn new(cluster: &str) -> Result<Self, InvalidClusterName> {
         let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
         if cluster.is_empty() || cluster.len() > 100 || !cluster.bytes().all(legal) {
@@ -69,12 +68,12 @@ impl Keys {
         Ok(Self { prefix: format!("/strandline/{cluster}/").into() })
     }
 
-    /// What every path of the cluster begins with; ends with a slash.
+    /// Returns the prefix of every path of the cluster; ends with a slash.
     pub fn prefix(&self) -> &str {
         &self.prefix
     }
 
-    /// The path of a key.
+    /// Returns the path of a key.
     pub fn path(&self, key: &Key) -> String {
         let prefix = &self.prefix;
         match key {
@@ -93,67 +92,68 @@ impl Keys {
         }
     }
 
-    /// The path of a broker's registration.
+    /// Returns the path of a broker's registration.
     pub fn broker(&self, id: BrokerId) -> String {
         self.path(&Key::Broker(id))
     }
 
-    /// The path of what is known of a broker's data directory.
+    /// Returns the path of a broker's data directory record.
     pub fn directory(&self, id: BrokerId) -> String {
         self.path(&Key::Directory(id))
     }
 
-    /// The path of the wish that a broker be drained.
+    /// Returns the path of a broker's drain request.
     pub fn drain(&self, id: BrokerId) -> String {
         self.path(&Key::Drain(id))
     }
 
-    /// The path of the controller's key.
+    /// Returns the path of the controller's key.
     pub fn controller(&self) -> String {
         self.path(&Key::Controller)
     }
 
-    /// The path of a topic.
+    /// Returns the path of a topic.
     pub fn topic(&self, name: &TopicName) -> String {
         self.path(&Key::Topic(name.clone()))
     }
 
-    /// The path of a partition.
+    /// Returns the path of a partition.
     pub fn partition(&self, id: PartitionId) -> String {
         self.path(&Key::Partition(id))
     }
 
-    /// The path of what a partition has in the bucket.
+    /// Returns the path of a partition's tier state.
     pub fn tier(&self, id: PartitionId) -> String {
         self.path(&Key::Tier(id))
     }
 
-    /// The path of the mark that a topic was deleted.
+    /// Returns the path of a deleted topic's tombstone.
     pub fn deleted(&self, id: TopicId) -> String {
         self.path(&Key::Deleted(id))
     }
 
-    /// The path of the next block of producer ids.
+    /// Returns the path of the next block of producer ids.
     pub fn producer_ids(&self) -> String {
         self.path(&Key::ProducerIds)
     }
 
-    /// The path of the key of producer ids.
+    /// Returns the path of the key that signs producer ids.
     pub fn producer_id_key(&self) -> String {
         self.path(&Key::ProducerIdKey)
     }
 
-    /// The path of which object store is the cluster's.
+    /// Returns the path of the object store binding.
     pub fn object_store(&self) -> String {
         self.path(&Key::ObjectStore)
     }
 
-    /// The path of the cluster generation.
+    /// Returns the path of the cluster generation.
     pub fn generation(&self) -> String {
         self.path(&Key::Generation)
     }
 
-    /// What a path names; `None` for one of another cluster, or of a kind that this version does not know.
+    /// Returns the meaning of a path; `None` for a path of another cluster or of a kind that this version does not
+    /// know.
     pub fn parse(&self, path: &str) -> Option<Key> {
         let rest = path.strip_prefix(&*self.prefix)?;
         let key = match rest.split_once('/') {
@@ -175,7 +175,7 @@ impl Keys {
     }
 }
 
-/// A number in its one spelling: `01` and `+1` would be second paths of the same thing.
+/// Parses a value in its canonical spelling only: `01` or `+1` would be a second path for the same key.
 fn canonical<T: FromStr + fmt::Display>(text: &str) -> Option<T> {
     let value: T = text.parse().ok()?;
     (value.to_string() == text).then_some(value)
@@ -183,43 +183,43 @@ fn canonical<T: FromStr + fmt::Display>(text: &str) -> Option<T> {
 
 fn partition(text: &str) -> Option<PartitionId> {
     let (topic, number) = text.split_once('/')?;
-    // Bounded, because a number becomes the length of a table.
+    // Bounded, because a partition number becomes the length of a table.
     let number = canonical(number).filter(|number| *number < limits::MAX_PARTITIONS)?;
     Some(PartitionId::new(canonical(topic)?, number))
 }
 
-/// The value of `brokers/{id}`: a broker that is alive. The key's create revision is the broker epoch.
+/// The value of `brokers/{id}`: a live broker. The key's create revision is the broker epoch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BrokerValue {
-    /// Where it is reached.
+    /// Listeners of the broker.
     pub listeners: Endpoints,
-    /// Its rack or zone.
+    /// Rack or zone of the broker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rack: Option<String>,
-    /// The id of its data directory: another one holds nothing of what this one acknowledged.
+    /// Id of the data directory. Another directory holds nothing that this directory acknowledged.
     pub directory_id: String,
-    /// The id of its process: drawn at each start.
+    /// Incarnation: UUID of the process, drawn at each start.
     #[serde(default)]
     pub incarnation: String,
-    /// Whether it is on its way out.
+    /// Whether the broker is running or stopping.
     #[serde(default)]
     pub state: BrokerState,
-    /// Whether its disk is so full that it is to be given no new replicas.
+    /// True under disk pressure: the broker gets no new replicas.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub disk_full: bool,
-    /// Whether its disk took no more records: others are to lead what they can.
+    /// True if the disk is full: other brokers take over the leadership of its partitions where possible.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub no_room: bool,
-    /// Most replicas that are placed on it (`broker.max_replicas`); `None`: no bound is known.
+    /// Maximum number of replicas that are placed on the broker (`broker.max_replicas`); `None`: no limit is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_replicas: Option<u32>,
-    /// The version of its program.
+    /// Version of the server program.
     pub version: String,
 }
 
 #[cfg(test)]
 impl BrokerValue {
-    /// A running broker that clients and brokers reach at this address.
+    /// Returns a running broker with this address for clients and peers.
     pub(crate) fn running_at(address: String) -> Self {
         Self {
             listeners: Endpoints::new(address.clone()).with_peer(address),
@@ -235,68 +235,71 @@ impl BrokerValue {
     }
 }
 
-/// What a live broker says of itself.
+/// State that a live broker publishes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BrokerState {
-    /// It takes part.
+    /// The broker takes part.
     #[default]
     Running,
-    /// It is being stopped: it hands its leaderships over and is given nothing new.
+    /// The broker is shutting down: it transfers its leaderships and gets no new ones.
     Stopping,
 }
 
-/// The value of `directories/{id}`, which outlives the registration: what took part last under this number.
+/// The value of `directories/{id}`, which outlives the registration: the last directory and process with this broker
+/// id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectoryValue {
-    /// The id of the data directory.
+    /// Id of the data directory.
     pub directory_id: String,
-    /// The process that ran on it.
+    /// Incarnation of the process that used the directory.
     pub incarnation: String,
 }
 
-/// The value of `drains/{id}`: an operator wants the broker empty.
+/// The value of `drains/{id}`: an operator requested that the broker be drained.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DrainValue {
-    /// When that was said, by the wall clock in milliseconds.
+    /// Wall-clock time of the request, in milliseconds.
     pub since_ms: i64,
 }
 
 /// The value of `controller`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControllerValue {
-    /// Who plans.
+    /// Id of the controller.
     pub broker: BrokerId,
 }
 
 /// The value of `generation`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GenerationValue {
-    /// 1 in a new cluster; raised after the store was restored.
+    /// Cluster generation: 1 in a new cluster, raised after a restore of the metadata store.
     pub generation: u64,
 }
 
 /// The value of `topics/{name}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TopicValue {
-    /// The topic's identity.
+    /// Id of the topic.
     pub id: TopicId,
-    /// How many partitions it has: from 1. Partition keys of this number and above do not count (yet).
+    /// Number of partitions, at least 1. Partition keys with this number or a higher one do not count (yet).
     pub partitions: u32,
-    /// How many replicas each partition is to have: from 1.
+    /// Number of replicas per partition, at least 1.
     pub replication_factor: u32,
-    /// What the topic itself sets.
+    /// Configuration that the topic itself sets.
     #[serde(default)]
     pub config: ConfigMap,
 }
 
-/// The value of `deleted/{topic-id}`: the topic was deleted on purpose, so what the brokers and the bucket still hold of it is
-/// garbage. Without this mark, a topic that the metadata does not know is kept: its metadata may have been lost.
+/// The value of `deleted/{topic-id}`, a tombstone: the topic was deleted on purpose, so its data on the brokers and in
+/// the object store is garbage. Without a tombstone, the data of an unknown topic is kept: its metadata may have been
+/// lost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeletedValue {
-    /// The name it had.
+    /// Former name of the topic.
     pub name: TopicName,
-    /// Since when nothing is left of it, by the wall clock in milliseconds, as far as is known. The mark ends long after that.
+    /// Wall-clock time, in milliseconds, since when no data of the topic is known to remain. The tombstone is deleted
+    /// long after that time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gone_since_ms: Option<i64>,
 }
@@ -304,33 +307,33 @@ pub struct DeletedValue {
 /// The value of `producer-ids`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProducerIdsValue {
-    /// The first counter of an id that nobody has been given.
+    /// First counter that no producer id has used yet.
     pub next: i64,
 }
 
-/// A value that cannot be used.
+/// Error for a value that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the value of {key} cannot be used: {why}")]
 pub struct InvalidValue {
-    /// The path.
+    /// Path of the value.
     pub key: String,
-    /// What is wrong with it.
+    /// What is wrong with the value.
     pub why: String,
 }
 
-/// A value of the key space: JSON, checked when it is read.
+/// A value of the key space: JSON, validated when it is read.
 pub trait Value: Serialize + DeserializeOwned {
-    /// What is wrong with a value whose JSON parses.
+    /// Returns the contradiction in a value whose JSON parses, if there is one.
     fn contradiction(&self) -> Option<String> {
         None
     }
 
-    /// The value as it is stored.
+    /// Returns the stored form of the value.
     fn encode(&self) -> Bytes {
         serde_json::to_vec(self).expect("the values' fields are all JSON").into()
     }
 
-    /// Reads a value; `key` is for the error.
+    /// Parses and validates a value; `key` appears in the error.
     fn decode(key: &str, bytes: &[u8]) -> Result<Self, InvalidValue> {
         let invalid = |why: String| InvalidValue { key: key.to_owned(), why };
         let value: Self = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
@@ -400,7 +403,7 @@ impl Value for PartitionValue {
     }
 }
 
-/// The value of `tier/{topic-id}/{n}`: its shape belongs to the room that reads the bucket.
+/// The value of `tier/{topic-id}/{n}`; `tier` defines its fields.
 impl Value for TierState {
     fn contradiction(&self) -> Option<String> {
         if Offset::new(self.tiered_end.get()).is_none() || Offset::new(self.log_start.get()).is_none() {

@@ -1,7 +1,7 @@
-//! A metadata store whose requests are counted and timed. It changes nothing of what is asked or answered.
+//! A metadata store whose requests are counted and timed. The wrapper changes neither requests nor responses.
 //!
-//! A request is what a broker asks for, which may take several attempts at several members of etcd: what is measured is what its callers
-//! wait for.
+//! One request is one call of a broker, which may take several attempts at several etcd members. The measured time is
+//! the time that the caller waits.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -12,7 +12,7 @@ use super::store::{
 };
 use crate::{task::clock, telemetry::Metrics};
 
-/// A store and where its requests are counted. Cheap to clone.
+/// A store and the metrics of its requests. Cheap to clone.
 #[derive(Clone)]
 pub struct Measured {
     store: Arc<dyn MetaStore>,
@@ -20,7 +20,7 @@ pub struct Measured {
 }
 
 impl Measured {
-    /// Counts what is asked of `store`.
+    /// Returns a store that counts the requests to `store`.
     pub fn new(store: Arc<dyn MetaStore>, metrics: Metrics) -> Self {
         Self { store, metrics }
     }
@@ -49,7 +49,7 @@ impl Measured {
     }
 }
 
-/// The word for a request that did not do what was asked.
+/// Returns the outcome label of a failed request.
 fn failed(error: &StoreError) -> &'static str {
     match error {
         StoreError::Unavailable { outcome_unknown: false, .. } => "unavailable",
@@ -84,7 +84,7 @@ impl MetaStore for Measured {
     fn transact(&self, transaction: Transaction) -> Answer<'_, Outcome> {
         self.measure("transact", self.store.transact(transaction), |outcome| match outcome {
             Outcome::Done { .. } => "done",
-            // Somebody else was faster: the answer that compare-and-set is there for.
+            // Another writer came first, which compare-and-set exists to detect.
             Outcome::Refused { .. } => "refused",
         })
     }
@@ -120,7 +120,7 @@ mod tests {
     };
 
     #[tokio::test]
-    async fn requests_are_counted_by_what_they_are_and_how_they_end() {
+    async fn requests_are_counted_by_kind_and_outcome() {
         let (store, metrics) = (Faulty::new(EmbeddedStore::in_memory()), Metrics::new());
         let measured = Measured::new(Arc::new(store.clone()), metrics.clone());
         let absent = || Transaction::new().when(Compare::Absent("/k".to_owned())).put("/k", "v");

@@ -1,30 +1,39 @@
-//! What all brokers agree on: the metadata store, the keys in it, the mirror of it, and whoever changes what is there.
+//! The metadata store, its keys, a broker's cache of it, and everything that changes it.
 //!
 //! # Overview
 //!
-//! `store` is the trait [`MetaStore`]: a map from paths to values with one history, in etcd's words. `embedded` is the
-//! implementation for a broker alone, `etcd` that for several; `measured` counts what is asked of either, and
-//! `monotonic` refuses a store that went back. `keys` says what is at which path, `endpoints` where a broker is
-//! reached. `view` mirrors the cluster's prefix into memory: every question of where something is, is answered from
-//! there. `topics` creates, alters and deletes topics; `placement` says which brokers hold a new partition; `orders`
-//! writes down what an operator wants of brokers and partitions.
+//! The modules, bottom up:
 //!
-//! Among several brokers `session` keeps one registered, after `proof` has shown what it still holds. `partition_value`
-//! computes every new set and leader of a partition, `changes` writes them by compare-and-set, and `controller` carries
-//! out what the pure `planner` finds to be done. `generation` tells a restored store from what it was. `own_store`
-//! remembers which bucket is the cluster's. `census` counts what is as it should be, and what is not.
+//! | module | content |
+//! | --- | --- |
+//! | `store` | the trait [`MetaStore`]: a map from paths to values with one history, in etcd's terms |
+//! | `embedded`, `etcd` | the implementations for a standalone broker and for several brokers |
+//! | `measured`, `monotonic` | wrappers that count the requests, and that reject a store whose revision fell |
+//! | `keys`, `endpoints` | paths and values; a broker's listeners |
+//! | `view` | the metadata cache: the cluster's prefix in memory; serves every lookup |
+//! | `topics` | creates, alters and deletes topics |
+//! | `placement` | chooses the brokers of a new partition |
+//! | `orders` | writes the operations that an operator requests on brokers and partitions |
+//! | `proof` | startup verification: compares a broker's local replicas with the metadata |
+//! | `session` | keeps a broker registered after its startup verification |
+//! | `partition_value`, `changes` | compute every new ISR and leader of a partition; write them by compare-and-set |
+//! | `planner`, `controller` | plan the changes (pure); write the planned changes |
+//! | `generation` | distinguishes a restored store from its earlier state |
+//! | `own_store` | stores the binding to the cluster's object store |
+//! | `census` | counts partitions, and those that need attention |
 //!
 //! # Invariants
 //!
-//! - The view is a hint. It never goes back, and it may lag: what changes the store compares what it was based on.
+//! - The metadata cache is a hint: its revision never falls, and it may lag. Every write compares the revisions that it
+//!   was computed from.
 //! - A topic's key and the key of its partition 0 are created in one transaction and deleted in one transaction. So a
-//!   partition without its topic is either on its way (its numbers begin at 1) or left over.
-//! - A partition counts only below the topic's partition count.
+//!   partition without its topic is either being created (its partition numbers start at 1) or left over.
+//! - A partition counts only if its number is below the topic's partition count.
 //!
-//! # What a crash leaves
+//! # Crash
 //!
-//! Half a creation leaves partitions that no topic names, half a deletion too, half an enlargement leaves partitions
-//! above the topic's count. Nobody acts on them; [`Sweep`] finds and deletes them.
+//! An interrupted creation or deletion leaves partitions without a topic. An interrupted addition of partitions leaves
+//! partitions above the topic's count. Brokers ignore both; [`Sweep`] finds and deletes them.
 
 mod census;
 mod changes;

@@ -1,21 +1,23 @@
-//! A metadata store whose revision never falls: a store that went back is used no more.
+//! A metadata store whose revision never falls: a store that went back is no longer used.
 //!
 //! # Overview
 //!
-//! An etcd that was restored from a backup, or replaced by another one, answers as if nothing had happened, and its history is not the one
-//! that this broker acts by. [`MonotonicStore`] compares the revision of every linearizable answer with the newest revision that any
-//! answer had named *before the call was made*. The first answer that is older is proof, and so is another cluster id. From then on
-//! every call is refused with [`StoreError::Regressed`], until the process is restarted.
+//! An etcd that was restored from a backup or replaced by another one responds normally, but its history differs from
+//! the one that this broker acted on. [`MonotonicStore`] compares the revision of every linearizable response with the
+//! newest revision that any response had contained *before the call started*. The first older response is a regression,
+//! and so is another cluster id. From then on every call fails with [`StoreError::Regressed`] until the process
+//! restarts.
 //!
-//! Answers that overtake each other are no proof: an answer that was on its way while a newer one came is compared with what was known
-//! when its call began. Watches, keep-alives and status answers are not linearizable, because a member that is behind may answer them;
-//! they are never compared. A transaction that wrote must be newer than what was known, not merely as new.
+//! Reordered responses are no regression: a response that was overtaken by a newer one is compared with the revision at
+//! the start of its call. Watches, keepalives and status responses are not linearizable, because a lagging member may
+//! serve them; they are never compared. A transaction that wrote must be newer than the known revision, not merely
+//! equal.
 //!
 //! # Invariants
 //!
-//! - `newest` only grows. Every value of it was the revision of some answer or event.
-//! - Leases are kept alive and revoked in any case: a broker that refuses orders is still there, and others must not replace it while it
-//!   serves.
+//! - `newest` only grows. Every value of it was the revision of a response or event.
+//! - Leases are renewed and revoked in any case: a broker that rejects administration is still live, and no other
+//!   broker may replace it while it serves.
 
 use std::{
     fmt,
@@ -33,13 +35,13 @@ use super::store::{
     Transaction, Watch,
 };
 
-/// The key whose reading accompanies a keep-alive. Nothing is ever there.
+/// Key that is read with every keepalive. It never exists.
 const PROBE_KEY: &str = "/strandline/";
 
-/// How long a keep-alive waits for that reading.
+/// Maximum time that a keepalive waits for this read.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// A store and the newest revision that it has named. Clones share both.
+/// A store and the newest revision of its responses. Clones share both.
 #[derive(Clone)]
 pub struct MonotonicStore {
     shared: Arc<Shared>,
@@ -52,13 +54,14 @@ struct Shared {
 }
 
 impl MonotonicStore {
-    /// Watches over `store`.
+    /// Returns a store that checks the responses of `store`.
     pub fn new(store: Arc<dyn MetaStore>) -> Self {
         let shared = Shared { store, newest: AtomicU64::new(0), regression: watch::Sender::new(None) };
         Self { shared: Arc::new(shared) }
     }
 
-    /// Asks, and compares the revision of the answer. `revision` tells it, and whether the call wrote.
+    /// Executes a request and compares the revision of its response. `revision` returns that revision, and true if the
+    /// call wrote.
     fn compare<'a, T>(
         &'a self,
         asked: Answer<'a, T>,
@@ -97,7 +100,7 @@ impl Shared {
         }
     }
 
-    /// Keeps the first proof that the store went back.
+    /// Records the first regression of the store.
     fn note(&self, error: StoreError) -> StoreError {
         if let StoreError::Regressed(regression) = &error {
             self.regression.send_if_modified(|known| {
@@ -128,7 +131,7 @@ async fn step(watching: Option<Watching>) -> Option<(Result<Changes, StoreError>
     let mut watching = watching?;
     let item = {
         let Watching { regression, watch, .. } = &mut watching;
-        // The sender lives in `shared`, so the channel cannot close.
+        // `shared` owns the sender, so the channel cannot close.
         let regressed = async { drop(regression.wait_for(Option::is_some).await) };
         tokio::select! {
             biased;
@@ -190,7 +193,7 @@ impl MetaStore for MonotonicStore {
         })
     }
 
-    /// A broker that has nothing to ask would not notice that the store went back. So each keep-alive reads a key as well.
+    /// Renews the lease and also reads a key: a broker without other requests would not detect a regression.
     fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()> {
         Box::pin(async move {
             let kept = self.shared.store.keep_alive(lease).await;
@@ -217,7 +220,7 @@ mod tests {
     use super::*;
     use crate::{cluster::embedded::EmbeddedStore, task::test_timeout::wait_until};
 
-    /// A store that can be put back to an older copy of itself, as an etcd that is restored.
+    /// A store that can be reset to an older copy of itself, like a restored etcd.
     #[derive(Debug)]
     struct Restorable(Mutex<EmbeddedStore>);
 
@@ -268,7 +271,7 @@ mod tests {
         Ok(())
     }
 
-    /// A store that was written to three times and so is at revision 4, and one that was written to `copy` times, to take its place.
+    /// Returns a store at revision 4 after three writes, and a store after `copy` writes that replaces it.
     async fn restored(copy: u64) -> (Arc<Restorable>, MonotonicStore, EmbeddedStore) {
         let older = EmbeddedStore::in_memory();
         put(&older, copy).await.expect("memory takes it");
@@ -279,7 +282,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_revision_that_went_back_is_proof_and_every_later_call_is_refused() {
+    async fn revision_regression_fails_every_later_call() {
         let (restorable, store, older) = restored(2).await;
         assert_eq!(store.regression(), None);
         let mut watch = store.watch("/", Revision(5)).await.expect("it begins");
@@ -288,7 +291,7 @@ mod tests {
         assert_eq!(store.get("/k").await, Err(StoreError::Regressed(proof.clone())));
         assert_eq!(store.regression(), Some(proof.clone()));
         assert_eq!(watch.next().await, Some(Err(StoreError::Regressed(proof.clone()))), "a watch ends with it");
-        // The old revision is reached again, by another history.
+        // Another history reaches the old revision again.
         put(&older, 5).await.expect("memory takes it");
         let refused = Err(StoreError::Regressed(proof));
         assert_eq!(store.transact(Transaction::new().put("/k", "x")).await.map(drop), refused);
@@ -298,9 +301,9 @@ mod tests {
         assert_eq!(older.get("/k").await.expect("answers").revision, Revision(8), "nothing was written");
     }
 
-    /// The restored store comes back to the very revision that was known with the write of this broker: the case that the report showed.
+    /// Regression: the write of this broker brings the restored store to exactly the known revision.
     #[tokio::test]
-    async fn a_write_that_is_no_newer_than_what_was_known_is_proof() {
+    async fn write_at_known_revision_is_a_regression() {
         let (restorable, store, older) = restored(2).await;
         restorable.restore(&older);
         let written = store.transact(Transaction::new().put("/k", "x")).await;
@@ -309,7 +312,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_broker_that_asks_nothing_notices_by_its_keep_alive_and_its_lease_lives_on() {
+    async fn keepalive_detects_regression_and_renews_lease() {
         let (restorable, store, older) = restored(1).await;
         let lease = older.grant(Duration::from_secs(60)).await.expect("granted");
         restorable.restore(&older);
@@ -319,7 +322,7 @@ mod tests {
         assert_eq!(store.revoke(lease).await, Ok(()));
     }
 
-    /// A store whose reads wait for a permit after they were done: an answer that is overtaken on its way.
+    /// A store whose reads wait for a permit before they return: a response that is overtaken.
     #[derive(Debug)]
     struct Late(EmbeddedStore, tokio::sync::Semaphore);
 
@@ -358,7 +361,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_that_was_overtaken_is_no_proof() {
+    async fn overtaken_response_is_no_regression() {
         let late = Arc::new(Late(EmbeddedStore::in_memory(), tokio::sync::Semaphore::new(0)));
         let store = MonotonicStore::new(Arc::clone(&late) as _);
         put(&store, 1).await.expect("memory takes it");
@@ -373,7 +376,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_watch_that_lags_is_no_proof_and_its_events_count_as_known() {
+    async fn lagging_watch_is_no_regression_and_advances_newest() {
         let (restorable, store, older) = restored(3).await;
         let mut watch = store.watch("/", Revision(2)).await.expect("it begins");
         put(&restorable.now(), 2).await.expect("another broker's");

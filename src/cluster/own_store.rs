@@ -1,4 +1,4 @@
-//! Which object store is the cluster's, remembered in the metadata store.
+//! The binding of the cluster to its object store, kept in the metadata store.
 
 use std::sync::Arc;
 
@@ -7,21 +7,22 @@ use futures::future::BoxFuture;
 use super::{Compare, Entry, Keys, MetaStore, Outcome, Transaction, Value as _, View};
 use crate::tier::{StoreNote, StoreNotes};
 
-/// Most tries while other brokers write the key.
+/// Maximum number of attempts while other brokers write the key.
 const ATTEMPTS: usize = 10;
 
-/// The key `object-store`.
+/// Access to the key `object-store`.
 pub struct ObjectStoreKey {
     store: Arc<dyn MetaStore>,
     keys: Keys,
     view: View,
-    /// There is one broker, ever.
+    /// True if the broker is standalone.
     alone: bool,
 }
 
 impl ObjectStoreKey {
-    /// The key in `store`. A broker that is alone may change to another object store while the metadata names nothing in one; with
-    /// several, one that was given another URL than the rest would be taken at its word.
+    /// Returns access to the key in `store`. A standalone broker may switch to another object store while the metadata
+    /// references no objects. With several brokers, a single broker with a wrong URL could otherwise rebind the
+    /// cluster.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys, view: View, alone: bool) -> Self {
         Self { store, keys, view, alone }
     }
@@ -30,7 +31,7 @@ impl ObjectStoreKey {
         self.alone && !self.view.state().names_history()
     }
 
-    /// What the key holds, and whether it binds.
+    /// Returns the entry of the key, and the binding that it contains if that binding is in force.
     async fn read(&self) -> Result<(Option<Entry>, Option<StoreNote>), String> {
         let key = self.keys.object_store();
         let entry = self.store.get(&key).await.map_err(|error| error.to_string())?.entry;
@@ -100,7 +101,7 @@ mod tests {
             format!("file://{}/{place}", self.folder.path().display())
         }
 
-        /// A broker's client, whose URL names this place.
+        /// Returns the client of a broker whose URL names this place.
         fn broker(&self, place: &str, alone: bool) -> Store {
             let options = StoreOptions { retry_for: Duration::ZERO, ..StoreOptions::new(&self.url(place)) };
             let store = Store::open(&options, "test").expect("good options");
@@ -119,7 +120,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_broker_whose_url_names_another_store_neither_takes_nor_uses_it() {
+    async fn broker_with_wrong_store_url_neither_binds_nor_uses_it() {
         let cluster = Cluster::new();
         cluster.broker("ours", false).claim().await.expect("nobody's yet");
         assert_eq!(cluster.note().await.place, cluster.url("ours"));
@@ -131,7 +132,7 @@ mod tests {
         assert!(text.contains(&cluster.url("ours")) && text.contains(&cluster.url("empty")), "{text}");
         assert!(!cluster.folder.path().join("empty").join(name::CLUSTER).exists(), "it is not taken");
 
-        // One of another cluster of this name.
+        // A store of another cluster with the same name.
         let other = StoreOptions::new(&cluster.url("theirs"));
         Store::open(&other, "test").expect("good options").claim().await.expect("nobody's yet");
         let error = cluster.broker("theirs", false).claim().await.expect_err("not ours");
@@ -139,9 +140,10 @@ mod tests {
         assert_eq!(cluster.note().await.place, cluster.url("ours"));
     }
 
-    /// As docs/errors.md says, for a card that was spoiled while the broker ran: it once took the new one for another store's.
+    /// A recreated cluster marker, as docs/errors.md instructs after corruption while the broker ran. Regression: the
+    /// broker took the new marker for another store's.
     #[tokio::test]
-    async fn a_card_that_a_person_wrote_is_taken_at_its_word_by_who_took_the_place_before() {
+    async fn recreated_cluster_marker_is_accepted_by_bound_broker() {
         let cluster = Cluster::new();
         let broker = cluster.broker("ours", false);
         broker.claim().await.expect("nobody has it");
@@ -154,7 +156,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_store_that_was_moved_with_its_card_is_the_same() {
+    async fn store_moved_with_its_cluster_marker_is_the_same() {
         let cluster = Cluster::new();
         cluster.broker("ours", false).claim().await.expect("nobody's yet");
         let before = cluster.note().await;
@@ -164,16 +166,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_broker_alone_without_history_may_change_its_store() {
+    async fn standalone_broker_without_history_may_rebind() {
         let cluster = Cluster::new();
         cluster.broker("first", true).claim().await.expect("nobody's yet");
         cluster.broker("second", true).claim().await.expect("nothing is in the first");
         assert_eq!(cluster.note().await.place, cluster.url("second"));
     }
 
-    /// A broker that dies before it has written the card leaves nothing that another one could not take up.
+    /// A broker that crashes before it has written the cluster marker leaves a binding that another broker can
+    /// complete.
     #[tokio::test]
-    async fn a_place_that_was_only_reserved_is_taken_with_the_reserved_id() {
+    async fn pending_binding_is_completed_with_its_id() {
         let reserve = async |cluster: &Cluster, place: &str| {
             let note = StoreNote { id: uuid::Uuid::from_u128(7), place: cluster.url(place), reserved: true };
             let put = Transaction::new().put(keys().object_store(), note.encode());
@@ -185,7 +188,7 @@ mod tests {
         cluster.broker("ours", false).claim().await.expect("nobody's yet");
         assert_eq!(cluster.note().await, StoreNote { reserved: false, ..reserved });
 
-        // With the URL corrected meanwhile.
+        // The URL was corrected meanwhile.
         let cluster = Cluster::new();
         let wrong = reserve(&cluster, "wrong").await;
         cluster.broker("right", false).claim().await.expect("nothing was in the wrong place");
@@ -194,7 +197,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_note_that_cannot_be_read_is_not_overwritten() {
+    async fn unreadable_binding_is_not_overwritten() {
         let cluster = Cluster::new();
         let put = Transaction::new().put(keys().object_store(), bytes::Bytes::from_static(b"{broken"));
         cluster.meta.transact(put).await.expect("answers");

@@ -1,33 +1,35 @@
-//! The value of `partitions/{topic-id}/{n}`: who holds a partition, who leads it, and who is in sync. Pure.
+//! The value of `partitions/{topic-id}/{n}`: the replicas of a partition, its leader and its in-sync replicas. Pure.
 //!
 //! # Overview
 //!
-//! The functions here are the only ones that compute an ISR or an ELR. Leaders, the controller, brokers that start and operators
-//! all make their new values with them and write those by compare-and-set, so whichever wins is right.
+//! Only the functions of this module compute an ISR or an ELR. Leaders, the controller, starting brokers and operators
+//! all compute their new values here and write them by compare-and-set, so every order of these writes is correct.
 //!
-//! | function | who | leader | ISR | ELR |
+//! | function | caller | leader | ISR | ELR |
 //! | --- | --- | --- | --- | --- |
-//! | [`shrink`] | leader | stays | loses members | takes them, when the ISR falls below the minimum |
-//! | [`expand`] | leader | stays | gains members | empty once the ISR has the minimum |
-//! | [`elect`] | controller | new | its live members, or the elected alone | takes the others, when the ISR falls below the minimum |
-//! | [`elect_unclean`] | operator | new | the elected alone | empty |
-//! | [`leaderless`] | controller, broker that starts, leader that gave up | none | stays | stays |
-//! | [`resign`] | leader whose disk failed | none | loses it, unless it is the last | as `shrink` |
-//! | [`strike`] | broker without proof, leader | none, if it led | loses it | loses it |
-//! | [`order_move`] | operator | stays | stays | stays |
-//! | [`begin_move`], [`begin_ordered`], [`end_move`], [`cancel_move`] | controller | stays | only loses replicas that go | only loses them |
+//! | [`shrink`] | leader | unchanged | loses members | gains them below the min ISR |
+//! | [`expand`] | leader | unchanged | gains members | empty once the ISR has the min ISR |
+//! | [`elect`] | controller | new | its live members, or the elected replica alone | gains the other members below the min ISR |
+//! | [`elect_unclean`] | operator | new | the elected replica alone | empty |
+//! | [`leaderless`] | controller, starting broker, leader that resigns | none | unchanged | unchanged |
+//! | [`resign`] | leader whose disk failed | none | loses the leader unless it is the last member | as `shrink` |
+//! | [`strike`] | unverified broker, leader | none if the broker led | loses the broker | loses the broker |
+//! | [`order_move`] | operator | unchanged | unchanged | unchanged |
+//! | [`begin_move`], [`begin_ordered`] | controller | unchanged | unchanged | unchanged |
+//! | [`end_move`], [`cancel_move`] | controller | unchanged | loses dropped replicas | loses dropped replicas |
 //!
 //! # Invariants
 //!
 //! - The leader is a member of the ISR, ISR and ELR are disjoint, and all members are replicas.
-//! - The epoch grows by one exactly when the leader changes, also to none: so an epoch has one leader for life, and whoever
-//!   compares the epoch knows that the leader is the same.
-//! - Each change that lets replicas go counts one removal, and who becomes a replica is being added until it was in sync. So a replica
-//!   that is being added is the same in two values only where both count the same removals; and one that is not was in sync since.
-//! - Every member of ISR ∪ ELR holds all that is committed, if it holds what it acknowledged. Leaders keep that by committing
-//!   only what the whole ISR has, only with the minimum in sync, and only while the ELR is empty.
-//! - Only [`shrink`], [`resign`] and the elections make an ELR grow. A strike or a move never adds anybody: what is taken out
-//!   there holds nothing that counts, or is not asked to keep it.
+//! - The epoch grows by one exactly when the leader changes, also to none, and at each unclean election. So an epoch
+//!   has at most one leader, and a compare of the epoch also compares the leader.
+//! - Every change that drops replicas increments `removals`. A new replica stays in `adding` until the reassignment
+//!   completes, which requires the replica in the ISR. So a replica in `adding` is the same replica in two values only
+//!   if both have the same `removals`. A replica outside `adding` has been in sync since it was added.
+//! - Every member of ISR ∪ ELR that kept what it acknowledged holds all committed records. Leaders ensure this: they
+//!   commit only what the whole ISR holds, only with the min ISR, and only while the ELR is empty.
+//! - Only [`shrink`], [`resign`] and [`elect`] make an ELR grow. [`strike`] and reassignments add no members: a replica
+//!   that they remove holds nothing that counts, or need not keep it.
 //!
 //! [`shrink`]: PartitionValue::shrink
 //! [`expand`]: PartitionValue::expand
@@ -51,58 +53,61 @@ use crate::model::{BrokerId, LeaderEpoch};
 /// The value of `partitions/{topic-id}/{n}`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PartitionValue {
-    /// Who holds it; the first is the preferred leader.
+    /// Brokers that hold the partition; the first is the preferred leader.
     pub replicas: Vec<BrokerId>,
-    /// Who orders its writes; `None` while nobody may.
+    /// Broker that orders the writes; `None` while no replica may.
     pub leader: Option<BrokerId>,
-    /// Grows by one at each change of leader, also to none.
+    /// Leader epoch: grows by one at each change of the leader, also to none, and at each unclean election.
     pub leader_epoch: LeaderEpoch,
-    /// In-sync replicas: those that every commit waits for.
+    /// In-sync replicas: every commit waits for all of them.
     pub isr: Vec<BrokerId>,
-    /// Eligible leaders: those that may still lead cleanly though they left the ISR. While there are any, nothing is committed.
+    /// Eligible leader replicas: they left the ISR and may still lead cleanly. While the ELR has members, nothing is
+    /// committed.
     #[serde(default)]
     pub elr: Vec<BrokerId>,
     /// Replicas that are being added.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adding: Vec<BrokerId>,
-    /// Replicas that are being taken away.
+    /// Replicas that are being removed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removing: Vec<BrokerId>,
-    /// How often replicas were let go. Who is let go deletes what it has: by this number a replica that is being added is told from the
-    /// one that the same broker had before. Never falls.
+    /// Number of changes that dropped replicas. A dropped replica's broker deletes its data, so this number
+    /// distinguishes a replica that is being added from an earlier replica on the same broker. Never falls.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub removals: u64,
-    /// The last epoch before which committed records may have been lost, because whoever led then might not have had them. Replicas
-    /// whose log is older than it may cut below what they knew as committed.
+    /// Last leader epoch before which committed records may have been lost, because its first replica might have lacked
+    /// some. A replica whose log is older than this epoch may truncate below the high watermark that it knew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unclean: Option<LeaderEpoch>,
-    /// That epoch's leader is to delete its log if it cannot be used: an operator was told so. Else it must not.
+    /// True if the leader of the epoch in `unclean` must delete its log when the log is unusable; the operator accepted
+    /// this. Otherwise that leader must not delete its log.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub discard: bool,
-    /// Where an operator wants it, the preferred leader first, while that move waits for its turn; else empty.
+    /// Replicas that an operator requested, the preferred leader first, while that reassignment is queued; else empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ordered: Vec<BrokerId>,
 }
 
-/// Nothing was let go yet: the value need not say so.
+/// Returns true if nothing was removed yet: the field is then omitted.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands over a reference")]
 const fn is_zero(count: &u64) -> bool {
     *count == 0
 }
 
-/// What a broker that starts can prove of a replica.
+/// Integrity of a local replica that a starting broker can verify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Holds {
-    /// It holds all that it ever acknowledged.
+    /// The replica holds everything that it ever acknowledged.
     All,
-    /// Only the mark of a clean shutdown is missing, on a topic whose acknowledgements ask for no more than the page cache.
+    /// Only the marker of a clean shutdown is missing, on a topic whose acknowledgements require no more than the page
+    /// cache.
     Unmarked,
-    /// Nothing is proven: another directory, an older copy of it, damage, or no replica at all.
+    /// Nothing is verified: another directory, an older copy of the directory, corruption, or no replica at all.
     Nothing,
 }
 
 impl PartitionValue {
-    /// Replicas that are all in sync, of which the first leads, in this epoch.
+    /// Returns a value whose replicas are all in sync; the first replica leads in this epoch.
     pub fn new(replicas: Vec<BrokerId>, leader_epoch: LeaderEpoch) -> Self {
         Self {
             leader: replicas.first().copied(),
@@ -119,11 +124,12 @@ impl PartitionValue {
         }
     }
 
-    /// The leader drops members of the ISR that do not keep up or are gone.
+    /// Removes ISR members that lag or whose brokers are gone; called by the leader.
     ///
-    /// With at least `min_insync` left nothing was committed without those left, nor will be, so the dropped are needed no
-    /// more. With fewer, the dropped hold all that is committed and will go on doing so, because a leader commits nothing now: they
-    /// become eligible. The leader is never dropped; who is no member is passed over.
+    /// If at least `min_insync` members remain, every commit so far and later includes the remaining members, so the
+    /// removed members are not needed. With fewer, the removed members hold every committed record and will keep doing
+    /// so, because the leader commits nothing now: they enter the ELR. The leader itself is never removed; replicas
+    /// outside the ISR are ignored.
     #[must_use]
     pub fn shrink(&self, out: &BTreeSet<BrokerId>, min_insync: usize) -> Self {
         let (dropped, isr): (Vec<_>, Vec<_>) =
@@ -131,8 +137,9 @@ impl PartitionValue {
         self.with_sets(isr, dropped, min_insync)
     }
 
-    /// The leader admits replicas that hold all that is committed. With the minimum in sync the ELR ends: from here on records are
-    /// committed that its members need not have. With nobody to admit it only does that, after the minimum was lowered.
+    /// Admits replicas that hold every committed record to the ISR; called by the leader. Once the ISR has the min ISR,
+    /// the ELR is emptied: its members may lack the records that are committed from then on. With an empty `add`, only
+    /// that happens, after the min ISR was lowered.
     #[must_use]
     pub fn expand(&self, add: &BTreeSet<BrokerId>, min_insync: usize) -> Self {
         let new = add.iter().copied().filter(|id| self.replicas.contains(id) && !self.isr.contains(id));
@@ -140,8 +147,8 @@ impl PartitionValue {
         self.with_sets(isr, Vec::new(), min_insync)
     }
 
-    /// Whether `to` may lead without loss: a member of the ISR, or an eligible one when no member of the ISR is alive. The
-    /// ISR comes first, because only what its members keep may have been acknowledged with `acks=1`.
+    /// Returns true if `to` may lead without loss: it is a live ISR member, or a live ELR member while no ISR member is
+    /// live. ISR members come first, because records acknowledged with `acks=1` may exist only on them.
     pub fn may_elect(&self, to: BrokerId, live: impl Fn(BrokerId) -> bool) -> bool {
         live(to)
             && (mutant!(ElectAnyReplica)
@@ -149,11 +156,11 @@ impl PartitionValue {
                 || self.elr.contains(&to) && !self.isr.iter().any(|id| live(*id)))
     }
 
-    /// A clean election of `to`; `None` when it may not lead ([`Self::may_elect`]) or leads already.
+    /// Elects `to` cleanly; returns `None` if `to` may not lead ([`Self::may_elect`]) or leads already.
     ///
-    /// Elected from the ISR, it keeps the members that are alive. Elected from the ELR, it is alone in sync: the members of the ISR
-    /// are dead, and may have records that it has not. Below the minimum the others become eligible: they were in every
-    /// set that a commit waited for, and the new leader commits nothing until it has the minimum and the ELR is empty.
+    /// A leader from the ISR keeps the live members. A leader from the ELR is alone in the ISR: the ISR members are
+    /// dead and may have records that it lacks. Below the min ISR, the other members enter the ELR. They were in every
+    /// set that a commit waited for, and the new leader commits nothing until it has the min ISR and the ELR is empty.
     #[must_use]
     pub fn elect(&self, to: BrokerId, live: impl Fn(BrokerId) -> bool, min_insync: usize) -> Option<Self> {
         if self.leader == Some(to) || !self.may_elect(to, &live) {
@@ -166,14 +173,15 @@ impl PartitionValue {
         Some(self.with_sets(isr, dropped, min_insync).led_by(Some(to)))
     }
 
-    /// An election that may lose committed records, ordered by an operator; `None` when `to` is no replica. The epoch is
-    /// noted, so that replicas with more than the new leader may cut it. With `discard` the elected one's log cannot be used, and goes.
+    /// Elects `to` on an operator's request; committed records may be lost. Returns `None` if `to` is no replica. The
+    /// epoch becomes `unclean`, so that replicas with more records than the new leader may truncate. With `discard`,
+    /// the elected replica's log is unusable and is deleted.
     #[must_use]
     pub fn elect_unclean(&self, to: BrokerId, discard: bool) -> Option<Self> {
         if !self.replicas.contains(&to) {
             return None;
         }
-        // An own epoch even where it leads already: it is another log from here on.
+        // A new epoch even if `to` leads already: its log is a different one from here on.
         let mut value = Self { leader: None, ..self.clone() }.led_by(Some(to));
         value.isr = vec![to];
         value.elr = Vec::new();
@@ -181,15 +189,16 @@ impl PartitionValue {
         Some(value)
     }
 
-    /// Nobody leads: whoever did is gone, or is a process that began after the epoch did. ISR and ELR stay, so that
-    /// whichever member comes back with proof may lead.
+    /// Clears the leader: its broker is gone, or its process started after the epoch began. ISR and ELR stay, so that
+    /// any verified member that returns may lead.
     #[must_use]
     pub fn leaderless(&self) -> Self {
         self.clone().led_by(None)
     }
 
-    /// The leader `me` gives up, because its disk takes no more writes. It leaves the ISR while another member stays, so that it is not
-    /// elected again at once; what it holds below the persisted end is still good, so below the minimum it stays eligible.
+    /// Resigns the leadership of `me`, whose disk accepts no more writes. `me` leaves the ISR while another member
+    /// remains, so that it is not elected again immediately. Its records below the persisted end are still good, so
+    /// below the min ISR it enters the ELR.
     #[must_use]
     pub fn resign(&self, me: BrokerId, min_insync: usize) -> Self {
         if self.leader != Some(me) {
@@ -199,8 +208,8 @@ impl PartitionValue {
         if free.isr.iter().all(|id| *id == me) { free } else { free.shrink(&BTreeSet::from([me]), min_insync) }
     }
 
-    /// Takes a replica that holds nothing that counts out of ISR and ELR, and out of the leadership. Nobody is added: who left
-    /// earlier, with more in sync than the minimum, may lack what was committed since.
+    /// Removes a replica that holds nothing that counts from the ISR, the ELR and the leadership. No member is added: a
+    /// replica that left earlier, while the min ISR was satisfied, may lack records that were committed since.
     #[must_use]
     pub fn strike(&self, who: BrokerId) -> Self {
         let mut value = if self.leader == Some(who) { self.leaderless() } else { self.clone() };
@@ -209,12 +218,13 @@ impl PartitionValue {
         value
     }
 
-    /// What a broker that starts writes before it takes part again; `None` when nothing is to be changed.
+    /// Returns the value that a starting broker writes before it takes part again; `None` if no change is needed.
     ///
-    /// It gives up a leadership that the store still names it for: that epoch began before this process did, and another
-    /// process may have appended in it what this one does not know. Without proof it is struck. Only the mark of a clean shutdown
-    /// missing, and nobody else could lead: it stays, since what is here is all that there is (Kafka's last known leader). That may
-    /// be less than was acknowledged, so it is noted as unclean.
+    /// The broker resigns a leadership that the store still assigns to it. That epoch began before this process, and
+    /// another process may have appended records in the epoch that this process lacks. An unverified replica is removed
+    /// from ISR and ELR. If only the clean-shutdown marker is missing and no other member could lead, the replica
+    /// stays, since it is all that is left (Kafka's last known leader). It may hold less than was acknowledged, so the
+    /// epoch is recorded as unclean.
     #[must_use]
     pub fn struck(&self, me: BrokerId, holds: Holds) -> Option<Self> {
         let resigns = self.leader == Some(me) && !mutant!(KeepOldLeadership);
@@ -223,16 +233,17 @@ impl PartitionValue {
             self.isr.iter().chain(&self.elr).all(|id| *id == me) && !(self.isr.is_empty() && self.elr.is_empty());
         let value = match holds {
             Holds::All => free,
-            // Every log's epochs are older than one that began without a leader.
+            // The epochs of every log are older than an epoch that began without a leader.
             Holds::Unmarked if is_last => Self { unclean: Some(free.leader_epoch), discard: false, ..free },
             Holds::Unmarked | Holds::Nothing => free.strike(me),
         };
         (value != *self).then_some(value)
     }
 
-    /// The replicas are to become `target`, in that order. The new ones copy first: all hold the partition until
-    /// [`Self::end_move`]. A move that is under way is replaced: who was on its way in, is not wanted any more and was never in sync is
-    /// let go at once. `None` when `target` is empty or names a broker twice.
+    /// Starts a reassignment to `target`, in that order. The new replicas copy first: old and new replicas hold the
+    /// partition until [`Self::end_move`]. A reassignment in progress is replaced: a replica that was being added, is
+    /// not in `target` and is in neither ISR nor ELR is dropped immediately. Returns `None` if `target` is empty or
+    /// names a broker twice.
     #[must_use]
     pub fn begin_move(&self, target: &[BrokerId]) -> Option<Self> {
         let wanted: BTreeSet<_> = target.iter().copied().collect();
@@ -252,53 +263,56 @@ impl PartitionValue {
         })
     }
 
-    /// The replicas are to become `target` when it is this partition's turn. An order that waits already is replaced.
+    /// Queues a reassignment to `target`. A queued reassignment is replaced.
     #[must_use]
     pub fn order_move(&self, target: &[BrokerId]) -> Self {
         Self { ordered: target.to_vec(), ..self.clone() }
     }
 
-    /// Begins the move that was ordered; `None` when none was.
+    /// Starts the queued reassignment; returns `None` if none is queued.
     #[must_use]
     pub fn begin_ordered(&self) -> Option<Self> {
         Some(self.begin_move(&self.ordered)?.without_order())
     }
 
-    /// Nothing is ordered any more.
+    /// Clears the queued reassignment.
     #[must_use]
     pub fn without_order(self) -> Self {
         Self { ordered: Vec::new(), ..self }
     }
 
-    /// Whether a move was ordered that has not begun.
+    /// Returns true if a reassignment is queued and has not started.
     pub const fn is_ordered(&self) -> bool {
         !self.ordered.is_empty()
     }
 
-    /// Which addition it is that this replica comes by, while it is being added: the number of removals before it.
+    /// Returns the number of removals before the addition of this replica, which identifies that addition; `None` if
+    /// the replica is not being added.
     pub fn added_after(&self, who: BrokerId) -> Option<u64> {
         self.adding.contains(&who).then_some(self.removals)
     }
 
-    /// Whether its replicas are being moved.
+    /// Returns true if a reassignment is in progress.
     pub const fn is_moving(&self) -> bool {
         !(self.adding.is_empty() && self.removing.is_empty())
     }
 
-    /// Returns true if the move under way cannot end while only these brokers are live: a new replica cannot enter the ISR, or the removed
-    /// replicas are in the ISR and too few of the other replicas can enter it.
+    /// Returns true if the reassignment in progress cannot complete while only these brokers are live. Either a new
+    /// replica cannot enter the ISR, or the removed replicas are in the ISR and too few of the other replicas can enter
+    /// it.
     pub fn move_is_blocked(&self, min_insync: usize, is_live: impl Fn(BrokerId) -> bool) -> bool {
         let can_be_in_sync = |id: &BrokerId| self.isr.contains(id) || is_live(*id);
         let copied = self.adding.iter().all(can_be_in_sync);
         self.is_moving() && (!copied || self.needs_leavers(min_insync, can_be_in_sync))
     }
 
-    /// Returns true if the ISR needs the removed replicas to satisfy the min ISR: a replica that is not removed may still be catching up.
+    /// Returns true if the ISR needs the removed replicas to satisfy the min ISR: a replica that stays may be catching
+    /// up.
     pub fn leavers_are_needed(&self, min_insync: usize) -> bool {
         self.needs_leavers(min_insync, |id| self.isr.contains(id))
     }
 
-    /// The rule of [`Self::leavers_are_needed`] for any set of in-sync replicas.
+    /// Implements [`Self::leavers_are_needed`] for any set of in-sync replicas.
     fn needs_leavers(&self, min_insync: usize, is_in_sync: impl Fn(&BrokerId) -> bool) -> bool {
         let leaves = |id: &BrokerId| self.removing.contains(id);
         let promised = min_insync.min(self.replicas.len().saturating_sub(self.removing.len()));
@@ -306,16 +320,17 @@ impl PartitionValue {
         self.isr.iter().any(leaves) && staying < promised
     }
 
-    /// The move is over and the replicas that go are let go. `None` while it may not end: none is under way, a new replica is not in sync
-    /// yet, one that goes still leads, or nobody in sync would be left. Who goes leaves the ELR as well: it is about to be deleted.
+    /// Completes the reassignment and drops the removed replicas, also from the ELR, because their data is about to be
+    /// deleted. Returns `None` if no reassignment is in progress, a new replica is not in sync yet, a removed replica
+    /// still leads, or no in-sync replica would remain.
     #[must_use]
     pub fn end_move(&self) -> Option<Self> {
         let copied = self.adding.iter().all(|id| self.isr.contains(id));
         if copied { self.without(&self.removing) } else { None }
     }
 
-    /// Goes back to the replicas of before the move. `None` where that is not possible: none is under way, or only new
-    /// replicas are in sync, or one of them leads; elect another first.
+    /// Restores the replicas from before the reassignment. Returns `None` if no reassignment is in progress, only new
+    /// replicas are in sync, or a new replica leads; elect another leader first.
     #[must_use]
     pub fn cancel_move(&self) -> Option<Self> {
         self.without(&self.adding)
@@ -334,7 +349,7 @@ impl PartitionValue {
         Some(Self { replicas, isr, elr, adding: Vec::new(), removing: Vec::new(), removals, ..self.clone() })
     }
 
-    /// The sets with `isr` in sync. Below the minimum whoever just left it, `dropped`, is eligible beside those that were.
+    /// Returns the value with this ISR. Below the min ISR, the `dropped` members join the earlier members of the ELR.
     fn with_sets(&self, isr: Vec<BrokerId>, dropped: Vec<BrokerId>, min_insync: usize) -> Self {
         let elr = if isr.len() >= min_insync || mutant!(DropElr) {
             Vec::new()
@@ -344,7 +359,7 @@ impl PartitionValue {
         Self { isr, elr, ..self.clone() }
     }
 
-    /// The same sets with another leader; a change of leader, and only that, begins an epoch.
+    /// Returns the value with another leader. A change of the leader, and only that, starts an epoch.
     fn led_by(mut self, leader: Option<BrokerId>) -> Self {
         if self.leader != leader {
             self.leader = leader;

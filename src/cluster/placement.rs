@@ -1,11 +1,13 @@
-//! Which brokers hold a partition: a pure function of the live brokers and what they carry.
+//! Chooses the brokers of a partition: a pure function of the live brokers and their load.
 //!
-//! The first replica is the preferred leader: the broker that leads least, since leading is most of the work. The others
-//! spread over racks first, then over the brokers that carry least, and no two meet on one broker. Ties are broken by a hash of
-//! partition and broker, so that the partitions of a lost broker do not all fall to the same two others.
+//! # Overview
 //!
-//! Creation uses it, and the controller for replacing replicas: [`Placement::choose_up_to`] takes those that stay. Both pass over a
-//! broker that carries as many replicas as it takes (`broker.max_replicas`).
+//! The first replica is the preferred leader: the broker that leads the fewest partitions, since leading is most of the
+//! work. The other replicas spread over racks first, then over the least loaded brokers, at most one per broker. A hash
+//! of partition and broker breaks ties, so the partitions of a lost broker spread over all other brokers.
+//!
+//! Topic creation uses it, and the controller for the replacement of replicas: [`Placement::choose_up_to`] takes the
+//! replicas that stay. Both skip a broker at its replica limit (`broker.max_replicas`).
 
 use std::collections::BTreeMap;
 
@@ -17,38 +19,38 @@ use crate::{
     model::{BrokerId, PartitionId},
 };
 
-/// What one broker carries.
+/// Load of one broker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
-    /// Partitions of which it is the preferred leader.
+    /// Number of partitions with the broker as preferred leader.
     pub leaders: usize,
-    /// Partitions that it holds.
+    /// Number of replicas on the broker.
     pub replicas: usize,
 }
 
-/// A broker would carry more replicas than it takes.
+/// Error: a broker would exceed its replica limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "broker {broker} would hold {replicas} replicas, and takes {max} at most (broker.max_replicas): ask for fewer, add brokers, or raise \
      the setting there"
 )]
 pub struct ReplicaBound {
-    /// Which broker.
+    /// Id of the broker.
     pub broker: BrokerId,
-    /// How many it would carry.
+    /// Number of replicas that the broker would hold.
     pub replicas: usize,
-    /// How many it takes.
+    /// Maximum number of replicas that the broker accepts.
     pub max: usize,
 }
 
 #[derive(Clone, Debug)]
 struct Candidate {
-    /// `None` is a rack of its own: a broker without one shares nothing that is known of.
+    /// Rack of the broker. `None` counts as a rack of its own: nothing shared is known.
     rack: Option<String>,
     load: Load,
-    /// Whether it may be given more, as long as it carries fewer than `max`.
+    /// True if the broker may get more replicas while it holds fewer than `max`.
     takes: bool,
-    /// Most replicas that it carries; `usize::MAX` is no bound.
+    /// Maximum number of replicas; `usize::MAX` means no limit.
     max: usize,
 }
 
@@ -58,20 +60,21 @@ impl Candidate {
     }
 }
 
-/// The live brokers with what they carry; grows as partitions are placed.
+/// The live brokers with their load, which grows as partitions are placed.
 #[derive(Clone, Debug, Default)]
 pub struct Placement {
     brokers: BTreeMap<BrokerId, Candidate>,
 }
 
 impl Placement {
-    /// An empty one.
+    /// Returns a placement without brokers.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The live brokers of a view, carrying what its topics say. Those that are being stopped or drained, whose disks are full, or that
-    /// other brokers cannot reach are given nothing; the others no more than they take.
+    /// Returns the live brokers of a metadata snapshot, loaded as its topics define. Brokers get no new replicas while
+    /// they are stopping, drained, under disk pressure or unreachable for other brokers. The other brokers get none
+    /// above their limit.
     pub fn of(state: &ViewState) -> Self {
         let mut placement = Self::new();
         for (id, broker) in state.brokers() {
@@ -98,37 +101,38 @@ impl Placement {
         self.brokers.insert(id, Candidate { rack, load, takes: true, max: usize::MAX });
     }
 
-    /// From now on a broker is given nothing more once it carries this many replicas.
+    /// Sets the maximum number of replicas of a broker.
     pub fn bound(&mut self, id: BrokerId, max: usize) {
         if let Some(candidate) = self.brokers.get_mut(&id) {
             candidate.max = max;
         }
     }
 
-    /// From now on a broker is given nothing more. What it carries counts as before.
+    /// Excludes a broker from further placement. Its present load still counts.
     pub fn exclude(&mut self, id: BrokerId) {
         if let Some(candidate) = self.brokers.get_mut(&id) {
             candidate.takes = false;
         }
     }
 
-    /// The brokers that may be given more as far as their state goes, whatever they carry, with what that is.
+    /// Returns the brokers whose state allows more replicas, whatever their load, with that load.
     pub fn steady(&self) -> impl Iterator<Item = (BrokerId, Load)> + '_ {
         self.brokers.iter().filter(|(_, candidate)| candidate.takes).map(|(id, candidate)| (*id, candidate.load))
     }
 
-    /// Whether a broker may be given one more.
+    /// Returns true if the broker may get one more replica.
     pub fn has_room(&self, id: BrokerId) -> bool {
         self.brokers.get(&id).is_some_and(Candidate::has_room)
     }
 
-    /// Whether a live broker carries fewer replicas than it takes; an order may send some also to one with a full disk.
+    /// Returns true if a live broker is below its replica limit. A requested reassignment may also use a broker under
+    /// disk pressure.
     pub fn is_below_bound(&self, id: BrokerId) -> bool {
         self.brokers.get(&id).is_some_and(|candidate| candidate.load.replicas < candidate.max)
     }
 
-    /// The result of placing within the bounds. Where that gives nothing, and without bounds it would, the error names the broker
-    /// that is furthest above its bound then; `None` where there are too few brokers in any case.
+    /// Runs `place` within the limits. If `place` fails but would succeed without limits, the error names the broker
+    /// that would exceed its limit most. The error is `None` if there are too few brokers in any case.
     pub fn within_bounds<T>(&mut self, place: impl Fn(&mut Self) -> Option<T>) -> Result<T, Option<ReplicaBound>> {
         let mut free = self.clone();
         if let Some(placed) = place(self) {
@@ -147,13 +151,13 @@ impl Placement {
         Err(above.filter(|it| it.replicas > it.max).max_by_key(|it| it.replicas - it.max))
     }
 
-    /// What each broker carries.
+    /// Returns the load of each broker.
     pub fn loads(&self) -> BTreeMap<BrokerId, Load> {
         self.brokers.iter().map(|(id, candidate)| (*id, candidate.load)).collect()
     }
 
-    /// Replicas for a new partition, the preferred leader first, and counts them as carried. `None` when there are
-    /// fewer brokers than replicas.
+    /// Places a new partition, the preferred leader first, and adds it to the load. Returns `None` if there are fewer
+    /// eligible brokers than replicas.
     pub fn place(&mut self, partition: PartitionId, replicas: usize) -> Option<Vec<BrokerId>> {
         let load = |(id, candidate): &(&BrokerId, &Candidate)| {
             (candidate.load.leaders, candidate.load.replicas, mix(partition, **id))
@@ -164,14 +168,14 @@ impl Placement {
         Some(chosen)
     }
 
-    /// Adds replicas to those that stay until there are this many, and leaves the order of those that stay. `None`
-    /// when there are too few brokers.
+    /// Adds replicas to `stay` until there are this many; `stay` keeps its order. Returns `None` if there are too few
+    /// brokers.
     pub fn choose(&self, partition: PartitionId, stay: Vec<BrokerId>, replicas: usize) -> Option<Vec<BrokerId>> {
         let chosen = self.choose_up_to(partition, stay, replicas);
         (chosen.len() >= replicas).then_some(chosen)
     }
 
-    /// As [`Self::choose`], and fewer when there are too few brokers.
+    /// Like [`Self::choose`], but returns fewer replicas if there are too few brokers.
     pub fn choose_up_to(&self, partition: PartitionId, stay: Vec<BrokerId>, replicas: usize) -> Vec<BrokerId> {
         let mut chosen = stay;
         let rack_of = |id: &BrokerId| self.brokers.get(id).and_then(|candidate| candidate.rack.as_deref());
@@ -195,12 +199,12 @@ impl Placement {
         chosen
     }
 
-    /// Counts replicas that these are about to carry as well.
+    /// Adds a future replica to the load of each of these brokers.
     pub fn carry_more(&mut self, brokers: &[BrokerId]) {
         brokers.iter().for_each(|id| self.carry_many(*id, 1));
     }
 
-    /// Counts replicas that a broker is about to carry as well.
+    /// Adds future replicas to the load of a broker.
     pub fn carry_many(&mut self, id: BrokerId, replicas: usize) {
         if let Some(candidate) = self.brokers.get_mut(&id) {
             candidate.load.replicas += replicas;
@@ -209,7 +213,7 @@ impl Placement {
 
     fn carry(&mut self, replicas: &[BrokerId]) {
         for (place, id) in replicas.iter().enumerate() {
-            // Replicas on brokers that are not alive weigh on nobody.
+            // Replicas on brokers that are not live add to no load.
             if let Some(candidate) = self.brokers.get_mut(id) {
                 candidate.load.replicas += 1;
                 candidate.load.leaders += usize::from(place == 0);
@@ -218,17 +222,19 @@ impl Placement {
     }
 }
 
-/// Whether a live broker is being stopped or drained.
+/// Returns true if a live broker is stopping or drained.
 pub(super) fn is_leaving(state: &ViewState, id: BrokerId, value: &BrokerValue) -> bool {
     value.state == BrokerState::Stopping || state.drains().contains_key(&id)
 }
 
-/// True if other brokers cannot reach a live broker, because its registration names no address for them: no replica there is ever in sync.
+/// Returns true if other brokers cannot reach a live broker because its registration contains no address for them. Its
+/// replicas can never be in sync.
 pub(super) fn is_unreachable(state: &ViewState, value: &BrokerValue) -> bool {
     value.listeners.peer().is_none() && state.brokers().len() > 1
 }
 
-/// A number that is the same for the same pair everywhere, and as good as random over pairs (SplitMix64's finish).
+/// Returns a number that is the same for the same pair everywhere, and pseudorandom over pairs (finalizer of
+/// SplitMix64).
 fn mix(partition: PartitionId, broker: BrokerId) -> u64 {
     let mut topic = [0; 8];
     topic.copy_from_slice(&partition.topic.as_bytes()[..8]);
@@ -266,7 +272,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_broker_holds_a_partition_twice_and_racks_are_used_up_first(
+        fn replicas_use_distinct_brokers_and_all_racks_first(
             racks in prop::collection::vec(prop::option::of(0_u8..4), 1..12),
             wanted in 1_usize..6,
             partitions in 1_u32..40,
@@ -288,7 +294,7 @@ mod tests {
         }
 
         #[test]
-        fn bounds_are_kept_and_used_up(
+        fn replica_limits_are_respected_and_used_fully(
             bounds in prop::collection::vec(0_usize..12, 1..8),
             wanted in 1_usize..4,
             partitions in 1_u32..60,
@@ -319,7 +325,7 @@ mod tests {
         }
 
         #[test]
-        fn those_that_stay_keep_their_places(count in 4_usize..10, number in 0_u32..1000) {
+        fn staying_replicas_keep_their_order(count in 4_usize..10, number in 0_u32..1000) {
             let placement = brokers(&vec![None; count]);
             let stay = vec![BrokerId(3), BrokerId(1)];
             let chosen = placement.choose(partition(number), stay.clone(), 4).expect("enough brokers");
@@ -329,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn placing_above_every_bound_names_the_broker_and_both_numbers() {
+    fn exceeded_limit_names_broker_and_both_numbers() {
         let mut placement = brokers(&[None, None]);
         placement.bound(BrokerId(1), 10);
         placement.bound(BrokerId(2), 30);
@@ -349,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_broker_takes_what_comes_until_it_carries_as_much() {
+    fn new_broker_gets_partitions_until_load_is_even() {
         let mut placement = brokers(&[None, None]);
         for number in 0..10 {
             placement.place(partition(number), 1).expect("enough brokers");
@@ -360,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn the_partitions_of_a_lost_broker_fall_to_all_others() {
+    fn partitions_of_lost_broker_spread_over_all_others() {
         let mut placement = brokers(&[None; 6]);
         let sets: Vec<_> = (0..60).map(|number| placement.place(partition(number), 3).expect("enough")).collect();
         let heirs: BTreeSet<_> = sets.iter().filter(|set| set[0] == BrokerId(1)).flat_map(|set| &set[1..]).collect();

@@ -1,12 +1,15 @@
-//! Producer ids that any leader can tell from invented ones. Pure.
+//! Producer ids that any leader can verify as issued by the cluster. Pure.
+//!
+//! # Overview
 //!
 //! ```text
 //! 63 0 │ 62 .. 25 counter │ 24 .. 0 check value
 //! ```
 //!
-//! The counter makes an id unique; the metadata store counts it. The check value is the start of HMAC-SHA256 of counter and principal under a
-//! key of the cluster. The key lies in the metadata store, is made once, and every broker mirrors it. A client that knows no id can
-//! only guess: one guess in 2^25 is right, and the connection's quota counts each wrong one.
+//! The counter, issued by the metadata store, makes an id unique. The check value is the start of HMAC-SHA256 of
+//! counter and principal under a key of the cluster. The key is stored in the metadata store, created once, and cached
+//! by every broker. A client that invents an id can only guess: one guess in 2^25 is right, and the connection's quota
+//! counts each wrong guess.
 
 use std::fmt;
 
@@ -20,29 +23,29 @@ use crate::task::random;
 const CHECK_BITS: u32 = 25;
 const KEY_BYTES: usize = 32;
 
-/// First counter that an id cannot hold.
+/// First counter that does not fit into an id.
 pub(super) const COUNTER_END: i64 = 1 << (63 - CHECK_BITS);
 
-/// The principal of a client that did not log in.
+/// Principal of an unauthenticated client.
 pub const ANONYMOUS: &str = "";
 
-/// The value of `producer-id-key`: what check values of producer ids are made with.
+/// The value of `producer-id-key`: the key of the check values in producer ids.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(try_from = "KeyText", into = "KeyText")]
 pub struct ProducerIdKey {
     key: [u8; KEY_BYTES],
-    /// Started with the key, which costs as much as a check value does.
+    /// Initialised with the key: initialisation costs as much as one check value.
     mac: Hmac<Sha256>,
 }
 
 #[derive(Serialize, Deserialize)]
 struct KeyText {
-    /// Hexadecimal.
+    /// Hexadecimal digits of the key.
     key: String,
 }
 
 impl ProducerIdKey {
-    /// A key that nobody else has.
+    /// Returns a random key.
     pub fn draw() -> Self {
         let mut key = [0; KEY_BYTES];
         random::fill(&mut key);
@@ -53,16 +56,16 @@ impl ProducerIdKey {
         Self { key, mac: Hmac::new_from_slice(&key).expect("HMAC takes a key of any length") }
     }
 
-    /// The id of a counter, for a principal.
+    /// Returns the producer id for a counter and a principal.
     ///
     /// # Panics
-    /// When the counter is negative or has more than 38 bits.
+    /// The counter is negative or has more than 38 bits.
     pub fn id(&self, counter: i64, principal: &str) -> i64 {
         assert!((0..COUNTER_END).contains(&counter), "a counter has 38 bits");
         counter << CHECK_BITS | self.check_value(counter, principal)
     }
 
-    /// Whether [`Self::id`] made this id for this principal.
+    /// Returns true if [`Self::id`] produced this id for this principal.
     pub fn made(&self, id: i64, principal: &str) -> bool {
         let counter = id >> CHECK_BITS;
         id >= 0 && id & ((1 << CHECK_BITS) - 1) == self.check_value(counter, principal)
@@ -109,7 +112,7 @@ impl PartialEq for ProducerIdKey {
 
 impl Eq for ProducerIdKey {}
 
-/// Without the key: logs are no place for it.
+/// Omits the key: it must not appear in logs.
 impl fmt::Debug for ProducerIdKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ProducerIdKey").finish_non_exhaustive()
@@ -126,7 +129,7 @@ mod tests {
         ProducerIdKey::new([byte; KEY_BYTES])
     }
 
-    /// Ids that were handed out stay valid when the broker is upgraded: these numbers never change.
+    /// Issued ids stay valid after an upgrade, so these numbers never change.
     #[test]
     fn id_is_counter_and_check_value() {
         for counter in [0, 1, 1000, COUNTER_END - 1] {
@@ -141,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn invented_id_is_told_from_one_that_was_handed_out() {
+    fn invented_id_is_not_accepted() {
         let id = key(1).id(7, ANONYMOUS);
         assert!(!key(2).made(id, ANONYMOUS), "another cluster's");
         assert!(!key(1).made(id, "User:a"), "another principal's");
@@ -153,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn key_that_is_no_key_is_refused() {
+    fn malformed_key_is_rejected() {
         for bad in [r#"{"key":""}"#, r#"{"key":"00"}"#, r#"{}"#] {
             assert!(ProducerIdKey::decode("k", bad.as_bytes()).is_err(), "{bad}");
         }

@@ -1,25 +1,30 @@
-//! Proof of holding: what a broker that starts shows before it takes part, and what it gives up without.
+//! Startup verification: a broker compares its local inventory with the metadata before it takes part, and leaves the
+//! sets that it cannot verify.
 //!
 //! # Overview
 //!
-//! An in-sync replica is believed to hold what it acknowledged. A process that begins anew has no right to that belief: its disk
-//! may have been replaced, put back to older days, or have lost what was only in the page cache. So before its registration can
-//! be seen, a broker compares itself with what the store knows, and strikes itself from every set that it cannot prove to
-//! belong to. It gives up every leadership as well, proven or not: the epoch of it began before this process did.
+//! The protocol assumes that an in-sync replica holds what it acknowledged. A new process cannot assume that: its disk
+//! may have been replaced, restored from a backup, or have lost what was only in the page cache. So before it
+//! registers, a broker compares its inventory with the store and removes itself from every ISR and ELR for which it is
+//! unverified. It also resigns every leadership, verified or not: that epoch began before this process.
 //!
-//! | what is shown | proves |
+//! | inventory | verifies |
 //! | --- | --- |
-//! | the data directory that took part last, with that uptime noted in it | what was synced: `persisted` topics |
-//! | the same, closed cleanly after that uptime | all that was written: `replicated` topics too |
-//! | the replica, whole | that what is proven of the directory holds for it |
+//! | the last registered data directory, which records that incarnation | all synced records: `persisted` topics |
+//! | the same, with a clean shutdown after that incarnation | all written records: `replicated` topics too |
+//! | an intact replica | that the verification of the directory holds for this replica |
 //!
 //! # Invariants
 //!
-//! - It comes after [`Registration::clear`](super::Registration::clear): nobody can add this broker to a set while it proves itself.
-//! - The registration compares the record that the proof was judged by, so of two processes with one directory only one gets in.
-//! - It ends only when the store was seen to need no more changes. A crash in between leaves fewer memberships and no wrong one.
-//! - A value that cannot be read cannot be compared, and may be put back as it was: with this broker in its sets, and as its leader, in an
-//!   epoch that began before this process. So the broker takes no part in such a partition before [`Unread::prove`] has made up for it.
+//! - The verification follows [`Registration::clear`](super::Registration::clear): no other broker can add this broker
+//!   to an ISR meanwhile.
+//! - The registration compares the directory record that the verification was based on, so only one of two processes
+//!   with the same directory can register.
+//! - The verification ends only when the store needs no further changes. A crash in between leaves fewer memberships
+//!   and no wrong one.
+//! - A value that cannot be read cannot be compared. It may be restored as it was: with this broker in its sets, or as
+//!   its leader in an epoch before this process. So the broker takes no part in such a partition until
+//!   [`Unread::prove`] has verified it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -34,49 +39,52 @@ use super::{
 };
 use crate::model::{BrokerId, ConfigMap, Durability, PartitionId, TopicConfig, TopicId};
 
-/// What a broker shows when it starts.
+/// Local inventory of a starting broker.
 #[derive(Clone, Debug, Default)]
 pub struct Shown {
-    /// The id of its data directory.
+    /// Id of the data directory.
     pub directory_id: String,
-    /// The uptimes that are noted in it, with this one: the store may hold this one already, when an earlier try to register in this
-    /// uptime had an outcome that nobody heard.
+    /// Incarnations that the directory records, including this one. The store may hold this one already, after an
+    /// earlier attempt to register whose response was lost.
     pub uptimes: Vec<String>,
-    /// Whether it was closed cleanly.
+    /// True after a clean shutdown.
     pub clean: bool,
-    /// The replicas that its files are of, whole or not.
+    /// Replicas with files on disk, intact or not.
     pub on_disk: BTreeSet<PartitionId>,
-    /// Those of them that lost nothing, as far as the disk can tell.
+    /// Replicas among them that lost nothing, as far as the disk can show.
     pub whole: BTreeSet<PartitionId>,
 }
 
-/// What a proof was judged by, and what it cost.
+/// Result of the startup verification.
 #[derive(Clone, Debug)]
 pub struct Proof {
-    /// The transaction that last wrote the record of this broker's directory; `None` when there is none.
+    /// Revision of this broker's directory record; `None` if there is none.
     pub judged: Option<Revision>,
-    /// Partitions whose values were changed.
+    /// Number of partition values that were changed.
     pub changed: usize,
-    /// What could not be compared.
+    /// Partitions that could not be compared.
     pub unread: Unread,
 }
 
-/// Partitions whose values could not be read when this broker showed what it holds, and what it showed.
+/// Partitions whose values could not be read at the startup verification, with the inventory of that moment.
 #[derive(Clone, Debug, Default)]
 pub struct Unread {
     judge: Judge,
     partitions: BTreeSet<PartitionId>,
 }
 
-/// What a broker showed, and whether its directory is the one that took part last.
+/// Local inventory, and whether its directory is the one that was registered last.
 #[derive(Clone, Debug, Default)]
 struct Judge {
     shown: Shown,
     same: bool,
 }
 
-/// Compares what a broker shows with what the store knows, and takes it out of every set and leadership that is not proven. `defaults` are
-/// the broker's topic defaults. An error means that the store did not answer: the same call may be made again.
+/// Compares a broker's inventory with the store and removes the broker from every set and leadership that is not
+/// verified. `defaults` are the broker's topic defaults. After an error the same call may be repeated.
+///
+/// # Errors
+/// The store does not respond.
 pub async fn prove(
     store: &Arc<dyn MetaStore>,
     keys: &Keys,
@@ -126,7 +134,7 @@ pub async fn prove(
                     changed += 1;
                     tracing::debug!(%partition, "gave up what is not proven, or was led in an earlier uptime");
                 }
-                // Somebody else was faster, or it may have been made: the next listing tells.
+                // Another writer came first, or the change may have been applied: the next list shows the result.
                 Changed::Refused(_) | Changed::Barred | Changed::Unknown(_) => {}
                 Changed::Failed(error) => return Err(error),
             }
@@ -135,7 +143,11 @@ pub async fn prove(
 }
 
 impl Judge {
-    /// What has to be written over this value before the broker `id` takes part in the partition; an error when the value cannot be read.
+    /// Returns the change to this value that must precede the broker's part in the partition; `None` if no change is
+    /// needed.
+    ///
+    /// # Errors
+    /// The value cannot be read.
     fn change(
         &self,
         id: BrokerId,
@@ -153,10 +165,10 @@ impl Judge {
         Ok(struck.map(|value| Change { id: partition, expect: entry.mod_revision, value, also: Vec::new() }))
     }
 
-    /// What is proven of one replica in the directory that took part last.
+    /// Returns the integrity of one replica in the directory that was registered last.
     fn holds(&self, entry: &Entry, id: PartitionId, is_whole: bool, durability: Option<Durability>) -> Holds {
-        // One that is not there was made while this broker stopped, if its value never changed since: there was nothing to hold yet. One
-        // that is there and damaged did hold something: a value may stay for years as it was made.
+        // A missing replica whose value never changed was created while this broker stopped: it held nothing yet. A
+        // corrupt replica did hold something: a value may stay unchanged for years after its creation.
         let nothing_yet = entry.create_revision == entry.mod_revision && !self.shown.on_disk.contains(&id);
         if mutant!(SkipStartupVerification) {
             return Holds::All;
@@ -168,23 +180,24 @@ impl Judge {
             _ if self.shown.clean => Holds::All,
             Some(Durability::Persisted) => Holds::All,
             Some(Durability::Replicated) if mutant!(TreatUncleanAsClean) => Holds::All,
-            // A topic that cannot be read may be of either kind.
+            // The durability of a topic that cannot be read is unknown: assume the weaker one.
             Some(Durability::Replicated) | None => Holds::Unmarked,
         }
     }
 }
 
 impl Unread {
-    /// Which these are.
+    /// Returns the partitions.
     pub fn partitions(&self) -> &BTreeSet<PartitionId> {
         &self.partitions
     }
 
-    /// Shows of one of them what was shown of the others, with whether its replica came up whole. Returns the revision from which on the value
-    /// needs no change by this broker; `None` when it is not there, or still cannot be read.
+    /// Verifies one of these partitions with the same inventory; `is_whole` is true if its replica is intact. Returns
+    /// the revision from which on the value needs no change by this broker; `None` if the value does not exist or still
+    /// cannot be read.
     ///
     /// # Errors
-    /// When the store does not answer: the same call may be made again.
+    /// The store does not respond: the same call may be repeated.
     pub async fn prove(
         &self,
         store: &Arc<dyn MetaStore>,
@@ -202,7 +215,7 @@ impl Unread {
                 Ok(None) => return Ok(Some(entry.mod_revision)),
                 Err(_) => return Ok(None),
             };
-            // Whatever became of it, the next reading tells.
+            // Whatever the outcome, the next read shows the result.
             if let Some((_, Changed::Failed(error))) = changes.make(vec![change], &[]).await.pop() {
                 return Err(error);
             }
@@ -210,7 +223,7 @@ impl Unread {
     }
 }
 
-/// Whether the directory is the one that took part last, and not an older copy of it.
+/// Returns true if the directory is the one that was registered last, and not an older copy of it.
 fn is_same(record: &Entry, shown: &Shown) -> bool {
     let proven =
         |known: DirectoryValue| known.directory_id == shown.directory_id && shown.uptimes.contains(&known.incarnation);

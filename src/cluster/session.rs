@@ -1,22 +1,27 @@
-//! This broker's registration: a leased key whose create revision is the broker epoch.
+//! The registration of this broker: a leased key whose create revision is the broker epoch.
 //!
 //! # Overview
 //!
-//! A start first takes away what an earlier process of this broker left ([`Registration::clear`]): from then on nobody can add
-//! this broker to a set. Then it proves what it holds (`proof`), and registers ([`Registration::register`]) in one transaction
-//! with the record of its data directory, which must still be the one that the proof was judged by. A task keeps the lease
-//! alive and looks at the key in the mirror: a registration that somebody took away is made anew, under a new epoch.
+//! 1. A starting broker deletes the registration of its earlier process ([`Registration::clear`]). From then on no
+//!    other broker can add this broker to an ISR.
+//! 2. The broker verifies its local replicas (`proof`).
+//! 3. The broker registers ([`Registration::register`]) in one transaction with its directory record. That record must
+//!    be the one that the verification was based on.
+//! 4. A task renews the lease and watches the key in the metadata cache. If the registration was deleted, the task
+//!    registers again under a new epoch.
 //!
 //! # Invariants
 //!
-//! - An epoch is published only after the store holds the registration that it names. It only detects failure and fences
-//!   nothing by itself: who acts on it compares it in a transaction.
-//! - A registration is taken over only from the same data directory. The lock of that directory says that the process before is
-//!   gone, unless the directory was copied: then the later process wins, and the earlier one is told so and ends.
+//! - An epoch is published only after the store holds its registration. An epoch only detects failure and fences
+//!   nothing by itself: a writer that depends on an epoch compares it in its transaction.
+//! - Only a process with the same data directory replaces a registration. The directory's lock proves that the earlier
+//!   process has exited, unless the directory was copied. Then the later process wins, and the earlier one is
+//!   superseded and exits.
 //!
 //! # Shutdown
 //!
-//! When the session is left, or its tasks are stopped, the lease is revoked, so that the others need not wait for its end.
+//! When the session is left or its tasks are stopped, the lease is revoked, so that other brokers need not wait for its
+//! expiry.
 
 use std::{
     sync::{
@@ -38,49 +43,50 @@ use crate::{
     task::{Tasks, clock},
 };
 
-/// How long a stop waits for the lease's end.
+/// Maximum time that a stop waits for the revocation of the lease.
 const REVOKE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Pause before something is tried again that the store did not do.
+/// Pause before a failed store operation is retried.
 const AGAIN: Duration = Duration::from_millis(250);
 
-/// Where a broker stands.
+/// State of a broker's registration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// It is registered.
+    /// The broker is registered.
     Registered {
         /// The broker epoch.
         epoch: Revision,
-        /// The lease that the registration hangs on.
+        /// Lease of the registration.
         lease: LeaseId,
     },
-    /// The registration is gone and is being made anew. The process and what it holds are the same.
+    /// The registration is gone and is being created again. The process and its data are the same.
     Lost,
-    /// Another process took this broker's number with a copy of its data directory. Final: one of the two must go.
+    /// Another process registered under this broker id with a copy of the data directory. Final: one of the two must
+    /// stop.
     Superseded {
-        /// Where that process is reached, as far as is known.
+        /// Client address of the other process, or a placeholder text if the registration could not be read.
         address: String,
     },
 }
 
-/// Why a broker could not register.
+/// Error of a registration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RegisterError {
-    /// Another broker has the number.
+    /// Another broker has the broker id.
     #[error(
         "broker id {id} is taken by a broker at {address} with another data directory: set broker.id to a free one, and \
          broker.data_dir to a new folder, because this one is noted as broker {id}'s now"
     )]
     Taken {
-        /// The number.
+        /// Id of the broker.
         id: BrokerId,
-        /// Where that broker is reached.
+        /// Client address of the other broker.
         address: String,
     },
-    /// Another process took part under this number since the proof was made.
+    /// Another process registered under this broker id since the startup verification.
     #[error("another process runs as broker {id} with a copy of this data directory; one of the two must go")]
     Overtaken {
-        /// The number.
+        /// Id of the broker.
         id: BrokerId,
     },
     /// The metadata store failed.
@@ -89,7 +95,7 @@ pub enum RegisterError {
 }
 
 impl RegisterError {
-    /// Whether the same registration may succeed later.
+    /// Returns true if the same registration may succeed later.
     pub const fn retryable(&self) -> bool {
         match self {
             Self::Taken { .. } | Self::Overtaken { .. } => false,
@@ -98,24 +104,25 @@ impl RegisterError {
     }
 }
 
-/// What a broker registers, and where.
+/// Content and destination of a registration.
 #[derive(Clone, Debug)]
 pub struct Registration {
     /// The metadata store.
     pub store: Arc<dyn MetaStore>,
-    /// Its keys.
+    /// Paths of the cluster.
     pub keys: Keys,
-    /// The broker's number.
+    /// Id of this broker.
     pub id: BrokerId,
-    /// What the others are told of it.
+    /// Value of the registration.
     pub value: BrokerValue,
-    /// How long after its death the others notice by the lease alone.
+    /// Duration of the lease: time after a crash in which other brokers notice by the lease alone.
     pub time: Duration,
 }
 
 impl Registration {
-    /// Takes away an earlier registration of the same data directory. One of another directory, or of a format that this version does not
-    /// read, is waited for as long as a lease lives: its process may be dead and its disk replaced.
+    /// Deletes an earlier registration of the same data directory. A registration of another directory, or in a format
+    /// that this version does not read, may belong to a dead process with a replaced disk. So this function waits for
+    /// the duration of a lease until such a registration ends.
     pub async fn clear(&self) -> Result<(), RegisterError> {
         let key = self.keys.broker(self.id);
         let until = clock::monotonic() + self.time + Duration::from_secs(1);
@@ -141,8 +148,8 @@ impl Registration {
         Ok(())
     }
 
-    /// Registers, and stays registered until the session is left. `judged` is the transaction that last wrote the record of this broker's
-    /// directory when the proof was made; `None` when there was none.
+    /// Registers the broker and keeps it registered until the session is left. `judged` is the revision of this
+    /// broker's directory record at its startup verification; `None` if there was no record.
     pub async fn register(
         self,
         judged: Option<Revision>,
@@ -173,13 +180,13 @@ impl Registration {
         Ok(Session { registration, standing, says, renewed, tasks: own })
     }
 
-    /// What the directory's record says while this process runs.
+    /// Returns the value of the directory record while this process runs.
     fn directory(&self) -> DirectoryValue {
         let BrokerValue { directory_id, incarnation, .. } = &self.value;
         DirectoryValue { directory_id: directory_id.clone(), incarnation: incarnation.clone() }
     }
 
-    /// Puts both keys in one transaction, until that is done or another process is seen to be there.
+    /// Writes both keys in one transaction. Repeats until the transaction is applied or another process is found.
     async fn begin(&self, lease: LeaseId, judged: Option<Revision>) -> Result<Begun, StoreError> {
         let (broker, directory) = (self.keys.broker(self.id), self.keys.directory(self.id));
         let mut judged = judged;
@@ -208,11 +215,12 @@ impl Registration {
             if let (Some(entry), Some(record)) = (&registered, ours)
                 && entry.lease == Some(lease)
             {
-                // An answer was lost: it was done.
+                // The response of an earlier attempt was lost: it was applied.
                 return Ok(Begun::Registered { epoch: entry.create_revision, directory: record.mod_revision });
             }
             judged = recorded.map(|entry| entry.mod_revision);
-            // Its own from before, or nobody's. A new registration needs a create revision of its own.
+            // This process's own earlier registration, or one that no broker wrote. The new registration needs its own
+            // create revision.
             if let Some(entry) = registered {
                 self.take_away(&entry).await?;
             }
@@ -226,7 +234,7 @@ impl Registration {
     }
 }
 
-/// Where clients reach a broker whose registration could be read.
+/// Returns the client address of a broker, or a placeholder if the registration could not be read.
 fn client_address(value: Option<&BrokerValue>) -> String {
     value.map_or_else(|| "an unknown address".to_owned(), |value| value.listeners.client().to_owned())
 }
@@ -247,12 +255,12 @@ pub struct Session {
 }
 
 impl Session {
-    /// Where the broker stands, and its changes.
+    /// Returns the state of the registration, with its changes.
     pub fn standing(&self) -> watch::Receiver<Standing> {
         self.standing.clone()
     }
 
-    /// The broker epoch now; `None` while there is none.
+    /// Returns the current broker epoch; `None` while the broker is not registered.
     pub fn epoch(&self) -> Option<Revision> {
         match *self.standing.borrow() {
             Standing::Registered { epoch, .. } => Some(epoch),
@@ -260,8 +268,8 @@ impl Session {
         }
     }
 
-    /// How long the lease lives at least if it is not renewed any more; nothing while there is no registration. By this process's
-    /// clock: for people, and nothing else may depend on it.
+    /// Returns the minimum remaining lifetime of the lease without further renewals; zero while the broker is not
+    /// registered. The value depends on this process's clock, so no invariant may rely on it.
     pub fn lease_left(&self) -> Duration {
         let renewed = *self.renewed.lock().unwrap_or_else(PoisonError::into_inner);
         match *self.standing.borrow() {
@@ -270,52 +278,53 @@ impl Session {
         }
     }
 
-    /// Tells the others that this broker is on its way out. The broker epoch stays.
+    /// Publishes that this broker is shutting down. The broker epoch stays.
     pub async fn stopping(&self) -> Result<(), StoreError> {
         self.says.stopping.store(true, Ordering::Release);
         self.say().await
     }
 
-    /// Tells the others whether the disk is so full that this broker is to be given no new replicas. The broker epoch stays.
+    /// Publishes whether the broker is under disk pressure, so that it gets no new replicas. The broker epoch stays.
     pub async fn disk_full(&self, full: bool) -> Result<(), StoreError> {
         self.says.disk_full.store(full, Ordering::Release);
         self.say().await
     }
 
-    /// Tells the others whether the disk takes no more records, so that they lead what they can. The broker epoch stays.
+    /// Publishes whether the disk is full, so that other brokers take over its leaderships where possible. The broker
+    /// epoch stays.
     pub async fn no_room(&self, none: bool) -> Result<(), StoreError> {
         self.says.no_room.store(none, Ordering::Release);
         self.say().await
     }
 
-    /// Whether the others are told that its disk is full.
+    /// Returns true if the registration reports disk pressure.
     pub fn says_full(&self) -> bool {
         self.says.disk_full.load(Ordering::Acquire)
     }
 
-    /// Writes what is to be said into the registration.
+    /// Writes the current flags into the registration.
     async fn say(&self) -> Result<(), StoreError> {
         let Registration { store, keys, id, value, .. } = &*self.registration;
         loop {
             let Standing::Registered { epoch, lease } = self.standing.borrow().clone() else { return Ok(()) };
             let (key, value) = (keys.broker(*id), self.says.over(value));
-            // Refused: it was lost, and is made anew with what is to be said.
+            // If the compare fails, the registration was lost; the new registration will contain the flags.
             let same = Compare::CreateRevision(key.clone(), epoch);
             store.transact(Transaction::new().when(same).put_leased(key, value.encode(), lease)).await?;
-            // Something else may have been said meanwhile, and been overtaken by this.
+            // The flags may have changed meanwhile, and this write may have overwritten the newer flags.
             if self.says.over(&value) == value {
                 return Ok(());
             }
         }
     }
 
-    /// Gives up the registration now.
+    /// Stops the session and revokes the lease.
     pub async fn leave(&self) {
         self.tasks.stop().await;
     }
 }
 
-/// What a broker says of itself that may change while it is registered.
+/// Flags of the registration that may change while the broker is registered.
 #[derive(Debug, Default)]
 struct Says {
     stopping: AtomicBool,
@@ -324,7 +333,7 @@ struct Says {
 }
 
 impl Says {
-    /// The registration's value with it.
+    /// Returns the registration's value with these flags.
     fn over(&self, value: &BrokerValue) -> BrokerValue {
         let stopping = self.stopping.load(Ordering::Acquire);
         let state = if stopping { BrokerState::Stopping } else { BrokerState::Running };
@@ -333,16 +342,16 @@ impl Says {
     }
 }
 
-/// The task that stays registered.
+/// The task that keeps the broker registered.
 struct Keeper {
     registration: Arc<Registration>,
     says: Arc<Says>,
-    /// When the lease was last asked to live on, and did.
+    /// Start time of the last successful renewal.
     renewed: Arc<Mutex<Instant>>,
     publish: watch::Sender<Standing>,
     lease: LeaseId,
     epoch: Revision,
-    /// The transaction that last wrote the directory's record.
+    /// Revision of the last write to the directory record.
     directory: Revision,
     failing: bool,
 }
@@ -378,8 +387,8 @@ impl Keeper {
         }
     }
 
-    /// Whether the mirror, where it is new enough to know, does not show this registration. While it is being made anew that is
-    /// no news: the clock says when to try again.
+    /// Returns true if the metadata cache does not show this registration although its revision is new enough. False
+    /// while the registration is being created again: the timer triggers the next attempt.
     fn is_missing(&self, state: &ViewState) -> bool {
         if state.revision() < self.epoch || matches!(*self.publish.borrow(), Standing::Lost) {
             return false;
@@ -389,7 +398,7 @@ impl Keeper {
             || state.unreadable().contains_key(&Key::Broker(self.registration.id))
     }
 
-    /// Lets the lease live on. False when the store was not reached.
+    /// Renews the lease. Returns false if the store was not reached.
     async fn keep_alive(&mut self) -> bool {
         if matches!(*self.publish.borrow(), Standing::Lost) {
             return self.again().await;
@@ -413,7 +422,7 @@ impl Keeper {
         }
     }
 
-    /// Registers again after the registration was lost. False when that has to be tried again.
+    /// Registers again after the registration was lost. Returns false if another attempt is needed.
     async fn again(&mut self) -> bool {
         self.publish.send_if_modified(|standing| std::mem::replace(standing, Standing::Lost) != Standing::Lost);
         match self.try_again().await {
@@ -448,7 +457,7 @@ impl Keeper {
     async fn try_again(&mut self) -> Result<Begun, StoreError> {
         let value = self.says.over(&self.registration.value);
         let registration = Registration { value, ..(*self.registration).clone() };
-        // The lease may live on, and may not: a new one is sure to.
+        // The old lease may have expired; a new lease is certain to be live.
         let began = clock::monotonic();
         self.lease = registration.store.grant(registration.time).await?;
         self.renewed_at(began);

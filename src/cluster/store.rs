@@ -1,6 +1,6 @@
-//! The metadata store: the trait over etcd and the embedded store, and the words that both speak.
+//! The metadata store: the trait that etcd and the embedded store implement, and the types of its interface.
 //!
-//! It never interprets a value: keys are paths, values are bytes. What the keys mean is in `keys`.
+//! This module never interprets a value: keys are paths, values are bytes. `keys` defines their meaning.
 
 use std::{
     fmt,
@@ -14,18 +14,18 @@ use futures::{Stream, StreamExt as _, future::BoxFuture, stream::BoxStream};
 
 use crate::limits;
 
-/// What the store's methods return.
+/// Future of a store request.
 pub type Answer<'a, T> = BoxFuture<'a, Result<T, StoreError>>;
 
-/// A moment of the whole store: grows by one with every transaction that changed something.
+/// Version of the whole store: grows by one with every transaction that changed something.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Revision(pub u64);
 
 impl Revision {
-    /// Before the first change: no key has it, every transaction's is greater.
+    /// Revision before the first change: no key has it, and that of every transaction is greater.
     pub const ZERO: Self = Self(0);
 
-    /// The revision after this one: where a watch goes on from a listing.
+    /// Returns the next revision, where a watch continues after a list.
     #[must_use]
     pub const fn next(self) -> Self {
         Self(self.0 + 1)
@@ -38,7 +38,7 @@ impl fmt::Display for Revision {
     }
 }
 
-/// A lease: keys put under it vanish when it ends.
+/// A lease: keys written under it are deleted when the lease ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LeaseId(pub i64);
 
@@ -48,49 +48,49 @@ impl fmt::Display for LeaseId {
     }
 }
 
-/// One key as it stands.
+/// Current state of one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The key.
+    /// Path of the key.
     pub key: String,
-    /// Its value.
+    /// Stored bytes.
     pub value: Bytes,
-    /// The transaction that made the key. Deleted and made again, it gets a new one.
+    /// Revision of the transaction that created the key. A key that is deleted and created again gets a new one.
     pub create_revision: Revision,
-    /// The transaction that last wrote it.
+    /// Revision of the last write.
     pub mod_revision: Revision,
-    /// The lease that it hangs on.
+    /// Lease of the key.
     pub lease: Option<LeaseId>,
 }
 
 /// A key, or its absence, at a revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reading {
-    /// The store's revision when this was true.
+    /// Revision of the store at the read.
     pub revision: Revision,
-    /// The key; `None` when there is none.
+    /// The key's state; `None` if the key does not exist.
     pub entry: Option<Entry>,
 }
 
-/// Every key under a prefix, all at the same revision.
+/// All keys under a prefix at one revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listing {
-    /// The store's revision when this was true.
+    /// Revision of the store at the read.
     pub revision: Revision,
-    /// The keys, in the order of their bytes.
+    /// The keys, in byte order.
     pub entries: Vec<Entry>,
 }
 
 /// A condition on one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Compare {
-    /// The key exists and was last written by this transaction.
+    /// The key exists and its last write has this revision.
     ModRevision(String, Revision),
-    /// The key exists and was made by this transaction.
+    /// The key exists and its create revision is this one.
     CreateRevision(String, Revision),
     /// The key exists and has this value.
     Value(String, Bytes),
-    /// The key exists and hangs on this lease.
+    /// The key exists under this lease.
     Lease(String, LeaseId),
     /// The key exists.
     Exists(String),
@@ -99,7 +99,7 @@ pub enum Compare {
 }
 
 impl Compare {
-    /// The key is still what was read.
+    /// Returns the condition that the key is unchanged since it was read as `entry`.
     pub fn unchanged(key: &str, entry: Option<&Entry>) -> Self {
         match entry {
             Some(entry) => Self::ModRevision(key.to_owned(), entry.mod_revision),
@@ -107,7 +107,7 @@ impl Compare {
         }
     }
 
-    /// The key that it is about.
+    /// Returns the key of the condition.
     pub fn key(&self) -> &str {
         match self {
             Self::ModRevision(key, _)
@@ -119,7 +119,7 @@ impl Compare {
         }
     }
 
-    /// Whether it holds for what the key is.
+    /// Returns true if the condition holds for this state of the key.
     pub fn holds(&self, entry: Option<&Entry>) -> bool {
         match (self, entry) {
             (Self::Absent(_), entry) => entry.is_none(),
@@ -136,24 +136,24 @@ impl Compare {
 /// One change of one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// Writes the key. `lease: None` takes it off the lease that it may hang on.
+    /// Writes the key. `lease: None` detaches the key from any lease.
     Put {
-        /// The key.
+        /// Path of the key.
         key: String,
-        /// Its new value.
+        /// New value.
         value: Bytes,
-        /// The lease to hang it on.
+        /// Lease to attach.
         lease: Option<LeaseId>,
     },
-    /// Takes the key away; nothing when there is none.
+    /// Deletes the key; does nothing if the key does not exist.
     Delete {
-        /// The key.
+        /// Path of the key.
         key: String,
     },
 }
 
 impl Op {
-    /// The key that it changes.
+    /// Returns the key that the operation changes.
     pub fn key(&self) -> &str {
         match self {
             Self::Put { key, .. } | Self::Delete { key } => key,
@@ -161,21 +161,21 @@ impl Op {
     }
 }
 
-/// All or nothing: when every compare holds, every operation is done, at one revision; else nothing changes.
+/// An atomic change: if every compare holds, all operations are applied at one revision; else nothing changes.
 ///
-/// No key may be named by two operations (etcd refuses that).
+/// Two operations on one key are not allowed (etcd rejects them).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Transaction {
-    /// What must hold.
+    /// Conditions that must hold.
     pub compares: Vec<Compare>,
-    /// What is done when all of it holds.
+    /// Operations to apply if all conditions hold.
     pub ops: Vec<Op>,
-    /// Which keys to read when some of it does not.
+    /// Keys to read if a condition does not hold.
     pub else_get: Vec<String>,
 }
 
 impl Transaction {
-    /// An empty one: it changes nothing and succeeds.
+    /// Returns an empty transaction, which changes nothing and succeeds.
     pub fn new() -> Self {
         Self::default()
     }
@@ -208,17 +208,20 @@ impl Transaction {
         self
     }
 
-    /// Adds a key to read when the conditions do not hold.
+    /// Adds a key to read if a condition does not hold.
     #[must_use]
     pub fn else_get(mut self, key: impl Into<String>) -> Self {
         self.else_get.push(key.into());
         self
     }
 
-    /// Refuses what etcd would refuse for its size. Every implementation calls it first.
+    /// Rejects a transaction whose size etcd would reject. Every implementation calls this check first.
+    ///
+    /// # Errors
+    /// The transaction exceeds the limits on operations or bytes.
     ///
     /// # Panics
-    /// When two operations name the same key: a bug in the caller.
+    /// Two operations name the same key: a bug in the caller.
     pub fn check(&self) -> Result<(), StoreError> {
         let ops = self.ops.len().max(self.compares.len()).max(self.else_get.len());
         let put = |op: &Op| match op {
@@ -241,39 +244,39 @@ impl Transaction {
     }
 }
 
-/// What became of a transaction.
+/// Result of a transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Every compare held and every operation was done.
+    /// Every compare held and every operation was applied.
     Done {
-        /// The revision of the changes; the store's own when nothing changed.
+        /// Revision of the changes; the store's revision if nothing changed.
         revision: Revision,
     },
-    /// Some compare did not hold; nothing changed.
+    /// A compare did not hold; nothing changed.
     Refused {
-        /// The store's revision when the keys were read.
+        /// Revision of the store when the keys were read.
         revision: Revision,
         /// The keys of `else_get`, in their order.
         found: Vec<Option<Entry>>,
     },
 }
 
-/// One change that a watch saw.
+/// One change that a watch received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The key was written.
     Put(Entry),
     /// The key was deleted, by an operation or with its lease.
     Delete {
-        /// The key.
+        /// Path of the key.
         key: String,
-        /// The transaction that deleted it.
+        /// Revision of the deletion.
         revision: Revision,
     },
 }
 
 impl Event {
-    /// The key that changed.
+    /// Returns the key that changed.
     pub fn key(&self) -> &str {
         match self {
             Self::Put(entry) => &entry.key,
@@ -281,7 +284,7 @@ impl Event {
         }
     }
 
-    /// The transaction that changed it.
+    /// Returns the revision of the change.
     pub const fn revision(&self) -> Revision {
         match self {
             Self::Put(entry) => entry.mod_revision,
@@ -290,25 +293,25 @@ impl Event {
     }
 }
 
-/// Changes of one or more whole transactions, in their order.
+/// Changes of one or more whole transactions, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Changes {
-    /// Everything up to and with this revision has been seen by this watch.
+    /// The watch has received every change up to and including this revision.
     pub revision: Revision,
-    /// The changes; empty when only the revision went on.
+    /// The changes; empty if only the revision advanced.
     pub events: Vec<Event>,
 }
 
-/// A stream of changes. It ends after its first error; who wants to go on opens another.
+/// A stream of changes. The stream ends after its first error; to continue, open a new watch.
 pub struct Watch(BoxStream<'static, Result<Changes, StoreError>>);
 
 impl Watch {
-    /// A watch that reads from this stream.
+    /// Returns a watch that reads from this stream.
     pub fn new(stream: impl Stream<Item = Result<Changes, StoreError>> + Send + 'static) -> Self {
         Self(stream.boxed())
     }
 
-    /// The next changes; `None` when the store was closed. May be dropped at any moment without losing any.
+    /// Returns the next changes; `None` if the store was closed. Cancel safe: dropping the future loses no changes.
     pub async fn next(&mut self) -> Option<Result<Changes, StoreError>> {
         self.0.next().await
     }
@@ -328,155 +331,163 @@ impl fmt::Debug for Watch {
     }
 }
 
-/// Why the store did not do what it was asked.
+/// Error of a store request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// It did not answer as it should.
+    /// The store did not respond, or its response was unusable.
     #[error("the metadata store does not answer: {why}")]
     Unavailable {
-        /// What happened.
+        /// Cause.
         why: String,
-        /// Whether a transaction may have been done all the same. Then read back before trying again.
+        /// True if a transaction may have been applied. Then read back before a retry.
         outcome_unknown: bool,
     },
-    /// It answered, and would not do it: the login, or what this user may do. Nothing was changed.
+    /// The store rejected the request: authentication or authorization failed. Nothing was changed.
     #[error("the metadata store refuses: {why}")]
     Refused {
-        /// Its words.
+        /// The store's error text.
         why: String,
     },
-    /// Its database is at its quota: it reads, and writes nothing until a person makes room. Nothing was changed.
+    /// The store's database is at its quota: reads work, writes fail until an operator frees space. Nothing was
+    /// changed.
     #[error(
         "the metadata store has no space left for writes ({why}): compact its history, defragment each member, then disarm the alarm \
          (etcdctl compact, defrag, alarm disarm); what waits goes on by itself then"
     )]
     NoSpace {
-        /// Its words.
+        /// The store's error text.
         why: String,
     },
-    /// It is not what it was: final for this process. A transaction may have been done, in a history that is not ours.
+    /// The store's history went back: final for this process. A transaction may have been applied, in a history that
+    /// this process did not read.
     #[error("{0}")]
     Regressed(Regression),
-    /// The changes from this revision on are no longer kept: list again.
+    /// The changes from this revision on were compacted: list again.
     #[error("changes from revision {from} on are no longer kept; the oldest is {oldest}")]
     Compacted {
-        /// Where the watch wanted to begin.
+        /// Requested start revision of the watch.
         from: Revision,
-        /// Where it could begin.
+        /// Oldest revision at which a watch can start.
         oldest: Revision,
     },
-    /// The transaction is larger than a store takes.
+    /// The transaction exceeds the size limits.
     #[error(
         "a transaction of {ops} operations and {bytes} bytes is too large: at most {} and {}",
         limits::MAX_TRANSACTION_OPS,
         limits::MAX_TRANSACTION_BYTES
     )]
     TooLarge {
-        /// Operations, compares or reads: whichever are most.
+        /// Number of operations, compares or reads: the largest of the three.
         ops: usize,
         /// Bytes of keys and values.
         bytes: usize,
     },
-    /// The lease has ended, or never was.
+    /// The lease has ended or never existed.
     #[error("lease {lease} has ended")]
     LeaseGone {
-        /// The lease.
+        /// Id of the lease.
         lease: LeaseId,
     },
 }
 
-/// Proof that the store is not the one that this process read before, or an older copy of it.
+/// Evidence that the store is another store, or an older copy of the one that this process read before.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Regression {
-    /// Its revision fell.
+    /// The revision fell.
     #[error(
         "the metadata store answered with revision {answered} after revision {seen} was known: was etcd restored from a backup? Follow \
          \"Restoring etcd\" in docs/operations.md, and restart this broker"
     )]
     Revision {
-        /// The newest revision that was known when the call was made.
+        /// Newest revision that was known when the call started.
         seen: Revision,
-        /// The revision of the answer; of a write, one that is not newer.
+        /// Revision of the response; for a write, not newer than `seen`.
         answered: Revision,
     },
-    /// It is another etcd cluster.
+    /// The responses come from another etcd cluster.
     #[error(
         "the metadata store answered as etcd cluster {answered:x}, and is {known:x} to this broker: name the members of one cluster in \
          metadata.etcd. If etcd was made anew from a backup, follow \"Restoring etcd\" in docs/operations.md, and restart this broker"
     )]
     Cluster {
-        /// The id that answered first.
+        /// Cluster id of the first response.
         known: u64,
-        /// The other one.
+        /// Cluster id of the deviating response.
         answered: u64,
     },
 }
 
 impl StoreError {
-    /// An error that says that nothing was changed.
+    /// Returns an error after which nothing was changed.
     pub fn unavailable(why: impl fmt::Display) -> Self {
         Self::Unavailable { why: why.to_string(), outcome_unknown: false }
     }
 
-    /// An error after which a change may or may not have been made.
+    /// Returns an error after which a change may or may not have been applied.
     pub fn unknown(why: impl fmt::Display) -> Self {
         Self::Unavailable { why: why.to_string(), outcome_unknown: true }
     }
 
-    /// Whether the same call may succeed later. What is refused may be allowed later, when somebody sees to it.
+    /// Returns true if the same call may succeed later. A rejected call may succeed after an operator has changed the
+    /// store's permissions or space.
     pub const fn retryable(&self) -> bool {
         matches!(self, Self::Unavailable { .. } | Self::Refused { .. } | Self::NoSpace { .. })
     }
 
-    /// Whether a transaction that ended so may have been done.
+    /// Returns true if a transaction that ended with this error may have been applied.
     pub const fn outcome_unknown(&self) -> bool {
         matches!(self, Self::Unavailable { outcome_unknown: true, .. })
     }
 }
 
-/// The little that all brokers must agree on: a map from paths to values with one history.
+/// The metadata store: a map from paths to values with one history.
 ///
 /// # Contract
 ///
-/// Every implementation passes `conformance`. The words are etcd's, so that etcd fits without a layer between:
+/// Every implementation passes `conformance`. The terms are etcd's, so etcd needs no translation layer:
 ///
-/// - **One history.** Transactions take effect one after another. Each that changed something has the revision of the
-///   one before plus one; a transaction that changes nothing (also: deletes what is not there) has none. Revisions
-///   never fall, not over restarts either.
-/// - **Linearizable.** `get`, `list` and `transact` see every transaction that was answered before they began. A watch
-///   lags.
-/// - **Done means kept.** A transaction answered with `Done` survives the loss of power.
-/// - **Unknown outcome.** After `Unavailable { outcome_unknown: true }`, or when the caller drops the future, a
-///   transaction was done, was not done, or will be done a little later. The caller reads back, or makes the
-///   transaction one that may be done twice (compares see to that).
-/// - **Watches** give every change to a key under the prefix from a revision on (inclusive), in the order of revisions,
-///   never two halves of one transaction apart, or an error. `Compacted`: the beginning is not kept any more.
-///   The present never is compacted: a watch from a listing's `revision.next()`, opened at once, can begin.
-/// - **Leases** end when they are not kept alive for their time, or are revoked; their keys are deleted in one
-///   transaction, which watches see. A lease may end late and never early. Nothing may depend on how late.
+/// - **One history.** Transactions are applied one after another. A transaction that changes something gets the
+///   previous revision plus one. A transaction that changes nothing (for example, deletes an absent key) gets no
+///   revision of its own. Revisions never fall, also across restarts.
+/// - **Linearizable.** `get`, `list` and `transact` observe every transaction that completed before they started. A
+///   watch lags.
+/// - **Durable.** A transaction that returned `Done` survives a power failure.
+/// - **Unknown outcome.** After `Unavailable { outcome_unknown: true }`, or after the caller dropped the future, the
+///   transaction was applied, was not applied, or will be applied later. The caller reads back, or makes the
+///   transaction idempotent by its compares.
+/// - **Watches** return every change to a key under the prefix from a revision on (inclusive), in the order of
+///   revisions, or an error. A watch never splits a transaction. `Compacted`: the start revision is compacted. The
+///   current revision is never compacted: a watch from a list's `revision.next()` can start if it is opened
+///   immediately.
+/// - **Leases** end when they are revoked or not kept alive for their duration. Their keys are then deleted in one
+///   transaction, which watches receive. A lease may end late and never early. No code may depend on how late.
 pub trait MetaStore: Send + Sync + fmt::Debug {
     /// Reads one key.
     fn get<'a>(&'a self, key: &'a str) -> Answer<'a, Reading>;
 
-    /// Reads every key under a prefix at one revision. Costs what there is under it.
+    /// Reads every key under a prefix at one revision. The cost grows with the number and size of these keys.
     fn list<'a>(&'a self, prefix: &'a str) -> Answer<'a, Listing>;
 
-    /// Does a transaction. Errors: `TooLarge` and `LeaseGone` change nothing; `Unavailable` says itself.
+    /// Applies a transaction.
+    ///
+    /// # Errors
+    /// `TooLarge` and `LeaseGone` change nothing; `Unavailable` carries `outcome_unknown`.
     fn transact(&self, transaction: Transaction) -> Answer<'_, Outcome>;
 
-    /// Watches the keys under a prefix from a revision on (inclusive; one not yet reached waits for it).
+    /// Watches the keys under a prefix from a revision on (inclusive). A revision in the future is allowed; the watch
+    /// waits for it.
     fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> Answer<'a, Watch>;
 
-    /// Makes a lease that lives at least this long from now. Stores may round up.
+    /// Creates a lease that lasts at least this long from now. A store may round the duration up.
     fn grant(&self, time: Duration) -> Answer<'_, LeaseId>;
 
-    /// Lets a lease live for its time again, from now. `LeaseGone` when it has ended.
+    /// Renews a lease for its duration from now. Returns `LeaseGone` if the lease has ended.
     fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()>;
 
-    /// Ends a lease and deletes its keys. No error when it has ended already.
+    /// Ends a lease and deletes its keys. Succeeds if the lease has ended already.
     fn revoke(&self, lease: LeaseId) -> Answer<'_, ()>;
 
-    /// Why the store is used no more, where it was found to have gone back.
+    /// Returns the regression after which the store is no longer used, if one was detected.
     fn regression(&self) -> Option<Regression> {
         None
     }

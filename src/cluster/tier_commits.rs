@@ -1,4 +1,4 @@
-//! Commits of what a partition has in the bucket: the one transaction after which local copies may go.
+//! Tier commits: the one transaction after which local segments may be evicted.
 
 use std::sync::{
     Arc,
@@ -11,29 +11,29 @@ use crate::{
     tier::TierState,
 };
 
-/// Why a commit did not happen, or is not known to have.
+/// Error of a tier commit, or of one whose outcome is unknown.
 #[derive(Debug, thiserror::Error)]
 pub enum TierCommitError {
-    /// The metadata store did not answer; whether the commit happened is found out by the next try.
+    /// The metadata store did not respond; the next attempt finds out if the commit was applied.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Another epoch leads the partition: this broker must not commit.
+    /// The partition has another leader epoch: this broker must not commit.
     #[error("partition {id} is led in epoch {current}, not {epoch}")]
     Deposed {
-        /// The partition.
+        /// Id of the partition.
         id: PartitionId,
-        /// The epoch that wanted to commit.
+        /// Epoch of the attempted commit.
         epoch: LeaderEpoch,
-        /// The epoch that counts.
+        /// Current leader epoch.
         current: LeaderEpoch,
     },
-    /// Somebody else committed in between, or the partition is gone.
+    /// Another broker committed meanwhile, or the partition is deleted.
     #[error("the tier of partition {id} was changed by somebody else, or the partition is deleted")]
     Changed {
-        /// The partition.
+        /// Id of the partition.
         id: PartitionId,
     },
-    /// What the store holds does not parse; it is not overwritten.
+    /// The stored value does not parse; it is not overwritten.
     #[error(transparent)]
     Invalid(#[from] super::InvalidValue),
 }
@@ -43,18 +43,18 @@ pub enum TierCommitError {
 pub struct TierCommits {
     store: Arc<dyn MetaStore>,
     keys: Keys,
-    /// Whether the last write found no space.
+    /// True if the last write found no space in the metadata store.
     no_space: Arc<AtomicBool>,
 }
 
 impl TierCommits {
-    /// Commits under `keys` in `store`.
+    /// Returns a writer of the tier states under `keys` in `store`.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys) -> Self {
         Self { store, keys, no_space: Arc::default() }
     }
 
-    /// What is committed for a partition, read from the store and not from a mirror: the default where nothing is yet, `None` where
-    /// there is no such partition.
+    /// Returns the committed state of a partition, read from the store and not from the cache. It is the default before
+    /// the first commit, and `None` if the partition does not exist.
     pub async fn current(&self, id: PartitionId) -> Result<Option<TierState>, TierCommitError> {
         if self.store.get(&self.keys.partition(id)).await?.entry.is_none() {
             return Ok(None);
@@ -66,11 +66,11 @@ impl TierCommits {
         }
     }
 
-    /// Refuses an upload whose commit would fail: an upload that is not committed leaves garbage in the bucket, once for each try. A store
-    /// that had no space is asked to write the partition's own state over itself.
+    /// Rejects an upload whose commit would fail: each upload without a commit leaves an orphan object. If the store
+    /// had no space, this check writes the partition's present state over itself.
     ///
     /// # Errors
-    /// When the store has gone back, or still has no space.
+    /// The store has gone back, or still has no space.
     pub async fn accepts(&self, id: PartitionId) -> Result<(), TierCommitError> {
         if let Some(regression) = self.store.regression() {
             return Err(StoreError::Regressed(regression).into());
@@ -92,8 +92,9 @@ impl TierCommits {
         Ok(outcome?)
     }
 
-    /// Replaces `before` (`None`, or the default: no commit yet) by `after`, if `epoch` still leads the partition. A state that is there already is a
-    /// success: an earlier try whose answer was lost.
+    /// Replaces `before` by `after` if `epoch` still leads the partition. `before` is `None` or the default for the
+    /// first commit. If `after` is already stored, an earlier attempt whose response was lost was applied, and the
+    /// commit succeeds.
     pub async fn commit(
         &self,
         id: PartitionId,

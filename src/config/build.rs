@@ -1,4 +1,4 @@
-//! From the values that won to a [`Config`], and the checks of what must go together.
+//! Builds a [`Config`] from the layered values, and checks the values against each other.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -17,29 +17,30 @@ use crate::{
     telemetry,
 };
 
-/// The port for other brokers, where nothing else is said.
+/// Default port of the peer listener.
 pub(super) const PEER_PORT: u16 = 9470;
 
-/// Shortest time of a call to etcd: in a shorter one a busy member is taken for a dead one.
+/// Minimum timeout of a request to etcd. With a shorter one, a busy member would count as failed.
 const SHORTEST_CALL: Duration = Duration::from_millis(100);
 
-/// What object store URLs may begin with.
+/// Prefixes of object store URLs.
 const SCHEMES: &[&str] =
     &["s3://", "s3a://", "gs://", "az://", "azure://", "abfs://", "abfss://", "adl://", "file://", "memory://"];
 
 impl Settings {
-    /// Builds and checks. Every error is told at once.
+    /// Builds and checks a configuration. Returns all errors together.
     pub(super) fn build(mut values: Values) -> Result<Self, ConfigErrors> {
         let mut errors = std::mem::take(&mut values.errors);
         values.share_memory(&mut errors);
         values.default_peer_listen();
-        // What could not be read has its default here: that is checked too, and never used.
+        // A setting with an invalid value has its default in this configuration. The default is checked too, but never
+        // used.
         let config = values.config();
         values.check(&config, &mut errors);
         if errors.is_empty() { Ok(Self { config, values }) } else { Err(ConfigErrors(errors)) }
     }
 
-    /// Where a setting's value comes from.
+    /// Returns the source of a setting's value.
     pub fn source(&self, key: &str) -> Source {
         self.values.source(key)
     }
@@ -75,7 +76,7 @@ impl Values {
         self.required(key).parse().expect("values were checked when they were given")
     }
 
-    /// Gives `peer.listen` the default that it has here.
+    /// Sets the default of `peer.listen`: the IP address of `grpc.listen` with [`PEER_PORT`].
     fn default_peer_listen(&mut self) {
         let mut listen = self.listen("grpc.listen");
         listen.set_port(PEER_PORT);
@@ -238,7 +239,7 @@ impl Values {
         }
     }
 
-    /// Other brokers are told an address that nobody set: the peer listener must be reachable there.
+    /// Checks a peer address that no setting names: the peer listener must be reachable at the derived address.
     fn check_default_peer_address(&self, config: &Config, errors: &mut Vec<ConfigError>) {
         let listen = config.peer.listen;
         let told = config.peer.advertised(listen, &config.grpc);
@@ -247,7 +248,7 @@ impl Values {
         let is_loopback = ip.map_or(host == "localhost", |ip| ip.is_loopback());
         let is_missed = match (listen.ip(), ip) {
             (IpAddr::V4(_), Some(IpAddr::V6(_))) => true,
-            // `[::]` takes IPv4 as well.
+            // `[::]` accepts IPv4 as well.
             (IpAddr::V6(own), Some(IpAddr::V4(_))) => !own.is_unspecified(),
             _ => false,
         };
@@ -282,7 +283,7 @@ impl Values {
             }
             return;
         }
-        // What the values' own check has refused already is not told twice.
+        // The check of single values has already reported an endpoint that is no URL.
         if metadata.etcd.iter().all(|url| web_url(url) && masked(url) == *url)
             && let Err(error) = metadata.endpoints().check()
         {
@@ -345,7 +346,7 @@ impl Values {
     }
 }
 
-/// Whether the host stands for every address of a machine.
+/// Returns true if the host stands for all addresses of a machine.
 fn is_everywhere(advertise: &str) -> bool {
     host_port(advertise).is_some_and(|(host, _)| matches!(host, "0.0.0.0" | "[::]"))
 }

@@ -1,29 +1,29 @@
-//! What is wrong with a configuration, and where.
+//! Errors of a configuration, each with its place.
 
 use std::{fmt, io, path::PathBuf};
 
-/// Where a value came from.
+/// Source of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// Built in.
+    /// Built-in default.
     Default,
-    /// The configuration file; line and column count from 1.
+    /// Configuration file.
     File {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The line.
+        /// Line, counted from 1.
         line: usize,
-        /// The column, in characters.
+        /// Column in characters, counted from 1.
         column: usize,
     },
-    /// An environment variable.
+    /// Environment variable.
     Environment {
-        /// Its name.
+        /// Name of the variable.
         name: String,
     },
-    /// The command line.
+    /// Command line.
     Flag {
-        /// The setting's key.
+        /// Key of the setting.
         key: String,
     },
 }
@@ -39,80 +39,80 @@ impl fmt::Display for Source {
     }
 }
 
-/// One thing that is wrong.
+/// One error of a configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("configuration file {} cannot be read: {source}", path.display())]
     Unreadable {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// The file is not TOML.
+    /// The file is not valid TOML.
     #[error("{place}: {why}")]
     Syntax {
-        /// Where.
+        /// Place of the error.
         place: Source,
-        /// What the parser said.
+        /// Message of the parser.
         why: String,
     },
-    /// No such setting.
+    /// The setting does not exist.
     #[error("{place}: there is no setting {key:?}{}", suggestion(near.as_deref()))]
     Unknown {
-        /// Where.
+        /// Place of the error.
         place: Source,
-        /// What was given.
+        /// Given key.
         key: String,
-        /// The nearest that there is.
+        /// Most similar existing key; `None` if no key is similar.
         near: Option<String>,
     },
-    /// A value that the setting does not take.
+    /// The setting does not accept the value.
     #[error("{place}: {key} = {value:?} is not valid: allowed is {allowed}")]
     Value {
-        /// Where.
+        /// Place of the error.
         place: Source,
-        /// The setting.
+        /// Key of the setting.
         key: String,
-        /// What was given, without passwords.
+        /// Given value, without passwords.
         value: String,
-        /// What is allowed.
+        /// Description of the allowed values.
         allowed: String,
     },
-    /// Values that do not go together, or not here.
+    /// The value conflicts with other values, or fails a check beyond its own syntax.
     #[error("{place}: {why}")]
     Wrong {
-        /// Where.
+        /// Place of the error.
         place: Source,
-        /// What is wrong and what to do.
+        /// Description of the error and its remedy.
         why: String,
     },
     /// A file that a setting names cannot be used.
     #[error("{key}: the file {} cannot be used: {why}", path.display())]
     Unusable {
-        /// The setting.
+        /// Key of the setting.
         key: &'static str,
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Reason why the file cannot be used.
         why: String,
     },
-    /// The data directory, or what it should lie in, is a file.
+    /// The data directory, or a parent of it, is a file.
     #[error("data directory {} cannot be used: {} is a file, and a folder is needed; set broker.data_dir (--data-dir) to a folder, \
         which is made when there is none", path.display(), file.display())]
     DataDirIsFile {
-        /// The directory.
+        /// Path of the data directory.
         path: PathBuf,
-        /// The file.
+        /// Path of that file.
         file: PathBuf,
     },
     /// The data directory cannot be used.
     #[error("data directory {} cannot be used: {source}; set broker.data_dir to one that can be written", path.display())]
     DataDir {
-        /// The directory.
+        /// Path of the data directory.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
 }
@@ -121,7 +121,7 @@ fn suggestion(near: Option<&str>) -> String {
     near.map(|near| format!("; did you mean {near:?}?")).unwrap_or_default()
 }
 
-/// Everything that is wrong, so that it can be put right at once.
+/// All errors of a configuration, so that they can be corrected together.
 #[derive(Debug)]
 pub struct ConfigErrors(pub Vec<ConfigError>);
 

@@ -1,4 +1,4 @@
-//! How etcd is reached, from the settings and the files that they name.
+//! Options of the etcd client, from the settings and the files that the settings name.
 
 use std::{fs, path::Path};
 
@@ -6,10 +6,10 @@ use super::{Config, ConfigError, Metadata};
 use crate::cluster::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdTls};
 
 impl Config {
-    /// How etcd is reached, with what the files say; `None` for a broker alone.
+    /// Returns the options of the etcd client, with the content of the named files; `None` for a standalone broker.
     ///
     /// # Errors
-    /// When a file that a setting names cannot be read, or holds nothing.
+    /// A file that a setting names cannot be read or is empty, or the password is not UTF-8.
     pub fn etcd(&self) -> Result<Option<EtcdOptions>, ConfigError> {
         let metadata = &self.metadata;
         if metadata.etcd.is_empty() {
@@ -34,7 +34,7 @@ impl Config {
                 path: path.clone(),
                 why: "it is not UTF-8 text".to_owned(),
             })?;
-            // Editors end a file with a line's end; no password does.
+            // Editors append a line end to the file; no password ends with one.
             let password = password.trim_end_matches(['\r', '\n']).to_owned();
             options.login = Some(EtcdLogin { user: user.clone(), password });
         }
@@ -43,7 +43,7 @@ impl Config {
 }
 
 impl Metadata {
-    /// What needs no file.
+    /// Returns the options that need no file.
     pub(super) fn endpoints(&self) -> EtcdOptions {
         EtcdOptions { call_timeout: self.call_timeout, ..EtcdOptions::new(self.etcd.iter().cloned()) }
     }

@@ -1,4 +1,4 @@
-//! How much memory clients can make a broker hold: the default of the whole, and its shares.
+//! Memory that clients can make a broker hold: the default of the total, and its shares.
 
 use std::{
     fs,
@@ -12,19 +12,19 @@ use super::{
     value::{bytes, size},
 };
 
-/// Least default of the whole.
+/// Minimum default of the total, in bytes.
 const MIN_MEMORY_BYTES: u64 = 512 << 20;
 
-/// Memory that one replica takes: as many as this bound allows take as much again as the whole. An idle one takes 16 KiB, one that was written
-/// to 20 KiB (docs/performance.md, `replicas`).
+/// Memory of one replica, in bytes. The default of `broker.max_replicas` allows replicas that take as much memory again as the total. An
+/// idle replica takes 16 KiB, and a written one 20 KiB (docs/performance.md, `replicas`).
 const REPLICA_BYTES: u64 = 16 << 10;
 
-/// Where Linux shows the limits of cgroups: version 2, version 2 beside version 1, and version 1.
+/// Paths of the cgroup limits on Linux: version 2, version 2 beside version 1, and version 1.
 const UNIFIED: [&str; 2] = ["sys/fs/cgroup", "sys/fs/cgroup/unified"];
 const LEGACY: &str = "sys/fs/cgroup/memory";
 
 impl Values {
-    /// Gives the whole and its shares the defaults that they have here, and checks that what is set fits.
+    /// Sets the defaults of the total and of its shares, and checks that the configured shares fit.
     pub(super) fn share_memory(&mut self, errors: &mut Vec<ConfigError>) {
         let whole = self.bytes_of(MEMORY).unwrap_or_else(|| default_memory_bytes(1));
         self.default_bytes(MEMORY, whole);
@@ -48,7 +48,7 @@ impl Values {
         let parts: u64 = unset.clone().map(|share| share.sixteenths).sum();
         for share in unset {
             let part = (whole / 16 * share.sixteenths).min(left / parts * share.sixteenths);
-            // In whole KiB, which is what permits are counted in.
+            // Memory permits count whole KiB.
             let part = part.min(share.most.unwrap_or(u64::MAX)) >> 10 << 10;
             if let Some(Kind::Bytes { least, .. }) = Setting::find(share.key).map(|setting| setting.kind)
                 && part < least
@@ -65,7 +65,7 @@ impl Values {
         }
     }
 
-    /// The place where the first of the shares is set.
+    /// Returns the place of the first configured share.
     fn place_of(&self, set: &[(&str, u64)]) -> Source {
         set.first().map_or(Source::Default, |(key, _)| self.set[*key].source.clone())
     }
@@ -83,18 +83,18 @@ impl Values {
     }
 }
 
-/// How many replicas a broker takes whose clients may have it hold so much. Replicas are given as much again.
+/// Returns the default of `broker.max_replicas` for this total. Replicas may take as much memory again as clients.
 fn default_replicas(whole: u64) -> u64 {
     (whole / REPLICA_BYTES).min(10_000_000)
 }
 
-/// The default of the whole for each of so many brokers on this machine.
+/// Returns the default of the total for each of `brokers` brokers on this machine.
 pub fn default_memory_bytes(brokers: u64) -> u64 {
     let quarter = memory_bytes(Path::new("/")).unwrap_or_default() / 4 / brokers.max(1);
     (quarter >> 20 << 20).max(MIN_MEMORY_BYTES)
 }
 
-/// The default of the whole or of a share, in words.
+/// Describes the default of the total, of a share, or of `broker.max_replicas`.
 pub(super) fn default_share(key: &str) -> Option<String> {
     if key == MEMORY {
         return Some(MEMORY_DEFAULT.to_owned());
@@ -113,7 +113,7 @@ pub(super) fn default_share(key: &str) -> Option<String> {
     Some(format!("{part} of `{MEMORY}`{most}"))
 }
 
-/// The memory of the machine, or of the cgroup that this process is in where that is less. `root` is `/`.
+/// Returns the memory of the machine, or the limit of this process's cgroup if that is lower. `root` is `/` outside tests.
 fn memory_bytes(root: &Path) -> Option<u64> {
     let number = |path: PathBuf| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let machine = fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|text| {
@@ -131,8 +131,8 @@ fn memory_bytes(root: &Path) -> Option<u64> {
             names if names.split(',').any(|name| name == "memory") => (&[LEGACY][..], "memory.limit_in_bytes"),
             _ => continue,
         };
-        // A group is also bound by those above it. In a container the path may be one that only the host sees: there the mount is the
-        // group itself, and it comes last.
+        // The limits of all parent groups apply too. In a container, the path may exist only on the host, and the mount point itself is the
+        // group. The mount point is the last ancestor.
         for folder in Path::new(path.trim_start_matches('/')).ancestors() {
             for mount in mounts {
                 least = least.into_iter().chain(number(root.join(mount).join(folder).join(file))).min();
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn the_least_of_machine_and_cgroups_counts() {
+    fn memory_is_min_of_machine_and_cgroup_limits() {
         let machine = ("proc/meminfo", "MemTotal:       16777216 kB\nMemFree: 1 kB\n");
         assert_eq!(memory_with(&[]), None);
         assert_eq!(memory_with(&[machine]), Some(16 * GIB));
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn the_shares_make_up_the_whole() {
+    fn memory_shares_sum_to_total() {
         assert_eq!(MEMORY_SHARES.iter().map(|share| share.sixteenths).sum::<u64>(), 16);
     }
 }

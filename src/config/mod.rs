@@ -1,8 +1,8 @@
-//! Every setting: from a file, from the environment, from the command line; unknown ones are errors.
+//! Configuration: settings from a file, the environment and the command line. Unknown settings are errors.
 //!
-//! `setting` declares each setting once. `sources` layers what is given over the defaults and checks each value;
-//! [`Settings`] makes a typed [`Config`] of the result and checks what must go together. All of that happens before
-//! anything is opened, listened on or written.
+//! `setting` declares each setting once. `sources` layers the given values over the defaults and checks each value.
+//! [`Settings`] builds a typed [`Config`] from the result and checks the values against each other. All checks run
+//! before the broker opens a file, binds a port or writes data.
 //!
 //! ```text
 //! strandline.toml          environment                 printed by `strandline config print`
@@ -40,18 +40,18 @@ pub use memory::default_memory_bytes;
 pub use print::docs;
 pub use sources::Sources;
 
-/// A configuration, and where each value comes from.
+/// A configuration with the source of each value.
 #[derive(Debug)]
 pub struct Settings {
-    /// The values.
+    /// Effective values.
     pub config: Config,
     values: Values,
 }
 
-/// Every setting's effective value.
+/// Effective values of all settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The cluster's name.
+    /// Name of the cluster.
     pub cluster: String,
     /// `[broker]`
     pub broker: Broker,
@@ -69,7 +69,7 @@ pub struct Config {
     pub controller: Controller,
     /// `[object_store]`
     pub object_store: ObjectStore,
-    /// `[topic_defaults]`: valid, as `model::TopicConfig` takes it.
+    /// `[topic_defaults]`: values that `model::TopicConfig` accepts.
     pub topic_defaults: ConfigMap,
     /// `[log]`
     pub log: Log,
@@ -83,44 +83,44 @@ pub struct Config {
     pub telemetry: Telemetry,
 }
 
-/// This broker.
+/// Settings of this broker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Broker {
-    /// Its number.
+    /// Broker id.
     pub id: BrokerId,
-    /// Its rack or zone.
+    /// Rack or zone of the broker.
     pub rack: Option<String>,
-    /// Everything that it keeps on disk.
+    /// Data directory.
     pub data_dir: PathBuf,
-    /// How full its disk is, in percent, when it is given no new replicas; 100 is never.
+    /// Disk usage, in percent, above which the broker gets no new replicas; 100 means never.
     pub disk_full_percent: u64,
-    /// Most replicas that are placed on it.
+    /// Maximum number of replicas that are placed on the broker.
     pub max_replicas: u32,
-    /// How long a stop waits for what is under way.
+    /// Maximum time that a stop waits for work in progress.
     pub shutdown_timeout: Duration,
-    /// How long a start may last because replicas are not in sync yet.
+    /// Maximum time that a start waits for its replicas to be in sync.
     pub catch_up_timeout: Duration,
 }
 
-/// The listener for clients.
+/// Listener for clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grpc {
-    /// What it listens on. Port 0 takes any free one.
+    /// Address to bind. Port 0 binds any free port.
     pub listen: SocketAddr,
-    /// `host:port` that clients reach it at; `None` is what it listens on.
+    /// Address `host:port` that is sent to clients; `None` means the bound address.
     pub advertise: Option<String>,
-    /// Whether server reflection is there.
+    /// True if the broker serves gRPC server reflection.
     pub reflection: bool,
 }
 
 impl Grpc {
-    /// The address to tell others, given what the listener was bound to: port 0 becomes the port that it got.
+    /// Returns the address for clients, for a listener that is bound to `bound`. Port 0 becomes the bound port.
     pub fn advertised(&self, bound: SocketAddr) -> String {
         self.advertise.as_ref().map_or_else(|| bound.to_string(), |advertise| with_port_of(advertise, bound))
     }
 }
 
-/// An advertised address, in which port 0 stands for the port that the listener got.
+/// Returns an advertised address in which the port of `bound` replaces port 0.
 fn with_port_of(advertise: &str, bound: SocketAddr) -> String {
     match value::host_port(advertise) {
         Some((host, 0)) => format!("{host}:{}", bound.port()),
@@ -128,28 +128,32 @@ fn with_port_of(advertise: &str, bound: SocketAddr) -> String {
     }
 }
 
-/// Where other brokers connect.
+/// Listener for other brokers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerListener {
-    /// What it listens on. Port 0 takes any free one.
+    /// Address to bind. Port 0 binds any free port.
     pub listen: SocketAddr,
-    /// `host:port` that other brokers reach it at; `None` is the host of the clients' address.
+    /// Address `host:port` that is sent to other brokers; `None` derives it from other addresses
+    /// ([`PeerListener::advertised`]).
     pub advertise: Option<String>,
 }
 
 impl PeerListener {
-    /// The address to tell other brokers, given what the listener was bound to, and what clients are told.
+    /// Returns the address for other brokers, for a peer listener that is bound to `bound`. Port 0 becomes the bound
+    /// port. Without `advertise`, the host is that of `grpc.advertise`. If `grpc.advertise` is unset or does not apply,
+    /// the host is that of `bound`, or that of `grpc.listen` if `bound` stands for all addresses.
     pub fn advertised(&self, bound: SocketAddr, grpc: &Grpc) -> String {
         if let Some(advertise) = &self.advertise {
             return with_port_of(advertise, bound);
         }
         let everywhere = bound.ip().is_unspecified();
-        // Of a listener whose port the system chose nobody outside can know: it is as local as its address.
+        // A port that the system chose cannot be configured outside this machine. Such a listener is as local as its
+        // address, so `grpc.advertise` applies only if the listener is bound to all addresses.
         let clients = grpc.advertise.as_deref().filter(|_| everywhere || self.listen.port() != 0);
         match clients.and_then(value::host_port) {
             Some((host, _)) => format!("{host}:{}", bound.port()),
             None if everywhere => {
-                // A copy keeps the scope of an IPv6 address.
+                // The copy keeps the scope id of an IPv6 address.
                 let mut address = grpc.listen;
                 address.set_port(bound.port());
                 address.to_string()
@@ -159,138 +163,140 @@ impl PeerListener {
     }
 }
 
-/// Metrics and health.
+/// Listener for metrics and health.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Http {
-    /// What it listens on. Port 0 takes any free one.
+    /// Address to bind. Port 0 binds any free port.
     pub listen: SocketAddr,
 }
 
-/// Where brokers agree.
+/// Metadata store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Metadata {
-    /// etcd's endpoints; empty is the embedded store.
+    /// Endpoints of etcd; empty means the embedded store.
     pub etcd: Vec<String>,
-    /// The PEM file of the authority to trust; `None` is the system's.
+    /// PEM file of the only trusted certificate authority; `None` means the system's authorities.
     pub etcd_ca: Option<PathBuf>,
-    /// The PEM file of the broker's certificate.
+    /// PEM file of the broker's certificate.
     pub etcd_cert: Option<PathBuf>,
-    /// The PEM file of that certificate's key.
+    /// PEM file of the private key of that certificate.
     pub etcd_key: Option<PathBuf>,
-    /// The user at etcd.
+    /// User name at etcd.
     pub etcd_user: Option<String>,
-    /// The file of its password.
+    /// File with the password of that user.
     pub etcd_password_file: Option<PathBuf>,
-    /// How long one call to one member may take.
+    /// Timeout of one request to one etcd member.
     pub call_timeout: Duration,
-    /// How long a lease of the registration lasts without being renewed.
+    /// Lifetime of the registration's lease without renewal.
     pub session_timeout: Duration,
 }
 
-/// Copies on other brokers.
+/// Replication of partitions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replication {
-    /// Replicas of a partition of a topic whose creation does not say.
+    /// Replication factor of a topic whose creation request names none.
     pub default_factor: u32,
-    /// How long a connected replica may be behind before it leaves the in-sync replicas.
+    /// Maximum time that an in-sync replica may be behind before the leader removes it from the ISR.
     pub lag_time: Duration,
-    /// How fast replicas that are not in sync copy from this broker; `None`: as fast as they can.
+    /// Rate limit for copying to replicas outside the ISR, in bytes per second; `None` means no limit.
     pub catchup_bytes_per_second: Option<u64>,
 }
 
-/// What the controller does by itself.
+/// Changes that the controller plans without a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Controller {
-    /// How long a broker is gone before its replicas are replaced; `None`: for ever.
+    /// Time after which the replicas of a missing broker are replaced; `None` means never.
     pub replace_after: Option<Duration>,
-    /// Partitions that are moved at the same time.
+    /// Maximum number of partitions that are reassigned concurrently.
     pub moves_at_once: usize,
-    /// Whether partitions move to brokers that hold fewer.
+    /// True if partitions move to brokers that have fewer.
     pub balance: bool,
 }
 
-/// Where history goes.
+/// Object store for sealed segments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectStore {
-    /// Where; `None` keeps history on local disk.
+    /// URL of the object store; `None` keeps all segments on local disk.
     pub url: Option<String>,
-    /// The URL of an S3-compatible server.
+    /// URL of an S3-compatible server.
     pub endpoint: Option<String>,
-    /// The bucket's region.
+    /// Region of the bucket.
     pub region: Option<String>,
-    /// Whether the bucket is named in the path; where an endpoint is named if nobody says.
+    /// True if request URLs name the bucket in the path and not in the host name; `None` means true if `endpoint` is
+    /// set.
     pub path_style: Option<bool>,
 }
 
-/// Segments and journal.
+/// Local segments and journal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Log {
-    /// The journal's size.
+    /// Size of the journal, in bytes.
     pub journal_bytes: u64,
-    /// The journal's own directory; `None` is in the data directory.
+    /// Directory of the journal; `None` means inside the data directory.
     pub journal_dir: Option<PathBuf>,
-    /// Whether to start without the journal of a directory that was not stopped cleanly.
+    /// True if the broker may start without the journal of a data directory that was not stopped cleanly.
     pub accept_journal_loss: bool,
-    /// How much of all partitions' tails is kept in memory.
+    /// Size of the tail cache, in bytes.
     pub tail_memory_bytes: u64,
 }
 
-/// What is kept of reads from the object store.
+/// Chunk cache for reads from the object store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cache {
-    /// In memory.
+    /// Size in memory, in bytes.
     pub memory_bytes: u64,
-    /// On disk; 0 is none.
+    /// Size on disk, in bytes; 0 means no disk cache.
     pub disk_bytes: u64,
-    /// Its directory; `None` is in the data directory.
+    /// Directory of the disk cache; `None` means inside the data directory.
     pub dir: Option<PathBuf>,
 }
 
-/// Moving segments to the object store.
+/// Tiering of segments to the object store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tier {
-    /// Uploads at the same time.
+    /// Maximum number of concurrent uploads.
     pub upload_concurrency: usize,
-    /// How long garbage is kept.
+    /// Age from which an object that no manifest references is deleted.
     pub garbage_grace: Duration,
-    /// How long a multipart upload may take before it counts as abandoned.
+    /// Age from which an unfinished multipart upload counts as abandoned.
     pub upload_grace: Duration,
-    /// How often retention and uploads are looked at.
+    /// Interval between two checks of retention and uploads of a partition.
     pub check_interval: Duration,
-    /// How long a single read waits for records that exist.
+    /// Maximum time that a unary read waits for records that exist in the object store.
     pub fetch_max_wait: Duration,
 }
 
-/// Bounds on what is under way.
+/// Limits on memory, producers and connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// What clients can make the broker hold, all in all.
+    /// Maximum memory that clients can make the broker hold, in bytes.
     pub memory_bytes: u64,
-    /// Bytes of batches that may wait for their acknowledgement.
+    /// Maximum bytes of batches that wait for their acknowledgement.
     pub produce_memory_bytes: u64,
-    /// Bytes that requests may take until their batches wait for an acknowledgement.
+    /// Maximum bytes of requests until their batches wait for an acknowledgement.
     pub request_memory_bytes: u64,
-    /// Bytes that responses may take until they have been sent.
+    /// Maximum bytes of responses until they have been sent.
     pub response_memory_bytes: u64,
-    /// Bytes that opened batches may take.
+    /// Maximum bytes of decompressed batches.
     pub decompression_memory_bytes: u64,
-    /// New producers of one connection in a minute.
+    /// Maximum number of new producers per connection and minute.
     pub producer_ids_per_minute: u32,
-    /// Connections of one address to the listener for clients and to that for pages; `None` is half of the places.
+    /// Maximum number of connections per address to the gRPC listener, and to the HTTP listener; `None` means half of
+    /// the listener's places.
     pub connections_per_address: Option<usize>,
 }
 
-/// What the broker says about itself.
+/// Logging.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Telemetry {
-    /// What is logged, in the syntax of `tracing_subscriber`'s `EnvFilter`.
+    /// Log filter, in the syntax of `tracing_subscriber`'s `EnvFilter`.
     pub level: String,
-    /// How lines are written.
+    /// Format of log lines.
     pub format: telemetry::LogFormat,
 }
 
 impl Config {
-    /// Makes the data directory where there is none, and proves that it can be written.
+    /// Creates the data directory if it does not exist, and verifies that it is writable.
     pub fn prepare_data_dir(&self) -> Result<(), ConfigError> {
         let path = &self.broker.data_dir;
         let prove = || -> io::Result<()> {

@@ -1,4 +1,4 @@
-//! The effective configuration as a file, and `docs/configuration.md`.
+//! Prints the effective configuration as a file, and `docs/configuration.md`.
 
 use std::fmt::Write as _;
 
@@ -12,7 +12,8 @@ use super::{
 use crate::model::TOPIC_CONFIG_KEYS;
 
 impl Settings {
-    /// Every setting with its effective value and who set it, as a configuration file. Passwords in URLs are masked.
+    /// Returns a configuration file of all settings, each with its effective value and its source. Passwords in URLs
+    /// are masked.
     pub fn print(&self) -> String {
         let mut out = String::new();
         for (section, about) in SECTIONS {
@@ -58,7 +59,7 @@ fn literal(kind: Kind, text: &str) -> String {
             let urls: Vec<_> = urls(&masked(text)).iter().map(|url| quoted(url)).collect();
             format!("[{}]", urls.join(", "))
         }
-        // The environment takes spellings that TOML does not: 007.
+        // The environment accepts spellings that TOML rejects, such as `007`.
         Kind::Number { .. } => text.parse::<u64>().map_or_else(|_| text.to_owned(), |number| number.to_string()),
         kind if kind.quoted() => quoted(&masked(text)),
         _ => text.to_owned(),
@@ -69,7 +70,7 @@ fn quoted(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
 }
 
-/// `docs/configuration.md`, whole.
+/// Returns the content of `docs/configuration.md`.
 pub fn docs() -> String {
     let mut out = String::from(HEAD);
     for (section, about) in SECTIONS {
@@ -102,7 +103,7 @@ fn row(setting: &Setting) -> String {
     format!("| `{}` | {default} | `{}` | {} |", setting.name, setting.variable(), doc.replace('|', "\\|"))
 }
 
-/// A default that depends on other settings or on the machine, in words.
+/// Describes a default that depends on other settings or on the machine.
 pub(super) fn default_words(key: &str) -> Option<String> {
     match key {
         "peer.listen" => Some(format!("the IP address of `grpc.listen`, port {PEER_PORT}")),

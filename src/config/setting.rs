@@ -1,44 +1,44 @@
-//! Every setting, declared once: reading, checking, printing and `docs/configuration.md` are made from this list.
+//! Declares every setting once. Reading, checking, printing and `docs/configuration.md` use this list.
 
 use super::value::size;
 
-/// What values a setting takes, and how they are written.
+/// Values that a setting accepts, and their notation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// Any text that is not empty.
     Text,
-    /// A path; relative ones are relative to where the broker was started.
+    /// A path. A relative path starts at the working directory of the broker.
     Path,
     /// `ip:port`.
     Listen,
     /// `host:port`.
     HostPort,
-    /// A whole number in `least..=most`.
+    /// An integer in `least..=most`.
     Number { least: u64, most: u64 },
-    /// A number of bytes in `least..=most`, also with KiB, MiB, GiB or TiB.
+    /// A number of bytes in `least..=most`, optionally with KiB, MiB, GiB or TiB.
     Bytes { least: u64, most: u64 },
-    /// A time in seconds in `least..=most`, with its unit: `500ms`, `30s`, `5m`, `1h`, `7d`.
+    /// A time in `least..=most` seconds, with a unit: `500ms`, `30s`, `5m`, `1h`, `7d`.
     Time { least: u64, most: u64 },
-    /// true or false.
+    /// `true` or `false`.
     Flag,
-    /// One of these words.
+    /// One of these names.
     Word(&'static [&'static str]),
-    /// URLs: an array in the file, separated by commas elsewhere.
+    /// URLs: an array in the file, a comma-separated list elsewhere.
     Urls,
 }
 
 /// One setting.
 #[derive(Debug)]
 pub(super) struct Setting {
-    /// Its section; empty for the top of the file.
+    /// Section; empty for the top of the file.
     pub(super) section: &'static str,
-    /// Its name in the section.
+    /// Name within the section.
     pub(super) name: &'static str,
-    /// What it takes.
+    /// Accepted values.
     pub(super) kind: Kind,
-    /// The value where nothing sets it; `None` leaves it unset.
+    /// Default; `None` leaves the setting unset.
     pub(super) default: Option<&'static str>,
-    /// What it does, in one line; of an optional one also what happens without it.
+    /// Description in one line. For an optional setting, the line includes the behaviour without a value.
     pub(super) doc: &'static str,
 }
 
@@ -47,7 +47,7 @@ const TIB: u64 = 1 << 40;
 const HOUR: u64 = 3600;
 const DAY: u64 = 86_400;
 
-/// Section, what it is about. In the order of the printed file.
+/// Sections with their descriptions, in the order of the printed file.
 pub(super) const SECTIONS: &[(&str, &str)] = &[
     ("", "The cluster."),
     ("broker", "This broker."),
@@ -65,26 +65,27 @@ pub(super) const SECTIONS: &[(&str, &str)] = &[
     ("telemetry", "What the broker says about itself."),
 ];
 
-/// The whole of which [`MEMORY_SHARES`] are parts.
+/// Key of the total memory, of which [`MEMORY_SHARES`] are the shares.
 pub(super) const MEMORY: &str = "limits.memory_bytes";
 
-/// What [`MEMORY`] is where nothing sets it, in words.
+/// Description of the default of [`MEMORY`].
 pub(super) const MEMORY_DEFAULT: &str = "a quarter of the memory of the machine or cgroup, at least 512MiB";
 
-/// How many replicas a broker takes; by default as many as there is memory for beside [`MEMORY`].
+/// Key of the maximum number of replicas. Its default is the number of replicas that fit into as much memory as
+/// [`MEMORY`].
 pub(super) const REPLICAS: &str = "broker.max_replicas";
 
-/// A setting whose default is a part of [`MEMORY`].
+/// A setting whose default is a share of [`MEMORY`].
 #[derive(Debug)]
 pub(super) struct Share {
     pub(super) key: &'static str,
-    /// The part, in sixteenths.
+    /// Share, in sixteenths.
     pub(super) sixteenths: u64,
-    /// The default is no larger than this: more memory would not make it faster.
+    /// Maximum default, in bytes: more memory would not increase the throughput.
     pub(super) most: Option<u64>,
 }
 
-/// Everything that clients can make a broker hold. The parts make up the whole.
+/// Memory that clients can make a broker hold, by setting. The shares sum to the total.
 pub(super) const MEMORY_SHARES: &[Share] = &[
     Share { key: "limits.produce_memory_bytes", sixteenths: 4, most: Some(256 * MIB) },
     Share { key: "limits.request_memory_bytes", sixteenths: 3, most: None },
@@ -94,7 +95,7 @@ pub(super) const MEMORY_SHARES: &[Share] = &[
     Share { key: "cache.memory_bytes", sixteenths: 1, most: Some(128 * MIB) },
 ];
 
-/// The section that takes any topic configuration.
+/// Section that accepts any topic configuration.
 pub(super) const TOPIC_DEFAULTS: &str = "topic_defaults";
 
 const fn setting(
@@ -107,7 +108,7 @@ const fn setting(
     Setting { section, name, kind, default, doc }
 }
 
-/// Every setting but the topic defaults, by section.
+/// All settings except the topic defaults, by section.
 pub(super) const SETTINGS: &[Setting] = &[
     setting(
         "",
@@ -475,29 +476,29 @@ pub(super) const SETTINGS: &[Setting] = &[
 ];
 
 impl Setting {
-    /// `section.name`, as flags and errors call it.
+    /// Returns `section.name`, which flags and errors use.
     pub(super) fn key(&self) -> String {
         if self.section.is_empty() { self.name.to_owned() } else { format!("{}.{}", self.section, self.name) }
     }
 
-    /// Its environment variable.
+    /// Returns the name of the environment variable.
     pub(super) fn variable(&self) -> String {
         variable(&self.key())
     }
 
-    /// The setting with this key.
+    /// Returns the setting with this key.
     pub(super) fn find(key: &str) -> Option<&'static Setting> {
         SETTINGS.iter().find(|setting| setting.key() == key)
     }
 }
 
-/// The environment variable of a key.
+/// Returns the name of the environment variable for a key.
 pub(super) fn variable(key: &str) -> String {
     format!("STRANDLINE_{}", key.replace('.', "_").to_uppercase())
 }
 
 impl Kind {
-    /// What values are allowed, in words.
+    /// Describes the allowed values.
     pub(super) fn allowed(self) -> String {
         match self {
             Self::Text => "a text that is not empty".to_owned(),
@@ -518,7 +519,7 @@ impl Kind {
         }
     }
 
-    /// Whether the file writes it in quotes.
+    /// Returns true if the file quotes the value.
     pub(super) const fn quoted(self) -> bool {
         !matches!(self, Self::Number { .. } | Self::Flag | Self::Urls)
     }

@@ -1,4 +1,4 @@
-//! The layers of a configuration: defaults, file, environment, command line. Each later one wins.
+//! Layers of a configuration: defaults, file, environment, command line. A later layer overrides an earlier one.
 
 use std::{
     collections::BTreeMap,
@@ -16,13 +16,13 @@ use super::{
 };
 use crate::model::{TOPIC_CONFIG_KEYS, near};
 
-/// What every variable of ours begins with.
+/// Prefix of Strandline's environment variables.
 const PREFIX: &str = "STRANDLINE_";
 
-/// Variables of ours that are no settings: the command line's.
+/// Variables with the prefix that are not settings: the client commands read them.
 const OTHERS: [&str; 2] = ["STRANDLINE_BOOTSTRAP", "STRANDLINE_RACK"];
 
-/// Where a configuration comes from. Collects, then [`Sources::load`] judges everything at once.
+/// Sources of a configuration. After all sources are collected, [`Sources::load`] checks them together.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
     file: Option<(PathBuf, String)>,
@@ -31,38 +31,38 @@ pub struct Sources {
     defaults: Vec<(String, String)>,
 }
 
-/// One value, and who says so.
+/// One value with its source.
 #[derive(Clone, Debug)]
 pub(super) struct Given {
     pub(super) text: String,
     pub(super) source: Source,
 }
 
-/// The values that won.
+/// Values after layering.
 #[derive(Debug, Default)]
 pub(super) struct Values {
-    /// By setting.
+    /// Values by key of the setting.
     pub(super) set: BTreeMap<String, Given>,
-    /// By topic configuration key.
+    /// Values by topic configuration key.
     pub(super) topic: BTreeMap<String, Given>,
-    /// What was wrong so far.
+    /// Errors found so far.
     pub(super) errors: Vec<ConfigError>,
 }
 
 impl Sources {
-    /// Nothing but the defaults.
+    /// Creates sources with the built-in defaults only.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A file's text; the path is for messages.
+    /// Adds the text of a file. The path is only used in messages.
     #[must_use]
     pub fn file(mut self, path: &Path, text: impl Into<String>) -> Self {
         self.file = Some((path.to_owned(), text.into()));
         self
     }
 
-    /// Reads a file.
+    /// Reads a file and adds its text.
     pub fn read_file(self, path: &Path) -> Result<Self, ConfigError> {
         match fs::read_to_string(path) {
             Ok(text) => Ok(self.file(path, text)),
@@ -70,7 +70,7 @@ impl Sources {
         }
     }
 
-    /// Variables, of which those that begin with `STRANDLINE_` count. An empty one is as good as none.
+    /// Adds the variables that begin with `STRANDLINE_`. An empty variable counts as not set.
     #[must_use]
     pub fn environment(mut self, variables: impl IntoIterator<Item = (String, String)>) -> Self {
         let ours = |(name, text): &(String, String)| name.starts_with(PREFIX) && !text.is_empty();
@@ -78,7 +78,7 @@ impl Sources {
         self
     }
 
-    /// What is wrong with the names of the variables that begin with `STRANDLINE_`, whoever reads them. Their values are not judged.
+    /// Checks the names of the variables that begin with `STRANDLINE_`, for any command. Their values are not checked.
     pub fn check_names(variables: impl IntoIterator<Item = (String, String)>) -> Result<(), ConfigErrors> {
         let mut values = Values::default();
         for (name, _) in
@@ -89,21 +89,22 @@ impl Sources {
         if values.errors.is_empty() { Ok(()) } else { Err(ConfigErrors(values.errors)) }
     }
 
-    /// A value of the command line. `topic_defaults` takes `key=value,key=value`, and `topic_defaults.segment.bytes` one.
+    /// Adds a value of the command line. `topic_defaults` accepts a list `key=value,key=value`, and
+    /// `topic_defaults.segment.bytes` one value.
     #[must_use]
     pub fn flag(mut self, key: &str, text: impl Into<String>) -> Self {
         self.flags.push((key.to_owned(), text.into()));
         self
     }
 
-    /// Another default than the built-in one, as `strandline dev` has.
+    /// Replaces a built-in default, as `strandline dev` does.
     #[must_use]
     pub fn with_default(mut self, key: &str, text: impl Into<String>) -> Self {
         self.defaults.push((key.to_owned(), text.into()));
         self
     }
 
-    /// Reads everything, checks it, and says everything that is wrong.
+    /// Layers and checks all values. Returns the settings, or all errors.
     pub fn load(self) -> Result<Settings, ConfigErrors> {
         let mut values = Values::default();
         for setting in SETTINGS {
@@ -192,7 +193,7 @@ impl Values {
     fn unknown_variable(&mut self, name: &str) {
         let known = SETTINGS.iter().map(Setting::variable).chain([variable(TOPIC_DEFAULTS)]);
         let known = known.chain(OTHERS.iter().map(|other| (*other).to_owned()));
-        // What all have in common says nothing.
+        // The common prefix would make all names similar.
         let rest = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
         let candidates: Vec<_> = known.map(|name| (rest(&name), name)).collect();
         let near = best(&rest(name), candidates);
@@ -237,7 +238,8 @@ impl Values {
         }
     }
 
-    /// Topic keys hold dots: quoted they are one key, bare they are tables in tables.
+    /// Reads topic configuration. Its keys contain dots: in TOML, a quoted key is one key, and a bare key means nested
+    /// tables.
     fn topics(&mut self, prefix: &str, entries: &DeTable<'_>, place: &impl Fn(usize) -> Source) {
         for (name, value) in entries {
             let key = format!("{prefix}{}", name.get_ref());
@@ -257,7 +259,7 @@ impl Values {
     }
 }
 
-/// The text of a TOML value, when its type suits the setting.
+/// Returns the text of a TOML value if the setting accepts values of that type.
 fn text_of(kind: Kind, value: &DeValue<'_>) -> Option<String> {
     match (kind, value) {
         (Kind::Number { .. } | Kind::Bytes { .. }, DeValue::Integer(number)) => {
@@ -280,7 +282,7 @@ fn decimal(digits: &str, radix: u32) -> Option<String> {
     i64::from_str_radix(digits, radix).ok().map(|number| number.to_string())
 }
 
-/// A value for a message, or for a topic's configuration.
+/// Formats a value for a message or for a topic configuration.
 fn shown(value: &DeValue<'_>) -> String {
     match value {
         DeValue::String(text) => text.to_string(),
@@ -305,29 +307,31 @@ fn place(path: &Path, text: &str, offset: usize) -> Source {
     Source::File { path: path.to_owned(), line, column: before[line_start..].chars().count() + 1 }
 }
 
-/// The setting that looks most like a key, by its name first: a right name in a wrong section is found.
+/// Returns the setting that is most similar to a key. Names are compared first, so a right name in a wrong section is
+/// found.
 fn nearest(key: &str) -> Option<String> {
     let (section, name) = key.rsplit_once('.').unwrap_or(("", key));
     let near = near::nearest(name, SETTINGS, |setting| setting.name, SETTINGS.len());
-    // Of equal names the one in the section that was meant; the sort keeps the rest as it is.
+    // Of the settings with the most similar name, the one in the given section is returned, else the first declared
+    // one. The sort is stable.
     let best = near.first().map(|setting| setting.name)?;
     let alike = || near.iter().filter(|setting| setting.name == best);
     let found = alike().find(|setting| setting.section == section).or_else(|| alike().next())?;
     Some(found.key())
 }
 
-/// The candidate whose first text looks most like this one, when one does: its second.
+/// Returns the second text of the candidate whose first text is most similar to this one; `None` if none is similar.
 fn best(text: &str, candidates: impl IntoIterator<Item = (String, String)>) -> Option<String> {
     near::nearest(text, candidates, |(short, _)| short, 1).pop().map(|(_, long)| long)
 }
 
-/// Whether a variable is a setting, the command line's, or what Kubernetes sets.
+/// Returns true if the variable is a setting, belongs to the client commands, or is set by Kubernetes.
 fn is_known(name: &str, text: &str) -> bool {
     let is_setting = name == variable(TOPIC_DEFAULTS) || SETTINGS.iter().any(|setting| setting.variable() == name);
     is_setting || OTHERS.contains(&name) || of_kubernetes(name, text)
 }
 
-/// What Kubernetes sets for a service whose name begins like ours.
+/// Returns true if Kubernetes sets the variable, for a service whose name begins with `strandline`.
 fn of_kubernetes(name: &str, text: &str) -> bool {
     let port = name.ends_with("_PORT") && text.contains("://");
     name.ends_with("_SERVICE_HOST") || name.contains("_SERVICE_PORT") || port || {

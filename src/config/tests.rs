@@ -1,4 +1,4 @@
-//! Layers, messages, the printed file and the documentation.
+//! Layers, error messages, the printed file and the documentation.
 
 use std::path::Path;
 
@@ -21,7 +21,7 @@ fn variables(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
 }
 
 #[test]
-fn the_keys_that_are_fixed_are_read() {
+fn keys_of_file_are_read() {
     let text = r#"
 cluster = "blue"
 [broker]
@@ -65,7 +65,7 @@ format = "json"
 }
 
 #[test]
-fn flags_win_over_the_environment_over_the_file_over_defaults() {
+fn flag_overrides_environment_file_and_default() {
     let sources = Sources::new()
         .with_default("broker.data_dir", "/dev-data")
         .file(Path::new("s.toml"), "cluster = \"file\"\n[broker]\nid = 2\nrack = \"file\"")
@@ -97,7 +97,7 @@ fn flags_win_over_the_environment_over_the_file_over_defaults() {
 }
 
 #[test]
-fn unknown_keys_are_told_with_their_place_and_the_nearest_right_key() {
+fn unknown_key_error_names_place_and_similar_key() {
     for (text, expected) in [
         (
             "[grpc]\nlisten = \"127.0.0.1:1\"\n  advertize = \"a:1\"",
@@ -124,9 +124,9 @@ fn unknown_keys_are_told_with_their_place_and_the_nearest_right_key() {
     assert!(flag.contains("command line") && flag.contains("grpc.listen"), "{flag}");
 }
 
-/// `STRANDLINE_BROKR_ID=1 strandline config print` said nothing and used another broker id.
+/// Regression: `STRANDLINE_BROKR_ID=1 strandline config print` reported no error and used another broker id.
 #[test]
-fn a_variable_with_our_prefix_that_is_no_setting_is_an_error_with_the_nearest() {
+fn unknown_variable_with_prefix_is_rejected() {
     for (name, near) in [
         ("STRANDLINE_BROKR_ID", Some("STRANDLINE_BROKER_ID")),
         ("STRANDLINE_CLUSTR", Some("STRANDLINE_CLUSTER")),
@@ -143,9 +143,9 @@ fn a_variable_with_our_prefix_that_is_no_setting_is_an_error_with_the_nearest() 
     }
 }
 
-/// The configuration's own errors name topic keys as `topic_defaults.segment.bytes`, which `--set` did not take.
+/// Regression: errors name topic keys as `topic_defaults.segment.bytes`, but `--set` rejected that form.
 #[test]
-fn a_flag_sets_one_topic_default_by_the_name_that_errors_give_it() {
+fn flag_sets_single_topic_default() {
     let sources = Sources::new()
         .flag("topic_defaults", "segment.bytes=20000,retention.ms=5")
         .flag("topic_defaults.segment.bytes", "30000");
@@ -161,7 +161,7 @@ fn a_flag_sets_one_topic_default_by_the_name_that_errors_give_it() {
 }
 
 #[test]
-fn variables_that_are_not_ours_are_left_alone() {
+fn variables_of_clients_and_kubernetes_are_ignored() {
     let foreign = variables(&[
         ("STRANDLINE_BOOTSTRAP", "a:1"),
         ("STRANDLINE_RACK", "zone-a"),
@@ -174,7 +174,7 @@ fn variables_that_are_not_ours_are_left_alone() {
 }
 
 #[test]
-fn wrong_values_are_told_with_key_value_place_and_what_is_allowed() {
+fn invalid_value_error_names_place_and_allowed_values() {
     for (text, parts) in [
         ("[grpc]\nlisten = \"localhost\"", ["s.toml:2:1", "grpc.listen", "\"localhost\"", "an IP address and a port"]),
         ("[grpc]\nlisten = 5", ["s.toml:2:1", "grpc.listen", "\"5\"", "an IP address and a port"]),
@@ -204,7 +204,7 @@ fn wrong_values_are_told_with_key_value_place_and_what_is_allowed() {
 }
 
 #[test]
-fn what_does_not_go_together_is_refused_before_anything_is_touched() {
+fn conflicting_values_are_rejected() {
     for (text, part) in [
         (
             "[grpc]\nlisten = \"127.0.0.1:5\"\n[http]\nlisten = \"127.0.0.1:5\"",
@@ -269,7 +269,7 @@ fn what_does_not_go_together_is_refused_before_anything_is_touched() {
 }
 
 #[test]
-fn what_etcd_needs_is_read_from_the_files_that_the_settings_name() {
+fn etcd_password_is_read_from_file() {
     let dir = tempfile::tempdir().expect("a folder");
     let password = dir.path().join("password");
     let text = format!(
@@ -291,7 +291,7 @@ fn what_etcd_needs_is_read_from_the_files_that_the_settings_name() {
 }
 
 #[test]
-fn zero_means_never_and_as_fast_as_they_can() {
+fn zero_means_never_or_unlimited() {
     let config =
         load("[controller]\nreplace_after = \"0s\"\n[replication]\ncatchup_bytes_per_second = 1048576").expect("valid");
     assert_eq!(config.config.controller.replace_after, None);
@@ -302,13 +302,13 @@ fn zero_means_never_and_as_fast_as_they_can() {
 }
 
 #[test]
-fn everything_wrong_is_told_at_once() {
+fn all_errors_are_returned_together() {
     let told = error("[broker]\nid = \"x\"\nrak = \"y\"\n[grpc]\nlisten = \"z\"");
     assert_eq!(told.lines().count(), 3, "{told}");
 }
 
 #[test]
-fn what_is_no_toml_is_told_with_line_and_column() {
+fn invalid_toml_error_names_line_and_column() {
     let told = error("cluster = \"a\"\n[broker\nid = 1");
     assert!(told.starts_with("s.toml:2:"), "{told}");
     for text in ["\u{0}", "a = ", "= 1", "[a]\n[a]", "x = 99999999999999999999", "[[broker]]\nid=1", "\"\" = 1", "é"] {
@@ -319,33 +319,33 @@ fn what_is_no_toml_is_told_with_line_and_column() {
 }
 
 #[test]
-fn what_is_printed_is_a_file_that_says_the_same() {
+fn printed_configuration_loads_to_same_values() {
     let text = "[broker]\nrack = \"a\\\"b\\\\c # d\"\n[object_store]\nurl = \"memory:///\"\n[cache]\ndisk_bytes = 0\n";
     let first = load(text).expect("valid");
     let second = load(&first.print()).expect("what was printed is valid");
     let mut config = first.config.clone();
-    // The printed file states every topic default, set or not.
+    // The printed file contains every topic default, set or not.
     config.topic_defaults = second.config.topic_defaults.clone();
     assert_eq!(second.config, config);
     assert_eq!(second.config.topic_defaults.len(), crate::model::TOPIC_CONFIG_KEYS.len());
 }
 
-/// The environment takes `007` for a number, TOML does not: what was printed of it was once no configuration file.
+/// Regression: the environment accepts the number `007` and TOML does not, so the printed file was invalid.
 #[test]
-fn a_number_is_printed_in_the_one_way_that_the_file_takes() {
+fn number_is_printed_as_valid_toml() {
     let from = |spelling| Sources::new().environment(variables(&[("STRANDLINE_BROKER_ID", spelling)])).load();
     for spelling in ["007", "7"] {
         let printed = from(spelling).expect(spelling).print();
         assert!(printed.contains("\nid = 7 "), "{spelling}: {printed}");
         assert_eq!(load(&printed).expect(spelling).config.broker.id, BrokerId(7));
     }
-    // A sign once passed the check, and ended the program where the number was taken.
+    // Regression: a sign passed the check, and the conversion to a number panicked.
     let refused = from("+7").expect_err("a sign").to_string();
     assert!(refused.contains("STRANDLINE_BROKER_ID") && refused.contains("\"+7\""), "{refused}");
 }
 
 #[test]
-fn passwords_are_neither_printed_nor_told() {
+fn passwords_are_masked_in_errors() {
     let told = error("[object_store]\nurl = \"s3://key:secret@bucket/p\"");
     assert!(told.contains("no user or password") && !told.contains("secret"), "{told}");
     let told = error(
@@ -355,7 +355,7 @@ fn passwords_are_neither_printed_nor_told() {
 }
 
 #[test]
-fn every_setting_is_declared_well() {
+fn every_setting_declaration_is_valid() {
     for setting in SETTINGS {
         assert!(SECTIONS.iter().any(|(section, _)| *section == setting.section), "{}", setting.key());
         assert!(setting.default.is_none_or(|default| valid(setting.kind, default)), "{}", setting.key());
@@ -377,7 +377,7 @@ fn every_setting_is_declared_well() {
 }
 
 #[test]
-fn other_brokers_are_told_the_host_that_clients_are_told_unless_something_else_is_set() {
+fn peer_address_defaults_to_host_for_clients() {
     for (text, bound, told) in [
         ("", "127.0.0.1:9470", "127.0.0.1:9470"),
         ("[grpc]\nlisten = \"10.0.0.1:1\"", "10.0.0.1:9470", "10.0.0.1:9470"),
@@ -399,7 +399,7 @@ fn other_brokers_are_told_the_host_that_clients_are_told_unless_something_else_i
 }
 
 #[test]
-fn a_data_directory_is_made_and_proved() {
+fn data_directory_is_created_and_verified() {
     let dir = tempfile::tempdir().expect("a directory");
     let mut config = Sources::new().load().expect("the defaults are valid").config;
     config.broker.data_dir = dir.path().join("a/b");
@@ -412,7 +412,7 @@ fn a_data_directory_is_made_and_proved() {
 }
 
 #[test]
-fn the_documentation_is_what_the_settings_say() {
+fn documentation_matches_settings() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/configuration.md");
     if std::env::var_os("STRANDLINE_WRITE_DOCS").is_some() {
         std::fs::write(path, docs()).expect("docs/ can be written");
@@ -426,7 +426,7 @@ fn the_documentation_is_what_the_settings_say() {
 }
 
 #[test]
-fn shares_of_the_memory_follow_from_it() {
+fn memory_shares_follow_total() {
     let shares = |text: &str| {
         let config = load(text).expect("valid").config;
         let mib = [
@@ -460,7 +460,7 @@ fn shares_of_the_memory_follow_from_it() {
 }
 
 #[test]
-fn max_replicas_follows_from_the_memory_unless_set() {
+fn max_replicas_follows_memory_unless_set() {
     let bound = |text: &str| load(text).expect("valid").config.broker.max_replicas;
     assert_eq!(bound("[limits]\nmemory_bytes = \"2GiB\""), 131_072);
     assert_eq!(bound("[limits]\nmemory_bytes = \"64MiB\""), 4096, "the least");
@@ -470,7 +470,7 @@ fn max_replicas_follows_from_the_memory_unless_set() {
 }
 
 #[test]
-fn parts_above_the_whole_memory_are_an_error_with_both_numbers() {
+fn memory_shares_above_total_are_rejected() {
     let said = error(
         "[log]\ntail_memory_bytes = \"300MiB\"\n[cache]\nmemory_bytes = \"300MiB\"\n[limits]\nmemory_bytes = \"512MiB\"",
     );

@@ -1,10 +1,10 @@
-//! From text to typed values. Every source brings text; what a text may be is the setting's kind.
+//! Conversion of text to typed values. Every source provides text; the kind of the setting defines the valid texts.
 
 use std::{net::SocketAddr, time::Duration};
 
 use super::setting::Kind;
 
-/// Whether a text is a value of this kind.
+/// Returns true if the text is a value of this kind.
 pub(super) fn valid(kind: Kind, text: &str) -> bool {
     match kind {
         Kind::Text | Kind::Path => !text.is_empty() && !text.contains('\0'),
@@ -25,7 +25,7 @@ pub(super) fn valid(kind: Kind, text: &str) -> bool {
     }
 }
 
-/// A number of bytes, plain or with a binary unit.
+/// Parses a number of bytes, with or without a binary unit.
 pub(super) fn bytes(text: &str) -> Option<u64> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, unit) = text.split_at(digits);
@@ -40,7 +40,7 @@ pub(super) fn bytes(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-/// A number of bytes with the largest unit that it is a whole number of.
+/// Formats a number of bytes in the largest unit that divides it.
 pub(super) fn size(bytes: u64) -> String {
     for (shift, name) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
         let unit = 1 << shift;
@@ -51,12 +51,12 @@ pub(super) fn size(bytes: u64) -> String {
     bytes.to_string()
 }
 
-/// A time with its unit.
+/// Parses a time with its unit.
 pub(super) fn duration(text: &str) -> Option<Duration> {
     humantime::parse_duration(text).ok()
 }
 
-/// Host and port; an IPv6 address stands in brackets.
+/// Splits an address into host and port. An IPv6 address must be in brackets.
 pub(super) fn host_port(text: &str) -> Option<(&str, u16)> {
     let (host, port) = text.rsplit_once(':')?;
     let bracketed = host.starts_with('[') && host.ends_with(']') && host.len() > 2;
@@ -65,18 +65,18 @@ pub(super) fn host_port(text: &str) -> Option<(&str, u16)> {
     if legal { Some((host, port.parse().ok()?)) } else { None }
 }
 
-/// The URLs of a list in text.
+/// Splits a comma-separated list of URLs.
 pub(super) fn urls(text: &str) -> Vec<String> {
     text.split(',').map(str::trim).filter(|url| !url.is_empty()).map(str::to_owned).collect()
 }
 
-/// Whether a text is an `http` or `https` URL with a host.
+/// Returns true if the text is an `http` or `https` URL with a host.
 pub(super) fn web_url(text: &str) -> bool {
     let host = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
     host.is_some_and(|host| !host.is_empty() && !host.starts_with('/') && !host.contains(char::is_whitespace))
 }
 
-/// A text without the user and password that a URL in it may carry: for everything that is printed.
+/// Masks the user and password of each URL in a comma-separated text, for everything that is printed.
 pub(super) fn masked(text: &str) -> String {
     let one = |part: &str| match part.split_once("://") {
         Some((scheme, rest)) => {
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn passwords_in_urls_are_never_shown() {
+    fn passwords_in_urls_are_masked() {
         assert_eq!(masked("http://u:p@a:1,https://b"), "http://***@a:1,https://b");
         assert_eq!(masked("s3://key:se@cret@bucket/a@b"), "s3://***@bucket/a@b");
         assert_eq!(masked("plain@text"), "plain@text");

@@ -1,11 +1,14 @@
-//! Cutting a replica at either end, and emptying it.
+//! Truncating a replica at either end, and resetting it.
 //!
-//! At the front whole segments go, of what the bucket has or nobody may read any more. The journal says where the log begins on
-//! this disk before a file goes, so a crash leaves files that are known to count for nothing: the next opening removes them.
+//! # Crash
 //!
-//! A cut is written to the journal before a file is touched and once more when the files are cut and synced. Between
-//! the two, replay does the cut again; after the second, replay leaves out whatever came before. So nothing that was
-//! cut comes back, and nothing that was appended after a cut is cut by its replay.
+//! Eviction removes complete segments at the front: data that is in the object store or below the log start. A journal
+//! entry records the new local start before a file is removed. After a crash, the next open removes the remaining files
+//! below that start.
+//!
+//! A truncation writes one journal entry before it changes a file, and a completion entry after the files are truncated
+//! and synced. Between the two entries, replay repeats the truncation. After the second, replay skips all earlier
+//! entries of the replica. So truncated data does not reappear, and a replay never truncates later appends.
 
 use std::{
     io,
@@ -26,12 +29,12 @@ use super::{
 };
 use crate::{model::Offset, task::clock};
 
-/// What new names and the end of a new file may take on a disk: two blocks.
+/// Maximum disk bytes of new names and the end of a new file: two blocks.
 const NAMES_BYTES: u64 = 8192;
 
 impl Replica {
-    /// Cuts the log at `to`, or at the base of the batch that holds it. Waits for two rounds of the journal; the cut is durable when
-    /// it returns. Hand-overs of what is cut are answered with `Cut`. Returns the new log end.
+    /// Truncates the log at `to`, or at the base of the batch that contains `to`, and returns the new log end. Waits
+    /// for two frames of the journal, and is durable on return. Persist calls for truncated batches fail with `Cut`.
     pub fn truncate(&mut self, to: Offset) -> Result<Offset, ChangeError> {
         self.writable()?;
         let (segments, end) = {
@@ -68,13 +71,13 @@ impl Replica {
             if state.recovery.segment.end > last.end {
                 state.recovery = state.point();
             }
-            // What is cut will not be synced: the files of the ring that held it hold nothing beyond the new end.
+            // Truncated batches are never synced, so the ring files that held them pin nothing above the new end.
             for (_, end) in &mut state.unsynced {
                 *end = (*end).min(last.end);
             }
             removed
         };
-        // The cut itself may wait for one of them.
+        // The truncation itself may wait for one of these files.
         shared.touch(0);
         shared.core.tail.truncate(&shared.tail, last.end);
         if !mutant!(TruncateUnjournaled) {
@@ -88,7 +91,7 @@ impl Replica {
         Ok(last.end)
     }
 
-    /// The last segments go first, so that a crash in between leaves a shorter log and no hole.
+    /// Truncates the files. The last segments are removed first, so that a crash leaves a shorter log and no gap.
     fn cut_files(&self, last: &SegmentInfo, removed: &[Segment]) -> io::Result<()> {
         let core = &self.shared.core;
         for segment in removed.iter().rev() {
@@ -97,7 +100,7 @@ impl Replica {
         remove_caches_above(core, &self.shared.dir, last.end)?;
         let file = self.shared.state().active().file.clone();
         let open = core.files.get(file.serial, &file.path, Mode::Write)?;
-        // What was read of its index is of the longer file.
+        // The cached index describes the longer file.
         drop(open.index.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take());
         open.file.truncate(last.bytes)?;
         file.written_out.fetch_min(last.bytes, Ordering::AcqRel);
@@ -106,13 +109,14 @@ impl Replica {
         self.shared.sync().map_err(io::Error::other)
     }
 
-    /// Forgets everything and begins anew, empty, at `at`. Durable when it returns. On a disk without room nothing is changed.
+    /// Deletes all content and restarts the empty log at `at`. Durable on return. On a full disk nothing changes.
     pub fn reset(&mut self, at: Offset) -> Result<(), ChangeError> {
         self.reset_with(at, EpochHistory::new(), ProducerTable::new())
     }
 
-    /// As [`Self::reset`], with the epochs and producers of what lies before `at` in the bucket. They are durable before the journal says
-    /// a word, under a name of their own: the log that is thrown away may have a snapshot at `at` as well.
+    /// Resets the log as [`Self::reset`] does, with the epoch history and producer state of the offsets below `at`.
+    /// Both are durable before the first journal entry. Their file has its own name, because the old log may have a
+    /// snapshot at `at` too.
     pub fn reset_with(
         &mut self,
         at: Offset,
@@ -122,7 +126,8 @@ impl Replica {
         self.writable()?;
         let snapshot = Snapshot::encode(&epochs, &producers, at);
         self.shared.core.may_change(snapshot.len() as u64 + NAMES_BYTES)?;
-        // What is replaced needs nothing of the journal any more: it stands in checkpoints until the reset is done.
+        // The old log needs no journal entries after this sync. Checkpoints describe the old log until the reset is
+        // complete.
         self.shared.sync().map_err(|error| ChangeError::Failed { reason: error.to_string() })?;
         self.keep_tables_beside(&snapshot, at)?;
         self.forget_pending();
@@ -166,7 +171,7 @@ impl Replica {
         Ok(())
     }
 
-    /// Writes what a reset begins with. Where there is no room nothing has changed.
+    /// Writes the snapshot with which a reset log starts. On a full disk nothing changes.
     fn keep_tables_beside(&self, snapshot: &[u8], at: Offset) -> Result<(), ChangeError> {
         let shared = &self.shared;
         let path = shared.path(at, snapshot::OF_RESET);
@@ -176,7 +181,7 @@ impl Replica {
         };
         match kept() {
             Err(error) if is_full(&error) => {
-                // What was written of it goes at the next start otherwise.
+                // Without this removal, the next start would remove the partial file.
                 let _left = shared.core.disk.remove(&path);
                 shared.core.say_full();
                 Err(ChangeError::DiskFull)
@@ -185,8 +190,8 @@ impl Replica {
         }
     }
 
-    /// Moves the log start up. What lies below is not read any more; [`Self::evict`] removes its segments. It never goes
-    /// back, nor beyond the log end.
+    /// Advances the log start, at most to the log end. The log start never moves back. Offsets below it are no longer
+    /// readable, and [`Self::evict`] removes their segments.
     pub fn advance_log_start(&mut self, to: Offset) {
         let shared = &self.shared;
         let generation = {
@@ -202,9 +207,9 @@ impl Replica {
         shared.core.note(shared, shared.head(Kind::LogStart, generation, to, to));
     }
 
-    /// Removes the sealed segments that end at or below `below` and returns their bytes. Waits for one round of the
-    /// journal. Their readers read on. On a full disk it may remove fewer, and so make room for the rest. Their room is
-    /// given back a little later, in steps.
+    /// Removes the sealed segments that end at or below `below`, and returns their bytes. Waits for one frame of the
+    /// journal. Current readers of a removed segment continue. On a full disk it may remove fewer segments, which makes
+    /// space for the next call. The disk space of large files is freed a little later, in steps.
     pub fn evict(&mut self, below: Offset) -> Result<u64, ChangeError> {
         self.writable()?;
         let shared = self.shared.clone();
@@ -221,7 +226,7 @@ impl Replica {
             state.recovery.segment.base < state.segments[count].info.base
         };
         if unsynced && let Err(error) = shared.sync() {
-            // The recovery point has to lie in what stays.
+            // The recovery point must lie in the remaining segments.
             return Err(ChangeError::Failed { reason: error.to_string() });
         }
         let kept = self.keep_tables(below).map_err(|error| ChangeError::Failed { reason: error.to_string() })?;
@@ -234,7 +239,7 @@ impl Replica {
         };
         shared.core.tail.forget_below(&shared.tail, start);
         if let Err(error) = shared.core.commit(&shared, shared.head(Kind::LocalStart, generation, start, start)) {
-            // Their files are there: they go when this is tried again.
+            // The files still exist, and the next eviction removes them.
             shared.state().segments.splice(0..0, removed);
             return Err(error);
         }
@@ -242,7 +247,7 @@ impl Replica {
         for segment in &removed {
             bytes += segment.info.bytes;
             if let Err(error) = self.remove(segment) {
-                // It is removed at the next start that looks at the files.
+                // The next start that lists the files removes this one.
                 tracing::warn!(partition = %shared.id, base = %segment.info.base, %error, "a segment was not removed");
             }
         }
@@ -258,21 +263,22 @@ impl Replica {
         Ok(bytes)
     }
 
-    /// Removes a segment and what belongs to it.
+    /// Removes a segment and its caches.
     fn remove(&self, segment: &Segment) -> io::Result<()> {
         let (core, serial) = (&self.shared.core, segment.file.serial);
-        // In the table, so that its readers share the handle; out of it below, when its name is gone and nobody can open it again.
+        // The file is opened through the table, so that readers share the handle. It is taken out of the table below,
+        // when its name is gone and no reader can open it again.
         let opened = core.files.get(serial, &segment.file.path, Mode::Read).ok();
         let outcome = remove_segment(core, &self.shared.dir, segment.info.base);
-        // The table may have dropped it meanwhile for others.
+        // The table may have closed the file meanwhile, in favour of another one.
         let file = core.files.take(serial).or(opened);
         outcome?;
         file.into_iter().for_each(|file| core.removed.keep(file));
         Ok(())
     }
 
-    /// Makes the snapshot durable at what will be the local start, and returns that: nothing below it can be read again. Where
-    /// there is no room to write one, an earlier segment may have its own already.
+    /// Makes the snapshot at the future local start durable and returns that offset. Nothing below it can be read
+    /// again. On a disk without space for a snapshot, an earlier segment that has one becomes the start.
     fn keep_tables(&self, below: Offset) -> io::Result<Offset> {
         let segments: Vec<SegmentInfo> = self.shared.state().segments.iter().map(|segment| segment.info).collect();
         let removed = segments[..segments.len() - 1].partition_point(|info| info.end <= below);
@@ -304,7 +310,8 @@ impl Replica {
         self.shared.refusal().map_or(Ok(()), |reason| Err(ChangeError::Failed { reason }))
     }
 
-    /// The files are in an unknown state between two logs: nothing is written any more, and a restart sees to it.
+    /// Fails the replica, because its files are in an undefined state between two logs. Nothing more is written, and a
+    /// restart recovers the files.
     fn failed_change(&self, error: &io::Error) -> ChangeError {
         let reason = format!("the log could not be cut: {error}");
         self.shared.fail(reason.clone());

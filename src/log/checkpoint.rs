@@ -1,4 +1,5 @@
-//! The checkpoint: what is known of every replica of a data directory without reading it, in one file that is replaced whole.
+//! The checkpoint: a description of every replica of a data directory, in one file that is replaced atomically. With it
+//! a start need not read the replicas.
 
 use std::{io, path::Path, sync::Arc};
 
@@ -13,29 +14,29 @@ use crate::model::{Offset, PartitionId, TopicId};
 const MAGIC: &[u8; 8] = b"STRLCKP3";
 pub(super) const NAME: &str = "checkpoint";
 
-/// All that a data directory knew at one moment.
+/// State of a data directory at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Checkpoint {
-    /// Replay begins with this round.
+    /// Sequence of the frame at which replay starts.
     pub(super) first_round: u64,
-    /// The largest generation given.
+    /// Largest generation assigned so far.
     pub(super) generation: u64,
-    /// How the records and the journal stand to what lies in the segments.
+    /// Relation of the records and the journal to the segments.
     pub(super) standing: Standing,
     pub(super) replicas: Vec<ReplicaRecord>,
 }
 
-/// What a start has to do before the records are the truth.
+/// Work of a start before the records are valid.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Standing {
-    /// Replay begins with the first round, which is in the journal for certain: a journal without it is another one, or
-    /// lost.
+    /// Replay starts at the first frame, which is certainly in the journal. A journal without that frame is another
+    /// one, or was lost.
     #[default]
     Running = 0,
-    /// Written as the last thing of a clean stop: nothing is to be done, and the journal may go.
+    /// Written by the last step of a clean shutdown: no work remains, and the journal may be removed.
     Clean = 1,
-    /// All of the journal is synced in the segments, so the journal may go; the segments are to be read from the recovery
-    /// points on.
+    /// All journal entries are synced in the segments, so the journal may be removed. The segments must be read from
+    /// their recovery points on.
     Settled = 2,
 }
 
@@ -45,27 +46,29 @@ impl Standing {
     }
 }
 
-/// One replica.
+/// Record of one replica.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ReplicaRecord {
     pub(super) id: PartitionId,
-    /// Grows with each creation, cut and reset; 0 says that a checkpoint was lost and nobody has read the replica since.
+    /// Number that grows with each creation, truncation and reset; 0 if a checkpoint was lost and the replica was not
+    /// read since.
     pub(super) generation: u64,
     pub(super) log_start: Offset,
-    /// All below was durable, in a segment or in the journal.
+    /// Persisted end: all earlier data was durable, in a segment or in the journal.
     pub(super) persisted: Offset,
-    /// The segments, at least one; the last ends at the recovery point.
+    /// Segments, at least one; the last ends at the recovery point.
     pub(super) segments: Vec<SegmentInfo>,
-    /// Epochs at the recovery point.
+    /// Epoch history at the recovery point.
     pub(super) epochs: EpochHistory,
-    /// Producers at the recovery point.
+    /// Producer state at the recovery point.
     pub(super) producers: Arc<ProducerTable>,
-    /// Why it is not served any more: what was durable is not there, by the journal. Stays until it is deleted.
+    /// Reason why the replica is not served: according to the journal, durable data is missing. Kept until the replica
+    /// is deleted.
     pub(super) lost: Option<String>,
 }
 
 impl ReplicaRecord {
-    /// A replica without records.
+    /// Returns the record of an empty replica.
     pub(super) fn empty(id: PartitionId, generation: u64, start: Offset, now_ms: i64) -> Self {
         Self {
             id,
@@ -117,7 +120,7 @@ impl ReplicaRecord {
         let lost = String::from_utf8(from.copy_to_bytes(lost).to_vec()).ok()?;
         let lost = (!lost.is_empty()).then_some(lost);
         let end = segments.last()?.end;
-        // What is appended at the end begins no epoch before one that is known.
+        // An append starts its epoch at the end or later, so no recorded epoch may start above the end.
         let known = epochs.last().is_none_or(|(_, start)| start <= end);
         let possible = chained && known && generation <= MAX_NUMBER;
         possible.then_some(Self { id, generation, log_start, persisted, segments, epochs, producers, lost })
@@ -164,14 +167,14 @@ impl Checkpoint {
         content.is_empty().then_some(Self { first_round, generation, standing, replicas })
     }
 
-    /// The id of the data directory that a checkpoint lies in, by itself.
+    /// Returns the id of the data directory that a checkpoint itself names.
     pub(super) fn owner(disk: &dyn Disk, dir: &Path) -> Option<Uuid> {
         let file = disk.read(&dir.join(NAME)).ok()?;
         let id = Uuid::from_slice(file.get(8..24)?).ok()?;
         Self::decode(&file, id).map(|_| id)
     }
 
-    /// The checkpoint of a data directory; `None` when it is missing or damaged.
+    /// Reads the checkpoint of a data directory; `None` if it is missing or corrupt.
     pub(super) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid) -> io::Result<Option<Self>> {
         match disk.read(&dir.join(NAME)) {
             Ok(file) => Ok(Self::decode(&file, directory)),

@@ -1,5 +1,4 @@
-//! What all replicas of a data directory share: its disk, options, open files, tail buffer, journal, and the list of
-//! what is to be synced.
+//! State shared by all replicas of a data directory: disk, options, open files, tail cache, journal and sync queue.
 
 use std::{
     fmt, io,
@@ -25,59 +24,64 @@ use super::{
 };
 use crate::{limits, telemetry::Metrics};
 
-/// Bytes that may be appended before the file system is asked again how much is free.
+/// Bytes that may be appended before the free space of the file system is queried again.
 const GRANT: u64 = 4 << 20;
 
-/// Reads of segments at a time. One that was begun goes on when its reader has gone, with what it read.
+/// Maximum number of concurrent reads of segments. A started read completes and keeps its result in memory, even if its
+/// caller was cancelled.
 pub(super) const MAX_DISK_READS: usize = 32;
 
-/// Bytes of one replica that are worth a sync of their own.
+/// Minimum unsynced bytes of a replica that justify a sync of its own.
 const WORTH_A_SYNC: u64 = 512 << 10;
 
-/// A segment sync is due for this share of the journal's ring: few files of it are kept for what is not synced.
+/// Divisor of the journal's ring size: a segment sync is due after that share. Few ring files are then pinned by
+/// unsynced data.
 const RING_SHARE: u64 = 8;
 
-/// What a user may choose about a data directory.
+/// Options of a data directory.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Bytes of the journal's files together, when all are there. They are made as they are needed.
+    /// Size of all journal files together, in bytes. The files are created on demand.
     pub journal_bytes: u64,
-    /// Where the journal lies; in the data directory when not set. May be a device of its own.
+    /// Directory of the journal, possibly on another device. `None` places the journal in the data directory.
     pub journal_dir: Option<PathBuf>,
-    /// Go on where the journal of a directory that was not stopped cleanly is gone: what was in it alone is lost.
+    /// True to open a directory whose journal is missing after an unclean stop. Data that was only in that journal is
+    /// lost.
     pub accept_journal_loss: bool,
-    /// Most bytes of one round: one write and one sync.
+    /// Maximum size of a frame in bytes: one write and one sync.
     pub round_bytes: usize,
-    /// What is handed over at once beyond this is synced in its segment instead of being written twice.
+    /// Maximum bytes of one persist call that go to the journal. Above the limit the segments are synced instead, which
+    /// avoids writing the bytes twice.
     pub journal_most: usize,
-    /// Bytes of the last batches of all partitions that are kept in memory.
+    /// Size of the tail cache of all partitions, in bytes.
     pub tail_bytes: usize,
-    /// Bytes that the producer state of all replicas should take at most.
+    /// Intended maximum of the producer state of all replicas, in bytes.
     pub producer_bytes: usize,
-    /// Unsynced bytes of all segments together after which they are synced behind; an eighth of the journal's ring where that is less.
-    /// Many, because each sync is a commit of the file system, which the journal's write waits for. The bytes themselves are written out
-    /// long before.
+    /// Unsynced bytes of all segments after which a background sync starts; at most an eighth of the journal's ring.
+    /// The value is large because each sync is a commit of the file system, which the journal's write waits for. The
+    /// bytes themselves are written out long before.
     pub sync_bytes: u64,
-    /// How long a segment stays unsynced at most, about.
+    /// Approximate maximum time that a segment stays unsynced.
     pub sync_after: std::time::Duration,
-    /// Bytes of the disk that appends leave free, for what must be written before anything can be deleted: checkpoints, indexes,
-    /// the metadata store beside the log.
+    /// Disk bytes that appends leave free. Other files must be written before anything can be deleted: checkpoints,
+    /// indexes, and the metadata store beside the log.
     pub reserve_bytes: u64,
-    /// Where rounds of the journal are counted.
+    /// Metrics that count the journal's frames.
     pub metrics: Metrics,
-    /// No threads: [`Log::journal_step`](super::Log::journal_step) and [`Log::sync_step`](super::Log::sync_step) do their work.
-    /// For the simulator.
+    /// True to run without threads: [`Log::journal_step`](super::Log::journal_step) and
+    /// [`Log::sync_step`](super::Log::sync_step) do their work. Used by the simulator.
     pub manual: bool,
-    /// With `manual`: is woken when there may be something to do.
+    /// With `manual`: callback that signals possible work.
     pub stepper: Option<Stepper>,
 }
 
-/// Told that the journal or the segments may have something to do, where no threads see to it.
+/// Callback that signals possible work in the journal or the segments when no threads run.
 #[derive(Clone)]
 pub struct Stepper(Arc<dyn Fn() + Send + Sync>);
 
 impl Stepper {
-    /// `wake` is called from anywhere, with locks held: it only wakes whoever does the steps.
+    /// Creates the callback. `wake` is called from any thread with locks held, so it must only wake the driver of the
+    /// steps.
     pub fn new(wake: impl Fn() + Send + Sync + 'static) -> Self {
         Self(Arc::new(wake))
     }
@@ -94,7 +98,7 @@ impl fmt::Debug for Stepper {
 }
 
 impl Options {
-    /// The journal's folder for a data directory.
+    /// Returns the directory of the journal for a data directory.
     pub(super) fn journal_in(&self, dir: &Path) -> PathBuf {
         self.journal_dir.clone().unwrap_or_else(|| dir.join("journal"))
     }
@@ -132,45 +136,48 @@ pub(super) struct Core {
     pub(super) generation: AtomicU64,
     pub(super) closed: AtomicBool,
     pub(super) disk_full: AtomicBool,
-    /// Held while a checkpoint is written and what it makes needless is given up: a later one must not be replaced by an earlier one.
+    /// Held while a checkpoint is written and the ring files that it makes unnecessary are released. It keeps an older
+    /// checkpoint from replacing a newer one.
     pub(super) recycling: Mutex<()>,
-    /// Since when checkpoints cannot be written, and why the last one could not, if so.
+    /// Start of the current series of failed checkpoints, and the last error; `None` while checkpoints succeed.
     pub(super) checkpoint_error: Mutex<Option<(Instant, io::Error)>>,
-    /// Whether the reserve's file is there; made again when there is room.
+    /// True if the reserve file exists or none is configured. A missing file is created when there is space.
     pub(super) reserved: AtomicBool,
-    /// Bytes that may be appended without asking the file system.
+    /// Bytes that may be appended without a query of the free space.
     pub(super) granted: AtomicU64,
-    /// Bytes of a segment that are written out at once.
+    /// Size of one write-out of a segment, in bytes.
     pub(super) piece_bytes: AtomicUsize,
-    /// Reads of segments on other threads.
+    /// Permits for reads of segments on other threads.
     pub(super) disk_reads: Arc<Semaphore>,
     pub(super) work: Mutex<Work>,
     pub(super) wake: Condvar,
-    /// For `manual`: who does a step when something has to be waited for.
+    /// With `manual`: the data directory that runs steps while a caller waits.
     pub(super) owner: OnceLock<Weak<Inner>>,
 }
 
-/// What the syncing thread has to do.
+/// Queue of the sync thread.
 #[derive(Default)]
 pub(super) struct Work {
     pub(super) dirty: Vec<Arc<Shared>>,
-    /// Replicas with a piece to be written out.
+    /// Replicas with a full piece to write out.
     pub(super) pieces: Vec<Arc<Shared>>,
-    /// The journal's next round when it was last looked at, and when it was last seen to have changed.
+    /// Sequence of the journal's next frame at the last check, and the time at which that sequence was last seen to
+    /// change.
     pub(super) journal_use: Option<(u64, tokio::time::Instant)>,
     pub(super) dirty_bytes: u64,
     pub(super) since: Option<tokio::time::Instant>,
-    /// When the last pass of syncs began.
+    /// Start of the last sync pass.
     pub(super) last_pass: Option<tokio::time::Instant>,
     pub(super) jobs: std::collections::VecDeque<SyncJob>,
-    /// The ring runs short.
+    /// True if a pass must run now, because the ring has few free files.
     pub(super) urgent: bool,
-    /// Whole passes since a file of the ring was free.
+    /// Number of completed passes since the ring last had a free file.
     pub(super) fruitless: u32,
     pub(super) stopping: bool,
 }
 
-/// Bytes too many for the journal: to be synced in their segments.
+/// A persist call that is served by a sync of the segments. Its bytes exceed the journal's limit, or an earlier call of
+/// the replica waits for such a sync.
 pub(super) struct SyncJob {
     pub(super) replica: Arc<Shared>,
     pub(super) head: EntryHead,
@@ -182,8 +189,9 @@ impl Core {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether enough was written for a pass of syncs. Where many replicas were written to it waits for more of each, because a
-    /// sync costs by the file; never so long that the journal's ring runs short for it.
+    /// Returns true if enough bytes are unsynced for a sync pass. Many dirty replicas raise the threshold, because a
+    /// sync costs per file. The threshold never exceeds a quarter of the journal's ring, so that the ring keeps free
+    /// files.
     pub(super) fn sync_is_due(&self, work: &Work) -> bool {
         let of_all = (work.dirty.len() as u64 * WORTH_A_SYNC).min(self.options.journal_bytes / 4);
         work.dirty_bytes >= self.options.sync_bytes.min(self.options.journal_bytes / RING_SHARE).max(of_all)
@@ -193,12 +201,12 @@ impl Core {
         self.checkpoint_error.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A number larger than every one before it in this data directory.
+    /// Returns a generation larger than every earlier one of this data directory.
     pub(super) fn next_generation(&self) -> u64 {
         self.generation.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    /// Why nothing can be written to this data directory.
+    /// Returns the reason why this data directory accepts no writes, if any.
     pub(super) fn refusal(&self) -> Option<String> {
         if let Some(reason) = self.journal.failed() {
             return Some(reason.to_owned());
@@ -206,15 +214,15 @@ impl Core {
         self.closed.load(Ordering::Acquire).then(|| "the log is closed".to_owned())
     }
 
-    /// Puts an entry into the journal without waiting.
+    /// Submits an entry to the journal without waiting for the result.
     pub(super) fn note(&self, replica: &Arc<Shared>, head: EntryHead) {
         self.journal.submit(Item { head, batches: Vec::new(), bytes: 0, replica: replica.clone(), done: None });
     }
 
-    /// Whether a change of a replica finds room for the `bytes` of its files and for its two rounds of the journal. Looked at before
-    /// anything is changed: halfway there is no way back.
+    /// Checks that a change of a replica has space for `bytes` of files and for its two frames of the journal. The
+    /// check precedes every modification, because a partial change cannot be undone.
     pub(super) fn may_change(&self, bytes: u64) -> Result<(), ChangeError> {
-        // A file system that does not say is written to until it refuses.
+        // A file system that does not report its free space is used until a write fails.
         let fits = self.disk.free_bytes(&self.dir).map_or(true, |free| free >= bytes);
         if fits && self.may_commit_twice() {
             return Ok(());
@@ -223,25 +231,27 @@ impl Core {
         Err(ChangeError::DiskFull)
     }
 
-    /// Whether the journal takes two more rounds. A thread waits until one of its files is free; by hand nobody else does a step meanwhile.
+    /// Returns true if the journal accepts two more frames. With threads the result is always true, because a thread
+    /// waits until a journal file is free. In manual mode nothing else runs a step while the caller waits.
     fn may_commit_twice(&self) -> bool {
         let inner = self.owner.get().and_then(Weak::upgrade).filter(|_| self.options.manual);
         inner.is_none_or(|inner| inner.steps_ahead())
     }
 
-    /// Says that the disk is full: once, until an append finds room again.
+    /// Logs the disk-full error once, until an append finds space again.
     pub(super) fn say_full(&self) {
         if !self.disk_full.swap(true, Ordering::Relaxed) {
             tracing::error!(path = %self.dir.display(), "the disk is full: appends are refused until there is room; add space, or lower local.retention.* or retention.*");
         }
     }
 
-    /// Puts an entry into the journal and waits until it is durable: one sync.
+    /// Submits an entry to the journal and waits until the entry is durable: one sync.
     pub(super) fn commit(&self, replica: &Arc<Shared>, head: EntryHead) -> Result<(), ChangeError> {
         self.commit_all([(replica, head)]).pop().expect("one outcome of one entry")
     }
 
-    /// Puts entries into the journal and waits until all are durable, or failed. The journal takes many in one round.
+    /// Submits entries to the journal and waits until each of them is durable or failed. The journal takes many entries
+    /// in one frame.
     pub(super) fn commit_all<'a>(
         &self,
         entries: impl IntoIterator<Item = (&'a Arc<Shared>, EntryHead)>,
@@ -276,15 +286,16 @@ impl Core {
         receivers.into_iter().map(outcome).collect()
     }
 
-    /// Whether so many bytes may be appended and the reserve stays free. Without the reserve a log that filled its disk could
-    /// not be helped: the commit that lets segments go needs room itself.
+    /// Returns true if `bytes` may be appended without touching the reserved space, and deducts them from the append
+    /// allowance. A log that filled its disk could not recover: the metadata commit that precedes the deletion of
+    /// segments needs space itself.
     pub(super) fn has_room(&self, bytes: u64) -> bool {
         let Options { reserve_bytes, .. } = self.options;
         let take = |granted: u64| granted.checked_sub(bytes);
         if reserve_bytes == 0 || self.granted.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok() {
             return true;
         }
-        // A file system that does not say is written to until it refuses.
+        // A file system that does not report its free space is used until a write fails.
         let Ok(free) = self.disk.free_bytes(&self.dir) else { return true };
         let owed = self.journal.ring.lock().unwrap_or_else(PoisonError::into_inner).owed();
         let Some(left) = free.checked_sub(reserve_bytes + owed + bytes) else { return false };
@@ -292,7 +303,7 @@ impl Core {
         true
     }
 
-    /// Says that there is something to sync.
+    /// Wakes the sync thread, or the driver of the steps.
     pub(super) fn wake_syncer(&self) {
         self.wake.notify_all();
         if let Some(stepper) = &self.options.stepper {
@@ -300,7 +311,7 @@ impl Core {
         }
     }
 
-    /// Asks for segments to be synced now, because the journal's ring runs short.
+    /// Requests a sync of the segments now, because the journal's ring has few free files.
     pub(super) fn hurry(&self) {
         self.work().urgent = true;
         self.wake_syncer();

@@ -1,8 +1,11 @@
-//! Deleting replicas with their files, many at a time.
+//! Deleting replicas with their files, many at a time. Replicas that are deleted together share the journal's frames
+//! and the syncs of their topics' directories.
 //!
-//! The journal says that a replica is to go before its first file does, and once more when its directory is gone, durably. A crash in between
-//! leaves the first of the two: the next start goes on. Replicas that are deleted together share the journal's rounds and the syncs of
-//! their topics' directories.
+//! # Crash
+//!
+//! The journal records the deletion of a replica before its first file is removed, and its completion when the removal
+//! of the directory is durable. A crash between the two leaves the first entry, and the next start continues the
+//! deletion.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -15,18 +18,18 @@ use super::{
 };
 use crate::model::{Offset, PartitionId};
 
-/// Replicas that could not be deleted, and the reason.
+/// Replicas that could not be deleted, each with the error.
 type Failures = Vec<(PartitionId, ReplicaError)>;
 
 impl Log {
-    /// As [`Self::delete_replicas`], for one.
+    /// Deletes one replica, as [`Self::delete_replicas`] does.
     pub fn delete_replica(&self, id: PartitionId) -> Result<(), ReplicaError> {
         self.delete_replicas(&[id]).pop().map_or(Ok(()), |(_, error)| Err(error))
     }
 
-    /// Deletes replicas and their files, or what an earlier try of this process left of them; nothing happens where one is not known. Their
-    /// [`Replica`](super::Replica)s were dropped before. Waits for two rounds of the journal; none comes back once this returned without an
-    /// error for it.
+    /// Deletes replicas and their files, or the files that an earlier attempt of this process left. An unknown replica
+    /// is ignored. The [`Replica`](super::Replica)s must have been dropped before. Waits for two frames of the journal.
+    /// A replica without an error in the result never reappears.
     pub fn delete_replicas(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let inner = &self.inner;
         let (mut failures, mut known, mut left) = (Failures::new(), Vec::new(), Vec::new());
@@ -62,8 +65,8 @@ impl Log {
         failures
     }
 
-    /// Deletes what is on the disk of replicas that are not known: only the metadata's word that nobody needs them is a licence. Nothing
-    /// happens where one is known.
+    /// Deletes the files of replicas that are not registered. Only metadata that proves them unnecessary permits this
+    /// call. A registered replica is ignored.
     pub fn delete_unclaimed(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let ids: Vec<_> = ids.iter().copied().filter(|id| !self.holds(*id)).collect();
         self.inner.unclaimed.remove(&self.inner.core, &ids)
@@ -71,7 +74,7 @@ impl Log {
 }
 
 impl Inner {
-    /// Takes a replica that nobody has open out of those that are known.
+    /// Removes a replica without a writer from the registry, and returns it.
     fn take_known(&self, id: PartitionId) -> Result<Option<Arc<Shared>>, ReplicaError> {
         let mut registry = self.registry();
         if registry.open.get(&id).is_some_and(|open| open.taken.load(Ordering::Acquire)) {
@@ -82,7 +85,8 @@ impl Inner {
         Ok(open.or_else(|| dormant.map(|dormant| shared(dormant.record))))
     }
 
-    /// Puts an entry of each replica into the journal and waits until all are durable; the replicas of which that holds.
+    /// Submits an entry of each replica to the journal and waits for the results. Returns the replicas whose entry is
+    /// durable.
     fn commit_all(&self, replicas: Vec<Arc<Shared>>, kind: Kind, failures: &mut Failures) -> Vec<Arc<Shared>> {
         let heads = replicas.iter().map(|shared| {
             let generation = shared.state().generation;

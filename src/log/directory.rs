@@ -1,4 +1,4 @@
-//! One data directory: opened, its replicas handed out, closed.
+//! One data directory: opening it, its registry of replicas, and closing it.
 
 use std::{
     collections::BTreeMap,
@@ -46,7 +46,7 @@ use crate::{
     task::{self, clock},
 };
 
-/// One data directory. Clones share it; it stops without a clean end when the last is dropped.
+/// One data directory. Clones share it. Dropping the last clone stops it without a clean shutdown.
 #[derive(Clone)]
 pub struct Log {
     pub(super) inner: Arc<Inner>,
@@ -58,7 +58,7 @@ pub(super) struct Inner {
     pub(super) directory_id: Uuid,
     pub(super) growing: Growing,
     registry: Mutex<Registry>,
-    /// What is on the disk of replicas that are not known (any more).
+    /// Replicas on the disk that are not registered.
     pub(super) unclaimed: Unclaimed,
     opened_clean: bool,
     _lock: Box<dyn Send + Sync>,
@@ -76,7 +76,7 @@ struct Threads {
 }
 
 impl Log {
-    /// Opens a data directory, or makes it. Reads the journal after a crash, and never the segments. Blocks.
+    /// Opens a data directory, or creates it. Reads the journal after a crash, and never the segments. Blocks.
     pub fn open(disk: Arc<dyn Disk>, dir: &Path, identity: &Identity, options: Options) -> Result<Self, OpenError> {
         let lock = identity::lock(&*disk, dir)?;
         let journal_dir = options.journal_in(dir);
@@ -99,7 +99,7 @@ impl Log {
         let found = startup::load(&disk, dir, directory_id, &options)?;
         let unclaimed = Unclaimed::find(&*disk, dir, &found.replicas);
         let (file_bytes, most) = ring::shape(options.journal_bytes);
-        // A round has to fit into a file, several times.
+        // Several frames must fit into one file.
         let round_bytes = options.round_bytes.min(usize::try_from(file_bytes / 3).unwrap_or(usize::MAX));
         let options = Options { round_bytes, ..options };
         let ring = Ring::open(disk.clone(), &journal_dir, file_bytes, most)
@@ -145,49 +145,52 @@ impl Log {
         Ok(Self { inner, threads })
     }
 
-    /// The id that was drawn when the directory was made. A directory without it is another one.
+    /// Returns the random id that the directory received at its creation. A directory without that id is another one.
     pub fn directory_id(&self) -> Uuid {
         self.inner.directory_id
     }
 
-    /// Whether the directory was closed cleanly before: everything written is there, `replicated` topics included.
+    /// Returns true if the directory was closed cleanly before: all written data is present, also that of `replicated`
+    /// topics.
     pub fn opened_clean(&self) -> bool {
         self.inner.opened_clean
     }
 
-    /// The uptimes of this broker that the metadata may name if this directory took part in them, oldest first. Empty in a new
-    /// directory, and in one that can prove nothing. Blocks.
+    /// Returns the incarnations of this broker that the metadata may name if this directory took part in them, oldest
+    /// first. The list is empty in a new directory, and in one whose incarnations file is missing or corrupt. Blocks.
     pub fn uptimes(&self) -> Result<Vec<Uuid>, OpenError> {
         uptime::read(&*self.inner.core.disk, &self.inner.core.dir)
     }
 
-    /// Notes an uptime durably: beside the others before the metadata is told of it, instead of them once the metadata is
-    /// known to hold it (`confirmed`). Blocks.
+    /// Records an incarnation durably. The id is added to the recorded ones before the metadata receives it. Once the
+    /// metadata holds it (`confirmed`), the id replaces them. Blocks.
     pub fn note_uptime(&self, now: Uuid, confirmed: bool) -> Result<(), OpenError> {
         uptime::note(&*self.inner.core.disk, &self.inner.core.dir, now, confirmed)
     }
 
-    /// Where the newest block of producer ids ends that this broker was given; 0 in a directory that knows of none. Blocks.
+    /// Returns the end of the newest block of producer ids that this broker received; 0 in a directory that records
+    /// none. Blocks.
     pub fn producer_ids_end(&self) -> io::Result<i64> {
         producer_block::read(&*self.inner.core.disk, &self.inner.core.dir)
     }
 
-    /// Notes the end of a block of producer ids durably: before the first id of it is given to a client. Blocks.
+    /// Records the end of a block of producer ids durably, before a client receives the first id of the block. Blocks.
     pub fn note_producer_ids_end(&self, end: i64) -> io::Result<()> {
         producer_block::note(&*self.inner.core.disk, &self.inner.core.dir, end)
     }
 
-    /// The highest cluster generation in which this directory took part; 0 before the first. Blocks.
+    /// Returns the highest cluster generation in which this directory took part; 0 before the first. Blocks.
     pub fn generation(&self) -> Result<u64, OpenError> {
         identity::generation(&*self.inner.core.disk, &self.inner.core.dir)
     }
 
-    /// Notes durably that this directory takes part in a cluster generation. A lower one changes nothing. Blocks.
+    /// Records durably that this directory takes part in a cluster generation. A lower generation changes nothing.
+    /// Blocks.
     pub fn note_generation(&self, generation: u64) -> Result<(), OpenError> {
         identity::note_generation(&*self.inner.core.disk, &self.inner.core.dir, generation)
     }
 
-    /// The replicas here, in order.
+    /// Returns the replicas of this directory, in order.
     pub fn partitions(&self) -> Vec<PartitionId> {
         let registry = self.inner.registry();
         let mut ids: Vec<_> = registry.open.keys().chain(registry.dormant.keys()).copied().collect();
@@ -195,7 +198,7 @@ impl Log {
         ids
     }
 
-    /// The replicas of a topic here, in order.
+    /// Returns the replicas of a topic, in order.
     pub fn partitions_of(&self, topic: TopicId) -> Vec<PartitionId> {
         let (registry, all) = (self.inner.registry(), PartitionId::new(topic, 0)..=PartitionId::new(topic, u32::MAX));
         let open = registry.open.range(all.clone()).map(|(id, _)| *id);
@@ -204,18 +207,20 @@ impl Log {
         ids
     }
 
-    /// Whether a replica is here.
+    /// Returns true if this directory has the replica.
     pub fn holds(&self, id: PartitionId) -> bool {
         let registry = self.inner.registry();
         registry.open.contains_key(&id) || registry.dormant.contains_key(&id)
     }
 
-    /// What the disk has segments of beside these: of deletions that failed or were cut short. In order.
+    /// Returns the stray replicas, in order: replicas that have segments on the disk and are not registered. A failed
+    /// or interrupted deletion leaves them.
     pub fn unclaimed(&self) -> Vec<PartitionId> {
         self.inner.unclaimed.ids()
     }
 
-    /// Opens a replica, or makes it, empty, at `start`. Blocks; after a crash it reads what was not synced.
+    /// Opens a replica, or creates it, empty, at `start`. Blocks. After a crash it scans the unsynced part of the
+    /// segments.
     pub fn open_replica(&self, id: PartitionId, start: Offset) -> Result<Replica, ReplicaError> {
         let inner = &self.inner;
         if let Some(reason) = inner.core.refusal() {
@@ -231,7 +236,8 @@ impl Log {
                 let dir = replica_dir(&inner.core.dir, id);
                 let clean = dormant.clean;
                 let io = |source| ReplicaError::Io { id, path: dir.clone(), source };
-                // The journal may know of one that was made just before the power went, and the file system nothing.
+                // The journal may record a creation that preceded a power failure, while the file system lost the
+                // directory.
                 let is_empty = dormant.record.segments.iter().all(|segment| segment.bytes == 0);
                 let is_made = is_empty && inner.make_folder(&dir).map_err(io)?;
                 let record = recover(&inner.core, &dir, dormant)?;
@@ -247,21 +253,21 @@ impl Log {
         Ok(Replica::new(shared))
     }
 
-    /// Says that the log is to be closed when those who write to it have stopped. They wait for the journal, and it waits until a file of
-    /// its ring is free; from now on it does so for some seconds, and then it has failed. What it has not taken by then was
-    /// acknowledged to nobody.
+    /// Announces that the log will be closed when its writers have stopped. Writers wait for the journal, which waits
+    /// for a free file of its ring. From now on that wait ends after some seconds, and then the journal fails. Entries
+    /// that are not written by then were never acknowledged.
     pub fn expect_close(&self) {
         self.inner.core.journal.expect_close();
     }
 
-    /// Syncs everything, writes the last checkpoint and stops the threads. Appends are refused from now on. An error
-    /// means that the next start will look for what was not synced.
+    /// Syncs everything, writes the last checkpoint and stops the threads. Appends are refused from now on. After an
+    /// error, the next start scans for unsynced data.
     pub fn close(&self) -> Result<(), PersistError> {
         if self.inner.core.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
         let closed = self.close_replicas();
-        // Last: a stop that is not waited for any longer meanwhile was clean.
+        // This step is the last one: a process that is ended during it has stopped cleanly.
         self.inner.core.removed.close();
         closed
     }
@@ -282,7 +288,7 @@ impl Log {
         if let Some(reason) = inner.core.journal.failed() {
             return failed(reason.to_owned());
         }
-        // A replica that nobody opened since a crash: its record is not yet what lies on the disk.
+        // The record of a replica that was not opened since a crash does not yet describe its files.
         let unopened = inner.registry().dormant.values().any(|dormant| !dormant.clean);
         let whole = inner.open_replicas().iter().all(|replica| {
             let state = replica.state();
@@ -297,7 +303,8 @@ impl Log {
         written.or_else(|error| failed(format!("the checkpoint could not be written: {error}")))
     }
 
-    /// With `manual`: writes one round of the journal. False when there was nothing to write, or no room to write it.
+    /// Writes one frame of the journal, with `manual`. Returns false if nothing is queued, or if the journal has no
+    /// space.
     pub fn journal_step(&self) -> bool {
         self.inner.journal_step()
     }
@@ -312,7 +319,7 @@ impl Log {
         self.inner.registry().open.remove(&id);
     }
 
-    /// With `manual`: syncs everything that is not, and gives up journal files that are not needed.
+    /// Syncs all unsynced data and releases the journal files that are not needed, with `manual`.
     pub fn sync_step(&self) {
         self.inner.sync_step();
     }
@@ -331,7 +338,7 @@ impl Inner {
         self.registry().open.values().cloned().collect()
     }
 
-    /// Writes the round that replay would begin with, and then the checkpoint that says so.
+    /// Writes the frame at which replay would start, and then the checkpoint that names it.
     fn begin(&self, first_round: u64) -> io::Result<()> {
         match self.core.journal.make_room(&mut || self.grow_now())? {
             Room::NeedsFile => return Err(io::ErrorKind::StorageFull.into()),
@@ -340,7 +347,7 @@ impl Inner {
         self.write_checkpoint(&self.checkpoint(first_round, Standing::Running))
     }
 
-    /// Makes a recovered replica one that is open.
+    /// Registers a recovered replica as open.
     fn adopt(&self, id: PartitionId, dir: PathBuf, mut record: ReplicaRecord, clean: bool) -> Arc<Shared> {
         let mut registry = self.registry();
         if let Some(shared) = registry.open.get(&id) {
@@ -348,14 +355,14 @@ impl Inner {
         }
         let synced = registry.dormant.remove(&id).map(|dormant| dormant.record);
         if startup::unread(&record) {
-            // It was read: from now on there is a record of it.
+            // The scan has read the replica, so from now on a record describes it.
             record.generation = self.core.next_generation();
         }
         let shared = Shared::new(&self.core, dir, record);
         registry.open.insert(id, shared.clone());
         drop(registry);
         if let Some(synced) = synced.filter(|_| !clean) {
-            // What the scan found beyond the old recovery point may not be synced.
+            // Data that the scan found above the old recovery point may be unsynced.
             {
                 let mut state = shared.state();
                 let segment = *synced.segments.last().expect("a record has a segment");
@@ -373,7 +380,7 @@ impl Inner {
         shared
     }
 
-    /// Makes a replica's folder where there is none.
+    /// Creates the directory of a replica if it is absent. Returns true if it was created.
     fn make_folder(&self, dir: &Path) -> io::Result<bool> {
         match self.core.disk.list(dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => self.core.disk.create_dir_all(dir).map(|()| true),
@@ -405,7 +412,7 @@ impl Inner {
         Ok(shared)
     }
 
-    /// Writes one round of the journal, having made room for it. Does the syncing itself where no thread does.
+    /// Writes one frame of the journal after making space for it. Runs the sync itself, because no thread does.
     pub(super) fn journal_step(&self) -> bool {
         let journal = &self.core.journal;
         if !journal.pending() {
@@ -427,7 +434,8 @@ impl Inner {
         false
     }
 
-    /// With `manual`: writes what is queued, and makes room for the two rounds of a change. False where there is none.
+    /// Writes the queued entries and makes space for the two frames of a change, with `manual`. Returns false if there
+    /// is no space.
     pub(super) fn steps_ahead(&self) -> bool {
         let journal = &self.core.journal;
         while journal.pending() {
@@ -444,7 +452,7 @@ impl Inner {
         false
     }
 
-    /// `None` when the journal has failed.
+    /// Makes space for the next frame. Returns `None` if the journal has failed.
     fn make_room(&self) -> Option<Room> {
         match self.core.journal.make_room(&mut || self.grow_now()) {
             Ok(room) => Some(room),
@@ -466,7 +474,7 @@ impl Inner {
         ]
     }
 
-    /// The journal's thread.
+    /// Runs the journal thread.
     fn write_journal(&self) {
         const PATIENCE: Duration = Duration::from_millis(100);
         let journal = &self.core.journal;
@@ -494,11 +502,12 @@ impl Inner {
     }
 }
 
-/// Whether the journal that is asked for can be had, before anything is written. A ring grows as it is needed and makes do with less
-/// where the disk is full; but a large one that was never made is somebody's wish, which is not to be found impossible under load.
+/// Checks, before anything is written, that the disk has space for the configured journal. A ring grows on demand and
+/// works with fewer files on a full disk. A large ring that was never created is checked here, so that the failure does
+/// not appear under load.
 fn room_for_journal(disk: &dyn Disk, journal_dir: &Path, bytes: u64) -> Result<(), OpenError> {
     let made = disk.list(journal_dir).is_ok_and(|entries| entries.iter().any(|entry| entry.name.ends_with(".journal")));
-    // The folder may not be there yet: then the one above it says.
+    // The directory may not exist yet. The nearest existing parent then reports the free space.
     let free = journal_dir.ancestors().find_map(|dir| disk.free_bytes(dir).ok());
     match free {
         Some(free) if bytes > limits::JOURNAL_SPACE_CHECK_BYTES && !made && free < bytes => {
@@ -509,7 +518,7 @@ fn room_for_journal(disk: &dyn Disk, journal_dir: &Path, bytes: u64) -> Result<(
 }
 
 impl Threads {
-    /// Ends the threads; what is queued for the journal is still written.
+    /// Stops the threads. Entries that are queued for the journal are still written.
     fn stop(&self) {
         self.inner.core.journal.close();
         self.inner.core.removed.stop();
@@ -531,7 +540,7 @@ impl Drop for Threads {
         self.inner.core.closed.store(true, Ordering::Release);
         self.stop();
         self.inner.core.removed.close();
-        // Replicas and readers may outlive the log: they hold the core, which must not hold them.
+        // Replicas and readers may outlive the log. They hold the core, so the core must not hold them.
         drop(std::mem::take(&mut *self.inner.core.work()));
         self.inner.core.journal.abandon();
     }

@@ -1,23 +1,23 @@
-//! Which leader epoch wrote which offsets: what a follower compares with its leader before it copies (KIP-101, KIP-279).
-//! Pure.
+//! Epoch history: the start offset of each leader epoch. A follower compares it with its leader's before it copies
+//! (KIP-101, KIP-279). Pure.
 
 use bytes::{Buf, BufMut};
 
 use crate::model::{LeaderEpoch, Offset};
 
-/// The epochs of one log, each with the first offset written in it. Both grow strictly.
+/// Epochs of one log, each with the first offset written in it. Both grow strictly.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EpochHistory {
     starts: Vec<(LeaderEpoch, Offset)>,
 }
 
 impl EpochHistory {
-    /// No epochs.
+    /// Returns a history without epochs.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The history of these epochs, each with the first offset written in it; `None` where either does not grow.
+    /// Returns the history of these epochs, each with its first offset; `None` if either does not grow strictly.
     pub fn from_starts(starts: impl IntoIterator<Item = (LeaderEpoch, Offset)>) -> Option<Self> {
         let mut history = Self::new();
         for (epoch, start) in starts {
@@ -29,30 +29,31 @@ impl EpochHistory {
         Some(history)
     }
 
-    /// Every epoch and where it starts, oldest first.
+    /// Returns every epoch with its start, oldest first.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (LeaderEpoch, Offset)> + '_ {
         self.starts.iter().copied()
     }
 
-    /// The newest epoch and where it starts.
+    /// Returns the newest epoch with its start.
     pub fn last(&self) -> Option<(LeaderEpoch, Offset)> {
         self.starts.last().copied()
     }
 
-    /// The epoch that wrote `offset`, which lies in the log.
+    /// Returns the epoch of `offset`, which must lie in the log.
     pub fn at(&self, offset: Offset) -> Option<LeaderEpoch> {
         let after = self.starts.partition_point(|(_, start)| *start <= offset);
         after.checked_sub(1).map(|i| self.starts[i].0)
     }
 
-    /// Notes that a batch at `start` has this epoch. False when the epoch falls, which no log may show.
+    /// Records that a batch at `start` has this epoch. Returns false if the epoch or the offset decreases, which no log
+    /// may contain.
     #[must_use]
     pub fn note(&mut self, epoch: LeaderEpoch, start: Offset) -> bool {
         match self.starts.last() {
             Some((last, _)) if *last == epoch => true,
             Some((last, last_start)) if *last > epoch || *last_start > start => false,
             found => {
-                // All that the last epoch wrote lies below the log start.
+                // All offsets of the last epoch lie below the log start.
                 if found.is_some_and(|(_, last_start)| *last_start == start) {
                     self.starts.pop();
                 }
@@ -62,20 +63,20 @@ impl EpochHistory {
         }
     }
 
-    /// The largest epoch not above `epoch` that wrote here, and the end of what it wrote, in a log that ends at
-    /// `log_end`. `None` when every epoch here is newer.
+    /// Returns the largest epoch of this log not above `epoch`, and its end, in a log that ends at `log_end`. Returns
+    /// `None` if every epoch is newer.
     pub fn end_of(&self, epoch: LeaderEpoch, log_end: Offset) -> Option<(LeaderEpoch, Offset)> {
         let after = self.starts.partition_point(|(known, _)| *known <= epoch);
         let found = self.starts.get(after.checked_sub(1)?)?.0;
         Some((found, self.starts.get(after).map_or(log_end, |(_, start)| *start)))
     }
 
-    /// Forgets what starts at `end` or after it.
+    /// Removes the epochs that start at `end` or later.
     pub fn truncate(&mut self, end: Offset) {
         self.starts.retain(|(_, start)| *start < end);
     }
 
-    /// Forgets epochs that end at or below `start`; the one that holds `start` begins there from now on.
+    /// Removes the epochs that end at or below `start`. The epoch that contains `start` starts there from now on.
     pub fn forget_below(&mut self, start: Offset) {
         let holding = self.starts.partition_point(|(_, first)| *first <= start).saturating_sub(1);
         self.starts.drain(..holding);
@@ -84,7 +85,7 @@ impl EpochHistory {
         }
     }
 
-    /// The part that lies in `start..end`.
+    /// Returns the part in `start..end`.
     #[must_use]
     pub fn between(&self, start: Offset, end: Offset) -> Self {
         let mut part = self.clone();
@@ -108,7 +109,7 @@ impl EpochHistory {
         }
         let mut history = Self { starts: Vec::with_capacity(count) };
         for _ in 0..count {
-            // One that a batch can carry.
+            // The epoch must be one that a batch can have.
             let epoch = LeaderEpoch::from_i32(from.try_get_i32().ok()?)?;
             let start = Offset::new(from.try_get_u64().ok()?)?;
             if history.last().is_some_and(|(last, last_start)| last >= epoch || last_start >= start) {
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn cutting_either_end_keeps_the_epoch_of_what_is_left() {
+    fn truncation_at_either_end_keeps_the_remaining_epochs() {
         let mut history = history();
         history.truncate(at(25));
         assert_eq!(history.last(), Some((LeaderEpoch(3), at(10))));

@@ -1,199 +1,200 @@
-//! What can go wrong, one enum per operation.
+//! Errors of the log, one enum per operation.
 
 use std::{io, path::PathBuf};
 
 use crate::model::{BrokerId, Offset, PartitionId};
 
-/// Why a data directory cannot be opened.
+/// Error of opening a data directory.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Another process has it.
+    /// Another process uses the directory.
     #[error("data directory {} is in use by another process{}: stop it, or give this one another directory (broker.data_dir, --data-dir)",
         dir.display(), pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default())]
     InUse {
-        /// The directory.
+        /// Path of the directory.
         dir: PathBuf,
-        /// The other process, when it said.
+        /// Id of the other process, if the lock file holds one.
         pid: Option<u32>,
     },
-    /// Written by a newer version.
+    /// A newer version wrote the directory.
     #[error("data directory {} has format {found}; this version knows up to {known}: start the newer version",
         dir.display())]
     Newer {
-        /// The directory.
+        /// Path of the directory.
         dir: PathBuf,
-        /// Its format.
+        /// Format of the directory.
         found: u32,
-        /// The newest known here.
+        /// Newest format that this version reads.
         known: u32,
     },
-    /// Another cluster's or another broker's.
+    /// The directory belongs to another cluster or broker.
     #[error("data directory {} belongs to broker {found_broker} of cluster {found_cluster:?}, this is broker {broker} \
         of {cluster:?}: give the right directory or configuration", dir.display())]
     Foreign {
-        /// The directory.
+        /// Path of the directory.
         dir: PathBuf,
-        /// Whose it is.
+        /// Cluster of the directory.
         found_cluster: String,
-        /// Whose it is.
+        /// Broker of the directory.
         found_broker: BrokerId,
-        /// Who opens it.
+        /// Cluster that opens the directory.
         cluster: String,
-        /// Who opens it.
+        /// Broker that opens the directory.
         broker: BrokerId,
     },
-    /// It holds data, and not the file that says whose.
+    /// The directory holds data and no identity file.
     #[error("data directory {} holds {found}, and not strandline.json, which says whose they are. Put that file back{}; or, if this \
         data is not wanted, name an empty directory (broker.data_dir, --data-dir)", dir.display(), card.as_ref()
         .map(|card| format!(" (by the checkpoint, if it is this broker's directory, it reads {card})")).unwrap_or_default())]
     Unidentified {
-        /// The directory.
+        /// Path of the directory.
         dir: PathBuf,
-        /// What is in it.
+        /// Data in the directory.
         found: String,
-        /// What the file would hold, as far as the checkpoint tells.
+        /// Content that the identity file should have, according to the checkpoint.
         card: Option<String>,
     },
-    /// It was not stopped cleanly, and the journal that it was running with is not there.
+    /// The directory was not stopped cleanly, and the journal that it used is missing.
     #[error("data directory {} was not stopped cleanly, and its journal is not in {}: {why}. Acknowledged records may be in it \
         alone. Mount its device, or name its folder (log.journal_dir). To go on without it and lose them, start once with \
         log.accept_journal_loss = true", dir.display(), journal_dir.display())]
     JournalLost {
-        /// The directory.
+        /// Path of the directory.
         dir: PathBuf,
-        /// Where the journal was looked for.
+        /// Directory that was searched for the journal.
         journal_dir: PathBuf,
-        /// What was found there.
+        /// Content of that directory.
         why: String,
     },
-    /// The journal's folder is used by another data directory.
+    /// Another data directory uses the journal's directory.
     #[error("{} holds the journal of another data directory (id {other}): give data directory {} a journal folder of its own \
         (log.journal_dir), or empty that one if the other directory is gone", journal_dir.display(), dir.display())]
     JournalForeign {
-        /// The directory.
+        /// Path of the directory.
         dir: PathBuf,
-        /// The journal's folder.
+        /// Directory of the journal.
         journal_dir: PathBuf,
-        /// Whose it is.
+        /// Id of the other data directory.
         other: uuid::Uuid,
     },
-    /// There is no room for the journal.
+    /// The disk has no space for the journal.
     #[error("log.journal_bytes = {bytes} is more than {} has room for: {free} bytes are free. Set it lower, or name a folder on a \
         larger device (log.journal_dir)", journal_dir.display())]
     JournalTooLarge {
-        /// The journal's folder.
+        /// Directory of the journal.
         journal_dir: PathBuf,
-        /// The journal's size.
+        /// Configured size of the journal, in bytes.
         bytes: u64,
-        /// What is free.
+        /// Free bytes on the disk.
         free: u64,
     },
-    /// A file that says whose directory it is does not parse.
+    /// The identity file does not parse.
     #[error("{} is damaged: {why}; restore it, or move the directory away and let the broker copy its data again",
         file.display())]
     Damaged {
-        /// The file.
+        /// Path of the file.
         file: PathBuf,
-        /// What is wrong with it.
+        /// Error in the content.
         why: String,
     },
-    /// The file system says no.
+    /// The file system returned an error.
     #[error("data directory {}: cannot {what}: {source}", path.display())]
     Io {
-        /// The file or directory.
+        /// Path of the file or directory.
         path: PathBuf,
-        /// What was tried.
+        /// Operation that failed.
         what: &'static str,
-        /// Why not.
+        /// Error of the file system.
         source: io::Error,
     },
 }
 
-/// Why a replica cannot be opened, or deleted.
+/// Error of opening or deleting a replica.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplicaError {
-    /// Somebody has it.
+    /// The replica has a writer already.
     #[error("partition {id} is open already")]
     Open {
-        /// Which.
+        /// Partition of the replica.
         id: PartitionId,
     },
-    /// It acknowledged what it does not hold any more. Its files are kept as they are.
+    /// Acknowledged data is missing. The files stay unchanged.
     #[error("partition {id} has lost data: it held offsets up to {persisted} on stable storage, and {why}. Its files in {} \
         are kept and not served; delete this replica to copy the partition again", dir.display())]
     Lost {
-        /// Which.
+        /// Partition of the replica.
         id: PartitionId,
-        /// The end of what it had persisted.
+        /// Persisted end of the replica.
         persisted: Offset,
-        /// What is wrong.
+        /// Description of the missing data.
         why: String,
-        /// Where its files are.
+        /// Directory of the replica's files.
         dir: PathBuf,
     },
-    /// The data directory takes no writes.
+    /// The data directory accepts no writes.
     #[error("the data directory takes no writes: {reason}")]
     Failed {
-        /// Why.
+        /// Reason of the refusal.
         reason: String,
     },
-    /// The file system says no.
+    /// The file system returned an error.
     #[error("partition {id}: {}: {source}", path.display())]
     Io {
-        /// Which.
+        /// Partition of the replica.
         id: PartitionId,
-        /// The file or directory.
+        /// Path of the file or directory.
         path: PathBuf,
-        /// Why not.
+        /// Error of the file system.
         source: io::Error,
     },
 }
 
-/// Why batches were not appended. Nothing of them is in the log.
+/// Error of an append. None of its batches is in the log.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AppendError {
-    /// No room. Appending works again by itself when there is.
+    /// The disk has no space. Appends work again when it has space.
     #[error("the disk is full")]
     DiskFull,
-    /// The replica takes no writes any more.
+    /// The replica accepts no writes any longer.
     #[error("the replica takes no writes: {reason}")]
     Failed {
-        /// Why.
+        /// Reason of the refusal.
         reason: String,
     },
 }
 
 impl AppendError {
-    /// Whether the same call may succeed later.
+    /// Returns true if the same call may succeed later.
     pub fn retryable(&self) -> bool {
         matches!(self, Self::DiskFull)
     }
 }
 
-/// Why a replica could not be cut, emptied or shortened.
+/// Error of a truncation, reset or eviction.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChangeError {
-    /// No room for what a change writes itself. Nothing was changed; it works when there is room.
+    /// The disk has no space for the writes of the change itself. Nothing was changed, and a retry works when there is
+    /// space.
     #[error("the disk is full")]
     DiskFull,
-    /// The replica, or its data directory, takes no writes any more.
+    /// The replica, or its data directory, accepts no writes any longer.
     #[error("the replica cannot be changed: {reason}")]
     Failed {
-        /// Why.
+        /// Reason of the refusal.
         reason: String,
     },
 }
 
-/// Why appended batches are not known to be on stable storage.
+/// Error of a persist call: the batches may not be on stable storage.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PersistError {
-    /// They were cut meanwhile.
+    /// The batches were truncated meanwhile.
     #[error("the log was cut before these records were persisted")]
     Cut,
     /// A write or a sync failed, which is final.
     #[error("not persisted: {reason}")]
     Failed {
-        /// Why.
+        /// Reason of the failure.
         reason: String,
     },
     /// The log was closed.
@@ -201,48 +202,48 @@ pub enum PersistError {
     Closed,
 }
 
-/// Why records were not read.
+/// Error of a read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// Not on this disk.
+    /// The offset is not on this disk.
     #[error("offset {offset} is not on this disk, which holds {start} to {end}")]
     OutOfRange {
-        /// What was asked for.
+        /// Requested offset.
         offset: Offset,
-        /// The local start.
+        /// Local start.
         start: Offset,
-        /// The log end.
+        /// Log end.
         end: Offset,
     },
-    /// The bytes are not those that were written; they are not served.
+    /// The bytes differ from those that were written, and are not returned.
     #[error("offset {offset} cannot be read: {} is damaged at byte {position}: {why}", file.display())]
     Damaged {
-        /// The first offset that cannot be read.
+        /// First offset that cannot be read.
         offset: Offset,
-        /// The segment.
+        /// Path of the segment file.
         file: PathBuf,
-        /// Where in it.
+        /// Position of the corruption in the file.
         position: u64,
-        /// What is wrong.
+        /// Description of the corruption.
         why: String,
     },
-    /// The batch is larger than the reader has memory for.
+    /// The batch is larger than the memory of the reader.
     #[error("the batch has {bytes} bytes, and there is memory for fewer")]
     BatchTooLarge {
-        /// Its bytes.
+        /// Size of the batch in bytes.
         bytes: usize,
     },
-    /// The file system says no.
+    /// The file system returned an error.
     #[error("{}: {source}", file.display())]
     Io {
-        /// The segment.
+        /// Path of the segment file.
         file: PathBuf,
-        /// Why not.
+        /// Error of the file system.
         source: io::Error,
     },
 }
 
-/// Whether an error means that there is no room.
+/// Returns true if an error means that the disk is full.
 pub(super) fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

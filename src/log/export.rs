@@ -1,4 +1,4 @@
-//! A sealed segment as the tier uploads it: its bytes, and all that its footer holds.
+//! A sealed segment for the upload to the object store: its bytes, and the content of its footer.
 
 use std::{io, path::PathBuf, sync::Arc};
 
@@ -14,33 +14,33 @@ use super::{
 };
 use crate::model::Offset;
 
-/// A sealed segment and what belongs to it. It can be read to its end whatever is evicted meanwhile.
+/// A sealed segment with its metadata. It can be read to its end, even during an eviction.
 pub struct SegmentExport {
-    /// What is known of it.
+    /// Description of the segment.
     pub info: SegmentInfo,
-    /// Where it lies, for messages.
+    /// Path of the file, for messages.
     pub path: PathBuf,
-    /// Batches that can be found without reading those before them; also the time index.
+    /// Batches that can be found without reading the batches before them; also the time index.
     pub index: Vec<IndexEntry>,
-    /// The epochs of its batches.
+    /// Epoch history of the batches.
     pub epochs: EpochHistory,
-    /// The producers as they were at its end.
+    /// Producer state at the end of the segment.
     pub producers: ProducerTable,
     file: Arc<dyn File>,
 }
 
 impl SegmentExport {
-    /// Fills `buffer` with the file's bytes from `position` on; fewer only at its end. Blocks. Neither the batches nor the length are
-    /// checked: whoever reads compares with what is known of the segment.
+    /// Fills `buffer` with the bytes of the file from `position` on; returns fewer bytes only at the end. Blocks.
+    /// Neither the batches nor the length are checked: the caller compares them with the description of the segment.
     pub fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
         self.file.read_at(buffer, position)
     }
 }
 
 impl Replica {
-    /// The sealed segment at `base`; `NotFound` where there is none. It is durable here before it leaves: a log that ends below what the
-    /// bucket has, after a loss of power, could not be led from. Blocks: it may read the segment, and those before it, where the index
-    /// or the snapshot is missing.
+    /// Exports the sealed segment at `base`; fails with `NotFound` if there is none. The segment is made durable here
+    /// first: a log that ends below the tiered end after a power failure could not be led from. Blocks. If the index or
+    /// the snapshot is missing, it reads the segment, and earlier ones.
     pub fn export(&self, base: Offset) -> io::Result<SegmentExport> {
         let shared = &self.shared;
         let (info, file, epochs, segments) = {
@@ -67,8 +67,9 @@ impl Replica {
         Ok(SegmentExport { info, path: file.path.clone(), index, epochs, producers, file: open.file.clone() })
     }
 
-    /// Where this log begins on this disk, and the epochs and producers of what lies before it: with them a replica elsewhere
-    /// can begin there too (`Replica::reset_with`). Blocks. `InvalidData` when what held them is damaged or gone.
+    /// Returns the local start, and the epoch history and producer state before it. With them another replica can start
+    /// at the same offset (`Replica::reset_with`). Blocks. Fails with `InvalidData` if their file is corrupt or
+    /// missing.
     pub fn tables_at_start(&self) -> io::Result<(Offset, EpochHistory, ProducerTable)> {
         let shared = &self.shared;
         let (start, before) = {
@@ -76,7 +77,8 @@ impl Replica {
             let start = state.local_start();
             (start, state.epochs.between(Offset::ZERO, start))
         };
-        // Whatever moved the start here wrote the snapshot before; a log that begins with nothing before it has none.
+        // A move of the start to this offset wrote the snapshot first. A log that has never had earlier data has no
+        // snapshot.
         match Snapshot::read(&*shared.core.disk, &shared.dir, start)? {
             Some(Snapshot { epochs, producers }) => Ok((start, epochs, producers)),
             None if before.last().is_none() => Ok((start, EpochHistory::new(), ProducerTable::new())),

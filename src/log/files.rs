@@ -1,4 +1,4 @@
-//! The open files of all segments, bounded: an idle replica holds no handle.
+//! The table of open segment files. It is bounded, so that an idle replica holds no handle.
 
 use std::{
     io,
@@ -17,19 +17,19 @@ use super::{
     removed,
 };
 
-/// The open files, and what was read of their indexes.
+/// Open files, with the indexes that were read for them.
 pub(super) struct Files {
     disk: Arc<dyn Disk>,
     capacity: usize,
-    /// By serial, in the order of their last use: a use and an eviction cost the same however many there are.
+    /// Open files by serial, in order of last use. A use and an eviction have a constant cost.
     open: Mutex<LruCache<u64, Arc<OpenFile>>>,
     serial: AtomicU64,
 }
 
-/// One open segment.
+/// An open segment.
 pub(super) struct OpenFile {
     pub(super) file: Arc<dyn File>,
-    /// A sealed segment's index, once it was asked for.
+    /// Index of a sealed segment, loaded at its first use.
     pub(super) index: Mutex<Option<Arc<Index>>>,
 }
 
@@ -39,7 +39,8 @@ impl Files {
         Self { disk, capacity, open: Mutex::new(LruCache::unbounded()), serial: AtomicU64::new(0) }
     }
 
-    /// A number for one file that is, or will be: a file made again at the same path has another.
+    /// Returns a number for one file that exists or will exist. A file that is created again at the same path has
+    /// another number.
     pub(super) fn serial(&self) -> u64 {
         self.serial.fetch_add(1, Ordering::Relaxed)
     }
@@ -52,17 +53,17 @@ impl Files {
         if let Some(file) = self.lock().get(&serial) {
             return Ok(file.clone());
         }
-        // Always for writing where it exists, since the next user may write; never made by a reader.
+        // An existing file is always opened for writing, since its next user may write. A reader never creates a file.
         if mode == Mode::Read {
             self.disk.open(path, Mode::Read)?;
         }
         let opened = Arc::new(OpenFile { file: self.disk.open(path, Mode::Write)?, index: Mutex::new(None) });
         let mut open = self.lock();
-        // Two threads may have opened it at once: they share the first.
+        // Two threads may have opened the file at once. Both use the first handle.
         let file = open.get_or_insert(serial, || opened).clone();
         let evicted = if open.len() > self.capacity { open.pop_lru() } else { None };
         drop(open);
-        // Closing a file may take a while, so nobody waits for it behind the lock.
+        // Closing a file may take time, so it happens outside the lock.
         drop(evicted);
         Ok(file)
     }
@@ -71,7 +72,7 @@ impl Files {
         drop(self.take(serial));
     }
 
-    /// Takes a file out of the table. Whoever uses it holds it as well.
+    /// Takes a file out of the table. Its current users keep it open.
     pub(super) fn take(&self, serial: u64) -> Option<Arc<OpenFile>> {
         self.lock().pop(&serial)
     }

@@ -1,8 +1,8 @@
-//! Doors for the fuzzers (`fuzz/entries`) to what this room reads off the disk and shows to nobody else.
+//! Entry points of the fuzzers (`fuzz/entries`) to the private decoders of this module.
 //!
-//! Each takes a file's bytes and writes again what it understood; `None` is a refusal. What a file is compared with when
-//! a directory is opened (the directory's id, the segment's base and length) is taken from the file itself here: otherwise
-//! nothing would ever be accepted.
+//! Each function decodes the bytes of a file and encodes the result again; `None` is a refusal. A data directory
+//! compares a file with its id, or with the base and length of a segment. Here those values come from the file itself:
+//! otherwise no input would be accepted.
 
 use bytes::{Buf, Bytes};
 use uuid::Uuid;
@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{checkpoint::Checkpoint, index::Index, journal::entry, snapshot::Snapshot};
 use crate::{model::Offset, record::Batch};
 
-/// The round of a journal that begins at the front of `bytes`; refused as well where a payload is not what its entry says.
+/// Decodes the journal frame at the front of `bytes`. A payload that does not match its entry is refused as well.
 pub fn round(bytes: &Bytes) -> Option<Vec<u8>> {
     let directory = Uuid::from_slice(bytes.get(12..28)?).ok()?;
     let round = entry::decode(bytes, directory)?;
@@ -34,13 +34,13 @@ pub fn round(bytes: &Bytes) -> Option<Vec<u8>> {
     Some(out)
 }
 
-/// A checkpoint.
+/// Decodes a checkpoint.
 pub fn checkpoint(file: &[u8]) -> Option<Vec<u8>> {
     let directory = Uuid::from_slice(file.get(8..24)?).ok()?;
     Some(Checkpoint::decode(file, directory)?.encode(directory).to_vec())
 }
 
-/// A segment's offset index and its time index.
+/// Decodes the offset index and the time index of a segment.
 pub fn index(offsets: &[u8], times: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     let mut head = offsets.get(8..24)?;
     let (base, segment_bytes) = (Offset::new(head.get_u64())?, head.get_u64());
@@ -48,7 +48,7 @@ pub fn index(offsets: &[u8], times: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     Some((offsets.to_vec(), times.to_vec()))
 }
 
-/// A segment's snapshot.
+/// Decodes the snapshot of a segment.
 pub fn snapshot(file: &[u8]) -> Option<Vec<u8>> {
     let at = Offset::new(file.get(8..16)?.get_u64())?;
     let Snapshot { epochs, producers } = Snapshot::decode(file, at)?;

@@ -1,8 +1,8 @@
-//! Growing the journal's ring, ahead of need and slowly. One thread.
+//! Growing the journal's ring in the background, ahead of need. One thread.
 //!
-//! A file is written full of zeros before it is used, so that no append waits until the file system has found it room. But the
-//! zeros go to the device that the appends wait for. So they go in small pieces, and a pause follows each, as long as the file in
-//! use fills slower than the next one is made; there is none when the journal itself waits for it.
+//! A file is filled with zeros before its first use, so that no append waits for an allocation. Appends wait for the
+//! same device, so the zeros are written in small pieces with pauses. There is no pause while the active file fills
+//! faster than the next one, or while the journal waits for the next one.
 
 use std::{
     io,
@@ -13,17 +13,17 @@ use std::{
 
 use super::{directory::Inner, journal::ring};
 
-/// How long the appends go first after each piece.
+/// Maximum pause in favour of appends after each piece.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// How long growing that failed waits before it is tried again.
+/// Time until a failed growth is retried.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Held while a file is being made: one at a time.
+/// Held while a file is being created: one at a time.
 pub(super) type Growing = Mutex<()>;
 
 impl Inner {
-    /// Makes a file now, because the journal has none to go on with. False when the ring may not grow.
+    /// Creates a file now, because the journal has no free one. Returns false if the ring may not grow.
     pub(super) fn grow_now(&self) -> io::Result<bool> {
         let journal = &self.core.journal;
         journal.await_file(true);
@@ -32,7 +32,7 @@ impl Inner {
         grown
     }
 
-    /// Makes a file at the appends' pace.
+    /// Creates a file at a pace that lets appends go first.
     fn grow_ahead(&self) -> io::Result<bool> {
         let journal = &self.core.journal;
         self.grow(&mut |done| {
@@ -41,7 +41,8 @@ impl Inner {
         })
     }
 
-    /// Makes the next file of the ring, if there is none and there may be one more. True when there is one afterwards.
+    /// Creates the next file of the ring, if none is free and the ring may grow. Returns true if a file is free
+    /// afterwards.
     fn grow(&self, rest: &mut dyn FnMut(u64) -> io::Result<()>) -> io::Result<bool> {
         let _one_at_a_time = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
         let (vacancy, bytes) = {
@@ -53,7 +54,7 @@ impl Inner {
         };
         let Some((path, slot)) = vacancy else { return Ok(false) };
         let dir = path.parent().unwrap_or(Path::new("."));
-        // Filling the disk to its last byte, if only for a moment, would fail others who write here, ourselves among them.
+        // A disk that is full, if only for a moment, would fail all its writers, including this broker.
         let room_for = |bytes: u64| {
             let short = |free: u64| free < bytes + self.core.options.reserve_bytes;
             let full = self.ring().owed() == 0 && self.core.disk.free_bytes(dir).is_ok_and(short);
@@ -67,7 +68,7 @@ impl Inner {
     }
 }
 
-/// The growing thread: makes the next file when the last one is entered.
+/// Runs the growth thread: creates the next file when the last one is entered.
 pub(super) fn run(inner: &Inner) {
     let journal = &inner.core.journal;
     let mut said = false;

@@ -1,4 +1,4 @@
-//! Whose data directory it is: the lock, and the small file that says so in words.
+//! Identity of a data directory: its lock, and the small JSON file that names its owner.
 
 use std::{io, path::Path};
 
@@ -17,22 +17,22 @@ use crate::{
     task::random,
 };
 
-/// The format of a data directory that this version writes, and the newest that it reads.
+/// Format of a data directory that this version writes, and the newest format that it reads.
 pub const FORMAT: u32 = 1;
 
-/// The file that says whose a data directory is.
+/// Name of the identity file.
 pub const NAME: &str = "strandline.json";
 
-/// The metadata store of a broker that runs alone, which lies beside the log. Not the log's, but a directory that holds it is
-/// not a new one.
+/// File of the metadata store of a standalone broker, beside the log. The file is not part of the log, but a directory
+/// that holds it is not a new one.
 pub const METADATA: &str = "metadata.redb";
 
-/// Who opens a data directory.
+/// The cluster and broker that open a data directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// The cluster's name.
+    /// Name of the cluster.
     pub cluster: String,
-    /// The broker's number.
+    /// Id of the broker.
     pub broker: BrokerId,
 }
 
@@ -45,7 +45,7 @@ struct Card {
     broker: u32,
     #[serde(default)]
     directory_id: String,
-    /// The highest cluster generation in which the directory took part; 0 before the first.
+    /// Highest cluster generation in which the directory took part; 0 before the first.
     #[serde(default)]
     generation: u64,
 }
@@ -63,7 +63,7 @@ pub(super) fn io_error(path: &Path, what: &'static str) -> impl FnOnce(io::Error
     move |source| OpenError::Io { path, what, source }
 }
 
-/// Takes the directory for this process.
+/// Creates the directory if it is absent, and locks it for this process.
 pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, OpenError> {
     disk.create_dir_all(dir).map_err(io_error(dir, "make the directory"))?;
     let path = dir.join("lock");
@@ -77,10 +77,10 @@ pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, 
     }
 }
 
-/// The directory's id. A new directory is given to `identity`; one that holds data is not new.
+/// Returns the directory's id. A new directory is assigned to `identity`; a directory that holds data is not new.
 pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &Identity) -> Result<Uuid, OpenError> {
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        // The directory may be new. Who may not read its parent did not make it.
+        // The directory may be new. A process that may not read the parent did not create the directory.
         match disk.sync_dir(parent) {
             Err(error) if error.kind() != io::ErrorKind::PermissionDenied => {
                 return Err(io_error(parent, "sync the directory")(error));
@@ -123,12 +123,12 @@ pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &Identity) -> Result<
     Uuid::try_parse(&card.directory_id).map_err(|error| damaged(format!("directory_id: {error}")))
 }
 
-/// The highest cluster generation that was noted in the directory; 0 where none was.
+/// Returns the highest cluster generation that the directory records; 0 if it records none.
 pub(super) fn generation(disk: &dyn Disk, dir: &Path) -> Result<u64, OpenError> {
     Ok(read(disk, dir)?.generation)
 }
 
-/// Notes a cluster generation durably, where that is higher than what is noted.
+/// Records a cluster generation durably if it is higher than the recorded one.
 pub(super) fn note_generation(disk: &dyn Disk, dir: &Path, generation: u64) -> Result<(), OpenError> {
     let card = read(disk, dir)?;
     if card.generation >= generation {
@@ -139,14 +139,15 @@ pub(super) fn note_generation(disk: &dyn Disk, dir: &Path, generation: u64) -> R
     disk.replace(&path, &text).map_err(io_error(&path, "write"))
 }
 
-/// The card of a directory that was opened.
+/// Reads the identity file of an opened directory.
 fn read(disk: &dyn Disk, dir: &Path) -> Result<Card, OpenError> {
     let path = dir.join(NAME);
     let text = disk.read(&path).map_err(io_error(&path, "read"))?;
     serde_json::from_slice(&text).map_err(|error| OpenError::Damaged { file: path, why: error.to_string() })
 }
 
-/// What in a directory can hold data. A first start that was cut short leaves none of it: the card comes first.
+/// Returns the content of a directory that can hold data. An interrupted first start leaves none, because the identity
+/// file comes first.
 fn remains(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in disk.list(dir)? {
@@ -161,7 +162,7 @@ fn remains(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
             found.push(format!("segments of topic {}", entry.name));
         }
     }
-    // Of many topics the first few tell enough.
+    // The first few topics are sufficient.
     if let Some(more) = found.len().checked_sub(5).filter(|more| *more > 0) {
         found.truncate(5);
         found.push(format!("{more} more"));

@@ -1,38 +1,38 @@
-//! A segment's offset and time index: where to start reading for an offset or a timestamp. A cache, made again from the
-//! segment whenever a file of it is missing, short or wrong.
+//! Offset and time index of a segment: the position at which a read for an offset or a timestamp starts. The index is a
+//! cache, and is rebuilt from the segment if one of its files is missing, short or invalid.
 
 use bytes::{Buf, BufMut, BytesMut};
 
 use crate::model::Offset;
 
-/// Bytes of a segment between two index entries.
+/// Minimum distance between two index entries, in bytes of the segment.
 pub(super) const INTERVAL: u64 = 4096;
 
 const OFFSETS: &[u8; 8] = b"STRLOIX1";
 const TIMES: &[u8; 8] = b"STRLTIX1";
-/// magic 8, base 8, segment bytes 8, count 4
+/// Bytes of the header: magic 8, base 8, segment bytes 8, count 4.
 const HEAD: usize = 28;
 const ENTRY: usize = 12;
 
-/// One batch that can be found without reading what lies before it.
+/// A batch that can be found without reading the batches before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IndexEntry {
-    /// The batch's base offset.
+    /// Base offset of the batch.
     pub offset: Offset,
-    /// Where it begins in the file.
+    /// Position of the batch in the file.
     pub position: u32,
-    /// The largest timestamp of the batches before it in the segment; `i64::MIN` where there is none.
+    /// Largest timestamp of the earlier batches of the segment; `i64::MIN` if there are none.
     pub max_before: i64,
 }
 
-/// The entries of one segment, the first batch first; positions, offsets and times never fall.
+/// Entries of one segment, the first batch first. Positions, offsets and times never decrease.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Index {
     entries: Vec<IndexEntry>,
 }
 
 impl Index {
-    /// Notes a batch; an entry is made for the first, and for one that lies an interval behind the last entry.
+    /// Adds a batch. The first batch gets an entry, and so does one at least an interval after the last entry.
     pub(super) fn note(&mut self, offset: Offset, position: u64, max_before: i64) {
         let due = self.entries.last().is_none_or(|last| position >= u64::from(last.position) + INTERVAL);
         if let (true, Ok(position)) = (due, u32::try_from(position)) {
@@ -44,19 +44,19 @@ impl Index {
         &self.entries
     }
 
-    /// The last entry at or before `offset`.
+    /// Returns the last entry at or before `offset`.
     pub(super) fn at(&self, offset: Offset) -> Option<IndexEntry> {
         let after = self.entries.partition_point(|entry| entry.offset <= offset);
         after.checked_sub(1).map(|i| self.entries[i])
     }
 
-    /// The last entry before which every timestamp is below `timestamp`.
+    /// Returns the last entry before which every timestamp is below `timestamp`.
     pub(super) fn before_time(&self, timestamp: i64) -> Option<IndexEntry> {
         let after = self.entries.partition_point(|entry| entry.max_before < timestamp);
         after.checked_sub(1).map(|i| self.entries[i])
     }
 
-    /// The two files for a segment of so many bytes.
+    /// Returns the content of the two files, for a segment of `segment_bytes`.
     pub(super) fn encode(&self, base: Offset, segment_bytes: u64) -> (BytesMut, BytesMut) {
         let head = |magic: &[u8; 8]| {
             let mut out = BytesMut::with_capacity(HEAD + self.entries.len() * ENTRY + 4);
@@ -80,7 +80,7 @@ impl Index {
         (offsets, times)
     }
 
-    /// The index that two files hold, if both are whole and for this segment as it is.
+    /// Decodes an index from its two files, if both are intact and describe this segment at its current length.
     pub(super) fn decode(offsets: &[u8], times: &[u8], base: Offset, segment_bytes: u64) -> Option<Self> {
         let mut offsets = body(offsets, OFFSETS, base, segment_bytes)?;
         let mut times = body(times, TIMES, base, segment_bytes)?;
@@ -106,7 +106,7 @@ impl Index {
     }
 }
 
-/// The entries of one file, after its checks.
+/// Returns the entries of one file after verifying the file.
 fn body<'a>(file: &'a [u8], magic: &[u8; 8], base: Offset, segment_bytes: u64) -> Option<&'a [u8]> {
     let (content, crc) = file.split_at_checked(file.len().checked_sub(4)?)?;
     if crc32c::crc32c(content).to_be_bytes() != crc {

@@ -1,60 +1,70 @@
-//! One data directory: every replica's log on this broker's disk, and the journal that makes their appends durable.
+//! One data directory: the logs of all replicas on this broker's disk, and the journal that makes their appends
+//! durable.
 //!
 //! # Overview
 //!
 //! ```text
-//! {data}/strandline.json                                    whose it is: format, cluster, broker, directory id
-//! {data}/lock                                               held while a process has it
-//! {data}/uptimes.json                                       which uptimes of this broker the metadata may name
-//! {data}/producer-ids.json                                  where the newest block of producer ids ends that this broker was given
-//! {data}/reserve                                            room for a start on a disk that is full
-//! {data}/checkpoint                                         what is known of every replica without reading it
+//! {data}/strandline.json                                    identity file: format, cluster, broker, directory id
+//! {data}/lock                                               locked while a process uses the directory
+//! {data}/uptimes.json                                       incarnations of this broker that the metadata may name
+//! {data}/producer-ids.json                                  end of the newest block of producer ids that this broker received
+//! {data}/reserve                                            disk space for a start on a full disk
+//! {data}/checkpoint                                         description of every replica, so that a start reads no segments
 //! {data}/journal/{slot:05}.journal                          the ring
-//! {data}/{topic-id}/{partition}/{base:020}.log              a segment: whole batches and nothing else
-//!                                        .log.aside-{n}     found where a new replica was made; nothing reads it
-//!                                        .index .timeindex  caches: where to start reading
-//!                                        .snapshot          a cache: epochs and producers where it begins
-//!                                        .reset             the same, of a reset that is under way
+//! {data}/{topic-id}/{partition}/{base:020}.log              a segment: complete batches and nothing else
+//!                                        .log.aside-{n}     a quarantined segment, found at a replica's creation; never read
+//!                                        .index .timeindex  caches: file position at which a read starts
+//!                                        .snapshot          epoch history and producer state at the base; a cache above the start
+//!                                        .reset             the snapshot of a reset in progress
 //! ```
 //!
-//! A [`Replica`] is the one writer of a partition. [`Replica::append`] writes batches to the active segment, into the page cache;
-//! readers see them at once. [`Replica::persist`] hands the same bytes to the journal: one writer thread takes what all
-//! replicas handed over meanwhile, writes it with one direct write to preallocated blocks, and answers. Segments are
-//! synced behind by another thread. A [`Reader`] reads from the tail buffer, else from a file, where it checks every
-//! batch before it serves it.
+//! A [`Replica`] is the single writer of a partition. [`Replica::append`] writes batches to the active segment through
+//! the page cache, and readers see them at once. [`Replica::persist`] submits the same bytes to the journal. One writer
+//! thread collects the entries of all replicas, writes them as one frame with one direct write to preallocated blocks,
+//! and completes them. Another thread syncs the segments in the background. A [`Reader`] reads from the tail cache,
+//! else from a file. A read from a file checks every batch before it returns the batch.
 //!
 //! # Invariants
 //!
-//! - A segment holds whole, contiguous batches whose epochs do not fall, and nothing after them.
-//! - What was answered as persisted is, after any crash, in a segment or in the journal.
-//! - What was cut, reset or deleted before the call returned does not come back.
-//! - A journal file is written again only when everything in it is synced in its segment and the checkpoint says that
-//!   replay begins after it.
-//! - An index, a snapshot or a timestamp in them is never evidence of anything: damaged ones are made again.
-//! - What is missing is never taken for empty. The identity comes before all other files, and a running directory's checkpoint
-//!   names a round that is in its journal: a directory without either is refused, and so is a foreign journal.
-//! - The recovery point of a replica only covers what was synced, and its tables are those of that very offset.
+//! - A segment holds complete, contiguous batches whose epochs never decrease, and nothing after them.
+//! - Data that was acknowledged as persisted is in a segment or in the journal after any crash.
+//! - Data that was truncated, reset or deleted before the call returned does not reappear.
+//! - A journal file is reused only when all its entries are synced in their segments and the checkpoint starts replay
+//!   after the file.
+//! - An index, a snapshot, or a timestamp in one of them proves nothing about the log. A corrupt one is rebuilt, except
+//!   the snapshot at the local start, which cannot be rebuilt.
+//! - A missing file never counts as an empty one. The identity file is written before all other files, and the
+//!   checkpoint of a running directory names a frame in its journal. A directory without either is refused, and so is
+//!   the journal of another directory.
+//! - The recovery point of a replica covers only synced data. Its epoch history and producer state are those at exactly
+//!   that offset.
 //!
-//! # What a crash leaves
+//! # Crash
 //!
-//! Segments with any of their unsynced bytes missing, and a journal whose last round may be torn. Opening the directory
-//! writes the journaled bytes to the places that they had (physical redo: the same bytes at the same positions, so it may be done
-//! twice), syncs them, and writes a checkpoint. Then the journal is begun anew with a round of nothing, which the next checkpoint
-//! names. Opening a replica reads it from its recovery point on. Bytes that are
-//! no batch, above what was persisted, are a torn tail and are cut; below it, data was lost: the replica is refused
-//! ([`ReplicaError::Lost`]) and its files stay as they are.
+//! A crash may lose any unsynced bytes of the segments, and may tear the last frame of the journal. Opening the
+//! directory recovers in these steps:
+//!
+//! 1. Write the journaled bytes to their recorded positions and sync them. The redo is physical, so a repetition is
+//!    harmless.
+//! 2. Write a checkpoint.
+//! 3. Write an empty frame to the journal, which the next checkpoint names.
+//!
+//! Opening a replica then scans the replica from its recovery point. Invalid bytes above the persisted end are a torn
+//! tail and are truncated. Invalid bytes below the persisted end mean lost data: the replica is refused
+//! ([`ReplicaError::Lost`]) and its files stay unchanged.
 //!
 //! # Failures
 //!
-//! A full disk fails the append, which is taken back, and nothing else; a start on one, or a checkpoint, takes its room from
-//! the reserve. A failed write or sync of a segment ends writing to that replica, of the journal to all: pages may be gone, and a
-//! second sync would not say so. Reading goes on. What such a replica has in the journal alone stays there for the next start; when the
-//! ring comes round to it, the journal has no room for anybody, and fails.
+//! A full disk fails only the append, which is undone. A start or a checkpoint on a full disk uses the space of the
+//! reserve. A failed write or sync of a segment ends writing to that replica, one of the journal ends writing to all
+//! replicas. The kernel may have dropped the pages, and a second sync would not report that. Reads continue. Entries of
+//! such a replica that are only in the journal stay there for the next start. When the ring needs the file that holds
+//! them, the journal has no space for any replica and fails.
 //!
 //! # Shutdown
 //!
-//! [`Log::close`] refuses appends, writes the indexes of active segments, syncs, ends the threads and writes a
-//! checkpoint that says that all is there. Dropping a [`Log`] only ends the threads: the next start is as after a crash.
+//! [`Log::close`] refuses appends, writes the indexes of active segments, syncs, stops the threads and writes the
+//! checkpoint of a clean shutdown. Dropping a [`Log`] only stops the threads: the next start recovers as after a crash.
 
 mod change;
 mod checkpoint;

@@ -1,7 +1,8 @@
-//! The mark of a data directory's producer ids: where the newest block that this broker was given ends. A metadata store that was restored to
-//! an older state is told so, and hands out no id twice.
+//! The producer id file of a data directory: the end of the newest block of producer ids that this broker received.
+//! With this end, a metadata store that was restored to an older state issues no id twice.
 //!
-//! The mark is durable before the first id of a block is given to a client. A crash leaves the mark of before or of after.
+//! The file is durable before a client receives the first id of a block. A crash leaves the file before or after an
+//! update.
 
 use std::{io, path::Path};
 
@@ -9,17 +10,17 @@ use serde::{Deserialize, Serialize};
 
 use super::{disk::Disk, identity::FORMAT};
 
-/// The file's name in the data directory.
+/// Name of the file in the data directory.
 const NAME: &str = "producer-ids.json";
 
 #[derive(Serialize, Deserialize)]
 struct Mark {
     format: u32,
-    /// The first counter above the block.
+    /// First counter above the block.
     end: i64,
 }
 
-/// The end of the newest block; 0 in a directory without a mark.
+/// Returns the end of the newest block; 0 if the file is missing or corrupt.
 pub(super) fn read(disk: &dyn Disk, dir: &Path) -> io::Result<i64> {
     let path = dir.join(NAME);
     let text = match disk.read(&path) {
@@ -36,7 +37,7 @@ pub(super) fn read(disk: &dyn Disk, dir: &Path) -> io::Result<i64> {
     }
 }
 
-/// Notes the end of a block, durably.
+/// Records the end of a block, durably.
 pub(super) fn note(disk: &dyn Disk, dir: &Path, end: i64) -> io::Result<()> {
     let text = serde_json::to_vec_pretty(&Mark { format: FORMAT, end }).expect("numbers are JSON");
     disk.replace(&dir.join(NAME), &text)

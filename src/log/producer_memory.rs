@@ -1,11 +1,11 @@
-//! The memory that the producer state of all opened replicas takes, with what it was at their last checkpoints.
+//! Memory of the producer state of all opened replicas, including their state at the last checkpoints.
 
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},
 };
 
-/// The memory of all tables of a log. Clones share it.
+/// Memory of all producer tables of a log. Clones share it.
 #[derive(Clone, Debug)]
 pub(super) struct ProducerMemory(Arc<Inner>);
 
@@ -16,7 +16,7 @@ struct Inner {
 }
 
 impl ProducerMemory {
-    /// For tables that should take at most `max_bytes` together.
+    /// Returns a counter for tables that should use at most `max_bytes` together.
     pub(super) fn new(max_bytes: usize) -> Self {
         Self(Arc::new(Inner { max_bytes, taken: AtomicUsize::new(0) }))
     }
@@ -26,7 +26,7 @@ impl ProducerMemory {
     }
 }
 
-/// The part of one table, until it is dropped. A table of no log has a part of nothing.
+/// Share of one table, until it is dropped. A table outside a log has an empty share.
 #[derive(Debug, Default)]
 pub(super) struct TableMemory {
     of: Option<ProducerMemory>,
@@ -40,7 +40,7 @@ impl TableMemory {
         memory
     }
 
-    /// Sets what the table takes to `bytes`.
+    /// Sets the memory of the table to `bytes`.
     pub(super) fn set(&mut self, bytes: usize) {
         let Some(of) = &self.of else { return };
         match bytes.checked_sub(self.bytes) {
@@ -50,7 +50,7 @@ impl TableMemory {
         self.bytes = bytes;
     }
 
-    /// The bound, where all tables together are above it.
+    /// Returns the limit, if all tables together exceed it.
     pub(super) fn exceeded(&self) -> Option<usize> {
         self.of.as_ref().filter(|of| of.taken() > of.0.max_bytes).map(|of| of.0.max_bytes)
     }
@@ -68,7 +68,7 @@ impl Drop for TableMemory {
     }
 }
 
-/// Tables are equal whose producers are, whatever they are charged to.
+/// Tables with equal producers are equal, whatever memory they are charged to.
 impl PartialEq for TableMemory {
     fn eq(&self, _other: &Self) -> bool {
         true

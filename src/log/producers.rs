@@ -1,19 +1,23 @@
-//! Producer state: what each idempotent producer wrote last, so that its retry is recognised and a gap is refused (KIP-98). Pure.
+//! Producer state: the last batches of each idempotent producer, to recognise a retry and to refuse a gap (KIP-98).
+//! Pure.
 //!
 //! # Overview
 //!
-//! The set of known producers is a function of the log's batches and of `producer.id.expiration.ms`, and of nothing else: no clock, no order of restarts,
-//! snapshots or truncations. *Partition time* is the largest timestamp of all batches up to the log end. A producer is known while it is one
-//! of the last `limits::MAX_PRODUCERS` that wrote, and while partition time is at most the expiration past the time of its last batch.
+//! The set of known producers is a function of the log's batches and of `producer.id.expiration.ms`, and of nothing
+//! else. No clock, and no order of restarts, snapshots or truncations affects it. *Partition time* is the largest
+//! timestamp of all batches up to the log end. A producer is known under two conditions:
+//!
+//! - It is one of the last `limits::MAX_PRODUCERS` producers that wrote.
+//! - Partition time is at most the expiration past the time of its last batch.
 //!
 //! # Invariants
 //!
-//! - Partition time never falls as a log grows, so the order by offset is the order by time. Both rules remove the producers that wrote
-//!   first. Therefore it does not matter when they are applied: a table that was restored without the expiration and gets it later equals
-//!   one that had it all the time.
-//! - Where the tables of all replicas take more than [`ProducerMemory`] allows, a table that has [`CROWDED_PRODUCERS`] producers takes no new one
-//!   ([`Verdict::Full`]: only leaders ask), and no more of them keep more than [`SHORT_WINDOW_BATCHES`] batches. The set of known
-//!   producers never depends on that.
+//! - Partition time never decreases as a log grows, so the order by offset is the order by time. Both rules remove the
+//!   producers that wrote first, so the time of their application does not matter. A table that was restored without
+//!   the expiration, and receives it later, equals a table that had it from the start.
+//! - While the tables of all replicas exceed [`ProducerMemory`], a table with [`CROWDED_PRODUCERS`] producers accepts
+//!   no new one ([`Verdict::Full`], which only leaders check). At most that many of its producers keep more than
+//!   [`SHORT_WINDOW_BATCHES`] batches. The set of known producers never depends on this limit.
 
 use std::collections::BTreeMap;
 
@@ -23,40 +27,41 @@ use super::producer_memory::{ProducerMemory, TableMemory};
 use crate::{
     limits,
     model::{Compression, Offset, TimestampType},
-    record::{Batch, Fingerprint, ProducerStamp},
+    record::{Batch, Fingerprint, ProducerSequence},
 };
 
-/// Bytes that a producer takes beside its batches: its entries in two trees, and what the allocator adds.
+/// Bytes of a producer besides its batches: its entries in two trees, and the overhead of the allocator.
 const PRODUCER_BYTES: usize = 140;
 
-/// Least number of producers with which a table refuses new ones, and shortens windows, where all tables take too much.
+/// Minimum number of producers at which a table refuses new ones and shortens windows, while all tables exceed their
+/// limit.
 const CROWDED_PRODUCERS: usize = 16;
 
-/// Batches of a producer that a table keeps whatever all tables take: as many as the Rust client has under way by default, and more than
-/// Kafka's clients may have (5).
+/// Batches per producer that a table always keeps. The Rust client has that many in flight by default, Kafka's clients
+/// at most 5.
 const SHORT_WINDOW_BATCHES: usize = 16;
 
-/// The producers of one partition and the last batches of each.
+/// The producers of one partition, with the last batches of each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProducerTable {
     producers: BTreeMap<i64, Producer>,
-    /// Ids of producers by the base offset of their last batch.
+    /// Ids of the producers, by the base offset of their last batch.
     by_last: BTreeMap<Offset, i64>,
-    /// The same of producers that keep more than [`SHORT_WINDOW_BATCHES`].
+    /// The same for producers that keep more than [`SHORT_WINDOW_BATCHES`] batches.
     long: BTreeMap<Offset, i64>,
-    /// How many batches all producers keep together.
+    /// Number of batches of all producers.
     batches: usize,
     memory: TableMemory,
-    /// Partition time; `i64::MIN` before the first batch.
+    /// Partition time in milliseconds; `i64::MIN` before the first batch.
     time_ms: i64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Producer {
     epoch: i16,
-    /// Partition time when its last batch was appended.
+    /// Partition time at the append of the last batch, in milliseconds.
     last_ms: i64,
-    /// At most `limits::MAX_BATCHES_PER_PRODUCER`, at least one, oldest first.
+    /// Last batches, oldest first: at least one, and at most `limits::MAX_BATCHES_PER_PRODUCER`.
     batches: Vec<Written>,
 }
 
@@ -65,42 +70,42 @@ struct Written {
     sequence: i32,
     count: u32,
     base: Offset,
-    /// Of the batch as it is stored.
+    /// Fingerprint of the batch as it is stored.
     fingerprint: Fingerprint,
 }
 
-/// What a producer's stamp means for this partition.
+/// Result of checking the sequence of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The next batch of its producer: append it.
+    /// The next batch of its producer, to be appended.
     New,
-    /// It was appended before, at `base..end`: answer with that.
+    /// A batch that was appended before at `base..end`. The response returns that range.
     Duplicate {
-        /// Its first offset.
+        /// Base offset of the appended batch.
         base: Offset,
-        /// The offset after its last.
+        /// Offset after the last record of the appended batch.
         end: Offset,
     },
-    /// A batch before it is missing.
+    /// A batch before this one is missing.
     OutOfOrder {
-        /// The sequence number that would be next.
+        /// Sequence number of the next batch.
         expected: i32,
     },
-    /// Another batch of as many records has its sequence.
+    /// Another batch with the same sequence and number of records was appended.
     Conflict {
-        /// Where that one was appended.
+        /// Base offset of the appended batch.
         base: Offset,
     },
-    /// A newer incarnation of the producer has written.
+    /// A newer epoch of the producer has written.
     Fenced {
-        /// Its epoch.
+        /// Newest epoch of the producer.
         current: i16,
     },
-    /// Nothing is known of the producer, and this is not its first batch: its state has expired or was cut.
+    /// The producer is not known, and this is not its first batch: its state has expired or was truncated.
     Unknown,
-    /// It would be another producer, and the producer state of all replicas takes more than this.
+    /// The producer would be a new one, and the producer state of all replicas exceeds its limit.
     Full {
-        /// Bytes that it should take at most.
+        /// Limit of the producer state, in bytes.
         max_bytes: usize,
     },
 }
@@ -119,41 +124,41 @@ impl Default for ProducerTable {
 }
 
 impl ProducerTable {
-    /// No producers.
+    /// Returns a table without producers.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Counts its bytes among those of `memory` until it is dropped.
+    /// Counts the bytes of the table in `memory` until the table is dropped.
     pub(super) fn charged(mut self, memory: &ProducerMemory) -> Self {
         self.memory = TableMemory::new(memory.clone(), self.bytes());
         self
     }
 
-    /// Bytes that it takes in memory, about.
+    /// Returns the approximate memory of the table, in bytes.
     fn bytes(&self) -> usize {
         self.producers.len() * PRODUCER_BYTES + self.batches * size_of::<Written>()
     }
 
-    /// How many producers are known.
+    /// Returns the number of known producers.
     pub fn len(&self) -> usize {
         self.producers.len()
     }
 
-    /// Who is known.
+    /// Returns the ids of the known producers.
     #[cfg(feature = "sim")]
     pub(crate) fn ids(&self) -> impl Iterator<Item = i64> + '_ {
         self.producers.keys().copied()
     }
 
-    /// Whether none is known.
+    /// Returns true if no producer is known.
     pub fn is_empty(&self) -> bool {
         self.producers.is_empty()
     }
 
-    /// What a batch of `count` records with this stamp would be. `sent` is the fingerprint of the batch as the client sent it; `None` where
-    /// the request held records that the broker made a batch of.
-    pub fn check(&self, stamp: ProducerStamp, count: u32, sent: Option<Fingerprint>) -> Verdict {
+    /// Checks a batch of `count` records with this stamp. `sent` is the fingerprint of the batch as the client sent it;
+    /// `None` if the broker built the batch from records in the request.
+    pub fn check(&self, stamp: ProducerSequence, count: u32, sent: Option<Fingerprint>) -> Verdict {
         let Some(producer) = self.producers.get(&stamp.id) else {
             return match self.memory.exceeded() {
                 _ if stamp.base_sequence != 0 => Verdict::Unknown,
@@ -180,13 +185,13 @@ impl ProducerTable {
         if stamp.base_sequence == expected { Verdict::New } else { Verdict::OutOfOrder { expected } }
     }
 
-    /// Whether [`Self::note`] of this batch would change the table.
+    /// Returns true if [`Self::note`] of this batch would change the table.
     pub(super) fn takes(&self, batch: &Batch) -> bool {
         batch.producer().is_some() || batch.max_timestamp() > self.time_ms
     }
 
-    /// Notes a batch that was appended. One that is not its producer's next (a leader admitted it, this replica copies)
-    /// starts the producer anew.
+    /// Records an appended batch. A batch that is not its producer's next one restarts the state of the producer: the
+    /// leader accepted the batch, and this replica copies it.
     pub fn note(&mut self, batch: &Batch) {
         self.time_ms = self.time_ms.max(batch.max_timestamp());
         let Some(stamp) = batch.producer() else { return };
@@ -227,13 +232,14 @@ impl ProducerTable {
         }
     }
 
-    /// Whether [`Self::forget_expired`] would forget a producer.
+    /// Returns true if [`Self::forget_expired`] would remove a producer.
     pub(super) fn has_expired(&self, expiration_ms: Option<i64>) -> bool {
         let Some((expiration_ms, (_, id))) = expiration_ms.zip(self.by_last.first_key_value()) else { return false };
         self.time_ms.saturating_sub(self.producers[id].last_ms) > expiration_ms
     }
 
-    /// Forgets the producers that wrote nothing for longer than this, by partition time. `None` forgets nobody.
+    /// Removes the producers that have written nothing for longer than `expiration_ms` of partition time. `None`
+    /// removes none.
     pub fn forget_expired(&mut self, expiration_ms: Option<i64>) {
         while self.has_expired(expiration_ms) {
             self.forget_first();
@@ -247,7 +253,8 @@ impl ProducerTable {
         self.memory.set(self.bytes());
     }
 
-    /// Keeps the last batches alone of the producer that wrote first of those that keep more.
+    /// Shortens the window of the producer that wrote first among those with more than [`SHORT_WINDOW_BATCHES`]
+    /// batches.
     fn shorten_first(&mut self) {
         let Some((_, id)) = self.long.pop_first() else { return };
         let Some(producer) = self.producers.get_mut(&id) else { return };
@@ -297,25 +304,26 @@ impl ProducerTable {
             table.batches += count;
             table.producers.insert(id, Producer { epoch, last_ms, batches });
         }
-        // Times that fall as offsets grow would make producers known here and forgotten elsewhere.
+        // If times decreased as offsets grow, replicas would remove different producers.
         let times = table.by_last.values().map(|id| table.producers[id].last_ms);
         times.is_sorted().then_some(table)
     }
 
-    /// Its bytes in a segment object's footer or a snapshot.
+    /// Encodes the table for the footer of a segment object, or for a snapshot.
     pub fn to_bytes(&self) -> bytes::Bytes {
         let mut out = bytes::BytesMut::new();
         self.encode(&mut out);
         out.freeze()
     }
 
-    /// The table that [`Self::to_bytes`] gave; `None` when the bytes are not one.
+    /// Decodes the output of [`Self::to_bytes`]; `None` if the bytes are invalid.
     pub fn from_bytes(mut bytes: &[u8]) -> Option<Self> {
         Self::decode(&mut bytes).filter(|_| bytes.is_empty())
     }
 }
 
-/// Bit of a form byte: the broker set the timestamps. The low three bits are the codec, as in a batch's attributes.
+/// Bit of the form byte: the broker set the timestamps. The low three bits are the codec, as in the attributes of a
+/// batch.
 const LOG_APPEND_TIME: u8 = 1 << 3;
 
 impl Written {
@@ -328,7 +336,7 @@ impl Written {
         out.put_u8(self.fingerprint.compression as u8 | time);
     }
 
-    /// One whose count and offsets a batch can have: the end is told to whoever repeats it.
+    /// Decodes a batch whose count and offsets are possible. The response to a retry contains its end.
     fn decode(from: &mut impl Buf) -> Option<Self> {
         let (sequence, count) = (from.try_get_i32().ok()?, from.try_get_u32().ok()?);
         let base = Offset::new(from.try_get_u64().ok()?)?;
@@ -343,7 +351,7 @@ impl Written {
 }
 
 impl Producer {
-    /// The sequence number after the last batch; after 2^31 - 1 comes 0.
+    /// Returns the sequence number after the last batch; 0 follows 2^31 - 1.
     fn next(&self) -> i32 {
         let last = self.batches.last().expect("a producer has a batch");
         let next = (i64::from(last.sequence) + i64::from(last.count)) & i64::from(i32::MAX);

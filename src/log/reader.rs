@@ -1,4 +1,4 @@
-//! Reading a replica: from memory, or from its files with every batch checked before it is served.
+//! Reading a replica: from memory, or from its files with a check of every batch.
 
 use std::{
     io,
@@ -24,16 +24,15 @@ use crate::{
     record::{Batch, HEADER_BYTES},
 };
 
-/// How often a read begins again when the log was cut under it.
+/// Number of times that a read is repeated if the log was truncated meanwhile.
 const RETRIES: usize = 8;
 
-/// Whole batches. Concatenated, the chunks are their bytes; the first batch may begin before the offset that was asked
-/// for.
+/// Complete batches. The concatenated chunks are their bytes. The first batch may start before the requested offset.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Read {
-    /// The bytes.
+    /// Bytes of the batches, in order.
     pub chunks: Vec<Bytes>,
-    /// Offset after the last batch; the offset that was asked for when there is none.
+    /// Offset after the last batch; the requested offset if there is none.
     pub next: Offset,
     /// Bytes in all chunks.
     pub bytes: usize,
@@ -45,36 +44,36 @@ impl Read {
     }
 }
 
-/// How much one read brings.
+/// Limits of one read, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadLimits {
-    /// About the most bytes of batches, where the first is not larger.
+    /// Approximate maximum size of the result, unless its first batch is larger.
     pub max_bytes: usize,
-    /// Most bytes of a first batch above `max_bytes`. There is no memory for a larger one.
+    /// Maximum size of a first batch above `max_bytes`. The caller has no memory for a larger one.
     pub max_batch_bytes: usize,
 }
 
 impl From<usize> for ReadLimits {
-    /// So many bytes, and a first batch of any size.
+    /// Returns limits of `max_bytes` bytes, with a first batch of any size.
     fn from(max_bytes: usize) -> Self {
         Self { max_bytes, max_batch_bytes: usize::MAX }
     }
 }
 
-/// Reads one replica, beside its writer. What it reads ends at the bound that the caller gives, which is never above the
-/// log end.
+/// Reader of one replica, concurrent with its writer. Each read ends at a bound that the caller gives, which is never
+/// above the log end.
 #[derive(Clone)]
 pub struct Reader {
     shared: Arc<Shared>,
 }
 
-/// A segment as it was when a read began.
+/// A segment at the start of a read.
 struct Place {
     info: SegmentInfo,
     file: Arc<SegmentFile>,
     sealed: bool,
     generation: u64,
-    /// Which epoch each batch must have: no checksum covers that field.
+    /// Source of the epoch that each batch must have: no checksum covers that field.
     epochs: Arc<EpochHistory>,
 }
 
@@ -83,39 +82,40 @@ impl Reader {
         Self { shared }
     }
 
-    /// A turn to read from the disk, until it is dropped. Reads that do not wait for anybody, as recovery's, need none.
+    /// Waits for a permit to read from the disk; dropping the permit returns it. Internal reads, such as those of
+    /// recovery, need none.
     pub async fn disk_turn(&self) -> OwnedSemaphorePermit {
         let turn = Arc::clone(&self.shared.core.disk_reads).acquire_owned().await;
         turn.expect("the semaphore is never closed")
     }
 
-    /// Which partition it reads.
+    /// Returns the partition of the replica.
     pub fn id(&self) -> PartitionId {
         self.shared.id
     }
 
-    /// First offset that can be read at all.
+    /// Returns the first offset that can be read from any tier.
     pub fn log_start(&self) -> Offset {
         self.shared.state().log_start
     }
 
-    /// First offset that is on this disk.
+    /// Returns the first offset on this disk.
     pub fn local_start(&self) -> Offset {
         self.shared.state().local_start()
     }
 
-    /// First unwritten offset.
+    /// Returns the first offset that is not written yet.
     pub fn log_end(&self) -> Offset {
         self.shared.state().log_end()
     }
 
-    /// The epoch that wrote last; `None` where nothing was written and nothing is known of what lies before.
+    /// Returns the last epoch; `None` if nothing was written and the history before the log is not recorded.
     pub fn last_epoch(&self) -> Option<LeaderEpoch> {
         self.shared.state().epochs.last().map(|(epoch, _)| epoch)
     }
 
-    /// The batches of `from..bound` that are in memory, about `max_bytes` of them and at least one; `None` when the first is not
-    /// there. Never blocks.
+    /// Returns the cached batches of `from..bound`: about `max_bytes` of them, and at least one. Returns `None` if the
+    /// first one is not cached. Never blocks.
     pub fn read_memory(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<Read> {
         if from >= bound {
             return Some(Read::empty(from));
@@ -123,8 +123,8 @@ impl Reader {
         self.shared.tail.read(from, bound, max_bytes)
     }
 
-    /// The batches of `from..bound` that are in the segment of `from`, as many as the limits allow and at least one. Blocks.
-    /// Nothing is served whose checksum, place or epoch is wrong.
+    /// Returns the batches of `from..bound` in the segment of `from`: as many as the limits allow, and at least one.
+    /// Blocks. A batch with a wrong checksum, offset or epoch is never returned.
     pub fn read_disk(&self, from: Offset, bound: Offset, limits: impl Into<ReadLimits>) -> Result<Read, ReadError> {
         let limits = limits.into();
         self.consistently(|| {
@@ -137,9 +137,9 @@ impl Reader {
         })
     }
 
-    /// The first batch below `bound` with a timestamp at or above `timestamp_ms` that does not lie wholly below the log start:
-    /// base offset, its largest timestamp, leader epoch. Blocks. The record itself is in that batch or, by the producer's word,
-    /// in none.
+    /// Returns base offset, largest timestamp and leader epoch of the first batch below `bound` that reaches
+    /// `timestamp_ms`. The batch must end above the log start. Blocks. The record itself is in that batch, or in none
+    /// if the producer's header is wrong.
     pub fn offset_for_time(
         &self,
         timestamp_ms: i64,
@@ -149,8 +149,9 @@ impl Reader {
         Ok(found.map(|batch| (batch.base_offset(), batch.max_timestamp(), batch.leader_epoch().unwrap_or_default())))
     }
 
-    /// As [`Self::offset_for_time`], of the batches that reach above `from`, and the whole batch, in which the caller finds
-    /// the record. Where that batch's header lied, the caller asks again from its end. No batch above `max_batch_bytes` is read. Blocks.
+    /// Returns the batch that [`Self::offset_for_time`] describes, among those that end above `from`. The caller finds
+    /// the record in it. If the header of the batch is wrong, the caller repeats the search from the end of the batch.
+    /// Batches above `max_batch_bytes` are not read. Blocks.
     pub fn batch_for_time(
         &self,
         timestamp_ms: i64,
@@ -192,7 +193,7 @@ impl Reader {
         })
     }
 
-    /// Does a read, and does it again when the log was cut meanwhile: what failed may not have been damage.
+    /// Runs a read, and repeats it if the log was truncated meanwhile: a failure may not have been corruption.
     fn consistently<T>(&self, mut read: impl FnMut() -> Result<T, ReadError>) -> Result<T, ReadError> {
         for _ in 0..RETRIES {
             let generation = self.shared.state().generation;
@@ -223,7 +224,7 @@ impl Reader {
         Ok(Place { info: segment.info, file, sealed, generation, epochs })
     }
 
-    /// The index entry to start at.
+    /// Returns the index entry at which the read starts.
     fn entry(&self, place: &Place, pick: impl Fn(&Index) -> Option<IndexEntry>) -> Result<IndexEntry, ReadError> {
         let first = IndexEntry { offset: place.info.base, position: 0, max_before: i64::MIN };
         if !place.sealed {
@@ -232,7 +233,7 @@ impl Reader {
                 drop(state);
                 let index = self.active_index(&place.info, &place.file).map_err(|error| io_error(place, error))?;
                 state = self.shared.state();
-                // The writer may have come first, or gone on: its index is the better one.
+                // The writer may have loaded or extended the index meanwhile. Its index then takes precedence.
                 let same = state.active().info.bytes == place.info.bytes && state.generation == place.generation;
                 if state.index.is_none() && same {
                     state.index = Some(index);
@@ -259,13 +260,13 @@ impl Reader {
         files.get(place.file.serial, &place.file.path, Mode::Read).map_err(|error| io_error(place, error))
     }
 
-    /// The index of the active segment as it is in `info`.
+    /// Returns the index of the active segment at the length in `info`.
     pub(super) fn active_index(&self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Index> {
         let open = self.shared.core.files.get(file.serial, &file.path, Mode::Read)?;
         self.load_index(info, &*open.file)
     }
 
-    /// A segment's index from its files, or made again from the segment.
+    /// Returns the index of a segment from its files, or rebuilds it from the segment.
     pub(super) fn load_index(&self, info: &SegmentInfo, file: &dyn File) -> io::Result<Index> {
         let disk = &self.shared.core.disk;
         let read = |extension| disk.read(&self.shared.path(info.base, extension));
@@ -280,7 +281,7 @@ impl Reader {
             index.note(batch.base_offset(), position, max_before);
             max_before = max_before.max(batch.max_timestamp());
         })?;
-        // Of a damaged segment the index reaches to the damage; a read there will say what is wrong.
+        // The index of a corrupt segment ends at the corruption. A read there returns the error.
         if end.damage.is_none() {
             let (offsets, times) = index.encode(info.base, info.bytes);
             let written = disk.write(&self.shared.path(info.base, "index"), &offsets);
@@ -313,14 +314,14 @@ impl Reader {
             while !rest.is_empty() && expected < bound {
                 let at = whole.len() - rest.len();
                 let needed = match needed_at(&rest) {
-                    // The buffer ends before the batch does, the file does not.
+                    // The batch extends beyond the buffer, but not beyond the file.
                     Ok(needed) if needed > rest.len() && needed <= left - at && read == want.min(left) => break,
                     Ok(needed) if first.is_some_and(|first| at + needed - first > max_bytes) => break,
                     other => other,
                 };
                 let batch = match needed.and_then(|needed| checked(place, &mut rest, needed, expected, epoch)) {
                     Ok(batch) => batch,
-                    // What lies before the damage is served; who reads on from there is told.
+                    // The batches before the corruption are returned. A read from the corruption on returns the error.
                     Err(_) if first.is_some() => break,
                     Err(why) => return Err(damage(place, expected, position + at as u64, why)),
                 };
@@ -345,7 +346,7 @@ impl Reader {
             if expected >= bound {
                 return Ok(Read::empty(from));
             }
-            // A batch longer than the buffer: its length was just read and is possible.
+            // The batch is longer than the buffer. Its length was just read and is possible.
             position += (whole.len() - rest.len()) as u64;
             let bytes = if rest.len() >= HEADER_BYTES { Batch::framed_len(&rest).unwrap_or(0) } else { 0 };
             if bytes > max_batch_bytes {
@@ -356,7 +357,7 @@ impl Reader {
     }
 }
 
-/// Bytes of the batch at the front of `rest`, as far as can be told there.
+/// Returns the bytes of the batch at the front of `rest`, or those of a header if `rest` has no complete header.
 fn needed_at(rest: &Bytes) -> Result<usize, String> {
     if rest.len() < HEADER_BYTES {
         Ok(HEADER_BYTES)
@@ -365,7 +366,7 @@ fn needed_at(rest: &Bytes) -> Result<usize, String> {
     }
 }
 
-/// The batch of `needed` bytes at the front of `rest`, if it is the one that was written there.
+/// Returns the batch of `needed` bytes at the front of `rest`, if it is the batch that was written there.
 fn checked(
     place: &Place,
     rest: &mut Bytes,

@@ -1,8 +1,7 @@
-//! Opening a replica after a crash: which of its files count, where its log ends, and whether that is far enough.
+//! Opening a replica after a crash: its valid files, its log end, and the check of that end against the persisted end.
 //!
-//! The journal has been replayed into the segments before. What is left is to read from the recovery point on, to stop
-//! at the first bytes that are no batch, and to compare with what was acknowledged as persisted: bytes missing above it are
-//! a torn tail, bytes missing below it are lost, and then the files stay as they are.
+//! The journal has been replayed before. The scan runs from the recovery point to the first invalid bytes. Bytes
+//! missing above the persisted end are a torn tail. Bytes missing below it are lost, and the files then stay unchanged.
 
 use std::{collections::BTreeMap, io, path::Path, sync::Arc};
 
@@ -19,15 +18,15 @@ use super::{
 };
 use crate::{model::Offset, record::Batch, task::clock};
 
-/// What is known of a replica that nobody has opened yet.
+/// A replica that was not opened yet.
 #[derive(Clone)]
 pub(super) struct Dormant {
     pub(super) record: ReplicaRecord,
-    /// The record is what lies on the disk: a clean stop wrote it.
+    /// True if the record describes the files exactly, because a clean shutdown wrote it.
     pub(super) clean: bool,
 }
 
-/// Brings a replica's files and its record together. The record that is returned ends at the log end.
+/// Reconciles a replica's files with its record. The returned record ends at the log end.
 pub(super) fn recover(core: &Arc<Core>, dir: &Path, dormant: Dormant) -> Result<ReplicaRecord, ReplicaError> {
     let Dormant { record, clean } = dormant;
     let unproven = startup::unread(&record);
@@ -50,7 +49,8 @@ pub(super) fn recover(core: &Arc<Core>, dir: &Path, dormant: Dormant) -> Result<
     }
 }
 
-/// The segment files of a replica from `start` on, and their lengths. Those that lie below were evicted: they go.
+/// Returns the lengths of a replica's segment files from `start` on, by base offset. Files below `start` were evicted
+/// and are removed.
 fn list(core: &Core, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offset, u64>> {
     let entries = match core.disk.list(dir) {
         Ok(entries) => entries,
@@ -62,7 +62,7 @@ fn list(core: &Core, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offset, u
         match base_of(&entry.name) {
             Some(base) if base < start => remove_segment(core, dir, base)?,
             Some(base) => drop(files.insert(base, entry.len)),
-            // Of a reset that the journal never heard of.
+            // Left by a reset that has no journal entry.
             None if entry.name.ends_with(snapshot::OF_RESET) => core.disk.remove(&dir.join(&entry.name))?,
             None => {}
         }
@@ -70,13 +70,14 @@ fn list(core: &Core, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offset, u
     Ok(files)
 }
 
-/// Removes the indexes and snapshots of a replica that lie above `end`. They are of a log that was cut since: grown again to the
-/// same offset, it would take their epochs and producers for its own. True when there were any.
+/// Removes the indexes and snapshots of a replica above `end`, and returns true if there were any. They describe a log
+/// that was truncated since. A log that grows to the same offset again would use their epochs and producers as its own.
 pub(super) fn remove_caches_above(core: &Core, dir: &Path, end: Offset) -> io::Result<bool> {
     remove_caches(core, dir, |base| base > end)
 }
 
-/// Removes those that lie below `start`: of segments that are gone, and of the log ends of former stops.
+/// Removes the indexes and snapshots below `start`: those of removed segments, and those at the log ends of earlier
+/// shutdowns.
 pub(super) fn remove_caches_below(core: &Core, dir: &Path, start: Offset) -> io::Result<bool> {
     remove_caches(core, dir, |base| base < start)
 }
@@ -92,7 +93,7 @@ fn remove_caches(core: &Core, dir: &Path, which: impl Fn(Offset) -> bool) -> io:
     Ok(any)
 }
 
-/// Removes a segment and what belongs to it.
+/// Removes a segment and its caches.
 pub(super) fn remove_segment(core: &Core, dir: &Path, base: Offset) -> io::Result<()> {
     for extension in ["log", "index", "timeindex", "snapshot"] {
         match core.disk.remove(&dir.join(name(base, extension))) {
@@ -103,9 +104,9 @@ pub(super) fn remove_segment(core: &Core, dir: &Path, base: Offset) -> io::Resul
     Ok(())
 }
 
-/// Keeps the segment files that lie in the folder of a replica that is about to be made, under names that nothing else
-/// reads. They are of a replica that is not known any more: one whose deletion was cut short, or whose creation nobody was told
-/// of; what the checkpoint does not know may be wanted all the same. Empty ones and caches go.
+/// Quarantines the segment files in the directory of a replica that is about to be created, under names that are never
+/// read. They belong to a replica that is not registered: its deletion was interrupted, or its creation was never
+/// acknowledged. The checkpoint does not list them, yet they may be wanted. Empty files and caches are removed.
 pub(super) fn set_aside(core: &Core, dir: &Path) -> io::Result<()> {
     let entries = core.disk.list(dir)?;
     let mut kept = Vec::new();
@@ -131,7 +132,8 @@ pub(super) fn set_aside(core: &Core, dir: &Path) -> io::Result<()> {
         );
     }
     remove_caches_above(core, dir, Offset::ZERO)?;
-    // A loss of power must not bring back their records in the place of ours. Somebody may have come as far as here before.
+    // A power failure must not restore the old records in place of the new ones. An earlier attempt may have renamed
+    // the files.
     core.disk.sync_dir(dir)
 }
 
@@ -140,17 +142,17 @@ struct Recovery<'a> {
     dir: &'a Path,
     record: ReplicaRecord,
     files: BTreeMap<Offset, u64>,
-    /// There is no record of what was persisted: a torn tail cannot be told from a loss.
+    /// True if the persisted end is not recorded: a torn tail cannot be distinguished from a loss.
     unproven: bool,
 }
 
 impl Recovery<'_> {
-    /// The outer error is the disk's, the inner one says what was lost.
+    /// Runs the recovery. The outer error is a disk error; the inner error describes the lost data.
     fn run(mut self) -> io::Result<Result<ReplicaRecord, String>> {
         if let Some(why) = self.missing() {
             return Ok(Err(why));
         }
-        // Everything before the recovery point is synced and is not read again.
+        // Data before the recovery point is synced and is not read again.
         let mut at = self.record.segments.pop().expect("a record has a segment");
         let mut damage = None;
         loop {
@@ -179,7 +181,7 @@ impl Recovery<'_> {
         Ok(Ok(self.record))
     }
 
-    /// Whether a file is missing, or shorter than what is known to be synced in it.
+    /// Returns an error text if a file is missing, or shorter than its synced length.
     fn missing(&self) -> Option<String> {
         for info in &self.record.segments {
             let len = self.files.get(&info.base).copied();
@@ -192,7 +194,8 @@ impl Recovery<'_> {
         None
     }
 
-    /// Reads a segment from where `info` ends, and moves that on.
+    /// Reads a segment from the end of `info` on, and extends `info`. Returns the error in the first invalid bytes, if
+    /// any.
     fn scan(&mut self, info: &mut SegmentInfo, len: u64) -> io::Result<Option<String>> {
         if len <= info.bytes {
             return Ok(None);
@@ -201,8 +204,8 @@ impl Recovery<'_> {
         let ReplicaRecord { epochs, producers, .. } = &mut self.record;
         let producers = Arc::make_mut(producers);
         let epoch = epochs.last().map(|(epoch, _)| epoch);
-        // Appends that no checkpoint knows. A replay of the journal writes only what is missing, so the file's time is that of the last
-        // append, or a later one.
+        // No checkpoint describes these appends. A replay of the journal writes only missing bytes, so the file's time
+        // is that of the last append or later.
         let modified_ms = file.modified_ms()?.min(clock::wall_ms());
         let end = segment::scan(&*file, len, info.bytes, info.end, epoch, |_, batch| {
             info.note_write(modified_ms);
@@ -212,7 +215,7 @@ impl Recovery<'_> {
         Ok(end.damage)
     }
 
-    /// Cuts what is no part of the log: nobody was told that it is durable.
+    /// Truncates the files at the log end. The removed data was never acknowledged as durable.
     fn cut(&self, last: &SegmentInfo, beyond: u64) -> io::Result<()> {
         if beyond > 0 {
             tracing::warn!(partition = %self.record.id, bytes = beyond, end = %last.end, "a torn tail was cut");
@@ -223,7 +226,7 @@ impl Recovery<'_> {
         if self.files.get(&last.base).is_some_and(|len| *len > last.bytes) {
             let file = self.core.disk.open(&self.dir.join(name(last.base, "log")), Mode::Write)?;
             file.truncate(last.bytes)?;
-            // What is appended next may be durable before this segment is synced again.
+            // Later appends may become durable before this segment is synced again.
             file.sync()?;
         }
         let caches = !self.files.is_empty() && remove_caches_above(self.core, self.dir, last.end)?;
@@ -243,8 +246,8 @@ fn note(epochs: &mut EpochHistory, producers: &mut ProducerTable, batch: &Batch)
     producers.note(batch);
 }
 
-/// Epochs and producers at `to`, and the segment that ends there, read from the segments that are known to be whole. Starts at the
-/// snapshot of the segment that holds `to`, or of an earlier one.
+/// Returns the description of the segment that contains `to`, ending there, and the epoch history and producer state at
+/// `to`. Reads intact segments from a snapshot on: that of the segment that contains `to`, or of an earlier one.
 pub(super) fn tables_at(
     core: &Core,
     dir: &Path,

@@ -1,5 +1,5 @@
-//! Large files that were removed, still open. A thread gives their room back in steps, one file after the other: if they were closed at once,
-//! the file system would give back all of it together and keep the journal's write waiting.
+//! Large files that were removed and are still open. A thread frees their disk space in steps, one file after the
+//! other. If they were closed at once, the file system would free all of it together and delay the journal's write.
 
 use std::{
     collections::VecDeque,
@@ -8,11 +8,11 @@ use std::{
 
 use super::files::OpenFile;
 
-/// The part of the log's open files that removed ones are at most, as a divisor.
+/// Divisor of the log's open files: removed files are at most that share.
 pub(super) const OPEN_FILES_SHARE: usize = 4;
 
 pub(super) struct RemovedFiles {
-    /// How many are kept at most: handles are few.
+    /// Maximum number of files that are kept, because handles are scarce.
     max: usize,
     state: Mutex<State>,
     wake: Condvar,
@@ -25,12 +25,12 @@ struct State {
 }
 
 impl RemovedFiles {
-    /// Keeps a share of `open_files`.
+    /// Returns a queue for a share of `open_files`.
     pub(super) fn new(open_files: usize) -> Self {
         Self { max: open_files / OPEN_FILES_SHARE, state: Mutex::default(), wake: Condvar::new() }
     }
 
-    /// Keeps a file without a name open until its room was given back. Where too many are kept it is closed at once.
+    /// Keeps a file without a name open until its disk space is freed. Above the limit the file is closed at once.
     pub(super) fn keep(&self, file: Arc<OpenFile>) {
         let mut state = self.lock();
         if state.files.len() < self.max && !state.is_stopped {
@@ -39,10 +39,10 @@ impl RemovedFiles {
         }
     }
 
-    /// Gives room back until [`Self::stop`].
+    /// Frees disk space until [`Self::stop`].
     pub(super) fn run(&self) {
         while let Some(file) = self.next() {
-            // A file that somebody still reads goes with its last reader.
+            // A file that another thread still reads is freed when its last reader closes it.
             let Some(mut file) = Arc::into_inner(file) else { continue };
             if Arc::get_mut(&mut file.file).is_none() {
                 continue;
@@ -53,7 +53,7 @@ impl RemovedFiles {
         }
     }
 
-    /// False when this was stopped before the file's end.
+    /// Frees the disk space of a file in steps. Returns false if [`Self::stop`] came before the end of the file.
     fn give_back(&self, file: &OpenFile) -> bool {
         loop {
             let (is_stopped, waiting) = {
@@ -63,7 +63,7 @@ impl RemovedFiles {
             if is_stopped {
                 return false;
             }
-            // A file that comes while too many wait is closed at once.
+            // A file that arrives at a full queue is closed at once, so the steps are larger while the queue is long.
             match file.file.give_back_step(waiting > self.max / 2) {
                 Ok(true) => {}
                 Ok(false) => return true,
@@ -75,14 +75,13 @@ impl RemovedFiles {
         }
     }
 
-    /// Ends [`Self::run`] after the step in hand, and keeps no more files.
+    /// Ends [`Self::run`] after the current step; no more files are kept.
     pub(super) fn stop(&self) {
         self.lock().is_stopped = true;
         self.wake.notify_one();
     }
 
-    /// Closes the files that are left. The file system gives back the room of each then, which takes it 0.5 to 4 ms for
-    /// each MiB.
+    /// Closes the remaining files. The file system then frees the space of each, which takes 0.5 to 4 ms per MiB.
     pub(super) fn close(&self) {
         let files = std::mem::take(&mut self.lock().files);
         drop(files);
@@ -109,9 +108,10 @@ mod tests {
         task,
     };
 
-    /// A stop closed what was left before the log was clean: a minute for a deleted topic of 100 GB, and then it was killed.
+    /// Regression: a stop closed the remaining files before the log was clean. For a deleted topic of 100 GB that took
+    /// a minute, and then the process was killed.
     #[test]
-    fn files_that_are_left_at_a_stop_stay_open_until_they_are_closed() {
+    fn remaining_files_stay_open_from_stop_to_close() {
         const BYTES: u64 = 64 << 30;
         let folder = tempfile::tempdir().unwrap();
         let disk = RealDisk::default();
@@ -121,7 +121,7 @@ mod tests {
         for name in ["first", "second"] {
             let path = folder.path().join(name);
             let file = disk.open(&path, Mode::Write).unwrap();
-            // Nothing is written: it has this length and takes no room.
+            // The file is sparse: it has this length and no disk space.
             file.truncate(BYTES).unwrap();
             held.push(fs::File::open(&path).unwrap());
             fs::remove_file(&path).unwrap();

@@ -1,4 +1,4 @@
-//! One partition's log on this disk, as its single writer holds it.
+//! One partition's log on this disk, in the hands of its single writer.
 
 use std::{
     io::{self, IoSlice},
@@ -27,18 +27,18 @@ use crate::{
     task::clock,
 };
 
-/// Longest segment: positions in it are 32 bits wide.
+/// Maximum size of a segment in bytes: positions in it are 32 bits wide.
 const MAX_SEGMENT_BYTES: u64 = i32::MAX as u64;
 
-/// One partition's log on this disk. Whoever holds it is its only writer; its methods do not wait for a sync unless
-/// they say so.
+/// One partition's log on this disk. The holder of this value is the only writer. A method waits for a sync only if its
+/// comment states that.
 pub struct Replica {
     pub(super) shared: Arc<Shared>,
-    /// Appended and not handed over.
+    /// Batches that were appended and not submitted to the journal.
     pending: Pending,
-    /// Serial of the segment file whose length was compared with what is known.
+    /// Serial of the segment file whose length was verified.
     checked: Option<u64>,
-    /// Whether what is appended will be handed to the journal.
+    /// True if appended batches will be submitted to the journal.
     journaled: bool,
 }
 
@@ -46,11 +46,11 @@ pub struct Replica {
 struct Pending {
     pieces: Vec<Piece>,
     bytes: usize,
-    /// The bytes grew beyond what the journal takes: the segments are to be synced instead.
+    /// True if the bytes exceed the journal's limit. The next persist call then syncs the segments instead.
     too_much: bool,
 }
 
-/// Batches that lie one after the other in one segment, and make one entry.
+/// Consecutive batches of one segment that form one journal entry.
 struct Piece {
     segment: Offset,
     position: u64,
@@ -58,7 +58,7 @@ struct Piece {
     batches: Vec<Batch>,
 }
 
-/// A table of a replica, for a moment. The readers wait while it is held.
+/// Reference to a table of a replica. Readers wait while it is held.
 pub struct Held<'a, T> {
     state: MutexGuard<'a, State>,
     pick: fn(&State) -> &T,
@@ -74,7 +74,7 @@ impl<T> Deref for Held<'_, T> {
 
 impl Replica {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        // What was found in the files, or was appended by whoever held it before, may not be durable.
+        // Batches that were found in the files, or appended by an earlier writer, may not be durable.
         let too_much = {
             let state = shared.state();
             state.persisted_end < state.log_end()
@@ -82,85 +82,87 @@ impl Replica {
         Self { shared, pending: Pending { too_much, ..Pending::default() }, checked: None, journaled: true }
     }
 
-    /// Which partition's log it is.
+    /// Returns the partition of the log.
     pub fn id(&self) -> PartitionId {
         self.shared.id
     }
 
-    /// A handle for reading.
+    /// Returns a handle for reading.
     pub fn reader(&self) -> Reader {
         Reader::new(self.shared.clone())
     }
 
-    /// First offset that can be read at all.
+    /// Returns the first offset that can be read from any tier.
     pub fn log_start(&self) -> Offset {
         self.shared.state().log_start
     }
 
-    /// First offset that is on this disk.
+    /// Returns the first offset on this disk.
     pub fn local_start(&self) -> Offset {
         self.shared.state().local_start()
     }
 
-    /// First unwritten offset.
+    /// Returns the first offset that is not written yet.
     pub fn log_end(&self) -> Offset {
         self.shared.state().log_end()
     }
 
-    /// Why nothing can be made durable here any more, if so: a write or a sync has failed, also one that nobody waits for.
+    /// Returns the reason why nothing can be made durable any longer, if any. The reason is a failed write or sync,
+    /// possibly one without a waiting caller.
     pub fn failure(&self) -> Option<String> {
         let shared = &self.shared;
         shared.failed.get().cloned().or_else(|| shared.core.journal.failed().map(str::to_owned))
     }
 
-    /// First offset not known to be on stable storage.
+    /// Returns the first offset that may not be on stable storage.
     pub fn persisted_end(&self) -> Offset {
         self.shared.state().persisted_end
     }
 
-    /// Bytes of its segments.
+    /// Returns the bytes of the segments.
     pub fn bytes(&self) -> u64 {
         self.shared.state().bytes()
     }
 
-    /// Why it takes no writes any more, when it does not.
+    /// Returns the reason why the replica accepts no writes, if any.
     pub fn failed(&self) -> Option<String> {
         self.shared.refusal()
     }
 
-    /// Which epochs wrote which offsets.
+    /// Returns the start offset of each leader epoch.
     pub fn epochs(&self) -> Held<'_, EpochHistory> {
         Held { state: self.shared.state(), pick: |state| &state.epochs }
     }
 
-    /// What producers wrote last.
+    /// Returns the producer state at the log end.
     pub fn producers(&self) -> Held<'_, ProducerTable> {
         Held { state: self.shared.state(), pick: |state| &state.producers }
     }
 
-    /// The sealed segments, oldest first.
+    /// Returns the sealed segments, oldest first.
     pub fn sealed(&self) -> Vec<SegmentInfo> {
         let state = self.shared.state();
         state.segments[..state.segments.len() - 1].iter().map(|segment| segment.info).collect()
     }
 
-    /// Takes segments that were written in the future for written now: the clock was ahead then, and their age counts from when that is seen.
+    /// Sets write times that lie after `now_ms` to `now_ms`. The clock was ahead when such a segment was written, and
+    /// its age counts from now.
     pub fn correct_written_times(&self, now_ms: i64) {
         for segment in &mut self.shared.state().segments {
             segment.info.written_ms = segment.info.written_ms.min(now_ms);
         }
     }
 
-    /// The segment that is being written.
+    /// Returns the active segment.
     pub fn active(&self) -> SegmentInfo {
         self.shared.state().active().info
     }
 
-    /// Appends stamped batches: one write into the page cache. They can be read at once, and are durable when
-    /// [`Self::persist`] says so. On an error nothing of them is in the log.
+    /// Appends stamped batches with one write to the page cache. They can be read at once, and are durable when
+    /// [`Self::persist`] reports it. After an error none of them is in the log.
     ///
     /// # Panics
-    /// When they do not begin at the log end, are not contiguous, or their epoch falls.
+    /// The batches do not start at the log end, are not contiguous, or their epoch decreases.
     pub fn append(&mut self, batches: &[Batch]) -> Result<(), AppendError> {
         let Some(first) = batches.first() else { return Ok(()) };
         if let Some(reason) = self.shared.refusal() {
@@ -204,11 +206,12 @@ impl Replica {
         let written = self.prepare(info, file).and_then(|open| {
             let mut slices = Vec::with_capacity(batches.len() * 2);
             for batch in batches {
-                slices.push(IoSlice::new(batch.head()));
+                slices.push(IoSlice::new(batch.header()));
                 slices.push(IoSlice::new(batch.records_bytes()));
             }
             let written = open.file.write_at(&slices, info.bytes).inspect_err(|_| self.checked = None);
-            // After the write and before it is published: a sync that sees the batches sees the mark.
+            // The flag is set after the write and before its publication, so a sync that sees the batches also sees the
+            // flag.
             file.dirty.store(true, Ordering::Release);
             written
         });
@@ -237,7 +240,8 @@ impl Replica {
         AppendError::DiskFull
     }
 
-    /// Opens the active segment and sees that it is as long as it should be, and that its index is known.
+    /// Opens the active segment. On first use it truncates surplus bytes, fails if bytes are missing, and loads the
+    /// index.
     fn prepare(&mut self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Arc<OpenFile>> {
         if info.bytes == 0 && self.checked != Some(file.serial) {
             self.shared.state().names_changed = true;
@@ -261,7 +265,7 @@ impl Replica {
         Ok(open)
     }
 
-    /// Makes written batches part of the log.
+    /// Adds written batches to the state of the log, and returns the new log end.
     fn publish(&self, batches: &[Batch]) -> Offset {
         let mut state = self.shared.state();
         let State { segments, epochs, producers, index, .. } = &mut *state;
@@ -286,8 +290,9 @@ impl Replica {
         end
     }
 
-    /// Makes everything appended so far durable, and calls `done` with the persisted end when it is, on the journal's
-    /// thread. Calls come in the order of the hand-overs.
+    /// Makes all batches appended so far durable, and then calls `done` with the persisted end on the journal's thread.
+    /// These calls have the order of the persist calls. After an error, `done` may be called on another thread and out
+    /// of order.
     pub fn persist(&mut self, done: Done) {
         let pending = std::mem::take(&mut self.pending);
         if let Some(reason) = self.shared.refusal() {
@@ -323,14 +328,14 @@ impl Replica {
         }
     }
 
-    /// Whether the active segment would grow beyond `segment_bytes` with `next_bytes` more, and so should be sealed before. An empty segment
-    /// never is.
+    /// Returns true if `next_bytes` more would extend the active segment beyond `segment_bytes`, so that it should be
+    /// sealed first. An empty segment is never full.
     pub fn is_full(&self, segment_bytes: u64, next_bytes: usize) -> bool {
         let bytes = self.active().bytes;
         bytes > 0 && bytes + next_bytes as u64 > segment_bytes.min(MAX_SEGMENT_BYTES)
     }
 
-    /// Seals the active segment: the next append begins a new one. Nothing happens where it is empty.
+    /// Seals the active segment, so that the next append starts a new one. An empty segment stays active.
     pub fn roll(&mut self) -> Result<(), AppendError> {
         if let Some(reason) = self.shared.refusal() {
             return Err(AppendError::Failed { reason });
@@ -348,19 +353,20 @@ impl Replica {
         Ok(())
     }
 
-    /// Writes the index files of the active segment and the snapshot of what follows it. They are caches: a failure
-    /// is no failure, and the files are made again when they are needed.
+    /// Writes the index files of the active segment and the snapshot at its end. They are caches: a failure is ignored,
+    /// and missing files are rebuilt when needed.
     pub(super) fn write_caches(&self) {
         write_caches(&self.shared);
     }
 
-    /// Whether appended batches will be handed over ([`Self::persist`]) soon, and so are kept until then; on at first. Off
-    /// for a topic that does not persist: a later hand-over then syncs the segments.
+    /// Sets whether appended batches are kept until [`Self::persist`] submits them to the journal; initially true.
+    /// False suits a topic that does not persist: a later persist call then syncs the segments.
     pub fn set_journaled(&mut self, journaled: bool) {
         self.journaled = journaled;
     }
 
-    /// Sets `producer.id.expiration.ms`; none at first, and none where the topic forgets producers by number alone.
+    /// Sets `producer.id.expiration.ms`. `None` is the initial value, and that of a topic that limits producers by
+    /// number alone.
     pub fn set_producer_expiration(&mut self, expiration: Option<Duration>) {
         let mut state = self.shared.state();
         state.producer_expiration_ms =
@@ -368,7 +374,7 @@ impl Replica {
         state.forget_expired_producers();
     }
 
-    /// Forgets what was not handed over.
+    /// Drops the batches that were not submitted to the journal.
     pub(super) fn forget_pending(&mut self) {
         self.pending = Pending::default();
         self.checked = None;
@@ -383,8 +389,8 @@ pub(super) fn write_caches(shared: &Shared) {
         (state.active().info, state.index.clone(), snapshot)
     };
     if info.bytes == 0 {
-        // What is known where a segment begins was written before. Where nothing lies before it any more it is no cache: it must not be
-        // touched by a write that may fail half-way.
+        // The snapshot at the base of an empty segment was written earlier. If nothing precedes that base on this disk,
+        // the snapshot is no cache, and a write that may fail half-way must not touch it.
         return;
     }
     let disk = &shared.core.disk;
@@ -409,7 +415,7 @@ impl Drop for Replica {
 impl Pending {
     fn push(&mut self, info: &SegmentInfo, batches: Vec<Batch>, bytes: usize, most: usize) {
         if self.too_much || self.bytes + bytes > most {
-            // Whoever never hands anything over (`replicated`) does not keep it in memory either.
+            // A replica that never calls persist (`replicated`) must not keep its batches in memory either.
             *self = Self { too_much: true, ..Self::default() };
             return;
         }

@@ -1,9 +1,12 @@
-//! The reserve: room that is really taken, to be given back when a disk has none.
+//! The reserve: allocated disk space that is released when the disk has none.
 //!
-//! Appends leave [`Options::reserve_bytes`](super::Options::reserve_bytes) free, so that a log never fills its own disk. That
-//! does not keep others from filling it, and then a broker could not even start: the checkpoint, and the commit in the metadata
-//! store after which segments may go, need room. So some of it is a file, made when there is plenty. A start that finds less than
-//! that free removes the file first, so does a checkpoint that finds no room, and it is made again when there is plenty again.
+//! # Overview
+//!
+//! Appends leave [`Options::reserve_bytes`](super::Options::reserve_bytes) free, so a log never fills its own disk.
+//! Other programs can still fill it. A broker could then not even start: the checkpoint needs space, and so does the
+//! metadata commit that precedes the deletion of segments. Part of the space is therefore a file, created when the disk
+//! has plenty of space. A start with less free space than the size of the file removes the file first, and so does a
+//! checkpoint that finds no space. The file is created again when the disk has plenty of space.
 
 use std::{
     io::{self, IoSlice},
@@ -12,22 +15,23 @@ use std::{
 
 use super::disk::{Disk, Mode, PIECE_BYTES};
 
-/// The file's name in the data directory.
+/// Name of the file in the data directory.
 pub(super) const NAME: &str = "reserve";
 
-/// Bytes of the file: a checkpoint of a large broker, and what a commit in the metadata store wants to see free, twice.
+/// Size of the file in bytes. A checkpoint of a large broker fits into it, and so does twice the free space that a
+/// metadata commit requires.
 pub(super) const BYTES: u64 = 8 << 20;
 
-/// Bytes of zeros written at once.
+/// Bytes of zeros per write.
 const ZEROS: usize = 1 << 20;
 
-/// Gives the room back where the disk has less than that. True when there was something to give.
+/// Removes the file if the disk has less free space than its size. Returns true if a file was removed.
 pub(super) fn release(disk: &dyn Disk, dir: &Path) -> bool {
     let short = disk.free_bytes(dir).is_ok_and(|free| free < BYTES);
     short && disk.remove(&dir.join(NAME)).is_ok()
 }
 
-/// Takes the room, if the disk has that much beyond `keep`. True when it is taken.
+/// Creates the file if its size is free beyond `keep`. Returns true if the file is complete.
 pub(super) fn take(disk: &dyn Disk, dir: &Path, keep: u64) -> io::Result<bool> {
     let path = dir.join(NAME);
     let held = match disk.open(&path, Mode::Read) {
@@ -47,7 +51,7 @@ pub(super) fn take(disk: &dyn Disk, dir: &Path, keep: u64) -> io::Result<bool> {
         file.write_at(&[IoSlice::new(&zeros)], at)?;
     }
     disk.write_out(&path, held..BYTES, PIECE_BYTES)?;
-    // Without this the room may be promised and not taken.
+    // Without the sync the file system may only have promised the space.
     file.sync()?;
     Ok(true)
 }

@@ -1,4 +1,4 @@
-//! Segment files: their names, what is known of each, and the scan that trusts only whole batches.
+//! Segment files: their names, their descriptions, and the scan that accepts only intact batches.
 
 use std::{
     io,
@@ -14,24 +14,25 @@ use crate::{
     record::{Batch, HEADER_BYTES},
 };
 
-/// What is known of a segment without reading it.
+/// Description of a segment, available without reading the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentInfo {
-    /// First offset, which also names the file.
+    /// First offset, which is also the name of the file.
     pub base: Offset,
     /// Offset after the last record.
     pub end: Offset,
     /// Length in bytes.
     pub bytes: u64,
-    /// Largest timestamp of its records, in milliseconds; `i64::MIN` when empty.
+    /// Largest timestamp of the records, in milliseconds; `i64::MIN` if the segment is empty.
     pub max_timestamp: i64,
-    /// Epoch of its first batch; `None` when empty.
+    /// Epoch of the first batch; `None` if the segment is empty.
     pub first_epoch: Option<LeaderEpoch>,
-    /// Epoch of its last batch; `None` when empty.
+    /// Epoch of the last batch; `None` if the segment is empty.
     pub last_epoch: Option<LeaderEpoch>,
-    /// When it took its first batch, in milliseconds since 1970 by this machine's clock; while it is empty, when it was made.
+    /// Time of the first batch, in milliseconds since 1970 by this machine's clock; time of the creation while the
+    /// segment is empty.
     pub created_ms: i64,
-    /// When it took its last batch. Only appends advance it: neither a restart nor what the records say.
+    /// Time of the last batch, in the same unit. Only appends advance it, neither restarts nor timestamps of records.
     pub written_ms: i64,
 }
 
@@ -50,17 +51,17 @@ impl SegmentInfo {
         }
     }
 
-    /// The same segment before its first batch.
+    /// Returns the description of the same segment before its first batch.
     pub(super) fn emptied(&self) -> Self {
         Self { written_ms: self.written_ms, ..Self::empty(self.base, self.created_ms) }
     }
 
-    /// Batches were written to it at this time; they are not noted yet.
+    /// Records the time of a write, before its batches are recorded.
     pub(super) fn note_write(&mut self, now_ms: i64) {
         if self.bytes == 0 {
             self.created_ms = now_ms;
         }
-        // A clock that went back makes nothing older that is there.
+        // A clock that moved back makes no existing batch older.
         self.written_ms = if self.bytes == 0 { now_ms } else { self.written_ms.max(now_ms) };
     }
 
@@ -84,7 +85,7 @@ impl SegmentInfo {
         out.put_i64(self.written_ms);
     }
 
-    /// What [`Self::encode`] wrote; `None` for a range or a length that no segment has.
+    /// Decodes the output of [`Self::encode`]; `None` for a range or a length that no segment has.
     pub(super) fn decode(from: &mut impl Buf) -> Option<Self> {
         let info = Self {
             base: Offset::new(from.try_get_u64().ok()?)?,
@@ -103,22 +104,23 @@ impl SegmentInfo {
     }
 }
 
-/// One segment of a replica: what is known of it, and its file.
+/// One segment of a replica: its description and its file.
 #[derive(Debug)]
 pub(super) struct Segment {
     pub(super) info: SegmentInfo,
     pub(super) file: std::sync::Arc<SegmentFile>,
 }
 
-/// Where a segment lies.
+/// The file of a segment.
 #[derive(Debug)]
 pub(super) struct SegmentFile {
-    /// Its key in the table of open files.
+    /// Key of the file in the table of open files.
     pub(super) serial: u64,
     pub(super) path: PathBuf,
-    /// Whether bytes were written since it was last synced.
+    /// True if bytes were written since the last sync.
     pub(super) dirty: AtomicBool,
-    /// Bytes from its start that were written out, unsynced perhaps. Write-out advances it, a cut lowers it.
+    /// Number of bytes from the start that were written out, possibly unsynced. Write-out advances it; a truncation
+    /// lowers it.
     pub(super) written_out: AtomicU64,
 }
 
@@ -133,17 +135,17 @@ impl SegmentFile {
     }
 }
 
-/// The name of a file of the segment at `base`.
+/// Returns the name of a file of the segment at `base`.
 pub(super) fn name(base: Offset, extension: &str) -> String {
     format!("{:020}.{extension}", base.get())
 }
 
-/// The base offset that a segment file's name states.
+/// Returns the base offset in the name of a segment file.
 pub(super) fn base_of(name: &str) -> Option<Offset> {
     base_in(name.strip_suffix(".log")?)
 }
 
-/// The base offset that the name of an index or a snapshot states.
+/// Returns the base offset in the name of an index or a snapshot.
 pub(super) fn cache_base_of(name: &str) -> Option<Offset> {
     let (digits, extension) = name.split_once('.')?;
     if matches!(extension, "index" | "timeindex" | "snapshot") { base_in(digits) } else { None }
@@ -154,19 +156,20 @@ fn base_in(digits: &str) -> Option<Offset> {
         .then(|| digits.parse().ok().and_then(Offset::new))?
 }
 
-/// Where a scan ended.
+/// Result of a scan.
 #[derive(Debug)]
 pub(super) struct ScanEnd {
-    /// Offset after the last whole batch.
+    /// Offset after the last intact batch.
     pub(super) end: Offset,
-    /// Where that batch ends in the file.
+    /// Position in the file after that batch.
     pub(super) position: u64,
-    /// What is wrong with the bytes there; `None` at the end of the file.
+    /// Error in the bytes at that position; `None` at the end of the file.
     pub(super) damage: Option<String>,
 }
 
-/// Reads the batches of a file from `position` to `len`, the first of which must begin at `from`, each later one where
-/// the one before ended, with epochs that do not fall. Stops at the first bytes that are no such batch.
+/// Reads the batches of a file from `position` to `len`. The first batch must start at `from`, and each later one at
+/// the end of the previous one, with epochs that never decrease. The scan stops at the first bytes that are no such
+/// batch.
 pub(super) fn scan(
     file: &dyn File,
     len: u64,
@@ -219,7 +222,7 @@ pub(super) fn scan(
     Ok(end)
 }
 
-/// The next batch of `window`, which must begin at `expected` with an epoch not below `epoch`.
+/// Returns the next batch of `window`, which must start at `expected` with an epoch not below `epoch`.
 pub(super) fn next(window: &mut Bytes, expected: Offset, epoch: Option<LeaderEpoch>) -> Result<Batch, String> {
     let batch = Batch::split_from(window).map_err(|error| error.to_string())?;
     if batch.base_offset() != expected {

@@ -1,5 +1,5 @@
-//! What a replica's writer, its readers, the journal and the syncing thread know together. The lock is held for moments,
-//! never over a call to the disk.
+//! State shared by a replica's writer, its readers, the journal and the sync thread. The lock is held briefly, never
+//! across a call to the disk.
 
 use std::{
     collections::VecDeque,
@@ -32,52 +32,54 @@ pub(super) struct Shared {
     pub(super) dir: PathBuf,
     pub(super) core: Arc<Core>,
     pub(super) tail: Arc<PartitionTail>,
-    /// Why this replica takes no writes any more.
+    /// Reason why this replica accepts no writes.
     pub(super) failed: OnceLock<String>,
-    /// Whether somebody holds the writer's handle.
+    /// True if a writer holds the replica.
     pub(super) taken: AtomicBool,
-    /// Whether it is on the list of what is to be synced.
+    /// True if the replica is in the sync queue.
     pub(super) dirty: AtomicBool,
-    /// Bytes appended since it was last written out.
+    /// Bytes appended since the last write-out.
     pub(super) gathered: AtomicU64,
-    /// Held while its files are being synced.
+    /// Held while the files are being synced.
     pub(super) syncing: Mutex<()>,
     pub(super) state: Mutex<State>,
 }
 
 pub(super) struct State {
-    /// Never empty, each begins where the one before it ends; the last is active.
+    /// Segments, never empty. Each starts at the end of the previous one; the last is active.
     pub(super) segments: Vec<Segment>,
-    /// First offset that can be read at all; whoever leads the partition moves it.
+    /// First offset that can be read from any tier. The leader of the partition advances it.
     pub(super) log_start: Offset,
-    /// First offset not known to be durable; the journal and the syncing thread advance it, a cut lowers it.
+    /// First offset that may not be durable. The journal and the sync thread advance it; a truncation lowers it.
     pub(super) persisted_end: Offset,
     pub(super) epochs: Arc<EpochHistory>,
     pub(super) producers: Arc<ProducerTable>,
-    /// After how much partition time a producer is forgotten; `None` until the topic's configuration is known.
+    /// Partition time after which an idle producer is removed, in milliseconds; `None` until the topic's configuration
+    /// is known.
     pub(super) producer_expiration_ms: Option<i64>,
-    /// The active segment's index; `None` until it is needed.
+    /// Index of the active segment; `None` until it is needed.
     pub(super) index: Option<Index>,
-    /// Grows with each cut and reset, so that what was begun before them is recognised.
+    /// Number that grows with each truncation and reset, which identifies operations from before such a change.
     pub(super) generation: u64,
-    /// Where a scan begins after a crash: all before it is synced in the segments.
+    /// Start of the scan after a crash: all earlier data is synced in the segments.
     pub(super) recovery: Recovery,
-    /// For each journal file that holds entries of this replica: where the last one ends, until that is synced.
+    /// End of the last entry of this replica in each journal file that holds one, until that end is synced.
     pub(super) unsynced: VecDeque<(u64, Offset)>,
-    /// Bytes appended since the last sync was begun.
+    /// Bytes appended since the start of the last sync.
     pub(super) unsynced_bytes: u64,
-    /// Whether names were made or removed since the directory was synced.
+    /// True if files were created or removed since the last sync of the directory.
     pub(super) names_changed: bool,
-    /// What was there before a reset, until its files are gone and those of the new beginning are synced: a checkpoint says no more before.
+    /// Record of the log before a reset. Checkpoints hold it until the old files are removed and the new ones are
+    /// synced.
     pub(super) replaced: Option<Box<ReplicaRecord>>,
-    /// How many hand-overs wait for a sync of the segments: later ones queue behind them.
+    /// Number of persist calls that wait for a sync of the segments. Later calls queue behind them.
     pub(super) syncing: u32,
 }
 
-/// A point up to which everything is synced, and what was known there.
+/// Recovery point: all earlier data is synced. Includes the epoch history and producer state at that offset.
 #[derive(Clone)]
 pub(super) struct Recovery {
-    /// The segment that holds the point, as it was.
+    /// Segment that contains the point, as it was at the point.
     pub(super) segment: SegmentInfo,
     pub(super) epochs: Arc<EpochHistory>,
     pub(super) producers: Arc<ProducerTable>,
@@ -104,8 +106,8 @@ impl State {
         self.segments.iter().map(|segment| segment.info.bytes).sum()
     }
 
-    /// Forgets the epochs of what is neither here nor in the bucket, but for the one that wrote last before it: that is what a replica that
-    /// begins here claims to hold.
+    /// Removes the epochs of offsets that are neither on this disk nor in the object store, except the last of them. A
+    /// replica that starts at this offset reports that epoch in its log position.
     pub(super) fn forget_epochs(&mut self) {
         let first = self.log_start.min(self.local_start());
         if let Some(before) = first.get().checked_sub(1).and_then(Offset::new) {
@@ -113,25 +115,26 @@ impl State {
         }
     }
 
-    /// Forgets producers by the topic's rule. Due wherever the log end moves or the table is replaced.
+    /// Removes producers by the topic's rule. Needed after every change of the log end, and after a replacement of the
+    /// table.
     pub(super) fn forget_expired_producers(&mut self) {
         if self.producers.has_expired(self.producer_expiration_ms) {
             Arc::make_mut(&mut self.producers).forget_expired(self.producer_expiration_ms);
         }
     }
 
-    /// What is known at the log end.
+    /// Returns the recovery point at the log end.
     pub(super) fn point(&self) -> Recovery {
         Recovery { segment: self.active().info, epochs: self.epochs.clone(), producers: self.producers.clone() }
     }
 }
 
 impl Shared {
-    /// A replica of which this is known.
+    /// Creates the state of a replica from its record.
     pub(super) fn new(core: &Arc<Core>, dir: PathBuf, record: ReplicaRecord) -> Arc<Self> {
         let segments = record.segments.iter().map(|info| {
             let file = SegmentFile::new(core.files.serial(), &dir, info.base);
-            // Whoever made the record has synced it, or syncs all of it next.
+            // The creator of the record has synced these bytes, or syncs all of them next.
             file.written_out.store(info.bytes, Ordering::Relaxed);
             Segment { info: *info, file: Arc::new(file) }
         });
@@ -172,23 +175,23 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Why nothing can be written here.
+    /// Returns the reason why this replica accepts no writes, if any.
     pub(super) fn refusal(&self) -> Option<String> {
         self.failed.get().cloned().or_else(|| self.core.refusal())
     }
 
-    /// Ends writing for good.
+    /// Ends writing to this replica permanently.
     pub(super) fn fail(&self, reason: String) {
         tracing::error!(partition = %self.id, reason, "this replica takes no more writes");
         drop(self.failed.set(reason));
     }
 
-    /// Puts the replica on the list of what is to be synced, and of what is to be written out where there is a piece of it.
+    /// Puts the replica into the sync queue, and into the write-out queue if it has a full piece.
     pub(super) fn touch(self: &Arc<Self>, bytes: u64) {
         let listed = self.dirty.swap(true, Ordering::AcqRel);
         let gathered = self.gathered.fetch_add(bytes, Ordering::AcqRel);
         let (piece_bytes, after) = (self.core.piece_bytes.load(Ordering::Relaxed) as u64, gathered + bytes);
-        // Looked at again with each small piece: the size of a piece changes.
+        // The check repeats with each small piece, because the size of a piece changes.
         let is_piece = after >= piece_bytes && gathered / PIECE_BYTES as u64 != after / PIECE_BYTES as u64;
         let mut work = self.core.work();
         if is_piece {
@@ -205,7 +208,7 @@ impl Shared {
         work.dirty_bytes += bytes;
         let due = self.core.sync_is_due(&work);
         drop(work);
-        // By hand a step is a whole pass, which a piece alone is not worth.
+        // A manual step is a full pass, and a piece alone does not justify one.
         if first || (is_piece && !self.core.options.manual) || (due && !was_due) {
             self.core.wake_syncer();
         }
@@ -215,7 +218,7 @@ impl Shared {
         EntryHead { kind, id: self.id, generation, base, end, segment: Offset::ZERO, position: 0, epoch: None }
     }
 
-    /// An entry of this replica is durable, in the journal file of this use.
+    /// Records that an entry of this replica is durable in the journal file with the use number `file`.
     pub(super) fn journaled(self: &Arc<Self>, head: &EntryHead, file: u64) {
         let mut state = self.state();
         if head.generation != state.generation {
@@ -236,25 +239,25 @@ impl Shared {
                 state.persisted_end = state.persisted_end.max(head.end);
             }
             Kind::Synced => state.persisted_end = state.persisted_end.max(head.end),
-            // No sync lets go of it, only the end of the reset.
+            // No sync releases this file, only the completion of the reset.
             Kind::Reset => state.unsynced.push_back((file, Offset::MAX)),
             _ => {}
         }
         let pins = state.unsynced.len() > pinned;
         drop(state);
         if pins && !self.dirty.load(Ordering::Acquire) {
-            // The pass of syncs that it asked for was faster. Only another one gives that file up again.
+            // The sync pass that the entry requested has already run. Only another pass releases the journal file.
             self.touch(0);
         }
     }
 
-    /// What whoever handed this entry over is told.
+    /// Returns the result for the caller that submitted this entry.
     pub(super) fn persisted_answer(&self, head: &EntryHead) -> Result<Offset, PersistError> {
         let state = self.state();
         if head.generation == state.generation { Ok(state.persisted_end) } else { Err(PersistError::Cut) }
     }
 
-    /// What the checkpoint keeps of it.
+    /// Returns the record of the replica for a checkpoint.
     pub(super) fn record(&self) -> ReplicaRecord {
         let state = self.state();
         if let Some(replaced) = &state.replaced {
@@ -281,7 +284,7 @@ impl Shared {
     }
 }
 
-/// Where a replica's files lie.
+/// Returns the directory of a replica's files.
 pub(super) fn replica_dir(data: &Path, id: PartitionId) -> PathBuf {
     data.join(id.topic.to_string()).join(id.number.to_string())
 }

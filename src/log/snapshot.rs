@@ -1,5 +1,6 @@
-//! `{base}.snapshot`: the epochs and producers as they were where a segment begins, so that a cut or an upload need not read what lies
-//! before. A cache like the indexes, but for that of the first segment: nothing else knows what was before it, and it is durable.
+//! `{base}.snapshot`: epoch history and producer state at the start of a segment. With it a truncation or an upload
+//! reads no earlier segment. A snapshot is a cache like the indexes, except that of the first segment. That snapshot is
+//! durable, because no other file holds the state before it.
 
 use std::{io, path::Path};
 
@@ -10,10 +11,10 @@ use crate::model::Offset;
 
 const MAGIC: &[u8; 8] = b"STRLSNP2";
 
-/// How the name of a snapshot ends that a reset begins with, until the files of the log before it are gone.
+/// File name extension of the snapshot with which a reset starts, until the files of the old log are removed.
 pub(super) const OF_RESET: &str = "reset";
 
-/// Epochs and producers at one offset.
+/// Epoch history and producer state at one offset.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Snapshot {
     pub(super) epochs: EpochHistory,
@@ -21,7 +22,8 @@ pub(super) struct Snapshot {
 }
 
 impl Snapshot {
-    /// The one at `base` in a replica's directory; `None` where there is none. `InvalidData` when it is damaged.
+    /// Reads the snapshot at `base` in a replica's directory; `None` if it is missing. Fails with `InvalidData` if it
+    /// is corrupt.
     pub(super) fn read(disk: &dyn Disk, dir: &Path, base: Offset) -> io::Result<Option<Self>> {
         let path = dir.join(name(base, "snapshot"));
         let damaged = || io::Error::new(io::ErrorKind::InvalidData, format!("{} is damaged", path.display()));
@@ -32,14 +34,15 @@ impl Snapshot {
         }
     }
 
-    /// The last one that is whole of those at `bases`, and which: what lies between it and the last base has to be read. Where there is none,
-    /// not at the first either, nothing was before that. `InvalidData` when the first, which nothing stands in for, is damaged.
+    /// Returns the last intact snapshot at one of `bases`, and the index of its base. The data between it and the last
+    /// base must be read. If no base has one, not even the first, nothing precedes the log. Fails with `InvalidData` if
+    /// the snapshot at the first base is corrupt, because nothing replaces it.
     pub(super) fn read_last(disk: &dyn Disk, dir: &Path, bases: &[Offset]) -> io::Result<(usize, Self)> {
         for (number, base) in bases.iter().enumerate().rev() {
             match Self::read(disk, dir, *base) {
                 Ok(Some(tables)) => return Ok((number, tables)),
                 Err(error) if number == 0 => return Err(error),
-                // The segment before it is read as well then.
+                // The caller then reads the previous segment as well.
                 Ok(None) | Err(_) => {}
             }
         }
@@ -57,7 +60,7 @@ impl Snapshot {
         out
     }
 
-    /// The snapshot in a file, if it is whole and of this offset.
+    /// Decodes a snapshot, if it is intact and at this offset.
     pub(super) fn decode(file: &[u8], at: Offset) -> Option<Self> {
         let (mut content, crc) = file.split_at_checked(file.len().checked_sub(4)?)?;
         if crc32c::crc32c(content).to_be_bytes() != crc || content.get(..8)? != MAGIC {

@@ -1,4 +1,4 @@
-//! What a data directory holds when it is opened: the checkpoint, and what the journal knows beyond it.
+//! State of a data directory at its opening: the checkpoint, and the journal entries after it.
 
 use std::{
     collections::BTreeMap,
@@ -29,7 +29,7 @@ use crate::{
     task::clock,
 };
 
-/// What was found.
+/// State found at the opening.
 pub(super) struct Found {
     pub(super) first_round: u64,
     pub(super) generation: u64,
@@ -37,8 +37,8 @@ pub(super) struct Found {
     pub(super) replicas: BTreeMap<PartitionId, Dormant>,
 }
 
-/// Reads the checkpoint and replays the journal into the segments. Afterwards nothing of the journal is needed, and a
-/// checkpoint says so: whoever opens the directory may write to its files.
+/// Reads the checkpoint and replays the journal into the segments. Afterwards nothing in the journal is needed, and a
+/// checkpoint records that, so the caller may write to the journal's files.
 pub(super) fn load(disk: &Arc<dyn Disk>, dir: &Path, directory: Uuid, options: &Options) -> Result<Found, OpenError> {
     let disk = &**disk;
     let journal_dir = options.journal_in(dir);
@@ -60,7 +60,7 @@ pub(super) fn load(disk: &Arc<dyn Disk>, dir: &Path, directory: Uuid, options: &
             Checkpoint { replicas, ..Checkpoint::default() }
         }
     };
-    // Where there is nothing yet, there need be no journal.
+    // A directory without any content needs no journal.
     let expected = known || !checkpoint.replicas.is_empty();
     let Checkpoint { first_round, generation, standing, replicas } = checkpoint;
     if standing == Standing::Clean {
@@ -74,7 +74,7 @@ pub(super) fn load(disk: &Arc<dyn Disk>, dir: &Path, directory: Uuid, options: &
         let read = replay::read(disk, &journal_dir, directory, first_round);
         let mut journaled = read.map_err(io_error(&journal_dir, "read the journal"))?;
         if !known {
-            // It is not known where replay begins, and older files of the ring were used again.
+            // The start of the replay is unknown, and older ring files were reused, so a gap proves no loss.
             journaled.unknown_loss = None;
         }
         match &journaled.missing {
@@ -92,7 +92,7 @@ pub(super) fn load(disk: &Arc<dyn Disk>, dir: &Path, directory: Uuid, options: &
     Ok(Found { first_round, generation, clean: false, replicas })
 }
 
-/// What is left of a directory whose journal is gone. Refused, unless somebody said that it may be.
+/// Returns the state that remains without the journal. Fails unless the options accept the loss of the journal.
 fn without_journal(
     disk: &dyn Disk,
     dir: &Path,
@@ -110,7 +110,7 @@ fn without_journal(
         "the journal is gone, and log.accept_journal_loss says to go on: what was in it alone is lost"
     );
     for record in without_checkpoint(disk, dir).map_err(io_error(dir, "list"))? {
-        // Its creation may have been in the journal.
+        // The journal may have held the creation of this replica.
         if records.iter().all(|known| known.id != record.id) {
             records.push(record);
         }
@@ -119,19 +119,20 @@ fn without_journal(
         record.generation = record.generation.max(1);
         record.persisted = record.segments.last().map_or(record.log_start, |recovered| recovered.end);
     }
-    // Should the lost one turn up again, none of its rounds may be taken for one of ours.
+    // If the lost journal reappears, none of its frames may be taken for a frame of the new one.
     let next_round = Some(first_round + (1 << 32)).filter(|round| *round <= MAX_NUMBER).unwrap_or(first_round);
     let mut journaled = Journaled::nothing(next_round);
     journaled.generation = 1;
     Ok((journaled, records))
 }
 
-/// Whether nobody has read the replica since its record was lost: a torn tail cannot be told from a loss.
+/// Returns true if the replica was not read since its record was lost. A torn tail cannot be distinguished from a loss
+/// then.
 pub(super) fn unread(record: &ReplicaRecord) -> bool {
     record.generation == 0
 }
 
-/// Joins what the checkpoint and the journal know of each replica.
+/// Merges the records of the checkpoint with the state in the journal.
 fn merge(
     disk: &dyn Disk,
     dir: &Path,
@@ -164,7 +165,8 @@ fn merge(
     let outcomes = remove_replicas(disk, deleted.iter().map(PathBuf::as_path), &mut drop);
     outcomes.into_iter().collect::<io::Result<()>>()?;
     if journaled.unknown_loss.is_some() {
-        // The round may have held a replica's creation: what lies there is not passed over in silence.
+        // The unreadable frame may have created a replica. A replica that is only on the disk is therefore recorded,
+        // and reported as lost.
         for record in without_checkpoint(disk, dir)? {
             known.entry(record.id).or_insert(record);
         }
@@ -189,7 +191,7 @@ fn merge(
     Ok(replicas)
 }
 
-/// What the journal says of one replica, beyond its record.
+/// Applies the journal's state of one replica to its record.
 fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, story: &Story) -> io::Result<()> {
     let dir = replica_dir(dir, record.id);
     let known = record.generation;
@@ -200,7 +202,7 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, story: &Story)
             let is_passed = story.local_start.is_some_and(|moved| moved.generation >= known && moved.base > cut.base);
             match Snapshot::read(disk, &dir, cut.base) {
                 Ok(Some(tables)) => (record.epochs, record.producers) = (tables.epochs, tables.producers.into()),
-                // It goes with the segments before a later start.
+                // The snapshot was removed with the segments before a later start.
                 _ if is_passed => {}
                 Ok(None) => record.lost = Some(format!("the snapshot at {}, which a reset wrote, is gone", cut.base)),
                 Err(error) => record.lost = Some(error.to_string()),
@@ -226,7 +228,8 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, story: &Story)
     Ok(())
 }
 
-/// Moves the recovery point back, or on, to the start of the segment at `base`, with what was known there.
+/// Moves the recovery point, back or forward, to the start of the segment at `base`, with the tables of the snapshot
+/// there. If that snapshot is not intact, an earlier segment with an intact one is used.
 fn rebase(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, base: Offset) {
     record.segments.retain(|info| info.base < base && info.end <= base);
     let bases: Vec<Offset> = record.segments.iter().map(|info| info.base).chain([base]).collect();
@@ -239,7 +242,7 @@ fn rebase(disk: &dyn Disk, dir: &Path, record: &mut ReplicaRecord, base: Offset)
     (record.epochs, record.producers) = (tables.epochs, tables.producers.into());
 }
 
-/// The replicas whose directories are there, as far as their files' names tell.
+/// Returns a record for each replica whose directory exists, from the names of its files and its first snapshot.
 fn without_checkpoint(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaRecord>> {
     let mut records = Vec::new();
     for topic in disk.list(dir)?.into_iter().filter(|entry| entry.is_dir) {
@@ -263,8 +266,8 @@ fn without_checkpoint(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaReco
     Ok(records)
 }
 
-/// Leaves nothing but the tables that a reset at `at` begins with. However far it came before, and as often as it is cut short: while they
-/// have the name of their own a snapshot at `at` is of the log before.
+/// Removes all files except the snapshot with which a reset to `at` starts. The reset may have stopped at any step, and
+/// more than once. While that snapshot has its own name, a snapshot at `at` belongs to the old log.
 fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
     let (beside, snapshot) = (name(at, snapshot::OF_RESET), name(at, "snapshot"));
     let entries = match disk.list(dir) {
@@ -282,10 +285,10 @@ fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
     disk.sync_dir(dir)
 }
 
-/// Files of this size or more give their room back in steps, where their deletion keeps them open.
+/// Minimum size in bytes of a file whose disk space is freed in steps, if its deletion keeps the file open.
 const LARGE_FILE_BYTES: u64 = STEP_BYTES;
 
-/// Removes what is in a folder. `keep` gets the large files, still open, before they are closed.
+/// Removes the files in a directory. `keep` receives the large files, which are still open.
 fn remove_files(disk: &dyn Disk, dir: &Path, keep: &mut dyn FnMut(Arc<dyn File>)) -> io::Result<()> {
     let entries = match disk.list(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -300,7 +303,8 @@ fn remove_files(disk: &dyn Disk, dir: &Path, keep: &mut dyn FnMut(Arc<dyn File>)
     Ok(())
 }
 
-/// Removes the directories of replicas, and those of topics that are empty then, durably: one sync for each topic. The outcome of each.
+/// Removes the directories of replicas, and topic directories that become empty. The removal is durable and costs one
+/// sync per topic. Returns one result per replica.
 pub(super) fn remove_replicas<'a>(
     disk: &dyn Disk,
     dirs: impl Iterator<Item = &'a Path>,
@@ -321,7 +325,7 @@ pub(super) fn remove_replicas<'a>(
     outcomes
 }
 
-/// Makes it durable that directories of a topic are gone, and removes the topic's own when it is empty.
+/// Makes the removal of a topic's replica directories durable, and removes the topic's directory if it is empty.
 fn sync_removed(disk: &dyn Disk, topic: &Path) -> io::Result<()> {
     unless_absent(disk.sync_dir(topic))?;
     if disk.remove_dir(topic).is_ok() {
@@ -330,7 +334,7 @@ fn sync_removed(disk: &dyn Disk, topic: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// What is not there need not be removed.
+/// Treats the absence of a file to remove as success.
 fn unless_absent(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

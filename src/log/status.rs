@@ -1,34 +1,34 @@
-//! What a data directory tells of itself. It changes nothing.
+//! Read-only status of a data directory.
 
 use std::{io, sync::atomic::Ordering};
 
 use super::Log;
 use crate::model::PartitionId;
 
-/// How a data directory is.
+/// Status of a data directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
-    /// Why it takes no writes, when it does not.
+    /// Reason why the directory accepts no writes, if any.
     pub failed: Option<String>,
-    /// Whether the last append found the disk full.
+    /// True if the last append found the disk full.
     pub disk_full: bool,
-    /// Replicas, opened or not.
+    /// Number of replicas, opened or not.
     pub replicas: usize,
-    /// Opened replicas that take no writes, and why.
+    /// Opened replicas that accept no writes, each with the reason.
     pub failed_replicas: Vec<(PartitionId, String)>,
     /// Bytes of the segments of opened replicas.
     pub segment_bytes: u64,
     /// Bytes of the journal's files.
     pub journal_bytes: u64,
-    /// Bytes of the tail buffer in use.
+    /// Bytes used by the tail cache.
     pub tail_bytes: usize,
-    /// Bytes that the producer state of opened replicas takes, about.
+    /// Approximate bytes of the producer state of opened replicas.
     pub producer_bytes: usize,
-    /// Bytes that can still be written; 0 when the file system does not say.
+    /// Bytes that can still be written; 0 if the file system does not report them.
     pub free_bytes: u64,
 }
 
-/// How much room a file system has.
+/// Space of a file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Space {
     /// Bytes that can still be written.
@@ -38,7 +38,7 @@ pub struct Space {
 }
 
 impl Log {
-    /// How the directory is.
+    /// Returns the status of the directory.
     pub fn status(&self) -> Status {
         let core = &self.inner.core;
         let open = self.inner.open_replicas();
@@ -56,26 +56,26 @@ impl Log {
         }
     }
 
-    /// Why it takes no writes any more. Looks at nothing.
+    /// Returns the reason why the directory accepts no writes, if any. Accesses no file.
     pub fn failure(&self) -> Option<String> {
         self.inner.core.refusal()
     }
 
-    /// From now on it takes no writes, as if the journal's device had failed.
+    /// Fails the journal, as a failure of its device would.
     #[cfg(test)]
     pub(crate) fn fail_journal(&self) {
         self.inner.core.journal.fail(&io::Error::other("as a test wants it"));
     }
 
-    /// Whether the last record that was to be written did not fit. Looks at nothing.
+    /// Returns true if the last append did not fit on the disk. Accesses no file.
     pub fn is_full(&self) -> bool {
         self.inner.core.disk_full.load(Ordering::Relaxed)
     }
 
-    /// How much room there is where the directory lies. Asks the file system and looks at nothing else.
+    /// Returns the space of the file system that holds the directory.
     ///
     /// # Errors
-    /// When the file system does not say.
+    /// The file system does not report its space.
     pub fn space(&self) -> io::Result<Space> {
         let core = &self.inner.core;
         Ok(Space { free_bytes: core.disk.free_bytes(&core.dir)?, total_bytes: core.disk.total_bytes(&core.dir)? })

@@ -1,31 +1,38 @@
-//! When the journal's ring cannot be expected to go round again: writing to the directory ends then, so that others take over.
+//! Detection of a journal whose ring has stalled. Writing to the directory then ends, so that other brokers take over.
 
 use std::{io, time::Duration};
 
 use super::{directory::Inner, error::is_full};
 use crate::model::Offset;
 
-/// How long a log that is to be closed waits until its journal has room again.
+/// Maximum time that a closing log waits for space in its journal.
 const STOP_WAIT: Duration = Duration::from_secs(5);
 
-/// How long writers wait where the journal has no room because checkpoints fail.
+/// Maximum time that writers wait for space in the journal while checkpoints fail.
 const CHECKPOINT_WAIT: Duration = Duration::from_secs(10);
 
-/// How long they wait, and for how many passes of syncs, where those do not help: then something is wrong with what is done here.
+/// Maximum time, and maximum number of sync passes, that writers wait while passes do not help. A longer wait indicates
+/// an error in this code.
 const HELD_WAIT: Duration = Duration::from_secs(60);
 const HELD_PASSES: u32 = 5;
 
 impl Inner {
-    /// Ends writing to the directory where the journal's ring cannot be expected to go round again. Everybody would wait for it, and nobody
-    /// take over; a restart replays what it holds.
+    /// Fails the journal if its ring has stalled. Otherwise all writers would wait, and no other broker would take
+    /// over. A restart replays the content of the journal.
     pub(super) fn fail_if_stuck(&self) {
         if let Some(why) = self.why_stuck() {
             self.core.journal.fail(&io::Error::other(why));
         }
     }
 
-    /// A stop has waited long enough; or checkpoints fail, and not for want of room, which may come; or its oldest file holds what a
-    /// replica acknowledged and cannot sync, or what no pass of syncs lets go of.
+    /// Returns the reason of a stall, if any.
+    ///
+    /// | stall | limit |
+    /// | --- | --- |
+    /// | a close waits for a free file | `STOP_WAIT` |
+    /// | checkpoints fail for another reason than a full disk, which may get space again | `CHECKPOINT_WAIT` |
+    /// | the oldest file holds acknowledged data that a replica cannot sync | none |
+    /// | the oldest file holds data that no sync pass releases | `HELD_WAIT` and `HELD_PASSES` |
     fn why_stuck(&self) -> Option<String> {
         let oldest = self.ring().oldest()?;
         let journal = &self.core.journal;
@@ -52,7 +59,7 @@ impl Inner {
             return Some(format!("its oldest file holds what partition {} cannot sync to its segments", replica.id));
         }
         let passes = self.core.work().fruitless;
-        // A new beginning of a long log takes its time, and ends.
+        // A reset pins the file up to `Offset::MAX`. The reset of a long log takes time, but it ends.
         let (replica, _) = holding.iter().find(|(_, end)| *end != Offset::MAX)?;
         if waited < HELD_WAIT || passes < HELD_PASSES {
             return None;
@@ -61,7 +68,7 @@ impl Inner {
             "its oldest file holds what partition {} does not let go of in {passes} passes of syncs",
             replica.id
         );
-        // A disk that fails is mended, a broken rule is found.
+        // A failing disk is repaired by its operator, but a violated invariant must be found.
         if cfg!(feature = "sim") {
             panic!("{why}");
         }

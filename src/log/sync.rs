@@ -1,11 +1,16 @@
-//! Syncing segments behind the journal: by bytes, by time, and when the journal's ring runs short. One thread.
+//! Syncing segments in the background: by bytes, by time, and when the journal's ring has few free files. One thread
+//! runs the passes.
 //!
-//! What is appended is written out before its sync, in pieces and without a flush: the sync finds little to write, and the journal's
-//! next write never stands behind many megabytes.
+//! # Overview
 //!
-//! A pass takes every replica that was written to, notes what it held, syncs its files, and only then moves its recovery
-//! point. When files of the ring hold nothing but what is synced, a checkpoint is written, and then they are given up: in
-//! this order, so that replay never misses what it needs.
+//! Appended data is written out before its sync, in pieces and without a flush. The sync then finds little to write,
+//! and the journal's next write never waits behind many megabytes.
+//!
+//! # Invariants
+//!
+//! - A pass takes every dirty replica, records its log end, syncs its files, and only then moves its recovery point.
+//! - When ring files hold nothing but synced entries, a checkpoint is written first, and then the files are released.
+//!   In this order replay never misses an entry that it needs.
 
 use std::{
     io,
@@ -28,36 +33,37 @@ use super::{
 };
 use crate::task::{self, clock};
 
-/// Most files that are synced side by side. The file system makes those that wait together durable with one commit of its own
-/// journal, which is what a small file's sync costs.
+/// Maximum number of replicas that are synced concurrently. The file system makes concurrent syncs durable with one
+/// commit of its own journal, which is the cost of syncing a small file.
 const SIDE_BY_SIDE: usize = 4;
 
-/// Files that are worth another thread.
+/// Number of dirty replicas per sync thread.
 const FILES_A_THREAD: usize = 16;
 
-/// How often a pass is worth it at most: under load each takes more, for the same number of commits of the file system.
+/// Minimum interval between two passes. Under load each pass covers more data for the same number of file system
+/// commits.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// How long nothing was written to the journal when pieces become large: no acknowledgement waits for the device then.
+/// Time without a write to the journal after which pieces become large: no acknowledgement waits for the device then.
 const JOURNAL_QUIET: Duration = Duration::from_secs(5);
 
-/// How long a failed checkpoint waits before it is tried again.
+/// Time until a failed checkpoint is retried.
 const RETRY: Duration = Duration::from_millis(200);
 
 impl Shared {
-    /// Syncs everything appended so far and moves the recovery point there. An error is final for this replica.
+    /// Syncs all data appended so far and moves the recovery point to its end. An error is final for this replica.
     pub(super) fn sync(&self) -> Result<(), PersistError> {
-        // Outside of the lock below: it takes its time.
+        // Outside the lock below, because it takes time.
         self.write_out();
         if let Some(reason) = self.failed.get() {
             return Err(PersistError::Failed { reason: reason.clone() });
         }
-        // Two at once would each believe the other's unfinished sync.
+        // Each of two concurrent syncs would rely on the unfinished sync of the other.
         let _one_at_a_time = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         let (point, generation, names, files) = {
             let mut state = self.state();
             state.unsynced_bytes = 0;
-            // Before the recovery point everything is synced.
+            // All data before the recovery point is synced.
             let first = state.segments.partition_point(|segment| segment.info.base < state.recovery.segment.base);
             let files: Vec<_> = state.segments[first..].iter().map(|segment| segment.file.clone()).collect();
             (state.point(), state.generation, std::mem::take(&mut state.names_changed), files)
@@ -67,7 +73,7 @@ impl Shared {
                 if file.dirty.swap(false, Ordering::AcqRel) {
                     match self.core.files.get(file.serial, &file.path, Mode::Read) {
                         Ok(open) => open.file.sync()?,
-                        // Evicted or cut meanwhile.
+                        // The segment was evicted or truncated meanwhile.
                         Err(error) if error.kind() == io::ErrorKind::NotFound && !self.holds(file.serial) => {}
                         Err(error) => return Err(error),
                     }
@@ -96,8 +102,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Writes out what was appended since the last time, but for the page that the next append writes to. Waits for the device. An error
-    /// is final for this replica.
+    /// Writes out the data appended since the last call, except the page that the next append writes to. Waits for the
+    /// device. An error is final for this replica.
     fn write_out(&self) {
         self.gathered.store(0, Ordering::Release);
         let mut ranges = Vec::new();
@@ -111,7 +117,7 @@ impl Shared {
                 if start < end {
                     ranges.push((segment.file.clone(), start..end));
                 } else if number < active {
-                    // What lies before was written out when this was.
+                    // Earlier segments were written out no later than this one.
                     break;
                 }
             }
@@ -139,8 +145,8 @@ impl Shared {
 }
 
 impl Inner {
-    /// One pass: what is too large for the journal, then all that was written to, then the ring.
-    /// False when the ring could not be recycled.
+    /// Runs one pass: first the persist calls that exceed the journal's limit, then all dirty replicas, then the ring.
+    /// Returns false if the ring could not be recycled.
     pub(super) fn sync_step(&self) -> bool {
         self.write_out_pieces();
         self.sync_jobs();
@@ -168,7 +174,8 @@ impl Inner {
         whole
     }
 
-    /// Says once that checkpoints cannot be written and once that they can be again: it is tried several times a second.
+    /// Logs the first failure of a series of checkpoints, and its end. A failed checkpoint is retried several times a
+    /// second.
     fn note_checkpoint(&self, error: Option<io::Error>) {
         let path = self.core.dir.display();
         let mut known = self.core.checkpoint_error();
@@ -191,7 +198,7 @@ impl Inner {
             while let Some(replica) = dirty.get(next.fetch_add(1, Ordering::Relaxed)) {
                 replica.dirty.store(false, Ordering::Release);
                 drop(replica.sync());
-                // One thread, so that the answers keep their order.
+                // Only one thread does this, so that the results keep their order.
                 if thread == 0 {
                     self.sync_jobs();
                     self.write_out_pieces();
@@ -200,7 +207,7 @@ impl Inner {
         });
     }
 
-    /// Writes out every replica with a piece.
+    /// Sets the size of a piece by the use of the journal, and writes out every replica with a full piece.
     pub(super) fn write_out_pieces(&self) {
         let (round, now) = (self.core.journal.next_round(), clock::monotonic());
         let mut work = self.core.work();
@@ -232,7 +239,7 @@ impl Inner {
         }
     }
 
-    /// Gives up the files of the ring that nothing needs any more.
+    /// Writes a checkpoint and releases the ring files that nothing needs any longer.
     pub(super) fn recycle(&self) -> io::Result<()> {
         let _one_at_a_time = self.core.recycling.lock().unwrap_or_else(PoisonError::into_inner);
         let open = self.open_replicas();
@@ -245,8 +252,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Replaces the checkpoint. On a full disk in the room of the reserve: whoever makes room waits for the journal, and the
-    /// journal for this.
+    /// Replaces the checkpoint. On a full disk it uses the space of the reserve. An eviction that would make space
+    /// waits for the journal, and the journal waits for this checkpoint.
     pub(super) fn write_checkpoint(&self, checkpoint: &Checkpoint) -> io::Result<()> {
         let core = &self.core;
         let write = || checkpoint.write(&*core.disk, &core.dir, self.directory_id);
@@ -259,7 +266,7 @@ impl Inner {
         }
     }
 
-    /// What is known now, for replay from `first_round` on.
+    /// Returns the checkpoint of the current state, for replay from `first_round` on.
     pub(super) fn checkpoint(&self, first_round: u64, standing: Standing) -> Checkpoint {
         let registry = self.registry();
         let mut replicas: Vec<_> = registry.dormant.values().map(|dormant| dormant.record.clone()).collect();
@@ -268,7 +275,7 @@ impl Inner {
         Checkpoint { first_round, generation: self.core.generation.load(Ordering::Acquire), standing, replicas }
     }
 
-    /// Takes the reserve where it is not taken and there is plenty of room.
+    /// Creates the reserve if it does not exist and the disk has plenty of space.
     pub(super) fn take_reserve(&self) {
         let core = &self.core;
         if core.reserved.load(Ordering::Acquire) {
@@ -276,13 +283,13 @@ impl Inner {
         }
         match reserve::take(&*core.disk, &core.dir, core.options.reserve_bytes) {
             Ok(taken) => core.reserved.store(taken, Ordering::Release),
-            // Nothing but a start on a full disk needs it.
+            // The reserve serves only starts and checkpoints on a full disk.
             Err(error) => tracing::debug!(%error, "the reserve was not made; it is tried again"),
         }
     }
 }
 
-/// The syncing thread: waits for something to do, and does it.
+/// Runs the sync thread: waits for work and does it.
 pub(super) fn run(inner: &Arc<Inner>) {
     loop {
         match wait(&inner.core) {
@@ -294,7 +301,7 @@ pub(super) fn run(inner: &Arc<Inner>) {
             Due::End => return,
         }
         if !inner.sync_step() {
-            // A full disk, most likely: it is tried again soon, and not in a tight loop.
+            // The disk is probably full. The retry comes soon, but not in a tight loop.
             let mut work = inner.core.work();
             work.urgent = true;
             let waited = inner.core.wake.wait_timeout_while(work, RETRY, |work| !work.stopping);
@@ -303,17 +310,17 @@ pub(super) fn run(inner: &Arc<Inner>) {
     }
 }
 
-/// What the syncing thread does next.
+/// Next action of the sync thread.
 enum Due {
     /// A pass of syncs.
     Pass,
-    /// Write-out of the pieces that are there.
+    /// A write-out of the queued pieces.
     Pieces,
-    /// Nothing more: the log stops.
+    /// The end, because the log stops.
     End,
 }
 
-/// Waits until something is due.
+/// Waits until an action is due, and returns it.
 fn wait(core: &Core) -> Due {
     let mut work = core.work();
     loop {

@@ -1,5 +1,6 @@
-//! The tail buffer: the last batches of every partition in memory, under one budget of bytes. What was appended first
-//! goes first, whosever it is. Followers and tailing consumers read from here and never touch the disk.
+//! The tail cache: the newest batches of every partition in memory, within one budget of bytes. Batches are evicted in
+//! the order of their appends, regardless of the partition. Followers, and consumers at the log end, read from here
+//! without a disk access.
 
 use std::{
     collections::VecDeque,
@@ -17,28 +18,30 @@ use crate::{
     record::{Batch, HEADER_BYTES},
 };
 
-/// A batch smaller than this is copied, so that it does not hold the larger buffer that it was received in. Its header and its records share
-/// one block of memory: small blocks that outlive their neighbours keep the allocator's pages from being freed.
+/// Size in bytes below which a batch is copied, so that it does not hold its larger receive buffer. The header and the
+/// records share one allocation: small allocations that outlive adjacent ones keep the allocator from freeing its
+/// pages.
 const COPY_BELOW: usize = 16 << 10;
 
-/// Memory of one batch beside its bytes and its entry: the shared headers of its two buffers, and its entry in the eviction order.
+/// Memory of one batch besides its bytes and its queue entry: the shared headers of its two buffers, and its entry in
+/// the eviction order.
 const OVERHEAD: usize = 2 * 48 + 2 * size_of::<(Weak<PartitionTail>, u64)>();
 
-/// So many groups are in the order before those that are gone are looked for.
+/// Minimum number of groups in the eviction order at which removed groups are purged.
 const TIDY_FROM: usize = 1024;
 
-/// The budget, and the order in which batches go.
+/// The budget, and the eviction order.
 pub(super) struct Tail {
     budget: usize,
     used: AtomicUsize,
     order: Mutex<Order>,
 }
 
-/// Groups of batches, first appended first. What a partition forgets by itself stays in here until it is looked for.
+/// Groups of batches in the order of their appends. A group that its partition removes stays here until the next purge.
 #[derive(Default)]
 struct Order {
     groups: VecDeque<(Weak<PartitionTail>, u64)>,
-    /// How many there were after the last look.
+    /// Number of groups after the last purge.
     tidied: usize,
 }
 
@@ -55,14 +58,14 @@ impl Order {
     }
 }
 
-/// One partition's batches: contiguous, and its last ends at the log end.
+/// Batches of one partition: contiguous, the last one ending at the log end.
 #[derive(Default)]
 pub(super) struct PartitionTail(Mutex<Batches>);
 
 #[derive(Default)]
 struct Batches {
     batches: VecDeque<Kept>,
-    /// Number of the group to come: batches of one append share one.
+    /// Number of the next group. The batches of one append share a group.
     group: u64,
 }
 
@@ -80,19 +83,19 @@ impl Kept {
     }
 }
 
-/// A batch as it is kept, and its header's bytes. A small batch is copied to memory of its own.
+/// Returns the header bytes of a batch, and the batch to cache. A small batch is copied to memory of its own.
 fn own(batch: &Batch) -> (Bytes, Batch) {
     let mut batch = batch.clone();
     let head = if batch.encoded_len() < COPY_BELOW {
         batch.detach().slice(..HEADER_BYTES)
     } else {
-        Bytes::copy_from_slice(batch.head())
+        Bytes::copy_from_slice(batch.header())
     };
     (head, batch)
 }
 
 impl Batches {
-    /// Memory of the queue's entries, used or not.
+    /// Returns the memory of the queue's entries, used or not.
     fn entry_bytes(&self) -> usize {
         self.batches.capacity() * size_of::<Kept>()
     }
@@ -110,7 +113,7 @@ impl PartitionTail {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The batches of `from..bound`, or `None` when the first is not here.
+    /// Returns the batches of `from..bound`, or `None` if the first one is not cached.
     pub(super) fn read(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<Read> {
         let held = self.lock();
         let first = held.batches.partition_point(|kept| kept.end <= from);
@@ -137,12 +140,13 @@ impl Tail {
         Self { budget, used: AtomicUsize::new(0), order: Mutex::default() }
     }
 
-    /// Bytes held, with what holding them costs.
+    /// Returns the cached bytes, with the memory that caching them costs.
     pub(super) fn used(&self) -> usize {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// Adds the batches of one append. Returns them as they are kept: their records share the memory of the tail buffer.
+    /// Adds the batches of one append. Returns them as they are cached: their records share the memory of the tail
+    /// cache.
     pub(super) fn push(&self, partition: &Arc<PartitionTail>, batches: &[Batch]) -> Vec<Batch> {
         let owned: Vec<(Bytes, Batch)> = batches.iter().map(own).collect();
         let mut added = 0;
@@ -186,7 +190,7 @@ impl Tail {
         }
     }
 
-    /// Forgets what ends after `to`.
+    /// Removes the batches that end above `to`.
     pub(super) fn truncate(&self, partition: &PartitionTail, to: Offset) {
         self.drop_while(partition, |batches| match batches.back() {
             Some(kept) if kept.end > to => batches.pop_back(),
@@ -194,7 +198,7 @@ impl Tail {
         });
     }
 
-    /// Forgets what ends at or below `below`.
+    /// Removes the batches that end at or below `below`.
     pub(super) fn forget_below(&self, partition: &PartitionTail, below: Offset) {
         self.drop_while(partition, |batches| match batches.front() {
             Some(kept) if kept.end <= below => batches.pop_front(),
@@ -223,16 +227,17 @@ mod tests {
         let mut builder = BatchBuilder::new(crate::model::Compression::None);
         builder.push(0, None, Some(b"x"), &[]).unwrap();
         let mut batch = builder.finish(None).unwrap();
-        batch.stamp(Offset::new(offset).unwrap(), crate::model::LeaderEpoch(0));
+        batch.set_offset_and_epoch(Offset::new(offset).unwrap(), crate::model::LeaderEpoch(0));
         batch
     }
 
-    /// Found by review: where segments were evicted before the budget was reached, 16 bytes for each append stayed for ever.
+    /// Regression, found by review: 16 bytes per append were never freed if segments were evicted before the budget was
+    /// reached.
     #[test]
-    fn what_partitions_forget_leaves_the_order_too() {
+    fn removed_batches_leave_the_eviction_order() {
         let tail = Tail::new(1 << 20);
         let (quiet, busy) = (Arc::<PartitionTail>::default(), Arc::<PartitionTail>::default());
-        // It holds its one batch all the time, as the first of all.
+        // This partition keeps its one batch, the first of all, to the end.
         tail.push(&quiet, &[batch(0)]);
         for offset in 0..20_000 {
             tail.push(&busy, &[batch(offset)]);
@@ -251,14 +256,15 @@ mod tests {
         );
     }
 
-    /// Found by an attack with small batches: the entries of a partition that had many once stayed, and no budget counted them.
+    /// Regression, found by an attack with small batches: the entries of a partition that once had many stayed, outside
+    /// the budget.
     #[test]
-    fn entries_are_counted_and_given_back() {
+    fn queue_entries_are_counted_and_freed() {
         let tail = Tail::new(1 << 20);
         let partitions: Vec<Arc<PartitionTail>> = (0..20).map(|_| Arc::default()).collect();
         let held = || partitions.iter().map(|partition| partition.lock().entry_bytes()).sum::<usize>();
         for busy in 0..partitions.len() {
-            // Each of the others keeps a batch, so that none is ever empty.
+            // Each of the other partitions keeps a batch, so that none is ever empty.
             for offset in 0..5_000 {
                 tail.push(&partitions[busy], &[batch(offset)]);
                 if offset % 50 == 0 {

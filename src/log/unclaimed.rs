@@ -1,4 +1,5 @@
-//! What the disk has of replicas that are not known: their deletion failed or was cut short, or the journal never heard of them.
+//! Stray replicas: files on the disk of replicas that are not registered. Their deletion failed or was interrupted, or
+//! the journal never recorded their creation.
 
 use std::{
     collections::BTreeMap,
@@ -18,24 +19,24 @@ use super::{
 };
 use crate::model::{PartitionId, TopicId};
 
-/// Why they are there.
+/// Origin of a stray replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stray {
-    /// A start found them: it cannot tell whose they are.
+    /// Found by a start, which cannot identify the owner of the files.
     Found,
-    /// Their deletion has begun.
+    /// Left by a deletion that has started.
     Deleted,
 }
 
-/// Folders of a data directory with segments of replicas that are not known. What a new replica sets aside is not meant: it has names of
-/// its own.
+/// Directories of a data directory that hold segments of stray replicas. Quarantined segments do not count, because
+/// they have names of their own.
 pub(super) struct Unclaimed {
     dir: PathBuf,
     known: Mutex<BTreeMap<PartitionId, Stray>>,
 }
 
 impl Unclaimed {
-    /// Looks for them, and names each at WARN.
+    /// Finds the stray replicas and logs each at WARN.
     pub(super) fn find(disk: &dyn Disk, dir: &Path, replicas: &BTreeMap<PartitionId, Dormant>) -> Self {
         let mut found = BTreeMap::new();
         for topic in folders(disk, dir) {
@@ -60,22 +61,22 @@ impl Unclaimed {
         self.lock().keys().copied().collect()
     }
 
-    /// The replica's deletion has begun.
+    /// Records that the deletion of a replica has started.
     pub(super) fn begin(&self, id: PartitionId) {
         self.lock().insert(id, Stray::Deleted);
     }
 
-    /// Nothing of it is left, or it is known again.
+    /// Removes the entry of a replica that has no files left, or that is registered again.
     pub(super) fn forget(&self, id: PartitionId) {
         self.lock().remove(&id);
     }
 
-    /// Whether the replica's deletion has begun and left something.
+    /// Returns true if the deletion of the replica has started and has left files.
     pub(super) fn has_begun(&self, id: PartitionId) -> bool {
         self.lock().get(&id) == Some(&Stray::Deleted)
     }
 
-    /// Removes what there is of replicas. Returns those of which something is left, and why.
+    /// Removes the files of stray replicas. Returns the replicas that still have files, each with the error.
     pub(super) fn remove(&self, core: &Core, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let there: Vec<_> = {
             let known = self.lock();
@@ -108,7 +109,7 @@ fn folders(disk: &dyn Disk, dir: &Path) -> impl Iterator<Item = String> {
     list(disk, dir).into_iter().filter(|entry| entry.is_dir).map(|entry| entry.name)
 }
 
-/// What cannot be listed keeps no broker from starting: this is good to know and no more.
+/// Lists a directory. An error is only logged, because the result is informational and must not prevent a start.
 fn list(disk: &dyn Disk, dir: &Path) -> Vec<Entry> {
     disk.list(dir).unwrap_or_else(|error| {
         tracing::warn!(dir = %dir.display(), %error, "cannot list what is in this folder; it is passed over");

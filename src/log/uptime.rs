@@ -1,15 +1,17 @@
-//! The mark of a data directory's uptimes: which uptimes of this broker the metadata may name, so that a start can prove that
-//! this directory took part in the last of them.
+//! The incarnations file: the incarnations of this broker that the metadata may name. With this file a start proves
+//! that the directory took part in the last of them.
 //!
-//! A broker draws an id for each uptime, notes it here, registers with it, and then notes that the metadata holds it. Between
-//! the two the metadata may name the one or the other, so both are in the mark. A disk that was put back to an older state
-//! holds older ids only: what the directory acknowledged after that is not in it, and the mark says so.
+//! # Overview
 //!
-//! # What a crash leaves
+//! A broker draws an id for each incarnation, records the id here, registers with it, and then records that the
+//! metadata holds it. Between the two records the metadata may name either incarnation, so the file holds both. A disk
+//! that was restored to an older state holds only older ids. So the file shows that data acknowledged later is missing.
 //!
-//! The mark of before or of after a note: it is replaced at once. An id that was noted and never registered with proves
-//! nothing and is given up at the next confirmed one. A mark that is missing or damaged proves nothing; that is what a new directory
-//! is too, and the metadata then asks for a copy.
+//! # Crash
+//!
+//! The file is replaced atomically: a crash leaves the content before or after a record. An id that was recorded and
+//! never registered proves nothing, and the next confirmed id removes it. A missing or corrupt file proves nothing. The
+//! directory then counts as a new one, and the metadata requires a copy.
 
 use std::{io, path::Path};
 
@@ -22,20 +24,20 @@ use super::{
     identity::{FORMAT, io_error},
 };
 
-/// The file's name in the data directory.
+/// Name of the file in the data directory.
 const NAME: &str = "uptimes.json";
 
-/// Most ids in the mark: one for each start since the last that registered, and that one.
+/// Maximum number of ids in the file: the last registered one, and one for each start since.
 const MOST: usize = 1000;
 
 #[derive(Serialize, Deserialize)]
 struct Mark {
     format: u32,
-    /// The last that the metadata is known to have held, then those noted since, in their order.
+    /// Last incarnation that the metadata is known to have held, then the incarnations recorded since, in order.
     uptimes: Vec<String>,
 }
 
-/// The uptimes that the metadata may name, oldest first; none where nothing says so.
+/// Returns the incarnations that the metadata may name, oldest first; none if the file is missing or corrupt.
 pub(super) fn read(disk: &dyn Disk, dir: &Path) -> Result<Vec<Uuid>, OpenError> {
     let path = dir.join(NAME);
     let text = match disk.read(&path) {
@@ -58,11 +60,12 @@ pub(super) fn read(disk: &dyn Disk, dir: &Path) -> Result<Vec<Uuid>, OpenError> 
     uptimes.or_else(|error: uuid::Error| damaged(error.to_string()))
 }
 
-/// Notes an uptime durably, beside those in the mark, or instead of them once the metadata is known to hold it.
+/// Records an incarnation durably. The id is added to the file, or replaces its content if the metadata is known to
+/// hold the id.
 pub(super) fn note(disk: &dyn Disk, dir: &Path, now: Uuid, confirmed: bool) -> Result<(), OpenError> {
     let mut uptimes = if confirmed { Vec::new() } else { read(disk, dir)? };
     if !uptimes.contains(&now) {
-        // Never the first: it was confirmed, and is the likeliest to be asked for.
+        // The first id always stays: it was confirmed, and the metadata most likely names it.
         while uptimes.len() >= MOST {
             uptimes.remove(1);
         }

@@ -1,8 +1,8 @@
-//! Where a replica begins that has nothing of use: with the epochs and the producers of what lies before.
+//! Bootstrap of an empty or useless replica, with the tables (epoch history, producer state) of the log before its start.
 //!
-//! What lies before is in the bucket, and the footer of its last segment has the tables; a replica copies the tail behind it and nothing
-//! else. Where there is no bucket, what lies before was deleted, and the leader sends its own tables. Without the epochs the
-//! log could not be compared with another leader's; without the producers a retry would be appended twice.
+//! The records before the start are in the object store, whose last footer has the tables; the replica copies only the tail. Without an
+//! object store those records were deleted, and the leader sends its own tables. Without the epochs the log could not be compared with
+//! another leader's; without the producers a retry would be appended twice.
 
 use super::role::Beginning;
 use crate::{
@@ -11,47 +11,47 @@ use crate::{
     tier::{self, PartitionTier},
 };
 
-/// What is known of a log where a replica begins.
+/// Tables of a log at the start of a replica.
 pub(super) struct Tables {
     pub(super) at: Offset,
     pub(super) epochs: EpochHistory,
     pub(super) producers: ProducerTable,
 }
 
-/// Why a replica cannot begin now.
+/// Error of a bootstrap.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum BeginError {
-    /// The bucket did not answer, or what it holds is damaged.
+    /// The object store did not respond, or its content is corrupt.
     #[error("the footer of the last segment in the bucket cannot be read: {0}")]
     Bucket(#[from] tier::ReadError),
-    /// This broker's view of the bucket ends before that place.
+    /// By this broker's metadata, the object store ends before the start.
     #[error(
         "the bucket ends at {end} as far as is known here, and the replica is to begin at {at}: the metadata has not arrived yet"
     )]
     Behind {
-        /// Where the bucket ends.
+        /// Tiered end.
         end: Offset,
-        /// Where the replica is to begin.
+        /// Start of the replica.
         at: Offset,
     },
-    /// The tables are not what they should be.
+    /// The tables are malformed.
     #[error("the epochs or producers of what lies before {at} are malformed")]
     Malformed {
-        /// Where the replica is to begin.
+        /// Start of the replica.
         at: Offset,
     },
-    /// There is no bucket here.
+    /// This broker has no object store.
     #[error("the replica is to begin where the bucket ends, and this broker has none configured (object_store.url)")]
     NoBucket,
 }
 
 impl Tables {
-    /// An empty log that begins at `at`.
+    /// Returns the tables of an empty log that starts at `at`.
     pub(super) fn empty(at: Offset) -> Self {
         Self { at, epochs: EpochHistory::new(), producers: ProducerTable::new() }
     }
 
-    /// Those that the leader sent.
+    /// Returns the tables that the leader sent.
     pub(super) fn sent(beginning: &Beginning) -> Result<Self, BeginError> {
         Self::checked(beginning.at, &beginning.epochs, &beginning.producers)
     }
@@ -67,8 +67,8 @@ impl Tables {
         Ok(Self { at, epochs, producers: producers.ok_or_else(malformed)? })
     }
 
-    /// Whether a log with these epochs, of which `start` on counts, holds what the bucket holds as far as both reach. A footer has the epochs
-    /// of its own segment only; that is enough: logs that share an offset and its epoch are the same up to there.
+    /// Returns true if a log with these epochs, valid from `start` on, equals the object store's as far as both reach. A footer has the
+    /// epochs of its own segment only. That is enough: logs that share an offset and its epoch are equal up to that offset.
     pub(super) fn agree(&self, history: &EpochHistory, start: Offset, log_end: Offset) -> bool {
         let end = self.at.min(log_end);
         let start = self.epochs.iter().next().map_or(start, |(_, first)| start.max(first));
@@ -76,7 +76,7 @@ impl Tables {
     }
 }
 
-/// The tables where the bucket ends, which is at `at` or later.
+/// Returns the tables at the end of the object store, which must be at `at` or later.
 pub(super) async fn from_bucket(tier: Option<&PartitionTier>, at: Offset) -> Result<Tables, BeginError> {
     let tier = tier.ok_or(BeginError::NoBucket)?;
     let end = tier.state().bucket_end();
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_that_no_log_can_have_are_refused() {
+    fn malformed_tables_are_rejected() {
         assert_eq!(sent(&[(1, 0), (3, 4)], b"").unwrap().epochs.last(), Some((LeaderEpoch(3), at(4))));
         let bad: [&[(u32, u64)]; 4] = [&[(3, 0), (1, 4)], &[(1, 4), (2, 4)], &[(1, 5), (2, 4)], &[(1, 0), (2, 10)]];
         for epochs in bad {
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_agrees_with_the_bucket_when_the_same_epochs_wrote_what_both_have() {
+    fn log_agrees_with_footer_of_equal_epochs() {
         let tables = sent(&[(1, 0), (3, 4)], b"").unwrap();
         let agrees = |history: &[(u32, u64)], local_start, log_end| {
             let history = EpochHistory::from_starts(pairs(history)).unwrap();

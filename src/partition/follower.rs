@@ -1,27 +1,30 @@
-//! A follower's decisions: where it begins, what it appends, and what it takes as committed. Pure.
+//! A follower's decisions: the start of a subscription, the batches to append, and the high watermark. Pure.
 //!
 //! # Overview
 //!
-//! One [`Follower`] is one replica under one leader in one epoch. It is driven by the actor:
+//! One [`Follower`] is one replica under one leader in one epoch. The actor drives it:
 //!
 //! ```text
-//!            claim                 answered: At                received ─▶ append ─▶ appended
-//!   idle ───────────▶ claiming ───────────────────▶ following ──────────────────────────╮
+//!           subscribe                response: At                batches ─▶ append ─▶ appended
+//!   idle ───────────▶ subscribing ────────────────▶ following ──────────────────────────╮
 //!    ▲                    │ Diverged, BeginAt           │  ▲                            │
-//!    ╰── cut or begin ◀───╯                             │  ╰────────────────────────────╯
+//!    ╰─ truncate, reset ◀─╯                             │  ╰────────────────────────────╯
 //!    ╰──────────── link lost, violation, failed append ─╯
 //! ```
 //!
 //! # Rules
 //!
-//! - It cuts only where the leader's epochs and its own part, and never to a high watermark.
-//! - It never cuts below what it knows as committed. Every clean leader has that; so an answer that asks for it is wrong, and the replica
-//!   keeps its bytes and says so. Only an unclean election in an epoch above its log's last one may take committed records.
-//! - It appends only what continues its log without gap, overlap or falling epoch, and nothing of another epoch's link.
-//! - Its high watermark is the least of what the leader told and of what it has, and counts only once the leader has found that its log
-//!   is the beginning of its own.
+//! - The follower truncates only where the leader's epoch history and its own diverge, and never to a high watermark.
+//! - The follower never truncates below its high watermark. Every clean leader has the records below it. So a response that asks for such
+//!   a truncation is wrong, and the replica keeps its log and reports the error. Only an unclean election in an epoch above the last
+//!   epoch of the log may remove committed records.
+//! - The follower appends only batches that continue its log without gap, overlap or decreasing epoch, and no batch of another epoch's
+//!   link.
+//! - Its high watermark is the minimum of the leader's high watermark and its own log end. It moves only after the leader has found this
+//!   log to be a prefix of its own.
 //!
-//! What a leader sends is input: whatever does not fit is a [`Violation`] and changes nothing but that the follower claims anew.
+//! Messages of a leader are input. A message that does not fit is a [`Violation`]: nothing changes, except that the follower may have to
+//! subscribe again.
 
 use super::leader::join::{Claim, Join, JoinRefused};
 use crate::{
@@ -29,132 +32,132 @@ use crate::{
     model::{BrokerId, LeaderEpoch, Offset},
 };
 
-/// The part of a batch that decides whether it fits.
+/// Fields of a batch that are checked before an append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Head {
-    /// Its first offset.
+    /// First offset of the batch.
     pub base: Offset,
-    /// The offset after its last record.
+    /// Offset after the last record.
     pub end: Offset,
-    /// The leader epoch stamped on it.
+    /// Leader epoch stamped on the batch.
     pub epoch: LeaderEpoch,
 }
 
-/// What the actor is to do.
+/// Action for the actor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Act {
-    /// Nothing to be changed: what it has is what the leader has up to here. Acknowledge it; batches follow.
+    /// Nothing to change: this log equals the leader's up to this offset. Acknowledge it; batches follow.
     Follow(Offset),
-    /// Cut the log at this offset, then claim again.
+    /// Truncate the log at this offset, then subscribe again.
     Cut(Offset),
-    /// Throw the log away and begin at this offset, or a later one where the bucket ends, with the tables of that place; say
-    /// [`Follower::begun`], and claim again.
+    /// Reset the log to this offset, or to a later one where the object store ends, with the tables of that offset. Then call
+    /// [`Follower::begun`] and subscribe again.
     Begin(Offset),
-    /// Append the batches, then say [`Follower::appended`].
+    /// Append the batches, then call [`Follower::appended`].
     Append,
     /// Nothing to append.
     Pass,
-    /// The leader refused the claim: claim again a little later.
+    /// The leader rejected the subscription: subscribe again after a pause.
     Wait(JoinRefused),
 }
 
-/// Something that a leader in order does not send. The follower has to claim anew.
+/// A message that a correct leader does not send. The follower has to subscribe again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum Violation {
-    /// It is of an older epoch than the one that is followed.
+    /// The message is of an older epoch than the followed one.
     #[error("a message of epoch {got} came in epoch {follows}: it is late")]
     OldEpoch {
-        /// The epoch of the message.
+        /// Epoch of the message.
         got: LeaderEpoch,
-        /// The epoch that is followed.
+        /// Followed epoch.
         follows: LeaderEpoch,
     },
-    /// It is of a newer epoch than the one that is followed: this broker has not heard of it yet.
+    /// The message is of a newer epoch than the followed one: this broker has not received that metadata yet.
     #[error("a message of epoch {got} came in epoch {follows}: this broker has not heard of it yet")]
     NewEpoch {
-        /// The epoch of the message.
+        /// Epoch of the message.
         got: LeaderEpoch,
-        /// The epoch that is followed.
+        /// Followed epoch.
         follows: LeaderEpoch,
     },
-    /// An answer that nothing asked for, or batches before the leader has said where to go on.
+    /// A response without a request, or batches before the leader accepted the subscription.
     #[error("the leader sent what was not asked for")]
     NotAsked,
     /// Offsets are missing.
     #[error("offsets are missing: {expected} is next, the leader sent {got}")]
     Gap {
-        /// The log end.
+        /// Next expected offset.
         expected: Offset,
-        /// Where the batch begins.
+        /// First offset of the batch.
         got: Offset,
     },
-    /// Offsets come again.
+    /// Offsets are repeated, or the batch is empty.
     #[error("offsets overlap: {expected} is next, the leader sent {got}")]
     Overlap {
-        /// The log end.
+        /// Next expected offset.
         expected: Offset,
-        /// Where the batch begins, or ends when it is empty.
+        /// First offset of the batch, or its end if that is lower.
         got: Offset,
     },
     /// The epoch of a batch is below that of the batch before it.
     #[error("the epoch of the batch at {at} falls from {last} to {got}")]
     EpochFalls {
-        /// Where the batch begins.
+        /// First offset of the batch.
         at: Offset,
-        /// The epoch of the batch before.
+        /// Epoch of the batch before it.
         last: LeaderEpoch,
-        /// Its epoch.
+        /// Epoch of the batch.
         got: LeaderEpoch,
     },
-    /// The epoch of a batch is above that of the leader who sends it.
+    /// The epoch of a batch is above that of the leader that sent it.
     #[error("the batch at {at} is of epoch {got}, above its leader's {follows}")]
     AboveLink {
-        /// Where the batch begins.
+        /// First offset of the batch.
         at: Offset,
-        /// Its epoch.
+        /// Epoch of the batch.
         got: LeaderEpoch,
-        /// The epoch that is followed.
+        /// Followed epoch.
         follows: LeaderEpoch,
     },
-    /// The answer does not shorten the log that it calls diverged, or names another end than the claimed one.
+    /// The response does not shorten the log that it calls diverged, or accepts another end than the reported one.
     #[error("the leader's answer names offset {got}, the log ends at {log_end}")]
     WrongAnswer {
-        /// The offset that it names.
+        /// Offset in the response.
         got: Offset,
-        /// The log end.
+        /// Log end of the replica.
         log_end: Offset,
     },
-    /// Committed records would be cut, and no unclean election explains it.
+    /// Committed records would be truncated, and no unclean election explains the loss.
     #[error(
         "the leader's log parts from this replica's at {to}, below the committed end {high_watermark}, and no unclean election is \
          recorded: the replica stays as it is"
     )]
     CutBelowCommitted {
-        /// Where it would have to be cut.
+        /// Offset of the truncation.
         to: Offset,
-        /// What is known as committed.
+        /// High watermark of the replica.
         high_watermark: Offset,
     },
-    /// The log would begin anew below what is committed: the leader's disk still holds segments below its log start. Once they
-    /// are gone the next claim is answered with where it begins then.
+    /// The log would be reset below the high watermark, because the leader's disk still holds segments below its log start. After their
+    /// removal the leader responds to the next subscription with a later offset.
     #[error(
         "the leader has this replica begin anew at {at}, below the committed end {high_watermark}: it is asked again"
     )]
     BeginBelowCommitted {
-        /// Where it would begin.
+        /// Offset of the reset.
         at: Offset,
-        /// What is known as committed.
+        /// High watermark of the replica.
         high_watermark: Offset,
     },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Stage {
-    /// Nothing is asked; the log is being changed, or there is no link.
+    /// No subscription is pending: the log is being changed, or there is no link.
     Idle,
-    /// The log ended here when it was claimed.
+    /// A response is due. The value is the log end that the subscription reported.
     Claiming(Offset),
-    /// `next` is what the leader sends next; all below `held` is in the log.
+    /// `next` is the next offset that the leader sends; all records below `held` are in the log.
     Following { next: Offset, held: Offset, last: Option<LeaderEpoch> },
 }
 
@@ -163,67 +166,64 @@ enum Stage {
 pub struct Follower {
     leader: BrokerId,
     epoch: LeaderEpoch,
-    /// The last epoch before which committed records may have been lost.
+    /// Newest epoch whose election may have lost committed records.
     unclean: Option<LeaderEpoch>,
-    /// Whether the log, as it was when this epoch was first claimed, is older than that.
+    /// True if the log's last epoch, at the first subscription of this epoch, was older than `unclean`.
     may_lose: Option<bool>,
     stage: Stage,
-    /// The leader's high watermark, as it last told it.
+    /// Newest high watermark that the leader sent.
     told: Offset,
-    /// What is known as committed. Falls only by an unclean election.
+    /// High watermark of the replica. Falls only by an unclean election.
     high_watermark: Offset,
 }
 
 impl Follower {
-    /// Follows `leader` in its epoch. `high_watermark` is what this replica knows as committed, `unclean` what the partition's
-    /// value says.
+    /// Creates a follower of `leader` in `epoch`. `high_watermark` is the replica's own; `unclean` is taken from the partition's value.
     pub fn new(leader: BrokerId, epoch: LeaderEpoch, high_watermark: Offset, unclean: Option<LeaderEpoch>) -> Self {
         Self { leader, epoch, unclean, may_lose: None, stage: Stage::Idle, told: Offset::ZERO, high_watermark }
     }
 
-    /// Whom it follows.
     pub fn leader(&self) -> BrokerId {
         self.leader
     }
 
-    /// The epoch that it follows.
     pub fn epoch(&self) -> LeaderEpoch {
         self.epoch
     }
 
-    /// What is known as committed: the least of what the leader told and of what is in the log.
+    /// Returns the high watermark: all records of this log below it are known as committed.
     pub fn high_watermark(&self) -> Offset {
         self.high_watermark
     }
 
-    /// Whether the leader has said where to go on, and batches may come.
+    /// Returns true if the leader has accepted the subscription: batches may arrive.
     pub fn is_following(&self) -> bool {
         matches!(self.stage, Stage::Following { .. })
     }
 
-    /// Whether the leader owes an answer.
+    /// Returns true if the leader's response is due.
     pub fn is_claiming(&self) -> bool {
         matches!(self.stage, Stage::Claiming(_))
     }
 
-    /// What to say to the leader when a link to it is there, and after each cut or beginning.
+    /// Starts a subscription and returns the log position for it. Called when a link is connected, and after each truncation or reset.
     pub fn claim(&mut self, history: &EpochHistory, log_end: Offset) -> Claim {
         let last = history.last().map(|(epoch, _)| epoch);
-        // Judged by the log as it came into this epoch: cutting it makes it look older than what it once knew.
+        // The log counts as it was at the first subscription of this epoch: a truncation makes its last epoch look older.
         self.may_lose.get_or_insert(self.unclean.is_some_and(|unclean| last.is_none_or(|last| unclean > last)));
         self.stage = Stage::Claiming(log_end);
         Claim { last, end: log_end, added: None }
     }
 
-    /// The link is lost, or an append failed: nothing counts before the next claim.
+    /// Ends the subscription, because the link is lost or an append failed. No message counts before the next subscription.
     pub fn interrupted(&mut self) {
         self.stage = Stage::Idle;
     }
 
-    /// The leader's answer to the claim, with its epoch and its high watermark.
+    /// Processes the leader's response to the subscription, with the leader's epoch and high watermark.
     ///
     /// # Errors
-    /// When the answer cannot be right. The log stays as it is.
+    /// The response cannot be right. The log stays as it is.
     pub fn answered(
         &mut self,
         epoch: LeaderEpoch,
@@ -263,12 +263,13 @@ impl Follower {
         }
     }
 
-    /// The log was thrown away and begins at `at`. All that lies before is in the bucket, or deleted: it is committed.
+    /// Records a reset of the log to `at`. All records before `at` are in the object store or deleted, so they were committed.
     pub fn begun(&mut self, at: Offset) {
         self.high_watermark = self.high_watermark.max(at);
     }
 
-    /// Checks that no committed record is given up.
+    /// Checks that a truncation or reset to `to` removes no committed record, or that an unclean election allows it. In the latter case
+    /// the high watermark falls to `to`.
     fn give_up_above(&mut self, to: Offset) -> Result<(), Violation> {
         let high_watermark = self.high_watermark;
         if to < high_watermark {
@@ -280,16 +281,16 @@ impl Follower {
         Ok(())
     }
 
-    /// Batches from the leader, and its high watermark.
+    /// Processes batches from the leader, and its high watermark.
     ///
     /// # Errors
-    /// When they do not continue the log. Nothing of them may be appended.
+    /// The batches do not continue the log. None of them may be appended.
     pub fn received(&mut self, epoch: LeaderEpoch, heads: &[Head], high_watermark: Offset) -> Result<Act, Violation> {
         self.is_current(epoch)?;
         match self.continues(heads) {
             Ok(stage) => self.stage = stage,
             Err(violation) => {
-                // What nobody asked for does not stand in the way of an answer that is due.
+                // Unrequested batches do not cancel a subscription whose response is due.
                 if self.is_following() {
                     self.stage = Stage::Idle;
                 }
@@ -333,7 +334,7 @@ impl Follower {
         Ok(Stage::Following { next, held, last })
     }
 
-    /// The log reaches this far.
+    /// Records an append: the log reaches `log_end`.
     pub fn appended(&mut self, log_end: Offset) {
         if let Stage::Following { held, .. } = &mut self.stage {
             *held = log_end.max(*held);
@@ -349,8 +350,9 @@ impl Follower {
     }
 }
 
-/// Where a log parts from one in which the newest epoch not above its own last is `epoch` and ends at `end`: not before that end, and not
-/// after what it has of the same epochs itself. Its own start when it has none of them.
+/// Returns the offset at which to truncate. In the leader's log, `epoch` is the newest epoch not above this log's last one, and ends at
+/// `end`. The result is the lower of `end` and the end of this log's own batches up to that epoch. It is the log's own start if the log
+/// has no such batches.
 fn common_end(epoch: LeaderEpoch, end: Offset, history: &EpochHistory, log_end: Offset) -> Offset {
     let first = history.iter().next().map_or(log_end, |(_, start)| start);
     let own = history.end_of(epoch, log_end).map_or(first, |(_, end)| end);

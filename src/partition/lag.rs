@@ -1,7 +1,7 @@
-//! How far followers are behind their leader, for people who watch. Decides nothing: who is in sync is `leader::insync`'s. Pure.
+//! Lag of followers behind their leader, for monitoring. Decides nothing: `leader::insync` decides about the ISR. Pure.
 //!
-//! The age of a record that is not acknowledged yet is needed, and the log has no clock: so the log end is noted with the time
-//! now and then, while somebody follows. What every follower has acknowledged is forgotten, so an idle partition keeps nothing.
+//! The lag needs the age of a record that is not acknowledged yet, and the log has no clock. So the log end is recorded with the time at
+//! intervals, while followers acknowledge. Entries that every follower has acknowledged are dropped, so an idle partition keeps none.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -9,27 +9,27 @@ use tokio::time::Instant;
 
 use crate::model::{BrokerId, Offset};
 
-/// How close to each other notes are made.
+/// Minimum interval between two entries.
 const APART: Duration = Duration::from_millis(100);
 
-/// Most notes. When there are more every other one is dropped: ages become coarser the older they are.
+/// Maximum number of entries. Above it every other entry is dropped: older ages become coarser.
 const NOTES: usize = 64;
 
-/// How far one follower is behind.
+/// Lag of one follower.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lag {
-    /// Records that it has not acknowledged.
+    /// Number of records that it has not acknowledged.
     pub records: u64,
-    /// Age of the oldest of them.
+    /// Age of the oldest of these records.
     pub time: Duration,
 }
 
-/// What a leader knows of its followers' ends.
+/// Log ends of a leader's followers.
 #[derive(Debug)]
 pub(super) struct Followers {
-    /// Since when this broker leads.
+    /// Time since which this broker leads.
     since: Instant,
-    /// What followers have acknowledged as written.
+    /// Log ends that followers have acknowledged.
     acknowledged: Vec<(BrokerId, Offset)>,
     /// Records from this offset on were appended at this time or later. Both ascend.
     notes: VecDeque<(Offset, Instant)>,
@@ -40,7 +40,7 @@ impl Followers {
         Self { since: now, acknowledged: Vec::new(), notes: VecDeque::new() }
     }
 
-    /// The log ended at `before` until now.
+    /// Records an append: the log ended at `before` until now.
     pub(super) fn appended(&mut self, before: Offset, now: Instant) {
         if self.notes.back().is_some_and(|(_, at)| now.duration_since(*at) < APART) {
             return;
@@ -55,26 +55,26 @@ impl Followers {
         }
     }
 
-    /// A follower has everything below `end`.
+    /// Records an acknowledgement: a follower has everything below `end`.
     pub(super) fn acknowledged(&mut self, broker: BrokerId, end: Offset) {
         match self.acknowledged.iter_mut().find(|(known, _)| *known == broker) {
             Some((_, known)) => *known = end,
             None => self.acknowledged.push((broker, end)),
         }
         let least = self.acknowledged.iter().map(|(_, end)| *end).min().unwrap_or(end);
-        // The last note at or below it still tells the age of what comes next.
+        // The last entry at or below `least` has the age of the records after it.
         while self.notes.get(1).is_some_and(|(before, _)| *before <= least) {
             self.notes.pop_front();
         }
     }
 
-    /// Only these are replicas: what others acknowledged does not matter any more.
+    /// Drops the acknowledgements of brokers that are not in `replicas`.
     pub(super) fn keep(&mut self, replicas: &[BrokerId]) {
         self.acknowledged.retain(|(id, _)| replicas.contains(id));
     }
 
-    /// How far a broker is behind a log that ends at `log_end`. One that has acknowledged nothing lacks all from `first` on, for as
-    /// long as this broker leads.
+    /// Returns the lag of a broker behind a log that ends at `log_end`. A broker that has acknowledged nothing lacks all records from
+    /// `first` on, for as long as this broker leads.
     pub(super) fn lag(&self, broker: BrokerId, first: Offset, log_end: Offset, now: Instant) -> Lag {
         let known = self.acknowledged.iter().find(|(known, _)| *known == broker).map(|(_, end)| *end);
         let records = log_end.since(known.unwrap_or(first));
@@ -97,7 +97,7 @@ mod tests {
         Offset::new(value).unwrap()
     }
 
-    /// A leader at rest since `start`, at offset 100, with two followers that have everything.
+    /// Returns a leader that is idle since `start`, at offset 100, with two followers that have everything.
     fn calm(start: Instant) -> Followers {
         let mut followers = Followers::new(start);
         followers.acknowledged(TWO, offset(100));
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn the_age_is_that_of_the_oldest_record_that_is_missing_however_long_it_was_quiet_before() {
+    fn lag_time_is_age_of_oldest_missing_record() {
         let start = clock::monotonic();
         let at = |ms| start + Duration::from_millis(ms);
         let mut followers = calm(start);
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_never_joined_lacks_everything_since_the_epoch_began_and_one_that_left_holds_back_no_notes() {
+    fn lag_counts_new_replicas_and_drops_removed_ones() {
         let start = clock::monotonic();
         let at = |ms| start + Duration::from_millis(ms);
         let mut followers = calm(start);

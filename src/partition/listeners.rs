@@ -1,7 +1,8 @@
-//! Who is woken when a mark of a partition moves.
+//! Listeners that are woken when a watermark of a partition moves.
 //!
-//! A listener is in the list only while it waits: a wake-up takes it out, and it comes back when its reader has taken the news. So one
-//! that does not read on costs the partition's task nothing, and many that do are woken by a task of their own, some at a time.
+//! A listener is in the list only while it waits: a wake-up removes it, and it is added again when its reader has taken the mark. So a
+//! listener whose reader does not read on costs the partition's task nothing. A long list is woken by a task of its own, some listeners
+//! at a time.
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError, Weak,
@@ -11,23 +12,23 @@ use std::sync::{
 use super::{On, Ready, shared::Shared};
 use crate::task::Tasks;
 
-/// Most listeners that the caller of a wake-up marks itself.
+/// Maximum number of listeners that the caller of a wake-up marks itself.
 const INLINE_WAKES: usize = 16;
 
-/// Listeners that are woken before other tasks get their turn: an acknowledgement waits for this many readers at most.
+/// Number of listeners that are woken before other tasks get their turn: an acknowledgement waits for this many readers at most.
 const WAKES_AT_ONCE: usize = 32;
 
-/// From this length on the list is searched for listeners that are gone.
+/// Minimum length at which the list is searched for listeners that are gone.
 const MIN_SWEEP: usize = 64;
 
-/// One reader that waits for one mark of one partition, under the reader's own number.
+/// One reader that waits for one watermark of one partition, under the reader's own index.
 #[derive(Debug)]
 pub(super) struct Listener {
     ready: Weak<Ready>,
     index: usize,
     partition: Weak<Shared>,
     on: On,
-    /// Whether it is in the partition's list.
+    /// True if the listener is in the partition's list.
     listed: AtomicBool,
 }
 
@@ -37,7 +38,7 @@ impl Listener {
         Self { ready, index, partition, on, listed: AtomicBool::new(false) }
     }
 
-    /// Puts it into the partition's list, if it is not there. The reader looks at the mark after this.
+    /// Adds the listener to the partition's list, if it is not there. The reader reads the watermark after this.
     pub(super) fn listen(self: &Arc<Self>) {
         if let Some(partition) = self.partition.upgrade()
             && !self.listed.swap(true, Ordering::SeqCst)
@@ -47,7 +48,7 @@ impl Listener {
     }
 
     fn mark(&self) {
-        // Before the mark: whoever takes the mark lists it again.
+        // Before the mark: the reader that takes the mark adds the listener again.
         self.listed.store(false, Ordering::SeqCst);
         if let Some(ready) = self.ready.upgrade() {
             ready.mark(self.index);
@@ -59,7 +60,7 @@ impl Listener {
     }
 }
 
-/// Readers who wait for the same mark. Without any, a moved mark costs one load.
+/// Readers that wait for the same watermark. Without any, a moved watermark costs one load.
 #[derive(Debug, Default)]
 pub(super) struct Listeners {
     some: AtomicBool,
@@ -69,7 +70,8 @@ pub(super) struct Listeners {
 #[derive(Debug, Default)]
 struct List {
     waiting: Vec<Arc<Listener>>,
-    /// The length at which those that are gone are taken out. Twice what the last sweep left: an addition costs O(1) amortised.
+    /// Length at which listeners that are gone are removed. It is twice the length after the last sweep: an addition costs O(1)
+    /// amortised.
     sweep_at: usize,
 }
 
@@ -81,13 +83,13 @@ impl Listeners {
             list.sweep_at = list.waiting.len() * 2;
         }
         list.waiting.push(listener);
-        // Whoever moves a mark from here on sees it; who listens looks at the mark after this.
+        // A watermark that moves from here on wakes this listener; its reader reads the watermark after this.
         self.some.store(true, Ordering::SeqCst);
         drop(list);
         fence(Ordering::SeqCst);
     }
 
-    /// Wakes all that wait: a few at once, many in a task.
+    /// Wakes all listeners: a few at once, many in a task.
     pub(super) fn wake(&self, tasks: &Tasks) {
         if !self.some.load(Ordering::SeqCst) {
             return;
@@ -137,7 +139,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn marked_listener_is_in_no_list_until_its_news_is_taken() {
+    async fn marked_listener_is_unlisted_until_its_mark_is_taken() {
         let shared = shared();
         let ready = reader(&shared, 3);
         let waiting = || shared.listeners(On::Committed).len();
@@ -165,7 +167,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn listeners_that_are_gone_leave_a_quiet_partition_too() {
+    async fn dropped_listeners_are_removed_without_a_wake_up() {
         let shared = shared();
         let kept = reader(&shared, 0);
         for _ in 0..10_000 {

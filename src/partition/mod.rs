@@ -1,4 +1,4 @@
-//! One partition on this broker.
+//! A partition replica on this broker: its task, its readers and its maintenance.
 //!
 //! # Overview
 //!
@@ -7,48 +7,52 @@
 //!                                   │  ▲                             │
 //!                                leader └────── persisted ───────────┘
 //!                                   │
-//!                                marks ──▶ readers: memory ─▶ disk ─▶ bucket
+//!                              watermarks ──▶ readers: memory ─▶ disk ─▶ object store
 //!                                   │  ▲
 //!         followers ◀── tail reader ┘  └── acknowledgements
 //!
-//!   leader's broker ──link──▶ orders ──▶ actor ──▶ log ──▶ journal ──▶ ends, to be acknowledged
+//!   leader's broker ──link──▶ control ─▶ actor ──▶ log ──▶ journal ──▶ log end, persisted end: acknowledged to the leader
 //!                                   │
 //!                               follower
 //!
-//!   upkeep: plan (retention) ── seal, move the start, upload, commit, evict
+//!   maintenance: plan (retention) ── roll, move the log start, upload, commit, evict
 //! ```
 //!
-//! [`Partition`] is the handle; it lives as long as this broker holds the replica. Its task (`actor`) owns the log and does what its
-//! [role](Role) is: it carries out what [`leader`] decides, or what [`follower`] decides, or waits. The metadata alone gives the role
-//! ([`Partition::assign`]). What the task asks of others, links and the metadata store, it asks through [`Surroundings`] and never waits
-//! for. Readers never ask the task: they see the marks it publishes. `upkeep` moves sealed segments to the bucket and lets old ones go, by
-//! the plan of [`retention`], in the order that makes a crash harmless: object, manifest, commit in the metadata store, and only then
-//! local files.
+//! [`Partition`] is the handle of one replica; it exists as long as this broker holds the replica. Its task (`actor`) owns the log. By
+//! its [role](Role) the task applies the decisions of [`leader`], applies those of [`follower`], or is idle. Only the metadata sets the
+//! role ([`Partition::assign`]). The task sends its requests to links and to the metadata store through [`Surroundings`] and never waits
+//! for an outcome. Readers send no request to the task: they read the watermarks that the task publishes. Maintenance (`upkeep`) uploads
+//! sealed segments and removes old ones, by the plan of [`retention`]. Its order makes a crash harmless: object, manifest, commit in the
+//! metadata store, and only then local files.
 //!
 //! # Invariants
 //!
-//! `log_start ≤ local_start ≤ tiered_end ≤ high_watermark ≤ log_end`, the middle ones wherever something was evicted. Where
-//! nothing is uploaded, or deletion overtook it, `tiered_end` stays behind: it says what is in the bucket and nothing else.
-//! An acknowledgement is given once and not before its rule holds. Only committed data is uploaded; only what the bucket has, or
-//! what lies below the log start, leaves the disk; the log start is committed in the metadata store before anything is deleted.
-//!
-//! - A task appends what writers send only while it leads, and leads at most once in an epoch. What it asked the metadata store
-//!   in one epoch is never taken for the answer to what it asked in another.
-//! - What a replica calls committed it was told by a leader who had found their logs to agree, or committed itself. That others
-//!   have committed up to an offset says nothing of what this log holds there.
-//! - A role is published before anything is cut, and a link is left before: who reads this log as a leader's finds it over, and nothing is
-//!   acknowledged in an epoch whose log is going.
+//! - `log_start ≤ high_watermark ≤ log_end` and `tiered_end ≤ high_watermark`.
+//! - `local_start` may lie below `log_start` until the files are evicted. It lies above `log_start` only if the object store has all
+//!   records between: then `log_start ≤ local_start ≤ tiered_end`.
+//! - `tiered_end` may lie below `log_start` if nothing is uploaded, or if deletion overtook the uploads. It describes the object store
+//!   and nothing else.
+//! - Each write is acknowledged once, and not before its acks rule holds.
+//! - Only committed records are uploaded. Only records in the object store or below the log start are evicted. The metadata store commits
+//!   a new log start before any record is deleted.
+//! - A task appends writes only while it leads, and leads at most once in an epoch. It never applies the metadata store's response to a
+//!   request of one epoch as the response to a request of another epoch.
+//! - A follower's high watermark comes from a leader that found the two logs to agree; a leader's comes from its own commits. A commit by
+//!   other replicas up to an offset proves nothing about the records of this log below that offset.
+//! - Before the log is truncated, the task publishes its role and ends its subscription. So a reader of a leader's log finds its epoch
+//!   ended, and nothing is acknowledged in an epoch whose records are being removed.
 //!
 //! # Change of role
 //!
-//! Readers stay open. Writers whose records are in the log are told that nobody knows what becomes of them
-//! ([`AppendError::Deposed`]), others that nothing was written ([`AppendError::NotLeader`]): an idempotent producer may send both again.
+//! Readers stay open. A writer whose records are in the log receives [`AppendError::Deposed`]: the outcome is unknown. A writer whose
+//! records were not appended receives [`AppendError::NotLeader`]. An idempotent producer may retry both.
 //!
 //! # Crash and shutdown
 //!
-//! A crash loses what was not acknowledged, and leaks at most an object that no manifest names. A crash between a cut and the
-//! claim after it leaves a log that is cut: it claims from there. On a stop the task leaves its link or refuses what is queued,
-//! waits for the journal and answers what it covers. A disk that takes no writes ends leading and copying, and nothing else.
+//! A crash loses only unacknowledged records, and leaks at most orphan objects. A crash between a truncation and the next subscription
+//! leaves a truncated log, which subscribes at its new end. On a stop the task unsubscribes from its leader, rejects queued writes, waits
+//! for the journal and completes the writes that the journal covers. A disk that accepts no writes ends leadership and copying; reads
+//! continue.
 
 pub mod follower;
 pub mod leader;
@@ -109,57 +113,53 @@ use crate::{
     tier::{PartitionTier, TierState},
 };
 
-/// Commands that may wait in a partition's queue, and orders in the one beside it. Bytes are bounded by the permits that appends
-/// carry, and by the windows of links.
+/// Capacity of a partition's command queue and of its control queue, in messages. The permits of appends and the send windows of links
+/// bound the bytes.
 const QUEUE: usize = 1024;
 
-/// What it takes to open a partition.
+/// Parameters for opening a partition.
 #[derive(Clone)]
 pub struct Spec {
-    /// Which one.
     pub id: PartitionId,
-    /// Its topic's name.
     pub topic: TopicName,
-    /// The topic's configuration.
     pub config: Arc<TopicConfig>,
-    /// What the metadata store says of its log start and its tier; `None` before the first commit.
+    /// Log start and tier state committed in the metadata store; `None` before the first commit.
     pub committed: Option<TierState>,
-    /// Its tier, when this broker has an object store.
+    /// The partition's tier, if this broker has an object store.
     pub tier: Option<PartitionTier>,
-    /// The metadata lies in the data directory and shares its fate: what is not here is nowhere else. Then a log that ends below what is
-    /// committed goes on from there; else it is [`PartitionError::Lost`].
+    /// True if this broker is standalone: the metadata is in the same data directory, and there is no other replica. A log that ends
+    /// below the committed end is then reset to that end. Otherwise such a log is [`PartitionError::Lost`].
     pub alone: bool,
-    /// What the disk has of it, if anything, counts for nothing: it is deleted, and the replica begins empty and copies. Only for a
-    /// replica that is in no set, or that an operator has lead although it cannot be used: that goes on behind the bucket.
+    /// True if the local replica, if any, is deleted before the open: the new replica starts empty and copies. Allowed only for a replica
+    /// outside ISR and ELR, and for an unusable replica that an operator elected: that one bootstraps at the end of the object store.
     pub anew: bool,
-    /// `replication.lag_time`: how long a member of the ISR may take to reach what the log end was.
+    /// `replication.lag_time`: maximum time in which an ISR member must reach the log end that was current when the time started.
     pub lag_time: Duration,
 }
 
-/// Why a partition cannot be opened.
+/// Error of [`Partition::open`].
 #[derive(Debug, thiserror::Error)]
 pub enum PartitionError {
-    /// The replica on the disk cannot be used.
+    /// The local replica is unusable.
     #[error(transparent)]
     Replica(#[from] ReplicaError),
-    /// The replica could not be begun anew where the bucket ends.
+    /// The replica could not be reset to the committed end.
     #[error("the replica cannot begin anew where the bucket ends: {0}")]
     Reset(#[from] ChangeError),
-    /// The disk holds less than what the bucket has, or what was deleted: whatever else is in it, it does not reach the log's tail.
+    /// The local log ends below the tiered end or the log start. Whatever it holds, it does not reach the log's tail.
     #[error(
         "the replica of partition {id} ends at {log_end}, below {committed}, where the bucket ends or the log starts: it must copy again"
     )]
     Lost {
-        /// Which.
         id: PartitionId,
-        /// Where the log on the disk ends.
+        /// Log end of the local replica.
         log_end: Offset,
-        /// All before it was committed.
+        /// The later of tiered end and log start: all records below it were committed.
         committed: Offset,
     },
 }
 
-/// The handle of one partition's task.
+/// Handle of one partition's task.
 pub struct Partition {
     id: PartitionId,
     topic: TopicName,
@@ -170,16 +170,16 @@ pub struct Partition {
     reader: Reader,
     tail: crate::log::Reader,
     tier: Option<PartitionTier>,
-    /// What is committed in the metadata store, as far as it is known here.
+    /// Newest tier state that this broker received as committed in the metadata store.
     committed: Mutex<Option<TierState>>,
-    /// One step of upkeep at a time.
+    /// Held during a maintenance step, so that one step runs at a time.
     upkeep: tokio::sync::Mutex<()>,
     tasks: Tasks,
 }
 
 impl Partition {
-    /// Opens the replica and starts the partition's task, which waits until it is [assigned](Self::assign) something. Blocks on
-    /// files: call it where blocking is allowed.
+    /// Opens the replica and starts the partition's task, which is idle until its first [assignment](Self::assign). Blocks on files: call
+    /// it from a thread that may block.
     pub fn open(
         broker: BrokerId,
         log: &Log,
@@ -191,8 +191,8 @@ impl Partition {
         let committed = spec.committed.clone().unwrap_or_default();
         let (log_start, tiered_end) = (committed.log_start, committed.bucket_end());
         let replica = open_replica(log, &spec, log_start.max(tiered_end))?;
-        // One of several may have copied what was never committed, from a leader that lost: where others have committed to, this log
-        // may hold something else. Only what left the disk was committed for certain.
+        // A replica among several may hold uncommitted records of a deposed leader, also below the committed end of its peers. Only
+        // evicted records are certain to have been committed.
         let committed_end = if spec.alone { log_start.max(tiered_end) } else { replica.local_start() };
         let tasks = parent.child();
         let shared = Arc::new(Shared::new(spec.config, tasks.clone()));
@@ -224,19 +224,17 @@ impl Partition {
         Ok(Arc::new(Self { id, topic, mailbox, orders, news, shared, reader, tail, tier, committed, upkeep, tasks }))
     }
 
-    /// Which partition it is.
     pub fn id(&self) -> PartitionId {
         self.id
     }
 
-    /// Its topic's name.
     pub fn topic(&self) -> &TopicName {
         &self.topic
     }
 
-    /// Queues a write; waits only for room in the queue. `sent` is the fingerprint of the batch that the client sent, which `batch` may be a
-    /// changed form of; `None` where the client sent records. Writes are appended in the order in which this returned. The
-    /// answer comes when `acks` holds; a writer that drops the receiver has still written.
+    /// Queues a write; waits only for space in the queue. `sent` is the fingerprint of the batch that the client sent, of which `batch`
+    /// may be a changed form; it is `None` if the client sent records. Writes are appended in the order in which calls of this function
+    /// return. The receiver gets the result when `acks` holds. Dropping the receiver does not cancel the write.
     pub async fn append(
         &self,
         batch: Batch,
@@ -248,8 +246,8 @@ impl Partition {
         self.append_tracked(batch, origin, acks, permit, None).await
     }
 
-    /// As [`Self::append`], with all that is known of what the client sent. With `acks=tiered` the offsets are put into `stored` when the write is stored here and only the bucket is
-    /// waited for.
+    /// Queues a write as [`Self::append`] does, with the origin of its batch. With `acks=tiered` the task puts the offsets into `stored`
+    /// when the write is stored on this broker and waits only for the object store.
     pub async fn append_tracked(
         &self,
         batch: Batch,
@@ -266,87 +264,84 @@ impl Partition {
         receiver
     }
 
-    /// Somebody waits no more for an answer that did not come: what was taken for its write is given back as soon as that is safe here. Never
-    /// waits.
+    /// Notifies the task that a writer dropped its receiver before the result. The task releases the memory of that write as soon as the
+    /// write is safe on this broker. Never waits.
     pub fn given_up(&self) {
         self.news.given_up();
     }
 
-    /// Everything below was deleted, as the metadata store says. It holds whatever this broker is in the partition.
+    /// Returns the log start committed in the metadata store: all records below it are deleted. It is valid in every role.
     pub fn committed_log_start(&self) -> Offset {
         self.committed().map_or(Offset::ZERO, |state| state.log_start)
     }
 
-    /// Its reader.
     pub fn reader(&self) -> &Reader {
         &self.reader
     }
 
-    /// Its marks.
     pub fn marks(&self) -> Watermarks {
         self.shared.marks()
     }
 
-    /// What this broker is in it.
+    /// Returns the replica's role, leader epoch and leader.
     pub fn standing(&self) -> Standing {
         self.shared.standing()
     }
 
-    /// The newest leader epoch that its metadata named here.
+    /// Returns the newest leader epoch in the metadata that this partition received.
     pub fn epoch(&self) -> LeaderEpoch {
         self.shared.epoch()
     }
 
-    /// Its topic's configuration.
     pub fn config(&self) -> Arc<TopicConfig> {
         self.shared.config()
     }
 
-    /// Takes a changed configuration; it holds for every write after this returned.
+    /// Applies a changed configuration. It holds for every write that is queued after this returns.
     pub async fn configure(&self, config: Arc<TopicConfig>) {
-        // Requests are checked before they reach the task.
+        // Requests are checked against the published configuration before they reach the task.
         self.shared.configure(Arc::clone(&config));
         let _stopped = self.mailbox.send(Command::Configure(config)).await;
     }
 
-    /// Bytes on this broker's disk.
+    /// Returns the bytes of the replica on this broker's disk.
     pub fn local_bytes(&self) -> u64 {
         self.shared.local_bytes()
     }
 
-    /// Bytes in the bucket.
+    /// Returns the bytes of the partition in the object store.
     pub fn tiered_bytes(&self) -> u64 {
         self.tier.as_ref().map_or(0, PartitionTier::bytes)
     }
 
-    /// Segments with timestamps that are still to come, as the last plan found them; 0 while this broker does not lead.
+    /// Returns the number of segments with timestamps in the future, by the last retention plan; 0 while this broker does not lead.
     pub fn future_segments(&self) -> u64 {
         self.shared.future_segments()
     }
 
-    /// Why it takes no writes, when it takes none.
+    /// Returns the error that stopped writes to the replica, if any.
     pub fn fault(&self) -> Option<Arc<str>> {
         self.shared.fault()
     }
 
-    /// Whether its segments may need attention now: one is old enough to seal.
+    /// Returns true if the active segment is old enough to be sealed.
     pub fn seal_is_due(&self, now: Instant) -> bool {
         self.shared.active_age(now).is_some_and(|age| age >= self.shared.config().segment_age)
     }
 
-    /// Whether retention may find anything: records in either tier, or the files of some that were deleted.
+    /// Returns true if retention may have work: records in either tier, or local files of deleted records.
     pub fn holds_any(&self) -> bool {
         let marks = self.marks();
         marks.log_start.min(marks.local_start) < marks.log_end
     }
 
-    /// Stops its task: what is queued is refused, what is written is made durable and answered.
+    /// Stops the task. The task rejects queued writes, waits until written records are durable, and responds to their writers.
     pub async fn stop(&self) {
         self.tasks.stop().await;
     }
 
-    /// Takes over what the metadata store has committed of its tier and its log start, unless something newer is known. What is
-    /// asked of the partition afterwards finds it.
+    /// Applies a tier state and log start that the metadata store committed, unless a newer state is known. Commands sent after this
+    /// returns find the state applied.
     pub async fn adopt(&self, state: TierState) {
         self.note_committed(&state);
         self.command(Command::Committed(Box::new(state))).await;
@@ -372,12 +367,12 @@ impl Partition {
     }
 }
 
-/// Opens the replica of `spec`, whose committed part ends at `committed` or later.
+/// Opens the replica of `spec`. All records below `committed` were committed.
 fn open_replica(log: &Log, spec: &Spec, committed: Offset) -> Result<Replica, PartitionError> {
     if spec.anew {
         log.delete_replica(spec.id)?;
     }
-    // A replica that copies is empty at first: where it begins its leader says, and the bucket has what must be known there.
+    // A replica that copies starts empty. Its leader chooses the bootstrap offset, and the object store has the tables for that offset.
     let start = if spec.alone { committed } else { Offset::ZERO };
     let mut replica = log.open_replica(spec.id, start)?;
     let log_end = replica.log_end();
@@ -387,8 +382,7 @@ fn open_replica(log: &Log, spec: &Spec, committed: Offset) -> Result<Replica, Pa
     if !spec.alone {
         return Err(PartitionError::Lost { id: spec.id, log_end, committed });
     }
-    // This disk was lost or restored: go on behind what the bucket has and behind what was deleted. An offset is
-    // never given twice.
+    // This disk was lost or restored. The log restarts after the tiered and the deleted records, so that no offset is assigned twice.
     tracing::warn!(
         partition = %spec.id, %log_end, %committed, "the local log ends below what was committed; going on from there"
     );

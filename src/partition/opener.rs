@@ -1,14 +1,16 @@
-//! Opening compressed batches of unknown clients: how much comes out is known only when it has. Large batches without compression take
-//! their turn with them, and no memory.
+//! Decompression of batches from untrusted clients: their uncompressed size is known only afterwards. Large uncompressed batches take
+//! turns as well, but no memory.
 //!
-//! Memory is taken before anything is decompressed, for all who do at the same time together. It is not taken for the
-//! worst case, which would let one in at a time: first for what the batch itself says or what is usual, and where that was too
-//! little, after giving it back, for four times as much. So an honest batch is opened once, a bomb costs a third more
-//! than it may grow to, and a batch that says itself that it is too large costs nothing.
+//! # Overview
+//!
+//! Memory is taken from a common budget before anything is decompressed. It is not taken for the worst case, which would admit one batch
+//! at a time. A batch first takes the size that it declares, or a usual one. If that is too little, the batch releases it and takes four
+//! times as much. So an honest batch is opened once, and a bomb costs a third more than its limit. A batch that declares too large a size
+//! costs nothing.
 //!
 //! ```text
 //! guess ─ take ─► decompress within it ─► done
-//!                          └ it grows ─► give back ─ take × 4 ─► … up to the bound: refused
+//!                          └ too small ─► release ─ take × 4 ─► … up to the limit: rejected
 //! ```
 
 use std::{num::NonZero, sync::Arc, thread};
@@ -19,33 +21,33 @@ use super::{Charge, Memory, undecodable::UndecodableBatches};
 use crate::{
     limits,
     model::{Compression, PartitionId},
-    record::{Batch, Malformed},
+    record::{Batch, MalformedBatch},
     task,
 };
 
-/// Up to so many bytes are opened where the caller runs: handing over to another thread would cost more.
+/// Maximum size of a batch that is opened on the caller's thread: another thread would cost more.
 pub const INLINE_BYTES: usize = 64 << 10;
 
-/// Largest plain size of a small batch. Small batches have memory and turns of their own: they do not wait for larger ones.
+/// Maximum uncompressed size of a small batch. Small batches have their own memory and turns: they do not wait for larger ones.
 const SMALL_BYTES: usize = 1 << 20;
 
-/// The part of the memory for small batches, as a divisor.
+/// Share of the memory for small batches, as a divisor.
 const SMALL_SHARE: u64 = 8;
 
-/// The setting that bounds the memory.
+/// Setting that limits the memory.
 const SETTING: &str = "limits.decompression_memory_bytes";
 
-/// What opened records are for, which says how much memory that takes.
+/// Purpose of an opened batch, which determines its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Use {
-    /// They are read and dropped. A buffer that grows holds what it was beside what it becomes.
+    /// The records are read and dropped. A buffer that grows holds its old content beside the new one.
     Read,
-    /// They are written in another codec: what is made of them may be as large as they are.
+    /// The records are written in another codec: the result may be as large as they are.
     Rewrite,
 }
 
 impl Use {
-    /// Most bytes that it takes for each plain byte.
+    /// Returns the maximum memory for each uncompressed byte, in bytes.
     const fn cost(self) -> usize {
         match self {
             Self::Read => 2,
@@ -54,11 +56,11 @@ impl Use {
     }
 }
 
-/// What batches of one size are opened with.
+/// Resources for batches of one size class.
 #[derive(Clone, Debug)]
 struct Lane {
     memory: Memory,
-    /// Batches that are opened at the same time on other threads: one processor is left to everything else.
+    /// Limit of batches that are opened at the same time on other threads: one processor is left to everything else.
     turns: Arc<Semaphore>,
 }
 
@@ -69,22 +71,22 @@ impl Lane {
     }
 }
 
-/// Opens batches within a bound on the memory that this takes. Clones share it.
+/// Opens batches within a memory budget. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Opener {
     small: Lane,
     large: Lane,
-    /// The same of one caller: a turn to open a compressed batch.
+    /// Turns of one caller.
     caller: Option<Arc<Semaphore>>,
-    /// The turn that the caller has.
+    /// Turn that the caller holds.
     _turn: Option<Arc<OwnedSemaphorePermit>>,
-    /// The caller's memory for the batches.
+    /// Memory that the caller holds for the batches.
     _charge: Option<Charge>,
     undecodable: Arc<UndecodableBatches>,
 }
 
 impl Opener {
-    /// At most `bytes` of memory at any time.
+    /// Creates an opener with a budget of `bytes`.
     pub fn new(bytes: u64) -> Self {
         let small = bytes / SMALL_SHARE;
         Self {
@@ -97,30 +99,30 @@ impl Opener {
         }
     }
 
-    /// The same memory for a caller who has these turns.
+    /// Returns an opener with the same budget, for a caller with these turns.
     pub fn for_caller(&self, turns: Arc<Semaphore>) -> Self {
         Self { caller: Some(turns), ..self.clone() }
     }
 
-    /// The same for a caller who took this memory for batches: work on other threads holds it until it has ended.
+    /// Returns an opener for a caller that holds this memory for batches: work on other threads holds it until the work has ended.
     pub fn charged(&self, charge: Charge) -> Self {
         Self { _charge: Some(charge), ..self.clone() }
     }
 
-    /// The same memory for a caller who has the turn, until this is dropped.
+    /// Waits for a turn of the caller. The returned opener holds it until it is dropped.
     pub async fn in_turn(&self) -> Self {
         let Some(turns) = &self.caller else { return self.clone() };
         let turn = Arc::clone(turns).acquire_owned().await.expect("the semaphore is never closed");
         Self { caller: None, _turn: Some(Arc::new(turn)), ..self.clone() }
     }
 
-    /// Does `work` with a stored batch, to read it, as [`Self::open`] does. One that could not be opened before is not opened again.
+    /// Runs `work` with a stored batch, to read it, as [`Self::open`] does. A batch that could not be opened before is not opened again.
     ///
     /// # Errors
-    /// As [`Self::open`].
-    pub async fn open_stored<T, F>(&self, id: PartitionId, batch: &Batch, work: F) -> Result<T, Malformed>
+    /// Those of [`Self::open`].
+    pub async fn open_stored<T, F>(&self, id: PartitionId, batch: &Batch, work: F) -> Result<T, MalformedBatch>
     where
-        F: Fn(&Batch, usize) -> Result<T, Malformed> + Clone + Send + 'static,
+        F: Fn(&Batch, usize) -> Result<T, MalformedBatch> + Clone + Send + 'static,
         T: Send + 'static,
     {
         if let Some(error) = self.undecodable.find(id, batch) {
@@ -130,15 +132,15 @@ impl Opener {
         opened.inspect_err(|error| self.undecodable.remember(id, batch, error.clone()))
     }
 
-    /// Does `work` with a batch. `work` is given how many bytes the records may have without compression, answers
-    /// [`Malformed::Grows`] when they have more, and may be asked again with a larger number, up to `most`. What it returns
-    /// is its caller's to account for: it must not hold what it decompressed.
+    /// Runs `work` with a batch. `work` receives the maximum uncompressed size of the records in bytes. It returns
+    /// [`MalformedBatch::Grows`] if they are larger, and may run again with a larger size, up to `most`. The caller accounts for the
+    /// memory of the result, which must not hold the decompressed records.
     ///
     /// # Errors
-    /// What `work` answers; [`Malformed::NoMemory`] where all memory here is less than the records need and `most` allows.
-    pub async fn open<T, F>(&self, batch: &Batch, most: usize, purpose: Use, work: F) -> Result<T, Malformed>
+    /// The error of `work`; [`MalformedBatch::NoMemory`] if the whole budget is less than the records need and `most` allows.
+    pub async fn open<T, F>(&self, batch: &Batch, most: usize, purpose: Use, work: F) -> Result<T, MalformedBatch>
     where
-        F: Fn(&Batch, usize) -> Result<T, Malformed> + Clone + Send + 'static,
+        F: Fn(&Batch, usize) -> Result<T, MalformedBatch> + Clone + Send + 'static,
         T: Send + 'static,
     {
         let codec = batch.compression();
@@ -147,7 +149,7 @@ impl Opener {
             return work(batch, most);
         }
         let in_turn = self.in_turn().await;
-        // A batch without compression is there already: one that needs more than all memory takes all of it.
+        // An uncompressed batch is in memory already: one that needs more than the budget takes all of it.
         let held = match codec {
             Compression::None => usize::MAX,
             _ => self.large.memory.bytes() / purpose.cost(),
@@ -155,12 +157,12 @@ impl Opener {
         let (allowed, most) = (most, most.min(held));
         let too_large = move || {
             if held < allowed {
-                Malformed::NoMemory { codec, most, setting: SETTING }
+                MalformedBatch::NoMemory { codec, max: most, setting: SETTING }
             } else {
-                Malformed::Grows { codec, most }
+                MalformedBatch::Grows { codec, max: most }
             }
         };
-        let guess = batch.plain_guess();
+        let guess = batch.estimated_len();
         if guess > most {
             return Err(too_large());
         }
@@ -169,7 +171,7 @@ impl Opener {
             let bytes = room * purpose.cost();
             let is_small = room <= SMALL_BYTES && bytes <= self.small.memory.bytes();
             let lane = if is_small { &self.small } else { &self.large };
-            // Reading what is not compressed takes no memory.
+            // Reading an uncompressed batch takes no memory.
             let permit = if is_readable { None } else { Some(lane.memory.take(bytes).await) };
             let opened = if room <= INLINE_BYTES {
                 work(batch, room)
@@ -177,12 +179,12 @@ impl Opener {
                 let (batch, work) = (batch.clone(), work.clone());
                 let turn = Arc::clone(&lane.turns).acquire_owned().await.expect("the semaphore is never closed");
                 let in_turn = in_turn.clone();
-                // The permits, the turns and the charge go along: the caller may stop waiting, and the work goes on.
+                // The permits, the turns and the charge move to the other thread: the caller may stop waiting while the work continues.
                 task::run_blocking(move || (work(&batch, room), permit, turn, in_turn).0).await
             };
             match opened {
-                Err(Malformed::Grows { .. }) if room < most => room = room.saturating_mul(4).min(most),
-                Err(Malformed::Grows { .. }) => return Err(too_large()),
+                Err(MalformedBatch::Grows { .. }) if room < most => room = room.saturating_mul(4).min(most),
+                Err(MalformedBatch::Grows { .. }) => return Err(too_large()),
                 opened => return opened,
             }
         }
@@ -201,7 +203,7 @@ mod tests {
     use super::*;
     use crate::{model::TopicId, record::BatchBuilder};
 
-    /// A batch of zeros, and how many bytes its records have.
+    /// Returns a batch of zeros, and the uncompressed bytes of its records.
     fn zeros(codec: Compression, bytes: usize) -> (Batch, usize) {
         let mut builder = BatchBuilder::new(Compression::None);
         builder.push(0, None, Some(&vec![0; bytes]), &[]).expect("fits");
@@ -212,20 +214,20 @@ mod tests {
     const CODECS: [Compression; 4] = [Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd];
 
     #[tokio::test]
-    async fn every_batch_within_the_bound_is_opened_and_none_above_it() {
+    async fn batches_open_up_to_the_limit_and_not_above_it() {
         let opener = Opener::new(64 << 20);
         for codec in CODECS {
             let (batch, plain) = zeros(codec, 5 << 20);
             let count = |batch: &Batch, most: usize| Ok(batch.records_within(most)?.count());
             assert_eq!(opener.open(&batch, plain, Use::Read, count).await, Ok(1), "{codec}");
             let refused = opener.open(&batch, plain - 1, Use::Read, count).await;
-            assert_eq!(refused, Err(Malformed::Grows { codec, most: plain - 1 }), "{codec}");
+            assert_eq!(refused, Err(MalformedBatch::Grows { codec, max: plain - 1 }), "{codec}");
         }
     }
 
-    /// Six batches of a quarter of a megabyte that grow to 250 MiB took 2.7 GB.
+    /// Regression: six batches of a quarter of a megabyte that grow to 250 MiB took 2.7 GB.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn what_is_reserved_and_what_is_opened_never_passes_the_bound() {
+    async fn memory_never_exceeds_the_budget() {
         const BOUND: usize = 8 << 20;
         let opener = Opener::new(BOUND as u64);
         let (now, peak) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
@@ -245,17 +247,17 @@ mod tests {
         let peak = peak.load(Ordering::SeqCst);
         assert!(peak <= BOUND && peak > BOUND / 2, "{peak} of {BOUND}");
         assert_eq!(opener.large.memory.taken(), 0, "all is given back");
-        // What could never be held is refused, and waits for nothing.
+        // A batch that can never fit the budget is rejected and waits for nothing.
         let (large, _) = zeros(Compression::Lz4, 3 << 20);
         let refused = opener.open(&large, usize::MAX, Use::Rewrite, work).await;
         let refused = refused.expect_err("three times 3 MiB are more than 8 MiB");
         let most = opener.large.memory.bytes() / Use::Rewrite.cost();
-        assert_eq!(refused, Malformed::NoMemory { codec: Compression::Lz4, most, setting: SETTING });
+        assert_eq!(refused, MalformedBatch::NoMemory { codec: Compression::Lz4, max: most, setting: SETTING });
         assert!(refused.to_string().contains(SETTING) && refused.to_string().contains(&most.to_string()), "{refused}");
     }
 
     #[tokio::test]
-    async fn a_bomb_that_says_what_it_is_is_never_decompressed() {
+    async fn bomb_with_declared_size_is_never_decompressed() {
         let opener = Opener::new(64 << 20);
         let calls = Arc::new(AtomicUsize::new(0));
         for codec in [Compression::Gzip, Compression::Snappy, Compression::Zstd] {
@@ -266,12 +268,12 @@ mod tests {
             };
             let (batch, _) = zeros(codec, 20 << 20);
             let refused = opener.open(&batch, 4 << 20, Use::Read, work).await;
-            assert_eq!(refused, Err(Malformed::Grows { codec, most: 4 << 20 }));
+            assert_eq!(refused, Err(MalformedBatch::Grows { codec, max: 4 << 20 }));
         }
         assert_eq!(calls.load(Ordering::SeqCst), 0);
     }
 
-    /// Readers of small batches waited for every bomb that was being read.
+    /// Regression: readers of small batches waited for every bomb that was being read.
     #[tokio::test]
     async fn small_batches_do_not_wait_for_large_ones() {
         let opener = Opener::new(64 << 20);
@@ -285,7 +287,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn caller_opens_one_batch_at_a_time_and_others_do_not_wait_for_that() {
+    async fn caller_opens_one_batch_at_a_time_beside_other_callers() {
         let opener = Opener::new(64 << 20);
         let [one, other] = [1, 1].map(|turns| opener.for_caller(Arc::new(Semaphore::new(turns))));
         let (batch, plain) = zeros(Compression::Lz4, 1000);
@@ -299,7 +301,7 @@ mod tests {
         assert_eq!(waiting.await, Ok(1));
     }
 
-    /// Calls that were reset gave their turn back at once: a connection had as many batches opened as there were processors.
+    /// Regression: reset calls released their turn at once, so a connection had as many batches opened as there were processors.
     #[tokio::test]
     async fn turn_of_a_caller_lasts_until_its_work_has_ended() {
         let (opener, turns) = (Opener::new(64 << 20), Arc::new(Semaphore::new(1)));
@@ -318,7 +320,7 @@ mod tests {
         }
     }
 
-    /// A read of the last record of 1,000,000 walked all of them where its call ran.
+    /// Regression: a read of the last record of 1,000,000 walked all of them on the thread of the call.
     #[tokio::test]
     async fn large_batch_without_compression_is_read_on_another_thread() {
         let opener = Opener::new(64 << 20);
@@ -332,9 +334,9 @@ mod tests {
         drop(held);
     }
 
-    /// Plain records of the largest size are taken on a broker with little memory too.
+    /// Uncompressed records of the maximum size are accepted on a broker with little memory too.
     #[tokio::test]
-    async fn batch_without_compression_is_rewritten_whatever_its_size() {
+    async fn uncompressed_batch_of_any_size_is_rewritten() {
         let opener = Opener::new(1 << 20);
         let (batch, plain) = zeros(Compression::None, 2 << 20);
         let work = |batch: &Batch, most: usize| batch.recompress_within(Compression::Zstd, most).map(drop);
@@ -342,7 +344,7 @@ mod tests {
         assert_eq!(opener.large.memory.taken(), 0);
     }
 
-    /// Each read of a bomb decompressed it again.
+    /// Regression: each read of a bomb decompressed it again.
     #[tokio::test]
     async fn batch_that_cannot_be_opened_is_not_opened_again() {
         let opener = Opener::new(64 << 20);
@@ -350,15 +352,18 @@ mod tests {
         let counted = Arc::clone(&calls);
         let work = move |_: &Batch, _: usize| {
             counted.fetch_add(1, Ordering::SeqCst);
-            Err::<(), _>(Malformed::Record { index: 0, reason: "it is cut" })
+            Err::<(), _>(MalformedBatch::Record { index: 0, reason: "it is cut" })
         };
         let (batch, _) = zeros(Compression::Zstd, 1000);
         let id = |index| PartitionId::new(TopicId::from_bytes([7; 16]), index);
         for caller in [opener.clone(), opener.for_caller(Arc::new(Semaphore::new(1))), opener.clone()] {
-            assert!(matches!(caller.open_stored(id(0), &batch, work.clone()).await, Err(Malformed::Record { .. })));
+            assert!(matches!(
+                caller.open_stored(id(0), &batch, work.clone()).await,
+                Err(MalformedBatch::Record { .. })
+            ));
         }
         assert_eq!(calls.load(Ordering::SeqCst), 1);
-        // Another batch, and the same in another partition, may be better.
+        // Another batch, and the same batch in another partition, may be decodable.
         let (later, _) = zeros(Compression::Zstd, 1001);
         drop((opener.open_stored(id(0), &later, work.clone()).await, opener.open_stored(id(1), &batch, work).await));
         assert_eq!(calls.load(Ordering::SeqCst), 3);

@@ -1,9 +1,8 @@
-//! Reading a partition: memory, then disk, then bucket, without the caller noticing which.
+//! Reads of a partition: from memory, then disk, then object store, without a difference to the caller.
 //!
-//! A reader never asks the partition's task anything. What it may see ends at the high watermark that the task published; what it
-//! may not see any more ends at the log start. A follower, and a leader who does not know yet what was committed before it, may
-//! know less than its caller saw elsewhere: there an offset above the high watermark is one to wait for. Segments may be evicted
-//! or deleted while a read looks for them: the read then looks again, one tier further down.
+//! A reader sends no request to the partition's task. It reads up to the high watermark that the task published, and from the log start
+//! on. A follower, and a leader before its epoch is committed, may have a lower high watermark than the caller saw elsewhere: a read
+//! above it waits. Segments may be evicted or deleted during a read: the read then looks again, one tier further down.
 
 use std::sync::Arc;
 
@@ -13,15 +12,15 @@ use super::{Charge, On, Opener, Ready, Role, shared::Shared};
 use crate::{
     log::{self, ReadLimits},
     model::{LeaderEpoch, Offset, PartitionId, Watermarks},
-    record::{Batch, Chunks, Malformed},
+    record::{Batch, ChunkedBatches, MalformedBatch},
     task,
     tier::{self, PartitionTier},
 };
 
-/// Where records came from.
+/// Tier that served a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Source {
-    /// The tail buffer.
+    /// The tail cache.
     Memory,
     /// A segment file.
     Disk,
@@ -29,26 +28,25 @@ pub enum Source {
     Bucket,
 }
 
-/// What a read found.
+/// Result of a read.
 #[derive(Clone, Debug)]
 pub struct Fetched {
-    /// Put one after another: whole batches. The first may begin before the offset asked for.
+    /// Complete batches, if put one after another. The first may begin before the requested offset.
     pub chunks: Vec<Bytes>,
-    /// Their bytes.
+    /// Bytes of all chunks.
     pub bytes: usize,
-    /// Where the next read goes on.
+    /// Offset of the next read.
     pub next: Offset,
-    /// Where it came from.
     pub source: Source,
 }
 
-/// Why a read failed.
+/// Error of a read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReadError {
-    /// The offset is not one that can be read.
+    /// The offset cannot be read.
     #[error("offset {offset} is out of range: the partition holds {start} to {end}")]
     OutOfRange {
-        /// What was asked for.
+        /// Requested offset.
         offset: Offset,
         /// First offset that can be read.
         start: Offset,
@@ -58,35 +56,34 @@ pub enum ReadError {
     /// The partition is not on this broker any more.
     #[error("the partition is closed on this broker")]
     Closed,
-    /// What the disk or the bucket holds there is not what was written.
+    /// The disk or the object store holds other bytes there than were written.
     #[error("the data at offset {offset} is damaged and is not served: {why}")]
     Damaged {
-        /// The offset.
         offset: Offset,
-        /// What was found, and where.
+        /// Kind and place of the corruption.
         why: String,
     },
     /// The disk could not be read.
     #[error("reading from this broker's disk failed: {why}")]
     Disk {
-        /// What the system said.
+        /// Error of the operating system.
         why: String,
     },
-    /// The batch is larger than the reader has memory for.
+    /// The batch exceeds the memory that the reader has for it.
     #[error("the batch has {bytes} bytes, and there is memory for fewer")]
     BatchTooLarge {
-        /// Its bytes.
+        /// Bytes of the batch.
         bytes: usize,
     },
-    /// The object store could not be read; it is asked again when the caller does.
+    /// The object store could not be read. The caller may try again.
     #[error("reading from the object store failed: {why}")]
     ObjectStore {
-        /// What the store said.
+        /// Error of the object store.
         why: String,
     },
 }
 
-/// One partition's reader. Clones are cheap.
+/// Reader of one partition. Clones are cheap.
 #[derive(Clone)]
 pub struct Reader {
     id: PartitionId,
@@ -96,10 +93,10 @@ pub struct Reader {
     charge: Option<Charge>,
 }
 
-/// How many batches a search by time opens whose header claimed a time that none of their records has.
+/// Maximum number of batches that a search by time opens in vain, because no record has the time of the header.
 const CLAIMS: usize = 64;
 
-/// How often a read looks again when what it found was taken away meanwhile.
+/// Maximum number of attempts of a read whose segment was removed meanwhile.
 const TRIES: usize = 8;
 
 impl Reader {
@@ -107,12 +104,11 @@ impl Reader {
         Self { id, shared, log, tier, charge: None }
     }
 
-    /// The same for a caller who took this memory for what is read: reads of the log hold it until they have ended.
+    /// Returns a reader for a caller that holds this memory for the result: reads of the log hold it until they have ended.
     pub fn charged(&self, charge: Charge) -> Self {
         Self { charge: Some(charge), ..self.clone() }
     }
 
-    /// The partition's marks.
     pub fn marks(&self) -> Watermarks {
         self.shared.marks()
     }
@@ -122,9 +118,9 @@ impl Reader {
         self.shared.follow(ready, index, On::Committed);
     }
 
-    /// Reads committed records from `from`: at least one batch when there is one, beyond that as many as the limits allow. What is in memory
-    /// is shared and takes none: its first batch may have any size.
-    /// `None` when there is nothing yet: `from` is the high watermark, or above it where that is not the last word.
+    /// Reads committed records from `from` on: at least one batch if there is one, beyond that as many as the limits allow. Batches in
+    /// memory are shared and take no memory of the caller: the first one may have any size. Returns `None` if there is nothing yet:
+    /// `from` is the high watermark, or lies above it and this broker is no leader with a committed epoch.
     pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {
         let read = self.look(from, limits).await;
         #[cfg(feature = "sim")]
@@ -134,7 +130,7 @@ impl Reader {
         read
     }
 
-    /// Tells the simulator's judge what is served.
+    /// Reports the served batches to the simulator's checker.
     #[cfg(feature = "sim")]
     fn tell_served(&self, fetched: &Fetched) {
         let mut bytes = bytes::Bytes::from(fetched.chunks.concat());
@@ -149,7 +145,7 @@ impl Reader {
         }
     }
 
-    /// Looks in one tier after the other.
+    /// Reads one tier after the other.
     async fn look(&self, from: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {
         for _ in 0..TRIES {
             let Some(marks) = self.readable(from)? else { return Ok(None) };
@@ -161,7 +157,7 @@ impl Reader {
             if from >= marks.local_start.max(self.log.local_start()) {
                 match self.read_disk(from, bound, limits).await? {
                     Some(read) => return Ok(Some(read)),
-                    // Evicted since the marks were read.
+                    // Evicted since the watermarks were read.
                     None => continue,
                 }
             }
@@ -170,12 +166,12 @@ impl Reader {
         Err(ReadError::Disk { why: format!("offset {from} moved away {TRIES} times while it was looked for") })
     }
 
-    /// The marks when there is something to read at `from`, `None` when it is the end.
+    /// Returns the watermarks if there is something to read at `from`, `None` at the end.
     fn readable(&self, from: Offset) -> Result<Option<Watermarks>, ReadError> {
         if self.shared.is_closed() {
             return Err(ReadError::Closed);
         }
-        // In this order: a leader publishes its marks before it says that it is settled.
+        // In this order: a leader publishes its watermarks before the status of a committed epoch.
         let role = self.shared.standing().role;
         let marks = self.shared.marks();
         let keeps = role.leads() || !mutant!(FollowerServesUncommitted);
@@ -191,7 +187,7 @@ impl Reader {
         Ok((from < end).then_some(Watermarks { high_watermark: end, ..marks }))
     }
 
-    /// Reads the log on another thread, in turn. The turn is over when the read is, also where its caller has gone, and so is the charge.
+    /// Reads the log on another thread, in turn. The turn and the charge end with the read, also if the caller is gone.
     async fn on_disk<T: Send + 'static>(&self, read: impl FnOnce(&log::Reader) -> T + Send + 'static) -> T {
         let (log, charge, turn) = (self.log.clone(), self.charge.clone(), self.log.disk_turn().await);
         task::run_blocking(move || (read(&log), turn, charge).0).await
@@ -206,7 +202,7 @@ impl Reader {
         }
     }
 
-    /// A local copy that cannot be read is no loss while the bucket has the same bytes.
+    /// Serves a range that the local copy cannot serve from the object store, if that has the records.
     async fn other_tier(
         &self,
         from: Offset,
@@ -236,7 +232,7 @@ impl Reader {
     async fn read_bucket(&self, from: Offset, bound: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {
         let Some(tier) = &self.tier else {
             let why = format!("offset {from} is in the object store, and this broker has none configured");
-            // Retention may have moved on meanwhile: then it is nowhere.
+            // Retention may have moved on meanwhile: then no tier has the offset.
             return self.readable(from).and(Err(ReadError::ObjectStore { why }));
         };
         match tier.read(from, limits).await {
@@ -244,14 +240,14 @@ impl Reader {
                 let (chunks, bytes, next) = (read.chunks, read.bytes, read.next);
                 Ok(below(Fetched { chunks, bytes, next, source: Source::Bucket }, bound))
             }
-            // Retention may have moved on while the bucket was asked.
+            // Retention may have moved on during the read.
             Err(error) => self.readable(from).and(Err(self.bucket_error(from, &error))),
         }
     }
 
     fn bucket_error(&self, offset: Offset, error: &tier::ReadError) -> ReadError {
         match error {
-            // The tier's state is newer than the marks: the log start has moved, and nothing is wrong with the store.
+            // The tier state is newer than the watermarks: the log start has moved, and nothing is wrong with the object store.
             tier::ReadError::OutOfRange { start, .. } if offset < *start => {
                 ReadError::OutOfRange { offset, start: *start, end: self.shared.marks().high_watermark.max(*start) }
             }
@@ -263,15 +259,15 @@ impl Reader {
         }
     }
 
-    /// The first committed record whose timestamp is at least `timestamp_ms`: its offset, timestamp and epoch. `None` when
-    /// there is none that young.
+    /// Returns the offset, timestamp and epoch of the first committed record whose timestamp is at least `timestamp_ms`; `None` if there
+    /// is no such record.
     ///
-    /// Headers only lead to batches: what is in them counts, because of compressed ones a producer may claim any time. After
-    /// 64 batches whose claim no record bears out it gives up, and answers the offset that it came to with -1 for the
-    /// timestamp: no earlier record is that young, so reading from there misses none.
+    /// Headers only lead to batches. The records in them count, because a producer may set any time in the header of a compressed batch.
+    /// After 64 batches without a record of the header's time, the search ends and returns its current offset with the timestamp -1. No
+    /// earlier record is that young, so a read from there misses none.
     ///
     /// # Errors
-    /// [`ReadError::BatchTooLarge`] where it has to look into a batch above `max_batch_bytes`.
+    /// [`ReadError::BatchTooLarge`] if the search has to open a batch above `max_batch_bytes`.
     pub async fn offset_for_time(
         &self,
         timestamp_ms: i64,
@@ -287,9 +283,9 @@ impl Reader {
             match opener.open_stored(self.id, &batch, find).await {
                 Ok(Some((offset, timestamp_ms))) => return Ok(Some((offset, timestamp_ms, epoch))),
                 Ok(None) => {}
-                // Others can decode it, and its records may be that young.
-                Err(Malformed::NoMemory { .. }) => return Ok(Some((from.max(batch.base_offset()), -1, epoch))),
-                // What nobody can decode holds no record that anybody could read.
+                // Consumers can decode the batch, and its records may be that young.
+                Err(MalformedBatch::NoMemory { .. }) => return Ok(Some((from.max(batch.base_offset()), -1, epoch))),
+                // A batch that cannot be decoded holds no record that can be read.
                 Err(error) => {
                     tracing::debug!(partition = %self.id, offset = %batch.base_offset(), %error, "passed over")
                 }
@@ -299,7 +295,7 @@ impl Reader {
         Ok(Some((from, -1, epoch)))
     }
 
-    /// The first batch that reaches above `from` and claims a record of that time.
+    /// Returns the first batch that reaches above `from` and whose header has that time or a later one.
     async fn batch_for_time(
         &self,
         timestamp_ms: i64,
@@ -318,7 +314,7 @@ impl Reader {
             }
             let bound = marks.high_watermark;
             match self.on_disk(move |log| log.batch_for_time(timestamp_ms, from, bound, max_batch_bytes)).await {
-                // A segment left the disk while it was looked at.
+                // A segment was evicted during the search.
                 Err(log::ReadError::OutOfRange { .. }) => {}
                 Err(log::ReadError::BatchTooLarge { bytes }) => return Err(ReadError::BatchTooLarge { bytes }),
                 Err(error) => {
@@ -334,8 +330,13 @@ impl Reader {
     }
 }
 
-/// The first record of a batch from `from` on that is that young.
-fn first_at(batch: &Batch, most: usize, timestamp_ms: i64, from: Offset) -> Result<Option<(Offset, i64)>, Malformed> {
+/// Returns the first record of a batch, from `from` on, that is that young.
+fn first_at(
+    batch: &Batch,
+    most: usize,
+    timestamp_ms: i64,
+    from: Offset,
+) -> Result<Option<(Offset, i64)>, MalformedBatch> {
     for entry in batch.records_within(most)? {
         let (offset, record) = entry?;
         if offset >= from && record.timestamp_ms >= timestamp_ms {
@@ -349,14 +350,14 @@ pub(super) fn fetched(read: log::Read, source: Source) -> Fetched {
     Fetched { chunks: read.chunks, bytes: read.bytes, next: read.next, source }
 }
 
-/// What of it lies below `bound`: a follower may hear of what is in the bucket before its leader tells it that it is committed.
+/// Returns the batches that lie below `bound`. A follower may receive the tier state of records before its leader sends their commit.
 fn below(fetched: Fetched, bound: Offset) -> Option<Fetched> {
     if fetched.next <= bound {
         return Some(fetched);
     }
     let mut kept = Fetched { chunks: Vec::new(), bytes: 0, ..fetched };
-    // What is damaged is the caller's to find.
-    let batches = Chunks::new(fetched.chunks).map_while(Result::ok);
+    // The caller detects corrupt batches.
+    let batches = ChunkedBatches::new(fetched.chunks).map_while(Result::ok);
     for batch in batches.take_while(|batch| batch.end_offset() <= bound) {
         (kept.next, kept.bytes) = (batch.end_offset(), kept.bytes + batch.encoded_len());
         kept.chunks.push(batch.to_bytes());
@@ -370,14 +371,14 @@ mod tests {
     use crate::{model::Compression, record::BatchBuilder};
 
     #[test]
-    fn what_the_bucket_has_above_the_mark_is_left_out() {
+    fn tiered_batches_above_high_watermark_are_left_out() {
         let at = |offset| Offset::new(offset).expect("small");
         let batch = |base: u64| {
             let mut builder = BatchBuilder::new(Compression::None);
             builder.push(0, None, Some(b"a"), &[]).expect("fits");
             builder.push(0, None, Some(b"b"), &[]).expect("fits");
             let mut batch = builder.finish(None).expect("not empty");
-            batch.stamp(at(base), LeaderEpoch(0));
+            batch.set_offset_and_epoch(at(base), LeaderEpoch(0));
             batch.to_bytes()
         };
         let all = [batch(0), batch(2), batch(4)].concat();

@@ -1,4 +1,4 @@
-//! Which of the partitions that somebody reads have something new. Costs per event, not per partition waited for.
+//! Set of a reader's partitions that have something new. Its cost is per event, not per partition that is waited for.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 use super::listeners::Listener;
 
-/// The partitions, by the reader's own numbers, that changed since the reader last took them.
+/// The partitions, by the reader's own indexes, that changed since the reader last took them.
 #[derive(Debug, Default)]
 pub struct Ready {
     marked: Mutex<Marked>,
@@ -20,12 +20,12 @@ pub struct Ready {
 struct Marked {
     order: VecDeque<usize>,
     members: BTreeSet<usize>,
-    /// What marks each number.
+    /// Listeners that mark each index.
     listeners: BTreeMap<usize, Vec<Arc<Listener>>>,
 }
 
 impl Ready {
-    /// Marks a partition; marking it twice is marking it once.
+    /// Marks a partition; a second mark changes nothing.
     pub fn mark(&self, index: usize) {
         let mut marked = self.lock();
         if marked.members.insert(index) {
@@ -35,7 +35,7 @@ impl Ready {
         }
     }
 
-    /// Marks a partition again that was taken for nothing: it is the next one.
+    /// Marks a partition again that was taken in vain: it is the next one.
     pub fn put_back(&self, index: usize) {
         let mut marked = self.lock();
         if !marked.members.insert(index) {
@@ -46,12 +46,12 @@ impl Ready {
         self.notify.notify_one();
     }
 
-    /// This listener marks its number from the next [`Self::take`] of that on.
+    /// Adds a listener, which marks its index from the next [`Self::take`] of that index on.
     pub(super) fn listen(&self, index: usize, listener: Listener) {
         self.lock().listeners.entry(index).or_default().push(Arc::new(listener));
     }
 
-    /// Takes the partition that was marked first. What it is marked for is to be looked at after this: what changes later marks it again.
+    /// Takes the partition that was marked first. Its state is to be read after this: a later change marks the partition again.
     pub fn take(&self) -> Option<usize> {
         let (index, listeners) = {
             let mut marked = self.lock();
@@ -63,7 +63,7 @@ impl Ready {
         Some(index)
     }
 
-    /// Whether some partition is marked.
+    /// Returns true if some partition is marked.
     pub fn is_marked(&self) -> bool {
         !self.lock().order.is_empty()
     }

@@ -1,7 +1,7 @@
-//! A lost manifest is made again by the partition's leader, where what is left in the bucket is what was committed.
+//! Rebuild of a lost manifest by the partition's leader, if the remaining objects are the committed ones.
 //!
-//! Reading every footer of a long history is dear, so a try that did not succeed is repeated only after [`RETRY_INTERVAL`], or when a person
-//! orders it (`strandline partition rebuild-manifest`).
+//! Reading every footer of a long history is expensive. So a failed attempt is repeated only after [`RETRY_INTERVAL`], or when an
+//! operator orders it (`strandline partition rebuild-manifest`).
 
 use std::{
     collections::BTreeMap,
@@ -21,26 +21,26 @@ use crate::{
     tier::{PartitionTier, Verdict},
 };
 
-/// Pause before a manifest that could not be rebuilt is tried again.
+/// Pause before another attempt to rebuild a manifest.
 const RETRY_INTERVAL: Duration = Duration::from_secs(600);
 
-/// Tries that did not succeed.
+/// Failed attempts.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Rebuilds {
     failed: Arc<Mutex<BTreeMap<PartitionId, Failure>>>,
 }
 
-/// A try that did not succeed.
+/// A failed attempt.
 #[derive(Clone, Debug)]
 struct Failure {
-    /// The version of the manifest that is lost.
+    /// Version of the lost manifest.
     version: u64,
     at: Instant,
     why: String,
 }
 
 impl Rebuilds {
-    /// Why the last try of this version failed, where it is too early for another.
+    /// Returns the error of the last attempt for this version, if it is too early for another.
     fn pending(&self, id: PartitionId, version: u64, now: Instant) -> Option<String> {
         let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
         let failure = failed.get(&id)?;
@@ -58,7 +58,7 @@ impl Rebuilds {
 }
 
 impl Upkeep {
-    /// Makes the partition's lost manifest again. Only a settled leader does; on every other replica nothing happens.
+    /// Rebuilds the partition's lost manifest. Only a leader whose epoch is committed does so; on other replicas nothing happens.
     pub(super) async fn rebuild(
         &self,
         partition: &Partition,
@@ -87,7 +87,7 @@ impl Upkeep {
         }
     }
 
-    /// Returns why it is left to a person; `None` once it is committed.
+    /// Returns the reason why the rebuild is left to an operator; `None` after the commit.
     async fn rebuild_now(
         &self,
         partition: &Partition,

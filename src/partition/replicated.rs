@@ -1,4 +1,4 @@
-//! A partition as one of several replicas: what the broker, its links and the metadata say to it and ask of it.
+//! A partition as one of several replicas: its interface for the broker, its links and the metadata.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,12 +17,12 @@ use super::{
 };
 use crate::model::{BrokerId, LeaderEpoch};
 
-/// How long a follower that joins waits for an epoch of which this broker has not heard yet.
+/// Maximum time that a subscription waits for an epoch that this broker has not received yet.
 const JOIN_WAIT: Duration = Duration::from_secs(1);
 
 impl Partition {
-    /// Takes what the metadata says. Returns when the task goes by it: what is asked of the partition afterwards is answered by the new
-    /// role. Calls come in the order of the metadata.
+    /// Applies metadata. Returns when the task has applied it: later requests to the partition find the new role. Calls come in the order
+    /// of the metadata.
     pub async fn assign(&self, assignment: Assignment) {
         if let Some(state) = &assignment.committed {
             self.note_committed(state);
@@ -32,29 +32,30 @@ impl Partition {
         let _stopped = taken.await;
     }
 
-    /// The view's word on a broker changed.
+    /// Applies a changed status of a broker in the metadata cache.
     pub async fn seen(&self, broker: BrokerId, registration: Registration) {
         self.order(Order::Seen(broker, registration)).await;
     }
 
-    /// Whether it leads and a member of the ISR is behind, or waits for what follows the leadership that it gave up: then it wants to be
-    /// told the time ([`Self::tick`]) now and then.
+    /// Returns true if the task needs ticks ([`Self::tick`]) at intervals: it leads and an ISR member is behind, or it waits for metadata
+    /// after its leadership ended.
     pub fn is_behind(&self) -> bool {
         self.shared.is_behind()
     }
 
-    /// Has it look who does not keep up. Never waits; an earlier time that it has not looked at is replaced. `now_ms` is of a clock that
-    /// never goes back, the same for all calls.
+    /// Sends the time, so that the task checks for lagging members. Never waits; replaces an earlier time that the task has not taken.
+    /// `now_ms` is of one monotonic clock for all calls.
     pub fn tick(&self, now_ms: u64) {
         self.news.tick(now_ms);
     }
 
-    /// The answer to what the partition asked of its [`Agreement`](super::Agreement).
+    /// Delivers the outcome of a request to [`Agreement`](super::Agreement).
     pub async fn agreed(&self, outcome: Agreed) {
         self.order(Order::Agreed(Box::new(outcome))).await;
     }
 
-    /// A follower joins in `epoch`. Waits up to a second for that epoch to begin here: its news may be on the way still.
+    /// Handles a subscription of a follower in `epoch`. Waits up to a second for that epoch to begin here: its metadata may still be on
+    /// the way.
     pub async fn join(&self, peer: Peer, epoch: LeaderEpoch, claim: Claim, ends: Ends) -> Answered {
         let _late = tokio::time::timeout(JOIN_WAIT, self.shared.until_led(epoch)).await;
         let (answer, answered) = oneshot::channel();
@@ -63,56 +64,56 @@ impl Partition {
         answered.await.unwrap_or_else(closing)
     }
 
-    /// A follower acknowledges what it has. Never waits; what it said before is replaced.
+    /// Handles an acknowledgement of a follower. Never waits; replaces an earlier one that the task has not taken.
     pub fn acknowledged(&self, peer: Peer, epoch: LeaderEpoch, ends: Ends) {
         self.shared.acknowledged(peer.broker, ends.written);
         self.news.acknowledged(peer, epoch, ends);
     }
 
-    /// How far those of these replicas are behind that follow; nothing is told while this broker does not lead.
+    /// Calls `tell` with the lag of each of these replicas; makes no call while this broker does not lead.
     pub fn lags(&self, replicas: &[BrokerId], now: Instant, tell: impl FnMut(BrokerId, Lag)) {
         self.shared.lags(replicas, now, tell);
     }
 
-    /// A follower is not connected any more.
+    /// Reports that a follower is disconnected.
     pub async fn left(&self, peer: Peer, why: Departure) {
         self.order(Order::Left(peer, why)).await;
     }
 
-    /// A follower knows of a newer epoch: nothing more is admitted before the metadata tells of it here as well.
+    /// Reports a newer epoch: a leader of an older epoch admits nothing more until its metadata contains the newer one.
     pub async fn deposed(&self, known: LeaderEpoch) {
         self.order(Order::Deposed(known)).await;
     }
 
-    /// Reads its log up to the log end, in the epoch in which this broker leads it now. Compare [`TailReader::epoch`] with the epoch
-    /// of the answer that a follower was given.
+    /// Returns a reader of the log up to its end, in the epoch in which this broker leads now. Compare [`TailReader::epoch`] with the
+    /// epoch of the response to the follower.
     pub fn tail(&self) -> TailReader {
         TailReader::new(Arc::clone(&self.shared), self.tail.clone())
     }
 
-    /// Takes what the link to the leader brings, in order. Never waits.
+    /// Delivers an event of the link to the leader, in order. Never waits.
     ///
     /// # Errors
-    /// When too much of it waits already. It is not taken then: what comes next would not fit.
+    /// The control queue is full. The event is dropped, so later events would not fit.
     pub fn from_link(&self, said: FromLink) -> Result<(), Overrun> {
         match self.orders.try_send(Order::Link(said)) {
-            // What a task that has ended is told changes nothing.
+            // An event for a task that has ended changes nothing.
             Ok(()) | Err(TrySendError::Closed(_)) => Ok(()),
             Err(TrySendError::Full(_)) => Err(Overrun),
         }
     }
 
-    /// How far its log reaches: what a follower acknowledges.
+    /// Returns the progress of the log, which a follower acknowledges.
     pub fn ends(&self) -> Ends {
         self.shared.ends()
     }
 
-    /// The epoch of its log's last batch; `None` for a log that never had one.
+    /// Returns the epoch of the log's last batch; `None` for a log that never had one.
     pub fn last_epoch(&self) -> Option<LeaderEpoch> {
         self.tail.last_epoch()
     }
 
-    /// Marks `index` in `ready` whenever that mark moves or the partition's standing changes, and once at first.
+    /// Marks `index` in `ready` whenever that watermark moves or the replica status changes, and once at first.
     pub fn follow(&self, ready: &Arc<Ready>, index: usize, on: On) {
         self.shared.follow(ready, index, on);
     }

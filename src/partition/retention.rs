@@ -1,99 +1,95 @@
 //! Retention: what to seal, upload, evict and delete. A pure function of configuration, segments and time.
 //!
-//! `retention.*` bound the whole log, `local.retention.*` what stays on disk after it is in the bucket (KIP-405).
-//! Only whole segments go, and only from the front: what is kept is always one unbroken range. As in Kafka the oldest
-//! goes by size only while what remains is still at least `retention.bytes`, the active segment counted.
-//!
-//! A plan that was carried out leaves nothing to plan: what lies below the log start counts for nothing any more, and so
-//! cannot push out what lies above it.
+//! `retention.*` limits the whole log, `local.retention.*` the part of it that stays on disk after its upload (KIP-405). Only whole
+//! segments are removed, and only from the front: the log is always one unbroken range. As in Kafka, the oldest segment is deleted by
+//! size only while the rest, the active segment included, is still at least `retention.bytes`. After a plan was applied the next plan is
+//! empty: records below the log start do not count any more, and so cannot displace records above it.
 
 use std::{ops::Range, time::Duration};
 
 use crate::model::{Offset, TopicConfig};
 
-/// Bytes of segments that are committed to the bucket at once, unless one alone has more.
+/// Maximum bytes of segments in one tier commit, unless one segment alone has more.
 const COMMIT_BYTES: u64 = 64 << 20;
 
-/// Most segments that are committed to the bucket at once.
+/// Maximum number of segments in one tier commit.
 const COMMIT_SEGMENTS: usize = 64;
 
-/// One segment as retention sees it, in either tier.
+/// Segment of either tier, as input of retention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Its first offset.
+    /// First offset.
     pub base: Offset,
-    /// The offset after its last record.
+    /// Offset after the last record.
     pub end: Offset,
-    /// Its bytes.
     pub bytes: u64,
-    /// The largest timestamp of its records; negative where they have none.
+    /// Maximum timestamp of its records; negative if they have none.
     pub max_timestamp_ms: i64,
-    /// When its last batch was written, by the clock of the broker that wrote it, whatever its records say; `i64::MAX` where that is not
-    /// known.
+    /// Time of the last append, by the clock of the broker that wrote the segment, whatever its records' timestamps are; `i64::MAX` if
+    /// unknown.
     pub written_ms: i64,
 }
 
 impl Segment {
-    /// What `retention.ms` counts from: the largest timestamp of its records, unless they have none or it lies in the future.
+    /// Returns the time from which `retention.ms` counts: the maximum record timestamp, or the time of the last append if that timestamp
+    /// is missing or in the future.
     fn counts_from(&self, now_ms: i64) -> i64 {
         if (0..=now_ms).contains(&self.max_timestamp_ms) { self.max_timestamp_ms } else { self.written_ms }
     }
 
-    /// Whether a record in it has a timestamp that is still to come.
+    /// Returns true if a record in the segment has a timestamp in the future.
     pub fn is_in_future(&self, now_ms: i64) -> bool {
         self.max_timestamp_ms > now_ms
     }
 }
 
-/// Everything that the decision looks at.
+/// Input of a plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a> {
-    /// The topic's configuration.
     pub config: &'a TopicConfig,
-    /// The wall clock.
+    /// Wall clock.
     pub now_ms: i64,
     /// First offset that can be read.
     pub log_start: Offset,
-    /// First offset not committed to the bucket.
+    /// First offset not committed to the object store.
     pub tiered_end: Offset,
     /// First uncommitted offset.
     pub high_watermark: Offset,
     /// Sealed segments on disk, in order.
     pub local: &'a [Segment],
-    /// The active segment.
+    /// Active segment.
     pub active: Segment,
-    /// How long ago the active segment took its first batch, by the monotonic clock; `None` while it is empty.
+    /// Time since the first batch in the active segment, by the monotonic clock; `None` while the segment is empty.
     pub active_age: Option<Duration>,
-    /// The first segments in the bucket, in order, from `log_start`. Those after them matter only by their bytes: what
-    /// they would add to this plan, a later one finds. Empty as well where the bucket cannot be asked: then its segments go
-    /// together, or stay.
+    /// First segments in the object store, in order, from `log_start` on. The segments after them count only by their bytes; a later plan
+    /// includes them. Empty also if the object store cannot be read: then its segments are deleted together, or stay.
     pub tiered: &'a [Segment],
-    /// Bytes of all segments in the bucket that reach above `log_start`.
+    /// Bytes of all segments in the object store that reach above `log_start`.
     pub tiered_bytes: u64,
-    /// Whether sealed segments are uploaded: the topic says so, there is a bucket, and this broker is a leader who knows what is
-    /// committed.
+    /// True if sealed segments are uploaded: the topic enables uploads, there is an object store, and this broker leads in a committed
+    /// epoch.
     pub uploads: bool,
-    /// Whether this broker leads. A follower moves no log start: it takes over its leader's.
+    /// True if this broker leads. A follower moves no log start: it applies its leader's.
     pub leads: bool,
-    /// Whether somebody waits for what is in the active segment to be in the bucket (`acks=tiered`).
+    /// True if a writer waits for the upload of the active segment (`acks=tiered`).
     pub hurry: bool,
 }
 
-/// What is to be done, in the order of the fields.
+/// Planned actions, in the order of the fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Seal the active segment.
     pub seal: bool,
-    /// Move the log start here; then what lies wholly below it goes, in both tiers.
+    /// Move the log start here; segments wholly below it are then removed in both tiers.
     pub log_start: Option<Offset>,
-    /// The sealed segments that begin in here are to be uploaded, in order, and committed at once: the next one, and what is small
-    /// enough to go with it. The next plan names those after them.
+    /// Upload the sealed segments that begin in this range, in order, and commit them together: the next one, and those that are small
+    /// enough to go with it. The next plan names the segments after them.
     pub upload: Option<Range<Offset>>,
-    /// Drop sealed segments that lie wholly below this from the disk: the bucket has them, or nobody may read them.
+    /// Evict sealed segments that lie wholly below this: they are in the object store, or below the log start.
     pub evict_below: Option<Offset>,
 }
 
-/// Decides.
+/// Returns the plan for an input.
 pub fn plan(input: &Input<'_>) -> Plan {
     let log_start = if input.leads { log_start(input) } else { None };
     let kept_from = log_start.unwrap_or(input.log_start);
@@ -108,8 +104,8 @@ fn seal(input: &Input<'_>) -> bool {
     old_enough || expired || (input.hurry && input.uploads)
 }
 
-/// What of the log only the disk has. A segment that reaches into the bucket is one of these and weighs nothing: the
-/// bucket's bytes count for a part of it, and how large the rest is nobody knows.
+/// Returns the segments that only the disk has. A segment that reaches into the object store is one of them, with 0 bytes. The object
+/// store's bytes count for a part of it, and the size of the rest is unknown.
 fn only_local<'a>(input: &Input<'a>) -> impl Iterator<Item = Segment> + use<'a> {
     let tiered_end = input.tiered_end;
     let held_from = tiered_end.max(input.log_start);
@@ -117,7 +113,7 @@ fn only_local<'a>(input: &Input<'a>) -> impl Iterator<Item = Segment> + use<'a> 
     held.map(move |segment| Segment { bytes: if segment.base < tiered_end { 0 } else { segment.bytes }, ..*segment })
 }
 
-/// How many of the segments given hold records with timestamps that are still to come. One that is given in both tiers counts once.
+/// Returns the number of the given segments with timestamps in the future. A segment that is given in both tiers counts once.
 pub fn in_future(input: &Input<'_>) -> u64 {
     let tiered = input.tiered.iter().filter(|segment| segment.end > input.log_start);
     let given_end = input.tiered.last().map_or(input.log_start, |last| last.end.max(input.log_start));
@@ -126,7 +122,8 @@ pub fn in_future(input: &Input<'_>) -> u64 {
     all.filter(|segment| segment.is_in_future(input.now_ms)).count() as u64
 }
 
-/// The oldest segments of the log: those in the bucket, then, where these are all, those that only the disk has.
+/// Returns the oldest segments of the log: those in the object store, then, if all of those are given, the segments that only the disk
+/// has.
 fn oldest<'a>(input: &Input<'a>) -> impl Iterator<Item = Segment> + use<'a> {
     let log_start = input.log_start;
     let unnamed = unnamed(input);
@@ -135,8 +132,8 @@ fn oldest<'a>(input: &Input<'a>) -> impl Iterator<Item = Segment> + use<'a> {
     tiered.copied().chain(unnamed).chain(only_local(input).filter(move |_| all_named))
 }
 
-/// All segments in the bucket as one, where it cannot be asked for them. They were written before what only the disk has, and no record in
-/// them may have been further ahead of that than the topic allows.
+/// Returns all segments in the object store as one, if they cannot be read. They were written before the segments that only the disk has,
+/// and no record in them may be further ahead of those than the topic allows.
 fn unnamed(input: &Input<'_>) -> Option<Segment> {
     if !input.tiered.is_empty() || input.tiered_end <= input.log_start {
         return None;
@@ -153,7 +150,7 @@ fn unnamed(input: &Input<'_>) -> Option<Segment> {
     })
 }
 
-/// Bytes of the bucket's segments that lie wholly below `start`.
+/// Returns the bytes of the object store's segments that lie wholly below `start`.
 pub fn removed_bytes(input: &Input<'_>, start: Offset) -> u64 {
     let tiered = input.tiered.iter().copied().chain(unnamed(input));
     tiered.filter(|segment| segment.end <= start).map(|segment| segment.bytes).sum()
@@ -193,8 +190,8 @@ fn upload(input: &Input<'_>, kept_from: Offset) -> Option<Range<Offset>> {
     Some(first.base..last.end)
 }
 
-/// Where the disk's copy may begin: behind what lies wholly below the log start, whatever the bucket has, and behind what the
-/// bucket has and the local limits say.
+/// Returns the offset at which the local log may start. Segments wholly below the log start are evicted, uploaded or not, and uploaded
+/// segments that exceed the local limits.
 fn evict_below(input: &Input<'_>, kept_from: Offset) -> Option<Offset> {
     let mut local: u64 = input.local.iter().map(|segment| segment.bytes).sum::<u64>() + input.active.bytes;
     let mut below = None;
@@ -215,7 +212,7 @@ fn expired(input: &Input<'_>, since_ms: i64, limit: Duration) -> bool {
     age_ms(input.now_ms, since_ms) > u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// How old something is; 0 where the clock went back.
+/// Returns the age of a time; 0 if the clock went back.
 fn age_ms(now_ms: i64, then_ms: i64) -> u64 {
     u64::try_from(now_ms.saturating_sub(then_ms)).unwrap_or(0)
 }

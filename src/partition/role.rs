@@ -1,8 +1,8 @@
-//! What this broker is told of a partition, and what it is in it. Values only: the task decides by them, and publishes what it became.
+//! Assignment, role and link events of a replica. Plain values: the task decides by them and publishes its role.
 //!
 //! ```text
 //!   assign ─▶ Waiting ◀──────────▶ Follower { leader } ◀──────────▶ Leader { settled }
-//!              nobody leads, or this      another leads                the value names this broker
+//!              no leader, or this         another broker leads       the value names this broker
 //!              broker is no replica
 //! ```
 
@@ -18,150 +18,145 @@ use crate::{
     tier::TierState,
 };
 
-/// What the metadata says of a partition. One whose revision is older than the known one is dropped; one of the same revision
-/// brings news of the tier and of the brokers.
+/// Metadata of a partition. An assignment with an older revision than the applied one is dropped; one with the same revision updates the
+/// tier state and the broker statuses.
 #[derive(Clone, Debug)]
 pub struct Assignment {
-    /// The partition's value.
     pub value: Arc<PartitionValue>,
-    /// The revision of that value: the transaction that last wrote it.
+    /// Revision of the transaction that last wrote the value.
     pub revision: Revision,
-    /// The value of the partition's tier key; `None` before the first commit.
+    /// Value of the partition's tier key; `None` before the first commit.
     pub committed: Option<TierState>,
-    /// What the view says of the brokers that the value names as replicas. Who is not in it is not registered.
+    /// Statuses, from the metadata cache, of the brokers that the value names as replicas. A broker that is missing here is not
+    /// registered.
     pub registered: BTreeMap<BrokerId, Registration>,
 }
 
-/// What a broker is in a partition.
+/// Role of this broker in a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Nothing: nobody leads as far as is known here, or this broker is no replica any more, or cannot follow.
+    /// Idle: no leader is known, this broker is no replica, or it cannot follow.
     Waiting,
-    /// It orders the writes.
+    /// Orders the writes.
     Leader {
-        /// Whether all that its log held when its epoch began is committed. Before, it tells nobody a latest offset.
+        /// True if all records that the log held when the epoch began are committed. Before, the leader serves no latest offset.
         settled: bool,
     },
-    /// It copies.
+    /// Copies from the leader.
     Follower {
-        /// From whom.
         leader: BrokerId,
-        /// It follows now, has joined, and is in the value's ISR.
+        /// True if the replica is subscribed and in the ISR of the partition's value.
         in_sync: bool,
     },
 }
 
 impl Role {
-    /// Whether it orders the writes.
     pub fn leads(self) -> bool {
         matches!(self, Self::Leader { .. })
     }
 
-    /// Whether it serves readers: a leader all of them, a follower those who take any replica, while it is in sync.
+    /// Returns true if this role serves reads. A leader serves all readers. An in-sync follower serves readers that accept any replica.
     pub fn serves(self, any_replica: bool) -> bool {
         self.leads() || any_replica && matches!(self, Self::Follower { in_sync: true, .. })
     }
 }
 
-/// What a broker is in a partition, and since when.
+/// Status of a replica: its role and the leader epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standing {
-    /// What it is.
     pub role: Role,
-    /// The newest leader epoch that its metadata named; 0 before the first.
+    /// Newest leader epoch in the received metadata; 0 before the first.
     pub epoch: LeaderEpoch,
-    /// Whom the value of that epoch names as the leader.
+    /// Leader that the value of that epoch names; `None` also if it names this broker and this broker does not lead.
     pub leader: Option<BrokerId>,
 }
 
 impl Standing {
-    /// Before anything is known.
+    /// Status before the first assignment.
     pub(super) const UNKNOWN: Self = Self { role: Role::Waiting, epoch: LeaderEpoch(0), leader: None };
 }
 
-/// What a leader answers to a follower that joins.
+/// Leader's response to a subscription.
 #[derive(Clone, Debug)]
 pub struct Answered {
-    /// The epoch in which the asked broker leads, or the newest that it knows of.
+    /// Epoch in which the responding broker leads; otherwise the newest epoch of its metadata.
     pub epoch: LeaderEpoch,
-    /// The leader's high watermark.
     pub high_watermark: Offset,
-    /// Where to go on.
+    /// Outcome of the subscription.
     pub join: Joined,
-    /// Whether the leader counts the follower as in sync. For its own side of the link: nobody is told.
+    /// True if the committed ISR contains the follower. For the leader's side of the link only: it is not sent.
     pub in_sync: bool,
 }
 
 impl Answered {
-    /// It may not go on.
+    /// Returns a response that rejects the subscription.
     pub(super) fn refused(epoch: LeaderEpoch, why: String) -> Self {
         Self { epoch, high_watermark: Offset::ZERO, join: Joined::Refused(why), in_sync: false }
     }
 }
 
-/// Where a follower goes on.
+/// Outcome of a subscription.
 #[derive(Clone, Debug)]
 pub enum Joined {
-    /// At the end that it claimed.
+    /// Continue at the log end that the follower reported.
     At(Offset),
-    /// Its log parts from the leader's: the newest of the leader's epochs that it may have, and where that ends.
+    /// The logs differ: the newest of the leader's epochs that the follower may share, and the end of that epoch.
     Diverged {
-        /// The epoch.
         epoch: LeaderEpoch,
-        /// The first offset after what it wrote.
+        /// First offset after the records of that epoch.
         end: Offset,
     },
-    /// Nothing that it has is of use.
+    /// The follower's log is useless: bootstrap.
     Begin(Box<Beginning>),
-    /// It may not join now, and why. It asks again a little later.
+    /// Rejected, with the reason. The follower subscribes again after a pause.
     Refused(String),
 }
 
-/// Where a replica begins that has nothing of use, and what is known of the log before that place.
+/// Start of an empty or useless replica, with the tables of the log before it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Beginning {
-    /// The first offset that it will have.
+    /// First offset of the replica.
     pub at: Offset,
-    /// The bucket holds all before it, and in its last segment's footer the tables.
+    /// True if the object store holds all records before `at`, and the footer of its last segment holds the tables.
     pub in_bucket: bool,
-    /// Else: the epochs of what lies before, each with its first offset, both ascending.
+    /// Epochs before `at` with their first offsets, both ascending; only if not `in_bucket`.
     pub epochs: Vec<(LeaderEpoch, Offset)>,
-    /// And its producers, as [`ProducerTable::to_bytes`](crate::log::ProducerTable::to_bytes) writes them.
+    /// Producer state before `at`, as [`ProducerTable::to_bytes`](crate::log::ProducerTable::to_bytes) writes it; only if not
+    /// `in_bucket`.
     pub producers: Bytes,
 }
 
-/// What the link to the leader brings.
+/// Event of the replication link to the leader.
 #[derive(Clone, Debug)]
 pub enum FromLink {
-    /// It stands, or stands again, or it is time to claim again.
+    /// The link is connected, or it is time to subscribe again.
     Up,
-    /// It is lost.
+    /// The link is lost.
     Down,
-    /// The leader's answer to the claim.
+    /// Response of the leader to the subscription.
     Answer(Answered),
     /// Batches, and the leader's high watermark.
     Pieces {
-        /// The leader epoch in which they are sent.
+        /// Leader epoch in which the batches are sent.
         epoch: LeaderEpoch,
-        /// The leader's high watermark.
         high_watermark: Offset,
-        /// Checked batches that follow each other; none when only the mark moved.
+        /// Checked batches in the order of their offsets; none if only the high watermark moved.
         batches: Vec<Batch>,
     },
 }
 
-/// The partition's task is too far behind to take more from the link: the place is dropped and joined again.
+/// Error of a full control queue: the link ends the subscription, and the partition subscribes again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the partition has too many messages of its leader waiting")]
 pub struct Overrun;
 
-/// What wakes somebody who follows a partition's marks.
+/// Movement of a watermark that wakes a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum On {
     /// The high watermark moved.
     Committed,
     /// The log end moved.
     Written,
-    /// The log end or the persisted end moved, or a leader has just confirmed them: there is something to acknowledge.
+    /// The log end or the persisted end moved, or a leader has just accepted the subscription: an acknowledgement is due.
     Progress,
 }

@@ -1,4 +1,5 @@
-//! State of a partition that others read without asking its task: marks, standing and fault, which the task publishes, and the configuration.
+//! State of a partition that is read without a request to its task: watermarks, status and error, which the task publishes, and the
+//! configuration.
 
 use std::{
     sync::{
@@ -23,7 +24,7 @@ use crate::{
     telemetry::LogThrottle,
 };
 
-/// The published state of one partition. Only its task writes, but for the configuration: the broker sets that as it learns of it.
+/// Published state of one partition. Only its task writes it, except the configuration: the broker sets that when it arrives.
 #[derive(Debug)]
 pub(super) struct Shared {
     log_start: AtomicU64,
@@ -34,30 +35,30 @@ pub(super) struct Shared {
     log_end: AtomicU64,
     local_bytes: AtomicU64,
     opened: Instant,
-    /// When the active segment took its first batch, in ms from `opened` on; `i64::MAX` while it is empty.
+    /// Time of the first batch in the active segment, in ms from `opened` on; `i64::MAX` while the segment is empty.
     active_since_ms: AtomicI64,
-    /// Segments with timestamps that are still to come, as the last plan of its leader found them.
+    /// Number of segments with timestamps in the future, by the last plan of the leader.
     future_segments: AtomicU64,
     closed: AtomicBool,
-    /// Whether a member of the ISR is behind, so that the clock is to be asked.
+    /// True if the task needs ticks: an ISR member is behind, or the metadata is late.
     behind: AtomicBool,
     standing: ArcSwap<Standing>,
-    /// Told when the standing changed.
+    /// Notified when the status changed.
     stands: Notify,
     config: ArcSwap<TopicConfig>,
     fault: Mutex<Option<Arc<str>>>,
-    /// Reads that the local copy did not serve.
+    /// Throttles log lines about reads that the local copy did not serve.
     unreadable: Mutex<LogThrottle>,
-    /// Reads for followers that it did not serve.
+    /// Throttles log lines about reads for followers that the local copy did not serve.
     unsendable: Mutex<LogThrottle>,
-    /// While it leads.
+    /// `None` while this broker does not lead.
     followers: Mutex<Option<Followers>>,
-    /// Whether somebody follows: else appends note nothing.
+    /// True if a follower acknowledges: otherwise appends record no lag entry.
     followed: AtomicBool,
     committed: Listeners,
     written: Listeners,
     progress: Listeners,
-    /// Where many listeners are woken.
+    /// Tasks in which long lists of listeners are woken.
     tasks: Tasks,
 }
 
@@ -91,18 +92,18 @@ impl Shared {
         }
     }
 
-    /// Counts a read that the local copy did not serve: `Some` with how many there were, where a line is due.
+    /// Counts a read that the local copy did not serve. Returns the number of such reads if a line is due.
     pub(super) fn count_unreadable(&self) -> Option<u64> {
         self.unreadable.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic())
     }
 
-    /// As [`Self::count_unreadable`], for followers.
+    /// Counts a read for a follower, as [`Self::count_unreadable`] does.
     pub(super) fn count_unsendable(&self) -> Option<u64> {
         self.unsendable.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic())
     }
 
-    /// Publishes the marks. The ends are stored before the high watermark, so that who sees a high watermark finds
-    /// everything below it. Whoever waits for a mark is woken when it moved.
+    /// Publishes the watermarks and wakes the listeners of those that moved. The ends are stored before the high watermark, so that a
+    /// reader that sees a high watermark finds everything below it.
     pub(super) fn publish(&self, marks: Watermarks, local_bytes: u64) {
         let before = self.log_end.swap(marks.log_end.get(), Ordering::SeqCst);
         let written = before != marks.log_end.get();
@@ -152,7 +153,7 @@ impl Shared {
         self.active_since_ms.store(since, Ordering::Relaxed);
     }
 
-    /// How long ago the active segment took its first batch; `None` while it is empty.
+    /// Returns the time since the first batch in the active segment; `None` while the segment is empty.
     pub(super) fn active_age(&self, now: Instant) -> Option<Duration> {
         let since = self.active_since_ms.load(Ordering::Relaxed);
         let now = i64::try_from(now.saturating_duration_since(self.opened).as_millis()).unwrap_or(i64::MAX);
@@ -168,7 +169,7 @@ impl Shared {
         self.future_segments.load(Ordering::Relaxed)
     }
 
-    /// How far the log reaches.
+    /// Returns the progress of the log.
     pub(super) fn ends(&self) -> Ends {
         // The persisted end first: it is never above a log end that is read after it.
         let load = |mark: &AtomicU64| Offset::new(mark.load(Ordering::Acquire)).expect("a published offset");
@@ -185,14 +186,14 @@ impl Shared {
         self.standing().epoch
     }
 
-    /// Publishes what this broker is now, and wakes all who wait for anything: it may be over.
+    /// Publishes the replica status and wakes all listeners: their wait may be over.
     pub(super) fn stand(&self, standing: Standing) {
         self.standing.store(Arc::new(standing));
         self.stands.notify_waiters();
         self.wake_all();
     }
 
-    /// Waits until this broker leads in `epoch`, or has heard of a newer one, or does not serve the partition any more.
+    /// Waits until this broker leads in `epoch`, has received a newer epoch, or has closed the partition.
     pub(super) async fn until_led(&self, epoch: LeaderEpoch) {
         loop {
             let changed = self.stands.notified();
@@ -211,13 +212,13 @@ impl Shared {
         }
     }
 
-    /// From now on it leads, or does not.
+    /// Records that this broker leads from now on, or does not lead.
     pub(super) fn leads(&self, leads: bool) {
         self.followed.store(false, Ordering::Relaxed);
         *self.followers() = leads.then(|| Followers::new(clock::monotonic()));
     }
 
-    /// A follower has everything below `end`.
+    /// Records an acknowledgement: a follower has everything below `end`.
     pub(super) fn acknowledged(&self, broker: BrokerId, end: Offset) {
         if let Some(followers) = &mut *self.followers() {
             followers.acknowledged(broker, end);
@@ -225,7 +226,7 @@ impl Shared {
         }
     }
 
-    /// How far each of these brokers is behind; nothing while this one does not lead.
+    /// Calls `tell` with the lag of each of these brokers; makes no call while this broker does not lead.
     pub(super) fn lags(&self, replicas: &[BrokerId], now: Instant, mut tell: impl FnMut(BrokerId, Lag)) {
         let marks = self.marks();
         let mut followers = self.followers();
@@ -268,20 +269,20 @@ impl Shared {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Ends the partition for its readers: each is woken and finds it closed.
+    /// Closes the partition for its readers: each one is woken and finds it closed.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.stands.notify_waiters();
         self.wake_all();
     }
 
-    /// Marks `index` in `ready` from now on whenever that mark moves, and once at first.
+    /// Marks `index` in `ready` from now on whenever that watermark moves, and once at first.
     pub(super) fn follow(self: &Arc<Self>, ready: &Arc<Ready>, index: usize, on: On) {
         ready.listen(index, Listener::new(ready, index, self, on));
         ready.mark(index);
     }
 
-    /// Wakes who waits for this mark, though it did not move.
+    /// Wakes the listeners of this watermark, whether it moved or not.
     pub(super) fn wake(&self, on: On) {
         self.listeners(on).wake(&self.tasks);
     }

@@ -1,5 +1,5 @@
-//! What a partition's task asks of its broker. Nothing here waits or blocks: the broker takes the question, and the outcome comes
-//! back through the partition's handle.
+//! Requests of a partition's task to its broker. No call waits or blocks: the broker takes the request, and the outcome arrives through
+//! the partition's handle.
 
 use std::sync::Arc;
 
@@ -12,53 +12,53 @@ use crate::{
     telemetry::{Counter, Metrics},
 };
 
-/// The links to other brokers, over which this one follows.
+/// Replication links over which this broker follows other brokers.
 pub trait Links: Send + Sync + 'static {
-    /// The partition follows `leader` from now on, and nobody that it followed before. The link says
-    /// [`FromLink::Up`](super::FromLink::Up) when it stands, also when it stands already.
+    /// Starts to follow `leader`, instead of any earlier leader. The link sends [`FromLink::Up`](super::FromLink::Up) when it is
+    /// connected, also if it is connected already.
     fn follow(&self, partition: PartitionId, leader: BrokerId);
 
-    /// Sends a claim on the link over which the partition follows. It takes the place of an earlier one: what is answered to that, or
-    /// comes after it, is dropped.
+    /// Subscribes over the link over which the partition follows, with this log position. The subscription replaces an earlier one, whose
+    /// responses and batches are dropped.
     fn join(&self, partition: PartitionId, epoch: LeaderEpoch, claim: Claim, ends: Ends);
 
-    /// Says [`FromLink::Up`](super::FromLink::Up) again a little later: later each time, until the leader has answered
-    /// with [`Joined::At`](super::Joined::At).
+    /// Sends [`FromLink::Up`](super::FromLink::Up) again after a pause. The pause grows with each call until a leader serves the
+    /// partition ([`Joined::At`](super::Joined::At)) for some time.
     fn again(&self, partition: PartitionId);
 
-    /// The partition is not followed any more. The leader is told of the newest epoch that is known here, which may be newer than its
-    /// own; `stopping` when this replica will not be back soon. Once this has returned nothing is acknowledged on that link.
+    /// Unsubscribes the partition. The leader receives `known`, the newest epoch known here, which may be newer than the leader's own.
+    /// `stopping` is true if this replica will not return soon. After this has returned, nothing is acknowledged on that link.
     fn leave(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool);
 }
 
-/// The metadata store, as leaders change it. Each question is answered exactly once, through
-/// [`Partition::agreed`](super::Partition::agreed): a partition asks nothing more before that.
+/// Requests of leaders to the metadata store. Each request has exactly one outcome, sent through
+/// [`Partition::agreed`](super::Partition::agreed); the partition sends no other request before that outcome.
 pub trait Agreement: Send + Sync + 'static {
-    /// Writes a change of the ISR, by compare-and-set.
+    /// Writes an ISR change, by compare-and-set.
     fn propose(&self, partition: PartitionId, proposal: Proposal);
 
-    /// Reads the partition's key, because the outcome of a proposal is not known. It is asked again until the store has answered
-    /// with a value or with none.
+    /// Reads the partition's key: after a proposal with an unknown outcome, or if the metadata is late. The read is repeated until the
+    /// store returns a value or reports that the key does not exist.
     fn read_back(&self, partition: PartitionId);
 
-    /// The leader of this epoch cannot write any more: gives up its leadership and its membership, as far as another member stays.
-    /// Not answered.
+    /// Resigns from the leadership of this epoch, because this broker cannot write any more. The broker also leaves the ISR. Nothing
+    /// changes if the ISR has no other member. This request has no outcome.
     fn resign(&self, partition: PartitionId, epoch: LeaderEpoch);
 }
 
-/// What partitions count, over all of a broker.
+/// Counters over all partitions of a broker.
 #[derive(Clone, Debug, Default)]
 pub struct Counts {
-    /// In-sync replicas that were lost while leading.
+    /// Members that left the ISR of partitions led here.
     pub isr_shrinks: Counter,
-    /// In-sync replicas that were won while leading.
+    /// Members that entered the ISR of partitions led here.
     pub isr_expands: Counter,
     /// Leader epochs that began here.
     pub leader_epochs: Counter,
 }
 
 impl Counts {
-    /// Those of a broker's figures.
+    /// Returns the counters among a broker's metrics.
     pub fn of(metrics: &Metrics) -> Self {
         Self {
             isr_shrinks: metrics.isr_shrinks.clone(),
@@ -67,26 +67,23 @@ impl Counts {
         }
     }
 
-    /// The in-sync replicas of a partition that is led here changed.
+    /// Counts an ISR change of a partition that is led here.
     pub(super) fn isr_changed(&self, before: &[BrokerId], after: &[BrokerId]) {
         self.isr_shrinks.inc_by(before.iter().filter(|id| !after.contains(id)).count() as u64);
         self.isr_expands.inc_by(after.iter().filter(|id| !before.contains(id)).count() as u64);
     }
 }
 
-/// All of them.
+/// Interfaces of a partition's task to its broker.
 #[derive(Clone)]
 pub struct Surroundings {
-    /// Links to other brokers.
     pub links: Arc<dyn Links>,
-    /// The metadata store.
     pub agreement: Arc<dyn Agreement>,
-    /// What is counted.
     pub counts: Counts,
 }
 
 impl Surroundings {
-    /// Those of a broker that is alone: there is nobody to follow, and no set that could change.
+    /// Returns the interfaces of a standalone broker: it has no other leader to follow, and its ISR never changes.
     pub fn alone() -> Self {
         Self { links: Arc::new(Alone), agreement: Arc::new(Alone), counts: Counts::default() }
     }

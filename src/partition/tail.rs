@@ -1,4 +1,4 @@
-//! Reading a leader's log up to its end, for its followers. What is read may not be committed yet, and may be cut when another leads.
+//! Reads of a leader's log up to its end, for followers. The records may be uncommitted, and may be truncated when another broker leads.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::{
     task,
 };
 
-/// One leader's log in one epoch. It ends with the epoch: what is read afterwards may be another's. Clones are cheap.
+/// Reader of one leader's log in one epoch. It ends with the epoch: records read afterwards may be another leader's. Clones are cheap.
 #[derive(Clone)]
 pub struct TailReader {
     shared: Arc<Shared>,
@@ -28,24 +28,23 @@ impl TailReader {
         Self { shared, log, epoch }
     }
 
-    /// The epoch whose leader is read.
     pub fn epoch(&self) -> LeaderEpoch {
         self.epoch
     }
 
-    /// The leader's log end and its high watermark.
+    /// Returns the leader's log end and its high watermark.
     pub fn ends(&self) -> (Offset, Offset) {
         // The high watermark first: it is never above a log end that is read after it.
         let high_watermark = self.shared.marks().high_watermark;
         (self.shared.ends().written, high_watermark)
     }
 
-    /// Reads from `from`: at least one batch when there is one, beyond that up to `max_bytes`. `None` at the log end. Memory or
-    /// disk, never the bucket.
+    /// Reads from `from` on: at least one batch if there is one, beyond that up to `max_bytes`. Returns `None` at the log end. Reads
+    /// memory or disk, never the object store.
     ///
     /// # Errors
-    /// [`ReadError::Closed`] when this broker does not lead in that epoch any more; [`ReadError::OutOfRange`] when `from` is not
-    /// on this disk: whoever reads has to join again.
+    /// [`ReadError::Closed`] if this broker does not lead in that epoch any more; [`ReadError::OutOfRange`] if `from` is not on this
+    /// disk: the follower has to subscribe again.
     pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
         self.leads()?;
         let bound = self.shared.ends().written;
@@ -63,12 +62,12 @@ impl TailReader {
                 fetched(read.map_err(|error| self.failed(from, error))?, Source::Disk)
             }
         };
-        // Before it follows another it says so, and only then it cuts: so this was the log of that epoch.
+        // Before this broker follows another one it publishes that, and only then it truncates: so this was the log of that epoch.
         self.leads()?;
         Ok(Some(found))
     }
 
-    /// Whether this broker leads in that epoch still.
+    /// Checks that this broker still leads in that epoch.
     pub(super) fn leads(&self) -> Result<(), ReadError> {
         let standing = self.shared.standing();
         if !self.shared.is_closed() && standing.epoch == self.epoch && matches!(standing.role, Role::Leader { .. }) {

@@ -1,4 +1,4 @@
-//! One partition on a real disk with a bucket in memory: writing, reading, upkeep, stopping.
+//! One partition on a real disk with an object store in memory: writes, reads, maintenance, stop.
 
 mod acks_tiered;
 mod by_time;
@@ -57,7 +57,7 @@ impl Bench {
         self.open_with(config, None).await
     }
 
-    /// Opens it as a restart does: with what the metadata store says.
+    /// Opens the partition as a restart does: with the tier state of the metadata store.
     async fn reopen(&self, config: &[(&str, &str)]) -> Arc<Partition> {
         let committed = self.commits.current(self.id).await.unwrap();
         self.open_with(config, committed.filter(|state| *state != TierState::default())).await
@@ -86,14 +86,14 @@ impl Bench {
         partition
     }
 
-    /// Carries out upkeep until there is nothing left to do.
+    /// Runs maintenance until no work is left.
     async fn settle(&self, partition: &Partition) {
         while self.upkeep.step(partition).await.unwrap().more {}
-        // The last command was only queued: a question behind it is answered after it.
+        // The last command was only queued: a request behind it returns after it.
         upkeep::local(partition).await.unwrap();
     }
 
-    /// Serves the queue as a broker's worker does, until there is an answer.
+    /// Serves the queue as a broker's worker does, until `answer` is ready.
     async fn serve_until<T>(&self, partition: &Partition, answer: impl Future<Output = T>) -> T {
         let serve = async {
             loop {
@@ -110,7 +110,7 @@ impl Bench {
     }
 }
 
-/// The value of a partition that this broker has alone.
+/// Returns the value of a partition whose only replica is on this broker.
 fn alone() -> PartitionValue {
     PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(4))
 }
@@ -139,7 +139,7 @@ async fn append_batch(partition: &Partition, batch: Batch, acks: Acks) -> Append
     partition.append(batch, None, acks, permit).await.await.unwrap()
 }
 
-/// Everything from `from` to the high watermark, and where it came from.
+/// Reads everything from `from` to the high watermark. Returns the values, and the tier of each read.
 async fn read_all(partition: &Partition, from: u64) -> (Vec<Vec<u8>>, Vec<Source>) {
     let (mut values, mut sources) = (Vec::new(), Vec::new());
     let mut at = Offset::new(from).unwrap();
@@ -160,7 +160,7 @@ async fn read_all(partition: &Partition, from: u64) -> (Vec<Vec<u8>>, Vec<Source
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_acknowledged_is_read_and_survives_a_reopen() {
+async fn acknowledged_records_are_readable_after_reopen() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
     let partition = bench.open(&[]).await;
@@ -180,13 +180,13 @@ async fn what_is_acknowledged_is_read_and_survives_a_reopen() {
     assert_eq!(read_all(&again, 0).await.0.len(), 10);
 }
 
-/// A fast producer's batches come in large groups; one group once lay in one segment whatever its size.
+/// Regression: one group lay in one segment whatever its size, and a fast producer's batches form large groups.
 #[tokio::test]
-async fn a_segment_does_not_outgrow_its_topic_because_batches_came_at_once() {
+async fn queued_batches_do_not_exceed_segment_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
     let partition = bench.open(&[("segment.bytes", "16384")]).await;
-    // On one thread: all of them are queued before the partition has its turn.
+    // On one thread: all writes are queued before the partition's task runs.
     let mut answers = Vec::new();
     for n in 0..40_u8 {
         let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
@@ -206,7 +206,7 @@ async fn a_segment_does_not_outgrow_its_topic_because_batches_came_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_crosses_bucket_disk_and_memory() {
+async fn reader_crosses_object_store_disk_and_memory() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
     let partition = bench.open(&[("segment.bytes", "16384"), ("local.retention.bytes", "40000")]).await;
@@ -225,7 +225,7 @@ async fn a_reader_crosses_bucket_disk_and_memory() {
     }
 }
 
-/// A follower hears of a new log start by the metadata before its own task acts by it: the object store was blamed meanwhile.
+/// Regression: a follower gets a new log start with the metadata before its task applies it, and reads blamed the object store meanwhile.
 #[tokio::test(flavor = "multi_thread")]
 async fn read_below_a_log_start_that_has_just_moved_is_out_of_range() {
     let dir = tempfile::tempdir().unwrap();
@@ -246,7 +246,7 @@ async fn read_below_a_log_start_that_has_just_moved_is_out_of_range() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn retention_moves_the_start_in_both_tiers_and_readers_are_told() {
+async fn retention_moves_log_start_in_both_tiers() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
     let partition = bench.open(&[("segment.bytes", "16384"), ("retention.bytes", "50000")]).await;
@@ -262,9 +262,10 @@ async fn retention_moves_the_start_in_both_tiers_and_readers_are_told() {
     assert_eq!(read_all(&partition, start.get()).await.0.len() as u64, end.since(start));
 }
 
-/// Found by review: in the bucket they counted as older than anything, and were deleted as soon as they were there.
+/// Regression, found by review: in the object store such records counted as older than any other, and were deleted right after their
+/// upload.
 #[tokio::test(flavor = "multi_thread")]
-async fn records_without_a_timestamp_are_as_old_as_their_segment_in_the_bucket_too() {
+async fn records_without_timestamp_expire_by_time_of_append() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
     let config = [("segment.bytes", "16384"), ("retention.ms", "3600000")];
@@ -285,9 +286,9 @@ async fn records_without_a_timestamp_are_as_old_as_their_segment_in_the_bucket_t
     tokio::time::timeout(Duration::from_secs(60), all_go).await.expect("all are a millisecond old before long");
 }
 
-/// A record of 2100 kept the disk's copy for ever, and one of 1970 gave it up at once.
+/// Regression: a record of 2100 kept the local copy for ever, and a record of 1970 evicted it at once.
 #[tokio::test(flavor = "multi_thread")]
-async fn local_copies_age_from_writing_whatever_their_records_say() {
+async fn local_copies_age_from_time_of_append() {
     for timestamp_ms in [1, 1 << 62] {
         let dir = tempfile::tempdir().unwrap();
         let bench = Bench::new(dir.path(), true).await;
@@ -334,20 +335,20 @@ async fn durability_changes_on_a_live_topic() {
     assert_eq!(append(&partition, b"c", Acks::Leader).await.unwrap().held, Held::PageCache(1));
 }
 
-/// Requests were checked by the configuration of before, until the partition's task had had its turn: a batch was not opened that
-/// the topic's new codec asks to open.
+/// Regression: requests were checked against the configuration of before until the partition's task ran. A batch was not opened although
+/// the topic's new codec requires that.
 #[tokio::test]
-async fn changed_configuration_holds_for_what_is_checked_before_the_task() {
+async fn changed_configuration_applies_before_the_task_runs() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
     let partition = bench.open(&[]).await;
     let changed = resolve(&[("compression.type", "zstd")]);
-    // One thread: the task has no turn in between.
+    // One thread: the task does not run in between.
     partition.configure(Arc::clone(&changed)).await;
     assert_eq!(partition.config(), changed);
 }
 
-/// Bytes of the segment files in a data directory.
+/// Returns the bytes of the segment files in a data directory.
 fn bytes_on_disk(dir: &Path) -> u64 {
     let mut bytes = 0;
     for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
@@ -368,10 +369,10 @@ fn with(limit: &'static str) -> Vec<(&'static str, &'static str)> {
     LOCAL.iter().copied().chain([("retention.bytes", limit)]).collect()
 }
 
-/// Lowering the limit once gave up nearly the whole log, as what lay below the log start was counted again, and freed
-/// nothing, as only what the bucket has ever left the disk.
+/// Regression: a lower limit deleted nearly the whole log, because records below the log start were counted again. It freed no space,
+/// because only segments in the object store were ever evicted.
 #[tokio::test(flavor = "multi_thread")]
-async fn without_uploads_size_retention_keeps_the_limit_and_frees_the_disk() {
+async fn size_retention_without_uploads_frees_disk_to_the_limit() {
     for bucket in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let bench = Bench::new(dir.path(), bucket).await;
@@ -398,7 +399,7 @@ async fn without_uploads_size_retention_keeps_the_limit_and_frees_the_disk() {
             ReadError::OutOfRange { offset: Offset::ZERO, start: marks.log_start, end: marks.high_watermark }
         );
 
-        // Again and again: nothing more goes.
+        // Repeated steps delete nothing more.
         for _ in 0..3 {
             bench.upkeep.step(&partition).await.unwrap();
             assert_eq!(partition.marks(), marks);
@@ -413,10 +414,10 @@ async fn without_uploads_size_retention_keeps_the_limit_and_frees_the_disk() {
     }
 }
 
-/// Nobody told the leader what it had done itself: whatever it tried then met a state that it did not know, and nothing was uploaded any
-/// more until another one led.
+/// Regression: the leader did not apply its own commit whose response was lost. Every later attempt met an unknown state, and nothing was
+/// uploaded until another broker led.
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_commit_whose_answer_was_lost_uploads_go_on() {
+async fn uploads_continue_after_lost_commit_response() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
     let partition = bench.open(&[("segment.bytes", "16384"), ("retention.ms", "-1")]).await;
@@ -447,9 +448,9 @@ async fn after_a_commit_whose_answer_was_lost_uploads_go_on() {
     partition.stop().await;
 }
 
-/// The commit is in the metadata store, and the broker died before it touched the disk.
+/// The commit is in the metadata store, and the broker exited before it changed the disk.
 #[tokio::test(flavor = "multi_thread")]
-async fn files_that_a_crash_left_below_the_log_start_go_with_the_next_upkeep() {
+async fn files_below_log_start_after_crash_are_evicted() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
     let partition = bench.open(LOCAL).await;
@@ -470,9 +471,9 @@ async fn files_that_a_crash_left_below_the_log_start_go_with_the_next_upkeep() {
     again.stop().await;
 }
 
-/// An offset is never given twice, even where nothing else than the metadata store knows that it was given once.
+/// An offset is never assigned twice, even if only the metadata store shows that it was assigned once.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_without_a_bucket_whose_disk_is_lost_goes_on_at_its_log_start() {
+async fn lost_log_without_object_store_restarts_at_log_start() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
     let state = TierState { log_start: Offset::new(600).unwrap(), epoch: LeaderEpoch(4), ..TierState::default() };
@@ -485,9 +486,9 @@ async fn a_log_without_a_bucket_whose_disk_is_lost_goes_on_at_its_log_start() {
     partition.stop().await;
 }
 
-/// History in the bucket, then uploads are turned off, deletion overtakes the tiered end, and they are turned on again.
+/// The object store has records; uploads are turned off, deletion overtakes the tiered end, and uploads are turned on again.
 #[tokio::test(flavor = "multi_thread")]
-async fn uploads_that_were_off_go_on_behind_what_was_deleted_meanwhile() {
+async fn reenabled_uploads_continue_after_deleted_records() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
     let on = [("segment.bytes", "16384"), ("retention.ms", "-1"), ("local.retention.ms", "-1")];
@@ -526,9 +527,9 @@ async fn uploads_that_were_off_go_on_behind_what_was_deleted_meanwhile() {
     again.stop().await;
 }
 
-/// Readers of the front while it goes: what they get is whole, or they are told where the log starts by then.
+/// A reader at the front during deletions gets intact batches, or the log start of that time.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_at_the_front_is_told_the_start_while_segments_are_deleted() {
+async fn reader_at_front_gets_log_start_during_deletion() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
     let partition = bench.open(LOCAL).await;

@@ -1,5 +1,5 @@
-//! Batches that cannot be decoded, remembered so that nobody decompresses one again and again. One with a single record that cannot be
-//! decoded counts as a whole.
+//! Batches that cannot be decoded, listed so that no batch is decompressed again and again. A batch with a single record that cannot be
+//! decoded counts as undecodable.
 
 use std::{
     collections::VecDeque,
@@ -8,31 +8,31 @@ use std::{
 
 use crate::{
     model::{Offset, PartitionId},
-    record::{Batch, Malformed},
+    record::{Batch, MalformedBatch},
 };
 
-/// Most batches that are remembered. The oldest is forgotten first.
+/// Maximum number of batches in the list. The oldest is dropped first.
 const REMEMBERED: usize = 256;
 
-/// Offsets are unique in a partition, and the checksum tells what was cut from what took its place.
+/// Identity of a batch. Offsets are unique in a partition, and the checksum tells a truncated batch from a later one at its offset.
 type BatchName = (PartitionId, Offset, u32);
 
-/// The batches, with what is wrong with each.
+/// The batches, with the error of each.
 #[derive(Debug, Default)]
-pub(super) struct UndecodableBatches(Mutex<VecDeque<(BatchName, Malformed)>>);
+pub(super) struct UndecodableBatches(Mutex<VecDeque<(BatchName, MalformedBatch)>>);
 
 impl UndecodableBatches {
-    fn lock(&self) -> MutexGuard<'_, VecDeque<(BatchName, Malformed)>> {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(BatchName, MalformedBatch)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The error that was met in a batch, where one is remembered.
-    pub(super) fn find(&self, id: PartitionId, batch: &Batch) -> Option<Malformed> {
+    /// Returns the error of a batch that is in the list.
+    pub(super) fn find(&self, id: PartitionId, batch: &Batch) -> Option<MalformedBatch> {
         let name = name(id, batch);
         self.lock().iter().find(|(known, _)| *known == name).map(|(_, error)| error.clone())
     }
 
-    pub(super) fn remember(&self, id: PartitionId, batch: &Batch, error: Malformed) {
+    pub(super) fn remember(&self, id: PartitionId, batch: &Batch, error: MalformedBatch) {
         let mut batches = self.lock();
         if batches.len() >= REMEMBERED {
             batches.pop_front();

@@ -1,17 +1,20 @@
-//! Upkeep of one partition: carry out what [`retention`] plans, one step at a time.
+//! Maintenance of one partition: it applies the plans of [`retention`], one step at a time.
 //!
-//! The order is what makes a crash harmless: object, manifest, commit in the metadata store, and only then the local
-//! files. A crash between any two leaves an object that nobody names, or files below the log start, and the next try begins
-//! anew: every step is planned from what is there.
+//! # Overview
 //!
-//! The log start moves in the metadata store first, which asks nothing of the bucket; then what lies below it leaves the disk, and the
-//! manifest follows. Uploads come last, and a step that cannot upload ends: so a bucket that is away keeps nothing on the disk that
-//! nobody may read.
+//! The log start moves in the metadata store first, which needs no object store. Then the segments below it are evicted, and the manifest
+//! follows. Uploads come last, and a step that cannot upload ends. So an unavailable object store keeps no deleted records on the disk.
 //!
-//! An upload may take long, and one that the store does not take goes on until its retries are used up. So a step may leave uploads out:
-//! retention of all partitions is carried out by workers of its own, which never wait for one.
+//! An upload may take long, and a failing one continues until its retries are used up. So a step may leave out uploads: workers of their
+//! own apply the retention of all partitions and never wait for an upload.
 //!
-//! Only the leader uploads and moves the log start. A follower seals by age, and lets go what its leader committed to the bucket.
+//! Only the leader uploads and moves the log start. A follower seals by age, and evicts what its leader committed to the object store.
+//!
+//! # Crash
+//!
+//! The order makes a crash harmless: object, manifest, commit in the metadata store, and only then local files. A crash between any two
+//! leaves an orphan object, or files below the log start. The next attempt starts again: every step is planned from the state that it
+//! finds.
 
 use std::{ops::Range, time::Duration};
 
@@ -31,27 +34,27 @@ use crate::{
     tier::{self, PartitionTier, ReadError, SegmentSource, Staged, Staging, TierState},
 };
 
-/// How many segments of the bucket one plan looks at.
+/// Maximum number of segments in the object store that one plan reads.
 const TIERED_PER_PLAN: usize = 256;
 
-/// How long what has been uploaded waits for what is uploaded after it, to be committed with it: `acks=tiered` waits for the commit.
+/// Maximum time that an uploaded segment waits for later uploads of the same commit: `acks=tiered` waits for the commit.
 const COMMIT_WITHIN: Duration = Duration::from_secs(1);
 
-/// How long an upload is tried on once the store is known to be away, before the partition is planned again.
+/// Maximum time of an upload once the object store is known to be unavailable, before the partition is planned again.
 const RETRY_WITHIN: Duration = Duration::from_secs(2);
 
-/// What the partition's task says of its segments.
+/// State of a partition's segments in its task.
 pub(super) struct Local {
     pub(super) sealed: Vec<SegmentInfo>,
     pub(super) active: SegmentInfo,
-    /// How long ago the active segment took its first batch; `None` while it is empty.
+    /// Time since the first batch in the active segment; `None` while the segment is empty.
     pub(super) active_age: Option<Duration>,
     pub(super) awaits_tier: bool,
-    /// The epoch in which it leads, and whether it is settled; `None` while it does not lead.
+    /// Epoch in which this broker leads, and true if that epoch is committed; `None` while it does not lead.
     pub(super) leads: Option<(LeaderEpoch, bool)>,
 }
 
-/// Why a step failed. All of them are tried again.
+/// Error of a step. Every one is tried again.
 #[derive(Debug, thiserror::Error)]
 pub enum UpkeepError {
     /// The partition's task has ended.
@@ -60,18 +63,17 @@ pub enum UpkeepError {
     /// The segment could not be read for its upload.
     #[error("the segment at {base} cannot be uploaded: {source}")]
     Export {
-        /// Its first offset.
+        /// First offset of the segment.
         base: Offset,
-        /// Why.
         source: std::io::Error,
     },
-    /// The object store did not take the segment or the manifest.
+    /// The object store did not accept the segment or the manifest.
     #[error("the upload failed: {0}")]
     Upload(#[from] tier::UploadError),
     /// The manifest could not be read.
     #[error("the manifest cannot be read: {0}")]
     Manifest(#[from] tier::ReadError),
-    /// The manifest is gone, and what is left in the bucket is not what was committed.
+    /// The manifest is lost, and the remaining objects are not the committed ones.
     #[error(
         "{object} is missing or damaged, and cannot be made again without a person: {why}; `strandline partition rebuild-manifest {partition}` \
          shows what is left"
@@ -81,16 +83,17 @@ pub enum UpkeepError {
         object: String,
         /// The partition, as `topic/number`.
         partition: String,
-        /// What does not fit.
+        /// Reason against a rebuild.
         why: String,
     },
-    /// The metadata store did not take the commit.
+    /// The metadata store did not accept the commit.
     #[error("the commit failed: {0}")]
     Commit(#[from] TierCommitError),
 }
 
 impl UpkeepError {
-    /// Whether the object store or the metadata store does not answer. That is said where it is noticed, once for all partitions.
+    /// Returns true if the object store or the metadata store is unavailable. Such an outage is logged once for all partitions, by its
+    /// detector.
     pub fn is_outage(&self) -> bool {
         use tier::{ClaimError, StoreError, UploadError};
         let away = |error: &StoreError| matches!(error, StoreError::Unavailable { .. } | StoreError::Denied { .. });
@@ -105,37 +108,37 @@ impl UpkeepError {
     }
 }
 
-/// The work of a step.
+/// Work of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scope {
     All,
     WithoutUploads,
 }
 
-/// The result of one step.
+/// Result of one step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Step {
-    /// There may be more to do at once.
+    /// True if there may be more to do at once.
     pub more: bool,
-    /// It did only the first of what there is to do: whatever failed before may not have been tried.
+    /// True if only the first part of the work was done: an action that failed before may not have been tried.
     pub is_partial: bool,
-    /// It left out what is to be uploaded.
+    /// True if an upload was left out.
     pub is_upload_due: bool,
-    /// What was uploaded and committed.
+    /// Segments that were uploaded and committed.
     pub uploaded: Uploaded,
 }
 
 impl Step {
-    /// Of what there is to do the first is done, and the rest follows at once.
+    /// The first part of the work is done, and the rest follows at once.
     const BEGUN: Self = Self { more: true, is_partial: true, is_upload_due: false, uploaded: Uploaded::NONE };
-    /// All is done but uploads.
+    /// All work but uploads is done.
     const UPLOAD_DUE: Self = Self { more: false, is_upload_due: true, ..Self::BEGUN };
 }
 
 /// Segments that were uploaded and committed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Uploaded {
-    /// How many.
+    /// Number of segments.
     pub segments: u64,
     /// Bytes of their batches on the disk.
     pub bytes: u64,
@@ -145,7 +148,7 @@ impl Uploaded {
     const NONE: Self = Self { segments: 0, bytes: 0 };
 }
 
-/// Carries out upkeep, for all partitions of a broker.
+/// Runs maintenance, for all partitions of a broker.
 #[derive(Clone)]
 pub struct Upkeep {
     commits: TierCommits,
@@ -154,19 +157,19 @@ pub struct Upkeep {
 }
 
 impl Upkeep {
-    /// Upkeep that commits through `commits`.
+    /// Creates a runner that commits through `commits`.
     pub fn new(commits: TierCommits) -> Self {
         Self { commits, rebuilds: Rebuilds::default(), retry: Duration::from_millis(500) }
     }
 
-    /// How long to wait before the try after `failures` failures in a row.
+    /// Returns the delay before the attempt after `failures` consecutive failures.
     pub fn delay(&self, failures: u32) -> Duration {
-        // At most 8 s: when the bucket is back, acks=tiered and a full disk wait for the next try.
+        // At most 8 s: after an outage of the object store, `acks=tiered` and a full disk wait for the next attempt.
         let doubled = self.retry * 2u32.saturating_pow(failures.min(4));
         doubled.mul_f64(random::in_range(0.5..1.0))
     }
 
-    /// Plans and carries out one step of everything but what is uploaded. Where another step of this partition is under way, that one does it.
+    /// Plans and applies one step without uploads. If another step of this partition is under way, that one does the work.
     pub async fn step_without_uploads(&self, partition: &Partition) -> Result<Step, UpkeepError> {
         match partition.upkeep.try_lock() {
             Ok(_turn) => self.step_of(partition, Scope::WithoutUploads).await,
@@ -174,7 +177,7 @@ impl Upkeep {
         }
     }
 
-    /// Plans and carries out one step. A manifest that was found to be lost, by this step or by a reader, is made again first.
+    /// Plans and applies one step. A manifest that this step or a reader found to be lost is rebuilt.
     pub async fn step(&self, partition: &Partition) -> Result<Step, UpkeepError> {
         let _turn = partition.upkeep.lock().await;
         self.step_of(partition, Scope::All).await
@@ -187,7 +190,7 @@ impl Upkeep {
         if scope == Scope::WithoutUploads {
             return Ok(Step::UPLOAD_DUE);
         }
-        // What does not need the manifest was done.
+        // The work that does not need the manifest was done.
         self.rebuild(partition, tier, &object).await?;
         match outcome {
             Err(UpkeepError::Manifest(_) | UpkeepError::Upload(tier::UploadError::Manifest(_))) => Ok(Step::BEGUN),
@@ -202,15 +205,15 @@ impl Upkeep {
         if sealed {
             partition.command(Command::Seal).await;
             if partition.fault().is_some() {
-                // Where nothing can be written the segment stays open, and is looked at again in time.
+                // If nothing can be written the segment stays active, and a later step checks it again.
                 return Ok(Step { more: false, ..Step::BEGUN });
             }
-            // Under load the next segment may be due already: what is sealed goes on all the same.
+            // Under load the next segment may be due already: the step continues with the sealed ones all the same.
             local = self::local(partition).await?;
             planned = plan(partition, &local, scope).await;
         }
         let Planned { plan, removed_bytes, manifest } = planned;
-        // What is committed is committed in the epoch that the plan was made in: who is deposed meanwhile is refused.
+        // Commits belong to the epoch of the plan: a leader that is deposed meanwhile is refused.
         let epoch = local.leads.map(|(epoch, _)| epoch).unwrap_or_default();
         let moved = match plan.log_start {
             Some(start) => self.move_log_start(partition, start, removed_bytes, epoch).await,
@@ -218,7 +221,7 @@ impl Upkeep {
         };
         if let Some(below) = plan.evict_below {
             let marks = partition.marks();
-            // Where the log start could not move, what lies below the committed one goes all the same.
+            // If the log start could not move, segments below the committed one are evicted all the same.
             let below = if moved.is_ok() { below } else { below.min(marks.tiered_end.max(marks.log_start)) };
             partition.command(Command::Evict(below)).await;
         }
@@ -245,7 +248,7 @@ impl Upkeep {
         }
     }
 
-    /// Moves it in the metadata store. `removed_bytes` are those of the bucket's segments that lie wholly below it.
+    /// Moves the log start in the metadata store. `removed_bytes` are those of the object store's segments that lie wholly below it.
     async fn move_log_start(
         &self,
         partition: &Partition,
@@ -268,8 +271,8 @@ impl Upkeep {
         Ok(())
     }
 
-    /// Uploads the segments that begin in `bases` and commits them at once: fewer of them where that takes long, or where one after the
-    /// first fails, which the next step then meets as its first.
+    /// Uploads the segments that begin in `bases` and commits them together. It commits fewer of them if the uploads take long, or if one
+    /// after the first fails; the next step then starts with the failed one.
     async fn upload(
         &self,
         partition: &Partition,
@@ -293,7 +296,7 @@ impl Upkeep {
         epoch: LeaderEpoch,
     ) -> Result<(), UpkeepError> {
         let state = staged.state().clone();
-        // Not what is known by now: what was committed meanwhile is not in the manifest that was staged.
+        // Not the newest known state: a commit made meanwhile is not in the manifest that was staged.
         self.commit_after(partition, Some(staged.replaces()), &state, epoch).await?;
         tier.install(staged);
         Ok(())
@@ -319,7 +322,7 @@ impl Upkeep {
         if let Err(TierCommitError::Changed { .. }) = done
             && let Ok(Some(current)) = self.commits.current(partition.id).await
         {
-            // An earlier try whose answer was lost, most likely: the next try goes on from there.
+            // Most likely an earlier attempt whose response was lost: the next attempt continues from there.
             partition.adopt(current).await;
         }
         done?;
@@ -328,14 +331,14 @@ impl Upkeep {
     }
 }
 
-/// Waits for an upload, unless it is known that the store is away, or becomes known and stays so for a while.
+/// Waits for an upload. Fails if the object store is known to be unavailable, or becomes unavailable and stays so for a while.
 async fn unless_away<T>(
     tier: &PartitionTier,
     upload: impl Future<Output = Result<T, UpkeepError>>,
 ) -> Result<T, UpkeepError> {
     tokio::select! {
         biased;
-        // First: nothing is exported while that is known.
+        // Polled first: nothing is exported during a known outage.
         error = tier.until_away_for(RETRY_WITHIN) => Err(UpkeepError::Upload(error.into())),
         done = upload => done,
     }
@@ -375,7 +378,7 @@ pub(super) async fn local(partition: &Partition) -> Result<Local, UpkeepError> {
     local.await.map_err(|_| UpkeepError::Closed)
 }
 
-/// Uploads a segment, to be committed with what was added before.
+/// Uploads a segment, to be committed with the segments that were added before.
 async fn add(partition: &Partition, staging: &mut Staging<'_>, info: &SegmentInfo) -> Result<(), UpkeepError> {
     let source = source(partition, info).await?;
     if mutant!(EvictBeforeCommit) {
@@ -392,12 +395,13 @@ async fn source(partition: &Partition, info: &SegmentInfo) -> Result<SegmentSour
     Ok(SegmentSource::new(export))
 }
 
-/// A plan, and what the manifest says that belongs to it.
+/// A plan, with the parts of the manifest that belong to it.
 struct Planned {
     plan: Plan,
-    /// Bytes of the bucket's segments that lie wholly below the new log start.
+    /// Bytes of the object store's segments that lie wholly below the new log start.
     removed_bytes: u64,
-    /// Whether the manifest has still to follow the log start; or why it could not be read, and the plan was made without it.
+    /// True if the manifest has yet to follow the log start. An error if the manifest could not be read: then the plan was made without
+    /// it.
     manifest: Result<bool, UpkeepError>,
 }
 
@@ -427,7 +431,7 @@ async fn plan(partition: &Partition, local: &Local, scope: Scope) -> Planned {
         tiered_bytes: partition.tiered_bytes(),
         uploads: config.tiered && partition.tier.is_some() && local.leads.is_some_and(|(_, settled)| settled),
         leads: local.leads.is_some(),
-        // A segment that is sealed and not uploaded at once would hold no more than one append that waits.
+        // A segment that is sealed but not uploaded at once would hold no more than one waiting append.
         hurry: local.awaits_tier && scope == Scope::All,
     };
     partition.shared.set_future_segments(if input.leads { retention::in_future(&input) } else { 0 });
@@ -436,7 +440,7 @@ async fn plan(partition: &Partition, local: &Local, scope: Scope) -> Planned {
     Planned { removed_bytes, plan, manifest }
 }
 
-/// The bucket's first segments from `log_start` on, and whether the manifest lists others before them.
+/// Returns the object store's first segments from `log_start` on, and true if the manifest lists others before them.
 async fn tiered(tier: &PartitionTier, log_start: Offset, now_ms: i64) -> Result<(Vec<Segment>, bool), ReadError> {
     let lags = tier.manifest_lags().await?;
     let lines = tier.segments(log_start, TIERED_PER_PLAN).await?;
@@ -450,8 +454,8 @@ async fn tiered(tier: &PartitionTier, log_start: Offset, now_ms: i64) -> Result<
             written_ms: if (1..=now_ms).contains(&line.created_ms) { line.created_ms } else { i64::MAX },
         })
         .collect();
-    // Where the manifest does not say when a segment was made, or says that it will be, its object does. Only the first is asked for:
-    // retention stops there until that one goes.
+    // If the manifest has no time of a segment's creation, or one in the future, the object has one. Only the first segment is looked up:
+    // retention stops there until that segment is deleted.
     if let (Some(first), Some(line)) = (segments.first_mut(), lines.first())
         && first.written_ms == i64::MAX
         && !(0..=now_ms).contains(&first.max_timestamp_ms)
@@ -459,14 +463,14 @@ async fn tiered(tier: &PartitionTier, log_start: Offset, now_ms: i64) -> Result<
         match tier.modified_ms(line).await {
             Ok(modified_ms) => first.written_ms = modified_ms,
             Err(ReadError::Store(error @ tier::StoreError::Unavailable { .. })) => return Err(ReadError::Store(error)),
-            // Its age is not known: it stays, and uploads go on.
+            // The age is unknown: the segment stays, and uploads continue.
             Err(error) => tracing::debug!(partition = %tier.id(), %error, "the time of an object is not known"),
         }
     }
     Ok((segments, lags))
 }
 
-/// Whether the plan depends on what the bucket holds: without limits on the whole log it does not.
+/// Returns true if the plan depends on the object store's segments: without limits on the whole log it does not.
 fn wants_tiered(config: &crate::model::TopicConfig) -> bool {
     config.retention.is_some() || config.retention_bytes.is_some()
 }

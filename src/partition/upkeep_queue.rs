@@ -1,4 +1,4 @@
-//! Which partitions need upkeep: each at most once in the queue, and never with two workers at a time.
+//! Partitions that need maintenance: each at most once in the queue, and never with two workers at a time.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -10,7 +10,7 @@ use tokio::{sync::Notify, time::Instant};
 
 use crate::{model::PartitionId, task::clock};
 
-/// A queue that forgets repetitions. Clones share it.
+/// Queue that drops repetitions. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct UpkeepQueue {
     inner: Arc<Inner>,
@@ -26,7 +26,7 @@ struct Inner {
 struct State {
     due: VecDeque<PartitionId>,
     known: BTreeMap<PartitionId, Place>,
-    /// Partitions that are to be tried again at a moment, after a failure.
+    /// Partitions that wait for a retry after a failure, by its time.
     later: BTreeMap<(Instant, PartitionId), ()>,
 }
 
@@ -40,7 +40,7 @@ enum Place {
 }
 
 impl UpkeepQueue {
-    /// Queues a partition. One that waits after a failure goes on waiting.
+    /// Queues a partition. A partition that waits after a failure keeps waiting.
     pub fn push(&self, id: PartitionId) {
         let mut state = self.lock();
         match state.known.get(&id) {
@@ -57,7 +57,7 @@ impl UpkeepQueue {
         }
     }
 
-    /// Waits for a partition that is due. Whoever gets one must say [`Self::done`] or [`Self::failed`].
+    /// Waits for a partition that is due. The caller must call [`Self::done`] or [`Self::failed`] for it.
     pub async fn next(&self) -> PartitionId {
         loop {
             let notified = self.inner.notify.notified();
@@ -74,7 +74,7 @@ impl UpkeepQueue {
         }
     }
 
-    /// A partition that is due, or the moment at which the next one will be.
+    /// Returns a partition that is due, or the time at which the next one will be.
     fn take(&self, now: Instant) -> Result<PartitionId, Option<Instant>> {
         let mut state = self.lock();
         while let Some(((_, id), ())) = state.later.first_key_value().filter(|((at, _), ())| *at <= now) {
@@ -93,7 +93,7 @@ impl UpkeepQueue {
         Ok(id)
     }
 
-    /// The partition was seen to; it is queued again at once when `more` is left or it was pushed meanwhile.
+    /// Ends the work on a partition. It is queued again at once if `more` work is left or if it was pushed meanwhile.
     pub fn done(&self, id: PartitionId, more: bool) {
         let again = self.lock().known.remove(&id) == Some(Place::WorkingAgain);
         if again || more {
@@ -101,7 +101,7 @@ impl UpkeepQueue {
         }
     }
 
-    /// The partition is to be tried again after `delay`.
+    /// Ends failed work on a partition, which is tried again after `delay`.
     pub fn failed(&self, id: PartitionId, delay: Duration) {
         let at = clock::monotonic() + delay;
         let mut state = self.lock();
@@ -111,7 +111,7 @@ impl UpkeepQueue {
         self.inner.notify.notify_one();
     }
 
-    /// Those that wait after a failure are due now.
+    /// Makes the partitions due that wait after a failure.
     pub fn retry_now(&self) {
         let mut state = self.lock();
         while let Some(((_, id), ())) = state.later.pop_first() {
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_partition_pushed_while_it_is_worked_on_comes_again_after() {
+    async fn partition_pushed_during_work_is_queued_again() {
         let queue = UpkeepQueue::default();
         queue.push(id(1));
         queue.push(id(1));
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_failed_partition_waits_for_its_delay_even_when_pushed() {
+    async fn failed_partition_waits_for_its_delay_when_pushed() {
         let queue = UpkeepQueue::default();
         queue.push(id(1));
         let begin = clock::monotonic();
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn failed_partitions_are_due_at_once_when_their_cause_is_over() {
+    async fn failed_partitions_are_due_at_once_after_retry_now() {
         let queue = UpkeepQueue::default();
         for number in 1..=2 {
             queue.push(id(number));

@@ -1,4 +1,4 @@
-//! The message codec with buffers that suit batches: they are as large as the message that they hold.
+//! Message codec whose buffers grow to the size of the message.
 
 use std::marker::PhantomData;
 
@@ -9,24 +9,23 @@ use tonic::{
 };
 use tonic_prost::ProstDecoder;
 
-/// Bytes that the codec hands to HTTP/2 at a time.
+/// Maximum number of bytes that the codec passes to HTTP/2 at once.
 const YIELD_BYTES: usize = 1 << 20;
 
-/// Bytes that each call's buffer begins with: enough for a small message. It grows to what a message needs. A call that waits holds it,
-/// so 10,000 of them with 64 KiB held 640 MB.
-const FIRST_BYTES: usize = 1 << 10;
+/// Initial size of the buffer of a call: enough for a small message. A waiting call keeps its buffer: with 64 KiB, 10,000 calls kept 640 MB.
+const INITIAL_BYTES: usize = 1 << 10;
 
-/// Prost messages through buffers of their size.
+/// Codec of prost messages with one buffer of the size of the message.
 #[derive(Clone, Copy, Debug)]
-pub struct Tuned<T, U>(PhantomData<(T, U)>);
+pub struct LargeBufferCodec<T, U>(PhantomData<(T, U)>);
 
-impl<T, U> Default for Tuned<T, U> {
+impl<T, U> Default for LargeBufferCodec<T, U> {
     fn default() -> Self {
         Self(PhantomData)
     }
 }
 
-impl<T, U> Codec for Tuned<T, U>
+impl<T, U> Codec for LargeBufferCodec<T, U>
 where
     T: Message + Send + 'static,
     U: Message + Default + Send + 'static,
@@ -41,12 +40,12 @@ where
     }
 
     fn decoder(&mut self) -> Self::Decoder {
-        ProstDecoder::new(BufferSettings::new(FIRST_BYTES, YIELD_BYTES))
+        ProstDecoder::new(BufferSettings::new(INITIAL_BYTES, YIELD_BYTES))
     }
 }
 
-/// Makes room for a whole message before it writes it: a buffer that doubles until a message fits takes up to twice its size, and copies
-/// what was written each time.
+/// Reserves the length of a message before it encodes the message. A buffer that doubles takes up to twice the length and copies the
+/// encoded bytes each time.
 #[derive(Clone, Copy, Debug)]
 pub struct SizedEncoder<T>(PhantomData<T>);
 
@@ -61,6 +60,6 @@ impl<T: Message> Encoder for SizedEncoder<T> {
     }
 
     fn buffer_settings(&self) -> BufferSettings {
-        BufferSettings::new(FIRST_BYTES, YIELD_BYTES)
+        BufferSettings::new(INITIAL_BYTES, YIELD_BYTES)
     }
 }

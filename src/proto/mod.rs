@@ -1,17 +1,17 @@
-//! The gRPC interface: what `proto/` generates, the codec that carries it, and how errors travel.
+//! The gRPC interface: the types generated from `proto/`, the message codec, and API errors.
 
 pub mod codec;
-pub mod fault;
-pub mod frame;
+pub mod error;
 #[cfg(feature = "server")]
 pub mod parts;
+pub mod produce_request;
 pub mod status;
 
-/// The generated messages, clients and (with `server`) service traits of `proto/strandline/v1`.
+/// Generated messages, clients and (with the feature `server`) service traits of `proto/strandline/v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::disallowed_methods, reason = "generated")]
 pub mod v1 {
     tonic::include_proto!("strandline.v1");
 }
 
-/// The encoded `FileDescriptorSet` of what clients may call, for server reflection.
+/// Encoded `FileDescriptorSet` of the client services, for server reflection.
 pub const CLIENT_DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/client-descriptors.bin"));

@@ -1,8 +1,8 @@
-//! Counts the repeated parts of a message while its bytes pass, before anything is made of them: a record of two bytes becomes a struct
-//! of a hundred.
+//! Counts the repeated elements of a request in its encoded bytes, before the request is decoded: a record of two encoded bytes becomes a
+//! struct of a hundred bytes.
 //!
-//! The counter knows messages by their descriptors, and reads no more than keys and lengths. Bytes that are no message are left to the
-//! decoder, which refuses them.
+//! The counter uses the descriptors of the messages and reads only keys and lengths. At bytes that are not a message it stops counting, and
+//! the decoder rejects them.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -14,31 +14,31 @@ use prost_types::{
 
 use super::CLIENT_DESCRIPTORS;
 
-/// Deepest nesting that is followed. Requests have four levels.
+/// Maximum nesting depth at which elements are counted. Requests have four levels.
 const MAX_DEPTH: usize = 16;
 
-/// Which parts the requests of each call have.
+/// Repeated fields of the requests of all calls.
 #[derive(Debug)]
 pub struct RequestSchemas {
     messages: Arc<Vec<Fields>>,
-    /// The request of each call, `/package.Service/Method`.
+    /// Index in `messages` of the request of each call, by the path `/package.Service/Method`.
     requests: BTreeMap<String, usize>,
 }
 
-/// The fields that matter of a message, by number.
+/// Repeated fields and message fields of a message, by number.
 type Fields = BTreeMap<u32, Field>;
 
 #[derive(Clone, Copy, Debug)]
 struct Field {
     repeated: bool,
-    /// The message that it holds; `None` for bytes, text and numbers.
+    /// Index of its message type. `None` for bytes, text and numbers.
     message: Option<usize>,
-    /// Each of its bytes may be an element: packed numbers.
+    /// True for packed numbers, where each byte can be an element.
     packed: bool,
 }
 
 impl RequestSchemas {
-    /// The requests of everything that clients may call.
+    /// Creates the schemas of all client services.
     pub fn of_clients() -> Self {
         let files = FileDescriptorSet::decode(CLIENT_DESCRIPTORS).expect("written by the build script");
         let mut named = BTreeMap::new();
@@ -61,7 +61,7 @@ impl RequestSchemas {
         Self { messages: Arc::new(messages), requests }
     }
 
-    /// A counter for one request of the call at `path`; `None` where the call is not known.
+    /// Returns a counter for requests of the call at `path`, or `None` for an unknown call.
     pub fn counter(&self, path: &str) -> Option<PartCounter> {
         let root = *self.requests.get(path)?;
         Some(PartCounter {
@@ -95,7 +95,7 @@ fn fields(message: &DescriptorProto, numbers: &BTreeMap<&str, usize>) -> Fields 
     message.field.iter().filter_map(field).collect()
 }
 
-/// What comes next.
+/// Kind of the next bytes.
 #[derive(Clone, Copy, Debug)]
 enum Token {
     Key,
@@ -103,35 +103,35 @@ enum Token {
         field: u32,
     },
     Number,
-    /// So many bytes that say nothing.
+    /// This number of bytes without keys or lengths.
     Skip(usize),
-    /// No message: the rest is the decoder's.
+    /// The bytes are not a message. The counter ignores the rest.
     Opaque,
 }
 
-/// Counts the parts of one message after the other.
+/// Counts the repeated elements of successive requests.
 #[derive(Debug)]
 pub struct PartCounter {
     messages: Arc<Vec<Fields>>,
     root: usize,
-    /// The messages that are open inside the request: which, and where each ends.
+    /// Nested messages at the current position: index of the type, and end position.
     levels: Vec<(usize, usize)>,
-    /// Bytes of the request that have passed.
+    /// Position in the request.
     at: usize,
     token: Token,
-    /// The number that is being read, and its bits so far.
+    /// Value and number of bits of the varint that is being read.
     value: u64,
     shift: u32,
 }
 
 impl PartCounter {
-    /// The next request begins.
-    pub fn begin(&mut self) {
+    /// Resets the counter for the next request.
+    pub fn reset(&mut self) {
         self.levels.clear();
         (self.at, self.token, self.value, self.shift) = (0, Token::Key, 0, 0);
     }
 
-    /// How many parts begin in the next bytes of the request.
+    /// Returns the number of elements that start in the next bytes of the request.
     pub fn count(&mut self, bytes: &[u8]) -> usize {
         let (mut parts, mut rest) = (0, bytes);
         while let Some(first) = rest.first() {
@@ -160,7 +160,7 @@ impl PartCounter {
         parts
     }
 
-    /// Takes one byte of a variable-length number; the number, when it is complete.
+    /// Reads one byte of a varint. Returns the value after the last byte.
     fn varint(&mut self, byte: u8) -> Option<u64> {
         self.value |= u64::from(byte & 0x7f) << self.shift;
         self.shift += 7;
@@ -184,17 +184,17 @@ impl PartCounter {
             Token::Key => {
                 let field = u32::try_from(value >> 3).unwrap_or_default();
                 self.token = match value & 7 {
-                    // No field has this number.
+                    // 0 is not a field number.
                     _ if field == 0 => Token::Opaque,
                     0 => Token::Number,
                     1 => Token::Skip(8),
                     2 => Token::Length { field },
-                    // Groups: what is in them is passed over field by field.
+                    // The fields of a group are read one by one.
                     3 | 4 => Token::Key,
                     5 => Token::Skip(4),
                     _ => Token::Opaque,
                 };
-                // Packed numbers may come one by one as well.
+                // Packed numbers can be encoded one by one too.
                 usize::from(value & 7 != 2 && self.field(field).is_some_and(|field| field.repeated))
             }
             Token::Length { field } => {
@@ -228,13 +228,13 @@ mod tests {
     use super::*;
     use crate::proto::v1::{self, append_request::Payload};
 
-    /// The parts of a request, whole and in pieces of every small size.
+    /// Counts a request at once, and in chunks of some small sizes.
     fn parts(path: &str, request: &impl prost::Message) -> usize {
         let (schemas, bytes) = (RequestSchemas::of_clients(), request.encode_to_vec());
         let mut counter = schemas.counter(path).expect("a call");
         let whole = counter.count(&bytes);
         for size in [1, 2, 3, 7] {
-            counter.begin();
+            counter.reset();
             let pieces: usize = bytes.chunks(size).map(|piece| counter.count(piece)).sum();
             assert_eq!(pieces, whole, "in pieces of {size}");
         }
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn records_headers_partitions_and_names_are_counted() {
+    fn repeated_fields_of_requests_are_counted() {
         let header = v1::Header { key: "k".to_owned(), value: Some(Bytes::from_static(b"v")) };
         let record =
             v1::Record { headers: vec![header; 3], value: Some(Bytes::from(vec![9; 300])), ..Default::default() };
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_is_no_part_whatever_it_looks_like() {
+    fn bytes_of_a_batch_are_not_counted() {
         let batch = vec![0x0a; 100_000];
         let inner = append(Payload::Batch(batch.into()));
         assert_eq!(parts(APPEND, &inner), 0);
@@ -274,14 +274,14 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_message_end_the_count() {
+    fn invalid_message_ends_the_count() {
         let schemas = RequestSchemas::of_clients();
         assert!(schemas.counter("/strandline.v1.Peer/Replicate").is_none());
         let mut counter = schemas.counter(APPEND).expect("a call");
         for bytes in
             [&[0xff; 64][..], &[0x0f, 1, 2], &[0x32, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 0x0a, 0]]
         {
-            counter.begin();
+            counter.reset();
             assert!(counter.count(bytes) <= 1);
         }
         // No field has the number 0.

@@ -1,11 +1,11 @@
-//! What a failed call says about itself, for callers that may not know the transport.
+//! Reads the gRPC status of a failed call, for callers that do not depend on the transport.
 
 use std::error::Error as _;
 
 pub use tonic::{Code, Status};
 
-/// Whether a call surely never left this process: no connection could be made for it. Of any other failure the server
-/// may have seen the request.
+/// Returns true if the request was certainly not sent, because no connection was established. After any other failure the server may have
+/// received the request.
 pub fn never_sent(status: &Status) -> bool {
     let mut source = status.source();
     while let Some(error) = source {
@@ -17,25 +17,25 @@ pub fn never_sent(status: &Status) -> bool {
     false
 }
 
-/// The status and what is behind it, innermost last, in one line. Of a connection that was refused nothing but that.
-pub fn in_full(status: &Status) -> String {
-    if never_sent(status) && was_refused(status) {
+/// Formats the status and the chain of its sources in one line. A refused connection is described by these two words.
+pub fn format_with_sources(status: &Status) -> String {
+    if never_sent(status) && is_connection_refused(status) {
         return "connection refused".to_owned();
     }
     let mut text = if status.message().is_empty() { status.code().to_string() } else { status.message().to_owned() };
     let mut source = status.source();
     while let Some(error) = source {
-        let said = error.to_string();
-        if !text.contains(&said) {
+        let source_text = error.to_string();
+        if !text.contains(&source_text) {
             text.push_str(": ");
-            text.push_str(&said);
+            text.push_str(&source_text);
         }
         source = error.source();
     }
     text
 }
 
-fn was_refused(status: &Status) -> bool {
+fn is_connection_refused(status: &Status) -> bool {
     let mut source = status.source();
     while let Some(error) = source {
         if error.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused) {
@@ -51,13 +51,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_connection_that_was_not_made_proves_that_nothing_was_sent() {
+    fn only_a_failed_connect_counts_as_never_sent() {
         let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
         let status = Status::from_error(Box::new(tonic::ConnectError(Box::new(refused))));
         assert_eq!((status.code(), never_sent(&status)), (Code::Unavailable, true));
-        assert_eq!(in_full(&status), "connection refused");
+        assert_eq!(format_with_sources(&status), "connection refused");
         let reset = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
         assert!(!never_sent(&Status::from_error(Box::new(reset))));
-        assert!(!never_sent(&Status::unavailable("tcp connect error")), "a server may say anything");
+        assert!(!never_sent(&Status::unavailable("tcp connect error")), "a server can send any message");
     }
 }

@@ -1,4 +1,4 @@
-//! One checked batch, and the checks that make it one.
+//! `Batch`: a checked batch, its checks and the changes of its header.
 
 use bytes::{Buf, Bytes, BytesMut};
 
@@ -11,40 +11,40 @@ use crate::{
     model::{Compression, LeaderEpoch, Offset, TimestampType},
 };
 
-/// A whole batch whose framing, CRC and counts were checked.
+/// A complete batch. Its framing, CRC and counts are checked.
 ///
-/// The header is held apart from the records, so that stamping copies 61 bytes and never the payload.
+/// The header is apart from the records, so that a change of the header copies 61 bytes and no payload.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Batch {
-    head: [u8; HEADER_BYTES],
+    header: [u8; HEADER_BYTES],
     records: Bytes,
 }
 
-/// Who wrote a batch, for recognising its retries (KIP-98).
+/// Producer and sequence of a batch, which identify its retries (KIP-98).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ProducerStamp {
-    /// The producer's id.
+pub struct ProducerSequence {
+    /// Id of the producer.
     pub id: i64,
-    /// The producer's epoch; a higher one fences the lower.
+    /// Epoch of the producer. A higher epoch fences the lower ones.
     pub epoch: i16,
-    /// The sequence number of the batch's first record.
+    /// Sequence number of the first record.
     pub base_sequence: i32,
 }
 
-/// Content of a batch, and the form that its CRC belongs to. Base offset and leader epoch, which the broker stamps, are no part of it.
+/// CRC of a batch, with the encoding that the CRC belongs to. Base offset and leader epoch, which the broker sets, do not change it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fingerprint {
     /// The CRC-32C of byte 21 to the end.
     pub crc: u32,
-    /// The codec of the records.
+    /// Codec of the records.
     pub compression: Compression,
-    /// Who set the timestamps.
+    /// Source of the timestamps: producer or broker.
     pub timestamp_type: TimestampType,
 }
 
 impl Fingerprint {
-    /// Whether a stored batch with this fingerprint can be the batch that was sent with `sent`. The CRCs are compared only where codec and
-    /// timestamp type are the same: in any other case the broker rewrote the batch before it stored it. `None` is a request that held
+    /// Returns true if a stored batch with this fingerprint can be the batch that was sent with `sent`. Compares the CRCs only if codec and
+    /// timestamp type are equal: otherwise the broker rewrote the batch before it stored the batch. `None` stands for a request that had
     /// records and no batch.
     pub fn can_store(self, sent: Option<Self>) -> bool {
         let is_unchanged =
@@ -53,21 +53,21 @@ impl Fingerprint {
     }
 }
 
-/// The timestamps of a batch's records, in milliseconds.
+/// Smallest and largest timestamp of the records of a batch, in milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TimestampRange {
-    /// The smallest of those that are one: a record without a timestamp has -1. `i64::MAX` where no record has one.
+    /// Smallest timestamp, not counting the -1 of records without a timestamp. `i64::MAX` if no record has a timestamp.
     pub min: i64,
-    /// The largest, that of a record without one included.
+    /// Largest timestamp, counting the -1 of records without a timestamp.
     pub max: i64,
 }
 
 impl TimestampRange {
-    /// That of no records.
+    /// Range of no records.
     pub const EMPTY: Self = Self { min: i64::MAX, max: i64::MIN };
 
-    /// Takes in the timestamp of one more record.
-    pub fn note(&mut self, timestamp_ms: i64) {
+    /// Extends the range by the timestamp of one record.
+    pub fn extend(&mut self, timestamp_ms: i64) {
         if timestamp_ms != layout::NO_TIMESTAMP {
             self.min = self.min.min(timestamp_ms);
         }
@@ -75,75 +75,75 @@ impl TimestampRange {
     }
 }
 
-/// Why bytes are no batch.
+/// Error of a batch that fails a check.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Malformed {
-    /// Fewer bytes than the batch says it has, or than a header needs.
-    #[error("batch is truncated: {needed} bytes needed, {available} there")]
+pub enum MalformedBatch {
+    /// The batch has fewer bytes than its header declares, or fewer than a header.
+    #[error("batch is truncated: {needed} bytes are needed, {available} are present")]
     Truncated {
-        /// Bytes that the batch needs.
+        /// Required number of bytes.
         needed: usize,
-        /// Bytes that are there.
+        /// Number of bytes present.
         available: usize,
     },
-    /// Bytes after the batch where exactly one was expected.
-    #[error("the batch is followed by {extra} B that are no part of it; one request carries one batch")]
+    /// Bytes follow the only batch of a request.
+    #[error("{extra} bytes follow the batch: send one batch in a request")]
     Trailing {
-        /// How many.
+        /// Number of these bytes.
         extra: usize,
     },
-    /// A `batchLength` that no batch can have.
-    #[error("batch length {length} is not possible: {least} to {most}")]
+    /// The field `batchLength` is outside the possible range.
+    #[error("batch length {length} is outside {min} to {max}")]
     Length {
         /// The field's value.
         length: i32,
-        /// Least value.
-        least: usize,
-        /// Largest value.
-        most: usize,
+        /// Smallest possible value.
+        min: usize,
+        /// Largest possible value.
+        max: usize,
     },
-    /// Not the format of this system.
-    #[error("batch has magic {magic}; only record batch version 2 is accepted")]
+    /// The magic is not 2.
+    #[error("batch has magic {magic}: only record batch version 2 is accepted")]
     Magic {
-        /// The byte found.
+        /// Value of the field.
         magic: u8,
     },
-    /// The bytes are not those that were written.
-    #[error("batch is damaged: CRC-32C is {actual:#010x}, the header says {stored:#010x}")]
+    /// The bytes differ from the written bytes.
+    #[error("batch is corrupt: CRC-32C is {actual:#010x}, the header has {stored:#010x}")]
     Crc {
-        /// The header's value.
+        /// Value in the header.
         stored: u32,
-        /// The value of the bytes.
+        /// Value computed from the bytes.
         actual: u32,
     },
-    /// Record count and last offset delta disagree, or are not possible.
-    #[error("batch counts disagree: recordsCount {count}, lastOffsetDelta {last_offset_delta}")]
+    /// Record count and last offset delta do not match, or they are outside the possible range.
+    #[error("batch counts do not match: recordsCount {count}, lastOffsetDelta {last_offset_delta}")]
     Counts {
         /// `recordsCount`
         count: i32,
         /// `lastOffsetDelta`
         last_offset_delta: i32,
     },
-    /// An attribute that is not allowed here.
+    /// An attribute is not allowed.
     #[error("batch attributes {attributes:#06x} are not allowed: {reason}")]
     Attributes {
         /// The field's value.
         attributes: u16,
-        /// What is wrong with it.
+        /// Description of the problem.
         reason: &'static str,
     },
-    /// A stamp that cannot be: negative or overflowing offset, negative epoch.
-    #[error("batch has base offset {base_offset} and leader epoch {leader_epoch}, which is not possible")]
-    Stamp {
+    /// The offset is negative or overflows, or the epoch is negative.
+    #[error("batch has base offset {base_offset} and leader epoch {leader_epoch}: these values are not possible")]
+    OffsetOrEpoch {
         /// `baseOffset`
         base_offset: i64,
         /// `partitionLeaderEpoch`
         leader_epoch: i32,
     },
-    /// A producer id, producer epoch and sequence that no producer has.
+    /// Producer id, producer epoch and base sequence do not match.
     #[error(
-        "batch has producer id {id}, producer epoch {epoch} and base sequence {base_sequence}: with a producer id none of them may be \
-         negative; without one the id is -1, and epoch and sequence are -1 or 0"
+        "batch has producer id {id}, producer epoch {epoch} and base sequence {base_sequence}: with a producer id all three must be 0 or \
+         more; without a producer id the id must be -1, and epoch and sequence -1 or 0"
     )]
     Producer {
         /// `producerId`
@@ -153,194 +153,195 @@ pub enum Malformed {
         /// `baseSequence`
         base_sequence: i32,
     },
-    /// A record inside the batch does not parse.
+    /// A record of the batch cannot be parsed.
     #[error("record {index} of the batch is malformed: {reason}")]
     Record {
-        /// Its place in the batch, from 0.
+        /// Index in the batch, from 0.
         index: u32,
-        /// What is wrong with it.
+        /// Description of the problem.
         reason: &'static str,
     },
-    /// Compressed bytes that grow beyond what is allowed where they are opened.
-    #[error("batch cannot be decompressed ({codec}): it grows beyond {most} bytes; send fewer records in a batch")]
+    /// The decompressed records exceed the maximum.
+    #[error(
+        "batch cannot be decompressed ({codec}): its records have more than {max} bytes: send fewer records in a batch"
+    )]
     Grows {
         /// The codec.
         codec: Compression,
-        /// Most bytes that its records may have.
-        most: usize,
+        /// Maximum number of bytes after decompression.
+        max: usize,
     },
-    /// Compressed bytes that grow beyond the memory that there is for opening batches.
+    /// The decompressed records exceed the memory for decompression.
     #[error(
-        "batch cannot be decompressed ({codec}): its records have more than {most} bytes, all that {setting} has room for; raise it, or \
+        "batch cannot be decompressed ({codec}): its records have more than {max} bytes, the maximum for {setting}: raise {setting}, or \
          send fewer records in a batch"
     )]
     NoMemory {
         /// The codec.
         codec: Compression,
-        /// Most bytes that its records may have.
-        most: usize,
-        /// The setting that raises that.
+        /// Maximum number of bytes after decompression.
+        max: usize,
+        /// Setting that determines the maximum.
         setting: &'static str,
     },
-    /// Compressed bytes that their codec refuses.
+    /// The codec rejects the compressed bytes.
     #[error("batch cannot be decompressed ({codec}): {reason}")]
     Compression {
         /// The codec.
         codec: Compression,
-        /// What the codec said.
+        /// Error of the codec.
         reason: String,
     },
 }
 
 impl Batch {
-    /// Checks bytes that must be exactly one batch.
-    pub fn parse(bytes: Bytes) -> Result<Self, Malformed> {
+    /// Parses bytes that must be exactly one batch.
+    pub fn parse(bytes: Bytes) -> Result<Self, MalformedBatch> {
         let mut rest = bytes;
         let batch = Self::split_from(&mut rest)?;
-        if rest.is_empty() { Ok(batch) } else { Err(Malformed::Trailing { extra: rest.len() }) }
+        if rest.is_empty() { Ok(batch) } else { Err(MalformedBatch::Trailing { extra: rest.len() }) }
     }
 
-    /// Checks and takes the first batch of `bytes`, which may hold more. On an error `bytes` is as it was.
-    pub fn split_from(bytes: &mut Bytes) -> Result<Self, Malformed> {
+    /// Parses the first batch of `bytes` and removes it from `bytes`. An error leaves `bytes` unchanged.
+    pub fn split_from(bytes: &mut Bytes) -> Result<Self, MalformedBatch> {
         let size = Self::framed_len(bytes)?;
         if bytes.len() < size {
-            return Err(Malformed::Truncated { needed: size, available: bytes.len() });
+            return Err(MalformedBatch::Truncated { needed: size, available: bytes.len() });
         }
-        let mut head = [0; HEADER_BYTES];
-        head.copy_from_slice(&bytes[..HEADER_BYTES]);
-        let batch = Self { head, records: bytes.slice(HEADER_BYTES..size) };
+        let mut header = [0; HEADER_BYTES];
+        header.copy_from_slice(&bytes[..HEADER_BYTES]);
+        let batch = Self { header, records: bytes.slice(HEADER_BYTES..size) };
         batch.check()?;
         bytes.advance(size);
         Ok(batch)
     }
 
-    /// Checks a batch whose header and records came apart, without copying the records.
-    pub fn from_halves(head: [u8; HEADER_BYTES], records: Bytes) -> Result<Self, Malformed> {
-        let size = Self::framed_len(&head)?;
+    /// Creates a batch from a header and its records without copying the records.
+    pub fn from_parts(header: [u8; HEADER_BYTES], records: Bytes) -> Result<Self, MalformedBatch> {
+        let size = Self::framed_len(&header)?;
         let available = HEADER_BYTES + records.len();
         if available < size {
-            return Err(Malformed::Truncated { needed: size, available });
+            return Err(MalformedBatch::Truncated { needed: size, available });
         }
         if available > size {
-            return Err(Malformed::Trailing { extra: available - size });
+            return Err(MalformedBatch::Trailing { extra: available - size });
         }
-        let batch = Self { head, records };
+        let batch = Self { header, records };
         batch.check()?;
         Ok(batch)
     }
 
-    /// The length in bytes of the batch that starts at the front of `bytes`, by its header alone. Needs its first 12
-    /// bytes; the rest need not be there.
-    pub fn framed_len(bytes: &[u8]) -> Result<usize, Malformed> {
+    /// Returns the length of the batch at the start of `bytes`, as its header declares it. Reads the first 12 bytes only.
+    pub fn framed_len(bytes: &[u8]) -> Result<usize, MalformedBatch> {
         let Some(length) = bytes.get(layout::BATCH_LENGTH..layout::LENGTH_OVERHEAD) else {
-            return Err(Malformed::Truncated { needed: HEADER_BYTES, available: bytes.len() });
+            return Err(MalformedBatch::Truncated { needed: HEADER_BYTES, available: bytes.len() });
         };
         let length = i32::from_be_bytes(length.try_into().expect("four bytes"));
-        let least = HEADER_BYTES - layout::LENGTH_OVERHEAD;
-        let most = limits::MAX_BATCH_BYTES - layout::LENGTH_OVERHEAD;
+        let min = HEADER_BYTES - layout::LENGTH_OVERHEAD;
+        let max = limits::MAX_BATCH_BYTES - layout::LENGTH_OVERHEAD;
         match usize::try_from(length) {
-            Ok(bytes) if (least..=most).contains(&bytes) => Ok(bytes + layout::LENGTH_OVERHEAD),
-            _ => Err(Malformed::Length { length, least, most }),
+            Ok(bytes) if (min..=max).contains(&bytes) => Ok(bytes + layout::LENGTH_OVERHEAD),
+            _ => Err(MalformedBatch::Length { length, min, max }),
         }
     }
 
-    /// Completes a header that the caller has filled but for length and CRC. The caller has kept every bound.
-    pub(super) fn seal(mut head: [u8; HEADER_BYTES], records: Bytes) -> Self {
+    /// Sets length and CRC, the last fields of a header. The caller has checked all limits.
+    pub(super) fn seal(mut header: [u8; HEADER_BYTES], records: Bytes) -> Self {
         let length = i32::try_from(HEADER_BYTES - layout::LENGTH_OVERHEAD + records.len());
-        let length = length.expect("the caller kept MAX_BATCH_BYTES");
-        set(&mut head, layout::BATCH_LENGTH, length.to_be_bytes());
-        let mut batch = Self { head, records };
+        let length = length.expect("the caller checks MAX_BATCH_BYTES");
+        set(&mut header, layout::BATCH_LENGTH, length.to_be_bytes());
+        let mut batch = Self { header, records };
         batch.renew_checksum();
         debug_assert_eq!(batch.check(), Ok(()), "a built batch is valid");
         batch
     }
 
-    /// The same records in another codec, for topics that set `compression.type`: timestamps, producer and every
-    /// attribute but the codec stay, and `maxTimestamp` becomes that of the records. A batch already in that codec comes back as it is.
+    /// Returns the same records in another codec, for topics that set `compression.type`. Timestamps, producer and all other attributes stay
+    /// the same. `maxTimestamp` becomes the largest timestamp of the records. If the batch has this codec, the result is an equal batch.
     ///
     /// # Errors
-    /// When it cannot be decompressed or its records are malformed, or when it is larger than any batch may be in the new
-    /// codec.
-    pub fn recompress(&self, codec: Compression) -> Result<Self, Malformed> {
+    /// The batch cannot be decompressed, a record is malformed, or the batch exceeds the maximum size in the new codec.
+    pub fn recompress(&self, codec: Compression) -> Result<Self, MalformedBatch> {
         Ok(self.recompress_within(codec, limits::MAX_DECOMPRESSED_BYTES)?.0)
     }
 
-    /// As [`Batch::recompress`], of records that have at most `most` bytes without compression; with the timestamps that were found.
+    /// Recompresses as [`Batch::recompress`] does, if the decompressed records have at most `max` bytes. Returns the range of their timestamps
+    /// too.
     ///
     /// # Errors
-    /// As there; [`Malformed::Grows`] when they have more.
-    pub fn recompress_within(&self, codec: Compression, most: usize) -> Result<(Self, TimestampRange), Malformed> {
+    /// As [`Batch::recompress`], and [`MalformedBatch::Grows`] if the records have more bytes.
+    pub fn recompress_within(&self, codec: Compression, max: usize) -> Result<(Self, TimestampRange), MalformedBatch> {
         if codec == self.compression() {
             return Ok((self.clone(), self.timestamp_range()));
         }
-        let (plain, range) = self.plain_records_of_times(most)?;
+        let (plain, range) = self.decode_records_and_timestamps(max)?;
         let records = match codec {
             Compression::None => plain,
             codec => compression::compress(codec, &plain),
         };
-        let (least, most) = (HEADER_BYTES - layout::LENGTH_OVERHEAD, limits::MAX_BATCH_BYTES - layout::LENGTH_OVERHEAD);
-        if least + records.len() > most {
-            let length = i32::try_from(least + records.len()).unwrap_or(i32::MAX);
-            return Err(Malformed::Length { length, least, most });
+        let (min, max) = (HEADER_BYTES - layout::LENGTH_OVERHEAD, limits::MAX_BATCH_BYTES - layout::LENGTH_OVERHEAD);
+        if min + records.len() > max {
+            let length = i32::try_from(min + records.len()).unwrap_or(i32::MAX);
+            return Err(MalformedBatch::Length { length, min, max });
         }
-        let mut head = self.head;
+        let mut header = self.header;
         let attributes = self.attributes() & !layout::COMPRESSION_MASK | codec as u16;
-        set(&mut head, layout::ATTRIBUTES, attributes.to_be_bytes());
-        set(&mut head, layout::MAX_TIMESTAMP, range.max.to_be_bytes());
-        Ok((Self::seal(head, records), range))
+        set(&mut header, layout::ATTRIBUTES, attributes.to_be_bytes());
+        set(&mut header, layout::MAX_TIMESTAMP, range.max.to_be_bytes());
+        Ok((Self::seal(header, records), range))
     }
 
-    /// Names another producer as the writer, or none, and renews the CRC. For the producing client alone: a batch that
-    /// a broker has accepted never changes its producer.
-    pub fn set_producer(&mut self, producer: Option<ProducerStamp>) {
-        let producer = producer.unwrap_or(ProducerStamp { id: -1, epoch: -1, base_sequence: -1 });
-        set(&mut self.head, layout::PRODUCER_ID, producer.id.to_be_bytes());
-        set(&mut self.head, layout::PRODUCER_EPOCH, producer.epoch.to_be_bytes());
-        set(&mut self.head, layout::BASE_SEQUENCE, producer.base_sequence.to_be_bytes());
+    /// Sets or removes the producer, and the CRC. Only a producer client calls this: the producer of a batch that a broker accepted never
+    /// changes.
+    pub fn set_producer(&mut self, producer: Option<ProducerSequence>) {
+        let producer = producer.unwrap_or(ProducerSequence { id: -1, epoch: -1, base_sequence: -1 });
+        set(&mut self.header, layout::PRODUCER_ID, producer.id.to_be_bytes());
+        set(&mut self.header, layout::PRODUCER_EPOCH, producer.epoch.to_be_bytes());
+        set(&mut self.header, layout::BASE_SEQUENCE, producer.base_sequence.to_be_bytes());
         self.renew_checksum();
     }
 
-    fn check(&self) -> Result<(), Malformed> {
-        let magic = self.head[layout::MAGIC_AT];
+    fn check(&self) -> Result<(), MalformedBatch> {
+        let magic = self.header[layout::MAGIC_AT];
         if magic != layout::MAGIC {
-            return Err(Malformed::Magic { magic });
+            return Err(MalformedBatch::Magic { magic });
         }
-        let stored = u32::from_be_bytes(field(&self.head, layout::CRC));
+        let stored = u32::from_be_bytes(field(&self.header, layout::CRC));
         let actual = self.checksum();
         if stored != actual {
-            return Err(Malformed::Crc { stored, actual });
+            return Err(MalformedBatch::Crc { stored, actual });
         }
-        let count = i32::from_be_bytes(field(&self.head, layout::RECORDS_COUNT));
-        let last_offset_delta = i32::from_be_bytes(field(&self.head, layout::LAST_OFFSET_DELTA));
+        let count = i32::from_be_bytes(field(&self.header, layout::RECORDS_COUNT));
+        let last_offset_delta = i32::from_be_bytes(field(&self.header, layout::LAST_OFFSET_DELTA));
         let possible = usize::try_from(count).is_ok_and(|count| (1..=limits::MAX_BATCH_RECORDS).contains(&count));
         if !possible || last_offset_delta != count - 1 {
-            return Err(Malformed::Counts { count, last_offset_delta });
+            return Err(MalformedBatch::Counts { count, last_offset_delta });
         }
         let attributes = self.attributes();
         if attributes & layout::COMPRESSION_MASK > Compression::Zstd as u16 {
-            return Err(Malformed::Attributes { attributes, reason: "unknown compression codec" });
+            return Err(MalformedBatch::Attributes { attributes, reason: "unknown compression codec" });
         }
-        let base_offset = i64::from_be_bytes(field(&self.head, layout::BASE_OFFSET));
-        let leader_epoch = i32::from_be_bytes(field(&self.head, layout::LEADER_EPOCH));
-        // A producer leaves the leader epoch at -1 and the offset at 0: both are stamped before anything is stored.
+        let base_offset = i64::from_be_bytes(field(&self.header, layout::BASE_OFFSET));
+        let leader_epoch = i32::from_be_bytes(field(&self.header, layout::LEADER_EPOCH));
+        // A producer sends leader epoch -1 and offset 0. The leader sets both before the batch is stored.
         if base_offset < 0 || base_offset.checked_add(i64::from(count)).is_none() || leader_epoch < -1 {
-            return Err(Malformed::Stamp { base_offset, leader_epoch });
+            return Err(MalformedBatch::OffsetOrEpoch { base_offset, leader_epoch });
         }
         Ok(())
     }
 
-    /// What no client may send, though it is well formed: control batches, transactions, a timestamp type, part of a producer's stamp.
-    pub fn check_client(&self) -> Result<(), Malformed> {
+    /// Rejects well-formed batches that a client must not send: control batches, transactions, `LogAppendTime`, incomplete producer fields.
+    pub fn check_client(&self) -> Result<(), MalformedBatch> {
         let attributes = self.attributes();
-        let refuse = |reason| Err(Malformed::Attributes { attributes, reason });
+        let refuse = |reason| Err(MalformedBatch::Attributes { attributes, reason });
         if attributes & layout::CONTROL != 0 {
-            return refuse("control batches are the broker's own");
+            return refuse("only a broker writes control batches");
         }
         if attributes & layout::TRANSACTIONAL != 0 {
             return refuse("transactions are not supported");
         }
         if attributes & layout::LOG_APPEND_TIME != 0 {
-            return refuse("only the broker says that the broker set the timestamps");
+            return refuse("only a broker sets the timestamp type LogAppendTime");
         }
         if attributes & !layout::COMPRESSION_MASK != 0 {
             return refuse("unknown bits are set");
@@ -348,93 +349,95 @@ impl Batch {
         self.check_producer()
     }
 
-    /// Refuses a producer's stamp that is neither whole nor absent. Part of a stamp would pass for a batch without a producer, or start a
-    /// producer in a state that no later batch of it can follow. Clients without idempotence write -1 or 0 as epoch and sequence: Java and C
-    /// (-1, -1), Sarama (-1, 0), KafkaJS (0, 0).
-    fn check_producer(&self) -> Result<(), Malformed> {
-        let ProducerStamp { id, epoch, base_sequence } = self.stamp_fields();
+    /// Rejects producer fields that are neither complete nor absent. A batch with incomplete fields would count as a batch without a producer,
+    /// or it would start a producer with a sequence that the next batch does not continue. Clients without idempotence write these values as
+    /// epoch and sequence: Java and C (-1, -1), Sarama (-1, 0), KafkaJS (0, 0).
+    fn check_producer(&self) -> Result<(), MalformedBatch> {
+        let ProducerSequence { id, epoch, base_sequence } = self.producer_fields();
         let is_absent = id == -1 && matches!(epoch, -1 | 0) && matches!(base_sequence, -1 | 0);
-        let is_whole = id >= 0 && epoch >= 0 && base_sequence >= 0;
-        if is_absent || is_whole { Ok(()) } else { Err(Malformed::Producer { id, epoch, base_sequence }) }
+        let is_complete = id >= 0 && epoch >= 0 && base_sequence >= 0;
+        if is_absent || is_complete { Ok(()) } else { Err(MalformedBatch::Producer { id, epoch, base_sequence }) }
     }
 
     fn checksum(&self) -> u32 {
-        crc32c::crc32c_append(crc32c::crc32c(&self.head[layout::CRC_START..]), &self.records)
+        crc32c::crc32c_append(crc32c::crc32c(&self.header[layout::CRC_START..]), &self.records)
     }
 
-    /// Sets the two fields that the CRC does not cover.
-    pub fn stamp(&mut self, base_offset: Offset, epoch: LeaderEpoch) {
-        set(&mut self.head, layout::BASE_OFFSET, base_offset.as_i64().to_be_bytes());
-        set(&mut self.head, layout::LEADER_EPOCH, epoch.as_i32().to_be_bytes());
+    /// Sets base offset and leader epoch, the two fields that the CRC does not cover.
+    pub fn set_offset_and_epoch(&mut self, base_offset: Offset, epoch: LeaderEpoch) {
+        set(&mut self.header, layout::BASE_OFFSET, base_offset.as_i64().to_be_bytes());
+        set(&mut self.header, layout::LEADER_EPOCH, epoch.as_i32().to_be_bytes());
     }
 
-    /// Makes every record's timestamp the broker's (`message.timestamp.type=LogAppendTime`) and renews the CRC.
+    /// Sets the timestamp of all records to the time of the broker (`message.timestamp.type=LogAppendTime`), and the CRC.
     pub fn set_append_time(&mut self, now_ms: i64) {
         let attributes = self.attributes() | layout::LOG_APPEND_TIME;
-        set(&mut self.head, layout::ATTRIBUTES, attributes.to_be_bytes());
-        set(&mut self.head, layout::MAX_TIMESTAMP, now_ms.to_be_bytes());
+        set(&mut self.header, layout::ATTRIBUTES, attributes.to_be_bytes());
+        set(&mut self.header, layout::MAX_TIMESTAMP, now_ms.to_be_bytes());
         self.renew_checksum();
     }
 
-    /// Makes `maxTimestamp` what retention and search by time take it for: the largest timestamp of the records, where they
-    /// are plain, which checks them as [`Batch::verify_records`] does in the same walk. Of compressed ones only the first
-    /// timestamp is known, and the largest is not below it. Returns what is known of the timestamps.
+    /// Sets `maxTimestamp` to the largest timestamp of the records, on which retention and search by time rely. Returns the range of the
+    /// timestamps.
+    ///
+    /// Uncompressed records are checked in the same pass, as [`Batch::verify_records`] does. Of compressed records only the first timestamp
+    /// is known: `maxTimestamp` becomes that timestamp if it is lower.
     ///
     /// # Errors
     /// As [`Batch::verify_records`].
-    pub fn correct_max_timestamp(&mut self) -> Result<TimestampRange, Malformed> {
+    pub fn correct_max_timestamp(&mut self) -> Result<TimestampRange, MalformedBatch> {
         let range = match self.compression() {
             Compression::None => self.records()?.timestamp_range()?,
             _ => self.timestamp_range(),
         };
         if range.max != self.max_timestamp() {
-            set(&mut self.head, layout::MAX_TIMESTAMP, range.max.to_be_bytes());
+            set(&mut self.header, layout::MAX_TIMESTAMP, range.max.to_be_bytes());
             self.renew_checksum();
         }
         Ok(range)
     }
 
-    /// What the header says of the timestamps: that of the first record, and the largest, which is not below it.
+    /// Returns the range of the timestamps by the header: that of the first record, and the largest, which is never below the first.
     pub fn timestamp_range(&self) -> TimestampRange {
         let mut range = TimestampRange::EMPTY;
-        range.note(self.base_timestamp());
-        range.note(self.max_timestamp().max(self.base_timestamp()));
+        range.extend(self.base_timestamp());
+        range.extend(self.max_timestamp().max(self.base_timestamp()));
         range
     }
 
-    /// Clears a producer's claim that the broker set the timestamps, which only the broker may make.
+    /// Sets the timestamp type to `CreateTime`. Only a broker may set `LogAppendTime`.
     pub fn set_create_time(&mut self) {
         if self.attributes() & layout::LOG_APPEND_TIME != 0 {
             let attributes = self.attributes() & !layout::LOG_APPEND_TIME;
-            set(&mut self.head, layout::ATTRIBUTES, attributes.to_be_bytes());
+            set(&mut self.header, layout::ATTRIBUTES, attributes.to_be_bytes());
             self.renew_checksum();
         }
     }
 
     fn renew_checksum(&mut self) {
         let crc = self.checksum();
-        set(&mut self.head, layout::CRC, crc.to_be_bytes());
+        set(&mut self.header, layout::CRC, crc.to_be_bytes());
     }
 
-    /// The header's bytes.
-    pub fn head(&self) -> &[u8; HEADER_BYTES] {
-        &self.head
+    /// Returns the bytes of the header.
+    pub fn header(&self) -> &[u8; HEADER_BYTES] {
+        &self.header
     }
 
-    /// The bytes after the header: the framed records, perhaps compressed.
+    /// Returns the bytes after the header: the framed records, which can be compressed.
     pub fn records_bytes(&self) -> &Bytes {
         &self.records
     }
 
-    /// The batch's length in bytes.
+    /// Returns the length of the batch in bytes.
     pub fn encoded_len(&self) -> usize {
         HEADER_BYTES + self.records.len()
     }
 
-    /// The whole batch in one piece: copies the payload.
+    /// Copies header and records into one buffer.
     pub fn to_bytes(&self) -> Bytes {
         let mut bytes = BytesMut::with_capacity(self.encoded_len());
-        bytes.extend_from_slice(&self.head);
+        bytes.extend_from_slice(&self.header);
         bytes.extend_from_slice(&self.records);
         bytes.freeze()
     }
@@ -447,37 +450,37 @@ impl Batch {
         bytes
     }
 
-    /// Offset of the first record.
+    /// Returns the offset of the first record.
     pub fn base_offset(&self) -> Offset {
-        Offset::from_i64(i64::from_be_bytes(field(&self.head, layout::BASE_OFFSET))).expect("checked: not negative")
+        Offset::from_i64(i64::from_be_bytes(field(&self.header, layout::BASE_OFFSET))).expect("checked: not negative")
     }
 
-    /// Offset after the last record.
+    /// Returns the offset after the last record.
     pub fn end_offset(&self) -> Offset {
         self.base_offset().plus(u64::from(self.count()))
     }
 
-    /// How many records it holds: at least one.
+    /// Returns the number of records, at least one.
     pub fn count(&self) -> u32 {
-        u32::from_be_bytes(field(&self.head, layout::RECORDS_COUNT))
+        u32::from_be_bytes(field(&self.header, layout::RECORDS_COUNT))
     }
 
-    /// The epoch it was written in; `None` when it was not stamped.
+    /// Returns the leader epoch, or `None` before the leader has set it.
     pub fn leader_epoch(&self) -> Option<LeaderEpoch> {
-        LeaderEpoch::from_i32(i32::from_be_bytes(field(&self.head, layout::LEADER_EPOCH)))
+        LeaderEpoch::from_i32(i32::from_be_bytes(field(&self.header, layout::LEADER_EPOCH)))
     }
 
-    /// The CRC-32C of byte 21 to the end.
+    /// Returns the CRC-32C of byte 21 to the end.
     pub fn crc(&self) -> u32 {
-        u32::from_be_bytes(field(&self.head, layout::CRC))
+        u32::from_be_bytes(field(&self.header, layout::CRC))
     }
 
-    /// The attribute bits.
+    /// Returns the attribute bits.
     pub fn attributes(&self) -> u16 {
-        u16::from_be_bytes(field(&self.head, layout::ATTRIBUTES))
+        u16::from_be_bytes(field(&self.header, layout::ATTRIBUTES))
     }
 
-    /// How the records are compressed.
+    /// Returns the codec of the records.
     pub fn compression(&self) -> Compression {
         match self.attributes() & layout::COMPRESSION_MASK {
             0 => Compression::None,
@@ -488,7 +491,7 @@ impl Batch {
         }
     }
 
-    /// Who set the timestamps.
+    /// Returns the source of the timestamps: producer or broker.
     pub fn timestamp_type(&self) -> TimestampType {
         if self.attributes() & layout::LOG_APPEND_TIME == 0 {
             TimestampType::CreateTime
@@ -497,30 +500,30 @@ impl Batch {
         }
     }
 
-    /// The timestamp that records' deltas count from, in milliseconds.
+    /// Returns the timestamp to which the timestamp deltas of the records are relative, in milliseconds.
     pub fn base_timestamp(&self) -> i64 {
-        i64::from_be_bytes(field(&self.head, layout::BASE_TIMESTAMP))
+        i64::from_be_bytes(field(&self.header, layout::BASE_TIMESTAMP))
     }
 
-    /// The largest timestamp of its records, in milliseconds, by the producer's word.
+    /// Returns the largest timestamp of the records by the header, in milliseconds. A producer can send any value.
     pub fn max_timestamp(&self) -> i64 {
-        i64::from_be_bytes(field(&self.head, layout::MAX_TIMESTAMP))
+        i64::from_be_bytes(field(&self.header, layout::MAX_TIMESTAMP))
     }
 
-    /// The idempotent producer that wrote it, when one did.
-    pub fn producer(&self) -> Option<ProducerStamp> {
-        Some(self.stamp_fields()).filter(|stamp| stamp.id >= 0)
+    /// Returns producer and sequence if an idempotent producer wrote the batch.
+    pub fn producer(&self) -> Option<ProducerSequence> {
+        Some(self.producer_fields()).filter(|producer| producer.id >= 0)
     }
 
-    fn stamp_fields(&self) -> ProducerStamp {
-        ProducerStamp {
-            id: i64::from_be_bytes(field(&self.head, layout::PRODUCER_ID)),
-            epoch: i16::from_be_bytes(field(&self.head, layout::PRODUCER_EPOCH)),
-            base_sequence: i32::from_be_bytes(field(&self.head, layout::BASE_SEQUENCE)),
+    fn producer_fields(&self) -> ProducerSequence {
+        ProducerSequence {
+            id: i64::from_be_bytes(field(&self.header, layout::PRODUCER_ID)),
+            epoch: i16::from_be_bytes(field(&self.header, layout::PRODUCER_EPOCH)),
+            base_sequence: i32::from_be_bytes(field(&self.header, layout::BASE_SEQUENCE)),
         }
     }
 
-    /// What tells this batch from another one with the same producer and sequence.
+    /// Returns the fingerprint, which differs from that of another batch with the same producer and sequence.
     pub fn fingerprint(&self) -> Fingerprint {
         Fingerprint { crc: self.crc(), compression: self.compression(), timestamp_type: self.timestamp_type() }
     }

@@ -1,9 +1,9 @@
-//! Building a batch record by record, in one buffer that becomes the batch.
+//! Builds a batch record by record, in one buffer that becomes the batch.
 
 use bytes::Bytes;
 
 use super::{
-    batch::{Batch, ProducerStamp},
+    batch::{Batch, ProducerSequence},
     compression,
     layout::{self, HEADER_BYTES, set},
     records::Header,
@@ -11,84 +11,83 @@ use super::{
 };
 use crate::{limits, model::Compression};
 
-/// Why a record cannot join a batch, or a batch cannot be finished.
+/// Error of adding a record to a batch, or of finishing a batch.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unbuildable {
-    /// A batch has at least one record.
+pub enum BuildError {
+    /// The batch has no record.
     #[error("a batch needs at least one record")]
     Empty,
-    /// The batch is full by count.
-    #[error("the batch already holds {limit} records, the most that one may; start another")]
+    /// The batch has the maximum number of records.
+    #[error("the batch already holds {limit} records, the maximum: start another batch")]
     TooManyRecords {
-        /// `limits::MAX_BATCH_RECORDS`
+        /// Equal to `limits::MAX_BATCH_RECORDS`.
         limit: usize,
     },
-    /// One record has too many headers.
+    /// A record has too many headers.
     #[error("the record has {headers} headers; at most {limit} are allowed")]
     TooManyHeaders {
-        /// How many it has.
+        /// Number of headers of the record.
         headers: usize,
-        /// `limits::MAX_RECORD_HEADERS`
+        /// Equal to `limits::MAX_RECORD_HEADERS`.
         limit: usize,
     },
-    /// The batch would pass the largest size that any topic may allow.
-    #[error("the batch would be {bytes} bytes; at most {limit} are allowed, send fewer or smaller records")]
+    /// The batch would exceed the largest size that a topic can allow.
+    #[error("the batch would have {bytes} bytes, and the maximum is {limit}: send fewer or smaller records")]
     TooLarge {
-        /// What it would be.
+        /// Size that the batch would have.
         bytes: usize,
-        /// What it may be.
+        /// Maximum size.
         limit: usize,
     },
 }
 
 /// Encodes records into a new batch.
 ///
-/// Records are written straight into one buffer. Without compression that buffer becomes the batch, so that a payload
-/// is copied once, into it.
+/// The builder writes records into one buffer. Without compression this buffer becomes the batch, so that a payload is copied once.
 #[derive(Debug)]
 pub struct BatchBuilder {
     compression: Compression,
-    /// The framed records so far, not compressed.
+    /// The framed, uncompressed records so far.
     records: Vec<u8>,
     count: u32,
     base_timestamp: i64,
     max_timestamp: i64,
 }
 
-/// Bytes of a record's fields before its key: length, attributes, timestamp, offset, the key's length.
+/// Maximum length of the fields of a record before its key: length, attributes, timestamp delta, offset delta, key length.
 const MAX_PREFIX_BYTES: usize = 3 * varint::MAX_I32_BYTES + 1 + varint::MAX_I64_BYTES;
 
 impl BatchBuilder {
-    /// An empty batch whose records will be compressed with `compression` when it is finished.
+    /// Creates an empty builder. [`BatchBuilder::finish`] compresses the records with `compression`.
     pub fn new(compression: Compression) -> Self {
         Self::with_capacity(compression, 0)
     }
 
-    /// As [`BatchBuilder::new`], with room for `bytes` of encoded records, so that the buffer need not grow.
+    /// Creates an empty builder whose buffer has room for `bytes` of encoded records.
     pub fn with_capacity(compression: Compression, bytes: usize) -> Self {
         Self { compression, records: Vec::with_capacity(bytes), count: 0, base_timestamp: 0, max_timestamp: 0 }
     }
 
-    /// Adds a record. On an error the batch is as it was.
+    /// Adds a record. An error leaves the batch unchanged.
     ///
     /// # Errors
-    /// When the batch or the record would pass a hard bound (`limits`). A topic's `max.message.bytes` is the caller's.
+    /// The batch or the record would exceed a fixed maximum (`limits`). The caller checks `max.message.bytes` of the topic.
     pub fn push(
         &mut self,
         timestamp_ms: i64,
         key: Option<&[u8]>,
         value: Option<&[u8]>,
         headers: &[Header],
-    ) -> Result<(), Unbuildable> {
+    ) -> Result<(), BuildError> {
         let base = if self.count == 0 { timestamp_ms } else { self.base_timestamp };
-        // Wraps where the two are more than 2^63 apart, and so does the reader.
+        // The delta wraps if the timestamps differ by more than 2^63. The reader wraps too.
         let delta = timestamp_ms.wrapping_sub(base);
         let body = body_len(delta, self.count, key, value, headers);
         self.check_room(body, headers.len())?;
 
         let mut prefix = [0; MAX_PREFIX_BYTES];
         let mut at = varint::write(as_i64(body), &mut prefix);
-        at += 1; // The attributes byte, which stays 0.
+        at += 1; // The attributes byte stays 0.
         at += varint::write(delta, &mut prefix[at..]);
         at += varint::write(i64::from(self.count), &mut prefix[at..]);
         at += varint::write(nullable_len(key), &mut prefix[at..]);
@@ -112,19 +111,19 @@ impl BatchBuilder {
         Ok(())
     }
 
-    fn check_room(&self, body: usize, headers: usize) -> Result<(), Unbuildable> {
+    fn check_room(&self, body: usize, headers: usize) -> Result<(), BuildError> {
         if self.count as usize >= limits::MAX_BATCH_RECORDS {
-            return Err(Unbuildable::TooManyRecords { limit: limits::MAX_BATCH_RECORDS });
+            return Err(BuildError::TooManyRecords { limit: limits::MAX_BATCH_RECORDS });
         }
         if headers > limits::MAX_RECORD_HEADERS {
-            return Err(Unbuildable::TooManyHeaders { headers, limit: limits::MAX_RECORD_HEADERS });
+            return Err(BuildError::TooManyHeaders { headers, limit: limits::MAX_RECORD_HEADERS });
         }
         let limit = match self.compression {
             Compression::None => limits::MAX_BATCH_BYTES,
             _ => limits::MAX_DECOMPRESSED_BYTES,
         };
         let bytes = self.encoded_len().saturating_add(body).saturating_add(varint::MAX_I32_BYTES);
-        if bytes > limit { Err(Unbuildable::TooLarge { bytes, limit }) } else { Ok(()) }
+        if bytes > limit { Err(BuildError::TooLarge { bytes, limit }) } else { Ok(()) }
     }
 
     fn put_varint(&mut self, value: i64) {
@@ -133,12 +132,12 @@ impl BatchBuilder {
         self.records.extend_from_slice(&bytes[..len]);
     }
 
-    /// The most bytes that a record of these parts adds to [`BatchBuilder::encoded_len`], whatever its timestamp.
+    /// Returns the maximum number of bytes that such a record adds to [`BatchBuilder::encoded_len`], for any timestamp.
     pub fn record_len(key: Option<&[u8]>, value: Option<&[u8]>, headers: &[Header]) -> usize {
         body_len(i64::MIN, u32::MAX >> 1, key, value, headers).saturating_add(varint::MAX_I32_BYTES)
     }
 
-    /// Bytes of the batch so far, its header included, before compression.
+    /// Returns the length of the batch so far before compression, with its header.
     pub fn encoded_len(&self) -> usize {
         HEADER_BYTES + self.records.len()
     }
@@ -148,47 +147,47 @@ impl BatchBuilder {
         self.records.as_ptr()
     }
 
-    /// How many records it holds.
+    /// Returns the number of records.
     pub fn count(&self) -> u32 {
         self.count
     }
 
-    /// Whether it holds no record yet.
+    /// Returns true if the batch has no record.
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
 
-    /// The batch: base offset 0 and no leader epoch, which the leader stamps.
+    /// Returns the batch, with base offset 0 and without a leader epoch. The leader sets both.
     ///
     /// # Errors
-    /// When it holds no record, or is larger than `limits::MAX_BATCH_BYTES` once compressed.
-    pub fn finish(self, producer: Option<ProducerStamp>) -> Result<Batch, Unbuildable> {
-        let Some(last) = self.count.checked_sub(1) else { return Err(Unbuildable::Empty) };
+    /// The batch has no record, or it is larger than `limits::MAX_BATCH_BYTES` after compression.
+    pub fn finish(self, producer: Option<ProducerSequence>) -> Result<Batch, BuildError> {
+        let Some(last) = self.count.checked_sub(1) else { return Err(BuildError::Empty) };
         let records = match self.compression {
             Compression::None => Bytes::from(self.records),
             codec => compression::compress(codec, &self.records),
         };
         let (bytes, limit) = (HEADER_BYTES + records.len(), limits::MAX_BATCH_BYTES);
         if bytes > limit {
-            return Err(Unbuildable::TooLarge { bytes, limit });
+            return Err(BuildError::TooLarge { bytes, limit });
         }
-        let producer = producer.unwrap_or(ProducerStamp { id: -1, epoch: -1, base_sequence: -1 });
-        let mut head = [0; HEADER_BYTES];
-        set(&mut head, layout::LEADER_EPOCH, (-1_i32).to_be_bytes());
-        set(&mut head, layout::MAGIC_AT, [layout::MAGIC]);
-        set(&mut head, layout::ATTRIBUTES, (self.compression as u16).to_be_bytes());
-        set(&mut head, layout::LAST_OFFSET_DELTA, last.to_be_bytes());
-        set(&mut head, layout::BASE_TIMESTAMP, self.base_timestamp.to_be_bytes());
-        set(&mut head, layout::MAX_TIMESTAMP, self.max_timestamp.to_be_bytes());
-        set(&mut head, layout::PRODUCER_ID, producer.id.to_be_bytes());
-        set(&mut head, layout::PRODUCER_EPOCH, producer.epoch.to_be_bytes());
-        set(&mut head, layout::BASE_SEQUENCE, producer.base_sequence.to_be_bytes());
-        set(&mut head, layout::RECORDS_COUNT, self.count.to_be_bytes());
-        Ok(Batch::seal(head, records))
+        let producer = producer.unwrap_or(ProducerSequence { id: -1, epoch: -1, base_sequence: -1 });
+        let mut header = [0; HEADER_BYTES];
+        set(&mut header, layout::LEADER_EPOCH, (-1_i32).to_be_bytes());
+        set(&mut header, layout::MAGIC_AT, [layout::MAGIC]);
+        set(&mut header, layout::ATTRIBUTES, (self.compression as u16).to_be_bytes());
+        set(&mut header, layout::LAST_OFFSET_DELTA, last.to_be_bytes());
+        set(&mut header, layout::BASE_TIMESTAMP, self.base_timestamp.to_be_bytes());
+        set(&mut header, layout::MAX_TIMESTAMP, self.max_timestamp.to_be_bytes());
+        set(&mut header, layout::PRODUCER_ID, producer.id.to_be_bytes());
+        set(&mut header, layout::PRODUCER_EPOCH, producer.epoch.to_be_bytes());
+        set(&mut header, layout::BASE_SEQUENCE, producer.base_sequence.to_be_bytes());
+        set(&mut header, layout::RECORDS_COUNT, self.count.to_be_bytes());
+        Ok(Batch::seal(header, records))
     }
 }
 
-/// Bytes of a record after its own length.
+/// Length of a record without its length field.
 fn body_len(delta: i64, index: u32, key: Option<&[u8]>, value: Option<&[u8]>, headers: &[Header]) -> usize {
     let part = |bytes: Option<&[u8]>| varint::len(nullable_len(bytes)) + bytes.map_or(0, <[u8]>::len);
     let headers_len: usize =

@@ -1,26 +1,26 @@
-//! Batches out of pieces of memory: what a reader was sent, and what a follower was.
+//! Batches from the chunks of bytes that a consumer or a follower received.
 
 use bytes::{Buf as _, Bytes, BytesMut};
 
-use super::{Batch, HEADER_BYTES, Malformed, layout};
+use super::{Batch, HEADER_BYTES, MalformedBatch, layout};
 
-/// The batches of chunks that may be cut anywhere. Cuts between batches, and between a header and its records, cost no copy;
-/// a batch that is cut elsewhere is copied together once.
+/// Iterator over the batches of consecutive chunks. A chunk can end at any byte. An end between two batches, or between a header and its
+/// records, costs no copy. A batch that is split at another byte is copied once.
 ///
-/// Ends with the first error.
+/// The iterator ends after the first error.
 #[derive(Debug)]
-pub struct Chunks {
+pub struct ChunkedBatches {
     chunks: std::vec::IntoIter<Bytes>,
     rest: Bytes,
 }
 
-impl Chunks {
-    /// Whole batches, one after the other.
+impl ChunkedBatches {
+    /// Iterates over the batches of `chunks`.
     pub fn new(chunks: Vec<Bytes>) -> Self {
         Self { chunks: chunks.into_iter(), rest: Bytes::new() }
     }
 
-    fn batch(&mut self) -> Result<Option<Batch>, Malformed> {
+    fn batch(&mut self) -> Result<Option<Batch>, MalformedBatch> {
         while self.rest.is_empty() {
             match self.chunks.next() {
                 None => return Ok(None),
@@ -30,26 +30,26 @@ impl Chunks {
         if self.rest.len() >= layout::LENGTH_OVERHEAD && Batch::framed_len(&self.rest)? <= self.rest.len() {
             return Batch::split_from(&mut self.rest).map(Some);
         }
-        let Ok(head) = <[u8; HEADER_BYTES]>::try_from(&self.rest[..]) else { return self.joined().map(Some) };
-        let records = Batch::framed_len(&head)? - HEADER_BYTES;
+        let Ok(header) = <[u8; HEADER_BYTES]>::try_from(&self.rest[..]) else { return self.joined().map(Some) };
+        let records = Batch::framed_len(&header)? - HEADER_BYTES;
         let Some(mut next) = self.chunks.next() else {
-            return Err(Malformed::Truncated { needed: HEADER_BYTES + records, available: HEADER_BYTES });
+            return Err(MalformedBatch::Truncated { needed: HEADER_BYTES + records, available: HEADER_BYTES });
         };
         if next.len() < records {
-            // Cut once more: the next chunk's bytes are looked at again.
+            // The records are split too. `joined` reads the bytes of the next chunk again.
             let mut both = BytesMut::with_capacity(HEADER_BYTES + next.len());
-            both.extend_from_slice(&head);
+            both.extend_from_slice(&header);
             both.extend_from_slice(&next);
             self.rest = both.freeze();
             return self.joined().map(Some);
         }
-        let batch = Batch::from_halves(head, next.split_to(records))?;
+        let batch = Batch::from_parts(header, next.split_to(records))?;
         self.rest = next;
         Ok(Some(batch))
     }
 
-    /// Copies one batch together out of what is left of this chunk and of those after it. Room is made for bytes that are there.
-    fn joined(&mut self) -> Result<Batch, Malformed> {
+    /// Copies one batch from the rest of this chunk and from the chunks after it. The buffer grows only by bytes that were received.
+    fn joined(&mut self) -> Result<Batch, MalformedBatch> {
         let mut batch = BytesMut::from(&self.rest[..]);
         self.rest = Bytes::new();
         loop {
@@ -61,7 +61,7 @@ impl Chunks {
             if self.rest.is_empty() {
                 let Some(chunk) = self.chunks.next() else {
                     let needed = if has_length { needed } else { HEADER_BYTES };
-                    return Err(Malformed::Truncated { needed, available: batch.len() });
+                    return Err(MalformedBatch::Truncated { needed, available: batch.len() });
                 };
                 self.rest = chunk;
             }
@@ -72,8 +72,8 @@ impl Chunks {
     }
 }
 
-impl Iterator for Chunks {
-    type Item = Result<Batch, Malformed>;
+impl Iterator for ChunkedBatches {
+    type Item = Result<Batch, MalformedBatch>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let batch = self.batch();

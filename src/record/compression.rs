@@ -1,53 +1,52 @@
-//! The four codecs, in the framings that Kafka's clients write and read.
+//! The four compression codecs, in the framings that Kafka clients write and read.
 //!
 //! | codec | framing |
 //! | --- | --- |
 //! | gzip | RFC 1952 |
-//! | snappy | snappy-java's stream ("xerial") of 32 KiB blocks; bare snappy is read too |
+//! | snappy | stream of snappy-java ("xerial") with blocks of 32 KiB; a raw snappy block is read too |
 //! | lz4 | LZ4 frame: independent blocks of 64 KiB, no dictionary, no content checksum; linked blocks are read too |
 //! | zstd | RFC 8878 |
 //!
-//! Compressed bytes are a stranger's. What they claim to grow to is never believed: an output buffer grows only as far
-//! as bytes really came out, or as far as the input could make them at its codec's best ratio, and never beyond the
-//! caller's bound.
+//! Compressed bytes come from clients, so their declared length is not trusted. An output buffer has at most the length of the bytes that
+//! were decoded, or the length that the input can have at the best ratio of its codec, and never more than the maximum of the caller.
 
 use std::io::{Read, Write};
 
 use bytes::Bytes;
 
-use super::{batch::Malformed, lz4, snappy};
+use super::{batch::MalformedBatch, lz4, snappy};
 use crate::model::Compression;
 
-/// Starts a gzip member.
+/// First bytes of a gzip member.
 const GZIP_MAGIC: &[u8] = b"\x1f\x8b";
 
-/// The most that DEFLATE gets from one byte (zlib's technical details), rounded up.
-const GZIP_BEST_RATIO: usize = 1033;
+/// Maximum ratio of DEFLATE (zlib technical details), rounded up.
+const MAX_GZIP_RATIO: usize = 1033;
 
-/// Starts a snappy-java stream; two big-endian `i32` follow, its version and the oldest version that can read it.
+/// First bytes of a snappy-java stream. Two big-endian `i32` follow: its version and the oldest version that can read the stream.
 const XERIAL_MAGIC: &[u8; 8] = b"\x82SNAPPY\0";
 const XERIAL_HEADER_BYTES: usize = 16;
 const XERIAL_VERSION: i32 = 1;
 
-/// Plain bytes of one snappy block: what snappy-java uses.
+/// Uncompressed length of one snappy block, as snappy-java uses it.
 const XERIAL_BLOCK_BYTES: usize = 32 << 10;
 
-/// The most that snappy gets from one byte: a copy of 64 bytes takes three.
-const SNAPPY_BEST_RATIO: usize = 22;
+/// Maximum ratio of snappy: a copy of 64 bytes takes three bytes.
+const MAX_SNAPPY_RATIO: usize = 22;
 
-/// Kafka's own default.
+/// Compression level of zstd, the default of Kafka.
 const ZSTD_LEVEL: i32 = 3;
 
 /// `ZSTD_error_dstSize_tooSmall`, stable since zstd 1.3.1.
 const ZSTD_OUTPUT_TOO_SMALL: usize = 70;
 
-/// The most that one block of zstd holds, and its first output buffer at least.
+/// Maximum uncompressed length of one zstd block, and minimum length of the first output buffer.
 const ZSTD_BLOCK_BYTES: usize = 128 << 10;
 
-/// Starts a frame of zstd that is not one of those that decoders skip; little-endian.
+/// First bytes of a zstd frame that is not a skippable frame. Little-endian.
 const ZSTD_MAGIC: u32 = 0xfd2f_b528;
 
-/// Compresses `plain`.
+/// Compresses `plain` with `codec`.
 pub(super) fn compress(codec: Compression, plain: &[u8]) -> Bytes {
     const MEMORY: &str = "writing to memory does not fail";
     match codec {
@@ -67,8 +66,8 @@ pub(super) fn compress(codec: Compression, plain: &[u8]) -> Bytes {
             encoder.finish().expect(MEMORY).into()
         }
         Compression::Zstd => {
-            let mut bytes = zstd::bulk::compress(plain, ZSTD_LEVEL).expect("zstd fails only without memory");
-            // It asked for room for the worst case.
+            let mut bytes = zstd::bulk::compress(plain, ZSTD_LEVEL).expect("zstd fails only if there is no memory");
+            // zstd allocates for the worst case.
             bytes.shrink_to_fit();
             bytes.into()
         }
@@ -84,20 +83,20 @@ fn compress_snappy(plain: &[u8]) -> Vec<u8> {
     for block in plain.chunks(XERIAL_BLOCK_BYTES) {
         let start = out.len() + 4;
         out.resize(start + snap::raw::max_compress_len(block.len()), 0);
-        let len = encoder.compress(block, &mut out[start..]).expect("the output has the room that snappy asks for");
-        let framed = u32::try_from(len).expect("a block of 32 KiB stays small");
+        let len = encoder.compress(block, &mut out[start..]).expect("the output has the length that snappy requires");
+        let framed = u32::try_from(len).expect("a compressed block of 32 KiB fits in 32 bits");
         out[start - 4..start].copy_from_slice(&framed.to_be_bytes());
         out.truncate(start + len);
     }
     out
 }
 
-/// What the frames say that they grow to, where they do. More than that, or nothing at all, comes out of a right one:
-/// a claim above a bound needs no decompression to be refused.
-pub(super) fn claimed(codec: Compression, stored: &[u8]) -> Option<usize> {
+/// Returns the uncompressed length that the frames declare, if they declare one. Correct bytes have this length or more, so bytes that
+/// declare more than the maximum are rejected without decompression.
+pub(super) fn declared_len(codec: Compression, stored: &[u8]) -> Option<usize> {
     match codec {
         Compression::None => Some(stored.len()),
-        // The last member's length, modulo 2^32. Without the magic the last bytes are no length.
+        // The last four bytes of a gzip member are its length modulo 2^32.
         Compression::Gzip => {
             if !stored.starts_with(GZIP_MAGIC) {
                 return None;
@@ -105,16 +104,16 @@ pub(super) fn claimed(codec: Compression, stored: &[u8]) -> Option<usize> {
             let length = u32::from_le_bytes(*stored.last_chunk::<4>()?);
             usize::try_from(length).ok()
         }
-        Compression::Snappy => snappy_claim(stored),
-        Compression::Lz4 => lz4::claimed(stored),
+        Compression::Snappy => snappy_declared_len(stored),
+        Compression::Lz4 => lz4::declared_len(stored),
         Compression::Zstd => {
-            let claimed = zstd::zstd_safe::get_frame_content_size(stored).ok()??;
-            Some(usize::try_from(claimed).unwrap_or(usize::MAX))
+            let declared = zstd::zstd_safe::get_frame_content_size(stored).ok()??;
+            Some(usize::try_from(declared).unwrap_or(usize::MAX))
         }
     }
 }
 
-fn snappy_claim(stored: &[u8]) -> Option<usize> {
+fn snappy_declared_len(stored: &[u8]) -> Option<usize> {
     if !stored.starts_with(XERIAL_MAGIC) {
         return snap::raw::decompress_len(stored).ok();
     }
@@ -128,118 +127,118 @@ fn snappy_claim(stored: &[u8]) -> Option<usize> {
     Some(total)
 }
 
-/// Why bytes were not decompressed.
-pub(super) enum Refused {
-    /// They grow beyond the bound.
+/// Error of a decompression.
+pub(super) enum DecompressError {
+    /// The decompressed bytes exceed the maximum.
     Grows,
-    /// The codec says that they are wrong.
+    /// The codec rejects the bytes.
     Codec(String),
 }
 
-impl Refused {
-    fn of(self, codec: Compression, most: usize) -> Malformed {
+impl DecompressError {
+    fn into_malformed(self, codec: Compression, max: usize) -> MalformedBatch {
         match self {
-            Self::Grows => Malformed::Grows { codec, most },
-            Self::Codec(reason) => Malformed::Compression { codec, reason },
+            Self::Grows => MalformedBatch::Grows { codec, max },
+            Self::Codec(reason) => MalformedBatch::Compression { codec, reason },
         }
     }
 }
 
-impl<T: Into<String>> From<T> for Refused {
+impl<T: Into<String>> From<T> for DecompressError {
     fn from(reason: T) -> Self {
         Self::Codec(reason.into())
     }
 }
 
-/// Decompresses `stored`, which is all of one batch's records, to at most `most` bytes.
+/// Decompresses `stored`, the records of one batch, to at most `max` bytes.
 ///
 /// # Errors
-/// [`Malformed::Grows`] when the output would pass `most`, [`Malformed::Compression`] when the codec refuses the bytes or
-/// when bytes are left over.
-pub fn decompress(codec: Compression, stored: &[u8], most: usize) -> Result<Bytes, Malformed> {
+/// [`MalformedBatch::Grows`] if the output would exceed `max`. [`MalformedBatch::Compression`] if the codec rejects the bytes, or if other
+/// bytes follow them.
+pub fn decompress(codec: Compression, stored: &[u8], max: usize) -> Result<Bytes, MalformedBatch> {
     let plain = match codec {
-        _ if claimed(codec, stored).is_some_and(|claimed| claimed > most) => Err(Refused::Grows),
+        _ if declared_len(codec, stored).is_some_and(|declared| declared > max) => Err(DecompressError::Grows),
         Compression::None => Ok(stored.to_vec()),
         Compression::Gzip => {
-            read_bounded(flate2::bufread::MultiGzDecoder::new(stored), stored.len().saturating_mul(2), most)
+            read_bounded(flate2::bufread::MultiGzDecoder::new(stored), stored.len().saturating_mul(2), max)
         }
-        Compression::Snappy => decompress_snappy(stored, most),
-        Compression::Lz4 => lz4::decompress(stored, most),
-        Compression::Zstd => decompress_zstd(stored, most),
+        Compression::Snappy => decompress_snappy(stored, max),
+        Compression::Lz4 => lz4::decompress(stored, max),
+        Compression::Zstd => decompress_zstd(stored, max),
     };
-    let mut plain = plain.map_err(|refused| refused.of(codec, most))?;
-    // Records are slices of this and may live long: do not let them hold much more than themselves.
+    let mut plain = plain.map_err(|error| error.into_malformed(codec, max))?;
+    // Records are slices of this buffer, and an application can keep them. So the buffer must not be much larger than its content.
     if plain.capacity() / 2 > plain.len() {
         plain.shrink_to_fit();
     }
     Ok(Bytes::from(plain))
 }
 
-/// The first plain bytes of compressed records.
+/// The first decompressed bytes of compressed records.
 pub(super) struct Prefix {
     pub(super) bytes: Vec<u8>,
-    /// Nothing follows: the codec took all of the stored bytes.
-    pub(super) is_whole: bool,
+    /// True if these are all bytes.
+    pub(super) is_complete: bool,
 }
 
-/// Decompresses the first `most` bytes of `stored`, or fewer, at a cost that `most` bounds. Blocks that a codec only decodes as a whole
-/// are left out where they are larger.
+/// Decompresses at most the first `max` bytes of `stored`. The cost depends on `max` and not on the length of `stored`: a larger block of a
+/// codec that decodes only complete blocks is not decoded.
 ///
 /// # Errors
-/// When the codec refuses what it had to read for that.
-pub(super) fn prefix(codec: Compression, stored: &[u8], most: usize) -> Result<Prefix, Malformed> {
-    let claimed = claimed(codec, stored).filter(|_| codec != Compression::Gzip);
-    // Few compressed bytes may be few plain ones, which are decoded at once.
-    if codec != Compression::Gzip && stored.len() <= most && claimed.is_none_or(|claimed| claimed <= most) {
-        match decompress(codec, stored, most) {
-            Ok(plain) => return Ok(Prefix { bytes: plain.into(), is_whole: true }),
-            // It claims nothing, or another frame follows the one that does.
-            Err(Malformed::Grows { .. }) => {}
+/// The codec rejects the bytes that were read.
+pub(super) fn prefix(codec: Compression, stored: &[u8], max: usize) -> Result<Prefix, MalformedBatch> {
+    let declared = declared_len(codec, stored).filter(|_| codec != Compression::Gzip);
+    // A short input that declares a short output, or no length, is decoded completely.
+    if codec != Compression::Gzip && stored.len() <= max && declared.is_none_or(|declared| declared <= max) {
+        match decompress(codec, stored, max) {
+            Ok(plain) => return Ok(Prefix { bytes: plain.into(), is_complete: true }),
+            // The input declares no length, or the length of its first frame only.
+            Err(MalformedBatch::Grows { .. }) => {}
             Err(error) => return Err(error),
         }
     }
     let prefix = match codec {
-        Compression::None => Ok(stored[..stored.len().min(most)].to_vec()),
-        Compression::Gzip => return gzip_prefix(stored, most).map_err(|refused| refused.of(codec, most)),
-        Compression::Snappy => snappy_prefix(stored, most),
-        Compression::Lz4 => lz4::prefix(stored, most),
-        Compression::Zstd => largest_zstd(stored).map(|_| Vec::new()),
+        Compression::None => Ok(stored[..stored.len().min(max)].to_vec()),
+        Compression::Gzip => return gzip_prefix(stored, max).map_err(|error| error.into_malformed(codec, max)),
+        Compression::Snappy => snappy_prefix(stored, max),
+        Compression::Lz4 => lz4::prefix(stored, max),
+        Compression::Zstd => max_zstd_len(stored).map(|_| Vec::new()),
     };
-    prefix.map(|bytes| Prefix { bytes, is_whole: false }).map_err(|refused| refused.of(codec, most))
+    prefix.map(|bytes| Prefix { bytes, is_complete: false }).map_err(|error| error.into_malformed(codec, max))
 }
 
-fn gzip_prefix(stored: &[u8], most: usize) -> Result<Prefix, Refused> {
+fn gzip_prefix(stored: &[u8], max: usize) -> Result<Prefix, DecompressError> {
     if !stored.starts_with(GZIP_MAGIC) {
-        return Err("the bytes do not start with gzip's magic 1f 8b".into());
+        return Err("the bytes do not start with 1f 8b, the magic of gzip".into());
     }
-    let mut bytes = Vec::with_capacity(most);
-    let bound = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);
+    let mut bytes = Vec::with_capacity(max);
+    let bound = u64::try_from(max).unwrap_or(u64::MAX).saturating_add(1);
     let decoder = flate2::bufread::MultiGzDecoder::new(stored);
     decoder.take(bound).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    let is_whole = bytes.len() <= most;
-    bytes.truncate(most);
-    Ok(Prefix { bytes, is_whole })
+    let is_complete = bytes.len() <= max;
+    bytes.truncate(max);
+    Ok(Prefix { bytes, is_complete })
 }
 
-/// The most plain bytes that the frames can hold. Walks their blocks without decoding them.
-fn largest_zstd(mut stored: &[u8]) -> Result<usize, Refused> {
+/// Returns the maximum uncompressed length of all frames, from the headers of their blocks.
+fn max_zstd_len(mut stored: &[u8]) -> Result<usize, DecompressError> {
     use zstd::zstd_safe::{find_frame_compressed_size, get_error_name, get_frame_content_size};
-    let mut most = 0_usize;
+    let mut max = 0_usize;
     while !stored.is_empty() {
         let length = find_frame_compressed_size(stored).map_err(get_error_name)?;
-        let (frame, rest) = stored.split_at_checked(length).ok_or("a frame passes the end")?;
-        let claimed = get_frame_content_size(frame).map_err(|error| error.to_string())?;
-        // A frame that holds more or less than it claims is refused by every decoder.
-        let claimed = claimed.map_or(usize::MAX, |claimed| usize::try_from(claimed).unwrap_or(usize::MAX));
-        let plain = largest_zstd_frame(frame).ok_or("a block of a frame passes its end")?.min(claimed);
-        (most, stored) = (most.saturating_add(plain), rest);
+        let (frame, rest) = stored.split_at_checked(length).ok_or("a frame ends after the input")?;
+        let declared = get_frame_content_size(frame).map_err(|error| error.to_string())?;
+        // Every decoder rejects a frame whose content has another length than the frame declares.
+        let declared = declared.map_or(usize::MAX, |declared| usize::try_from(declared).unwrap_or(usize::MAX));
+        let plain = max_zstd_frame_len(frame).ok_or("a block ends after its frame")?.min(declared);
+        (max, stored) = (max.saturating_add(plain), rest);
     }
-    Ok(most)
+    Ok(max)
 }
 
-/// The most plain bytes that the blocks of one frame can hold, by their headers (RFC 8878, 3.1.1). `None` if a header is cut or of
-/// no kind.
-fn largest_zstd_frame(frame: &[u8]) -> Option<usize> {
+/// Returns the maximum uncompressed length of one frame, from the headers of its blocks (RFC 8878, 3.1.1). Returns `None` if a header is
+/// truncated or has an unknown block type.
+fn max_zstd_frame_len(frame: &[u8]) -> Option<usize> {
     let (magic, header) = frame.split_first_chunk::<4>()?;
     if u32::from_le_bytes(*magic) != ZSTD_MAGIC {
         return Some(0);
@@ -253,7 +252,7 @@ fn largest_zstd_frame(frame: &[u8]) -> Option<usize> {
         flag => 1 << flag,
     };
     let mut blocks = fields.get(window + dictionary + content_size..)?;
-    let mut most = 0_usize;
+    let mut max = 0_usize;
     loop {
         let (header, content) = blocks.split_first_chunk::<3>()?;
         let header = u32::from_le_bytes([header[0], header[1], header[2], 0]);
@@ -265,60 +264,62 @@ fn largest_zstd_frame(frame: &[u8]) -> Option<usize> {
             2 => (size, ZSTD_BLOCK_BYTES),
             _ => return None,
         };
-        most = most.saturating_add(plain.min(ZSTD_BLOCK_BYTES));
+        max = max.saturating_add(plain.min(ZSTD_BLOCK_BYTES));
         if header & 1 == 1 {
-            return Some(most);
+            return Some(max);
         }
         blocks = content.get(stored..)?;
     }
 }
 
-/// The first bytes of the first block.
-fn snappy_prefix(stored: &[u8], most: usize) -> Result<Vec<u8>, Refused> {
+/// Decodes the first bytes of the first block.
+fn snappy_prefix(stored: &[u8], max: usize) -> Result<Vec<u8>, DecompressError> {
     let block = match stored.strip_prefix(XERIAL_MAGIC) {
         None => stored,
         Some(rest) => {
-            let rest = rest.get(XERIAL_HEADER_BYTES - XERIAL_MAGIC.len()..).ok_or("the stream's header is cut")?;
-            let (length, after) = rest.split_first_chunk::<4>().ok_or("a block's length is cut")?;
-            let length = usize::try_from(i32::from_be_bytes(*length)).map_err(|_| "a block's length is negative")?;
-            after.get(..length).ok_or("a block passes the end")?
+            let rest =
+                rest.get(XERIAL_HEADER_BYTES - XERIAL_MAGIC.len()..).ok_or("the header of the stream is truncated")?;
+            let (length, after) = rest.split_first_chunk::<4>().ok_or("the length of a block is truncated")?;
+            let length =
+                usize::try_from(i32::from_be_bytes(*length)).map_err(|_| "the length of a block is negative")?;
+            after.get(..length).ok_or("a block ends after the input")?
         }
     };
-    Ok(snappy::block_prefix(block, most)?)
+    Ok(snappy::block_prefix(block, max)?)
 }
 
-/// The most plain bytes that a right codec can make of `stored`, where anything bounds them.
-pub(super) fn largest_plain(codec: Compression, stored: &[u8]) -> Option<usize> {
+/// Returns the maximum length to which a correct codec decompresses `stored`, if there is one.
+pub(super) fn max_decoded_len(codec: Compression, stored: &[u8]) -> Option<usize> {
     match codec {
         Compression::None => Some(stored.len()),
-        Compression::Gzip => Some(stored.len().saturating_mul(GZIP_BEST_RATIO)),
-        Compression::Lz4 => claimed(codec, stored).or(Some(stored.len().saturating_mul(lz4::BEST_RATIO))),
-        Compression::Snappy => claimed(codec, stored),
-        Compression::Zstd => largest_zstd(stored).ok(),
+        Compression::Gzip => Some(stored.len().saturating_mul(MAX_GZIP_RATIO)),
+        Compression::Lz4 => declared_len(codec, stored).or(Some(stored.len().saturating_mul(lz4::MAX_RATIO))),
+        Compression::Snappy => declared_len(codec, stored),
+        Compression::Zstd => max_zstd_len(stored).ok(),
     }
 }
 
-/// Reads all of `decoder`; the buffer starts at `hint` bytes and grows with what comes out.
-fn read_bounded(decoder: impl Read, hint: usize, most: usize) -> Result<Vec<u8>, Refused> {
-    let mut plain = Vec::with_capacity(hint.min(most));
-    let bound = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);
+/// Reads all bytes of `decoder`. The buffer has `hint` bytes at first and grows with the output.
+fn read_bounded(decoder: impl Read, hint: usize, max: usize) -> Result<Vec<u8>, DecompressError> {
+    let mut plain = Vec::with_capacity(hint.min(max));
+    let bound = u64::try_from(max).unwrap_or(u64::MAX).saturating_add(1);
     decoder.take(bound).read_to_end(&mut plain).map_err(|error| error.to_string())?;
-    if plain.len() > most { Err(Refused::Grows) } else { Ok(plain) }
+    if plain.len() > max { Err(DecompressError::Grows) } else { Ok(plain) }
 }
 
-fn decompress_snappy(stored: &[u8], most: usize) -> Result<Vec<u8>, Refused> {
+fn decompress_snappy(stored: &[u8], max: usize) -> Result<Vec<u8>, DecompressError> {
     let mut plain = Vec::new();
     let mut decoder = snap::raw::Decoder::new();
     if !stored.starts_with(XERIAL_MAGIC) {
-        snappy_block(&mut decoder, stored, &mut plain, most)?;
+        snappy_block(&mut decoder, stored, &mut plain, max)?;
         return Ok(plain);
     }
-    let mut rest = stored.get(XERIAL_HEADER_BYTES..).ok_or("the stream's header is cut")?;
+    let mut rest = stored.get(XERIAL_HEADER_BYTES..).ok_or("the header of the stream is truncated")?;
     while !rest.is_empty() {
-        let (length, after) = rest.split_first_chunk::<4>().ok_or("a block's length is cut")?;
-        let length = usize::try_from(i32::from_be_bytes(*length)).map_err(|_| "a block's length is negative")?;
-        let block = after.get(..length).ok_or("a block passes the end")?;
-        snappy_block(&mut decoder, block, &mut plain, most)?;
+        let (length, after) = rest.split_first_chunk::<4>().ok_or("the length of a block is truncated")?;
+        let length = usize::try_from(i32::from_be_bytes(*length)).map_err(|_| "the length of a block is negative")?;
+        let block = after.get(..length).ok_or("a block ends after the input")?;
+        snappy_block(&mut decoder, block, &mut plain, max)?;
         rest = &after[length..];
     }
     Ok(plain)
@@ -328,40 +329,42 @@ fn snappy_block(
     decoder: &mut snap::raw::Decoder,
     block: &[u8],
     plain: &mut Vec<u8>,
-    most: usize,
-) -> Result<(), Refused> {
-    let claimed = snap::raw::decompress_len(block).map_err(|error| error.to_string())?;
-    if claimed > block.len().saturating_mul(SNAPPY_BEST_RATIO) {
+    max: usize,
+) -> Result<(), DecompressError> {
+    let declared = snap::raw::decompress_len(block).map_err(|error| error.to_string())?;
+    if declared > block.len().saturating_mul(MAX_SNAPPY_RATIO) {
         let bytes = block.len();
-        return Err(Refused::Codec(format!("a block of {bytes} bytes cannot grow to the {claimed} that it claims")));
+        return Err(DecompressError::Codec(format!(
+            "a block of {bytes} bytes cannot decompress to {declared} bytes, as it declares"
+        )));
     }
     let start = plain.len();
-    if claimed > most - start {
-        return Err(Refused::Grows);
+    if declared > max - start {
+        return Err(DecompressError::Grows);
     }
-    plain.resize(start + claimed, 0);
+    plain.resize(start + declared, 0);
     decoder.decompress(block, &mut plain[start..]).map_err(|error| error.to_string())?;
     Ok(())
 }
 
-/// Into one buffer, without zstd's streaming window: a frame may claim a window of 128 MiB that zstd would allocate.
-/// The price is to start again with a larger buffer when the first was too small, which costs a third more at worst.
-fn decompress_zstd(stored: &[u8], most: usize) -> Result<Vec<u8>, Refused> {
+/// Decompresses into one buffer, without the streaming window of zstd: a frame can declare a window of 128 MiB, which zstd would allocate.
+/// If the buffer is too small, decompression starts again with a larger one. This costs at most a third more time.
+fn decompress_zstd(stored: &[u8], max: usize) -> Result<Vec<u8>, DecompressError> {
     use zstd::zstd_safe::{DCtx, get_error_name, get_frame_content_size};
-    let mut room = stored.len().saturating_mul(4).max(ZSTD_BLOCK_BYTES).min(most);
-    // Believed only where it makes the buffer smaller.
-    if let Ok(Some(claimed)) = get_frame_content_size(stored) {
-        room = room.min(usize::try_from(claimed).unwrap_or(room));
+    let mut room = stored.len().saturating_mul(4).max(ZSTD_BLOCK_BYTES).min(max);
+    // The declared length only makes the buffer smaller.
+    if let Ok(Some(declared)) = get_frame_content_size(stored) {
+        room = room.min(usize::try_from(declared).unwrap_or(room));
     }
     let mut context = DCtx::create();
     loop {
         let mut plain = Vec::with_capacity(room);
         match context.decompress(&mut plain, stored) {
-            Ok(_) if plain.len() <= most => return Ok(plain),
-            Ok(_) => return Err(Refused::Grows),
+            Ok(_) if plain.len() <= max => return Ok(plain),
+            Ok(_) => return Err(DecompressError::Grows),
             Err(code) if code.wrapping_neg() != ZSTD_OUTPUT_TOO_SMALL => return Err(get_error_name(code).into()),
-            Err(_) if room == most => return Err(Refused::Grows),
-            Err(_) => room = room.max(ZSTD_BLOCK_BYTES).saturating_mul(4).min(most),
+            Err(_) if room == max => return Err(DecompressError::Grows),
+            Err(_) => room = room.max(ZSTD_BLOCK_BYTES).saturating_mul(4).min(max),
         }
     }
 }

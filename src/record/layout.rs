@@ -1,15 +1,15 @@
-//! Where the fields of a batch header are, and how they are read and written. Big-endian throughout.
+//! Positions of the fields of a batch header, and functions that read and write them. All numbers are big-endian.
 
-/// Bytes of the header; the records follow.
+/// Length of the header. The records follow the header.
 pub const HEADER_BYTES: usize = crate::limits::BATCH_HEADER_BYTES;
 
-/// Bytes before the part that `batchLength` counts.
+/// Length of the fields that `batchLength` does not count.
 pub(crate) const LENGTH_OVERHEAD: usize = 12;
 
-/// First byte that the CRC covers.
+/// Position of the first byte that the CRC covers.
 pub(crate) const CRC_START: usize = 21;
 
-/// The one magic that is accepted.
+/// The only accepted magic.
 pub(crate) const MAGIC: u8 = 2;
 
 pub(crate) const BASE_OFFSET: usize = 0;
@@ -26,24 +26,24 @@ pub(crate) const PRODUCER_EPOCH: usize = 51;
 pub(crate) const BASE_SEQUENCE: usize = 53;
 pub(crate) const RECORDS_COUNT: usize = 57;
 
-/// The timestamp of a record without one.
+/// Timestamp value of a record that has no timestamp.
 pub(crate) const NO_TIMESTAMP: i64 = -1;
 
 /// Attribute bits 0 to 2.
 pub(crate) const COMPRESSION_MASK: u16 = 0b111;
-/// Attribute bit 3: timestamps were set by the broker.
+/// Attribute bit 3: the broker set the timestamps.
 pub(crate) const LOG_APPEND_TIME: u16 = 1 << 3;
-/// Attribute bit 4: part of a transaction.
+/// Attribute bit 4: the batch is part of a transaction.
 pub(crate) const TRANSACTIONAL: u16 = 1 << 4;
-/// Attribute bit 5: a control batch, which no client may send.
+/// Attribute bit 5: a control batch. Clients must not send control batches.
 pub(crate) const CONTROL: u16 = 1 << 5;
 
-/// The `N` bytes of a header at `at`.
-pub(crate) fn field<const N: usize>(head: &[u8; HEADER_BYTES], at: usize) -> [u8; N] {
-    head[at..at + N].try_into().expect("every field lies inside the header")
+/// Reads the `N` bytes of a header at `at`.
+pub(crate) fn field<const N: usize>(header: &[u8; HEADER_BYTES], at: usize) -> [u8; N] {
+    header[at..at + N].try_into().expect("every field lies inside the header")
 }
 
-/// Writes a header's field.
-pub(crate) fn set<const N: usize>(head: &mut [u8; HEADER_BYTES], at: usize, value: [u8; N]) {
-    head[at..at + N].copy_from_slice(&value);
+/// Writes the field of a header at `at`.
+pub(crate) fn set<const N: usize>(header: &mut [u8; HEADER_BYTES], at: usize, value: [u8; N]) {
+    header[at..at + N].copy_from_slice(&value);
 }

@@ -1,4 +1,4 @@
-//! Batches: the one format of the wire, the disk, the replicas and the bucket.
+//! Record batches: one format for the wire, the disk, replication and the object store.
 //!
 //! # Overview
 //!
@@ -11,29 +11,34 @@
 //! 57 recordsCount i32 │ 61 records …
 //! ```
 //!
-//! [`Batch`] is a whole batch whose framing and CRC were checked. The broker writes its base offset and leader epoch, which
-//! the CRC does not cover ([`Batch::stamp`]); the timestamps' type and the largest of them where the topic says so
-//! ([`Batch::set_append_time`]); and the largest timestamp where the producer's is not that of the records
-//! ([`Batch::correct_max_timestamp`]). Everything else, compressed records included, passes through unread.
+//! A [`Batch`] is complete, and its framing and CRC are checked. The broker changes these fields and no others; compressed records pass
+//! through the broker as they are:
+//!
+//! | fields | function | condition |
+//! | --- | --- | --- |
+//! | base offset, leader epoch (the CRC does not cover them) | [`Batch::set_offset_and_epoch`] | always, by the leader |
+//! | timestamp type, largest timestamp | [`Batch::set_append_time`] | the topic has `message.timestamp.type=LogAppendTime` |
+//! | largest timestamp | [`Batch::correct_max_timestamp`] | the producer's value is not that of the records |
+//! | codec, records | [`Batch::recompress`] | the topic sets `compression.type` |
 //!
 //! ```text
 //! producer   BatchBuilder::push … finish ──► Batch ──► wire, disk, replicas, bucket
-//! edge       Batch::parse or split_from, check_client, check_first_records, correct_max_timestamp; recompress where the topic sets compression.type
-//! leader     Batch::stamp
-//! consumer   Batch::records ──► Record …                    slices of the batch, or of what it decompressed to
+//! API        Batch::parse or split_from, check_client, check_first_records, correct_max_timestamp, recompress
+//! leader     Batch::set_offset_and_epoch
+//! consumer   Batch::records ──► Record …                    slices of the batch, or of its decompressed bytes
 //! ```
 //!
 //! # Invariants
 //!
-//! - A [`Batch`] only exists checked: length, magic, CRC-32C of byte 21 to the end, counts. Its *records* are checked only
-//!   by [`Batch::records`] and [`Batch::verify_records`]: a producer may have put anything behind a right CRC. The first of
-//!   them are checked at the append ([`Batch::check_first_records`]), so that a faulty producer hears of it.
-//! - Nothing allocates by a length that was not compared with the bytes that are there.
-//! - Decompression stops at `limits::MAX_DECOMPRESSED_BYTES`. Whoever decompresses strangers' batches at the same time
-//!   must count that much for each.
-//! - A payload is copied once, into a builder that was given its capacity; without compression nothing copies it again, neither
-//!   here nor when it is read.
-//! - What any version has written every later one reads: the files under `golden/` never change.
+//! - Every [`Batch`] value has passed the checks of length, magic, CRC-32C (byte 21 to the end) and counts. Its *records* are checked only
+//!   by [`Batch::records`] and [`Batch::verify_records`]: a producer can send any bytes with a correct CRC. An append checks the first
+//!   records ([`Batch::check_first_records`]), so that a faulty producer gets an error.
+//! - No allocation uses a length before that length is compared with the bytes present.
+//! - Decompression stops at `limits::MAX_DECOMPRESSED_BYTES`. A caller that decompresses several clients' batches at the same time counts
+//!   that many bytes for each of them.
+//! - A payload is copied once, into a builder that was given its capacity. Without compression neither this module nor a read copies the
+//!   payload again.
+//! - Every version reads what all earlier versions wrote: the files under `golden/` never change.
 //!
 //! Pure: no I/O, no clock, no randomness.
 
@@ -49,9 +54,9 @@ mod snappy;
 mod tests;
 mod varint;
 
-pub use batch::{Batch, Fingerprint, Malformed, ProducerStamp, TimestampRange};
-pub use builder::{BatchBuilder, Unbuildable};
-pub use chunks::Chunks;
+pub use batch::{Batch, Fingerprint, MalformedBatch, ProducerSequence, TimestampRange};
+pub use builder::{BatchBuilder, BuildError};
+pub use chunks::ChunkedBatches;
 pub use compression::decompress;
 pub use layout::HEADER_BYTES;
 pub use records::{Header, Record, Records};

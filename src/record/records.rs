@@ -1,18 +1,18 @@
-//! Records inside a batch: the iterator over them, and the check that they are what the header says.
+//! Records of a batch: the iterator over them, and the checks against the header.
 //!
 //! ```text
 //! length varint │ attributes i8 (unused) │ timestampDelta varlong │ offsetDelta varint
 //! keyLength varint, key │ valueLength varint, value │ headerCount varint
 //!   per header: keyLength varint, key │ valueLength varint, value
 //! ```
-//! A length of -1 means that there is no key or value. `length` counts what follows it.
+//! A key or value with the length -1 is absent. `length` counts the bytes after it.
 
 use std::ops::Range;
 
 use bytes::Bytes;
 
 use super::{
-    batch::{Batch, Malformed, TimestampRange},
+    batch::{Batch, MalformedBatch, TimestampRange},
     compression, varint,
 };
 use crate::{
@@ -20,43 +20,43 @@ use crate::{
     model::{Compression, Offset, TimestampType},
 };
 
-/// Plain bytes of compressed records that the append checks. A batch that has no more is checked whole.
-const CHECKED_BYTES: usize = 4 << 10;
+/// Maximum number of decompressed bytes that an append checks. A batch with fewer bytes is checked completely.
+const CHECKED_PREFIX_BYTES: usize = 4 << 10;
 
-/// Fewest bytes of a record: its length, attributes, timestamp, offset, key length, value length and header count.
-const LEAST_RECORD_BYTES: usize = 7;
+/// Minimum length of a record: length, attributes, timestamp, offset, key length, value length and header count have one byte each.
+const MIN_RECORD_BYTES: usize = 7;
 
 /// How often smaller compressed records usually are, where nothing says.
-const USUAL_RATIO: usize = 4;
+const TYPICAL_COMPRESSION_RATIO: usize = 4;
 
-/// One header of a record: metadata that the system does not look at.
+/// One header of a record. The service does not interpret headers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Header {
-    /// Its name; several headers of one record may share it.
+    /// Name. Several headers of one record can have the same name.
     pub key: String,
-    /// Its value, if it has one.
+    /// Optional value.
     pub value: Option<Bytes>,
 }
 
 /// One record.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Record {
-    /// Milliseconds since 1970-01-01 UTC, the producer's or the broker's (`message.timestamp.type`).
+    /// Time in milliseconds since 1970-01-01 UTC. `message.timestamp.type` determines whether producer or broker sets it.
     pub timestamp_ms: i64,
-    /// What the partitioner looks at; several records may share it.
+    /// Optional key, which selects the partition. Several records can have the same key.
     pub key: Option<Bytes>,
-    /// The payload.
+    /// Optional payload.
     pub value: Option<Bytes>,
-    /// In the producer's order.
+    /// Headers, in the order of the producer.
     pub headers: Vec<Header>,
 }
 
-/// The records of one batch, in order. After an error it ends.
+/// Iterator over the records of one batch. It ends after an error.
 #[derive(Debug)]
 pub struct Records {
-    /// Decompressed; records are slices of it.
+    /// Decompressed bytes. Records are slices of them.
     bytes: Bytes,
-    /// First byte that was not walked yet.
+    /// Position of the next record.
     at: usize,
     next: u32,
     count: u32,
@@ -66,22 +66,21 @@ pub struct Records {
 }
 
 impl Batch {
-    /// Decodes the records. Keys and values are slices of the batch's own memory, or of one decompressed buffer.
+    /// Decodes the records. Keys and values are slices of the batch, or of one decompressed buffer.
     ///
     /// # Errors
-    /// When the bytes cannot be decompressed within `limits::MAX_DECOMPRESSED_BYTES`. What is wrong with a single
-    /// record comes from the iterator, at that record.
-    pub fn records(&self) -> Result<Records, Malformed> {
+    /// The records cannot be decompressed to at most `limits::MAX_DECOMPRESSED_BYTES`. The iterator returns the errors of single records.
+    pub fn records(&self) -> Result<Records, MalformedBatch> {
         self.records_within(limits::MAX_DECOMPRESSED_BYTES)
     }
 
-    /// As [`Batch::records`], of records that have at most `most` bytes without compression.
+    /// Decodes the records, if they have at most `max` bytes after decompression.
     ///
     /// # Errors
-    /// As there; [`Malformed::Grows`] when they have more.
-    pub fn records_within(&self, most: usize) -> Result<Records, Malformed> {
+    /// As [`Batch::records`], and [`MalformedBatch::Grows`] if the records have more bytes.
+    pub fn records_within(&self, max: usize) -> Result<Records, MalformedBatch> {
         Ok(Records {
-            bytes: self.plain_records(most)?,
+            bytes: self.decode_records(max)?,
             at: 0,
             next: 0,
             count: self.count(),
@@ -91,75 +90,79 @@ impl Batch {
         })
     }
 
-    /// Checks that the records are well formed and as many as the header says, without building any.
+    /// Checks that all records are well formed and that their number is that of the header.
     ///
     /// # Errors
     /// As [`Batch::records`] and its iterator.
-    pub fn verify_records(&self) -> Result<(), Malformed> {
+    pub fn verify_records(&self) -> Result<(), MalformedBatch> {
         self.records()?.timestamp_range().map(drop)
     }
 
-    /// Refuses compressed records that nobody can decode, as far as their first 4 KiB tell: the codec's framing, the records that lie in
-    /// them, and a count that the bytes cannot hold. Of zstd frames of more than that only framing and count are checked: zstd decodes
-    /// whole blocks of up to 128 KiB. Records without compression are checked by [`Batch::correct_max_timestamp`].
+    /// Rejects compressed records that no consumer can decode. Checks the framing of the codec, the records in the first 4 KiB, and that the
+    /// bytes can contain the number of records. Of larger zstd frames it checks framing and number only, because zstd decodes complete blocks
+    /// of up to 128 KiB. [`Batch::correct_max_timestamp`] checks uncompressed records.
     ///
     /// # Errors
-    /// [`Malformed::Compression`] or [`Malformed::Record`].
-    pub fn check_first_records(&self) -> Result<(), Malformed> {
+    /// [`MalformedBatch::Compression`] or [`MalformedBatch::Record`].
+    pub fn check_first_records(&self) -> Result<(), MalformedBatch> {
         let (codec, stored) = (self.compression(), self.records_bytes());
         if codec == Compression::None {
             return Ok(());
         }
-        let prefix = compression::prefix(codec, stored, CHECKED_BYTES)?;
-        let least = self.count() as usize * LEAST_RECORD_BYTES;
-        if let Some(most) = compression::largest_plain(codec, stored).filter(|most| *most < least) {
-            let reason = format!("recordsCount promises {} records, which {most} bytes cannot hold", self.count());
-            return Err(Malformed::Compression { codec, reason });
+        let prefix = compression::prefix(codec, stored, CHECKED_PREFIX_BYTES)?;
+        let min = self.count() as usize * MIN_RECORD_BYTES;
+        if let Some(max) = compression::max_decoded_len(codec, stored).filter(|max| *max < min) {
+            let reason = format!("recordsCount is {}, and {max} bytes cannot hold that number", self.count());
+            return Err(MalformedBatch::Compression { codec, reason });
         }
-        let mut walk = Walk { all: &prefix.bytes, at: 0, end: prefix.bytes.len() };
+        let mut cursor = Cursor { all: &prefix.bytes, at: 0, end: prefix.bytes.len() };
         for index in 0..self.count() {
-            let record = if prefix.is_whole { walk.record(index).map(|_| true) } else { walk.cut_record(index) };
+            let record = if prefix.is_complete {
+                cursor.read_record(index).map(|_| true)
+            } else {
+                cursor.check_truncatable(index)
+            };
             match record {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
-                Err(reason) => return Err(Malformed::Record { index, reason }),
+                Err(reason) => return Err(MalformedBatch::Record { index, reason }),
             }
         }
-        if prefix.is_whole && walk.at < walk.end {
-            return Err(Malformed::Record { index: self.count() - 1, reason: TRAILING });
+        if prefix.is_complete && cursor.at < cursor.end {
+            return Err(MalformedBatch::Record { index: self.count() - 1, reason: TRAILING });
         }
         Ok(())
     }
 
-    /// The framed records without compression, checked, and their timestamps.
-    pub(super) fn plain_records_of_times(&self, most: usize) -> Result<(Bytes, TimestampRange), Malformed> {
-        let records = self.records_within(most)?;
+    /// Returns the framed records after decompression, checked, and the range of their timestamps.
+    pub(super) fn decode_records_and_timestamps(&self, max: usize) -> Result<(Bytes, TimestampRange), MalformedBatch> {
+        let records = self.records_within(max)?;
         Ok((records.bytes.clone(), records.timestamp_range()?))
     }
 
-    /// How many bytes the records have without compression, as far as can be told without decompressing them: what the
-    /// frame says, which may be a lie, or what is usual.
-    pub fn plain_guess(&self) -> usize {
+    /// Estimates the length of the records after decompression: the length that the frame declares, which can be wrong, or a typical ratio.
+    pub fn estimated_len(&self) -> usize {
         let stored = self.records_bytes();
         match self.compression() {
             Compression::None => stored.len(),
-            codec => compression::claimed(codec, stored).unwrap_or(stored.len().saturating_mul(USUAL_RATIO)),
+            codec => compression::declared_len(codec, stored)
+                .unwrap_or(stored.len().saturating_mul(TYPICAL_COMPRESSION_RATIO)),
         }
     }
 
-    /// The framed records without compression.
-    pub(super) fn plain_records(&self, most: usize) -> Result<Bytes, Malformed> {
+    /// Returns the framed records after decompression.
+    pub(super) fn decode_records(&self, max: usize) -> Result<Bytes, MalformedBatch> {
         match self.compression() {
             Compression::None => Ok(self.records_bytes().clone()),
-            codec => compression::decompress(codec, self.records_bytes(), most),
+            codec => compression::decompress(codec, self.records_bytes(), max),
         }
     }
 }
 
 const TRAILING: &str = "bytes follow the last record";
 
-/// Where the parts of one record are in the plain bytes.
-struct Shape {
+/// Positions of the fields of one record in the decompressed bytes.
+struct RecordLayout {
     timestamp_delta: i64,
     key: Option<Range<usize>>,
     value: Option<Range<usize>>,
@@ -168,83 +171,83 @@ struct Shape {
 }
 
 impl Records {
-    /// Walks all that is left, without building any, for the timestamps.
-    pub(super) fn timestamp_range(mut self) -> Result<TimestampRange, Malformed> {
+    /// Checks the remaining records and returns the range of their timestamps.
+    pub(super) fn timestamp_range(mut self) -> Result<TimestampRange, MalformedBatch> {
         let mut range = TimestampRange::EMPTY;
-        while let Some(shape) = self.advance() {
-            range.note(self.timestamp(&shape?));
+        while let Some(layout) = self.advance() {
+            range.extend(self.timestamp(&layout?));
         }
         Ok(range)
     }
 
-    /// Walks the records below `offset`, without building any.
+    /// Skips the records below `offset` and checks them.
     ///
     /// # Errors
-    /// [`Malformed::Record`] for the first of them that is wrong.
-    pub fn skip_below(&mut self, offset: Offset) -> Result<(), Malformed> {
+    /// [`MalformedBatch::Record`] for the first malformed record.
+    pub fn skip_below(&mut self, offset: Offset) -> Result<(), MalformedBatch> {
         while self.base_offset.plus(u64::from(self.next)) < offset
-            && let Some(shape) = self.advance()
+            && let Some(layout) = self.advance()
         {
-            shape?;
+            layout?;
         }
         Ok(())
     }
 
-    fn timestamp(&self, shape: &Shape) -> i64 {
-        self.append_time.unwrap_or(self.base_timestamp.wrapping_add(shape.timestamp_delta))
+    fn timestamp(&self, layout: &RecordLayout) -> i64 {
+        self.append_time.unwrap_or(self.base_timestamp.wrapping_add(layout.timestamp_delta))
     }
 
-    /// Walks the next record and checks all of it. `None` after the last.
-    fn advance(&mut self) -> Option<Result<Shape, Malformed>> {
+    /// Checks the next record. Returns `None` after the last one.
+    fn advance(&mut self) -> Option<Result<RecordLayout, MalformedBatch>> {
         if self.next == self.count {
             return None;
         }
         let index = self.next;
-        let mut walk = Walk { all: &self.bytes, at: self.at, end: self.bytes.len() };
-        let mut shape = walk.record(index);
-        if index + 1 == self.count && shape.is_ok() && walk.at < walk.end {
-            shape = Err(TRAILING);
+        let mut cursor = Cursor { all: &self.bytes, at: self.at, end: self.bytes.len() };
+        let mut layout = cursor.read_record(index);
+        if index + 1 == self.count && layout.is_ok() && cursor.at < cursor.end {
+            layout = Err(TRAILING);
         }
-        match shape {
-            Ok(shape) => {
-                self.at = walk.at;
+        match layout {
+            Ok(layout) => {
+                self.at = cursor.at;
                 self.next += 1;
-                Some(Ok(shape))
+                Some(Ok(layout))
             }
             Err(reason) => {
                 self.next = self.count;
-                Some(Err(Malformed::Record { index, reason }))
+                Some(Err(MalformedBatch::Record { index, reason }))
             }
         }
     }
 
-    fn build(&self, shape: Shape) -> Record {
+    fn build(&self, layout: RecordLayout) -> Record {
         let slice = |range: Range<usize>| self.bytes.slice(range);
-        let mut walk = Walk { all: &self.bytes, at: shape.headers.start, end: shape.headers.end };
-        let headers = (0..shape.header_count).map(|_| {
-            let (key, value) = walk.header().expect("headers were walked once already");
+        let mut cursor = Cursor { all: &self.bytes, at: layout.headers.start, end: layout.headers.end };
+        let headers = (0..layout.header_count).map(|_| {
+            let (key, value) = cursor.read_header().expect("the headers were checked before");
             Header { key: String::from_utf8_lossy(&self.bytes[key]).into_owned(), value: value.map(slice) }
         });
         Record {
             headers: headers.collect(),
-            timestamp_ms: self.timestamp(&shape),
-            key: shape.key.map(slice),
-            value: shape.value.map(slice),
+            timestamp_ms: self.timestamp(&layout),
+            key: layout.key.map(slice),
+            value: layout.value.map(slice),
         }
     }
 }
 
 impl Iterator for Records {
-    type Item = Result<(Offset, Record), Malformed>;
+    type Item = Result<(Offset, Record), MalformedBatch>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let offset = self.base_offset.plus(u64::from(self.next));
-        let shape = self.advance()?;
-        Some(shape.map(|shape| (offset, self.build(shape))))
+        let layout = self.advance()?;
+        Some(layout.map(|layout| (offset, self.build(layout))))
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        // An error ends it early, so at least one item is all that is sure.
+        // An error ends the iterator early, so only one item is certain.
         let left = (self.count - self.next) as usize;
         (left.min(1), Some(left))
     }
@@ -252,95 +255,95 @@ impl Iterator for Records {
 
 impl std::iter::FusedIterator for Records {}
 
-/// A place in the plain bytes that never passes `end`.
-struct Walk<'a> {
+/// Position in the decompressed bytes that never exceeds `end`.
+struct Cursor<'a> {
     all: &'a [u8],
     at: usize,
     end: usize,
 }
 
-type Checked<T> = Result<T, &'static str>;
+type RecordResult<T> = Result<T, &'static str>;
 
-const LENGTH_VARINT: &str = "its length is no varint";
+const LENGTH_VARINT: &str = "its length is not a varint";
 const LENGTH_NEGATIVE: &str = "its length is negative";
-const KEY_LENGTH: &str = "its key's length is not possible";
+const KEY_LENGTH: &str = "the length of its key is not possible";
 
-/// Most bytes of a record from its length to its key's length: three varints of 5 bytes, a varlong of 10, and the attributes.
-const MOST_HEAD_BYTES: usize = 3 * 5 + 10 + 1;
+/// Maximum length of the fields from record length to key length: three varints of 5 bytes, a varlong of 10, and the attributes.
+const MAX_FIRST_FIELDS_BYTES: usize = 3 * 5 + 10 + 1;
 
-impl Walk<'_> {
-    fn record(&mut self, index: u32) -> Checked<Shape> {
+impl Cursor<'_> {
+    fn read_record(&mut self, index: u32) -> RecordResult<RecordLayout> {
         if self.at == self.end {
-            return Err("the bytes end before it; recordsCount promises more records");
+            return Err("the bytes end before it, and recordsCount is larger");
         }
-        let length = usize::try_from(self.int(LENGTH_VARINT)?).map_err(|_| LENGTH_NEGATIVE)?;
+        let length = usize::try_from(self.read_i32(LENGTH_VARINT)?).map_err(|_| LENGTH_NEGATIVE)?;
         if length > self.end - self.at {
-            return Err("its length passes the batch's end");
+            return Err("it ends after the batch");
         }
-        let mut body = Walk { all: self.all, at: self.at, end: self.at + length };
+        let mut body = Cursor { all: self.all, at: self.at, end: self.at + length };
         self.at = body.end;
-        body.fields(index)
+        body.read_fields(index)
     }
 
-    /// As [`Walk::record`], where the bytes may end inside of it: false, and all that is there was checked but the record's last fields.
-    fn cut_record(&mut self, index: u32) -> Checked<bool> {
-        if self.end - self.at < MOST_HEAD_BYTES {
+    /// Checks a record that can be truncated. Returns false for a truncated record, after a check of its first fields.
+    fn check_truncatable(&mut self, index: u32) -> RecordResult<bool> {
+        if self.end - self.at < MAX_FIRST_FIELDS_BYTES {
             return Ok(false);
         }
-        let mut head = Walk { all: self.all, at: self.at, end: self.end };
-        let length = usize::try_from(head.int(LENGTH_VARINT)?).map_err(|_| LENGTH_NEGATIVE)?;
-        if length <= self.end - head.at {
-            return self.record(index).map(|_| true);
+        let mut header = Cursor { all: self.all, at: self.at, end: self.end };
+        let length = usize::try_from(header.read_i32(LENGTH_VARINT)?).map_err(|_| LENGTH_NEGATIVE)?;
+        if length <= self.end - header.at {
+            return self.read_record(index).map(|_| true);
         }
-        let start = head.at;
-        head.time_and_offset(index)?;
-        match head.int(KEY_LENGTH)? {
+        let start = header.at;
+        header.read_timestamp_and_offset(index)?;
+        match header.read_i32(KEY_LENGTH)? {
             ..-1 => Err(KEY_LENGTH),
-            key if usize::try_from(key).is_ok_and(|key| key > length - (head.at - start)) => Err(KEY_LENGTH),
+            key if usize::try_from(key).is_ok_and(|key| key > length - (header.at - start)) => Err(KEY_LENGTH),
             _ => Ok(false),
         }
     }
 
-    /// The fields before the key; gives the timestamp's delta.
-    fn time_and_offset(&mut self, index: u32) -> Checked<i64> {
-        // The attributes byte has no meaning yet; Kafka ignores it too.
-        self.take(1).ok_or("its length leaves no room for its fields")?;
-        let timestamp_delta = self.long("its timestamp is no varint")?;
-        if i64::from(self.int("its offset is no varint")?) == i64::from(index) {
+    /// Reads the fields before the key. Returns the timestamp delta.
+    fn read_timestamp_and_offset(&mut self, index: u32) -> RecordResult<i64> {
+        // The attributes byte has no meaning. Kafka ignores it too.
+        self.take(1).ok_or("its length is too small for its fields")?;
+        let timestamp_delta = self.read_i64("its timestamp is not a varint")?;
+        if i64::from(self.read_i32("its offset is not a varint")?) == i64::from(index) {
             Ok(timestamp_delta)
         } else {
-            Err("its offset does not follow the one before")
+            Err("its offset is not the next one")
         }
     }
 
-    fn fields(&mut self, index: u32) -> Checked<Shape> {
-        let timestamp_delta = self.time_and_offset(index)?;
-        let key = self.nullable(KEY_LENGTH)?;
-        let value = self.nullable("its value's length is not possible")?;
-        let header_count = self.int("its header count is no varint")?;
+    fn read_fields(&mut self, index: u32) -> RecordResult<RecordLayout> {
+        let timestamp_delta = self.read_timestamp_and_offset(index)?;
+        let key = self.read_nullable(KEY_LENGTH)?;
+        let value = self.read_nullable("the length of its value is not possible")?;
+        let header_count = self.read_i32("its header count is not a varint")?;
         let header_count = usize::try_from(header_count).map_err(|_| "its header count is negative")?;
         if header_count > limits::MAX_RECORD_HEADERS {
             return Err("it has too many headers");
         }
         let start = self.at;
         for _ in 0..header_count {
-            self.header()?;
+            self.read_header()?;
         }
         if self.at != self.end {
             return Err("bytes follow its headers");
         }
-        Ok(Shape { timestamp_delta, key, value, header_count, headers: start..self.end })
+        Ok(RecordLayout { timestamp_delta, key, value, header_count, headers: start..self.end })
     }
 
-    fn header(&mut self) -> Checked<(Range<usize>, Option<Range<usize>>)> {
-        let key = self.nullable("a header's key length is not possible")?.ok_or("a header has no key")?;
-        let value = self.nullable("a header's value length is not possible")?;
+    fn read_header(&mut self) -> RecordResult<(Range<usize>, Option<Range<usize>>)> {
+        let key = self.read_nullable("the length of a header key is not possible")?.ok_or("a header has no key")?;
+        let value = self.read_nullable("the length of a header value is not possible")?;
         Ok((key, value))
     }
 
-    /// A length, -1 for none, and that many bytes.
-    fn nullable(&mut self, reason: &'static str) -> Checked<Option<Range<usize>>> {
-        match self.int(reason)? {
+    /// Reads a length and that number of bytes. The length -1 means that the field is absent.
+    fn read_nullable(&mut self, reason: &'static str) -> RecordResult<Option<Range<usize>>> {
+        match self.read_i32(reason)? {
             -1 => Ok(None),
             length => {
                 let length = usize::try_from(length).map_err(|_| reason)?;
@@ -358,14 +361,14 @@ impl Walk<'_> {
         Some(start..self.at)
     }
 
-    fn int(&mut self, reason: &'static str) -> Checked<i32> {
+    fn read_i32(&mut self, reason: &'static str) -> RecordResult<i32> {
         let mut rest = &self.all[self.at..self.end];
         let value = varint::read_i32(&mut rest).ok_or(reason)?;
         self.at = self.end - rest.len();
         Ok(value)
     }
 
-    fn long(&mut self, reason: &'static str) -> Checked<i64> {
+    fn read_i64(&mut self, reason: &'static str) -> RecordResult<i64> {
         let mut rest = &self.all[self.at..self.end];
         let value = varint::read_i64(&mut rest).ok_or(reason)?;
         self.at = self.end - rest.len();
@@ -379,7 +382,7 @@ mod tests {
     use crate::record::{BatchBuilder, HEADER_BYTES};
 
     #[test]
-    fn records_go_on_behind_those_that_are_skipped() {
+    fn iterator_continues_after_skipped_records() {
         for codec in [Compression::None, Compression::Lz4] {
             let mut builder = BatchBuilder::new(codec);
             (0..5).for_each(|number| builder.push(number, None, Some(b"value"), &[]).expect("fits"));
@@ -391,7 +394,7 @@ mod tests {
                 assert_eq!(offsets, (from.min(5)..5).collect::<Vec<_>>());
             }
         }
-        // The first record that is wrong ends it, also where nobody asked for that one.
+        // A malformed record ends the iterator, also if the record would be skipped.
         let mut builder = BatchBuilder::new(Compression::None);
         (0..2).for_each(|number| builder.push(number, None, Some(b"value"), &[]).expect("fits"));
         let mut bytes = builder.finish(None).expect("two records").to_bytes().to_vec();
@@ -400,7 +403,7 @@ mod tests {
         let batch = Batch::seal(bytes.try_into().expect("a header"), records.into());
         let mut records = batch.records().expect("not compressed");
         let wrong = records.skip_below(Offset::new(1).expect("not negative"));
-        assert!(matches!(wrong, Err(Malformed::Record { index: 0, .. })), "{wrong:?}");
+        assert!(matches!(wrong, Err(MalformedBatch::Record { index: 0, .. })), "{wrong:?}");
         assert!(records.next().is_none());
     }
 }

@@ -1,5 +1,5 @@
-//! What a batch promises, tried from outside: round trips, golden bytes, every bit flip, every cut, hostile numbers,
-//! bombs.
+//! Tests of the public functions of batches: round trips, golden files, each flipped bit, each truncation, invalid field values,
+//! decompression bombs.
 
 mod first_records;
 
@@ -15,8 +15,7 @@ use crate::{
 const CODECS: [Compression; 5] =
     [Compression::None, Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd];
 
-/// The golden batches, never to change: a reader must always understand them. First those of this builder, then those of
-/// Kafka's own client (`golden/Golden.java`).
+/// Golden batches of this builder, then of the Kafka client (`golden/Golden.java`). They never change, and every version must read them.
 const GOLDEN: [(Compression, &[u8]); 10] = [
     (Compression::None, include_bytes!("golden/none.batch")),
     (Compression::Gzip, include_bytes!("golden/gzip.batch")),
@@ -30,13 +29,13 @@ const GOLDEN: [(Compression, &[u8]); 10] = [
     (Compression::Zstd, include_bytes!("golden/kafka/zstd.batch")),
 ];
 
-const STAMP: ProducerStamp = ProducerStamp { id: 4_000_000_001, epoch: 7, base_sequence: 99 };
+const PRODUCER: ProducerSequence = ProducerSequence { id: 4_000_000_001, epoch: 7, base_sequence: 99 };
 
 fn header(key: &str, value: Option<&'static [u8]>) -> Header {
     Header { key: key.to_owned(), value: value.map(Bytes::from_static) }
 }
 
-/// The records of every golden batch.
+/// Records of each golden batch.
 fn golden_records() -> Vec<Record> {
     let mut records = vec![
         Record {
@@ -63,7 +62,7 @@ fn golden_records() -> Vec<Record> {
     records
 }
 
-fn build(codec: Compression, records: &[Record], producer: Option<ProducerStamp>) -> Batch {
+fn build(codec: Compression, records: &[Record], producer: Option<ProducerSequence>) -> Batch {
     let mut builder = BatchBuilder::new(codec);
     for record in records {
         let before = builder.encoded_len();
@@ -74,13 +73,13 @@ fn build(codec: Compression, records: &[Record], producer: Option<ProducerStamp>
     builder.finish(producer).unwrap()
 }
 
-fn decode(batch: &Batch) -> Result<Vec<(Offset, Record)>, Malformed> {
+fn decode(batch: &Batch) -> Result<Vec<(Offset, Record)>, MalformedBatch> {
     batch.records()?.collect()
 }
 
-/// A batch whose header is right for records that may be wrong: what a broken or hostile producer sends.
+/// A batch with a correct header and any bytes as records, as a faulty or hostile producer sends it.
 fn forge(codec: Compression, count: i32, records: &[u8]) -> Batch {
-    let mut bytes = build(Compression::None, &[Record::default()], None).head().to_vec();
+    let mut bytes = build(Compression::None, &[Record::default()], None).header().to_vec();
     bytes[layout::BATCH_LENGTH..][..4].copy_from_slice(&i32::try_from(49 + records.len()).unwrap().to_be_bytes());
     bytes[layout::ATTRIBUTES + 1] = codec as u8;
     bytes[layout::LAST_OFFSET_DELTA..][..4].copy_from_slice(&(count - 1).to_be_bytes());
@@ -96,13 +95,13 @@ fn renew_crc(mut bytes: Vec<u8>) -> Bytes {
 }
 
 #[test]
-fn golden_batches_of_every_codec_are_read_for_ever() {
+fn golden_batches_of_each_codec_are_readable() {
     for (codec, bytes) in GOLDEN {
         let batch = Batch::parse(Bytes::from_static(bytes)).unwrap();
         assert_eq!(batch.compression(), codec);
         assert_eq!(batch.base_offset(), Offset::new(1 << 40).unwrap());
         assert_eq!(batch.leader_epoch(), Some(LeaderEpoch(3)));
-        assert_eq!(batch.producer(), Some(STAMP));
+        assert_eq!(batch.producer(), Some(PRODUCER));
         assert_eq!(batch.base_timestamp(), 1_700_000_000_000);
         assert_eq!(batch.max_timestamp(), 1_700_000_000_500);
         batch.verify_records().unwrap();
@@ -114,21 +113,21 @@ fn golden_batches_of_every_codec_are_read_for_ever() {
 }
 
 #[test]
-fn the_builder_writes_the_golden_bytes() {
-    let mut batch = build(Compression::None, &golden_records(), Some(STAMP));
-    batch.stamp(Offset::new(1 << 40).unwrap(), LeaderEpoch(3));
+fn builder_writes_the_golden_bytes() {
+    let mut batch = build(Compression::None, &golden_records(), Some(PRODUCER));
+    batch.set_offset_and_epoch(Offset::new(1 << 40).unwrap(), LeaderEpoch(3));
     assert_eq!(batch.to_bytes(), GOLDEN[0].1);
     assert_eq!(GOLDEN[0].1, GOLDEN[5].1, "and so does Kafka");
 }
 
-/// Writes what is missing under `golden/`; existing files are never touched. Run by hand when a codec is added.
+/// Writes missing files to `golden/` and never changes existing files. Run this when a codec is added.
 #[test]
 #[ignore = "writes into the source tree: make golden"]
 fn write_missing_golden_files() {
     for codec in CODECS {
         let path = format!("{}/src/record/golden/{codec}.batch", env!("CARGO_MANIFEST_DIR"));
-        let mut batch = build(codec, &golden_records(), Some(STAMP));
-        batch.stamp(Offset::new(1 << 40).unwrap(), LeaderEpoch(3));
+        let mut batch = build(codec, &golden_records(), Some(PRODUCER));
+        batch.set_offset_and_epoch(Offset::new(1 << 40).unwrap(), LeaderEpoch(3));
         if std::fs::metadata(&path).is_ok_and(|file| file.len() > 0) {
             continue;
         }
@@ -137,7 +136,7 @@ fn write_missing_golden_files() {
 }
 
 #[test]
-fn every_flipped_bit_is_found_or_is_in_a_field_that_the_broker_stamps() {
+fn flipped_bit_is_detected_outside_offset_and_epoch() {
     for (codec, golden) in GOLDEN {
         for bit in 0..golden.len() * 8 {
             let mut bytes = golden.to_vec();
@@ -157,20 +156,20 @@ fn every_flipped_bit_is_found_or_is_in_a_field_that_the_broker_stamps() {
 }
 
 #[test]
-fn a_batch_cut_at_any_length_is_truncated() {
+fn batch_prefix_of_any_length_is_rejected() {
     for (codec, golden) in GOLDEN {
         for len in 0..golden.len() {
             let mut cut = Bytes::from_static(&golden[..len]);
             let error = Batch::split_from(&mut cut).unwrap_err();
-            assert!(matches!(error, Malformed::Truncated { .. }), "{codec} cut at {len}: {error}");
+            assert!(matches!(error, MalformedBatch::Truncated { .. }), "{codec} cut at {len}: {error}");
             assert_eq!(cut.len(), len, "nothing is taken on an error");
         }
     }
 }
 
-/// The CRC is right here, as from a producer whose compressor died half-way.
+/// The CRC is correct, as from a producer whose compressor stopped early.
 #[test]
-fn compressed_records_cut_at_any_length_are_refused() {
+fn compressed_records_prefix_of_any_length_is_rejected() {
     for (codec, golden) in GOLDEN {
         let records = &golden[HEADER_BYTES..];
         for len in 0..records.len() {
@@ -178,7 +177,10 @@ fn compressed_records_cut_at_any_length_are_refused() {
             let error = decode(&batch).expect_err("a cut batch has no 27 records");
             assert_eq!(batch.verify_records(), Err(error.clone()), "both walks agree");
             assert!(
-                matches!(error, Malformed::Record { .. } | Malformed::Compression { .. } | Malformed::Grows { .. }),
+                matches!(
+                    error,
+                    MalformedBatch::Record { .. } | MalformedBatch::Compression { .. } | MalformedBatch::Grows { .. }
+                ),
                 "{codec}: {error}"
             );
         }
@@ -186,7 +188,7 @@ fn compressed_records_cut_at_any_length_are_refused() {
 }
 
 #[test]
-fn bytes_after_the_compressed_records_are_refused() {
+fn bytes_after_compressed_records_are_rejected() {
     for (codec, golden) in GOLDEN {
         for tail in [&[0][..], &[0; 4], &[0xff; 9]] {
             let batch = forge(codec, 27, &[&golden[HEADER_BYTES..], tail].concat());
@@ -196,19 +198,19 @@ fn bytes_after_the_compressed_records_are_refused() {
 }
 
 #[test]
-fn counts_that_disagree_with_the_records_are_refused() {
+fn count_that_differs_from_the_records_is_rejected() {
     let golden = &GOLDEN[0].1[HEADER_BYTES..];
     let reason = |count| match decode(&forge(Compression::None, count, golden)).unwrap_err() {
-        Malformed::Record { index, reason } => (index, reason),
+        MalformedBatch::Record { index, reason } => (index, reason),
         other => panic!("{other}"),
     };
     assert_eq!(reason(26), (25, "bytes follow the last record"));
-    assert_eq!(reason(28), (27, "the bytes end before it; recordsCount promises more records"));
+    assert_eq!(reason(28), (27, "the bytes end before it, and recordsCount is larger"));
     assert_eq!(reason(i32::try_from(limits::MAX_BATCH_RECORDS).unwrap()).0, 27);
 }
 
 #[test]
-fn hostile_header_numbers_are_refused() {
+fn invalid_header_fields_are_rejected() {
     let golden = GOLDEN[0].1;
     let with = |at: usize, value: &[u8]| {
         let mut bytes = golden.to_vec();
@@ -216,64 +218,64 @@ fn hostile_header_numbers_are_refused() {
         Batch::parse(renew_crc(bytes)).unwrap_err()
     };
     for length in [i32::MIN, -1, 0, 48, i32::MAX] {
-        assert!(matches!(with(layout::BATCH_LENGTH, &length.to_be_bytes()), Malformed::Length { .. }), "{length}");
+        assert!(matches!(with(layout::BATCH_LENGTH, &length.to_be_bytes()), MalformedBatch::Length { .. }), "{length}");
     }
-    assert!(matches!(with(layout::BATCH_LENGTH, &(1_i32 << 20).to_be_bytes()), Malformed::Truncated { .. }));
-    assert!(matches!(with(layout::BATCH_LENGTH, &49_i32.to_be_bytes()), Malformed::Crc { .. }));
+    assert!(matches!(with(layout::BATCH_LENGTH, &(1_i32 << 20).to_be_bytes()), MalformedBatch::Truncated { .. }));
+    assert!(matches!(with(layout::BATCH_LENGTH, &49_i32.to_be_bytes()), MalformedBatch::Crc { .. }));
     for (count, delta) in [(0, -1), (-1, -2), (i32::MIN, i32::MAX), (27, 25), (27, 27), (i32::MAX, i32::MAX - 1)] {
         let bytes = [delta.to_be_bytes().as_slice(), &golden[27..57], &count.to_be_bytes()].concat();
         let error = with(layout::LAST_OFFSET_DELTA, &bytes);
-        assert_eq!(error, Malformed::Counts { count, last_offset_delta: delta });
+        assert_eq!(error, MalformedBatch::Counts { count, last_offset_delta: delta });
     }
     for magic in [0, 1, 3, 0xff] {
-        assert_eq!(with(layout::MAGIC_AT, &[magic]), Malformed::Magic { magic });
+        assert_eq!(with(layout::MAGIC_AT, &[magic]), MalformedBatch::Magic { magic });
     }
     for codec in 5..8_u16 {
-        assert!(matches!(with(layout::ATTRIBUTES, &codec.to_be_bytes()), Malformed::Attributes { .. }));
+        assert!(matches!(with(layout::ATTRIBUTES, &codec.to_be_bytes()), MalformedBatch::Attributes { .. }));
     }
     for (offset, epoch) in [(-1, 0), (i64::MIN, 0), (i64::MAX, 0), (i64::MAX - 26, 0), (0, -2), (0, i32::MIN)] {
         let mut bytes = golden.to_vec();
         bytes[..8].copy_from_slice(&offset.to_be_bytes());
         bytes[12..16].copy_from_slice(&epoch.to_be_bytes());
         let error = Batch::parse(bytes.into()).unwrap_err();
-        assert_eq!(error, Malformed::Stamp { base_offset: offset, leader_epoch: epoch });
+        assert_eq!(error, MalformedBatch::OffsetOrEpoch { base_offset: offset, leader_epoch: epoch });
     }
 }
 
 #[test]
-fn hostile_records_are_refused_without_believing_a_length() {
+fn invalid_record_fields_are_rejected() {
     let huge = [0xfe, 0xff, 0xff, 0xff, 0x0f]; // 2^31 - 1
-    let least = [0xff, 0xff, 0xff, 0xff, 0x0f]; // -2^31
+    let min = [0xff, 0xff, 0xff, 0xff, 0x0f]; // -2^31
     for (records, reason) in [
-        (vec![], "the bytes end before it; recordsCount promises more records"),
-        (vec![0x80], "its length is no varint"),
-        (vec![0xff; 6], "its length is no varint"),
-        (least.to_vec(), "its length is negative"),
+        (vec![], "the bytes end before it, and recordsCount is larger"),
+        (vec![0x80], "its length is not a varint"),
+        (vec![0xff; 6], "its length is not a varint"),
+        (min.to_vec(), "its length is negative"),
         (vec![0x01], "its length is negative"),
-        (huge.to_vec(), "its length passes the batch's end"),
-        (vec![0x0e, 0, 0, 0, 1, 1], "its length passes the batch's end"),
-        (vec![0x00], "its length leaves no room for its fields"),
-        (vec![0x02, 0], "its timestamp is no varint"),
-        ([&[0x18, 0][..], &[0xff; 11]].concat(), "its timestamp is no varint"),
-        (vec![0x04, 0, 0], "its offset is no varint"),
-        (vec![0x0c, 0, 0, 2, 1, 1, 0], "its offset does not follow the one before"),
-        (vec![0x0c, 0, 0, 1, 1, 1, 0], "its offset does not follow the one before"),
-        (vec![0x0c, 0, 0, 0, 3, 1, 0], "its key's length is not possible"),
-        (vec![0x0c, 0, 0, 0, 6, 1, 0], "its key's length is not possible"),
-        ([&[0x14, 0, 0, 0][..], &huge, &[1, 0]].concat(), "its key's length is not possible"),
-        (vec![0x0c, 0, 0, 0, 1, 4, 0], "its value's length is not possible"),
-        ([&[0x14, 0, 0, 0, 1][..], &huge, &[0]].concat(), "its value's length is not possible"),
-        (vec![0x0a, 0, 0, 0, 1, 1], "its header count is no varint"),
+        (huge.to_vec(), "it ends after the batch"),
+        (vec![0x0e, 0, 0, 0, 1, 1], "it ends after the batch"),
+        (vec![0x00], "its length is too small for its fields"),
+        (vec![0x02, 0], "its timestamp is not a varint"),
+        ([&[0x18, 0][..], &[0xff; 11]].concat(), "its timestamp is not a varint"),
+        (vec![0x04, 0, 0], "its offset is not a varint"),
+        (vec![0x0c, 0, 0, 2, 1, 1, 0], "its offset is not the next one"),
+        (vec![0x0c, 0, 0, 1, 1, 1, 0], "its offset is not the next one"),
+        (vec![0x0c, 0, 0, 0, 3, 1, 0], "the length of its key is not possible"),
+        (vec![0x0c, 0, 0, 0, 6, 1, 0], "the length of its key is not possible"),
+        ([&[0x14, 0, 0, 0][..], &huge, &[1, 0]].concat(), "the length of its key is not possible"),
+        (vec![0x0c, 0, 0, 0, 1, 4, 0], "the length of its value is not possible"),
+        ([&[0x14, 0, 0, 0, 1][..], &huge, &[0]].concat(), "the length of its value is not possible"),
+        (vec![0x0a, 0, 0, 0, 1, 1], "its header count is not a varint"),
         (vec![0x0c, 0, 0, 0, 1, 1, 1], "its header count is negative"),
         ([&[0x14, 0, 0, 0, 1, 1][..], &huge].concat(), "it has too many headers"),
         (vec![0x0e, 0, 0, 0, 1, 1, 0, 0], "bytes follow its headers"),
         (vec![0x10, 0, 0, 0, 1, 1, 2, 1, 1], "a header has no key"),
-        (vec![0x10, 0, 0, 0, 1, 1, 2, 4, 1], "a header's key length is not possible"),
-        (vec![0x10, 0, 0, 0, 1, 1, 2, 0, 2], "a header's value length is not possible"),
+        (vec![0x10, 0, 0, 0, 1, 1, 2, 4, 1], "the length of a header key is not possible"),
+        (vec![0x10, 0, 0, 0, 1, 1, 2, 0, 2], "the length of a header value is not possible"),
         (vec![0x0c, 0, 0, 0, 1, 1, 0, 9], "bytes follow the last record"),
     ] {
         let batch = forge(Compression::None, 1, &records);
-        let error = Malformed::Record { index: 0, reason };
+        let error = MalformedBatch::Record { index: 0, reason };
         assert_eq!(decode(&batch), Err(error.clone()), "{records:02x?}");
         assert_eq!(batch.verify_records(), Err(error), "{records:02x?}");
     }
@@ -281,7 +283,7 @@ fn hostile_records_are_refused_without_believing_a_length() {
 }
 
 #[test]
-fn records_end_after_an_error() {
+fn iterator_ends_after_an_error() {
     let mut records = forge(Compression::None, 3, &[0x0c, 0, 0, 0, 1, 1, 0, 0x01]).records().unwrap();
     assert!(records.next().unwrap().is_ok());
     assert!(records.next().unwrap().is_err());
@@ -289,14 +291,14 @@ fn records_end_after_an_error() {
 }
 
 #[test]
-fn header_names_that_are_not_utf_8_are_read_lossily() {
+fn header_name_with_invalid_utf8_is_replaced() {
     let batch = forge(Compression::None, 1, &[0x12, 0, 0, 0, 1, 1, 2, 2, 0xff, 0]);
     let records = decode(&batch).unwrap();
     assert_eq!(records[0].1.headers, [header("\u{fffd}", Some(b""))]);
 }
 
 #[test]
-fn append_time_is_every_records_time() {
+fn append_time_is_the_timestamp_of_all_records() {
     let mut batch = build(Compression::Lz4, &golden_records(), None);
     batch.set_append_time(42);
     let batch = Batch::parse(batch.to_bytes()).unwrap();
@@ -305,7 +307,7 @@ fn append_time_is_every_records_time() {
 }
 
 #[test]
-fn recompression_changes_the_codec_and_nothing_else() {
+fn recompression_changes_only_the_codec() {
     for (_, golden) in GOLDEN {
         let from = Batch::parse(Bytes::from_static(golden)).unwrap();
         for codec in CODECS {
@@ -313,9 +315,9 @@ fn recompression_changes_the_codec_and_nothing_else() {
             let to = Batch::parse(to.to_bytes()).unwrap();
             assert_eq!(to.compression(), codec);
             assert_eq!(decode(&to), decode(&from));
-            assert_eq!(to.head()[..8], from.head()[..8], "offset");
-            assert_eq!(to.head()[12..17], from.head()[12..17], "leader epoch and magic");
-            assert_eq!(to.head()[23..], from.head()[23..], "deltas, timestamps, producer, count");
+            assert_eq!(to.header()[..8], from.header()[..8], "offset");
+            assert_eq!(to.header()[12..17], from.header()[12..17], "leader epoch and magic");
+            assert_eq!(to.header()[23..], from.header()[23..], "deltas, timestamps, producer, count");
         }
     }
     let mut batch = build(Compression::None, &golden_records(), None);
@@ -324,10 +326,10 @@ fn recompression_changes_the_codec_and_nothing_else() {
 }
 
 #[test]
-fn producer_stamp_is_whole_or_absent() {
+fn producer_fields_must_be_complete_or_absent() {
     let stamped = |id: i64, epoch: i16, base_sequence: i32| {
         let mut batch = build(Compression::None, &golden_records(), None);
-        batch.set_producer(Some(ProducerStamp { id, epoch, base_sequence }));
+        batch.set_producer(Some(ProducerSequence { id, epoch, base_sequence }));
         Batch::parse(batch.to_bytes()).unwrap().check_client()
     };
     for epoch in [i16::MIN, -2, -1, 0, 1, i16::MAX] {
@@ -339,16 +341,16 @@ fn producer_stamp_is_whole_or_absent() {
             let absent = matches!(epoch, -1 | 0) && matches!(base_sequence, -1 | 0);
             assert_eq!(stamped(-1, epoch, base_sequence).is_ok(), absent, "-1 {epoch} {base_sequence}");
             for id in [i64::MIN, -2] {
-                let refused = Err(Malformed::Producer { id, epoch, base_sequence });
+                let refused = Err(MalformedBatch::Producer { id, epoch, base_sequence });
                 assert_eq!(stamped(id, epoch, base_sequence), refused);
             }
         }
     }
 }
 
-/// A producer may write any largest timestamp: one of 1970 had the record deleted, one of the far future found it always.
+/// Regression: a `maxTimestamp` of 1970 deleted the records, and one of the far future matched every search by time.
 #[test]
-fn the_largest_timestamp_becomes_that_of_the_records() {
+fn max_timestamp_is_corrected_from_the_records() {
     let records = [5, 9, 7].map(|timestamp_ms| Record { timestamp_ms, ..Record::default() });
     for codec in CODECS {
         let honest = build(codec, &records, None);
@@ -367,7 +369,7 @@ fn the_largest_timestamp_becomes_that_of_the_records() {
             let batch = Batch::parse(batch.to_bytes()).unwrap();
             match codec {
                 Compression::None => assert_eq!(batch, honest),
-                // Unread, only the first timestamp is known.
+                // Of compressed records only the first timestamp is known.
                 _ => assert_eq!(batch.max_timestamp(), claim.max(5), "{codec}"),
             }
         }
@@ -375,7 +377,7 @@ fn the_largest_timestamp_becomes_that_of_the_records() {
 }
 
 #[test]
-fn timestamps_of_all_records_are_found_where_the_broker_sees_them() {
+fn timestamp_range_covers_all_uncompressed_records() {
     let records = [5, -1, 9, 3].map(|timestamp_ms| Record { timestamp_ms, ..Record::default() });
     for codec in CODECS {
         let mut batch = build(codec, &records, None);
@@ -390,38 +392,38 @@ fn timestamps_of_all_records_are_found_where_the_broker_sees_them() {
 }
 
 #[test]
-fn a_bomb_that_says_how_large_it_is_is_refused_by_its_word() {
+fn bomb_with_a_declared_length_is_rejected_unread() {
     let zeros = vec![0; 8 << 20];
     for codec in [Compression::Gzip, Compression::Snappy, Compression::Zstd] {
         let stored = super::compression::compress(codec, &zeros);
-        assert_eq!(super::compression::claimed(codec, &stored), Some(zeros.len()), "{codec}");
+        assert_eq!(super::compression::declared_len(codec, &stored), Some(zeros.len()), "{codec}");
     }
     let frame = lz4_flex::frame::FrameInfo::new().content_size(Some(zeros.len() as u64));
     let mut encoder = lz4_flex::frame::FrameEncoder::with_frame_info(frame, Vec::new());
     std::io::Write::write_all(&mut encoder, &zeros).unwrap();
-    assert_eq!(super::compression::claimed(Compression::Lz4, &encoder.finish().unwrap()), Some(zeros.len()));
+    assert_eq!(super::compression::declared_len(Compression::Lz4, &encoder.finish().unwrap()), Some(zeros.len()));
     for codec in CODECS {
-        assert_eq!(super::compression::claimed(codec, &[]).unwrap_or(0), 0, "{codec} of nothing");
+        assert_eq!(super::compression::declared_len(codec, &[]).unwrap_or(0), 0, "{codec} of nothing");
     }
 }
 
 #[test]
-fn recompression_into_a_batch_that_is_too_large_is_refused() {
+fn recompression_above_the_maximum_size_is_rejected() {
     let value = vec![0; limits::MAX_BATCH_BYTES - 40];
     let batch = build(Compression::Zstd, &[Record { value: Some(value.into()), ..Record::default() }], None);
     assert!(batch.encoded_len() < 1 << 20);
-    assert!(matches!(batch.recompress(Compression::None), Err(Malformed::Length { .. })));
+    assert!(matches!(batch.recompress(Compression::None), Err(MalformedBatch::Length { .. })));
 }
 
 #[test]
-fn a_builder_keeps_its_bounds() {
-    assert_eq!(BatchBuilder::new(Compression::None).finish(None).unwrap_err(), Unbuildable::Empty);
+fn builder_enforces_its_limits() {
+    assert_eq!(BatchBuilder::new(Compression::None).finish(None).unwrap_err(), BuildError::Empty);
 
     let mut builder = BatchBuilder::new(Compression::None);
     let large = vec![0; limits::MAX_BATCH_BYTES - 60];
-    assert!(matches!(builder.push(0, None, Some(&large), &[]), Err(Unbuildable::TooLarge { .. })));
+    assert!(matches!(builder.push(0, None, Some(&large), &[]), Err(BuildError::TooLarge { .. })));
     let many = vec![Header::default(); limits::MAX_RECORD_HEADERS + 1];
-    assert!(matches!(builder.push(0, None, None, &many), Err(Unbuildable::TooManyHeaders { .. })));
+    assert!(matches!(builder.push(0, None, None, &many), Err(BuildError::TooManyHeaders { .. })));
     builder.push(0, None, None, &many[1..]).unwrap();
     assert_eq!(builder.count(), 1, "what was refused left nothing");
 
@@ -430,14 +432,14 @@ fn a_builder_keeps_its_bounds() {
     for _ in 0..limits::MAX_BATCH_RECORDS {
         builder.push(0, None, None, &[]).unwrap();
     }
-    assert!(matches!(builder.push(0, None, None, &[]), Err(Unbuildable::TooManyRecords { .. })));
+    assert!(matches!(builder.push(0, None, None, &[]), Err(BuildError::TooManyRecords { .. })));
     let batch = builder.finish(None).unwrap();
     assert_eq!(batch.count() as usize, limits::MAX_BATCH_RECORDS);
     batch.verify_records().unwrap();
 }
 
 #[test]
-fn an_uncompressed_batch_is_the_buffer_that_it_was_built_in() {
+fn uncompressed_batch_reuses_the_builder_buffer() {
     let mut builder = BatchBuilder::with_capacity(Compression::None, 4096);
     builder.push(0, None, Some(&[1; 1024]), &[]).unwrap();
     let at = builder.records_ptr();
@@ -448,12 +450,12 @@ fn an_uncompressed_batch_is_the_buffer_that_it_was_built_in() {
 }
 
 #[test]
-fn bombs_stop_at_the_bound() {
-    let most = 1 << 20;
+fn decompression_stops_at_the_maximum() {
+    let max = 1 << 20;
     let zeros = vec![0; 8 << 20];
     for codec in CODECS {
         let stored = super::compression::compress(codec, &zeros);
-        let error = decompress(codec, &stored, most).unwrap_err();
+        let error = decompress(codec, &stored, max).unwrap_err();
         if codec != Compression::None {
             assert!(stored.len() * 20 < zeros.len(), "{codec} makes a bomb");
         }
@@ -464,21 +466,21 @@ fn bombs_stop_at_the_bound() {
 }
 
 #[test]
-fn a_bomb_in_a_batch_is_refused() {
+fn batch_with_a_bomb_is_rejected() {
     let zeros = std::io::Read::take(std::io::repeat(0), limits::MAX_DECOMPRESSED_BYTES as u64 + 1);
     let stored = zstd::stream::encode_all(zeros, 1).unwrap();
     let batch = forge(Compression::Zstd, 1, &stored);
-    assert!(matches!(batch.records().unwrap_err(), Malformed::Grows { .. }));
-    assert!(matches!(batch.verify_records().unwrap_err(), Malformed::Grows { .. }));
-    assert!(matches!(batch.recompress(Compression::None).unwrap_err(), Malformed::Grows { .. }));
+    assert!(matches!(batch.records().unwrap_err(), MalformedBatch::Grows { .. }));
+    assert!(matches!(batch.verify_records().unwrap_err(), MalformedBatch::Grows { .. }));
+    assert!(matches!(batch.recompress(Compression::None).unwrap_err(), MalformedBatch::Grows { .. }));
 }
 
-/// A few bytes that claim to become gigabytes, in the way of each codec that has a claim.
+/// A few bytes that declare gigabytes, for each codec that declares a length.
 #[test]
-fn claims_of_size_are_not_believed() {
+fn declared_length_is_not_allocated() {
     let snappy = [0xff, 0xff, 0xff, 0xff, 0x0f, 0x00, b'a'];
     let error = decompress(Compression::Snappy, &snappy, usize::MAX).unwrap_err().to_string();
-    assert!(error.contains("cannot grow"), "{error}");
+    assert!(error.contains("cannot decompress to 4294967295 bytes"), "{error}");
 
     // A frame header with an 8-byte content size of 2^62, and one with the largest window; no blocks.
     let sized = [0x28, 0xb5, 0x2f, 0xfd, 0xc0, 0x00, 0, 0, 0, 0, 0, 0, 0, 0x40];
@@ -489,7 +491,7 @@ fn claims_of_size_are_not_believed() {
 }
 
 #[test]
-fn streams_of_other_writers_are_read() {
+fn streams_of_other_encoders_are_readable() {
     let plain = b"strandline ".repeat(9_000);
     let bare = snap::raw::Encoder::new().compress_vec(&plain).unwrap();
     assert_eq!(decompress(Compression::Snappy, &bare, plain.len()).unwrap(), plain, "bare snappy");
@@ -524,9 +526,9 @@ fn streams_of_other_writers_are_read() {
     assert_eq!(decompress(Compression::Zstd, &stored, plain.len()).unwrap(), plain, "zstd that says no size");
 }
 
-/// A frame's own word on its content's size, with a right header checksum and no content checksum.
+/// The frame has a wrong content size, a correct header checksum and no content checksum.
 #[test]
-fn an_lz4_frame_that_lies_about_its_content_is_refused() {
+fn lz4_frame_with_wrong_content_size_is_rejected() {
     let frame = |size: u64| {
         let descriptor = [&[0x68, 0x40][..], &size.to_le_bytes()].concat();
         let checksum = twox_hash::XxHash32::oneshot(0, &descriptor).to_le_bytes()[1];
@@ -535,11 +537,11 @@ fn an_lz4_frame_that_lies_about_its_content_is_refused() {
     assert_eq!(decompress(Compression::Lz4, &frame(3), 10).unwrap(), "abc");
     for size in [0, 2, 4, u64::MAX] {
         let error = decompress(Compression::Lz4, &frame(size), usize::MAX).unwrap_err().to_string();
-        assert!(error.contains("as long as the frame says"), "{size}: {error}");
+        assert!(error.contains("the length that the frame declares"), "{size}: {error}");
     }
 }
 
-/// Where one of these is well formed the other must say so too, and neither may panic.
+/// Both functions must agree whether the bytes are well formed, and neither must panic.
 fn walk(bytes: Vec<u8>) {
     let Ok(batch) = Batch::parse(bytes.into()) else { return };
     assert_eq!(decode(&batch).map(|_| ()), batch.verify_records());
@@ -566,9 +568,9 @@ proptest! {
         base in 0..=i64::MAX - 20,
         producer in proptest::option::of((0..i64::MAX, 0..i16::MAX, 0..i32::MAX)),
     ) {
-        let producer = producer.map(|(id, epoch, base_sequence)| ProducerStamp { id, epoch, base_sequence });
+        let producer = producer.map(|(id, epoch, base_sequence)| ProducerSequence { id, epoch, base_sequence });
         let mut batch = build(codec, &records, producer);
-        batch.stamp(Offset::from_i64(base).unwrap(), LeaderEpoch(1));
+        batch.set_offset_and_epoch(Offset::from_i64(base).unwrap(), LeaderEpoch(1));
         let batch = Batch::parse(batch.to_bytes()).unwrap();
         prop_assert_eq!(batch.producer(), producer);
         prop_assert_eq!(batch.max_timestamp(), records.iter().map(|record| record.timestamp_ms).max().unwrap());

@@ -1,13 +1,13 @@
-//! Zigzag varints, as Protocol Buffers' `sint32` and `sint64` and Kafka's `ByteUtils` write them: seven bits a byte, the
-//! lowest first, the high bit set on all but the last byte.
+//! Zigzag varints, as Protocol Buffers' `sint32` and `sint64` and Kafka's `ByteUtils` write them: seven bits per byte, the lowest first. The
+//! high bit is set on every byte but the last.
 
-/// Longest encoding of an `i32`, in bytes.
+/// Maximum length of an encoded `i32`.
 pub(super) const MAX_I32_BYTES: usize = 5;
 
-/// Longest encoding of an `i64`, in bytes.
+/// Maximum length of an encoded `i64`.
 pub(super) const MAX_I64_BYTES: usize = 10;
 
-/// Small numbers of either sign become small numbers: 0, -1, 1, -2 → 0, 1, 2, 3.
+/// Maps small numbers of either sign to small numbers: 0, -1, 1, -2 → 0, 1, 2, 3.
 const fn zigzag(value: i64) -> u64 {
     ((value << 1) ^ (value >> 63)).cast_unsigned()
 }
@@ -16,16 +16,16 @@ const fn unzigzag(value: u64) -> i64 {
     (value >> 1).cast_signed() ^ -(value & 1).cast_signed()
 }
 
-/// Bytes that `value` takes. An `i32` takes the same number widened.
+/// Length of the encoded `value`. An `i32` has the same length as an `i64` of the same value.
 pub(super) const fn len(value: i64) -> usize {
     let bits = u64::BITS - (zigzag(value) | 1).leading_zeros();
     bits.div_ceil(7) as usize
 }
 
-/// Writes `value` to the front of `out` and answers how many bytes it took.
+/// Writes `value` to the start of `out` and returns its encoded length.
 ///
 /// # Panics
-/// When `out` is shorter than [`len`] of `value`.
+/// `out` is shorter than [`len`] of `value`.
 #[expect(clippy::cast_possible_truncation, reason = "each byte takes the seven low bits that the mask leaves")]
 pub(super) fn write(value: i64, out: &mut [u8]) -> usize {
     let mut rest = zigzag(value);
@@ -39,19 +39,19 @@ pub(super) fn write(value: i64, out: &mut [u8]) -> usize {
     at + 1
 }
 
-/// Takes an `i64` from the front of `input`. `None` when the bytes end first, or when the number does not fit.
+/// Reads an `i64` from the start of `input`. Returns `None` if the bytes end first, or if the number does not fit.
 pub(super) fn read_i64(input: &mut &[u8]) -> Option<i64> {
     read(input, MAX_I64_BYTES, u64::MAX).map(unzigzag)
 }
 
-/// Takes an `i32` from the front of `input`. `None` when the bytes end first, or when the number does not fit.
+/// Reads an `i32` from the start of `input`. Returns `None` if the bytes end first, or if the number does not fit.
 pub(super) fn read_i32(input: &mut &[u8]) -> Option<i32> {
     let raw = read(input, MAX_I32_BYTES, u64::from(u32::MAX))?;
     Some(i32::try_from(unzigzag(raw)).expect("32 bits before zigzag are 32 bits after it"))
 }
 
-fn read(input: &mut &[u8], most_bytes: usize, most: u64) -> Option<u64> {
-    // Nearly every number of a record is one byte.
+fn read(input: &mut &[u8], max_bytes: usize, max_value: u64) -> Option<u64> {
+    // Most numbers of a record have one byte.
     if let Some((&byte, rest)) = input.split_first()
         && byte < 0x80
     {
@@ -59,7 +59,7 @@ fn read(input: &mut &[u8], most_bytes: usize, most: u64) -> Option<u64> {
         return Some(u64::from(byte));
     }
     let mut value = 0_u64;
-    for (at, &byte) in input.iter().take(most_bytes).enumerate() {
+    for (at, &byte) in input.iter().take(max_bytes).enumerate() {
         let bits = u64::from(byte & 0x7f);
         let shifted = bits << (7 * at);
         // The tenth byte of an i64 has room for one bit.
@@ -69,7 +69,7 @@ fn read(input: &mut &[u8], most_bytes: usize, most: u64) -> Option<u64> {
         value |= shifted;
         if byte & 0x80 == 0 {
             *input = &input[at + 1..];
-            return (value <= most).then_some(value);
+            return (value <= max_value).then_some(value);
         }
     }
     None
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn known_numbers_have_the_bytes_of_the_specification() {
+    fn known_values_have_the_bytes_of_the_specification() {
         // Pairs from Kafka's ByteUtilsTest.
         for (value, bytes) in [
             (0, &[0x00][..]),
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_do_not_fit_are_refused() {
+    fn values_that_do_not_fit_are_rejected() {
         assert_eq!(read_i32(&mut &[0xff, 0xff, 0xff, 0xff, 0x1f][..]), None, "33 bits");
         assert_eq!(read_i32(&mut &[0x80, 0x80, 0x80, 0x80, 0x80, 0x00][..]), None, "six bytes");
         assert_eq!(read_i64(&mut &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02][..]), None, "65 bits");
@@ -121,7 +121,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_number_survives(value: i64, rest: Vec<u8>) {
+        fn any_value_round_trips(value: i64, rest: Vec<u8>) {
             let mut bytes = encoded(value);
             prop_assert_eq!(bytes.len(), len(value));
             bytes.extend(&rest);
@@ -131,7 +131,7 @@ mod tests {
         }
 
         #[test]
-        fn an_i32_reads_as_what_was_written(value: i32) {
+        fn any_i32_round_trips(value: i32) {
             prop_assert_eq!(read_i32(&mut &encoded(value.into())[..]), Some(value));
         }
     }

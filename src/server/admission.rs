@@ -1,14 +1,15 @@
-//! How a broker of several takes its place: it waits for the metadata store, shows what it holds, and registers.
+//! Admission of a broker to its cluster: wait for the metadata store, verify the local inventory, register.
 //!
 //! # Overview
 //!
-//! 1. [`Admission::reach`] waits until the store answers, and refuses one that is not this directory's.
-//! 2. [`Admission::note`] draws an id for this uptime and writes it into the data directory, before the store hears of it.
-//! 3. [`Admission::admit`], once the replicas are open: an earlier registration of this broker goes, what is not proven is given
-//!    up, the broker is registered. Then the directory is told that the store knows this uptime.
+//! 1. [`Admission::reach`] waits until the store responds, and rejects a store that is not this directory's.
+//! 2. [`Admission::note`] draws an incarnation and records it in the data directory, before the store receives it.
+//! 3. [`Admission::admit`] runs once the replicas are open. It deletes an earlier registration of this broker, releases everything that is
+//!    not verified, and registers the broker. Then it records in the data directory that the store holds this incarnation.
 //!
-//! A store that does not answer is waited for, and the reason is said: at once, when it changes, and every half minute. What no waiting
-//! mends ends the start: a login that is refused, a number that another broker has, a store that never heard of this directory.
+//! The start waits while the store does not respond. The reason is logged at once, when it changes, and every 30 s. An error that no retry
+//! corrects ends the start. Examples are a rejected login, a broker id that another broker has, and a store that never contained this
+//! directory.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -26,39 +27,39 @@ use crate::{
     task::{self, Tasks, clock, random},
 };
 
-/// Pause before the store is asked again.
+/// Pause before a request is retried.
 const AGAIN: Duration = Duration::from_millis(250);
 
-/// How long an answer may take before that is said.
+/// Time without a response after which the wait is logged.
 const SHORT: Duration = Duration::from_secs(1);
 
-/// How often the reason for a wait is said again.
+/// Interval at which the reason for a wait is logged again.
 const REMIND: Duration = Duration::from_secs(30);
 
-/// The start was given up because the process is to stop.
+/// Error of a start that ended because the process was asked to stop.
 #[derive(Debug, thiserror::Error)]
 #[error("stopped while the broker waited for the metadata store")]
 pub(super) struct Stopped;
 
-/// One start's way into the cluster.
+/// Admission of one starting broker.
 pub(super) struct Admission<'a> {
     pub(super) store: &'a Arc<dyn MetaStore>,
     pub(super) keys: &'a Keys,
     pub(super) log: &'a Log,
-    /// What topics have that set nothing else.
+    /// Topic configuration defaults.
     pub(super) defaults: &'a ConfigMap,
-    /// Cancelled when the process is to stop.
+    /// Cancelled when the process must stop.
     pub(super) stop: &'a Tasks,
 }
 
-/// What a cluster's metadata knows that a data directory may have taken part in.
+/// Part of a cluster's metadata that shows which data directories belong to the cluster.
 #[derive(Debug, Default)]
 struct KnownCluster {
-    /// Those that took part last under each broker's number.
+    /// The last directory of each broker id.
     directories: BTreeSet<String>,
-    /// Those that are there, and those that were not long ago.
+    /// Existing topics, and topics that were deleted recently.
     topics: BTreeSet<TopicId>,
-    /// Whether there is one of either that cannot be read.
+    /// True if the value of a directory or topic cannot be read.
     unreadable: bool,
 }
 
@@ -67,22 +68,24 @@ impl KnownCluster {
         self.directories.is_empty() && self.topics.is_empty() && !self.unreadable
     }
 
-    /// Whether a directory with these topics may be one of its brokers'. An old one that is put back knows a topic at least.
+    /// Returns true if a directory with these topics may belong to one of the cluster's brokers. A restored older directory contains at
+    /// least one of the topics.
     fn is_of(&self, directory: &str, held: &BTreeSet<TopicId>) -> bool {
         self.unreadable || self.directories.contains(directory) || !self.topics.is_disjoint(held)
     }
 }
 
-/// What a start shows, but for the replicas: those are opened first.
+/// Incarnations of a start, for the local inventory. The replicas follow after they were opened.
 pub(super) struct Noted {
-    /// This uptime.
+    /// Incarnation of this process.
     pub(super) incarnation: Uuid,
-    /// Those that the data directory names, this one among them.
+    /// Incarnations that the data directory records, including this one.
     uptimes: Vec<String>,
 }
 
 impl Admission<'_> {
-    /// Waits until the store answers. One that knows nothing of this directory, though that took part in a cluster before, is another one's.
+    /// Waits until the store responds, and rejects another cluster's store. A directory that took part in a cluster before must be in the
+    /// store, or one of its topics must be. A directory without replicas fits any store.
     pub(super) async fn reach(&self) -> anyhow::Result<()> {
         let prefix = self.keys.prefix();
         let known = patiently(self.answered(async || Ok(self.known().await?))).await?;
@@ -103,7 +106,8 @@ impl Admission<'_> {
         )
     }
 
-    /// The cluster generation by the metadata store. One that is below what this directory took part in is of an older backup.
+    /// Returns the cluster generation of the metadata store. Fails if the directory took part in a later generation: the store is from an
+    /// older backup.
     pub(super) async fn generation(&self) -> anyhow::Result<u64> {
         let generations = Generations::new(Arc::clone(self.store), self.keys.clone());
         let generation = self.answered(async || Ok(generations.begin().await?)).await?;
@@ -118,7 +122,7 @@ impl Admission<'_> {
         Ok(generation)
     }
 
-    /// What the store says of directories and topics.
+    /// Lists the directories and topics in the store.
     async fn known(&self) -> Result<KnownCluster, StoreError> {
         let list = async |kind: &str| self.store.list(&format!("{}{kind}/", self.keys.prefix())).await;
         let mut known = KnownCluster::default();
@@ -143,7 +147,7 @@ impl Admission<'_> {
         Ok(known)
     }
 
-    /// Draws an id for this uptime and notes it in the data directory.
+    /// Draws an incarnation and records it in the data directory.
     pub(super) async fn note(&self) -> anyhow::Result<Noted> {
         let (log, incarnation) = (self.log.clone(), random::uuid());
         let uptimes = task::run_blocking(move || -> Result<_, _> {
@@ -154,8 +158,8 @@ impl Admission<'_> {
         Ok(Noted { incarnation, uptimes: uptimes.iter().map(Uuid::to_string).collect() })
     }
 
-    /// Proves what is held and registers. `whole` are the replicas that lost nothing, as far as their disk can tell. Returns as well what is
-    /// still to be proven.
+    /// Verifies the local inventory and registers the broker. `whole` are the replicas that lost nothing, as far as their disk can show.
+    /// Also returns the partitions that could not be verified.
     pub(super) async fn admit(
         &self,
         registration: &Registration,
@@ -171,7 +175,7 @@ impl Admission<'_> {
             on_disk: self.log.partitions().into_iter().collect(),
             whole,
         };
-        // All of it again after a failure: what may have been registered meanwhile was seen by others.
+        // After an error, all steps are repeated: peers may have seen a registration whose response was lost.
         let admitted = self
             .answered(async || {
                 registration.clear().await?;
@@ -191,7 +195,7 @@ impl Admission<'_> {
         Ok(admitted)
     }
 
-    /// Asks until there is an answer that counts.
+    /// Repeats a request until it succeeds, or fails with an error that no retry corrects.
     async fn answered<T>(&self, ask: impl AsyncFn() -> Result<T, RegisterError>) -> anyhow::Result<T> {
         let (mut said, mut at): (String, Option<Instant>) = (String::new(), None);
         loop {
@@ -225,7 +229,7 @@ impl Admission<'_> {
     }
 }
 
-/// Waits for an answer, and says so where a person may be watching.
+/// Waits for a response, and logs a wait that a person may notice.
 async fn patiently<T>(answer: impl Future<Output = T>) -> T {
     let mut answer = std::pin::pin!(answer);
     match tokio::time::timeout(SHORT, &mut answer).await {
@@ -237,7 +241,7 @@ async fn patiently<T>(answer: impl Future<Output = T>) -> T {
     }
 }
 
-/// Whether no waiting mends it.
+/// Returns true if no retry corrects the error.
 fn is_final(error: &RegisterError) -> bool {
     !error.retryable() || matches!(error, RegisterError::Store(StoreError::Refused { .. }))
 }

@@ -1,13 +1,14 @@
-//! Checks at the start whether the name that this broker advertises can be found.
+//! Checks at the start that the advertised host name resolves.
 
 use std::time::Duration;
 
 use crate::task::Tasks;
 
-/// How long a name may take.
+/// Maximum time of a name lookup.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Looks `address` up in the background, and warns with `remedy` where its name does not resolve: others are sent there.
+/// Resolves the host of `address` in the background. Logs a warning with `remedy` if the lookup fails, because clients or peers connect to
+/// that address.
 pub(super) fn check(address: &str, remedy: &'static str, tasks: &Tasks) {
     let (address, stop) = (address.to_owned(), tasks.clone());
     tasks.spawn("advertised address", async move {
@@ -39,10 +40,10 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn an_address_resolves_and_a_reserved_name_does_not() {
+    async fn reserved_name_does_not_resolve() {
         assert_eq!(resolve("127.0.0.1:9460").await, Ok(()));
         assert_eq!(resolve("[::1]:9460").await, Ok(()));
-        // RFC 2606: nobody ever has it.
+        // RFC 2606 reserves `.invalid`.
         assert!(resolve("broker-1.invalid:9460").await.is_err());
     }
 }

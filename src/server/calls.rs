@@ -1,5 +1,5 @@
-//! Counts open calls by connection: from the head of the request until HTTP/2 has written the body of the response, or closed the stream. So
-//! a connection without open calls is idle.
+//! Counts the open calls of each connection. A call is open from the head of its request until HTTP/2 has written the body of the response,
+//! or has closed the stream. A connection without open calls is idle.
 
 use std::{
     pin::Pin,
@@ -18,8 +18,8 @@ use tonic::{Status, codegen::http::HeaderMap};
 use super::connection::OpenCall;
 use crate::broker::{CallMemory, HandedResponse};
 
-/// Keeps the call open until the response has been sent. `memory` is that of a client's call, `turn` its turn among the calls that are answered
-/// from metadata.
+/// Keeps the call open until the response has been sent. `memory` is the memory of a client's call, and `turn` the permit of a call whose
+/// response is built from metadata.
 pub(super) fn until_sent(
     response: Response,
     call: Option<OpenCall>,
@@ -30,28 +30,28 @@ pub(super) fn until_sent(
     response.map(|body| Body::new(CountedBody { body, rest: Bytes::new(), open }))
 }
 
-/// HTTP/2 takes a whole frame of a body when there is room for a byte, and asks for the next one then. So frames tell how fast a client
-/// reads: at the slowest pace that is allowed, 256 KiB in a second, it takes one frame in a second. Smaller frames cost throughput. Responses
-/// to other brokers are not charged and go out as they are.
+/// Maximum bytes of a response that are passed to HTTP/2 at once. HTTP/2 takes a whole frame of a body when it has space for one byte, and
+/// then polls for the next frame. So the frames show how fast a client reads: at the minimum rate, 256 KiB per second, a client takes one
+/// frame per second. Smaller frames would reduce throughput. Responses to other brokers are not charged, and are passed on unchanged.
 const PIECE_BYTES: usize = 256 << 10;
 
-/// The end of a response.
+/// Returns the trailers that end a response with a status.
 pub(super) fn trailers(status: &Status) -> Frame<Bytes> {
     let mut trailers = HeaderMap::new();
-    // A header that cannot be written leaves the response without an end, which clients take for a broken one.
+    // If a header cannot be written, the response ends without a status, and clients treat it as broken.
     let _ = status.add_header(&mut trailers);
     Frame::trailers(trailers)
 }
 
-/// A response, kept by its body and by every frame of it that has not been sent.
+/// A response that has not been sent. Its body and each unsent frame hold a reference.
 struct OpenResponse {
     memory: Option<CallMemory>,
     _call: Option<OpenCall>,
     _turn: Option<OwnedSemaphorePermit>,
 }
 
-/// A frame that HTTP/2 has. It drops the bytes when it has written the last of them, or closes the stream, and asks for more and takes the end
-/// of the body long before.
+/// A frame that was passed to HTTP/2. HTTP/2 drops the bytes after it has written the last of them or closed the stream. Long before that,
+/// HTTP/2 polls for the next frame and takes the end of the body.
 struct HandedFrame {
     data: Bytes,
     _memory: Option<HandedResponse>,
@@ -66,7 +66,7 @@ impl AsRef<[u8]> for HandedFrame {
 
 struct CountedBody {
     body: Body,
-    /// What was not handed over of the last frame.
+    /// Bytes of the last frame that have not been passed on.
     rest: Bytes,
     open: Arc<OpenResponse>,
 }
@@ -133,13 +133,13 @@ mod tests {
     use super::*;
     use crate::{
         broker::Budgets,
-        proto::fault::{Fault, Reason},
+        proto::error::{ApiError, ErrorCode},
     };
 
-    /// HTTP/2 asked for the next frame, and took the end, when a byte of the last one had been sent: responses were given back before they were
-    /// read.
+    /// Regression: the memory of responses was freed before the client had read them. HTTP/2 polled for the next frame, and took the end,
+    /// after one byte of the last frame had been sent.
     #[tokio::test]
-    async fn response_is_charged_and_its_call_open_until_its_last_piece_was_sent() {
+    async fn response_is_charged_until_last_piece_is_sent() {
         let budgets = Budgets::new(8 << 20, 8 << 20);
         let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
         let frames = [3 * PIECE_BYTES - 1, 10].map(|bytes| Ok::<_, axum::Error>(Bytes::from(vec![7; bytes])));
@@ -167,9 +167,9 @@ mod tests {
         assert_eq!(turn.available_permits(), 1);
     }
 
-    /// Answers made of metadata were not charged: a thousand connections held sixteen each.
+    /// Regression: responses built from metadata were not charged. A thousand connections held sixteen of them each.
     #[tokio::test]
-    async fn response_without_records_is_charged_or_ends_with_an_error() {
+    async fn response_without_records_is_charged_or_rejected() {
         let budgets = Budgets::new(1 << 20, 1 << 20);
         let connection = budgets.connection(|| {});
         let mut bodies = Vec::new();
@@ -183,8 +183,8 @@ mod tests {
                 Err(frame) => bodies.push((body, frame)),
             }
         };
-        let fault = Fault::from(&Status::from_header_map(&refused).expect("a status"));
-        assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
+        let fault = ApiError::from(&Status::from_header_map(&refused).expect("a status"));
+        assert_eq!((fault.code, fault.retryable), (ErrorCode::Overloaded, true));
         assert!(fault.message.contains("limits.response_memory_bytes"), "{fault}");
         assert!(
             !bodies.is_empty() && budgets.taken().1 >= bodies.len() * 50_000,

@@ -1,7 +1,7 @@
-//! The sockets of one listener and their limits: each connection has a place (`places` decides), and is closed when it has to make
-//! room for another one. A second listener has a [`ConnectionLimiter`] of its own.
+//! The sockets of one listener and their limits. Each connection has a place (`places` decides), and an evicted connection is closed. Each
+//! listener has its own [`ConnectionLimiter`].
 //!
-//! A connection is told to close by [`CloseSignal`]: its next read or write fails, and its task is woken for that.
+//! A [`CloseSignal`] closes a connection: the next read or write fails, and the connection's task is woken for that.
 
 use std::{
     io::{self, IoSlice},
@@ -33,26 +33,25 @@ use crate::{
     telemetry::{Counter, GaugeU64, Metrics},
 };
 
-/// Bytes that whoever wants something sends first: the preface of HTTP/2, after which pings tell who is still there; and the shortest request
-/// line of HTTP/1.
+/// Minimum bytes that a client sends first: the preface of HTTP/2, after which pings detect dead clients, or the shortest request line of
+/// HTTP/1.
 const PREFACE_BYTES: usize = 24;
 const REQUEST_BYTES: usize = 16;
 
-/// How long a connection may take for them, and how long one for pages may be idle then: HTTP/1 has no pings.
+/// Maximum time until these bytes have arrived, and maximum idle time of an HTTP/1 connection after that: HTTP/1 has no pings.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Bytes of `limits.memory_bytes` for each call or stream that is open: one that waits takes 7 KiB, and as much again for the partitions
-/// that it names.
+/// Bytes of `limits.memory_bytes` per open call or stream. A waiting call takes 7 KiB, and as much again for the partitions that it names.
 const BYTES_PER_CALL: u64 = 32 << 10;
 
-/// How long accepting rests where the system has nothing for another connection.
+/// Pause of accepting after the system had no resources for another connection.
 const ACCEPT_DELAY: Duration = Duration::from_millis(100);
 
-/// How often a condition that goes on is logged.
+/// Interval at which a lasting condition is logged.
 const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Which listener.
+/// Kind of listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Port {
     Grpc,
@@ -60,7 +59,7 @@ pub(super) enum Port {
     Peer,
 }
 
-/// Counts and bounds the connections of one listener. Clones share it.
+/// Counts and limits the connections of one listener. Clones share the state.
 #[derive(Clone)]
 pub(super) struct ConnectionLimiter(Arc<Limiter>);
 
@@ -68,11 +67,11 @@ struct Limiter {
     port: Port,
     capacity: Capacity,
     per_address: usize,
-    /// What raises the bound of an address.
+    /// Setting or system limit that raises `per_address`.
     address_raised_by: &'static str,
     max_calls: usize,
     places: Mutex<Places<Arc<CloseSignal>>>,
-    /// Refusals because of each bound.
+    /// Log throttle for `Bound::Places`; `crowded` is that for `Bound::Address`.
     full: Mutex<Reminder>,
     crowded: Mutex<Reminder>,
     evictions: Mutex<Reminder>,
@@ -85,8 +84,8 @@ struct Limiter {
 }
 
 impl ConnectionLimiter {
-    /// A limiter with the places of `capacity`, of which one address has at most `per_address`, or half where that is not set, for calls that
-    /// `memory_bytes` have room for. `open` counts the connections that are open.
+    /// Creates a limiter with the places of `capacity`. One address gets at most `per_address` of them, or half if that is not set.
+    /// `memory_bytes` limits the number of open calls. `open` counts the open connections.
     pub(super) fn new(
         port: Port,
         capacity: Capacity,
@@ -124,7 +123,7 @@ impl ConnectionLimiter {
         self.0.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a connection in. Where there is no room, one that is idle makes it; where none is, only probes are answered on this one.
+    /// Admits a connection. If no place is free, an idle connection is evicted. If none is idle, the new connection serves only probes.
     fn admit(&self, stream: TcpStream, peer: Option<SocketAddr>) -> Connection {
         let peer = peer.map_or(IpAddr::from(Ipv4Addr::UNSPECIFIED), |peer| peer.ip());
         let origin = Origin::of(peer, stream.local_addr().ok().map(|own| own.ip()));
@@ -203,7 +202,7 @@ impl ConnectionLimiter {
         );
     }
 
-    /// Closes a connection whose client leaves unread what it was sent, while others wait for the memory.
+    /// Closes a connection whose client does not read its responses while other calls wait for the memory.
     fn close_unread(&self, signal: &CloseSignal) {
         if !signal.close() {
             return;
@@ -218,7 +217,7 @@ impl ConnectionLimiter {
         );
     }
 
-    /// Refuses a call on a connection that has several, where all connections have as many as there is memory for.
+    /// Returns the error for a call above the limit, on a connection that already has its share of the open calls.
     fn refuse_call(&self, peer: IpAddr) -> Refused {
         let most = self.0.max_calls;
         if let Some(count) = remind(&self.0.calls) {
@@ -237,7 +236,7 @@ impl ConnectionLimiter {
         ))
     }
 
-    /// What a call is told on a connection that has no place.
+    /// Returns the error for a call on a connection without a common place.
     fn refusal(&self, bound: Bound) -> Refused {
         let Limiter { port, capacity, per_address, address_raised_by, .. } = &*self.0;
         Refused(match bound {
@@ -252,11 +251,11 @@ impl ConnectionLimiter {
     }
 }
 
-/// Why a call was not served: its connection has no place, or there is no memory for the call.
+/// Reason why a call is rejected: its connection has no common place, or there is no memory for the call.
 #[derive(Debug)]
 pub(super) struct Refused(pub(super) String);
 
-/// Counts a condition until it is logged: at its start and at intervals.
+/// Log throttle: counts a condition, which is logged at its start and at intervals.
 #[derive(Debug, Default)]
 struct Reminder {
     last: Option<Instant>,
@@ -264,7 +263,7 @@ struct Reminder {
 }
 
 impl Reminder {
-    /// Counts one: `Some` with how many there were since the last line, when a line is due.
+    /// Counts one occurrence. If a log line is due, returns the number of occurrences since the last line.
     fn count(&mut self, now: Instant) -> Option<u64> {
         self.count += 1;
         let due = self.last.is_none_or(|last| now.duration_since(last) >= REMINDER_INTERVAL);
@@ -279,7 +278,7 @@ fn remind(reminder: &Mutex<Reminder>) -> Option<u64> {
     reminder.lock().unwrap_or_else(PoisonError::into_inner).count(clock::monotonic())
 }
 
-/// Tells a connection's task that the connection is to end.
+/// Signal that ends a connection.
 #[derive(Debug, Default)]
 struct CloseSignal {
     closed: AtomicBool,
@@ -287,21 +286,21 @@ struct CloseSignal {
 }
 
 impl CloseSignal {
-    /// True the first time.
+    /// Sends the signal. Returns true the first time.
     fn close(&self) -> bool {
         let first = !self.closed.swap(true, Ordering::AcqRel);
         self.waker.wake();
         first
     }
 
-    /// Fails once the connection is to end; wakes the task then.
+    /// Fails once the signal was sent. Registers the task to be woken when that happens.
     fn check(&self, cx: &Context<'_>) -> io::Result<()> {
         self.waker.register(cx.waker());
         if self.closed.load(Ordering::Acquire) { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 }
 
-/// The connection that a request came by. Every request carries one.
+/// Connection by which a request arrived. Every request carries this value.
 #[derive(Clone)]
 pub(super) struct Caller {
     limiter: ConnectionLimiter,
@@ -313,7 +312,7 @@ pub(super) struct Caller {
 }
 
 impl Caller {
-    /// Its connection's part of these budgets.
+    /// Returns the connection's share of these budgets.
     pub(super) fn memory(&self, budgets: &Budgets) -> ConnectionMemory {
         let open = || {
             let (signal, limiter) = (Arc::clone(&self.signal), self.limiter.clone());
@@ -322,18 +321,18 @@ impl Caller {
         self.memory.get_or_init(open).clone()
     }
 
-    /// Which listener it came to.
+    /// Returns the listener of the connection.
     pub(super) fn port(&self) -> Port {
         self.limiter.0.port
     }
 
-    /// What its connection has begun of producers.
+    /// Returns the connection's quota of new producers.
     pub(super) fn producer_ids(&self) -> ProducerIdQuota {
         self.producer_ids.clone()
     }
 
-    /// Counts a call as open until the value is dropped. One on a connection without a place is refused unless it is a probe, or there is
-    /// room by now. One that there is no memory for is refused as well.
+    /// Counts a call as open until the returned value is dropped. On a connection without a common place, the call is rejected unless it is
+    /// a probe or the common pool has space by now. A call without memory is rejected too.
     pub(super) fn begin_call(&self, is_probe: bool) -> Result<OpenCall, Refused> {
         let mut places = self.limiter.places();
         if !places.has_room_for_call(self.id) {
@@ -364,7 +363,7 @@ impl Caller {
     }
 }
 
-/// A call or stream that is open on its connection, which is not idle meanwhile.
+/// A call or stream that is open. Its connection is not idle.
 pub(super) struct OpenCall(Caller);
 
 impl Drop for OpenCall {
@@ -373,31 +372,31 @@ impl Drop for OpenCall {
     }
 }
 
-/// One connection; it counts, and has its place, until it is dropped.
+/// One connection. It counts as open and keeps its place until it is dropped.
 pub(super) struct Connection {
     stream: TcpStream,
     signal: Arc<CloseSignal>,
-    /// For how long it may say nothing; `None` where it may for ever.
+    /// Deadline for the next bytes from the client; `None` if there is no deadline any longer.
     patience: Option<Patience>,
-    /// The client has not taken what was sent, and the socket has no more room. Then it is read once for each write that has room again, and
-    /// no more: HTTP/2 would answer on and on, and keep the answers, since their heads have no window.
+    /// True while the client does not take sent data and the socket has no space. Then each write that finds space again permits one read.
+    /// With more reads, HTTP/2 would respond on and on and buffer the heads of the responses, which flow control does not limit.
     is_full: bool,
-    /// Some bytes were written since it was read.
+    /// True if bytes were written since this flag last permitted a read.
     has_written: bool,
-    /// Wakes the reader that waits for that.
+    /// Waker of a read that waits for that.
     reader: Option<Waker>,
     caller: Caller,
 }
 
 struct Patience {
-    /// Bytes that are to come at first.
+    /// Remaining bytes of the first request that must arrive by `until`.
     left: usize,
     until: Pin<Box<Sleep>>,
-    /// How long it may say nothing after those.
+    /// Maximum idle time after those bytes; `None` for no limit.
     idle: Option<Duration>,
 }
 
-/// The connections that come to a listener.
+/// Returns the admitted connections of a listener.
 pub(super) fn accept(
     listener: TcpListener,
     limiter: ConnectionLimiter,
@@ -411,7 +410,7 @@ pub(super) fn accept(
             if let Err(error) = &admitted
                 && !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
             {
-                // No open files: whoever accepts again at once does nothing else.
+                // The process has no free file descriptors. Accepting again at once would be a busy loop.
                 tokio::time::sleep(ACCEPT_DELAY).await;
             }
             admitted
@@ -419,7 +418,7 @@ pub(super) fn accept(
     })
 }
 
-/// Serves each connection in a task of its own until the tasks are stopped; then takes nothing new.
+/// Serves each connection in its own task until the tasks are stopped. Then accepts no further connections.
 pub(super) async fn serve_each<F>(
     connections: impl Stream<Item = io::Result<Connection>> + Send,
     tasks: &Tasks,
@@ -443,12 +442,12 @@ pub(super) async fn serve_each<F>(
 }
 
 impl Connection {
-    /// What each request that comes by it carries.
+    /// Returns the value that each request of this connection carries.
     pub(super) fn caller(&self) -> Caller {
         self.caller.clone()
     }
 
-    /// Takes what became of a write. Other brokers read on whatever they have to write.
+    /// Records the result of a write. A connection from another broker is read regardless of its writes.
     fn note_room(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         self.is_full = written.is_pending() && self.caller.port() == Port::Grpc;
         if written.is_ready() {
@@ -534,7 +533,7 @@ mod tests {
 
     use super::*;
 
-    /// A client, and the broker's end of its connection.
+    /// Returns a client's socket and the broker's end of the connection.
     async fn connected(port: Port) -> (TcpStream, Connection) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
@@ -547,23 +546,23 @@ mod tests {
 
     const A_MOMENT: Duration = Duration::from_millis(100);
 
-    /// A client that sent requests and read nothing made HTTP/2 keep the heads of 1,000 answers on each connection.
+    /// Regression: a client that sent requests and read nothing made HTTP/2 keep the heads of 1,000 responses on each connection.
     #[tokio::test]
-    async fn client_that_reads_nothing_is_not_read() {
+    async fn client_that_reads_nothing_is_not_read_from() {
         let tasks = Tasks::new();
         for (port, reads_on) in [(Port::Grpc, false), (Port::Peer, true)] {
             let (mut client, own) = connected(port).await;
             let (mut incoming, mut outgoing) = tokio::io::split(own);
             while timeout(A_MOMENT, outgoing.write(&[7; 1 << 16])).await.is_ok() {}
-            // The last write that had room lets one read pass.
+            // The last successful write permits one read.
             client.write_all(b"1").await.expect("there is room");
             assert_eq!(incoming.read_u8().await.expect("it came"), b'1');
             client.write_all(b"2").await.expect("there is room");
-            // In a task of its own: nothing but the write wakes it.
+            // The read runs in a separate task, so that only the write wakes it.
             let mut reading = tasks.spawn("reading", async move { incoming.read_u8().await });
             assert_eq!(timeout(A_MOMENT, &mut reading).await.is_ok(), reads_on, "{port:?}");
             if !reads_on {
-                // It takes some of what it is sent, and writes go on: what it says comes too, while the socket is full.
+                // The client takes some of the data, and the writes continue. Its bytes arrive too, although the socket is full.
                 let writing = async { while outgoing.write(&[7; 1 << 16]).await.is_ok() {} };
                 let mut taken = vec![0; 8 << 20];
                 let taking = client.read_exact(&mut taken);
@@ -578,7 +577,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_condition_that_goes_on_is_logged_at_its_start_and_at_intervals() {
+    async fn lasting_condition_is_logged_at_start_and_intervals() {
         let mut reminder = Reminder::default();
         assert_eq!(reminder.count(clock::monotonic()), Some(1));
         for _ in 0..9 {

@@ -1,7 +1,7 @@
 //! Raises the cluster generation while no broker runs: `strandline cluster new-generation`.
 //!
-//! The order is: metadata store, then bucket. A crash in between leaves a store that is ahead, and the next start of any broker brings the
-//! bucket up to it; data directories follow when their brokers start.
+//! The metadata store is raised first, then the object store. After a crash in between, the metadata store is ahead. The next start of any
+//! broker raises the object store; a data directory follows when its broker starts.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,33 +15,33 @@ use crate::{
     tier::Store,
 };
 
-/// How long registrations may live beyond `metadata.session_timeout`: etcd lets all leases begin again when it elects a leader.
+/// Maximum time that registrations outlast `metadata.session_timeout`: etcd restarts all leases when it elects a leader.
 const LEASE_GRACE: Duration = Duration::from_secs(5);
 
-/// Pause before the registrations are looked at again.
+/// Pause between two checks for registrations.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 
-/// What was raised.
+/// Result of raising the generation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Raised {
-    /// The generation in the metadata store before; none in one that no cluster has used.
+    /// Previous generation in the metadata store; `None` if no cluster has used the store.
     pub before: Option<u64>,
-    /// The bucket's before; none where there is no bucket, or nobody has taken it.
+    /// Previous generation in the object store; `None` without an object store, or if no cluster has used it.
     pub bucket: Option<u64>,
-    /// The new one.
+    /// New generation.
     pub generation: u64,
-    /// Why the bucket could not be brought up to it: brokers do that when they start.
+    /// Error of raising the object store; `None` on success. Brokers raise the object store when they start.
     pub bucket_behind: Option<String>,
 }
 
-/// Raises the generation above those of the metadata store and of the bucket, and above `above`.
+/// Raises the generation above those of the metadata store and of the object store, and above `above`.
 ///
 /// # Errors
-/// When a store does not answer, the bucket is another cluster's, or brokers are registered.
+/// A store does not respond, the object store belongs to another cluster, or brokers are registered.
 pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Raised> {
     let keys = Keys::new(&config.cluster)?;
     let meta = metadata(config).await?;
-    // A broker alone has its store's file open, so none runs here.
+    // A running standalone broker keeps the file of its store locked, so no broker runs here.
     if !config.metadata.etcd.is_empty() {
         without_brokers(&*meta, &keys, config.metadata.session_timeout + LEASE_GRACE).await?;
     }
@@ -74,7 +74,7 @@ async fn metadata(config: &Config) -> anyhow::Result<Arc<dyn MetaStore>> {
     Ok(Arc::new(EmbeddedStore::open(&config.broker.data_dir).await?))
 }
 
-/// Waits until no broker is registered. A restored etcd has the registrations of its backup, whose leases begin again.
+/// Waits until no broker is registered. A restored etcd contains the registrations of its backup, and restarts their leases.
 async fn without_brokers(meta: &dyn MetaStore, keys: &Keys, within: Duration) -> anyhow::Result<()> {
     let until = clock::monotonic() + within;
     loop {

@@ -1,8 +1,7 @@
 //! The gRPC listeners, for clients and for other brokers: services, health, reflection, and HTTP/2 tuned for batches.
 //!
-//! What the transport itself refuses (a message above the limit, bytes that are no message, an unknown method) never
-//! reaches a service. [`answer`] gives these answers the same stable words that every other failure carries, and counts calls by
-//! connection.
+//! The transport itself rejects some calls before a service receives them: a message above the limit, invalid bytes, an unknown method.
+//! [`answer`] gives these responses the stable error codes that all other errors have, and counts calls per connection.
 
 use std::{future::Future, io, pin::pin, sync::Arc, time::Duration};
 
@@ -39,57 +38,59 @@ use crate::{
     partition::Memory,
     proto::{
         CLIENT_DESCRIPTORS,
-        fault::{self, Fault, Reason},
+        error::{ApiError, ErrorCode, from_transport},
         parts::RequestSchemas,
         v1::{admin_server, log_server, peer_server},
     },
     task::Tasks,
 };
 
-/// Whom health is told of: the whole server, which has no name, and each service.
+/// Names with a health status: the whole server, which has the empty name, and each service.
 const HEALTH_NAMES: [&str; 3] = ["", log_server::SERVICE_NAME, admin_server::SERVICE_NAME];
 
-/// Most and least bytes that all streams of one connection may have on their way to us: what nobody reads of that is in memory, for each
-/// connection. One stream may have half of it, and the least at least: a small request fits into it.
+/// Maximum and minimum window of one connection, in bytes, for the data that its streams may have in flight to this broker. Received data
+/// that no call reads stays in memory. One stream gets half of the window, and at least the minimum: a small request fits into it.
 const MAX_CONNECTION_WINDOW: u64 = 8 << 20;
 const MIN_CONNECTION_WINDOW: u32 = 80 << 10;
 
-/// The part of all memory that the window of one connection is at most, as a divisor.
+/// Maximum share of all memory for the window of one connection, as a divisor.
 const WINDOW_SHARE: u64 = 512;
 
-/// The part of all memory that the windows of all connections take beside the smallest ones, as a divisor.
+/// Share of all memory for the windows of all connections above the minimum, as a divisor.
 const WINDOWS_SHARE: u64 = 16;
 
-/// The part of all memory that streams of all connections take beside the fewest, as a divisor, and the bytes of one: HTTP/2 keeps the room of
-/// as many as were open at a time, for as long as its connection.
+/// Share of all memory for the streams of all connections above the minimum, as a divisor, and bytes per stream. HTTP/2 keeps memory for
+/// the highest number of concurrent streams until the connection ends.
 const STREAMS_SHARE: u64 = 16;
 const STREAM_BYTES: usize = 1536;
 
-/// Streams that each connection may have open, however many connections there are.
+/// Number of streams that each connection may have open, for any number of connections.
 const MIN_STREAMS: u32 = 100;
 
-/// A new connection gets at most this part of what is left for windows and for streams, as a divisor: the later ones get less.
+/// Maximum share of the remaining memory for windows and for streams that a new connection gets, as a divisor. Later connections get less.
 const LEFT_SHARE: usize = 8;
 
-/// The windows of a listener's connections: bytes that clients may send before they are read, and streams that they may have open. Clones
-/// share the memory for them.
+/// Windows of a listener's connections: bytes that clients may send before they are read, and streams that clients may have open. Clones
+/// share the memory for both.
 #[derive(Clone, Debug)]
 pub(super) struct Windows {
-    /// Calls and streams of a connection that are open, at most.
+    /// Maximum number of open streams of a connection.
     streams: u32,
-    /// Largest HTTP/2 frame.
+    /// Maximum size of an HTTP/2 frame, in bytes.
     frame_bytes: u32,
-    /// Bytes of a stream's responses that HTTP/2 keeps: with less than this HTTP/2 asks a call for more, whatever its caller has read.
+    /// Bytes of a stream's responses that HTTP/2 buffers. Below this number HTTP/2 polls the call for more, even if the client has read
+    /// nothing.
     send_buffer_bytes: usize,
-    /// Bytes that all streams of one connection may have on their way to us, at most.
+    /// Maximum window of one connection, in bytes.
     connection_bytes: u32,
-    /// The part of them that one stream may have, as a divisor. Throughput over a distance is bounded by this per round trip.
+    /// Share of the window for one stream, as a divisor. Each round trip transfers at most one such window.
     stream_share: u32,
-    /// For what is above [`MIN_CONNECTION_WINDOW`], and for streams above [`MIN_STREAMS`]; `None` where connections are few.
+    /// Memory for windows above [`MIN_CONNECTION_WINDOW`] and for streams above [`MIN_STREAMS`]; `None` for a listener with few
+    /// connections.
     memory: Option<[Memory; 2]>,
 }
 
-/// The window of a connection, for as long as that is open.
+/// The window of an open connection.
 struct Window {
     bytes: u32,
     streams: u32,
@@ -97,12 +98,13 @@ struct Window {
 }
 
 impl Windows {
-    /// Other brokers send questions and what they have. The batches of a link come from here, and its other end sets their window.
+    /// Returns the windows for other brokers, which send small requests and their progress. This broker sends the batches of a link, and
+    /// the other end sets the window for them.
     pub(super) const fn of_brokers() -> Self {
         Self {
             streams: limits::MAX_STREAMS_PER_PEER,
             frame_bytes: 16 << 10,
-            // They read what they asked for: several batches go out with one write.
+            // Other brokers read the batches that they requested, so several batches are sent with one write.
             send_buffer_bytes: 256 << 10,
             connection_bytes: 256 << 10,
             stream_share: 1,
@@ -110,11 +112,11 @@ impl Windows {
         }
     }
 
-    /// Clients send batches.
+    /// Returns the windows for clients, which send batches.
     pub(super) fn of_clients(memory_bytes: u64) -> Self {
         Self {
             streams: limits::MAX_STREAMS_PER_CONNECTION,
-            // Frames that are not whole are in memory too, and HTTP/2 puts together five of a head before it looks how large that is.
+            // Incomplete frames are in memory too, and HTTP/2 joins five frames of a head before it checks the size.
             frame_bytes: 32 << 10,
             send_buffer_bytes: 16 << 10,
             connection_bytes: connection_window(memory_bytes),
@@ -123,7 +125,7 @@ impl Windows {
         }
     }
 
-    /// The window of a new connection.
+    /// Takes the window of a new connection.
     fn take(&self) -> Window {
         let Some([windows, streams]) = &self.memory else {
             return Window { bytes: self.connection_bytes, streams: self.streams, _memory: [None, None] };
@@ -133,7 +135,7 @@ impl Windows {
         Window { bytes: MIN_CONNECTION_WINDOW + bytes, streams: MIN_STREAMS + more, _memory: [window, room] }
     }
 
-    /// HTTP/2 on a connection with this window.
+    /// Returns the HTTP/2 settings of a connection with this window.
     fn http2(&self, window: &Window, tasks: &Tasks) -> http2::Builder<CallExecutor> {
         let mut http2 = http2::Builder::new(CallExecutor(tasks.clone()));
         http2
@@ -149,7 +151,8 @@ impl Windows {
     }
 }
 
-/// Takes memory for `most` of what has `bytes` each, or for as many as a new connection gets of what is left: how many, and the memory.
+/// Takes memory for `most` units of `bytes` each, or for fewer if a new connection's share of the remaining memory is smaller. Returns the
+/// number of units and the memory.
 fn take_part(memory: &Memory, most: u32, bytes: usize) -> (u32, Option<OwnedSemaphorePermit>) {
     let left = (memory.bytes() - memory.taken()) / LEFT_SHARE / bytes;
     let count = u32::try_from(left).unwrap_or(u32::MAX).min(most);
@@ -157,24 +160,24 @@ fn take_part(memory: &Memory, most: u32, bytes: usize) -> (u32, Option<OwnedSema
     (if taken.is_some() { count } else { 0 }, taken)
 }
 
-/// The calls of probes, by clients and by other brokers. They are answered on connections that have no place too; `Watch`, which never
-/// ends, is not.
+/// Paths of probes by clients and by other brokers. They are also served on connections without a common place. `Watch` is no probe,
+/// because it never ends.
 const PROBE_PATHS: [&str; 2] = ["/grpc.health.v1.Health/Check", "/strandline.v1.Peer/WhoIs"];
 
-/// Calls whose answers grow with the metadata, or are large and made of little.
+/// Paths of calls whose responses grow with the metadata, or are large for a small request.
 const METADATA_PATHS: [&str; 3] = ["/strandline.v1.Admin/", "/strandline.v1.Log/ListOffsets", "/grpc.reflection."];
 
-/// After so long without an answer to a ping a connection counts as dead.
+/// Interval of pings, and time without a response to a ping after which a connection counts as dead.
 const PING: Duration = Duration::from_secs(20);
 
-/// What calls take their memory from, and how their parts are counted.
+/// Memory budgets of calls, and the schemas by which the parts of requests are counted.
 #[derive(Clone)]
 struct RequestMemory {
     budgets: Budgets,
     schemas: Arc<RequestSchemas>,
 }
 
-/// Everything that a broker answers to clients, which reflection shows. The brokers' own service is at another listener.
+/// Returns the services for clients, which reflection lists. The peer service is on another listener.
 pub(super) fn routes(
     broker: &Arc<Broker>,
     health: tonic_health::pb::health_server::HealthServer<impl tonic_health::pb::health_server::Health>,
@@ -183,7 +186,7 @@ pub(super) fn routes(
     let log = LogService::new(broker);
     let mut routes = Routes::new(log.clone().server()).add_service(admin_service(broker)).add_service(health);
     if reflection {
-        // Most tools ask for v1 first; grpcio-reflection and older ones know v1alpha alone.
+        // Most tools request v1 first; grpcio-reflection and older tools support only v1alpha.
         let shown = || {
             tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(CLIENT_DESCRIPTORS)
@@ -195,8 +198,8 @@ pub(super) fn routes(
     Ok(layered(routes.into_axum_router().merge(streams::routes(&log)), Some(memory)))
 }
 
-/// What a broker answers to other brokers; `None` for a broker alone. Other brokers are as many as there are: their calls take nothing from
-/// the clients' memory.
+/// Returns the services for other brokers; `None` for a standalone broker. The cluster limits the number of other brokers, so their calls
+/// take no memory from that for clients.
 pub(super) fn peer_routes(broker: &Arc<Broker>) -> Option<Routes> {
     peer_service(broker).map(|peer| layered(Routes::new(peer).into_axum_router(), None))
 }
@@ -205,7 +208,7 @@ fn layered(routes: Router, memory: Option<RequestMemory>) -> Routes {
     routes.layer(axum::middleware::from_fn_with_state(memory, answer)).into()
 }
 
-/// Serves until the tasks are stopped; then takes nothing new, and each connection ends when what is under way on it has ended.
+/// Serves connections until the tasks are stopped. Then accepts no further connections, and each connection ends after its open calls.
 pub(super) async fn serve(
     routes: Routes,
     connections: impl Stream<Item = io::Result<Connection>> + Send,
@@ -240,7 +243,7 @@ async fn serve_connection(windows: Windows, connection: Connection, routes: Rout
     }
 }
 
-/// Runs the calls of connections as tasks.
+/// Executor that runs the calls of connections as tasks.
 #[derive(Clone)]
 struct CallExecutor(Tasks);
 
@@ -258,25 +261,26 @@ fn connection_window(memory_bytes: u64) -> u32 {
     u32::try_from(window).expect("the largest is 8 MiB")
 }
 
-/// The health service, and the hand that sets it.
+/// Returns the reporter that sets the health status, and the health service.
 pub(super) fn health()
 -> (HealthReporter, tonic_health::pb::health_server::HealthServer<impl tonic_health::pb::health_server::Health>) {
     health_reporter()
 }
 
-/// Says of every service whether it takes requests.
+/// Sets the health status of every service.
 pub(super) async fn report(reporter: &HealthReporter, status: ServingStatus) {
     for name in HEALTH_NAMES {
         reporter.set_service_status(name, status).await;
     }
 }
 
-/// The headers of a request that anything here reads, and the most bytes of one.
+/// Headers of a request that this server reads, and maximum size of one, in bytes.
 const HEADERS: [HeaderName; 4] =
     [CONTENT_TYPE, TE, HeaderName::from_static("grpc-encoding"), HeaderName::from_static("grpc-accept-encoding")];
 const MAX_HEADER_BYTES: usize = 256;
 
-/// Keeps copies of what is read of a request's head. A call holds its head for as long as it is open, and each value of it the whole frame.
+/// Replaces the head of a request by copies of the parts that are read. A call keeps its head while it is open, and each original value
+/// would keep its whole frame.
 fn trim_head<B>(request: &mut hyper::Request<B>) {
     let mut headers = HeaderMap::with_capacity(HEADERS.len());
     for name in HEADERS {
@@ -292,9 +296,9 @@ fn trim_head<B>(request: &mut hyper::Request<B>) {
     }
 }
 
-/// Serves a call, counted on its connection, and gives a refusal of the transport's own a stable word, a sentence and a fitting code.
+/// Serves a call and counts it on its connection. Gives a rejection by the transport a stable error code, a message and a matching status.
 async fn answer(State(memory): State<Option<RequestMemory>>, mut request: Request, next: Next) -> Response {
-    // Calls that come by no listener of ours, as in a simulation, have no connection.
+    // A call that arrives by no listener, as in a simulation, has no connection.
     let caller = request.extensions().get::<Caller>().cloned();
     if let Some(caller) = &caller {
         request.extensions_mut().insert(caller.producer_ids());
@@ -306,7 +310,7 @@ async fn answer(State(memory): State<Option<RequestMemory>>, mut request: Reques
     let port = caller.as_ref().map(Caller::port);
     let call = match caller.map(|caller| caller.begin_call(PROBE_PATHS.contains(&request.uri().path()))).transpose() {
         Ok(call) => call,
-        Err(refused) => return Status::from(Fault::new(Reason::Overloaded, refused.0)).into_http(),
+        Err(refused) => return Status::from(ApiError::new(ErrorCode::Overloaded, refused.0)).into_http(),
     };
     let uri = request.uri().clone();
     let (mut held, mut turn) = (None, None);
@@ -318,27 +322,27 @@ async fn answer(State(memory): State<Option<RequestMemory>>, mut request: Reques
         held = Some(memory);
     }
     let mut response = next.run(request).await;
-    // Nothing of a request is left when its answer is there, however long that takes to be read.
+    // The request is freed once its response exists, before the client has read the response.
     if let Some(memory) = &held
         && !request_body::is_stream(uri.path())
     {
         drop(memory.take_request());
     }
     if let Some(status) = Status::from_header_map(response.headers())
-        && let Some(mut fault) = fault::of_transport(&status, uri.path())
+        && let Some(mut fault) = from_transport(&status, uri.path())
     {
-        if fault.reason == Reason::UnknownMethod
+        if fault.code == ErrorCode::UnknownMethod
             && let Some(message) = port.and_then(|port| misdirected(port, uri.path()))
         {
             message.clone_into(&mut fault.message);
         }
-        // A header that cannot be written leaves the answer as it was: refused, without our word.
+        // If a header cannot be written, the response stays a rejection without a stable error code.
         let _ = Status::from(fault).add_header(response.headers_mut());
     }
     calls::until_sent(response, call, held, turn)
 }
 
-/// What a call of `path` is told that came to the wrong listener.
+/// Returns the message for a call of `path` that arrived at the wrong listener.
 fn misdirected(port: Port, path: &str) -> Option<&'static str> {
     let is_peer = path.split('/').nth(1) == Some(peer_server::SERVICE_NAME);
     match port {
@@ -353,11 +357,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn windows_are_smaller_where_there_is_little_memory() {
+    fn windows_are_smaller_with_little_memory() {
         assert_eq!([64, 512, 4096, 1 << 20].map(|mib| connection_window(mib << 20) >> 10), [128, 1024, 8192, 8192]);
     }
 
-    /// A window of 1 MiB each: a thousand connections held a gigabyte that nobody read.
+    /// Regression: with a window of 1 MiB each, a thousand connections held 1 GB of unread data.
     #[test]
     fn windows_of_many_connections_stay_within_their_memory() {
         let memory_bytes = 512 << 20;
@@ -368,7 +372,7 @@ mod tests {
         assert!(taken[999].bytes < 100_000, "{}", taken[999].bytes);
         let most = memory_bytes / WINDOWS_SHARE + 1000 * u64::from(MIN_CONNECTION_WINDOW);
         assert!(bytes(&taken) <= most, "{} of {most}", bytes(&taken));
-        // HTTP/2 kept the room of 1,000 streams with each connection that had had as many: up to 1.5 MB.
+        // Regression: HTTP/2 kept memory for 1,000 streams, up to 1.5 MB, with each connection that once had that many.
         assert_eq!(taken[0].streams, limits::MAX_STREAMS_PER_CONNECTION);
         assert!((MIN_STREAMS..MIN_STREAMS + 10).contains(&taken[999].streams), "{}", taken[999].streams);
         let streams = taken.iter().map(|window| window.streams as usize).sum::<usize>();
@@ -379,9 +383,9 @@ mod tests {
         assert_eq!(Windows::of_brokers().take().bytes, 256 << 10);
     }
 
-    /// Streams whose requests had 12 KB of headers took 26 KiB each, and not 7.
+    /// Regression: streams whose requests had 12 KB of headers took 26 KiB each instead of 7 KiB.
     #[test]
-    fn head_of_a_request_keeps_copies_of_what_is_read() {
+    fn request_head_keeps_only_headers_that_are_read() {
         let long = "a".repeat(MAX_HEADER_BYTES + 1);
         let mut request = Request::post("/strandline.v1.Log/Append?more")
             .header("content-type", "application/grpc")
@@ -397,9 +401,9 @@ mod tests {
         assert_eq!(request.uri(), "/strandline.v1.Log/Append");
     }
 
-    /// Calls whose answers nobody read held the memory of their requests, and four connections all of it.
+    /// Regression: calls whose responses were not read held the memory of their requests. Four connections held all of it.
     #[tokio::test]
-    async fn request_memory_is_given_back_before_the_answer_is_read() {
+    async fn request_memory_is_freed_before_response_is_read() {
         let budgets = Budgets::new(1 << 20, 1 << 20);
         let memory = RequestMemory { budgets: budgets.clone(), schemas: Arc::new(RequestSchemas::of_clients()) };
         let handler = {
@@ -414,7 +418,7 @@ mod tests {
         let mut service = axum::Router::new()
             .route(path, axum::routing::post(handler))
             .layer(axum::middleware::from_fn_with_state(Some(memory), answer));
-        // One topic without a name.
+        // A request for one topic with an empty name.
         let request = Request::post(path).body(Body::from(vec![0, 0, 0, 0, 2, 0x0a, 0])).expect("a request");
         let response = service.call(request).await.expect("it never fails");
         assert!(response.status().is_success());

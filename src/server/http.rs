@@ -1,5 +1,5 @@
-//! The HTTP listener: `/metrics`, `/healthz`, `/readyz`. Probes wait for nothing: figures are made on a thread of their own, one page at a
-//! time, and a connection that hangs makes room (`connection`).
+//! The HTTP listener: `/metrics`, `/healthz`, `/readyz`. Probes do not wait. Metrics are rendered on a separate thread, one page at a time.
+//! An idle connection is closed if a new one needs its place (`connection`).
 
 use std::{
     io,
@@ -31,34 +31,34 @@ use crate::{
     telemetry::{Metrics, MetricsFormat},
 };
 
-/// Most bytes of a request's head.
+/// Maximum size of a request's head, in bytes.
 const MAX_HEAD_BYTES: usize = 16 << 10;
 
-/// Answered on connections that have no place too.
+/// Paths that are also served on connections without a common place.
 const PROBE_PATHS: [&str; 2] = ["/healthz", "/readyz"];
 
-/// What the pages tell of: the broker, once there is one. A start that waits for others is asked how it is as well.
+/// State of the request handlers. The listener also serves during a start, before there is a broker.
 pub(super) struct Pages {
     broker: OnceLock<Arc<Broker>>,
     metrics: Metrics,
-    /// Taken while a page of figures is made: whoever asks for many of them waits here, and takes no threads.
+    /// Permit for rendering the metrics. Concurrent requests for metrics wait for the permit and occupy no threads.
     rendering: Arc<Semaphore>,
 }
 
 impl Pages {
-    /// Pages of a process whose broker is not there yet: what is counted is shown from the beginning.
+    /// Creates the state without a broker. `/metrics` serves the counters from the beginning.
     pub(super) fn new(metrics: Metrics) -> Self {
         Self { broker: OnceLock::new(), metrics, rendering: Arc::new(Semaphore::new(1)) }
     }
 
-    /// From now on the pages tell of this broker.
+    /// Sets the broker that the handlers report on.
     pub(super) fn tell_of(&self, broker: &Arc<Broker>) {
         self.broker.get_or_init(|| Arc::clone(broker));
     }
 }
 
-/// Serves until the tasks are stopped; then each connection ends when its answer has been sent. It speaks HTTP/1 alone: one answer at a time
-/// is all that a connection holds.
+/// Serves connections until the tasks are stopped. Then each connection ends after its current response. The listener supports only HTTP/1,
+/// so that a connection holds one response at a time.
 pub(super) async fn serve(
     pages: Arc<Pages>,
     connections: impl Stream<Item = io::Result<Connection>> + Send,
@@ -96,7 +96,7 @@ async fn serve_connection(connection: Connection, router: Router, tasks: Tasks) 
     }
 }
 
-/// Counts the request on its connection until its answer has been sent.
+/// Counts the request as an open call of its connection until the response has been sent.
 async fn count(Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
     match caller.begin_call(PROBE_PATHS.contains(&request.uri().path())) {
         Ok(call) => calls::until_sent(next.run(request).await, Some(call), None, None),
@@ -111,7 +111,7 @@ async fn metrics(State(pages): State<Arc<Pages>>, headers: HeaderMap) -> impl In
     let turn = Arc::clone(&pages.rendering).acquire_owned().await;
     let (broker, metrics) = (pages.broker.get().cloned(), pages.metrics.clone());
     let figures = task::run_blocking(move || {
-        // Until the page is there, also where nobody waits for it any more.
+        // The permit is held until the page is complete, even if the client has disconnected.
         let _turn = turn;
         if let Some(broker) = &broker {
             broker.observe();
@@ -121,7 +121,7 @@ async fn metrics(State(pages): State<Arc<Pages>>, headers: HeaderMap) -> impl In
     ([(header::CONTENT_TYPE, format.content_type()), (header::VARY, "accept")], figures.await)
 }
 
-/// Whether the process is alive and its storage sound: a failure here means that restarting may help.
+/// Responds with 200 if the storage of the process works. After a failure, a restart may help.
 async fn healthz(State(pages): State<Arc<Pages>>) -> impl IntoResponse {
     match pages.broker.get().map_or(Ok(()), |broker| broker.health()) {
         Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
@@ -129,7 +129,7 @@ async fn healthz(State(pages): State<Arc<Pages>>) -> impl IntoResponse {
     }
 }
 
-/// Whether it takes requests, and what is impaired while it does.
+/// Responds with 200 if the broker serves requests, and lists its impairments.
 async fn readyz(State(pages): State<Arc<Pages>>) -> impl IntoResponse {
     let starting = || Readiness::NotReady("starting".to_owned());
     match pages.broker.get().map_or_else(starting, |broker| broker.readiness()) {

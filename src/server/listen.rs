@@ -1,10 +1,10 @@
-//! Taking the ports, before any data is touched.
+//! Binds the ports, before any data is touched.
 
 use std::{io, net::SocketAddr};
 
 use tokio::net::TcpListener;
 
-/// A port that cannot be had.
+/// Error for a port that cannot be bound.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address} for {purpose}: {why}; {remedy}")]
 pub(super) struct ListenError {
@@ -14,7 +14,7 @@ pub(super) struct ListenError {
     remedy: String,
 }
 
-/// Listens on `address`. `purpose` and `flag` are for the message when that fails.
+/// Listens on `address`. `purpose` and `flag` appear in the error message.
 pub(super) async fn listen(address: SocketAddr, purpose: &'static str, flag: &str) -> Result<TcpListener, ListenError> {
     TcpListener::bind(address).await.map_err(|error| {
         let (why, remedy) = match error.kind() {

@@ -1,27 +1,31 @@
-//! The composition root: build, listen, run, stop in order.
+//! The composition root: binds ports, builds the broker, runs it, and stops everything in order.
 //!
 //! # Start
 //!
-//! 1. Take the ports: the likeliest mistake, found before any data is touched.
-//! 2. Open the data directory (lock, journal replay): nothing is claimed for a broker that cannot run. Ask the object store
-//!    whose it is: another cluster's prefix ends the start. A bucket that does not answer at once delays uploads, not the
-//!    start. Then open the metadata store.
-//! 3. Mirror the metadata and open the partitions that it gives this broker: they do nothing yet. The listener for brokers answers who this
-//!    process is, so that the others see that an earlier one is gone.
-//! 4. A broker of several shows what it holds and gives up what it cannot prove (`admission`). Register.
-//! 5. Take part: lead, follow, serve; say that it is ready.
+//! 1. Bind the ports. A port conflict is the most likely error, and is found before any data is touched. The HTTP listener serves from here
+//!    on.
+//! 2. Open the data directory (lock, journal replay). A broker that cannot run must not reach the stores.
+//! 3. Open the metadata store. A broker of a cluster waits until the store responds, and records a new incarnation in its data directory
+//!    (`admission`).
+//! 4. Start the metadata cache. Verify the owner of the object store: another cluster's prefix ends the start. An object store that does
+//!    not respond at once delays uploads, not the start.
+//! 5. Open the partitions that the metadata assigns to this broker. They stay idle. A broker of a cluster serves its peer listener, through
+//!    which peers see that an earlier process is gone.
+//! 6. A broker of a cluster verifies its local inventory and releases everything that is not verified (`admission`). Register.
+//! 7. Activate: lead, follow, serve. Report that the broker is ready.
 //!
 //! # Stop
 //!
-//! 1. `/readyz` and gRPC health say no, so that nobody new comes. A broker of several says that it stops, and waits until others
-//!    lead what it led and need it for no commit, within half of `broker.shutdown_timeout`.
-//! 2. The broker refuses new writes, ends readers' streams, answers what is written, ends upkeep. One of several gives up its
-//!    registration.
-//! 3. The listeners end their connections, within `broker.shutdown_timeout`.
-//! 4. The object store's tasks end; the log is synced and marked as closed.
-//! 5. The registration of a broker alone is given up, and the metadata store closes.
+//! 1. `/readyz` and gRPC health report that the broker is not ready, so that no new clients connect. A broker of a cluster begins a
+//!    controlled shutdown. It waits until other brokers lead its partitions and no commit needs it, for at most half of
+//!    `broker.shutdown_timeout`.
+//! 2. The broker refuses new writes, ends the streams of readers, acknowledges written data and ends maintenance. A broker of a cluster
+//!    ends its registration.
+//! 3. The listeners end their connections within `broker.shutdown_timeout`.
+//! 4. The tasks of the object store end. The log is synced and marked as closed.
+//! 5. The registration of a standalone broker ends, and the metadata store closes.
 //!
-//! A second signal is not waited for: what a kill interrupts here, recovery finishes.
+//! A second signal has no effect. If the process is killed during the stop, recovery completes the work at the next start.
 
 mod admission;
 mod advertised;
@@ -71,27 +75,27 @@ use crate::{
     tier::{Store, StoreOptions},
 };
 
-/// Where a broker serves, for the lines that are printed when it does.
+/// Addresses and start statistics of a serving broker, for the output of the start.
 #[derive(Clone, Debug)]
 pub struct Ready {
     /// Address of the gRPC listener.
     pub grpc: SocketAddr,
     /// Address of the HTTP listener.
     pub http: SocketAddr,
-    /// The data directory.
+    /// Data directory.
     pub data_dir: PathBuf,
-    /// The object store's address; `None` when there is none.
+    /// URL of the object store; `None` without one.
     pub object_store: Option<String>,
-    /// Partitions that it serves.
+    /// Number of open partitions.
     pub partitions: usize,
-    /// How long the start took.
+    /// Duration of the start.
     pub took: Duration,
 }
 
-/// How long a stop waits for a data directory that is being opened.
+/// Maximum time that a stop waits for a data directory that is being opened.
 const OPEN_WAIT: Duration = Duration::from_secs(1);
 
-/// Runs a broker until `shutdown` resolves and everything has stopped.
+/// Runs a broker until `shutdown` resolves or the broker must stop. Returns when everything has stopped.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl FnOnce(&Ready)) -> anyhow::Result<()> {
     let began = clock::monotonic();
     let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
@@ -172,7 +176,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     outcome
 }
 
-/// A node, and whether the process was asked to stop meanwhile; `None` when it was, and the start ended by that.
+/// Waits for a node. Also returns true if the process was asked to stop meanwhile. Returns `None` if that request ended the start.
 async fn start_unless(
     starting: impl Future<Output = anyhow::Result<Node>>,
     give_up: impl FnOnce(),
@@ -193,8 +197,8 @@ async fn start_unless(
     }
 }
 
-/// Ends a start that has come no further than the data directory. A clean one is open in a moment and is left clean. Reading a long
-/// journal after a crash is not waited for: the next start does it again.
+/// Ends a start that is still opening the data directory. A clean directory opens in a moment and is closed cleanly. A long journal after a
+/// crash takes longer than this function waits; the next start reads that journal again.
 async fn stop_opening(opening: impl Future<Output = anyhow::Result<Log>>) -> anyhow::Result<()> {
     tracing::info!("stopping before the data directory is open");
     if let Ok(Ok(log)) = tokio::time::timeout(OPEN_WAIT, opening).await {
@@ -203,17 +207,17 @@ async fn stop_opening(opening: impl Future<Output = anyhow::Result<Log>>) -> any
     Ok(())
 }
 
-/// The listeners while they serve.
+/// Listeners of one broker that serve connections.
 struct Listeners {
     tasks: Tasks,
     room: Room,
     connections_per_address: Option<usize>,
-    /// What clients can make the broker hold.
+    /// Maximum memory that clients can make the broker hold, in bytes.
     memory_bytes: u64,
 }
 
 impl Listeners {
-    /// The pages come first: a start that reads a long journal, or waits for others, can be asked how it is.
+    /// Starts the HTTP listener. It runs during the start, so that it reports a start that reads a long journal or waits for other brokers.
     fn begin(pages: Arc<Pages>, http: TcpListener, room: Room, config: &Config, metrics: &Metrics) -> Self {
         let tasks = Tasks::new();
         let connections_per_address = config.limits.connections_per_address;
@@ -231,7 +235,7 @@ impl Listeners {
 
     fn serve_peers(&self, routes: Routes, peer: Option<TcpListener>, metrics: &Metrics) {
         if let (Some(peer), Some(capacity)) = (peer, self.room.peer) {
-            // No bound by address: brokers on one host, in one /64 or behind one NAT share an address.
+            // Without a limit per address: brokers on one host, in one /64 or behind one NAT share an address.
             let limiter = ConnectionLimiter::new(Port::Peer, capacity, Some(capacity.places), u64::MAX, None, metrics);
             self.carry("peer", routes, peer, limiter, grpc::Windows::of_brokers());
         }
@@ -249,7 +253,7 @@ impl Listeners {
         self.tasks.spawn(name, grpc::serve(routes, connections, windows, self.tasks.clone()));
     }
 
-    /// Ends the connections; those that have not ended in time are cut.
+    /// Ends the connections. Connections that are still open after `timeout` are aborted when the process exits.
     async fn stop(&self, timeout: Duration) {
         if tokio::time::timeout(timeout, self.tasks.stop()).await.is_err() {
             tracing::warn!(timeout_s = timeout.as_secs(), "connections were still open after the timeout and are cut");
@@ -257,7 +261,8 @@ impl Listeners {
     }
 }
 
-/// The world of a broker: this machine's disk, the object store of the settings, and the metadata beside the log or in etcd.
+/// Returns the dependencies of a broker: the disk of this machine, the configured object store, and the metadata store beside the log or in
+/// etcd.
 fn outside(config: &Config, time: &Tasks) -> Outside {
     let (of, time) = (config.clone(), time.clone());
     Outside {
@@ -295,7 +300,7 @@ async fn listen_for_peers(config: &Config) -> anyhow::Result<TcpListener> {
     Ok(listen::listen(config.peer.listen, "other brokers", "peer.listen").await?)
 }
 
-/// What others are told of the listeners: the addresses configured, or, where a port was left to the system, the real ones.
+/// Returns the endpoints for the registration: the configured addresses, with the bound port instead of port 0.
 fn endpoints(
     config: &Config,
     grpc: &TcpListener,
@@ -317,9 +322,10 @@ mod tests {
     use super::*;
     use crate::config::Sources;
 
-    /// Port 0 was advertised as it stands where the listener's own port was set, and clients were told the listener's address where it was 0.
+    /// Regression: an advertised port 0 was sent unchanged if the port of the listener was set. If that was 0 as well, clients received the
+    /// address of the listener.
     #[tokio::test]
-    async fn endpoints_with_port_0_tell_the_bound_ports() {
+    async fn advertised_port_0_becomes_bound_port() {
         let any = || async { TcpListener::bind("127.0.0.1:0").await.expect("a free port") };
         let (grpc, http, peer) = (any().await, any().await, any().await);
         let port = |listener: &TcpListener| listener.local_addr().expect("it is bound").port();

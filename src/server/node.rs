@@ -1,7 +1,7 @@
-//! One broker without its listeners: what it owns, built in order over a world that is given to it, and stopped in order.
+//! One broker without its listeners: builds it in order from its dependencies, and stops it in order.
 //!
-//! Everything that reaches beyond the process is in [`Outside`]: the disk, the metadata store, the object store, the way to other
-//! brokers. `server::run` gives it the real ones; a simulation gives others, many nodes in one process.
+//! All access to the world outside the process is in [`Outside`]: the disk, the metadata store, the object store, the connections to other
+//! brokers. `server::run` provides the real ones. A simulation provides its own, with many nodes in one process.
 
 use std::{sync::Arc, time::Duration};
 
@@ -30,35 +30,36 @@ use crate::{
     tier::{Cache, CacheOptions, ClaimError, Store},
 };
 
-/// How long a stop waits for others to lead, where nobody says otherwise.
+/// Default maximum time that a stop waits for the transfer of leadership.
 const HAND_OVER: Duration = Duration::from_secs(30);
 
-/// How long a start waits for the object store to say whose it is, and after which pause it is asked again where it did not.
+/// Maximum time that a start waits for the owner of the object store, and pause before the object store is queried again.
 const CLAIM_WAIT: Duration = Duration::from_millis(500);
 const CLAIM_AGAIN: Duration = Duration::from_secs(5);
 
-/// Memory for reading ahead in the bucket, of all readers together.
+/// Maximum memory for read-ahead from the object store, of all readers together, in bytes.
 const READ_AHEAD_BYTES: u64 = 32 << 20;
 
-/// The world outside a node.
+/// Dependencies of a node outside the process.
 pub struct Outside {
-    /// Where the data directory lies.
+    /// Disk with the data directory.
     pub disk: Arc<dyn Disk>,
-    /// The stores. Waited for when the data directory is open and nobody else's: they may lie in it.
+    /// The stores. They are opened after the data directory is open and locked, because they may be inside it.
     pub stores: BoxFuture<'static, anyhow::Result<Stores>>,
-    /// How other brokers are reached.
+    /// Connector to other brokers.
     pub connect: Arc<dyn Connect>,
-    /// Whether the metadata lies beside the data and shares its fate: then there are no other brokers, and nothing to prove.
+    /// True for a standalone broker: the metadata lies beside the data, and is lost or restored together with it. Then there are no other
+    /// brokers, and there is nothing to verify.
     pub alone: bool,
-    /// Who does the log's steps ([`Log::journal_step`], [`Log::sync_step`]). Where there is none, threads do.
+    /// Callback to the driver of the log's steps ([`Log::journal_step`], [`Log::sync_step`]); `None` if threads run the steps.
     pub stepper: Option<Stepper>,
 }
 
-/// What a node shares with others.
+/// Stores that a node shares with other nodes.
 pub struct Stores {
-    /// The metadata store.
+    /// Metadata store.
     pub meta: Arc<dyn MetaStore>,
-    /// The object store, where there is one.
+    /// Object store; `None` without one.
     pub objects: Option<Store>,
 }
 
@@ -77,13 +78,15 @@ pub struct Node {
 }
 
 impl Node {
-    /// Opens the data directory and the replicas in it, registers the broker with these endpoints, and takes part. From then on its
-    /// routes answer. A metadata store that does not answer is waited for. `opened` hears of the log first: whoever does its steps begins
-    /// with them then, for replicas may be closed again before the node is there. `serve_peers` gets the services for other brokers, where
-    /// there are any, before the broker is registered: by them the others see that an earlier process of this broker is gone.
+    /// Opens the data directory and its replicas, registers the broker with these endpoints, and activates it. From then on its routes
+    /// serve requests. Waits for a metadata store that does not respond.
+    ///
+    /// `opened` is called with the open log first. From then on the driver of the log's steps must run them, because replicas may be closed
+    /// before the node is complete. `serve_peers` is called with the services for other brokers, if there are any, before the registration.
+    /// Through these services, peers see that an earlier process of this broker is gone.
     ///
     /// # Errors
-    /// When the directory or a store cannot be used, or the broker's number is taken. What was found clean is left clean.
+    /// The directory or a store cannot be used, or another broker has the broker id. A directory that was closed cleanly stays clean.
     pub async fn open(
         config: &Config,
         outside: Outside,
@@ -97,8 +100,8 @@ impl Node {
         Self::over(config, log, outside, endpoints, metrics, &Tasks::new(), serve_peers).await
     }
 
-    /// As [`Node::open`], over a log that is open. It is closed when this fails. While the start waits for others, the end of `stop`
-    /// ends it.
+    /// Opens a node as [`Node::open`] does, with a log that is already open. The log is closed on failure. Cancelling `stop` ends the waits
+    /// of the start.
     pub(super) async fn over(
         config: &Config,
         log: Log,
@@ -113,34 +116,34 @@ impl Node {
         let opened = start.run(outside, serve_peers).await;
         if opened.is_err() {
             tasks.stop().await;
-            // Why the start failed is the news, not what comes after.
+            // The caller needs the error of the start, not that of the close.
             drop(task::run_blocking(move || log.close()).await);
         }
         opened
     }
 
-    /// Its gRPC services for clients, for whatever carries calls to them. Clones share the broker.
+    /// Returns the gRPC services for clients. Clones share the broker.
     pub fn routes(&self) -> Routes {
         self.routes.clone()
     }
 
-    /// The broker itself.
+    /// Returns the broker.
     pub fn broker(&self) -> &Arc<Broker> {
         &self.broker
     }
 
-    /// How it reaches other brokers.
+    /// Returns the connector to other brokers.
     pub fn connect(&self) -> &Arc<dyn Connect> {
         &self.connect
     }
 
-    /// Its figures.
+    /// Returns the metrics.
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
     }
 
-    /// Resolves when this process has to stop, with the reason: another one has taken this broker's place, or the object store, which was
-    /// slow or away at the start, is not this cluster's or of a later generation.
+    /// Resolves when this process must stop, with the reason. Either another process has superseded this broker, or the object store is
+    /// another cluster's or of a later generation. A wrong object store is found here only if it did not respond at the start.
     pub async fn must_stop(&self) -> anyhow::Error {
         let refused = async {
             match &self.tier {
@@ -163,13 +166,13 @@ impl Node {
                 "broker {} is now run by another process, at {address}, with a copy of this data directory; one of the two must go",
                 self.broker.id()
             ),
-            // The session was left: nothing comes any more.
+            // The session has ended, so its state no longer changes.
             _ => std::future::pending().await,
         }
     }
 
-    /// The first half of a stop: nobody new comes, others lead what was led here, what is written is answered, readers' streams
-    /// and upkeep end. `within` bounds the wait for others.
+    /// Runs the first half of a stop. No new clients connect, other brokers take over the leaderships, written data is acknowledged, and
+    /// the streams of readers and maintenance end. The transfer of leadership takes at most half of `within`.
     pub async fn retire(&self, within: Duration) {
         grpc::report(&self.health, ServingStatus::NotServing).await;
         if !self.alone {
@@ -177,15 +180,15 @@ impl Node {
         }
         self.broker.stop().await;
         if !self.alone {
-            // Before the listeners: who finds nobody at this address any more must not take it for a crash.
+            // Ends the registration before the listeners close. Otherwise peers would take the closed listener for a crash.
             self.session.leave().await;
         }
     }
 
-    /// The second half, once no call is under way: the log is closed and the registration given up.
+    /// Runs the second half of a stop, once no call is open: closes the log and ends the registration.
     ///
     /// # Errors
-    /// When the log cannot be closed cleanly.
+    /// The log cannot be closed cleanly.
     pub async fn close(self) -> anyhow::Result<()> {
         if let Some(tier) = &self.tier {
             tier.store.stop().await;
@@ -197,10 +200,10 @@ impl Node {
         Ok(())
     }
 
-    /// Stops it, for one that nobody else carries calls to.
+    /// Stops a node that has no listeners.
     ///
     /// # Errors
-    /// As [`Node::close`].
+    /// As for [`Node::close`].
     pub async fn stop(self) -> anyhow::Result<()> {
         self.retire(HAND_OVER).await;
         self.close().await
@@ -213,9 +216,9 @@ struct Start<'a> {
     log: Log,
     endpoints: Endpoints,
     metrics: Metrics,
-    /// The node's own.
+    /// Tasks of the node.
     tasks: Tasks,
-    /// Ends the waits.
+    /// Cancelled to end the waits.
     stop: &'a Tasks,
 }
 
@@ -223,7 +226,7 @@ impl Start<'_> {
     async fn run(self, outside: Outside, serve_peers: impl FnOnce(Routes)) -> anyhow::Result<Node> {
         let (config, alone) = (self.config, outside.alone);
         let Stores { meta, objects } = outside.stores.await?;
-        // A store that lies in the data directory cannot go back without it.
+        // A store inside the data directory cannot be set back without the directory, so its revisions need no check.
         let meta: Arc<dyn MetaStore> = if alone { meta } else { Arc::new(MonotonicStore::new(meta)) };
         let meta: Arc<dyn MetaStore> = Arc::new(Measured::new(meta, self.metrics.clone()));
         let tier = objects.map(|store| with_cache(config, store, &self.metrics)).transpose()?;
@@ -247,7 +250,7 @@ impl Start<'_> {
             tier.store.in_generation(generation);
             claim(&tier.store, &self.tasks).await?;
         }
-        // Only now: what does not fit together is left as it was found.
+        // The generation is recorded only now, so that a mismatch of directory and stores changes nothing.
         let log = self.log.clone();
         let noting = task::run_blocking(move || log.note_generation(generation)).await;
         noting.context("cannot note the cluster generation in the data directory")?;
@@ -284,8 +287,8 @@ impl Start<'_> {
         Ok(Node { log, tier, broker, session, connect, alone, routes, health, tasks, metrics })
     }
 
-    /// Registers the broker, and waits until its mirror shows that: what was given up before is in it as well then. Returns as well what is
-    /// still to be proven.
+    /// Registers the broker, and waits until its metadata cache contains the registration. The cache then also contains everything that was
+    /// released before. Also returns the partitions that could not be verified.
     async fn register(
         &self,
         admission: &Admission<'_>,
@@ -295,7 +298,7 @@ impl Start<'_> {
         view: &View,
     ) -> anyhow::Result<(Session, Unread)> {
         let (log, percent) = (self.log.clone(), self.config.broker.disk_full_percent);
-        // One that is alone has nobody to leave new replicas to.
+        // A standalone broker has no peer that could get new replicas instead.
         let disk_full = noted.is_some() && task::run_blocking(move || broker::starts_full(&log, percent)).await;
         let registration = Registration {
             store: Arc::clone(admission.store),
@@ -340,7 +343,7 @@ impl Start<'_> {
     }
 }
 
-/// The part of all memory that producer state takes, beside the parts that are settings, as a divisor.
+/// Share of `limits.memory_bytes` for producer state, as a divisor, in addition to the shares that are settings.
 const PRODUCER_SHARE: u64 = 16;
 
 /// Opens the data directory: lock, journal replay.
@@ -361,10 +364,10 @@ pub(super) async fn open_log(config: &Config, outside: &Outside, metrics: Metric
     Ok(task::run_blocking(move || Log::open(disk, &dir, &identity, options)).await?)
 }
 
-/// The cache before an object store.
+/// Opens the chunk cache in front of an object store.
 fn with_cache(config: &Config, store: Store, metrics: &Metrics) -> anyhow::Result<Tier> {
     let cache_dir = config.cache.dir.clone().unwrap_or_else(|| config.broker.data_dir.join("cache"));
-    // What lies in a folder of this machine need not lie in another one.
+    // Objects that are files of this machine need no second copy on its disk.
     let on_disk = config.cache.disk_bytes > 0 && !store.is_folder();
     let options = CacheOptions {
         memory_bytes: config.cache.memory_bytes,
@@ -377,15 +380,16 @@ fn with_cache(config: &Config, store: Store, metrics: &Metrics) -> anyhow::Resul
     Ok(Tier { store, cache })
 }
 
-/// Registers a broker whose metadata lies beside its data, and shares the data's fate: there is nothing to prove.
+/// Registers a standalone broker. Its metadata lies beside its data and is lost or restored together with it, so there is nothing to
+/// verify.
 async fn register_alone(registration: Registration, view: &View, tasks: &Tasks) -> Result<Session, RegisterError> {
     registration.clear().await?;
     let record = registration.store.get(&registration.keys.directory(registration.id)).await?.entry;
     registration.register(record.map(|entry| entry.mod_revision), view, tasks).await
 }
 
-/// Makes sure that the object store is this cluster's and not another one. Waits a moment only: a store that is away or slow is asked
-/// again until it answers, and what it says then ends the broker.
+/// Verifies that the object store belongs to this cluster. Waits only for a moment: an object store that does not respond is queried again
+/// until it does, and a rejection then stops the broker.
 async fn claim(store: &Store, tasks: &Tasks) -> Result<(), ClaimError> {
     let (asked, stop) = (store.clone(), tasks.clone());
     let (first, answer) = oneshot::channel();
@@ -395,7 +399,7 @@ async fn claim(store: &Store, tasks: &Tasks) -> Result<(), ClaimError> {
             let claimed = asked.claim().await;
             let is_over = claimed.as_ref().map_or_else(ClaimError::ends_start, |()| true);
             if let Some(first) = first.take() {
-                // Nobody waits for it after CLAIM_WAIT.
+                // After `CLAIM_WAIT`, the receiver is dropped.
                 let _late = first.send(claimed);
             }
             if is_over {

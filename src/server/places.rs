@@ -1,42 +1,44 @@
-//! Decides which connections of one listener have a place. It knows numbers and addresses; `connection` has the sockets.
+//! Decides which connections of one listener get a place. This module handles only numbers and addresses; `connection` owns the sockets.
 //!
 //! # Invariants
 //!
-//! - A connection on which a call or a stream is open never makes room for another one, but in the pool of probes.
-//! - At most `places` connections are in the common pool, and at most `per_address` of them come from one origin.
-//! - At most `max_calls` calls are open, and beyond them each connection's equal share of as many, [`MIN_CALLS`] at least: nobody takes them
-//!   all.
-//! - The other two pools are beyond that: [`LOOPBACK_PLACES`] for this machine, [`PROBE_PLACES`] for connections that serve
-//!   nothing but probes. In the latter the address with the most connections always makes room with its oldest, of several such addresses the
-//!   newcomer's: a probe always finds a place, and connections without end from one or two addresses do not take it.
+//! - A connection with an open call or stream is never evicted, except from the probe pool.
+//! - The common pool contains at most `places` connections, and at most `per_address` of them from one origin.
+//! - While `max_calls` calls are open, a connection may begin a call only below its equal share of `max_calls` or below [`MIN_CALLS`]. So
+//!   no connection can take all calls.
+//! - The places of the other two pools are additional: [`LOOPBACK_PLACES`] for this machine, and [`PROBE_PLACES`] for connections that
+//!   serve only probes.
+//! - In the probe pool, a new connection evicts the oldest connection of the address with the most connections. If several addresses have
+//!   the most, the new connection's own address is preferred. So a probe always gets a place, and a flood from one or two addresses does
+//!   not evict it.
 
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv6Addr},
 };
 
-/// Places beyond the common ones for connections from this machine.
+/// Number of additional places for connections from this machine.
 pub(super) const LOOPBACK_PLACES: usize = 8;
 
-/// Places beyond the common ones for connections of which only probes are answered.
+/// Number of additional places for connections that serve only probes.
 pub(super) const PROBE_PLACES: usize = 4;
 
-/// Calls that a connection may have open whatever others have, however many connections there are.
+/// Number of calls that each connection may have open, regardless of other connections.
 const MIN_CALLS: usize = 4;
 
-/// Leading bits of an IPv6 address that count as one origin: whoever has one address has all of its /64.
+/// Mask of the bits of an IPv6 address that form its origin: the owner of one address has all addresses of its /64.
 const IPV6_PREFIX: u128 = !0 << 64;
 
-/// Where a connection comes from, as far as limits are concerned.
+/// Source of a connection, for the limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Origin {
     address: IpAddr,
-    /// Whether it comes from this machine.
+    /// True for a connection from this machine.
     local: bool,
 }
 
 impl Origin {
-    /// The origin of a connection from `peer` to the address `own` of this machine.
+    /// Returns the origin of a connection from `peer` to the address `own` of this machine.
     pub(super) fn of(peer: IpAddr, own: Option<IpAddr>) -> Self {
         let peer = peer.to_canonical();
         let local = peer.is_loopback() || own.is_some_and(|own| own.to_canonical() == peer);
@@ -48,58 +50,58 @@ impl Origin {
     }
 }
 
-/// Which of the bounds a connection did not fit into.
+/// Limit that keeps a connection out of the common pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Bound {
-    /// All common places have calls open.
+    /// Each connection with a common place has an open call.
     Places,
-    /// This address has as many connections as one may have, and all have calls open.
+    /// The address has the maximum number of connections, each with an open call.
     Address,
 }
 
-/// What a place may be used for.
+/// Pool of places, by permitted use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pool {
-    /// Everything.
+    /// All calls.
     Common,
-    /// Everything; beyond the common limit.
+    /// All calls; in addition to the common limit.
     Loopback,
-    /// Probes, until there is room in the common pool.
+    /// Probes only, until the common pool has a free place or an idle connection.
     Probe,
 }
 
 /// A connection that has a place.
 #[derive(Debug)]
 pub(super) struct Admitted<T> {
-    /// Its number.
+    /// Number of the connection.
     pub(super) id: u64,
-    /// Why it has no common place; `None` when it has one.
+    /// Reason why the connection has no common place; `None` if it has one.
     pub(super) bound: Option<Bound>,
     pub(super) pool: Pool,
-    /// The connection that made room for it, which is to be closed.
+    /// Handle of the connection that was evicted for this one. The caller closes that connection.
     pub(super) evicted: Option<T>,
 }
 
-/// The connections of a listener, each with a handle `T` that is given back when it is to be closed.
+/// Connections of a listener, each with a handle `T`. An evicted or removed connection's handle is returned to the caller.
 #[derive(Debug)]
 pub(super) struct Places<T> {
     places: usize,
     per_address: usize,
     max_calls: usize,
-    /// Open calls of all connections.
+    /// Number of open calls of all connections.
     calls: usize,
-    /// Connections with an open call.
+    /// Number of connections with an open call.
     active: usize,
     next: u64,
     connections: BTreeMap<u64, Occupant<T>>,
-    /// How many of the common pool come from an origin, and which of them are idle.
+    /// Connections in the common pool by address: their number, and the idle ones.
     origins: BTreeMap<IpAddr, Share>,
     common: usize,
-    /// In the order in which they became idle.
+    /// Idle connections of the common pool, in the order in which they became idle.
     idle: BTreeMap<u64, u64>,
     loopback: usize,
     loopback_idle: BTreeMap<u64, u64>,
-    /// In the order in which they came.
+    /// Connections of the probe pool, in the order of their arrival.
     probes: BTreeMap<u64, u64>,
 }
 
@@ -109,7 +111,7 @@ struct Occupant<T> {
     origin: Origin,
     pool: Pool,
     calls: usize,
-    /// Its place in the order of the idle ones of its pool; in the pool of probes in that of all.
+    /// Key among the idle connections of the pool; in the probe pool, key among all connections.
     order: u64,
 }
 
@@ -138,7 +140,7 @@ impl<T> Places<T> {
         }
     }
 
-    /// Gives a new connection a place. It is idle until a call is open on it.
+    /// Gives a new connection a place. The connection is idle until a call opens.
     pub(super) fn admit(&mut self, origin: Origin, handle: T) -> Admitted<T> {
         let (pool, bound, evicted) = match self.room_in_common(origin) {
             Ok(idle) => (Pool::Common, None, idle),
@@ -158,14 +160,14 @@ impl<T> Places<T> {
         Admitted { id, bound, pool, evicted }
     }
 
-    /// True if this connection may begin one more call.
+    /// Returns true if this connection may begin one more call.
     pub(super) fn has_room_for_call(&self, id: u64) -> bool {
         let calls = self.connections.get(&id).map_or(0, |occupant| occupant.calls);
         self.calls < self.max_calls
             || calls < MIN_CALLS.max(self.max_calls / (self.active + usize::from(calls == 0)).max(1))
     }
 
-    /// A call begins. Returns the pool that the connection is in.
+    /// Counts a call that begins. Returns the pool of its connection.
     pub(super) fn begin_call(&mut self, id: u64) -> Option<Pool> {
         let occupant = self.connections.get_mut(&id)?;
         occupant.calls += 1;
@@ -178,7 +180,7 @@ impl<T> Places<T> {
         Some(pool)
     }
 
-    /// A call has ended.
+    /// Counts a call that has ended.
     pub(super) fn end_call(&mut self, id: u64) {
         let Some(occupant) = self.connections.get_mut(&id) else { return };
         let was_open = occupant.calls > 0;
@@ -190,7 +192,8 @@ impl<T> Places<T> {
         }
     }
 
-    /// Moves a connection of the pool of probes to the common one, where there is room by now: `Ok` with the connection that made it.
+    /// Moves a connection from the probe pool to the common pool, if the common pool has space by now. Returns the connection that was
+    /// evicted for it, or the limit that prevents the move.
     pub(super) fn promote(&mut self, id: u64) -> Result<Option<T>, Bound> {
         let Some(occupant) = self.connections.get(&id).filter(|occupant| occupant.pool == Pool::Probe) else {
             return Ok(None);
@@ -205,7 +208,7 @@ impl<T> Places<T> {
         Ok(evicted)
     }
 
-    /// Takes a connection out: it has ended.
+    /// Removes a connection. Returns its handle.
     pub(super) fn remove(&mut self, id: u64) -> Option<T> {
         self.count_out(id);
         let occupant = self.connections.remove(&id)?;
@@ -214,7 +217,8 @@ impl<T> Places<T> {
         Some(occupant.handle)
     }
 
-    /// Whether one more from this origin fits into the common pool: `Ok` with the idle connection that has to make room.
+    /// Returns the idle connection that one more connection from this origin evicts from the common pool; `None` if a place is free. Fails
+    /// with the limit if no connection can be evicted.
     fn room_in_common(&self, origin: Origin) -> Result<Option<u64>, Bound> {
         if let Some(share) = self.origins.get(&origin.address).filter(|share| share.connections >= self.per_address) {
             return share.idle.first_key_value().map(|(_, id)| Some(*id)).ok_or(Bound::Address);
@@ -225,14 +229,15 @@ impl<T> Places<T> {
         self.idle.first_key_value().map(|(_, id)| Some(*id)).ok_or(Bound::Places)
     }
 
-    /// The connection of the pool of probes that makes room for one from this origin, where there is none.
+    /// Returns the connection that one more connection from this origin evicts from the probe pool; `None` if a place is free.
     fn room_among_probes(&self, origin: Origin) -> Option<u64> {
         if self.probes.len() < PROBE_PLACES {
             return None;
         }
         let addresses = || self.probes.values().filter_map(|id| Some((id, self.connections.get(id)?.origin.address)));
         let held = |address: IpAddr| addresses().filter(|(_, other)| *other == address).count();
-        // Of addresses that hold the same the newcomer's own. Of equals `max_by_key` takes the last one, which in reverse is the oldest.
+        // Among addresses with equally many connections, the new connection's own address ranks first. Among equals, `max_by_key` returns
+        // the last, which is the oldest because the order is reversed.
         let ranked = addresses().map(|(id, address)| ((held(address), address == origin.address), *id));
         ranked.rev().max_by_key(|(rank, _)| *rank).map(|(_, id)| id)
     }

@@ -1,13 +1,15 @@
-//! The body of a request on its way to the codec: memory is taken for each message before it is read, its size and parts are bounded, and
-//! it is passed on unchanged.
+//! The body of a request on its way to the codec. Memory is taken for each message before the message is read, its size and its parts are
+//! limited, and its bytes are passed on unchanged.
 //!
 //! ```text
-//! HTTP/2 ─► length ─► too large? ─► take memory ─► frames as they come, parts counted ─► take memory for parts ─► last frame ─► codec
+//! HTTP/2 ─► length ─► too large? ─► take memory ─► frames as they arrive, parts counted ─► take memory for parts ─► last frame ─► codec
 //!                                        └ none free: nothing is read, the window stops the sender ┘
 //! ```
 //!
-//! The codec makes room for a message when it sees its length. It sees the length of a large one when [`SMALL_BYTES`] of it are there, so
-//! a length alone costs nothing. It makes structs of the parts when the last byte is there, so their memory is taken before that passes. One message at a time is passed on, so the handler knows which memory belongs to what it was given.
+//! The codec allocates space for a message when it reads the length. The length of a large message is passed on after [`SMALL_BYTES`] of
+//! the message have arrived, so the length by itself costs nothing. The codec builds structs of the parts after the last byte, so their
+//! memory is taken before that byte is passed on. Messages are passed on one at a time, so that each memory grant belongs to the message
+//! that the handler has.
 
 use std::{
     collections::VecDeque,
@@ -30,54 +32,54 @@ use crate::{
     broker::{CallMemory, Grant, IncompleteGuard, SMALL_BYTES, WAITING_BYTES},
     limits,
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         parts::{PartCounter, RequestSchemas},
     },
     task::clock,
 };
 
-/// How long a request is held before it is refused because too many wait: a client that sends it again at once costs little then.
+/// Delay before a request is rejected because too many requests wait. Immediate retries by clients then cost little.
 const REFUSAL_DELAY: Duration = Duration::from_secs(1);
 
-/// Bytes before each message: whether it is compressed, and its length.
+/// Size of the prefix of each message, in bytes: the compression flag and the length.
 pub(super) const PREFIX_BYTES: usize = 5;
 
-/// Most bytes of a request for health or reflection.
+/// Maximum size of a request for health or reflection, in bytes.
 const MAX_NAMES_BYTES: usize = 4 << 10;
 
 pub(super) const PRODUCE_PATH: &str = "/strandline.v1.Log/Produce";
 pub(super) const FETCH_PATH: &str = "/strandline.v1.Log/Fetch";
 
-/// Calls whose requests hold records.
+/// Calls whose requests contain records.
 const RECORD_CALLS: [&str; 2] = ["/strandline.v1.Log/Append", PRODUCE_PATH];
 
 /// Calls and services whose requests are streams of messages.
 const STREAM_PATHS: [&str; 3] = [PRODUCE_PATH, FETCH_PATH, "/grpc.reflection."];
 
-/// True if a call at `path` sends one message after the other.
+/// Returns true if the request of a call at `path` is a stream of messages.
 pub(super) fn is_stream(path: &str) -> bool {
     STREAM_PATHS.iter().any(|stream| path.starts_with(stream))
 }
 
-type Waiting = Pin<Box<dyn Future<Output = Result<Grant, Fault>> + Send>>;
+type Waiting = Pin<Box<dyn Future<Output = Result<Grant, ApiError>> + Send>>;
 
-/// A body that takes memory before it reads.
+/// Request body that takes memory before it reads.
 pub(super) struct RequestBody {
     inner: Body,
     memory: CallMemory,
     max_bytes: usize,
     is_stream: bool,
     counter: Option<PartCounter>,
-    /// Came, and was not looked at.
+    /// Received bytes that have not been processed.
     rest: Bytes,
-    /// It is a part of a frame above [`WAITING_BYTES`].
+    /// True if `rest` is a part of a frame above [`WAITING_BYTES`].
     is_large_frame: bool,
-    /// For what came behind the message that is read: the handler of a stream may take nothing of it for long.
+    /// Memory of the bytes after the current message. The handler of a stream may not take those bytes for a long time.
     ahead: Option<Grant>,
     message: Option<Message>,
-    /// To be passed on.
+    /// Bytes to be passed on.
     out: VecDeque<Bytes>,
-    /// The one message of a call that is no stream is there: what comes behind it is nobody's.
+    /// True once the only message of a unary call has arrived. Bytes after that message are ignored.
     is_over: bool,
     failed: bool,
 }
@@ -85,34 +87,34 @@ pub(super) struct RequestBody {
 /// The message that is being read.
 struct Message {
     bytes: usize,
-    /// Bytes that have not come, with those of the prefix.
+    /// Number of bytes that have not arrived, including those of the prefix.
     left: usize,
     state: State,
-    /// What of it came and was not passed on.
+    /// Received bytes that have not been passed on.
     held: BytesMut,
     grant: Option<Grant>,
-    /// For what came before it had memory.
+    /// Memory of the bytes that arrived before the message had its own memory.
     waiting: Option<Grant>,
     parts: usize,
-    /// Since when it has the memory that it has.
+    /// Time since which the message has its current memory.
     since: Instant,
     incomplete: Option<IncompleteGuard>,
 }
 
 enum State {
-    /// Waits for memory: for its beginning, or for all of it.
+    /// The message waits for memory: for its beginning, or for all of it.
     Waiting(Waiting),
-    /// Has memory for its beginning, and is held until that is there.
+    /// The message has memory for its beginning. Its bytes are held until the beginning has arrived.
     Beginning,
-    /// Has memory for all of it.
+    /// The message has memory for all of it.
     Admitted,
-    /// Is there, and waits for memory for its parts: its last bytes are held.
+    /// The message has arrived and waits for memory for its parts. The last bytes are held.
     WaitingForParts(Waiting),
 }
 
 impl State {
-    /// Waits before it is refused.
-    fn refused(fault: Fault) -> Self {
+    /// Returns a state that waits, and then fails.
+    fn refused(fault: ApiError) -> Self {
         Self::Waiting(Box::pin(async {
             tokio::time::sleep(REFUSAL_DELAY).await;
             Err(fault)
@@ -135,18 +137,18 @@ impl Message {
         }
     }
 
-    /// Bytes for which it has memory.
+    /// Returns the number of bytes for which the message has memory.
     fn charged(&self) -> usize {
         if matches!(self.state, State::Admitted) { self.bytes } else { self.bytes.min(SMALL_BYTES) }
     }
 }
 
 impl RequestBody {
-    /// The body of a call at `path`.
+    /// Creates the body of a call at `path`.
     pub(super) fn new(inner: Body, path: &str, memory: CallMemory, schemas: &RequestSchemas) -> Self {
         let max_bytes = match path {
             _ if RECORD_CALLS.contains(&path) => limits::MAX_MESSAGE_BYTES,
-            // Names alone. Reflection's answers hold its requests.
+            // Such requests contain only names. The responses of reflection contain their requests.
             _ if path.starts_with("/grpc.") => MAX_NAMES_BYTES,
             _ => limits::MAX_REQUEST_BYTES,
         };
@@ -167,14 +169,14 @@ impl RequestBody {
         }
     }
 
-    /// Begins the next message, whose prefix is there.
-    fn begin(&mut self) -> Result<(), Fault> {
+    /// Begins the next message, whose prefix has arrived.
+    fn begin(&mut self) -> Result<(), ApiError> {
         let bytes = (&self.rest[1..PREFIX_BYTES]).get_u32() as usize;
         if bytes > self.max_bytes {
             return Err(too_large(bytes, self.max_bytes));
         }
         if let Some(counter) = &mut self.counter {
-            counter.begin();
+            counter.reset();
         }
         if let Err(fault) = self.charge_ahead(self.rest.len().saturating_sub(PREFIX_BYTES + bytes)) {
             self.refuse(fault);
@@ -205,7 +207,7 @@ impl RequestBody {
         Ok(())
     }
 
-    /// Takes a frame, of which a part may be of messages behind the one that is read.
+    /// Takes a frame, which may contain bytes after the current message.
     fn take_frame(&mut self, data: Bytes) {
         self.is_large_frame = data.len() > WAITING_BYTES;
         (self.rest, self.ahead) = (data, None);
@@ -216,14 +218,14 @@ impl RequestBody {
         }
     }
 
-    /// Refuses the message that is read, after a while. What came is dropped at once.
-    fn refuse(&mut self, fault: Fault) {
+    /// Rejects the current message after a delay. The received bytes are dropped at once.
+    fn refuse(&mut self, fault: ApiError) {
         (self.rest, self.ahead, self.out) = (Bytes::new(), None, VecDeque::new());
         self.message = Some(Message::new(0, State::refused(fault)));
     }
 
-    /// Takes memory for bytes that came behind a message, or gives back the part that they no longer need.
-    fn charge_ahead(&mut self, bytes: usize) -> Result<(), Fault> {
+    /// Takes memory for the bytes after the current message, or frees the part that is no longer needed.
+    fn charge_ahead(&mut self, bytes: usize) -> Result<(), ApiError> {
         match &mut self.ahead {
             Some(grant) if bytes > WAITING_BYTES => grant.shrink(bytes),
             Some(_) => self.ahead = None,
@@ -236,18 +238,18 @@ impl RequestBody {
         Ok(())
     }
 
-    /// Keeps what came of a message that is to wait for memory, or drops it where others that wait hold too much.
-    fn hold_rest(&mut self) -> Result<Option<Grant>, Fault> {
+    /// Keeps the received bytes of a message that must wait for memory. Drops the bytes if other waiting requests hold too much.
+    fn hold_rest(&mut self) -> Result<Option<Grant>, ApiError> {
         if self.rest.len() <= WAITING_BYTES {
-            // It may be a part of a larger buffer.
+            // The bytes may be a slice of a larger buffer.
             self.rest = Bytes::copy_from_slice(&self.rest);
             return Ok(None);
         }
         self.memory.try_waiting(self.rest.len()).map(Some).inspect_err(|_| self.rest = Bytes::new())
     }
 
-    /// Takes what came of the message, as far as there is memory for it.
-    fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+    /// Processes the received bytes of the message, as far as there is memory for them.
+    fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
         let Some(message) = &mut self.message else { return Poll::Ready(Ok(())) };
         if let State::WaitingForParts(waiting) = &mut message.state {
             let parts = ready!(waiting.as_mut().poll(cx))?;
@@ -256,7 +258,7 @@ impl RequestBody {
         }
         if let State::Waiting(waiting) = &mut message.state {
             let Poll::Ready(granted) = waiting.as_mut().poll(cx) else {
-                // While it waits for all of its memory, it gives way to those that need what it has.
+                // While a message waits for all of its memory, it yields to requests that need the memory that it has.
                 if message.grant.is_some() {
                     note_incomplete(&self.memory, message, cx)?;
                 }
@@ -280,7 +282,7 @@ impl RequestBody {
             if matches!(message.state, State::Admitted) {
                 self.out.push_back(piece);
             } else if message.held.is_empty() && piece.len() > SMALL_BYTES {
-                // All that is wanted of its beginning came at once.
+                // The whole beginning arrived in one piece.
                 self.out.push_back(piece);
             } else {
                 message.held.extend_from_slice(&piece);
@@ -312,17 +314,18 @@ impl RequestBody {
         Poll::Ready(Ok(()))
     }
 
-    /// The message is there, with memory for all that is made of it.
+    /// Completes the message, which has arrived and has memory for everything that is built from it.
     fn finish(&mut self, parts: Option<Grant>) {
         let message = self.message.take().expect("it is being read");
         self.memory.deliver(message.bytes, message.grant.into_iter().chain(parts));
         if !self.is_stream {
-            // The handler would begin at the end of the body, which may never come, and hold what the message took until then.
+            // Otherwise the handler would start at the end of the body, which may never arrive, and would hold the message's memory until
+            // then.
             (self.is_over, self.rest, self.ahead) = (true, Bytes::new(), None);
             return;
         }
         if self.is_large_frame && self.rest.len() <= WAITING_BYTES {
-            // It would hold all of the frame.
+            // A slice would keep the whole frame in memory.
             self.rest = Bytes::copy_from_slice(&self.rest);
             (self.ahead, self.is_large_frame) = (None, false);
         }
@@ -338,7 +341,7 @@ impl RequestBody {
                 return Poll::Ready(None);
             }
             if self.is_stream && self.message.is_none() {
-                // More is asked for by a handler that has the last message: it took the memory, or does not need it.
+                // A handler that polls for more has the last message. The handler took the message's memory, or does not need it.
                 drop(self.memory.take_request());
             }
             if self.message.is_none() && self.rest.len() >= PREFIX_BYTES {
@@ -360,14 +363,14 @@ impl RequestBody {
             };
             match frame {
                 Some(Ok(frame)) => match frame.into_data() {
-                    // A prefix in two frames.
+                    // The prefix is split between two frames.
                     Ok(data) if !self.rest.is_empty() => self.rest = [&self.rest[..], &data].concat().into(),
                     Ok(data) => self.take_frame(data),
-                    // No call has any, and the codec would keep them for as long as the call is open.
+                    // No call uses request trailers, and the codec would keep them for as long as the call is open.
                     Err(_trailers) => return Poll::Ready(None),
                 },
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
-                // What is not whole is the codec's to refuse.
+                // The codec rejects an incomplete message.
                 None if !self.rest.is_empty() => {
                     return Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut self.rest)))));
                 }
@@ -382,28 +385,28 @@ impl RequestBody {
     }
 }
 
-fn note_incomplete(memory: &CallMemory, message: &mut Message, cx: &Context<'_>) -> Result<(), Fault> {
+fn note_incomplete(memory: &CallMemory, message: &mut Message, cx: &Context<'_>) -> Result<(), ApiError> {
     let (charged, since) = (message.charged(), message.since);
     message.incomplete.get_or_insert_with(|| memory.incomplete(charged, since)).check(cx.waker())
 }
 
-fn too_large(bytes: usize, most: usize) -> Fault {
+fn too_large(bytes: usize, most: usize) -> ApiError {
     let message = format!(
         "the request has {bytes} bytes, and {most} is the most that a request of this call may have: send less at once"
     );
-    Fault::new(Reason::MessageTooLarge, message).with("bytes", bytes).with("max", most)
+    ApiError::new(ErrorCode::MessageTooLarge, message).with("bytes", bytes).with("max", most)
 }
 
-fn too_many_parts(count: usize) -> Fault {
+fn too_many_parts(count: usize) -> ApiError {
     let most = limits::MAX_REQUEST_PARTS;
     let message = format!(
         "the request has {count} parts or more (records, headers, partitions, names), and {most} is the most that one may have: send \
          several requests"
     );
-    Fault::new(Reason::InvalidRequest, message).with("max", most)
+    ApiError::new(ErrorCode::InvalidRequest, message).with("max", most)
 }
 
-fn status(fault: Fault) -> BoxError {
+fn status(fault: ApiError) -> BoxError {
     Status::from(fault).into()
 }
 
@@ -420,7 +423,7 @@ impl HttpBody for RequestBody {
         }
         let frame = ready!(self.poll_next(cx));
         if matches!(frame, Some(Err(_))) {
-            // What was taken is given back at once.
+            // All memory is freed at once.
             self.failed = true;
             (self.message, self.rest, self.ahead, self.out) = (None, Bytes::new(), None, VecDeque::new());
         }

@@ -1,5 +1,5 @@
-//! How many connections each listener takes: a broker without open files left can neither write its log nor answer anybody, so
-//! connections may not take the last ones. Each connection takes memory too, also while it sends nothing.
+//! Maximum number of connections of each listener. A broker without free file descriptors can neither write its log nor respond, so
+//! connections must not take the last ones. Each connection also takes memory, even while it sends nothing.
 
 use rustix::process::{Resource, getrlimit};
 
@@ -9,17 +9,17 @@ use crate::{
     log::{Disk as _, RealDisk},
 };
 
-/// Open files that are left for all that is neither a connection nor a segment, at least: the journal, other brokers, etcd, the bucket.
+/// Minimum number of file descriptors for everything except connections and segments: the journal, other brokers, etcd, the object store.
 const MIN_OTHER_FILES: u64 = 64;
 
-/// Places of each listener beyond the common ones.
+/// Number of places of each listener in addition to the common ones.
 const RESERVE: u64 = (LOOPBACK_PLACES + PROBE_PLACES) as u64;
 
-/// Most places of the HTTP listener and of the peer listener.
+/// Maximum number of places of the HTTP listener and of the peer listener.
 const MAX_HTTP: usize = 256;
 const MAX_PEER: usize = 1024;
 
-/// Fewest places of each listener.
+/// Minimum number of places of each listener.
 #[derive(Clone, Copy, Debug)]
 struct Minimum {
     grpc: usize,
@@ -29,52 +29,54 @@ struct Minimum {
 
 const MIN_PLACES: Minimum = Minimum { grpc: 32, http: 8, peer: 32 };
 
-/// The same for a broker of several below [`FEW_FILES`]: with the reserves of three listeners, these fit beside its log from 256 files on.
+/// Minimum for a broker of a cluster with fewer than [`FEW_FILES`] file descriptors. Together with the reserves of three listeners, these
+/// places fit beside the log from 256 file descriptors on.
 const MIN_PLACES_FEW_FILES: Minimum = Minimum { grpc: 16, http: 4, peer: 8 };
 const FEW_FILES: u64 = 512;
 
-/// Places of the peer listener for each broker of this process, at least. Another broker takes two connections, and one more for each probe.
+/// Minimum number of places of the peer listener per broker of this process. Another broker uses two connections, and one more for each
+/// probe.
 const MIN_PEER_PER_BROKER: usize = 4;
 
-/// Most places that a listener counts: more than any system has open files.
+/// Maximum number of places of a listener. No system has that many file descriptors.
 const MAX_PLACES: u64 = 1 << 30;
 
-/// Bytes of `limits.memory_bytes` for each place of the gRPC listener: an idle connection takes 20 KiB, its window 80 KiB at least, and its
-/// first calls take 7 KiB each.
+/// Bytes of `limits.memory_bytes` per place of the gRPC listener. An idle connection takes 20 KiB, its window at least 80 KiB, and each of
+/// its first calls 7 KiB.
 const BYTES_PER_CONNECTION: u64 = 256 << 10;
 
-/// The part of `limits.memory_bytes` for connections of other brokers, as a divisor, and bytes of it for each place: what one that nobody knows
-/// yet sends without an end.
+/// Share of `limits.memory_bytes` for connections of other brokers, as a divisor, and bytes of that share per place. A caller that has not
+/// been identified can send as much in incomplete requests.
 const PEER_SHARE: u64 = 8;
 const BYTES_PER_PEER: u64 = limits::MAX_PEER_REQUEST_BYTES as u64 * limits::MAX_STREAMS_PER_PEER as u64 + (256 << 10);
 
-/// The common places of one listener, and what raises their number. A smaller bound replaces both.
+/// Number of common places of one listener, and the limit that determines it. A smaller limit replaces both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Capacity {
     pub(super) places: usize,
-    /// The setting that a refusal names.
+    /// Setting or system limit that a rejection names.
     pub(super) raised_by: &'static str,
 }
 
-/// How many connections each listener takes.
+/// Connection limits of each listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Room {
     pub(super) grpc: Capacity,
     pub(super) http: Capacity,
-    /// Of a broker of several.
+    /// Limit of the peer listener; `None` for a standalone broker.
     pub(super) peer: Option<Capacity>,
 }
 
 impl Room {
-    /// The room of one of `brokers` in this process, each of which is alone or has others to connect to it, with `memory_bytes` for its
-    /// clients.
+    /// Returns the limits of one of `brokers` brokers in this process, with `memory_bytes` for its clients. A standalone broker has no peer
+    /// listener.
     pub(super) fn of(brokers: usize, alone: bool, memory_bytes: u64) -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
         let room = Self::with(files, RealDisk::default().open_files() as u64, brokers, alone);
         room.within(memory_bytes, min_peer(Minimum::of(files, alone), brokers))
     }
 
-    /// As many connections as there is memory for, and `min_peer` of other brokers.
+    /// Limits the places to the available memory, with at least `min_peer` places for other brokers.
     fn within(self, memory_bytes: u64, min_peer: usize) -> Self {
         let bounded = |capacity: Capacity, places: u64| {
             let places = usize::try_from(places).unwrap_or(usize::MAX);
@@ -88,7 +90,8 @@ impl Room {
         }
     }
 
-    /// What the limit of open files leaves beside the segments of each broker and the reserves of its listeners.
+    /// Returns the places for which the limit of open files leaves descriptors, beside the segments of each broker and the reserves of its
+    /// listeners.
     fn with(files: u64, segments: u64, brokers: usize, alone: bool) -> Self {
         let (brokers, listeners) = (brokers.max(1) as u64, if alone { 2 } else { 3 });
         let taken = (segments + listeners * RESERVE) * brokers + MIN_OTHER_FILES.max(files / 8);
@@ -103,7 +106,7 @@ impl Room {
     }
 }
 
-/// Fewest places for other brokers, of `brokers` in this process.
+/// Returns the minimum number of places for other brokers, with `brokers` brokers in this process.
 fn min_peer(min: Minimum, brokers: usize) -> usize {
     min.peer.max(MIN_PEER_PER_BROKER * brokers)
 }
@@ -119,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_log_and_others_need_is_left() {
+    fn file_limit_leaves_descriptors_for_log_and_peers() {
         for (files, segments, brokers, alone) in [
             (256, 128, 1, true),
             (256, 128, 1, false),
@@ -145,7 +148,7 @@ mod tests {
             let own = (segments + listeners * RESERVE) * brokers + MIN_OTHER_FILES;
             let taken = (grpc + http + peer) as u64 * brokers + own;
             let least = own + (min.grpc + min.http + min_peer) as u64 * brokers;
-            // A broker of its own fits from 256 files on; what `dev --brokers` starts shares the limit.
+            // A single broker fits from 256 file descriptors on. The brokers of `dev --brokers` share the limit.
             let bound = if brokers == 1 && files >= 256 { files } else { files.max(least) };
             assert!(taken <= bound, "{files} files for {brokers}: {grpc}, {http} and {peer}");
         }
@@ -160,18 +163,18 @@ mod tests {
         assert_eq!(places(256, 128, false), (16, 4, Some(8)));
     }
 
-    /// 20,000 connections without a call took 400 MB, and there were 900,000 places.
+    /// Regression: 20,000 connections without a call took 400 MB, with 900,000 places available.
     #[test]
-    fn connections_of_clients_are_bounded_by_memory() {
+    fn client_connections_are_bounded_by_memory() {
         let grpc = |files, memory_bytes| Room::with(files, 128, 1, true).within(memory_bytes, 32).grpc;
         assert_eq!(grpc(1 << 20, 512 << 20), Capacity { places: 2048, raised_by: "limits.memory_bytes" });
         assert_eq!(grpc(1 << 20, 64 << 20).places, 256);
         assert_eq!(grpc(1024, 512 << 20), Room::with(1024, 128, 1, true).grpc, "files are fewer");
     }
 
-    /// Before anybody has said who it is, 1,024 connections could hold 1.3 GB.
+    /// Regression: 1,024 connections whose callers had not been identified could hold 1.3 GB.
     #[test]
-    fn connections_of_other_brokers_are_bounded_by_memory() {
+    fn peer_connections_are_bounded_by_memory() {
         let peer =
             |memory_bytes| Room::with(1 << 20, 128, 1, false).within(memory_bytes, 32).peer.expect("they are several");
         assert_eq!(peer(512 << 20), Capacity { places: 51, raised_by: "limits.memory_bytes" });
@@ -179,9 +182,10 @@ mod tests {
         assert_eq!(peer(16 << 30).places, 1024);
     }
 
-    /// Half of the places were one address's, and 32 the fewest: of 32 brokers on one machine seven links were refused for ever.
+    /// Regression: one address got half of the places, and the minimum was 32. Of 32 brokers on one machine, seven links were rejected
+    /// forever.
     #[test]
-    fn many_brokers_in_one_process_have_peer_places_for_each_other() {
+    fn brokers_of_one_process_have_enough_peer_places() {
         let peer = Room::with(65_536, 8192, 32, false).peer.expect("they are several").places;
         assert!(peer >= 62, "two connections of 31 others each: {peer}");
     }

@@ -1,5 +1,5 @@
-//! Several brokers in one process, for trying a cluster out: they share the process and the object store, and, unless there is
-//! etcd, a metadata store. Each is a broker like any other: what they tell each other goes through their listeners.
+//! Several brokers in one process, for trials of a cluster. They share the process, the object store and, without etcd, a metadata store.
+//! Apart from that each is a normal broker, and they communicate only through their listeners.
 
 use std::{future::Future, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
@@ -21,10 +21,10 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// How long brokers that have started wait until each knows of all others: the mirrors of the metadata lag a little.
+/// Maximum time that started brokers wait until the metadata cache of each contains all of them.
 const MEETING: Duration = Duration::from_secs(10);
 
-/// One broker's listeners before it serves.
+/// Bound listeners of a broker that does not serve yet.
 struct Ports {
     grpc: TcpListener,
     http: TcpListener,
@@ -32,31 +32,31 @@ struct Ports {
     endpoints: Endpoints,
 }
 
-/// One broker that serves.
+/// A broker that serves.
 struct Member {
     node: Node,
     listeners: Listeners,
     state: Ready,
-    /// What its log lines are said in.
+    /// Span of the broker's log lines.
     span: Span,
-    /// How long its stop may take.
+    /// Timeout of the stop.
     within: Duration,
 }
 
-/// What brokers share while they start.
+/// State that brokers share during their start.
 struct Shared {
-    /// The metadata store; without it each goes to the etcd of its settings.
+    /// Metadata store; `None` if each broker uses the etcd of its settings.
     meta: Option<Arc<dyn MetaStore>>,
-    /// Keeps the time of leases.
+    /// Tasks that expire leases.
     time: Tasks,
-    /// Ends the waits of a start.
+    /// Cancelled to end the waits of a start.
     stop: Tasks,
-    /// How many connections each takes.
+    /// Connection limits of each broker.
     room: Room,
 }
 
-/// Runs brokers until `shutdown` resolves and all have stopped. `metadata` is the folder of the metadata store that they share; without it
-/// each goes to the etcd of its settings. One that does not start ends the others.
+/// Runs brokers until `shutdown` resolves or one of them must stop. Returns when all have stopped. `metadata` is the directory of their
+/// shared metadata store; without it, each broker uses the etcd of its settings. A broker that fails to start stops the other brokers.
 pub async fn run_several(
     configs: Vec<Config>,
     metadata: Option<PathBuf>,
@@ -79,7 +79,7 @@ pub async fn run_several(
     let (members, failed, mut asked) = start_all(&configs, ports, &shared, shutdown.as_mut()).await;
     let mut outcome = failed.map_or(Ok(()), Err);
     if outcome.is_ok() && !asked {
-        // Who asks for a topic now shall not be told that there are too few brokers.
+        // A client that creates a topic now must not get an error about too few brokers.
         let meeting = future::join_all(members.iter().map(|member| member.node.broker().meets(members.len())));
         tokio::select! {
             biased;
@@ -104,14 +104,14 @@ pub async fn run_several(
     outcome.and(stopped.map(|_| ()))
 }
 
-/// Takes the brokers' ports: the likeliest mistake, found before any data is touched.
+/// Binds the ports of all brokers. A port conflict is the most likely error, and is found before any data is touched.
 async fn take_ports(configs: &[Config]) -> anyhow::Result<Vec<Ports>> {
     let mut fixed = Vec::with_capacity(configs.len());
     for config in configs {
         let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
         fixed.push((grpc, listen::listen(config.http.listen, "HTTP", "--http").await?));
     }
-    // The system chooses these: after the fixed ones, so that it gives none of those away.
+    // The system may choose these ports. They are bound after the fixed ports, so that the system chooses none of those.
     let mut ports = Vec::with_capacity(configs.len());
     for (config, (grpc, http)) in configs.iter().zip(fixed) {
         let peer = listen_for_peers(config).await?;
@@ -121,7 +121,8 @@ async fn take_ports(configs: &[Config]) -> anyhow::Result<Vec<Ports>> {
     Ok(ports)
 }
 
-/// Starts all of them at the same time: those that started, why another one did not, and whether all were told to stop meanwhile.
+/// Starts all brokers concurrently. Returns the started brokers, the error of a broker that failed, and true if the process was asked to
+/// stop meanwhile.
 async fn start_all(
     configs: &[Config],
     ports: Vec<Ports>,
@@ -129,11 +130,11 @@ async fn start_all(
     shutdown: impl Future<Output = ()>,
 ) -> (Vec<Member>, Option<anyhow::Error>, bool) {
     let starting = configs.iter().zip(ports).map(async |(config, ports)| {
-        // All that a broker starts goes on in its span.
+        // Every task that a broker starts inherits this span.
         let span = tracing::info_span!("broker", id = %config.broker.id);
         let started = start(config, ports, shared, span.clone()).instrument(span).await;
         if started.is_err() {
-            // Those that wait for something need not wait any more.
+            // Ends the waits of the other brokers.
             shared.stop.cancel();
         }
         started.map_err(|error| (config.broker.id, error))
@@ -196,7 +197,8 @@ async fn start(config: &Config, ports: Ports, shared: &Shared, span: Span) -> an
     Ok(Member { node, listeners, state, span, within })
 }
 
-/// The world of a broker that shares its metadata store. The store does not lie with its data: what it holds it must prove.
+/// Returns the dependencies of a broker with a shared metadata store. That store is not part of the broker's data directory, so the startup
+/// verification is needed.
 fn around(config: &Config, meta: Arc<dyn MetaStore>) -> Outside {
     let of = config.clone();
     Outside {

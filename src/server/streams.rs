@@ -1,7 +1,7 @@
-//! The calls of clients that are streams of messages, `Produce` and `Fetch`. Each message has a buffer of its own, which ends with it.
+//! Client calls that are streams of messages: `Produce` and `Fetch`. Each message has its own buffer, which is freed with the message.
 //!
-//! tonic keeps a buffer for each direction of a call for as long as that is open, as large as the largest message of it. A quiet consumer
-//! held its last response, and a quiet producer its largest request, when both had been given back.
+//! tonic keeps a buffer per direction for as long as a call is open, as large as the largest message of the call. With those buffers, an
+//! idle consumer held its last response and an idle producer its largest request after their memory was freed in the budgets.
 
 use std::{
     convert::Infallible,
@@ -30,10 +30,10 @@ use super::{
 };
 use crate::broker::{LogService, Requests};
 
-/// Bytes after which responses that are there together go out as one frame. A larger response is a frame of its own.
+/// Size from which a frame takes no more of the responses that are ready together, in bytes.
 const FRAME_BYTES: usize = 32 << 10;
 
-/// Serves `Produce` and `Fetch`.
+/// Returns the routes of `Produce` and `Fetch`.
 pub(super) fn routes(log: &LogService) -> Router {
     let (producing, fetching) = (log.clone(), log.clone());
     Router::new()
@@ -47,7 +47,7 @@ pub(super) fn routes(log: &LogService) -> Router {
         )
 }
 
-/// Answers the messages of a request with those that `call` makes of them.
+/// Serves a call: passes the messages of the request to `call`, and returns a response with the messages from `call`.
 fn serve<T, U, S>(request: Request, call: impl FnOnce(tonic::Request<Requests<T>>) -> S) -> Response
 where
     T: Message + Default + 'static,
@@ -65,21 +65,21 @@ where
     response
 }
 
-/// The messages of a body.
+/// Returns the messages of a body as a stream.
 fn requests<T: Message + Default + 'static>(body: Body) -> Requests<T> {
     let reader = MessageReader { frames: body.into_data_stream(), rest: Bytes::new() };
     stream::try_unfold(reader, async |mut reader| Ok(reader.next().await?.map(|message| (message, reader)))).boxed()
 }
 
-/// Reads the messages of a body one after the other.
+/// Reads the messages of a body in order.
 struct MessageReader {
     frames: BodyDataStream,
-    /// The rest of the last frame.
+    /// Unread rest of the last frame.
     rest: Bytes,
 }
 
 impl MessageReader {
-    /// The next message; `None` at the end, and where the client has reset the call.
+    /// Returns the next message; `None` at the end, or after the client has reset the call.
     async fn next<T: Message + Default>(&mut self) -> Result<Option<T>, Status> {
         match self.read_message().await {
             Err(status) if status.code() == Code::Cancelled => Ok(None),
@@ -100,14 +100,14 @@ impl MessageReader {
                 return Err(Status::internal(format!("the prefix of a message begins with {flag}, and not 0 or 1")));
             }
         }
-        // Memory was taken for as much, and the beginning of a large message is there (`request_body`).
+        // `request_body` has taken memory for this length, and has received the beginning of a large message.
         let len = (&prefix[1..]).get_u32() as usize;
         let mut message = BytesMut::with_capacity(len);
         self.read((&mut message).limit(len)).await?;
         T::decode(message.freeze()).map(Some).map_err(|error| Status::internal(error.to_string()))
     }
 
-    /// Fills `into`.
+    /// Reads until `into` is full.
     async fn read(&mut self, mut into: impl BufMut) -> Result<(), Status> {
         while into.has_remaining_mut() {
             if self.rest.is_empty() && !self.read_frame().await? {
@@ -118,7 +118,7 @@ impl MessageReader {
         Ok(())
     }
 
-    /// Takes the next frame that holds bytes; false at the end.
+    /// Reads the next frame that contains bytes. Returns false at the end.
     async fn read_frame(&mut self) -> Result<bool, Status> {
         while self.rest.is_empty() {
             match self.frames.next().await {
@@ -131,15 +131,15 @@ impl MessageReader {
     }
 }
 
-/// The bodies of requests are never decompressed.
+/// Returns the error for a compressed message. Bodies of requests are never decompressed.
 fn compressed(how: impl fmt::Display) -> Status {
     Status::unimplemented(format!("messages are compressed: {how}"))
 }
 
-/// The body of a response: a message for each item of a stream, and its end.
+/// Body of a response: one message per item of a stream, then the trailers.
 struct ResponseBody<S> {
     responses: Pin<Box<S>>,
-    /// The status that ends the response, once the stream of messages has ended. It goes out behind them.
+    /// Status that ends the response, set once the stream of messages has ended. The trailers follow the last message.
     end: Option<Status>,
     is_over: bool,
 }

@@ -1,49 +1,49 @@
-//! Which readers of a partition go forward, and how far ahead to fetch for each. Pure.
+//! Detects the sequential readers of a partition, and decides how far to fetch ahead of each. Pure.
 
 use std::collections::VecDeque;
 
 use crate::model::Offset;
 
-/// Most readers that are remembered for one partition.
+/// Maximum number of readers that are tracked per partition.
 const READERS: usize = 16;
 
-/// Most chunks ahead of one reader.
+/// Maximum number of chunks that are fetched ahead of one reader.
 const MOST_CHUNKS: u64 = 16;
 
-/// A place in the partition's chunks: a segment by its base, and a chunk in it.
+/// A position in the partition's chunks: the base offset of a segment, and the index of a chunk in it.
 pub(super) type Place = (Offset, u64);
 
 const NOWHERE: Place = (Offset::ZERO, 0);
 
-/// A reader, known by where its last read ended.
+/// A reader, identified by the offset at which its last read ended.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reader {
     next: Offset,
-    /// Chunks to keep ahead of it. Doubles with each read that goes on where the last ended.
+    /// Number of chunks to keep ahead of the reader. The window doubles with each read that continues where the last one ended.
     pub(super) window: u64,
-    /// Chunks before this place were asked for already.
+    /// Chunks before this position were requested already.
     pub(super) asked: Place,
-    /// Chunks before this place were asked for before its last read: they have arrived, or are on their way.
+    /// Chunks before this position were requested before the reader's last read: they have arrived, or are in flight.
     pub(super) settled: Place,
 }
 
 impl Reader {
-    /// What was fetched for it was not there when it came: there are more readers than the cache's memory has room for, or the
-    /// store fails. Less is fetched, and what lies from `place` on is asked for again.
+    /// Quarters the window, because a prefetched chunk was missing when its reader needed it. The memory of the cache is too small for all
+    /// readers, or the store fails. The chunks from `place` on are requested again.
     pub(super) fn crowded(&mut self, place: Place) {
         self.window /= 4;
         self.asked = place;
     }
 }
 
-/// The last readers of one partition.
+/// The most recent readers of one partition.
 #[derive(Debug, Default)]
 pub(super) struct Readers {
     recent: VecDeque<Reader>,
 }
 
 impl Readers {
-    /// The reader that reads at `from` now: one that goes on, with a wider window, or a new one, with none.
+    /// Removes and returns the reader that reads at `from` now: a sequential one with a wider window, or a new one with an empty window.
     pub(super) fn arrive(&mut self, from: Offset) -> Reader {
         let at = self.recent.iter().position(|reader| reader.next == from);
         match at.and_then(|at| self.recent.remove(at)) {
@@ -52,7 +52,7 @@ impl Readers {
         }
     }
 
-    /// Remembers where it will go on.
+    /// Stores a reader with the offset at which it will continue.
     pub(super) fn leave(&mut self, reader: Reader, next: Offset) {
         if self.recent.len() == READERS {
             self.recent.pop_front();
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_grows_only_for_a_reader_that_goes_forward() {
+    fn window_grows_only_for_sequential_reader() {
         let mut readers = Readers::default();
         let mut windows = Vec::new();
         for step in 0..7 {
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_shrinks_while_the_memory_is_too_small_for_it() {
+    fn window_shrinks_while_memory_is_too_small() {
         let mut readers = Readers::default();
         let mut windows = Vec::new();
         for step in 0..9 {
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn many_readers_are_forgotten_and_not_gathered() {
+    fn number_of_tracked_readers_is_bounded() {
         let mut readers = Readers::default();
         for number in 0..1000 {
             let reader = readers.arrive(at(number * 1000));

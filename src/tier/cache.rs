@@ -1,10 +1,16 @@
-//! What all partitions of a broker keep of the bucket: parsed manifests, pages and footers, and aligned chunks of
-//! segment objects, in memory and then in a folder.
+//! Cache of the object store for all partitions of a broker: parsed manifests, pages and footers, and aligned chunks of segment objects.
 //!
-//! A chunk is fetched once however many readers wait for it. A fetch that has begun goes on when they leave. It goes to the folder when it is fetched for the second time: who
-//! reads history once shall neither write it all to the disk that appends wait for, nor push out what others come back to. All
-//! objects here are immutable and named once, so nothing is ever stale; what turns out damaged is forgotten and fetched again.
-//! The folder begins empty at each start: its files carry a checksum, and losing them costs requests only.
+//! # Overview
+//!
+//! Chunks are cached in memory and then in a folder. All readers that wait for a chunk share one fetch, which continues when they leave. A
+//! chunk is written to the folder when it is fetched for the second time. So a reader that reads history once does not write all of it to
+//! the disk that appends wait for. Nor does such a reader evict chunks that are read repeatedly.
+//!
+//! # Invariants
+//!
+//! - All objects here are immutable and their names unique, so nothing in the cache is ever stale.
+//! - A corrupt chunk is evicted and fetched again.
+//! - The folder is empty after each start. Its files carry a checksum, and losing them costs only requests.
 
 use std::{
     io,
@@ -36,42 +42,42 @@ use crate::{
     telemetry::{Counter, Metrics},
 };
 
-/// Bytes of a chunk; an object's last one is shorter.
+/// Size of a chunk. An object's last chunk is shorter.
 pub(super) const CHUNK_BYTES: u64 = 1 << 20;
 
-/// The share of the memory that is for manifests, pages and footers: one part in this many.
+/// Divisor of the memory: this share of it is for manifests, pages and footers.
 const PARSED_SHARE: u64 = 4;
 
-/// Most single chunks that are fetched at the same time: their memory is charged to nobody.
+/// Maximum number of concurrent fetches of single chunks. No budget counts their memory.
 const FETCHES: usize = 32;
 
-/// Most manifests, pages and footers that are fetched at the same time. These turns are their own: uploads and retention go on while reads
-/// of a slow bucket have all turns of chunks.
+/// Maximum number of concurrent fetches of manifests, pages and footers. They have permits of their own, so that uploads and retention
+/// continue while reads of a slow object store hold all permits for chunks.
 const PARSES: usize = 16;
 
-/// Most chunks that one request of read-ahead brings: a request costs the store, and who pays for it, more than its bytes do.
+/// Maximum number of chunks that one read-ahead request fetches. Each request costs the store, and its bill, more than its bytes do.
 const RUN_CHUNKS: u64 = 4;
 
-/// Most chunks that are read from the folder at the same time. A read that was begun goes on when its caller has gone.
+/// Maximum number of concurrent reads from the folder. A read that has started continues when its caller leaves.
 const FOLDER_READS: usize = 32;
 
-/// Most chunks that are being written to the folder at once. No reader waits for them: where the bucket is faster than the disk, some
+/// Maximum number of concurrent writes to the folder. No reader waits for them: if the object store is faster than the disk, some chunks
 /// are not kept.
 const KEEPS: u32 = 4;
 
-/// Most chunks that are remembered as fetched before.
+/// Maximum number of chunks whose first fetch is recorded.
 const REMEMBERED: u64 = 1 << 16;
 
-/// How much the cache may take.
+/// Location and limits of the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CacheOptions {
-    /// Bytes of memory.
+    /// Memory limit in bytes.
     pub memory_bytes: u64,
-    /// A folder of its own, and bytes in it. The chunks in it are deleted.
+    /// Folder for chunks alone, and its limit in bytes. Opening the cache deletes the chunks in the folder.
     pub disk: Option<(PathBuf, u64)>,
-    /// The data directory, where the folder lies in it: the folder may then be no link.
+    /// Data directory, if the folder lies in it. The folder must then not be a symbolic link.
     pub data_dir: Option<PathBuf>,
-    /// Bytes that are fetched ahead of sequential readers, at most, all readers together.
+    /// Maximum bytes that are fetched ahead of sequential readers, over all readers.
     pub read_ahead_bytes: u64,
 }
 
@@ -94,7 +100,7 @@ impl Key {
     }
 }
 
-/// A request that brings several chunks.
+/// A request that fetches several chunks.
 type Flight = Shared<BoxFuture<'static, Result<Bytes, ReadError>>>;
 
 /// The parsed form of an object.
@@ -115,7 +121,7 @@ impl Parsed {
     }
 }
 
-/// The cache. Clones share it.
+/// The cache of a broker. Clones share it.
 #[derive(Clone)]
 pub struct Cache {
     inner: Arc<Inner>,
@@ -138,25 +144,25 @@ struct Inner {
 struct Disk {
     folder: Arc<CacheFolder>,
     keeps: Arc<Semaphore>,
-    /// Turns to read a file. The memory of chunks that nobody waits for is charged to nobody.
+    /// Permits to read a file. No budget counts the memory of chunks whose callers have left.
     reads: Arc<Semaphore>,
-    /// Which chunks are files, by their bytes.
+    /// Chunks that exist as files, with their sizes in bytes.
     files: Moka<Key, u32>,
-    /// Which were fetched before.
+    /// Chunks that were fetched before.
     fetched: Moka<Key, ()>,
 }
 
 impl Cache {
-    /// Makes the cache, which counts in `metrics`. Blocks on the file system.
+    /// Opens the cache, which counts in `metrics`. Blocks on the file system.
     ///
     /// # Errors
-    /// When the folder cannot be made.
+    /// The folder cannot be created, or its chunks cannot be deleted.
     pub fn open(options: &CacheOptions, metrics: &Metrics) -> io::Result<Self> {
         let parsed_bytes = options.memory_bytes / PARSED_SHARE;
-        // Without memory a chunk would be gone before its reader comes, and be fetched twice.
+        // Without memory a prefetched chunk would be evicted before its reader needs it, and be fetched twice.
         let ahead = if options.memory_bytes == 0 { 0 } else { options.read_ahead_bytes / CHUNK_BYTES };
         let inner = Inner {
-            // Not by frequency: what was fetched ahead is new, and must be there when its reader comes.
+            // Least recently used, not frequency: a prefetched chunk is new, and must remain until its reader needs it.
             chunks: Moka::builder()
                 .eviction_policy(EvictionPolicy::lru())
                 .max_capacity(options.memory_bytes - parsed_bytes)
@@ -184,7 +190,7 @@ impl Cache {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// A parsed object, by the attempt that its name ends in; loaded by the first who asks.
+    /// Returns a parsed object by the attempt in its name. The first caller loads the object.
     pub(super) async fn parsed<F>(&self, store: &Store, attempt: Uuid, load: F) -> Result<Parsed, ReadError>
     where
         F: Future<Output = Result<Parsed, ReadError>> + Send + 'static,
@@ -195,7 +201,7 @@ impl Cache {
         let inner = Arc::clone(&self.inner);
         let load = || async move {
             let _turn = inner.parses.acquire().await.expect("never closed");
-            // The callers may have left while others were served.
+            // All callers may have left while this fetch waited for its permit.
             if inner.parsed_flights.is_abandoned(attempt) {
                 return Err(StoreError::Stopped.into());
             }
@@ -209,12 +215,12 @@ impl Cache {
         self.inner.parsed_flights.join(store.tasks(), attempt, load).await.0
     }
 
-    /// Puts a parsed object in that was made here.
+    /// Inserts the parsed form of an object that this broker has written.
     pub(super) async fn put_parsed(&self, attempt: Uuid, parsed: Parsed) {
         self.inner.parsed.insert(attempt, parsed).await;
     }
 
-    /// Chunk `index` of a segment object, and whether it was there, or on its way.
+    /// Returns chunk `index` of a segment object, and true if the chunk was in memory or in flight.
     pub(super) async fn chunk(
         &self,
         store: &Store,
@@ -235,7 +241,7 @@ impl Cache {
         Ok((chunk, joined))
     }
 
-    /// Fetches a chunk that is not there, or waits for whoever does.
+    /// Fetches a chunk that is not in memory, or waits for the fetch in flight.
     fn fly<F>(
         &self,
         store: &Store,
@@ -257,9 +263,9 @@ impl Cache {
         self.inner.chunk_flights.join(store.tasks(), key, load)
     }
 
-    /// Forgets chunks that turned out damaged.
+    /// Evicts corrupt chunks.
     pub(super) async fn forget(&self, line: &SegmentLine, indexes: Range<u64>) {
-        // What is on its way to the folder would arrive after it was forgotten.
+        // A write in progress would store its chunk after the eviction, so this waits for all writes first.
         let _nothing_on_its_way = match &self.inner.disk {
             Some(disk) => disk.keeps.acquire_many(KEEPS).await.ok(),
             None => None,
@@ -273,14 +279,14 @@ impl Cache {
         }
     }
 
-    /// Waits until no chunk is on its way to the folder.
+    /// Waits until no chunk is being written to the folder.
     #[cfg(test)]
     pub(super) async fn settled(&self) {
         let Some(disk) = &self.inner.disk else { return };
         drop(disk.keeps.acquire_many(KEEPS).await.unwrap());
     }
 
-    /// All turns to read from the folder.
+    /// Acquires all permits to read from the folder.
     #[cfg(test)]
     pub(super) async fn folder_turns(&self) -> OwnedSemaphorePermit {
         let disk = self.inner.disk.as_ref().unwrap();
@@ -288,18 +294,19 @@ impl Cache {
         Arc::clone(&disk.reads).acquire_many_owned(turns).await.unwrap()
     }
 
-    /// All turns to fetch manifests, pages and footers.
+    /// Acquires all permits to fetch manifests, pages and footers.
     #[cfg(test)]
     pub(super) async fn parse_turns(&self) -> tokio::sync::SemaphorePermit<'_> {
         self.inner.parses.acquire_many(u32::try_from(PARSES).unwrap()).await.unwrap()
     }
 
-    /// Most chunks that are fetched ahead with one request.
+    /// Returns the maximum number of chunks that one read-ahead request fetches.
     pub(super) fn run_chunks(&self) -> u64 {
         self.inner.run
     }
 
-    /// Fetches chunks before anyone asks for them, those that are not there, if the budget allows. Neighbours come with one request.
+    /// Fetches the chunks that are not in memory before a reader needs them. Adjacent chunks share one request. Returns false if the
+    /// read-ahead budget is used up, or if the store is stopping.
     pub(super) fn read_ahead(&self, store: &Store, object: &str, line: SegmentLine, indexes: Range<u64>) -> bool {
         let attempt = line.stamp.attempt;
         let key = move |index| Key { attempt, index };
@@ -319,11 +326,11 @@ impl Cache {
             let flight = self.flight(store, object, &line, run[0]..run[0] + run.len() as u64);
             for (place, index) in run.iter().copied().enumerate() {
                 let (permit, flight) = (permits.split(1), (run.len() > 1).then(|| (flight.clone(), place)));
-                // It is under way before its reader comes, who then waits for it instead of fetching it again.
+                // The fetch is in flight before its reader arrives, so the reader waits for it instead of fetching the chunk again.
                 let fetched = self.piece(store, object, line, index, flight);
                 let object = object.to_owned();
                 tasks.spawn("tier read-ahead", async move {
-                    // Whoever needs the chunk asks again and sees the error.
+                    // A reader that needs the chunk repeats the fetch and receives the error.
                     if let (Err(error), _) = fetched.await {
                         tracing::debug!(object, index, %error, "read-ahead failed");
                     }
@@ -334,7 +341,7 @@ impl Cache {
         true
     }
 
-    /// One request for neighbours, driven by whoever waits for it.
+    /// Returns a request for adjacent chunks. The fetches that wait for it drive it.
     fn flight(&self, store: &Store, object: &str, line: &SegmentLine, indexes: Range<u64>) -> Flight {
         let (store, object) = (store.clone(), object.to_owned());
         let range = indexes.start * CHUNK_BYTES..line.object_bytes().min(indexes.end * CHUNK_BYTES);
@@ -342,8 +349,8 @@ impl Cache {
         request.map(|outcome| outcome.map_err(ReadError::from)).boxed().shared()
     }
 
-    /// Fetches a chunk: out of a flight that brings it at this place, or alone. Where the flight fails, for its other chunks perhaps, it is
-    /// fetched alone as well.
+    /// Fetches a chunk, from a shared request that contains the chunk at this place, or with a request of its own. If the shared request
+    /// fails, perhaps because of another chunk, the chunk is fetched with a request of its own as well.
     fn piece(
         &self,
         store: &Store,
@@ -362,7 +369,7 @@ impl Cache {
             let Some((whole, place)) = whole else { return inner.fetch(&its_store, &object, &line, key).await };
             let chunk = usize::try_from(CHUNK_BYTES).expect("a usize holds 32 bits");
             let start = whole.len().min(place * chunk);
-            // In memory of its own: a part would hold the whole.
+            // The copy has memory of its own: a slice would keep the complete response in memory.
             let chunk = Bytes::copy_from_slice(&whole[start..whole.len().min(start + chunk)]);
             inner.fetched(&its_store, key, &chunk).await;
             Ok(chunk)
@@ -375,7 +382,7 @@ impl Inner {
     async fn fetch(&self, store: &Store, object: &str, line: &SegmentLine, key: Key) -> Result<Bytes, ReadError> {
         if let Some(disk) = self.disk.as_ref().filter(|disk| disk.files.contains_key(&key)) {
             let turn = Arc::clone(&disk.reads).acquire_owned().await.expect("never closed");
-            // The callers may have left while others were served.
+            // All callers may have left while this fetch waited for its permit.
             if self.chunk_flights.is_abandoned(key) {
                 return Err(StoreError::Stopped.into());
             }
@@ -388,7 +395,7 @@ impl Inner {
         let end = line.object_bytes().min(start + CHUNK_BYTES);
         let chunk = {
             let _permit = self.fetches.acquire().await.expect("never closed");
-            // The callers may have left while others were served.
+            // All callers may have left while this fetch waited for its permit.
             if self.chunk_flights.is_abandoned(key) {
                 return Err(StoreError::Stopped.into());
             }
@@ -398,7 +405,7 @@ impl Inner {
         Ok(chunk)
     }
 
-    /// Notes that a chunk came from the bucket, and keeps it on disk if it had come before.
+    /// Records that a chunk was fetched from the object store. Starts to write the chunk to the folder if it was fetched before.
     async fn fetched(&self, store: &Store, key: Key, chunk: &Bytes) {
         self.misses.inc();
         if let Some(disk) = &self.disk {
@@ -436,7 +443,7 @@ impl Disk {
         Ok(Self { folder, keeps, reads, files, fetched })
     }
 
-    /// A chunk that is there and whole.
+    /// Returns a chunk from its file. If the file is missing or fails its checksum, removes it and returns `None`.
     async fn get(&self, key: Key, turn: OwnedSemaphorePermit) -> Option<Bytes> {
         self.files.get(&key).await?;
         let folder = Arc::clone(&self.folder);
@@ -451,7 +458,7 @@ impl Disk {
         chunk
     }
 
-    /// Keeps a chunk, soon, if the disk keeps up.
+    /// Starts to write a chunk to the folder, unless too many writes are in progress.
     fn keep(self: Arc<Self>, key: Key, chunk: Bytes, tasks: &Tasks) {
         let Ok(permit) = Arc::clone(&self.keeps).try_acquire_owned() else { return };
         if tasks.is_cancelled() {
@@ -463,12 +470,12 @@ impl Disk {
         });
     }
 
-    /// Keeps a chunk. A full or failing disk only makes the cache smaller.
+    /// Writes a chunk to the folder. A full or failing disk only makes the cache smaller.
     async fn put(&self, key: Key, chunk: Bytes) {
         let folder = Arc::clone(&self.folder);
         let bytes = weight(chunk.len() + 4);
         let written = task::run_blocking(move || {
-            // The last of the disk belongs to the log, and before it to what makes room in it.
+            // The log needs the last space of the disk: for its appends, and below `MIN_FREE_DISK_BYTES` for evictions.
             if folder.free_bytes().is_ok_and(|free| free < 2 * limits::MIN_FREE_DISK_BYTES) {
                 return Err(io::ErrorKind::StorageFull.into());
             }

@@ -1,9 +1,9 @@
-//! Whose a prefix is: the card in it, `cluster.json`, and what the cluster itself remembers of its store.
+//! Owner of a prefix: the cluster marker in it, `cluster.json`, and the store binding of the cluster.
 //!
-//! The card names its cluster and has an id. The cluster notes the id ([`StoreNotes`]) before anything relies on an object, so a broker
-//! whose URL names another store finds out: one that is empty is not taken, and one that has a card is not the one that was noted.
-//! Who takes a prefix reserves it in the note first. So brokers of one cluster that come at once write the same card, and it does not
-//! matter which of them is last where the store knows no conditional put.
+//! The marker contains its cluster's name and an id. The cluster stores the id in the binding ([`StoreNotes`]) before anything relies on an
+//! object. So a broker with a wrong URL fails: an empty store is not taken, and a marker with another id is rejected. A broker reserves a
+//! prefix in the binding before taking it. So brokers of one cluster that start together write the same marker, and need no conditional
+//! put.
 
 use std::sync::atomic::Ordering;
 
@@ -18,80 +18,80 @@ use super::{
 };
 use crate::task::random;
 
-/// The prefix cannot be used by this cluster, or it is not known yet whether it can.
+/// Error for a prefix that this cluster cannot use, or cannot verify yet.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ClaimError {
-    /// Another cluster's history is there.
+    /// The prefix contains another cluster's history.
     #[error(
         "{place} belongs to cluster {theirs:?}; this is cluster {ours:?}: give each cluster a bucket or prefix of its own"
     )]
     Foreign {
-        /// The store's URL.
+        /// URL of the store.
         place: String,
-        /// This cluster's name.
+        /// Name of this cluster.
         ours: String,
-        /// The owner's name.
+        /// Name of the owner.
         theirs: String,
     },
-    /// A store of a cluster of this name, or an empty one, and not the one that this cluster uses.
+    /// The store is not the one that this cluster uses: it is empty, or belongs to another cluster of the same name.
     #[error(
         "{place} is not the object store that this cluster uses, which is {noted}: {found}; correct object_store.url and \
          object_store.endpoint. Who moves a cluster's store copies all of it, cluster.json included"
     )]
     Elsewhere {
-        /// Where the store is that was asked.
+        /// Location of this store.
         place: String,
-        /// Where the cluster's is.
+        /// Location of the cluster's store.
         noted: String,
-        /// What is wrong with this one.
+        /// Difference of this store.
         found: &'static str,
     },
-    /// `cluster.json` is not one that we wrote.
+    /// `cluster.json` is missing after its write, invalid, or of a newer format.
     #[error("{place}/cluster.json cannot be read: {reason}: it must say which cluster owns this prefix")]
     Unreadable {
-        /// The store's URL.
+        /// URL of the store.
         place: String,
-        /// What is wrong with it.
+        /// Cause of the failure.
         reason: String,
     },
-    /// What must be ours is not: an unmounted disk, a folder moved away, another URL than before.
+    /// The cluster's store is missing: an unmounted disk, a folder that was moved, or a changed URL.
     #[error(
         "{place} should hold this cluster's history, and its cluster.json is not there; mount or move it back, or correct \
          object_store.url; nothing is written there until then"
     )]
     Gone {
-        /// The store's URL.
+        /// URL of the store.
         place: String,
     },
-    /// The metadata store is of an older cluster generation than the objects: it was restored from a backup of before.
+    /// The metadata store has an older cluster generation than the objects: it was restored from a backup that is older than the objects.
     #[error(
         "the metadata store is at cluster generation {ours}, and {place}/cluster.json at {theirs}: the metadata store is older than the \
          bucket. Restore a newer backup of etcd; or stop all brokers and run `strandline cluster new-generation`, which goes on above both"
     )]
     Generation {
-        /// The store's URL.
+        /// URL of the store.
         place: String,
-        /// The metadata store's generation.
+        /// Generation of the metadata store.
         ours: u64,
-        /// The bucket's.
+        /// Generation of the object store.
         theirs: u64,
     },
-    /// There is nothing that could hold the prefix.
+    /// The bucket does not exist.
     #[error("{place}: there is no such bucket; create it, or correct the URL")]
     NoBucket {
-        /// The store's URL.
+        /// URL of the store.
         place: String,
     },
-    /// The store could not be asked.
+    /// The request to the store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// What the cluster remembers could not be asked.
+    /// The store binding cannot be read or written.
     #[error("which object store is this cluster's is not known: {0}")]
     Notes(String),
 }
 
 impl ClaimError {
-    /// Whether asking again later may help.
+    /// Returns true if a later attempt may succeed.
     pub fn retryable(&self) -> bool {
         match self {
             Self::Gone { .. } | Self::Notes(_) => true,
@@ -104,26 +104,26 @@ impl ClaimError {
         }
     }
 
-    /// Whether the store is another one than this cluster's, or of a later generation: a broker does not start with it.
+    /// Returns true if this is not the cluster's store, or has a later generation: a broker does not start with it.
     pub fn ends_start(&self) -> bool {
         matches!(self, Self::Foreign { .. } | Self::Elsewhere { .. } | Self::Generation { .. })
     }
 }
 
-/// Which store a cluster uses.
+/// Store binding: the object store that a cluster uses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreNote {
-    /// The id in the store's `cluster.json`.
+    /// Id in the store's `cluster.json`.
     pub id: Uuid,
-    /// Its URL, and the service's where it has one, for messages.
+    /// URL of the store, with the endpoint if there is one.
     pub place: String,
-    /// The card is about to be written: it binds nobody yet, but who takes this place writes this id.
+    /// True before the marker is written. The binding does not bind any broker yet, but a broker that takes this place writes this id.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub reserved: bool,
 }
 
 impl StoreNote {
-    /// Whether this goes on being noted when a broker comes with `mine`.
+    /// Returns true if this binding remains when a broker submits `mine`.
     pub fn outlasts(&self, mine: &Self) -> bool {
         match (self.reserved, mine.reserved) {
             (false, _) => self.id != mine.id || self.place == mine.place,
@@ -133,34 +133,35 @@ impl StoreNote {
     }
 }
 
-/// What remembers, outside of the store, which store is the cluster's. Errors are for people; asking again may help.
+/// Storage of the store binding, outside of the object store. Errors are texts for people; a later attempt may succeed.
 pub trait StoreNotes: Send + Sync {
-    /// The store that is noted; `None` where the cluster may use any.
+    /// Returns the binding. Returns `None` if the cluster may use any store.
     fn noted(&self) -> BoxFuture<'_, Result<Option<StoreNote>, String>>;
 
-    /// Notes a store, unless what is noted [outlasts](StoreNote::outlasts) it. Returns what is noted then.
+    /// Stores a binding, unless the present binding [outlasts](StoreNote::outlasts) it. Returns the binding that remains.
     fn note(&self, mine: StoreNote) -> BoxFuture<'_, Result<StoreNote, String>>;
 }
 
-/// The content of `cluster.json`. One that a person wrote, to begin anew, needs no id and is taken at its word. Only the generation ever
-/// changes, and only upwards.
+/// Content of `cluster.json`. An operator may write a marker without id to start with this store again; a broker accepts it. Only the
+/// generation ever changes, and it only increases.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Card {
     format: u32,
     cluster: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     id: Option<Uuid>,
-    /// The cluster generation; 0 where a person wrote the card.
+    /// Cluster generation. 0 if an operator wrote the marker.
     #[serde(default)]
     generation: u64,
 }
 
 impl Store {
-    /// Makes sure that the prefix is this cluster's: takes it when nobody has it, refuses when another cluster has, or when this one
-    /// uses another. Asks the store until it has succeeded once; everything that writes calls it first, so a caller need not.
+    /// Makes sure that the prefix belongs to this cluster. Takes a prefix without marker. Fails if the prefix belongs to another cluster,
+    /// or if this cluster uses another store. Sends requests until it has succeeded once. The operations that write history call it first,
+    /// so their callers need not.
     ///
-    /// A folder is looked at each time. A bucket that goes away says so itself; where a disk is not mounted any more there
-    /// is still a folder, or one is made by the next write, and what lands in it is on the wrong disk.
+    /// A folder is checked at each call. A missing bucket causes errors by itself. If a disk is unmounted, its folder remains or the next
+    /// write creates it, and the objects would be written to the wrong disk.
     pub async fn claim(&self) -> Result<(), ClaimError> {
         let Some(id) = self.inner.claimed.get().filter(|_| self.inner.folder) else {
             let claimed = self.inner.claimed.get_or_try_init(|| self.ask_claim()).await.map(drop);
@@ -171,7 +172,7 @@ impl Store {
             });
         };
         match self.card().await? {
-            // One that a person wrote meanwhile is taken at its word here as well.
+            // A marker that an operator wrote meanwhile is accepted here as well.
             Some(card) if card.id.is_none() || card.id == *id => Ok(()),
             Some(_) => {
                 let place = self.whereabouts();
@@ -185,7 +186,7 @@ impl Store {
         }
     }
 
-    /// Returns the id of the card.
+    /// Reads or writes the marker and the binding, and compares them. Returns the id of the marker.
     async fn ask_claim(&self) -> Result<Option<Uuid>, ClaimError> {
         let noted = match self.inner.notes.get() {
             Some(notes) => notes.noted().await.map_err(ClaimError::Notes)?,
@@ -209,7 +210,7 @@ impl Store {
         Ok(id)
     }
 
-    /// Takes a prefix that nobody has, unless the cluster's is elsewhere.
+    /// Takes a prefix without marker, unless the cluster's store is another one.
     async fn take(&self, noted: Option<StoreNote>) -> Result<Card, ClaimError> {
         let place = self.whereabouts();
         let elsewhere = |noted: StoreNote| ClaimError::Elsewhere {
@@ -228,12 +229,12 @@ impl Store {
         if reserved.place != place {
             return Err(elsewhere(reserved));
         }
-        // Where nobody said which generation it is, it is a new cluster's.
+        // If the generation is not known, the cluster is new.
         let generation = self.inner.generation.load(Ordering::Acquire).max(1);
         let card = Card { format: 1, cluster: self.inner.cluster.clone(), id: Some(reserved.id), generation };
         let content = Bytes::from(serde_json::to_vec(&card).expect("a plain struct"));
-        // Where the store knows conditions, only one of two clusters that come at the same moment succeeds. Where
-        // it does not, the last one does, and the first learns it here or at its next start.
+        // If the store has conditional puts, only one of two clusters that take the prefix at the same time succeeds. If not, the last one
+        // succeeds, and the first one detects this here or at its next start.
         match self.put_if_absent(name::CLUSTER, content.clone()).await {
             Ok(()) => {}
             Err(StoreError::Unsupported { .. }) => self.put(name::CLUSTER, content).await?,
@@ -246,8 +247,8 @@ impl Store {
         self.card().await?.ok_or_else(|| ClaimError::Unreadable { place: self.inner.place.clone(), reason })
     }
 
-    /// Refuses a card of a later generation than the metadata's, and brings one of an earlier up to it. All brokers write the same, so it
-    /// does not matter which is last.
+    /// Rejects a marker of a later generation than the metadata store's. Replaces a marker of an earlier generation. All brokers write the
+    /// same content, so the order of their writes does not matter.
     async fn agree_on_generation(&self, card: Card) -> Result<(), ClaimError> {
         let (ours, theirs) = (self.inner.generation.load(Ordering::Acquire), card.generation);
         if ours == 0 || ours == theirs {
@@ -260,15 +261,15 @@ impl Store {
         Ok(self.put(name::CLUSTER, content.into()).await?)
     }
 
-    /// The cluster generation that the prefix is of; `None` where nobody has it.
+    /// Returns the cluster generation of the prefix. Returns `None` if the prefix has no marker.
     ///
     /// # Errors
-    /// When the store does not answer, or the prefix is another cluster's.
+    /// The store does not respond, or the prefix belongs to another cluster.
     pub async fn generation(&self) -> Result<Option<u64>, ClaimError> {
         Ok(self.card().await?.map(|card| card.generation))
     }
 
-    /// Notes a store where there is something to note it in. Returns what is noted then.
+    /// Stores a binding if there is a storage for it. Returns the binding that remains.
     async fn note(&self, mine: StoreNote) -> Result<StoreNote, ClaimError> {
         match self.inner.notes.get() {
             Some(notes) => notes.note(mine).await.map_err(ClaimError::Notes),
@@ -276,7 +277,7 @@ impl Store {
         }
     }
 
-    /// The card, if there is one; an error when it is another cluster's.
+    /// Returns the marker, if there is one. Fails if it belongs to another cluster.
     async fn card(&self) -> Result<Option<Card>, ClaimError> {
         let place = self.inner.place.clone();
         let content = match self.fetch(name::CLUSTER).await {
@@ -303,7 +304,7 @@ impl Store {
         ClaimError::Gone { place: self.inner.place.clone() }
     }
 
-    /// The URL, and the service's where it has one: two services may each have a bucket of this name.
+    /// Returns the URL, with the endpoint if there is one: two services may each have a bucket of this name.
     fn whereabouts(&self) -> String {
         let place = &self.inner.place;
         match self.options().named_endpoint().filter(|_| self.options().is_s3()) {

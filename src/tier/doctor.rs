@@ -1,8 +1,7 @@
-//! What a bucket and its credentials can do, tried on objects of a folder that is deleted at the end.
+//! Checks what an object store and its credentials can do, with objects in a folder that is deleted at the end.
 //!
-//! Every check says what it means for a broker. The ones that a broker cannot do without fail; the ones that it only
-//! profits from are called unsupported. For `s3://` the vendor's own client asks, so that what is found is the store's doing
-//! and not that of the client which the broker uses.
+//! Every check states its meaning for a broker. A missing capability that a broker needs is a failure; one that a broker can do without is
+//! unsupported. For `s3://` the checks use the vendor's client, so that a finding concerns the store and not the client of the broker.
 
 use std::ops::Range;
 
@@ -15,43 +14,44 @@ mod generic;
 use super::open::{OpenError, StoreOptions};
 use crate::task::{clock, random};
 
-/// Bytes of a part of the multipart check: the least that S3 allows for all but the last.
+/// Size of the first part in the multipart check: the minimum that S3 allows for every part but the last.
 const PART_BYTES: usize = 5 << 20;
 
-/// How far the store's clock may be off before requests are refused or garbage is judged wrongly, in milliseconds.
+/// Maximum difference between the store's clock and this machine's, in milliseconds. Above it, a store may refuse requests, and the age of
+/// garbage is wrong.
 const MOST_SKEW_MS: i64 = 60_000;
 
-/// How many ask at once in the check of concurrent conditional puts.
+/// Number of concurrent requests in the check of conditional puts.
 const AT_ONCE: usize = 8;
 
-/// How a check ended.
+/// Outcome of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// It works.
+    /// The capability works.
     Pass,
-    /// It does not work, and a broker needs it.
+    /// The capability does not work, and a broker needs it.
     Fail,
-    /// It does not work, and a broker does without it.
+    /// The capability does not work, and a broker does not need it.
     Unsupported,
-    /// Nothing is known of it: what comes before it failed.
+    /// The check was not tried, because an earlier one failed.
     Untried,
 }
 
-/// One check.
+/// One check and its outcome.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Check {
-    /// What was tried.
+    /// Name of the check.
     pub name: &'static str,
-    /// How it ended.
+    /// Outcome of the check.
     pub outcome: Outcome,
-    /// What was seen.
+    /// Observation of the check, for people.
     pub detail: String,
-    /// What that means for a broker.
+    /// Meaning of the checked capability for a broker.
     pub meaning: &'static str,
 }
 
-/// What a conditional put answered.
+/// Result of a conditional put.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Created {
     Yes,
@@ -59,22 +59,22 @@ enum Created {
     NotKnown(String),
 }
 
-/// An object store as the checks see it. Errors are texts for the report.
+/// Requests that the checks send to an object store. Errors are texts for the report.
 trait Probe {
     async fn put(&self, key: &str, body: Bytes) -> Result<(), String>;
     async fn put_new(&self, key: &str, body: Bytes) -> Result<Created, String>;
     async fn get(&self, key: &str, range: Range<u64>) -> Result<Bytes, String>;
-    /// Length, and when it was written by the store's clock in milliseconds.
+    /// Returns the object's length and its modification time by the store's clock, in milliseconds since 1970.
     async fn head(&self, key: &str) -> Result<(u64, i64), String>;
     async fn list(&self, folder: &str) -> Result<Vec<String>, String>;
     async fn delete(&self, key: &str) -> Result<(), String>;
     async fn multipart(&self, key: &str, parts: Vec<Bytes>) -> Result<(), String>;
 }
 
-/// Tries everything that a broker needs of the store that `options` names. Waits are bounded by the options.
+/// Checks every capability of the store in `options` that a broker uses. The options bound all waits.
 ///
 /// # Errors
-/// When the options name no store. What the store cannot do is in the checks.
+/// The options name no store. A missing capability is not an error but the outcome of a check.
 pub async fn examine(options: &StoreOptions) -> Result<Vec<Check>, OpenError> {
     let folder = format!(".strandline-doctor-{}", random::uuid());
     #[cfg(feature = "aws-sdk")]
@@ -100,16 +100,16 @@ fn check(name: &'static str, result: Result<String, String>, meaning: &'static s
     Check { name, outcome, detail, meaning }
 }
 
-/// A check that makes no sense while nothing can be put.
+/// Returns a check as not tried, for a store that accepted no put.
 fn untried(name: &'static str, meaning: &'static str) -> Check {
     let detail = "nothing could be put into the store".to_owned();
     Check { name, outcome: Outcome::Untried, detail, meaning }
 }
 
-/// The check that all others build on.
+/// Name of the check that all other checks depend on.
 const PUT: &str = "put";
 
-/// What else a broker needs, and for what.
+/// Names of the other capabilities that a broker needs, each with its purpose.
 const NEEDED: [(&str, &str); 5] = [
     ("ranged get", "Cold reads fetch ranges of segment objects."),
     ("head and clock", "Uploads are verified by length; garbage is judged by age; signatures by time."),
@@ -123,7 +123,7 @@ async fn run(probe: &impl Probe, folder: &str) -> Vec<Check> {
     let reachable = written.is_ok();
     let mut checks = vec![check(PUT, written, "Without it nothing moves to the bucket.")];
     if !reachable {
-        // Everything else would say the same thing again.
+        // All other checks would fail for the same reason.
         checks.extend(NEEDED.map(|(name, meaning)| untried(name, meaning)));
         checks.extend(["conditional put", "conditional puts at once"].map(|name| untried(name, CONDITIONAL)));
         return checks;
@@ -238,13 +238,13 @@ async fn conditional(probe: &impl Probe, folder: &str) -> (Check, Check) {
     (named("conditional put", sequential), named("conditional puts at once", concurrent))
 }
 
-/// Whether anything could be put at all.
+/// Returns true if the check of puts passed.
 fn works(checks: &[Check]) -> bool {
     checks.iter().all(|check| check.name != PUT || check.outcome == Outcome::Pass)
 }
 
-/// Deletes what the checks wrote: all of it, or the first object alone, whose put failed but may have arrived. A store
-/// that cannot delete has said so in its check.
+/// Deletes the objects of the checks. If `all` is false, deletes only the first object: its put failed, but may have arrived. If the store
+/// cannot delete, its check has reported that already.
 async fn clean(probe: &impl Probe, folder: &str, all: bool) {
     let names = ["small", "clock", "parts", "race", "checksum"];
     for name in names.into_iter().take(if all { names.len() } else { 1 }) {
@@ -254,7 +254,7 @@ async fn clean(probe: &impl Probe, folder: &str, all: bool) {
     }
 }
 
-/// Bytes that show when a range is shifted.
+/// Returns bytes in which a shifted range can be detected.
 fn pattern(bytes: usize) -> Bytes {
     let numbers = (0u32..).flat_map(u32::to_be_bytes);
     numbers.take(bytes).collect()
@@ -265,7 +265,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_store_in_memory_and_a_directory_pass_everything_and_keep_nothing() {
+    async fn memory_and_directory_stores_pass_and_keep_nothing() {
         let folder = tempfile::tempdir().unwrap();
         for url in ["memory://".to_owned(), format!("file://{}/objects", folder.path().display())] {
             let checks = examine(&StoreOptions::new(&url)).await.unwrap();
@@ -280,10 +280,10 @@ mod tests {
         assert_eq!(left.collect::<Vec<_>>(), Vec::<std::path::PathBuf>::new());
     }
 
-    /// Found by a user: a store that could not be reached was said to lack what nobody had asked it for.
+    /// Regression: the checks reported capabilities of an unreachable store as unsupported, although no request had tried them.
     #[cfg(feature = "aws-sdk")]
     #[tokio::test]
-    async fn what_cannot_be_reached_is_not_judged() {
+    async fn unreachable_store_leaves_checks_untried() {
         let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let keys = crate::tier::Keys { access_key_id: "a".into(), secret_access_key: "b".into() };
         let options = StoreOptions {

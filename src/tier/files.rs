@@ -1,6 +1,6 @@
-//! The tier's own use of the file system: the chunk cache's folder, and the files of a folder as object store. All of it blocks;
-//! callers come from `task::run_blocking`. Segments are read through the log. Large files go to the disk in small pieces with pauses
-//! ([`PieceWriter`]): acknowledgements wait for the same device.
+//! File system access of the tier: the chunk cache's folder, and the files of a folder as object store. All functions block, so callers use
+//! `task::run_blocking`. Segments are read through the log. Large files are written in small pieces with pauses ([`PieceWriter`]), because
+//! acknowledgements wait for the same device.
 
 use std::{
     ffi::OsString,
@@ -22,19 +22,19 @@ use rustix::fs::{Advice, OFlags, fadvise};
 
 use crate::log::{PrivateDir, disk::PIECE_BYTES, give_back, write_out};
 
-/// How long the appends go first after each piece.
+/// Pause after each piece, in which appends have the device.
 const PIECE_PAUSE: Duration = Duration::from_millis(1);
 
-/// Ending of a file of the cache, and of one that is being written.
+/// File name ending of a chunk in the cache. `UNFINISHED` follows it while the file is being written.
 pub(super) const CHUNK: &str = ".chunk";
 const UNFINISHED: &str = ".part";
 
-/// Makes a folder and those above it.
+/// Creates a folder and the folders above it.
 pub(super) fn create_folder(path: &Path) -> io::Result<()> {
     fs::create_dir_all(path)
 }
 
-/// Writes files in pieces, one piece at a time over all files that share it, and waits until the disk has each.
+/// Writes files in pieces, one piece at a time over all files that share the writer. Waits until each piece is on the device.
 #[derive(Debug, Default)]
 pub(super) struct PieceWriter {
     turn: Mutex<()>,
@@ -72,8 +72,8 @@ impl PieceWriter {
     }
 }
 
-/// A file that is written beside its place, under a name that a folder as object store does not list, and moved there when it is whole.
-/// Dropped before that it is removed.
+/// A file that is written next to its target, and renamed to the target when it is complete. Until then, the object store does not list the
+/// file. A file that is dropped before it is complete is removed.
 #[derive(Debug)]
 pub(super) struct StagedFile {
     file: fs::File,
@@ -83,7 +83,7 @@ pub(super) struct StagedFile {
 }
 
 impl StagedFile {
-    /// Makes the file, and the folders above it, which are durable then.
+    /// Creates the file, and missing folders above it. New folders are durable when this returns.
     pub(super) fn create(target: &Path) -> io::Result<Self> {
         let mut attempt = 1;
         loop {
@@ -111,7 +111,7 @@ impl StagedFile {
         writer.write_at(&self.file, at, parts)
     }
 
-    /// Moves the file to its place, where it replaces what is there. Content and name are durable when this returns.
+    /// Renames the file to its target and replaces a file there. Content and name are durable when this returns.
     pub(super) fn publish(&self) -> io::Result<()> {
         self.file.sync_all()?;
         fs::rename(&self.path, &self.target)?;
@@ -130,7 +130,7 @@ impl Drop for StagedFile {
     }
 }
 
-/// Reads a range of a file and drops its pages from the page cache, where they are on the disk already.
+/// Reads a range of a file, and drops its pages from the page cache if they are on the device already.
 pub(super) fn read_and_drop_pages(file: &fs::File, range: Range<u64>) -> io::Result<Bytes> {
     let len = range.end.saturating_sub(range.start);
     let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
@@ -146,12 +146,12 @@ pub(super) fn read_and_drop_pages(file: &fs::File, range: Range<u64>) -> io::Res
 pub(super) struct LeavingFile(fs::File);
 
 impl LeavingFile {
-    /// `None` where there is none, or none that this process may write to.
+    /// Returns `None` if the file does not exist or this process may not write to it.
     pub(super) fn open(path: &Path) -> Option<Self> {
         fs::OpenOptions::new().write(true).open(path).ok().map(Self)
     }
 
-    /// Gives back its room in steps, once its name is gone.
+    /// Frees the space of the file in steps, after its name was removed.
     pub(super) fn give_back(self) {
         if let Err(error) = give_back(&self.0) {
             tracing::debug!(%error, "the room of an object is given back at once");
@@ -167,7 +167,7 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
     fs::File::open(folder)?.sync_all()
 }
 
-/// Makes a folder and those above it, each durable in the one above.
+/// Creates a folder and the folders above it. Each is durable in the folder above it.
 fn make_durable_folder(folder: &Path) -> io::Result<()> {
     match fs::create_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound && folder.parent().is_some() => {
@@ -175,13 +175,13 @@ fn make_durable_folder(folder: &Path) -> io::Result<()> {
             return make_durable_folder(folder);
         }
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-        // Whoever made it may not have synced it yet.
+        // Another thread or process may have created the folder, and may not have synced it yet.
         _ => {}
     }
     sync_folder(folder_of(folder))
 }
 
-/// The chunk cache's folder.
+/// Folder of the chunk cache.
 #[derive(Debug)]
 pub(super) struct CacheFolder {
     dir: PrivateDir,
@@ -189,8 +189,8 @@ pub(super) struct CacheFolder {
 }
 
 impl CacheFolder {
-    /// Makes the folder, or deletes the chunks in it; other files stay. `data_dir` is the data directory, where the folder lies in it:
-    /// the folder may then be no link.
+    /// Creates the folder, or deletes the chunks in it; other files are kept. If the folder lies in `data_dir`, the data directory, the
+    /// folder must not be a symbolic link.
     pub(super) fn open(path: &Path, data_dir: Option<&Path>) -> io::Result<Self> {
         let below = data_dir.and_then(|data_dir| Some((data_dir, path.strip_prefix(data_dir).ok()?)));
         let folder = match below {
@@ -205,12 +205,12 @@ impl CacheFolder {
         Ok(Self { dir: folder, writer: PieceWriter::default() })
     }
 
-    /// Bytes that can still be written in its file system.
+    /// Returns the bytes that can still be written to the folder's file system.
     pub(super) fn free_bytes(&self) -> io::Result<u64> {
         self.dir.free_bytes()
     }
 
-    /// Writes a file under a name that nobody reads yet, then gives it its name.
+    /// Writes a file under a name that no read uses, and then renames it.
     pub(super) fn write_whole(&self, name: &str, parts: &[&[u8]]) -> io::Result<()> {
         let unfinished = format!("{name}{UNFINISHED}");
         let file = self.dir.open_file(Path::new(&unfinished), OFlags::WRONLY | OFlags::CREATE)?;
@@ -220,7 +220,7 @@ impl CacheFolder {
         self.dir.rename(Path::new(&unfinished), &self.dir, Path::new(name))
     }
 
-    /// A whole file.
+    /// Returns the content of a file.
     pub(super) fn read_whole(&self, name: &str) -> io::Result<Bytes> {
         let mut file = self.dir.open_file(Path::new(name), OFlags::RDONLY)?;
         let mut bytes = Vec::with_capacity(usize::try_from(file.metadata()?.len()).unwrap_or(0));
@@ -228,7 +228,7 @@ impl CacheFolder {
         Ok(Bytes::from(bytes))
     }
 
-    /// Deletes a file, if it is there.
+    /// Deletes a file. A missing file is no error.
     pub(super) fn delete(&self, name: &str) -> io::Result<()> {
         match self.dir.remove(Path::new(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -243,9 +243,9 @@ mod tests {
 
     use super::*;
 
-    /// Whatever lay in the configured folder was deleted once.
+    /// Regression: every file in the configured folder was deleted.
     #[test]
-    fn a_cache_folder_loses_its_chunks_and_nothing_else() {
+    fn opening_cache_folder_deletes_only_chunks() {
         let parent = tempfile::tempdir().unwrap();
         for name in ["1.chunk", "2.chunk.part", "photo.jpg"] {
             fs::write(parent.path().join(name), "content").unwrap();
@@ -260,14 +260,14 @@ mod tests {
     }
 
     #[test]
-    fn pieces_hold_the_parts_in_order_from_any_position() {
+    fn piece_writer_keeps_order_of_parts_at_any_position() {
         let parent = tempfile::tempdir().unwrap();
         let target = parent.path().join("a/b/object");
         let staged = StagedFile::create(&target).unwrap();
         let other = StagedFile::create(&target).unwrap();
         let content: Vec<u8> = (0..3 * PIECE_BYTES + 77).map(|i| u8::try_from(i % 251).unwrap()).collect();
         let (first, rest) = content.split_at(PIECE_BYTES + 5);
-        // The later one first, as parts of an upload may come; one part crosses pieces, another is empty.
+        // The later part is written first, as the parts of an upload may arrive. One part crosses pieces, another one is empty.
         staged.write_at(&PieceWriter::default(), first.len() as u64, [&rest[..3], &[], &rest[3..]]).unwrap();
         staged.write_at(&PieceWriter::default(), 0, first.chunks(1000)).unwrap();
         assert!(!target.exists());
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configured_cache_folder_may_be_a_link_and_one_in_the_data_directory_may_not() {
+    fn cache_folder_in_data_directory_must_not_be_a_link() {
         let parent = tempfile::tempdir().unwrap();
         let (data, disk) = (parent.path().join("data"), parent.path().join("disk"));
         fs::create_dir(&data).unwrap();

@@ -1,5 +1,5 @@
-//! Requests under way that several callers wait for. A request that has begun goes on when its callers leave: what it fetches is kept, and the
-//! next caller finds it, however short the callers' own time limits are.
+//! In-flight requests that several callers wait for. A request that has started continues when its callers leave. Its result is cached, and
+//! the next caller finds it, even if the time limits of all callers are short.
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +13,7 @@ use crate::task::Tasks;
 
 type Outcome<V> = Option<Result<V, ReadError>>;
 
-/// Requests under way, by what they fetch.
+/// In-flight requests by the key of the fetched object.
 #[derive(Debug)]
 pub(super) struct Flights<K, V> {
     under_way: Mutex<BTreeMap<K, Arc<watch::Sender<Outcome<V>>>>>,
@@ -30,12 +30,13 @@ where
     K: Copy + Ord + Send + 'static,
     V: Clone + Send + Sync + 'static,
 {
-    /// Waits for the request for `key`, which `load` begins unless it is under way. Also returns whether it was.
+    /// Waits for the request for `key`. If none is in flight, starts one with `load`. Also returns true if the request was in flight
+    /// already.
     ///
-    /// `load` puts what it fetched where the next caller looks first, and looks there itself: the request before it may have ended since
-    /// its caller looked.
+    /// `load` stores its result where the next caller looks first. `load` also looks there itself: the previous request may have ended
+    /// after the caller looked.
     ///
-    /// The request is under way when this returns; what is returned only waits for it.
+    /// The request is in flight when this function returns. The returned future only waits for it.
     pub(super) fn join<L, F>(
         self: &Arc<Self>,
         tasks: &Tasks,
@@ -82,7 +83,7 @@ where
         });
     }
 
-    /// Whether every caller has left. Then the request is over: the next caller begins another one.
+    /// Returns true if every caller has left. The request is then removed, so the next caller starts another one.
     pub(super) fn is_abandoned(&self, key: K) -> bool {
         let mut under_way = self.lock();
         let abandoned = under_way.get(&key).is_none_or(|sender| sender.receiver_count() == 0);
@@ -112,7 +113,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn request_goes_on_without_its_caller_and_the_next_one_joins_it() {
+    async fn request_continues_without_caller_and_next_one_joins() {
         let (flights, tasks) = (Arc::new(Flights::<u32, u32>::default()), Tasks::new());
         let (land, landing) = oneshot::channel();
         let load = || async move { Ok(landing.await.expect("it lands")) };

@@ -1,8 +1,8 @@
-//! A folder of this machine as object store, whose disk may be the one that acknowledgements wait for.
+//! A folder of this machine as object store. Its disk may be the disk of the journal, which acknowledgements wait for.
 //!
-//! Large objects are written in small pieces with pauses, one piece at a time over all uploads: in one go, the sync of 64 MiB stood in
-//! front of the journal's next write. An object leaves the page cache when it is read back after its upload: the cache would fill with objects
-//! that nobody reads. Everything else is `object_store`'s. An object is durable, with its name, when its put returns.
+//! Large objects are written in small pieces with pauses, one piece at a time over all uploads. A sync of 64 MiB at once would delay the
+//! next write of the journal. The read-back after an upload drops the object from the page cache, which objects without readers would fill.
+//! `object_store` does everything else. When a put returns, the object and its name are durable.
 
 use std::{fmt, io, ops::Range, sync::Arc};
 
@@ -18,11 +18,11 @@ use object_store::{
 use super::files::{LeavingFile, PieceWriter, StagedFile, read_and_drop_pages};
 use crate::{log::disk::PIECE_BYTES, task};
 
-/// Extension of a get that verifies an upload: these bytes were written just now, and nobody is expected to read them soon.
+/// Extension of a get that verifies an upload. The bytes were written just now, and no other read is expected soon.
 #[derive(Clone, Copy, Debug)]
 struct ReadBack;
 
-/// The options of such a get.
+/// Returns the options of a get that verifies an upload.
 pub(super) fn read_back_options() -> GetOptions {
     let mut extensions = Extensions::new();
     extensions.insert(ReadBack);
@@ -37,7 +37,7 @@ pub(super) struct Folder {
 }
 
 impl Folder {
-    /// What `files` syncs it syncs itself.
+    /// Creates the store over `files`. Objects that `files` writes are synced only if `files` is configured to sync.
     pub(super) fn new(files: LocalFileSystem) -> Self {
         Self { files, writer: Arc::default() }
     }
@@ -106,7 +106,7 @@ impl ObjectStore for Folder {
                 Ok(location)
             }
         };
-        // One after the other: the room of all goes to the same disk.
+        // Deletes one object after the other, because all deletes free space on the same disk.
         locations.then(delete).boxed()
     }
 
@@ -131,13 +131,13 @@ impl ObjectStore for Folder {
     }
 }
 
-/// One object on its way to the disk.
+/// An object that is being written.
 #[derive(Debug)]
 struct Upload {
-    /// `None` after its end.
+    /// `None` after the upload has been completed or aborted.
     staged: Option<Arc<StagedFile>>,
     writer: Arc<PieceWriter>,
-    /// Where the next part goes.
+    /// Position of the next part in the object.
     at: u64,
 }
 
@@ -161,7 +161,7 @@ impl MultipartUpload for Upload {
 
     async fn abort(&mut self) -> Result<()> {
         let staged = self.staged.take();
-        // The last that holds it removes it.
+        // The drop of the last reference removes the file.
         task::run_blocking(move || drop(staged)).await;
         Ok(())
     }
@@ -191,14 +191,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn large_objects_are_whole_or_absent() {
+    async fn large_objects_are_complete_or_absent() {
         let parent = tempfile::tempdir().unwrap();
         let folder = Folder::new(LocalFileSystem::new_with_prefix(parent.path()).unwrap().with_fsync(true));
         let large = content(5 * PIECE_BYTES + 1);
         let path = Path::from("topics/a/large");
         folder.put(&path, large.clone().into()).await.unwrap();
         assert!(folder.get(&path).await.unwrap().bytes().await.unwrap() == large);
-        // Replaced while somebody else's upload is under way, which is given up.
+        // The object is replaced while another upload of it is in progress, which is aborted afterwards.
         let mut other = folder.put_multipart(&path).await.unwrap();
         other.put_part(content(PIECE_BYTES).into()).await.unwrap();
         let mut parts = folder.put_multipart(&path).await.unwrap();
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_deleted_object_leaves_what_has_its_content_under_another_name() {
+    async fn deleted_object_leaves_its_copy() {
         let parent = tempfile::tempdir().unwrap();
         let folder = Folder::new(LocalFileSystem::new_with_prefix(parent.path()).unwrap());
         let (path, copy, missing) = (Path::from("object"), Path::from("copy"), Path::from("missing"));
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_large_object_that_must_be_new_replaces_nothing() {
+    async fn conditional_put_of_large_object_replaces_nothing() {
         let parent = tempfile::tempdir().unwrap();
         let folder = Folder::new(LocalFileSystem::new_with_prefix(parent.path()).unwrap());
         let path = Path::from("object");

@@ -1,20 +1,22 @@
-//! The end of a segment object: what lies before it, and how to find a place in it.
+//! The footer at the end of a segment object: a description of the batches before it, and their index.
+//!
+//! # Format
 //!
 //! ```text
 //! batches as they are │ body │ trailer (44 bytes)
 //!
 //! body     topic id 16 │ partition u32 │ base u64 │ end u64 │ writer's epoch u32 │ data bytes u64
 //!          │ largest timestamp i64
-//!          │ n u32 │ n × (epoch u32, first offset u64)                           leader epochs up to `end`
-//!          │ n u32 │ n × (offset u64, position u64, largest timestamp i64)       one entry for each stretch of batches
+//!          │ n u32 │ n × (epoch u32, start offset u64)                           leader epochs up to `end`
+//!          │ n u32 │ n × (offset u64, position u64, largest timestamp i64)       one entry for each index interval
 //!          │ n u32 │ n bytes                                                     producer state at `end`, opaque here
 //! trailer  data bytes u64 │ body bytes u32 │ CRC of data u32 │ CRC of body u32 │ version u16
 //!          │ ten zero bytes │ CRC of the trailer so far u32 │ "STRNDSEG"
 //! ```
 //!
-//! Big-endian; every CRC is CRC-32C. One entry serves both indexes: by offset it finds the stretch that holds an
-//! offset, by time the first stretch that holds a timestamp at or after a given one. A stretch is at least 4 KiB, and
-//! wider where a segment would have more than [`MAX_ENTRIES`] of them, so that a footer stays below a MiB.
+//! Big-endian; every CRC is CRC-32C. Each entry serves two indexes. The offset index finds the interval that contains an offset; the time
+//! index finds the first interval with a timestamp at or after a given one. Every interval but the last has at least 4 KiB. Intervals are
+//! larger if a segment would otherwise have more than [`MAX_ENTRIES`] of them, so that a footer stays below a MiB.
 //!
 //! Pure: no I/O, no clock, no randomness.
 
@@ -26,10 +28,10 @@ use crate::{
     record::Batch,
 };
 
-/// Bytes of the trailer, which ends every segment object.
+/// Size of the trailer, which ends every segment object.
 pub const TRAILER_BYTES: usize = 44;
 
-/// Most index entries of one segment.
+/// Maximum number of index entries of one segment.
 pub const MAX_ENTRIES: u64 = 16_384;
 
 const LEAST_STRETCH_BYTES: u64 = 4096;
@@ -39,55 +41,55 @@ const KIND: &str = "segment object";
 const ENTRY_BYTES: usize = 24;
 const EPOCH_BYTES: usize = 12;
 
-/// A stretch of consecutive batches: from this entry's position to the next one's.
+/// An index interval: the consecutive batches from this entry's position to the next entry's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stretch {
-    /// Base offset of its first batch.
+    /// Base offset of the first batch in the interval.
     pub offset: Offset,
-    /// Where that batch starts in the object.
+    /// Position of that batch in the object.
     pub position: u64,
-    /// Largest timestamp in the stretch, in milliseconds.
+    /// Largest timestamp in the interval, in milliseconds.
     pub max_timestamp_ms: i64,
 }
 
-/// What a segment object says about itself.
+/// Description of a segment object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footer {
-    /// Whose data it is.
+    /// Partition of the segment.
     pub partition: PartitionId,
     /// First offset.
     pub base: Offset,
-    /// Offset after the last.
+    /// Offset after the last one.
     pub end: Offset,
-    /// The leader epoch of the uploader.
+    /// Leader epoch of the uploader.
     pub writer_epoch: LeaderEpoch,
     /// Bytes of batches, from the object's start.
     pub data_bytes: u64,
-    /// CRC-32C of them.
+    /// CRC-32C of the batches.
     pub data_crc: u32,
-    /// Largest timestamp of its records.
+    /// Largest timestamp of the records, in milliseconds.
     pub max_timestamp_ms: i64,
-    /// Epoch and first offset of each leader up to `end`, both ascending. The first may lie before `base`.
+    /// Epoch and start offset of each leader up to `end`, both ascending. The first may lie below `base`.
     pub epochs: Vec<(LeaderEpoch, Offset)>,
-    /// Ascending in offset and position; the first is (`base`, 0).
+    /// Index entries, ascending in offset and position. The first is (`base`, 0).
     pub stretches: Vec<Stretch>,
     /// Producer state at `end`.
     pub producers: Bytes,
 }
 
-/// The part of a trailer that finds and checks the rest.
+/// The fields of a trailer that locate and check the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trailer {
-    /// Bytes of batches; the body starts there.
+    /// Bytes of batches. The body starts after them.
     pub data_bytes: u64,
-    /// Bytes of the body.
+    /// Size of the body in bytes.
     pub body_bytes: u32,
     data_crc: u32,
     body_crc: u32,
 }
 
 impl Trailer {
-    /// Reads the trailer off the end of `tail`, which ends where the object ends.
+    /// Parses the trailer at the end of `tail`, which ends where the object ends.
     pub fn parse(tail: &[u8]) -> Result<Self, Invalid> {
         let Some((_, bytes)) = tail.split_last_chunk::<TRAILER_BYTES>() else {
             return Err(Invalid::Truncated { field: "trailer", missing: TRAILER_BYTES - tail.len() });
@@ -113,14 +115,14 @@ impl Trailer {
         Ok(Self { data_bytes, body_bytes, data_crc, body_crc })
     }
 
-    /// Bytes of body and trailer: what has to be read off the object's end to open it.
+    /// Returns the bytes of body and trailer, which must be read at the object's end to parse the footer.
     pub fn footer_bytes(&self) -> u64 {
         u64::from(self.body_bytes) + TRAILER_BYTES as u64
     }
 }
 
 impl Footer {
-    /// Body and trailer, to be put behind the batches.
+    /// Returns body and trailer, which follow the batches.
     pub fn encode(&self) -> Bytes {
         let capacity =
             128 + self.epochs.len() * EPOCH_BYTES + self.stretches.len() * ENTRY_BYTES + self.producers.len();
@@ -161,10 +163,10 @@ impl Footer {
         out.freeze()
     }
 
-    /// Reads body and trailer off the end of `tail`, which ends where the object ends.
+    /// Parses body and trailer at the end of `tail`, which ends where the object ends.
     ///
     /// # Errors
-    /// `Truncated` when `tail` begins after the body: [`Trailer::footer_bytes`] says how much is needed.
+    /// `Truncated` if `tail` begins after the start of the body. [`Trailer::footer_bytes`] returns the bytes that are needed.
     pub fn parse(tail: &[u8]) -> Result<Self, Invalid> {
         let trailer = Trailer::parse(tail)?;
         let before = &tail[..tail.len() - TRAILER_BYTES];
@@ -220,7 +222,7 @@ impl Footer {
         })
     }
 
-    /// What reading relies on, whoever wrote it.
+    /// Checks what reads rely on, regardless of the writer.
     fn check(&self) -> Result<(), Invalid> {
         let refuse = |reason| Err(Invalid::Contradiction { reason });
         if self.base >= self.end {
@@ -244,30 +246,30 @@ impl Footer {
         Ok(())
     }
 
-    /// The stretch that holds `offset`, and where it ends.
+    /// Returns the index interval that contains `offset`, and the position of its end.
     pub fn stretch_of(&self, offset: Offset) -> (Stretch, u64) {
         let at = self.stretches.partition_point(|stretch| stretch.offset <= offset).saturating_sub(1);
         (self.stretches[at], self.stretches.get(at + 1).map_or(self.data_bytes, |next| next.position))
     }
 
-    /// The first stretch that holds a timestamp at or after `timestamp_ms`.
+    /// Returns the first index interval with a timestamp at or after `timestamp_ms`.
     pub fn stretch_at_time(&self, timestamp_ms: i64) -> Option<Stretch> {
         self.stretches.iter().find(|stretch| stretch.max_timestamp_ms >= timestamp_ms).copied()
     }
 
-    /// The leader epoch that wrote `offset`.
+    /// Returns the leader epoch that wrote `offset`.
     pub fn epoch_of(&self, offset: Offset) -> Option<LeaderEpoch> {
         epoch_of(&self.epochs, offset)
     }
 }
 
-/// The leader epoch that wrote `offset`, by a list of (epoch, first offset).
+/// Returns the leader epoch that wrote `offset`, from a list of (epoch, start offset).
 pub fn epoch_of(epochs: &[(LeaderEpoch, Offset)], offset: Offset) -> Option<LeaderEpoch> {
     let after = epochs.partition_point(|(_, start)| *start <= offset);
     after.checked_sub(1).map(|at| epochs[at].0)
 }
 
-/// Gathers a footer while the batches go by.
+/// Builds a footer from the batches of a segment.
 #[derive(Clone, Debug)]
 pub struct FooterBuilder {
     footer: Footer,
@@ -275,7 +277,7 @@ pub struct FooterBuilder {
 }
 
 impl FooterBuilder {
-    /// For a segment that starts at `base` and has about `data_bytes` bytes of batches.
+    /// Creates a builder for a segment that starts at `base` and has about `data_bytes` bytes of batches.
     pub fn new(
         partition: PartitionId,
         base: Offset,
@@ -300,17 +302,17 @@ impl FooterBuilder {
         }
     }
 
-    /// Offset of the first batch.
+    /// Returns the offset of the first batch.
     pub fn base(&self) -> Offset {
         self.footer.base
     }
 
-    /// Offset after the last batch.
+    /// Returns the offset after the last batch.
     pub fn end(&self) -> Offset {
         self.footer.end
     }
 
-    /// Notes the next batch. The caller has checked that it starts at [`FooterBuilder::end`].
+    /// Adds the next batch. The caller has checked that the batch starts at [`FooterBuilder::end`].
     pub fn push(&mut self, batch: &Batch) {
         debug_assert_eq!(batch.base_offset(), self.footer.end, "batches are contiguous");
         let footer = &mut self.footer;
@@ -323,16 +325,16 @@ impl FooterBuilder {
             _ => footer.stretches.push(Stretch { offset: batch.base_offset(), position, max_timestamp_ms }),
         }
         footer.max_timestamp_ms = footer.max_timestamp_ms.max(max_timestamp_ms);
-        footer.data_crc = crc32c::crc32c_append(footer.data_crc, batch.head());
+        footer.data_crc = crc32c::crc32c_append(footer.data_crc, batch.header());
         footer.data_crc = crc32c::crc32c_append(footer.data_crc, batch.records_bytes());
         footer.data_bytes += batch.encoded_len() as u64;
         footer.end = batch.end_offset();
     }
 
-    /// The footer. Epochs that begin at or after the end say nothing about this data and are left out.
+    /// Returns the footer, without the epochs that begin at or after the end: no batch of this segment has them.
     ///
     /// # Panics
-    /// When no batch was pushed.
+    /// If no batch was added.
     pub fn finish(self, producers: Bytes) -> Footer {
         let mut footer = Footer { producers, ..self.footer };
         footer.epochs.retain(|(_, start)| *start < footer.end);

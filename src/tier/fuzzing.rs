@@ -1,16 +1,16 @@
-//! Doors for the fuzzers (`fuzz/entries`) to what this room reads from the bucket and shows to nobody else. Each takes an
-//! object's content and writes again what it understood; `None` is a refusal.
+//! Entry points of the fuzzers (`fuzz/entries`) to parsers that are private to this module. Each function decodes an object's content and
+//! encodes the result again. `None` means that the content was rejected.
 
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{claim::Card, store::TopicRecord};
 
-/// `cluster.json`.
+/// Decodes and encodes `cluster.json`.
 pub fn owner(content: &[u8]) -> Option<Vec<u8>> {
     again::<Card>(content)
 }
 
-/// `topic.json`.
+/// Decodes and encodes `topic.json`.
 pub fn topic(content: &[u8]) -> Option<Vec<u8>> {
     again::<TopicRecord>(content)
 }

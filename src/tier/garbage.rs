@@ -1,11 +1,15 @@
-//! Deletes what no manifest names: objects of attempts that failed, segments below a log start, superseded manifests,
-//! deleted topics.
+//! Deletes garbage: objects of failed attempts, segments below a log start, superseded manifests, deleted topics.
 //!
-//! An object is taken only if all of this holds: it lies in a partition's folder and has a name of ours; it is older than the
-//! grace, by the store's clock, so that uploads under way are safe; and the partition's current manifest, read *after* the
-//! listing, does not name it. A manifest only ever gains objects that were new when it was staged, so what the current one
-//! does not name and what is older than any stage under way will never be named again. When a manifest cannot be read,
-//! nothing of its partition is deleted.
+//! # Invariants
+//!
+//! An object is deleted only if all of this holds:
+//!
+//! 1. The object lies in a partition's folder and has a name of ours. A deleted topic's `topic.json` is deleted last.
+//! 2. The object is older than the grace period, by the store's clock, so that uploads in progress are safe.
+//! 3. The partition's current manifest, read *after* the listing, does not reference the object.
+//!
+//! A manifest only ever gains objects that were new when it was staged. So an object that the current manifest does not reference, and that
+//! is older than any upload in progress, is never referenced again. If a manifest cannot be read, nothing of its partition is deleted.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -17,38 +21,39 @@ use super::{
 };
 use crate::model::{PartitionId, TopicId};
 
-/// What the metadata store says about a partition, read at this moment and not from a mirror that may lag.
+/// A partition's state in the metadata store, read at this moment and not from the metadata cache, which may lag.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Live {
-    /// It exists, and this is its tier state: the default state when there is none yet.
+    /// The partition exists and has this tier state: the default state before its first commit.
     Current(TierState),
-    /// Its topic does not exist any more.
+    /// The partition's topic was deleted.
     Deleted,
-    /// It is not known, or another broker cares for it: leave it alone.
+    /// The state is not known. The partition is skipped.
     Unknown,
 }
 
-/// What one collection did.
+/// Result of one garbage collection.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GarbageReport {
-    /// Objects that were deleted.
+    /// Number of deleted objects.
     pub deleted: u64,
-    /// Their bytes.
+    /// Bytes of the deleted objects.
     pub deleted_bytes: u64,
-    /// Objects that nothing names but that are younger than the grace.
+    /// Number of objects that no manifest references but that are younger than the grace period.
     pub young: u64,
-    /// Their bytes.
+    /// Bytes of the objects that `young` counts.
     pub young_bytes: u64,
-    /// Partitions that were left alone because something went wrong, and what.
+    /// Partitions that were skipped, or left incomplete, because of an error; with the error.
     pub skipped: Vec<(PartitionId, String)>,
-    /// Objects that have no name of ours. They are never deleted.
+    /// Number of objects without a name of ours, which are never deleted.
     pub foreign: u64,
 }
 
-/// Goes through all topics in the bucket once. `now_ms` is the store's clock ([`Store::clock_ms`]).
+/// Deletes the garbage of all topics in the object store once. `now_ms` is the store's clock ([`Store::clock_ms`]).
 ///
 /// # Errors
-/// When the prefix is not known to be ours, or its topics cannot be listed. Trouble with one partition is in the report.
+/// The prefix is not known to belong to this cluster, or a folder of topics or partitions cannot be listed. The error of one partition is
+/// in the report.
 pub async fn collect_garbage<F, Fut>(
     store: &Store,
     live: F,
@@ -72,7 +77,7 @@ where
 
 struct Collection<'a> {
     store: &'a Store,
-    /// What was written at or after this moment is young.
+    /// Start of the grace period: an object written at or after this time is young.
     oldest_young_ms: i64,
     report: GarbageReport,
 }
@@ -114,7 +119,7 @@ impl Collection<'_> {
         Ok(())
     }
 
-    /// A deleted topic's description goes last, when nothing else is left of it.
+    /// Deletes the description of a deleted topic, if no other object of the topic is left.
     async fn topic_object(&mut self, topic: TopicId) -> Result<(), StoreError> {
         let left = self.store.list(&name::topic_folder(topic)).await?;
         let description = name::topic_object(topic);
@@ -133,7 +138,7 @@ impl Collection<'_> {
         Ok(())
     }
 
-    /// The names of all objects that a state reaches.
+    /// Returns the names of all objects that a state references.
     async fn named(&self, partition: PartitionId, state: &TierState) -> Result<BTreeSet<String>, String> {
         let mut named = BTreeSet::new();
         let Some(manifest) = state.manifest else { return Ok(named) };

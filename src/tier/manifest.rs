@@ -1,28 +1,40 @@
-//! What a partition has in the bucket: a small root and immutable pages.
+//! The manifest of a partition, which lists its segment objects: a small root and immutable pages.
+//!
+//! # Overview
 //!
 //! ```text
 //! root   pages, oldest first ─────────────┐  then single segments, oldest first
 //!        [page 0..512)[page 512..1024) …  │  [segment][segment][segment] …
 //!        base                                                            end = tiered end
 //! ```
-//! Each commit makes a new root, with one new segment or several. When a root holds [`PAGE_SEGMENTS`] × 2 single segments, the oldest half moves to a
-//! page object that never changes again, so a root stays at some tens of KiB for terabytes. Retention drops segments
-//! from the front: whole pages by their line in the root; a page that is cut keeps its line until its last segment goes,
-//! and what of it lies below the log start counts no more.
 //!
-//! Invariants, asserted when a manifest is made and checked when one is read: pages and segments cover `base..end`
-//! without gap or overlap; `base ≤ log start ≤ end`, and the first page or segment reaches above the log start; a
-//! version's parent is the version before.
+//! Each commit of a manifest writes a new root, often with one new segment or several. When a root lists [`PAGE_SEGMENTS`] × 2 single
+//! segments, the oldest half moves to a page object that never changes again. So a root has some tens of KiB for terabytes of data.
+//! Retention removes segments from the front. A complete page is removed by its entry in the root. A page that contains the log start keeps
+//! its entry until its last segment is below the log start. Its segments below the log start no longer count.
+//!
+//! # Invariants
+//!
+//! These are asserted when a manifest is made, and checked when one is read:
+//!
+//! - Pages and segments cover `base..end` without gap or overlap.
+//! - `base ≤ log start ≤ end`, and the first page or segment reaches above the log start.
+//! - No segment has a newer epoch than the manifest.
+//!
+//! The parent of a version is the version before it.
+//!
+//! # Format
 //!
 //! ```text
 //! root     "STMR" │ version u16 │ topic id 16 │ partition u32 │ manifest version u64 │ epoch u32 │ log start u64
 //!          │ end u64 │ bytes u64 │ n u32 │ n × page (72 bytes) │ n u32 │ n × segment (72 bytes) │ CRC u32
 //! page     "STMP" │ version u16 │ topic id 16 │ partition u32 │ n u32 │ n × segment (72 bytes) │ CRC u32
-//! segment line   base u64 │ end u64 │ epoch u32 │ attempt 16 │ data bytes u64 │ footer bytes u32
+//! segment entry  base u64 │ end u64 │ epoch u32 │ attempt 16 │ data bytes u64 │ footer bytes u32
 //!                │ CRC of the object u32 │ largest timestamp i64 │ created at i64 │ 4 zero bytes
-//! page line      base u64 │ end u64 │ epoch u32 │ attempt 16 │ data bytes u64 │ segments u32
+//! page entry     base u64 │ end u64 │ epoch u32 │ attempt 16 │ data bytes u64 │ segments u32
 //!                │ CRC of the page u32 │ largest timestamp i64 │ 12 zero bytes
 //! ```
+//!
 //! Big-endian; CRC-32C. Pure: no I/O, no clock, no randomness.
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -33,10 +45,10 @@ use super::{
 };
 use crate::model::{LeaderEpoch, Offset, PartitionId};
 
-/// Segments of one page.
+/// Number of segments in a page.
 pub const PAGE_SEGMENTS: usize = 512;
 
-/// Versions that are believed when they are read. Each of them has a next one, which can be written.
+/// First version that is rejected when a manifest is read. So every accepted version has a next version, which can be written.
 const VERSIONS: u64 = 1 << 63;
 
 const FORMAT: u16 = 1;
@@ -44,46 +56,47 @@ const LINE_BYTES: usize = wire::STAMP_BYTES + 8 + 4 + 4 + 8 + 12;
 const ROOT: &str = "manifest";
 const PAGE: &str = "manifest page";
 
-/// One segment object.
+/// Manifest entry of one segment object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentLine {
-    /// Its name.
+    /// Name of the object.
     pub stamp: Stamp,
-    /// Bytes of its batches.
+    /// Bytes of the batches.
     pub data_bytes: u64,
-    /// Bytes of its footer, which follows them to the object's end.
+    /// Bytes of the footer, from the end of the batches to the object's end.
     pub footer_bytes: u32,
-    /// CRC-32C of the whole object.
+    /// CRC-32C of the complete object.
     pub crc: u32,
-    /// Largest timestamp of its records, in milliseconds.
+    /// Largest timestamp of the records, in milliseconds.
     pub max_timestamp_ms: i64,
-    /// When its last batch was written to a disk, in milliseconds: its age where its records have no timestamps. 0 where nobody has said.
+    /// Time when the last batch was written to a disk, in milliseconds since 1970: the segment's age if its records have no timestamps. 0
+    /// if the time is not known.
     pub created_ms: i64,
 }
 
 impl SegmentLine {
-    /// The object's length.
+    /// Returns the object's length in bytes.
     pub fn object_bytes(&self) -> u64 {
         self.data_bytes.saturating_add(u64::from(self.footer_bytes))
     }
 }
 
-/// One page object.
+/// Manifest entry of one page object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageLine {
-    /// Its name.
+    /// Name of the object.
     pub stamp: Stamp,
-    /// Bytes of its segments' batches.
+    /// Bytes of the batches of the page's segments.
     pub data_bytes: u64,
-    /// How many segments it lists.
+    /// Number of segments in the page.
     pub segments: u32,
     /// CRC-32C of the page object.
     pub crc: u32,
-    /// Largest timestamp of its records, in milliseconds.
+    /// Largest timestamp of the records, in milliseconds.
     pub max_timestamp_ms: i64,
 }
 
-/// A page: a run of segments that changes no more.
+/// A page: consecutive segments that never change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Page {
     partition: PartitionId,
@@ -103,26 +116,26 @@ pub struct Root {
     segments: Vec<SegmentLine>,
 }
 
-/// Where an offset or a place in the order of segments is to be looked up.
+/// Result of a search for an offset or a timestamp in a root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// This segment holds it.
+    /// The segment was found in the root.
     Segment(SegmentLine),
-    /// A segment of this page holds it.
+    /// The segment is in this page.
     Page(PageLine),
 }
 
-/// Segments that moved out of a root, to be written as a page object before the root is.
+/// A page of segments that moved out of a root. The page object is written before the root.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewPage {
-    /// Its name.
+    /// Name of the object.
     pub stamp: Stamp,
-    /// Its content.
+    /// Content of the object.
     pub bytes: Bytes,
 }
 
 impl Page {
-    /// Reads a page object and checks it against its line in the root.
+    /// Parses a page object and checks it against its entry in the root.
     pub fn parse(bytes: &[u8], partition: PartitionId, line: &PageLine) -> Result<Self, Invalid> {
         let actual = crc32c::crc32c(bytes);
         if actual != line.crc {
@@ -140,7 +153,7 @@ impl Page {
         Ok(page)
     }
 
-    /// Reads a page object by itself.
+    /// Parses a page object without its entry.
     pub fn read(bytes: &[u8]) -> Result<Self, Invalid> {
         let mut fields = wire::unseal(bytes, b"STMP", PAGE, FORMAT)?;
         let partition = fields.partition()?;
@@ -150,17 +163,17 @@ impl Page {
         Ok(Self { partition, segments })
     }
 
-    /// Whose page it is.
+    /// Returns the page's partition.
     pub fn partition(&self) -> PartitionId {
         self.partition
     }
 
-    /// Its segments, oldest first.
+    /// Returns the segments, oldest first.
     pub fn segments(&self) -> &[SegmentLine] {
         &self.segments
     }
 
-    /// The segment that holds `offset`.
+    /// Returns the segment that contains `offset`.
     pub fn find(&self, offset: Offset) -> Option<SegmentLine> {
         find(&self.segments, offset, |line| &line.stamp)
     }
@@ -179,7 +192,7 @@ impl Page {
 }
 
 impl Root {
-    /// The manifest before the first one: nothing is in the bucket, and the first segment starts at `log_start`.
+    /// Returns the manifest before the first one: it lists no segment, and the first segment starts at `log_start`.
     pub fn empty(partition: PartitionId, log_start: Offset) -> Self {
         Self {
             partition,
@@ -193,69 +206,69 @@ impl Root {
         }
     }
 
-    /// An empty manifest that takes the place of a lost one.
+    /// Returns an empty manifest that replaces a lost one.
     pub(super) fn rebuilt(partition: PartitionId, version: u64, epoch: LeaderEpoch, log_start: Offset) -> Self {
         Self { version, epoch, ..Self::empty(partition, log_start) }
     }
 
-    /// Whose manifest it is.
+    /// Returns the manifest's partition.
     pub fn partition(&self) -> PartitionId {
         self.partition
     }
 
-    /// Its place in the chain, from 1; 0 is the manifest that was never written.
+    /// Returns the version, from 1. Version 0 is the manifest that is never written.
     pub fn version(&self) -> u64 {
         self.version
     }
 
-    /// The leader epoch of its writer.
+    /// Returns the leader epoch of the writer.
     pub fn epoch(&self) -> LeaderEpoch {
         self.epoch
     }
 
-    /// First offset that can be read at all.
+    /// Returns the first offset that can be read.
     pub fn log_start(&self) -> Offset {
         self.log_start
     }
 
-    /// First offset that it covers: at most the log start, where that lies inside a segment.
+    /// Returns the first offset that the manifest covers. It lies below the log start if that lies inside a segment.
     pub fn base(&self) -> Offset {
         let page = self.pages.first().map(|line| line.stamp.base);
         page.or(self.segments.first().map(|line| line.stamp.base)).unwrap_or(self.end)
     }
 
-    /// First offset that is not in the bucket.
+    /// Returns the first offset that is not in the object store.
     pub fn end(&self) -> Offset {
         self.end
     }
 
-    /// Bytes of batches in the segments that it lists.
+    /// Returns the bytes of batches in the listed segments that end above the log start.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Whether it lists nothing.
+    /// Returns true if the manifest lists no segment.
     pub fn is_empty(&self) -> bool {
         self.pages.is_empty() && self.segments.is_empty()
     }
 
-    /// The pages, oldest first.
+    /// Returns the pages, oldest first.
     pub fn pages(&self) -> &[PageLine] {
         &self.pages
     }
 
-    /// The segments after the pages, oldest first.
+    /// Returns the segments after the pages, oldest first.
     pub fn segments(&self) -> &[SegmentLine] {
         &self.segments
     }
 
-    /// Where `offset` is; `None` outside of what is covered.
+    /// Returns the segment or page that contains `offset`. Returns `None` outside of the covered range.
     pub fn find(&self, offset: Offset) -> Option<Found> {
         let page = find(&self.pages, offset, |line| &line.stamp).map(Found::Page);
         page.or_else(|| find(&self.segments, offset, |line| &line.stamp).map(Found::Segment))
     }
 
-    /// The first page or segment whose largest timestamp is at or after `timestamp_ms`, from `from` on.
+    /// Returns the first page or segment that ends above `from` and has a largest timestamp of `timestamp_ms` or later.
     pub fn find_time(&self, timestamp_ms: i64, from: Offset) -> Option<Found> {
         let page = self.pages.iter().find(|line| line.stamp.end > from && line.max_timestamp_ms >= timestamp_ms);
         let page = page.copied().map(Found::Page);
@@ -265,11 +278,11 @@ impl Root {
         })
     }
 
-    /// The next version, with one more segment at the end, and the page that it moved out, if any. `page_attempt`
-    /// names that page.
+    /// Returns the next version, with one more segment at the end, and the page that moved out, if any. `page_attempt` is the attempt in
+    /// that page's name.
     ///
     /// # Panics
-    /// When the segment does not start at the end. An empty manifest also takes one that its log start lies in.
+    /// If the segment does not start at the end. An empty manifest also accepts a segment that contains its log start.
     pub fn extend(
         &self,
         segment: SegmentLine,
@@ -281,7 +294,7 @@ impl Root {
         (next, page)
     }
 
-    /// One more segment at the end of this version, which nobody has written yet; the page that it moved out, if any.
+    /// Adds a segment at the end of this version, which is not written yet. Returns the page that moved out, if any.
     ///
     /// # Panics
     /// As [`Root::extend`].
@@ -297,21 +310,21 @@ impl Root {
         page
     }
 
-    /// The same version of an empty manifest, with its end moved up to `base`: nothing below will ever be uploaded.
+    /// Returns the same version of an empty manifest, with its end raised to `base`: offsets below `base` are never uploaded.
     ///
     /// # Panics
-    /// When it lists anything.
+    /// If the manifest lists a segment.
     #[must_use]
     pub fn beginning_at(&self, base: Offset) -> Self {
         assert!(self.is_empty(), "only an empty manifest begins elsewhere");
         Self { log_start: self.log_start.max(base), end: self.end.max(base), ..self.clone() }
     }
 
-    /// The next version, which starts at `log_start`: without what lies wholly below it. `cut` are the segments of
-    /// the one page that the log start lies in, so that its bytes below are no more counted; `None` when it lies in no page.
+    /// Returns the next version, which starts at `log_start` and lists nothing that lies completely below it. `cut` is the page that
+    /// [`Root::page_to_cut`] returns: its segments below the log start no longer count. `cut` is `None` if there is no such page.
     ///
     /// # Panics
-    /// When the log start would fall, or `cut` is not that page.
+    /// If the log start would decrease, or `cut` is another page.
     pub fn trim(&self, log_start: Offset, cut: Option<&Page>, epoch: LeaderEpoch) -> Self {
         assert!(log_start >= self.log_start, "the log start never falls: {} to {log_start}", self.log_start);
         let mut next = self.next_version(epoch);
@@ -334,12 +347,12 @@ impl Root {
         next
     }
 
-    /// The page that `log_start` lies in behind its first segment: what [`Root::trim`] wants as `cut`.
+    /// Returns the page that contains `log_start` above its base. [`Root::trim`] needs the content of this page as `cut`.
     pub fn page_to_cut(&self, log_start: Offset) -> Option<PageLine> {
         find(&self.pages, log_start, |line| &line.stamp).filter(|line| line.stamp.base < log_start)
     }
 
-    /// What the next version begins as.
+    /// Returns the next version with the same content.
     pub(super) fn next_version(&self, epoch: LeaderEpoch) -> Self {
         assert!(epoch >= self.epoch, "leader epochs never fall: {} to {epoch}", self.epoch);
         Self { version: self.version + 1, epoch, ..self.clone() }
@@ -362,7 +375,7 @@ impl Root {
         NewPage { stamp, bytes }
     }
 
-    /// The root object's content.
+    /// Returns the content of the root object.
     pub fn encode(&self) -> Bytes {
         let mut out = BytesMut::with_capacity(80 + (self.pages.len() + self.segments.len()) * LINE_BYTES);
         out.put_slice(b"STMR");
@@ -384,7 +397,7 @@ impl Root {
         wire::seal(out)
     }
 
-    /// Reads a root object.
+    /// Parses a root object.
     pub fn parse(bytes: &[u8]) -> Result<Self, Invalid> {
         let mut fields = wire::unseal(bytes, b"STMR", ROOT, FORMAT)?;
         let root = Self {
@@ -485,7 +498,7 @@ fn read_lines<T>(
     (0..count).map(|_| read(fields)).collect()
 }
 
-/// A sum that a hostile manifest cannot overflow.
+/// Returns a saturating sum, which a hostile manifest cannot overflow.
 fn total(bytes: impl Iterator<Item = u64>) -> u64 {
     bytes.fold(0, u64::saturating_add)
 }

@@ -1,4 +1,4 @@
-//! History in object storage: segment objects, the manifest that names them, uploads, cold reads, garbage.
+//! Tiered storage: segment objects, the manifests that list them, uploads, cold reads and garbage collection.
 //!
 //! # Overview
 //!
@@ -6,38 +6,38 @@
 //! leader    sealed file ─ check every batch ─► put object ─► verify ─► put manifest ─► Staged
 //!           Staged::state ─ compare-and-set in the metadata store (the caller's) ─► install
 //! reader    offset ─► manifest root ─► page? ─► footer ─► chunks (memory, folder, ranged GET) ─► checked batches
-//! garbage   list ─► ask which manifest is current ─► delete what it does not name and is older than the grace
+//! garbage   list ─► read the current manifest ─► delete objects that are not referenced and older than the grace period
 //! ```
 //!
-//! This room knows neither the log nor the metadata store. A [`PartitionTier`] is one partition's view; a [`Store`] is the
-//! prefix that the cluster owns; a [`Cache`] is shared by all partitions. Every byte of every object is in
-//! `docs/format.md`.
+//! The module does not access the metadata store. It reads a log only through the sealed segments that the caller passes
+//! ([`SegmentSource`]). A [`PartitionTier`] is one partition's history in the object store; a [`Store`] is the prefix that the cluster
+//! owns; all partitions share a [`Cache`]. `docs/format.md` describes every byte of every object.
 //!
 //! # Invariants
 //!
-//! - An object is written once, under a name that no other attempt has, and is verified before a manifest names it.
-//! - A manifest covers its range without gap or overlap; its versions form one chain, because only a compare-and-set
-//!   makes one current.
-//! - Nothing is served that was not checked: a flipped bit anywhere is found or harmless.
-//! - No segment is ever whole in memory: uploads hold at most eight parts of 8 MiB over all partitions, reads at most the
-//!   chunks of one answer.
-//! - Garbage is what the current manifest does not name and what is older than the grace. No conditional request is
-//!   needed for any of this; some stores ignore them silently.
+//! - A segment, page or manifest object is written once, under a name that no other attempt uses. It is verified before a manifest or a
+//!   commit references it.
+//! - A manifest covers its range without gap or overlap. The versions form one chain, because only a compare-and-set makes one current.
+//! - Nothing is served unchecked: a flipped bit is detected or harmless.
+//! - At most eight parts of multipart uploads, of 8 MiB each, are in flight over all partitions. In addition, each upload buffers at most
+//!   16 MiB and one read from its file. A read holds at most the chunks of one response.
+//! - Garbage is an object that the current manifest does not reference and that is older than the grace period.
+//! - None of this needs conditional requests, which some stores silently ignore.
 //!
-//! # A lost manifest
+//! # Lost manifest
 //!
-//! Segments and their footers hold all that a manifest says. One that is gone is made again from them (`rebuild`): by the leader where the
-//! result is what was committed, else by a person.
+//! Segment objects and their footers contain all that a manifest lists, except the write times. `rebuild` makes a lost manifest from them.
+//! The leader commits the result if it equals what was committed; otherwise an operator decides.
 //!
-//! # What a crash leaves
+//! # Crash
 //!
-//! Objects that no manifest names, and perhaps a multipart upload without an end. Never a manifest that names what is not
-//! there: the manifest is written after its objects are verified, and becomes current after that. Garbage collection takes
-//! the objects, and `uploads` ends the uploads where the store is S3.
+//! A crash leaves objects that no manifest references, and possibly an incomplete multipart upload. A manifest never references a missing
+//! object: it is written after its objects are verified, and becomes current after that. Garbage collection deletes the orphan objects, and
+//! `uploads` aborts the multipart uploads if the store is S3.
 //!
 //! # Shutdown
 //!
-//! [`Store::stop`] cancels every retry and joins read-ahead; what was being staged answers `Stopped` and is garbage.
+//! [`Store::stop`] cancels every retry and joins read-ahead. An upload in progress returns `Stopped`, and its objects are garbage.
 
 mod ahead;
 mod cache;

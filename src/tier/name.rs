@@ -1,4 +1,6 @@
-//! Names of objects. A name says what the object holds, so that a bucket alone can be read and restored.
+//! Names of objects. A name describes the content of its object, so that an object store can be read and restored without metadata.
+//!
+//! # Format
 //!
 //! ```text
 //! {prefix}/cluster.json
@@ -8,9 +10,10 @@
 //! {prefix}/topics/{topic-id}/{n}/{base:020}-{end:020}-{epoch:010}-{uuid}.page
 //! {prefix}/topics/{topic-id}/{n}/manifest-{version:020}-{epoch:010}-{uuid}
 //! ```
-//! Every name but the three `.json` ends in a UUID drawn for the one attempt that writes it. Without it a second attempt
-//! at a manifest version (the first one's commit failed or its answer was lost) would overwrite an object that may
-//! be referenced, and a late duplicate of a request could undo the newer one. Pure, but for [`Stamp::draw`].
+//!
+//! Every name but the three `.json` ends in a UUID that is drawn for the one attempt that writes the object. Without the UUID, a second
+//! attempt at a manifest version (after a failed commit or a lost response) would overwrite an object that may be referenced. A late
+//! duplicate of a request could also undo the newer one. Pure, except for [`Stamp::draw`] and [`ManifestName::draw`].
 
 use std::{fmt, str::FromStr};
 
@@ -21,22 +24,22 @@ use crate::{
     task::random,
 };
 
-/// The object that says which cluster owns a prefix.
+/// Name of the cluster marker, which names the prefix's owner.
 pub const CLUSTER: &str = "cluster.json";
 
-/// The object that is written to see what time it is at the store.
+/// Name of the object that is written to read the store's clock.
 pub const CLOCK: &str = "clock.json";
 
-/// The folder of all topics.
+/// Name of the folder of all topics.
 pub const TOPICS: &str = "topics";
 
-/// A text that is no name of this kind of object.
+/// Error for a text that is not the name of this kind of object.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{name:?} is not the name of a {kind}")]
 pub struct InvalidName {
-    /// What was given, cut to a length that can be printed.
+    /// The text, truncated to 200 characters.
     pub name: String,
-    /// What was expected.
+    /// Expected kind.
     pub kind: &'static str,
 }
 
@@ -46,41 +49,41 @@ impl InvalidName {
     }
 }
 
-/// Which offsets an immutable object covers, who wrote it, and the attempt that did.
+/// Identity of an immutable object: its offsets, its writer and the attempt that wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Stamp {
     /// First offset.
     pub base: Offset,
-    /// Offset after the last.
+    /// Offset after the last one.
     pub end: Offset,
-    /// The writer's leader epoch.
+    /// Leader epoch of the writer.
     pub epoch: LeaderEpoch,
-    /// The attempt.
+    /// UUID of the attempt.
     pub attempt: Uuid,
 }
 
 impl Stamp {
-    /// A stamp for a new attempt.
+    /// Creates the stamp of a new attempt.
     pub fn draw(base: Offset, end: Offset, epoch: LeaderEpoch) -> Self {
         Self { base, end, epoch, attempt: random::uuid() }
     }
 
-    /// The file name of the segment object with this stamp.
+    /// Returns the file name of the segment object with this stamp.
     pub fn segment(&self) -> String {
         format!("{self}.segment")
     }
 
-    /// The file name of the manifest page with this stamp.
+    /// Returns the file name of the manifest page with this stamp.
     pub fn page(&self) -> String {
         format!("{self}.page")
     }
 
-    /// Reads the file name of a segment object.
+    /// Parses the file name of a segment object.
     pub fn from_segment(name: &str) -> Result<Self, InvalidName> {
         Self::strip(name, ".segment", "segment object")
     }
 
-    /// Reads the file name of a manifest page.
+    /// Parses the file name of a manifest page.
     pub fn from_page(name: &str) -> Result<Self, InvalidName> {
         Self::strip(name, ".page", "manifest page")
     }
@@ -105,19 +108,19 @@ impl fmt::Display for Stamp {
     }
 }
 
-/// The name of a manifest's root: its place in the partition's chain of versions and who wrote it.
+/// Name of a manifest's root: its position in the partition's chain of versions, and its writer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ManifestName {
-    /// Grows by one with each manifest that is installed.
+    /// Version of the manifest. Grows by one with each manifest that is installed.
     pub version: u64,
-    /// The writer's leader epoch.
+    /// Leader epoch of the writer.
     pub epoch: LeaderEpoch,
-    /// The attempt.
+    /// UUID of the attempt.
     pub attempt: Uuid,
 }
 
 impl ManifestName {
-    /// A name for a new attempt at `version`.
+    /// Creates the name of a new attempt at `version`.
     pub fn draw(version: u64, epoch: LeaderEpoch) -> Self {
         Self { version, epoch, attempt: random::uuid() }
     }
@@ -157,22 +160,22 @@ impl<'de> serde::Deserialize<'de> for ManifestName {
     }
 }
 
-/// The folder of a topic, below the store's prefix.
+/// Returns the folder of a topic, below the store's prefix.
 pub fn topic_folder(topic: TopicId) -> String {
     format!("{TOPICS}/{topic}")
 }
 
-/// The object that describes a topic.
+/// Returns the name of the object that describes a topic.
 pub fn topic_object(topic: TopicId) -> String {
     format!("{TOPICS}/{topic}/topic.json")
 }
 
-/// The folder of a partition, below the store's prefix.
+/// Returns the folder of a partition, below the store's prefix.
 pub fn partition_folder(partition: PartitionId) -> String {
     format!("{TOPICS}/{}/{}", partition.topic, partition.number)
 }
 
-/// Whether an object's name, below the store's prefix, is that of a partition's segment.
+/// Returns true if an object's name, below the store's prefix, is that of a partition's segment.
 pub fn is_segment(object: &str) -> bool {
     let mut parts = object.split('/');
     let (Some(TOPICS), Some(topic), Some(number), Some(file), None) =
@@ -181,13 +184,13 @@ pub fn is_segment(object: &str) -> bool {
         return false;
     };
     let folder = topic.parse::<TopicId>().ok().zip(number.parse::<u32>().ok());
-    // Spelled as we spell it: another spelling is another key, and nobody of ours wrote it.
+    // Only the spelling of `partition_folder` counts: another spelling is another key, which no broker wrote.
     folder.is_some_and(|(topic, number)| {
         object == format!("{}/{file}", partition_folder(PartitionId::new(topic, number)))
     }) && Stamp::from_segment(file).is_ok()
 }
 
-/// Exactly `width` digits.
+/// Parses exactly `width` digits.
 fn digits(text: &str, width: usize) -> Option<u64> {
     (text.len() == width && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok())?
 }
@@ -196,7 +199,7 @@ fn epoch(text: &str) -> Option<LeaderEpoch> {
     u32::try_from(digits(text, 10)?).ok().map(LeaderEpoch)
 }
 
-/// A UUID in the one form that we write.
+/// Parses a UUID in the one form that is written.
 fn attempt(text: &str) -> Option<Uuid> {
     let attempt = Uuid::try_parse(text).ok()?;
     (attempt.hyphenated().to_string() == text).then_some(attempt)
@@ -210,7 +213,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_name_reads_back_as_what_it_was_made_of(
+        fn name_round_trips(
             base in 0..=u64::MAX / 4, len in 1..1_000_000u64, epoch: u32, version: u64, id: u128,
         ) {
             let (base, epoch, attempt) = (Offset::new(base).unwrap(), LeaderEpoch(epoch), Uuid::from_u128(id));
@@ -222,7 +225,7 @@ mod tests {
         }
 
         #[test]
-        fn a_name_that_parses_is_written_the_same_way(text in "(manifest-)?[0-9a-f-]{0,90}(\\.segment|\\.page)?") {
+        fn parsed_name_is_written_identically(text in "(manifest-)?[0-9a-f-]{0,90}(\\.segment|\\.page)?") {
             if let Ok(stamp) = Stamp::from_segment(&text) { prop_assert_eq!(stamp.segment(), text.clone()) }
             if let Ok(stamp) = Stamp::from_page(&text) { prop_assert_eq!(stamp.page(), text.clone()) }
             if let Ok(name) = text.parse::<ManifestName>() { prop_assert_eq!(name.to_string(), text) }
@@ -230,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_segment_in_a_partitions_folder_is_a_segment() {
+    fn segment_name_requires_a_partition_folder() {
         let topic = TopicId::from_bytes([0xab; 16]);
         let stamp = Stamp::draw(Offset::new(0).unwrap(), Offset::new(9).unwrap(), LeaderEpoch(1));
         let (segment, page) = (stamp.segment(), stamp.page());
@@ -252,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_cannot_be_are_refused() {
+    fn invalid_names_are_rejected() {
         let id = Uuid::from_u128(7);
         let zero = "0".repeat(20);
         for bad in [

@@ -1,4 +1,4 @@
-//! From a URL and options to a client of an object store.
+//! Creates the client of an object store from a URL and options.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,12 +9,12 @@ use object_store::{
 
 use super::folder::Folder;
 
-/// An access key and its secret. Printing it shows no secret.
+/// An access key with its secret. The `Debug` output omits the secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Keys {
-    /// The access key's id.
+    /// Id of the access key.
     pub access_key_id: String,
-    /// The secret.
+    /// Secret of the access key.
     pub secret_access_key: String,
 }
 
@@ -24,29 +24,29 @@ impl std::fmt::Debug for Keys {
     }
 }
 
-/// Where the object store is and how patient to be with it. Credentials come from the environment, as the vendor's own
-/// tools read it (`AWS_ACCESS_KEY_ID`, web identity, instance metadata; `GOOGLE_…`, `AZURE_…`).
+/// Location of the object store, and time limits of its requests. Credentials come from the environment, in the variables that the vendor's
+/// own tools read (`AWS_ACCESS_KEY_ID`, web identity, instance metadata; `GOOGLE_…`, `AZURE_…`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoreOptions {
     /// `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`, `file:///dir` or `memory://`.
     pub url: String,
-    /// For `s3`: where the service is, when it is not AWS. `http://` is allowed here.
+    /// For `s3`: URL of a service other than AWS. `http://` is allowed.
     pub endpoint: Option<String>,
     /// For `s3`: the region.
     pub region: Option<String>,
-    /// For `s3`: the bucket in the path instead of the host name. `None`: where an endpoint is named, by the options or by
-    /// `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`.
+    /// For `s3`: true if requests name the bucket in the path instead of the host name. `None` means true if an endpoint is set by the
+    /// options, by `AWS_ENDPOINT_URL_S3` or by `AWS_ENDPOINT_URL`. Requests to an IP address always name the bucket in the path.
     pub path_style: Option<bool>,
-    /// For `s3`: keys to use instead of those of the environment.
+    /// For `s3`: access key that replaces the credentials of the environment.
     pub keys: Option<Keys>,
-    /// Longest time that one request may take.
+    /// Time limit of one request.
     pub request_timeout: Duration,
-    /// Longest time that a request is asked again.
+    /// Time during which a failed request is retried.
     pub retry_for: Duration,
 }
 
 impl StoreOptions {
-    /// The options for a URL, with the defaults for the rest.
+    /// Creates the options for a URL, with defaults for the other fields.
     pub fn new(url: &str) -> Self {
         Self {
             url: url.to_owned(),
@@ -59,46 +59,46 @@ impl StoreOptions {
         }
     }
 
-    /// Where the service is, when it is not AWS.
+    /// Returns the URL of a service other than AWS, from the options or the environment.
     pub(super) fn named_endpoint(&self) -> Option<String> {
         let variable = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
         self.endpoint.clone().or_else(|| variable("AWS_ENDPOINT_URL_S3")).or_else(|| variable("AWS_ENDPOINT_URL"))
     }
 
-    /// Whether the bucket is named in the path of a service at `endpoint`. An address cannot have a bucket's name before it.
+    /// Returns true if requests to `endpoint` name the bucket in the path. A bucket name cannot precede an IP address.
     pub(super) fn in_path(&self, endpoint: Option<&str>) -> bool {
         endpoint.is_some_and(is_address) || self.path_style.unwrap_or(endpoint.is_some())
     }
 
-    /// Whether the store speaks S3.
+    /// Returns true if the URL has S3's scheme.
     pub(super) fn is_s3(&self) -> bool {
         ["s3://", "s3a://"].iter().any(|scheme| self.url.starts_with(scheme))
     }
 }
 
-/// Options that name no store.
+/// Error for options from which no client can be created.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The URL's scheme is none that we know, or there is no scheme.
+    /// The URL has no scheme or an unknown one, or names no bucket.
     #[error(
         "object store URL {url:?} is not one of s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, \
          file:///dir and memory://"
     )]
     Url {
-        /// What was given.
+        /// URL in the options.
         url: String,
     },
-    /// The client could not be made from the URL and the environment.
+    /// The client cannot be created from the URL and the environment.
     #[error("object store {url:?} cannot be opened: {reason}")]
     Client {
-        /// What was given.
+        /// URL in the options.
         url: String,
-        /// What is wrong.
+        /// Cause of the failure.
         reason: String,
     },
 }
 
-/// The client and the prefix inside of it.
+/// Creates the client. Also returns the prefix in the store.
 pub(super) fn open(options: &StoreOptions) -> Result<(Arc<dyn ObjectStore>, Path), OpenError> {
     let url = options.url.as_str();
     let unknown = || OpenError::Url { url: url.to_owned() };
@@ -150,7 +150,7 @@ fn s3(options: &StoreOptions, bucket: &str) -> AmazonS3Builder {
         .with_client_options(client_options(options, plain))
         .with_allow_http(plain);
     if let Some(endpoint) = endpoint {
-        // The client takes an endpoint with the bucket's name in its host as it is: that name is put there by nobody else.
+        // In virtual-hosted style, the client expects the bucket name in the endpoint's host and does not add the name itself.
         builder = builder.with_endpoint(if in_path { endpoint } else { with_bucket(&endpoint, bucket) });
     }
     if let Some(region) = &options.region {
@@ -162,7 +162,7 @@ fn s3(options: &StoreOptions, bucket: &str) -> AmazonS3Builder {
     builder
 }
 
-/// The endpoint's host, without port.
+/// Returns the endpoint's host, without the port.
 fn host(endpoint: &str) -> &str {
     let rest = endpoint.split_once("://").map_or(endpoint, |(_, rest)| rest);
     let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
@@ -176,7 +176,7 @@ fn is_address(endpoint: &str) -> bool {
     host(endpoint).parse::<std::net::IpAddr>().is_ok()
 }
 
-/// `https://host:port` as `https://bucket.host:port`.
+/// Returns `https://bucket.host:port` for `https://host:port`.
 fn with_bucket(endpoint: &str, bucket: &str) -> String {
     match endpoint.split_once("://") {
         Some((scheme, rest)) => format!("{scheme}://{bucket}.{rest}"),
@@ -184,8 +184,8 @@ fn with_bucket(endpoint: &str, bucket: &str) -> String {
     }
 }
 
-/// A directory as object store. It is made if need be, and what is written is synced before it counts: after the commit the
-/// local copy may go.
+/// Opens a directory as object store. Creates the directory if it is missing. Every write is synced before it succeeds, because the local
+/// copy of a segment may be evicted after the commit.
 fn directory(path: &str) -> Result<Folder, String> {
     if !path.starts_with('/') {
         return Err("a file URL needs an absolute path: file:///dir".to_owned());
@@ -195,8 +195,8 @@ fn directory(path: &str) -> Result<Folder, String> {
     Ok(Folder::new(store.with_fsync(true)))
 }
 
-/// Retries are ours, so that they can be stopped and are counted once. One quick second try stays inside a multipart
-/// upload, where a failed part would otherwise cost all others.
+/// Returns the retry options of the client itself. `store` does the retries, so that they can be cancelled and are counted once. The client
+/// makes two quick retries, because one failed part would otherwise fail its complete multipart upload.
 fn no_retry() -> RetryConfig {
     let backoff =
         BackoffConfig { init_backoff: Duration::from_millis(50), max_backoff: Duration::from_secs(1), base: 2.0 };
@@ -224,10 +224,10 @@ mod tests {
         StoreOptions { endpoint, path_style, keys: Some(keys), ..StoreOptions::new("s3://bucket/prefix") }
     }
 
-    /// Found by a user: `doctor`, whose client knows that an address takes no bucket's name before it, said that a broker could work
-    /// with the store, and the broker looked for a bucket that was called as the prefix.
+    /// Regression: with an IP address as endpoint, `doctor` named the bucket in the path and reported success. The broker sent its requests
+    /// to a bucket with the name of the prefix.
     #[tokio::test]
-    async fn a_server_at_an_address_is_asked_for_the_bucket_in_the_path() {
+    async fn bucket_is_in_path_if_endpoint_is_an_address() {
         for path_style in [None, Some(true), Some(false)] {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_refuses_a_connection_is_named_and_little_else() {
+    async fn refused_connection_error_names_only_the_address() {
         let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (objects, prefix) = open(&at(&format!("http://{nobody}"), None)).unwrap();
         let error = objects.get(&prefix.join("object")).await.unwrap_err();
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_is_named_where_its_server_wants_it() {
+    fn bucket_location_follows_endpoint_and_path_style() {
         let named = "https://s3.example:9000";
         assert!(at(named, None).in_path(Some(named)), "where an endpoint is named");
         assert!(!at(named, Some(false)).in_path(Some(named)), "unless told");

@@ -1,8 +1,8 @@
-//! One partition's history in the bucket: what is there, how to add to it, how to drop its front, how to read it.
+//! One partition's history in the object store: adding segments, moving the log start, reading.
 //!
-//! It knows neither the metadata store nor the log. Who drives it goes: [`PartitionTier::staging`] and what it takes (or
-//! [`PartitionTier::stage_log_start`], [`PartitionTier::stage_trim`]), then a compare-and-set of [`Staged::state`] over the state that it was staged from, then
-//! [`PartitionTier::install`]. Between the first and the last step nothing that a reader sees has changed.
+//! The module does not access the metadata store or the log. A caller stages a state ([`PartitionTier::staging`],
+//! [`PartitionTier::stage_log_start`], [`PartitionTier::stage_trim`]), commits [`Staged::state`] by a compare-and-set over
+//! [`Staged::replaces`], and then calls [`PartitionTier::install`]. Readers see no change before the last step.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -28,10 +28,10 @@ use crate::{
     telemetry::LogThrottle,
 };
 
-/// How often an object is fetched again when what came was damaged: on its way, perhaps.
+/// Maximum number of times that a corrupt object is fetched again: the corruption may have happened in transfer.
 pub(super) const DAMAGE_RETRIES: usize = 2;
 
-/// One partition's view of the bucket. Clones share it. An idle one holds no manifest and no task.
+/// One partition's history in the object store. Clones share it. An idle partition holds no manifest and no task.
 #[derive(Clone)]
 pub struct PartitionTier {
     inner: Arc<Inner>,
@@ -45,16 +45,16 @@ struct Inner {
 }
 
 struct View {
-    /// What was committed last, as far as it is known here. Its version and its log start only grow.
+    /// Newest committed state that this broker has received. Its version and its log start never decrease.
     state: TierState,
     readers: Readers,
-    /// The manifest or page that was found to be lost.
+    /// Manifest or page that was found missing or corrupt.
     lost: Option<String>,
-    /// Reads that met damage.
+    /// Throttle of the log lines about reads of corrupt data.
     damage: LogThrottle,
 }
 
-/// A manifest that is in the bucket and not yet current.
+/// A state that is not committed yet. Its manifest is in the object store already.
 #[derive(Clone, Debug)]
 #[must_use = "nothing has changed before the state is committed and installed"]
 pub struct Staged {
@@ -63,18 +63,18 @@ pub struct Staged {
 }
 
 impl Staged {
-    /// The state to commit.
+    /// Returns the state to commit.
     pub fn state(&self) -> &TierState {
         &self.state
     }
 
-    /// The state that it was made from, which the commit has to find unchanged.
+    /// Returns the state that this one was made from. The commit must find it unchanged.
     pub fn replaces(&self) -> &TierState {
         &self.replaces
     }
 }
 
-/// Segments that go into the bucket one after the other, for one manifest that will name them all. Dropped, it leaves garbage.
+/// Segments that are uploaded one after the other, for one manifest that will list all of them. A dropped value leaves orphan objects.
 #[must_use = "nothing is named before it is finished, committed and installed"]
 pub struct Staging<'a> {
     tier: &'a PartitionTier,
@@ -83,15 +83,15 @@ pub struct Staging<'a> {
 }
 
 impl Staging<'_> {
-    /// Puts what of a sealed segment is not in the bucket yet into it, and verifies it. A source may begin below the tiered end
-    /// (another leader cut its segments elsewhere), at a batch boundary.
+    /// Uploads the part of a sealed segment that is not in the object store yet, and verifies it. The segment may begin below the tiered
+    /// end, at a batch boundary, because another leader rolled its segments at other offsets.
     ///
-    /// After an error it is as it was before: what was added already can be finished.
+    /// An error changes nothing: the segments that were added before can still be finished.
     pub async fn add(&mut self, source: &SegmentSource) -> Result<(), UploadError> {
         let Inner { store, id, .. } = &*self.tier.inner;
         let mut next = self.next.clone();
         if next.is_empty() {
-            // What lay between the bucket's end and the log start was deleted before it was uploaded.
+            // Retention deleted the records between the tiered end and the log start before they were uploaded.
             next = next.beginning_at(self.replaces.log_start.max(source.base()));
         }
         let from = From { offset: next.end(), inside: next.is_empty(), partition: *id, writer_epoch: next.epoch() };
@@ -110,28 +110,28 @@ impl Staging<'_> {
 }
 
 impl PartitionTier {
-    /// The view of partition `id` as `state` says. Asks nothing of the store.
+    /// Creates the history of partition `id` in this state. Sends no request.
     pub fn new(store: Store, cache: Cache, id: PartitionId, state: TierState) -> Self {
         let view = Mutex::new(View { state, readers: Readers::default(), lost: None, damage: LogThrottle::default() });
         Self { inner: Arc::new(Inner { store, cache, id, view }) }
     }
 
-    /// The state that was committed last, as far as it is known here.
+    /// Returns the newest committed state that this broker has received.
     pub fn state(&self) -> TierState {
         self.view().state.clone()
     }
 
-    /// Bytes of batches in the bucket.
+    /// Returns the bytes of batches in the object store.
     pub fn bytes(&self) -> u64 {
         self.view().state.bytes
     }
 
-    /// Whose history it is.
+    /// Returns the partition's id.
     pub fn id(&self) -> PartitionId {
         self.inner.id
     }
 
-    /// Takes over a state that was read from the metadata store, unless a newer one is known.
+    /// Applies a state that was read from the metadata store, unless the current state is newer.
     pub fn adopt(&self, state: TierState) {
         let mut view = self.view();
         let age = |state: &TierState| (state.version(), state.log_start, state.epoch);
@@ -143,16 +143,16 @@ impl PartitionTier {
         }
     }
 
-    /// Begins a manifest that names more segments than the current one.
+    /// Starts a manifest that lists more segments than the current one.
     ///
-    /// One at a time for each partition; the state must be committed soon, well within the garbage collection's grace.
+    /// A partition may stage one manifest at a time. Its state must be committed well within the grace period of garbage collection.
     pub async fn staging(&self, epoch: LeaderEpoch) -> Result<Staging<'_>, UploadError> {
         let (state, root) = self.begin(epoch).await?;
         let next = self.following(&state, &root, epoch).await?;
         Ok(Staging { tier: self, next, replaces: state })
     }
 
-    /// The manifest after `root`, without what lies wholly below the log start.
+    /// Returns the next manifest after `root`, without segments that lie completely below the log start.
     async fn following(&self, state: &TierState, root: &Root, epoch: LeaderEpoch) -> Result<Root, ReadError> {
         if !state.is_ahead_of(root) {
             return Ok(root.next_version(epoch));
@@ -165,18 +165,19 @@ impl PartitionTier {
         Ok(root.trim(cut_at, cut.as_deref(), epoch))
     }
 
-    /// Uploads one segment and writes the manifest that names it: a [`PartitionTier::staging`] of nothing else.
+    /// Uploads one segment and writes the manifest that lists it: a [`PartitionTier::staging`] of one segment.
     pub async fn stage(&self, source: &SegmentSource, epoch: LeaderEpoch) -> Result<Staged, UploadError> {
         let mut staging = self.staging(epoch).await?;
         staging.add(source).await?;
         staging.finish().await
     }
 
-    /// The state of a log that starts at `log_start`, with the manifest that there is. Asks nothing of the store: a log can be cut while the
-    /// store is away. `removed_bytes` are those of the segments that reach above the log start until now, and not above the new one.
+    /// Returns the state of a log that starts at `log_start`, with the current manifest. Sends no request, so the log start can move during
+    /// an outage of the store. `removed_bytes` are the bytes of the segments that end above the current log start, and not above the new
+    /// one.
     ///
     /// # Errors
-    /// When a newer leader has committed.
+    /// A newer leader has committed.
     pub fn stage_log_start(
         &self,
         log_start: Offset,
@@ -192,8 +193,8 @@ impl PartitionTier {
         Ok(Staged { state: TierState { log_start, epoch, bytes: left, ..replaces.clone() }, replaces })
     }
 
-    /// Writes the manifest without what lies wholly below the log start, which becomes garbage with the commit. The tiered end stays also
-    /// where the log start lies above it: the next segment begins behind the gap.
+    /// Writes a manifest without the segments that lie completely below the log start. These segments become garbage with the commit. The
+    /// tiered end does not change, even if the log start lies above it: the next segment then begins after the gap.
     pub async fn stage_trim(&self, epoch: LeaderEpoch) -> Result<Staged, UploadError> {
         let (state, root) = self.begin(epoch).await?;
         let (log_start, next) = (state.log_start, self.following(&state, &root, epoch).await?);
@@ -202,19 +203,21 @@ impl PartitionTier {
         Ok(staged)
     }
 
-    /// Whether the manifest lists segments that lie wholly below the log start, or counts them.
+    /// Returns true if the manifest's log start is below that of the state, so that the manifest lists or counts segments below the log
+    /// start.
     pub async fn manifest_lags(&self) -> Result<bool, ReadError> {
         let state = self.state();
         Ok(state.is_ahead_of(&*self.root(&state).await?))
     }
 
-    /// When the object of a segment was written, by the store's clock, in milliseconds since 1970.
+    /// Returns the modification time of a segment's object by the store's clock, in milliseconds since 1970.
     pub async fn modified_ms(&self, line: &SegmentLine) -> Result<i64, ReadError> {
         let (store, object) = (&self.inner.store, self.object(&line.stamp.segment()));
         Ok(store.unless_away(&object, store.modified_ms(&object)).await?)
     }
 
-    /// Waits until it has been known for so long that the store is away; not at all where it has been.
+    /// Waits until an outage of the store has been confirmed for `time`, and returns the outage as an error. Returns at once if that holds
+    /// already.
     pub async fn until_away_for(&self, time: Duration) -> StoreError {
         let outage = self.inner.store.until_away_for(time).await;
         let reason = format!("the store has served nothing {outage}");
@@ -234,19 +237,19 @@ impl PartitionTier {
     async fn write(&self, replaces: TierState, next: Root) -> Result<Staged, UploadError> {
         let name = ManifestName::draw(next.version(), next.epoch());
         upload::small(&self.inner.store, &self.object(&name.to_string()), next.encode()).await?;
-        // The last look before the commit: all of it went to our store, and not to a folder made anew in its place.
+        // Last check before the commit: all objects went to the cluster's store, and not to a folder that was created in its place.
         self.inner.store.claim().await?;
         let state = TierState::of(&next, name);
         self.inner.cache.put_parsed(name.attempt, Parsed::Root(Arc::new(next))).await;
         Ok(Staged { state, replaces })
     }
 
-    /// Makes a staged state the current one. Its commit has succeeded.
+    /// Makes a staged state the current one. The caller has committed the state.
     pub fn install(&self, staged: Staged) {
         self.adopt(staged.state);
     }
 
-    /// The segments that hold offsets from `from` on, oldest first, at most `limit`.
+    /// Returns the segments that contain offsets from `from` on, oldest first, at most `limit`.
     pub async fn segments(&self, from: Offset, limit: usize) -> Result<Vec<SegmentLine>, ReadError> {
         let state = self.state();
         let root = self.root(&state).await?;
@@ -263,7 +266,8 @@ impl PartitionTier {
         Ok(found)
     }
 
-    /// The footer of the last segment: epochs and producer state at the tiered end. `None` when the bucket holds nothing.
+    /// Returns the footer of the last segment, with the epochs and the producer state at the tiered end. Returns `None` if the manifest
+    /// lists no segment.
     pub async fn last_footer(&self) -> Result<Option<Arc<Footer>>, ReadError> {
         let root = self.root(&self.state()).await?;
         match root.segments().last() {
@@ -284,7 +288,7 @@ impl PartitionTier {
         act(&mut self.view().readers)
     }
 
-    /// Counts a read that met damage: `Some` with how many there were, where a line is due.
+    /// Counts a read of corrupt data. Returns `Some` if the caller must log it, with the number of such reads since the last line.
     pub(super) fn count_damage(&self) -> Option<u64> {
         self.view().damage.occur(clock::monotonic())
     }
@@ -297,7 +301,7 @@ impl PartitionTier {
         format!("{}/{name}", partition_folder(self.inner.id))
     }
 
-    /// The manifest that `state` names.
+    /// Returns the manifest that `state` names, from the cache if possible.
     pub(super) async fn root(&self, state: &TierState) -> Result<Arc<Root>, ReadError> {
         let Some(name) = state.manifest else { return Ok(Arc::new(Root::empty(self.inner.id, state.bucket_end()))) };
         let (tier, wanted) = (self.clone(), state.clone());
@@ -319,7 +323,7 @@ impl PartitionTier {
         }
     }
 
-    /// Fetches the manifest that `state` names.
+    /// Fetches the manifest that `state` names from the store.
     pub(super) async fn load_root(&self, state: &TierState) -> Result<Arc<Root>, ReadError> {
         let Some(name) = state.manifest else { return Ok(Arc::new(Root::empty(self.inner.id, state.bucket_end()))) };
         let parse = |bytes: &[u8]| {
@@ -333,7 +337,7 @@ impl PartitionTier {
         self.load(&self.object(&name.to_string()), None, parse).await
     }
 
-    /// Fetches a page.
+    /// Fetches a page from the store.
     pub(super) async fn load_page(&self, line: &PageLine) -> Result<Arc<Page>, ReadError> {
         let parse = |bytes: &[u8]| Page::parse(bytes, self.inner.id, line).map(Arc::new);
         self.load(&self.object(&line.stamp.page()), None, parse).await
@@ -343,23 +347,23 @@ impl PartitionTier {
         ReadError::Damaged { object: self.object(name), reason: "its name is that of another object".to_owned() }
     }
 
-    /// Remembers that the manifest of the current state, or a page of it, is lost: whoever reads notices first, and upkeep mends it.
+    /// Records that the current manifest or one of its pages is lost. A read detects the loss first; maintenance rebuilds the manifest.
     fn note_loss(&self, error: &ReadError) {
         if let Some(object) = error.lost_manifest() {
             self.view().lost = Some(object.to_owned());
         }
     }
 
-    /// The manifest or page that was found to be missing or damaged since the last commit.
+    /// Returns the manifest or page that was found missing or corrupt since the last commit.
     pub fn lost_manifest(&self) -> Option<String> {
         self.view().lost.clone()
     }
 
-    /// Writes a manifest of these segments in place of one that was lost: gap-free, the first one holding `log_start`, the last one ending at
-    /// the tiered end. The segments are there already; their manifest has to be committed like any other.
+    /// Writes a manifest of these segments in place of a lost one. The segments have no gap: the first one contains `log_start`, and the
+    /// last one ends at the tiered end. Their objects exist already. The caller commits the manifest like any other.
     ///
     /// # Panics
-    /// When the segments are not such a chain: [`PartitionTier::survey`] gives one.
+    /// If the segments are not such a chain. [`PartitionTier::survey`] returns one.
     pub async fn stage_rebuilt(
         &self,
         segments: &[SegmentLine],
@@ -393,7 +397,7 @@ impl PartitionTier {
         }
     }
 
-    /// Fetches the footer of a segment.
+    /// Fetches the footer of a segment from the store.
     async fn load_footer(&self, line: &SegmentLine) -> Result<Arc<Footer>, ReadError> {
         let parse = |bytes: &[u8]| {
             let footer = Footer::parse(bytes)?;
@@ -408,7 +412,7 @@ impl PartitionTier {
         self.load(&self.object(&line.stamp.segment()), Some(line.data_bytes..line.object_bytes()), parse).await
     }
 
-    /// The segment that holds `offset`, by a manifest.
+    /// Returns the segment that contains `offset`, according to a manifest.
     pub(super) async fn segment_of(&self, root: &Root, offset: Offset) -> Result<Option<SegmentLine>, ReadError> {
         Ok(match root.find(offset) {
             Some(Found::Segment(line)) => Some(line),
@@ -417,7 +421,7 @@ impl PartitionTier {
         })
     }
 
-    /// The first segment that reaches above `from` and whose largest timestamp is at or after `timestamp_ms`.
+    /// Returns the first segment that ends above `from` and has a largest timestamp of `timestamp_ms` or later.
     pub(super) async fn segment_at_time(
         &self,
         root: &Root,
@@ -435,12 +439,12 @@ impl PartitionTier {
             if let Some(line) = page.segments().iter().find(late) {
                 return Ok(Some(*line));
             }
-            // The page's largest timestamp was that of a segment below `from`.
+            // The page's largest timestamp is that of a segment below `from`.
             from = line.stamp.end;
         }
     }
 
-    /// Fetches an object, or a range of it, and reads it; again when what came does not parse.
+    /// Fetches an object, or a range of it, and parses it. Fetches it again if the content cannot be parsed.
     async fn load<T>(
         &self,
         object: &str,

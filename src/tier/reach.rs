@@ -1,8 +1,8 @@
-//! Whether the object store answers. The outcomes of all requests lead here; while there is doubt, one probe at a time asks the store.
+//! Detects outages of the object store. Every request reports its outcome here. While an outage is suspected, one probe at a time is sent.
 //!
-//! A failed or an unanswered request only raises doubt: one object, or one kind of request, may be refused for reasons of its own. A
-//! probe that fails as well makes the store *away*, and the first request that succeeds ends that. Readers are refused at once while the
-//! store is away; uploads go on retrying. The log names an outage once, however many partitions meet it.
+//! A failed or unanswered request only raises the suspicion: the store may refuse one object, or one kind of request, for other reasons. A
+//! failed probe then confirms the outage: the store is *away* until the next success. During a confirmed outage, reads fail at once, and
+//! uploads continue to retry. The log reports an outage once, for all affected partitions together.
 
 use std::{
     fmt,
@@ -14,36 +14,37 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::task::clock;
 
-/// How long requests fail, with no success between them, until a failed probe counts: a failure now and then is retried in silence.
+/// Time of failures without a success, after which a failed probe confirms the outage. Occasional failures are retried without a log line.
 const AWAY_AFTER: Duration = Duration::from_millis(300);
 
-/// How long requests fail until the log says so.
+/// Time of failures without a success, after which the outage is logged.
 const LOG_AFTER: Duration = Duration::from_secs(5);
 
-/// A request that has had no answer for this long raises doubt.
+/// Time without a response after which a request raises the suspicion.
 pub(super) const DOUBT_AFTER: Duration = Duration::from_secs(2);
 
-/// How long a probe may go unanswered. With [`DOUBT_AFTER`] a store that never answers is away within 5 s.
+/// Time limit of a probe. With [`DOUBT_AFTER`], the outage of a store that never responds is confirmed within 5 s.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_millis(2500);
 
-/// The pauses before the first probes: the third comes when [`AWAY_AFTER`] is over, and a store that refuses is away within a second.
+/// Pauses before the first probes. The third probe is sent after [`AWAY_AFTER`], so the outage of a store that refuses requests is
+/// confirmed within a second.
 const FIRST_PAUSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(250)];
 
-/// The pause between all later probes. Everything that waits for the store goes on this long after it is back.
+/// Pause before each later probe. After the outage, operations that wait for the store continue at most this long later.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
 
-/// What is known of one store.
+/// Outage state of one store.
 #[derive(Debug)]
 pub(super) struct Reach {
     failing: Mutex<Option<Failing>>,
-    /// Why the store is away, and since when; `None` while it is not.
+    /// The confirmed outage. `None` if there is none.
     away: watch::Sender<Option<Away>>,
 }
 
-/// Requests fail, and none has succeeded since the first that did.
+/// A suspected outage: requests fail, and none has succeeded since the first failure.
 #[derive(Clone, Debug)]
 struct Failing {
-    /// When the first request was sent that failed.
+    /// Time when the first failed request was sent.
     since: Instant,
     why: String,
     logged: bool,
@@ -53,17 +54,17 @@ struct Failing {
 #[derive(Clone, Debug)]
 struct Away {
     since: Instant,
-    /// When that was known.
+    /// Time when the outage was confirmed.
     known_at: Instant,
     why: String,
 }
 
-/// An object store that does not answer, or refuses every request.
+/// An outage: the object store does not respond, or refuses every request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outage {
-    /// Since when.
+    /// Duration since the first failed request was sent.
     pub lasted: Duration,
-    /// The error of the last request that failed.
+    /// Error of the last failed request.
     pub why: String,
 }
 
@@ -80,8 +81,8 @@ impl Default for Reach {
 }
 
 impl Reach {
-    /// A request that was sent at `sent` failed, and not for what it asked, or has had no answer for long. True where this is the first
-    /// one: the caller starts the probes.
+    /// Records that a request sent at `sent` failed for a reason other than its content, or has had no response for long. Returns true for
+    /// the first failure: the caller then starts the probes.
     #[must_use]
     pub(super) fn failed(&self, place: &str, sent: Instant, why: &str) -> bool {
         let mut failing = self.lock();
@@ -100,12 +101,12 @@ impl Reach {
         first
     }
 
-    /// A probe failed.
+    /// Records a failed probe. Confirms the outage after [`AWAY_AFTER`].
     pub(super) fn probe_failed(&self, place: &str, sent: Instant, why: &str) {
         let _probing_already = self.failed(place, sent, why);
         let failing = self.lock();
         let Some(known) = failing.as_ref().filter(|known| known.since.elapsed() >= AWAY_AFTER) else { return };
-        // Under the lock, so that an answer that comes meanwhile is not overtaken.
+        // The lock is held, so that a success in the meantime cannot be overwritten.
         self.away.send_if_modified(|away| {
             let begins = away.is_none();
             let known_at = away.as_ref().map_or_else(clock::monotonic, |away| away.known_at);
@@ -114,7 +115,7 @@ impl Reach {
         });
     }
 
-    /// The store did what it was asked for, or said that it has no such object.
+    /// Records that a request succeeded, or failed for its own content, such as a missing object. Ends the outage.
     pub(super) fn answered(&self, place: &str) {
         let mut failing = self.lock();
         let Some(over) = failing.take() else { return };
@@ -125,7 +126,7 @@ impl Reach {
         }
     }
 
-    /// How long to wait before the next probe; `None` when none is needed, because the store answers.
+    /// Returns the pause before the next probe. Returns `None` if no outage is suspected.
     pub(super) fn next_probe(&self) -> Option<Duration> {
         let mut failing = self.lock();
         let known = failing.as_mut()?;
@@ -133,19 +134,19 @@ impl Reach {
         Some(FIRST_PAUSES.get(known.probes - 1).copied().unwrap_or(PROBE_INTERVAL))
     }
 
-    /// The outage that the log has named and that is not over.
+    /// Returns the outage that was logged and has not ended.
     pub(super) fn outage(&self) -> Option<Outage> {
         let failing = self.lock().clone().filter(|failing| failing.logged)?;
         Some(Outage { lasted: clock::monotonic().duration_since(failing.since), why: failing.why })
     }
 
-    /// The outage while the store is away.
+    /// Returns the outage if it is confirmed and has not ended.
     pub(super) fn away(&self) -> Option<Outage> {
         let away = self.away.borrow().clone()?;
         Some(Outage { lasted: clock::monotonic().duration_since(away.since), why: away.why })
     }
 
-    /// Waits until the store is away.
+    /// Waits until an outage is confirmed.
     pub(super) async fn until_away(&self) -> Outage {
         let mut away = self.away.subscribe();
         let known = away.wait_for(Option::is_some).await.expect("the sender is in self").clone();
@@ -153,12 +154,12 @@ impl Reach {
         Outage { lasted: clock::monotonic().duration_since(since), why }
     }
 
-    /// Waits until it has been known for so long that the store is away; not at all where it has been.
+    /// Waits until an outage has been confirmed for `time`. Returns at once if that holds already.
     pub(super) async fn until_away_for(&self, time: Duration) -> Outage {
         loop {
             let outage = self.until_away().await;
             let known = self.away.borrow().as_ref().map(|away| away.known_at.elapsed());
-            // The outage may have ended meanwhile: the next one is waited for.
+            // If the outage has ended meanwhile, this waits for the next one.
             let left = known.map_or(Duration::ZERO, |known| time.saturating_sub(known));
             if left.is_zero() && known.is_some() {
                 return outage;
@@ -171,13 +172,13 @@ impl Reach {
         }
     }
 
-    /// Waits until the store is not away.
+    /// Waits until there is no confirmed outage.
     pub(super) async fn until_back(&self) {
         let mut away = self.away.subscribe();
         away.wait_for(Option::is_none).await.expect("the sender is in self");
     }
 
-    /// Sleeps for so long, or until the store is back where it is away: what waits for it goes on at once then.
+    /// Sleeps for `pause`. During a confirmed outage, returns as soon as the outage ends, so that waiting operations continue at once.
     pub(super) async fn pause(&self, pause: Duration) {
         let sleep = tokio::time::sleep(pause);
         if self.away.borrow().is_none() {
@@ -201,7 +202,7 @@ mod tests {
 
     const PLACE: &str = "s3://bucket";
 
-    /// Probes as the store does, with requests that are answered with an error at once; how long until the store is away.
+    /// Sends probes as the store does, each with an immediate error. Returns the time until the outage is confirmed.
     async fn probe_until_away(reach: &Reach) -> Duration {
         let begin = clock::monotonic();
         while reach.away().is_none() {
@@ -212,7 +213,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn store_is_away_after_failed_probes_and_back_after_one_answer() {
+    async fn outage_starts_after_failed_probes_and_ends_with_success() {
         let reach = Reach::default();
         assert!(reach.failed(PLACE, clock::monotonic(), "refused"), "the first failure starts the probes");
         assert!(!reach.failed(PLACE, clock::monotonic(), "refused"), "one probe at a time");
@@ -237,7 +238,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn silent_store_is_away_within_five_seconds() {
+    async fn outage_of_unresponsive_store_is_confirmed_in_5_s() {
         let (reach, sent) = (Reach::default(), clock::monotonic());
         tokio::time::advance(DOUBT_AFTER).await;
         assert!(reach.failed(PLACE, sent, "no answer for 2 s"));
@@ -248,7 +249,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn outage_is_named_in_the_log_once_it_has_lasted() {
+    async fn long_outage_is_logged() {
         let reach = Reach::default();
         let _first = reach.failed(PLACE, clock::monotonic(), "first");
         tokio::time::advance(LOG_AFTER / 2).await;

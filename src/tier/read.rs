@@ -1,8 +1,8 @@
-//! Cold reads: from an offset to whole, checked batches, through the chunk cache.
+//! Cold reads: complete, checked batches from an offset on, through the chunk cache.
 //!
-//! Every bit that is served was compared with something: a batch's own CRC covers all but its offset and its epoch, and
-//! those two have to be what the index and the footer's epoch list say. A chunk that does not pass is forgotten and
-//! fetched again, and only then is the object called damaged.
+//! Every served bit is checked. A batch's CRC covers everything but the base offset and the leader epoch; these two must match the index
+//! and the footer's epoch list. A chunk that fails a check is evicted and fetched again. The object is reported as corrupt only if that
+//! does not help.
 
 use std::{collections::BTreeMap, ops::Range};
 
@@ -19,54 +19,54 @@ use super::{
 };
 use crate::{limits, log::ReadLimits, model::Offset, record::Batch};
 
-/// Chunks that one read fetches at once.
+/// Maximum number of chunks that one read fetches at the same time.
 const CHUNKS_AT_ONCE: usize = 8;
 
-/// Why nothing could be read.
+/// Error of a read from the object store.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ReadError {
-    /// The bucket does not hold this offset.
+    /// The object store does not contain the offset.
     #[error("offset {offset} is not in the bucket, which holds {start}..{end}")]
     OutOfRange {
-        /// What was asked for.
+        /// Requested offset.
         offset: Offset,
-        /// The log start.
+        /// Log start.
         start: Offset,
-        /// The tiered end.
+        /// Tiered end.
         end: Offset,
     },
-    /// An object that the manifest names is gone.
+    /// An object that the manifest references does not exist.
     #[error("object {object} is missing from the bucket, though the manifest names it")]
     Missing {
-        /// Its name, below the prefix.
+        /// Name of the object, below the prefix.
         object: String,
     },
-    /// An object is not what was written. Nothing of it was served.
+    /// The content of an object is corrupt. The read returns none of it.
     #[error("object {object} is damaged: {reason}")]
     Damaged {
-        /// Its name, below the prefix.
+        /// Name of the object, below the prefix.
         object: String,
-        /// What is wrong with it.
+        /// Check that failed.
         reason: String,
     },
-    /// The batch is larger than the reader has memory for.
+    /// The batch is larger than the reader's memory budget.
     #[error("the batch has {bytes} bytes, and there is memory for fewer")]
     BatchTooLarge {
-        /// Its bytes.
+        /// Size of the batch.
         bytes: usize,
     },
-    /// The store could not be read.
+    /// The request to the store failed.
     #[error(transparent)]
     Store(StoreError),
 }
 
 impl ReadError {
-    /// The manifest, or page of one, that is missing or damaged; `None` for every other failure.
+    /// Returns the manifest or manifest page that is missing or corrupt. Returns `None` for every other error.
     pub fn lost_manifest(&self) -> Option<&str> {
         super::rebuild::lost_manifest(self)
     }
 
-    /// Whether the same read may succeed later, without anybody's help.
+    /// Returns true if the same read may succeed later without intervention.
     pub fn retryable(&self) -> bool {
         matches!(self, Self::Store(error) if error.retryable())
     }
@@ -81,26 +81,26 @@ impl From<StoreError> for ReadError {
     }
 }
 
-/// What one read found.
+/// Result of one read.
 #[derive(Clone, Debug)]
 pub struct Read {
-    /// Whole batches, in order; each piece holds one or more.
+    /// Complete batches in order. Each piece holds one or more.
     pub chunks: Vec<Bytes>,
-    /// Offset after the last of them.
+    /// Offset after the last batch.
     pub next: Offset,
-    /// Their bytes.
+    /// Bytes of the batches.
     pub bytes: usize,
 }
 
-/// Where a read ended.
+/// Position at which a read ended.
 struct At {
-    /// The position after the last batch.
+    /// Position after the last batch.
     position: u64,
-    /// The first chunk that was neither there nor on its way.
+    /// First chunk that was neither in memory nor in flight.
     fetched: Option<u64>,
 }
 
-/// Something that does not fit, and the chunks that it was seen in.
+/// A failed check, and the chunks that it concerns.
 struct Damage {
     chunks: Range<u64>,
     reason: String,
@@ -118,7 +118,8 @@ impl From<ReadError> for Failed {
 }
 
 impl PartitionTier {
-    /// Batches from the one that holds `from`, which may begin below it, up to the limits or the end of a segment, and at least one.
+    /// Returns batches from the one that contains `from`, which may begin below `from`. Ends at the limits or at the end of a segment, but
+    /// returns at least one batch.
     pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<Read, ReadError> {
         let state = self.state();
         let (offset, start, end) = (from, state.log_start, state.tiered_end);
@@ -132,7 +133,7 @@ impl PartitionTier {
         let mut reader = self.with_readers(|readers| readers.arrive(from));
         let read = self.read_segment(&line, &footer, from, limits).await;
         if let Err(ReadError::BatchTooLarge { .. }) = read {
-            // It comes again for the same batch.
+            // The reader reads the same batch again, so this read must not widen its window.
             reader.window /= 2;
             self.with_readers(|readers| readers.leave(reader, from));
         }
@@ -148,9 +149,10 @@ impl PartitionTier {
         Ok(read)
     }
 
-    /// The first batch above the log start that reaches above `from` and whose header claims a record of `timestamp_ms` or
-    /// later; `None` when the bucket holds none. The record is in it or, by its producer's word, in none: then the caller asks
-    /// again from its end. No batch above `max_batch_bytes` is read.
+    /// Returns the first batch that ends above `from` and the log start, and whose header has a largest timestamp of `timestamp_ms` or
+    /// later. Returns `None` if the object store contains none. If a producer set the largest timestamp too high, the batch has no such
+    /// record: the caller then continues at the batch's end. A batch above both `max_batch_bytes` and the size of a search's read is an
+    /// error and is not read.
     pub async fn batch_for_time(
         &self,
         timestamp_ms: i64,
@@ -178,7 +180,7 @@ impl PartitionTier {
         Ok(None)
     }
 
-    /// As [`PartitionTier::read`], in a known segment. Also answers where it ended.
+    /// Reads like [`PartitionTier::read`], in a known segment. Also returns the position at which the read ended.
     async fn read_segment(
         &self,
         line: &SegmentLine,
@@ -212,28 +214,28 @@ impl PartitionTier {
         }
     }
 
-    /// Asks for the chunks in front of a sequential reader, several with one request, across the segment's end too. Answers up to
-    /// where.
+    /// Requests the chunks ahead of a sequential reader, several per request, also beyond the end of the segment. Returns the position up
+    /// to which chunks were requested.
     async fn fetch_ahead(&self, root: &Root, line: SegmentLine, position: u64, reader: &ahead::Reader) -> ahead::Place {
         let mut asked = reader.asked;
         let (mut line, mut index, mut left) = (line, position.div_ceil(CHUNK_BYTES), reader.window);
-        // Half of the window is on its way while the other half is read.
+        // Half of the window is in flight while the reader reads the other half.
         let run = (reader.window / 2).clamp(1, self.cache().run_chunks());
         while left > 0 {
             let chunks = line.data_bytes.div_ceil(CHUNK_BYTES);
             if index >= chunks {
-                // A page or a store that fails here fails the read that needs it, too: there it is reported.
+                // An error of the page or the store is returned by the read that needs the chunk.
                 let Ok(Some(next)) = self.segment_of(root, line.stamp.end).await else { break };
                 (line, index) = (next, 0);
                 continue;
             }
             let mut end = index + 1;
             if (line.stamp.base, end) > asked {
-                // Runs end at the same places for all readers, so that two of them ask for the same ones.
+                // Runs end at the same positions for all readers, so that two readers request the same runs.
                 end = chunks.min((index / run + 1) * run).min(index + left);
                 let whole = end % run == 0 || end == chunks;
                 let object = self.object(&line.stamp.segment());
-                // A shorter run waits until there is room for a whole one.
+                // A shorter run waits until the window has space for a complete one.
                 if !whole || !self.cache().read_ahead(self.store(), &object, line, index..end) {
                     break;
                 }
@@ -245,22 +247,22 @@ impl PartitionTier {
     }
 }
 
-/// One pass over a segment's batches from the stretch that holds an offset.
+/// One pass over a segment's batches, from the index interval that contains an offset.
 struct Scan<'a> {
     tier: &'a PartitionTier,
     line: &'a SegmentLine,
     footer: &'a Footer,
     object: String,
     from: Offset,
-    /// Position and offset of the next batch.
+    /// Position of the next batch; `next` is its offset.
     position: u64,
     next: Offset,
     chunks: BTreeMap<u64, Bytes>,
-    /// The first of them that was neither there nor on its way.
+    /// First of `chunks` that was neither in memory nor in flight.
     fetched: Option<u64>,
     found: Vec<Bytes>,
     bytes: usize,
-    /// Batches that follow each other in one chunk: they go out as one piece.
+    /// Range of consecutive batches in one chunk, which are returned as one piece.
     run: Option<Range<u64>>,
 }
 
@@ -312,7 +314,7 @@ impl<'a> Scan<'a> {
         Ok(())
     }
 
-    /// Checks the batch at `range` and keeps it if it reaches above what was asked for.
+    /// Checks the batch at `range`, and keeps the batch if it ends above the requested offset.
     fn take(&mut self, range: Range<u64>) -> Result<(), Failed> {
         let length = range.end - range.start;
         let batch = Batch::parse(self.slice(range.clone())).map_err(|error| self.damage(length, &error.to_string()))?;
@@ -348,7 +350,7 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// Makes sure that the chunks up to position `end`, or to the data's end, are here.
+    /// Fetches the missing chunks up to position `end`, or to the data's end.
     async fn fetch(&mut self, end: u64) -> Result<(), ReadError> {
         let end = end.min(self.line.data_bytes);
         let missing: Vec<_> = (self.position / CHUNK_BYTES..end.div_ceil(CHUNK_BYTES))
@@ -374,7 +376,7 @@ impl<'a> Scan<'a> {
         Ok(())
     }
 
-    /// Bytes that are here: without a copy inside a chunk. Shorter than asked for at the data's end.
+    /// Returns fetched bytes, without a copy if they lie in one chunk. The result is shorter than `range` at the data's end.
     fn slice(&self, range: Range<u64>) -> Bytes {
         let end = range.end.min(self.line.data_bytes);
         let first = range.start / CHUNK_BYTES;
@@ -402,7 +404,7 @@ impl<'a> Scan<'a> {
     }
 }
 
-/// The first of checked batches that reaches above `from` and claims a record of `timestamp_ms` or later.
+/// Returns the first batch of `read` that ends above `from` and has a largest timestamp of `timestamp_ms` or later.
 fn first_at(read: &Read, timestamp_ms: i64, from: Offset) -> Option<Batch> {
     let batches = read.chunks.iter().flat_map(|chunk| {
         let mut chunk = chunk.clone();

@@ -1,21 +1,22 @@
-//! A manifest that was lost, made again from the footers of the segment objects.
+//! Rebuilds a lost manifest from the footers of the segment objects.
 //!
 //! # Overview
 //!
-//! The committed [`TierState`] says what the lost manifest covered: log start, tiered end, bytes. [`PartitionTier::survey`] reads the footer
-//! of every segment object in the partition's folder and looks for a chain of them that covers exactly that. Objects that crashes and
-//! deposed leaders left lie in the same folder, and must not get in:
+//! The committed [`TierState`] contains what the lost manifest covered: log start, tiered end, bytes. [`PartitionTier::survey`] lists the
+//! partition's folder and reads the footer of every segment object that ends above the log start and not above the tiered end. It searches
+//! for a chain of objects that covers exactly the committed range. The folder may also contain objects of crashed uploads and of deposed
+//! leaders. These properties of a chain exclude them:
 //!
 //! - A chain has no gap and no overlap, begins at or below the log start, and ends at the tiered end.
-//! - Neighbours agree on the leader epochs of the offsets that both know of: after an unclean election two objects may hold different
-//!   records at the same offsets.
-//! - Its bytes are those that were committed.
+//! - Adjacent objects agree on the leader epochs of the offsets that both footers cover. After an unclean election, two objects may hold
+//!   different records at the same offsets.
+//! - The chain has as many bytes as were committed.
 //!
-//! Objects with the same range, the same bytes and the same epochs are the same records; one of them is as good as another. If exactly one
-//! chain remains, it is [`Verdict::Committed`], and a broker takes it by itself. In every other case a person decides on what is left: the
-//! longest chain that ends at the tiered end.
+//! Objects with the same range, the same bytes and the same epochs hold the same records, so any of them can be used. If exactly one chain
+//! remains, the verdict is [`Verdict::Committed`], and a broker commits the manifest without an operator. In every other case an operator
+//! decides about the longest chain that ends at the tiered end.
 //!
-//! The choice is pure; only the survey asks the store.
+//! The choice is a pure function; only the survey sends requests.
 
 use std::collections::BTreeMap;
 
@@ -34,63 +35,63 @@ use super::{
 };
 use crate::model::{LeaderEpoch, Offset};
 
-/// Footers that are read side by side.
+/// Maximum number of footers that are read at the same time.
 const READS_AT_ONCE: usize = 8;
 
-/// Bytes read off an object's end at first. Most footers are shorter.
+/// Size of the first read at an object's end. Most footers are shorter.
 const TAIL_BYTES: u64 = 64 << 10;
 
-/// Most chains that are followed from one offset. With more it is not known which was committed.
+/// Maximum number of chains that are kept per start offset. If an offset reaches it, no chain is taken for the committed one.
 const MAX_CHAINS: usize = 32;
 
-/// A segment object, as its footer tells it.
+/// A segment object as its footer describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Candidate {
     line: SegmentLine,
     data_crc: u32,
-    /// Epoch and first offset of each leader up to its end.
+    /// Epoch and start offset of each leader up to the object's end.
     epochs: Vec<(LeaderEpoch, Offset)>,
 }
 
-/// How sure it is that the chain is what was committed.
+/// Comparison of the chain with what was committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It covers exactly what was committed, with as many bytes, and no other chain does.
+    /// The chain covers exactly what was committed, with as many bytes, and no other chain does.
     Committed,
-    /// It covers what was committed, but has other bytes than were committed.
+    /// The chain covers what was committed, but has another number of bytes.
     OtherBytes,
-    /// Several chains of different records cover what was committed. This one has the newest epochs.
+    /// Several chains of different records cover what was committed. The survey contains the chain with the newest epochs.
     Ambiguous,
-    /// Something is missing: it begins above the log start.
+    /// No chain covers what was committed. The survey contains the longest one, which begins above the log start.
     Incomplete,
 }
 
-/// What is left of a partition's history.
+/// Remains of a partition's history in the object store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Survey {
-    /// What was committed.
+    /// Committed state.
     pub state: TierState,
-    /// How sure the chain is.
+    /// Comparison of `chain` with `state`.
     pub verdict: Verdict,
-    /// Gap-free, oldest first; it ends at the tiered end. Empty where nothing does.
+    /// Segments without gap, oldest first, up to the tiered end. Empty if no object ends there.
     pub chain: Vec<SegmentLine>,
-    /// The log start with this chain: the committed one, or where the chain begins if that is later.
+    /// Log start with this chain: the committed one, or the start of the chain if that is above it. The tiered end if the chain is empty.
     pub log_start: Offset,
     /// Ranges between the committed log start and the tiered end that no object covers.
     pub missing: Vec<(Offset, Offset)>,
-    /// Objects that cannot be used, and why.
+    /// Objects that cannot be used, each with the reason.
     pub unusable: Vec<(String, String)>,
-    /// Objects that are not in the chain: left over, or of other records.
+    /// Number of usable objects outside the chain: orphan objects, duplicates and objects of other records.
     pub left_over: usize,
 }
 
 impl Survey {
-    /// Bytes of batches in the chain.
+    /// Returns the bytes of batches in the chain.
     pub fn bytes(&self) -> u64 {
         self.chain.iter().map(|line| line.data_bytes).sum()
     }
 
-    /// Why it is not what was committed, for people; `None` where it is.
+    /// Returns the difference between the chain and what was committed, for people. Returns `None` if there is none.
     pub fn doubt(&self) -> Option<String> {
         let (start, end) = (self.state.log_start.min(self.state.tiered_end), self.state.tiered_end);
         match self.verdict {
@@ -115,10 +116,10 @@ impl Survey {
 }
 
 impl PartitionTier {
-    /// Whether the current manifest and its pages can be read now. Asks the store, whatever is cached.
+    /// Checks that the current manifest and its pages can be read now. Sends requests to the store, regardless of the cache.
     ///
     /// # Errors
-    /// What is missing or damaged, or that the store does not answer.
+    /// An object of the manifest is missing or corrupt, or the store does not respond.
     pub async fn check_manifest(&self) -> Result<(), ReadError> {
         let root = self.load_root(&self.state()).await?;
         for line in root.pages() {
@@ -127,13 +128,13 @@ impl PartitionTier {
         Ok(())
     }
 
-    /// Looks at every segment object of the partition, and finds the chain that was committed, or what is left of it.
+    /// Reads the footers of the segment objects in the committed range. Returns the chain that was committed, or what remains of it.
     ///
     /// # Errors
-    /// When the store does not answer.
+    /// The store does not respond, or the prefix does not belong to this cluster.
     pub async fn survey(&self) -> Result<Survey, UploadError> {
         let (store, id, state) = (self.store(), self.id(), self.state());
-        // A folder that is not mounted lists nothing.
+        // The list of an unmounted folder is empty, so the owner of the prefix is checked first.
         store.claim().await?;
         let folder = format!("{}/", partition_folder(id));
         let listed = store.list(folder.trim_end_matches('/')).await?;
@@ -162,7 +163,7 @@ impl PartitionTier {
         Ok(choose(state, candidates, unusable))
     }
 
-    /// Reads one object's footer.
+    /// Reads the footer of one object.
     async fn candidate(&self, stamp: Stamp, object: Listed) -> Result<Candidate, ReadError> {
         let damaged = |reason: String| ReadError::Damaged { object: object.object.clone(), reason };
         let tail = self.tail(&object, TAIL_BYTES).await?;
@@ -183,7 +184,8 @@ impl PartitionTier {
             footer_bytes: u32::try_from(footer_bytes).map_err(|error| damaged(error.to_string()))?,
             crc: crc32c::crc32c_append(footer.data_crc, &tail[start..]),
             max_timestamp_ms: footer.max_timestamp_ms,
-            // The manifest alone knew when the segment was begun. It was written later than that, so nothing expires too early.
+            // Only the lost manifest contained the write time of the segment. The object was modified later than that, so no segment
+            // expires too early.
             created_ms: object.modified_ms,
         };
         Ok(Candidate { line, data_crc: footer.data_crc, epochs: footer.epochs })
@@ -197,7 +199,7 @@ impl PartitionTier {
     }
 }
 
-/// The chain that was committed, or what is left.
+/// Returns the chain that was committed, or what remains of it.
 fn choose(state: TierState, candidates: Vec<Candidate>, unusable: Vec<(String, String)>) -> Survey {
     let (start, end) = (state.log_start.min(state.tiered_end), state.tiered_end);
     let all = candidates.len();
@@ -224,7 +226,8 @@ fn choose(state: TierState, candidates: Vec<Candidate>, unusable: Vec<(String, S
     Survey { state, verdict, chain, log_start, missing, unusable, left_over }
 }
 
-/// A chain of segments up to the tiered end: its first one, and which of the chains from that one's end on it goes on with.
+/// A chain of segments up to the tiered end. `first` is the index of its first candidate; `next` is the index of the rest among the chains
+/// that start at the end of `first`.
 #[derive(Clone, Copy)]
 struct Chain {
     first: Option<usize>,
@@ -243,7 +246,7 @@ impl Chain {
     }
 }
 
-/// Every chain that ends at `end`, by the offset where it begins; of those from one offset, those of newer epochs first.
+/// Returns every chain that ends at `end`, by its start offset. Among the chains of one offset, newer epochs come first.
 fn chains(end: Offset, candidates: &[Candidate]) -> BTreeMap<Offset, Vec<Chain>> {
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     let key = |at: &usize| {
@@ -270,7 +273,7 @@ fn chains(end: Offset, candidates: &[Candidate]) -> BTreeMap<Offset, Vec<Chain>>
     chains
 }
 
-/// Objects of different records, none of an epoch above the committed one.
+/// Returns one object for each set of objects with the same records. Leaves out objects of an epoch above the committed one.
 fn distinct(candidates: Vec<Candidate>, committed: LeaderEpoch) -> Vec<Candidate> {
     let mut distinct: Vec<Candidate> = Vec::with_capacity(candidates.len());
     let mut sorted = candidates;
@@ -291,7 +294,7 @@ fn is_same(one: &Candidate, other: &Candidate) -> bool {
         && one.epochs == other.epochs
 }
 
-/// Whether both footers tell the same leader epochs for the offsets of the first object that the second one's epochs reach back to.
+/// Returns true if both footers contain the same leader epochs for the offsets of `before` that the epochs of `after` reach back to.
 fn agree(before: &Candidate, after: &Candidate) -> bool {
     let (base, end) = (before.line.stamp.base, before.line.stamp.end);
     let known_from = after.epochs.first().map_or(end, |(_, first)| *first).max(base);
@@ -303,7 +306,7 @@ fn agree(before: &Candidate, after: &Candidate) -> bool {
     offsets.all(|offset| epoch_of(&before.epochs, offset) == epoch_of(&after.epochs, offset))
 }
 
-/// What of a range no object covers.
+/// Returns the parts of a range that no object covers.
 fn uncovered(start: Offset, end: Offset, candidates: &[Candidate]) -> Vec<(Offset, Offset)> {
     let mut stamps: Vec<&Stamp> = candidates.iter().map(|one| &one.line.stamp).collect();
     stamps.sort_by_key(|stamp| stamp.base);
@@ -320,7 +323,7 @@ fn uncovered(start: Offset, end: Offset, candidates: &[Candidate]) -> Vec<(Offse
     missing
 }
 
-/// The object that a read failed for, where it is a manifest or a page of one that is missing or damaged.
+/// Returns the object of a failed read if it is a missing or corrupt manifest or manifest page.
 pub(super) fn lost_manifest(error: &ReadError) -> Option<&str> {
     let (ReadError::Missing { object } | ReadError::Damaged { object, .. }) = error else { return None };
     let file = object.rsplit('/').next().unwrap_or(object);
@@ -339,7 +342,7 @@ mod tests {
         Offset::new(offset).expect("small")
     }
 
-    /// An object `base..end` of so many bytes, written in `epoch`, whose records `crc` stands for.
+    /// Returns an object `base..end` with ten bytes per offset, written in `epoch`. `crc` identifies its records.
     fn object(base: u64, end: u64, epoch: u32, crc: u32) -> Candidate {
         let attempt =
             Uuid::from_u128(u128::from(base) << 64 | u128::from(end) << 32 | u128::from(epoch) << 16 | u128::from(crc));
@@ -374,8 +377,8 @@ mod tests {
     }
 
     #[test]
-    fn the_one_chain_that_matches_what_was_committed_is_taken() {
-        // 0..100 was trimmed away and is garbage; 300..400 was never committed.
+    fn single_matching_chain_is_committed() {
+        // Object 0..100 was trimmed and is garbage; 300..400 was never committed.
         let objects = [object(300, 400, 5, 9), object(200, 300, 5, 3), object(100, 200, 4, 2), object(0, 100, 4, 1)];
         let survey = choose(state(150, 300, 2000), objects[1..3].to_vec(), Vec::new());
         assert_eq!((survey.verdict, ranges(&survey)), (Verdict::Committed, vec![(100, 200), (200, 300)]));
@@ -389,19 +392,19 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_segment_is_named_and_what_is_left_begins_behind_it() {
+    fn missing_segment_is_reported_and_chain_starts_after_it() {
         let objects = vec![object(0, 100, 4, 1), object(200, 300, 5, 3), object(300, 350, 5, 4)];
         let survey = choose(state(0, 350, 3500), objects, Vec::new());
         assert_eq!((survey.verdict, ranges(&survey)), (Verdict::Incomplete, vec![(200, 300), (300, 350)]));
         assert_eq!((survey.missing.clone(), survey.log_start), (vec![(at(100), at(200))], at(200)));
         assert!(survey.doubt().expect("something is missing").contains("100..200"), "{survey:?}");
-        // Nothing ends at the tiered end.
+        // No object ends at the tiered end.
         let survey = choose(state(0, 350, 3500), vec![object(0, 100, 4, 1)], Vec::new());
         assert_eq!((survey.verdict, survey.log_start, survey.chain.len()), (Verdict::Incomplete, at(350), 0));
     }
 
     #[test]
-    fn two_objects_of_the_same_records_are_one_and_of_different_records_are_doubt() {
+    fn duplicates_merge_and_different_records_are_ambiguous() {
         let (again, other) = (object(100, 200, 4, 2), object(100, 200, 3, 99));
         let mut retried = again.clone();
         retried.line.stamp.epoch = LeaderEpoch(3);
@@ -413,9 +416,9 @@ mod tests {
         assert_eq!(survey.chain[1].stamp.epoch, LeaderEpoch(4), "the newest epoch is proposed");
     }
 
-    /// A deposed leader's object holds other records under the same range, with as many bytes; the true one is gone.
+    /// The deposed leader's object has other records, but the same range and number of bytes. The committed object is lost.
     #[test]
-    fn an_object_of_a_history_that_lost_is_not_taken_though_its_range_and_bytes_fit() {
+    fn deposed_leaders_object_is_rejected_despite_equal_range() {
         let lost = with_epochs(object(100, 200, 3, 99), &[(0, 0), (3, 150)]);
         let next = with_epochs(object(200, 300, 5, 3), &[(0, 0), (4, 120)]);
         let survey = choose(state(100, 300, 2000), vec![lost, next.clone()], Vec::new());
@@ -426,21 +429,21 @@ mod tests {
     }
 
     #[test]
-    fn an_object_of_a_later_epoch_than_was_committed_is_left_out() {
+    fn object_above_committed_epoch_is_left_out() {
         let survey = choose(state(0, 100, 1000), vec![object(0, 100, 6, 1)], Vec::new());
         assert_eq!((survey.verdict, survey.left_over), (Verdict::Incomplete, 1));
     }
 
     #[test]
-    fn bytes_that_were_not_committed_are_doubt() {
+    fn different_byte_count_is_not_committed() {
         let survey = choose(state(0, 100, 999), vec![object(0, 100, 4, 1)], Vec::new());
         assert_eq!((survey.verdict, survey.log_start), (Verdict::OtherBytes, at(0)));
         assert!(survey.doubt().expect("doubt").contains("999"));
     }
 
     #[test]
-    fn many_pieces_in_many_ways_are_not_guessed_at() {
-        // Every neighbouring pair also lies there in one piece: the chains double with each step.
+    fn too_many_chains_are_ambiguous() {
+        // Each two adjacent pieces also exist as one object, so the number of chains grows exponentially.
         let mut objects = Vec::new();
         for piece in 0..20 {
             objects.push(object(piece * 10, piece * 10 + 10, 4, 1));

@@ -1,7 +1,6 @@
-//! S3's own requests, through the vendor's own client: what other stores do not have, and what the doctor asks.
+//! S3 requests through the vendor's client: those that other stores do not have, and those of the doctor.
 //!
-//! Everything that a broker needs for its data goes through `store`. This client is made when it is needed, seldom, and from
-//! the same options.
+//! All requests of a broker for its data go through `store`. This client is rarely needed. It is created on demand, from the same options.
 
 use std::{future::Future, time::Duration};
 
@@ -15,30 +14,30 @@ use futures::future::BoxFuture;
 
 use super::open::{OpenError, StoreOptions};
 
-/// The region where none is configured anywhere, as for all other requests.
+/// Region if none is configured, as in all other requests.
 const REGION: &str = "us-east-1";
 
-/// Most pages of one listing of uploads, of up to 1,000 each. What lies beyond them waits until those are ended.
+/// Maximum number of pages of one listing of uploads, of up to 1,000 uploads each. Further uploads are listed after these have been
+/// aborted.
 const UPLOAD_PAGES: usize = 100;
 
 /// One prefix of one bucket.
 pub(super) struct S3 {
     pub(super) client: Client,
-    /// Where it calls, if not at Amazon.
+    /// URL of a service other than AWS.
     endpoint: Option<String>,
     pub(super) bucket: String,
     prefix: String,
     pub(super) timeout: Duration,
 }
 
-/// A multipart upload that has no end yet.
+/// An incomplete multipart upload.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Upload {
-    /// The name below our prefix of the object that it would make.
+    /// Name of its future object, below the prefix.
     pub(super) object: String,
-    /// Its id.
     pub(super) id: String,
-    /// When it was begun, by the store's clock, in milliseconds since 1970; `None` where the store does not say.
+    /// Start time by the store's clock, in milliseconds since 1970. `None` if the store does not return it.
     pub(super) begun_ms: Option<i64>,
 }
 
@@ -74,12 +73,12 @@ impl S3 {
         })
     }
 
-    /// The whole key of a name below the prefix.
+    /// Returns the complete key of a name below the prefix.
     pub(super) fn key(&self, key: &str) -> String {
         if self.prefix.is_empty() { key.to_owned() } else { format!("{}/{key}", self.prefix) }
     }
 
-    /// One request, within the time limit. Boxed, because the client's futures are some 20 KiB.
+    /// Sends one request with the time limit. The future is boxed, because the client's futures have some 20 KiB.
     pub(super) fn ask<'a, T, E>(
         &'a self,
         request: impl Future<Output = Result<T, SdkError<E>>> + Send + 'a,
@@ -99,15 +98,15 @@ impl S3 {
         })
     }
 
-    /// What went wrong before anybody answered, with the place.
+    /// Returns an error that occurred before any response, with the endpoint.
     fn at_endpoint(&self, trouble: &str) -> String {
         self.endpoint.as_ref().map_or_else(|| trouble.to_owned(), |endpoint| format!("{endpoint}: {trouble}"))
     }
 
-    /// The uploads without an end below our prefix.
+    /// Returns the incomplete uploads below the prefix.
     ///
-    /// The whole bucket is listed: asked for a prefix, MinIO names only uploads of exactly that key. (It also forgets, when it is
-    /// started again, those from before; but it ends what is a day old by itself.)
+    /// The request lists the complete bucket: for a prefix, MinIO returns only uploads of exactly that key. (After a restart, MinIO also
+    /// omits the uploads from before it, but aborts an upload that is a day old by itself.)
     pub(super) async fn uploads(&self) -> Result<Vec<Upload>, String> {
         let below = self.key("");
         let (mut uploads, mut key, mut id) = (Vec::new(), None::<String>, None::<String>);
@@ -130,7 +129,7 @@ impl S3 {
         Ok(uploads)
     }
 
-    /// Ends an upload, so that the store frees what it holds of it. One that is gone is ended.
+    /// Aborts an upload, so that the store frees its parts. A missing upload is no error.
     pub(super) async fn end_upload(&self, upload: &Upload) -> Result<(), String> {
         let abort = self.client.abort_multipart_upload().bucket(&self.bucket);
         let abort = abort.key(self.key(&upload.object)).upload_id(&upload.id).send();
@@ -142,7 +141,7 @@ impl S3 {
     }
 }
 
-/// An error and what caused it, in the words of each.
+/// Returns the messages of an error and of its causes.
 fn causes(error: &dyn std::error::Error) -> String {
     let chain = std::iter::successors(Some(error), |error| error.source());
     let text = chain.map(ToString::to_string).collect::<Vec<_>>().join(": ");
@@ -154,7 +153,7 @@ fn causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The service's own words when it answered, else why there was no answer.
+/// Returns the service's error message, or the cause if there was no response.
 pub(super) fn text<E>(error: &SdkError<E>) -> String
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,

@@ -1,5 +1,5 @@
-//! One sealed segment on its way to becoming an object: read once from its start, every batch checked. It is read through what the log
-//! handed out, so it goes on whatever leaves the disk meanwhile.
+//! Reads a sealed segment for its upload, once and from its start, and checks every batch. The segment is read through the handle that the
+//! log exported, so the upload continues even if the file is removed.
 
 use std::{
     collections::VecDeque,
@@ -15,103 +15,103 @@ use crate::{
     limits,
     log::SegmentExport,
     model::{LeaderEpoch, Offset, PartitionId},
-    record::{Batch, Malformed},
+    record::{Batch, MalformedBatch},
     task,
 };
 
-/// Bytes read from the file at once.
+/// Size of one read from the file.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// A segment of whole batches, all below the high watermark, that changes no more. Clones share it.
+/// A sealed segment of complete batches, all below the high watermark. Clones share it.
 #[derive(Clone)]
 pub struct SegmentSource {
     segment: Arc<SegmentExport>,
 }
 
 impl SegmentSource {
-    /// A segment that the log handed out.
+    /// Creates the source for a segment that the log exported.
     pub fn new(segment: SegmentExport) -> Self {
         Self { segment: Arc::new(segment) }
     }
 
-    /// First offset.
+    /// Returns the first offset.
     pub fn base(&self) -> Offset {
         self.segment.info.base
     }
 
-    /// Offset after the last.
+    /// Returns the offset after the last one.
     pub fn end(&self) -> Offset {
         self.segment.info.end
     }
 
-    /// Its length as the log knows it.
+    /// Returns the length that the log recorded, in bytes.
     pub fn bytes(&self) -> u64 {
         self.segment.info.bytes
     }
 
-    /// When its last batch was written, in milliseconds.
+    /// Returns the time when the last batch was written, in milliseconds since 1970.
     pub(super) fn written_ms(&self) -> i64 {
         self.segment.info.written_ms
     }
 
-    /// Where it lies, for messages.
+    /// Returns the path of the file, for messages.
     pub fn path(&self) -> &Path {
         &self.segment.path
     }
 
-    /// Epoch and first offset of each leader up to the end, ascending; the first at or below the base.
+    /// Returns the epoch and the start offset of each leader up to the end, ascending. The first starts at or below the base.
     fn epochs(&self) -> Vec<(LeaderEpoch, Offset)> {
         self.segment.epochs.iter().collect()
     }
 
-    /// Producer state at the end: opaque here, kept in the footer.
+    /// Returns the producer state at the end. This module does not interpret it; the footer stores it.
     pub(super) fn producers(&self) -> Bytes {
         self.segment.producers.to_bytes()
     }
 }
 
-/// Why a segment file cannot become an object.
+/// Error for a segment file that cannot be uploaded.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// The file cannot be read.
     #[error("segment {} cannot be read: {error}", path.display())]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         error: io::Error,
     },
-    /// Its bytes are not what they should be. It is not uploaded.
+    /// The content of the file is corrupt. The segment is not uploaded.
     #[error("segment {} is damaged at byte {position}: {reason}; it is not uploaded", path.display())]
     Damaged {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Where the batch starts that is wrong.
+        /// Position of the corrupt batch in the file.
         position: u64,
-        /// What is wrong with it.
+        /// Check that failed.
         reason: String,
     },
-    /// It does not continue what is in the bucket.
+    /// The segment does not continue the history in the object store.
     #[error("segment {base}..{end} does not continue the bucket, which ends at {expected}")]
     NotContiguous {
-        /// The tiered end.
+        /// Tiered end.
         expected: Offset,
-        /// The source's base.
+        /// Base offset of the segment.
         base: Offset,
-        /// The source's end.
+        /// End offset of the segment.
         end: Offset,
     },
 }
 
-/// The part of a segment file that is not in the bucket yet, as checked bytes.
+/// Reader of the part of a segment file that is not in the object store yet. Returns checked bytes.
 pub(super) struct Batches {
     source: SegmentSource,
     epochs: Vec<(LeaderEpoch, Offset)>,
-    /// The file's end was met.
+    /// True after a read has reached the end of the file.
     read_whole: bool,
-    /// Read from the file and not yet split into batches.
+    /// Bytes that were read from the file and not yet split into batches.
     unchecked: Bytes,
-    /// Position in the file of `unchecked`.
+    /// Position of `unchecked` in the file.
     position: u64,
     next: Offset,
     epoch: LeaderEpoch,
@@ -119,12 +119,12 @@ pub(super) struct Batches {
     from: From,
 }
 
-/// What to leave out at the front.
+/// The front part of a segment that is left out.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct From {
-    /// Batches that end at or below it are in the bucket, or below the log start.
+    /// Batches that end at or below this offset are left out: they are in the object store or below the log start.
     pub(super) offset: Offset,
-    /// Whether the first batch may begin below `offset`: in an empty manifest.
+    /// True if the first kept batch may begin below `offset`, which holds for an empty manifest.
     pub(super) inside: bool,
     pub(super) partition: PartitionId,
     pub(super) writer_epoch: LeaderEpoch,
@@ -149,7 +149,8 @@ impl Batches {
         })
     }
 
-    /// The next checked bytes, whole batches, at most some MiB; `None` at the end, which is then known to be right.
+    /// Returns the next checked bytes: complete batches, at most some MiB. Returns `None` at the end, after the complete segment has passed
+    /// the checks.
     pub(super) async fn next(&mut self) -> Result<Option<VecDeque<Bytes>>, SourceError> {
         loop {
             let before = self.unchecked.clone();
@@ -163,17 +164,17 @@ impl Batches {
         }
     }
 
-    /// The footer's gatherer, once [`Batches::next`] has answered `None`.
+    /// Returns the builder of the footer, after [`Batches::next`] has returned `None`.
     pub(super) fn into_footer(self) -> FooterBuilder {
         self.builder.expect("a segment that ends above the tiered end holds a batch above it")
     }
 
-    /// Offset of the first batch that is kept, once there was one.
+    /// Returns the offset of the first kept batch, or `None` before there is one.
     pub(super) fn first(&self) -> Option<Offset> {
         self.builder.as_ref().map(FooterBuilder::base)
     }
 
-    /// Reads on. `false` at the file's end.
+    /// Reads the next piece of the file. Returns false at the end of the file.
     async fn read(&mut self) -> Result<bool, SourceError> {
         if self.read_whole {
             return Ok(false);
@@ -181,7 +182,7 @@ impl Batches {
         let needed = Batch::framed_len(&self.unchecked).unwrap_or(0);
         let rest = std::mem::take(&mut self.unchecked);
         let at = self.position + rest.len() as u64;
-        // One byte more than there should be, to see a file that goes on. A wrong length in a batch allocates no more.
+        // Reads one byte more than the log recorded, to detect a file that is too long. A corrupt batch length allocates no more than that.
         let left = self.source.bytes().saturating_sub(at).saturating_add(1);
         let most = PIECE_BYTES.max(needed.saturating_sub(rest.len())).min(usize::try_from(left).unwrap_or(usize::MAX));
         let segment = Arc::clone(&self.source.segment);
@@ -200,7 +201,7 @@ impl Batches {
         Ok(read > 0)
     }
 
-    /// Checks and takes the whole batches at the front; answers those to keep.
+    /// Checks and removes the complete batches at the front of `unchecked`. Returns the batches to keep.
     fn take_batches(&mut self) -> Result<VecDeque<Bytes>, SourceError> {
         let mut kept = VecDeque::new();
         let (mut run, mut run_bytes) = (self.unchecked.clone(), 0);
@@ -224,7 +225,7 @@ impl Batches {
         Ok(kept)
     }
 
-    /// What the batch's own CRC does not cover: its place and its epoch.
+    /// Checks what the batch's CRC does not cover: the base offset and the leader epoch.
     fn check(&mut self, batch: &Batch) -> Result<(), SourceError> {
         let base = batch.base_offset();
         if base != self.next {
@@ -261,7 +262,7 @@ impl Batches {
     fn finish(&self) -> Result<(), SourceError> {
         if !self.unchecked.is_empty() {
             let (needed, available) = (Batch::framed_len(&self.unchecked).unwrap_or(61), self.unchecked.len());
-            return Err(self.malformed(&Malformed::Truncated { needed, available }));
+            return Err(self.malformed(&MalformedBatch::Truncated { needed, available }));
         }
         let (end, bytes) = (self.source.end(), self.source.bytes());
         if self.next != end || self.position != bytes {
@@ -271,7 +272,7 @@ impl Batches {
         Ok(())
     }
 
-    fn malformed(&self, error: &Malformed) -> SourceError {
+    fn malformed(&self, error: &MalformedBatch) -> SourceError {
         self.damaged(error.to_string())
     }
 

@@ -1,37 +1,37 @@
-//! What the metadata store holds for one partition's tier.
+//! The tier state of a partition: its value in the metadata store.
 
 use serde::{Deserialize, Serialize};
 
 use super::{manifest::Root, name::ManifestName};
 use crate::model::{LeaderEpoch, Offset};
 
-/// The value of a partition's `tier` key: which manifest is current, and what it says in short.
+/// Value of a partition's `tier` key: the name of the current manifest, and a summary of the manifest.
 ///
-/// Only a compare-and-set moves it, so its versions form one chain. Every field but the manifest's name can be read in
-/// the manifest as well; here they are known without asking the bucket.
+/// Only a compare-and-set changes the value, so its versions form one chain. The manifest contains every field except its own name; the
+/// copies here are known without a request to the object store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TierState {
-    /// The current manifest; none before the first commit.
+    /// Name of the current manifest. `None` before the first commit of one.
     pub manifest: Option<ManifestName>,
-    /// First offset not committed to the bucket. Never falls.
+    /// First offset not committed to the object store. Never decreases.
     pub tiered_end: Offset,
-    /// First offset that can be read. Never falls. It moves here first, and the manifest follows: what that lists below is read by nobody.
-    /// Above the tiered end where retention deleted what was not uploaded.
+    /// First offset that can be read. Never decreases. Retention moves this value first, and a later manifest follows: until then, the
+    /// manifest may list segments below it, which are not read. Above the tiered end if retention deleted records that were not uploaded.
     pub log_start: Offset,
-    /// The leader epoch that committed it.
+    /// Leader epoch that committed the state.
     pub epoch: LeaderEpoch,
-    /// Bytes of batches in the bucket, in segments that reach above the log start.
+    /// Bytes of batches in the object store, in segments that end above the log start.
     #[serde(default)]
     pub bytes: u64,
 }
 
 impl TierState {
-    /// The manifest's version; 0 before the first commit.
+    /// Returns the manifest's version, or 0 if there is no manifest.
     pub fn version(&self) -> u64 {
         self.manifest.map_or(0, |name| name.version)
     }
 
-    /// The end of what the bucket holds; 0 before anything was uploaded.
+    /// Returns the tiered end, or 0 if there is no manifest.
     pub fn bucket_end(&self) -> Offset {
         if self.manifest.is_some() { self.tiered_end } else { Offset::ZERO }
     }
@@ -46,7 +46,7 @@ impl TierState {
         }
     }
 
-    /// Whether `root` is the manifest that this state names. The log start may have gone on since it was written.
+    /// Returns true if `root` is the manifest that this state names. The log start may have moved since `root` was written.
     pub(super) fn agrees(&self, root: &Root) -> bool {
         self.manifest.is_some_and(|name| {
             let of_root = (root.version(), root.epoch(), root.end());
@@ -59,7 +59,7 @@ impl TierState {
         })
     }
 
-    /// Whether the log start has moved past that of `root`.
+    /// Returns true if the log start, or the tiered end if that is lower, is above the log start of `root`.
     pub(super) fn is_ahead_of(&self, root: &Root) -> bool {
         root.log_start() < self.log_start.min(self.tiered_end)
     }

@@ -1,8 +1,7 @@
-//! One prefix of one object store: opening it by URL, owning it, and plain requests with time limits and retries.
+//! One prefix of one object store: its client, and requests with time limits and retries.
 //!
-//! Everything below takes names relative to the prefix. Requests are retried with growing, jittered pauses until
-//! [`StoreOptions::retry_for`] has passed; what cannot get better (missing, refused, not allowed) is answered at once.
-//! [`Store::stop`] ends every wait.
+//! All object names are relative to the prefix. Requests are retried with growing, jittered pauses until [`StoreOptions::retry_for`] has
+//! passed. A permanent error (missing, refused, unsupported) is returned at once. [`Store::stop`] ends every wait.
 
 use std::{
     collections::BTreeSet,
@@ -37,7 +36,7 @@ use crate::{
     task::{Tasks, clock, random},
 };
 
-/// Most parts of multipart uploads, of 8 MiB each, that are in memory at the same time, over all partitions.
+/// Maximum number of parts of multipart uploads in flight, of 8 MiB each, over all partitions.
 const UPLOAD_PARTS: usize = 8;
 
 /// One prefix of one object store. Clones share it.
@@ -49,69 +48,69 @@ pub struct Store {
 pub(super) struct Inner {
     objects: Arc<dyn ObjectStore>,
     prefix: Path,
-    /// The URL for messages.
+    /// URL of the store, for messages.
     pub(super) place: String,
     pub(super) cluster: String,
     options: StoreOptions,
-    /// Whether it is a folder of this machine, which may go or change while we run.
+    /// True if the store is a folder of this machine, which may disappear or change while the broker runs.
     pub(super) folder: bool,
-    /// The prefix is ours, by the card with this id.
+    /// Set when the prefix is known to belong to this cluster: the id in its cluster marker, if the marker has one.
     pub(super) claimed: OnceCell<Option<Uuid>>,
-    /// Why a broker must not run with this store, once that is known.
+    /// Reason why a broker must not run with this store. `None` while no reason is known.
     pub(super) refused: watch::Sender<Option<String>>,
-    /// The cluster has objects in its store, so an empty prefix is not it.
+    /// True if the cluster has objects in its store, so that an empty prefix cannot be its store.
     expected: AtomicBool,
-    /// The cluster generation; 0 while it is not known.
+    /// Cluster generation. 0 while it is not known.
     pub(super) generation: AtomicU64,
-    /// What remembers which store is the cluster's.
+    /// Storage of the binding that names the cluster's store.
     pub(super) notes: OnceLock<Arc<dyn StoreNotes>>,
     parts: Arc<Semaphore>,
     reach: Reach,
     tasks: Tasks,
 }
 
-/// A request that did not succeed.
+/// Error of a request to the object store.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StoreError {
-    /// No object has this name.
+    /// The object does not exist.
     #[error("object {object} does not exist")]
     NotFound {
-        /// Its name, below the prefix.
+        /// Name of the object, below the prefix.
         object: String,
     },
-    /// The store refuses our credentials, or they may not do this.
+    /// The store rejects the credentials, or the credentials do not allow the request.
     #[error(
         "the object store does not allow this on {object}: {reason}; check the credentials and the bucket's policy"
     )]
     Denied {
-        /// The object's name, below the prefix.
+        /// Name of the object, below the prefix.
         object: String,
-        /// What the store said.
+        /// Error of the store.
         reason: String,
     },
-    /// The store did not answer, or answered that it cannot now.
+    /// The store did not respond, or cannot serve the request now.
     #[error("the object store could not serve {object}: {reason}")]
     Unavailable {
-        /// The object's name, below the prefix.
+        /// Name of the object, below the prefix.
         object: String,
-        /// What happened last.
+        /// Last error.
         reason: String,
     },
-    /// The store does not know this operation.
+    /// The store does not support the operation.
     #[error("the object store cannot do this on {object}: {reason}")]
     Unsupported {
-        /// The object's name, below the prefix.
+        /// Name of the object, below the prefix.
         object: String,
-        /// What the store said.
+        /// Error of the store.
         reason: String,
     },
-    /// The store was stopped.
+    /// The client was stopped.
     #[error("the object store's client is stopping")]
     Stopped,
 }
 
 impl StoreError {
-    /// Whether the same request may succeed later, without anybody's help.
+    /// Returns true if the same request may succeed later without intervention.
     pub fn retryable(&self) -> bool {
         matches!(self, Self::Unavailable { .. })
     }
@@ -131,7 +130,8 @@ impl StoreError {
     }
 }
 
-/// An error with its causes, each said once and in one line. Of a connection that was refused no more than by whom.
+/// Returns an error with its causes in one line, each once, of at most 500 characters. For a refused connection, returns only the address
+/// and that fact.
 pub(super) fn reason(error: &(dyn std::error::Error + 'static)) -> String {
     let mut innermost = error;
     while let Some(cause) = innermost.source() {
@@ -154,7 +154,7 @@ pub(super) fn reason(error: &(dyn std::error::Error + 'static)) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(500).collect()
 }
 
-/// Scheme, host and port of the first URL in a text.
+/// Returns scheme, host and port of the first URL in a text.
 fn address(text: &str) -> Option<&str> {
     let colon = text.find("://")?;
     let start = text[..colon].rfind(|c: char| !c.is_ascii_alphanumeric()).map_or(0, |before| before + 1);
@@ -163,16 +163,16 @@ fn address(text: &str) -> Option<&str> {
     Some(&text[start..end])
 }
 
-/// The content of `topic.json`: what a restore needs to make the topic again.
+/// Content of `topic.json`, from which a restore can create the topic again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TopicRecord {
-    /// The topic's name.
+    /// Name of the topic.
     pub name: TopicName,
-    /// Its id.
+    /// Id of the topic.
     pub id: TopicId,
-    /// How many partitions it has.
+    /// Number of partitions.
     pub partitions: u32,
-    /// What its configuration sets.
+    /// Configuration that is set for the topic.
     #[serde(default)]
     pub config: ConfigMap,
 }
@@ -180,26 +180,25 @@ pub struct TopicRecord {
 /// One object of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listed {
-    /// Its name, below the prefix.
+    /// Name of the object, below the prefix.
     pub object: String,
-    /// Its length.
+    /// Length of the object in bytes.
     pub bytes: u64,
-    /// When it was written, by the store's clock, in milliseconds since 1970.
+    /// Modification time by the store's clock, in milliseconds since 1970.
     pub modified_ms: i64,
 }
 
 impl Store {
-    /// Makes a client for a store. Nothing is asked of the store yet: an unreachable one does not keep a broker from
-    /// starting.
+    /// Creates the client of a store. Sends no request, so a broker starts even if the store is unreachable.
     ///
     /// # Errors
-    /// When the options make no sense: an unknown scheme, no bucket, a directory that cannot be made.
+    /// The options are invalid: an unknown scheme, no bucket, or a directory that cannot be created.
     pub fn open(options: &StoreOptions, cluster: &str) -> Result<Self, OpenError> {
         let (objects, prefix) = open::open(options)?;
         Ok(Self::over(objects, prefix.as_ref(), options, cluster))
     }
 
-    /// A store over a given implementation, for one that lives in this process.
+    /// Creates the client over an implementation of the store, for a store in this process.
     pub fn over(objects: Arc<dyn ObjectStore>, prefix: &str, options: &StoreOptions, cluster: &str) -> Self {
         let inner = Inner {
             objects,
@@ -220,49 +219,49 @@ impl Store {
         Self { inner: Arc::new(inner) }
     }
 
-    /// Whether the objects are files in a folder of this machine.
+    /// Returns true if the objects are files in a folder of this machine.
     pub fn is_folder(&self) -> bool {
         self.inner.folder
     }
 
-    /// The outage that the log has named and that is not over.
+    /// Returns the outage that was logged and has not ended.
     pub fn outage(&self) -> Option<Outage> {
         self.inner.reach.outage()
     }
 
-    /// The outage as soon as it is certain: from then on reads of history fail at once, until the store answers again.
+    /// Returns the outage if it is confirmed. Reads of history then fail at once until the store responds.
     pub fn away(&self) -> Option<Outage> {
         self.inner.reach.away()
     }
 
-    /// Waits until it is known that a broker must not run with this store: why.
+    /// Waits until a reason is known why a broker must not run with this store. Returns the reason.
     pub async fn until_refused(&self) -> String {
         let mut refused = self.inner.refused.subscribe();
         let why = refused.wait_for(Option::is_some).await.expect("the sender is in self").clone();
         why.expect("it was waited for")
     }
 
-    /// Waits until the store is away.
+    /// Waits until an outage is confirmed.
     pub async fn until_away(&self) -> Outage {
         self.inner.reach.until_away().await
     }
 
-    /// Waits until it has been known for so long that the store is away; not at all where it has been.
+    /// Waits until an outage has been confirmed for `time`. Returns at once if that holds already.
     pub(super) async fn until_away_for(&self, time: Duration) -> Outage {
         self.inner.reach.until_away_for(time).await
     }
 
-    /// Sleeps for so long, or until an outage is over.
+    /// Sleeps for `pause`. During a confirmed outage, returns as soon as the outage ends.
     pub(super) async fn pause(&self, pause: Duration) {
         self.inner.reach.pause(pause).await;
     }
 
-    /// Waits until the store is not away.
+    /// Waits until there is no confirmed outage.
     pub async fn until_back(&self) {
         self.inner.reach.until_back().await;
     }
 
-    /// Makes a request for a reader, who is not kept waiting for a store that is away.
+    /// Sends a request for a reader. Fails at once during a confirmed outage, so that the reader does not wait.
     pub(super) async fn unless_away<T>(
         &self,
         object: &str,
@@ -278,17 +277,20 @@ impl Store {
         }
     }
 
-    /// From now on a prefix that nobody has is not taken: the metadata names objects, which must be in another place.
+    /// Rejects a prefix without cluster marker from now on: the metadata references objects, so the cluster's objects must be in another
+    /// store.
     pub fn expect_history(&self) {
         self.inner.expected.store(true, Ordering::Release);
     }
 
-    /// From now on a claim holds only for the store that is noted there, and notes the one that it finds where none is.
+    /// Sets the storage of the store binding. From now on, [`Store::claim`] fails for a store other than the bound one. If no store is
+    /// bound, it binds this one.
     pub fn go_by(&self, notes: Arc<dyn StoreNotes>) {
         drop(self.inner.notes.set(notes));
     }
 
-    /// From now on a claim holds only where the prefix is of no later cluster generation, and writes this one into a card of an earlier.
+    /// Sets the cluster generation. From now on, [`Store::claim`] rejects a prefix of a later generation, and writes this generation into a
+    /// cluster marker of an earlier one.
     pub fn in_generation(&self, generation: u64) {
         self.inner.generation.store(generation, Ordering::Release);
     }
@@ -304,12 +306,12 @@ impl Store {
         Ok(self.put(&name::topic_object(topic.id), content.into()).await?)
     }
 
-    /// Ends every wait and joins what runs in the background.
+    /// Ends every wait and joins the background tasks.
     pub async fn stop(&self) {
         self.inner.tasks.stop().await;
     }
 
-    /// The URL that it was opened with, for messages.
+    /// Returns the URL of the store, for messages.
     pub fn place(&self) -> &str {
         &self.inner.place
     }
@@ -334,7 +336,7 @@ impl Store {
         object.split('/').fold(self.inner.prefix.clone(), |path, part| path.join(part))
     }
 
-    /// The whole of a small object.
+    /// Returns the content of a small object.
     pub async fn get(&self, object: &str) -> Result<Bytes, StoreError> {
         match self.fetch(object).await {
             Err(missing @ StoreError::NotFound { .. }) => Err(self.missing(missing, object).await),
@@ -347,7 +349,8 @@ impl Store {
         self.retry(object, || async { self.inner.objects.get(&path).await?.bytes().await }).await
     }
 
-    /// An object is missing only where the rest of the store is there: else all of it is away, and may come back.
+    /// Returns the error for a missing object. An object is missing only if the rest of the store exists. Otherwise the complete store is
+    /// unavailable, and may return.
     async fn missing(&self, missing: StoreError, object: &str) -> StoreError {
         if !self.is_expected() {
             return missing;
@@ -359,12 +362,12 @@ impl Store {
         }
     }
 
-    /// Exactly these bytes of an object. Fewer, because the object is shorter, is `Unavailable` after the retries.
+    /// Returns exactly these bytes of an object. If the object is shorter, the error is `Unavailable` after the retries.
     pub async fn get_range(&self, object: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
         self.get_with(object, range, GetOptions::new()).await
     }
 
-    /// As [`get_range`](Self::get_range), for bytes that were written just now: a folder then keeps them on its disk alone.
+    /// Reads like [`get_range`](Self::get_range), for bytes that were written just now: a folder then drops them from the page cache.
     pub(super) async fn read_back(&self, object: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
         self.get_with(object, range, folder::read_back_options()).await
     }
@@ -384,32 +387,32 @@ impl Store {
         }
     }
 
-    /// An object's length.
+    /// Returns the length of an object in bytes.
     pub async fn head(&self, object: &str) -> Result<u64, StoreError> {
         let path = self.path(object);
         self.retry(object, || async { Ok(self.inner.objects.head(&path).await?.size) }).await
     }
 
-    /// When an object was written, by the store's clock, in milliseconds since 1970.
+    /// Returns the modification time of an object by the store's clock, in milliseconds since 1970.
     pub(super) async fn modified_ms(&self, object: &str) -> Result<i64, StoreError> {
         let path = self.path(object);
         let modified = self.retry(object, || async { Ok(self.inner.objects.head(&path).await?.last_modified) }).await?;
         Ok(modified.timestamp_millis())
     }
 
-    /// What time it is at the store, in milliseconds since 1970: when it says that an object was written which was written just now. Ages
-    /// of objects are told by this clock alone. By a broker's own, which may be hours ahead, what another one has just uploaded would
-    /// be old.
+    /// Returns the time of the store's clock, in milliseconds since 1970: the modification time of an object that was written just now.
+    /// Only this clock determines the ages of objects. A broker's own clock may be hours ahead; by that clock, an object that another
+    /// broker has just uploaded would be old.
     ///
     /// # Errors
-    /// When the prefix is not ours, or the store does not answer.
+    /// The prefix does not belong to this cluster, or the store does not respond.
     pub async fn clock_ms(&self) -> Result<i64, ClaimError> {
         self.claim().await?;
         self.put(name::CLOCK, Bytes::from_static(b"{}")).await?;
         Ok(self.modified_ms(name::CLOCK).await?)
     }
 
-    /// Writes a small object, whatever is there.
+    /// Writes or replaces a small object.
     pub async fn put(&self, object: &str, content: Bytes) -> Result<(), StoreError> {
         let path = self.path(object);
         self.retry(object, || async {
@@ -418,7 +421,7 @@ impl Store {
         .await
     }
 
-    /// Writes an object if there is none. Success says only that there is one now.
+    /// Writes an object if it does not exist. Success means only that the object exists now.
     pub(super) async fn put_if_absent(&self, object: &str, content: Bytes) -> Result<(), StoreError> {
         let path = self.path(object);
         self.retry(object, || async {
@@ -433,7 +436,7 @@ impl Store {
         .await
     }
 
-    /// Deletes an object; one that is not there is deleted.
+    /// Deletes an object. A missing object is no error.
     pub async fn delete(&self, object: &str) -> Result<(), StoreError> {
         let path = self.path(object);
         let deleted = self.retry(object, || self.inner.objects.delete(&path)).await;
@@ -443,7 +446,7 @@ impl Store {
         }
     }
 
-    /// All objects below a folder.
+    /// Returns all objects below a folder.
     pub async fn list(&self, folder: &str) -> Result<Vec<Listed>, StoreError> {
         let path = self.path(folder);
         let metas = self.retry(folder, || self.inner.objects.list(Some(&path)).try_collect::<Vec<_>>()).await?;
@@ -455,14 +458,14 @@ impl Store {
         Ok(listed.collect())
     }
 
-    /// The names of the folders that lie directly in a folder.
+    /// Returns the names of the folders directly in a folder.
     pub async fn folders(&self, folder: &str) -> Result<Vec<String>, StoreError> {
         let path = self.path(folder);
         let listing = self.retry(folder, || self.inner.objects.list_with_delimiter(Some(&path))).await?;
         Ok(listing.common_prefixes.iter().filter_map(|path| path.filename()).map(str::to_owned).collect())
     }
 
-    /// Which of these topics there is any object of. A folder alone is nothing: a directory as store keeps empty ones.
+    /// Returns those of the topics that have an object. A folder alone does not count, because a directory as store keeps empty folders.
     pub async fn held(&self, topics: &BTreeSet<TopicId>) -> Result<BTreeSet<TopicId>, StoreError> {
         let mut held = BTreeSet::new();
         for folder in self.folders(name::TOPICS).await? {
@@ -480,7 +483,7 @@ impl Store {
         path.strip_prefix(prefix).unwrap_or(path).trim_start_matches('/').to_owned()
     }
 
-    /// Runs a request until it succeeds, cannot, or has taken too long.
+    /// Sends a request until it succeeds, fails permanently, or the time for retries is over.
     pub(super) async fn retry<T, F, Fut>(&self, object: &str, mut request: F) -> Result<T, StoreError>
     where
         F: FnMut() -> Fut,
@@ -528,7 +531,7 @@ impl Store {
         }
     }
 
-    /// A request failed, or has had no answer for long. Probes find out whether the store is away.
+    /// Records a request that failed or has had no response for long. Starts probes, which detect an outage.
     fn doubt(&self, sent: Instant, why: &str) {
         if self.inner.reach.failed(&self.inner.place, sent, why) && !self.inner.tasks.is_cancelled() {
             let store = self.clone();
@@ -542,7 +545,7 @@ impl Store {
         }
     }
 
-    /// Asks for a small object until the store answers.
+    /// Requests a small object until the store responds.
     async fn probe(&self) {
         let path = self.path(name::CLUSTER);
         while let Some(pause) = self.inner.reach.next_probe() {
@@ -563,7 +566,7 @@ impl Store {
         }
     }
 
-    /// The pauses between attempts: from 50 ms, doubling, jittered, at most 5 s each and `retry_for` together.
+    /// Returns the pauses between attempts: from 50 ms, doubling, jittered, at most 5 s each, and `retry_for` in total.
     pub(super) fn pauses(&self) -> ExponentialBuilder {
         ExponentialBuilder::new()
             .with_jitter()
@@ -575,7 +578,7 @@ impl Store {
     }
 }
 
-/// Why an answer is a sign that the store serves nothing; `None` where it serves.
+/// Returns the reason why a response indicates an outage. Returns `None` if the store works.
 fn outage_reason<T>(answer: &Result<T, StoreError>) -> Option<String> {
     match answer {
         Err(StoreError::Unavailable { reason, .. }) => Some(reason.clone()),

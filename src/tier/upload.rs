@@ -1,12 +1,16 @@
-//! Writing objects so that what is referenced is there: put, then verify, and only then may a manifest name it.
+//! Uploads segments, manifests and pages: put first, then verify. Only a verified object may be referenced.
 //!
-//! A segment is streamed from its file, which stays readable when it loses its name: parts of 8 MiB, at most four of one segment
-//! and eight of all in memory. Small ones go out as one request. An attempt that fails is looked at before it is repeated: when
-//! only the answer was lost, the object is there and verifies. Attempts of one upload share a name and its content, so that a
-//! request that is done twice, or late, changes nothing.
+//! # Overview
 //!
-//! A crash or an error leaves at most objects that no manifest names, which the garbage collection takes, and multipart
-//! uploads that were never completed, which `uploads` ends where the store is S3.
+//! A segment is streamed from its file, which stays readable after its name is removed. Its parts have 8 MiB; at most four parts of one
+//! segment and eight parts of all segments are in flight. Small segments are uploaded with one request. A failed attempt is verified before
+//! the next one: if only the response was lost, the object exists. All attempts of an upload use the same name and the same content, so a
+//! duplicate or late request changes nothing.
+//!
+//! # Crash
+//!
+//! A crash or an error leaves at most objects that no manifest references, and multipart uploads that are incomplete. Garbage collection
+//! deletes the objects. `uploads` aborts the multipart uploads if the store is S3.
 
 use std::collections::VecDeque;
 
@@ -28,44 +32,44 @@ use crate::{
     task::{clock, random},
 };
 
-/// Bytes of each part but the last. All are of one size because some stores insist on it.
+/// Size of each part but the last. Some stores require parts of one size.
 const PART_BYTES: usize = 8 << 20;
 
-/// Segments up to this size go out as one request.
+/// Maximum bytes of batches that are uploaded with one request.
 const SINGLE_BYTES: u64 = 2 * PART_BYTES as u64;
 
-/// Most parts of one segment on their way at once.
+/// Maximum number of parts of one segment in flight.
 const PARTS_AT_ONCE: usize = 4;
 
-/// Bytes that one request reads back.
+/// Maximum size of one read of the verification.
 const READ_BACK_BYTES: u64 = 8 << 20;
 
-/// Why a segment or a manifest did not get into the bucket. Nothing was installed; at most garbage is left.
+/// Error of an upload of a segment or a manifest. No state has changed; at most orphan objects are left.
 #[derive(Debug, thiserror::Error)]
 pub enum UploadError {
-    /// The segment file cannot be read, is damaged, or does not continue the bucket.
+    /// The segment file cannot be read, is corrupt, or does not continue the history in the object store.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// A newer leader has committed to the bucket.
+    /// A newer leader has committed to the object store.
     #[error("leader epoch {epoch} may not write: epoch {current} has committed to the bucket")]
     Deposed {
-        /// The caller's epoch.
+        /// Leader epoch of the caller.
         epoch: LeaderEpoch,
-        /// The manifest's.
+        /// Leader epoch of the committed state.
         current: LeaderEpoch,
     },
-    /// The prefix is not ours, or that is not known yet.
+    /// The prefix does not belong to this cluster, or its owner is not known yet.
     #[error(transparent)]
     Claim(#[from] ClaimError),
-    /// The store did not take it.
+    /// The request to the store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// What the store gives back is not what was written.
+    /// The store returns other bytes than were written.
     #[error("object {object} is not what was written: {reason}; it will not be used")]
     Mismatch {
-        /// Its name, below the prefix.
+        /// Name of the object, below the prefix.
         object: String,
-        /// What differs.
+        /// Difference between the two.
         reason: String,
     },
     /// The current manifest cannot be read.
@@ -74,7 +78,7 @@ pub enum UploadError {
 }
 
 impl UploadError {
-    /// Whether trying again later may succeed without anybody's help.
+    /// Returns true if a later attempt may succeed without intervention.
     pub fn retryable(&self) -> bool {
         match self {
             Self::Source(_) | Self::Deposed { .. } => false,
@@ -86,7 +90,7 @@ impl UploadError {
     }
 }
 
-/// Uploads what of `source` is not in the bucket yet, and verifies it.
+/// Uploads the part of `source` that is not in the object store yet, and verifies it.
 pub(super) async fn segment(store: &Store, source: &SegmentSource, from: From) -> Result<SegmentLine, UploadError> {
     let mut last_try: Option<SegmentLine> = None;
     let mut attempt = Attempt::new(store, source, from);
@@ -102,7 +106,7 @@ pub(super) async fn segment(store: &Store, source: &SegmentSource, from: From) -
             Ok(line) => return Ok(line),
             Err(error) => error,
         };
-        // Each request was repeated for as long already. The caller tries again later, with what is to be uploaded by then.
+        // Each request was already retried for this time. The caller tries again later, with the segments that are due then.
         let may_retry = error.retryable() && began.elapsed() < retry_for;
         let Some(pause) = pauses.next().filter(|_| may_retry) else { return Err(error) };
         tracing::debug!(path = %source.path().display(), %error, ?pause, "segment upload failed, trying again");
@@ -114,7 +118,7 @@ pub(super) async fn segment(store: &Store, source: &SegmentSource, from: From) -
     }
 }
 
-/// One upload, however often it is tried.
+/// One upload with all its attempts.
 struct Attempt<'a> {
     store: &'a Store,
     source: &'a SegmentSource,
@@ -122,7 +126,7 @@ struct Attempt<'a> {
     name: uuid::Uuid,
 }
 
-/// What one attempt sent.
+/// The object that one attempt sent.
 struct Sent {
     line: SegmentLine,
     outcome: Result<(), StoreError>,
@@ -239,7 +243,7 @@ impl<'a> Attempt<'a> {
         format!("{}/{}", partition_folder(self.from.partition), stamp.segment())
     }
 
-    /// Whether the object is there with every byte that was sent.
+    /// Checks that the object exists and has every byte that was sent.
     async fn verify(&self, line: &SegmentLine) -> Result<(), UploadError> {
         let object = self.object(&line.stamp);
         let mismatch = |reason: String| UploadError::Mismatch { object: object.clone(), reason };
@@ -267,7 +271,7 @@ impl<'a> Attempt<'a> {
     }
 }
 
-/// Checked bytes that wait to be sent. Taking moves no payload.
+/// Checked bytes that are to be sent. Removing bytes copies no payload.
 #[derive(Default)]
 struct Parts {
     pieces: VecDeque<Bytes>,
@@ -286,7 +290,7 @@ impl Parts {
         }
     }
 
-    /// The first `most` bytes.
+    /// Removes and returns the first `most` bytes.
     fn take(&mut self, most: usize) -> PutPayload {
         let (mut taken, mut left) = (Vec::new(), most.min(self.bytes));
         self.bytes -= left;
@@ -317,7 +321,7 @@ impl Multipart<'_> {
         while self.flying.len() >= PARTS_AT_ONCE {
             self.land().await?;
         }
-        // Parts of this upload must go on landing while it waits for memory that other uploads hold.
+        // Parts of this upload must complete while it waits for permits that other uploads hold.
         let permit = loop {
             tokio::select! {
                 permit = std::sync::Arc::clone(self.store.parts()).acquire_owned() => {
@@ -372,7 +376,7 @@ impl Multipart<'_> {
         }
     }
 
-    /// Gives back what the store holds of an upload that failed. Its failure adds nothing: `uploads` ends it later.
+    /// Aborts a failed upload, so that the store frees its parts. If the abort fails, `uploads` repeats it later.
     async fn abort(&mut self) {
         self.flying.clear();
         let aborted = tokio::time::timeout(self.store.options().request_timeout, self.upload.abort()).await;
@@ -382,8 +386,8 @@ impl Multipart<'_> {
     }
 }
 
-/// A completion that was done, with its answer lost, is refused when it is repeated, by each store in its own words (not
-/// found, not allowed, an error). So its outcome is unknown whatever it says: the next attempt looks first.
+/// Returns the error of a completion as one of unknown outcome. If a completion succeeds and its response is lost, the repeated request is
+/// refused, and every store uses another error (not found, not allowed, an internal error). So the next attempt verifies the object first.
 fn as_unknown(error: StoreError) -> StoreError {
     match error {
         StoreError::NotFound { object } => {
@@ -396,7 +400,7 @@ fn as_unknown(error: StoreError) -> StoreError {
     }
 }
 
-/// Writes a small object under a new name and compares what is there then.
+/// Writes a small object under a new name, reads it back and compares.
 pub(super) async fn small(store: &Store, object: &str, content: Bytes) -> Result<(), UploadError> {
     let write = || async {
         store.put(object, content.clone()).await?;

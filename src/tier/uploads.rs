@@ -1,53 +1,59 @@
-//! Ends multipart uploads that a killed process left without an end: until then the store keeps their parts, and bills them.
+//! Aborts multipart uploads that a killed process left incomplete. Until then, the store keeps their parts and bills them.
 //!
-//! Only S3 has a list of them, so other stores are left alone; theirs end by themselves (Azure, Google) or are files of the
-//! machine. An upload is ended only if all of this holds: the prefix is this cluster's; the key is that of a segment in a
-//! partition's folder below it; and it was begun, by the store's clock, longer ago than the grace. An upload under way, of
-//! this broker or another, is therefore left in peace as long as the grace is longer than any upload takes. Were it not, that
-//! attempt would fail and be repeated under a new upload: nothing counts before its object is verified.
+//! # Invariants
 //!
-//! What cannot be ended is in the report and is tried again the next time; it never keeps anything else from happening.
+//! Only S3 lists such uploads, so other stores are skipped: Azure and Google delete them by themselves, and those of a folder are local
+//! files. An upload is aborted only if all of this holds:
+//!
+//! 1. The prefix belongs to this cluster.
+//! 2. The key is that of a segment in a partition's folder below the prefix.
+//! 3. The upload was started longer ago than the grace period, by the store's clock.
+//!
+//! So an upload in progress, of this broker or another one, is safe as long as the grace period is longer than any upload takes. If an
+//! upload is aborted nevertheless, its attempt fails and a new upload follows: nothing is referenced before its object is verified.
+//!
+//! An upload that cannot be aborted is in the report and is tried again in the next run. It does not stop anything else.
 
 use std::time::Duration;
 
 use super::{claim::ClaimError, store::Store};
 
-/// What one sweep did.
+/// Result of one run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UploadsReport {
-    /// Uploads that were ended.
+    /// Number of aborted uploads.
     pub ended: u64,
-    /// Uploads of segments that are younger than the grace, or whose age the store does not tell.
+    /// Number of segment uploads that are younger than the grace period, or whose age the store does not return.
     pub young: u64,
-    /// Uploads below our prefix that are not of segments. They are never ended.
+    /// Number of uploads below the prefix that are not of segments. They are never aborted.
     pub foreign: u64,
-    /// Objects whose uploads could not be ended, and why.
+    /// Objects whose uploads could not be aborted, each with the error.
     pub failed: Vec<(String, String)>,
 }
 
-/// Why nothing was swept.
+/// Error of a run that aborted nothing.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum UploadsError {
-    /// The prefix is not ours, or that is not known yet.
+    /// The prefix does not belong to this cluster, or its owner is not known yet.
     #[error(transparent)]
     Claim(#[from] ClaimError),
-    /// The uploads cannot be listed: the store does not know how, or the credentials do not allow it
-    /// (`s3:ListBucketMultipartUploads`).
+    /// The uploads cannot be listed: the store does not support it, or the credentials do not allow it (`s3:ListBucketMultipartUploads`).
     #[error(
         "uploads without an end cannot be listed in {place}: {reason}; give the bucket a life-cycle rule that ends them"
     )]
     List {
-        /// The store's URL.
+        /// URL of the store.
         place: String,
-        /// What the store said.
+        /// Error of the store.
         reason: String,
     },
 }
 
-/// Ends the uploads below the prefix that were begun longer ago than `grace`. `now_ms` is the wall clock in milliseconds.
+/// Aborts the uploads below the prefix that were started longer ago than `grace`. `now_ms` is the time of the store's clock, in
+/// milliseconds since 1970.
 ///
 /// # Errors
-/// When the prefix is not known to be ours, or its uploads cannot be listed. Trouble with one upload is in the report.
+/// The prefix is not known to belong to this cluster, or its uploads cannot be listed. The error of one upload is in the report.
 pub async fn end_abandoned_uploads(store: &Store, grace: Duration, now_ms: i64) -> Result<UploadsReport, UploadsError> {
     if !store.options().is_s3() {
         return Ok(UploadsReport::default());
@@ -78,13 +84,13 @@ async fn sweep(store: &Store, oldest_young_ms: i64) -> Result<UploadsReport, Upl
     Ok(report)
 }
 
-/// Without the vendor's client nothing can be listed: a life-cycle rule of the bucket must do it.
+/// Does nothing. Without the vendor's client uploads cannot be listed, so a life-cycle rule of the bucket must abort them.
 #[cfg(not(feature = "aws-sdk"))]
 async fn sweep(_: &Store, _: i64) -> Result<UploadsReport, UploadsError> {
     Ok(UploadsReport::default())
 }
 
-/// What an upload is to us.
+/// Class of an upload.
 #[cfg(any(test, feature = "aws-sdk"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
@@ -93,7 +99,7 @@ enum Verdict {
     Abandoned,
 }
 
-/// Judges one upload by the name of its object below our prefix and by when it was begun.
+/// Classifies an upload by the name of its object below the prefix and by its start time.
 #[cfg(any(test, feature = "aws-sdk"))]
 fn judge(object: &str, begun_ms: Option<i64>, oldest_young_ms: i64) -> Verdict {
     match begun_ms {
@@ -124,7 +130,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_store_that_is_not_s3_is_left_alone() {
+    async fn store_other_than_s3_is_skipped() {
         let store = Store::open(&crate::tier::StoreOptions::new("memory://"), "c").unwrap();
         let report = end_abandoned_uploads(&store, Duration::ZERO, i64::MAX).await.unwrap();
         assert_eq!(report, UploadsReport::default());

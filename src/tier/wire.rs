@@ -1,4 +1,4 @@
-//! Fixed-width fields of the tier's own objects: big-endian, checked against what is there before anything is taken.
+//! Fixed-width fields of the tier's own objects: big-endian. Every length is checked against the bytes that are present before it is used.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use uuid::Uuid;
@@ -6,53 +6,53 @@ use uuid::Uuid;
 use super::name::Stamp;
 use crate::model::{LeaderEpoch, Offset, PartitionId, TopicId};
 
-/// Bytes of an encoded [`Stamp`].
+/// Size of an encoded [`Stamp`].
 pub(super) const STAMP_BYTES: usize = 8 + 8 + 4 + 16;
 
-/// Why bytes are not the object that they should be.
+/// Error for bytes that are not the expected object.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Invalid {
-    /// Fewer bytes than the fields need.
+    /// The object has fewer bytes than its fields need.
     #[error("it ends {missing} bytes too early, in {field}")]
     Truncated {
-        /// The field that does not fit.
+        /// Field that does not fit.
         field: &'static str,
-        /// How many bytes are missing.
+        /// Number of missing bytes.
         missing: usize,
     },
     /// A checksum does not match.
     #[error("{what} is damaged: CRC-32C is {actual:#010x}, stored is {stored:#010x}")]
     Crc {
-        /// What the checksum covers.
+        /// Part that the checksum covers.
         what: &'static str,
-        /// The stored value.
+        /// Stored checksum.
         stored: u32,
-        /// The value of the bytes.
+        /// Computed checksum.
         actual: u32,
     },
-    /// It does not begin or end with the mark of its kind.
+    /// The object does not begin or end with the magic bytes of its kind.
     #[error("it does not carry the mark of a {kind}")]
     Mark {
-        /// What was expected.
+        /// Expected kind.
         kind: &'static str,
     },
-    /// Written by a newer release.
+    /// The format version is not the one that this release reads.
     #[error("its format version is {found}; this release reads {known}: upgrade")]
     Version {
-        /// The version found.
+        /// Version of the object.
         found: u16,
-        /// The newest known one.
+        /// Version that this release reads.
         known: u16,
     },
-    /// Fields that contradict each other or what was asked for.
+    /// Fields contradict each other or the expected object.
     #[error("{reason}")]
     Contradiction {
-        /// What is wrong.
+        /// Contradiction, for people.
         reason: &'static str,
     },
 }
 
-/// Takes fields off the front of a slice.
+/// Reads fields from the front of a slice.
 pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
 impl<'a> Reader<'a> {
@@ -94,7 +94,7 @@ impl<'a> Reader<'a> {
         Offset::new(self.u64(field)?).ok_or(Invalid::Contradiction { reason: "an offset is 2^63 or more" })
     }
 
-    /// An epoch that a batch can carry.
+    /// Reads an epoch. Rejects an epoch that no batch can store.
     pub(super) fn epoch(&mut self, field: &'static str) -> Result<LeaderEpoch, Invalid> {
         let epoch = LeaderEpoch::from_i32(self.u32(field)?.cast_signed());
         epoch.ok_or(Invalid::Contradiction { reason: "a leader epoch is 2^31 or more" })
@@ -114,7 +114,7 @@ impl<'a> Reader<'a> {
         Ok(Stamp { base, end, epoch, attempt })
     }
 
-    /// How many entries of `size` bytes follow; refused when they cannot be there.
+    /// Reads the number of entries of `size` bytes that follow. Rejects a number of entries that cannot fit.
     pub(super) fn count(&mut self, size: usize, field: &'static str) -> Result<usize, Invalid> {
         let count = self.u32(field)? as usize;
         self.need(count.saturating_mul(size), field)?;
@@ -138,19 +138,19 @@ pub(super) fn put_stamp(out: &mut BytesMut, stamp: &Stamp) {
     out.put_slice(stamp.attempt.as_bytes());
 }
 
-/// Writes how many entries follow.
+/// Writes the number of entries that follow.
 pub(super) fn put_count(out: &mut BytesMut, count: usize) {
     out.put_u32(u32::try_from(count).expect("every list of the tier is bounded far below 2^32"));
 }
 
-/// Ends an object with the CRC-32C of all that it holds.
+/// Completes an object with the CRC-32C of its content.
 pub(super) fn seal(mut out: BytesMut) -> Bytes {
     let crc = crc32c::crc32c(&out);
     out.put_u32(crc);
     out.freeze()
 }
 
-/// The content of an object that [`seal`] ended, once its checksum, mark and version are right.
+/// Checks the checksum, magic bytes and version of an object that [`seal`] completed. Returns a reader of the other fields.
 pub(super) fn unseal<'a>(
     bytes: &'a [u8],
     mark: &[u8; 4],

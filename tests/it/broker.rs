@@ -1,7 +1,7 @@
-//! Real broker processes, and the command line run as a person would.
+//! Real broker processes, and the command line as a user runs it.
 //!
-//! A [`Home`] is a broker's folder and ports; [`Home::start`] gives a [`Broker`] that is ready. A broker ends with its
-//! value, by its process id. Its output goes to `broker.log` in the home and is printed when a test fails.
+//! A [`Home`] holds the folder and the ports of one broker. [`Home::start`] returns a [`Broker`] that is ready. Dropping the [`Broker`]
+//! kills its process by process id. Its output goes to `broker.log` in that folder. A failed test prints the last lines of the output.
 
 use std::{
     fmt::Write as _,
@@ -27,10 +27,10 @@ use crate::{
 
 const BINARY: &str = env!("CARGO_BIN_EXE_strandline");
 
-/// The user and group of that name.
+/// User and group id of `nobody`.
 pub(crate) const NOBODY: u32 = 65_534;
 
-/// Where one broker lives: its folder, its ports and its configuration. It outlives the processes that run there.
+/// Folder, ports and configuration of one broker. The value outlives the processes that are started from it.
 pub(crate) struct Home {
     folder: tempfile::TempDir,
     id: u32,
@@ -45,14 +45,14 @@ pub(crate) struct Home {
     object_store: Option<String>,
     settings: Vec<(&'static str, String)>,
     environment: Vec<(&'static str, &'static str)>,
-    /// How many open files its process may have; as the system says when not set.
+    /// Maximum number of open files of the process; the system's limit if not set.
     open_files: Option<u32>,
-    /// Whether its process runs as [`NOBODY`].
+    /// True if the process runs as [`NOBODY`].
     nobody: bool,
 }
 
 impl Home {
-    /// A new home. Its object store is a folder beside the data.
+    /// Creates an instance whose object store is a folder beside the data directory.
     pub(crate) fn new() -> Self {
         let folder = tempfile::Builder::new().prefix("strandline-it-").tempdir().expect("a folder for the test");
         let object_store = Some(format!("file://{}", folder.path().join("bucket").display()));
@@ -76,7 +76,7 @@ impl Home {
         }
     }
 
-    /// Runs its process as [`NOBODY`], from a copy of the program that this user can reach.
+    /// Makes the process run as [`NOBODY`], from a link or copy of the binary that this user can access.
     pub(crate) fn run_as_nobody(self) -> Self {
         fs::set_permissions(self.path(), fs::Permissions::from_mode(0o755)).expect("the folder is ours");
         let copy = self.path().join("strandline");
@@ -86,7 +86,7 @@ impl Home {
         Self { nobody: true, ..self }
     }
 
-    /// A home for several brokers in one process: their ports lie one after the other.
+    /// Creates an instance for several brokers in one process, with consecutive ports.
     pub(crate) fn cluster(brokers: usize) -> Self {
         let ports = 2 * brokers;
         let (grpc, http) = (0..100)
@@ -99,41 +99,41 @@ impl Home {
         Self { grpc, http, ..Self::new() }
     }
 
-    /// The home of a broker of several, with this number and in a rack of its own, that agree through this etcd.
+    /// Creates an instance of a cluster broker with this id, in one of three racks, with this etcd as the metadata store.
     pub(crate) fn member(id: u32, etcd: &Etcd) -> Self {
         let home = Self { id, ..Self::new() }.setting("metadata.session_timeout", "\"2s\"");
-        // How full this machine is must not matter.
+        // The disk usage of this machine must not matter.
         home.setting("log.journal_bytes", 16 << 20).setting("broker.disk_full_percent", 100).at_etcd(etcd)
     }
 
-    /// Agrees through this etcd from now on.
+    /// Sets this etcd as the metadata store.
     pub(crate) fn at_etcd(self, etcd: &Etcd) -> Self {
         self.setting("metadata.etcd", format!("{:?}", etcd.endpoints()))
     }
 
-    /// Takes itself for a part of another cluster.
+    /// Sets the name of another cluster.
     pub(crate) fn of_cluster(self, cluster: &'static str) -> Self {
         Self { cluster, ..self }
     }
 
-    /// Lives in a network namespace, at the address that it has there.
+    /// Runs the process in a network namespace, and listens at the address of that namespace.
     pub(crate) fn in_namespace(self, namespace: &str, ip: Ipv4Addr) -> Self {
         let at = |port| SocketAddr::from((ip, port));
         Self { namespace: Some(namespace.to_owned()), grpc: at(9460), http: at(9461), peer: at(9470), ..self }
     }
 
-    /// Takes this folder for the object store.
+    /// Sets this folder as the object store.
     pub(crate) fn bucket_of(mut self, folder: &Path) -> Self {
         self.object_store = Some(format!("file://{}", folder.display()));
         self
     }
 
-    /// Lets its process have so many open files, and no more.
+    /// Limits the number of open files of the process.
     pub(crate) fn open_files(self, most: u32) -> Self {
         Self { open_files: Some(most), ..self }
     }
 
-    /// Takes no object store at all.
+    /// Removes the object store.
     pub(crate) fn without_object_store(mut self) -> Self {
         self.object_store = None;
         self
@@ -145,7 +145,7 @@ impl Home {
         self
     }
 
-    /// Takes an S3 server for the object store.
+    /// Sets an S3 server as the object store.
     pub(crate) fn object_store(mut self, server: &S3) -> Self {
         self.object_store = Some(format!("s3://{}/it", crate::s3::BUCKET));
         self.environment.extend(server.environment());
@@ -154,47 +154,46 @@ impl Home {
             .setting("object_store.path_style", "true")
     }
 
-    /// Sets `section.key` to a value as TOML; the last one counts.
+    /// Sets `section.key` to a TOML value. The last value of a key applies.
     pub(crate) fn setting(mut self, key: &'static str, value: impl ToString) -> Self {
         self.settings.retain(|(known, _)| *known != key);
         self.settings.push((key, value.to_string()));
         self
     }
 
-    /// Tells clients this address instead of the listener's.
+    /// Advertises this address to clients instead of the listener's.
     pub(crate) fn advertise(mut self, address: SocketAddr) -> Self {
         self.advertise = Some(address);
         self
     }
 
-    /// Tells other brokers this address instead of the listener's.
+    /// Advertises this address to peers instead of the listener's.
     pub(crate) fn peer_advertise(mut self, address: SocketAddr) -> Self {
         self.peer_advertise = Some(address);
         self
     }
 
-    /// The folder.
     pub(crate) fn path(&self) -> &Path {
         self.folder.path()
     }
 
-    /// The data directory.
     pub(crate) fn data_dir(&self) -> PathBuf {
         self.folder.path().join("data")
     }
 
-    /// The folder that is the object store.
+    /// Returns the folder that is the object store.
     pub(crate) fn bucket(&self) -> PathBuf {
         self.folder.path().join("bucket")
     }
 
-    /// One figure of `/metrics`; labels belong to the name.
+    /// Returns the value of one metric of `/metrics`. The name includes the labels.
     pub(crate) fn metric(&self, name: &str) -> f64 {
         let [value] = self.metrics([name]);
         value
     }
 
-    /// Several figures of one `/metrics` page, for those that are compared: between two pages a broker goes on.
+    /// Returns the values of several metrics of one `/metrics` page. Values of two pages cannot be compared, because the broker continues
+    /// between them.
     pub(crate) fn metrics<const N: usize>(&self, names: [&str; N]) -> [f64; N] {
         let (_, page) = http_get(self.http, "/metrics").expect("the metrics page answers");
         names.map(|name| {
@@ -204,22 +203,22 @@ impl Home {
         })
     }
 
-    /// The gRPC listener's address.
+    /// Returns the address of the gRPC listener.
     pub(crate) fn grpc(&self) -> SocketAddr {
         self.grpc
     }
 
-    /// The address of the listener for other brokers.
+    /// Returns the address of the peer listener.
     pub(crate) fn peer(&self) -> SocketAddr {
         self.peer
     }
 
-    /// The HTTP listener's address.
+    /// Returns the address of the HTTP listener.
     pub(crate) fn http(&self) -> SocketAddr {
         self.http
     }
 
-    /// Everything that brokers of this home have printed.
+    /// Returns all output of the brokers of this instance.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_default()
     }
@@ -228,7 +227,7 @@ impl Home {
         self.folder.path().join("broker.log")
     }
 
-    /// Writes the configuration file that the fixed keys allow and returns its path.
+    /// Writes the configuration file and returns its path.
     pub(crate) fn write_config(&self) -> PathBuf {
         let mut text = format!("cluster = {:?}\n", self.cluster);
         let id = self.id;
@@ -251,7 +250,7 @@ impl Home {
         if let Some(advertise) = self.peer_advertise {
             writeln!(text, "advertise = \"{advertise}\"").expect("a string grows");
         }
-        // Dotted and before every section, so that several may be of one section.
+        // Dotted keys before every section, so that several keys may belong to one section.
         let url = self.object_store.iter().map(|url| format!("object_store.url = {url:?}\n"));
         let settings = others.iter().map(|(key, value)| format!("{key} = {value}\n"));
         text.insert_str(0, &url.chain(settings).collect::<String>());
@@ -267,7 +266,7 @@ impl Home {
         path
     }
 
-    /// Starts `strandline broker` and waits until it is ready. Takes other ports when someone else has taken ours.
+    /// Starts `strandline broker` and waits until it is ready. Chooses new ports, up to five times, if one of the ports is in use.
     pub(crate) fn start(&mut self) -> Broker {
         for _ in 0..5 {
             let mut broker = self.spawn();
@@ -283,7 +282,7 @@ impl Home {
         panic!("five pairs of ports were all in use\n{}", self.log());
     }
 
-    /// Starts `strandline broker` and does not wait.
+    /// Starts `strandline broker` without waiting for it.
     pub(crate) fn spawn(&self) -> Broker {
         let config = self.write_config();
         let mut command = in_namespace(self.namespace.as_deref(), Path::new(BINARY));
@@ -303,12 +302,13 @@ impl Home {
         broker
     }
 
-    /// Starts `strandline dev` with so many brokers, for a home of [`Home::cluster`], and waits until the first is ready.
+    /// Starts `strandline dev` with this number of brokers, for an instance of [`Home::cluster`]. Waits until the first broker is ready and
+    /// the greeting is printed.
     pub(crate) fn start_dev_cluster(&self, brokers: usize) -> Broker {
         self.start_dev_cluster_with(brokers, &[])
     }
 
-    /// The same, with more arguments.
+    /// Starts `strandline dev` as [`Home::start_dev_cluster`] does, with more arguments.
     pub(crate) fn start_dev_cluster_with(&self, brokers: usize, arguments: &[&str]) -> Broker {
         let mut command = Command::new(BINARY);
         command.arg("dev").arg("--data-dir").arg(self.data_dir()).args(["--brokers", &brokers.to_string()]);
@@ -320,7 +320,7 @@ impl Home {
         if let Err(why) = broker.wait_ready() {
             panic!("strandline dev did not become ready: {why}\n{}", self.log());
         }
-        // The first is ready before the others.
+        // The first broker is ready before the others.
         eventually("it greets", || (greetings() > before).then_some(()));
         broker
     }
@@ -351,13 +351,13 @@ impl Home {
         Broker { child, http: self.http, log: self.log_path() }
     }
 
-    /// A command line that talks to this broker.
+    /// Returns a command line that calls this broker.
     pub(crate) fn cli(&self) -> Cli {
         Cli { bootstrap: Some(self.grpc.to_string()), folder: self.folder.path().to_owned() }
     }
 }
 
-/// A broker process. Dropping it kills it.
+/// A broker process. Dropping the value kills the process.
 pub(crate) struct Broker {
     child: Child,
     http: SocketAddr,
@@ -365,7 +365,7 @@ pub(crate) struct Broker {
 }
 
 impl Broker {
-    /// Waits until `/readyz` says so; the error tells why it never will.
+    /// Waits until `/readyz` returns 200. Returns an error if the process exits first or the timeout passes.
     pub(crate) fn wait_ready(&mut self) -> Result<(), String> {
         let mut last = String::new();
         let became = poll(TEST_TIMEOUT, || {
@@ -382,41 +382,40 @@ impl Broker {
         became.unwrap_or_else(|| Err(format!("not ready after {TEST_TIMEOUT:?}: {last}")))
     }
 
-    /// Kills it with signal 9, as a failing machine would, and waits until it is gone.
+    /// Kills the process with SIGKILL, as a failing machine would, and waits for its exit.
     pub(crate) fn kill9(mut self) {
         self.child.kill().expect("the process can be killed");
         self.child.wait().expect("the process ends");
     }
 
-    /// Asks it to stop with SIGTERM.
+    /// Sends SIGTERM.
     pub(crate) fn ask_to_stop(&self) {
         let pid = Pid::from_child(&self.child);
         rustix::process::kill_process(pid, Signal::TERM).expect("the process can be asked to stop");
     }
 
-    /// Asks it to stop and waits until it has.
+    /// Sends SIGTERM and waits for the exit.
     pub(crate) fn terminate(mut self) -> ExitStatus {
         self.ask_to_stop();
         self.wait()
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until the process exits.
     pub(crate) fn wait(&mut self) -> ExitStatus {
         eventually("the broker has ended", || self.child.try_wait().expect("the child can be asked"))
     }
 
-    /// Stops it as a frozen machine would be, or lets it go on: its connections stay open, and nothing comes from it.
+    /// Stops the process as a frozen machine would stop, or resumes it. A stopped process keeps its connections open and sends nothing.
     pub(crate) fn freeze(&self, frozen: bool) {
         let signal = if frozen { Signal::STOP } else { Signal::CONT };
         rustix::process::kill_process(Pid::from_child(&self.child), signal).expect("the process is ours");
     }
 
-    /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Whether it still runs.
+    /// Returns true if the process is running.
     pub(crate) fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("the child can be asked").is_none()
     }
@@ -424,7 +423,7 @@ impl Broker {
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        // It may be gone already; then both calls say so and nothing is left to do.
+        // The process may have exited already. Both calls then fail, and nothing remains to do.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if thread::panicking() {
@@ -435,48 +434,46 @@ impl Drop for Broker {
     }
 }
 
-/// The command line, pointed at one broker.
+/// The command line, with the addresses of its bootstrap brokers.
 pub(crate) struct Cli {
     bootstrap: Option<String>,
     folder: PathBuf,
 }
 
-/// How a command ended.
+/// Output of a finished command.
 #[derive(Debug)]
 pub(crate) struct Output {
-    /// Its exit code.
+    /// Exit code.
     pub(crate) code: i32,
-    /// What it printed.
     pub(crate) stdout: Vec<u8>,
-    /// What it complained.
     pub(crate) stderr: String,
 }
 
 impl Output {
-    /// What it printed, as text.
+    /// Returns the standard output as text.
     pub(crate) fn text(&self) -> String {
         String::from_utf8(self.stdout.clone()).expect("the output is UTF-8")
     }
 
-    /// What it printed, as one JSON value.
+    /// Returns the standard output as one JSON value.
     pub(crate) fn json(&self) -> serde_json::Value {
         serde_json::from_slice(&self.stdout).unwrap_or_else(|error| panic!("{error} in {self:?}"))
     }
 
-    /// What it printed, as one JSON value per line.
+    /// Returns the standard output as one JSON value per line.
     pub(crate) fn json_lines(&self) -> Vec<serde_json::Value> {
         self.text().lines().map(|line| serde_json::from_str(line).expect("each line is JSON")).collect()
     }
 }
 
 impl Cli {
-    /// A command line that talks to any of these brokers.
+    /// Returns a command line that calls any of these brokers.
     pub(crate) fn of(brokers: &[SocketAddr], folder: &Path) -> Self {
         let addresses: Vec<String> = brokers.iter().map(SocketAddr::to_string).collect();
         Self { bootstrap: Some(addresses.join(",")), folder: folder.to_owned() }
     }
 
-    /// A command line that is pointed at nothing.
+    /// Returns a command line without a bootstrap broker.
     pub(crate) fn without_broker(folder: &Path) -> Self {
         Self { bootstrap: None, folder: folder.to_owned() }
     }
@@ -491,14 +488,14 @@ impl Cli {
         self.ok_with(arguments, b"")
     }
 
-    /// Runs a command with input; it must succeed.
+    /// Runs a command with input. The command must succeed.
     pub(crate) fn ok_with(&self, arguments: &[&str], input: &[u8]) -> Output {
         let output = self.run_with(arguments, input);
         assert_eq!(output.code, 0, "strandline {arguments:?}: {output:?}");
         output
     }
 
-    /// Creates a topic as soon as the metadata store takes orders. A creation whose answer was lost counts too.
+    /// Creates a topic as soon as the metadata store accepts operations. A creation whose response was lost counts too.
     pub(crate) fn create_when_possible(&self, topic: &str) {
         eventually("the topic is created", || {
             let created = self.run(&["topic", "create", topic]);
@@ -506,7 +503,7 @@ impl Cli {
         });
     }
 
-    /// A command that has not been started.
+    /// Returns a command that is not started yet.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(BINARY);
         clean(&mut command);
@@ -517,7 +514,7 @@ impl Cli {
         command
     }
 
-    /// Runs a command with input to its end, which must come in bounded time.
+    /// Runs a command with input to its exit. Panics if the command runs for more than twice `TEST_TIMEOUT`.
     pub(crate) fn run_with(&self, arguments: &[&str], input: &[u8]) -> Output {
         let mut child = self
             .command(arguments)
@@ -558,7 +555,7 @@ fn drain(mut from: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
     })
 }
 
-/// A command whose environment holds none of our own settings.
+/// Removes all `STRANDLINE_` variables from the environment of a command.
 fn clean(command: &mut Command) -> &mut Command {
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("STRANDLINE_") {
@@ -568,16 +565,16 @@ fn clean(command: &mut Command) -> &mut Command {
     command.env("NO_COLOR", "1").env("RUST_BACKTRACE", "1")
 }
 
-/// A loopback address whose port is free, and stays so while a broker is restarted.
+/// Returns a loopback address with a free port, which stays free while a broker restarts.
 pub(crate) fn free_address() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()))
 }
 
-/// One HTTP GET: the status code and the body.
+/// Sends one HTTP GET. Returns the status code and the body.
 pub(crate) fn http_get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    // One write: a server may answer, and close, before a second one has come.
+    // One write: a server may respond and close the connection before a second write arrives.
     let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes())?;
     let mut bytes = Vec::new();
@@ -596,7 +593,7 @@ fn free_addresses_are_distinct_and_can_be_bound() {
 }
 
 #[test]
-fn the_configuration_file_is_toml_with_the_fixed_keys() {
+fn configuration_file_is_toml_with_fixed_keys() {
     let home = Home::new().topic_default("segment.bytes", 65_536).topic_default("durability", "replicated");
     let text = fs::read_to_string(home.write_config()).expect("written");
     let table: toml::Table = text.parse().expect("it is TOML");
@@ -608,7 +605,7 @@ fn the_configuration_file_is_toml_with_the_fixed_keys() {
 }
 
 #[test]
-fn one_http_answer_is_read_whole() {
+fn http_get_returns_status_and_whole_body() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("bound");
     let server = task::spawn_thread("http", move || {

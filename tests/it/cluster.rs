@@ -1,4 +1,4 @@
-//! Several real brokers over a real etcd of three members.
+//! Tests of several real brokers with a real etcd.
 
 mod alone;
 mod chaos;

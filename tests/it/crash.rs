@@ -1,16 +1,8 @@
-//! The real process, killed with signal 9 at random moments under load: what was acknowledged stays.
+//! A real broker process is killed with SIGKILL at random moments under load. Acknowledged records are kept.
 //!
-//! Several producers pipeline into several partitions of two topics, one for each durability. Segments are small and soon
-//! evicted, so that kills hit rolls, uploads, manifest commits and evictions too; some hit the recovery from the kill
-//! before, and some are polite stops. `history` judges. Every payload can be told from its own number, so damage shows.
-//!
-//! While the producers go on, a reader goes on in every partition after each start from a little below where the one before
-//! it ended, and looks at a piece of the history at a place drawn by lot. So a kill costs the same whether it is the
-//! first or the last, every record is read soon after it was written, and old ones again after later kills. At the end
-//! everything is read once more and must be what all those readers saw.
-//!
-//! `STRANDLINE_KILLS` says how often (`make crash-test`: 200), `STRANDLINE_SEED` repeats a run's choices, though not the
-//! scheduler's.
+//! Several producers pipeline into several partitions of two topics, one for each durability. Segments are small and soon evicted, so that
+//! kills also hit rolls, uploads, tier commits and evictions. Some kills hit the recovery from the previous kill, and some are clean stops.
+//! `history` checks the results. Each payload follows from its own number, so that corruption is detected.
 
 use std::{
     collections::HashMap,
@@ -26,7 +18,7 @@ use bytes::Bytes;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use strandline::{
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{ProduceRequest, ProduceResponse, produce_response::Result as Answer},
     },
     task::{Tasks, clock},
@@ -43,45 +35,45 @@ use crate::{
 };
 
 const TOPICS: [(&str, &str); 2] = [("synced", "persisted"), ("cached", "replicated")];
-/// Segments that are soon sealed, uploaded and evicted.
+/// Configuration of a topic whose segments are soon sealed, uploaded and evicted.
 pub(crate) const SMALL: [(&str, &str); 4] =
     [("segment.bytes", "65536"), ("segment.ms", "500"), ("local.retention.bytes", "200000"), ("retention.ms", "-1")];
 pub(crate) const PARTITIONS: i32 = 3;
 const PRODUCERS: u32 = 3;
 const WINDOW: usize = 16;
-/// Requests of all producers together from one kill to the next.
+/// Number of requests of all producers together between two kills.
 const REQUESTS: u64 = 1000;
 
-/// How many records below the last end that was seen a reader starts over after each kill.
+/// Number of records below the last observed end at which a reader starts after each kill.
 const OVERLAP: i64 = 200;
-/// Most records of the piece of history that is looked at after each kill.
+/// Maximum number of old records that are read after each kill.
 const PIECE: i64 = 1000;
 
-/// Records of one log that are read before it is asked again who leads it.
+/// Number of records of one log that are read before the leader is looked up again.
 const READ_AT_ONCE: i64 = 20_000;
 
-/// After how many kills everything that was seen so far is judged, and progress is told. The first ones each, because most
-/// runs are short.
+/// Number of kills between two checks of all results so far, each with a progress line. The first kills are each followed by a check,
+/// because most runs are short.
 const ROUND: u64 = 20;
 
-/// The number of a setting of the environment.
+/// Returns the number in an environment variable, or the default.
 pub(crate) fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
-/// What producers and readers share.
+/// State that producers and readers share.
 pub(crate) struct Load {
-    /// The brokers: any of them tells who leads.
+    /// Addresses of the brokers. Any broker names the leader of a log.
     addresses: Vec<SocketAddr>,
-    /// The topics, each with [`PARTITIONS`] partitions.
+    /// Topics, each with [`PARTITIONS`] partitions.
     topics: Vec<&'static str>,
-    /// The counter that is the history's time, and its payloads' identity.
+    /// Counter that is the time of the history and the identity of its payloads.
     time: AtomicU64,
     attempts: Mutex<Vec<Attempt>>,
-    /// When something was acknowledged, and where.
+    /// Log and time of each acknowledgement.
     moments: Mutex<Vec<(Log, Instant)>>,
-    /// Requests that producers may still send before the next kill. Without a bound a slow machine would be given more
-    /// to write while it reads than it can ever read.
+    /// Number of requests that producers may send before the next kill. Without a bound, a slow machine would get more records during a
+    /// read than it can ever read.
     budget: AtomicU64,
 }
 
@@ -92,12 +84,12 @@ impl Load {
         Arc::new(Self { addresses, topics, time: AtomicU64::new(0), attempts, moments, budget })
     }
 
-    /// The broker, where there is one.
+    /// Returns the address of the first broker.
     pub(crate) fn address(&self) -> SocketAddr {
         self.addresses[0]
     }
 
-    /// The broker that serves a log.
+    /// Returns the address of the broker that serves a log.
     async fn serving(&self, log: Log) -> SocketAddr {
         if self.addresses.len() == 1 {
             return self.addresses[0];
@@ -106,8 +98,8 @@ impl Load {
         eventually_async("the log has a leader", known).await
     }
 
-    /// How long nothing was acknowledged in a log, at the longest, since `since`; `None` before it has been acknowledged often enough
-    /// that it goes on.
+    /// Returns the longest time without an acknowledgement in a log since `since`. Returns `None` until there are enough acknowledgements
+    /// to show that the log continues.
     pub(crate) fn longest_silence(&self, log: Log, since: Instant) -> Option<Duration> {
         let moments = self.moments.lock().expect("no holder panics");
         let here: Vec<Instant> =
@@ -116,12 +108,12 @@ impl Load {
         (here.len() >= 20).then(|| before.zip(&here).map(|(one, next)| *next - *one).max().expect("not empty"))
     }
 
-    /// Lets the producers go on until the next kill.
+    /// Lets the producers continue until the next kill.
     fn grant(&self) {
         self.budget.store(REQUESTS, Ordering::Relaxed);
     }
 
-    /// A moment of the load to strike at: when so many of its events, by chance, have happened.
+    /// Waits for a moment of the load at which to inject a fault: after a random number of load events.
     pub(crate) async fn moment(&self, rng: &mut StdRng) {
         let at = self.time.load(Ordering::SeqCst) + rng.random_range(1..REQUESTS);
         eventually_async("the load goes on", || async { (self.time.load(Ordering::SeqCst) >= at).then_some(()) }).await;
@@ -151,7 +143,7 @@ impl Load {
     }
 }
 
-/// The bytes of payload number `id`: the number, then a filler of some length that follows from it.
+/// Returns the bytes of payload number `id`: the number, then a filler whose length and bytes follow from the number.
 pub(crate) fn value(id: u64) -> Bytes {
     let mut state = id.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = move || {
@@ -166,19 +158,19 @@ pub(crate) fn value(id: u64) -> Bytes {
     out.into()
 }
 
-/// The number of a payload whose every byte is right.
+/// Returns the number of a payload if every byte is right.
 pub(crate) fn identify(bytes: &[u8]) -> Option<u64> {
     let id = u64::from_be_bytes(bytes.get(..8)?.try_into().ok()?);
     (*value(id) == *bytes).then_some(id)
 }
 
-/// One producer: session after session until the load ends.
+/// Runs one producer: connection after connection until the load ends.
 async fn produce(load: Arc<Load>, producer: u32, seed: u64, tasks: Tasks) {
     let mut rng = StdRng::seed_from_u64(seed);
     while !tasks.is_cancelled() {
         let mut pending = HashMap::new();
         session(&load, producer, &mut rng, &tasks, &mut pending).await;
-        // The connection is gone: nobody will ever say what became of these.
+        // The connection has ended. No response for these requests will arrive.
         for attempts in pending.into_values() {
             load.conclude(attempts, |_| Outcome::Unknown);
         }
@@ -190,7 +182,7 @@ async fn produce(load: Arc<Load>, producer: u32, seed: u64, tasks: Tasks) {
     }
 }
 
-/// One connection: keeps a window of requests under way until it breaks.
+/// Runs one connection: keeps a window of requests in flight until the connection breaks.
 async fn session(
     load: &Load,
     producer: u32,
@@ -218,7 +210,7 @@ async fn session(
                 }
                 let (request, attempts) = next_request(load, producer, rng);
                 let correlation = request.correlation;
-                // Before it is sent: from here on it may be in the log.
+                // Inserted before the send: from here on the request may be in the log.
                 pending.insert(correlation, attempts);
                 if requests.try_send(request).is_err() {
                     return;
@@ -259,24 +251,24 @@ fn settle(load: &Load, pending: &mut HashMap<u64, Vec<Attempt>>, answer: Produce
             load.conclude(attempts, |n| Outcome::Acknowledged { offset: appended.base_offset + n });
         }
         Answer::Error(error) => {
-            let fault = Fault::from(error);
+            let fault = ApiError::from(error);
             assert!(fault.retryable, "the load is well formed: {fault}");
-            // Only what is refused at the door is certainly not in the log.
-            let refused = matches!(fault.reason, Reason::Overloaded | Reason::DiskFull);
+            // Only a request that is refused on arrival is certainly not in the log.
+            let refused = matches!(fault.code, ErrorCode::Overloaded | ErrorCode::DiskFull);
             load.conclude(attempts, |_| if refused { Outcome::Refused } else { Outcome::Unknown });
         }
         Answer::Waiting(why) => panic!("nothing here waits for the bucket: {why:?}"),
     }
 }
 
-/// Where a reader begins, and where it may stop before the end that it is told.
+/// Start offset and maximum number of records of a reader. The end that the broker reports limits the reader too.
 #[derive(Clone, Copy)]
 struct Part {
     from: i64,
     most: i64,
 }
 
-/// Reads every partition from where `from` says to the end that it is told first.
+/// Reads every partition from the offset that `from` returns to the end that the broker reports first.
 pub(crate) async fn read(load: &Load, from: impl Fn(Log) -> i64) -> Vec<Pass> {
     let mut passes = Vec::new();
     for topic in 0..load.topics.len() {
@@ -291,10 +283,10 @@ pub(crate) async fn read(load: &Load, from: impl Fn(Log) -> i64) -> Vec<Pass> {
 async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
     let (name, partition) = (load.topics[log.0], log.1);
     let (began, from) = (load.tick(), part.from);
-    // Of several brokers another one may lead at any time: the preferred one is back. After an outage of the bucket, brokers that
-    // nobody reads from learn from their next probe that it serves again.
-    let goes_over = |fault: &Fault| {
-        load.addresses.len() > 1 && matches!(fault.reason, Reason::NotLeader | Reason::ObjectStoreUnavailable)
+    // With several brokers, leadership may change at any time, for example back to the preferred leader. After an outage of the object
+    // store, brokers without readers detect its return at their next probe.
+    let goes_over = |fault: &ApiError| {
+        load.addresses.len() > 1 && matches!(fault.code, ErrorCode::NotLeader | ErrorCode::ObjectStoreUnavailable)
     };
     let end = eventually_async("the end is known", async || {
         let mut client = wire::log(load.serving(log).await);
@@ -322,7 +314,12 @@ async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
     Pass { log, began, from, end, to, current: true, records: records.collect() }
 }
 
-/// What readers have seen, and where the next ones go on.
+/// Results of all readers, and the offsets at which the next readers start.
+///
+/// After each start of the broker, while the producers continue, a reader reads every partition from a little below the previous end.
+/// Another reader reads a randomly placed piece of old records. A kill therefore costs the same whether it is the first or the last. Every
+/// record is read soon after it was written, and old records are read again after later kills. At the end everything is read once more, and
+/// must equal the earlier results.
 #[derive(Default)]
 struct Readers {
     passes: Vec<Pass>,
@@ -330,7 +327,7 @@ struct Readers {
 }
 
 impl Readers {
-    /// After a kill: all that is new, and a piece of what is old.
+    /// Reads all new records and a piece of the old ones, after a kill.
     async fn go_on(&mut self, load: &Load, rng: &mut StdRng) {
         let ends = &self.ends;
         let new = read(load, |log| ends.get(&log).map_or(0, |end| (end - OVERLAP).max(0))).await;
@@ -341,7 +338,7 @@ impl Readers {
         self.passes.extend(new.into_iter().chain([old]));
     }
 
-    /// Everything from the beginning.
+    /// Reads everything from the beginning.
     async fn start_over(&mut self, load: &Load) {
         self.passes.extend(read(load, |_| 0).await);
     }
@@ -351,7 +348,7 @@ impl Readers {
     }
 }
 
-/// Ends the process one way or another and starts it again, perhaps killing it once more as it recovers.
+/// Kills or stops the process and starts it again. Sometimes kills the process once more during recovery.
 pub(crate) fn restart(home: &mut Home, broker: Broker, rng: &mut StdRng) -> Broker {
     if rng.random_ratio(1, 6) {
         let status = broker.terminate();
@@ -374,8 +371,10 @@ pub(crate) fn judge(load: &Load, passes: &[Pass]) {
     assert!(violations.is_empty(), "{} violations, the first: {first:#?}", violations.len());
 }
 
+/// `STRANDLINE_KILLS` is the number of kills (`make crash-test`: 200). `STRANDLINE_SEED` repeats the choices of a run, but not the
+/// scheduler's.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_acknowledged_is_lost_to_kill_9() {
+async fn sigkill_loses_no_acknowledged_records() {
     let kills = setting("STRANDLINE_KILLS", 6);
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
     println!("crash: {kills} kills, STRANDLINE_SEED={seed}");
@@ -416,7 +415,7 @@ async fn nothing_acknowledged_is_lost_to_kill_9() {
 }
 
 #[test]
-fn a_payload_is_known_by_all_its_bytes() {
+fn payload_is_identified_by_all_its_bytes() {
     for id in [1, 2, 997, u64::MAX] {
         let bytes = value(id);
         assert_eq!(identify(&bytes), Some(id));

@@ -1,8 +1,8 @@
-//! The Rust client, while the broker it talks to is killed again and again: it delivers everything, once, in order.
+//! The Rust client, while its broker is killed again and again: the client delivers everything, once and in order.
 //!
-//! Where `crash` asks what the broker keeps, this asks what the client makes of it: an idempotent producer's retries
-//! across kills neither lose nor double, and a consumer that follows sees every record once, without noticing. It is struck a
-//! quarter as often as the broker is in `crash`.
+//! `crash` tests what the broker keeps. These tests check the client: retries of an idempotent producer across kills neither lose nor
+//! duplicate records, and a following consumer reads every record once, without an error. Faults are a quarter as frequent as kills in
+//! `crash`.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -28,10 +28,10 @@ use crate::{
 
 pub(crate) const TOPIC: &str = "exactly";
 
-/// Most records that one producer has under way.
+/// Maximum number of unacknowledged records of one producer.
 const OUTSTANDING: usize = 100;
 
-/// Sends until it is stopped, then waits for everything. Every single record must be acknowledged.
+/// Sends until the tasks are cancelled, then waits for all deliveries. Every record must be acknowledged.
 async fn produce(load: Arc<Load>, number: u32, producer: Producer, seed: u64, tasks: Tasks) {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut outstanding: VecDeque<(Attempt, Delivery)> = VecDeque::new();
@@ -70,7 +70,7 @@ async fn settle(load: &Load, (attempt, delivery): (Attempt, Delivery)) {
     load.conclude(vec![attempt], |_| Outcome::Acknowledged { offset });
 }
 
-/// Follows all partitions from their start until it has seen the ends that it is told at last.
+/// Reads all partitions from their start, up to the ends that `ends` finally reports.
 async fn follow(
     mut consumer: Consumer,
     mut ends: watch::Receiver<Option<HashMap<Log, i64>>>,
@@ -98,7 +98,7 @@ async fn follow(
     }
 }
 
-/// Producers and a following consumer at work, all through the library's client.
+/// Producers and a following consumer under load, all through the library's client.
 pub(crate) struct Work {
     pub(crate) load: Arc<Load>,
     tasks: Tasks,
@@ -108,18 +108,18 @@ pub(crate) struct Work {
 }
 
 impl Work {
-    /// Starts on a new topic. Clients go to `bootstrap`, the last reading to `direct`.
+    /// Starts the load on a new topic. Clients connect to `bootstrap`, the final readers to `direct`.
     async fn start(bootstrap: SocketAddr, direct: SocketAddr, rng: &mut StdRng) -> Self {
         wire::create_topic(direct, TOPIC, PARTITIONS.unsigned_abs(), &SMALL).await;
         Self::on_topic(&bootstrap.to_string(), vec![direct], rng).await
     }
 
-    /// Starts on the topic, which is there.
+    /// Starts the load on the existing topic.
     pub(crate) async fn on_topic(bootstrap: &str, direct: Vec<SocketAddr>, rng: &mut StdRng) -> Self {
         Self::with_reader(bootstrap, direct, ConsumerOptions::default(), rng).await
     }
 
-    /// As [`Work::on_topic`], with a consumer of this kind, which looks every second who could serve it.
+    /// Starts as [`Work::on_topic`] does, with a consumer of these options. The consumer refreshes its metadata every second.
     pub(crate) async fn with_reader(
         bootstrap: &str,
         direct: Vec<SocketAddr>,
@@ -144,8 +144,8 @@ impl Work {
         Self { load, tasks, producers, follower, tell }
     }
 
-    /// Ends the work after that many blows; everything sent must have been delivered, once, and followed. How many records
-    /// that were.
+    /// Ends the load after this number of faults. Everything sent must have been delivered once and consumed. Returns the number of
+    /// records.
     pub(crate) async fn finish(self, blows: u64) -> i64 {
         self.tasks.cancel();
         for producer in self.producers {
@@ -154,7 +154,7 @@ impl Work {
         let mut passes = read(&self.load, |_| 0).await;
         let ends: HashMap<Log, i64> = passes.iter().map(|pass| (pass.log, pass.end)).collect();
         self.tell.send(Some(ends.clone())).expect("the consumer still follows");
-        // It may lag by some of what each of them held up.
+        // The consumer may lag by a part of the delay that each fault caused.
         let seen = tokio::time::timeout(Duration::from_secs(60 + blows), self.follower).await;
         for (log, records) in seen.expect("the consumer reaches the ends").expect("the consumer followed") {
             passes.push(Pass {
@@ -176,7 +176,7 @@ impl Work {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_client_delivers_everything_once_and_in_order_across_kills() {
+async fn client_delivers_once_and_in_order_across_kills() {
     let kills = setting("STRANDLINE_KILLS", 20).div_ceil(4);
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
     println!("crash: {kills} kills under the client, STRANDLINE_SEED={seed}");
@@ -195,10 +195,10 @@ async fn the_client_delivers_everything_once_and_in_order_across_kills() {
     assert!(broker.terminate().success(), "{}", home.log());
 }
 
-/// A kill seldom falls between an append and its answer. Here the answers are lost on purpose: only recognising the
-/// retries keeps records from being doubled, and some losses are followed by a kill, so that recovery must know them too.
+/// A kill seldom falls between an append and its response, so the proxy drops responses. Only the recognition of retries prevents duplicate
+/// records. A kill follows some losses, so that recovery must restore the producer state too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn lost_answers_double_nothing_even_when_the_broker_is_killed_before_the_retry() {
+async fn lost_responses_and_kills_duplicate_no_records() {
     let losses = setting("STRANDLINE_KILLS", 32).div_ceil(4);
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
     println!("crash: {losses} times lost answers, STRANDLINE_SEED={seed}");

@@ -1,4 +1,4 @@
-//! More connections than a process may have open files.
+//! More connections than the open files that the broker process may have.
 
 use std::{future::Future, net::TcpStream};
 
@@ -12,7 +12,7 @@ use crate::{
     wire,
 };
 
-/// A call over a connection that is open. It is repeated where the connection was idle and made room for another one just then.
+/// Calls over an open connection. Repeats the call if the connection was idle and was closed for a new one at that moment.
 async fn call<T, F: Future<Output = Result<T, Status>>>(what: &str, attempt: impl Fn() -> F) {
     eventually_async(what, || async {
         match attempt().await {
@@ -25,7 +25,7 @@ async fn call<T, F: Future<Output = Result<T, Status>>>(what: &str, attempt: imp
     .await;
 }
 
-/// Makes a topic of two partitions.
+/// Creates a topic of two partitions.
 async fn create(admin: &AdminClient<Channel>, name: &str) {
     let request = CreateTopicRequest { name: name.to_owned(), partitions: 2, ..Default::default() };
     call(name, || {
@@ -44,10 +44,10 @@ async fn append(log: &LogClient<Channel>, topic: &str, partition: i32) {
     .await;
 }
 
-/// With no open file left a turn of the journal fails, and with it the whole data directory. So strangers never get the last ones; and who
-/// says nothing is shown out after a while.
+/// Without a free file descriptor, the switch to the next journal file fails, and with it the whole data directory. Connections therefore
+/// never get the last descriptors, and connections that send nothing are closed after a while.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_crowd_that_says_nothing_takes_no_open_files_from_the_log() {
+async fn idle_connections_take_no_open_files_from_the_log() {
     let mut home = Home::new().open_files(256);
     let mut broker = tokio::task::block_in_place(|| home.start());
     let (log, admin) = (wire::log(home.grpc()), wire::admin(home.grpc()));
@@ -58,7 +58,7 @@ async fn a_crowd_that_says_nothing_takes_no_open_files_from_the_log() {
         .filter_map(|number| TcpStream::connect(if number % 2 == 0 { home.grpc() } else { home.http() }).ok())
         .collect();
     assert!(crowd.len() > 250, "the system takes them, whatever the broker does");
-    // Who was there before is served: also what needs new files.
+    // Existing connections are served, also with requests that need new files.
     for number in 0..20 {
         let topic = format!("crowded-{number}");
         create(&admin, &topic).await;
@@ -66,7 +66,7 @@ async fn a_crowd_that_says_nothing_takes_no_open_files_from_the_log() {
             append(&log, &topic, partition).await;
         }
     }
-    // Those who were let in and say nothing go, and newcomers are served though the crowd stays.
+    // Accepted connections that send nothing are closed. New connections are served, although the idle clients keep their sockets open.
     tokio::task::block_in_place(|| {
         let ready = || http_get(home.http(), "/readyz").is_ok_and(|(code, _)| code == 200);
         eventually("a newcomer is served", || ready().then_some(()));

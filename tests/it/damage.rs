@@ -1,5 +1,5 @@
-//! What lies on disk or in the bucket is damaged, missing or out of reach: never wrong data, never more lost than is
-//! damaged, and back to work without a restart.
+//! Data on disk or in the object store is corrupt, missing or unreachable. Brokers never serve wrong data, lose no more than is corrupt,
+//! and resume without a restart.
 
 use std::{
     fs,
@@ -13,12 +13,12 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Lines that no other line equals, so that any wrong byte shows.
+/// Returns lines that all differ, so that any wrong byte is detected.
 pub(crate) fn lines(count: usize) -> String {
     (0..count).map(|n| format!("line {n} of the log, which is {:x}\n", n.wrapping_mul(0x9e37_79b9))).collect()
 }
 
-/// The files below a folder whose names end so.
+/// Returns the files below a folder whose names end in `ending`.
 pub(crate) fn files(folder: &Path, ending: &str) -> Vec<PathBuf> {
     let (mut folders, mut found) = (vec![folder.to_owned()], Vec::new());
     while let Some(folder) = folders.pop() {
@@ -45,7 +45,7 @@ pub(crate) fn partition(cli: &Cli, topic: &str) -> Value {
     cli.ok(&["topic", "describe", topic, "--output", "json"]).json()["partitions"][0].clone()
 }
 
-/// A broker with one topic that was fed and, when `tiered`, whose history is in the bucket alone.
+/// Starts a broker with one topic that has records. If `tiered` is true, only the object store has these records.
 fn fed(tiered: bool, text: &str) -> (Home, Broker) {
     let mut home = Home::new();
     let broker = home.start();
@@ -66,7 +66,7 @@ fn fed(tiered: bool, text: &str) -> (Home, Broker) {
     (home, broker)
 }
 
-/// Reading the victim fails, and all that was printed until then is right; another topic is served.
+/// Checks that a read of the topic `victim` fails, that all output before the failure is right, and that another topic is served.
 fn fails_without_a_wrong_byte(cli: &Cli, text: &str) {
     let read = cli.run(&["consume", "victim", "--from", "earliest", "--until-end"]);
     assert_eq!(read.code, 1, "damage is not a success: {}", read.stderr);
@@ -77,32 +77,32 @@ fn fails_without_a_wrong_byte(cli: &Cli, text: &str) {
 }
 
 #[test]
-fn a_flipped_bit_in_a_segment_file_is_never_served() {
+fn flipped_bit_in_segment_file_is_never_served() {
     let text = lines(20_000);
     let (mut home, broker) = fed(false, &text);
     assert!(broker.terminate().success(), "{}", home.log());
     let bytes = |path: &PathBuf| fs::metadata(path).map_or(0, |file| file.len());
     let victims: Vec<PathBuf> = files(&home.data_dir(), ".log").into_iter().filter(|path| bytes(path) > 0).collect();
     assert!(victims.len() > 3, "there are sealed segments: {victims:?}");
-    // The middle, whatever its size: how batches come together is up to the scheduler.
+    // The middle of the file, whatever its size: the scheduler decides how records form batches.
     flip(&victims[1], usize::try_from(bytes(&victims[1]) / 2).expect("a small segment"));
     let _broker = home.start();
     fails_without_a_wrong_byte(&home.cli(), &text);
 }
 
 #[test]
-fn a_flipped_bit_in_an_object_is_never_served_and_its_neighbours_are() {
+fn flipped_bit_in_object_makes_only_that_object_unreadable() {
     let text = lines(20_000);
     let (mut home, broker) = fed(true, &text);
     assert!(broker.terminate().success(), "{}", home.log());
     let objects = files(&home.bucket(), ".segment");
     assert!(objects.len() > 3, "there are segment objects: {objects:?}");
-    // The middle, whatever its size: how batches come together is up to the scheduler.
+    // The middle of the object, whatever its size: the scheduler decides how records form batches.
     let bytes = fs::metadata(&objects[1]).expect("an object").len();
     flip(&objects[1], usize::try_from(bytes / 2).expect("a small object"));
     let _broker = home.start();
     fails_without_a_wrong_byte(&home.cli(), &text);
-    // What lies after the damaged object can be read.
+    // Records after the corrupt object are readable.
     let name = objects[2].file_name().and_then(|name| name.to_str()).expect("a name");
     let base: usize = name.split('-').next().expect("the base offset").parse().expect("a number");
     let rest: String = text.split_inclusive('\n').skip(base).collect();
@@ -112,7 +112,7 @@ fn a_flipped_bit_in_an_object_is_never_served_and_its_neighbours_are() {
 }
 
 #[test]
-fn a_missing_object_is_said_and_put_back_it_is_served() {
+fn missing_object_is_reported_and_served_when_restored() {
     let text = lines(20_000);
     let (mut home, broker) = fed(true, &text);
     assert!(broker.terminate().success(), "{}", home.log());
@@ -129,15 +129,16 @@ fn a_missing_object_is_said_and_put_back_it_is_served() {
     assert!(whole == text.as_bytes(), "{} of {} bytes", whole.len(), text.len());
 }
 
-/// Uploads fail for as long as the bucket is away, records do not; when it is back the rest follows by itself.
+/// Uploads fail while the object store is away, appends do not. When the object store returns, the remaining uploads follow without a
+/// restart.
 #[test]
-fn a_bucket_that_goes_away_costs_no_record_and_no_restart() {
+fn missing_object_store_loses_no_records() {
     let text = lines(20_000);
     let (home, mut broker) = fed(true, &text);
     let cli = home.cli();
     let away = home.path().join("bucket-away");
     fs::rename(home.bucket(), &away).expect("moved away");
-    // Not a folder: nothing can be made below it either.
+    // A file instead of the folder, so that nothing can be created below this path.
     fs::write(home.bucket(), "no bucket").expect("written");
     cli.ok_with(&["produce", "victim"], text.as_bytes());
     let state = partition(&cli, "victim");
@@ -155,7 +156,7 @@ fn a_bucket_that_goes_away_costs_no_record_and_no_restart() {
 }
 
 #[test]
-fn a_bucket_of_another_cluster_is_refused_with_both_names() {
+fn object_store_of_another_cluster_is_refused() {
     let (home, _broker) = fed(true, &lines(10));
     let other = Home::new();
     let text = fs::read_to_string(other.write_config()).expect("a configuration");

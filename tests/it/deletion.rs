@@ -1,4 +1,5 @@
-//! What is left of a deleted topic, where, and for how long: everything of it goes, its mark last, and what has no mark stays.
+//! Remains of a deleted topic, their places and their lifetimes. All data of the topic is deleted, its tombstone last. Data without a
+//! tombstone stays.
 
 use std::{
     fs,
@@ -10,7 +11,7 @@ use strandline::{
     client::{Client, ConsumeError, ConsumerOptions, NewRecord, Options, ProducerOptions, SendError},
     cluster::{DeletedValue, EmbeddedStore, Key, Keys, MetaStore, Transaction, Value},
     model::{LeaderEpoch, Offset, TopicId},
-    proto::fault::Reason,
+    proto::error::ErrorCode,
     task::clock,
     tier::name::Stamp,
 };
@@ -22,14 +23,14 @@ use crate::{
     wire,
 };
 
-/// A little longer than marks outlive their topics.
+/// Milliseconds, a little longer than tombstones outlive their topics.
 const LONG_MS: i64 = 31 * 24 * 3600 * 1000;
 
 fn keys() -> Keys {
     Keys::new("it").expect("valid")
 }
 
-/// Does something with the metadata of a broker that is stopped.
+/// Runs a function on the metadata of a stopped broker.
 fn metadata<T>(home: &Home, work: impl AsyncFnOnce(&EmbeddedStore) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
@@ -50,7 +51,7 @@ fn put_mark(home: &Home, id: TopicId, gone_since_ms: Option<i64>) {
     metadata(home, async |store| store.transact(put).await).expect("answers");
 }
 
-/// Until a search has begun and ended from now on.
+/// Waits until a garbage collection has started and ended after this call.
 fn searched(home: &Home) {
     let searches = || home.metric("strandline_garbage_searches_total");
     let before = searches();
@@ -58,7 +59,7 @@ fn searched(home: &Home) {
 }
 
 #[test]
-fn a_deletion_is_asked_for_and_says_what_stays_in_the_bucket() {
+fn topic_deletion_needs_consent_and_names_remaining_objects() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -80,7 +81,7 @@ fn a_deletion_is_asked_for_and_says_what_stays_in_the_bucket() {
 }
 
 #[test]
-fn the_mark_of_a_deleted_topic_goes_last_and_nothing_goes_without_one() {
+fn tombstone_is_deleted_last_and_data_without_one_stays() {
     let mut home = Home::new().setting("tier.garbage_grace", "\"1s\"");
     let broker = home.start();
     let cli = home.cli();
@@ -90,8 +91,8 @@ fn the_mark_of_a_deleted_topic_goes_last_and_nothing_goes_without_one() {
     let id: TopicId = described["id"].as_str().and_then(|id| id.parse().ok()).expect("an id");
     let folder = |id: TopicId| home.bucket().join("topics").join(id.to_string());
     assert!(!files(&folder(id), "").is_empty());
-    // Nobody knows the first, and nobody deleted it: its metadata may have been lost. The second was deleted, and something is
-    // left of it that is not ours to delete.
+    // The first topic is unknown, and no operator deleted it: its metadata may have been lost. The second topic was deleted, and a foreign
+    // object remains in its folder.
     let (unknown, held) = (TopicId::from_bytes([1; 16]), TopicId::from_bytes([2; 16]));
     let at = |offset| Offset::new(offset).expect("small");
     let history = Stamp::draw(at(0), at(9), LeaderEpoch(0)).segment();
@@ -118,14 +119,14 @@ fn the_mark_of_a_deleted_topic_goes_last_and_nothing_goes_without_one() {
     assert!(left.iter().all(|path| path.exists()), "{left:?}");
 }
 
-/// The folder of a topic in the data directory.
+/// Returns the folder of a topic in the data directory.
 fn local_folder(home: &Home, topic: &str) -> PathBuf {
     let described = home.cli().ok(&["topic", "describe", topic, "--output", "json"]).json();
     home.data_dir().join(described["id"].as_str().expect("an id"))
 }
 
 #[test]
-fn a_topic_whose_partitions_cannot_be_opened_is_deleted() {
+fn topic_whose_partitions_cannot_be_opened_is_deleted() {
     let mut home = Home::new();
     let broker = home.start();
     home.cli().ok(&["topic", "create", "broken", "--partitions", "2"]);
@@ -139,7 +140,7 @@ fn a_topic_whose_partitions_cannot_be_opened_is_deleted() {
     assert_eq!(segments.len(), 2, "{segments:?}");
     fs::write(&segments[0], "").expect("it is cut");
     fs::remove_file(&segments[1]).expect("it is removed");
-    // Segments are read after an unclean stop only.
+    // Segments are read only after an unclean stop.
     home.start().kill9();
 
     let broker = home.start();
@@ -153,9 +154,9 @@ fn a_topic_whose_partitions_cannot_be_opened_is_deleted() {
     assert!(broker.terminate().success(), "{}", home.log());
 }
 
-/// What it holds of a topic that it does not serve once stayed on its disk until the next start.
+/// Regression: files of a topic that the broker does not serve stayed on its disk until the next start.
 #[test]
-fn a_topic_whose_configuration_cannot_be_read_is_deleted_with_its_files() {
+fn topic_with_invalid_configuration_is_deleted_with_files() {
     let mut home = Home::new();
     let broker = home.start();
     home.cli().ok(&["topic", "create", "odd", "--config", "local.retention.ms=3600000"]);
@@ -172,7 +173,7 @@ fn a_topic_whose_configuration_cannot_be_read_is_deleted_with_its_files() {
     assert!(broker.terminate().success(), "{}", home.log());
 }
 
-/// The content of a folder, which may be gone.
+/// Returns the content of a folder, which may not exist.
 fn files_or_none(folder: &Path) -> Vec<PathBuf> {
     match fs::read_dir(folder) {
         Ok(entries) => entries.filter_map(|entry| Some(entry.ok()?.path())).collect(),
@@ -181,10 +182,10 @@ fn files_or_none(folder: &Path) -> Vec<PathBuf> {
     }
 }
 
-/// Found by a user of another system: a consumer that was away meanwhile went on at its old offset in the new topic, and skipped its first
-/// records without a word.
+/// Regression, found by a user of another system: a consumer that was away meanwhile continued at its old offset in the new topic. The
+/// consumer silently skipped the first records.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn consumer_of_a_topic_made_again_ends_and_skips_nothing() {
+async fn consumer_of_a_recreated_topic_fails_and_skips_nothing() {
     let mut home = Home::new();
     let _broker = tokio::task::block_in_place(|| home.start());
     let cli = home.cli();
@@ -205,18 +206,18 @@ async fn consumer_of_a_topic_made_again_ends_and_skips_nothing() {
     make(30);
     let next = tokio::time::timeout(Duration::from_secs(20), consumer.next()).await.expect("it ends");
     let Err(ConsumeError::Refused { fault, .. }) = next else { panic!("{next:?}") };
-    // Whoever looked between the two orders found no topic at all.
-    assert!(matches!(fault.reason, Reason::TopicIdMismatch | Reason::UnknownTopic), "{fault:?}");
-    // Begun anew, it reads the new topic from the beginning.
+    // A request between the two commands finds no topic at all.
+    assert!(matches!(fault.code, ErrorCode::TopicIdMismatch | ErrorCode::UnknownTopic), "{fault:?}");
+    // A consumer that is assigned again reads the new topic from the beginning.
     consumer.assign_at("t", 0, Offset::ZERO).await.expect("it is there");
     for offset in 0..30 {
         assert_eq!(consumer.next().await.expect("a record").offset.get(), offset);
     }
 }
 
-/// A producer that was at work meanwhile wrote on into the new topic without a word.
+/// Regression: a producer that was active meanwhile silently continued to write into the new topic.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn producer_to_a_topic_made_again_is_told_and_writes_nothing_unawares() {
+async fn producer_to_a_recreated_topic_fails_and_writes_nothing() {
     let mut home = Home::new();
     let _broker = tokio::task::block_in_place(|| home.start());
     let cli = home.cli();
@@ -230,7 +231,7 @@ async fn producer_to_a_topic_made_again_is_told_and_writes_nothing_unawares() {
         cli.ok(&["topic", "create", "t"]);
     });
     let Err(SendError::Refused { fault, .. }) = send().await else { panic!("it is another topic") };
-    assert_eq!(fault.reason, Reason::TopicIdMismatch, "{fault:?}");
+    assert_eq!(fault.code, ErrorCode::TopicIdMismatch, "{fault:?}");
     let mut log = wire::log(home.grpc());
     assert_eq!(wire::latest(&mut log, "t", 0).await.expect("answered"), 0, "nothing was written");
     assert_eq!(send().await.expect("stored").offset.map(Offset::get), Some(0), "now the producer knows");

@@ -1,4 +1,4 @@
-//! The gRPC edge as any client sees it: how streams end, how what is wrong with a call is said, and what tools find.
+//! The gRPC interface as any client sees it: the ends of streams, the errors of calls, health and reflection.
 
 use std::{io::Write as _, time::Duration};
 
@@ -6,8 +6,8 @@ use bytes::{BufMut as _, Bytes};
 use strandline::{
     limits,
     proto::{
-        codec::Tuned,
-        fault::{Fault, Reason},
+        codec::LargeBufferCodec,
+        error::{ApiError, ErrorCode},
         v1::{self, FetchPartition, ProduceRequest, ReadRequest, produce_response},
     },
 };
@@ -20,13 +20,13 @@ use crate::{
     wire,
 };
 
-/// Longest wait for something that is due at once.
+/// Maximum wait for a result that is due at once.
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 async fn running() -> (Home, Broker) {
     let mut home = Home::new();
     let broker = tokio::task::block_in_place(|| home.start());
-    // Records of any time stay.
+    // Records of any timestamp are kept.
     wire::create_topic(home.grpc(), "edge", 2, &[("retention.ms", "-1")]).await;
     (home, broker)
 }
@@ -36,9 +36,10 @@ fn write(correlation: u64, value: &[u8]) -> ProduceRequest {
     ProduceRequest { correlation, append: Some(append) }
 }
 
-/// A client that half-closes and reads on, as Python's `for answer in stub.Produce(iter(requests))` does, waited for ever.
+/// Regression: a client that half-closes and continues to read, as Python's `for answer in stub.Produce(iter(requests))` does, waited
+/// forever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_produce_stream_ends_when_all_that_was_sent_is_answered() {
+async fn produce_stream_ends_after_all_responses() {
     let (home, _broker) = running().await;
     let mut log = wire::log(home.grpc());
     for count in [0, 1, 100] {
@@ -56,9 +57,9 @@ async fn a_produce_stream_ends_when_all_that_was_sent_is_answered() {
     }
 }
 
-/// A request that the transport refuses ends the stream, by name, and what came before it has its answer.
+/// A request that the transport refuses ends the stream with a named error. Earlier requests get their responses.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_that_is_too_large_is_named_after_what_came_before_it_was_answered() {
+async fn too_large_message_is_refused_after_earlier_responses() {
     let (home, _broker) = running().await;
     let mut log = wire::log(home.grpc());
     let mut large = write(2, b"x");
@@ -68,16 +69,16 @@ async fn a_message_that_is_too_large_is_named_after_what_came_before_it_was_answ
     let first = tokio::time::timeout(TEST_TIMEOUT, answers.message()).await.expect("in time").expect("an answer");
     assert_eq!(first.map(|answer| answer.correlation), Some(1));
     let status = tokio::time::timeout(TEST_TIMEOUT, answers.message()).await.expect("in time").expect_err("refused");
-    expect(&status, Reason::MessageTooLarge, Code::ResourceExhausted);
+    expect(&status, ErrorCode::MessageTooLarge, Code::ResourceExhausted);
 
     let status = log.append(large.append.expect("set")).await.expect_err("refused");
-    expect(&status, Reason::MessageTooLarge, Code::ResourceExhausted);
+    expect(&status, ErrorCode::MessageTooLarge, Code::ResourceExhausted);
     assert!(status.message().contains(&limits::MAX_MESSAGE_BYTES.to_string()), "{status:?}");
 }
 
-fn expect(status: &Status, reason: Reason, code: Code) {
-    let fault = Fault::from(status);
-    assert_eq!((fault.reason, status.code()), (reason, code), "{status:?}");
+fn expect(status: &Status, reason: ErrorCode, code: Code) {
+    let fault = ApiError::from(status);
+    assert_eq!((fault.code, status.code()), (reason, code), "{status:?}");
     assert!(fault.message.len() > 15, "{fault}");
 }
 
@@ -89,7 +90,7 @@ async fn call(channel: &Channel, path: &'static str, message: Bytes) -> Result<(
     grpc.unary(tonic::Request::new(message), path, Raw).await.map(drop)
 }
 
-/// Messages that are not encoded at all.
+/// Codec for messages that are already encoded.
 #[derive(Clone, Copy)]
 struct Raw;
 
@@ -97,14 +98,14 @@ impl tonic::codec::Codec for Raw {
     type Encode = Bytes;
     type Decode = v1::AppendResponse;
     type Encoder = Self;
-    type Decoder = <Tuned<v1::AppendRequest, v1::AppendResponse> as tonic::codec::Codec>::Decoder;
+    type Decoder = <LargeBufferCodec<v1::AppendRequest, v1::AppendResponse> as tonic::codec::Codec>::Decoder;
 
     fn encoder(&mut self) -> Self {
         *self
     }
 
     fn decoder(&mut self) -> Self::Decoder {
-        Tuned::<v1::AppendRequest, v1::AppendResponse>::default().decoder()
+        LargeBufferCodec::<v1::AppendRequest, v1::AppendResponse>::default().decoder()
     }
 }
 
@@ -119,36 +120,42 @@ impl tonic::codec::Encoder for Raw {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_the_transport_refuses_has_a_stable_word_too() {
+async fn errors_of_the_transport_have_stable_names() {
     let (home, _broker) = running().await;
     let channel = Channel::from_shared(format!("http://{}", home.grpc())).expect("a URI").connect_lazy();
     const APPEND: &str = "/strandline.v1.Log/Append";
     for (name, path, message, reason, code) in [
-        ("a field that is cut", APPEND, &b"\x0a\xff"[..], Reason::InvalidRequest, Code::InvalidArgument),
-        ("a topic that is no UTF-8", APPEND, b"\x0a\x02\xff\xfe", Reason::InvalidRequest, Code::InvalidArgument),
-        ("a wrong wire type", APPEND, b"\x0d\x00\x00\x00\x00", Reason::InvalidRequest, Code::InvalidArgument),
-        ("a method of a newer version", "/strandline.v1.Log/Rewind", b"", Reason::UnknownMethod, Code::Unimplemented),
-        ("a service that is not here", "/strandline.v9.Log/Append", b"", Reason::UnknownMethod, Code::Unimplemented),
-        ("a path that is no method", "/", b"", Reason::UnknownMethod, Code::Unimplemented),
+        ("a field that is cut", APPEND, &b"\x0a\xff"[..], ErrorCode::InvalidRequest, Code::InvalidArgument),
+        ("a topic that is no UTF-8", APPEND, b"\x0a\x02\xff\xfe", ErrorCode::InvalidRequest, Code::InvalidArgument),
+        ("a wrong wire type", APPEND, b"\x0d\x00\x00\x00\x00", ErrorCode::InvalidRequest, Code::InvalidArgument),
+        (
+            "a method of a newer version",
+            "/strandline.v1.Log/Rewind",
+            b"",
+            ErrorCode::UnknownMethod,
+            Code::Unimplemented,
+        ),
+        ("a service that is not here", "/strandline.v9.Log/Append", b"", ErrorCode::UnknownMethod, Code::Unimplemented),
+        ("a path that is no method", "/", b"", ErrorCode::UnknownMethod, Code::Unimplemented),
     ] {
         let status = call(&channel, path, Bytes::copy_from_slice(message)).await.expect_err(name);
-        let fault = Fault::from(&status);
-        assert_eq!((fault.reason, status.code()), (reason, code), "{name}: {status:?}");
-        if reason == Reason::UnknownMethod {
+        let fault = ApiError::from(&status);
+        assert_eq!((fault.code, status.code()), (reason, code), "{name}: {status:?}");
+        if reason == ErrorCode::UnknownMethod {
             assert!(fault.message.contains(path), "{name}: {fault}");
         }
     }
     let mut request = tonic::Request::new(wire::append_plain("edge", 0, vec![Bytes::from_static(b"x")]));
     request.metadata_mut().insert("grpc-encoding", "gzip".parse().expect("ASCII"));
     let status = wire::log(home.grpc()).append(request).await.expect_err("compressed by gRPC");
-    expect(&status, Reason::UnsupportedEncoding, Code::Unimplemented);
-    // Refusals of the services themselves stay as they are.
+    expect(&status, ErrorCode::UnsupportedEncoding, Code::Unimplemented);
+    // Errors of the services themselves are unchanged.
     let status = wire::log(home.grpc()).append(wire::append_plain("nobody", 0, vec![])).await.expect_err("unknown");
-    expect(&status, Reason::UnknownTopic, Code::NotFound);
+    expect(&status, ErrorCode::UnknownTopic, Code::NotFound);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn health_knows_the_server_and_each_service() {
+async fn health_reports_the_server_and_each_service() {
     let (home, broker) = running().await;
     let channel = Channel::from_shared(format!("http://{}", home.grpc())).expect("a URI").connect_lazy();
     let mut health = HealthClient::new(channel);
@@ -162,7 +169,7 @@ async fn health_knows_the_server_and_each_service() {
     assert!(tokio::task::block_in_place(|| broker.terminate()).success());
 }
 
-/// What reflection answers to a question of one of its versions.
+/// Returns the response of reflection to a request of one of its versions.
 macro_rules! reflect {
     ($version:ident, $channel:expr, $question:expr) => {{
         use tonic_reflection::pb::$version::{
@@ -195,9 +202,9 @@ macro_rules! reflect {
     }};
 }
 
-/// It showed the service that brokers call among themselves, also on a broker that does not serve it.
+/// Regression: reflection listed the service for brokers, also on a broker that does not serve that service.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reflection_shows_what_clients_may_call_in_both_of_its_versions() {
+async fn reflection_lists_client_services_in_both_versions() {
     let (home, _broker) = running().await;
     let channel = Channel::from_shared(format!("http://{}", home.grpc())).expect("a URI").connect_lazy();
     for names in [reflect!(v1, channel.clone(), (true, "")), reflect!(v1alpha, channel.clone(), (true, ""))] {
@@ -224,13 +231,13 @@ async fn reflection_can_be_switched_off() {
     }
 }
 
-/// One batch that nobody can decompress made every partition of the call unreadable.
+/// Regression: one batch that cannot be decompressed made every partition of the call unreadable.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_batch_that_cannot_be_decoded_is_the_failure_of_its_partition_alone() {
+async fn undecodable_batch_fails_only_its_partition() {
     let (home, _broker) = running().await;
     let mut log = wire::log(home.grpc());
     let good = |partition| wire::append_batch("edge", partition, wire::batch(&[b"good"]));
-    // What is broken is the last record, which lies behind what the append decodes.
+    // The corrupt record is the last one, beyond the part that the append decodes.
     let mut records = wire::batch(&[&[b'x'; 4096], b"two", b"three"])[61..].to_vec();
     *records.last_mut().expect("records") = 0x55;
     let bad = wire::append_batch("edge", 0, wire::frame(&gzip(&records), 3, 1));
@@ -245,29 +252,29 @@ async fn a_batch_that_cannot_be_decoded_is_the_failure_of_its_partition_alone() 
         partitions.sort_by_key(|part| part.partition);
         partitions
     };
-    // What lies before the bad batch is served, and the next read begins with it.
+    // Records before the corrupt batch are served, and the next read starts with that batch.
     let parts = read(vec![place(0, 0)]).await;
     assert_eq!((parts[0].records.len(), parts[0].next_offset, parts[0].error.clone()), (1, 1, None));
     let parts = read(vec![place(0, 1), place(1, 0)]).await;
     assert_eq!(parts.len(), 2, "{parts:?}");
-    let error = Fault::from(parts[0].error.clone().expect("partition 0 says what is wrong"));
-    assert_eq!((error.reason, error.number("offset"), error.number("next")), (Reason::DataDamaged, Some(1), Some(4)));
+    let error = ApiError::from(parts[0].error.clone().expect("partition 0 says what is wrong"));
+    assert_eq!((error.code, error.number("offset"), error.number("next")), (ErrorCode::DataDamaged, Some(1), Some(4)));
     assert!(error.message.contains("edge") && error.message.contains("offset 1"), "{error}");
     assert!(parts[0].records.is_empty());
     assert_eq!((parts[1].error.clone(), parts[1].records.len()), (None, 1), "{parts:?}");
-    // Behind it reading goes on.
+    // Reads continue after the corrupt batch.
     let parts = read(vec![place(0, 4)]).await;
     assert_eq!((parts[0].records.len(), parts[0].next_offset), (1, 5), "{parts:?}");
 }
 
-/// Six batches of 255 KB that were 250 MiB without compression took 2.7 GB of memory where a topic sets `compression.type`.
+/// Regression: six batches of 255 KB, which decompress to 250 MiB, took 2.7 GB of memory in a topic that sets `compression.type`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bombs_into_a_topic_with_a_codec_of_its_own_are_refused_and_cost_no_memory() {
+async fn bombs_into_a_recompressing_topic_take_no_memory() {
     let (home, broker) = running().await;
     for (topic, codec) in [("zstd", "zstd"), ("plain", "uncompressed")] {
         wire::create_topic(home.grpc(), topic, 1, &[("compression.type", codec), ("retention.ms", "-1")]).await;
     }
-    // Compressed in two members, so that the last one's word about its length says nothing of the first.
+    // Compressed in several members, so that the length in the last one does not cover the first.
     let mut record = Vec::new();
     let value_bytes = 249 << 20;
     wire::varint(&mut record, value_bytes + 20);
@@ -278,13 +285,13 @@ async fn bombs_into_a_topic_with_a_codec_of_its_own_are_refused_and_cost_no_memo
     let bomb = wire::frame(&bomb, 1, 1);
     assert!(bomb.len() < 300_000, "{}", bomb.len());
     let before = resident_bytes(broker.pid());
-    for (topic, reason) in [("zstd", Reason::MalformedBatch), ("plain", Reason::RecordTooLarge)] {
+    for (topic, reason) in [("zstd", ErrorCode::MalformedBatch), ("plain", ErrorCode::RecordTooLarge)] {
         let calls = (0..6).map(|_| {
             let (mut log, request) = (wire::log(home.grpc()), wire::append_batch(topic, 0, bomb.clone()));
             async move { wire::append(&mut log, request).await }
         });
         for answer in futures::future::join_all(calls).await {
-            assert_eq!(answer.expect_err("a bomb").reason, reason, "{topic}");
+            assert_eq!(answer.expect_err("a bomb").code, reason, "{topic}");
         }
         let honest = wire::append_batch(topic, 0, wire::frame(&gzip(&wire::batch(&[b"one", b"two"])[61..]), 2, 1));
         let mut log = wire::log(home.grpc());
@@ -295,9 +302,9 @@ async fn bombs_into_a_topic_with_a_codec_of_its_own_are_refused_and_cost_no_memo
     assert!(grown < 600 << 20, "{} MiB more than before", grown >> 20);
 }
 
-/// The same behind a plain read: the answer is bounded, and read on from where it ends.
+/// A read of decoded records from such batches gets a response of bounded size. The next read continues at the end of the response.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_plain_read_of_what_grows_a_thousand_times_comes_in_bounded_answers() {
+async fn decoded_reads_of_bombs_have_bounded_responses() {
     let (home, broker) = running().await;
     let value = vec![0_u8; 1 << 20];
     let values = vec![&value[..]; 60];
@@ -321,7 +328,7 @@ async fn a_plain_read_of_what_grows_a_thousand_times_comes_in_bounded_answers() 
     assert!(grown < 600 << 20, "{} MiB more than before", grown >> 20);
 }
 
-/// Memory that a process has, by the system's account.
+/// Returns the peak memory of a process in bytes, as counted by the system.
 fn resident_bytes(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("its peak");
@@ -343,10 +350,10 @@ fn gzip_of_zeros(bytes: usize) -> Vec<u8> {
     encoder.finish().expect("a vector grows")
 }
 
-/// `maxTimestamp` is the producer's word: one of 1970 had a new record deleted within seconds, one of 2^62 was found for any
-/// time.
+/// Regression: `maxTimestamp` is set by the producer. A value of 1970 caused the deletion of a new record within seconds. A value of 2^62
+/// was found for any time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_batch_that_lies_about_its_youngest_record_is_stored_with_the_truth() {
+async fn wrong_max_timestamp_of_a_batch_is_corrected() {
     let (home, _broker) = running().await;
     let mut log = wire::log(home.grpc());
     for claim in [1000, 1 << 62] {
@@ -373,7 +380,7 @@ async fn a_batch_that_lies_about_its_youngest_record_is_stored_with_the_truth() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_refusal_is_a_request_and_an_error_in_the_metrics() {
+async fn every_refused_request_counts_as_request_and_error() {
     let (home, _broker) = running().await;
     let mut log = wire::log(home.grpc());
     let bad = wire::append_batch("edge", 0, vec![0; 100]);
@@ -398,7 +405,7 @@ async fn every_refusal_is_a_request_and_an_error_in_the_metrics() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_unknown_topic_comes_with_the_near_names_for_every_client() {
+async fn unknown_topic_error_names_similar_topics() {
     let (home, _broker) = running().await;
     for topic in ["log", "p1"] {
         wire::create_topic(home.grpc(), topic, 1, &[]).await;

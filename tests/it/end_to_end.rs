@@ -1,4 +1,4 @@
-//! A person's way through the system: the binary's commands, a real log file, history in the bucket, a restart.
+//! A user's way through the system: the commands of the binary, a real log file, old records in the object store, a restart.
 
 use std::{fs, path::PathBuf};
 
@@ -9,7 +9,7 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Text that this machine really holds, tens of thousands of lines of it.
+/// Returns tens of thousands of lines of real text from this machine.
 fn real_text() -> Vec<u8> {
     const WANTED: usize = 30_000;
     let candidates = [
@@ -27,7 +27,7 @@ fn real_text() -> Vec<u8> {
             text.extend(fs::read(path).unwrap_or_default());
         }
     }
-    // A machine without logs gets lines that look like one's.
+    // A machine without logs gets generated lines of that form.
     for n in lines(&text)..WANTED {
         let (hour, minute, second) = (n / 3600 % 24, n / 60 % 60, n % 60);
         let line = format!(
@@ -43,7 +43,7 @@ fn real_text() -> Vec<u8> {
     text
 }
 
-/// `topic describe` of a topic's first partition.
+/// Returns the first partition of a topic, as reported by `topic describe`.
 fn partition(cli: &Cli, topic: &str) -> Value {
     cli.ok(&["topic", "describe", topic, "--output", "json"]).json()["partitions"][0].clone()
 }
@@ -52,9 +52,9 @@ fn number(value: &Value, name: &str) -> i64 {
     value[name].as_i64().unwrap_or_else(|| panic!("{name} is a number in {value}"))
 }
 
-/// The main job, end to end: produce, tier, evict, restart, consume; every byte as it was.
+/// The main use case: produce, tier, evict, restart, consume. Every byte is unchanged.
 #[test]
-fn a_real_log_comes_back_byte_for_byte_from_the_bucket() {
+fn real_log_is_read_unchanged_from_object_store() {
     let mut home = Home::new();
     let broker = home.start();
     let cli = home.cli();
@@ -83,7 +83,7 @@ fn a_real_log_comes_back_byte_for_byte_from_the_bucket() {
     let read = cli.ok(&["consume", "history", "--from", "earliest", "--until-end"]);
     let differs = read.stdout.iter().zip(&text).position(|(read, written)| read != written);
     assert_eq!((read.stdout.len(), differs), (text.len(), None), "byte for byte");
-    // And it still takes records after that.
+    // The broker still accepts records afterwards.
     cli.ok_with(&["produce", "history"], b"one more\n");
     let last = cli.ok(&["consume", "history", "--from", &count.to_string(), "--until-end"]);
     assert_eq!(last.text(), "one more\n");
@@ -92,10 +92,10 @@ fn a_real_log_comes_back_byte_for_byte_from_the_bucket() {
 
 /// The README's first command, with another data directory and other ports.
 #[test]
-fn dev_says_where_it_is_and_keeps_topics_and_records() {
+fn dev_prints_its_addresses_and_keeps_data() {
     let home = Home::new();
     let broker = home.start_dev();
-    // It answers a moment before it has said so.
+    // The broker serves a moment before the greeting is complete.
     let greeting = eventually("the greeting is whole", || {
         let log = home.log();
         log.contains("the data stays").then_some(log)
@@ -113,7 +113,7 @@ fn dev_says_where_it_is_and_keeps_topics_and_records() {
     assert!(broker.terminate().success(), "{}", home.log());
 }
 
-/// The smallest inputs that a line reader gets wrong.
+/// The smallest inputs that a line reader may handle wrongly.
 #[test]
 fn produce_sends_one_record_per_line_with_its_bytes_unchanged() {
     let mut home = Home::new();
@@ -137,7 +137,7 @@ fn produce_sends_one_record_per_line_with_its_bytes_unchanged() {
 }
 
 #[test]
-fn consume_prints_json_with_exactly_the_promised_fields() {
+fn consume_prints_json_with_exactly_the_documented_fields() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -169,7 +169,7 @@ fn consume_prints_json_with_exactly_the_promised_fields() {
 }
 
 #[test]
-fn consume_begins_and_ends_where_it_is_told() {
+fn consume_starts_and_ends_at_the_given_offsets() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -178,7 +178,7 @@ fn consume_begins_and_ends_where_it_is_told() {
     cli.ok_with(&["produce", "ten", "--partition", "1"], five.as_bytes());
     let read = |more: &[&str]| -> String { cli.ok(&[&["consume", "ten", "--until-end"], more].concat()).text() };
     let middle = cli.ok(&["consume", "ten", "--from", "earliest", "--until-end", "--format", "json"]).json_lines();
-    // The second half comes later by the records' own clock.
+    // The second half has later timestamps.
     let last_ms = middle.iter().filter_map(|record| record["timestamp"].as_i64()).max().expect("records");
     eventually("the clock goes on", || (strandline::task::clock::wall_ms() > last_ms + 5).then_some(()));
     let later: String = (5..10).map(|n| format!("{n}\n")).collect();
@@ -243,9 +243,9 @@ fn topics_are_created_described_altered_grown_and_deleted() {
     assert_eq!(cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]).text(), "", "nothing is shared");
 }
 
-/// A failed command ends with 1 and names what it was about.
+/// A failed command exits with code 1 and names its subject.
 #[test]
-fn a_failure_names_the_thing_and_ends_with_one() {
+fn failed_command_names_its_subject_and_exits_with_1() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -287,9 +287,9 @@ fn a_failure_names_the_thing_and_ends_with_one() {
     assert_eq!(list.as_array().map(Vec::len), Some(1), "nothing was half created: {list}");
 }
 
-/// A program that reads the answer must find the failure in it.
+/// A program that reads the JSON output must find the error there.
 #[test]
-fn a_failure_before_sending_is_in_the_json_answer_too() {
+fn error_before_sending_is_in_the_json_output() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -313,9 +313,9 @@ fn a_failure_before_sending_is_in_the_json_answer_too() {
     assert_eq!((&accepted["accepted"], &accepted["acknowledged"]), (&2.into(), &Value::Null), "{accepted}");
 }
 
-/// Nothing is printed of a place that not all partitions have.
+/// Nothing is printed if one of the partitions does not have the start offset.
 #[test]
-fn consume_checks_where_to_begin_before_it_prints() {
+fn consume_checks_start_offset_before_printing() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -331,9 +331,9 @@ fn consume_checks_where_to_begin_before_it_prints() {
     assert_eq!(json[0]["value"], "0", "--output json is the format too");
 }
 
-/// Records above a producer's usual memory.
+/// Records larger than a producer's usual memory.
 #[test]
-fn a_line_as_large_as_the_topic_takes_is_one_record() {
+fn line_of_the_maximum_record_size_is_one_record() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -343,9 +343,9 @@ fn a_line_as_large_as_the_topic_takes_is_one_record() {
     assert!(cli.ok(&["consume", "large", "--until-end"]).stdout == line, "byte for byte");
 }
 
-/// What a bench prints is what was asked for, or it fails.
+/// A benchmark measures the requested load, or fails.
 #[test]
-fn a_bench_at_a_rate_is_of_the_whole_time_and_one_without_records_fails() {
+fn bench_runs_for_the_whole_time_or_fails_without_records() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -360,7 +360,7 @@ fn a_bench_at_a_rate_is_of_the_whole_time_and_one_without_records_fails() {
 }
 
 #[test]
-fn wrong_usage_ends_with_two() {
+fn wrong_usage_exits_with_2() {
     let home = Home::new();
     let cli = Cli::without_broker(home.path());
     for arguments in [
@@ -377,13 +377,13 @@ fn wrong_usage_ends_with_two() {
         assert_eq!(output.code, 2, "{arguments:?}: {output:?}");
         assert!(!output.stderr.is_empty() && output.stdout.is_empty(), "{arguments:?}: {output:?}");
     }
-    // What the environment sets is not shown as if it had to be given.
+    // An option that the environment sets is not shown as required.
     let twice = home.cli().run(&["bench", "produce", "--topic", "t", "--records", "1", "--seconds", "1"]);
     assert!(twice.code == 2 && !twice.stderr.contains("--bootstrap"), "{twice:?}");
 }
 
 #[test]
-fn an_unreachable_broker_is_named_after_a_bounded_wait() {
+fn unreachable_broker_is_named_after_a_bounded_wait() {
     let home = Home::new();
     let address = home.grpc().to_string();
     for arguments in [&["topic", "list"][..], &["produce", "t"], &["consume", "t", "--until-end"]] {
@@ -393,9 +393,9 @@ fn an_unreachable_broker_is_named_after_a_bounded_wait() {
     }
 }
 
-/// What an acknowledgement meant is said in words, and is true for each kind.
+/// The output states what an acknowledgement meant, correctly for each kind.
 #[test]
-fn produce_says_what_its_acknowledgements_meant() {
+fn produce_prints_what_its_acknowledgements_meant() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -414,9 +414,9 @@ fn produce_says_what_its_acknowledgements_meant() {
     }
 }
 
-/// Every codec, through the client, the disk and back; `segment dump` reads what is on disk.
+/// Every codec, through the client, the disk and back. `segment dump` reads the segment on disk.
 #[test]
-fn every_codec_comes_back_and_the_segment_can_be_dumped() {
+fn every_codec_can_be_read_back_and_dumped() {
     let mut home = Home::new();
     let broker = home.start();
     let cli = home.cli();
@@ -450,7 +450,7 @@ fn every_codec_comes_back_and_the_segment_can_be_dumped() {
 }
 
 #[test]
-fn the_health_and_metrics_pages_answer() {
+fn health_and_metrics_pages_respond() {
     let mut home = Home::new();
     let _broker = home.start();
     for path in ["/healthz", "/readyz"] {
@@ -463,7 +463,7 @@ fn the_health_and_metrics_pages_answer() {
 }
 
 #[test]
-fn config_print_shows_the_defaults_as_a_configuration_file() {
+fn config_print_shows_defaults_as_configuration_file() {
     let home = Home::new();
     let printed = Cli::without_broker(home.path()).ok(&["config", "print"]).text();
     let table: toml::Table = printed.parse().unwrap_or_else(|error| panic!("{error} in {printed}"));
@@ -474,9 +474,9 @@ fn config_print_shows_the_defaults_as_a_configuration_file() {
     assert_eq!((&json["broker"]["id"], &json["grpc"]["listen"]), (&1.into(), &"127.0.0.1:9460".into()));
 }
 
-/// `\\t` was once taken for two characters, which no line held, and every record went without its key.
+/// Regression: `\\t` was used as two characters, which no line held, and every record was sent without its key.
 #[test]
-fn a_separator_may_be_written_with_escapes_and_one_that_no_line_has_is_hinted_at() {
+fn key_separator_may_have_escapes_and_hints_if_unused() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -506,7 +506,7 @@ fn a_separator_may_be_written_with_escapes_and_one_that_no_line_has_is_hinted_at
 }
 
 #[test]
-fn a_description_tells_values_of_the_topic_of_the_broker_and_of_nobody_apart() {
+fn topic_describe_shows_the_source_of_each_value() {
     let mut home = Home::new().topic_default("segment.ms", 1000);
     let _broker = home.start();
     let cli = home.cli();
@@ -520,9 +520,9 @@ fn a_description_tells_values_of_the_topic_of_the_broker_and_of_nobody_apart() {
     assert!(line.contains("1000") && line.trim_end().ends_with("broker"), "{line}");
 }
 
-/// A command that ignored it would go to another cluster than was meant.
+/// A command that ignored the variable would call another cluster than intended.
 #[test]
-fn a_mistyped_variable_ends_every_command_before_it_calls_anybody() {
+fn mistyped_variable_fails_every_command_before_any_call() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -553,7 +553,7 @@ fn a_mistyped_variable_ends_every_command_before_it_calls_anybody() {
     let output = cli.command(&["topic", "list"]).env("STRANDLINE_BROKER_DATA_DIR", value).output().expect("it runs");
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("STRANDLINE_BROKER_DATA_DIR is no UTF-8"), "{said}");
-    // What Kubernetes sets for a service of that name is nobody's mistake.
+    // Variables that Kubernetes sets for a service of that name are valid.
     let output = cli.command(&["topic", "list"]).env("STRANDLINE_SERVICE_HOST", "10.0.0.1").output().expect("it runs");
     assert!(output.status.success(), "{output:?}");
 }

@@ -1,4 +1,4 @@
-//! `/metrics` while real records go in, to the bucket, and out again: every figure that counts them moves.
+//! `/metrics` while real records are appended, uploaded and read. Every metric that counts them changes.
 
 use strandline::proto::v1::GetMetadataRequest;
 
@@ -10,7 +10,7 @@ use crate::{
 };
 
 #[test]
-fn every_figure_moves_with_what_it_counts() {
+fn every_metric_changes_with_its_events() {
     let text = lines(20_000);
     let mut home = Home::new();
     let broker = home.start();
@@ -26,7 +26,7 @@ fn every_figure_moves_with_what_it_counts() {
         (state["tiered_end"] == 20_000 && state["local_start"] == 20_000).then_some(())
     });
     eventually("the lag is gone", || (home.metric("strandline_tier_lag_records") == 0.0).then_some(()));
-    // The journal is at rest by now.
+    // The journal is idle by now.
     let [rounds, syncs] = home.metrics(["strandline_journal_rounds_total", "strandline_journal_sync_seconds_count"]);
     assert_eq!(syncs, rounds, "each round is one sync");
     assert!(home.metric("strandline_tier_uploads_total") > 5.0);
@@ -50,7 +50,7 @@ fn every_figure_moves_with_what_it_counts() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_connection_counts_while_it_is_open() {
+async fn connection_is_counted_while_open() {
     let mut home = Home::new();
     let _broker = tokio::task::block_in_place(|| home.start());
     let count = |wanted: f64| {

@@ -1,8 +1,8 @@
-//! The batch format against an independent implementation, both ways and in every codec: the `kafka-protocol` crate, which
-//! shares no code with ours (its LZ4 is the C library).
+//! The batch format against the independent `kafka-protocol` crate (its LZ4 is the C library), in both directions and every codec.
 //!
-//! Its quirks bound what is tried: it holds headers in a map, so names are unique here; it splits a batch where sequences
-//! do not follow, so theirs do; it subtracts timestamps without care for overflow, so they stay within centuries.
+//! The limits of that crate bound the inputs. The crate stores headers in a map, so names are unique here. The crate splits a batch at a
+//! gap in the sequences, so sequences are consecutive. The crate does not check timestamps for overflow, so timestamps stay within
+//! centuries.
 
 #![allow(clippy::unwrap_used, reason = "in a test it is an assertion")]
 
@@ -17,7 +17,7 @@ use kafka_protocol::{
 use proptest::prelude::*;
 use strandline::{
     model::{Compression, LeaderEpoch, Offset},
-    record::{Batch, BatchBuilder, Header, ProducerStamp, Record},
+    record::{Batch, BatchBuilder, Header, ProducerSequence, Record},
 };
 
 const CODECS: [(Compression, theirs::Compression); 5] = [
@@ -28,17 +28,17 @@ const CODECS: [(Compression, theirs::Compression); 5] = [
     (Compression::Zstd, theirs::Compression::Zstd),
 ];
 
-/// What a test writes and must find again.
+/// Content of a batch that a test writes and must read back.
 #[derive(Clone, Debug)]
 struct Written {
     base_offset: i64,
     epoch: i32,
-    producer: ProducerStamp,
+    producer: ProducerSequence,
     records: Vec<Record>,
 }
 
 fn any_bytes(most: usize) -> impl Strategy<Value = Option<Bytes>> {
-    // Half random and half one byte again and again, so that codecs find something to do.
+    // Half random bytes and half one repeated byte, so that codecs can compress.
     let bytes = (proptest::collection::vec(any::<u8>(), 0..most), 0..most, any::<u8>())
         .prop_map(|(random, run, byte)| Bytes::from([random, vec![byte; run]].concat()));
     proptest::option::of(bytes)
@@ -57,7 +57,7 @@ fn any_written() -> impl Strategy<Value = Written> {
         |(base_offset, epoch, id, producer_epoch, base_sequence, records)| Written {
             base_offset,
             epoch,
-            producer: ProducerStamp { id, epoch: producer_epoch, base_sequence },
+            producer: ProducerSequence { id, epoch: producer_epoch, base_sequence },
             records,
         },
     )
@@ -70,11 +70,14 @@ impl Written {
             builder.push(*timestamp_ms, key.as_deref(), value.as_deref(), headers).unwrap();
         }
         let mut batch = builder.finish(Some(self.producer)).unwrap();
-        batch.stamp(Offset::from_i64(self.base_offset).unwrap(), LeaderEpoch::from_i32(self.epoch).unwrap());
+        batch.set_offset_and_epoch(
+            Offset::from_i64(self.base_offset).unwrap(),
+            LeaderEpoch::from_i32(self.epoch).unwrap(),
+        );
         batch
     }
 
-    /// The same records in the other implementation's words.
+    /// Returns the same records as types of the other implementation.
     fn in_their_words(&self) -> Vec<theirs::Record> {
         let record = |(at, record): (i32, &Record)| theirs::Record {
             transactional: false,
@@ -114,7 +117,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn what_we_write_the_other_implementation_reads(written in any_written()) {
+    fn other_implementation_reads_our_batches(written in any_written()) {
         for (ours, their) in CODECS {
             let mut bytes = written.by_us(ours).to_bytes();
             let set = RecordBatchDecoder::decode(&mut bytes).unwrap();
@@ -125,7 +128,7 @@ proptest! {
     }
 
     #[test]
-    fn what_the_other_implementation_writes_we_read(written in any_written()) {
+    fn batches_of_other_implementation_are_read(written in any_written()) {
         for (ours, their) in CODECS {
             let batch = Batch::parse(written.by_them(their)).unwrap();
             prop_assert_eq!(batch.compression(), ours);
@@ -140,7 +143,7 @@ proptest! {
     }
 
     #[test]
-    fn what_we_recompress_the_other_implementation_reads(written in any_written()) {
+    fn other_implementation_reads_recompressed_batches(written in any_written()) {
         for (_, from) in CODECS {
             let batch = Batch::parse(written.by_them(from)).unwrap();
             for (to, their) in CODECS {
@@ -154,9 +157,9 @@ proptest! {
 }
 
 #[test]
-fn append_time_is_understood_as_such() {
+fn append_time_is_read_by_other_implementation() {
     let record = Record { timestamp_ms: 5, value: Some(Bytes::from_static(b"v")), ..Record::default() };
-    let producer = ProducerStamp { id: 1, epoch: 0, base_sequence: 0 };
+    let producer = ProducerSequence { id: 1, epoch: 0, base_sequence: 0 };
     let mut batch = Written { base_offset: 9, epoch: 2, producer, records: vec![record; 3] }.by_us(Compression::Zstd);
     batch.set_append_time(1_700_000_000_000);
     let info = RecordBatchDecoder::decode_batch_info(&mut batch.to_bytes()).unwrap();
@@ -165,7 +168,7 @@ fn append_time_is_understood_as_such() {
     assert!(decode(&batch).iter().all(|(_, record)| record.timestamp_ms == 1_700_000_000_000));
 }
 
-/// Kafka's DumpLogSegments on a segment of batches in every codec. `KAFKA_DUMP` names the script that runs it.
+/// Runs Kafka's DumpLogSegments on a segment of batches in every codec. `KAFKA_DUMP` names the script that runs DumpLogSegments.
 #[test]
 #[ignore = "needs a JDK and Kafka's jars: make kafka-reader KAFKA_DUMP=script"]
 fn kafkas_own_reader_accepts_every_codec() {
@@ -182,13 +185,13 @@ fn kafkas_own_reader_accepts_every_codec() {
     let mut segment = Vec::new();
     let mut end = 0;
     for (codec, _) in CODECS {
-        let producer = ProducerStamp { id: 7, epoch: 0, base_sequence: i32::try_from(end).unwrap() };
+        let producer = ProducerSequence { id: 7, epoch: 0, base_sequence: i32::try_from(end).unwrap() };
         let written = Written { base_offset: end, epoch: 4, producer, records: records.clone() };
         let batch = written.by_us(codec);
         segment.extend_from_slice(&batch.to_bytes());
         end = batch.end_offset().as_i64();
         let mut stamped = batch.recompress(Compression::Lz4).unwrap();
-        stamped.stamp(Offset::from_i64(end).unwrap(), LeaderEpoch(5));
+        stamped.set_offset_and_epoch(Offset::from_i64(end).unwrap(), LeaderEpoch(5));
         stamped.set_append_time(1_800_000_000_000);
         segment.extend_from_slice(&stamped.to_bytes());
         end = stamped.end_offset().as_i64();

@@ -1,8 +1,8 @@
-//! A disk that is really full: appends are refused and may be tried again, everything else goes on, and room is all that is
-//! needed for appends to go on too.
+//! A disk that is really full. Appends are refused and may be retried, and everything else continues. Free space is all that appends need
+//! to resume.
 //!
-//! The data directory is a file system of its own of 96 MiB, which only a superuser can mount. Where that is not allowed the
-//! tests say so and end; `log`'s own tests, on the simulated disk, run everywhere.
+//! The data directory is a file system of its own of 96 MiB, which only root can mount. Without root, the tests print a message and end.
+//! The tests of `log` on the simulated disk run everywhere.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use std::{
 use bytes::Bytes;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use strandline::proto::{
-    fault::{Fault, Reason},
+    error::{ApiError, ErrorCode},
     v1::{AppendRequest, CreateTopicRequest, log_client::LogClient},
 };
 use tonic::transport::Channel;
@@ -31,13 +31,13 @@ use crate::{
 const SMALL: &[(&str, &str)] =
     &[("segment.bytes", "4194304"), ("segment.ms", "1000"), ("local.retention.bytes", "0"), ("retention.ms", "-1")];
 
-/// A mounted file system. It goes with this value.
+/// A mounted file system. Dropping the value unmounts the file system.
 pub(crate) struct Mount {
     at: PathBuf,
 }
 
 impl Mount {
-    /// `None`, with a word on why, where this user may not mount.
+    /// Mounts a file system. Returns `None` and prints the reason if this user may not mount.
     pub(crate) fn new(at: PathBuf) -> Option<Self> {
         fs::create_dir_all(&at).expect("a folder");
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=96m", "strandline"]).arg(&at).output();
@@ -56,7 +56,7 @@ impl Mount {
         stat.f_bavail * stat.f_frsize
     }
 
-    /// Somebody else's file that leaves so many bytes free.
+    /// Writes a foreign file that leaves this number of bytes free.
     fn fill(&self, leave: u64) -> PathBuf {
         let path = self.at.join("filler");
         let bytes = self.free().saturating_sub(leave);
@@ -65,7 +65,7 @@ impl Mount {
         path
     }
 
-    /// Somebody else's file that takes whatever is left, also what is given up or taken meanwhile: until the disk says so.
+    /// Writes a foreign file until the disk is full. The file takes all free space, also space that is freed meanwhile.
     pub(crate) fn fill_up(&self) -> PathBuf {
         let path = self.at.join("filler");
         let mut filler = fs::OpenOptions::new().create(true).append(true).open(&path).expect("it opens");
@@ -82,12 +82,12 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        // Lazily: a broker that is being killed may hold files for a moment.
+        // A lazy unmount: a broker that is being killed may have files open for a moment.
         let _ = Command::new("umount").arg("-l").arg(&self.at).status();
     }
 }
 
-/// The order is that of being dropped: the broker first.
+/// Fields are dropped in this order: the broker first.
 struct Full {
     broker: Broker,
     mount: Mount,
@@ -101,7 +101,7 @@ fn start(home: Home) -> Option<Full> {
     Some(Full { broker, mount, home })
 }
 
-/// Nearly one MiB that no codec makes smaller, told apart by its number.
+/// Returns nearly 1 MiB that no codec can compress, distinct for each number.
 fn payload(number: u64) -> Bytes {
     let mut bytes = vec![0; 1_000_000];
     StdRng::seed_from_u64(number).fill_bytes(&mut bytes);
@@ -112,8 +112,8 @@ fn request(topic: &str, number: u64) -> AppendRequest {
     wire::append_plain(topic, 0, vec![payload(number)])
 }
 
-/// Appends one record after the other until one is refused; how many were taken, and the refusal.
-async fn until_full(log: &mut LogClient<Channel>, topic: &str, from: u64) -> (u64, Fault) {
+/// Appends record after record until one is refused. Returns the number of the refused record, and the error.
+async fn until_full(log: &mut LogClient<Channel>, topic: &str, from: u64) -> (u64, ApiError) {
     for number in from..from + 300 {
         if let Err(fault) = wire::append(log, request(topic, number)).await {
             return (number, fault);
@@ -129,7 +129,7 @@ async fn append_until_taken(log: &mut LogClient<Channel>, topic: &str, number: u
             match wire::append(&mut log, request).await {
                 Ok(_) => Some(()),
                 Err(fault) => {
-                    assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+                    assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
                     None
                 }
             }
@@ -138,7 +138,7 @@ async fn append_until_taken(log: &mut LogClient<Channel>, topic: &str, number: u
     .await;
 }
 
-/// Every record is there, at its offset, with its bytes.
+/// Checks that every record is at its offset, with its bytes.
 async fn holds(log: &mut LogClient<Channel>, topic: &str, count: u64) {
     let end = i64::try_from(count).expect("few");
     assert_eq!(wire::latest(log, topic, 0).await.expect("an answer"), end);
@@ -149,16 +149,16 @@ async fn holds(log: &mut LogClient<Channel>, topic: &str, count: u64) {
     }
 }
 
-/// Appends were refused, and `cluster describe`, the metric and `/readyz` all said that nothing was wrong: a broker alone did not look, and
-/// the log leaves a third of so small a disk free, so that it is below `broker.disk_full_percent`.
+/// Regression: appends were refused, and `cluster describe`, the metric and `/readyz` reported no problem. A standalone broker did not
+/// check its disk. The log leaves a third of so small a disk free, so that disk usage is below `broker.disk_full_percent`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_disk_is_shown_wherever_an_operator_looks_until_there_is_room() {
+async fn full_disk_is_reported_everywhere_until_space_is_free() {
     let Some(full) = tokio::task::block_in_place(|| start(Home::new())) else { return };
     let address = full.home.grpc();
     wire::create_topic(address, "t", 1, &[("remote.storage.enable", "false"), SMALL[0]]).await;
     let filler = full.mount.fill(50 << 20);
     let (_, fault) = until_full(&mut wire::log(address), "t", 0).await;
-    assert_eq!(fault.reason, Reason::DiskFull);
+    assert_eq!(fault.code, ErrorCode::DiskFull);
     tokio::task::block_in_place(|| {
         let (http, cli) = (full.home.http(), full.home.cli());
         let page = eventually("it says so", || {
@@ -189,7 +189,7 @@ async fn a_full_disk_is_shown_wherever_an_operator_looks_until_there_is_room() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_disk_refuses_appends_serves_reads_and_goes_on_when_there_is_room() {
+async fn full_disk_refuses_appends_until_space_is_free() {
     let Some(full) = tokio::task::block_in_place(|| start(Home::new())) else { return };
     let address = full.home.grpc();
     let local = [("remote.storage.enable", "false"), SMALL[0]];
@@ -198,18 +198,18 @@ async fn a_full_disk_refuses_appends_serves_reads_and_goes_on_when_there_is_room
     let filler = full.mount.fill(50 << 20);
     let (count, fault) = until_full(&mut log, "t", 0).await;
     assert!(count > 5, "{count} records found room");
-    assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
-    assert!(fault.reason.retryable());
-    // It stays so without anything breaking, and what can do without much room goes on.
+    assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
+    assert!(fault.code.retryable());
+    // Repeated refusals break nothing, and operations that need little space continue.
     for _ in 0..20 {
         let fault = wire::append(&mut log, request("t", count)).await.expect_err("still full");
-        assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+        assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
     }
     holds(&mut log, "t", count).await;
     wire::create_topic(address, "another", 1, &local).await;
     fs::remove_file(filler).expect("removed");
     append_until_taken(&mut log, "t", count).await;
-    // More than the journal holds: it goes round.
+    // More than the journal holds, so that its ring wraps around.
     for number in count + 1..count + 15 {
         wire::append(&mut log, request("t", number)).await.expect("there is room");
     }
@@ -217,10 +217,10 @@ async fn a_full_disk_refuses_appends_serves_reads_and_goes_on_when_there_is_room
     wire::append(&mut log, request("another", 0)).await.expect("there is room");
 }
 
-/// The log leaves a reserve: the commit after which segments may go, and the checkpoint after which the journal goes round, may
-/// need room themselves.
+/// The log leaves a reserve. A tier commit precedes the eviction of segments, a checkpoint precedes the reuse of journal files, and both
+/// may need space themselves.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_disk_full_of_what_the_bucket_should_have_frees_itself_when_the_bucket_is_back() {
+async fn disk_full_of_untiered_records_recovers_with_object_store() {
     let server = S3::start().await;
     let home = Home::new().object_store(&server);
     let Some(full) = tokio::task::block_in_place(|| start(home)) else { return };
@@ -228,7 +228,7 @@ async fn a_disk_full_of_what_the_bucket_should_have_frees_itself_when_the_bucket
     let mut log = wire::log(full.home.grpc());
     server.faults().set_down(true);
     let (count, fault) = until_full(&mut log, "t", 0).await;
-    assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+    assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
     let free = full.mount.free();
     server.faults().set_down(false);
     append_until_taken(&mut log, "t", count).await;
@@ -242,9 +242,9 @@ async fn a_disk_full_of_what_the_bucket_should_have_frees_itself_when_the_bucket
     assert!(free > 16 << 20, "the log leaves room for what makes room: {free}");
 }
 
-/// Somebody else takes the last byte, the reserve included.
+/// Another process takes the last byte, the reserve included.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn not_one_byte_left_is_survived_without_a_restart() {
+async fn disk_without_one_free_byte_needs_no_restart() {
     let server = S3::start().await;
     let home = Home::new().object_store(&server);
     let Some(full) = tokio::task::block_in_place(|| start(home)) else { return };
@@ -256,9 +256,9 @@ async fn not_one_byte_left_is_survived_without_a_restart() {
     }
     let filler = full.mount.fill_up();
     let (count, fault) = until_full(&mut log, "t", 15).await;
-    assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+    assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
     let another = |n| CreateTopicRequest { name: format!("another{n}"), partitions: 1, ..Default::default() };
-    // What the log gives up is taken as well: its reserve, once, and the four segments that the bucket may get meanwhile.
+    // The space that the log frees is taken as well: its reserve, once, and the four segments that the object store may receive meanwhile.
     let mut attempt = 0;
     let refused = loop {
         match wire::admin(address).create_topic(another(attempt)).await {
@@ -268,9 +268,9 @@ async fn not_one_byte_left_is_survived_without_a_restart() {
         attempt += 1;
         assert!(attempt <= 5, "metadata needs room too");
     };
-    let fault = Fault::from(&refused);
-    assert_eq!(fault.reason, Reason::MetadataUnavailable, "{fault:?}");
-    assert!(fault.reason.retryable() && fault.message.contains("full"), "{fault:?}");
+    let fault = ApiError::from(&refused);
+    assert_eq!(fault.code, ErrorCode::MetadataUnavailable, "{fault:?}");
+    assert!(fault.code.retryable() && fault.message.contains("full"), "{fault:?}");
     holds(&mut log, "t", count).await;
     fs::remove_file(filler).expect("removed");
     append_until_taken(&mut log, "t", count).await;
@@ -283,7 +283,7 @@ async fn not_one_byte_left_is_survived_without_a_restart() {
     holds(&mut log, "t", count + 1).await;
 }
 
-/// The log starts above 0 and what lies from there on can be read, whole.
+/// Checks that all records from the log start on are readable. Returns the log start.
 async fn holds_the_end(full: &Full, log: &mut LogClient<Channel>, count: u64) -> u64 {
     let state = tokio::task::block_in_place(|| partition(&full.home.cli(), "t"));
     let start = state["log_start"].as_u64().expect("a number");
@@ -296,14 +296,14 @@ async fn holds_the_end(full: &Full, log: &mut LogClient<Channel>, count: u64) ->
     start
 }
 
-/// What a user does whose disk is full: keep less.
+/// A user with a full disk lowers the retention.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lower_limit_frees_a_full_disk_without_a_restart() {
+async fn lower_retention_frees_a_full_disk_without_a_restart() {
     let Some(full) = tokio::task::block_in_place(|| start(Home::new())) else { return };
     wire::create_topic(full.home.grpc(), "t", 1, &[("remote.storage.enable", "false"), SMALL[0], SMALL[3]]).await;
     let mut log = wire::log(full.home.grpc());
     let (count, fault) = until_full(&mut log, "t", 0).await;
-    assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+    assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
     let free = full.mount.free();
     tokio::task::block_in_place(|| {
         full.home.cli().ok(&["topic", "alter", "t", "--config", "retention.bytes=10000000"]);
@@ -316,9 +316,9 @@ async fn a_lower_limit_frees_a_full_disk_without_a_restart() {
     assert!(start > 0 && count + 1 - start >= 10, "{start} of {count}");
 }
 
-/// A broker that could not start there could not be told to keep less either.
+/// A broker must start on such a disk. Otherwise its retention could not be lowered either.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_broker_starts_on_a_disk_without_one_byte_and_can_be_helped() {
+async fn broker_starts_on_a_disk_without_one_free_byte() {
     let Some(full) = tokio::task::block_in_place(|| start(Home::new())) else { return };
     let local = [("remote.storage.enable", "false"), SMALL[0], SMALL[3]];
     wire::create_topic(full.home.grpc(), "t", 1, &local).await;
@@ -338,7 +338,7 @@ async fn a_broker_starts_on_a_disk_without_one_byte_and_can_be_helped() {
     let mut log = wire::log(full.home.grpc());
     holds(&mut log, "t", 25).await;
     let fault = wire::append(&mut log, request("t", 25)).await.expect_err("it is full");
-    assert_eq!(fault.reason, Reason::DiskFull, "{fault:?}");
+    assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
     tokio::task::block_in_place(|| {
         full.home.cli().ok(&["topic", "alter", "t", "--config", "retention.bytes=5000000"]);
         eventually("the disk is given back", || (full.mount.free() > 10 << 20).then_some(()));
@@ -348,9 +348,9 @@ async fn a_broker_starts_on_a_disk_without_one_byte_and_can_be_helped() {
     append_until_taken(&mut log, "t", 25).await;
 }
 
-/// Not even the superuser writes there.
+/// Not even root can write there.
 #[test]
-fn a_data_directory_on_a_read_only_file_system_is_named() {
+fn data_directory_on_read_only_file_system_is_refused() {
     let home = Home::new();
     let Some(mount) = Mount::new(home.data_dir()) else { return };
     let remounted = Command::new("mount").args(["-o", "remount,ro"]).arg(&mount.at).status().expect("mount is there");

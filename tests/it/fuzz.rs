@@ -1,6 +1,6 @@
-//! The fuzzers' entries on a stable compiler: cases that were found once, then a bounded run of mutations of good inputs.
+//! The entries of the fuzzers on a stable compiler: known regressions, then a bounded run of mutations of valid inputs.
 //!
-//! `FUZZ_ITERATIONS` and `FUZZ_SEED` make a run longer or another one. A failure prints its input.
+//! `FUZZ_ITERATIONS` and `FUZZ_SEED` make a run longer or different. A failure prints its input.
 
 #![allow(clippy::unwrap_used, reason = "in a test it is an assertion")]
 
@@ -12,10 +12,10 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 mod entries;
 mod seeds;
 
-/// Mutated inputs of each entry, fewer of the slow ones: some seconds of a debug build.
+/// Number of mutated inputs of each entry, divided by its weight: some seconds of a debug build.
 const ITERATIONS: u64 = 20_000;
 
-/// Prints the input when the entry panics.
+/// Guard that prints the input if the entry panics.
 struct Running<'a>(&'a str, &'a [u8]);
 
 impl Drop for Running<'_> {
@@ -32,7 +32,7 @@ fn run(entry: &entries::Entry, input: &[u8]) -> bool {
     (entry.run)(input)
 }
 
-/// The names and contents of a folder's files, in the order of their names; none where there is no such folder.
+/// Returns the names and contents of a folder's files, sorted by name. Returns an empty list if the folder does not exist.
 fn files(folder: &str) -> Vec<(String, Vec<u8>)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     if !folder.exists() {
@@ -45,7 +45,7 @@ fn files(folder: &str) -> Vec<(String, Vec<u8>)> {
     paths.iter().map(|path| (name(path), std::fs::read(path).unwrap())).collect()
 }
 
-/// One to eight changes of the kinds that parsers stumble over.
+/// Applies one to eight changes of the kinds that parsers often handle wrongly.
 fn mutate(rng: &mut StdRng, seeds: &[Vec<u8>]) -> Vec<u8> {
     const NUMBERS: [&[u8]; 8] = [
         &[0],
@@ -88,7 +88,7 @@ fn number(variable: &str, default: u64) -> u64 {
 }
 
 #[test]
-fn cases_that_were_found_once_stay_fixed() {
+fn known_regressions_stay_fixed() {
     let mut cases = 0;
     for entry in entries::ENTRIES {
         for (_, case) in files(&format!("fuzz/regressions/{}", entry.name)) {
@@ -99,7 +99,7 @@ fn cases_that_were_found_once_stay_fixed() {
     assert!(cases > 15, "they were found: {cases}");
 }
 
-/// What an earlier version wrote is read. A format that changes gets a new version and keeps its old seeds.
+/// Files of an earlier version are readable. A format that changes gets a new version and keeps its old seeds.
 #[test]
 fn every_seed_is_accepted() {
     for entry in entries::ENTRIES {
@@ -111,9 +111,9 @@ fn every_seed_is_accepted() {
     }
 }
 
-/// What this version writes is read, whatever lies in `fuzz/seeds`.
+/// Output of this version is readable, whatever `fuzz/seeds` contains.
 #[test]
-fn what_is_written_now_is_accepted() {
+fn output_of_this_version_is_accepted() {
     for (target, name, seed) in seeds::all() {
         let entry = entries::ENTRIES.iter().find(|entry| entry.name == target).unwrap();
         assert!(run(entry, &seed), "{target}: {name} is refused");
@@ -121,7 +121,7 @@ fn what_is_written_now_is_accepted() {
 }
 
 #[test]
-fn every_entry_is_a_target_and_has_its_folders() {
+fn every_entry_is_a_fuzz_target() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
     let mut targets: Vec<_> = files("fuzz/fuzz_targets").into_iter().map(|(name, _)| name).collect();
     let mut entries: Vec<_> = entries::ENTRIES.iter().map(|entry| format!("{}.rs", entry.name)).collect();
@@ -147,7 +147,7 @@ fn mutated_inputs_break_no_parser() {
     }
 }
 
-/// For `make fuzz-seeds`. A seed that is there is never touched: it is what an earlier version wrote.
+/// Writes seeds for `make fuzz-seeds`. An existing seed is never overwritten: it is the output of an earlier version.
 #[test]
 #[ignore = "writes into the source tree: make fuzz-seeds"]
 fn write_missing_seeds() {

@@ -1,8 +1,8 @@
-//! Kafka's own reader over whole data directories of a real broker: every segment, sealed or active, is one of Kafka's, in
-//! every codec, and nothing follows its last batch, after a polite stop and after a kill with its recovery.
+//! Kafka's own reader on whole data directories of a real broker. Every segment, sealed or active and in every codec, is a valid Kafka
+//! segment, and nothing follows its last batch. This holds after a clean stop, and after a kill with its recovery.
 //!
-//! It needs a JDK and Kafka's jars, and a second for each segment, so `make kafka-reader` runs it. `KAFKA_DUMP` names the
-//! script that takes segment files, prints what DumpLogSegments says of them, and fails where that finds a fault.
+//! The test needs a JDK and Kafka's jars, and a second for each segment, so `make kafka-reader` runs this test. `KAFKA_DUMP` names the
+//! script that takes segment files, prints the output of DumpLogSegments, and fails if that reports an error.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,22 +21,22 @@ use strandline::{
 
 use crate::{broker::Home, crash, wire};
 
-/// Both durabilities, both kinds of timestamps, and batches that the broker compresses anew.
+/// Both durabilities, both kinds of timestamps, and batches that the broker recompresses.
 const TOPICS: [(&str, &[(&str, &str)]); 3] = [
     ("synced", &[]),
     ("cached", &[("durability", "replicated"), ("message.timestamp.type", "LogAppendTime")]),
     ("squeezed", &[("compression.type", "gzip")]),
 ];
 const PARTITIONS: u32 = 2;
-/// Above most batches and below the big ones, so that some segments hold many batches and some one.
+/// Above the size of most batches and below that of the large ones, so that some segments hold many batches and some hold one.
 const SEGMENT_BYTES: &str = "100000";
 const BIG_BYTES: u64 = 300_000;
 const CODECS: [Compression; 5] =
     [Compression::None, Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd];
-/// Records of each codec in each topic.
+/// Number of records of each codec in each topic.
 const RECORDS: u64 = 300;
 
-/// One record of each shape after another: null keys and values, doubled headers, text, noise, one that is big.
+/// Sends a record whose shape depends on its number: null keys and values, duplicate headers, text, noise, one large record.
 async fn send(producer: &Producer, topic: &str, number: u64, big: &[u8]) -> Delivery {
     let header =
         |value: Option<&'static [u8]>| Header { key: "trace".to_owned(), value: value.map(Bytes::from_static) };
@@ -54,7 +54,7 @@ async fn send(producer: &Producer, topic: &str, number: u64, big: &[u8]) -> Deli
     producer.send(topic, record).await.expect("the record is queued")
 }
 
-/// Sends [`RECORDS`] in one codec to each topic; every one must be acknowledged, whatever happens to the broker.
+/// Sends [`RECORDS`] records in one codec to each topic. Every record must be acknowledged, whatever happens to the broker.
 async fn produce(client: Client, codec: Compression) {
     // Long enough for batches of many records.
     let linger = Duration::from_millis(5);
@@ -73,7 +73,7 @@ async fn produce(client: Client, codec: Compression) {
     producer.close().await.expect("nothing is left undelivered");
 }
 
-/// The ends of all partitions, in order of size.
+/// Returns the ends of all partitions, sorted.
 async fn ends(home: &Home) -> Vec<i64> {
     let mut log = wire::log(home.grpc());
     let mut ends = Vec::new();
@@ -87,7 +87,7 @@ async fn ends(home: &Home) -> Vec<i64> {
     ends
 }
 
-/// What Kafka says of one batch.
+/// One batch in the output of Kafka's reader.
 #[derive(Debug)]
 struct Batch {
     base: i64,
@@ -119,7 +119,7 @@ impl Batch {
     }
 }
 
-/// Every segment below a folder, by its partition's folder and its name, which is its order.
+/// Returns every segment below a folder: by the folder of its partition, and sorted by name, which is the segment order.
 fn segments(folder: &Path) -> BTreeMap<PathBuf, Vec<PathBuf>> {
     let mut found: BTreeMap<PathBuf, Vec<PathBuf>> = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];
@@ -137,7 +137,7 @@ fn segments(folder: &Path) -> BTreeMap<PathBuf, Vec<PathBuf>> {
     found
 }
 
-/// What Kafka's reader prints for these files, which it must accept.
+/// Returns the output of Kafka's reader for these files. The reader must accept the files.
 fn dump(files: &[PathBuf]) -> String {
     let script = std::env::var("KAFKA_DUMP").expect("KAFKA_DUMP names the script");
     let output = Command::new(script).args(files).output().expect("the script runs");
@@ -147,7 +147,7 @@ fn dump(files: &[PathBuf]) -> String {
     text
 }
 
-/// Holds a data directory against Kafka's reader. The ends of the partitions by what it read, in order of size.
+/// Checks a data directory with Kafka's reader. Returns the ends of the partitions that the reader found, sorted.
 fn check(home: &Home, seen: &mut BTreeSet<String>) -> Vec<i64> {
     let (mut ends, mut files, mut batches) = (Vec::new(), 0, 0);
     for (folder, segments) in segments(&home.data_dir()) {
@@ -207,7 +207,7 @@ async fn kafkas_own_reader_accepts_a_whole_data_directory() {
         ["gzip", "headerKeys: [trace,trace]", "keySize: -1 ", "lz4", "none", "snappy", "valueSize: -1 ", "zstd"];
     assert_eq!(seen.iter().map(String::as_str).collect::<Vec<_>>(), expected);
 
-    // Killed with all codecs under way at once. Recovery cuts what is torn; the producers' retries bring the rest.
+    // Killed while all codecs are in flight. Recovery truncates torn batches, and the producers' retries send the rest.
     let broker = tokio::task::block_in_place(|| home.start());
     let tasks = Tasks::new();
     let producers: Vec<_> =

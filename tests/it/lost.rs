@@ -1,4 +1,4 @@
-//! Files of a data directory that are gone: a broker that starts on the rest says so, and loses nothing that is put back.
+//! Files of a data directory are lost. A broker that starts on the remaining files reports the loss, and loses nothing that is restored.
 
 use std::{fs, net::TcpStream, os::unix::process::ExitStatusExt as _, path::Path};
 
@@ -10,7 +10,7 @@ use crate::{
 
 const LINES: usize = 5000;
 
-/// A broker that took lines and was killed: some of them are in its journal and nowhere safe else.
+/// Starts a broker that takes records, and kills the broker. Some records are then in its journal and nowhere else safely.
 fn killed(home: Home) -> Home {
     let mut home = home;
     let broker = home.start();
@@ -21,7 +21,7 @@ fn killed(home: Home) -> Home {
     home
 }
 
-/// A start that must fail.
+/// Runs a start that must fail. Returns its output.
 fn refused(home: &Home) -> Output {
     let config = home.write_config();
     let output =
@@ -42,9 +42,9 @@ fn all_is_there(home: &mut Home) -> Broker {
     broker
 }
 
-/// It once started as if the directory were new, and emptied every segment.
+/// Regression: the broker started as if the directory were new, and emptied every segment.
 #[test]
-fn a_data_directory_without_its_identity_is_refused_and_put_back_it_is_whole() {
+fn data_directory_without_its_identity_file_is_refused() {
     let mut home = killed(Home::new());
     let (card, away) = (home.data_dir().join("strandline.json"), home.path().join("away.json"));
     fs::rename(&card, &away).expect("moved away");
@@ -59,11 +59,11 @@ fn a_data_directory_without_its_identity_is_refused_and_put_back_it_is_whole() {
 }
 
 #[test]
-fn a_lost_journal_is_refused_after_a_kill_and_nothing_after_a_clean_stop() {
+fn lost_journal_is_refused_only_after_an_unclean_stop() {
     let mut home = killed(Home::new());
     let (journal, away) = (home.data_dir().join("journal"), home.path().join("away"));
     fs::rename(&journal, &away).expect("moved away");
-    // What a power failure leaves of a segment that was not synced.
+    // The state of an unsynced segment after a power failure.
     let segment = files(&home.data_dir(), ".log").remove(0);
     let whole = fs::read(&segment).expect("a segment");
     fs::write(&segment, &whole[..whole.len() / 2]).expect("cut");
@@ -78,7 +78,7 @@ fn a_lost_journal_is_refused_after_a_kill_and_nothing_after_a_clean_stop() {
 }
 
 #[test]
-fn what_lies_before_a_flipped_bit_is_consumed_and_the_damaged_batch_is_named() {
+fn records_before_a_corrupt_batch_are_consumed() {
     let mut home = killed(Home::new());
     let broker = all_is_there(&mut home);
     assert!(broker.terminate().success(), "{}", home.log());
@@ -102,7 +102,7 @@ fn what_lies_before_a_flipped_bit_is_consumed_and_the_damaged_batch_is_named() {
 }
 
 #[test]
-fn a_data_directory_is_checked_before_the_bucket_is_asked_or_the_journal_made() {
+fn data_directory_is_checked_before_object_store_and_journal() {
     let mut home = Home::new();
     let _broker = home.start();
     let other = Home::new();
@@ -131,10 +131,10 @@ fn a_data_directory_is_checked_before_the_bucket_is_asked_or_the_journal_made() 
     }
 }
 
-/// Whatever a start is at when the signal comes, before the signals are listened for or in the midst of the journal, it ends, and
-/// the next one finds everything.
+/// A signal may arrive at any moment of a start, before the signal handlers exist or in the middle of journal recovery. The process exits,
+/// and the next start finds all records.
 #[test]
-fn a_stop_at_any_moment_of_a_start_ends_it_and_costs_nothing() {
+fn stop_at_any_moment_of_a_start_loses_nothing() {
     let anything = |_: &Home| true;
     let listening = |home: &Home| TcpStream::connect(home.grpc()).is_ok();
     let recovered = |home: &Home| home.log().matches("object store is ours").count() == 2;

@@ -1,7 +1,7 @@
 //! The one integration binary: real processes, real files, real HTTP.
 //!
-//! One binary, because linking is what costs. Each file is one subject; `broker` starts and kills processes for the
-//! others, `test_timeout` waits for conditions, `wire` speaks to them in raw gRPC, and `history` judges what their clients saw.
+//! There is one binary because linking takes most of the build time. Each file is one subject. `broker` starts and kills processes,
+//! `test_timeout` waits for conditions, `wire` sends raw gRPC, and `history` checks what clients observed.
 
 mod broker;
 mod cluster;
@@ -38,7 +38,7 @@ mod retention;
 mod rooms;
 mod running;
 mod test_timeout;
-// For clippy: what is compiled for tests only may unwrap.
+// For clippy: code that is compiled only for tests may unwrap.
 #[cfg(test)]
 mod s3;
 mod skipped;

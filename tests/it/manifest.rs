@@ -1,5 +1,5 @@
-//! A partition's manifest is lost from a real bucket behind a real broker: it is made again, by itself where what is left is what was
-//! committed, else by order.
+//! The manifest of a partition is lost from a real object store behind a real broker. The manifest is rebuilt automatically if the
+//! remaining objects are the committed ones, and otherwise by an operator's command.
 
 use std::{
     fs,
@@ -13,13 +13,13 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Small segments that leave the disk as soon as the bucket has them.
+/// Configuration of a topic with small segments that are evicted as soon as the object store has them.
 const EAGER: &[&str] = &["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=0", "retention.ms=-1"];
 
-/// Records in each of the pieces that a test begins with.
+/// Number of records in each piece that a test starts with.
 const RECORDS: usize = 3000;
 
-/// A broker whose topic `t` has so many pieces in the bucket, each of some segments, and nothing on the disk; it is stopped.
+/// Returns a stopped broker. Its topic `t` has this number of pieces in the object store, each of several segments, and no records on disk.
 fn stopped_with(pieces: usize) -> (S3, Home) {
     let server = S3::begin();
     let mut home = Home::new().object_store(&server);
@@ -41,7 +41,7 @@ fn settled(cli: &Cli, end: i64) {
     });
 }
 
-/// The objects whose file names begin so or end so.
+/// Returns the objects whose file names start or end with `part`.
 fn objects(server: &S3, part: &str) -> Vec<PathBuf> {
     let all = files(&server.bucket(), "").into_iter();
     let named = |path: &PathBuf| {
@@ -53,7 +53,7 @@ fn objects(server: &S3, part: &str) -> Vec<PathBuf> {
     objects
 }
 
-/// The offsets that a segment object's name says.
+/// Returns the offsets in the name of a segment object.
 fn range(object: &Path) -> (i64, i64) {
     let name = object.file_name().and_then(|name| name.to_str()).expect("a name");
     let mut parts = name.split('-').map(|part| part.parse().expect("a number"));
@@ -71,10 +71,10 @@ fn start(home: &mut Home) -> (Cli, Broker) {
 }
 
 #[test]
-fn a_lost_manifest_is_made_again_by_itself_and_a_left_over_copy_of_a_segment_does_no_harm() {
+fn lost_manifest_is_rebuilt_despite_a_duplicate_segment() {
     let (server, mut home) = stopped_with(3);
     let segments = objects(&server, ".segment");
-    // What a retried upload leaves: the same records under another attempt's name.
+    // The remains of a retried upload: the same records under the name of another attempt.
     let name = segments[1].file_name().and_then(|name| name.to_str()).expect("a name");
     let (stem, _) = name.rsplit_once(".segment").expect("a segment");
     let copy = format!("{}00000000-0000-4000-8000-000000000001.segment", &stem[..stem.len() - 36]);
@@ -89,7 +89,7 @@ fn a_lost_manifest_is_made_again_by_itself_and_a_left_over_copy_of_a_segment_doe
 }
 
 #[test]
-fn a_manifest_without_one_of_its_segments_waits_for_a_person_who_is_told_what_is_missing() {
+fn manifest_with_a_missing_segment_waits_for_an_operator() {
     let (server, mut home) = stopped_with(3);
     let segments = objects(&server, ".segment");
     let (from, to) = range(&segments[1]);

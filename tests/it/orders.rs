@@ -1,4 +1,4 @@
-//! An operator's orders through the command line: to a broker alone, and to a cluster of three in one process.
+//! Admin operations through the command line, on a standalone broker and on a cluster of three in one process.
 
 use serde_json::{Value, json};
 
@@ -8,7 +8,7 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Runs a command that must fail, and hands out what it complained.
+/// Runs a command that must fail. Returns its error output.
 fn refused(cli: &Cli, line: &str) -> String {
     let output = run(cli, line);
     assert_eq!((output.code, output.text().as_str()), (1, ""), "{line}: {output:?}");
@@ -19,14 +19,14 @@ fn run(cli: &Cli, line: &str) -> Output {
     cli.run(&line.split(' ').collect::<Vec<_>>())
 }
 
-/// Runs a command that must succeed, for programs.
+/// Runs a command that must succeed. Returns its JSON output.
 fn asked(cli: &Cli, line: &str) -> Value {
     let output = run(cli, &format!("{line} --output json"));
     assert_eq!(output.code, 0, "{line}: {output:?}");
     output.json()
 }
 
-/// Runs a command that must succeed, for people.
+/// Runs a command that must succeed. Returns its text output.
 fn said(cli: &Cli, line: &str) -> String {
     let output = run(cli, line);
     assert_eq!(output.code, 0, "{line}: {output:?}");
@@ -38,7 +38,7 @@ fn numbers(value: &Value) -> Vec<u64> {
 }
 
 #[test]
-fn a_broker_alone_takes_orders_and_says_which_make_no_sense() {
+fn standalone_broker_runs_and_validates_operations() {
     let mut home = Home::new();
     let broker = home.start();
     let cli = home.cli();
@@ -109,9 +109,9 @@ fn a_broker_alone_takes_orders_and_says_which_make_no_sense() {
     broker.terminate();
 }
 
-/// 100,000 partitions once took 6 GB of a broker before it made the first directory, and as much again at each start.
+/// Regression: 100,000 partitions took 6 GB of a broker's memory before the first directory was created, and as much at each start.
 #[test]
-fn a_broker_alone_refuses_more_partitions_than_it_takes() {
+fn standalone_broker_refuses_too_many_partitions() {
     let mut home = Home::new().setting("limits.memory_bytes", "\"64MiB\"");
     let broker = home.start();
     let cli = home.cli();
@@ -127,7 +127,7 @@ fn a_broker_alone_refuses_more_partitions_than_it_takes() {
     assert_eq!((&one["replicas"], &one["max_replicas"]), (&json!(2), &json!(4096)));
     broker.terminate();
 
-    // A lowered bound closes nothing, and takes no more.
+    // A lowered limit closes no replica, and admits no more.
     home = home.setting("broker.max_replicas", 1);
     let broker = home.start();
     let complaint = refused(&home.cli(), "topic create more");
@@ -139,12 +139,12 @@ fn a_broker_alone_refuses_more_partitions_than_it_takes() {
 }
 
 #[test]
-fn a_cluster_places_no_more_replicas_than_its_brokers_take() {
+fn cluster_places_no_more_replicas_than_brokers_allow() {
     let home = Home::cluster(3);
     let broker =
         home.start_dev_cluster_with(3, &["--set", "broker.max_replicas=5", "--set", "controller.balance=false"]);
     let cli = home.cli();
-    // The first is ready before the others.
+    // The first broker is ready before the others.
     eventually("all are there", || {
         (asked(&cli, "cluster describe")["brokers"].as_array().map(Vec::len) == Some(3)).then_some(())
     });
@@ -170,13 +170,13 @@ fn a_cluster_places_no_more_replicas_than_its_brokers_take() {
     broker.terminate();
 }
 
-/// Partition 0 of a topic.
+/// Returns partition 0 of a topic.
 fn partition(cli: &Cli, topic: &str) -> Value {
     asked(cli, &format!("topic describe {topic}"))["partitions"][0].clone()
 }
 
 #[test]
-fn a_cluster_in_one_process_replicates_moves_and_drains() {
+fn dev_cluster_replicates_reassigns_and_drains() {
     let home = Home::cluster(3);
     let broker = home.start_dev_cluster(3);
     let cli = home.cli();
@@ -233,9 +233,9 @@ fn a_cluster_in_one_process_replicates_moves_and_drains() {
     assert!(broker.terminate().success(), "{}", home.log());
 }
 
-/// The last replica in sync is gone for good; what is left is an older one.
+/// The last in-sync replica is lost permanently. The remaining replica is older.
 #[test]
-fn an_unclean_election_is_asked_for_and_says_what_it_costs() {
+fn unclean_election_needs_consent_and_names_its_loss() {
     let etcd = etcd(1);
     let mut homes: Vec<Home> = (1..=2).map(|id| Home::member(id, &etcd)).collect();
     let bucket = homes[0].bucket();

@@ -1,5 +1,5 @@
-//! The bucket is an S3 server that goes away, refuses, loses answers, is slow, or loses an object: a real broker goes on
-//! with what it has, loses nothing, and catches up by itself.
+//! The object store is an S3 server that is down, refuses requests, loses responses, is slow, or loses an object. A real broker continues
+//! with its own data, loses nothing, and catches up by itself.
 
 mod known;
 
@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use strandline::{
     proto::{
-        fault::{Fault as Refusal, Reason},
+        error::{ApiError, ErrorCode},
         v1::{self, Acks},
     },
     task::clock,
@@ -27,7 +27,7 @@ use crate::{
     wire,
 };
 
-/// Small segments that leave the disk as soon as the bucket has them.
+/// Configuration of a topic with small segments that are evicted as soon as the object store has them.
 const EAGER: &[&str] = &["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=0", "retention.ms=-1"];
 
 fn start(with: impl FnOnce(Home) -> Home) -> (S3, Home, Broker) {
@@ -46,7 +46,7 @@ fn mark(cli: &Cli, topic: &str, name: &str) -> i64 {
     partition(cli, topic)[name].as_i64().expect("a number")
 }
 
-/// Waits until the bucket alone holds the first `end` records, which are all.
+/// Waits until only the object store holds the first `end` records, which are all records.
 fn settled(cli: &Cli, topic: &str, end: i64) {
     eventually("everything is in the bucket, and there alone", || {
         let state = partition(cli, topic);
@@ -63,7 +63,7 @@ fn segments(folder: &Path) -> Vec<PathBuf> {
     files(folder, ".segment")
 }
 
-/// The offsets that a segment object's name says.
+/// Returns the offsets in the name of a segment object.
 fn range(object: &Path) -> (i64, i64) {
     let name = object.file_name().and_then(|name| name.to_str()).expect("a name");
     let mut parts = name.split('-').map(|part| part.parse().expect("a number"));
@@ -71,7 +71,7 @@ fn range(object: &Path) -> (i64, i64) {
 }
 
 #[test]
-fn a_bucket_that_is_gone_costs_no_record_and_its_return_needs_no_restart() {
+fn object_store_outage_loses_no_record_and_needs_no_restart() {
     let (server, home, mut broker) = start(|home| home);
     let (cli, text) = (home.cli(), lines(20_000));
     create(&cli, "t", EAGER);
@@ -82,7 +82,7 @@ fn a_bucket_that_is_gone_costs_no_record_and_its_return_needs_no_restart() {
         cli.ok_with(&["produce", "t"], text.as_bytes());
     }
     reads(&cli, "t", "20000", &text.repeat(3));
-    // It serves, so it is ready, and says what is impaired.
+    // The broker serves, is therefore ready, and reports the impairment.
     let page = || http_get(home.http(), "/readyz").expect("it answers");
     let away = || page().1.lines().any(|line| line.starts_with("impaired: object store away since "));
     eventually("it says that the bucket is away", || away().then_some(()));
@@ -107,9 +107,9 @@ fn a_bucket_that_is_gone_costs_no_record_and_its_return_needs_no_restart() {
     reads(&cli, "t", "earliest", &text.repeat(4));
 }
 
-/// Found by a user: a reader of old records was silent until the bucket came back, however long that was.
+/// Regression, found by a user: a reader of old records printed nothing until the object store returned, however long that took.
 #[test]
-fn a_reader_of_what_only_the_bucket_has_says_that_it_waits_and_gives_up() {
+fn reader_of_tiered_records_reports_its_wait_and_timeout() {
     let (server, mut home, broker) = start(|home| home);
     create(&home.cli(), "t", EAGER);
     home.cli().ok_with(&["produce", "t"], lines(20_000).as_bytes());
@@ -127,7 +127,7 @@ fn a_reader_of_what_only_the_bucket_has_says_that_it_waits_and_gives_up() {
 }
 
 #[test]
-fn a_bucket_that_is_gone_at_the_start_delays_uploads_and_not_the_start() {
+fn object_store_outage_delays_uploads_and_not_the_start() {
     let (server, mut home, broker) = start(|home| home);
     let text = lines(10_000);
     create(&home.cli(), "t", EAGER);
@@ -144,7 +144,7 @@ fn a_bucket_that_is_gone_at_the_start_delays_uploads_and_not_the_start() {
 }
 
 #[test]
-fn a_storm_of_refusals_and_lost_answers_doubles_and_loses_nothing() {
+fn refused_requests_and_lost_responses_lose_no_records() {
     let (server, home, _broker) = start(|home| home);
     let (cli, text) = (home.cli(), lines(20_000));
     create(&cli, "t", EAGER);
@@ -166,7 +166,7 @@ fn a_storm_of_refusals_and_lost_answers_doubles_and_loses_nothing() {
 }
 
 #[test]
-fn a_slow_bucket_holds_up_no_acknowledgement() {
+fn slow_object_store_delays_no_acknowledgement() {
     let (server, home, _broker) = start(|home| home);
     let (cli, text) = (home.cli(), lines(20_000));
     create(&cli, "t", EAGER);
@@ -182,10 +182,10 @@ fn a_slow_bucket_holds_up_no_acknowledgement() {
     reads(&cli, "t", "earliest", &text.repeat(2));
 }
 
-/// A stream of which a request waited for memory looked at none of its answers meanwhile. Those whose time was up kept what they had been
-/// given, and nobody wrote to any topic before the bucket was back.
+/// Regression: a stream with a request that waited for memory processed none of its responses meanwhile. Appends that had timed out kept
+/// their memory, and no client could write to any topic before the object store returned.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn streams_that_wait_for_the_bucket_leave_room_for_others() {
+async fn streams_that_wait_for_object_store_block_no_others() {
     const SOON: Duration = Duration::from_secs(20);
     let (server, home, _broker) =
         tokio::task::block_in_place(|| start(|home| home.setting("limits.produce_memory_bytes", 1 << 20)));
@@ -206,17 +206,17 @@ async fn streams_that_wait_for_the_bucket_leave_room_for_others() {
     tokio::time::timeout(SOON, other).await.expect("there is room").expect("acknowledged");
     for answers in &mut streams {
         for _ in 0..8 {
-            let reason = final_answer(answers, SOON).await.expect_err("the bucket is away").reason;
-            assert!(matches!(reason, Reason::Timeout | Reason::ObjectStoreUnavailable), "{reason:?}");
+            let reason = final_answer(answers, SOON).await.expect_err("the bucket is away").code;
+            assert!(matches!(reason, ErrorCode::Timeout | ErrorCode::ObjectStoreUnavailable), "{reason:?}");
         }
     }
 }
 
-/// The final answer to an append of a stream; notices are passed over.
+/// Returns the final response to an append of a stream. Skips notices.
 async fn final_answer(
     answers: &mut tonic::Streaming<v1::ProduceResponse>,
     within: Duration,
-) -> Result<v1::AppendResponse, Refusal> {
+) -> Result<v1::AppendResponse, ApiError> {
     use v1::produce_response::Result as Answer;
     loop {
         let answer = tokio::time::timeout(within, answers.message()).await.expect("in time").expect("an answer");
@@ -229,7 +229,7 @@ async fn final_answer(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_object_that_is_gone_is_damage_there_and_nowhere_else() {
+async fn missing_object_makes_only_its_own_offsets_unreadable() {
     let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
     let (cli, text) = (home.cli(), lines(20_000));
     let gone = tokio::task::block_in_place(|| {
@@ -243,7 +243,7 @@ async fn an_object_that_is_gone_is_damage_there_and_nowhere_else() {
     let mut log = wire::log(home.grpc());
     assert_eq!(wire::read_range(&mut log, "t", 0, 0, base).await.expect("before it").len() as i64, base);
     let fault = wire::read_range(&mut log, "t", 0, base, end).await.expect_err("not there");
-    assert_eq!(fault.reason, Reason::DataDamaged, "{fault:?}");
+    assert_eq!(fault.code, ErrorCode::DataDamaged, "{fault:?}");
     let name = gone.file_name().and_then(|name| name.to_str()).expect("a name");
     assert!(fault.message.contains(name) && fault.message.contains(&base.to_string()), "{fault:?}");
     let after = wire::read_range(&mut log, "t", 0, end, 20_000).await.expect("after it");
@@ -253,7 +253,7 @@ async fn an_object_that_is_gone_is_damage_there_and_nowhere_else() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn acks_tiered_waits_for_the_bucket_and_not_for_the_segment_to_fill() {
+async fn acks_tiered_does_not_wait_for_a_full_segment() {
     let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
     // A segment that neither fills nor ages within this test.
     wire::create_topic(home.grpc(), "t", 1, &[("segment.ms", "86400000")]).await;
@@ -270,7 +270,7 @@ async fn acks_tiered_waits_for_the_bucket_and_not_for_the_segment_to_fill() {
 
     server.faults().set_down(true);
     let fault = wire::append(&mut log, tiered(b"two", 10_000)).await.expect_err("it is not in the bucket");
-    assert_eq!(fault.reason, Reason::Timeout, "{fault:?}");
+    assert_eq!(fault.code, ErrorCode::Timeout, "{fault:?}");
     assert_eq!((fault.number("base_offset"), fault.number("end_offset")), (Some(1), Some(2)), "{fault:?}");
     assert!(fault.metadata["cause"].contains("served nothing"), "{fault:?}");
     let there = wire::read_range(&mut log, "t", 0, 1, 2).await.expect("it is written all the same");
@@ -285,7 +285,7 @@ async fn acks_tiered_waits_for_the_bucket_and_not_for_the_segment_to_fill() {
 }
 
 #[test]
-fn a_deleted_topic_leaves_the_bucket_after_the_grace_and_others_stay() {
+fn objects_of_a_deleted_topic_are_deleted_after_grace() {
     let (server, home, _broker) = start(|home| home.setting("tier.garbage_grace", "\"1s\""));
     let (cli, text) = (home.cli(), lines(5_000));
     let mut folders = Vec::new();
@@ -306,7 +306,7 @@ fn a_deleted_topic_leaves_the_bucket_after_the_grace_and_others_stay() {
 }
 
 #[test]
-fn size_retention_covers_both_tiers_and_objects_go_after_the_grace() {
+fn size_retention_covers_both_tiers_and_deletes_objects() {
     let (server, home, _broker) =
         start(|home| home.setting("tier.garbage_grace", "\"1s\"").setting("tier.check_interval", "\"1s\""));
     let (cli, text) = (home.cli(), lines(40_000));
@@ -327,10 +327,10 @@ fn size_retention_covers_both_tiers_and_objects_go_after_the_grace() {
     reads(&cli, "t", "earliest", &rest);
 }
 
-/// The bucket serves reads and takes no object. Each upload tries on for 20 s: with four workers and this many partitions, retention
-/// came once in three minutes.
+/// The object store serves reads and accepts no object. Each upload retries for 20 s. Regression: with four workers and this number of
+/// partitions, retention ran once in three minutes.
 #[test]
-fn retention_goes_on_while_the_bucket_takes_no_objects() {
+fn retention_continues_while_uploads_fail() {
     const PARTITIONS: u32 = 40;
     let (server, home, _broker) = start(|home| home.setting("tier.check_interval", "\"1s\""));
     let cli = home.cli();
@@ -361,16 +361,16 @@ fn retention_goes_on_while_the_bucket_takes_no_objects() {
     }
 }
 
-/// An append of one record that waits for the bucket.
+/// Returns an append of one record that waits for the object store.
 fn tiered(timeout_ms: u32) -> v1::AppendRequest {
     let append = wire::append_plain("t", 0, vec![Bytes::from_static(b"x")]);
     v1::AppendRequest { acks: Acks::Tiered.into(), timeout_ms, ..append }
 }
 
-/// `mv bucket away`, as when a disk is unmounted: the folder was made again, without its card, and acks=tiered said that
-/// records were in the bucket.
+/// Regression: after `mv bucket away`, as when a disk is unmounted, the folder was created again without its cluster marker. `acks=tiered`
+/// then reported records as tiered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_counts_as_tiered_in_a_folder_that_has_vanished() {
+async fn no_record_counts_as_tiered_in_a_missing_folder() {
     let mut home = Home::new();
     let _broker = tokio::task::block_in_place(|| home.start());
     let config = [("segment.ms", "200"), ("remote.storage.enable", "true")];
@@ -380,7 +380,7 @@ async fn nothing_counts_as_tiered_in_a_folder_that_has_vanished() {
     let away = home.path().join("away");
     std::fs::rename(home.bucket(), &away).expect("moved");
     let fault = wire::append(&mut log, tiered(3_000)).await.expect_err("there is no bucket");
-    assert_eq!(fault.reason, Reason::Timeout, "{fault}");
+    assert_eq!(fault.code, ErrorCode::Timeout, "{fault}");
     assert!(!home.bucket().exists(), "no new bucket is made in its place");
     wire::append(&mut log, wire::append_plain("t", 0, vec![Bytes::from_static(b"y")]))
         .await
@@ -392,9 +392,9 @@ async fn nothing_counts_as_tiered_in_a_folder_that_has_vanished() {
     assert_eq!((appended.base_offset, appended.durability()), (3, strandline::proto::v1::Durability::Tiered));
 }
 
-/// The same over a restart: an empty place was claimed as new, and the history that the metadata names was damage.
+/// Regression: at a restart, an empty folder was claimed as a new object store, and the tiered records in the metadata counted as corrupt.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_empty_bucket_at_a_restart_is_not_taken_for_a_new_one() {
+async fn empty_object_store_at_a_restart_is_not_claimed() {
     let mut home = Home::new();
     let broker = tokio::task::block_in_place(|| home.start());
     let cli = home.cli();
@@ -411,7 +411,7 @@ async fn an_empty_bucket_at_a_restart_is_not_taken_for_a_new_one() {
     let _broker = tokio::task::block_in_place(|| home.start());
     let mut log = wire::log(home.grpc());
     let fault = wire::append(&mut log, tiered(2_000)).await.expect_err("there is no bucket");
-    assert_eq!(fault.reason, Reason::Timeout, "{fault}");
+    assert_eq!(fault.code, ErrorCode::Timeout, "{fault}");
     assert!(files(&home.bucket(), "").is_empty(), "nothing is written there");
     let said = home.log();
     assert!(said.contains("cluster.json is not there"), "the log names it: {said}");

@@ -1,4 +1,4 @@
-//! The pages that people read say what is so: links lead somewhere, `docs/errors.md` has the code's errors.
+//! Checks of the documentation: links have targets, and `docs/errors.md` has the errors of the code.
 
 use std::{
     fs,
@@ -6,24 +6,24 @@ use std::{
 };
 
 use rustix::process::Signal;
-use strandline::proto::fault::Reason;
+use strandline::proto::error::ErrorCode;
 
 use crate::{
     broker::{Cli, free_address},
     running::Running,
 };
 
-/// The first three cells of each row that the page must have, in order.
+/// Returns the first three cells of each row that the page must have, in order.
 fn expected() -> Vec<String> {
-    let retry = |reason: &Reason| if reason.retryable() { "yes" } else { "no" };
-    Reason::ALL
+    let retry = |reason: &ErrorCode| if reason.retryable() { "yes" } else { "no" };
+    ErrorCode::ALL
         .iter()
-        .map(|reason| format!("| `{}` | `{:?}` | {} |", reason.as_str(), reason.code(), retry(reason)))
+        .map(|reason| format!("| `{}` | `{:?}` | {} |", reason.as_str(), reason.grpc_code(), retry(reason)))
         .collect()
 }
 
 #[test]
-fn every_reason_is_documented_with_its_code_and_whether_to_retry() {
+fn every_error_code_is_documented_with_its_retryability() {
     let path = root().join("docs/errors.md");
     let page = fs::read_to_string(path).expect("the page is there");
     let rows: Vec<&str> = page.lines().filter(|line| line.starts_with("| `")).collect();
@@ -36,9 +36,9 @@ fn every_reason_is_documented_with_its_code_and_whether_to_retry() {
 }
 
 #[test]
-fn every_reason_is_known_by_its_word() {
-    for reason in Reason::ALL {
-        assert_eq!(Reason::from_name(reason.as_str()), Some(*reason));
+fn every_error_code_is_parsed_from_its_name() {
+    for reason in ErrorCode::ALL {
+        assert_eq!(ErrorCode::from_name(reason.as_str()), Some(*reason));
     }
 }
 
@@ -46,7 +46,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Every page: those at the top and those of `docs/`.
+/// Returns every page: those at the top and those of `docs/`.
 fn pages() -> Vec<PathBuf> {
     let (mut folders, mut found) = (vec![root().join("docs")], Vec::new());
     let markdown = |path: &Path| path.extension().is_some_and(|extension| extension == "md");
@@ -66,7 +66,7 @@ fn pages() -> Vec<PathBuf> {
     found
 }
 
-/// The targets of a page's links that lead into this repository.
+/// Returns the targets of a page's links that lead into this repository.
 fn links(page: &str) -> Vec<&str> {
     let after = page.split("](").skip(1);
     let targets = after.filter_map(|rest| rest.split([')', '#']).next());
@@ -74,7 +74,7 @@ fn links(page: &str) -> Vec<&str> {
 }
 
 #[test]
-fn every_link_leads_somewhere() {
+fn every_link_has_a_target() {
     let pages = pages();
     assert!(pages.len() > 10, "the pages were found: {pages:?}");
     for path in pages {
@@ -104,7 +104,7 @@ fn every_decision_is_listed() {
     }
 }
 
-/// The code that a page names, as `room/file::function`: the file below `src/`, and the function.
+/// Returns the code that a page names as `room/file::function`: the file below `src/`, and the function.
 fn named(page: &str) -> Vec<(&str, &str)> {
     let quoted = page.split('`').skip(1).step_by(2);
     let code = quoted.filter(|text| text.chars().all(|c| c.is_ascii_lowercase() || "_/:".contains(c)));
@@ -112,7 +112,7 @@ fn named(page: &str) -> Vec<(&str, &str)> {
 }
 
 #[test]
-fn the_architecture_page_names_functions_that_exist() {
+fn architecture_page_names_existing_functions() {
     let page = fs::read_to_string(root().join("docs/architecture.md")).expect("the page");
     let named = named(&page);
     assert!(named.len() > 20, "the names were found: {named:?}");
@@ -127,9 +127,9 @@ fn the_architecture_page_names_functions_that_exist() {
     assert_eq!(self::named("`a/b::c` and `D::E` and ``x`` and `a`"), [("a/b", "c")]);
 }
 
-/// What a page tells people to type with make exists.
+/// Every make command that a page shows exists.
 #[test]
-fn every_make_command_of_the_pages_exists() {
+fn every_make_command_in_the_documentation_exists() {
     let makefile = fs::read_to_string(root().join("Makefile")).expect("the Makefile");
     let targets: Vec<&str> = makefile
         .lines()
@@ -145,16 +145,17 @@ fn every_make_command_of_the_pages_exists() {
     }
 }
 
-/// It once advertised a name that does not exist, and the first record of whoever copied it waited for a minute.
+/// Regression: the configuration advertised a name that does not exist. The first record of a user who copied the configuration waited for
+/// a minute.
 #[test]
-fn readmes_configuration_takes_records_as_copied() {
+fn readme_configuration_works_as_copied() {
     let page = fs::read_to_string(root().join("README.md")).expect("the page is there");
     let (_, block) = page.split_once("```toml\n").expect("it has a configuration");
     let (text, _) = block.split_once("```").expect("it ends");
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("broker.toml");
     fs::write(&file, text).expect("written");
-    // The ports may be in use where the test runs.
+    // The ports may be in use on the machine of the test.
     let (grpc, http) = (free_address(), free_address());
     let (listen, pages) = (grpc.to_string(), http.to_string());
     let command = ["broker", "--config", "broker.toml", "--listen", &listen, "--http", &pages];
@@ -170,7 +171,7 @@ fn readmes_configuration_takes_records_as_copied() {
 }
 
 #[test]
-fn an_advertised_name_that_does_not_resolve_is_said_by_the_broker_and_by_its_clients() {
+fn unresolvable_advertised_name_is_reported() {
     let folder = tempfile::tempdir().expect("a folder");
     let (grpc, http) = (free_address(), free_address());
     let text = format!(

@@ -1,4 +1,5 @@
-//! Whose a broker's files are: for its user alone, never reached through a link, and never another user's.
+//! Permissions of a broker's files. Only its user has access. The broker follows no link inside its data directory, and refuses files of
+//! other users.
 
 use std::{
     fs,
@@ -11,11 +12,11 @@ use crate::{
     skipped::skipped,
 };
 
-/// Everything below a folder: its path, whether it is a folder, and its permission bits.
+/// Returns everything below a folder: the path, true for a folder, and the permission bits.
 fn modes(folder: &Path) -> Vec<(PathBuf, bool, u32)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).expect("it can be listed").map(|entry| entry.expect("an entry").path()) {
-        // A file may get its name from a temporary one meanwhile.
+        // A temporary file may be renamed meanwhile.
         let metadata = match fs::symlink_metadata(&entry) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
             metadata => metadata.expect("it can be looked at"),
@@ -38,7 +39,7 @@ fn all_are_private(folder: &Path) {
     }
 }
 
-/// Some records, a part of them in the bucket.
+/// Appends some records, a part of them to the object store.
 fn write(home: &Home) {
     let cli = home.cli();
     cli.ok(&["topic", "create", "t"]);
@@ -52,7 +53,7 @@ fn reads_all(home: &Home) {
 }
 
 #[test]
-fn what_a_broker_writes_is_for_its_user_alone_and_older_wider_modes_are_corrected() {
+fn files_are_private_and_wider_modes_are_corrected() {
     let mut home = Home::new();
     let broker = home.start();
     write(&home);
@@ -74,7 +75,7 @@ fn what_a_broker_writes_is_for_its_user_alone_and_older_wider_modes_are_correcte
     }
 }
 
-/// A start that must fail, and what it said.
+/// Runs a start that must fail. Returns its log.
 fn refused(home: &Home) -> String {
     let mut broker = home.spawn();
     assert_eq!(broker.wait().code(), Some(1), "{}", home.log());
@@ -82,7 +83,7 @@ fn refused(home: &Home) -> String {
 }
 
 #[test]
-fn a_link_in_a_data_directory_ends_the_start_and_is_not_written_through() {
+fn link_in_a_data_directory_fails_the_start_unwritten() {
     let mut home = Home::new();
     let broker = home.start();
     write(&home);
@@ -95,7 +96,7 @@ fn a_link_in_a_data_directory_ends_the_start_and_is_not_written_through() {
     assert!(said.contains("checkpoint.tmp is a symbolic link"), "{said}");
     assert_eq!(fs::read(&victim).expect("it is there"), b"theirs");
     fs::remove_file(&link).expect("removed");
-    // A journal on another disk has a setting; a link in its place is none.
+    // A journal on another disk has a setting. A link in its place is refused.
     let (journal, elsewhere) = (home.data_dir().join("journal"), home.path().join("elsewhere"));
     fs::rename(&journal, &elsewhere).expect("moved");
     symlink(&elsewhere, &journal).expect("made");
@@ -106,9 +107,9 @@ fn a_link_in_a_data_directory_ends_the_start_and_is_not_written_through() {
     reads_all(&home);
 }
 
-/// A volume as Kubernetes mounts it for `fsGroup`: root's, and the group may write.
+/// A volume that Kubernetes mounts for `fsGroup`: owned by root, writable for the group.
 #[test]
-fn a_broker_of_another_user_takes_a_volume_of_root_and_refuses_files_of_others() {
+fn unprivileged_broker_uses_root_volume_not_foreign_files() {
     if !rustix::process::geteuid().is_root() {
         return skipped("a broker of another user", "only root can start one");
     }

@@ -1,9 +1,10 @@
-//! Idempotent producers as strangers and restarts try them: which retry is one, whose id counts, and when a producer is forgotten.
+//! Idempotent producers under foreign clients and restarts: the recognition of retries, the validity of producer ids, and the expiry of
+//! producers.
 
 use futures::StreamExt as _;
 use strandline::{
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{
             self, Acks, AlterTopicRequest, AppendRequest, AppendResponse, InitProducerRequest, log_client::LogClient,
         },
@@ -33,7 +34,7 @@ async fn producer_id(log: &mut LogClient<Channel>) -> i64 {
     log.init_producer(InitProducerRequest {}).await.expect("an id").into_inner().producer_id
 }
 
-/// A batch of one record with a producer's stamp, at a time.
+/// Returns a batch of one record with the fields of a producer, at a timestamp.
 fn stamped_at(value: &[u8], stamp: (i64, i16, i32), timestamp_ms: i64) -> Vec<u8> {
     stamp_batch(wire::batch(&[value]), stamp, timestamp_ms)
 }
@@ -52,7 +53,7 @@ fn stamped(value: &[u8], stamp: (i64, i16, i32)) -> Vec<u8> {
     stamped_at(value, stamp, 1_700_000_000_000)
 }
 
-async fn append(log: &mut LogClient<Channel>, batch: Vec<u8>) -> Result<AppendResponse, Fault> {
+async fn append(log: &mut LogClient<Channel>, batch: Vec<u8>) -> Result<AppendResponse, ApiError> {
     wire::append(log, wire::append_batch(TOPIC, 0, batch)).await
 }
 
@@ -63,15 +64,15 @@ async fn alter(home: &Home, key: &str, value: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stranger_with_a_producers_sequence_hides_no_record() {
+async fn foreign_client_with_a_producers_sequence_hides_no_record() {
     let (home, _broker) = running(&[]).await;
     let mut log = wire::log(home.grpc());
     let id = producer_id(&mut log).await;
     assert_eq!(append(&mut log, stamped(b"first", (id, 0, 0))).await.expect("stored").base_offset, 0);
-    // The stranger has read the id in a batch.
+    // The foreign client has read the producer id in a batch.
     assert_eq!(append(&mut log, stamped(b"stranger", (id, 0, 1))).await.expect("stored").base_offset, 1);
     let victim = append(&mut log, stamped(b"second", (id, 0, 1))).await.expect_err("it is not stored");
-    assert_eq!(victim.reason, Reason::OutOfOrderSequence, "{victim:?}");
+    assert_eq!(victim.code, ErrorCode::OutOfOrderSequence, "{victim:?}");
     assert!(victim.message.contains("stored at offset 1"), "{victim:?}");
     let retry = append(&mut log, stamped(b"stranger", (id, 0, 1))).await.expect("a retry");
     assert!(retry.duplicate && retry.base_offset == 1);
@@ -98,9 +99,9 @@ async fn retry_is_a_duplicate_after_alter_and_restart() {
     }
 }
 
-/// A stored batch was refused when its producer, whose answer was lost, sent it again: the topic takes less by now.
+/// Regression: the response to a stored batch was lost, and the topic's maximum batch size was lowered. The producer's retry was refused.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn retry_of_a_batch_that_became_too_large_is_a_duplicate() {
+async fn retry_of_a_batch_above_a_lowered_limit_is_a_duplicate() {
     let (home, _broker) = running(&[]).await;
     let mut log = wire::log(home.grpc());
     let id = producer_id(&mut log).await;
@@ -120,21 +121,21 @@ async fn retry_of_a_batch_that_became_too_large_is_a_duplicate() {
     }
     for new in [large(2), zipped(2)] {
         let refused = append(&mut log, new).await.expect_err("it is above the limit");
-        assert_eq!((refused.reason, refused.retryable), (Reason::RecordTooLarge, false), "{refused:?}");
+        assert_eq!((refused.code, refused.retryable), (ErrorCode::RecordTooLarge, false), "{refused:?}");
         assert!(refused.message.contains("max.message.bytes"), "{refused:?}");
     }
 }
 
-/// A stored batch was refused as if it were new, and its producer gave up on a record that was there.
+/// Regression: a stored batch was refused like a new one, and its producer failed a record that was stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn retry_with_acks_tiered_is_found_while_the_bucket_is_away() {
+async fn retry_with_acks_tiered_is_found_during_an_outage() {
     let server = S3::begin();
     let mut home = Home::new().object_store(&server);
     let _broker = tokio::task::block_in_place(|| home.start());
     wire::create_topic(home.grpc(), TOPIC, 1, &[("retention.ms", "-1")]).await;
     let mut log = wire::log(home.grpc());
     let id = producer_id(&mut log).await;
-    // By the records of another writer, which are of today, the producer is not forgotten.
+    // Current timestamps, so that the records of another writer do not expire the producer.
     let now_ms = clock::wall_ms();
     let own = |sequence| stamped_at(b"own", (id, 0, sequence), now_ms);
     let tiered = |sequence: i32, timeout_ms| {
@@ -150,19 +151,19 @@ async fn retry_with_acks_tiered_is_found_while_the_bucket_is_away() {
         let append = AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 100, ..append };
         async move {
             let refusal = wire::append(&mut log, append).await.expect_err("the bucket takes nothing");
-            (refusal.reason == Reason::ObjectStoreUnavailable).then_some(())
+            (refusal.code == ErrorCode::ObjectStoreUnavailable).then_some(())
         }
     })
     .await;
     let uploaded = wire::append(&mut log, tiered(0, 30_000)).await.expect("the bucket has it");
     assert!(uploaded.duplicate && uploaded.base_offset == 0, "{uploaded:?}");
     let waits = wire::append(&mut log, tiered(1, 5_000)).await.expect_err("the bucket does not have it");
-    assert_eq!((waits.reason, waits.number("base_offset")), (Reason::Timeout, Some(1)), "{waits:?}");
+    assert_eq!((waits.code, waits.number("base_offset")), (ErrorCode::Timeout, Some(1)), "{waits:?}");
     for sequence in [2, 3] {
         let new = wire::append(&mut log, tiered(sequence, 30_000)).await.expect_err("it could only wait");
-        assert_eq!(new.reason, Reason::ObjectStoreUnavailable, "{sequence}: {new:?}");
+        assert_eq!(new.code, ErrorCode::ObjectStoreUnavailable, "{sequence}: {new:?}");
     }
-    // The stream announces no wait for an append that is refused.
+    // The stream sends no notice of a wait for an append that is refused.
     let streamed = v1::ProduceRequest { correlation: 7, append: Some(tiered(2, 30_000)) };
     let requests = futures::stream::iter([streamed]).chain(futures::stream::pending());
     let mut answers = log.produce(requests).await.expect("a stream").into_inner();
@@ -177,7 +178,7 @@ async fn retry_with_acks_tiered_is_found_while_the_bucket_is_away() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn impossible_producer_stamp_is_refused() {
+async fn invalid_producer_fields_are_refused() {
     let (home, _broker) = running(&[]).await;
     let mut log = wire::log(home.grpc());
     let id = producer_id(&mut log).await;
@@ -193,16 +194,16 @@ async fn impossible_producer_stamp_is_refused() {
         (-1, 0, 1),
     ] {
         let refused = append(&mut log, stamped(b"x", stamp)).await.expect_err("impossible");
-        assert_eq!((refused.reason, refused.retryable), (Reason::MalformedBatch, false), "{stamp:?}: {refused:?}");
+        assert_eq!((refused.code, refused.retryable), (ErrorCode::MalformedBatch, false), "{stamp:?}: {refused:?}");
     }
-    // As Java, Sarama and KafkaJS write them without idempotence.
+    // As Java, Sarama and KafkaJS write batches without idempotence.
     for stamp in [(-1, -1, -1), (-1, -1, 0), (-1, 0, 0), (id, 0, 0)] {
         append(&mut log, stamped(b"x", stamp)).await.expect("possible");
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn invented_producer_ids_are_refused_and_evict_nobody() {
+async fn invented_producer_ids_are_refused_and_expire_no_producer() {
     let mut home = Home::new().setting("limits.producer_ids_per_minute", 100);
     let _broker = tokio::task::block_in_place(|| home.start());
     wire::create_topic(home.grpc(), TOPIC, 1, &[("retention.ms", "-1")]).await;
@@ -211,32 +212,32 @@ async fn invented_producer_ids_are_refused_and_evict_nobody() {
     append(&mut honest, stamped(b"own", (id, 0, 0))).await.expect("stored");
     let mut reasons = Vec::new();
     for invented in 0..200 {
-        // Neighbours of a real id, and small numbers.
+        // Ids near a real one, and small numbers.
         let invented = if invented % 2 == 0 { id ^ (invented + 1) } else { invented };
         let refused = append(&mut hostile, stamped(b"x", (invented, 0, 0))).await.expect_err("never handed out");
-        reasons.push(refused.reason);
-        if refused.reason == Reason::Overloaded {
+        reasons.push(refused.code);
+        if refused.code == ErrorCode::Overloaded {
             assert!(refused.message.contains("limits.producer_ids_per_minute") && refused.retryable, "{refused:?}");
         }
     }
     let count = |reason| reasons.iter().filter(|found| **found == reason).count();
-    assert!(count(Reason::UnknownProducer) >= 100 && count(Reason::Overloaded) > 0, "{reasons:?}");
-    assert_eq!(count(Reason::UnknownProducer) + count(Reason::Overloaded), 200, "{reasons:?}");
-    // The quota is the connection's, and it is one for both.
+    assert!(count(ErrorCode::UnknownProducer) >= 100 && count(ErrorCode::Overloaded) > 0, "{reasons:?}");
+    assert_eq!(count(ErrorCode::UnknownProducer) + count(ErrorCode::Overloaded), 200, "{reasons:?}");
+    // Each connection has one quota, for both kinds of requests.
     let mut refusal = None;
     for _ in 0..5 {
-        // Another one is allowed every 600 ms.
+        // The quota admits another request every 600 ms.
         refusal = refusal.or(hostile.init_producer(InitProducerRequest {}).await.err());
     }
     let status = refusal.expect("the quota is used up");
-    assert_eq!(Fault::from(&status).reason, Reason::Overloaded);
+    assert_eq!(ApiError::from(&status).code, ErrorCode::Overloaded);
     producer_id(&mut honest).await;
     let retry = append(&mut honest, stamped(b"own", (id, 0, 0))).await.expect("a retry");
     assert!(retry.duplicate, "the producer is still known");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn record_from_the_future_makes_a_partition_forget_nobody() {
+async fn future_timestamp_expires_no_producer() {
     const FUTURE: i64 = 1 << 62;
     for lifted in [false, true] {
         let bound = if lifted { "-1" } else { "3600000" };
@@ -246,7 +247,7 @@ async fn record_from_the_future_makes_a_partition_forget_nobody() {
         let (id, other) = (producer_id(&mut log).await, producer_id(&mut log).await);
         append(&mut log, stamped(b"own", (id, 0, 0))).await.expect("stored");
         let future = append(&mut log, stamped_at(b"other", (other, 0, 0), FUTURE)).await;
-        assert_eq!(future.err().map(|fault| fault.reason), (!lifted).then_some(Reason::InvalidTimestamp));
+        assert_eq!(future.err().map(|fault| fault.code), (!lifted).then_some(ErrorCode::InvalidTimestamp));
         for sequence in 1..3 {
             let next = append(&mut log, stamped(b"own", (id, 0, sequence))).await.expect("it is known");
             assert!(!next.duplicate);
@@ -258,13 +259,13 @@ async fn record_from_the_future_makes_a_partition_forget_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn producer_is_forgotten_by_timestamps_and_not_by_a_clock() {
+async fn producer_expires_by_timestamps_and_not_by_a_clock() {
     let (mut home, mut broker) = running(&[("producer.id.expiration.ms", "1")]).await;
     let mut log = wire::log(home.grpc());
     let (id, other) = (producer_id(&mut log).await, producer_id(&mut log).await);
     let start = 1_700_000_000_000;
     append(&mut log, stamped_at(b"own", (id, 0, 0), start)).await.expect("stored");
-    // However late it comes.
+    // A retry is recognised however late it arrives.
     assert!(append(&mut log, stamped_at(b"own", (id, 0, 0), start)).await.expect("a retry").duplicate);
     append(&mut log, stamped_at(b"other", (other, 0, 0), start + 2)).await.expect("stored");
     for restarted in [false, true] {
@@ -274,7 +275,7 @@ async fn producer_is_forgotten_by_timestamps_and_not_by_a_clock() {
             log = wire::log(home.grpc());
         }
         let next = append(&mut log, stamped_at(b"own", (id, 0, 1), start)).await.expect_err("forgotten");
-        assert_eq!(next.reason, Reason::UnknownProducer, "restarted: {restarted}, {next:?}");
+        assert_eq!(next.code, ErrorCode::UnknownProducer, "restarted: {restarted}, {next:?}");
         let retry = append(&mut log, stamped_at(b"other", (other, 0, 0), start + 2)).await.expect("known");
         assert!(retry.duplicate);
     }

@@ -1,4 +1,4 @@
-//! `tools/protoc`: it answers for the files of `etcd-client`, so that building needs no protoc, and for nothing else.
+//! `tools/protoc` serves the files of `etcd-client`, so that a build needs no protoc. The script serves no other files.
 
 use std::{
     fs,
@@ -7,7 +7,7 @@ use std::{
     process::{Command, Output},
 };
 
-/// What the crate's build script asks for, as prost-build does.
+/// Files that the crate's build script requests, as prost-build does.
 const ASKED: [&str; 5] = [
     "proto/etcd/api/authpb/auth.proto",
     "proto/etcd/api/etcdserverpb/rpc.proto",
@@ -20,7 +20,7 @@ fn tools() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tools")
 }
 
-/// Runs the script in a folder. `path` is where a real protoc would be.
+/// Runs the script in a folder. `path` is the place of a real protoc.
 fn protoc(folder: &Path, path: &Path, out: &Path, files: &[&str]) -> Output {
     Command::new(tools().join("protoc"))
         .args(["--include_imports", "--include_source_info", "-o"])
@@ -33,7 +33,7 @@ fn protoc(folder: &Path, path: &Path, out: &Path, files: &[&str]) -> Output {
         .expect("it runs")
 }
 
-/// The platform that is built for. What others need may never have been downloaded here.
+/// Returns the host platform. Packages of other platforms may not be downloaded on this machine.
 fn host() -> String {
     let rustc = Path::new(env!("CARGO")).with_file_name("rustc");
     let output = Command::new(rustc).arg("-vV").output().expect("the compiler runs");
@@ -41,7 +41,7 @@ fn host() -> String {
     text.lines().find_map(|line| line.strip_prefix("host: ")).expect("it names the host").to_owned()
 }
 
-/// Where cargo has unpacked `etcd-client`.
+/// Returns the folder into which cargo has unpacked `etcd-client`.
 fn crate_folder() -> PathBuf {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--locked", "--offline", "--format-version", "1", "--filter-platform", &host()])
@@ -69,7 +69,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 #[test]
-fn a_build_of_etcd_client_needs_no_protoc() {
+fn build_of_etcd_client_needs_no_protoc() {
     let folder = tempfile::tempdir().expect("a folder");
     let out = folder.path().join("set");
     let answered = protoc(&crate_folder(), folder.path(), &out, &ASKED);
@@ -79,15 +79,15 @@ fn a_build_of_etcd_client_needs_no_protoc() {
 }
 
 #[test]
-fn other_files_are_a_real_protocs_or_nobodys() {
+fn other_files_need_a_real_protoc() {
     let folder = tempfile::tempdir().expect("a folder");
     let (folder, out) = (folder.path(), folder.path().join("set"));
-    // The same names, and one more line in one of them: another version of the crate.
+    // The same names, with one more line in one of the files: another version of the crate.
     copy(&crate_folder().join("proto"), &folder.join("proto"));
     let changed = folder.join(ASKED[2]);
     fs::write(&changed, [&fs::read(&changed).expect("it was copied")[..], b"\n"].concat()).expect("it is written");
     for files in [&ASKED[..], &ASKED[..4], &["other.proto"]] {
-        // A build machine may have a real one at a usual place: that one would refuse these files too.
+        // A build machine may have a real protoc at a usual place, which would refuse these files too.
         let answered = protoc(folder, folder, &out, files);
         assert!(!answered.status.success() || Path::new("/usr/bin/protoc").exists(), "{files:?}");
         let said = String::from_utf8_lossy(&answered.stderr);

@@ -1,9 +1,8 @@
-//! A network that loses or damages answers: a proxy in front of a broker whose connections can be muted, then cut.
+//! A network that loses or corrupts responses: a proxy in front of a broker, whose connections can be muted and then cut. Between brokers,
+//! the proxy can also corrupt responses: see [`Link::damage`].
 //!
-//! Between brokers it can damage what comes back as well: see [`Link::damage`].
-//!
-//! Muted, requests still reach the broker and its answers are thrown away; cut, every connection ends. One after the
-//! other is what a client fears most: its request was carried out, and it will never hear of it.
+//! While a link is muted, requests reach the broker and its responses are dropped. A cut ends every connection. In this sequence, the
+//! client's request was executed, and its response never arrives.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -17,50 +16,50 @@ use tokio::{
     sync::watch,
 };
 
-/// The byte of which records are made that are to be damaged: only in long runs of it bytes are changed, so that the frames around
-/// them stay whole.
+/// Byte of which corruptible records are made. Bytes are changed only in long runs of this byte, so that the surrounding frames stay
+/// intact.
 pub(crate) const FILLER: u8 = b'#';
 
-/// So many of it in a row.
+/// Length of such a run in bytes.
 const RUN: usize = 256;
 
-/// Of so many reads with such a run one is damaged.
+/// One of this number of reads with such a run is corrupted.
 const DAMAGED: u32 = 3;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Weather {
     muted: bool,
     damaging: bool,
-    /// How often all connections were cut.
+    /// Number of times that all connections were cut.
     cuts: u32,
 }
 
-/// A proxy that was bound and knows no broker yet.
+/// A bound proxy without a target.
 pub(crate) struct Proxy {
     listener: TcpListener,
     address: SocketAddr,
 }
 
-/// A proxy that carries. It ends with [`Link::stop`].
+/// A running proxy. [`Link::stop`] ends the proxy.
 pub(crate) struct Link {
     weather: watch::Sender<Weather>,
     tasks: Tasks,
 }
 
 impl Proxy {
-    /// Takes a port, so that a broker can be told to advertise it.
+    /// Binds a port, so that a broker can advertise the address.
     pub(crate) async fn bind() -> Self {
         let listener = TcpListener::bind(crate::broker::free_address()).await.expect("a free port");
         let address = listener.local_addr().expect("it is bound");
         Self { listener, address }
     }
 
-    /// Where clients connect.
+    /// Returns the address for clients.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Carries every connection to `target`.
+    /// Forwards every connection to `target`.
     pub(crate) fn carry_to(self, target: SocketAddr) -> Link {
         let (weather, watched) = watch::channel(Weather::default());
         let tasks = Tasks::new();
@@ -70,19 +69,19 @@ impl Proxy {
 }
 
 impl Link {
-    /// Throws answers away for a while, then cuts every connection. New ones are carried as before.
+    /// Drops responses for a while, then cuts every connection. New connections are forwarded as before.
     pub(crate) async fn lose_answers(&self, duration: Duration) {
         self.weather.send_modify(|weather| weather.muted = true);
         tokio::time::sleep(duration).await;
         self.weather.send_modify(|weather| *weather = Weather { muted: false, cuts: weather.cuts + 1, ..*weather });
     }
 
-    /// From now on changes a byte, now and then, in what comes from the broker; or does not.
+    /// Enables or disables occasional byte changes in data from the broker.
     pub(crate) fn damage(&self, damaging: bool) {
         self.weather.send_modify(|weather| weather.damaging = damaging);
     }
 
-    /// Ends it with its connections.
+    /// Ends the proxy and its connections.
     pub(crate) async fn stop(&self) {
         self.tasks.stop().await;
     }
@@ -95,7 +94,7 @@ async fn accept(listener: TcpListener, target: SocketAddr, weather: watch::Recei
             () = tasks.cancelled() => return,
             accepted = listener.accept() => {
                 let (client, _) = accepted.expect("the listener goes on");
-                // Nobody there: the client sees its connection end, as it would without us.
+                // If the broker does not listen, the client's connection ends, as it would without the proxy.
                 if let Ok(broker) = TcpStream::connect(target).await {
                     tasks.spawn("carry", carry(client, broker, weather.clone(), tasks.clone()));
                 }
@@ -104,7 +103,7 @@ async fn accept(listener: TcpListener, target: SocketAddr, weather: watch::Recei
     }
 }
 
-/// One connection, until either side ends it or it is cut.
+/// Forwards one connection until either side or a cut ends the connection.
 async fn carry(client: TcpStream, broker: TcpStream, mut weather: watch::Receiver<Weather>, tasks: Tasks) {
     let _ = (client.set_nodelay(true), broker.set_nodelay(true));
     let began = weather.borrow().cuts;
@@ -120,7 +119,7 @@ async fn carry(client: TcpStream, broker: TcpStream, mut weather: watch::Receive
     }
 }
 
-/// Passes bytes on, drops them while muted, or changes some.
+/// Forwards bytes, drops them while muted, or changes some.
 async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, weather: impl Fn() -> Weather) {
     let (mut bytes, mut runs) = (vec![0; 64 << 10], 0);
     while let Ok(read) = from.read(&mut bytes).await {
@@ -137,14 +136,14 @@ async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, weather: impl Fn(
     }
 }
 
-/// A byte in the middle of the first long run of the filler.
+/// Returns a byte in the middle of the first long run of the filler.
 fn in_a_run(bytes: &mut [u8]) -> Option<&mut u8> {
     let at = bytes.windows(RUN).position(|window| window.iter().all(|byte| *byte == FILLER))?;
     bytes.get_mut(at + RUN / 2)
 }
 
 #[tokio::test]
-async fn a_muted_link_carries_requests_and_loses_answers() {
+async fn muted_link_forwards_requests_and_drops_responses() {
     let server = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let proxy = Proxy::bind().await;
     let address = proxy.address();

@@ -1,7 +1,7 @@
-//! A client in another language, made from the .proto files alone.
+//! A client in another language, generated from the .proto files alone.
 //!
-//! Python is what most machines have. Its gRPC tools go into a folder of the build's own, once. Where there is no
-//! Python, or no way to those tools, the test says so and passes, but never on CI (`CI=true`).
+//! Most machines have Python. Its gRPC tools are installed once, in a folder of the build. If Python or these tools are not available, the
+//! test prints a message and passes, except on CI (`CI=true`).
 
 use std::{
     fs,
@@ -11,7 +11,7 @@ use std::{
 
 use crate::{broker::Home, skipped::skipped};
 
-/// A step that must succeed; else what it printed.
+/// Runs a step that must succeed. Returns its output, or an error with its output.
 fn step(what: &str, command: &mut Command) -> Result<String, String> {
     let output = command.output().map_err(|error| format!("{what}: {error}"))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -22,7 +22,7 @@ fn step(what: &str, command: &mut Command) -> Result<String, String> {
     }
 }
 
-/// A Python that can generate and speak gRPC.
+/// Returns a Python that can generate and use gRPC code.
 fn python() -> Result<PathBuf, String> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python");
     let python = folder.join("bin/python");
@@ -36,7 +36,7 @@ fn python() -> Result<PathBuf, String> {
     Ok(python)
 }
 
-/// The code that the .proto files give, in a folder that holds nothing else.
+/// Generates the code of the .proto files into a folder that holds nothing else.
 fn generate(python: &Path, into: &Path) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     fs::create_dir_all(into).expect("a folder");
@@ -48,7 +48,7 @@ fn generate(python: &Path, into: &Path) {
 }
 
 #[test]
-fn a_python_program_made_from_the_proto_files_creates_appends_and_reads() {
+fn generated_python_client_creates_appends_and_reads() {
     let python = match python() {
         Ok(python) => python,
         Err(why) => {
@@ -71,7 +71,7 @@ fn a_python_program_made_from_the_proto_files_creates_appends_and_reads() {
 }
 
 #[test]
-fn the_python_program_is_told_nothing_but_the_generated_code() {
+fn python_program_imports_only_the_generated_code() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/roundtrip.py");
     let text = fs::read_to_string(path).expect("the program");
     let imports: Vec<&str> =

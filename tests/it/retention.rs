@@ -1,5 +1,5 @@
-//! Retention of a log that is not uploaded: the newest data stays, the disk is given back, and neither a kill nor a restart
-//! changes what can be read.
+//! Retention of a log that is not uploaded. The newest records are kept, disk space is freed, and neither a kill nor a restart changes what
+//! can be read.
 
 use std::{path::Path, time::Duration};
 
@@ -7,7 +7,7 @@ use bytes::Bytes;
 use strandline::{
     model::Compression,
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{
             Acks, AlterTopicRequest, AppendRequest, AppendResponse, PlainRecords, Record, append_request::Payload,
             log_client::LogClient,
@@ -28,7 +28,7 @@ use crate::{
 
 const LIMIT: u64 = 300_000;
 
-/// What a segment of 64 KiB and the batch that did not fit into it may add.
+/// Bytes that a segment of 64 KiB and the batch that did not fit into that segment may add.
 const SLACK: u64 = 140_000;
 
 fn on_disk(home: &Home) -> u64 {
@@ -44,7 +44,8 @@ fn given_back(home: &Home) {
     });
 }
 
-/// Everything that can be read is the end of `text`, and as much as the limit says; the disk holds no more than that.
+/// Checks that the readable records are the end of `text` and at least as large as the limit, and that the log is complete on disk. Returns
+/// the log start.
 fn keeps_the_newest(home: &Home, text: &str) -> u64 {
     let cli = home.cli();
     let (state, read) = eventually("nothing moves", || {
@@ -82,7 +83,7 @@ fn runs(mut home: Home) {
         broker = home.start();
         assert_eq!(keeps_the_newest(&home, &text), start, "a restart changes nothing");
     }
-    // Segments are sealed, and looked at, one after the other: each lets the oldest go and no more.
+    // Segments are sealed and checked one after the other. Each check deletes the oldest segments and no more.
     let more = lines(52_000);
     home.cli().ok_with(&["produce", "t"], &more.as_bytes()[text.len()..]);
     given_back(&home);
@@ -91,18 +92,18 @@ fn runs(mut home: Home) {
 }
 
 #[test]
-fn a_topic_that_is_not_uploaded_keeps_its_limit_and_gives_the_disk_back() {
+fn topic_without_uploads_keeps_its_limit_and_frees_disk() {
     runs(Home::new());
 }
 
 #[test]
-fn a_broker_without_an_object_store_keeps_the_limit_and_gives_the_disk_back() {
+fn broker_without_object_store_keeps_limit_and_frees_disk() {
     runs(Home::new().without_object_store());
 }
 
-/// What no checkpoint knows of a segment is taken from its file: neither the restart nor the records' time counts.
+/// The age of a segment that no checkpoint describes is taken from its file. Neither the restart nor the timestamps of its records count.
 #[test]
-fn local_copy_is_as_old_as_its_file_after_a_kill() {
+fn segment_is_as_old_as_its_file_after_a_kill() {
     const DAY: Duration = Duration::from_secs(86_400);
     let mut home = Home::new();
     let broker = home.start();
@@ -126,7 +127,7 @@ fn local_copy_is_as_old_as_its_file_after_a_kill() {
     eventually("the disk is given back", || (partition(&cli, "t")["local_start"].as_u64()? >= tiered).then_some(()));
 }
 
-/// A timestamp that a clock never shows.
+/// A timestamp that no clock shows.
 const FUTURE: i64 = 1 << 62;
 
 fn build(timestamps: &[i64], codec: Compression) -> Bytes {
@@ -135,7 +136,7 @@ fn build(timestamps: &[i64], codec: Compression) -> Bytes {
     builder.finish(None).expect("a batch").to_bytes()
 }
 
-/// The batch with another largest timestamp in its header.
+/// Returns the batch with another maximum timestamp in its header.
 fn with_max(batch: Bytes, timestamp_ms: i64) -> Bytes {
     let mut batch = Vec::from(batch);
     batch[35..43].copy_from_slice(&timestamp_ms.to_be_bytes());
@@ -143,12 +144,12 @@ fn with_max(batch: Bytes, timestamp_ms: i64) -> Bytes {
     batch.into()
 }
 
-/// Appends records with these timestamps to topic `t`, as they are or in a batch.
+/// Appends records with these timestamps to topic `t`, as a list of records or as a batch.
 async fn append_at(
     log: &mut LogClient<Channel>,
     timestamps: &[i64],
     codec: Option<Compression>,
-) -> Result<AppendResponse, Fault> {
+) -> Result<AppendResponse, ApiError> {
     let payload = match codec {
         None => Payload::Records(PlainRecords {
             records: timestamps.iter().map(|ms| Record { timestamp_ms: Some(*ms), ..Record::default() }).collect(),
@@ -158,7 +159,7 @@ async fn append_at(
     append_payload(log, payload).await
 }
 
-async fn append_payload(log: &mut LogClient<Channel>, payload: Payload) -> Result<AppendResponse, Fault> {
+async fn append_payload(log: &mut LogClient<Channel>, payload: Payload) -> Result<AppendResponse, ApiError> {
     let (topic, acks) = ("t".to_owned(), Acks::All.into());
     wire::append(log, AppendRequest { topic, acks, payload: Some(payload), ..Default::default() }).await
 }
@@ -170,7 +171,7 @@ async fn alter(home: &Home, key: &str, value: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn timestamps_beyond_the_topics_limits_are_refused_in_every_form() {
+async fn timestamps_beyond_topic_limits_are_refused() {
     let mut home = Home::new();
     let _broker = tokio::task::block_in_place(|| home.start());
     wire::create_topic(home.grpc(), "t", 1, &[("message.timestamp.before.max.ms", "86400000")]).await;
@@ -184,17 +185,17 @@ async fn timestamps_beyond_the_topics_limits_are_refused_in_every_form() {
             (now - 90_000_000, "message.timestamp.before.max.ms", "86400000"),
         ] {
             let fault = append_at(&mut log, &[wrong, now], form).await.expect_err("out of bounds");
-            assert_eq!((fault.reason, fault.retryable), (Reason::InvalidTimestamp, false), "{fault:?}");
+            assert_eq!((fault.code, fault.retryable), (ErrorCode::InvalidTimestamp, false), "{fault:?}");
             let details = ["timestamp", "setting", "max"].map(|name| fault.metadata[name].clone());
             assert_eq!(details, [wrong.to_string(), setting.to_owned(), limit.to_owned()], "{form:?}");
             assert!(details.iter().all(|detail| fault.message.contains(detail)), "{fault}");
         }
     }
-    // A header that hides what the first record says.
+    // A header that hides the timestamp of the first record.
     for codec in [Compression::None, Compression::Gzip] {
         let batch = with_max(build(&[FUTURE], codec), now);
         let fault = append_payload(&mut log, Payload::Batch(batch)).await.expect_err("out of bounds");
-        assert_eq!(fault.reason, Reason::InvalidTimestamp);
+        assert_eq!(fault.code, ErrorCode::InvalidTimestamp);
     }
     assert_eq!(wire::latest(&mut log, "t", 0).await.expect("known"), 0, "nothing was stored");
 
@@ -212,9 +213,9 @@ async fn timestamps_beyond_the_topics_limits_are_refused_in_every_form() {
     append_at(&mut log, &[FUTURE], None).await.expect("the broker sets the timestamp");
 }
 
-/// Of a compressed batch that is stored as it came only the header counts; one that is opened anyway is checked whole.
+/// Only the header of a compressed batch that is stored unchanged is checked. A batch that is decompressed anyway is checked completely.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn compressed_batch_cannot_move_the_partitions_time_past_the_limit() {
+async fn compressed_batch_cannot_exceed_the_timestamp_limit() {
     let mut home = Home::new();
     let _broker = tokio::task::block_in_place(|| home.start());
     wire::create_topic(home.grpc(), "t", 1, &[]).await;
@@ -228,20 +229,20 @@ async fn compressed_batch_cannot_move_the_partitions_time_past_the_limit() {
     assert_eq!(found["max_timestamp"], now, "{found}");
     alter(&home, "compression.type", "zstd").await;
     let fault = append_payload(&mut log, Payload::Batch(batch)).await.expect_err("the broker opens it");
-    assert_eq!(fault.reason, Reason::InvalidTimestamp);
+    assert_eq!(fault.code, ErrorCode::InvalidTimestamp);
     assert_eq!(fault.metadata["timestamp"], FUTURE.to_string());
 }
 
-/// An upload that was begun before a limit was passed was tried again and again, and the partition was not looked at meanwhile. Where the
-/// bucket held something, the log start waited for the manifest.
+/// Regression: an upload that started before a limit was exceeded was retried again and again, and the partition was not checked meanwhile.
+/// If the object store held segments, the log start waited for the manifest.
 #[test]
-fn bucket_that_is_away_keeps_nothing_that_nobody_may_read() {
+fn retention_continues_during_an_object_store_outage() {
     retention_goes_on_without_the_bucket(false);
 }
 
-/// The broker did not know which segments the bucket had, and deleted nothing until the bucket was back.
+/// Regression: the broker could not determine which segments the object store had, and deleted nothing until the object store returned.
 #[test]
-fn bucket_that_is_away_at_a_start_keeps_nothing_that_nobody_may_read() {
+fn retention_continues_after_a_start_during_an_outage() {
     retention_goes_on_without_the_bucket(true);
 }
 
@@ -280,15 +281,15 @@ fn retention_goes_on_without_the_bucket(after_a_start: bool) {
     drop(broker);
 }
 
-/// One record of the far future kept itself and all that followed, on the disk and in the bucket.
+/// Regression: one record of the far future kept itself and all later records, on disk and in the object store.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn record_from_the_future_does_not_stop_retention() {
+async fn future_timestamp_does_not_stop_retention() {
     records_from_the_future_expire(|_, _| {}).await;
 }
 
-/// The segment's object tells when it was made where the manifest does not.
+/// The segment object provides the creation time if the manifest has none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn record_from_the_future_expires_by_the_time_of_its_object_alone() {
+async fn future_record_expires_by_creation_time_of_its_object() {
     records_from_the_future_expire(|home, broker| {
         assert!(broker.take().expect("it runs").terminate().success());
         let manifests = files(&home.bucket(), "")
@@ -301,7 +302,8 @@ async fn record_from_the_future_expires_by_the_time_of_its_object_alone() {
     .await;
 }
 
-/// Sets `created at` to 0 in the lines of segments with these largest timestamps, which stand before it; how many there are.
+/// Sets the creation time to 0 in the manifest entries of segments with these maximum timestamps, which precede that field. Returns the
+/// number of these entries.
 fn forget_creation(manifest: &Path, largest: &[i64]) -> usize {
     let mut bytes = std::fs::read(manifest).expect("the manifest");
     let mut forgotten = 0;
@@ -320,8 +322,8 @@ fn forget_creation(manifest: &Path, largest: &[i64]) -> usize {
     forgotten
 }
 
-/// Stores records of the far future around one of now and has them expire from the disk. Then `meanwhile` happens, and they expire from
-/// the bucket.
+/// Stores records of the far future around a current one, and waits until the records expire from disk. Then calls `meanwhile`, and waits
+/// until the records expire from the object store.
 async fn records_from_the_future_expire(meanwhile: impl FnOnce(&mut Home, &mut Option<Broker>)) {
     let mut home = Home::new();
     let mut broker = Some(tokio::task::block_in_place(|| home.start()));
@@ -348,7 +350,7 @@ async fn records_from_the_future_expire(meanwhile: impl FnOnce(&mut Home, &mut O
     alter(&home, "local.retention.ms", "1").await;
     settled(&cli, "local_start");
     assert_eq!(partition(&cli, "t")["log_start"], 0);
-    // The bucket alone has them now.
+    // Only the object store has the records now.
     tokio::task::block_in_place(|| meanwhile(&mut home, &mut broker));
     alter(&home, "retention.ms", "1").await;
     settled(&home.cli(), "log_start");

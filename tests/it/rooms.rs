@@ -1,6 +1,6 @@
-//! The architecture, held: which room may import which, and who may know the outside world.
+//! Tests of the architecture: which room may import which, and which files may use external interfaces.
 //!
-//! `docs/architecture.md` says why. The rules here are that page's; a new room needs a place in [`ROOMS`] first.
+//! `docs/architecture.md` has the reasons and the same rules. A new room needs an entry in [`ROOMS`] first.
 
 use std::{
     fs,
@@ -10,7 +10,7 @@ use std::{
 
 use crate::source::{self, paths, strip};
 
-/// The rooms, each allowed to import only from those before it.
+/// The rooms in import order. Each room may import only earlier rooms.
 const ROOMS: &[&str] = &[
     "model",
     "limits",
@@ -31,15 +31,12 @@ const ROOMS: &[&str] = &[
     "main",
 ];
 
-/// Longest file, in lines.
-const MAX_LINES: usize = 600;
-
-/// Something that only some files may know.
+/// An interface that only some files may use.
 struct Knowledge {
     what: &'static str,
-    /// Paths that betray it.
+    /// Paths that show the use of the interface.
     paths: &'static [&'static str],
-    /// Files and folders that may.
+    /// Files and folders that may use the interface.
     allowed: &'static [&'static str],
 }
 
@@ -64,7 +61,7 @@ const KNOWLEDGE: &[Knowledge] = &[
     Knowledge {
         what: "an order of iteration that no two runs share (a BTreeMap has one of its own)",
         paths: &["std::collections::HashMap", "std::collections::HashSet"],
-        // What the generated types are made of; and a search that holds millions of states and never walks over them.
+        // The generated types need hash maps. The search of the model check holds millions of states and never iterates over them.
         allowed: &["proto", "broker/admin", "broker/describe", "partition/check"],
     },
     Knowledge { what: "command-line arguments", paths: &["clap"], allowed: &["config", "cli", "main"] },
@@ -89,7 +86,7 @@ const IMPURE: &[&str] =
 
 /// A file as the rules see it.
 struct File {
-    /// Below `src/`, with `/`.
+    /// Path below `src/`, with `/`.
     name: String,
     text: String,
 }
@@ -100,7 +97,7 @@ impl File {
         first.trim_end_matches(".rs")
     }
 
-    /// Segments of its module path: one for a room's own file.
+    /// Returns the number of segments of the module path: one for a room's own file.
     fn depth(&self) -> usize {
         let path = self.name.trim_end_matches(".rs").trim_end_matches("/mod");
         path.split('/').count()
@@ -116,7 +113,7 @@ impl File {
     }
 }
 
-/// Everything in `files` that breaks a rule, in words.
+/// Returns every rule violation in `files`, as text.
 fn violations(files: &[File]) -> Vec<String> {
     let mut found = Vec::new();
     for file in files {
@@ -140,10 +137,6 @@ fn shape(file: &File, found: &mut Vec<String>) {
     if !file.text.starts_with("//!") {
         found.push(format!("{}: opens without `//!`: say what the file owns and what it never does", file.name));
     }
-    let lines = file.text.lines().count();
-    if lines > MAX_LINES {
-        found.push(format!("{}: {lines} lines; {MAX_LINES} is the end, split where a noun appears", file.name));
-    }
 }
 
 fn order(file: &File, place: usize, found: &mut Vec<String>) {
@@ -151,7 +144,7 @@ fn order(file: &File, place: usize, found: &mut Vec<String>) {
         let supers = path.segments.iter().take_while(|segment| *segment == "super").count();
         let root = match path.segments[0].as_str() {
             "crate" => 1,
-            // In the main file the library goes by its name.
+            // In the main file, the library has its crate name.
             "strandline" if file.room() == "main" => 1,
             "super" if supers >= file.depth() => supers,
             _ => continue,
@@ -172,7 +165,7 @@ fn order(file: &File, place: usize, found: &mut Vec<String>) {
 fn knowledge(file: &File, found: &mut Vec<String>) {
     let paths = paths(&source::without_tests(&strip(&file.text)));
     for rule in KNOWLEDGE.iter().filter(|rule| !file.is_in(rule.allowed)) {
-        // One word alone is a name of something, such as the setting `object_store`; a crate is known by a path into it.
+        // A single word is only a name, such as the setting `object_store`. A use of a crate is a path into the crate.
         let into = paths.iter().filter(|path| path.segments.len() > 1);
         for path in into.filter(|path| rule.paths.iter().any(|prefix| path.begins(prefix))) {
             let written = path.segments.join("::");
@@ -194,7 +187,7 @@ fn knowledge(file: &File, found: &mut Vec<String>) {
     }
 }
 
-/// Whether the library names its rooms in their order.
+/// Returns the first pair of rooms that the library lists out of order.
 fn listed_out_of_order(lib: &str) -> Option<String> {
     let stripped = strip(lib);
     let places: Vec<(usize, String)> = stripped
@@ -226,7 +219,7 @@ fn sources() -> Vec<File> {
 }
 
 #[test]
-fn every_room_keeps_to_its_place() {
+fn every_room_follows_the_import_order() {
     let files = sources();
     assert!(files.len() > 10, "the sources were found");
     let mut found = violations(&files);
@@ -241,9 +234,9 @@ fn every_room_keeps_to_its_place() {
     assert!(found.is_empty(), "\n{}\n", found.join("\n"));
 }
 
-/// The map that people read has the rooms that exist, in their order.
+/// The documented map has the existing rooms, in their order.
 #[test]
-fn the_map_of_the_rooms_is_the_order_of_the_rooms() {
+fn documented_map_of_rooms_matches_the_import_order() {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/architecture.md");
     let page = fs::read_to_string(page).expect("the page");
     let rooms = page.split("## The rooms").nth(1).expect("the map").split("\n## ").next().expect("the map");
@@ -255,13 +248,13 @@ fn the_map_of_the_rooms_is_the_order_of_the_rooms() {
     }
 }
 
-/// What is found in one planted file.
+/// Returns the violations in one planted file.
 fn planted(name: &str, code: &str) -> Vec<String> {
     violations(&[File { name: name.to_owned(), text: format!("//! Planted.\n{code}\n") }])
 }
 
 #[test]
-fn a_look_to_the_right_is_found_however_it_is_written() {
+fn import_of_a_later_room_is_found_in_every_form() {
     for code in [
         "use crate::broker::Node;",
         "use crate::{limits, model::{Offset}, broker::Node};",
@@ -279,7 +272,7 @@ fn a_look_to_the_right_is_found_however_it_is_written() {
 }
 
 #[test]
-fn what_is_allowed_is_not_found() {
+fn allowed_imports_are_not_reported() {
     for (name, code) in [
         ("log/segment.rs", "use crate::{limits, record::Batch, log::disk};\nuse super::index::Index;"),
         ("log/disk/real.rs", "use std::fs::File;"),
@@ -296,7 +289,7 @@ fn what_is_allowed_is_not_found() {
 }
 
 #[test]
-fn knowledge_in_the_wrong_place_is_found() {
+fn restricted_import_is_found() {
     for (name, code, what) in [
         ("log/segment.rs", "use std::{fs, io};", "the file system"),
         ("log/diskette.rs", "use std::fs;", "the file system"),
@@ -321,10 +314,9 @@ fn knowledge_in_the_wrong_place_is_found() {
 }
 
 #[test]
-fn a_file_without_its_opening_or_without_an_end_is_found() {
+fn file_without_module_doc_is_found() {
     let bare = [File { name: "log/mod.rs".to_owned(), text: "fn f() {}\n".to_owned() }];
     assert!(violations(&bare)[0].contains("opens without"));
-    assert!(planted("log/mod.rs", &"\n".repeat(MAX_LINES))[0].contains("lines"));
     assert!(planted("utils.rs", "")[0].contains("no room has this name"));
     assert_eq!(
         listed_out_of_order("pub mod model;\n\npub mod log;\npub mod record;"),
@@ -333,9 +325,9 @@ fn a_file_without_its_opening_or_without_an_end_is_found() {
     assert_eq!(listed_out_of_order("pub mod model;\n#[cfg(feature = \"server\")]\npub mod log;"), None);
 }
 
-/// Whoever embeds the client must not compile a server. The list is what the `server` and `aws-sdk` features add.
+/// A program that embeds the client must not compile a server. The list is what the `server` and `aws-sdk` features add.
 #[test]
-fn the_client_alone_has_none_of_the_servers_crates() {
+fn client_without_server_has_no_server_crates() {
     let root = env!("CARGO_MANIFEST_DIR");
     let manifest = fs::read_to_string(Path::new(root).join("Cargo.toml")).expect("the manifest");
     let manifest: toml::Table = manifest.parse().expect("the manifest is TOML");
@@ -345,21 +337,21 @@ fn the_client_alone_has_none_of_the_servers_crates() {
         .filter_map(|entry| entry.as_str()?.strip_prefix("dep:").map(str::to_owned))
         .collect();
     assert!(added.len() > 10, "the features were read: {added:?}");
-    // By name and version: a crate of the same name that tonic brings is not ours.
+    // By name and version: tonic may add a crate of the same name, which does not count.
     let direct = tree(&["--all-features", "--depth", "1"]);
     let servers: Vec<&String> =
         direct.iter().filter(|line| added.iter().any(|name| line.starts_with(&format!("{name} ")))).collect();
     assert!(servers.len() > 10, "the server's crates were found: {servers:?}");
     let client = tree(&["--no-default-features"]);
     assert!(client.iter().any(|line| line.starts_with("tonic ")), "the client's tree was read: {client:?}");
-    // The client has these under tonic's channel.
+    // The client has these crates through tonic's channel.
     let of_tonic =
         |line: &str| ["hyper ", "hyper-util ", "slab ", "smallvec "].iter().any(|name| line.starts_with(name));
     let unwanted: Vec<&&String> = servers.iter().filter(|line| client.contains(line) && !of_tonic(line)).collect();
     assert!(unwanted.is_empty(), "the client alone depends on {unwanted:?}");
 }
 
-/// The packages that end up in the library, as `name vX.Y.Z`; what only runs inside the compiler does not count.
+/// Returns the packages of the library, as `name vX.Y.Z`. Packages that only run inside the compiler do not count.
 fn tree(features: &[&str]) -> Vec<String> {
     let output = Command::new(env!("CARGO"))
         .args([

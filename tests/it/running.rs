@@ -1,4 +1,4 @@
-//! Commands of the command line that run while a test goes on.
+//! Commands that run while a test continues.
 
 use std::{
     io::{Read, Write as _},
@@ -12,7 +12,7 @@ use strandline::task;
 
 use crate::{broker::Cli, test_timeout::eventually};
 
-/// A command that runs while the test goes on. Dropping it kills it.
+/// A command that runs while the test continues. Dropping the value kills the process.
 pub(crate) struct Running {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -38,13 +38,13 @@ impl Running {
         self.stdin.as_mut().expect("open").write_all(bytes).expect("it reads");
     }
 
-    /// Waits until it has said so.
+    /// Waits until the stream contains these words.
     pub(crate) fn says(&self, stream: &Mutex<String>, words: &str) {
         let said = || stream.lock().expect("whole").clone();
         eventually(&format!("it says {words:?}"), || said().contains(words).then_some(()));
     }
 
-    /// Sends a signal, and waits for its end: exit code and what it printed.
+    /// Sends a signal and waits for the exit. Returns the exit code and the standard output.
     pub(crate) fn stop(mut self, signal: Signal) -> (Option<i32>, String) {
         rustix::process::kill_process(Pid::from_child(&self.child), signal).expect("the process can be signalled");
         let status = self.child.wait().expect("it ends");

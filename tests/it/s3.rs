@@ -1,7 +1,7 @@
-//! A real S3 server over HTTP for the tests, with faults on demand, and the tier's tests against it.
+//! A real S3 server over HTTP for the tests, with faults on demand, and the tests of `tier` against this server.
 //!
-//! The server is `s3s-fs` on a loopback port, on a thread of its own, so that a test that blocks does not stop it. Between
-//! the socket and the service stands [`Faults`].
+//! The server is `s3s-fs` on a loopback port, on a thread of its own, so that a blocked test does not stop the server. [`Faults`] is
+//! between the socket and the service.
 
 mod faults;
 mod fs;
@@ -31,14 +31,14 @@ use tokio::{net::TcpListener, sync::Mutex};
 
 pub(crate) use faults::{Fault, Faults, Op};
 
-/// The bucket that every server starts with.
+/// Bucket that every server starts with.
 pub(crate) const BUCKET: &str = "strandline";
-/// What `AWS_ACCESS_KEY_ID` must be.
+/// Value of `AWS_ACCESS_KEY_ID`.
 pub(crate) const ACCESS_KEY: &str = "AKTEST";
-/// What `AWS_SECRET_ACCESS_KEY` must be.
+/// Value of `AWS_SECRET_ACCESS_KEY`.
 pub(crate) const SECRET_KEY: &str = "secret-of-the-test";
 
-/// A running server. It ends, with all that it holds, when this is dropped.
+/// A running server. Dropping the value stops the server and deletes its data.
 pub(crate) struct S3 {
     address: SocketAddr,
     folder: tempfile::TempDir,
@@ -48,7 +48,7 @@ pub(crate) struct S3 {
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
-/// One service for all connections, and locks that make its conditional puts atomic, which they are not by themselves.
+/// One service for all connections, with locks that make its conditional puts atomic. Without the locks they are not atomic.
 struct Shared {
     service: S3Service,
     stripes: [Mutex<()>; 64],
@@ -61,12 +61,12 @@ impl S3 {
         Self::begin()
     }
 
-    /// The same, outside of a runtime.
+    /// Starts a server as [`S3::start`] does, outside of a runtime.
     pub(crate) fn begin() -> Self {
         Self::at(Ipv4Addr::LOCALHOST)
     }
 
-    /// The same at an address of this machine.
+    /// Starts a server as [`S3::start`] does, at an address of this machine.
     pub(crate) fn at(ip: Ipv4Addr) -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join(BUCKET)).unwrap();
@@ -92,42 +92,42 @@ impl S3 {
         Self { address, folder, faults, uploads, tasks, thread: Some(thread) }
     }
 
-    /// Its URL: `http://ADDRESS:PORT`.
+    /// Returns the URL of the server: `http://ADDRESS:PORT`.
     pub(crate) fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// What goes wrong from now on.
+    /// Returns the faults of the server.
     pub(crate) fn faults(&self) -> &Faults {
         &self.faults
     }
 
-    /// The keys of the multipart uploads that have no end yet.
+    /// Returns the keys of the multipart uploads that have not ended.
     pub(crate) fn open_uploads(&self) -> Vec<String> {
         self.uploads.keys()
     }
 
-    /// Makes those uploads so much older.
+    /// Makes the multipart uploads that have not ended older by this time.
     pub(crate) fn age_uploads(&self, by: Duration) {
         self.uploads.age(by);
     }
 
-    /// The environment that gives a process access.
+    /// Returns the environment variables that give a process access.
     pub(crate) fn environment(&self) -> [(&'static str, &'static str); 2] {
         [("AWS_ACCESS_KEY_ID", ACCESS_KEY), ("AWS_SECRET_ACCESS_KEY", SECRET_KEY)]
     }
 
-    /// The folder that [`BUCKET`]'s objects are files in.
+    /// Returns the folder whose files are the objects of [`BUCKET`].
     pub(crate) fn bucket(&self) -> std::path::PathBuf {
         self.folder.path().join(BUCKET)
     }
 
-    /// Makes another bucket.
+    /// Creates another bucket.
     pub(crate) fn create_bucket(&self, name: &str) {
         std::fs::create_dir(self.folder.path().join(name)).unwrap();
     }
 
-    /// Options for a prefix in [`BUCKET`], impatient enough for tests.
+    /// Returns options for a prefix in [`BUCKET`], with timeouts short enough for tests.
     pub(crate) fn options(&self, prefix: &str) -> StoreOptions {
         StoreOptions {
             endpoint: Some(self.endpoint()),
@@ -145,7 +145,7 @@ impl Drop for S3 {
     fn drop(&mut self) {
         self.tasks.cancel();
         if let Some(thread) = self.thread.take() {
-            // A panic of the server has been printed; the test that it broke says the rest.
+            // A panic of the server was printed already. The failed test shows the rest.
             let _panicked = thread.join();
         }
     }
@@ -165,13 +165,13 @@ async fn serve(listener: std::net::TcpListener, shared: Arc<Shared>, tasks: Task
         let shared = Arc::clone(&shared);
         tasks.spawn("s3 connection", async move {
             let service = service_fn(|request| answer(Arc::clone(&shared), request));
-            // A connection that breaks is what the faults do, and what clients do.
+            // Faults and clients both break connections.
             let _broken = http1::Builder::new().serve_connection(TokioIo::new(socket), service).await;
         });
     }
 }
 
-/// The connection is closed without an answer.
+/// The connection is closed without a response.
 #[derive(Debug, thiserror::Error)]
 #[error("cut")]
 struct Cut;
@@ -224,7 +224,7 @@ async fn reshape(response: Answer, change: impl Fn(bytes::Bytes) -> bytes::Bytes
     Ok(hyper::Response::from_parts(head, Body::from(change(whole))))
 }
 
-/// One bit in the middle is another.
+/// Flips one bit in the middle.
 fn flip(content: bytes::Bytes) -> bytes::Bytes {
     let mut content = content.to_vec();
     if let Some(byte) = (content.len() / 2 < content.len()).then_some(content.len() / 2) {

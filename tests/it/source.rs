@@ -1,26 +1,25 @@
-//! Reads Rust source as the architecture test needs it: no comments, no literals, and every path written out.
+//! Reads Rust source for the architecture test: without comments and literals, and with every path written out.
 //!
-//! Not a parser. It knows enough of the grammar to tell `crate::log` in code from the same letters in a comment or a
-//! string, and to spell out a tree of imports.
+//! This is not a parser. The module handles enough of the grammar to distinguish `crate::log` in code from the same text in a comment or
+//! string. The module also expands trees of imports.
 
-/// A path as the code writes it, `std::fs::File` for instance, with the line where it begins.
+/// A path in the code, such as `std::fs::File`, with the line where the path starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Path {
-    /// Its line, from 1.
+    /// Line number, from 1.
     pub(crate) line: usize,
-    /// Its segments.
     pub(crate) segments: Vec<String>,
 }
 
 impl Path {
-    /// Whether the path begins with these segments, given as `a::b`.
+    /// Returns true if the path starts with these segments, given as `a::b`.
     pub(crate) fn begins(&self, prefix: &str) -> bool {
         let mut segments = self.segments.iter();
         prefix.split("::").all(|wanted| segments.next().is_some_and(|segment| segment == wanted))
     }
 }
 
-/// The source with comments and literals blanked, line for line.
+/// Returns the source with comments and literals blanked, line for line.
 pub(crate) fn strip(source: &str) -> String {
     let chars: Vec<char> = source.chars().collect();
     let mut out = String::with_capacity(source.len());
@@ -39,7 +38,7 @@ pub(crate) fn strip(source: &str) -> String {
     out
 }
 
-/// Where the comment or literal that begins at `at` ends; `at` itself when none begins there.
+/// Returns the end of the comment or literal that starts at `at`, or `at` if none starts there.
 fn literal_end(chars: &[char], at: usize) -> usize {
     let next = |n: usize| chars.get(at + n).copied().unwrap_or('\0');
     let after_word = at > 0 && is_word(chars[at - 1]);
@@ -100,7 +99,7 @@ fn raw_string_end(chars: &[char], start: usize, hashes: usize) -> usize {
         .map_or(chars.len(), |at| at + 1 + hashes)
 }
 
-/// The end of a character literal; `None` for a lifetime.
+/// Returns the end of a character literal; `None` for a lifetime.
 fn char_end(chars: &[char], quote: usize) -> Option<usize> {
     if chars.get(quote + 1) == Some(&'\\') {
         let close = chars.iter().skip(quote + 3).position(|c| *c == '\'')?;
@@ -147,7 +146,7 @@ fn tokens(stripped: &str) -> Vec<(usize, Token)> {
     out
 }
 
-/// Every path of stripped source: those of imports spelled out, and those in the code. Single words count too.
+/// Returns every path of stripped source: expanded imports, and paths in the code. Single words count too.
 pub(crate) fn paths(stripped: &str) -> Vec<Path> {
     let tokens = tokens(stripped);
     let (mut out, mut at) = (Vec::new(), 0);
@@ -164,7 +163,7 @@ pub(crate) fn paths(stripped: &str) -> Vec<Path> {
     out
 }
 
-/// One path of code.
+/// Adds one path of the code to `out`. Returns the index of the next token.
 fn plain(tokens: &[(usize, Token)], start: usize, out: &mut Vec<Path>) -> usize {
     let (mut segments, mut at) = (Vec::new(), start);
     while let Some((_, Token::Word(word))) = tokens.get(at) {
@@ -181,7 +180,7 @@ fn plain(tokens: &[(usize, Token)], start: usize, out: &mut Vec<Path>) -> usize 
     at
 }
 
-/// One tree of imports, up to the comma, brace or semicolon that ends it.
+/// Adds one tree of imports to `out`, up to the comma, brace or semicolon that ends the tree. Returns the index of the next token.
 fn import(tokens: &[(usize, Token)], start: usize, prefix: &[String], out: &mut Vec<Path>) -> usize {
     let (mut segments, mut at) = (prefix.to_vec(), start);
     let line = tokens.get(start).map_or(0, |(line, _)| *line);
@@ -216,7 +215,7 @@ fn group(tokens: &[(usize, Token)], start: usize, prefix: &[String], out: &mut V
     }
 }
 
-/// Stripped source without its `#[cfg(test)]` modules, line for line.
+/// Returns stripped source without its `#[cfg(test)]` items, line for line.
 pub(crate) fn without_tests(stripped: &str) -> String {
     const GATE: &str = "#[cfg(test)]";
     let mut out = String::with_capacity(stripped.len());
@@ -232,7 +231,7 @@ pub(crate) fn without_tests(stripped: &str) -> String {
     out
 }
 
-/// Where the item at the front ends: at its semicolon, or at the brace that closes its first one.
+/// Returns the end of the first item: its semicolon, or the brace that closes its first brace.
 fn item_end(item: &str) -> usize {
     let mut depth = 0;
     for (at, c) in item.char_indices() {
@@ -259,7 +258,7 @@ fn comments_and_literals_are_blanked_line_for_line() {
 }
 
 #[test]
-fn imports_are_spelled_out() {
+fn imports_are_expanded() {
     let found: Vec<String> =
         paths("use crate::{limits, model::{self, Offset as O}, log::*};\nfn f() { std::fs::read(x) }")
             .into_iter()
@@ -281,13 +280,13 @@ fn imports_are_spelled_out() {
 }
 
 #[test]
-fn a_captured_lifetime_is_no_import() {
+fn captured_lifetime_is_not_an_import() {
     let found = paths("fn f<'a>() -> impl Sized + use<'a> { crate::log::x }");
     assert!(found.iter().any(|path| path.begins("crate::log")), "{found:?}");
 }
 
 #[test]
-fn test_modules_are_left_out() {
+fn test_modules_are_removed() {
     let source = "fn a() {}\n#[cfg(test)]\nmod tests { fn b() { if x { y } } }\n#[cfg(test)] mod more;\nfn c() {}";
     let left = without_tests(source);
     assert!(

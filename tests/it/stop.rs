@@ -1,24 +1,24 @@
-//! Stops that something stands in the way of, and one that nobody asked for.
+//! Stops of a broker despite an obstacle, and an exit without a stop request.
 
 use std::{fs, time::Duration};
 
 use bytes::Bytes;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use strandline::{
-    proto::fault::Reason,
+    proto::error::ErrorCode,
     task::{Tasks, clock},
 };
 
 use crate::{broker::Home, s3::S3, test_timeout::eventually, wire};
 
-/// So little that it goes to the journal, and nothing that a codec makes smaller.
+/// Returns a payload that is small enough for the journal, and that no codec can compress.
 fn payload(number: u64) -> Bytes {
     let mut bytes = vec![0; 100_000];
     StdRng::seed_from_u64(number).fill_bytes(&mut bytes);
     bytes.into()
 }
 
-/// Waits until nothing was written to the journal for a second, in which the checkpoint was tried several times.
+/// Waits until nothing was written to the journal for a second. The checkpoint is tried several times in that second.
 fn full(home: &Home) -> f64 {
     let (mut written, mut since) = (0.0, clock::monotonic());
     eventually("the journal is full", || {
@@ -30,14 +30,14 @@ fn full(home: &Home) -> f64 {
     })
 }
 
-/// Writers wait for the journal, and it waits until a checkpoint can be written. A broker whose disk keeps it from that was asked to stop,
-/// and had to be killed.
+/// Writers wait for the journal, and the journal waits until a checkpoint can be written. Regression: a broker whose disk prevented the
+/// checkpoint did not stop, and had to be killed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_broker_that_cannot_write_its_checkpoint_stops_all_the_same() {
+async fn broker_that_cannot_write_its_checkpoint_stops() {
     let mut home = Home::new().setting("log.journal_bytes", 16 << 20);
     let broker = tokio::task::block_in_place(|| home.start());
     wire::create_topic(home.grpc(), "t", 1, &[("remote.storage.enable", "false")]).await;
-    // A folder where the checkpoint is written before it gets its name.
+    // A folder at the path to which the checkpoint is written before its rename.
     let in_the_way = home.data_dir().join("checkpoint.tmp");
     fs::create_dir(&in_the_way).expect("a folder");
     let log = wire::log(home.grpc());
@@ -54,7 +54,7 @@ async fn a_broker_that_cannot_write_its_checkpoint_stops_all_the_same() {
         }
     });
     let bytes = tokio::task::block_in_place(|| full(&home));
-    // More come all the time: the log always holds what its segment was not synced with yet.
+    // More appends arrive all the time, so the log always holds records that its segment is not synced with yet.
     let (many, under_way) = tokio::sync::oneshot::channel();
     let others = tasks.spawn("others", async move {
         let each = Tasks::new();
@@ -78,7 +78,7 @@ async fn a_broker_that_cannot_write_its_checkpoint_stops_all_the_same() {
     assert_eq!(home.log().matches("the checkpoint cannot be written").count(), 1, "{}", home.log());
     assert!(home.log().contains("the journal could not be written: "), "{}", home.log());
     let (taken, fault) = one_after_the_other.await.expect("it ends");
-    assert!(matches!(fault.reason, Reason::StorageFailed | Reason::NotReady), "{fault:?}");
+    assert!(matches!(fault.code, ErrorCode::StorageFailed | ErrorCode::NotReady), "{fault:?}");
 
     fs::remove_dir(&in_the_way).expect("it was left alone");
     let _broker = tokio::task::block_in_place(|| home.start());
@@ -89,18 +89,18 @@ async fn a_broker_that_cannot_write_its_checkpoint_stops_all_the_same() {
     assert!((0..).zip(records).all(|(number, record)| record.value == Some(payload(number))));
 }
 
-/// It asked the bucket on and on whose it is, and could only be killed.
+/// Regression: the broker requested the owner of the object store again and again, and could only be killed.
 #[test]
-fn a_broker_whose_bucket_never_answered_stops() {
+fn broker_whose_object_store_never_responded_stops() {
     let server = S3::begin();
     server.faults().set_down(true);
     let mut home = Home::new().object_store(&server);
     assert!(home.start().terminate().success(), "{}", home.log());
 }
 
-/// The bucket says whose it is only when it answers, and a start does not wait for that.
+/// The object store names its owner only in a response, and a start does not wait for that.
 #[test]
-fn a_broker_that_started_without_its_bucket_ends_when_that_turns_out_to_be_another_clusters() {
+fn broker_exits_if_object_store_is_of_another_cluster() {
     let server = S3::begin();
     let mut owner = Home::new().object_store(&server);
     assert!(owner.start().terminate().success(), "{}", owner.log());

@@ -1,4 +1,4 @@
-//! What fetch streams in large numbers cost those who append. `make streams` runs this on a release build; it takes some minutes.
+//! Cost of many fetch streams for appends. `make streams` runs this test on a release build, which takes some minutes.
 
 use std::time::Duration;
 
@@ -12,10 +12,10 @@ use tonic::{Streaming, transport::Channel};
 
 use crate::{broker::Home, wire};
 
-/// Streams on one connection.
+/// Number of streams on one connection.
 const PER_CONNECTION: usize = 100;
 
-/// Acknowledgements from one partition, one after the other, with so many between them.
+/// Appends to one partition, one record after the other, with a pause before each. Returns the 99th percentile of the acknowledgement time.
 async fn p99(log: &mut LogClient<Channel>, appends: usize, pause: Duration) -> Duration {
     let mut took = Vec::new();
     for _ in 0..appends {
@@ -28,7 +28,8 @@ async fn p99(log: &mut LogClient<Channel>, appends: usize, pause: Duration) -> D
     took[took.len() * 99 / 100]
 }
 
-/// Appends until no stream gets another response, so that what follows measures streams that take nothing; the number of appends.
+/// Appends until no stream gets another response, so that later measurements have only streams that take nothing. Returns the number of
+/// appends.
 async fn fill_windows(home: &Home, log: &mut LogClient<Channel>) -> usize {
     let responses = || tokio::task::block_in_place(|| home.metric("strandline_fetch_requests_total"));
     let (begin, mut appends, mut made) = (clock::monotonic(), 0, responses());
@@ -44,7 +45,7 @@ async fn fill_windows(home: &Home, log: &mut LogClient<Channel>) -> usize {
     }
 }
 
-/// Opens so many streams on partition 0 at its end.
+/// Opens this number of streams on partition 0, from `offset`.
 async fn open(home: &Home, count: usize, offset: i64) -> Vec<Streaming<v1::FetchResponse>> {
     let mut opened = Vec::new();
     for _ in 0..count.div_ceil(PER_CONNECTION) {

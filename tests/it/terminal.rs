@@ -10,7 +10,8 @@ use crate::{
     skipped::skipped,
 };
 
-/// Runs a command at a terminal where somebody types this: whether it succeeded, and what was shown. `None` where there is no `script`.
+/// Runs a command at a terminal with this typed input. Returns true if the command succeeded, and the terminal output. Returns `None` if
+/// there is no `script`.
 fn run_at_terminal(home: &Home, cli: &Cli, arguments: &str, typed: &str) -> Option<(bool, String)> {
     let program = cli.command(&[]).get_program().to_owned();
     let mut command = Command::new("script");
@@ -24,7 +25,7 @@ fn run_at_terminal(home: &Home, cli: &Cli, arguments: &str, typed: &str) -> Opti
 }
 
 #[test]
-fn a_deletion_asks_for_the_name_at_a_terminal() {
+fn topic_deletion_asks_for_the_name_at_a_terminal() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -39,9 +40,9 @@ fn a_deletion_asks_for_the_name_at_a_terminal() {
     assert!(done && said.contains("deleted topic orders"), "{said}");
 }
 
-/// A record cleared the screen of its reader.
+/// Regression: a record cleared the screen of its reader.
 #[test]
-fn records_are_shown_with_escapes_at_a_terminal_and_as_they_are_elsewhere() {
+fn records_are_printed_with_escapes_only_at_a_terminal() {
     const RECORD: &str = "a\x1b[2Jb\u{202e}c\n";
     let mut home = Home::new();
     let _broker = home.start();

@@ -1,18 +1,18 @@
-//! Batches that nobody can decode: refused at the append as far as their beginning tells, and where one is stored all the same, consumers
-//! stop there, or skip it where their user said so.
+//! Batches that cannot be decoded. An append refuses them as far as their beginning shows the corruption. Consumers stop at a stored one,
+//! or skip that batch if the user chose to.
 
 use std::io::Write as _;
 
 use flate2::{Compression, write::GzEncoder};
 use rustix::process::Signal;
 use strandline::proto::{
-    fault::{Fault, Reason},
+    error::{ApiError, ErrorCode},
     v1,
 };
 
 use crate::{broker::Home, running::Running, wire};
 
-/// The attributes of a batch of gzip records.
+/// Attributes of a batch with gzip records.
 const GZIP: i16 = 1;
 
 fn gzip(plain: &[u8]) -> Vec<u8> {
@@ -21,19 +21,19 @@ fn gzip(plain: &[u8]) -> Vec<u8> {
     encoder.finish().expect("memory can be written")
 }
 
-/// Framed records as a batch holds them: so many, the last one broken where that is asked for.
+/// Returns the records section of a batch with `count` records. The last record is corrupt if `breaks_last` is true.
 fn framed(count: usize, breaks_last: bool) -> Vec<u8> {
     let values = vec![&b"0123456789abcdef"[..]; count];
     let mut records = wire::batch(&values)[61..].to_vec();
     if breaks_last {
-        // The last record's header count.
+        // The header count of the last record.
         *records.last_mut().expect("records") = 0x55;
     }
     records
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn batches_whose_beginning_cannot_be_decoded_are_refused_and_nothing_is_stored() {
+async fn batches_with_an_undecodable_beginning_are_refused() {
     let mut home = Home::new();
     let _broker = tokio::task::block_in_place(|| home.start());
     wire::create_topic(home.grpc(), "orders", 1, &[]).await;
@@ -46,7 +46,7 @@ async fn batches_whose_beginning_cannot_be_decoded_are_refused_and_nothing_is_st
     ] {
         let refused = wire::append(&mut log, wire::append_batch("orders", 0, wire::frame(&stored, count, GZIP))).await;
         let refused = refused.expect_err(what);
-        assert_eq!((refused.reason, refused.retryable), (Reason::MalformedBatch, false), "{what}: {refused:?}");
+        assert_eq!((refused.code, refused.retryable), (ErrorCode::MalformedBatch, false), "{what}: {refused:?}");
         assert!(!refused.message.contains("fewer records"), "{what}: {refused:?}");
     }
     let stored =
@@ -55,7 +55,7 @@ async fn batches_whose_beginning_cannot_be_decoded_are_refused_and_nothing_is_st
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn batch_that_cannot_be_decompressed_within_its_share_is_refused_with_the_settings_name() {
+async fn batch_above_the_decompression_limit_names_the_setting() {
     const SETTING: &str = "limits.decompression_memory_bytes";
     let mut home = Home::new().setting(SETTING, 1 << 20);
     let _broker = tokio::task::block_in_place(|| home.start());
@@ -69,21 +69,21 @@ async fn batch_that_cannot_be_decompressed_within_its_share_is_refused_with_the_
     assert!(refused.message.contains(SETTING) && !refused.retryable, "{refused:?}");
     assert_eq!(wire::latest(&mut log, "opened", 0).await.expect("answered"), 0, "nothing is stored");
 
-    // Stored as it is, it is opened for those who read plain records, and by clients themselves.
+    // The stored batch is decompressed for readers of decoded records, and by clients themselves.
     wire::append(&mut log, wire::append_batch("kept", 0, large)).await.expect("stored as it is");
     let place = v1::FetchPartition { topic: "kept".to_owned(), ..Default::default() };
     let request = v1::ReadRequest { partitions: vec![place], plain: true, ..Default::default() };
     let read = log.read(request).await.expect("an answer").into_inner().partitions.remove(0);
-    let refused = Fault::from(read.error.expect("its records do not fit"));
+    let refused = ApiError::from(read.error.expect("its records do not fit"));
     assert!(refused.message.contains(SETTING) && !refused.retryable, "{refused:?}");
     let consumed =
         tokio::task::block_in_place(|| home.cli().ok(&["consume", "kept", "--from", "earliest", "--until-end"]));
     assert_eq!(consumed.stdout.len(), (4 << 20) + 1);
 }
 
-/// What is broken lies behind what the append looks at.
+/// The corrupt record lies beyond the part that the append checks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn consume_stops_at_a_stored_batch_that_cannot_be_decoded_and_skips_it_only_when_told() {
+async fn consume_skips_an_undecodable_batch_only_on_request() {
     let mut home = Home::new();
     let _broker = tokio::task::block_in_place(|| home.start());
     wire::create_topic(home.grpc(), "orders", 1, &[]).await;
@@ -113,7 +113,7 @@ async fn consume_stops_at_a_stored_batch_that_cannot_be_decoded_and_skips_it_onl
     for words in ["skipped up to offset 1001", "skipped up to offset 2002", "skipped 2 records"] {
         assert!(skipped.stderr.contains(words), "{words}: {}", skipped.stderr);
     }
-    // One that follows ends at a signal, and its user learns the same.
+    // A following consumer ends at a signal, and its user gets the same information.
     let follows = Running::start(&cli, &["consume", "orders", "--from", "earliest", "--skip-corrupt"]);
     let stderr = follows.stderr.clone();
     tokio::task::block_in_place(|| {

@@ -1,4 +1,4 @@
-//! Commands that wait: what they say meanwhile, what ends them, and that they go on when they can.
+//! Commands that wait: their output meanwhile, the end of the wait, and their continuation.
 
 use rustix::process::Signal;
 
@@ -8,9 +8,9 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Found by a user: with an address that leads nowhere `produce` said nothing for two minutes.
+/// Regression, found by a user: with an unreachable address, `produce` printed nothing for two minutes.
 #[test]
-fn a_leader_that_cannot_be_reached_is_said_and_given_up_in_time() {
+fn unreachable_leader_is_reported_until_the_timeout() {
     let nowhere = free_address();
     let mut home = Home::new().advertise(nowhere);
     let _broker = home.start();
@@ -28,9 +28,9 @@ fn a_leader_that_cannot_be_reached_is_said_and_given_up_in_time() {
     assert!(output.code == 1 && output.stderr.contains(&said), "{output:?}");
 }
 
-/// Found by a user: a reader of a broker that was killed was as silent as one of a quiet topic.
+/// Regression, found by a user: a reader of a killed broker was as silent as a reader of a quiet topic.
 #[test]
-fn a_follower_says_that_its_broker_is_gone_and_goes_on_when_it_is_back() {
+fn consumer_reports_a_killed_broker_and_resumes() {
     let mut home = Home::new();
     let broker = home.start();
     let cli = home.cli();
@@ -49,7 +49,7 @@ fn a_follower_says_that_its_broker_is_gone_and_goes_on_when_it_is_back() {
 }
 
 #[test]
-fn a_reader_takes_up_partitions_that_are_added_and_a_writer_uses_them() {
+fn consumer_and_producer_use_added_partitions() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -61,7 +61,7 @@ fn a_reader_takes_up_partitions_that_are_added_and_a_writer_uses_them() {
     cli.ok(&["topic", "add-partitions", "t", "--to", "2"]);
     cli.ok_with(&["produce", "t", "--partition", "1"], b"two\n");
     reader.says(&reader.stdout, "two\n");
-    // Records without a key change partitions with each batch: in the end one comes to the new one.
+    // Records without a key change partitions with each batch, so one finally reaches the new partition.
     let mark = || cli.ok(&["topic", "describe", "t", "--output", "json"]).json()["partitions"][1]["log_end"].as_i64();
     eventually("the writer uses the new partition", || {
         writer.feed(&b"x\n".repeat(100_000));
@@ -71,7 +71,7 @@ fn a_reader_takes_up_partitions_that_are_added_and_a_writer_uses_them() {
 }
 
 #[test]
-fn either_signal_ends_a_writer_with_its_summary() {
+fn producer_ends_at_either_signal_with_its_summary() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();
@@ -89,9 +89,9 @@ fn either_signal_ends_a_writer_with_its_summary() {
     }
 }
 
-/// Found by a user: the port of the metrics, named first, hid the broker named second.
+/// Regression, found by a user: the port of the metrics, named first, hid the broker named second.
 #[test]
-fn a_bootstrap_address_that_is_no_broker_does_not_hide_the_next() {
+fn invalid_bootstrap_address_does_not_hide_the_next() {
     let mut home = Home::new();
     let _broker = home.start();
     let cli = home.cli();

@@ -1,6 +1,6 @@
-//! Raw gRPC to a broker, and batches made by hand: what a client in any language would send, right or wrong.
+//! Raw gRPC to a broker, and batches made by hand: the requests of a client in any language, right or wrong.
 //!
-//! Nothing here uses the library's own client or batch builder, so that a mistake they share is not hidden.
+//! Nothing here uses the library's own client or batch builder, so that a mistake common to both is not hidden.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -8,7 +8,7 @@ use bytes::Bytes;
 use strandline::{
     limits,
     proto::{
-        fault::Fault,
+        error::ApiError,
         v1::{
             Acks, AppendRequest, AppendResponse, CreateTopicRequest, FetchPartition, GetMetadataRequest,
             ListOffsetsRequest, OffsetQuery, PlainRecords, ReadRequest, Record, admin_client::AdminClient,
@@ -19,7 +19,7 @@ use strandline::{
 };
 use tonic::transport::{Channel, Endpoint};
 
-/// A connection that is made at the first call. Must be called within a runtime.
+/// Returns a connection that is made at the first call. Must be called within a runtime.
 fn channel(address: SocketAddr) -> Channel {
     Endpoint::from_shared(format!("http://{address}"))
         .expect("an address is a URI")
@@ -28,24 +28,25 @@ fn channel(address: SocketAddr) -> Channel {
         .connect_lazy()
 }
 
-/// The log service at an address.
+/// Returns a client of the log service at an address.
 pub(crate) fn log(address: SocketAddr) -> LogClient<Channel> {
     LogClient::new(channel(address)).max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
-/// The admin service at an address.
+/// Returns a client of the admin service at an address.
 pub(crate) fn admin(address: SocketAddr) -> AdminClient<Channel> {
     AdminClient::new(channel(address))
 }
 
-/// Creates a topic, which must succeed.
+/// Creates a topic. The creation must succeed.
 pub(crate) async fn create_topic(address: SocketAddr, name: &str, partitions: u32, config: &[(&str, &str)]) {
     let config = config.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     let request = CreateTopicRequest { name: name.to_owned(), partitions, config, ..Default::default() };
     admin(address).create_topic(request).await.expect("the topic is created");
 }
 
-/// The address of a partition's leader, by the broker that knows the newest one: a broker that was cut off names an older one for a moment.
+/// Returns the address of a partition's leader, from the broker with the newest leader epoch. A broker that was cut off reports an older
+/// leader for a moment.
 pub(crate) async fn leader(brokers: &[SocketAddr], topic: &str, partition: i32) -> Option<SocketAddr> {
     let mut newest = None;
     for address in brokers {
@@ -60,13 +61,13 @@ pub(crate) async fn leader(brokers: &[SocketAddr], topic: &str, partition: i32) 
     newest?.1
 }
 
-/// An append of plain records.
+/// Returns an append of a list of records.
 pub(crate) fn append_plain(topic: &str, partition: i32, values: Vec<Bytes>) -> AppendRequest {
     let records = values.into_iter().map(|value| Record { value: Some(value), ..Default::default() }).collect();
     request(topic, partition, Payload::Records(PlainRecords { records }))
 }
 
-/// An append of bytes that claim to be a batch.
+/// Returns an append of bytes that claim to be a batch.
 pub(crate) fn append_batch(topic: &str, partition: i32, batch: impl Into<Bytes>) -> AppendRequest {
     request(topic, partition, Payload::Batch(batch.into()))
 }
@@ -82,28 +83,28 @@ fn request(topic: &str, partition: i32, payload: Payload) -> AppendRequest {
     }
 }
 
-/// Appends and reads the failure as the fault that it carries.
-pub(crate) async fn append(log: &mut LogClient<Channel>, request: AppendRequest) -> Result<AppendResponse, Fault> {
-    log.append(request).await.map(tonic::Response::into_inner).map_err(|status| Fault::from(&status))
+/// Appends. Returns a failure as the [`ApiError`] in its status.
+pub(crate) async fn append(log: &mut LogClient<Channel>, request: AppendRequest) -> Result<AppendResponse, ApiError> {
+    log.append(request).await.map(tonic::Response::into_inner).map_err(|status| ApiError::from(&status))
 }
 
-/// The first offset that is not committed.
-pub(crate) async fn latest(log: &mut LogClient<Channel>, topic: &str, partition: i32) -> Result<i64, Fault> {
+/// Returns the first offset that is not committed.
+pub(crate) async fn latest(log: &mut LogClient<Channel>, topic: &str, partition: i32) -> Result<i64, ApiError> {
     let query = OffsetQuery { topic: topic.to_owned(), partition, at: Some(At::Latest(true)) };
     let answer = log.list_offsets(ListOffsetsRequest { queries: vec![query] }).await;
-    let answers = answer.map_err(|status| Fault::from(&status))?.into_inner().answers;
+    let answers = answer.map_err(|status| ApiError::from(&status))?.into_inner().answers;
     let answer = answers.into_iter().next().expect("one answer for one query");
     answer.error.map_or(Ok(answer.offset), |error| Err(error.into()))
 }
 
-/// Reads the records of `from..end` as they come; fewer when no more come for half a minute.
+/// Reads the records of `from..end` on arrival. Returns fewer if no more arrive for half a minute.
 pub(crate) async fn read_range(
     log: &mut LogClient<Channel>,
     topic: &str,
     partition: i32,
     from: i64,
     end: i64,
-) -> Result<Vec<Record>, Fault> {
+) -> Result<Vec<Record>, ApiError> {
     let (mut next, mut records) = (from, Vec::new());
     let mut deadline = clock::monotonic() + Duration::from_secs(30);
     while next < end && clock::monotonic() < deadline {
@@ -113,7 +114,7 @@ pub(crate) async fn read_range(
             plain: true,
             ..Default::default()
         };
-        let answer = log.read(request).await.map_err(|status| Fault::from(&status))?.into_inner();
+        let answer = log.read(request).await.map_err(|status| ApiError::from(&status))?.into_inner();
         for part in answer.partitions {
             if let Some(error) = part.error {
                 return Err(error.into());
@@ -129,7 +130,7 @@ pub(crate) async fn read_range(
     Ok(records)
 }
 
-/// A Kafka record batch, version 2, with these values, as a producer would send it.
+/// Returns a Kafka record batch, version 2, with these values, like one of a producer.
 pub(crate) fn batch(values: &[&[u8]]) -> Vec<u8> {
     let mut records = Vec::new();
     for (delta, value) in values.iter().enumerate() {
@@ -146,7 +147,7 @@ pub(crate) fn batch(values: &[&[u8]]) -> Vec<u8> {
     frame(&records, i32::try_from(values.len()).expect("few records"), 0)
 }
 
-/// Any bytes with a header before them that is right in every field.
+/// Returns any bytes after a batch header that is right in every field.
 pub(crate) fn frame(records: &[u8], count: i32, attributes: i16) -> Vec<u8> {
     let mut out = Vec::with_capacity(61 + records.len());
     out.extend_from_slice(&0_i64.to_be_bytes());
@@ -167,13 +168,13 @@ pub(crate) fn frame(records: &[u8], count: i32, attributes: i16) -> Vec<u8> {
     out
 }
 
-/// Makes the CRC that of the bytes.
+/// Sets the CRC to that of the bytes.
 pub(crate) fn renew_crc(batch: &mut [u8]) {
     let crc = crc32c::crc32c(&batch[21..]);
     batch[17..21].copy_from_slice(&crc.to_be_bytes());
 }
 
-/// Kafka's zigzag varint.
+/// Appends Kafka's zigzag varint.
 pub(crate) fn varint(out: &mut Vec<u8>, value: i64) {
     let mut rest = ((value << 1) ^ (value >> 63)).cast_unsigned();
     while rest >= 0x80 {
@@ -184,7 +185,7 @@ pub(crate) fn varint(out: &mut Vec<u8>, value: i64) {
 }
 
 #[test]
-fn a_batch_made_by_hand_is_one_for_the_library() {
+fn batch_made_by_hand_is_valid_for_the_library() {
     let bytes = batch(&[b"one", b"", b"three"]);
     let parsed = strandline::record::Batch::parse(bytes.into()).expect("a valid batch");
     assert_eq!((parsed.count(), parsed.max_timestamp()), (3, 1_700_000_000_000));
@@ -192,7 +193,7 @@ fn a_batch_made_by_hand_is_one_for_the_library() {
 }
 
 #[test]
-fn varints_are_kafkas() {
+fn varints_match_those_of_kafka() {
     let encoded = |value| {
         let mut out = Vec::new();
         varint(&mut out, value);

@@ -1,8 +1,8 @@
-//! Disks that sync slowly, or not at all.
+//! Disks that sync slowly or fail to sync.
 //!
-//! A failed sync is final for whoever asked (design.md §4): what was not on the platter may be gone already, and a second sync would not
-//! say so. The broker gives up what it leads there and keeps what it can still serve; the rest is somebody else's: it is restarted, and
-//! its disk works again or is another one.
+//! A failed sync is final for its caller (design.md §4): the unsynced data may be lost already, and a second sync would not report that.
+//! The broker gives up what it leads on that disk and serves what it still can. An operator restarts the broker, on the repaired disk or
+//! another.
 
 use std::time::Duration;
 
@@ -22,10 +22,10 @@ use crate::{
     world::World,
 };
 
-/// Whose syncs fail: the journal's, those of every partition 0, the checkpoint's, all.
+/// Path parts of the files whose syncs fail: the journal, every partition 0, the checkpoint, all files.
 const PARTS: [&str; 4] = ["journal", "/0/", "checkpoint", ""];
 
-/// Every sync takes long for a while: longer, perhaps, than others wait for who is behind.
+/// Slows every sync for a while, possibly beyond `replication.lag_time`.
 pub(crate) async fn are_slow(machine: &Machine) {
     let us = random::in_range(20_000..3_000_000);
     machine.note(format_args!("its syncs take up to {us} us"));
@@ -34,8 +34,9 @@ pub(crate) async fn are_slow(machine: &Machine) {
     machine.slow(0);
 }
 
-/// Syncs fail until somebody notices and ends the broker. Where no `pages` may be lost only the journal's do, which holds nothing that
-/// was acknowledged and is not synced: to a `replicated` replica lost pages are lost power.
+/// Makes syncs fail for up to `noticed_ms`, then ends the broker and repairs the disk. Without `pages` no page may be lost, so only syncs
+/// of the journal fail: the journal holds no acknowledged data that is not synced. For a `replicated` replica, lost pages equal a power
+/// loss.
 pub(crate) async fn fail(machine: &mut Machine, pages: bool, noticed_ms: u64) {
     let part = if pages { PARTS[random::in_range(0..PARTS.len())] } else { PARTS[0] };
     machine.note(format_args!("its syncs of {part:?} fail"));
@@ -49,24 +50,24 @@ pub(crate) async fn fail(machine: &mut Machine, pages: bool, noticed_ms: u64) {
     machine.mend();
 }
 
-/// Others take over what it led, also where nobody writes at the moment; no write fails; and when it is back on a disk that works it is in
-/// sync again.
+/// Other brokers take over the broker's leadership, also of a partition without writes. No write fails. After a restart on a working disk
+/// the broker is in sync again.
 #[test]
-fn a_broker_whose_journal_fails_gives_up_what_it_leads() {
+fn broker_with_failing_journal_resigns() {
     for seed in 1..=4 {
         run::simulate(Shape::THREE, seed, async |world| one_fails(world, "journal", Duration::from_secs(5)).await);
     }
 }
 
-/// Its journal fills up first, and then it is waited for some seconds whether there will be room.
+/// The journal fills up first. The broker then waits some seconds for journal space before it resigns.
 #[test]
-fn a_broker_that_cannot_write_its_checkpoint_gives_up_what_it_leads() {
+fn broker_with_failing_checkpoint_resigns() {
     for seed in 1..=4 {
         run::simulate(Shape::THREE, seed, async |world| one_fails(world, "checkpoint", Duration::from_secs(40)).await);
     }
 }
 
-/// Syncs of a part of one broker's disk fail. Within `given_up` it leads nothing any more, and nobody waits for it.
+/// Makes syncs of a part of one broker's disk fail. Within `given_up` every partition must have a leader and an ISR without that broker.
 async fn one_fails(world: &mut World, part: &str, given_up: Duration) {
     join_all(world.machines.iter_mut().map(|machine| Box::pin(machine.start()))).await;
     let client = world.client().await;
@@ -76,7 +77,7 @@ async fn one_fails(world: &mut World, part: &str, given_up: Duration) {
             pause(100, 200).await;
         }
     }
-    // One that has something and gets no more.
+    // A partition with a record that receives no more writes.
     let quiet = client.producer(ProducerOptions::default()).await.unwrap();
     quiet.send(TOPICS[1], NewRecord::value(&[0; 8])).await.unwrap().await.unwrap();
     quiet.close().await.unwrap();
@@ -104,7 +105,7 @@ async fn one_fails(world: &mut World, part: &str, given_up: Duration) {
     tasks.stop().await;
 }
 
-/// Waits until every partition is so.
+/// Waits until `so` holds for every partition value. Panics after `within`.
 async fn become_all(meta: &SimMeta, within: Duration, so: impl Fn(&PartitionValue) -> bool) {
     let end = clock::monotonic() + within;
     loop {

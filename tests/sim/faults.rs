@@ -1,7 +1,7 @@
-//! What goes wrong in a run, and for how long. Each kind of thing has its own misfortune, so several go wrong at the same time.
+//! Faults of a run and their durations. Each kind of component has its own loop of faults, so faults overlap.
 //!
-//! Most runs have a little of everything. Some histories need the same trouble again and again, at the right moment, and nothing else that
-//! would spoil it; a run in four therefore has a [`Theme`].
+//! Most runs mix all faults. Some histories need one fault repeatedly, at the right moment, and no other fault that disturbs them. About a
+//! run in four therefore has another [`Theme`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,40 +22,41 @@ use crate::{
     run::Shape,
 };
 
-/// The clients' place in the network.
+/// Network name of the clients.
 pub(crate) const OUTSIDE: &str = "clients";
 
-/// What a run is about.
+/// Fault profile of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Theme {
-    /// Everything goes wrong now and then.
+    /// All faults, at random times.
     All,
-    /// Leases end, those of leaders above all, and leadership moves between brokers that live on, while one hears of nothing and its links
-    /// are slow: who was replaced may lead again before what was acknowledged in its first epoch has arrived.
+    /// Leases end, mostly those of leaders, and leadership moves between running brokers. One broker receives metadata changes late and its
+    /// links to peers are slow. A replaced leader may lead again before the acknowledgements of its first epoch arrive.
     Leases,
-    /// One broker dies, comes back, and dies again while it is being admitted, by transactions that go astray.
+    /// One broker is killed, restarts, and is killed again while a leader admits it, with transactions that are lost or late.
     Admissions,
-    /// One machine at a time loses its power, and the others hold what a page cache lost.
+    /// One machine at a time loses power; the other replicas hold the records that its page cache lost.
     OneDown,
 }
 
-/// What goes wrong in one run.
+/// Faults of one run.
 pub(crate) struct Plan {
     until: Instant,
     theme: Theme,
-    /// The broker that a theme is about.
+    /// Number of the broker that a theme targets.
     victim: u32,
-    /// What is acknowledged survives that the power is lost on any machine at any time.
+    /// True if acknowledged records survive a power loss on any machine at any time.
     power: bool,
-    /// Else whoever is down, or may lose its lease, holds this until every replica is in sync again: then one machine may lose its power,
-    /// and no other replica its proof or its place meanwhile.
+    /// Lock of [`Theme::OneDown`], held for a machine that is down or may lose its lease until every replica is in sync again. Meanwhile
+    /// that machine may lose power, and no other replica fails its startup verification or leaves the ISR.
     down: Option<Arc<Mutex<()>>>,
-    /// Held from the look whether a disk is spare until its broker has said that it lost it: two that each count on the other are not.
+    /// Held from the check that a disk is spare until its broker has started without the data. Otherwise two brokers could each count on
+    /// the other's disk.
     replacing: Mutex<()>,
 }
 
 impl Plan {
-    /// What goes wrong from now on.
+    /// Draws the faults of a run that starts now.
     pub(crate) fn draw(shape: Shape, power: bool) -> Self {
         let drawn = match random::in_range(0..8) {
             _ if shape.brokers == 1 => Theme::All,
@@ -75,12 +76,13 @@ impl Plan {
         }
     }
 
-    /// Whether nothing more is to go wrong.
+    /// Returns true if the fault phase is over.
     pub(crate) fn is_over(&self) -> bool {
         clock::monotonic() >= self.until
     }
 
-    /// Where one at a time may be down: waits until nobody else is, and every replica is in sync.
+    /// Waits until no other machine is down and every replica is in sync, or the fault phase is over. Returns `None` at once unless only
+    /// one machine may be down at a time.
     async fn alone_down(&self, meta: &SimMeta) -> Option<OwnedMutexGuard<()>> {
         let alone = Arc::clone(self.down.as_ref()?).lock_owned().await;
         until_whole(meta, self).await;
@@ -92,7 +94,7 @@ pub(crate) async fn pause(from_ms: u64, to_ms: u64) {
     tokio::time::sleep(Duration::from_millis(random::in_range(from_ms..to_ms))).await;
 }
 
-/// One machine's misfortunes.
+/// Injects the faults of one machine.
 pub(crate) async fn of_machine(machine: &mut Machine, plan: &Plan) {
     match plan.theme {
         Theme::All | Theme::OneDown => all_of_machine(machine, plan).await,
@@ -101,7 +103,7 @@ pub(crate) async fn of_machine(machine: &mut Machine, plan: &Plan) {
     }
 }
 
-/// Kills, power losses, stops, a full disk, one that syncs slowly or fails to, a clock that jumps.
+/// Injects kills, power losses, stops, a full disk, slow syncs, failing syncs and clock jumps.
 async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
     let calm_ms = if machine.alone { 1200 } else { 5000 };
     loop {
@@ -112,7 +114,7 @@ async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
         let kind = random::in_range(0..10);
         let falls = matches!(kind, 0..=4 | 7 | 9);
         let alone_down = if falls { plan.alone_down(&machine.meta).await } else { None };
-        // It was waited for until nothing more is to go wrong, whole or not.
+        // The wait may have ended with the fault phase, before every replica was in sync.
         if alone_down.is_some() && plan.is_over() {
             return;
         }
@@ -134,9 +136,10 @@ async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
             pause(1, calm_ms).await;
             let mut replaces = None;
             if random::in_range(0..4) == 0 {
-                // Its lease has ended by then, and what others had proposed has happened.
+                // By then the broker's lease has expired, and the pending proposals of its peers have been applied.
                 pause(4000, 5000).await;
-                // Where a kill alone takes a `replicated` replica's proof, a lost disk may be one loss too many.
+                // Only with `power`. Otherwise a kill alone fails the startup verification of a `replicated` replica, and a lost disk may
+                // be one loss too many.
                 let only = plan.replacing.lock().await;
                 if plan.power && is_spare(machine).await {
                     machine.wipe();
@@ -152,7 +155,8 @@ async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
     }
 }
 
-/// Dies, is missed, comes back, and dies again when it may be on its way into the ISR; back at once.
+/// Kills the broker until its peers may detect that, and restarts it. Kills it again when it may be about to enter the ISR, and restarts it
+/// at once.
 async fn die_again(machine: &mut Machine, plan: &Plan) {
     loop {
         pause(100, 1500).await;
@@ -169,14 +173,14 @@ async fn die_again(machine: &mut Machine, plan: &Plan) {
     }
 }
 
-/// The partitions as the store has them.
+/// Returns the partition values of the metadata store.
 pub(crate) async fn values(meta: &SimMeta) -> Vec<PartitionValue> {
     let keys = Keys::new("strandline").unwrap();
     let entries = meta.truth().list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
     entries.iter().map(|entry| PartitionValue::decode(&entry.key, &entry.value).unwrap()).collect()
 }
 
-/// Waits until every replica is in sync, or nothing more is to go wrong.
+/// Waits until every replica is in sync, or the fault phase is over.
 async fn until_whole(meta: &SimMeta, plan: &Plan) {
     let whole = |value: &PartitionValue| value.isr.len() == value.replicas.len() && value.leader.is_some();
     while !plan.is_over() && !values(meta).await.iter().all(whole) {
@@ -184,13 +188,13 @@ async fn until_whole(meta: &SimMeta, plan: &Plan) {
     }
 }
 
-/// Whether other brokers hold all that this one must hold.
+/// Returns true if every partition has a member of ISR or ELR besides this broker.
 async fn is_spare(machine: &Machine) -> bool {
     let spared = |value: &PartitionValue| value.isr.iter().chain(&value.elr).any(|id| *id != machine.id);
     values(&machine.meta).await.iter().all(spared)
 }
 
-/// The network's misfortunes, between each two of these.
+/// Injects faults of the links between the named machines, and of the object store.
 pub(crate) async fn of_network(shared: &Shared, names: &[String], plan: &Plan) {
     if matches!(plan.theme, Theme::Leases | Theme::Admissions) {
         return;
@@ -239,7 +243,7 @@ pub(crate) async fn of_network(shared: &Shared, names: &[String], plan: &Plan) {
     }
 }
 
-/// Cuts some ways for a while. Who hears nothing for too long gives the connection up.
+/// Blocks some directions for a random time. After [`SILENCE`] the connections between their ends time out.
 async fn cut(net: &Net, ways: &[(&String, &String)]) {
     for (from, to) in ways {
         net.cut(from, to, true);
@@ -257,7 +261,7 @@ async fn cut(net: &Net, ways: &[(&String, &String)]) {
     }
 }
 
-/// The metadata store's misfortunes, as each broker sees it.
+/// Injects faults of each broker's link to the metadata store.
 pub(crate) async fn of_metadata(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
     match plan.theme {
         Theme::All | Theme::OneDown => all_of_metadata(shared, metas, plan).await,
@@ -266,7 +270,7 @@ pub(crate) async fn of_metadata(shared: &Shared, metas: &[SimMeta], plan: &Plan)
     }
 }
 
-/// Now and then, transactions of all brokers go astray for a moment.
+/// Makes most transactions of all brokers fail for short periods: requests or responses are lost, or requests are late.
 async fn lead_astray(metas: &[SimMeta], plan: &Plan) {
     while !plan.is_over() {
         pause(10, 800).await;
@@ -276,7 +280,7 @@ async fn lead_astray(metas: &[SimMeta], plan: &Plan) {
     }
 }
 
-/// One broker hears of everything late and is heard late, while those who lead lose their leases one after the other.
+/// Makes one broker receive metadata changes and send frames late, while leaders lose their leases or their leadership one after the other.
 async fn end_leases(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
     while !plan.is_over() {
         let late = random::in_range(0..metas.len());
@@ -309,7 +313,7 @@ async fn end_leases(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
     }
 }
 
-/// Elects another member, as the controller may at any moment.
+/// Elects another ISR member, as the controller may at any moment.
 async fn move_leadership(meta: &SimMeta) {
     let (store, keys) = (meta.truth(), Keys::new("strandline").unwrap());
     let mut entries = store.list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
@@ -325,7 +329,7 @@ async fn move_leadership(meta: &SimMeta) {
     }
 }
 
-/// Something of everything.
+/// Injects all faults of the metadata store at random.
 async fn all_of_metadata(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
     loop {
         pause(100, 4000).await;
@@ -376,7 +380,7 @@ async fn all_of_metadata(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
             }
         }
         if alone_down.is_some() {
-            // The controller has heard of it by then.
+            // By then the controller has received the change.
             pause(500, 1000).await;
             until_whole(meta, plan).await;
         }

@@ -1,4 +1,4 @@
-//! What must hold at every moment (design.md §13), seen from outside: the disks, the metadata store, and what clients were told.
+//! Checker of the rules that hold at every moment (design.md §13). It reads the disks, the metadata store and the client history.
 
 use std::{
     collections::BTreeMap,
@@ -21,31 +21,31 @@ use crate::{
     truth::Truth,
 };
 
-/// One machine as the judge sees it.
+/// One machine as the checker reads it.
 pub(crate) struct Seen {
     pub(crate) id: BrokerId,
     pub(crate) logs: Logs,
-    /// The number of its broker's process while that takes part, else 0.
+    /// Number of the broker's process while the broker is active, else 0.
     pub(crate) process: Arc<AtomicU32>,
-    /// Whether what lies on its disk says nothing.
+    /// True if the content of the disk may differ from the broker's writes.
     pub(crate) spoilt: Arc<AtomicBool>,
 }
 
 impl Seen {
-    /// Whether its disk holds what its broker believes.
+    /// Returns true if the broker is active and its disk holds what it wrote.
     fn counts(&self) -> bool {
         self.process.load(Ordering::Relaxed) != 0 && !self.spoilt.load(Ordering::Relaxed)
     }
 }
 
-/// The judge, and what it remembers.
+/// The checker and its state.
 pub(crate) struct Judge {
     pub(crate) machines: Vec<Seen>,
     pub(crate) store: EmbeddedStore,
     pub(crate) keys: Keys,
     pub(crate) ledger: Ledger,
     pub(crate) trace: Trace,
-    /// The partitions when it last looked.
+    /// Partition values of the last check.
     values: BTreeMap<PartitionId, PartitionValue>,
     truth: Truth,
 }
@@ -56,7 +56,7 @@ impl Judge {
         Self { machines, store, keys, ledger, trace, values: BTreeMap::new(), truth }
     }
 
-    /// Every partition as the store has it, with its place in the history.
+    /// Returns every partition of the metadata store, with its log in the history.
     pub(crate) async fn partitions(&self) -> Vec<(Log, PartitionId, PartitionValue)> {
         let entries = self.store.list(self.keys.prefix()).await.unwrap().entries;
         let mut topics: BTreeMap<TopicId, usize> = BTreeMap::new();
@@ -81,7 +81,7 @@ impl Judge {
         placed.collect()
     }
 
-    /// Judges this moment. Nothing moves meanwhile.
+    /// Checks the current state. The state does not change during the check.
     pub(crate) async fn look(&mut self) {
         self.truth.look();
         for (log, id, value) in self.partitions().await {
@@ -93,7 +93,8 @@ impl Judge {
             let fell = before.is_some_and(|before| before.leader_epoch > value.leader_epoch);
             assert!(!fell, "{log:?}: the leader epoch fell");
             let may_lead = |broker: &BrokerId| value.isr.contains(broker) || value.elr.contains(broker);
-            // What was moved away while its broker was down lies there until that is found, and nobody reads it before it is opened.
+            // A replica that was reassigned while its broker was down stays on the disk until the broker removes it. It is not read before
+            // it is opened.
             let is_read = |broker: &BrokerId| value.replicas.contains(broker) && self.truth.has_opened(id, *broker);
             let replicas: Vec<_> = self
                 .machines
@@ -109,7 +110,7 @@ impl Judge {
         }
     }
 
-    /// Two logs that share an offset and an epoch are the same up to there.
+    /// Checks that two logs with an equal offset and epoch are the same up to there.
     fn agree(&self, log: Log, replicas: &[(BrokerId, Replica)]) {
         for (at, (one, mine)) in replicas.iter().enumerate() {
             for (other, theirs) in &replicas[at + 1..] {
@@ -119,7 +120,7 @@ impl Judge {
         }
     }
 
-    /// Who may lead holds what was acknowledged.
+    /// Checks that a member of ISR or ELR holds the acknowledged records.
     fn holds(&self, log: Log, member: BrokerId, replica: &Replica, value: &PartitionValue) {
         self.ledger.with_acked(log, |acked| {
             if let Some((offset, sent)) = acked.range(replica.end.as_i64()..).next() {

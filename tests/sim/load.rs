@@ -1,4 +1,4 @@
-//! Clients under load: what they send, and what they read, goes into a history.
+//! Clients that produce and consume. Their operations are recorded in a history.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -18,49 +18,49 @@ use crate::{
     trace::Trace,
 };
 
-/// The topics, by their place in the history.
+/// Topics, by their index in the history.
 pub(crate) const TOPICS: &[&str] = &["events", "orders"];
 
-/// Values of one producer that are under way at most.
+/// Maximum number of records of one producer that are in flight.
 const OUTSTANDING: u64 = 8;
 
-/// The longest pause of a producer between two values that follow each other.
+/// Maximum pause of a producer between two records of a burst, in microseconds.
 const PAUSE_US: u64 = 12_000;
 
-/// Values that follow each other, at most, and the longest rest after them. What is under way when something goes wrong is what finds
-/// mistakes; a stream that never rests only makes runs longer.
+/// Maximum number of records in a burst, and the maximum pause after it in microseconds. Faults find errors through the records in flight;
+/// a stream without long pauses only makes runs longer.
 const BURST: u32 = 40;
 const REST_US: u64 = 600_000;
 
-/// What topics keep of what was written.
+/// Retention profile of the topics of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Keeps {
     All,
-    /// The last few segments: log starts move.
+    /// Retention keeps the last few segments, so log starts move.
     Last,
 }
 
 impl Keeps {
-    /// That of a seed, one in five, without drawing from it.
+    /// Returns the profile of a seed, without a draw from its random numbers. One seed in five has [`Keeps::Last`].
     pub(crate) fn of(seed: u64) -> Self {
         if seed % 5 == 3 { Self::Last } else { Self::All }
     }
 }
 
-/// How long peace may take until everything is answered.
+/// Timeout after the faults until every request has a response.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
-/// How long one pass of a reader may take.
+/// Timeout of one read pass.
 pub(crate) const READING: Duration = Duration::from_secs(20);
 
-/// A producer's pause: a short one within a burst, a long one after it.
+/// Waits before a producer's next record: a short pause within a burst, a long one after it.
 async fn pause(burst: &mut u32, short_us: u64) {
     let longest = if *burst == 0 { REST_US } else { short_us };
     *burst = burst.checked_sub(1).unwrap_or_else(|| random::in_range(1..BURST));
     tokio::time::sleep(Duration::from_micros(random::in_range(0..longest))).await;
 }
 
-/// What clients did and saw. Clones share it.
+/// History of the clients. Clones share the history.
 #[derive(Clone, Default)]
 pub(crate) struct Ledger(Arc<Mutex<Book>>);
 
@@ -76,7 +76,7 @@ impl Ledger {
         self.0.lock().unwrap()
     }
 
-    /// A moment, later than those before.
+    /// Returns the next value of the logical clock.
     fn now(&self) -> u64 {
         let mut book = self.book();
         book.now += 1;
@@ -91,7 +91,7 @@ impl Ledger {
         book.history.attempts.push(attempt);
     }
 
-    /// What was acknowledged by every in-sync replica, by its offsets.
+    /// Passes the records that every in-sync replica acknowledged, by offset, to `look`.
     pub(crate) fn with_acked(&self, log: Log, look: impl FnMut(&BTreeMap<i64, u64>)) {
         self.book().acked.get(&log).into_iter().for_each(look);
     }
@@ -101,22 +101,22 @@ impl Ledger {
     }
 }
 
-/// One client, and where it sends and reads.
+/// One client with its topics and its history.
 #[derive(Clone)]
 pub(crate) struct Load {
     pub(crate) client: Client,
     pub(crate) ledger: Ledger,
     pub(crate) trace: Trace,
-    /// Cancelled when it is enough.
+    /// Cancelled to end the load.
     pub(crate) stop: Tasks,
-    /// Partitions of each topic.
+    /// Number of partitions of each topic.
     pub(crate) partitions: Vec<u32>,
-    /// What they keep.
+    /// Retention profile of the topics.
     pub(crate) keeps: Keeps,
 }
 
 impl Load {
-    /// Sends values in order, a few under way at the same time, each once whatever happens.
+    /// Produces records in order, several in flight, with an idempotent producer: each record is stored once.
     pub(crate) async fn produce(self, producer: u32) {
         let options = ProducerOptions { delivery_timeout: PATIENCE, ..ProducerOptions::default() };
         let sender = loop {
@@ -142,7 +142,7 @@ impl Load {
                 let record = NewRecord::value(&value).partition(attempt.log.1.unsigned_abs());
                 match sender.send(TOPICS[attempt.log.0], record).await {
                     Ok(delivery) => break delivery,
-                    // Nobody has told it yet where the topic's partitions are, and nobody can. Nothing was sent.
+                    // The producer has no metadata of the topic yet and cannot get any. Nothing was sent.
                     Err(error) => self.trace.note(format_args!("{producer}: {number} waits: {error}")),
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -160,8 +160,8 @@ impl Load {
         sender.close().await.unwrap();
     }
 
-    /// Sends values one after the other; where no answer comes it never learns what became of one. What counts as an answer differs from
-    /// run to run: the leader's word alone proves nothing.
+    /// Produces records one at a time without idempotence, so a missing response leaves the outcome unknown. The acks setting differs
+    /// between runs. An acknowledgement by the leader alone proves nothing and is not recorded.
     pub(crate) async fn produce_plainly(self, producer: u32) {
         let acks = [Acks::All, Acks::All, Acks::Leader, Acks::Tiered][random::in_range(0..4_usize)];
         let options = ProducerOptions {
@@ -176,7 +176,7 @@ impl Load {
         let (mut number, mut burst) = (0, 0);
         while !self.stop.is_cancelled() {
             let (mut attempt, value) = self.draw(producer, number);
-            // What was given up may be written after what came later, and twice: nothing is said of their order.
+            // A record that timed out may be written twice, or after later records, so its order and uniqueness are not checked.
             (attempt.producer, attempt.sequence) = (producer << 16 | u32::try_from(number).unwrap(), 0);
             attempt.once = false;
             let record = NewRecord::value(&value).partition(attempt.log.1.unsigned_abs());
@@ -202,13 +202,13 @@ impl Load {
         let _whatever = sender.close().await;
     }
 
-    /// A value that nobody sent before, and where to.
+    /// Draws a new value and its partition.
     fn draw(&self, producer: u32, number: u64) -> (Attempt, Vec<u8>) {
         let topic = random::in_range(0..self.partitions.len());
         let partition = random::in_range(0..self.partitions[topic]);
         let payload = u64::from(producer) << 32 | number;
         let mut value = payload.to_be_bytes().to_vec();
-        // Most are small, and segments fill all the same.
+        // Most values are small. The few large ones fill the segments.
         let most = if random::in_range(0..8) == 0 { 6000 } else { 600 };
         value.resize(value.len() + random::in_range(0..most), b'x');
         let attempt = Attempt {
@@ -224,7 +224,7 @@ impl Load {
         (attempt, value)
     }
 
-    /// Reads pieces of logs as long as there is load. A cluster's old leader may show an older end than the newest.
+    /// Reads parts of logs until the load ends. In a cluster, a deposed leader may return an older log end than the newest.
     pub(crate) async fn read(self, alone: bool) {
         while !self.stop.is_cancelled() {
             tokio::time::sleep(Duration::from_micros(random::in_range(0..1_000_000))).await;
@@ -238,7 +238,7 @@ impl Load {
         }
     }
 
-    /// Reads a log from its beginning, or from somewhere, to the end that it is told, or as far as it comes in time.
+    /// Reads a log from its start or from a random offset, up to the latest offset or until the timeout.
     pub(crate) async fn pass(&self, log: Log, whole: bool, current: bool, time: Duration) -> Result<(), String> {
         let (topic, partition) = (TOPICS[log.0], log.1.unsigned_abs());
         let began = self.ledger.now();
@@ -251,7 +251,7 @@ impl Load {
         let start = start.min(end);
         let from = if whole { start } else { random::in_range(start..=end) };
         let mut pass = Pass { log, began, from, end, to: from, current, records: Vec::new() };
-        // Some are served by followers, also in a rack where nobody stands.
+        // Some passes read from followers. Some name a rack without a broker.
         let rack = random::in_range(0..6);
         let options = ConsumerOptions::default();
         let mut consumer = self.client.consumer(if rack < 4 { options.rack(format!("r{rack}")) } else { options });

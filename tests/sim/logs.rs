@@ -1,7 +1,7 @@
-//! What the brokers' disks hold, read past the brokers: the segment files, batch by batch.
+//! Content of the brokers' segment files, batch by batch, read from the disks without the brokers.
 //!
-//! This is the judge's own eye: it sees what the page cache shows, which is what a process would find after signal 9. It looks often and
-//! little changes meanwhile, so it remembers each file as long as nothing of it is written anew.
+//! The checker reads the page cache, which is the state that a process finds after signal 9. Checks are frequent and changes are small, so
+//! the content of a file is cached until the file is rewritten.
 
 use std::{
     cell::RefCell,
@@ -19,15 +19,15 @@ use strandline::{
     record::Batch,
 };
 
-/// One batch as it lies there.
+/// One batch on the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Held {
     pub(crate) base: Offset,
     pub(crate) end: Offset,
     epoch: LeaderEpoch,
-    /// Of all its bytes.
+    /// Hash of all bytes of the batch.
     digest: u64,
-    /// Of its records.
+    /// Payloads of the records.
     pub(crate) payloads: Vec<u64>,
 }
 
@@ -45,31 +45,31 @@ impl Held {
     }
 }
 
-/// What a record's value begins with: who it is.
+/// Returns the first bytes of a record's value, which identify the record.
 pub(crate) fn payload(value: &[u8]) -> u64 {
     u64::from_be_bytes(value[..8].try_into().unwrap())
 }
 
-/// One replica's log.
+/// Log of one replica.
 #[derive(Debug, Default)]
 pub(crate) struct Replica {
     segments: Vec<Rc<Segment>>,
-    /// Where the next one goes.
+    /// Log end.
     pub(crate) end: Offset,
 }
 
 impl Replica {
-    /// Every batch, in order.
+    /// Returns all batches in order.
     pub(crate) fn batches(&self) -> impl DoubleEndedIterator<Item = &Held> {
         self.segments.iter().flat_map(|segment| &segment.batches)
     }
 
-    /// Below this all is in sealed segments. One whose successor is empty may be sealed too.
+    /// Returns the end of the segments that are certainly sealed. The last segment with records may be sealed too, with an empty successor.
     pub(crate) fn sealed_end(&self) -> Offset {
         self.segments.last().map_or(self.end, |last| last.base)
     }
 
-    /// The batches from an offset on, which is the base of one or lies below all.
+    /// Returns the batches from an offset, which is the base of a batch or lies below all batches.
     fn batches_from(&self, from: Offset) -> impl Iterator<Item = &Held> {
         let first = self.segments.partition_point(|segment| segment.end <= from);
         let batches = self.segments[first..].iter().flat_map(|segment| &segment.batches);
@@ -77,7 +77,7 @@ impl Replica {
     }
 }
 
-/// One segment file, as far as it was read.
+/// The parsed part of one segment file.
 #[derive(Clone, Debug)]
 struct Segment {
     base: Offset,
@@ -86,7 +86,7 @@ struct Segment {
     stamp: Stamp,
 }
 
-/// The logs on one disk.
+/// Logs on one disk.
 pub(crate) struct Logs {
     disk: SimDisk,
     segments: RefCell<BTreeMap<PathBuf, Rc<Segment>>>,
@@ -97,7 +97,7 @@ impl Logs {
         Self { disk: disk.clone(), segments: RefCell::default() }
     }
 
-    /// What the disk holds of a partition. What it says of itself must fit together.
+    /// Reads the log of a partition. Panics if its files contradict each other.
     pub(crate) fn replica(&self, id: PartitionId) -> Replica {
         let dir = folder(id);
         let (mut replica, mut begins, mut has_log) = (Replica::default(), Offset::ZERO, false);
@@ -105,7 +105,7 @@ impl Logs {
             let file = dir.join(entry.name);
             match file.extension().and_then(OsStr::to_str) {
                 Some("log") => has_log = true,
-                // A log that was emptied again at a start has only its tables until something is appended.
+                // A log whose reset was replayed at a start has only its snapshot until the first append.
                 Some("snapshot") => {
                     begins = base_of(&file);
                     continue;
@@ -114,8 +114,8 @@ impl Logs {
             }
             let segment = self.segment(&file);
             let Segment { base, end, .. } = *segment;
-            // A segment that was begun when the disk was full may be left over, with nothing in it; and what was evicted and could not
-            // be removed counts for nothing, until the next start removes it.
+            // A roll on a full disk may leave an empty segment. Evicted segments that could not be removed do not count; the next start
+            // removes them.
             if replica.segments.is_empty() || base < end {
                 assert!(base >= replica.end, "{}: the one before ends at {}", file.display(), replica.end);
                 if base > replica.end {
@@ -136,7 +136,7 @@ impl Logs {
         replica
     }
 
-    /// One file, of which only what was appended is read again.
+    /// Parses one file. Only the part that was appended since the last call is read.
     fn segment(&self, file: &Path) -> Rc<Segment> {
         let stamp = self.disk.stamp(file).unwrap();
         let mut segments = self.segments.borrow_mut();
@@ -170,7 +170,7 @@ impl Segment {
     }
 }
 
-/// How far a log would be there in its segments after a loss of power, for certain.
+/// Returns the end up to which a log's segments certainly survive a power loss.
 pub(crate) fn durable_end(disk: &SimDisk, id: PartitionId) -> Offset {
     let mut end = Offset::ZERO;
     for (file, bytes) in disk.durable(&folder(id)) {
@@ -195,7 +195,8 @@ fn base_of(file: &Path) -> Offset {
     Offset::new(base).unwrap()
 }
 
-/// Where two logs contradict each other: a batch that both got from one leader and that differs, or anything below such a batch.
+/// Returns a contradiction between two logs. Up to the last batch that both logs have at one offset with one epoch, all their batches must
+/// be equal.
 pub(crate) fn contradiction(one: &Replica, other: &Replica) -> Option<String> {
     let first = |replica: &Replica| replica.batches().next().map(|held| held.base);
     let from = first(one)?.max(first(other)?);

@@ -1,4 +1,4 @@
-//! One machine: its disk, its way to others and to the metadata, and its broker: started, killed, robbed of its power.
+//! One machine: its disk, its links to peers and to the metadata store, and its broker, which is started, stopped, killed or loses power.
 
 use std::{
     path::Path,
@@ -27,13 +27,13 @@ use crate::{
     trace::Trace,
 };
 
-/// How long nothing is synced behind the journal at most.
+/// Interval after which a sync pass of the segments is due.
 const SYNC_EVERY: Duration = Duration::from_millis(50);
 
-/// How long what nothing names stays in the bucket. Longer than any upload and its commit may take here.
+/// Grace period of orphan objects. It is longer than any upload and its commit may take in a simulation.
 pub(crate) const GRACE: Duration = Duration::from_secs(30);
 
-/// What the machines of a world share.
+/// State shared by the machines of a simulation.
 #[derive(Clone)]
 pub(crate) struct Shared {
     pub(crate) net: Net,
@@ -43,32 +43,32 @@ pub(crate) struct Shared {
     pub(crate) seed: u64,
 }
 
-/// One machine.
+/// One machine and its broker.
 pub(crate) struct Machine {
     pub(crate) id: BrokerId,
     pub(crate) address: String,
     pub(crate) disk: SimDisk,
     pub(crate) meta: SimMeta,
     config: Config,
-    /// Whether it is the only one.
+    /// True for a standalone broker.
     pub(crate) alone: bool,
     shared: Shared,
     starts: u32,
-    /// How far its wall clock is from simulated time.
+    /// Offset of the wall clock from simulated time, in milliseconds.
     wall_offset_ms: i64,
     broker: Option<(SimProcess, Node)>,
-    /// The number of its broker's process while that takes part, else 0.
+    /// Number of the broker's process while the broker is active, else 0.
     pub(crate) process: Arc<AtomicU32>,
-    /// How many disks it had before this one.
+    /// Number of earlier disks of this machine.
     pub(crate) disks: Arc<AtomicU32>,
-    /// Whether what its disk holds need not be what the broker wrote, until that is started again.
+    /// True if the disk content may differ from the broker's writes, until the next start of the broker.
     pub(crate) spoilt: Arc<AtomicBool>,
-    /// What a sync takes in addition, at most.
+    /// Maximum additional duration of a sync, in microseconds.
     slow_us: Arc<AtomicU64>,
 }
 
 impl Machine {
-    /// A machine in a rack, of one broker or one of several.
+    /// Creates a machine in a rack, for a standalone broker or for one broker of several.
     pub(crate) fn new(id: u32, rack: u32, alone: bool, meta: SimMeta, shared: Shared) -> Self {
         let settings = Sources::new()
             .flag("broker.id", id.to_string())
@@ -82,7 +82,7 @@ impl Machine {
             .flag("replication.lag_time", "2s")
             .load();
         let mut config = settings.unwrap_or_else(|error| panic!("{error}")).config;
-        // Smaller than anybody may set them: the ring goes round and the tail is left behind within seconds.
+        // Smaller than the configuration allows: the journal ring wraps and reads miss the tail cache within seconds.
         (config.log.journal_bytes, config.log.tail_memory_bytes) = (1 << 20, 64 << 10);
         Self {
             id: BrokerId(id),
@@ -102,7 +102,7 @@ impl Machine {
         }
     }
 
-    /// Starts the broker, again and again where a fault keeps it from starting.
+    /// Starts the broker. Retries while a fault prevents the start.
     pub(crate) async fn start(&mut self) {
         self.shared.net.power(&self.address);
         for _ in 0..50 {
@@ -154,7 +154,7 @@ impl Machine {
         Ok(node)
     }
 
-    /// Kills the broker: signal 9, or the whole machine's power.
+    /// Kills the broker: by signal 9, or with `power` by a power loss of the machine, whose seed it is.
     pub(crate) fn kill(&mut self, power: Option<u64>) {
         let Some((process, node)) = self.broker.take() else { return };
         self.process.store(0, Ordering::Relaxed);
@@ -168,8 +168,8 @@ impl Machine {
         self.note(format_args!("{}", if power.is_some() { "lost its power" } else { "was killed" }));
     }
 
-    /// Stops the broker as an operator does: nobody is cut off before it has handed over what it leads. Every other time the power goes
-    /// after that: what was closed in order needs it no more.
+    /// Stops the broker as an operator does. The connections of a clustered broker stay open until it has transferred leadership. A power
+    /// loss follows every other successful stop, which must not affect data that was closed cleanly.
     pub(crate) async fn stop(&mut self) {
         let Some((process, node)) = self.broker.take() else { return };
         self.process.store(0, Ordering::Relaxed);
@@ -189,7 +189,7 @@ impl Machine {
         }
     }
 
-    /// Takes everything off its disk while nobody uses it: another one was put in.
+    /// Removes all files of a stopped broker's disk, as if the disk had been replaced.
     pub(crate) fn wipe(&mut self) {
         for (path, _) in self.disk.files() {
             self.disk.remove(&path).unwrap();
@@ -199,23 +199,23 @@ impl Machine {
         self.note(format_args!("has a new disk"));
     }
 
-    /// Syncs of files with this in their path fail from now on.
+    /// Makes syncs of files with `part` in their path fail from now on.
     pub(crate) fn spoil(&self, part: &str) {
         self.spoilt.store(true, Ordering::Relaxed);
         self.disk.fail_syncs(Some(part));
     }
 
-    /// Its disk works again.
+    /// Makes syncs succeed again.
     pub(crate) fn mend(&self) {
         self.disk.fail_syncs(None);
     }
 
-    /// Each sync takes up to so much longer from now on.
+    /// Lengthens each sync by up to `us` microseconds from now on.
     pub(crate) fn slow(&self, us: u64) {
         self.slow_us.store(us, Ordering::Relaxed);
     }
 
-    /// Lets its wall clock jump.
+    /// Sets the offset of the wall clock from simulated time.
     pub(crate) fn jump(&mut self, offset_ms: i64) {
         self.wall_offset_ms = offset_ms;
         if let Some((process, _)) = &self.broker {
@@ -224,12 +224,12 @@ impl Machine {
         self.note(format_args!("its clock is {offset_ms} ms off"));
     }
 
-    /// What its broker knows of the metadata, while there is one.
+    /// Returns the metadata snapshot of the broker, if one is running.
     pub(crate) fn mirror(&self) -> Option<Arc<ViewState>> {
         self.broker.as_ref().map(|(_, node)| node.broker().mirror())
     }
 
-    /// Whether its broker says that it should be restarted.
+    /// Returns true if the broker reports that it should be restarted.
     pub(crate) fn ails(&self) -> bool {
         self.broker.as_ref().is_some_and(|(_, node)| node.broker().health().is_err())
     }
@@ -238,7 +238,7 @@ impl Machine {
         self.broker.is_some()
     }
 
-    /// Bytes in the broker's data directory.
+    /// Returns the number of bytes in the broker's data directory.
     pub(crate) fn disk_bytes(&self) -> u64 {
         self.disk.files().iter().filter(|(path, _)| path.starts_with(Path::new("/data"))).map(|(_, bytes)| bytes).sum()
     }
@@ -248,7 +248,7 @@ impl Machine {
     }
 }
 
-/// What the threads of a log do elsewhere.
+/// Runs the journal and sync steps, which are the work of a log's threads outside the simulator.
 async fn steps(log: Log, wake: Arc<Notify>, slow_us: Arc<AtomicU64>) {
     let pause = async |most_us: u64| {
         let most_us = most_us + slow_us.load(Ordering::Relaxed);
@@ -259,11 +259,11 @@ async fn steps(log: Log, wake: Arc<Notify>, slow_us: Arc<AtomicU64>) {
         let _either = tokio::time::timeout(SYNC_EVERY, wake.notified()).await;
         pause(800).await;
         while log.journal_step() {
-            // Most devices are quick, and each is slow at times.
+            // Most journal writes are fast, and one in twenty is slow.
             let most = if random::in_range(0..20) == 0 { 20_000 } else { 800 };
             pause(most).await;
         }
-        // What is too large for the journal waits for the segments.
+        // Appends that are too large for the journal wait for this sync of the segments.
         if random::in_range(0..4) == 0 || clock::monotonic() - synced > SYNC_EVERY {
             log.sync_step();
             synced = clock::monotonic();

@@ -1,12 +1,18 @@
-//! Simulation: brokers and their clients in one process and one thread, from one seed.
+//! Simulation: brokers and clients in one process and one thread, driven by one seed.
 //!
-//! The brokers are the real ones (`server::Node`), and so is the client. Simulated are the disks, the network, the bucket, the metadata
-//! store's link, the clocks and randomness, and death. Time jumps to the next timer when nothing can run. `make sim SEEDS=N SEED=first`
-//! runs more; `STRANDLINE_TRACE=1` prints what happened.
+//! The brokers (`server::Node`) and the client are the real code. Disks, network, object store, links to the metadata store, clocks,
+//! randomness and crashes are simulated. Time jumps to the next timer when nothing can run. `make sim SEEDS=N SEED=first` runs more seeds;
+//! `STRANDLINE_TRACE=1` prints the trace.
 //!
-//! `run` is one run and `seeds` are many, `world` and `machine` what it happens to, `faults` and `disks` what goes wrong, `load` the clients, `operator`
-//! who changes the cluster meanwhile, `judge`, `truth` and `history` what must hold, `peace` what must come to
-//! hold in the end, `mutants` the proof that they would notice.
+//! | modules | content |
+//! | --- | --- |
+//! | `run`, `seeds` | one run; many runs |
+//! | `world`, `machine` | the simulated environment |
+//! | `faults`, `disks` | injected faults |
+//! | `load`, `operator` | clients; admin operations during a run |
+//! | `judge`, `truth`, `history` | rules that always hold |
+//! | `peace` | rules that hold some time after the faults |
+//! | `mutants` | mutations that the checks must detect |
 
 #![allow(clippy::unwrap_used, reason = "a failed assumption is a failed test")]
 
@@ -38,33 +44,33 @@ use run::Shape;
 use seeds::run_all;
 use strandline::task::run_scoped;
 
-// As the broker's own: a run takes a fifth less time.
+// The allocator of the broker, which shortens a run by a fifth.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Power losses, kills, broken and stalled links, a full disk, a bucket that fails and loses answers: what was acknowledged is there,
-/// once, in order, and what was read once is read again.
+/// Every acknowledged record is stored once and in order, and repeated reads return the same records. Faults: power loss, kill, broken and
+/// stalled links, a full disk, and an object store that fails or loses responses.
 #[test]
-fn one_broker_keeps_what_it_acknowledged() {
+fn one_broker_keeps_acknowledged_records() {
     run_all(Shape::ONE);
 }
 
-/// The same of three brokers and more, which lose each other and the metadata store as well, and whose partitions an operator moves in
-/// some of the runs: whoever may lead holds what was acknowledged, logs never contradict each other, and in peace every replica comes to
-/// hold the same.
+/// The same rules for three to five brokers, which also lose each other and the metadata store. In some runs an operator reassigns
+/// partitions. Every member of ISR and ELR holds the acknowledged records, logs never contradict each other, and after the faults all
+/// replicas become equal.
 #[test]
-fn three_brokers_keep_what_they_acknowledged() {
+fn three_brokers_keep_acknowledged_records() {
     run_all(Shape::THREE);
 }
 
-/// How many seeds are run twice.
+/// Number of seeds that are run twice.
 const TWICE: usize = 5;
 
-/// Without this a seed that found something could not be looked at. Both runs go on at the same time: nothing of one may be seen in the
-/// other. It needs `--cfg tokio_unstable`: only then tokio's own choices follow from a seed.
+/// A failing seed can only be analysed if its run is reproducible. Both runs are concurrent, so the test also shows that runs share no
+/// state. It needs `--cfg tokio_unstable`: only then the seed determines tokio's own choices.
 #[test]
 #[cfg_attr(not(tokio_unstable), ignore = "needs RUSTFLAGS=--cfg tokio_unstable: make sim")]
-fn a_seed_gives_the_same_trace_twice() {
+fn seed_run_twice_gives_same_trace() {
     for shape in [Shape::ONE, Shape::THREE] {
         for seed in (seeds::first()..).take(TWICE) {
             let traces = [const { OnceLock::new() }; 2];

@@ -1,4 +1,4 @@
-//! What a partition's manifest names, read past the brokers and all that goes wrong between them and the bucket.
+//! The objects that a partition's manifest references, read from the object store without the brokers and without faults.
 
 use std::collections::BTreeSet;
 
@@ -14,19 +14,20 @@ use strandline::{
 
 use crate::objects::Objects;
 
-/// The objects that a state reaches.
+/// Objects that a tier state references.
 #[derive(Default)]
 pub(crate) struct Named {
-    /// The manifest, its pages, and the segments of which something can be read.
+    /// The manifest, its pages, and the segments with readable records.
     pub(crate) objects: BTreeSet<String>,
-    /// The segments, oldest first, each with its object.
+    /// All segments, oldest first, with their object names.
     pub(crate) segments: Vec<(String, SegmentLine)>,
 }
 
-/// Reads the manifest that a state names. It must be that one, and its segments must follow each other from its first offset to its end.
+/// Reads the manifest that a state references. The manifest must match the state, and its segments must be contiguous from its first offset
+/// to its end.
 ///
 /// # Errors
-/// In words, what is not so.
+/// The manifest is missing or invalid, or does not match the state.
 pub(crate) fn named_by(objects: &Objects, id: PartitionId, state: &TierState) -> Result<Named, String> {
     let Some(manifest) = state.manifest else { return Ok(Named::default()) };
     let path = |name: String| format!("{}/{name}", name::partition_folder(id));
@@ -41,7 +42,7 @@ pub(crate) fn named_by(objects: &Objects, id: PartitionId, state: &TierState) ->
         named.objects.insert(page);
     }
     named.segments.extend(root.segments().iter().map(|line| (path(line.stamp.segment()), *line)));
-    // What nobody can read may go while a page lists it.
+    // A segment below the log start may be deleted while a page still lists it.
     let read = named.segments.iter().filter(|(_, line)| line.stamp.end > state.log_start);
     named.objects.extend(read.map(|(segment, _)| segment.clone()));
     let mut next = root.base();
@@ -51,7 +52,7 @@ pub(crate) fn named_by(objects: &Objects, id: PartitionId, state: &TierState) ->
         }
         next = line.stamp.end;
     }
-    // The log start moves in the metadata first, and the manifest follows.
+    // The log start moves in the metadata first, then in the manifest.
     let log_start = state.log_start.min(state.tiered_end);
     let counts = named.segments.iter().filter(|(_, line)| line.stamp.end > log_start);
     let bytes: u64 = counts.map(|(_, line)| line.data_bytes).sum();
@@ -63,10 +64,10 @@ pub(crate) fn named_by(objects: &Objects, id: PartitionId, state: &TierState) ->
     Ok(named)
 }
 
-/// The bytes of a segment's batches. Length and checksum of the object must be what its manifest says.
+/// Returns the batches of a segment object. The length and checksum of the object must match its manifest entry.
 ///
 /// # Errors
-/// In words, what is not so.
+/// The object is missing, or its length or checksum does not match.
 pub(crate) fn data_of(objects: &Objects, segment: &str, line: &SegmentLine) -> Result<Bytes, String> {
     let object = objects.read(segment).ok_or_else(|| format!("{segment} is named and not in the bucket"))?;
     let (len, crc) = (object.len() as u64, crc32c::crc32c(&object));

@@ -1,8 +1,8 @@
-//! The metadata store as one broker sees it: one true store in memory, behind a link of the broker's own that is slow, cut, or loses
-//! requests and answers.
+//! One broker's link to the metadata store. The store is in memory and shared; the link is slow, can be cut, and loses requests and
+//! responses.
 //!
-//! It keeps the contract of [`MetaStore`] and uses all that this leaves open. A transaction whose outcome is unknown was done, was not
-//! done, or is done a little later; a watch lags, and now and then what it would go on from is kept no more.
+//! The link keeps the contract of [`MetaStore`] and uses all freedom of that contract. A transaction with an unknown outcome was applied,
+//! was not applied, or is applied later. A watch lags, and at times the history after its revision is compacted.
 
 use std::{
     fmt,
@@ -18,32 +18,32 @@ use strandline::{
     task::{Tasks, random},
 };
 
-/// How long a call waits for an answer.
+/// Timeout of a call.
 const CALL: Duration = Duration::from_secs(1);
 
-/// How often somebody who is cut off looks again.
+/// Interval at which a blocked call checks whether the link is open.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// How much later a transaction may take effect than its caller gave it up.
+/// Maximum delay of a transaction after its caller received an unknown outcome, in microseconds.
 const LATE_US: u64 = 3_000_000;
 
-/// One broker's way to the store. Clones share it.
+/// One broker's link to the store. Clones share the link.
 #[derive(Clone)]
 pub(crate) struct SimMeta {
     store: EmbeddedStore,
     weather: Arc<Mutex<Weather>>,
-    /// What was given up and happens all the same: no process's, but the store's.
+    /// Transactions that are applied after their caller gave up. The tasks belong to the store, not to a process.
     late: Tasks,
 }
 
 #[derive(Default)]
 struct Weather {
     cut: bool,
-    /// Of a hundred transactions so many lose their request, their answer, or both for a while.
+    /// Percentage of transactions that lose their request or their response, or are applied late.
     failing: u32,
-    /// How much later than the change a watch tells of it, at most.
+    /// Maximum additional delay of a watch, in microseconds.
     lag_us: u64,
-    /// The watches that are open end.
+    /// Cancelled to end the open watches as compacted.
     compacted: Tasks,
     lease: Option<LeaseId>,
 }
@@ -55,32 +55,32 @@ impl fmt::Debug for SimMeta {
 }
 
 impl SimMeta {
-    /// A way to `store`. `late` lives as long as the store.
+    /// Creates a link to `store`. `late` must last as long as the store.
     pub(crate) fn new(store: EmbeddedStore, late: Tasks) -> Self {
         Self { store, weather: Arc::default(), late }
     }
 
-    /// Nothing comes through any more, or all again.
+    /// Blocks or opens the link in both directions.
     pub(crate) fn cut(&self, cut: bool) {
         self.weather().cut = cut;
     }
 
-    /// Of a hundred transactions so many go wrong from now on.
+    /// Sets the percentage of transactions that fail from now on.
     pub(crate) fn fail(&self, percent: u32) {
         self.weather().failing = percent;
     }
 
-    /// Watches tell of changes up to so much later.
+    /// Sets the maximum additional delay of watches.
     pub(crate) fn lag(&self, us: u64) {
         self.weather().lag_us = us;
     }
 
-    /// What the open watches would go on from is kept no more.
+    /// Ends the open watches, as if the history after their revisions had been compacted.
     pub(crate) fn compact(&self) {
         std::mem::take(&mut self.weather().compacted).cancel();
     }
 
-    /// Ends the lease that was given out last, as when its time is over.
+    /// Ends the lease that was granted last, as if it had expired.
     pub(crate) async fn end_lease(&self) {
         let lease = self.weather().lease.take();
         if let Some(lease) = lease {
@@ -88,7 +88,7 @@ impl SimMeta {
         }
     }
 
-    /// The store itself, past the link.
+    /// Returns the store itself, without the link.
     pub(crate) fn truth(&self) -> &EmbeddedStore {
         &self.store
     }
@@ -97,7 +97,7 @@ impl SimMeta {
         self.weather.lock().unwrap()
     }
 
-    /// One way to the store or back.
+    /// Passes the link in one direction: waits for the delay, and while the link is blocked.
     async fn pass(&self) -> Result<(), StoreError> {
         tokio::time::sleep(Duration::from_micros(random::in_range(200..2000))).await;
         let open = async {
@@ -108,7 +108,7 @@ impl SimMeta {
         tokio::time::timeout(CALL, open).await.map_err(|_| StoreError::unavailable("cut off"))
     }
 
-    /// A call that changes nothing, or that may be done twice.
+    /// Sends a call that changes nothing or may be applied twice.
     async fn asked<T>(&self, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
         self.pass().await?;
         let answer = call.await;
@@ -147,7 +147,7 @@ impl MetaStore for SimMeta {
                 _ => {}
             }
             let outcome = self.store.transact(transaction).await;
-            // From here on it may have been done.
+            // From here on the transaction may have been applied.
             self.pass().await.map_err(|_| StoreError::unknown("cut off"))?;
             outcome
         })

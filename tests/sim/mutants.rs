@@ -1,6 +1,6 @@
-//! Rules of the broker that are broken on purpose, one at a time: each must be found within so many seeds.
+//! Mutations of the broker's rules, one at a time: each must be detected within a stated number of seeds.
 //!
-//! This is what the other tests here are worth. A rule that nobody misses is a check that is not there.
+//! These tests measure the other tests of the simulation: an undetected mutation means a missing check.
 
 use std::{
     panic::{self, AssertUnwindSafe},
@@ -21,8 +21,8 @@ use crate::{
     run::{self, Shape},
 };
 
-/// The broken rules with the brokers of a run, and the seeds, from 1 on, one of which must find each: at least three times what was
-/// needed when this was written. docs/replication.md says what each shows.
+/// Mutations with the topology of their runs and a number of seeds. One of these seeds, from 1 on, must detect the mutation. The number was
+/// at least three times the needed one when this list was written. docs/replication.md describes what shows each mutation.
 const MUTANTS: &[(Mutation, Shape, u64)] = &[
     (Mutation::AcknowledgeBeforeSync, Shape::ONE, 10),
     (Mutation::ReuseJournalFileBeforeSync, Shape::ONE, 20),
@@ -49,9 +49,13 @@ const MUTANTS: &[(Mutation, Shape, u64)] = &[
     (Mutation::CountOlderEpochAcks, Shape::THREE.about(Theme::Leases), 40),
 ];
 
-/// Rules for which no number of seeds is stated yet. Those of `partition/leader` are found by the model check in every run of the tests
-/// (`partition/check`): a place ends with its leader epoch and a link with its broker epoch, so no older acknowledgement arrives where only one
-/// of two checks is gone; `min.insync.replicas` is lowered in few runs; and who waits to be settled is let go by the next election.
+/// Mutations without a stated number of seeds. The model check (`partition/check`) detects those of `partition/leader` in every test run.
+///
+/// | mutation | why it is rare |
+/// | --- | --- |
+/// | `AcceptOlder…EpochAck` | A subscription ends with its leader epoch, a link with its broker epoch: no older acknowledgement arrives |
+/// | `IgnoreElr` | Few runs lower `min.insync.replicas` |
+/// | `AdmitAfterEpochCommitted` | The next election releases a partition whose epoch is not committed |
 const RARE: &[(Mutation, Shape, u64)] = &[
     (Mutation::TruncateUnjournaled, Shape::THREE, 2000),
     (Mutation::AdoptNewerTieredEnd, Shape::THREE, 2000),
@@ -75,7 +79,7 @@ fn every_rare_broken_rule_is_found() {
     search(RARE);
 }
 
-/// Looks for each broken rule by itself, as many at a time as there are cores.
+/// Runs seeds for each mutation until one detects it. Mutations run concurrently, one per core.
 fn search(mutants: &[(Mutation, Shape, u64)]) {
     let only = std::env::var("STRANDLINE_MUTANT").unwrap_or_default();
     let wanted: Vec<_> = mutants.iter().filter(|(mutation, ..)| format!("{mutation:?}").contains(&only)).collect();
@@ -93,16 +97,16 @@ fn search(mutants: &[(Mutation, Shape, u64)]) {
     assert!(missed.is_empty(), "not found: {missed:?}");
 }
 
-/// The first seed that finds a broken rule, and what it says.
+/// Returns the first seed that detects a mutation, and the message.
 fn found(mutation: Mutation, shape: Shape, seeds: u64) -> Option<(u64, String)> {
     (1..=seeds).find_map(|seed| {
         let why = fails(Some(mutation), shape, seed)?;
-        // A seed that fails without the mutation too has found something else.
+        // A seed that also fails without the mutation has detected something else.
         fails(None, shape, seed).is_none().then_some((seed, why))
     })
 }
 
-/// What a seed finds.
+/// Runs a seed. Returns the message if it fails.
 fn fails(mutation: Option<Mutation>, shape: Shape, seed: u64) -> Option<String> {
     let run = AssertUnwindSafe(|| run::run(shape, seed));
     let failed = mutation::with_mutation(mutation, || panic::catch_unwind(run)).is_err();

@@ -1,8 +1,8 @@
-//! A network in memory: calls go straight to a broker's services, their bodies frame by frame through links that delay, stall and break.
+//! A network in memory: calls go directly to a broker's services, and bodies go frame by frame through links that delay, stall and break.
 //!
-//! The request's body is moved by tasks of the caller's process, the response and its body by tasks of the broker's: when one of them is
-//! killed, what it had not sent yet is gone, and the other side sees a connection that broke. Each pair of machines has two ways, which
-//! can be cut one without the other: nothing is refused then and nothing is lost, as with TCP, until somebody gives up.
+//! Tasks of the caller's process move the request body; tasks of the broker's process move the response. If a process is killed, its unsent
+//! frames are lost and the peer receives a broken connection. Each direction between two machines can be blocked alone. As with TCP, a
+//! blocked direction rejects and loses nothing until one side times out.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,52 +25,52 @@ use strandline::{
 use tokio::sync::{Notify, mpsc, oneshot};
 use tonic::{Status, body::Body, codegen::Service as _, codegen::http, service::Routes};
 
-/// How long it takes at most until what waits on a link that was cut goes on.
+/// Maximum delay until frames continue on an unblocked link, in microseconds.
 const GOES_ON_US: u64 = 5000;
 
-/// How long a connection may take to come up.
+/// Timeout of a connection attempt.
 const CONNECTING: Duration = Duration::from_secs(3);
 
-/// Whom nobody hears for so long is not waited for any more: pings, and their time.
+/// Time without a frame after which a peer closes the connection: the keep-alive interval and its timeout.
 pub(crate) const SILENCE: Duration = Duration::from_secs(4);
 
-/// All links and who listens. Clones share it.
+/// All links and listeners. Clones share them.
 #[derive(Clone, Default)]
 pub(crate) struct Net {
     state: Arc<Mutex<State>>,
-    /// Told when something comes through again.
+    /// Notified when a link or a machine may pass frames again.
     healed: Arc<Notify>,
 }
 
 #[derive(Default)]
 struct State {
-    /// The listeners of each machine, by the address for clients.
+    /// Listeners of each machine, by its address for clients.
     listening: BTreeMap<String, Listener>,
-    /// Without power: not even a refusal comes from there.
+    /// Machines without power, which do not even refuse connections.
     dark: BTreeSet<String>,
-    /// From one to the other, nothing comes through.
+    /// Blocked directions, from the first machine to the second.
     cut: BTreeSet<(String, String)>,
-    /// What a frame takes in addition, at most.
+    /// Maximum additional delay of a frame, in microseconds, by direction.
     slow_us: BTreeMap<(String, String), u64>,
-    /// What connects two that spoke to each other, in the order of their names, until it breaks.
+    /// Connections of each pair of machines, in the order of their names, until they break.
     cables: BTreeMap<(String, String), Cable>,
 }
 
 #[derive(Clone)]
 struct Listener {
-    /// For clients; `None` while the broker starts.
+    /// Services for clients; `None` while the broker starts.
     routes: Option<Routes>,
-    /// For other brokers.
+    /// Services for other brokers.
     peer_routes: Option<Routes>,
-    /// Of the broker's process.
+    /// Tasks of the broker's process.
     tasks: Tasks,
 }
 
-/// All connections between two, from one break to the next.
+/// All connections between two machines, from one break to the next.
 #[derive(Clone, Default)]
 struct Cable {
     up: Tasks,
-    /// It did not break: nobody was heard any more.
+    /// True if the connections timed out; false if they were reset.
     silent: Arc<AtomicBool>,
 }
 
@@ -86,12 +86,12 @@ impl Cable {
 }
 
 impl Net {
-    /// From now on calls to `address` reach these services. Called inside the broker's process.
+    /// Makes calls to `address` reach these services from now on. Called inside the broker's process.
     pub(crate) fn listen(&self, address: &str, routes: Routes) {
         self.add_listener(address, |listener| listener.routes = Some(routes));
     }
 
-    /// From now on calls to the [`peer_address`] of `address` reach these services. Called inside the broker's process.
+    /// Makes calls to the [`peer_address`] of `address` reach these services from now on. Called inside the broker's process.
     pub(crate) fn listen_for_peers(&self, address: &str, routes: Routes) {
         self.add_listener(address, |listener| listener.peer_routes = Some(routes));
     }
@@ -104,7 +104,7 @@ impl Net {
         self.healed.notify_waiters();
     }
 
-    /// Nobody listens there any more. Its connections break; without power nobody is told.
+    /// Removes the listeners of a machine and breaks its connections. Without power, its peers receive no reset.
     pub(crate) fn hang_up(&self, address: &str, power: bool) {
         let mut state = self.state();
         state.listening.remove(address);
@@ -112,28 +112,29 @@ impl Net {
             state.dark.insert(address.to_owned());
         }
         drop(state);
-        // Where the power is gone the others notice it a little later than at once. They may as well notice it now.
+        // After a power loss peers would time out a little later. An immediate timeout is as valid.
         self.break_where(|one, other| one == address || other == address, !power);
     }
 
-    /// Nobody listens anywhere any more. Brokers hold the network, and it holds theirs: without this, what it reaches would never be freed.
+    /// Removes all listeners. Brokers reference the network, and the network references their services, so without this call neither is
+    /// ever freed.
     pub(crate) fn close(&self) {
         let listening = std::mem::take(&mut self.state().listening);
         drop(listening);
     }
 
-    /// The machine has its power back: it refuses what nobody there listens for.
+    /// Restores the power of a machine, which then refuses connections to ports without a listener.
     pub(crate) fn power(&self, address: &str) {
         self.state().dark.remove(address);
         self.healed.notify_waiters();
     }
 
-    /// Breaks every link. New ones can be made.
+    /// Resets every connection. New connections are possible.
     pub(crate) fn reset(&self) {
         self.break_where(|_, _| true, false);
     }
 
-    /// Lets nothing through from one to the other, or all again.
+    /// Blocks or opens one direction.
     pub(crate) fn cut(&self, from: &str, to: &str, cut: bool) {
         let way = (from.to_owned(), to.to_owned());
         if cut {
@@ -144,18 +145,18 @@ impl Net {
         }
     }
 
-    /// Makes frames from one to the other take up to so much longer.
+    /// Sets the maximum additional delay of frames in one direction.
     pub(crate) fn slow(&self, from: &str, to: &str, us: u64) {
         self.state().slow_us.insert((from.to_owned(), to.to_owned()), us);
     }
 
-    /// The two have not heard each other for too long.
+    /// Breaks the connections between two machines by a timeout.
     pub(crate) fn give_up(&self, one: &str, other: &str) {
         let pair = pair(one, other);
         self.break_where(|one, other| (one, other) == (pair.0.as_str(), pair.1.as_str()), true);
     }
 
-    /// The way to others from `name`.
+    /// Returns the connector of the machine `name`.
     pub(crate) fn from(&self, name: &str) -> Socket {
         Socket { net: self.clone(), name: name.to_owned() }
     }
@@ -187,13 +188,13 @@ impl Net {
             .clone()
     }
 
-    /// What one frame takes.
+    /// Waits for the delay of one frame, and while the direction is blocked.
     async fn delay(&self, from: &str, to: &str) {
         let way = (from.to_owned(), to.to_owned());
         let slow = self.state().slow_us.get(&way).copied().unwrap_or(0);
         tokio::time::sleep(Duration::from_micros(random::in_range(50..1500) + random::in_range(0..=slow))).await;
         while self.is_cut(&way) {
-            // Nothing else runs between the look and this.
+            // No other task runs between the check and this call, so no notification is lost.
             self.healed.notified().await;
             tokio::time::sleep(Duration::from_micros(random::in_range(0..GOES_ON_US))).await;
         }
@@ -204,7 +205,7 @@ impl Net {
         state.cut.contains(way) || state.dark.contains(&way.0) || state.dark.contains(&way.1)
     }
 
-    /// Moves a body until its end, or until the cable or whoever reads it is gone.
+    /// Moves a body until its end, until the connection breaks, or until the reader is dropped.
     async fn pump(self, mut body: Body, way: (String, String), cable: Cable, to: mpsc::Sender<Piece>) {
         let moved = async {
             while let Some(frame) = body.frame().await {
@@ -224,16 +225,16 @@ impl Net {
     }
 }
 
-/// The port of the listeners for clients, and of those for brokers.
+/// Port of the listeners for clients, and port of those for brokers.
 const CLIENT_PORT: &str = ":9460";
 const PEER_PORT: &str = ":9470";
 
-/// Where other brokers reach the machine that clients reach at `address`.
+/// Returns the address for brokers of the machine with this address for clients.
 pub(crate) fn peer_address(address: &str) -> String {
     address.replace(CLIENT_PORT, PEER_PORT)
 }
 
-/// Which machine an address is of, and whether it is the one for brokers. Links are between machines.
+/// Returns the machine of an address, and true if it is the address for brokers. Links are between machines.
 fn machine(address: &str) -> (String, bool) {
     (address.replace(PEER_PORT, CLIENT_PORT), address.ends_with(PEER_PORT))
 }
@@ -243,7 +244,7 @@ fn pair(one: &str, other: &str) -> (String, String) {
     (one.to_owned(), other.to_owned())
 }
 
-/// How one machine reaches the others.
+/// Connector of one machine to the others.
 #[derive(Clone)]
 pub(crate) struct Socket {
     net: Net,
@@ -270,11 +271,11 @@ impl Connect for Socket {
     }
 }
 
-/// One connection: it mends itself with the next call.
+/// One connection, which reconnects with the next call.
 struct End {
     from: Socket,
     to: String,
-    /// Whether it goes to the machine's listener for brokers.
+    /// True for a connection to the machine's listener for brokers.
     is_peer: bool,
 }
 
@@ -332,7 +333,7 @@ enum Piece {
     End,
 }
 
-/// A body, and where its pieces go in. Without an end it has broken.
+/// Returns a body and the sender of its pieces. The body breaks if the sender is dropped without [`Piece::End`].
 fn pipe(cable: &Cable) -> (mpsc::Sender<Piece>, Body) {
     let (sender, pieces) = mpsc::channel(4);
     let frames = stream::unfold(Some((pieces, cable.clone())), |open| async {

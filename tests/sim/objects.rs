@@ -1,4 +1,4 @@
-//! A bucket in memory that is slow, refuses, and loses answers: what was asked for may have been done all the same.
+//! An object store in memory that is slow, rejects requests and loses responses. A failed request may have been applied.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,21 +25,21 @@ use tokio::time::Instant;
 
 use crate::panics;
 
-/// One bucket. Clones share it.
+/// One object store. Clones share its content.
 #[derive(Clone, Debug)]
 pub(crate) struct Objects {
     kept: Arc<InMemory>,
-    /// Of a hundred requests so many fail, half of them after they were done.
+    /// Percentage of requests that fail, half of them after they were applied.
     failing: Arc<AtomicU32>,
     began: Instant,
-    /// When each object was written, by simulated time: what is garbage is old by that.
+    /// Write time of each object in simulated time, which determines the age of orphan objects.
     written: Arc<Mutex<BTreeMap<Path, DateTime<Utc>>>>,
-    /// What nobody may delete or change: it is named.
+    /// Referenced objects of each partition, which must not be deleted or changed.
     kept_for: Arc<Mutex<BTreeMap<PartitionId, BTreeSet<String>>>>,
 }
 
 impl Objects {
-    /// An empty bucket, whose clock begins at `began`.
+    /// Creates an empty object store whose clock starts at `began`.
     pub(crate) fn new(began: Instant) -> Self {
         Self {
             kept: Arc::new(InMemory::new()),
@@ -50,36 +50,36 @@ impl Objects {
         }
     }
 
-    /// How many of a hundred requests fail from now on.
+    /// Sets the percentage of requests that fail from now on.
     pub(crate) fn fail(&self, percent: u32) {
         self.failing.store(percent, Ordering::Relaxed);
     }
 
-    /// Every object.
+    /// Returns the names of all objects.
     pub(crate) async fn all(&self) -> BTreeSet<String> {
         let listed = self.kept.list(None).map(|object| object.unwrap().location.to_string());
         listed.collect().await
     }
 
-    /// One object, past all that goes wrong.
+    /// Returns one object, without delay and faults.
     pub(crate) fn read(&self, object: &str) -> Option<Bytes> {
         let read = async { self.kept.get(&Path::from(object)).await.ok()?.bytes().await.ok() };
-        // It lies in memory.
+        // A read from memory completes at once.
         read.now_or_never().flatten()
     }
 
-    /// Whoever deletes or changes one of these, of which a partition consists from now on, is found.
+    /// Replaces the referenced objects of a partition. From now on a deletion or change of one of these is a rule violation.
     pub(crate) fn keep(&self, partition: PartitionId, objects: BTreeSet<String>) {
         self.kept_for.lock().unwrap().insert(partition, objects);
     }
 
-    /// The partition that has need of an object.
+    /// Returns the partition that references an object.
     fn is_kept_for(&self, location: &Path) -> Option<PartitionId> {
         let kept_for = self.kept_for.lock().unwrap();
         kept_for.iter().find_map(|(partition, objects)| objects.contains(location.as_ref()).then_some(*partition))
     }
 
-    /// Judges a write before it is done.
+    /// Checks a write before it is applied.
     fn will_put(&self, location: &Path, payload: &PutPayload) {
         let Some(partition) = self.is_kept_for(location) else { return };
         let new: Vec<u8> = payload.iter().flatten().copied().collect();
@@ -88,7 +88,7 @@ impl Objects {
         }
     }
 
-    /// Judges a deletion, or a write of what is not known yet, before it is done.
+    /// Checks a deletion, or a write with unknown content, before it is applied.
     fn will_delete(&self, location: &Path) {
         if let Some(partition) = self.is_kept_for(location) {
             panics::found(format!("{partition}: {location} is named, and is deleted or replaced"));
@@ -106,7 +106,7 @@ impl Objects {
         object
     }
 
-    /// Does a request, perhaps, and answers it, perhaps.
+    /// Applies a request and returns its response. A fault may prevent either.
     async fn answer<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::time::sleep(Duration::from_micros(random::in_range(500..20_000))).await;
         let fails = random::in_range(0..100) < self.failing.load(Ordering::Relaxed);

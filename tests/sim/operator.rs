@@ -1,7 +1,7 @@
-//! An operator at work, whatever goes wrong meanwhile: partitions move, brokers are emptied and filled again, topics change, come and go.
+//! An operator that works during the faults: reassigns partitions, drains and undrains brokers, and changes, creates and deletes topics.
 //!
-//! What an order did nobody knows who did not hear the answer, and nothing here asks: the judge and the clients see whether any of it
-//! cost a record. In the end nobody is left drained.
+//! The result of an operation without a response is unknown, and nothing here checks it: the checker and the clients detect lost records.
+//! At the end no broker stays drained.
 
 use std::time::Duration;
 
@@ -13,25 +13,25 @@ use strandline::{
 
 use crate::{load::TOPICS, trace::Trace};
 
-/// How long an order may take until the next one.
+/// Timeout of one operation.
 const ORDER: Duration = Duration::from_secs(5);
 
-/// A topic that comes and goes.
+/// Topic that is created and deleted.
 const PASSING: &str = "passing";
 
-/// One operator.
+/// Client that runs admin operations.
 pub(crate) struct Operator {
     pub(crate) client: Client,
     pub(crate) trace: Trace,
-    /// Cancelled when it is enough.
+    /// Cancelled to end the operations.
     pub(crate) stop: Tasks,
-    /// Partitions of each topic.
+    /// Number of partitions of each topic.
     pub(crate) partitions: Vec<u32>,
     pub(crate) brokers: u32,
 }
 
 impl Operator {
-    /// Gives orders until it is stopped, and leaves every broker restored.
+    /// Runs operations until it is stopped, then undrains every broker.
     pub(crate) async fn work(self) {
         while !self.stop.is_cancelled() {
             tokio::time::sleep(Duration::from_millis(random::in_range(100..2500))).await;
@@ -96,7 +96,7 @@ impl Operator {
         }
     }
 
-    /// Any brokers for a partition, as many as its topic has replicas now.
+    /// Returns random brokers for a partition, as many as it has replicas now.
     async fn replicas(&self, name: &str, partition: u32) -> Vec<BrokerId> {
         let mut brokers: Vec<_> = (1..=self.brokers).map(BrokerId).collect();
         let known = tokio::time::timeout(ORDER, self.client.admin().describe_topic(name)).await;

@@ -1,6 +1,7 @@
-//! Panics of simulated tasks: a broken invariant would end a broker, and here it ends the run.
+//! Panics of simulated tasks. A broken invariant would abort a broker; here it ends the run.
 //!
-//! They are printed in short: what led there is in the trace. A task that panics tells nobody but who joins it. The hook remembers the panic for the thread, which is one run.
+//! Panics are printed in short, as the trace shows the events before them. A task's panic reaches only the task that joins it, so the hook
+//! stores the panic for the thread, which runs one simulation.
 
 use std::{cell::RefCell, panic, sync::Once};
 
@@ -10,7 +11,7 @@ thread_local! {
     static FIRST: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Remembers panics from now on, and prints none of those that a rule broken on purpose brings.
+/// Stores panics from now on. Panics are not printed while a mutation is active.
 pub(crate) fn remember() {
     static ONCE: Once = Once::new();
     FIRST.set(None);
@@ -27,19 +28,19 @@ pub(crate) fn remember() {
     });
 }
 
-/// Something that must not be was seen, and counts as a panic.
+/// Records a rule violation, which counts as a panic.
 pub(crate) fn found(wrong: String) {
     FIRST.with_borrow_mut(|first| {
         first.get_or_insert(wrong);
     });
 }
 
-/// The first panic of this run.
+/// Returns the first panic of this run.
 pub(crate) fn first() -> Option<String> {
     FIRST.with_borrow(Clone::clone)
 }
 
-/// Panics when a task has.
+/// Panics if a task has panicked.
 pub(crate) fn check() {
     if let Some(panicked) = first() {
         panic!("a task panicked: {panicked}");

@@ -1,7 +1,7 @@
-//! What comes to hold once nothing goes wrong any more (design.md §13, *live*): mirrors show what the store holds, what is sealed is in
-//! the bucket, and what nothing names is gone from there.
+//! Liveness after the faults (design.md §13, *live*): metadata caches equal the store, sealed segments are in the object store, and orphan
+//! objects are deleted.
 //!
-//! That every request is answered and every replica in sync `run` sees to.
+//! `run` checks that every request has a response and that every replica is in sync.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -21,13 +21,13 @@ use crate::{
     world::World,
 };
 
-/// How long mirrors and uploads may take. A leader that could not upload looks again within eight seconds.
+/// Timeout for metadata caches and uploads. A leader retries a failed upload within eight seconds.
 const SOON: Duration = Duration::from_secs(30);
 
-/// How often that is looked at.
+/// Interval between checks.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// Waits until every mirror is right and all that is sealed is in the bucket.
+/// Waits until every metadata cache equals the store and all sealed segments are in the object store.
 pub(crate) async fn comes(world: &World, judge: &Judge) {
     until(SOON, async || match mirrored(&world.machines, judge).await {
         None => uploaded(judge).await,
@@ -36,13 +36,13 @@ pub(crate) async fn comes(world: &World, judge: &Judge) {
     .await;
 }
 
-/// Waits until the bucket holds what is named there and nothing else: somebody looks for garbage once in that time, and may find it too
-/// young once.
+/// Waits until the object store holds exactly the referenced objects. In that time garbage collection runs at least twice, as it may find
+/// an object too young once.
 pub(crate) async fn collects(world: &World, judge: &Judge) {
     until(3 * GRACE + SOON, async || garbage(&world.shared.objects, judge).await).await;
 }
 
-/// Waits for it, not for ever.
+/// Waits until `wrong` returns `None`. Panics after `within`.
 async fn until(within: Duration, mut wrong: impl AsyncFnMut() -> Option<String>) {
     let end = clock::monotonic() + within;
     while let Some(wrong) = wrong().await {
@@ -52,7 +52,7 @@ async fn until(within: Duration, mut wrong: impl AsyncFnMut() -> Option<String>)
     }
 }
 
-/// Whose mirror is not what the store holds.
+/// Returns the first difference between a broker's metadata cache and the store.
 async fn mirrored(machines: &[Machine], judge: &Judge) -> Option<String> {
     for machine in machines {
         let listing = judge.store.list(judge.keys.prefix()).await.unwrap();
@@ -64,14 +64,14 @@ async fn mirrored(machines: &[Machine], judge: &Judge) -> Option<String> {
     None
 }
 
-/// What the bucket holds of a partition, as the store says.
+/// Returns the tier state of a partition in the metadata store.
 async fn tier(judge: &Judge, id: PartitionId) -> TierState {
     let key = judge.keys.tier(id);
     let entry = judge.store.get(&key).await.unwrap().entry;
     entry.map_or_else(TierState::default, |entry| TierState::decode(&key, &entry.value).unwrap())
 }
 
-/// What is sealed and not in the bucket.
+/// Returns a description of a partition with sealed segments that are not in the object store.
 async fn uploaded(judge: &Judge) -> Option<String> {
     for (log, id, value) in judge.partitions().await {
         let state = tier(judge, id).await;
@@ -84,7 +84,7 @@ async fn uploaded(judge: &Judge) -> Option<String> {
     None
 }
 
-/// What is in the bucket and named by nothing, or named and not there.
+/// Returns a description of the orphan objects. Panics if a referenced object is missing.
 async fn garbage(objects: &Objects, judge: &Judge) -> Option<String> {
     let entries = judge.store.list(judge.keys.prefix()).await.unwrap().entries;
     let (mut named, mut topics) = (BTreeSet::new(), BTreeSet::new());
@@ -107,7 +107,7 @@ async fn garbage(objects: &Objects, judge: &Judge) -> Option<String> {
         objects.all().await.into_iter().filter(|object| object.starts_with(name::TOPICS)).collect();
     let lost = named.difference(&there).next();
     assert_eq!(lost, None, "it is named and not in the bucket");
-    // A topic is described there with its first segment.
+    // The object that describes a topic is written with the topic's first segment, so it is allowed but not required.
     let left: Vec<_> = there.iter().filter(|object| !named.contains(*object) && !topics.contains(*object)).collect();
     let first = left.first()?;
     Some(format!("nothing names {first}, nor {} more", left.len() - 1))

@@ -1,4 +1,4 @@
-//! One run: load and faults for some simulated seconds, then peace, then the check.
+//! One run: load and faults for some simulated seconds, then recovery without faults, then the checks.
 
 use std::{fmt, time::Duration};
 
@@ -20,39 +20,39 @@ use crate::{
     world::World,
 };
 
-/// What a run has.
+/// Topology and fault phase of a run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
-    /// Most runs have so many, a few some more.
+    /// Number of brokers of most runs. A few runs have more, up to `most_brokers`.
     pub(crate) brokers: u32,
     pub(crate) most_brokers: u32,
     pub(crate) racks: u32,
-    /// How long things go wrong.
+    /// Duration of the fault phase.
     pub(crate) trouble: Duration,
-    /// What it is about; else that is drawn.
+    /// Fault profile; `None` draws one.
     pub(crate) theme: Option<Theme>,
 }
 
 impl Shape {
-    /// One broker, whose metadata shares its data's fate.
+    /// One standalone broker, without faults of the metadata store.
     pub(crate) const ONE: Self =
         Self { brokers: 1, most_brokers: 1, racks: 1, trouble: Duration::from_secs(12), theme: None };
-    /// Three brokers.
+    /// Three to five brokers in three racks.
     pub(crate) const THREE: Self =
         Self { brokers: 3, most_brokers: 5, racks: 3, trouble: Duration::from_secs(15), theme: None };
 
-    /// The same brokers, with one kind of trouble.
+    /// Returns the same topology with one fault profile.
     pub(crate) const fn about(self, theme: Theme) -> Self {
         Self { theme: Some(theme), ..self }
     }
 
-    /// That of a seed: one in six has more brokers than partitions have replicas.
+    /// Returns the topology of a seed. One seed in six has more brokers than a partition has replicas, up to `most_brokers`.
     fn of(self, seed: u64) -> Self {
         let more = if seed.is_multiple_of(6) { u32::try_from(seed / 6 % 2).unwrap_or(0) + 1 } else { 0 };
         Self { brokers: (self.brokers + more).min(self.most_brokers), ..self }
     }
 
-    /// What the name of its test has and no other has.
+    /// Returns the part of the test name that no other test has.
     pub(crate) fn test(self) -> &'static str {
         if self.brokers == 1 { "one_broker" } else { "three_brokers" }
     }
@@ -64,22 +64,22 @@ impl fmt::Display for Shape {
     }
 }
 
-/// How often the judge looks while things go wrong.
+/// Interval between checks during the fault phase.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// How often the beginning of a log that keeps its last records may go while it is read: nobody writes to it any more.
+/// Maximum number of retries of a read whose start offset was removed by retention meanwhile. No client writes at that time.
 const MOST_GOING: u32 = 10;
 
-/// How long peace may take until every replica is in sync.
+/// Timeout after the faults until every replica is in sync.
 const SETTLING: Duration = Duration::from_secs(90);
 
-/// Runs a seed and gives its trace. Panics when it finds something; [`trace::last`] has the trace then.
+/// Runs a seed and returns its trace. Panics if a check fails; [`trace::last`] then returns the trace.
 pub(crate) fn run(shape: Shape, seed: u64) -> String {
     let shape = shape.of(seed);
     simulate(shape, seed, async |world| live(world, shape).await)
 }
 
-/// Lets something happen in a world of this seed, as [`run`] does.
+/// Runs `life` in a simulation of this seed and returns the trace. Panics like [`run`].
 pub(crate) fn simulate(shape: Shape, seed: u64, life: impl AsyncFnOnce(&mut World)) -> String {
     panics::remember();
     let mut builder = tokio::runtime::Builder::new_current_thread();
@@ -144,7 +144,7 @@ async fn live(world: &mut World, shape: Shape) {
     assert!(answered.is_ok(), "every send is answered once the faults have stopped");
     check(&load, &mut judge).await;
     peace::comes(world, &judge).await;
-    // What is there is there again after a stop of all, and after one more loss of power.
+    // The same must hold after a power loss of all machines, or after a clean stop if a power loss may lose records.
     for machine in &mut world.machines {
         if power { machine.kill(Some(random::bits())) } else { machine.stop().await }
     }
@@ -162,7 +162,7 @@ async fn live(world: &mut World, shape: Shape) {
     tasks.stop().await;
 }
 
-/// Makes the topics. Says how many partitions each has, and whether they survive that the power is lost on any machine.
+/// Creates the topics. Returns the number of partitions of each, and true if acknowledged records survive a power loss on any machine.
 async fn topics(client: &Client, shape: Shape, keeps: Keeps) -> (Vec<u32>, bool) {
     let power = shape.brokers == 1 || random::in_range(0..3) > 0 && shape.theme != Some(Theme::OneDown);
     let mut partitions = Vec::new();
@@ -173,7 +173,7 @@ async fn topics(client: &Client, shape: Shape, keeps: Keeps) -> (Vec<u32>, bool)
             .replication_factor(shape.brokers.min(3))
             .config("segment.bytes", "16384")
             .config("retention.ms", "-1")
-            // Clocks jump by hours, and a refusal for that would say nothing of what is stored.
+            // Clocks jump by hours. A rejection for that reason would test nothing about the stored records.
             .config("message.timestamp.after.max.ms", "31536000000")
             .config("local.retention.bytes", "40000");
         if keeps == Keeps::Last {
@@ -185,7 +185,7 @@ async fn topics(client: &Client, shape: Shape, keeps: Keeps) -> (Vec<u32>, bool)
         if !power && random::in_range(0..2) == 0 {
             topic = topic.config("durability", "replicated");
         }
-        // A lost answer: then it is there.
+        // If only the response was lost, the topic exists.
         while let Err(error) = client.admin().create_topic(&topic).await {
             if client.admin().describe_topic(name).await.is_ok() {
                 break;
@@ -198,14 +198,14 @@ async fn topics(client: &Client, shape: Shape, keeps: Keeps) -> (Vec<u32>, bool)
     (partitions, power)
 }
 
-/// Everything goes wrong for a while, and the judge looks on.
+/// Runs the fault phase, and the checker at intervals.
 async fn trouble(world: &mut World, shape: Shape, power: bool, judge: &mut Judge) {
     let plan = Plan::draw(shape, power);
     let (places, shared) = (world.places(), world.shared.clone());
     let metas: Vec<_> = world.machines.iter().map(|machine| machine.meta.clone()).collect();
     let machines = join_all(world.machines.iter_mut().map(|machine| Box::pin(faults::of_machine(machine, &plan))));
     let metadata = async {
-        // Alone, the metadata lies in the data directory.
+        // A standalone broker has no link to a metadata store: its metadata is in its data directory.
         if metas.len() > 1 {
             faults::of_metadata(&shared, &metas, &plan).await;
         }
@@ -220,7 +220,7 @@ async fn trouble(world: &mut World, shape: Shape, power: bool, judge: &mut Judge
     join4(machines, faults::of_network(&shared, &places, &plan), metadata, look).await;
 }
 
-/// Waits until every replica is in sync and holds the same.
+/// Waits until every replica is in sync and all replicas of a partition end at the same offset.
 async fn settled(judge: &Judge, shape: Shape) {
     let until = clock::monotonic() + SETTLING;
     loop {
@@ -236,7 +236,7 @@ async fn settled(judge: &Judge, shape: Shape) {
     }
 }
 
-/// A partition is led, and all its replicas are in sync and hold the same; else why not.
+/// Returns an error with the reason unless the partition has a leader and all its replicas are in sync with the same log end.
 fn is_whole(judge: &Judge, id: PartitionId, value: &PartitionValue) -> Result<(), String> {
     let moving = value.adding.len() + value.removing.len() + value.elr.len();
     if value.leader.is_none() || value.isr.len() < value.replicas.len() || moving > 0 {
@@ -250,12 +250,12 @@ fn is_whole(judge: &Judge, id: PartitionId, value: &PartitionValue) -> Result<()
     Ok(())
 }
 
-/// What clients were told, and what the logs hold now.
+/// Checks the client history against the logs, after a read of every log to its end.
 async fn check(load: &Load, judge: &mut Judge) {
     judge.look().await;
     for (log, _, _) in judge.partitions().await {
         let mut read = load.pass(log, true, true, READING).await;
-        // Its beginning may go while it is read.
+        // Retention may remove the start of the log during the read.
         for _ in 0..MOST_GOING {
             if load.keeps == Keeps::Last && read.as_ref().is_err_and(|error| error.contains("is out of range")) {
                 read = load.pass(log, true, true, READING).await;

@@ -1,6 +1,6 @@
-//! Which seeds a test takes, on all cores, and what it says of them.
+//! The seeds of a test: their selection, their runs on all cores, and the reports about them.
 //!
-//! A run has a thread of its own, and nothing that two runs share: panics, traces and broken rules are remembered for each thread.
+//! Each run has its own thread and shares no state with other runs: panics, traces and mutations are stored per thread.
 
 use std::{
     collections::BTreeMap,
@@ -22,37 +22,37 @@ use crate::{
     trace,
 };
 
-/// How often it says how far it is.
+/// Interval between progress reports.
 const TELL: Duration = Duration::from_secs(60);
 
-/// A run takes a fraction of a second: one that takes so long has no end.
+/// Maximum duration of a run, which normally takes a fraction of a second.
 const ENDLESS: Duration = Duration::from_secs(600);
 
-/// Runs without any wish.
+/// Number of seeds without settings in the environment.
 const SEEDS: u64 = 20;
 
-/// The seeds of one test.
+/// Seeds of one test.
 struct Seeds {
     first: u64,
-    /// So many, or as many as the time allows.
+    /// Maximum number of seeds. With `until` the time is the limit.
     count: u64,
     until: Option<Instant>,
 }
 
-/// A number of the environment.
+/// Returns a number from an environment variable.
 fn wish(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
-/// The first seed: the one that was wished for, else 1.
+/// Returns the first seed: `STRANDLINE_SEED`, else 1.
 pub(crate) fn first() -> u64 {
     wish("STRANDLINE_SEED").unwrap_or(1)
 }
 
 impl Seeds {
-    /// Those of the environment: `STRANDLINE_SEEDS` from `STRANDLINE_SEED` on, or new ones for `STRANDLINE_SIM_SECONDS`, most of them for
-    /// three brokers.
+    /// Returns the seeds of the environment: `STRANDLINE_SEEDS` seeds from `STRANDLINE_SEED` on, or new ones for `STRANDLINE_SIM_SECONDS`.
+    /// Three brokers get four fifths of that time.
     fn wished(shape: Shape) -> Self {
         let Some(seconds) = wish("STRANDLINE_SIM_SECONDS") else {
             return Self { first: first(), count: wish("STRANDLINE_SEEDS").unwrap_or(SEEDS), until: None };
@@ -63,7 +63,7 @@ impl Seeds {
         Self { first, count: u64::MAX, until: Some(clock::monotonic() + Duration::from_secs(seconds)) }
     }
 
-    /// The seed of this number, if it is still wanted.
+    /// Returns the seed with this number, unless the count or the time is used up.
     fn get(&self, number: u64) -> Option<u64> {
         let wanted = number < self.count && self.until.is_none_or(|until| clock::monotonic() < until);
         wanted.then(|| self.first + number)
@@ -79,24 +79,24 @@ impl fmt::Display for Seeds {
     }
 }
 
-/// How many runs there are at the same time.
+/// Returns the number of concurrent runs.
 pub(crate) fn threads() -> usize {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     wish("STRANDLINE_THREADS").map_or(cores, |wished| usize::try_from(wished).unwrap_or(cores).max(1))
 }
 
-/// How far the seeds of a test have come.
+/// Progress of the seeds of a test.
 #[derive(Default)]
 struct Course {
     done: u64,
     failed: Vec<u64>,
-    /// Seeds that are being run, and since when.
+    /// Running seeds with their start times.
     running: BTreeMap<u64, Instant>,
-    /// Threads that take no seed any more.
+    /// Number of threads that have finished.
     through: usize,
 }
 
-/// Runs the wished seeds of a shape. Panics when any of them found something.
+/// Runs the selected seeds of a topology. Panics if a seed failed.
 pub(crate) fn run_all(shape: Shape) {
     let (seeds, began, threads) = (Seeds::wished(shape), clock::monotonic(), threads());
     println!("sim: {shape}: {seeds}, {threads} at a time");
@@ -123,7 +123,7 @@ pub(crate) fn run_all(shape: Shape) {
     assert!(course.failed.is_empty(), "{shape}: seeds {:?} failed", course.failed);
 }
 
-/// Whether nothing was found. Says what was.
+/// Runs a seed, and prints its failure. Returns true if the seed passed.
 fn run_one(shape: Shape, seed: u64) -> bool {
     let held = panic::catch_unwind(|| run::run(shape, seed)).is_ok();
     if !held {
@@ -135,7 +135,7 @@ fn run_one(shape: Shape, seed: u64) -> bool {
     held
 }
 
-/// Says from time to time how far it is and which seeds take long. Ends the process where one has no end: its thread cannot be ended.
+/// Prints progress and slow seeds at intervals. Exits the process if a run does not end, because its thread cannot be ended.
 fn watch(shape: Shape, course: &Mutex<Course>, ended: &Condvar, goes_on: impl Fn(&mut Course) -> bool) {
     let began = clock::monotonic();
     loop {
@@ -160,7 +160,7 @@ impl Course {
     }
 }
 
-/// A time for a reader.
+/// Duration in seconds or minutes for display.
 struct Time(Duration);
 
 impl fmt::Display for Time {

@@ -1,5 +1,5 @@
-//! What happened in a run, line by line. Two runs of a seed must write the same. With `STRANDLINE_LOG=strandline=debug`, or another filter
-//! of its kind, the brokers' own log is in it. `STRANDLINE_TRACE=live` prints each line at once, for runs that do not end.
+//! Trace of a run, line by line. Two runs of a seed must write the same lines. `STRANDLINE_LOG=strandline=debug`, or another filter of this
+//! form, adds the log of the brokers. `STRANDLINE_TRACE=live` prints each line at once, for runs that do not end.
 
 use std::{
     cell::RefCell,
@@ -15,33 +15,33 @@ thread_local! {
     static LAST: RefCell<Option<Trace>> = const { RefCell::new(None) };
 }
 
-/// What happened in this thread's last run, however it ended.
+/// Returns the trace of this thread's last run, also after a failure.
 pub(crate) fn last() -> String {
     LAST.with_borrow(|last| last.as_ref().map(Trace::text)).unwrap_or_default()
 }
 
-/// Prints it where that was asked for.
+/// Prints the last trace if `STRANDLINE_TRACE` requests it.
 pub(crate) fn print_last() {
     if wished().is_some_and(|wish| wish != LIVE) {
         println!("{}", last());
     }
 }
 
-/// A wish for lines that are printed at once.
+/// Value of `STRANDLINE_TRACE` with which lines are printed at once.
 const LIVE: &str = "live";
 
 fn wished() -> Option<String> {
     std::env::var("STRANDLINE_TRACE").ok().filter(|wish| !wish.is_empty())
 }
 
-/// Does something, and the log that is written meanwhile goes into the trace.
+/// Runs `work`, and adds the log that is written meanwhile to the trace.
 pub(crate) fn with_log<T>(work: impl FnOnce() -> T) -> T {
     let Some(filter) = std::env::var("STRANDLINE_LOG").ok().filter(|filter| !filter.is_empty()) else { return work() };
     let log = tracing_subscriber::fmt().with_env_filter(filter).without_time().with_ansi(false).with_writer(|| Log);
     tracing::subscriber::with_default(log.finish(), work)
 }
 
-/// The log's way into this thread's trace, a line at a time.
+/// Writer of the log into this thread's trace, one line at a time.
 struct Log;
 
 impl io::Write for Log {
@@ -61,7 +61,7 @@ impl io::Write for Log {
     }
 }
 
-/// Lines with their moments. Clones share them.
+/// Lines with their times. Clones share the lines.
 #[derive(Clone)]
 pub(crate) struct Trace {
     began: Instant,

@@ -1,30 +1,35 @@
-//! What is true of every partition, told by the brokers' own steps and judged at each of them (design.md §13).
+//! Reference model of every partition, built from the events of the brokers and checked at each event (design.md §13).
 //!
-//! A [`Truth`] is the run's witness (`task::sim_event`). It remembers what the store holds, how far each replica's log reaches and which
-//! epochs wrote it, and what was ever committed; every step of a broker is held against that. So a broken rule shows where it is
-//! broken, and not only when the harm is still there at the next look. One epoch has one appender, so logs that agree on the epochs of their
-//! offsets are the same where each batch has the checksum that its epoch gave it; `judge` compares the bytes on the disks.
+//! [`Truth`] is the observer of a run (`task::sim_event`). The model records the content of the metadata store, the log end and epochs of
+//! each replica, and all records that were ever committed. Each event is checked against the model. A violation therefore shows at the
+//! step that causes it, and not only if its effect lasts until the next check. An epoch has one appender. Logs with equal epochs at all
+//! offsets are therefore the same if each batch has the checksum that its epoch gave it. `judge` compares the bytes on the disks.
 //!
-//! | when | what must hold |
+//! | event | rule |
 //! | --- | --- |
-//! | somebody leads | nobody else ever led in that epoch, the store names it, and it has all that is committed |
-//! | a broker goes by a value | by none that is older than the last |
-//! | a log is opened | all that was durable is there, and nothing that was cut |
-//! | an append | it continues the log; a leader's is of its own epoch; no other batch is of this epoch and offset |
-//! | a cut, a beginning | no committed record goes; who begins behind others' records does so where the bucket ends, or before, and knows their producers |
-//! | the high watermark moves | the minimum is in sync, nobody else is eligible, and every member of the ISR, and of each that may come true, acknowledged in this epoch since it joined; no batch is cut in two, no producer's number comes twice or is left out |
-//! | an acknowledgement counts | it was made, in the epoch of the leader that counts it and in the uptime that joined last |
-//! | an answer | what it promises is so |
-//! | a proposal, and its outcome | who is admitted acknowledged in this epoch all up to its start; it replaces the value that it was made for |
-//! | another value | within an epoch only its leader takes out who runs; who leaves below the minimum stays eligible |
-//! | an election | epochs grow by one, and only a member is elected |
-//! | any of these | every live member of ISR ∪ ELR holds what is committed |
-//! | a commit to the bucket | by the epoch that leads; only what is committed, all of it and as it is; it never goes back |
-//! | an object is deleted or written anew | no manifest names it |
-//! | a file of a journal is free | all in it is durable in the segments |
-//! | segments leave a disk | they are in the bucket, or below the log start |
-//! | a follower does what it is told | by the leader of the epoch in which it follows |
-//! | readers, and who asks for the end | the committed batches and nothing else; no older end from a newer leader |
+//! | a replica becomes leader | No other process led in that epoch, the store names this leader, and its log has all committed records |
+//! | a broker applies a partition value | The value is not older than the last one |
+//! | a replica is opened | All durable records are there, and no truncated ones |
+//! | an append | It continues the log; a leader appends in its own epoch; no other batch has this epoch and offset |
+//! | a truncation, a reset | No committed record is removed |
+//! | | A bootstrap starts no higher than the tiered end or the log start, with the producer state before it |
+//! | the high watermark moves | The min ISR is met, and the ELR is empty |
+//! | | Every member of the maximal ISR has acknowledged in this epoch, since it subscribed |
+//! | | No batch is split; no producer sequence is repeated or skipped |
+//! | an acknowledgement counts | It was sent, in the epoch of the counting leader, by the broker epoch that subscribed last |
+//! | a response | Its promise holds |
+//! | an ISR proposal, its outcome | An added replica has acknowledged all up to the epoch start and the high watermark in this epoch |
+//! | | The proposed ISR replaces the value that it was made for |
+//! | another partition value | Within an epoch only the leader removes a running replica from the ISR |
+//! | | A replica that leaves the ISR below the min ISR stays eligible |
+//! | an election | The epoch grows by one, and only a member of ISR or ELR is elected |
+//! | any event above | Every running member of ISR ∪ ELR holds all committed records |
+//! | a tier commit | It is made in the current leader epoch, never goes back, and has all committed batches of its range, unchanged |
+//! | an object is deleted or overwritten | No manifest references it |
+//! | a journal file is freed | All its entries are durable in the segments |
+//! | segments are evicted | They are in the object store, or below the log start |
+//! | a follower applies a leader's message | The message is from the leader of the epoch that the follower follows |
+//! | a read, a latest offset | Only committed batches are returned; a newer leader returns no older end |
 
 mod acks;
 mod bucket;
@@ -61,46 +66,46 @@ use self::{
 };
 use crate::{panics, trace::Trace, world::World};
 
-/// Something that must not be, in words.
+/// Description of a rule violation.
 type Wrong = String;
 
-/// Who does something.
+/// A broker and its process.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Who {
     broker: BrokerId,
-    /// The number of the process.
+    /// Number of the process.
     process: u32,
 }
 
-/// The witness of a run, until it is dropped.
+/// Observer of a run, until it is dropped.
 pub(crate) struct Truth(Rc<RefCell<Known>>);
 
 struct Known {
     keys: Keys,
-    /// One broker alone goes on in the epoch in which it led.
+    /// True for a standalone broker, which continues in the epoch in which it led.
     alone: bool,
     machines: Machines,
     journals: Journals,
     bucket: Bucket,
-    /// The registrations, each by the revision that made it.
+    /// Registered brokers with their broker epochs.
     brokers: Brokers,
-    /// What each topic asks for.
+    /// Configuration of each topic.
     topics: BTreeMap<TopicId, TopicConfig>,
     partitions: BTreeMap<PartitionId, Partition>,
     trace: Trace,
 }
 
-/// Which uptime of each broker is registered.
+/// Broker epoch of each registered broker.
 type Brokers = BTreeMap<BrokerId, u64>;
 
-/// The brokers' machines.
+/// Machines of the brokers.
 type Machines = BTreeMap<BrokerId, Host>;
 
 struct Host {
-    /// The number of its broker's process while that takes part, else 0.
+    /// Number of the broker's process while the broker is active, else 0.
     process: Arc<AtomicU32>,
     disk: SimDisk,
-    /// How many disks it had before this one.
+    /// Number of earlier disks of this machine.
     disks: Arc<AtomicU32>,
 }
 
@@ -119,7 +124,7 @@ impl Host {
 }
 
 impl Truth {
-    /// Watches a world from now on.
+    /// Observes a simulation from now on.
     pub(crate) fn watch(world: &World) -> Self {
         let machines: Machines = world
             .machines
@@ -145,7 +150,7 @@ impl Truth {
         Self(known)
     }
 
-    /// Judges this moment: who takes part again must hold what it is believed to hold.
+    /// Checks the current state: every active member of ISR ∪ ELR must hold all committed records.
     pub(crate) fn look(&self) {
         let mut known = self.0.borrow_mut();
         let known = &mut *known;
@@ -153,7 +158,8 @@ impl Truth {
         known.found(wrong);
     }
 
-    /// Whether the broker's process has opened its replica: until then its files are as the last one left them, or a loss of power.
+    /// Returns true if the broker's process has opened its replica. Until then the files are as the last process, or a power loss, left
+    /// them.
     pub(crate) fn has_opened(&self, id: PartitionId, broker: BrokerId) -> bool {
         let known = self.0.borrow();
         let process = known.machines[&broker].process();
@@ -231,7 +237,7 @@ impl Known {
         }
     }
 
-    /// What the journals make of it.
+    /// Applies an event to the journals.
     fn journals(&mut self, who: Who, event: &SimEvent<'_>) -> Result<(), Wrong> {
         let Some(host) = self.machines.get(&who.broker) else { return Ok(()) };
         let disk = Disk { number: host.disk_number(), content: &host.disk };
@@ -254,7 +260,7 @@ impl Known {
     fn done(&mut self, who: Who, event: SimEvent<'_>) -> Result<(), Wrong> {
         self.journals(who, &event)?;
         let Some(id) = partition_of(&event) else { return Ok(()) };
-        // One that is being deleted.
+        // Events of a partition that is being deleted are ignored.
         let Some(partition) = self.partitions.get_mut(&id) else { return Ok(()) };
         let by = |wrong| format!("{id}: broker {}: {wrong}", who.broker);
         let moved = match event {
@@ -300,7 +306,7 @@ impl Known {
             SimEvent::LatestReturned { epoch, offset, .. } => partition.told_latest(epoch, offset).map_err(by)?,
             SimEvent::Evicted { start, .. } => partition.evicted(start).map_err(by)?,
         };
-        // Only what moves a log or what is committed can take from a member what it must hold.
+        // Only an event that moves a log or the committed end can remove what a member must hold.
         if moved { partition.members_hold(&self.machines).map_err(|wrong| format!("{id}: {wrong}")) } else { Ok(()) }
     }
 }

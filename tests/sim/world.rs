@@ -1,4 +1,4 @@
-//! Everything outside the brokers' processes: machines, network, bucket, metadata store, and who watches.
+//! The environment of the broker processes: machines, network, object store, metadata store, and the process of the clients.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,12 +20,12 @@ use crate::{
     trace::Trace,
 };
 
-/// A world before its brokers are started.
+/// A simulated cluster and its environment. The caller of [`World::new`] starts the brokers.
 pub(crate) struct World {
     pub(crate) machines: Vec<Machine>,
     pub(crate) shared: Shared,
     pub(crate) store: EmbeddedStore,
-    /// The process that draws the faults and makes the load.
+    /// Process that draws the faults and runs the load.
     pub(crate) outside: SimProcess,
     _time: Tasks,
 }
@@ -45,13 +45,13 @@ impl World {
         Self { machines, shared, store, outside, _time: time }
     }
 
-    /// Where the brokers are, and the clients.
+    /// Returns the network names of the brokers and of the clients.
     pub(crate) fn places(&self) -> Vec<String> {
         let brokers = self.machines.iter().map(|machine| machine.address.clone());
         brokers.chain([OUTSIDE.to_owned()]).collect()
     }
 
-    /// The machines as the judge sees them.
+    /// Returns the machines for the checker.
     pub(crate) fn seen(&self) -> Vec<Seen> {
         let seen = |machine: &Machine| Seen {
             id: machine.id,
@@ -62,7 +62,7 @@ impl World {
         self.machines.iter().map(seen).collect()
     }
 
-    /// A client in the outside process.
+    /// Connects a client in the outside process. Retries until a broker accepts the connection.
     pub(crate) async fn client(&self) -> Client {
         let options = client::Options { request_timeout: Duration::from_secs(600), ..client::Options::default() };
         let addresses: Vec<&str> = self.machines.iter().map(|machine| machine.address.as_str()).collect();

@@ -1,7 +1,7 @@
-//! Memory that each connection holds, and which connections are closed because their clients read nothing.
+//! Memory of each connection, and the search for connections to close because their clients read nothing.
 //!
-//! HTTP/2 asks a call for more only when its client takes most of what it was sent. Until then nothing of the call runs: it gives back neither
-//! its responses nor the requests that it began. Where others wait for that memory, its connection is closed.
+//! HTTP/2 polls a call for more data only after its client has taken most of the previous data. Until then no code of the call runs, so it
+//! frees neither its responses nor its requests. If other calls wait for that memory, the connection is closed.
 
 use std::{
     collections::BTreeMap,
@@ -16,20 +16,21 @@ use tokio::{sync::Semaphore, time::Instant};
 use super::{METADATA_CALLS, Pools};
 use crate::{limits, partition::Memory, task::clock};
 
-/// How long a client may take nothing of what it was sent, while others wait for memory. Consumers that pause for longer are honest, and
-/// connect again.
+/// Maximum time that a client may take nothing of its responses while other calls wait for memory. A consumer that pauses for longer is not
+/// malicious; it connects again.
 pub(super) const UNREAD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Least pace of a client that takes its responses in small pieces, while others wait.
+/// Minimum rate of a client that takes its responses in small pieces while other calls wait, in bytes per second.
 const MIN_BYTES_PER_SECOND: usize = 256 << 10;
 
-/// How much longer a call may stay unread where others wait for memory of the other kind, of which it holds little or nothing.
+/// Additional time that a call may stay unread while other calls wait for memory of the other kind, of which the call holds little or
+/// nothing.
 const OTHER_KIND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Least time between two searches for connections to close, however many calls wait.
+/// Minimum time between two searches for connections to close, for any number of waiting calls.
 pub(super) const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Memory that one connection holds. Clones share it.
+/// Memory of one connection. Clones share it.
 #[derive(Clone, Debug)]
 pub struct ConnectionMemory(pub(super) Arc<Account>);
 
@@ -41,13 +42,13 @@ pub(super) struct Account {
     pub(super) parts: Pools,
     pub(super) responses: Pools,
     pub(super) sessions: Memory,
-    /// Taken while a batch of this connection is decompressed.
+    /// Permit for decompressing a batch of this connection.
     pub(super) decompression: Arc<Semaphore>,
-    /// Turns to open a batch that is to be written in another codec.
+    /// Permit for recompressing a batch of this connection.
     pub(super) recompression: Arc<Semaphore>,
     pub(super) metadata_calls: Arc<Semaphore>,
     pub(super) tiered_appends: Arc<Semaphore>,
-    /// Calls that handed something to HTTP/2 which has not been sent.
+    /// Calls that passed data to HTTP/2 which has not been sent.
     unread: Mutex<Slab<UnreadCall>>,
     close: Box<dyn Fn() + Send + Sync>,
 }
@@ -66,17 +67,17 @@ impl Drop for Account {
 
 #[derive(Debug)]
 struct UnreadCall {
-    /// Its client may read until then, while others wait.
+    /// Time by which the client must take the next piece while other calls wait.
     until: Instant,
-    /// The client must have read all until then.
+    /// Time by which the client must have taken everything.
     deadline: Instant,
     kind: MemoryKind,
 }
 
-/// Which memory a call holds while it is unread. A consumer that pauses is not closed because others wait to append.
+/// Kind of memory that an unread call holds. A consumer that pauses is not closed because other clients wait to append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MemoryKind {
-    /// Of calls whose answers take none of the memory of responses.
+    /// Memory of a call whose response takes no response memory.
     Requests,
     Responses,
 }
@@ -86,7 +87,7 @@ impl Account {
         self.unread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// True if a client has read nothing for too long while others wait for memory of this kind.
+    /// Returns true if a client has read nothing for too long while other calls wait for memory of this kind.
     fn is_unread(&self, kind: MemoryKind, now: Instant) -> bool {
         self.unread().iter().any(|(_, call)| {
             let patience = if call.kind == kind { Duration::ZERO } else { OTHER_KIND_TIMEOUT };
@@ -94,7 +95,7 @@ impl Account {
         })
     }
 
-    /// True if a call of the connection does not run because its client reads nothing.
+    /// Returns true if a call of the connection does not run because its client reads nothing.
     pub(super) fn is_stalled(&self, now: Instant) -> bool {
         self.is_unread(MemoryKind::Requests, now) || self.is_unread(MemoryKind::Responses, now)
     }
@@ -112,23 +113,24 @@ impl Account {
     }
 }
 
-/// A call with frames that HTTP/2 has not sent.
+/// Registration of a call with frames that HTTP/2 has not sent.
 #[derive(Debug)]
 pub(super) struct UnreadResponse {
     account: Arc<Account>,
-    /// Of its call in `unread`.
+    /// Key of the call in `unread`.
     key: usize,
 }
 
 impl UnreadResponse {
-    /// Of a call that hands over something now.
+    /// Registers a call that passes data to HTTP/2 now.
     pub(super) fn new(account: &Arc<Account>) -> Self {
         let until = clock::monotonic() + UNREAD_TIMEOUT;
         let key = account.unread().insert(UnreadCall { until, deadline: until, kind: MemoryKind::Requests });
         Self { account: Arc::clone(account), key }
     }
 
-    /// More was handed over, of which `bytes` are charged: HTTP/2 asks when it has room, so the client took something.
+    /// Records that more data was passed to HTTP/2, of which `bytes` are charged. HTTP/2 polls when it has space, so the client took
+    /// something.
     pub(super) fn hand(&self, bytes: usize) {
         let until = clock::monotonic() + UNREAD_TIMEOUT;
         if let Some(call) = self.account.unread().get_mut(self.key) {
@@ -140,7 +142,7 @@ impl UnreadResponse {
         }
     }
 
-    /// The client took a piece of it.
+    /// Records that the client took a piece of the data.
     pub(super) fn renew(&self) {
         if let Some(call) = self.account.unread().get_mut(self.key) {
             call.until = clock::monotonic() + UNREAD_TIMEOUT;
@@ -154,14 +156,14 @@ impl Drop for UnreadResponse {
     }
 }
 
-/// Every open connection, to search for those that others wait for.
+/// All open connections.
 #[derive(Debug, Default)]
 pub(super) struct Connections(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    /// When it was last searched, by kind.
+    /// Time of the last search, by kind of memory.
     searched: [Option<Instant>; 2],
     open: BTreeMap<u64, Weak<Account>>,
 }
@@ -171,7 +173,7 @@ impl Connections {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection with these parts of the pools, which `close` ends.
+    /// Registers a connection with these shares of the pools. `close` closes the connection.
     pub(super) fn open(
         self: &Arc<Self>,
         [requests, parts, responses]: [Pools; 3],
@@ -211,7 +213,7 @@ impl Connections {
         }
         *searched = Some(now);
         let open: Vec<_> = state.open.values().filter_map(Weak::upgrade).collect();
-        // An account that is dropped takes this lock.
+        // Dropping an account takes this lock.
         drop(state);
         open.iter()
             .filter(|account| account.holds(kind) && account.is_unread(kind, now))

@@ -1,13 +1,13 @@
-//! Memory that one message or read has taken, of its connection's part and of the budget. It is given back when the value is dropped.
+//! Memory that one message or read has taken from its connection's share and from the budget. Dropping the value frees the memory.
 
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::partition::Memory;
 
-/// Memory taken of a connection's part and of the budget.
+/// Memory taken from a connection's share and from the budget.
 #[derive(Debug)]
 pub struct Grant {
-    /// Of the connection's part, where the pool has such parts.
+    /// Memory of the connection's share; `None` for a pool without shares.
     own: Option<OwnedSemaphorePermit>,
     all: OwnedSemaphorePermit,
 }
@@ -17,7 +17,7 @@ impl Grant {
         Self { own: Some(own), all }
     }
 
-    /// Of a pool that has no parts of connections.
+    /// Creates a grant of a pool without shares.
     pub(super) fn of_all(all: OwnedSemaphorePermit) -> Self {
         Self { own: None, all }
     }
@@ -26,13 +26,13 @@ impl Grant {
         Memory::bytes_of(&self.all)
     }
 
-    /// Takes `bytes` out, or as many as there are.
+    /// Splits off `bytes`, or all if there are fewer.
     pub(super) fn split(&mut self, bytes: usize) -> Self {
         let own = self.own.as_mut().map(|permit| Memory::split(permit, bytes));
         Self { own, all: Memory::split(&mut self.all, bytes) }
     }
 
-    /// Puts in what was taken of the same pools. What was taken of other pools is given back.
+    /// Merges a grant of the same pools. Memory from other pools is freed.
     pub(super) fn merge(&mut self, part: Self) {
         if let (Some(permit), Some(part)) = (&mut self.own, part.own) {
             Memory::merge(permit, part);
@@ -40,12 +40,12 @@ impl Grant {
         Memory::merge(&mut self.all, part.all);
     }
 
-    /// Takes what is lacking for `bytes` of these pools; whether they had as much.
+    /// Takes the missing memory up to `bytes` from these pools. Returns true if they had enough.
     pub(super) fn try_grow(&mut self, own: &Memory, all: &Memory, bytes: usize) -> bool {
         self.own.as_mut().is_none_or(|permit| own.try_grow(permit, bytes)) && all.try_grow(&mut self.all, bytes)
     }
 
-    /// Gives back what is above `bytes`.
+    /// Frees the memory above `bytes`.
     pub fn shrink(&mut self, bytes: usize) {
         self.own.iter_mut().chain([&mut self.all]).for_each(|permit| Memory::shrink(permit, bytes));
     }

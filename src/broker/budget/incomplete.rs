@@ -1,4 +1,4 @@
-//! Requests of which a part is there and the rest has not come: they give way to others that wait for memory.
+//! Requests of which only a part has arrived. Such requests yield to other requests that wait for memory.
 
 use std::{
     collections::BTreeMap,
@@ -14,11 +14,11 @@ use tokio::time::Instant;
 
 use super::{LARGE_GRACE, SMALL_BYTES, SMALL_GRACE, connections::Account, grace};
 
-/// All of a broker's.
+/// All incomplete requests of a broker.
 #[derive(Debug, Default)]
 pub(super) struct IncompleteRequests(Mutex<State>);
 
-/// By the pool that they use, oldest first.
+/// Incomplete requests by pool, oldest first.
 #[derive(Debug, Default)]
 struct State {
     next: u64,
@@ -35,7 +35,7 @@ impl State {
 #[derive(Debug)]
 pub(super) struct IncompleteRequest {
     number: u64,
-    /// Bytes that it has taken.
+    /// Bytes that the request has taken.
     pub(super) bytes: usize,
     since: Instant,
     ended: AtomicBool,
@@ -44,7 +44,7 @@ pub(super) struct IncompleteRequest {
 }
 
 impl IncompleteRequest {
-    /// True if the request is to end; the task is woken when that becomes so.
+    /// Returns true if the request must end. The task of `waker` is woken when that happens.
     pub(super) fn is_ended(&self, waker: &Waker) -> bool {
         self.waker.register(waker);
         self.ended.load(Ordering::Acquire)
@@ -56,7 +56,7 @@ impl IncompleteRequests {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A request of a connection is incomplete, and has held `bytes` since then.
+    /// Registers an incomplete request of a connection, which has held `bytes` since then.
     pub(super) fn add(&self, bytes: usize, since: Instant, account: &Arc<Account>) -> Arc<IncompleteRequest> {
         let mut state = self.state();
         let number = state.next;
@@ -71,7 +71,7 @@ impl IncompleteRequests {
         self.state().of(request.bytes).remove(&(request.since, request.number));
     }
 
-    /// Requests that do not come end, until `wanted` bytes of the pool that a request of `bytes` uses will be free.
+    /// Ends stalled requests until `wanted` bytes of the pool for a request of `bytes` will be free.
     pub(super) fn end(&self, bytes: usize, wanted: usize, now: Instant) {
         let mut freed = 0;
         let min_age = if bytes <= SMALL_BYTES { SMALL_GRACE } else { LARGE_GRACE };
@@ -86,7 +86,7 @@ impl IncompleteRequests {
             if !request.ended.swap(true, Ordering::AcqRel) {
                 request.waker.wake();
             } else if request.account.is_stalled(now) {
-                // Its call does not run, and cannot give the memory back.
+                // The call does not run and cannot free its memory.
                 request.account.close();
             }
             freed += request.bytes;

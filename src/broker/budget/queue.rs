@@ -1,4 +1,4 @@
-//! Requests that wait for memory, and how often and how much of what does not come ends for them.
+//! Queues of requests that wait for memory. The queues bound the rate at which incomplete requests are ended, in searches and in bytes.
 
 use std::{
     sync::{
@@ -12,10 +12,11 @@ use tokio::time::Instant;
 
 use super::SMALL_GRACE;
 
-/// Most bytes of incomplete requests that end at a time, unless a larger one waits: what clients send again takes little of the CPU then.
+/// Maximum bytes of incomplete requests that end at once, unless a larger request waits. Repeated sends of these requests then take little
+/// CPU.
 pub(super) const MAX_ENDED_BYTES: usize = 1 << 20;
 
-/// Longest time between two looks of a waiting request for incomplete ones.
+/// Maximum interval between two searches of a waiting request for incomplete requests.
 const MAX_LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Requests that wait for one pool.
@@ -23,7 +24,7 @@ const MAX_LOOK_INTERVAL: Duration = Duration::from_millis(200);
 pub(super) struct RequestQueue {
     requests: AtomicUsize,
     bytes: AtomicUsize,
-    /// When incomplete ones were last ended for them.
+    /// Time at which incomplete requests were last ended for this queue.
     ended: Mutex<Option<Instant>>,
 }
 
@@ -40,13 +41,14 @@ impl<'a> QueuedRequest<'a> {
         Self { queue, bytes }
     }
 
-    /// How long it waits before it looks for incomplete requests: one of many looks as often as one alone.
+    /// Returns the interval between two searches for incomplete requests. The interval grows with the queue, so that many waiting requests
+    /// search as often as one.
     pub(super) fn interval(&self) -> Duration {
         let requests = u32::try_from(self.queue.requests.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
         SMALL_GRACE.saturating_mul(requests).min(MAX_LOOK_INTERVAL)
     }
 
-    /// Bytes that are to come free now; `None` where another one has just seen to it.
+    /// Returns the bytes that must become free now, or `None` if another request has just searched.
     pub(super) fn wanted(&self, now: Instant) -> Option<usize> {
         let mut ended = self.queue.ended.lock().unwrap_or_else(PoisonError::into_inner);
         if ended.is_some_and(|ended| now < ended + SMALL_GRACE) {

@@ -1,4 +1,4 @@
-//! Memory of requests and responses is shared, given back, and taken from clients that do not send or read.
+//! Request and response memory is shared, freed, and reclaimed from clients that do not send or read.
 
 use super::{connections::UNREAD_TIMEOUT, queue::MAX_ENDED_BYTES, *};
 use crate::limits;
@@ -10,7 +10,7 @@ fn call(budgets: &Budgets) -> CallMemory {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_connection_gets_a_part_and_others_the_rest() {
+async fn connection_takes_only_its_share_of_memory() {
     let budgets = Budgets::new(72 * MIB as u64, 64 * MIB as u64);
     let first = call(&budgets);
     let mut held: Vec<_> = (0..8).map(|_| first.try_request(MIB).expect("its part")).collect();
@@ -18,7 +18,7 @@ async fn one_connection_gets_a_part_and_others_the_rest() {
     let other = call(&budgets);
     held.extend((0..8).map(|_| other.try_request(MIB).expect("its own part")));
     let refused = first.clone().request(MIB).await.expect_err("its own requests hold its part");
-    assert_eq!(refused.reason, Reason::Overloaded);
+    assert_eq!(refused.code, ErrorCode::Overloaded);
     for word in ["1048576", "75497472", "limits.request_memory_bytes"] {
         assert!(refused.message.contains(word), "{word}: {refused}");
     }
@@ -28,7 +28,7 @@ async fn one_connection_gets_a_part_and_others_the_rest() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn requests_that_do_not_come_make_room_for_others() {
+async fn stalled_requests_end_when_others_wait_for_memory() {
     let budgets = Budgets::new(72 * MIB as u64, MIB as u64);
     for bytes in [SMALL_BYTES, 8 * MIB] {
         let full: Vec<_> = std::iter::from_fn(|| {
@@ -53,9 +53,9 @@ async fn requests_that_do_not_come_make_room_for_others() {
     }
 }
 
-/// Each of many waiting requests ended as much as it needed: clients that sent theirs again took all of the CPU.
+/// Regression: each of many waiting requests ended as much as it needed. Clients that sent the ended requests again took all of the CPU.
 #[tokio::test(start_paused = true)]
-async fn incomplete_requests_end_at_a_pace_however_many_wait() {
+async fn incomplete_requests_end_at_bounded_rate() {
     let budgets = Budgets::new(96 * MIB as u64, MIB as u64);
     let mut full: Vec<_> = std::iter::from_fn(|| {
         let call = call(&budgets);
@@ -77,7 +77,7 @@ async fn incomplete_requests_end_at_a_pace_however_many_wait() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn parts_have_memory_of_their_own() {
+async fn request_parts_have_separate_memory() {
     let budgets = Budgets::new(512 * MIB as u64, MIB as u64);
     let call = call(&budgets);
     let message = call.clone().request(512 * MIB).await.expect("it comes alone");
@@ -92,14 +92,14 @@ async fn parts_have_memory_of_their_own() {
     assert!(with_parts > budgets.taken().0);
     assert_eq!(budgets.taken().0, limits::MAX_REQUEST_PARTS * PART_BYTES);
     let refused = call.clone().parts(limits::MAX_REQUEST_PARTS).await.expect_err("they are held for too long");
-    assert_eq!(refused.reason, Reason::Overloaded);
+    assert_eq!(refused.code, ErrorCode::Overloaded);
     drop(parts);
     drop(waiting.await.expect("there is room"));
     assert_eq!(budgets.taken(), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_response_is_charged_until_it_was_sent() {
+async fn response_is_charged_until_sent() {
     let budgets = Budgets::new(MIB as u64, 256 * MIB as u64);
     let call = call(&budgets);
     let (grant, bytes) = call.response(32 * MIB, MIB).await;
@@ -116,9 +116,9 @@ async fn a_response_is_charged_until_it_was_sent() {
     assert_eq!(budgets.taken().1, 41 * MIB, "it was sent");
 }
 
-/// Four connections that read nothing held all memory of responses for ever.
+/// Regression: four connections that read nothing held all response memory for ever.
 #[tokio::test(start_paused = true)]
-async fn connections_that_read_nothing_are_closed_when_others_wait() {
+async fn unread_connections_are_closed_when_others_wait() {
     let budgets = Budgets::new(64 * MIB as u64, 74 * MIB as u64);
     let closed = Arc::new(Mutex::new(Vec::new()));
     let connection = |number: usize| {
@@ -133,7 +133,7 @@ async fn connections_that_read_nothing_are_closed_when_others_wait() {
         let handed = call.hand(bytes).unwrap();
         calls.push(Some((call, handed)));
     }
-    // The first one reads on, and has nothing.
+    // The first connection reads, and holds no memory.
     let (first, handed) = calls[0].take().unwrap();
     drop(handed);
     let held = first.response(12 * MIB, MIB).await;
@@ -153,9 +153,9 @@ async fn connections_that_read_nothing_are_closed_when_others_wait() {
     drop(held);
 }
 
-/// A response that was handed over a moment ago is being read.
+/// A response that was passed to HTTP/2 a moment ago is being read.
 #[tokio::test(start_paused = true)]
-async fn clients_have_time_to_read() {
+async fn reading_client_is_not_closed() {
     let budgets = Budgets::new(64 * MIB as u64, 4 * MIB as u64);
     let reading = CallMemory::new(budgets.clone(), budgets.connection(|| panic!("it is read")));
     let (grant, _) = reading.response(SMALL_BYTES, SMALL_BYTES).await;
@@ -178,7 +178,7 @@ async fn clients_have_time_to_read() {
 }
 
 #[test]
-fn one_connection_leaves_places_for_the_tiered_appends_of_others() {
+fn tiered_appends_of_one_connection_are_bounded() {
     let budgets = Budgets::new(MIB as u64, MIB as u64);
     let (one, other) = (call(&budgets), call(&budgets));
     let mut taken: Vec<_> = std::iter::from_fn(|| one.tiered_append()).collect();

@@ -1,4 +1,4 @@
-//! Checks that many callers ask for at the same time. All callers of one key that wait share one check and its outcome. No I/O of its own.
+//! Checks that many callers request at the same time. All waiting callers of one key share one check and its outcome. No I/O of its own.
 
 use std::{
     collections::BTreeMap,
@@ -11,28 +11,28 @@ use std::{
 
 use tokio::sync::Semaphore;
 
-/// Checks by key. One check of a key runs at a time, and a bounded number of all.
+/// Checks by key. One check per key runs at a time, and a bounded number in total.
 pub(super) struct SharedChecks<K, T> {
     turns: Semaphore,
     checks: Mutex<BTreeMap<K, Weak<Check<T>>>>,
 }
 
-/// The checks of one key, while somebody waits for one.
+/// Checks of one key, kept while a caller waits.
 struct Check<T> {
-    /// How many have begun.
+    /// Number of checks that have started.
     begun: AtomicU64,
-    /// Number and outcome of the last that ended. Locked by the caller that runs a check, also while it waits for its turn.
+    /// Number and outcome of the last completed check. The caller that runs a check holds the lock, also while it waits for its turn.
     last: tokio::sync::Mutex<Option<(u64, T)>>,
 }
 
 impl<K: Ord, T: Clone> SharedChecks<K, T> {
-    /// At most `max` checks at the same time.
+    /// Allows at most `max` concurrent checks.
     pub(super) fn new(max: usize) -> Self {
         Self { turns: Semaphore::new(max), checks: Mutex::default() }
     }
 
-    /// The outcome of a check that begins after this call: what a check under way has seen may be older than the caller's knowledge. Of
-    /// the callers that wait, the first runs it.
+    /// Returns the outcome of a check that starts after this call: a check in progress may have observed an older state than the caller.
+    /// The first of the waiting callers runs the check.
     pub(super) async fn run<F>(&self, key: K, check: impl FnOnce() -> F) -> T
     where
         F: Future<Output = T>,
@@ -52,7 +52,7 @@ impl<K: Ord, T: Clone> SharedChecks<K, T> {
         outcome
     }
 
-    /// The checks of a key. Those of keys that nobody waits for are forgotten.
+    /// Returns the checks of a key. Removes those of keys without waiting callers.
     fn of(&self, key: K) -> Arc<Check<T>> {
         let mut checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
         checks.retain(|_, check| check.strong_count() > 0);
@@ -74,12 +74,12 @@ mod tests {
     use super::*;
     use crate::task::clock;
 
-    /// How long one check takes.
+    /// Duration of one check.
     const CHECK: Duration = Duration::from_secs(1);
 
-    /// A flood of reports about live brokers kept a true report waiting for as long as all of their probes took.
+    /// Regression: a flood of reports about live brokers delayed a true report until all of their probes had ended.
     #[tokio::test(start_paused = true)]
-    async fn flood_about_one_key_takes_one_turn() {
+    async fn callers_of_one_key_share_one_turn() {
         let (checks, runs) = (SharedChecks::new(1), AtomicUsize::new(0));
         let check = |key: u32| {
             let runs = &runs;
@@ -97,14 +97,15 @@ mod tests {
             (outcome, began.elapsed())
         });
         assert_eq!(outcomes, [1; 1000]);
-        // One for the first of the flood, one for those that came during it, and one for the other key, which waits for the first alone.
+        // One check for the first caller, one for those that arrived meanwhile, and one for the other key, which waits for the first check
+        // only.
         assert_eq!((late, runs.into_inner()), ((2, 2 * CHECK), 3));
         assert_eq!(checks.checks.lock().unwrap().values().filter(|check| check.strong_count() > 0).count(), 0);
     }
 
-    /// A process that exits while it is probed may have answered that probe: a report that comes then is about a later moment.
+    /// A process that exits during a probe may have responded to that probe. A report that arrives then concerns a later moment.
     #[tokio::test(start_paused = true)]
-    async fn caller_that_comes_during_a_check_gets_the_next_one() {
+    async fn caller_during_check_gets_next_outcome() {
         let (checks, runs) = (SharedChecks::new(4), AtomicUsize::new(0));
         let check = async |after: Duration| {
             tokio::time::sleep(after).await;
@@ -120,9 +121,9 @@ mod tests {
         assert_eq!((first, second, third), (0, 1, 1));
     }
 
-    /// A caller that goes away takes no outcome with it.
+    /// A dropped caller takes no outcome with it.
     #[tokio::test(start_paused = true)]
-    async fn check_that_was_dropped_is_run_by_the_next_caller() {
+    async fn dropped_check_is_run_by_next_caller() {
         let checks = SharedChecks::new(1);
         let check = |number: u32| {
             checks.run((), async move || {

@@ -1,7 +1,7 @@
-//! How far evidence is believed: less after it was wrong. Pure.
+//! Cooldown for failure reports: after a false report about a broker, further reports are ignored for some time. Pure.
 //!
-//! Who is declared gone and comes back as the same process was not dead, so something between lies: a proxy, a full table of
-//! connections. Another process under the number has done nothing yet.
+//! A process that returns after it was declared gone was running. Something between the brokers refused connections: a proxy, or a full
+//! connection table. Another process with the same broker id starts without a cooldown.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -9,13 +9,13 @@ use tokio::time::Instant;
 
 use crate::{cluster::Revision, model::BrokerId, telemetry::LogThrottle};
 
-/// Who comes back so soon after it was declared gone was not dead.
+/// Maximum time in which a process returns that was falsely declared gone.
 const COMES_BACK: Duration = Duration::from_secs(10);
 
-/// How long evidence against such a broker counts for nothing, at first and at most.
+/// First and longest cooldown after a false report.
 const DISTRUST: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(3600));
 
-/// How far evidence is believed.
+/// Cooldowns of all brokers.
 #[derive(Debug, Default)]
 pub(super) struct Trust {
     revoked: BTreeMap<BrokerId, Revoked>,
@@ -24,24 +24,24 @@ pub(super) struct Trust {
 #[derive(Debug)]
 struct Revoked {
     incarnation: String,
-    /// The registration's own broker epoch.
+    /// Broker epoch of the deleted registration.
     epoch: Revision,
     at: Instant,
-    /// How often it came back.
+    /// Number of returns of the process.
     returns: u32,
-    /// Until then nothing counts against it.
+    /// End of the cooldown: reports are ignored until then.
     distrust: Option<Instant>,
-    /// Lines about evidence that did not count.
+    /// Log throttle for ignored reports.
     log: LogThrottle,
 }
 
 impl Trust {
-    /// Whether it was this registration that was taken away: the mirror may show it a moment longer.
+    /// Returns true if this registration was deleted. The metadata cache may show it a moment longer.
     pub(super) fn is_revoked(&self, broker: BrokerId, epoch: Revision) -> bool {
         self.revoked.get(&broker).is_some_and(|revoked| revoked.epoch == epoch)
     }
 
-    /// Whether evidence counts against a broker that is registered with this incarnation now.
+    /// Returns true if reports about a broker with this registered incarnation are accepted now.
     pub(super) fn believes(&mut self, broker: BrokerId, incarnation: &str, now: Instant) -> bool {
         let Some(revoked) = self.revoked.get_mut(&broker) else { return true };
         if revoked.incarnation != incarnation {
@@ -51,7 +51,7 @@ impl Trust {
         if let Some(until) = revoked.distrust {
             return now >= until;
         }
-        // It is registered again, and is the process that was declared gone.
+        // The process that was declared gone is registered again.
         if now.duration_since(revoked.at) > COMES_BACK {
             return true;
         }
@@ -61,12 +61,12 @@ impl Trust {
         false
     }
 
-    /// Evidence against a broker did not count. `Some` when that is to be logged, with how often it was so since the line before.
+    /// Counts an ignored report. Returns the number of reports since the last log line if one is due.
     pub(super) fn distrusted(&mut self, broker: BrokerId, now: Instant) -> Option<u64> {
         self.revoked.get_mut(&broker)?.log.occur(now)
     }
 
-    /// A registration was taken away.
+    /// Records that a registration was deleted.
     pub(super) fn revoked(&mut self, broker: BrokerId, incarnation: &str, epoch: Revision, now: Instant) {
         let before = self.revoked.remove(&broker).filter(|before| before.incarnation == incarnation);
         let (returns, log) = before.map(|before| (before.returns, before.log)).unwrap_or_default();
@@ -81,7 +81,7 @@ mod tests {
     use crate::task::clock;
 
     #[tokio::test(start_paused = true)]
-    async fn evidence_against_a_process_that_came_back_counts_for_nothing_longer_each_time() {
+    async fn cooldown_doubles_each_time_a_process_returns() {
         let (mut trust, broker) = (Trust::default(), BrokerId(2));
         let mut now = clock::monotonic();
         let second = Duration::from_secs(1);

@@ -1,34 +1,34 @@
-//! What an operator's orders are refused with.
+//! Mapping from errors of admin operations to API errors.
 
 use crate::{
     cluster::{
         CancelError, DrainError, ElectError, FindError, ReassignError, UnknownBrokers, UnknownPartition, WriteError,
     },
     model::BrokerId,
-    proto::fault::{Fault, Reason},
+    proto::error::{ApiError, ErrorCode},
 };
 
 fn list(ids: &[BrokerId]) -> String {
     ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-impl From<UnknownBrokers> for Fault {
+impl From<UnknownBrokers> for ApiError {
     fn from(error: UnknownBrokers) -> Self {
         let message = error.to_string();
-        Self::new(Reason::UnknownBroker, message).with("brokers", list(&error.ids)).with("known", list(&error.known))
+        Self::new(ErrorCode::UnknownBroker, message).with("brokers", list(&error.ids)).with("known", list(&error.known))
     }
 }
 
-impl From<UnknownPartition> for Fault {
+impl From<UnknownPartition> for ApiError {
     fn from(error: UnknownPartition) -> Self {
-        Self::new(Reason::UnknownPartition, error.to_string())
+        Self::new(ErrorCode::UnknownPartition, error.to_string())
             .with("topic", error.topic)
             .with("partition", error.number)
             .with("partitions", error.count)
     }
 }
 
-impl From<FindError> for Fault {
+impl From<FindError> for ApiError {
     fn from(error: FindError) -> Self {
         match error {
             FindError::Topic(unknown) => unknown.into(),
@@ -37,18 +37,18 @@ impl From<FindError> for Fault {
     }
 }
 
-impl From<WriteError> for Fault {
+impl From<WriteError> for ApiError {
     fn from(error: WriteError) -> Self {
         let message = error.to_string();
         match error {
-            WriteError::Unreadable { .. } => Self::new(Reason::NotPossible, message),
-            WriteError::Conflict { .. } => Self::new(Reason::Conflict, message),
+            WriteError::Unreadable { .. } => Self::new(ErrorCode::NotPossible, message),
+            WriteError::Conflict { .. } => Self::new(ErrorCode::Conflict, message),
             WriteError::Store { source, .. } => Self { message, ..source.into() },
         }
     }
 }
 
-impl From<DrainError> for Fault {
+impl From<DrainError> for ApiError {
     fn from(error: DrainError) -> Self {
         match error {
             DrainError::Unknown(unknown) => unknown.into(),
@@ -57,21 +57,21 @@ impl From<DrainError> for Fault {
     }
 }
 
-impl From<ReassignError> for Fault {
+impl From<ReassignError> for ApiError {
     fn from(error: ReassignError) -> Self {
         let message = error.to_string();
         match error {
             ReassignError::Unknown(unknown) => unknown.into(),
             ReassignError::Brokers(unknown) => unknown.into(),
-            ReassignError::Repeated { id } => Self::new(Reason::InvalidRequest, message).with("broker", id),
+            ReassignError::Repeated { id } => Self::new(ErrorCode::InvalidRequest, message).with("broker", id),
             ReassignError::Factor { factor, asked, .. } => {
-                Self::new(Reason::InvalidRequest, message).with("replication_factor", factor).with("brokers", asked)
+                Self::new(ErrorCode::InvalidRequest, message).with("replication_factor", factor).with("brokers", asked)
             }
             ReassignError::Gone { ids, .. }
             | ReassignError::Draining { ids }
             | ReassignError::Full { ids, .. }
             | ReassignError::Unreachable { ids, .. } => {
-                Self::new(Reason::NotPossible, message).with("brokers", list(&ids))
+                Self::new(ErrorCode::NotPossible, message).with("brokers", list(&ids))
             }
             ReassignError::Bound(bound) => super::above_bound(message, bound),
             ReassignError::Write(error) => error.into(),
@@ -79,19 +79,19 @@ impl From<ReassignError> for Fault {
     }
 }
 
-impl From<CancelError> for Fault {
+impl From<CancelError> for ApiError {
     fn from(error: CancelError) -> Self {
         let message = error.to_string();
         match error {
             CancelError::Unknown(unknown) => unknown.into(),
-            CancelError::Nothing { .. } => Self::new(Reason::NoReassignment, message),
-            CancelError::OnlyNew { .. } => Self::new(Reason::NotPossible, message),
+            CancelError::Nothing { .. } => Self::new(ErrorCode::NoReassignment, message),
+            CancelError::OnlyNew { .. } => Self::new(ErrorCode::NotPossible, message),
             CancelError::Write(error) => error.into(),
         }
     }
 }
 
-impl From<ElectError> for Fault {
+impl From<ElectError> for ApiError {
     fn from(error: ElectError) -> Self {
         let message = error.to_string();
         match error {
@@ -99,12 +99,14 @@ impl From<ElectError> for Fault {
             ElectError::Unfit { .. }
             | ElectError::Led { .. }
             | ElectError::Clean { .. }
-            | ElectError::NoReplica { .. } => Self::new(Reason::NotPossible, message),
-            ElectError::Nobody { waited, .. } => Self::new(Reason::NoLeader, message).with("waited_for", list(&waited)),
-            ElectError::Silent { replicas, .. } => {
-                Self::new(Reason::NoLeader, message).with("waited_for", list(&replicas))
+            | ElectError::NoReplica { .. } => Self::new(ErrorCode::NotPossible, message),
+            ElectError::Nobody { waited, .. } => {
+                Self::new(ErrorCode::NoLeader, message).with("waited_for", list(&waited))
             }
-            ElectError::Changed { .. } | ElectError::Unusable { .. } => Self::new(Reason::Conflict, message),
+            ElectError::Silent { replicas, .. } => {
+                Self::new(ErrorCode::NoLeader, message).with("waited_for", list(&replicas))
+            }
+            ElectError::Changed { .. } | ElectError::Unusable { .. } => Self::new(ErrorCode::Conflict, message),
             ElectError::Write(error) => error.into(),
         }
     }

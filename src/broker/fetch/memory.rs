@@ -1,4 +1,4 @@
-//! Memory of a reader's responses: taken before anything is read for one, and given back when it has been sent.
+//! Memory of a reader's responses: taken before anything is read for a response, and freed when the response has been sent.
 
 use futures::stream::FuturesUnordered;
 
@@ -8,60 +8,62 @@ use crate::{
     partition::{Fetched, ReadError},
 };
 
-/// Least bytes of a read beside others of the same response, where the response has room for so many.
+/// Minimum bytes of a read beside other reads of the same response, if the response has space for them.
 pub(super) const MIN_READ_BYTES: usize = 1 << 20;
 
-/// Most bytes of batches in a response for which there is little memory.
+/// Maximum bytes of batches in a response with little memory.
 pub(super) const SMALL_RESPONSE_BYTES: usize = 64 << 10;
 
-/// Most bytes that the response's own message takes for each partition, beside its batches.
+/// Maximum bytes per partition of the response message itself, in addition to the batches.
 const PARTITION_BYTES: usize = 512;
 
-/// Memory that was taken for a response.
+/// Memory taken for a response.
 pub(super) struct Granted {
     grant: ResponseGrant,
-    /// For batches, and for the message that is made of them.
+    /// Bytes for batches, and for the message that is built from them.
     bytes: usize,
-    /// For plain records, and for the message that is made of them.
+    /// Bytes for decoded records, and for the message that is built from them.
     pub(super) records: usize,
-    /// Most bytes of batches in it.
+    /// Maximum bytes of batches in the response.
     pub(super) max_bytes: usize,
-    /// Most bytes of a batch that one read may bring.
+    /// Maximum bytes of a batch that one read may return.
     pub(super) batch_bytes: usize,
-    /// There is little memory: one read at a time.
+    /// True if there is little memory: reads run one at a time.
     is_small: bool,
-    /// `bytes` and `records` as they were before the response was held back.
+    /// Values of `bytes` and `records` before memory was freed; `None` if nothing was freed.
     released: Option<(usize, usize)>,
-    /// The memory that was given back is used up: nothing more is read.
+    /// True if the freed memory could not be taken back: nothing more is read.
     is_used_up: bool,
 }
 
 impl Granted {
-    /// Takes the memory of one read out, which holds it until it has ended: it may go on when the response is made, or its call has gone.
+    /// Splits off the memory of one read. The read holds this memory until it ends, which may be after the response is built or the call
+    /// has ended.
     pub(super) fn begin_read(&mut self) -> Grant {
         self.grant.split(self.batch_bytes)
     }
 
-    /// Puts it back. A read that began for an earlier response has taken it out of that one's.
+    /// Merges the memory of an ended read and frees the excess. A read for an earlier response returns memory of that response.
     pub(super) fn end_read(&mut self, charge: Grant) {
         self.grant.merge(charge);
         self.grant.shrink(self.bytes + self.records);
     }
 
-    /// All of it, for work that may go on when its call has gone.
+    /// Splits off all memory, for work that may outlive the call.
     pub(super) fn split(&mut self) -> Grant {
         self.grant.split(self.bytes + self.records)
     }
 }
 
 impl Session {
-    /// Whether something is to be read, or was read, for which there is no memory yet.
+    /// Returns true if there is something to read, or already read, without memory for it.
     pub(super) fn needs_memory(&self) -> bool {
         self.grant.is_none() && (self.held.is_some() || !self.reading.is_empty() || self.ready.is_marked())
     }
 
-    /// Takes memory for a response before anything is read for it: for what is read, and for the message that is made of it. Records take
-    /// as much again. A response is small where others hold too much: what one batch needs is known when there was not enough for it.
+    /// Takes memory for a response before any read: for the batches, and for the message that is built from them. Decoded records take as
+    /// much again. The response is small if other responses hold too much memory. The size of a larger batch is known after a read failed
+    /// for lack of memory.
     pub(super) async fn reserve(&mut self, plain: bool) {
         let max_bytes = self.terms.max_bytes;
         let reads = self.places.len().clamp(1, READS);
@@ -75,7 +77,7 @@ impl Session {
         let (grant, granted) = match self.memory.try_response(wanted, least) {
             Some(granted) => granted,
             None => {
-                // Reads that have ended, and wait here, would keep the memory that this waits for.
+                // Ended reads that wait here would keep the memory that this call waits for.
                 self.drop_reads();
                 self.memory.response(wanted, least).await
             }
@@ -91,13 +93,13 @@ impl Session {
         });
     }
 
-    /// True if one more read may begin.
+    /// Returns true if one more read may start.
     pub(super) fn may_begin_read(&self) -> bool {
         let Some(Granted { is_small, released: None, .. }) = self.grant else { return false };
         self.reading.len() < if is_small { 1 } else { READS }
     }
 
-    /// True if partitions that become ready are looked at before the reads that are under way have ended.
+    /// Returns true if partitions that become ready are processed before the reads in progress have ended.
     pub(super) fn awaits_marks(&self) -> bool {
         match self.grant {
             Some(Granted { is_used_up: true, .. }) => false,
@@ -106,7 +108,7 @@ impl Session {
         }
     }
 
-    /// The response is held back: gives back what neither its batches nor the reads under way need.
+    /// Frees the memory of a delayed response, except that for its batches and for the reads in progress.
     pub(super) fn release_unused(&mut self, gathered: &Gathered) {
         let Some(granted) = &self.grant else { return };
         if self.ready.is_marked() {
@@ -124,14 +126,14 @@ impl Session {
         }
     }
 
-    /// Takes again what was given back, where more is to be read. Where there is not as much, the response has all that it will have.
+    /// Takes freed memory back if there is more to read. If there is not enough, the response gets no more records.
     pub(super) fn restore(&mut self, gathered: &mut Gathered) {
         if self.ready.is_marked() && !self.restore_now() {
             gathered.full |= gathered.bytes > 0;
         }
     }
 
-    /// Takes again what was given back; whether the response has it.
+    /// Takes freed memory back. Returns true if the response has all of its memory.
     pub(super) fn restore_now(&mut self) -> bool {
         let Some(granted) = &mut self.grant else { return true };
         let Some((bytes, records)) = granted.released else { return true };
@@ -143,7 +145,7 @@ impl Session {
         !granted.is_used_up
     }
 
-    /// Reads again from where the request began, with memory for a first record of `record_bytes`.
+    /// Restarts the request at its first offsets, with memory for a first record of `record_bytes`.
     pub(super) fn read_again(&mut self, record_bytes: usize, gathered: Gathered) {
         self.record_bytes = record_bytes;
         (self.grant, self.held, self.reading) = (None, None, FuturesUnordered::new());
@@ -156,7 +158,7 @@ impl Session {
         }
     }
 
-    /// Bytes of the batches that a read found, or would have found, where there is no memory for them.
+    /// Returns the bytes of the batches that a read found, or would have found, if there is no memory for them.
     pub(super) fn lacks_memory_for(
         &self,
         outcome: &Result<Option<Fetched>, ReadError>,
@@ -169,10 +171,10 @@ impl Session {
         }
     }
 
-    /// Reads a partition again when there is memory for a batch of `batch_bytes`. Where the response has nothing yet, it gives back what it
-    /// took, and the reads under way begin again with it.
+    /// Reads a partition again once there is memory for a batch of `batch_bytes`. An empty response frees its memory and restarts its reads
+    /// in progress.
     pub(super) fn read_later(&mut self, index: usize, batch_bytes: usize, gathered: &mut Gathered) {
-        // Larger than needed: batches that grow byte by byte would begin the reads again and again.
+        // Rounded up: batches that grow byte by byte would restart the reads each time.
         self.max_batch_bytes = self.max_batch_bytes.max(batch_bytes.next_power_of_two());
         self.places[index].reading = false;
         self.ready.mark(index);
@@ -184,7 +186,7 @@ impl Session {
         self.drop_reads();
     }
 
-    /// Drops the reads that are under way, which take their memory with them, and reads these partitions again.
+    /// Drops the reads in progress, which keep their memory until they end, and marks their partitions as ready.
     pub(super) fn drop_reads(&mut self) {
         if let Some(granted) = &mut self.grant
             && !self.reading.is_empty()
@@ -197,26 +199,26 @@ impl Session {
         for (index, place) in self.places.iter_mut().enumerate() {
             if place.reading && held != Some(index) {
                 place.reading = false;
-                // Others that have something new again and again would keep it waiting.
+                // Other partitions with new records would delay this partition for ever.
                 self.ready.put_back(index);
             }
         }
     }
 
-    /// Whether there is memory for what was read. A batch may be larger than all that was expected.
+    /// Returns true if there is memory for a batch that was read, reserving more if needed. A batch may be larger than expected.
     fn has_memory_for(&self, batch_bytes: usize, gathered: &Gathered) -> bool {
         let Some(Granted { bytes, .. }) = self.grant else { return true };
         let needed = 2 * (gathered.bytes + batch_bytes);
         needed <= bytes || self.memory.reserve_more((needed - bytes).min(2 * batch_bytes)).is_ok()
     }
 
-    /// Most bytes of one read where a response has room for `left`.
+    /// Returns the maximum bytes of one read if the response has space for `left` bytes.
     pub(super) fn read_bytes(&self, left: usize) -> usize {
         (left / self.places.len().clamp(1, READS)).max(left.min(MIN_READ_BYTES))
     }
 
-    /// The response is made: its memory is given back when it has been sent. Reads that are under way have their own, and what is held for
-    /// the next response has some of this one.
+    /// Passes the memory of a built response to its call, which frees the memory when the response has been sent. Reads in progress have
+    /// their own memory. An outcome that is held for the next response keeps a part of the memory of this response.
     pub(super) fn on_made(&mut self, batch_bytes: usize, partitions: usize) {
         if let Some(granted) = self.grant.take() {
             let held = match &self.held {
@@ -227,7 +229,7 @@ impl Session {
         }
     }
 
-    /// Bytes from which on the response is not held back for more: all that it may hold are enough.
+    /// Returns the bytes at which the response is no longer delayed: at most its capacity.
     pub(super) fn min_bytes(&self) -> usize {
         self.grant.as_ref().map_or(self.terms.min_bytes, |granted| self.terms.min_bytes.min(granted.max_bytes))
     }

@@ -1,4 +1,4 @@
-//! Plain answers: batches replaced by their records, for callers that decode none themselves.
+//! Decoded responses: batches are replaced by their records, for clients that do not decode batches.
 
 use std::sync::Arc;
 
@@ -11,35 +11,35 @@ use crate::{
     model::{Compression, Offset, PartitionId},
     partition::{INLINE_BYTES, Opener},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1,
     },
-    record::{Batch, Malformed, Record},
+    record::{Batch, MalformedBatch, Record},
 };
 
-/// Bytes of records from which on a plain answer takes no more. What is compressed may be a thousand times larger than it
-/// was: an answer must stay one that can be sent, and held until it is.
+/// Bytes of records after which a decoded response takes no more. Compressed records can grow a thousandfold, but a response must fit into
+/// one message, and into memory until it is sent.
 pub(super) const PLAIN_BYTES: usize = limits::MAX_FETCH_BYTES;
 
-/// The same where there is little memory.
+/// The same limit for a response with little memory, in bytes.
 pub(super) const SMALL_PLAIN_BYTES: usize = PLAIN_BYTES / 16;
 
-/// Most bytes of records in one plain answer: a first record is taken up to here.
+/// Maximum bytes of records in a decoded response. A first record is accepted up to this size.
 const MAX_PLAIN_BYTES: usize = limits::MAX_MESSAGE_BYTES - (4 << 20);
 
-/// A first record needs more memory than was taken for one.
+/// A first record needs more memory than was reserved for one.
 pub(super) struct RecordTooLarge {
     pub(super) bytes: usize,
 }
 
 impl Session {
-    /// Replaces the batches of an answer by their records, and returns the bytes of the records.
+    /// Replaces the batches of a response by their records. Returns the bytes of the records.
     ///
     /// # Errors
-    /// `RecordTooLarge` where the answer is to be read again with more memory.
+    /// `RecordTooLarge`: the response must be read again with more memory.
     pub(super) async fn decode(&mut self, gathered: &mut Gathered) -> Result<usize, RecordTooLarge> {
         self.restore_now();
-        // A batch that is being opened is charged also where the call has gone.
+        // A batch that is being decompressed stays charged after its call has ended.
         let charge = Arc::new(self.grant.as_mut().map(Granted::split));
         let mut decoder = Decoder {
             opener: self.memory.opener(&self.broker.opener).charged(Arc::<Option<Grant>>::clone(&charge)),
@@ -56,7 +56,7 @@ impl Session {
                 Ok(()) => {}
                 Err(Undecoded::TooLarge(record)) => return Err(record),
                 Err(Undecoded::Refused(fault)) => {
-                    self.broker.metrics.fetch_errors.count(fault.reason.as_str());
+                    self.broker.metrics.fetch_errors.count(fault.code.as_str());
                     fetched.error = Some(fault.into());
                 }
             }
@@ -69,36 +69,37 @@ impl Session {
     }
 }
 
-/// Why an answer has no records of a partition.
+/// Reason why a response has no records of a partition.
 enum Undecoded {
-    Refused(Fault),
+    Refused(ApiError),
     TooLarge(RecordTooLarge),
 }
 
-impl<E: Into<Fault>> From<E> for Undecoded {
+impl<E: Into<ApiError>> From<E> for Undecoded {
     fn from(error: E) -> Self {
         Self::Refused(error.into())
     }
 }
 
-/// Decodes the batches of one response.
+/// Decoder for the batches of one response.
 struct Decoder<'a> {
     opener: Opener,
     memory: &'a CallMemory,
-    /// Bytes of records from which on the response takes no more.
+    /// Bytes of records after which the response takes no more.
     room: usize,
-    /// Bytes of one first record for which memory was taken.
+    /// Bytes reserved for one first record.
     record_bytes: usize,
-    /// That record was found.
+    /// True once a record used this reservation.
     has_record: bool,
-    /// Bytes of batches and records since other tasks had their turn.
+    /// Bytes of batches and records decoded since the last yield to other tasks.
     decoded_bytes: usize,
 }
 
 impl Decoder<'_> {
-    /// Replaces the batches of an answer by their records from an offset on, as many as there is room for; `used` is what all
-    /// partitions together have taken. An error says why there is none: where some come before what is wrong, the next read
-    /// meets it first.
+    /// Replaces the batches of a partition by their records from an offset on, while there is space. `used` is the total of all partitions.
+    ///
+    /// An error means that the partition has no records in the response. If records precede a corrupt batch, the next read returns the
+    /// error.
     async fn decode(
         &mut self,
         fetched: &mut v1::FetchedPartition,
@@ -110,7 +111,7 @@ impl Decoder<'_> {
             let batch = Batch::split_from(&mut bytes)?;
             let first = fetched.records.is_empty();
             if *used >= self.room && !(first && batch.compression() == Compression::None) {
-                // Nothing more has room: what follows need not be opened to see that.
+                // The space is used up, so the following batches need not be decompressed.
                 fetched.next_offset = from.max(batch.base_offset()).as_i64();
                 return if first { Err(full(fetched, self.room < PLAIN_BYTES).into()) } else { Ok(()) };
             }
@@ -120,7 +121,7 @@ impl Decoder<'_> {
                 && records.is_empty()
                 && *used + *size <= MAX_PLAIN_BYTES
             {
-                // The first record comes whatever its size, for as much memory.
+                // The first record is returned at any size for which there is memory.
                 let size = *size;
                 self.reserve_record(size)?;
                 opened = self.open((id, &batch), from, 0, size).await;
@@ -138,7 +139,7 @@ impl Decoder<'_> {
                     fetched.next_offset = offset.as_i64();
                     return match fetched.records.is_empty() {
                         true if size > MAX_PLAIN_BYTES => Err(too_large_for_plain(fetched, size).into()),
-                        // With what others have, no message takes it.
+                        // One message cannot hold this record together with those of other partitions.
                         true => Err(full(fetched, self.room < PLAIN_BYTES).into()),
                         false => Ok(()),
                     };
@@ -153,42 +154,43 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    /// Memory for a first record above the room.
+    /// Reserves memory for a first record that exceeds the space of the response.
     fn reserve_record(&mut self, bytes: usize) -> Result<(), Undecoded> {
         if bytes <= self.record_bytes && !std::mem::replace(&mut self.has_record, true) {
             return Ok(());
         }
         match self.memory.reserve_more(2 * bytes) {
-            // A record that is larger than all before gets its memory in turn; the response has the others' already.
+            // A record larger than all before is read again, after its memory was reserved in turn. Memory of smaller records is already in
+            // the response.
             Err(_) if bytes > self.record_bytes => Err(Undecoded::TooLarge(RecordTooLarge { bytes })),
             reserved => Ok(reserved?),
         }
     }
 
-    /// Opens a batch, one of the connection's at a time.
+    /// Decompresses a batch. A connection decompresses one batch at a time.
     async fn open(
         &self,
         (id, batch): (PartitionId, &Batch),
         from: Offset,
         used: usize,
         room: usize,
-    ) -> Result<Taken, Malformed> {
+    ) -> Result<Taken, MalformedBatch> {
         let work = move |batch: &Batch, most: usize| take_records(batch, most, from, room.saturating_sub(used));
         self.opener.open_stored(id, batch, work).await
     }
 }
 
-/// What was taken of a batch.
+/// Records taken from a batch.
 struct Taken {
     records: Vec<v1::Record>,
     /// Bytes of the records.
     used: usize,
-    /// The first record that has no room any more, and its size.
+    /// Offset and size of the first record that does not fit.
     left: Option<(Offset, usize)>,
 }
 
-fn take_records(batch: &Batch, most: usize, from: Offset, room: usize) -> Result<Taken, Malformed> {
-    // A slice would hold all that was decompressed until the answer is sent.
+fn take_records(batch: &Batch, most: usize, from: Offset, room: usize) -> Result<Taken, MalformedBatch> {
+    // A slice would keep all decompressed bytes in memory until the response is sent.
     let copies = batch.compression() != Compression::None;
     let keep = |bytes: Bytes| if copies { Bytes::copy_from_slice(&bytes) } else { bytes };
     let mut taken = Taken { records: Vec::new(), used: 0, left: None };
@@ -214,43 +216,44 @@ fn take_records(batch: &Batch, most: usize, from: Offset, room: usize) -> Result
     Ok(taken)
 }
 
-/// What a record takes in an answer, at most.
+/// Returns the maximum bytes of a record in a response.
 fn plain_bytes(record: &Record) -> usize {
     let length = |bytes: &Option<Bytes>| bytes.as_ref().map_or(0, Bytes::len);
     let headers = record.headers.iter().map(|header| header.key.len() + length(&header.value) + 32);
     length(&record.key) + length(&record.value) + headers.sum::<usize>() + 64
 }
 
-/// The records of other partitions have taken all the room, and this one's are compressed. The same request meets that again, unless there
-/// was `little_room`.
-fn full(fetched: &v1::FetchedPartition, little_room: bool) -> Fault {
+/// Returns the error for a partition whose records do not fit, because those of other partitions fill the response. A retry of the same
+/// request fails again, unless the response had `little_room`.
+fn full(fetched: &v1::FetchedPartition, little_room: bool) -> ApiError {
     let message = format!(
         "the response is full before the records of topic {}, partition {}: read it again, alone or before the others",
         fetched.topic, fetched.partition
     );
-    Fault { retryable: little_room, ..Fault::new(Reason::Overloaded, message) }
+    ApiError { retryable: little_room, ..ApiError::new(ErrorCode::Overloaded, message) }
 }
 
-/// A record that no answer has room for must be read as a batch.
-fn too_large_for_plain(fetched: &v1::FetchedPartition, size: usize) -> Fault {
+/// Returns the error for a record that fits into no decoded response, and must be read as a batch.
+fn too_large_for_plain(fetched: &v1::FetchedPartition, size: usize) -> ApiError {
     let message = format!("the record at offset {} has {size} bytes: read it as a batch", fetched.next_offset);
-    Fault::new(Reason::RecordTooLarge, message).with("offset", fetched.next_offset)
+    ApiError::new(ErrorCode::RecordTooLarge, message).with("offset", fetched.next_offset)
 }
 
-/// A batch is stored with its records unread: what is wrong with them is its reader's to find.
-fn undecodable(fetched: &v1::FetchedPartition, batch: &Batch, error: &Malformed) -> Fault {
+/// Returns the error for a batch whose records cannot be decoded. The broker stores batches without decoding all of their records, so a
+/// reader may be the first to find such records.
+fn undecodable(fetched: &v1::FetchedPartition, batch: &Batch, error: &MalformedBatch) -> ApiError {
     let (base, end) = (batch.base_offset(), batch.end_offset());
-    if let Malformed::NoMemory { most, setting, .. } = error {
+    if let MalformedBatch::NoMemory { max, setting, .. } = error {
         let message = format!(
-            "topic {}, partition {}: the batch at offset {base} has more than {most} bytes of records: read it as a batch, or raise {setting}",
+            "topic {}, partition {}: the batch at offset {base} has more than {max} bytes of records: read it as a batch, or raise {setting}",
             fetched.topic, fetched.partition
         );
-        return Fault::new(Reason::RecordTooLarge, message).with("offset", base);
+        return ApiError::new(ErrorCode::RecordTooLarge, message).with("offset", base);
     }
     let message = format!(
         "topic {}, partition {}: the records of the batch at offset {base} cannot be decoded: {error}; read it as a batch, \
          or go on behind it at offset {end}",
         fetched.topic, fetched.partition
     );
-    Fault::new(Reason::DataDamaged, message).with("offset", base).with("next", end)
+    ApiError::new(ErrorCode::DataDamaged, message).with("offset", base).with("next", end)
 }

@@ -1,4 +1,4 @@
-//! The fetch stream: a session whose partitions its caller may change, and whose responses go out as records come.
+//! The fetch stream: a session whose partitions the client may change, and whose responses are sent as records arrive.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use tonic::Status;
 use super::{Gathered, Session, Terms};
 use crate::{
     broker::{Broker, CallMemory, Requests, faults},
-    proto::{fault::Fault, v1},
+    proto::{error::ApiError, v1},
     task::clock,
 };
 
@@ -17,10 +17,10 @@ use crate::{
 pub(super) struct Follow {
     session: Session,
     requests: Requests<v1::FetchRequest>,
-    /// True while this broker may have been replaced. Each change makes a response, since no records may ever come.
+    /// True while the lease has expired. Each change causes a response, because records may never arrive.
     doubts: watch::Receiver<bool>,
     begun: bool,
-    /// The caller sends no more requests; it goes on reading what it asked for.
+    /// True once the client sends no more requests. The client still receives records of its last assignment.
     ended: bool,
 }
 
@@ -36,7 +36,7 @@ impl Follow {
         let mut deadline: Option<Instant> = None;
         loop {
             if self.session.needs_memory() {
-                // The next response waits until enough of the last ones has been sent.
+                // The next response waits until enough of the previous responses has been sent.
                 let broker = Arc::clone(&self.session.broker);
                 tokio::select! {
                     biased;
@@ -65,7 +65,7 @@ impl Follow {
                 () = broker.stopping() => return None,
                 request = self.requests.try_next(), if !self.ended => match request {
                     Ok(Some(request)) => {
-                        // Records of the old assignment go out first: their positions have moved.
+                        // Records of the old assignment are sent first, because the positions are past them.
                         let wanted = request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()));
                         broker.acquaint(wanted).await;
                         if let Err(fault) = self.take(request) {
@@ -90,7 +90,7 @@ impl Follow {
         Some(Ok(v1::FetchResponse { partitions: gathered.partitions, in_doubt }))
     }
 
-    fn take(&mut self, request: v1::FetchRequest) -> Result<(), Fault> {
+    fn take(&mut self, request: v1::FetchRequest) -> Result<(), ApiError> {
         let _request = self.session.memory.take_request();
         if !self.begun {
             self.session.terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);

@@ -1,4 +1,4 @@
-//! What answers are made of.
+//! Content and memory of fetch responses.
 
 use bytes::Bytes;
 
@@ -14,9 +14,9 @@ use crate::{
     },
 };
 
-/// Found by review: a batch as large as a message was read again and again, and each time something small had come first.
+/// Regression: a batch as large as a message was read again and again, because a small batch came first each time.
 #[tokio::test]
-async fn what_does_not_fit_into_one_answer_begins_the_next() {
+async fn batch_that_does_not_fit_opens_next_response() {
     const MESSAGE: usize = 2500;
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
@@ -41,7 +41,7 @@ async fn what_does_not_fit_into_one_answer_begins_the_next() {
     assert_eq!(answered(&gathered)[0], 1, "the small one waits this time");
     assert!(gathered.bytes <= MESSAGE);
 
-    // Whoever begins anew loses nothing by what was held.
+    // A new assignment loses nothing of a held outcome.
     session.assign(vec![want(0), want(1)], true, false).unwrap();
     let read = session.places[1].reader.clone().unwrap().read(Offset::ZERO, MESSAGE.into()).await;
     session.absorb((1, read), &mut Gathered { bytes: 200, ..Gathered::default() });
@@ -50,9 +50,9 @@ async fn what_does_not_fit_into_one_answer_begins_the_next() {
     bench.stop().await;
 }
 
-/// An answer with both lost its records at clients that looked at the error first: they could never read what lies before damage.
+/// Regression: clients that checked the error first lost the records of the same response. The records before corrupt data were unreadable.
 #[tokio::test]
-async fn records_before_an_error_are_an_answer_of_their_own() {
+async fn records_before_error_form_separate_response() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     bench.create(&TopicName::new("t").unwrap(), 1).await;
@@ -75,9 +75,9 @@ async fn records_before_an_error_are_an_answer_of_their_own() {
     bench.stop().await;
 }
 
-/// A stream that named 10,000 partitions kept 3 MB, a thousand of them 3 GB.
+/// Regression: a stream that named 10,000 partitions kept 3 MB, and a thousand such streams 3 GB.
 #[tokio::test]
-async fn named_partitions_take_memory_for_as_long_as_they_are_named() {
+async fn named_partitions_are_charged_while_named() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     let budgets = Budgets::new(1 << 20, 64 << 20);
@@ -91,7 +91,7 @@ async fn named_partitions_take_memory_for_as_long_as_they_are_named() {
     let (mut one, mut other) = (session(), session());
     one.assign(wanted(3000), true, false).unwrap();
     let fault = other.assign(wanted(3000), true, false).unwrap_err();
-    assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
+    assert_eq!((fault.code, fault.retryable), (ErrorCode::Overloaded, true));
     assert!(fault.message.contains("limits.response_memory_bytes"), "{fault}");
     other.assign(wanted(10), true, false).unwrap();
     one.assign(wanted(10), true, false).unwrap();
@@ -103,9 +103,9 @@ async fn named_partitions_take_memory_for_as_long_as_they_are_named() {
     bench.stop().await;
 }
 
-/// A set of 6 MB that named one partition 10,000 times held up appends for 15 s.
+/// Regression: a set of 6 MB that named one partition 10,000 times delayed appends for 15 s.
 #[tokio::test]
-async fn fetch_set_names_each_partition_once() {
+async fn duplicate_partition_in_fetch_is_rejected() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     bench.create(&TopicName::new("t").unwrap(), 2).await;
@@ -113,14 +113,14 @@ async fn fetch_set_names_each_partition_once() {
     let want = |partition| v1::FetchPartition { topic: "t".to_owned(), partition, ..Default::default() };
     session.assign(vec![want(0), want(1)], true, false).unwrap();
     let fault = session.assign(vec![want(0), want(1), want(0)], true, false).unwrap_err();
-    assert_eq!(fault.reason, Reason::InvalidRequest);
+    assert_eq!(fault.code, ErrorCode::InvalidRequest);
     assert!(fault.message.contains("\"t\", partition 0 is named twice"), "{fault}");
     bench.stop().await;
 }
 
-/// The first one was ready at once and the other never: its read ended with the call, each time.
+/// Regression: the partition in memory was always ready first, and the read of the partition on disk ended with each call.
 #[tokio::test]
-async fn read_of_a_partition_in_memory_and_one_on_the_disk_has_records_of_both() {
+async fn read_of_memory_and_disk_returns_both_partitions() {
     let dir = tempfile::tempdir().unwrap();
     let store = EmbeddedStore::in_memory();
     let bench = Bench::over(dir.path(), false, store.clone()).await;
@@ -142,7 +142,7 @@ async fn read_of_a_partition_in_memory_and_one_on_the_disk_has_records_of_both()
 }
 
 #[tokio::test]
-async fn read_answers_every_partition_with_its_marks() {
+async fn read_returns_watermarks_of_every_partition() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     bench.create(&TopicName::new("t").unwrap(), 2).await;
@@ -162,9 +162,9 @@ async fn read_answers_every_partition_with_its_marks() {
     bench.stop().await;
 }
 
-/// A consumer that was away while its topic was made again went on at its old offset, and skipped the new topic's first records.
+/// Regression: a consumer continued at its old offset in a recreated topic, and skipped the first records of the new topic.
 #[tokio::test]
-async fn topic_made_again_is_refused_to_whoever_names_the_old_id() {
+async fn request_with_id_of_deleted_topic_is_rejected() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     let name = TopicName::new("t").unwrap();
@@ -177,14 +177,14 @@ async fn topic_made_again_is_refused_to_whoever_names_the_old_id() {
         let want = v1::FetchPartition { topic: "t".to_owned(), topic_id: id, ..Default::default() };
         let request = v1::ReadRequest { partitions: vec![want], ..Default::default() };
         let mut answer = Arc::clone(&bench.broker).read(request, bench.broker.call_memory()).await.unwrap();
-        answer.partitions.remove(0).error.map(Fault::from)
+        answer.partitions.remove(0).error.map(ApiError::from)
     };
     let fault = read(old.to_string()).await.expect("another topic");
-    assert_eq!((fault.reason, fault.retryable), (Reason::TopicIdMismatch, false));
+    assert_eq!((fault.code, fault.retryable), (ErrorCode::TopicIdMismatch, false));
     assert_eq!((&fault.metadata["topic_id"], &fault.metadata["asked"]), (&new.to_string(), &old.to_string()));
     assert_eq!(read(new.to_string()).await, None);
     assert_eq!(read(String::new()).await, None, "whichever has the name");
-    assert_eq!(read("x".to_owned()).await.map(|fault| fault.reason), Some(Reason::InvalidRequest));
+    assert_eq!(read("x".to_owned()).await.map(|fault| fault.code), Some(ErrorCode::InvalidRequest));
     let (quota, memory) = (ProducerIdQuota::default(), bench.broker.call_memory());
     let append = |topic_id: String| {
         let records = vec![v1::Record::default()];
@@ -192,14 +192,14 @@ async fn topic_made_again_is_refused_to_whoever_names_the_old_id() {
         let request = v1::AppendRequest { topic: "t".to_owned(), payload, topic_id, ..Default::default() };
         bench.broker.append(request, &quota, &memory)
     };
-    assert_eq!(append(old.to_string()).await.map_err(|fault| fault.reason), Err(Reason::TopicIdMismatch));
+    assert_eq!(append(old.to_string()).await.map_err(|fault| fault.code), Err(ErrorCode::TopicIdMismatch));
     assert_eq!(append(new.to_string()).await.map(|appended| appended.base_offset), Ok(1));
     bench.stop().await;
 }
 
-/// A set that came before the end of the old topic's reader was noticed went on at that reader's position.
+/// Regression: a new set continued at the position of the old topic's reader, if the end of that reader had not been noticed.
 #[tokio::test]
-async fn set_that_names_a_topic_made_again_begins_where_it_says() {
+async fn recreated_topic_starts_at_requested_offset() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     let name = TopicName::new("t").unwrap();
@@ -223,9 +223,9 @@ fn plain_read() -> v1::ReadRequest {
     v1::ReadRequest { partitions: vec![place], plain: true, ..Default::default() }
 }
 
-/// A record above 16 MiB needed more than its own response had left of the connection's part, and was refused on every retry.
+/// Regression: a record above 16 MiB needed more than its response had left of the connection's share, and was rejected on every retry.
 #[tokio::test]
-async fn plain_record_above_the_connections_part_is_read() {
+async fn decoded_record_above_connection_share_is_read() {
     const BYTES: usize = 17 << 20;
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
@@ -246,7 +246,7 @@ async fn plain_record_above_the_connections_part_is_read() {
     bench.stop().await;
 }
 
-/// A broker that leads both partitions of topic `t`: the first one's records are on the disk alone.
+/// Starts a broker that leads both partitions of topic `t`. The records of the first partition are only on disk.
 async fn with_records_on_disk(dir: &std::path::Path) -> Bench {
     let store = EmbeddedStore::in_memory();
     let bench = Bench::over(dir, false, store.clone()).await;
@@ -260,22 +260,22 @@ async fn with_records_on_disk(dir: &std::path::Path) -> Bench {
     bench
 }
 
-/// Runs `test` where one thread does all blocking work.
+/// Runs `test` in a runtime with one thread for blocking work.
 fn with_one_blocking_thread(test: impl Future<Output = ()>) {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     runtime.enable_all().max_blocking_threads(1).build().unwrap().block_on(test);
 }
 
-/// Occupies the thread for blocking work until something is sent.
+/// Occupies the thread for blocking work until the returned sender is used.
 fn occupy_thread() -> std::sync::mpsc::SyncSender<()> {
     let (free, freed) = std::sync::mpsc::sync_channel(1);
     assert!(Box::pin(task::run_blocking(move || freed.recv())).now_or_never().is_none());
     free
 }
 
-/// Calls that were reset gave their memory back at once: 32 reads of 10 MiB each went on that were charged to nobody.
+/// Regression: reset calls freed their memory at once, while 32 of their reads of 10 MiB each continued uncharged.
 #[test]
-fn call_that_is_reset_is_charged_until_its_blocking_work_has_ended() {
+fn reset_call_is_charged_until_blocking_work_ends() {
     with_one_blocking_thread(async {
         let dir = tempfile::tempdir().unwrap();
         let bench = with_records_on_disk(dir.path()).await;
@@ -305,9 +305,9 @@ fn call_that_is_reset_is_charged_until_its_blocking_work_has_ended() {
     });
 }
 
-/// A stream began reads again and again, by naming its partitions again, within the memory of one response.
+/// Regression: a stream started reads again and again, by naming its partitions again, within the memory of one response.
 #[test]
-fn reads_that_are_dropped_keep_their_memory_beside_later_ones() {
+fn dropped_reads_stay_charged_until_they_end() {
     with_one_blocking_thread(async {
         let dir = tempfile::tempdir().unwrap();
         let bench = with_records_on_disk(dir.path()).await;
@@ -325,7 +325,7 @@ fn reads_that_are_dropped_keep_their_memory_beside_later_ones() {
             session.gather_now(&mut gathered);
             assert_eq!((session.reading.len(), budgets.taken().1), (1, (2 + dropped) << 20));
         }
-        // A response goes out, and its read goes on.
+        // The response is sent, and its read continues.
         session.on_made(0, 0);
         drop(session.memory.hand(0));
         assert_eq!(budgets.taken().1, 3 << 20);
@@ -342,9 +342,9 @@ fn reads_that_are_dropped_keep_their_memory_beside_later_ones() {
     });
 }
 
-/// A stream that waits for memory takes no outcomes: what its own reads had taken would not have come back.
+/// A stream that waits for memory takes no read outcomes, so the memory of its own reads would not be freed.
 #[test]
-fn reads_of_a_stream_that_waits_for_memory_are_dropped() {
+fn stream_waiting_for_memory_drops_its_reads() {
     with_one_blocking_thread(async {
         let dir = tempfile::tempdir().unwrap();
         let bench = with_records_on_disk(dir.path()).await;
@@ -370,9 +370,9 @@ fn reads_of_a_stream_that_waits_for_memory_are_dropped() {
     });
 }
 
-/// A read of the last records of a large batch walked, and built, all that come before them where its call ran.
+/// Regression: a read of the last records of a large batch decoded all preceding records on the task of its call.
 #[tokio::test]
-async fn other_tasks_run_while_plain_records_are_decoded() {
+async fn decoding_yields_to_other_tasks() {
     const RECORDS: i64 = 100_000;
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
@@ -399,9 +399,9 @@ async fn other_tasks_run_while_plain_records_are_decoded() {
     bench.stop().await;
 }
 
-/// It kept 32 MiB.
+/// Regression: the response kept 32 MiB.
 #[tokio::test]
-async fn plain_response_is_charged_what_it_has() {
+async fn decoded_response_is_charged_its_size() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     bench.create(&TopicName::new("t").unwrap(), 1).await;
@@ -416,9 +416,9 @@ async fn plain_response_is_charged_what_it_has() {
     bench.stop().await;
 }
 
-/// A consumer of eight partitions held 9 MiB while `min_bytes` held its response back.
+/// Regression: a consumer of eight partitions held 9 MiB while `min_bytes` delayed its response.
 #[tokio::test]
-async fn response_that_is_held_back_keeps_what_it_needs() {
+async fn delayed_response_frees_unused_memory() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     bench.create(&TopicName::new("t").unwrap(), 8).await;
@@ -440,7 +440,7 @@ async fn response_that_is_held_back_keeps_what_it_needs() {
     let taken = budgets.taken().1;
     assert!((1..=4 << 10).contains(&taken), "{taken}");
 
-    // More comes: the memory is taken again, or the response goes out.
+    // More records arrive: the memory is taken back, or the response is sent.
     bench.append(1, 100, 0).await.unwrap();
     session.wait(&mut gathered).await;
     session.gather_now(&mut gathered);
@@ -460,9 +460,9 @@ async fn response_that_is_held_back_keeps_what_it_needs() {
     bench.stop().await;
 }
 
-/// The small pool took 26 readers at a time where large responses held their pool.
+/// Regression: the small pool served 26 readers at a time while large responses held the large pool.
 #[tokio::test]
-async fn small_responses_take_little_until_a_larger_batch_is_met() {
+async fn small_response_grows_for_larger_batch() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     bench.create(&TopicName::new("t").unwrap(), 1).await;
@@ -482,12 +482,12 @@ async fn small_responses_take_little_until_a_larger_batch_is_met() {
     bench.stop().await;
 }
 
-/// The first read of a large batch was made before there was memory for it, eight at a time.
+/// Regression: the first reads of large batches ran before there was memory for them, eight at a time.
 #[tokio::test]
-async fn large_batch_on_disk_is_read_when_there_is_memory_for_it() {
+async fn large_batch_on_disk_waits_for_memory() {
     const BYTES: usize = 5 << 20;
     let dir = tempfile::tempdir().unwrap();
-    // Later appends take the place of the batches in memory.
+    // Later appends replace the batches in memory.
     let bench = Bench::start(dir.path(), true).await;
     let config = [("max.message.bytes".to_owned(), "67108864".to_owned())].into_iter().collect();
     bench.create_with(&TopicName::new("t").unwrap(), 2, config).await;
@@ -513,9 +513,9 @@ async fn large_batch_on_disk_is_read_when_there_is_memory_for_it() {
     bench.stop().await;
 }
 
-/// The records of one partition and the first record of the next were more than a message takes: the call failed at each retry.
+/// Regression: the records of one partition and the first record of the next exceeded one message, so the call failed on each retry.
 #[tokio::test]
-async fn plain_response_ends_before_a_record_that_no_message_takes_with_the_others() {
+async fn decoded_response_ends_before_record_that_does_not_fit() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::start(dir.path(), true).await;
     let settings = [("max.message.bytes", "67108864"), ("compression.type", "zstd")];

@@ -1,4 +1,4 @@
-//! Clocks of two brokers that lie far apart: said to people, and nothing else. No decision between brokers looks at a clock.
+//! Warnings about two brokers whose clocks differ by much. No decision between brokers depends on a clock.
 
 use std::{
     collections::BTreeMap,
@@ -7,16 +7,16 @@ use std::{
 
 use crate::{model::BrokerId, task::clock, telemetry::LogThrottle};
 
-/// From here on it is worth a word: far above what a link's delay makes of two clocks that agree.
+/// Difference from which a warning is logged, in milliseconds. The value is far above the effect of a link's delay on equal clocks.
 const FAR_APART_MS: u64 = 10_000;
 
-/// Compares the clocks of other brokers with the one here.
+/// Comparison of other brokers' clocks with the local clock.
 #[derive(Debug, Default)]
 pub(in crate::broker) struct ClockComparison(Mutex<BTreeMap<BrokerId, LogThrottle>>);
 
 impl ClockComparison {
-    /// A warning is logged where the clock of `broker`, as its Hello or Welcome had it, is far from the one here. Older versions send no
-    /// clock.
+    /// Logs a warning if the clock of `broker`, as sent in its Hello or Welcome, differs by much from the local clock. Older versions send
+    /// no clock.
     pub(in crate::broker) fn compare(&self, broker: BrokerId, theirs_ms: Option<i64>) {
         let Some(seconds_ahead) = theirs_ms.and_then(|theirs| apart(theirs, clock::wall_ms())) else { return };
         let mut logs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -29,7 +29,7 @@ impl ClockComparison {
     }
 }
 
-/// By how many seconds the first clock is ahead of the other, where that is far; negative when it is behind.
+/// Returns the seconds by which the first clock is ahead, if the difference is large. Negative if that clock is behind.
 fn apart(theirs_ms: i64, ours_ms: i64) -> Option<i64> {
     let ahead_ms = theirs_ms.saturating_sub(ours_ms);
     (ahead_ms.unsigned_abs() >= FAR_APART_MS).then_some(ahead_ms / 1000)
@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_clocks_that_lie_far_apart_are_worth_a_word() {
+    fn only_large_clock_differences_are_reported() {
         let now = 1_700_000_000_000;
         for (theirs, said) in [
             (now, None),

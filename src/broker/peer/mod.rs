@@ -1,7 +1,7 @@
-//! The `Peer` service: what other brokers ask of this one.
+//! The `Peer` service, which other brokers call.
 //!
-//! `replicate` carries the stream over which they follow; `neighbours` is what both directions know of the brokers around; the
-//! questions are answered here. Nothing of it is for clients.
+//! `replicate` serves the replication streams. `neighbours` holds the state about peers for both directions. This file serves the other
+//! requests. No part of the service is for clients.
 
 mod clocks;
 mod neighbours;
@@ -28,58 +28,58 @@ use crate::{
     model::{BrokerId, LeaderEpoch, PartitionId},
     partition::session::{CatchUp, StoredEpoch},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{self, peer_server},
     },
     task::Tasks,
     telemetry::{LogThrottle, PeerCounters},
 };
 
-/// Somebody's word that a process is gone.
+/// Report of a broker that a process is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Report {
-    /// Who says so, as far as whoever calls may be believed: for the log, and nothing else.
+    /// Reporting broker, as named by the unauthenticated caller. Used in the log only.
     pub(super) reporter: BrokerId,
-    /// Whose process.
+    /// Broker of the process.
     pub(super) broker: BrokerId,
-    /// In which uptime.
+    /// Broker epoch of the process.
     pub(super) epoch: Revision,
-    /// What was seen.
+    /// Observation of the reporter.
     pub(super) seen: String,
 }
 
-/// What the service has others answer.
+/// Callbacks that serve requests of peers.
 pub(super) struct Questions {
-    /// How this broker is.
+    /// Returns the state of this broker.
     pub(super) status: Box<dyn Fn() -> v1::StatusResponse + Send + Sync>,
-    /// Why a replica here cannot be used; `None` where there is none, or it can be.
+    /// Returns why a local replica is unusable; `None` if there is no replica or it is usable.
     pub(super) unusable: Box<dyn Fn(PartitionId) -> Option<String> + Send + Sync>,
-    /// The leader epoch of a partition, by the metadata store.
+    /// Returns the leader epoch of a partition in the metadata store.
     pub(super) stored_epoch: StoredEpoch,
-    /// Looks into a report. True when the registration was taken away; a fault when that is to be tried again.
-    pub(super) report: Box<dyn Fn(Report) -> BoxFuture<'static, Result<bool, Fault>> + Send + Sync>,
+    /// Verifies a report. Returns true if the registration was deleted, and an error if the report must be repeated.
+    pub(super) report: Box<dyn Fn(Report) -> BoxFuture<'static, Result<bool, ApiError>> + Send + Sync>,
 }
 
-/// What other brokers have going on with this one.
+/// Server side of the connections between brokers.
 pub(super) struct Peering {
     neighbours: Arc<Neighbours>,
     incarnation: String,
     questions: Questions,
     catch_up: Arc<CatchUp>,
-    /// False while this broker answers only `WhoIs`.
+    /// False while this broker serves only `WhoIs`.
     has_begun: AtomicBool,
-    /// Bytes of batches that went out, by follower.
+    /// Bytes of sent batches, by follower.
     sent: PeerCounters,
-    /// The link of each broker that follows here.
+    /// Inbound link of each following broker.
     links: Mutex<BTreeMap<BrokerId, Incoming>>,
-    /// How often the links of each broker's uptime were logged.
+    /// Log throttle for the links of each broker's registration.
     link_logs: Mutex<BTreeMap<BrokerId, (Revision, LogThrottle)>>,
     tasks: Tasks,
 }
 
 impl Peering {
-    /// Of the process of this incarnation. Replicas that catch up here take so many bytes in a second, where a number is given.
-    /// What goes out is counted in `sent`. Links run as tasks of `tasks`.
+    /// Creates the server of the process with this incarnation. Replicas that catch up share the rate limit, if there is one. Sent bytes
+    /// are counted in `sent`. Links run as tasks of `tasks`.
     pub(super) fn new(
         neighbours: Arc<Neighbours>,
         incarnation: String,
@@ -102,15 +102,17 @@ impl Peering {
         })
     }
 
-    /// Answers all questions from now on. Before that this broker answers who it is, so that others see that an earlier process of it is
-    /// gone.
+    /// Serves all requests from now on. Before this call, the broker only identifies itself, so that peers can see that its earlier process
+    /// is gone.
     pub(super) fn begin(&self) {
         self.has_begun.store(true, Ordering::Release);
     }
 
-    fn begun(&self) -> Result<&Self, Fault> {
+    fn begun(&self) -> Result<&Self, ApiError> {
         let has_begun = self.has_begun.load(Ordering::Acquire);
-        has_begun.then_some(self).ok_or_else(|| Fault::new(Reason::NotReady, "this broker is starting; try again"))
+        has_begun
+            .then_some(self)
+            .ok_or_else(|| ApiError::new(ErrorCode::NotReady, "this broker is starting; try again"))
     }
 
     fn marks(&self, name: &v1::ReplicaName) -> v1::ReplicaMarks {
@@ -143,7 +145,7 @@ impl Peering {
 #[derive(Clone)]
 pub struct PeerService(Arc<Peering>);
 
-/// The service, with its message limits.
+/// Returns the service with its message limits.
 pub(super) fn service(peering: &Arc<Peering>) -> peer_server::PeerServer<PeerService> {
     peer_server::PeerServer::new(PeerService(Arc::clone(peering)))
         .max_decoding_message_size(limits::MAX_PEER_REQUEST_BYTES)
@@ -193,7 +195,7 @@ impl peer_server::Peer for PeerService {
                 replicas.len(),
                 limits::MAX_PEER_REPLICAS
             );
-            return Err(Fault::new(Reason::InvalidRequest, message).into());
+            return Err(ApiError::new(ErrorCode::InvalidRequest, message).into());
         }
         let peering = self.0.begun()?;
         let replicas = replicas.iter().map(|name| peering.marks(name)).collect();

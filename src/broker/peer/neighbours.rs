@@ -1,5 +1,4 @@
-//! What both directions of replication know of the brokers around: who is registered where, under which broker epoch, and this
-//! broker's own.
+//! State about other brokers for both directions of replication: their addresses and broker epochs, and this broker's own epoch.
 
 use std::{
     collections::BTreeMap,
@@ -15,26 +14,26 @@ use crate::{
     cluster::Revision,
     model::{BrokerId, PartitionId},
     partition::{Partition, session::Find},
-    proto::fault::{Fault, Reason},
+    proto::error::{ApiError, ErrorCode},
     task::Tasks,
 };
 
-/// Where a broker is reached.
+/// Registration of a peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::broker) struct Neighbour {
-    /// Its address for other brokers.
+    /// Address for connections between brokers.
     pub(in crate::broker) address: String,
-    /// Its broker epoch.
+    /// Broker epoch of the registration.
     pub(in crate::broker) epoch: Revision,
 }
 
-/// Who is told of links that are lost: evidence that a process is gone, for whoever decides by it.
+/// Receiver of lost links, which may mean that a process is gone.
 pub(in crate::broker) trait LinkLost: Send + Sync + 'static {
-    /// A link to or from this uptime of a broker ended, or could not be made. Must not wait.
+    /// Handles a link to or from this registration of a broker that ended, or that could not be opened. Must not block.
     fn link_lost(&self, broker: BrokerId, epoch: Revision, how: How);
 }
 
-/// The brokers around, as far as this one was told.
+/// Table of registered peers.
 pub(in crate::broker) struct Neighbours {
     me: BrokerId,
     cluster: String,
@@ -42,53 +41,50 @@ pub(in crate::broker) struct Neighbours {
     find: OnceLock<Find>,
     lost: OnceLock<Arc<dyn LinkLost>>,
     look_up: OnceLock<LookUp>,
-    /// Their clocks beside the one here.
+    /// Comparison of the peers' clocks with the local clock.
     pub(in crate::broker) clocks: ClockComparison,
 }
 
-/// Asks the metadata store in which uptime a broker is registered, at a bounded rate; a fault where that cannot be said now.
+/// Look-up of a broker's registration in the metadata store, at a bounded rate. Fails if the registration cannot be looked up now.
 pub(in crate::broker) type LookUp =
-    Arc<dyn Fn(BrokerId) -> BoxFuture<'static, Result<Option<Revision>, Fault>> + Send + Sync>;
+    Arc<dyn Fn(BrokerId) -> BoxFuture<'static, Result<Option<Revision>, ApiError>> + Send + Sync>;
 
-/// Why a broker that says in which uptime it runs is not spoken with.
+/// Reason for rejecting a broker whose claimed broker epoch is not confirmed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(in crate::broker) enum Unconfirmed {
-    /// It has registered again since.
+    /// The broker has registered again since.
     #[error("broker {broker} runs in its uptime {claimed}, and has registered as {known} since")]
     Older {
-        /// Which.
         broker: BrokerId,
-        /// What it says.
+        /// Claimed broker epoch.
         claimed: Revision,
-        /// What it is registered as.
+        /// Registered broker epoch.
         known: Revision,
     },
     /// The metadata store has no such registration.
     #[error("broker {broker} is not registered in the uptime {claimed} that it names")]
     Unknown {
-        /// Which.
         broker: BrokerId,
-        /// What it says.
+        /// Claimed broker epoch.
         claimed: Revision,
     },
-    /// It may be: the mirror does not have it, and the store could not be asked.
+    /// The metadata cache has no such registration, and the metadata store could not be read.
     #[error("broker {broker} is not registered in the uptime {claimed} as far as is known here: {why}")]
     Unsure {
-        /// Which.
         broker: BrokerId,
-        /// What it says.
+        /// Claimed broker epoch.
         claimed: Revision,
-        /// Why nobody knows.
+        /// Reason why the store could not be read.
         why: String,
     },
 }
 
-impl From<Unconfirmed> for Fault {
+impl From<Unconfirmed> for ApiError {
     fn from(error: Unconfirmed) -> Self {
         let reason = match error {
-            Unconfirmed::Older { .. } => Reason::InvalidRequest,
-            // It may be about to register.
-            Unconfirmed::Unknown { .. } | Unconfirmed::Unsure { .. } => Reason::NotReady,
+            Unconfirmed::Older { .. } => ErrorCode::InvalidRequest,
+            // The broker may be about to register.
+            Unconfirmed::Unknown { .. } | Unconfirmed::Unsure { .. } => ErrorCode::NotReady,
         };
         Self::new(reason, error.to_string())
     }
@@ -96,27 +92,27 @@ impl From<Unconfirmed> for Fault {
 
 #[derive(Clone, Default)]
 struct Around {
-    /// This broker's own broker epoch: the last, while it is not registered.
+    /// Own broker epoch of this broker; the last one while this broker is not registered.
     own: Option<Revision>,
     is_registered: bool,
     known: Arc<BTreeMap<BrokerId, Neighbour>>,
 }
 
 impl Neighbours {
-    /// Of this broker. It knows of nobody before it is told.
+    /// Creates an empty table for this broker.
     pub(in crate::broker) fn new(me: BrokerId, cluster: String) -> Arc<Self> {
         let around = watch::Sender::default();
         let (find, lost, look_up) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
         Arc::new(Self { me, cluster, around, find, lost, look_up, clocks: ClockComparison::default() })
     }
 
-    /// Says how its partitions are found, who is told of lost links, and how registrations are looked up. Once.
+    /// Sets how local partitions are found, where lost links are reported, and how registrations are looked up. Called once.
     pub(in crate::broker) fn serve(&self, find: Find, lost: Arc<dyn LinkLost>, look_up: LookUp) {
         let first = self.find.set(find).is_ok() && self.lost.set(lost).is_ok() && self.look_up.set(look_up).is_ok();
         assert!(first, "a broker begins to serve once");
     }
 
-    /// Takes every broker that is registered, at every change.
+    /// Replaces the registered brokers. Called at every change.
     pub(in crate::broker) fn know(&self, known: BTreeMap<BrokerId, Neighbour>) {
         self.around.send_if_modified(|around| {
             let changed = *around.known != known;
@@ -125,9 +121,9 @@ impl Neighbours {
         });
     }
 
-    /// Takes this broker's own broker epoch; `None` while it is not registered. Links go on meanwhile, and new ones are made
-    /// under the last: a lost lease says nothing of what is in a log, and the store may be away. A broker epoch ends with the
-    /// next one.
+    /// Updates this broker's own broker epoch; `None` while this broker is not registered. Links continue meanwhile, and new links use the
+    /// last epoch: a lost lease does not affect the content of a log, and the store may be unavailable. A broker epoch ends when the next
+    /// one begins.
     pub(in crate::broker) fn registered(&self, epoch: Option<Revision>) {
         self.around.send_if_modified(|around| {
             around.is_registered = epoch.is_some();
@@ -144,23 +140,24 @@ impl Neighbours {
         &self.cluster
     }
 
-    /// This broker's own broker epoch, or its last one; `None` before the first.
+    /// Returns this broker's own broker epoch, or the last one while this broker is not registered; `None` before the first.
     pub(super) fn own(&self) -> Option<Revision> {
         self.around.borrow().own
     }
 
-    /// This broker's own broker epoch; `None` while it is not registered.
+    /// Returns this broker's own broker epoch; `None` while this broker is not registered.
     pub(super) fn own_registered(&self) -> Option<Revision> {
         let around = self.around.borrow();
         around.own.filter(|_| around.is_registered)
     }
 
-    /// What is known of a broker.
+    /// Returns the registration of a broker.
     pub(super) fn get(&self, broker: BrokerId) -> Option<Neighbour> {
         self.around.borrow().known.get(&broker).cloned()
     }
 
-    /// Whether a broker is registered in the uptime that it names. Where the mirror is older than the claim, the metadata store is asked.
+    /// Verifies that a broker is registered under the broker epoch that it claims. Reads the metadata store if the metadata cache is older
+    /// than the claim.
     pub(in crate::broker) async fn confirm(&self, broker: BrokerId, claimed: Revision) -> Result<(), Unconfirmed> {
         match self.get(broker).map(|known| known.epoch) {
             Some(known) if known == claimed => return Ok(()),
@@ -176,25 +173,25 @@ impl Neighbours {
         }
     }
 
-    /// The partition of this broker with that id.
+    /// Returns the local partition with this id.
     pub(super) fn partition(&self, id: PartitionId) -> Option<Arc<Partition>> {
         self.find.get()?(id)
     }
 
-    /// How its partitions are found.
+    /// Returns the function that finds local partitions.
     pub(in crate::broker) fn find(self: &Arc<Self>) -> Find {
         let neighbours = Arc::clone(self);
         Arc::new(move |id| neighbours.partition(id))
     }
 
-    /// A link to or from that uptime is lost.
+    /// Reports a lost link to or from this registration.
     pub(in crate::broker) fn lost(&self, broker: BrokerId, epoch: Revision, how: How) {
         if let Some(lost) = self.lost.get() {
             lost.link_lost(broker, epoch, how);
         }
     }
 
-    /// Waits until that broker is registered, and this one was once.
+    /// Waits until that broker is registered and this broker has been registered once.
     pub(in crate::broker) async fn both(&self, broker: BrokerId) -> (Revision, Neighbour) {
         let mut around = self.around.subscribe();
         loop {
@@ -209,7 +206,7 @@ impl Neighbours {
         }
     }
 
-    /// Ends what goes by this token when another broker epoch begins, here or there.
+    /// Cancels the tasks of a link when another broker epoch begins, here or there.
     pub(in crate::broker) async fn cancel_at_change(
         &self,
         own: Revision,

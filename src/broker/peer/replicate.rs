@@ -1,8 +1,8 @@
-//! The stream over which another broker follows: who it is, and that there is one of it.
+//! Inbound replication streams: admission of the follower's broker, and at most one link per broker.
 //!
-//! A broker has one link here. One of a newer uptime ends the one before. One of the same uptime does that only where the one before
-//! answers no ping: nobody proves who he is, and whoever comes second may be a stranger. The next link begins when every partition knows
-//! of the end of the one before: what is late of an old link never undoes a join on the new one.
+//! A link with a newer broker epoch ends the previous link. A link with the same epoch does that only if the previous link does not respond
+//! to a ping. Brokers do not authenticate, so the second one may be foreign. The new link starts after every partition has processed the
+//! end of the previous link. Late messages of an old link therefore never undo a subscription on the new link.
 
 use std::{
     collections::BTreeMap,
@@ -27,52 +27,52 @@ use crate::{
         session::{self, Ended, Led, LinkProbe},
     },
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{self, to_follower, to_leader},
     },
     task::{Tasks, clock},
     telemetry::LogThrottle,
 };
 
-/// How long whoever opened a stream may take to say who it is.
+/// Timeout for the Hello of a new stream.
 const HELLO: Duration = Duration::from_secs(5);
 
-/// How long a follower's broker may take to take the reason for which its stream ends.
+/// Maximum time for the follower's broker to take the error with which its stream ends.
 const LAST_WORD: Duration = Duration::from_millis(500);
 
-/// How long a link may take to answer a ping when another one of the same uptime comes.
+/// Timeout of a ping on the existing link, sent when another link with the same broker epoch arrives.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Messages that wait for the connection: batching is the session's.
+/// Maximum number of messages that wait for the connection. The session does the batching.
 const QUEUE: usize = 1;
 
 pub(super) type Answers = Pin<Box<dyn Stream<Item = Result<v1::ToFollower, Status>> + Send>>;
 
-/// One broker's link.
+/// Inbound link of one broker.
 pub(super) struct Incoming {
     epoch: Revision,
     probe: Arc<LinkProbe>,
-    /// Ends it.
+    /// Cancels the link.
     link: Tasks,
-    /// Closed when it has ended, and every partition knows.
+    /// Closed when the link has ended and every partition has processed that.
     ended: watch::Receiver<()>,
 }
 
 impl Peering {
-    /// Serves a follower's broker in a task of its own, until the stream ends.
+    /// Serves the stream of a follower's broker in its own task, until the stream ends.
     pub(super) fn replicate(self: &Arc<Self>, incoming: Streaming<v1::ToLeader>) -> Answers {
         let (outgoing, messages) = mpsc::channel(QUEUE);
         let peering = Arc::clone(self);
         self.tasks.spawn("replicate", async move {
             if let Err(fault) = peering.serve(incoming, &outgoing).await {
-                // The stream ends with the reason. Who has gone does not hear it.
+                // The stream ends with the error. A peer that is gone does not receive the error.
                 let _gone = tokio::time::timeout(LAST_WORD, outgoing.send(Err(fault.into()))).await;
             }
         });
         Box::pin(ReceiverStream::new(messages))
     }
 
-    async fn serve(&self, mut incoming: Streaming<v1::ToLeader>, outgoing: &session::Outgoing) -> Result<(), Fault> {
+    async fn serve(&self, mut incoming: Streaming<v1::ToLeader>, outgoing: &session::Outgoing) -> Result<(), ApiError> {
         let first = tokio::select! {
             biased;
             () = self.tasks.cancelled() => return Err(stopping()),
@@ -81,7 +81,7 @@ impl Peering {
         let hello = match first {
             Ok(Ok(Some(v1::ToLeader { is: Some(to_leader::Is::Hello(hello)), .. }))) => hello,
             Ok(Ok(_)) => return Err(invalid("a replication stream begins with Hello".to_owned())),
-            Ok(Err(status)) => return Err(Fault::from(&status)),
+            Ok(Err(status)) => return Err(ApiError::from(&status)),
             Err(_) => return Err(invalid(format!("no Hello came in {HELLO:?}"))),
         };
         let (peer, own) = self.admit(&hello).await?;
@@ -100,8 +100,8 @@ impl Peering {
         served
     }
 
-    /// Who says hello, and this broker's own broker epoch.
-    async fn admit(&self, hello: &v1::Hello) -> Result<(Peer, Revision), Fault> {
+    /// Verifies a Hello. Returns the follower's broker and this broker's own broker epoch.
+    async fn admit(&self, hello: &v1::Hello) -> Result<(Peer, Revision), ApiError> {
         let (me, broker) = (self.neighbours.me(), BrokerId(hello.broker));
         if hello.version != VERSION {
             return Err(invalid(format!("version {} of the protocol is not spoken here, {VERSION} is", hello.version)));
@@ -114,14 +114,14 @@ impl Peering {
             return Err(invalid(format!("broker {broker} calls itself: two processes run under one number")));
         }
         let Some(own) = self.neighbours.own() else {
-            return Err(Fault::new(Reason::NotReady, format!("broker {me} is not registered yet")));
+            return Err(ApiError::new(ErrorCode::NotReady, format!("broker {me} is not registered yet")));
         };
         let epoch = Revision(hello.broker_epoch);
         self.neighbours.confirm(broker, epoch).await?;
         Ok((Peer { broker, epoch }, own))
     }
 
-    pub(super) fn is_of_this_cluster(&self, cluster: &str) -> Result<(), Fault> {
+    pub(super) fn is_of_this_cluster(&self, cluster: &str) -> Result<(), ApiError> {
         let ours = self.neighbours.cluster();
         if cluster == ours {
             return Ok(());
@@ -130,8 +130,8 @@ impl Peering {
         Err(invalid(format!("this broker belongs to cluster {ours:?}, not to {theirs:?}")))
     }
 
-    /// Takes the place of the broker's earlier link, once that has ended.
-    async fn take_place(&self, peer: Peer, link: Incoming) -> Result<(), Fault> {
+    /// Replaces the broker's previous link, once that link has ended.
+    async fn take_place(&self, peer: Peer, link: Incoming) -> Result<(), ApiError> {
         let mut silent: Option<Arc<LinkProbe>> = None;
         let before = loop {
             let (probe, mut ended) = {
@@ -152,11 +152,11 @@ impl Peering {
             };
             tokio::select! {
                 biased;
-                // It never changes.
+                // The value never changes: this resolves when the channel is closed.
                 _closed = ended.changed() => {}
                 () = probe.answered() => {
                     let message = format!("broker {} follows here over another link, which answers", peer.broker);
-                    return Err(Fault::new(Reason::NotReady, message));
+                    return Err(ApiError::new(ErrorCode::NotReady, message));
                 }
                 () = tokio::time::sleep(PING_TIMEOUT) => {}
             }
@@ -177,7 +177,7 @@ impl Peering {
         incoming: Streaming<v1::ToLeader>,
         outgoing: &session::Outgoing,
         link: &Tasks,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), ApiError> {
         let welcome =
             v1::Welcome { broker: self.neighbours.me().0, broker_epoch: own.0, wall_ms: Some(clock::wall_ms()) };
         let welcome = v1::ToFollower { is: Some(to_follower::Is::Welcome(welcome)), ..Default::default() };
@@ -190,7 +190,7 @@ impl Peering {
         let led = Led { peer, find, catch_up: Arc::clone(&self.catch_up), probe, stored_epoch, sent };
         let ended = tokio::select! {
             biased;
-            // Pending for ever once it has cancelled the link.
+            // Pending for ever after it has cancelled the link.
             () = async {
                 self.neighbours.cancel_at_change(own, peer.broker, peer.epoch, link).await;
                 std::future::pending().await
@@ -216,7 +216,7 @@ impl Peering {
         }
     }
 
-    /// What of a broker's links is logged: of those that come and go many times a second, few.
+    /// Applies `act` to the log throttle of a broker's links, because links may open and break many times a second.
     fn link_log<T>(&self, peer: Peer, act: impl FnOnce(&mut LogThrottle) -> T) -> T {
         let mut logs = self.link_logs.lock().unwrap_or_else(PoisonError::into_inner);
         let (epoch, log) = logs.entry(peer.broker).or_default();
@@ -231,10 +231,10 @@ impl Peering {
     }
 }
 
-fn invalid(message: String) -> Fault {
-    Fault::new(Reason::InvalidRequest, message)
+fn invalid(message: String) -> ApiError {
+    ApiError::new(ErrorCode::InvalidRequest, message)
 }
 
-fn stopping() -> Fault {
-    Fault::new(Reason::NotReady, "this link ends here: the broker stops, or another one takes its place")
+fn stopping() -> ApiError {
+    ApiError::new(ErrorCode::NotReady, "this link ends here: the broker stops, or another one takes its place")
 }

@@ -1,5 +1,5 @@
-//! Two brokers over TCP, as far as replication goes: partitions, links both ways, and the service. No metadata store: a test says
-//! who leads.
+//! Replication between two brokers over TCP: partitions, links in both directions, and the service. There is no metadata store: each test
+//! assigns the leaders.
 
 use std::{
     collections::BTreeMap,
@@ -44,13 +44,13 @@ struct Node {
     log: Log,
     partitions: Partitions,
     following: Arc<Following>,
-    /// Who is registered, by the metadata store.
+    /// Registrations in the metadata store.
     stored: Arc<Mutex<BTreeMap<BrokerId, Revision>>>,
     lost: mpsc::Receiver<(BrokerId, Revision, How)>,
     tasks: Tasks,
 }
 
-/// Notes what is lost.
+/// Recorder of lost links.
 struct Noted(mpsc::Sender<(BrokerId, Revision, How)>);
 
 impl LinkLost for Noted {
@@ -140,7 +140,7 @@ impl Node {
         self.partitions.lock().unwrap().insert(id(number), partition);
     }
 
-    /// Has the partition be led by `leader` in this epoch, with both in sync.
+    /// Assigns the partition to `leader` in this epoch, with both brokers in sync.
     async fn assign(&self, number: u32, leader: u32, epoch: u32) {
         let both = [BrokerId(1), BrokerId(2)];
         let whole = PartitionValue::new(both.to_vec(), LeaderEpoch(epoch));
@@ -166,7 +166,7 @@ async fn acked(answer: tokio::sync::oneshot::Receiver<AppendResult>) {
     tokio::time::timeout(WAIT, answer).await.expect("in time").expect("answered").expect("both have it");
 }
 
-/// Two brokers that know each other and hold so many partitions, led by the first in epoch 1.
+/// Starts two brokers that are registered with each other and hold this number of partitions, led by the first broker in epoch 1.
 async fn pair(partitions: u32) -> (Node, Node) {
     let (one, two) = (Node::start(1).await, Node::start(2).await);
     one.know(&[&one, &two]);
@@ -181,7 +181,7 @@ async fn pair(partitions: u32) -> (Node, Node) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_one_broker_is_sent_the_other_has_when_it_is_acknowledged() {
+async fn acknowledged_records_are_on_both_brokers() {
     let (one, two) = pair(3).await;
     let large = vec![7; 3 << 20];
     for number in 0..3 {
@@ -206,7 +206,7 @@ async fn what_one_broker_is_sent_the_other_has_when_it_is_acknowledged() {
     assert!(copied.len() > 3 << 20);
     assert!(copied == read(&one).await, "byte for byte");
 
-    // Then the other leads, some partitions each way.
+    // The second broker leads partition 0, so partitions are replicated in both directions.
     for node in [&two, &one] {
         node.assign(0, 2, 2).await;
     }
@@ -217,7 +217,7 @@ async fn what_one_broker_is_sent_the_other_has_when_it_is_acknowledged() {
     two.stop().await;
 }
 
-/// Answers the next ping of a stream.
+/// Responds to the next ping of a stream.
 async fn answer_ping(stream: &mut Replicating) {
     let message = stream.receiver.message().await.unwrap().unwrap();
     let Some(v1::to_follower::Is::Ping(ping)) = message.is else { panic!("{message:?}") };
@@ -225,9 +225,9 @@ async fn answer_ping(stream: &mut Replicating) {
     stream.sender.send(v1::ToLeader { is: Some(pong), ..Default::default() }).await.unwrap();
 }
 
-/// Each of what a broker is not, or is not any more.
+/// Covers each field of a Hello that is wrong or outdated.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_of_somebody_else_is_refused_with_the_reason() {
+async fn invalid_hello_is_rejected_with_reason() {
     let (one, two) = pair(0).await;
     let epoch = epoch_of(two.id).0;
     let good =
@@ -253,7 +253,7 @@ async fn a_stream_of_somebody_else_is_refused_with_the_reason() {
     let Some(v1::to_follower::Is::Welcome(welcome)) = welcome.is else { panic!("{welcome:?}") };
     assert_eq!((welcome.broker, welcome.broker_epoch), (1, 10));
     assert!(welcome.wall_ms.is_some_and(|theirs| theirs.abs_diff(crate::task::clock::wall_ms()) < 60_000));
-    // The next link of the same uptime has the first one asked. It answers, and stays.
+    // The next link with the same broker epoch causes a ping on the first link, which responds and stays.
     let mut tries = 0;
     let status = loop {
         let began = crate::task::clock::monotonic();
@@ -261,13 +261,13 @@ async fn a_stream_of_somebody_else_is_refused_with_the_reason() {
         let mut next = next.unwrap();
         match next.receiver.message().await {
             Err(status) => break status,
-            // The answer took more than a second: other work on this machine is not measured.
+            // The response took more than a second. Other work on this machine may be the cause, so the test tries again.
             Ok(_welcome) => (stream, tries) = (next, tries + 1),
         }
         assert!(began.elapsed() >= Duration::from_secs(1) && tries < 3, "there is one already");
     };
     assert!(status.message().contains("over another link, which answers"), "{status:?}");
-    // It does not answer, and goes.
+    // This link does not respond and is replaced.
     let mut next = peers.replicate(&one.address, good.clone()).await.unwrap();
     assert!(matches!(next.receiver.message().await.unwrap().unwrap().is, Some(v1::to_follower::Is::Welcome(_))));
     let status = loop {
@@ -277,7 +277,7 @@ async fn a_stream_of_somebody_else_is_refused_with_the_reason() {
         }
     };
     assert!(status.message().contains("another one takes its place"), "{status:?}");
-    // A newer uptime, of which only the store knows yet, takes the place at once.
+    // A newer broker epoch that only the store contains yet replaces the link at once.
     one.stored.lock().unwrap().insert(two.id, Revision(21));
     let mut newest = peers.replicate(&one.address, v1::Hello { broker_epoch: 21, ..good }).await.unwrap();
     assert!(newest.receiver.message().await.unwrap().is_some());
@@ -289,20 +289,20 @@ async fn a_stream_of_somebody_else_is_refused_with_the_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_link_that_breaks_is_told_and_made_again() {
+async fn broken_link_is_reported_and_reopened() {
     let (mut one, two) = pair(1).await;
     acked(append(&one.partition(0), b"first").await).await;
-    // The follower's broker gets another broker epoch: its link begins anew, and nobody takes that for a death.
+    // The follower's broker gets another broker epoch: its link is reopened, which is no failure.
     two.following.registered(Some(Revision(21)));
     one.following.brokers([(two.id, (two.address.clone(), Revision(21)))].into());
     one.partition(0).seen(two.id, Registration::Running(Revision(21))).await;
     acked(append(&one.partition(0), b"second").await).await;
-    // Without a lease it is told apart from one that is registered, and goes on.
+    // Without a lease, the broker reports no broker epoch, and its link continues.
     two.following.registered(None);
     acked(append(&one.partition(0), b"third").await).await;
     let who = one.following.peers().who_is(&two.address, WAIT).await.unwrap();
     assert_eq!(who.broker_epoch, None);
-    // Its process goes: the connection is closed in the same moment.
+    // The process exits, which closes the connection at once.
     two.stop().await;
     drop(two);
     let lost = tokio::time::timeout(WAIT, async {
@@ -318,9 +318,9 @@ async fn a_link_that_breaks_is_told_and_made_again() {
     one.stop().await;
 }
 
-/// The first word of a process that is gone comes from those who followed it, before any lease has ended.
+/// Followers report that a process is gone before any lease has expired.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_leader_whose_process_is_gone_is_told_at_once() {
+async fn exited_leader_process_is_reported_at_once() {
     let (one, mut two) = pair(1).await;
     acked(append(&one.partition(0), b"first").await).await;
     one.stop().await;
@@ -335,7 +335,7 @@ async fn a_leader_whose_process_is_gone_is_told_at_once() {
     });
     let seen = lost.await.expect("nobody listens there any more");
     assert!(!seen.contains(&How::Silent), "{seen:?}");
-    // It comes back at another address, in another uptime, as the leader of another epoch.
+    // The broker returns at another address, with another broker epoch, as the leader of another leader epoch.
     let again = Node::start(1).await;
     let epoch = Revision(11);
     again.following.registered(Some(epoch));
@@ -352,7 +352,7 @@ async fn a_leader_whose_process_is_gone_is_told_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn brokers_answer_each_others_questions() {
+async fn peer_requests_are_served() {
     let (one, two) = pair(1).await;
     acked(append(&one.partition(0), b"record").await).await;
     let peers = one.following.peers();

@@ -1,4 +1,4 @@
-//! The batch of a write before it is queued: checked, in its topic's codec, and with the memory that it takes.
+//! The batch of a write before it is queued: checked, in the codec of its topic, and with its produce memory.
 
 use prost::Message as _;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
@@ -9,26 +9,26 @@ use crate::{
     model::{Compression, TopicConfig},
     partition::{AppendError, INLINE_BYTES, Memory, Opener, Partition, Refused, Use},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{self, append_request::Payload},
     },
-    record::{Batch, BatchBuilder, Fingerprint, HEADER_BYTES, Header, Malformed, TimestampRange, Unbuildable},
+    record::{Batch, BatchBuilder, BuildError, Fingerprint, HEADER_BYTES, Header, MalformedBatch, TimestampRange},
     task::clock,
 };
 
-/// Most bytes of a message beside its batch with which the batch is kept as it came: it shares the memory of the message.
+/// Maximum bytes of a message besides its batch with which the batch shares the memory of the message.
 const MAX_SURPLUS_BYTES: usize = 4 << 10;
 
-/// The batch of a write, checked, and what is known of it.
+/// A checked batch of a write, and its properties.
 pub(super) struct Incoming {
     pub(super) batch: Batch,
-    /// Of the batch that the client sent; `None` where it sent records.
+    /// Fingerprint of the batch that the client sent; `None` if the client sent records.
     pub(super) fingerprint: Option<Fingerprint>,
-    /// Those that the client set.
+    /// Range of the timestamps that the client set.
     pub(super) timestamps: TimestampRange,
-    /// Why the topic does not take it.
+    /// Reason why the topic rejects the batch.
     pub(super) refusal: Option<Refused>,
-    /// Produce memory, where some had to be taken before the batch was made.
+    /// Produce memory, if it was taken before the batch was built.
     permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -41,12 +41,12 @@ impl Broker {
         partition: &Partition,
         config: &TopicConfig,
         quota: &ProducerIdQuota,
-    ) -> Result<Incoming, Fault> {
+    ) -> Result<Incoming, ApiError> {
         let (batch, fingerprint, timestamps) = match payload {
             Some(Payload::Batch(bytes)) => {
                 let (mut batch, timestamps) = received(bytes)?;
                 if message_bytes > batch.encoded_len() + MAX_SURPLUS_BYTES {
-                    // It would keep all of its message in memory.
+                    // The batch would keep its entire message in memory.
                     batch.detach();
                 }
                 if let Some(stamp) = batch.producer() {
@@ -56,7 +56,7 @@ impl Broker {
                 (batch, Some(fingerprint), timestamps)
             }
             Some(Payload::Records(records)) => {
-                // More than a few are compressed in the connection's turn, as a batch is.
+                // Larger record lists are compressed in the connection's turn, as batches are.
                 let codec = config.compression.filter(|_| records.encoded_len() <= INLINE_BYTES);
                 let (batch, timestamps) = plain(&records, codec.unwrap_or_default())?;
                 (batch, None, timestamps)
@@ -64,13 +64,13 @@ impl Broker {
             None => return Err(faults::invalid("the request holds neither a batch nor records")),
         };
         let bytes = batch.encoded_len();
-        // Plain records may become small enough yet.
+        // Records that are not compressed yet may still become small enough.
         let counts = fingerprint.is_some() || config.compression.is_none_or(|codec| codec == batch.compression());
         let refusal = (counts && bytes > config.max_message_bytes).then(|| too_large(partition, config, bytes));
         Ok(Incoming { batch, fingerprint, timestamps, refusal, permit: None })
     }
 
-    /// Writes the batch in its topic's own codec, where it has another.
+    /// Recompresses the batch with the topic's codec, if the batch has another one.
     pub(super) async fn recompress(
         &self,
         incoming: &mut Incoming,
@@ -78,15 +78,15 @@ impl Broker {
         config: &TopicConfig,
         memory: &CallMemory,
         deadline: Instant,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), ApiError> {
         let codec = match config.compression {
             Some(codec) if codec != incoming.batch.compression() && incoming.refusal.is_none() => codec,
             _ => return Ok(()),
         };
-        // The connection's turn first: what waits for that holds no memory that others need.
+        // The connection's turn comes first: an append that waits for the turn holds no memory that other appends need.
         let turn = tokio::time::timeout_at(deadline, memory.rewriter(&self.opener).in_turn()).await;
         let opener = turn.map_err(|_| out_of_time())?;
-        // Its size is known when it is made: memory for the largest is taken before.
+        // The size is known after recompression, so memory for the largest batch is taken before.
         let most = config.max_message_bytes;
         let mut permit = self.produce_permit(partition, most, deadline).await?;
         match recompressed(&opener, &incoming.batch, codec, partition, most).await? {
@@ -104,13 +104,13 @@ impl Broker {
         Ok(())
     }
 
-    /// The produce memory of the batch.
+    /// Takes the produce memory of the batch.
     pub(super) async fn produce_memory_of(
         &self,
         incoming: &mut Incoming,
         partition: &Partition,
         deadline: Instant,
-    ) -> Result<OwnedSemaphorePermit, Fault> {
+    ) -> Result<OwnedSemaphorePermit, ApiError> {
         if let Some(permit) = incoming.permit.take() {
             return Ok(permit);
         }
@@ -118,7 +118,7 @@ impl Broker {
         if incoming.refusal.is_none() {
             return self.produce_permit(partition, bytes, deadline).await;
         }
-        // It is dropped when the partition has looked at it: nobody is to wait for that.
+        // The partition drops a rejected batch after it has checked the producer's sequence, so the append does not wait for memory.
         let memory = self.produce_memory.of(bytes);
         memory.try_take(bytes).ok_or_else(|| match &incoming.refusal {
             Some(away @ Refused::StoreAway { .. }) => AppendError::Refused(away.clone()).into(),
@@ -126,15 +126,15 @@ impl Broker {
         })
     }
 
-    /// Takes memory for a batch until its deadline.
+    /// Takes memory for a batch, and waits for it until the deadline.
     async fn produce_permit(
         &self,
         partition: &Partition,
         bytes: usize,
         deadline: Instant,
-    ) -> Result<OwnedSemaphorePermit, Fault> {
+    ) -> Result<OwnedSemaphorePermit, ApiError> {
         let memory = self.produce_memory.of(bytes);
-        // After that nobody waits for the answer: the client sends again, and would find the batch written twice.
+        // After the deadline no client waits for the response. The client sends the batch again, which would then be stored twice.
         let over = || clock::monotonic() >= deadline;
         let permit = tokio::select! {
             biased;
@@ -155,25 +155,25 @@ fn too_large(partition: &Partition, config: &TopicConfig, bytes: usize) -> Refus
     Refused::TooLarge { topic: partition.topic().clone(), bytes, most: config.max_message_bytes }
 }
 
-fn out_of_time() -> Fault {
+fn out_of_time() -> ApiError {
     let message =
         "the time that the request has was over before its batch could be appended: it was not written; try again";
-    Fault::new(Reason::Overloaded, message)
+    ApiError::new(ErrorCode::Overloaded, message)
 }
 
-fn no_produce_memory(bytes: usize, memory: &Memory) -> Fault {
+fn no_produce_memory(bytes: usize, memory: &Memory) -> ApiError {
     let most = memory.bytes();
     let message = format!(
         "no memory for the batch of up to {bytes} bytes came free in the time that the request has: other writes wait for their \
          acknowledgements and hold it, and batches of its size may take {most} together (a half of limits.produce_memory_bytes)"
     );
-    Fault::new(Reason::Overloaded, message).with("bytes", bytes).with("max", most)
+    ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", most)
 }
 
-/// A batch as a client made it. Plain records are walked too: a consumer of somebody else would stumble over their framing,
-/// and retention and search by time over a header that says another time than they do. Of what is compressed only the beginning is
-/// decoded: the rest is its reader's to open.
-fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), Fault> {
+/// Parses and checks a batch that a client built. Uncompressed records are checked too: invalid framing would break consumers of other
+/// clients, and wrong timestamps in the header would break retention and search by time. Of compressed records only the beginning is
+/// decoded; readers decode the rest.
+fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), ApiError> {
     let mut batch = Batch::parse(bytes)?;
     batch.check_client()?;
     batch.check_first_records()?;
@@ -181,29 +181,29 @@ fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), Fault> {
     Ok((batch, timestamps))
 }
 
-/// The batch in its topic's own codec. It is opened within the memory that there is for that, and refused as soon as it
-/// is seen to be larger than the topic takes.
+/// Recompresses a batch with the topic's codec, within the memory for decompression. The batch is rejected as soon as it proves larger than
+/// the topic allows.
 async fn recompressed(
     opener: &Opener,
     batch: &Batch,
     codec: Compression,
     partition: &Partition,
     most: usize,
-) -> Result<Result<(Batch, TimestampRange), Refused>, Fault> {
-    // Without a codec the stored batch is as large as its records are.
+) -> Result<Result<(Batch, TimestampRange), Refused>, ApiError> {
+    // Without a codec, the stored batch is as large as its records.
     let plain = most.saturating_sub(HEADER_BYTES);
     let bound = limits::MAX_RECOMPRESSED_BYTES.min(if codec == Compression::None { plain } else { usize::MAX });
     let work = move |batch: &Batch, most: usize| batch.recompress_within(codec, most);
     match opener.open(batch, bound, Use::Rewrite, work).await {
-        Err(Malformed::Grows { .. }) if bound == plain => {
+        Err(MalformedBatch::Grows { .. }) if bound == plain => {
             Ok(Err(Refused::Grows { topic: partition.topic().clone(), most }))
         }
         outcome => Ok(Ok(outcome?)),
     }
 }
 
-/// A batch of records that came plain.
-fn plain(records: &v1::PlainRecords, codec: Compression) -> Result<(Batch, TimestampRange), Fault> {
+/// Builds a batch from the records of a request.
+fn plain(records: &v1::PlainRecords, codec: Compression) -> Result<(Batch, TimestampRange), ApiError> {
     if records.records.is_empty() {
         return Err(faults::invalid("the request holds no record"));
     }
@@ -215,14 +215,14 @@ fn plain(records: &v1::PlainRecords, codec: Compression) -> Result<(Batch, Times
             .iter()
             .map(|header| Header { key: header.key.clone(), value: header.value.clone() })
             .collect();
-        // The broker's own clock is in no need of a check.
-        record.timestamp_ms.into_iter().for_each(|timestamp_ms| timestamps.note(timestamp_ms));
+        // The broker's own clock needs no check.
+        record.timestamp_ms.into_iter().for_each(|timestamp_ms| timestamps.extend(timestamp_ms));
         let timestamp_ms = record.timestamp_ms.unwrap_or(now_ms);
         builder.push(timestamp_ms, record.key.as_deref(), record.value.as_deref(), &headers).map_err(unbuildable)?;
     }
     Ok((builder.finish(None).map_err(unbuildable)?, timestamps))
 }
 
-fn unbuildable(error: Unbuildable) -> Fault {
+fn unbuildable(error: BuildError) -> ApiError {
     faults::invalid(format!("the records make no batch: {error}"))
 }

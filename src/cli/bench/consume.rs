@@ -1,4 +1,4 @@
-//! `strandline bench consume`.
+//! `strandline bench consume`: measures the throughput of reads and the wait for each batch.
 
 use std::{
     collections::BTreeMap,
@@ -32,7 +32,7 @@ use crate::{
     task::{Tasks, clock},
 };
 
-/// How long the next record of a log that is not at its end may take.
+/// Maximum time until the next record of a log that is not at its end.
 const LATE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
@@ -53,10 +53,10 @@ pub(in crate::cli) struct Consume {
     rack: Rack,
 }
 
-/// What one consumer reads.
+/// Partitions that one consumer reads.
 #[derive(Debug, Default)]
 struct Share {
-    /// Start and end of each partition.
+    /// Start and end offset of each partition.
     partitions: BTreeMap<u32, (Offset, Offset)>,
 }
 
@@ -140,12 +140,13 @@ async fn shares(common: &Common, command: &Consume) -> anyhow::Result<Vec<Share>
     Ok(shares)
 }
 
-/// Reads a share to its end, or until all readers together have what is `left`.
+/// Reads a share to its end, or until all readers together have read the `left` records.
 async fn read(mut consumer: Consumer, mut share: Share, bounded: bool, left: Arc<AtomicU64>) -> (Seen, Instant) {
     let mut seen = Seen::default();
     let mut last = clock::monotonic();
     while left.load(Ordering::Relaxed) > 0 {
-        // Another reader may take the last record while this one waits for a batch that never comes.
+        // Each wait is short: another reader may take the last record while this one waits for a batch that never
+        // arrives.
         let next = tokio::time::timeout(Duration::from_millis(200), consumer.next_batch());
         let batch = match next.await {
             Err(_) if bounded && last.elapsed() >= LATE => {

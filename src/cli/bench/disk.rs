@@ -1,4 +1,4 @@
-//! What the disk itself can do beside a broker: sequential writes, each one synced.
+//! Measurement of the disk without a broker: sequential writes, each one synced.
 
 use std::{
     fs::{File, OpenOptions},
@@ -14,17 +14,17 @@ use serde_json::{Value, json};
 use super::report::{Seen, round};
 use crate::task::{clock, random};
 
-/// Bytes of the file that is written round and round.
+/// Size of the test file in bytes. At its end, the writes continue at its start.
 const FILE_BYTES: usize = 256 << 20;
 
-/// How long it is written.
+/// Duration of the timed writes.
 const TIME: Duration = Duration::from_secs(3);
 
-/// What direct I/O needs its memory and sizes to be multiples of.
+/// Alignment in bytes that direct I/O needs for memory and sizes.
 const ALIGNMENT: usize = 4096;
 
-/// Writes a file in `folder` in pieces of `piece` bytes for some seconds, over blocks that are there already, with a
-/// sync after each. Blocks the thread. The file is gone afterwards.
+/// Writes a file in `folder` in pieces of `piece` bytes for `TIME`, with a sync after each piece. The writes overwrite
+/// blocks that exist. Blocks the thread, and removes the file at the end.
 pub(super) fn measure(folder: &Path, piece: usize) -> io::Result<Value> {
     let piece = piece.max(1).next_multiple_of(ALIGNMENT).min(FILE_BYTES);
     let path = folder.join(format!(".strandline-bench-{}", std::process::id()));
@@ -44,7 +44,7 @@ pub(super) fn measure(folder: &Path, piece: usize) -> io::Result<Value> {
     }))
 }
 
-/// Fills the file, so that the timed writes meet blocks that exist.
+/// Fills the file, so that the timed writes overwrite blocks that exist.
 fn prepare(path: &Path) -> io::Result<()> {
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     let zeros = vec![0; 1 << 20];
@@ -75,7 +75,7 @@ fn write(path: &Path, piece: usize) -> io::Result<(bool, Seen, Duration)> {
     Ok((direct, seen, begun.elapsed()))
 }
 
-/// Opens for direct I/O, or without where the file system has none (tmpfs).
+/// Opens the file for direct I/O, or without direct I/O if the file system does not support it (tmpfs).
 fn open(path: &Path) -> io::Result<(File, bool)> {
     let open = |flags: OFlags| {
         let flags = i32::try_from((flags | OFlags::NOFOLLOW).bits()).expect("flags of open(2)");
@@ -91,7 +91,7 @@ fn place(bytes: usize) -> u64 {
     u64::try_from(bytes).expect("64 bits")
 }
 
-/// The same for people.
+/// Formats the result of the measurement as text.
 pub(super) fn words(disk: &Value) -> String {
     let how = if disk["direct"] == true { "direct" } else { "through the page cache" };
     format!(

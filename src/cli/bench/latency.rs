@@ -1,4 +1,4 @@
-//! `strandline bench latency`: from the moment at which a record was due to the moment at which it was read.
+//! `strandline bench latency`: measures the time between the due time of a record and its read.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -25,10 +25,11 @@ use crate::{
     task::{Tasks, clock, random},
 };
 
-/// A payload starts with a mark of the run (8 bytes) and the nanoseconds from its start to the record's due moment.
+/// Size in bytes of the stamp that starts a payload: an id of the run (8 bytes), and the nanoseconds from the run's
+/// start to the record's due time.
 const STAMP_BYTES: usize = 16;
 
-/// How long records that were sent may take to come back.
+/// Maximum time until the sent records are read, after the last one was sent.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
@@ -54,7 +55,7 @@ pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<Exi
         Ok(route) => u32::try_from(route.partitions.len())?,
         Err(error) => return Err(explain(&client.admin(), &topic, error).await),
     };
-    // A connection of its own: what is read does not queue behind what is written.
+    // The reader has its own connection, so that reads do not queue behind writes.
     let reading = connect(common).await?;
     let mut consumer = reading.consumer(ConsumerOptions::default());
     for partition in 0..partitions {
@@ -63,7 +64,7 @@ pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<Exi
     let options = ProducerOptions { delivery_timeout: produce::timeout(Acks::All), ..ProducerOptions::default() };
     let producer = client.producer(options).await?;
     let size = usize::try_from(command.record_size)?;
-    // Made before the clock starts: filling the pool takes a moment.
+    // The pool is filled before the measurement starts, because this takes a moment.
     let payloads = Payloads::new(size);
     let tasks = Tasks::new();
     let start = clock::monotonic();
@@ -80,7 +81,7 @@ pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<Exi
     );
     let load = Load { topic, pace, payloads, size, run, start, partitions };
     let runtime = tokio::runtime::Handle::current();
-    // A thread of its own, because it sleeps between records.
+    // The sender has its own thread, because it sleeps between records.
     let sender = tasks.spawn_blocking(move || runtime.block_on(Box::pin(load.send(producer))));
     let mut patience = Patience::new(&client);
     patience.and(&reading);
@@ -108,7 +109,7 @@ pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<Exi
     Ok(if seen.errors == 0 && seen.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Reads this run's records until all that were sent are there, or for so long as is sensible.
+/// Reads this run's records until all sent ones have arrived, or for `PATIENCE` after the last send.
 async fn read(mut consumer: Consumer, run: u64, start: Instant, mut all: watch::Receiver<Option<u64>>) -> Seen {
     let mut seen = Seen::default();
     let mut deadline = None;
@@ -149,14 +150,14 @@ fn stamp(payload: &mut [u8], run: u64, due: Duration) {
     payload[8..STAMP_BYTES].copy_from_slice(&u64::try_from(due.as_nanos()).unwrap_or(u64::MAX).to_be_bytes());
 }
 
-/// When the record was due, counted from the run's start; none for a record of somebody else.
+/// Returns the due time of a record, measured from the run's start; `None` for a record that is not of this run.
 fn stamped(payload: &[u8], run: u64) -> Option<Duration> {
     let (mark, rest) = payload.split_first_chunk::<8>()?;
     let (due, _) = rest.split_first_chunk::<8>()?;
     (*mark == run.to_be_bytes()).then(|| Duration::from_nanos(u64::from_be_bytes(*due)))
 }
 
-/// What is sent.
+/// Records to send.
 struct Load {
     topic: String,
     pace: Pace,
@@ -168,7 +169,7 @@ struct Load {
 }
 
 impl Load {
-    /// Sends until the pace ends; how many were sent, and what stopped it early.
+    /// Sends until the pace ends. Returns the number of sent records, and the error of a send or of the close.
     async fn send(mut self, producer: Producer) -> (u64, Option<String>) {
         let mut payload = vec![0; self.size];
         let mut sent = 0;
@@ -192,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_of_another_run_is_not_counted() {
+    fn record_of_another_run_is_not_counted() {
         let mut payload = [0; 40];
         stamp(&mut payload, 7, Duration::from_millis(3));
         assert_eq!(stamped(&payload, 7), Some(Duration::from_millis(3)));

@@ -1,8 +1,8 @@
-//! `strandline bench`: what a cluster does, from the client's side.
+//! `strandline bench`: measures a cluster from the client's side.
 //!
-//! Payloads are incompressible: slices of one random pool. With a rate, records are due at fixed moments and latency is
-//! counted from the moment at which a record was due, so that a stall is charged to every record that it delayed
-//! (open loop). Without, records go out as fast as the cluster takes them, and latency is counted from the sending.
+//! Payloads are incompressible slices of one random pool. With a rate, records are due at fixed times, and latency
+//! counts from a record's due time: a stall is charged to every record that it delayed (open loop). Without a rate,
+//! records are sent as fast as the cluster accepts them, and latency counts from the send.
 
 mod consume;
 mod disk;
@@ -36,7 +36,7 @@ pub(super) async fn run(common: &Common, command: Bench) -> anyhow::Result<ExitC
     }
 }
 
-/// A rate in megabytes per second.
+/// Parses a rate in megabytes per second.
 fn rate(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(rate) if rate > 0.0 && rate < 1e6 => Ok(rate),

@@ -1,4 +1,4 @@
-//! When records are due.
+//! Due times of records.
 
 use std::time::Duration;
 
@@ -6,32 +6,32 @@ use tokio::time::Instant;
 
 use crate::task::clock;
 
-/// Seconds that no run lasts: the moments of a rate of next to nothing are not beyond it.
+/// Maximum of a due time in seconds after the start, for very low rates. No run lasts that long.
 const MOST_S: f64 = 1e9;
 
-/// When to stop.
+/// Condition that ends a run.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Until {
     Records(u64),
     After(Duration),
 }
 
-/// An open loop: record `n` is due at a fixed moment, whatever became of those before it.
+/// Open loop: record `n` is due at a fixed time, regardless of the results of earlier records.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     start: Instant,
-    /// Seconds between records; none when there is no rate.
+    /// Seconds between records; `None` without a rate.
     interval: Option<f64>,
     until: Until,
 }
 
 impl Pace {
-    /// `bytes_per_s` over all that send at this pace.
+    /// Creates a pace. `bytes_per_s` is the total rate of all senders that use the pace.
     pub(super) fn new(start: Instant, bytes_per_s: Option<f64>, record_bytes: u32, until: Until) -> Self {
         Self { start, interval: bytes_per_s.map(|rate| f64::from(record_bytes) / rate), until }
     }
 
-    /// When a run at a rate and for a time ends, however early its last record was due.
+    /// Returns the end of a run with a rate and a duration. The last record may be due earlier.
     pub(super) fn end(&self) -> Option<Instant> {
         match self.until {
             Until::After(time) => self.interval.map(|_| self.start + time),
@@ -39,7 +39,7 @@ impl Pace {
         }
     }
 
-    /// When record `n` of this sender is due; none when the sender is done.
+    /// Returns the due time of record `n` of this sender; `None` if the sender has finished.
     pub(super) fn due(&self, n: u64) -> Option<Due> {
         let at = self.interval.map(|interval| {
             #[expect(clippy::cast_precision_loss, reason = "2^53 records are more than any run sends")]
@@ -49,7 +49,7 @@ impl Pace {
         match self.until {
             Until::Records(records) if n >= records => None,
             Until::After(time) if at.is_some_and(|at| at >= self.start + time) => None,
-            // Reading the clock is for those who must: not for every record of a run by count at full speed.
+            // Only a run with a duration and without a rate reads the clock, and only once per 16 records.
             Until::After(time) if at.is_none() && n.is_multiple_of(16) && clock::monotonic() >= self.start + time => {
                 None
             }
@@ -58,14 +58,14 @@ impl Pace {
     }
 }
 
-/// When a record is due.
+/// Due time of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Due {
     Now,
     At(Instant),
 }
 
-/// Waits on a thread of its own until a moment: the runtime's timer is too coarse for tenths of milliseconds.
+/// Blocks the calling thread until `at`. The runtime's timer is too coarse for tenths of a millisecond.
 pub(super) fn wait_until(at: Instant) {
     let left = at.saturating_duration_since(clock::monotonic());
     if !left.is_zero() {
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn records_are_due_at_fixed_moments_however_late_the_sender_is() {
+    async fn due_times_do_not_depend_on_a_late_sender() {
         let start = clock::monotonic();
         let pace = Pace::new(start, Some(1000.0), 100, Until::After(Duration::from_secs(1)));
         assert_eq!(pace.due(0), Some(Due::At(start)));
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn without_a_rate_the_clock_or_the_count_ends_a_run() {
+    async fn run_without_a_rate_ends_by_duration_or_count() {
         let start = clock::monotonic();
         let counted = Pace::new(start, None, 100, Until::Records(3));
         assert_eq!((counted.due(2), counted.due(3)), (Some(Due::Now), None));

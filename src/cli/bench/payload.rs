@@ -1,14 +1,15 @@
-//! Payloads that no codec makes smaller, at the cost of a slice.
+//! Payloads that no codec can compress. A payload is a slice of a pool, so it costs no allocation.
 
 use crate::task::random;
 
-/// Random bytes that payloads are cut from: far more than a batch, within which alone a codec looks for repeats.
+/// Minimum size in bytes of the random pool: far more than a batch. A codec finds repetitions only within a batch.
 const POOL_BYTES: usize = 16 << 20;
 
-/// Distance between the starts of neighbouring payloads: odd, so that payloads begin everywhere.
+/// Shift in bytes, modulo the payload size, between the starts of two passes over the pool. An odd shift spreads the
+/// starts of payloads over the pool.
 const STRIDE: usize = 1_048_583;
 
-/// Payloads of one size.
+/// Source of payloads of one size.
 pub(super) struct Payloads {
     pool: Vec<u8>,
     size: usize,
@@ -22,10 +23,10 @@ impl Payloads {
         Self { pool, size, at: 0 }
     }
 
-    /// The next payload.
+    /// Returns the next payload.
     pub(super) fn next(&mut self) -> &[u8] {
         let start = self.at;
-        // Neighbours in a batch are neighbours in the pool; each pass over it begins elsewhere.
+        // Consecutive payloads are adjacent in the pool. Each pass over the pool starts at another offset.
         self.at += self.size;
         if self.at + self.size > self.pool.len() {
             self.at = (self.at + STRIDE) % self.size.max(1);
@@ -52,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_never_leaves_the_pool() {
+    fn payloads_stay_within_the_pool() {
         for size in [0, 1, 1024, 1_000_003] {
             let mut payloads = Payloads { pool: vec![7; 4_000_000], size, at: 0 };
             assert!((0..1000).all(|_| payloads.next().len() == size));

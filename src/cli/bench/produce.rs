@@ -1,4 +1,4 @@
-//! `strandline bench produce`.
+//! `strandline bench produce`: measures the throughput of writes and the latency of acknowledgements.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -27,17 +27,17 @@ use crate::{
     task::{self, Tasks, clock},
 };
 
-/// `limits::MAX_BATCH_BYTES`, as the parser wants it.
+/// `limits::MAX_BATCH_BYTES` in the type that the parser needs.
 const MOST_BATCH: i64 = crate::limits::MAX_BATCH_BYTES as i64;
 
-/// Bytes that a producer holds at least and, while batches are small, at most.
+/// Minimum and maximum of a producer's memory in bytes. Large batches raise the maximum to 16 batches.
 const LEAST_MEMORY: usize = 64 << 10;
 const MOST_MEMORY: usize = 64 << 20;
 
-/// What a record takes beside its value, at most.
+/// Maximum size in bytes of a record without its value.
 const RECORD_OVERHEAD: usize = 100;
 
-/// Deliveries that travel together from the sender to the one who waits for them.
+/// Number of deliveries in one message from a sender to the task that awaits them.
 const HAND_OVER: usize = 64;
 
 #[derive(Debug, Args)]
@@ -113,11 +113,11 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
     let mut patience = Patience::new(&client);
     let mut running = Vec::new();
     for number in 0..command.producers {
-        // A client each, so that each has a connection of its own.
+        // Each producer has its own client, and thus its own connection.
         let client = connect(common).await?;
         patience.and(&client);
         let producer = client.producer(options(&command, command.share(number, used))).await?;
-        // Made before the clock starts: filling the pool takes a moment.
+        // The pool is filled before the measurement starts, because this takes a moment.
         let payloads = Payloads::new(usize::try_from(command.record_size)?);
         running.push((number, producer, payloads));
     }
@@ -131,7 +131,7 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
         let sender = Sender::new(&command, number, used, start, (producer, payloads), out);
         handles.push(tasks.spawn("bench answers", collect(deliveries, u64::from(command.record_size))));
         let runtime = tokio::runtime::Handle::current();
-        // Records due at fixed moments need a thread that sleeps precisely; the others may run where they like.
+        // Records with fixed due times need a thread that sleeps precisely. Other senders run on the runtime.
         if command.rate.is_some() {
             tasks.spawn_blocking(move || runtime.block_on(Box::pin(sender.run())));
         } else {
@@ -151,7 +151,8 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
     patience.over(None, all).await?;
     bar.finish_and_clear();
     tasks.stop().await;
-    // At a rate the time is part of the order: records that were all there early are no faster than that.
+    // With a rate and a duration, the run lasts at least that duration: early acknowledgements do not raise the
+    // throughput.
     let ordered = match (command.rate, command.records) {
         (Some(_), None) => command.period(),
         _ => Duration::ZERO,
@@ -160,7 +161,7 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
 }
 
 impl Produce {
-    /// How long a run without a count lasts.
+    /// Returns the duration of a run without a record count.
     fn period(&self) -> Duration {
         Duration::from_secs(self.seconds.unwrap_or(10))
     }
@@ -169,15 +170,17 @@ impl Produce {
         usize::try_from(self.batch_size).expect("a usize holds 32 bits")
     }
 
-    /// How many of the used partitions are this producer's. Where there are more producers, several write to one.
+    /// Returns the number of used partitions that this producer writes to. With more producers than partitions, several
+    /// producers write to one partition.
     fn share(&self, number: u32, used: u32) -> u32 {
         used.saturating_sub(number).div_ceil(self.producers).max(1)
     }
 
-    /// Memory of a producer. As fast as possible it holds what is under way and as much again, which gathers meanwhile: more would
-    /// only wait in line, and the latencies would be those of the line. At a rate a line is what is to be measured.
+    /// Returns the memory of a producer in bytes. Without a rate, the memory holds the batches in flight and as many
+    /// more that fill meanwhile. More memory would only lengthen the queue, and the latencies would be those of the
+    /// queue. With a rate, the queue is part of the measurement.
     fn memory_bytes(&self, partitions: u32) -> usize {
-        // A record that is larger than a batch is a batch of its own.
+        // A record that is larger than a batch forms its own batch.
         let record = usize::try_from(self.record_size).expect("a usize holds 32 bits") + RECORD_OVERHEAD;
         let batch = self.batch_bytes().max(record);
         let most = MOST_MEMORY.max(16 * batch);
@@ -227,7 +230,7 @@ fn print(
     Ok(if seen.errors == 0 && seen.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// A record on its way: when it was due or sent, and its answer to come.
+/// A sent record: the time at which the record was due or sent, and its delivery.
 type Sent = (Instant, Result<Delivery, SendError>);
 
 struct Sender {
@@ -235,11 +238,11 @@ struct Sender {
     producer: Producer,
     pace: Pace,
     payloads: Payloads,
-    /// This producer's partitions: from the first one on, in steps.
+    /// First of this producer's partitions. The further ones follow at distances of `step`.
     first_partition: u32,
     step: u32,
     partitions: u32,
-    /// Records that go to one partition before the next takes its turn: a batch's worth.
+    /// Number of consecutive records for one partition: those of one batch, or 1 with a rate.
     turn: u64,
     out: mpsc::Sender<Vec<Sent>>,
 }
@@ -262,7 +265,7 @@ impl Sender {
         };
         let rate = command.rate.map(|rate| rate * 1e6 / f64::from(command.producers));
         let size = usize::try_from(command.record_size).expect("a usize holds 32 bits");
-        // At a rate every record takes its turn, so that all partitions are in use at any moment.
+        // With a rate, each record goes to the next partition, so that all partitions are always in use.
         let turn = if rate.is_some() { 1 } else { command.batch_bytes() / (size + 16).max(1) };
         Self {
             topic: command.topic.clone(),
@@ -303,7 +306,7 @@ impl Sender {
             }
             if failed {
                 refused = true;
-                // A send is refused at once only where the next would be too.
+                // A send fails at once only if the next send would fail too.
                 break;
             }
         }
@@ -311,12 +314,12 @@ impl Sender {
         if let Some(end) = self.pace.end().filter(|_| !refused) {
             wait_until(end);
         }
-        // The answers to what still lingers are waited for by the other side.
+        // `collect` waits for the results of records that still linger.
         let _ = self.producer.close().await;
     }
 }
 
-/// Waits for the answers; the moment of the last one.
+/// Waits for all deliveries, and returns their statistics and the time of the last acknowledgement.
 async fn collect(mut deliveries: mpsc::Receiver<Vec<Sent>>, record_bytes: u64) -> (Seen, Instant) {
     let mut seen = Seen::default();
     let mut last = clock::monotonic();
@@ -331,10 +334,10 @@ async fn collect(mut deliveries: mpsc::Receiver<Vec<Sent>>, record_bytes: u64) -
                 Ok(ack) => {
                     seen.records += 1;
                     seen.bytes += record_bytes;
-                    // An answer is stamped when it comes, so that waiting in order costs no accuracy.
+                    // An acknowledgement contains its arrival time, so waiting in order costs no accuracy.
                     seen.latency(ack.received.saturating_duration_since(at));
                     last = last.max(ack.received);
-                    // A run has one or two meanings; the words are made once for each.
+                    // A run has one or two meanings; the text of each is formatted once.
                     if !meanings.contains(&(ack.held, ack.replicas)) {
                         meanings.push((ack.held, ack.replicas));
                         seen.meanings.insert(ack.meaning());
@@ -363,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn partitions_are_divided_among_producers_and_none_is_left_out() {
+    fn every_used_partition_has_a_producer() {
         for (producers, used) in [(1, 1), (1, 1000), (3, 16), (16, 16), (16, 5), (5, 16)] {
             let command = parsed(&format!("--producers {producers}"));
             let of = |number: u32| (0..command.share(number, used)).map(move |turn| number % used + turn * producers);
@@ -377,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_holds_twice_what_is_under_way_unless_a_rate_is_given() {
+    fn memory_is_twice_the_in_flight_bytes_without_a_rate() {
         let memory = |arguments, partitions| parsed(arguments).memory_bytes(partitions);
         assert_eq!(memory("--in-flight 1", 1), 128 << 10);
         assert_eq!(memory("--in-flight 4", 16), 8 << 20);

@@ -1,4 +1,4 @@
-//! What a bench found, for people and for programs.
+//! Results of a benchmark, for people and for programs.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -7,19 +7,19 @@ use serde_json::{Value, json};
 
 use super::super::output::{self, Output};
 
-/// Longest latency that is told apart; longer ones count as this.
+/// Maximum latency in microseconds that the histogram distinguishes. Longer latencies count as this value.
 const MOST_US: u64 = 600_000_000;
 
-/// What one sender or reader saw.
+/// Measurements of one sender or reader.
 #[derive(Debug)]
 pub(super) struct Seen {
     pub(super) records: u64,
     pub(super) bytes: u64,
     pub(super) errors: u64,
     pub(super) first_error: Option<String>,
-    /// Microseconds.
+    /// Latencies in microseconds.
     latency: Histogram<u64>,
-    /// What acknowledgements meant.
+    /// Meanings of the acknowledgements, such as `synced on 1 replica`.
     pub(super) meanings: BTreeSet<String>,
 }
 
@@ -60,7 +60,7 @@ impl Seen {
         self.latency.value_at_quantile(quantile) as f64 / 1000.0
     }
 
-    /// The promised fields.
+    /// Returns the result fields on which programs rely.
     #[expect(clippy::cast_precision_loss, reason = "figures for people")]
     pub(super) fn figures(&self, elapsed: Duration) -> Value {
         let seconds = elapsed.as_secs_f64().max(1e-9);
@@ -87,7 +87,7 @@ pub(super) fn round(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0
 }
 
-/// Prints figures with what else there is to say. `extra` joins the JSON object; `words` are lines for people.
+/// Prints the results. `extra` is added to the JSON object; `words` are additional lines of the text output.
 pub(super) fn print(mut figures: Value, extra: Value, words: &[String], output: Output) -> std::io::Result<()> {
     if output == Output::Json {
         if let (Some(figures), Value::Object(extra)) = (figures.as_object_mut(), extra) {
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_promised_fields_are_there_with_their_values() {
+    fn result_contains_promised_fields_and_values() {
         let mut seen = Seen { records: 1000, bytes: 2_000_000, ..Seen::default() };
         for ms in 1..=1000 {
             seen.latency(Duration::from_millis(ms));

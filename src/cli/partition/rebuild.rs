@@ -1,4 +1,4 @@
-//! `strandline partition rebuild-manifest`.
+//! `strandline partition rebuild-manifest`: rebuilds a lost manifest from the objects that are left.
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -51,7 +51,7 @@ fn held(found: &ManifestRebuild) -> String {
     )
 }
 
-/// What was found, for a person who is to agree.
+/// Returns the result of the survey as text, which the user confirms.
 fn prospect(topic: &str, number: u32, found: &ManifestRebuild) -> String {
     let mut lines = vec![
         format!("{topic}/{number}: {} is missing or damaged", found.lost),

@@ -1,10 +1,10 @@
-//! What the commands say of moves and elections.
+//! Tests of the output of reassignments and elections.
 
 use super::*;
 use crate::{
     client::HeldReplica,
     model::{LeaderEpoch, Offset},
-    proto::fault::{Fault, Reason},
+    proto::error::{ApiError, ErrorCode},
 };
 
 fn brokers(numbers: &[u32]) -> Vec<BrokerId> {
@@ -34,7 +34,7 @@ fn moves() -> Vec<Reassignment> {
 }
 
 #[test]
-fn moves_are_told_as_ordered_as_they_stand_and_as_taken_back() {
+fn reassignment_output_matches_golden_files() {
     output::golden::lines("partition-reassign.txt", &reassigned(&moves()));
     output::golden::lines("partition-reassign-status.txt", &under_way(&moves()[3..]));
     let value = Value::Array(moves()[3..].iter().map(reassignment).collect());
@@ -49,7 +49,7 @@ fn moves_are_told_as_ordered_as_they_stand_and_as_taken_back() {
 }
 
 #[test]
-fn of_what_is_under_way_only_what_was_ordered_is_waited_for() {
+fn wait_counts_only_ordered_reassignments() {
     let (ordered, others) = (moves(), Reassignment { partition: 9, ..moving() });
     let said = |under_way: &[Reassignment]| left(&ordered, under_way);
     assert_eq!(said(std::slice::from_ref(&others)).count, 0);
@@ -60,7 +60,7 @@ fn of_what_is_under_way_only_what_was_ordered_is_waited_for() {
 
 fn held(broker: u32, in_sync: bool, ends: Option<(u64, u64)>) -> HeldReplica {
     let offset = |value| Offset::new(value).expect("small");
-    let silent = || Fault::new(Reason::NotReady, format!("broker {broker} is not alive"));
+    let silent = || ApiError::new(ErrorCode::NotReady, format!("broker {broker} is not alive"));
     let ends = ends.map(|(committed, end)| (offset(committed), offset(end), Some(LeaderEpoch(6))));
     HeldReplica { broker: BrokerId(broker), in_sync, eligible: false, empty: false, ends: ends.ok_or_else(silent) }
 }
@@ -79,14 +79,14 @@ fn unclean() -> Election {
 }
 
 #[test]
-fn an_unclean_election_names_what_is_lost() {
+fn unclean_election_output_names_lost_records() {
     output::golden::lines("partition-elect-unclean.txt", &prospect("orders", 0, &unclean()));
     output::golden::json("partition-elect-unclean.json", &uncleanly("orders", 0, &unclean()));
     output::golden::json("partition-elect.json", &elected("orders", 0, &unclean()));
     let nothing = Election { held: unclean().held.split_off(1), lost: Offset::ZERO..Offset::ZERO, ..unclean() };
     let said = prospect("orders", 0, &nothing);
     assert!(said.ends_with("no replica knows of a committed record that it lacks"), "{said}");
-    // A replica whose broker lost its disk: it knows of nothing, and that is no comfort.
+    // The broker of this replica lost its disk. An empty replica does not show that no record is lost.
     let offset = |value| Offset::new(value).expect("small");
     let bare = HeldReplica { empty: true, ends: Ok((offset(0), offset(0), None)), ..held(3, false, None) };
     let bare = Election { leader: BrokerId(3), held: vec![bare], ..nothing.clone() };
@@ -104,7 +104,7 @@ fn an_unclean_election_names_what_is_lost() {
 }
 
 #[test]
-fn a_name_is_a_topic_or_one_partition_of_it() {
+fn name_is_parsed_as_topic_or_partition() {
     let name = |topic: &str, partition| Ok(Name { topic: topic.to_owned(), partition });
     assert_eq!("orders".parse(), name("orders", None));
     assert_eq!("orders/12".parse(), name("orders", Some(12)));

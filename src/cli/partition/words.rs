@@ -1,4 +1,4 @@
-//! What the commands say of moves and elections: to people as lines and tables, to programs as JSON.
+//! Output of reassignments and elections: lines and tables for people, JSON for programs.
 
 use serde_json::{Value, json};
 
@@ -8,7 +8,7 @@ use crate::{
     model::BrokerId,
 };
 
-/// What was ordered, for people.
+/// Returns the ordered reassignments as lines.
 pub(super) fn reassigned(moves: &[Reassignment]) -> String {
     let mut lines: Vec<String> = moves.iter().map(ordered).collect();
     if moves.iter().any(|one| !one.adding.is_empty() || !one.removing.is_empty()) {
@@ -18,7 +18,7 @@ pub(super) fn reassigned(moves: &[Reassignment]) -> String {
     lines.join("\n")
 }
 
-/// What became of one partition.
+/// Returns the ordered reassignment of one partition as a line.
 fn ordered(one: &Reassignment) -> String {
     let (name, replicas) = (format!("{}/{}", one.topic, one.partition), format_ids(&one.replicas));
     let moving = !(one.adding.is_empty() && one.removing.is_empty());
@@ -36,7 +36,7 @@ fn ordered(one: &Reassignment) -> String {
     }
 }
 
-/// Moves that are not over, as a table.
+/// Returns the reassignments that are not completed as a table.
 pub(super) fn under_way(moves: &[Reassignment]) -> String {
     if moves.is_empty() {
         return "no partition is being moved".to_owned();
@@ -57,7 +57,7 @@ pub(super) fn under_way(moves: &[Reassignment]) -> String {
     output::tabled(&header, &[1, 2], moves.iter().map(row).collect())
 }
 
-/// How far one move is. Without a leader there is nobody to copy from, whether or not it has begun.
+/// Returns the state of a reassignment. Without a leader no replica can copy, even if the reassignment has started.
 const fn state(one: &Reassignment) -> &'static str {
     match (one.leader, one.waiting) {
         (None, _) => "no leader",
@@ -66,7 +66,7 @@ const fn state(one: &Reassignment) -> &'static str {
     }
 }
 
-/// What became of moves that were taken back.
+/// Returns the results of cancelled reassignments as lines.
 pub(super) fn taken_back(moves: &[Reassignment]) -> String {
     let line = |one: &Reassignment| match one.changed {
         true => format!("{}/{} stays on {}", one.topic, one.partition, format_ids(&one.replicas)),
@@ -77,7 +77,7 @@ pub(super) fn taken_back(moves: &[Reassignment]) -> String {
     moves.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// A move for programs.
+/// Returns a reassignment as JSON.
 pub(super) fn reassignment(one: &Reassignment) -> Value {
     json!({
         "topic": one.topic,
@@ -92,7 +92,7 @@ pub(super) fn reassignment(one: &Reassignment) -> Value {
     })
 }
 
-/// What an unclean election would do.
+/// Returns the effects of an unclean election as text: its replicas, and the records that would be lost.
 pub(super) fn prospect(topic: &str, number: u32, would: &Election) -> String {
     let row = |replica: &HeldReplica| {
         let state = match (replica.empty, replica.in_sync, replica.eligible) {
@@ -154,7 +154,7 @@ pub(super) fn prospect(topic: &str, number: u32, would: &Election) -> String {
     lines.join("\n")
 }
 
-/// An election for programs.
+/// Returns a clean election as JSON.
 pub(super) fn elected(topic: &str, number: u32, election: &Election) -> Value {
     json!({
         "topic": topic,
@@ -166,7 +166,7 @@ pub(super) fn elected(topic: &str, number: u32, election: &Election) -> Value {
     })
 }
 
-/// An unclean election for programs.
+/// Returns an unclean election as JSON.
 pub(super) fn uncleanly(topic: &str, number: u32, election: &Election) -> Value {
     let held = |replica: &HeldReplica| {
         let ends = replica.ends.as_ref().ok();

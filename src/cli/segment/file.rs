@@ -1,7 +1,8 @@
-//! A segment file as it lies on disk or in the bucket: what kind it is, and its batches, each checked.
+//! Segment files of a data directory and segment objects: detects the kind of a file, and reads and checks its batches.
 //!
-//! No checksum covers a batch's offset and leader epoch. Offsets are held against the file's name and the batch before;
-//! epochs, which never fall, against those before and after, and in an object against the footer's list.
+//! No checksum covers a batch's offset and leader epoch. An offset is compared with the file's name and the previous
+//! batch. Leader epochs never decrease: an epoch is compared with those before and after, and in a segment object with
+//! the footer's list.
 
 use std::{
     fs::File,
@@ -14,7 +15,7 @@ use bytes::Bytes;
 
 use crate::{
     model::{LeaderEpoch, Offset},
-    record::{Batch, HEADER_BYTES, Malformed},
+    record::{Batch, HEADER_BYTES, MalformedBatch},
     tier::{
         Footer,
         footer::{TRAILER_BYTES, Trailer},
@@ -22,10 +23,10 @@ use crate::{
     },
 };
 
-/// Longest footer that is read: many times what the largest segment has.
+/// Maximum size of a footer in bytes; many times the size of the largest valid one.
 const MOST_FOOTER_BYTES: u64 = 64 << 20;
 
-/// First bytes of the other files of a data directory and a bucket.
+/// First bytes and names of the other file types in a data directory and an object store.
 const OTHERS: &[(&[u8], &str)] = &[
     (b"STRLOIX1", "an index"),
     (b"STRLTIX1", "a time index"),
@@ -81,7 +82,8 @@ pub(super) fn open(path: &Path) -> anyhow::Result<(Batches<impl Read + use<>>, O
     Ok((Batches { input, position: 0, end: base, crc: 0 }, footer))
 }
 
-/// The footer of an object; `None` where the file does not end as one. The outer error is the disk's.
+/// Reads the footer of a segment object; `None` if the file does not end with a footer. The outer error is an I/O
+/// error, the inner one a corrupt footer.
 fn footer(file: &mut File, len: u64, path: &Path) -> io::Result<anyhow::Result<Option<Footer>>> {
     let Some(at) = len.checked_sub(TRAILER_BYTES as u64) else { return Ok(Ok(None)) };
     let mut end = [0; TRAILER_BYTES];
@@ -109,14 +111,14 @@ fn footer(file: &mut File, len: u64, path: &Path) -> io::Result<anyhow::Result<O
     }
 }
 
-/// The base offset that the name of a segment file states.
+/// Returns the base offset in the name of a segment file, or of a file that was set aside (`.log.aside-`).
 fn base_in(name: &str) -> Option<Offset> {
     let digits = name.strip_suffix(".log").or_else(|| name.split_once(".log.aside-").map(|(digits, _)| digits))?;
     let plain = digits.len() == 20 && digits.bytes().all(|byte| byte.is_ascii_digit());
     plain.then(|| digits.parse().ok().and_then(Offset::new))?
 }
 
-/// Why a file cannot be read on.
+/// Reason why the rest of a file cannot be read.
 #[derive(Debug)]
 pub(super) enum Damage {
     Read(io::Error),
@@ -136,11 +138,11 @@ pub(super) fn damaged(file: &Path, position: u64, problem: &dyn std::fmt::Displa
     anyhow!("{} is damaged at byte {position}: {problem}", file.display())
 }
 
-/// The batches of a file, one in memory at a time.
+/// Reader of the batches of a file, with one batch in memory at a time.
 pub(super) struct Batches<R> {
     input: R,
     position: u64,
-    /// Offset at which the next batch must begin.
+    /// Offset at which the next batch must start; `None` if the first offset is unknown.
     end: Option<Offset>,
     crc: u32,
 }
@@ -151,35 +153,35 @@ impl<R: Read> Batches<R> {
         Self { input, position: 0, end: base, crc: 0 }
     }
 
-    /// The next batch and where it begins, its checksum and its offset checked.
+    /// Returns the next batch with its position in bytes, after a check of its checksum and offset.
     pub(super) fn next(&mut self) -> Result<Option<(u64, Batch)>, Damage> {
         let position = self.position;
-        let damage = |problem: &Malformed| Damage::At { position, problem: problem.to_string() };
+        let damage = |problem: &MalformedBatch| Damage::At { position, problem: problem.to_string() };
         let mut head = [0; HEADER_BYTES];
         let got = read_full(&mut self.input, &mut head).map_err(Damage::Read)?;
         if got == 0 {
             return Ok(None);
         }
         if got < HEADER_BYTES {
-            return Err(damage(&Malformed::Truncated { needed: HEADER_BYTES, available: got }));
+            return Err(damage(&MalformedBatch::Truncated { needed: HEADER_BYTES, available: got }));
         }
-        // Bounded by the largest batch, whatever the bytes say.
+        // `framed_len` rejects a length above that of the largest batch.
         let size = Batch::framed_len(&head).map_err(|problem| damage(&problem))?;
         let mut records = Vec::new();
         let wanted = u64::try_from(size - HEADER_BYTES).expect("64 bits");
         self.input.by_ref().take(wanted).read_to_end(&mut records).map_err(Damage::Read)?;
-        let batch = Batch::from_halves(head, Bytes::from(records)).map_err(|problem| damage(&problem))?;
+        let batch = Batch::from_parts(head, Bytes::from(records)).map_err(|problem| damage(&problem))?;
         if let Some(end) = self.end.filter(|end| *end != batch.base_offset()) {
             let problem = format!("the batch begins at offset {} where {end} is due", batch.base_offset());
             return Err(Damage::At { position, problem });
         }
-        self.crc = crc32c::crc32c_append(crc32c::crc32c_append(self.crc, batch.head()), batch.records_bytes());
+        self.crc = crc32c::crc32c_append(crc32c::crc32c_append(self.crc, batch.header()), batch.records_bytes());
         self.end = Some(batch.end_offset());
         self.position += u64::try_from(size).expect("64 bits");
         Ok(Some((position, batch)))
     }
 
-    /// Whether all batches together are what the footer says. They were read to their end.
+    /// Compares the end offset and the CRC of all batches with the footer. The batches must have been read to the end.
     pub(super) fn check(&self, footer: &Footer) -> Result<(), Damage> {
         let at = |problem| Err(Damage::At { position: self.position, problem });
         if self.end != Some(footer.end) {
@@ -196,14 +198,14 @@ impl<R: Read> Batches<R> {
     }
 }
 
-/// Epochs as they go by. One that a later one falls below is not believed.
+/// Check of the leader epochs in file order. An epoch above that of the next batch is not accepted.
 #[derive(Debug, Default)]
 pub(super) struct Epochs {
     before: Option<LeaderEpoch>,
 }
 
 impl Epochs {
-    /// Holds a batch's epoch against those before it, and against that of the batch after it.
+    /// Compares a batch's leader epoch with the footer, the batches before it, and the batch after it.
     pub(super) fn check(&mut self, batch: &Batch, next: Option<&Batch>, footer: Option<&Footer>) -> Result<(), String> {
         let Some(epoch) = batch.leader_epoch() else { return Err("the batch has no leader epoch".to_owned()) };
         let listed = footer.and_then(|footer| footer.epoch_of(batch.base_offset()));
@@ -213,7 +215,7 @@ impl Epochs {
         if let Some(before) = self.before.filter(|before| epoch < *before) {
             return Err(format!("leader epoch falls from {before} to {epoch} at offset {}", batch.base_offset()));
         }
-        // Where the next one fits to what came before this one, it is this one that stands out.
+        // If the next epoch fits to the epochs before this batch, this batch is the outlier.
         if let Some(next) = next
             && let Some(after) = next.leader_epoch()
             && after < epoch
@@ -229,7 +231,7 @@ impl Epochs {
     }
 }
 
-/// Reads until the buffer is full or the input ends.
+/// Reads until the buffer is full or the input ends, and returns the number of bytes.
 fn read_full(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut got = 0;
     while got < buffer.len() {

@@ -1,4 +1,4 @@
-//! Dumps of whole, damaged and other files.
+//! Tests of dumps of intact, corrupt and other files.
 
 use std::{fs, path::Path};
 
@@ -9,7 +9,7 @@ use crate::{
     tier::footer::FooterBuilder,
 };
 
-/// Batches of two records each, one for each epoch.
+/// Returns one batch of two records for each epoch.
 fn batches(epochs: &[u32]) -> Vec<Batch> {
     let batch = |(base, epoch): (usize, &u32)| {
         let mut builder = BatchBuilder::new(Compression::None);
@@ -17,7 +17,7 @@ fn batches(epochs: &[u32]) -> Vec<Batch> {
             builder.push(5, Some(b"k"), Some(value), &[]).expect("fits");
         }
         let mut batch = builder.finish(None).expect("not empty");
-        batch.stamp(Offset::new(2 * base as u64).expect("small"), LeaderEpoch(*epoch));
+        batch.set_offset_and_epoch(Offset::new(2 * base as u64).expect("small"), LeaderEpoch(*epoch));
         batch
     };
     epochs.iter().enumerate().map(batch).collect()
@@ -44,7 +44,7 @@ fn dumped(bytes: &[u8], records: bool, output: Output) -> (String, Result<(), St
     (String::from_utf8(out).expect("text"), result)
 }
 
-/// What the command prints of a file of this name.
+/// Returns the output of the command for a file with this name.
 fn dumped_as(name: &str, bytes: &[u8]) -> (String, Result<(), String>) {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join(name);
@@ -62,7 +62,7 @@ const OBJECT: &str =
     "00000000000000000000-00000000000000000004-0000000003-5f0c0000-0000-4000-8000-000000000000.segment";
 
 #[test]
-fn one_line_per_batch_and_one_per_record() {
+fn dump_prints_one_line_per_batch_and_record() {
     let (text, result) = dumped(&log(&[3, 3]), false, Output::Text);
     assert_eq!(result, Ok(()));
     let lines: Vec<&str> = text.lines().collect();
@@ -78,7 +78,7 @@ fn one_line_per_batch_and_one_per_record() {
 }
 
 #[test]
-fn damage_is_named_with_its_place() {
+fn corrupt_batch_is_reported_with_its_position() {
     let good = log(&[3, 3]);
     let second = good.len() / 2;
     let mut flipped = good.clone();
@@ -94,9 +94,9 @@ fn damage_is_named_with_its_place() {
     assert!(error.contains("offset 0 where 2 is due"), "{error}");
 }
 
-/// No checksum covers the first batch's offset: a flipped one was called whole.
+/// Regression: a file with a flipped bit in the first batch's offset passed, because no checksum covers that offset.
 #[test]
-fn a_flipped_offset_of_the_first_batch_is_found_by_the_files_name() {
+fn corrupt_first_offset_is_detected_by_the_file_name() {
     let good = log(&[3]);
     assert_eq!(dumped_as(LOG, &good).1, Ok(()));
     for byte in 0..8 {
@@ -106,13 +106,13 @@ fn a_flipped_offset_of_the_first_batch_is_found_by_the_files_name() {
         assert_eq!(text, "");
         assert!(result.expect_err("damaged").contains("damaged at byte 0"), "byte {byte}");
     }
-    // A copy under another name has nothing to be held against.
+    // A copy under another name states no offset to compare with.
     assert_eq!(dumped_as("copy", &good).1, Ok(()));
 }
 
-/// The batch after the damaged one was blamed.
+/// Regression: the error named the batch after the corrupt one.
 #[test]
-fn a_fall_of_epochs_is_blamed_on_the_batch_that_stands_out() {
+fn epoch_decrease_is_reported_at_the_outlier() {
     let bytes = log(&[3]).len() as u64;
     for (epochs, at, says) in [
         (&[65536, 0][..], 0, "falls from 65536 to 0 at offset 2"),
@@ -127,7 +127,7 @@ fn a_fall_of_epochs_is_blamed_on_the_batch_that_stands_out() {
 }
 
 #[test]
-fn a_buckets_object_is_read_by_its_footer_and_every_flipped_bit_in_it_is_found() {
+fn any_flipped_byte_of_a_segment_object_is_detected() {
     let good = object(&[3, 3]);
     let (text, result) = dumped_as(OBJECT, &good);
     assert_eq!((text.lines().count(), result), (2, Ok(())));
@@ -143,7 +143,7 @@ fn a_buckets_object_is_read_by_its_footer_and_every_flipped_bit_in_it_is_found()
 }
 
 #[test]
-fn a_file_that_is_no_segment_is_not_called_damaged() {
+fn other_file_is_not_reported_as_corrupt() {
     for (name, bytes, says) in [
         ("README.md", &b"# Strandline\n"[..], "is no segment file"),
         ("long.txt", &[b'x'; 500], "is no segment file"),
@@ -158,7 +158,7 @@ fn a_file_that_is_no_segment_is_not_called_damaged() {
 }
 
 #[test]
-fn a_hostile_length_does_not_allocate() {
+fn hostile_length_does_not_allocate() {
     let mut bytes = log(&[3]);
     bytes.truncate(HEADER_BYTES);
     bytes[8..12].copy_from_slice(&(60_i32 << 20).to_be_bytes());

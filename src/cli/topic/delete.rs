@@ -1,4 +1,4 @@
-//! `strandline topic delete`: what would go, the question, and what stays for a while.
+//! `strandline topic delete`: shows the topic's content, prompts for its name, and states how long objects remain.
 
 use std::{
     io::{self, BufRead as _, IsTerminal as _},
@@ -15,7 +15,7 @@ use crate::{
         output::{self, Output},
     },
     client::{Admin, TopicDescription},
-    proto::fault::Reason,
+    proto::error::ErrorCode,
 };
 
 /// Delete a topic with all its records
@@ -34,16 +34,16 @@ pub(in crate::cli) struct Delete {
     dry_run: bool,
 }
 
-/// What a topic holds.
+/// Content of a topic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Content {
     name: String,
     partitions: u32,
-    /// Of the partitions whose leaders answered.
+    /// Number of committed records in the partitions whose leaders responded.
     records: u64,
     local_bytes: u64,
     tiered_bytes: u64,
-    /// Partitions whose leaders did not.
+    /// Number of partitions whose leaders did not respond.
     unanswered: usize,
 }
 
@@ -70,12 +70,13 @@ impl Content {
         content
     }
 
-    /// Of a topic that could not be described.
+    /// Returns the content of a topic that could not be described.
     fn unknown(name: &str) -> Self {
         Self { name: name.to_owned(), partitions: 0, records: 0, local_bytes: 0, tiered_bytes: 0, unanswered: 1 }
     }
 
-    /// `topic orders: 4 partitions, 200000 records, 15.00 MiB on disk, 3.00 MiB in the bucket`.
+    /// Formats the content: `topic orders: 4 partitions, 200000 records, 15.00 MiB on each leader's disk, 3.00 MiB in
+    /// the bucket`.
     fn sentence(&self) -> String {
         let Self { name, partitions, records, local_bytes, tiered_bytes, unanswered } = self;
         let unknown = match unanswered {
@@ -94,7 +95,7 @@ impl Content {
         )
     }
 
-    /// What is said when the topic is gone.
+    /// Returns the message after the deletion. `kept` is the time until the objects in the object store are removed.
     fn gone(&self, kept: Option<Duration>) -> String {
         let Self { name, tiered_bytes, unanswered, .. } = self;
         let deleted = format!("deleted topic {name}");
@@ -129,8 +130,8 @@ pub(super) async fn run(admin: &Admin, command: &Delete, output: Output) -> anyh
     let name = command.name.as_str();
     let content = match admin.describe_topic(name).await {
         Ok(topic) => Content::of(&topic),
-        // Nothing has to be known of a topic to delete it.
-        Err(error) if command.yes && error.reason() != Some(Reason::UnknownTopic) => Content::unknown(name),
+        // A deletion with `--yes` does not need the description.
+        Err(error) if command.yes && error.reason() != Some(ErrorCode::UnknownTopic) => Content::unknown(name),
         Err(error) => return Err(explain(admin, name, error).await),
     };
     if command.dry_run {
@@ -145,7 +146,7 @@ pub(super) async fn run(admin: &Admin, command: &Delete, output: Output) -> anyh
     }
 }
 
-/// Asks the person at the terminal.
+/// Prompts for the topic's name at the terminal. Fails without a terminal or with another name.
 fn ask(content: &Content) -> anyhow::Result<()> {
     if !io::stdin().is_terminal() {
         bail!("nothing was deleted: add --yes to delete {} (there is no terminal to ask at)", content.sentence());
@@ -180,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deletion_tells_what_goes_and_what_stays_for_how_long() {
+    fn deletion_text_states_removed_and_kept_data() {
         assert_eq!(
             content().sentence(),
             "topic orders: 4 partitions, 200000 records, 15.00 MiB on each leader's disk, 3.00 MiB in the bucket"
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_are_told_the_same() {
+    fn deletion_json_matches_golden_file() {
         output::golden::json("topic-delete.json", &content().object(true, Some(Duration::from_secs(7200))));
     }
 }

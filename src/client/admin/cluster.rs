@@ -1,6 +1,6 @@
-//! The cluster's description, and an operator's orders to it.
+//! Description of the cluster, and admin operations on it.
 //!
-//! An order is done when it is written down where all brokers see it; the controller moves replicas from then on.
+//! An operation is complete when it is stored in the metadata store; the controller then moves the replicas.
 
 use std::{ops::Range, time::Duration};
 
@@ -8,206 +8,210 @@ use super::{Admin, brokers, odd, offset};
 use crate::{
     client::{connection::admin_client, error::CallError},
     model::{BrokerId, LeaderEpoch, Offset},
-    proto::{fault::Fault, v1},
+    proto::{error::ApiError, v1},
 };
 
-/// A cluster with what each of its brokers carries.
+/// Description of a cluster and of the load of each broker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClusterDescription {
-    /// Its name.
+    /// Name of the cluster.
     pub name: String,
-    /// The broker that plans; none while nobody does, and where a broker runs alone.
+    /// Controller; `None` if there is none, and for a standalone broker.
     pub controller: Option<BrokerId>,
-    /// By number: those that are alive, and those that are not and still hold replicas or are to be drained.
+    /// Brokers by id: registered brokers, and unregistered brokers that still hold replicas or are to be drained.
     pub brokers: Vec<BrokerDescription>,
-    /// How many topics there are.
+    /// Number of topics.
     pub topics: u32,
-    /// How many partitions they have.
+    /// Number of partitions.
     pub partitions: u32,
-    /// Partitions that nobody leads.
+    /// Number of partitions without a leader.
     pub leaderless: u32,
-    /// Partitions with fewer in sync than replicas.
+    /// Number of partitions whose ISR is smaller than their replica list.
     pub under_replicated: u32,
-    /// Partitions with fewer in sync than `min.insync.replicas`: `acks=all` fails there.
+    /// Number of partitions whose ISR is smaller than `min.insync.replicas`: `acks=all` fails there.
     pub below_minimum: u32,
-    /// Partitions whose replicas are being moved.
+    /// Number of partitions with a reassignment.
     pub moving: u32,
-    /// Topics and numbers of partitions that nobody leads, or with fewer in sync than `min.insync.replicas`: the first 20.
+    /// Topic and number of the first 20 partitions without a leader or with an ISR smaller than `min.insync.replicas`.
     pub unavailable: Vec<(String, u32)>,
-    /// What is in the metadata store and cannot be used.
+    /// Values in the metadata store that cannot be read.
     pub unreadable: Vec<UnreadableKey>,
-    /// How long the metadata store has not answered the broker that answered here; zero while it does. All but the brokers' own figures
-    /// is told as it was then.
+    /// Time for which the metadata store has not responded to the responding broker; zero while it responds. Except for
+    /// the brokers' own stats, the description is as old as that time.
     pub metadata_silence: Duration,
-    /// The broker that answered.
+    /// Broker that responded.
     pub answered_by: BrokerId,
 }
 
-/// A value in the metadata store that cannot be used.
+/// Value in the metadata store that cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnreadableKey {
-    /// Its key.
+    /// Key of the value.
     pub key: String,
-    /// What is wrong with it.
+    /// Error of the value.
     pub why: String,
 }
 
-/// One broker.
+/// Description of one broker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BrokerDescription {
-    /// Its number.
+    /// Broker id.
     pub id: BrokerId,
-    /// Whether it is registered. Without, what it says of itself is empty.
+    /// True if the broker is registered. If false, the fields of its registration are empty.
     pub alive: bool,
-    /// `host:port` of its gRPC listener.
+    /// `host:port` of the gRPC listener.
     pub address: String,
-    /// `host:port` of its HTTP listener.
+    /// `host:port` of the HTTP listener.
     pub http_address: String,
-    /// `host:port` at which other brokers reach it; empty for a standalone broker.
+    /// `host:port` for other brokers; empty for a standalone broker.
     pub peer_address: String,
-    /// Where it stands.
+    /// Rack of the broker.
     pub rack: String,
-    /// Its uptime: the revision at which it registered.
+    /// Broker epoch: the revision of its registration.
     pub broker_epoch: u64,
-    /// The version of its program.
+    /// Program version.
     pub version: String,
-    /// It is being stopped.
+    /// True during a controlled shutdown.
     pub stopping: bool,
-    /// Its disk is so full that it is given no new replicas.
+    /// True under disk pressure: the broker gets no new replicas.
     pub disk_full: bool,
-    /// Its disk took no more records: others lead what they can.
+    /// True if the disk is full: a write found no space, and other brokers take over every leadership that they can.
     pub no_room: bool,
-    /// Most replicas that are placed on it (`broker.max_replicas`).
+    /// Maximum number of replicas placed on the broker (`broker.max_replicas`).
     pub max_replicas: Option<u32>,
-    /// Since when it is to be emptied, in milliseconds since 1970.
+    /// Start of the drain in milliseconds since 1970; `None` if the broker is not draining.
     pub draining_since_ms: Option<i64>,
-    /// While it is to be emptied: replicas that cannot move, because too few other brokers take any, a move waits for a
-    /// broker that is gone, or nobody leads their partitions.
+    /// Number of replicas that block the drain. Too few other brokers are eligible, the reassignment waits for an
+    /// unregistered broker, or the partition has no leader.
     pub stuck: u32,
-    /// Partitions that it leads.
+    /// Number of partitions that the broker leads.
     pub leaders: u32,
-    /// Partitions that it holds.
+    /// Number of replicas on the broker.
     pub replicas: u32,
-    /// Partitions that it is in sync with.
+    /// Number of partitions whose ISR contains the broker.
     pub in_sync: u32,
-    /// What it says of itself, or why it does not; neither of one that is not alive.
-    pub figures: Option<Result<BrokerFigures, Fault>>,
+    /// Stats that the broker reports, or the error of the request for them; `None` if the broker is not registered.
+    pub figures: Option<Result<BrokerFigures, ApiError>>,
 }
 
-/// What a broker says of itself.
+/// Stats that a broker reports about itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BrokerFigures {
-    /// Bytes of its segments.
+    /// Bytes of all segments.
     pub segment_bytes: u64,
-    /// Bytes that can still be written.
+    /// Free disk space in bytes.
     pub free_bytes: u64,
-    /// Records of partitions that it leads and that are not in the bucket yet.
+    /// Number of records of led partitions that are not in the object store yet.
     pub tier_lag_records: u64,
-    /// Why it takes no writes, when it takes none.
+    /// Reason for which the broker refuses writes; `None` if it accepts them.
     pub failed: Option<String>,
-    /// For how long the object store has served it nothing, and why.
+    /// Duration and cause of an outage of the object store; `None` while the object store responds.
     pub object_store: Option<String>,
-    /// How many partitions fail to be sealed, uploaded or trimmed, and why the one that has for longest does; not while a store does not answer.
+    /// Number of partitions whose maintenance (rolling, uploading or trimming segments) fails, and the error of the
+    /// longest failure. `None` also while the object store or the metadata store does not respond.
     pub upkeep: Option<String>,
-    /// Impairments of a broker that serves, one line each.
+    /// Impairments of a broker that serves requests, one line each.
     pub impaired: Vec<String>,
-    /// Why it takes no requests, when it takes none.
+    /// Reason for which the broker refuses requests; `None` if it accepts them.
     pub not_ready: Option<String>,
-    /// How the metadata store went back, when it did: the broker refuses orders until it is restarted.
+    /// Description of a metadata store that went back to an older state. The broker then refuses admin operations until
+    /// its restart.
     pub metadata_regressed: Option<String>,
-    /// How many segments of partitions that it leads hold timestamps that are still to come, and of which partitions.
+    /// Number of segments of led partitions that hold timestamps in the future, and the names of these partitions.
     pub future_timestamps: Option<String>,
 }
 
-/// What a broker that is drained has still to give away.
+/// Progress of a drain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Drain {
-    /// Whether this order began it.
+    /// True if this call started the drain.
     pub changed: bool,
-    /// Since when, in milliseconds since 1970.
+    /// Start of the drain in milliseconds since 1970.
     pub since_ms: i64,
-    /// Partitions that it leads.
+    /// Number of partitions that the broker still leads.
     pub leaders: u32,
-    /// Partitions that it holds.
+    /// Number of replicas that the broker still holds.
     pub replicas: u32,
-    /// Topics and numbers of partitions that cannot move, because too few other brokers take replicas or a move waits for a broker that is gone.
+    /// Topic and number of the partitions that cannot move: too few other brokers are eligible, or the reassignment
+    /// waits for an unregistered broker.
     pub stuck: Vec<(String, u32)>,
-    /// How many others take replicas.
+    /// Number of other brokers that are eligible for replicas.
     pub takers: u32,
-    /// How many more replicas cannot move while nobody leads their partitions.
+    /// Number of further replicas that cannot move while their partitions have no leader.
     pub leaderless: u32,
 }
 
 impl Drain {
-    /// True where no replica can move, and a leader for the leaderless ones would not change that for all.
+    /// Returns true if no replica can move, and some would still be blocked if every partition had a leader.
     pub fn is_stuck(&self) -> bool {
         let stuck = u32::try_from(self.stuck.len()).unwrap_or(u32::MAX);
         stuck > 0 && stuck.saturating_add(self.leaderless) >= self.replicas
     }
 }
 
-/// Where a partition's replicas go.
+/// Replicas of a partition during a reassignment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reassignment {
-    /// The topic.
+    /// Topic name.
     pub topic: String,
-    /// The partition's number.
+    /// Partition number.
     pub partition: u32,
-    /// The replicas when the move is over, the preferred leader first.
+    /// Replicas after the reassignment, the preferred leader first.
     pub replicas: Vec<BrokerId>,
-    /// Those that are new.
+    /// Replicas to add.
     pub adding: Vec<BrokerId>,
-    /// Those that go when the new ones are in sync.
+    /// Replicas to remove once the added replicas are in sync.
     pub removing: Vec<BrokerId>,
-    /// Those that are in sync now.
+    /// Current in-sync replicas.
     pub isr: Vec<BrokerId>,
-    /// Who leads.
+    /// Current leader; `None` if there is none.
     pub leader: Option<BrokerId>,
-    /// Whether the order changed it.
+    /// True if this call changed the partition.
     pub changed: bool,
-    /// Whether it waits for its turn: only so many partitions are moved at the same time.
+    /// True if the reassignment is queued: the number of concurrent reassignments is limited.
     pub waiting: bool,
 }
 
-/// Who leads after an election, or would.
+/// Result of an election or of its dry run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Election {
-    /// The broker.
+    /// Elected broker.
     pub leader: BrokerId,
-    /// Its epoch; of an election that was only asked about, the one that is.
+    /// Leader epoch after the election; for a dry run, the current epoch.
     pub leader_epoch: LeaderEpoch,
-    /// False when it led already.
+    /// False if the broker already led.
     pub changed: bool,
-    /// The revision of the partition's value that this is about.
+    /// Revision of the partition's value to which the result refers.
     pub revision: u64,
-    /// Of an unclean election: what each replica says that it holds.
+    /// Log state that each replica reports; only for an unclean election.
     pub held: Vec<HeldReplica>,
-    /// Of an unclean election: offsets that are known to have been committed and that the leader does not have.
+    /// Offsets that are known to be committed and that the elected leader does not have; only for an unclean election.
     pub lost: Range<Offset>,
-    /// Of an unclean election: the leader's log cannot be used and is deleted, and the partition goes on behind what the bucket has.
+    /// True if the leader's log is unusable and is deleted, so that the partition continues at the tiered end; only for
+    /// an unclean election.
     pub discard: bool,
 }
 
-/// A replica as its broker tells it.
+/// State of a replica as its broker reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldReplica {
-    /// The broker.
+    /// Broker id.
     pub broker: BrokerId,
-    /// Whether it was in sync.
+    /// True if the replica was in the ISR.
     pub in_sync: bool,
-    /// Whether it was eligible.
+    /// True if the replica was in the ELR.
     pub eligible: bool,
-    /// Whether its broker answered that its log holds no batch. What the bucket has of the partition is not counted.
+    /// True if the broker reported a log without batches. Segments in the object store do not count.
     pub empty: bool,
-    /// Its high watermark, its log end, and the epoch of its last batch if it has any; or why nothing is known.
-    pub ends: Result<(Offset, Offset, Option<LeaderEpoch>), Fault>,
+    /// High watermark, log end, and epoch of the last batch if there is one; or the error of the request to the broker.
+    pub ends: Result<(Offset, Offset, Option<LeaderEpoch>), ApiError>,
 }
 
 impl Admin {
-    /// The cluster, its brokers, and what keeps partitions from being as they should.
+    /// Describes the cluster, its brokers, and the partitions that are unavailable or under-replicated.
     ///
     /// # Errors
-    /// When no broker answers.
+    /// No broker responds.
     pub async fn describe_cluster(&self) -> Result<ClusterDescription, CallError> {
         let call = |wire| async move { admin_client(wire).describe_cluster(v1::DescribeClusterRequest {}).await };
         let answer = self.client.retried(|| self.client.ask_any(call)).await?;
@@ -229,10 +233,10 @@ impl Admin {
         })
     }
 
-    /// Wants a broker empty: its leaderships and replicas move to others, and it is given nothing new.
+    /// Starts a drain: the broker's leaderships and replicas move to other brokers, and it gets no new replicas.
     ///
     /// # Errors
-    /// When the cluster has no such broker.
+    /// The cluster has no such broker.
     pub async fn drain_broker(&self, broker: BrokerId) -> Result<Drain, CallError> {
         let request = v1::DrainBrokerRequest { broker: broker.0 };
         let call = |wire| async move { admin_client(wire).drain_broker(request).await };
@@ -248,21 +252,22 @@ impl Admin {
         })
     }
 
-    /// Takes a drain back. False when there was none.
+    /// Cancels a drain. Returns false if there was none.
     ///
     /// # Errors
-    /// When the cluster has no such broker.
+    /// The cluster has no such broker.
     pub async fn restore_broker(&self, broker: BrokerId) -> Result<bool, CallError> {
         let request = v1::RestoreBrokerRequest { broker: broker.0 };
         let call = |wire| async move { admin_client(wire).restore_broker(request).await };
         Ok(self.client.tell_any(call).await?.changed)
     }
 
-    /// Moves a partition to these brokers, the preferred leader first; without a partition every one of the topic, of which partition N
-    /// gets the list rotated by N.
+    /// Moves a partition to the brokers `replicas`, the preferred leader first. Without `partition` it moves all
+    /// partitions of the topic; partition N gets the list rotated by N.
     ///
     /// # Errors
-    /// When topic, partition or brokers are not known, a broker is named twice, or there are not as many as the topic's replicas.
+    /// The topic, the partition or a broker is unknown, a broker is named twice, or their number is not the replication
+    /// factor.
     pub async fn reassign(
         &self,
         topic: &str,
@@ -279,10 +284,10 @@ impl Admin {
         answer.partitions.into_iter().map(reassignment).collect()
     }
 
-    /// Moves that are under way, of every topic, of one, or of one partition.
+    /// Returns the reassignments in progress: of all topics, of one topic, or of one partition.
     ///
     /// # Errors
-    /// When topic or partition are not known.
+    /// The topic or partition is unknown.
     pub async fn reassignments(
         &self,
         topic: Option<&str>,
@@ -297,10 +302,10 @@ impl Admin {
         answer.partitions.into_iter().map(reassignment).collect()
     }
 
-    /// Goes back to the replicas of before a move, of every topic, of one, or of one partition.
+    /// Restores the replicas from before a reassignment: of all topics, of one topic, or of one partition.
     ///
     /// # Errors
-    /// When topic or partition are not known, nothing of them is being moved, or only new replicas are in sync.
+    /// The topic or partition is unknown, no reassignment is in progress there, or only added replicas are in sync.
     pub async fn cancel_reassignment(
         &self,
         topic: Option<&str>,
@@ -315,10 +320,11 @@ impl Admin {
         answer.partitions.into_iter().map(reassignment).collect()
     }
 
-    /// Has the preferred replica lead; where nobody leads, the first that may without loss.
+    /// Elects the preferred leader. If the partition has no leader, elects the first replica that can lead without
+    /// loss.
     ///
     /// # Errors
-    /// When topic or partition are not known, or nobody can lead without loss.
+    /// The topic or partition is unknown, or no replica can lead without loss.
     pub async fn elect_leader(&self, topic: &str, partition: u32) -> Result<Election, CallError> {
         self.elect(v1::ElectLeaderRequest {
             topic: topic.to_owned(),
@@ -328,10 +334,10 @@ impl Admin {
         .await
     }
 
-    /// Who would lead after an unclean election, and what would be lost. Changes nothing.
+    /// Returns the leader that an unclean election would elect, and the offsets that it would lose. Changes nothing.
     ///
     /// # Errors
-    /// When topic or partition are not known, somebody can lead without loss, or no replica answers.
+    /// The topic or partition is unknown, a replica can lead without loss, or no replica responds.
     pub async fn unclean_election(&self, topic: &str, partition: u32) -> Result<Election, CallError> {
         self.elect(v1::ElectLeaderRequest {
             topic: topic.to_owned(),
@@ -343,11 +349,11 @@ impl Admin {
         .await
     }
 
-    /// Has a replica lead that may lack committed records: the one that [`Admin::unclean_election`] named, and only if the partition is
-    /// still as it was then.
+    /// Elects the replica that [`Admin::unclean_election`] returned in `agreed`. The replica may lack committed
+    /// records.
     ///
     /// # Errors
-    /// When it has changed since.
+    /// The partition has changed since [`Admin::unclean_election`].
     pub async fn elect_unclean(&self, topic: &str, partition: u32, agreed: &Election) -> Result<Election, CallError> {
         self.elect(v1::ElectLeaderRequest {
             topic: topic.to_owned(),
@@ -379,7 +385,7 @@ impl Admin {
     }
 }
 
-/// A partition's number as it travels. One above every topic's is refused by the broker.
+/// Converts a partition number to its wire type. A number that does not fit becomes `i32::MAX`, which brokers refuse.
 fn narrow(partition: u32) -> i32 {
     i32::try_from(partition).unwrap_or(i32::MAX)
 }
@@ -398,7 +404,7 @@ fn broker(state: v1::BrokerState) -> BrokerDescription {
             future_timestamps: Some(figures.future_timestamps).filter(|text| !text.is_empty()),
             metadata_regressed: Some(figures.metadata_regressed).filter(|why| !why.is_empty()),
         })),
-        (None, Some(error)) => Some(Err(Fault::from(error))),
+        (None, Some(error)) => Some(Err(ApiError::from(error))),
         (None, None) => None,
     };
     BrokerDescription {
@@ -445,7 +451,7 @@ fn reassignment(answer: v1::Reassignment) -> Result<Reassignment, CallError> {
 
 fn held(replica: v1::ReplicaState) -> Result<HeldReplica, CallError> {
     let ends = match replica.unanswered {
-        Some(error) => Err(Fault::from(error)),
+        Some(error) => Err(ApiError::from(error)),
         None => {
             let last_epoch = replica.last_epoch.and_then(LeaderEpoch::from_i32);
             Ok((offset(replica.high_watermark)?, offset(replica.log_end)?, last_epoch))

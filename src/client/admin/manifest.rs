@@ -1,4 +1,4 @@
-//! A partition whose manifest was lost from the bucket, and what is left of it.
+//! Rebuilding the manifest of a partition after it was lost from the object store.
 
 use std::ops::Range;
 
@@ -9,48 +9,48 @@ use crate::{
     proto::v1,
 };
 
-/// What is left of a partition's history in the bucket.
+/// Remains of a partition in the object store, and the manifest that they allow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ManifestRebuild {
-    /// The object that is missing or damaged.
+    /// Name of the missing or corrupt object: the manifest or a manifest page.
     pub lost: String,
-    /// What the bucket held when the manifest was last committed.
+    /// Offsets in the object store at the last tier commit.
     pub range: Range<Offset>,
-    /// Bytes of batches that were committed.
+    /// Bytes of batches at the last tier commit.
     pub committed_bytes: u64,
-    /// Where the log starts with what is left.
+    /// Log start with the remaining segments.
     pub log_start: Offset,
-    /// Segments that are left, without a gap up to the end.
+    /// Number of remaining segments without a gap up to the tiered end.
     pub segments: u32,
-    /// Bytes of their batches.
+    /// Bytes of batches in the remaining segments.
     pub bytes: u64,
-    /// Why that is not known to be what was committed; none where it is.
+    /// Reason for which the remains cannot be verified against the committed state; `None` if they match.
     pub doubt: Option<String>,
-    /// Ranges that no object covers.
+    /// Offset ranges that no object covers.
     pub missing: Vec<Range<Offset>>,
-    /// Objects that cannot be used.
+    /// Names of objects that cannot be used.
     pub unusable: Vec<String>,
-    /// Segment objects that are not used.
+    /// Number of segment objects that are not used.
     pub left_over: u32,
-    /// Names this outcome.
+    /// Identifier of this outcome.
     pub plan: String,
-    /// Whether the manifest was made again.
+    /// True if the manifest was rebuilt.
     pub committed: bool,
 }
 
 impl Admin {
-    /// Looks for what is left of a partition whose manifest is lost. Changes nothing.
+    /// Determines what remains of a partition whose manifest is lost. Changes nothing.
     ///
     /// # Errors
-    /// When the manifest is there, topic or partition are not known, or a store does not answer.
+    /// The manifest exists, the topic or partition is unknown, or the object store or metadata store does not respond.
     pub async fn survey_manifest(&self, topic: &str, partition: u32) -> Result<ManifestRebuild, CallError> {
         self.rebuild(topic, partition, None).await
     }
 
-    /// Makes a lost manifest again, of what [`Admin::survey_manifest`] found and nothing else.
+    /// Rebuilds a lost manifest exactly as [`Admin::survey_manifest`] described it in `agreed`.
     ///
     /// # Errors
-    /// As there, and when what is there has changed since.
+    /// See [`Admin::survey_manifest`]; also, the remains have changed since the survey.
     pub async fn rebuild_manifest(
         &self,
         topic: &str,

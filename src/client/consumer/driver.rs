@@ -1,4 +1,4 @@
-//! The consumer's task. It owns every position and every stream.
+//! The consumer's task. It owns all positions and all streams.
 
 mod doubt;
 mod near;
@@ -32,16 +32,17 @@ use crate::{
     limits,
     model::{Offset, TopicId},
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1,
     },
     task::{Tasks, clock},
 };
 
-/// How often damaged bytes are asked for again before the reader is told: a transport may damage them, a disk stays so.
+/// Number of attempts to read corrupt bytes before the consumer gets an error. Corruption in transport may not recur;
+/// corruption on disk stays.
 const DAMAGE_TRIES: u32 = 3;
 
-/// What the handle asks of the task.
+/// Command of the handle to the task.
 #[derive(Debug)]
 pub(super) enum Command {
     Assign { topic: Arc<str>, topic_id: TopicId, partition: u32, generation: u64, position: Offset },
@@ -50,9 +51,9 @@ pub(super) enum Command {
 
 struct Source {
     address: Address,
-    /// It says that others may lead by now what it leads.
+    /// True if the broker reports an expired lease: other brokers may lead its partitions.
     doubts: bool,
-    /// Keeps the request half open.
+    /// Sender that keeps the request half of the stream open.
     _requests: mpsc::Sender<v1::FetchRequest>,
 }
 
@@ -62,7 +63,7 @@ pub(super) struct Driver {
     options: ConsumerOptions,
     tasks: Tasks,
     output: mpsc::Sender<Item>,
-    /// Goes out before anything more is read.
+    /// Events for the consumer's queue; the streams are not read before it is empty.
     outbox: VecDeque<Item>,
     topics: BTreeMap<Arc<str>, BTreeMap<u32, Partition>>,
     sources: BTreeMap<u64, Source>,
@@ -72,17 +73,17 @@ pub(super) struct Driver {
     route_done: mpsc::Sender<Result<(), CallError>>,
     routing: bool,
     route_pauses: Option<Pauses>,
-    /// When metadata was last refreshed.
+    /// Time of the last metadata refresh.
     refreshed: Instant,
-    /// When others were last asked who leads what a broker in doubt serves.
+    /// Time of the last metadata refresh because of an expired lease.
     asked_around: Option<Instant>,
-    /// When to look which partitions need a stream.
+    /// Time at which partitions are next assigned to streams.
     arrange_at: Option<Instant>,
-    /// Leaders are being asked where logs end.
+    /// True while leaders are being queried for log ends.
     asking: bool,
     ends: mpsc::Receiver<Vec<Ending>>,
     ends_done: mpsc::Sender<Vec<Ending>>,
-    /// Since when batches wait for the consumer.
+    /// Time since which batches wait for the consumer.
     held_since: Option<Instant>,
 }
 
@@ -162,8 +163,8 @@ impl Driver {
         }
     }
 
-    /// Forgets a partition. Its stream ends too, because what is on the way there belongs to the old position; the
-    /// others that it carried are read on by the next one.
+    /// Removes a partition. Its stream ends too, because data in flight there belongs to the old position. The other
+    /// partitions of the stream continue on the next stream.
     fn drop_partition(&mut self, topic: &str, partition: u32) -> Option<Partition> {
         let gone = self.topics.get_mut(topic)?.remove(&partition)?;
         self.troubles.leave(gone.generation);
@@ -189,8 +190,7 @@ impl Driver {
         self.arrange_at = Some(self.arrange_at.map_or(at, |old| old.min(at)));
     }
 
-    /// Gives every partition that may be read a stream to the broker that it is read at. A broker's stream is opened anew when
-    /// partitions join it.
+    /// Gives every readable partition a stream to its broker. A broker's stream is reopened to add partitions.
     fn arrange(&mut self) {
         self.arrange_at = None;
         let now = clock::monotonic();
@@ -222,7 +222,7 @@ impl Driver {
         for address in addresses {
             self.open(&address, now);
         }
-        // What a stream carried that was opened anew may be read elsewhere by now.
+        // Partitions of a reopened stream may have another broker by now.
         if self.is_one_left(now) {
             later = Some(now);
         }
@@ -234,7 +234,7 @@ impl Driver {
         }
     }
 
-    /// Every partition that may be read and is not, with where that is.
+    /// Returns every readable partition without a stream, and its read target.
     fn unread(&self, now: Instant) -> impl Iterator<Item = (&Arc<str>, u32, routing::Source)> {
         let all = self
             .topics
@@ -248,7 +248,8 @@ impl Driver {
         self.unread(now).next().is_some()
     }
 
-    /// Opens streams for all partitions that are read from this broker or should be, each with as many as it may carry.
+    /// Opens streams for all partitions that are or should be read from this broker, with at most
+    /// `MAX_FETCH_PARTITIONS` on each.
     fn open(&mut self, address: &Address, now: Instant) {
         let old: Vec<u64> =
             self.sources.iter().filter(|(_, source)| source.address == *address).map(|(number, _)| *number).collect();
@@ -287,7 +288,7 @@ impl Driver {
         self.sources.insert(number, Source { address: address.clone(), doubts: false, _requests: requests });
     }
 
-    fn on_response(&mut self, number: u64, heard: Result<Heard, Fault>) {
+    fn on_response(&mut self, number: u64, heard: Result<Heard, ApiError>) {
         match heard {
             Ok(Heard::Opened) => self.on_opened(number),
             Ok(Heard::Response(response)) => {
@@ -315,7 +316,7 @@ impl Driver {
         }
     }
 
-    fn on_ended(&mut self, number: u64, fault: &Fault) {
+    fn on_ended(&mut self, number: u64, fault: &ApiError) {
         tracing::debug!(%fault, "fetch stream ended");
         let now = clock::monotonic();
         let mut from_leader = Vec::new();
@@ -329,7 +330,7 @@ impl Driver {
             }
         }
         self.drop_stream(number);
-        // Who was read from a follower finds its leader at once.
+        // Partitions that a follower served move to their leader at once.
         self.arrange_soon(now);
         for (topic, partition) in from_leader {
             self.trouble(&topic, partition, Trouble::Leader, &fault.message);
@@ -349,7 +350,7 @@ impl Driver {
             return;
         }
         if let Some(error) = fetched.error {
-            // The stream has left it out already.
+            // The broker has already removed the partition from the stream.
             state.uncarried();
             return self.on_fault(&topic, partition, error.into());
         }
@@ -376,15 +377,15 @@ impl Driver {
         }
     }
 
-    /// A response that is no batches. The stream is opened anew at the position; if that does not help, the reader is
-    /// told.
+    /// Handles a response without valid batches. Reopens the stream at the position; after `DAMAGE_TRIES` attempts the
+    /// consumer gets the error.
     fn on_untaken(&mut self, stream: u64, topic: &Arc<str>, partition: u32, untaken: Untaken) {
         self.drop_stream(stream);
         let now = clock::monotonic();
         self.arrange_soon(now);
         let Some(state) = self.state(topic, partition) else { return };
         if state.follows {
-            // The leader's copy is another.
+            // The leader has another copy.
             state.near.leave(now);
         } else {
             state.damaged += 1;
@@ -401,10 +402,10 @@ impl Driver {
         self.park(topic, partition, error);
     }
 
-    fn on_fault(&mut self, topic: &Arc<str>, partition: u32, fault: Fault) {
+    fn on_fault(&mut self, topic: &Arc<str>, partition: u32, fault: ApiError) {
         let Some(state) = self.state(topic, partition) else { return };
         if state.follows {
-            // Whatever a follower has against it, its leader has the last word.
+            // After any error of a follower the leader decides.
             let now = clock::monotonic();
             tracing::debug!(topic = &**topic, partition, %fault, position = %state.position, "will be read at the leader");
             state.near.leave(now);
@@ -412,13 +413,13 @@ impl Driver {
             self.arrange_soon(now);
             return self.route();
         }
-        if fault.reason == Reason::OffsetOutOfRange {
+        if fault.code == ErrorCode::OffsetOutOfRange {
             return self.on_out_of_range(topic, partition, &fault);
         }
-        if fault.retryable || fault.reason == Reason::TopicIdMismatch && state.doubts_mismatch() {
+        if fault.retryable || fault.code == ErrorCode::TopicIdMismatch && state.doubts_mismatch() {
             tracing::debug!(topic = &**topic, partition, %fault, position = %state.position, "partition will be read again");
-            let trouble = match fault.reason {
-                Reason::NotLeader | Reason::NotReady => Trouble::Leader,
+            let trouble = match fault.code {
+                ErrorCode::NotLeader | ErrorCode::NotReady => Trouble::Leader,
                 _ => Trouble::Records,
             };
             self.trouble(topic, partition, trouble, &fault.message);
@@ -432,7 +433,7 @@ impl Driver {
         self.park(topic, partition, error);
     }
 
-    fn on_out_of_range(&mut self, topic: &Arc<str>, partition: u32, fault: &Fault) {
+    fn on_out_of_range(&mut self, topic: &Arc<str>, partition: u32, fault: &ApiError) {
         let mark = |name| fault.number(name).and_then(Offset::from_i64);
         let policy = self.options.on_out_of_range;
         let Some(state) = self.state(topic, partition) else { return };
@@ -456,19 +457,19 @@ impl Driver {
         self.pause(topic, partition);
     }
 
-    /// Something stands in the partition's way.
+    /// Reports a problem that blocks a partition.
     fn trouble(&mut self, topic: &str, partition: u32, trouble: Trouble, problem: &str) {
         let Some(state) = self.topics.get_mut(topic).and_then(|partitions| partitions.get_mut(&partition)) else {
             return;
         };
-        // Where records cannot be read, a leader that is there proves nothing.
+        // If records cannot be read, a reachable leader does not clear the problem.
         if state.trouble != Some(Trouble::Records) {
             state.trouble = Some(trouble);
         }
         self.troubles.enter(state.generation, format!("{topic}/{partition}: {problem}"), None);
     }
 
-    /// Reads the partition again after a while.
+    /// Delays the next read of the partition by a backoff pause.
     fn pause(&mut self, topic: &str, partition: u32) {
         let backoff = || self.client.options().backoff();
         let Some(state) = self.topics.get_mut(topic).and_then(|partitions| partitions.get_mut(&partition)) else {
@@ -479,7 +480,7 @@ impl Driver {
         self.arrange_soon(at);
     }
 
-    /// Leaves the partition where it is, and tells the reader why.
+    /// Stops the partition at its position and sends the error to the consumer.
     fn park(&mut self, topic: &Arc<str>, partition: u32, error: ConsumeError) {
         let Some(state) = self.state(topic, partition) else { return };
         state.parked = true;
@@ -488,7 +489,7 @@ impl Driver {
         self.outbox.push_back(Item { topic: topic.clone(), partition, generation, what: What::Failed(error) });
     }
 
-    /// Whether nobody is known who could be read.
+    /// Returns true if no broker is known that could serve the partition.
     fn is_homeless(&self, topic: &str, partition: u32) -> bool {
         let state = self.topics.get(topic).and_then(|partitions| partitions.get(&partition));
         state.is_some_and(|state| self.source(topic, partition, state).is_none())
@@ -547,7 +548,7 @@ impl Driver {
                 let error = ConsumeError::Refused { topic: topic.to_string(), partition, fault };
                 self.park(&topic, partition, error);
             } else if let Err(error) = &result {
-                // What the partition itself met says more.
+                // The partition's own problem is more specific.
                 if self.state(&topic, partition).is_some_and(|state| state.trouble.is_none()) {
                     self.trouble(&topic, partition, Trouble::Leader, &error.to_string());
                 }
@@ -569,7 +570,7 @@ impl Driver {
     }
 }
 
-/// The sooner of two moments.
+/// Returns the earlier of two times.
 fn sooner(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
     one.into_iter().chain(other).min()
 }

@@ -2,30 +2,36 @@
 //!
 //! # Overview
 //!
-//! One task per consumer holds one Fetch stream per broker, each carrying all partitions that are read there. It checks
-//! the CRC of every batch, knows each partition's position, and puts batches into a short queue; the [`Consumer`] takes
-//! them out and decodes records as they are asked for. When the queue is full the task reads nothing, and HTTP/2's
-//! windows stop the brokers.
+//! One task per consumer holds one Fetch stream per broker, with all partitions that are read there. The task verifies
+//! the CRC of every batch, tracks each partition's position, and puts batches into a short queue. The [`Consumer`]
+//! removes batches from the queue and decodes records on demand. While the queue is full the task reads nothing, and
+//! HTTP/2's windows stop the brokers.
 //!
 //! # Racks
 //!
-//! A partition is read at its leader or, when the consumer names its [rack](ConsumerOptions::rack), at an in-sync replica there if there is
-//! one (`client/nearest`). Nobody knows more than the leader, so a follower that refuses, breaks off, or is silent while the log goes on
-//! sends the partition to its leader, at once or after about five seconds (`nearness`). Metadata says later where it may be read again:
-//! after a first stay of five seconds, and every [`metadata_age`](super::Options::metadata_age). Only a leader's word that a position is
-//! out of range is taken. Each request says the newest leader epoch that is known, from metadata or from an answer: a broker that was replaced
-//! without having heard of it refuses, and never tells a position that was reached elsewhere that it lies above the log's end.
+//! A partition is read at its leader. If the consumer names its [rack](ConsumerOptions::rack), the partition is read at
+//! an in-sync replica in that rack if there is one (`client/nearest`). The leader has the newest state, so a problem
+//! with a follower moves the partition to its leader (`nearness`). If the follower returns an error or its stream
+//! breaks, the partition moves at once. If the follower sends nothing while the log grows, the partition moves after
+//! about five seconds. Metadata later decides where the partition is read: after a first stay of five seconds, and
+//! every [`metadata_age`](super::Options::metadata_age).
+//!
+//! An out-of-range error is accepted only from a leader. Each request carries the newest leader epoch from metadata or
+//! from a response. A deposed leader that does not have this epoch yet refuses the request. Without the refusal it
+//! could report a position above its log end as out of range.
 //!
 //! # Invariants
 //!
-//! - A partition's records come in offset order, none twice and none left out: a stream that breaks is opened again at
-//!   the position behind the last batch that went into the queue.
-//! - Nothing that was fetched before a seek comes out after it: batches carry the generation of their assignment.
-//! - At most `queue` responses of about `max_bytes` wait here, and a stream window per broker.
+//! - A partition's records are returned in offset order, without duplicates and without gaps: a broken stream is
+//!   reopened at the position after the last batch in the queue.
+//! - A batch that was fetched before a seek is never returned after it: batches carry the generation of their
+//!   assignment.
+//! - The consumer holds at most one response of about `max_bytes`, `queue` more batches, and a stream window per
+//!   broker.
 //!
 //! # Shutdown
 //!
-//! The task ends when the consumer is dropped; [`Consumer::close`] also joins it. It owns nothing worth saving.
+//! The task ends when the consumer is dropped; [`Consumer::close`] also joins it. The task has no state to save.
 
 mod driver;
 mod nearness;
@@ -42,55 +48,56 @@ use self::driver::{Command, Driver};
 use super::{Client, admin::OffsetAt, error::ConsumeError};
 use crate::{
     model::Offset,
-    record::{Batch, Malformed, Record, Records},
+    record::{Batch, MalformedBatch, Record, Records},
     task::Tasks,
 };
 
-/// What a consumer does when its position is not in the log any more, or not yet.
+/// Policy for a position below the log start or above the log end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnOutOfRange {
-    /// Stops there and says so, with the log's start and end.
+    /// Stops the partition and returns an error with the log's start and end.
     #[default]
     Fail,
-    /// Goes on at the first offset there is.
+    /// Continues at the first readable offset.
     Earliest,
-    /// Goes on at the end.
+    /// Continues at the first uncommitted offset.
     Latest,
 }
 
-/// What a consumer does at records that are stored and that nobody can decode.
+/// Policy for stored records that cannot be decoded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnUndecodable {
-    /// Stops there, with an error that says where reading can go on.
+    /// Stops the partition and returns an error with the offset at which reading can continue.
     #[default]
     Fail,
-    /// Reports each such batch once as [`ConsumeError::Undecodable`], with `skipped` set, and goes on behind it with the next call.
+    /// Returns [`ConsumeError::Undecodable`] with `skipped` set, once per such batch, and continues after the batch
+    /// with the next call.
     Skip,
 }
 
-/// What a consumer may be told.
+/// Settings of a consumer.
 #[derive(Clone, Debug)]
 pub struct ConsumerOptions {
-    /// Brokers hold back less than so many bytes for up to `max_wait`. 1.
+    /// Minimum bytes of a response; brokers delay a smaller response by up to `max_wait`. Default: 1.
     pub min_bytes: u32,
-    /// About how many bytes one response carries. 1 MiB.
+    /// Approximate maximum bytes of a response. Default: 1 MiB.
     pub max_bytes: u32,
-    /// How long a broker may hold back less than `min_bytes`. 500 ms.
+    /// Maximum delay of a response that is smaller than `min_bytes`. Default: 500 ms.
     pub max_wait: Duration,
-    /// How many responses wait to be consumed. 4.
+    /// Maximum number of batches in the queue. Default: 4.
     pub queue: usize,
-    /// What to do at a position that is not in the log. Fail.
+    /// Policy for a position that is not in the log. Default: fail.
     pub on_out_of_range: OnOutOfRange,
-    /// What to do at records that cannot be decoded. Fail.
+    /// Policy for records that cannot be decoded. Default: fail.
     pub on_undecodable: OnUndecodable,
-    /// The rack in which it runs, as brokers call theirs (`broker.rack`): it is served by in-sync replicas there where it can be,
-    /// which costs no traffic between racks. Records come a moment later than from the leader: when its follower has heard that
-    /// they are committed. None: leaders alone serve it.
+    /// Rack of the consumer, named as in `broker.rack`. In-sync replicas in the rack serve the consumer where possible,
+    /// which avoids traffic between racks. Records arrive slightly later than from the leader: after the follower
+    /// received their commit. With `None` only leaders serve the consumer.
     pub rack: Option<String>,
 }
 
 impl ConsumerOptions {
-    /// Names the rack; an empty name is none.
+    /// Sets the rack; an empty name means none.
     #[must_use]
     pub fn rack(self, rack: impl Into<String>) -> Self {
         Self { rack: Some(rack.into()).filter(|rack| !rack.is_empty()), ..self }
@@ -111,50 +118,52 @@ impl Default for ConsumerOptions {
     }
 }
 
-/// A record as it was read.
+/// Record as read from a partition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConsumedRecord {
-    /// Its topic.
+    /// Topic name.
     pub topic: Arc<str>,
-    /// Its partition.
+    /// Partition number.
     pub partition: u32,
-    /// Its offset.
+    /// Offset of the record.
     pub offset: Offset,
-    /// What was written.
+    /// Content of the record as it was written.
     pub record: Record,
 }
 
-/// A whole batch as it was read, checked and not decoded.
+/// Complete batch as read from a partition: verified, not decoded.
 #[derive(Clone, Debug)]
 pub struct ConsumedBatch {
-    /// Its topic.
+    /// Topic name.
     pub topic: Arc<str>,
-    /// Its partition.
+    /// Partition number.
     pub partition: u32,
     /// The batch. Its first records may lie below `from`.
     pub batch: Batch,
-    /// The position: records below it were not asked for.
+    /// Position of the consumer; records below it were not requested.
     pub from: Offset,
-    /// The partition's high watermark when the batch was sent.
+    /// High watermark of the partition when the batch was sent.
     pub high_watermark: Offset,
 }
 
 impl ConsumedBatch {
-    /// Its records from the position on.
+    /// Returns the records of the batch from the position on.
     ///
     /// # Errors
-    /// When it cannot be decompressed; the iterator's errors say which record is malformed.
-    pub fn records(&self) -> Result<impl Iterator<Item = Result<(Offset, Record), Malformed>> + use<>, Malformed> {
+    /// The batch cannot be decompressed. Errors of the iterator describe the malformed record.
+    pub fn records(
+        &self,
+    ) -> Result<impl Iterator<Item = Result<(Offset, Record), MalformedBatch>> + use<>, MalformedBatch> {
         let from = self.from;
         Ok(self.batch.records()?.filter(move |record| record.as_ref().map_or(true, |(offset, _)| *offset >= from)))
     }
 }
 
-/// What comes out of the task's queue.
+/// Event in the task's queue.
 struct Item {
     topic: Arc<str>,
     partition: u32,
-    /// That of the assignment that it was fetched for.
+    /// Generation of the assignment for which the event was fetched.
     generation: u64,
     what: What,
 }
@@ -165,7 +174,7 @@ enum What {
         from: Offset,
         high_watermark: Offset,
     },
-    /// The position was out of range and has moved, as the options say.
+    /// The position was out of range and was reset according to the options.
     Moved(Offset),
     Failed(ConsumeError),
 }
@@ -176,19 +185,19 @@ struct Assigned {
     position: Offset,
 }
 
-/// The batch whose records are being handed out.
+/// Batch whose records are being returned.
 #[derive(Debug)]
 struct Current {
     topic: Arc<str>,
     partition: u32,
     records: Records,
     position: Offset,
-    /// The batch's offsets.
+    /// First offset of the batch; `end` is the offset after its last record.
     base: Offset,
     end: Offset,
 }
 
-/// Reads partitions.
+/// Reads records from its assigned partitions.
 ///
 /// ```no_run
 /// # async fn example(client: strandline::client::Client) -> Result<(), Box<dyn std::error::Error>> {
@@ -237,19 +246,19 @@ impl Consumer {
         }
     }
 
-    /// Adds a partition, read from `start` on. One that is assigned already moves there.
+    /// Adds a partition that is read from `start` on. A partition that is assigned already moves to `start`.
     ///
     /// # Errors
-    /// When the topic or the partition does not exist, or its leader cannot say where `start` is.
+    /// The topic or the partition does not exist, or its leader cannot look up `start`.
     pub async fn assign(&mut self, topic: &str, partition: u32, start: OffsetAt) -> Result<(), ConsumeError> {
         let position = self.client.admin().offset(topic, partition, start).await?;
         self.assign_at(topic, partition, position).await
     }
 
-    /// Adds a partition, read from an offset on.
+    /// Adds a partition that is read from an offset on.
     ///
     /// # Errors
-    /// When the topic or the partition does not exist. Whether the log holds the offset comes out of reading.
+    /// The topic or the partition does not exist. An offset outside the log is reported by the first read.
     pub async fn assign_at(&mut self, topic: &str, partition: u32, position: Offset) -> Result<(), ConsumeError> {
         let route = self.client.topic(topic).await?;
         let partitions = u32::try_from(route.partitions.len()).unwrap_or(u32::MAX);
@@ -265,10 +274,10 @@ impl Consumer {
         self.commands.send(command).await.map_err(|_| ConsumeError::Closed)
     }
 
-    /// Reads a partition no more.
+    /// Removes a partition.
     ///
     /// # Errors
-    /// When it is not assigned.
+    /// The partition is not assigned.
     pub async fn unassign(&mut self, topic: &str, partition: u32) -> Result<(), ConsumeError> {
         let key = (Arc::from(topic), partition);
         if self.assigned.remove(&key).is_none() {
@@ -279,28 +288,28 @@ impl Consumer {
         self.commands.send(command).await.map_err(|_| ConsumeError::Closed)
     }
 
-    /// Goes on reading a partition elsewhere.
+    /// Moves the position of a partition to an offset.
     ///
     /// # Errors
-    /// When it is not assigned.
+    /// The partition is not assigned.
     pub async fn seek(&mut self, topic: &str, partition: u32, position: Offset) -> Result<(), ConsumeError> {
         self.position(topic, partition)?;
         self.assign_at(topic, partition, position).await
     }
 
-    /// Goes on reading a partition at its start, its end, or a time.
+    /// Moves the position of a partition to its start, its end, or a time.
     ///
     /// # Errors
-    /// When it is not assigned, or its leader cannot be asked.
+    /// The partition is not assigned, or its leader cannot look up the offset.
     pub async fn seek_to(&mut self, topic: &str, partition: u32, to: OffsetAt) -> Result<(), ConsumeError> {
         self.position(topic, partition)?;
         self.assign(topic, partition, to).await
     }
 
-    /// The offset of the next record that comes from a partition.
+    /// Returns the offset of a partition's next record.
     ///
     /// # Errors
-    /// When it is not assigned.
+    /// The partition is not assigned.
     pub fn position(&self, topic: &str, partition: u32) -> Result<Offset, ConsumeError> {
         if let Some(current) = &self.current
             && &*current.topic == topic
@@ -312,12 +321,13 @@ impl Consumer {
         assigned.map(|assigned| assigned.position).ok_or_else(|| not_assigned(topic, partition))
     }
 
-    /// The next record of any assigned partition; waits until there is one. Dropping the future loses nothing.
+    /// Returns the next record of any assigned partition; waits until there is one. Dropping the future loses no
+    /// record.
     ///
     /// # Errors
-    /// When a partition cannot be read on. It is left at its position until it is assigned or sought anew; the others
-    /// go on with the next call. With [`OnUndecodable::Skip`] a batch that cannot be decoded is such an error too, and the partition
-    /// goes on behind it.
+    /// A partition cannot be read further. It keeps its position until it is assigned or sought again; the next call
+    /// continues with the other partitions. With [`OnUndecodable::Skip`] a batch that cannot be decoded is such an
+    /// error too, and the partition continues after the batch.
     pub async fn next(&mut self) -> Result<ConsumedRecord, ConsumeError> {
         loop {
             if let Some(record) = self.next_of_current()? {
@@ -328,10 +338,10 @@ impl Consumer {
         }
     }
 
-    /// A record that is there without waiting for the network.
+    /// Returns a record that was already fetched, without waiting for the network; `None` if there is none.
     ///
     /// # Errors
-    /// As [`Consumer::next`].
+    /// See [`Consumer::next`].
     pub fn try_next(&mut self) -> Result<Option<ConsumedRecord>, ConsumeError> {
         loop {
             if let Some(record) = self.next_of_current()? {
@@ -343,11 +353,11 @@ impl Consumer {
         }
     }
 
-    /// The next whole batch, for callers that decode by themselves. What is left of a batch that [`Consumer::next`] has
-    /// begun is skipped.
+    /// Returns the next complete batch, for callers that decode batches themselves. Skips the rest of a batch that
+    /// [`Consumer::next`] has started to return.
     ///
     /// # Errors
-    /// As [`Consumer::next`].
+    /// See [`Consumer::next`].
     pub async fn next_batch(&mut self) -> Result<ConsumedBatch, ConsumeError> {
         self.end_current();
         let batch = self.fetch().await?;
@@ -355,17 +365,17 @@ impl Consumer {
         Ok(batch)
     }
 
-    /// How many records were skipped because nobody can decode them ([`OnUndecodable::Skip`]).
+    /// Returns the number of records skipped because they cannot be decoded ([`OnUndecodable::Skip`]).
     pub fn skipped_records(&self) -> u64 {
         self.skipped_records
     }
 
-    /// Ends the consumer's task.
+    /// Ends and joins the consumer's task.
     pub async fn close(self) {
         self.tasks.stop().await;
     }
 
-    /// Hands out the records of a batch from here on.
+    /// Starts to return the records of a batch.
     fn begin(&mut self, batch: ConsumedBatch) -> Result<(), ConsumeError> {
         let ConsumedBatch { topic, partition, batch, from: position, .. } = batch;
         let (base, end) = (batch.base_offset(), batch.end_offset());
@@ -375,14 +385,14 @@ impl Consumer {
         Ok(())
     }
 
-    /// Skips what cannot be decoded, or stops the partition there.
+    /// Skips records that cannot be decoded, or stops the partition there. Returns the error.
     fn undecodable(
         &mut self,
         topic: &Arc<str>,
         partition: u32,
         batch: Offset,
         lost: Range<Offset>,
-        source: Malformed,
+        source: MalformedBatch,
     ) -> ConsumeError {
         let skipped = self.on_undecodable == OnUndecodable::Skip;
         if skipped {
@@ -402,14 +412,14 @@ impl Consumer {
         }
     }
 
-    /// Reads a partition no further: it stands there until it is assigned or sought anew.
+    /// Stops a partition at this position until it is assigned or sought again.
     fn halt(&mut self, topic: &Arc<str>, partition: u32, position: Offset) {
         if let Some(assigned) = self.assigned.get_mut(&(topic.clone(), partition)) {
-            // What is on the way is of an assignment before.
+            // The new generation invalidates the events in the queue.
             *assigned = Assigned { generation: self.next_generation, position };
             self.next_generation += 1;
         }
-        // Where there is no room for it, what is read on is passed over.
+        // If the channel is full, the task still reads the partition, and its events are dropped.
         let _unread = self.commands.try_send(Command::Unassign { topic: topic.clone(), partition });
     }
 
@@ -444,7 +454,7 @@ impl Consumer {
         }
     }
 
-    /// The item's batch, unless the item is of an earlier assignment.
+    /// Returns the batch of an event, unless the event belongs to an earlier assignment.
     fn accept(&mut self, item: Item) -> Result<Option<ConsumedBatch>, ConsumeError> {
         let (topic, partition) = (item.topic, item.partition);
         let key = (topic, partition);

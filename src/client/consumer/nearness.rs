@@ -1,63 +1,65 @@
-//! Whether a partition is read in the consumer's rack, and when it is not. Pure.
+//! Decides whether a partition is read in the consumer's rack or at its leader. Pure.
 //!
 //! ```text
-//!           nothing came for ASK_AFTER            the log ends elsewhere            GRACE later
+//!           no data for ASK_AFTER                log end is not the position         GRACE later
 //!   quiet ──────────────────────────────▶ asked ─────────────────────────▶ behind ──────────────▶ away
 //!    ▲ ▲                                    │                                │                     │
-//!    │ ╰──── it ends here; or nobody knows ─╯                                │                     │
-//!    ╰────── something came ◀────────────────────────────────────────────────╯                     │
-//!    ╰────── the stay at the leader is over, and metadata was asked for since ◀────────────────────╯
+//!    │ ╰── log end is position, or unknown ─╯                                │                     │
+//!    ╰────── data arrived ◀──────────────────────────────────────────────────╯                     │
+//!    ╰────── the stay at the leader is over, and metadata was refreshed since ◀────────────────────╯
 //! ```
 //!
-//! A follower that is cut off from its leader and from the metadata has no way to know that the log goes on: it is silent, as at the end
-//! of a log. Only the leader can tell the two apart, so it is asked, once in each silence. What a follower refuses or breaks sends its
-//! reader to the leader at once. Stays there become longer while the follower does not hold for a minute.
+//! A follower that is partitioned from its leader and from the metadata store cannot detect that the log grows. It
+//! sends nothing, as at the end of a log. Only the leader can distinguish the two cases, so the consumer queries it
+//! once per period without data. An error or a broken stream of the follower moves the partition to the leader at once.
+//! Each stay at the leader is longer than the one before, until the follower has served for a minute.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long a follower may be silent until the leader is asked where the log ends.
+/// Time without data from a follower after which the leader is queried for the log end.
 pub(super) const ASK_AFTER: Duration = Duration::from_secs(4);
 
-/// How much longer, where the log does not end at the consumer's position.
+/// Further time without data, if the log does not end at the consumer's position, after which the partition moves to
+/// the leader.
 pub(super) const GRACE: Duration = Duration::from_secs(1);
 
-/// The first stay at the leader, and the longest: each is double the one before.
+/// First and longest stay at the leader; each stay is twice as long as the one before.
 const STAY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
-/// How one partition is read.
+/// Choice between rack and leader for one partition.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Nearness {
-    /// At its leader until then, whoever stands in the rack.
+    /// Time until which the partition is read at its leader, regardless of replicas in the rack.
     away_until: Option<Instant>,
-    /// How long the next stay at the leader is.
+    /// Length of the next stay at the leader.
     stay: Duration,
-    /// Since when the rack was not given up.
+    /// Time since which the rack serves the partition.
     since: Instant,
     silence: Silence,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Silence {
-    /// Nothing has come since then.
+    /// No data has arrived since this time.
     Quiet(Instant),
-    /// The leader is being asked.
+    /// The leader is being queried.
     Asked,
-    /// It has said since then that the log does not end here.
+    /// The leader responded at this time that the log does not end at the position.
     Behind(Instant),
 }
 
-/// What is to be done about a follower.
+/// Next action for a follower.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// Nothing before then.
+    /// Wait until this time.
     Wait(Instant),
-    /// Nothing before the leader's answer.
+    /// Wait for the leader's response.
     Pass,
-    /// Ask the leader where the log ends, and say [`Nearness::asked`].
+    /// Query the leader for the log end, and call [`Nearness::asked`].
     Ask,
-    /// Read at the leader: say [`Nearness::leave`].
+    /// Read at the leader: call [`Nearness::leave`].
     Leave,
 }
 
@@ -66,12 +68,12 @@ impl Nearness {
         Self { away_until: None, stay: STAY.0, since: now, silence: Silence::Quiet(now) }
     }
 
-    /// Something came, or it is read anew, or it was not listened to: silence begins now.
+    /// Restarts the period without data: data arrived, the partition has a new stream, or the stream was not read.
     pub(super) fn heard(&mut self, now: Instant) {
         self.silence = Silence::Quiet(now);
     }
 
-    /// What to do about a follower that is read.
+    /// Returns the next action for a follower that serves the partition.
     pub(super) fn step(&self, now: Instant) -> Step {
         let (at, then) = match self.silence {
             Silence::Quiet(since) => (since + ASK_AFTER, Step::Ask),
@@ -81,19 +83,20 @@ impl Nearness {
         if now < at { Step::Wait(at) } else { then }
     }
 
-    /// The leader is asked where the log ends.
+    /// Records that the leader is being queried.
     pub(super) fn asked(&mut self) {
         self.silence = Silence::Asked;
     }
 
-    /// The leader has answered: whether the log ends at the position. What came meanwhile makes its answer void.
+    /// Processes the leader's response; `ends_here` is true if the log ends at the position. The response is void if
+    /// data arrived in the meantime.
     pub(super) fn answered(&mut self, now: Instant, ends_here: bool) {
         if self.silence == Silence::Asked {
             self.silence = if ends_here { Silence::Quiet(now) } else { Silence::Behind(now) };
         }
     }
 
-    /// The follower did not serve as it should: it is read at the leader for a while.
+    /// Moves the partition to the leader for a stay, because of a problem with the follower.
     pub(super) fn leave(&mut self, now: Instant) {
         let (first, longest) = STAY;
         if now.duration_since(self.since) >= longest {
@@ -104,12 +107,13 @@ impl Nearness {
         self.silence = Silence::Quiet(now);
     }
 
-    /// Until when it is read at the leader; from then on metadata of that time or later says where.
+    /// Returns the time until which the partition is read at the leader. Metadata from that time or later decides where
+    /// it is read next.
     pub(super) fn away_until(&self) -> Option<Instant> {
         self.away_until
     }
 
-    /// The rack may serve it again, by metadata of `known`.
+    /// Ends the stay at the leader if it was over when metadata was received at `known`.
     pub(super) fn learned(&mut self, known: Instant) {
         if self.away_until.is_some_and(|until| until <= known) {
             self.away_until = None;
@@ -128,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_follower_is_left_only_when_its_leader_has_more() {
+    fn silent_follower_is_left_only_if_leader_has_more() {
         let start = clock::monotonic();
         let mut near = Nearness::new(start);
         assert_eq!(near.step(start), Step::Wait(start + seconds(4)));
@@ -150,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rack_is_tried_again_by_newer_metadata_and_later_each_time() {
+    fn rack_is_retried_with_newer_metadata_after_longer_stays() {
         let start = clock::monotonic();
         let (mut near, mut now) = (Nearness::new(start), start);
         for stay in [5, 10, 20, 40, 60, 60] {

@@ -1,4 +1,4 @@
-//! What a consumer's task knows of one partition that it reads.
+//! State of one partition in the consumer's task.
 
 use std::time::Duration;
 
@@ -13,45 +13,47 @@ use crate::{
     proto::v1,
 };
 
-/// How long a stream is open without a word until what went wrong before it counts as over: at the end of a log no record
-/// comes to prove it.
+/// Time for which a stream must be open before a problem with the leader is cleared. At the end of a log no record
+/// arrives that would clear it.
 pub(super) const SETTLED: Duration = Duration::from_secs(2);
 
-/// What stands in the way of a partition.
+/// Problem that blocks a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Trouble {
-    /// Its leader cannot be reached, or does not lead it: over when a stream stays open.
+    /// The leader is unreachable or does not lead the partition. Cleared when a stream stays open.
     Leader,
-    /// Its records cannot be read: over when some come.
+    /// The records cannot be read. Cleared when records arrive.
     Records,
 }
 
 pub(super) struct Partition {
     pub(super) generation: u64,
     pub(super) position: Offset,
-    /// The stream that carries it.
+    /// Stream of the partition.
     pub(super) stream: Option<u64>,
-    /// Whether a follower serves it there.
+    /// True if a follower serves the partition on that stream.
     pub(super) follows: bool,
     pub(super) near: Nearness,
-    /// The topic that is read: its position means nothing in another one of the same name.
+    /// Id of the topic that is read: the position is invalid in another topic of the same name.
     pub(super) topic: TopicId,
-    /// A broker refused that id. It may know less than this client, so it is asked twice.
+    /// True once a broker rejected the topic id. The broker's metadata may be older than the client's, so the read is
+    /// repeated once.
     pub(super) mismatched: bool,
-    /// The newest leader epoch that metadata or an answer named.
+    /// Newest leader epoch from metadata or from a response.
     known: LeaderEpoch,
-    /// It failed for good, and waits to be sought.
+    /// True if the partition failed and waits for a seek.
     pub(super) parked: bool,
     pub(super) pauses: Option<Pauses>,
     pub(super) not_before: Option<Instant>,
     pub(super) damaged: u32,
     pub(super) trouble: Option<Trouble>,
-    /// Since when its stream is open.
+    /// Time since which the stream is open.
     pub(super) open_since: Option<Instant>,
 }
 
 impl Partition {
-    /// A partition to be read from `position` on. What an earlier assignment knew of its leader still holds.
+    /// Creates the state of a partition that is read from `position` on. The follower state and, for the same topic id,
+    /// the leader epoch of an earlier assignment remain valid.
     pub(super) fn new(generation: u64, topic: TopicId, position: Offset, now: Instant, before: Option<&Self>) -> Self {
         Self {
             topic,
@@ -71,7 +73,7 @@ impl Partition {
         }
     }
 
-    /// It is read on this stream from now on; what is asked for there.
+    /// Attaches the partition to a stream. Returns the offset and the leader epoch to request.
     pub(super) fn carried(&mut self, stream: u64, source: &Source, now: Instant) -> (i64, i32) {
         self.stream = Some(stream);
         self.follows = source.follows;
@@ -82,23 +84,24 @@ impl Partition {
         (self.position.as_i64(), self.known.as_i32())
     }
 
-    /// Whether the refusal of its topic id may be a broker's that lags: the first one, before the metadata was refreshed.
+    /// Returns true for the first rejection of the topic id: the metadata of the broker may be old.
     pub(super) fn doubts_mismatch(&mut self) -> bool {
         !std::mem::replace(&mut self.mismatched, true)
     }
 
-    /// Whether it may be read, and no stream carries it.
+    /// Returns true if the partition may be read and has no stream.
     pub(super) fn is_free(&self, now: Instant) -> bool {
         !self.parked && self.stream.is_none() && self.not_before.is_none_or(|at| at <= now)
     }
 
-    /// Its stream carries it no more.
+    /// Detaches the partition from its stream.
     pub(super) fn uncarried(&mut self) {
         self.stream = None;
         self.open_since = None;
     }
 
-    /// Takes note of who answered; whether that was in an epoch of which nothing was known.
+    /// Records the role and the leader epoch of the broker that responded. Returns true if the epoch is newer than the
+    /// known one.
     pub(super) fn answered(&mut self, fetched: &v1::FetchedPartition) -> bool {
         self.follows = fetched.from_follower;
         let epoch = LeaderEpoch::from_i32(fetched.leader_epoch).filter(|epoch| *epoch > self.known);
@@ -106,12 +109,13 @@ impl Partition {
         epoch.is_some()
     }
 
-    /// The newest leader epoch that is known of it.
+    /// Returns the newest known leader epoch.
     pub(super) fn epoch(&self) -> LeaderEpoch {
         self.known
     }
 
-    /// A stream that stays open proves that its leader is there again; when to look next, if it is too early to tell.
+    /// Clears a problem with the leader once the stream has been open for [`SETTLED`]. Returns the time of the next
+    /// check if it is too early.
     pub(super) fn settle(&mut self, now: Instant, troubles: &Party) -> Option<Instant> {
         let settled = self.open_since? + SETTLED;
         if self.trouble != Some(Trouble::Leader) {

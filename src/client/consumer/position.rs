@@ -1,26 +1,26 @@
-//! Where one partition's reading stands, and what of a response moves it on. Pure.
+//! Position of one partition, and its advance by a response. Pure.
 
 use bytes::Bytes;
 
 use crate::{
     model::Offset,
-    record::{Batch, Chunks, Malformed},
+    record::{Batch, ChunkedBatches, MalformedBatch},
 };
 
-/// Why a response cannot be taken.
+/// Error of a response.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Untaken {
-    /// Not whole batches.
-    Malformed(Malformed),
-    /// Records are missing before this one.
+    /// The bytes are no complete batches.
+    Malformed(MalformedBatch),
+    /// Records are missing before this offset.
     Gap(Offset),
 }
 
-/// Checks a response's chunks and gives the batches that hold records at or above `position`, each with the position at
-/// which its reading starts, and the new position.
+/// Verifies the chunks of a response. Returns the batches with records at or above `position`, each with the position
+/// at which its records start. Also returns the new position, and the error if the scan ended early.
 pub(super) fn advance(mut position: Offset, chunks: Vec<Bytes>) -> (Vec<(Offset, Batch)>, Offset, Result<(), Untaken>) {
     let mut taken = Vec::new();
-    for batch in Chunks::new(chunks) {
+    for batch in ChunkedBatches::new(chunks) {
         match batch {
             Err(malformed) => return (taken, position, Err(Untaken::Malformed(malformed))),
             Ok(batch) if batch.end_offset() <= position => {}
@@ -51,7 +51,7 @@ mod tests {
             builder.push(0, None, Some(format!("record {}", base + n).as_bytes()), &[]).expect("fits");
         }
         let mut batch = builder.finish(None).expect("not empty");
-        batch.stamp(Offset::new(base).expect("small"), LeaderEpoch(0));
+        batch.set_offset_and_epoch(Offset::new(base).expect("small"), LeaderEpoch(0));
         batch
     }
 
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn batches_come_out_wherever_the_chunks_are_cut() {
+    fn batches_are_complete_for_any_chunk_boundaries() {
         let whole: Vec<u8> = [batch(0, 3), batch(3, 1), batch(4, 2)].iter().flat_map(|b| b.to_bytes()).collect();
         for cut in 0..=whole.len() {
             for second in (cut..=whole.len()).step_by(7) {
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_below_the_position_is_left_out_and_a_batch_around_it_is_read_from_it() {
+    fn batches_below_position_are_skipped_and_one_around_it_kept() {
         let chunks = vec![batch(0, 3).to_bytes(), batch(3, 3).to_bytes()];
         let (taken, position, result) = advance(at(4), chunks);
         assert_eq!(result, Ok(()));
@@ -83,23 +83,23 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_is_found_and_what_came_before_it_is_kept() {
+    fn gap_is_reported_and_batches_before_it_are_kept() {
         let (taken, position, result) = advance(at(0), vec![batch(0, 2).to_bytes(), batch(3, 1).to_bytes()]);
         assert_eq!((taken.len(), position, result), (1, at(2), Err(Untaken::Gap(at(3)))));
     }
 
     #[test]
-    fn a_flipped_bit_or_a_cut_end_is_never_taken() {
+    fn flipped_bit_or_truncated_end_is_rejected() {
         let good = batch(0, 2).to_bytes();
         for bit in 0..good.len() * 8 {
             let mut bad = good.to_vec();
             bad[bit / 8] ^= 1 << (bit % 8);
             let (taken, ..) = advance(Offset::ZERO, vec![bad.into()]);
-            // Bytes 0..8 and 12..16 are the broker's stamp, which the CRC leaves out.
+            // The broker sets bytes 0..8 and 12..16; the CRC does not cover them.
             let stamp = bit / 8 < 8 || (12..16).contains(&(bit / 8));
             assert!(stamp || taken.is_empty(), "bit {bit}");
         }
         let (taken, _, result) = advance(Offset::ZERO, vec![good.slice(..good.len() - 1)]);
-        assert!(taken.is_empty() && matches!(result, Err(Untaken::Malformed(Malformed::Truncated { .. }))));
+        assert!(taken.is_empty() && matches!(result, Err(Untaken::Malformed(MalformedBatch::Truncated { .. }))));
     }
 }

@@ -1,4 +1,4 @@
-//! The streams of a consumer, each answered in its turn: one that always has something does not starve the others.
+//! Streams of a consumer, polled in turns: a stream that is always ready does not starve the other streams.
 
 use std::{
     future::poll_fn,
@@ -11,7 +11,7 @@ use futures::Stream;
 /// Streams by number.
 pub(super) struct Streams<S> {
     streams: Vec<(u64, S)>,
-    /// Whose turn it is.
+    /// Index of the stream that is polled next.
     turn: usize,
 }
 
@@ -20,20 +20,20 @@ impl<S: Stream + Unpin> Streams<S> {
         Self { streams: Vec::new(), turn: 0 }
     }
 
-    /// Adds a stream under a number that no other has.
+    /// Adds a stream under an unused number.
     pub(super) fn insert(&mut self, number: u64, stream: S) {
         self.streams.push((number, stream));
     }
 
-    /// Drops a stream, if it is there.
+    /// Removes a stream if it exists.
     pub(super) fn remove(&mut self, number: u64) {
         if let Some(at) = self.streams.iter().position(|(known, _)| *known == number) {
             self.take_out(at);
         }
     }
 
-    /// The next item of any stream, and whose it is. `None` when there is no stream; those that end are forgotten. Dropping the
-    /// future loses nothing.
+    /// Returns the next item of any stream, and the number of that stream; `None` if there is no stream. Removes
+    /// streams that have ended. Dropping the future loses no item.
     pub(super) async fn next(&mut self) -> Option<(u64, S::Item)> {
         poll_fn(|context| self.poll_next(context)).await
     }
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn streams_that_are_ready_take_turns_and_leave_when_they_end() {
+    fn ready_streams_take_turns_and_ended_ones_are_removed() {
         let mut streams = Streams::new();
         assert_eq!(streams.next().now_or_never(), Some(None));
         streams.insert(1, numbers(0..3));
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_removed_costs_no_other_its_turn() {
+    fn removed_stream_does_not_skip_another_turn() {
         let mut streams = Streams::new();
         for number in 1..=3 {
             streams.insert(number, numbers(0..9));

@@ -1,5 +1,5 @@
-//! One batch's answer, shared by all its records: a record's [`Delivery`] is a counted pointer and a number, and
-//! nothing is allocated for it.
+//! Result of one batch, shared by all its records. A record's [`Delivery`] is a reference-counted pointer and an index,
+//! without an allocation of its own.
 
 use std::{
     future::Future,
@@ -16,16 +16,16 @@ use crate::{
     proto::v1,
 };
 
-/// Where an acknowledged record was at the moment of the acknowledgement.
+/// Storage of an acknowledged record at the time of the acknowledgement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Held {
-    /// Accepted, in the leader's memory.
+    /// In the memory of the leader.
     Memory,
-    /// In the page cache of that many machines.
+    /// In the page cache of [`Ack::replicas`] replicas.
     PageCache,
-    /// On stable storage of that many machines.
+    /// On stable storage of [`Ack::replicas`] replicas.
     Synced,
-    /// In the bucket as well.
+    /// Also in the object store.
     Tiered,
 }
 
@@ -35,12 +35,12 @@ impl Held {
             Ok(v1::Durability::PageCache) => Self::PageCache,
             Ok(v1::Durability::Synced) => Self::Synced,
             Ok(v1::Durability::Tiered) => Self::Tiered,
-            // An unknown word promises nothing.
+            // An unknown value promises nothing.
             _ => Self::Memory,
         }
     }
 
-    /// The same in words.
+    /// Returns a description of the storage on that many replicas.
     pub fn words(self, replicas: u32) -> String {
         let s = if replicas == 1 { "" } else { "s" };
         match self {
@@ -52,33 +52,33 @@ impl Held {
     }
 }
 
-/// A record's acknowledgement.
+/// Acknowledgement of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ack {
-    /// The partition that it went to.
+    /// Partition of the record.
     pub partition: u32,
-    /// Its offset; none with `acks=0`.
+    /// Offset of the record; `None` with `acks=0`.
     pub offset: Option<Offset>,
-    /// The first offset of the batch that it came in; none with `acks=0`.
+    /// First offset of the record's batch; `None` with `acks=0`.
     pub base_offset: Option<Offset>,
-    /// How many records the batch held.
+    /// Number of records in the batch.
     pub count: u32,
-    /// The epoch of the leader that took it.
+    /// Leader epoch in which the batch was appended.
     pub leader_epoch: LeaderEpoch,
-    /// The time that the broker gave the record, where the topic says LogAppendTime.
+    /// Timestamp that the broker assigned, in milliseconds since 1970; `None` unless the topic uses LogAppendTime.
     pub append_time_ms: Option<i64>,
-    /// Where it was when it was acknowledged.
+    /// Storage of the record at the time of the acknowledgement.
     pub held: Held,
-    /// On how many replicas.
+    /// Number of replicas that stored the record.
     pub replicas: u32,
-    /// An earlier try had been appended already.
+    /// True if an earlier attempt had already been appended.
     pub duplicate: bool,
-    /// When the answer came, however late it is looked at.
+    /// Arrival time of the response, not the time at which the [`Delivery`] was awaited.
     pub received: Instant,
 }
 
 impl Ack {
-    /// What the acknowledgement meant, in words.
+    /// Returns a description of the record's storage.
     pub fn meaning(&self) -> String {
         self.held.words(self.replicas)
     }
@@ -86,19 +86,19 @@ impl Ack {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The batch's answer; its `offset` is that of the first record.
+    /// Result of the batch; its `offset` is that of the first record.
     answer: Option<Result<Ack, SendError>>,
     wakers: Vec<Waker>,
 }
 
-/// A batch's answer, once there is one.
+/// Result of a batch once it is known.
 #[derive(Debug, Default)]
 pub(super) struct Completion {
     state: Mutex<State>,
 }
 
 impl Completion {
-    /// Answers everyone who waits for the batch. The first answer stays.
+    /// Sets the result and wakes all deliveries of the batch. Only the first call has an effect.
     pub(super) fn complete(&self, answer: Result<Ack, SendError>) {
         let wakers = {
             let mut state = lock(&self.state);
@@ -114,15 +114,15 @@ impl Completion {
     }
 }
 
-/// The answer to one record: a future that resolves when the record is acknowledged or has failed for good. Dropping
-/// it does not take the record back.
+/// Future of one record's result; it resolves when the record is acknowledged or has failed. Dropping the future does
+/// not cancel the record.
 #[derive(Debug)]
 #[must_use = "a record that nobody waits for may have failed; await the delivery, or flush"]
 pub struct Delivery {
     completion: Arc<Completion>,
-    /// The record's place in its batch.
+    /// Index of the record in its batch.
     index: u32,
-    /// Where this future's waker is in the list.
+    /// Index of this future's waker in the list.
     slot: Option<usize>,
 }
 
@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn every_record_of_a_batch_gets_its_own_offset_from_one_answer() {
+    async fn records_of_a_batch_get_their_own_offsets() {
         let completion = Arc::new(Completion::default());
         let waiting: Vec<Delivery> = (0..3).map(|index| Delivery::new(completion.clone(), index)).collect();
         let ack = Ack {
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn an_acknowledgement_says_what_it_meant() {
+    fn acknowledgement_is_described_by_its_storage() {
         assert_eq!(Held::Memory.words(1), "in memory of the leader");
         assert_eq!(Held::PageCache.words(2), "in the page cache of 2 replicas");
         assert_eq!(Held::Synced.words(1), "synced on 1 replica");

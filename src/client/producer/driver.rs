@@ -1,5 +1,5 @@
-//! The producer's task. It owns every flight and every stream; its loop waits for one of a few things and calls one
-//! plain method for each.
+//! The producer's task. It owns all in-flight batches and all streams. Its loop waits for a command, an event, a
+//! notification or a timer, and calls one method for each.
 
 mod lookups;
 mod trouble;
@@ -31,45 +31,46 @@ use super::{
 use crate::{
     model::{Acks, LeaderEpoch, Offset},
     proto::{
-        fault::{Fault, Reason},
-        frame::ProduceFrame,
+        error::{ApiError, ErrorCode},
+        produce_request::ProduceRequestParts,
         v1,
     },
     task::{Tasks, clock},
 };
 
-/// Batches under way on one stream. More wait in their lanes, where later records still join them.
+/// Maximum number of in-flight batches on one stream. More batches wait in their queues, where later records still join
+/// them.
 const STREAM_WINDOW: usize = 256;
 
-/// What handles ask of the task.
+/// Command of a handle to the task.
 pub(super) enum Command {
-    /// Seal all, and say what is outstanding.
+    /// Seal all batches, and return the completions that are outstanding.
     Flush(oneshot::Sender<Vec<Arc<Completion>>>),
-    /// Seal all: somebody waits for memory.
+    /// Seal all lingering batches: a sender waits for memory.
     Relieve,
 }
 
-/// What the task's own helpers tell it.
+/// Event from a child task to the task.
 pub(super) enum Event {
-    /// A broker answered.
+    /// A broker responded.
     Answer { stream: u64, answer: v1::ProduceResponse },
-    /// A stream ended. `delivered`: the broker may have seen what was sent.
-    Ended { stream: u64, delivered: bool, fault: Fault },
-    /// Metadata was asked for.
+    /// A stream ended. `delivered`: the broker may have received the batches.
+    Ended { stream: u64, delivered: bool, fault: ApiError },
+    /// A metadata refresh ended.
     Routed(Result<(), CallError>),
-    /// A new id was asked for on behalf of a lane.
+    /// A request for a new producer id, made for one queue, ended.
     Identified { lane: usize, identity: Result<Identity, CallError> },
 }
 
 struct Stream {
     address: Address,
-    requests: mpsc::Sender<ProduceFrame>,
+    requests: mpsc::Sender<ProduceRequestParts>,
     under_way: usize,
-    /// Lanes that found the stream full, each once, the longest wait first.
+    /// Queues that wait for room in the stream, each once, the longest wait first.
     waiting: VecDeque<usize>,
-    /// When an answer came last.
+    /// Time of the last response, or of the first send after the stream was empty.
     heard: Instant,
-    /// The call itself, and what is on its way there: over when the stream is left.
+    /// The call and its requests; cancelled when the stream ends.
     call: Tasks,
 }
 
@@ -79,36 +80,37 @@ impl Stream {
     }
 }
 
-/// One lane's side that only the task sees.
+/// State of one queue that only the task accesses.
 struct LaneState {
     lane: Arc<Lane>,
     flight: Flight,
-    /// Where the flight's batches are under way.
+    /// Stream of the in-flight batches.
     stream: Option<u64>,
-    /// The stream in which it waits for room.
+    /// Stream in which the queue waits for room.
     waiting: Option<u64>,
-    /// The next pause; there while something fails.
+    /// Backoff; present while sends fail.
     pauses: Option<Pauses>,
-    /// Nothing is sent before.
+    /// Time before which nothing is sent.
     not_before: Option<Instant>,
-    /// The timer that is set for it.
+    /// Time of the queue's entry in `timers`.
     timer: Option<Instant>,
     identifying: bool,
-    /// When its leader was last heard, or last given something to answer.
+    /// Time of the leader's last response, or of the first send after nothing was in flight.
     heard: Instant,
-    /// When metadata was last asked for because of its leader's silence.
+    /// Time of the last metadata refresh because the leader did not respond.
     doubted: Instant,
-    /// What stood in the way last, for the message of an expiry.
+    /// Last problem, for the error of an expired record.
     trouble: String,
-    /// Whether that is what the client shows.
+    /// True while the client's retry status holds this problem.
     in_trouble: bool,
-    /// Why acknowledgements take longer, by the broker's word.
+    /// The broker's reason for a late acknowledgement.
     notice: Option<String>,
-    /// The id of the topic that is written to; `None` before the first batch.
+    /// Id of the topic that the batches belong to; `None` before the first batch.
     topic_id: Option<Arc<str>>,
-    /// A batch was acknowledged under that id.
+    /// True once a batch was acknowledged under this id.
     proven: bool,
-    /// A broker refused that id. It may know less than this client, so it is asked twice.
+    /// True once a broker rejected this id. The broker's metadata may be older than the client's, so the batch is sent
+    /// once more.
     mismatched: bool,
 }
 
@@ -122,14 +124,14 @@ pub(super) struct Driver {
     by_address: BTreeMap<Address, u64>,
     next_stream: u64,
     next_correlation: u64,
-    /// Lanes that want to be looked at, by time; at most one entry for each.
+    /// Timers of the queues, by time; at most one per queue.
     timers: BTreeSet<(Instant, usize)>,
-    /// Lanes whose open batch may be lingering.
+    /// Queues whose open batch may linger.
     lingering: BTreeSet<usize>,
     events: mpsc::Sender<Event>,
     received: mpsc::Receiver<Event>,
     routing: bool,
-    /// Lanes that wait for metadata.
+    /// Queues that wait for metadata.
     unrouted: BTreeSet<usize>,
     route_pauses: Option<Pauses>,
     refresh_at: Instant,
@@ -137,7 +139,7 @@ pub(super) struct Driver {
 
 impl Driver {
     pub(super) fn new(shared: Arc<Shared>, tasks: Tasks, identity: Option<Identity>) -> Self {
-        // The task never waits to put anything anywhere but here, so that this bound cannot lock it up.
+        // The task never waits for room in a channel, so this bound cannot cause a deadlock.
         let (events, received) = mpsc::channel(STREAM_WINDOW);
         let refresh_at = clock::monotonic() + shared.client.options().metadata_age;
         Self {
@@ -179,17 +181,18 @@ impl Driver {
     }
 
     fn on_command(&mut self, command: Command) {
-        // What has not been looked at yet may linger too.
+        // A queue that was not processed yet may have an open batch too.
         self.on_wake();
         match command {
             Command::Flush(reply) => {
                 self.seal(0..self.lanes.len());
                 let outstanding =
                     self.lanes.iter().flat_map(|state| state.flight.waiting().cloned().chain(state.lane.waiting()));
-                // Nobody waits any more: nothing to tell.
+                // The caller may have stopped waiting; the reply is then dropped.
                 let _ = reply.send(outstanding.collect());
             }
-            // It comes with every record that finds the memory full: a look at all partitions would cost more than sending.
+            // Each record that finds the memory full sends this command. Visiting all partitions would cost more than
+            // sending.
             Command::Relieve => {
                 let lingering = std::mem::take(&mut self.lingering);
                 self.seal(lingering);
@@ -266,12 +269,12 @@ impl Driver {
         }
     }
 
-    /// Sends what may be sent of a lane, and sets its timer.
+    /// Sends all batches of a queue that may be sent now, and sets its timer.
     fn pump(&mut self, index: usize) {
         let now = clock::monotonic();
         loop {
             let state = &mut self.lanes[index];
-            // It has its turn; until then later records join its open batch.
+            // The queue waits for room in the stream; until then later records join its open batch.
             if state.waiting.is_some() {
                 break;
             }
@@ -305,7 +308,7 @@ impl Driver {
         self.set_next_timer(index);
     }
 
-    /// Sends one batch; false when it must wait.
+    /// Sends one batch. Returns false if the batch must wait.
     fn send(&mut self, index: usize, entry: usize) -> bool {
         let state = &self.lanes[index];
         let Some(address) = self.shared.client.routing().leader(&state.lane.topic, state.lane.partition) else {
@@ -315,7 +318,7 @@ impl Driver {
         };
         let number = self.stream_to(&address);
         let state = &mut self.lanes[index];
-        // The leader moved while batches are under way at the old one: their answers come first.
+        // The leader changed while batches are in flight to the old leader: wait for their responses.
         if state.stream.is_some_and(|old| old != number) && state.flight.under_way() > 0 {
             return false;
         }
@@ -335,7 +338,7 @@ impl Driver {
         match state.flight.send(entry, number, correlation) {
             Ok(batch) => {
                 let options = &self.shared.options;
-                let frame = ProduceFrame {
+                let frame = ProduceRequestParts {
                     correlation,
                     topic: state.lane.topic.clone(),
                     partition: i32::try_from(state.lane.partition).expect("partitions are few"),
@@ -348,7 +351,8 @@ impl Driver {
                     stream.heard = clock::monotonic();
                 }
                 stream.under_way += 1;
-                // Full it cannot be; closed it is while its end is on the way here as an event.
+                // The channel is never full, because it holds `STREAM_WINDOW` requests. If it is closed, the event of
+                // its end follows.
                 let _ = stream.requests.try_send(frame);
             }
             Err(given_up) => self.give_up(index, vec![given_up]),
@@ -401,7 +405,7 @@ impl Driver {
         let (appended, result) = match answer.result {
             Some(v1::produce_response::Result::Appended(appended)) => (Some(appended), Ok(())),
             Some(v1::produce_response::Result::Error(error)) => (None, Err(self.lanes[index].judge(error.into()))),
-            _ => (None, Err(Fault::new(Reason::Internal, "the broker sent an empty answer"))),
+            _ => (None, Err(ApiError::new(ErrorCode::Internal, "the broker sent an empty answer"))),
         };
         let fault = result.clone().err();
         let state = &mut self.lanes[index];
@@ -420,7 +424,7 @@ impl Driver {
                     self.trouble(index, fault.message);
                 } else {
                     self.pause(index, &fault);
-                    if moved(fault.reason) {
+                    if moved(fault.code) {
                         self.route();
                     }
                 }
@@ -428,12 +432,12 @@ impl Driver {
             Verdict::GivenUp(given_up) => self.give_up(index, given_up),
             Verdict::Stale => {}
         }
-        // Those that wait come first: else a busy partition would keep the stream to itself.
+        // Waiting queues get the room first; otherwise a busy partition would occupy the stream.
         self.admit_waiting(number);
         self.pump(index);
     }
 
-    /// Gives the stream's room to the lanes that wait for it.
+    /// Gives free room in a stream to the queues that wait for it.
     fn admit_waiting(&mut self, number: u64) {
         while let Some(stream) = self.streams.get_mut(&number)
             && !stream.is_full()
@@ -444,7 +448,7 @@ impl Driver {
         }
     }
 
-    fn on_ended(&mut self, number: u64, delivered: bool, fault: &Fault) {
+    fn on_ended(&mut self, number: u64, delivered: bool, fault: &ApiError) {
         let Some(stream) = self.streams.remove(&number) else { return };
         tracing::debug!(address = stream.address.as_str(), %fault, "produce stream ended");
         stream.call.cancel();
@@ -476,8 +480,9 @@ impl Driver {
         if let Some((deadline, Some(stream))) = state.flight.deadline()
             && deadline <= now
         {
-            // A broker that has not answered for so long will not: its stream ends here, for all that use it.
-            let fault = Fault::new(Reason::Timeout, self.silence(index, stream));
+            // A broker that did not respond within the delivery timeout will not respond: its stream ends for all
+            // partitions.
+            let fault = ApiError::new(ErrorCode::Timeout, self.silence(index, stream));
             self.on_ended(stream, true, &fault);
         }
         let state = &mut self.lanes[index];
@@ -491,7 +496,7 @@ impl Driver {
         self.give_up(index, given_up);
     }
 
-    fn refuse_all(&mut self, index: usize, fault: &Fault) {
+    fn refuse_all(&mut self, index: usize, fault: &ApiError) {
         let state = &mut self.lanes[index];
         let mut done = state.flight.abandon();
         while let Taken::Batch(sealed) = {
@@ -531,7 +536,7 @@ impl Driver {
                     SendError::Expired { topic, partition, maybe_appended, trouble: state.trouble.clone() }
                 }
                 Why::Unknown => SendError::Unknown { topic, partition },
-                Why::Unbuildable(error) => SendError::Unbuildable(error),
+                Why::Build(error) => SendError::Build(error),
             };
             tracing::debug!(%error, records = done.count, "batch given up");
             done.completion.complete(Err(error));
@@ -557,7 +562,7 @@ impl Driver {
     fn set_timer(&mut self, index: usize, at: Instant) {
         let state = &mut self.lanes[index];
         match state.timer {
-            // An early timer costs one look; a later one would be missed.
+            // An early timer costs one check; a late timer would miss the time.
             Some(set) if set <= at => return,
             Some(set) => {
                 self.timers.remove(&(set, index));
@@ -568,7 +573,7 @@ impl Driver {
         self.timers.insert((at, index));
     }
 
-    /// Fails what was not acknowledged.
+    /// Fails all unacknowledged records.
     fn end(mut self) {
         self.shared.memory.close();
         self.meet_new_lanes();
@@ -582,9 +587,9 @@ impl Driver {
     }
 }
 
-/// Whether the partition may be led elsewhere now.
-fn moved(reason: Reason) -> bool {
-    matches!(reason, Reason::NotLeader | Reason::NotReady | Reason::StorageFailed | Reason::TopicIdMismatch)
+/// Returns true if another broker may lead the partition now.
+fn moved(reason: ErrorCode) -> bool {
+    matches!(reason, ErrorCode::NotLeader | ErrorCode::NotReady | ErrorCode::StorageFailed | ErrorCode::TopicIdMismatch)
 }
 
 fn wire_acks(acks: Acks) -> v1::Acks {

@@ -1,21 +1,23 @@
-//! A flight: the batches of one partition that the task has taken, from first sending to last answer. Pure: it decides
-//! what is sent again, in what order and under which sequence; the task carries it out.
+//! In-flight batches of one partition: the batches that the task has taken, from the first send to the last response.
+//! Pure: it decides which batches are sent again, in which order and under which sequences. The task sends them.
 //!
 //! # The rules
 //!
-//! 1. At most `window` batches are taken, counted from the oldest that is not settled: those behind it that are acknowledged already
-//!    count as well. A broker remembers the last `window` that it appended (`limits::MAX_BATCHES_PER_PRODUCER`; 16 where its memory
-//!    for producers is used up), so that it knows a repeated one whichever it is.
-//! 2. When one fails and may be repeated, nothing more is sent until every batch under way has its answer or has lost
-//!    it. Then all that were not appended go out again, in their first order and with their first sequences. Those
-//!    behind a failed batch are refused by the broker as out of order, or for the reason of the failed one: that is expected.
-//! 3. A batch that is given up leaves a gap in the sequence. If it was surely not appended, and no try of those behind
-//!    it can still be on its way, they move up. Otherwise they go on under a new producer id; those of them that may
-//!    have been appended, or may still be, are given up too, because no broker could recognise their repetition.
-//! 4. A broker that does not know the producer any more, or that misses something before the first batch under way,
-//!    has lost state: the same as in 3.
-//! 5. Without idempotence one batch is under way at a time, so that order holds; a lost answer is repeated and may
-//!    double a batch. With `acks=0` nothing that may have been sent is ever repeated.
+//! 1. At most `window` batches are taken, counted from the oldest batch without a final result. Acknowledged batches
+//!    behind it count as well. A broker remembers the last `window` batches that it appended
+//!    (`limits::MAX_BATCHES_PER_PRODUCER`; 16 if its memory for producers is used up), and detects a repetition of any
+//!    of them.
+//! 2. If a batch fails and may be repeated, nothing more is sent until each in-flight batch has a response or has lost
+//!    its stream. Then all unacknowledged batches are sent again, in their first order and with their first sequences.
+//!    The broker refuses batches behind a failed batch as out of order, or with the error of the failed batch. These
+//!    errors are expected.
+//! 3. A batch that fails leaves a gap in the sequence. If it was certainly not appended, and no attempt of a later
+//!    batch can still arrive, the later batches move up. Otherwise they continue under a new producer id. Those that
+//!    may have been appended, or may still be, fail as well, because no broker could detect their repetition.
+//! 4. A broker that has no state of the producer, or lacks a batch before the first in-flight batch, has lost state.
+//!    The batches then continue under a new producer id, as in rule 3.
+//! 5. Without idempotence one batch is in flight at a time, which preserves the order. After a lost response the batch
+//!    is repeated and may be duplicated. With `acks=0` a batch that may have been sent is never repeated.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -26,43 +28,43 @@ use super::{
     lane::{Body, Sealed},
 };
 use crate::{
-    proto::fault::{Fault, Reason},
-    record::{Batch, ProducerStamp},
+    proto::error::{ApiError, ErrorCode},
+    record::{Batch, ProducerSequence},
 };
 
-/// Who writes: the id that a broker gave.
+/// Producer id and epoch that a broker assigned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Identity {
     pub(super) id: i64,
     pub(super) epoch: i16,
 }
 
-/// How much a lost answer may be repaired.
+/// Delivery guarantee: the permitted reaction to a lost response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Guarantee {
-    /// Once, in order.
+    /// Exactly once, in order.
     Idempotent,
-    /// In order, perhaps twice.
+    /// In order; duplicates are possible.
     AtLeastOnce,
-    /// At most once.
+    /// At most once; no repetition.
     AtMostOnce,
 }
 
 #[derive(Debug)]
 struct Entry {
-    /// Not there while the batch was never sent.
+    /// Encoded batch; `None` before the first send.
     batch: Option<Batch>,
     body: Option<Body>,
-    /// How many were taken before it.
+    /// Number of batches taken before this batch.
     place: u64,
     sequence: i32,
     count: u32,
     completion: Arc<Completion>,
     permits: u32,
     deadline: Instant,
-    /// The try that is under way.
+    /// Attempt in flight.
     sent: Option<Sent>,
-    /// An answer was lost: the broker may have appended it.
+    /// True if a response was lost: the broker may have appended the batch.
     maybe_appended: bool,
 }
 
@@ -70,11 +72,11 @@ struct Entry {
 struct Sent {
     stream: u64,
     correlation: u64,
-    /// The sequence that it went out under; the entry's may have changed since.
+    /// Sequence of this attempt; the sequence of the entry may have changed since.
     sequence: i32,
 }
 
-/// A batch that needs no more work.
+/// Batch that needs no more work.
 #[derive(Debug)]
 pub(super) struct Done {
     pub(super) completion: Arc<Completion>,
@@ -82,47 +84,47 @@ pub(super) struct Done {
     pub(super) count: u32,
 }
 
-/// A batch given up, and why.
+/// Failed batch, with the reason.
 #[derive(Debug)]
 pub(super) struct GivenUp {
     pub(super) done: Done,
     pub(super) why: Why,
 }
 
-/// Why a batch was given up.
+/// Reason for the failure of a batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Why {
-    Refused(Fault),
+    Refused(ApiError),
     Expired { maybe_appended: bool },
     Unknown,
-    Unbuildable(crate::record::Unbuildable),
+    Build(crate::record::BuildError),
 }
 
-/// What an answer means.
+/// Outcome of a response.
 #[derive(Debug)]
 pub(super) enum Verdict {
-    /// Acknowledged.
+    /// The batch is acknowledged.
     Done(Done),
-    /// Will be sent again; the leader may be elsewhere.
+    /// The batch will be sent again; the leader may have changed.
     Again,
-    /// These are given up.
+    /// These batches failed.
     GivenUp(Vec<GivenUp>),
-    /// An answer to a try that is not waited for any more.
+    /// The response belongs to an attempt that is no longer in flight.
     Stale,
 }
 
-/// What the task should do next.
+/// Next action of the task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
     /// Send this entry.
     Send(usize),
-    /// Everything taken is under way and there is room: take another batch.
+    /// Take another batch: all taken batches are in flight, and there is room.
     Take,
-    /// Nothing before an answer.
+    /// Wait for a response.
     Wait,
-    /// Nothing before [`Flight::resume`], which the task calls when the pause is over.
+    /// Wait for the end of the pause, then call [`Flight::resume`].
     Resume,
-    /// Ask a broker for a new id, then call [`Flight::identify`].
+    /// Request a new producer id from a broker, then call [`Flight::identify`].
     Identify,
 }
 
@@ -132,12 +134,12 @@ pub(super) struct Flight {
     window: usize,
     identity: Option<Identity>,
     next_sequence: i32,
-    /// Batches taken so far.
+    /// Number of batches taken so far.
     taken: u64,
     entries: VecDeque<Entry>,
-    /// Something failed: nothing is sent until all answers are in.
+    /// True after a failure: nothing is sent until no batch is in flight.
     draining: bool,
-    /// The sequence has a gap that only a new id can pass.
+    /// True if the sequence has a gap that only a new producer id can close.
     reidentify: bool,
 }
 
@@ -179,7 +181,7 @@ impl Flight {
         }
     }
 
-    /// Whether one more leaves the oldest that is not settled among the last `window`.
+    /// Returns true if, after one more batch, the oldest batch without a result is still among the last `window`.
     fn has_room(&self) -> bool {
         self.entries.front().is_none_or(|oldest| self.taken - oldest.place < self.window as u64)
     }
@@ -202,7 +204,7 @@ impl Flight {
         self.taken += 1;
     }
 
-    /// The batch of an entry, which goes out now.
+    /// Returns the encoded batch of an entry. The entry is in flight from now on.
     pub(super) fn send(&mut self, index: usize, stream: u64, correlation: u64) -> Result<Batch, GivenUp> {
         let stamp = self.stamp(self.entries[index].sequence);
         let entry = &mut self.entries[index];
@@ -212,7 +214,7 @@ impl Flight {
                 Err(error) => {
                     let entry = self.remove(index);
                     self.close_gap(index, &entry);
-                    return Err(entry.given_up(Why::Unbuildable(error)));
+                    return Err(entry.given_up(Why::Build(error)));
                 }
             }
         }
@@ -224,8 +226,8 @@ impl Flight {
         Ok(batch.clone())
     }
 
-    /// An answer came.
-    pub(super) fn answered(&mut self, stream: u64, correlation: u64, answer: Result<(), Fault>) -> Verdict {
+    /// Processes a response.
+    pub(super) fn answered(&mut self, stream: u64, correlation: u64, answer: Result<(), ApiError>) -> Verdict {
         let this = |sent: &Sent| sent.stream == stream && sent.correlation == correlation;
         let found = self.entries.iter().position(|entry| entry.sent.as_ref().is_some_and(this));
         let Some(index) = found else { return Verdict::Stale };
@@ -234,11 +236,11 @@ impl Flight {
             Err(fault) => fault,
         };
         if self.repeatable(index, &fault) {
-            self.reidentify |= self.entries[index].come_back(outcome_unknown(fault.reason));
+            self.reidentify |= self.entries[index].come_back(outcome_unknown(fault.code));
             self.draining = true;
             return Verdict::Again;
         }
-        if fault.reason == Reason::ProducerFenced && self.guarantee == Guarantee::Idempotent {
+        if fault.code == ErrorCode::ProducerFenced && self.guarantee == Guarantee::Idempotent {
             return Verdict::GivenUp(
                 self.entries.drain(..).map(|entry| entry.given_up(Why::Refused(fault.clone()))).collect(),
             );
@@ -248,11 +250,12 @@ impl Flight {
         Verdict::GivenUp(vec![entry.given_up(Why::Refused(fault))])
     }
 
-    fn repeatable(&mut self, index: usize, fault: &Fault) -> bool {
-        match fault.reason {
-            Reason::OutOfOrderSequence | Reason::UnknownProducer if self.guarantee == Guarantee::Idempotent => {
-                // Behind another one it is that one's failure, and while draining it may have gone out under a
-                // sequence that has changed since: it is sent again. Else the broker has lost what came before.
+    fn repeatable(&mut self, index: usize, fault: &ApiError) -> bool {
+        match fault.code {
+            ErrorCode::OutOfOrderSequence | ErrorCode::UnknownProducer if self.guarantee == Guarantee::Idempotent => {
+                // Behind another batch, the error is the effect of that batch's failure. While draining, the attempt
+                // may have used a sequence that has changed since. The batch is sent again in both cases. Otherwise the
+                // broker has lost earlier batches.
                 self.reidentify |= index == 0 && !self.draining;
                 true
             }
@@ -261,7 +264,7 @@ impl Flight {
         }
     }
 
-    /// A stream ended. `delivered`: the broker may have seen what was under way on it.
+    /// Processes the end of a stream. `delivered`: the broker may have received the batches in flight on it.
     pub(super) fn lost(&mut self, stream: u64, delivered: bool) -> Vec<GivenUp> {
         let mut given_up = Vec::new();
         let lost = |entry: &Entry| entry.sent.is_some_and(|sent| sent.stream == stream);
@@ -281,7 +284,7 @@ impl Flight {
         given_up
     }
 
-    /// Gives up what is past its delivery timeout. What is under way waits for its stream to be given up first.
+    /// Fails batches whose delivery timeout has passed. A batch in flight must lose its stream first.
     pub(super) fn expire(&mut self, now: Instant) -> Vec<GivenUp> {
         let mut given_up = Vec::new();
         while self.entries.front().is_some_and(|entry| entry.deadline <= now && entry.sent.is_none()) {
@@ -293,19 +296,20 @@ impl Flight {
         given_up
     }
 
-    /// When the oldest batch expires, and the stream that it is under way on.
+    /// Returns the time at which the oldest batch expires, and the stream of that batch if it is in flight.
     pub(super) fn deadline(&self) -> Option<(Instant, Option<u64>)> {
         let entry = self.entries.front()?;
         Some((entry.deadline, entry.sent.map(|sent| sent.stream)))
     }
 
-    /// The pause after a failure is over.
+    /// Ends the drain after a failure, once the pause is over.
     pub(super) fn resume(&mut self) {
         debug_assert_eq!(self.next(), Next::Resume, "answers are out, or a new id is needed");
         self.draining = false;
     }
 
-    /// A new id: what was surely not appended goes on under it, what may have been is given up.
+    /// Sets a new producer id. Batches that were certainly not appended continue under it; batches that may have been
+    /// appended fail.
     pub(super) fn identify(&mut self, identity: Identity) -> Vec<GivenUp> {
         debug_assert_eq!(self.under_way(), 0, "a new id while answers are out");
         self.identity = Some(identity);
@@ -317,7 +321,7 @@ impl Flight {
         unsure.into_iter().map(|entry| entry.given_up(Why::Unknown)).collect()
     }
 
-    /// Everything there is, given up by a producer that ends.
+    /// Removes and returns all batches, without a result.
     pub(super) fn abandon(&mut self) -> Vec<Done> {
         self.entries.drain(..).map(Entry::done).collect()
     }
@@ -326,33 +330,35 @@ impl Flight {
         self.entries.iter().map(|entry| &entry.completion)
     }
 
-    fn stamp(&self, base_sequence: i32) -> Option<ProducerStamp> {
+    fn stamp(&self, base_sequence: i32) -> Option<ProducerSequence> {
         let identity = self.identity.filter(|_| self.guarantee == Guarantee::Idempotent)?;
-        Some(ProducerStamp { id: identity.id, epoch: identity.epoch, base_sequence })
+        Some(ProducerSequence { id: identity.id, epoch: identity.epoch, base_sequence })
     }
 
     fn remove(&mut self, index: usize) -> Entry {
         self.entries.remove(index).expect("the index is of an entry")
     }
 
-    /// Rule 3: the batch that was at `index` was given up.
+    /// Applies rule 3 after the batch at `index` was removed.
     fn close_gap(&mut self, index: usize, gone: &Entry) {
         if self.guarantee != Guarantee::Idempotent {
             return;
         }
         let on_the_way = self.entries.iter().skip(index).any(|entry| entry.maybe_appended);
         if gone.maybe_appended || on_the_way {
-            // Even with nothing behind it: the next batch must not take the sequence of one that may be there.
+            // This also holds without a later batch: the next batch must not use the sequence of a batch that may be in
+            // the log.
             self.draining = true;
             self.reidentify = true;
         } else {
-            // What is behind and under way will be refused as out of order, and comes back under its new sequence.
+            // The broker refuses later batches in flight as out of order; they are sent again under their new
+            // sequences.
             self.draining |= self.under_way() > 0;
             self.number_from(index, gone.sequence);
         }
     }
 
-    /// Gives the entries from `index` on dense sequences.
+    /// Assigns dense sequences to the entries from `index` on.
     fn number_from(&mut self, index: usize, mut sequence: i32) {
         for entry in self.entries.iter_mut().skip(index) {
             entry.sequence = sequence;
@@ -363,8 +369,9 @@ impl Flight {
 }
 
 impl Entry {
-    /// The try under way is over without an acknowledgement. `unknown`: it may have been appended, or may still be.
-    /// True when it went out under a sequence that is another batch's now: only a new id keeps the two apart.
+    /// Ends the attempt in flight without an acknowledgement. `unknown`: the batch may have been appended, or may still
+    /// be. Returns true if it may have been appended under a sequence that now belongs to another batch: only a new
+    /// producer id separates the two.
     fn come_back(&mut self, unknown: bool) -> bool {
         let sent = self.sent.take();
         self.maybe_appended |= unknown;
@@ -380,25 +387,25 @@ impl Entry {
     }
 }
 
-/// The sequence `count` records on: after 2^31 - 1 comes 0 (KIP-98).
+/// Returns the sequence `count` records after `sequence`; 2^31 - 1 is followed by 0 (KIP-98).
 fn after(sequence: i32, count: u32) -> i32 {
     let next = (u64::from(sequence.cast_unsigned()) + u64::from(count)) & 0x7fff_ffff;
     i32::try_from(next).expect("masked to 31 bits")
 }
 
-/// Whether a broker that answers so may have appended the batch, or may still do so.
-fn outcome_unknown(reason: Reason) -> bool {
+/// Returns true if a broker that responds with this error may have appended the batch, or may still append it.
+fn outcome_unknown(reason: ErrorCode) -> bool {
     !matches!(
         reason,
-        Reason::NotLeader
-            | Reason::OutOfOrderSequence
-            | Reason::UnknownProducer
-            | Reason::Overloaded
-            | Reason::DiskFull
-            | Reason::UnknownTopic
-            | Reason::UnknownPartition
-            | Reason::TopicIdMismatch
-            | Reason::ObjectStoreUnavailable
+        ErrorCode::NotLeader
+            | ErrorCode::OutOfOrderSequence
+            | ErrorCode::UnknownProducer
+            | ErrorCode::Overloaded
+            | ErrorCode::DiskFull
+            | ErrorCode::UnknownTopic
+            | ErrorCode::UnknownPartition
+            | ErrorCode::TopicIdMismatch
+            | ErrorCode::ObjectStoreUnavailable
     )
 }
 

@@ -1,5 +1,5 @@
-//! A flight against a model of a broker, with answers lost, streams broken and tries of broken streams that arrive late:
-//! whatever happens, no record is appended twice, what was acknowledged is there, and it is in order.
+//! [`Flight`] against a model of a broker, with lost responses, broken streams and late attempts of broken streams. No
+//! record is appended twice, every acknowledged record is in the log, and the log keeps the order.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -11,24 +11,24 @@ use crate::{model::Compression, record::BatchBuilder, task::clock};
 #[derive(Default)]
 struct Broker {
     log: Vec<u32>,
-    /// By producer: next sequence and the last batches' sequences.
+    /// By producer id: the next sequence, and the sequences of the last batches.
     producers: BTreeMap<i64, (i32, VecDeque<i32>)>,
     forgotten: BTreeSet<i64>,
 }
 
 impl Broker {
-    fn append(&mut self, batch: &Batch) -> Result<(), Fault> {
+    fn append(&mut self, batch: &Batch) -> Result<(), ApiError> {
         let stamp = batch.producer().expect("idempotent");
-        let refuse = |reason| Err(Fault::new(reason, "model"));
+        let refuse = |reason| Err(ApiError::new(reason, "model"));
         if self.forgotten.contains(&stamp.id) {
-            return refuse(Reason::UnknownProducer);
+            return refuse(ErrorCode::UnknownProducer);
         }
         let (next, last) = self.producers.entry(stamp.id).or_default();
         if last.contains(&stamp.base_sequence) {
             return Ok(());
         }
         if *next != stamp.base_sequence {
-            return refuse(Reason::OutOfOrderSequence);
+            return refuse(ErrorCode::OutOfOrderSequence);
         }
         *next = after(*next, batch.count());
         last.push_back(stamp.base_sequence);
@@ -50,11 +50,11 @@ struct World {
     broker: Broker,
     stream: u64,
     correlation: u64,
-    /// On the way to the broker on the current stream.
+    /// Requests on the current stream that the broker has not handled yet.
     requests: VecDeque<(u64, Batch)>,
-    /// On the way back.
-    answers: VecDeque<(u64, Result<(), Fault>)>,
-    /// Sent on streams that are broken; may still arrive.
+    /// Responses that the client has not received yet.
+    answers: VecDeque<(u64, Result<(), ApiError>)>,
+    /// Batches sent on broken streams; they may still arrive.
     late: VecDeque<Batch>,
     next_record: u32,
     next_producer: i64,
@@ -95,7 +95,8 @@ impl World {
         }
     }
 
-    /// What the task would do next; false when it waits for an answer.
+    /// Performs the task's next action. Returns false if the task waits for a response or, without `more`, would take a
+    /// new batch.
     fn advance(&mut self, more: bool) -> bool {
         match self.flight.next() {
             Next::Wait => return false,
@@ -118,7 +119,7 @@ impl World {
     }
 
     fn take(&mut self) {
-        // Sizes repeat, so that a sequence of one batch is often that of another.
+        // Sizes repeat, so that the sequence of one batch is often that of another.
         let count = 1 + u32::from(self.next_record.is_multiple_of(5));
         let records: Vec<u32> = (self.next_record..self.next_record + count).collect();
         self.next_record += count;
@@ -132,14 +133,14 @@ impl World {
         self.flight.take(Sealed { body: Body::Built(builder), count, completion, permits: 0, deadline });
     }
 
-    /// The broker handles the next request, as `how` says.
+    /// Lets the broker handle the next request; `how` selects the outcome.
     fn handle(&mut self, how: u8) {
         let Some((correlation, batch)) = self.requests.pop_front() else { return };
-        let refuse = |reason| Err(Fault::new(reason, "model"));
+        let refuse = |reason| Err(ApiError::new(reason, "model"));
         let answer = match how {
-            0 => refuse(Reason::NotLeader),
-            1 => self.broker.append(&batch).and_then(|()| refuse(Reason::Timeout)),
-            2 => refuse(Reason::RecordTooLarge),
+            0 => refuse(ErrorCode::NotLeader),
+            1 => self.broker.append(&batch).and_then(|()| refuse(ErrorCode::Timeout)),
+            2 => refuse(ErrorCode::RecordTooLarge),
             _ => self.broker.append(&batch),
         };
         self.answers.push_back((correlation, answer));
@@ -190,7 +191,7 @@ impl World {
         }
     }
 
-    /// Faults stop: everything must come to an end.
+    /// Runs without faults until no batch is left.
     fn settle(&mut self) {
         for _ in 0..1000 {
             while self.advance(false) {}
@@ -235,10 +236,10 @@ proptest! {
     }
 }
 
-/// The story of a bug: a batch was refused for good, the one behind it moved up to its sequence, and a try of the latter
-/// from a broken stream arrived under its old sequence, which was the next one due.
+/// Regression: a batch was refused, and the batch behind it moved up to its sequence. A late attempt of the second
+/// batch then arrived under its old sequence, which was the next in order.
 #[test]
-fn a_late_try_under_an_old_sequence_does_not_double_a_batch() {
+fn late_attempt_under_old_sequence_is_not_duplicated() {
     let mut world = World::new();
     world.next_record = 1;
     for _ in 0..4 {
@@ -259,10 +260,11 @@ fn a_late_try_under_an_old_sequence_does_not_double_a_batch() {
     assert!(twice <= 1, "{:?}", world.broker.log);
 }
 
-/// The story of a bug: the first of five were appended and their answers lost, the last were acknowledged, and as many new ones went out as had
-/// been. When the answers were lost once more the broker remembered only the newer five, and could not tell that the first were there.
+/// Regression: of five batches, the first were appended and lost their responses, and the last were acknowledged. As
+/// many new batches were sent as had been acknowledged. After more lost responses the broker remembered only the newer
+/// five, and could not detect the repetition of the first.
 #[test]
-fn what_is_acknowledged_behind_an_open_batch_makes_no_room() {
+fn ack_behind_unacknowledged_batch_frees_no_room() {
     let mut world = World::new();
     while world.advance(true) {}
     assert_eq!(world.requests.len(), 5);

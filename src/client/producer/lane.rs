@@ -1,5 +1,5 @@
-//! A lane: what senders share with the producer's task for one partition. Senders append to the open batch; the task
-//! takes sealed ones.
+//! Queue of one partition, shared by the senders and the producer's task. Senders append to the open batch; the task
+//! takes sealed batches.
 
 use std::{
     collections::VecDeque,
@@ -19,21 +19,21 @@ use super::{
 };
 use crate::{
     model::Compression,
-    record::{Batch, BatchBuilder, ProducerStamp, Unbuildable},
+    record::{Batch, BatchBuilder, BuildError, ProducerSequence},
     task::clock,
 };
 
-/// What a batch is made of until it is first sent.
+/// Content of a batch until its first send.
 #[derive(Debug)]
 pub(super) enum Body {
-    /// Records that need no compression: the task finishes it with its sequence, so that the CRC is computed once.
+    /// Records without compression. The task builds the batch with its sequence, so that the CRC is computed once.
     Built(BatchBuilder),
-    /// A whole batch: compressed by a sender's thread, or handed over by the user.
+    /// Complete batch, compressed by a sender's thread or supplied by the user.
     Whole(Batch),
 }
 
 impl Body {
-    pub(super) fn stamped(self, stamp: Option<ProducerStamp>) -> Result<Batch, Unbuildable> {
+    pub(super) fn stamped(self, stamp: Option<ProducerSequence>) -> Result<Batch, BuildError> {
         match self {
             Self::Built(builder) => builder.finish(stamp),
             Self::Whole(mut batch) => {
@@ -46,15 +46,15 @@ impl Body {
     }
 }
 
-/// A batch that takes no more records.
+/// Batch that accepts no more records.
 #[derive(Debug)]
 pub(super) struct Sealed {
     pub(super) body: Body,
     pub(super) count: u32,
     pub(super) completion: Arc<Completion>,
-    /// Bytes of the producer's memory that it holds.
+    /// Bytes of the producer's memory that the batch holds.
     pub(super) permits: u32,
-    /// When its delivery timeout is over.
+    /// End of the delivery timeout.
     pub(super) deadline: Instant,
 }
 
@@ -70,28 +70,28 @@ struct Open {
 struct Intake {
     open: Option<Open>,
     sealed: VecDeque<Sealed>,
-    /// Bytes of the last batch: the next one starts with so much room, so that small batches stay small in memory.
+    /// Bytes of the last batch. The next batch starts with this capacity, so that small batches stay small in memory.
     hint: usize,
-    /// Why nothing more is taken.
+    /// Error for new records once the queue is closed.
     closed: Option<SendError>,
 }
 
-/// How batches are filled.
+/// Limits of a batch.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Filling {
-    /// A batch is sealed when it would pass so many bytes.
+    /// Size in bytes at which a batch is sealed. A record that would exceed it starts the next batch.
     pub(super) batch_bytes: usize,
     pub(super) linger: Duration,
     pub(super) compression: Compression,
     pub(super) delivery_timeout: Duration,
 }
 
-/// What became of a record.
+/// Result of appending a record.
 pub(super) struct Appended {
     pub(super) delivery: Delivery,
-    /// The task must look at the lane.
+    /// True if the task must process the queue.
     pub(super) wake: bool,
-    /// A batch was sealed: a sticky partitioner goes on to another partition.
+    /// True if a batch was sealed: the sticky partition then changes.
     pub(super) sealed: bool,
 }
 
@@ -99,11 +99,11 @@ pub(super) struct Appended {
 pub(super) struct Lane {
     pub(super) topic: Arc<str>,
     pub(super) partition: u32,
-    /// Its place in the task's list.
+    /// Index of the queue in the task's list.
     pub(super) index: usize,
     filling: Filling,
     intake: Mutex<Intake>,
-    /// Whether the task has been told to look.
+    /// True from a notification of the task until the task processes the queue.
     queued: AtomicBool,
 }
 
@@ -112,7 +112,7 @@ impl Lane {
         Self { topic, partition, index, filling, intake: Mutex::default(), queued: AtomicBool::new(false) }
     }
 
-    /// Whether the caller is the one who must tell the task.
+    /// Marks the queue as queued for the task. Returns true if the caller must notify the task.
     pub(super) fn mark_queued(&self) -> bool {
         !self.queued.swap(true, Ordering::AcqRel)
     }
@@ -121,7 +121,7 @@ impl Lane {
         self.queued.store(false, Ordering::Release);
     }
 
-    /// Adds a record, which holds `permits` bytes of memory and takes at most `bytes` in a batch.
+    /// Appends a record that holds `permits` bytes of memory and takes at most `bytes` in a batch.
     pub(super) fn append(&self, record: &NewRecord<'_>, bytes: usize, permits: u32) -> Result<Appended, SendError> {
         let timestamp_ms = record.timestamp_ms.unwrap_or_else(clock::wall_ms);
         let mut intake = lock(&self.intake);
@@ -159,7 +159,7 @@ impl Lane {
         Ok(Appended { delivery, wake: opened || sealed, sealed })
     }
 
-    /// Queues a whole batch behind what is open.
+    /// Queues a complete batch after the open batch.
     pub(super) fn append_batch(&self, batch: Batch, permits: u32) -> Result<Delivery, SendError> {
         let mut intake = lock(&self.intake);
         if let Some(error) = &intake.closed {
@@ -178,7 +178,7 @@ impl Lane {
         let Some(open) = intake.open.take() else { return Ok(()) };
         let count = open.builder.count();
         intake.hint = open.builder.encoded_len();
-        // Compression is paid by the sender, so that several senders compress side by side.
+        // The sender's thread compresses, so that several senders compress in parallel.
         let body = match self.filling.compression {
             Compression::None => Body::Built(open.builder),
             _ => match open.builder.finish(None) {
@@ -194,13 +194,14 @@ impl Lane {
         Ok(())
     }
 
-    /// Seals what is open, whatever its age.
+    /// Seals the open batch regardless of its age.
     pub(super) fn seal_now(&self) {
-        // An error was already given to the batch's records.
+        // The records of the batch already have the error.
         let _ = self.seal(&mut lock(&self.intake));
     }
 
-    /// The next batch to send: a sealed one, else the open one if it has lingered long enough. Else when to ask again.
+    /// Returns the next batch to send: a sealed batch, or the open batch if its linger is over. Otherwise returns the
+    /// time of the next attempt.
     pub(super) fn take(&self, now: Instant) -> Taken {
         let mut intake = lock(&self.intake);
         if intake.sealed.is_empty() {
@@ -217,7 +218,7 @@ impl Lane {
         intake.sealed.pop_front().map_or(Taken::Nothing, Taken::Batch)
     }
 
-    /// The batches that waited here past their delivery timeout.
+    /// Removes and returns the sealed batches whose delivery timeout has passed.
     pub(super) fn take_expired(&self, now: Instant) -> Vec<Sealed> {
         let mut intake = lock(&self.intake);
         let mut expired = Vec::new();
@@ -227,21 +228,21 @@ impl Lane {
         expired
     }
 
-    /// When the oldest batch that waits here expires.
+    /// Returns the time at which the oldest batch in the queue expires.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let intake = lock(&self.intake);
         let open = || intake.open.as_ref().map(|open| open.since + self.filling.delivery_timeout);
         intake.sealed.front().map(|sealed| sealed.deadline).or_else(open)
     }
 
-    /// The completions of all batches that wait here.
+    /// Returns the completions of all batches in the queue.
     pub(super) fn waiting(&self) -> Vec<Arc<Completion>> {
         let intake = lock(&self.intake);
         let open = intake.open.iter().map(|open| open.completion.clone());
         intake.sealed.iter().map(|sealed| sealed.completion.clone()).chain(open).collect()
     }
 
-    /// Takes no more, and hands out what waited here.
+    /// Closes the queue for new records and returns the batches in it.
     pub(super) fn close(&self, error: &SendError) -> Vec<Sealed> {
         let mut intake = lock(&self.intake);
         intake.closed.get_or_insert_with(|| error.clone());
@@ -250,7 +251,7 @@ impl Lane {
     }
 }
 
-/// What [`Lane::take`] found.
+/// Result of [`Lane::take`].
 pub(super) enum Taken {
     Batch(Sealed),
     Later(Instant),

@@ -1,33 +1,33 @@
-//! The producer: records in, acknowledgements out, in order and once.
+//! The producer: sends records in order and once, and returns their acknowledgements.
 //!
 //! # Overview
 //!
 //! ```text
-//! send ─► partitioner ─► lane: open batch ─► sealed batches        (sender's thread, one short lock)
-//!                                                 │ wake
-//!                        task: flight (bounded per partition) ─► stream to the leader ─► broker
-//!                              ▲ answers, lost streams, new leaders, pauses over
+//! send ─► partitioner ─► partition queue: open batch ─► sealed batches        (sender's thread, one short lock)
+//!                                                            │ wake
+//!             task: in-flight batches (bounded per partition) ─► stream to the leader ─► broker
+//!                                         ▲ responses, lost streams, new leaders, ended pauses
 //! ```
 //!
 //! Senders copy a record into the open batch of its partition and get a [`Delivery`]. One task per producer takes
-//! sealed batches, numbers them, sends them down one stream per leader and hears the answers. What may be under way and
-//! what must be repeated is decided by `flight`, which is pure.
+//! sealed batches, numbers them, sends them on one stream per leader and receives the responses. `flight` decides which
+//! batches may be in flight and which are repeated; it is pure.
 //!
-//! With `linger` 0 a batch goes out as soon as its partition has room under way, and what comes meanwhile makes the
-//! next batch: batches grow with load, and a lone record does not wait.
+//! With `linger` 0 a batch is sent as soon as its partition is below the in-flight limit, and later records form the
+//! next batch. Batches grow with load, and a single record does not wait.
 //!
 //! # Invariants
 //!
-//! - Records of one partition are appended in the order in which `send` took them.
-//! - A record is appended once: the broker recognises a repeated batch by producer id and sequence. Where a lost answer
-//!   can no longer be settled so, the send fails as [`SendError::Unknown`] and is never silently repeated.
-//! - Records that are queued or under way take at most `memory_bytes`, or one record where that is larger; beyond that
-//!   `send` waits.
+//! - Records of one partition are appended in the order in which `send` accepted them.
+//! - A record is appended once: the broker detects a repeated batch by producer id and sequence. If it can no longer do
+//!   so after a lost response, the send fails as [`SendError::Unknown`] and is never silently repeated.
+//! - Queued and in-flight records take at most `memory_bytes`, or one record if that is larger. Above the limit `send`
+//!   waits.
 //!
 //! # Shutdown
 //!
-//! [`Producer::close`] seals, delivers and joins. When the last handle is dropped, the task ends and what was not
-//! acknowledged fails as [`SendError::Closed`].
+//! [`Producer::close`] seals and delivers all batches and joins the task. When the last handle is dropped, the task
+//! ends and unacknowledged records fail as [`SendError::Closed`].
 
 mod completion;
 mod driver;
@@ -71,27 +71,30 @@ use crate::{
     task::{Tasks, random},
 };
 
-/// What a producer may be told.
+/// Settings of a producer.
 #[derive(Clone, Debug)]
 pub struct ProducerOptions {
-    /// A batch goes out when it holds so many bytes before compression. 64 KiB.
+    /// Size before compression, in bytes, at which a batch is sent. Default: 64 KiB.
     pub batch_bytes: usize,
-    /// How long a batch that is not full waits for more records. 0: it goes out as soon as there is room under way.
+    /// Time for which a batch that is not full waits for more records. 0 sends it as soon as the in-flight limit
+    /// allows.
     pub linger: Duration,
-    /// How many batches of one partition may be under way: 1 to `limits::MAX_BATCHES_PER_PRODUCER` when idempotent. 16.
+    /// Maximum number of in-flight batches per partition: 1 to `limits::MAX_BATCHES_PER_PRODUCER` if idempotent.
+    /// Default: 16.
     pub in_flight: usize,
-    /// What counts as acknowledged. `All`.
+    /// Acknowledgement that completes a send. Default: `All`.
     pub acks: Acks,
-    /// How batches are compressed. Not at all.
+    /// Compression of batches. Default: none.
     pub compression: Compression,
-    /// Which partition a record goes to when it names none. [`KeyHash`].
+    /// Partitioner for records that name no partition. Default: [`KeyHash`].
     pub partitioner: Arc<dyn Partitioner>,
-    /// Most bytes of records that are queued or under way; `send` waits for room. A record that is larger than all of it
-    /// is sent when nothing else is under way. 32 MiB.
+    /// Maximum bytes of queued and in-flight records; above it `send` waits. A record that is larger than the maximum
+    /// is sent when no other record is in flight. Default: 32 MiB.
     pub memory_bytes: usize,
-    /// How long a record may take until it is acknowledged, retries included; then it fails. 2 minutes.
+    /// Time limit for the acknowledgement of a record, retries included; the record fails after it. Default: 2 minutes.
     pub delivery_timeout: Duration,
-    /// Whether a repeated batch must be recognised, so that nothing is doubled. True; never with `acks=0`.
+    /// True if the broker must detect repeated batches, so that no record is duplicated. Default: true; ignored with
+    /// `acks=0`.
     pub idempotent: bool,
 }
 
@@ -126,13 +129,13 @@ impl ProducerOptions {
         self.in_flight.clamp(1, most)
     }
 
-    /// The memory bound as permits: at least one batch fits.
+    /// Returns the memory bound as semaphore permits. At least one batch fits.
     fn memory(&self) -> u32 {
         u32::try_from(self.memory_bytes.max(self.batch_bytes).clamp(1 << 10, 1 << 31)).expect("below 2^32")
     }
 }
 
-/// A record to be sent. It borrows its bytes: sending copies them into a batch once.
+/// Record to send. It borrows its bytes; sending copies them once, into a batch.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NewRecord<'a> {
     partition: Option<u32>,
@@ -143,12 +146,12 @@ pub struct NewRecord<'a> {
 }
 
 impl<'a> NewRecord<'a> {
-    /// A record with this value, no key, and the time of sending.
+    /// Creates a record with this value, no key, and the time of sending as its timestamp.
     pub fn value(value: &'a [u8]) -> Self {
         Self { value: Some(value), ..Self::default() }
     }
 
-    /// A record whose value is null, which is not the same as empty.
+    /// Creates a record whose value is null, which is not the same as an empty value.
     pub fn null() -> Self {
         Self::default()
     }
@@ -171,42 +174,42 @@ impl<'a> NewRecord<'a> {
         Self { timestamp_ms: Some(timestamp_ms), ..self }
     }
 
-    /// Names the partition, instead of leaving it to the partitioner.
+    /// Sets the partition, instead of leaving the choice to the partitioner.
     #[must_use]
     pub fn partition(self, partition: u32) -> Self {
         Self { partition: Some(partition), ..self }
     }
 }
 
-/// What handles and the task share.
+/// State shared by the handles and the task.
 #[derive(Debug)]
 struct Shared {
     client: Client,
     options: ProducerOptions,
     topics: RwLock<BTreeMap<String, Arc<Lanes>>>,
-    /// One caller at a time adds lanes.
+    /// Serialises the callers that add queues.
     adding: tokio::sync::Mutex<()>,
-    /// Every lane, by index.
+    /// All partition queues by index.
     lanes: Mutex<Vec<Arc<Lane>>>,
-    /// Lanes that the task must look at.
+    /// Indexes of the queues that the task must process.
     dirty: Mutex<Vec<usize>>,
     wake: Notify,
     memory: Semaphore,
 }
 
-/// The partitions of one topic.
+/// Partition queues of one topic.
 #[derive(Debug)]
 struct Lanes {
     lanes: Vec<Arc<Lane>>,
-    /// The partition that keyless records go to at the moment.
+    /// Partition that currently receives the records with [`Choice::Sticky`].
     sticky: AtomicU32,
-    /// Bytes that went there.
+    /// Bytes of records that this partition received since it was chosen.
     stuck_bytes: AtomicUsize,
-    /// Largest batch that the topic takes.
+    /// Maximum batch size of the topic in bytes.
     max_message_bytes: usize,
 }
 
-/// Sends records. Clones share its memory, its id and its batches.
+/// Sends records. Clones share memory, producer id and batches.
 ///
 /// ```no_run
 /// # async fn example(client: strandline::client::Client) -> Result<(), Box<dyn std::error::Error>> {
@@ -217,7 +220,7 @@ struct Lanes {
 ///     // Waits only while the producer's memory is full.
 ///     let _delivery = producer.send("orders", NewRecord::value(&order.to_be_bytes()).key(b"customer-7")).await?;
 /// }
-/// // Every record is acknowledged, or this says why one was not.
+/// // Returns when every record is acknowledged, or the first error.
 /// producer.flush().await?;
 /// producer.close().await?;
 /// # Ok(())
@@ -227,7 +230,7 @@ struct Lanes {
 pub struct Producer {
     shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
-    /// Ends the task with the last handle.
+    /// Ends the task when the last handle is dropped.
     tasks: Arc<EndsTasks>,
 }
 
@@ -264,12 +267,12 @@ impl Producer {
         Ok(Self { shared, commands, tasks: Arc::new(EndsTasks(tasks)) })
     }
 
-    /// Queues a record and gives the future of its acknowledgement. Waits only while the producer's memory is full, or
-    /// while the topic is looked up for the first time. Records that one caller sends to one partition keep their order.
+    /// Queues a record and returns the future of its acknowledgement. Waits only while the producer's memory is full,
+    /// or for the first lookup of the topic. Records that one caller sends to one partition keep their order.
     ///
     /// # Errors
-    /// When the topic or the partition does not exist, the record is larger than the topic takes, or the producer is
-    /// closed. What happens later comes from the [`Delivery`].
+    /// The topic or the partition does not exist, the record exceeds the topic's maximum size, or the producer is
+    /// closed. The [`Delivery`] returns later errors.
     pub async fn send(&self, topic: &str, record: NewRecord<'_>) -> Result<Delivery, SendError> {
         let lanes = self.shared.lanes_of(topic, record.partition).await?;
         let bytes = BatchBuilder::record_len(record.key, record.value, record.headers);
@@ -293,11 +296,11 @@ impl Producer {
         }
     }
 
-    /// Queues a whole batch behind what was sent to its partition, for callers that make batches themselves. The
-    /// delivery is that of the batch's first record.
+    /// Queues a complete batch after the records already sent to its partition, for callers that build batches
+    /// themselves. The delivery is that of the first record of the batch.
     ///
     /// # Errors
-    /// As [`Producer::send`].
+    /// See [`Producer::send`].
     pub async fn send_batch(&self, topic: &str, partition: u32, batch: Batch) -> Result<Delivery, SendError> {
         let lanes = self.shared.lanes_of(topic, Some(partition)).await?;
         let bytes = batch.encoded_len();
@@ -316,10 +319,10 @@ impl Producer {
         }
     }
 
-    /// Sends what is open and waits until everything sent before has its answer.
+    /// Sends all open batches and waits for the results of all records sent before.
     ///
     /// # Errors
-    /// The first failure among what was outstanding. What had failed before is not repeated here.
+    /// The first error among the outstanding records. Errors from before the call are not repeated.
     pub async fn flush(&self) -> Result<(), SendError> {
         let (reply, outstanding) = oneshot::channel();
         self.commands.send(Command::Flush(reply)).await.map_err(|_| SendError::Closed)?;
@@ -332,20 +335,20 @@ impl Producer {
         result
     }
 
-    /// Flushes, then ends the producer. Other handles fail from here on.
+    /// Flushes, then ends the producer. Other handles return errors afterwards.
     ///
     /// # Errors
-    /// As [`Producer::flush`].
+    /// See [`Producer::flush`].
     pub async fn close(self) -> Result<(), SendError> {
         let flushed = self.flush().await;
         self.tasks.0.stop().await;
         flushed
     }
 
-    /// Waits for memory. When it is full, whatever is open goes out, so that a long linger cannot hold the memory that
-    /// it waits for.
+    /// Acquires memory. If the memory is full, all open batches are sent, so that a long linger does not hold the
+    /// memory.
     async fn reserve(&self, bytes: usize) -> Result<u32, SendError> {
-        // What is larger than all of it takes all of it.
+        // A record larger than the memory acquires all of it.
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX).min(self.shared.options.memory());
         let permit = match self.shared.memory.try_acquire_many(permits) {
             Ok(permit) => permit,
@@ -360,7 +363,7 @@ impl Producer {
 }
 
 impl Shared {
-    /// The lanes of a topic, looked up when they are not known or do not hold `partition`.
+    /// Returns the queues of a topic. Looks the topic up if its queues are missing or do not include `partition`.
     async fn lanes_of(&self, topic: &str, partition: Option<u32>) -> Result<Arc<Lanes>, SendError> {
         let known = self.known(topic);
         let holds = |lanes: &Lanes| partition.is_none_or(|partition| index(partition) < lanes.lanes.len());
@@ -386,7 +389,7 @@ impl Shared {
         self.topics.read().unwrap_or_else(std::sync::PoisonError::into_inner).get(topic).cloned()
     }
 
-    /// Makes lanes for partitions that have none yet.
+    /// Creates queues for partitions that have none.
     async fn add_lanes(&self, topic: &str, route: &TopicRoute) -> Arc<Lanes> {
         let _one_at_a_time = self.adding.lock().await;
         let known = self.known(topic);
@@ -428,7 +431,8 @@ impl Shared {
         lanes
     }
 
-    /// After `pause`, metadata newer than `seen`, asked of `silent` brokers last, and lanes for new partitions.
+    /// Waits for `pause`, refreshes the metadata if it is not newer than `seen`, and creates queues for new partitions.
+    /// The brokers in `silent` are called last.
     async fn refreshed(
         &self,
         seen: u64,
@@ -449,7 +453,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Tells the task to look at a lane.
+    /// Notifies the task that a queue has work.
     fn poke(&self, lane: &Lane) {
         if lane.mark_queued() {
             lock(&self.dirty).push(lane.index);
@@ -475,7 +479,7 @@ impl Lanes {
         &self.lanes[index(partition)]
     }
 
-    /// The record's lane, and whether it was chosen for being filled at the moment.
+    /// Returns the queue for a record, and true if it is that of the sticky partition.
     fn choose(&self, record: &NewRecord<'_>, partitioner: &dyn Partitioner) -> (&Arc<Lane>, bool) {
         if let Some(partition) = record.partition {
             return (self.lane(partition), false);
@@ -487,8 +491,8 @@ impl Lanes {
         }
     }
 
-    /// A record went to the sticky partition. Another one is filled next when its batch is full, or has had a batch's bytes: a
-    /// batch that goes out as soon as it can may never be full (KIP-794).
+    /// Counts a record that was appended to the sticky partition. Selects another partition when the batch was sealed
+    /// or after `batch_bytes`: a batch that is sent as soon as possible may never be full (KIP-794).
     fn filled(&self, partition: u32, bytes: usize, sealed: bool, batch_bytes: usize) {
         let stuck = self.stuck_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
         if sealed || stuck >= batch_bytes {
@@ -501,13 +505,13 @@ impl Lanes {
         let partitions = u32::try_from(self.lanes.len()).expect("partitions are few");
         if partitions > 1 {
             let next = (from + random::in_range(1..partitions)) % partitions;
-            // Of several who saw it full, one moves it.
+            // If several senders saw the full batch, one of them changes the partition.
             let _ = self.sticky.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
         }
     }
 }
 
-/// A new producer id, from any broker.
+/// Requests a new producer id from any broker.
 async fn identity(client: &Client) -> Result<Identity, CallError> {
     let call = |wire| async move { log_client(wire).init_producer(v1::InitProducerRequest {}).await };
     let answer = client.retried(|| client.ask_any(call)).await?;

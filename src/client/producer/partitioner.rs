@@ -1,23 +1,23 @@
-//! Which partition a record goes to.
+//! Selection of a partition for each record.
 
-/// What a [`Partitioner`] decided.
+/// Decision of a [`Partitioner`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice {
-    /// This partition; taken modulo the number there are.
+    /// This partition, modulo the number of partitions.
     Partition(u32),
-    /// Wherever the producer is filling a batch: it stays with one partition until a batch is full, then goes on to
-    /// another, so that few records still make large batches.
+    /// The partition whose batch the producer is filling. The producer stays with one partition until a batch is full
+    /// and then selects another one, so that few records still make large batches.
     Sticky,
 }
 
-/// Decides which partition a record goes to when its sender named none.
+/// Selects the partition of a record that names none.
 pub trait Partitioner: Send + Sync + std::fmt::Debug {
-    /// Chooses one of `partitions` (at least 1). Called for every record, from the sender's thread.
+    /// Selects one of `partitions` (at least 1). The sender's thread calls it for every record.
     fn choose(&self, key: Option<&[u8]>, value: Option<&[u8]>, partitions: u32) -> Choice;
 }
 
-/// Kafka's default: records with a key by murmur2 of the key, so that they land where any Kafka client would have put
-/// them; the others wherever a batch is being filled.
+/// Kafka's default partitioner. Keys are hashed with murmur2, so a key has the same partition as in any Kafka client.
+/// Records without a key are [`Choice::Sticky`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct KeyHash;
 
@@ -30,7 +30,7 @@ impl Partitioner for KeyHash {
     }
 }
 
-/// Ignores keys: every record goes wherever a batch is being filled.
+/// Partitioner that ignores keys: every record is [`Choice::Sticky`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Spread;
 
@@ -40,7 +40,7 @@ impl Partitioner for Spread {
     }
 }
 
-/// Murmur2 by Austin Appleby, 32 bits, as `org.apache.kafka.common.utils.Utils.murmur2` computes it.
+/// Computes Murmur2 (Austin Appleby), 32 bits, as `org.apache.kafka.common.utils.Utils.murmur2` does.
 pub fn murmur2(bytes: &[u8]) -> u32 {
     const SEED: u32 = 0x9747_b28c;
     const M: u32 = 0x5bd1_e995;
@@ -68,9 +68,9 @@ pub fn murmur2(bytes: &[u8]) -> u32 {
 mod tests {
     use super::*;
 
-    /// The vectors of Kafka's own `UtilsTest.testMurmur2`.
+    /// Vectors of Kafka's `UtilsTest.testMurmur2`.
     #[test]
-    fn murmur2_is_kafkas() {
+    fn murmur2_matches_kafka() {
         let vectors: [(&str, i32); 6] = [
             ("21", -973_932_308),
             ("foobar", -790_332_482),
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_always_goes_to_one_partition_and_a_null_key_sticks() {
+    fn key_selects_one_partition_and_null_key_is_sticky() {
         assert_eq!(
             KeyHash.choose(Some(b"21"), None, 7),
             Choice::Partition((-973_932_308_i32).cast_unsigned() & 0x7fff_ffff).modulo(7)

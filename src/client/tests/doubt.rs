@@ -1,8 +1,9 @@
-//! Brokers that doubt what they know: who is asked instead, and what is taken from them all the same.
+//! Tests of brokers that report an expired lease: other brokers are called first, and expired metadata is the last
+//! resort.
 
 use super::*;
 
-/// Two brokers that are replicas of "t"; the client was told of both by the first.
+/// Starts two replicas of "t". The client receives the addresses of both from the first.
 async fn two(first: u32, second: u32) -> (Double, Double, Client) {
     let (one, other) = (filled(first).await.0, filled(second).await.0);
     let neighbour = v1::Broker { id: 2, address: other.address.to_string(), rack: String::new() };
@@ -11,9 +12,10 @@ async fn two(first: u32, second: u32) -> (Double, Double, Client) {
     (one, other, client)
 }
 
-/// The leader is cut off from its cluster and not from its reader: it has nothing more to say, and would be listened to until the cut ends.
+/// The leader is partitioned from its cluster, but not from its consumer: it sends no more records. Without a refresh
+/// the consumer would stay there until the partition ends.
 #[tokio::test]
-async fn a_consumer_whose_leader_is_in_doubt_asks_others_and_reads_where_they_say() {
+async fn consumer_leaves_a_leader_with_an_expired_lease() {
     let (old, new, client) = two(3, 5).await;
     let mut consumer = client.consumer(ConsumerOptions::default());
     consumer.assign("t", 0, OffsetAt::Earliest).await.expect("assigned");
@@ -27,7 +29,7 @@ async fn a_consumer_whose_leader_is_in_doubt_asks_others_and_reads_where_they_sa
     let asked = new.state().asked;
     let elect = async {
         old.doubt();
-        // The first one who is asked does not know yet either.
+        // The first metadata response does not name the new leader yet.
         wait_until("it is asked", || new.state().asked > asked).await;
         (new.state().epoch, new.state().advertised_epoch) = (1, 1);
     };
@@ -36,9 +38,9 @@ async fn a_consumer_whose_leader_is_in_doubt_asks_others_and_reads_where_they_sa
     assert!(new.state().asked >= asked + 2, "it did not move before somebody led in a newer epoch");
 }
 
-/// The same for who only asks where the log ends: what it then takes for all there is lacked what the successor had acknowledged.
+/// The same for a lookup of the log end: the old end lacks records that the successor has acknowledged.
 #[tokio::test]
-async fn where_a_log_ends_is_asked_at_its_leaders_successor_when_the_leader_is_in_doubt() {
+async fn latest_offset_comes_from_successor_of_expired_leader() {
     for (epoch, ends) in [(0, 3), (1, 5)] {
         let (old, new, client) = two(3, 5).await;
         let latest = async || client.admin().offset("t", 0, OffsetAt::Latest).await.expect("known").get();
@@ -53,9 +55,9 @@ async fn where_a_log_ends_is_asked_at_its_leaders_successor_when_the_leader_is_i
     }
 }
 
-/// Two that were cut off together agree with each other, and the one that answered last is asked first.
+/// Brokers that were partitioned together agree with each other, and the last broker that responded is called first.
 #[tokio::test]
-async fn metadata_of_a_broker_in_doubt_is_believed_where_nobody_knows_better() {
+async fn expired_metadata_is_used_if_no_broker_has_better() {
     let (old, new, client) = two(0, 0).await;
     let leader = async || {
         client.topic_now("t").await.expect("known");
@@ -71,23 +73,23 @@ async fn metadata_of_a_broker_in_doubt_is_believed_where_nobody_knows_better() {
 }
 
 #[tokio::test]
-async fn what_a_broker_without_its_metadata_store_has_not_begun_another_one_does() {
+async fn change_that_was_not_started_is_made_by_another_broker() {
     let (one, other, client) = two(0, 0).await;
     let create = async || client.admin().create_topic(&NewTopic::new("t")).await.unwrap_err();
     let reason = |error: CallError| match error {
-        CallError::Fault(fault) => fault.reason,
+        CallError::Api(fault) => fault.code,
         CallError::Connect(error) => panic!("{error}"),
     };
-    let cut_off = Fault::new(Reason::MetadataUnavailable, "no answer");
+    let cut_off = ApiError::new(ErrorCode::MetadataUnavailable, "no answer");
     one.state().refusal = cut_off.clone();
-    assert_eq!(reason(create().await), Reason::MetadataUnavailable, "it may have been done");
+    assert_eq!(reason(create().await), ErrorCode::MetadataUnavailable, "it may have been done");
     one.state().refusal = cut_off.clone().with("not_begun", true);
-    assert_eq!(reason(create().await), Reason::TopicExists, "the other one's answer");
+    assert_eq!(reason(create().await), ErrorCode::TopicExists, "the other one's answer");
     other.state().refusal = cut_off.with("not_begun", true);
-    assert_eq!(reason(create().await), Reason::MetadataUnavailable, "nobody reaches it");
-    // A question is asked elsewhere whatever became of it.
-    one.state().refusal = Fault::new(Reason::MetadataUnavailable, "no answer");
-    other.state().refusal = Fault::new(Reason::TopicExists, "the other one");
+    assert_eq!(reason(create().await), ErrorCode::MetadataUnavailable, "nobody reaches it");
+    // A read is repeated at another broker, whatever its outcome.
+    one.state().refusal = ApiError::new(ErrorCode::MetadataUnavailable, "no answer");
+    other.state().refusal = ApiError::new(ErrorCode::TopicExists, "the other one");
     let asked = client.admin().reassignments(None, None).await.unwrap_err();
-    assert_eq!(reason(asked), Reason::TopicExists);
+    assert_eq!(reason(asked), ErrorCode::TopicExists);
 }

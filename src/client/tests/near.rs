@@ -1,8 +1,9 @@
-//! Consumers that name their rack, against doubles of a leader and of a follower there.
+//! Tests of consumers with a rack, against a fake leader and a fake follower in that rack.
 
 use super::*;
 
-/// A leader with so many records, and a follower in rack "b" with fewer; both in sync by the leader's metadata.
+/// Starts a leader with `led` records and a follower in rack "b" with `followed`. Both are in sync in the leader's
+/// metadata.
 async fn pair(led: u32, followed: u32) -> (Double, Double, Client) {
     let (leader, follower) = (filled(led).await.0, filled(followed).await.0);
     follower.state().follows = true;
@@ -12,7 +13,7 @@ async fn pair(led: u32, followed: u32) -> (Double, Double, Client) {
     (leader, follower, client)
 }
 
-/// Reads the records from `from` to `to` in order with a consumer in rack "b", the position given and not asked for.
+/// Reads the records `from..to` in order with a consumer in rack "b". The position is given, not looked up.
 async fn read_in_rack(client: &Client, from: u32, to: u32) {
     let policy = OnOutOfRange::Earliest;
     let options = ConsumerOptions { on_out_of_range: policy, ..ConsumerOptions::default().rack("b") };
@@ -25,7 +26,7 @@ async fn read_in_rack(client: &Client, from: u32, to: u32) {
 }
 
 #[tokio::test]
-async fn a_consumer_is_served_in_its_rack_and_without_one_by_the_leader() {
+async fn consumer_is_served_in_its_rack_else_by_the_leader() {
     let (leader, follower, client) = pair(10, 10).await;
     read_in_rack(&client, 0, 10).await;
     assert_eq!((leader.state().fetches, follower.state().fetches), (0, 10));
@@ -36,14 +37,14 @@ async fn a_consumer_is_served_in_its_rack_and_without_one_by_the_leader() {
     assert_eq!(follower.state().fetches, 10);
 }
 
-/// Refused, broken off, damaged, and called out of range by one that is behind: the leader has the last word on each, at once, and no
-/// record is read twice or left out on the way.
+/// A follower's error, broken stream, corrupt bytes or out-of-range position moves the partition to the leader at once.
+/// No record is read twice or skipped.
 #[tokio::test]
-async fn whatever_a_follower_has_against_a_read_the_leader_is_asked() {
+async fn follower_error_moves_the_read_to_the_leader() {
     let (leader, follower, client) = pair(10, 10).await;
-    follower.state().unreadable = Some(Reason::NotLeader);
+    follower.state().unreadable = Some(ErrorCode::NotLeader);
     read_in_rack(&client, 0, 10).await;
-    follower.state().unreadable = Some(Reason::DataDamaged);
+    follower.state().unreadable = Some(ErrorCode::DataDamaged);
     read_in_rack(&client, 0, 10).await;
     assert_eq!(follower.state().fetches, 2, "one refusal each");
     follower.state().unreadable = None;
@@ -58,17 +59,18 @@ async fn whatever_a_follower_has_against_a_read_the_leader_is_asked() {
     read_in_rack(&client, 8, 10).await;
 }
 
-/// As if it were cut off from its leader and from the metadata: it does not know that there is more.
+/// The follower is partitioned from its leader and from the metadata store: it cannot detect that the log grows.
 #[tokio::test]
-async fn a_follower_that_falls_silent_while_the_log_goes_on_is_left() {
+async fn silent_follower_is_left_while_the_log_grows() {
     let (leader, follower, client) = pair(10, 5).await;
     read_in_rack(&client, 0, 10).await;
     assert_eq!((leader.state().fetches, follower.state().fetches), (5, 5));
 }
 
-/// The old leader has not heard that it was replaced. Its end lies below what the follower of the new one served.
+/// The old leader is deposed and does not have the new epoch yet. Its log end lies below the position that the new
+/// leader's follower served.
 #[tokio::test]
-async fn a_leader_that_was_replaced_unawares_does_not_take_a_consumer_back() {
+async fn deposed_leader_does_not_reset_a_consumer() {
     let (old, follower, client) = pair(3, 6).await;
     let new = filled(8).await.0;
     (follower.state().epoch, new.state().epoch) = (1, 1);
@@ -87,7 +89,7 @@ async fn a_leader_that_was_replaced_unawares_does_not_take_a_consumer_back() {
         tokio::time::sleep(Duration::from_millis(300)).await;
         (old.state().advertised, old.state().advertised_epoch) = (new.address.to_string(), 1);
     };
-    // The follower is gone, and by all that is known the old one leads, until metadata tells of the new one.
+    // The follower's stream breaks. The old leader leads in all known metadata, until a refresh names the new leader.
     let (read, ()) = tokio::join!(next(), tell);
     assert_eq!((read, next().await), (6, 7));
 }

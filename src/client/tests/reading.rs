@@ -1,10 +1,10 @@
-//! What a consumer reads: no partition is left out, and none is read on past what cannot be decoded.
+//! Tests of reads: no partition is skipped, and none is read past records that cannot be decoded.
 
 use super::*;
 use crate::{
     client::{Consumer, OnUndecodable},
     limits,
-    proto::fault::Reason,
+    proto::error::ErrorCode,
 };
 
 const SOON: Duration = Duration::from_secs(20);
@@ -26,9 +26,10 @@ async fn next(consumer: &mut Consumer) -> Result<(u32, Offset), ConsumeError> {
     Ok((record.partition, record.offset))
 }
 
-/// The stream that carried it was opened anew for another one, and nobody looked where it was read since.
+/// Regression: the partition's stream was reopened for another partition, and the moved partition got no stream to its
+/// new leader.
 #[tokio::test]
-async fn a_partition_that_moved_while_another_was_assigned_is_read_on() {
+async fn moved_partition_is_read_on_when_another_is_assigned() {
     let (old, new) = (Double::start(2).await, Double::start(2).await);
     write(&old, 1, &["0"]).await;
     write(&new, 1, &["0", "1"]).await;
@@ -37,15 +38,15 @@ async fn a_partition_that_moved_while_another_was_assigned_is_read_on() {
     let mut consumer = client.consumer(ConsumerOptions::default());
     consumer.assign_at("t", 1, at(0)).await.expect("assigned");
     assert_eq!(next(&mut consumer).await, Ok((1, at(0))));
-    // A producer of the same client hears it first.
-    let moved = Fault::new(Reason::NotLeader, "it moved").with("leader", 2).with("leader_epoch", 1);
+    // A producer of the same client receives the leader hint first.
+    let moved = ApiError::new(ErrorCode::NotLeader, "it moved").with("leader", 2).with("leader_epoch", 1);
     assert!(client.routing().told("t", 1, &moved.with("address", new.address)));
     consumer.assign_at("t", 0, at(0)).await.expect("assigned");
     assert_eq!(next(&mut consumer).await, Ok((1, at(1))));
 }
 
 #[tokio::test]
-async fn records_behind_what_cannot_be_decoded_are_not_handed_out() {
+async fn records_after_an_undecodable_batch_are_not_returned() {
     let (double, client) = filled(4).await;
     double.garble(0, 1);
     let mut consumer = client.consumer(ConsumerOptions::default());
@@ -58,7 +59,7 @@ async fn records_behind_what_cannot_be_decoded_are_not_handed_out() {
     assert_eq!((batch, offset, behind), (at(1), at(1), at(2)));
     assert!(error.to_string().ends_with("the next batch is at offset 2"), "{error}");
     assert_eq!(consumer.position("t", 0), Ok(at(1)));
-    // What comes after it was on its way, and more is written.
+    // The next batches were already in flight, and another batch is written.
     write(&double, 0, &["4"]).await;
     let more = tokio::time::timeout(Duration::from_millis(300), consumer.next()).await;
     assert!(more.is_err(), "{more:?}");
@@ -67,7 +68,7 @@ async fn records_behind_what_cannot_be_decoded_are_not_handed_out() {
 }
 
 #[tokio::test]
-async fn a_batch_that_cannot_be_decoded_is_skipped_and_counted_where_the_options_say_so() {
+async fn undecodable_batch_is_skipped_and_counted() {
     let (double, client) = filled(4).await;
     double.garble(0, 1);
     double.garble(0, 3);
@@ -89,7 +90,7 @@ async fn a_batch_that_cannot_be_decoded_is_skipped_and_counted_where_the_options
 }
 
 #[tokio::test]
-async fn more_partitions_of_a_broker_than_a_request_may_name_are_all_read() {
+async fn partitions_above_the_request_limit_are_all_read() {
     let partitions = limits::MAX_FETCH_PARTITIONS + 1;
     let double = Double::start(partitions).await;
     let last = u32::try_from(partitions - 1).expect("few");

@@ -1,4 +1,4 @@
-//! Changes of many partitions over the store in memory, with rivals and a bad link.
+//! Changes of many partitions over the in-memory store, with concurrent writers and injected faults.
 
 use std::collections::BTreeMap;
 
@@ -42,7 +42,7 @@ impl World {
         Self { store, link, changes, seen }
     }
 
-    /// Changes all of them to an epoch.
+    /// Changes all partitions to an epoch.
     async fn make(&self, epoch: u32, when: &[Compare]) -> BTreeMap<PartitionId, Changed> {
         let change = |(id, expect): (&PartitionId, &Revision)| Change {
             id: *id,
@@ -64,7 +64,7 @@ impl World {
 }
 
 #[tokio::test]
-async fn one_that_is_refused_holds_up_no_other() {
+async fn conflict_does_not_block_other_changes() {
     let world = World::of(100).await;
     let rival = world.changes.make(
         [3, 57].map(|n| Change { id: id(n), expect: world.seen[&id(n)], value: value(9), also: vec![] }).into(),
@@ -88,7 +88,7 @@ async fn one_that_is_refused_holds_up_no_other() {
 }
 
 #[tokio::test]
-async fn a_partition_that_is_gone_and_a_condition_of_its_own_are_refusals() {
+async fn missing_partition_or_failed_own_compare_is_a_conflict() {
     let world = World::of(2).await;
     let key = world.changes.keys.partition(id(0));
     world.store.transact(Transaction::new().delete(key)).await.unwrap();
@@ -101,7 +101,7 @@ async fn a_partition_that_is_gone_and_a_condition_of_its_own_are_refusals() {
 }
 
 #[tokio::test]
-async fn who_may_not_change_anything_is_told_so_at_once() {
+async fn failed_shared_compare_bars_all_changes_at_once() {
     let world = World::of(90).await;
     let mine = Compare::CreateRevision(CONTROLLER.to_owned(), Revision(1));
     let made = world.make(2, &[mine]).await;
@@ -110,7 +110,7 @@ async fn who_may_not_change_anything_is_told_so_at_once() {
 }
 
 #[tokio::test]
-async fn an_outcome_that_is_not_known_is_not_tried_again() {
+async fn unknown_outcome_is_not_retried() {
     for (fault, after) in [(Fault::Refused, 1), (Fault::Lost, 1), (Fault::AnswerLost, 2)] {
         let world = World::of(3).await;
         world.link.transactions([Some(fault)]);
@@ -126,7 +126,7 @@ async fn an_outcome_that_is_not_known_is_not_tried_again() {
 }
 
 #[test]
-fn groups_stay_within_what_a_transaction_takes() {
+fn groups_stay_within_transaction_limits() {
     let broker = |n| Compare::Exists(format!("b{n}"));
     for (also, when) in [(0, 0), (1, 1), (3, 1), (10, 2)] {
         let change =

@@ -1,4 +1,4 @@
-//! Controllers of several brokers over one store: who plans, what comes of it, and who plans next.
+//! Controllers of several brokers over one store: election of the controller, its changes, and its succession.
 
 use super::*;
 use crate::{
@@ -22,7 +22,7 @@ struct World {
     tasks: Tasks,
 }
 
-/// One broker: its registration and its controller's task.
+/// One broker: its registration and its controller task.
 struct Node {
     session: Session,
     tasks: Tasks,
@@ -53,7 +53,7 @@ impl World {
         self.broker_with(number, self.view.clone()).await
     }
 
-    /// A broker whose controller looks at another mirror.
+    /// Returns a broker whose controller uses another metadata cache.
     async fn broker_with(&self, number: u32, view: View) -> Node {
         let (keys, id) = (self.keys.clone(), BrokerId(number));
         let registration =
@@ -74,7 +74,7 @@ impl World {
         Node { session, tasks }
     }
 
-    /// A broker that does nothing but be registered.
+    /// Registers a broker without any task.
     async fn ghost(&self, number: u32) {
         let path = self.keys.broker(BrokerId(number));
         self.store.transact(Transaction::new().put(path, value(number).encode())).await.unwrap();
@@ -84,7 +84,7 @@ impl World {
         self.store.transact(Transaction::new().delete(key)).await.unwrap();
     }
 
-    /// The state once it is so; the time that this took.
+    /// Waits until a condition holds for the metadata. Returns the elapsed time.
     async fn until(&self, holds: impl Fn(&ViewState) -> bool) -> Duration {
         let began = clock::monotonic();
         let mut states = self.view.watch();
@@ -110,7 +110,7 @@ impl Node {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_first_broker_plans_and_another_one_when_it_leaves() {
+async fn first_broker_is_controller_until_it_leaves() {
     let world = World::new().await;
     world.ghost(2).await;
     world.ghost(3).await;
@@ -129,9 +129,10 @@ async fn the_first_broker_plans_and_another_one_when_it_leaves() {
     world.tasks.stop().await;
 }
 
-/// While etcd changes its leader every mirror lags: all brokers campaigned two hundred times a second then.
+/// Regression: every cache lags during a leader change of etcd, and all brokers then campaigned two hundred times a
+/// second.
 #[tokio::test(start_paused = true)]
-async fn who_finds_the_key_taken_does_not_ask_for_it_until_its_mirror_can_know() {
+async fn lost_campaign_waits_for_the_metadata_cache() {
     let world = World::new().await;
     let first = world.broker(1).await;
     world.until(|state| state.controller() == Some(BrokerId(1))).await;
@@ -148,9 +149,9 @@ async fn who_finds_the_key_taken_does_not_ask_for_it_until_its_mirror_can_know()
     world.tasks.stop().await;
 }
 
-/// Evidence, rather than the lease's end: the registration is taken away.
+/// A failure report deletes the registration before the lease ends.
 #[tokio::test(start_paused = true)]
-async fn a_leader_whose_registration_is_taken_away_is_followed_at_once() {
+async fn deleted_registration_triggers_election_at_once() {
     let world = World::new().await;
     world.ghost(1).await;
     let node = world.broker(2).await;
@@ -163,7 +164,7 @@ async fn a_leader_whose_registration_is_taken_away_is_followed_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_lost_the_key_changes_nothing_more() {
+async fn deposed_controller_changes_nothing() {
     let world = World::new().await;
     let node = world.broker(1).await;
     world.until(|state| leader(state) == Some(BrokerId(1))).await;
@@ -184,19 +185,20 @@ async fn who_lost_the_key_changes_nothing_more() {
     world.tasks.stop().await;
 }
 
-/// It hangs on no lease: left alone, the cluster had no controller for ever, and whoever campaigns asked without a pause.
+/// Regression: a key without a lease left the cluster without a controller forever, and brokers campaigned without
+/// pause.
 #[tokio::test(start_paused = true)]
-async fn rubbish_in_the_key_is_taken_away_and_somebody_governs() {
+async fn invalid_controller_key_is_deleted() {
     let world = World::new().await;
     let nodes = [world.broker(1).await, world.broker(2).await];
     world.until(|state| state.controller().is_some() && leader(state).is_some()).await;
-    // Something, and what a broker would write but for the lease.
+    // Invalid bytes, and a value as a broker writes it but without a lease.
     for rubbish in ["nobody".into(), ControllerValue { broker: BrokerId(9) }.encode()] {
         let rubbish = Transaction::new().put(world.keys.controller(), rubbish);
         let Outcome::Done { revision } = world.store.transact(rubbish).await.unwrap() else {
             panic!("nothing was compared")
         };
-        // It may be gone again before anybody here has seen it.
+        // The key may be deleted again before this task has seen it.
         world.view.reached(revision).await;
         let governs = |id: BrokerId| id.0 <= 2;
         world.until(|state| state.controller().is_some_and(governs) && state.unreadable().is_empty()).await;
@@ -214,7 +216,7 @@ async fn rubbish_in_the_key_is_taken_away_and_somebody_governs() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_that_fails_is_asked_again() {
+async fn failed_store_requests_are_retried() {
     let world = World::new().await;
     let faults = [Fault::Refused, Fault::Lost, Fault::AnswerLost, Fault::Refused, Fault::Lost, Fault::AnswerLost];
     world.link.transactions(faults.map(Some));
@@ -227,7 +229,7 @@ async fn a_store_that_fails_is_asked_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn time_is_counted_for_each_uptime_and_from_when_it_was_seen() {
+async fn presence_is_counted_per_incarnation_from_first_sight() {
     let world = World::new().await;
     let (now, mut presence) = (clock::monotonic(), Presence::default());
     let one = BrokerId(1);

@@ -1,4 +1,4 @@
-//! The last changes, for watches. One bounded copy for all of them: a watch is a place in it.
+//! Recent changes for watches: one bounded copy for all of them. A watch is a position in it.
 
 use std::{
     collections::VecDeque,
@@ -10,27 +10,27 @@ use tokio::sync::watch;
 use super::{Shared, lock};
 use crate::cluster::store::{Changes, Event, Revision, StoreError};
 
-/// How many revisions a watch may lie behind. Fewer in tests, which fill it.
+/// Maximum number of revisions that a watch may lag. Lower in tests, which exceed it.
 pub(super) const MAX_REVISIONS: usize = if cfg!(test) { 500 } else { 10_000 };
 
-/// How many bytes of keys and values are kept, beside the count.
+/// Maximum number of key and value bytes in the history.
 const MAX_BYTES: usize = 16 << 20;
 
-/// The changes of the last revisions, one by one and without gaps.
+/// The changes of the last revisions, in order and without gaps.
 pub(super) struct History {
     changes: VecDeque<Arc<Changes>>,
     bytes: usize,
-    /// The first revision that a watch can begin at: that of the first change, or the next one to come.
+    /// First revision at which a watch can start: that of the first change, or the next one.
     oldest: Revision,
 }
 
 impl History {
-    /// An empty history that begins after this revision.
+    /// Returns an empty history that starts after this revision.
     pub(super) fn after(revision: Revision) -> Self {
         Self { changes: VecDeque::new(), bytes: 0, oldest: revision.next() }
     }
 
-    /// Adds the next revisions, and forgets the oldest beyond the bounds.
+    /// Appends the next revisions and evicts the oldest beyond the limits.
     pub(super) fn append(&mut self, changes: Vec<Arc<Changes>>) {
         for change in changes {
             assert_eq!(change.revision.0, self.oldest.0 + self.changes.len() as u64, "revisions have no gaps");
@@ -44,12 +44,12 @@ impl History {
         }
     }
 
-    /// Refuses a watch that begins before what is kept.
+    /// Rejects a watch that starts before the oldest revision.
     pub(super) fn check(&self, from: Revision) -> Result<(), StoreError> {
         if from < self.oldest { Err(StoreError::Compacted { from, oldest: self.oldest }) } else { Ok(()) }
     }
 
-    /// The changes of one revision; `None` when it has not been reached.
+    /// Returns the changes of one revision; `None` if the revision does not exist yet.
     fn at(&self, revision: Revision) -> Result<Option<Arc<Changes>>, StoreError> {
         self.check(revision)?;
         let place = usize::try_from(revision.0 - self.oldest.0).ok();
@@ -65,9 +65,9 @@ fn bytes(changes: &Changes) -> usize {
     changes.events.iter().map(event).sum()
 }
 
-/// One watch's place.
+/// Position of one watch.
 pub(super) struct Cursor {
-    /// Weak: a watch must not keep the file open. It ends with the store's last handle.
+    /// Weak: a watch must not keep the file open. The watch ends with the store's last handle.
     shared: Weak<Shared>,
     reached: watch::Receiver<Revision>,
     prefix: String,
@@ -75,7 +75,7 @@ pub(super) struct Cursor {
 }
 
 impl Cursor {
-    /// A watch of the keys under a prefix, from a revision on.
+    /// Returns the cursor of a watch of the keys under a prefix, from a revision on.
     pub(super) fn new(shared: &Arc<Shared>, prefix: &str, from: Revision) -> Self {
         Self {
             shared: Arc::downgrade(shared),
@@ -85,13 +85,13 @@ impl Cursor {
         }
     }
 
-    /// What there is now, from the cursor on: the changes under the prefix, or `None` when nothing new has come.
+    /// Returns the changes under the prefix from the cursor on; `None` if there is no new revision.
     fn read(&mut self) -> Result<Option<Changes>, StoreError> {
         let Some(shared) = self.shared.upgrade() else { return Ok(None) };
         let history = lock(&shared.history);
         let first = self.next;
         let mut events = Vec::new();
-        // A bound on one answer; the rest follows in the next.
+        // Bounds one result; the rest follows in the next.
         while events.len() < 1000
             && let Some(changes) = history.at(self.next)?
         {
@@ -102,7 +102,7 @@ impl Cursor {
     }
 }
 
-/// One step of a watch's stream. After an error there is no cursor left, and the stream ends.
+/// Returns the next item of a watch's stream. After an error there is no cursor left, and the stream ends.
 pub(super) async fn step(cursor: Option<Cursor>) -> Option<(Result<Changes, StoreError>, Option<Cursor>)> {
     let mut cursor = cursor?;
     loop {

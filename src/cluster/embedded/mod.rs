@@ -1,23 +1,24 @@
-//! The metadata store of a broker that runs alone: one `redb` file, `{data_dir}/metadata.redb`.
+//! The metadata store of a standalone broker: one `redb` file, `{data_dir}/metadata.redb`.
 //!
 //! # Overview
 //!
-//! Two tables: `entries` (path → create revision, mod revision, lease, value) and `store` (format, revision). Reads are
-//! read transactions of redb and wait for nobody. Transactions queue; whoever has the turn does all that are queued in
-//! one commit, so that many callers share one sync. Watches read the last changes from a bounded history in memory,
-//! each at its own pace, and hold nothing of their own.
+//! The file has two tables: `entries` (path → create revision, mod revision, lease, value) and `store` (format,
+//! revision). Reads are read transactions of redb and never wait for writes. Transactions queue; the caller that gets
+//! the permit applies all queued ones in one commit, so many callers share one sync. Watches read recent changes from
+//! one bounded history in memory, each at its own position, without buffers of their own.
 //!
 //! # Invariants
 //!
-//! - An answer `Done` follows the sync of the commit that holds the transaction.
-//! - History is appended after the commit and in its order, under the writer's lock: watches see only what is kept.
-//! - A failed commit is final: what the file holds is not known any more. Every later call answers `Unavailable` until
-//!   the store is opened again.
+//! - A `Done` result follows the sync of the commit that contains the transaction.
+//! - The history is appended after the commit, in commit order, under the writer lock: watches return only durable
+//!   changes.
+//! - A failed commit is final: the content of the file is then unknown. Every later call returns `Unavailable` until
+//!   the store is reopened.
 //!
-//! # What a crash leaves
+//! # Crash
 //!
-//! The file as of the last commit. Leases are in memory only: their keys are deleted when the file is opened, since
-//! whoever held them is gone with the process. The history is gone too: an older watch is answered `Compacted`.
+//! The file holds the last commit. Leases exist in memory only: their keys are deleted when the file is opened, since
+//! their holder ended with the process. The history is lost too: a watch of older changes returns `Compacted`.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -47,25 +48,25 @@ use crate::{
 mod history;
 mod table;
 
-/// The file's name in the data directory.
+/// Name of the file in the data directory.
 pub const FILE: &str = crate::log::METADATA;
 
-/// redb's page cache. Metadata is small and the view mirrors it.
+/// Size of redb's page cache in bytes. Metadata is small, and the metadata cache holds a copy.
 const CACHE_BYTES: usize = 16 << 20;
 
-/// Free bytes that a commit is not begun without: more than one writes.
+/// Minimum free disk space in bytes for a commit: more than one commit writes.
 const COMMIT_BYTES: u64 = 4 << 20;
 
-/// How often leases are looked at.
+/// Interval of checks for expired leases.
 const LEASE_TICK: Duration = Duration::from_millis(500);
 
-/// Why a store cannot be opened.
+/// Error of opening the store.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// Another process has the file open.
     #[error("{} is in use by another process: stop that broker, or use another data directory", path.display())]
     InUse {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
     /// A newer version of this program wrote the file.
@@ -74,27 +75,27 @@ pub enum OpenError {
         path.display()
     )]
     Newer {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The file's format.
+        /// Format of the file.
         found: u64,
-        /// The newest format that this version knows.
+        /// Newest format that this version reads.
         known: u64,
     },
-    /// The file is not what was written, or no such file at all.
+    /// The file is corrupt or no metadata file.
     #[error("{} is damaged or no metadata file ({why}): restore it, or use another data directory", path.display())]
     Damaged {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What was found.
+        /// What is wrong.
         why: String,
     },
     /// The file cannot be read or written.
     #[error("{} cannot be opened: {source}", path.display())]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -107,18 +108,18 @@ pub struct EmbeddedStore {
 
 struct Shared {
     database: Database,
-    /// Where the file is; `None` in memory. Calls that may reach a disk leave the async threads.
+    /// Directory of the file; `None` for an in-memory store. Calls that may reach a disk run on blocking threads.
     folder: Option<PathBuf>,
-    /// Who may commit. Taken before the queue is emptied, so that others can join it meanwhile.
+    /// Permit to commit. Taken before the queue is emptied, so that further transactions can queue meanwhile.
     turn: Arc<Semaphore>,
     queue: Mutex<VecDeque<Queued>>,
-    /// The newest revision in the file. Held through a whole commit: never lock it on an async thread.
+    /// Newest revision in the file. Locked during a whole commit: never lock it on an async thread.
     writer: Mutex<Revision>,
-    /// Why nothing can be written any more.
+    /// Reason why writes are no longer possible.
     failed: OnceLock<String>,
     leases: Mutex<Leases>,
     history: Mutex<History>,
-    /// The newest revision in the history: what watches wait on.
+    /// Newest revision in the history; watches wait for its changes.
     reached: watch::Sender<Revision>,
 }
 
@@ -145,7 +146,7 @@ impl fmt::Debug for EmbeddedStore {
 }
 
 impl EmbeddedStore {
-    /// Opens `metadata.redb` in a data directory, which exists; makes the file when there is none.
+    /// Opens `metadata.redb` in an existing data directory; creates the file if it is missing.
     pub async fn open(data_dir: &Path) -> Result<Self, OpenError> {
         let path = data_dir.join(FILE);
         task::run_blocking(move || {
@@ -163,7 +164,7 @@ impl EmbeddedStore {
         .await
     }
 
-    /// A store that lives in memory and ends with its last clone. Its calls never leave the caller's thread.
+    /// Returns an in-memory store that ends with its last clone. Its calls run on the caller's thread.
     pub fn in_memory() -> Self {
         let backend = redb::backends::InMemoryBackend::new();
         let database = Database::builder().create_with_backend(backend).expect("memory holds an empty database");
@@ -194,7 +195,7 @@ impl EmbeddedStore {
         })
     }
 
-    /// Ends every lease whose time is over at `now`, and deletes their keys in one transaction.
+    /// Ends every lease that has expired at `now`, and deletes the keys of these leases in one transaction.
     pub async fn tick(&self, now: Instant) -> Result<(), StoreError> {
         let over: Vec<LeaseId> = {
             let leases = lock(&self.shared.leases);
@@ -203,7 +204,7 @@ impl EmbeddedStore {
         if over.is_empty() { Ok(()) } else { self.end_leases(over, Some(now)).await }
     }
 
-    /// Lets leases end by the monotonic clock, until the tasks are stopped.
+    /// Ends expired leases by the monotonic clock until the tasks are stopped.
     pub fn keep_time(&self, tasks: &Tasks) {
         let (store, stop) = (self.clone(), tasks.clone());
         tasks.spawn("metadata leases", async move {
@@ -221,7 +222,7 @@ impl EmbeddedStore {
         });
     }
 
-    /// Runs what reads or writes the database: away from the async threads when it may reach a disk.
+    /// Runs a database access: on a blocking thread if it may reach a disk.
     async fn run<T: Send + 'static>(&self, function: impl FnOnce(&Shared) -> T + Send + 'static) -> T {
         let shared = self.shared.clone();
         if shared.folder.is_some() { task::run_blocking(move || function(&shared)).await } else { function(&shared) }
@@ -234,7 +235,7 @@ impl EmbeddedStore {
             {
                 let mut known = lock(&shared.leases);
                 for id in leases {
-                    // One that was kept alive since it was looked at lives on.
+                    // Keep a lease that was renewed since the check.
                     let ends = known.by_id.get(&id).is_some_and(|l| only_over_at.is_none_or(|now| l.deadline <= now));
                     if ends {
                         known.by_id.remove(&id);
@@ -281,11 +282,11 @@ impl MetaStore for EmbeddedStore {
             let (answer, mut answered) = oneshot::channel();
             lock(&self.shared.queue).push_back(Queued { transaction, answer });
             let turn = self.shared.turn.clone().acquire_owned().await.expect("the semaphore is never closed");
-            // Whoever had the turn before may have done this one too.
+            // The previous holder of the permit may have applied this transaction.
             if let Ok(outcome) = answered.try_recv() {
                 return outcome;
             }
-            // The turn goes with the work: a caller that is dropped now does not let the next one in beside it.
+            // The work owns the permit: if this caller is dropped, the next one still waits for the commit.
             self.run(move |shared| {
                 shared.commit_queued();
                 drop(turn);
@@ -330,7 +331,7 @@ impl MetaStore for EmbeddedStore {
 }
 
 impl Shared {
-    /// Refuses everything after a failed commit.
+    /// Rejects every call after a failed commit.
     fn usable(&self) -> Result<(), StoreError> {
         match self.failed.get() {
             Some(why) => Err(StoreError::unavailable(why)),
@@ -346,11 +347,11 @@ impl Shared {
         table::read(&self.database, function).map_err(StoreError::unavailable)
     }
 
-    /// Does everything that is queued, in one commit, and answers it.
+    /// Applies all queued transactions in one commit and sends their results.
     fn commit_queued(&self) {
         let mut writer = lock(&self.writer);
         let queued = std::mem::take(&mut *lock(&self.queue));
-        // Whoever was dropped while waiting is not kept in suspense: it was not done.
+        // A transaction whose caller was dropped in the queue is not applied.
         let waiting: Vec<_> = queued.into_iter().filter(|queued| !queued.answer.is_closed()).collect();
         let lives = |id| lock(&self.leases).by_id.contains_key(&id);
         let outcomes = self.commit(&mut writer, |batch| {
@@ -361,7 +362,7 @@ impl Shared {
             Ok(outcomes) => {
                 let outcomes: Vec<_> = outcomes;
                 for (queued, outcome) in waiting.into_iter().zip(outcomes) {
-                    // An error means that nobody waits any more.
+                    // An error means that the caller was dropped.
                     let _gone = queued.answer.send(outcome);
                 }
             }
@@ -373,8 +374,8 @@ impl Shared {
         }
     }
 
-    /// Refuses a commit that the disk may not hold. One that failed half-way would be final; one that was not begun can be
-    /// tried again when there is room.
+    /// Rejects a commit that may not fit on the disk. A commit that fails half-way is final; one that was not started
+    /// can be retried when there is space.
     fn room(&self) -> Result<(), StoreError> {
         let free =
             |folder: &PathBuf| rustix::fs::statvfs(folder).map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize));
@@ -386,7 +387,7 @@ impl Shared {
         }
     }
 
-    /// Changes the tables in one commit, publishes what changed, and returns what `function` does.
+    /// Changes the tables in one commit, publishes the changes, and returns the result of `function`.
     fn commit<T>(
         &self,
         writer: &mut Revision,
@@ -414,7 +415,7 @@ impl Shared {
     }
 }
 
-/// Locks for the length of a statement or two. A panic in between left nothing half done: values are set last.
+/// Locks a mutex for a few statements. A panic in between leaves no partial state: values are set last.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

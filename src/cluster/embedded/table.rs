@@ -1,4 +1,4 @@
-//! The embedded store's two tables, and what one commit does to them. Knows no leases, queues or watches.
+//! The embedded store's two tables, and the effect of one commit on them. Has no leases, queues or watches.
 
 use std::sync::Arc;
 
@@ -7,10 +7,10 @@ use redb::{Database, ReadOnlyTable, ReadableDatabase as _, ReadableTable, TableD
 
 use crate::cluster::store::{Changes, Entry, Event, LeaseId, Op, Outcome, Revision, StoreError, Transaction};
 
-/// The newest layout of the tables that this version reads and writes.
+/// Newest table layout that this version reads and writes.
 pub(super) const FORMAT: u64 = 1;
 
-/// Create revision, mod revision, lease (0 is none), value.
+/// Create revision, mod revision, lease (0 means none), value.
 type Row = (u64, u64, i64, &'static [u8]);
 
 /// Entries in a read transaction.
@@ -20,10 +20,10 @@ const ENTRIES: TableDefinition<'_, &str, Row> = TableDefinition::new("entries");
 const STORE: TableDefinition<'_, &str, u64> = TableDefinition::new("store");
 const FORMAT_KEY: &str = "format";
 const REVISION_KEY: &str = "revision";
-/// An empty store's, as etcd's: zero says that nothing is known yet.
+/// Revision of an empty store, as in etcd: zero means that nothing is known yet.
 const FIRST: Revision = Revision(1);
 
-/// The format that a database says it has; `None` for a new one.
+/// Returns the format of a database; `None` for a new one.
 pub(super) fn format(database: &Database) -> Result<Option<u64>, redb::Error> {
     match database.begin_read()?.open_table(STORE) {
         Ok(store) => Ok(store.get(FORMAT_KEY)?.map(|format| format.value())),
@@ -32,7 +32,7 @@ pub(super) fn format(database: &Database) -> Result<Option<u64>, redb::Error> {
     }
 }
 
-/// Makes the tables of a new database, deletes what hung on leases, and returns the revision after that.
+/// Creates the tables of a new database, deletes leased keys, and returns the resulting revision.
 pub(super) fn begin(database: &Database) -> Result<Revision, redb::Error> {
     let transaction = database.begin_write()?;
     let revision = {
@@ -51,7 +51,7 @@ pub(super) fn begin(database: &Database) -> Result<Revision, redb::Error> {
     Ok(revision)
 }
 
-/// Makes a database look like one of another version.
+/// Sets the format of a database to that of another version.
 #[cfg(test)]
 pub(super) fn set_format(database: &Database, format: u64) -> Result<(), redb::Error> {
     let transaction = database.begin_write()?;
@@ -70,7 +70,7 @@ pub(super) fn read<T>(
     function(revision, &transaction.open_table(ENTRIES)?)
 }
 
-/// Changes entries in one durable commit. Returns what `function` does and the changes, one per new revision.
+/// Changes entries in one durable commit. Returns the result of `function` and the changes, one per new revision.
 pub(super) fn write<T>(
     database: &Database,
     revision: Revision,
@@ -93,7 +93,7 @@ pub(super) fn write<T>(
     Ok((output, changes))
 }
 
-/// Transactions on their way into one commit.
+/// Transactions that are applied in one commit.
 pub(super) struct Batch<'t> {
     entries: redb::Table<'t, &'static str, Row>,
     revision: Revision,
@@ -101,7 +101,7 @@ pub(super) struct Batch<'t> {
 }
 
 impl Batch<'_> {
-    /// Does one transaction on top of those before it.
+    /// Applies one transaction after the previous ones.
     pub(super) fn transact(
         &mut self,
         transaction: &Transaction,
@@ -130,7 +130,7 @@ impl Batch<'_> {
         Ok(Ok(Outcome::Done { revision: self.revision }))
     }
 
-    /// Deletes every key that hangs on such a lease, as one transaction.
+    /// Deletes every key under a matching lease, as one transaction.
     pub(super) fn delete_leased(&mut self, ends: impl Fn(LeaseId) -> bool) -> Result<(), redb::Error> {
         let mut keys = Vec::new();
         for row in self.entries.iter()? {
@@ -171,7 +171,7 @@ impl Batch<'_> {
     }
 }
 
-/// Tells the simulator's judge what was written.
+/// Reports the written entries to the simulator's checker.
 #[cfg(feature = "sim")]
 pub(super) fn tell(changes: &Changes) {
     let revision = changes.revision.0;
@@ -190,7 +190,7 @@ pub(super) fn find(entries: &impl ReadableTable<&'static str, Row>, key: &str) -
     Ok(entries.get(key)?.map(|row| entry(key, row.value())))
 }
 
-/// The entry that a row holds.
+/// Returns the entry of a row.
 pub(super) fn entry(key: &str, (created, modified, lease_id, value): (u64, u64, i64, &[u8])) -> Entry {
     Entry {
         key: key.to_owned(),

@@ -1,4 +1,4 @@
-//! The embedded store: the conformance suite, and what is its own: the file, restarts, leases, history.
+//! The embedded store: the conformance suite, and its own properties: the file, restarts, leases, history.
 
 use bytes::Bytes;
 
@@ -12,7 +12,7 @@ fn subject(store: &EmbeddedStore) -> Subject {
     let ticking = store.clone();
     Subject {
         store: Arc::new(store.clone()),
-        // Time passes by telling the store so. Each pass counts from now, as a lease that is kept alive does.
+        // Advances the time of the leases only. Each pass counts from now, as a renewed lease does.
         pass: Box::new(move |time| {
             let store = ticking.clone();
             Box::pin(async move { store.tick(clock::monotonic() + time).await.expect("the store answers") })
@@ -33,18 +33,18 @@ async fn value(store: &EmbeddedStore, key: &str) -> Option<Bytes> {
 }
 
 #[tokio::test]
-async fn the_store_in_memory_keeps_the_contract() {
+async fn in_memory_store_conforms() {
     conformance::all(&subject(&EmbeddedStore::in_memory())).await;
 }
 
 #[tokio::test]
-async fn the_store_in_a_file_keeps_the_contract() {
+async fn file_store_conforms() {
     let dir = tempfile::tempdir().expect("a directory");
     conformance::all(&subject(&EmbeddedStore::open(dir.path()).await.expect("opens"))).await;
 }
 
 #[tokio::test]
-async fn what_was_done_survives_and_revisions_go_on() {
+async fn committed_changes_and_revisions_survive_restart() {
     let dir = tempfile::tempdir().expect("a directory");
     let store = EmbeddedStore::open(dir.path()).await.expect("opens");
     put(&store, "a", "1").await;
@@ -58,7 +58,7 @@ async fn what_was_done_survives_and_revisions_go_on() {
 }
 
 #[tokio::test]
-async fn leased_keys_are_gone_after_a_restart() {
+async fn leased_keys_are_deleted_by_restart() {
     let dir = tempfile::tempdir().expect("a directory");
     let store = EmbeddedStore::open(dir.path()).await.expect("opens");
     let lease = store.grant(Duration::from_secs(3600)).await.expect("answers");
@@ -73,7 +73,7 @@ async fn leased_keys_are_gone_after_a_restart() {
 }
 
 #[tokio::test]
-async fn a_file_in_use_says_so() {
+async fn file_in_use_is_an_error() {
     let dir = tempfile::tempdir().expect("a directory");
     let _open = EmbeddedStore::open(dir.path()).await.expect("opens");
     let error = EmbeddedStore::open(dir.path()).await.expect_err("in use");
@@ -82,7 +82,7 @@ async fn a_file_in_use_says_so() {
 }
 
 #[tokio::test]
-async fn a_file_of_a_newer_version_is_left_alone() {
+async fn file_of_newer_version_is_not_changed() {
     let dir = tempfile::tempdir().expect("a directory");
     put(&EmbeddedStore::open(dir.path()).await.expect("opens"), "a", "kept").await;
     let path = dir.path().join(FILE);
@@ -98,7 +98,7 @@ async fn a_file_of_a_newer_version_is_left_alone() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_something_else_is_refused_and_left_alone() {
+async fn foreign_file_is_rejected_and_not_changed() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join(FILE);
     for bytes in [&b"not a database at all"[..], &[0x55; 100_000]] {
@@ -112,7 +112,7 @@ async fn a_file_that_is_something_else_is_refused_and_left_alone() {
 }
 
 #[tokio::test]
-async fn a_watch_that_lies_too_far_behind_is_told_so() {
+async fn watch_that_lags_too_far_gets_compacted() {
     let store = EmbeddedStore::in_memory();
     let first = put(&store, "a", "").await;
     let mut slow = store.watch("", first).await.expect("begins");
@@ -128,7 +128,7 @@ async fn a_watch_that_lies_too_far_behind_is_told_so() {
 }
 
 #[tokio::test]
-async fn the_history_of_before_a_restart_is_compacted_and_the_present_is_not() {
+async fn restart_compacts_history_but_not_the_present() {
     let dir = tempfile::tempdir().expect("a directory");
     let store = EmbeddedStore::open(dir.path()).await.expect("opens");
     let last = put(&store, "a", "").await;
@@ -141,7 +141,7 @@ async fn the_history_of_before_a_restart_is_compacted_and_the_present_is_not() {
 }
 
 #[tokio::test]
-async fn a_watch_ends_with_the_store_and_does_not_hold_the_file() {
+async fn watch_ends_with_store_and_releases_file() {
     let dir = tempfile::tempdir().expect("a directory");
     let store = EmbeddedStore::open(dir.path()).await.expect("opens");
     let mut watch = store.watch("", Revision(2)).await.expect("begins");
@@ -151,7 +151,7 @@ async fn a_watch_ends_with_the_store_and_does_not_hold_the_file() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn transactions_at_the_same_time_are_each_done_once() {
+async fn concurrent_transactions_are_applied_once_each() {
     let dir = tempfile::tempdir().expect("a directory");
     let store = EmbeddedStore::open(dir.path()).await.expect("opens");
     let tasks = Tasks::new();
@@ -173,12 +173,12 @@ async fn transactions_at_the_same_time_are_each_done_once() {
 }
 
 #[tokio::test]
-async fn a_dropped_caller_does_not_stop_the_others() {
+async fn dropped_caller_does_not_stop_others() {
     let dir = tempfile::tempdir().expect("a directory");
     let store = EmbeddedStore::open(dir.path()).await.expect("opens");
     for n in 0..20 {
         let mut call = store.transact(Transaction::new().put(format!("dropped/{n}"), ""));
-        // Polled once, so that it is queued or under way, and then dropped.
+        // Polled once, so that the transaction is queued or in progress, and then dropped.
         assert!(futures::poll!(&mut call).is_pending());
         drop(call);
         put(&store, "kept", &n.to_string()).await;
@@ -187,7 +187,7 @@ async fn a_dropped_caller_does_not_stop_the_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn leases_end_by_the_clock() {
+async fn leases_expire_by_the_clock() {
     let store = EmbeddedStore::in_memory();
     let tasks = Tasks::new();
     store.keep_time(&tasks);

@@ -7,56 +7,56 @@ use etcd_client::Error;
 use super::members::{Line, Members};
 use crate::{
     cluster::store::{LeaseId, Op, Regression, Revision, StoreError, Transaction},
-    proto::status::{Code, in_full, never_sent},
+    proto::status::{Code, format_with_sources, never_sent},
     task::clock,
 };
 
-/// How long a call goes on from member to member.
+/// Maximum time for which a call tries members.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The waits after each round in which no member answered.
+/// Pauses after each pass in which no member responded: the first and the longest.
 const WAITS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(800));
 
-/// When a request may be sent again.
+/// Condition for another attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Repeat {
-    /// After every failure: done twice it does no more than once.
+    /// After every failure: a second execution has no further effect.
     Always,
-    /// Only when it surely was not done.
+    /// Only if the request was certainly not executed.
     WhenNotDone,
 }
 
-/// What is known of a request that failed.
+/// Outcome of a failed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
-    /// It was not done, and another member or a later attempt may do it.
+    /// Not executed; another member or a later attempt may execute it.
     NotDone,
-    /// It may have been done, or will be.
+    /// Possibly executed, or executed later.
     Unknown,
-    /// It was not done, and no member would do it.
+    /// Not executed, and every member would reject it.
     Refused,
-    /// It was not done for want of space, and no member would do it before a person has made some.
+    /// Not executed for lack of space; every member rejects it until an operator frees space.
     NoSpace,
-    /// It was not done for want of a valid token.
+    /// Not executed for lack of a valid token.
     Token,
-    /// It was not done: etcd has no users.
+    /// Not executed: etcd has authentication disabled.
     NoLogins,
-    /// The lease that it names has ended.
+    /// The lease of the request has ended.
     LeaseGone,
-    /// The revision that it names is no longer kept.
+    /// The revision of the request is compacted.
     Compacted,
-    /// The answer was larger than we take.
+    /// The response exceeded the size limit.
     TooLong,
 }
 
-/// Why one attempt failed.
+/// Error of one attempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Refusal {
     pub(super) class: Class,
     pub(super) why: String,
 }
 
-/// Why a call failed.
+/// Error of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Failed {
     Unavailable {
@@ -65,36 +65,37 @@ pub(super) enum Failed {
     },
     Refused(String),
     NoSpace(String),
-    /// A member of another etcd cluster answered.
+    /// A member of another etcd cluster responded.
     Regressed(Regression),
     LeaseGone,
     Compacted,
     TooLong(String),
 }
 
-/// Words of etcd by which its errors are told apart, and what they mean. Its codes alone do not say it: `UNAVAILABLE` is
-/// both a request that no leader took and one whose leader fell. Source: etcd's `api/v3rpc/rpctypes/error.go`, 3.4 to 3.6.
+/// Texts that identify etcd's errors, with their class. The codes alone are ambiguous: `UNAVAILABLE` is both a request
+/// that no leader accepted and one whose leader failed. Source: etcd's `api/v3rpc/rpctypes/error.go`, 3.4 to 3.6.
 const WORDS: &[(&str, Class)] = &[
-    // Before the request is looked at. A proposal that no leader took in time says "request timed out" instead.
+    // Sent before the request is processed. A proposal that no leader accepted in time returns "request timed out"
+    // instead.
     ("etcdserver: no leader", Class::NotDone),
     ("etcdserver: not capable", Class::NotDone),
     ("etcdserver: too many requests", Class::NotDone),
     ("etcdserver: rpc not supported for learner", Class::NotDone),
     ("etcdserver: invalid auth token", Class::Token),
     ("etcdserver: revision of auth store is old", Class::Token),
-    // Asked without a token: etcd's users were switched on after we had come.
+    // A request without a token: authentication was enabled after this client connected.
     ("etcdserver: user name is empty", Class::Token),
-    // 3.4 says this of a watch whose token has ended.
+    // etcd 3.4 sends this for a watch whose token has expired.
     ("etcdserver: permission denied", Class::Token),
     ("etcdserver: authentication is not enabled", Class::NoLogins),
     ("etcdserver: mvcc: database space exceeded", Class::NoSpace),
     ("etcdserver: requested lease not found", Class::LeaseGone),
     ("etcdserver: mvcc: required revision has been compacted", Class::Compacted),
-    // Of the transport, on our side.
+    // From the transport on the client side.
     ("decoded message length too large", Class::TooLong),
 ];
 
-/// What a failed request's status says of it. Whatever is not known for certain is unknown.
+/// Classifies a failed request by its status. Without certainty the class is `Unknown`.
 pub(super) fn classify(code: Code, message: &str, never_sent: bool) -> Class {
     if never_sent {
         return Class::NotDone;
@@ -103,7 +104,7 @@ pub(super) fn classify(code: Code, message: &str, never_sent: bool) -> Class {
         return *class;
     }
     match code {
-        // etcd checks these before anything is proposed. Something that is no etcd says `Unimplemented`.
+        // etcd checks these before a proposal. A server other than etcd returns `Unimplemented`.
         Code::InvalidArgument | Code::FailedPrecondition | Code::PermissionDenied => Class::Refused,
         Code::Unimplemented => Class::Refused,
         Code::Unauthenticated => Class::Token,
@@ -120,19 +121,19 @@ impl Refusal {
         match error {
             Error::GRpcStatus(status) => {
                 let class = classify(status.code(), status.message(), never_sent(status));
-                Self { class, why: in_full(status) }
+                Self { class, why: format_with_sources(status) }
             }
-            // `etcd_client`'s own words for an answer whose lease has no time left.
+            // `etcd_client`'s error for a keepalive response with no time left.
             Error::LeaseKeepAliveError(why) if why == "lease not found" => {
                 Self { class: Class::LeaseGone, why: why.clone() }
             }
-            // How a watch is refused: by a message on its stream.
+            // A watch is rejected by a message on its stream.
             Error::WatchError(why) => Self { class: classify(Code::Unknown, why, false), why: why.clone() },
             other => Self::unknown(other.to_string()),
         }
     }
 
-    /// The same, where no token will be renewed any more.
+    /// Converts a token error to a refusal, for an attempt after which no token is renewed.
     pub(super) fn without_token(self) -> Self {
         match self.class {
             Class::Token | Class::NoLogins => {
@@ -143,7 +144,7 @@ impl Refusal {
         }
     }
 
-    /// The same of a login: the request that it was for was not sent.
+    /// Converts an error of a login: the request itself was not sent.
     pub(super) fn at_login(self, user: &str) -> Self {
         let class = if self.class == Class::Refused { Class::Refused } else { Class::NotDone };
         Self { class, why: format!("logging in as {user:?}: {}", self.why) }
@@ -151,7 +152,8 @@ impl Refusal {
 }
 
 impl Members {
-    /// Asks members, one after the other, until one answers or [`PATIENCE`] is over. `ask` is called for each attempt.
+    /// Sends a request to one member after another until one responds or [`PATIENCE`] is over. `ask` runs once per
+    /// attempt.
     pub(super) async fn call<T, F>(&self, repeat: Repeat, ask: impl Fn(Line) -> F) -> Result<T, Failed>
     where
         F: Future<Output = Result<T, Error>>,
@@ -198,13 +200,13 @@ impl Members {
     }
 }
 
-/// What each member said last.
+/// Returns the last error of each member in one line.
 fn in_one_line(said: &BTreeMap<String, String>) -> String {
     said.iter().map(|(endpoint, why)| format!("{endpoint}: {why}")).collect::<Vec<_>>().join("; ")
 }
 
 impl Failed {
-    /// Of a call that changes nothing.
+    /// Converts the error of a call that changes nothing.
     pub(super) fn of_read(self) -> StoreError {
         match self {
             Self::Unavailable { why, .. } | Self::TooLong(why) => StoreError::unavailable(why),
@@ -216,7 +218,7 @@ impl Failed {
         }
     }
 
-    /// Of a transaction.
+    /// Converts the error of a transaction.
     pub(super) fn of_transaction(self, transaction: &Transaction) -> StoreError {
         match self {
             Self::Unavailable { why, unknown } => StoreError::Unavailable { why, outcome_unknown: unknown },
@@ -227,13 +229,13 @@ impl Failed {
                 Some(lease) => StoreError::LeaseGone { lease },
                 None => StoreError::unavailable("etcd speaks of a lease where none was named"),
             },
-            // Its answer holds next to nothing; whatever this is, it is none of a transaction's.
+            // The response to a transaction is small and names no revision, so neither error can come from it.
             Self::Compacted => StoreError::unknown("etcd speaks of a compaction where no revision was named"),
             Self::TooLong(why) => StoreError::unknown(why),
         }
     }
 
-    /// Of a lease's end or longer life, which may have come about all the same.
+    /// Converts the error of a revocation or keepalive, which may have been executed.
     pub(super) fn of_lease(self, lease: LeaseId) -> StoreError {
         match self {
             Self::LeaseGone => StoreError::LeaseGone { lease },
@@ -245,7 +247,7 @@ impl Failed {
         }
     }
 
-    /// Of a watch that was to begin at a revision.
+    /// Converts the error of a watch that was to start at `from`.
     pub(super) fn of_watch(self, from: Revision) -> StoreError {
         match self {
             Self::Compacted => StoreError::Compacted { from, oldest: from.next() },
@@ -266,10 +268,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_surely_was_not_done_may_be_repeated() {
+    fn only_certainly_unexecuted_requests_are_retried() {
         for (code, message, sent, class) in [
             (Code::Unavailable, "tcp connect error", false, Class::NotDone),
-            // A server may use the same words.
+            // A server may send the same text.
             (Code::Unavailable, "tcp connect error", true, Class::Unknown),
             (Code::Unavailable, "etcdserver: no leader", true, Class::NotDone),
             (Code::Unavailable, "etcdserver: not capable", true, Class::NotDone),
@@ -317,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_watch_and_a_lease_without_time_are_understood() {
+    fn rejected_watch_and_expired_lease_are_classified() {
         let refused = "rpc error: code = PermissionDenied desc = etcdserver: permission denied";
         assert_eq!(Refusal::of(&Error::WatchError(refused.to_owned())).class, Class::Token);
         assert_eq!(Refusal::of(&Error::WatchError("closed".to_owned())).class, Class::Unknown);
@@ -326,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_login_that_fails_leaves_the_request_not_done() {
+    fn failed_login_means_request_was_not_executed() {
         let login = |class| Refusal { class, why: "why".to_owned() }.at_login("broker");
         assert_eq!(login(Class::Unknown).class, Class::NotDone);
         assert_eq!(login(Class::Refused).class, Class::Refused);

@@ -1,6 +1,7 @@
-//! The members of an etcd cluster: one connection to each, made when it is first needed, and who is asked first.
+//! The members of an etcd cluster: one connection to each, created on first use, and the choice of the member to call
+//! first.
 //!
-//! It never repeats a request: see `call`.
+//! This module never retries a request: see `call`.
 
 use std::{
     future::Future,
@@ -22,32 +23,32 @@ use super::{
 };
 use crate::cluster::store::{Regression, Revision};
 
-/// Largest answer to a read. A page of a listing that is larger is asked for in smaller ones.
+/// Maximum size of a read response. A larger page of a list is requested again in smaller pages.
 const READ_BYTES: usize = 64 << 20;
 
-/// Largest message of a watch: a thousand transactions, which is what etcd gives at once to a watch that lies behind, of a
-/// quarter of the largest each.
+/// Maximum size of a watch message. etcd sends up to a thousand transactions at once to a watch that lags. The limit
+/// fits a thousand transactions of a quarter of the maximum size.
 const WATCH_BYTES: usize = 256 << 20;
 
-/// Least time for a login: etcd's hash of a password is slow on purpose.
+/// Minimum timeout of a login: etcd's password hash is slow on purpose.
 const LOGIN_TIME: Duration = Duration::from_secs(2);
 
 /// All members.
 pub(super) struct Members {
     list: Vec<Member>,
     common: Common,
-    /// Who is asked first: the one that answered last.
+    /// Index of the member to call first: the one that responded last.
     first: AtomicUsize,
 }
 
-/// What all answers have in common, whoever gave them.
+/// State from the responses of all members.
 #[derive(Clone, Default)]
 struct Common {
-    /// The etcd cluster that all members belong to, once one has answered.
+    /// Id of the etcd cluster, from the first response.
     cluster: Arc<OnceLock<u64>>,
-    /// The newest revision that any answer named.
+    /// Newest revision in any response.
     newest: Arc<watch::Sender<Revision>>,
-    /// Proof that a member of another cluster answered a call.
+    /// Evidence that a member of another cluster responded to a call.
     foreign: Arc<OnceLock<Regression>>,
 }
 
@@ -60,18 +61,18 @@ pub(super) struct Member {
     line: Mutex<Line>,
 }
 
-/// One connection to one member, which is made with the first request. Clones share it.
+/// One connection to one member, created with the first request. Clones share it.
 #[derive(Clone)]
 pub(super) struct Line(Arc<Connection>);
 
 struct Connection {
     place: usize,
     client: Client,
-    /// Done once: a token that etcd no longer takes is renewed with a new connection.
+    /// Set once per connection: an expired token is renewed with a new connection.
     login: OnceCell<()>,
-    /// Answers so far: what tells a slow member from one that is gone.
+    /// Number of responses so far; distinguishes a slow member from an unreachable one.
     heard: AtomicU64,
-    /// Whether a call on it was not answered in time, and nothing else was meanwhile: others connect anew.
+    /// True if a call timed out without any response meanwhile; later calls use a new connection.
     given_up: watch::Sender<bool>,
     common: Common,
 }
@@ -100,7 +101,7 @@ impl Members {
         Ok(Self { list, common, first: AtomicUsize::new(0) })
     }
 
-    /// Whether a member of another cluster has answered a call.
+    /// Returns the regression if a member of another cluster has responded to a call.
     pub(super) fn regression(&self) -> Option<Regression> {
         self.common.foreign.get().cloned()
     }
@@ -113,25 +114,26 @@ impl Members {
         self.list.iter()
     }
 
-    /// Every member once, the one that answered last first.
+    /// Returns every member once, starting with the one that responded last.
     pub(super) fn in_turn(&self) -> impl Iterator<Item = &Member> {
         let first = self.first.load(Relaxed);
         (0..self.list.len()).map(move |step| &self.list[(first + step) % self.list.len()])
     }
 
-    /// This member answered: it is asked first from now on.
+    /// Makes this member the first to call, because it responded.
     pub(super) fn answered(&self, member: &Member) {
         self.first.store(member.place, Relaxed);
     }
 
-    /// This member did not answer: others ask the next one first, unless somebody chose already.
+    /// Makes the next member the first to call, because this one did not respond. Keeps the choice of a concurrent
+    /// caller.
     pub(super) fn pass_on(&self, member: &Member) {
         let next = (member.place + 1) % self.list.len();
-        // Lost to another caller's choice, which is as good.
+        // If another caller chose first, its choice is as good.
         let _chosen = self.first.compare_exchange(member.place, next, Relaxed, Relaxed);
     }
 
-    /// The member of a connection.
+    /// Returns the member of a connection.
     pub(super) fn of(&self, line: &Line) -> &Member {
         &self.list[line.0.place]
     }
@@ -142,13 +144,13 @@ impl Member {
         &self.endpoint
     }
 
-    /// One attempt: connects and logs in where that was not done yet, asks, and waits for the call's time.
+    /// Makes one attempt: connects and logs in if needed, sends the request, and waits for at most the call timeout.
     pub(super) async fn ask<T, F>(&self, ask: &impl Fn(Line) -> F) -> Result<T, Refusal>
     where
         F: Future<Output = Result<T, Error>>,
     {
         match self.ask_once(ask).await {
-            // Tokens end, and with every change of etcd's users all of them do. Nothing was done with this one.
+            // Tokens expire, and each change of etcd's users invalidates all of them. The request was not executed.
             Err((Refusal { class: Class::Token, .. }, line)) if self.options.login.is_some() => {
                 self.replace(&line).await;
                 let again = self.ask_once(ask).await;
@@ -183,7 +185,7 @@ impl Member {
         }
     }
 
-    /// Lets the next caller connect anew, unless somebody saw to that already. Who still waits on the old connection does so.
+    /// Replaces the connection for later calls, unless a concurrent caller did. Calls on the old connection continue.
     pub(super) async fn replace(&self, old: &Line) {
         match Line::new(self.place, &self.endpoint, &self.options, &self.common).await {
             Ok(fresh) => {
@@ -192,14 +194,14 @@ impl Member {
                     *line = fresh;
                 }
             }
-            // What the options say worked before; the system's authorities may have become unreadable.
+            // The options worked before; the system's trust store may have become unreadable.
             Err(error) => {
                 tracing::warn!(endpoint = self.endpoint, error = refused(&error), "no new connection to etcd")
             }
         }
     }
 
-    /// What the member says about itself.
+    /// Requests the status of the member.
     pub(super) async fn status(&self) -> Result<MemberStatus, String> {
         let asked = self.ask(&|line: Line| async move {
             let mut response = line.0.client.maintenance_client();
@@ -215,7 +217,7 @@ impl Member {
         asked.await.map_err(|refusal| refusal.why)
     }
 
-    /// As after a call that was not answered in time.
+    /// Acts as after a call that timed out.
     #[cfg(test)]
     pub(super) async fn give_up(&self) {
         let line = self.line();
@@ -233,7 +235,7 @@ impl Member {
 }
 
 impl Line {
-    /// Connects to nothing: `etcd_client` only waits here where it is told of a user.
+    /// Creates a connection without connecting: `etcd_client` connects here only with a user.
     async fn new(place: usize, endpoint: &str, options: &EtcdOptions, common: &Common) -> Result<Self, Error> {
         let client = Client::connect([endpoint], Some(options.connect(endpoint))).await?;
         let (login, heard, given_up) = (OnceCell::new(), AtomicU64::new(0), watch::Sender::new(false));
@@ -252,7 +254,8 @@ impl Line {
         self.0.client.watch_client().max_decoding_message_size(WATCH_BYTES)
     }
 
-    /// The store's revision at an answer, when it is one of the cluster that answered first.
+    /// Returns the revision in a response, if the response comes from the cluster that responded first. Otherwise
+    /// records a regression.
     pub(super) fn revision(&self, header: Option<&ResponseHeader>) -> Result<Revision, Error> {
         self.check(header)?.map_err(|other| {
             let error = text::not_an_answer(&other.to_string());
@@ -261,7 +264,7 @@ impl Line {
         })
     }
 
-    /// The same, where another cluster's answer is no more than an answer.
+    /// Like [`Self::revision`], but a response of another cluster is returned and not recorded.
     fn check(&self, header: Option<&ResponseHeader>) -> Result<Result<Revision, Regression>, Error> {
         let header = header.ok_or_else(|| text::not_an_answer("no header"))?;
         let Common { cluster, newest, .. } = &self.0.common;
@@ -278,24 +281,24 @@ impl Line {
         Ok(Ok(revision))
     }
 
-    /// The newest revision that any member has named.
+    /// Returns the newest revision in any response.
     pub(super) fn newest(&self) -> Revision {
         *self.0.common.newest.borrow()
     }
 
-    /// Resolves when a call on this connection has been given up.
+    /// Resolves when a call on this connection has timed out.
     pub(super) async fn is_given_up(&self) {
-        // The sender lives as long as this does.
+        // `self` owns the sender.
         drop(self.0.given_up.subscribe().wait_for(|given_up| *given_up).await);
     }
 
-    /// Resolves when some answer has named a newer revision than `known`, and that `lag` ago.
+    /// Resolves `lag` after a response contained a revision newer than `known`.
     pub(super) async fn is_outrun(&self, known: Revision, lag: Duration) {
         drop(self.0.common.newest.subscribe().wait_for(|newest| *newest > known).await);
         tokio::time::sleep(lag).await;
     }
 
-    /// Once for a connection, whoever asks first; the others wait for it.
+    /// Logs in once per connection; concurrent callers wait for the same login.
     async fn log_in(&self, login: &EtcdLogin, call_timeout: Duration) -> Result<(), Refusal> {
         let user = || Some((login.user.clone(), login.password.clone()));
         let attempt = || async {
@@ -304,7 +307,7 @@ impl Line {
             match tokio::time::timeout(time, client.update_user(user())).await {
                 Ok(Ok(())) => Ok(()),
                 Ok(Err(error)) => match Refusal::of(&error) {
-                    // Switched off in etcd: then a token is neither given nor wanted.
+                    // Authentication is disabled in etcd: then no token is issued or needed.
                     Refusal { class: Class::NoLogins, .. } => Ok(()),
                     refusal => Err(refusal.at_login(&login.user)),
                 },
@@ -318,7 +321,7 @@ impl Line {
     }
 }
 
-/// An error of `etcd_client` about options, in one line.
+/// Returns an error of `etcd_client` about options in one line.
 fn refused(error: &Error) -> String {
     use std::error::Error as _;
     match error {

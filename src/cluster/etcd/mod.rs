@@ -1,41 +1,50 @@
-//! The metadata store of several brokers: an etcd cluster.
+//! The metadata store of a cluster with several brokers: an etcd cluster.
 //!
 //! # Overview
 //!
-//! [`EtcdStore`] speaks to one member at a time, each through a client of its own that connects when it is first used.
-//! `etcd_client`'s balancer over several members would pick one by itself, fail at once while one of them is down, and
-//! hide whether a request left this process; here the choice is ours. `members` holds the clients and who is asked first,
-//! `call` makes one call of as many attempts as are safe, `watch` is a watch that outlives its member, `text` translates.
+//! [`EtcdStore`] sends each request to one member, through one client per member that connects on first use.
+//! `etcd_client`'s balancer is not used: it chooses members by itself, fails at once while one is down, and hides
+//! whether a request left this process. The modules:
+//!
+//! | module | content |
+//! | --- | --- |
+//! | `members` | the clients, and the member that is called first |
+//! | `call` | one call, with as many attempts as are safe |
+//! | `watch` | a watch that survives the failure of its member |
+//! | `text` | conversion between the store's types and etcd's |
 //!
 //! # Retries
 //!
-//! An attempt ends after `call_timeout`. What it says of a request that failed is decided by the pure `call::classify`:
-//! *not done* (no connection, no leader), *refused* (no member would do it), or *unknown*. Reads, keep-alives,
-//! revocations and grants go on to the next member after anything but a refusal, until `call::PATIENCE` is over; a grant
-//! that was made and not heard of ends by itself. Transactions go on only after *not done*. An unknown outcome is never
-//! repeated here, the caller reads back: a compare would refuse the repetition of what was done.
+//! An attempt ends after `call_timeout`. The pure function `call::classify` decides the outcome of a failed request:
+//! *not done* (no connection, no leader), *refused* (every member would reject it), or *unknown*. Reads, keepalives,
+//! revocations and grants continue at the next member after anything but a refusal, until `call::PATIENCE` is over. A
+//! grant whose response was lost expires by itself. Transactions continue only after *not done*. An unknown outcome is
+//! never retried here; the caller reads back, since the retry of an applied transaction would fail its compares.
 //!
-//! # Silence
+//! # Unresponsive members
 //!
-//! A member whose host vanished does not close its connections. A call that times out on a connection which said nothing
-//! meanwhile replaces the connection; a watch asks for a sign of life every two seconds and moves on after four without
-//! one. It asks at once, and waits for one second, where its connection may stand still: a call on it was given up, or an
-//! answer elsewhere named a newer revision a quarter of a second ago. What others write to the same etcd is such news too, so
-//! a watch may ask four times a second.
+//! A member whose host disappears does not close its connections. A call that times out on a connection without any
+//! response meanwhile replaces the connection. A watch requests progress after two seconds without a message, and moves
+//! to another member after two more. It requests progress at once, and waits only one second, if its connection may
+//! have stalled. Signs of that are a call on the connection that timed out, and a newer revision in another response a
+//! quarter of a second ago. Writes of other users of the same etcd advance the revision too, so a watch may request
+//! progress four times a second.
 //!
-//! HTTP/2 pings are not used: etcd allows one in five seconds, and none while nothing is under way, and hangs up on who
-//! sends more. Seen with one every two seconds: each connection ended after eight, its watches and calls with it.
+//! HTTP/2 pings are not used: etcd permits one per five seconds, and none without active streams, and closes
+//! connections of clients that send more. Observed with one ping every two seconds: each connection ended after eight,
+//! with its watches and calls.
 //!
 //! # Invariants
 //!
-//! - Everything is read linearizably. A transaction that only reads says so to etcd with a read of a key: without one
-//!   a member that lags behind would answer from what it has.
-//! - All members that answer belong to the etcd cluster that answered first; another one's revisions mean something else.
-//! - Nothing that etcd may answer panics: of `etcd_client` only what cannot is used (see `text`).
+//! - All reads are linearizable. A transaction without writes includes the read of a key: without that read, a lagging
+//!   member would respond from its local state.
+//! - All members that respond belong to the etcd cluster that responded first; revisions of another cluster are
+//!   unrelated.
+//! - No response of etcd causes a panic: only functions of `etcd_client` that cannot panic are used (see `text`).
 //!
-//! # What a crash leaves
+//! # Crash
 //!
-//! Leases end by themselves and take their keys along; watches end with their connections.
+//! Leases expire and delete their keys; watches end with their connections.
 
 use std::{fmt, num::NonZeroI64, sync::Arc, time::Duration};
 
@@ -57,13 +66,13 @@ mod tests;
 
 pub use options::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdOptionsError, EtcdTls};
 
-/// Most keys in one answer to a listing, at first: fewer when one answer would be too large.
+/// Maximum number of keys in one page of a list, at first: reduced if a page would be too large.
 const PAGE: i64 = 2000;
 
-/// How often a listing begins anew because its revision was compacted meanwhile.
+/// Maximum number of attempts of a list whose revision is compacted meanwhile.
 const LISTINGS: usize = 3;
 
-/// Shortest lease that etcd keeps to, in seconds: an election's time.
+/// Shortest lease that etcd honours, in seconds: the time of an election.
 const SHORTEST_LEASE: i64 = 2;
 
 /// An etcd cluster as the metadata store. Clones share the connections.
@@ -72,14 +81,14 @@ pub struct EtcdStore {
     members: Arc<Members>,
 }
 
-/// What one member says about itself.
+/// Status of one member.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemberStatus {
-    /// Its version, such as `3.5.16`.
+    /// Version, such as `3.5.16`.
     pub version: String,
-    /// Whether it is etcd's leader now.
+    /// True if the member is etcd's leader.
     pub leader: bool,
-    /// Bytes of its database.
+    /// Size of the database in bytes.
     pub database_bytes: u64,
 }
 
@@ -90,12 +99,13 @@ impl fmt::Debug for EtcdStore {
 }
 
 impl EtcdStore {
-    /// Checks the options and connects to nothing yet: that happens with the first call.
+    /// Checks the options. The first call connects.
     pub async fn open(options: EtcdOptions) -> Result<Self, EtcdOptionsError> {
         Ok(Self { members: Arc::new(Members::new(options).await?) })
     }
 
-    /// Asks every member, in the order of the options: its endpoint, and what it says or why it says nothing.
+    /// Requests the status of every member, in the order of the options. Returns each endpoint with its status or
+    /// error.
     pub async fn status(&self) -> Vec<(String, Result<MemberStatus, String>)> {
         let asked = self.members.each().map(|member| async move {
             let answer = member.status().await;
@@ -115,7 +125,7 @@ impl EtcdStore {
             .await
     }
 
-    /// One attempt at a listing: its pages are all read at the revision of the first.
+    /// Reads all pages of a list at the revision of the first page.
     async fn pages(&self, prefix: &str) -> Result<Listing, Failed> {
         let (mut at, mut entries, mut limit) = (None, Vec::new(), PAGE);
         let mut from = text::first(prefix);
@@ -148,9 +158,9 @@ impl EtcdStore {
         }
     }
 
-    /// Reads what a refused transaction was to read, as it stood at that transaction's revision.
+    /// Reads the `else_get` keys of a failed transaction at that transaction's revision.
     ///
-    /// Reads of their own, because `etcd_client` panics at a transaction's operation without an answer.
+    /// The reads are separate requests, because `etcd_client` panics on a transaction operation without a response.
     async fn found(&self, keys: &[String], at: Revision) -> Result<Vec<Option<Entry>>, Failed> {
         let reads = keys.iter().map(|key| self.read(key, Some(at)));
         let readings = futures::future::try_join_all(reads).await?;
@@ -208,7 +218,7 @@ impl MetaStore for EtcdStore {
             let granted = self.members.call(Repeat::Always, |line: Line| async move {
                 let response = line.leases().grant(seconds, None).await?;
                 line.revision(response.header())?;
-                // Zero is etcd's word for no lease.
+                // Zero means no lease in etcd.
                 NonZeroI64::new(response.id()).ok_or_else(|| text::not_an_answer("a lease without a number"))
             });
             granted.await.map(|id| LeaseId(id.get())).map_err(Failed::of_read)
@@ -218,7 +228,8 @@ impl MetaStore for EtcdStore {
     fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()> {
         Box::pin(async move {
             let kept = self.members.call(Repeat::Always, |line: Line| async move {
-                // Asks once and waits for the answer. The stream ends here: one that stays open can fall silent.
+                // Sends one request and waits for its response. The stream ends here: a stream that stays open can
+                // stall.
                 line.leases().keep_alive(lease.0).await.map(|_keeper| ())
             });
             kept.await.map_err(|failed| failed.of_lease(lease))

@@ -1,53 +1,55 @@
-//! How to reach an etcd cluster: endpoints, TLS and login, checked before anything connects.
+//! Connection options of an etcd cluster: endpoints, TLS and login, validated before a connection is made.
 
 use std::{fmt, time::Duration};
 
 use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 
-/// How long one attempt of a call waits for its answer unless the options say otherwise.
+/// Default timeout of one attempt of a call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often an idle connection proves itself to the routers on its way. It is TCP's own probe, which etcd does not see.
+/// Interval of TCP keepalive probes on an idle connection, for the routers on its path. etcd does not see them.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(10);
 
-/// How to reach an etcd cluster.
+/// Connection options of an etcd cluster.
 #[derive(Clone, Debug)]
 pub struct EtcdOptions {
-    /// URLs of its members, `http://host:port` or `https://host:port`. Each is asked by itself; none stands for the cluster.
+    /// URLs of the members, `http://host:port` or `https://host:port`. Each is called individually; none represents the
+    /// cluster.
     pub endpoints: Vec<String>,
-    /// Whom to trust and who we are, for `https`. Unset: the system's authorities, and no certificate of our own.
+    /// Trusted authority and client certificate, for `https`. Unset: the system's authorities and no client
+    /// certificate.
     pub tls: Option<EtcdTls>,
-    /// The user, where etcd asks for one.
+    /// User, if etcd requires one.
     pub login: Option<EtcdLogin>,
-    /// How long one attempt of a call waits for its answer. Above the time of an answer under load, below that in which a
-    /// lease must be kept alive again.
+    /// Timeout of one attempt of a call: longer than a response takes under load, shorter than the renewal interval of
+    /// a lease.
     pub call_timeout: Duration,
 }
 
-/// TLS towards etcd. Everything is PEM, as read from its file.
+/// TLS for connections to etcd. All values are PEM, as read from their files.
 #[derive(Clone, Default)]
 pub struct EtcdTls {
-    /// The only authority to trust. Unset: the system's.
+    /// The only trusted authority. Unset: the system's authorities.
     pub ca: Option<Vec<u8>>,
-    /// Our certificate, where etcd wants one.
+    /// Client certificate, if etcd requires one.
     pub identity: Option<EtcdIdentity>,
 }
 
 /// A client certificate.
 #[derive(Clone)]
 pub struct EtcdIdentity {
-    /// The certificate, with those between it and the authority.
+    /// Certificate with its intermediate certificates.
     pub certificate: Vec<u8>,
-    /// Its private key.
+    /// Private key of the certificate.
     pub key: Vec<u8>,
 }
 
 /// A user of etcd.
 #[derive(Clone)]
 pub struct EtcdLogin {
-    /// The name.
+    /// User name.
     pub user: String,
-    /// The password.
+    /// Password.
     pub password: String,
 }
 
@@ -69,27 +71,27 @@ impl fmt::Debug for EtcdLogin {
     }
 }
 
-/// Why options cannot be used.
+/// Error in the options.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EtcdOptionsError {
-    /// No endpoint is named.
+    /// No endpoint is given.
     #[error("no etcd endpoint is named: name at least one, as http://host:2379")]
     NoEndpoints,
-    /// An endpoint is no URL of a member.
+    /// An endpoint is not the URL of a member.
     #[error("{endpoint:?} is no etcd endpoint ({why}): write it as http://host:2379 or https://host:2379")]
     Endpoint {
-        /// As it was given, without what may be a password.
+        /// The endpoint, without a possible password.
         endpoint: String,
         /// What is wrong.
         why: String,
     },
-    /// An endpoint is named twice: it would be asked twice where another one should be.
+    /// An endpoint is given twice: it would be called twice instead of another member.
     #[error("the etcd endpoint {endpoint} is named twice: name each member once")]
     Twice {
         /// The endpoint.
         endpoint: String,
     },
-    /// TLS is set and an endpoint would not use it.
+    /// TLS is set and an endpoint does not use it.
     #[error(
         "TLS is set for etcd and the endpoint {endpoint} does not use it: write https://, or leave the TLS settings out"
     )]
@@ -97,22 +99,22 @@ pub enum EtcdOptionsError {
         /// The endpoint.
         endpoint: String,
     },
-    /// The certificates cannot be used.
+    /// The certificates are unusable.
     #[error("the TLS settings for etcd cannot be used: {why}")]
     Tls {
         /// What is wrong.
         why: String,
     },
-    /// No attempt could succeed.
+    /// The call timeout is too short for any attempt.
     #[error("a call to etcd cannot end after {} ms: give it at least 1 ms", call_timeout.as_millis())]
     CallTimeout {
-        /// The time.
+        /// The timeout.
         call_timeout: Duration,
     },
 }
 
 impl EtcdOptions {
-    /// Plain HTTP or the system's authorities, no login, one second for an attempt.
+    /// Returns options with plain HTTP or the system's authorities, no login, and one second per attempt.
     pub fn new(endpoints: impl IntoIterator<Item = impl Into<String>>) -> Self {
         Self {
             endpoints: endpoints.into_iter().map(Into::into).collect(),
@@ -122,7 +124,7 @@ impl EtcdOptions {
         }
     }
 
-    /// Everything that can be seen without a connection.
+    /// Checks everything that needs no connection.
     pub fn check(&self) -> Result<(), EtcdOptionsError> {
         if self.endpoints.is_empty() {
             return Err(EtcdOptionsError::NoEndpoints);
@@ -142,7 +144,7 @@ impl EtcdOptions {
         let Some(tls) = &self.tls else { return Ok(()) };
         let holds = |pem: &[u8], what: &str| String::from_utf8_lossy(pem).contains(what);
         let wrong = |why: &str| Err(EtcdOptionsError::Tls { why: why.to_owned() });
-        // Without a certificate in it the authority's file would trust nobody, and every connection fail without a word of why.
+        // A file without a certificate would trust no authority, and every connection would fail without a clear error.
         if tls.ca.as_ref().is_some_and(|ca| !holds(ca, "-----BEGIN CERTIFICATE-----")) {
             return wrong("the authority's file holds no PEM certificate");
         }
@@ -155,9 +157,9 @@ impl EtcdOptions {
         Ok(())
     }
 
-    /// The same in `etcd_client`'s words, for one endpoint. The login is not among them: with it, connecting would wait.
+    /// Converts the options to `etcd_client`'s, for one endpoint. Omits the login, because connecting would then wait.
     pub(super) fn connect(&self, endpoint: &str) -> ConnectOptions {
-        // Below the time of a call, so that a connection that cannot be made is known as such: nothing was sent then.
+        // Shorter than a call, so that a failed connection is recognised as such: nothing was sent then.
         let connect = self.call_timeout * 3 / 4;
         let options = ConnectOptions::new()
             .with_connect_timeout(connect)
@@ -180,7 +182,7 @@ impl EtcdOptions {
 
 const SECURE: &str = "https://";
 
-/// Whether the endpoint uses TLS.
+/// Validates an endpoint. Returns true if it uses TLS.
 fn checked(endpoint: &str) -> Result<bool, EtcdOptionsError> {
     let wrong =
         |shown: &str, why: &str| Err(EtcdOptionsError::Endpoint { endpoint: shown.to_owned(), why: why.to_owned() });
@@ -214,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn endpoints_are_urls_of_members_and_nothing_else() {
+    fn only_member_urls_are_valid_endpoints() {
         for good in ["http://a:1", "https://etcd-1.example:2379", "http://[::1]:2379", "http://127.0.0.1:65535"] {
             assert_eq!(EtcdOptions::new([good]).check(), Ok(()), "{good}");
         }
@@ -247,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn tls_without_a_certificate_in_it_is_refused_and_so_is_tls_that_would_not_be_used() {
+    fn tls_without_certificate_or_https_is_rejected() {
         let with = |endpoint: &str, tls: EtcdTls| EtcdOptions { tls: Some(tls), ..EtcdOptions::new([endpoint]) };
         assert!(refused(&with("http://a:1", EtcdTls::default())).contains("write https://"));
         let ca = EtcdTls { ca: Some(b"not PEM".to_vec()), identity: None };
@@ -260,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_secret_is_printed() {
+    fn secrets_are_not_printed() {
         let mut options = EtcdOptions::new(["https://a:1"]);
         options.login = Some(EtcdLogin { user: "root".to_owned(), password: "secret".to_owned() });
         let identity = EtcdIdentity { certificate: b"secret".to_vec(), key: b"secret".to_vec() };

@@ -1,29 +1,30 @@
-//! The store's words in etcd's, and back.
+//! Conversion between the store's types and etcd's.
 //!
-//! Nothing here panics at an answer. Of `etcd_client` two methods would, and are not used: `Event::event_type` at a kind that
-//! it does not know (what was deleted is told by its version), `TxnResponse::op_responses` at an operation without answer.
+//! No response causes a panic here. Two methods of `etcd_client` could panic and are not used: `Event::event_type` for
+//! an unknown kind (a deletion is recognised by the key's version), and `TxnResponse::op_responses` for an operation
+//! without a response.
 
 use bytes::Bytes;
 use etcd_client::{Compare as Condition, CompareOp, Error, GetOptions, KeyValue, PutOptions, Txn, TxnOp};
 
 use crate::cluster::store::{Compare, Entry, Event, LeaseId, Op, Revision, Transaction};
 
-/// etcd counts from 1 with signs; nothing below is a revision.
+/// Converts a revision of etcd, a signed number from 1. Smaller numbers become zero.
 pub(super) fn revision(number: i64) -> Revision {
     Revision(u64::try_from(number).unwrap_or_default())
 }
 
-/// The number of a revision, unless etcd can have no such.
+/// Converts a revision to etcd's number; `None` if etcd cannot have that revision.
 pub(super) fn number(revision: Revision) -> Option<i64> {
     i64::try_from(revision.0).ok().filter(|number| *number > 0)
 }
 
-/// An answer that cannot be one of etcd.
+/// Returns the error for a response that etcd never sends.
 pub(super) fn not_an_answer(why: &str) -> Error {
     Error::Internal(why.to_owned())
 }
 
-/// A key as it stands; `None` for one that is no text and therefore not ours.
+/// Converts a key's state; `None` if the key is not UTF-8: no broker wrote it.
 pub(super) fn entry(from: KeyValue) -> Option<Entry> {
     let (create, modified) = (revision(from.create_revision()), revision(from.mod_revision()));
     let lease = lease(from.lease());
@@ -31,11 +32,11 @@ pub(super) fn entry(from: KeyValue) -> Option<Entry> {
     Some(Entry { key: named(key)?, value: value.into(), create_revision: create, mod_revision: modified, lease })
 }
 
-/// One change; `None` for a key that is no text.
+/// Converts a change; `None` if the key is not UTF-8.
 pub(super) fn event(from: &KeyValue) -> Option<Event> {
     let modified = revision(from.mod_revision());
     let key = named(from.key().to_vec())?;
-    // A deletion sets a key's version to zero, and nothing else does.
+    // A deletion sets a key's version to zero; nothing else does.
     if from.version() == 0 {
         return Some(Event::Delete { key, revision: modified });
     }
@@ -59,7 +60,7 @@ fn named(key: Vec<u8>) -> Option<String> {
         .ok()
 }
 
-/// Reads one key.
+/// Returns the options to read one key.
 pub(super) fn one(at: Option<Revision>) -> GetOptions {
     match at.and_then(number) {
         Some(number) => GetOptions::new().with_revision(number),
@@ -67,22 +68,22 @@ pub(super) fn one(at: Option<Revision>) -> GetOptions {
     }
 }
 
-/// Reads up to `limit` keys from a key on, as long as they begin with the prefix.
+/// Returns the options to read up to `limit` keys with the prefix.
 pub(super) fn page(prefix: &str, limit: i64, at: Option<Revision>) -> GetOptions {
     one(at).with_range(end(prefix)).with_limit(limit)
 }
 
-/// The first key that may begin with the prefix. etcd takes no empty key.
+/// Returns the first key that can have the prefix. etcd rejects an empty key.
 pub(super) fn first(prefix: &str) -> Vec<u8> {
     if prefix.is_empty() { vec![0] } else { prefix.as_bytes().to_vec() }
 }
 
-/// The first key after this one.
+/// Returns the first key after this one.
 pub(super) fn after(key: &[u8]) -> Vec<u8> {
     [key, &[0]].concat()
 }
 
-/// The first key after all that begin with the prefix; a zero byte is etcd's word for the end of everything.
+/// Returns the first key after all keys with the prefix. In etcd, a zero byte means the end of the key space.
 pub(super) fn end(prefix: &str) -> Vec<u8> {
     let mut end = prefix.as_bytes().to_vec();
     while let Some(last) = end.pop() {
@@ -94,13 +95,13 @@ pub(super) fn end(prefix: &str) -> Vec<u8> {
     vec![0]
 }
 
-/// The transaction, without the reads of its other branch: see `EtcdStore::found`.
+/// Converts a transaction, without the `else_get` reads: see `EtcdStore::found`.
 pub(super) fn transaction(from: &Transaction) -> Txn {
     let mut ops: Vec<TxnOp> = from.ops.iter().map(operation).collect();
     let mut otherwise = Vec::new();
     if ops.is_empty() {
-        // etcd takes a transaction that neither writes nor reads for one that any member may answer from what it has. A
-        // read makes it wait for what is committed; of which key is all the same.
+        // etcd lets any member execute a transaction without operations from its local state. A read, of any key, makes
+        // the transaction wait for the committed state.
         let key = from.compares.first().map(Compare::key).or(from.else_get.first().map(String::as_str));
         let read = || TxnOp::get(key.unwrap_or("\0"), Some(GetOptions::new().with_keys_only()));
         ops.push(read());
@@ -122,8 +123,8 @@ fn operation(op: &Op) -> TxnOp {
 
 fn condition(compare: &Compare) -> Condition {
     let key = compare.key();
-    // To etcd a key that is not there has revision and lease 0. With us such a compare never holds, nor does one with what
-    // etcd cannot have.
+    // In etcd a missing key has revision and lease 0. In the store such a compare never holds, nor does a compare with
+    // a value that etcd cannot have.
     let never = || Condition::create_revision(key, CompareOp::Less, 0);
     match compare {
         Compare::ModRevision(_, revision) => {
@@ -145,24 +146,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_prefix_ends_before_the_first_key_that_does_not_begin_with_it() {
+    fn prefix_end_is_first_key_without_prefix() {
         assert_eq!(end("/strandline/a/"), b"/strandline/a0");
         assert_eq!(end("a"), b"b");
         assert_eq!(end(""), [0]);
         assert_eq!((first(""), first("a")), (vec![0], b"a".to_vec()));
         assert_eq!(after(b"a"), b"a\0");
-        // Bytes of text end below 0xF5, so nothing is ever carried; a last byte is simply one more.
+        // UTF-8 bytes are below 0xF5, so there is no carry; the last byte is incremented.
         assert_eq!(end("\u{10FFFF}"), [0xF4, 0x8F, 0xBF, 0xC0]);
     }
 
     #[test]
-    fn what_etcd_cannot_have_is_no_revision() {
+    fn impossible_revisions_are_not_converted() {
         assert_eq!((revision(-1), revision(0), revision(7)), (Revision::ZERO, Revision::ZERO, Revision(7)));
         assert_eq!((number(Revision::ZERO), number(Revision(7)), number(Revision(u64::MAX))), (None, Some(7), None));
     }
 
     #[test]
-    fn a_transaction_without_operations_reads_so_that_it_is_linearizable() {
+    fn transaction_without_operations_reads_a_key() {
         let compared = Transaction::new().when(Compare::Exists("a".to_owned()));
         let written = format!("{:?}", transaction(&compared));
         assert_eq!(written.matches("RequestRange").count(), 2, "one in each branch: {written}");

@@ -1,11 +1,14 @@
-//! A watch that outlives its member: it moves on and resumes behind the last change that it gave.
+//! A watch that survives the failure of its member: it moves to another member and resumes after the last returned
+//! change.
 //!
-//! Only changes move it forward. An answer to the request for a sign of life names a revision too, but up to etcd 3.4.24
-//! and 3.5.7 it may overtake changes that are older (etcd issue 15220), so nothing but life is believed of it.
+//! # Overview
 //!
-//! Later ones answer that request only once there is a revision as new as the watch's beginning. A watch from the revision after
-//! the newest would hear nothing from a quiet etcd, however well it is, and be taken for one whose member is gone. So a watch begins
-//! one revision earlier than asked for, and what that one holds is passed over.
+//! Only changes advance the watch. The response to a progress request contains a revision too. Up to etcd 3.4.24 and
+//! 3.5.7 it may overtake older changes (etcd issue 15220), so it only proves that the member is reachable.
+//!
+//! Later versions respond to a progress request only once their revision has reached the start of the watch. A watch
+//! from the next revision would get no response from an idle etcd, and its member would look unresponsive. So a watch
+//! starts one revision earlier than requested and skips the changes of that revision.
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,33 +24,33 @@ use crate::{
     task::clock,
 };
 
-/// How long nothing may come before a sign of life is asked for.
+/// Time without a message after which progress is requested.
 const QUIET: Duration = Duration::from_secs(2);
 
-/// How long ago an answer elsewhere must have named a newer revision than the watch has given for a sign of life to be asked for at once, and
-/// how long that may take then. A connection over a network that was cut for a moment stands still for seconds after it, until its
-/// system sends again.
+/// Age of a newer revision in another response after which progress is requested at once, and the timeout of that
+/// request. A connection over a briefly interrupted network stalls for seconds afterwards, until the system
+/// retransmits.
 const LAG: Duration = Duration::from_millis(250);
 const HURRY: Duration = Duration::from_secs(1);
 
-/// How many signs of life in a row may stay out. Doubled after each time that it was too long, up to [`MOST_QUIETS`]: a member
-/// that has much to catch up with answers late, and must get the time that it needs.
+/// Number of unanswered progress requests in a row that are tolerated. Doubled after each timeout up to
+/// [`MOST_QUIETS`]: a member that must catch up responds late and needs that time.
 const QUIETS: u32 = 1;
 const MOST_QUIETS: u32 = 32;
 
-/// How long no member may have to give before the watch ends with an error.
+/// Time without a working member after which the watch ends with an error.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The waits between attempts at resuming.
+/// Pauses between attempts to resume: the first and the longest.
 const WAITS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
-/// A watch and where it stands.
+/// A watch and its position.
 pub(super) struct Resuming {
     members: Arc<Members>,
     prefix: String,
-    /// Everything before this revision was given.
+    /// All changes before this revision were returned.
     next: Revision,
-    /// Where the stream began: `next` as it was then, or one before.
+    /// Start revision of the stream: the value of `next` at that time, or one below.
     began: Revision,
     stream: Stream,
     quiets: u32,
@@ -57,27 +60,27 @@ pub(super) struct Resuming {
 /// The watch at one member.
 struct Stream {
     line: Line,
-    /// The newest revision that was known when a sign of life was asked for that came.
+    /// Newest known revision at the last progress request that got a response.
     alive: Revision,
-    /// Whether it has answered since it began.
+    /// True if the stream has received a response since its start.
     answered: bool,
-    /// Whether it was asked because a call on its connection was given up: once is enough.
+    /// True if progress was requested because a call on the connection timed out: one request is enough.
     doubted: bool,
     requests: WatchRequestSender,
     responses: WatchResponseStream,
 }
 
-/// How a stream ended.
+/// Reason for the end of a stream.
 enum Ended {
-    /// With a word.
+    /// The stream ended with an error or a cancellation.
     Said(String),
-    /// Without one, and without a sign of life.
+    /// The member did not respond in time.
     Silent,
-    /// Of where it began nothing is kept, but of what comes next everything is.
+    /// The start revision is compacted, but the next needed revision is not.
     Early,
 }
 
-/// One answer of the watch, for `futures::stream::unfold`. It ends after the first error.
+/// Returns the next changes, for `futures::stream::unfold`. The stream ends after the first error.
 pub(super) async fn step(watch: Option<Resuming>) -> Option<(Result<Changes, StoreError>, Option<Resuming>)> {
     let mut watch = watch?;
     match watch.changes().await {
@@ -87,9 +90,9 @@ pub(super) async fn step(watch: Option<Resuming>) -> Option<(Result<Changes, Sto
 }
 
 impl Resuming {
-    /// Begins at a revision, at whichever member answers.
+    /// Starts a watch at a revision, at any member that responds.
     pub(super) async fn begin(members: Arc<Members>, prefix: &str, from: Revision) -> Result<Self, StoreError> {
-        // To etcd 0 means from now on.
+        // In etcd, 0 means from now on.
         let next = from.max(Revision(1));
         let began = one_before(next);
         let stream = open(&members, prefix, began).await.map_err(|failed| failed.of_watch(from))?;
@@ -109,7 +112,8 @@ impl Resuming {
         }
     }
 
-    /// What a response holds: changes, or a sign of life without any; or the end of this stream. An error ends the watch.
+    /// Converts a response to changes, which are empty for a progress response, or to the end of this stream. An error
+    /// ends the watch.
     fn understand(&mut self, response: &WatchResponse) -> Result<Result<Changes, Ended>, StoreError> {
         if response.compact_revision() > 0 {
             let oldest = text::revision(response.compact_revision());
@@ -129,7 +133,7 @@ impl Resuming {
         }
         (self.quiets, self.wait) = (QUIETS, WAITS.0);
         let kvs = response.events().iter().filter_map(etcd_client::Event::kv);
-        // What is older than what was given must not be given again: the stream began before it.
+        // Skip changes that were returned before: the stream started below `next`.
         let new = kvs.filter(|kv| text::revision(kv.mod_revision()) >= self.next);
         let mut last = None;
         let mut events: Vec<Event> = Vec::with_capacity(response.events().len());
@@ -137,11 +141,11 @@ impl Resuming {
             last = last.max(Some(text::revision(kv.mod_revision())));
             events.extend(text::event(kv));
         }
-        // One revision never comes in two responses: that would have to be asked for (`fragment`).
+        // A revision is never split over two responses unless requested (`fragment`).
         if let Some(revision) = last {
             self.next = revision.next();
         }
-        // Also when nothing is new: whoever watches knows then that nothing is missing.
+        // Returned also without changes: the watcher learns that none is missing.
         Ok(Ok(Changes { revision: Revision(self.next.0 - 1), events }))
     }
 
@@ -182,12 +186,12 @@ impl Resuming {
     }
 }
 
-/// Where a watch begins whose first change is to be of `next`. To etcd 0 means from now on.
+/// Returns the start revision of a watch whose first change is that of `next`. In etcd, 0 means from now on.
 fn one_before(next: Revision) -> Revision {
     Revision(next.0.saturating_sub(1).max(1))
 }
 
-/// Begins a watch at whichever member answers, and waits until it has begun.
+/// Starts a watch at any member that responds, and waits until etcd has created it.
 async fn open(members: &Members, prefix: &str, begin: Revision) -> Result<Stream, Failed> {
     let from = text::number(begin).unwrap_or(i64::MAX);
     let options = &WatchOptions::new().with_range(text::end(prefix)).with_start_revision(from);
@@ -206,12 +210,13 @@ async fn open(members: &Members, prefix: &str, begin: Revision) -> Result<Stream
 }
 
 impl Stream {
-    /// The next response, where everything up to `given` was given. May be dropped at any moment without losing any.
+    /// Returns the next response; everything up to `given` was returned. Cancel safe: dropping the future loses no
+    /// response.
     async fn next(&mut self, quiets: u32, given: Revision) -> Result<WatchResponse, Ended> {
         let (mut asked, mut hurried, mut quiet) = (None, false, 0);
         let mut until = clock::monotonic() + QUIET;
         loop {
-            // One that has just begun, or a member that was too late before, has the time that it needs.
+            // A new stream, or a member that was too slow before, gets the full time.
             let may_doubt = self.answered && !hurried && quiets == QUIETS;
             let Self { line, responses, alive, answered, doubted, .. } = &mut *self;
             let hurry = tokio::select! {
@@ -222,7 +227,7 @@ impl Stream {
                         Ok(None) => return Err(Ended::Said("the stream ended".to_owned())),
                         Err(error) => return Err(Ended::Said(Refusal::of(&error).why)),
                     };
-                    // Changes may have been on their way before it was asked.
+                    // Changes may have been in transit before the request.
                     if let Some(asked) = asked.filter(|_| response.events().is_empty()) {
                         *alive = asked;
                     }
@@ -244,7 +249,7 @@ impl Stream {
             quiet += 1;
             hurried = hurry;
             asked = Some(self.line.newest());
-            // Room for a hundred requests: it never waits.
+            // The channel holds a hundred requests, so this never waits.
             let requested = self.requests.request_progress().await;
             requested.map_err(|error| Ended::Said(error.to_string()))?;
         }

@@ -1,4 +1,4 @@
-//! Golden values: what stands in the store is read by operators and by other versions.
+//! Golden values: operators and other versions read the stored values.
 
 use super::*;
 use crate::model::LeaderEpoch;
@@ -19,7 +19,7 @@ fn golden<T: Value + PartialEq + fmt::Debug>(value: &T, json: &str) {
 }
 
 #[test]
-fn values_are_written_as_the_format_says() {
+fn values_are_encoded_as_documented() {
     golden(
         &BrokerValue {
             listeners: Endpoints::new("a:9460".into()).with_http("a:9461".into()).with_peer("b:9470".into()),
@@ -107,7 +107,7 @@ fn values_are_written_as_the_format_says() {
 }
 
 #[test]
-fn paths_are_as_the_design_says_and_come_back() {
+fn paths_are_as_documented_and_parse_back() {
     let id = PartitionId::new(topic(), 12);
     for (key, path) in [
         (Key::Broker(BrokerId(7)), "/strandline/blue/brokers/7"),
@@ -126,7 +126,7 @@ fn paths_are_as_the_design_says_and_come_back() {
 }
 
 #[test]
-fn what_is_no_path_of_ours_is_no_key() {
+fn foreign_paths_are_not_parsed() {
     for path in [
         "",
         "/strandline/red/controller",
@@ -152,7 +152,7 @@ fn what_is_no_path_of_ours_is_no_key() {
 }
 
 #[test]
-fn values_that_contradict_themselves_are_named() {
+fn contradictory_values_are_rejected_with_reason() {
     let partition = |json: &str| PartitionValue::decode("the/key", json.as_bytes()).expect_err(json).to_string();
     for (json, why) in [
         (r#"{"replicas":[],"leader":null,"leader_epoch":0,"isr":[]}"#, "replicas is empty"),

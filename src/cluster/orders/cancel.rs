@@ -1,4 +1,4 @@
-//! Taking a move back.
+//! Cancellation of reassignments.
 
 use super::{FindError, Ordered, Orders, WriteError};
 use crate::{
@@ -6,19 +6,19 @@ use crate::{
     model::{BrokerId, TopicName},
 };
 
-/// Why a move was not taken back.
+/// Error of a cancellation.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CancelError {
-    /// No such topic or partition.
+    /// The topic or partition does not exist.
     #[error(transparent)]
     Unknown(#[from] FindError),
-    /// Nothing is being moved.
+    /// No reassignment is in progress or queued.
     #[error("nothing to cancel: {what}")]
     Nothing {
-        /// What stays where it is, in words.
+        /// Description of the partitions without a reassignment.
         what: String,
     },
-    /// Only replicas that the move added are in sync.
+    /// Only replicas that the reassignment added are in sync.
     #[error(
         "the move of partition {partition} cannot be taken back: none of the replicas of before is in sync; let it end, or \
          reassign the partition"
@@ -33,7 +33,7 @@ pub enum CancelError {
 }
 
 impl CancelError {
-    /// Whether the same order may succeed later.
+    /// Returns true if the same operation may succeed later.
     pub const fn retryable(&self) -> bool {
         match self {
             Self::Write(error) => error.retryable(),
@@ -43,8 +43,8 @@ impl CancelError {
 }
 
 impl Orders {
-    /// Goes back to the replicas of before the move, of one topic, one partition of it, or all. Where a new replica leads already, one of
-    /// the old ones leads again.
+    /// Restores the replicas from before the reassignment, for one topic, one partition, or all. If a new replica leads
+    /// already, an earlier replica is elected.
     pub async fn cancel(&self, topic: Option<&TopicName>, partition: Option<u32>) -> Result<Vec<Ordered>, CancelError> {
         let moving = self.moving(topic, partition)?;
         if moving.is_empty() {
@@ -69,7 +69,7 @@ impl Orders {
     }
 }
 
-/// The value without the move. A leader that the move added hands over in the same change.
+/// Returns the value without the reassignment. If an added replica leads, the same change elects another leader.
 fn back(value: &PartitionValue, live: impl Fn(BrokerId) -> bool, min_insync: usize) -> Option<PartitionValue> {
     if let Some(back) = value.cancel_move() {
         return Some(back);

@@ -1,4 +1,4 @@
-//! Emptying a broker: the wish is a key, `drains/{id}`, and the controller does the rest.
+//! Drains of brokers: the operation writes the key `drains/{id}`, and the controller moves the replicas.
 
 use super::{Orders, UnknownBrokers, known};
 use crate::{
@@ -10,10 +10,10 @@ use crate::{
     model::{BrokerId, PartitionId},
 };
 
-/// Why a drain was not ordered, or not taken back.
+/// Error of a drain, or of its cancellation.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DrainError {
-    /// No such broker.
+    /// The broker does not exist.
     #[error(transparent)]
     Unknown(#[from] UnknownBrokers),
     /// The metadata store failed.
@@ -21,27 +21,28 @@ pub enum DrainError {
     Store(#[from] StoreError),
 }
 
-/// A broker that is to be emptied.
+/// State of a broker's drain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Drained {
-    /// Whether this order began it.
+    /// True if this operation started the drain.
     pub changed: bool,
-    /// Since when, by the wall clock in milliseconds.
+    /// Wall-clock time of the request, in milliseconds.
     pub since_ms: i64,
-    /// Partitions that it leads.
+    /// Number of partitions that the broker leads.
     pub leaders: usize,
-    /// Partitions that it holds.
+    /// Number of partitions that the broker holds.
     pub replicas: usize,
-    /// Of these, those that cannot move: too few others take replicas, or a move of their partition waits for a broker that is gone.
+    /// Partitions whose replica cannot move: too few eligible brokers, or a reassignment of the partition waits for an
+    /// offline broker.
     pub stuck: Vec<PartitionId>,
-    /// And how many cannot move while nobody leads their partitions.
+    /// Number of replicas that cannot move because their partition has no leader.
     pub leaderless: usize,
-    /// How many others take replicas.
+    /// Number of other brokers that can take replicas.
     pub takers: usize,
 }
 
 impl Orders {
-    /// Wants a broker empty. One that is gone may be named as well: its replicas are replaced without waiting for it.
+    /// Requests the drain of a broker. The broker may be offline: its replicas are then replaced without delay.
     pub async fn drain(&self, broker: BrokerId, now_ms: i64) -> Result<Drained, DrainError> {
         self.must_know(broker)?;
         let key = self.keys.drain(broker);
@@ -60,7 +61,7 @@ impl Orders {
             };
             as_it_is = match found.map(|entry| (DrainValue::decode(&entry.key, &entry.value), entry)) {
                 Some((Ok(known), _)) => break (false, known.since_ms),
-                // Nobody is drained by what nobody can read.
+                // An unreadable value drains no broker.
                 Some((Err(_), entry)) => Compare::ModRevision(key.clone(), entry.mod_revision),
                 None => Compare::Absent(key.clone()),
             };
@@ -68,7 +69,7 @@ impl Orders {
         Ok(Drained { changed, since_ms, ..self.left(broker) })
     }
 
-    /// Takes the wish back. Says whether there was one.
+    /// Cancels the drain of a broker. Returns true if there was one.
     pub async fn restore(&self, broker: BrokerId) -> Result<bool, DrainError> {
         self.must_know(broker)?;
         let key = self.keys.drain(broker);
@@ -82,8 +83,8 @@ impl Orders {
         }
     }
 
-    /// Replicas of a drained broker that cannot move: too few others take any, their move waits for a broker that is gone, or nobody leads
-    /// their partitions.
+    /// Returns the number of replicas of a drained broker that cannot move. Too few brokers can take them, their
+    /// reassignment waits for an offline broker, or their partition has no leader.
     pub fn stuck(&self, broker: BrokerId) -> usize {
         let left = self.left(broker);
         left.stuck.len() + left.leaderless
@@ -97,7 +98,7 @@ impl Orders {
         Err(UnknownBrokers { ids: vec![broker], known: known.into_iter().collect() })
     }
 
-    /// The replicas that a broker has still to give away, as the controller's plan moves them.
+    /// Counts the replicas that remain on a broker, as the controller's plan moves them.
     fn left(&self, broker: BrokerId) -> Drained {
         let state = self.view.state();
         let mut placement = Placement::of(&state);
@@ -110,13 +111,13 @@ impl Orders {
             let value = &known.value;
             drained.replicas += 1;
             drained.leaders += usize::from(value.leader == Some(broker));
-            // Only its leader copies a partition to others, also where a move has begun.
+            // Only the leader of a partition copies its data, also during a reassignment.
             if value.leader.is_none() {
                 drained.leaderless += 1;
                 continue;
             }
-            // Another move begins when the one under way has ended. Without the brokers that are gone it may not end; one that is gone and
-            // drained is replaced at once.
+            // The next reassignment starts after the one in progress. That one may be blocked by offline brokers,
+            // except by drained ones, which are replaced at once.
             let is_live = |id| state.brokers().contains_key(&id) || id == broker || state.drains().contains_key(&id);
             if value.move_is_blocked(self.min_insync(id.topic), is_live) {
                 drained.stuck.push(id);
@@ -130,7 +131,7 @@ impl Orders {
             let stay: Vec<BrokerId> = value.replicas.iter().copied().filter(stays).collect();
             let kept = stay.len();
             match placement.choose(id, stay, value.replicas.len() - value.removing.len()) {
-                // Each has room for a replica, and not for all.
+                // Each remaining broker may have capacity for one replica, but not for all.
                 Some(chosen) => placement.carry_more(&chosen[kept..]),
                 None => drained.stuck.push(id),
             }

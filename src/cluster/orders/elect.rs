@@ -1,4 +1,4 @@
-//! Who is to lead: the preferred replica again, or, by an operator's word, one that may lack committed records.
+//! Elections on request: of the preferred leader, or of a replica that may lack committed records.
 
 use std::cmp::Reverse;
 
@@ -13,10 +13,10 @@ use crate::{
     model::{BrokerId, LeaderEpoch, Offset, PartitionId, TopicName},
 };
 
-/// Why nobody was elected.
+/// Error of an election.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ElectError {
-    /// No such topic or partition.
+    /// The topic or partition does not exist.
     #[error(transparent)]
     Unknown(#[from] FindError),
     /// The preferred replica cannot lead now.
@@ -27,19 +27,19 @@ pub enum ElectError {
     Unfit {
         /// The partition, as `topic/number`.
         partition: String,
-        /// The preferred replica.
+        /// Id of the preferred leader.
         id: BrokerId,
-        /// Who leads.
+        /// Id of the present leader.
         leader: BrokerId,
-        /// What is against it.
+        /// Reason against the preferred leader.
         why: Unfit,
     },
-    /// Nobody who holds all that is committed is there.
+    /// No replica that holds all committed records is live.
     #[error("nobody can lead {partition} without loss: {}", way_out(waited))]
     Nobody {
         /// The partition, as `topic/number`.
         partition: String,
-        /// Who could lead if it were there. Nobody where no replica is known to hold all that is committed.
+        /// Brokers that could lead if they were live. Empty if no replica is known to hold all committed records.
         waited: Vec<BrokerId>,
     },
     /// An unclean election of a partition that has a leader.
@@ -47,28 +47,28 @@ pub enum ElectError {
     Led {
         /// The partition, as `topic/number`.
         partition: String,
-        /// Who leads it.
+        /// Id of the leader.
         leader: BrokerId,
     },
-    /// An unclean election of a partition that needs none.
+    /// An unclean election of a partition that can have a clean one.
     #[error("broker {id} can lead {partition} without loss: elect without --unclean")]
     Clean {
         /// The partition, as `topic/number`.
         partition: String,
-        /// Who can.
+        /// Broker that can lead without loss.
         id: BrokerId,
     },
-    /// It holds no replica, or is not alive.
+    /// The requested broker has no replica or is not live.
     #[error("broker {id} cannot lead {partition}: of its replicas, {} are alive", List(alive))]
     NoReplica {
         /// The partition, as `topic/number`.
         partition: String,
-        /// Who was to lead.
+        /// Id of the requested leader.
         id: BrokerId,
-        /// Replicas that are alive.
+        /// Live replicas.
         alive: Vec<BrokerId>,
     },
-    /// No replica is alive, or none says what it holds.
+    /// No replica is live, or none reports its position.
     #[error("no replica of {partition} answers, so none can lead: start {}", any_of(replicas))]
     Silent {
         /// The partition, as `topic/number`.
@@ -76,35 +76,36 @@ pub enum ElectError {
         /// All replicas.
         replicas: Vec<BrokerId>,
     },
-    /// It is not as it was when that was agreed to.
+    /// The partition changed since the operator confirmed the election.
     #[error("{partition} has changed since you were asked: look again")]
     Changed {
         /// The partition, as `topic/number`.
         partition: String,
     },
-    /// Its log cannot be used now, which was not known, or could not be asked, when that was agreed to.
+    /// The log of the requested broker is unusable or the broker does not respond, unlike at the operator's
+    /// confirmation.
     #[error("the log of broker {id} for {partition} cannot be used now, or it does not answer: look again")]
     Unusable {
         /// The partition, as `topic/number`.
         partition: String,
-        /// Who was to lead.
+        /// Id of the requested leader.
         id: BrokerId,
     },
-    /// The values could not be written.
+    /// The value could not be written.
     #[error(transparent)]
     Write(#[from] WriteError),
 }
 
-/// What is against a broker that is preferred.
+/// Reason why the preferred leader cannot be elected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unfit {
-    /// It is not registered.
+    /// The broker is not registered.
     Gone,
-    /// It does not hold all that is committed yet.
+    /// The broker is not in the ISR.
     Behind,
-    /// It is being stopped, or emptied.
+    /// The broker is stopping or drained.
     Leaving,
-    /// Its disk took no more records.
+    /// The broker's disk is full.
     Full,
 }
 
@@ -120,7 +121,7 @@ impl Unfit {
 }
 
 impl ElectError {
-    /// Whether the same order may succeed later.
+    /// Returns true if the same operation may succeed later.
     pub const fn retryable(&self) -> bool {
         match self {
             Self::Nobody { .. } | Self::Silent { .. } => true,
@@ -130,7 +131,7 @@ impl ElectError {
     }
 }
 
-/// What an operator can do where nobody may lead.
+/// Returns what an operator can do if no replica may lead.
 fn way_out(waited: &[BrokerId]) -> String {
     match waited {
         [] => {
@@ -143,7 +144,7 @@ fn way_out(waited: &[BrokerId]) -> String {
     }
 }
 
-/// One of these brokers, in a sentence.
+/// Returns one or several brokers as the object of a sentence.
 fn any_of(replicas: &[BrokerId]) -> String {
     match replicas {
         [one] => format!("broker {one}"),
@@ -151,39 +152,40 @@ fn any_of(replicas: &[BrokerId]) -> String {
     }
 }
 
-/// What a replica holds, as its broker says.
+/// Position of a replica, as its broker reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
-    /// The broker.
+    /// Id of the broker.
     pub broker: BrokerId,
-    /// The epoch of its last batch; none in an empty log.
+    /// Epoch of the last batch; `None` for an empty log.
     pub last_epoch: Option<LeaderEpoch>,
-    /// Its log end.
+    /// Log end of the replica.
     pub log_end: Offset,
-    /// What it knows as committed.
+    /// High watermark of the replica.
     pub high_watermark: Offset,
 }
 
-/// Who would lead after an unclean election.
+/// Leader that an unclean election would choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Successor {
-    /// The broker.
+    /// Id of the broker.
     pub broker: BrokerId,
-    /// What would be lost, as far as can be known.
+    /// Committed offsets that would be lost, as far as the replicas report them; `None` for no loss.
     pub loss: Option<Loss>,
 }
 
-/// Offsets that were committed and would be lost.
+/// Range of committed offsets that would be lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Loss {
-    /// The first.
+    /// First lost offset.
     pub from: Offset,
-    /// The end.
+    /// End of the range.
     pub to: Offset,
 }
 
-/// The replica that holds most: the newest epoch first, then the longest log, then the first of `replicas`. What any replica knows as
-/// committed and this one has not is lost, but for what lies in the bucket, below `tiered_end`.
+/// Returns the replica with the most data: the newest epoch first, then the longest log, then the position in
+/// `replicas`. The loss is the range between that log and the highest high watermark of all replicas. Records below
+/// `tiered_end` are in the object store and not lost.
 pub fn successor(replicas: &[BrokerId], held: &[Held], tiered_end: Offset) -> Option<Successor> {
     let place = |id: BrokerId| replicas.iter().position(|other| *other == id);
     let best = held.iter().filter(|one| place(one.broker).is_some());
@@ -195,7 +197,7 @@ pub fn successor(replicas: &[BrokerId], held: &[Held], tiered_end: Offset) -> Op
 }
 
 impl Orders {
-    /// Has the preferred replica lead. Where nobody leads, the first that may.
+    /// Elects the preferred leader. If the partition has no live leader, elects the first replica that may lead.
     pub async fn elect(&self, topic: &TopicName, partition: u32) -> Result<Ordered, ElectError> {
         let (topic, ids) = self.find(topic, Some(partition))?;
         let min_insync = self.min_insync(topic.known.value.id);
@@ -216,7 +218,7 @@ impl Orders {
         Ok(one(ordered.await?))
     }
 
-    /// A partition that nobody can lead without loss, as an unclean election would find it.
+    /// Returns a partition that no replica can lead without loss, as input of an unclean election.
     pub fn forsaken(&self, topic: &TopicName, partition: u32) -> Result<Ordered, ElectError> {
         let (_, ids) = self.find(topic, Some(partition))?;
         let looked = self.look(&ids)?.pop().expect("one was asked for");
@@ -224,8 +226,8 @@ impl Orders {
         Ok(Ordered { id: looked.id, value: looked.value, revision: looked.revision, changed: false })
     }
 
-    /// Has a replica lead that may lack committed records; with `expect` only if the partition is still as it was at that revision. With
-    /// `discard` its log goes, if that cannot be used.
+    /// Elects a replica that may lack committed records. With `expect`, only if the partition still has that revision.
+    /// With `discard`, the replica's log is deleted if it is unusable.
     pub async fn elect_unclean(
         &self,
         topic: &TopicName,
@@ -235,12 +237,13 @@ impl Orders {
         discard: bool,
     ) -> Result<Ordered, ElectError> {
         let (_, ids) = self.find(topic, Some(partition))?;
-        // Whoever could lead without loss and comes back at this moment leads: its registration is compared.
+        // A replica that could lead without loss may return at this moment and must lead then: compare its
+        // registration.
         let forsaken = |value: &PartitionValue| {
             value.isr.iter().chain(&value.elr).map(|id| Compare::Absent(self.keys.broker(*id))).collect()
         };
         let ordered = self.edit_while(&ids, forsaken, |id, value, revision| {
-            // An earlier try of this very order.
+            // An earlier attempt of the same operation.
             if value.leader == Some(to) && value.unclean == Some(value.leader_epoch) {
                 return Ok(None);
             }
@@ -277,7 +280,7 @@ enum Refusal {
     Nobody,
 }
 
-/// Who is to lead without loss.
+/// Returns the broker to elect without loss.
 fn clean(state: &ViewState, value: &PartitionValue) -> Result<BrokerId, Refusal> {
     let live = |id: BrokerId| state.brokers().contains_key(&id);
     let preferred = value.replicas[0];

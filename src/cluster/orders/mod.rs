@@ -1,20 +1,22 @@
-//! An operator's orders: who is to be emptied, where replicas are to be, who is to lead.
+//! Operations of an operator: drains, reassignments and elections.
 //!
 //! # Overview
 //!
-//! An order only writes what is wanted where all brokers see it: `drain` a key of its own, `reassign` and `elect` the values of
-//! partitions. The controller carries it out, step by step; whoever is asked how far it is looks at the same values.
+//! An operation only writes the desired state where all brokers see it: `drain` a key of its own, `reassign` and
+//! `elect` the values of partitions. The controller applies that state step by step. The progress is visible in the
+//! same values.
 //!
 //! # Invariants
 //!
-//! - Every change is a compare-and-set of the value that it was decided on. Where another one was faster, it is decided anew.
-//! - An order is checked whole before anything of it is written. What it writes to several partitions is not one transaction:
-//!   who is told of a failure is told how many were changed, and may give the same order again.
-//! - New values come from [`PartitionValue`] alone: an order cannot make a set that the protocol does not allow.
+//! - Every change is a compare-and-set of the value that it is based on. After a conflict it is decided again on the
+//!   new value.
+//! - An operation is checked completely before its first write. Writes to several partitions are not one transaction: a
+//!   failure reports the number of changed partitions, and the operation may be repeated.
+//! - New values come from [`PartitionValue`] alone: an operation cannot create a set that the protocol does not allow.
 //!
-//! # What a crash leaves
+//! # Crash
 //!
-//! An order of which the first partitions are changed. Each by itself is right.
+//! An interrupted operation has changed its first partitions. Each change is valid by itself.
 
 mod cancel;
 mod drain;
@@ -45,16 +47,16 @@ use super::{
 };
 use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicId, TopicName};
 
-/// How often a compare-and-set is tried again when somebody else was faster.
+/// Maximum number of attempts of a compare-and-set while other writers come first.
 const ATTEMPTS: usize = 10;
 
-/// Partitions of one order that are decided on before other tasks have their turn.
+/// Number of partitions of one operation that are decided before the task yields.
 const DECISIONS_TOGETHER: usize = 256;
 
-/// How long the mirror may take to show what was written.
+/// Maximum time to wait until the metadata cache shows a write.
 const CATCH_UP: Duration = Duration::from_secs(5);
 
-/// An operator's orders. Cheap to clone.
+/// Operations of an operator. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Orders {
     store: Arc<dyn MetaStore>,
@@ -64,56 +66,56 @@ pub struct Orders {
     changes: PartitionChanges,
 }
 
-/// A partition as it is after an order.
+/// A partition after an operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ordered {
-    /// Which.
+    /// Id of the partition.
     pub id: PartitionId,
-    /// Its value.
+    /// Value of the partition.
     pub value: PartitionValue,
-    /// The transaction that wrote it.
+    /// Revision of the value.
     pub revision: Revision,
-    /// Whether the order changed it.
+    /// True if the operation changed the value.
     pub changed: bool,
 }
 
-/// The cluster has no such broker.
+/// Error: the cluster does not have these brokers.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the cluster has no {}: it has {}", Brokers(ids), List(known))]
 pub struct UnknownBrokers {
-    /// Those that are unknown.
+    /// Unknown broker ids.
     pub ids: Vec<BrokerId>,
-    /// Those that it has.
+    /// Broker ids of the cluster.
     pub known: Vec<BrokerId>,
 }
 
-/// The topic has no partition of this number.
+/// Error: the topic has no partition with this number.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("topic {:?} has no partition {number}: it has {count}, numbered from 0", topic.as_str())]
 pub struct UnknownPartition {
-    /// The topic.
+    /// Name of the topic.
     pub topic: TopicName,
-    /// What was asked for.
+    /// Requested partition number.
     pub number: u32,
-    /// How many it has.
+    /// Number of partitions of the topic.
     pub count: u32,
 }
 
-/// What an order names is not there.
+/// Error: the target of an operation does not exist.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FindError {
-    /// No such topic.
+    /// The topic does not exist.
     #[error(transparent)]
     Topic(#[from] UnknownTopic),
-    /// No such partition.
+    /// The partition does not exist.
     #[error(transparent)]
     Partition(#[from] UnknownPartition),
 }
 
-/// Why values could not be written.
+/// Error of a write of partition values.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WriteError {
-    /// A value that cannot be read, or that is not there yet, or not any more.
+    /// A value is missing or unreadable.
     #[error(
         "the metadata of partition {partition} is not there or cannot be used: `strandline cluster describe` tells"
     )]
@@ -121,26 +123,26 @@ pub enum WriteError {
         /// The partition, as `topic/number`.
         partition: String,
     },
-    /// Others kept changing it.
+    /// Other writers kept changing the partition.
     #[error("partition {partition} is being changed by others at the same time: try again{}", so_far(*.done))]
     Conflict {
         /// The partition, as `topic/number`.
         partition: String,
-        /// Partitions that were changed before.
+        /// Number of partitions that were changed before.
         done: usize,
     },
     /// The metadata store failed.
     #[error("{source}{}", so_far(*.done))]
     Store {
-        /// What it said.
+        /// The store's error.
         source: StoreError,
-        /// Partitions that were changed before.
+        /// Number of partitions that were changed before.
         done: usize,
     },
 }
 
 impl WriteError {
-    /// Whether the same order may succeed later.
+    /// Returns true if the same operation may succeed later.
     pub const fn retryable(&self) -> bool {
         match self {
             Self::Unreadable { .. } => false,
@@ -158,7 +160,7 @@ fn so_far(done: usize) -> String {
     }
 }
 
-/// Brokers in a sentence: `1, 2 and 3`.
+/// Broker ids in a sentence: `1, 2 and 3`.
 struct List<'a>(&'a [BrokerId]);
 
 impl fmt::Display for List<'_> {
@@ -174,7 +176,7 @@ impl fmt::Display for List<'_> {
     }
 }
 
-/// `broker 1`, or `brokers 1 and 2`.
+/// Broker ids with their noun: `broker 1`, or `brokers 1 and 2`.
 struct Brokers<'a>(&'a [BrokerId]);
 
 impl fmt::Display for Brokers<'_> {
@@ -183,7 +185,7 @@ impl fmt::Display for Brokers<'_> {
     }
 }
 
-/// A topic that an order names.
+/// Target topic of an operation.
 #[derive(Clone, Debug)]
 struct Chosen {
     name: TopicName,
@@ -193,21 +195,21 @@ struct Chosen {
 /// A partition whose value is being replaced.
 struct Editing {
     id: PartitionId,
-    /// What was decided on.
+    /// Value that the decision is based on.
     value: PartitionValue,
     revision: Revision,
-    /// Whether an earlier try may have been made.
+    /// True if an earlier attempt may have been applied.
     tried: bool,
 }
 
 impl Orders {
-    /// Orders to a cluster. `defaults` are what topics have that set nothing else.
+    /// Returns the operations on a cluster. `defaults` are the topic configuration defaults.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys, view: View, defaults: ConfigMap) -> Self {
         let changes = PartitionChanges::new(Arc::clone(&store), keys.clone());
         Self { store, keys, view, defaults: Arc::new(defaults), changes }
     }
 
-    /// Waits until this broker's mirror has what was written, for a while: it is written.
+    /// Waits for a bounded time until this broker's metadata cache shows the written values.
     pub async fn seen(&self, ordered: &[Ordered]) {
         if let Some(newest) = ordered.iter().map(|one| one.revision).max() {
             self.reached(newest).await;
@@ -218,18 +220,18 @@ impl Orders {
         let _late = tokio::time::timeout(CATCH_UP, self.view.reached(revision)).await;
     }
 
-    /// The cluster in numbers.
+    /// Returns the counts of the cluster.
     pub fn census(&self) -> Census {
         Census::of(&self.view.state(), &self.defaults)
     }
 
-    /// Paths whose values cannot be used, and why.
+    /// Returns the paths with unusable values, and the errors.
     pub fn unreadable(&self) -> Vec<(String, String)> {
         let state = self.view.state();
         state.unreadable().iter().map(|(key, why)| (self.keys.path(key), why.clone())).collect()
     }
 
-    /// Partitions of a topic: one, or all.
+    /// Returns one partition of a topic, or all.
     fn find(&self, topic: &TopicName, partition: Option<u32>) -> Result<(Chosen, Vec<PartitionId>), FindError> {
         let topic = self.topic(topic)?;
         let ids = topic.partitions(partition)?;
@@ -244,7 +246,7 @@ impl Orders {
         }
     }
 
-    /// The name of a partition as people write it.
+    /// Returns the display name of a partition, as `topic/number`.
     fn spoken(&self, id: PartitionId) -> String {
         match self.view.state().name(id.topic) {
             Some(name) => format!("{name}/{}", id.number),
@@ -252,7 +254,8 @@ impl Orders {
         }
     }
 
-    /// How many in-sync replicas a commit needs, as the controller reckons: all of them where the topic's configuration cannot be read.
+    /// Returns the min ISR of a topic as the controller computes it. If the configuration is unreadable, the result
+    /// exceeds any ISR.
     fn min_insync(&self, topic: TopicId) -> usize {
         let state = self.view.state();
         let known = state.name(topic).and_then(|name| state.topic(name));
@@ -260,8 +263,8 @@ impl Orders {
         config.map_or(usize::MAX, |config| config.min_insync_replicas)
     }
 
-    /// Replaces values of partitions by what `decide` makes of them; `None` says that one is as it should be. Nothing is written
-    /// when one of them is refused at first sight.
+    /// Replaces the values of partitions by the result of `decide`; `None` leaves a value as it is. Writes nothing if
+    /// `decide` fails for a value in the metadata cache.
     async fn edit<E: From<WriteError>>(
         &self,
         ids: &[PartitionId],
@@ -270,7 +273,7 @@ impl Orders {
         self.edit_while(ids, |_| Vec::new(), decide).await
     }
 
-    /// As [`Orders::edit`], where something else must hold as well when a value takes the place of another one.
+    /// Like [`Orders::edit`], with further compares that must hold when a value is replaced.
     async fn edit_while<E: From<WriteError>>(
         &self,
         ids: &[PartitionId],
@@ -299,7 +302,7 @@ impl Orders {
         Err(WriteError::Conflict { partition: self.spoken(left[0].id), done: changed(&done) }.into())
     }
 
-    /// What the mirror knows of partitions.
+    /// Returns the partitions as the metadata cache shows them.
     fn look(&self, ids: &[PartitionId]) -> Result<Vec<Editing>, WriteError> {
         let state = self.view.state();
         let found = ids.iter().map(|id| {
@@ -310,7 +313,7 @@ impl Orders {
         found.collect()
     }
 
-    /// Makes changes. What was refused, or is not known to have been made, comes back as it stands in the store.
+    /// Writes changes. Returns the partitions with a conflict or an unknown outcome, with their stored values.
     async fn write(&self, changes: Vec<Change>, done: &mut Vec<Ordered>) -> Result<Vec<Editing>, WriteError> {
         if changes.is_empty() {
             return Ok(Vec::new());
@@ -327,7 +330,7 @@ impl Orders {
                 Changed::Refused(stands) => (Ok(stands), false),
                 Changed::Unknown(_) => (self.changes.read_back(id).await, true),
                 Changed::Failed(source) => (Err(source), false),
-                // Only with a condition that all of them share, and there is none.
+                // Requires a compare that all changes share, and there is none.
                 Changed::Barred => (Ok(None), false),
             };
             match stands {
@@ -344,13 +347,13 @@ impl Orders {
     }
 }
 
-/// How many were changed.
+/// Returns the number of changed partitions.
 fn changed(done: &[Ordered]) -> usize {
     done.iter().filter(|one| one.changed).count()
 }
 
 impl Chosen {
-    /// Its partitions: one, or all.
+    /// Returns one partition of the topic, or all.
     fn partitions(&self, partition: Option<u32>) -> Result<Vec<PartitionId>, UnknownPartition> {
         let count = self.known.value.partitions;
         let numbers = match partition {
@@ -362,7 +365,7 @@ impl Chosen {
     }
 }
 
-/// Every broker that the metadata names: those that are alive, that hold replicas, or that are to be drained.
+/// Returns every broker that the metadata names: live brokers, holders of replicas, and brokers to be drained.
 fn known(state: &ViewState) -> BTreeSet<BrokerId> {
     state.brokers().keys().chain(state.drains().keys()).copied().chain(state.holders()).collect()
 }

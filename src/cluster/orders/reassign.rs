@@ -1,4 +1,4 @@
-//! Moving partitions where an operator wants them.
+//! Reassignments on request.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,79 +13,79 @@ use crate::{
     model::{BrokerId, PartitionId, TopicName},
 };
 
-/// Why partitions are not moved.
+/// Error of a reassignment.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReassignError {
-    /// No such topic or partition.
+    /// The topic or partition does not exist.
     #[error(transparent)]
     Unknown(#[from] FindError),
-    /// No such brokers.
+    /// A broker does not exist.
     #[error(transparent)]
     Brokers(#[from] UnknownBrokers),
     /// A broker is named twice.
     #[error("broker {id} is named twice: a partition has one replica on a broker")]
     Repeated {
-        /// Which.
+        /// Id of the broker.
         id: BrokerId,
     },
-    /// Not as many brokers as the topic has replicas.
+    /// The number of brokers differs from the topic's replication factor.
     #[error(
         "topic {:?} has a replication factor of {factor}, and {} named: name {factor}, or change it first \
          with `strandline topic alter {} --replication-factor {asked}`", topic.as_str(), named(*.asked), topic
     )]
     Factor {
-        /// The topic.
+        /// Name of the topic.
         topic: TopicName,
-        /// How many replicas it is to have.
+        /// Replication factor of the topic.
         factor: u32,
-        /// How many brokers are named.
+        /// Number of requested brokers.
         asked: usize,
     },
-    /// Brokers that are not alive cannot copy.
+    /// A new broker is not live and cannot copy.
     #[error(
         "partition {partition} cannot go to {}, not alive and without a replica of it: start what is down first",
         Brokers(ids)
     )]
     Gone {
-        /// Which.
+        /// Ids of these brokers.
         ids: Vec<BrokerId>,
         /// The partition, as `topic/number`.
         partition: String,
     },
-    /// A broker that is being emptied would give its replicas away again.
+    /// A drained broker would give its new replica away again.
     #[error(
         "no replica goes to {}, being drained: leave that out, or `strandline broker restore` it first",
         Brokers(ids)
     )]
     Draining {
-        /// Which.
+        /// Ids of these brokers.
         ids: Vec<BrokerId>,
     },
-    /// A broker whose disk is full would be filled further.
+    /// A new broker is under disk pressure.
     #[error(
         "the disk of {} is full (broker.disk_full_percent), so no replica of partition {partition} goes there: leave it out, or free \
          space there",
         Brokers(ids)
     )]
     Full {
-        /// Which.
+        /// Ids of these brokers.
         ids: Vec<BrokerId>,
         /// The partition, as `topic/number`.
         partition: String,
     },
-    /// A broker that others cannot reach would never be in sync.
+    /// Other brokers cannot reach a new broker, so it would never be in sync.
     #[error(
         "other brokers cannot reach {}, registered without an address for them, so no replica of partition {partition} goes there: leave \
          that out, or run the same version everywhere",
         Brokers(ids)
     )]
     Unreachable {
-        /// Which.
+        /// Ids of these brokers.
         ids: Vec<BrokerId>,
         /// The partition, as `topic/number`.
         partition: String,
     },
-    /// A broker would hold more replicas than it takes.
+    /// A broker would exceed its replica limit.
     #[error(transparent)]
     Bound(#[from] ReplicaBound),
     /// The values could not be written.
@@ -94,7 +94,7 @@ pub enum ReassignError {
 }
 
 impl ReassignError {
-    /// Whether the same order may succeed later.
+    /// Returns true if the same operation may succeed later.
     pub const fn retryable(&self) -> bool {
         match self {
             Self::Write(error) => error.retryable(),
@@ -104,8 +104,9 @@ impl ReassignError {
 }
 
 impl Orders {
-    /// Orders one partition of a topic, or all, to these brokers, the preferred leader first. Of all, partition N gets the list rotated by
-    /// N. A move that is under way is replaced; others begin when the controller has room for them.
+    /// Requests these brokers for one partition of a topic, or for all, the preferred leader first. For all, partition
+    /// N gets the list rotated by N. A reassignment in progress is replaced; others are queued until the controller's
+    /// limits permit them.
     pub async fn reassign(
         &self,
         topic: &TopicName,
@@ -145,7 +146,8 @@ impl Orders {
         .await
     }
 
-    /// Partitions that are being moved, whoever ordered it, or wait for their turn: of one topic, one partition of it, or all.
+    /// Returns the partitions with a reassignment, in progress or queued, of any origin: of one topic, one partition,
+    /// or all.
     pub fn moving(&self, topic: Option<&TopicName>, partition: Option<u32>) -> Result<Vec<Ordered>, FindError> {
         let ids = match topic {
             None => self.everything(),
@@ -159,7 +161,7 @@ impl Orders {
             .collect())
     }
 
-    /// Every partition that counts, by topic name, once.
+    /// Returns every partition that counts once, by topic name.
     pub(super) fn everything(&self) -> Vec<PartitionId> {
         let (state, mut seen) = (self.view.state(), BTreeSet::new());
         let topics = state.topics().values().map(|known| &known.value).filter(|topic| seen.insert(topic.id));
@@ -167,12 +169,12 @@ impl Orders {
     }
 }
 
-/// So many brokers in a sentence.
+/// Returns a number of brokers with its verb.
 fn named(asked: usize) -> String {
     if asked == 1 { "1 broker is".to_owned() } else { format!("{asked} brokers are") }
 }
 
-/// What can be told without looking at partitions.
+/// Checks that need no partition values.
 fn admit(state: &ViewState, topic: &Chosen, replicas: &[BrokerId]) -> Result<(), ReassignError> {
     let mut seen = BTreeSet::new();
     if let Some(id) = replicas.iter().find(|id| !seen.insert(**id)) {
@@ -191,8 +193,8 @@ fn admit(state: &ViewState, topic: &Chosen, replicas: &[BrokerId]) -> Result<(),
     if draining.is_empty() { Ok(()) } else { Err(ReassignError::Draining { ids: draining }) }
 }
 
-/// Whether brokers take what is ordered to them, with what they hold and what was ordered before. A replica that goes is there until the
-/// move ends, so it counts.
+/// Checks the replica limits of the requested brokers, with present replicas and queued reassignments. A removed
+/// replica counts until its reassignment completes.
 fn check_bounds(state: &ViewState, ids: &[PartitionId], replicas: &[BrokerId]) -> Result<(), ReplicaBound> {
     let ids: BTreeSet<PartitionId> = ids.iter().copied().collect();
     let mut held: BTreeMap<BrokerId, (usize, bool)> = replicas.iter().map(|id| (*id, (0, false))).collect();
@@ -217,8 +219,8 @@ fn check_bounds(state: &ViewState, ids: &[PartitionId], replicas: &[BrokerId]) -
     Ok(())
 }
 
-/// The value with a move to `target` ordered; `None` when that is what it has, or is on its way to. What copies nothing is done at once,
-/// and a move that takes the place of another one goes on in its place: only what is more to copy waits for its turn.
+/// Returns the value with a reassignment to `target`; `None` if `target` is already reached or in progress. A
+/// reassignment that copies nothing starts at once, and one that replaces another keeps its slot. Any other is queued.
 fn moved(value: &PartitionValue, target: &[BrokerId]) -> Option<PartitionValue> {
     let begun = value.begin_move(target).expect("the brokers are named once each, and there are some");
     let at_once = begun.adding.is_empty() || value.is_moving();

@@ -1,4 +1,4 @@
-//! Orders to a small cluster over the store in memory: what they write, what they refuse, and who may be faster.
+//! Operations on a small cluster over the in-memory store: writes, rejections and conflicts.
 
 use futures::FutureExt as _;
 
@@ -48,7 +48,7 @@ fn registered(broker: u32, state: BrokerState) -> BrokerValue {
 }
 
 impl Cluster {
-    /// Brokers `1..=brokers` and one topic.
+    /// Returns a cluster with brokers `1..=brokers` and one topic.
     async fn of(brokers: u32, factor: u32, values: Vec<PartitionValue>) -> Self {
         let store = EmbeddedStore::in_memory();
         let (keys, tasks) = (Keys::new("test").expect("valid"), Tasks::new());
@@ -101,9 +101,9 @@ impl Cluster {
     }
 }
 
-/// An order for 100,000 partitions was decided on at once.
+/// Regression: an operation on 100,000 partitions was decided without yielding.
 #[tokio::test]
-async fn other_tasks_run_while_many_partitions_are_decided_on() {
+async fn large_operation_yields_to_other_tasks() {
     let values = (0..DECISIONS_TOGETHER).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
     let cluster = Cluster::of(2, 2, values).await;
     let (topic, turned) = (name(), ids(&[2, 1]));
@@ -115,7 +115,7 @@ async fn other_tasks_run_while_many_partitions_are_decided_on() {
 }
 
 #[tokio::test]
-async fn a_move_is_ordered_for_one_partition_or_for_all_rotated() {
+async fn reassignment_of_all_partitions_rotates_the_list() {
     let values = (0..3).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
     let cluster = Cluster::of(3, 2, values).await;
     let one = cluster.orders.reassign(&name(), Some(1), &ids(&[3, 2])).await.expect("ordered");
@@ -136,7 +136,7 @@ async fn a_move_is_ordered_for_one_partition_or_for_all_rotated() {
 }
 
 #[tokio::test]
-async fn what_copies_nothing_and_what_is_under_way_waits_for_no_turn() {
+async fn reassignment_without_copy_or_in_progress_is_not_queued() {
     let mut moving = value(&[3, 2, 1], Some(1), &[1, 2]);
     (moving.adding, moving.removing) = (ids(&[3]), ids(&[1]));
     let waiting = value(&[1, 2], Some(1), &[1, 2]).order_move(&ids(&[3, 2]));
@@ -157,7 +157,7 @@ async fn what_copies_nothing_and_what_is_under_way_waits_for_no_turn() {
 }
 
 #[tokio::test]
-async fn a_broker_with_a_full_disk_is_sent_nothing_and_keeps_what_it_has() {
+async fn broker_under_disk_pressure_gets_no_new_replicas() {
     let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])]).await;
     cluster.fill(3).await;
     let full = cluster.orders.reassign(&name(), Some(0), &ids(&[3, 2])).await.expect_err("no room");
@@ -167,7 +167,7 @@ async fn a_broker_with_a_full_disk_is_sent_nothing_and_keeps_what_it_has() {
 }
 
 #[tokio::test]
-async fn unreachable_broker_is_sent_nothing_and_keeps_what_it_has() {
+async fn unreachable_broker_gets_no_new_replicas() {
     let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])]).await;
     let listeners = Endpoints::new("b3:9460".to_owned());
     let hidden = BrokerValue { listeners, ..registered(3, BrokerState::Running) };
@@ -180,7 +180,7 @@ async fn unreachable_broker_is_sent_nothing_and_keeps_what_it_has() {
 }
 
 #[tokio::test]
-async fn a_broker_that_holds_as_many_as_it_takes_is_sent_nothing() {
+async fn broker_at_replica_limit_gets_no_new_replicas() {
     let values =
         vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 3], Some(2), &[2, 3]), value(&[1, 2], Some(1), &[1, 2])];
     let cluster = Cluster::of(3, 2, values).await;
@@ -199,7 +199,7 @@ async fn a_broker_that_holds_as_many_as_it_takes_is_sent_nothing() {
 }
 
 #[tokio::test]
-async fn a_drain_says_what_the_others_have_no_room_for() {
+async fn drain_counts_replicas_above_other_brokers_limits() {
     let values = (0..5).map(|_| value(&[1], Some(1), &[1])).collect();
     let cluster = Cluster::of(2, 1, values).await;
     let bounded = BrokerValue { max_replicas: Some(3), ..registered(2, BrokerState::Running) };
@@ -209,7 +209,7 @@ async fn a_drain_says_what_the_others_have_no_room_for() {
 }
 
 #[tokio::test]
-async fn a_move_that_means_nothing_is_refused_with_what_is_wrong_and_changes_nothing() {
+async fn invalid_reassignment_is_rejected_and_changes_nothing() {
     let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 4], Some(2), &[2])]).await;
     cluster.put(&Key::Drain(BrokerId(3)), &DrainValue { since_ms: 1 }).await;
     let reassign = async |partition, replicas: &[u32]| {
@@ -238,7 +238,7 @@ async fn a_move_that_means_nothing_is_refused_with_what_is_wrong_and_changes_not
 }
 
 #[tokio::test]
-async fn a_move_is_taken_back_and_a_new_leader_hands_over_to_an_old_one() {
+async fn cancelled_reassignment_elects_an_earlier_replica() {
     let mut moving = value(&[3, 2, 1], Some(1), &[1, 2]);
     (moving.adding, moving.removing) = (ids(&[3]), ids(&[1]));
     let led = PartitionValue { leader: Some(BrokerId(3)), isr: ids(&[1, 2, 3]), ..moving.clone() };
@@ -271,7 +271,7 @@ async fn a_move_is_taken_back_and_a_new_leader_hands_over_to_an_old_one() {
 }
 
 #[tokio::test]
-async fn a_drain_tells_what_moves_and_what_nobody_can_take() {
+async fn drain_reports_movable_and_blocked_replicas() {
     let values =
         vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 1], Some(2), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])];
     let cluster = Cluster::of(3, 2, values).await;
@@ -297,9 +297,9 @@ async fn a_drain_tells_what_moves_and_what_nobody_can_take() {
     assert_eq!((gone.leaders, gone.stuck), (1, vec![id(2)]));
 }
 
-/// `broker drain --wait` waited for ever for a partition whose only replica was lost with its broker.
+/// Regression: `broker drain --wait` waited forever for a partition whose only replica was lost with its broker.
 #[tokio::test]
-async fn a_drain_tells_that_a_partition_without_a_leader_cannot_move() {
+async fn drain_counts_leaderless_partitions_as_blocked() {
     let lost = value(&[1], None, &[1]);
     let moving = PartitionValue { replicas: ids(&[1, 3]), adding: ids(&[3]), removing: ids(&[1]), ..lost.clone() };
     let cluster = Cluster::of(3, 1, vec![lost, moving, value(&[2], Some(2), &[2])]).await;
@@ -309,9 +309,10 @@ async fn a_drain_tells_that_a_partition_without_a_leader_cannot_move() {
     assert_eq!(cluster.orders.stuck(BrokerId(1)), 2);
 }
 
-/// `broker drain --wait` waited half an hour without a word, until the controller sent the replica to another broker.
+/// Regression: `broker drain --wait` waited half an hour without output, until the controller retargeted the
+/// reassignment.
 #[tokio::test]
-async fn a_drain_tells_that_a_move_does_not_end_while_a_broker_that_it_waits_for_is_gone() {
+async fn drain_is_blocked_while_needed_broker_is_offline() {
     let moving = PartitionValue { adding: ids(&[3]), removing: ids(&[1]), ..value(&[1, 2, 3], Some(1), &[1, 2]) };
     let cluster = Cluster::of(3, 2, vec![moving]).await;
     let drained = cluster.orders.drain(BrokerId(1), 0).await.expect("ordered");
@@ -327,7 +328,8 @@ async fn a_drain_tells_that_a_move_does_not_end_while_a_broker_that_it_waits_for
     cluster.come(3, BrokerState::Running).await;
     assert_eq!(cluster.orders.stuck(BrokerId(1)), 0, "it is back");
 
-    // Broker 3 has copied all, but broker 1 is one of the two in sync that were promised until broker 2 is in sync again.
+    // Broker 3 has copied everything. Until broker 2 is in sync again, broker 1 is one of the two that the min ISR
+    // needs.
     let needed = PartitionValue { adding: ids(&[3]), removing: ids(&[1]), ..value(&[1, 2, 3], Some(1), &[1, 3]) };
     let cluster = Cluster::of(3, 2, vec![needed]).await;
     cluster.orders.drain(BrokerId(1), 0).await.expect("ordered");
@@ -336,9 +338,9 @@ async fn a_drain_tells_that_a_move_does_not_end_while_a_broker_that_it_waits_for
     assert_eq!(cluster.orders.stuck(BrokerId(1)), 1);
 }
 
-/// A drain was given up while the last copies went on, because a replica that stays was gone.
+/// Regression: a drain was reported as blocked during the last copies because a staying replica was offline.
 #[tokio::test]
-async fn a_move_that_ends_without_a_replica_that_stays_is_not_stuck() {
+async fn drain_is_not_blocked_by_dispensable_offline_replica() {
     let moving = PartitionValue { adding: ids(&[4]), removing: ids(&[1]), ..value(&[4, 2, 3, 1], Some(1), &[1, 3]) };
     let cluster = Cluster::of(4, 2, vec![moving]).await;
     cluster.go(2).await;
@@ -346,9 +348,9 @@ async fn a_move_that_ends_without_a_replica_that_stays_is_not_stuck() {
     assert_eq!((drained.replicas, drained.stuck), (1, vec![]), "brokers 3 and 4 are two in sync soon");
 }
 
-/// A drain waited without a word where an earlier move of the partition, to or from another broker, could not end.
+/// Regression: a drain waited without output while an earlier reassignment of the partition was blocked.
 #[tokio::test]
-async fn a_drain_tells_that_an_earlier_move_does_not_end_while_its_new_broker_is_gone() {
+async fn drain_is_blocked_by_earlier_blocked_reassignment() {
     let moving = PartitionValue { adding: ids(&[3]), removing: ids(&[2]), ..value(&[1, 3, 2], Some(1), &[1, 2]) };
     let cluster = Cluster::of(4, 1, vec![moving]).await;
     cluster.orders.drain(BrokerId(1), 0).await.expect("ordered");
@@ -360,9 +362,9 @@ async fn a_drain_tells_that_an_earlier_move_does_not_end_while_its_new_broker_is
     assert_eq!(cluster.orders.stuck(BrokerId(1)), 0);
 }
 
-/// The order seemed to have been given already, and nothing moved.
+/// Regression: the drain seemed to exist already, and no replica moved.
 #[tokio::test]
-async fn a_drain_that_nobody_can_read_is_ordered_anew() {
+async fn unreadable_drain_is_overwritten() {
     let cluster = Cluster::of(2, 1, vec![value(&[1], Some(1), &[1])]).await;
     let key = cluster.keys.drain(BrokerId(1));
     cluster.store.transact(Transaction::new().put(key.as_str(), "rubbish")).await.expect("answers");
@@ -373,7 +375,7 @@ async fn a_drain_that_nobody_can_read_is_ordered_anew() {
 }
 
 #[tokio::test]
-async fn the_preferred_replica_leads_again_where_it_can() {
+async fn preferred_leader_is_elected_if_it_may_lead() {
     let cluster =
         Cluster::of(3, 3, vec![value(&[1, 2, 3], Some(2), &[2, 1]), value(&[3, 2, 1], Some(2), &[2, 1])]).await;
     let elected = cluster.orders.elect(&name(), 0).await.expect("elected");
@@ -396,7 +398,7 @@ async fn the_preferred_replica_leads_again_where_it_can() {
 }
 
 #[tokio::test]
-async fn an_unclean_election_is_made_only_where_nothing_else_helps_and_as_agreed_to() {
+async fn unclean_election_requires_need_and_unchanged_value() {
     let mut waiting = value(&[1, 2, 3], None, &[1]);
     waiting.elr = ids(&[2]);
     let cluster = Cluster::of(3, 3, vec![waiting.clone(), value(&[1, 2, 3], Some(2), &[2])]).await;
@@ -427,9 +429,9 @@ async fn an_unclean_election_is_made_only_where_nothing_else_helps_and_as_agreed
     assert_eq!((stored.unclean, elected.changed), (Some(LeaderEpoch(7)), true));
 }
 
-/// The only replica's disk was replaced: its broker left every set, and there is nobody to wait for.
+/// The only replica's disk was replaced: its broker left ISR and ELR, so there is no broker to wait for.
 #[tokio::test]
-async fn where_no_replica_is_known_to_hold_everything_nobody_is_waited_for() {
+async fn election_without_complete_replica_names_no_broker() {
     let cluster = Cluster::of(2, 1, vec![value(&[1], None, &[])]).await;
     let nobody = cluster.orders.elect(&name(), 0).await.expect_err("it may hold nothing");
     assert_eq!(nobody, ElectError::Nobody { partition: format!("{TOPIC}/0"), waited: vec![] });
@@ -442,7 +444,7 @@ async fn where_no_replica_is_known_to_hold_everything_nobody_is_waited_for() {
 }
 
 #[test]
-fn one_broker_is_not_spoken_of_as_several() {
+fn error_texts_use_singular_for_one_broker() {
     let silent =
         |replicas: &[u32]| ElectError::Silent { partition: "a/0".to_owned(), replicas: ids(replicas) }.to_string();
     assert!(silent(&[3]).ends_with("start broker 3"), "{}", silent(&[3]));
@@ -452,9 +454,9 @@ fn one_broker_is_not_spoken_of_as_several() {
     assert!(factor(3).contains("and 3 brokers are named: name 2"), "{}", factor(3));
 }
 
-/// The mirror of who elects may not show yet that somebody who needs no loss is back.
+/// The metadata cache may not show yet that an in-sync replica is back.
 #[tokio::test]
-async fn an_unclean_election_is_not_made_once_a_replica_in_sync_is_back() {
+async fn unclean_election_fails_after_return_of_in_sync_replica() {
     let cluster = Cluster::of(2, 2, vec![value(&[1, 2], None, &[1])]).await;
     cluster.go(1).await;
     let faulty = Faulty::new(cluster.store.clone());
@@ -472,12 +474,12 @@ async fn an_unclean_election_is_not_made_once_a_replica_in_sync_is_back() {
 }
 
 #[tokio::test]
-async fn who_was_faster_is_looked_at_again() {
+async fn conflicting_write_is_read_back() {
     let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2])]).await;
     let looked = cluster.orders.look(&[id(0)]).expect("there");
     let elected = PartitionValue { leader: Some(BrokerId(2)), leader_epoch: LeaderEpoch(6), ..cluster.stored(0).await };
     cluster.put(&Key::Partition(id(0)), &elected).await;
-    // What was decided on the value of before is refused, and comes back as it stands.
+    // The change of the old value fails and returns the stored value.
     let change = Change { id: id(0), expect: looked[0].revision, value: looked[0].value.leaderless(), also: vec![] };
     let left = cluster.orders.write(vec![change], &mut vec![]).await.expect("answers");
     assert_eq!((left.len(), &left[0].value), (1, &elected));
@@ -485,7 +487,7 @@ async fn who_was_faster_is_looked_at_again() {
 }
 
 #[tokio::test]
-async fn what_is_not_known_to_have_been_done_is_read_back() {
+async fn unknown_outcome_is_read_back() {
     for (fault, done) in [(Fault::AnswerLost, true), (Fault::Lost, true), (Fault::Refused, false)] {
         let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2])]).await;
         let faulty = Faulty::new(cluster.store.clone());
@@ -502,7 +504,7 @@ async fn what_is_not_known_to_have_been_done_is_read_back() {
 }
 
 #[test]
-fn of_what_replicas_hold_the_newest_epoch_counts_before_the_longest_log() {
+fn successor_prefers_newest_epoch_over_longest_log() {
     let offset = |value| Offset::new(value).expect("small");
     let held = |broker, epoch: Option<u32>, end, committed| Held {
         broker: BrokerId(broker),
@@ -524,7 +526,7 @@ fn of_what_replicas_hold_the_newest_epoch_counts_before_the_longest_log() {
 }
 
 #[tokio::test]
-async fn a_census_counts_what_is_not_as_it_should_be() {
+async fn census_counts_partitions_that_need_attention() {
     let mut moving = value(&[3, 2, 1], Some(1), &[1, 2]);
     (moving.adding, moving.removing) = (ids(&[3]), ids(&[1]));
     let values =

@@ -1,4 +1,4 @@
-//! Every change of a partition's sets by table, and what holds after any order of them.
+//! Every change of a partition's sets by table, and the invariants after any order of changes.
 
 use proptest::prelude::*;
 
@@ -13,13 +13,13 @@ fn set(ids: &[u32]) -> BTreeSet<BrokerId> {
     ids.iter().copied().map(BrokerId).collect()
 }
 
-/// Replicas 1, 2 and 3 in epoch 4.
+/// Returns a value with replicas 1, 2 and 3 in epoch 4.
 fn value(leader: Option<u32>, isr: &[u32], elr: &[u32]) -> PartitionValue {
     let whole = PartitionValue::new(brokers(&[1, 2, 3]), LeaderEpoch(4));
     PartitionValue { leader: leader.map(BrokerId), isr: brokers(isr), elr: brokers(elr), ..whole }
 }
 
-/// What the sets are, as text.
+/// Returns the sets as text.
 fn sets(value: &PartitionValue) -> String {
     let of = |set: &[BrokerId]| set.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let leader = value.leader.map_or("none".to_owned(), |id| id.to_string());
@@ -27,13 +27,13 @@ fn sets(value: &PartitionValue) -> String {
 }
 
 #[test]
-fn a_shrink_below_the_minimum_keeps_the_dropped_eligible() {
+fn shrink_below_min_isr_moves_members_to_elr() {
     for (isr, elr, out, min, then) in [
         (&[1, 2, 3][..], &[][..], &[3][..], 2, "1@4 isr 1,2 elr "),
         (&[1, 2, 3], &[], &[2, 3], 2, "1@4 isr 1 elr 2,3"),
         (&[1, 2], &[], &[2], 1, "1@4 isr 1 elr "),
         (&[1, 2], &[3], &[2], 3, "1@4 isr 1 elr 3,2"),
-        // The leader stays, and who is no member is passed over.
+        // The leader stays, and a broker outside the ISR is ignored.
         (&[1, 2], &[], &[1, 3], 2, "1@4 isr 1,2 elr "),
     ] {
         assert_eq!(sets(&value(Some(1), isr, elr).shrink(&set(out), min)), then, "{isr:?} {elr:?} {out:?} {min}");
@@ -41,13 +41,13 @@ fn a_shrink_below_the_minimum_keeps_the_dropped_eligible() {
 }
 
 #[test]
-fn the_elr_ends_when_the_minimum_is_in_sync_again() {
+fn elr_is_emptied_when_min_isr_is_in_sync() {
     for (isr, elr, add, min, then) in [
         (&[1][..], &[2, 3][..], &[2][..], 2, "1@4 isr 1,2 elr "),
         (&[1], &[2, 3], &[2], 3, "1@4 isr 1,2 elr 3"),
-        // The minimum was lowered.
+        // The min ISR was lowered.
         (&[1], &[2, 3], &[], 1, "1@4 isr 1 elr "),
-        // Strangers are not admitted, members not twice.
+        // Brokers without a replica are not admitted, and members are not added twice.
         (&[1], &[], &[1, 9], 2, "1@4 isr 1 elr "),
     ] {
         assert_eq!(sets(&value(Some(1), isr, elr).expand(&set(add), min)), then, "{isr:?} {elr:?} {add:?} {min}");
@@ -55,7 +55,7 @@ fn the_elr_ends_when_the_minimum_is_in_sync_again() {
 }
 
 #[test]
-fn an_election_takes_the_isr_first_then_the_elr_else_nobody() {
+fn election_prefers_isr_over_elr() {
     for (leader, isr, elr, live, to, min, then) in [
         (Some(1), &[1, 2, 3][..], &[][..], &[2, 3][..], 2, 2, Some("2@5 isr 2,3 elr ")),
         (Some(1), &[1, 2, 3], &[], &[2], 2, 2, Some("2@5 isr 2 elr 1,3")),
@@ -63,7 +63,7 @@ fn an_election_takes_the_isr_first_then_the_elr_else_nobody() {
         (Some(1), &[1, 2], &[], &[1, 2], 2, 2, Some("2@5 isr 1,2 elr ")),
         (Some(1), &[1], &[2], &[2, 3], 2, 2, Some("2@5 isr 2 elr 1")),
         (None, &[], &[2], &[2], 2, 2, Some("2@5 isr 2 elr ")),
-        // An eligible one waits for the ISR while a member of it is alive.
+        // An ELR member cannot lead while an ISR member is live.
         (None, &[1], &[2], &[1, 2], 2, 2, None),
         (Some(1), &[1], &[], &[2, 3], 2, 2, None),
         (Some(1), &[1, 2], &[], &[3], 2, 2, None),
@@ -75,14 +75,14 @@ fn an_election_takes_the_isr_first_then_the_elr_else_nobody() {
 }
 
 #[test]
-fn an_unclean_election_is_recorded() {
+fn unclean_election_is_recorded() {
     let elected = value(None, &[1], &[2]).elect_unclean(BrokerId(3), false).unwrap();
     assert_eq!((sets(&elected).as_str(), elected.unclean), ("3@5 isr 3 elr ", Some(LeaderEpoch(5))));
     assert_eq!(value(None, &[1], &[]).elect_unclean(BrokerId(9), false), None);
 }
 
 #[test]
-fn who_gives_up_leads_no_more_and_the_last_member_stays() {
+fn resigned_leader_leaves_isr_unless_last_member() {
     assert_eq!(sets(&value(Some(1), &[1, 2], &[]).leaderless()), "none@5 isr 1,2 elr ");
     assert_eq!(sets(&value(None, &[1, 2], &[]).leaderless()), "none@4 isr 1,2 elr ");
     assert_eq!(sets(&value(Some(1), &[1, 2, 3], &[]).resign(BrokerId(1), 2)), "none@5 isr 2,3 elr ");
@@ -92,7 +92,7 @@ fn who_gives_up_leads_no_more_and_the_last_member_stays() {
 }
 
 #[test]
-fn who_proves_nothing_is_in_no_set_and_nobody_takes_its_place() {
+fn unverified_replica_leaves_all_sets_without_substitute() {
     for (leader, isr, elr, holds, then) in [
         (Some(1), &[1, 2][..], &[][..], Holds::All, Some("none@5 isr 1,2 elr ")),
         (Some(2), &[1, 2], &[], Holds::All, None),
@@ -111,10 +111,10 @@ fn who_proves_nothing_is_in_no_set_and_nobody_takes_its_place() {
     }
 }
 
-/// Its page cache may be gone, but nobody else has more: without this a `replicated` topic of one replica would stand still after
-/// each crash. What it may have lost is noted once.
+/// The page cache may be lost, but no other replica has more: a `replicated` topic with one replica would otherwise
+/// stay leaderless after each crash. The possible loss is recorded once.
 #[test]
-fn the_last_holder_stays_without_the_mark_of_a_clean_shutdown_and_it_is_recorded() {
+fn last_holder_stays_after_unclean_shutdown_as_unclean() {
     for (leader, isr, elr) in [(Some(1), &[1][..], &[][..]), (None, &[], &[1])] {
         let stays = value(leader, isr, elr).struck(BrokerId(1), Holds::Unmarked).unwrap();
         assert_eq!((&stays.isr, &stays.elr), (&brokers(isr), &brokers(elr)));
@@ -124,7 +124,7 @@ fn the_last_holder_stays_without_the_mark_of_a_clean_shutdown_and_it_is_recorded
 }
 
 #[test]
-fn a_move_ends_when_the_new_are_in_sync_and_the_leader_stays() {
+fn reassignment_completes_with_new_in_sync_and_leader_kept() {
     let moving = value(Some(1), &[1, 2, 3], &[]).begin_move(&brokers(&[4, 1])).unwrap();
     assert_eq!((&moving.replicas, &moving.adding), (&brokers(&[4, 1, 2, 3]), &brokers(&[4])));
     assert_eq!(moving.removing, brokers(&[2, 3]));
@@ -143,29 +143,30 @@ fn a_move_ends_when_the_new_are_in_sync_and_the_leader_stays() {
     }
 }
 
-/// Who was on its way in and is not wanted any more goes again; who was there before is not new.
+/// A replica that was being added and is no longer wanted is dropped; an earlier replica does not count as new.
 #[test]
-fn a_second_move_replaces_the_first() {
+fn second_reassignment_replaces_the_first() {
     let first = value(Some(1), &[1, 2, 3], &[]).begin_move(&brokers(&[1, 4, 5])).unwrap();
     let second = first.begin_move(&brokers(&[1, 2, 5])).unwrap();
     assert_eq!((&second.adding, &second.removing), (&brokers(&[5]), &brokers(&[3])));
     assert_eq!((&second.replicas, second.removals), (&brokers(&[1, 2, 5, 3]), 1), "4 has nothing that counts");
     assert_eq!(second.cancel_move().unwrap().replicas, brokers(&[1, 2, 3]));
-    // One that was in sync goes in order.
+    // A replica that was in sync is removed in order.
     let third = first.expand(&set(&[4]), 2).begin_move(&brokers(&[1, 2, 5])).unwrap();
     assert_eq!((&third.removing, third.removals), (&brokers(&[4, 3]), 0));
 }
 
-/// A broker that was let go deletes what it had: a leader that hears of it only when it is back must see that it is another replica.
+/// A dropped replica's broker deletes its data: a leader that learns of the drop after the return must recognise a new
+/// replica.
 #[test]
-fn a_replica_that_was_let_go_comes_back_by_another_addition() {
+fn dropped_replica_returns_as_another_addition() {
     let target = brokers(&[1, 2, 4]);
     let first = value(Some(1), &[1, 2, 3], &[]).begin_move(&target).unwrap();
     assert_eq!((first.added_after(BrokerId(4)), first.added_after(BrokerId(1))), (Some(0), None));
     let again = first.cancel_move().unwrap().begin_move(&target).unwrap();
     assert_eq!(again, PartitionValue { removals: 1, ..first.clone() });
     assert_eq!(again.added_after(BrokerId(4)), Some(1));
-    // The same by a move that is replaced, and by one that ends.
+    // The same after a replaced reassignment, and after a completed one.
     let back = first.begin_move(&brokers(&[1, 2, 3])).unwrap();
     assert_eq!((back.is_moving(), back.begin_move(&target).unwrap().added_after(BrokerId(4))), (false, Some(1)));
     let ended = first.expand(&set(&[4]), 2).end_move().unwrap();
@@ -224,7 +225,7 @@ fn apply(value: &PartitionValue, change: &Change, min: usize) -> PartitionValue 
 }
 
 proptest! {
-    /// Whatever is done in whatever order, also with another minimum each time.
+    /// Any changes in any order, with a different min ISR each time.
     #[test]
     fn sets_and_epoch_keep_their_rules(changes in prop::collection::vec((change(), 1usize..4), 1..30)) {
         let mut value = value(Some(1), &[1, 2, 3], &[]);
@@ -239,7 +240,7 @@ proptest! {
             let may = matches!(change, Change::Shrink(_) | Change::Elect(..) | Change::Resign(_));
             prop_assert!(may || !grows, "{:?}", change);
             prop_assert!(!grows || next.isr.len() < min, "only below the minimum: {:?}", change);
-            // A clean change of leader keeps every replica that may have committed records eligible, or keeps the minimum of them.
+            // A clean election keeps every replica that may have committed records in ISR or ELR, or keeps the min ISR.
             if let Change::Elect(..) = change {
                 prop_assert!(next.isr.len() >= min || all(&next).is_superset(&all(&value)), "{:?}", change);
             }
@@ -247,9 +248,9 @@ proptest! {
         }
     }
 
-    /// A strike takes out and adds nothing, and a second look finds nothing to do.
+    /// A strike only removes members, and a second one changes nothing.
     #[test]
-    fn a_strike_is_done_once(changes in prop::collection::vec((change(), 1usize..4), 0..20), who in 1u32..6, holds in 0u8..3) {
+    fn strike_is_idempotent(changes in prop::collection::vec((change(), 1usize..4), 0..20), who in 1u32..6, holds in 0u8..3) {
         let holds = [Holds::All, Holds::Unmarked, Holds::Nothing][usize::from(holds)];
         let value = changes.iter().fold(value(Some(1), &[1, 2, 3], &[]), |value, (change, min)| apply(&value, change, *min));
         let Some(struck) = value.struck(BrokerId(who), holds) else { return Ok(()) };

@@ -1,18 +1,20 @@
-//! Who leads: elections, hand-overs, and the way back to preferred replicas.
+//! Leadership: elections, transfers and the return to preferred leaders.
 
 use std::collections::BTreeSet;
 
 use super::{Input, Plan, Step, Subject, Waiting, Why};
 use crate::model::{BrokerId, PartitionId};
 
-/// How long a broker is there before leadership goes back to it: one that comes and goes must not take it each time.
+/// Minimum time that a broker is online before leadership returns to it: an unstable broker must not lead after each
+/// return.
 const STEADY_MS: u64 = 30_000;
 
-/// When the rest of many leaderships goes back.
+/// Delay before the next part of the leaderships returns.
 const NEXT_LEADERS_MS: u64 = 1000;
 
-/// Somebody for a partition that nobody leads: in-sync replicas before eligible ones, as the value says; among these one that
-/// stays, in the order of the replicas. Nobody there: the partition waits, and no leader is named.
+/// Elects a leader for a partition without a live leader. ISR members come before ELR members, as the value requires;
+/// among them, the first replica on a broker that is expected to stay. Without a candidate the partition is blocked,
+/// and its leader is cleared.
 pub(super) fn elect(
     input: &Input<'_>,
     subject: &Subject<'_>,
@@ -37,7 +39,7 @@ pub(super) fn elect(
     }
 }
 
-/// Leadership for another in-sync replica, where the leader is on its way out or takes no more records.
+/// Transfers leadership to another ISR member if the leader is stopping, drained or has a full disk.
 pub(super) fn hand_over(input: &Input<'_>, subject: &Subject<'_>) -> Option<Step> {
     let value = subject.value;
     let leader = value.leader?;
@@ -49,14 +51,14 @@ pub(super) fn hand_over(input: &Input<'_>, subject: &Subject<'_>) -> Option<Step
     Some(subject.step(value, Why::HandedOver))
 }
 
-/// The first in-sync replica that may lead and is one of those.
+/// Returns the first ISR member that may lead and satisfies `of`.
 pub(super) fn successor(input: &Input<'_>, subject: &Subject<'_>, of: impl Fn(BrokerId) -> bool) -> Option<BrokerId> {
     let value = subject.value;
     let fits = |id: &BrokerId| of(*id) && value.isr.contains(id) && input.may_lead(*id) && !value.removing.contains(id);
     value.replicas.iter().copied().find(fits)
 }
 
-/// Takes leadership back to preferred replicas: some in each plan.
+/// Returns leadership to preferred leaders, a limited number per plan.
 pub(super) fn prefer(input: &Input<'_>, subjects: &[Subject<'_>], moved: &BTreeSet<PartitionId>, plan: &mut Plan) {
     let mut left = input.limits.leaders;
     for subject in subjects.iter().filter(|subject| !subject.is_moving() && !moved.contains(&subject.id)) {

@@ -1,29 +1,31 @@
-//! The controller's plan: what is to be changed of a cluster as it stands. A pure function of the view.
+//! The controller's plan: the changes that the cluster needs. A pure function of a metadata snapshot.
 //!
 //! # Overview
 //!
-//! A plan holds at most one step of a partition, the first that applies:
+//! A plan contains at most one change per partition, from the first rule that applies:
 //!
-//! 1. `lead`: somebody must lead a partition whose leader is gone.
-//! 2. `lead`: leaders that are being stopped or drained, or whose disk took no more records, hand over.
-//! 3. `moves`: a move whose new replicas are in sync ends.
-//! 4. `redirect`: a move goes on without brokers that are gone for good.
-//! 5. `moves`: an operator's order to move begins when it is its turn.
-//! 6. `moves`: a topic's replication factor was changed.
-//! 7. `moves`: replicas of brokers that are gone for good, or drained, are replaced, as many as there are brokers for.
-//! 8. `lead`: leadership goes back to the preferred replica.
-//! 9. `moves`: a broker that holds much more than another one gives.
+//! 1. `lead`: a partition whose leader is gone gets a leader.
+//! 2. `lead`: leaders that are stopping, drained or have a full disk transfer leadership.
+//! 3. `moves`: a reassignment whose new replicas are in sync completes.
+//! 4. `redirect`: a reassignment continues without brokers that are gone permanently.
+//! 5. `moves`: a queued reassignment starts when the limits permit.
+//! 6. `moves`: a changed replication factor is applied.
+//! 7. `moves`: replicas of brokers that are gone permanently or drained are replaced, as far as there are brokers.
+//! 8. `lead`: leadership returns to the preferred leader.
+//! 9. `moves`: a broker with many more replicas than another one moves a replica there.
 //!
-//! Every step is a compare-and-set, so a plan that was made from an old view, or by a controller that is none any more, costs a
-//! refusal and nothing else. There is no state between plans: moves are in the partitions' values, so they survive a change of
-//! controller, and what is not done in this plan is found again by the next.
+//! Every change is a compare-and-set, so a plan from a stale snapshot or a deposed controller costs only a failed
+//! compare. There is no state between plans. Reassignments are stored in the partition values, so they survive a change
+//! of the controller, and the next plan contains again whatever this plan does not achieve.
 //!
 //! # Invariants
 //!
-//! - A step keeps the in-sync replicas that are alive; only the end of a move takes out one, and only one that the move takes away.
-//! - Steps end: carried out, with replicas that catch up, they lead to a state that needs none.
-//! - No move waits for a broker that is gone for good.
-//! - No step gives a replica to a broker that holds as many as it takes, or that other brokers cannot reach.
+//! - A change keeps the live members of the ISR; only the completion of a reassignment removes one, and only one in
+//!   `removing`.
+//! - Planning terminates: changes that are applied, with replicas that catch up, lead to a state without further
+//!   changes.
+//! - No reassignment waits for a broker that is gone permanently.
+//! - No change assigns a replica to a broker that is at its replica limit or unreachable for other brokers.
 
 mod lead;
 mod moves;
@@ -41,18 +43,18 @@ use super::{
 };
 use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig};
 
-/// How much is moved at the same time.
+/// Limits on concurrent changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Partitions whose replicas are being moved, over the cluster.
+    /// Maximum number of partitions under reassignment in the cluster.
     pub moves: usize,
-    /// Of these, new replicas on one broker.
+    /// Maximum number of new replicas per broker in these reassignments.
     pub moves_to_one: usize,
-    /// Leaderships that go back to preferred replicas in one plan.
+    /// Maximum number of leaderships that return to preferred leaders in one plan.
     pub leaders: usize,
-    /// How long a broker is gone before its replicas are replaced, in milliseconds; `None`: never.
+    /// Time, in milliseconds, after which the replicas of an offline broker are replaced; `None`: never.
     pub replace_after_ms: Option<u64>,
-    /// Whether partitions move to brokers that hold less.
+    /// True if replicas move to less loaded brokers.
     pub balance: bool,
 }
 
@@ -62,50 +64,50 @@ impl Default for Limits {
     }
 }
 
-/// What a plan is made from.
+/// Input of a plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a> {
-    /// The cluster.
+    /// Metadata snapshot.
     pub view: &'a ViewState,
-    /// What topics have that set nothing else.
+    /// Topic configuration defaults.
     pub defaults: &'a ConfigMap,
-    /// How long brokers that are not registered have been gone, in milliseconds, as far as this controller knows.
+    /// Milliseconds for which unregistered brokers have been offline, as this controller has observed.
     pub gone_ms: &'a BTreeMap<BrokerId, u64>,
-    /// How long the registered ones have been there, in milliseconds.
+    /// Milliseconds for which registered brokers have been online.
     pub up_ms: &'a BTreeMap<BrokerId, u64>,
-    /// How much is moved at the same time.
+    /// Limits on concurrent changes.
     pub limits: Limits,
 }
 
-/// Why a step is made.
+/// Reason for a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Why {
-    /// The leader is gone; another in-sync or eligible replica leads.
+    /// The leader is gone; another ISR or ELR member is elected.
     Elected,
-    /// The leader is gone, and so is everybody else who could lead.
+    /// The leader is gone, and no other replica can lead.
     Leaderless,
-    /// The leader is being stopped or drained, or has no room for records, or its replica is moved away.
+    /// The leader is stopping, drained, has a full disk, or its replica is being removed.
     HandedOver,
-    /// A move's new replicas are in sync.
+    /// The new replicas of a reassignment are in sync.
     MoveEnded,
-    /// A broker of the move under way is gone for good: it goes elsewhere, or back.
+    /// A broker of the reassignment is gone permanently: the reassignment gets another target, or is reverted.
     Redirected,
-    /// An operator ordered it, and it is its turn.
+    /// An operator requested it, and the limits permit it.
     Ordered,
     /// The topic's replication factor was changed.
     Factor,
-    /// A replica's broker is gone for good.
+    /// A replica's broker is gone permanently.
     Replaced,
     /// A replica's broker is drained.
     Drained,
-    /// The preferred replica can lead again.
+    /// The preferred leader can lead again.
     Preferred,
-    /// Its broker held more than others.
+    /// The broker of the replica held more replicas than others.
     Balanced,
 }
 
 impl Why {
-    /// The rule in a word, for figures.
+    /// Returns the label of the reason, for metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Elected => "elected",
@@ -122,7 +124,7 @@ impl Why {
         }
     }
 
-    /// What made an election necessary; `None` for a step that elects nobody.
+    /// Returns the label of the election's cause; `None` if the change is no election.
     pub const fn election(self) -> Option<&'static str> {
         match self {
             Self::Elected => Some("failed"),
@@ -136,35 +138,35 @@ impl Why {
 /// One change of one partition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
-    /// What is written.
+    /// The compare-and-set to apply.
     pub change: Change,
-    /// Why.
+    /// Reason for the change.
     pub why: Why,
 }
 
-/// What keeps a partition from being as it should.
+/// Reason that blocks a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Waiting {
-    /// Nobody who may lead is there.
+    /// No replica that may lead is live.
     ForLeader,
-    /// There are too few brokers that take its replicas.
+    /// Too few brokers can take its replicas.
     ForBrokers,
-    /// A broker that it was ordered to is not there, cannot be reached by other brokers, or holds as many replicas as it takes.
+    /// A broker of the queued reassignment is offline, unreachable for other brokers, or at its replica limit.
     ForOrdered,
 }
 
-/// What is to be done.
+/// The changes that the cluster needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// Steps, those that matter most first. At most one of each partition.
+    /// Changes, the most important first; at most one per partition.
     pub steps: Vec<Step>,
-    /// Partitions that wait for something else.
+    /// Partitions that are blocked, with the reason.
     pub waiting: Vec<(PartitionId, Waiting)>,
-    /// When to plan again though nothing changed, in milliseconds.
+    /// Milliseconds until the next plan if nothing changes before.
     pub again_in_ms: Option<u64>,
 }
 
-/// One partition as the rules see it.
+/// One partition as input of the rules.
 #[derive(Clone, Copy)]
 struct Subject<'a> {
     id: PartitionId,
@@ -189,7 +191,7 @@ impl Input<'_> {
         self.view.brokers().contains_key(&id)
     }
 
-    /// Whether a broker is gone for longer than its replicas wait for it.
+    /// Returns true if a broker is offline for longer than `replace_after_ms`.
     fn is_lost(&self, id: BrokerId, plan: &mut Plan) -> bool {
         let (Some(after_ms), false) = (self.limits.replace_after_ms, self.is_live(id)) else { return false };
         let gone_ms = self.gone_ms.get(&id).copied().unwrap_or(0);
@@ -199,12 +201,12 @@ impl Input<'_> {
         gone_ms >= after_ms
     }
 
-    /// Whether nobody waits for it any more: it is gone for so long, or gone and to be emptied.
+    /// Returns true if a broker is gone permanently: offline for too long, or offline and drained.
     fn is_gone_for_good(&self, id: BrokerId, plan: &mut Plan) -> bool {
         self.is_lost(id, plan) || self.is_draining(id) && !self.is_live(id)
     }
 
-    /// A broker that names no rack, or is gone, shares one with nobody.
+    /// A broker without a rack, or offline, shares a rack with no other broker.
     fn rack(&self, id: BrokerId) -> Option<&str> {
         self.view.brokers().get(&id)?.value.rack.as_deref()
     }
@@ -221,34 +223,34 @@ impl Input<'_> {
         self.view.drains().contains_key(&id)
     }
 
-    /// True if the broker is there and other brokers can reach it.
+    /// Returns true if the broker is live and other brokers can reach it.
     fn is_reachable(&self, id: BrokerId) -> bool {
         self.view.brokers().get(&id).is_some_and(|known| !is_unreachable(self.view, &known.value))
     }
 
-    /// Whether its disk took no more records.
+    /// Returns true if the broker's disk is full.
     fn is_without_room(&self, id: BrokerId) -> bool {
         self.view.brokers().get(&id).is_some_and(|known| known.value.no_room)
     }
 
-    /// Whether leadership may be given to it when nothing presses.
+    /// Returns true if the broker may get leadership without need.
     fn may_lead(&self, id: BrokerId) -> bool {
         self.is_live(id) && !self.is_stopping(id) && !self.is_draining(id) && !self.is_without_room(id)
     }
 }
 
 impl Plan {
-    /// Plans again after this time, or sooner.
+    /// Requests a plan after this time, or sooner.
     fn again_in(&mut self, ms: u64) {
         self.again_in_ms = Some(self.again_in_ms.map_or(ms, |known| known.min(ms)));
     }
 }
 
-/// What is to be done about the cluster as it stands.
+/// Computes the changes that the cluster needs.
 pub fn plan(input: &Input<'_>) -> Plan {
     let mut plan = Plan::default();
     let (mut settled, mut seen) = (Vec::new(), BTreeSet::new());
-    // A value that somebody copied under another name makes two topics of one id.
+    // A value that was copied to another name gives two topics one id.
     for known in input.view.topics().values().filter(|known| seen.insert(known.value.id)) {
         let (topic, min_insync) = (&known.value, min_insync(input, &known.value));
         for (number, entry) in input.view.partitions_of(topic) {
@@ -272,8 +274,8 @@ pub fn plan(input: &Input<'_>) -> Plan {
     plan
 }
 
-/// How many in-sync replicas a commit of the topic needs. Of a topic whose configuration cannot be read as many as there are: then nobody
-/// leaves the ISR for good.
+/// Returns the min ISR of the topic. If its configuration is unreadable, the result exceeds any ISR, so every removed
+/// member enters the ELR.
 fn min_insync(input: &Input<'_>, topic: &TopicValue) -> usize {
     TopicConfig::resolve(input.defaults, &topic.config).map_or(usize::MAX, |config| config.min_insync_replicas)
 }

@@ -1,5 +1,5 @@
-//! Where replicas are: ends of moves, and new ones by an operator's order, for a changed factor, lost and drained brokers, and
-//! balance. Moves begin only within the limits, whoever wants them, and one that goes elsewhere keeps its turn.
+//! Placement of replicas: completes reassignments, and starts them for operators, changed factors, lost and drained
+//! brokers, and balance. Every start is subject to the limits; a retargeted reassignment keeps its slot.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,14 +12,15 @@ use super::{
 };
 use crate::model::{BrokerId, PartitionId};
 
-/// A broker gives when it holds so many replicas, and so many hundredths, more than the one that holds least.
+/// Imbalance above which a broker gives a replica to the least loaded one: in replicas, and in percent.
 const UNEVEN: usize = 2;
 const UNEVEN_PERCENT: usize = 10;
 
-/// Ends a move whose new replicas are in sync; first another one must lead, where the leader goes.
+/// Completes a reassignment whose new replicas are in sync. If the leader is being removed, another replica is elected
+/// first.
 pub(super) fn end(input: &Input<'_>, subject: &Subject<'_>) -> Option<Step> {
     let value = subject.value;
-    // Who was in sync last and is gone may never come back: then those that go are all that there is.
+    // The last in-sync replica that is offline may never return: then the removed replicas hold the only data.
     let is_led = value.leader.is_some_and(|leader| input.is_live(leader));
     let copied = value.adding.iter().all(|id| value.isr.contains(id));
     if !subject.is_moving() || !is_led || !copied || value.leavers_are_needed(subject.min_insync) {
@@ -33,13 +34,14 @@ pub(super) fn end(input: &Input<'_>, subject: &Subject<'_>) -> Option<Step> {
     Some(subject.step(value, Why::HandedOver))
 }
 
-/// Whether a move is under way and not of a partition that nobody there can lead: that one copies nothing, and may never do again.
+/// Returns true if a reassignment is in progress and a live ISR or ELR member remains. Without one, the reassignment
+/// copies nothing, possibly forever.
 fn goes_on(input: &Input<'_>, subject: &Subject<'_>) -> bool {
     let value = subject.value;
     subject.is_moving() && value.isr.iter().chain(&value.elr).any(|id| input.is_live(*id))
 }
 
-/// How many more moves may begin, and to whom.
+/// Remaining number of reassignments that may start, in total and per broker.
 struct Room {
     moves: usize,
     to_one: usize,
@@ -57,9 +59,9 @@ impl Room {
         Self { moves, to_one: input.limits.moves_to_one, receiving }
     }
 
-    /// Takes room for a move that copies to these.
+    /// Takes capacity for a reassignment that copies to these brokers. Returns false if there is not enough.
     fn take(&mut self, new: &[BrokerId]) -> bool {
-        // What copies nothing costs nothing.
+        // A reassignment that copies nothing needs no capacity.
         if new.is_empty() {
             return true;
         }
@@ -70,7 +72,7 @@ impl Room {
         true
     }
 
-    /// Takes room at these for a move that is under way, and so counted, already.
+    /// Takes capacity at these brokers for a reassignment in progress, which is already counted in the total.
     fn receive(&mut self, new: &[BrokerId]) -> bool {
         let fits = |id: &BrokerId| self.receiving.get(id).copied().unwrap_or(0) < self.to_one;
         if !new.iter().all(fits) {
@@ -81,13 +83,13 @@ impl Room {
     }
 }
 
-/// Begins moves, and has those go on that are held up; the partitions that one was begun of, or goes elsewhere.
+/// Starts reassignments and retargets blocked ones. Returns the partitions that were changed.
 pub(super) fn begin(input: &Input<'_>, subjects: &[Subject<'_>], plan: &mut Plan) -> BTreeSet<PartitionId> {
     let (mut room, mut placement) = (Room::of(input, subjects), Placement::of(input.view));
     let mut moved = redirect_stranded(input, subjects, &mut room, &mut placement, plan);
     moved.append(&mut begin_ordered(input, subjects, &mut room, &mut placement, plan));
     for subject in subjects.iter().filter(|subject| !subject.is_moving() && subject.value.leader.is_some()) {
-        // What an operator wants of it comes first, if it can.
+        // A startable request of an operator takes precedence.
         if startable(input, subject, &placement).is_some() {
             continue;
         }
@@ -110,7 +112,8 @@ pub(super) fn begin(input: &Input<'_>, subjects: &[Subject<'_>], plan: &mut Plan
     moved
 }
 
-/// Has moves go on without brokers that are gone for good, whoever began them: before others, because it is their turn already.
+/// Retargets reassignments that need brokers which are gone permanently. They come first, because they hold their slot
+/// already.
 fn redirect_stranded(
     input: &Input<'_>,
     subjects: &[Subject<'_>],
@@ -133,7 +136,7 @@ fn redirect_stranded(
     moved
 }
 
-/// Begins moves that were ordered, before any that are only wanted here.
+/// Starts queued reassignments, before any that only the planner wants.
 fn begin_ordered(
     input: &Input<'_>,
     subjects: &[Subject<'_>],
@@ -151,22 +154,23 @@ fn begin_ordered(
             }
             Some(_) => {}
             None if subject.value.leader.is_some() => plan.waiting.push((subject.id, Waiting::ForOrdered)),
-            // It waits for a leader, and that was said.
+            // The partition is blocked without a leader, which is reported elsewhere.
             None => {}
         }
     }
     moved
 }
 
-/// The value with the ordered move begun; `None` where none was ordered, or the broker that is to copy is not there, cannot be reached or holds as
-/// much as it takes, or nobody to copy from.
+/// Returns the value with the queued reassignment started. Returns `None` if none is queued, there is no leader to copy
+/// from, or a new broker is offline, unreachable or at its replica limit.
 fn startable(input: &Input<'_>, subject: &Subject<'_>, placement: &Placement) -> Option<PartitionValue> {
     subject.value.leader?;
     let value = subject.value.begin_ordered().filter(|_| !subject.is_moving())?;
     value.adding.iter().all(|id| input.is_reachable(*id) && placement.is_below_bound(*id)).then_some(value)
 }
 
-/// The replicas that a partition should have, when they are others than it has. With too few brokers some of those that should go stay.
+/// Returns the replicas that a partition should have, if they differ from the present ones. With too few brokers, some
+/// replicas that should be removed stay.
 fn wanted(
     input: &Input<'_>,
     subject: &Subject<'_>,
@@ -188,14 +192,15 @@ fn wanted(
     let chosen = placement.choose_up_to(id, stay.clone(), factor);
     let new = &chosen[stay.len()..];
     if new.is_empty() {
-        // Too many replicas of which too few are in sync, but enough are there: they will catch up.
+        // Too many replicas with too few in sync, but enough of them stay: they will catch up.
         if stay.len() < factor {
             plan.waiting.push((id, Waiting::ForBrokers));
         }
         return None;
     }
     let going = first_to_go(input, subject, going, new.len(), factor);
-    // Who comes takes the place of who goes, so that the preferred leader is the one next to it only if it goes itself.
+    // A new replica takes the position of a removed one, so the preferred leader changes only if its own replica is
+    // removed.
     let mut new = new.iter().copied();
     let mut target: Vec<BrokerId> =
         replicas.iter().filter_map(|id| if going.contains(id) { new.next() } else { Some(*id) }).collect();
@@ -208,8 +213,8 @@ fn wanted(
     Some((target, why))
 }
 
-/// Of those that should go, those that do when so many new ones come: first who is not there, and last who may lead. Of a partition that
-/// has too many more go than come, where enough are in sync without them.
+/// Selects the replicas to remove when `new` replicas are added: offline ones first, possible leaders last. With more
+/// replicas than the factor, more are removed than added, if enough stay in sync.
 fn first_to_go(
     input: &Input<'_>,
     subject: &Subject<'_>,
@@ -226,8 +231,8 @@ fn first_to_go(
     going
 }
 
-/// The replicas that stay when there are to be fewer: the leader, those in sync, those alive, those of racks of their own, the first.
-/// `None` while not enough of them would be in sync.
+/// Returns the replicas that stay if the factor shrinks; `None` while too few of them would be in sync. Order of
+/// preference: the leader, in sync, live, not drained, alone in its rack, first in the list.
 fn fewer(input: &Input<'_>, subject: &Subject<'_>, factor: usize) -> Option<Vec<BrokerId>> {
     let value = subject.value;
     let mut kept: Vec<BrokerId> = Vec::new();
@@ -248,8 +253,8 @@ fn fewer(input: &Input<'_>, subject: &Subject<'_>, factor: usize) -> Option<Vec<
     Some(value.replicas.iter().copied().filter(|id| kept.contains(id)).collect())
 }
 
-/// One replica from a broker that holds much more than another one to that, the most uneven pair first, where no rack is given
-/// up for it.
+/// Moves one replica from the broker with the most to the broker with the fewest, if they are uneven enough. Prefers
+/// the most uneven pair and never reduces the number of racks of a partition.
 fn balance(input: &Input<'_>, subjects: &[Subject<'_>], placement: &Placement) -> Option<Step> {
     let mut brokers: Vec<(usize, BrokerId)> =
         placement.steady().map(|(id, Load { replicas, .. })| (replicas, id)).collect();
@@ -262,7 +267,7 @@ fn balance(input: &Input<'_>, subjects: &[Subject<'_>], placement: &Placement) -
     })
 }
 
-/// A replica of this partition from one broker to another, in its place.
+/// Returns the change that moves a replica of this partition from one broker to another, in the same position.
 fn hand_on(input: &Input<'_>, subject: &Subject<'_>, from: BrokerId, to: BrokerId) -> Option<Step> {
     let replicas = &subject.value.replicas;
     if subject.value.leader.is_none() || subject.value.is_ordered() {

@@ -1,7 +1,8 @@
-//! Where a move under way goes when brokers that it needs are gone for good. It begins no move and ends none.
+//! New targets for reassignments that need brokers which are gone permanently. Starts and completes no reassignment.
 //!
-//! A new replica that never comes holds its move up for ever. So does one that was there before and stays, while those that go are needed
-//! for the minimum. A partition that is moving is not looked at by any other rule for replicas, so this one must find a way on.
+//! A new replica that never catches up blocks its reassignment forever. So does a staying replica that never returns
+//! while the min ISR needs the removed replicas. No other rule for replicas considers a partition under reassignment,
+//! so this rule must unblock it.
 
 use super::{
     super::{partition_value::PartitionValue, placement::Placement},
@@ -9,11 +10,18 @@ use super::{
 };
 use crate::model::BrokerId;
 
-/// The replicas that a move under way is to lead to, when it leads to brokers that are gone for good; `None` where it goes on as it is.
+/// Returns the new target of a reassignment that needs a broker which is gone permanently; `None` if it continues
+/// unchanged.
 ///
-/// Their places are taken by those who were to go and need not, because they hold the partition already: so a move whose new replica is
-/// gone is taken back. Else by other brokers, or by those who should go and are there. Where nobody is left a new replica is given up, and
-/// one that was there before keeps its place.
+/// Successors of the gone replicas are, in this order:
+///
+/// 1. Replicas in `removing` on live brokers that are not drained: they hold the partition already. So a reassignment
+///    whose new replica is gone is reverted.
+/// 2. Other brokers.
+/// 3. Replicas in `removing` on live brokers that are drained.
+/// 4. Offline replicas in `removing`, only in the place of new replicas.
+///
+/// Without a successor, a new replica is dropped and an earlier replica keeps its position.
 pub(super) fn target(
     input: &Input<'_>,
     subject: &Subject<'_>,
@@ -27,7 +35,7 @@ pub(super) fn target(
     if gone.is_empty() {
         return None;
     }
-    // A new one holds the move up in any case, so its place is filled first.
+    // A new replica blocks the reassignment in any case, so it is replaced first.
     gone.sort_by_key(|id| !value.adding.contains(id));
     let heirs = heirs(input, subject, placement, &stay, &gone);
     let place = |id: &BrokerId| gone.iter().position(|other| other == id);
@@ -45,12 +53,12 @@ pub(super) fn target(
     Some(target)
 }
 
-/// A replica that nobody takes the place of, if it was there before the move.
+/// Returns a replica without a successor if the replica existed before the reassignment.
 fn keeps_its_place(value: &PartitionValue, id: BrokerId) -> Option<BrokerId> {
     (!value.adding.contains(&id)).then_some(id)
 }
 
-/// Who takes the places of those that are gone, in their order; fewer where there are too few.
+/// Returns the successors of the gone replicas, in their order; fewer if there are too few brokers.
 fn heirs(
     input: &Input<'_>,
     subject: &Subject<'_>,
@@ -69,7 +77,8 @@ fn heirs(
     }
     let mut chosen = placement.choose_up_to(subject.id, chosen, wanted);
     chosen.extend(drained.iter().take(wanted - chosen.len()));
-    // The replicas of before are no worse than new ones that never come; for one of before they are no gain.
+    // Offline replicas from before the reassignment are no worse than new ones that never catch up. They are no gain in
+    // the place of another earlier replica.
     let new = gone.iter().filter(|id| value.adding.contains(id)).count();
     chosen.extend(away.iter().take((stay.len() + new).saturating_sub(chosen.len())));
     chosen.split_off(stay.len())

@@ -1,4 +1,4 @@
-//! Plans of small clusters, carried out by hand: each rule by itself, and all of them together until nothing is left to do.
+//! Plans of small clusters, applied by the test: each rule alone, and all together until no change remains.
 
 use std::collections::BTreeSet;
 
@@ -18,7 +18,7 @@ use crate::{
 mod gone;
 mod unreachable;
 
-/// A cluster that steps are carried out in.
+/// A simulated cluster in which plans are applied.
 #[derive(Clone, Debug)]
 struct World {
     keys: Keys,
@@ -47,7 +47,7 @@ fn value(replicas: &[u32], leader: Option<u32>, isr: &[u32]) -> PartitionValue {
 }
 
 impl World {
-    /// Brokers `1..=racks.len()`, steady, and one topic.
+    /// Returns a world with brokers `1..=racks.len()`, online for long, and one topic.
     fn of(racks: &[&str], factor: u32, min_insync: usize, values: Vec<PartitionValue>) -> Self {
         let mut world = Self {
             keys: Keys::new("test").unwrap(),
@@ -99,7 +99,7 @@ impl World {
         self.say(number, |value| value.max_replicas = Some(max));
     }
 
-    /// It is registered without an address for other brokers.
+    /// Removes the address for other brokers from the registration.
     fn hide(&mut self, number: u32) {
         self.say(number, |value| value.listeners = Endpoints::new("a:1".to_owned()));
     }
@@ -153,7 +153,7 @@ impl World {
         self.entries.contains_key(&self.keys.broker(id))
     }
 
-    /// Carries a plan out, as compare-and-sets do.
+    /// Applies a plan with the checks of compare-and-set.
     fn carry_out(&mut self, plan: &Plan) {
         let mut seen = BTreeSet::new();
         for Step { change, .. } in &plan.steps {
@@ -165,7 +165,7 @@ impl World {
         }
     }
 
-    /// What leaders do: they drop who is gone, and admit who has caught up.
+    /// Acts as the leaders: removes offline replicas from the ISR and admits live ones.
     fn replicate(&mut self, min_insync: usize) {
         for number in 0.. {
             let path = self.keys.partition(id(number));
@@ -182,7 +182,7 @@ impl World {
         }
     }
 
-    /// Plans and replicates until there is nothing left to do.
+    /// Plans and replicates until no change remains.
     fn settle(&mut self, min_insync: usize) -> usize {
         for round in 0..200 {
             let (plan, before) = (self.plan(), self.revision);
@@ -200,7 +200,7 @@ fn steps(plan: &Plan) -> Vec<(Why, PartitionValue)> {
     plan.steps.iter().map(|step| (step.why, step.change.value.clone())).collect()
 }
 
-/// The only step of a plan.
+/// Returns the only change of a plan.
 fn only(world: &World) -> (Why, PartitionValue) {
     let steps = steps(&world.plan());
     assert_eq!(steps.len(), 1, "{steps:?}");
@@ -208,13 +208,13 @@ fn only(world: &World) -> (Why, PartitionValue) {
 }
 
 #[test]
-fn a_healthy_cluster_is_left_alone() {
+fn healthy_cluster_needs_no_changes() {
     let values = vec![value(&[1, 2, 3], Some(1), &[1, 2, 3]), value(&[2, 3, 1], Some(2), &[2, 3, 1])];
     assert_eq!(World::of(&["a", "b", "c"], 3, 2, values).plan(), Plan::default());
 }
 
 #[test]
-fn the_first_replica_in_sync_that_stays_is_elected() {
+fn first_staying_in_sync_replica_is_elected() {
     let mut world = World::of(&["a", "b", "c"], 3, 1, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
     world.go(1, 0);
     let (why, elected) = only(&world);
@@ -227,7 +227,7 @@ fn the_first_replica_in_sync_that_stays_is_elected() {
 }
 
 #[test]
-fn a_partition_that_nobody_may_lead_waits_for_those_who_may() {
+fn partition_without_candidate_is_leaderless_and_blocked() {
     let mut lost = value(&[1, 2, 3], Some(1), &[1]);
     lost.elr = ids(&[2]);
     let mut world = World::of(&["a", "b", "c"], 3, 2, vec![lost]);
@@ -245,7 +245,7 @@ fn a_partition_that_nobody_may_lead_waits_for_those_who_may() {
 }
 
 #[test]
-fn a_broker_that_stops_hands_over_to_one_that_does_not() {
+fn stopping_leader_transfers_to_running_replica() {
     let values = vec![value(&[1, 2, 3], Some(1), &[1, 2, 3]), value(&[2, 1, 3], Some(2), &[2, 1, 3])];
     let mut world = World::of(&["a", "b", "c"], 3, 2, values);
     world.stop(1);
@@ -256,9 +256,9 @@ fn a_broker_that_stops_hands_over_to_one_that_does_not() {
     assert_eq!(world.plan().steps, [], "nobody is left to hand over to");
 }
 
-/// Found by an operator: a leader with a full disk refused every write, and two replicas in sync with empty disks looked on.
+/// Found by an operator: a leader with a full disk rejected every write while two in-sync replicas had empty disks.
 #[test]
-fn a_broker_whose_disk_takes_no_more_records_leads_only_what_nobody_else_can() {
+fn full_disk_leader_transfers_unless_no_other_can_lead() {
     let mut world = World::of(&["", "", ""], 3, 1, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
     world.say(1, |value| value.no_room = true);
     let (why, handed) = only(&world);
@@ -283,7 +283,7 @@ fn a_broker_whose_disk_takes_no_more_records_leads_only_what_nobody_else_can() {
 }
 
 #[test]
-fn a_move_copies_then_lets_go() {
+fn reassignment_copies_before_it_removes() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
     let begun = world.partition(0).begin_move(&ids(&[4, 2, 3])).unwrap();
     world.put(&Key::Partition(id(0)), &begun);
@@ -296,9 +296,9 @@ fn a_move_copies_then_lets_go() {
     assert_eq!((value.replicas, value.leader), (ids(&[4, 2, 3]), Some(BrokerId(4))));
 }
 
-/// Both died before the move was ended. The one that goes may come back with all that there is, and the other never.
+/// Both brokers crashed before completion. The removed one may return with all the data, and the other never.
 #[test]
-fn a_move_ends_only_where_somebody_leads() {
+fn reassignment_completes_only_with_a_live_leader() {
     let mut world = World::of(&["", "", ""], 1, 1, vec![value(&[1], Some(1), &[1])]);
     let begun = world.partition(0).begin_move(&ids(&[2])).unwrap();
     let copied = PartitionValue { isr: ids(&[1, 2]), leader: None, ..begun };
@@ -311,9 +311,9 @@ fn a_move_ends_only_where_somebody_leads() {
     assert_eq!((why, step.leader, step.replicas.len()), (Why::Elected, Some(BrokerId(1)), 2));
 }
 
-/// The value of a topic, copied under another name: two names, and one topic still.
+/// A topic value that was copied to another name: two names, one topic.
 #[test]
-fn two_names_of_one_topic_make_no_two_steps_of_one_partition() {
+fn topic_with_two_names_gets_one_change_per_partition() {
     let mut world = World::of(&["", ""], 2, 1, vec![value(&[1, 2], None, &[1, 2])]);
     let known = world.view();
     let copied = known.topics().values().next().unwrap().value.clone();
@@ -321,16 +321,16 @@ fn two_names_of_one_topic_make_no_two_steps_of_one_partition() {
     assert_eq!(world.plan().steps.len(), 1);
 }
 
-/// A replica that stays and has yet to catch up is no replacement for one in sync that goes: with a minimum of two the partition was left
-/// with one copy of what two brokers had acknowledged.
+/// Regression: a staying replica that had to catch up replaced an in-sync one. With a min ISR of two, one copy of
+/// records remained that two brokers had acknowledged.
 #[test]
-fn a_move_lets_nobody_go_who_is_needed_for_the_minimum() {
+fn reassignment_keeps_replicas_that_min_isr_needs() {
     let mut world = World::of(&["", "", ""], 2, 2, vec![value(&[1, 2, 3], Some(1), &[1, 3])]);
     let begun = world.partition(0).begin_move(&ids(&[1, 2])).unwrap();
     assert_eq!((&begun.adding, &begun.removing), (&ids(&[]), &ids(&[3])), "2 was there before");
     world.put(&Key::Partition(id(0)), &begun);
     assert_eq!(world.plan().steps, [], "2 has not caught up");
-    // Of one that is not in sync nothing is given up.
+    // A replica that is not in sync can be removed.
     let dropped = begun.shrink(&BTreeSet::from([BrokerId(3)]), 2);
     world.put(&Key::Partition(id(0)), &dropped);
     assert_eq!(only(&world).0, Why::MoveEnded);
@@ -341,7 +341,7 @@ fn a_move_lets_nobody_go_who_is_needed_for_the_minimum() {
 }
 
 #[test]
-fn ordered_moves_begin_as_there_is_room_and_before_what_is_only_wanted() {
+fn queued_reassignments_start_first_and_within_limits() {
     let ordered = |_| value(&[1, 2], Some(1), &[1, 2]).order_move(&ids(&[1, 4]));
     let mut values: Vec<_> = (0..5).map(ordered).collect();
     values.push(value(&[1, 3], Some(1), &[1, 3]));
@@ -370,7 +370,7 @@ fn ordered_moves_begin_as_there_is_room_and_before_what_is_only_wanted() {
 }
 
 #[test]
-fn a_changed_factor_is_followed() {
+fn changed_factor_is_applied() {
     let values = (0..6).map(|_| value(&[1], Some(1), &[1])).collect();
     let mut world = World::of(&["a", "b", "a", "b"], 1, 1, values);
     world.topic(3, 1, 6);
@@ -390,7 +390,7 @@ fn a_changed_factor_is_followed() {
 }
 
 #[test]
-fn replicas_of_a_broker_that_is_gone_for_good_are_made_elsewhere_and_not_before() {
+fn replicas_are_replaced_only_after_replace_delay() {
     let values = (0..4).map(|_| value(&[1, 2, 3], Some(1), &[1, 2, 3])).collect();
     let mut world = World::of(&["", "", "", ""], 3, 2, values);
     world.limits.balance = false;
@@ -410,7 +410,7 @@ fn replicas_of_a_broker_that_is_gone_for_good_are_made_elsewhere_and_not_before(
 }
 
 #[test]
-fn a_drained_broker_is_emptied_and_stays_so() {
+fn drained_broker_is_emptied_and_stays_empty() {
     let values =
         vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 3], Some(2), &[2, 3]), value(&[3, 1], Some(3), &[3, 1])];
     let mut world = World::of(&["", "", ""], 2, 1, values);
@@ -423,7 +423,7 @@ fn a_drained_broker_is_emptied_and_stays_so() {
 }
 
 #[test]
-fn leadership_goes_back_to_a_broker_that_stays() {
+fn leadership_returns_to_stable_preferred_leader() {
     let mut world = World::of(&["", ""], 2, 1, vec![value(&[1, 2], Some(2), &[2, 1])]);
     world.up_ms.insert(BrokerId(1), 10_000);
     let plan = world.plan();
@@ -434,7 +434,7 @@ fn leadership_goes_back_to_a_broker_that_stays() {
 }
 
 #[test]
-fn a_new_broker_gets_its_share_within_the_racks() {
+fn new_broker_gets_its_share_within_racks() {
     let values = (0..12).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
     let mut world = World::of(&["a", "b", "b"], 2, 1, values);
     world.settle(1);
@@ -447,8 +447,8 @@ fn a_new_broker_gets_its_share_within_the_racks() {
 }
 
 #[test]
-fn a_broker_at_its_bound_is_passed_over_by_every_rule() {
-    // Lost replicas, as far as there is room.
+fn broker_at_replica_limit_is_skipped_by_every_rule() {
+    // Lost replicas, up to the limit.
     let values = (0..4).map(|_| value(&[1, 2, 3], Some(1), &[1, 2, 3])).collect();
     let mut world = World::of(&["", "", "", ""], 3, 2, values);
     world.bound(4, 3);
@@ -474,7 +474,7 @@ fn a_broker_at_its_bound_is_passed_over_by_every_rule() {
     world.settle(1);
     assert_eq!((world.held(1), world.held(2)), (3, 1));
 
-    // An order waits for room; one that needs none does not.
+    // A queued reassignment waits for capacity; one that needs none does not.
     let ordered = |_| value(&[1], Some(1), &[1]).order_move(&ids(&[2]));
     let mut world = World::of(&["", ""], 1, 1, (0..2).map(ordered).collect());
     world.limits.balance = false;
@@ -482,7 +482,7 @@ fn a_broker_at_its_bound_is_passed_over_by_every_rule() {
     world.settle(1);
     assert_eq!((world.held(2), world.plan().waiting), (1, vec![(id(1), Waiting::ForOrdered)]));
 
-    // Balance: the broker that holds least takes none, and a full one gives.
+    // Balance: the least loaded broker takes none at its limit, and a full broker gives.
     let mut world = World::of(&["", "", ""], 1, 1, (0..12).map(|_| value(&[1], Some(1), &[1])).collect());
     world.bound(1, 12);
     world.bound(2, 0);
@@ -530,7 +530,7 @@ prop_compose! {
 
 proptest! {
     #[test]
-    fn plans_end_and_never_cost_an_in_sync_replica((mut world, min_insync) in worlds()) {
+    fn plans_terminate_and_keep_in_sync_replicas((mut world, min_insync) in worlds()) {
         for _ in 0..200 {
             let (plan, before) = (world.plan(), world.clone());
             for Step { change, why } in &plan.steps {
@@ -553,7 +553,7 @@ proptest! {
             }
             world.replicate(min_insync);
             if world.revision == before.revision {
-                // Where nothing moves any more, every partition that somebody may lead is led by who stays, if anybody in sync does.
+                // In a stable state, every partition with a live ISR or ELR member has a leader.
                 for number in 0..32 {
                     let Some((bytes, _)) = world.entries.get(&world.keys.partition(id(number))) else { break };
                     let value = PartitionValue::decode("k", bytes).unwrap();

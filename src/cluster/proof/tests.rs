@@ -1,4 +1,4 @@
-//! What is proven by what, for both durabilities, and what is given up without.
+//! Startup verification for both durabilities, and the removal of unverified replicas.
 
 use super::*;
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
 const ME: BrokerId = BrokerId(1);
 const PERSISTED: u8 = 1;
 const REPLICATED: u8 = 2;
-/// A topic that the store does not know, or not any more.
+/// A topic that the store does not have, or no longer has.
 const UNKNOWN: u8 = 3;
 
 struct World {
@@ -33,7 +33,7 @@ fn value(leader: Option<u32>, isr: &[u32], elr: &[u32]) -> PartitionValue {
     PartitionValue { leader: leader.map(BrokerId), isr: brokers(isr), elr: brokers(elr), ..whole }
 }
 
-/// Everything that there is to show.
+/// Returns an inventory with everything intact.
 fn shown() -> Shown {
     let whole: BTreeSet<_> =
         [PERSISTED, REPLICATED, UNKNOWN].iter().flat_map(|topic| (0..4).map(|n| id(*topic, n))).collect();
@@ -65,7 +65,7 @@ impl World {
         self.put(self.keys.directory(ME), value.encode()).await;
     }
 
-    /// A partition whose value has been changed since it was made.
+    /// Writes a partition whose value has changed since its creation.
     async fn partition(&self, id: PartitionId, value: &PartitionValue) {
         for _ in 0..2 {
             self.put(self.keys.partition(id), value.encode()).await;
@@ -83,13 +83,13 @@ impl World {
 }
 
 #[tokio::test]
-async fn what_is_proven_stays_and_the_rest_is_struck() {
+async fn verified_replicas_stay_and_others_are_removed() {
     let all = |shown: Shown| shown;
     let unclean = |shown: Shown| Shown { clean: false, ..shown };
     let other = |shown: Shown| Shown { directory_id: "another".to_owned(), ..shown };
     let older = |shown: Shown| Shown { uptimes: vec!["p0".to_owned()], ..shown };
     let damaged = |shown: Shown| Shown { whole: BTreeSet::new(), ..shown };
-    // What is shown, and whether it holds on persisted, replicated and unknown topics.
+    // The inventory, and the result for persisted, replicated and unknown topics.
     type Change = fn(Shown) -> Shown;
     let cases: [(&str, Change, [bool; 3]); 5] = [
         ("all", all, [true, true, true]),
@@ -115,7 +115,7 @@ async fn what_is_proven_stays_and_the_rest_is_struck() {
 }
 
 #[tokio::test]
-async fn no_leadership_of_an_earlier_uptime_is_kept() {
+async fn leadership_of_earlier_incarnation_is_resigned() {
     let world = World::new().await;
     world.partition(id(PERSISTED, 0), &value(Some(1), &[1, 2], &[])).await;
     let proof = world.prove(&shown()).await.unwrap();
@@ -126,7 +126,7 @@ async fn no_leadership_of_an_earlier_uptime_is_kept() {
 }
 
 #[tokio::test]
-async fn the_last_holder_of_a_replicated_topic_stays_and_that_is_noted() {
+async fn last_holder_of_replicated_topic_stays_as_unclean() {
     let world = World::new().await;
     let unclean = Shown { clean: false, ..shown() };
     world.partition(id(REPLICATED, 0), &value(Some(1), &[1], &[])).await;
@@ -139,22 +139,22 @@ async fn the_last_holder_of_a_replicated_topic_stays_and_that_is_noted() {
 }
 
 #[tokio::test]
-async fn a_partition_that_was_made_meanwhile_has_nothing_to_lose() {
+async fn partition_created_meanwhile_needs_no_replica() {
     let world = World::new().await;
     let made = value(Some(2), &[1, 2, 3], &[]);
     world.put(world.keys.partition(id(PERSISTED, 0)), made.encode()).await;
     let empty = Shown { on_disk: BTreeSet::new(), whole: BTreeSet::new(), ..shown() };
     world.prove(&empty).await.unwrap();
     assert_eq!(world.now(id(PERSISTED, 0)).await, made);
-    // Another directory proves nothing of it: this broker may have held, and lost, what the others have since.
+    // Another directory verifies nothing: this broker may have held, and lost, the records that the other brokers have.
     world.prove(&Shown { directory_id: "another".to_owned(), ..empty }).await.unwrap();
     assert_eq!(world.now(id(PERSISTED, 0)).await, made.strike(ME));
 }
 
-/// The value of a partition whose replicas never had any trouble stays as it was made for years. When the power fails for all of them at
-/// once nobody has changed it, and one whose copy is damaged was taken for one that had nothing to hold yet: in sync, and elected.
+/// Regression: the value of a partition without incidents may stay unchanged for years. After a power failure of all
+/// replicas, a corrupt copy was taken for one that held nothing yet: in sync, and elected.
 #[tokio::test]
-async fn a_damaged_replica_proves_nothing_though_its_partition_never_changed() {
+async fn corrupt_replica_of_unchanged_partition_is_removed() {
     let world = World::new().await;
     let made = value(Some(2), &[1, 2, 3], &[]);
     world.put(world.keys.partition(id(PERSISTED, 0)), made.encode()).await;
@@ -164,10 +164,10 @@ async fn a_damaged_replica_proves_nothing_though_its_partition_never_changed() {
     assert_eq!(world.now(id(PERSISTED, 0)).await, made.strike(ME));
 }
 
-/// The value was put back as it was after the broker had started: with the broker as the leader of an epoch that began before, and in sets
-/// of which it had proven nothing.
+/// The value was restored after the start of the broker. The broker led in an epoch from before that start, and was a
+/// member of unverified sets.
 #[tokio::test]
-async fn what_could_not_be_read_at_the_start_is_proven_when_it_can() {
+async fn unreadable_value_is_verified_when_readable() {
     let before = value(Some(1), &[1, 2], &[]);
     let (free, struck) = (before.leaderless(), before.strike(ME));
     let shown_all = shown();
@@ -179,7 +179,7 @@ async fn what_could_not_be_read_at_the_start_is_proven_when_it_can() {
         world.put(world.keys.partition(spoiled), "{\"replicas\":[".into()).await;
         let proof = world.prove(shown).await.unwrap();
         assert_eq!((proof.changed, proof.unread.partitions()), (1, &BTreeSet::from([spoiled])));
-        // It is registered: its directory's record names this uptime by now, whatever it showed.
+        // The broker is registered: its directory record contains this incarnation now, whatever the inventory was.
         world.record(&shown.directory_id, "p1").await;
         let late = async |shown| {
             let unread = &proof.unread;
@@ -197,7 +197,7 @@ async fn what_could_not_be_read_at_the_start_is_proven_when_it_can() {
 }
 
 #[tokio::test]
-async fn it_goes_on_until_the_store_needs_no_more() {
+async fn verification_repeats_until_no_change_is_needed() {
     for faults in [vec![Some(Fault::Lost)], vec![Some(Fault::AnswerLost)], vec![]] {
         let world = World::new().await;
         for number in 0..4 {
@@ -221,7 +221,7 @@ async fn it_goes_on_until_the_store_needs_no_more() {
 }
 
 #[tokio::test]
-async fn the_registration_can_tell_what_the_proof_was_judged_by() {
+async fn verification_returns_revision_of_directory_record() {
     let world = World::new().await;
     let first = world.prove(&shown()).await.unwrap().judged;
     world.record("d", "p2").await;
@@ -230,7 +230,7 @@ async fn the_registration_can_tell_what_the_proof_was_judged_by() {
     let key = world.keys.directory(ME);
     world.store.transact(Transaction::new().delete(key)).await.unwrap();
     assert_eq!(world.prove(&shown()).await.unwrap().judged, None);
-    // What does not name this broker, and what cannot be read, is none of its business.
+    // A value without this broker, and an unreadable value, are not changed.
     let strange = id(PERSISTED, 3);
     world.put(world.keys.partition(strange), "{".into()).await;
     let others = PartitionValue { replicas: vec![BrokerId(2)], ..value(Some(2), &[2], &[]) };

@@ -1,4 +1,4 @@
-//! Registrations over an embedded store: who has one, who loses it, and what it says.
+//! Registrations over an embedded store: creation, loss and flags.
 
 use super::*;
 use crate::cluster::{
@@ -9,7 +9,7 @@ use crate::cluster::{
 const TIME: Duration = Duration::from_secs(9);
 const KEY: &str = "/strandline/test/brokers/1";
 
-/// A store with its mirror.
+/// A store with its metadata cache.
 struct World {
     store: EmbeddedStore,
     view: View,
@@ -55,7 +55,7 @@ impl World {
     }
 }
 
-/// The first standing that is one of those.
+/// Waits for the first state that satisfies a condition.
 async fn until(session: &Session, holds: impl Fn(&Standing) -> bool) -> Standing {
     session.standing().wait_for(holds).await.expect("the session lives").clone()
 }
@@ -65,7 +65,7 @@ fn registered(standing: &Standing) -> bool {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_broker_stays_registered_while_it_lives_and_leaves_when_it_stops() {
+async fn broker_stays_registered_until_it_leaves() {
     let world = World::new();
     let session = world.register("d", "p").await.expect("registered");
     for _ in 0..20 {
@@ -80,7 +80,7 @@ async fn a_broker_stays_registered_while_it_lives_and_leaves_when_it_stops() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_registration_that_is_lost_is_made_anew_with_a_new_epoch() {
+async fn lost_registration_is_recreated_with_new_epoch() {
     let world = World::new();
     let session = world.register("d", "p").await.expect("registered");
     let mut before = session.epoch();
@@ -101,9 +101,9 @@ async fn a_registration_that_is_lost_is_made_anew_with_a_new_epoch() {
     world.tasks.stop().await;
 }
 
-/// What changes in the cluster while the store takes no registration is no reason to ask it again.
+/// Other changes in the cluster while the store rejects the registration must not trigger further attempts.
 #[tokio::test(start_paused = true)]
-async fn a_lost_registration_is_tried_again_by_the_clock_however_much_changes_meanwhile() {
+async fn lost_registration_is_retried_only_by_timer() {
     let world = World::new();
     let link = Faulty::new(world.store.clone());
     let registration = Registration { store: Arc::new(link.clone()), ..world.registration("d", "p") };
@@ -125,7 +125,7 @@ async fn a_lost_registration_is_tried_again_by_the_clock_however_much_changes_me
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_number_that_another_directory_has_is_waited_for_as_long_as_its_lease_may_live() {
+async fn id_of_other_directory_is_awaited_for_lease_duration() {
     let world = World::new();
     let first = world.register("d", "p").await.expect("registered");
     let began = clock::monotonic();
@@ -141,9 +141,9 @@ async fn a_number_that_another_directory_has_is_waited_for_as_long_as_its_lease_
     world.tasks.stop().await;
 }
 
-/// It was deleted at once, and two brokers ran under one number.
+/// Regression: such a registration was deleted at once, and two brokers ran with one broker id.
 #[tokio::test(start_paused = true)]
-async fn registration_of_unknown_format_is_waited_for_and_kept() {
+async fn registration_of_unknown_format_is_awaited_and_kept() {
     let world = World::new();
     let lease = world.store.grant(TIME * 9).await.expect("answers");
     let other = Transaction::new().put_leased(KEY, &br#"{"client_address":"a:1","directory_id":"d"}"#[..], lease);
@@ -162,9 +162,9 @@ async fn registration_of_unknown_format_is_waited_for_and_kept() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_process_that_slept_finds_that_another_one_took_its_place() {
+async fn suspended_process_detects_that_it_is_superseded() {
     let (world, tasks) = (World::new(), Tasks::new());
-    // Its mirror stands still, as for a process that is stopped.
+    // The metadata cache stands still, as in a stopped process.
     let still = View::start(Arc::new(EmbeddedStore::in_memory()), Keys::new("test").expect("valid"), &tasks);
     let registration = world.registration("d", "p");
     let first = registration.register(None, &still, &world.tasks).await.expect("registered");
@@ -186,7 +186,7 @@ fn lease(session: &Session) -> LeaseId {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_was_overtaken_while_it_proved_itself_does_not_register() {
+async fn process_superseded_during_verification_cannot_register() {
     let world = World::new();
     let judged = world.judged().await;
     let late = world.registration("d", "p");
@@ -198,7 +198,7 @@ async fn who_was_overtaken_while_it_proved_itself_does_not_register() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_full_disk_is_said_under_the_same_epoch_and_stays_said_beside_what_else_is() {
+async fn disk_flags_keep_epoch_and_survive_reregistration() {
     let world = World::new();
     let session = world.register("d", "p").await.expect("registered");
     let epoch = session.epoch();
@@ -224,7 +224,7 @@ async fn a_full_disk_is_said_under_the_same_epoch_and_stays_said_beside_what_els
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_broker_on_its_way_out_says_so_under_the_same_epoch_and_after_a_loss_too() {
+async fn stopping_flag_keeps_epoch_and_survives_loss() {
     let world = World::new();
     let session = world.register("d", "p").await.expect("registered");
     let epoch = session.epoch();

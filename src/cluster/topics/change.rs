@@ -1,4 +1,4 @@
-//! Changing a topic: its configuration, its size, its end. Each is a compare-and-set of the topic's key.
+//! Changes of a topic: configuration, partition count and deletion. Each is a compare-and-set of the topic's key.
 
 use super::{ATTEMPTS, There, TopicInfo, Topics, UnknownTopic, checked};
 use crate::{
@@ -13,42 +13,42 @@ use crate::{
     model::{BrokerId, ConfigMap, InvalidConfig, PartitionId, TopicConfig, TopicId, TopicName},
 };
 
-/// Why a topic was not changed.
+/// Error of a topic change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AlterError {
-    /// No such topic.
+    /// The topic does not exist.
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
     /// A configuration key or value is not allowed.
     #[error(transparent)]
     Config(#[from] InvalidConfig),
-    /// A key is both to be set and to be taken back.
+    /// A key is both set and unset.
     #[error("topic configuration {key:?} is both set and unset: choose one")]
     Both {
-        /// The key.
+        /// The configuration key.
         key: String,
     },
-    /// Too many replicas for any cluster.
+    /// The replication factor exceeds the limit of any cluster.
     #[error("a topic cannot have a replication factor of {asked}: 1 to {}", limits::MAX_REPLICAS)]
     Replicas {
-        /// How many were asked for.
+        /// Requested replication factor.
         asked: u32,
     },
-    /// More replicas than brokers.
+    /// Fewer brokers than replicas.
     #[error("a replication factor of {asked} needs as many brokers, and {there}: ask for fewer, or start more")]
     Brokers {
-        /// Replicas asked for.
+        /// Requested replication factor.
         asked: u32,
-        /// Brokers that there are.
+        /// Available brokers.
         there: There,
     },
-    /// More replicas on a broker than it takes.
+    /// A broker would exceed its replica limit.
     #[error(transparent)]
     Bound(#[from] ReplicaBound),
-    /// Others kept changing it.
+    /// Other writers kept changing the topic.
     #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
     Conflict {
-        /// The name.
+        /// Name of the topic.
         name: TopicName,
     },
     /// The metadata store failed.
@@ -56,43 +56,43 @@ pub enum AlterError {
     Store(#[from] StoreError),
 }
 
-/// Why a topic did not grow.
+/// Error of an addition of partitions.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddPartitionsError {
-    /// No such topic.
+    /// The topic does not exist.
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
-    /// It has as many already, or more.
+    /// The topic already has as many partitions or more.
     #[error("topic {:?} has {} and cannot go to {to}: partitions are only ever added", name.as_str(), partitions(*.has))]
     NotMore {
-        /// The name.
+        /// Name of the topic.
         name: TopicName,
-        /// How many it has.
+        /// Current number of partitions.
         has: u32,
-        /// How many were asked for.
+        /// Requested number of partitions.
         to: u32,
     },
-    /// More than any topic may have.
+    /// The requested number exceeds the limit of any topic.
     #[error("a topic cannot have {to} partitions: 1 to {}", limits::MAX_PARTITIONS)]
     TooMany {
-        /// How many were asked for.
+        /// Requested number of partitions.
         to: u32,
     },
-    /// More replicas than brokers.
+    /// Fewer brokers than replicas.
     #[error("the topic's replication factor of {asked} needs as many brokers, and {there}: start more")]
     Brokers {
-        /// Replicas of each partition.
+        /// Replication factor of the topic.
         asked: u32,
-        /// Brokers that there are.
+        /// Available brokers.
         there: There,
     },
-    /// More replicas on a broker than it takes.
+    /// A broker would exceed its replica limit.
     #[error(transparent)]
     Bound(#[from] ReplicaBound),
-    /// Others kept changing it.
+    /// Other writers kept changing the topic.
     #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
     Conflict {
-        /// The name.
+        /// Name of the topic.
         name: TopicName,
     },
     /// The metadata store failed.
@@ -100,16 +100,16 @@ pub enum AddPartitionsError {
     Store(#[from] StoreError),
 }
 
-/// Why a topic was not deleted.
+/// Error of a topic deletion.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeleteError {
-    /// No such topic.
+    /// The topic does not exist.
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
-    /// Others kept changing it.
+    /// Other writers kept changing the topic.
     #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
     Conflict {
-        /// The name.
+        /// Name of the topic.
         name: TopicName,
     },
     /// The metadata store failed.
@@ -124,7 +124,7 @@ fn partitions(count: u32) -> String {
 macro_rules! retryable {
     ($($kind:ident { $($also:pat),* }),*) => {$(
         impl $kind {
-            /// Whether the same request may succeed later.
+            /// Returns true if the same request may succeed later.
             pub const fn retryable(&self) -> bool {
                 match self {
                     Self::Conflict { .. } => true,
@@ -139,8 +139,8 @@ macro_rules! retryable {
 retryable!(AlterError { Self::Brokers { .. } }, AddPartitionsError { Self::Brokers { .. } }, DeleteError {});
 
 impl Topics {
-    /// Sets some keys of a topic's configuration and takes others back to their defaults; the rest stays. A replication
-    /// factor that is given is the topic's from now on: the controller adds or takes away replicas.
+    /// Sets some configuration keys of a topic and resets others to their defaults; the other keys stay. With a
+    /// `replication_factor`, the controller adds or removes replicas afterwards.
     pub async fn alter(
         &self,
         name: &TopicName,
@@ -170,7 +170,7 @@ impl Topics {
             let transaction = Transaction::new()
                 .when(Compare::ModRevision(entry.key.clone(), entry.mod_revision))
                 .put(entry.key, value.encode());
-            // Where an earlier try was done without an answer, the same is set once more.
+            // If an earlier attempt was applied without a response, the next iteration writes the same value again.
             if let Outcome::Done { revision } = known_outcome(&*self.store, &transaction).await? {
                 return Ok(TopicInfo { name: name.clone(), value, revision });
             }
@@ -178,7 +178,7 @@ impl Topics {
         Err(AlterError::Conflict { name: name.clone() })
     }
 
-    /// Whether there are brokers, with room, for a replication factor. One that falls or stays needs none.
+    /// Checks that the brokers have capacity for a replication factor. One that does not grow needs no capacity.
     async fn affordable(&self, asked: u32, topic: &TopicValue) -> Result<(), AlterError> {
         if asked == 0 || asked > limits::MAX_REPLICAS {
             return Err(AlterError::Replicas { asked });
@@ -202,14 +202,15 @@ impl Topics {
             }
             Some(())
         };
-        // The controller places them, and keeps the bounds again. With too few brokers it does what it can.
+        // The controller places the replicas and applies the limits again. With too few brokers it places as many as
+        // possible.
         match self.claims.place(&self.view, place).await {
             Err(Some(bound)) => Err(bound.into()),
             Ok(_) | Err(None) => Ok(()),
         }
     }
 
-    /// Lets a topic grow to this many partitions.
+    /// Extends a topic to this number of partitions.
     pub async fn add_partitions(&self, name: &TopicName, to: u32) -> Result<TopicInfo, AddPartitionsError> {
         if to > limits::MAX_PARTITIONS {
             return Err(AddPartitionsError::TooMany { to });
@@ -233,7 +234,7 @@ impl Topics {
                     AddPartitionsError::Brokers { asked: value.replication_factor, there }
                 }
             })?;
-            // While the topic is unchanged nobody counts these partitions, so what lies there may be overwritten.
+            // While the topic is unchanged, these partitions do not count, so existing keys may be overwritten.
             let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
             if !self.in_chunks(std::slice::from_ref(&same), puts).await? {
                 continue;
@@ -250,7 +251,8 @@ impl Topics {
         Err(AddPartitionsError::Conflict { name: name.clone() })
     }
 
-    /// Deletes a topic. Done when its name is free; what is left of its partitions goes after it, now or by a sweep.
+    /// Deletes a topic. Returns when the name is free; the remaining partition keys are deleted afterwards, here or by
+    /// a sweep.
     pub async fn delete(&self, name: &TopicName) -> Result<TopicId, DeleteError> {
         let mut tried: Option<TopicValue> = None;
         for _ in 0..ATTEMPTS {
@@ -276,12 +278,12 @@ impl Topics {
         Err(DeleteError::Conflict { name: name.clone() })
     }
 
-    /// Whether a topic was deleted on purpose. Read from the store and not from the view.
+    /// Returns true if a topic was deleted on purpose. Reads the store and not the metadata cache.
     pub async fn was_deleted(&self, id: TopicId) -> Result<bool, StoreError> {
         Ok(self.store.get(&self.keys.deleted(id)).await?.entry.is_some())
     }
 
-    /// Deletes the partitions of a topic that is gone. What stays is for the sweep.
+    /// Deletes the partition keys of a deleted topic. The sweep deletes the keys that remain after an error.
     async fn delete_rest(&self, name: &TopicName, value: &TopicValue) {
         let ids = (0..value.partitions).map(|number| PartitionId::new(value.id, number));
         let ops = ids.flat_map(|id| [self.keys.partition(id), self.keys.tier(id)]).map(|key| Op::Delete { key });

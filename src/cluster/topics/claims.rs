@@ -1,6 +1,8 @@
-//! Replicas that this broker is placing and that the view does not show yet, so that creations side by side keep the brokers' bounds
-//! together. Creations of several brokers at the same time do not see each other: together they may exceed a bound by what one of them
-//! places.
+//! Replicas that this broker is placing and that the metadata cache does not show yet: concurrent creations respect the
+//! replica limits together.
+//!
+//! Concurrent creations on several brokers do not see each other: they may exceed a limit by the replicas that one of
+//! them places.
 
 use std::{
     collections::BTreeMap,
@@ -19,12 +21,12 @@ use crate::{
     task,
 };
 
-/// What is being placed. Cheap to clone.
+/// Replicas that are being placed. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct Claims {
-    /// Held for moments only: tasks lock it.
+    /// Held only briefly: async tasks lock it.
     state: Arc<Mutex<State>>,
-    /// The turn to place: each placement counts the claims of those before it.
+    /// Permit to place: each placement counts the claims before it.
     turn: Arc<Semaphore>,
 }
 
@@ -43,11 +45,12 @@ struct State {
 #[derive(Debug)]
 struct Claimed {
     replicas: BTreeMap<BrokerId, usize>,
-    /// The transaction since which they count; `None` before it is made. Once the view is there, it shows them.
+    /// Revision since which the metadata contains the replicas; `None` before the write. A snapshot of that revision
+    /// shows them.
     made: Option<Revision>,
 }
 
-/// Replicas that are being placed. Given back when it is dropped, unless they were made.
+/// A claim on replicas that are being placed. Released when dropped, unless [`Claim::made`] was called.
 #[derive(Debug)]
 pub(super) struct Claim {
     number: u64,
@@ -55,8 +58,8 @@ pub(super) struct Claim {
 }
 
 impl Claims {
-    /// Places replicas within the bounds, over what the view shows and what is being placed already. One placement runs at a time, on a
-    /// thread of its own: 100,000 partitions take from 15 ms to seconds.
+    /// Places replicas within the limits, counting the replicas in the metadata cache and those being placed. One
+    /// placement runs at a time, on a blocking thread: 100,000 partitions take from 15 ms to seconds.
     pub(super) async fn place<T, F>(&self, view: &View, place: F) -> Result<(T, Claim), Option<ReplicaBound>>
     where
         F: Fn(&ViewState, &mut Placement) -> Option<T> + Send + 'static,
@@ -64,7 +67,7 @@ impl Claims {
     {
         let turn = Arc::clone(&self.turn).acquire_owned().await.expect("the semaphore is never closed");
         let (claims, view) = (self.clone(), view.clone());
-        // The turn goes along: a placement ends also where its caller has gone.
+        // The permit moves along: a placement also ends if its caller was dropped.
         task::run_blocking(move || (claims.place_now(&view.state(), place), turn).0).await
     }
 
@@ -98,7 +101,7 @@ impl Claims {
 }
 
 impl Claim {
-    /// The replicas count since this transaction.
+    /// Marks the replicas as written at this revision.
     pub(super) fn made(self, at: Revision) {
         if let Some(claimed) = self.claims.lock().claimed.get_mut(&self.number) {
             claimed.made = Some(at);
@@ -131,15 +134,16 @@ mod tests {
         View::start(Arc::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), tasks)
     }
 
-    /// A placement that goes on until the test ends it, and says whether the test did.
+    /// Returns a placement that runs until the test ends it, and returns true if the test did.
     fn until(ended: mpsc::Receiver<()>) -> impl Fn(&ViewState, &mut Placement) -> Option<bool> + Send + 'static {
         let ended = Mutex::new(ended);
         move |_, _| Some(ended.lock().unwrap().recv_timeout(Duration::from_secs(10)).is_ok())
     }
 
-    /// A placement of 100,000 partitions held the lock that ends of others wait for on the threads of all calls.
+    /// Regression: a placement of 100,000 partitions held the lock, and claims that ended waited for it on async
+    /// threads.
     #[tokio::test]
-    async fn claim_ends_while_others_are_placed() {
+    async fn claim_ends_during_another_placement() {
         let (tasks, claims) = (Tasks::new(), Claims::default());
         let (view, (end, ended)) = (view(&tasks), mpsc::sync_channel(1));
         let ((), claim) = claims.place(&view, |_, _| Some(())).await.unwrap();
@@ -152,7 +156,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn placement_whose_caller_left_keeps_neither_turn_nor_thread() {
+    async fn placement_of_dropped_caller_frees_permit_and_thread() {
         let (tasks, claims) = (Tasks::new(), Claims::default());
         let (view, (end, ended)) = (view(&tasks), mpsc::sync_channel(1));
         assert!(claims.place(&view, until(ended)).now_or_never().is_none(), "it runs on another thread");

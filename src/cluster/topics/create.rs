@@ -1,4 +1,4 @@
-//! Making a topic.
+//! Creation of topics.
 
 use std::fmt;
 
@@ -16,63 +16,63 @@ use crate::{
     task::random,
 };
 
-/// A topic to be made.
+/// Specification of a new topic.
 #[derive(Clone, Debug)]
 pub struct NewTopic {
-    /// Its name.
+    /// Name of the topic.
     pub name: TopicName,
-    /// How many partitions: from 1.
+    /// Number of partitions, at least 1.
     pub partitions: u32,
-    /// How many replicas of each: from 1 to the number of brokers that take any.
+    /// Number of replicas per partition: from 1 to the number of brokers that accept replicas.
     pub replication_factor: u32,
-    /// What it sets.
+    /// Configuration that the topic sets.
     pub config: ConfigMap,
-    /// Check everything and make nothing.
+    /// If true, checks everything and creates nothing.
     pub validate_only: bool,
 }
 
-/// Why a topic was not made.
+/// Error of a topic creation.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CreateError {
     /// The name is taken.
     #[error("topic {:?} exists already", name.as_str())]
     Exists {
-        /// The name.
+        /// Name of the topic.
         name: TopicName,
     },
     /// Too few or too many partitions.
     #[error("a topic cannot have {asked} partitions: 1 to {}", limits::MAX_PARTITIONS)]
     Partitions {
-        /// How many were asked for.
+        /// Requested number of partitions.
         asked: u32,
     },
-    /// Too few or too many replicas for any cluster.
+    /// The replication factor is outside the limits of any cluster.
     #[error("a topic cannot have a replication factor of {asked}: 1 to {}", limits::MAX_REPLICAS)]
     Replicas {
-        /// How many were asked for.
+        /// Requested replication factor.
         asked: u32,
     },
-    /// More replicas than brokers.
+    /// Fewer brokers than replicas.
     #[error("a replication factor of {asked} needs as many brokers, and {there}: ask for fewer, or start more")]
     Brokers {
-        /// Replicas asked for.
+        /// Requested replication factor.
         asked: u32,
-        /// Brokers that there are.
+        /// Available brokers.
         there: There,
     },
-    /// More replicas on a broker than it takes.
+    /// A broker would exceed its replica limit.
     #[error(transparent)]
     Bound(#[from] ReplicaBound),
-    /// The cluster is full.
+    /// The cluster has the maximum number of topics.
     #[error("the cluster has {} topics, which is the most that it takes: delete some", limits::MAX_TOPICS)]
     TooManyTopics,
     /// A configuration key or value is not allowed.
     #[error(transparent)]
     Config(#[from] InvalidConfig),
-    /// Half of what was written was swept away meanwhile.
+    /// A sweep deleted a part of the new keys meanwhile.
     #[error("topic {:?} could not be made because of another change at the same time: try again", name.as_str())]
     Conflict {
-        /// The name.
+        /// Name of the topic.
         name: TopicName,
     },
     /// The metadata store failed.
@@ -80,21 +80,22 @@ pub enum CreateError {
     Store(#[from] StoreError),
 }
 
-/// How many brokers there are for new replicas.
+/// Numbers of brokers, by availability for new replicas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct There {
-    /// Those that are alive.
+    /// Number of live brokers.
     pub live: usize,
-    /// Of these, those that are being stopped or drained: they take none.
+    /// Number of live brokers that are stopping or drained, which get no replicas.
     pub leaving: usize,
-    /// Of the others, those whose disks are full: they take none either.
+    /// Number of the other live brokers under disk pressure, which get no replicas either.
     pub full: usize,
-    /// Of the rest, those that registered no address for other brokers: they take none either.
+    /// Number of the remaining live brokers without a registered address for other brokers, which get no replicas
+    /// either.
     pub unreachable: usize,
 }
 
 impl There {
-    /// Those of a view.
+    /// Counts the brokers of a metadata snapshot.
     pub fn of(state: &ViewState) -> Self {
         let mut there = Self { live: 0, leaving: 0, full: 0, unreachable: 0 };
         for (id, known) in state.brokers() {
@@ -108,7 +109,7 @@ impl There {
         there
     }
 
-    /// Those that take replicas.
+    /// Returns the number of brokers that accept replicas.
     pub const fn takers(self) -> usize {
         self.live - self.leaving - self.full - self.unreachable
     }
@@ -133,7 +134,7 @@ impl fmt::Display for There {
 }
 
 impl CreateError {
-    /// Whether the same request may succeed later.
+    /// Returns true if the same request may succeed later.
     pub const fn retryable(&self) -> bool {
         match self {
             Self::Conflict { .. } | Self::Brokers { .. } => true,
@@ -144,7 +145,7 @@ impl CreateError {
 }
 
 impl Topics {
-    /// Makes a topic. Done when it exists in the store; views follow.
+    /// Creates a topic. Returns when the topic exists in the store; the metadata caches follow.
     pub async fn create(&self, new: NewTopic) -> Result<TopicInfo, CreateError> {
         self.admit(&new)?;
         if self.read(&new.name).await?.is_some() {
@@ -164,7 +165,7 @@ impl Topics {
         let rest = puts.split_off(1);
         let begun = self.put_new(&name, rest).await?;
         let key = self.keys.topic(&name);
-        // Where it is deleted again before a late try comes, its mark refuses that.
+        // If the topic is deleted again before a delayed attempt is applied, its tombstone makes that attempt fail.
         let mut transaction = Transaction::new()
             .when(Compare::Absent(key.clone()))
             .when(Compare::Absent(self.keys.deleted(id)))
@@ -172,14 +173,15 @@ impl Topics {
             .else_get(key);
         transaction.ops.extend(puts);
         if let Some((first, created)) = begun {
-            // A sweep begins with the first: if that is there as it was made, no sweep has begun, and none will.
+            // A sweep starts with the first key. If that key has its original create revision, no sweep has started,
+            // and none will.
             transaction = transaction.when(Compare::CreateRevision(first, created));
         }
         let revision = match known_outcome(&*self.store, &transaction).await? {
             Outcome::Done { revision } => revision,
             Outcome::Refused { mut found, .. } => {
                 let Some(entry) = found.pop().flatten() else { return Err(CreateError::Conflict { name }) };
-                // An earlier try made it, or somebody else did.
+                // An earlier attempt created the topic, or another creation did.
                 if !TopicValue::decode(&entry.key, &entry.value).is_ok_and(|there| there.id == id) {
                     return Err(CreateError::Exists { name });
                 }
@@ -190,8 +192,8 @@ impl Topics {
         Ok(TopicInfo { name, value, revision })
     }
 
-    /// Writes keys that nobody else can have written; nobody acts on them before the topic is there. Gives the first of them, and
-    /// when it was made.
+    /// Writes keys that only this creation can write; brokers ignore them until the topic exists. Returns the first key
+    /// and its create revision.
     async fn put_new(&self, name: &TopicName, puts: Vec<Op>) -> Result<Option<(String, Revision)>, CreateError> {
         let mut begun = None;
         for chunk in puts.chunks(CHUNK) {
@@ -201,9 +203,9 @@ impl Topics {
             let made = match known_outcome(&*self.store, &transaction).await? {
                 Outcome::Done { revision } => revision,
                 Outcome::Refused { mut found, .. } => match found.pop().flatten() {
-                    // An earlier try made it.
+                    // An earlier attempt created the key.
                     Some(entry) => entry.create_revision,
-                    // It did, and a sweep took it.
+                    // An earlier attempt created the key, and a sweep deleted it.
                     None => return Err(CreateError::Conflict { name: name.clone() }),
                 },
             };
@@ -212,7 +214,7 @@ impl Topics {
         Ok(begun)
     }
 
-    /// What can be told without the store.
+    /// Checks the request against the configuration limits and the metadata cache.
     fn admit(&self, new: &NewTopic) -> Result<(), CreateError> {
         let state = self.view.state();
         if new.partitions == 0 || new.partitions > limits::MAX_PARTITIONS {

@@ -1,11 +1,17 @@
-//! The marks of deleted topics: how long they stay, and their end.
+//! Tombstones of deleted topics: their lifetime and deletion.
 //!
-//! A mark is the licence to delete what disks and bucket still hold of a topic; without it such things are kept, because the
-//! topic's metadata may merely have been lost. So a mark may go too late, which costs a key, but hardly too early: what
-//! turns up afterwards (an object that a stalled broker wrote, the disk of a broker that was away) is kept for good and not
-//! served. Never does its end delete anything. It goes once nothing was left of the topic for a long time, counted from when
-//! that was first seen and written into the mark, so that restarts do not begin again; if anything turns up meanwhile, the
-//! count starts over. Clocks matter only for how long, not for what is safe.
+//! # Overview
+//!
+//! A tombstone permits the deletion of a topic's remaining data on disks and in the object store. Without a tombstone,
+//! such data is kept, because the topic's metadata may merely have been lost. A tombstone is deleted after no data of
+//! the topic has been found for a long time. That time starts at the first such observation, which is stored in the
+//! tombstone, so restarts do not reset it. If data appears meanwhile, the time starts again.
+//!
+//! # Invariants
+//!
+//! - The deletion of a tombstone deletes no data, and clocks affect only its time, not safety.
+//! - A late deletion costs only a key. After an early deletion, data that appears later (an object of a stalled broker,
+//!   the disk of an absent broker) is kept forever and not served.
 
 use std::time::Duration;
 
@@ -18,20 +24,20 @@ use crate::{
     model::{PartitionId, TopicId},
 };
 
-/// The mark of one deleted topic, as it was read.
+/// The tombstone of one deleted topic, as read from the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mark {
-    /// The topic.
+    /// Id of the topic.
     pub id: TopicId,
     value: DeletedValue,
     mod_revision: Revision,
 }
 
-/// What is to be done about a mark.
+/// Action for a tombstone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Wait,
-    /// Write down since when nothing is left, or that something is.
+    /// Stores since when no data remains, or clears that time because data remains.
     Note(Option<i64>),
     End,
 }
@@ -48,7 +54,7 @@ fn decide(gone_since_ms: Option<i64>, left: bool, now_ms: i64, kept: Duration) -
 }
 
 impl Topics {
-    /// Every mark that there is, read from the store. One that does not parse is named and left alone.
+    /// Returns all tombstones from the store. A tombstone that does not parse is logged and kept.
     pub async fn marks(&self) -> Result<Vec<Mark>, StoreError> {
         let listing = self.store.list(&format!("{}deleted/", self.keys.prefix())).await?;
         let read = listing.entries.into_iter().filter_map(|entry| {
@@ -64,10 +70,16 @@ impl Topics {
         Ok(read.collect())
     }
 
-    /// Brings one mark forward: `left` says whether disks or bucket still hold anything of the topic, `now_ms` is the wall
-    /// clock in milliseconds, `kept` how long a mark outlives its topic. True when the mark was ended.
+    /// Advances one tombstone: stores or clears the time, or deletes the tombstone. Returns true if the tombstone was
+    /// deleted.
+    ///
+    /// | argument | meaning |
+    /// | --- | --- |
+    /// | `left` | true if a disk or the object store still holds data of the topic |
+    /// | `now_ms` | wall-clock time in milliseconds |
+    /// | `kept` | time that a tombstone outlives its topic's data |
     pub async fn age(&self, mark: &Mark, left: bool, now_ms: i64, kept: Duration) -> Result<bool, StoreError> {
-        // Keys of it in the metadata are something left of it too: the sweep takes them first.
+        // Metadata keys of the topic count as data too; the sweep deletes them first.
         let left = left || self.view.state().strays().contains_key(&mark.id);
         let key = self.keys.deleted(mark.id);
         let step = decide(mark.value.gone_since_ms, left, now_ms, kept);
@@ -82,7 +94,7 @@ impl Topics {
                 transaction.when(Compare::Absent(first)).delete(key)
             }
         };
-        // Refused: somebody else has brought it forward.
+        // If the compare fails, another broker has advanced the tombstone.
         let done = matches!(self.store.transact(transaction).await?, Outcome::Done { .. });
         Ok(done && step == Step::End)
     }
@@ -93,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mark_ends_only_after_nothing_was_left_for_long() {
+    fn tombstone_is_deleted_only_long_after_last_data() {
         let kept = Duration::from_millis(100);
         assert_eq!(decide(None, true, 1000, kept), Step::Wait);
         assert_eq!(decide(None, false, 1000, kept), Step::Note(Some(1000)));

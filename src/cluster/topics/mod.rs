@@ -1,22 +1,24 @@
-//! Topic administration: functions over the store and the view that the broker's admin face calls.
+//! Topic administration: creates, alters, extends and deletes topics in the store, and looks topics up in the metadata
+//! cache.
 //!
 //! # Overview
 //!
-//! A topic is made in this order: partition keys 1, 2, … in transactions of at most 100; then, in one transaction that
-//! compares the name's absence, the topic's key with partition 0's. So a topic exists whole or not at all. It is deleted the
-//! other way round: the topic's key with partition 0's, then the rest. It grows by new partition keys first and then its
-//! count.
+//! A topic is created in this order: first the partition keys 1, 2, … in transactions of at most 100. Then one
+//! transaction, which compares the name's absence, writes the topic's key with that of partition 0. So a topic exists
+//! completely or not at all. A deletion runs in reverse: the topic's key with partition 0's, then the rest. Added
+//! partitions get their keys first; then the topic's count grows.
 //!
 //! # Invariants
 //!
-//! - Partition 0's key and the topic's come and go in one transaction.
-//! - No replica is placed on a broker that holds as many as it takes, with what this broker is placing at the same time.
-//! - Nobody acts on a partition that its topic does not count. So what is half made may be written again or taken away.
+//! - The keys of the topic and of its partition 0 are created and deleted in one transaction.
+//! - No broker exceeds its replica limit, including the replicas that this broker is placing concurrently.
+//! - Brokers ignore a partition that its topic does not count. So an incomplete creation may be overwritten or deleted.
 //!
-//! # What a crash leaves
+//! # Crash
 //!
-//! Partition keys that no topic counts. [`Sweep`] deletes them; a maker whose keys it takes away meanwhile is refused in
-//! its last transaction, with a retryable error. A deleted topic leaves a [`Mark`], until long after the last of it is gone.
+//! A crash leaves partition keys that no topic counts. [`Sweep`] deletes them. If it does so during a creation, the
+//! creation's last transaction fails with a retryable error. A deleted topic leaves a [`Mark`], until long after its
+//! last data is gone.
 
 use std::{
     ops::Range,
@@ -52,19 +54,20 @@ pub use create::{CreateError, NewTopic, There};
 pub use marks::Mark;
 pub use sweep::Sweep;
 
-/// Operations in one transaction of many: below `limits::MAX_TRANSACTION_OPS`, with room for what goes with them.
+/// Operations per transaction of a series: below `limits::MAX_TRANSACTION_OPS`, with room for the accompanying
+/// compares.
 const CHUNK: usize = 100;
 
-/// How often a compare-and-set is tried again when somebody else was faster.
+/// Maximum number of attempts of a compare-and-set while other writers come first.
 const ATTEMPTS: usize = 10;
 
-/// How many counters of producer ids are taken at once.
+/// Number of producer id counters per reserved block.
 const PRODUCER_ID_BLOCK: i64 = 1000;
 
-/// How many near names an error lists.
+/// Maximum number of similar names in an error.
 const NEAR_NAMES: usize = 3;
 
-/// How many errors list near names in a period.
+/// Maximum number of errors with similar names per period.
 const HINTS: u32 = 20;
 const HINTS_PERIOD: Duration = Duration::from_secs(1);
 
@@ -79,24 +82,24 @@ pub struct Topics {
     claims: Claims,
 }
 
-/// A topic as the store has it.
+/// A topic as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopicInfo {
-    /// Its name.
+    /// Name of the topic.
     pub name: TopicName,
-    /// Its value.
+    /// Stored value.
     pub value: TopicValue,
-    /// The transaction that wrote it: wait for the view to reach it. Zero when nothing was written.
+    /// Revision of the write: wait until the metadata cache reaches it. Zero if nothing was written.
     pub revision: Revision,
 }
 
-/// No topic has this name.
+/// Error: no topic has this name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("topic {name:?} does not exist{}", hint(near))]
 pub struct UnknownTopic {
-    /// What was asked for.
+    /// The requested name, shortened to the maximum length.
     pub name: String,
-    /// Names that look like it, the nearest first.
+    /// Similar names, the nearest first.
     pub near: Vec<TopicName>,
 }
 
@@ -109,7 +112,7 @@ fn hint(near: &[TopicName]) -> String {
 }
 
 impl UnknownTopic {
-    /// The error for a name that no topic of this view has.
+    /// Returns the error with similar names from this metadata snapshot.
     pub(super) fn of(state: &ViewState, name: &str) -> Self {
         let Self { name, .. } = Self::plain(name);
         let near = near::nearest(&name, state.topics().keys(), |known| known.as_str(), NEAR_NAMES);
@@ -117,18 +120,18 @@ impl UnknownTopic {
         Self { name, near }
     }
 
-    /// The error without a look at the names that there are.
+    /// Returns the error without similar names.
     fn plain(name: &str) -> Self {
         Self { name: name.chars().take(TopicName::MAX_BYTES).collect(), near: Vec::new() }
     }
 }
 
-/// How many may be hinted at near names still, in this second.
+/// Rate limit of errors with similar names: start of the period and number of errors in it.
 #[derive(Debug, Default)]
 struct Hints(Mutex<Option<(Instant, u32)>>);
 
 impl Hints {
-    /// False when that were enough for now.
+    /// Takes one permit. Returns false if the period has none left.
     fn take(&self) -> bool {
         let now = clock::monotonic();
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -139,23 +142,23 @@ impl Hints {
 }
 
 impl Topics {
-    /// Administration of a cluster's topics. `defaults` are the broker's `[topic_defaults]`.
+    /// Returns the administration of a cluster's topics. `defaults` are the broker's `[topic_defaults]`.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys, view: View, defaults: ConfigMap) -> Self {
         Self { store, keys, view, defaults: Arc::new(defaults), hints: Arc::default(), claims: Claims::default() }
     }
 
-    /// The topic of this name, from the view.
+    /// Returns the topic with this name from the metadata cache.
     pub fn find(&self, name: &TopicName) -> Result<Arc<Known<TopicValue>>, UnknownTopic> {
         self.view.state().topic(name).cloned().ok_or_else(|| self.unknown(name.as_str()))
     }
 
-    /// The error for a name that no topic has. With near names while not many ask: a program that asks on and on reads none, and looking for
-    /// them costs more than all else that it asks.
+    /// Returns the error for an unknown name. Similar names are included only at a limited rate: their search costs
+    /// more than the rest of the request, and a retry loop ignores them.
     pub fn unknown(&self, name: &str) -> UnknownTopic {
         if self.hints.take() { UnknownTopic::of(&self.view.state(), name) } else { UnknownTopic::plain(name) }
     }
 
-    /// The key of the cluster's producer ids, which the first broker that wants it makes.
+    /// Returns the key that signs the cluster's producer ids; the first broker that needs the key creates it.
     pub async fn producer_id_key(&self) -> Result<ProducerIdKey, StoreError> {
         if let Some(key) = self.view.state().producer_id_key() {
             return Ok(key.clone());
@@ -175,8 +178,8 @@ impl Topics {
         }
     }
 
-    /// Takes the next block of counters for producer ids, at `least` or above: a store that was restored to an older state counts on from
-    /// where this broker knows it to have been. An unknown outcome costs a block and no more.
+    /// Reserves the next block of producer id counters, at `least` or above. Counters below `least` were issued as this
+    /// broker has seen, even if the store was restored to an older state. An unknown outcome wastes at most one block.
     pub async fn producer_ids(&self, least: i64) -> Result<Range<i64>, StoreError> {
         let key = self.keys.producer_ids();
         let mut entry = self.store.get(&key).await?.entry;
@@ -204,15 +207,15 @@ impl Topics {
         Err(StoreError::unavailable("other brokers take producer ids at the same time"))
     }
 
-    /// The topic as the store has it now.
+    /// Reads the topic from the store.
     async fn read(&self, name: &TopicName) -> Result<Option<(Entry, TopicValue)>, StoreError> {
         let Some(entry) = self.store.get(&self.keys.topic(name)).await?.entry else { return Ok(None) };
         let value = TopicValue::decode(&entry.key, &entry.value).map_err(StoreError::unavailable)?;
         Ok(Some((entry, value)))
     }
 
-    /// Does many operations in transactions of at most `CHUNK`, each only under these conditions. False when one of
-    /// them was refused: those before it are done. An operation that is done twice must do no harm.
+    /// Applies operations in transactions of at most `CHUNK`, each under these conditions. Returns false if a
+    /// transaction was rejected; the earlier ones are applied. The operations must be idempotent.
     async fn in_chunks(
         &self,
         conditions: &[Compare],
@@ -231,8 +234,8 @@ impl Topics {
         }
     }
 
-    /// First values for new partitions, and the claim on room for them. The error is `None` when fewer brokers are alive than there are
-    /// to be replicas.
+    /// Returns the first values of new partitions, and a claim on the replica limits for them. The error is `None` if
+    /// there are too few brokers for the replicas.
     async fn first_values(
         &self,
         topic: TopicId,
@@ -253,7 +256,7 @@ impl Topics {
     }
 }
 
-/// What a topic's configuration must be: valid over the broker's defaults, and possible with so many replicas.
+/// Checks that a topic's configuration is valid over the broker's defaults and possible with this number of replicas.
 fn checked(defaults: &ConfigMap, config: &ConfigMap, replicas: u32) -> Result<(), InvalidConfig> {
     TopicConfig::resolve(defaults, config)?.check_replicas(replicas)
 }

@@ -1,4 +1,4 @@
-//! Finding and deleting what half a creation, enlargement or deletion left.
+//! Finds and deletes the remains of an interrupted creation, extension or deletion of a topic.
 
 use std::collections::BTreeMap;
 
@@ -11,15 +11,15 @@ use crate::{
     model::{PartitionId, TopicId},
 };
 
-/// One place that sweeps, at intervals of minutes. Only what two runs found is deleted, so that a creation under way is
-/// left in peace; were it not, the creation would be refused and nothing lost.
+/// A periodic sweep, with minutes between runs. Only remains that two consecutive runs found are deleted, so that a
+/// creation in progress is not disturbed. Otherwise the creation would fail, without data loss.
 #[derive(Debug, Default)]
 pub struct Sweep {
     found: BTreeMap<TopicId, Vec<(u32, PartitionEntry)>>,
 }
 
 impl Sweep {
-    /// Looks once, and deletes what the run before found too. Returns the topics of which something was deleted.
+    /// Runs once and deletes the remains that the previous run found too. Returns the topics with deleted keys.
     pub async fn run(&mut self, topics: &Topics) -> Result<Vec<TopicId>, StoreError> {
         let found = topics.view.state().strays();
         let before = std::mem::replace(&mut self.found, found.clone());
@@ -35,16 +35,18 @@ impl Sweep {
 }
 
 impl Topics {
-    /// Deletes partitions that do not count, the lowest first. False when the topic was made or changed meanwhile.
+    /// Deletes partitions that do not count, the lowest first. Returns false if the topic was created or changed
+    /// meanwhile.
     pub(super) async fn sweep_topic(&self, id: TopicId, strays: &[(u32, PartitionEntry)]) -> Result<bool, StoreError> {
         let state = self.view.state();
-        // What was found may count since. This says so, and the comparison that it has not changed after this.
+        // The partitions may count by now. This check covers changes until here; the compare covers later ones.
         if state.strays().get(&id).is_none_or(|strayed| strayed != strays) {
             return Ok(false);
         }
         let same = match state.name(id).and_then(|name| state.topic(name).map(|topic| (name, topic))) {
             Some((name, topic)) => Compare::ModRevision(self.keys.topic(name), topic.mod_revision),
-            // Partition 0 comes and goes with its topic. If it is there, the topic is too: made since, or not readable.
+            // Partition 0 exists exactly if its topic does. If it exists, the topic was created meanwhile or is
+            // unreadable.
             None => Compare::Absent(self.keys.partition(PartitionId::new(id, 0))),
         };
         drop(state);

@@ -1,4 +1,4 @@
-//! Topic administration over the store in memory, with crashes and rivals in between.
+//! Topic administration over the in-memory store, with crashes and concurrent writers.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::{
 
 struct Cluster {
     store: EmbeddedStore,
-    /// The store as `topics` reaches it.
+    /// The store that `topics` uses, with injected faults.
     link: Faulty,
     keys: Keys,
     view: View,
@@ -49,13 +49,13 @@ impl Cluster {
         cluster
     }
 
-    /// Registers a broker that takes so many replicas.
+    /// Registers a broker with a replica limit.
     async fn bound(&self, broker: u32, max: u32) {
         let value = BrokerValue { max_replicas: Some(max), ..BrokerValue::running_at(format!("b{broker}:9460")) };
         self.put(&Key::Broker(BrokerId(broker)), value.encode()).await;
     }
 
-    /// Until the view has seen everything.
+    /// Waits until the cache has the store's revision.
     async fn catch_up(&self) {
         let revision = self.store.get("").await.expect("answers").revision;
         self.view.reached(revision).await;
@@ -78,7 +78,7 @@ impl Cluster {
         self.catch_up().await;
     }
 
-    /// Two runs of a sweep, between which nothing happened.
+    /// Runs a sweep twice without changes in between.
     async fn sweep(&self) -> Vec<TopicId> {
         self.catch_up().await;
         let mut sweep = Sweep::default();
@@ -102,7 +102,7 @@ fn map(key: &str, value: &str) -> ConfigMap {
 }
 
 #[tokio::test]
-async fn a_topic_is_made_whole_with_leaders_at_epoch_zero() {
+async fn topic_is_created_with_leaders_at_epoch_zero() {
     let cluster = Cluster::of(3).await;
     let made = cluster.create("orders", 250, 2).await.expect("made");
     let state = cluster.view.state();
@@ -119,7 +119,7 @@ async fn a_topic_is_made_whole_with_leaders_at_epoch_zero() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_made_is_refused_with_the_numbers_and_makes_nothing() {
+async fn invalid_creation_fails_with_numbers_and_writes_nothing() {
     let cluster = Cluster::of(2).await;
     let error = cluster.create("a", 1, 3).await.expect_err("three replicas on two brokers");
     assert_eq!(error, CreateError::Brokers { asked: 3, there: There { live: 2, leaving: 0, full: 0, unreachable: 0 } });
@@ -136,9 +136,9 @@ async fn what_cannot_be_made_is_refused_with_the_numbers_and_makes_nothing() {
     assert_eq!((cluster.paths("topics/").await.len(), cluster.paths("partitions/").await.len()), (0, 0));
 }
 
-/// A topic of 100,000 partitions once took 6 GB of a broker alone, and as much again at each start.
+/// Regression: a topic of 100,000 partitions took 6 GB of a standalone broker, and as much again at each start.
 #[tokio::test]
-async fn more_replicas_than_a_broker_takes_are_refused_with_both_numbers() {
+async fn replica_limit_rejects_creation_with_both_numbers() {
     let cluster = Cluster::of(1).await;
     cluster.bound(1, 500).await;
     let bound = ReplicaBound { broker: BrokerId(1), replicas: 100_000, max: 500 };
@@ -162,9 +162,9 @@ async fn more_replicas_than_a_broker_takes_are_refused_with_both_numbers() {
     cluster.create("b", 1, 1).await.expect("there is room again");
 }
 
-/// Their replicas were never in sync, and `acks=all` waited for ever where two of three were such.
+/// Regression: replicas on such brokers were never in sync, and `acks=all` waited forever if two of three were there.
 #[tokio::test]
-async fn brokers_without_address_for_others_are_given_no_replicas() {
+async fn brokers_without_peer_address_get_no_replicas() {
     let cluster = Cluster::of(3).await;
     let hidden =
         BrokerValue { listeners: Endpoints::new("b3:9460".to_owned()), ..BrokerValue::running_at(String::new()) };
@@ -184,7 +184,7 @@ async fn brokers_without_address_for_others_are_given_no_replicas() {
 }
 
 #[tokio::test]
-async fn a_factor_that_brokers_have_no_room_for_is_refused() {
+async fn factor_above_replica_limits_is_rejected() {
     let cluster = Cluster::of(3).await;
     cluster.create("a", 12, 1).await.expect("made");
     for broker in 1..=3 {
@@ -195,9 +195,9 @@ async fn a_factor_that_brokers_have_no_room_for_is_refused() {
     raise(2).await.expect("some eight on each");
 }
 
-/// Many creations side by side each saw the view from before all of them.
+/// Regression: concurrent creations each used the cache from before all of them.
 #[tokio::test]
-async fn creations_side_by_side_keep_the_bound_together() {
+async fn concurrent_creations_respect_replica_limits() {
     let cluster = Cluster::of(1).await;
     cluster.bound(1, 1000).await;
     let names: Vec<String> = (0..20).map(|number| format!("t{number}")).collect();
@@ -210,7 +210,7 @@ async fn creations_side_by_side_keep_the_bound_together() {
 }
 
 #[tokio::test]
-async fn a_name_is_taken_once_however_many_want_it() {
+async fn concurrent_creations_of_one_name_create_one_topic() {
     let cluster = Cluster::of(1).await;
     let attempts = (0..8).map(|_| cluster.topics.create(new("same", 3, 1)));
     let made = futures::future::join_all(attempts).await;
@@ -246,7 +246,7 @@ async fn configuration_is_set_unset_and_checked() {
 }
 
 #[tokio::test]
-async fn alterations_at_the_same_time_are_all_kept() {
+async fn concurrent_alterations_are_all_applied() {
     let cluster = Cluster::of(1).await;
     cluster.create("a", 1, 1).await.expect("made");
     let keys =
@@ -259,7 +259,7 @@ async fn alterations_at_the_same_time_are_all_kept() {
 }
 
 #[tokio::test]
-async fn a_topic_grows_and_keeps_what_it_had() {
+async fn added_partitions_leave_existing_ones_unchanged() {
     let cluster = Cluster::of(3).await;
     cluster.create("a", 2, 3).await.expect("made");
     let before: Vec<_> =
@@ -282,7 +282,7 @@ async fn a_topic_grows_and_keeps_what_it_had() {
 }
 
 #[tokio::test]
-async fn growing_twice_at_the_same_time_never_rewrites_a_partition_that_counts() {
+async fn concurrent_additions_never_rewrite_counted_partitions() {
     let cluster = Cluster::of(3).await;
     cluster.create("a", 1, 1).await.expect("made");
     let topic = name("a");
@@ -300,7 +300,7 @@ async fn growing_twice_at_the_same_time_never_rewrites_a_partition_that_counts()
 }
 
 #[tokio::test]
-async fn a_deleted_topic_leaves_nothing_and_its_name_is_another_topics() {
+async fn deleted_topic_leaves_no_partitions_and_frees_its_name() {
     let cluster = Cluster::of(1).await;
     let first = cluster.create("a", 130, 1).await.expect("made").value.id;
     let tier = r#"{"manifest":null,"tiered_end":0,"log_start":0,"epoch":0}"#;
@@ -314,7 +314,7 @@ async fn a_deleted_topic_leaves_nothing_and_its_name_is_another_topics() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_becomes_of_a_transaction_without_an_answer_is_found_out() {
+async fn unknown_outcomes_are_resolved_by_retries() {
     let fates = [None, Some(Fault::Lost), Some(Fault::AnswerLost)];
     let two = fates.map(|first| fates.map(|second| [first, second])).into_iter().flatten();
     for [first, second] in two {
@@ -344,7 +344,7 @@ async fn what_becomes_of_a_transaction_without_an_answer_is_found_out() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_that_never_tells_an_outcome_is_said_to() {
+async fn permanently_unknown_outcome_is_returned() {
     let cluster = Cluster::of(1).await;
     cluster.link.transactions([Some(Fault::Lost); 100]);
     let made = cluster.create("a", 1, 1).await;
@@ -352,7 +352,7 @@ async fn a_store_that_never_tells_an_outcome_is_said_to() {
 }
 
 #[tokio::test]
-async fn unknown_topics_are_told_with_near_names() {
+async fn unknown_topic_error_lists_similar_names() {
     let cluster = Cluster::of(1).await;
     for topic in ["orders", "orders-dead", "payments"] {
         cluster.create(topic, 1, 1).await.expect("made");
@@ -364,9 +364,9 @@ async fn unknown_topics_are_told_with_near_names() {
     assert_eq!(error.to_string(), "topic \"zzz\" does not exist");
 }
 
-/// A request names thousands, and each was compared with thousands.
+/// Regression: a request with thousands of unknown names compared each with thousands of topics.
 #[tokio::test(start_paused = true)]
-async fn who_asks_for_many_unknown_topics_is_hinted_at_some() {
+async fn similar_names_are_rate_limited() {
     let cluster = Cluster::of(1).await;
     cluster.create("orders", 1, 1).await.expect("made");
     let hinted = || (0..1000).filter(|_| !cluster.topics.unknown("order").near.is_empty()).count();
@@ -376,7 +376,7 @@ async fn who_asks_for_many_unknown_topics_is_hinted_at_some() {
 }
 
 #[tokio::test]
-async fn what_a_crash_left_of_a_creation_is_swept_and_whole_topics_are_not() {
+async fn sweep_deletes_only_interrupted_creation() {
     let cluster = Cluster::of(1).await;
     cluster.create("whole", 3, 1).await.expect("made");
     let half = TopicId::new(random::uuid());
@@ -388,7 +388,7 @@ async fn what_a_crash_left_of_a_creation_is_swept_and_whole_topics_are_not() {
 }
 
 #[tokio::test]
-async fn what_a_crash_left_of_growing_and_of_deleting_is_swept() {
+async fn sweep_deletes_interrupted_addition_and_deletion() {
     let cluster = Cluster::of(1).await;
     let id = cluster.create("a", 2, 1).await.expect("made").value.id;
     let value = r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1]}"#;
@@ -407,7 +407,7 @@ async fn what_a_crash_left_of_growing_and_of_deleting_is_swept() {
 }
 
 #[tokio::test]
-async fn partitions_of_a_topic_whose_value_cannot_be_read_are_never_swept() {
+async fn sweep_keeps_partitions_of_unreadable_topic() {
     let cluster = Cluster::of(1).await;
     cluster.create("a", 150, 1).await.expect("made");
     cluster.put(&Key::Topic(name("a")), "{broken").await;
@@ -416,11 +416,11 @@ async fn partitions_of_a_topic_whose_value_cannot_be_read_are_never_swept() {
 }
 
 #[tokio::test]
-async fn a_sweep_never_takes_a_topic_that_was_made_meanwhile() {
+async fn sweep_keeps_topic_created_meanwhile() {
     let cluster = Cluster::of(1).await;
     let made = cluster.create("a", 5, 1).await.expect("made").value.id;
     let state = cluster.view.state();
-    // What the sweep saw before the last transaction of the creation.
+    // The input of the sweep, from before the last transaction of the creation.
     let topic = &state.topic(&name("a")).expect("it exists").value;
     let strays: Vec<_> = state.partitions_of(topic).skip(1).map(|(number, entry)| (number, entry.clone())).collect();
     cluster.store.transact(Transaction::new().delete(cluster.keys.topic(&name("a")))).await.expect("answers");
@@ -433,9 +433,9 @@ async fn a_sweep_never_takes_a_topic_that_was_made_meanwhile() {
     assert_eq!(cluster.paths("partitions/").await.len(), 5);
 }
 
-/// A growth that was given up is ordered again while the sweep is at what was left of it.
+/// An interrupted addition is requested again while the sweep processes its remains.
 #[tokio::test]
-async fn a_sweep_never_takes_partitions_that_count_since() {
+async fn sweep_keeps_partitions_that_count_meanwhile() {
     let cluster = Cluster::of(1).await;
     let id = cluster.create("a", 2, 1).await.expect("made").value.id;
     let value = r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1]}"#;
@@ -448,41 +448,41 @@ async fn a_sweep_never_takes_partitions_that_count_since() {
 }
 
 #[tokio::test]
-async fn producer_ids_are_given_once() {
+async fn producer_ids_are_issued_once() {
     let cluster = Cluster::of(0).await;
     let blocks = futures::future::join_all((0..5).map(|_| cluster.topics.producer_ids(0))).await;
     let mut starts: Vec<_> = blocks.into_iter().map(|block| block.expect("answers")).map(|ids| ids.start).collect();
     starts.sort_unstable();
     assert_eq!(starts, [0, 1000, 2000, 3000, 4000]);
-    // A broker that was given ids above the counter of a restored store.
+    // A broker that was issued ids above the counter of a restored store.
     assert_eq!(cluster.topics.producer_ids(7500).await, Ok(7500..8500));
     assert_eq!(cluster.topics.producer_ids(1000).await, Ok(8500..9500));
     assert!(cluster.topics.producer_ids(COUNTER_END - 999).await.is_err(), "an id has room for no larger counter");
 }
 
 #[tokio::test]
-async fn key_of_producer_ids_is_made_once() {
+async fn producer_id_key_is_created_once() {
     let cluster = Cluster::of(0).await;
     let keys = futures::future::join_all((0..5).map(|_| cluster.topics.producer_id_key())).await;
     let first = keys[0].clone().expect("answers");
     assert!(keys.iter().all(|key| key.as_ref() == Ok(&first)));
     cluster.catch_up().await;
     assert_eq!(cluster.view.state().producer_id_key(), Some(&first), "every broker mirrors it");
-    // Ids stay valid whatever becomes of the key.
+    // Ids stay valid if the stored key is corrupted.
     cluster.put(&Key::ProducerIdKey, "rubbish").await;
     cluster.catch_up().await;
     assert_eq!(cluster.topics.producer_id_key().await.as_ref(), Ok(&first));
 }
 
 #[tokio::test]
-async fn the_mark_of_a_deleted_topic_ends_long_after_the_last_of_it_and_not_before() {
+async fn tombstone_is_deleted_only_long_after_last_remains() {
     const KEPT: Duration = Duration::from_millis(1000);
     let cluster = Cluster::of(1).await;
     let id = cluster.create("gone", 3, 1).await.expect("made").value.id;
     assert_eq!(cluster.topics.marks().await, Ok(vec![]));
     cluster.topics.delete(&name("gone")).await.expect("deleted");
     cluster.catch_up().await;
-    // One look at all marks at a time, as a restarted broker would.
+    // Each call reads all tombstones, as a restarted broker would.
     let age = async |left: bool, now_ms: i64| {
         let marks = cluster.topics.marks().await.expect("answers");
         let [mark] = marks.as_slice() else { panic!("one mark: {marks:?}") };
@@ -495,7 +495,7 @@ async fn the_mark_of_a_deleted_topic_ends_long_after_the_last_of_it_and_not_befo
         assert!(!age(left, now_ms).await, "left: {left}, at {now_ms}");
         assert_eq!(cluster.topics.was_deleted(id).await, Ok(true));
     }
-    // A key of it turns up: of a creation that was cut short, or a deletion.
+    // A metadata key of the topic appears, from an interrupted creation or deletion.
     let stray = Key::Partition(PartitionId::new(id, 2));
     let value = PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(0));
     cluster.put(&stray, value.encode()).await;
@@ -503,7 +503,7 @@ async fn the_mark_of_a_deleted_topic_ends_long_after_the_last_of_it_and_not_befo
     assert_eq!(cluster.sweep().await, [id]);
     assert!(!age(false, 10_000).await, "counted from when nothing was left again");
 
-    // Two look at the same moment: one ends it.
+    // Two brokers advance the same tombstone: one deletes it.
     let marks = cluster.topics.marks().await.expect("answers");
     assert_eq!(cluster.topics.age(&marks[0], false, 11_000, KEPT).await, Ok(true));
     assert_eq!(cluster.topics.age(&marks[0], false, 11_000, KEPT).await, Ok(false));
@@ -512,7 +512,7 @@ async fn the_mark_of_a_deleted_topic_ends_long_after_the_last_of_it_and_not_befo
 }
 
 #[tokio::test]
-async fn a_mark_without_its_newer_fields_is_read_and_one_that_does_not_parse_is_kept() {
+async fn tombstone_without_new_fields_is_read_and_invalid_is_kept() {
     let cluster = Cluster::of(1).await;
     let (old, torn) = (TopicId::from_bytes([1; 16]), TopicId::from_bytes([2; 16]));
     cluster.put(&Key::Deleted(old), &b"{\"name\":\"old\"}"[..]).await;

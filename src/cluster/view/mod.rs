@@ -1,16 +1,17 @@
-//! The mirror of the cluster's prefix: where everyone looks, so that nobody asks the store.
+//! The metadata cache: a broker's copy of the cluster's prefix, which serves lookups without requests to the store.
 //!
 //! # Overview
 //!
-//! One task lists the prefix, then watches it from the listing's revision on. It lists again when the watch is compacted
-//! or breaks, and from time to time anyway. Each move is published twice: as the whole state ([`View::state`],
-//! [`View::watch`]) and as the keys that changed ([`View::feed`]). A move costs what changed, however much there is.
+//! One task lists the prefix, then watches it from the list's revision on. The task relists when the watch is compacted
+//! or breaks, and at intervals. Each change is published twice: as a whole snapshot ([`View::state`], [`View::watch`])
+//! and as the changed keys ([`View::feed`]). The cost of a change depends on the size of the change, not on the size of
+//! the metadata.
 //!
 //! # Invariants
 //!
-//! - The revision never goes back: what is older than the state changes nothing, whoever sends it.
-//! - A state is whole: no transaction is ever half in it.
-//! - While the store does not answer, the state stays as it is.
+//! - The revision never falls: events and lists older than the snapshot change nothing.
+//! - A snapshot is consistent: it never contains half a transaction.
+//! - While the store does not respond, the snapshot stays as it is.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -36,38 +37,38 @@ mod state;
 
 pub use state::{Known, PartitionEntry, ViewState};
 
-/// How often the prefix is listed again though nothing seems wrong.
+/// Interval of lists without a detected problem.
 const RELIST: Duration = Duration::from_secs(600);
 
-/// The waits between attempts while the store does not answer, or its watches end without a word.
+/// Pauses between attempts while the store does not respond or its watches end early: the first and the longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
-/// How often it is said again that the store does not answer.
+/// Interval at which a continuing outage is logged.
 const REMIND: Duration = Duration::from_secs(60);
 
-/// How many moves a feed may lie behind before it starts over.
+/// Maximum number of changes that a feed may lag before it starts over.
 const FEED_MOVES: usize = 1024;
 
-/// A handle of the mirror. Cheap to clone.
+/// A handle of the metadata cache. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct View {
     state: Arc<watch::Sender<Arc<ViewState>>>,
     moves: broadcast::Sender<Arc<[Key]>>,
-    /// When the store last let it know anything.
+    /// Time of the last response or event from the store.
     heard: Arc<Mutex<Instant>>,
 }
 
-/// What a feed says.
+/// One change from a feed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Moved {
-    /// Anything may have changed: look at the whole state. The first answer of every feed, and the answer to one that
-    /// lay too far behind.
+    /// Anything may have changed: read the whole snapshot. Every feed starts with this value, and repeats it after it
+    /// lagged too far.
     Everything,
-    /// These keys changed. The state is at least as new; look up what they are now.
+    /// These keys changed. The snapshot is at least as new; look up their current values there.
     Keys(Arc<[Key]>),
 }
 
-/// The keys that change, move by move.
+/// A stream of changed keys.
 #[derive(Debug)]
 pub struct Feed {
     moves: broadcast::Receiver<Arc<[Key]>>,
@@ -75,7 +76,7 @@ pub struct Feed {
 }
 
 impl Feed {
-    /// The next move; `None` when the mirror was stopped. May be dropped at any moment without losing any.
+    /// Returns the next change; `None` when the cache was stopped. Cancel safe: dropping the future loses no change.
     pub async fn next(&mut self) -> Option<Moved> {
         if !self.started {
             self.started = true;
@@ -93,12 +94,12 @@ impl Feed {
 }
 
 impl View {
-    /// Starts the mirror. It is empty at first: see [`View::reached`].
+    /// Starts the cache, which is empty at first: see [`View::reached`].
     pub fn start(store: Arc<dyn MetaStore>, keys: Keys, tasks: &Tasks) -> Self {
         Self::counted(store, keys, tasks, Counter::default())
     }
 
-    /// As [`View::start`]; listings are counted.
+    /// Like [`View::start`], with a counter of lists.
     pub fn counted(store: Arc<dyn MetaStore>, keys: Keys, tasks: &Tasks, listings: Counter) -> Self {
         let view = Self {
             state: Arc::new(watch::Sender::default()),
@@ -117,23 +118,23 @@ impl View {
         view
     }
 
-    /// The state now. Let go of it soon: while it is held, changes copy the tables that they touch.
+    /// Returns the current snapshot. Drop it soon: while it is held, each change copies the tables that it touches.
     pub fn state(&self) -> Arc<ViewState> {
         self.state.borrow().clone()
     }
 
-    /// The state and its changes.
+    /// Returns a receiver of the snapshots.
     pub fn watch(&self) -> watch::Receiver<Arc<ViewState>> {
         self.state.subscribe()
     }
 
-    /// The keys that change from now on; its first answer says to look at everything.
+    /// Returns a feed of the changed keys from now on, which starts with [`Moved::Everything`].
     pub fn feed(&self) -> Feed {
         Feed { moves: self.moves.subscribe(), started: false }
     }
 
-    /// How long the store has said nothing, not even that nothing changed. It grows while the mirror is cut off; the embedded
-    /// store speaks only of changes.
+    /// Returns the time since the store last sent anything, progress notifications included. It grows while the cache
+    /// is disconnected. The embedded store sends only changes.
     pub fn silence(&self) -> Duration {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
     }
@@ -142,30 +143,30 @@ impl View {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = clock::monotonic();
     }
 
-    /// What is known of a partition that counts.
+    /// Returns the entry of a partition, if the partition counts.
     pub fn partition(&self, id: PartitionId) -> Option<PartitionEntry> {
         self.state.borrow().partition(id).cloned()
     }
 
-    /// Waits until the mirror holds this revision; with 1 or less, until it holds anything. It does not end
-    /// while the store does not answer: bound it.
+    /// Waits until the snapshot has this revision, or for a revision of 1 or less until the first list. Does not return
+    /// while the store is unavailable: bound the wait.
     pub async fn reached(&self, revision: Revision) {
         self.until(|state| state.revision() >= revision.max(Revision(1))).await;
     }
 
-    /// Waits until the mirror is so. Bound it as well.
+    /// Waits until the snapshot satisfies a condition. Bound this wait too.
     pub async fn until(&self, holds: impl Fn(&ViewState) -> bool) {
         let mut states = self.state.subscribe();
-        // The sender lives in `self`, so the channel cannot close.
+        // `self` owns the sender, so the channel cannot close.
         let _state = states.wait_for(|state| holds(state)).await;
     }
 
     fn publish(&self, change: impl FnOnce(&mut ViewState) -> Vec<Key>) {
         let mut changed = Vec::new();
-        // In place unless somebody holds the state: that is what makes a move cost what changed.
+        // In place unless a snapshot is held: so a change costs only what it changes.
         self.state.send_modify(|state| changed = change(Arc::make_mut(state)));
         if !changed.is_empty() {
-            // An error means that nobody listens.
+            // An error means that there are no receivers.
             let _listeners = self.moves.send(changed.into());
         }
     }
@@ -207,8 +208,8 @@ impl Mirror {
         self.store.watch(self.keys.prefix(), from).await
     }
 
-    /// Applies what the watch says until it ends or it is time to list again. False when it said nothing: a listing of everything is
-    /// dear, and the next watch may end in the same way.
+    /// Applies the watch's changes until the watch ends or a relist is due. Returns false if the watch returned no
+    /// changes: the next watch may end the same way, and a full list is expensive.
     async fn follow(&self, mut watch: Watch) -> bool {
         let relist = clock::monotonic() + RELIST;
         let mut said = false;
@@ -235,7 +236,7 @@ impl Mirror {
     }
 }
 
-/// A store that does not answer: said at once, now and then while it lasts, and when it is over.
+/// Log of an outage of the store: at its start, at intervals and at its end.
 #[derive(Default)]
 struct Trouble {
     begun: Option<Instant>,

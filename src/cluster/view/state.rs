@@ -1,4 +1,4 @@
-//! What the mirror holds, and how changes move it. Pure: no store, no task, no clock.
+//! The content of the metadata cache, and how changes apply to it. Pure: no store, task or clock.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,30 +19,30 @@ use crate::{
     tier::{StoreNote, TierState},
 };
 
-/// A value and the transactions that made and last wrote it.
+/// A value with the revisions of its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Known<T> {
-    /// The value.
+    /// Decoded value.
     pub value: T,
-    /// The transaction that made the key. A broker's is its broker epoch.
+    /// Create revision of the key. Of a broker's key it is the broker epoch.
     pub create_revision: Revision,
-    /// The transaction that last wrote the key: what a compare-and-set compares.
+    /// Revision of the last write, for compare-and-set.
     pub mod_revision: Revision,
 }
 
-/// What is known of one partition.
+/// Metadata of one partition.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PartitionEntry {
-    /// Its replicas and leader.
+    /// Replicas and leader of the partition.
     pub partition: Option<Arc<Known<PartitionValue>>>,
-    /// What it has in the bucket; `None` before the first commit.
+    /// Committed tier state of the partition; `None` before the first commit.
     pub tier: Option<Arc<Known<TierState>>>,
 }
 
-/// The cluster as it was at one revision.
+/// The cluster's metadata at one revision.
 ///
-/// Clones share everything. A change copies what it changes and only when a clone is still held: the table of topics,
-/// or the table of one topic's partitions. So ask and let go, rather than keep.
+/// Clones share everything. A change copies a table (of all topics, or of one topic's partitions) only if a clone is
+/// still held. So callers read a value and drop the snapshot.
 #[derive(Clone, Debug, Default)]
 pub struct ViewState {
     revision: Revision,
@@ -52,68 +52,68 @@ pub struct ViewState {
     generation: Option<Arc<Known<GenerationValue>>>,
     topics: BTreeMap<TopicName, Arc<Known<TopicValue>>>,
     names: BTreeMap<TopicId, TopicName>,
-    /// By topic, then by number. Also those that no topic names: on their way, or left over.
+    /// By topic, then by number. Includes partitions without a topic: being created, or left over.
     partitions: BTreeMap<TopicId, Arc<Vec<PartitionEntry>>>,
-    /// Made once in the life of a cluster. One that was read stays: a key that is deleted or damaged later makes no id invalid.
+    /// Created once per cluster. A key that was read stays: its later deletion or corruption makes no id invalid.
     producer_id_key: Option<Arc<Known<ProducerIdKey>>>,
-    /// Keys whose values cannot be used, and why.
+    /// Keys with unusable values, and the errors.
     unreadable: BTreeMap<Key, String>,
 }
 
 impl ViewState {
-    /// The revision that it mirrors; zero before the first listing.
+    /// Returns the revision of the snapshot; zero before the first list.
     pub const fn revision(&self) -> Revision {
         self.revision
     }
 
-    /// The live brokers.
+    /// Returns the live brokers.
     pub const fn brokers(&self) -> &BTreeMap<BrokerId, Arc<Known<BrokerValue>>> {
         &self.brokers
     }
 
-    /// The brokers that an operator wants empty.
+    /// Returns the brokers that are to be drained.
     pub const fn drains(&self) -> &BTreeMap<BrokerId, Arc<Known<DrainValue>>> {
         &self.drains
     }
 
-    /// The broker that plans, when there is one.
+    /// Returns the controller, if there is one.
     pub fn controller(&self) -> Option<BrokerId> {
         self.controller.as_ref().map(|known| known.value.broker)
     }
 
-    /// The transaction that last wrote the controller's key.
+    /// Returns the revision of the last write to the controller key.
     pub fn controller_revision(&self) -> Option<Revision> {
         self.controller.as_ref().map(|known| known.mod_revision)
     }
 
-    /// What producer ids are checked with; `None` until a broker of the cluster has made it.
+    /// Returns the key that verifies producer ids; `None` until a broker of the cluster has created it.
     pub fn producer_id_key(&self) -> Option<&ProducerIdKey> {
         self.producer_id_key.as_ref().map(|known| &known.value)
     }
 
-    /// The cluster generation, where it can be read. With a key's create revision it tells every holder of that key from every other, over
-    /// restores of the store too.
+    /// Returns the cluster generation, if it can be read. Together with a key's create revision, it identifies every
+    /// holder of that key uniquely, also across restores of the store.
     pub fn generation(&self) -> Option<u64> {
         self.generation.as_ref().map(|known| known.value.generation)
     }
 
-    /// Every topic by name.
+    /// Returns all topics by name.
     pub const fn topics(&self) -> &BTreeMap<TopicName, Arc<Known<TopicValue>>> {
         &self.topics
     }
 
-    /// The topic of this name.
+    /// Returns the topic with this name.
     pub fn topic(&self, name: &TopicName) -> Option<&Arc<Known<TopicValue>>> {
         self.topics.get(name)
     }
 
-    /// The name of the topic with this id.
+    /// Returns the name of the topic with this id.
     pub fn name(&self, id: TopicId) -> Option<&TopicName> {
         self.names.get(&id)
     }
 
-    /// A topic's partitions by number, `0..topic.partitions`. One whose key is missing or unreadable has no
-    /// `partition`. Copies nothing.
+    /// Returns a topic's partitions by number, `0..topic.partitions`. An entry whose key is missing or unreadable has
+    /// no `partition`. Copies nothing.
     pub fn partitions_of<'a>(
         &'a self,
         topic: &TopicValue,
@@ -123,25 +123,25 @@ impl ViewState {
         (0..topic.partitions).map(move |number| (number, nth(entries, number).unwrap_or(&UNKNOWN)))
     }
 
-    /// The brokers that hold a partition that counts, alive or not.
+    /// Returns the brokers that hold a partition that counts, live or not.
     pub fn holders(&self) -> BTreeSet<BrokerId> {
         let entries = self.topics.values().flat_map(|topic| self.partitions_of(&topic.value));
         let values = entries.filter_map(|(_, entry)| entry.partition.as_ref());
         values.flat_map(|known| known.value.replicas.iter().copied()).collect()
     }
 
-    /// What is known of a partition that counts: its topic exists and is that large.
+    /// Returns the entry of a partition that counts: its topic exists and its number is below the partition count.
     pub fn partition(&self, id: PartitionId) -> Option<&PartitionEntry> {
         let topic = self.topics.get(self.names.get(&id.topic)?)?;
         (id.number < topic.value.partitions).then(|| nth(self.partitions.get(&id.topic), id.number)).flatten()
     }
 
-    /// What is known of a partition, whether or not its topic can be read.
+    /// Returns the entry of a partition, even if its topic is missing or unreadable.
     pub fn entry(&self, id: PartitionId) -> Option<&PartitionEntry> {
         nth(self.partitions.get(&id.topic), id.number)
     }
 
-    /// Every partition that counts and has this broker among its replicas.
+    /// Returns every partition that counts and has a replica on this broker.
     pub fn partitions_on(&self, broker: BrokerId) -> Vec<PartitionId> {
         let mut found = Vec::new();
         for topic in self.topics.values() {
@@ -154,30 +154,30 @@ impl ViewState {
         found
     }
 
-    /// Whether it names objects in the bucket.
+    /// Returns true if the metadata references segment objects.
     pub fn names_history(&self) -> bool {
         let mut entries = self.partitions.values().flat_map(|entries| entries.iter());
         entries.any(|entry| entry.tier.as_ref().is_some_and(|known| known.value.manifest.is_some()))
     }
 
-    /// Keys whose values cannot be used, and why.
+    /// Returns the keys with unusable values, and the errors.
     pub const fn unreadable(&self) -> &BTreeMap<Key, String> {
         &self.unreadable
     }
 
-    /// How this differs from a listing of the prefix; `None` where it mirrors that. For the simulator's judge.
+    /// Returns the difference from a list of the prefix, if there is any. For the simulator's checker.
     #[cfg(feature = "sim")]
     pub fn differs_from(&self, keys: &Keys, listing: Listing) -> Option<String> {
         let mut other = Self::default();
         other.replace(keys, listing);
         let (revision, listed) = (self.revision, other.revision);
-        // What is not mirrored moves the revision too, and nobody tells of it.
+        // Keys outside the snapshot also advance the revision, without an event.
         other.revision = revision;
         let (mine, theirs) = (format!("{self:?}"), format!("{other:?}"));
         (mine != theirs).then(|| format!("at {revision} it is {mine}, listed at {listed} is {theirs}"))
     }
 
-    /// Partition and tier keys that do not count, by topic, with the topic's name where it exists.
+    /// Returns the partition and tier keys that do not count, by topic.
     pub(crate) fn strays(&self) -> BTreeMap<TopicId, Vec<(u32, PartitionEntry)>> {
         let mut strays = BTreeMap::new();
         for (id, entries) in &self.partitions {
@@ -194,7 +194,7 @@ impl ViewState {
         strays
     }
 
-    /// Moves on by a watch's changes. Returns the keys that changed; what is older than the state changes nothing.
+    /// Applies the changes of a watch. Returns the changed keys; events older than the snapshot change nothing.
     pub(crate) fn apply(&mut self, keys: &Keys, changes: Changes) -> Vec<Key> {
         let before = self.revision;
         let mut changed = Vec::new();
@@ -203,7 +203,7 @@ impl ViewState {
                 continue;
             }
             self.revision = self.revision.max(event.revision());
-            // Kinds that the view does not know (groups, offsets, a newer version's) pass by.
+            // Ignore kinds of keys that are not cached (groups, offsets, kinds of a newer version).
             let Some(key) = keys.parse(event.key()) else { continue };
             match event {
                 Event::Put(entry) => self.put(keys, &key, &entry),
@@ -216,7 +216,7 @@ impl ViewState {
         changed
     }
 
-    /// Moves to a listing of the whole prefix. Returns the keys that changed; an older listing changes nothing.
+    /// Replaces the content by a list of the whole prefix. Returns the changed keys; an older list changes nothing.
     pub(crate) fn replace(&mut self, keys: &Keys, listing: Listing) -> Vec<Key> {
         if listing.revision < self.revision {
             return Vec::new();
@@ -265,7 +265,7 @@ impl ViewState {
             }
             Err(why) => {
                 tracing::warn!(key = keys.path(key), %why, "a value in the metadata store cannot be used; skipped");
-                // What it said before is no longer true either.
+                // The previous value no longer holds either.
                 self.remove(key);
                 self.unreadable.insert(key.clone(), why);
             }
@@ -308,7 +308,7 @@ impl ViewState {
         let entries = Arc::make_mut(self.partitions.entry(id.topic).or_default());
         let place = place(id.number);
         if entries.len() <= place {
-            // The number is below limits::MAX_PARTITIONS: Keys::parse saw to it.
+            // The number is below `limits::MAX_PARTITIONS`, as `Keys::parse` ensures.
             entries.resize_with(place + 1, PartitionEntry::default);
         }
         &mut entries[place]
@@ -364,7 +364,8 @@ impl ViewState {
     }
 }
 
-/// Whether the view mirrors it. Producer ids, directories and the object store it does not, nobody looks at them there: it only names those that cannot be used.
+/// Returns true if changes of the key are published. Producer ids, directories and the object store binding are not:
+/// the cache only records them while they are unreadable.
 fn is_mirrored(key: &Key) -> bool {
     !matches!(key, Key::Directory(_) | Key::ProducerIds | Key::ObjectStore)
 }
@@ -385,7 +386,7 @@ fn read<T: Value>(entry: &Entry) -> Result<Arc<Known<T>>, String> {
 
 #[cfg(test)]
 impl ViewState {
-    /// How many topics' tables two states share.
+    /// Returns the number of topic tables that two snapshots share.
     pub(super) fn shared_tables(&self, other: &Self) -> usize {
         let same = |(id, table): &(&TopicId, &Arc<Vec<PartitionEntry>>)| {
             other.partitions.get(*id).is_some_and(|other| Arc::ptr_eq(table, other))

@@ -1,4 +1,4 @@
-//! The mirror: pure moves first, then the task over a real store.
+//! The metadata cache: first the pure changes, then the task over a real store.
 
 use std::sync::Arc;
 
@@ -56,7 +56,7 @@ fn partition_path(number: u32) -> String {
     keys().partition(PartitionId::new(id(), number))
 }
 
-/// A topic of two partitions at revision 10.
+/// Returns a snapshot with a topic of two partitions at revision 10.
 fn listed() -> ViewState {
     let mut state = ViewState::default();
     let entries = vec![
@@ -70,7 +70,7 @@ fn listed() -> ViewState {
 }
 
 #[test]
-fn what_is_older_than_the_state_changes_nothing() {
+fn older_changes_and_lists_are_ignored() {
     let mut state = listed();
     let late = Event::Put(entry(partition_path(0), partition(99).encode(), 9));
     assert!(state.apply(&keys(), changes(10, vec![late])).is_empty());
@@ -81,7 +81,7 @@ fn what_is_older_than_the_state_changes_nothing() {
 }
 
 #[test]
-fn a_listing_brings_what_the_watch_missed_and_names_only_that() {
+fn list_applies_and_reports_only_missed_changes() {
     let mut state = listed();
     let entries = vec![
         entry(partition_path(0), partition(0).encode(), 8),
@@ -97,7 +97,7 @@ fn a_listing_brings_what_the_watch_missed_and_names_only_that() {
 }
 
 #[test]
-fn only_partitions_below_the_topics_count_count() {
+fn partitions_above_the_topics_count_do_not_count() {
     let mut state = listed();
     state.apply(&keys(), changes(11, vec![Event::Put(entry(partition_path(2), partition(0).encode(), 11))]));
     assert_eq!(epoch(&state, 2), None);
@@ -110,7 +110,7 @@ fn only_partitions_below_the_topics_count_count() {
 }
 
 #[test]
-fn a_value_that_does_not_parse_is_named_and_skipped() {
+fn unparsable_value_is_recorded_and_skipped() {
     let mut state = listed();
     let broken = Event::Put(entry(partition_path(0), "{broken", 11));
     assert_eq!(state.apply(&keys(), changes(11, vec![broken])).len(), 1);
@@ -124,7 +124,7 @@ fn a_value_that_does_not_parse_is_named_and_skipped() {
 }
 
 #[test]
-fn a_value_that_is_not_mirrored_is_named_too_while_it_does_not_parse() {
+fn uncached_value_is_recorded_while_unparsable() {
     let mut state = listed();
     let paths =
         [(keys().directory(BrokerId(1)), Key::Directory(BrokerId(1))), (keys().producer_ids(), Key::ProducerIds)];
@@ -144,7 +144,7 @@ fn a_value_that_is_not_mirrored_is_named_too_while_it_does_not_parse() {
 }
 
 #[test]
-fn keys_of_kinds_that_this_version_does_not_know_pass_by() {
+fn unknown_kinds_of_keys_are_ignored() {
     let mut state = listed();
     let new = Event::Put(entry(format!("{}groups/g", keys().prefix()), "?", 30));
     assert!(state.apply(&keys(), changes(30, vec![new])).is_empty());
@@ -152,7 +152,7 @@ fn keys_of_kinds_that_this_version_does_not_know_pass_by() {
 }
 
 #[test]
-fn a_change_leaves_held_states_as_they_are_and_shares_other_topics() {
+fn change_copies_only_its_topic_of_a_held_snapshot() {
     let mut state = listed();
     let other = PartitionId::new(TopicId::from_bytes([6; 16]), 0);
     state.apply(&keys(), changes(11, vec![Event::Put(entry(keys().partition(other), partition(0).encode(), 11))]));
@@ -170,7 +170,7 @@ async fn put(store: &EmbeddedStore, key: String, value: bytes::Bytes) -> Revisio
 }
 
 #[tokio::test]
-async fn the_mirror_follows_the_store_and_feeds_what_changed() {
+async fn cache_follows_store_and_feeds_changed_keys() {
     let store = EmbeddedStore::in_memory();
     put(&store, topic_path(), topic(1).encode()).await;
     let tasks = Tasks::new();
@@ -190,7 +190,7 @@ async fn the_mirror_follows_the_store_and_feeds_what_changed() {
 }
 
 #[tokio::test]
-async fn a_feed_that_lies_too_far_behind_starts_over() {
+async fn feed_that_lags_too_far_starts_over() {
     let store = EmbeddedStore::in_memory();
     put(&store, topic_path(), topic(1).encode()).await;
     let tasks = Tasks::new();
@@ -207,7 +207,7 @@ async fn a_feed_that_lies_too_far_behind_starts_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_that_fails_and_watches_that_break_are_outlived() {
+async fn cache_recovers_from_failing_lists_and_watches() {
     let store = EmbeddedStore::in_memory();
     put(&store, topic_path(), topic(1).encode()).await;
     let faulty = Faulty::new(store.clone());
@@ -224,15 +224,16 @@ async fn a_store_that_fails_and_watches_that_break_are_outlived() {
     tasks.stop().await;
 }
 
-/// Each listing is of everything: twenty a second from every broker would keep a store down that is hardly up.
+/// Every list returns everything: twenty lists a second from each broker would overload a store that has just
+/// recovered.
 #[tokio::test(start_paused = true)]
-async fn watches_that_break_at_once_have_the_prefix_listed_ever_more_rarely() {
+async fn broken_watches_are_relisted_with_backoff() {
     let faulty = Faulty::new(EmbeddedStore::in_memory());
     faulty.break_watches();
     let (tasks, listings) = (Tasks::new(), Counter::default());
     let _view = View::counted(Arc::new(faulty), keys(), &tasks, listings.clone());
     tokio::time::sleep(Duration::from_secs(60)).await;
-    // Each watch lasts a second, and the pauses grow to five.
+    // Each watch lasts a second, and the pauses grow to five seconds.
     assert!((10..20).contains(&listings.get()), "{} listings in a minute", listings.get());
     tasks.stop().await;
 }

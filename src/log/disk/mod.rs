@@ -1,8 +1,10 @@
-//! The one door to the file system. Everything in `log` reaches files through [`Disk`], so that the simulator can take
-//! the power away at any moment. Calls block.
+//! Access to the file system. All code in `log` reaches files through [`Disk`] alone, so that the simulator can cut the
+//! power at any moment. Calls block.
 //!
-//! What a crash may do, and both implementations agree on: bytes that were not synced may be there, missing, or there in
-//! part, by sectors; a name that was made, removed or renamed may be as before until its directory is synced.
+//! # Crash
+//!
+//! Both implementations allow the same effects of a crash. Unsynced bytes may be present, missing, or partly present,
+//! by sectors. A name that was created, removed or renamed may be as before until its directory is synced.
 
 mod private;
 mod real;
@@ -23,59 +25,60 @@ pub(super) use sim::Dice;
 pub use sim::{SimDisk, Stamp};
 pub use writeback::{STEP_BYTES, give_back, write_out};
 
-/// Size and alignment of everything that is written to the journal, in bytes.
+/// Size and alignment of every write to the journal, in bytes.
 pub const BLOCK: usize = 4096;
 
-/// Bytes that go to the device at once where nobody waits for them: the journal's next write waits for no more.
+/// Bytes per background write to the device. The journal's next write waits for no more than that.
 pub const PIECE_BYTES: usize = 256 << 10;
 
-/// The same while nothing is written to the journal: fewer calls, for as many bytes.
+/// The same while nothing is written to the journal: fewer calls for the same number of bytes.
 pub const LARGE_PIECE_BYTES: usize = 2 << 20;
 
 /// A file system.
 pub trait Disk: Send + Sync + 'static {
-    /// Takes a configured directory, which exists: its path may hold links, what is below it may not.
+    /// Admits a configured directory, which must exist. Its path may contain symbolic links, the paths below it may
+    /// not.
     fn enter(&self, dir: &Path) -> io::Result<()>;
 
-    /// Makes a directory and those above it; nothing happens where it is.
+    /// Creates a directory and its parents. An existing directory is no error.
     fn create_dir_all(&self, dir: &Path) -> io::Result<()>;
 
     /// Makes the names in a directory durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 
-    /// What a directory holds, sorted by name.
+    /// Returns the entries of a directory, sorted by name.
     fn list(&self, dir: &Path) -> io::Result<Vec<Entry>>;
 
     /// Opens a file.
     fn open(&self, path: &Path, mode: Mode) -> io::Result<Arc<dyn File>>;
 
-    /// Gives a file another name, replacing what has it.
+    /// Renames a file, and replaces the file that has the new name.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
-    /// Removes a file. Whoever has it open can still read it.
+    /// Removes a file. It can still be read through open handles.
     fn remove(&self, path: &Path) -> io::Result<()>;
 
     /// Removes an empty directory.
     fn remove_dir(&self, dir: &Path) -> io::Result<()>;
 
-    /// Takes an exclusive lock on a file, which is made if absent, and writes this process's id into it. `WouldBlock`
-    /// when another process has it. The lock ends when the returned value is dropped or the process ends.
+    /// Locks a file exclusively, creates it if absent, and writes this process's id into it. Fails with `WouldBlock` if
+    /// another process holds the lock. The lock ends when the returned value is dropped or the process exits.
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>>;
 
-    /// Bytes that can still be written in the file system of `dir`.
+    /// Returns the bytes that can still be written in the file system of `dir`.
     fn free_bytes(&self, dir: &Path) -> io::Result<u64>;
 
-    /// Bytes that the file system of `dir` has for this process: what is used and what is free.
+    /// Returns the used and free bytes of the file system of `dir`, as this process may use them.
     fn total_bytes(&self, dir: &Path) -> io::Result<u64>;
 
-    /// Writes out what was written there to a file, in pieces, so that a later sync finds less to do. Nothing is durable before that
-    /// sync. An error is final, as that of a sync is; a file that cannot be opened is left to the sync.
+    /// Writes out a range of a file in pieces, so that a later sync has less to write. Nothing is durable before that
+    /// sync. An error is final, as for a sync. A file that cannot be opened is left to the sync.
     fn write_out(&self, path: &Path, range: Range<u64>, piece_bytes: usize) -> io::Result<()>;
 
-    /// How many files may be held open at once by the log.
+    /// Returns the maximum number of files that the log may hold open.
     fn open_files(&self) -> usize;
 
-    /// Reads a whole file.
+    /// Reads a complete file.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         let file = self.open(path, Mode::Read)?;
         let len = file.size()?;
@@ -85,7 +88,7 @@ pub trait Disk: Send + Sync + 'static {
         Ok(bytes)
     }
 
-    /// Writes a whole file, unsynced.
+    /// Writes a complete file, unsynced.
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<Arc<dyn File>> {
         let file = self.open(path, Mode::Write)?;
         file.truncate(0)?;
@@ -93,8 +96,8 @@ pub trait Disk: Send + Sync + 'static {
         Ok(file)
     }
 
-    /// Replaces a file at once and durably: a crash leaves the old or the new content. A large one is written out in pieces before the sync. An
-    /// error names the file that was refused.
+    /// Replaces a file atomically and durably: a crash leaves the old or the new content. A large file is written out
+    /// in pieces before the sync. An error contains the path that was refused.
     fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let temporary = path.with_extension("tmp");
         let parent = path.parent().unwrap_or(Path::new("."));
@@ -110,57 +113,57 @@ pub trait Disk: Send + Sync + 'static {
     }
 }
 
-/// An error of the same kind that says where.
+/// Returns an error of the same kind that contains the path.
 fn naming(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
-/// How a file is opened.
+/// Mode in which a file is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// For reading; must exist.
+    /// Reading; the file must exist.
     Read,
-    /// For reading and writing; made when absent.
+    /// Reading and writing; the file is created if absent.
     Write,
-    /// For whole blocks, past the page cache where the file system can do that; made when absent. Every write has to be aligned as
-    /// [`File::write_durable`] says.
+    /// Access to complete blocks, past the page cache if the file system supports that; the file is created if absent.
+    /// Every write must be aligned as [`File::write_durable`] requires.
     Direct,
 }
 
-/// A name in a directory.
+/// An entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The name, without the directory.
+    /// Name without the directory.
     pub name: String,
-    /// Whether it is a directory.
+    /// True for a directory.
     pub is_dir: bool,
-    /// Bytes, for a file.
+    /// Size of a file in bytes.
     pub len: u64,
 }
 
-/// An open file. Handles are shared between threads; every call says where it reads or writes.
+/// An open file. Threads share its handle, and every call states its position.
 pub trait File: Send + Sync {
-    /// Its length in bytes.
+    /// Returns the length in bytes.
     fn size(&self) -> io::Result<u64>;
 
-    /// When its bytes were last changed, in milliseconds since 1970 by the machine's clock.
+    /// Returns the time of the last change of the content, in milliseconds since 1970 by the machine's clock.
     fn modified_ms(&self) -> io::Result<i64>;
 
-    /// Fills `buffer` from `at`; fewer bytes only at the end of the file.
+    /// Fills `buffer` from `at`; returns fewer bytes only at the end of the file.
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize>;
 
-    /// Writes all slices one after the other from `at`.
+    /// Writes all slices from `at`, in order.
     fn write_at(&self, slices: &[IoSlice<'_>], at: u64) -> io::Result<()>;
 
-    /// Writes whole blocks and returns when they are on stable storage. `bytes` begins at a multiple of [`BLOCK`] in
-    /// memory, `at` and the length are multiples of it.
+    /// Writes complete blocks, and returns when they are on stable storage. The address of `bytes`, its length and `at`
+    /// must be multiples of [`BLOCK`].
     fn write_durable(&self, bytes: &[u8], at: u64) -> io::Result<()>;
 
-    /// Cuts or extends (with zeros) the file.
+    /// Truncates the file, or extends it with zeros.
     fn truncate(&self, len: u64) -> io::Result<()>;
 
-    /// Gives back some of the room of a file that was removed and that nobody reads, and waits a moment; more of it where room is needed
-    /// soon. False when what is left may be given back at once. Blocks.
+    /// Frees part of the disk space of a removed file without readers, and pauses briefly. `hurry` frees a larger part,
+    /// because space is needed soon. Returns false if the rest may be freed at once. Blocks.
     fn give_back_step(&self, hurry: bool) -> io::Result<bool>;
 
     /// Makes content and length durable.

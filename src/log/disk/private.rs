@@ -1,16 +1,18 @@
-//! A configured directory, and everything below it reached through its handle.
+//! A configured directory. All access below it uses its handle.
 //!
 //! # Guarantees
 //!
-//! - The path of the directory itself may hold symbolic links. It belongs to this process's user or to root; any other owner is refused.
-//! - Below it no component of a name is followed when it is a symbolic link. Each component is opened relative to the handle of the one
-//!   before it, so nobody can exchange a component between its check and its use.
-//! - A file or directory below it that belongs to another user is refused before a byte is read, written or cut.
-//! - What is made is for this user alone: directories 0700, files 0600, whatever the umask. Wider modes of what this user owns are
-//!   corrected: those of a directory and its direct entries when the log takes it, those of all others when they are opened.
+//! - The path of the directory itself may contain symbolic links. The directory must belong to this process's user or
+//!   to root; one of any other owner is refused.
+//! - Below it no component of a name is followed if it is a symbolic link. Each component is opened relative to the
+//!   handle of the previous one. So no process can exchange a component between its check and its use.
+//! - A file or directory below it that belongs to another user is refused before a byte is read, written or truncated.
+//! - Created entries are for this user alone: directories 0700, files 0600, regardless of the umask. Wider modes of
+//!   this user's entries are corrected: for a directory and its direct entries at its admission, for all others when
+//!   they are opened.
 //!
-//! Removing and renaming look at the directory only: they act on the name, never on what a link points at. A hard link looks like any
-//! other file and is not refused.
+//! Removing and renaming check the directory only: they act on the name, never on the target of a link. A hard link
+//! equals any other file and is not refused.
 
 use std::{
     ffi::OsStr,
@@ -32,10 +34,10 @@ use super::Entry;
 const DIRECTORY: Mode = Mode::RWXU;
 const FILE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-/// The bits that are compared and corrected. The others (a volume's setgid bit) stay.
+/// Permission bits that are compared and corrected. All others (a volume's setgid bit) stay.
 const PERMISSIONS: u32 = 0o777;
 
-/// Directories of the system that may be configured by mistake, or for want of another place.
+/// Directories of the system that may be configured by mistake, or for lack of another place.
 const SHARED: &[&str] = &[
     "/",
     "/bin",
@@ -57,41 +59,41 @@ const SHARED: &[&str] = &[
     "/var/opt",
 ];
 
-/// How a directory is opened.
+/// Flags for opening a directory.
 const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// An open directory of this process's user.
+/// An open directory: a configured one, or one below it.
 #[derive(Debug)]
 pub struct PrivateDir {
     path: PathBuf,
     handle: OwnedFd,
-    /// The owner and the mode, where the mode is not ours to correct.
+    /// Owner and mode of a directory whose mode is not corrected.
     kept: Option<(u32, u32)>,
 }
 
 impl PrivateDir {
-    /// Opens a configured directory, which exists.
+    /// Opens a configured directory, which must exist.
     ///
     /// # Errors
-    /// When it cannot be opened or belongs to a user that is neither this process's nor root.
+    /// The directory cannot be opened, or belongs to a user that is neither this process's nor root.
     pub fn open(path: &Path) -> io::Result<Self> {
         let handle = retry(|| sys::open(path, FOLDER, Mode::empty()))?;
         Self::of(path, handle)
     }
 
-    /// As [`PrivateDir::open`]; makes the directory, and those above it, where there is none.
+    /// Opens a directory as [`PrivateDir::open`] does, and creates it with its parents if it is absent.
     ///
     /// # Errors
-    /// As [`PrivateDir::open`], and when it cannot be made.
+    /// Those of [`PrivateDir::open`], or the directory cannot be created.
     pub fn make(path: &Path) -> io::Result<Self> {
         fs::DirBuilder::new().recursive(true).mode(DIRECTORY.bits()).create(path)?;
         Self::open(path)
     }
 
-    /// As [`PrivateDir::make`] for a directory below this one.
+    /// Opens a directory below this one as [`PrivateDir::make`] does.
     ///
     /// # Errors
-    /// As [`PrivateDir::make_dir`].
+    /// Those of [`PrivateDir::make_dir`].
     pub fn make_below(&self, name: &Path) -> io::Result<Self> {
         self.make_dir(name)?;
         Self::of(&self.path.join(name), self.walk(name)?)
@@ -110,12 +112,12 @@ impl PrivateDir {
         Ok(Self { path: path.to_owned(), handle, kept })
     }
 
-    /// The path that it was opened by.
+    /// Returns the path by which the directory was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Warns where the mode of the directory is not ours to correct.
+    /// Logs a warning if the mode of the directory is not corrected.
     pub fn warn_of_owner(&self) {
         if let Some((owner, mode)) = self.kept {
             tracing::warn!(
@@ -126,14 +128,15 @@ impl PrivateDir {
         }
     }
 
-    /// Opens a file below it. Without `CREATE` the file has to exist; nothing is cut here (`TRUNC` would cut before the owner is known).
+    /// Opens a file below the directory. Without `CREATE` the file must exist. The call never truncates (`TRUNC` would
+    /// truncate before the owner is known).
     ///
     /// # Errors
-    /// When it is not there, is no file, belongs to another user, or cannot be opened so.
+    /// The file is absent, is no regular file, belongs to another user, or cannot be opened with these flags.
     pub fn open_file(&self, name: &Path, flags: OFlags) -> io::Result<fs::File> {
         debug_assert!(!flags.contains(OFlags::TRUNC), "the owner is checked first");
         let (folder, last) = self.parent(name)?;
-        // Without NONBLOCK a pipe of that name would block the open. Regular files do not heed it.
+        // Without NONBLOCK a pipe of that name would block the open. Regular files ignore the flag.
         let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
         let path = || self.path.join(name);
         let opened = retry(|| sys::openat(&folder, last, flags, FILE));
@@ -146,10 +149,10 @@ impl PrivateDir {
         Ok(file.into())
     }
 
-    /// Makes a directory below it, and those on the way to it.
+    /// Creates a directory below this one, with the directories on its path.
     ///
     /// # Errors
-    /// When one cannot be made, or something on the way is a link or another user's.
+    /// A directory cannot be created, or a component of the path is a link or belongs to another user.
     pub fn make_dir(&self, name: &Path) -> io::Result<()> {
         let mut at = self.handle.try_clone()?;
         let mut path = self.path.clone();
@@ -164,10 +167,10 @@ impl PrivateDir {
         Ok(())
     }
 
-    /// The names in a directory below it, sorted.
+    /// Returns the entries of a directory below this one, sorted by name.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// The directory cannot be read.
     pub fn list(&self, name: &Path) -> io::Result<Vec<Entry>> {
         let folder = self.walk(name)?;
         let mut entries = Vec::new();
@@ -177,7 +180,7 @@ impl PrivateDir {
             if name == "." || name == ".." {
                 continue;
             }
-            // A file may vanish between the two calls: then it is not there.
+            // A file may disappear between the two calls. It is then absent from the result.
             let Ok(stat) = sys::statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
             let is_dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
             let len = u64::try_from(stat.st_size).unwrap_or(0);
@@ -187,51 +190,51 @@ impl PrivateDir {
         Ok(entries)
     }
 
-    /// Gives a file below it another name, which may be below another directory.
+    /// Renames a file below the directory, possibly to a name below another directory.
     ///
     /// # Errors
-    /// When the file is not there, or the name cannot be given.
+    /// The file is absent, or the new name cannot be assigned.
     pub fn rename(&self, from: &Path, into: &Self, to: &Path) -> io::Result<()> {
         let ((from, old), (to, new)) = (self.parent(from)?, into.parent(to)?);
         Ok(sys::renameat(&from, old, &to, new)?)
     }
 
-    /// Removes a file below it.
+    /// Removes a file below the directory.
     ///
     /// # Errors
-    /// When it is not there, or cannot be removed.
+    /// The file is absent, or cannot be removed.
     pub fn remove(&self, name: &Path) -> io::Result<()> {
         let (folder, last) = self.parent(name)?;
         Ok(sys::unlinkat(&folder, last, AtFlags::empty())?)
     }
 
-    /// Removes an empty directory below it.
+    /// Removes an empty directory below this one.
     ///
     /// # Errors
-    /// When it is not there or not empty, or cannot be removed.
+    /// The directory is absent, is not empty, or cannot be removed.
     pub fn remove_dir(&self, name: &Path) -> io::Result<()> {
         let (folder, last) = self.parent(name)?;
         Ok(sys::unlinkat(&folder, last, AtFlags::REMOVEDIR)?)
     }
 
-    /// Makes the names in a directory below it durable.
+    /// Makes the names in a directory below this one durable.
     ///
     /// # Errors
-    /// When the sync fails.
+    /// The sync fails.
     pub fn sync(&self, name: &Path) -> io::Result<()> {
         Ok(sys::fsync(self.walk(name)?)?)
     }
 
-    /// Bytes that can still be written in its file system.
+    /// Returns the bytes that can still be written in the file system of the directory.
     ///
     /// # Errors
-    /// When the file system does not say.
+    /// The file system does not report its free space.
     pub fn free_bytes(&self) -> io::Result<u64> {
         let stat = sys::fstatvfs(&self.handle)?;
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
-    /// The directory of a name below this one, and the last part of that name.
+    /// Returns the parent directory of a name below this one, and the last component of the name.
     fn parent<'a>(&self, name: &'a Path) -> io::Result<(OwnedFd, &'a OsStr)> {
         let last = name.file_name().ok_or_else(|| not_below(name))?;
         Ok((self.walk(name.parent().unwrap_or(Path::new("")))?, last))
@@ -248,10 +251,11 @@ impl PrivateDir {
         Ok(at)
     }
 
-    /// Corrects the modes of this user's direct entries. Below them that waits until something is opened: there may be very many.
+    /// Corrects the modes of the direct entries that belong to this user. Entries further below are corrected when they
+    /// are opened, because there may be very many.
     ///
     /// # Errors
-    /// When the directory cannot be read, or a mode cannot be changed.
+    /// The directory cannot be read, or a mode cannot be changed.
     pub fn correct_entries(&self) -> io::Result<()> {
         for entry in Dir::read_from(&self.handle)? {
             let entry = entry?;
@@ -275,13 +279,13 @@ impl PrivateDir {
     }
 }
 
-/// Whether other programs use the directory as well: closing it for them would harm the system.
+/// Returns true if other programs use the directory as well. A narrower mode would harm the system.
 fn is_shared(path: &Path, stat: &Stat) -> bool {
     let is_sticky = stat.st_mode & Mode::SVTX.bits() != 0;
     is_sticky || fs::canonicalize(path).is_ok_and(|path| SHARED.iter().any(|shared| path == Path::new(shared)))
 }
 
-/// The parts of a name below a directory.
+/// Returns the components of a name below a directory.
 fn parts(name: &Path) -> io::Result<Vec<&OsStr>> {
     let part = |component| match component {
         Component::Normal(part) => Ok(part),
@@ -290,7 +294,7 @@ fn parts(name: &Path) -> io::Result<Vec<&OsStr>> {
     name.components().filter(|component| *component != Component::CurDir).map(part).collect()
 }
 
-/// Opens one component, a directory at `path`.
+/// Opens one component, the directory at `path`.
 fn step(at: BorrowedFd<'_>, part: &OsStr, path: &Path) -> io::Result<OwnedFd> {
     let opened = retry(|| sys::openat(at, part, FOLDER | OFlags::NOFOLLOW, Mode::empty()));
     let handle = opened.map_err(|error| explain(at, part, path, error))?;
@@ -298,7 +302,7 @@ fn step(at: BorrowedFd<'_>, part: &OsStr, path: &Path) -> io::Result<OwnedFd> {
     Ok(handle)
 }
 
-/// Refuses what belongs to another user, and corrects the mode of what belongs to this one.
+/// Refuses an entry of another user, and corrects the mode of an entry of this user.
 fn check(handle: BorrowedFd<'_>, stat: &Stat, mode: Mode, path: impl FnOnce() -> PathBuf) -> io::Result<()> {
     if stat.st_uid != geteuid().as_raw() {
         return Err(of_another_user(&path(), stat.st_uid));
@@ -312,7 +316,7 @@ fn correct(handle: BorrowedFd<'_>, stat: &Stat, mode: Mode) -> io::Result<()> {
     }
     let special = Mode::from_raw_mode(stat.st_mode & 0o7777 & !PERMISSIONS);
     match sys::fchmod(handle, special | mode) {
-        // A file system that is read-only or has no modes.
+        // The file system is read-only, or has no modes.
         Ok(()) | Err(Errno::ROFS | Errno::PERM | Errno::OPNOTSUPP | Errno::INVAL) => Ok(()),
         Err(error) => Err(error.into()),
     }
@@ -322,7 +326,7 @@ fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     rustix::io::retry_on_intr(&mut call)
 }
 
-/// The error of an open, which says so where a link was in the way.
+/// Returns the error of an open. If a symbolic link was the cause, the error names it.
 fn explain(at: BorrowedFd<'_>, part: &OsStr, path: &Path, error: Errno) -> io::Error {
     let is_link = matches!(error, Errno::LOOP | Errno::NOTDIR | Errno::MLINK)
         && sys::statat(at, part, AtFlags::SYMLINK_NOFOLLOW)

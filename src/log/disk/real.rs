@@ -1,4 +1,4 @@
-//! The machine's file system.
+//! The file system of the machine.
 
 use std::{
     fs,
@@ -20,17 +20,17 @@ use rustix::{
 
 use super::{Disk, Entry, File, Mode, PrivateDir, writeback};
 
-/// The machine's file system.
+/// The file system of the machine.
 ///
-/// Files are opened below a configured directory only ([`PrivateDir`]). A directory that is made or entered, or read before either,
-/// counts as configured unless it lies below one that does.
+/// Files are opened only below a configured directory ([`PrivateDir`]). A directory that is created or admitted counts
+/// as configured, and so does one that is read first, unless it lies below a configured directory.
 #[derive(Debug, Default)]
 pub struct RealDisk {
     roots: RwLock<Vec<Arc<PrivateDir>>>,
 }
 
 impl RealDisk {
-    /// Takes a configured directory, instead of what was opened at its path before.
+    /// Admits a configured directory, in place of an earlier handle for its path.
     fn admit(&self, root: PrivateDir) -> io::Result<Arc<PrivateDir>> {
         root.correct_entries()?;
         let root = Arc::new(root);
@@ -45,14 +45,14 @@ impl RealDisk {
         Ok(root)
     }
 
-    /// The innermost configured directory that holds a path, and the path below it.
+    /// Returns the innermost configured directory that contains a path, and the path below it.
     fn root_of(&self, path: &Path) -> Option<(Arc<PrivateDir>, PathBuf)> {
         let roots = self.roots.read().unwrap_or_else(PoisonError::into_inner);
         let below = |root: &Arc<PrivateDir>| Some((Arc::clone(root), path.strip_prefix(root.path()).ok()?.to_owned()));
         roots.iter().filter_map(below).min_by_key(|(_, name)| name.as_os_str().len())
     }
 
-    /// As [`RealDisk::root_of`]. Where none holds `path`, `dir` becomes one.
+    /// Returns the configured directory of `path` as [`RealDisk::root_of`] does. If there is none, `dir` becomes one.
     fn root_in(&self, path: &Path, dir: &Path) -> io::Result<(Arc<PrivateDir>, PathBuf)> {
         match self.root_of(path) {
             Some(found) => Ok(found),
@@ -83,7 +83,7 @@ impl Disk for RealDisk {
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         match self.root_of(dir) {
             Some((root, name)) => root.sync(&name),
-            // The one that holds a configured directory.
+            // The parent of a configured directory.
             None => fs::File::open(dir)?.sync_all(),
         }
     }
@@ -102,7 +102,7 @@ impl Disk for RealDisk {
         if mode == Mode::Direct {
             match root.open_file(&name, flags | OFlags::DIRECT) {
                 Ok(file) => return Ok(Arc::new(RealFile { file, dsync: AtomicBool::new(true) })),
-                // The file system (tmpfs, some overlays) knows no direct I/O: through the page cache, then.
+                // The file system (tmpfs, some overlays) does not support direct I/O, so the page cache is used.
                 Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {}
                 Err(error) => return Err(error),
             }
@@ -141,14 +141,15 @@ impl Disk for RealDisk {
 
     fn total_bytes(&self, dir: &Path) -> io::Result<u64> {
         let stat = rustix::fs::statvfs(dir)?;
-        // What is kept for the superuser is neither used nor free, as `df` sees it.
+        // Blocks that are reserved for the superuser count as neither used nor free, as in `df`.
         let blocks = stat.f_blocks.saturating_sub(stat.f_bfree).saturating_add(stat.f_bavail);
         Ok(blocks.saturating_mul(stat.f_frsize))
     }
 
     fn write_out(&self, path: &Path, range: Range<u64>, piece_bytes: usize) -> io::Result<()> {
         let (root, name) = self.root_of_file(path)?;
-        // Through a handle of its own: the wait reports errors to it that the sync's handle must report as well.
+        // The write-out uses a handle of its own. Its wait consumes an error for that handle, which the sync's handle
+        // must report as well.
         match root.open_file(&name, OFlags::RDONLY) {
             Ok(file) => writeback::write_out(&file, range, piece_bytes),
             Err(error) => {
@@ -166,7 +167,7 @@ impl Disk for RealDisk {
 
 struct RealFile {
     file: fs::File,
-    /// Whether a durable write is one call (`RWF_DSYNC`); cleared for good where the file system refuses that.
+    /// True if a durable write is one call (`RWF_DSYNC`); cleared permanently if the file system refuses the flag.
     dsync: AtomicBool,
 }
 
@@ -194,7 +195,7 @@ impl File for RealFile {
     }
 
     fn write_at(&self, slices: &[IoSlice<'_>], at: u64) -> io::Result<()> {
-        // The kernel takes at most 1,024 slices at once.
+        // The kernel accepts at most 1,024 slices per call.
         let mut at = at;
         for part in slices.chunks(1024) {
             let mut part = part.to_vec();
@@ -219,7 +220,7 @@ impl File for RealFile {
         if self.dsync.load(Ordering::Relaxed) {
             match rustix::io::pwritev2(&self.file, &[IoSlice::new(bytes)], at, ReadWriteFlags::DSYNC) {
                 Ok(written) if written == bytes.len() => return Ok(()),
-                // A part was written: the whole is written again below, which does no harm.
+                // Only a part was written. All bytes are written again below, which is harmless.
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => self.dsync.store(false, Ordering::Relaxed),
                 Err(error) => return Err(error.into()),

@@ -1,10 +1,12 @@
-//! A disk in memory that forgets. Deterministic: the same calls and the same seeds give the same bytes.
+//! A disk in memory that loses unsynced data. Deterministic: the same calls and the same seeds give the same bytes.
 //!
-//! [`SimDisk::crash`] takes the power away: of what was not synced, each 512-byte sector of a file may have reached the
-//! platter or not; of the changes of names in each directory that was not synced, some first ones may have. Handles from before
-//! a crash fail. A sync that fails loses what it was to make durable, as an operating system may that takes the pages for clean all the
-//! same: some of it is on the platter, of the rest what was there before is read again. Faults are set by [`SimDisk::fail_writes_after`], [`SimDisk::set_capacity`], [`SimDisk::fail_syncs`] and
-//! [`SimDisk::flip`].
+//! # Crash
+//!
+//! [`SimDisk::crash`] cuts the power. Each unsynced 512-byte sector of a file may be durable or not. Of the name
+//! changes in an unsynced directory, some first ones may be durable. Handles from before a crash fail. A failed sync
+//! loses data, as in an operating system that marks the pages clean regardless. Some of the data becomes durable, and
+//! the rest reads as the previous content. Faults are set by [`SimDisk::fail_writes_after`], [`SimDisk::set_capacity`],
+//! [`SimDisk::fail_syncs`] and [`SimDisk::flip`].
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,7 +22,7 @@ use crate::task::clock;
 const SECTOR: usize = 512;
 const PAGE: usize = 4096;
 
-/// A disk in memory that loses what was not synced when it crashes. Clones share it.
+/// A disk in memory that loses unsynced data in a crash. Clones share it.
 #[derive(Clone, Default)]
 pub struct SimDisk(Arc<Mutex<Machine>>);
 
@@ -31,7 +33,7 @@ struct Machine {
     dirs: BTreeSet<PathBuf>,
     durable_names: BTreeMap<PathBuf, u64>,
     durable_dirs: BTreeSet<PathBuf>,
-    /// Changes of names not yet durable, in order.
+    /// Changes of names that are not durable yet, in order.
     changes: Vec<Change>,
     locks: BTreeSet<PathBuf>,
     next_file: u64,
@@ -42,16 +44,16 @@ struct Machine {
     operations: u64,
 }
 
-/// A file. What it cost to keep a second copy of what is durable, a run of the simulator paid at every sync.
+/// A file. The undo entries replace a second copy of the durable content, which every sync would have to update.
 #[derive(Default)]
 struct Content {
     bytes: Vec<u8>,
     durable_len: usize,
-    /// Since the last sync, in order: durable bytes that were overwritten or cut, and where.
+    /// Durable bytes that were overwritten or truncated since the last sync, with their positions, in order.
     undo: Vec<(usize, Vec<u8>)>,
-    /// Grows with each change of bytes that were there.
+    /// Number that grows with each change of existing bytes.
     rewrites: u64,
-    /// What was written out, for tests.
+    /// Ranges that were written out, for tests.
     write_outs: Vec<Range<u64>>,
     modified_ms: i64,
 }
@@ -69,28 +71,28 @@ enum What {
     RemoveDir(PathBuf),
 }
 
-/// Which file has a name, and what became of it.
+/// The file behind a name, and its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp {
     file: u64,
     rewrites: u64,
-    /// Its bytes.
+    /// Length in bytes.
     pub len: u64,
 }
 
 impl Stamp {
-    /// The same file before anything was written to it.
+    /// Returns the stamp of the same file before any write.
     pub fn of_nothing(self) -> Self {
         Self { len: 0, ..self }
     }
 
-    /// Whether between this and `later` the file was left alone or appended to.
+    /// Returns true if the file was unchanged, or only appended to, between this stamp and `later`.
     pub fn is_before(self, later: Self) -> bool {
         (self.file, self.rewrites) == (later.file, later.rewrites) && self.len <= later.len
     }
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014): enough to choose sectors by.
+/// SplitMix64 (Steele, Lea, Flood 2014), which is sufficient for choosing sectors.
 pub(in crate::log) struct Dice(pub(in crate::log) u64);
 
 impl Dice {
@@ -104,7 +106,7 @@ impl Dice {
 }
 
 impl SimDisk {
-    /// An empty disk.
+    /// Returns an empty disk.
     pub fn new() -> Self {
         Self::default()
     }
@@ -113,8 +115,8 @@ impl SimDisk {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the power away and gives it back. What was synced is there; of the rest, `seed` chooses. Locks and handles
-    /// end, faults are cleared, the capacity stays.
+    /// Cuts the power and restores it. Synced data stays, and `seed` decides about the rest. Locks and handles end,
+    /// faults are cleared, the capacity stays.
     pub fn crash(&self, seed: u64) {
         let mut machine = self.machine();
         let mut dice = Dice(seed);
@@ -124,7 +126,7 @@ impl SimDisk {
         machine.failing_syncs = None;
         let mut kept: BTreeMap<PathBuf, bool> = BTreeMap::new();
         for change in std::mem::take(&mut machine.changes) {
-            // Per directory, changes reach the disk in order: once one is lost, so are those after it.
+            // The changes in a directory become durable in order. After a lost change, all later ones are lost.
             let keep = kept.entry(change.dir.clone()).or_insert(true);
             *keep &= dice.roll(4) != 0;
             if *keep {
@@ -143,7 +145,7 @@ impl SimDisk {
         }
     }
 
-    /// Ends every process that uses the disk, but not the machine: nothing is lost (kill -9).
+    /// Ends every process that uses the disk, but not the machine: no data is lost (kill -9).
     pub fn kill(&self) {
         let mut machine = self.machine();
         machine.boot += 1;
@@ -152,22 +154,22 @@ impl SimDisk {
         machine.failing_syncs = None;
     }
 
-    /// Every change fails with an I/O error after `operations` more; `None` ends that.
+    /// Makes every change fail with an I/O error after `operations` more; `None` ends that.
     pub fn fail_writes_after(&self, operations: Option<u64>) {
         self.machine().operations_left = operations;
     }
 
-    /// The disk is full when its files hold this many bytes.
+    /// Sets the number of bytes in files at which the disk is full.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.machine().capacity = bytes;
     }
 
-    /// Syncs of files whose path contains `part` fail, and what was not durable may be gone; `None` ends that.
+    /// Makes syncs fail for files whose path contains `part`, and may lose their unsynced data; `None` ends that.
     pub fn fail_syncs(&self, part: Option<&str>) {
         self.machine().failing_syncs = part.map(str::to_owned);
     }
 
-    /// Flips one bit of a file, in memory and on the platter. False where the file has no such bit.
+    /// Flips one bit of a file, in memory and in the durable content. Returns false if the file has no such bit.
     pub fn flip(&self, path: &Path, bit: u64) -> bool {
         let mut machine = self.machine();
         let Some(id) = machine.names.get(path).copied() else { return false };
@@ -177,7 +179,7 @@ impl SimDisk {
         let Some(target) = content.bytes.get_mut(byte) else { return false };
         *target ^= mask;
         content.rewrites += 1;
-        // What is durable there is in the first that took it away, if one did.
+        // The durable byte at this position is in the first undo entry that covers the position, if any.
         let older = content.undo.iter_mut().find_map(|(at, old)| old.get_mut(byte.checked_sub(*at)?));
         if let Some(older) = older {
             *older ^= mask;
@@ -185,12 +187,12 @@ impl SimDisk {
         true
     }
 
-    /// How many changes were made so far: a place to fail at.
+    /// Returns the number of changes made so far, which identifies a point of failure.
     pub fn operations(&self) -> u64 {
         self.machine().operations
     }
 
-    /// What tells whether a file is still as it was.
+    /// Returns the stamp of a file, which shows whether the file has changed since.
     pub fn stamp(&self, path: &Path) -> Option<Stamp> {
         let machine = self.machine();
         let id = *machine.names.get(path)?;
@@ -198,21 +200,21 @@ impl SimDisk {
         Some(Stamp { file: id, rewrites: content.rewrites, len: content.bytes.len() as u64 })
     }
 
-    /// The files in a directory that a loss of power would leave for certain, each with what is durable of it.
+    /// Returns the files in a directory that certainly survive a power failure, each with its durable content.
     pub fn durable(&self, dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
         let machine = self.machine();
         let here = machine.durable_names.iter().filter(|(path, _)| path.parent() == Some(dir));
         here.filter_map(|(path, id)| Some((path.clone(), machine.files.get(id)?.durable()))).collect()
     }
 
-    /// The ranges of a file that were written out.
+    /// Returns the ranges of a file that were written out.
     #[cfg(test)]
     pub(in crate::log) fn write_outs(&self, path: &Path) -> Vec<Range<u64>> {
         let machine = self.machine();
         machine.names.get(path).map(|id| machine.files[id].write_outs.clone()).unwrap_or_default()
     }
 
-    /// Every file and its length.
+    /// Returns every file with its length.
     pub fn files(&self) -> Vec<(PathBuf, u64)> {
         let machine = self.machine();
         machine.names.iter().map(|(path, id)| (path.clone(), machine.files[id].bytes.len() as u64)).collect()
@@ -220,7 +222,7 @@ impl SimDisk {
 }
 
 impl Content {
-    /// Takes note of what is durable in a range that is about to change.
+    /// Saves the durable bytes of a range that is about to change.
     fn keep(&mut self, range: Range<usize>) {
         if range.start < self.bytes.len() {
             self.rewrites += 1;
@@ -231,14 +233,14 @@ impl Content {
         }
     }
 
-    /// All that is there becomes durable.
+    /// Makes the current content durable.
     fn sync(&mut self) {
         self.durable_len = self.bytes.len();
         self.undo.clear();
     }
 
-    /// Of each page that is not durable, either it became so all the same or what is durable is read in its place. The length is
-    /// the file system's to know and stays.
+    /// Decides for each page that is not durable: it becomes durable, or reads as the durable content. The length
+    /// stays, because the file system tracks it.
     fn lose_pages(&mut self, dice: &mut Dice) {
         let len = self.bytes.len();
         let mut durable = self.durable();
@@ -253,7 +255,7 @@ impl Content {
         self.sync();
     }
 
-    /// What is durable.
+    /// Returns the durable content.
     fn durable(&self) -> Vec<u8> {
         let mut durable = self.bytes.clone();
         durable.resize(self.durable_len, 0);
@@ -263,7 +265,7 @@ impl Content {
         durable
     }
 
-    /// Of each sector that differs from what is durable, keeps the new or the old; of the length likewise.
+    /// Keeps the new or the durable content of each sector that differs, and likewise of the length.
     fn tear(&mut self, dice: &mut Dice) {
         if self.undo.is_empty() && self.bytes.len() == self.durable_len {
             return;
@@ -275,13 +277,13 @@ impl Content {
             len = if dice.roll(2) == 0 { durable.len() } else { self.bytes.len() };
         }
         let mut torn = vec![0; len];
-        // Some crashes tear by sector, some by page, some lose or keep all.
+        // Some crashes tear by sector, some by page, and some lose or keep everything.
         let unit = [SECTOR, PAGE, usize::MAX][usize::try_from(dice.roll(3)).unwrap_or(0)];
         let mut at = 0;
         while at < len {
             let end = at.saturating_add(unit).min(len);
             let newer = dice.roll(2) == 0;
-            // A sector that was never written is the old content where there was one, else zeros.
+            // A sector that was not written keeps the old content if there was any, else it is zeros.
             for from in [&durable, &self.bytes].into_iter().take(1 + usize::from(newer)) {
                 let have = from.len().min(end);
                 if at < have {
@@ -307,7 +309,7 @@ impl What {
             }
             Self::MakeDir(dir) => drop(machine.durable_dirs.insert(dir)),
             Self::RemoveDir(dir) => {
-                // A directory that is gone is gone with what was in it.
+                // The removal of a directory removes its content.
                 machine.durable_names.retain(|path, _| path.parent() != Some(dir.as_path()));
                 machine.durable_dirs.remove(&dir);
             }
@@ -332,7 +334,7 @@ impl Machine {
         self.changes.push(Change { dir: path.parent().unwrap_or(Path::new("")).to_owned(), what });
     }
 
-    /// Bytes of the files that have a name: one that was removed takes no room, though a crash may bring it back.
+    /// Returns the bytes of all files with a name. A removed file uses no space, though a crash may restore it.
     fn used(&self) -> u64 {
         self.names.values().map(|id| self.files[id].bytes.len() as u64).sum()
     }
@@ -373,7 +375,7 @@ impl Disk for SimDisk {
         while let Some(dir) = missing.pop() {
             machine.dirs.insert(dir.to_owned());
             if dir.parent().is_none_or(|above| above.as_os_str().is_empty()) {
-                // The root of the disk is always there.
+                // The root of the disk always exists.
                 machine.durable_dirs.insert(dir.to_owned());
             } else {
                 machine.note(dir, What::MakeDir(dir.to_owned()));
@@ -399,7 +401,7 @@ impl Disk for SimDisk {
         }
         let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let inside = |path: &Path| path.parent() == Some(dir);
-        // Paths are in the order of their parts: what is below a directory follows it.
+        // Paths are sorted by component, so the content of a directory follows the directory.
         let below = |path: &Path| path.starts_with(dir);
         let from = (Bound::Included(dir), Bound::Unbounded);
         let dirs = machine.dirs.range::<Path, _>(from).take_while(|path| below(path));
@@ -463,7 +465,8 @@ impl Disk for SimDisk {
         if !machine.dirs.remove(dir) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        // A directory made again under this name is another one: nothing pending in the old one reaches it.
+        // A directory that is created again under this name is another one. No pending change of the old one may reach
+        // it.
         machine.changes.retain(|change| change.dir != dir);
         machine.note(dir, What::RemoveDir(dir.to_owned()));
         Ok(())
@@ -488,7 +491,8 @@ impl Disk for SimDisk {
     }
 
     fn write_out(&self, path: &Path, range: Range<u64>, _piece_bytes: usize) -> io::Result<()> {
-        // Nothing is safe before a sync, and everything may survive without one: to a crash this makes no difference.
+        // Nothing is durable before a sync, and everything may survive without one. So a write-out makes no difference
+        // to a crash.
         let mut machine = self.machine();
         let id = machine.names.get(path).copied().filter(|_| cfg!(test));
         if let Some(content) = id.and_then(|id| machine.files.get_mut(&id)) {
@@ -498,7 +502,7 @@ impl Disk for SimDisk {
     }
 
     fn open_files(&self) -> usize {
-        // Few, so that closing and opening again is exercised.
+        // A small number, so that tests close and open files again.
         4
     }
 }
@@ -549,7 +553,7 @@ impl File for SimFile {
         machine.content(self.id, self.boot)?.modified_ms = clock::wall_ms();
         let mut at = usize::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
         for slice in slices {
-            // What fitted before the disk was full stays, as it does on a real one.
+            // The bytes that fitted before the disk was full stay, as on a real disk.
             let end = at + slice.len();
             machine.content(self.id, self.boot)?.keep(at..end);
             machine.grow(self.id, self.boot, end)?;
@@ -577,7 +581,7 @@ impl File for SimFile {
     }
 
     fn give_back_step(&self, _hurry: bool) -> io::Result<bool> {
-        // It takes no room here without a name.
+        // A file without a name uses no space on this disk.
         Ok(false)
     }
 

@@ -1,1 +1,1 @@
-//! Both disks.
+//! Tests of both disks.

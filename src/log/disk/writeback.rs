@@ -1,8 +1,10 @@
-//! What is large goes to the device, and away from it, in pieces: writing out what lies in the page cache, without a flush, and giving
-//! back the room of removed files.
+//! Work on the device in pieces: write-out of the page cache without a flush, and freeing the disk space of removed
+//! files.
 //!
-//! A sync of many megabytes stands in front of the journal's next write for as long as the device takes for all of them. Bytes that were
-//! written out before, a little at a time, leave it little to do. Nothing is durable before the sync that follows.
+//! # Overview
+//!
+//! A sync of many megabytes delays the journal's next write until the device has written all of them. Bytes that were
+//! written out earlier, in pieces, leave little work to the sync. Nothing is durable before that sync.
 
 use std::{
     fs, io,
@@ -13,14 +15,16 @@ use std::{
 
 use crate::task::clock;
 
-/// Writes out a range of a file, one piece after the other, each when the device has the one before, perhaps in a cache of its own.
+/// Writes out a range of a file, piece by piece. Each piece starts when the device has accepted the previous one,
+/// possibly into its cache.
 ///
 /// # Errors
-/// When bytes of the file could not be written. A later sync through the same handle may not say so again.
+/// Bytes of the file could not be written. A later sync through the same handle may not report that again.
 pub fn write_out(file: &fs::File, range: Range<u64>, piece_bytes: usize) -> io::Result<()> {
     for start in range.clone().step_by(piece_bytes) {
         let piece = start..range.end.min(start.saturating_add(piece_bytes as u64));
-        // Started and waited for in two calls: in one the system would take it for as urgent as the journal's write.
+        // Start and wait are two calls. In one call the system would treat the write as urgently as the journal's
+        // write.
         for flags in [libc::SYNC_FILE_RANGE_WRITE, libc::SYNC_FILE_RANGE_WAIT_BEFORE] {
             match sync_file_range(file, &piece, flags) {
                 Ok(()) => {}
@@ -32,37 +36,37 @@ pub fn write_out(file: &fs::File, range: Range<u64>, piece_bytes: usize) -> io::
     Ok(())
 }
 
-/// Bytes of a file without a name that are given back at once. Some file systems tell the device of each (`discard`): that takes it 2 to 4 ms
-/// for a MiB, and the journal's write waits.
+/// Bytes of a file without a name that are freed at once. Some file systems report each of them to the device
+/// (`discard`): that takes 2 to 4 ms per MiB, and the journal's write waits.
 pub const STEP_BYTES: u64 = 1 << 20;
 
-/// The same where room is needed soon.
+/// The same when space is needed soon.
 const HURRIED_STEP_BYTES: u64 = 4 << 20;
 
-/// The pause after a step, as a multiple of the time that the step took: others have two thirds of the device's time.
+/// Pause after a step, as a multiple of the duration of the step: other I/O has two thirds of the device's time.
 const PAUSE_FACTOR: u32 = 2;
 
-/// The shortest pause after a step: 800 MB/s at most.
+/// Minimum pause after a step: 800 MB/s at most.
 const MIN_PAUSE: Duration = Duration::from_micros(1250);
 
-/// The longest pause: a stop waits for it.
+/// Maximum pause after a step, because a stop waits for it.
 const MAX_PAUSE: Duration = Duration::from_millis(100);
 
-/// The pause after a hurried step.
+/// Pause after a step when space is needed soon.
 const HURRIED_PAUSE: Duration = Duration::from_millis(5);
 
-/// Room is needed soon where less than this part of a file system is free, as a divisor.
+/// Divisor of a file system's size: space is needed soon if less than that share is free.
 const SHORT_SHARE: u64 = 5;
 
-/// Gives back the room of a file that was removed and that nobody reads, in steps: at once the file system would keep the journal's write
-/// waiting. A file that has another name, which some backups give it, is left as it is.
+/// Frees the disk space of a removed file without readers, in steps. All at once, the file system would delay the
+/// journal's write. A file that has another name, as some backups assign, stays unchanged.
 pub fn give_back(file: &fs::File) -> io::Result<()> {
     while give_back_step(file, false)? {}
     Ok(())
 }
 
-/// One step of [`give_back`], and the pause after it; a larger step where room is needed soon or the caller is in a hurry. False when what is
-/// left may be given back at once.
+/// Runs one step of [`give_back`], and the pause after it. The step is larger if space is needed soon or if `hurry` is
+/// set. Returns false if the rest may be freed at once.
 pub(super) fn give_back_step(file: &fs::File, hurry: bool) -> io::Result<bool> {
     let metadata = file.metadata()?;
     if metadata.nlink() > 0 || metadata.len() <= STEP_BYTES {
@@ -75,7 +79,8 @@ pub(super) fn give_back_step(file: &fs::File, hurry: bool) -> io::Result<bool> {
     Ok(true)
 }
 
-/// The length of a file after a step: whole steps, because the file system would read and write again a block that is cut through.
+/// Returns the length of a file after a step. Steps are complete, because the file system would read and rewrite a
+/// partial block.
 fn len_after_step(len: u64, hurry: bool) -> u64 {
     let step = if hurry { HURRIED_STEP_BYTES } else { STEP_BYTES };
     len.saturating_sub(1) / step * step
@@ -85,26 +90,26 @@ fn pause_after_step(took: Duration, hurry: bool) -> Duration {
     if hurry { HURRIED_PAUSE } else { (took * PAUSE_FACTOR).clamp(MIN_PAUSE, MAX_PAUSE) }
 }
 
-/// The file system of a file has little room left. One that does not say how much has room.
+/// Returns true if the file's file system has little free space; false if it does not report its space.
 fn is_short(file: &fs::File) -> bool {
     rustix::fs::fstatvfs(file).is_ok_and(|stat| {
-        // Blocks that are kept for the superuser are neither used nor free, as `df` sees it.
+        // Blocks that are reserved for the superuser count as neither used nor free, as in `df`.
         let blocks = stat.f_blocks.saturating_sub(stat.f_bfree).saturating_add(stat.f_bavail);
         stat.f_bavail < blocks / SHORT_SHARE
     })
 }
 
-/// Whether the file system has no such call: the sync does all of it.
+/// Returns true if the file system does not support the call. The sync then does all the work.
 fn is_unknown(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EINVAL | libc::EOPNOTSUPP | libc::ESPIPE))
 }
 
-/// No crate of ours wraps this call.
+/// Calls `sync_file_range(2)`, which no crate in use wraps.
 #[allow(unsafe_code)]
 fn sync_file_range(file: &fs::File, range: &Range<u64>, flags: libc::c_uint) -> io::Result<()> {
     let offset = |bytes: u64| libc::off64_t::try_from(bytes).map_err(|_| io::ErrorKind::FileTooLarge);
     let (at, len) = (offset(range.start)?, offset(range.end.saturating_sub(range.start))?);
-    // SAFETY: the descriptor is open for as long as `file` is borrowed, and the call takes nothing else but numbers.
+    // SAFETY: the descriptor is open while `file` is borrowed, and all other arguments are numbers.
     match unsafe { libc::sync_file_range(file.as_raw_fd(), at, len, flags) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -130,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn room_of_a_file_is_given_back_when_its_last_name_is_gone() {
+    fn space_of_a_file_is_freed_after_its_last_name() {
         let folder = tempfile::tempdir().unwrap();
         let (name, link) = (folder.path().join("name"), folder.path().join("link"));
         let file = fs::File::create_new(&name).unwrap();
@@ -145,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn steps_are_whole_and_pauses_follow_the_time_that_a_step_took() {
+    fn steps_are_complete_and_pauses_follow_their_duration() {
         const MIB: u64 = 1 << 20;
         for (len, hurry, after) in [
             (64 * MIB + 7, false, 64 * MIB),
@@ -166,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn write_out_of_a_file_that_cannot_be_opened_is_left_to_the_sync() {
+    fn write_out_of_an_absent_file_is_left_to_the_sync() {
         let folder = tempfile::tempdir().unwrap();
         let disk = RealDisk::default();
         disk.create_dir_all(folder.path()).unwrap();

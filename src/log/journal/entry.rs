@@ -1,15 +1,16 @@
-//! What a journal holds, byte for byte: rounds of entries.
+//! Byte format of the journal: frames of entries.
 //!
 //! ```text
-//! round, at a multiple of 4096 bytes:
+//! frame, at a multiple of 4096 bytes:
 //!   0 magic 8 │ 8 crc u32 of byte 12 to the end of the directory │ 12 directory id 16 │ 28 sequence u64
-//!  36 entries u32 │ 40 bytes of the round u32, padded to 4096 │ 44 the directory: an 80-byte header per entry
-//!     then the payloads one after the other, then zeros
+//!  36 entries u32 │ 40 bytes of the frame u32, padded to 4096 │ 44 the directory: an 80-byte header per entry
+//!     then the payloads in order, then zeros
 //! entry header:
 //!   0 kind u8 │ 1 zero 3 │ 4 partition u32 │ 8 topic id 16 │ 24 generation u64 │ 32 base u64 │ 40 end u64
 //!  48 segment u64 │ 56 position u64 │ 64 payload bytes u32 │ 68 crc u32 of the batches' headers │ 72 epoch i32 │ 76 zero 4
 //! ```
-//! The checksum of an entry covers its batches' headers; the rest of each batch is covered by the batch's own CRC.
+//! The checksum of an entry covers the headers of its batches. The rest of each batch is covered by the batch's own
+//! CRC.
 
 use bytes::{Buf, BufMut, Bytes};
 use uuid::Uuid;
@@ -22,32 +23,33 @@ use crate::{
 
 const MAGIC: &[u8; 8] = b"STRLJRN1";
 const CRC_FROM: usize = 12;
-/// Largest sequence and generation that can be: one is added for each round and each change, so nothing written comes near,
-/// and the next one always exists.
+/// Maximum sequence and generation. Each frame and each change adds one, so written values stay far below it and the
+/// next value always exists.
 pub(in crate::log) const MAX_NUMBER: u64 = i64::MAX.unsigned_abs();
 pub(in crate::log) const ROUND_HEAD: usize = 44;
 pub(in crate::log) const ENTRY_HEAD: usize = 80;
 
-/// What an entry records.
+/// Operation that an entry records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::log) enum Kind {
-    /// A replica was made, empty, at `base`.
+    /// Creation of an empty replica at `base`.
     Create = 1,
-    /// Batches `base..end` lie at `position` of `segment`; the payload is their bytes.
+    /// Batches `base..end` at `position` of `segment`; the payload is their bytes.
     Append = 2,
-    /// All below `end` is synced in the segments.
+    /// Sync of all data below `end` in the segments.
     Synced = 3,
-    /// The log is to be cut at `base`.
+    /// Start of a truncation to `base`.
     Cut = 4,
-    /// The log is to be emptied and begins at `base`.
+    /// Start of a reset to `base`.
     Reset = 5,
-    /// The replica is to be deleted.
+    /// Start of the replica's deletion.
     Delete = 6,
-    /// The cut, reset or deletion before this is done and synced: nothing before it matters for the replica.
+    /// Completion of the preceding truncation, reset or deletion, which is synced. No earlier entry matters for the
+    /// replica.
     Settled = 7,
-    /// The log start moved to `base`.
+    /// Move of the log start to `base`.
     LogStart = 8,
-    /// Segments that end at or below `base` were evicted.
+    /// Eviction of the segments that end at or below `base`.
     LocalStart = 9,
 }
 
@@ -59,7 +61,7 @@ impl Kind {
     }
 }
 
-/// One entry without its payload.
+/// An entry without its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::log) struct EntryHead {
     pub(in crate::log) kind: Kind,
@@ -72,7 +74,7 @@ pub(in crate::log) struct EntryHead {
     pub(in crate::log) epoch: Option<LeaderEpoch>,
 }
 
-/// An entry as it was read: its header, and where its payload lies in the round.
+/// A decoded entry: its header, and the range of its payload in the frame.
 #[derive(Clone, Debug)]
 pub(in crate::log) struct EntryRead {
     pub(in crate::log) head: EntryHead,
@@ -80,7 +82,7 @@ pub(in crate::log) struct EntryRead {
     heads_crc: u32,
 }
 
-/// The directory of a round that was read and checked.
+/// The decoded and verified directory of a frame.
 #[derive(Clone, Debug)]
 pub(in crate::log) struct RoundRead {
     pub(in crate::log) sequence: u64,
@@ -88,12 +90,12 @@ pub(in crate::log) struct RoundRead {
     pub(in crate::log) entries: Vec<EntryRead>,
 }
 
-/// The length of a round with such payloads.
+/// Returns the length of a frame with these numbers of entries and payload bytes.
 pub(in crate::log) fn round_bytes(entries: usize, payload: usize) -> usize {
     (ROUND_HEAD + entries * ENTRY_HEAD + payload).next_multiple_of(BLOCK)
 }
 
-/// Writes a round into `out`, which has exactly its length.
+/// Writes a frame into `out`, which must have exactly the length of the frame.
 pub(in crate::log) fn encode<'a>(
     out: &mut [u8],
     directory: Uuid,
@@ -112,10 +114,10 @@ pub(in crate::log) fn encode<'a>(
     for (head, batches) in entries {
         let (mut bytes, mut crc) = (0, 0);
         for batch in batches {
-            payload.put_slice(batch.head());
+            payload.put_slice(batch.header());
             payload.put_slice(batch.records_bytes());
             bytes += batch.encoded_len();
-            crc = crc32c::crc32c_append(crc, batch.head());
+            crc = crc32c::crc32c_append(crc, batch.header());
         }
         heads.put_u8(head.kind as u8);
         heads.put_bytes(0, 3);
@@ -137,7 +139,7 @@ pub(in crate::log) fn encode<'a>(
     front[8..CRC_FROM].copy_from_slice(&crc.to_be_bytes());
 }
 
-/// The data directory that wrote the round at the front of `bytes`, if the round's own directory is whole there.
+/// Returns the data directory that wrote the frame at the front of `bytes`, if the frame's own directory is intact.
 pub(in crate::log) fn owner(bytes: &[u8]) -> Option<Uuid> {
     let mut head = bytes.strip_prefix(MAGIC)?.get(..ROUND_HEAD - MAGIC.len())?;
     let crc = head.get_u32();
@@ -147,8 +149,8 @@ pub(in crate::log) fn owner(bytes: &[u8]) -> Option<Uuid> {
     (crc32c::crc32c(bytes.get(CRC_FROM..end)?) == crc).then_some(id)
 }
 
-/// The round that begins at the front of `bytes`, if its directory is whole, of this data directory, and says nothing that
-/// is never written.
+/// Decodes the frame at the front of `bytes`. Returns `None` if its directory is not intact, belongs to another data
+/// directory, or contains a value that is never written.
 pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<RoundRead> {
     let mut head = bytes.get(..ROUND_HEAD)?;
     if &head[..8] != MAGIC || &head[CRC_FROM..CRC_FROM + 16] != directory.as_bytes() {
@@ -195,7 +197,7 @@ pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<RoundRead>
 }
 
 impl EntryRead {
-    /// Whether the payload is what was written: whole, contiguous batches with the headers that the entry names.
+    /// Returns true if the payload is intact: complete, contiguous batches with the headers that the entry covers.
     pub(in crate::log) fn whole(&self, round: &Bytes) -> bool {
         if self.head.kind != Kind::Append {
             return self.payload.is_empty();
@@ -205,7 +207,7 @@ impl EntryRead {
         while !rest.is_empty() {
             match Batch::split_from(&mut rest) {
                 Ok(batch) if batch.base_offset() == expected => {
-                    crc = crc32c::crc32c_append(crc, batch.head());
+                    crc = crc32c::crc32c_append(crc, batch.header());
                     expected = batch.end_offset();
                 }
                 _ => return false,

@@ -1,22 +1,22 @@
-//! The journal: one write and one sync for what all partitions handed over meanwhile.
+//! The journal: one write and one sync for the entries of all partitions.
 //!
-//! Whoever wants something durable [`submit`](Journal::submit)s an item. One writer takes all that is queued as one
-//! round ([`Journal::step`]), writes it with one direct write to a preallocated file, and answers every item, in order.
-//! Batching comes from the queue: while one round is being written the next gathers.
+//! A caller that needs durable data [`submit`](Journal::submit)s an item. One writer takes the queued items as one
+//! frame ([`Journal::step`]). It writes the frame with one direct write to a preallocated file, and completes every
+//! item, in order. Batching comes from the queue: while one frame is being written, the items of the next one gather.
 //!
 //! # Invariants
 //!
-//! - Rounds are numbered without gaps, and a round is written only after the one before it was synced.
-//! - The round that a checkpoint of a running directory names as the first is in the journal: [`Journal::begin`] writes
-//!   one before the first of these checkpoints. So a journal that was lost, or is another directory's, is noticed.
-//! - A file is used again only after everything in it is synced in its segment and a checkpoint says that replay begins
-//!   later (`sync`).
-//! - A failed write is final: every item from then on is answered with the reason, and appends are refused.
+//! - Frames are numbered without gaps, and a frame is written only after the previous one was synced.
+//! - The first frame that the checkpoint of a running directory names is in the journal: [`Journal::begin`] writes one
+//!   before the first of these checkpoints. So a lost journal, and one of another directory, is detected.
+//! - A file is reused only after all its entries are synced in their segments and a checkpoint starts replay after it
+//!   (`sync`).
+//! - A failed write is final: every later item fails with the same reason, and appends are refused.
 //!
 //! # Crash
 //!
-//! The last round may be torn: none of its items was answered, and replay drops it whole. A round that does not check
-//! while a later one does is damage, not a torn end: replay says whose data it held.
+//! The last frame may be torn. None of its items was completed, and replay drops the frame. An invalid frame before a
+//! valid one is corruption, not a torn end: replay reports the replicas whose data it held.
 
 pub(super) mod buffer;
 pub(super) mod entry;
@@ -48,14 +48,14 @@ use super::{
 };
 use crate::{model::Offset, record::Batch, task::clock, telemetry::Metrics};
 
-/// Bytes of a round that others do not join any more. The device takes more at once hardly faster, and whoever waits for a part of
-/// it would wait for the whole: a producer that has all its batches in one round sends nothing meanwhile.
+/// Target size of a frame in bytes. Larger frames add latency but hardly any throughput. Every item waits for its
+/// entire frame: a producer with all its batches in one frame sends nothing meanwhile.
 const ENOUGH: usize = 512 << 10;
 
-/// Called once with the end of what is durable.
+/// Callback that receives the persisted end or an error, once.
 pub type Done = Box<dyn FnOnce(Result<Offset, PersistError>) + Send>;
 
-/// One entry to be written.
+/// One entry to write.
 pub(super) struct Item {
     pub(super) head: EntryHead,
     pub(super) batches: Vec<Batch>,
@@ -72,15 +72,16 @@ pub(super) struct Journal {
     queued: Condvar,
     writer: Mutex<Writer>,
     pub(super) ring: Mutex<Ring>,
-    /// Signalled when a file of the ring was given up or made, or the journal ends.
+    /// Signalled when a ring file is released or created, or when the journal ends.
     pub(super) released: Condvar,
-    /// Signalled when a file of the ring was entered or is waited for, or the journal ends.
+    /// Signalled when a ring file is entered, when the writer starts or stops waiting for one, and when the journal
+    /// ends.
     entered: Condvar,
-    /// Bytes of the file in use that are written.
+    /// Bytes that are written to the active file.
     position: AtomicU64,
-    /// Whether the writer waits for a file that is being made.
+    /// True if the writer waits for a file that is being created.
     awaited: AtomicBool,
-    /// Since when it is to be closed soon: room is not waited for without an end any more.
+    /// Time of the announcement of a close. From then on, waits for space are bounded.
     closing: OnceLock<Instant>,
     next_round: AtomicU64,
     failed: OnceLock<String>,
@@ -96,17 +97,17 @@ struct Queue {
 struct Writer {
     current: Option<Current>,
     buffer: AlignedBuffer,
-    /// Since when the next round finds no room.
+    /// Time since which the next frame has no space.
     stuck: Option<Instant>,
 }
 
-/// What a round needs before it can be written.
+/// Space for the next frame.
 pub(super) enum Room {
-    /// A free file: segments must be synced first.
+    /// No free file: segments must be synced first.
     NeedsFile,
-    /// Nothing: the next file was entered.
+    /// Space in the next file, which was entered.
     Entered,
-    /// Nothing.
+    /// Space in the active file.
     Ready,
 }
 
@@ -135,17 +136,17 @@ impl Journal {
         }
     }
 
-    /// Why the journal takes nothing any more.
+    /// Returns the reason of the journal's failure, if any.
     pub(super) fn failed(&self) -> Option<&str> {
         self.failed.get().map(String::as_str)
     }
 
-    /// Sequence of the round to come.
+    /// Returns the sequence of the next frame.
     pub(super) fn next_round(&self) -> u64 {
         self.next_round.load(Ordering::Acquire)
     }
 
-    /// Queues an item. Its `done` is called by the writer, or at once when the journal has failed or is closed.
+    /// Queues an item. The writer calls its `done`. If the journal has failed or is closed, `done` is called at once.
     pub(super) fn submit(&self, item: Item) {
         let mut queue = lock(&self.queue);
         if !queue.closed && self.failed.get().is_none() {
@@ -169,7 +170,7 @@ impl Journal {
         }
     }
 
-    /// Waits until something is queued. False when the journal was closed and nothing is.
+    /// Waits until an item is queued. Returns false if the journal is closed and the queue is empty.
     pub(super) fn wait(&self) -> bool {
         let queue = lock(&self.queue);
         let queue = self
@@ -179,34 +180,35 @@ impl Journal {
         !queue.items.is_empty()
     }
 
-    /// Ends the journal: what is queued is still written, nothing more is taken.
+    /// Closes the journal: queued items are still written, and new ones are refused.
     pub(super) fn close(&self) {
         self.expect_close();
         lock(&self.queue).closed = true;
         self.queued.notify_all();
-        // Whoever looks at the ring before it waits has seen the end, or waits by now.
+        // A thread that checks the ring before it waits has seen the close, or is waiting by now.
         drop(lock(&self.ring));
         self.released.notify_all();
         self.entered.notify_all();
     }
 
-    /// Answers what is still queued, which nobody writes any more: the replicas that it holds hold the journal.
+    /// Fails all items that are still queued, because no writer is left. The items hold replicas, which hold the
+    /// journal.
     pub(super) fn abandon(&self) {
         let items = std::mem::take(&mut lock(&self.queue).items);
         items.into_iter().for_each(|item| item.answer(Err(self.refusal())));
     }
 
-    /// Says that it is to be closed soon.
+    /// Announces that the journal will be closed soon.
     pub(super) fn expect_close(&self) {
         self.closing.get_or_init(clock::monotonic);
     }
 
-    /// For how long the next round has found no room.
+    /// Returns the time for which the next frame has had no space.
     pub(super) fn waits_for_room(&self) -> Duration {
         lock(&self.writer).stuck.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    /// For how long of that it has been known that it is to be closed.
+    /// Returns the part of [`Self::waits_for_room`] that follows the announcement of a close.
     pub(super) fn waits_closing(&self) -> Duration {
         self.closing.get().map_or(Duration::ZERO, Instant::elapsed).min(self.waits_for_room())
     }
@@ -215,12 +217,12 @@ impl Journal {
         lock(&self.queue).closed
     }
 
-    /// Whether something is queued.
+    /// Returns true if an item is queued.
     pub(super) fn pending(&self) -> bool {
         !lock(&self.queue).items.is_empty()
     }
 
-    /// Makes sure that the next round has room in a file. Called by the writer only.
+    /// Makes space for the next frame in a file. Called by the writer only.
     pub(super) fn make_room(&self, prepare: &mut dyn FnMut() -> io::Result<bool>) -> io::Result<Room> {
         let needed = self.next_bytes() as u64;
         let mut writer = lock(&self.writer);
@@ -240,7 +242,7 @@ impl Journal {
         if prepare()? { self.make_room(&mut || Ok(false)) } else { Ok(Room::NeedsFile) }
     }
 
-    /// Whether a round of one entry and then any other have room in the file in use, or in one that is free.
+    /// Returns true if a frame of one entry and the next frame fit into the active file, or if a file is free.
     pub(super) fn has_room_for_two(&self) -> bool {
         let position = lock(&self.writer).current.as_ref().map(|current| current.position);
         let needed = (entry::round_bytes(1, 0) + self.next_bytes()) as u64;
@@ -248,14 +250,14 @@ impl Journal {
         ring.has_free() || position.is_some_and(|position| position + needed <= ring.file_bytes)
     }
 
-    /// Waits until a file may have been given up.
+    /// Waits until a file may be free, at most `at_most`.
     pub(super) fn wait_for_file(&self, at_most: Duration) {
         let none = |ring: &mut Ring| !ring.has_free() && !self.is_closed();
         let waited = self.released.wait_timeout_while(lock(&self.ring), at_most, none);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Waits until the ring wants another file. False when the journal ends, or has failed.
+    /// Waits until the ring needs another file. Returns false if the journal is closed or has failed.
     pub(super) fn wait_until_file_wanted(&self) -> bool {
         let ring = lock(&self.ring);
         let idle = |ring: &mut Ring| !ring.wants_file() && !self.has_ended();
@@ -267,20 +269,20 @@ impl Journal {
         self.is_closed() || self.failed().is_some()
     }
 
-    /// Whether a file that is being made is not needed any more.
+    /// Returns true if a file that is being created is not needed any longer.
     pub(super) fn wants_no_file(&self) -> bool {
         self.has_ended() && !self.awaited.load(Ordering::Acquire)
     }
 
-    /// Says whether the writer waits for the file that is being made.
+    /// Sets whether the writer waits for the file that is being created.
     pub(super) fn await_file(&self, awaited: bool) {
         self.awaited.store(awaited, Ordering::Release);
         drop(lock(&self.ring));
         self.entered.notify_all();
     }
 
-    /// For whoever makes the next file: lets the appends go first, unless the writer waits for it, or it would come too late because
-    /// the one in use fills faster. `done` bytes of it are made.
+    /// Lets appends go first while the next file is created; `done` is the number of bytes created so far. Returns at
+    /// once if the writer waits for the file, or if the active file fills faster than the next one is created.
     pub(super) fn give_way(&self, done: u64, at_most: Duration) {
         let hurried = |_: &mut Ring| self.has_ended() || self.awaited.load(Ordering::Acquire);
         if done < 2 * self.position.load(Ordering::Relaxed) {
@@ -291,7 +293,7 @@ impl Journal {
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// How many items the next round takes, and their payload in bytes.
+    /// Returns the number of items in the next frame, and their payload in bytes.
     fn next_round_items(&self, queue: &Queue) -> (usize, usize) {
         let (mut items, mut bytes) = (0, 0);
         for item in &queue.items {
@@ -308,12 +310,12 @@ impl Journal {
     fn next_bytes(&self) -> usize {
         let queue = lock(&self.queue);
         let (items, payload) = self.next_round_items(&queue);
-        // What is queued meanwhile makes the round longer, at most to its bound.
+        // Items that are queued meanwhile lengthen the frame, at most to its limit.
         entry::round_bytes(items, payload).max(entry::round_bytes(1, self.round_bytes))
     }
 
-    /// Writes a round of nothing. A checkpoint that says where replay begins names a round that is there for certain, so that a
-    /// journal without it is known to be another one. There is room for it: [`Self::make_room`] was just called.
+    /// Writes an empty frame. The checkpoint that starts replay at this frame then names an existing one, so a journal
+    /// without it is recognised as another journal. [`Self::make_room`] must just have made the space.
     pub(super) fn begin(&self) -> io::Result<()> {
         let mut writer = lock(&self.writer);
         let Writer { current, buffer, .. } = &mut *writer;
@@ -328,7 +330,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Writes one round of what is queued and answers it. There is room for it: [`Self::make_room`] was just called.
+    /// Writes one frame of queued items and completes them. [`Self::make_room`] must just have made the space.
     pub(super) fn step(&self) {
         let mut writer = lock(&self.writer);
         let items: Vec<Item> = {
@@ -376,7 +378,7 @@ impl Journal {
         }
     }
 
-    /// Stops the journal for good and answers everything that is queued with the reason.
+    /// Fails the journal permanently, and fails all queued items with the reason.
     pub(super) fn fail(&self, error: &io::Error) {
         let reason = format!("the journal could not be written: {error}");
         if self.failed.set(reason).is_ok() {
@@ -386,7 +388,7 @@ impl Journal {
         for item in items {
             item.answer(Err(self.refusal()));
         }
-        // Nobody waits for a file any more.
+        // Threads that wait for a file end their wait.
         drop(lock(&self.ring));
         self.entered.notify_all();
     }

@@ -1,4 +1,4 @@
-//! Reading the journal after a crash: which rounds count, and what each replica needs of them.
+//! Reading the journal after a crash: the valid frames, and the entries that each replica needs.
 
 use std::{
     collections::BTreeMap,
@@ -20,46 +20,46 @@ use crate::{
     model::{Offset, PartitionId},
 };
 
-/// Bytes of a file that are read to see whose it is: the entry headers of all but the longest rounds.
+/// Bytes at the front of a file that are read to identify its owner: the entry headers of all but the longest frames.
 const OWNER: usize = 64 << 10;
 
-/// What the journal says.
+/// Result of reading the journal.
 #[derive(Default)]
 pub(in crate::log) struct Journaled {
-    /// Sequence of the first round that may be written now.
+    /// Sequence of the next frame that may be written.
     pub(in crate::log) next_round: u64,
-    /// Largest generation seen.
+    /// Largest generation in the journal.
     pub(in crate::log) generation: u64,
     pub(in crate::log) replicas: BTreeMap<PartitionId, Story>,
-    /// A round that was durable cannot be read, and so it is not known whose data it held.
+    /// Error for a durable frame that cannot be read. The replicas whose data it held are unknown.
     pub(in crate::log) unknown_loss: Option<String>,
-    /// Why the journal is not the one that the directory was running with, when it is not.
+    /// Reason why the journal is not the one that the directory ran with, if so.
     pub(in crate::log) missing: Option<String>,
     rounds: BTreeMap<u64, (PathBuf, u64, Vec<EntryRead>)>,
 }
 
-/// What happened to one replica, by the journal.
+/// State of one replica according to the journal.
 #[derive(Clone, Debug, Default)]
 pub(in crate::log) struct Story {
-    /// Made here, at this offset.
+    /// Creation of the replica, with its start offset.
     pub(in crate::log) created: Option<EntryHead>,
-    /// Deleted, in this generation.
+    /// Generation of the replica's deletion.
     pub(in crate::log) deleted: Option<u64>,
-    /// A change that was begun and not settled: to be done again.
+    /// Change that was started and not completed; replay repeats it.
     pub(in crate::log) unsettled: Option<EntryHead>,
-    /// Cuts and resets, settled or not, in order.
+    /// Truncations and resets, completed or not, in order.
     pub(in crate::log) cuts: Vec<EntryHead>,
-    /// The end of what was durable, as far as entries after the last cut say.
+    /// Persisted end according to the entries after the last truncation.
     pub(in crate::log) persisted: Option<Offset>,
     pub(in crate::log) log_start: Option<EntryHead>,
     pub(in crate::log) local_start: Option<EntryHead>,
-    /// An entry of it that was durable is damaged.
+    /// Error for a corrupt entry of the replica that was durable.
     pub(in crate::log) lost: Option<String>,
-    /// Appends in rounds below this one do not matter any more.
+    /// Sequence of the frame below which appends no longer matter.
     barrier: u64,
 }
 
-/// Another directory whose journal lies in `dir`, if one does.
+/// Returns the id of another data directory whose journal is in `dir`, if any.
 pub(in crate::log) fn other_owner(disk: &dyn Disk, dir: &Path, directory: Uuid) -> io::Result<Option<Uuid>> {
     for path in files(disk, dir)?.unwrap_or_default() {
         let owner = entry::owner(&front(disk, &path, OWNER)?);
@@ -70,7 +70,7 @@ pub(in crate::log) fn other_owner(disk: &dyn Disk, dir: &Path, directory: Uuid) 
     Ok(None)
 }
 
-/// Whether anything was ever written to a journal in `dir`: its files are zeros before.
+/// Returns true if a journal in `dir` was ever written. Until then its files are zeros.
 pub(in crate::log) fn was_written(disk: &dyn Disk, dir: &Path) -> io::Result<bool> {
     for path in files(disk, dir)?.unwrap_or_default() {
         if front(disk, &path, BLOCK)?.iter().any(|byte| *byte != 0) {
@@ -87,7 +87,7 @@ fn front(disk: &dyn Disk, path: &Path, bytes: usize) -> io::Result<Vec<u8>> {
     Ok(front)
 }
 
-/// The journal's files in `dir`; `None` where there is no such folder.
+/// Returns the journal's files in `dir`; `None` if that directory does not exist.
 fn files(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Vec<PathBuf>>> {
     match disk.list(dir) {
         Ok(entries) => {
@@ -99,7 +99,7 @@ fn files(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Vec<PathBuf>>> {
     }
 }
 
-/// Reads the journal in `dir`, from round `first_round` on.
+/// Reads the journal in `dir` from the frame `first_round` on.
 pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_round: u64) -> io::Result<Journaled> {
     let mut journaled = Journaled::nothing(first_round);
     let mut torn: Vec<u64> = Vec::new();
@@ -139,10 +139,10 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_r
             }
         });
     }
-    // The first round was durable when the checkpoint named it: damage to it is no torn end.
+    // The first frame was durable when the checkpoint named it, so its corruption is no torn end.
     let is_torn = |last: &u64| torn.contains(last) || mutant!(DropLastFrame);
     if let Some(last) = last.filter(|last| is_torn(last) && *last > first_round) {
-        // Nobody was answered about a round that was being written.
+        // No caller received a result for a frame that was being written.
         tracing::warn!(round = last, "the journal's last round is torn and is left out");
         journaled.rounds.remove(&last);
     }
@@ -151,12 +151,12 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_r
 }
 
 impl Journaled {
-    /// A journal of which nothing is needed; rounds go on with `next_round`.
+    /// Returns the result for a journal of which nothing is needed. The next frame is `next_round`.
     pub(in crate::log) fn nothing(next_round: u64) -> Self {
         Self { next_round, ..Self::default() }
     }
 
-    /// Follows every replica's entries.
+    /// Applies the entries of every replica to its state.
     fn tell(&mut self, torn: &[u64]) {
         for (sequence, (path, _, entries)) in &self.rounds {
             let content = torn.contains(sequence).then(|| path.display());
@@ -165,15 +165,15 @@ impl Journaled {
                 let story = self.replicas.entry(head.id).or_default();
                 story.follow(head, *sequence);
                 if let (Some(path), Kind::Append) = (&content, head.kind) {
-                    // Which of the round's entries it is, is found when it is restored.
+                    // `restore` identifies the corrupt entry of the frame.
                     tracing::warn!(%path, round = sequence, "a round of the journal is damaged");
                 }
             }
         }
     }
 
-    /// Writes what was journaled into the segments again: the same bytes at the same places, in order. Returns the
-    /// files, to be synced. `wanted` says which replicas there are.
+    /// Writes the journaled batches into the segments again, in order: the same bytes at the same positions. Then it
+    /// syncs the files, and returns the number of bytes written. `wanted` selects the replicas.
     pub(in crate::log) fn restore(
         &mut self,
         disk: &dyn Disk,
@@ -217,7 +217,7 @@ impl Journaled {
                     target.write_at(&[IoSlice::new(payload)], entry.head.position)?;
                     restored += payload.len() as u64;
                 }
-                // Even bytes that are there may not be synced.
+                // Even bytes that are present may be unsynced.
                 let (from, to) = (entry.head.position, entry.head.position + payload.len() as u64);
                 let range = touched.entry(segment).or_insert(from..to);
                 *range = range.start.min(from)..range.end.max(to);
@@ -228,7 +228,7 @@ impl Journaled {
             self.replicas.entry(id).or_default().lost = Some(why);
         }
         for (path, range) in &touched {
-            // Another broker may acknowledge from this disk.
+            // Another broker's acknowledgements may wait for this disk, so the bytes are written out in pieces.
             disk.write_out(path, range.clone(), PIECE_BYTES)?;
             disk.open(path, Mode::Write)?.sync()?;
         }
@@ -242,8 +242,8 @@ impl Journaled {
 }
 
 impl Story {
-    /// Whether the segment of these batches was not removed since: making it again might need room that there is not, and what a reset
-    /// threw away would lie where the log begins that came after.
+    /// Returns true if the segment of these batches was not removed since. A removed segment would need disk space that
+    /// may not exist. Batches from before a reset would also lie at the start of the log that followed the reset.
     fn has(&self, batches: &EntryHead) -> bool {
         let reset = self.unsettled.filter(|change| change.kind == Kind::Reset);
         reset.is_none_or(|reset| batches.generation >= reset.generation)
@@ -256,7 +256,7 @@ impl Story {
                 *self = Self { created: Some(*head), deleted: self.deleted, barrier: sequence, ..Self::default() };
                 self.persisted = Some(head.base);
             }
-            // Handed over before a cut, written after it: it speaks of what was cut.
+            // The entry was submitted before a truncation and written after it, so it describes truncated data.
             Kind::Append | Kind::Synced if self.cuts.last().is_some_and(|cut| cut.generation > head.generation) => {}
             Kind::Append | Kind::Synced => self.persisted = self.persisted.max(Some(head.end)),
             Kind::Cut | Kind::Reset => {
@@ -265,7 +265,7 @@ impl Story {
                     (self.log_start, self.local_start) = (None, None);
                 }
                 self.unsettled = Some(*head);
-                // What is left may not have been durable either, until the cut is settled.
+                // The remaining data may not have been durable either, until the truncation is completed.
                 self.persisted = self.persisted.map(|end| end.min(head.base));
             }
             Kind::Delete => {
@@ -281,7 +281,7 @@ impl Story {
                 self.barrier = sequence;
                 self.persisted = Some(head.base);
             }
-            // They only grow, but for a reset.
+            // Both offsets only grow, except in a reset.
             Kind::LogStart => self.log_start = Some(*head),
             Kind::LocalStart => self.local_start = Some(*head),
         }

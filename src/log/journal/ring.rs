@@ -1,4 +1,5 @@
-//! The journal's files: a ring of preallocated ones, grown as it is needed, each used again when nothing in it is.
+//! The journal's files: a ring of preallocated files that grows on demand. A file is reused when nothing in it is
+//! needed.
 
 use std::{
     collections::VecDeque,
@@ -10,34 +11,35 @@ use std::{
 use super::buffer::AlignedBuffer;
 use crate::log::disk::{Disk, File, Mode};
 
-/// Bytes of zeros written at once to a new file: an append that comes meanwhile waits for no more, where the file system knows direct I/O.
+/// Bytes of zeros per write to a new file. A concurrent append waits for one such write at most, if the file system
+/// supports direct I/O.
 const ZEROS: usize = 256 << 10;
 
-/// Files that a ring needs to go round.
+/// Minimum number of files with which a ring can reuse one.
 const LEAST: usize = 2;
 
-/// Files that a ring is cut into, and the largest that one of them may be: a file is made whole before it is used, which must
-/// not take long.
+/// Number of files of a ring. The limits of a file's size follow, in bytes: a file is created completely before its
+/// first use, which must not take long.
 const FILES: u64 = 16;
 const MOST_FILE_BYTES: u64 = 64 << 20;
 const LEAST_FILE_BYTES: u64 = 64 << 10;
 
-/// Bytes of a file, and most files, of a ring of `bytes`.
+/// Returns the bytes of a file, and the maximum number of files, for a ring of `bytes`.
 pub(in crate::log) fn shape(bytes: u64) -> (u64, usize) {
     let file_bytes = (bytes / FILES).next_multiple_of(4096).clamp(LEAST_FILE_BYTES, MOST_FILE_BYTES);
     let files = bytes.div_ceil(file_bytes).max(FILES);
     (file_bytes, usize::try_from(files).unwrap_or(usize::MAX))
 }
 
-/// Which files there are and what they hold.
+/// The files of the journal and the use of each.
 pub(in crate::log) struct Ring {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
     pub(in crate::log) file_bytes: u64,
     most: usize,
-    /// Files that may be written from their start.
+    /// Slots of the files that may be written from their start.
     free: Vec<usize>,
-    /// Files in use, oldest first; the last is being written.
+    /// Files in use, oldest first; the last one is active.
     used: VecDeque<Used>,
     made: usize,
     uses: u64,
@@ -45,13 +47,13 @@ pub(in crate::log) struct Ring {
 
 struct Used {
     slot: usize,
-    /// Number of this use: grows with each file that is entered.
+    /// Number of this use, which grows with each file that is entered.
     serial: u64,
-    /// Sequence of the first round in it.
+    /// Sequence of the first frame in the file.
     first_round: u64,
 }
 
-/// The file that is being written.
+/// The active file.
 pub(in crate::log) struct Current {
     pub(in crate::log) file: Arc<dyn File>,
     pub(in crate::log) serial: u64,
@@ -59,10 +61,10 @@ pub(in crate::log) struct Current {
 }
 
 impl Ring {
-    /// The ring in `dir`. Files there of the right length are free; others are removed.
+    /// Opens the ring in `dir`. Journal files of the right length become free, all other journal files are removed.
     pub(in crate::log) fn open(disk: Arc<dyn Disk>, dir: &Path, file_bytes: u64, most: usize) -> io::Result<Self> {
         disk.create_dir_all(dir)?;
-        // Without its name durable, so would nothing in it be.
+        // Nothing in a directory is durable unless the directory's own name is.
         disk.sync_dir(dir.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
         disk.sync_dir(dir)?;
         let mut ring = Self {
@@ -92,7 +94,7 @@ impl Ring {
         self.dir.join(format!("{slot:05}.journal"))
     }
 
-    /// A slot that no file has, if the ring may still grow.
+    /// Returns the path and number of an unused slot, if the ring may still grow.
     pub(in crate::log) fn vacancy(&self) -> Option<(PathBuf, usize)> {
         if self.made >= self.most {
             return None;
@@ -101,13 +103,13 @@ impl Ring {
         (0..self.most).find(|slot| !taken(slot)).map(|slot| (self.path(slot), slot))
     }
 
-    /// Takes a file that [`prepare`] made.
+    /// Adds a file that [`prepare`] created.
     pub(in crate::log) fn add(&mut self, slot: usize) {
         self.made += 1;
         self.free.push(slot);
     }
 
-    /// Goes on to the next file, if one is free. `round` is the sequence of the round that comes first in it.
+    /// Enters the next file, if one is free. `round` is the sequence of the first frame in it.
     pub(in crate::log) fn advance(&mut self, round: u64) -> io::Result<Option<Current>> {
         let Some(slot) = self.free.pop() else { return Ok(None) };
         let file = match self.disk.open(&self.path(slot), Mode::Direct) {
@@ -122,8 +124,8 @@ impl Ring {
         Ok(Some(Current { file, serial: self.uses, position: 0 }))
     }
 
-    /// Where replay would have to begin if the files before use `keep` were given up: the sequence of a round that was
-    /// written. The file that was entered last may hold none yet.
+    /// Returns the sequence at which replay would start if the files before use `keep` were released. A frame with that
+    /// sequence was written: the file entered last may not hold one yet.
     pub(in crate::log) fn start_after(&self, keep: u64, next_round: u64) -> u64 {
         let written = self.used.iter().take_while(|used| used.first_round < next_round);
         let last = written.clone().last();
@@ -131,7 +133,7 @@ impl Ring {
         kept.map_or(next_round, |used| used.first_round)
     }
 
-    /// Gives up the files that hold only rounds below `first_round`. The one being written stays.
+    /// Releases the files that hold only frames below `first_round`. The active file stays.
     pub(in crate::log) fn release(&mut self, first_round: u64) {
         while self.used.len() > 1 && self.used[1].first_round <= first_round {
             let used = self.used.pop_front().expect("more than one");
@@ -140,33 +142,33 @@ impl Ring {
         }
     }
 
-    /// Whether the free files run short, so that segments should be synced now.
+    /// Returns true if few files are free, so that segments should be synced now.
     pub(in crate::log) fn short(&self) -> bool {
         self.free.len() + (self.most - self.made) < self.most.div_ceil(2)
     }
 
-    /// Whether the next file should be made now, before it is needed.
+    /// Returns true if the next file should be created now, before it is needed.
     pub(in crate::log) fn wants_file(&self) -> bool {
         self.free.is_empty() && self.made < self.most
     }
 
-    /// The number of the oldest use, while there is no free file beside it.
+    /// Returns the number of the oldest use, if no file is free.
     pub(in crate::log) fn oldest(&self) -> Option<u64> {
         self.used.front().map(|used| used.serial).filter(|_| self.free.is_empty())
     }
 
-    /// Whether a file may be entered.
+    /// Returns true if a file is free.
     pub(in crate::log) fn has_free(&self) -> bool {
         !self.free.is_empty()
     }
 
-    /// Bytes of the files that the ring cannot do without and that are not made yet: with one file alone nothing can be
-    /// given up.
+    /// Returns the bytes of the files that the ring requires and that do not exist yet. A ring of one file could never
+    /// release it.
     pub(in crate::log) fn owed(&self) -> u64 {
         (LEAST.saturating_sub(self.made)) as u64 * self.file_bytes
     }
 
-    /// Bytes of the files.
+    /// Returns the bytes of all files.
     pub(in crate::log) fn bytes(&self) -> u64 {
         self.made as u64 * self.file_bytes
     }
@@ -176,8 +178,8 @@ fn slot_of(name: &str) -> Option<usize> {
     name.strip_suffix(".journal")?.parse().ok()
 }
 
-/// Makes a file of zeros, durable with its name: writes to it later allocate nothing. `rest` is called after each piece with the bytes
-/// that are written; its error ends the work. What was begun is removed after an error.
+/// Creates a file of zeros, durable with its name, so that later writes allocate nothing. `rest` is called after each
+/// piece with the number of bytes written; its error ends the work. After an error the partial file is removed.
 pub(in crate::log) fn prepare(
     disk: &dyn Disk,
     path: &Path,
@@ -208,7 +210,7 @@ mod tests {
     use crate::log::disk::SimDisk;
 
     #[test]
-    fn a_file_is_made_in_pieces_with_a_rest_after_each_and_removed_when_it_is_given_up() {
+    fn file_is_created_in_pieces_and_removed_on_error() {
         let disk = SimDisk::new();
         let (dir, file) = (Path::new("/journal"), Path::new("/journal/00000.journal"));
         disk.create_dir_all(dir).unwrap();

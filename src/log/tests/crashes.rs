@@ -1,4 +1,4 @@
-//! Random histories on a disk that forgets, against a model that does not. One seed, one history.
+//! Random histories on a disk that loses unsynced data, compared with a reference model. One seed gives one history.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -6,30 +6,30 @@ use std::{
 };
 
 use super::*;
-use crate::{log::disk::Dice, record::ProducerStamp};
+use crate::{log::disk::Dice, record::ProducerSequence};
 
-/// `producer.id.expiration.ms` of every replica here.
+/// `producer.id.expiration.ms` of every replica in these tests.
 const EXPIRATION: Duration = Duration::from_millis(40);
 
-/// What one replica must hold.
+/// Expected content of one replica.
 #[derive(Default)]
 struct Model {
-    /// Everything appended and not cut, evicted or not.
+    /// Batches that were appended and not truncated, evicted or not.
     batches: Vec<Batch>,
     start: u64,
-    /// Answered as persisted.
+    /// End of the batches that were acknowledged as persisted.
     acked: u64,
     local_start: u64,
     log_start: u64,
     answers: Answers,
-    /// A cut to here was begun and did not return.
+    /// Target of a truncation that started and did not return.
     cut_begun: Option<u64>,
-    /// What a cut took that did not return: a loss of power may bring it back until something else is written.
+    /// Batches of a truncation that did not return. A power failure may restore them until the next write.
     undone: Vec<Batch>,
-    /// A deletion or a reset was begun and did not return.
+    /// True if a deletion started and did not return.
     gone_maybe: bool,
     reset_begun: Option<u64>,
-    /// It was acknowledged that it exists: something of it was persisted, or it was there after a crash.
+    /// True if the existence of the replica was acknowledged: some of its data was persisted, or survived a crash.
     sure: bool,
 }
 
@@ -50,7 +50,7 @@ impl Model {
         }
     }
 
-    /// Compares a replica that was opened again, and takes over what it has.
+    /// Compares a replica that was opened again, and adopts its content.
     fn check(&mut self, replica: &Replica, lossless: bool, seed: u64) {
         let (start, end) = (replica.local_start().get(), replica.log_end().get());
         if std::env::var("STRANDLINE_SEED").is_ok() {
@@ -93,7 +93,7 @@ impl Model {
         }
     }
 
-    /// The table of everything appended, by the definition: no snapshot, no restart.
+    /// Returns the table of all appended batches by definition, without a snapshot or a restart.
     fn producers(&self) -> ProducerTable {
         let mut producers = ProducerTable::new();
         for batch in &self.batches {
@@ -115,9 +115,9 @@ struct World {
     models: BTreeMap<u32, Model>,
     epoch: u32,
     clock: i64,
-    /// The last life ended without a loss of power.
+    /// True if the last incarnation ended without a power failure.
     lossless: bool,
-    /// Deletions that failed in this life.
+    /// Replicas whose deletion failed in this incarnation.
     undecided: BTreeSet<u32>,
 }
 
@@ -128,10 +128,10 @@ impl World {
         Self { disk, dice: Dice(seed), seed, models, epoch: 0, clock: 0, lossless: true, undecided }
     }
 
-    /// One life of the process, until it crashes.
+    /// Runs one incarnation of the process, until it crashes.
     fn live(&mut self) {
         if self.dice.roll(3) == 0 {
-            // It dies while it starts.
+            // The process ends during its start.
             self.disk.fail_writes_after(Some(self.dice.roll(40)));
             if let Ok(log) = Log::open(Arc::new(self.disk.clone()), Path::new("/data"), &identity(), small()) {
                 log.partitions().iter().for_each(|id| drop(log.open_replica(*id, at(0))));
@@ -183,7 +183,7 @@ impl World {
             model.gone_maybe = false;
             replica.set_producer_expiration(Some(EXPIRATION));
             model.check(&replica, self.lossless, self.seed);
-            // Where the configuration comes late, the rule is applied to what was kept meanwhile.
+            // The configuration arrives late. The rule is then applied to the producers that were kept meanwhile.
             if self.dice.roll(4) == 0 {
                 replica.set_producer_expiration(None);
             }
@@ -238,7 +238,7 @@ impl World {
             86..90 => {
                 let low = model.start.max(model.local_start);
                 let to = low + self.dice.roll(model.end() - low + 1);
-                // The batch that holds `to` goes as well.
+                // The batch that contains `to` is truncated as well.
                 let ends = model.batches.iter().map(|batch| batch.end_offset().get());
                 let left = ends.filter(|end| *end <= to).max().unwrap_or(model.start);
                 model.cut_begun = Some(left);
@@ -249,7 +249,7 @@ impl World {
                     model.hear();
                     model.truncate(end.get());
                 } else {
-                    // It takes no writes any more; what it has is as it was, or cut.
+                    // The replica accepts no writes any longer. Its content is unchanged or truncated.
                     assert!(replica.failed().is_some(), "seed {}", self.seed);
                 }
             }
@@ -278,7 +278,7 @@ impl World {
                 if log.delete_replica(partition(number)).is_ok() {
                     self.models.remove(&number);
                 } else {
-                    // Until the next start nobody knows.
+                    // The outcome is unknown until the next start.
                     self.undecided.insert(number);
                 }
             }
@@ -302,13 +302,13 @@ fn some_batches(dice: &mut Dice, model: &Model, epoch: u32, clock: &mut i64) -> 
         let bytes = if dice.roll(40) == 0 { 30_000 } else { 61 + usize::try_from(dice.roll(3000)).unwrap() };
         let producer = i64::try_from(dice.roll(4)).unwrap();
         *clock += if dice.roll(12) == 0 { i64::try_from(dice.roll(90)).unwrap() } else { 1 };
-        // Some batches are older than what lies before them.
+        // Some batches are older than the batches before them.
         let timestamp = *clock - i64::try_from(dice.roll(3) * dice.roll(30)).unwrap();
         let stamp = if producer == 0 {
             (-1, -1, -1)
         } else {
-            // The leader takes the next number of a producer that it knows, and 0 of one that it forgot.
-            let none = ProducerStamp { id: producer, epoch: 1, base_sequence: -1 };
+            // The leader expects the next number of a known producer, and 0 of a removed one.
+            let none = ProducerSequence { id: producer, epoch: 1, base_sequence: -1 };
             match table.check(none, count, None) {
                 Verdict::OutOfOrder { expected } => (producer, 1, expected),
                 _ => (producer, 1, 0),
@@ -331,9 +331,9 @@ fn run(seed: u64) {
     world.reopen(&log);
 }
 
-/// `STRANDLINE_SEEDS=N` runs more, `STRANDLINE_SEED=N` one.
+/// `STRANDLINE_SEEDS=N` runs that many seeds, `STRANDLINE_SEED=N` runs one seed.
 #[test]
-fn what_was_acknowledged_survives_any_crash_and_what_was_cut_does_not_come_back() {
+fn acknowledged_data_survives_and_truncated_data_does_not() {
     let number = |name| std::env::var(name).ok().and_then(|value| value.parse().ok());
     if let Some(seed) = number("STRANDLINE_SEED") {
         return run(seed);
@@ -344,10 +344,10 @@ fn what_was_acknowledged_survives_any_crash_and_what_was_cut_does_not_come_back(
     }
 }
 
-/// The journal knew of a replica that was made just before the power went; its folder was gone with the power, and it took no writes from then
-/// on, however often the broker was restarted.
+/// Regression: the journal recorded the creation of a replica just before a power failure, which removed the directory
+/// of the replica. The replica then accepted no writes, even after restarts of the broker.
 #[test]
-fn a_replica_whose_folder_went_with_the_power_takes_writes() {
+fn replica_that_lost_its_directory_accepts_writes() {
     let mut went = 0;
     for seed in 0..20 {
         let disk = SimDisk::new();

@@ -1,8 +1,8 @@
-//! Flipped bits, at every place: found or harmless, never other data.
+//! Flipped bits at every position: they are detected or harmless, and never change the data that is served.
 
 use super::*;
 
-/// A directory with two segments and a checkpoint, killed or closed, and what it holds.
+/// Returns a directory with two segments and a checkpoint, killed or closed, and its batches.
 fn filled(close: bool) -> (SimDisk, Vec<Batch>) {
     let disk = SimDisk::new();
     let log = open(&disk);
@@ -19,7 +19,7 @@ fn filled(close: bool) -> (SimDisk, Vec<Batch>) {
     (disk, batches)
 }
 
-/// Opens what is left and reads it: the batches as they were, or an error.
+/// Opens the directory and reads it. The result must be the original batches, or an error.
 fn serve(disk: &SimDisk, batches: &[Batch], what: &str) {
     let options = small();
     let Ok(log) = Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options) else { return };
@@ -67,13 +67,14 @@ fn a_flipped_bit_in_the_checkpoint_is_found() {
 }
 
 #[test]
-fn a_flipped_bit_in_the_journal_is_harmless_while_the_segments_are_whole_or_is_found() {
+fn a_flipped_bit_in_the_journal_is_harmless_or_found() {
     flip_everywhere(false, ".journal");
 }
 
-/// The power fails, a journaled round that was acknowledged is damaged: its replica is refused, the other is served.
+/// After a power failure an acknowledged frame of the journal is corrupt. Its replica is refused, and the other one is
+/// served.
 #[test]
-fn a_damaged_round_of_the_journal_refuses_only_whose_data_it_held() {
+fn corrupt_frame_refuses_only_the_replica_of_its_data() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut first = log.open_replica(partition(0), at(0)).unwrap();
@@ -89,14 +90,14 @@ fn a_damaged_round_of_the_journal_refuses_only_whose_data_it_held() {
     }
     drop((first, second, log));
     disk.crash(1);
-    // The first round holds the two creations or comes after theirs; its payload is the first replica's.
+    // The first frame holds the two creations, or follows them. Its payload belongs to the first replica.
     let journal =
         disk.files().into_iter().find(|(path, _)| path.extension().is_some_and(|e| e == "journal")).unwrap().0;
     let bytes = disk.read(&journal).unwrap();
     let payload = batches[0].records_bytes();
     let place = bytes.windows(64).position(|window| window == &payload[..64]).unwrap();
     assert!(disk.flip(&journal, place as u64 * 8));
-    // Of the segment nothing was synced: what is there of it is damaged too.
+    // No byte of the segment was synced. The bytes that are present are corrupted too.
     let segment = replica_file(0);
     if disk.read(&segment).is_ok_and(|bytes| !bytes.is_empty()) {
         disk.flip(&segment, 800);
@@ -106,14 +107,14 @@ fn a_damaged_round_of_the_journal_refuses_only_whose_data_it_held() {
     assert!(matches!(error, ReplicaError::Lost { .. }), "{error}");
     let second = log.open_replica(partition(1), at(0)).unwrap();
     assert_eq!(read_all(&second.reader(), at(0)).unwrap().len(), 2);
-    // To copy the partition again it is deleted first.
+    // The replica must be deleted before the partition is copied again.
     log.delete_replica(partition(0)).unwrap();
     assert_eq!(log.open_replica(partition(0), at(6)).unwrap().log_end(), at(6));
 }
 
-/// A reader at the start was told that offset 0 is damaged, and got nothing.
+/// Regression: a read from the start reported offset 0 as corrupt, and returned no batch.
 #[test]
-fn what_lies_before_damage_is_served_and_the_damaged_batch_is_the_one_named() {
+fn batches_before_a_corrupt_batch_are_served() {
     for (byte, says) in [(100, "CRC"), (8, ""), (3, "begins at offset"), (13, "its leader epoch is 65537, not 1")] {
         let disk = SimDisk::new();
         let log = open(&disk);
@@ -141,7 +142,7 @@ fn replica_file(number: u32) -> std::path::PathBuf {
 }
 
 #[test]
-fn a_synced_segment_that_is_missing_or_short_is_lost_and_its_files_are_kept() {
+fn short_synced_segment_is_lost_and_its_files_are_kept() {
     let (disk, _) = filled(false);
     drop(open(&disk));
     disk.kill();
@@ -160,7 +161,8 @@ fn a_synced_segment_that_is_missing_or_short_is_lost_and_its_files_are_kept() {
     assert_eq!(persisted, at(12));
     assert!(why.contains("100 of 180 bytes"), "{why}");
     assert_eq!(disk.read(&replica_file(0)).unwrap().len(), 100);
-    // A clean stop once took the record of what nobody had read for what is there, and the next start served it.
+    // Regression: a clean shutdown saved the record of an unread replica as the state of its files, and the next start
+    // served them.
     log.close().unwrap();
     drop(log);
     let log = open(&disk);
@@ -168,17 +170,17 @@ fn a_synced_segment_that_is_missing_or_short_is_lost_and_its_files_are_kept() {
     assert!(matches!(log.open_replica(partition(0), at(0)), Err(ReplicaError::Lost { .. })), "still lost");
 }
 
-/// A replica that nobody was told of leaves files behind when it is forgotten. Made again, its new file once did not yet
-/// replace the old one for good, and a loss of power brought back the old records in the place of the new ones.
+/// A replica whose creation was never acknowledged leaves files when its entry is lost. Regression: a new replica's
+/// file did not replace the old file durably. A power failure then restored the old records in place of the new ones.
 #[test]
-fn a_replica_made_anew_holds_nothing_of_one_that_was_forgotten() {
+fn recreated_replica_has_no_records_of_a_lost_one() {
     for seed in 0..40 {
         let disk = SimDisk::new();
         drop(open(&disk));
         let log = open(&disk);
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
         replica.append(&[batch(0, 7, 1, 1, 300)]).unwrap();
-        // As if its file had come to rest and its creation had not: the journal never heard of it.
+        // The file is synced and the creation is not, so the journal never recorded it.
         replica.shared.sync().unwrap();
         drop((replica, log));
         disk.kill();

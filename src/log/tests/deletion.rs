@@ -1,8 +1,8 @@
-//! Segments below the log start: gone from the disk, and gone for good.
+//! Evicted segments and deleted replicas: their files are removed, and never reappear.
 
 use super::*;
 
-/// Six segments of two records each.
+/// Creates a replica with six sealed segments of two records each.
 fn six_segments(log: &Log) -> Replica {
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     for base in (0..12).step_by(2) {
@@ -12,7 +12,7 @@ fn six_segments(log: &Log) -> Replica {
     replica
 }
 
-/// The first offsets of the segment files that are there.
+/// Returns the base offsets of the segment files on the disk.
 fn bases(disk: &SimDisk) -> Vec<u64> {
     let files = disk.files().into_iter().map(|(path, _)| path);
     let logs = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
@@ -20,7 +20,7 @@ fn bases(disk: &SimDisk) -> Vec<u64> {
 }
 
 #[test]
-fn a_segment_that_lies_only_partly_below_the_log_start_stays() {
+fn segment_partly_below_the_log_start_is_kept() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = six_segments(&log);
@@ -31,10 +31,10 @@ fn a_segment_that_lies_only_partly_below_the_log_start_stays() {
     assert_eq!(replica.evict(at(5)), Ok(0), "there is nothing left to do");
 }
 
-/// What leads elsewhere seals at other places, so that a log start lies anywhere in a segment here. Its upload and its readers
-/// compare the batches before it with their epochs too.
+/// Another leader seals segments at other offsets, so the log start may lie anywhere in a segment of this replica.
+/// Uploads and reads compare the batches before the log start with their epochs, too.
 #[test]
-fn what_lies_below_the_log_start_and_stays_has_its_epochs() {
+fn kept_batches_below_the_log_start_have_their_epochs() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
@@ -51,7 +51,7 @@ fn what_lies_below_the_log_start_and_stays_has_its_epochs() {
         EpochHistory::from_starts(starts.iter().map(|(epoch, start)| (LeaderEpoch(*epoch), at(*start)))).unwrap()
     };
     assert_eq!(replica.export(at(2)).unwrap().epochs, epochs(&[(2, 2), (3, 4)]));
-    // What is neither there nor last before it is forgotten.
+    // The epochs of offsets below the local start are removed, except the last one.
     assert_eq!(*replica.epochs(), epochs(&[(1, 1), (2, 2), (3, 4)]));
     replica.evict(at(6)).unwrap();
     assert_eq!(*replica.epochs(), epochs(&[(3, 4)]));
@@ -71,10 +71,10 @@ fn deleted_segments_leave_no_file_behind() {
     assert_eq!(write(&log, &mut replica, &[batch(12, 1, 1, 1, 100)]), at(13));
 }
 
-/// The power may go at any moment of a deletion. Whatever is there afterwards opens, a second try finishes it, and neither a
-/// kill nor a loss of power brings a segment back, by the journal or by the checkpoint.
+/// The power may fail at any operation of an eviction. The log then opens, and a second attempt completes the eviction.
+/// After that neither a kill nor a power failure restores a segment, from the journal or from the checkpoint.
 #[test]
-fn a_deletion_that_was_cut_short_is_done_again_and_stays_done() {
+fn interrupted_eviction_is_repeated_and_stays_complete() {
     for operations in 0..30 {
         let disk = SimDisk::new();
         let log = open(&disk);
@@ -89,7 +89,7 @@ fn a_deletion_that_was_cut_short_is_done_again_and_stays_done() {
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
         assert!(replica.local_start() <= at(6), "after {operations} operations");
         assert_eq!(replica.log_end(), at(12), "after {operations} operations");
-        // The metadata store says so again.
+        // The metadata store sends the log start again.
         replica.advance_log_start(at(6));
         replica.evict(at(6)).unwrap();
         assert!(bases(&disk).iter().all(|base| *base >= 6), "after {operations} operations: {:?}", bases(&disk));
@@ -108,9 +108,9 @@ fn a_deletion_that_was_cut_short_is_done_again_and_stays_done() {
     }
 }
 
-/// The journal still holds their records: to write them once more is to need room for nothing.
+/// The journal still holds the records of the evicted segments. Writing them again would need disk space for nothing.
 #[test]
-fn replay_does_not_even_make_deleted_segments_for_a_moment() {
+fn replay_never_creates_evicted_segments() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = six_segments(&log);
@@ -123,9 +123,9 @@ fn replay_does_not_even_make_deleted_segments_for_a_moment() {
     assert_eq!(log.open_replica(partition(0), at(0)).unwrap().log_end(), at(12));
 }
 
-/// A snapshot that found no room when its segment was sealed keeps the segments before it, and those alone.
+/// A snapshot that found no space when its segment was sealed keeps only the segment before it.
 #[test]
-fn on_a_disk_without_one_byte_a_deletion_makes_its_own_room() {
+fn eviction_on_a_full_disk_makes_its_own_space() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = six_segments(&log);
@@ -149,9 +149,10 @@ fn log_closes(disk: &SimDisk, operations: u64) {
     log.close().unwrap();
 }
 
-/// Each stop in order leaves a snapshot at the log end, which begins no segment later: nothing removed it.
+/// Regression: each clean shutdown left a snapshot at the log end, where no segment starts later, and nothing removed
+/// it.
 #[test]
-fn snapshots_of_former_stops_go_with_what_they_lie_in() {
+fn snapshots_of_earlier_stops_are_evicted_with_segments() {
     let disk = SimDisk::new();
     for base in (0..12).step_by(2) {
         let log = open(&disk);
@@ -174,9 +175,10 @@ fn snapshots_of_former_stops_go_with_what_they_lie_in() {
     assert_eq!(read_all(&replica.reader(), at(10)).unwrap().len(), 1);
 }
 
-/// Found by review: the replica was known no more, neither to the checkpoint nor to the journal, and its files stayed for ever, unnamed.
+/// Regression, found by review: neither the checkpoint nor the journal listed the replica any longer. Its files stayed
+/// forever, unreported.
 #[test]
-fn what_a_failed_deletion_leaves_is_known_at_the_next_start_and_can_be_deleted() {
+fn failed_deletion_leaves_a_stray_that_can_be_deleted() {
     let mut found = 0;
     for operations in 0..40 {
         for clean in [true, false] {
@@ -206,10 +208,10 @@ fn what_a_failed_deletion_leaves_is_known_at_the_next_start_and_can_be_deleted()
     assert!(found > 5, "{found} deletions left something behind");
 }
 
-/// Whose files a start finds it cannot tell: they may be the only copy of a replica that the journal never heard of. A partition that
-/// begins anew in their place keeps them aside, and only the metadata's word lets them go.
+/// A start cannot identify the owner of the files it finds: they may be the only copy of a replica that the journal
+/// never recorded. A new replica of the same partition quarantines them, and only the metadata permits their deletion.
 #[test]
-fn what_a_start_finds_is_kept_where_its_partition_begins_anew() {
+fn new_replica_quarantines_stray_segments() {
     let found = (0..40).filter(|operations| {
         let disk = SimDisk::new();
         let log = open(&disk);
@@ -237,9 +239,9 @@ fn what_a_start_finds_is_kept_where_its_partition_begins_anew() {
     assert!(found.count() > 2, "no deletion left anything behind");
 }
 
-/// A topic of 100,000 partitions took two rounds of the journal and one sync of its folder for each of them.
+/// Regression: a topic of 100,000 partitions took two frames of the journal and one directory sync for each partition.
 #[test]
-fn replicas_deleted_together_share_rounds_and_syncs() {
+fn replicas_deleted_together_share_frames_and_syncs() {
     let (disk, options) = (SimDisk::new(), small());
     let rounds = options.metrics.journal_rounds.clone();
     let log = Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options).unwrap();
@@ -255,10 +257,10 @@ fn replicas_deleted_together_share_rounds_and_syncs() {
     assert!(operations < 2 * 100 + 20, "{operations} for a file and a folder of each");
 }
 
-/// The power may go at any moment of a deletion of many: each of them is known afterwards, or nothing of it is left once it was deleted
-/// a second time.
+/// The power may fail at any operation of a deletion of many replicas. Afterwards each replica is registered, or a
+/// second deletion removes everything of it.
 #[test]
-fn deletion_of_many_that_was_cut_short_can_be_finished() {
+fn interrupted_deletion_of_many_can_be_completed() {
     for operations in 0..40 {
         let disk = SimDisk::new();
         let log = open(&disk);

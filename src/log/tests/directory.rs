@@ -1,9 +1,9 @@
-//! Whose a data directory is, and the real disk.
+//! Owner of a data directory, and the real disk.
 
 use super::*;
 
 #[test]
-fn a_directory_in_use_foreign_or_newer_is_refused_with_what_to_do() {
+fn directory_in_use_foreign_or_newer_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let options = || Options { journal_bytes: 1 << 20, ..Options::default() };
     let log = Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options()).unwrap();
@@ -28,13 +28,13 @@ fn a_directory_in_use_foreign_or_newer_is_refused_with_what_to_do() {
 }
 
 #[test]
-fn on_a_real_disk_threads_make_appends_durable_and_a_clean_stop_is_known() {
+fn appends_on_a_real_disk_are_durable_and_stop_is_clean() {
     let dir = tempfile::tempdir().unwrap();
     let options = Options { journal_bytes: 4 << 20, sync_bytes: 1 << 20, ..Options::default() };
     let log = Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options.clone()).unwrap();
     let answers = Answers::default();
     let mut replicas: Vec<_> = (0..4).map(|n| log.open_replica(partition(n), at(0)).unwrap()).collect();
-    // More than the ring holds, several times: files are given up and used again.
+    // The data exceeds the size of the ring several times, so its files are released and reused.
     for round in 0..200_u64 {
         for replica in &mut replicas {
             replica.append(&[batch(round * 2, 2, 1, i64::try_from(round).unwrap(), 20_000)]).unwrap();
@@ -64,9 +64,9 @@ fn on_a_real_disk_threads_make_appends_durable_and_a_clean_stop_is_known() {
     }
 }
 
-/// The journal grows behind the appends: a stop that comes meanwhile ends it, and leaves no part of a file.
+/// The journal grows in the background. A stop during the growth ends it, and leaves no partial file.
 #[test]
-fn a_stop_while_the_journal_grows_leaves_whole_files_only() {
+fn stop_during_journal_growth_leaves_complete_files() {
     let dir = tempfile::tempdir().unwrap();
     let options = Options { journal_bytes: 256 << 20, ..Options::default() };
     let file_bytes = (256 << 20) / 16;
@@ -81,9 +81,10 @@ fn a_stop_while_the_journal_grows_leaves_whole_files_only() {
     assert!(!sizes.is_empty() && sizes.iter().all(|size| *size == file_bytes), "{sizes:?}");
 }
 
-/// They were written through once: whoever could place a link could have any file of this user overwritten.
+/// Regression: the log wrote through links, so a user who could create a link could have any file of this user
+/// overwritten.
 #[test]
-fn a_link_in_the_place_of_a_file_of_the_log_is_not_written_through() {
+fn link_in_place_of_a_log_file_is_not_written_through() {
     let theirs = tempfile::tempdir().unwrap();
     let victim = theirs.path().join("victim");
     std::fs::write(&victim, "theirs").unwrap();
@@ -94,7 +95,7 @@ fn a_link_in_the_place_of_a_file_of_the_log_is_not_written_through() {
         let options = Options { journal_bytes: 1 << 20, ..Options::default() };
         match Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options) {
             Err(error) => assert!(error.to_string().contains("symbolic link"), "{name}: {error}"),
-            // The reserve is taken later, and done without.
+            // The reserve is created later, and a failure is ignored.
             Ok(log) => drop(log.close()),
         }
         assert_eq!(std::fs::read(&victim).unwrap(), b"theirs", "{name}");
@@ -102,9 +103,9 @@ fn a_link_in_the_place_of_a_file_of_the_log_is_not_written_through() {
     }
 }
 
-/// A journal directory that is configured may be a link, as any configured path.
+/// A configured journal directory may be a link, like any configured path.
 #[test]
-fn a_configured_journal_directory_may_be_a_link_even_inside_the_data_directory() {
+fn configured_journal_directory_may_be_a_link() {
     let (dir, device) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let link = dir.path().join("elsewhere");
     std::os::unix::fs::symlink(device.path(), &link).unwrap();
@@ -121,9 +122,9 @@ fn a_configured_journal_directory_may_be_a_link_even_inside_the_data_directory()
     assert!(std::fs::read_dir(device.path()).unwrap().count() > 0, "the journal is there");
 }
 
-/// Without threads nobody writes what is queued when the log goes.
+/// Without threads nothing writes the queued entries when the log is dropped.
 #[test]
-fn a_log_that_goes_answers_what_is_queued_and_keeps_nothing() {
+fn dropped_log_completes_queued_entries_and_holds_nothing() {
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new());
     let log = Log::open(Arc::clone(&disk), Path::new("/data"), &identity(), small()).unwrap();
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();

@@ -1,16 +1,16 @@
-//! A full disk, a failing sync.
+//! Full disks and failing syncs.
 
 use super::*;
 
 #[test]
-fn a_full_disk_refuses_appends_and_they_go_on_when_there_is_room() {
+fn full_disk_refuses_appends_until_there_is_space() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     let end = write(&log, &mut replica, &[batch(0, 2, 1, 1, 5000)]);
     let used: u64 = disk.files().iter().map(|(_, len)| len).sum();
     disk.set_capacity(Some(used + 3000));
-    // The first batch would fit: nothing of the group stays.
+    // The first batch alone would fit, but no batch of the group is kept.
     let group = [batch(2, 1, 1, 2, 2000), batch(3, 1, 1, 2, 2000)];
     assert_eq!(replica.append(&group), Err(AppendError::DiskFull));
     assert_eq!(replica.append(&group), Err(AppendError::DiskFull));
@@ -58,9 +58,10 @@ fn a_failed_sync_of_the_journal_ends_writing_to_the_directory() {
     assert_eq!(replica.persisted_end(), at(1));
 }
 
-/// The ring could never go round again, and every other replica of the directory waited for ever: nobody took over what they led.
+/// Regression: the ring could not reuse its oldest file, and every other replica of the directory waited forever. No
+/// other broker took over the partitions that they led.
 #[test]
-fn what_a_replica_cannot_sync_stays_in_the_journal_until_that_has_no_room_and_says_so() {
+fn journal_fails_when_full_of_entries_that_cannot_sync() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut first = log.open_replica(partition(0), at(0)).unwrap();
@@ -89,10 +90,10 @@ fn what_a_replica_cannot_sync_stays_in_the_journal_until_that_has_no_room_and_sa
     assert_eq!(read_all(&log.open_replica(partition(0), at(0)).unwrap().reader(), at(0)).unwrap().len(), 1);
 }
 
-/// After an eviction the snapshot at the local start is all that is known of what lay before. A stop once wrote it anew, and one that
-/// was cut short left nothing of it: a producer's retry was then taken for a new batch.
+/// After an eviction only the snapshot at the local start records the state before it. Regression: a stop wrote that
+/// snapshot again, and an interrupted stop destroyed it. A retry of a producer was then accepted as a new batch.
 #[test]
-fn a_stop_that_fails_half_way_forgets_no_producer() {
+fn interrupted_stop_keeps_the_producer_state() {
     for operations in 0..12 {
         let disk = SimDisk::new();
         let log = open(&disk);
@@ -107,15 +108,15 @@ fn a_stop_that_fails_half_way_forgets_no_producer() {
         let log = open(&disk);
         let replica = log.open_replica(partition(0), at(0)).unwrap();
         assert_eq!(replica.local_start(), at(2));
-        let retry = crate::record::ProducerStamp { id: 9, epoch: 0, base_sequence: 0 };
+        let retry = crate::record::ProducerSequence { id: 9, epoch: 0, base_sequence: 0 };
         let known = Verdict::Duplicate { base: at(0), end: at(2) };
         assert_eq!(replica.producers().check(retry, 2, None), known, "after {operations} operations");
     }
 }
 
-/// What lets segments go needs room itself: a broker that could not start on a full disk could never be helped.
+/// The deletion of segments needs space itself. A broker that cannot start on a full disk could never be repaired.
 #[test]
-fn a_disk_that_others_filled_to_the_last_byte_can_be_opened_and_takes_its_reserve_again_later() {
+fn full_disk_can_be_opened_and_regains_its_reserve() {
     let options = || Options { reserve_bytes: 64 << 10, ..small() };
     let reserve = Path::new("/data/reserve");
     let held = |disk: &SimDisk| disk.files().iter().any(|(path, _)| path == reserve);
@@ -145,9 +146,9 @@ fn a_disk_that_others_filled_to_the_last_byte_can_be_opened_and_takes_its_reserv
     assert!(held(&disk));
 }
 
-/// While the disk has not one byte, whoever removes segments waits for the journal, and the journal for a checkpoint.
+/// On a full disk an eviction waits for the journal, and the journal waits for a checkpoint.
 #[test]
-fn a_checkpoint_that_finds_no_room_takes_that_of_the_reserve() {
+fn checkpoint_on_a_full_disk_uses_the_reserve() {
     let disk = SimDisk::new();
     let options = Options { reserve_bytes: 64 << 10, ..small() };
     let log = Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options).unwrap();
@@ -165,7 +166,7 @@ fn a_checkpoint_that_finds_no_room_takes_that_of_the_reserve() {
     assert_eq!(log.open_replica(partition(0), at(0)).unwrap().log_end(), at(2));
 }
 
-/// Appends until the journal has no room: no checkpoint can be written that would free its files.
+/// Appends until the journal has no space, because no checkpoint that would release its files can be written.
 fn fill_journal(disk: &SimDisk, log: &Log, replica: &mut Replica) {
     disk.fail_syncs(Some("checkpoint"));
     for base in replica.log_end().get().. {
@@ -178,16 +179,16 @@ fn fill_journal(disk: &SimDisk, log: &Log, replica: &mut Replica) {
     }
 }
 
-/// What is wrong with the log when so much time has passed.
+/// Advances the time, and returns the reason why the log has failed, if it has.
 async fn later(log: &Log, seconds: u64) -> Option<String> {
     tokio::time::advance(Duration::from_secs(seconds)).await;
     while log.journal_step() {}
     log.status().failed
 }
 
-/// Everybody waited, the leader's followers too, and no other broker took over.
+/// Regression: all writers waited, and so did the leader's followers, and no other broker took over.
 #[tokio::test(start_paused = true)]
-async fn a_journal_that_has_no_room_because_checkpoints_fail_says_so_after_some_seconds() {
+async fn full_journal_fails_if_checkpoints_keep_failing() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
@@ -206,9 +207,9 @@ async fn a_journal_that_has_no_room_because_checkpoints_fail_says_so_after_some_
     assert!(matches!(answer.try_recv().unwrap(), Err(PersistError::Failed { .. })));
 }
 
-/// Room may come, and who cannot write for want of it hands over what others can lead.
+/// Space may become available. Without space, a broker transfers the leadership that other brokers can take.
 #[tokio::test(start_paused = true)]
-async fn a_journal_that_has_no_room_because_the_disk_is_full_waits_for_it() {
+async fn full_journal_on_a_full_disk_waits_for_space() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
@@ -227,10 +228,10 @@ async fn a_journal_that_has_no_room_because_the_disk_is_full_waits_for_it() {
     assert_eq!(answer.unwrap().try_recv().unwrap(), Ok(replica.log_end()));
 }
 
-/// Whoever writes waits for the journal, and it waited without an end until a checkpoint could be written: such a broker was asked to stop
-/// and never did.
+/// Regression: writers waited for the journal, which waited without a limit until a checkpoint could be written. Such a
+/// broker never completed a stop.
 #[tokio::test(start_paused = true)]
-async fn a_stop_waits_for_room_in_the_journal_for_some_seconds_and_no_longer() {
+async fn stop_waits_for_journal_space_for_a_bounded_time() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
@@ -249,10 +250,10 @@ async fn a_stop_waits_for_room_in_the_journal_for_some_seconds_and_no_longer() {
     assert!(log.open_replica(partition(0), at(0)).unwrap().log_end() >= persisted, "what was acknowledged is there");
 }
 
-/// Without threads nobody makes room while a change waits for its round: it waited for ever. Then it failed, and the replica with it,
-/// when the disk had room again.
+/// Without threads nothing makes space while a change waits for its frame. Regression: the change waited forever. In a
+/// later version the change failed, and the replica with it, although the disk had space again.
 #[test]
-fn a_change_that_finds_no_room_in_a_journal_stepped_by_hand_says_so_and_works_later() {
+fn change_without_journal_space_fails_and_works_later() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
@@ -268,9 +269,9 @@ fn a_change_that_finds_no_room_in_a_journal_stepped_by_hand_says_so_and_works_la
     assert_eq!(replica.log_end(), at(5));
 }
 
-/// A replica that begins anew writes a file. Where others have filled the disk it stays as it is, and begins when there is room.
+/// A reset writes a file. On a full disk the replica stays unchanged, and the reset works when there is space.
 #[test]
-fn a_replica_begins_anew_when_the_disk_has_room_again() {
+fn reset_works_when_the_disk_has_space_again() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
@@ -283,10 +284,10 @@ fn a_replica_begins_anew_when_the_disk_has_room_again() {
     write(&log, &mut replica, &[batch(9, 2, 1, 1, 5000)]);
 }
 
-/// What the journal says of its making was written after the one sync that it would ever have asked for: that file of the ring was never
-/// given up, and when the others were full everybody waited for ever.
+/// Regression: the creation entry was written after the only sync that the replica ever requested. Its ring file was
+/// never released, and when the other files were full all writers waited forever.
 #[test]
-fn a_replica_that_gets_no_records_does_not_hold_the_journal_up() {
+fn replica_without_records_does_not_block_the_journal() {
     let log = open(&SimDisk::new());
     let mut busy = log.open_replica(partition(0), at(0)).unwrap();
     write(&log, &mut busy, &[batch(0, 1, 1, 1, 10_000)]);
@@ -299,9 +300,9 @@ fn a_replica_that_gets_no_records_does_not_hold_the_journal_up() {
     assert_eq!(quiet.log_end(), at(0));
 }
 
-/// What was cut is never synced, and the file of the ring that held it was never given up.
+/// Regression: truncated batches are never synced, so the ring file that held them was never released.
 #[test]
-fn a_replica_that_was_cut_does_not_hold_the_journal_up() {
+fn truncated_replica_does_not_block_the_journal() {
     let log = open(&SimDisk::new());
     let mut busy = log.open_replica(partition(0), at(0)).unwrap();
     let mut cut = log.open_replica(partition(1), at(0)).unwrap();
@@ -317,9 +318,10 @@ fn a_replica_that_was_cut_does_not_hold_the_journal_up() {
     assert_eq!(cut.log_end(), at(1));
 }
 
-/// Its segments were forgotten first: their files stayed until the next start, just when there was no room.
+/// Regression: the segments were removed from the state first. Their files then stayed until the next start, just when
+/// space was missing.
 #[test]
-fn an_eviction_that_fails_is_tried_again() {
+fn failed_eviction_can_be_retried() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();

@@ -1,4 +1,4 @@
-//! What a file can say whose checksum is right: nothing that the log cannot bear.
+//! Files with a valid checksum and impossible content: the log refuses them.
 
 use bytes::{BufMut, BytesMut};
 use uuid::Uuid;
@@ -27,20 +27,21 @@ fn epochs(entries: &[(u32, u64)]) -> Option<EpochHistory> {
 }
 
 #[test]
-fn epochs_that_no_batch_can_carry_or_that_do_not_grow_are_refused() {
+fn impossible_or_decreasing_epochs_are_refused() {
     assert!(epochs(&[(1, 0), (3, 10), (i32::MAX.unsigned_abs(), 11)]).is_some());
     for bad in [&[(1 << 31, 0)][..], &[(1, 0), (1, 5)], &[(2, 0), (1, 5)], &[(1, 5), (2, 5)], &[(1, 5), (2, 4)]] {
         assert_eq!(epochs(bad), None, "{bad:?}");
     }
 }
 
-/// Producers with one batch each: id, count, base.
+/// Builds a table of producers with one batch each: id, count, base.
 fn producers(entries: &[(i64, u32, u64)]) -> Option<ProducerTable> {
     let entries: Vec<_> = entries.iter().map(|(id, count, base)| (*id, 0, *count, *base, 0)).collect();
     timed_producers(0, &entries)
 }
 
-/// A table at this partition time; of each producer its id, the partition time of its last batch, that batch's count, base and form.
+/// Builds a table at partition time `time_ms`. Each producer has its id, the partition time of its last batch, and the
+/// count, base and form of that batch.
 fn timed_producers(time_ms: i64, entries: &[(i64, i64, u32, u64, u8)]) -> Option<ProducerTable> {
     let mut out = BytesMut::new();
     out.put_i64(time_ms);
@@ -59,10 +60,10 @@ fn timed_producers(time_ms: i64, entries: &[(i64, i64, u32, u64, u8)]) -> Option
     ProducerTable::from_bytes(&out)
 }
 
-/// A retry is answered with the end of what it repeats. A table from the bucket once made that answer pass 2^63, and the
-/// broker with it.
+/// The response to a retry contains the end of the repeated batch. Regression: a table from the object store moved that
+/// end past 2^63, and the broker crashed.
 #[test]
-fn producers_whose_batches_cannot_be_are_refused() {
+fn producers_with_impossible_batches_are_refused() {
     let last = Offset::MAX.get() - 3;
     assert!(producers(&[(0, 1, 0), (4, 3, last)]).is_some());
     for bad in [
@@ -78,9 +79,10 @@ fn producers_whose_batches_cannot_be_are_refused() {
     assert_eq!(producers(&[(1, 1, 5), (2, 1, 5)]), None, "two batches at one offset");
 }
 
-/// Which producers a table forgets next follows from its times: two replicas that read them differently would answer a retry differently.
+/// The times of a table determine the next producers that it removes. Two replicas that decode them differently would
+/// respond differently to a retry.
 #[test]
-fn producers_whose_times_or_forms_cannot_be_are_refused() {
+fn producers_with_impossible_times_or_forms_are_refused() {
     assert!(timed_producers(9, &[(1, 9, 1, 7, 0b1100), (2, 5, 1, 3, 0b0000)]).is_some());
     for bad in [
         [(1, 10, 1, 7, 0), (2, 5, 1, 3, 0)],
@@ -92,9 +94,9 @@ fn producers_whose_times_or_forms_cannot_be_are_refused() {
     }
 }
 
-/// A time is looked for by halving: where times fall, records would be passed over.
+/// A lookup by time is a binary search: with decreasing times it would skip records.
 #[test]
-fn an_index_whose_times_fall_or_that_does_not_begin_with_its_segment_is_refused() {
+fn index_with_decreasing_times_or_wrong_start_is_refused() {
     let decode = |notes: &[(u64, u64, i64)]| {
         let mut index = Index::default();
         notes.iter().for_each(|(offset, position, max_before)| index.note(at(*offset), *position, *max_before));
@@ -120,9 +122,9 @@ fn head(generation: u64, position: u64) -> EntryHead {
     }
 }
 
-/// The next round, the next generation, the end of the write: each is a sum that must not pass its type.
+/// The next frame, the next generation and the end of the write are sums that must not overflow.
 #[test]
-fn a_round_whose_numbers_leave_no_room_for_the_next_is_refused() {
+fn frame_with_overflowing_numbers_is_refused() {
     let batches = [batch(0, 3, 1, 5, 100)];
     let decode = |sequence: u64, head: EntryHead| {
         let mut round = vec![0; entry::round_bytes(1, 100)];
@@ -138,7 +140,7 @@ fn a_round_whose_numbers_leave_no_room_for_the_next_is_refused() {
 }
 
 #[test]
-fn a_checkpoint_whose_replicas_cannot_be_is_refused() {
+fn checkpoint_with_impossible_replicas_is_refused() {
     let decode = |change: &dyn Fn(&mut Checkpoint)| {
         let mut record = ReplicaRecord::empty(partition(0), 3, at(5), 0);
         record.segments = vec![SegmentInfo { end: at(9), bytes: 300, ..SegmentInfo::empty(at(5), 0) }];
@@ -158,7 +160,7 @@ fn a_checkpoint_whose_replicas_cannot_be_is_refused() {
 }
 
 #[test]
-fn a_snapshot_of_epochs_that_begin_later_is_refused() {
+fn snapshot_with_later_epochs_is_refused() {
     let snapshot = |start| Snapshot::encode(&epochs(&[(1, start)]).unwrap(), &ProducerTable::new(), at(9));
     assert!(Snapshot::decode(&snapshot(9), at(9)).is_some());
     assert_eq!(Snapshot::decode(&snapshot(10), at(9)), None);

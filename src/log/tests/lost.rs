@@ -1,5 +1,5 @@
-//! Files of a data directory that somebody removed, or that lie on a device which was not mounted: never taken for a new
-//! start, never silence.
+//! Files of a data directory that were removed, or that are on a device without a mount. Their absence never counts as
+//! a first start, and is always reported.
 
 use super::*;
 
@@ -28,7 +28,7 @@ fn remove_below(disk: &SimDisk, part: &str) {
     }
 }
 
-/// Files of segments, and what is in them.
+/// Returns the segment files that are not empty, with their content.
 fn segments(disk: &SimDisk) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     let segment = |(path, _): (std::path::PathBuf, u64)| {
         let bytes = disk.read(&path).unwrap();
@@ -37,7 +37,8 @@ fn segments(disk: &SimDisk) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     disk.files().into_iter().filter_map(segment).collect()
 }
 
-/// A directory with an acknowledged batch of two records. Killed, it has them in the journal and in the page cache.
+/// Returns a directory with an acknowledged batch of two records. If it was killed, they are in the journal and in the
+/// page cache.
 fn fed(close: bool) -> SimDisk {
     let disk = SimDisk::new();
     let log = open(&disk);
@@ -58,9 +59,9 @@ fn end(log: &Log) -> Offset {
     log.open_replica(partition(0), at(0)).unwrap().log_end()
 }
 
-/// The identity was lost and all else was there: a new one was drawn, and every segment emptied.
+/// Regression: only the identity file was lost. A new identity was drawn, and every segment was emptied.
 #[test]
-fn a_directory_that_lost_its_identity_is_refused_and_nothing_in_it_is_touched() {
+fn directory_without_identity_is_refused_and_unchanged() {
     for close in [true, false] {
         let disk = fed(close);
         disk.remove(Path::new("/data/strandline.json")).unwrap();
@@ -69,14 +70,14 @@ fn a_directory_that_lost_its_identity_is_refused_and_nothing_in_it_is_touched() 
         assert!(text.contains("strandline.json") && text.contains("checkpoint, a journal"), "{text}");
         let card = &text[text.find('{').unwrap()..=text.rfind('}').unwrap()];
         assert_eq!(segments(&disk), before);
-        // What it proposes is right.
+        // The proposed identity file is correct.
         disk.replace(Path::new("/data/strandline.json"), card.as_bytes()).unwrap();
         assert_eq!(end(&open(&disk)), at(2));
     }
 }
 
 #[test]
-fn each_thing_that_holds_data_is_enough_to_refuse_a_directory_without_identity() {
+fn any_data_refuses_a_directory_without_identity() {
     for (keep, says) in [("checkpoint", "checkpoint"), ("journal", "a journal"), (".log", "segments of topic")] {
         let disk = fed(false);
         for (path, _) in disk.files() {
@@ -94,7 +95,7 @@ fn each_thing_that_holds_data_is_enough_to_refuse_a_directory_without_identity()
 }
 
 #[test]
-fn a_first_start_that_was_cut_short_anywhere_comes_up() {
+fn interrupted_first_start_can_be_repeated() {
     for operations in 0..60 {
         for power in [true, false] {
             let disk = SimDisk::new();
@@ -109,7 +110,7 @@ fn a_first_start_that_was_cut_short_anywhere_comes_up() {
             assert_eq!(log.partitions(), []);
         }
     }
-    // Folders that somebody prepared hold nothing.
+    // Directories that an operator prepared hold no data.
     let disk = SimDisk::new();
     disk.create_dir_all(Path::new(JOURNAL)).unwrap();
     disk.replace(&Path::new(JOURNAL).join("00000.journal"), &[0; 8192]).unwrap();
@@ -117,9 +118,10 @@ fn a_first_start_that_was_cut_short_anywhere_comes_up() {
     open(&disk);
 }
 
-/// The journal was gone, the segment's tail had been in the page cache alone: what was acknowledged was called a torn tail.
+/// Regression: the journal was missing, and the tail of the segment had been in the page cache alone. Acknowledged data
+/// was treated as a torn tail.
 #[test]
-fn a_journal_that_is_gone_is_noticed_and_put_back_it_is_replayed() {
+fn missing_journal_is_detected_and_replayed_when_restored() {
     for seed in 0..20 {
         let disk = fed(false);
         disk.crash(seed);
@@ -139,10 +141,10 @@ fn a_journal_that_is_gone_is_noticed_and_put_back_it_is_replayed() {
     }
 }
 
-/// Also where the process died as soon as it had started, and where the folder holds a journal that the same directory used
-/// earlier.
+/// The same holds if the process ended right after its start, and if the directory holds an earlier journal of the same
+/// data directory.
 #[test]
-fn an_older_journal_of_the_same_directory_is_not_taken_for_the_one_in_use() {
+fn older_journal_of_the_same_directory_is_refused() {
     let disk = fed(true);
     let log = open_with(&disk, elsewhere()).unwrap();
     drop(log);
@@ -159,7 +161,7 @@ fn an_older_journal_of_the_same_directory_is_not_taken_for_the_one_in_use() {
 }
 
 #[test]
-fn after_a_clean_stop_the_journal_may_move_or_go() {
+fn journal_may_be_moved_or_removed_after_a_clean_stop() {
     let disk = fed(true);
     remove_below(&disk, JOURNAL);
     let log = open(&disk);
@@ -173,7 +175,7 @@ fn after_a_clean_stop_the_journal_may_move_or_go() {
 }
 
 #[test]
-fn a_loss_that_an_operator_accepts_costs_what_was_in_the_journal_alone() {
+fn accepted_journal_loss_loses_only_the_journals_data() {
     let mut ends = Vec::new();
     for seed in 0..20 {
         let disk = fed(false);
@@ -189,14 +191,14 @@ fn a_loss_that_an_operator_accepts_costs_what_was_in_the_journal_alone() {
         write(&log, &mut replica, &[batch(first, 1, 2, 1, 100)]);
         drop((replica, log));
         disk.crash(seed);
-        // From then on it is a directory as any other.
+        // From then on the directory is like any other.
         assert_eq!(end(&open(&disk)).get(), first + 1, "seed {seed}");
     }
     assert!(ends.contains(&0) && ends.iter().all(|end| *end == 0 || *end == 2), "{ends:?}");
 }
 
 #[test]
-fn another_directorys_journal_is_not_written_over() {
+fn journal_of_another_directory_is_not_overwritten() {
     let disk = SimDisk::new();
     let other = Log::open(Arc::new(disk.clone()), Path::new("/first"), &identity(), elsewhere()).unwrap();
     let text = refused(&disk, elsewhere()).to_string();
@@ -204,7 +206,7 @@ fn another_directorys_journal_is_not_written_over() {
 }
 
 #[test]
-fn without_its_checkpoint_a_directory_is_read_again_and_without_its_journal_as_well_it_is_refused() {
+fn directory_without_checkpoint_and_journal_is_refused() {
     for close in [true, false] {
         let disk = fed(close);
         disk.remove(Path::new("/data/checkpoint")).unwrap();
@@ -216,13 +218,13 @@ fn without_its_checkpoint_a_directory_is_read_again_and_without_its_journal_as_w
     assert!(matches!(refused(&disk, small()), OpenError::JournalLost { .. }));
 }
 
-/// A lost checkpoint says nothing of what was acknowledged. The next one once forgot that, and the start after it cut what this
-/// one had refused.
+/// After the loss of a checkpoint, nothing records the acknowledged data. Regression: the next checkpoint did not
+/// record that loss, and the following start truncated the data that this start had refused.
 #[test]
-fn what_is_refused_without_a_checkpoint_is_refused_by_later_starts_too() {
+fn replica_refused_without_checkpoint_stays_refused() {
     let disk = fed(true);
     remove_below(&disk, JOURNAL);
-    // The journal that is there now holds nothing that would make good the damage.
+    // The current journal holds nothing that could repair the corruption.
     open(&disk).close().unwrap();
     disk.kill();
     disk.remove(Path::new("/data/checkpoint")).unwrap();
@@ -242,9 +244,10 @@ fn what_is_refused_without_a_checkpoint_is_refused_by_later_starts_too() {
     }
 }
 
-/// A clean stop vouched for replicas that nobody had opened: the next start believed the recovery point to be the end.
+/// Regression: a clean shutdown covered replicas that were never opened. The next start used the recovery point as the
+/// log end.
 #[test]
-fn a_clean_stop_does_not_vouch_for_what_was_never_opened() {
+fn clean_stop_does_not_cover_unopened_replicas() {
     let disk = fed(false);
     let log = open(&disk);
     log.close().unwrap();
@@ -255,7 +258,7 @@ fn a_clean_stop_does_not_vouch_for_what_was_never_opened() {
 }
 
 #[test]
-fn a_new_replica_keeps_what_its_folder_holds_under_another_name() {
+fn new_replica_quarantines_files_of_its_directory() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let dir = Path::new("/data").join(partition(0).topic.to_string()).join("0");
@@ -269,25 +272,25 @@ fn a_new_replica_keeps_what_its_folder_holds_under_another_name() {
         assert_eq!(write(&log, &mut replica, &[batch(0, 1, 1, 1, 100)]), at(1));
         drop(replica);
         if content == b"first" {
-            // Forgotten once more, as if its creation had never been written.
+            // The replica is removed from the registry, as if its creation had never been written.
             log.inner_forget(partition(0));
             disk.remove(&dir.join(format!("{:020}.log", 0))).unwrap();
         }
     }
-    // Deleting the partition is what removes them.
+    // The deletion of the partition removes the quarantined files.
     log.delete_replica(partition(0)).unwrap();
     assert_eq!(disk.files().iter().filter(|(path, _)| path.starts_with(&dir)).count(), 0);
 }
 
 #[test]
-fn a_journal_that_the_disk_has_no_room_for_is_refused_before_anything_is_written() {
+fn journal_larger_than_the_disk_is_refused_before_writes() {
     let disk = SimDisk::new();
     disk.set_capacity(Some(300 << 20));
     let text = refused(&disk, Options { journal_bytes: 1 << 40, ..small() }).to_string();
     assert!(text.contains("log.journal_bytes = 1099511627776") && text.contains("314572800 bytes are free"), "{text}");
     assert!(disk.files().iter().all(|(path, _)| path.ends_with("lock")), "{:?}", disk.files());
     open(&disk);
-    // A large one that can be had is made in parts, as it is needed.
+    // A large journal that fits on the disk is created in parts, on demand.
     let disk = SimDisk::new();
     let log = open_with(&disk, Options { journal_bytes: 1 << 40, ..small() }).unwrap();
     assert_eq!(log.status().journal_bytes, 64 << 20);

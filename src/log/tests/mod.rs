@@ -1,4 +1,4 @@
-//! Behaviour of a whole data directory, on both disks.
+//! Behaviour of a complete data directory, on both disks.
 
 mod crashes;
 mod damage;
@@ -43,7 +43,7 @@ fn identity() -> Identity {
     Identity { cluster: "test".to_owned(), broker: BrokerId(1) }
 }
 
-/// Small, without threads: many rounds, files and passes in a short test.
+/// Returns small options without threads: many frames, files and passes in a short test.
 fn small() -> Options {
     Options {
         journal_bytes: 1 << 20,
@@ -66,7 +66,7 @@ fn open(disk: &SimDisk) -> Log {
     Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), small()).unwrap()
 }
 
-/// A batch as a leader has stamped it: `count` records that say nothing, `bytes` long or a little more.
+/// Creates a batch as a leader has stamped it: `count` records without meaning, `bytes` long but at least 61.
 fn batch(base: u64, count: u32, epoch: u32, timestamp: i64, bytes: usize) -> Batch {
     produced(base, count, epoch, timestamp, bytes, (-1, -1, -1))
 }
@@ -91,7 +91,7 @@ fn produced(base: u64, count: u32, epoch: u32, timestamp: i64, bytes: usize, pro
     let crc = crc32c::crc32c(&raw[21..]);
     raw[17..21].copy_from_slice(&crc.to_be_bytes());
     let mut batch = Batch::parse(Bytes::from(raw)).unwrap();
-    batch.stamp(at(base), LeaderEpoch(epoch));
+    batch.set_offset_and_epoch(at(base), LeaderEpoch(epoch));
     batch
 }
 
@@ -103,7 +103,7 @@ fn persist(replica: &mut Replica) -> Answer {
     receiver
 }
 
-/// Appends and waits until it is durable, doing the threads' work.
+/// Appends batches and does the work of the threads until the batches are durable. Returns the persisted end.
 fn write(log: &Log, replica: &mut Replica, batches: &[Batch]) -> Offset {
     replica.append(batches).unwrap();
     let answer = persist(replica);
@@ -111,7 +111,7 @@ fn write(log: &Log, replica: &mut Replica, batches: &[Batch]) -> Offset {
     answer.try_recv().unwrap().unwrap()
 }
 
-/// Does all that the threads would do for hand-overs.
+/// Does the work of the threads for all pending persist calls.
 fn settle(log: &Log) {
     log.sync_step();
     while log.journal_step() {}
@@ -123,7 +123,7 @@ fn join(read: &Read) -> Vec<u8> {
     bytes
 }
 
-/// All batches from `from` on, by reading files.
+/// Reads all batches from `from` on, from files.
 fn read_all(reader: &Reader, from: Offset) -> Result<Vec<Batch>, ReadError> {
     let (mut batches, mut next) = (Vec::new(), from);
     while next < reader.log_end() {
@@ -138,7 +138,7 @@ fn read_all(reader: &Reader, from: Offset) -> Result<Vec<Batch>, ReadError> {
     Ok(batches)
 }
 
-/// What was handed over and answered, by any thread.
+/// Results of persist calls, from any thread.
 #[derive(Clone, Default)]
 struct Answers(Arc<Mutex<Vec<Result<Offset, PersistError>>>>);
 

@@ -1,4 +1,4 @@
-//! Producer state: which retries are recognised, and when a producer is forgotten.
+//! Producer state: the retries that are recognised, and the removal of producers.
 
 use proptest::prelude::*;
 
@@ -6,14 +6,14 @@ use super::*;
 use crate::{
     limits,
     model::{Compression, TimestampType},
-    record::{BatchBuilder, Fingerprint, ProducerStamp},
+    record::{BatchBuilder, Fingerprint, ProducerSequence},
 };
 
-fn stamp(id: i64, base_sequence: i32) -> ProducerStamp {
-    ProducerStamp { id, epoch: 0, base_sequence }
+fn stamp(id: i64, base_sequence: i32) -> ProducerSequence {
+    ProducerSequence { id, epoch: 0, base_sequence }
 }
 
-/// One record of a producer's first batch, at this offset and time.
+/// Creates the first batch of a producer, with one record, at this offset and time.
 fn first(id: i64, base: u64, timestamp: i64) -> Batch {
     produced(base, 1, 1, timestamp, 61, (id, 0, 0))
 }
@@ -32,8 +32,8 @@ fn other_batch_with_the_sequence_is_no_duplicate() {
     let (own, other) = (batch_of(b"own"), batch_of(b"other"));
     let stored_as = |change: &dyn Fn(&Batch) -> Batch| {
         let (mut table, mut stored) = (ProducerTable::new(), change(&own));
-        // Neither is part of what is compared.
-        stored.stamp(at(3), LeaderEpoch(8));
+        // The comparison ignores both the offset and the epoch.
+        stored.set_offset_and_epoch(at(3), LeaderEpoch(8));
         table.note(&stored);
         let read = ProducerTable::from_bytes(&table.to_bytes()).unwrap();
         assert_eq!(read, table);
@@ -47,7 +47,7 @@ fn other_batch_with_the_sequence_is_no_duplicate() {
     assert_eq!(check(&as_sent, Some(other.fingerprint())), Verdict::Conflict { base: at(3) });
     assert_eq!(check(&as_sent, None), duplicate, "records that were decoded have no CRC");
 
-    // What the broker changed is compared by sequence and count.
+    // A batch that the broker changed is compared by sequence and count.
     let recompressed = stored_as(&|batch| batch.recompress(Compression::Zstd).unwrap());
     let timed = stored_as(&|batch| {
         let mut batch = batch.clone();
@@ -65,25 +65,25 @@ fn other_batch_with_the_sequence_is_no_duplicate() {
 }
 
 #[test]
-fn producer_is_forgotten_by_the_time_of_its_partition() {
+fn producer_is_removed_by_partition_time() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     replica.set_producer_expiration(Some(Duration::from_millis(100)));
     write(&log, &mut replica, &[first(1, 0, 1000)]);
-    // A producer that writes old timestamps is remembered from the partition's time on.
+    // A producer that writes old timestamps is kept from the partition time on.
     write(&log, &mut replica, &[first(2, 1, 5), batch(2, 1, 1, 1100, 61)]);
     assert!(is_known(&replica.producers(), 1) && is_known(&replica.producers(), 2));
-    // Batches without a producer move the time as well.
+    // Batches without a producer advance the partition time as well.
     write(&log, &mut replica, &[batch(3, 1, 1, 1101, 61)]);
     assert!(replica.producers().is_empty());
     assert_eq!(replica.producers().check(stamp(1, 1), 1, None), Verdict::Unknown);
     assert_eq!(replica.producers().check(stamp(1, 0), 1, None), Verdict::New);
 
-    // The time goes back with what is cut, and the producers come back.
+    // A truncation moves the partition time back, and restores the producers.
     replica.truncate(at(3)).unwrap();
     assert!(is_known(&replica.producers(), 1) && is_known(&replica.producers(), 2));
-    // A shorter expiration holds at once; none forgets nobody.
+    // A shorter expiration applies at once; `None` removes no producer.
     replica.set_producer_expiration(Some(Duration::from_millis(99)));
     assert!(replica.producers().is_empty());
     replica.set_producer_expiration(None);
@@ -91,9 +91,10 @@ fn producer_is_forgotten_by_the_time_of_its_partition() {
     assert!(is_known(&replica.producers(), 3));
 }
 
-/// The log that began at a footer's or a leader's table forgets when the log that it copies does.
+/// A log may start with the table of a footer or of a leader. It then removes producers at the same time as the copied
+/// log.
 #[test]
-fn partition_time_outlives_the_batches_that_set_it() {
+fn partition_time_survives_the_eviction_of_its_batches() {
     let (disk, other_disk) = (SimDisk::new(), SimDisk::new());
     let (log, other_log) = (open(&disk), open(&other_disk));
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
@@ -116,7 +117,7 @@ fn partition_time_outlives_the_batches_that_set_it() {
 }
 
 #[test]
-fn beyond_the_bound_the_oldest_producer_is_forgotten() {
+fn oldest_producer_is_removed_above_the_limit() {
     let mut table = ProducerTable::new();
     let bound = i64::try_from(limits::MAX_PRODUCERS).unwrap();
     for id in 0..bound {
@@ -130,18 +131,18 @@ fn beyond_the_bound_the_oldest_producer_is_forgotten() {
     assert!(is_known(&table, 0) && !is_known(&table, 1) && is_known(&table, 2) && is_known(&table, bound));
 }
 
-/// A log whose replicas should remember at most `producer_bytes` of producers.
+/// Opens a log whose replicas should use at most `producer_bytes` for producer state.
 fn bounded(producer_bytes: usize) -> Log {
     let options = Options { producer_bytes, ..small() };
     Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity(), options).unwrap()
 }
 
-/// One record of a producer's batch of this sequence.
+/// Creates a batch of a producer, with one record and this sequence.
 fn next(id: i64, base: u64, sequence: i32) -> Batch {
     produced(base, 1, 1, 1, 61, (id, 0, sequence))
 }
 
-/// 1,700 producers on each of 1,000 partitions took 460 MB, and nothing refused more of them.
+/// Regression: 1,700 producers on each of 1,000 partitions used 460 MB, and nothing refused more of them.
 #[test]
 fn producers_of_all_partitions_are_bounded_together() {
     let log = bounded(20_000);
@@ -159,23 +160,23 @@ fn producers_of_all_partitions_are_bounded_together() {
     };
     assert_eq!(refused, Verdict::Full { max_bytes: 20_000 });
     assert!(log.status().producer_bytes > 20_000 && id > 50, "{id} producers");
-    // Known producers go on, and a partition with few takes others.
+    // Known producers continue, and a partition with few producers accepts new ones.
     assert_eq!(busy.producers().check(stamp(id - 1, 1), 1, None), Verdict::New);
     assert_eq!(busy.producers().check(stamp(id, 1), 1, None), Verdict::Unknown);
     assert_eq!(quiet.producers().check(stamp(id, 0), 1, None), Verdict::New);
     write(&log, &mut quiet, &[first(id, 0, 1)]);
-    // The table that a cut leaves counts as before.
+    // The table after a truncation counts as before.
     busy.truncate(at(base - 1)).unwrap();
     assert!(log.status().producer_bytes > 15_000, "{}", log.status().producer_bytes);
-    // A reset gives its bytes back.
+    // A reset frees the bytes of the table.
     busy.reset(at(7)).unwrap();
     assert!(log.status().producer_bytes < 1000, "{}", log.status().producer_bytes);
     assert_eq!(busy.producers().check(stamp(0, 0), 1, None), Verdict::New);
 }
 
-/// Producers that are known may write on, and each of their batches is remembered.
+/// Known producers may continue to write, and each of their batches is recorded.
 #[test]
-fn windows_are_short_while_all_partitions_remember_too_much() {
+fn windows_are_short_while_producer_memory_is_exceeded() {
     let log = bounded(0);
     let (mut replica, mut free) = (log.open_replica(partition(0), at(0)).unwrap(), ProducerTable::new());
     let window = i32::try_from(limits::MAX_BATCHES_PER_PRODUCER).unwrap();
@@ -193,7 +194,7 @@ fn windows_are_short_while_all_partitions_remember_too_much() {
         let kept = (0..window).filter(|sequence| known(&table, id, *sequence)).count();
         assert_eq!(kept, if id < 24 { 16 } else { limits::MAX_BATCHES_PER_PRODUCER }, "producer {id}");
         assert!((0..window).all(|sequence| known(&free, id, sequence)));
-        // All that is left of it is its end.
+        // A shortened window still has its end.
         assert!(known(&table, id, window - 1));
         assert_eq!(table.check(stamp(id, window), 1, None), Verdict::New);
     }
@@ -202,8 +203,8 @@ fn windows_are_short_while_all_partitions_remember_too_much() {
 }
 
 proptest! {
-    /// A producer is known exactly while partition time is at most the expiration past that of its last batch, wherever the table was
-    /// written and read in between, and whenever the expiration became known.
+    /// A producer is known exactly while partition time is at most the expiration past that of its last batch. Encoding
+    /// the table in between makes no difference, and neither does the time at which the expiration became known.
     #[test]
     fn table_is_a_function_of_the_log(
         writes in prop::collection::vec((0i64..6, -40i64..60), 1..60),

@@ -33,13 +33,14 @@ fn memory_and_disk_give_the_same_batches_and_end_at_the_bound() {
     let mut buffer = vec![0; 8000];
     assert_eq!(export.read_at(&mut buffer, 0).unwrap(), 7000);
     assert_eq!(export.index[0].offset, at(10));
-    // Evicted, its bytes can still be read by whoever holds it.
+    // The holder of an export can still read the bytes after the eviction.
     assert_eq!(replica.evict(at(60)).unwrap(), 7000);
     assert_eq!(export.read_at(&mut buffer, 0).unwrap(), 7000);
     assert!(matches!(reader.read_disk(at(10), at(110), 1), Err(ReadError::OutOfRange { .. })));
 }
 
-/// A reader took memory for a batch when it had read it: eight of 64 MiB were in a broker before the first was charged.
+/// Regression: a read acquired memory for a batch after reading the batch. Eight batches of 64 MiB were in a broker
+/// before the first one was charged.
 #[test]
 fn batch_above_the_limit_is_not_read() {
     let disk = SimDisk::new();
@@ -59,9 +60,10 @@ fn batch_above_the_limit_is_not_read() {
     assert!(reader.batch_for_time(1001, at(0), at(2), 1).unwrap().is_some());
 }
 
-/// Found by review: of a `replicated` topic the bucket had what a loss of power took from the disk, and nobody could lead from there.
+/// Regression, found by review: for a `replicated` topic the object store held data that a power failure removed from
+/// the disk. No replica could then lead from that disk.
 #[test]
-fn what_leaves_for_the_bucket_is_durable_here_first() {
+fn exported_segment_is_durable_on_the_local_disk_first() {
     for seed in 0..20 {
         let disk = SimDisk::new();
         let log = open(&disk);
@@ -80,7 +82,7 @@ fn what_leaves_for_the_bucket_is_durable_here_first() {
 }
 
 #[test]
-fn the_tail_buffer_keeps_to_its_budget_and_forgets_the_oldest_of_all() {
+fn tail_cache_keeps_its_budget_and_evicts_the_oldest() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut first = log.open_replica(partition(0), at(0)).unwrap();
@@ -98,7 +100,7 @@ fn the_tail_buffer_keeps_to_its_budget_and_forgets_the_oldest_of_all() {
 }
 
 #[test]
-fn a_retry_is_recognised_after_a_restart_and_after_a_cut() {
+fn retry_is_recognised_after_restart_and_truncation() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
@@ -108,7 +110,7 @@ fn a_retry_is_recognised_after_a_restart_and_after_a_cut() {
         write(&log, &mut replica, &[produced(base, 2, 1, 1, 100, (9, 0, sequence(base)))]);
     }
     let check = |replica: &Replica, base: u64| {
-        let stamp = crate::record::ProducerStamp { id: 9, epoch: 0, base_sequence: sequence(base) };
+        let stamp = crate::record::ProducerSequence { id: 9, epoch: 0, base_sequence: sequence(base) };
         replica.producers().check(stamp, 2, None)
     };
     assert_eq!(check(&replica, end - 2), Verdict::Duplicate { base: at(end - 2), end: at(end) });
@@ -123,10 +125,10 @@ fn a_retry_is_recognised_after_a_restart_and_after_a_cut() {
     assert_eq!(check(&replica, end - 6), Verdict::Duplicate { base: at(end - 6), end: at(end - 4) });
 }
 
-/// A stop writes a snapshot at the log end. Cut below it and grown to the same offset again, the log once took the snapshot
-/// for its own when the power failed before the new one was synced, and with it another history's producers.
+/// A stop writes a snapshot at the log end. Regression: a log was truncated below it, grew to the same offset, and used
+/// that snapshot if the power failed before its own was synced. The log then had the producers of another history.
 #[test]
-fn a_snapshot_of_what_was_cut_is_not_taken_for_one_of_what_came_after() {
+fn snapshot_of_a_truncated_log_is_not_used_again() {
     for seed in 0..60 {
         let disk = SimDisk::new();
         let log = open(&disk);
@@ -146,9 +148,9 @@ fn a_snapshot_of_what_was_cut_is_not_taken_for_one_of_what_came_after() {
         disk.crash(1000 + seed);
         let log = open(&disk);
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
-        // The segment from 4 on begins with a snapshot, where it kept its own.
+        // The segment at 4 starts with its own snapshot, if that was kept.
         replica.truncate(at(4)).unwrap();
-        let stamp = |id, base_sequence| crate::record::ProducerStamp { id, epoch: 0, base_sequence };
+        let stamp = |id, base_sequence| crate::record::ProducerSequence { id, epoch: 0, base_sequence };
         let check = |stamp| replica.producers().check(stamp, 2, None);
         assert_eq!(check(stamp(1, 2)), Verdict::New, "seed {seed}: it was cut");
         assert_eq!(check(stamp(2, 0)), Verdict::Duplicate { base: at(2), end: at(4) }, "seed {seed}");

@@ -1,11 +1,13 @@
-//! The tables of what lies before a log's start: what a new replica elsewhere begins with.
+//! Epoch history and producer state before a log's start, with which a new replica bootstraps, and write times of
+//! segments.
 
 use std::collections::BTreeSet;
 
 use super::*;
 use crate::task::clock;
 
-/// Three sealed segments of three batches each, of two epochs and two producers, and the tables where each of them ends.
+/// Creates three sealed segments of three batches each, of two epochs and two producers. Returns the tables at the end
+/// of each segment.
 fn three(log: &Log) -> (Replica, Vec<(EpochHistory, ProducerTable)>) {
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     let mut tables = Vec::new();
@@ -22,7 +24,7 @@ fn three(log: &Log) -> (Replica, Vec<(EpochHistory, ProducerTable)>) {
 }
 
 #[test]
-fn a_log_that_lost_its_beginning_knows_what_was_before_it() {
+fn evicted_log_returns_the_tables_before_its_start() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let (mut replica, tables) = three(&log);
@@ -31,7 +33,7 @@ fn a_log_that_lost_its_beginning_knows_what_was_before_it() {
         replica.evict(at(evicted * 3)).unwrap();
         assert_eq!(replica.tables_at_start().unwrap(), (at(evicted * 3), epochs.clone(), producers.clone()));
     }
-    // What lies above the start is not in them.
+    // The tables exclude the data above the start.
     write(&log, &mut replica, &[produced(9, 1, 3, 1, 1000, (7, 0, 0))]);
     assert_eq!(replica.tables_at_start().unwrap().1, tables[2].0);
     drop(replica);
@@ -41,10 +43,10 @@ fn a_log_that_lost_its_beginning_knows_what_was_before_it() {
     assert_eq!((start, &(epochs, producers)), (at(9), &tables[2]), "a crash costs none of it");
 }
 
-/// Retention deleted all, and a new leader wrote on: its log did not know any more which epoch wrote last before. A new replica that began
-/// with these tables began again and again.
+/// Regression: retention deleted all data, and a new leader continued to write. Its log no longer had the last epoch
+/// before the start. A new replica that bootstrapped with these tables did so again and again.
 #[test]
-fn a_log_of_which_all_was_deleted_knows_the_epoch_that_its_tables_end_with() {
+fn fully_evicted_log_keeps_the_last_epoch_of_its_tables() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let (mut replica, tables) = three(&log);
@@ -58,7 +60,7 @@ fn a_log_of_which_all_was_deleted_knows_the_epoch_that_its_tables_end_with() {
 }
 
 #[test]
-fn another_replica_that_begins_with_them_gives_the_same_ones() {
+fn bootstrapped_replica_returns_the_same_tables() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let (mut replica, _) = three(&log);
@@ -70,7 +72,7 @@ fn another_replica_that_begins_with_them_gives_the_same_ones() {
 }
 
 #[test]
-fn a_damaged_or_missing_snapshot_is_never_taken_for_nothing() {
+fn corrupt_or_missing_snapshot_is_an_error() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let (mut replica, _) = three(&log);
@@ -83,9 +85,9 @@ fn a_damaged_or_missing_snapshot_is_never_taken_for_nothing() {
     assert!(replica.tables_at_start().unwrap_err().to_string().contains("at 6 is gone"));
 }
 
-/// Where a reset was done and settled it began with nothing instead.
+/// Regression: after a completed reset, the log started with empty tables instead.
 #[test]
-fn the_tables_of_a_reset_are_never_taken_for_nothing_by_a_start() {
+fn start_without_the_tables_of_a_reset_is_refused() {
     for missing in [false, true] {
         for evicted in [false, true] {
             let disk = SimDisk::new();
@@ -119,9 +121,10 @@ fn the_tables_of_a_reset_are_never_taken_for_nothing_by_a_start() {
     }
 }
 
-/// Bit rot where the log begins: a cut took it for a beginning without anything before it, and a retry would have been appended again.
+/// Regression: the snapshot at the log start was corrupt. A truncation treated it as a start without earlier data, and
+/// a retry would have been appended again.
 #[test]
-fn a_damaged_snapshot_of_the_first_segment_is_never_taken_for_nothing() {
+fn corrupt_snapshot_of_the_first_segment_is_an_error() {
     let rotten = |live: bool| {
         let disk = SimDisk::new();
         let log = open(&disk);
@@ -143,16 +146,16 @@ fn a_damaged_snapshot_of_the_first_segment_is_never_taken_for_nothing() {
     }
 }
 
-/// What it knows where it ends.
+/// Returns the epoch history and the producer state at the log end.
 fn tables(replica: &Replica) -> (EpochHistory, ProducerTable) {
     let epochs = replica.epochs().clone();
     (epochs, replica.producers().clone())
 }
 
-/// What was known below its start was lost when a crash came between the journal's word and the snapshot: a retry of what lies in the
-/// bucket was then not recognised.
+/// Regression: a crash between the journal entry and the snapshot lost the producer state below the start. A retry of a
+/// batch in the object store was then not recognised.
 #[test]
-fn a_reset_that_a_crash_cut_short_never_begins_with_other_tables() {
+fn interrupted_reset_has_the_old_or_the_new_tables() {
     let mut ends = BTreeSet::new();
     for operations in 0.. {
         let mut done = false;
@@ -162,7 +165,7 @@ fn a_reset_that_a_crash_cut_short_never_begins_with_other_tables() {
             let (_, wanted) = three(&log);
             let mut replica = log.open_replica(partition(1), at(0)).unwrap();
             write(&log, &mut replica, &[produced(0, 6, 1, 1, 1000, (9, 0, 0))]);
-            // A snapshot of its own where it will begin anew.
+            // The old log has its own snapshot at the offset of the reset.
             replica.roll().unwrap();
             write(&log, &mut replica, &[produced(6, 6, 1, 1, 1000, (9, 0, 6))]);
             let had = tables(&replica);
@@ -171,7 +174,7 @@ fn a_reset_that_a_crash_cut_short_never_begins_with_other_tables() {
             done = replica.reset_with(at(6), epochs, producers).is_ok();
             disk.fail_writes_after(None);
             if seed % 2 == 0 && log.status().failed.is_none() {
-                // A checkpoint comes, and the journal goes on: the file with its word about the reset would be used again.
+                // A checkpoint follows and the journal continues, so the file with the reset entry would be reused.
                 let mut other = log.open_replica(partition(2), at(0)).unwrap();
                 for base in 0..20 {
                     write(&log, &mut other, &[batch(base, 1, 1, 1, 10_000)]);
@@ -181,7 +184,7 @@ fn a_reset_that_a_crash_cut_short_never_begins_with_other_tables() {
             }
             drop((replica, log));
             disk.crash(seed);
-            // The start that does it again is cut short too.
+            // The start that repeats the reset is interrupted too.
             disk.fail_writes_after(Some(seed));
             let data = Path::new("/data");
             let _cut_short = Log::open(Arc::new(disk.clone()), data, &identity(), small()).map(drop);
@@ -207,7 +210,7 @@ fn a_reset_that_a_crash_cut_short_never_begins_with_other_tables() {
     assert_eq!(ends, BTreeSet::from([(at(0), false), (at(6), false), (at(6), true)]));
 }
 
-/// Waits until the wall clock shows a later time.
+/// Waits until the wall clock shows a later time, and returns that time.
 fn later() -> i64 {
     let before = clock::wall_ms();
     while clock::wall_ms() <= before {
@@ -216,9 +219,9 @@ fn later() -> i64 {
     clock::wall_ms()
 }
 
-/// A restart made each segment as young as the restart where it was known by its records alone.
+/// Regression: a segment that was known only by its records became as young as the restart.
 #[test]
-fn written_time_of_a_segment_outlives_a_stop_and_a_crash() {
+fn written_time_of_a_segment_survives_stop_and_crash() {
     let times = |replica: &Replica| {
         let segments = replica.sealed().into_iter().chain([replica.active()]);
         segments.map(|info| (info.created_ms, info.written_ms)).collect::<Vec<_>>()
@@ -256,7 +259,7 @@ fn written_time_of_a_segment_outlives_a_stop_and_a_crash() {
 }
 
 #[test]
-fn written_time_outlives_a_cut() {
+fn written_time_survives_truncation() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
@@ -270,9 +273,9 @@ fn written_time_outlives_a_cut() {
     assert_eq!(after.end, at(1));
 }
 
-/// A broker whose clock stood years ahead for an hour kept what it wrote then for these years.
+/// Regression: a broker whose clock was years ahead for an hour kept the data of that hour for these years.
 #[test]
-fn written_time_in_the_future_is_taken_for_now_and_never_goes_back_by_itself() {
+fn written_time_in_the_future_is_set_to_now() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();

@@ -1,4 +1,4 @@
-//! The mark of a directory's uptimes.
+//! The incarnations file of a data directory.
 
 use uuid::Uuid;
 
@@ -11,7 +11,7 @@ fn uptime(n: u128) -> Uuid {
 }
 
 #[test]
-fn a_mark_names_the_confirmed_uptime_and_those_noted_since() {
+fn file_has_the_confirmed_and_all_later_incarnations() {
     let disk = SimDisk::new();
     let log = open(&disk);
     assert!(log.uptimes().unwrap().is_empty());
@@ -28,9 +28,10 @@ fn a_mark_names_the_confirmed_uptime_and_those_noted_since() {
     assert_eq!(log.uptimes().unwrap(), [uptime(3)]);
 }
 
-/// A broker that registered before its note was durable could not prove itself at the next start.
+/// Regression: a broker that registered before its record was durable could not prove its incarnation at the next
+/// start.
 #[test]
-fn a_noted_uptime_survives_the_power_and_half_a_note_leaves_the_mark_of_before() {
+fn recorded_incarnation_survives_a_power_failure() {
     for seed in 0..50 {
         let disk = SimDisk::new();
         let log = open(&disk);
@@ -47,7 +48,7 @@ fn a_noted_uptime_survives_the_power_and_half_a_note_leaves_the_mark_of_before()
 }
 
 #[test]
-fn a_damaged_mark_proves_nothing_and_a_newer_one_is_left_alone() {
+fn corrupt_file_proves_nothing_and_newer_one_is_refused() {
     let disk = SimDisk::new();
     let log = open(&disk);
     for damaged in [&b""[..], b"{\"format\": 1, \"uptimes\": [\"7\"]}", b"\xFF"] {
@@ -61,7 +62,7 @@ fn a_damaged_mark_proves_nothing_and_a_newer_one_is_left_alone() {
 }
 
 #[test]
-fn the_format_of_a_mark_is_kept() {
+fn format_of_the_incarnations_file_is_stable() {
     let disk = SimDisk::new();
     let log = open(&disk);
     log.note_uptime(uptime(1), true).unwrap();
@@ -71,9 +72,10 @@ fn the_format_of_a_mark_is_kept() {
     assert_eq!(String::from_utf8(disk.read(Path::new(MARK)).unwrap()).unwrap(), golden);
 }
 
-/// A broker that is started again and again without reaching the metadata must not fill its disk, nor forget what it can prove.
+/// A broker that starts again and again without reaching the metadata must not fill its disk, nor drop its confirmed
+/// incarnation.
 #[test]
-fn of_very_many_starts_the_confirmed_uptime_and_the_last_ones_are_kept() {
+fn confirmed_and_last_incarnations_are_kept() {
     let disk = SimDisk::new();
     let log = open(&disk);
     log.note_uptime(uptime(0), true).unwrap();

@@ -1,4 +1,4 @@
-//! Segments go to the disk as they grow, long before their sync.
+//! Segments are written to the disk as they grow, long before their sync.
 
 use super::*;
 use crate::{
@@ -12,13 +12,13 @@ use crate::{
 
 const LARGE: usize = 100_000;
 
-/// What was written out of a segment, each time.
+/// Returns the ranges of a segment that were written out, in order.
 fn write_outs(disk: &SimDisk, base: u64) -> Vec<(u64, u64)> {
     let path = replica_dir(Path::new("/data"), partition(0)).join(format!("{base:020}.log"));
     disk.write_outs(&path).into_iter().map(|range| (range.start, range.end)).collect()
 }
 
-/// Appends so many large batches of one record, and does what the syncing thread would before any sync.
+/// Appends `batches` large batches of one record, and does the work of the sync thread before a sync.
 fn append(log: &Log, replica: &mut Replica, batches: u64) {
     for _ in 0..batches {
         let base = replica.log_end().get();
@@ -47,13 +47,14 @@ fn segment_is_written_out_in_pieces_before_its_sync() {
     assert!(durable.iter().all(|(_, bytes)| bytes.is_empty()), "written out is not synced");
     log.sync_step();
     assert_eq!(write_outs(&disk, 5).len(), 1, "a sync writes out what is left, here less than a page");
-    // What was cut and is written again is written out again.
+    // Truncated bytes that are written again are written out again.
     replica.truncate(at(5)).unwrap();
     append(&log, &mut replica, 3);
     assert_eq!(write_outs(&disk, 5).last(), Some(&(0, first)));
 }
 
-/// Small pieces cost three replicas on one machine a tenth of their throughput, and nobody waited for the device.
+/// Regression: small pieces cost three replicas on one machine a tenth of their throughput, while nothing waited for
+/// the device.
 #[tokio::test(start_paused = true)]
 async fn pieces_are_large_while_nothing_is_written_to_the_journal() {
     let disk = SimDisk::new();
@@ -88,7 +89,7 @@ fn segments_are_synced_by_a_share_of_the_ring() {
 }
 
 #[test]
-fn evicted_segment_keeps_its_content_for_who_reads_it() {
+fn evicted_segment_keeps_its_content_for_its_readers() {
     const BATCHES: u64 = 6;
     let folder = tempfile::tempdir().unwrap();
     let log = Log::open(Arc::new(RealDisk::default()), folder.path(), &identity(), small()).unwrap();
@@ -106,9 +107,10 @@ fn evicted_segment_keeps_its_content_for_who_reads_it() {
     assert!(read == last.len() && last[100..].iter().any(|byte| *byte != 0), "{read} bytes of the last batch");
 }
 
-/// A topic of 20 GB has 300 files. All but 32 were closed at once, and the journal waited for the device for most of a second.
+/// Regression: a topic of 20 GB has 300 files. All but 32 were closed at once, and the journal waited for the device
+/// for most of a second.
 #[test]
-fn large_removed_files_are_given_back_in_steps_however_many_they_are() {
+fn space_of_large_removed_files_is_freed_in_steps() {
     const SEGMENTS: u64 = 40;
     let folder = tempfile::tempdir().unwrap();
     let options = Options { manual: false, ..small() };

@@ -1,21 +1,25 @@
-//! What the metadata makes of the task: it waits, follows or leads.
+//! Role changes of the task by the metadata: idle, following or leading.
 //!
-//! | what is heard | while it waits | while it follows in e | while it leads in e |
+//! # Transitions
+//!
+//! | input | while idle | while following in e | while leading in e |
 //! | --- | --- | --- | --- |
-//! | this broker leads in e' > e | leads | leaves the link, leads | leads anew, writers of e are answered |
-//! | another leads in e' > e | follows | follows the other | follows, writers are answered |
-//! | nobody leads in e' > e, or this is no replica | | leaves the link | writers are answered |
-//! | other sets in e | | | takes them over |
-//! | this replica comes by another addition in e | | leaves the link, follows anew | |
-//! | a follower knows e' > e, or the bucket's state is of it | | | admits nothing more; a second later it asks the store whether that is so |
-//! | its disk fails | | leaves the link for good | resigns |
+//! | this broker leads in e' > e | leads | unsubscribes, leads | leads again, writers of e get results |
+//! | another broker leads in e' > e | follows | follows the other broker | follows, writers get results |
+//! | no broker leads in e' > e, or this is no replica | | unsubscribes | writers get results |
+//! | other ISR or ELR in e | | | adopts them |
+//! | another addition of this replica in e | | unsubscribes, follows again | |
+//! | a follower or the tier state names e' > e | | | admits nothing more; a second later it reads the key from the metadata store |
+//! | the disk fails | | unsubscribes for good | resigns |
 //! | an older revision | | | |
 //!
-//! Readers stay open through all of it: what is committed stays where it is. A writer whose records are in the log when the
-//! epoch ends is told that nobody knows what becomes of them; one whose records were never appended is told just that.
+//! # Invariants
 //!
-//! Whoever begins to lead must have all that is committed. Elections see to that, but for one that an operator forced: there the log may
-//! end before the bucket does, or hold other records than the bucket. Then the bucket is right, and the log begins anew behind it.
+//! Readers stay open in every case: committed records stay where they are. A writer whose records are in the log when the epoch ends gets
+//! `AppendError::Deposed`: the outcome is unknown. A writer whose records were never appended gets `AppendError::NotLeader`.
+//!
+//! A new leader must have all committed records. Elections ensure that, except an unclean one: then the log may end before the object
+//! store does, or hold other records than the object store. The object store is right in that case, and the log is reset to its end.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -40,10 +44,10 @@ use crate::{
     tier::TierState,
 };
 
-/// First and longest pause before the bucket is asked again for what a leader needs.
+/// First and longest pause before another read of the tables that a leader needs from the object store.
 const BEGIN_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// What others tell the task: the metadata, the links, the agreement. It never waits behind writes.
+/// Control message of the metadata, the links or the metadata store. It never waits behind writes.
 pub(in crate::partition) enum Order {
     Assign(Box<Assignment>, oneshot::Sender<()>),
     Join(Box<JoinOrder>),
@@ -52,11 +56,11 @@ pub(in crate::partition) enum Order {
     Agreed(Box<Agreed>),
     Deposed(LeaderEpoch),
     Link(FromLink),
-    /// What the task asked the bucket for, by the number of that question.
+    /// Tables that the task requested from the object store, with the number of that request.
     Tables(u64, Result<Box<Tables>, BeginError>),
 }
 
-/// A follower that joins, and the way for its answer.
+/// Subscription of a follower, with the channel for its response.
 pub(in crate::partition) struct JoinOrder {
     pub(in crate::partition) peer: Peer,
     pub(in crate::partition) epoch: LeaderEpoch,
@@ -65,20 +69,20 @@ pub(in crate::partition) struct JoinOrder {
     pub(in crate::partition) answer: oneshot::Sender<Answered>,
 }
 
-/// Where the metadata places this broker.
+/// Metadata that the task has applied.
 #[derive(Default)]
 pub(in crate::partition) struct Placed {
     known: Option<(Arc<PartitionValue>, Revision)>,
     registered: BTreeMap<BrokerId, Registration>,
-    /// The newest epoch that a follower spoke of, or in which something was committed to the bucket.
+    /// Newest epoch that a follower reported, or in which a tier state was committed.
     pub(super) heard: LeaderEpoch,
-    /// Since when, by the clock of ticks, the metadata is [late](Self::is_given_up).
+    /// Time, by the clock of ticks, since which the metadata is [late](Self::is_given_up).
     pub(super) given_up_ms: Option<u64>,
-    /// The newest epoch in which this task led. It never leads in one twice: what it proposed then is forgotten.
+    /// Newest epoch in which this task led. It never leads twice in one epoch, because its proposals of the first time are forgotten.
     led: Option<LeaderEpoch>,
-    /// Number of the last question to the bucket; an answer to an earlier one is too late.
+    /// Number of the last request to the object store; a response to an earlier one is dropped.
     pub(super) question: u64,
-    /// Whether what is asked for is asked by a leader that is about to begin, and how long it waited before it asked.
+    /// `Some` if a new leader made that request, with the pause before the request.
     pub(super) leads_after: Option<Duration>,
 }
 
@@ -91,20 +95,20 @@ impl Placed {
         self.known.as_ref().and_then(|(value, _)| value.leader)
     }
 
-    /// Whether the metadata names this broker in an epoch in which it does not lead any more, or knows nothing of an epoch of
-    /// which a follower spoke.
+    /// Returns true if the metadata is late: it names this broker as leader of an epoch that ended here, or lacks an epoch that was
+    /// reported here.
     pub(super) fn is_given_up(&self, me: BrokerId) -> bool {
         let (epoch, led) = (self.epoch(), self.led);
         let names_it = self.leader() == Some(me) && led.is_some_and(|led| led >= epoch);
         self.known.is_some() && (self.heard > epoch || names_it)
     }
 
-    /// Whether a newer value than that of this revision is known.
+    /// Returns true if a value newer than this revision is applied.
     pub(super) fn is_newer_than(&self, revision: Revision) -> bool {
         self.known.as_ref().is_some_and(|(_, known)| *known > revision)
     }
 
-    /// Which addition that broker's replica comes by, while it is being added.
+    /// Returns the addition of that broker's replica while it is being added.
     pub(super) fn added_after(&self, broker: BrokerId) -> Option<u64> {
         self.known.as_ref().and_then(|(value, _)| value.added_after(broker))
     }
@@ -115,7 +119,7 @@ impl Placed {
 }
 
 impl Actor {
-    /// Carries out what is ordered, then makes known and durable what came of it.
+    /// Handles control messages, then submits their effects to the journal and publishes them.
     pub(super) async fn carry_out(&mut self, first: Order, orders: &mut tokio::sync::mpsc::Receiver<Order>) {
         self.order(first).await;
         for _ in 1..ORDERS {
@@ -129,7 +133,7 @@ impl Actor {
 
     async fn order(&mut self, order: Order) {
         if let Order::Assign(..) | Order::Agreed(_) | Order::Deposed(_) = order {
-            // What orders before this one committed they did in the part, and by the value, that may end now.
+            // Commits of earlier control messages belong to the role and the value that may end now.
             self.publish();
         }
         match order {
@@ -156,7 +160,7 @@ impl Actor {
         }
     }
 
-    /// What this broker is in the partition.
+    /// Returns the current replica status.
     pub(super) fn stands(&self) -> Standing {
         let (epoch, leader) = (self.placed.epoch(), self.placed.leader());
         let role = match &self.part {
@@ -167,7 +171,7 @@ impl Actor {
             },
             Part::Waiting => Role::Waiting,
         };
-        // Somebody else leads by now, though who is not known here.
+        // Another broker leads by now, but this task has no metadata that names it.
         let deposed = role == Role::Waiting && leader == Some(self.broker);
         Standing { role, epoch, leader: leader.filter(|_| !deposed) }
     }
@@ -184,13 +188,13 @@ impl Actor {
         self.placed(value, revision);
     }
 
-    /// Takes the place that a value of the partition, no older than the known one, gives this broker.
+    /// Takes the role that a value of the partition, no older than the applied one, gives to this broker.
     pub(super) fn placed(&mut self, value: Arc<PartitionValue>, revision: Revision) {
         sim_event!(MetadataApplied { partition: self.id, revision: revision.0 });
         let before = self.placed.added_after(self.broker);
         self.placed.known = Some((Arc::clone(&value), revision));
         let (epoch, addition) = (value.leader_epoch, value.added_after(self.broker));
-        // It was let go meanwhile, and added again: what it joined by its leader does not count any more.
+        // The replica was removed and added again meanwhile: its subscription does not count any more.
         let is_anew = addition.is_some() && addition != before;
         let is_late = epoch < self.placed.heard;
         match value.leader {
@@ -206,7 +210,7 @@ impl Actor {
         }
     }
 
-    /// Ends whatever it was, in the epoch in which it was that.
+    /// Leaves the current role, in the epoch of that role.
     fn end(&mut self) {
         self.committed_end = self.high_watermark();
         self.placed.question += 1;
@@ -216,7 +220,7 @@ impl Actor {
             Part::Following(_) => self.around.links.leave(self.id, self.placed.epoch(), false),
             Part::Leading(mut leader) => {
                 self.shared.leads(false);
-                // Who is due is told so.
+                // Writers whose rule holds get their acknowledgement first.
                 leader.due(|writer, acked| writer.answer(Ok(acked)));
                 for writer in leader.abandon() {
                     writer.answer(Err(AppendError::Deposed));
@@ -225,7 +229,7 @@ impl Actor {
         }
     }
 
-    /// Neither leads nor follows.
+    /// Becomes idle.
     pub(super) fn wait(&mut self) {
         self.end();
     }
@@ -233,7 +237,7 @@ impl Actor {
     fn follow(&mut self, leader: BrokerId, epoch: LeaderEpoch, unclean: Option<LeaderEpoch>) {
         self.end();
         if self.shared.fault().is_some() {
-            // It cannot copy: whoever leads must not wait for it.
+            // The replica cannot copy: no leader may wait for it.
             return;
         }
         tracing::debug!(partition = %self.id, %leader, %epoch, "follows");
@@ -251,10 +255,10 @@ impl Actor {
                 self.see_registered();
                 self.propose();
             }
-            // It will begin when the bucket has answered.
+            // The leadership begins when the object store has responded.
             Part::Waiting if self.placed.leads_after.is_some() && self.standing.epoch == epoch => {}
             _ if self.placed.led.is_some_and(|led| led >= epoch) => self.wait(),
-            // As if it had led in it before: it ends that epoch, and somebody is elected in a newer one.
+            // Treated like an epoch that it already led: it ends that epoch, and an election in a newer epoch follows.
             _ if let Some(last) = last.filter(|last| *last > epoch) => {
                 tracing::error!(
                     topic = %self.topic, partition = %self.id, %epoch, %last,
@@ -279,7 +283,7 @@ impl Actor {
         self.replica.epochs().last().map(|(epoch, _)| epoch)
     }
 
-    /// Whether the bucket must be looked at before this log may be led by: only after an election that may have lost records.
+    /// Returns true if the object store must be read before this log can lead: only after an election that may have lost records.
     fn needs_bucket(&self, value: &PartitionValue) -> bool {
         let committed = self.tiered_end.max(self.log_start);
         let reaches = self.replica.log_end() >= committed;
@@ -287,7 +291,7 @@ impl Actor {
         !reaches || unclean
     }
 
-    /// Whether the bucket holds a segment whose footer tells what was known at the tiered end.
+    /// Returns true if the object store has a segment whose footer holds the tables of the tiered end.
     pub(super) fn has_bucket_tables(&self) -> bool {
         self.tiered_end > self.log_start
     }
@@ -311,11 +315,11 @@ impl Actor {
             self.around.agreement.resign(self.id, epoch);
         }
         self.propose();
-        // What was written and not handed over, or could not be uploaded while another led.
+        // Segments may be due that could not be uploaded while another broker led.
         self.upkeep.push(self.id);
     }
 
-    /// Tells the leader what the view says of every other replica.
+    /// Applies the status of every replica's broker to the leader.
     fn see_registered(&mut self) {
         let Part::Leading(leader) = &mut self.part else { return };
         let replicas = leader.in_sync().value().replicas.clone();
@@ -325,7 +329,7 @@ impl Actor {
         }
     }
 
-    /// Somebody knows of a newer epoch: nothing more is admitted until the metadata tells what it is.
+    /// Handles a report of a newer epoch: a leader of an older epoch admits nothing more until the metadata contains the newer one.
     pub(super) fn deposed(&mut self, known: LeaderEpoch) {
         self.placed.heard = self.placed.heard.max(known);
         if let Part::Leading(leader) = &self.part
@@ -336,8 +340,8 @@ impl Actor {
         }
     }
 
-    /// What is in the bucket, and where the log starts, by the metadata: all below both was committed, by a leader of the state's epoch
-    /// or one before. Where that is a later one than this broker leads in, this log may hold other records there.
+    /// Applies the tiered end and the log start of the metadata. All records below both were committed, by a leader of the state's epoch
+    /// or an earlier one. If that epoch is newer than the one in which this broker leads, this log may hold other records there.
     pub(super) fn committed(&mut self, state: &TierState) {
         if !mutant!(AdoptNewerTieredEnd) {
             self.deposed(state.epoch);
@@ -348,13 +352,13 @@ impl Actor {
             leader.in_sync_mut().committed(self.tiered_end.max(self.log_start));
             leader.tiered(self.tiered_end);
         }
-        // Readers must see the new start before the files go.
+        // Readers must see the new log start before the files are removed.
         self.publish();
         self.keep_log_start();
     }
 
-    /// Asks the bucket for what is known where it ends, which must not be before `at`. `leads_after` when this broker is to lead then,
-    /// with the time to wait before.
+    /// Requests the tables at the end of the object store, which must not be before `at`. `leads_after` is `Some` if this broker leads
+    /// after the response, with the pause before the request.
     pub(super) fn ask_bucket(&mut self, at: Offset, leads_after: Option<Duration>) {
         self.placed.question += 1;
         self.placed.leads_after = leads_after;
@@ -386,7 +390,7 @@ impl Actor {
             return;
         }
         if let Ok(tables) = &tables {
-            // A committed manifest said so, perhaps before the metadata told this task.
+            // A committed manifest has this end, perhaps before the metadata arrived at this task.
             self.tiered_end = self.tiered_end.max(tables.at);
         }
         match self.placed.leads_after {
@@ -395,11 +399,12 @@ impl Actor {
         }
     }
 
-    /// An election that may have lost records made this broker the leader; the bucket says what was committed for certain.
+    /// Continues the start of a leader after an election that may have lost records. The tables show which records certainly were
+    /// committed.
     async fn begin_leading(&mut self, tables: Result<Tables, BeginError>, waited: Duration) {
         let committed = self.tiered_end.max(self.log_start);
         let tables = match tables {
-            // Deletion overtook the bucket, or there is none any more: nothing is known of what lies before.
+            // Deletion overtook the object store, or there is none any more: there are no tables of the records before.
             Err(BeginError::NoBucket) => Tables::empty(committed),
             Err(_) if !self.has_bucket_tables() => Tables::empty(committed),
             Ok(tables) if tables.at < committed => Tables::empty(committed),
@@ -428,13 +433,13 @@ impl Actor {
         self.begin_to_lead();
     }
 
-    /// Asks the bucket again, later than the last time.
+    /// Repeats the request to the object store, after a longer pause.
     fn lead_later(&mut self, waited: Duration) {
         let (least, most) = BEGIN_PAUSE;
         self.ask_bucket(self.tiered_end, Some((waited * 2).clamp(least, most)));
     }
 
-    /// Throws the log away and begins anew; false when the disk failed.
+    /// Resets the log with these tables. Returns false if the disk failed or is full.
     pub(super) async fn reset(&mut self, tables: Tables) -> bool {
         let Tables { at, epochs, producers } = tables;
         #[cfg(feature = "sim")]
@@ -447,7 +452,7 @@ impl Actor {
         done
     }
 
-    /// Throws the log away, and all that is known of it.
+    /// Resets the log to offset 0, without tables.
     pub(super) async fn empty(&mut self) -> bool {
         self.reset(Tables { at: Offset::ZERO, epochs: EpochHistory::new(), producers: ProducerTable::new() }).await
     }

@@ -1,4 +1,4 @@
-//! Following: what the leader sends is compared, copied, handed to the journal, and acknowledged by whoever looks at the ends.
+//! Following: messages of the leader are checked, copied and submitted to the journal. The link acknowledges the published progress.
 
 use super::{Actor, AppendError, GROUP_BYTES, Part, warnings::Condition};
 use crate::{
@@ -17,14 +17,14 @@ use crate::{
 };
 
 impl Actor {
-    /// Takes in what the link brings. What comes while nobody is followed is of an earlier time.
+    /// Handles an event of the link. Events in another role are late: they belong to an earlier subscription.
     pub(super) async fn hear_link(&mut self, said: FromLink) {
         let Part::Following(follower) = &mut self.part else { return };
         match said {
             FromLink::Up => self.claim(),
             FromLink::Down => {
                 follower.interrupted();
-                // What the bucket will answer is not wanted any more: the next claim may be answered otherwise.
+                // The object store's response is not needed any more: the next subscription may have another outcome.
                 self.placed.question += 1;
             }
             FromLink::Answer(answered) => self.answered(answered).await,
@@ -32,7 +32,7 @@ impl Actor {
         }
     }
 
-    /// Says to the leader what this log is.
+    /// Subscribes with the position of this log.
     fn claim(&mut self) {
         let Part::Following(follower) = &mut self.part else { return };
         self.placed.question += 1;
@@ -45,7 +45,7 @@ impl Actor {
         self.around.links.join(self.id, epoch, claim, ends);
     }
 
-    /// Asks the link to say later that it is time to claim.
+    /// Asks the link for another [`FromLink::Up`] after a pause.
     fn again(&mut self) {
         if let Part::Following(follower) = &mut self.part {
             follower.interrupted();
@@ -73,14 +73,14 @@ impl Actor {
             }
             Ok(Act::Begin(at)) => match beginning {
                 Some(beginning) if !beginning.in_bucket => {
-                    // What lies before is nowhere.
+                    // No tier has the records before.
                     self.log_start = self.log_start.max(at);
                     self.begin_following(Tables::sent(&beginning)).await;
                 }
                 _ => self.ask_bucket(at, None),
             },
             Ok(Act::Follow(_)) => {
-                // Whoever acknowledges says now what is here, though nothing moved.
+                // The link acknowledges the current progress, although nothing moved.
                 self.publish();
                 self.shared.wake(On::Progress);
             }
@@ -89,10 +89,10 @@ impl Actor {
         }
     }
 
-    /// Cuts where this log and the leader's part.
+    /// Truncates where this log and the leader's diverge.
     async fn cut(&mut self, to: Offset) {
         tracing::info!(topic = %self.topic, partition = %self.id, %to, log_end = %self.replica.log_end(), "cuts what its leader does not have");
-        // Where the disk does not reach nothing is known of what lies before: then it begins anew.
+        // Below the start of this disk there are no tables of the records before: then the log is emptied.
         let done = if to < self.replica.local_start().max(self.replica.log_start()) {
             self.empty().await
         } else {
@@ -102,12 +102,12 @@ impl Actor {
         self.claim_when(done);
     }
 
-    /// Claims at once what the log is now, or a little later what it still is.
+    /// Subscribes at once if the log changed, otherwise after a pause.
     fn claim_when(&mut self, changed: bool) {
         if changed { self.claim() } else { self.again() }
     }
 
-    /// Begins anew with these tables.
+    /// Bootstraps with these tables.
     pub(super) async fn begin_following(&mut self, tables: Result<Tables, BeginError>) {
         if !matches!(self.part, Part::Following(_)) {
             return;
@@ -116,7 +116,7 @@ impl Actor {
             Ok(tables) => {
                 let at = tables.at;
                 let had = self.replica.log_end();
-                // Who begins where it begins already got nowhere: its leader is asked a little later.
+                // The reset would change nothing, so the subscription is retried after a pause.
                 let is_same = had == at && self.replica.local_start() == at;
                 let done = self.reset(tables).await;
                 if let Part::Following(follower) = &mut self.part
@@ -136,7 +136,7 @@ impl Actor {
         }
     }
 
-    /// Batches from the leader.
+    /// Handles batches from the leader.
     fn received(&mut self, epoch: LeaderEpoch, high_watermark: Offset, batches: &[Batch]) {
         let Part::Following(follower) = &mut self.part else { return };
         let heads: Option<Vec<Head>> = batches.iter().map(head).collect();
@@ -157,7 +157,7 @@ impl Actor {
         }
     }
 
-    /// Appends what was found to fit.
+    /// Appends batches that were checked.
     fn copy(&mut self, mut batches: &[Batch]) {
         let most = usize::try_from(self.config.segment_bytes).map_or(GROUP_BYTES, |bytes| bytes.min(GROUP_BYTES));
         while !batches.is_empty() {
@@ -185,13 +185,13 @@ impl Actor {
         }
     }
 
-    /// The leader sent what it should not, or what is late. What that means the follower has decided; where it does not follow any more
-    /// it claims again, unless that would be answered in the same way for ever.
+    /// Handles a wrong or late message of the leader, as the follower classified it. If the replica does not follow any more, it
+    /// subscribes again, unless the outcome would be the same for ever.
     fn violated(&mut self, violation: Violation) {
         let Part::Following(follower) = &mut self.part else { return };
         let (leader, epoch) = (follower.leader(), follower.epoch());
         match violation {
-            // Of a link or an epoch before: what is asked for now is still to come.
+            // From an earlier link or epoch: the response to the current subscription is still due.
             Violation::OldEpoch { .. } | Violation::NotAsked => {
                 tracing::trace!(partition = %self.id, %leader, %epoch, error = %violation, "passed over");
             }

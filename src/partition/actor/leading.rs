@@ -1,4 +1,4 @@
-//! Leading: writes are admitted, appended as groups, handed to the journal, and answered.
+//! Leading: writes are admitted, appended in groups, submitted to the journal, and acknowledged.
 
 use std::{ops::Range, sync::Arc};
 
@@ -16,74 +16,74 @@ use crate::{
     task::clock,
 };
 
-/// Why a write failed.
+/// Error of a write.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AppendError {
-    /// The leader did not admit it.
+    /// The leader did not admit the write.
     #[error(transparent)]
     Refused(#[from] Refused),
-    /// No room. Appends go on by themselves when there is some.
+    /// The disk is full. Appends resume by themselves when there is space.
     #[error(
         "the disk of this broker is full: add space, or lower local.retention.* or retention.*; appends resume by themselves"
     )]
     DiskFull,
-    /// A write or sync failed; the replica takes no more writes until the broker is restarted on a sound disk.
+    /// A write or sync failed. The replica accepts no writes until the broker is restarted on an intact disk.
     #[error(
         "writing to this broker's disk failed: {why}; the partition takes no writes until the disk is repaired and the broker restarted"
     )]
     StorageFailed {
-        /// What the system said.
+        /// Cause of the failure.
         why: Arc<str>,
     },
     /// This broker does not lead the partition. The records were not written.
     #[error("this broker does not lead the partition (leader epoch {epoch}): {}",
         leader.map_or_else(|| "nobody is known to lead it now".to_owned(), |leader| format!("broker {leader} does")))]
     NotLeader {
-        /// Who leads, as far as is known here.
+        /// Leader by this broker's metadata, if any.
         leader: Option<BrokerId>,
-        /// The newest leader epoch known here.
+        /// Newest leader epoch of this broker's metadata.
         epoch: LeaderEpoch,
     },
-    /// Another leader was elected before the records were committed: whether they will be is not known here.
+    /// Another leader was elected before the records were committed. The outcome is unknown.
     #[error(
         "another leader was elected while the write waited to be committed; whether it will be is not known: send it again"
     )]
     Deposed,
-    /// The partition is being closed; whether the write happened is not known.
+    /// The partition is being closed. The outcome is unknown.
     #[error("the partition is closing on this broker; whether this write happened is not known")]
     Closing,
 }
 
-/// What a writer gets.
+/// Result of a write.
 pub type AppendResult = Result<Acked, AppendError>;
 
-/// What a client sent, of which the broker made the batch that it appends.
+/// Facts about a client's request, from which the broker made the batch to append.
 #[derive(Clone, Debug)]
 pub struct BatchOrigin {
-    /// Of the batch that the client sent; `None` where it sent records.
+    /// Fingerprint of the batch that the client sent; `None` if it sent records.
     pub fingerprint: Option<Fingerprint>,
-    /// What is known of the records' timestamps: those of all where the broker has seen the records, else what the header says.
+    /// Timestamps of all records if the broker decoded them, otherwise those of the batch header.
     pub timestamps: TimestampRange,
-    /// Why the batch must not be appended. A retry of one that is stored already is answered all the same.
+    /// Reason against the append. A retry of a stored batch gets its result all the same.
     pub refusal: Option<Refused>,
 }
 
-/// One write on its way.
+/// One queued write.
 pub(in crate::partition) struct Append {
     pub(in crate::partition) batch: Batch,
     pub(in crate::partition) origin: BatchOrigin,
     pub(in crate::partition) acks: Acks,
-    /// Memory that the batch may take, given back when the write is answered, or is safe here and nobody waits for the answer any more.
+    /// Memory of the batch. It is released with the result, or when the write is safe here and its receiver was dropped.
     pub(in crate::partition) permit: OwnedSemaphorePermit,
     pub(in crate::partition) answer: oneshot::Sender<AppendResult>,
-    /// With `acks=tiered`: where the caller finds that the write is stored here, while it waits for the bucket.
+    /// With `acks=tiered`: shows the caller that the write is stored here and waits for the object store.
     pub(in crate::partition) stored: Option<Stored>,
 }
 
-/// The offsets of a write that is stored on this broker and waits for the bucket.
+/// Offsets of a write that is stored on this broker and waits for the object store.
 pub type Stored = Arc<SetOnce<Range<Offset>>>;
 
-/// A writer who waits: the answer's way, and the memory that is given back with it.
+/// Waiting writer: the channel for its result, and the memory that is released with it.
 pub(super) struct Writer {
     answer: oneshot::Sender<AppendResult>,
     permit: Option<OwnedSemaphorePermit>,
@@ -91,7 +91,7 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    /// Its write is stored here, and waits for the bucket: other writes may have its memory.
+    /// Records that the write is stored here and waits for the object store: its memory is released.
     fn on_stored(&mut self, acked: &Acked) {
         self.permit = None;
         if let Some(stored) = &self.stored {
@@ -99,7 +99,7 @@ impl Writer {
         }
     }
 
-    /// Tells it. Whoever does not listen any more has still written.
+    /// Sends the result. A write stays written even if its receiver was dropped.
     pub(super) fn answer(self, result: AppendResult) {
         let _gone = self.answer.send(result);
     }
@@ -108,14 +108,15 @@ impl Writer {
         self.answer.is_closed()
     }
 
-    /// Whether it has gone before others were asked for what it wants. Who wants no answer has always gone.
+    /// Returns true if the receiver was dropped before other replicas or the object store were involved. Writes without acks never have a
+    /// receiver and do not count.
     fn left_early(&self, acks: Acks) -> bool {
         matches!(acks, Acks::All | Acks::Tiered) && self.is_gone()
     }
 }
 
 impl Actor {
-    /// Admits one write into the group, or answers it.
+    /// Admits one write into the group, or sends its result.
     pub(super) fn append(&mut self, append: Append, now_ms: i64) {
         let Append { mut batch, origin, acks, permit, answer, stored } = append;
         let Part::Leading(leader) = &self.part else {
@@ -127,7 +128,7 @@ impl Actor {
             let _gone = answer.send(Err(AppendError::StorageFailed { why }));
             return;
         }
-        // A group lies in one segment, so it must not be larger than one may be.
+        // A group lies in one segment, so it must not be larger than a segment may be.
         let most = usize::try_from(self.config.segment_bytes).map_or(GROUP_BYTES, |bytes| bytes.min(GROUP_BYTES));
         if leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > most {
             self.complete();
@@ -153,7 +154,7 @@ impl Actor {
                 } else {
                     batch.set_create_time();
                 }
-                batch.stamp(base, epoch);
+                batch.set_offset_and_epoch(base, epoch);
                 (acked.base, acked.end) = (base, batch.end_offset());
                 self.group_bytes += batch.encoded_len();
                 self.group.push(batch);
@@ -164,7 +165,7 @@ impl Actor {
                 self.writers_gone |= writer.left_early(acks);
                 leader.wait(acks, acked, writer);
                 if acks == Acks::Tiered && end > self.tiered_end {
-                    // An earlier try with fewer acks, or one whose writer has gone, asked for no upload.
+                    // The first attempt requested no upload, if it had fewer acks or its receiver was dropped.
                     self.upkeep.push(self.id);
                 }
             }
@@ -174,7 +175,7 @@ impl Actor {
         }
     }
 
-    /// Appends the group. Whatever happens, the group is empty afterwards and its writers wait or are answered.
+    /// Appends the group. In every case the group is empty afterwards, and its writers wait or have their results.
     pub(super) fn flush(&mut self) {
         if self.group.is_empty() {
             return;
@@ -210,7 +211,7 @@ impl Actor {
         self.group_bytes = 0;
     }
 
-    /// Appends batches that make `bytes` together, in a new segment when the active one is full or old.
+    /// Appends batches of `bytes` in total, in a new segment if the active one is full or old.
     pub(super) fn write(&mut self, batches: &[Batch], bytes: usize) -> Result<(), AppendError> {
         let now = clock::monotonic();
         let is_old = self.active_since.is_some_and(|since| now.duration_since(since) >= self.config.segment_age);
@@ -224,7 +225,7 @@ impl Actor {
         Ok(())
     }
 
-    /// Tells the simulator's judge of an append.
+    /// Reports an append to the simulator's checker.
     #[cfg(feature = "sim")]
     fn tell_appended(&self, batch: &Batch) {
         sim_event!(Appended {
@@ -241,7 +242,7 @@ impl Actor {
         });
     }
 
-    /// Hands everything appended to the journal, where the topic asks for that.
+    /// Submits all appended records to the journal, if the topic requires that.
     pub(super) fn hand_to_journal(&mut self) {
         if self.syncs() && self.handed_end < self.replica.log_end() {
             let news = Arc::clone(&self.news);
@@ -250,7 +251,7 @@ impl Actor {
         }
     }
 
-    /// Takes in what the journal said.
+    /// Applies a result of the journal.
     pub(super) fn on_persisted(&mut self, outcome: Result<(), PersistError>) {
         match outcome {
             Ok(()) => {
@@ -271,7 +272,7 @@ impl Actor {
         }
     }
 
-    /// The disk takes no more writes. A leader gives up as far as it may, a follower leaves; what is committed can be read as before.
+    /// Handles a disk that accepts no more writes. A leader resigns if it may, a follower unsubscribes; committed records stay readable.
     pub(super) fn fail(&mut self, why: &str) {
         if self.shared.fault().is_some() {
             return;
@@ -292,7 +293,7 @@ impl Actor {
         }
     }
 
-    /// Answers the writers whose rule holds now, and gives back the memory of those who have gone.
+    /// Sends results to the writers whose rule holds now, and releases the memory of writers that are gone.
     pub(super) fn answer(&mut self) {
         if let Part::Leading(leader) = &mut self.part {
             let due = |writer: Writer, acked: Acked| {
@@ -305,7 +306,7 @@ impl Actor {
             };
             leader.take_stored(Writer::on_stored);
             leader.due(due);
-            // What others have to hold may take for ever, and who asks again brings its batch again.
+            // Other replicas or the object store may never be done, and a retry brings its batch again.
             self.writers_gone = self.writers_gone && leader.forget(Writer::is_gone);
         }
     }

@@ -1,18 +1,26 @@
-//! The one task that owns a partition: it drains what is queued into one group, appends it, has it synced, and answers; or it copies what
-//! its leader sends.
+//! The one task that owns a partition: it appends queued writes in groups, syncs them and responds, or it copies from its leader.
 //!
-//! It decides nothing: [`Leader`] and [`Follower`] do. While one group waits for the journal the next is being written. The queue is
-//! where batching comes from; there is no timer. `assigned` changes its role, `leading` carries out writes, `replicas` what
-//! concerns followers, `following` what the leader sends, `segments` all else that touches the log.
+//! # Overview
+//!
+//! The task decides nothing: [`Leader`] and [`Follower`] do. While one group waits for the journal, the next is being written. Batching
+//! comes from the queue; there is no timer.
+//!
+//! | module | work |
+//! | --- | --- |
+//! | `assigned` | changes of the role |
+//! | `leading` | writes |
+//! | `replicas` | followers and the ISR |
+//! | `following` | messages of the leader |
+//! | `segments` | everything else that touches the log |
 //!
 //! ```text
-//!   journal, followers, clock ─▶ news ────╮
-//!   metadata, links, agreement ─▶ orders ─┼─▶ task
-//!   writers, upkeep ─▶ mailbox ───────────╯
+//!   journal, followers, clock ─▶ signals ─────╮
+//!   metadata, links, ISR updates ─▶ control ──┼─▶ task
+//!   writers, maintenance ─▶ commands ─────────╯
 //! ```
 //!
-//! The three are looked at in that order between any two groups, so that neither a flood of writes nor one of batches from a leader
-//! keeps the others waiting for long.
+//! Between any two groups the task polls the three in that order. So neither a flood of writes nor a flood of batches from a leader
+//! delays the other inputs for long.
 
 mod assigned;
 mod following;
@@ -61,32 +69,32 @@ use crate::{
     tier::{PartitionTier, TierState},
 };
 
-/// Most commands that one turn takes from the queue.
+/// Maximum number of commands that one turn takes from the queue.
 const TURN: usize = 512;
 
 /// Number of commands whose memory a partition keeps between its turns. A broker has many partitions, so the number is small.
 pub(super) const SPARE_COMMANDS: usize = 64;
 
-/// Most bytes of batches in one group: a larger write gains nothing. While this one is made durable the next is written, and while
-/// it is answered the one after that is on its way: what came together need not wait for each other.
+/// Maximum bytes of batches in one group. A larger write gains nothing, and in a larger group batches would wait for each other. While
+/// one group is made durable, the next one is written and the one after that arrives.
 const GROUP_BYTES: usize = 512 << 10;
 
-/// Most orders that are carried out before what they brought is handed to the journal and published.
+/// Maximum number of control messages that are handled before their effects are submitted to the journal and published.
 const ORDERS: usize = 64;
 
-/// What the task can be asked to do.
+/// Command for the task.
 pub(super) enum Command {
     Append(Box<Append>),
     Configure(Arc<TopicConfig>),
     Local(oneshot::Sender<Local>),
     Export(Offset, oneshot::Sender<io::Result<SegmentExport>>),
     Seal,
-    /// The tier key has this value.
+    /// Value of the tier key.
     Committed(Box<TierState>),
     Evict(Offset),
 }
 
-/// Everything that the task is made of.
+/// Parts of a new task.
 pub(super) struct Parts {
     pub(super) broker: BrokerId,
     pub(super) id: PartitionId,
@@ -99,32 +107,32 @@ pub(super) struct Parts {
     pub(super) tier: Option<PartitionTier>,
     pub(super) log_start: Offset,
     pub(super) tiered_end: Offset,
-    /// Everything below is known as committed, and is what this log holds there.
+    /// All records below are known as committed, and are in this log.
     pub(super) committed_end: Offset,
     /// `replication.lag_time`, in milliseconds.
     pub(super) lag_ms: u64,
-    /// Where the task puts what tasks of its own found out.
+    /// Control queue, for the results of the task's background requests.
     pub(super) orders: mpsc::WeakSender<Order>,
     pub(super) tasks: Tasks,
 }
 
-/// What the task is at the moment.
+/// Current role of the task, with its state.
 enum Part {
-    /// It neither takes writes nor copies.
+    /// Neither accepts writes nor copies.
     Waiting,
     Following(Box<Follower>),
     Leading(Box<Leader<Writer>>),
 }
 
-/// The task's state.
+/// State of the task.
 pub(super) struct Actor {
     broker: BrokerId,
     id: PartitionId,
-    /// Its topic's name, for the log.
+    /// Topic name, for log lines.
     topic: TopicName,
     replica: Seat,
     part: Part,
-    /// What was published of it.
+    /// Status that was last published.
     standing: Standing,
     placed: Placed,
     config: Arc<TopicConfig>,
@@ -137,20 +145,20 @@ pub(super) struct Actor {
     orders: mpsc::WeakSender<Order>,
     log_start: Offset,
     tiered_end: Offset,
-    /// What is known as committed while nobody leads: what was when somebody did.
+    /// High watermark while the task is idle: that of the last role at its end.
     committed_end: Offset,
-    /// When the active segment took its first batch; `None` while it is empty.
+    /// Time of the first batch in the active segment; `None` while the segment is empty.
     active_since: Option<Instant>,
-    /// Everything below is with the journal, or durable. Never above the log end.
+    /// All records below are submitted to the journal, or durable. Never above the log end.
     handed_end: Offset,
     group: Vec<Batch>,
     group_bytes: usize,
     group_writers: Vec<(Acks, Acked, Writer)>,
-    /// Whether some who wait for other replicas or the bucket have gone.
+    /// True if writers that wait for other replicas or the object store may have dropped their receivers.
     writers_gone: bool,
-    /// What the metadata store has not answered yet. One question at a time.
+    /// Request to the metadata store that has no outcome yet. One request at a time.
     asked: Option<Question>,
-    /// What was proposed last, for the log.
+    /// Last proposed ISR, for log lines.
     proposed: Option<Box<Proposed>>,
     warnings: Warnings,
     tasks: Tasks,
@@ -163,9 +171,9 @@ impl Actor {
         let mut replica = parts.replica;
         replica.set_journaled(config.durability == Durability::Persisted);
         replica.set_producer_expiration(config.producer_expiration);
-        // A crash between the commit and this broker's disk leaves the disk behind.
+        // A crash between the commit and the change of this disk leaves an older start on the disk.
         replica.advance_log_start(parts.log_start.min(parts.committed_end));
-        // A replica that began where the bucket ends knows no earlier start; what lies before can be read all the same.
+        // A replica that bootstrapped at the tiered end has no earlier start. The records before it can be read from the object store.
         let known = replica.log_start();
         let log_start = if known <= parts.tiered_end { parts.log_start } else { known.max(parts.log_start) };
         let mut actor = Self {
@@ -204,11 +212,11 @@ impl Actor {
         actor
     }
 
-    /// Runs until it is stopped, then gives up what nobody can be told any more.
+    /// Runs until the task is stopped, then finishes what can be finished.
     pub(super) async fn run(mut self, mut mailbox: mpsc::Receiver<Command>, mut orders: mpsc::Receiver<Order>) {
         let tasks = self.tasks.clone();
         let news = Arc::clone(&self.news);
-        // The next command is the last.
+        // In reverse order: the next command is the last element.
         let mut turn = Vec::with_capacity(16);
         loop {
             tokio::select! {
@@ -217,7 +225,7 @@ impl Actor {
                 told = news.next() => self.hear(told),
                 Some(order) = orders.recv() => {
                     self.carry_out(order, &mut orders).await;
-                    // Orders that keep coming do not keep the mailbox closed.
+                    // A stream of control messages does not block the command queue.
                     while turn.len() < TURN && let Ok(command) = mailbox.try_recv() {
                         turn.push(command);
                     }
@@ -232,7 +240,7 @@ impl Actor {
                 }
             }
             while !turn.is_empty() {
-                // What was answered goes out first.
+                // The woken writers run first.
                 tokio::task::yield_now().await;
                 if let Some(told) = news.take() {
                     self.hear(told);
@@ -244,12 +252,12 @@ impl Actor {
             }
             turn.shrink_to(SPARE_COMMANDS);
         }
-        // Nobody waits for an answer to what is not carried out any more.
+        // Drops the queued control messages, so that their senders do not wait.
         drop(orders);
         self.stop(&mut mailbox).await;
     }
 
-    /// Lets what is written become durable and answers it; refuses what was not begun.
+    /// Waits until written records are durable and completes their writes; rejects queued writes.
     async fn stop(&mut self, mailbox: &mut mpsc::Receiver<Command>) {
         mailbox.close();
         while let Ok(command) = mailbox.try_recv() {
@@ -260,7 +268,7 @@ impl Actor {
         if let Part::Following(_) = self.part {
             self.around.links.leave(self.id, self.placed.epoch(), true);
         }
-        // What a crash left in it was handed over by nobody yet, where it was told no place since.
+        // A replica without an assignment since its start has not yet submitted the records that a crash left in it.
         self.hand_to_journal();
         let news = Arc::clone(&self.news);
         while self.awaits_journal() {
@@ -279,12 +287,12 @@ impl Actor {
         self.shared.fault().is_none() && self.syncs() && self.replica.persisted_end() < self.replica.log_end()
     }
 
-    /// Whether appends are handed to the journal: by the topic's rule.
+    /// Returns true if the topic's durability requires that appends are submitted to the journal.
     fn syncs(&self) -> bool {
         self.config.durability == Durability::Persisted
     }
 
-    /// Does what is asked, the last command first, until a group is full.
+    /// Processes commands, the last element first, until a group is full.
     async fn turn(&mut self, turn: &mut Vec<Command>) {
         let mut now_ms = clock::wall_ms();
         while self.group_bytes < GROUP_BYTES
@@ -293,7 +301,7 @@ impl Actor {
             match command {
                 Command::Append(append) => self.append(*append, now_ms),
                 other => {
-                    // It may take its time: writers that came before do not wait for it.
+                    // The command may take long: earlier writes do not wait for it.
                     self.complete();
                     self.administer(other).await;
                     now_ms = clock::wall_ms();
@@ -303,7 +311,7 @@ impl Actor {
         self.complete();
     }
 
-    /// Appends the group, hands it on, and answers whoever is due.
+    /// Appends the group, submits it to the journal, and responds to the writers whose result is due.
     fn complete(&mut self) {
         self.flush();
         self.hand_to_journal();
@@ -316,12 +324,12 @@ impl Actor {
             Command::Append(_) => unreachable!("appends are taken by the turn"),
             Command::Configure(config) => self.configure(config),
             Command::Local(answer) => {
-                // Where nobody writes, nobody else is told of a sync that failed behind the journal.
+                // Without writes, nothing else reports a segment sync that failed after the journal write.
                 if let Some(why) = self.replica.failure() {
                     self.fail(&why);
                 }
                 self.replica.correct_written_times(clock::wall_ms());
-                // Whoever asks looks at the marks next: they must know what the commands before this one did.
+                // The caller reads the watermarks next: they must contain the effects of the commands before this one.
                 self.publish();
                 let _gone = answer.send(Local {
                     sealed: self.replica.sealed(),
@@ -354,12 +362,12 @@ impl Actor {
         self.upkeep.push(self.id);
     }
 
-    /// A writer waits for the bucket.
+    /// Returns true if a writer waits for the object store.
     fn awaits_tier(&self) -> bool {
         matches!(&self.part, Part::Leading(leader) if leader.awaits_tier())
     }
 
-    /// What is known as committed, and is in this log.
+    /// Returns the end of the records that are known as committed and are in this log.
     fn high_watermark(&self) -> Offset {
         match &self.part {
             Part::Leading(leader) => leader.high_watermark(),
@@ -368,11 +376,11 @@ impl Actor {
         }
     }
 
-    /// Makes known what is: marks, and what this broker is in the partition.
+    /// Publishes the watermarks and the replica status.
     fn publish(&mut self) {
         let high_watermark = self.high_watermark();
         let marks = Watermarks {
-            // A replica that is behind may have heard of a start or an end that it has not reached.
+            // A replica that is behind may have received a log start or a tiered end that it has not reached.
             log_start: self.log_start.min(high_watermark),
             local_start: self.replica.local_start(),
             tiered_end: self.tiered_end.min(high_watermark),
@@ -384,7 +392,7 @@ impl Actor {
         let (before, sealed_end) = (self.shared.marks().high_watermark, self.replica.active().base);
         let has_moved = before < marks.high_watermark && before < sealed_end;
         if has_moved && (sealed_end <= marks.high_watermark || self.awaits_tier()) {
-            // A sealed segment has just become one that may be uploaded: the last one, or perhaps one that somebody waits for.
+            // A sealed segment has just become uploadable: the last one, or perhaps one that a writer waits for.
             self.upkeep.push(self.id);
         }
         self.shared.publish(marks, self.replica.bytes());
@@ -400,20 +408,20 @@ impl Actor {
             self.standing = standing;
             self.shared.stand(standing);
             if standing.role == (Role::Leader { settled: true }) {
-                // A leader that is not settled uploads nothing, even where a writer waits for the bucket.
+                // Before its epoch is committed, a leader uploads nothing, even if a writer waits for the object store.
                 self.upkeep.push(self.id);
             }
         }
     }
 
-    /// Tells the simulator's judge what was found on the disk.
+    /// Reports the log that was found on the disk to the simulator's checker.
     #[cfg(feature = "sim")]
     fn tell_opened(&self) {
         let epochs: Vec<_> = self.replica.epochs().iter().collect();
         sim_event!(ReplicaOpened { partition: self.id, epochs: &epochs, end: self.replica.log_end() });
     }
 
-    /// What it is, for the simulator's judge.
+    /// Returns the role, for the simulator's checker.
     #[cfg(feature = "sim")]
     fn sim_role(&self) -> SimRole {
         match &self.part {
@@ -426,7 +434,7 @@ impl Actor {
         }
     }
 
-    /// Takes in what the journal, the followers and the clock said.
+    /// Applies signals of the journal, the followers and the clock.
     fn hear(&mut self, told: Told) {
         if let Some(outcome) = told.persisted {
             self.on_persisted(outcome);
@@ -444,7 +452,7 @@ impl Actor {
     }
 }
 
-/// What a topic and this broker ask of a leader.
+/// Returns the requirements of a topic and this broker on a leader.
 fn rule(config: &TopicConfig, lag_ms: u64) -> Rule {
     Rule { durability: config.durability, min_insync: config.min_insync_replicas, lag_ms }
 }

@@ -1,4 +1,4 @@
-//! What reaches the task without waiting for it: the journal's word, the acknowledgements of followers, the time, and that writers have gone.
+//! Signals to the task that never block the sender: journal results, acknowledgements of followers, clock ticks and dropped receivers.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -10,26 +10,27 @@ use crate::{
     partition::leader::insync::{Ends, Peer},
 };
 
-/// What was last said. It only overwrites and wakes: neither the journal, nor a link, nor the clock ever waits for a partition.
+/// Latest signals. A sender overwrites and wakes: neither the journal, nor a link, nor the clock ever waits for a partition.
 #[derive(Default)]
 pub(in crate::partition) struct News {
     told: Mutex<Told>,
     notify: Notify,
 }
 
-/// How far the log is durable the replica knows: an end that was said before a cut speaks of records that are gone.
+/// Signals that the task has not taken. The journal's result has no offset: the replica has the persisted end, and an end from before a
+/// truncation would count removed records.
 #[derive(Default)]
 pub(super) struct Told {
     pub(super) persisted: Option<Result<(), PersistError>>,
     /// At most one for each follower.
     pub(super) acks: Vec<Ack>,
-    /// What time it is, in milliseconds.
+    /// Time of the last tick, in milliseconds.
     pub(super) now_ms: Option<u64>,
-    /// A writer has gone before its answer came.
+    /// True if a writer dropped its receiver before the result.
     pub(super) given_up: bool,
 }
 
-/// A follower's word on how far it has come.
+/// A follower's acknowledgement.
 pub(super) struct Ack {
     pub(super) peer: Peer,
     pub(super) epoch: LeaderEpoch,
@@ -39,12 +40,12 @@ pub(super) struct Ack {
 impl News {
     pub(super) fn persisted(&self, outcome: Result<Offset, PersistError>) {
         let outcome = match outcome {
-            // What was handed over was cut by this very task: no failure of the disk.
+            // This very task truncated the submitted records: the disk did not fail.
             Ok(_) | Err(PersistError::Cut) => Ok(()),
             Err(error) => Err(error),
         };
         let mut told = self.lock();
-        // A failure is final; success after it cannot be.
+        // A failure is final; no success follows it.
         if !matches!(told.persisted, Some(Err(_))) {
             told.persisted = Some(outcome);
         }
@@ -73,7 +74,7 @@ impl News {
         self.notify.notify_one();
     }
 
-    /// Drops what a follower said that has not been taken yet: it was on a link that is gone.
+    /// Drops the acknowledgement of a follower that was not taken yet: its link is gone.
     pub(super) fn forget(&self, broker: BrokerId) {
         self.lock().acks.retain(|ack| ack.peer.broker != broker);
     }

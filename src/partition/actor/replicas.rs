@@ -1,4 +1,4 @@
-//! What a leader has to do with its followers: joins, acknowledgements, and the changes of the ISR that follow from them.
+//! A leader's work for its followers: subscriptions, acknowledgements, and the ISR changes that follow from them.
 
 use super::{Actor, Part, news::Ack};
 use crate::{
@@ -15,32 +15,32 @@ use crate::{
     telemetry::LogThrottle,
 };
 
-/// What was asked of the metadata store and is not answered yet.
+/// Request to the metadata store that has no outcome yet.
 #[derive(Clone, Copy)]
 pub(super) struct Question {
-    /// The epoch of the leader who asked.
+    /// Epoch of the leader that sent the request.
     epoch: LeaderEpoch,
     about: About,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum About {
-    /// What becomes of a proposal.
+    /// Outcome of a proposal.
     Proposal,
-    /// What the key says, because the outcome of a proposal is not known.
+    /// Value of the key, because the outcome of a proposal is unknown.
     Outcome,
-    /// What the key says, because nothing else tells how it goes on with a leadership that was given up here.
+    /// Value of the key, because the metadata does not show how a leadership that ended here continues.
     GivenUp,
 }
 
-/// The in-sync replicas that were proposed last. While the metadata store takes no change the proposal is repeated every 250 ms.
+/// ISR that was proposed last. While the metadata store accepts no change, the proposal is repeated every 250 ms.
 pub(super) struct Proposed {
     isr: Vec<BrokerId>,
     log: LogThrottle,
 }
 
 impl Proposed {
-    /// Counts a proposal of these replicas. `Some` when it is to be logged, with how many there were since the last line.
+    /// Counts a proposal of this ISR. Returns the number of proposals since the last line if a line is due.
     fn occur(last: &mut Option<Box<Self>>, isr: &[BrokerId]) -> Option<u64> {
         if last.as_ref().is_none_or(|proposed| proposed.isr != isr) {
             *last = Some(Box::new(Self { isr: isr.to_vec(), log: LogThrottle::default() }));
@@ -49,11 +49,11 @@ impl Proposed {
     }
 }
 
-/// How long the metadata may take to bring what ends the wait of a leader that gave up, in milliseconds.
+/// Maximum time, in milliseconds, in which the metadata must arrive that a task without its leadership waits for.
 const GIVEN_UP_MS: u64 = 1000;
 
 impl Actor {
-    /// Tells the leader something of its followers, if there is one, and asks for what follows from it.
+    /// Applies a report about followers to the leader, if this task leads, and sends the request that follows from it.
     pub(super) fn in_sync(&mut self, tell: impl FnOnce(&mut InSync)) {
         if let Part::Leading(leader) = &mut self.part {
             tell(leader.in_sync_mut());
@@ -61,9 +61,9 @@ impl Actor {
         }
     }
 
-    /// A follower joins.
+    /// Handles a subscription of a follower.
     pub(super) async fn join(&mut self, peer: Peer, epoch: LeaderEpoch, claim: Claim, ends: Ends) -> Answered {
-        // What was said on its link before this one counts for nothing.
+        // Acknowledgements of this follower's earlier links do not count.
         self.news.forget(peer.broker);
         let bucket = self.has_bucket_tables();
         let local = Local { local_start: self.replica.local_start(), tiered_end: bucket.then_some(self.tiered_end) };
@@ -118,7 +118,7 @@ impl Actor {
         Answered { epoch, high_watermark, join, in_sync }
     }
 
-    /// Counts what followers acknowledged.
+    /// Applies acknowledgements of followers.
     pub(super) fn on_acknowledged(&mut self, acks: Vec<Ack>) {
         let Part::Leading(leader) = &mut self.part else { return };
         let mut outside = false;
@@ -126,14 +126,14 @@ impl Actor {
             let follower = ack.peer.broker;
             outside |= count(self.id, leader.in_sync_mut(), ack) && !leader.in_sync().value().isr.contains(&follower);
         }
-        // What a member acknowledges changes no set.
+        // An acknowledgement of an ISR member changes no set.
         if outside {
             self.propose();
         }
     }
 
-    /// Asks the metadata store for the change of the ISR that is due, or what became of the last one. One question at a time: so an
-    /// answer is never taken for that to another question.
+    /// Sends the ISR change that is due to the metadata store, or a read after an unknown outcome. One request at a time, so that an
+    /// outcome is never applied to another request.
     pub(super) fn propose(&mut self) {
         let Part::Leading(leader) = &mut self.part else { return };
         if self.asked.is_some() {
@@ -141,7 +141,7 @@ impl Actor {
         }
         let epoch = leader.epoch();
         if self.shared.fault().is_some() {
-            // Who can take over may have come into the ISR since this was given up.
+            // A member that can take over may have entered the ISR since the last resignation.
             if leader.in_sync().value().isr.iter().any(|member| *member != self.broker) {
                 self.around.agreement.resign(self.id, epoch);
             }
@@ -172,13 +172,14 @@ impl Actor {
         }
     }
 
-    /// Whether this broker waits for metadata that is not known here: a follower spoke of a newer epoch, or the key was gone for a moment
-    /// when this broker led. What ends that is on its way, if it was true.
+    /// Returns true if this broker waits for metadata: a follower reported a newer epoch, or the key was missing for a moment while this
+    /// broker led. If the report was true, newer metadata is on its way.
     pub(super) fn has_given_up(&self) -> bool {
         matches!(self.part, Part::Waiting) && self.placed.is_given_up(self.broker)
     }
 
-    /// Looks whether the metadata takes too long; asked now and then while [`Self::has_given_up`]. Then the store itself is asked.
+    /// Checks whether the metadata takes too long; called at intervals while [`Self::has_given_up`]. If so, the key is read from the
+    /// store.
     pub(super) fn look_at_given_up(&mut self, now_ms: u64) {
         if !self.has_given_up() || self.asked.is_some() {
             self.placed.given_up_ms = None;
@@ -191,13 +192,13 @@ impl Actor {
         }
     }
 
-    /// What the store says. Does it still name this broker in an epoch that it has led in, nobody else would ever take the partition over,
-    /// and this one does not lead in an epoch twice: so it ends that epoch, and somebody is elected anew.
+    /// Applies the value that was read from the store. If it still names this broker as leader of an epoch that it already led, no
+    /// election would follow. The broker clears the leader, which starts one.
     fn go_on_from(&mut self, value: PartitionValue, revision: Revision) {
         if !self.has_given_up() || self.placed.is_newer_than(revision) {
             return;
         }
-        // To lead anew is the mirror's to say: it knows whether this broker's number is still this process's.
+        // Only the metadata cache starts a leadership: it shows whether this broker id still belongs to this process.
         if value.leader == Some(self.broker) && value.leader_epoch > self.placed.epoch() {
             return;
         }
@@ -217,7 +218,7 @@ impl Actor {
         }
     }
 
-    /// Takes in what the metadata store answered.
+    /// Applies an outcome of the metadata store.
     pub(super) fn agreed(&mut self, outcome: Agreed) {
         let asked = self.asked.take();
         let found = match &outcome {
@@ -237,7 +238,7 @@ impl Actor {
         let observed = if is_due {
             leader.in_sync_mut().agreed(outcome)
         } else {
-            // It was asked in an epoch before, or the metadata was faster: as an answer it means nothing now, as news it may.
+            // The request is of an earlier epoch, or the metadata was faster. The outcome counts for nothing, but its value may be new.
             found.as_ref().map_or(Observed::Same, |(value, revision)| leader.in_sync_mut().observed(value, *revision))
         };
         match observed {
@@ -261,7 +262,7 @@ impl Actor {
     }
 }
 
-/// Counts one acknowledgement, if it counts.
+/// Counts one acknowledgement. Returns true if it counts.
 fn count(partition: PartitionId, in_sync: &mut InSync, Ack { peer, epoch, ends }: Ack) -> bool {
     match in_sync.acknowledged(peer, epoch, ends) {
         Ok(()) => {

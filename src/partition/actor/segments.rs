@@ -1,7 +1,7 @@
-//! The segments of a partition as its task handles them: sealing, handing out for an upload, the log start, eviction.
+//! Segments of a partition in its task: sealing, export for uploads, the log start, eviction.
 //!
-//! What waits for rounds of the journal or reads segments does so away from the async threads: the task lends its replica to a
-//! thread that may block, and goes on when it has it back. Meanwhile the mailbox fills and nothing else happens to the log.
+//! Work that waits for journal frames or reads segments runs outside the async threads. The task lends its replica to a thread that may
+//! block, and continues when the replica is back. Meanwhile the command queue fills, and nothing else happens to the log.
 
 use std::{
     io,
@@ -22,7 +22,7 @@ use crate::{
     task::{self, clock},
 };
 
-/// Where the task keeps its replica. It is empty only while [`Seat::lend`] is under way.
+/// Cell of the task's replica. It is empty only during [`Seat::lend`].
 pub(super) struct Seat(Option<Replica>);
 
 const TAKEN: &str = "the task waits until its replica is back";
@@ -32,7 +32,7 @@ impl Seat {
         Self(Some(replica))
     }
 
-    /// Does with the replica what may block, on a thread that may.
+    /// Runs work on the replica that may block, on a thread that may block.
     pub(super) async fn lend<T: Send + 'static>(&mut self, work: impl FnOnce(&mut Replica) -> T + Send + 'static) -> T {
         let mut replica = self.0.take().expect(TAKEN);
         let (replica, output) = task::run_blocking(move || {
@@ -59,8 +59,8 @@ impl DerefMut for Seat {
     }
 }
 
-/// When a segment took its first batch, by the monotonic clock; `None` while it is empty. Only at an opening and after a cut is the wall clock
-/// asked how long ago that was: where the clock went back meanwhile, the age counts from now.
+/// Returns the time of a segment's first batch by the monotonic clock; `None` while the segment is empty. The wall clock gives the age,
+/// only at an open and after a truncation. If the wall clock went back meanwhile, the age counts from now.
 pub(super) fn active_since(info: &SegmentInfo) -> Option<Instant> {
     let age = u64::try_from(clock::wall_ms().saturating_sub(info.created_ms)).unwrap_or(0);
     let now = clock::monotonic();
@@ -68,7 +68,7 @@ pub(super) fn active_since(info: &SegmentInfo) -> Option<Instant> {
 }
 
 impl Actor {
-    /// Begins a new segment. What is written stays where it is.
+    /// Seals the active segment and starts the next one. Written records stay where they are.
     pub(super) fn seal(&mut self) -> Result<(), AppendError> {
         self.replica.roll().map_err(append_error)?;
         self.active_since = None;
@@ -76,7 +76,7 @@ impl Actor {
         Ok(())
     }
 
-    /// Seals what upkeep found old enough. Where that fails upkeep asks again.
+    /// Seals a segment that maintenance found old enough. After a failure, maintenance tries again.
     pub(super) fn seal_now(&mut self) {
         if self.active_since.is_some()
             && let Err(error) = self.seal()
@@ -86,23 +86,23 @@ impl Actor {
         }
     }
 
-    /// The sealed segment at `base`, to be read whatever is evicted meanwhile.
+    /// Exports the sealed segment at `base`, which stays readable whatever is evicted meanwhile.
     pub(super) async fn export(&mut self, base: Offset) -> io::Result<SegmentExport> {
         self.replica.lend(move |replica| replica.export(base)).await
     }
 
-    /// Cuts or empties the log, and forgets what was known of the part that went; false when the disk failed, which is final, or when it is
-    /// full: then nothing was changed, and it is to be tried again.
+    /// Truncates or resets the log, and drops the state of the removed part. Returns false if the disk failed, which is final, or if it
+    /// is full: then nothing changed, and the change is to be tried again.
     pub(super) async fn cut_by(
         &mut self,
         change: impl FnOnce(&mut Replica) -> Result<(), ChangeError> + Send + 'static,
     ) -> bool {
-        // Whoever reads it as a leader's log is told before that it is none any more, and readers of an end that falls.
+        // Readers of a leader's log must see the end of its epoch before, and other readers a high watermark that falls.
         self.publish();
         let active = self.replica.active();
         match self.replica.lend(change).await {
             Ok(()) => {
-                // What is left was synced with the cut, but an answer to a hand-over from before speaks of it no more.
+                // The truncation synced the remaining records. The result of an earlier submission does not cover them.
                 self.handed_end = self.replica.persisted_end();
                 let left = self.replica.active();
                 if left.base != active.base || left.bytes == 0 {
@@ -119,13 +119,13 @@ impl Actor {
         }
     }
 
-    /// Tells the log where it starts, as far as it has what is committed: what it may have to cut is not given up from the front.
+    /// Moves the log's start, but never above the high watermark: records that may have to be truncated are not deleted at the front.
     pub(super) fn keep_log_start(&mut self) {
         let start = self.log_start.min(self.high_watermark());
         self.replica.advance_log_start(start);
     }
 
-    /// Lets segments leave the disk.
+    /// Evicts the segments below this offset.
     pub(super) async fn evict(&mut self, below: Offset) {
         let free = self.tiered_end.max(self.log_start);
         let known = below <= free || mutant!(EvictBeforeCommit);
@@ -137,7 +137,7 @@ impl Actor {
                 tracing::debug!(partition = %self.id, %below, bytes, "segments left the disk");
                 sim_event!(Evicted { partition: self.id, start: self.replica.local_start() });
             }
-            // That the disk is full was said, once for all partitions, and so was why a replica takes no writes.
+            // The full disk was logged once for all partitions, and the error that stopped writes was logged too.
             Err(error) if has_failed || error == ChangeError::DiskFull => {
                 tracing::debug!(topic = %self.topic, partition = %self.id, %error, "could not remove segments; it is tried again");
             }

@@ -1,4 +1,4 @@
-//! The task's state without the task: what the journal says, in an order that the test chooses.
+//! The task's state without the task: journal results arrive in an order that the test chooses.
 
 use std::{path::Path, time::Duration};
 
@@ -14,7 +14,7 @@ use crate::{
     record::BatchBuilder,
 };
 
-/// A log without threads: the journal writes when the test says so.
+/// Opens a log without threads: the test starts each journal write.
 fn open_log() -> Log {
     open_log_on(SimDisk::new())
 }
@@ -31,7 +31,7 @@ fn open(log: &Log) -> Actor {
     actor
 }
 
-/// One that was told nothing yet.
+/// Opens an actor without an assignment.
 fn open_waiting(log: &Log) -> Actor {
     let id = PartitionId::new(TopicId::from_bytes([7; 16]), 0);
     let config = Arc::new(TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).unwrap());
@@ -54,14 +54,14 @@ fn open_waiting(log: &Log) -> Actor {
     })
 }
 
-/// The metadata names this broker as the leader of an epoch.
+/// Applies metadata that names this broker as the leader of an epoch.
 fn lead(actor: &mut Actor, epoch: u32) {
     let value = PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(epoch));
     actor.placed(Arc::new(value), Revision(u64::from(epoch)));
     actor.publish();
 }
 
-/// Appends one record and hands it to the journal.
+/// Appends one record and submits it to the journal.
 fn write(actor: &mut Actor) -> Receiver<AppendResult> {
     write_with(actor, Acks::All)
 }
@@ -78,21 +78,21 @@ fn write_with(actor: &mut Actor, acks: Acks) -> Receiver<AppendResult> {
     receiver
 }
 
-/// Takes in what the journal has said.
+/// Applies the pending signals.
 fn hear(actor: &mut Actor) {
     if let Some(told) = actor.news.take() {
         actor.hear(told);
     }
 }
 
-/// Cuts the log as a replica does that has held what its leader has not, and then leads.
+/// Truncates the log, as a replica with records that its leader lacks does, and then leads.
 fn cut_and_lead(actor: &mut Actor, to: u64) {
     let log_end = actor.replica.truncate(Offset::new(to).unwrap()).unwrap();
     actor.handed_end = log_end;
     lead(actor, 5);
 }
 
-/// Upkeep was asked for since the last look.
+/// Returns true if maintenance was queued since the last call.
 fn is_queued(actor: &Actor) -> bool {
     let mut queued = false;
     while let Some(id) = actor.upkeep.next().now_or_never() {
@@ -102,9 +102,9 @@ fn is_queued(actor: &Actor) -> bool {
     queued
 }
 
-/// A retry with `acks=tiered` came before, nothing could be uploaded then, and it waited for the next look at all partitions.
+/// Regression: a retry with `acks=tiered` came before the epoch was committed, and waited for the next pass over all partitions.
 #[tokio::test]
-async fn upkeep_is_queued_when_a_new_leader_may_upload() {
+async fn maintenance_is_queued_when_epoch_is_committed() {
     let log = open_log();
     let mut actor = open(&log);
     let _written = write(&mut actor);
@@ -117,9 +117,9 @@ async fn upkeep_is_queued_when_a_new_leader_may_upload() {
     assert!(is_queued(&actor));
 }
 
-/// Only the last sealed segment was looked at: the writers of the one before waited for a follower that did not have the last yet.
+/// Regression: only the last sealed segment was checked. The writers of the one before waited for a follower that lacked the last one.
 #[tokio::test]
-async fn upkeep_is_queued_when_a_segment_that_somebody_waits_for_is_committed() {
+async fn maintenance_is_queued_when_awaited_segment_is_committed() {
     let log = open_log();
     let mut actor = open(&log);
     let _first = write_with(&mut actor, Acks::Tiered);
@@ -133,9 +133,9 @@ async fn upkeep_is_queued_when_a_segment_that_somebody_waits_for_is_committed() 
     assert!(is_queued(&actor));
 }
 
-/// It led on until somebody wrote, and what could not be read any more was read from nobody else.
+/// Regression: the broker led until the next write, and records that it could not read were read from no other replica.
 #[tokio::test]
-async fn a_sync_that_fails_behind_the_journal_is_noticed_where_nobody_writes() {
+async fn failed_segment_sync_is_detected_without_writes() {
     let disk = SimDisk::new();
     let log = open_log_on(disk.clone());
     let mut actor = open(&log);
@@ -156,10 +156,10 @@ async fn a_sync_that_fails_behind_the_journal_is_noticed_where_nobody_writes() {
     assert!(why.contains("segment"), "{why}");
 }
 
-/// A crash left records behind that the journal had not taken, and the replica had moved elsewhere by the next start: closing it waited for
-/// a word of the journal that nobody had asked for, and the broker never came to take part.
+/// Regression: a crash left records that the journal had not taken, and the replica was assigned elsewhere at the next start. Its close
+/// waited for a journal result that was never requested, and the broker never became active.
 #[tokio::test(start_paused = true)]
-async fn a_replica_that_was_told_nothing_is_closed_with_what_a_crash_left_in_it() {
+async fn unassigned_replica_with_unsynced_records_closes() {
     let disk = SimDisk::new();
     let log = open_log_on(disk.clone());
     let mut actor = open(&log);
@@ -187,9 +187,9 @@ async fn a_replica_that_was_told_nothing_is_closed_with_what_a_crash_left_in_it(
     assert_eq!(actor.replica.persisted_end(), actor.replica.log_end());
 }
 
-/// The journal answers what was cut with `Cut`. That once counted as a broken disk, and for ever.
+/// Regression: the journal's result for truncated records is `Cut`, which counted as a broken disk for ever.
 #[test]
-fn a_cut_while_a_hand_over_is_under_way_leaves_the_partition_writable() {
+fn truncation_during_journal_write_keeps_log_writable() {
     let log = open_log();
     let mut actor = open(&log);
     let kept = write(&mut actor);
@@ -211,9 +211,9 @@ fn a_cut_while_a_hand_over_is_under_way_leaves_the_partition_writable() {
     assert_eq!((acked.base.get(), acked.held), (1, Held::Synced(1)));
 }
 
-/// The journal has answered, and before the task takes that in it cuts what the answer spoke of.
+/// The journal has a result, and before the task applies it, the task truncates the records of that result.
 #[test]
-fn what_was_persisted_before_a_cut_is_not_believed_after_it() {
+fn journal_result_from_before_truncation_does_not_count() {
     let log = open_log();
     let mut actor = open(&log);
     let _kept = write(&mut actor);
@@ -229,7 +229,7 @@ fn what_was_persisted_before_a_cut_is_not_believed_after_it() {
     assert_eq!(written.try_recv().unwrap().unwrap().end.get(), 2);
 }
 
-/// After the wall clock went back a day nothing was sealed by age for a day.
+/// Regression: after the wall clock went back a day, nothing was sealed by age for a day.
 #[tokio::test(start_paused = true)]
 async fn open_segment_ages_by_the_monotonic_clock() {
     let log = open_log();

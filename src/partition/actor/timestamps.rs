@@ -1,4 +1,4 @@
-//! Bounds on the timestamps of records that producers set (KIP-937). A pure function of configuration, timestamps and time.
+//! Bounds on the timestamps that producers set (KIP-937). A pure function of configuration, timestamps and time.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use crate::{
     record::TimestampRange,
 };
 
-/// Refuses timestamps that lie further from `now_ms` than the topic allows.
+/// Rejects timestamps that lie further from `now_ms` than the topic allows.
 ///
 /// # Errors
 /// [`Refused::Timestamp`] with the first timestamp that is out of bounds.
@@ -53,11 +53,11 @@ mod tests {
 
     fn range(timestamps: &[i64]) -> TimestampRange {
         let mut range = TimestampRange::EMPTY;
-        timestamps.iter().for_each(|timestamp_ms| range.note(*timestamp_ms));
+        timestamps.iter().for_each(|timestamp_ms| range.extend(*timestamp_ms));
         range
     }
 
-    /// The timestamp, the setting and the limit of a refusal.
+    /// Returns the timestamp, the setting and the limit of a refusal.
     fn refused(pairs: &[(&str, &str)], timestamps: &[i64]) -> Option<(i64, &'static str, u64)> {
         match check(&config(pairs), range(timestamps), NOW_MS) {
             Ok(()) => None,
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn bounds_hold_for_each_record_and_not_for_one_without_timestamp() {
+    fn bounds_apply_only_to_records_with_timestamp() {
         let bounds = [(BEFORE, "10"), (AFTER, "0")];
         for possible in [&[-1][..], &[-1, NOW_MS], &[NOW_MS - 10, NOW_MS, -1]] {
             assert_eq!(refused(&bounds, possible), None, "{possible:?}");
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn no_bound_holds_where_it_is_lifted_or_the_broker_sets_the_timestamps() {
+    fn bounds_are_off_without_limit_or_with_append_time() {
         assert_eq!(refused(&[(AFTER, "-1")], &[i64::MIN, i64::MAX]), None);
         assert_eq!(refused(&[("message.timestamp.type", "LogAppendTime"), (BEFORE, "0")], &[0, i64::MAX]), None);
     }

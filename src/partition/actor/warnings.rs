@@ -1,15 +1,15 @@
-//! Conditions of one partition that last and are met again and again: each is logged once, then as a reminder with a count.
+//! Lasting conditions of one partition: each is logged at its start, then as a reminder with a count.
 
 use crate::{task::clock, telemetry::LogThrottle};
 
-/// A condition that may last.
+/// Condition that may last.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Condition {
-    /// A new replica cannot begin.
+    /// A replica cannot bootstrap.
     CannotBegin,
-    /// Batches of the leader are refused.
+    /// Batches of the leader are rejected.
     BadBatches,
-    /// The leader cannot read the bucket.
+    /// A new leader cannot read the object store.
     CannotLead,
     /// The active segment cannot be sealed.
     CannotSeal,
@@ -19,12 +19,12 @@ pub(super) enum Condition {
 
 const CONDITIONS: usize = Condition::CannotEvict as usize + 1;
 
-/// When each condition of a partition was last logged. Takes no room while there was none.
+/// Time of the last log line for each condition. Takes no memory before the first occurrence.
 #[derive(Debug, Default)]
 pub(super) struct Warnings(Option<Box<[LogThrottle; CONDITIONS]>>);
 
 impl Warnings {
-    /// `Some` when the condition is to be logged, with how often it was met since the last line.
+    /// Counts an occurrence. Returns the number of occurrences since the last line if a line is due.
     pub(super) fn occur(&mut self, condition: Condition) -> Option<u64> {
         self.0.get_or_insert_default()[condition as usize].occur(clock::monotonic())
     }
@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_condition_that_lasts_is_logged_once_and_hides_no_other() {
+    async fn lasting_condition_is_logged_once_and_hides_no_other() {
         let mut warnings = Warnings::default();
         let lines: Vec<_> = (0..100).filter_map(|_| warnings.occur(Condition::CannotBegin)).collect();
         assert_eq!(lines, [1]);

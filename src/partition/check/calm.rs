@@ -1,4 +1,4 @@
-//! What becomes of a state when no further fault comes: everybody restarts, hears of everything, and does what it can.
+//! Continuation of a state without further faults: all brokers restart, receive every message, and do what they can.
 
 use super::{
     rules::Fault,
@@ -6,20 +6,20 @@ use super::{
     world::{BROKERS, Budget, Role, World, at, id, index},
 };
 
-/// More steps than any state needs.
+/// Maximum number of steps, more than any state needs.
 const PATIENCE: usize = 400;
 
-/// No fault at all, but elections for whoever is without a leader.
+/// No faults, but elections for a partition without a leader.
 const CALM: Budget = Budget { epochs: 20, ..Budget::NOTHING };
 
-/// Follows the state until nothing changes any more, and checks that the partition is whole then.
+/// Follows the state until nothing changes any more. Then every replica must be in sync and every record committed.
 pub(super) fn comes_to_rest(mut world: World) -> Result<(), Fault> {
     world.budget = CALM;
     for _ in 0..PATIENCE {
         reconnect(&mut world);
         let mut next = None;
         for step in world.steps() {
-            // An election is better than nobody.
+            // An election is better than a value without a leader.
             if step == Step::Leaderless || next.is_some() {
                 continue;
             }
@@ -34,7 +34,7 @@ pub(super) fn comes_to_rest(mut world: World) -> Result<(), Fault> {
     Err(Fault::NeverWhole(format!("still going on: {world:?}")))
 }
 
-/// A follower whose link is gone notices, and claims again.
+/// Ends the subscription of a follower whose link is lost, so that it subscribes again.
 fn reconnect(world: &mut World) {
     for me in 0..BROKERS {
         let Role::Following(follower) = &world.brokers[me].role else { continue };
@@ -55,7 +55,7 @@ fn reconnect(world: &mut World) {
 }
 
 fn is_whole(world: &World) -> Result<(), Fault> {
-    // Nobody can prove to hold what was committed: the partition waits for an operator.
+    // No replica is known to hold all committed records: the partition waits for an operator.
     if world.value.isr.is_empty() && world.value.elr.is_empty() {
         return Ok(());
     }

@@ -3,21 +3,20 @@
 //! # Overview
 //!
 //! A state (`world`) is three brokers with their logs and their [`InSync`] or [`Follower`], the partition's value in the metadata store,
-//! and what is on its way between them. `steps` says what may happen next: appends, syncs, messages that come late and out of order, links
-//! that break, processes that die with or without loss, leases that end, elections, transactions whose outcome is lost. `rules` says
-//! what must hold after each step. [`explore`] visits every state that can be reached, nearest first, so that a counterexample is a
-//! shortest one.
+//! and the messages between them. `steps` lists the possible next events: appends, syncs, late and reordered messages, broken links,
+//! process exits with or without loss, expired leases, elections, transactions with a lost outcome. `rules` checks the state after each
+//! step. [`explore`] visits every state that can be reached, nearest first, so that a counterexample is a shortest one.
 //!
-//! There is no second description of the protocol to keep true: the structs that are explored are those that brokers run, and the values
-//! in the store are made by the same functions.
+//! There is no second description of the protocol: the explored structs are those that brokers run, and the same functions make the
+//! values in the store.
 //!
-//! From one state in [`CALM`] no further fault comes (`calm`): then a leader must settle, every replica must be in sync again, and all
-//! that is in the log must be committed.
+//! From one state in [`CALM`] no further fault follows (`calm`). Then a leader must commit its epoch, every replica must be in sync
+//! again, and all records in the log must be committed.
 //!
-//! What bounds the search is the [`Budget`](world::Budget): how often each thing may happen on the way to a state. States
-//! are told apart by a hash of 128 bits.
+//! The [`Budget`](world::Budget) limits the search: how often each event may happen on the way to a state. A hash of 128 bits identifies
+//! a state.
 //!
-//! That it can find faults is shown by breaking the rules one at a time (`task::mutation`): each gives a counterexample.
+//! Mutations (`task::mutation`) show that the search finds violations: each rule that is broken on purpose gives a counterexample.
 //!
 //! [`InSync`]: super::leader::insync::InSync
 //! [`Follower`]: super::follower::Follower
@@ -39,25 +38,25 @@ use self::{
     world::{BROKERS, Setup, World},
 };
 
-/// One state in so many is followed until it comes to rest.
+/// One state in this many is continued without faults until nothing changes.
 const CALM: u128 = 64;
 
-/// What a search found.
+/// Result of a search.
 #[derive(Debug)]
 struct Found {
-    /// Different states.
+    /// Number of different states.
     states: usize,
-    /// Steps tried.
+    /// Number of steps tried.
     steps: usize,
-    /// The longest of the shortest ways to a state.
+    /// Maximum length of the shortest ways to the states.
     depth: usize,
-    /// Whether every state within the bounds was visited.
+    /// True if every state within the bounds was visited.
     complete: bool,
-    /// A shortest way to a state that breaks a rule.
+    /// A shortest way to a state that violates a rule, and the violation.
     fault: Option<(Vec<Step>, Fault)>,
 }
 
-/// The state from which a search begins: everybody has heard of the value, and followers have joined.
+/// Returns the state from which a search begins: every broker has the value, and the followers are subscribed.
 fn beginning(setup: Setup) -> World {
     let mut world = World::new(setup);
     for me in 0..BROKERS {
@@ -73,7 +72,7 @@ fn beginning(setup: Setup) -> World {
     world
 }
 
-/// A state's name: two hashes, so that two states of a search of millions do not share it by chance.
+/// Returns the identity of a state: two hashes, so that two states of a search of millions do not share it by chance.
 fn name(world: &World) -> u128 {
     let half = |salt: u8| {
         let mut hasher = DefaultHasher::new();
@@ -87,7 +86,7 @@ fn name(world: &World) -> u128 {
 fn explore(setup: Setup, most: usize) -> Found {
     let first = beginning(setup);
     let mut names = HashSet::from([name(&first)]);
-    // How each state was reached: from which, by which step.
+    // For each state: the state before it, and the step from there.
     let mut reached: Vec<Option<(usize, Step)>> = vec![None];
     let mut edge = VecDeque::from([(0, 0, first)]);
     let mut found = Found { states: 1, steps: 0, depth: 0, complete: false, fault: None };
@@ -125,7 +124,7 @@ fn explore(setup: Setup, most: usize) -> Found {
     Found { states: reached.len(), complete: true, ..found }
 }
 
-/// The steps from the beginning to a state, and one more.
+/// Returns the steps from the beginning to a state, and one more.
 fn way(reached: &[Option<(usize, Step)>], mut place: usize, last: Step) -> Vec<Step> {
     let mut steps = vec![last];
     while let Some((before, step)) = reached[place] {

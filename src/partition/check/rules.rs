@@ -1,4 +1,4 @@
-//! What must hold after every step: design.md section 13, as far as one partition's replication can show it.
+//! Rules that must hold after every step: design.md section 13, as far as one partition's replication can show them.
 
 use super::world::{BROKERS, Role, World, at, count, id, index};
 use crate::{
@@ -6,38 +6,38 @@ use crate::{
     model::{BrokerId, LeaderEpoch, Offset},
 };
 
-/// A rule that a state breaks.
+/// Violation of a rule by a state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
     /// Two processes lead in one epoch.
     TwoLeaders(LeaderEpoch),
-    /// The epochs in a log fall.
+    /// The epochs in a log decrease.
     EpochFalls(BrokerId),
     /// Two logs share an offset and its epoch, and differ before.
     LogsDiffer(BrokerId, BrokerId),
-    /// What a broker takes as committed is not what was committed.
+    /// A broker's high watermark covers records that are not the committed ones.
     NotCommitted { broker: BrokerId, high_watermark: Offset },
-    /// Fewer replicas held what was just committed than the minimum asks for.
+    /// Fewer replicas than the min ISR held the records that were just committed.
     TooFewHold { held_by: usize, committed: usize },
-    /// A member of ISR or ELR lacks what is committed.
+    /// A member of ISR or ELR lacks committed records.
     MemberLacks { broker: BrokerId, committed: usize },
-    /// The settled leader of the newest epoch tells an older end than was told before.
+    /// The leader of the newest epoch, after committing it, serves an older end than was served before.
     LatestGoesBack { latest: Offset, committed: usize },
-    /// A member cuts what is committed.
+    /// A member truncates committed records.
     CutsCommitted { broker: BrokerId, to: Offset },
-    /// A follower is asked to cut what it knows as committed.
+    /// A follower is asked to truncate records below its high watermark.
     AskedToCutCommitted { broker: BrokerId, to: Offset },
-    /// The value in the store contradicts itself.
+    /// The stored value contradicts itself.
     Contradiction(String),
-    /// The epoch does not grow with the leader, or only with it.
+    /// The epoch does not grow with a change of the leader, or grows without one.
     EpochAndLeader(LeaderEpoch),
     /// A high watermark fell.
     Falls(BrokerId),
-    /// Without further faults the partition does not come to rest with every replica in sync and everything committed.
+    /// Without further faults the partition does not come to rest with every replica in sync and every record committed.
     NeverWhole(String),
 }
 
-/// Takes the role that the value gives; a leader must be the only one of its epoch, ever.
+/// Takes the role that the value gives. A new leader is recorded, to check that it is the only one of its epoch, ever.
 pub(super) fn learned_role(world: &mut World, me: usize) {
     let role = world.role_of(me);
     let broker = &mut world.brokers[me];
@@ -49,7 +49,7 @@ pub(super) fn learned_role(world: &mut World, me: usize) {
 }
 
 impl World {
-    /// Whether a member may cut here.
+    /// Checks that a member truncates no committed record.
     pub(super) fn may_cut(&self, me: usize, to: Offset) -> Result<(), Fault> {
         let is_member = self.value.isr.contains(&id(me)) || self.value.elr.contains(&id(me));
         if is_member && count(to) < self.committed.len() {
@@ -58,7 +58,7 @@ impl World {
         Ok(())
     }
 
-    /// Checks this state, which followed `before`, and notes what it commits.
+    /// Checks this state, which followed `before`, and records its commits.
     pub(super) fn check(&mut self, before: &Self) -> Result<(), Fault> {
         self.check_value(before)?;
         self.check_leaders()?;
@@ -102,7 +102,7 @@ impl World {
         Ok(())
     }
 
-    /// What a leader's high watermark passes is committed from now on.
+    /// Commits the records below each leader's high watermark.
     fn commit(&mut self) -> Result<(), Fault> {
         for me in 0..BROKERS {
             let Role::Leading(leader) = &self.brokers[me].role else { continue };
@@ -115,7 +115,7 @@ impl World {
                 return Err(Fault::NotCommitted { broker: id(me), high_watermark: at(end) });
             }
             self.committed = log[..end].to_vec();
-            // Who lost it since may have held it when it said so.
+            // A broker that lost the records since may have held them when it acknowledged.
             let held = self.brokers.iter().filter(|broker| broker.has_lost || broker.log.starts_with(&self.committed));
             let held_by = held.count();
             if held_by < leader.rule().min_insync {
@@ -129,7 +129,7 @@ impl World {
         let committed = self.committed.len();
         for member in self.value.isr.iter().chain(&self.value.elr) {
             let broker = &self.brokers[index(*member)];
-            // Who died without proof strikes itself before it takes part again.
+            // A dead broker that cannot verify its records removes itself before it takes part again.
             let counts = matches!(broker.role, Role::Dead(Holds::All)) || broker.is_alive();
             if counts && !broker.log.starts_with(&self.committed) {
                 return Err(Fault::MemberLacks { broker: *member, committed });

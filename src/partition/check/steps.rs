@@ -1,5 +1,5 @@
-//! What may happen next in a state, and what it leads to. The brokers' decisions are the real ones; what is written here is only what an
-//! actor does with them, and the world's malice.
+//! Possible next events of a state, and their effects. The brokers' decisions are the real ones; this file has only the actor's part, and
+//! the faults.
 
 use super::{
     rules::{Fault, learned_role},
@@ -17,26 +17,26 @@ use crate::{
     },
 };
 
-/// When something arrives. At once is the rule; how often it may be later is bounded, but then it comes at any time.
+/// Time of an arrival. Most messages arrive at once. The number of later arrivals is limited, and each may happen at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Arrives {
     Now,
     Later,
 }
 
-/// How a transaction ends for the leader that asked for it.
+/// End of a transaction, for the leader that requested it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     Told,
-    /// It takes its time, and the leader waits for it.
+    /// The outcome arrives later, and the leader waits for it.
     ToldLater,
-    /// It was done or refused, and the leader does not hear of it.
+    /// The transaction was applied or refused, and the leader does not receive the outcome.
     Lost,
-    /// The leader hears nothing, and it may yet be done.
+    /// The leader receives nothing, and the transaction may still be applied.
     Open,
 }
 
-/// One thing that happens. Numbers are of brokers, from 0, or of messages.
+/// One event. Numbers are of brokers, from 0, or of messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
     Append(usize),
@@ -62,7 +62,7 @@ pub(super) enum Step {
 }
 
 impl World {
-    /// Everything that may happen next.
+    /// Returns every possible next event.
     pub(super) fn steps(&self) -> Vec<Step> {
         let mut steps = Vec::with_capacity(32);
         for broker in 0..BROKERS {
@@ -128,7 +128,7 @@ impl World {
             }
         }
         if follower.is_following() {
-            // An acknowledgement that the leader has already, or is about to hear, is not sent again.
+            // An acknowledgement that the leader has already, or that is on its way, is not sent again.
             let ends = self.brokers[me].ends();
             let told = it.acknowledged_by(id(me)) == Some(ends) || it.follows(id(me)).is_none();
             if !told && !wire.to_leader.iter().any(|message| message.says == Says::Holds(ends)) {
@@ -138,7 +138,7 @@ impl World {
                 }
             }
         }
-        // What the leader sends after a message that is late, it sends when that has come.
+        // A leader sends nothing after a late message before that one has arrived.
         let lacks = self.brokers[me].log.len() < self.brokers[leader].log.len();
         if it.follows(id(me)).is_some()
             && wire.to_follower.is_empty()
@@ -210,7 +210,7 @@ impl World {
         }
     }
 
-    /// The state after this step.
+    /// Returns the state after this step.
     pub(super) fn after(&self, step: Step) -> Result<Self, Fault> {
         let mut world = self.clone();
         match step {
@@ -267,7 +267,7 @@ impl World {
         Ok(world)
     }
 
-    /// The value is another from now on.
+    /// Replaces the stored value.
     fn write(&mut self, value: crate::cluster::PartitionValue) {
         let turns = value.leader_epoch.0 - self.value.leader_epoch.0;
         self.budget.epochs = self.budget.epochs.saturating_sub(u8::try_from(turns).expect("at most one"));
@@ -285,7 +285,7 @@ impl World {
     }
 
     fn log_grew(&mut self, me: usize) {
-        // Where nothing unsynced can be lost, syncing makes no difference.
+        // If no unsynced record can be lost, syncs make no difference.
         if self.durability == Durability::Replicated || self.budget.losses == 0 {
             self.brokers[me].persisted = self.brokers[me].log.len();
         }
@@ -330,7 +330,7 @@ impl World {
         Ok(())
     }
 
-    /// The leader sends the next batch that the follower lacks, or only its high watermark.
+    /// Sends the next batch that the follower lacks, or only the leader's high watermark.
     fn push(&mut self, leader: usize, follower: usize, arrives: Arrives) -> Result<(), Fault> {
         let from = self.brokers[follower].log.len();
         let Role::Leading(it) = &self.brokers[leader].role else { return Ok(()) };
@@ -373,13 +373,13 @@ impl World {
             Says::Claims(claim) => {
                 let answer = it.join(from, epoch, claim, local, &history);
                 let message = ToFollower { epoch, high_watermark: it.high_watermark(), brings: Brings::Answer(answer) };
-                // An answer goes out on the link that asked: it is gone with that.
+                // A response is sent on the link of its request, and is lost with that link.
                 if self.brokers[follower].epoch == from.epoch && self.brokers[follower].is_alive() {
                     return self.send_to_follower(leader, follower, message, arrives);
                 }
             }
             Says::Holds(ends) => {
-                // What does not count changes nothing: that is the rule, and what is checked.
+                // An acknowledgement that does not count changes nothing: this rule is checked.
                 let _stale = it.acknowledged(from, epoch, ends);
             }
         }
@@ -412,11 +412,11 @@ impl World {
                 self.log_grew(me);
             }
             Ok(Act::Follow(_) | Act::Pass | Act::Wait(_)) => {}
-            // Nothing is ever deleted here.
+            // No record is ever deleted here.
             Err(Violation::CutBelowCommitted { to, .. } | Violation::BeginBelowCommitted { at: to, .. }) => {
                 return Err(Fault::AskedToCutCommitted { broker: id(me), to });
             }
-            // Late or out of order: it changed nothing.
+            // Late or out of order: the message changed nothing.
             Err(_) => {}
         }
         Ok(())
@@ -457,7 +457,7 @@ impl World {
         }
     }
 
-    /// The store carries out a transaction: all its comparisons hold, or nothing is done. Whoever waits for it is told.
+    /// Applies a transaction in the store: all its compares hold, or nothing changes. A leader that waits for the outcome receives it.
     fn store_does(&mut self, call: Call) {
         let Call { proposal, owner, awaited } = call;
         let holds = proposal.expect == self.revision
@@ -481,7 +481,7 @@ impl World {
         }
     }
 
-    /// A broker hears of the value and the registrations as they are.
+    /// Gives a broker the current value and registrations.
     fn learn(&mut self, me: usize) {
         let (value, revision, rule) = (self.value.clone(), self.revision, self.rule());
         let seen: Vec<_> = (0..BROKERS).map(|other| (id(other), self.registration(other))).collect();
@@ -516,7 +516,7 @@ impl World {
         (broker.persisted, broker.high_watermark, broker.known) = (left, Offset::ZERO, Revision::ZERO);
         broker.role = Role::Dead(holds);
         for other in 0..BROKERS {
-            // What it was sent is gone, what it sent may still come.
+            // Messages to the broker are lost; messages from it to a leader may still arrive.
             self.wires[other][me].to_follower.clear();
             self.wires[me][other].to_leader.clear();
             self.wires[me][other].to_follower.clear();
@@ -528,7 +528,8 @@ impl World {
         }
     }
 
-    /// A process begins: it ends the older registration, strikes itself from what it cannot prove, gives up what it led, registers.
+    /// Starts a process. It ends the older registration, removes itself from the sets that it cannot verify, releases its leadership, and
+    /// registers.
     fn restart(&mut self, me: usize) {
         let Role::Dead(holds) = self.brokers[me].role else { return };
         self.registered[me] = None;
@@ -539,7 +540,7 @@ impl World {
         self.register(me);
     }
 
-    /// It registers, with a new broker epoch, and connects anew with that.
+    /// Registers with a new broker epoch, and connects again with that.
     fn register(&mut self, me: usize) {
         let broker = &mut self.brokers[me];
         broker.epoch = broker.epoch.next();

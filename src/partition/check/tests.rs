@@ -1,4 +1,4 @@
-//! The searches: small ones with every test run, large ones by `make model`, and one for each rule that is broken on purpose.
+//! The searches: small ones in every test run, large ones by `make model`, and one for each rule that is broken on purpose.
 
 use super::{
     Found, explore,
@@ -11,12 +11,12 @@ use crate::{
 
 const NOTHING: Budget = Budget::NOTHING;
 
-/// Two brokers are in sync at first; the third follows, and may be admitted at any time.
+/// Returns a setup with two brokers in sync; the third follows, and may be admitted at any time.
 const fn setup(durability: Durability, min_insync: usize, budget: Budget) -> Setup {
     Setup { durability, min_insync, in_sync: 2, budget }
 }
 
-/// What every test run searches, in full.
+/// Searches of every test run, in full.
 const SMALL: &[(&str, Setup)] = &[
     ("a leader dies", setup(Persisted, 2, Budget { appends: 1, epochs: 1, kills: 1, ..NOTHING })),
     ("a machine loses power", setup(Persisted, 1, Budget { appends: 1, epochs: 1, losses: 1, ..NOTHING })),
@@ -27,7 +27,7 @@ const SMALL: &[(&str, Setup)] = &[
     ("the minimum is lowered", setup(Replicated, 2, Budget { appends: 1, lags: 1, lowerings: 1, ..NOTHING })),
 ];
 
-/// What `make model` searches for each durability and for minima of 1 and 2.
+/// Searches of `make model`, for each durability and for a min ISR of 1 and 2.
 const LARGE: &[(&str, Budget)] = &[
     ("three batches, three elections after a kill", Budget { appends: 3, epochs: 3, kills: 1, ..NOTHING }),
     ("two kills", Budget { appends: 2, epochs: 2, kills: 2, ..NOTHING }),
@@ -48,7 +48,7 @@ const LARGE: &[(&str, Budget)] = &[
     ("power is lost, late messages", Budget { appends: 1, epochs: 1, losses: 1, late: 1, ..NOTHING }),
 ];
 
-/// Where each broken rule shows: the smallest of what was found.
+/// Smallest known setup that shows each broken rule.
 const BROKEN: &[(Mutation, Setup)] = &[
     (
         Mutation::AcceptOlderLeaderEpochAck,
@@ -81,7 +81,7 @@ fn assert_sound(name: &str, found: &Found) {
 }
 
 #[test]
-fn no_order_of_a_few_faults_breaks_a_rule() {
+fn few_faults_in_any_order_violate_no_rule() {
     for (name, setup) in SMALL {
         let found = explore(*setup, usize::MAX);
         assert_sound(name, &found);
@@ -89,9 +89,9 @@ fn no_order_of_a_few_faults_breaks_a_rule() {
     }
 }
 
-/// A search that finds nothing proves something only if it would find what is wrong.
+/// A search without a finding proves something only if it finds a broken rule.
 #[test]
-fn each_broken_rule_gives_a_counterexample() {
+fn each_mutation_gives_a_counterexample() {
     for (mutation, setup) in BROKEN {
         let found = mutation::with_mutation(Some(*mutation), || explore(*setup, 100_000));
         println!("| {mutation:?} | {} | {} |", found.fault.as_ref().map_or(0, |(way, _)| way.len()), found.states);
@@ -99,15 +99,15 @@ fn each_broken_rule_gives_a_counterexample() {
     }
 }
 
-/// The same bounds without the mutation are sound: it is the broken rule that is found, and nothing else.
+/// The same bounds without the mutation are sound: only the broken rule is found.
 #[test]
-fn where_a_broken_rule_shows_the_whole_rules_hold() {
+fn bounds_of_each_mutation_are_sound_without_it() {
     for (mutation, setup) in BROKEN {
         assert_sound(&format!("{mutation:?}"), &explore(*setup, 1_500));
     }
 }
 
-/// `STRANDLINE_MODEL_STATES` bounds the states of each search; `STRANDLINE_MODEL_ONLY` picks searches by a part of their name.
+/// `STRANDLINE_MODEL_STATES` limits the states of each search; `STRANDLINE_MODEL_ONLY` selects searches by a part of their name.
 #[test]
 #[ignore = "minutes of an optimised build: make model"]
 fn a_large_search_finds_nothing() {
@@ -120,7 +120,8 @@ fn a_large_search_finds_nothing() {
     );
     for (name, budget) in LARGE.iter().filter(|(name, _)| name.contains(&only)) {
         for (durability, min) in [(Persisted, 1), (Persisted, 2), (Replicated, 1), (Replicated, 2)] {
-            // Without a death both are the same. A page cache that was the minimum may be lost by the topic's own rule.
+            // Without an exit or a loss both durabilities are the same. With a min ISR of 1, the topic's own rule allows the loss of a
+            // page cache.
             let deaths = budget.kills + budget.losses + budget.wipes;
             if durability == Replicated && (deaths == 0 || budget.losses > 0 && min == 1) {
                 continue;

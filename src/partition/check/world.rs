@@ -1,4 +1,4 @@
-//! One state of the model: three brokers, the metadata store, and what is on its way between them.
+//! One state of the model: three brokers, the metadata store, and the messages between them.
 
 use crate::{
     cluster::{Holds, PartitionValue, Revision},
@@ -13,27 +13,27 @@ use crate::{
     },
 };
 
-/// How many brokers there are.
+/// Number of brokers.
 pub(super) const BROKERS: usize = 3;
 
-/// How often each thing may happen on the way from the beginning to a state: the bounds of the search.
+/// Maximum number of each event on the way from the beginning to a state: the bounds of the search.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Budget {
     /// Batches that leaders append.
     pub(super) appends: u8,
-    /// Leader epochs that begin, those without a leader among them.
+    /// Leader epochs that begin, those without a leader included.
     pub(super) epochs: u8,
-    /// Processes that die and leave their page cache.
+    /// Processes that exit and leave their page cache.
     pub(super) kills: u8,
-    /// Machines that lose their power: what is not persisted is gone, or any part of it.
+    /// Machines that lose their power: unpersisted records are lost, or any part of them.
     pub(super) losses: u8,
     /// Disks that are replaced by empty ones.
     pub(super) wipes: u8,
-    /// Leases that end though the process lives.
+    /// Leases that expire although the process runs.
     pub(super) expiries: u8,
-    /// Elections while the leader is alive and registered.
+    /// Elections while the leader runs and is registered.
     pub(super) handovers: u8,
-    /// Proposals whose outcome the leader does not learn.
+    /// Proposals whose outcome the leader does not receive.
     pub(super) unknowns: u8,
     /// Messages and transactions that do not arrive at once.
     pub(super) late: u8,
@@ -63,17 +63,17 @@ impl Budget {
     };
 }
 
-/// What a search begins with.
+/// Input of a search.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setup {
     pub(super) durability: Durability,
     pub(super) min_insync: usize,
-    /// How many of the brokers are in sync at first; all follow.
+    /// Number of brokers that are in sync at first; all follow.
     pub(super) in_sync: usize,
     pub(super) budget: Budget,
 }
 
-/// What a broker does with its replica.
+/// Role of a broker's replica.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Role {
     Dead(Holds),
@@ -85,21 +85,21 @@ pub(super) enum Role {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Broker {
     pub(super) role: Role,
-    /// The broker epoch of its last registration.
+    /// Broker epoch of its last registration.
     pub(super) epoch: Revision,
-    /// The revision of the partition's value that it acts on.
+    /// Revision of the partition's value that the broker has applied.
     pub(super) known: Revision,
-    /// The epochs of its batches, one record each. An epoch has one appender, so epoch and offset name a record.
+    /// Epochs of its batches, one record each. An epoch has one appender, so epoch and offset identify a record.
     pub(super) log: Vec<LeaderEpoch>,
-    /// How many of them are on stable storage; all, where that is not asked for.
+    /// Number of these on stable storage; all of them if syncs make no difference.
     pub(super) persisted: usize,
-    /// Whether it ever lost what it had acknowledged.
+    /// True if the broker ever lost acknowledged records.
     pub(super) has_lost: bool,
-    /// What it knew as committed in the roles before this one.
+    /// High watermark of the roles before this one.
     pub(super) high_watermark: Offset,
 }
 
-/// A message to a leader. They may come late and in any order.
+/// A message to a leader. Messages may arrive late and in any order.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct ToLeader {
     pub(super) from: Peer,
@@ -127,16 +127,16 @@ pub(super) enum Brings {
     Batches(Vec<Head>),
 }
 
-/// A transaction of a leader that the store has not seen yet.
+/// A transaction of a leader that the store has not received yet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Call {
     pub(super) proposal: Proposal,
     pub(super) owner: BrokerId,
-    /// The leader epoch of the owner that waits for the outcome; `None` when nobody does any more.
+    /// Leader epoch of the owner that waits for the outcome; `None` if no leader waits any more.
     pub(super) awaited: Option<LeaderEpoch>,
 }
 
-/// The messages between two brokers that did not arrive at once.
+/// Messages between two brokers that did not arrive at once.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Wire {
     pub(super) to_leader: Vec<ToLeader>,
@@ -151,13 +151,13 @@ pub(super) struct World {
     pub(super) min_insync: usize,
     pub(super) value: PartitionValue,
     pub(super) revision: Revision,
-    /// The registrations: broker epochs.
+    /// Broker epochs of the registrations.
     pub(super) registered: [Option<Revision>; BROKERS],
     pub(super) brokers: [Broker; BROKERS],
     /// `wires[leader][follower]`
     pub(super) wires: [[Wire; BROKERS]; BROKERS],
     pub(super) calls: Vec<Call>,
-    /// All that was ever committed, and who led in which epoch: what only the checker knows.
+    /// All records that were ever committed, and the leader of each epoch: state of the checker only.
     pub(super) committed: Vec<LeaderEpoch>,
     pub(super) led: Vec<(LeaderEpoch, BrokerId, Revision)>,
 }
@@ -195,7 +195,7 @@ impl Broker {
         !matches!(self.role, Role::Dead(_))
     }
 
-    /// What it knows as committed.
+    /// Returns the broker's high watermark.
     pub(super) fn committed_end(&self) -> Offset {
         match &self.role {
             Role::Dead(_) => Offset::ZERO,
@@ -207,7 +207,7 @@ impl Broker {
 }
 
 impl World {
-    /// Broker 1 leads in epoch 1, nothing is written yet, and everybody knows.
+    /// Returns a state in which broker 1 leads in epoch 1, nothing is written yet, and no broker has the value.
     pub(super) fn new(setup: Setup) -> Self {
         let brokers: Vec<BrokerId> = (0..BROKERS).map(id).collect();
         let isr = brokers[..setup.in_sync].to_vec();
@@ -252,7 +252,7 @@ impl World {
         self.registered[broker].map_or(Registration::None, Registration::Running)
     }
 
-    /// What a broker becomes when it hears of the value as it is.
+    /// Returns the role of a broker that receives the current value.
     pub(super) fn role_of(&self, me: usize) -> Role {
         let broker = &self.brokers[me];
         match self.value.leader {

@@ -1,4 +1,4 @@
-//! A follower under right and wrong leaders.
+//! A follower under correct and wrong leaders.
 
 use proptest::prelude::*;
 
@@ -18,7 +18,7 @@ fn history(starts: &[(u32, u64)]) -> EpochHistory {
     history
 }
 
-/// Epoch 1 from 0, epoch 3 from 4.
+/// Returns epoch 1 from offset 0 and epoch 3 from offset 4.
 fn two_epochs() -> EpochHistory {
     history(&[(1, 0), (3, 4)])
 }
@@ -27,7 +27,7 @@ fn head(base: u64, end: u64, epoch: u32) -> Head {
     Head { base: at(base), end: at(end), epoch: LeaderEpoch(epoch) }
 }
 
-/// Follows in epoch 5 from offset 6 on, where 2 is known as committed.
+/// Returns a follower in epoch 5 from offset 6 on, which had the high watermark 2 before.
 fn following() -> Follower {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(2), None);
     assert_eq!(follower.claim(&two_epochs(), at(6)), Claim { last: Some(LeaderEpoch(3)), end: at(6), added: None });
@@ -40,7 +40,7 @@ fn diverged(epoch: u32, end: u64) -> Join {
 }
 
 #[test]
-fn what_continues_the_log_is_appended() {
+fn batches_that_continue_the_log_are_appended() {
     let mut follower = following();
     let heads = [head(6, 8, 3), head(8, 9, 5)];
     assert_eq!(follower.received(EPOCH, &heads, at(9)), Ok(Act::Append));
@@ -52,9 +52,9 @@ fn what_continues_the_log_is_appended() {
     );
 }
 
-/// Every way not to continue the log, with what is said. After it, nothing is taken before the next claim.
+/// Every way not to continue the log, with its violation. After it, nothing is accepted before the next subscription.
 #[test]
-fn what_does_not_continue_the_log_is_refused() {
+fn batches_that_do_not_continue_the_log_are_rejected() {
     for (heads, violation) in [
         (vec![head(7, 8, 5)], Violation::Gap { expected: at(6), got: at(7) }),
         (vec![head(6, 7, 5), head(8, 9, 5)], Violation::Gap { expected: at(7), got: at(8) }),
@@ -76,7 +76,7 @@ fn what_does_not_continue_the_log_is_refused() {
 }
 
 #[test]
-fn a_message_of_another_epoch_changes_nothing() {
+fn message_of_another_epoch_changes_nothing() {
     let mut follower = following();
     let before = follower.clone();
     let old = Violation::OldEpoch { got: LeaderEpoch(4), follows: EPOCH };
@@ -89,7 +89,7 @@ fn a_message_of_another_epoch_changes_nothing() {
 }
 
 #[test]
-fn the_high_watermark_is_what_was_told_and_is_here() {
+fn high_watermark_is_minimum_of_leaders_and_log_end() {
     let mut follower = following();
     assert_eq!(follower.high_watermark(), at(4));
     follower.received(EPOCH, &[head(6, 9, 5)], at(8)).unwrap();
@@ -100,7 +100,7 @@ fn the_high_watermark_is_what_was_told_and_is_here() {
     assert_eq!(follower.high_watermark(), at(8), "it never falls");
     follower.interrupted();
     assert_eq!(follower.high_watermark(), at(8));
-    // Before its log was compared, what a leader calls committed may not be what stands here.
+    // Before the logs are compared, records here may differ from those that the leader committed.
     let mut unsure = Follower::new(BrokerId(1), EPOCH, at(2), None);
     unsure.claim(&two_epochs(), at(6));
     unsure.answered(EPOCH, &diverged(1, 4), at(9), &two_epochs()).unwrap();
@@ -108,14 +108,14 @@ fn the_high_watermark_is_what_was_told_and_is_here() {
 }
 
 #[test]
-fn it_cuts_where_the_epochs_part() {
+fn follower_truncates_where_the_epochs_diverge() {
     for (answer, cut) in [
         (diverged(3, 5), 5),
-        // Its own epoch 1 ends before the leader's.
+        // The follower's own epoch 1 ends before the leader's.
         (diverged(1, 5), 4),
         (diverged(1, 3), 3),
         (diverged(2, 6), 4),
-        // It has none of the leader's epochs: all of it goes.
+        // The follower has none of the leader's epochs: its whole log is removed.
         (diverged(0, 3), 0),
     ] {
         let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
@@ -126,7 +126,7 @@ fn it_cuts_where_the_epochs_part() {
 }
 
 #[test]
-fn an_answer_that_cannot_be_right_leaves_the_log_as_it_is() {
+fn wrong_response_leaves_the_log_unchanged() {
     for answer in [Join::At(at(5)), Join::At(at(7)), diverged(3, 6), diverged(9, 9)] {
         let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
         follower.claim(&two_epochs(), at(6));
@@ -136,9 +136,9 @@ fn an_answer_that_cannot_be_right_leaves_the_log_as_it_is() {
     }
 }
 
-/// Its committed records stay, unless an unclean election since the last of them says why they are not the leader's.
+/// Committed records stay, unless an unclean election after the last of them explains why the leader lacks them.
 #[test]
-fn it_gives_up_committed_records_only_after_an_unclean_election() {
+fn committed_records_are_lost_only_by_unclean_election() {
     for (unclean, may) in [(None, false), (Some(3), false), (Some(4), true), (Some(5), true)] {
         let high_watermark = at(5);
         let cut = Violation::CutBelowCommitted { to: at(3), high_watermark };
@@ -154,10 +154,10 @@ fn it_gives_up_committed_records_only_after_an_unclean_election() {
     }
 }
 
-/// Where retention has deleted all that the bucket held, a leader answers with where its disk begins, which is behind its log start until the
-/// segments below that are removed. A replica that began behind the bucket a moment before took that for the end of all following.
+/// Regression: if retention has deleted all records of the object store, a leader responds with its local start. That lies below its log
+/// start until the segments there are removed. A replica that had just bootstrapped at the tiered end then stopped following for ever.
 #[test]
-fn a_beginning_below_what_is_committed_is_asked_for_again() {
+fn bootstrap_below_the_high_watermark_is_retried() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
     follower.claim(&EpochHistory::new(), at(0));
     assert_eq!(
@@ -174,9 +174,9 @@ fn a_beginning_below_what_is_committed_is_asked_for_again() {
     assert_eq!(later, Ok(Act::Begin(at(406))));
 }
 
-/// After the first cut the log looks older than it was; that alone makes no record less committed.
+/// After the first truncation the log looks older than it was; that alone makes no record less committed.
 #[test]
-fn what_it_may_lose_is_judged_by_the_log_that_it_came_with() {
+fn allowed_loss_is_decided_at_the_first_subscription() {
     let mut follower = Follower::new(BrokerId(1), LeaderEpoch(6), at(3), Some(LeaderEpoch(3)));
     follower.claim(&history(&[(1, 0), (4, 5)]), at(6));
     let first = follower.answered(LeaderEpoch(6), &diverged(1, 5), at(0), &history(&[(1, 0), (4, 5)]));
@@ -187,7 +187,7 @@ fn what_it_may_lose_is_judged_by_the_log_that_it_came_with() {
 }
 
 #[test]
-fn a_replica_that_begins_anew_claims_again_from_there() {
+fn reset_replica_subscribes_again_at_its_start() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
     assert_eq!(follower.claim(&EpochHistory::new(), at(0)), Claim { last: None, end: at(0), added: None });
     let begins = follower.answered(EPOCH, &Join::BeginAt(at(20)), at(25), &EpochHistory::new());
@@ -204,7 +204,7 @@ fn a_replica_that_begins_anew_claims_again_from_there() {
 }
 
 #[test]
-fn a_refused_claim_is_made_again_later() {
+fn rejected_subscription_is_retried() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
     follower.claim(&two_epochs(), at(6));
     let refused = Join::Refused(JoinRefused::NoReplica);
@@ -230,10 +230,10 @@ fn answer() -> impl Strategy<Value = Join> {
 }
 
 proptest! {
-    /// Whatever a leader sends: nothing panics; the log stays contiguous with epochs that do not fall, and nothing that is known as
-    /// committed is given up without an unclean election.
+    /// For any messages of a leader: nothing panics, and the log stays contiguous with epochs that do not decrease. No record that is
+    /// known as committed is removed without an unclean election.
     #[test]
-    fn no_leader_makes_it_break_its_log(
+    fn no_leader_message_breaks_the_log(
         steps in prop::collection::vec((answer(), any::<bool>(), 4u32..7, prop::collection::vec((0u64..12, 0u64..4, 0u32..7), 0..3), 0u64..12), 1..40),
     ) {
         let mut log: Vec<u32> = vec![1, 1, 1, 1, 3, 3];
@@ -262,7 +262,7 @@ proptest! {
                 }
                 Ok(Act::Begin(to)) => {
                     prop_assert!(committed <= to);
-                    // What is before is elsewhere, and of some epoch.
+                    // The records before are elsewhere, and of some epoch.
                     log = vec![1; usize::try_from(to.get()).unwrap()];
                     follower.begun(to);
                 }

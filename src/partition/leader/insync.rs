@@ -1,34 +1,36 @@
-//! Who is in sync, what is therefore committed, and who is to be in sync next. Pure.
+//! In-sync replicas of a partition, the high watermark that follows from them, and the next ISR change. Pure.
 //!
 //! # Overview
 //!
-//! One [`InSync`] is one leader in one epoch. The actor tells it what its log has, what followers acknowledge, what the view says of
-//! brokers, and how its proposals to the metadata store ended. It says where the high watermark is, who may join, and which
-//! change of the ISR to propose.
+//! One [`InSync`] is one leader in one epoch. The actor reports the progress of its own log, acknowledgements of followers, statuses of
+//! brokers in the metadata cache, and outcomes of proposals. [`InSync`] computes the high watermark, accepts or rejects subscriptions,
+//! and returns the ISR change to propose.
 //!
 //! ```text
-//!   own, acknowledged ──▶ least end over the maximal ISR ──▶ high watermark
-//!   joined, seen, left ──▶ proposal ──▶ compare-and-set ──▶ agreed ──▶ the committed value
+//!   own log, acknowledgements ──▶ minimum end over the maximal ISR ──▶ high watermark
+//!   subscriptions, statuses, disconnects ──▶ proposal ──▶ compare-and-set ──▶ outcome ──▶ the committed value
 //! ```
 //!
 //! # Rules
 //!
-//! - An acknowledgement counts only in this leader epoch and for the broker epoch of the link on which that replica joined. It names both
-//!   ends; the topic's durability says here, and only here, which of them counts.
-//! - The *maximal* ISR is the committed one and every one that was proposed since and may still come true. The high watermark is the
-//!   least acknowledged end over it: whichever of these sets is the true one, all its members hold what is below.
-//! - The high watermark moves only while the *committed* ISR has the minimum and the committed ELR is empty. A larger ISR that is only
-//!   proposed may never come true, and then an eligible replica, which waits for nothing, may be elected.
-//! - A proposal whose outcome is not known may come true until the key's revision has moved on: reading the old value back proves
-//!   nothing. So its members stay in the maximal ISR until another revision is seen.
-//! - A replica is admitted when it has acknowledged, in this epoch, all that is committed and all that the log held when the epoch
-//!   began: before the high watermark has reached that, records may be committed of which this leader does not know that they are. It
-//!   need not wait for the high watermark to get there: below the minimum that moves only after somebody was admitted.
-//! - A replica that is being added joins by the addition that this leader knows of (`PartitionValue::removals`), and what it acknowledged
-//!   counts while that is the one. A broker that is let go deletes what it has; added again it is another replica, though its link stands.
+//! - An acknowledgement counts only in this leader epoch and for the broker epoch of the link on which that replica subscribed. It has
+//!   both ends; the topic's durability decides here, and only here, which end counts.
+//! - The *maximal* ISR is the committed ISR and every ISR that was proposed since and may still come true. The high watermark is the
+//!   minimum acknowledged end over the maximal ISR: whichever of these sets is the current one, all its members hold the records below.
+//! - The high watermark moves only while the *committed* ISR has the minimum size and the committed ELR is empty. A larger ISR that is
+//!   only proposed may never come true; then an eligible replica, for which no commit waits, may be elected.
+//! - A proposal with an unknown outcome may come true until the key's revision has moved on: reading the old value back proves nothing.
+//!   So its members stay in the maximal ISR until another revision is seen.
+//! - A replica is admitted when it has acknowledged, in this epoch, all committed records and all records below the epoch start. Before
+//!   the high watermark reaches the epoch start, records above it may be committed. The admission does not wait for the high watermark to
+//!   get there: below the min ISR, it moves only after an admission.
+//! - A replica that is being added subscribes with the addition of this leader's value (`PartitionValue::removals`), and its
+//!   acknowledgements count only for that addition. A removed replica deletes its log. Added again it is another replica, although its
+//!   link is the same.
 //!
-//! Others change the value as well: brokers without proof strike themselves, the controller ends moves. They only take members out, or
-//! change the leader and with it the epoch; so the ISR that is known here may be too large and never too small.
+//! Other brokers change the value as well: a broker that fails its startup verification removes itself, and the controller completes
+//! reassignments. These changes only remove members, or change the leader and with it the epoch. So the ISR that is known here may be too
+//! large, and is never too small.
 
 mod member;
 mod proposal;
@@ -47,72 +49,72 @@ use crate::{
     model::{BrokerId, Durability, LeaderEpoch, Offset},
 };
 
-/// What the topic and the broker ask of a leader.
+/// Requirements of the topic and the broker on a leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Rule {
-    /// What a replica's acknowledgement means.
+    /// Durability that a replica's acknowledgement stands for.
     pub durability: Durability,
-    /// `min.insync.replicas`
+    /// `min.insync.replicas`.
     pub min_insync: usize,
-    /// How long, in milliseconds, a member may take to reach what the log end was.
+    /// Maximum time, in milliseconds, in which a member must reach the log end that was current when the time started.
     pub lag_ms: u64,
 }
 
-/// What a leader begins with.
+/// Input of a new leader.
 #[derive(Clone, Debug)]
 pub struct Start {
-    /// This broker, whom the value names as the leader.
+    /// This broker, which the value names as the leader.
     pub me: BrokerId,
-    /// The partition's value.
     pub value: PartitionValue,
-    /// The revision of that value.
+    /// Revision of `value`.
     pub revision: Revision,
-    /// How far its own log reaches.
+    /// Progress of its own log.
     pub own: Ends,
-    /// All below it is known as committed: by this broker as a follower, or because it is in the bucket or deleted.
+    /// All records below are known as committed: by this broker as a follower, or because they are in the object store or deleted.
     pub committed_end: Offset,
-    /// What is asked of it.
     pub rule: Rule,
 }
 
 impl Start {
-    /// What the leader `me` of epoch `epoch` begins with where there is no other replica. What it finds in its log it
-    /// commits: there is nobody else who could have committed something different.
+    /// Returns the input of the leader `me` of epoch `epoch` without other replicas. Such a leader commits all records of its log: no
+    /// other replica could have committed different ones.
     pub fn alone(me: BrokerId, epoch: LeaderEpoch, rule: Rule, own: Ends, committed_end: Offset) -> Self {
         let value = PartitionValue::new(vec![me], epoch);
         Self { me, value, revision: Revision::ZERO, own, committed_end, rule }
     }
 }
 
-/// The replicas of one partition, as its leader sees them in one epoch.
+/// State of a partition's replicas at their leader, in one epoch.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct InSync {
     me: BrokerId,
     rule: Rule,
-    /// The log end when the epoch began.
+    /// Log end when the epoch began.
     epoch_start: Offset,
-    /// The committed value as it is known here, and its revision.
+    /// Committed value that is known here, and its revision.
     value: PartitionValue,
     revision: Revision,
-    /// What was proposed at this revision and has no outcome yet.
+    /// Proposal at this revision that has no outcome yet.
     in_flight: Option<Proposal>,
-    /// The ISRs of what was proposed at this revision and may come true at any time until the revision moves on.
+    /// Members of ISRs that were proposed at this revision with an unknown outcome, and may come true until the revision moves on.
     unsure: BTreeSet<BrokerId>,
-    /// The outcome of the last proposal is not known: nothing is proposed before the key was read.
+    /// True if the outcome of the last proposal is unknown: nothing is proposed before the key was read.
     must_read: bool,
-    /// The last proposal was refused at this very revision: the view lags, and the next one waits for its word or for a tick.
+    /// True if the last proposal was refused at this very revision. The metadata cache lags, so the next proposal waits for a newer value
+    /// or a tick.
     held: bool,
-    /// Another epoch has begun, or the partition is gone: nothing is proposed any more.
+    /// True if another epoch has begun, or the partition is deleted: nothing is proposed any more.
     over: bool,
     own: Ends,
     members: BTreeMap<BrokerId, Member>,
-    /// First uncommitted offset. Never falls. It moves to no end that a member of the maximal ISR has not acknowledged; or to where the
-    /// metadata shows that a leader before had come.
+    /// First uncommitted offset. Never falls. It never passes an end that a member of the maximal ISR has not acknowledged. The one
+    /// exception is an offset that the metadata shows as committed.
     high_watermark: Offset,
 }
 
 impl InSync {
-    /// The leader of the value's epoch, whose followers have yet to join. An ISR of one commits what it finds in its log at once.
+    /// Creates the leader of the value's epoch; its followers have not subscribed yet. An ISR of one commits all records of its log at
+    /// once.
     pub fn new(start: Start) -> Self {
         let Start { me, value, revision, own, committed_end, rule } = start;
         assert_eq!(value.leader, Some(me), "only the broker that the value names leads");
@@ -135,93 +137,92 @@ impl InSync {
         insync
     }
 
-    /// The leader epoch.
     pub fn epoch(&self) -> LeaderEpoch {
         self.value.leader_epoch
     }
 
-    /// The committed value, as far as it is known here.
+    /// Returns the committed value that is known here.
     pub fn value(&self) -> &PartitionValue {
         &self.value
     }
 
-    /// The revision of [`Self::value`].
+    /// Returns the revision of [`Self::value`].
     pub fn revision(&self) -> Revision {
         self.revision
     }
 
-    /// What is asked of it.
     pub fn rule(&self) -> Rule {
         self.rule
     }
 
-    /// First uncommitted offset.
+    /// Returns the first uncommitted offset.
     pub fn high_watermark(&self) -> Offset {
         self.high_watermark
     }
 
-    /// What this broker itself counts as acknowledged.
+    /// Returns the offset up to which this broker's own log counts as acknowledged.
     pub fn own_end(&self) -> Offset {
         self.own.by(self.rule.durability)
     }
 
-    /// Whether all that the log held when the epoch began is committed. Before, this leader does not know what its
-    /// predecessors committed: it tells nobody a latest offset and uploads nothing.
+    /// Returns true if all records that the log held when the epoch began are committed. Before, its predecessors may have committed
+    /// records above the high watermark: it serves no latest offset and uploads nothing.
     pub fn is_settled(&self) -> bool {
         self.high_watermark >= self.epoch_start
     }
 
-    /// The offset after the last committed record; `None` before the leader is settled.
+    /// Returns the offset after the last committed record; `None` before the epoch is committed.
     pub fn latest(&self) -> Option<Offset> {
         self.is_settled().then_some(self.high_watermark)
     }
 
-    /// Whether the committed ISR has the minimum; else how many it has.
+    /// Checks that the committed ISR has the minimum size. The error is the size that it has.
     pub fn has_minimum(&self) -> Result<(), usize> {
         let in_sync = self.value.isr.len();
         if in_sync >= self.rule.min_insync { Ok(()) } else { Err(in_sync) }
     }
 
-    /// Whether [`Self::tick`] has something to do: a member is behind, or a proposal waits.
+    /// Returns true if [`Self::tick`] has work: a member is behind, or a proposal waits.
     pub fn is_behind(&self) -> bool {
         let mut others = self.value.isr.iter().filter(|id| **id != self.me);
         self.held || others.any(|id| self.members.get(id).is_none_or(|member| !self.has_all(member)))
     }
 
-    /// Whether the key is to be read because the outcome of a proposal is not known.
+    /// Returns true if the key has to be read because the outcome of a proposal is unknown.
     pub fn awaits_reading(&self) -> bool {
         self.must_read
     }
 
-    /// The broker epoch of the link on which this replica follows; `None` while it does not.
+    /// Returns the broker epoch of the link on which this replica is subscribed; `None` while it is not.
     pub fn follows(&self, broker: BrokerId) -> Option<Revision> {
         self.members.get(&broker)?.link
     }
 
-    /// What this replica has acknowledged on its last link.
+    /// Returns the progress that this replica acknowledged on its last link.
     pub fn acknowledged_by(&self, broker: BrokerId) -> Option<Ends> {
         self.members.get(&broker)?.acked
     }
 
-    /// The own log reaches so far: after an append, after a sync. Ends only grow within an epoch.
+    /// Updates the progress of the own log after an append or a sync. It only grows within an epoch.
     pub fn own(&mut self, ends: Ends) {
         self.own.written = self.own.written.max(ends.written);
         self.own.persisted = self.own.persisted.max(ends.persisted);
         self.advance();
     }
 
-    /// All below `end` is in the bucket or deleted, by the metadata: this leader had committed it, or one before, and so it is in this log.
+    /// Records that by the metadata all records below `end` are in the object store or deleted. This leader or an earlier one committed
+    /// them, so this log holds them.
     pub fn committed(&mut self, end: Offset) {
         self.high_watermark = self.high_watermark.max(end.min(self.own.written));
     }
 
-    /// Takes a changed configuration.
+    /// Applies a changed configuration.
     pub fn configure(&mut self, rule: Rule) {
         self.rule = rule;
         self.advance();
     }
 
-    /// A follower joins: compares its log with the leader's, and from `Join::At` on counts what it acknowledges on this link.
+    /// Processes a subscription: compares the follower's log with the leader's. After `Join::At`, acknowledgements on this link count.
     pub fn join(&mut self, peer: Peer, epoch: LeaderEpoch, claim: Claim, local: Local, history: &EpochHistory) -> Join {
         if let Err(refused) = self.may_join(peer, epoch, claim) {
             return Join::Refused(refused);
@@ -234,7 +235,7 @@ impl InSync {
         };
         let has_lost = kept < self.high_watermark && self.value.isr.contains(&peer.broker);
         let member = self.members.entry(peer.broker).or_default();
-        // What it acknowledged before was another uptime's, perhaps.
+        // The earlier acknowledgement may be of another incarnation.
         member.acked = None;
         member.link = matches!(answer, Join::At(_)).then_some(peer.epoch);
         member.departed = false;
@@ -251,7 +252,7 @@ impl InSync {
             return Err(JoinRefused::NoReplica);
         }
         let (claimed, known) = (claim.added, self.value.added_after(peer.broker));
-        // Who is in the ISR by this value has joined since it was added, and may hear before its leader that the move is over.
+        // An ISR member has subscribed since it was added. It may receive the end of the reassignment before its leader does.
         let earlier = known.is_some() && claimed != known && !self.value.isr.contains(&peer.broker);
         let later = claimed.is_some_and(|claimed| claimed > self.value.removals);
         if earlier || later {
@@ -267,10 +268,10 @@ impl InSync {
         }
     }
 
-    /// A follower says how far its log reaches.
+    /// Processes an acknowledgement: the progress of a follower's log.
     ///
     /// # Errors
-    /// When it does not count. Nothing has changed then; the sender has to join anew.
+    /// The acknowledgement does not count and changes nothing. The sender has to subscribe again.
     pub fn acknowledged(&mut self, peer: Peer, epoch: LeaderEpoch, ends: Ends) -> Result<(), Stale> {
         let (leads, log_end) = (self.epoch(), self.own.written);
         let passes = epoch == leads || mutant!(AcceptOlderLeaderEpochAck);
@@ -298,8 +299,8 @@ impl InSync {
         Ok(())
     }
 
-    /// A follower is not connected any more, in this uptime of it. Who is gone or stops leaves the ISR with the next proposal. Late
-    /// news of an uptime before the one that follows now is passed over.
+    /// Records that this incarnation of a follower is disconnected. A follower that exited or shuts down leaves the ISR with the next
+    /// proposal. A late report about an incarnation before the current one is ignored.
     pub fn left(&mut self, peer: Peer, why: Departure) {
         if peer.broker == self.me || !self.value.replicas.contains(&peer.broker) {
             return;
@@ -312,8 +313,8 @@ impl InSync {
         member.departed |= why != Departure::LinkLost;
     }
 
-    /// The view's word on a broker. What it acknowledged stays true while it is in the ISR: before it takes part again
-    /// without it, it strikes itself from there.
+    /// Applies a broker's status in the metadata cache. The broker's acknowledgements stay valid while it is in the ISR: before it takes
+    /// part again without those records, it removes itself from the ISR.
     pub fn seen(&mut self, broker: BrokerId, registration: Registration) {
         if broker == self.me || !self.value.replicas.contains(&broker) {
             return;
@@ -328,9 +329,8 @@ impl InSync {
         }
     }
 
-    /// Looks who does not keep up; asked now and then while [`Self::is_behind`]. `now_ms` is of a clock that never goes back.
-    ///
-    /// A member is behind when it took longer than the rule allows to reach what the log end was: a constant distance is none.
+    /// Checks which members lag; called at intervals while [`Self::is_behind`]. `now_ms` is of a monotonic clock. A member lags if it
+    /// takes longer than the rule allows to reach its target, the log end of an earlier tick. A constant distance is no lag.
     pub fn tick(&mut self, now_ms: u64) {
         self.held = false;
         let (log_end, lag_ms, durability) = (self.own.written, self.rule.lag_ms, self.rule.durability);
@@ -349,7 +349,7 @@ impl InSync {
         }
     }
 
-    /// The next change of the ISR to propose. One at a time: the next comes after [`Self::agreed`].
+    /// Returns the next ISR change to propose. Only one proposal is pending: the next one comes after [`Self::agreed`].
     pub fn proposal(&mut self) -> Option<Proposal> {
         if self.in_flight.is_some() || self.must_read || self.held || self.over {
             return None;
@@ -366,7 +366,7 @@ impl InSync {
         Some(proposal)
     }
 
-    /// The value with the sets that are right by what is known.
+    /// Returns the value with the ISR and ELR that follow from the current state.
     fn wanted(&self) -> PartitionValue {
         let (mut lost, mut out, mut add) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         for (id, member) in self.members.iter().filter(|(id, _)| self.value.replicas.contains(id)) {
@@ -380,7 +380,7 @@ impl InSync {
             }
         }
         let kept = lost.into_iter().fold(self.value.clone(), |value, id| value.strike(id));
-        // With nobody to add, this still empties an ELR that the minimum, lowered since, does not ask for.
+        // Without a member to add, `expand` still empties an ELR that a lowered min ISR does not require any more.
         kept.shrink(&out, self.rule.min_insync).expand(&add, self.rule.min_insync)
     }
 
@@ -393,7 +393,7 @@ impl InSync {
         settled && is_here && !self.value.removing.contains(&id) && reached.is_some_and(|end| end >= asked)
     }
 
-    /// How the last proposal ended, or what was read back.
+    /// Applies the outcome of the last proposal, or a value that was read back.
     pub fn agreed(&mut self, outcome: Agreed) -> Observed {
         let proposal = self.in_flight.take();
         match outcome {
@@ -426,7 +426,7 @@ impl InSync {
         }
     }
 
-    /// The view, or a reading, says that this is the partition's value. Values older than what is known are dropped.
+    /// Applies a value of the partition from the metadata cache or from a read. Values older than the known one are dropped.
     pub fn observed(&mut self, value: &PartitionValue, revision: Revision) -> Observed {
         if revision <= self.revision {
             return Observed::Same;
@@ -437,11 +437,12 @@ impl InSync {
         }
         let before = std::mem::replace(&mut self.value, value.clone());
         self.revision = revision;
-        // What was proposed at an older revision can never be done any more.
+        // A proposal at an older revision can never come true any more.
         self.unsure.clear();
         (self.must_read, self.held) = (false, false);
         for (id, member) in &mut self.members {
-            // Who is let go deletes what it has. Who comes by another addition was let go before it, whether that was seen here or not.
+            // A removed replica deletes its log. A replica with another addition was removed before it, even if no value here showed
+            // that.
             let addition = self.value.added_after(*id);
             let is_anew = addition.is_some() && addition != before.added_after(*id);
             if is_anew || !self.value.replicas.contains(id) {
@@ -460,7 +461,7 @@ impl InSync {
         member.acked.is_some_and(|ends| ends.by(self.rule.durability) >= self.own.written)
     }
 
-    /// Every member of the committed ISR, and of those that were proposed and may come true; some more than once.
+    /// Returns every member of the committed ISR and of proposed ISRs that may come true; some more than once.
     fn maximal(&self) -> impl Iterator<Item = BrokerId> + '_ {
         let proposed = self.in_flight.iter().flat_map(|proposal| &proposal.value.isr).chain(&self.unsure);
         let proposed = proposed.filter(|_| !mutant!(HighWatermarkOverCommittedIsr));
@@ -484,7 +485,7 @@ impl InSync {
             }
             self.members.get(&id)?.acked.map(|ends| ends.by(self.rule.durability))
         };
-        // One member that has said nothing yet holds all back.
+        // A member without an acknowledgement holds the high watermark back.
         let least = self.maximal().map(acknowledged).try_fold(self.own_end(), |least, end| Some(least.min(end?)));
         if let Some(least) = least {
             self.high_watermark = self.high_watermark.max(least);

@@ -1,13 +1,13 @@
-//! The leader's decisions: what is admitted, when it is committed, and who may be told.
+//! The leader's decisions: which writes are admitted, when they are committed, and which writers get their result.
 //!
-//! A plain struct. The actor appends and syncs; it tells the outcome to the leader, and the leader says which writers
-//! have their answer. `W` is whatever the actor keeps for a writer: the leader only hands it back. Who is in sync, and what is
-//! committed by that, is [`insync`]'s; where a follower begins, [`join`]'s.
+//! A plain struct. The actor appends and syncs, and reports the outcome to the leader; the leader returns the writers whose result is
+//! due. `W` is the actor's state of a writer, which the leader only stores. [`insync`] decides about the ISR and about commits; [`join`]
+//! decides where a follower starts.
 //!
 //! # Invariants
 //!
-//! - The high watermark is [`InSync`]'s and nobody else's; it never falls.
-//! - A writer is answered once, and not before its own rule ([`Acks`]) holds.
+//! - Only [`InSync`] moves the high watermark; it never falls.
+//! - A writer gets its result once, and not before its own rule ([`Acks`]) holds.
 //! - One sequence of a producer is appended once, without gaps.
 
 pub mod insync;
@@ -20,164 +20,162 @@ use crate::{
     limits,
     log::{ProducerTable, Verdict},
     model::{Acks, Durability, LeaderEpoch, Offset, TopicName},
-    record::{Batch, Fingerprint, ProducerStamp},
+    record::{Batch, Fingerprint, ProducerSequence},
 };
 
-/// What an acknowledgement says about where the records are.
+/// Location of an acknowledged write's records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Held {
     /// In the leader's memory.
     Memory,
-    /// In the page cache of so many replicas.
+    /// In the page cache of this number of replicas.
     PageCache(u32),
-    /// On stable storage of so many replicas.
+    /// On stable storage of this number of replicas.
     Synced(u32),
-    /// In the bucket, and on so many replicas.
+    /// In the object store, and on this number of replicas.
     Tiered(u32),
 }
 
-/// A write that its writer may count on.
+/// Result of an acknowledged write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Acked {
-    /// Offset of its first record.
+    /// Offset of the first record.
     pub base: Offset,
-    /// Offset after its last record.
+    /// Offset after the last record.
     pub end: Offset,
-    /// The epoch it was written in.
+    /// Leader epoch of the write.
     pub epoch: LeaderEpoch,
-    /// The time that the broker gave the records, where it did.
+    /// Timestamp that the broker set on the records, if it set one.
     pub append_time_ms: Option<i64>,
-    /// Where the records are.
     pub held: Held,
-    /// Whether an earlier try had written it already.
+    /// True if an earlier attempt had appended the batch.
     pub duplicate: bool,
 }
 
-/// Why a write was not admitted.
+/// Error of a write that was not admitted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// The batch is above the topic's limit.
+    /// The batch exceeds the topic's limit.
     #[error(
         "the batch has {bytes} bytes, topic {topic} takes at most {most}: send smaller batches, or raise max.message.bytes (up to {})",
         limits::MAX_BATCH_BYTES
     )]
     TooLarge {
-        /// The topic.
         topic: TopicName,
-        /// Bytes of the batch as the topic stores it.
+        /// Size of the batch as the topic stores it.
         bytes: usize,
         /// `max.message.bytes`.
         most: usize,
     },
-    /// The compressed batch is above the topic's limit without compression, which is how the topic stores it.
+    /// The topic stores batches uncompressed, and the uncompressed batch exceeds the topic's limit.
     #[error(
         "the batch has more than {most} bytes without compression, as topic {topic} stores it (compression.type=uncompressed), and {most} is \
          what it takes at most: send smaller batches, or raise max.message.bytes (up to {})",
         limits::MAX_BATCH_BYTES
     )]
     Grows {
-        /// The topic.
         topic: TopicName,
         /// `max.message.bytes`.
         most: usize,
     },
-    /// The append would wait for the object store, which is away.
+    /// The append would wait for the object store, which is unavailable.
     #[error(
         "the object store has served nothing {outage}; with acks=tiered nothing is appended until it does: use another acks, or try again \
          later"
     )]
     StoreAway {
-        /// For how long, and why.
+        /// Duration and reason of the outage.
         outage: String,
     },
-    /// Too few replicas in sync.
+    /// The ISR is smaller than `min.insync.replicas`.
     #[error(
         "replicas in sync: {in_sync}, and min.insync.replicas is {needed}: wait for replicas to come back, or lower it"
     )]
     NotEnoughReplicas {
-        /// How many are in sync.
+        /// Size of the ISR.
         in_sync: usize,
-        /// How many are needed.
+        /// `min.insync.replicas`.
         needed: usize,
     },
-    /// A gap in a producer's sequence: records before these were not written.
+    /// A gap in a producer's sequence: the records before these were not written.
     #[error("producer {producer} sent sequence {sent}, expected was {expected}: an earlier batch is missing")]
     OutOfOrder {
-        /// The producer's id.
+        /// Producer id.
         producer: i64,
-        /// The sequence that came.
+        /// Sequence of the batch.
         sent: i32,
-        /// The sequence that was due.
+        /// Expected sequence.
         expected: i32,
     },
-    /// Another batch has the producer's sequence: a different producer uses the same id, or one producer made two batches for one sequence.
+    /// Another batch has the producer's sequence: a different producer uses the same id, or one producer made two batches for one
+    /// sequence.
     #[error(
         "producer {producer} sent sequence {sent}, and another batch with that sequence is stored at offset {base}: this batch is not a retry \
          of that one and was not appended"
     )]
     SequenceConflict {
-        /// The producer's id.
+        /// Producer id.
         producer: i64,
-        /// The sequence that came.
+        /// Sequence of the batch.
         sent: i32,
-        /// Where the other batch is.
+        /// Offset of the other batch.
         base: Offset,
     },
     /// A newer epoch of the same producer has written.
     #[error("producer {producer} epoch {epoch} is fenced: epoch {current} has written since")]
     Fenced {
-        /// The producer's id.
+        /// Producer id.
         producer: i64,
-        /// The epoch that came.
+        /// Producer epoch of the batch.
         epoch: i16,
-        /// The epoch that counts.
+        /// Current producer epoch.
         current: i16,
     },
-    /// A record's timestamp is further from this broker's clock than the topic allows.
+    /// A record's timestamp differs from this broker's clock by more than the topic allows.
     #[error(
         "the timestamp {timestamp_ms} lies {} ms {side} this broker's clock, and {setting} of the topic is {limit_ms}: set the clock \
          of the producer, or raise {setting} for the topic", timestamp_ms.abs_diff(*now_ms)
     )]
     Timestamp {
-        /// The timestamp.
+        /// Timestamp of the record.
         timestamp_ms: i64,
-        /// The broker's clock.
+        /// This broker's clock.
         now_ms: i64,
         /// `before` or `after`.
         side: &'static str,
-        /// The setting that refuses it.
+        /// Setting that the timestamp violates.
         setting: &'static str,
-        /// Its value.
+        /// Value of that setting.
         limit_ms: u64,
     },
     /// The partition has no state of this producer, and the batch is not its first.
     #[error("producer {producer} is not known to this partition and its batch begins at sequence {sent}, not 0")]
     UnknownProducer {
-        /// The producer's id.
+        /// Producer id.
         producer: i64,
-        /// The sequence that came.
+        /// Sequence of the batch.
         sent: i32,
     },
-    /// The broker remembers too many producers to take another one.
+    /// The broker's producer state is at its limit, so the partition adds no new producer.
     #[error(
         "this partition remembers {known} producers, and those of all partitions of this broker take more than {max_bytes} bytes (a sixteenth of \
          limits.memory_bytes): it takes no new producer until some are forgotten; keep producers instead of beginning new ones, lower \
          producer.id.expiration.ms of topics that many write to, or raise limits.memory_bytes"
     )]
     TooManyProducers {
-        /// How many the partition remembers.
+        /// Number of producers in the partition's state.
         known: usize,
-        /// The bound.
+        /// Limit of the producer state of all partitions.
         max_bytes: usize,
     },
 }
 
-/// What becomes of a write.
+/// Outcome of an admission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// It is appended at this offset.
+    /// The write is appended at this offset.
     Append(Offset),
-    /// It stands in the log already, at these offsets.
+    /// The log already holds the write, at these offsets.
     Duplicate(Offset, Offset),
 }
 
@@ -195,20 +193,20 @@ pub struct Leader<W> {
     log_end: Offset,
     persisted_end: Offset,
     tiered_end: Offset,
-    /// Writers by what they wait for, in the order in which they came: that of their ends, but for duplicates.
+    /// Waiting writers by acks rule, in the order of arrival. That is the order of their end offsets, except for duplicates.
     for_leader: VecDeque<Waiting<W>>,
     for_all: VecDeque<Waiting<W>>,
-    /// Writers that wait for the bucket, in two steps: until the write is safe on this broker, and then for the bucket alone.
+    /// Writers with `acks=tiered`, in two steps: until the write is safe on this broker, and then until it is in the object store.
     for_tier_here: VecDeque<Waiting<W>>,
     for_tier: VecDeque<Waiting<W>>,
-    /// Producers that have batches in the group that is being admitted: their table is not up to date yet. By id, with the epoch and sequence
-    /// to come.
+    /// Producers with batches in the group that is being admitted, because the producer table lacks that group. By id, with the next
+    /// epoch and sequence.
     in_group: BTreeMap<i64, (i16, i32)>,
     next_base: Offset,
 }
 
 impl<W> Leader<W> {
-    /// The leader of the epoch that `start` describes. `tiered_end` is the first offset not committed to the bucket.
+    /// Creates the leader of the epoch in `start`. `tiered_end` is the first offset not committed to the object store.
     pub fn new(start: Start, tiered_end: Offset) -> Self {
         let own = start.own;
         Self {
@@ -225,39 +223,39 @@ impl<W> Leader<W> {
         }
     }
 
-    /// The epoch.
     pub fn epoch(&self) -> LeaderEpoch {
         self.in_sync.epoch()
     }
 
-    /// First uncommitted offset.
+    /// Returns the first uncommitted offset.
     pub fn high_watermark(&self) -> Offset {
         self.in_sync.high_watermark()
     }
 
-    /// Who is in sync, and what follows from it.
+    /// Returns the ISR state.
     pub fn in_sync(&self) -> &InSync {
         &self.in_sync
     }
 
-    /// The same, to be told of followers, of brokers and of proposals' outcomes.
+    /// Returns the ISR state, for reports about followers, brokers and outcomes of proposals.
     pub fn in_sync_mut(&mut self) -> &mut InSync {
         &mut self.in_sync
     }
 
-    /// Whether somebody waits for the bucket.
+    /// Returns true if a writer waits for the object store.
     pub fn awaits_tier(&self) -> bool {
         !(self.for_tier_here.is_empty() && self.for_tier.is_empty())
     }
 
-    /// Takes a changed topic configuration.
+    /// Applies a changed topic configuration.
     pub fn configure(&mut self, rule: Rule) {
         self.in_sync.configure(rule);
     }
 
     /// Decides about one write. Admitted writes form a group until [`Self::appended`] or [`Self::not_appended`] ends it. `sent` is the
-    /// fingerprint of the batch that the client sent, if the request held one. `refusal` says why the batch must not be appended; a retry
-    /// of one that is in the log is answered all the same. A gap is refused for that reason too: most likely a refused batch left it.
+    /// fingerprint of the batch that the client sent, if the request held one. `refusal` is a reason against the append; a retry of a
+    /// batch in the log gets its result all the same. A gap is refused with that reason too, because a refused batch most likely caused
+    /// the gap.
     pub fn admit(
         &mut self,
         batch: &Batch,
@@ -287,8 +285,8 @@ impl<W> Leader<W> {
         Ok(Admission::Append(base))
     }
 
-    /// Whether `batch` may only be judged once the group before it is in the log: it continues no sequence of the group,
-    /// and the table does not know that group yet.
+    /// Returns true if `batch` can be checked only after the pending group is in the log. Its producer has batches in the group, whose
+    /// sequence it does not continue, and the producer table lacks the group.
     pub fn must_flush_before(&self, batch: &Batch) -> bool {
         let Some(stamp) = batch.producer() else { return false };
         self.in_group.get(&stamp.id).is_some_and(|next| *next != (stamp.epoch, stamp.base_sequence))
@@ -296,7 +294,7 @@ impl<W> Leader<W> {
 
     fn check(
         &self,
-        stamp: ProducerStamp,
+        stamp: ProducerSequence,
         count: u32,
         fingerprint: Option<Fingerprint>,
         producers: &ProducerTable,
@@ -318,25 +316,25 @@ impl<W> Leader<W> {
         }
     }
 
-    fn note(&mut self, stamp: ProducerStamp, count: u32) {
+    fn note(&mut self, stamp: ProducerSequence, count: u32) {
         let next = next_sequence(stamp.base_sequence, count);
         self.in_group.insert(stamp.id, (stamp.epoch, next));
     }
 
-    /// The group admitted since the last call is in the log.
+    /// Records that the group admitted since the last call is in the log.
     pub fn appended(&mut self) {
         self.log_end = self.next_base;
         self.in_group.clear();
         self.in_sync.own(self.own());
     }
 
-    /// The group admitted since the last call is not in the log, and its offsets are free again.
+    /// Records that the group admitted since the last call is not in the log. Its offsets are free again.
     pub fn not_appended(&mut self) {
         self.next_base = self.log_end;
         self.in_group.clear();
     }
 
-    /// Keeps a writer until its write is as safe as it asked.
+    /// Keeps a writer until its acks rule holds.
     pub fn wait(&mut self, acks: Acks, acked: Acked, writer: W) {
         let waiting = Waiting { acked, writer };
         match acks {
@@ -346,7 +344,7 @@ impl<W> Leader<W> {
         }
     }
 
-    /// Everything below `end` is on this broker's stable storage.
+    /// Records that everything below `end` is on this broker's stable storage.
     pub fn persisted(&mut self, end: Offset) {
         self.persisted_end = self.persisted_end.max(end);
         self.in_sync.own(self.own());
@@ -357,13 +355,13 @@ impl<W> Leader<W> {
         Ends { written: self.log_end, persisted }
     }
 
-    /// Everything below `end` is committed to the bucket.
+    /// Records that everything below `end` is committed to the object store.
     pub fn tiered(&mut self, end: Offset) {
         self.tiered_end = self.tiered_end.max(end);
     }
 
-    /// Calls `stored` for each writer that waits for the bucket and whose write has just become as safe on this broker as the topic's
-    /// durability asks. What was taken for the write can be given back: only the bucket is waited for.
+    /// Calls `stored` for each writer with `acks=tiered` whose write has just reached the topic's durability on this broker. The caller
+    /// can release the memory of the write: only the object store is outstanding.
     pub fn take_stored(&mut self, mut stored: impl FnMut(&mut W, &Acked)) {
         let own = self.in_sync.own_end();
         while let Some(mut waiting) = self.for_tier_here.pop_front_if(|waiting| waiting.acked.end <= own) {
@@ -372,7 +370,7 @@ impl<W> Leader<W> {
         }
     }
 
-    /// Takes out the writers whose rule holds now, with their answers.
+    /// Removes the writers whose rule holds now, and passes them to `answer` with their results.
     pub fn due(&mut self, mut answer: impl FnMut(W, Acked)) {
         self.take_stored(|_, _| {});
         let replicas = u32::try_from(self.in_sync.value().isr.len()).unwrap_or(u32::MAX);
@@ -395,8 +393,8 @@ impl<W> Leader<W> {
         self.shrink_queues();
     }
 
-    /// Drops the writers who have gone and whose write is as safe here as this broker alone can make it: only others can do more. True while
-    /// there are some whose write is not.
+    /// Drops the writers that are gone and whose write is as safe as this broker alone can make it. Only other replicas or the object
+    /// store can do more. Returns true while the write of a gone writer is not that safe yet.
     pub fn forget(&mut self, is_gone: impl Fn(&W) -> bool) -> bool {
         let own = self.in_sync.own_end();
         let mut left = false;
@@ -425,13 +423,13 @@ impl<W> Leader<W> {
         [&mut self.for_leader, &mut self.for_all, &mut self.for_tier_here, &mut self.for_tier]
     }
 
-    /// Takes out every writer: none of them can be answered any more.
+    /// Removes all writers: their rules cannot hold here any more.
     pub fn abandon(&mut self) -> impl Iterator<Item = W> + '_ {
         self.queues().into_iter().flat_map(|queue| queue.drain(..)).map(|waiting| waiting.writer)
     }
 }
 
-/// The sequence after `count` records from `base`; sequences wrap from 2^31 - 1 to 0 (KIP-98).
+/// Returns the sequence after `count` records from `base`; sequences wrap from 2^31 - 1 to 0 (KIP-98).
 fn next_sequence(base: i32, count: u32) -> i32 {
     let next = (i64::from(base) + i64::from(count)) % (i64::from(i32::MAX) + 1);
     i32::try_from(next).expect("below 2^31 by the remainder")

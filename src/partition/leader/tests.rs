@@ -1,22 +1,22 @@
-//! The leader's promises, by example and by chance.
+//! The leader's guarantees, by example and by property test.
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
     model::{BrokerId, Compression},
-    record::{BatchBuilder, ProducerStamp},
+    record::{BatchBuilder, ProducerSequence},
 };
 
 fn at(offset: u64) -> Offset {
     Offset::new(offset).unwrap()
 }
 
-fn batch(records: u32, producer: Option<ProducerStamp>) -> Batch {
+fn batch(records: u32, producer: Option<ProducerSequence>) -> Batch {
     batch_of(b"value", records, producer)
 }
 
-fn batch_of(value: &[u8], records: u32, producer: Option<ProducerStamp>) -> Batch {
+fn batch_of(value: &[u8], records: u32, producer: Option<ProducerSequence>) -> Batch {
     let mut builder = BatchBuilder::new(Compression::None);
     for index in 0..records {
         builder.push(i64::from(index), None, Some(value), &[]).unwrap();
@@ -29,7 +29,7 @@ fn leader(durability: Durability, min_insync: usize) -> Leader<u32> {
     Leader::new(Start::alone(BrokerId(1), LeaderEpoch(3), rule, Ends::default(), at(0)), at(0))
 }
 
-/// A log that does what the actor does: admitted batches are stamped and applied to the table.
+/// A log that does what the actor does: admitted batches are stamped and applied to the producer table.
 struct Log {
     leader: Leader<u32>,
     table: ProducerTable,
@@ -48,7 +48,7 @@ impl Log {
         let admission = self.leader.admit(&batch, Some(batch.fingerprint()), acks, &self.table, None)?;
         let (base, end) = match admission {
             Admission::Append(base) => {
-                batch.stamp(base, self.leader.epoch());
+                batch.set_offset_and_epoch(base, self.leader.epoch());
                 let end = batch.end_offset();
                 self.group.push(batch);
                 (base, end)
@@ -75,12 +75,12 @@ impl Log {
     }
 }
 
-fn stamp(base_sequence: i32) -> ProducerStamp {
-    ProducerStamp { id: 7, epoch: 0, base_sequence }
+fn stamp(base_sequence: i32) -> ProducerSequence {
+    ProducerSequence { id: 7, epoch: 0, base_sequence }
 }
 
 #[test]
-fn a_persisted_write_is_answered_after_the_sync_and_not_before() {
+fn persisted_write_is_acknowledged_after_the_sync() {
     let mut log = Log::new(Durability::Persisted);
     log.admit(batch(2, None), Acks::All, 1).unwrap();
     log.flush();
@@ -92,7 +92,7 @@ fn a_persisted_write_is_answered_after_the_sync_and_not_before() {
 }
 
 #[test]
-fn a_replicated_write_is_answered_once_it_is_in_the_page_cache() {
+fn replicated_write_is_acknowledged_from_the_page_cache() {
     let mut log = Log::new(Durability::Replicated);
     log.admit(batch(1, None), Acks::Leader, 1).unwrap();
     assert!(log.due().is_empty(), "it is only queued");
@@ -100,9 +100,9 @@ fn a_replicated_write_is_answered_once_it_is_in_the_page_cache() {
     assert_eq!(log.due(), [(1, Held::PageCache(1))]);
 }
 
-/// The memory that its batch was given is wanted by others, and what it waits for may never come.
+/// Other writes need the memory of its batch, and the upload that it waits for may never come.
 #[test]
-fn a_writer_who_has_gone_is_dropped_once_the_write_is_safe_here() {
+fn gone_writer_is_dropped_once_its_write_is_safe() {
     let mut log = Log::new(Durability::Persisted);
     for (acks, writer) in [(Acks::Tiered, 1), (Acks::Tiered, 2), (Acks::Leader, 3), (Acks::Tiered, 4)] {
         log.admit(batch(1, None), acks, writer).unwrap();
@@ -118,9 +118,9 @@ fn a_writer_who_has_gone_is_dropped_once_the_write_is_safe_here() {
     assert_eq!(log.due(), [(2, Held::Tiered(1))]);
 }
 
-/// Found by an attack: each partition kept the memory of the longest queue that it ever had.
+/// Regression, found by an attack: each partition kept the memory of the longest queue that it ever had.
 #[test]
-fn queues_of_writers_give_memory_back() {
+fn writer_queues_release_memory() {
     let mut log = Log::new(Durability::Persisted);
     for writer in 0..5_000 {
         log.admit(batch(1, None), [Acks::All, Acks::Tiered][writer as usize % 2], writer).unwrap();
@@ -137,7 +137,7 @@ fn queues_of_writers_give_memory_back() {
 }
 
 #[test]
-fn tiered_write_is_stored_here_before_it_waits_for_the_bucket_alone() {
+fn tiered_write_is_stored_locally_before_its_upload() {
     let mut log = Log::new(Durability::Persisted);
     for writer in 1..=3 {
         log.admit(batch(2, None), Acks::Tiered, writer).unwrap();
@@ -159,7 +159,7 @@ fn tiered_write_is_stored_here_before_it_waits_for_the_bucket_alone() {
 }
 
 #[test]
-fn a_tiered_write_waits_for_the_bucket() {
+fn tiered_write_waits_for_the_object_store() {
     let mut log = Log::new(Durability::Persisted);
     log.admit(batch(1, None), Acks::Tiered, 1).unwrap();
     log.flush();
@@ -170,7 +170,7 @@ fn a_tiered_write_waits_for_the_bucket() {
 }
 
 #[test]
-fn too_few_replicas_refuse_all_but_not_one() {
+fn small_isr_rejects_acks_all_but_not_acks_leader() {
     let mut leader = leader(Durability::Persisted, 2);
     let table = ProducerTable::default();
     let refused = leader.admit(&batch(1, None), None, Acks::All, &table, None);
@@ -179,7 +179,7 @@ fn too_few_replicas_refuse_all_but_not_one() {
 }
 
 #[test]
-fn refused_batch_takes_no_offset_and_its_stored_retry_is_answered() {
+fn rejected_batch_takes_no_offset_and_its_retry_succeeds() {
     let mut log = Log::new(Durability::Persisted);
     log.admit(batch(1, Some(stamp(0))), Acks::All, 1).unwrap();
     log.flush();
@@ -190,14 +190,14 @@ fn refused_batch_takes_no_offset_and_its_stored_retry_is_answered() {
     assert_eq!(admit(batch(1, Some(stamp(1)))), Err(refused.clone()));
     assert_eq!(admit(batch(1, Some(stamp(2)))), Err(refused.clone()), "not as a gap");
     assert_eq!(admit(batch(1, None)), Err(refused.clone()));
-    let fenced = ProducerStamp { epoch: -1, ..stamp(1) };
+    let fenced = ProducerSequence { epoch: -1, ..stamp(1) };
     assert!(matches!(admit(batch(1, Some(fenced))), Err(Refused::Fenced { .. })), "it must stop");
     assert_eq!(admit(batch(1, Some(stamp(0)))), Ok(Admission::Duplicate(at(0), at(1))));
     assert_eq!(log.admit(batch(1, Some(stamp(1))), Acks::All, 2), Ok(Admission::Append(at(1))));
 }
 
 #[test]
-fn the_offsets_of_a_group_that_failed_are_given_again() {
+fn offsets_of_a_failed_group_are_used_again() {
     let mut leader = leader(Durability::Persisted, 1);
     let table = ProducerTable::default();
     assert_eq!(leader.admit(&batch(3, None), None, Acks::All, &table, None), Ok(Admission::Append(at(0))));
@@ -206,11 +206,11 @@ fn the_offsets_of_a_group_that_failed_are_given_again() {
 }
 
 #[test]
-fn a_producers_batches_may_follow_each_other_within_one_group() {
+fn producer_sequences_continue_within_one_group() {
     let mut log = Log::new(Durability::Persisted);
     assert_eq!(log.admit(batch(2, Some(stamp(0))), Acks::All, 1), Ok(Admission::Append(at(0))));
     assert_eq!(log.admit(batch(2, Some(stamp(2))), Acks::All, 2), Ok(Admission::Append(at(2))));
-    // The same batch again, in the same group: the group goes to the log first, and the table knows it then.
+    // The same batch again, in the same group: the group goes to the log first, so that the table contains it.
     assert_eq!(log.admit(batch(2, Some(stamp(2))), Acks::All, 3), Ok(Admission::Duplicate(at(2), at(4))));
     let other = log.admit(batch_of(b"other", 2, Some(stamp(2))), Acks::All, 4);
     assert_eq!(other, Err(Refused::SequenceConflict { producer: 7, sent: 2, base: at(2) }));
@@ -219,7 +219,7 @@ fn a_producers_batches_may_follow_each_other_within_one_group() {
 }
 
 #[test]
-fn a_duplicate_is_answered_only_when_the_first_is_safe() {
+fn duplicate_is_acknowledged_when_the_first_is_safe() {
     let mut log = Log::new(Durability::Persisted);
     log.admit(batch(1, Some(stamp(0))), Acks::All, 1).unwrap();
     log.flush();
@@ -230,16 +230,16 @@ fn a_duplicate_is_answered_only_when_the_first_is_safe() {
 }
 
 #[test]
-fn a_sequence_wraps_to_zero() {
+fn sequence_wraps_to_zero() {
     assert_eq!(next_sequence(i32::MAX, 1), 0);
     assert_eq!(next_sequence(i32::MAX - 1, 3), 1);
 }
 
 proptest! {
-    /// Whatever happens in whatever order: each writer is answered at most once, none before its rule holds, all in the end; the high
-    /// watermark never falls.
+    /// For any order of events: each writer gets one result at most, none before its rule holds, and all in the end; the high watermark
+    /// never falls.
     #[test]
-    fn answers_follow_their_rules(
+    fn acknowledgements_follow_their_rules(
         durable in any::<bool>(),
         steps in prop::collection::vec((0u8..4, 0u8..4, 1u32..4), 1..60),
     ) {

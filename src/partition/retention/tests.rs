@@ -1,4 +1,4 @@
-//! What retention seals, uploads, evicts and deletes, case by case and for any input.
+//! Segments that retention seals, uploads, evicts and deletes, case by case and for any input.
 
 use proptest::prelude::*;
 
@@ -9,7 +9,7 @@ fn at(offset: u64) -> Offset {
     Offset::new(offset).unwrap()
 }
 
-/// Written when its youngest record was made.
+/// Returns a segment that was written at the time of its youngest record.
 fn segment(base: u64, end: u64, bytes: u64, youngest_ms: i64) -> Segment {
     Segment { base: at(base), end: at(end), bytes, max_timestamp_ms: youngest_ms, written_ms: youngest_ms }
 }
@@ -39,7 +39,7 @@ fn input<'a>(config: &'a TopicConfig, local: &'a [Segment], tiered: &'a [Segment
 }
 
 #[test]
-fn nothing_to_do_is_an_empty_plan() {
+fn plan_without_work_is_empty() {
     let config = config(&[]);
     assert_eq!(plan(&input(&config, &[], &[])), Plan::default());
 }
@@ -51,9 +51,9 @@ fn size_retention_keeps_at_least_the_limit() {
     assert_eq!(plan(&input(&config, &local, &[])).log_start, Some(at(10)));
 }
 
-/// After a start without the bucket nothing was deleted, and the disk filled.
+/// Regression: after a start without the object store nothing was deleted, and the disk filled.
 #[test]
-fn retention_goes_on_while_the_bucket_cannot_be_asked_for_its_segments() {
+fn retention_continues_with_unreadable_object_store() {
     const HOUR_MS: i64 = 3_600_000;
     let input = |config, local, now_ms| Input {
         now_ms,
@@ -77,9 +77,9 @@ fn retention_goes_on_while_the_bucket_cannot_be_asked_for_its_segments() {
     assert_eq!(plan(&input(&without_limit, &local, 9_000 + 10 * HOUR_MS)).log_start, None);
 }
 
-/// What lay below the log start once counted again, and so the next plan gave up the rest of the log.
+/// Regression: records below the log start counted again, and so the next plan deleted the rest of the log.
 #[test]
-fn what_was_given_up_does_not_push_out_what_is_kept() {
+fn deleted_segments_do_not_count_again() {
     let config = config(&[("retention.bytes", "50000"), ("remote.storage.enable", "false")]);
     let local: Vec<Segment> = (0..10).map(|n| segment(n * 60, n * 60 + 60, 15_000, 9_000)).collect();
     let mut input = input(&config, &local, &[]);
@@ -92,7 +92,7 @@ fn what_was_given_up_does_not_push_out_what_is_kept() {
 }
 
 #[test]
-fn the_active_segment_counts_for_the_size_and_never_goes() {
+fn active_segment_counts_for_size_and_is_never_deleted() {
     let config = config(&[("retention.bytes", "100"), ("remote.storage.enable", "false")]);
     let local = [segment(0, 10, 100, 9_000)];
     let mut input = input(&config, &local, &[]);
@@ -103,7 +103,7 @@ fn the_active_segment_counts_for_the_size_and_never_goes() {
 }
 
 #[test]
-fn only_what_lies_wholly_below_the_log_start_leaves_the_disk() {
+fn only_segments_wholly_below_log_start_are_evicted() {
     let config = config(&[]);
     let local = [segment(0, 10, 100, 9_000), segment(10, 20, 100, 9_000)];
     let mut input = input(&config, &local, &[]);
@@ -114,9 +114,10 @@ fn only_what_lies_wholly_below_the_log_start_leaves_the_disk() {
     }
 }
 
-/// The bucket's segments count as one where it cannot be asked, and may have younger records: segments behind them must not go first.
+/// The object store's segments count as one if they cannot be read, and may have younger records: segments after them must not be deleted
+/// first.
 #[test]
-fn records_behind_a_bucket_that_cannot_be_asked_stay_where_it_may_have_younger_ones() {
+fn local_segments_wait_for_unreadable_tiered_segments() {
     let config = config(&[("retention.ms", "1")]);
     let local = [segment(10, 20, 100, 0)];
     let mut input = input(&config, &local, &[]);
@@ -125,7 +126,7 @@ fn records_behind_a_bucket_that_cannot_be_asked_stay_where_it_may_have_younger_o
 }
 
 #[test]
-fn a_segment_that_reaches_into_the_bucket_or_below_the_log_start_is_uploaded() {
+fn segment_across_tiered_end_or_log_start_is_uploaded() {
     let config = config(&[("retention.ms", "-1")]);
     let (local, tiered) = ([segment(0, 10, 1, 0), segment(10, 20, 1, 0)], [segment(0, 15, 1, 0)]);
     assert_eq!(plan(&input(&config, &local, &tiered)).upload, Some(at(10)..at(20)));
@@ -135,7 +136,7 @@ fn a_segment_that_reaches_into_the_bucket_or_below_the_log_start_is_uploaded() {
 }
 
 #[test]
-fn small_segments_are_committed_together_and_large_ones_by_themselves() {
+fn small_segments_share_a_commit_and_large_ones_do_not() {
     let config = config(&[("retention.ms", "-1")]);
     let upload = |bytes: &[u64], high_watermark| {
         let local: Vec<_> = (0..).zip(bytes).map(|(n, bytes)| segment(n * 10, n * 10 + 10, *bytes, 0)).collect();
@@ -152,15 +153,15 @@ fn small_segments_are_committed_together_and_large_ones_by_themselves() {
 }
 
 #[test]
-fn time_retention_counts_from_the_youngest_record_and_stops_at_the_first_that_stays() {
+fn time_retention_stops_at_the_first_young_segment() {
     let config = config(&[("retention.ms", "1000"), ("remote.storage.enable", "false")]);
     let local = [segment(0, 10, 1, 8_000), segment(10, 20, 1, 9_500), segment(20, 30, 1, 8_000)];
     assert_eq!(plan(&input(&config, &local, &[])).log_start, Some(at(10)));
 }
 
-/// One record of 2100 kept all that followed it, in both tiers.
+/// Regression: one record of 2100 kept all records after it, in both tiers.
 #[test]
-fn timestamp_in_the_future_neither_holds_back_nor_expires() {
+fn future_timestamp_neither_blocks_nor_expires() {
     let config = config(&[("retention.ms", "1000")]);
     for max_timestamp_ms in [-1, 10_001, 1 << 62, i64::MAX] {
         let odd = |base, end, written_ms| Segment { max_timestamp_ms, written_ms, ..segment(base, end, 1, 0) };
@@ -200,7 +201,7 @@ fn segments_with_timestamps_in_the_future_are_counted_once() {
 }
 
 #[test]
-fn an_expired_active_segment_is_sealed_so_that_it_can_go() {
+fn expired_active_segment_is_sealed() {
     let config = config(&[("retention.ms", "1000")]);
     let mut input = input(&config, &[], &[]);
     input.active = segment(0, 5, 10, 8_000);
@@ -218,7 +219,7 @@ fn uncommitted_segments_are_neither_uploaded_nor_deleted() {
 }
 
 #[test]
-fn only_what_the_bucket_has_is_evicted() {
+fn only_segments_in_object_store_are_evicted() {
     let config = config(&[("local.retention.ms", "1")]);
     let local = [segment(0, 10, 1, 0), segment(10, 20, 1, 0)];
     let tiered = [segment(0, 10, 1, 0)];
@@ -226,9 +227,9 @@ fn only_what_the_bucket_has_is_evicted() {
     assert_eq!((plan.evict_below, plan.upload), (Some(at(10)), Some(at(10)..at(20))));
 }
 
-/// One record from the future kept the disk full, and an old one emptied it at once.
+/// Regression: one record from the future kept the disk full, and an old one emptied it at once.
 #[test]
-fn local_retention_counts_from_writing_whatever_records_say() {
+fn local_retention_counts_from_time_of_append() {
     let config = config(&[("local.retention.ms", "1000"), ("retention.ms", "-1")]);
     for max_timestamp_ms in [-1, 0, 9_900, 1 << 62, i64::MAX] {
         let written = |written_ms| Segment { written_ms, ..segment(0, 10, 1, max_timestamp_ms) };
@@ -239,7 +240,7 @@ fn local_retention_counts_from_writing_whatever_records_say() {
 }
 
 #[test]
-fn open_segment_is_sealed_by_its_age_and_not_by_the_wall_clock() {
+fn active_segment_is_sealed_by_monotonic_age() {
     let config = config(&[("segment.ms", "1000"), ("retention.ms", "-1")]);
     for now_ms in [i64::MIN, 0, 10_000, i64::MAX] {
         let seals = |age_ms| {
@@ -252,7 +253,7 @@ fn open_segment_is_sealed_by_its_age_and_not_by_the_wall_clock() {
 }
 
 #[test]
-fn a_waiting_producer_hurries_the_seal() {
+fn waiting_tiered_write_seals_the_active_segment() {
     let config = config(&[]);
     let mut input = input(&config, &[], &[]);
     input.active_age = Some(Duration::from_millis(1));
@@ -261,7 +262,7 @@ fn a_waiting_producer_hurries_the_seal() {
     assert!(plan(&input).seal);
 }
 
-/// A log as plans find it, and what carrying them out makes of it.
+/// A log as plans find it, and the effect of applied plans.
 #[derive(Clone, Debug)]
 struct World {
     config: TopicConfig,
@@ -304,7 +305,7 @@ impl World {
         }
     }
 
-    /// Bytes that can be read, at least: of a segment that lies in both tiers or partly below the log start, none.
+    /// Returns a lower bound of the bytes that can be read: a segment in both tiers or partly below the log start counts as 0.
     fn readable(&self) -> u64 {
         let whole = |segment: &&Segment| segment.base >= self.log_start;
         let tiered: u64 = self.tiered.iter().filter(whole).map(|segment| segment.bytes).sum();
@@ -313,7 +314,7 @@ impl World {
     }
 }
 
-/// Largest timestamps: none, past ones, and some that are still to come.
+/// Returns maximum timestamps: none, past ones, and future ones.
 fn times() -> impl Strategy<Value = i64> {
     prop_oneof![8 => 0i64..20_000, 1 => Just(-1), 1 => 20_001i64..=i64::MAX]
 }
@@ -323,7 +324,7 @@ fn limit() -> impl Strategy<Value = Option<u64>> {
 }
 
 prop_compose! {
-    /// One log in two tiers, whose segments need not be cut at the same offsets.
+    /// One log in two tiers, whose segments may have different boundaries.
     fn worlds()(
         local in prop::collection::vec((1u64..20, 0u64..200, times(), 0i64..20_000), 0..12),
         tiered in prop::collection::vec((1u64..20, 0u64..200, times(), 0i64..20_000), 0..12),
@@ -366,19 +367,19 @@ prop_compose! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// One plan carried out is all there is to do, and no local file lies wholly below the log start.
+    /// One applied plan leaves no work, and no local file lies wholly below the log start.
     #[test]
-    fn a_plan_that_was_carried_out_leaves_nothing_to_plan(world in worlds()) {
+    fn applied_plan_leaves_no_work(world in worlds()) {
         let mut after = world.clone();
         after.carry_out(&world.plan());
         prop_assert_eq!(after.plan(), Plan::default());
         prop_assert!(after.local.iter().all(|segment| segment.end > after.log_start));
     }
 
-    /// By size alone: what can still be read is as much as the limit, or all that could be read before. And the oldest
-    /// whole segment is needed for that.
+    /// By size alone: the readable bytes are at least the limit, or all that were readable before. The oldest whole segment is needed for
+    /// that.
     #[test]
-    fn size_retention_keeps_the_newest_and_no_more_than_it_must(world in worlds()) {
+    fn size_retention_keeps_no_more_than_it_must(world in worlds()) {
         let mut world = world;
         world.config.retention = None;
         let before = world.readable();
@@ -394,8 +395,8 @@ proptest! {
 }
 
 proptest! {
-    /// Whatever the figures: the log start never passes the high watermark and never falls, and nothing that can be read
-    /// leaves the disk without being in the bucket.
+    /// For any input: the log start never passes the high watermark and never falls, and no readable record leaves the disk without being
+    /// in the object store.
     #[test]
     fn plans_are_safe(
         sizes in prop::collection::vec((1u64..20, 0u64..200, 0i64..20_000), 0..12),

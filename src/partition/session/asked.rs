@@ -1,7 +1,7 @@
-//! What the partitions of one link ask of it. They call from their own tasks and never wait; the link's task looks when it can.
+//! Requests of partitions to one link. Partitions call from their own tasks and never wait; the link's task takes requests when it can.
 //!
-//! Requests of one partition that were not looked at yet are replaced by later ones, so this holds one entry for each partition
-//! that follows, however often they change their mind.
+//! A later request of a partition replaces the requests that were not taken yet. So there is one entry for each partition that follows,
+//! however often its requests change.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -19,10 +19,10 @@ use crate::{
     },
 };
 
-/// Which join it is, of all that were asked on a link.
+/// Number of a subscription request, among all of one link.
 pub(super) type Ticket = u64;
 
-/// What the partitions of one link ask of it.
+/// Pending requests of partitions to one link.
 #[derive(Debug, Default)]
 pub struct Asked {
     state: Mutex<State>,
@@ -33,46 +33,45 @@ pub struct Asked {
 #[derive(Debug, Default)]
 struct State {
     entries: BTreeMap<PartitionId, Entry>,
-    /// Partitions of which something is to be done, each once.
+    /// Partitions with pending work, each once.
     order: VecDeque<PartitionId>,
     tickets: Ticket,
 }
 
 #[derive(Debug, Default)]
 struct Entry {
-    /// It follows on this link.
+    /// True if the partition follows on this link.
     follows: bool,
-    /// The join that holds: whatever is under way for another one counts no more.
+    /// The subscription that holds: the results of any other one do not count.
     joined: Option<Ticket>,
     todo: Todo,
     queued: bool,
 }
 
-/// What is to be done for a partition, in this order.
+/// Pending work for a partition, in this order.
 #[derive(Debug, Default)]
 pub(super) struct Todo {
-    /// End its place.
+    /// End the partition's subscription.
     pub(super) leave: Option<Leave>,
-    /// Say that the link stands.
+    /// Notify the partition that the link is connected.
     pub(super) up: bool,
-    /// Say it a little later.
+    /// Notify the partition of that after a pause.
     pub(super) again: bool,
-    /// Send this claim.
+    /// Send this subscription.
     pub(super) join: Option<(Ticket, JoinFrame)>,
 }
 
-/// How a partition leaves.
+/// Parameters of an unsubscription.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Leave {
-    /// The newest epoch that it knows.
+    /// Newest epoch of the partition's metadata.
     pub(super) known: LeaderEpoch,
-    /// It will not be back soon.
+    /// True if the partition will not return soon.
     pub(super) stopping: bool,
 }
 
 impl Asked {
-    /// The partition follows on this link from now on, and what it joined before counts no more: the leader may be the same and its
-    /// epoch another.
+    /// Starts to follow on this link. Any earlier subscription ends: the leader may be the same and its epoch another.
     pub fn follow(&self, partition: PartitionId) {
         self.change(partition, |entry, _| {
             (entry.follows, entry.joined, entry.todo.join) = (true, None, None);
@@ -81,7 +80,8 @@ impl Asked {
         self.followed.notify_one();
     }
 
-    /// Sends a claim. Nothing that was joined before is acknowledged, or handed to the partition, once this has returned.
+    /// Requests a subscription. Once this has returned, nothing of an earlier subscription is acknowledged, or delivered to the
+    /// partition.
     pub fn join(&self, partition: PartitionId, epoch: LeaderEpoch, claim: Claim, ends: Ends) {
         self.change(partition, |entry, tickets| {
             if !entry.follows {
@@ -94,12 +94,12 @@ impl Asked {
         });
     }
 
-    /// Says that the link stands, a little later.
+    /// Requests a notification, after a pause, that the link is connected.
     pub fn again(&self, partition: PartitionId) {
         self.change(partition, |entry, _| entry.todo.again = entry.follows);
     }
 
-    /// The partition does not follow on this link any more. Nothing is acknowledged, or handed to it, once this has returned.
+    /// Ends following on this link. Once this has returned, nothing is acknowledged, or delivered to the partition.
     pub fn leave(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool) {
         self.change(partition, |entry, _| {
             if entry.follows {
@@ -120,7 +120,7 @@ impl Asked {
         }
     }
 
-    /// Waits until something was asked.
+    /// Waits until some request is pending.
     pub(super) async fn changed(&self) {
         loop {
             let changed = self.changed.notified();
@@ -143,7 +143,7 @@ impl Asked {
         }
     }
 
-    /// A link begins: every partition that follows is to hear of it, and nothing is joined.
+    /// Begins a link: every partition that follows is to be notified, and none is subscribed.
     pub(super) fn begin(&self) {
         let mut state = self.state();
         state.order.clear();
@@ -155,7 +155,7 @@ impl Asked {
         }
     }
 
-    /// The link has ended: nothing is joined any more. Gives the partitions that follow.
+    /// Ends the link: no partition is subscribed any more. Returns the partitions that follow.
     pub(super) fn end(&self) -> Vec<PartitionId> {
         let mut state = self.state();
         state.order.clear();
@@ -166,7 +166,7 @@ impl Asked {
         state.entries.keys().copied().collect()
     }
 
-    /// What is to be done for the partition that asked first.
+    /// Takes the pending work of the partition whose request is the oldest.
     pub(super) fn take(&self) -> Option<(PartitionId, Todo)> {
         let mut state = self.state();
         let partition = state.order.pop_front()?;
@@ -179,12 +179,12 @@ impl Asked {
         Some((partition, todo))
     }
 
-    /// Whether the partition follows here.
+    /// Returns true if the partition follows on this link.
     pub(super) fn follows(&self, partition: PartitionId) -> bool {
         self.state().entries.get(&partition).is_some_and(|entry| entry.follows)
     }
 
-    /// Does something with a partition while that join holds, and not otherwise. It must not wait, nor ask anything of this link.
+    /// Runs `work` with a partition if that subscription holds. `work` must not wait, nor send a request to this link.
     pub(super) fn while_joined<T>(
         &self,
         partition: &Partition,
@@ -196,7 +196,7 @@ impl Asked {
         holds.then(|| work(partition))
     }
 
-    /// That join holds no more: its place has ended.
+    /// Ends that subscription, if it holds.
     pub(super) fn give_up(&self, partition: PartitionId, ticket: Ticket) {
         if let Some(entry) = self.state().entries.get_mut(&partition)
             && entry.joined == Some(ticket)
@@ -216,7 +216,7 @@ mod tests {
     use crate::model::{Offset, TopicId};
 
     #[test]
-    fn what_was_not_looked_at_is_replaced_by_what_is_asked_later() {
+    fn pending_requests_are_replaced_by_later_ones() {
         let (asked, id) = (Asked::default(), PartitionId::new(TopicId::from_bytes([1; 16]), 0));
         let join = |asked: &Asked| {
             asked.join(id, LeaderEpoch(2), Claim { last: None, end: Offset::ZERO, added: None }, Ends::default())
@@ -237,7 +237,7 @@ mod tests {
         assert_eq!((partition, todo.leave), (id, Some(Leave { known: LeaderEpoch(3), stopping: false })));
         assert!(!todo.up && todo.again && todo.join.is_some());
         assert!(asked.take().is_none(), "one partition waits once");
-        // A link begins with everybody who follows, and with nothing else.
+        // A link begins with all partitions that follow, and with nothing else.
         asked.begin();
         let todo = asked.take().expect("it is to hear of the link").1;
         assert!(todo.up && todo.join.is_none() && todo.leave.is_none());

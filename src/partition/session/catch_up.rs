@@ -1,4 +1,4 @@
-//! The pace at which replicas catch up.
+//! The rate at which replicas catch up.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::window::Throttle;
 use crate::task::clock;
 
-/// What replicas that catch up may take of this broker, over all links together.
+/// Limit on the bytes that catching-up replicas read from this broker, over all links together.
 #[derive(Debug)]
 pub struct CatchUp {
     began: Instant,
@@ -18,12 +18,12 @@ pub struct CatchUp {
 }
 
 impl CatchUp {
-    /// So many bytes in a second; without a number as many as there are.
+    /// Creates a limit in bytes per second; `None` is no limit.
     pub fn new(bytes_per_second: Option<u64>) -> Self {
         Self { began: clock::monotonic(), throttle: Mutex::new(Throttle::new(bytes_per_second)) }
     }
 
-    /// When the next read may begin; `None` when now.
+    /// Returns the time at which the next read may begin; `None` if it may begin now.
     pub(super) fn wait(&self) -> Option<Instant> {
         let now = clock::monotonic();
         let now_ms = u64::try_from(now.saturating_duration_since(self.began).as_millis()).unwrap_or(u64::MAX);

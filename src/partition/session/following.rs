@@ -1,4 +1,4 @@
-//! The follower's side of a link: claims go out, batches come in, and what is in the log is acknowledged.
+//! The follower's side of a link: subscriptions go out, batches come in, and records in the log are acknowledged.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -23,17 +23,17 @@ use crate::{
     telemetry::{Counter, LogThrottle},
 };
 
-/// The pause before a partition claims again. It doubles each time, until a leader has served the partition for [`LONGEST_PAUSE`].
+/// First pause before a partition subscribes again. It doubles each time, until a leader has served the partition for [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// The longest such pause.
+/// Longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// How long the end of a link waits for the other side's last word, or for it to hear ours.
+/// Maximum time that the end of a link waits for the last message of the other side, or for the delivery of this side's.
 const LAST_WORD: Duration = Duration::from_millis(500);
 
-/// Carries the partitions that ask `asked` over one link, until it ends. Each of them hears when it stands, and when it does not.
-/// The bytes of the batches that come are counted in `received`.
+/// Serves the partitions that send their requests to `asked` over one link, until the link ends. Each of them is notified when the link
+/// is connected, and when it is not. `received` counts the bytes of the received batches.
 pub async fn follow<S>(
     asked: &Asked,
     find: &Find,
@@ -72,7 +72,7 @@ where
         if let Some(partition) = find(partition)
             && partition.from_link(FromLink::Down).is_err()
         {
-            // Its queue is full of what came before; the next link tells it more than this.
+            // The queue is full of earlier events; the next link notifies the partition again.
             tracing::debug!(partition = %partition.id(), "not told that its link is lost");
         }
     }
@@ -82,23 +82,23 @@ where
 /// One partition on this link.
 struct Slot {
     id: PartitionId,
-    /// It may have been deleted since.
+    /// The partition may have been deleted since.
     partition: Weak<Partition>,
     place: Option<Place>,
-    /// Of places that end because of what the leader sent, and because it sends no more.
+    /// Throttle log lines about subscriptions that ended with an error here (`failed`) or by the leader (`dismissed`).
     failed: LogThrottle,
     dismissed: LogThrottle,
 }
 
-/// How it is joined.
+/// A subscription.
 struct Place {
     partition: Arc<Partition>,
     number: u32,
     ticket: Ticket,
     join: JoinFrame,
-    /// Since when the leader goes on at the claimed end, as it said.
+    /// Time at which the leader accepted the reported log end.
     joined: Option<Instant>,
-    /// What was acknowledged.
+    /// Progress that was acknowledged last.
     told: Option<Ends>,
 }
 
@@ -106,22 +106,22 @@ struct Following<'a> {
     asked: &'a Asked,
     find: &'a Find,
     received: &'a Counter,
-    /// One for each partition that ever joined on this link, by the number under which it marks `ready`.
+    /// One slot for each partition that ever subscribed on this link, by the index under which it marks `ready`.
     slots: Vec<Slot>,
     slot_of: BTreeMap<PartitionId, usize>,
     places: BTreeMap<u32, usize>,
     next_place: u32,
-    /// Who has something to acknowledge.
+    /// Partitions with progress to acknowledge.
     ready: Arc<Ready>,
-    /// What goes out before any progress: joins and leaves.
+    /// Messages that are sent before any new progress: subscriptions and unsubscriptions.
     messages: VecDeque<v1::ToLeader>,
-    /// The newest ping that is not answered.
+    /// Newest ping without a response.
     ping: Option<u64>,
-    /// Who is told that the link stands, and when.
+    /// Partitions that are to be notified that the link is connected, by time.
     later: BTreeSet<(Instant, PartitionId)>,
     /// The same by partition.
     waiting: BTreeMap<PartitionId, Instant>,
-    /// How long each waited that was told to wait.
+    /// Next pause of each partition that has waited.
     pauses: BTreeMap<PartitionId, Duration>,
 }
 
@@ -169,12 +169,12 @@ impl Following<'_> {
         self.ping.is_some() || !self.messages.is_empty()
     }
 
-    /// The next message: who is asked whether it is there answers first.
+    /// Returns the next message: the response to a ping first.
     fn message(&mut self) -> Option<v1::ToLeader> {
         self.ping.take().map(frames::pong).or_else(|| self.messages.pop_front())
     }
 
-    /// Sends what those who leave have to say, and waits until the other side has heard it: it ends the stream then.
+    /// Sends the pending unsubscriptions, and waits until the other side has received them: it ends the stream then.
     async fn say_goodbye<S>(&mut self, mut incoming: S, outgoing: mpsc::Sender<v1::ToLeader>)
     where
         S: Stream<Item = Result<v1::ToFollower, Status>> + Unpin + Send,
@@ -212,7 +212,7 @@ impl Following<'_> {
         }
     }
 
-    /// Says that the link stands; a little later when that cannot be said now.
+    /// Notifies a partition that the link is connected, or schedules the notification if it cannot be delivered now.
     fn say_up(&mut self, id: PartitionId) {
         let told = (self.find)(id).is_some_and(|partition| partition.from_link(FromLink::Up).is_ok());
         if !told {
@@ -220,7 +220,7 @@ impl Following<'_> {
         }
     }
 
-    /// Has the partition told that the link stands when it has waited.
+    /// Schedules the notification that the link is connected for the end of the partition's pause.
     fn wait(&mut self, id: PartitionId) {
         if self.waiting.contains_key(&id) {
             return;
@@ -233,7 +233,7 @@ impl Following<'_> {
         *pause = (*pause * 2).min(LONGEST_PAUSE);
     }
 
-    /// Tells those who have waited.
+    /// Notifies the partitions whose pause is over.
     fn remind(&mut self) {
         let now = clock::monotonic();
         while let Some((due, id)) = self.later.first().copied()
@@ -251,7 +251,7 @@ impl Following<'_> {
         let id = join.partition;
         self.end_place(id);
         let Some((index, partition)) = self.slot(id) else {
-            // It is being opened, or closed.
+            // The partition is being opened, or closed.
             self.asked.give_up(id, ticket);
             return self.wait(id);
         };
@@ -262,7 +262,7 @@ impl Following<'_> {
         self.messages.push_back(frames::join(number, &join));
     }
 
-    /// The slot of a partition as it is open now.
+    /// Returns the slot of a partition as it is open now.
     fn slot(&mut self, id: PartitionId) -> Option<(usize, Arc<Partition>)> {
         let partition = (self.find)(id)?;
         let index = *self.slot_of.entry(id).or_insert(self.slots.len());
@@ -283,7 +283,7 @@ impl Following<'_> {
         Some((index, partition))
     }
 
-    /// One that ended at once may do so again and again: its pauses go on.
+    /// Resets the pause if the subscription lasted. A subscription that ended at once may do so again: its pauses keep growing.
     fn reset_pause(&mut self, id: PartitionId) {
         let place = self.slot_of.get(&id).and_then(|index| self.slots[*index].place.as_ref());
         let joined = place.and_then(|place| place.joined);
@@ -300,7 +300,7 @@ impl Following<'_> {
         Some(place)
     }
 
-    /// Something is wrong with a place: it ends, and the partition joins again a little later.
+    /// Ends a subscription after an error; the partition subscribes again after a pause.
     fn fail(&mut self, index: usize, why: &dyn std::fmt::Display) {
         let Some(place) = self.end_and_wait(index) else { return };
         let Some(count) = self.slots[index].failed.occur(clock::monotonic()) else {
@@ -312,7 +312,7 @@ impl Following<'_> {
         );
     }
 
-    /// The leader serves a place no more, as at each change of leader: it ends, and the partition joins again a little later.
+    /// Ends a subscription that the leader ended, as at each change of leader; the partition subscribes again after a pause.
     fn dismissed(&mut self, index: usize, why: &dyn std::fmt::Display) {
         let Some(place) = self.end_and_wait(index) else { return };
         let Some(count) = self.slots[index].dismissed.occur(clock::monotonic()) else {
@@ -333,10 +333,10 @@ impl Following<'_> {
         Some(place)
     }
 
-    /// One message for places that moved, so many at most.
+    /// Queues one message with the progress of subscriptions that moved, at most `max_places` of them.
     fn gather_progress(&mut self, max_places: usize) {
         let mut moved = Vec::new();
-        // What is left is gathered when this has gone out.
+        // The rest is gathered when this message has been sent.
         while moved.len() < max_places
             && let Some(index) = self.ready.take()
         {
@@ -344,7 +344,7 @@ impl Following<'_> {
             if place.joined.is_none() {
                 continue;
             }
-            // Read while the join holds: whoever leaves, or joins again, changes its log only after that.
+            // Read while the subscription holds: a partition that unsubscribes, or subscribes again, changes its log only after that.
             let ends = self.asked.while_joined(&place.partition, place.ticket, Partition::ends);
             if let Some(ends) = ends.filter(|ends| place.told != Some(*ends)) {
                 place.told = Some(ends);
@@ -423,7 +423,7 @@ impl Following<'_> {
     }
 }
 
-/// The other side takes nothing any more: it has said why, or is about to.
+/// Returns the end of a link whose other side takes no more messages: it has sent the reason, or is about to.
 async fn refused<S>(incoming: &mut S) -> Ended
 where
     S: Stream<Item = Result<v1::ToFollower, Status>> + Unpin + Send,
@@ -435,7 +435,7 @@ where
     }
 }
 
-/// Why a piece cannot be handed on.
+/// Reason why a piece cannot be delivered.
 #[derive(Debug, thiserror::Error)]
 enum Untaken {
     #[error(transparent)]
@@ -485,9 +485,10 @@ mod tests {
         }
     }
 
-    /// A leader that cannot read what a follower lacks was asked fifty times a second, and each time both wrote a line.
+    /// Regression: a leader that could not read the records that a follower lacked was asked fifty times a second, and each time both
+    /// logged a line.
     #[tokio::test(flavor = "multi_thread")]
-    async fn place_that_ends_at_once_waits_longer_each_time() {
+    async fn subscription_that_ends_at_once_waits_longer_each_time() {
         let side = Side::new(BrokerId(2));
         let (find, received) = (side.find(), Counter::default());
         side.asked.begin();

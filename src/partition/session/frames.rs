@@ -1,8 +1,8 @@
-//! What goes over a link, checked, and its form on the wire (`proto/strandline/v1/peer.proto`).
+//! Messages of a link, checked, and their wire form (`proto/strandline/v1/peer.proto`).
 //!
-//! Batches stay in the pieces of memory in which they were found and go into the message as they are. What comes is input: a number that
-//! cannot be is refused with its name and value. What is wrong with one place is that place's affair; only a message that names none ends
-//! the link.
+//! Batches stay in the chunks of memory in which they were read, and go into the message unchanged. Messages are input: an invalid number
+//! is rejected with its name and value. An error in one subscription ends only that subscription; a message that names none ends the
+//! link.
 
 use bytes::Bytes;
 use prost::Message;
@@ -14,81 +14,84 @@ use crate::{
         role::{Answered, Beginning, Joined},
     },
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{self, answer, to_follower, to_leader},
     },
-    record::{Batch, Chunks, Malformed},
+    record::{Batch, ChunkedBatches, MalformedBatch},
 };
 
-/// Something that no broker in order sends.
+/// Message that no correct broker sends.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum BadFrame {
-    /// A message of no kind that is known here, or one that has its place at the beginning of a link.
+    /// A message of an unknown kind, or one that belongs to the start of a link.
     #[error("a message of a kind that has no place here")]
     Kind,
-    /// A number that cannot be.
+    /// An invalid number.
     #[error("{field} is {value}")]
     Number {
-        /// Which field.
+        /// Name of the field.
         field: &'static str,
-        /// What it holds.
+        /// Value of the field.
         value: i64,
     },
-    /// An id that is none.
+    /// An invalid topic id.
     #[error("topic id {0:?} is no UUID")]
     TopicId(String),
-    /// Lists of different lengths, or of too few.
+    /// Lists of different lengths.
     #[error("the lists of a progress have {places}, {written} and {persisted} entries")]
     Lengths {
-        /// Places.
+        /// Number of subscriptions.
         places: usize,
-        /// Written ends.
+        /// Number of log ends.
         written: usize,
-        /// Persisted ends.
+        /// Number of persisted ends.
         persisted: usize,
     },
-    /// Bytes that are no batches.
+    /// Malformed batches.
     #[error("the batches at offset {base} are malformed: {why}")]
     Batches {
-        /// Where they were to begin.
+        /// Expected first offset.
         base: Offset,
-        /// What is wrong.
-        why: Malformed,
+        /// Error of the first malformed batch.
+        why: MalformedBatch,
     },
-    /// An offset other than the one that was asked for, or an epoch other than that of the place.
+    /// An offset or an epoch other than the requested one.
     #[error("{field} is {got}, and {expected} was asked for")]
     NotAsked {
-        /// Which field.
+        /// Name of the field.
         field: &'static str,
-        /// What came.
+        /// Received value.
         got: i64,
-        /// What was asked for.
+        /// Requested value.
         expected: i64,
     },
 }
 
-impl From<BadFrame> for Fault {
+impl From<BadFrame> for ApiError {
     fn from(error: BadFrame) -> Self {
-        let reason =
-            if matches!(error, BadFrame::Batches { .. }) { Reason::MalformedBatch } else { Reason::InvalidRequest };
+        let reason = if matches!(error, BadFrame::Batches { .. }) {
+            ErrorCode::MalformedBatch
+        } else {
+            ErrorCode::InvalidRequest
+        };
         Self::new(reason, error.to_string())
     }
 }
 
-/// What a follower's broker says of one place, or of many.
+/// Message of a follower's broker, about one subscription or many.
 #[derive(Debug)]
 pub(super) enum FromFollower {
-    /// A place begins.
+    /// Start of a subscription.
     Join { place: u32, join: Result<JoinFrame, BadFrame> },
-    /// A place ends.
+    /// End of a subscription.
     Leave { place: u32, known: Option<LeaderEpoch>, stopping: bool },
-    /// What it has of these places.
+    /// Progress of these subscriptions.
     Progress(Vec<(u32, Ends)>),
-    /// It is there.
+    /// Response to a ping.
     Pong(u64),
 }
 
-/// How a partition is joined.
+/// Request of a subscription.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct JoinFrame {
     pub(super) partition: PartitionId,
@@ -97,18 +100,18 @@ pub(super) struct JoinFrame {
     pub(super) ends: Ends,
 }
 
-/// What a leader's broker says.
+/// Message of a leader's broker.
 #[derive(Debug)]
 pub(super) enum FromLeader {
-    /// The answer to a join.
+    /// Response to a subscription.
     Answer { place: u32, answered: Result<Answered, BadFrame> },
-    /// What follows.
+    /// Batches of subscriptions.
     Batches(Vec<v1::Piece>),
-    /// The leader's broker wants to know whether this one is there.
+    /// Request for a response, which shows that the follower's process runs.
     Ping(u64),
 }
 
-/// Batches of one place.
+/// Batches of one subscription.
 #[derive(Debug)]
 pub(super) struct Piece {
     pub(super) epoch: LeaderEpoch,
@@ -224,7 +227,7 @@ impl TryFrom<v1::Piece> for Piece {
 
     fn try_from(piece: v1::Piece) -> Result<Self, BadFrame> {
         let base = offset("the offset of a piece", piece.base)?;
-        let batches = Chunks::new(piece.chunks).collect::<Result<Vec<_>, _>>();
+        let batches = ChunkedBatches::new(piece.chunks).collect::<Result<Vec<_>, _>>();
         Ok(Self {
             epoch: epoch("a leader epoch", piece.leader_epoch)?,
             high_watermark: offset("a high watermark", piece.high_watermark)?,
@@ -233,7 +236,7 @@ impl TryFrom<v1::Piece> for Piece {
     }
 }
 
-/// A join on the wire.
+/// Encodes the start of a subscription.
 pub(super) fn join(place: u32, join: &JoinFrame) -> v1::ToLeader {
     let is = to_leader::Is::Join(v1::Join {
         place,
@@ -248,12 +251,12 @@ pub(super) fn join(place: u32, join: &JoinFrame) -> v1::ToLeader {
     to_leader(is)
 }
 
-/// A leave on the wire.
+/// Encodes the end of a subscription.
 pub(super) fn leave(place: u32, known: LeaderEpoch, stopping: bool) -> v1::ToLeader {
     to_leader(to_leader::Is::Leave(v1::Leave { place, known_epoch: known.as_i32(), stopping }))
 }
 
-/// A ping on the wire, and its answer.
+/// Encodes a ping.
 pub(super) fn ping(number: u64) -> v1::ToFollower {
     to_follower(to_follower::Is::Ping(v1::Ping { number }))
 }
@@ -262,7 +265,7 @@ pub(super) fn pong(number: u64) -> v1::ToLeader {
     to_leader(to_leader::Is::Pong(v1::Pong { number }))
 }
 
-/// What the follower has, on the wire.
+/// Encodes the follower's progress.
 pub(super) fn progress(all: impl IntoIterator<Item = (u32, Ends)>) -> v1::ToLeader {
     let mut progress = v1::Progress::default();
     for (place, ends) in all {
@@ -273,7 +276,7 @@ pub(super) fn progress(all: impl IntoIterator<Item = (u32, Ends)>) -> v1::ToLead
     to_leader(to_leader::Is::Progress(progress))
 }
 
-/// An answer on the wire.
+/// Encodes the response to a subscription.
 pub(super) fn answer(place: u32, answered: Answered) -> v1::ToFollower {
     let is = match answered.join {
         Joined::At(at) => answer::Is::At(at.as_i64()),
@@ -286,7 +289,7 @@ pub(super) fn answer(place: u32, answered: Answered) -> v1::ToFollower {
             producers: begin.producers,
             in_bucket: begin.in_bucket,
         }),
-        Joined::Refused(why) => answer::Is::Refused(Fault::new(Reason::NotLeader, why).into()),
+        Joined::Refused(why) => answer::Is::Refused(ApiError::new(ErrorCode::NotLeader, why).into()),
     };
     let answer = v1::Answer {
         place,
@@ -301,8 +304,8 @@ fn epoch_start(epoch: LeaderEpoch, start: Offset) -> v1::EpochStart {
     v1::EpochStart { epoch: epoch.as_i32(), start: start.as_i64() }
 }
 
-/// A place that goes no further, on the wire.
-pub(super) fn refused(place: u32, epoch: LeaderEpoch, fault: Fault) -> v1::ToFollower {
+/// Encodes the error that ends a subscription.
+pub(super) fn refused(place: u32, epoch: LeaderEpoch, fault: ApiError) -> v1::ToFollower {
     let answer = v1::Answer {
         place,
         leader_epoch: epoch.as_i32(),
@@ -312,7 +315,7 @@ pub(super) fn refused(place: u32, epoch: LeaderEpoch, fault: Fault) -> v1::ToFol
     to_follower(to_follower::Is::Answer(answer))
 }
 
-/// Pieces on the wire.
+/// Encodes batches.
 pub(super) fn batches(pieces: Vec<v1::Piece>) -> v1::ToFollower {
     to_follower(to_follower::Is::Batches(v1::Batches { pieces }))
 }
@@ -325,13 +328,14 @@ fn to_follower(is: to_follower::Is) -> v1::ToFollower {
     v1::ToFollower { is: Some(is), padding: Bytes::new() }
 }
 
-/// Size from which on the transport counts a message by its bytes alone. Of smaller ones that wait to be read, it ends the connection after
-/// some hundred, whatever the window says (`ENHANCE_YOUR_CALM`, h2 from 0.4.16 on); a link that begins has one for each partition.
+/// Size in bytes from which on the transport counts a message by its bytes alone. With some hundred smaller messages that wait to be
+/// read, the transport ends the connection, whatever the window is (`ENHANCE_YOUR_CALM`, h2 from 0.4.16 on). A new link has one for each
+/// partition.
 const MIN_MESSAGE_BYTES: usize = 256;
 
-/// A message to be sent, as large as the transport wants it.
+/// A message with the size that the transport needs.
 pub(super) trait Padded: Message {
-    /// The message with zeros where it is too small.
+    /// Returns the message, with zeros if it is too small.
     fn padded(self) -> Self;
 }
 
@@ -358,7 +362,7 @@ mod tests {
     use super::*;
     use crate::model::TopicId;
 
-    /// Numbers of which some cannot be.
+    /// Returns numbers, some of them invalid.
     fn numbers() -> impl Strategy<Value = i64> {
         prop_oneof![-2..3i64, any::<i64>()]
     }
@@ -382,10 +386,10 @@ mod tests {
         )
     }
 
-    /// A follower of 3,000 partitions sent as many joins at once, each of 90 bytes, and the leader's transport ended the connection, again and
-    /// again.
+    /// Regression: a follower of 3,000 partitions sent as many subscriptions at once, each of 90 bytes, and the leader's transport ended
+    /// the connection, again and again.
     #[test]
-    fn messages_are_no_smaller_than_the_transport_wants() {
+    fn messages_have_the_minimum_size_of_the_transport() {
         let join = v1::Join { place: 1, topic_id: TopicId::from_bytes([7; 16]).to_string(), ..v1::Join::default() };
         for is in [to_leader::Is::Join(join), to_leader::Is::Pong(v1::Pong::default())] {
             let message = to_leader(is).padded();
@@ -400,7 +404,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_understood_is_written_again_as_it_came(answer in answers()) {
+        fn valid_response_is_encoded_as_it_was_received(answer in answers()) {
             let message = to_follower(to_follower::Is::Answer(answer));
             let Ok(FromLeader::Answer { place, answered }) = message.clone().try_into() else { panic!("an answer") };
             if let Ok(answered) = answered {
@@ -409,7 +413,7 @@ mod tests {
         }
 
         #[test]
-        fn a_join_is_refused_or_written_again_as_it_came(
+        fn subscription_is_rejected_or_encoded_as_received(
             place: u32, partition in epochs(), leader_epoch in epochs(), last in prop::option::of(epochs()),
             end in numbers(), persisted in numbers(), added_after: Option<u64>, id in "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
         ) {
@@ -424,7 +428,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_understood_or_refused(bytes: Vec<u8>) {
+        fn any_bytes_are_decoded_or_rejected(bytes: Vec<u8>) {
             if let Ok(message) = v1::ToLeader::decode(&bytes[..]) {
                 let _ = FromFollower::try_from(message);
             }

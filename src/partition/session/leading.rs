@@ -1,4 +1,4 @@
-//! The leader's side of a link: followers join, batches go out as they are appended, and what is acknowledged is told to the partitions.
+//! The leader's side of a link: followers subscribe, batches are sent as they are appended, and acknowledgements go to the partitions.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -26,7 +26,7 @@ use crate::{
         leader::insync::{Departure, Ends, Peer},
     },
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         status::Status,
         v1,
     },
@@ -34,44 +34,46 @@ use crate::{
     telemetry::Counter,
 };
 
-/// Bytes of batches from which on a message takes no more.
+/// Bytes of batches from which on a message is full.
 const MESSAGE_BYTES: usize = 1 << 20;
 
-/// Reads of one link that may be under way.
+/// Maximum reads of one link at the same time.
 const READS: usize = 8;
 
-/// Answers from which on nothing more is taken in until some have gone out: whoever asks and does not listen is not to fill the memory.
+/// Number of queued responses from which on no message is received until some are sent: a follower that reads no responses must not fill
+/// the memory.
 pub(super) const ANSWERS: usize = 1024;
 
-/// How long a moved high watermark waits for batches to ride on.
+/// Maximum time that a moved high watermark waits for batches that carry it.
 const MARK_WAIT: Duration = Duration::from_millis(5);
 
-/// Pieces that wait to go out from which on no high watermark is told by itself: to a follower that takes nothing they would be without number.
+/// Number of queued pieces from which on no high watermark is sent by itself. For a follower that reads nothing there would be no limit.
 const MARKS: usize = 4096;
 
-/// How long the end of a link waits for partitions to take note of it. One whose queue stays full hears of the next join instead.
+/// Maximum time that the end of a link waits for its partitions to be notified. A partition whose queue stays full gets the next
+/// subscription instead.
 const DEPARTURE_WAIT: Duration = Duration::from_secs(1);
 
-/// Partitions that are told at the same time that their follower is gone.
+/// Maximum number of partitions that are notified of a lost follower at the same time.
 const DEPARTURES: usize = 64;
 
-/// What a leader's side is given.
+/// Configuration of a leader's side.
 pub struct Led {
-    /// Who follows, in which uptime.
+    /// The follower's broker, in one incarnation.
     pub peer: Peer,
-    /// This broker's partitions.
+    /// Finds this broker's partitions.
     pub find: Find,
-    /// What replicas that catch up may take.
+    /// Limit on the reads of catching-up replicas.
     pub catch_up: Arc<CatchUp>,
-    /// Asks the follower whether it is there.
+    /// Pings the follower.
     pub probe: Arc<LinkProbe>,
-    /// Looks up what the follower says of newer leader epochs.
+    /// Reads the stored leader epoch after a follower's report of a newer one.
     pub stored_epoch: StoredEpoch,
-    /// Counts the bytes of batches that go out.
+    /// Counts the bytes of sent batches.
     pub sent: Counter,
 }
 
-/// Serves one follower's broker over one link, until it ends. Every partition that it followed has been told so when this returns.
+/// Serves one follower's broker over one link, until the link ends. Then it notifies every partition that was followed.
 pub async fn lead<S>(led: Led, incoming: S, outgoing: Outgoing, tasks: &Tasks) -> Ended
 where
     S: Stream<Item = Result<v1::ToLeader, Status>> + Unpin + Send,
@@ -104,27 +106,27 @@ type Reading = Pin<Box<dyn Future<Output = (usize, u32, Result<Option<Fetched>, 
 
 struct Leading {
     led: Led,
-    /// By the number under which each marks `written` and `committed`.
+    /// By the index under which each partition marks `written` and `committed`.
     slots: Vec<Slot>,
     slot_of: BTreeMap<PartitionId, usize>,
     places: BTreeMap<u32, usize>,
-    /// Whose log end moved.
+    /// Partitions whose log end moved.
     written: Arc<Ready>,
-    /// Whose high watermark moved.
+    /// Partitions whose high watermark moved.
     committed: Arc<Ready>,
     reading: FuturesUnordered<Reading>,
     asking: FuturesUnordered<Asking>,
-    /// Who has news and catches up: they are read when nobody else is to be.
+    /// Catching-up subscriptions with new records: they are read when no other subscription is due.
     behind: VecDeque<usize>,
-    /// Who has news and waits for room on the link.
+    /// Subscriptions with new records that wait for space on the link.
     starved: Vec<usize>,
-    /// Bytes of all places that are not acknowledged.
+    /// Bytes in flight of all subscriptions.
     under_way: usize,
     answers: VecDeque<v1::ToFollower>,
-    /// What the next messages carry, with the bytes of each.
+    /// Pieces of the next messages, with the bytes of each.
     pieces: VecDeque<(usize, v1::Piece)>,
     piece_bytes: usize,
-    /// When moved high watermarks are told that found nothing to ride on.
+    /// Time at which moved high watermarks are sent that no batch carried.
     marks_due: Option<Instant>,
     throttled_until: Option<Instant>,
 }
@@ -173,7 +175,7 @@ impl Leading {
         !self.answers.is_empty() || !self.pieces.is_empty()
     }
 
-    /// The next message: answers first, since batches follow them.
+    /// Returns the next message: responses first, since batches follow them.
     fn message(&mut self) -> v1::ToFollower {
         if let Some(answer) = self.answers.pop_front() {
             return answer;
@@ -189,7 +191,7 @@ impl Leading {
         frames::batches(pieces)
     }
 
-    /// Reads what can be had at once, until the message is full.
+    /// Reads what is available at once, until the message is full.
     fn fill(&mut self) {
         while self.piece_bytes < MESSAGE_BYTES && self.reading.len() < READS {
             let Some(index) = self.next_to_read() else { return };
@@ -200,7 +202,7 @@ impl Leading {
         }
     }
 
-    /// Whose turn it is: those that keep up before those that catch up, each in the order in which it had news.
+    /// Returns the next subscription to read: those that keep up before those that catch up, each in the order of their signals.
     fn next_to_read(&mut self) -> Option<usize> {
         while let Some(index) = self.written.take() {
             let Some(place) = &mut self.slots[index].place else { continue };
@@ -229,7 +231,7 @@ impl Leading {
     fn begin_read(&mut self, index: usize) {
         let Slot { number: Some(number), place: Some(place), .. } = &mut self.slots[index] else { return };
         if place.reading {
-            // It was queued for a join before this one.
+            // The signal was queued for an earlier subscription.
             place.again = true;
             return;
         }
@@ -256,7 +258,7 @@ impl Leading {
         self.reading.push(Box::pin(async move { (index, number, tail.read(from, room).await) }));
     }
 
-    /// Takes what was read into the message.
+    /// Adds the result of a read to the next message.
     fn absorb(&mut self, (index, read_for, read): (usize, u32, Result<Option<Fetched>, ReadError>)) {
         let Slot { number, place: Some(place), .. } = &mut self.slots[index] else { return };
         if *number != Some(read_for) {
@@ -299,7 +301,7 @@ impl Leading {
         self.pieces.push_back((fetched.bytes, piece));
     }
 
-    /// Tells the high watermarks that moved and that no batches carried.
+    /// Sends the high watermarks that moved and that no batch carried.
     fn tell_marks(&mut self) {
         self.marks_due = None;
         while let Some(index) = self.committed.take() {
@@ -319,7 +321,7 @@ impl Leading {
         }
     }
 
-    fn received(&mut self, message: v1::ToLeader) -> Result<(), Fault> {
+    fn received(&mut self, message: v1::ToLeader) -> Result<(), ApiError> {
         match message.try_into()? {
             FromFollower::Join { place, join: Ok(join) } => self.join(place, join)?,
             FromFollower::Join { place, join: Err(bad) } => {
@@ -339,7 +341,7 @@ impl Leading {
         Ok(())
     }
 
-    fn join(&mut self, number: u32, join: JoinFrame) -> Result<(), Fault> {
+    fn join(&mut self, number: u32, join: JoinFrame) -> Result<(), ApiError> {
         if self.places.contains_key(&number) {
             return Err(BadFrame::Number { field: "a place that is taken", value: number.into() }.into());
         }
@@ -356,7 +358,7 @@ impl Leading {
         Ok(())
     }
 
-    /// The slot of a partition as it is open now.
+    /// Returns the slot of a partition as it is open now.
     fn slot(&mut self, id: PartitionId) -> Option<usize> {
         let partition = (self.led.find)(id)?;
         let index = match self.slot_of.get(&id).copied() {
@@ -397,7 +399,7 @@ impl Leading {
         let freed = match place.window.acknowledge(ends.written) {
             Ok(freed) => freed,
             Err(never) => {
-                let fault = Fault::new(Reason::InvalidRequest, never.to_string());
+                let fault = ApiError::new(ErrorCode::InvalidRequest, never.to_string());
                 return self.refuse(index, fault);
             }
         };
@@ -408,7 +410,7 @@ impl Leading {
         self.free(freed);
     }
 
-    /// So many bytes are not under way any more.
+    /// Releases bytes that are not in flight any more.
     fn free(&mut self, bytes: usize) {
         self.under_way -= bytes;
         if bytes > 0 {
@@ -416,8 +418,8 @@ impl Leading {
         }
     }
 
-    /// A place goes no further here. The follower is told why, and joins again when it likes.
-    fn refuse(&mut self, index: usize, fault: Fault) {
+    /// Ends a subscription. The follower is sent the error, and may subscribe again.
+    fn refuse(&mut self, index: usize, fault: ApiError) {
         let slot = &mut self.slots[index];
         let (Some(number), Some(place)) = (slot.number, &slot.place) else { return };
         tracing::debug!(partition = %place.partition.id(), follower = %self.led.peer.broker, why = %fault, "a place ends");
@@ -438,7 +440,7 @@ impl Leading {
         }
     }
 
-    /// Tells a partition the next thing that it is to be told, beside the loop: its task may be busy.
+    /// Starts the next notification of a partition, outside the loop: the partition's task may be busy.
     fn ask(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         if slot.asking {
@@ -475,18 +477,18 @@ impl Leading {
         self.asking.push(asking);
     }
 
-    /// A partition has taken note, or has answered a join.
+    /// Handles the end of a notification, which may be the response to a subscription.
     fn told(&mut self, index: usize, told: Told) {
         let slot = &mut self.slots[index];
         slot.asking = false;
         if let Told::Joined { partition, number, epoch, answered } = told {
             if slot.number != Some(number) {
-                // It left meanwhile, or joined anew: what this join began is to end first.
+                // The subscription ended or was replaced meanwhile: its effect on the partition is to end first.
                 slot.asks.left = slot.asks.left.or(Some(Departure::LinkLost));
             } else {
                 let tail = partition.tail();
                 match answered.join {
-                    // Else another epoch has begun since: the first batches would be that one's.
+                    // Otherwise another epoch has begun since: the first batches would be of that epoch.
                     Joined::At(at) if tail.epoch() == epoch => {
                         slot.place = Some(Place::new(partition, tail, at, answered.high_watermark, answered.in_sync));
                         self.written.mark(index);
@@ -509,7 +511,7 @@ impl Leading {
         self.ask(index);
     }
 
-    /// Tells every partition that is still followed that it is not any more.
+    /// Notifies every partition that is still followed of the end of the link.
     async fn depart(&mut self) {
         self.asking.clear();
         let peer = self.led.peer;
@@ -533,7 +535,7 @@ impl Leading {
     }
 }
 
-/// Has a partition lead no more if the metadata store says that another epoch has begun.
+/// Deposes a partition if the metadata store has a newer epoch.
 async fn depose(partition: &Partition, stored: impl Future<Output = Option<LeaderEpoch>>) {
     if let Some(newer) = stored.await.filter(|stored| *stored > partition.epoch()) {
         partition.deposed(newer).await;

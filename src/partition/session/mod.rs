@@ -11,32 +11,33 @@
 //!                              following ◀─── Answer, Batches ─── leading ◀── TailReader::read
 //! ```
 //!
-//! [`follow`] is the follower's side of a link and [`lead`] the leader's. Each is one task that owns its state, between a stream of messages
-//! and a channel of them; what carries these is not known here. On a link a partition goes by a *place*, a number of the follower's
-//! choice. Joining again takes a new one, so whatever is on its way for an earlier join is recognised and dropped.
+//! [`follow`] is the follower's side of a link and [`lead`] the leader's. Each is one task that owns its state, between a stream and a
+//! channel of messages; this module does not depend on the transport. On a link a partition has a *subscription* with a number that the
+//! follower chose. Each new subscription takes a new number, so messages for an earlier one are recognised and dropped.
 //!
-//! Catch-up and tail are one loop: a place with news and room is read up to the log end, from memory or from the disk, and what was read
-//! goes into the next message. A message is sent when it is full, or when nothing else can be had at once: batching comes from the
-//! queue and not from a timer. The follower's side tells of all places that moved in one message, whenever the pipe is free.
+//! Catch-up and tail are one loop. A subscription with new records and space in its window is read up to the log end, from memory or from
+//! the disk. The result goes into the next message. A message is sent when it is full, or when nothing else can be read at once: batching
+//! comes from the queue and not from a timer. The follower's side acknowledges all subscriptions that moved in one message, whenever the
+//! link can send.
 //!
 //! # Invariants
 //!
-//! - What is acknowledged was read from the partition while its last join on this link held: once `Links::leave` or `Links::join`
-//!   has returned, nothing is acknowledged, or handed on, for what was joined before ([`Asked`]).
-//! - A place is served only while this broker leads in the epoch in which it was joined: its reader looks at that before and after each
+//! - Acknowledged progress was read from the partition while its last subscription on this link held. Once `Links::leave` or
+//!   `Links::join` has returned, nothing is acknowledged, or delivered to the partition, for an earlier subscription ([`Asked`]).
+//! - A subscription is served only while this broker leads in the epoch of the subscription: its reader checks that before and after each
 //!   read.
-//! - No place waits for another: windows bound what each has under way to what the follower's partition can queue; joins and
-//!   departures wait for a partition's task beside the loop; reads from a disk run side by side.
-//! - Nobody proves who he is: a follower's word that another broker leads by now has the metadata store asked, and only what that says
-//!   deposes.
-//! - What comes is input. What is wrong with one place ends that place; the follower joins again with growing pauses. Only
-//!   what names no place, or lies about its windows, ends the link.
+//! - No subscription waits for another. Windows limit the bytes in flight of each to what the follower's partition can queue. Subscribing
+//!   and unsubscribing wait for a partition's task outside the loop. Disk reads run in parallel.
+//! - A follower's report of a newer leader epoch is not verified by itself: it causes a read of the metadata store, and only the stored
+//!   epoch deposes.
+//! - Messages are input. An error in one subscription ends that subscription; the follower subscribes again with growing pauses. Only
+//!   other errors end the link: a malformed message, a number in use, or the response to a ping that was never sent.
 //!
-//! # What a broken link leaves
+//! # Disconnect and shutdown
 //!
-//! Nothing: the partitions are told ([`FromLink::Down`](super::FromLink::Down), `Departure::LinkLost`), and join anew on the next one.
-//! On a stop the leader's side ends at once, and the follower's when the other side has heard who leaves, or does not answer; what was
-//! under way is as on a broken link.
+//! A broken link leaves no state: the partitions are notified ([`FromLink::Down`](super::FromLink::Down), `Departure::LinkLost`), and
+//! subscribe again on the next link. On a stop the leader's side ends at once. The follower's side ends when the other side has received
+//! its unsubscriptions, or does not respond. Messages in flight are lost as on a broken link.
 
 mod asked;
 mod catch_up;
@@ -64,7 +65,7 @@ pub use self::{
 use super::Partition;
 use crate::{
     model::{LeaderEpoch, PartitionId},
-    proto::{fault::Fault, status::Status, v1},
+    proto::{error::ApiError, status::Status, v1},
 };
 
 impl fmt::Display for Ended {
@@ -78,24 +79,24 @@ impl fmt::Display for Ended {
     }
 }
 
-/// Finds a partition of this broker, whatever its role.
+/// Finds a partition of this broker, in any role.
 pub type Find = Arc<dyn Fn(PartitionId) -> Option<Arc<Partition>> + Send + Sync>;
 
-/// The leader epoch of a partition by the metadata store; `None` where that cannot be said now.
+/// Reads a partition's leader epoch from the metadata store; `None` if it cannot be read now.
 pub type StoredEpoch = Arc<dyn Fn(PartitionId) -> BoxFuture<'static, Option<LeaderEpoch>> + Send + Sync>;
 
-/// Where the leader's side puts its messages: what carries them sends one after the other, and ends with the first error.
+/// Channel for messages of the leader's side: the transport sends them in order, and ends with the first error.
 pub type Outgoing = mpsc::Sender<Result<v1::ToFollower, Status>>;
 
-/// How a side of a link ended.
+/// End of one side of a link.
 #[derive(Debug)]
 pub enum Ended {
-    /// This broker ends it.
+    /// This broker ended the link.
     Stopped,
-    /// The other side ended it in good order, or does not take any more.
+    /// The other side ended the link without an error, or takes no more messages.
     Closed,
-    /// It broke, or the other side refused to go on.
+    /// The link broke, or the other side refused to continue.
     Broken(Status),
-    /// The other side sent what cannot be.
-    Bad(Fault),
+    /// The other side sent an invalid message.
+    Bad(ApiError),
 }

@@ -1,4 +1,4 @@
-//! What the leader's side of a link knows of each partition that a follower joined.
+//! State of each subscribed partition on the leader's side of a link.
 
 use std::sync::{Arc, Weak};
 
@@ -6,60 +6,61 @@ use super::{frames::JoinFrame, window::Window};
 use crate::{
     model::{LeaderEpoch, Offset, PartitionId},
     partition::{Answered, Partition, ReadError, TailReader, leader::insync::Departure},
-    proto::fault::{Fault, Reason},
+    proto::error::{ApiError, ErrorCode},
 };
 
-/// One partition that was ever joined on this link.
+/// One partition that was ever subscribed on this link.
 pub(super) struct Slot {
-    /// It may have been deleted since.
+    /// The partition may have been deleted since.
     pub(super) partition: Weak<Partition>,
-    /// The number by which the follower calls it now, and how it joined; from the join on, until it leaves.
+    /// Number and state of the follower's current subscription. The number is set from the request until the end.
     pub(super) number: Option<u32>,
     pub(super) place: Option<Place>,
-    /// What the partition is still to be told, one after the other.
+    /// Pending notifications for the partition, sent one after the other.
     pub(super) asks: Asks,
-    /// Something of it is under way.
+    /// True while a notification is under way.
     pub(super) asking: bool,
-    /// The follower said that it stops.
+    /// True if the follower reported its shutdown.
     pub(super) stops: bool,
 }
 
-/// What a partition is to be told, in this order.
+/// Pending notifications for a partition, in this order.
 #[derive(Default)]
 pub(super) struct Asks {
-    /// A newer leader epoch, as the follower says.
+    /// Newer leader epoch, by the follower's report.
     pub(super) deposed: Option<LeaderEpoch>,
     pub(super) left: Option<Departure>,
     pub(super) join: Option<(u32, JoinFrame)>,
 }
 
-/// A partition that is being sent.
+/// An accepted subscription.
 pub(super) struct Place {
     pub(super) partition: Arc<Partition>,
     pub(super) epoch: LeaderEpoch,
     pub(super) tail: TailReader,
     pub(super) window: Window,
-    /// The high watermark that the follower was told.
+    /// High watermark that the follower was sent last.
     pub(super) told: Offset,
-    /// It is not in sync, and has not reached the log end since it joined.
+    /// True if the follower is not in sync, and has not reached the log end since it subscribed.
     pub(super) catches_up: bool,
     pub(super) reading: bool,
-    /// Something new came during that read.
+    /// True if the log end moved during that read.
     pub(super) again: bool,
-    /// It waits in `behind`.
+    /// True while the subscription waits in `behind`.
     pub(super) queued: bool,
-    /// It has news and no room.
+    /// True if there are new records and no space in the window.
     pub(super) blocked: bool,
 }
 
-/// What became of something that a partition was told.
+/// Result of a notification.
 pub(super) enum Told {
     Noted,
     Joined { partition: Arc<Partition>, number: u32, epoch: LeaderEpoch, answered: Answered },
 }
 
 impl Place {
-    /// One whose follower has all below `at`, and was told the high watermark `told`. Every commit waits for one that is in sync.
+    /// Creates the subscription of a follower that has all records below `at` and was sent the high watermark `told`. Every commit waits
+    /// for a follower that is in sync, so its reads are not throttled.
     pub(super) fn new(partition: Arc<Partition>, tail: TailReader, at: Offset, told: Offset, in_sync: bool) -> Self {
         Self {
             partition,
@@ -76,22 +77,22 @@ impl Place {
     }
 }
 
-pub(super) fn not_here(partition: PartitionId) -> Fault {
-    Fault::new(Reason::NotLeader, format!("this broker has no replica of partition {partition} open"))
+pub(super) fn not_here(partition: PartitionId) -> ApiError {
+    ApiError::new(ErrorCode::NotLeader, format!("this broker has no replica of partition {partition} open"))
 }
 
-/// What a follower is told of a read that failed.
-pub(super) fn unreadable(error: &ReadError) -> Fault {
+/// Returns the error that a follower is sent for a read that failed.
+pub(super) fn unreadable(error: &ReadError) -> ApiError {
     let reason = match error {
-        ReadError::OutOfRange { .. } => Reason::OffsetOutOfRange,
-        ReadError::Closed => Reason::NotLeader,
-        ReadError::Damaged { .. } => Reason::DataDamaged,
-        ReadError::BatchTooLarge { .. } => Reason::Overloaded,
-        ReadError::Disk { .. } | ReadError::ObjectStore { .. } => Reason::StorageFailed,
+        ReadError::OutOfRange { .. } => ErrorCode::OffsetOutOfRange,
+        ReadError::Closed => ErrorCode::NotLeader,
+        ReadError::Damaged { .. } => ErrorCode::DataDamaged,
+        ReadError::BatchTooLarge { .. } => ErrorCode::Overloaded,
+        ReadError::Disk { .. } | ReadError::ObjectStore { .. } => ErrorCode::StorageFailed,
     };
     let message = match error {
         ReadError::Closed => "this broker does not lead in that epoch any more".to_owned(),
         other => other.to_string(),
     };
-    Fault::new(reason, message)
+    ApiError::new(reason, message)
 }

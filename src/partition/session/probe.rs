@@ -1,22 +1,22 @@
-//! Asks over a link whether its follower is there, for somebody beside the link's task.
+//! Checks over a link that its follower responds, for callers outside the link's task.
 
 use tokio::sync::watch;
 
-/// Pings of one link. Whoever asks while one is not answered waits for that answer: newcomers in numbers cost no more than one.
+/// Pings of one link. A caller that comes while a ping is pending waits for its response: any number of callers costs no more than one.
 #[derive(Debug, Default)]
 pub struct LinkProbe {
-    /// The newest ping.
+    /// Newest requested ping.
     asked: watch::Sender<u64>,
-    /// The newest one that was answered; never above `asked`.
+    /// Newest ping with a response; never above `asked`.
     answered: watch::Sender<u64>,
 }
 
-/// An answer to a ping that was never sent.
+/// Response to a ping that was never sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct NeverAsked;
 
 impl LinkProbe {
-    /// Returns once the follower has answered a ping. Pending for as long as it does not.
+    /// Returns once the follower has responded to a ping. Pending for as long as it does not.
     pub async fn answered(&self) {
         let mut number = 0;
         self.asked.send_modify(|asked| {
@@ -29,17 +29,17 @@ impl LinkProbe {
         answered.wait_for(|answered| *answered >= number).await.expect("its sender lives as long as this");
     }
 
-    /// The pings that are to be sent.
+    /// Returns the pings to send.
     pub(super) fn pings(&self) -> watch::Receiver<u64> {
         let mut pings = self.asked.subscribe();
-        // Somebody may have asked before the link's task began.
+        // A ping may have been requested before the link's task began.
         if *pings.borrow() > 0 {
             pings.mark_changed();
         }
         pings
     }
 
-    /// The follower has answered.
+    /// Applies the follower's response to a ping.
     pub(super) fn on_pong(&self, number: u64) -> Result<(), NeverAsked> {
         if number > *self.asked.borrow() {
             return Err(NeverAsked);
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn one_ping_answers_all_who_wait_and_the_next_one_needs_another() {
+    async fn one_ping_serves_all_waiting_callers_and_no_later_one() {
         let probe = LinkProbe::default();
         let mut pings = probe.pings();
         assert_eq!(probe.on_pong(1), Err(NeverAsked));

@@ -1,4 +1,4 @@
-//! Both sides of a link over channels: with each other, and each with somebody who does not keep to the protocol.
+//! Both sides of a link over channels: connected to each other, and each to a scripted peer that violates the protocol.
 
 use std::{
     collections::BTreeMap,
@@ -30,7 +30,7 @@ use crate::{
         },
     },
     proto::v1::{answer, to_follower, to_leader},
-    record::{Batch, BatchBuilder, Chunks},
+    record::{Batch, BatchBuilder, ChunkedBatches},
     task::{Tasks, test_timeout::wait_until},
     telemetry::Counter,
 };
@@ -41,20 +41,20 @@ const EPOCH: LeaderEpoch = LeaderEpoch(3);
 const LEADER: BrokerId = BrokerId(1);
 const FOLLOWER: Peer = Peer { broker: BrokerId(2), epoch: Revision(20) };
 
-/// A broker's partitions and one link of it.
+/// A broker's partitions and one of its links.
 pub(super) struct Side {
     me: BrokerId,
     log: Log,
     partitions: Arc<Mutex<BTreeMap<PartitionId, Arc<Partition>>>>,
     pub(super) asked: Arc<Asked>,
-    /// Asks the followers of its links.
+    /// Pings the followers of its links.
     probe: Arc<LinkProbe>,
-    /// The leader epoch of every partition by the metadata store.
+    /// Leader epoch of every partition in the metadata store.
     stored: Arc<Mutex<Option<LeaderEpoch>>>,
     pub(super) tasks: Tasks,
 }
 
-/// The links of a broker that has one.
+/// Links of a broker with one link.
 struct Around(Arc<Asked>);
 
 impl Links for Around {
@@ -97,7 +97,7 @@ impl Side {
         Self { me, log, partitions: Arc::default(), asked, probe, stored: Arc::default(), tasks: Tasks::new() }
     }
 
-    /// A partition whose leader is broker 1.
+    /// Opens a partition whose leader is broker 1.
     pub(super) async fn open(&self, number: u32, isr: &[BrokerId]) -> Arc<Partition> {
         let config = TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).unwrap();
         let spec = Spec {
@@ -132,12 +132,12 @@ impl Side {
         Arc::new(move |id| partitions.lock().unwrap().get(&id).cloned())
     }
 
-    /// Its side as the leader's, for somebody who is not a broker.
+    /// Runs the leader's side against a scripted peer.
     fn lead(&self) -> Stranger<v1::ToLeader, v1::ToFollower> {
         self.lead_at(CatchUp::new(None))
     }
 
-    /// Likewise, with a pace for those that catch up.
+    /// Runs the leader's side against a scripted peer, with a limit on catching up.
     fn lead_at(&self, catch_up: CatchUp) -> Stranger<v1::ToLeader, v1::ToFollower> {
         let ((to, incoming), (outgoing, from)) = (mpsc::channel(1), mpsc::channel(1));
         let led = self.led(catch_up);
@@ -157,7 +157,7 @@ impl Side {
         Led { peer: FOLLOWER, find: self.find(), catch_up, probe, stored_epoch, sent }
     }
 
-    /// Its side as the follower's, likewise.
+    /// Runs the follower's side against a scripted peer.
     fn follow(&self) -> Stranger<v1::ToFollower, v1::ToLeader> {
         let ((to, incoming), (outgoing, from)) = (mpsc::channel(1), mpsc::channel(1));
         let (asked, find, tasks) = (Arc::clone(&self.asked), self.find(), self.tasks.clone());
@@ -168,7 +168,7 @@ impl Side {
     }
 }
 
-/// The other end of a side's channels.
+/// Scripted peer: the other end of a side's channels.
 struct Stranger<T, F> {
     to: mpsc::Sender<Result<T, Status>>,
     from: BoxStream<'static, Result<F, Status>>,
@@ -233,7 +233,7 @@ impl Stranger<v1::ToFollower, v1::ToLeader> {
     }
 }
 
-/// Carries a link between two sides until its tasks are stopped.
+/// Connects two sides with a link until its tasks are stopped.
 fn connect(leader: &Side, follower: &Side) -> Tasks {
     let tasks = Tasks::new();
     let ((to_leader, at_leader), (to_follower, at_follower)) = (mpsc::channel(1), mpsc::channel(1));
@@ -262,7 +262,7 @@ async fn append(partition: &Partition, bytes: usize, acks: Acks) -> tokio::sync:
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_thousand_partitions_follow_over_one_link_and_join_again_on_the_next() {
+async fn thousand_partitions_follow_over_one_link_and_the_next() {
     const COUNT: u32 = 1000;
     let (leader, follower) = (Side::new(LEADER), Side::new(FOLLOWER.broker));
     let isr = [LEADER, FOLLOWER.broker];
@@ -284,7 +284,7 @@ async fn a_thousand_partitions_follow_over_one_link_and_join_again_on_the_next()
         for copy in &copies {
             assert_eq!(copy.marks().log_end, at(round));
         }
-        // The mark follows though no batches do.
+        // The high watermark arrives although no batches follow.
         wait_until("all is committed there", || copies.iter().all(|copy| copy.marks().high_watermark == at(round)))
             .await;
         link.stop().await;
@@ -295,7 +295,7 @@ async fn a_thousand_partitions_follow_over_one_link_and_join_again_on_the_next()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stuck_place_holds_up_no_other_and_has_no_more_under_way_than_its_window() {
+async fn blocked_subscription_keeps_its_window_and_delays_no_other() {
     const BYTES: usize = 256 << 10;
     let side = Side::new(LEADER);
     let mut link = side.lead();
@@ -317,7 +317,7 @@ async fn a_stuck_place_holds_up_no_other_and_has_no_more_under_way_than_its_wind
         let mut ends = BTreeMap::new();
         while ends.values().filter(|end| **end == at(round)).count() < 9 {
             for piece in link.pieces().await {
-                let batches: Vec<_> = Chunks::new(piece.chunks).collect::<Result<_, _>>().unwrap();
+                let batches: Vec<_> = ChunkedBatches::new(piece.chunks).collect::<Result<_, _>>().unwrap();
                 let Some(last) = batches.last() else { continue };
                 if piece.place == 100 {
                     stuck += batches.iter().map(Batch::encoded_len).sum::<usize>();
@@ -330,7 +330,7 @@ async fn a_stuck_place_holds_up_no_other_and_has_no_more_under_way_than_its_wind
         link.say(frames::progress(ends)).await;
     }
     assert!((window::PLACE_BYTES - BYTES..window::PLACE_BYTES + 2 * BYTES).contains(&stuck), "{stuck}");
-    // What it acknowledges makes room again.
+    // An acknowledgement makes space again.
     let few = Ends { written: at(8), persisted: at(0) };
     link.say(frames::progress([(100, few)])).await;
     let piece = loop {
@@ -343,7 +343,7 @@ async fn a_stuck_place_holds_up_no_other_and_has_no_more_under_way_than_its_wind
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_follower_that_sends_what_cannot_be_is_told_what() {
+async fn invalid_follower_message_gets_an_error() {
     let join = |topic_id: &str, partition: i32, epoch: i32, end: i64, persisted: i64| {
         let (topic_id, last_epoch) = (topic_id.to_owned(), None);
         let join = v1::Join {
@@ -379,7 +379,7 @@ async fn a_follower_that_sends_what_cannot_be_is_told_what() {
         // The link goes on.
         link.join(2, id(0), EPOCH).await;
         assert_eq!(link.answer().await.is, Some(answer::Is::At(0)), "{words}");
-        // Nobody has what was never sent: that place ends, and only it.
+        // An acknowledgement of records that were never sent ends that subscription, and only it.
         link.say(frames::progress([(2, Ends { written: at(7), persisted: at(0) })])).await;
         let answer = link.answer().await;
         assert!(matches!(answer.is, Some(answer::Is::Refused(_))), "{answer:?}");
@@ -411,16 +411,16 @@ async fn a_follower_that_sends_what_cannot_be_is_told_what() {
     }
 }
 
-/// A batch as the leader of the epoch sends it.
+/// Returns a batch as the leader of the epoch sends it.
 fn piece(place: u32, base: u64) -> v1::Piece {
     let mut batch = batch(10);
-    batch.stamp(at(base), EPOCH);
-    let chunks = vec![batch.head().to_vec().into(), batch.records_bytes().clone()];
+    batch.set_offset_and_epoch(at(base), EPOCH);
+    let chunks = vec![batch.header().to_vec().into(), batch.records_bytes().clone()];
     v1::Piece { place, leader_epoch: EPOCH.as_i32(), base: at(base).as_i64(), high_watermark: 0, chunks }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_leader_that_sends_what_cannot_be_is_joined_again_a_little_later() {
+async fn invalid_leader_message_causes_a_new_subscription() {
     let damaged = |mut piece: v1::Piece| {
         let mut records = piece.chunks[1].to_vec();
         records[3] ^= 1;
@@ -433,7 +433,7 @@ async fn a_leader_that_sends_what_cannot_be_is_joined_again_a_little_later() {
         ("cut off", Box::new(|place| v1::Piece { chunks: piece(place, 1).chunks[..1].to_vec(), ..piece(place, 1) })),
         ("another epoch", Box::new(|place| v1::Piece { leader_epoch: 4, ..piece(place, 1) })),
         ("a mark that cannot be", Box::new(|place| v1::Piece { high_watermark: -1, ..piece(place, 1) })),
-        // Found by the partition, not by the link.
+        // Detected by the partition, not by the link.
         ("a gap", Box::new(|place| piece(place, 5))),
     ];
     for (what, bad) in bad {
@@ -441,7 +441,7 @@ async fn a_leader_that_sends_what_cannot_be_is_joined_again_a_little_later() {
         let [copy, other] = [side.open(0, &[LEADER]).await, side.open(1, &[LEADER]).await];
         let mut link = side.follow();
         let mut joins = [link.asked().await, link.asked().await];
-        // Each asks from its own task.
+        // Each partition subscribes from its own task.
         joins.sort_by_key(|join| join.partition);
         let [first, second] = joins;
         link.accept(&first).await;
@@ -454,7 +454,7 @@ async fn a_leader_that_sends_what_cannot_be_is_joined_again_a_little_later() {
         assert_eq!((again.partition, again.end), (first.partition, 1), "{what}");
         assert!(again.place > first.place.max(second.place), "{what}: an earlier place would take what is late");
         link.accept(&again).await;
-        // What is late of the place before is passed over.
+        // Late messages for the earlier subscription are dropped.
         link.say(frames::batches(vec![piece(first.place, 0), piece(again.place, 1), piece(second.place, 2)])).await;
         wait_until("both have it", || copy.marks().log_end == at(2) && other.marks().log_end == at(3)).await;
         drop(link);
@@ -463,14 +463,14 @@ async fn a_leader_that_sends_what_cannot_be_is_joined_again_a_little_later() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_that_nobody_asked_for_change_nothing() {
+async fn unexpected_responses_change_nothing() {
     let side = Side::new(FOLLOWER.broker);
     let copy = side.open(0, &[LEADER]).await;
     let mut link = side.follow();
     let mut join = link.asked().await;
     let refused = || v1::Error { message: "not now".to_owned(), ..v1::Error::default() };
     for is in [
-        // It claimed offset 0.
+        // The reported log end is 0.
         answer::Is::At(5),
         answer::Is::At(-1),
         answer::Is::Diverged(v1::Diverged { epoch: -1, end: 0 }),
@@ -485,7 +485,7 @@ async fn answers_that_nobody_asked_for_change_nothing() {
     ] {
         let what = format!("{is:?}");
         link.answer(join.place, is).await;
-        // Batches without an answer that allows them.
+        // Batches without a response that allows them.
         link.say(frames::batches(vec![piece(join.place, 0)])).await;
         let again = link.asked().await;
         assert_eq!((again.end, copy.marks().log_end), (0, at(0)), "{what}");
@@ -495,16 +495,16 @@ async fn answers_that_nobody_asked_for_change_nothing() {
     link.answer(join.place, answer::Is::Refused(refused())).await;
     let again = link.asked().await;
     assert!(again.place > join.place, "a leader may end what it began");
-    // Only what names no place ends the link.
+    // Only a message that names no subscription ends the link.
     link.say(v1::ToFollower::default()).await;
     assert!(matches!(link.ended.await.unwrap(), Ended::Bad(_)));
     side.tasks.stop().await;
 }
 
-/// The leader counts an acknowledgement for the epoch in which the place was joined. What a replica has under another leader must
-/// not be told to the first.
+/// The leader counts an acknowledgement for the epoch of the subscription. The progress of a replica under another leader must not be
+/// sent to the first leader.
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_has_left_acknowledges_nothing_more() {
+async fn unsubscribed_partition_acknowledges_nothing() {
     let side = Side::new(FOLLOWER.broker);
     let copy = side.open(0, &[LEADER]).await;
     let mut link = side.follow();
@@ -516,14 +516,14 @@ async fn whoever_has_left_acknowledges_nothing_more() {
 
     let next = LeaderEpoch(EPOCH.0 + 1);
     side.asked.leave(id(0), next, false);
-    // Batches that are late would move its ends.
+    // Late batches would move its progress.
     link.say(frames::batches(vec![piece(join.place, 1)])).await;
     let Some(to_leader::Is::Leave(leave)) = link.hear().await.is else { panic!("a leave was due") };
     assert_eq!((leave.place, leave.known_epoch, leave.stopping), (join.place, next.as_i32(), false));
     side.asked.follow(id(0));
     let join = link.asked().await;
     assert_eq!((join.end, copy.marks().log_end), (1, at(1)), "what came late was not taken");
-    // Who leaves while the broker stops is heard.
+    // An unsubscription while the broker stops is delivered.
     side.asked.leave(id(0), next, true);
     side.tasks.cancel();
     let Some(to_leader::Is::Leave(leave)) = link.hear().await.is else { panic!("a leave was due") };
@@ -534,7 +534,7 @@ async fn whoever_has_left_acknowledges_nothing_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_moved_high_watermark_needs_no_batch_to_ride_on() {
+async fn moved_high_watermark_is_sent_without_batches() {
     let side = Side::new(LEADER);
     let partition = side.open(0, &[LEADER, FOLLOWER.broker]).await;
     let mut link = side.lead();
@@ -551,9 +551,9 @@ async fn a_moved_high_watermark_needs_no_batch_to_ride_on() {
     side.tasks.stop().await;
 }
 
-/// After a leader changed they all join anew, beside replicas that copy a history: writers wait for none but those in sync.
+/// After a change of leader all replicas subscribe again, beside replicas that copy a history: writers wait for none but those in sync.
 #[tokio::test(start_paused = true)]
-async fn who_joins_in_sync_does_not_wait_for_the_pace_of_those_that_catch_up() {
+async fn in_sync_follower_is_not_throttled_by_catch_up_limit() {
     for (isr, waits) in [(&[LEADER, FOLLOWER.broker][..], false), (&[LEADER], true)] {
         let side = Side::new(LEADER);
         let partition = side.open(0, isr).await;
@@ -570,11 +570,11 @@ async fn who_joins_in_sync_does_not_wait_for_the_pace_of_those_that_catch_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_follower_that_asks_and_does_not_listen_is_not_heard_for_ever() {
+async fn follower_that_reads_no_responses_is_blocked() {
     let side = Side::new(LEADER);
     let mut link = side.lead();
     let mut asked = 0;
-    // Time passes only when nobody has anything to do.
+    // The paused clock moves only when no task has work.
     let many = async {
         while asked < 100_000 {
             link.join(asked, id(99), EPOCH).await;
@@ -584,7 +584,7 @@ async fn a_follower_that_asks_and_does_not_listen_is_not_heard_for_ever() {
     tokio::time::timeout(Duration::from_secs(1), many).await.expect_err("the leader's side waits to be heard");
     let most = u32::try_from(leading::ANSWERS).unwrap() + 4;
     assert!((most - 4..=most).contains(&asked), "{asked} joins were taken in");
-    // Listened to, it goes on.
+    // The link continues when its responses are read.
     for place in 0..asked {
         assert_eq!(link.answer().await.place, place);
     }

@@ -1,69 +1,69 @@
-//! How much may be under way on a link, and how fast a replica may catch up. Pure.
+//! Bytes in flight on a link, and the rate at which replicas catch up. Pure.
 //!
 //! ```text
-//!   leader: sent ─▶ … pipe … ─▶ follower's queue ─▶ written ─▶ acknowledged
-//!           ╰──────────────── under way ─────────────────────────────╯
+//!   leader: sent ─▶ … link … ─▶ follower's queue ─▶ written ─▶ acknowledged
+//!           ╰──────────────── in flight ─────────────────────────────╯
 //! ```
-//! Bytes are under way from when they are read until the follower has acknowledged them as written. What a place may have under way fits
-//! the queue of the follower's partition, so a follower takes what comes without waiting, and one slow partition takes no room from others.
+//! Bytes are in flight from their read until the follower has acknowledged them as written. The bytes in flight of one subscription fit
+//! the queue of the follower's partition. So a follower takes messages without waiting, and a slow partition takes no space from others.
 
 use std::collections::VecDeque;
 
 use crate::model::Offset;
 
-/// Bytes of one place that may be under way, but for one batch that is larger.
+/// Maximum bytes in flight of one subscription, except for one batch that is larger.
 pub(super) const PLACE_BYTES: usize = 4 << 20;
 
-/// Pieces of one place that may be under way: the follower's partition queues each of them.
+/// Maximum pieces in flight of one subscription: the follower's partition queues each of them.
 pub(super) const PLACE_PIECES: usize = 64;
 
-/// Bytes of all places of a link that may be under way.
+/// Maximum bytes in flight of all subscriptions of a link.
 pub(super) const LINK_BYTES: usize = 64 << 20;
 
-/// Bytes that one read asks for.
+/// Maximum bytes that one read asks for.
 const READ_BYTES: usize = 256 << 10;
 
-/// Bytes that a place with nothing under way may ask for whatever the others have under way: however many of them are stuck, it goes on.
+/// Bytes that a subscription with nothing in flight may read, whatever the others have in flight: blocked subscriptions do not stop it.
 const LEAST_BYTES: usize = 16 << 10;
 
-/// More was acknowledged than was sent.
+/// Error of an acknowledgement beyond the sent records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("offset {acknowledged} is acknowledged, and only what is below {sent} was sent")]
 pub(super) struct NeverSent {
-    /// What the follower says it has.
+    /// Log end that the follower acknowledged.
     acknowledged: Offset,
-    /// The end of what it was sent.
+    /// End of the sent records.
     sent: Offset,
 }
 
-/// What is under way at one place.
+/// Records in flight of one subscription.
 #[derive(Debug)]
 pub(super) struct Window {
-    /// Each piece's end and bytes, oldest first.
+    /// End and bytes of each piece, oldest first.
     pieces: VecDeque<(Offset, usize)>,
     bytes: usize,
-    /// The end of what was sent.
+    /// End of the sent records.
     sent: Offset,
 }
 
 impl Window {
-    /// Of a place whose follower has all below `at`.
+    /// Creates the window of a subscription whose follower has all records below `at`.
     pub(super) fn new(at: Offset) -> Self {
         Self { pieces: VecDeque::new(), bytes: 0, sent: at }
     }
 
-    /// Where the next piece begins.
+    /// Returns the first offset of the next piece.
     pub(super) fn sent(&self) -> Offset {
         self.sent
     }
 
-    /// Bytes under way.
+    /// Returns the bytes in flight.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// How many bytes the next read may ask for, when it may. A read gives one batch at least, so one that is larger than any window
-    /// goes too.
+    /// Returns the maximum bytes of the next read, if a read is allowed. A read returns one batch at least, so a batch that is larger
+    /// than any window is sent too.
     pub(super) fn room(&self, link_bytes: usize) -> Option<usize> {
         if self.pieces.is_empty() {
             return Some(LINK_BYTES.saturating_sub(link_bytes).clamp(LEAST_BYTES, READ_BYTES));
@@ -72,7 +72,7 @@ impl Window {
         (self.pieces.len() < PLACE_PIECES && left > 0).then_some(left.min(READ_BYTES))
     }
 
-    /// A piece was read that ends at `end`.
+    /// Records a piece that was read and ends at `end`.
     pub(super) fn send(&mut self, end: Offset, bytes: usize) {
         debug_assert!(end > self.sent, "pieces follow each other");
         self.pieces.push_back((end, bytes));
@@ -80,7 +80,7 @@ impl Window {
         self.sent = end;
     }
 
-    /// The follower has written all below `written`. Gives the bytes that this frees.
+    /// Applies an acknowledgement: the follower has written all records below `written`. Returns the bytes that this frees.
     pub(super) fn acknowledge(&mut self, written: Offset) -> Result<usize, NeverSent> {
         if written > self.sent {
             return Err(NeverSent { acknowledged: written, sent: self.sent });
@@ -96,26 +96,27 @@ impl Window {
     }
 }
 
-/// A bucket of tokens: what replicas that catch up may take of a leader's broker in a second, all together.
+/// Token bucket: the bytes that catching-up replicas may read from a leader's broker in a second, all together.
 ///
-/// What is read is taken afterwards, whatever it was: the bucket may be overdrawn by one read, and the next one waits until it is paid.
+/// The bytes of a read are taken afterwards, whatever their number. So one read may overdraw the bucket, and the next read waits until
+/// that is paid.
 #[derive(Debug)]
 pub(super) struct Throttle {
     bytes_per_second: Option<u64>,
-    /// What may be taken now; negative when overdrawn. Never more than one second's.
+    /// Bytes that may be taken now; negative if overdrawn. Never more than those of one second.
     left: i64,
-    /// When it was last filled, in milliseconds.
+    /// Time of the last fill, in milliseconds.
     filled_ms: u64,
 }
 
 impl Throttle {
-    /// So many bytes in a second; without a number as many as there are.
+    /// Creates a throttle of so many bytes per second; `None` is no limit.
     pub(super) fn new(bytes_per_second: Option<u64>) -> Self {
         let left = bytes_per_second.map_or(0, signed);
         Self { bytes_per_second, left, filled_ms: 0 }
     }
 
-    /// When the next read may begin, in milliseconds of the clock that `now_ms` is of, which never goes back. `None`: now.
+    /// Returns the time at which the next read may begin, in milliseconds of the monotonic clock of `now_ms`. `None`: now.
     pub(super) fn wait(&mut self, now_ms: u64) -> Option<u64> {
         let rate = self.bytes_per_second?.max(1);
         let passed = now_ms.saturating_sub(self.filled_ms).min(60_000);
@@ -127,7 +128,7 @@ impl Throttle {
         (self.left <= 0).then(|| now_ms + 1 + self.left.unsigned_abs().saturating_mul(1000) / rate)
     }
 
-    /// So many bytes were read.
+    /// Takes the bytes of a read.
     pub(super) fn take(&mut self, bytes: usize) {
         if self.bytes_per_second.is_some() {
             self.left = self.left.saturating_sub(i64::try_from(bytes).unwrap_or(i64::MAX));
@@ -150,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_place_waits_for_acknowledgements_and_one_large_batch_always_goes() {
+    fn full_window_blocks_and_one_large_batch_always_fits() {
         let mut window = Window::new(at(10));
         assert_eq!(window.room(0), Some(READ_BYTES));
         window.send(at(11), 60 << 20);
@@ -172,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_throttle_gives_what_was_set_and_not_more() {
+    fn throttle_keeps_the_configured_rate() {
         let mut throttle = Throttle::new(Some(1000));
         assert_eq!(throttle.wait(5), None);
         throttle.take(3000);
@@ -187,7 +188,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_under_way_is_what_was_sent_and_not_acknowledged(steps in prop::collection::vec((1u64..9, 0usize..9000, 0u64..12), 1..200)) {
+        fn bytes_in_flight_are_sent_and_not_acknowledged(steps in prop::collection::vec((1u64..9, 0usize..9000, 0u64..12), 1..200)) {
             let mut window = Window::new(at(0));
             let (mut sent, mut under_way) = (Vec::new(), 0);
             for (records, bytes, back) in steps {

@@ -1,10 +1,10 @@
-//! Writers that wait for the bucket.
+//! Writes that wait for the object store.
 
 use super::*;
-use crate::record::ProducerStamp;
+use crate::record::ProducerSequence;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tiered_write_is_answered_by_the_bucket_without_waiting_for_a_full_segment() {
+async fn tiered_write_does_not_wait_for_a_full_segment() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
     let partition = bench.open(&[]).await;
@@ -12,9 +12,9 @@ async fn a_tiered_write_is_answered_by_the_bucket_without_waiting_for_a_full_seg
     assert_eq!(acked.unwrap().held, Held::Tiered(1));
 }
 
-/// Each append that waits for the bucket would be a segment of its own while uploads wait.
+/// While uploads wait, each append that waits for the object store would be a segment of its own.
 #[tokio::test(flavor = "multi_thread")]
-async fn step_without_uploads_leaves_to_another_what_waits_for_the_bucket() {
+async fn step_without_uploads_leaves_tiered_writes_to_another() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
     let partition = bench.open(&[("segment.bytes", "16384"), ("retention.bytes", "50000")]).await;
@@ -31,7 +31,7 @@ async fn step_without_uploads_leaves_to_another_what_waits_for_the_bucket() {
     assert!(upkeep::local(&partition).await.unwrap().sealed.is_empty());
     assert_eq!(bench.serve_until(&partition, written).await.unwrap().held, Held::Tiered(1));
 
-    // Retention goes on without uploads, and not beside a step that uploads.
+    // Retention continues without uploads, but not during a step that uploads.
     for n in 0..40u8 {
         append(&partition, &[n; 4000], Acks::All).await.unwrap();
     }
@@ -44,9 +44,10 @@ async fn step_without_uploads_leaves_to_another_what_waits_for_the_bucket() {
     assert!(marks.log_start.get() > 20 && marks.tiered_end < marks.log_start, "{marks:?}");
 }
 
-/// Nothing was sealed for it: the first try had asked for less, and the retry waited until retention looked at the partition.
+/// Regression: no segment was sealed for the retry. The first attempt had fewer acks, and the retry waited until retention checked the
+/// partition.
 #[tokio::test]
-async fn retry_with_acks_tiered_of_a_batch_that_only_the_disk_has_hurries_the_bucket() {
+async fn tiered_retry_of_a_local_batch_starts_an_upload() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
     let partition = bench.open(&[]).await;
@@ -54,7 +55,7 @@ async fn retry_with_acks_tiered_of_a_batch_that_only_the_disk_has_hurries_the_bu
     let stamped = || {
         let mut builder = BatchBuilder::new(Compression::None);
         builder.push(now_ms, None, Some(b"x"), &[]).unwrap();
-        builder.finish(Some(ProducerStamp { id: 7, epoch: 0, base_sequence: 0 })).unwrap()
+        builder.finish(Some(ProducerSequence { id: 7, epoch: 0, base_sequence: 0 })).unwrap()
     };
     append_batch(&partition, stamped(), Acks::All).await.unwrap();
     while let Ok(id) = tokio::time::timeout(Duration::ZERO, bench.queue.next()).await {

@@ -1,9 +1,9 @@
-//! Look-ups by time.
+//! Searches by time.
 
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_time_is_found_to_the_record_in_every_tier() {
+async fn search_by_time_finds_the_record_in_every_tier() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
     let partition = bench.open(&[("segment.bytes", "16384"), ("retention.ms", "-1")]).await;
@@ -35,16 +35,17 @@ async fn a_time_is_found_to_the_record_in_every_tier() {
     }
 }
 
-/// The header of a compressed batch is its producer's word. A search by time answered a lie of 2^62 for a record of 1970.
+/// Regression: the producer sets the header of a compressed batch. A search by time returned the header's time of 2^62 for a record of
+/// 1970.
 #[tokio::test]
-async fn a_time_that_only_a_header_claims_is_not_found() {
+async fn time_without_a_record_in_the_batch_is_not_found() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
     let partition = bench
         .open(&[("segment.bytes", "16384"), ("retention.ms", "-1"), ("message.timestamp.after.max.ms", "-1")])
         .await;
     let opener = Opener::new(64 << 20);
-    // The second and the third batch claim the end of time, and what is in the third nobody can decode.
+    // The headers of the second and the third batch claim the end of time, and the third batch cannot be decoded.
     for (time, claim, garbage) in [(1000, 1000, false), (2000, 1 << 62, false), (0, 1 << 62, true), (3000, 3000, false)]
     {
         let mut builder = BatchBuilder::new(Compression::Gzip);
@@ -77,7 +78,7 @@ async fn a_time_that_only_a_header_claims_is_not_found() {
             let answer = partition.reader().offset_for_time(time, usize::MAX, &opener).await.unwrap();
             assert_eq!(answer.map(|(offset, time, _)| (offset.get(), time)), found, "{time}, tiered: {tiered}");
         }
-        // Where this broker has no memory to look into a batch, no record of that time is passed over.
+        // Without memory to open a batch, this broker skips no record of that time.
         let answer = partition.reader().offset_for_time(1001, usize::MAX, &Opener::new(4 << 10)).await.unwrap();
         assert_eq!(answer.map(|(offset, time, _)| (offset.get(), time)), Some((1, -1)), "tiered: {tiered}");
     }

@@ -1,16 +1,16 @@
-//! What the append decodes of compressed records: nothing that is right is refused, and the prefix is what decompression begins with.
+//! Tests of the check of compressed records at an append: it accepts all correct batches, and the prefix equals the decompressed bytes.
 
 use super::*;
 
-/// Framed records, as a batch holds them without compression.
+/// Framed records without compression.
 fn framed(values: &[Vec<u8>]) -> Bytes {
     let records: Vec<_> =
         values.iter().map(|value| Record { value: Some(value.clone().into()), ..Record::default() }).collect();
     build(Compression::None, &records, None).records_bytes().clone()
 }
 
-/// What librdkafka, snappy-java, zstd-jni and Java's gzip write, and what else their formats allow.
-fn other_writers(plain: &[u8]) -> Vec<(Compression, Vec<u8>)> {
+/// Streams of librdkafka, snappy-java, zstd-jni and gzip of Java, and other streams that the formats allow.
+fn encode_in_all_forms(plain: &[u8]) -> Vec<(Compression, Vec<u8>)> {
     use lz4_flex::frame::{BlockMode, BlockSize, FrameEncoder, FrameInfo};
     let mut streams: Vec<_> =
         CODECS.map(|codec| (codec, crate::record::compression::compress(codec, plain).to_vec())).into();
@@ -36,7 +36,7 @@ fn other_writers(plain: &[u8]) -> Vec<(Compression, Vec<u8>)> {
 }
 
 #[test]
-fn first_records_of_right_batches_pass_at_every_size_and_from_every_writer() {
+fn first_records_of_valid_batches_are_accepted() {
     for bytes in [0, 1, 60, 4_000, 4_096, 5_000, 70_000, 300_000] {
         let values = [
             vec![b"strandline ".repeat(bytes / 11 + 1)],
@@ -46,7 +46,7 @@ fn first_records_of_right_batches_pass_at_every_size_and_from_every_writer() {
         ];
         for values in values {
             let plain = framed(&values);
-            for (codec, stored) in other_writers(&plain) {
+            for (codec, stored) in encode_in_all_forms(&plain) {
                 let batch = forge(codec, i32::try_from(values.len()).unwrap(), &stored);
                 assert_eq!(batch.verify_records(), Ok(()), "{codec}, {bytes} bytes in {} records", values.len());
                 assert_eq!(batch.check_first_records(), Ok(()), "{codec}, {bytes} bytes in {} records", values.len());
@@ -56,11 +56,11 @@ fn first_records_of_right_batches_pass_at_every_size_and_from_every_writer() {
 }
 
 #[test]
-fn first_records_that_nobody_can_decode_are_refused() {
+fn first_records_that_cannot_be_decoded_are_rejected() {
     let noise = vec![0xa5; 200];
     let large = framed(&vec![b"a line of a log".to_vec(); 20_000]);
     let mut misplaced = large.to_vec();
-    // The offset of the first record: after its length, attributes and timestamp.
+    // Position of the offset of the first record: after its length, attributes and timestamp.
     misplaced[3] = 2;
     for codec in CODECS.into_iter().filter(|codec| *codec != Compression::None) {
         let refused = |count, stored: &[u8], what: &str| {
@@ -77,11 +77,11 @@ fn first_records_that_nobody_can_decode_are_refused() {
         refused(1_000_000, &above_prefix, "a count of 10^6 beside a record of 5,000 bytes");
         let trailing =
             crate::record::compression::compress(codec, &[&framed(&[b"one".to_vec()])[..], b"more"].concat());
-        assert!(matches!(refused(1, &trailing, "trailing bytes"), Malformed::Record { index: 0, .. }), "{codec}");
+        assert!(matches!(refused(1, &trailing, "trailing bytes"), MalformedBatch::Record { index: 0, .. }), "{codec}");
         if codec != Compression::Zstd {
             let stored = crate::record::compression::compress(codec, &misplaced);
             assert!(
-                matches!(refused(20_000, &stored, "a wrong offset"), Malformed::Record { index: 0, .. }),
+                matches!(refused(20_000, &stored, "a wrong offset"), MalformedBatch::Record { index: 0, .. }),
                 "{codec}"
             );
         }
@@ -92,20 +92,22 @@ fn first_records_that_nobody_can_decode_are_refused() {
     }
 }
 
-/// A writer that streams does not claim a size, and a claim may be wrong: the blocks bound how many records there can be.
+/// A streaming encoder declares no length, and a declared length can be wrong. The blocks limit the number of records.
 #[test]
-fn count_that_the_blocks_of_zstd_cannot_hold_is_refused() {
-    // Random bytes are one raw block, which holds as many as it takes.
+fn count_above_the_zstd_block_lengths_is_rejected() {
+    // Random bytes make a raw block, whose content has its stored length.
     let mut noise = vec![0; 5_000];
     crate::task::random::fill(&mut noise);
     let plain = framed(&[noise]);
     let streamed = zstd::stream::encode_all(&plain[..], 3).expect("written to memory");
     assert_eq!(forge(Compression::Zstd, 1, &streamed).check_first_records(), Ok(()));
-    let mut claiming = zstd::bulk::compress(&plain, 3).expect("written to memory");
-    assert_eq!(forge(Compression::Zstd, 1, &claiming).check_first_records(), Ok(()));
-    assert_eq!(claiming[4] >> 6, 1, "the content's size is in two bytes");
-    claiming[5..7].copy_from_slice(&60_000_u16.to_le_bytes());
-    for (stored, count, what) in [(&streamed, 1_000_000, "no claim"), (&claiming, 5_000, "a wrong claim")] {
+    let mut declaring = zstd::bulk::compress(&plain, 3).expect("written to memory");
+    assert_eq!(forge(Compression::Zstd, 1, &declaring).check_first_records(), Ok(()));
+    assert_eq!(declaring[4] >> 6, 1, "the content's size is in two bytes");
+    declaring[5..7].copy_from_slice(&60_000_u16.to_le_bytes());
+    for (stored, count, what) in
+        [(&streamed, 1_000_000, "no declared length"), (&declaring, 5_000, "a wrong declared length")]
+    {
         let batch = forge(Compression::Zstd, count, stored);
         assert!(batch.verify_records().is_err(), "{what}");
         let error = batch.check_first_records().expect_err(what).to_string();
@@ -115,15 +117,15 @@ fn count_that_the_blocks_of_zstd_cannot_hold_is_refused() {
 
 proptest! {
     #[test]
-    fn a_prefix_is_what_decompression_begins_with(
+    fn prefix_equals_the_decompressed_bytes(
         words in proptest::collection::vec(proptest::sample::select(&["log", "line ", "\0\0\0", "0123456789abcdef", "é"][..]), 0..4_000),
-        most in 1..5_000_usize,
+        max in 1..5_000_usize,
     ) {
         let plain = words.concat().into_bytes();
-        for (codec, stored) in other_writers(&plain) {
-            let prefix = crate::record::compression::prefix(codec, &stored, most).unwrap();
+        for (codec, stored) in encode_in_all_forms(&plain) {
+            let prefix = crate::record::compression::prefix(codec, &stored, max).unwrap();
             prop_assert!(plain.starts_with(&prefix.bytes), "{codec}");
-            prop_assert!(prefix.bytes.len() <= most && (!prefix.is_whole || prefix.bytes == plain), "{codec}");
+            prop_assert!(prefix.bytes.len() <= max && (!prefix.is_complete || prefix.bytes == plain), "{codec}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A start's way into the cluster, over a store that loses answers.
+//! Admission to a cluster, with a store that loses responses.
 
 use std::path::Path;
 
@@ -26,7 +26,7 @@ fn log() -> Log {
     Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap()
 }
 
-/// One start: notes its uptime, proves, registers.
+/// Runs one start: records the incarnation, verifies the inventory, registers.
 async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &Log, tasks: &Tasks) -> Session {
     let (defaults, stop) = (ConfigMap::new(), Tasks::new());
     let admission = Admission { store, keys, log, defaults: &defaults, stop: &stop };
@@ -42,9 +42,10 @@ async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &Log, tasks: &Tasks
     admission.admit(&registration, noted, BTreeSet::from([partition()]), &view, tasks).await.unwrap().0
 }
 
-/// A directory that took part in a cluster of the same name would be copied anew there, and be an older copy at home from then on.
+/// In another cluster of the same name, a directory that took part in its own cluster would be bootstrapped again. From then on its
+/// replicas would be older copies in their own cluster.
 #[tokio::test(start_paused = true)]
-async fn another_cluster_of_the_same_name_is_refused_and_ones_own_is_not() {
+async fn other_cluster_with_same_name_is_rejected() {
     let (keys, tasks) = (Keys::new("test").unwrap(), Tasks::new());
     let fresh = || -> Arc<dyn MetaStore> { Arc::new(EmbeddedStore::in_memory()) };
     let (home, other, log) = (fresh(), fresh(), log());
@@ -73,7 +74,8 @@ async fn another_cluster_of_the_same_name_is_refused_and_ones_own_is_not() {
     assert!(why.contains("holds nothing below /strandline/test/"), "{why}");
     reach(&home).await.expect("it is the directory that took part last");
 
-    // Put back after another disk had the number: a topic shows whose it is, also one that was deleted since, or may.
+    // The directory was restored after another disk had the broker id. An existing or deleted topic identifies the cluster, and an
+    // unreadable one may.
     for (path, value) in [
         (path.clone(), topic(7).encode()),
         (keys.deleted(partition().topic), Bytes::from_static(b"{}")),
@@ -89,10 +91,11 @@ async fn another_cluster_of_the_same_name_is_refused_and_ones_own_is_not() {
     tasks.stop().await;
 }
 
-/// The simulator found it: the store had registered this uptime and the answer was lost. The next try judged the directory by the uptimes
-/// before, took it for another one, and gave up every membership: with that of the last in-sync replica the partition stood still for ever.
+/// Regression, found by the simulator: the store had registered this incarnation, and the response was lost. The next attempt compared the
+/// directory with the earlier incarnations only, took it for another directory, and released every membership. With the last in-sync
+/// replica released, the partition stayed offline forever.
 #[tokio::test(start_paused = true)]
-async fn a_lost_answer_of_the_registration_costs_no_membership() {
+async fn lost_registration_response_releases_no_membership() {
     let (link, keys, tasks) = (Faulty::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), Tasks::new());
     let store: Arc<dyn MetaStore> = Arc::new(link.clone());
     let log = log();

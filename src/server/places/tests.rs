@@ -1,4 +1,4 @@
-//! Who gets a place, and who makes room.
+//! Admission and eviction of connections.
 
 use std::collections::BTreeSet;
 
@@ -15,10 +15,10 @@ fn here() -> Origin {
 }
 
 #[test]
-fn the_longest_idle_connection_makes_room() {
+fn longest_idle_connection_is_evicted() {
     let mut places = Places::new(3, 3, usize::MAX);
     let ids = ["a", "b", "c"].map(|name| places.admit(from(1), name).id);
-    // `a` was used last, and `b` has a call open.
+    // `a` was used last, and `b` has an open call.
     places.begin_call(ids[0]);
     places.end_call(ids[0]);
     places.begin_call(ids[1]);
@@ -29,11 +29,11 @@ fn the_longest_idle_connection_makes_room() {
 }
 
 #[test]
-fn an_open_call_never_makes_room_and_the_newcomer_is_told_the_bound() {
+fn connection_with_open_call_is_not_evicted() {
     let mut places = Places::new(4, 2, usize::MAX);
     for number in [1, 1, 2, 2] {
         let id = places.admit(from(number), number).id;
-        // Two calls, of which one ends: a stream is open still.
+        // One of two calls ends; the other stays open.
         places.begin_call(id);
         places.begin_call(id);
         places.end_call(id);
@@ -45,9 +45,9 @@ fn an_open_call_never_makes_room_and_the_newcomer_is_told_the_bound() {
     assert_eq!(places.promote(other.id), Err(Bound::Places), "there is no room yet");
 }
 
-/// Otherwise one address could push out everybody's idle connections.
+/// Otherwise one address could evict the idle connections of all other addresses.
 #[test]
-fn an_address_at_its_bound_makes_room_among_its_own() {
+fn address_at_its_limit_evicts_own_connection() {
     let mut places = Places::new(10, 2, usize::MAX);
     let honest = places.admit(from(9), 9).id;
     for n in 0..50 {
@@ -58,7 +58,7 @@ fn an_address_at_its_bound_makes_room_among_its_own() {
 }
 
 #[test]
-fn loopback_counts_as_any_address_and_has_eight_places_more() {
+fn loopback_has_eight_additional_places() {
     let mut places = Places::new(4, 2, usize::MAX);
     let busy = |places: &mut Places<u32>, origin| {
         let admitted = places.admit(origin, 0);
@@ -74,17 +74,17 @@ fn loopback_counts_as_any_address_and_has_eight_places_more() {
     }
     let ninth = places.admit(here(), 7);
     assert_eq!(ninth.pool, Pool::Probe);
-    // An idle one of the eight makes room for the next.
+    // An idle connection of these eight is evicted for the next one.
     let idle = places.connections.iter().find(|(_, occupant)| occupant.pool == Pool::Loopback).map(|(id, _)| *id);
     places.end_call(idle.expect("one of eight"));
     let tenth = places.admit(here(), 8);
     assert_eq!((tenth.pool, tenth.evicted), (Pool::Loopback, Some(0)));
 }
 
-/// New connections of an attacker pushed a probe out before its request was there.
+/// Regression: new connections of an attacker evicted a probe before its request had arrived.
 #[test]
-fn connections_without_end_from_other_addresses_push_no_probe_out() {
-    // The addresses of attackers, and those of the probes that come meanwhile.
+fn connection_flood_does_not_evict_probes() {
+    // Number of attacking addresses, and the addresses of the probes that arrive meanwhile.
     for (attackers, probers) in [(1_u8, &[2, 2][..]), (2, &[2]), (2, &[2, 3]), (1, &[2, 3, 4])] {
         let mut places = Places::new(1, 1, usize::MAX);
         let holder = places.admit(from(1), 0).id;
@@ -102,9 +102,9 @@ fn connections_without_end_from_other_addresses_push_no_probe_out() {
     }
 }
 
-/// An attacker who holds calls open there as well must not keep a probe out.
+/// An attacker with open calls in the probe pool must not keep a probe out.
 #[test]
-fn the_oldest_of_the_probes_makes_room_whatever_it_does() {
+fn oldest_probe_is_evicted_despite_open_call() {
     let mut places = Places::new(1, 1, usize::MAX);
     let holder = places.admit(from(1), 0).id;
     places.begin_call(holder);
@@ -122,9 +122,9 @@ fn the_oldest_of_the_probes_makes_room_whatever_it_does() {
     assert_eq!(places.begin_call(last), Some(Pool::Common));
 }
 
-/// One client's streams took the memory of all.
+/// Regression: the streams of one client took the memory of all clients.
 #[test]
-fn connection_below_its_share_begins_a_call_whatever_others_have() {
+fn connection_below_its_share_may_begin_call() {
     for (max_calls, share) in [(12, 6), (6, MIN_CALLS)] {
         let mut places = Places::new(8, 8, max_calls);
         let [many, few] = [1, 2].map(|number| places.admit(from(number), number).id);
@@ -140,7 +140,7 @@ fn connection_below_its_share_begins_a_call_whatever_others_have() {
         assert!(!places.has_room_for_call(few));
         places.end_call(few);
         assert!(places.has_room_for_call(few));
-        // A connection takes its calls along.
+        // The calls of a removed connection no longer count.
         places.remove(many);
         places.begin_call(few);
         assert!(places.has_room_for_call(few));
@@ -148,7 +148,7 @@ fn connection_below_its_share_begins_a_call_whatever_others_have() {
 }
 
 #[test]
-fn an_ipv6_network_and_a_mapped_address_are_one_origin() {
+fn ipv6_network_and_mapped_address_are_one_origin() {
     let of = |text: &str| Origin::of(text.parse().expect("an address"), None);
     assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1"));
     assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
@@ -179,7 +179,7 @@ fn event() -> impl Strategy<Value = Event> {
 
 proptest! {
     #[test]
-    fn bounds_and_lists_agree_with_the_connections_after_any_events(
+    fn counts_and_lists_match_connections(
         places in 1..6_usize, per_address in 1..6_usize, events in prop::collection::vec(event(), 1..200)
     ) {
         let mut all = Places::new(places, per_address, usize::MAX);

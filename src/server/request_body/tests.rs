@@ -1,4 +1,4 @@
-//! Bodies of requests: unchanged however they are cut, bounded, and charged while they wait.
+//! Request bodies: content with any fragmentation, limits, and charged memory.
 
 use futures::{FutureExt as _, StreamExt as _, future::poll_fn};
 use prost::Message as _;
@@ -18,7 +18,7 @@ fn framed(message: &[u8]) -> Vec<u8> {
     [&[0], &len.to_be_bytes()[..], message].concat()
 }
 
-/// A body of these pieces; with `open`, it never ends.
+/// Returns a body of these pieces. With `open`, the body never ends.
 fn body(pieces: Vec<Vec<u8>>, open: bool, path: &str, memory: &CallMemory) -> RequestBody {
     let pieces = futures::stream::iter(pieces.into_iter().map(|piece| Ok::<_, BoxError>(Bytes::from(piece))));
     let inner =
@@ -26,9 +26,9 @@ fn body(pieces: Vec<Vec<u8>>, open: bool, path: &str, memory: &CallMemory) -> Re
     RequestBody::new(inner, path, memory.clone(), &RequestSchemas::of_clients())
 }
 
-async fn frame(body: &mut RequestBody) -> Option<Result<Bytes, Fault>> {
+async fn frame(body: &mut RequestBody) -> Option<Result<Bytes, ApiError>> {
     let frame = poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await?;
-    let refused = |error: BoxError| Fault::from(&*error.downcast::<Status>().expect("a status"));
+    let refused = |error: BoxError| ApiError::from(&*error.downcast::<Status>().expect("a status"));
     Some(frame.map(|frame| frame.into_data().expect("data")).map_err(refused))
 }
 
@@ -37,7 +37,7 @@ fn memory(budgets: &Budgets) -> CallMemory {
 }
 
 #[tokio::test(start_paused = true)]
-async fn messages_pass_unchanged_however_they_are_cut() {
+async fn messages_are_unchanged_by_fragmentation() {
     let budgets = Budgets::new(64 << 20, 1 << 20);
     let batch = |bytes: usize| [&[0x2a][..], &prost_len(bytes), &vec![7; bytes]].concat();
     let messages = [vec![], batch(10), batch(300_000), batch(70_000), vec![]].map(|message| framed(&message));
@@ -47,7 +47,7 @@ async fn messages_pass_unchanged_however_they_are_cut() {
         let mut stream = body(cut(&messages.concat()), false, PRODUCE, &memory);
         assert!(all_of(&mut stream).await == messages.concat(), "in pieces of {size}");
         for message in &messages {
-            // A call takes one message. What comes behind it, and an end that never comes, are not waited for.
+            // A unary call takes one message. It waits neither for the bytes after the message nor for an end that never arrives.
             let mut call = body(cut(&[&message[..], &framed(&batch(80_000))].concat()), true, APPEND, &memory);
             assert!(all_of(&mut call).await == *message && call.is_end_stream(), "in pieces of {size}");
             assert!(budgets.taken().0 > message.len() / 2, "what was read stays charged until its handler takes it");
@@ -58,7 +58,7 @@ async fn messages_pass_unchanged_however_they_are_cut() {
     }
 }
 
-/// All that is passed on.
+/// Returns all bytes that are passed on.
 async fn all_of(body: &mut RequestBody) -> Vec<u8> {
     let mut came = Vec::new();
     while let Some(piece) = frame(body).await {
@@ -73,9 +73,9 @@ fn prost_len(bytes: usize) -> Vec<u8> {
     len
 }
 
-/// 60 MiB announced on each of many streams took 6 GB; five bytes that announce 65 MiB on 10,000 streams took 1.8 GB.
+/// Regression: 60 MiB announced on each of many streams took 6 GB. Five bytes that announced 65 MiB on each of 10,000 streams took 1.8 GB.
 #[tokio::test(start_paused = true)]
-async fn announced_bytes_are_charged_by_what_came_and_give_way() {
+async fn announced_bytes_are_charged_on_arrival_and_yield() {
     let budgets = Budgets::new(96 << 20, 1 << 20);
     let announced = [&[0][..], &(60_u32 << 20).to_be_bytes()].concat();
     let mut bodies: Vec<_> = (0..400).map(|_| body(vec![announced.clone()], true, APPEND, &memory(&budgets))).collect();
@@ -94,19 +94,19 @@ async fn announced_bytes_are_charged_by_what_came_and_give_way() {
     assert_eq!(frame(&mut honest).await, Some(Ok(framed(&[0x2a, 1, 7]).into())), "it has its place");
     let ended =
         ended.join_next().await.expect("it reads").expect("no panic").expect("an answer").expect_err("it gave way");
-    assert_eq!((ended.reason, ended.retryable), (Reason::Overloaded, true));
+    assert_eq!((ended.code, ended.retryable), (ErrorCode::Overloaded, true));
     assert!(ended.message.contains("limits.request_memory_bytes"), "{ended}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn requests_without_records_are_small_and_have_few_parts() {
+async fn size_and_parts_of_requests_are_limited() {
     let budgets = Budgets::new(512 << 20, 1 << 20);
     let large = [&[0][..], &(5_u32 << 20).to_be_bytes()].concat();
     let refused = frame(&mut body(vec![large.clone()], true, READ, &memory(&budgets))).await;
     let refused = refused.expect("an answer").expect_err("too large");
-    assert_eq!(refused.reason, Reason::MessageTooLarge);
+    assert_eq!(refused.code, ErrorCode::MessageTooLarge);
     assert!(refused.message.contains("5242880") && refused.message.contains("4194304"), "{refused}");
-    // Empty records of two bytes each: 33 million of them took 4.7 GB.
+    // Regression: 33 million empty records of two bytes each took 4.7 GB.
     let records = [0x0a, 0].repeat(limits::MAX_REQUEST_PARTS + 1);
     let message = [&[0x32][..], &prost_len(records.len()), &records].concat();
     let memory = memory(&budgets);
@@ -118,12 +118,12 @@ async fn requests_without_records_are_small_and_have_few_parts() {
             None => panic!("it was taken"),
         }
     };
-    assert_eq!(refused.reason, Reason::InvalidRequest);
+    assert_eq!(refused.code, ErrorCode::InvalidRequest);
     assert!(refused.message.contains(&limits::MAX_REQUEST_PARTS.to_string()), "{refused}");
     assert_eq!(budgets.taken().0, 0, "all is given back");
 }
 
-/// `limits.request_memory_bytes` where `limits.memory_bytes` is 512 and 64 MiB.
+/// Values of `limits.request_memory_bytes` for a `limits.memory_bytes` of 512 MiB and of 64 MiB.
 const REQUEST_BYTES: [u64; 2] = [96 << 20, 12 << 20];
 const FETCH: &str = FETCH_PATH;
 
@@ -142,8 +142,8 @@ fn fetch(partitions: usize) -> v1::FetchRequest {
     v1::FetchRequest { partitions: vec![place; partitions], ..Default::default() }
 }
 
-/// Reads a body to its end: its bytes.
-async fn read(mut body: RequestBody) -> Result<usize, Fault> {
+/// Reads a body to its end. Returns the number of bytes.
+async fn read(mut body: RequestBody) -> Result<usize, ApiError> {
     let mut bytes = 0;
     while let Some(piece) = frame(&mut body).await {
         bytes += piece?.len();
@@ -151,7 +151,7 @@ async fn read(mut body: RequestBody) -> Result<usize, Fault> {
     Ok(bytes)
 }
 
-/// Parts came from the pool that the message needed: such appends were refused whenever they were sent.
+/// Regression: parts took memory from the pool of their message, so appends with many parts were always rejected.
 #[tokio::test(start_paused = true)]
 async fn requests_with_many_parts_are_accepted() {
     let large = [(APPEND, pieces(&append(30 << 10, 1 << 10))), (APPEND, pieces(&append(100_000, 3)))];
@@ -176,7 +176,7 @@ async fn requests_with_many_parts_are_accepted() {
     }
 }
 
-/// One large request that waited made every small one with a part fail.
+/// Regression: while one large request waited, every small request with a part failed.
 #[tokio::test(start_paused = true)]
 async fn small_requests_pass_while_large_ones_wait() {
     for bytes in REQUEST_BYTES {
@@ -186,7 +186,7 @@ async fn small_requests_pass_while_large_ones_wait() {
         let held = (call().try_request(65 << 20), call().try_parts(limits::MAX_REQUEST_PARTS));
         assert!(held.0.is_some() && held.1.is_some());
         let large = body(pieces(&append(30 << 10, 1 << 10)), false, APPEND, &call());
-        // It is small, and has more parts than are free.
+        // The request is small, but has more parts than there is free memory for.
         let many = body(pieces(&fetch(5000)), false, FETCH, &call());
         let mut waiting = [Box::pin(read(large)), Box::pin(read(many))];
         for request in &mut waiting {
@@ -203,7 +203,7 @@ async fn small_requests_pass_while_large_ones_wait() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn last_bytes_wait_for_memory_for_parts() {
+async fn last_bytes_wait_for_memory_of_parts() {
     let budgets = Budgets::new(REQUEST_BYTES[0], 1 << 20);
     let holder = memory(&budgets);
     let held = holder.try_parts(limits::MAX_REQUEST_PARTS).expect("room");
@@ -216,14 +216,14 @@ async fn last_bytes_wait_for_memory_for_parts() {
             Err(fault) => break fault,
         }
     };
-    assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
+    assert_eq!((fault.code, fault.retryable), (ErrorCode::Overloaded, true));
     assert_eq!(passed, sent[..sent.len() - 1].concat().len());
     assert!(clock::monotonic() - began >= std::time::Duration::from_secs(10));
     drop(held);
     assert_eq!(budgets.taken().0, 0);
 }
 
-/// A stream whose handler takes nothing added the memory of each message for ever.
+/// Regression: a stream whose handler took nothing added up the memory of its messages without limit.
 #[tokio::test(start_paused = true)]
 async fn streams_hold_memory_for_one_message() {
     let budgets = Budgets::new(REQUEST_BYTES[0], 1 << 20);
@@ -240,9 +240,9 @@ async fn streams_hold_memory_for_one_message() {
     assert!(pending && budgets.taken().0 == 0, "all are handled");
 }
 
-/// The first bytes of a request were read to see its length, and 10,000 requests that waited then held 600 MB.
+/// Regression: the first bytes of each request were read for its length. 10,000 waiting requests then held 600 MB.
 #[tokio::test(start_paused = true)]
-async fn requests_that_wait_hold_little() {
+async fn waiting_requests_hold_little_memory() {
     let budgets = Budgets::new(REQUEST_BYTES[1], 1 << 20);
     let calls: Vec<_> = (0..8).map(|_| memory(&budgets)).collect();
     let full: Vec<_> = calls.iter().flat_map(|call| std::iter::from_fn(|| call.try_request(SMALL_BYTES))).collect();
@@ -254,7 +254,7 @@ async fn requests_that_wait_hold_little() {
     for request in &mut waiting {
         assert!(futures::poll!(request).is_pending(), "it waits");
     }
-    // The first of them has what was left.
+    // The first of these requests have the memory that was left.
     let held = budgets.taken().0 - before;
     assert!(held as u64 <= REQUEST_BYTES[1] / 16 + SMALL_BYTES as u64, "{held}");
     let began = clock::monotonic();
@@ -267,8 +267,8 @@ async fn requests_that_wait_hold_little() {
     let refused = waiting.iter_mut().filter_map(|request| request.as_mut().now_or_never());
     assert!(
         refused
-            .map(|outcome| outcome.expect_err("refused").reason)
-            .filter(|reason| *reason == Reason::Overloaded)
+            .map(|outcome| outcome.expect_err("refused").code)
+            .filter(|reason| *reason == ErrorCode::Overloaded)
             .count()
             > 80
     );
@@ -276,7 +276,7 @@ async fn requests_that_wait_hold_little() {
     small.await.expect("a small one waits for memory however many do");
 }
 
-/// Requests behind the one that a stream's handler was busy with were not charged: 250 KB a stream.
+/// Regression: requests that followed the request in the handler of a stream were not charged, 250 KB per stream.
 #[tokio::test(start_paused = true)]
 async fn requests_sent_ahead_are_charged() {
     let budgets = Budgets::new(REQUEST_BYTES[1], 1 << 20);
@@ -296,7 +296,7 @@ async fn requests_sent_ahead_are_charged() {
                 match tokio::time::timeout_at(end, frame(&mut stream)).await {
                     Ok(Some(Ok(piece))) => first += piece.len(),
                     Ok(Some(Err(fault))) => {
-                        assert_eq!((fault.reason, fault.retryable), (Reason::Overloaded, true));
+                        assert_eq!((fault.code, fault.retryable), (ErrorCode::Overloaded, true));
                         refused += 1;
                         break;
                     }
@@ -311,7 +311,7 @@ async fn requests_sent_ahead_are_charged() {
         drop(streams);
         assert_eq!(budgets.taken().0, 0);
     }
-    // A handler that goes on gives it back.
+    // A handler that continues frees that memory.
     let mut stream = body(vec![message.repeat(2000)], true, FETCH, &memory(&budgets));
     for _ in 0..2000 {
         frame(&mut stream).await.expect("a message").expect("it is accepted");
@@ -319,7 +319,8 @@ async fn requests_sent_ahead_are_charged() {
     assert!(stream.rest.is_empty() && stream.ahead.is_none());
 }
 
-/// Trailers were kept for as long as their call was open, and a request of 4 MB for reflection was in its answer two times.
+/// Regression: trailers were kept for as long as their call was open. The response to a reflection request of 4 MB contained that request
+/// twice.
 #[tokio::test]
 async fn trailers_end_a_body_and_requests_for_names_are_small() {
     use http_body_util::{BodyExt as _, Full};
@@ -334,7 +335,7 @@ async fn trailers_end_a_body_and_requests_for_names_are_small() {
     let path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
     for (bytes, is_taken) in [(MAX_NAMES_BYTES, true), (MAX_NAMES_BYTES + 1, false)] {
         let taken = frame(&mut body(vec![framed(&vec![7; bytes])], true, path, &memory(&budgets))).await;
-        let reason = taken.expect("an answer").err().map(|fault| fault.reason);
-        assert_eq!(reason, (!is_taken).then_some(Reason::MessageTooLarge), "{bytes}");
+        let reason = taken.expect("an answer").err().map(|fault| fault.code);
+        assert_eq!(reason, (!is_taken).then_some(ErrorCode::MessageTooLarge), "{bytes}");
     }
 }

@@ -1,4 +1,4 @@
-//! Streams of messages: unchanged however they are cut, their ends and refusals, and buffers that end with their message.
+//! Streams of messages: content with any fragmentation, ends and errors, and the lifetime of buffers.
 
 use std::sync::{Arc, Mutex};
 
@@ -13,7 +13,7 @@ fn framed(message: &impl Message) -> Vec<u8> {
     out.to_vec()
 }
 
-/// A body that comes in pieces of `size`; with `open`, it never ends.
+/// Returns a body in pieces of `size`. With `open`, the body never ends.
 fn body(bytes: &[u8], size: usize, open: bool) -> Body {
     let pieces: Vec<_> = bytes.chunks(size).map(|piece| Ok::<_, Status>(Bytes::copy_from_slice(piece))).collect();
     let pieces = stream::iter(pieces);
@@ -24,13 +24,13 @@ fn numbered(correlation: u64) -> ProduceRequest {
     ProduceRequest { correlation, append: None }
 }
 
-/// The body of a response to these requests, each answered with its number.
+/// Returns a response in which each message has the number of its request.
 fn answered(request: Request) -> Response {
     let answer = |request: ProduceRequest| ProduceResponse { correlation: request.correlation, result: None };
     serve(request, move |requests| requests.into_inner().map(move |request| Ok(answer(request?))))
 }
 
-/// All that comes of a response: its bytes, and its end.
+/// Returns the bytes of a response and its final status.
 async fn all_of(mut response: Response) -> (Vec<u8>, Status) {
     let mut came = Vec::new();
     loop {
@@ -47,7 +47,7 @@ async fn all_of(mut response: Response) -> (Vec<u8>, Status) {
 }
 
 #[tokio::test]
-async fn messages_pass_unchanged_however_they_are_cut() {
+async fn messages_are_unchanged_by_fragmentation() {
     let numbers = [0, 1, 300, u64::MAX];
     let sent: Vec<u8> = numbers.iter().flat_map(|number| framed(&numbered(*number))).collect();
     let expected: Vec<u8> =
@@ -61,7 +61,7 @@ async fn messages_pass_unchanged_however_they_are_cut() {
 }
 
 #[tokio::test]
-async fn stream_that_cannot_be_read_ends_with_its_cause_behind_its_answers() {
+async fn unreadable_stream_ends_with_error_after_responses() {
     let (good, answer) = (framed(&numbered(7)), framed(&ProduceResponse { correlation: 7, result: None }));
     let cases: [(&[u8], Code, &str); 5] = [
         (&[0, 0, 0], Code::Internal, "the body ends within a message"),
@@ -82,17 +82,17 @@ async fn stream_that_cannot_be_read_ends_with_its_cause_behind_its_answers() {
     assert!(refused.message().contains("compressed") && refused.message().contains("gzip"), "{refused}");
 }
 
-/// A stream of which the client has reset the request has an end, and no error that would be counted.
+/// After a reset by the client, the requests end without an error that metrics would count.
 #[tokio::test]
-async fn reset_ends_the_requests() {
+async fn reset_ends_requests_without_error() {
     let pieces = [Ok(Bytes::from(framed(&numbered(7)))), Err(Status::cancelled("reset"))];
     let (_, end) = all_of(answered(Request::new(Body::from_stream(stream::iter(pieces))))).await;
     assert_eq!(end.code(), Code::Ok);
 }
 
-/// The buffer of a 64 MiB message stayed with its stream, and that of the last response with each quiet consumer.
+/// Regression: a stream kept the buffer of a 64 MiB message, and each idle consumer that of its last response.
 #[tokio::test]
-async fn quiet_stream_holds_nothing_of_the_messages_that_passed() {
+async fn idle_stream_keeps_no_message_buffers() {
     let batch = Bytes::from(vec![7; 1 << 20]);
     let append = crate::proto::v1::AppendRequest {
         payload: Some(crate::proto::v1::append_request::Payload::Batch(batch)),

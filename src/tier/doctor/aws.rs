@@ -1,4 +1,4 @@
-//! The checks' requests through the vendor's own S3 client, and the checks that only S3 has.
+//! Requests of the store checks through the vendor's S3 client, and the checks that only S3 has.
 
 use std::ops::Range;
 
@@ -20,12 +20,12 @@ const UPLOADS: (&str, &str) = (
      the bucket a life-cycle rule that does.",
 );
 
-/// The checks that only S3 has, where nothing could be asked.
+/// Returns the S3 checks as not tried, for a store that accepted no put.
 pub(super) fn untried_checks() -> Vec<Check> {
     [CHECKSUM, UPLOADS].into_iter().map(|(name, meaning)| untried(name, meaning)).collect()
 }
 
-/// Checksums that the store keeps, and uploads without an end.
+/// Checks content checksums and the listing of incomplete multipart uploads.
 pub(super) async fn own_checks(s3: &S3, folder: &str) -> Vec<Check> {
     let checksum = match checksum(s3, &format!("{folder}/checksum")).await {
         Ok(true) => (Outcome::Pass, "the store keeps the CRC-32C of what it was given".to_owned()),

@@ -1,4 +1,4 @@
-//! The checks' requests through `object_store`: for directories, Google and Azure.
+//! Requests of the store checks through `object_store`: for all stores that the vendor's S3 client does not serve.
 
 use std::{future::Future, ops::Range, sync::Arc, time::Duration};
 

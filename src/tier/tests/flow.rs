@@ -1,4 +1,4 @@
-//! Stage, commit, read, trim, collect.
+//! Staging, commits, reads, trims, and garbage collection.
 
 use std::{
     collections::HashMap,
@@ -14,10 +14,10 @@ use futures::FutureExt as _;
 use super::{cache::Parsed, *};
 use crate::log::ReadLimits;
 
-/// The type of a file system that is nothing but page cache (statfs(2)).
+/// Magic number of tmpfs, which consists only of page cache (statfs(2)).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
-/// A tier with three segments of epochs 0, 0 and 2, and all their bytes.
+/// Returns a tier with three segments of epochs 0, 0 and 2, and all their bytes.
 async fn three(options: &StoreOptions, size: usize) -> (PartitionTier, Segments, Bytes) {
     let segments = Segments::new();
     let tier = open(options);
@@ -33,19 +33,19 @@ async fn three(options: &StoreOptions, size: usize) -> (PartitionTier, Segments,
 }
 
 #[tokio::test]
-async fn what_is_installed_reads_back_bit_exact_across_segments() {
+async fn installed_segments_read_back_bit_exact() {
     let (tier, _segments, all) = three(&StoreOptions::new("memory://"), 3000).await;
     assert_eq!((tier.state().version(), tier.state().tiered_end), (3, at(900)));
     assert_eq!(tier.bytes(), all.len() as u64);
     for max in [1, 10_000, 1 << 20, 100 << 20] {
         assert_eq!(read_all(&tier, 0, 900, max).await, all, "reads of {max}");
     }
-    // From the middle of a batch: the batch that holds the offset.
+    // A read from the middle of a batch returns the batch that contains the offset.
     let read = tier.read(at(301), 1.into()).await.unwrap();
     assert_eq!(read.next, at(303));
     let footer = tier.last_footer().await.unwrap().unwrap();
     assert_eq!(footer.epochs, [(LeaderEpoch(2), at(600))]);
-    // Its producer state begins with the partition's time, which is the largest timestamp of its batches.
+    // The producer state begins with the partition's time: the largest timestamp of the batches.
     let mut expected = producers().to_bytes().to_vec();
     expected[..8].copy_from_slice(&8990_i64.to_be_bytes());
     assert_eq!(footer.producers, expected);
@@ -53,20 +53,20 @@ async fn what_is_installed_reads_back_bit_exact_across_segments() {
 }
 
 #[tokio::test]
-async fn a_large_segment_goes_out_in_parts_and_reads_back() {
+async fn large_segment_is_uploaded_in_parts_and_reads_back() {
     let store = tempfile::tempdir().unwrap();
     let segments = Segments::new();
     let tier = open(&StoreOptions::new(&format!("file://{}", store.path().join("objects").display())));
-    // 26 MB with batches of 900 KB, so that parts and chunks cut through batches.
+    // 26 MB with batches of 900 KB, so that batches cross the ends of parts and chunks.
     let (source, content) = segments.source(0, 29, 300_000, 0);
     let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
     tier.install(staged);
     assert_eq!(read_all(&tier, 0, 87, 2 << 20).await, content);
 }
 
-/// Objects filled the memory as page cache, and appends then waited for the system to reclaim it.
+/// Regression: uploaded objects filled the page cache, and appends waited until the system reclaimed memory.
 #[tokio::test]
-async fn an_uploaded_segment_leaves_the_page_cache() {
+async fn uploaded_segment_leaves_the_page_cache() {
     let store = tempfile::tempdir().unwrap();
     let segments = Segments::new();
     let tier = open(&StoreOptions::new(&format!("file://{}", store.path().display())));
@@ -81,9 +81,9 @@ async fn an_uploaded_segment_leaves_the_page_cache() {
         let into = &mut [std::io::IoSliceMut::new(&mut byte)];
         rustix::io::preadv2(&file, into, position as u64, rustix::io::ReadWriteFlags::NOWAIT)
     };
-    // Each is asked for once: some systems begin to read what is absent.
+    // Each position is tested once, because some systems start to read an absent page.
     let asked: Vec<_> = (0..content.len()).step_by(1 << 20).map(|position| (position, is_cached(position))).collect();
-    // Only some file systems can tell, and one that is nothing but page cache drops no pages.
+    // Only some file systems support the test, and tmpfs drops no pages.
     let cannot_tell = asked[0].1.is_err_and(|error| error != rustix::io::Errno::AGAIN);
     if cannot_tell || rustix::fs::fstatfs(&file).unwrap().f_type == TMPFS_MAGIC {
         return;
@@ -95,26 +95,26 @@ async fn an_uploaded_segment_leaves_the_page_cache() {
 }
 
 #[tokio::test]
-async fn a_staged_manifest_changes_nothing_before_it_is_installed() {
+async fn staged_manifest_changes_nothing_before_install() {
     let segments = Segments::new();
     let tier = open(&StoreOptions::new("memory://"));
     let (source, _) = segments.source(0, 5, 10, 0);
     let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
     assert_eq!(tier.state(), TierState::default());
     assert!(tier.read(at(0), 10.into()).await.is_err());
-    // The commit failed; the same segment is staged again under other names, and that one is committed.
+    // The commit fails. The same segment is staged again under other names, and that state is committed.
     let again = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
     assert_ne!(staged.state().manifest, again.state().manifest);
     tier.install(again.clone());
     let json = serde_json::to_string(again.state()).unwrap();
     assert_eq!(&serde_json::from_str::<TierState>(&json).unwrap(), again.state());
-    // A late watch event with an older state is no step back.
+    // A late watch event with an older state changes nothing.
     tier.adopt(TierState::default());
     assert_eq!(&tier.state(), again.state());
 }
 
 #[tokio::test]
-async fn several_segments_are_named_by_one_manifest_without_the_one_that_failed() {
+async fn one_manifest_lists_several_segments_without_failed_one() {
     let segments = Segments::new();
     let tier = open(&StoreOptions::new("memory://"));
     let mut staging = tier.staging(LeaderEpoch(0)).await.unwrap();
@@ -133,9 +133,9 @@ async fn several_segments_are_named_by_one_manifest_without_the_one_that_failed(
     assert_eq!(read_all(&tier, 0, 90, 1 << 20).await, all);
 }
 
-/// The page goes out with the segment that makes it necessary, wherever that is among those of one manifest.
+/// The page is written with the segment that fills it, at any position among the segments of one manifest.
 #[tokio::test]
-async fn a_page_that_becomes_full_among_the_segments_of_one_manifest_is_written() {
+async fn page_that_fills_up_within_one_manifest_is_written() {
     let segments = Segments::new();
     let tier = open(&StoreOptions::new("memory://"));
     let mut all = BytesMut::new();
@@ -154,7 +154,7 @@ async fn a_page_that_becomes_full_among_the_segments_of_one_manifest_is_written(
 }
 
 #[tokio::test]
-async fn a_source_that_overlaps_the_bucket_uploads_only_the_rest() {
+async fn overlapping_source_uploads_only_the_rest() {
     let segments = Segments::new();
     let tier = open(&StoreOptions::new("memory://"));
     let (first, _) = segments.source(0, 10, 100, 0);
@@ -164,7 +164,7 @@ async fn a_source_that_overlaps_the_bucket_uploads_only_the_rest() {
     assert_eq!(read_all(&tier, 0, 75, 1 << 20).await, content);
     let lines = tier.segments(at(0), 10).await.unwrap();
     assert_eq!(lines.iter().map(|line| line.stamp.base.get()).collect::<Vec<_>>(), [0, 30]);
-    // One that ends where the bucket does, and one that leaves a gap, are refused.
+    // A segment that ends at or below the tiered end is rejected, and so is one that leaves a gap.
     assert!(matches!(
         tier.stage(&wide, LeaderEpoch(0)).await,
         Err(UploadError::Source(SourceError::NotContiguous { .. }))
@@ -177,7 +177,7 @@ async fn a_source_that_overlaps_the_bucket_uploads_only_the_rest() {
 }
 
 #[tokio::test]
-async fn a_flipped_bit_in_a_segment_file_is_never_uploaded() {
+async fn flipped_bit_in_segment_file_is_never_uploaded() {
     let segments = Segments::new();
     let tier = open(&StoreOptions::new("memory://"));
     let (source, content) = segments.source(0, 3, 20, 0);
@@ -197,9 +197,9 @@ async fn a_flipped_bit_in_a_segment_file_is_never_uploaded() {
     assert!(tier.store().list("topics").await.unwrap().is_empty(), "nothing reached the store");
 }
 
-/// An eviction, or the end of the topic, while the segment is on its way. Uploads once opened the file by its name.
+/// Regression: uploads opened the file by its name, so an eviction or a deletion of the topic during the upload made it fail.
 #[tokio::test]
-async fn an_upload_survives_the_removal_of_its_segments_file() {
+async fn upload_survives_removal_of_segment_file() {
     let segments = Segments::new();
     let tier = open(&StoreOptions::new("memory://"));
     let (source, content) = segments.source(0, 29, 300_000, 0);
@@ -210,7 +210,7 @@ async fn an_upload_survives_the_removal_of_its_segments_file() {
 }
 
 #[tokio::test]
-async fn a_flipped_bit_in_a_segment_object_is_found() {
+async fn flipped_bit_in_segment_object_is_detected() {
     let segments = Segments::new();
     let tier = open(&StoreOptions::new("memory://"));
     let (source, content) = segments.source(0, 2, 20, 0);
@@ -225,7 +225,7 @@ async fn a_flipped_bit_in_a_segment_object_is_found() {
         let fresh = tier_over(tier.store().clone(), tier.state());
         let mut next = 0;
         let error = loop {
-            // A wrong length may end one read early. What was served is right, and the next read finds the damage.
+            // A corrupt length may end a read early. The bytes that were returned are correct, and the next read detects the corruption.
             match fresh.read(at(next), (1 << 20).into()).await {
                 Ok(read) if read.next < at(6) => {
                     assert!(content.starts_with(&read.chunks[0]), "bit {bit}");
@@ -246,7 +246,7 @@ async fn a_flipped_bit_in_a_segment_object_is_found() {
 }
 
 #[tokio::test]
-async fn a_time_finds_the_first_batch_that_claims_it() {
+async fn time_lookup_finds_first_batch_at_or_after_time() {
     let (tier, _segments, _all) = three(&StoreOptions::new("memory://"), 500).await;
     for (time, expected) in [(-5, 0), (0, 0), (1, 1), (3000, 300), (3001, 301), (5995, 600), (8990, 899)] {
         let batch = tier.batch_for_time(time, at(0), usize::MAX).await.unwrap().unwrap();
@@ -264,7 +264,7 @@ async fn a_time_finds_the_first_batch_that_claims_it() {
     assert_eq!(batch.base_offset(), at(450), "nothing below the batch of the log start");
 }
 
-/// A reader took memory for a batch when it had read it.
+/// Regression: a reader reserved memory for a batch only after reading it.
 #[tokio::test]
 async fn batch_above_the_limit_is_not_read() {
     let (tier, _segments, _all) = three(&StoreOptions::new("memory://"), 3000).await;
@@ -278,9 +278,10 @@ async fn batch_above_the_limit_is_not_read() {
     assert!(found.is_ok(), "what a search reads at once may be larger: {found:?}");
 }
 
-/// A controller whose clock was hours ahead took what another broker had uploaded a second ago, and not committed yet, for garbage.
+/// Regression: a controller whose clock was hours ahead treated an object as garbage that another broker had uploaded a second ago and not
+/// committed yet.
 #[tokio::test]
-async fn what_time_it_is_at_the_store_the_store_says() {
+async fn clock_is_read_from_the_store() {
     let (tier, _, _) = three(&StoreOptions::new("memory://"), 100).await;
     let store = tier.store();
     let now = store.clock_ms().await.unwrap();
@@ -292,13 +293,13 @@ async fn what_time_it_is_at_the_store_the_store_says() {
     assert!(later >= now);
 }
 
-/// Bytes of the segments that a log start at `to` leaves behind.
+/// Returns the bytes of the segments that a log start at `to` removes.
 async fn bytes_below(tier: &PartitionTier, to: Offset) -> u64 {
     let segments = tier.segments(tier.state().log_start, usize::MAX).await.unwrap();
     segments.iter().filter(|line| line.stamp.end <= to).map(|line| line.data_bytes).sum()
 }
 
-/// Moves the log start as upkeep does: in the state, and then in the manifest.
+/// Moves the log start as maintenance does: first in the state, then in the manifest.
 async fn trim(tier: &PartitionTier, to: Offset) {
     let removed = bytes_below(tier, to).await;
     tier.install(tier.stage_log_start(to, removed, LeaderEpoch(2)).unwrap());
@@ -309,7 +310,7 @@ async fn trim(tier: &PartitionTier, to: Offset) {
 }
 
 #[tokio::test]
-async fn log_start_moves_without_the_store_and_the_next_manifest_follows() {
+async fn log_start_moves_without_store_and_manifest_follows() {
     let (tier, segments, all) = three(&StoreOptions::new("memory://"), 100).await;
     let store = tier.store().clone();
     let before = tier.state();
@@ -321,7 +322,7 @@ async fn log_start_moves_without_the_store_and_the_next_manifest_follows() {
     tier.install(moved);
     let state = tier.state();
     assert_eq!((state.log_start, state.manifest, state.bytes), (at(450), before.manifest, before.bytes - removed));
-    // Whoever reads the manifest anew takes it for the committed one, and reads nothing below the log start.
+    // Another tier accepts the manifest as the committed one, and reads nothing below the log start.
     let fresh = tier_over(store.clone(), state);
     assert!(fresh.manifest_lags().await.unwrap());
     assert_eq!(fresh.segments(at(0), 9).await.unwrap(), lines[1..]);
@@ -332,7 +333,7 @@ async fn log_start_moves_without_the_store_and_the_next_manifest_follows() {
     let later = crate::task::clock::wall_ms() + 3_700_000;
     let collected = collect_garbage(&store, live, Duration::from_secs(3600), later).await.unwrap();
     assert_eq!((collected.deleted, collected.skipped.len()), (2, 0), "the two manifests before it");
-    // The next upload's manifest leaves out what lies below, also where all of the bucket does.
+    // The manifest of the next upload leaves out the segments below the log start, even if all segments are below it.
     for (to, base, left) in [(450, 900, 3), (920, 915, 1)] {
         let removed = bytes_below(&fresh, at(to)).await;
         fresh.install(fresh.stage_log_start(at(to), removed, LeaderEpoch(2)).unwrap());
@@ -347,7 +348,7 @@ async fn log_start_moves_without_the_store_and_the_next_manifest_follows() {
 }
 
 #[tokio::test]
-async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
+async fn trim_moves_log_start_and_its_garbage_is_collected() {
     let (tier, segments, all) = three(&StoreOptions::new("memory://"), 100).await;
     let store = tier.store().clone();
     trim(&tier, at(450)).await;
@@ -371,13 +372,13 @@ async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
     let fresh = tier_over(store.clone(), tier.state());
     assert_eq!(read_all(&fresh, 450, 900, 1 << 20).await, kept, "what is named stays");
 
-    // Beyond the end: the manifest is empty, and the tiered end says what was uploaded and no more.
+    // Above the tiered end: the manifest is empty, and the tiered end does not change.
     trim(&tier, at(903)).await;
     let emptied = tier.state();
     assert_eq!((emptied.log_start, emptied.tiered_end, tier.bytes()), (at(903), at(900), 0));
     assert!(matches!(tier.read(at(903), 1.into()).await, Err(ReadError::OutOfRange { .. })));
     assert_eq!(tier_over(store.clone(), emptied.clone()).segments(at(0), 9).await.unwrap(), [], "it is read again");
-    // From then on the bucket is not needed to move the log start.
+    // From then on, the log start moves without the object store.
     tier.install(tier.stage_log_start(at(905), 0, LeaderEpoch(2)).unwrap());
     assert!(!tier.manifest_lags().await.unwrap());
     assert_eq!((tier.state().log_start, tier.state().manifest), (at(905), emptied.manifest));
@@ -388,7 +389,7 @@ async fn trimming_moves_the_log_start_and_leaves_garbage_that_is_collected() {
 }
 
 #[tokio::test]
-async fn a_deleted_topic_leaves_nothing_and_an_unreadable_manifest_deletes_nothing() {
+async fn collection_deletes_topics_and_skips_unreadable_manifests() {
     let (tier, _segments, _all) = three(&StoreOptions::new("memory://"), 10).await;
     let store = tier.store().clone();
     let topic = TopicRecord {
@@ -416,7 +417,7 @@ async fn a_deleted_topic_leaves_nothing_and_an_unreadable_manifest_deletes_nothi
 }
 
 #[tokio::test]
-async fn a_prefix_of_another_cluster_is_refused_with_both_names() {
+async fn prefix_of_another_cluster_is_rejected_with_both_names() {
     let folder = tempfile::tempdir().unwrap();
     let segments = Segments::new();
     let options = StoreOptions::new(&format!("file://{}/objects", folder.path().display()));
@@ -432,9 +433,9 @@ async fn a_prefix_of_another_cluster_is_refused_with_both_names() {
     assert!(matches!(refused, Err(UploadError::Claim(ClaimError::Foreign { .. }))));
 }
 
-/// A disk that is not mounted any more leaves an empty folder, or none. Writing made a new store of it, on the wrong disk.
+/// Regression: an unmounted disk leaves an empty folder, or none. A write then created a new store there, on the wrong disk.
 #[tokio::test]
-async fn a_segments_that_is_gone_or_another_one_takes_nothing_until_it_is_back() {
+async fn missing_or_empty_folder_rejects_writes_until_it_returns() {
     let folder = tempfile::tempdir().unwrap();
     let segments = Segments::new();
     let (place, away) = (folder.path().join("objects"), folder.path().join("away"));
@@ -455,7 +456,7 @@ async fn a_segments_that_is_gone_or_another_one_takes_nothing_until_it_is_back()
         assert!(refused.to_string().contains(&options.url), "{refused}");
         assert_eq!(place.exists(), mounted, "nothing is made there");
         assert!(!mounted || std::fs::read_dir(&place).unwrap().next().is_none(), "nothing is written there");
-        // What is there may come back: it is away, not damaged.
+        // The objects may return, so the error is `Unavailable` and not a corrupt or missing object.
         let cold = tier_over(tier.store().clone(), tier.state());
         let read = cold.read(at(0), 1.into()).await.unwrap_err();
         assert!(matches!(&read, ReadError::Store(StoreError::Unavailable { .. })), "{read:?}");
@@ -468,7 +469,7 @@ async fn a_segments_that_is_gone_or_another_one_takes_nothing_until_it_is_back()
 }
 
 #[test]
-fn a_url_that_names_no_store_is_refused() {
+fn url_without_store_is_rejected() {
     for bad in ["", "bucket", "ftp://x/y", "s3://", "s3:///prefix", "file://relative/dir"] {
         let error = Store::open(&StoreOptions::new(bad), "c").unwrap_err().to_string();
         assert!(error.contains(&format!("{bad:?}")), "{error}");
@@ -476,7 +477,7 @@ fn a_url_that_names_no_store_is_refused() {
 }
 
 #[tokio::test]
-async fn an_older_leader_cannot_stage() {
+async fn older_leader_cannot_stage() {
     let (tier, segments, _all) = three(&StoreOptions::new("memory://"), 10).await;
     let (source, _) = segments.source(900, 1, 10, 1);
     assert!(matches!(tier.stage(&source, LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
@@ -485,7 +486,7 @@ async fn an_older_leader_cannot_stage() {
 }
 
 #[tokio::test]
-async fn the_disk_cache_serves_what_memory_has_dropped_and_never_damaged_bytes() {
+async fn disk_cache_serves_evicted_chunks_but_no_corrupt_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let (tier, _segments, all) = three(&StoreOptions::new("memory://"), 3000).await;
     let chunks = folder.path().join("chunks");
@@ -501,7 +502,7 @@ async fn the_disk_cache_serves_what_memory_has_dropped_and_never_damaged_bytes()
     cold.cache().settled().await;
     assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 0, "what is read once is not kept");
     assert_eq!(read_all(&cold, 0, 900, 1 << 20).await, all);
-    // Chunks are written behind the reader.
+    // Chunks are written in the background.
     cold.cache().settled().await;
     let files: HashMap<_, _> = std::fs::read_dir(&chunks)
         .unwrap()
@@ -515,15 +516,16 @@ async fn the_disk_cache_serves_what_memory_has_dropped_and_never_damaged_bytes()
         std::fs::write(path, damaged).unwrap();
     }
     assert_eq!(read_all(&cold, 0, 900, 1 << 20).await, all);
-    // The next start begins with an empty folder. Nothing of this one writes any more then.
+    // The next start begins with an empty folder. This cache must have completed its writes before.
     cold.cache().settled().await;
     Cache::open(&options, &Metrics::new()).unwrap();
     assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 0);
 }
 
-/// Reads of the folder went on for callers that had left: 1 MiB each, charged to nobody, as many as there were threads.
+/// Regression: reads of the folder continued for callers that had left. They used 1 MiB each outside of every budget, and as many ran as
+/// there were threads.
 #[tokio::test]
-async fn folder_is_read_in_turn_and_not_for_callers_that_left() {
+async fn folder_reads_are_bounded_and_skip_callers_that_left() {
     let folder = tempfile::tempdir().unwrap();
     let (tier, _segments, _) = three(&StoreOptions::new("memory://"), 3000).await;
     let disk = Some((folder.path().join("chunks"), 64 << 20));
@@ -549,9 +551,9 @@ async fn folder_is_read_in_turn_and_not_for_callers_that_left() {
     assert_eq!(metrics.cache_hits.get() - before, 1, "the file was read once");
 }
 
-/// Manifests, pages and footers were fetched for callers that had left, as many at once as there had been callers.
+/// Regression: manifests, pages and footers were fetched for callers that had left, all of them at the same time.
 #[tokio::test]
-async fn objects_are_parsed_in_turn_and_not_for_callers_that_left() {
+async fn metadata_fetches_are_bounded_and_skip_callers_that_left() {
     let (tier, _segments, _) = three(&StoreOptions::new("memory://"), 3000).await;
     let cache = Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap();
     let (root, loads) = (tier.root(&tier.state()).await.unwrap(), Arc::new(AtomicUsize::new(0)));
@@ -576,7 +578,7 @@ async fn objects_are_parsed_in_turn_and_not_for_callers_that_left() {
 }
 
 #[tokio::test]
-async fn stopping_ends_the_wait_for_a_store_that_never_answers() {
+async fn stop_ends_retries_of_unreachable_store() {
     let options = StoreOptions {
         endpoint: Some("http://127.0.0.1:9".to_owned()),
         retry_for: Duration::from_secs(3600),

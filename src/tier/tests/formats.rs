@@ -1,4 +1,4 @@
-//! Golden files, and what hostile bytes can do: nothing.
+//! Golden files, and the parsing of hostile bytes.
 
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -26,9 +26,9 @@ fn line(base: u64, end: u64, epoch: u32) -> SegmentLine {
     }
 }
 
-/// The moment counts where the records have no timestamps; lines of before have none.
+/// Retention uses the creation time if the records have no timestamps. Entries of earlier releases have no creation time.
 #[test]
-fn a_line_says_when_its_segment_was_made() {
+fn segment_entry_keeps_creation_time() {
     let made = SegmentLine { created_ms: 1_790_000_000_123, max_timestamp_ms: -1, ..line(0, 10, 1) };
     let root = Root::empty(partition(), at(0)).extend(made, LeaderEpoch(1), Uuid::from_u128(1)).0;
     let known = Root::parse(&root.encode()).unwrap();
@@ -36,7 +36,7 @@ fn a_line_says_when_its_segment_was_made() {
     assert_ne!(known, Root::empty(partition(), at(0)).extend(line(0, 10, 1), LeaderEpoch(1), Uuid::from_u128(1)).0);
 }
 
-/// A manifest of `count` segments of ten offsets, and the pages that were moved out.
+/// Returns a manifest of `count` segments of ten offsets each, and the pages that moved out.
 fn grown(count: u64) -> (Root, Vec<manifest::NewPage>) {
     let (mut root, mut pages) = (Root::empty(partition(), at(0)), Vec::new());
     for number in 0..count {
@@ -60,8 +60,8 @@ fn footer() -> Footer {
     builder.finish(Bytes::from_static(b"state"))
 }
 
-/// Compares with a file of this folder. With `STRANDLINE_GOLDEN=write` it writes the file instead: only for a new one,
-/// since old ones must stay readable.
+/// Compares bytes with a golden file. With `STRANDLINE_GOLDEN=write` it first writes the file: only for a new one, because old files must
+/// stay readable.
 fn golden(name: &str, bytes: &[u8]) -> Vec<u8> {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/tier/golden").join(name);
     if std::env::var_os("STRANDLINE_GOLDEN").is_some() {
@@ -73,7 +73,7 @@ fn golden(name: &str, bytes: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn the_golden_objects_still_read_and_are_still_written() {
+fn golden_objects_are_read_and_written_identically() {
     let (root, pages) = grown(2 * PAGE_SEGMENTS as u64 + 2);
     let root = root.trim(at(15), Some(&Page::read(&pages[0].bytes).unwrap()), LeaderEpoch(2));
     assert_eq!(Root::parse(&golden("manifest-v1", &root.encode())).unwrap(), root);
@@ -84,7 +84,7 @@ fn the_golden_objects_still_read_and_are_still_written() {
 }
 
 #[test]
-fn a_flipped_bit_in_a_footer_a_manifest_or_a_page_is_found() {
+fn flipped_bit_in_footer_manifest_or_page_is_detected() {
     let (root, pages) = grown(2 * PAGE_SEGMENTS as u64);
     let small = grown(3).0.encode();
     let flipped = |bytes: &[u8], bit: usize| {
@@ -109,9 +109,9 @@ fn a_flipped_bit_in_a_footer_a_manifest_or_a_page_is_found() {
     }
 }
 
-/// The next version is this one and one: a manifest without a next once ended the broker that wanted to write it.
+/// Regression: a manifest of the largest version ended the broker that computed the next version.
 #[test]
-fn a_manifest_without_a_next_version_or_of_an_epoch_that_no_batch_can_carry_is_refused() {
+fn manifest_of_excessive_version_or_epoch_is_rejected() {
     let content = grown(3).0.encode();
     let changed = |at: usize, bytes: &[u8]| {
         let mut content = content[..content.len() - 4].to_vec();
@@ -127,7 +127,7 @@ fn a_manifest_without_a_next_version_or_of_an_epoch_that_no_batch_can_carry_is_r
 }
 
 #[test]
-fn the_end_of_an_object_opens_it_whatever_lies_before() {
+fn footer_is_parsed_from_the_end_of_an_object() {
     let encoded = footer().encode();
     let object = [&batches(30, 5, 2000, 4)[..], &encoded].concat();
     let trailer = Trailer::parse(&object[object.len() - TRAILER_BYTES..]).unwrap();
@@ -143,7 +143,7 @@ fn the_end_of_an_object_opens_it_whatever_lies_before() {
 }
 
 #[test]
-fn a_root_stays_small_and_finds_every_offset() {
+fn root_stays_small_and_finds_every_offset() {
     let segments = 5 * PAGE_SEGMENTS as u64 + 17;
     let (root, pages) = grown(segments);
     assert_eq!((root.pages().len(), root.segments().len()), (4, PAGE_SEGMENTS + 17));
@@ -167,7 +167,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
     #[test]
-    fn trimming_keeps_exactly_what_reaches_above_the_log_start(count in 1..1600u64, cuts in prop::collection::vec(0..1650u64, 1..5)) {
+    fn trim_keeps_exactly_the_segments_above_log_start(count in 1..1600u64, cuts in prop::collection::vec(0..1650u64, 1..5)) {
         let (mut root, pages) = grown(count);
         let mut cuts = cuts;
         cuts.sort_unstable();
@@ -190,8 +190,8 @@ proptest! {
 
 proptest! {
     #[test]
-    fn bytes_of_any_kind_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0..3usize) {
-        // With right marks and checksums, so that the fields behind them are reached.
+    fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0..3usize) {
+        // The magic bytes and checksums are correct, so that the parsers reach the fields after them.
         let marks: [&[u8]; 3] = [b"STMR\x00\x01", b"STMP\x00\x01", b""];
         let mut content = [marks[kind], &bytes].concat();
         content.extend(crc32c::crc32c(&content).to_be_bytes());

@@ -1,4 +1,4 @@
-//! The tier over stores in memory and in a directory. Over HTTP, with faults: `tests/it/s3`.
+//! The tier over stores in memory and in a directory. `tests/it/s3` tests the tier over HTTP, with faults.
 
 mod flow;
 mod formats;
@@ -12,7 +12,7 @@ use super::*;
 use crate::{
     log::{Disk as _, EpochHistory, Identity, Log, Options, ProducerTable, SimDisk},
     model::{BrokerId, Compression, LeaderEpoch, Offset, PartitionId, TopicId},
-    record::{Batch, BatchBuilder, ProducerStamp},
+    record::{Batch, BatchBuilder, ProducerSequence},
     telemetry::Metrics,
 };
 
@@ -24,7 +24,7 @@ fn partition() -> PartitionId {
     PartitionId::new(TopicId::from_bytes([7; 16]), 3)
 }
 
-/// `count` batches of three records of about `size` bytes, from `base` on, with timestamp = offset × 10.
+/// Returns `count` batches of three records of about `size` bytes, from `base` on, with timestamp = offset × 10.
 fn batches(base: u64, count: u64, size: usize, epoch: u32) -> Bytes {
     let mut out = BytesMut::new();
     for number in 0..count {
@@ -35,13 +35,13 @@ fn batches(base: u64, count: u64, size: usize, epoch: u32) -> Bytes {
             builder.push(offset as i64 * 10, None, Some(&value), &[]).unwrap();
         }
         let mut batch = builder.finish(None).unwrap();
-        batch.stamp(at(first), LeaderEpoch(epoch));
+        batch.set_offset_and_epoch(at(first), LeaderEpoch(epoch));
         out.extend_from_slice(&batch.to_bytes());
     }
     out.freeze()
 }
 
-/// Where segments come from: a log of one replica for each.
+/// A source of segments: a data directory with one replica for each segment.
 struct Segments {
     disk: SimDisk,
     log: Log,
@@ -63,7 +63,7 @@ impl Segments {
         Self { disk, log, made: Cell::new(0) }
     }
 
-    /// A segment of [`batches`] in a log that begins with it, and its bytes.
+    /// Returns a segment of [`batches`], in a log that begins with the segment, and its bytes.
     fn source(&self, base: u64, count: u64, size: usize, epoch: u32) -> (SegmentSource, Bytes) {
         let content = batches(base, count, size, epoch);
         self.made.set(self.made.get() + 1);
@@ -79,18 +79,18 @@ impl Segments {
         (SegmentSource::new(replica.export(at(base)).unwrap()), content)
     }
 
-    /// Replaces the bytes of a segment under whoever holds it.
+    /// Replaces the bytes of a segment while the source holds the file open.
     fn damage(&self, source: &SegmentSource, bytes: &[u8]) {
         self.disk.write(source.path(), bytes).unwrap();
     }
 }
 
-/// One producer that wrote before any of these segments.
+/// Returns the state of one producer that wrote before any of these segments.
 fn producers() -> ProducerTable {
     let mut builder = BatchBuilder::new(Compression::None);
     builder.push(0, None, None, &[]).unwrap();
     let mut table = ProducerTable::new();
-    table.note(&builder.finish(Some(ProducerStamp { id: 9, epoch: 1, base_sequence: 0 })).unwrap());
+    table.note(&builder.finish(Some(ProducerSequence { id: 9, epoch: 1, base_sequence: 0 })).unwrap());
     table
 }
 
@@ -103,7 +103,7 @@ fn tier_over(store: Store, state: TierState) -> PartitionTier {
     PartitionTier::new(store, Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap(), partition(), state)
 }
 
-/// Everything from `from` to `end`, as one piece, in reads of `max` bytes.
+/// Reads everything from `from` to `end` in reads of `max` bytes, and returns it as one piece.
 async fn read_all(tier: &PartitionTier, from: u64, end: u64, max: usize) -> Bytes {
     let (mut out, mut next) = (BytesMut::new(), at(from));
     while next < at(end) {

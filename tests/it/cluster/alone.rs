@@ -1,5 +1,5 @@
-//! A leader that is cut off from its cluster, and not from its clients: who reads there hears from it that others may lead, who writes there
-//! hears nothing, and both go on where others do lead, while the cut lasts.
+//! A leader that is cut off from its cluster, but not from its clients. The leader signals to its readers that other brokers may lead. Its
+//! writers get no response. Both continue at the new leader while the cut lasts.
 
 use strandline::task::clock;
 
@@ -10,8 +10,8 @@ use super::{
 use crate::{running::Running, test_timeout::eventually};
 
 #[test]
-fn clients_of_a_leader_that_nobody_else_reaches_go_on_with_its_successor() {
-    if !inside("cluster::alone::clients_of_a_leader_that_nobody_else_reaches_go_on_with_its_successor") {
+fn clients_of_isolated_leader_continue_at_its_successor() {
+    if !inside("cluster::alone::clients_of_isolated_leader_continue_at_its_successor") {
         return;
     }
     let machines = Machines::make();
@@ -34,11 +34,11 @@ fn clients_of_a_leader_that_nobody_else_reaches_go_on_with_its_successor() {
         (leader != u64::from(old)).then_some(())
     });
     println!("alone: another one led {:?} after the cut", since.elapsed());
-    // Nobody writes to the old one: only its own word sends its reader away.
+    // No client writes to the old leader. Only its own message moves its reader to the new leader.
     others.ok_with(&["produce", "t"], b"behind its back\n");
     reader.says(&reader.stdout, "behind its back\n");
     println!("alone: the reader had what its successor took {:?} after the cut", since.elapsed());
-    // All that it says is old, that it leads and where the log ends; and whoever writes there waits.
+    // The old leader still reports its leadership and its log end, both outdated. A write to the old leader waits.
     let by_old = cluster.cli_by([old]);
     let read = by_old.ok(&["consume", "t", "--from", "earliest", "--until-end"]);
     assert_eq!(read.text(), "before\nbehind its back\n");

@@ -1,8 +1,8 @@
-//! Brokers and etcd's members on machines of their own, and a bucket over the network, under faults drawn from a seed: what was
-//! acknowledged stays, once and in order, and how long clients waited after each kind of fault is printed.
+//! Random faults on brokers and etcd members on machines of their own, with an object store over the network. Acknowledged records are
+//! kept, once and in order. The test prints how long clients waited after each kind of fault.
 //!
-//! `STRANDLINE_CHAOS_MINUTES` says how long (`make chaos MINUTES=N`), `STRANDLINE_CHAOS_ONLY` picks faults by their words
-//! (`ONLY="broker killed, etcd cut off"`), `STRANDLINE_SEED` repeats a run's choices, though not the scheduler's.
+//! `STRANDLINE_CHAOS_MINUTES` is the duration (`make chaos MINUTES=N`). `STRANDLINE_CHAOS_ONLY` selects faults by parts of their names
+//! (`ONLY="broker killed, etcd cut off"`). `STRANDLINE_SEED` repeats the choices of a run, but not the scheduler's.
 
 use std::{collections::BTreeMap, fmt, thread, time::Duration};
 
@@ -20,7 +20,7 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Longer than a lease lives.
+/// Duration of a fault, longer than a lease.
 const LONG: Duration = Duration::from_secs(9);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,7 +70,8 @@ impl fmt::Display for Fault {
     }
 }
 
-/// Begins a fault, waits as long as it lasts while `goes_on` says when clients are served again, and ends it. What clients waited.
+/// Starts a fault, waits while the fault lasts, and ends it. `goes_on` waits until clients are served again. Returns how long clients
+/// waited.
 fn strike(on: &mut Machines, fault: Fault, rng: &mut StdRng, goes_on: &mut dyn FnMut() -> Duration) -> Duration {
     let broker = rng.random_range(1..=BROKERS);
     let other = broker % BROKERS + 1;
@@ -140,15 +141,15 @@ fn strike(on: &mut Machines, fault: Fault, rng: &mut StdRng, goes_on: &mut dyn F
     }
 }
 
-/// Clients must be served again while the fault lasts, however long they take.
+/// Lets the fault last for `time`. Clients must then be served again while the fault still lasts, however long they take.
 fn lasting(time: Duration, goes_on: &mut dyn FnMut() -> Duration) -> Duration {
     thread::sleep(time);
     goes_on()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_lost_doubled_or_turned_round_by_any_fault() {
-    const NAME: &str = "cluster::chaos::nothing_is_lost_doubled_or_turned_round_by_any_fault";
+async fn random_faults_lose_duplicate_or_reorder_no_records() {
+    const NAME: &str = "cluster::chaos::random_faults_lose_duplicate_or_reorder_no_records";
     if !tokio::task::block_in_place(|| inside(NAME)) {
         return;
     }
@@ -162,7 +163,8 @@ async fn nothing_is_lost_doubled_or_turned_round_by_any_fault() {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut machines = tokio::task::block_in_place(|| {
         let machines = Machines::make();
-        // So large that uploads keep up with the load for hours: a lost disk copies all that is not in the bucket.
+        // The segments are so large that uploads keep up with the load for hours. A broker with a lost disk copies all records that are not
+        // in the object store.
         create_with(&machines.cluster, 1 << 20, 2000);
         machines
     });
@@ -172,7 +174,7 @@ async fn nothing_is_lost_doubled_or_turned_round_by_any_fault() {
     let mut left = Vec::new();
     while clock::monotonic() < until {
         work.load.moment(&mut rng).await;
-        // Each before any comes again, so that a short run has seen all of them.
+        // Each fault happens once before any happens again, so that a short run covers all faults.
         if left.is_empty() {
             left.clone_from(&faults);
         }

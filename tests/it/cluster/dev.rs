@@ -1,10 +1,10 @@
-//! `strandline dev` with several brokers whose metadata is in a real etcd.
+//! `strandline dev` with several brokers whose metadata store is a real etcd.
 
 use super::members::etcd;
 use crate::{broker::Home, test_timeout::eventually};
 
 #[test]
-fn a_cluster_in_one_process_agrees_in_etcd_and_its_log_lines_say_whose_they_are() {
+fn dev_cluster_uses_etcd_and_logs_broker_ids() {
     let etcd = etcd(1);
     let url = etcd.endpoint(0);
     let home = Home::cluster(3);
@@ -19,7 +19,7 @@ fn a_cluster_in_one_process_agrees_in_etcd_and_its_log_lines_say_whose_they_are(
     assert!(!home.data_dir().join("metadata.redb").exists(), "what they agree on is in etcd");
     let log = home.log();
     for id in 1..=3 {
-        // Of the links that each keeps to the others, say, which run in tasks of their own.
+        // Lines of replication links, for example, which run in tasks of their own.
         let of = format!("broker{{id={id}}}: ");
         assert!(log.lines().any(|line| line.contains(&of)), "{of}\n{log}");
     }

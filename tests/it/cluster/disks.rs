@@ -1,5 +1,5 @@
-//! A broker's disk is lost: it comes back under its old number, is not believed to hold anything, and is filled anew, from the bucket as
-//! far as that reaches. And what retention deletes leaves every disk.
+//! A broker loses its disk and returns under its old id. Its replicas count as lost and are copied again, from the object store as far as
+//! that reaches. Records that retention deletes are removed from every disk.
 
 use strandline::proto::v1::ElectLeaderRequest;
 
@@ -18,7 +18,7 @@ use crate::{
 
 const LINES: u32 = 60_000;
 
-/// Kills a broker, takes its disk and starts it again, until it is in sync.
+/// Kills a broker, deletes its data directory, starts the broker again, and waits until it is in sync.
 fn lose_the_disk(cluster: &mut Cluster, broker: u32) {
     cluster.kill(broker);
     cluster.wipe(broker);
@@ -27,13 +27,13 @@ fn lose_the_disk(cluster: &mut Cluster, broker: u32) {
     cluster.in_sync(TOPIC, 3);
 }
 
-/// Waits until all records are in the bucket.
+/// Waits until all records are in the object store.
 fn tiered(cluster: &Cluster) {
     let tiered = || cluster.partitions(TOPIC)[0]["tiered_end"] == LINES;
     eventually("all is in the bucket", || tiered().then_some(()));
 }
 
-/// Bytes of batches that a broker's process was sent by others.
+/// Returns the bytes of batches that a broker has received from its peers.
 fn received(cluster: &Cluster, broker: u32) -> f64 {
     let (_, page) = http_get(cluster.home(broker).http(), "/metrics").expect("a page");
     let name = "strandline_replication_received_bytes_total{";
@@ -41,7 +41,7 @@ fn received(cluster: &Cluster, broker: u32) -> f64 {
     figures.map(|(_, value)| value.parse::<f64>().expect("a number")).sum()
 }
 
-/// Whoever holds it serves the whole topic.
+/// Checks that the cluster serves the whole topic.
 fn is_whole(cluster: &Cluster) {
     let cli = cluster.cli();
     let whole = poll(TEST_TIMEOUT, || {
@@ -52,7 +52,7 @@ fn is_whole(cluster: &Cluster) {
 }
 
 #[test]
-fn a_broker_that_lost_its_disk_is_filled_again() {
+fn broker_with_lost_disk_copies_its_replicas_again() {
     let history = ["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=65536", "retention.ms=-1"];
     let settings: Vec<&str> = history.into_iter().flat_map(|one| ["--config", one]).collect();
     let mut cluster = cluster_with_topic(&settings);
@@ -61,14 +61,14 @@ fn a_broker_that_lost_its_disk_is_filled_again() {
     for lost in [leader, leader % 3 + 1] {
         lose_the_disk(&mut cluster, lost);
     }
-    // The two that were filled serve everything without the third.
+    // The two brokers with new disks serve all records without the third.
     cluster.kill((leader + 1) % 3 + 1);
     is_whole(&cluster);
 }
 
-/// What the others have on their disks besides is not asked of them.
+/// The new replica copies no tiered records from its peers, although they have them on disk.
 #[test]
-fn of_what_is_in_the_bucket_no_broker_sends_anything_to_a_new_replica() {
+fn new_replica_copies_no_tiered_records_from_peers() {
     let mut cluster = cluster_with_topic(&["--config", "segment.bytes=65536", "--config", "segment.ms=200"]);
     cluster.cli().ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
     tiered(&cluster);
@@ -81,9 +81,9 @@ fn of_what_is_in_the_bucket_no_broker_sends_anything_to_a_new_replica() {
     assert!(tail * 20.0 < before, "{tail} bytes of {before} came from others, and all was in the bucket");
 }
 
-/// Uploads, a new replica's beginning and reads of history go on through a bucket that answers every other time.
+/// Uploads, the bootstrap of a new replica and reads of old records continue with an object store that serves about every second request.
 #[test]
-fn a_bucket_that_ails_costs_time_and_nothing_else() {
+fn unreliable_object_store_loses_no_records() {
     let s3 = S3::begin();
     let mut cluster = Cluster::over(Etcd::begin(3, "http", &[]));
     for id in 1..=3 {
@@ -107,9 +107,9 @@ fn a_bucket_that_ails_costs_time_and_nothing_else() {
     assert!(s3.faults().hits() > 5 && gets > 0, "it ailed");
 }
 
-/// Found by review: the log start moves with the leader's files, and a follower whose log was empty by then was not looked at again.
+/// Regression: the log start moves with the leader's files. A follower whose log was empty by then was not checked again.
 #[test]
-fn what_expires_while_nobody_writes_leaves_the_disks_of_followers_too() {
+fn expired_records_are_deleted_on_followers_without_writes() {
     let cluster = Cluster::with(3, |home| home.setting("tier.check_interval", "\"1s\""));
     let cli = cluster.cli();
     let create = ["topic", "create", TOPIC, "--replication-factor", "3", "--config", "remote.storage.enable=false"];
@@ -127,10 +127,10 @@ fn what_expires_while_nobody_writes_leaves_the_disks_of_followers_too() {
     }
 }
 
-/// The last replica ends below the bucket, as after a loss of power; the others are gone for good. Nobody may take it for the log. On an
-/// operator's word it goes on behind the bucket, and not one offset is given twice.
+/// The only remaining replica ends below the tiered end, as after a power failure. The other replicas are lost. No election may accept this
+/// replica as the log. After an operator's unclean election the log continues at the tiered end, and no offset is assigned twice.
 #[test]
-fn a_replica_that_ends_below_the_bucket_goes_on_behind_it_when_an_operator_says_so() {
+fn replica_below_tiered_end_needs_unclean_election() {
     for durability in ["replicated", "persisted"] {
         goes_on_behind_the_bucket(durability);
     }
@@ -146,7 +146,7 @@ fn goes_on_behind_the_bucket(durability: &str) {
     cli.ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
     tiered(&cluster);
     cluster.kill(1);
-    // All that was written since the directory was made, and its checkpoint, are as if they had never been.
+    // The segments and the effect of the checkpoint are lost, as if nothing had been written since the directory was created.
     let segments = files(&cluster.home(1).data_dir(), ".log");
     let replica = segments[0].parent().expect("a folder").to_owned();
     for segment in segments {
@@ -154,7 +154,7 @@ fn goes_on_behind_the_bucket(durability: &str) {
     }
     cluster.restart(1);
     eventually("nobody leads", || cluster.partitions(TOPIC)[0]["leader"].is_null().then_some(()));
-    // Whoever was not told that it goes has not agreed to that.
+    // An election without the operator's consent to the deletion of the replica is refused.
     let address = cluster.addresses()[0];
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let elected = eventually("it says that it cannot use what it has", || {

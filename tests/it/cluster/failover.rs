@@ -1,4 +1,4 @@
-//! Brokers die under load: what was acknowledged stays, clients go on by themselves, and whoever comes back catches up.
+//! Brokers are killed under load. Acknowledged records are kept, clients continue by themselves, and restarted brokers catch up.
 
 use std::{net::TcpListener, thread, time::Duration};
 
@@ -14,12 +14,12 @@ use crate::{
     test_timeout::{eventually, poll},
 };
 
-/// Makes a topic whose every record is on two disks before it is acknowledged, with small segments.
+/// Creates a topic with small segments. Every record is on two disks before it is acknowledged.
 pub(super) fn create(cluster: &Cluster) {
     create_with(cluster, 64 << 10, 500);
 }
 
-/// The same, with segments of so many bytes, or of so many milliseconds.
+/// Creates the topic of [`create`] with this segment size in bytes and this segment age in milliseconds.
 pub(super) fn create_with(cluster: &Cluster, bytes: u32, ms: u32) {
     let partitions = PARTITIONS.to_string();
     let segments = [format!("segment.bytes={bytes}"), format!("segment.ms={ms}")];
@@ -29,7 +29,7 @@ pub(super) fn create_with(cluster: &Cluster, bytes: u32, ms: u32) {
     cluster.in_sync(TOPIC, 3);
 }
 
-/// Three brokers, and producers and a reader at work.
+/// Starts three brokers, producers and a consumer.
 pub(super) async fn at_work(rng: &mut StdRng) -> (Cluster, Work) {
     let cluster = tokio::task::block_in_place(|| {
         let cluster = Cluster::start(3);
@@ -40,7 +40,7 @@ pub(super) async fn at_work(rng: &mut StdRng) -> (Cluster, Work) {
     (cluster, work)
 }
 
-/// One write and one read through three brokers, and every replica has the same bytes.
+/// Writes and reads once through three brokers. Every replica then has the same bytes.
 #[test]
 fn three_brokers_hold_the_same_bytes() {
     let mut cluster = Cluster::start(3);
@@ -54,7 +54,7 @@ fn three_brokers_hold_the_same_bytes() {
     cli.ok_with(&["produce", TOPIC, "--partition", "0"], b"without one of three\n");
     cluster.restart(followed);
     cluster.in_sync(TOPIC, 3);
-    // Whoever leads next has everything.
+    // The next leader has all records.
     let leader = cluster.leader(TOPIC, 0);
     cluster.kill(leader);
     let read = eventually("another one leads", || {
@@ -64,17 +64,17 @@ fn three_brokers_hold_the_same_bytes() {
     assert_eq!(read, format!("{text}without one of three\n"));
 }
 
-/// Less than what is left of a lease of [`with_long_leases`]: at least two thirds of it.
+/// Maximum time to replace a broker: less than the remaining lease of [`with_long_leases`], which is at least two thirds of the lease.
 const SOON: Duration = Duration::from_secs(38);
 
-/// Three brokers with leases and followers' time of a minute.
+/// Starts three brokers with a lease and a follower lag time of a minute.
 fn with_long_leases() -> Cluster {
     let long = "\"60s\"";
     Cluster::with(3, |home| home.setting("metadata.session_timeout", long).setting("replication.lag_time", long))
 }
 
-/// Waits until others lead what a broker led, and go on without it where it followed: for less than a lease, so that it was found to be
-/// gone.
+/// Waits until peers lead the partitions that a killed broker led, and its ISR memberships are gone. The wait is shorter than a lease, so
+/// the failure must be detected earlier.
 fn replaced(cluster: &Cluster, topic: &str, gone: u32) {
     let without = |one: &Value| {
         let counts = |broker: &Value| *broker != gone;
@@ -86,9 +86,9 @@ fn replaced(cluster: &Cluster, topic: &str, gone: u32) {
     assert!(replaced.is_some(), "not replaced within {SOON:?}\n{}", cluster.logs());
 }
 
-/// One of them is the controller.
+/// One of the killed brokers is the controller.
 #[test]
-fn a_process_that_is_gone_is_replaced_before_its_lease_ends() {
+fn killed_broker_is_replaced_before_its_lease_expires() {
     let mut cluster = with_long_leases();
     create(&cluster);
     for broker in 1..=3 {
@@ -102,10 +102,10 @@ fn a_process_that_is_gone_is_replaced_before_its_lease_ends() {
     }
 }
 
-/// The port is taken by the new process before the others have looked twice: one that says nothing there kept its own number from itself
-/// until the lease of the dead one ended. The start may be slow, and the port silent for long.
+/// Regression: the new process binds the port before the peers have probed it twice. A new process that did not respond there kept its own
+/// id from itself until the lease of the old process expired. The start may be slow, and the port unresponsive for long.
 #[test]
-fn a_process_with_an_empty_disk_takes_its_number_before_the_lease_of_the_dead_one_ends() {
+fn wiped_broker_gets_its_id_before_the_old_lease_expires() {
     let mut cluster = with_long_leases();
     create(&cluster);
     for (start, broker) in (0..6).zip((1..=3).cycle()) {
@@ -124,9 +124,9 @@ fn a_process_with_an_empty_disk_takes_its_number_before_the_lease_of_the_dead_on
     }
 }
 
-/// It never held a replica, so that it has no link to the broker that dies, and has to be told.
+/// The controller holds no replica of the topic. It has no link to the killed broker and needs a failure report.
 #[test]
-fn a_controller_that_shares_no_partition_with_a_dead_broker_is_told_of_it() {
+fn controller_without_links_gets_a_failure_report() {
     let mut cluster = with_long_leases();
     let cli = cluster.cli();
     let controller = || cli.ok(&["cluster", "describe", "--output", "json"]).json()["controller"].as_u64();
@@ -141,10 +141,10 @@ fn a_controller_that_shares_no_partition_with_a_dead_broker_is_told_of_it() {
     cli.ok_with(&["produce", "pair"], b"one\n");
 }
 
-/// Leaders and followers are killed under idempotent producers and a reader: each record once, in order; how long clients waited is
-/// printed.
+/// Leaders and followers are killed under idempotent producers and a consumer. Each record is delivered once and in order. The test prints
+/// how long clients waited.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_lost_or_doubled_while_brokers_are_killed() {
+async fn broker_kills_lose_or_duplicate_no_records() {
     let kills = setting("STRANDLINE_KILLS", 6);
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
     println!("failover: {kills} kills, STRANDLINE_SEED={seed}");

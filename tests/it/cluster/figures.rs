@@ -1,22 +1,22 @@
-//! `/metrics` of a cluster: what operators watch moves when a broker dies, and comes back with it.
+//! `/metrics` of a cluster. The metrics that operators watch change when a broker is killed, and recover when the broker returns.
 
 use super::members::Cluster;
 use crate::test_timeout::eventually;
 
 const TOPIC: &str = "watched";
 
-/// A figure of every broker that runs, together.
+/// Returns the sum of a metric over these brokers.
 fn sum(cluster: &Cluster, ids: &[u32], name: &str) -> f64 {
     ids.iter().map(|id| cluster.home(*id).metric(name)).sum()
 }
 
-/// Waits until a figure, over these brokers, is one of those wanted.
+/// Waits until `wanted` accepts the sum of a metric over these brokers.
 fn until(cluster: &Cluster, ids: &[u32], name: &str, wanted: impl Fn(f64) -> bool) {
     eventually(name, || wanted(sum(cluster, ids, name)).then_some(()));
 }
 
 #[test]
-fn a_dead_broker_shows_in_the_figures_of_the_others_until_it_is_back() {
+fn killed_broker_shows_in_metrics_of_peers_until_restart() {
     let mut cluster = Cluster::start(3);
     let create = ["topic", "create", TOPIC, "--partitions", "6", "--replication-factor", "3"];
     cluster.cli().ok(&[&create[..], &["--config", "min.insync.replicas=3"]].concat());
@@ -31,7 +31,7 @@ fn a_dead_broker_shows_in_the_figures_of_the_others_until_it_is_back() {
     until(&cluster, &all, "strandline_partitions_under_replicated", |count| count == 0.0);
     assert_eq!(sum(&cluster, &all, "strandline_partitions"), 18.0);
     assert!(sum(&cluster, &all, "strandline_leader_epochs_total") >= 6.0);
-    // Broker 1 sends what it leads to both others, and each of the three leads two.
+    // Each of the three brokers leads two partitions and sends them to both others.
     for (from, to) in [(1, 2), (2, 3), (3, 1)] {
         let sent = cluster.home(from).metric(&format!("strandline_replication_sent_bytes_total{{peer=\"{to}\"}}"));
         let came = format!("strandline_replication_received_bytes_total{{peer=\"{from}\"}}");
@@ -46,7 +46,7 @@ fn a_dead_broker_shows_in_the_figures_of_the_others_until_it_is_back() {
         assert!(home.metric("strandline_metadata_requests_total{request=\"transact\",outcome=\"done\"}") >= 1.0);
         assert!(home.metric("strandline_metadata_listings_total") >= 1.0);
         assert!(home.metric("strandline_metadata_request_seconds_count{request=\"transact\"}") >= 1.0);
-        // etcd is asked for a sign of life every two seconds.
+        // The metadata watch requests progress from etcd after two seconds without a message.
         eventually("etcd is heard", || (home.metric("strandline_metadata_silence_seconds") < 5.0).then_some(()));
     }
 
@@ -58,7 +58,7 @@ fn a_dead_broker_shows_in_the_figures_of_the_others_until_it_is_back() {
     until(&cluster, &left, "strandline_partitions_led", |led| led == 6.0);
     until(&cluster, &left, "strandline_partitions_under_replicated", |count| count == 6.0);
     until(&cluster, &left, "strandline_partitions_below_minimum", |count| count == 6.0);
-    // Below the minimum whoever was in sync may still be elected.
+    // Below the min ISR, former ISR members may still be elected.
     until(&cluster, &left, "strandline_partitions_at_risk", |count| count == 6.0);
     until(&cluster, &left, "strandline_partitions_leaderless", |count| count == 0.0);
     assert!(sum(&cluster, &left, "strandline_isr_shrinks_total") >= shrinks);

@@ -1,4 +1,4 @@
-//! Brokers whose disks count as full are given no new replicas; those whose disks are full lead nothing that others can.
+//! Brokers under disk pressure get no new replicas. Brokers with a full disk lead no partition that another broker can lead.
 
 use std::fs;
 
@@ -6,8 +6,8 @@ use super::members::Cluster;
 use crate::{broker::http_get, full_disk::Mount, test_timeout::eventually};
 
 #[test]
-fn a_broker_with_a_full_disk_is_given_nothing_new_until_there_is_room() {
-    // Whatever is on the disk of this machine, it is more than a hundredth.
+fn broker_under_disk_pressure_gets_no_new_replicas() {
+    // Any machine uses more than one percent of its disk.
     let mut cluster = Cluster::with(3, |home| home.setting("broker.disk_full_percent", 1));
     let cli = cluster.cli();
     let refused = cli.run(&["topic", "create", "t"]);
@@ -41,14 +41,15 @@ fn a_broker_with_a_full_disk_is_given_nothing_new_until_there_is_room() {
     eventually("the replica has moved", || moved().then_some(()));
 }
 
-/// Found by an operator: the leader's disk was full, its two followers were in sync and had room, and nothing could be written.
+/// Regression, found by an operator: the leader's disk was full. Its two followers were in sync and had space, and no record could be
+/// written.
 #[test]
-fn a_leader_whose_disk_takes_no_more_records_hands_over_and_leads_again_when_there_is_room() {
+fn leader_with_full_disk_transfers_leadership_until_space() {
     let mut cluster = Cluster::with(3, |home| home.setting("log.journal_bytes", "\"16MiB\""));
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t", "--replication-factor", "3", "--config", "min.insync.replicas=2"]);
     cli.ok(&["partition", "reassign", "t", "--replicas", "1,2,3", "--wait"]);
-    // Its disk is replaced by a small one.
+    // A small disk replaces the disk of broker 1.
     cluster.stop(1);
     let Some(small) = Mount::new(cluster.home(1).data_dir()) else { return };
     cluster.restart(1);
@@ -66,11 +67,11 @@ fn a_leader_whose_disk_takes_no_more_records_hands_over_and_leads_again_when_the
         described.contains("the disk of broker 1 has no room for records: others lead what they can"),
         "{described}"
     );
-    // Everywhere else too, though its disk is below `broker.disk_full_percent`; and it serves.
+    // All other places show the state too, although disk usage is below `broker.disk_full_percent`. The broker serves.
     eventually("the figure says so", || (cluster.home(1).metric("strandline_disk_full") == 1.0).then_some(()));
     let (code, page) = http_get(cluster.home(1).http(), "/readyz").expect("it answers");
     assert!(code == 200 && page.contains("impaired: disk full since "), "{code}: {page}");
-    // A broker that answers later than within a second is said not to answer.
+    // A broker that takes more than a second to respond is reported as not responding.
     eventually("another broker says so", || {
         let health = cluster.cli_by([2]).run(&["cluster", "health"]);
         assert_eq!(health.code, 1);

@@ -1,5 +1,5 @@
-//! A cluster that is given a broker, and loses another one for good: replicas move to the new one, and are made anew for the one that is
-//! gone. Nobody orders any of it.
+//! A cluster gets a new broker and loses another one permanently. Replicas move to the new broker, and the lost replicas are created again.
+//! No operator command is involved.
 
 use serde_json::Value;
 
@@ -9,31 +9,31 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Topics, how many replicas their partitions have, and what an acknowledgement means. All commit with two of them.
+/// Topics, with the replication factor and the durability of each. All have a min ISR of two.
 const TOPICS: [(&str, usize, &str); 2] = [("three", 3, "replicated"), ("two", 2, "persisted")];
 
-/// Partitions of each topic.
+/// Number of partitions of each topic.
 const PARTITIONS: u32 = 4;
 
-/// Records that each partition is sent at a time.
+/// Number of records that one call of [`send`] sends to each partition.
 const SOME: u32 = 500;
 
-/// Whoever is gone is soon gone for good. That is longer than the lease of a broker that merely waits for a processor.
+/// Replaces lost brokers soon. The delay is longer than the lease of a broker that merely waits for CPU time.
 fn hasty(home: Home) -> Home {
     home.setting("controller.replace_after", "\"3s\"")
 }
 
-/// Each partition of each topic.
+/// Returns each partition of each topic.
 fn logs() -> impl Iterator<Item = (&'static str, u32)> {
     TOPICS.into_iter().flat_map(|(topic, ..)| (0..PARTITIONS).map(move |partition| (topic, partition)))
 }
 
-/// Every line says where it belongs.
+/// Returns lines that each name their partition.
 fn lines(topic: &str, partition: u32, from: u32, to: u32) -> String {
     (from..to).map(|line| format!("{topic}/{partition} line {line}\n")).collect()
 }
 
-/// Sends some more records to each partition; how many each has then.
+/// Sends more records to each partition. Returns the number of records that each partition then has.
 fn send(cli: &Cli, sent: u32) -> u32 {
     for (topic, partition) in logs() {
         let text = lines(topic, partition, sent, sent + SOME);
@@ -42,7 +42,7 @@ fn send(cli: &Cli, sent: u32) -> u32 {
     sent + SOME
 }
 
-/// Every record is read once, and in order. A new leader may not know at once that all of them are committed.
+/// Checks that every record is read once and in order. A new leader may not serve all committed records at once.
 fn is_whole(cli: &Cli, sent: u32) {
     for (topic, partition) in logs() {
         let (all, number) = (lines(topic, partition, 0, sent), partition.to_string());
@@ -54,7 +54,8 @@ fn is_whole(cli: &Cli, sent: u32) {
     }
 }
 
-/// Who holds each partition; `None` while one of them moves, or has no leader, or a replica that is not in sync.
+/// Returns the replicas of each partition. Returns `None` while a partition is being reassigned, has no leader, or has a replica that is
+/// not in sync.
 fn holders(cluster: &Cluster) -> Option<Vec<Vec<u64>>> {
     let mut holders = Vec::new();
     for (topic, factor, _) in TOPICS {
@@ -62,7 +63,7 @@ fn holders(cluster: &Cluster) -> Option<Vec<Vec<u64>>> {
             let ids = |field: &str| -> Vec<u64> {
                 one[field].as_array().expect("a list").iter().filter_map(Value::as_u64).collect()
             };
-            // A partition that moves has more replicas: those that come and those that go.
+            // A partition under reassignment has more replicas: those to add and those to remove.
             let (replicas, isr) = (ids("replicas"), ids("isr"));
             if !one["leader"].is_u64() || replicas.len() != factor || isr.len() != factor {
                 return None;
@@ -73,12 +74,12 @@ fn holders(cluster: &Cluster) -> Option<Vec<Vec<u64>>> {
     Some(holders)
 }
 
-/// How many partitions a broker holds.
+/// Returns the number of partitions that a broker holds.
 fn held(holders: &[Vec<u64>], broker: u64) -> usize {
     holders.iter().filter(|replicas| replicas.contains(&broker)).count()
 }
 
-/// How many changes these brokers have made by a rule, as controllers.
+/// Returns the number of changes that these brokers have made by a rule, as controllers.
 fn steps(cluster: &Cluster, brokers: &[u32], rule: &str) -> f64 {
     let name = format!("strandline_controller_steps_total{{rule=\"{rule}\"}} ");
     let by = |id: &u32| {
@@ -89,7 +90,7 @@ fn steps(cluster: &Cluster, brokers: &[u32], rule: &str) -> f64 {
 }
 
 #[test]
-fn replicas_move_to_a_new_broker_and_are_made_anew_for_one_that_is_gone_for_good() {
+fn replicas_move_to_new_broker_and_replace_lost_ones() {
     let mut cluster = Cluster::with(3, hasty);
     for (topic, factor, durability) in TOPICS {
         let (partitions, replicas) = (PARTITIONS.to_string(), factor.to_string());
@@ -104,13 +105,13 @@ fn replicas_move_to_a_new_broker_and_are_made_anew_for_one_that_is_gone_for_good
     let new = hasty(cluster.new_home(4));
     cluster.add(4, new);
     cluster.ready();
-    // It stands in the rack of broker 1, so it takes that one's place among three replicas until it holds almost as much.
+    // Broker 4 is in the rack of broker 1. It therefore replaces broker 1 among three replicas until it holds almost as many.
     eventually("replicas move to the new broker", || (held(&holders(&cluster)?, 4) >= 2).then_some(()));
     assert!(steps(&cluster, &[1, 2, 3, 4], "balanced") >= 1.0, "to even out what brokers hold");
     let sent = send(&cluster.cli(), sent);
 
     cluster.kill(2);
-    // With three replicas two are left, and that is enough. With two, writes wait until there are two again.
+    // With three replicas, two remain, which is the min ISR. With two replicas, writes wait until two are in sync again.
     let sent = send(&cluster.cli(), sent);
     eventually("nothing names the broker that is gone", || (held(&holders(&cluster)?, 2) == 0).then_some(()));
     assert!(steps(&cluster, &[1, 3, 4], "replaced") >= 1.0, "because their broker is gone for good");

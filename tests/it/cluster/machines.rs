@@ -1,4 +1,4 @@
-//! Three brokers and three members of etcd on machines of their own, joined by links that can be cut, and a bucket over the network.
+//! Three brokers and three etcd members on machines of their own, joined by links that can be cut, and an object store over the network.
 
 use std::net::Ipv4Addr;
 
@@ -12,7 +12,7 @@ use crate::{
 pub(crate) const BROKERS: u32 = 3;
 pub(crate) const MEMBERS: u8 = 3;
 
-/// The machines and what runs on them. The tests' own side reaches all of them, whatever is cut.
+/// The machines and the processes on them. The test process reaches all machines, whatever links are cut.
 pub(crate) struct Machines {
     pub(crate) network: Network,
     pub(crate) s3: S3,
@@ -36,7 +36,7 @@ fn member_ip(member: u8) -> Ipv4Addr {
 }
 
 impl Machines {
-    /// All of them, ready. Only in a process for which [`inside`](super::network::inside) holds.
+    /// Starts all machines and waits until they are ready. Requires a process for which [`inside`](super::network::inside) returns true.
     pub(crate) fn make() -> Self {
         let network = Network::make();
         let s3 = S3::at(Network::HUB);
@@ -48,28 +48,28 @@ impl Machines {
         for id in 1..=BROKERS {
             let ip = network.add(&broker_name(id), u8::try_from(id).expect("few brokers"));
             let home = Home::member(id, &cluster.etcd).in_namespace(&broker_name(id), ip).object_store(&s3);
-            // As a broker has it that nobody has told otherwise.
+            // The default of the setting.
             cluster.add(id, home.setting("metadata.session_timeout", "\"6s\""));
         }
         cluster.ready();
         Self { network, s3, cluster }
     }
 
-    /// Cuts both directions between a broker and the machines of etcd, or mends them.
+    /// Cuts or restores both directions between a broker and all etcd members.
     pub(crate) fn part_from_etcd(&self, id: u32, cut: bool) {
         for member in 0..MEMBERS {
             self.part((&broker_name(id), broker_ip(id)), (&member_name(member), member_ip(member)), cut);
         }
     }
 
-    /// The same between a broker and the other brokers.
+    /// Cuts or restores both directions between a broker and the other brokers.
     pub(crate) fn part_from_brokers(&self, id: u32, cut: bool) {
         for other in (1..=BROKERS).filter(|other| *other != id) {
             self.part((&broker_name(id), broker_ip(id)), (&broker_name(other), broker_ip(other)), cut);
         }
     }
 
-    /// The same between a member of etcd and the others.
+    /// Cuts or restores both directions between an etcd member and the other members.
     pub(crate) fn part_member(&self, member: u8, cut: bool) {
         for other in (0..MEMBERS).filter(|other| *other != member) {
             self.part((&member_name(member), member_ip(member)), (&member_name(other), member_ip(other)), cut);

@@ -1,4 +1,4 @@
-//! Brokers of one cluster as processes, with an etcd of their own and one bucket.
+//! Broker processes of one cluster, with an etcd of their own and one object store.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::Path};
 
@@ -10,14 +10,14 @@ use crate::{
     test_timeout::{TEST_TIMEOUT, eventually, poll},
 };
 
-/// An etcd of so many members that answers.
+/// Starts an etcd with this number of members, and waits until it has a leader.
 pub(crate) fn etcd(members: usize) -> Etcd {
     let etcd = Etcd::begin(members, "http", &[]);
     answers(&etcd);
     etcd
 }
 
-/// Waits until every member says that it has a leader.
+/// Waits until every member reports a leader.
 pub(crate) fn answers(etcd: &Etcd) {
     let healthy = |url: &String| {
         let address: SocketAddr = url.strip_prefix("http://")?.parse().ok()?;
@@ -26,9 +26,9 @@ pub(crate) fn answers(etcd: &Etcd) {
     eventually("etcd has a leader", || etcd.endpoints().iter().all(|url| healthy(url).is_some()).then_some(()));
 }
 
-/// Brokers count from 1. All end with the value.
+/// A cluster of broker processes. Broker ids start at 1. Dropping the value ends all processes.
 pub(crate) struct Cluster {
-    /// First, and so dropped first: each prints the end of its log when a test fails, and that lies in its home.
+    /// First field, and so dropped first. On a failed test, each broker prints the end of its log, which is in the folder of its [`Home`].
     brokers: BTreeMap<u32, Broker>,
     pub(crate) etcd: Etcd,
     folder: tempfile::TempDir,
@@ -36,12 +36,12 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// So many brokers, each in a rack of its own, ready.
+    /// Starts this number of brokers, spread over three racks, and waits until they are ready.
     pub(crate) fn start(brokers: u32) -> Self {
         Self::with(brokers, |home| home)
     }
 
-    /// As [`Cluster::start`], each home with these settings.
+    /// Starts a cluster as [`Cluster::start`] does, with these settings for each broker.
     pub(crate) fn with(brokers: u32, settings: impl Fn(Home) -> Home) -> Self {
         let mut cluster = Self::over(Etcd::begin(3, "http", &[]));
         for id in 1..=brokers {
@@ -52,30 +52,30 @@ impl Cluster {
         cluster
     }
 
-    /// A cluster without brokers. etcd answers.
+    /// Creates a cluster without brokers, and waits until etcd has a leader.
     pub(crate) fn over(etcd: Etcd) -> Self {
         answers(&etcd);
         let folder = tempfile::tempdir().expect("a folder for the bucket");
         Self { etcd, folder, homes: BTreeMap::new(), brokers: BTreeMap::new() }
     }
 
-    /// The folder that all of them have for a bucket.
+    /// Returns the folder that is the object store of all brokers.
     pub(crate) fn bucket(&self) -> &Path {
         self.folder.path()
     }
 
-    /// A home for one more broker, with the bucket of the others.
+    /// Returns an instance for one more broker, with the object store of the cluster.
     pub(crate) fn new_home(&self, id: u32) -> Home {
         Home::member(id, &self.etcd).bucket_of(self.folder.path())
     }
 
-    /// Starts one more broker and does not wait for it.
+    /// Starts one more broker without waiting for it.
     pub(crate) fn add(&mut self, id: u32, home: Home) {
         self.brokers.insert(id, home.spawn());
         self.homes.insert(id, home);
     }
 
-    /// Waits until every broker that runs says that it is ready.
+    /// Waits until every running broker is ready.
     pub(crate) fn ready(&mut self) {
         for (id, broker) in &mut self.brokers {
             if let Err(why) = broker.wait_ready() {
@@ -84,17 +84,16 @@ impl Cluster {
         }
     }
 
-    /// Where a broker lives.
     pub(crate) fn home(&self, id: u32) -> &Home {
         &self.homes[&id]
     }
 
-    /// Where clients find the brokers.
+    /// Returns the gRPC addresses of all brokers.
     pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
         self.homes.values().map(Home::grpc).collect()
     }
 
-    /// The same as text, as clients are configured.
+    /// Returns the gRPC addresses as text, in the form of a client's bootstrap option.
     pub(crate) fn bootstrap(&self) -> String {
         self.addresses().iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(",")
     }
@@ -103,74 +102,74 @@ impl Cluster {
         Cli::of(&self.addresses(), self.folder.path())
     }
 
-    /// A command line that is told of these brokers only.
+    /// Returns a command line with only these brokers as bootstrap brokers.
     pub(crate) fn cli_by(&self, brokers: impl IntoIterator<Item = u32>) -> Cli {
         let addresses: Vec<SocketAddr> = brokers.into_iter().map(|id| self.homes[&id].grpc()).collect();
         Cli::of(&addresses, self.folder.path())
     }
 
-    /// Kills a broker with signal 9.
+    /// Kills a broker with SIGKILL.
     pub(crate) fn kill(&mut self, id: u32) {
         self.brokers.remove(&id).expect("it runs").kill9();
     }
 
-    /// A broker that runs.
+    /// Returns the process of a running broker.
     pub(crate) fn broker(&self, id: u32) -> &Broker {
         &self.brokers[&id]
     }
 
-    /// Whether a broker runs still.
+    /// Returns true if a broker is running.
     pub(crate) fn is_running(&mut self, id: u32) -> bool {
         self.brokers.get_mut(&id).is_some_and(Broker::is_running)
     }
 
-    /// Stops a broker as an operator does.
+    /// Stops a broker as an operator does, and waits for its exit.
     pub(crate) fn stop(&mut self, id: u32) {
         self.broker(id).ask_to_stop();
         self.stopped(id);
     }
 
-    /// Waits for a broker that was asked to stop.
+    /// Waits for the exit of a broker that is stopping.
     pub(crate) fn stopped(&mut self, id: u32) {
         let status = self.brokers.remove(&id).expect("it ran").wait();
         assert!(status.success(), "broker {id} ended with {status}\n{}", self.homes[&id].log());
     }
 
-    /// What a broker has said.
+    /// Returns the log of a broker.
     pub(crate) fn log(&self, id: u32) -> String {
         self.homes[&id].log()
     }
 
-    /// Starts a broker that is down, on what its disk holds, and does not wait for it.
+    /// Starts a stopped broker with the data on its disk, without waiting for it.
     pub(crate) fn begin(&mut self, id: u32) {
         self.brokers.insert(id, self.homes[&id].spawn());
     }
 
-    /// The same, and waits until it is ready.
+    /// Starts a stopped broker with the data on its disk, and waits until it is ready.
     pub(crate) fn restart(&mut self, id: u32) {
         self.begin(id);
         self.ready();
     }
 
-    /// The same, with other settings.
+    /// Starts a stopped broker with other settings, and waits until it is ready.
     pub(crate) fn restart_with(&mut self, id: u32, settings: impl FnOnce(Home) -> Home) {
         let home = self.homes.remove(&id).expect("it was there");
         self.homes.insert(id, settings(home));
         self.restart(id);
     }
 
-    /// Takes everything from a broker that is down.
+    /// Deletes the data directory of a stopped broker.
     pub(crate) fn wipe(&self, id: u32) {
         std::fs::remove_dir_all(self.homes[&id].data_dir()).expect("it was there");
     }
 
-    /// What `topic describe` says of a topic's partitions.
+    /// Returns the partitions of a topic as `topic describe` reports them.
     pub(crate) fn partitions(&self, topic: &str) -> Vec<Value> {
         let described = self.cli().ok(&["topic", "describe", topic, "--output", "json"]).json();
         described["partitions"].as_array().expect("partitions").clone()
     }
 
-    /// Waits until each partition of a topic has a leader and so many replicas in sync.
+    /// Waits until each partition of a topic has a leader and this number of replicas in sync.
     pub(crate) fn in_sync(&self, topic: &str, replicas: usize) {
         let mut last = Vec::new();
         let whole =
@@ -182,13 +181,13 @@ impl Cluster {
         assert!(settled.is_some(), "{replicas} replicas in sync: {last:#?}\n{}", self.logs());
     }
 
-    /// What everybody has said.
+    /// Returns the logs of all brokers and of etcd.
     pub(crate) fn logs(&self) -> String {
         let of_brokers = self.homes.iter().map(|(id, home)| format!("--- broker {id}\n{}", home.log()));
         of_brokers.chain([format!("--- etcd\n{}", self.etcd.logs())]).collect()
     }
 
-    /// Who leads a partition.
+    /// Waits until a partition has a leader. Returns the leader.
     pub(crate) fn leader(&self, topic: &str, partition: usize) -> u32 {
         let leader = eventually("the partition has a leader", || self.partitions(topic)[partition]["leader"].as_u64());
         u32::try_from(leader).expect("a broker's number")

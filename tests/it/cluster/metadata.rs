@@ -1,4 +1,4 @@
-//! A real etcd that has no space, or goes back to a backup, under real brokers.
+//! A real etcd that has no space, or is restored from a backup, under real brokers.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::members::{Cluster, answers};
 use crate::{etcd::Etcd, test_timeout::eventually};
 
-/// A cluster of so many brokers over an etcd of one member.
+/// Starts a cluster of this number of brokers with an etcd of one member.
 fn over_one_member(brokers: u32, flags: &[String]) -> Cluster {
     let mut cluster = Cluster::over(Etcd::begin(1, "http", flags));
     for id in 1..=brokers {
@@ -34,13 +34,13 @@ fn back_up(cluster: &mut Cluster, backup: &str) {
 }
 
 #[test]
-fn an_etcd_that_went_back_is_noticed_and_orders_are_refused_until_brokers_are_restarted() {
+fn restored_etcd_blocks_operations_until_brokers_restart() {
     let mut cluster = over_one_member(2, &[]);
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t", "--replication-factor", "2"]);
     cluster.in_sync("t", 2);
     back_up(&mut cluster, "before");
-    // Several revisions: what brokers write by themselves after the restore must not reach what they know.
+    // Several revisions. The brokers' own writes after the restore must stay below the revision that the brokers have seen.
     for number in 0..8 {
         cli.create_when_possible(&format!("later-{number}"));
     }
@@ -62,7 +62,7 @@ fn an_etcd_that_went_back_is_noticed_and_orders_are_refused_until_brokers_are_re
         let refused = cli.run(order);
         assert!(refused.code == 1 && refused.stderr.contains("after revision"), "{order:?}: {refused:?}");
     }
-    // A broker that answers later than within a second is said not to answer.
+    // A broker that takes more than a second to respond is reported as not responding.
     eventually("the description says so", || {
         cli.ok(&["cluster", "describe"]).text().contains("broker 1 refuses orders (METADATA_REGRESSED)").then_some(())
     });
@@ -70,7 +70,7 @@ fn an_etcd_that_went_back_is_noticed_and_orders_are_refused_until_brokers_are_re
         let health = cli.run(&["cluster", "health"]);
         (health.code == 1 && health.text().contains("broker 1: the metadata store went back")).then_some(())
     });
-    // Reads and appends need no store.
+    // Reads and appends need no metadata store.
     cli.ok_with(&["produce", "t"], b"one\ntwo\n");
     assert_eq!(cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).text(), "one\ntwo\n");
 
@@ -91,7 +91,7 @@ fn an_etcd_that_went_back_is_noticed_and_orders_are_refused_until_brokers_are_re
 }
 
 #[test]
-fn another_etcd_cluster_is_noticed_and_what_needs_no_store_is_served() {
+fn replaced_etcd_cluster_is_detected_and_data_is_served() {
     let mut cluster = over_one_member(1, &[]);
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t"]);
@@ -112,7 +112,7 @@ fn generation(path: &std::path::Path) -> Option<u64> {
 }
 
 #[test]
-fn a_generation_is_raised_by_order_and_an_etcd_of_an_older_one_starts_no_broker() {
+fn etcd_of_an_older_generation_starts_no_broker() {
     let mut cluster = over_one_member(1, &[]);
     let (card, directory) = (cluster.bucket().join("cluster.json"), cluster.home(1).data_dir().join("strandline.json"));
     assert_eq!((generation(&card), generation(&directory)), (Some(1), Some(1)), "a new cluster's");
@@ -138,7 +138,7 @@ fn a_generation_is_raised_by_order_and_an_etcd_of_an_older_one_starts_no_broker(
     };
     let log = ended(&mut cluster);
     assert!(log.contains("at cluster generation 1, and this data directory took part in generation 2"), "{log}");
-    // Another directory, the same bucket.
+    // A new data directory, the same object store.
     cluster.wipe(1);
     let log = ended(&mut cluster);
     assert!(log.contains("at cluster generation 1, and") && log.contains("cluster.json at 2"), "{log}");
@@ -148,7 +148,7 @@ fn a_generation_is_raised_by_order_and_an_etcd_of_an_older_one_starts_no_broker(
     assert_eq!((generation(&card), generation(&directory)), (Some(3), Some(3)));
 }
 
-/// Fills etcd up to its quota, under the alarm.
+/// Fills etcd up to its quota, which raises the alarm.
 async fn fill(client: &mut Client) {
     let filler = vec![b'x'; 512 << 10];
     for number in 0..100 {
@@ -160,7 +160,7 @@ async fn fill(client: &mut Client) {
     panic!("etcd never said that it is full");
 }
 
-/// The remedy of the message.
+/// Frees space as the message of the broker recommends.
 async fn make_room(client: &mut Client) {
     let options = etcd_client::DeleteOptions::new().with_prefix();
     let deleted = client.delete("/filler/", Some(options)).await.expect("deletions go on");
@@ -176,14 +176,14 @@ async fn make_room(client: &mut Client) {
 }
 
 #[test]
-fn an_etcd_without_space_is_waited_for_in_few_words_also_at_a_start() {
+fn etcd_without_space_is_waited_for_with_few_log_lines() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let mut cluster = over_one_member(1, &["--quota-backend-bytes=8388608".to_owned()]);
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t"]);
     let mut client = runtime.block_on(Client::connect([cluster.etcd.endpoint(0)], None)).expect("it connects");
     runtime.block_on(fill(&mut client));
-    // Segments are sealed by age all the time, which succeeds; their commits do not.
+    // Segments are sealed by age throughout the outage. Their tier commits fail.
     let failures = |cluster: &Cluster| cluster.home(1).metric("strandline_tier_upload_failures_total");
     eventually("upkeep has failed more than a few times", || {
         cli.ok_with(&["produce", "t"], b"line\n");

@@ -1,4 +1,4 @@
-//! Operators' moves on real brokers: they wait for their turn, and `--wait` waits for them.
+//! Reassignments by operators on real brokers. Reassignments are queued, and `--wait` waits for their end.
 
 use serde_json::{Value, json};
 
@@ -10,8 +10,8 @@ fn replicas(cluster: &Cluster, topic: &str) -> Vec<Value> {
 }
 
 #[test]
-fn ordered_moves_wait_for_their_turn_and_can_be_waited_for() {
-    // One at a time, each slow enough to be seen: what is read at once is 256 KiB, and then a second passes.
+fn reassignments_are_queued_and_can_be_waited_for() {
+    // One reassignment at a time, each slow enough to be observed. One read takes 256 KiB, and then a second passes.
     let slow = 256 << 10;
     let cluster = Cluster::with(3, |home| {
         home.setting("controller.moves_at_once", 1)
@@ -31,7 +31,7 @@ fn ordered_moves_wait_for_their_turn_and_can_be_waited_for() {
         cli.ok_with(&["produce", "orders", "--partition", partition], text.as_bytes());
     }
     let before = replicas(&cluster, "orders");
-    // Each goes to the next broker.
+    // Each partition moves to the next broker.
     for (number, at) in before.iter().enumerate() {
         let (name, to) = (format!("orders/{number}"), at[0].as_u64().expect("a number") % 3 + 1);
         let ordered = cli.ok(&["partition", "reassign", &name, "--replicas", &to.to_string(), "--output", "json"]);
@@ -75,7 +75,7 @@ fn ordered_moves_wait_for_their_turn_and_can_be_waited_for() {
     assert!(drained.contains("broker 1 is empty after") && drained.contains("it can be stopped for good"), "{drained}");
     let brokers = cli.ok(&["cluster", "describe", "--output", "json"]).json();
     assert_eq!(brokers["brokers"][0]["replicas"], 0, "{brokers}");
-    // Partitions of one replica can move to broker 3, and those of two cannot.
+    // Partitions with one replica can move to broker 3. Partitions with two replicas cannot.
     let some = cli.run(&["broker", "drain", "2", "--wait", "--timeout", "1"]);
     assert!(some.code == 1 && some.text().contains("cannot move"), "{some:?}");
     assert!(some.stderr.contains("given up after 1 s") && some.stderr.contains("still on broker 2"), "{some:?}");
@@ -84,7 +84,7 @@ fn ordered_moves_wait_for_their_turn_and_can_be_waited_for() {
         (state["replicas"] == 2 && state["stuck"] == 2).then_some(())
     };
     eventually("what can move has moved", only_stuck);
-    // The wait looks for a minute.
+    // `--wait` ends after a minute in which no replica could move.
     for order in [&["broker", "drain", "2"][..], &["broker", "drain", "2", "--wait"]] {
         let stuck = cli.run(order);
         assert!(stuck.code == 1 && stuck.text().contains("2 replicas cannot move"), "{stuck:?}");

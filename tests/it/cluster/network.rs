@@ -1,7 +1,7 @@
-//! A network of machines in one machine: a namespace for each, joined by a bridge, with links that can be cut in one direction.
+//! A network of machines within one machine: a namespace for each, joined by a bridge, with links that can be cut in one direction.
 //!
-//! All of it lies in a namespace of its own, and so do the tests that use it: [`inside`] runs the test again in there. It goes with the
-//! process. It takes the superuser and the programs `ip` and `unshare`; where they are missing the test is skipped, and says so.
+//! The network and the tests that use it run in a namespace of their own: [`inside`] runs the test again there. The namespace ends with the
+//! process. The network requires root and the programs `ip` and `unshare`. Without them the test is skipped with a message.
 
 use std::{net::Ipv4Addr, os::fd::AsFd as _, path::Path, process::Command};
 
@@ -12,8 +12,8 @@ use crate::skipped::skipped;
 
 const INSIDE: &str = "STRANDLINE_TEST_INSIDE";
 
-/// Whether this process is in a network of its own. Where it is not, the test of this name is run again in one, and has passed when
-/// this returns.
+/// Returns true if this process is in a network of its own. Otherwise runs the test of this name again in such a network, which must pass,
+/// and returns false. Skips the test if the machine does not support this.
 pub(crate) fn inside(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
@@ -47,14 +47,14 @@ fn possible() -> Result<(), String> {
     }
 }
 
-/// The network. The tests themselves are at [`Network::HUB`].
+/// The network. The test process is at [`Network::HUB`].
 pub(crate) struct Network(());
 
 impl Network {
-    /// Where the tests' own side is: clients and the object store.
+    /// Address of the test process, with its clients and the object store.
     pub(crate) const HUB: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 254);
 
-    /// Makes the bridge. Only in a process for which [`inside`] holds.
+    /// Creates the bridge. Requires a process for which [`inside`] returns true.
     pub(crate) fn make() -> Self {
         std::fs::create_dir_all("/run/netns").expect("a place for names");
         run("mount", &["-t", "tmpfs", "tmpfs", "/run/netns"]);
@@ -65,7 +65,7 @@ impl Network {
         Self(())
     }
 
-    /// Adds a machine with the last number of its address.
+    /// Adds a machine. `number` is the last part of its address. Returns the address.
     pub(crate) fn add(&self, name: &str, number: u8) -> Ipv4Addr {
         let address = Ipv4Addr::new(10, 77, 0, number);
         ip(&format!("netns add {name}"));
@@ -77,7 +77,7 @@ impl Network {
         address
     }
 
-    /// From now on nothing comes from the machine `from` to `to`; what comes the other way arrives.
+    /// Drops all packets from the machine `from` to `to`. Packets in the other direction still arrive.
     pub(crate) fn cut(&self, from: &str, to: Ipv4Addr) {
         ip(&format!("-n {from} route replace blackhole {to}/32"));
     }
@@ -88,8 +88,8 @@ impl Network {
     }
 }
 
-/// Does something in the network of a machine; sockets that are made meanwhile are that machine's. On a thread of its own, because a
-/// thread does not come back.
+/// Runs a function in the network of a machine. Sockets created by the function belong to that machine. The function has a thread of its
+/// own, because a thread does not return to its first network.
 pub(crate) fn within<T: Send + 'static>(machine: &str, act: impl FnOnce() -> T + Send + 'static) -> T {
     let namespace = std::fs::File::open(format!("/run/netns/{machine}")).expect("the machine is there");
     let thread = task::spawn_thread("machine", move || {

@@ -1,12 +1,12 @@
-//! What the brokers lean on goes away: etcd's members, the bucket. Nothing acknowledged is lost, and what waited
-//! goes on.
+//! Outages of the services that brokers depend on: etcd members and the object store. No acknowledged record is lost, and waiting work
+//! continues afterwards.
 
 use std::{collections::BTreeSet, time::Duration};
 
 use futures::{StreamExt as _, stream};
 use strandline::{
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{CreateTopicRequest, FetchPartition, FetchRequest},
     },
     task::clock,
@@ -36,8 +36,8 @@ pub(super) fn lines(from: u32, to: u32) -> String {
     (from..to).map(|line| format!("line {line}\n")).collect()
 }
 
-/// Longer than a lease lives: by it alone every broker would be dead. `STRANDLINE_ETCD_GONE_SECONDS=600` runs it for ten minutes, as
-/// `make outage` does.
+/// The outage is longer than a lease: by the lease alone every broker would count as failed. `STRANDLINE_ETCD_GONE_SECONDS=600` extends the
+/// outage to ten minutes, as `make outage` does.
 #[test]
 fn records_are_taken_and_read_while_etcd_is_gone() {
     let mut cluster = cluster_with_topic(&["--partitions", "6"]);
@@ -73,7 +73,7 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
         is_whole(sent);
     }
     println!("outage: etcd was gone for {:?}, and each of 6 partitions took {sent} records", since.elapsed());
-    // An outage that meets all brokers takes none of them out of service.
+    // An outage that affects all brokers makes none of them unready.
     let pages = || (1..=3).map(|id| http_get(cluster.home(id).http(), "/readyz").expect("it answers"));
     let lost = |(code, page): (u16, String)| {
         assert_eq!(code, 200, "{page}");
@@ -82,10 +82,10 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
     eventually("every broker says what is impaired", || pages().all(lost).then_some(()));
     let health = cli.run(&["cluster", "health"]);
     assert!(health.code == 1 && health.text().contains("cluster: the metadata store has not answered"), "{health:?}");
-    // It describes the cluster of then, which is not to be taken for that of now.
+    // The description shows the cluster as of the start of the outage. The output must state how old the description is.
     let is_old = || cli.ok(&["cluster", "describe"]).text().contains("the metadata store has not answered broker");
     eventually("the description says how old it is", || is_old().then_some(()));
-    // Who leads in its place, and goes on without it, can be agreed on only with etcd.
+    // A new leader and a new ISR require etcd.
     cluster.kill(victim);
     cluster.etcd.run_all();
     eventually("the description is of now", || (!is_old()).then_some(()));
@@ -108,18 +108,19 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
     is_whole(sent);
 }
 
-/// Its readers hear nothing else from a broker that others have replaced, and what needs etcd another broker may be able to do. Both are said
-/// by the broker itself, while it lasts.
+/// Readers get no other signal from a broker that peers have replaced, and another broker may be able to do operations that need etcd. The
+/// broker reports both itself while the outage lasts.
 #[test]
-fn a_broker_that_has_lost_etcd_says_so_to_its_readers_and_begins_nothing_that_needs_it() {
+fn broker_without_etcd_notifies_readers_and_refuses_creates() {
     let mut cluster = cluster_with_topic(&[]);
     let leader = cluster.leader(TOPIC, 0);
     let address = cluster.addresses()[leader as usize - 1];
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let create = || {
         let request = CreateTopicRequest { name: "another".to_owned(), partitions: 1, ..Default::default() };
-        runtime
-            .block_on(async { wire::admin(address).create_topic(request).await.map_err(|status| Fault::from(&status)) })
+        runtime.block_on(async {
+            wire::admin(address).create_topic(request).await.map_err(|status| ApiError::from(&status))
+        })
     };
     let mut reading = runtime.block_on(async {
         let place = FetchPartition { topic: TOPIC.to_owned(), ..Default::default() };
@@ -135,14 +136,14 @@ fn a_broker_that_has_lost_etcd_says_so_to_its_readers_and_begins_nothing_that_ne
     let said = next();
     assert!(said.in_doubt && said.partitions.is_empty(), "{said:?}");
     let refused = create().expect_err("nothing can be agreed");
-    assert_eq!((refused.reason, refused.metadata.contains_key("not_begun")), (Reason::MetadataUnavailable, true));
+    assert_eq!((refused.code, refused.metadata.contains_key("not_begun")), (ErrorCode::MetadataUnavailable, true));
     cluster.etcd.run_all();
     let said = next();
     assert!(!said.in_doubt && said.partitions.is_empty(), "{said:?}");
     eventually("a topic can be created", || create().ok());
 }
 
-/// One member of etcd after the other is away for a while, sooner or later the one that leads etcd: nobody waits for it.
+/// Stops one etcd member after the other for a while, and so also the etcd leader. No client waits for a stopped member.
 fn one_after_the_other(away: impl Fn(&mut Etcd, usize), back: impl Fn(&mut Etcd, usize)) {
     let mut cluster = cluster_with_topic(&[]);
     let cli = cluster.cli();
@@ -159,21 +160,21 @@ fn one_after_the_other(away: impl Fn(&mut Etcd, usize), back: impl Fn(&mut Etcd,
 }
 
 #[test]
-fn a_frozen_member_of_etcd_costs_nothing() {
+fn frozen_etcd_member_delays_nothing() {
     one_after_the_other(|etcd, member| etcd.freeze(member), |etcd, member| etcd.thaw(member));
 }
 
 #[test]
-fn members_of_etcd_are_killed_one_after_the_other_and_nobody_waits() {
+fn killed_etcd_members_delay_nothing() {
     one_after_the_other(Etcd::kill, |etcd, member| {
         etcd.run(member);
         answers(etcd);
     });
 }
 
-/// Everything that brokers share is away at the same time: what they have on their own disks and between themselves is enough.
+/// All shared services are down at the same time. The brokers' own disks and the links between brokers are sufficient.
 #[test]
-fn etcd_and_the_bucket_are_gone_at_the_same_time() {
+fn brokers_serve_without_etcd_and_object_store() {
     let s3 = S3::begin();
     let mut cluster = Cluster::over(Etcd::begin(3, "http", &[]));
     for id in 1..=3 {
@@ -192,7 +193,7 @@ fn etcd_and_the_bucket_are_gone_at_the_same_time() {
     s3.faults().set_down(true);
     cluster.etcd.kill_all();
     let since = clock::monotonic();
-    // Longer than a lease lives.
+    // Longer than a lease.
     while since.elapsed() < Duration::from_secs(5) {
         cli.ok_with(&["produce", TOPIC], lines(sent, sent + 100).as_bytes());
         let read = cli.ok(&["consume", TOPIC, "--from", &sent.to_string(), "--until-end"]);
@@ -206,9 +207,10 @@ fn etcd_and_the_bucket_are_gone_at_the_same_time() {
     assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
 }
 
-/// A broker that was frozen while its connections to etcd broke asks for what etcd has compacted since. It lists everything again.
+/// A broker that was frozen while its connections to etcd broke requests revisions that etcd has compacted since. The broker then lists
+/// everything again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_broker_that_missed_what_etcd_has_compacted_learns_it_all_the_same() {
+async fn broker_that_missed_compacted_revisions_relists() {
     let mut cluster = tokio::task::block_in_place(|| Cluster::start(2));
     let created = tokio::task::block_in_place(|| {
         let cli = cluster.home(1).cli();

@@ -1,6 +1,6 @@
-//! Brokers that are none, at the ports of real ones: what a stranger or a broken broker sends over a peer link is refused in words,
-//! changes nothing, and the true ones go on. `follows` calls a real broker, `leads` is called by one; here is what both need, and what
-//! only the way between two real ones damages.
+//! Fake brokers at the ports of real ones. Brokers refuse invalid messages of an unauthenticated or faulty peer with an error. Such
+//! messages change nothing, and the real brokers continue. In `follows` a fake broker calls a real one, in `leads` a real broker calls a
+//! fake one. This file holds their common parts, and the corruption of bytes between two real brokers.
 
 mod follows;
 mod leads;
@@ -25,10 +25,10 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// The broker that is none.
+/// Id of the fake broker.
 const STRANGER: u32 = 9;
 
-/// What the tests know of the cluster's metadata.
+/// Direct access of the tests to the cluster's metadata.
 struct Meta {
     store: EtcdStore,
     keys: Keys,
@@ -40,7 +40,7 @@ impl Meta {
         Self { store, keys: Keys::new("it").expect("a name") }
     }
 
-    /// Registers the stranger, as a broker at this address; its broker epoch.
+    /// Registers the fake broker with this address. Returns its broker epoch.
     async fn register(&self, address: SocketAddr) -> u64 {
         self.register_at(Endpoints::new(address.to_string()).with_peer(address.to_string())).await
     }
@@ -80,13 +80,13 @@ impl Meta {
         PartitionValue::decode(&entry.key, &entry.value).expect("a value")
     }
 
-    /// Makes the stranger the leader of a topic's first partition, in an epoch of its own, with everybody else in sync.
+    /// Makes the fake broker the leader of a topic's first partition, in a new epoch. The other ISR members stay in the ISR.
     async fn usurp(&self, topic: &str) -> LeaderEpoch {
         let id = self.first_partition(topic).await;
         let topic = self.keys.topic(&TopicName::new(topic).expect("a name"));
         loop {
             let entry = self.store.get(&topic).await.expect("etcd answers").entry.expect("the topic is there");
-            // One replica more, or the controller would take one away.
+            // One replica more. Otherwise the controller would remove one.
             let mut larger = TopicValue::decode(&entry.key, &entry.value).expect("a topic");
             larger.replication_factor += 1;
             let key = self.keys.partition(id);
@@ -114,16 +114,16 @@ async fn broker_epoch(address: SocketAddr) -> u64 {
     who.into_inner().broker_epoch.expect("it is registered")
 }
 
-/// One record through the cluster, acknowledged by all in sync.
+/// Appends one record through the cluster. All ISR members acknowledge the record.
 fn still_serves(cli: &Cli, topic: &str) {
     cli.ok_with(&["produce", topic], b"still here\n");
 }
 
-/// By what it says the others see that an earlier process in its place is gone. It knows nothing yet that it could tell them.
+/// Its identity shows peers that an earlier process at its address has exited. The broker has no other data to report yet.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_broker_that_is_not_registered_yet_says_who_it_is_and_nothing_else() {
+async fn unregistered_broker_reports_only_its_identity() {
     let etcd = tokio::task::block_in_place(|| etcd(1));
-    // As long as it waits for its number.
+    // The broker waits for its id for as long as this timeout.
     let home = Home::member(STRANGER, &etcd).setting("metadata.session_timeout", "\"60s\"");
     let meta = Meta::of(&etcd).await;
     meta.register(home.peer()).await;
@@ -151,9 +151,9 @@ async fn a_broker_that_is_not_registered_yet_says_who_it_is_and_nothing_else() {
     tokio::task::block_in_place(|| assert!(broker.terminate().success(), "{}", home.log()));
 }
 
-/// Bytes change on their way between two real brokers. Every batch that came damaged is sent again, and none is stored.
+/// Bytes change between two real brokers. Every corrupt batch is sent again, and none is stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_damaged_on_its_way_to_a_follower_is_sent_again() {
+async fn batch_corrupted_between_brokers_is_sent_again() {
     let (mut cluster, mut links) = (tokio::task::block_in_place(|| Cluster::over(Etcd::begin(3, "http", &[]))), vec![]);
     let bucket = tempfile::tempdir().expect("a folder");
     for id in 1..=2 {
@@ -179,7 +179,7 @@ async fn what_is_damaged_on_its_way_to_a_follower_is_sent_again() {
         let log = cluster.log(follower);
         assert!(log.contains("what the leader sent is refused") && log.contains("are malformed"), "{log}");
         cluster.in_sync("t", 2);
-        // What was acknowledged the follower has, byte for byte.
+        // The follower has all acknowledged records, byte for byte.
         cluster.cli().ok(&["topic", "alter", "t", "--config", "min.insync.replicas=1"]);
         cluster.kill(leader);
         lines

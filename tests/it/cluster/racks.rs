@@ -1,11 +1,11 @@
-//! Consumers that name their rack: who serves them, what that replica says and does not say, and that nothing is lost or comes twice
-//! when it goes, when a leader goes, and when it is back.
+//! Consumers that name their rack: the replica that serves them, and the responses of that replica. No record is lost or duplicated when
+//! this replica stops, when a leader stops, and when they return.
 
 use rand::{SeedableRng as _, rngs::StdRng};
 use strandline::{
     client::ConsumerOptions,
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{FetchPartition, FetchedPartition, ReadRequest},
     },
     task::clock,
@@ -19,7 +19,7 @@ use crate::{
     wire,
 };
 
-/// Bytes that a broker has sent to consumers, as leader and as follower.
+/// Returns the bytes that a broker has sent to consumers, as leader and as follower.
 fn served(cluster: &Cluster, broker: u32) -> [f64; 2] {
     ["leader", "follower"].map(|role| {
         let name = format!("strandline_fetch_role_bytes_total{{role=\"{role}\"}}");
@@ -31,13 +31,13 @@ fn total(cluster: &Cluster, broker: u32) -> f64 {
     served(cluster, broker).iter().sum()
 }
 
-/// Waits until a broker has sent that much more than it had.
+/// Waits until a broker has sent more than `more` additional bytes.
 fn serves(cluster: &Cluster, broker: u32, more: f64) {
     let before = total(cluster, broker);
     eventually("the broker serves the consumer", || (total(cluster, broker) > before + more).then_some(()));
 }
 
-/// Waits until one of three brokers serves the consumer and the others do not.
+/// Waits until one of three brokers serves the consumer and the other two do not.
 fn alone(cluster: &Cluster, broker: u32) {
     let others = || (1..=3).filter(|other| *other != broker).map(|other| total(cluster, other)).sum::<f64>();
     eventually("all of it is read at this one", || {
@@ -47,11 +47,11 @@ fn alone(cluster: &Cluster, broker: u32) {
     });
 }
 
-/// How much one partition sends in a test before it counts as served: several batches.
+/// Bytes that a partition sends before it counts as served: several batches.
 const SOME: f64 = 10_000.0;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_consumer_is_served_in_its_rack_and_loses_nothing_when_that_changes() {
+async fn consumer_is_served_in_its_rack_and_loses_no_records() {
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
     println!("racks: STRANDLINE_SEED={seed}");
     let mut rng = StdRng::seed_from_u64(seed);
@@ -60,7 +60,7 @@ async fn a_consumer_is_served_in_its_rack_and_loses_nothing_when_that_changes() 
         create(&cluster);
         cluster
     });
-    // Broker 3 stands there alone.
+    // Only broker 3 is in this rack.
     let reader = ConsumerOptions::default().rack("zone-c");
     let work = Work::with_reader(&cluster.bootstrap(), cluster.addresses(), reader, &mut rng).await;
     tokio::task::block_in_place(|| {
@@ -75,13 +75,13 @@ async fn a_consumer_is_served_in_its_rack_and_loses_nothing_when_that_changes() 
         cluster.in_sync(TOPIC, 3);
         serves(&cluster, 3, SOME);
 
-        // A leader goes: its partitions are read at the same follower, or at it as their new leader.
+        // A leader is killed. The same follower serves its partitions, or leads them.
         cluster.kill(1);
         serves(&cluster, 3, SOME);
         cluster.restart(1);
         cluster.in_sync(TOPIC, 3);
 
-        // It is stopped as an operator does, and comes back.
+        // Broker 3 is stopped as an operator does, and restarted.
         cluster.stop(3);
         serves(&cluster, 2, SOME);
         cluster.restart(3);
@@ -92,7 +92,7 @@ async fn a_consumer_is_served_in_its_rack_and_loses_nothing_when_that_changes() 
     println!("racks: {total} records followed once");
 }
 
-/// Reads once; the one partition's answer, if there is any.
+/// Reads once. Returns the response for the one partition, if there is one.
 async fn read(cluster: &Cluster, broker: u32, offset: i64, epoch: i32, any: bool) -> Option<FetchedPartition> {
     let partitions = vec![FetchPartition { topic: "t".to_owned(), offset, leader_epoch: epoch, ..Default::default() }];
     let request = ReadRequest { partitions, max_wait_ms: 300, any_replica: any, ..Default::default() };
@@ -100,12 +100,12 @@ async fn read(cluster: &Cluster, broker: u32, offset: i64, epoch: i32, any: bool
     answer.partitions.into_iter().next()
 }
 
-async fn refused(cluster: &Cluster, broker: u32, offset: i64, epoch: i32, any: bool) -> Fault {
+async fn refused(cluster: &Cluster, broker: u32, offset: i64, epoch: i32, any: bool) -> ApiError {
     read(cluster, broker, offset, epoch, any).await.and_then(|answer| answer.error).expect("it is refused").into()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_follower_serves_who_takes_any_replica_and_leaves_the_rest_to_its_leader() {
+async fn follower_serves_only_reads_of_any_replica() {
     let (cluster, leader, text) = tokio::task::block_in_place(|| {
         let cluster = Cluster::start(3);
         let cli = cluster.cli();
@@ -133,32 +133,33 @@ async fn a_follower_serves_who_takes_any_replica_and_leaves_the_rest_to_its_lead
 
     let fault = refused(&cluster, follower, end, 0, false).await;
     assert_eq!(
-        (fault.reason, fault.number("leader")),
-        (Reason::NotLeader, Some(leader.into())),
+        (fault.code, fault.number("leader")),
+        (ErrorCode::NotLeader, Some(leader.into())),
         "it was not asked as one of any"
     );
-    // What lies there is in the bucket alone.
+    // Only the object store has the records at this offset.
     let answer = read(&cluster, follower, middle, epoch, true).await.expect("data");
     assert!(answer.from_follower && answer.leader_epoch == epoch && answer.next_offset > middle, "{answer:?}");
     let answer = read(&cluster, leader, middle, epoch, true).await.expect("data");
     assert!(!answer.from_follower && answer.leader_epoch == epoch && answer.error.is_none(), "{answer:?}");
 
-    // Above what it knows, its leader may know more: to be waited for. Below the committed log start it knows as much as its leader.
+    // Above the follower's high watermark the leader may have more records, so the read waits. Below the committed log start the follower
+    // decides as its leader does.
     let answer = read(&cluster, follower, end + 5, 0, true).await.expect("its marks");
     assert!(answer.error.is_none() && answer.chunks.is_empty() && answer.next_offset == end + 5, "{answer:?}");
-    assert_eq!(refused(&cluster, leader, end + 5, 0, true).await.reason, Reason::OffsetOutOfRange);
-    let told = || async { read(&cluster, follower, 0, 0, true).await?.error.map(Fault::from) };
+    assert_eq!(refused(&cluster, leader, end + 5, 0, true).await.code, ErrorCode::OffsetOutOfRange);
+    let told = || async { read(&cluster, follower, 0, 0, true).await?.error.map(ApiError::from) };
     let fault = eventually_async("it has heard that the beginning is gone", told).await;
-    assert_eq!(fault.reason, Reason::OffsetOutOfRange, "{fault:?}");
+    assert_eq!(fault.code, ErrorCode::OffsetOutOfRange, "{fault:?}");
     assert!(fault.number("start").is_some_and(|start| start > 0), "{fault:?}");
-    assert_eq!(refused(&cluster, leader, 0, 0, true).await.reason, Reason::OffsetOutOfRange);
+    assert_eq!(refused(&cluster, leader, 0, 0, true).await.code, ErrorCode::OffsetOutOfRange);
 
-    // Who has seen a newer epoch is told nothing by one who has not heard of it.
+    // A reader that has seen a newer epoch gets no records from a broker that has not.
     for broker in [leader, follower] {
-        assert_eq!(refused(&cluster, broker, middle, epoch + 1, true).await.reason, Reason::NotLeader);
+        assert_eq!(refused(&cluster, broker, middle, epoch + 1, true).await.code, ErrorCode::NotLeader);
     }
 
-    // The same by the command line: what is left, from the bucket too, by way of the follower.
+    // The same on the command line. The follower serves the remaining records, also those in the object store.
     tokio::task::block_in_place(|| {
         let rack = ["zone-a", "zone-b", "zone-c"][follower as usize - 1];
         let before = served(&cluster, follower);

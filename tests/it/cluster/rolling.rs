@@ -1,4 +1,4 @@
-//! Every broker is stopped and started again under load, one after the other: no client call fails, and none waits long.
+//! Every broker is stopped and restarted under load, one after the other. No client call fails, and no call waits long.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::{
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rolling_restart_fails_no_call() {
+async fn rolling_restart_fails_no_client_call() {
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
     println!("rolling: STRANDLINE_SEED={seed}");
     let mut rng = StdRng::seed_from_u64(seed);
@@ -39,9 +39,9 @@ async fn a_rolling_restart_fails_no_call() {
     println!("rolling: {total} records delivered once across a restart of every broker");
 }
 
-/// While nobody can take over, here since etcd does not answer, it leads on.
+/// The stopping broker continues to lead while no other broker can take over, here because etcd does not respond.
 #[test]
-fn stopping_broker_is_not_ready_and_serves_what_it_leads() {
+fn stopping_broker_is_not_ready_and_serves_its_partitions() {
     let mut cluster = Cluster::start(2);
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t", "--partitions", "2", "--replication-factor", "2"]);

@@ -1,10 +1,10 @@
-//! Values in etcd that no broker wrote: they are named and passed over, nobody ends because of them, and what they spoiled goes
-//! on when they are mended.
+//! Invalid values in etcd that no broker wrote. Brokers report and skip them, and no process exits because of them. Affected partitions
+//! continue when the values are restored.
 
 use etcd_client::Client;
 use serde_json::Value;
 use strandline::proto::{
-    fault::{Fault, Reason},
+    error::{ApiError, ErrorCode},
     v1::InitProducerRequest,
 };
 
@@ -13,7 +13,7 @@ use crate::{damage::lines, test_timeout::eventually, wire};
 
 const PREFIX: &str = "/strandline/it";
 
-/// etcd's own API, as an operator's slip goes.
+/// Direct access to etcd, as for an operator's mistake.
 struct Api {
     runtime: tokio::runtime::Runtime,
     client: Client,
@@ -31,7 +31,7 @@ impl Api {
         answer.kvs().first().unwrap_or_else(|| panic!("{key} is not there")).value().to_vec()
     }
 
-    /// Puts something else there; gives back what was.
+    /// Overwrites a value with an invalid one. Returns the old value.
     fn spoil(&mut self, key: &str, rubbish: &str) -> Vec<u8> {
         let before = self.get(key);
         self.put(key, rubbish.as_bytes());
@@ -48,7 +48,7 @@ impl Api {
     }
 }
 
-/// The keys that `cluster describe` cannot use, without what all begin with.
+/// Returns the keys that `cluster describe` reports as unreadable, without their common prefix.
 fn unusable(cluster: &Cluster) -> Vec<String> {
     let described = cluster.cli().ok(&["cluster", "describe", "--output", "json"]).json();
     let keys = described["unreadable"].as_array().expect("a list").iter();
@@ -69,7 +69,7 @@ fn read(cluster: &Cluster, topic: &str, partition: &str) -> Option<String> {
     (read.code == 0).then(|| read.text())
 }
 
-/// Nobody ended because of it.
+/// Checks that no broker has exited or panicked.
 fn all_run(cluster: &mut Cluster) {
     for id in 1..=3 {
         assert!(cluster.is_running(id), "broker {id}\n{}", cluster.log(id));
@@ -78,7 +78,7 @@ fn all_run(cluster: &mut Cluster) {
 }
 
 #[test]
-fn rubbish_in_etcd_is_named_and_passed_over_and_mended() {
+fn invalid_values_in_etcd_are_reported_and_skipped() {
     let mut cluster = Cluster::start(3);
     let cli = cluster.cli();
     create(&cluster, "orders", "2");
@@ -95,7 +95,7 @@ fn rubbish_in_etcd_is_named_and_passed_over_and_mended() {
     let partition = api.spoil(&spoiled, "{\"replicas\":[");
     let other = api.spoil("topics/other", "[1, 2]");
     api.put("topics/x", b"rubbish");
-    // A broker without an address, and a partition that leads itself.
+    // A broker without an address, and a partition value that is not UTF-8.
     api.put("brokers/9", b"{}");
     api.put(&format!("partitions/{id}/7"), b"\xff\xfe");
     let mut wanted = vec![
@@ -116,7 +116,7 @@ fn rubbish_in_etcd_is_named_and_passed_over_and_mended() {
         }
     }
 
-    // What is not spoiled goes on, and new topics are made; a restart ends nowhere either.
+    // Unaffected partitions continue, and new topics can be created. A restart succeeds too.
     cli.ok_with(&["produce", "orders", "--partition", "0"], b"meanwhile\n");
     create(&cluster, "new", "3");
     cli.ok_with(&["produce", "new"], b"new\n");
@@ -127,7 +127,7 @@ fn rubbish_in_etcd_is_named_and_passed_over_and_mended() {
     cluster.in_sync("new", 3);
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("before\nmeanwhile\n"));
 
-    // As docs/operations.md says: as it was, though the broker that it names as the leader was started anew meanwhile.
+    // As docs/operations.md describes: the old value is restored, although the leader in that value was restarted meanwhile.
     api.put(&spoiled, &partition);
     api.put("topics/other", &other);
     for key in ["topics/x", "brokers/9"] {
@@ -150,10 +150,10 @@ fn rubbish_in_etcd_is_named_and_passed_over_and_mended() {
     all_run(&mut cluster);
 }
 
-/// What only the bucket has cannot be found for a while: nothing else is read in its place, new records come and go, and all is there
-/// again with the value.
+/// Records that only the object store has cannot be located for a while. No other records are read in their place, and appends continue.
+/// The restored value makes all records readable again.
 #[test]
-fn a_history_that_cannot_be_named_is_not_passed_over_and_comes_back_with_its_value() {
+fn tiered_records_with_invalid_state_are_not_skipped() {
     let mut cluster = Cluster::start(3);
     let cli = cluster.cli();
     let eager = ["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=0", "min.insync.replicas=2"];
@@ -190,9 +190,9 @@ fn a_history_that_cannot_be_named_is_not_passed_over_and_comes_back_with_its_val
     all_run(&mut cluster);
 }
 
-/// What is not known to be there is not taken for held, and the others have it.
+/// A replica that is not known to exist does not count as held. The broker copies this replica from peers.
 #[test]
-fn a_broker_whose_directorys_record_cannot_be_read_gives_up_its_places_and_copies() {
+fn broker_with_unreadable_directory_key_copies_its_replicas() {
     let mut cluster = Cluster::start(3);
     create(&cluster, "orders", "3");
     for partition in ["0", "1", "2"] {
@@ -206,7 +206,7 @@ fn a_broker_whose_directorys_record_cannot_be_read_gives_up_its_places_and_copie
     let log = cluster.log(2);
     assert!(log.contains("what is known of this broker's data directory cannot be read"), "{log}");
     assert!(unusable(&cluster).is_empty(), "it has written down anew what it is");
-    // What it copied is all that is left.
+    // Only the copies of broker 2 remain.
     for other in [1, 3] {
         cluster.stop(other);
     }
@@ -214,9 +214,9 @@ fn a_broker_whose_directorys_record_cannot_be_read_gives_up_its_places_and_copie
     assert_eq!(cluster.cli().ok(&led_by_it).text(), "before\n");
 }
 
-/// Producers that have an id go on, and so do those that begin while a broker has ids left.
+/// Producers with an id continue. New producers start while a broker has ids left.
 #[test]
-fn without_the_key_of_producer_ids_producers_begin_until_the_reserve_is_used_up() {
+fn new_producers_use_up_reserve_without_producer_ids_key() {
     let cluster = Cluster::start(1);
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "orders"]);
@@ -231,15 +231,15 @@ fn without_the_key_of_producer_ids_producers_begin_until_the_reserve_is_used_up(
     let (mut log, mut begun) = (wire::log(address), 0);
     let mut begin = || {
         begun += 1;
-        // A connection's quota is smaller than the reserve.
+        // The quota of a connection is smaller than the reserve.
         if begun % 500 == 0 {
             log = wire::log(address);
         }
         runtime.block_on(log.init_producer(InitProducerRequest::default()))
     };
     let refused = (0..10_000).find_map(|_| begin().err()).expect("a reserve has an end");
-    let fault = Fault::from(&refused);
-    assert_eq!(fault.reason, Reason::MetadataUnavailable, "{fault:?}");
+    let fault = ApiError::from(&refused);
+    assert_eq!(fault.code, ErrorCode::MetadataUnavailable, "{fault:?}");
     assert!(fault.message.contains("producer-ids"), "{fault:?}");
     api.put("producer-ids", &value);
     eventually("producers begin again", || begin().ok());
@@ -247,9 +247,10 @@ fn without_the_key_of_producer_ids_producers_begin_until_the_reserve_is_used_up(
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("one\ntwo\nthree\n"));
 }
 
-/// A broker that cannot tell whether an id was handed out has the producer wait. One that has read the key needs it no more.
+/// A broker that cannot verify whether an id was assigned makes the producer wait. A broker that has read the key does not need the key
+/// again.
 #[test]
-fn without_the_key_of_check_values_producers_wait_and_lose_nothing() {
+fn producers_wait_without_the_key_of_check_values() {
     let mut cluster = Cluster::start(1);
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "orders"]);
@@ -267,22 +268,22 @@ fn without_the_key_of_check_values_producers_wait_and_lose_nothing() {
     let mut batch = wire::batch(&[b"x"]);
     batch[43..57].fill(0);
     wire::renew_crc(&mut batch);
-    // The broker that started leads the partition a moment later.
+    // The restarted broker leads the partition a moment later.
     let fault = eventually("the id is refused", || {
         let refused = runtime.block_on(wire::append(&mut log, wire::append_batch("orders", 0, batch.clone())));
-        Some(refused.expect_err("nothing is known of the id")).filter(|fault| fault.reason != Reason::NotLeader)
+        Some(refused.expect_err("nothing is known of the id")).filter(|fault| fault.code != ErrorCode::NotLeader)
     });
-    assert!(fault.reason == Reason::MetadataUnavailable && fault.retryable, "{fault:?}");
+    assert!(fault.code == ErrorCode::MetadataUnavailable && fault.retryable, "{fault:?}");
     api.put("producer-id-key", &value);
     cli.ok_with(&["produce", "orders"], b"three\n");
     let refused = runtime.block_on(wire::append(&mut log, wire::append_batch("orders", 0, batch)));
-    assert_eq!(refused.expect_err("it was invented").reason, Reason::UnknownProducer);
+    assert_eq!(refused.expect_err("it was invented").code, ErrorCode::UnknownProducer);
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("one\ntwo\nthree\n"));
 }
 
-/// The controller's key is a lease's: whoever finds rubbish there takes it away, and somebody is the controller.
+/// The controller's key belongs to a lease. A broker that finds an invalid value there deletes the key, and a controller is elected.
 #[test]
-fn rubbish_in_the_controllers_key_leaves_the_cluster_with_a_controller() {
+fn cluster_replaces_invalid_controller_key() {
     let mut cluster = Cluster::start(3);
     create(&cluster, "orders", "3");
     Api::of(&cluster).put("controller", b"nobody");
@@ -293,7 +294,7 @@ fn rubbish_in_the_controllers_key_leaves_the_cluster_with_a_controller() {
     let controller = eventually("somebody is the controller", controller);
     let log: String = (1..=3).map(|id| cluster.log(id)).collect();
     assert!(log.contains(&format!("{PREFIX}/controller")), "{log}");
-    // It does its work.
+    // The controller reacts to the loss of a broker.
     let other = u32::try_from(controller % 3 + 1).expect("a broker's number");
     cluster.kill(other);
     eventually("what that one led is led by others", || {

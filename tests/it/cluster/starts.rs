@@ -1,4 +1,4 @@
-//! How brokers of a cluster start: what they wait for in words, and what they refuse.
+//! Starts of brokers in a cluster: waits that are logged, and conditions that are refused.
 
 use std::fs;
 
@@ -12,7 +12,7 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Starts a broker and has it take one record.
+/// Starts a broker and appends one record.
 fn with_a_record(home: &mut Home) -> Broker {
     let broker = home.start();
     home.cli().ok(&["topic", "create", "t"]);
@@ -25,11 +25,11 @@ fn has_the_record(home: &Home) {
 }
 
 #[test]
-fn a_broker_without_the_partition_says_who_leads_it() {
+fn broker_without_the_partition_names_its_leader() {
     let cluster = Cluster::start(2);
     cluster.cli().ok(&["topic", "create", "t"]);
     let leader = cluster.leader("t", 0);
-    // A command that is pointed at the other one alone finds its way, by metadata and by what it is told.
+    // A command with only the other broker as bootstrap broker finds the leader, by metadata and by leader hints.
     let cli = cluster.home(3 - leader).cli();
     cli.ok_with(&["produce", "t"], b"one\n");
     let state = cli.ok(&["topic", "describe", "t", "--output", "json"]).json();
@@ -37,9 +37,9 @@ fn a_broker_without_the_partition_says_who_leads_it() {
     assert_eq!(cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
 }
 
-/// A cluster of two with a topic, and its leader; the other broker is down and has missed a record.
+/// Starts a cluster of two with a topic. Returns the cluster, the leader, and the other broker, which is down and has missed a record.
 fn with_a_late_replica(set: impl Fn(Home) -> Home) -> (Cluster, u32, u32) {
-    // A lease so long that a frozen leader stays one for as long as this takes.
+    // The lease is so long that a frozen leader keeps it during this test.
     let mut cluster = Cluster::with(2, |home| set(home.setting("metadata.session_timeout", "\"60s\"")));
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t", "--replication-factor", "2"]);
@@ -52,9 +52,9 @@ fn with_a_late_replica(set: impl Fn(Home) -> Home) -> (Cluster, u32, u32) {
     (cluster, leader, late)
 }
 
-/// A rolling restart that goes by `/readyz` stops the next broker when this one is ready: by then its replicas must be in sync.
+/// A rolling restart that follows `/readyz` stops the next broker when this broker is ready. Its replicas must be in sync by then.
 #[test]
-fn a_broker_is_ready_when_its_replicas_are_in_sync() {
+fn broker_is_ready_when_its_replicas_are_in_sync() {
     let (mut cluster, leader, late) = with_a_late_replica(|home| home);
     cluster.broker(leader).freeze(true);
     let lost = |cluster: &Cluster| cluster.home(late).log().matches("the link to a leader's broker is lost").count();
@@ -74,9 +74,9 @@ fn a_broker_is_ready_when_its_replicas_are_in_sync() {
     assert_eq!(isr, Some(2), "in sync when it says so, and not later");
 }
 
-/// Rolling restarts would wait for ever where a leader hangs.
+/// Without the timeout, a rolling restart would wait forever for a leader that hangs.
 #[test]
-fn start_is_over_after_catch_up_timeout_whatever_is_not_in_sync() {
+fn start_ends_after_catch_up_timeout_without_sync() {
     let (mut cluster, leader, late) = with_a_late_replica(|home| home.setting("broker.catch_up_timeout", "\"15s\""));
     cluster.broker(leader).freeze(true);
     cluster.begin(late);
@@ -84,13 +84,13 @@ fn start_is_over_after_catch_up_timeout_whatever_is_not_in_sync() {
     let waits = |(code, page): &(u16, String)| *code == 503 && page.contains("in sync");
     eventually("it waits for its replica", || page(&cluster).filter(waits));
     eventually("its time is over", || page(&cluster).filter(|(code, _)| *code == 200));
-    // Nobody else was elected: it is the time that ended the start.
+    // No other leader was elected: the timeout has ended the start.
     assert_eq!(cluster.leader("t", 0), leader);
     cluster.broker(leader).freeze(false);
 }
 
 #[test]
-fn a_start_waits_for_etcd_in_words_and_can_be_stopped_while_it_waits() {
+fn start_without_etcd_logs_its_wait_and_can_be_stopped() {
     let mut etcd = Etcd::begin(1, "http", &[]);
     etcd.kill(0);
     let home = Home::member(1, &etcd);
@@ -111,7 +111,7 @@ fn a_start_waits_for_etcd_in_words_and_can_be_stopped_while_it_waits() {
 }
 
 #[test]
-fn an_etcd_that_never_heard_of_this_directory_is_refused() {
+fn etcd_without_this_data_directory_is_refused() {
     let first = etcd(1);
     let mut home = Home::member(1, &first);
     let broker = with_a_record(&mut home);
@@ -127,12 +127,12 @@ fn an_etcd_that_never_heard_of_this_directory_is_refused() {
 }
 
 #[test]
-fn a_directory_of_another_cluster_is_refused_with_both_names() {
+fn data_directory_of_another_cluster_is_refused() {
     let etcd = etcd(1);
     let mut home = Home::member(1, &etcd);
     let broker = with_a_record(&mut home);
     assert!(broker.terminate().success());
-    // The same etcd, and another cluster's part of it.
+    // The same etcd, with the key prefix of another cluster.
     let other = home.of_cluster("other");
     assert!(!other.spawn().wait().success());
     let log = other.log();
@@ -143,9 +143,9 @@ fn a_directory_of_another_cluster_is_refused_with_both_names() {
     assert!(broker.terminate().success());
 }
 
-/// etcd takes only clients with a certificate, and a user with a password; the broker is told both by files.
+/// etcd requires a client certificate, and a user with a password. The broker reads both from files.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_broker_reaches_an_etcd_that_asks_for_a_certificate_and_a_password() {
+async fn broker_connects_to_etcd_with_certificate_and_password() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = |name: &str, text: &str| {
         let path = folder.path().join(name);
@@ -157,7 +157,7 @@ async fn a_broker_reaches_an_etcd_that_asks_for_a_certificate_and_a_password() {
     let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("a certificate");
     let key = KeyPair::generate().expect("a key");
     let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a name");
-    // etcd would take the certificate's name for that of a user.
+    // etcd would use the name in the certificate as a user name.
     params.distinguished_name = rcgen::DistinguishedName::new();
     let signed = params.signed_by(&key, &authority).expect("a certificate");
     let (ca, certificate, key) =
@@ -201,9 +201,9 @@ async fn a_broker_reaches_an_etcd_that_asks_for_a_certificate_and_a_password() {
     });
 }
 
-/// A typing error in one broker's URL, or a bucket of that name at another service: what it uploads is where no other broker looks for it.
+/// A typing error in one broker's URL, or a bucket of that name at another service. No other broker would find the uploads there.
 #[test]
-fn a_broker_whose_url_names_another_bucket_is_refused_with_both_places() {
+fn broker_with_another_object_store_is_refused() {
     let mut cluster = Cluster::start(2);
     let elsewhere = tempfile::tempdir().expect("a folder");
     let third = cluster.new_home(3).bucket_of(elsewhere.path());
@@ -221,7 +221,7 @@ fn a_broker_whose_url_names_another_bucket_is_refused_with_both_places() {
 }
 
 #[test]
-fn a_number_that_another_broker_has_is_refused_with_its_address() {
+fn broker_id_in_use_is_refused_with_its_address() {
     let etcd = etcd(1);
     let mut first = Home::member(1, &etcd);
     let mut running = first.start();
@@ -233,14 +233,14 @@ fn a_number_that_another_broker_has_is_refused_with_its_address() {
 }
 
 #[test]
-fn of_two_processes_with_one_directory_one_ends_and_says_why() {
+fn copied_data_directory_makes_one_process_exit() {
     let etcd = etcd(1);
     let mut first = Home::member(1, &etcd);
     let mut running = first.start();
     let second = Home::member(1, &etcd).bucket_of(&first.bucket());
     copy(&first.data_dir(), &second.data_dir());
     let mut later = second.spawn();
-    // Most often the first one stays: it registers again within milliseconds, while the later one proves itself.
+    // Usually the first process stays. It registers again within milliseconds, while the later process still runs its startup verification.
     let log = eventually("one of them ends", || match (running.is_running(), later.is_running()) {
         (false, true) => Some(first.log()),
         (true, false) => Some(second.log()),
@@ -257,7 +257,7 @@ fn copy(from: &std::path::Path, to: &std::path::Path) {
         if entry.file_type().expect("a type").is_dir() {
             copy(&entry.path(), &target);
         } else if let Err(error) = fs::copy(entry.path(), target) {
-            // The broker whose directory it is replaces files.
+            // The broker that uses the directory replaces files.
             assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}");
         }
     }

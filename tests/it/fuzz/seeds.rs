@@ -1,5 +1,5 @@
-//! Good inputs of every fuzz target, made by what writes them in the broker. They are kept in `fuzz/seeds`, so that a fuzzer
-//! needs nothing but them, and so that what an earlier version wrote is still read.
+//! Valid inputs of every fuzz target, made by the broker's own writers. `fuzz/seeds` keeps them, so that a fuzzer needs nothing else, and
+//! so that files of earlier versions stay readable.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -9,7 +9,7 @@ use strandline::{
     log::{Disk, Identity, Log, Options, ProducerTable, SimDisk},
     model::{BrokerId, Compression, LeaderEpoch, Offset, PartitionId, TopicId},
     proto::v1::{self, append_request::Payload},
-    record::{Batch, BatchBuilder, ProducerStamp},
+    record::{Batch, BatchBuilder, ProducerSequence},
     telemetry::Metrics,
     tier::{SegmentLine, footer::FooterBuilder, manifest::Root, name::Stamp},
 };
@@ -17,7 +17,6 @@ use strandline::{
 /// A seed: its target, its name, its bytes.
 pub(super) type Seed = (&'static str, String, Vec<u8>);
 
-/// Every seed.
 pub(super) fn all() -> Vec<Seed> {
     let mut seeds = Vec::new();
     record(&mut seeds);
@@ -37,7 +36,7 @@ fn partition() -> PartitionId {
     PartitionId::new(TopicId::from_bytes([7; 16]), 0)
 }
 
-/// Three records of producer 5, as its `number`th batch.
+/// Returns batch `number` of producer 5, with three records.
 fn batch(number: u32, epoch: u32) -> Batch {
     let mut builder = BatchBuilder::new(Compression::None);
     for record in 0..3 {
@@ -45,8 +44,8 @@ fn batch(number: u32, epoch: u32) -> Batch {
         builder.push(timestamp, Some(b"key"), Some(&[b'v'; 40]), &[]).unwrap();
     }
     let base_sequence = i32::try_from(number * 3).unwrap();
-    let mut batch = builder.finish(Some(ProducerStamp { id: 5, epoch: 0, base_sequence })).unwrap();
-    batch.stamp(at(u64::from(number) * 3), LeaderEpoch(epoch));
+    let mut batch = builder.finish(Some(ProducerSequence { id: 5, epoch: 0, base_sequence })).unwrap();
+    batch.set_offset_and_epoch(at(u64::from(number) * 3), LeaderEpoch(epoch));
     batch
 }
 
@@ -62,7 +61,7 @@ fn record(seeds: &mut Vec<Seed>) {
     }
 }
 
-/// A directory of three segments with two batches each, in two epochs; closed, or killed.
+/// Returns a directory of three segments with two batches each, in two epochs. The log was closed or killed.
 fn directory(close: bool) -> SimDisk {
     let disk = SimDisk::new();
     let options = Options {
@@ -95,7 +94,7 @@ fn directory(close: bool) -> SimDisk {
     disk
 }
 
-/// The files of a directory as the target takes them: a byte that says which, two for the length, the content.
+/// Returns the files of a directory in the input format of the target: one byte for the kind, two for the length, the content.
 fn packed(disk: &SimDisk, wanted: impl Fn(&str) -> bool) -> Vec<u8> {
     let mut packed = Vec::new();
     for (path, _) in disk.files() {
@@ -123,7 +122,7 @@ fn packed(disk: &SimDisk, wanted: impl Fn(&str) -> bool) -> Vec<u8> {
     packed
 }
 
-/// The rounds at the front of a journal's file.
+/// Returns the frames at the front of a journal file.
 fn rounds(file: &[u8]) -> Vec<Vec<u8>> {
     let (mut rounds, mut at) = (Vec::new(), 0);
     while file[at..].starts_with(b"STRLJRN1") {
@@ -195,7 +194,7 @@ fn tier(seeds: &mut Vec<Seed>) {
         root = root.extend(line(base, base + 10), LeaderEpoch(1), uuid::Uuid::nil()).0;
     }
     let root = root.trim(at(5), None, LeaderEpoch(2)).encode();
-    // Pages begin at 512 segments. A small one is put together of the lines that a root and a page share.
+    // Pages start at 512 segments. A small page is assembled from entries, whose form is the same in a root and in a page.
     let (head, lines) = root[..root.len() - 4].split_at(root.len() - 4 - 3 * 72);
     let mut page = BytesMut::from(&b"STMP\x00\x01"[..]);
     page.put_slice(&head[6..26]);

@@ -1,4 +1,4 @@
-//! Attackers who hold connections: with nothing on them, and with a stream open on each. Those with streams sit on machines of their own
+//! Attackers that hold connections: idle ones, and ones with an open stream each. Attackers with streams are on machines of their own
 //! (network namespaces), because each address has a share.
 
 use std::{
@@ -13,7 +13,7 @@ use bytes::Bytes;
 use strandline::{
     limits,
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{FetchRequest, log_client::LogClient},
     },
     task,
@@ -29,7 +29,7 @@ use crate::{
     wire,
 };
 
-/// Open files of the attacked broker: 32 places for gRPC, 8 for HTTP.
+/// Maximum number of open files of the attacked broker: 32 connections for gRPC, 8 for HTTP.
 const OPEN_FILES: u32 = 256;
 const GRPC_PLACES: usize = 32;
 
@@ -37,19 +37,19 @@ pub(super) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
 }
 
-/// One connection with one fetch stream that is left open.
-pub(super) async fn hold(address: SocketAddr) -> Result<(LogClient<Channel>, impl Sized), Fault> {
+/// Opens a connection with one fetch stream, which stays open.
+pub(super) async fn hold(address: SocketAddr) -> Result<(LogClient<Channel>, impl Sized), ApiError> {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("an address is a URI");
     let mut client = LogClient::new(endpoint.connect().await.expect("the port is open"));
     let (requests, stream) = tokio::sync::mpsc::channel::<FetchRequest>(1);
     let requests_of = tokio_stream::wrappers::ReceiverStream::new(stream);
-    let answers = client.fetch(requests_of).await.map_err(|status| Fault::from(&status))?;
+    let answers = client.fetch(requests_of).await.map_err(|status| ApiError::from(&status))?;
     Ok((client, (requests, answers)))
 }
 
-/// An attacker on a machine of its own, who holds as many connections as he gets, with a stream on each, until the value goes.
+/// An attacker on a machine of its own. It holds as many connections as it gets, with a stream on each, until the value is dropped.
 pub(super) struct Attacker {
-    pub(super) refusals: Vec<Fault>,
+    pub(super) refusals: Vec<ApiError>,
     pub(super) held: usize,
     end: Option<mpsc::SyncSender<()>>,
     thread: Option<thread::JoinHandle<()>>,
@@ -71,7 +71,7 @@ impl Attacker {
                         }
                     }
                     tell.send((held.len(), refusals)).expect("somebody asks");
-                    // The runtime goes on while this waits: pings are answered.
+                    // The runtime continues during this wait, so that pings get responses.
                     task::run_blocking(move || ended.recv().is_err()).await;
                     drop(held);
                 });
@@ -90,7 +90,7 @@ impl Drop for Attacker {
     }
 }
 
-/// One host held every place of a broker: nobody else, no probe and no other broker was served until it went.
+/// Regression: one host held every connection of a broker. No other client, probe or broker was served until that host closed them.
 #[test]
 fn connections_with_open_streams_leave_places_for_other_addresses_probes_and_loopback() {
     let test =
@@ -103,7 +103,7 @@ fn connections_with_open_streams_leave_places_for_other_addresses_probes_and_loo
     for (machine, number) in [("a1", 11), ("a2", 12)] {
         network.add(machine, number);
     }
-    // Clients whose machine has gone do not close their connections.
+    // Clients whose machine has failed do not close their connections.
     let mut home =
         Home::new().in_namespace("b1", ip).open_files(OPEN_FILES).setting("broker.shutdown_timeout", "\"2s\"");
     let broker = home.start();
@@ -111,25 +111,25 @@ fn connections_with_open_streams_leave_places_for_other_addresses_probes_and_loo
     let runtime = runtime();
     runtime.block_on(wire::create_topic(address, "calm", 1, &[]));
 
-    // One address gets half of the places. Everybody else is served.
+    // One address gets half of the connections. All other addresses are served.
     let first = Attacker::begin("a1", address, GRPC_PLACES);
     assert_eq!(first.held, GRPC_PLACES / 2, "{:?}", first.refusals);
     for refusal in &first.refusals {
-        assert_eq!(refusal.reason, Reason::Overloaded);
+        assert_eq!(refusal.code, ErrorCode::Overloaded);
         assert!(refusal.message.contains("raise limits.connections_per_address"), "{refusal}");
     }
     runtime.block_on(serves(address, "calm"));
 
-    // Two addresses get all of them: now a newcomer is refused by name.
+    // Two addresses get all connections. A new client is now refused with a named error.
     let second = Attacker::begin("a2", address, GRPC_PLACES);
     assert_eq!(second.held, GRPC_PLACES / 2, "{:?}", second.refusals);
     let refused = runtime.block_on(async {
         wire::append(&mut wire::log(address), wire::append_plain("calm", 0, vec![Bytes::from_static(b"x")])).await
     });
     let refused = refused.expect_err("there is no place");
-    assert_eq!(refused.reason, Reason::Overloaded);
+    assert_eq!(refused.code, ErrorCode::Overloaded);
     assert!(refused.message.contains("raise the limit of open files (ulimit -n, LimitNOFILE)"), "{refused}");
-    // Probes are answered all the same, by gRPC as well, and so is this machine.
+    // Probes get responses nevertheless, also by gRPC, and so do clients on the broker's machine.
     let healthy = runtime.block_on(async {
         let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("a URI");
         let mut health = HealthClient::new(endpoint.connect().await.expect("the port is open"));
@@ -147,7 +147,7 @@ fn connections_with_open_streams_leave_places_for_other_addresses_probes_and_loo
     }
     assert!(home.metric("strandline_connections_refused_total") >= GRPC_PLACES as f64);
 
-    // With their streams closed they hold nothing that others need.
+    // Connections whose streams have ended hold nothing that other clients need.
     drop(second);
     eventually("a newcomer is served", || {
         let served = runtime.block_on(async {
@@ -159,7 +159,8 @@ fn connections_with_open_streams_leave_places_for_other_addresses_probes_and_loo
     assert!(broker.terminate().success());
 }
 
-/// Idle ones were never asked to go: newcomers were hung up on until the idle ones had said nothing for ten seconds.
+/// Regression: no idle connection was closed for a new one. New connections were closed until the idle ones had sent nothing for ten
+/// seconds.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_connection_that_was_idle_longest_makes_room_and_one_with_a_stream_never() {
     let mut home = Home::new().open_files(OPEN_FILES).setting("limits.connections_per_address", GRPC_PLACES);
@@ -172,7 +173,7 @@ async fn the_connection_that_was_idle_longest_makes_room_and_one_with_a_stream_n
         let answers = client.fetch(tokio_stream::wrappers::ReceiverStream::new(stream)).await.expect("a stream");
         (client, (requests, answers.into_inner()))
     };
-    // Some say nothing, some only greet: idle both.
+    // Some connections send nothing, some only the preface. Both kinds are idle.
     let silent: Vec<TcpStream> = (0..4 * GRPC_PLACES)
         .map(|number| {
             let mut stream = TcpStream::connect(home.grpc()).expect("the port is open");
@@ -182,7 +183,7 @@ async fn the_connection_that_was_idle_longest_makes_room_and_one_with_a_stream_n
             stream
         })
         .collect();
-    // Every newcomer is served at the first try.
+    // Every new client is served at the first attempt.
     for _ in 0..4 {
         serves(home.grpc(), "calm").await;
     }
@@ -200,7 +201,7 @@ async fn the_connection_that_was_idle_longest_makes_room_and_one_with_a_stream_n
     drop(silent);
 }
 
-/// 100,000 streams on a hundred connections took 700 MB.
+/// Regression: 100,000 streams on a hundred connections took 700 MB.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn open_calls_are_bounded_by_memory_and_every_connection_has_its_share() {
     let mut home = Home::new().setting("limits.memory_bytes", "\"64MiB\"");
@@ -210,7 +211,7 @@ async fn open_calls_are_bounded_by_memory_and_every_connection_has_its_share() {
         let endpoint = Endpoint::from_shared(format!("http://{}", home.grpc())).expect("a URI");
         LogClient::new(endpoint.connect().await.expect("the port is open"))
     };
-    // 64 MiB have room for 2,048 calls. When they are open, each of ten connections may have 204.
+    // 64 MiB are enough for 2,048 calls. When these are open, each of ten connections may have 204.
     let (mut streams, mut clients) = (Vec::new(), Vec::new());
     for _ in 0..9 {
         let mut client = connect().await;
@@ -224,8 +225,8 @@ async fn open_calls_are_bounded_by_memory_and_every_connection_has_its_share() {
         streams.push(honest.fetch(futures::stream::pending::<FetchRequest>()).await.expect("its share"));
     }
     let refused = clients[0].fetch(futures::stream::pending::<FetchRequest>()).await.expect_err("it has its share");
-    let refused = Fault::from(&refused);
-    assert_eq!((refused.reason, refused.retryable), (Reason::Overloaded, true), "{refused}");
+    let refused = ApiError::from(&refused);
+    assert_eq!((refused.code, refused.retryable), (ErrorCode::Overloaded, true), "{refused}");
     assert!(refused.message.contains("2048") && refused.message.contains("limits.memory_bytes"), "{refused}");
     wire::append(&mut honest, wire::append_plain("calm", 0, vec![Bytes::from_static(b"x")])).await.expect("served");
     assert!(home.log().contains("as many calls and streams are open as there is memory for"), "{}", home.log());

@@ -1,5 +1,5 @@
-//! Attackers that hold much of little things: connections, calls, heads of requests, metadata; and batches that are large where little was
-//! asked for. Resident memory stays bounded meanwhile, and honest clients are served.
+//! Attackers that hold many small things: connections, calls, request headers, metadata. Also batches that are large although little was
+//! requested. Resident memory stays bounded meanwhile, and honest clients are served.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -29,21 +29,21 @@ const METADATA: &str = "/strandline.v1.Admin/GetMetadata";
 /// Partitions of the topic `t` with one batch of 56 MiB each.
 const LARGE: [i32; 2] = [FILLED, FILLED + 1];
 
-/// Calls again and again, and reads the answers.
+/// Calls again and again, and reads the responses.
 async fn repeat(channel: Channel, path: &'static str, message: Bytes) {
     while let Some(answer) = call(channel.clone(), path, whole(&message)).await {
         let _ = answer.into_body().collect().await;
     }
 }
 
-/// A frame of HTTP/2.
+/// Returns a frame of HTTP/2.
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).expect("a small frame").to_be_bytes();
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
-/// Calls again and again on a connection of which nothing is read, not even heads, which have no window. Each asks for a topic of a name
-/// that the refusal repeats in its head.
+/// Calls again and again on a connection of which nothing is read, not even response headers, which have no flow-control window. Each call
+/// requests a topic whose name the error repeats in its header.
 async fn ask_and_read_nothing(address: SocketAddr) {
     const DATA: u8 = 0;
     const HEADERS: u8 = 1;
@@ -57,7 +57,7 @@ async fn ask_and_read_nothing(address: SocketAddr) {
         ("content-type", "application/grpc"),
         ("te", "trailers"),
     ];
-    // A literal field with a new name each.
+    // Each header field is a literal with a new name.
     let short = |text: &str| [&[u8::try_from(text.len()).expect("a short text")], text.as_bytes()].concat();
     let head = head.map(|(name, value)| [vec![0], short(name), short(value)].concat()).concat();
     let request = framed(&DescribeTopicRequest { name: "\"\u{1}".repeat(2000) }.encode_to_vec());
@@ -91,7 +91,7 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
 
     let attack = |_channel: Channel| future::pending();
     target.withstands("connections without a call", target.on_connections(3 * connections, 0, attack)).await;
-    // A window of 1 MiB each.
+    // Each connection has a window of 1 MiB.
     let windows = |channel: Channel| async move {
         unread(channel, APPEND, |gone| withheld(60 << 20, 4 << 20, gone)).await;
     };
@@ -121,7 +121,7 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
     let attack = (0..connections).map(|_| ask_and_read_nothing(target.address())).collect();
     target.withstands("heads of answers that nobody reads", attack).await;
 
-    // 26 KiB each.
+    // Each stream takes 26 KiB.
     let head = "a".repeat(12_000);
     let attack = |channel: Channel| {
         let head = head.clone();
@@ -145,7 +145,7 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
     };
     target.withstands("probes without a request", target.on_streams(4 * streams, attack).await).await;
 
-    // HTTP/2 keeps the room of as many streams as there were: up to 1.5 MB for each connection.
+    // HTTP/2 keeps memory for as many streams as a connection ever had: up to 1.5 MB for each connection.
     let attack = |channel: Channel| async move {
         let (alive, gone): (Vec<_>, Vec<_>) = (0..900).map(|_| oneshot::channel()).unzip();
         let calls = gone.into_iter().map(|gone| call(channel.clone(), APPEND, withheld(1000, 10, gone)));
@@ -155,7 +155,7 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
     };
     target.withstands("connections that had many streams", target.on_connections(connections, 65_535, attack)).await;
 
-    // 3 MB each.
+    // Each stream takes 3 MB.
     let absent = |partition| FetchPartition { topic: "absent".to_owned(), partition, ..Default::default() };
     let fetch = FetchRequest { partitions: (0..10_000).map(absent).collect(), ..Default::default() };
     let fetch = framed(&fetch.encode_to_vec());
@@ -165,7 +165,7 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
     };
     target.withstands("fetches of absent partitions", target.on_streams(streams / 10, attack).await).await;
 
-    // Each stream kept the buffer of its largest request, and that of its last response: 1.7 and 1.3 GB.
+    // Regression: each stream kept the buffers of its largest request and of its last response: 1.7 and 1.3 GB.
     let absent = wire::append_plain("absent", 0, vec![Bytes::from(vec![7; 30 << 20])]);
     let produce = framed(&ProduceRequest { append: Some(absent), ..Default::default() }.encode_to_vec());
     let attack = move |channel: Channel| {
@@ -186,7 +186,7 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
     };
     target.withstands("consumers that are at the end", target.on_streams(300, attack).await).await;
 
-    // Eight batches at a time were read before there was memory for one.
+    // Regression: eight batches at a time were read before there was memory for one.
     for (name, partitions) in [("batches of 4 MiB", (0..FILLED).collect()), ("batches of 56 MiB", LARGE.to_vec())] {
         let places = partitions.iter().map(|partition| place(*partition)).collect();
         let read = ReadRequest { partitions: places, max_bytes: 1, ..Default::default() };
@@ -227,7 +227,7 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
     target.gives_back(before);
 }
 
-/// The bucket serves reads and takes no object, so that appends wait for it until their time is up.
+/// The object store serves reads and accepts no object, so that appends wait for it until they time out.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_stays_bounded_while_appends_wait_for_the_bucket() {
     const APPENDS: i32 = 20;

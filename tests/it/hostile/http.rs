@@ -1,4 +1,4 @@
-//! Clients that hang on the HTTP port, and what is answered before the broker is ready.
+//! Clients that hold the HTTP port, and responses before the broker is ready.
 
 use std::{
     io::{Read as _, Write as _},
@@ -13,7 +13,7 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// The answer's head and body; `accept` is sent where it is not empty.
+/// Returns the header and the body of a response. Sends `accept` if it is not empty.
 fn get(address: SocketAddr, path: &str, accept: &str) -> (String, String) {
     let mut stream = TcpStream::connect(address).expect("the port is open");
     stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout can be set");
@@ -26,7 +26,7 @@ fn get(address: SocketAddr, path: &str, accept: &str) -> (String, String) {
     (head.to_ascii_lowercase(), body.to_owned())
 }
 
-/// HTTP/2 was served as well, without a bound on what its streams hold.
+/// Regression: the port also served HTTP/2, without a bound on the memory of its streams.
 #[test]
 fn pages_are_served_by_http_1_alone() {
     let mut home = Home::new();
@@ -35,13 +35,13 @@ fn pages_are_served_by_http_1_alone() {
     stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout can be set");
     stream.write_all(PREFACE).expect("it is sent");
     let mut answer = Vec::new();
-    // The connection may be reset behind the answer.
+    // The connection may be reset after the response.
     let _ended = stream.read_to_end(&mut answer);
     assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 4"), "{answer:?}");
     assert_eq!(http_get(home.http(), "/healthz").expect("an answer").0, 200);
 }
 
-/// 256 idle connections filled the port, and `/healthz` got no answer.
+/// Regression: 256 idle connections filled the port, and `/healthz` got no response.
 #[test]
 fn probes_are_answered_whatever_hangs_on_the_port() {
     let mut home = Home::new();
@@ -51,16 +51,16 @@ fn probes_are_answered_whatever_hangs_on_the_port() {
     let hang = |number: usize| {
         let mut stream = TcpStream::connect(address).expect("the port is open");
         let sent = match number % 5 {
-            // It says nothing, or not even half of a request,
+            // No request, or less than half of one.
             0 => Ok(()),
             1 => stream.write_all(b"GET /healthz HTTP/1.1\r\nHo"),
-            // asks and stays, announces a body that never comes,
+            // A connection that stays open after its request, or a body that never arrives.
             2 => stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"),
             3 => stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"),
-            // or asks for many pages and reads none.
+            // Many requests for a page, without reading any response.
             _ => stream.write_all(&page.repeat(20)),
         };
-        // One that was closed for a later one is as good.
+        // A connection that was closed for a later one is acceptable.
         drop(sent);
         stream
     };
@@ -71,7 +71,7 @@ fn probes_are_answered_whatever_hangs_on_the_port() {
                 http_get(address, path).unwrap_or_else(|error| panic!("{path} in round {round}: {error}"));
             assert_eq!((code, page.as_str()), (200, "ok\n"));
         }
-        // They go on meanwhile.
+        // The attack continues meanwhile.
         for stream in &mut hanging {
             drop(stream.write_all(b"x"));
         }
@@ -81,7 +81,8 @@ fn probes_are_answered_whatever_hangs_on_the_port() {
     assert!(broker.is_running());
 }
 
-/// It was empty, of OpenMetrics' type and without its end: not valid; and never text, whatever was asked for.
+/// Regression: the page was empty, with the type of OpenMetrics and without its end marker, which is invalid. The page was never text,
+/// whatever the client requested.
 #[test]
 fn figures_are_right_before_the_broker_is_ready_in_both_formats() {
     let mut etcd = Etcd::begin(1, "http", &[]);

@@ -1,8 +1,8 @@
-//! Attackers of a broker's memory: what they announce and do not send, what they ask for and do not read, and small messages that become
-//! large. Resident memory stays bounded meanwhile, and honest clients are served.
+//! Attackers of a broker's memory: messages that are announced and not sent, responses that are requested and not read, and small messages
+//! that become large. Resident memory stays bounded meanwhile, and honest clients are served.
 //!
-//! The short form has fewer partitions and streams; `make hostile` runs the full one on an optimised broker, and measures what honest
-//! appends wait. `make hostile ONLY=text` picks attacks on memory by their words.
+//! The short form has fewer partitions and streams. `make hostile` runs the full form on an optimised broker, and measures the latency of
+//! honest appends. `make hostile ONLY=text` selects attacks on memory by parts of their names.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,7 +13,7 @@ use prost::Message as _;
 use strandline::{
     limits,
     proto::{
-        fault::Reason,
+        error::ErrorCode,
         v1::{
             Acks, AppendRequest, FetchPartition, FetchRequest, GetMetadataRequest, PlainRecords, ProduceRequest,
             ReadRequest, Record, append_request::Payload,
@@ -39,12 +39,12 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     target.fill().await;
     let before = resident_bytes(target.broker.pid());
 
-    // 6 GB.
+    // Regression: took 6 GB.
     let attack = |channel: Channel| async move {
         unread(channel.clone(), APPEND, |gone| withheld(60 << 20, (60 << 20) - 1, gone)).await
     };
     target.withstands("60 MiB but for the last byte, 100 streams", target.on_streams(100, attack).await).await;
-    // 1.8 GB resident and 155 GB of address space.
+    // Regression: took 1.8 GB resident and 155 GB of address space.
     let attack =
         |channel: Channel| async move { unread(channel.clone(), APPEND, |gone| withheld(65 << 20, 0, gone)).await };
     let streams = target.scale.streams;
@@ -53,7 +53,7 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
         |channel: Channel| async move { unread(channel.clone(), APPEND, |gone| withheld(60_000, 59_999, gone)).await };
     target.withstands("60 KB but for the last byte", target.on_streams(streams, attack).await).await;
 
-    // Requests that are whole and whose bodies never end: all others were refused.
+    // Whole requests whose bodies never end. Regression: all other requests were refused.
     let append = wire::append_plain("absent", 0, vec![Bytes::from(vec![7; 60_000])]);
     let sent = framed(&append.encode_to_vec());
     let attack = |channel: Channel| {
@@ -62,7 +62,7 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     };
     target.withstands("60 KB without an end", target.on_streams(streams, attack).await).await;
 
-    // Requests of 20 bytes whose answers have 200, and whose stream holds what was sent ahead; files of the interface.
+    // Requests of 20 bytes with responses of 200, on streams that buffer requests sent ahead. Then descriptors of the interface.
     let nameless = ProduceRequest { append: Some(AppendRequest::default()), ..Default::default() }.encode_to_vec();
     let ahead = Bytes::from(framed(&nameless).repeat(250_000 / (nameless.len() + 5)));
     let symbol = [&[0x22, 17][..], b"strandline.v1.Log"].concat();
@@ -80,7 +80,7 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
         target.withstands(name, target.on_streams(streams, attack).await).await;
     }
 
-    // The batch shared the memory of its message: 1.3 GB with 20 of them.
+    // Regression: the batch shared the memory of its message: 1.3 GB with 20 such batches.
     let append = wire::append_batch("t", 9, wire::batch(&[&vec![7; 16 << 10]])).encode_to_vec();
     let padded = Bytes::from(nested(&append, &[99], &vec![0; 32 << 20]));
     let attack = |channel: Channel| {
@@ -89,7 +89,7 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     };
     target.withstands("small batches in large messages", target.on_streams(4, attack).await).await;
 
-    // 4 GB with 100 streams.
+    // Regression: took 4 GB with 100 streams.
     let fetch = Bytes::from(
         FetchRequest { partitions: (0..FILLED).map(place).collect(), max_bytes: 16 << 20, ..Default::default() }
             .encode_to_vec(),
@@ -113,14 +113,14 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
         };
         let name = if plain { "plain reads that nobody reads" } else { "reads that nobody reads" };
         target.withstands(name, target.on_streams(100, attack).await).await;
-        // HTTP/2 took a whole response where the client took a byte of it.
+        // Regression: HTTP/2 buffered a whole response when the client accepted one byte of it.
         let by_bytes = endpoint(target.address()).initial_stream_window_size(1).initial_connection_window_size(1 << 30);
         let channel = connect_to(by_bytes).await;
         let attacks = (0..900).map(|_| attack(channel.clone())).collect();
         target.withstands(&format!("{name} but for a byte, 900 streams"), attacks).await;
     }
 
-    // HTTP/2 asked for the end of a small response when a byte of it was taken, and nothing was charged from then on: 850 MB.
+    // Regression: HTTP/2 polled for the end of a small response when one byte of it was accepted. Nothing was charged from then on: 850 MB.
     let mut log = wire::log(target.address());
     let small = wire::batch(&[&[7; 30_000]]);
     wire::append(&mut log, wire::append_batch("t", SMALL, small)).await.expect("it takes records");
@@ -135,7 +135,7 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     };
     target.withstands("small reads that nobody reads but for a byte", target.on_connections(30, 1, attack)).await;
 
-    // Batches of 100 KB whose records have 60 MiB: readers of an empty topic waited 1.6 s.
+    // Batches of 100 KB whose records have 60 MiB. Regression: readers of an empty topic waited 1.6 s.
     let batch = wire::batch(&vec![&vec![0_u8; 1 << 20][..]; 60]);
     let bomb = wire::frame(&zstd::bulk::compress(&batch[61..], 1).expect("it compresses"), 60, 4);
     for _ in 0..4 {
@@ -176,7 +176,7 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     eprintln!("plain reads of an empty topic meanwhile: {}, p99 {p99:?}", waits.len());
     assert!(!target.scale.is_full || p99 < Duration::from_millis(50), "plain reads of an empty topic: p99 {p99:?}");
 
-    // 4.7, 3.6 and 2.3 GB from one message each.
+    // Regression: one message each took 4.7, 3.6 and 2.3 GB.
     let records = |records: Vec<Record>| AppendRequest {
         topic: "t".to_owned(),
         acks: Acks::All.into(),
@@ -195,7 +195,7 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
         ("empty names", "/strandline.v1.Admin/GetMetadata", empty_names),
     ] {
         let fault = refusal(target.address(), path, &message).await;
-        assert_eq!(fault.reason, Reason::InvalidRequest, "{what}: {fault}");
+        assert_eq!(fault.code, ErrorCode::InvalidRequest, "{what}: {fault}");
         assert!(fault.message.contains(&limits::MAX_REQUEST_PARTS.to_string()), "{what}: {fault}");
         let address = target.address();
         let message = Bytes::from(message);
@@ -210,15 +210,15 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
         target.withstands(what, vec![attack(), attack()]).await;
     }
     let fault = refusal(target.address(), READ, &vec![0; 5 << 20]).await;
-    assert_eq!(fault.reason, Reason::MessageTooLarge, "{fault}");
+    assert_eq!(fault.code, ErrorCode::MessageTooLarge, "{fault}");
     assert!(fault.message.contains(&limits::MAX_REQUEST_BYTES.to_string()), "{fault}");
 
-    // 1.9 GB stayed.
+    // Regression: 1.9 GB stayed allocated.
     target.gives_back(before);
 }
 
-/// Four connections that read nothing held all memory of responses, and four that held their answers back all that batches wait in: nobody
-/// else was answered for as long as they stayed.
+/// Regression: four connections that read nothing held all memory of responses. Four that did not read their append responses held all
+/// memory in which batches wait. No other client got a response while they stayed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_read_nothing_give_way_to_those_that_do() {
     let target = Target::start(Scale { is_full: false, ..Scale::of_environment() }).await;
@@ -252,7 +252,7 @@ async fn clients_that_read_nothing_give_way_to_those_that_do() {
                     let (channel, body) = (channel.clone(), open(pieces.clone(), gone));
                     streams.spawn(async move { (call(channel, path, body).await, future::pending::<()>().await) });
                 }
-                // It is back when its connection was closed.
+                // The call fails when the connection was closed. The attacker then connects again.
                 while call(channel.clone(), READ, whole(&[])).await.is_some() {
                     tokio::time::sleep(Duration::from_millis(500)).await;
                 }
@@ -265,7 +265,7 @@ async fn clients_that_read_nothing_give_way_to_those_that_do() {
     let begin = clock::monotonic();
     let (mut reads, mut appends, mut slowest) = (0, 0, Duration::ZERO);
     let request = FetchRequest { partitions: vec![place], max_bytes: 4 << 20, ..Default::default() };
-    // A read may wait until connections that take nothing are closed, after five seconds.
+    // A read may wait until connections that read nothing are closed, after five seconds.
     while begin.elapsed() < Duration::from_secs(20) || reads <= 2 || appends <= 2 {
         assert!(begin.elapsed() < Duration::from_secs(120), "{reads} reads and {appends} appends");
         let began = clock::monotonic();

@@ -1,4 +1,4 @@
-//! Bad input over every port: each gets an error that says what is wrong, and everybody else is served meanwhile.
+//! Invalid input on every port. Each input gets an error with the reason, and all other clients are served meanwhile.
 
 mod connections;
 mod held;
@@ -20,7 +20,7 @@ use rand::{Rng as _, RngExt as _, SeedableRng as _, rngs::StdRng};
 use strandline::{
     limits,
     proto::{
-        fault::{Fault, Reason},
+        error::{ApiError, ErrorCode},
         v1::{CreateTopicRequest, FetchPartition, ReadRequest},
     },
 };
@@ -30,7 +30,7 @@ use crate::{
     wire,
 };
 
-/// One record in and out again: the broker serves.
+/// Checks that the broker serves: appends one record and reads the record.
 async fn serves(address: SocketAddr, topic: &str) {
     let mut log = wire::log(address);
     let value = Bytes::from_static(b"still here");
@@ -51,11 +51,11 @@ async fn running(topics: &[&str]) -> (Home, Broker) {
     (home, broker)
 }
 
-/// Sends bytes and reads what comes until the other side ends or has nothing more to say.
+/// Sends bytes, and reads the response until the other side closes the connection or sends nothing more.
 fn throw(address: SocketAddr, bytes: &[u8]) {
     let mut stream = TcpStream::connect(address).expect("the port is open");
     stream.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout can be set");
-    // The broker may well hang up in the middle.
+    // The broker may close the connection in the middle.
     let _ = stream.write_all(bytes);
     let _ = stream.shutdown(std::net::Shutdown::Write);
     let mut answer = [0; 4096];
@@ -86,10 +86,10 @@ async fn random_bytes_on_every_port_harm_nobody() {
         }
         serves(home.grpc(), "calm").await;
     }
-    // Frames of HTTP/2 that promise what does not come: a settings frame and headers of 16 MB.
+    // HTTP/2 frames that announce data which never arrives: a settings frame, and headers of 16 MB.
     let promises = [PREFACE, &[0, 0, 0, 4, 0, 0, 0, 0, 0], &[0xff, 0xff, 0xff, 1, 4, 0, 0, 0, 1]].concat();
     tokio::task::block_in_place(|| throw(home.grpc(), &promises));
-    // A hundred callers who say nothing.
+    // A hundred connections that send nothing.
     let silent: Vec<TcpStream> = (0..100)
         .map(|n| TcpStream::connect(if n % 2 == 0 { home.grpc() } else { home.http() }).expect("the port is open"))
         .collect();
@@ -99,7 +99,7 @@ async fn random_bytes_on_every_port_harm_nobody() {
     assert!(broker.is_running());
 }
 
-/// What a changed batch must be answered with. The topic takes the largest batches, so that only the change is wrong.
+/// Each changed batch gets its error. The topic takes the largest batches, so that only the change is wrong.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bad_batch_is_refused_by_name_and_nothing_of_it_is_stored() {
     let (home, mut broker) = running(&["batches"]).await;
@@ -154,11 +154,11 @@ async fn a_bad_batch_is_refused_by_name_and_nothing_of_it_is_stored() {
     ];
     for (name, bytes) in cases {
         let fault = wire::append(&mut log, wire::append_batch("batches", 0, bytes)).await.expect_err(name);
-        assert_eq!(fault.reason, Reason::MalformedBatch, "{name}: {fault}");
+        assert_eq!(fault.code, ErrorCode::MalformedBatch, "{name}: {fault}");
         assert!(!fault.retryable && fault.message.len() > 15, "{name} is explained: {fault}");
     }
     let fault = wire::append(&mut log, wire::append_batch("batches", 0, Bytes::new())).await.expect_err("nothing");
-    assert!(matches!(fault.reason, Reason::MalformedBatch | Reason::InvalidRequest), "{fault:?}");
+    assert!(matches!(fault.code, ErrorCode::MalformedBatch | ErrorCode::InvalidRequest), "{fault:?}");
     assert_eq!(wire::latest(&mut log, "batches", 0).await, Ok(0), "nothing was stored");
     wire::append(&mut log, wire::append_batch("batches", 0, good)).await.expect("the good one is taken");
     let records = wire::read_range(&mut log, "batches", 0, 0, 2).await.expect("it is read");
@@ -166,8 +166,8 @@ async fn a_bad_batch_is_refused_by_name_and_nothing_of_it_is_stored() {
     assert!(broker.is_running());
 }
 
-/// The header is right and the CRC too: only who decodes the records finds out. Whoever does must survive it, and other
-/// topics must not notice.
+/// The header and the CRC are right. Only a decoder of the records finds the error. The decoder must survive the records, and other topics
+/// must not be affected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hostile_records_and_bombs_behind_a_good_header_are_survived() {
     let (home, mut broker) = running(&["plain", "calm"]).await;
@@ -189,20 +189,20 @@ async fn hostile_records_and_bombs_behind_a_good_header_are_survived() {
         ("snappy that claims 4 GiB", wire::frame(&[0xff, 0xff, 0xff, 0xff, 0x0f, 0, 0, 0], 1, 2)),
         ("a zstd bomb", wire::frame(&bomb(), 1, 4)),
     ];
-    // How much may be opened depends on the machine's memory.
-    let is_named = |fault: &Fault| matches!(fault.reason, Reason::MalformedBatch | Reason::RecordTooLarge);
+    // The memory for decompression depends on the machine.
+    let is_named = |fault: &ApiError| matches!(fault.code, ErrorCode::MalformedBatch | ErrorCode::RecordTooLarge);
     for (name, bytes) in cases {
         for topic in ["plain", "recompressed"] {
             let append = wire::append(&mut log, wire::append_batch(topic, 0, bytes.clone())).await;
             match append {
-                // Refused at the door, which is best.
+                // Refused by the append, which is best.
                 Err(fault) => assert!(is_named(&fault), "{name} into {topic}: {fault}"),
-                // Taken unread: then reading it as records fails, and says so.
+                // Stored without decoding. A read of decoded records then fails with a named error.
                 Ok(appended) => {
                     assert_eq!(topic, "plain", "{name}: a broker that compresses anew has read it");
                     let read = wire::read_range(&mut log, topic, 0, appended.base_offset, appended.end_offset).await;
                     let fault = read.expect_err(name);
-                    assert!(is_named(&fault) || fault.reason == Reason::DataDamaged, "{name}: {fault:?}");
+                    assert!(is_named(&fault) || fault.code == ErrorCode::DataDamaged, "{name}: {fault:?}");
                 }
             }
         }
@@ -211,7 +211,7 @@ async fn hostile_records_and_bombs_behind_a_good_header_are_survived() {
     assert!(broker.is_running());
 }
 
-/// Zeros, more of them than anything may decompress to, in a few kilobytes.
+/// Returns a few kilobytes that decompress to more zeros than any limit allows.
 fn bomb() -> Vec<u8> {
     let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).expect("an encoder");
     let zeros = vec![0; 1 << 20];
@@ -228,40 +228,40 @@ async fn requests_for_what_is_not_there_are_refused_by_name() {
     let value = || vec![Bytes::from_static(b"x")];
     for topic in ["nobody", "", "a/b", "..", "\u{1f980}", &"n".repeat(100_000)] {
         let fault = wire::append(&mut log, wire::append_plain(topic, 0, value())).await.expect_err("no such topic");
-        assert!(matches!(fault.reason, Reason::UnknownTopic | Reason::InvalidTopic), "{fault:?}");
+        assert!(matches!(fault.code, ErrorCode::UnknownTopic | ErrorCode::InvalidTopic), "{fault:?}");
         assert!(fault.message.len() < 2000, "a name of any length is not thrown back: {}", fault.message.len());
         let fault = wire::latest(&mut log, topic, 0).await.expect_err("no such topic");
-        assert!(matches!(fault.reason, Reason::UnknownTopic | Reason::InvalidTopic), "{fault:?}");
+        assert!(matches!(fault.code, ErrorCode::UnknownTopic | ErrorCode::InvalidTopic), "{fault:?}");
     }
     for partition in [1, -1, i32::MAX, i32::MIN] {
         let fault =
             wire::append(&mut log, wire::append_plain("small", partition, value())).await.expect_err("no partition");
-        assert_eq!(fault.reason, Reason::UnknownPartition, "{fault:?}");
+        assert_eq!(fault.code, ErrorCode::UnknownPartition, "{fault:?}");
         assert!(fault.message.contains(&partition.to_string()), "{fault}");
     }
     let fault = wire::append(&mut log, wire::append_plain("small", 0, vec![])).await.expect_err("no records");
-    assert_eq!(fault.reason, Reason::InvalidRequest, "{fault:?}");
+    assert_eq!(fault.code, ErrorCode::InvalidRequest, "{fault:?}");
     wire::append(&mut log, wire::append_plain("small", 0, value())).await.expect("one record");
     for offset in [2, i64::MAX - 1, -1, i64::MIN] {
         let fault = wire::read_range(&mut log, "small", 0, offset, i64::MAX).await;
         let fault = fault.expect_err("there is no such offset");
-        assert!(matches!(fault.reason, Reason::OffsetOutOfRange | Reason::InvalidRequest), "{offset}: {fault:?}");
+        assert!(matches!(fault.code, ErrorCode::OffsetOutOfRange | ErrorCode::InvalidRequest), "{offset}: {fault:?}");
         if offset == 2 {
             assert_eq!(
-                (fault.reason, fault.number("start"), fault.number("end")),
-                (Reason::OffsetOutOfRange, Some(0), Some(1))
+                (fault.code, fault.number("start"), fault.number("end")),
+                (ErrorCode::OffsetOutOfRange, Some(0), Some(1))
             );
         }
     }
     let partitions =
         vec![FetchPartition { topic: "small".into(), ..Default::default() }; limits::MAX_FETCH_PARTITIONS + 1];
     let status = log.read(ReadRequest { partitions, ..Default::default() }).await.expect_err("too many");
-    assert_eq!(Fault::from(&status).reason, Reason::InvalidRequest, "{status:?}");
+    assert_eq!(ApiError::from(&status).code, ErrorCode::InvalidRequest, "{status:?}");
     for (name, partitions) in [("", 1), ("a b", 1), ("..", 1), ("huge", limits::MAX_PARTITIONS + 1)] {
         let request = CreateTopicRequest { name: name.into(), partitions, ..Default::default() };
         let status = wire::admin(home.grpc()).create_topic(request).await.expect_err("not possible");
-        let fault = Fault::from(&status);
-        assert!(matches!(fault.reason, Reason::InvalidTopic | Reason::InvalidRequest), "{name:?}: {fault:?}");
+        let fault = ApiError::from(&status);
+        assert!(matches!(fault.code, ErrorCode::InvalidTopic | ErrorCode::InvalidRequest), "{name:?}: {fault:?}");
     }
     serves(home.grpc(), "small").await;
 }
@@ -275,18 +275,18 @@ async fn what_is_too_large_is_refused_and_the_next_is_taken() {
     let plain = wire::append_plain("narrow", 0, vec![large.clone().into()]);
     for request in [wire::append_batch("narrow", 0, wire::batch(&[&large])), plain] {
         let fault = wire::append(&mut log, request).await.expect_err("too large");
-        assert_eq!(fault.reason, Reason::RecordTooLarge, "{fault:?}");
+        assert_eq!(fault.code, ErrorCode::RecordTooLarge, "{fault:?}");
         assert!(fault.message.contains("2000"), "says what is allowed: {fault}");
     }
     wire::append(&mut log, wire::append_batch("narrow", 0, wire::batch(&[b"fits"]))).await.expect("small enough");
     let over = wire::append_batch("calm", 0, vec![0; limits::MAX_MESSAGE_BYTES + 1]);
     let fault = wire::append(&mut log, over).await.expect_err("over the message limit");
-    assert!(!matches!(fault.reason, Reason::Internal), "{fault:?}");
+    assert!(!matches!(fault.code, ErrorCode::Internal), "{fault:?}");
     serves(home.grpc(), "calm").await;
     assert!(broker.is_running());
 }
 
-/// A broker that must not start: it ends by itself with 1 and says why.
+/// Checks that a broker does not start: the process exits with code 1 and logs the reason.
 fn refuses(home: &Home, said: &[&str]) {
     let before = home.log().len();
     let status = home.spawn().wait();
@@ -310,7 +310,7 @@ async fn a_data_directory_has_one_broker() {
     serves(home.grpc(), "calm").await;
 }
 
-/// A configuration for a home's ports with another data directory, and more lines after it.
+/// Returns a configuration for the ports of an instance, with another data directory, and more lines at its end.
 fn config(home: &Home, data: &Path, more: &str) -> String {
     format!(
         "[broker]\nid = 1\ndata_dir = {data:?}\n[grpc]\nlisten = \"{}\"\n[http]\nlisten = \"{}\"\n{more}",
@@ -319,14 +319,14 @@ fn config(home: &Home, data: &Path, more: &str) -> String {
     )
 }
 
-/// Runs `strandline broker` with this configuration; it is expected to end by itself.
+/// Runs `strandline broker` with this configuration. The process is expected to exit by itself.
 fn start(folder: &Path, config: &str) -> Output {
     let file = folder.join("bad.toml");
     fs::write(&file, config).expect("written");
     Cli::without_broker(folder).run(&["broker", "--config", file.to_str().expect("a path of ours")])
 }
 
-/// The card that says whose directory it is holds against what starts there.
+/// A start checks the identity file of the data directory.
 #[test]
 fn a_data_directory_of_a_newer_version_or_of_another_broker_is_left_alone() {
     let mut home = Home::new();
@@ -348,7 +348,7 @@ fn a_data_directory_that_cannot_be_used_is_named() {
     let home = Home::new();
     let file = home.path().join("a-file");
     fs::write(&file, "not a folder").expect("written");
-    // Even the superuser makes no folder in /proc.
+    // Not even root can create a folder in /proc.
     for place in [file.as_path(), &file.join("below"), Path::new("/proc/strandline")] {
         let output = start(home.path(), &config(&home, place, ""));
         assert_eq!(output.code, 1, "{output:?}");
@@ -367,7 +367,7 @@ fn a_port_in_use_is_named() {
     refuses(&home, &[&home.http().port().to_string(), "127.0.0.1", "in use"]);
 }
 
-/// Every mistake is found before data is touched, by file, line and key.
+/// Every mistake is found before data is written, with its file, line and key.
 #[test]
 fn a_wrong_configuration_names_file_line_and_key() {
     let home = Home::new();
@@ -391,7 +391,7 @@ fn a_wrong_configuration_names_file_line_and_key() {
         }
         assert!(!data.exists(), "nothing was made: {more}");
     }
-    // A flag is told the same as the file's line.
+    // A command-line option gets the same error as the line of the file.
     let dev = ["dev", "--data-dir", data.to_str().expect("a path of ours"), "--listen", "localhost:29464"];
     let listen = Cli::without_broker(home.path()).run(&dev);
     assert_eq!(listen.code, 1, "{listen:?}");

@@ -2,7 +2,7 @@
 
 use std::net::TcpStream;
 
-use strandline::proto::fault::Reason;
+use strandline::proto::error::ErrorCode;
 
 use super::connections::{Attacker, hold, runtime};
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Open files of each broker: 16 places for clients, 8 for brokers.
+/// Maximum number of open files of each broker: 16 connections for clients, 8 for brokers.
 const OPEN_FILES: u32 = 256;
 const GRPC_PLACES: usize = 16;
 
@@ -28,8 +28,8 @@ fn a_broker_alone_opens_no_port_for_brokers() {
     assert!(broker.terminate().success(), "{}", home.log());
 }
 
-/// Brokers came through the clients' port once: while one host held all connections of a leader, a follower that was restarted found no
-/// place there.
+/// Regression: brokers used the port of clients. While one host held all connections of a leader, a restarted follower could not connect
+/// there.
 #[test]
 fn a_host_that_holds_all_client_connections_keeps_no_follower_out() {
     if !inside("hostile::peers::a_host_that_holds_all_client_connections_keeps_no_follower_out") {
@@ -43,7 +43,7 @@ fn a_host_that_holds_all_client_connections_keeps_no_follower_out() {
         let machine = format!("b{id}");
         let ip = network.add(&machine, u8::try_from(id).expect("few brokers"));
         let home = cluster.new_home(id).in_namespace(&machine, ip).open_files(OPEN_FILES);
-        // Clients whose machine has gone do not close their connections.
+        // Clients whose machine has failed do not close their connections.
         let home = home.setting("broker.shutdown_timeout", "\"2s\"");
         cluster.add(id, home.setting("limits.connections_per_address", GRPC_PLACES));
     }
@@ -56,8 +56,8 @@ fn a_host_that_holds_all_client_connections_keeps_no_follower_out() {
 
     let attacker = Attacker::begin("a1", address, 2 * GRPC_PLACES);
     assert_eq!(attacker.held, GRPC_PLACES, "{:?}", attacker.refusals);
-    let refused = || runtime().block_on(async { hold(address).await.err().map(|fault| fault.reason) });
-    assert_eq!(refused(), Some(Reason::Overloaded));
+    let refused = || runtime().block_on(async { hold(address).await.err().map(|fault| fault.code) });
+    assert_eq!(refused(), Some(ErrorCode::Overloaded));
 
     cluster.restart(follower);
     let cli = cluster.cli_by([follower]);
@@ -66,6 +66,6 @@ fn a_host_that_holds_all_client_connections_keeps_no_follower_out() {
         let partition = (described.code == 0).then(|| described.json()["partitions"][0].clone())?;
         (partition["leader"] == leader && partition["isr"].as_array().map(Vec::len) == Some(2)).then_some(())
     });
-    assert_eq!(refused(), Some(Reason::Overloaded));
+    assert_eq!(refused(), Some(ErrorCode::Overloaded));
     drop(attacker);
 }

@@ -1,4 +1,4 @@
-//! A broker under attack: how attackers call it, and what is measured meanwhile.
+//! A broker under attack: the calls of the attackers, and the measurements meanwhile.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use futures::{StreamExt as _, future, stream};
 use http_body::Frame;
 use http_body_util::{BodyExt as _, StreamBody};
 use strandline::{
-    proto::{fault::Fault, v1::FetchPartition},
+    proto::{error::ApiError, v1::FetchPartition},
     task::clock,
 };
 use tokio::{
@@ -37,20 +37,20 @@ use crate::{
     wire,
 };
 
-/// `limits.memory_bytes`, and what the whole process may be with it.
+/// Value of `limits.memory_bytes`. [`MAX_RESIDENT_BYTES`] is the limit of the whole process with this value.
 const MEMORY: &str = "\"512MiB\"";
 const MAX_RESIDENT_BYTES: u64 = 700 << 20;
 
 pub(super) const APPEND: &str = "/strandline.v1.Log/Append";
 pub(super) const READ: &str = "/strandline.v1.Log/Read";
 
-/// The first bytes of a client of HTTP/2: the preface, and settings that change nothing.
+/// First bytes of an HTTP/2 client: the preface, and settings that change nothing.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
-/// Partitions of the topic `t` that [`Target::fill`] writes to.
+/// Number of partitions of the topic `t` that [`Target::fill`] writes to.
 pub(super) const FILLED: i32 = 8;
 
-/// How long each attack lasts, and how many streams and partitions there are.
+/// Duration of each attack in seconds, and the numbers of streams and partitions.
 pub(super) struct Scale {
     pub(super) is_full: bool,
     pub(super) seconds: u64,
@@ -72,7 +72,7 @@ pub(super) fn endpoint(address: SocketAddr) -> Endpoint {
     Endpoint::from_shared(format!("http://{address}")).expect("an address is a URI")
 }
 
-/// The attackers have one core's time together.
+/// Runtime of the attackers. They share the time of one core.
 pub(super) static ATTACKERS: LazyLock<Runtime> =
     LazyLock::new(|| Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime"));
 
@@ -80,18 +80,18 @@ pub(super) async fn connect(address: SocketAddr) -> Channel {
     connect_to(endpoint(address)).await
 }
 
-/// The connection runs among the attackers.
+/// Connects on the runtime of the attackers.
 pub(super) async fn connect_to(endpoint: Endpoint) -> Channel {
     let connected = ATTACKERS.spawn(async move { endpoint.connect().await });
     connected.await.expect("no panic").expect("the port is open")
 }
 
-/// Sends a call with these bytes as its body; the answer's head.
+/// Sends a call with these bytes as its body. Returns the header of the response.
 pub(super) async fn call(channel: Channel, path: &str, body: Body) -> Option<http::Response<Body>> {
     call_with(channel, path, "", body).await
 }
 
-/// The same with a value in a header of its own.
+/// Sends a call as [`call`] does, with a value in an additional header.
 pub(super) async fn call_with(
     mut channel: Channel,
     path: &str,
@@ -108,7 +108,7 @@ pub(super) async fn call_with(
     channel.call(request).await.ok()
 }
 
-/// The beginning of a message of `announced` bytes, of which `sent` come; the rest never does.
+/// Returns the beginning of a message of `announced` bytes, of which `sent` are sent. The rest is never sent.
 pub(super) fn withheld(announced: usize, sent: usize, gone: oneshot::Receiver<()>) -> Body {
     let prefix = [&[0][..], &u32::try_from(announced).expect("32 bits").to_be_bytes()].concat();
     let chunk = Bytes::from(vec![0; 1 << 18]);
@@ -122,33 +122,33 @@ pub(super) fn withheld(announced: usize, sent: usize, gone: oneshot::Receiver<()
     open(pieces, gone)
 }
 
-/// These bytes, and no end until the attacker is gone.
+/// Returns a body of these bytes, which does not end before the attacker drops the sender of `gone`.
 pub(super) fn open(pieces: Vec<Bytes>, gone: oneshot::Receiver<()>) -> Body {
     let end = stream::once(gone).filter_map(|_| future::ready(None));
     let frames = stream::iter(pieces).chain(end).map(|piece| Ok::<_, tonic::Status>(Frame::data(piece)));
     Body::new(StreamBody::new(frames))
 }
 
-/// A message with its prefix.
+/// Returns a message with its prefix.
 pub(super) fn framed(message: &[u8]) -> Bytes {
     let prefix = u32::try_from(message.len()).expect("32 bits").to_be_bytes();
     Bytes::from([&[0][..], &prefix, message].concat())
 }
 
-/// One whole message.
+/// Returns a body of one whole message.
 pub(super) fn whole(message: &[u8]) -> Body {
     Body::new(http_body_util::Full::new(framed(message)))
 }
 
-/// The refusal of a call with this message.
-pub(super) async fn refusal(address: SocketAddr, path: &str, message: &[u8]) -> Fault {
+/// Returns the error of a call with this message.
+pub(super) async fn refusal(address: SocketAddr, path: &str, message: &[u8]) -> ApiError {
     let response = call(connect(address).await, path, whole(message)).await.expect("an answer");
     let mut headers = response.headers().clone();
     if !headers.contains_key("grpc-status") {
         let body = response.into_body().collect().await.expect("a body");
         headers = body.trailers().cloned().expect("trailers");
     }
-    Fault::from(&tonic::Status::from_header_map(&headers).expect("a status"))
+    ApiError::from(&tonic::Status::from_header_map(&headers).expect("a status"))
 }
 
 pub(super) fn resident_bytes(pid: u32) -> u64 {
@@ -157,7 +157,7 @@ pub(super) fn resident_bytes(pid: u32) -> u64 {
     pages * 4096
 }
 
-/// A broker under attack, an honest client, and what the memory came to.
+/// A broker under attack, and the scale of the attacks.
 pub(super) struct Target {
     pub(super) broker: Broker,
     pub(super) home: Home,
@@ -175,7 +175,7 @@ impl Target {
         wire::create_topic(home.grpc(), "honest", 1, &[]).await;
         wire::create_topic(home.grpc(), "bombs", 1, &[("retention.ms", "-1")]).await;
         wire::create_topic(home.grpc(), "empty", 1, &[]).await;
-        // The batches of these tests are old.
+        // The batches of these tests have old timestamps.
         wire::create_topic(home.grpc(), "t", scale.partitions, &[("retention.ms", "-1")]).await;
         Self { home, broker, scale }
     }
@@ -184,7 +184,7 @@ impl Target {
         self.home.grpc()
     }
 
-    /// Attacks for a while. Resident memory stays below the bound, and an honest client's small appends are taken all the time.
+    /// Runs attacks for a while. Resident memory must stay below the limit, and the small appends of an honest client must always succeed.
     pub(super) async fn withstands<F: Future<Output = ()> + Send + 'static>(&self, name: &str, attacks: Vec<F>) {
         if !name.contains(&std::env::var("STRANDLINE_HOSTILE_ONLY").unwrap_or_default()) {
             return;
@@ -224,7 +224,7 @@ impl Target {
         assert!(!self.scale.is_full || p99 < Duration::from_millis(50), "{name}: p99 {p99:?}");
     }
 
-    /// Records on the disk that memory does not keep: in each of the first partitions 16 MiB.
+    /// Writes records to disk that memory does not keep: 16 MiB to each of the first partitions.
     pub(super) async fn fill(&self) {
         let mut log = wire::log(self.address());
         for partition in 0..FILLED {
@@ -235,14 +235,14 @@ impl Target {
         }
     }
 
-    /// Memory that was held for clients is given back, to the system too.
+    /// Checks that memory held for clients is freed, and returned to the system too.
     pub(super) fn gives_back(&self, before: u64) {
         let (home, pid) = (&self.home, self.broker.pid());
         let most = before + before / 5;
         eprintln!("{} MiB before, {} MiB after", before >> 20, resident_bytes(pid) >> 20);
         let mut looked = None;
         tokio::task::block_in_place(|| {
-            // Within `TEST_TIMEOUT`, which is the minute that there is for it.
+            // The limit is `TEST_TIMEOUT`, one minute.
             eventually("requests and responses hold nothing, and memory goes back to the system", || {
                 let held = home.metrics(["strandline_request_memory_bytes", "strandline_response_memory_bytes"]);
                 let resident = resident_bytes(pid);
@@ -257,7 +257,7 @@ impl Target {
         eprintln!("{} MiB in the end", resident_bytes(pid) >> 20);
     }
 
-    /// So many connections, each with an attack of its own.
+    /// Returns one attack for each of this number of connections.
     pub(super) fn on_connections<F, Fut>(
         &self,
         connections: usize,
@@ -278,7 +278,7 @@ impl Target {
         (0..connections).map(attack).collect()
     }
 
-    /// So many streams on as few connections as may have them, each with an attack of its own.
+    /// Returns this number of attacks, each on its own stream, on as few connections as may have them.
     pub(super) async fn on_streams<F, Fut>(&self, streams: usize, attack: F) -> Vec<Fut>
     where
         F: Fn(Channel) -> Fut,
@@ -293,7 +293,7 @@ impl Target {
     }
 }
 
-/// Calls again and again, and reads no more of an answer than its head.
+/// Calls again and again, and reads no more of a response than its header.
 pub(super) async fn unread(channel: Channel, path: &str, body: impl Fn(oneshot::Receiver<()>) -> Body) {
     loop {
         let (alive, gone) = oneshot::channel();
@@ -306,12 +306,12 @@ pub(super) async fn unread(channel: Channel, path: &str, body: impl Fn(oneshot::
     }
 }
 
-/// Partition of the topic `t`, from its start.
+/// Returns a partition of the topic `t`, from its start.
 pub(super) fn place(partition: i32) -> FetchPartition {
     FetchPartition { topic: "t".to_owned(), partition, ..Default::default() }
 }
 
-/// A message that has `inner` at the end of the messages that these fields nest.
+/// Returns a message with `inner` at the end of the messages that these fields nest.
 pub(super) fn nested(before: &[u8], fields: &[u32], inner: &[u8]) -> Vec<u8> {
     let mut message = inner.to_vec();
     for field in fields.iter().rev() {

@@ -1,8 +1,8 @@
-//! Times until an outage of the bucket is known, and the answers that readers and writers get.
+//! Times until an outage of the object store is detected, and the responses that readers and writers get.
 
 use super::*;
 
-/// Makes topic `t` of this number of records, which are in the bucket alone, and starts the broker again: its caches are empty.
+/// Creates topic `t` with this number of records, which only the object store has. Restarts the broker, so that its caches are empty.
 fn history(with: impl FnOnce(Home) -> Home, records: usize) -> (S3, Home, Broker) {
     let (server, mut home, broker) = start(with);
     create(&home.cli(), "t", EAGER);
@@ -13,7 +13,7 @@ fn history(with: impl FnOnce(Home) -> Home, records: usize) -> (S3, Home, Broker
     (server, home, broker)
 }
 
-/// One read of topic `t` from an offset, which waits for no record that does not exist.
+/// Reads topic `t` once from an offset. The read does not wait for records that do not exist.
 async fn read_once(
     log: &mut v1::log_client::LogClient<tonic::transport::Channel>,
     offset: i64,
@@ -25,9 +25,10 @@ async fn read_once(
     answer.partitions.remove(0)
 }
 
-/// `max_wait_ms` ended reads of the bucket too, and dropped what they had fetched: 433 reads of 433 were empty, as at the end of the log.
+/// Regression: `max_wait_ms` also ended reads of the object store, and their data was dropped. 433 of 433 reads were empty, as at the end
+/// of the log.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn short_reads_of_history_are_served_by_a_slow_bucket() {
+async fn short_reads_are_served_by_a_slow_object_store() {
     const RECORDS: i64 = 20_000;
     for cache in ["128MiB", "4MiB"] {
         let (server, home, _broker) = tokio::task::block_in_place(|| {
@@ -49,18 +50,18 @@ async fn short_reads_of_history_are_served_by_a_slow_bucket() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn read_that_the_bucket_does_not_serve_in_time_says_so_and_is_kept() {
+async fn read_reports_its_timeout_and_keeps_fetched_data() {
     let (server, home, _broker) =
         tokio::task::block_in_place(|| history(|home| home.setting("tier.fetch_max_wait", "\"1s\""), 2_000));
-    // Three requests one after the other: manifest, footer, chunk.
+    // Three requests in sequence: manifest, footer, chunk.
     server.faults().inject(Op::Get, Fault::Delay(Duration::from_millis(900)), 3);
     let mut log = wire::log(home.grpc());
     let mut refused = 0;
     let read = loop {
         let read = read_once(&mut log, 0).await;
         let Some(error) = read.error else { break read };
-        let refusal = Refusal::from(error);
-        assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{refusal:?}");
+        let refusal = ApiError::from(error);
+        assert!(refusal.code == ErrorCode::ObjectStoreUnavailable && refusal.retryable, "{refusal:?}");
         assert!(refusal.message.contains("tier.fetch_max_wait"), "{refusal}");
         assert_eq!((read.high_watermark, read.next_offset), (2_000, 0), "it is not the end");
         refused += 1;
@@ -71,16 +72,17 @@ async fn read_that_the_bucket_does_not_serve_in_time_says_so_and_is_kept() {
     assert!(end.error.is_none() && end.next_offset == end.high_watermark, "the end looks like the end: {end:?}");
 }
 
-/// Outages of the bucket, each seen by one read of history from one of these offsets, until one was known within this time: what else runs
-/// on this machine is not measured so. Each offset lies in another object, which no read has left in memory.
+/// Starts outages of the object store until one is detected within `most`, so that other load on this machine does not count. One read of
+/// old records from one of these offsets observes each outage. Each offset is in another object, of which no earlier read has left data in
+/// memory.
 async fn is_known_within(most: Duration, server: &S3, home: &Home, offsets: &[i64], begin: impl Fn(&Faults)) {
     let (mut log, mut took) = (wire::log(home.grpc()), Vec::new());
     for offset in offsets {
         begin(server.faults());
         let sent = clock::monotonic();
-        let refusal = Refusal::from(read_once(&mut log, *offset).await.error.expect("the bucket serves nothing"));
+        let refusal = ApiError::from(read_once(&mut log, *offset).await.error.expect("the bucket serves nothing"));
         took.push(sent.elapsed());
-        assert_eq!(refusal.reason, Reason::ObjectStoreUnavailable, "{refusal:?}");
+        assert_eq!(refusal.code, ErrorCode::ObjectStoreUnavailable, "{refusal:?}");
         assert!(refusal.message.contains("served nothing"), "{refusal}");
         server.faults().clear();
         eventually_async("it is back", || {
@@ -96,7 +98,7 @@ async fn is_known_within(most: Duration, server: &S3, home: &Home, offsets: &[i6
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bucket_that_refuses_connections_or_answers_5xx_is_known_within_a_second() {
+async fn failing_object_store_is_detected_within_a_second() {
     let (server, home, _broker) = tokio::task::block_in_place(|| history(|home| home, 100_000));
     let second = Duration::from_secs(1);
     let offsets = [0, 10_000, 20_000, 30_000, 40_000];
@@ -106,19 +108,19 @@ async fn bucket_that_refuses_connections_or_answers_5xx_is_known_within_a_second
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reads_of_history_fail_at_once_while_the_bucket_is_away_and_are_served_when_it_is_back() {
+async fn tiered_reads_fail_at_once_until_object_store_returns() {
     let (server, home, _broker) = tokio::task::block_in_place(|| history(|home| home, 2_000));
     server.faults().set_down(true);
     let mut log = wire::log(home.grpc());
     let begin = clock::monotonic();
     for tries in 0..20 {
         let read = read_once(&mut log, 0).await;
-        let refusal = Refusal::from(read.error.expect("the bucket is away"));
-        assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{tries}: {refusal:?}");
+        let refusal = ApiError::from(read.error.expect("the bucket is away"));
+        assert!(refusal.code == ErrorCode::ObjectStoreUnavailable && refusal.retryable, "{tries}: {refusal:?}");
         assert!(refusal.message.contains("served nothing"), "{refusal}");
         assert_eq!(read.high_watermark, 2_000);
     }
-    // Nineteen of them at once, and the first when it was certain: each would take five seconds else.
+    // The first read returns when the outage is certain, and nineteen return at once. Otherwise each would take five seconds.
     assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
     let place = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
     let request = v1::FetchRequest { partitions: vec![place], ..Default::default() };
@@ -136,9 +138,9 @@ async fn reads_of_history_fail_at_once_while_the_bucket_is_away_and_are_served_w
     assert!(!read.await.records.is_empty());
 }
 
-/// A bucket that takes every request and answers none.
+/// An object store that accepts every request and responds to none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn silent_bucket_is_known_long_before_a_reads_time_is_up() {
+async fn silent_object_store_is_detected_before_a_read_times_out() {
     let (server, home, _broker) =
         tokio::task::block_in_place(|| history(|home| home.setting("tier.fetch_max_wait", "\"60s\""), 50_000));
     let silent = |faults: &Faults| faults.inject(Op::Get, Fault::Delay(Duration::from_secs(3_600)), usize::MAX);
@@ -148,13 +150,13 @@ async fn silent_bucket_is_known_long_before_a_reads_time_is_up() {
     let _first = read_once(&mut log, 40_000).await;
     let begin = clock::monotonic();
     for _ in 0..10 {
-        let refusal = Refusal::from(read_once(&mut log, 40_000).await.error.expect("the bucket is silent"));
-        assert_eq!(refusal.reason, Reason::ObjectStoreUnavailable, "{refusal:?}");
+        let refusal = ApiError::from(read_once(&mut log, 40_000).await.error.expect("the bucket is silent"));
+        assert_eq!(refusal.code, ErrorCode::ObjectStoreUnavailable, "{refusal:?}");
     }
     assert!(begin.elapsed() < Duration::from_secs(20), "all of them at once: {:?}", begin.elapsed());
 }
 
-/// Appends with `acks=tiered` in a stream: its answers, and the cause of the wait that the first one names.
+/// Appends with `acks=tiered` in a stream. Returns the stream of responses, and the cause of the wait in the first response.
 async fn cause_of_the_wait(
     log: &mut v1::log_client::LogClient<Channel>,
     timeout_ms: u32,
@@ -171,12 +173,12 @@ async fn cause_of_the_wait(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_begun() {
+async fn tiered_appends_report_outage_and_later_ones_are_refused() {
     let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
     wire::create_topic(home.grpc(), "t", 1, &[("segment.ms", "86400000")]).await;
     let mut log = wire::log(home.grpc());
     wire::append(&mut log, tiered(30_000)).await.expect("the bucket is there");
-    // The first try that is fast enough counts: other work on this machine is not measured.
+    // The first attempt that is fast enough counts, so that other load on this machine does not matter.
     let mut took = Vec::new();
     let (mut answers, end) = loop {
         server.faults().set_down(true);
@@ -190,9 +192,9 @@ async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_beg
         }
         assert!(took.len() < 5, "told after {took:?}, and never within a second");
         server.faults().set_down(false);
-        // Its time may be up before the upload is tried again.
+        // The append may time out before the upload is retried.
         if let Err(late) = final_answer(&mut answers, Duration::from_secs(30)).await {
-            assert_eq!(late.reason, Reason::Timeout, "{late:?}");
+            assert_eq!(late.code, ErrorCode::Timeout, "{late:?}");
         }
         eventually_async("the bucket takes objects again", || {
             let mut log = log.clone();
@@ -201,11 +203,11 @@ async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_beg
         .await;
     };
     let refusal = wire::append(&mut log, tiered(30_000)).await.expect_err("it could only wait");
-    assert!(refusal.reason == Reason::ObjectStoreUnavailable && refusal.retryable, "{refusal:?}");
+    assert!(refusal.code == ErrorCode::ObjectStoreUnavailable && refusal.retryable, "{refusal:?}");
     assert_eq!(wire::latest(&mut log, "t", 0).await.expect("answered"), end, "it was not appended");
 
     let refusal = final_answer(&mut answers, Duration::from_secs(20)).await.expect_err("its time is up");
-    assert_eq!(refusal.reason, Reason::Timeout, "{refusal:?}");
+    assert_eq!(refusal.code, ErrorCode::Timeout, "{refusal:?}");
     assert_eq!(
         (refusal.number("base_offset"), refusal.number("end_offset")),
         (Some(end - 1), Some(end)),
@@ -218,9 +220,9 @@ async fn appends_to_a_bucket_that_is_away_are_told_so_and_later_ones_are_not_beg
     assert!(output.code == 1 && output.stderr.contains("served nothing"), "{output:?}");
 }
 
-/// The bucket served reads: nothing was known to be wrong, and the cause came with the timeout.
+/// Regression: the object store served reads, so no problem was detected, and the cause was reported only with the timeout.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn append_to_a_bucket_that_refuses_writes_is_told_why() {
+async fn tiered_append_reports_why_uploads_fail() {
     let (server, home, _broker) = tokio::task::block_in_place(|| start(|home| home));
     wire::create_topic(home.grpc(), "t", 1, &[]).await;
     let mut log = wire::log(home.grpc());
@@ -235,11 +237,11 @@ async fn append_to_a_bucket_that_refuses_writes_is_told_why() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn appends_that_wait_for_the_bucket_hold_no_produce_memory() {
+async fn appends_that_wait_for_object_store_hold_no_memory() {
     let (server, home, _broker) =
         tokio::task::block_in_place(|| start(|home| home.setting("limits.produce_memory_bytes", 1 << 20)));
     tokio::task::block_in_place(|| create(&home.cli(), "t", &["segment.bytes=1073741824"]));
-    // Nothing is known to be wrong: the bucket takes its time.
+    // No problem is detected: the object store is only slow.
     server.faults().inject(Op::Put, Fault::Delay(Duration::from_secs(20)), usize::MAX);
     let mut log = wire::log(home.grpc());
     let append = |correlation| {
@@ -259,5 +261,5 @@ async fn appends_that_wait_for_the_bucket_hold_no_produce_memory() {
     wire::append(&mut log, other).await.expect("there is room");
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     let refusal = wire::append(&mut log, tiered(600_001)).await.expect_err("no append waits for so long");
-    assert!(refusal.reason == Reason::InvalidRequest && refusal.message.contains("600000"), "{refusal:?}");
+    assert!(refusal.code == ErrorCode::InvalidRequest && refusal.message.contains("600000"), "{refusal:?}");
 }

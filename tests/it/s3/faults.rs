@@ -1,4 +1,4 @@
-//! What goes wrong between a client and the S3 server, per operation, object and count.
+//! Faults between a client and the S3 server, per operation, object and count.
 
 use std::{
     collections::HashMap,
@@ -11,7 +11,7 @@ use futures::StreamExt;
 use hyper::Method;
 use s3s::Body;
 
-/// What a request asks for.
+/// Operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Op {
     Put,
@@ -46,26 +46,26 @@ impl Op {
     }
 }
 
-/// One thing that goes wrong.
+/// One fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Nothing is done; this status is answered (503 as `SlowDown`).
+    /// The request is not executed. The response has this status (503 as `SlowDown`).
     Status(u16),
-    /// Nothing is done; the connection closes.
+    /// The request is not executed. The connection closes.
     Refuse,
-    /// It is done after this time.
+    /// The request is executed after this time.
     Delay(Duration),
-    /// It is done; the connection closes before the answer.
+    /// The request is executed. The connection closes before the response.
     LostAnswer,
-    /// It is done two times; the second answer is given.
+    /// The request is executed twice. The second response is sent.
     Twice,
-    /// One bit of what is sent is another when it arrives.
+    /// One bit of the request body is flipped.
     CorruptRequest,
-    /// One bit of the answer's body is another.
+    /// One bit of the response body is flipped.
     CorruptAnswer,
-    /// The answer's body ends half-way, with the connection.
+    /// The response body ends half-way, with the connection.
     CutAnswer,
-    /// The object is said not to exist.
+    /// The object is reported as missing.
     Vanished,
 }
 
@@ -78,7 +78,7 @@ struct Rule {
     left: usize,
 }
 
-/// What the requests to a store that ails meet, one after the other: about every other one goes through.
+/// Faults of consecutive requests to an unreliable store. About every second request succeeds.
 const AILMENTS: [Option<Fault>; 11] = [
     Some(Fault::Status(500)),
     None,
@@ -99,7 +99,7 @@ struct State {
     requests: HashMap<Op, usize>,
     hits: usize,
     down: bool,
-    /// How many requests have come since it ails, if it does.
+    /// Number of requests since the store became unreliable; `None` while it is reliable.
     ailing: Option<usize>,
     ignore_conditions: bool,
 }
@@ -111,18 +111,18 @@ pub(crate) struct Faults {
 }
 
 impl Faults {
-    /// The next `count` requests of this kind get this fault.
+    /// Applies this fault to the next `count` requests of this kind.
     pub(crate) fn inject(&self, op: Op, fault: Fault, count: usize) {
         self.inject_at(op, "", 0, fault, count);
     }
 
-    /// Of the requests of this kind whose path contains `path_part`, `pass` go through, then `count` get this fault.
+    /// Applies a fault to requests of this kind whose path contains `path_part`: `pass` requests succeed, then `count` have the fault.
     pub(crate) fn inject_at(&self, op: Op, path_part: &str, pass: usize, fault: Fault, count: usize) {
         let rule = Rule { op, path_part: path_part.to_owned(), fault, pass, left: count };
         self.state.lock().unwrap().rules.push(rule);
     }
 
-    /// Nothing goes wrong any more.
+    /// Removes all faults.
     pub(crate) fn clear(&self) {
         let mut state = self.state.lock().unwrap();
         state.rules.clear();
@@ -131,17 +131,17 @@ impl Faults {
         state.ignore_conditions = false;
     }
 
-    /// Whether the whole store is gone: every connection is closed.
+    /// Sets whether the whole store is down, so that every connection is closed.
     pub(crate) fn set_down(&self, down: bool) {
         self.state.lock().unwrap().down = down;
     }
 
-    /// Whether the store fails, stalls, answers twice or loses its answers at every other request.
+    /// Sets whether the store is unreliable: about every second request fails, is delayed, is executed twice or loses its response.
     pub(crate) fn set_ailing(&self, ailing: bool) {
         self.state.lock().unwrap().ailing = ailing.then_some(0);
     }
 
-    /// Whether the store drops `If-None-Match` without a word, as some do.
+    /// Sets whether the store silently ignores `If-None-Match`, as some stores do.
     pub(crate) fn set_ignore_conditions(&self, ignore: bool) {
         self.state.lock().unwrap().ignore_conditions = ignore;
     }
@@ -150,12 +150,12 @@ impl Faults {
         self.state.lock().unwrap().ignore_conditions
     }
 
-    /// How many faults have happened.
+    /// Returns the number of faults that have occurred.
     pub(crate) fn hits(&self) -> usize {
         self.state.lock().unwrap().hits
     }
 
-    /// How many requests of this kind have come, faulty ones included.
+    /// Returns the number of requests of this kind that have arrived, including those with faults.
     pub(crate) fn requests(&self, op: Op) -> usize {
         self.state.lock().unwrap().requests.get(&op).copied().unwrap_or(0)
     }
@@ -164,7 +164,7 @@ impl Faults {
         self.state.lock().unwrap().down
     }
 
-    /// The fault that this request gets.
+    /// Counts a request. Returns its fault.
     pub(super) fn take(&self, op: Op, path: &str) -> Option<Fault> {
         let mut state = self.state.lock().unwrap();
         *state.requests.entry(op).or_default() += 1;
@@ -189,7 +189,7 @@ impl Faults {
     }
 }
 
-/// A body that breaks off half-way.
+/// Returns a body that breaks off half-way.
 pub(super) fn cut(whole: Bytes) -> Body {
     let half = whole.slice(..whole.len() / 2);
     let pieces = futures::stream::iter([Ok(half), Err(std::io::Error::other("cut"))]);

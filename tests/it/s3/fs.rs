@@ -1,10 +1,8 @@
 //! `s3s-fs` with keys as long as ours.
 //!
-//! It keeps what a multipart upload was begun with in one file whose name holds the whole key in base64, which for our
-//! segment names is more than the 255 bytes of a file name. That file is only for attributes, which we do not use: the
-//! upload is begun under a short key, and everything after goes by the upload's id.
-//!
-//! It also has no list of uploads: [`Uploads`] keeps it, in the order and the pages of S3.
+//! `s3s-fs` stores the attributes of a multipart upload in a file whose name holds the whole key in base64. For segment names, this exceeds
+//! the 255 bytes of a file name. The attributes are not used here, so each upload starts under a short key, and later requests use its
+//! upload id. `s3s-fs` also has no list of uploads. [`Uploads`] has one, in the order and pages of S3.
 
 use std::{
     collections::BTreeMap,
@@ -15,7 +13,7 @@ use std::{
 use s3s::{S3, S3Request, S3Response, S3Result, dto::*, s3_error};
 use s3s_fs::FileSystem;
 
-/// Uploads in one page of a list.
+/// Number of uploads in one page of a list.
 const PAGE: i32 = 3;
 
 pub(super) struct LongKeys {
@@ -27,7 +25,7 @@ pub(super) struct LongKeys {
 /// Bucket, key and id of an upload.
 type Named = (String, String, String);
 
-/// The multipart uploads that have no end yet, with when each was begun. Clones share them.
+/// The multipart uploads that have not ended, with their start times. Clones share them.
 #[derive(Clone, Default)]
 pub(super) struct Uploads {
     begun: Arc<Mutex<BTreeMap<Named, SystemTime>>>,
@@ -35,7 +33,7 @@ pub(super) struct Uploads {
 
 impl Uploads {
     fn begin(&self, bucket: &str, key: &str, id: &str) {
-        // The clock of a store is its own.
+        // A store has its own clock.
         #[allow(clippy::disallowed_methods, reason = "the server stands for another machine")]
         let now = SystemTime::now();
         self.begun.lock().unwrap().insert((bucket.to_owned(), key.to_owned(), id.to_owned()), now);
@@ -49,12 +47,12 @@ impl Uploads {
         self.begun.lock().unwrap().keys().any(|(_, _, known)| known == id)
     }
 
-    /// The keys of all of them.
+    /// Returns the keys of all uploads.
     pub(super) fn keys(&self) -> Vec<String> {
         self.begun.lock().unwrap().keys().map(|(_, key, _)| key.clone()).collect()
     }
 
-    /// Makes all of them so much older.
+    /// Makes all uploads older by this time.
     pub(super) fn age(&self, by: Duration) {
         self.begun.lock().unwrap().values_mut().for_each(|begun| *begun -= by);
     }
@@ -127,7 +125,7 @@ macro_rules! pass_on {
                 request: S3Request<AbortMultipartUploadInput>,
             ) -> S3Result<S3Response<AbortMultipartUploadOutput>> {
                 let id = request.input.upload_id.clone();
-                // s3s-fs refuses an upload that it does not know as if it were somebody else's.
+                // s3s-fs refuses an unknown upload like an upload of another user.
                 if !self.uploads.knows(&id) {
                     return Err(s3_error!(NoSuchUpload));
                 }
@@ -141,7 +139,7 @@ macro_rules! pass_on {
                 request: S3Request<ListMultipartUploadsInput>,
             ) -> S3Result<S3Response<ListMultipartUploadsOutput>> {
                 let mut input = request.input;
-                // Pages small enough for tests to see several.
+                // The pages are small enough that tests get several.
                 input.max_uploads = Some(input.max_uploads.map_or(PAGE, |asked| asked.min(PAGE)));
                 Ok(S3Response::new(self.uploads.list(&input)))
             }
@@ -150,7 +148,7 @@ macro_rules! pass_on {
                 &self,
                 mut request: S3Request<PutObjectInput>,
             ) -> S3Result<S3Response<PutObjectOutput>> {
-                // Here and not on the wire, where the header is signed.
+                // Removed here and not on the wire, where the header is signed.
                 if self.faults.ignores_conditions() {
                     request.input.if_none_match = None;
                 }

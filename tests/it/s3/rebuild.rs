@@ -1,4 +1,4 @@
-//! Manifests that are made again from the footers of real objects, pages among what is lost.
+//! Manifests rebuilt from the footers of real objects, also after the loss of pages.
 
 use std::{path::Path, sync::Arc};
 
@@ -30,7 +30,7 @@ fn tier(options: &StoreOptions, state: TierState) -> PartitionTier {
     PartitionTier::new(store, cache, partition(), state)
 }
 
-/// So many segments of one small batch each, and the batches one after the other.
+/// Returns this number of segments of one small batch each, and the concatenated batches.
 fn segments(count: u64) -> (Vec<SegmentSource>, Bytes) {
     let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
     let options = Options { journal_bytes: 1 << 20, reserve_bytes: 0, manual: true, ..Options::default() };
@@ -42,7 +42,7 @@ fn segments(count: u64) -> (Vec<SegmentSource>, Bytes) {
         let mut builder = BatchBuilder::new(Compression::None);
         builder.push(1, None, Some(&offset.to_be_bytes()), &[]).unwrap();
         let mut batch = builder.finish(None).unwrap();
-        batch.stamp(at(offset), EPOCH);
+        batch.set_offset_and_epoch(at(offset), EPOCH);
         content.extend_from_slice(&batch.to_bytes());
         replica.append(&[batch]).unwrap();
         replica.roll().unwrap();
@@ -62,7 +62,7 @@ async fn read_all(tier: &PartitionTier) -> Bytes {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_manifest_that_is_lost_with_its_pages_is_what_was_committed_again() {
+async fn manifest_lost_with_its_pages_is_rebuilt_as_committed() {
     let s3 = S3::start().await;
     let options = s3.options("rebuild");
     let (sources, content) = segments(1030);
@@ -78,7 +78,7 @@ async fn a_manifest_that_is_lost_with_its_pages_is_what_was_committed_again() {
     let pages = named(".page");
     assert_eq!(pages.len(), 1, "more than two pages' worth of segments make one");
 
-    // The page alone: the root is there and does not help.
+    // Only the page is lost. The root still exists, which does not help.
     std::fs::remove_file(&pages[0]).unwrap();
     let reader = tier(&options, state.clone());
     let error = reader.check_manifest().await.unwrap_err();
@@ -86,7 +86,7 @@ async fn a_manifest_that_is_lost_with_its_pages_is_what_was_committed_again() {
     reader.read(at(0), (1 << 20).into()).await.unwrap_err();
     assert!(reader.lost_manifest().is_some(), "a reader that meets it leaves word for upkeep");
 
-    // And the root.
+    // The root is lost too.
     named("").iter().filter(|path| path.ends_with(&root)).for_each(|path| std::fs::remove_file(path).unwrap());
     let rebuilder = tier(&options, state.clone());
     let survey = rebuilder.survey().await.unwrap();
@@ -103,7 +103,7 @@ async fn a_manifest_that_is_lost_with_its_pages_is_what_was_committed_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_object_whose_footer_is_damaged_is_named_and_not_used() {
+async fn object_with_a_corrupt_footer_is_named_and_not_used() {
     let s3 = S3::start().await;
     let options = s3.options("damaged");
     let (sources, _) = segments(3);

@@ -1,4 +1,4 @@
-//! The tier over real HTTP: whatever the store does, what is installed reads back bit-exact, and what fails is garbage.
+//! Tiering over real HTTP. Whatever the store does, installed data reads back bit-exact, and failed uploads become garbage.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -29,7 +29,7 @@ fn partition() -> PartitionId {
     PartitionId::new(TopicId::from_bytes([9; 16]), 0)
 }
 
-/// A segment of `count` batches with one record of `size` bytes each, from a log in memory.
+/// Returns a segment of `count` batches with one record of `size` bytes each, from a log in memory.
 fn segment(count: u64, size: usize) -> (SegmentSource, Bytes) {
     let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
     let options = Options { journal_bytes: 1 << 20, reserve_bytes: 0, manual: true, ..Options::default() };
@@ -48,7 +48,7 @@ fn segment(count: u64, size: usize) -> (SegmentSource, Bytes) {
         let mut builder = BatchBuilder::new(Compression::None);
         builder.push(i64::try_from(offset).unwrap(), None, Some(&value), &[]).unwrap();
         let mut batch = builder.finish(None).unwrap();
-        batch.stamp(at(offset), EPOCH);
+        batch.set_offset_and_epoch(at(offset), EPOCH);
         content.extend_from_slice(&batch.to_bytes());
         replica.append(&[batch]).unwrap();
     }
@@ -75,7 +75,7 @@ async fn read_all(tier: &PartitionTier, end: u64) -> Result<Bytes, ReadError> {
     Ok(out.freeze())
 }
 
-/// A partition whose one segment is in the bucket, and that segment's content.
+/// Uploads the one segment of a partition. Returns the tier state and the content of the segment.
 async fn uploaded(options: &StoreOptions, count: u64, size: usize) -> (TierState, Bytes) {
     let (source, content) = segment(count, size);
     let writer = tier(options, TierState::default());
@@ -83,7 +83,7 @@ async fn uploaded(options: &StoreOptions, count: u64, size: usize) -> (TierState
     (writer.state(), content)
 }
 
-/// Commits and reads everything back through a view that has nothing cached.
+/// Installs a staged manifest, and reads everything back through a tier with an empty cache.
 async fn install_and_compare(tier: &PartitionTier, options: &StoreOptions, staged: Staged, content: &Bytes) {
     tier.install(staged);
     let fresh = self::tier(options, tier.state());
@@ -91,7 +91,7 @@ async fn install_and_compare(tier: &PartitionTier, options: &StoreOptions, stage
     assert!(read_all(&fresh, end).await.unwrap() == *content, "what was installed reads back bit-exact");
 }
 
-/// What the collection takes and leaves, once everything is older than the grace.
+/// Runs a garbage collection when all objects are older than the grace period. Returns the number of deleted objects.
 async fn collect(options: &StoreOptions, state: &TierState) -> u64 {
     let store = Store::open(options, "test").unwrap();
     let later = task::clock::wall_ms() + 3_600_000;
@@ -102,7 +102,7 @@ async fn collect(options: &StoreOptions, state: &TierState) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_request_segments_survive_every_fault_of_an_upload() {
+async fn single_request_uploads_survive_every_fault() {
     let s3 = S3::start().await;
     let (source, content) = segment(40, 50_000);
     let faults = [
@@ -122,7 +122,7 @@ async fn one_request_segments_survive_every_fault_of_an_upload() {
     for (number, (op, fault)) in faults.into_iter().enumerate() {
         let options = s3.options(&format!("single-{number}"));
         let tier = tier(&options, TierState::default());
-        // Claims the prefix, so that the faults meet the upload.
+        // Claims the prefix, so that the faults affect the upload.
         drop(tier.stage_trim(EPOCH).await.unwrap());
         let before = s3.faults().hits();
         s3.faults().inject(op, fault, 2);
@@ -134,7 +134,7 @@ async fn one_request_segments_survive_every_fault_of_an_upload() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn multipart_segments_survive_every_fault_of_an_upload() {
+async fn multipart_uploads_survive_every_fault() {
     let s3 = S3::start().await;
     let (source, content) = segment(40, 600_000);
     let faults = [
@@ -149,7 +149,7 @@ async fn multipart_segments_survive_every_fault_of_an_upload() {
         (Op::EndUpload, Fault::Refuse),
     ];
     for (number, (op, fault)) in faults.into_iter().enumerate() {
-        // Longer than one try takes on a busy machine: after that none follows.
+        // Longer than one attempt takes on a busy machine: no retry starts after this time.
         let retry_for = Duration::from_secs(60);
         let options = StoreOptions { retry_for, ..s3.options(&format!("multipart-{number}")) };
         let tier = tier(&options, TierState::default());
@@ -163,7 +163,7 @@ async fn multipart_segments_survive_every_fault_of_an_upload() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_store_that_is_gone_fails_the_upload_and_comes_back() {
+async fn upload_fails_while_the_store_is_down_and_then_succeeds() {
     let s3 = S3::start().await;
     let options = s3.options("gone");
     let (source, content) = segment(10, 1000);
@@ -172,7 +172,7 @@ async fn a_store_that_is_gone_fails_the_upload_and_comes_back() {
     let error = tier.stage(&source, EPOCH).await.unwrap_err();
     assert!(matches!(error, UploadError::Claim(ClaimError::Store(_))) && error.retryable(), "{error}");
     s3.faults().set_down(false);
-    // Gone in the middle: the object is there, its manifest is not.
+    // Down in the middle: the segment object exists, its manifest does not.
     s3.faults().inject_at(Op::Put, "manifest-", 0, Fault::Status(503), usize::MAX);
     let error = tier.stage(&source, EPOCH).await.unwrap_err();
     assert!(matches!(error, UploadError::Store(_)) && error.retryable(), "{error}");
@@ -185,7 +185,7 @@ async fn a_store_that_is_gone_fails_the_upload_and_comes_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reads_get_through_faults_and_never_give_wrong_data() {
+async fn reads_survive_faults_without_wrong_data() {
     let s3 = S3::start().await;
     let options = s3.options("reads");
     let (state, content) = uploaded(&options, 80, 100_000).await;
@@ -199,7 +199,7 @@ async fn reads_get_through_faults_and_never_give_wrong_data() {
             s3.faults().clear();
         }
     }
-    // What stays damaged, missing or unreachable is said so, with the object's name.
+    // A lasting corruption, loss or failure is reported with the object's name.
     for (fault, expected) in
         [(Fault::CorruptAnswer, "damaged"), (Fault::Vanished, "missing"), (Fault::Status(500), "serve")]
     {
@@ -213,7 +213,7 @@ async fn reads_get_through_faults_and_never_give_wrong_data() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_readers_of_one_chunk_make_one_request() {
+async fn concurrent_reads_of_one_chunk_make_one_request() {
     let s3 = S3::start().await;
     let options = s3.options("flight");
     let (state, _) = uploaded(&options, 5, 100_000).await;
@@ -226,7 +226,7 @@ async fn many_readers_of_one_chunk_make_one_request() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sequential_reader_is_read_ahead_of_with_few_requests() {
+async fn sequential_reads_are_read_ahead_with_few_requests() {
     let s3 = S3::start().await;
     let options = s3.options("ahead");
     let (state, content) = uploaded(&options, 100, 200_000).await;
@@ -235,8 +235,8 @@ async fn a_sequential_reader_is_read_ahead_of_with_few_requests() {
     let before = s3.faults().requests(Op::Get);
     let chunks = content.len().div_ceil(1 << 20);
     let (mut next, mut out) = (at(0), BytesMut::new());
-    // The window doubles with each read that goes on, and half of it at least is fetched behind that read: wait for that, so that
-    // the reader never comes before what is fetched for it.
+    // The read-ahead window doubles with each sequential read, and at least half of the window is fetched behind that read. The test waits
+    // for these chunks, so that the reader never arrives before them.
     for window in [0, 1, 2, 4, 8].into_iter().chain(std::iter::repeat(16)) {
         let read = fresh.read(next, (1 << 20).into()).await.unwrap();
         read.chunks.iter().for_each(|chunk| out.extend_from_slice(chunk));
@@ -253,9 +253,9 @@ async fn a_sequential_reader_is_read_ahead_of_with_few_requests() {
     assert!(requests < chunks * 4 / 5, "{requests} requests for {chunks} chunks, beside manifest and footer");
 }
 
-/// A cache that is full of what was read once must still take what is fetched ahead, or all of it is fetched twice.
+/// A cache full of chunks that were read once must still accept read-ahead chunks. Otherwise all of these would be fetched twice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_fetched_ahead_is_there_when_its_reader_comes_though_the_cache_is_full() {
+async fn full_cache_keeps_read_ahead_chunks_for_their_reader() {
     let s3 = S3::start().await;
     let options = s3.options("full");
     let (state, content) = uploaded(&options, 160, 200_000).await;
@@ -270,9 +270,9 @@ async fn what_is_fetched_ahead_is_there_when_its_reader_comes_though_the_cache_i
     }
 }
 
-/// Where the memory is too small for what is fetched ahead, less is.
+/// If the memory is too small for the read-ahead window, less is fetched ahead.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_tiny_cache_is_read_through_with_little_waste() {
+async fn tiny_cache_causes_few_duplicate_fetches() {
     let s3 = S3::start().await;
     let options = s3.options("tiny");
     let (state, content) = uploaded(&options, 160, 200_000).await;
@@ -285,7 +285,7 @@ async fn a_tiny_cache_is_read_through_with_little_waste() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_clusters_that_come_at_once_do_not_share_a_prefix() {
+async fn concurrent_clusters_do_not_share_a_prefix() {
     let s3 = S3::start().await;
     let options = s3.options("claimed");
     let stores: Vec<_> = ["red", "blue"].map(|cluster| Store::open(&options, cluster).unwrap()).into();
@@ -294,9 +294,9 @@ async fn two_clusters_that_come_at_once_do_not_share_a_prefix() {
     assert!(claims.iter().any(|claim| matches!(claim, Err(ClaimError::Foreign { .. }))));
 }
 
-/// On a store without conditional puts whoever writes the card last is the one who wrote it: they all write the same.
+/// On a store without conditional puts, the last writer of the cluster marker is its writer. All brokers write the same content.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn brokers_of_one_cluster_that_come_at_once_share_a_prefix() {
+async fn concurrent_brokers_of_one_cluster_share_a_prefix() {
     let s3 = S3::start().await;
     s3.faults().set_ignore_conditions(true);
     for round in 0..10 {
@@ -322,7 +322,7 @@ async fn brokers_of_one_cluster_that_come_at_once_share_a_prefix() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn wrong_keys_are_said_at_once_and_never_printed() {
+async fn wrong_keys_fail_at_once_and_are_never_printed() {
     let s3 = S3::start().await;
     let mut options = s3.options("keys");
     options.keys.as_mut().unwrap().secret_access_key = "wrong".to_owned();
@@ -337,7 +337,7 @@ async fn wrong_keys_are_said_at_once_and_never_printed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_doctor_passes_a_good_bucket_and_finds_what_is_wrong() {
+async fn doctor_passes_a_good_store_and_finds_faults() {
     let s3 = S3::start().await;
     let outcome = async |options: &StoreOptions, name: &str| {
         let checks = doctor::examine(options).await.unwrap();

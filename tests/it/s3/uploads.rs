@@ -1,4 +1,4 @@
-//! Multipart uploads without an end: a killed broker's are ended, and nobody else's.
+//! Multipart uploads that have not ended: those of a killed broker are aborted, and no others.
 
 use std::time::Duration;
 
@@ -15,14 +15,14 @@ use crate::{broker::Home, test_timeout::eventually};
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
-/// The key, below the prefix, of a segment that was never uploaded before.
+/// Returns the key, below the prefix, of a segment that was never uploaded before.
 fn segment(base: u64) -> String {
     let at = |offset| Offset::new(offset).unwrap();
     let folder = name::partition_folder(PartitionId::new(TopicId::from_bytes([7; 16]), 3));
     format!("{folder}/{}", name::Stamp::draw(at(base), at(base + 1), LeaderEpoch(0)).segment())
 }
 
-/// Begins an upload, as a broker does, and sends a first part.
+/// Starts an upload as a broker does, and sends a first part.
 async fn begin(s3: &S3, key: &str) -> Box<dyn MultipartUpload> {
     let client = AmazonS3Builder::new()
         .with_endpoint(s3.endpoint())
@@ -45,7 +45,7 @@ async fn sweep(store: &Store, grace: Duration) -> UploadsReport {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn old_uploads_of_our_segments_are_ended_and_no_others() {
+async fn old_uploads_of_our_segments_are_aborted_and_no_others() {
     let s3 = S3::start().await;
     let store = Store::open(&s3.options("ours"), "test").unwrap();
     assert_eq!(sweep(&store, HOUR).await, UploadsReport::default());
@@ -75,7 +75,7 @@ async fn old_uploads_of_our_segments_are_ended_and_no_others() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_cannot_be_ended_is_said_and_ended_the_next_time() {
+async fn failed_abort_is_reported_and_retried_the_next_time() {
     let s3 = S3::start().await;
     let store = Store::open(&s3.options("ours"), "test").unwrap();
     let (stubborn, other) = (segment(1), segment(2));
@@ -89,7 +89,7 @@ async fn what_cannot_be_ended_is_said_and_ended_the_next_time() {
     assert_eq!((report.ended, report.failed.len()), (1, 1), "{report:?}");
     assert!(report.failed[0].0 == stubborn && report.failed[0].1.contains("403"), "{report:?}");
     s3.faults().clear();
-    // Ended, but the answer is lost: the repeated request finds nothing to end, which is as good.
+    // The upload is aborted and the response is lost. The repeated request finds no upload, which is a success.
     s3.faults().inject(Op::AbortUpload, Fault::LostAnswer, 1);
     let report = sweep(&store, HOUR).await;
     assert_eq!((report.ended, report.failed.len()), (1, 0), "{report:?}");
@@ -106,7 +106,7 @@ async fn what_cannot_be_ended_is_said_and_ended_the_next_time() {
 }
 
 #[test]
-fn what_a_killed_broker_was_uploading_is_ended_by_the_next() {
+fn uploads_of_a_killed_broker_are_aborted_by_the_next() {
     let s3 = S3::begin();
     let mut home = Home::new().object_store(&s3).setting("tier.garbage_grace", "\"1s\"");
     let broker = home.start();
@@ -122,7 +122,7 @@ fn what_a_killed_broker_was_uploading_is_ended_by_the_next() {
     s3.age_uploads(2 * DAY);
     let broker = home.start();
     eventually("it is ended", || (!s3.open_uploads().contains(&abandoned)).then_some(()));
-    // It is counted after the store has answered.
+    // The abort is counted after the store has responded.
     eventually("it is counted", || (home.metric("strandline_tier_uploads_ended_total") >= 1.0).then_some(()));
     assert_eq!(home.metric("strandline_tier_uploads_ended_total"), 1.0);
     eventually("the segment is uploaded all the same", || {
@@ -133,8 +133,8 @@ fn what_a_killed_broker_was_uploading_is_ended_by_the_next() {
     assert!(home.log().contains("ended uploads that a killed broker had left"), "{}", home.log());
 }
 
-/// A store that is not ours to shape: what it lists, under which prefix, and what it says of an upload's age. `S3_URL` names a
-/// bucket and a prefix; the endpoint and the keys are those of the usual environment.
+/// An external store has its own list of uploads, its own prefix matching and its own upload times. `S3_URL` names a bucket and a prefix.
+/// The endpoint and the keys are in the usual environment variables.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs a bucket: make real-s3 S3_URL=s3://bucket/prefix"]
 async fn a_real_store_gives_back_what_was_left_in_it() {

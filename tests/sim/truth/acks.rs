@@ -1,4 +1,4 @@
-//! What leaders count of what followers acknowledge.
+//! Acknowledgements of followers that leaders count.
 
 use std::collections::BTreeMap;
 
@@ -6,48 +6,48 @@ use strandline::model::{BrokerId, LeaderEpoch};
 
 use super::{Wrong, replica::Ends};
 
-/// One acknowledgement, as a leader takes it.
+/// One acknowledgement, as a leader receives it.
 pub(super) struct Ack {
     pub(super) follower: BrokerId,
-    /// The revision of the follower's registration, by the link.
+    /// Broker epoch of the follower, as its link states it.
     pub(super) registered: u64,
-    /// The epoch in which the follower had joined.
+    /// Leader epoch in which the follower subscribed.
     pub(super) epoch: LeaderEpoch,
     pub(super) ends: Ends,
 }
 
-/// By each epoch's leader: who joined.
+/// Subscribed followers of each epoch's leader.
 #[derive(Default)]
 pub(super) struct Acks(BTreeMap<LeaderEpoch, BTreeMap<BrokerId, Joined>>);
 
 #[derive(Default)]
 struct Joined {
-    /// The uptime that joined last.
+    /// Broker epoch that subscribed last.
     registered: u64,
-    /// What it has acknowledged since.
+    /// Progress acknowledged since that subscription.
     acked: Option<Ends>,
-    /// What had been acknowledged before. Marks that were moved by that may be published after the join.
+    /// Progress acknowledged before that subscription. Watermarks that this progress moved may be published after the subscription.
     before: Option<Ends>,
 }
 
 impl Acks {
-    /// What a follower has acknowledged in this epoch since it joined last.
+    /// Returns the progress that a follower has acknowledged in this epoch since its last subscription.
     pub(super) fn of(&self, epoch: LeaderEpoch, follower: BrokerId) -> Option<Ends> {
         self.0.get(&epoch)?.get(&follower)?.acked
     }
 
-    /// What may have moved the marks that a leader publishes now.
+    /// Returns the progress that may have moved the watermarks that a leader publishes now.
     pub(super) fn of_late(&self, epoch: LeaderEpoch, follower: BrokerId) -> Option<Ends> {
         let Joined { acked, before, .. } = self.0.get(&epoch)?.get(&follower)?;
         before.map(|before| before.most(acked.unwrap_or_default())).or(*acked)
     }
 
-    /// Its leader has published its marks.
+    /// Drops the progress before the last subscriptions, as the leader has published its watermarks.
     pub(super) fn published(&mut self, epoch: LeaderEpoch) {
         self.0.entry(epoch).or_default().values_mut().for_each(|joined| joined.before = None);
     }
 
-    /// A follower joins anew, by no older registration than it did.
+    /// Records a subscription, whose broker epoch must not be older than the last one.
     pub(super) fn joined(&mut self, epoch: LeaderEpoch, follower: BrokerId, registered: u64) -> Result<(), Wrong> {
         let joined = self.0.entry(epoch).or_default().entry(follower).or_default();
         if joined.registered > registered {
@@ -61,8 +61,9 @@ impl Acks {
         Ok(())
     }
 
-    /// The leader of an epoch counts this; `ever` is the most that the follower acknowledged in the epoch that it names. Whether harm comes
-    /// of an older epoch's word, or of an older uptime's, is another matter: what it names may have been cut since.
+    /// Checks and records an acknowledgement that the leader of epoch `leads` counts. `ever` is the maximum that the follower acknowledged
+    /// in the epoch of the acknowledgement. An acknowledgement of an older leader epoch or broker epoch is a violation even without harm,
+    /// as its records may have been truncated since.
     pub(super) fn counted(&mut self, leads: LeaderEpoch, ack: &Ack, ever: Ends) -> Result<(), Wrong> {
         let Ack { follower, registered, epoch, ends } = ack;
         if *epoch != leads {

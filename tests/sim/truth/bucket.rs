@@ -1,4 +1,4 @@
-//! What the bucket holds of each partition, judged when a leader commits it. After that nobody may change or delete what is named
+//! Content of the object store, checked at each tier commit of a leader. From then on no broker may change or delete a referenced object
 //! (`Objects::keep`).
 
 use std::collections::BTreeSet;
@@ -17,7 +17,7 @@ use crate::{
 
 pub(super) struct Bucket {
     objects: Objects,
-    /// Segments that were read: their names are never used again.
+    /// Segment objects that were checked. Their names are never used again.
     read: BTreeSet<String>,
 }
 
@@ -26,7 +26,7 @@ impl Bucket {
         Self { objects, read: BTreeSet::new() }
     }
 
-    /// A state was committed. What can be read of it must be there, with the batches that are committed.
+    /// Checks a committed tier state. Its readable segments must exist and hold the committed batches.
     pub(super) fn committed(&mut self, id: PartitionId, state: &TierState, truth: &Partition) -> Result<(), Wrong> {
         let Named { objects, segments } = manifest::named_by(&self.objects, id, state)?;
         for (segment, line) in segments {
@@ -46,13 +46,13 @@ impl Bucket {
         Ok(())
     }
 
-    /// Nothing is named any more.
+    /// Removes the references of a deleted partition.
     pub(super) fn deleted(&self, id: PartitionId) {
         self.objects.keep(id, BTreeSet::new());
     }
 }
 
-/// Where the next batch begins, if this one is what is committed where the last one ended.
+/// Returns the base of the next batch. Fails unless this batch is the committed one at `next`.
 fn as_committed(batch: &Batch, next: Offset, truth: &Partition) -> Result<Offset, Wrong> {
     let (base, end, epoch) = (batch.base_offset(), batch.end_offset(), batch.leader_epoch());
     let found = (base, epoch, end, batch.crc());

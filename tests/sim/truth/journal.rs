@@ -1,4 +1,4 @@
-//! What each broker's journal holds, and whether its disk has that without it.
+//! Content of each broker's journal, and the check that the segments hold the same durably before a journal file is reused.
 
 use std::collections::BTreeMap;
 
@@ -10,23 +10,23 @@ use strandline::{
 use super::{Who, Wrong};
 use crate::logs;
 
-/// A broker's disk.
+/// Disk of a broker.
 pub(super) struct Disk<'a> {
-    /// How many its machine had before.
+    /// Number of earlier disks of the machine.
     pub(super) number: u32,
     pub(super) content: &'a SimDisk,
 }
 
-/// The journals, each of the process that wrote it last.
+/// Journal of each broker, as the last process wrote it.
 #[derive(Default)]
 pub(super) struct Journals(BTreeMap<BrokerId, Journal>);
 
 #[derive(Default)]
 struct Journal {
     process: u32,
-    /// The number of the disk.
+    /// Number of the disk.
     disk: u32,
-    /// By the number of a file's use: how far it holds each log.
+    /// End of each log in each file, by the serial number of the file.
     files: BTreeMap<u64, Held>,
 }
 
@@ -37,7 +37,8 @@ impl Journals {
         self.0.entry(who.broker).or_default()
     }
 
-    /// A process writes its journal. Where it is another one than before all files may be used again: what is in them was restored.
+    /// Records that a process writes its journal. A new process may reuse all files, as replay has applied their entries. So the segments
+    /// must hold these entries durably, unless the disk is another one.
     pub(super) fn begun(&mut self, who: Who, disk: &Disk<'_>) -> Result<(), Wrong> {
         let journal = self.of(who);
         if journal.process == who.process {
@@ -56,7 +57,7 @@ impl Journals {
         *held = end.max(*held);
     }
 
-    /// A log is cut, or begins anew: nothing beyond is asked of it any more.
+    /// Limits the ends of a log that is truncated or reset: the segments need not hold more.
     pub(super) fn changing(&mut self, who: Who, partition: PartitionId, to: Offset, emptied: bool) {
         for file in self.of(who).files.values_mut() {
             if emptied {
@@ -67,14 +68,14 @@ impl Journals {
         }
     }
 
-    /// A file is used again.
+    /// Checks a file that is about to be reused.
     pub(super) fn freed(&mut self, who: Who, file: u64, disk: &Disk<'_>) -> Result<(), Wrong> {
         let held = self.of(who).files.remove(&file).unwrap_or_default();
         lies_in_segments(who, &held, disk)
     }
 }
 
-/// All of this must be durable in its segments.
+/// Checks that all these entries are durable in their segments.
 fn lies_in_segments(who: Who, held: &Held, disk: &Disk<'_>) -> Result<(), Wrong> {
     let lacking = held.iter().find_map(|(partition, end)| {
         let durable = logs::durable_end(disk.content, *partition);

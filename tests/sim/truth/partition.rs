@@ -1,4 +1,4 @@
-//! One partition: what its replicas did, what the store says, and what is committed for ever.
+//! Model of one partition: its replicas, its values in the metadata store, and its committed records.
 
 mod value;
 
@@ -23,36 +23,36 @@ use super::{
     replica::Replica,
 };
 
-/// Values of the partition that are remembered, and proposals: leaders hear of the newest late.
+/// Maximum number of retained values and of retained proposals. Leaders receive the newest value late.
 const REMEMBERED: usize = 256;
 
 #[derive(Default)]
 pub(super) struct Partition {
-    /// Every value by the revision that wrote it, the last of them the present one.
+    /// Partition values by revision. The last one is the current value.
     values: BTreeMap<Revision, PartitionValue>,
     tier: TierState,
     proposals: Vec<Proposal>,
-    /// Who led in each epoch, and where it began.
+    /// Leader of each epoch, and the epoch start.
     leaders: BTreeMap<LeaderEpoch, (Who, Offset)>,
     replicas: BTreeMap<BrokerId, Replica>,
     acks: Acks,
-    /// The newest value that each process goes by.
+    /// Newest revision that each process has applied, by process number.
     placed: BTreeMap<u32, Revision>,
     content: Content,
-    /// What the topic asks for.
+    /// Durability of the topic.
     durability: Durability,
-    /// All that it ever asked for: a leader hears of another minimum later.
+    /// Every `min.insync.replicas` that the topic ever had: a leader applies a new one late.
     minima: BTreeSet<usize>,
-    /// The epochs of what is committed, and its end.
+    /// Epoch history of the committed records, and their end.
     committed: (EpochHistory, Offset),
-    /// The highest high watermark of each epoch's leader.
+    /// Highest high watermark of each epoch's leader.
     reached: BTreeMap<LeaderEpoch, Offset>,
 }
 
-/// Whether something moved that a member must hold.
+/// True if the event moved something that a member must hold.
 type Moved = Result<bool, Wrong>;
 
-/// Below this no disk need hold anything.
+/// Returns the offset below which no disk must hold records.
 fn free(tier: &TierState) -> Offset {
     tier.bucket_end().max(tier.log_start)
 }
@@ -66,7 +66,7 @@ impl Partition {
         self.replicas.entry(broker).or_default()
     }
 
-    /// Every live member of ISR ∪ ELR holds what is committed.
+    /// Checks that every active member of ISR ∪ ELR holds all committed records.
     pub(super) fn members_hold(&self, machines: &Machines) -> Result<(), Wrong> {
         let Some((value, _)) = self.value() else { return Ok(()) };
         for member in value.isr.iter().chain(&value.elr) {
@@ -88,9 +88,9 @@ impl Partition {
         replica.parts_from(epochs, *end).map_or(Ok(()), Err)
     }
 
-    // The store.
+    // Events of the metadata store.
 
-    /// What the partition's topic asks for.
+    /// Applies the configuration of the topic.
     pub(super) fn configured(&mut self, config: &TopicConfig) {
         self.durability = config.durability;
         self.minima.insert(config.min_insync_replicas);
@@ -130,14 +130,14 @@ impl Partition {
         judged
     }
 
-    /// The batch that is committed where it begins, with its epoch.
+    /// Returns the committed batch with this base offset, and its epoch.
     pub(super) fn committed_at(&self, base: Offset) -> Option<(LeaderEpoch, Entry)> {
         let (epochs, end) = &self.committed;
         let epoch = epochs.at(base).filter(|_| base < *end)?;
         Some((epoch, self.content.at(base, epoch)?))
     }
 
-    // One replica.
+    // Events of one replica.
 
     pub(super) fn opened(
         &mut self,
@@ -167,7 +167,7 @@ impl Partition {
         false
     }
 
-    /// A process goes by another value: never by an older one.
+    /// Records that a process applied a value, which must not be older than its last one.
     pub(super) fn placed(&mut self, who: Who, revision: Revision) -> Moved {
         let known = self.placed.entry(who.process).or_insert(revision);
         if revision < *known {
@@ -177,7 +177,7 @@ impl Partition {
         Ok(false)
     }
 
-    /// A follower does what the leader of this epoch says, which must be the one that it follows.
+    /// Checks that a follower applied a message of the epoch that it follows.
     pub(super) fn obeyed(&self, who: Who, epoch: LeaderEpoch) -> Moved {
         let known = self.placed.get(&who.process).and_then(|revision| self.values.get(revision));
         match known {
@@ -200,7 +200,8 @@ impl Partition {
             return Err(format!("leads in epoch {epoch}, and the store names another"));
         }
         if self.value().is_some_and(|(value, _)| value.leader_epoch > epoch) {
-            // It hears of its election late: others lead by now, and have committed more. Nobody who counts follows it.
+            // The process received its election late. A newer leader exists and may have committed more. No replica that counts follows
+            // this leader.
             return Ok(false);
         }
         let replica = self.replica(who.broker).clone();
@@ -234,8 +235,8 @@ impl Partition {
         self.content.appended(range.start, epoch, batch).map(|()| false)
     }
 
-    /// Whom nobody counts on, and who still follows the leader of an older epoch, which heard of its election late, may cut whatever that one
-    /// does not have.
+    /// Records a truncation, which must not remove committed records. Exception: a replica outside ISR and ELR may still follow the leader
+    /// of an older epoch, which received its election late. Such a follower truncates records that this leader lacks.
     pub(super) fn cut(&mut self, broker: BrokerId, epoch: LeaderEpoch, to: Offset) -> Moved {
         let (epochs, end) = self.committed.clone();
         let counts = self.value().is_none_or(|(value, _)| {
@@ -274,7 +275,7 @@ impl Partition {
         false
     }
 
-    /// The marks that a broker publishes: how far its log reaches, and what it takes as committed.
+    /// Checks the watermarks that a broker publishes: its log end, persisted end and high watermark.
     pub(super) fn marked(&mut self, broker: BrokerId, marks: Watermarks, role: SimRole, brokers: &Brokers) -> Moved {
         let judged = self.judge_marks(broker, marks, role, brokers);
         if let SimRole::Leading { epoch, .. } = role {
@@ -316,7 +317,7 @@ impl Partition {
         may.and(whole).map(|()| true)
     }
 
-    /// Whether a leader that knows the value of this revision may commit up to `end`.
+    /// Checks that a leader that applied the value of this revision may commit up to `end`.
     fn may_commit(
         &self,
         leader: BrokerId,
@@ -326,7 +327,7 @@ impl Partition {
     ) -> Result<(), Wrong> {
         let durability = self.durability;
         let Some(value) = self.values.get(&revision) else {
-            // One broker alone goes by none, and what is older than all that is remembered is too old to be judged.
+            // A standalone broker applies no value. A value older than all retained ones cannot be checked.
             let forgotten = self.values.len() == REMEMBERED
                 && self.values.first_key_value().is_some_and(|(first, _)| revision < *first);
             let known = revision == Revision::ZERO || forgotten;
@@ -368,7 +369,7 @@ impl Partition {
         Ok(())
     }
 
-    /// Whether the store has made this proposal: the value that replaced the expected one is what it asked for.
+    /// Returns true if the store has applied this proposal: the value after the expected one has the proposed ISR in the same epoch.
     fn has_come(&self, proposal: &Proposal) -> bool {
         let after = self.values.range((Bound::Excluded(proposal.expect), Bound::Unbounded)).next();
         after.is_some_and(|(_, value)| {
@@ -377,12 +378,12 @@ impl Partition {
         })
     }
 
-    /// All below `end` is committed, as this leader has it.
+    /// Records that all offsets below `end` are committed, with the epochs of this leader's log.
     fn commit(&mut self, leader: BrokerId, end: Offset) -> Result<(), Wrong> {
         let log = self.replica(leader).epochs.clone();
         let from = self.committed.1;
         for (epoch, start) in log.between(from, end).iter() {
-            // What lies before the log's start was committed before.
+            // Offsets below `from` were committed before.
             let _known = self.committed.0.note(epoch, start.max(from));
         }
         self.committed.1 = end;
@@ -427,7 +428,7 @@ impl Partition {
         }
     }
 
-    // What clients are told.
+    // Responses to clients.
 
     pub(super) fn answered(&mut self, broker: BrokerId, end: Offset, by_all: bool) -> Moved {
         let (durability, committed) = (self.durability, self.committed.1);
@@ -449,7 +450,7 @@ impl Partition {
         Ok(false)
     }
 
-    /// What readers get is what is committed there.
+    /// Checks that a reader received the committed batch at `base`.
     pub(super) fn served(&self, base: Offset, epoch: LeaderEpoch, (end, crc): (Offset, u32)) -> Moved {
         let committed = self.committed_at(base);
         let is = committed.map(|(epoch, batch)| (epoch, batch.end, batch.crc));

@@ -1,4 +1,4 @@
-//! One replica as its broker's steps show it.
+//! Model of one replica, built from the events of its broker.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use strandline::{
     model::{Durability, LeaderEpoch, Offset},
 };
 
-/// How far a log reaches.
+/// Log end and persisted end of a log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Ends {
     pub(super) written: Offset,
@@ -22,32 +22,32 @@ impl Ends {
         }
     }
 
-    /// The larger of both.
+    /// Returns the larger value of each end.
     pub(super) fn most(self, other: Self) -> Self {
         Self { written: self.written.max(other.written), persisted: self.persisted.max(other.persisted) }
     }
 }
 
-/// A log, and what its broker told leaders of it.
+/// A log, and the progress that its broker reported to leaders.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Replica {
     pub(super) epochs: EpochHistory,
     pub(super) ends: Ends,
     pub(super) high_watermark: Offset,
-    /// What processes before this one knew to be durable, and is there: this one may know of less, where segments were synced and neither
-    /// journal nor checkpoint could say so.
+    /// Durable end of earlier processes, limited to what is still there. The current process may report less: neither journal nor
+    /// checkpoint records every sync of a segment.
     synced_before: Offset,
-    /// What it acknowledged in each epoch, in this process and in those before.
+    /// Progress acknowledged in each epoch, by this process and by earlier ones.
     acked: BTreeMap<LeaderEpoch, Ends>,
     acked_before: BTreeMap<LeaderEpoch, Ends>,
-    /// Which of its machine's disks it was found on; `None` while there is nothing of it.
+    /// Number of the disk that the replica was found on; `None` while there are no files.
     disk: Option<u32>,
-    /// The process that opened it last.
+    /// Number of the process that opened the replica last.
     process: u32,
     changing: Option<Box<Change>>,
 }
 
-/// A log that is being cut or thrown away: until that is done a crash may leave it as it was or as it is to be.
+/// Unfinished truncation or reset of a log. A crash may leave the log before or after the change.
 #[derive(Clone, Debug)]
 struct Change {
     before: Replica,
@@ -56,7 +56,8 @@ struct Change {
 }
 
 impl Replica {
-    /// Another process has opened it. All that its log ever held for durable, and was not cut, must be there, and nothing that was.
+    /// Records that a process opened the replica. The log must hold everything that was durable and not truncated, and nothing that was
+    /// truncated.
     pub(super) fn opened(
         &mut self,
         process: u32,
@@ -81,22 +82,22 @@ impl Replica {
         came_back
     }
 
-    /// Whether it was found on this one of its machine's disks.
+    /// Returns true if the replica was found on this disk of its machine.
     pub(super) fn is_on(&self, disk: u32) -> bool {
         self.disk == Some(disk)
     }
 
-    /// Whether this process has opened it.
+    /// Returns true if this process has opened the replica.
     pub(super) fn is_open_in(&self, process: u32) -> bool {
         self.process == process
     }
 
-    /// How far it ever was durable, as it is now.
+    /// Returns the highest end that was durable and was not truncated since.
     fn durable(&self) -> Offset {
         self.ends.persisted.max(self.synced_before)
     }
 
-    /// Whether a log with these epochs and this end is what a crash may have left.
+    /// Checks that a crash may have left a log with these epochs and this end.
     fn comes_back(&self, epochs: &EpochHistory, end: Offset) -> Result<(), String> {
         let found = self.left(epochs, end);
         let Some(Change { before, to, emptied }) = self.changing.as_deref().filter(|_| found.is_err()) else {
@@ -113,7 +114,7 @@ impl Replica {
     fn left(&self, epochs: &EpochHistory, end: Offset) -> Result<(), String> {
         let (durable, written) = (self.durable(), self.ends.written);
         if self.epochs.last().is_none() {
-            // It never held a record, or all of them were deleted: it may begin somewhere else, empty.
+            // The log never held a record, or all records were deleted. It may start at another offset, empty.
             let found = epochs.last().map(|last| format!("its log is back, and ends with {last:?} at {end}"));
             return found.map_or(Ok(()), Err);
         }
@@ -123,38 +124,39 @@ impl Replica {
         self.parts_from(epochs, end).map_or(Ok(()), |why| Err(format!("its log is another one: {why}")))
     }
 
-    /// Its log is about to be cut, or thrown away.
+    /// Records that the log is about to be truncated or reset.
     pub(super) fn changing(&mut self, to: Offset, emptied: bool) {
-        // One that was not done yet may still leave what was there before it.
+        // After an unfinished earlier change, a crash may still leave the log before that change.
         let before = self.changing.take().map_or_else(|| self.clone(), |change| change.before);
         self.changing = Some(Box::new(Change { before, to, emptied }));
     }
 
-    /// That is done.
+    /// Records that the truncation or reset is complete.
     pub(super) fn settled(&mut self) {
         if let Some(change) = self.changing.take().filter(|change| change.emptied) {
             self.begin(change.to, EpochHistory::new());
         }
     }
 
-    /// It claims in this epoch: what it acknowledged before in it counts no more.
+    /// Records a log position that was sent in this epoch. Earlier acknowledgements in this epoch no longer count.
     pub(super) fn claims(&mut self, epoch: LeaderEpoch, persisted: Offset) {
         self.ends.persisted = persisted;
         self.acked.insert(epoch, self.ends);
     }
 
-    /// Its leader of this epoch may hear how far it is.
+    /// Records that the leader of this epoch may receive the current progress.
     pub(super) fn acknowledges(&mut self, epoch: LeaderEpoch) {
         let acked = self.acked.entry(epoch).or_default();
         *acked = acked.most(self.ends);
     }
 
-    /// What this process acknowledged in this epoch.
+    /// Returns the progress that this process acknowledged in this epoch.
     pub(super) fn acked(&self, epoch: LeaderEpoch) -> Option<Ends> {
         self.acked.get(&epoch).copied()
     }
 
-    /// The same, with the processes before it: a leader may not have heard yet that they are gone.
+    /// Returns the progress that this or an earlier process acknowledged in this epoch. A leader may not have detected yet that an earlier
+    /// process has exited.
     pub(super) fn ever_acked(&self, epoch: LeaderEpoch) -> Option<Ends> {
         let before = self.acked_before.get(&epoch).copied();
         self.acked(epoch).map(|acked| acked.most(before.unwrap_or_default())).or(before)
@@ -166,14 +168,14 @@ impl Replica {
         self.synced_before = self.synced_before.min(to);
     }
 
-    /// It begins anew behind what others wrote.
+    /// Resets the log to start at `at`, with the epoch history before that offset.
     pub(super) fn begin(&mut self, at: Offset, epochs: EpochHistory) {
         self.epochs = epochs;
         self.ends = Ends { written: at, persisted: at };
         self.synced_before = Offset::ZERO;
     }
 
-    /// How far it holds its log, by this rule.
+    /// Returns the end that counts under this durability.
     pub(super) fn holds(&self, durability: Durability) -> Offset {
         match durability {
             Durability::Persisted => self.durable(),
@@ -181,7 +183,7 @@ impl Replica {
         }
     }
 
-    /// Where it parts from what `epochs` wrote below `end`; `None` where it holds the same.
+    /// Returns a description of the difference from `epochs` below `end`; `None` if there is none.
     pub(super) fn parts_from(&self, epochs: &EpochHistory, end: Offset) -> Option<String> {
         let first = |history: &EpochHistory| history.iter().next().map(|(_, start)| start);
         let from = first(&self.epochs)?.max(first(epochs)?);

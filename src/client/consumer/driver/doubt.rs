@@ -1,7 +1,8 @@
-//! Brokers that doubt whether they still lead: others are asked who does, and what is led elsewhere is read there.
+//! Leaders with an expired lease: the consumer refreshes metadata from other brokers and moves to the new leaders.
 //!
-//! A leader that is cut off from its cluster, and not from its readers, has nothing more for them, and looks like one whose log nobody
-//! writes to. It says so itself (`FetchResponse.in_doubt`); a consumer of a quiet log whose leader is well asks nobody anything.
+//! A leader that is partitioned from its cluster, but not from its consumers, sends no more records and resembles the
+//! leader of an idle log. It reports its expired lease (`FetchResponse.in_doubt`). A consumer of an idle log with a
+//! healthy leader therefore needs no metadata requests.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -10,11 +11,11 @@ use tokio::time::Instant;
 use super::{super::super::connection::Address, Driver};
 use crate::task::clock;
 
-/// How often others are asked while a broker that is read from is in doubt.
+/// Interval of metadata refreshes while a broker that serves this consumer reports an expired lease.
 const ASK_EVERY: Duration = Duration::from_secs(2);
 
 impl Driver {
-    /// A broker says whether it is in doubt.
+    /// Records whether a broker reports an expired lease.
     pub(super) fn note_doubt(&mut self, stream: u64, doubts: bool) {
         let Some(source) = self.sources.get_mut(&stream) else { return };
         if std::mem::replace(&mut source.doubts, doubts) != doubts && doubts {
@@ -26,12 +27,12 @@ impl Driver {
         }
     }
 
-    /// Those that are in doubt, of the brokers that are read from.
+    /// Returns the brokers that serve this consumer and report an expired lease.
     pub(super) fn doubted(&self) -> BTreeSet<Address> {
         self.sources.values().filter(|source| source.doubts).map(|source| source.address.clone()).collect()
     }
 
-    /// Asks others who leads, now and then while a broker is in doubt. When to do so next.
+    /// Refreshes metadata at intervals while a broker reports an expired lease. Returns the time of the next refresh.
     pub(super) fn ask_around(&mut self, now: Instant) -> Option<Instant> {
         if !self.sources.values().any(|source| source.doubts) {
             return None;
@@ -45,8 +46,8 @@ impl Driver {
         Some(now + ASK_EVERY)
     }
 
-    /// Metadata is new: leaves brokers that are in doubt where it names another one in a newer epoch. All that their streams carry is
-    /// given a stream again.
+    /// Leaves brokers with an expired lease if new metadata names another broker in a newer epoch. All partitions of
+    /// their streams get new streams.
     pub(super) fn leave_doubted(&mut self) {
         let mut left = BTreeSet::new();
         for (topic, partitions) in &self.topics {

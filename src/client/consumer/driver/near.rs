@@ -1,4 +1,4 @@
-//! Reading in the consumer's rack: when a partition moves there, and when back to its leader.
+//! Reads in the consumer's rack: when a partition moves there, and when it returns to its leader.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,27 +24,27 @@ use crate::{
     task::clock,
 };
 
-/// How long batches wait for the consumer until it, and no broker, is what is slow.
+/// Time that batches wait for the consumer before a period without data counts as its own delay.
 const HELD: Duration = Duration::from_millis(500);
 
-/// A partition whose leader is asked where the log ends.
+/// Query for the log end of one partition, sent to its leader.
 pub(super) struct Question {
     topic: Arc<str>,
     partition: u32,
     generation: u64,
 }
 
-/// The question, and what the leader said: the end and the epoch in which it is that. None when it said nothing of use.
+/// A query, and the log end and leader epoch that the leader returned; `None` without a usable response.
 pub(super) type Ending = (Question, Option<(Offset, LeaderEpoch)>);
 
 impl Driver {
-    /// Where a partition is to be read.
+    /// Returns the broker that should serve a partition.
     pub(super) fn source(&self, topic: &str, partition: u32, state: &Partition) -> Option<Source> {
         let rack = self.options.rack.as_deref().filter(|_| state.near.away_until().is_none());
         self.client.routing().source(topic, partition, rack)
     }
 
-    /// Looks how the followers do that serve this consumer, and who should move. When to look again.
+    /// Checks the followers that serve this consumer, and moves partitions. Returns the time of the next check.
     pub(super) fn look_around(&mut self, now: Instant) -> Option<Instant> {
         self.options.rack.as_ref()?;
         let old = self.refreshed + self.client.options().metadata_age;
@@ -58,10 +58,10 @@ impl Driver {
                 if state.stream.is_none() || !state.follows {
                     continue;
                 }
-                // Who does not take what is there hears nothing.
+                // While batches wait for the consumer, the streams are not read, so missing data has no meaning.
                 let step = if self.outbox.is_empty() { state.near.step(now) } else { Step::Wait(now + GRACE) };
                 match step {
-                    // Many partitions are looked at together.
+                    // Checks of many partitions are combined.
                     Step::Wait(at) => later = sooner(later, Some(at.max(now + GRACE / 2))),
                     Step::Pass => {}
                     Step::Ask if self.asking => later = sooner(later, Some(now + GRACE)),
@@ -89,7 +89,8 @@ impl Driver {
         later
     }
 
-    /// Ends the streams of partitions that are to be read elsewhere. All that they carry is given a stream again.
+    /// Ends the streams of partitions that another broker should serve. All partitions of these streams get new
+    /// streams.
     fn move_over(&mut self) {
         let mut moving = BTreeSet::new();
         for (topic, partitions) in &self.topics {
@@ -106,7 +107,7 @@ impl Driver {
         }
     }
 
-    /// Asks leaders where these logs end.
+    /// Queries leaders for these log ends.
     fn ask_leaders(&mut self, questions: Vec<Question>) {
         self.asking = true;
         let mut by_leader: BTreeMap<Option<Address>, Vec<Question>> = BTreeMap::new();
@@ -136,7 +137,7 @@ impl Driver {
             if state.generation != question.generation {
                 continue;
             }
-            // One that was replaced, without having heard of it, would speak of an older end.
+            // A deposed leader that does not have the new epoch yet would return an older log end.
             let end = end.filter(|(_, epoch)| *epoch >= state.epoch());
             outdated |= end.is_none();
             state.near.answered(now, end.is_none_or(|(end, _)| end == state.position));
@@ -147,14 +148,15 @@ impl Driver {
         self.arrange_soon(now);
     }
 
-    /// Batches wait for the consumer from now on, if any do.
+    /// Records the time since which batches wait for the consumer, if there are any.
     pub(super) fn hold(&mut self) {
         if !self.outbox.is_empty() {
             self.held_since.get_or_insert_with(clock::monotonic);
         }
     }
 
-    /// The consumer has taken something. If that took long, no broker can be blamed for having said nothing meanwhile.
+    /// Processes a batch taken by the consumer. If batches waited for `HELD`, the period without data restarts for all
+    /// partitions, because the consumer caused the delay.
     pub(super) fn let_go(&mut self) {
         if !self.outbox.is_empty() {
             return;
@@ -168,7 +170,7 @@ impl Driver {
     }
 }
 
-/// Asks one leader. Each question comes back.
+/// Queries one leader. Returns every query, with or without a response.
 async fn ask(client: &Client, leader: Option<Address>, questions: Vec<Question>) -> Vec<Ending> {
     let Some(leader) = leader else { return questions.into_iter().map(|question| (question, None)).collect() };
     let mut endings = Vec::with_capacity(questions.len());

@@ -1,4 +1,4 @@
-//! What the producer's task has others look up: who leads what, and new producer ids.
+//! Lookups of the producer's task: metadata and new producer ids.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -11,12 +11,12 @@ use super::{
     Driver, Event,
 };
 use crate::{
-    proto::fault::{Fault, Reason},
+    proto::error::{ApiError, ErrorCode},
     task::clock,
 };
 
 impl Driver {
-    /// Asks for newer metadata, unless that is under way.
+    /// Starts a metadata refresh unless one is running.
     pub(super) fn route(&mut self) {
         if self.routing {
             return;
@@ -58,7 +58,7 @@ impl Driver {
             let trouble = if let Err(error) = &result {
                 error.to_string()
             } else if let Some(Err(fault)) = self.shared.client.routing().topic(&state.lane.topic) {
-                // The topic was deleted: nothing that waits for it can ever be sent.
+                // The topic was deleted: none of its waiting batches can be sent.
                 self.refuse_all(index, &fault);
                 continue;
             } else if self.shared.client.routing().leader(&state.lane.topic, state.lane.partition).is_some() {
@@ -111,7 +111,7 @@ impl Driver {
                 self.give_up(index, given_up);
             }
             Err(error) => {
-                let fault = Fault::new(Reason::NotReady, error.to_string());
+                let fault = ApiError::new(ErrorCode::NotReady, error.to_string());
                 self.pause(index, &fault);
             }
         }

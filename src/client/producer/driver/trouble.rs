@@ -1,4 +1,4 @@
-//! What keeps a producer's batches back, and saying so: pauses after failures, and silence.
+//! Delays of a producer's batches and their retry status: pauses after failures, and leaders that do not respond.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -10,24 +10,24 @@ use super::{
 };
 use crate::{
     model::Acks,
-    proto::fault::{Fault, Reason},
+    proto::error::{ApiError, ErrorCode},
     task::clock,
 };
 
-/// A broker that has left all batches of a partition unanswered for so long is worth a word to whoever waits.
+/// Time without a response to any batch of a partition after which the retry status reports the broker.
 pub(super) const SLOW: Duration = Duration::from_secs(5);
 
-/// A leader that has left all batches of a partition unanswered for so long may not be the leader any more.
+/// Time without a response to any batch of a partition after which another broker may lead it.
 pub(super) const QUIET: Duration = Duration::from_secs(1);
 
-/// How often it is asked who leads while a leader stays silent.
+/// Interval of metadata refreshes while a leader does not respond.
 pub(super) const DOUBT_AGAIN: Duration = Duration::from_millis(250);
 
 impl Driver {
-    /// Nothing of this lane is sent for a while.
-    pub(super) fn pause(&mut self, index: usize, fault: &Fault) {
-        // A gap is what the first batch's trouble does to those behind it: the person waits for the first.
-        if fault.reason != Reason::OutOfOrderSequence || !self.lanes[index].in_trouble {
+    /// Delays the sends of a queue by the next backoff pause.
+    pub(super) fn pause(&mut self, index: usize, fault: &ApiError) {
+        // An out-of-order sequence is the effect of an earlier batch's failure: that batch's problem stays reported.
+        if fault.code != ErrorCode::OutOfOrderSequence || !self.lanes[index].in_trouble {
             self.trouble(index, fault.message.clone());
         }
         let options = self.shared.client.options();
@@ -37,7 +37,7 @@ impl Driver {
         state.not_before = Some(state.not_before.map_or(at, |old| old.max(at)));
     }
 
-    /// Something stands in the lane's way.
+    /// Reports a problem that blocks a queue.
     pub(super) fn trouble(&mut self, index: usize, problem: String) {
         let state = &mut self.lanes[index];
         let until = state.flight.deadline().map(|(at, _)| at).or_else(|| state.lane.deadline());
@@ -47,7 +47,7 @@ impl Driver {
         self.troubles.enter(work(index), said, until);
     }
 
-    /// A broker says why an acknowledgement takes longer.
+    /// Handles a broker's notice that an acknowledgement takes longer.
     pub(super) fn on_notice(&mut self, stream: u64, index: usize, why: String) {
         let now = clock::monotonic();
         if let Some(stream) = self.streams.get_mut(&stream) {
@@ -63,14 +63,14 @@ impl Driver {
         self.set_next_timer(index);
     }
 
-    /// Why a lane's batches have had no answer on this stream for the whole delivery timeout.
+    /// Returns the reason for which a queue got no response on this stream within the delivery timeout.
     pub(super) fn silence(&self, index: usize, stream: u64) -> String {
         let who = || self.streams.get(&stream).map_or("the leader", |stream| stream.address.as_str());
         let notice = self.lanes[index].notice.clone();
         notice.unwrap_or_else(|| format!("{} has not answered in the delivery timeout", who()))
     }
 
-    /// Nothing stands in the lane's way any more.
+    /// Clears the problem of a queue.
     pub(super) fn over(&mut self, index: usize) {
         let state = &mut self.lanes[index];
         (state.notice, state.mismatched) = (None, false);
@@ -79,7 +79,8 @@ impl Driver {
         }
     }
 
-    /// Nothing says that a machine is gone silently. So who waits asks the others who leads now, again and again, and goes there.
+    /// Refreshes the metadata at intervals while the leader of a queue does not respond, and moves to the new leader. A
+    /// host that disappears sends no error.
     pub(super) fn doubt_silence(&mut self, index: usize, now: Instant) {
         let state = &self.lanes[index];
         let is_silent = state.is_silent(now) || self.queued_since(state).is_some_and(|heard| heard + QUIET <= now);
@@ -91,15 +92,16 @@ impl Driver {
         self.route();
     }
 
-    /// The leaders that are silent. What they say of who leads counts least: of two halves of a cluster that is cut in two, clients may
-    /// reach both, and only one of them knows.
+    /// Returns the leaders that do not respond. Their metadata is used last: in a network partition a client may reach
+    /// brokers on both sides, and only one side has current metadata.
     pub(super) fn silent(&self, now: Instant) -> BTreeSet<Address> {
         let silent = self.lanes.iter().filter(|state| state.is_silent(now));
         silent.filter_map(|state| Some(self.streams.get(&state.stream?)?.address.clone())).collect()
     }
 
-    /// Leaves a silent leader for the one that is known to lead now. What is under way there may have been appended, and is sent again
-    /// as after a lost answer. It never waits for a broker that cannot acknowledge any more.
+    /// Moves a queue from a leader that does not respond to the current leader. The in-flight batches may have been
+    /// appended, and are sent again as after a lost response. The queue does not wait for the old leader, which cannot
+    /// acknowledge any batch.
     pub(super) fn leave_silent(&mut self, index: usize, now: Instant) {
         let state = &self.lanes[index];
         let Some(number) = state.stream.filter(|_| state.is_silent(now)) else { return };
@@ -119,13 +121,13 @@ impl Driver {
         self.pump(index);
     }
 
-    /// When the stream last answered in which a lane waits for room.
+    /// Returns the time of the last response on the stream in which a queue waits for room.
     pub(super) fn queued_since(&self, state: &LaneState) -> Option<Instant> {
         Some(self.streams.get(&state.waiting?)?.heard)
     }
 
-    /// Has those look again who wait for room in the stream of a broker that does not lead them any more: where it is silent, there is never
-    /// any.
+    /// Restarts the wait of queues in the stream of a broker that no longer leads their partition. A broker that does
+    /// not respond never frees room.
     pub(super) fn leave_queues(&mut self) {
         let routing = self.shared.client.routing();
         let is_elsewhere = |index: &usize, address: &Address| {
@@ -142,14 +144,14 @@ impl Driver {
             for index in &waiting {
                 self.lanes[*index].waiting = None;
             }
-            // Who is led there still queues up again, in the same order.
+            // Queues that the broker still leads wait again, in the same order.
             for index in waiting {
                 self.pump(index);
             }
         }
     }
 
-    /// No answer is a trouble too, though nothing has failed.
+    /// Reports a missing response, although nothing has failed.
     pub(super) fn notice_silence(&mut self, index: usize, now: Instant) {
         let state = &self.lanes[index];
         if state.in_trouble || state.flight.under_way() == 0 || state.heard + SLOW > now {
@@ -167,7 +169,7 @@ impl Driver {
 }
 
 impl LaneState {
-    /// The id of the topic that this lane writes to: the one that had the name when its first batch was sent.
+    /// Returns the id of the topic that had the name when this queue sent its first batch.
     pub(super) fn topic_id(&mut self, client: &Client) -> Arc<str> {
         if self.topic_id.is_none()
             && let Some(Ok(route)) = client.routing().topic(&self.lane.topic)
@@ -177,28 +179,28 @@ impl LaneState {
         self.topic_id.clone().unwrap_or_default()
     }
 
-    /// A refusal as this lane takes it: of a topic id it is final the second time, when the metadata was refreshed. What is sent after
-    /// that goes to the topic that has the name then.
-    pub(super) fn judge(&mut self, fault: Fault) -> Fault {
-        if fault.reason != Reason::TopicIdMismatch {
+    /// Decides whether a broker's error is retryable. A topic id mismatch is retried once, after a metadata refresh.
+    /// The second mismatch is final, and later batches go to the topic that then has the name.
+    pub(super) fn judge(&mut self, fault: ApiError) -> ApiError {
+        if fault.code != ErrorCode::TopicIdMismatch {
             return fault;
         }
         let again = !self.mismatched;
-        // Before anything was acknowledged the id comes from metadata that may be older than the topic.
+        // Before the first acknowledgement, the metadata behind the id may be older than the topic.
         if !again || !self.proven {
             (self.topic_id, self.proven) = (None, false);
         }
         self.mismatched = again;
-        Fault { retryable: again, ..fault }
+        ApiError { retryable: again, ..fault }
     }
 
-    /// Whether its leader owes it answers, and has given none for long.
+    /// Returns true if batches are in flight and the leader has not responded for `QUIET`.
     fn is_silent(&self, now: Instant) -> bool {
         self.flight.under_way() > 0 && self.heard + QUIET <= now
     }
 }
 
-/// A lane's name among the producer's troubles.
+/// Returns the key of a queue in the producer's retry status.
 fn work(index: usize) -> u64 {
     u64::try_from(index).expect("64 bits")
 }
@@ -207,10 +209,11 @@ fn work(index: usize) -> u64 {
 mod tests {
     use super::{super::super::super::HEDGE_IN_DOUBT, *};
 
-    /// The sum of docs/replication.md, "How long a silent host is waited for", behind the lease: etcd looks twice a second for leases that
-    /// ended, an election takes 50 ms, and the first broker that is asked may be silent as well.
+    /// Checks the sum in docs/replication.md, "How long a silent host is waited for", from the end of the lease on. In
+    /// it, etcd checks for expired leases twice a second, an election takes 50 ms, and the first broker that is called
+    /// may not respond either.
     #[test]
-    fn who_leads_instead_of_a_silent_host_is_known_within_a_second_of_its_leases_end() {
+    fn new_leader_is_found_within_a_second_of_lease_end() {
         let elected = Duration::from_millis(500 + 50);
         assert!(elected + DOUBT_AGAIN + HEDGE_IN_DOUBT < Duration::from_secs(1));
     }

@@ -1,4 +1,4 @@
-//! Members that answer late: a relay before a real one keeps back whatever it says.
+//! Slow members: a relay before a real member delays its responses.
 
 use std::sync::{
     Arc,
@@ -18,7 +18,7 @@ use tokio::{
 
 use super::*;
 
-/// A relay before one member. It ends with the test's runtime.
+/// A relay before one member. Ends with the test's runtime.
 struct Relay {
     endpoint: String,
     late_ms: Arc<AtomicU64>,
@@ -41,13 +41,13 @@ impl Relay {
         Self { endpoint, late_ms }
     }
 
-    /// What the member says from now on comes so much later.
+    /// Delays the member's bytes from now on.
     fn late_by(&self, late: Duration) {
         self.late_ms.store(u64::try_from(late.as_millis()).expect("a moment"), Relaxed);
     }
 }
 
-/// One connection, until either side ends it.
+/// Relays one connection until either side ends it.
 async fn carry(client: TcpStream, member: TcpStream, late_ms: Arc<AtomicU64>) {
     let (mut from_client, to_client) = client.into_split();
     let (from_member, mut to_member) = member.into_split();
@@ -59,7 +59,7 @@ async fn carry(client: TcpStream, member: TcpStream, late_ms: Arc<AtomicU64>) {
     }
 }
 
-/// Notes what a member says, and when it is to be heard.
+/// Records the member's bytes with the time at which to deliver them.
 async fn listen(mut member: OwnedReadHalf, said: mpsc::Sender<(Instant, Bytes)>, late_ms: &AtomicU64) {
     let mut bytes = vec![0; 64 << 10];
     while let Ok(read @ 1..) = member.read(&mut bytes).await {
@@ -77,7 +77,7 @@ async fn tell(mut client: OwnedWriteHalf, mut hears: mpsc::Receiver<(Instant, By
     }
 }
 
-/// A store whose first member is behind a relay.
+/// Returns a store whose first member is behind a relay.
 async fn behind_a_relay(etcd: &Etcd) -> (EtcdStore, Relay) {
     let mut endpoints = etcd.endpoints();
     let relay = Relay::before(&endpoints[0]).await;
@@ -90,13 +90,13 @@ fn first_asked(store: &EtcdStore) -> &str {
 }
 
 #[tokio::test]
-async fn a_member_that_answers_late_but_in_time_is_not_left() {
+async fn slow_member_within_timeout_is_kept() {
     let etcd = Etcd::start(3).await;
     let (store, relay) = behind_a_relay(&etcd).await;
     let start = put(&store, "n", "start").await.expect("etcd answers");
     let mut watch = store.watch("n", start).await.expect("it begins");
     relay.late_by(Duration::from_millis(400));
-    // What others write is on its way for longer than a watch lets newer answers wait that came elsewhere.
+    // Changes from other clients arrive later than the time for which a watch tolerates newer revisions elsewhere.
     let elsewhere = etcd.store().await;
     for n in 0..8 {
         put(&elsewhere, "n", &n.to_string()).await.expect("etcd answers");
@@ -109,7 +109,7 @@ async fn a_member_that_answers_late_but_in_time_is_not_left() {
 }
 
 #[tokio::test]
-async fn a_member_that_answers_too_late_is_left_by_calls_and_watches() {
+async fn calls_and_watches_leave_too_slow_member() {
     let etcd = Etcd::start(3).await;
     let (store, relay) = behind_a_relay(&etcd).await;
     let start = put(&store, "n", "start").await.expect("etcd answers");
@@ -125,14 +125,14 @@ async fn a_member_that_answers_too_late_is_left_by_calls_and_watches() {
     let expected: Vec<_> = (0..5).map(|n| n.to_string()).collect();
     assert_eq!(values_up_to(&mut watch, "4").await, expected, "each once, in order");
     let took = began.elapsed();
-    // One call that waits in vain; then the watch is known to lie behind.
+    // One call times out; then the watch is known to lag.
     assert!(took < Duration::from_secs(4), "{took:?}");
     store.keep_alive(lease).await.expect("etcd answers");
     assert_ne!(first_asked(&store), relay.endpoint);
 }
 
 #[tokio::test]
-async fn an_etcd_that_was_late_for_a_while_has_cost_nothing() {
+async fn temporarily_slow_etcd_loses_nothing() {
     let etcd = Etcd::start(1).await;
     let (store, relay) = behind_a_relay(&etcd).await;
     let start = put(&store, "n", "start").await.expect("etcd answers");

@@ -1,4 +1,4 @@
-//! The store on real etcd clusters: the conformance suite, members that die, freeze and come back, compaction, users, TLS.
+//! The store on real etcd clusters: the conformance suite, failing and frozen members, compaction, users, TLS.
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,7 +24,7 @@ mod process;
 mod scripted;
 mod secure;
 
-/// Far above what anything here takes, so that a hang fails.
+/// Far above the duration of any test here, so that a hang fails.
 const SOON: Duration = Duration::from_secs(30);
 
 async fn put(store: &EtcdStore, key: &str, value: &str) -> Result<Revision, StoreError> {
@@ -39,7 +39,7 @@ async fn value(store: &EtcdStore, key: &str) -> Option<String> {
     entry.map(|entry| String::from_utf8(entry.value.to_vec()).expect("text"))
 }
 
-/// Puts until it is done, however often etcd does not answer. For keys of which only the last value matters.
+/// Puts until the put succeeds, whatever errors etcd returns. For keys of which only the last value matters.
 async fn put_in_the_end(store: &EtcdStore, key: &str, value: &str) -> Revision {
     let end = clock::monotonic() + SOON;
     loop {
@@ -50,13 +50,13 @@ async fn put_in_the_end(store: &EtcdStore, key: &str, value: &str) -> Revision {
     }
 }
 
-/// The next change of a watch.
+/// Returns the next changes of a watch.
 async fn next(watch: &mut Watch) -> Result<Vec<Event>, StoreError> {
     let changes = timeout(SOON, watch.next()).await.expect("the watch goes on").expect("the watch is open");
     changes.map(|changes| changes.events)
 }
 
-/// A store with a key of its own, the revision that wrote it, and a watch that has told of it.
+/// Returns a store with a key of its own, the revision of that key, and a watch that has returned it.
 async fn watched(etcd: &Etcd) -> (EtcdStore, Revision, Watch) {
     let store = etcd.store().await;
     let start = put(&store, "n", "start").await.expect("etcd answers");
@@ -65,7 +65,7 @@ async fn watched(etcd: &Etcd) -> (EtcdStore, Revision, Watch) {
     (store, start, watch)
 }
 
-/// Why a watch ends, whatever signs of life come before.
+/// Returns the error that ends a watch, after any number of progress responses.
 async fn end(watch: &mut Watch) -> StoreError {
     loop {
         match next(watch).await {
@@ -75,7 +75,7 @@ async fn end(watch: &mut Watch) -> StoreError {
     }
 }
 
-/// Every value of one key that a watch gives, up to and with `last`.
+/// Returns every value of one key that a watch returns, up to and including `last`.
 async fn values_up_to(watch: &mut Watch, last: &str) -> Vec<String> {
     let mut values: Vec<String> = Vec::new();
     while values.last().is_none_or(|value| value != last) {
@@ -87,7 +87,7 @@ async fn values_up_to(watch: &mut Watch, last: &str) -> Vec<String> {
     values
 }
 
-/// A client beside the store's, for what the store never does.
+/// Returns a separate client, for requests that the store never sends.
 async fn client(endpoint: String, options: ConnectOptions) -> Client {
     Client::connect([endpoint], Some(options)).await.expect("etcd answers")
 }
@@ -103,9 +103,9 @@ async fn three_members_conform() {
     conformance::all(&subject).await;
 }
 
-/// More keys than one answer takes, and values that make fewer of them one that is too large.
+/// More keys than fit into one page, and values so large that fewer keys exceed a page.
 #[tokio::test]
-async fn a_listing_of_many_pages_is_one_moment() {
+async fn list_of_many_pages_has_one_revision() {
     let etcd = Etcd::start(1).await;
     let store = etcd.store().await;
     for hundred in 0..45 {
@@ -115,7 +115,7 @@ async fn a_listing_of_many_pages_is_one_moment() {
     let listing = store.list("many/").await.expect("etcd answers");
     assert_eq!(listing.entries.len(), 4500);
     assert!(listing.entries.windows(2).all(|pair| pair[0].key < pair[1].key));
-    // 72 MiB in 80 values: more than one answer may have.
+    // 72 MiB in 80 values: more than one response may contain.
     for n in 0..80 {
         let value = vec![0; 900 << 10];
         store.transact(Transaction::new().put(format!("large/{n:03}"), value)).await.expect("etcd answers");
@@ -126,7 +126,7 @@ async fn a_listing_of_many_pages_is_one_moment() {
 }
 
 #[tokio::test]
-async fn a_killed_leader_costs_neither_changes_nor_leases_nor_the_watch() {
+async fn killed_leader_loses_no_changes_leases_or_watches() {
     let mut etcd = Etcd::start(3).await;
     let store = etcd.store().await;
     let start = put(&store, "n", "start").await.expect("etcd answers");
@@ -147,7 +147,7 @@ async fn a_killed_leader_costs_neither_changes_nor_leases_nor_the_watch() {
     assert!(value(&store, "leased").await.is_some());
 }
 
-/// Writes `n` over what `known` wrote, as everybody must: after an unknown outcome it is read back what became of it.
+/// Writes `n` over the revision `known`, as every caller must: after an unknown outcome the result is read back.
 async fn count(store: &EtcdStore, n: i32, known: Revision) -> Revision {
     let end = clock::monotonic() + SOON;
     let transaction =
@@ -166,11 +166,11 @@ async fn count(store: &EtcdStore, n: i32, known: Revision) -> Revision {
 }
 
 #[tokio::test]
-async fn a_frozen_member_is_left_by_calls_and_watches() {
+async fn calls_and_watches_leave_frozen_member() {
     let etcd = Etcd::start(3).await;
     let (store, start, mut watch) = watched(&etcd).await;
     let lease = store.grant(Duration::from_secs(30)).await.expect("etcd answers");
-    // The first one that is named has answered everything so far.
+    // The first member in the options has served everything so far.
     etcd.freeze(0);
     let began = store.get("n").await.expect("another member answers").entry.expect("it is there");
     assert_eq!(began.mod_revision, start);
@@ -180,19 +180,19 @@ async fn a_frozen_member_is_left_by_calls_and_watches() {
     etcd.thaw(0);
     etcd.answers(&store).await;
     put_in_the_end(&store, "n", "2").await;
-    // A put whose outcome was unknown may have been done twice.
+    // A put with an unknown outcome may have been applied twice.
     let mut values = values_up_to(&mut watch, "2").await;
     values.retain(|value| value != "1");
     assert_eq!(values, ["2"]);
 }
 
-/// A connection over a network that was cut stands still for seconds after it. An elected broker waited for its watch meanwhile, and the
-/// clients for that broker.
+/// Regression: a connection stalls for seconds after an interruption of the network. An elected broker waited for its
+/// watch meanwhile, and the clients waited for that broker.
 #[tokio::test]
-async fn a_watch_that_answers_elsewhere_have_outrun_does_not_wait_for_silence() {
+async fn outrun_watch_moves_without_full_timeout() {
     let etcd = Etcd::start(3).await;
     let (store, _, mut watch) = watched(&etcd).await;
-    // Calls go elsewhere, and so nothing is noticed by one that is not answered.
+    // Calls use another member, so no call timeout reveals the stall.
     let watched = store.members.in_turn().next().expect("three members");
     assert_eq!(watched.endpoint(), etcd.endpoint(0));
     store.members.pass_on(watched);
@@ -201,15 +201,15 @@ async fn a_watch_that_answers_elsewhere_have_outrun_does_not_wait_for_silence() 
     let began = clock::monotonic();
     assert_eq!(values_up_to(&mut watch, "1").await, ["1"]);
     let took = began.elapsed();
-    // Where nothing but silence tells: two seconds until a sign of life is asked for, and two more.
+    // Without other signals: two seconds until progress is requested, and two more.
     assert!(took < Duration::from_secs(3), "{took:?}");
     etcd.thaw(0);
 }
 
-/// What makes a watch ask for a sign of life at once must not make it ask without an end: tokens are renewed with a new connection, and a
-/// call may be too slow on one that is well.
+/// A trigger of an immediate progress request must not repeat it endlessly. Tokens are renewed with a new connection,
+/// and a call may be too slow on a healthy one.
 #[tokio::test]
-async fn a_watch_that_is_well_is_not_asked_again_and_again() {
+async fn healthy_watch_gets_few_progress_requests() {
     let etcd = Etcd::start(1).await;
     let (store, _, mut watch) = watched(&etcd).await;
     let member = store.members.in_turn().next().expect("a member");
@@ -223,12 +223,12 @@ async fn a_watch_that_is_well_is_not_asked_again_and_again() {
         }
     })
     .await;
-    // One for each reason, and one in two seconds.
+    // One per trigger, and one per two seconds.
     assert!((1..=4).contains(&signs), "{signs}");
 }
 
 #[tokio::test]
-async fn two_dead_members_make_everything_wait_and_nothing_wrong() {
+async fn two_dead_members_cause_only_unavailability() {
     let mut etcd = Etcd::start(3).await;
     let store = etcd.store().await;
     let start = put(&store, "n", "start").await.expect("etcd answers");
@@ -248,7 +248,7 @@ async fn two_dead_members_make_everything_wait_and_nothing_wrong() {
 }
 
 #[tokio::test]
-async fn a_compacted_beginning_is_told_and_the_present_can_be_watched() {
+async fn compacted_start_fails_and_present_can_be_watched() {
     let mut etcd = Etcd::start(3).await;
     let store = etcd.store().await;
     let first = put(&store, "a/n", "0").await.expect("etcd answers");
@@ -262,7 +262,7 @@ async fn a_compacted_beginning_is_told_and_the_present_can_be_watched() {
     let mut from_past = store.watch("a/", first).await.expect("etcd tells later");
     assert_eq!(end(&mut from_past).await, StoreError::Compacted { from: first, oldest: last });
     assert!(timeout(SOON, from_past.next()).await.expect("it ended").is_none(), "it ends after its first error");
-    // One that ran all the time notices when it must resume: all that it saw lies before what is kept.
+    // A continuous watch detects the compaction when it must resume: all changes that it received are compacted.
     etcd.kill(0);
     assert_eq!(end(&mut behind).await, StoreError::Compacted { from: first.next(), oldest: last });
     let listing = store.list("a/").await.expect("two members are enough");
@@ -271,10 +271,10 @@ async fn a_compacted_beginning_is_told_and_the_present_can_be_watched() {
     assert_eq!(values_up_to(&mut present, "1").await.last().map(String::as_str), Some("1"));
 }
 
-/// From 3.5.8 on etcd gives no sign of life to a watch that begins behind its newest revision. Brokers took each of its members
-/// for silent in turn, for as long as nothing was written, and their pictures of the cluster for old ones.
+/// Regression: from 3.5.8 on, etcd sends no progress to a watch that starts after its newest revision. While nothing
+/// was written, brokers took each member in turn for unresponsive, and their metadata caches for stale.
 #[tokio::test]
-async fn a_watch_of_the_present_hears_that_a_quiet_etcd_lives() {
+async fn watch_of_present_gets_progress_from_idle_etcd() {
     let etcd = Etcd::start(3).await;
     let store = etcd.store().await;
     let newest = put(&store, "n", "old").await.expect("etcd answers");
@@ -291,7 +291,7 @@ async fn a_watch_of_the_present_hears_that_a_quiet_etcd_lives() {
 }
 
 #[tokio::test]
-async fn a_watch_begins_where_etcd_was_compacted_to() {
+async fn watch_can_start_at_compacted_revision() {
     let etcd = Etcd::start(1).await;
     let store = etcd.store().await;
     let mut last = Revision::ZERO;
@@ -305,7 +305,7 @@ async fn a_watch_begins_where_etcd_was_compacted_to() {
 }
 
 #[tokio::test]
-async fn a_dead_endpoint_costs_a_transaction_nothing_and_a_silent_one_is_left() {
+async fn dead_endpoint_is_skipped_and_silent_one_is_left() {
     let etcd = Etcd::start(1).await;
     let nobody = {
         let bound = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
@@ -313,7 +313,7 @@ async fn a_dead_endpoint_costs_a_transaction_nothing_and_a_silent_one_is_left() 
     };
     let store = EtcdStore::open(EtcdOptions::new([nobody.clone(), etcd.endpoint(0)])).await.expect("good options");
     put(&store, "n", "1").await.expect("what was never sent goes on to the next member");
-    // It takes connections and never says a word.
+    // This endpoint accepts connections and never responds.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     let endpoint = format!("http://{}", silent.local_addr().expect("it is bound"));
     let store = EtcdStore::open(EtcdOptions::new([endpoint.clone(), etcd.endpoint(0)])).await.expect("good options");
@@ -329,7 +329,7 @@ async fn a_dead_endpoint_costs_a_transaction_nothing_and_a_silent_one_is_left() 
 }
 
 #[tokio::test]
-async fn members_of_another_cluster_are_not_believed() {
+async fn members_of_another_cluster_are_rejected() {
     let (ours, other) = tokio::join!(Etcd::start(1), Etcd::start(1));
     let endpoints = [ours.endpoint(0), other.endpoint(0)];
     let store = EtcdStore::open(EtcdOptions::new(endpoints)).await.expect("good options");
@@ -344,7 +344,7 @@ async fn members_of_another_cluster_are_not_believed() {
 }
 
 #[tokio::test]
-async fn the_view_follows_etcd_past_a_dead_member() {
+async fn cache_follows_etcd_past_dead_member() {
     let mut etcd = Etcd::start(3).await;
     let (store, keys, tasks) = (etcd.store().await, Keys::new("test").expect("a name"), Tasks::new());
     let view = View::start(Arc::new(store.clone()), keys.clone(), &tasks);
@@ -364,7 +364,7 @@ async fn the_view_follows_etcd_past_a_dead_member() {
 }
 
 #[tokio::test]
-async fn a_lease_lives_for_the_time_that_was_asked_and_is_known_by_its_end() {
+async fn lease_duration_is_rounded_up_and_its_end_is_reported() {
     let etcd = Etcd::start(1).await;
     let store = etcd.store().await;
     let lease = store.grant(Duration::from_millis(2_500)).await.expect("etcd answers");

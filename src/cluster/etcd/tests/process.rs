@@ -1,4 +1,4 @@
-//! Real etcd clusters with stores of them.
+//! Real etcd clusters with stores on them.
 
 use std::{
     ops::{Deref, DerefMut},
@@ -16,21 +16,21 @@ mod members;
 #[path = "../../../../tests/common/ports.rs"]
 mod ports;
 
-/// How long a start may take on a machine that others keep busy.
+/// Maximum time of a start on a busy machine.
 const START: Duration = Duration::from_secs(60);
 
-/// A cluster. Members are counted from 0.
+/// An etcd cluster. Members are numbered from 0.
 pub(super) struct Etcd(members::Etcd);
 
 impl Etcd {
-    /// A cluster over plain HTTP that answers.
+    /// Starts a cluster over plain HTTP and waits until it responds.
     pub(super) async fn start(members: usize) -> Self {
         let etcd = Self::begin(members, "http", &[]);
         etcd.answers(&etcd.store().await).await;
         etcd
     }
 
-    /// A cluster whose clients come with `scheme`. It may not answer yet.
+    /// Starts a cluster with this client scheme. The cluster may not respond yet.
     pub(super) fn begin(members: usize, scheme: &'static str, flags: &[String]) -> Self {
         Self(members::Etcd::begin(members, scheme, flags))
     }
@@ -39,12 +39,12 @@ impl Etcd {
         EtcdOptions::new(self.endpoints())
     }
 
-    /// A store of all members, which are asked in their order at first.
+    /// Returns a store of all members, which are called in their order at first.
     pub(super) async fn store(&self) -> EtcdStore {
         EtcdStore::open(self.options()).await.expect("good options")
     }
 
-    /// Waits until every member answers, and one of them leads.
+    /// Waits until every member responds and one of them is etcd's leader.
     pub(super) async fn answers(&self, store: &EtcdStore) {
         let end = clock::monotonic() + START;
         loop {
@@ -58,7 +58,7 @@ impl Etcd {
         }
     }
 
-    /// The member that leads.
+    /// Returns the index of etcd's leader.
     pub(super) async fn leader(&self, store: &EtcdStore) -> usize {
         let leads = |(_, answer): &(String, Result<super::MemberStatus, String>)| {
             answer.as_ref().is_ok_and(|member| member.leader)

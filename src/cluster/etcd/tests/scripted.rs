@@ -1,4 +1,4 @@
-//! Members that answer what they are told to: errors whose meaning decides what is sent again, and answers that no etcd gives.
+//! Members with scripted responses: errors that decide about retries, and responses that no etcd sends.
 
 use std::{
     convert::Infallible,
@@ -18,7 +18,7 @@ use tokio::net::TcpListener;
 use super::*;
 use crate::proto::status::Code;
 
-// The messages of etcd's published interface, as far as answers here need them.
+// The messages of etcd's published interface, as far as these responses need them.
 
 #[derive(Clone, PartialEq, Message)]
 struct Header {
@@ -59,7 +59,7 @@ struct Transacted {
     header: Option<Header>,
     #[prost(bool, tag = "2")]
     succeeded: bool,
-    /// Operations without an answer.
+    /// Operations without a response.
     #[prost(message, repeated, tag = "3")]
     responses: Vec<Nothing>,
 }
@@ -98,7 +98,7 @@ struct Leased {
 
 const HEADER: Option<Header> = Some(Header { cluster_id: 7, revision: 9 });
 
-/// What one request is answered with: messages, then a status.
+/// Response to one request: messages, then a status.
 #[derive(Clone)]
 struct Reply {
     messages: Vec<Vec<u8>>,
@@ -131,7 +131,7 @@ impl Reply {
     }
 }
 
-/// A member that answers by script: what was asked, and how many requests came before.
+/// A member with scripted responses. The script gets the path and the number of earlier requests.
 struct Scripted {
     endpoint: String,
     requests: Arc<AtomicU32>,
@@ -164,7 +164,7 @@ impl Scripted {
                     tokio::select! {
                         biased;
                         () = stop.cancelled() => {}
-                        // How a client leaves is its own affair.
+                        // The end of a connection does not matter here.
                         _left = connection => {}
                     }
                 });
@@ -184,7 +184,7 @@ impl Scripted {
 }
 
 #[tokio::test]
-async fn what_was_not_done_is_sent_again_and_what_may_have_been_is_not() {
+async fn only_unexecuted_requests_are_sent_again() {
     let done = |path: &str| match path {
         "/etcdserverpb.KV/Txn" => Reply::of(&Transacted { header: HEADER, succeeded: true, responses: Vec::new() }),
         _ => Reply::of(&Ranged { header: HEADER, ..Ranged::default() }),
@@ -212,7 +212,7 @@ async fn what_was_not_done_is_sent_again_and_what_may_have_been_is_not() {
 }
 
 #[tokio::test]
-async fn what_no_member_would_do_is_not_sent_again() {
+async fn request_that_all_members_reject_is_sent_once() {
     let full = "etcdserver: mvcc: database space exceeded";
     let member = Scripted::start(move |_, _| Reply::error(Code::ResourceExhausted, full)).await;
     let error = put(&member.store().await, "n", "1").await.expect_err("it is full");
@@ -221,7 +221,7 @@ async fn what_no_member_would_do_is_not_sent_again() {
 }
 
 #[tokio::test]
-async fn a_transactions_operation_without_answer_is_not_missed() {
+async fn missing_operation_responses_are_not_needed() {
     let odd = |path: &str, _| match path {
         "/etcdserverpb.KV/Txn" => {
             Reply::of(&Transacted { header: HEADER, succeeded: false, responses: vec![Nothing {}; 2] })
@@ -236,14 +236,14 @@ async fn a_transactions_operation_without_answer_is_not_missed() {
 }
 
 #[tokio::test]
-async fn keys_that_are_no_text_and_kinds_of_change_that_nobody_knows_are_passed_over() {
+async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
     let kv = |key: &[u8], version| KeyValue { key: key.to_vec(), create_revision: -1, mod_revision: 9, version };
     let odd = move |path: &str, before| match path {
         "/etcdserverpb.KV/Range" => {
             let kvs = vec![kv(b"\xFF", 1), kv(b"", 1), kv(b"text", 1)];
             Reply::of(&Ranged { header: HEADER, kvs, more: false })
         }
-        // Once. After that the watch is refused for good, and so it ends.
+        // Once. Afterwards every new watch is rejected, which ends the watch.
         _ if before <= 1 => {
             let events = vec![
                 Change { kind: 7, kv: None },
@@ -276,7 +276,7 @@ async fn keys_that_are_no_text_and_kinds_of_change_that_nobody_knows_are_passed_
 }
 
 #[tokio::test]
-async fn an_answer_that_is_none_is_an_error_of_every_call() {
+async fn invalid_response_is_an_error_of_every_call() {
     let headless = |path: &str, _: u32| match path {
         "/etcdserverpb.KV/Range" => Reply::of(&Ranged::default()),
         "/etcdserverpb.KV/Txn" => Reply::of(&Transacted { succeeded: true, ..Transacted::default() }),

@@ -7,7 +7,7 @@ use super::*;
 
 const SECRET: &str = "correct horse";
 
-/// An authority and what it signed, as PEM.
+/// A certificate authority with the certificates that it signs, as PEM.
 struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
@@ -65,7 +65,7 @@ async fn tls_needs_the_right_authority_and_the_clients_certificate() {
     let stranger = with(&ours, Some(other.sign())).await.expect("good options");
     stranger.get("n").await.expect_err("etcd trusts another authority");
     let system = EtcdStore::open(etcd.options()).await;
-    // A machine without any authority of the system's cannot even begin.
+    // On a machine without system authorities, opening the store fails.
     if let Ok(system) = system {
         system.get("n").await.expect_err("the system does not know the authority");
     }
@@ -73,7 +73,7 @@ async fn tls_needs_the_right_authority_and_the_clients_certificate() {
 }
 
 #[tokio::test]
-async fn what_only_looks_like_a_certificate_or_a_host_is_refused_at_once() {
+async fn malformed_certificate_or_host_is_rejected_at_once() {
     let ca = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n".to_vec();
     let identity = EtcdIdentity { certificate: ca.clone(), key: b"-----BEGIN PRIVATE KEY-----\n".to_vec() };
     let tls = EtcdTls { ca: None, identity: Some(identity) };
@@ -88,7 +88,7 @@ fn user(name: &str, password: &str) -> Option<EtcdLogin> {
     Some(EtcdLogin { user: name.to_owned(), password: password.to_owned() })
 }
 
-/// Makes users: root, and a broker that may use what is below `/ours/`.
+/// Creates users: root, and a broker with access to the keys below `/ours/`.
 async fn switch_users_on(client: &mut Client) {
     client.user_add("root", SECRET, None).await.expect("etcd answers");
     client.user_grant_role("root", "root").await.expect("etcd answers");
@@ -101,7 +101,7 @@ async fn switch_users_on(client: &mut Client) {
 }
 
 #[tokio::test]
-async fn a_login_is_made_once_renewed_unnoticed_and_refused_in_words() {
+async fn login_is_renewed_and_its_failure_is_explained() {
     let etcd = Etcd::start(1).await;
     let with = |login: Option<EtcdLogin>| EtcdStore::open(EtcdOptions { login, ..etcd.options() });
     let store = with(user("broker", SECRET)).await.expect("good options");
@@ -113,7 +113,7 @@ async fn a_login_is_made_once_renewed_unnoticed_and_refused_in_words() {
     let mut watch = store.watch("/ours/", revision).await.expect("it begins");
     assert_eq!(values_up_to(&mut watch, "1").await, ["1"]);
     let lease = store.grant(Duration::from_secs(30)).await.expect("etcd answers");
-    // Every change of the users makes every token one of before.
+    // Every change of the users invalidates all tokens.
     root.update_user(Some(("root".to_owned(), SECRET.to_owned()))).await.expect("etcd answers");
     root.user_add("another", SECRET, None).await.expect("etcd answers");
     put(&store, "/ours/n", "2").await.expect("the token is renewed");

@@ -1,13 +1,13 @@
-//! Brokers that are gone for good: moves that need them, and replacement where brokers are few.
+//! Brokers that are gone permanently: reassignments that need them, and replacement with few brokers.
 
 use super::*;
 
-/// As long as the default waits for a broker.
+/// The default time before the replacement of an offline broker, in milliseconds.
 const FOR_GOOD_MS: u64 = 30 * 60 * 1000;
 
-/// Such a move waited for ever, kept its slot, and no later loss of the partition was looked at.
+/// Regression: such a reassignment waited forever, kept its slot, and hid later losses of the partition.
 #[test]
-fn a_move_to_a_broker_that_is_gone_for_good_goes_to_another_one() {
+fn reassignment_to_gone_broker_is_retargeted() {
     let begun = value(&[1, 2, 3], Some(1), &[1, 2, 3]).begin_move(&ids(&[1, 2, 4])).unwrap();
     let mut world = World::of(&["", "", "", "", ""], 3, 2, vec![begun]);
     world.drain(3);
@@ -15,7 +15,7 @@ fn a_move_to_a_broker_that_is_gone_for_good_goes_to_another_one() {
     let plan = world.plan();
     assert_eq!((plan.steps.len(), plan.again_in_ms), (0, Some(1000)), "it may come back");
     world.go(4, FOR_GOOD_MS);
-    // It has its turn already.
+    // The reassignment holds its slot already.
     world.limits.moves = 1;
     let (why, value) = only(&world);
     assert_eq!((why, &value.adding, &value.removing), (Why::Redirected, &ids(&[5]), &ids(&[3])));
@@ -24,9 +24,9 @@ fn a_move_to_a_broker_that_is_gone_for_good_goes_to_another_one() {
     assert_eq!(world.partition(0).replicas, ids(&[1, 2, 5]));
 }
 
-/// What an operator ordered cannot be done, and who was to go holds everything.
+/// The operator's request cannot be satisfied, and the replica to remove holds everything.
 #[test]
-fn a_move_whose_new_replica_is_gone_for_good_is_taken_back_where_the_old_one_may_stay() {
+fn reassignment_to_gone_broker_is_reverted_if_old_may_stay() {
     let begun = value(&[1, 2, 3], Some(1), &[1, 2, 3]).begin_move(&ids(&[1, 2, 4])).unwrap();
     let mut world = World::of(&["", "", "", "", ""], 3, 2, vec![begun.clone()]);
     world.go(4, FOR_GOOD_MS);
@@ -37,7 +37,7 @@ fn a_move_whose_new_replica_is_gone_for_good_is_taken_back_where_the_old_one_may
     world.settle(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 2, 5]), "later losses are seen to");
 
-    // Who is gone and drained is not waited for, whatever the time.
+    // An offline drained broker counts as permanently gone at once.
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![begun]);
     world.limits.replace_after_ms = None;
     world.go(4, 0);
@@ -46,9 +46,9 @@ fn a_move_whose_new_replica_is_gone_for_good_is_taken_back_where_the_old_one_may
     assert_eq!(only(&world).1.replicas, ids(&[1, 2, 3]));
 }
 
-/// With nobody else the replicas of before stay listed: who is gone may hold what counts.
+/// Without other brokers the earlier replicas stay listed: an offline one may hold committed records.
 #[test]
-fn a_move_from_one_lost_broker_to_another_one_is_taken_back_and_waits() {
+fn reassignment_between_lost_brokers_is_reverted_and_blocked() {
     let begun = value(&[1, 2, 3], Some(1), &[1, 2]).begin_move(&ids(&[1, 2, 4])).unwrap();
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![begun]);
     world.go(3, FOR_GOOD_MS);
@@ -62,9 +62,10 @@ fn a_move_from_one_lost_broker_to_another_one_is_taken_back_and_waits() {
     assert_eq!(world.partition(0).replicas, ids(&[1, 2, 5]));
 }
 
-/// A replica that stays and never comes back held the end of the move up, because the one that goes is needed for the minimum.
+/// Regression: a staying replica that never returned blocked the completion, because the min ISR needed the removed
+/// replica.
 #[test]
-fn a_move_ends_though_a_replica_that_stays_is_gone_for_good() {
+fn reassignment_completes_without_gone_staying_replica() {
     let begun = || value(&[1, 2], Some(2), &[2]).begin_move(&ids(&[1, 3])).unwrap();
     let mut world = World::of(&["", "", "", ""], 2, 2, vec![begun()]);
     world.drain(2);
@@ -73,7 +74,7 @@ fn a_move_ends_though_a_replica_that_stays_is_gone_for_good() {
     let settled = world.partition(0);
     assert_eq!((settled.replicas, settled.isr.len()), (ids(&[4, 3]), 2));
 
-    // With no other broker the drained one stays, so that two are in sync.
+    // Without another broker the drained replica stays, so that two are in sync.
     let mut world = World::of(&["", "", ""], 2, 2, vec![begun()]);
     world.drain(2);
     world.go(1, FOR_GOOD_MS);
@@ -87,9 +88,9 @@ fn a_move_ends_though_a_replica_that_stays_is_gone_for_good() {
     assert_eq!(world.partition(0).replicas, ids(&[4, 3]), "then it is emptied as well");
 }
 
-/// Nothing was replaced before all could be: the partition refused writes beside a broker that could have helped.
+/// Regression: no replica was replaced before all could be, so the partition rejected writes despite a free broker.
 #[test]
-fn as_many_lost_replicas_are_replaced_as_there_are_brokers() {
+fn lost_replicas_are_replaced_as_far_as_brokers_permit() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
     world.go(2, FOR_GOOD_MS);
     world.go(3, FOR_GOOD_MS);
@@ -105,9 +106,10 @@ fn as_many_lost_replicas_are_replaced_as_there_are_brokers() {
     assert_eq!(world.partition(0).replicas, ids(&[1, 4, 5]));
 }
 
-/// The only broker that held them was being drained when it died. Their moves copy nothing any more, and nobody waits for their turn.
+/// The only holder of the partitions was drained and crashed. Such reassignments copy nothing, so they must not block
+/// others.
 #[test]
-fn moves_that_nobody_leads_keep_no_other_from_beginning() {
+fn leaderless_reassignments_do_not_block_others() {
     let mut values = vec![value(&[1], Some(1), &[1]); 2];
     values.push(value(&[1, 2, 3], Some(2), &[1, 2, 3]));
     let mut world = World::of(&["", "", "", ""], 3, 2, values);
@@ -122,7 +124,7 @@ fn moves_that_nobody_leads_keep_no_other_from_beginning() {
 }
 
 #[test]
-fn with_too_few_brokers_who_is_gone_is_replaced_before_who_is_drained() {
+fn gone_replicas_are_replaced_before_drained_ones() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
     world.drain(2);
     world.go(3, FOR_GOOD_MS);
@@ -138,9 +140,10 @@ fn with_too_few_brokers_who_is_gone_is_replaced_before_who_is_drained() {
     assert_eq!(world.plan().waiting, [(id(0), Waiting::ForBrokers)]);
 }
 
-/// The advice to lower the factor led nowhere: with too many replicas nobody looked for lost ones, and none goes while too few are in sync.
+/// Regression: lowering the factor had no effect. With too many replicas, lost ones were not replaced, and none was
+/// removed while too few were in sync.
 #[test]
-fn a_lowered_factor_is_followed_though_too_few_replicas_are_in_sync() {
+fn lowered_factor_is_applied_with_too_few_in_sync_replicas() {
     for spares in [1, 2] {
         let racks = &["", "", "", "", ""][..3 + spares];
         let mut world = World::of(racks, 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
@@ -169,9 +172,10 @@ fn a_lowered_factor_is_followed_though_too_few_replicas_are_in_sync() {
 }
 
 proptest! {
-    /// Nobody catches up while moves begin, then brokers go: no move of a partition that is led waits for them.
+    /// No replica catches up while reassignments start; then brokers fail. No reassignment of a led partition waits for
+    /// them.
     #[test]
-    fn no_move_waits_for_a_broker_that_is_gone_for_good(
+    fn no_reassignment_waits_for_gone_broker(
         (mut world, min_insync) in worlds(),
         gone in prop::collection::vec(1_u32..7, 1..4),
     ) {

@@ -1,9 +1,9 @@
-//! Brokers that registered no address for other brokers: a replica there is never in sync.
+//! Brokers without a registered address for other brokers: a replica there is never in sync.
 
 use super::*;
 
 #[test]
-fn unreachable_broker_is_passed_over_by_every_rule() {
+fn unreachable_broker_is_skipped_by_every_rule() {
     // Lost replicas.
     let values = (0..4).map(|_| value(&[1, 2, 3], Some(1), &[1, 2, 3])).collect();
     let mut world = World::of(&["", "", "", ""], 3, 2, values);
@@ -28,7 +28,7 @@ fn unreachable_broker_is_passed_over_by_every_rule() {
     world.hide(2);
     assert_eq!(world.plan().steps, []);
 
-    // An order waits until the broker can be reached.
+    // A queued reassignment waits until the broker is reachable.
     let mut world = World::of(&["", ""], 1, 1, vec![value(&[1], Some(1), &[1]).order_move(&ids(&[2]))]);
     world.hide(2);
     world.settle(1);

@@ -1,4 +1,4 @@
-//! Links, other users' files and modes below a configured directory.
+//! Links, files of other users, and modes below a configured directory.
 
 use std::{
     io::{Read as _, Write as _},
@@ -9,7 +9,7 @@ use super::*;
 
 const NOBODY: u32 = 65_534;
 
-/// A configured directory, and a folder beside it that is none of it.
+/// Creates a configured directory, and a directory beside it that is not configured.
 fn folders() -> (tempfile::TempDir, PathBuf, PathBuf) {
     let parent = tempfile::tempdir().unwrap();
     let (inside, outside) = (parent.path().join("inside"), parent.path().join("outside"));
@@ -34,7 +34,7 @@ fn set_mode(path: &Path, mode: u32) {
 }
 
 #[test]
-fn nothing_below_a_configured_directory_is_reached_through_a_link() {
+fn links_below_a_configured_directory_are_refused() {
     let (_parent, inside, outside) = folders();
     symlink(outside.join("file"), inside.join("link")).unwrap();
     symlink(outside.join("absent"), inside.join("dangling")).unwrap();
@@ -54,7 +54,7 @@ fn nothing_below_a_configured_directory_is_reached_through_a_link() {
     refuses(dir.rename(Path::new("folder/file"), &dir, Path::new("taken")), "symbolic link");
     assert_eq!(fs::read(outside.join("file")).unwrap(), b"theirs");
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 1, "nothing was made");
-    // A link is listed as what it is, and its name can be removed.
+    // A link is listed as a link, and its name can be removed.
     assert!(dir.list(Path::new("")).unwrap().iter().all(|entry| !entry.is_dir));
     dir.remove(Path::new("link")).unwrap();
     assert!(outside.join("file").exists());
@@ -71,7 +71,7 @@ fn a_name_that_leads_out_of_the_directory_is_refused() {
 }
 
 #[test]
-fn a_pipe_in_the_place_of_a_file_blocks_nobody() {
+fn pipe_in_place_of_a_file_does_not_block() {
     let (_parent, inside, _outside) = folders();
     let pipe = inside.join("pipe");
     sys::mknodat(sys::CWD, &pipe, FileType::Fifo, FILE, 0).unwrap();
@@ -92,7 +92,7 @@ fn the_configured_path_itself_may_be_a_link() {
 }
 
 #[test]
-fn what_is_made_is_private_and_wider_modes_are_corrected() {
+fn new_files_are_private_and_wider_modes_are_corrected() {
     let (_parent, inside, _outside) = folders();
     set_mode(&inside, 0o2775);
     for (name, wide) in [("a", 0o755), ("a/b", 0o775)] {
@@ -118,7 +118,7 @@ fn what_is_made_is_private_and_wider_modes_are_corrected() {
 }
 
 #[test]
-fn a_directory_that_others_use_as_well_keeps_its_mode() {
+fn shared_directory_keeps_its_mode() {
     let (_parent, inside, _outside) = folders();
     set_mode(&inside, 0o1777);
     PrivateDir::open(&inside).unwrap();
@@ -127,9 +127,9 @@ fn a_directory_that_others_use_as_well_keeps_its_mode() {
     assert!(!is_shared(&inside, &sys::stat("/var/lib").unwrap()));
 }
 
-/// Only root can give a file away; what a broker of another user does is tested on the binary.
+/// Only root can change the owner of a file. A test of the binary covers a broker of another user.
 #[test]
-fn files_of_another_user_are_refused_and_keep_their_mode_and_content() {
+fn files_of_another_user_are_refused_and_unchanged() {
     if !geteuid().is_root() {
         return;
     }
@@ -155,6 +155,6 @@ fn files_of_another_user_are_refused_and_keep_their_mode_and_content() {
     refuses(dir.make_dir(Path::new("folder/new")), "belongs to user 65534");
     assert_eq!((mode(&inside.join("file")), mode(&inside.join("folder"))), (0o644, 0o755));
     assert_eq!(fs::metadata(inside.join("file")).unwrap().uid(), NOBODY);
-    // Nor is a directory taken that is neither ours nor root's.
+    // A configured directory that belongs to neither this user nor root is refused as well.
     refuses(PrivateDir::open(&inside.join("folder")), "belongs to user 65534");
 }

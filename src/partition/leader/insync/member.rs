@@ -1,20 +1,19 @@
-//! Another replica, as its leader knows it: who it is, what it acknowledged, and what links and the view say of it. Decides nothing.
+//! A leader's state of another replica: its identity, acknowledgements, link and registration. Decides nothing.
 
 use crate::{
     cluster::Revision,
     model::{BrokerId, Durability, LeaderEpoch, Offset},
 };
 
-/// One uptime of another broker: who is at the other end of a link.
+/// One incarnation of another broker: the other end of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Peer {
-    /// The broker.
     pub broker: BrokerId,
-    /// Its broker epoch: the create revision of its registration.
+    /// Broker epoch: the create revision of the registration.
     pub epoch: Revision,
 }
 
-/// How far a replica's log reaches.
+/// Progress of a replica's log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Ends {
     /// First unwritten offset.
@@ -24,7 +23,7 @@ pub struct Ends {
 }
 
 impl Ends {
-    /// What counts as acknowledged by this rule.
+    /// Returns the offset that counts as acknowledged with this durability.
     pub(super) fn by(self, durability: Durability) -> Offset {
         match durability {
             Durability::Persisted => self.persisted,
@@ -33,82 +32,83 @@ impl Ends {
     }
 }
 
-/// Why a follower is not connected any more.
+/// Reason why a follower is disconnected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Departure {
-    /// The link ended: it may be back soon, and its time to catch up runs on.
+    /// The link ended. The follower may return soon; its time to catch up keeps running.
     LinkLost,
-    /// Its process is gone.
+    /// The process has exited.
     Gone,
-    /// It stops, or cannot write any more.
+    /// The broker shuts down, or cannot write any more.
     Stopping,
 }
 
-/// What the view says of a broker.
+/// Status of a broker in the metadata cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Registration {
-    /// It is registered, under this broker epoch.
+    /// Registered, with this broker epoch.
     Running(Revision),
-    /// It is registered and stops: it is not admitted any more.
+    /// Registered and shutting down: the broker is not admitted to the ISR.
     Stopping,
-    /// It is not registered.
+    /// Not registered.
     None,
 }
 
-/// An acknowledgement that does not count.
+/// Error of an acknowledgement that does not count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum Stale {
-    /// It is of another leader epoch.
+    /// The acknowledgement is of another leader epoch.
     #[error("the acknowledgement is of epoch {acknowledged}, this leader's is {leads}")]
     OtherEpoch {
-        /// The epoch that it names.
+        /// Leader epoch of the acknowledgement.
         acknowledged: LeaderEpoch,
-        /// This leader's.
+        /// Leader epoch of this leader.
         leads: LeaderEpoch,
     },
-    /// It came over a link on which this replica has not joined in this epoch: an older uptime's, or a stranger's.
+    /// The replica has not subscribed in this epoch over that link: an older incarnation's link, or the link of an unknown broker.
     #[error("broker {broker} has not joined over a link of broker epoch {epoch}")]
     NotJoined {
-        /// Who sent it.
+        /// Sender of the acknowledgement.
         broker: BrokerId,
-        /// The broker epoch of its link.
+        /// Broker epoch of its link.
         epoch: Revision,
     },
-    /// It says more than can be.
+    /// The acknowledged ends are impossible.
     #[error(
         "the acknowledged ends {written} (written) and {persisted} (persisted) cannot be: the leader's log ends at {log_end}"
     )]
     Impossible {
-        /// What it calls written.
+        /// Acknowledged log end.
         written: Offset,
-        /// What it calls persisted.
+        /// Acknowledged persisted end.
         persisted: Offset,
         /// The leader's log end.
         log_end: Offset,
     },
 }
 
-/// What is known of one other replica. It is kept for brokers that the view or a link told of; the replicas of the value say who counts.
+/// State of one other replica. An entry exists for each broker that the metadata cache or a link reported. Only the replicas of the
+/// partition's value count.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Member {
-    /// The broker epoch of the link on which it follows; `None` while it does not.
+    /// Broker epoch of the link on which the replica is subscribed; `None` while it is not.
     pub(super) link: Option<Revision>,
-    /// What it acknowledged on its last link; `None` before its first word there.
+    /// Progress acknowledged on the last link; `None` before the first acknowledgement there.
     pub(super) acked: Option<Ends>,
-    /// The view's last word on it; `None` before the first.
+    /// Last status in the metadata cache; `None` before the first.
     pub(super) registration: Option<Registration>,
-    /// Its link told that it is gone or stops, and it has not joined again since.
+    /// True if the link reported an exit or a shutdown, and the replica has not subscribed since.
     pub(super) departed: bool,
-    /// It claimed to end below the high watermark: it lost what it acknowledged.
+    /// True if the replica reported a log end below the high watermark: it lost records that it had acknowledged.
     pub(super) lost: bool,
-    /// The log end that it has to reach, and when that was set.
+    /// Log end that the replica has to reach, and the time in milliseconds at which the target was set.
     pub(super) target: Option<(Offset, u64)>,
-    /// It did not reach the target in time, and has not caught up since.
+    /// True if the replica did not reach the target in time, and has not caught up since.
     pub(super) lags: bool,
 }
 
 impl Member {
-    /// The broker epoch under which it may be admitted.
+    /// Returns the broker epoch with which the replica may be admitted.
     pub(super) fn registered(&self) -> Option<Revision> {
         match self.registration {
             Some(Registration::Running(epoch)) => Some(epoch),
@@ -116,7 +116,7 @@ impl Member {
         }
     }
 
-    /// Whether it is to leave the ISR at once: nobody may elect it, or it is known to be gone.
+    /// Returns true if the replica must leave the ISR at once: it cannot be elected, or its process is known to have exited.
     pub(super) fn is_leaving(&self) -> bool {
         self.departed || matches!(self.registration, Some(Registration::Stopping | Registration::None))
     }

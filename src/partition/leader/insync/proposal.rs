@@ -1,4 +1,4 @@
-//! A change of the ISR on its way through the metadata store, and what may come back.
+//! A proposed ISR change, and its possible outcomes.
 
 use super::Peer;
 use crate::{
@@ -6,42 +6,38 @@ use crate::{
     model::LeaderEpoch,
 };
 
-/// A change of the ISR, to be written by compare-and-set.
+/// An ISR change, to be written by compare-and-set.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Proposal {
-    /// The revision that the partition's key must still have.
+    /// Revision that the partition's key must still have.
     pub expect: Revision,
-    /// The new value.
     pub value: PartitionValue,
-    /// Whom it adds to the ISR: their registrations must still have these broker epochs as create revision.
+    /// New ISR members. The create revisions of their registrations must still be these broker epochs.
     pub added: Vec<Peer>,
 }
 
-/// How a proposal ended, as far as is known.
+/// Known outcome of a proposal.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Agreed {
-    /// It is the value, since this revision.
+    /// The proposed value was written at this revision.
     Done(Revision),
-    /// It was refused, or the key was read back after [`Agreed::Unknown`]: this is the value, of this revision.
+    /// The proposal was refused, or the key was read back after [`Agreed::Unknown`]: the current value and its revision.
     Found(PartitionValue, Revision),
-    /// The key is gone: the topic is being deleted.
+    /// The key does not exist: the topic is being deleted.
     Gone,
-    /// Nobody knows. The key is to be read back, and the answer told as [`Agreed::Found`].
+    /// The outcome is unknown. The key has to be read back, and its value reported as [`Agreed::Found`].
     Unknown,
 }
 
-/// What a newer value of the partition means to its leader.
+/// Effect of a partition's value on its leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Observed {
-    /// Nothing: it is known, or older than what is known.
+    /// No effect: the value is known, or older than the known value.
     Same,
-    /// It is the committed value now.
+    /// The value is now the committed value.
     Adopted,
-    /// Another epoch has begun: this leader's time is over.
-    Deposed {
-        /// That epoch.
-        epoch: LeaderEpoch,
-    },
+    /// Another epoch has begun: this leader is deposed.
+    Deposed { epoch: LeaderEpoch },
     /// The partition is being deleted.
     Gone,
 }

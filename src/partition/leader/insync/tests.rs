@@ -1,4 +1,4 @@
-//! Who is in sync and what that commits: by example, by table, and by chance.
+//! In-sync replicas and the commits that follow: by example, by table, and by property test.
 
 use proptest::prelude::*;
 
@@ -30,7 +30,7 @@ fn rule(min_insync: usize) -> Rule {
     Rule { durability: Durability::Persisted, min_insync, lag_ms: 100 }
 }
 
-/// Broker 1 leads epoch 4, which begins at offset 5; 3 is known as committed, and all brokers are registered.
+/// Returns broker 1 as leader of epoch 4, which starts at offset 5. The high watermark is 3, and all brokers are registered.
 fn leader(isr: &[u32], elr: &[u32], min: usize) -> InSync {
     let start = Start {
         me: BrokerId(1),
@@ -58,14 +58,14 @@ fn claim(leader: &mut InSync, peer: Peer, end: u64) -> Join {
     leader.join(peer, EPOCH, Claim { last: Some(LeaderEpoch(3)), end: at(end), added: None }, local, &history())
 }
 
-/// The claim of a replica that is being added.
+/// Subscribes a replica that is being added.
 fn claim_added(leader: &mut InSync, broker: u32, end: u64, added: Option<u64>) -> Join {
     let local = Local { local_start: at(0), tiered_end: None };
     let claim = Claim { last: (end > 0).then_some(LeaderEpoch(3)), end: at(end), added };
     leader.join(peer(broker), EPOCH, claim, local, &history())
 }
 
-/// Joins and acknowledges.
+/// Subscribes a replica and acknowledges.
 fn follow(leader: &mut InSync, broker: u32, end: u64) {
     assert_eq!(claim(leader, peer(broker), end.min(5)), Join::At(at(end.min(5))));
     leader.acknowledged(peer(broker), EPOCH, both(end)).unwrap();
@@ -77,7 +77,7 @@ fn isr(proposal: Option<Proposal>) -> Option<(Vec<u32>, Vec<u32>)> {
 }
 
 #[test]
-fn the_high_watermark_is_the_least_end_of_all_in_sync() {
+fn high_watermark_is_the_minimum_end_of_the_isr() {
     let mut leader = leader(&[1, 2, 3], &[], 2);
     assert_eq!((leader.high_watermark(), leader.latest()), (at(3), None), "nobody has said anything");
     follow(&mut leader, 2, 5);
@@ -91,7 +91,7 @@ fn the_high_watermark_is_the_least_end_of_all_in_sync() {
 }
 
 #[test]
-fn the_topics_rule_says_which_end_counts_and_may_change() {
+fn durability_selects_the_acknowledged_end() {
     let mut leader = leader(&[1, 2], &[], 2);
     follow(&mut leader, 2, 5);
     leader.own(Ends { written: at(8), persisted: at(6) });
@@ -103,12 +103,12 @@ fn the_topics_rule_says_which_end_counts_and_may_change() {
     assert_eq!(leader.high_watermark(), at(8), "what was committed stays so");
 }
 
-/// It deletes its log when it is let go. Added again in the same epoch it has nothing, whatever it acknowledged before.
+/// A removed replica deletes its log. Added again in the same epoch it has nothing, whatever it acknowledged before.
 #[test]
-fn who_was_let_go_and_is_added_again_is_admitted_only_by_what_it_acknowledges_then() {
+fn readded_replica_is_admitted_by_new_acknowledgements() {
     let without = PartitionValue { replicas: brokers(&[1, 3]), removals: 1, ..value(&[1, 3], &[]) };
     let added = PartitionValue { adding: brokers(&[2]), removals: 1, ..value(&[1, 3], &[]) };
-    // The value in between may be missed: a watch that broke lists only what is there now.
+    // The value in between may be missed: after a broken watch, a list contains only the current value.
     for values in [vec![(without, Revision(21)), (added.clone(), Revision(22))], vec![(added, Revision(22))]] {
         let mut leader = leader(&[1, 2, 3], &[], 1);
         follow(&mut leader, 2, 5);
@@ -128,10 +128,11 @@ fn who_was_let_go_and_is_added_again_is_admitted_only_by_what_it_acknowledges_th
     }
 }
 
-/// The move was taken back and ordered again, and this leader saw neither: the value of before and the one of after differ in nothing but
-/// the count of removals. It went on counting what the replica of before had acknowledged, and proposed one that had nothing.
+/// Regression: a reassignment was cancelled and started again, and this leader received neither change. The values before and after
+/// differ only in the removal count. The leader counted the acknowledgements of the earlier replica, and proposed a replica without
+/// records.
 #[test]
-fn a_replica_whose_addition_was_taken_back_and_ordered_again_counts_anew_though_nobody_saw_it_go() {
+fn repeated_addition_resets_acknowledgements() {
     let moving = PartitionValue { adding: brokers(&[2]), ..value(&[1, 3], &[]) };
     let again = moving.cancel_move().unwrap().begin_move(&brokers(&[1, 2, 3])).unwrap();
     assert_eq!((again.removals, &again.replicas), (1, &moving.replicas));
@@ -153,9 +154,9 @@ fn a_replica_whose_addition_was_taken_back_and_ordered_again_counts_anew_though_
     assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
 }
 
-/// Nobody waits for the other where only the end of a move is new: one in sync may have heard of it first, or last.
+/// The end of a reassignment blocks no ISR member: the member may receive it before its leader, or after.
 #[test]
-fn who_is_in_sync_joins_whether_or_not_it_has_heard_of_the_end_of_its_move() {
+fn isr_member_subscribes_around_end_of_reassignment() {
     let moving = PartitionValue { adding: brokers(&[2]), removing: brokers(&[3]), ..value(&[1, 2, 3], &[]) };
     let ended = moving.end_move().unwrap();
     for (known, claimed) in [(&moving, None), (&moving, Some(0)), (&ended, None), (&ended, Some(0))] {
@@ -163,7 +164,7 @@ fn who_is_in_sync_joins_whether_or_not_it_has_heard_of_the_end_of_its_move() {
         leader.observed(known, Revision(21));
         assert_eq!(claim_added(&mut leader, 2, 5, claimed), Join::At(at(5)), "{claimed:?}");
     }
-    // It was let go and added again after that end, of which this leader knows.
+    // The replica was removed and added again after that end, which this leader has received.
     let mut leader = leader(&[1, 2, 3], &[], 1);
     leader.observed(&ended, Revision(21));
     let refused = JoinRefused::OtherAddition { claimed: Some(2), known: None };
@@ -171,7 +172,7 @@ fn who_is_in_sync_joins_whether_or_not_it_has_heard_of_the_end_of_its_move() {
 }
 
 #[test]
-fn an_acknowledgement_counts_for_this_epoch_and_this_link_only() {
+fn acknowledgement_counts_for_its_epoch_and_link_only() {
     let mut leader = leader(&[1, 2], &[], 1);
     let not_joined = Stale::NotJoined { broker: BrokerId(2), epoch: Revision(10) };
     assert_eq!(leader.acknowledged(peer(2), EPOCH, both(5)), Err(not_joined));
@@ -190,14 +191,14 @@ fn an_acknowledgement_counts_for_this_epoch_and_this_link_only() {
         assert!(leader.acknowledged(from, epoch, ends).is_err(), "{from:?} {epoch} {ends:?}");
         assert_eq!(leader, before, "it changed nothing");
     }
-    // A newer uptime is known: what comes over the old link is of a process that may be gone.
+    // A newer incarnation is known: messages on the old link may be of a process that has exited.
     leader.seen(BrokerId(2), Registration::Running(Revision(12)));
     assert_eq!(leader.acknowledged(peer(2), EPOCH, both(5)), Err(not_joined));
     assert_eq!(claim(&mut leader, peer(2), 5), Join::Refused(JoinRefused::OlderBroker));
 }
 
 #[test]
-fn who_is_to_be_in_sync_holds_the_high_watermark_before_and_until_that_is_out_of_the_question() {
+fn proposed_member_holds_the_high_watermark_back() {
     let mut leader = leader(&[1], &[], 1);
     follow(&mut leader, 2, 5);
     let proposal = leader.proposal().unwrap();
@@ -206,21 +207,21 @@ fn who_is_to_be_in_sync_holds_the_high_watermark_before_and_until_that_is_out_of
     assert_eq!(leader.high_watermark(), at(5), "it may be in the ISR already");
     assert_eq!(leader.proposal(), None, "one at a time");
 
-    // Nobody knows, and the old value still stands there: it may yet be done.
+    // The outcome is unknown, and the old value is still stored: the proposal may come true.
     assert_eq!(leader.agreed(Agreed::Unknown), Observed::Same);
     assert!(leader.awaits_reading() && leader.proposal().is_none());
     assert_eq!(leader.agreed(Agreed::Found(value(&[1], &[]), Revision(20))), Observed::Same);
     leader.own(both(10));
     assert_eq!(leader.high_watermark(), at(5));
 
-    // Something else was written: now it cannot be done any more.
+    // Another value was written: the proposal cannot come true any more.
     assert_eq!(leader.observed(&value(&[1], &[]), Revision(21)), Observed::Adopted);
     leader.own(both(11));
     assert_eq!(leader.high_watermark(), at(11));
 }
 
 #[test]
-fn a_refused_proposal_waits_for_the_views_word() {
+fn refused_proposal_waits_for_metadata_or_tick() {
     let mut leader = leader(&[1], &[], 1);
     follow(&mut leader, 2, 5);
     assert!(leader.proposal().is_some());
@@ -236,7 +237,7 @@ fn a_refused_proposal_waits_for_the_views_word() {
 }
 
 #[test]
-fn the_views_word_may_overtake_the_outcome() {
+fn metadata_may_arrive_before_the_outcome() {
     let mut leader = leader(&[1], &[], 1);
     follow(&mut leader, 2, 5);
     let proposal = leader.proposal().unwrap();
@@ -249,14 +250,14 @@ fn the_views_word_may_overtake_the_outcome() {
 }
 
 #[test]
-fn only_the_committed_isr_makes_the_minimum_and_an_elr_holds_all_back() {
+fn commits_need_the_committed_isr_and_an_empty_elr() {
     let mut short = leader(&[1], &[2], 2);
     assert_eq!(short.has_minimum(), Err(1));
     follow(&mut short, 3, 4);
     assert_eq!(isr(short.proposal()), None, "3 lacks what may be committed");
     assert_eq!(short.high_watermark(), at(3));
 
-    // The minimum was lowered: the ELR must go before anything is committed without it.
+    // The min ISR was lowered: the ELR must be emptied before anything is committed without it.
     short.configure(rule(1));
     assert_eq!(short.high_watermark(), at(3));
     assert_eq!(isr(short.proposal()), Some((vec![1], vec![])));
@@ -264,10 +265,10 @@ fn only_the_committed_isr_makes_the_minimum_and_an_elr_holds_all_back() {
     assert_eq!(short.high_watermark(), at(5));
 }
 
-/// Below the minimum only an admission can move the high watermark: a leader that waited for it to reach the epoch's start before it
-/// admits anybody would wait for ever.
+/// Below the min ISR only an admission can move the high watermark. A leader that admits no member before its epoch is committed would
+/// wait for ever.
 #[test]
-fn a_leader_below_the_minimum_is_made_whole_by_a_member_that_has_all() {
+fn leader_below_min_isr_admits_a_complete_replica() {
     let mut short = leader(&[1], &[], 2);
     assert!(!short.is_settled());
     follow(&mut short, 2, 4);
@@ -279,7 +280,7 @@ fn a_leader_below_the_minimum_is_made_whole_by_a_member_that_has_all() {
 }
 
 #[test]
-fn admission_asks_for_the_epochs_start_the_registration_and_a_place() {
+fn admission_needs_epoch_start_and_registration() {
     for (end, registration, removing, admitted) in [
         (5, Registration::Running(Revision(10)), false, true),
         (4, Registration::Running(Revision(10)), false, false),
@@ -297,7 +298,7 @@ fn admission_asks_for_the_epochs_start_the_registration_and_a_place() {
 }
 
 #[test]
-fn who_is_gone_or_stops_is_dropped_at_once_and_a_lost_link_is_not_gone() {
+fn exited_member_is_removed_and_lost_link_is_not() {
     for (why, dropped) in [(Departure::Gone, true), (Departure::Stopping, true), (Departure::LinkLost, false)] {
         let mut leader = leader(&[1, 2, 3], &[], 2);
         follow(&mut leader, 2, 5);
@@ -305,7 +306,7 @@ fn who_is_gone_or_stops_is_dropped_at_once_and_a_lost_link_is_not_gone() {
         leader.left(peer(2), why);
         assert_eq!(leader.proposal().is_some(), dropped, "{why:?}");
     }
-    // News of its uptime before this one comes late.
+    // A report about an earlier incarnation arrives late.
     let mut back = leader(&[1, 2], &[], 1);
     follow(&mut back, 2, 5);
     back.left(Peer { epoch: Revision(9), ..peer(2) }, Departure::Gone);
@@ -321,19 +322,19 @@ fn who_is_gone_or_stops_is_dropped_at_once_and_a_lost_link_is_not_gone() {
 }
 
 #[test]
-fn a_member_may_be_a_constant_distance_behind_but_not_fall_back() {
+fn member_may_be_behind_by_a_constant_distance() {
     let mut leader = leader(&[1, 2], &[], 1);
     follow(&mut leader, 2, 5);
     leader.tick(0);
     assert!(!leader.is_behind());
-    // Each tick it has what the log end was at the tick before.
+    // At each tick the member has the log end of the tick before.
     for round in 1..5 {
         leader.own(both(5 + round));
         leader.tick(round * 90);
         leader.acknowledged(peer(2), EPOCH, both(4 + round)).unwrap();
         assert_eq!(leader.proposal(), None, "round {round}");
     }
-    // It stops where it is; breaking the link and joining again gives it no more time.
+    // The member stops; a broken link and a new subscription give it no more time.
     leader.own(both(20));
     leader.tick(1000);
     leader.left(peer(2), Departure::LinkLost);
@@ -345,12 +346,12 @@ fn a_member_may_be_a_constant_distance_behind_but_not_fall_back() {
 }
 
 #[test]
-fn a_member_that_lost_what_it_acknowledged_is_struck_and_not_eligible() {
+fn member_that_lost_records_is_removed_and_not_eligible() {
     let mut leader = leader(&[1, 2, 3], &[], 3);
     follow(&mut leader, 2, 5);
     follow(&mut leader, 3, 5);
     assert_eq!(leader.latest(), Some(at(5)));
-    // Back with an older copy of its disk, within one uptime of the machine that nobody can tell from the last.
+    // The replica returns with an older copy of its disk, in an incarnation that the leader cannot distinguish from the last one.
     assert_eq!(claim(&mut leader, peer(2), 4), Join::At(at(4)), "it may follow, to become whole");
     assert_eq!(isr(leader.proposal()), Some((vec![1, 3], vec![])));
     assert_eq!(leader.agreed(Agreed::Done(Revision(21))), Observed::Adopted);
@@ -360,7 +361,7 @@ fn a_member_that_lost_what_it_acknowledged_is_struck_and_not_eligible() {
 }
 
 #[test]
-fn another_epoch_or_a_deleted_key_ends_it() {
+fn another_epoch_or_a_deleted_key_ends_the_leader() {
     let newer = PartitionValue { leader_epoch: LeaderEpoch(5), ..value(&[1, 2], &[]) };
     let other = PartitionValue { leader: Some(BrokerId(2)), leader_epoch: LeaderEpoch(6), ..value(&[1, 2], &[]) };
     for (value, epoch) in [(newer, LeaderEpoch(5)), (other, LeaderEpoch(6))] {
@@ -377,7 +378,7 @@ fn another_epoch_or_a_deleted_key_ends_it() {
 }
 
 #[test]
-fn joining_is_refused_with_the_reason() {
+fn subscription_is_rejected_with_the_reason() {
     let mut leader = leader(&[1, 2], &[], 1);
     let local = Local { local_start: at(0), tiered_end: None };
     let mut join =
@@ -457,10 +458,10 @@ fn apply(leader: &mut InSync, event: Event) {
 }
 
 proptest! {
-    /// Whatever is told in whatever order, right or wrong: nothing panics, and the high watermark moves forward only, never past the
-    /// own log nor past what a committed member acknowledged, and only with the minimum in sync and no ELR.
+    /// For any reports in any order, right or wrong: nothing panics, and the high watermark only moves forward. It moves never past the
+    /// own log nor past the acknowledgement of a committed member, and only with the min ISR and without ELR.
     #[test]
-    fn the_high_watermark_keeps_its_rules(events in prop::collection::vec(event(), 1..60)) {
+    fn high_watermark_keeps_its_rules(events in prop::collection::vec(event(), 1..60)) {
         use crate::cluster::Value as _;
         let mut leader = leader(&[1, 2], &[], 2);
         for event in events {

@@ -1,4 +1,4 @@
-//! Where followers begin: by table, and for any two logs.
+//! Starts of followers: by table, and for any two logs.
 
 use proptest::prelude::*;
 
@@ -27,7 +27,7 @@ fn answer(leader: &[u32], local: Local, last: Option<u32>, end: usize) -> Join {
 const WHOLE: Local = Local { local_start: Offset::ZERO, tiered_end: None };
 
 #[test]
-fn a_follower_goes_on_where_its_log_is_the_beginning_of_the_leaders() {
+fn follower_continues_if_its_log_is_a_prefix() {
     let leader = [1, 1, 1, 3, 3, 5, 5, 5];
     let diverged = |epoch, end| Join::Diverged { epoch: LeaderEpoch(epoch), end: at(end) };
     for (last, end, then) in [
@@ -47,7 +47,7 @@ fn a_follower_goes_on_where_its_log_is_the_beginning_of_the_leaders() {
 }
 
 #[test]
-fn what_the_leaders_disk_does_not_reach_begins_at_the_bucket() {
+fn log_below_local_start_bootstraps_at_tiered_end() {
     let leader = [1, 1, 1, 3, 3, 5, 5, 5];
     let tiered = Local { local_start: at(4), tiered_end: Some(at(6)) };
     for (last, end, then) in [
@@ -64,13 +64,13 @@ fn what_the_leaders_disk_does_not_reach_begins_at_the_bucket() {
     assert_eq!(answer(&leader, overtaken, None, 0), Join::BeginAt(at(7)));
 }
 
-/// Two logs as replication makes them: one after the other of the leaders of growing epochs appends to what it has.
+/// Returns two logs as replication makes them: leaders of growing epochs append, one after the other.
 fn logs() -> impl Strategy<Value = (Vec<u32>, Vec<u32>)> {
     let common = prop::collection::vec(1u32..4, 0..6);
     let tail = || prop::collection::vec(any::<bool>(), 0..6);
     (common, tail(), tail()).prop_map(|(mut common, mine, theirs)| {
         common.sort_unstable();
-        // An epoch has one leader: beyond the common part the logs share no epoch.
+        // An epoch has one leader: after the common part the logs share no epoch.
         let grow = |kinds: &[bool], epochs: [u32; 2]| {
             let mut tail: Vec<u32> = kinds.iter().map(|late| epochs[usize::from(*late)]).collect();
             tail.sort_unstable();
@@ -81,9 +81,9 @@ fn logs() -> impl Strategy<Value = (Vec<u32>, Vec<u32>)> {
 }
 
 proptest! {
-    /// A few rounds later the follower's log is the beginning of the leader's, and nothing that both had was cut.
+    /// After a few exchanges the follower's log is a prefix of the leader's, and no common record was truncated.
     #[test]
-    fn any_two_logs_meet_where_they_part((leader, mut follower) in logs()) {
+    fn any_two_logs_agree_after_truncations((leader, mut follower) in logs()) {
         let common = leader.iter().zip(&follower).take_while(|(a, b)| a == b).count();
         let mut state = Follower::new(BrokerId(1), LeaderEpoch(9), at(common), None);
         for _round in 0..8 {

@@ -1,4 +1,4 @@
-//! One task, driven by hand: links and an agreement that only write down what they are asked.
+//! One task, driven by the test: links and ISR updates only record their requests.
 
 use std::{path::Path, sync::Mutex};
 
@@ -22,7 +22,7 @@ use crate::{
     },
 };
 
-/// What was asked of a partition's surroundings, in order.
+/// Request of a partition's task, in order.
 #[derive(Clone, Debug, PartialEq)]
 enum Asked {
     Follow(BrokerId),
@@ -42,7 +42,7 @@ impl Notes {
         self.0.lock().unwrap().push(asked);
     }
 
-    /// What was asked since the last look.
+    /// Takes the requests since the last call.
     fn take(&self) -> Vec<Asked> {
         std::mem::take(&mut *self.0.lock().unwrap())
     }
@@ -80,7 +80,7 @@ impl Agreement for Notes {
     }
 }
 
-/// Broker 1's replica of three. The log is kept as long as it is written to.
+/// Opens broker 1's replica of three. The log is to be kept as long as it is written to.
 fn open() -> (Arc<Partition>, Arc<Notes>, Log) {
     open_on(SimDisk::new())
 }
@@ -121,10 +121,10 @@ fn peer(number: u32) -> Peer {
     Peer { broker: broker(number), epoch: Revision(100 + u64::from(number)) }
 }
 
-/// A batch as a leader of that epoch sends it.
+/// Returns a batch as a leader of that epoch sends it.
 fn sent(base: u64, epoch: u32) -> Batch {
     let mut batch = batch(b"x", None);
-    batch.stamp(at(base), LeaderEpoch(epoch));
+    batch.set_offset_and_epoch(at(base), LeaderEpoch(epoch));
     batch
 }
 
@@ -136,17 +136,17 @@ fn answer(epoch: u32, join: Joined) -> FromLink {
     FromLink::Answer(Answered { epoch: LeaderEpoch(epoch), high_watermark: at(0), join, in_sync: false })
 }
 
-/// Lets the partition take in what it was told.
+/// Delivers link events, and returns when the partition has handled them.
 async fn told(partition: &Partition, said: impl IntoIterator<Item = FromLink>) {
     for said in said {
         partition.from_link(said).unwrap();
     }
-    // An order behind the others is carried out after them.
+    // A control message behind the others is handled after them.
     partition.seen(broker(9), Registration::None).await;
     assign_again(partition).await;
 }
 
-/// Says nothing new, and returns when all before it was taken in.
+/// Sends outdated metadata, and returns when everything before it was handled.
 async fn assign_again(partition: &Partition) {
     assign(partition, value(None, 0), 0).await;
 }
@@ -157,13 +157,13 @@ fn joined(epoch: u32, last: Option<u32>, end: u64) -> Asked {
 }
 
 #[tokio::test]
-async fn a_follower_claims_copies_and_refuses_what_does_not_fit() {
+async fn follower_copies_and_rejects_batches_that_do_not_fit() {
     let (partition, notes, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
     told(&partition, [FromLink::Up]).await;
     assert_eq!(notes.take(), [Asked::Follow(broker(2)), joined(4, None, 0)]);
 
-    // Before the answer nothing is taken, and it is no reason to ask again.
+    // Before the response nothing is accepted, and that is no reason to subscribe again.
     told(&partition, [pieces(4, 0, vec![sent(0, 4)])]).await;
     told(&partition, [answer(4, Joined::At(at(0))), pieces(4, 1, vec![sent(0, 3), sent(1, 4)])]).await;
     assert_eq!((partition.marks().log_end, partition.marks().high_watermark), (at(2), at(1)));
@@ -171,7 +171,7 @@ async fn a_follower_claims_copies_and_refuses_what_does_not_fit() {
     assert_eq!(partition.standing().role, Role::Follower { leader: broker(2), in_sync: true });
     assert_eq!(notes.take(), []);
 
-    // Late: of an epoch before. It changes nothing.
+    // Late, of an earlier epoch: the batch changes nothing.
     told(&partition, [pieces(3, 2, vec![sent(2, 3)])]).await;
     assert_eq!(notes.take(), []);
     let bad = [
@@ -193,9 +193,9 @@ async fn a_follower_claims_copies_and_refuses_what_does_not_fit() {
     assert_eq!(partition.marks().high_watermark, at(3));
 }
 
-/// It holds what its leader has not called committed yet, and no reader gets that, however far above its mark others have read.
+/// A follower holds records that its leader has not committed yet. No reader gets them, however far the reader has read elsewhere.
 #[tokio::test]
-async fn a_follower_serves_what_it_knows_as_committed_while_it_is_in_sync() {
+async fn in_sync_follower_serves_only_committed_records() {
     let (partition, _notes, _log) = open();
     let reader = partition.reader().clone();
     let serves = || (partition.standing().role.serves(false), partition.standing().role.serves(true));
@@ -216,22 +216,22 @@ async fn a_follower_serves_what_it_knows_as_committed_while_it_is_in_sync() {
     told(&partition, [pieces(4, 3, vec![])]).await;
     assert_eq!((ready.take(), next(2).await), (Some(7), Some(at(3))), "the mark moved");
 
-    // Struck from the ISR, and back.
+    // Removed from the ISR, and admitted again.
     let without = PartitionValue { isr: vec![broker(2), broker(3)], ..value(Some(2), 4) };
     assign(&partition, without, 11).await;
     assert_eq!(serves(), (false, false));
     assign(&partition, value(Some(2), 4), 12).await;
     assert_eq!(serves(), (false, true));
-    // Its link is lost: what its leader commits from now on it cannot know.
+    // The link is lost: later commits of the leader do not arrive.
     told(&partition, [FromLink::Down]).await;
     assert_eq!(serves(), (false, false));
-    // Another leads: not before that one has found the two logs to agree.
+    // Another broker leads: no reads before it has found the two logs to agree.
     assign(&partition, value(Some(3), 5), 13).await;
     told(&partition, [FromLink::Up]).await;
     assert_eq!(serves(), (false, false));
     told(&partition, [answer(5, Joined::At(at(4)))]).await;
     assert_eq!((serves(), next(3).await), ((false, true), None));
-    // It leads, and follows again.
+    // The broker leads, and follows again.
     assign(&partition, value(Some(1), 6), 14).await;
     assert_eq!(serves(), (true, true));
     assign(&partition, value(Some(2), 7), 15).await;
@@ -239,7 +239,7 @@ async fn a_follower_serves_what_it_knows_as_committed_while_it_is_in_sync() {
 }
 
 #[tokio::test]
-async fn a_follower_cuts_begins_and_asks_again_as_it_is_answered() {
+async fn follower_truncates_bootstraps_and_retries_by_response() {
     let (partition, notes, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
     let copied = pieces(4, 1, (0..6).map(|n| sent(n, if n < 3 { 1 } else { 2 })).collect());
@@ -247,7 +247,7 @@ async fn a_follower_cuts_begins_and_asks_again_as_it_is_answered() {
     wait_until("it is durable", || partition.ends().persisted == at(6)).await;
     notes.take();
 
-    // Another leads, who has only some of it.
+    // Another broker leads, which has only some of the records.
     assign(&partition, value(Some(3), 5), 11).await;
     told(&partition, [FromLink::Up]).await;
     assert_eq!(notes.take(), [Asked::Leave(LeaderEpoch(5), false), Asked::Follow(broker(3)), joined(5, Some(2), 6)]);
@@ -277,7 +277,7 @@ async fn a_follower_cuts_begins_and_asks_again_as_it_is_answered() {
         told(&partition, [FromLink::Up]).await;
         assert_eq!(notes.take(), [Asked::Again, joined(5, Some(1), 3)], "{refused:?}");
     }
-    // It does not cut what it knows as committed, and does not ask for ever.
+    // The follower does not truncate committed records, and does not retry for ever.
     told(&partition, [answer(5, Joined::Diverged { epoch: LeaderEpoch(0), end: at(0) })]).await;
     assert_eq!((notes.take(), partition.marks().log_end), (vec![], at(3)));
 
@@ -286,7 +286,7 @@ async fn a_follower_cuts_begins_and_asks_again_as_it_is_answered() {
     let beginning = Beginning { at: at(9), in_bucket: false, epochs, producers: bytes::Bytes::new() };
     told(&partition, [answer(5, Joined::Begin(Box::new(beginning.clone())))]).await;
     assert_eq!(notes.take(), [joined(5, Some(1), 3), joined(5, Some(3), 9)]);
-    // A leader that says so again is not asked as fast as it answers.
+    // A leader that repeats its response is not asked as fast as it responds.
     told(&partition, [answer(5, Joined::Begin(Box::new(beginning)))]).await;
     wait_until("it asks again", || notes.0.lock().unwrap().contains(&Asked::Again)).await;
     assert_eq!(notes.take(), [Asked::Again]);
@@ -296,10 +296,10 @@ async fn a_follower_cuts_begins_and_asks_again_as_it_is_answered() {
     assert_eq!(notes.take(), [Asked::Leave(LeaderEpoch(5), true)]);
 }
 
-/// A leader asks one thing at a time. What was asked in an epoch before is no answer to what is asked in this one: taken for that, it
-/// would drop a member from the maximal ISR while its admission may still come true.
+/// A leader has one request at a time. The outcome of a request in an earlier epoch is no outcome of the current request. Applied as
+/// such, it would drop a member from the maximal ISR whose admission may still come true.
 #[tokio::test]
-async fn a_late_outcome_is_not_taken_for_that_of_another_proposal() {
+async fn late_outcome_does_not_count_for_another_proposal() {
     let (partition, notes, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
     partition.left(peer(2), Departure::Gone).await;
@@ -318,12 +318,12 @@ async fn a_late_outcome_is_not_taken_for_that_of_another_proposal() {
     let [Asked::Propose(second)] = &notes.take()[..] else { panic!("one proposal") };
     assert_eq!((second.expect, &second.value.isr), (Revision(21), &vec![broker(1), broker(2)]));
 
-    // Nobody knows: it is read back, and until then nothing is proposed.
+    // The outcome is unknown: the key is read back, and nothing is proposed before.
     partition.agreed(Agreed::Unknown).await;
     partition.left(peer(2), Departure::Gone).await;
     assign_again(&partition).await;
     assert_eq!(notes.take(), [Asked::ReadBack]);
-    // The view is faster. What is read later is known by then.
+    // The metadata is faster: the value that is read later is known by then.
     assign(&partition, second.value.clone(), 22).await;
     assert_eq!(notes.take(), []);
     partition.agreed(Agreed::Found(second.value.clone(), Revision(22))).await;
@@ -333,7 +333,7 @@ async fn a_late_outcome_is_not_taken_for_that_of_another_proposal() {
 }
 
 #[tokio::test]
-async fn who_led_in_an_epoch_does_not_lead_in_it_again() {
+async fn broker_leads_at_most_once_in_an_epoch() {
     let (partition, notes, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
     assert!(partition.standing().role.leads());
@@ -347,22 +347,22 @@ async fn who_led_in_an_epoch_does_not_lead_in_it_again() {
     assert_eq!(waiting.await.unwrap(), Err(AppendError::Deposed));
     assign(&partition, value(Some(1), 4), 10).await;
     assert_eq!(partition.standing().role, Role::Waiting);
-    // An older revision says nothing.
+    // An older revision changes nothing.
     assign(&partition, value(Some(1), 5), 9).await;
     assert_eq!(partition.standing().role, Role::Waiting);
     assign(&partition, value(Some(1), 6), 12).await;
     assert!(partition.standing().role.leads());
-    // No replica any more.
+    // This broker is no replica any more.
     let gone = PartitionValue { replicas: vec![broker(2)], ..value(Some(2), 7) };
     assign(&partition, gone, 13).await;
     let refused = append(&partition, b"x", Acks::None).await;
     assert_eq!(refused, Err(AppendError::NotLeader { leader: Some(broker(2)), epoch: LeaderEpoch(7) }));
 }
 
-/// A follower's word of a newer epoch ends a leadership at once. Were it wrong, by a broken follower or broken metadata, the
-/// partition stood still for ever: the metadata went on naming a leader that waited for more.
+/// A follower's report of a newer epoch ends a leadership at once. Regression: a wrong report, by a broken follower or broken metadata,
+/// stopped the partition for ever. The metadata kept naming a leader that waited for newer metadata.
 #[tokio::test]
-async fn a_word_of_an_epoch_that_the_store_does_not_know_costs_an_epoch_and_not_the_partition() {
+async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     let (partition, notes, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
     partition.deposed(LeaderEpoch(1_000_000)).await;
@@ -382,7 +382,7 @@ async fn a_word_of_an_epoch_that_the_store_does_not_know_costs_an_epoch_and_not_
     assign_again(&partition).await;
     let [Asked::Propose(first)] = &notes.take()[..] else { panic!("one proposal") };
     assert_eq!((first.expect, &first.value), (Revision(10), &value(None, 5)));
-    // Nobody knows what became of it.
+    // The outcome of the proposal is unknown.
     partition.agreed(Agreed::Unknown).await;
     ticks(9000).await;
     partition.agreed(Agreed::Found(value(None, 5), Revision(11))).await;
@@ -390,7 +390,7 @@ async fn a_word_of_an_epoch_that_the_store_does_not_know_costs_an_epoch_and_not_
     assert_eq!((notes.take(), partition.is_behind()), (vec![], false));
     assign(&partition, value(Some(1), 6), 12).await;
     assert!(partition.standing().role.leads(), "what the follower said counts no more");
-    // Nor does it keep this broker from following another.
+    // The report does not keep this broker from following another one.
     partition.deposed(LeaderEpoch(2_000_000)).await;
     assign(&partition, value(Some(3), 7), 13).await;
     assert_eq!((partition.standing().role, notes.take()), (Role::Waiting, vec![]));
@@ -400,7 +400,7 @@ async fn a_word_of_an_epoch_that_the_store_does_not_know_costs_an_epoch_and_not_
     assert_eq!(notes.take(), [Asked::Follow(broker(3))]);
     assign(&partition, value(Some(1), 8), 14).await;
     assert_eq!(notes.take(), [Asked::Leave(LeaderEpoch(8), false)]);
-    // And where it was true, the store says who leads.
+    // If the report was true, the store names the new leader.
     partition.deposed(LeaderEpoch(9)).await;
     ticks(20_000).await;
     partition.agreed(Agreed::Found(value(Some(2), 9), Revision(15))).await;
@@ -408,14 +408,14 @@ async fn a_word_of_an_epoch_that_the_store_does_not_know_costs_an_epoch_and_not_
     assert_eq!(notes.take(), [Asked::Follow(broker(2))]);
 }
 
-/// The second that the metadata is given was counted from the last time, if that had ended before the next look at the clock.
+/// Regression: the second for the metadata was counted from the wait before, if that wait had ended before the next tick.
 #[tokio::test]
-async fn the_time_of_a_leader_that_gave_up_counts_from_when_it_did() {
+async fn metadata_wait_counts_from_the_end_of_leadership() {
     let (partition, notes, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
     partition.deposed(LeaderEpoch(5)).await;
     tick(&partition, 5000).await;
-    // The metadata brings it.
+    // The metadata arrives.
     assign(&partition, value(Some(1), 6), 11).await;
     partition.deposed(LeaderEpoch(7)).await;
     tick(&partition, 60_000).await;
@@ -424,10 +424,10 @@ async fn the_time_of_a_leader_that_gave_up_counts_from_when_it_did() {
     assert_eq!(notes.take(), [Asked::ReadBack]);
 }
 
-/// One clock goes for all partitions of a broker. A task that was stuck at its disk for minutes had its queue filled with what time it
-/// had been, and then held up the clock of all others.
+/// Regression: one clock serves all partitions of a broker. A task that was blocked at its disk for minutes had its queue filled with
+/// ticks, and then blocked the clock of all other partitions.
 #[tokio::test]
-async fn a_task_that_is_stuck_holds_up_no_clock_and_has_room_for_what_matters() {
+async fn blocked_task_delays_no_clock_and_keeps_queue_space() {
     let (partition, notes, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
     (0..2 * QUEUE as u64).for_each(|now_ms| partition.tick(now_ms));
@@ -436,9 +436,9 @@ async fn a_task_that_is_stuck_holds_up_no_clock_and_has_room_for_what_matters() 
     assert_eq!(notes.take().len(), 2, "the link was asked for, and used");
 }
 
-/// The link's queue has an end, and nobody waits at it.
+/// The queue for link events is bounded, and no sender waits for it.
 #[tokio::test]
-async fn a_task_that_is_too_far_behind_takes_no_more_from_its_link() {
+async fn full_control_queue_rejects_link_events() {
     let (partition, notes, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
     let all: Vec<_> = (0..2 * QUEUE).map(|_| partition.from_link(FromLink::Up)).collect();
@@ -448,9 +448,9 @@ async fn a_task_that_is_too_far_behind_takes_no_more_from_its_link() {
     assert_eq!(notes.take().len(), 1 + QUEUE, "what was taken was carried out");
 }
 
-/// A follower that joins in an epoch of which this broker has not heard yet waits for it, and not for ever.
+/// A subscription in an epoch that this broker has not received yet waits for it, and not for ever.
 #[tokio::test(start_paused = true)]
-async fn a_join_waits_for_its_epoch_to_begin() {
+async fn subscription_waits_for_its_epoch_to_begin() {
     let (partition, _notes, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
     let claim = Claim { last: None, end: at(0), added: None };
@@ -467,9 +467,9 @@ async fn a_join_waits_for_its_epoch_to_begin() {
     assert_eq!(began.elapsed().as_millis(), 1000);
 }
 
-/// An etcd that was restored from a backup names epochs again. The first append of such a leader was a panic.
+/// Regression: an etcd that was restored from a backup names epochs again, and the first append of such a leader panicked.
 #[tokio::test]
-async fn nobody_leads_in_an_epoch_from_before_the_logs_last_records() {
+async fn broker_does_not_lead_in_an_epoch_before_its_log() {
     let (partition, notes, _log) = open();
     assign(&partition, value(Some(2), 7), 10).await;
     told(&partition, [FromLink::Up, answer(7, Joined::At(at(0))), pieces(7, 1, vec![sent(0, 7)])]).await;
@@ -480,7 +480,7 @@ async fn nobody_leads_in_an_epoch_from_before_the_logs_last_records() {
     assert!(matches!(refused, Err(AppendError::NotLeader { .. })), "{refused:?}");
     assert_eq!((partition.standing().role, partition.is_behind()), (Role::Waiting, true));
 
-    // That epoch ends here, and somebody is elected in the next one.
+    // That epoch ends here, and an election in the next one follows.
     for ms in [0, 1000] {
         tick(&partition, ms).await;
     }
@@ -491,10 +491,10 @@ async fn nobody_leads_in_an_epoch_from_before_the_logs_last_records() {
     assert_eq!(ended.value, older.leaderless());
 }
 
-/// The admission of the only one who could take over was on its way when the disk failed: the partition took no writes until the broker was
-/// stopped.
+/// Regression: the admission of the only possible successor was pending when the disk failed, and the partition accepted no writes until
+/// the broker was stopped.
 #[tokio::test]
-async fn a_leader_whose_disk_failed_gives_up_when_another_could_lead() {
+async fn failed_leader_resigns_when_a_successor_enters_isr() {
     let disk = SimDisk::new();
     let (partition, notes, _log) = open_on(disk.clone());
     let alone = PartitionValue { isr: vec![broker(1)], ..value(Some(1), 4) };
@@ -507,9 +507,10 @@ async fn a_leader_whose_disk_failed_gives_up_when_another_could_lead() {
     assert_eq!(notes.take(), [Asked::Resign(LeaderEpoch(4))]);
 }
 
-/// The store's answer to a proposal names its number as the leader of a newer epoch: that may be another process, on a copy of its directory.
+/// The outcome of a proposal names this broker id as the leader of a newer epoch: that may be another process, on a copy of the data
+/// directory.
 #[tokio::test]
-async fn only_the_mirror_makes_a_leader() {
+async fn only_the_metadata_cache_starts_a_leader() {
     let (partition, notes, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
     partition.left(peer(2), Departure::Gone).await;

@@ -1,5 +1,4 @@
-//! Several replicas of one partition, joined by a network and a metadata store that the test holds: who leads, who copies, who is
-//! told what.
+//! Several replicas of one partition, over a network and a metadata store that the test controls: leaders, followers, results of writes.
 
 mod driven;
 mod net;
@@ -11,13 +10,13 @@ use crate::{
     cluster::PartitionValue,
     model::{Acks, LeaderEpoch},
     partition::{leader::insync::Departure, *},
-    record::ProducerStamp,
+    record::ProducerSequence,
     task::test_timeout::wait_until,
 };
 
 const PLAIN: &[(&str, &str)] = &[("remote.storage.enable", "false"), ("retention.ms", "-1")];
 
-/// Three replicas, all in sync, the first leads.
+/// Starts three replicas, all in sync; the first one leads.
 async fn trio() -> (Arc<Net>, [Arc<Partition>; 3]) {
     let net = Net::new(3, 3, 2, false).await;
     let one = net.start(1, PLAIN, false).await;
@@ -27,7 +26,7 @@ async fn trio() -> (Arc<Net>, [Arc<Partition>; 3]) {
     (net, [one, two, three])
 }
 
-/// The offsets' values that a consumer gets from this replica.
+/// Returns the values that a consumer reads from this replica.
 async fn consumed(partition: &Partition) -> Vec<Vec<u8>> {
     let (mut values, mut from) = (Vec::new(), partition.marks().log_start);
     while let Some(fetched) = partition.reader().read(from, (1 << 20).into()).await.unwrap() {
@@ -47,12 +46,12 @@ fn values(of: impl IntoIterator<Item = u8>) -> Vec<Vec<u8>> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_all_acknowledge_is_committed_everywhere_and_read_from_any() {
+async fn records_acknowledged_by_all_are_readable_everywhere() {
     let (net, [one, two, three]) = trio().await;
     for n in 0..20u8 {
         let acked = append(&one, &[n], Acks::All).await.unwrap();
         assert_eq!((acked.base.get(), acked.held, acked.epoch), (u64::from(n), Held::Synced(3), LeaderEpoch(1)));
-        // It was not answered before all three had it on their disks.
+        // The write was acknowledged only when all three had it on their disks.
         assert!(two.ends().persisted >= acked.end && three.ends().persisted >= acked.end);
     }
     for follower in [&two, &three] {
@@ -63,16 +62,16 @@ async fn what_all_acknowledge_is_committed_everywhere_and_read_from_any() {
         assert_eq!(refused, Err(AppendError::NotLeader { leader: Some(broker(1)), epoch: LeaderEpoch(1) }));
     }
     assert_eq!(one.standing().role, Role::Leader { settled: true });
-    // Above what a follower knows its consumer waits; the leader knows that there is no such offset.
+    // A consumer waits above a follower's high watermark; the leader rejects such an offset.
     assert!(two.reader().read(at(25), 100.into()).await.unwrap().is_none());
     assert!(matches!(one.reader().read(at(25), 100.into()).await, Err(ReadError::OutOfRange { .. })));
     assert_eq!(net.proposals(), [], "nothing had to be agreed");
 }
 
-/// A leader writes what nobody copies, another is elected, and the first one comes back: what only it had is cut by epochs, and its
-/// writers were never told that it was safe.
+/// A leader writes records that no replica copies, and another broker is elected. When the first one returns, it truncates these records
+/// by epochs; their writers never got an acknowledgement of all replicas.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_deposed_leader_cuts_what_nobody_copied_and_follows() {
+async fn deposed_leader_truncates_uncopied_records_and_follows() {
     let (net, [one, two, three]) = trio().await;
     append(&one, &[0], Acks::All).await.unwrap();
     let reader = one.reader().clone();
@@ -92,7 +91,7 @@ async fn a_deposed_leader_cuts_what_nobody_copied_and_follows() {
     assert_eq!((acked.base, acked.epoch, acked.held), (at(1), LeaderEpoch(2), Held::Synced(2)));
     assert_eq!(one.marks().high_watermark, at(1), "the old leader commits nothing");
 
-    // It hears of it, and comes back.
+    // The old leader receives the metadata, and follows.
     net.set_blind(1, false).await;
     assert_eq!(waiting.await.unwrap(), Err(AppendError::Deposed));
     let not_leader = AppendError::NotLeader { leader: Some(broker(2)), epoch: LeaderEpoch(2) };
@@ -105,14 +104,14 @@ async fn a_deposed_leader_cuts_what_nobody_copied_and_follows() {
         wait_until("the mark arrives", || partition.marks().high_watermark == at(3)).await;
         assert_eq!(consumed(partition).await, values(0..3));
     }
-    // The reader of before the change reads on.
+    // A reader from before the change reads on.
     assert!(reader.read(at(1), 100.into()).await.unwrap().is_some());
 }
 
-/// What a deposed leader hears first of its successor may be that something is in the bucket: where its own log reaches as far, it holds other
-/// records there.
+/// The first message of a successor to a deposed leader may be a tier state. The deposed leader's own log may reach as far, with other
+/// records.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_deposed_leader_does_not_take_its_successors_bucket_for_its_own_log() {
+async fn newer_tier_state_commits_nothing_on_deposed_leader() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
     let net = Net::new(2, 2, 1, true).await;
     let (one, two) = (net.start(1, TIERED, false).await, net.start(2, TIERED, false).await);
@@ -141,9 +140,9 @@ async fn a_deposed_leader_does_not_take_its_successors_bucket_for_its_own_log() 
     equal(&two, &one, 0).await;
 }
 
-/// A leader that is cut off from the metadata only learns from its followers that its time is over.
+/// A leader without metadata is deposed only by the reports of its followers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leader_that_hears_of_a_newer_epoch_admits_nothing_more() {
+async fn leader_with_report_of_newer_epoch_admits_nothing() {
     let (net, [one, _two, _three]) = trio().await;
     let tail = one.tail();
     assert!(tail.read(at(0), 100).await.unwrap().is_none());
@@ -158,14 +157,14 @@ async fn a_leader_that_hears_of_a_newer_epoch_admits_nothing_more() {
         ReadError::Closed,
         "a reader of that epoch's log ends with it"
     );
-    // What its view says again, of the epoch before, does not make it lead.
+    // Metadata of the epoch before, received again, does not make it lead.
     net.set_blind(1, false).await;
     in_sync(&one).await;
     assert_eq!(one.epoch(), LeaderEpoch(2));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_follower_leaves_the_isr_and_comes_back_into_it() {
+async fn lost_follower_leaves_the_isr_and_returns() {
     let (net, [one, two, three]) = trio().await;
     net.cut(1, 3);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
@@ -187,17 +186,18 @@ async fn a_lost_follower_leaves_the_isr_and_comes_back_into_it() {
     assert_eq!(isrs, [2, 3]);
 }
 
-/// An operator takes a move back and orders it again, and neither the leader nor the new replica hears of it in between. The leader counts
-/// nothing any more of what was acknowledged before: so the replica joins again by itself, though its link stands and nothing is written.
+/// An operator cancels a reassignment and starts it again, and neither the leader nor the new replica receives the values in between. The
+/// leader drops the acknowledgements of before. So the replica subscribes again by itself, although its link stays connected and nothing
+/// is written.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_replica_that_is_added_a_second_time_joins_again_by_itself() {
+async fn replica_added_again_subscribes_again() {
     let net = Net::new(3, 2, 1, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
     in_sync(&two).await;
     append(&one, &[0], Acks::All).await.unwrap();
     let three = net.start(3, PLAIN, false).await;
-    // It copies, and its leader is not to admit it yet: that one hears nothing of the first move, or of its end.
+    // The replica copies, and its leader is not to admit it yet: the leader receives neither the first reassignment nor its end.
     let target = [broker(1), broker(2), broker(3)];
     net.set_blind(1, true).await;
     net.change(|value| value.begin_move(&target).unwrap()).await;
@@ -206,7 +206,7 @@ async fn a_replica_that_is_added_a_second_time_joins_again_by_itself() {
     net.change(|value| value.cancel_move().unwrap()).await;
     net.change(|value| value.begin_move(&target).unwrap()).await;
     net.set_blind(1, false).await;
-    // The leader refuses the addition that it does not know; the new replica hears of the second one last.
+    // The leader rejects an addition that it has not received; the new replica receives the second addition last.
     assert_eq!(net.value().await.0.isr, target[..2]);
     net.set_blind(3, false).await;
     in_sync(&three).await;
@@ -214,9 +214,10 @@ async fn a_replica_that_is_added_a_second_time_joins_again_by_itself() {
     assert_eq!(net.value().await.0.removals, 1);
 }
 
-/// The same, where it followed already when it was let go: the link stands, and what it acknowledges there counts no more.
+/// The same for a replica that followed already when it was removed: its link stays connected, and acknowledgements on the old
+/// subscription do not count.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_replica_whose_addition_is_repeated_leaves_the_place_that_counts_no_more() {
+async fn repeated_addition_ends_the_old_subscription() {
     let net = Net::new(3, 2, 2, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
@@ -239,9 +240,9 @@ async fn a_replica_whose_addition_is_repeated_leaves_the_place_that_counts_no_mo
     equal(&one, &three, 0).await;
 }
 
-/// It is not gone, and its link stands: it only does not get further.
+/// The process runs and its link is connected: the replica only makes no progress.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_follower_that_lags_is_dropped_by_the_clock_alone() {
+async fn lagging_follower_is_removed_by_ticks_alone() {
     let net = Net::new(2, 2, 1, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
@@ -257,9 +258,9 @@ async fn a_follower_that_lags_is_dropped_by_the_clock_alone() {
     assert_eq!(net.value().await.0.isr, [broker(1)]);
 }
 
-/// The answer to a proposal is lost, though it was done. Nothing is committed by it before the key was read.
+/// The outcome of a proposal that was written is lost. Nothing is committed by it before the key was read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_unknown_outcome_is_read_back() {
+async fn unknown_outcome_is_read_back() {
     let net = Net::new(3, 3, 1, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
@@ -275,7 +276,7 @@ async fn an_unknown_outcome_is_read_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn below_the_minimum_nothing_is_committed_until_the_eligible_one_is_back() {
+async fn below_min_isr_commits_wait_for_the_eligible_replica() {
     let net = Net::new(2, 2, 2, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
@@ -298,14 +299,14 @@ async fn below_the_minimum_nothing_is_committed_until_the_eligible_one_is_back()
     assert_eq!(net.value().await.0.elr, []);
 }
 
-/// The history is in the bucket; a replica that begins copies the tail alone, and knows from the footer what producers wrote.
+/// The older records are in the object store; a bootstrapping replica copies the tail alone, and gets the producer state from the footer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_new_replica_begins_at_the_tiered_end_and_knows_the_producers() {
+async fn new_replica_bootstraps_at_tiered_end_with_producers() {
     const TIERED: &[(&str, &str)] =
         &[("segment.bytes", "16384"), ("retention.ms", "-1"), ("local.retention.bytes", "1")];
     let net = Net::new(2, 1, 1, true).await;
     let one = net.start(1, TIERED, false).await;
-    let stamp = |base_sequence| Some(ProducerStamp { id: 77, epoch: 0, base_sequence });
+    let stamp = |base_sequence| Some(ProducerSequence { id: 77, epoch: 0, base_sequence });
     for n in 0..20 {
         let written = send(&one, batch(&[7; 4000], stamp(n)), Acks::All).await;
         written.await.unwrap().unwrap();
@@ -324,7 +325,7 @@ async fn a_new_replica_begins_at_the_tiered_end_and_knows_the_producers() {
     wait_until("the mark arrives", || two.marks().high_watermark == at(20)).await;
     assert_eq!(consumed(&two).await.len(), 20, "the history is read through it as well");
 
-    // It leads, and a retry of what is only in the bucket is recognised.
+    // The new replica leads, and recognises a retry of a batch that is only in the object store.
     net.elect(2, &[1]).await;
     net.stop(1).await;
     wait_until("it leads", || two.standing().role.leads()).await;
@@ -336,7 +337,7 @@ async fn a_new_replica_begins_at_the_tiered_end_and_knows_the_producers() {
     assert!(again.duplicate);
     let next = send(&two, batch(&[7; 4000], stamp(20)), Acks::Leader).await.await.unwrap().unwrap();
     assert_eq!((next.base, next.duplicate), (at(20), false));
-    // And it goes on where the other stopped uploading.
+    // Uploads continue where the other broker stopped.
     for n in 21..40 {
         send(&two, batch(&[7; 4000], stamp(n)), Acks::All).await.await.unwrap().unwrap();
     }
@@ -344,9 +345,9 @@ async fn a_new_replica_begins_at_the_tiered_end_and_knows_the_producers() {
     assert!(two.marks().tiered_end > tiered_end);
 }
 
-/// Nothing is in a bucket: what lies before was deleted, and only the leader knows what producers wrote there.
+/// No object store: the older records were deleted, and only the leader has the state of their producers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_a_bucket_a_new_replica_begins_with_the_leaders_tables() {
+async fn new_replica_bootstraps_with_the_leaders_tables() {
     const SHORT: &[(&str, &str)] = &[
         ("segment.bytes", "16384"),
         ("remote.storage.enable", "false"),
@@ -355,7 +356,7 @@ async fn without_a_bucket_a_new_replica_begins_with_the_leaders_tables() {
     ];
     let net = Net::new(2, 1, 1, false).await;
     let one = net.start(1, SHORT, false).await;
-    let stamp = |id, base_sequence| Some(ProducerStamp { id, epoch: 0, base_sequence });
+    let stamp = |id, base_sequence| Some(ProducerSequence { id, epoch: 0, base_sequence });
     send(&one, batch(&[1; 4000], stamp(5, 0)), Acks::All).await.await.unwrap().unwrap();
     for n in 0..30 {
         send(&one, batch(&[1; 4000], stamp(6, n)), Acks::All).await.await.unwrap().unwrap();
@@ -375,7 +376,7 @@ async fn without_a_bucket_a_new_replica_begins_with_the_leaders_tables() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leader_whose_disk_fails_resigns_and_its_readers_read_on() {
+async fn leader_with_failed_disk_resigns_and_serves_reads() {
     let (net, [one, two, three]) = trio().await;
     append(&one, &[0], Acks::All).await.unwrap();
     net.node(1, |node| node.disk.fail_writes_after(Some(0)));
@@ -393,26 +394,26 @@ async fn a_leader_whose_disk_fails_resigns_and_its_readers_read_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_follower_whose_disk_fails_is_not_waited_for() {
+async fn commits_do_not_wait_for_follower_with_failed_disk() {
     let (net, [one, _two, three]) = trio().await;
     net.node(3, |node| node.disk.fail_writes_after(Some(0)));
-    // No clock is asked: the follower says it.
+    // No tick is needed: the follower reports it.
     assert_eq!(append(&one, &[0], Acks::All).await.unwrap().held, Held::Synced(2));
     assert!(three.fault().is_some());
     assert_eq!(three.standing().role, Role::Waiting);
     assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
 }
 
-/// An operator elected a replica whose log ends before the bucket does, and holds other records than the bucket.
+/// An operator elected a replica whose log ends before the object store does, and holds other records than the object store.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leader_elected_unclean_begins_behind_the_bucket() {
+async fn unclean_leader_is_reset_to_the_tiered_end() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
     let net = Net::new(2, 2, 1, true).await;
     let one = net.start(1, TIERED, false).await;
     let two = net.start(2, TIERED, false).await;
     in_sync(&two).await;
     append(&one, &[0; 4000], Acks::All).await.unwrap();
-    // 2 falls behind; 1 writes on alone and uploads.
+    // Broker 2 falls behind; broker 1 writes on alone and uploads.
     net.cut(1, 2);
     let peer = net.node(2, |node| leader::insync::Peer { broker: broker(2), epoch: node.epoch });
     one.left(peer, Departure::Gone).await;
@@ -430,17 +431,17 @@ async fn a_leader_elected_unclean_begins_behind_the_bucket() {
     assert_eq!(append(&two, b"x", Acks::Leader).await.unwrap().base, tiered_end);
     assert_eq!(consumed(&two).await.len() as u64, tiered_end.get() + 1);
 
-    // The old one comes back with more than that, cuts it, and what it cuts counted as committed once.
+    // The old leader returns with more records. It truncates them, although they once counted as committed.
     net.heal(1, 2);
     let one = net.start(1, TIERED, false).await;
     in_sync(&one).await;
     equal(&two, &one, tiered_end.get()).await;
 }
 
-/// It held what the bucket holds, and more that nobody else may have; and began anew, because the last footer knows the epochs of its own
-/// segment only.
+/// Regression: the elected replica held the object store's records, and more that no other replica may have. It was reset, because the
+/// last footer has the epochs of its own segment only.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leader_elected_unclean_keeps_what_goes_on_from_the_bucket() {
+async fn unclean_leader_keeps_records_after_the_tiered_end() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
     let net = Net::new(2, 2, 1, true).await;
     let one = net.start(1, TIERED, false).await;
@@ -460,10 +461,10 @@ async fn a_leader_elected_unclean_keeps_what_goes_on_from_the_bucket() {
     assert_eq!(firsts, (0..20u8).collect::<Vec<_>>());
 }
 
-/// It copied what was never committed, and was away while another leader filled those offsets, up to the bucket. What the metadata says is
-/// committed there is not what it has.
+/// The replica copied records that were never committed, and was away while another leader filled those offsets, up to the tiered end.
+/// The committed records at those offsets are not those of the replica.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_replica_that_starts_with_an_abandoned_tail_does_not_take_it_for_committed() {
+async fn abandoned_tail_does_not_count_as_committed() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
     let net = Net::new(3, 3, 1, true).await;
     let one = net.start(1, TIERED, false).await;
@@ -497,9 +498,9 @@ async fn a_replica_that_starts_with_an_abandoned_tail_does_not_take_it_for_commi
     equal(&two, &three, 0).await;
 }
 
-/// A clean leader has all that is committed. One that asks to cut it is not believed.
+/// A clean leader has all committed records. A replica does not obey a leader that asks to truncate them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_replica_does_not_cut_what_is_committed() {
+async fn replica_does_not_truncate_committed_records() {
     let net = Net::new(2, 2, 1, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
@@ -510,7 +511,7 @@ async fn a_replica_does_not_cut_what_is_committed() {
     wait_until("the mark arrives", || two.marks().high_watermark == at(5)).await;
     let before = bytes_of(&two, at(0));
     net.stop(1).await;
-    // The first broker's disk was put back to nothing, and it leads all the same: something is very wrong.
+    // The first broker's disk was emptied, and the broker leads all the same: an inconsistency that no protocol step allows.
     let log = net.node(1, |node| node.log.clone());
     log.delete_replica(net.id).unwrap();
     let one = net.start(1, PLAIN, false).await;
@@ -529,16 +530,16 @@ async fn a_replica_does_not_cut_what_is_committed() {
     assert!(bytes_of(&two, at(0)) == before, "it keeps its bytes");
 }
 
-/// A follower that was away copies what it missed, whatever lies in memory, and one that starts again goes on where it was.
+/// A follower that was away copies the records that it missed, wherever they are, and a restarted one continues at its end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_replica_that_starts_again_copies_what_it_missed() {
+async fn restarted_replica_copies_missed_records() {
     let net = Net::new(2, 2, 1, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
     in_sync(&two).await;
     append(&one, &[0; 3000], Acks::All).await.unwrap();
     net.stop(2).await;
-    // Its leader was told, so nobody waits.
+    // The leader was notified of the stop, so no commit waits.
     for n in 1..60u8 {
         append(&one, &[n; 3000], Acks::All).await.unwrap();
     }
@@ -549,9 +550,9 @@ async fn a_replica_that_starts_again_copies_what_it_missed() {
     assert_eq!(append(&one, &[60; 3000], Acks::All).await.unwrap().held, Held::Synced(2));
 }
 
-/// Brokers take turns at leading while a producer that is idempotent sends everything again until it is acknowledged.
+/// Brokers lead in turn while an idempotent producer retries everything until it is acknowledged.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sequence_is_in_the_log_once_whoever_leads() {
+async fn sequence_is_stored_once_across_leader_changes() {
     let net = Net::new(3, 3, 2, false).await;
     let mut partitions = Vec::new();
     for number in 1..=3 {
@@ -559,7 +560,7 @@ async fn a_sequence_is_in_the_log_once_whoever_leads() {
     }
     let produce = async {
         for sequence in 0..120 {
-            let stamp = Some(ProducerStamp { id: 9, epoch: 0, base_sequence: sequence });
+            let stamp = Some(ProducerSequence { id: 9, epoch: 0, base_sequence: sequence });
             loop {
                 let Some(leader) = partitions.iter().find(|partition| partition.standing().role.leads()) else {
                     tokio::task::yield_now().await;

@@ -1,5 +1,5 @@
-//! Some brokers of one partition in one process: each has a disk of its own, the metadata store is a real one, and between the brokers
-//! lies a network that can be cut. Nothing decides here: the links carry, the agreement compares and sets.
+//! Brokers of one partition in one process: each has its own disk, the metadata store is a real one, and the network between the brokers
+//! can be cut. Nothing is decided here: links carry messages, ISR updates compare and set.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,13 +22,13 @@ use crate::{
         insync::{Agreed, Departure, Ends, Peer, Proposal, Registration},
         join::Claim,
     },
-    record::{BatchBuilder, Fingerprint, ProducerStamp},
+    record::{BatchBuilder, Fingerprint, ProducerSequence},
     task::test_timeout::wait_until,
     telemetry::Metrics,
     tier::{Cache, CacheOptions, Store, StoreOptions},
 };
 
-/// The brokers and what is between them.
+/// The brokers and the network between them.
 pub(super) struct Net {
     world: Mutex<World>,
     pub(super) store: EmbeddedStore,
@@ -42,13 +42,13 @@ pub(super) struct Net {
 #[derive(Default)]
 struct World {
     nodes: BTreeMap<BrokerId, Node>,
-    /// Who does not reach whom, in either direction.
+    /// Pairs of brokers without a connection, in either direction.
     cut: BTreeSet<(BrokerId, BrokerId)>,
-    /// Who hears nothing of the metadata.
+    /// Brokers that receive no metadata.
     blind: BTreeSet<BrokerId>,
-    /// How many outcomes of proposals are still to be lost.
+    /// Number of outcomes of proposals that are still to be lost.
     lost_outcomes: usize,
-    /// Proposals that admit somebody are refused.
+    /// True if proposals that admit a member are refused.
     admit_nobody: bool,
     /// Proposals that were made.
     proposals: Vec<Proposal>,
@@ -63,12 +63,12 @@ pub(super) struct Node {
     pub(super) tasks: Tasks,
     partition: Option<Arc<Partition>>,
     follows: Option<BrokerId>,
-    /// The number of its link's last place, and what wakes whoever serves that.
+    /// Number of its link's last subscription, and the wake set of the task that serves it.
     place: u64,
     ready: Arc<Ready>,
 }
 
-/// One broker's side of the links and of the agreement.
+/// One broker's side of the links and of the ISR updates.
 struct Wire {
     me: BrokerId,
     net: Arc<Net>,
@@ -83,7 +83,8 @@ pub(super) fn at(offset: u64) -> Offset {
 }
 
 impl Net {
-    /// Brokers 1 to `brokers` have machines; `replicas` of them are replicas in sync, led by broker 1 in epoch 1. Nothing is open yet.
+    /// Creates brokers 1 to `brokers`; the first `replicas` of them are in-sync replicas, led by broker 1 in epoch 1. No replica is open
+    /// yet.
     pub(super) async fn new(brokers: u32, replicas: u32, min_insync: usize, bucket: bool) -> Arc<Self> {
         let id = PartitionId::new(TopicId::from_bytes([9; 16]), 3);
         let replicas: Vec<BrokerId> = (1..=replicas).map(BrokerId).collect();
@@ -114,12 +115,12 @@ impl Net {
         self.world.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks at, or changes, one broker's machine.
+    /// Reads, or changes, one broker's state.
     pub(super) fn node<T>(&self, of: u32, look: impl FnOnce(&mut Node) -> T) -> T {
         look(self.world().nodes.get_mut(&BrokerId(of)).unwrap())
     }
 
-    /// Opens the replica of a broker, and assigns what the store says.
+    /// Opens the replica of a broker, and assigns the stored value.
     pub(super) async fn start(self: &Arc<Self>, of: u32, config: &[(&str, &str)], anew: bool) -> Arc<Partition> {
         let partition = self.open(of, config, anew).await.unwrap();
         self.spread().await;
@@ -157,7 +158,7 @@ impl Net {
         Ok(partition)
     }
 
-    /// Stops the replica of a broker. Those that it led find its links ended.
+    /// Stops the replica of a broker. Its followers find their links ended.
     pub(super) async fn stop(&self, of: u32) {
         let (partition, followers) = {
             let mut world = self.world();
@@ -176,7 +177,7 @@ impl Net {
         self.world().nodes[&of].partition.clone()
     }
 
-    /// What the store holds.
+    /// Returns the stored value.
     pub(super) async fn value(&self) -> (PartitionValue, Revision) {
         let key = self.keys.partition(self.id);
         let entry = self.store.get(&key).await.unwrap().entry.unwrap();
@@ -189,7 +190,7 @@ impl Net {
         Some(TierState::decode(&key, &entry.value).unwrap())
     }
 
-    /// Writes the value, whatever it is, as an election or an operator does, and lets all hear of it who can.
+    /// Writes any value, as an election or an operator does, and assigns it to all brokers that receive metadata.
     pub(super) async fn change(&self, change: impl Fn(&PartitionValue) -> PartitionValue) -> PartitionValue {
         loop {
             let (value, revision) = self.value().await;
@@ -210,7 +211,7 @@ impl Net {
         }
     }
 
-    /// Elects cleanly; the brokers of `dead` are not alive.
+    /// Elects a leader cleanly; the brokers of `dead` are offline.
     pub(super) async fn elect(&self, to: u32, dead: &[u32]) {
         let dead: BTreeSet<BrokerId> = dead.iter().map(|id| BrokerId(*id)).collect();
         let min_insync = self.min_insync;
@@ -220,7 +221,7 @@ impl Net {
         .await;
     }
 
-    /// Everybody who can hears of what the store holds.
+    /// Assigns the stored value to all brokers that receive metadata.
     pub(super) async fn spread(&self) {
         let (value, revision) = self.value().await;
         let committed = self.committed().await;
@@ -240,7 +241,7 @@ impl Net {
         }
     }
 
-    /// From now on this broker hears nothing of the metadata, or hears it again.
+    /// Stops the metadata of this broker, or resumes it.
     pub(super) async fn set_blind(&self, of: u32, blind: bool) {
         {
             let mut world = self.world();
@@ -253,14 +254,14 @@ impl Net {
         self.spread().await;
     }
 
-    /// Cuts the two off from each other.
+    /// Cuts the connection between two brokers.
     pub(super) fn cut(&self, one: u32, other: u32) {
         let mut world = self.world();
         world.cut.insert(pair(BrokerId(one), BrokerId(other)));
         world.nodes.values().for_each(|node| node.ready.mark(2));
     }
 
-    /// Lets them reach each other again; links come up.
+    /// Restores the connection between two brokers; their links connect again.
     pub(super) fn heal(self: &Arc<Self>, one: u32, other: u32) {
         self.world().cut.remove(&pair(BrokerId(one), BrokerId(other)));
         for me in [one, other] {
@@ -268,12 +269,12 @@ impl Net {
         }
     }
 
-    /// The outcomes of the next proposals are lost, though they are done.
+    /// Loses the outcomes of the next proposals, which are written all the same.
     pub(super) fn lose_outcomes(&self, count: usize) {
         self.world().lost_outcomes = count;
     }
 
-    /// From now on proposals that admit somebody are refused, or not any more.
+    /// Refuses proposals that admit a member from now on, or accepts them again.
     pub(super) fn admit_nobody(&self, nobody: bool) {
         self.world().admit_nobody = nobody;
     }
@@ -286,7 +287,7 @@ impl Net {
         self.world().resigned.clone()
     }
 
-    /// Carries out upkeep of one replica until there is nothing left to do, then lets all hear of it.
+    /// Runs maintenance of one replica until no work is left, then assigns the stored value to all brokers.
     pub(super) async fn settle(&self, of: u32) {
         let partition = self.partition(BrokerId(of)).unwrap();
         let upkeep = Upkeep::new(TierCommits::new(Arc::new(self.store.clone()), self.keys.clone()));
@@ -313,7 +314,8 @@ impl Net {
         });
     }
 
-    /// The link of `me` to the leader, for one place: the join, its answer, then batches one way and acknowledgements the other.
+    /// Runs one subscription of `me` on its link to the leader: the request, its response, then batches one way and acknowledgements the
+    /// other.
     async fn serve(self: Arc<Self>, me: BrokerId, place: u64, ready: Arc<Ready>, join: (LeaderEpoch, Claim, Ends)) {
         let (epoch, claim, ends) = join;
         let (leader, here, broker_epoch) = self.node(me.0, |node| (node.follows, node.partition.clone(), node.epoch));
@@ -323,7 +325,7 @@ impl Net {
         let answered = there.join(peer, epoch, claim, ends).await;
         let stands = || self.node(me.0, |node| node.place == place) && self.reach(me, leader);
         if !stands() {
-            // A broker that has stopped meanwhile said so before it was heard of here: its join must not be the last word.
+            // A broker that stopped meanwhile reported that before this request arrived: the subscription must not be the last event.
             if self.partition(me).is_none() {
                 there.left(peer, Departure::Stopping).await;
             }
@@ -352,7 +354,7 @@ impl Net {
                 here.from_link(FromLink::Pieces { epoch: answered.epoch, high_watermark, batches }).unwrap();
             }
         }
-        // A place that was replaced ended by its follower's own word.
+        // A replaced subscription was ended by its follower's own request.
         if self.node(me.0, |node| node.place == place) {
             there.left(peer, Departure::LinkLost).await;
             here.from_link(FromLink::Down).unwrap();
@@ -361,7 +363,7 @@ impl Net {
     }
 }
 
-/// All batches from `from` to the leader's log end.
+/// Reads all batches from `from` to the leader's log end.
 async fn read(tail: &TailReader, from: &mut Offset) -> Result<Vec<Batch>, ReadError> {
     let mut batches = Vec::new();
     while let Some(fetched) = tail.read(*from, 64 << 10).await? {
@@ -393,7 +395,7 @@ impl Links for Wire {
     fn join(&self, _: PartitionId, epoch: LeaderEpoch, claim: Claim, ends: Ends) {
         let (place, ready) = self.net.node(self.me.0, |node| {
             node.place += 1;
-            // Whoever serves the place before ends.
+            // Ends the task of the subscription before.
             node.ready.mark(2);
             node.ready = Arc::default();
             (node.place, Arc::clone(&node.ready))
@@ -478,8 +480,8 @@ impl Agreement for Wire {
     }
 }
 
-/// A batch of one record. A producer's retry has the same bytes.
-pub(super) fn batch(value: &[u8], stamp: Option<ProducerStamp>) -> Batch {
+/// Returns a batch of one record. A producer's retry has the same bytes.
+pub(super) fn batch(value: &[u8], stamp: Option<ProducerSequence>) -> Batch {
     let mut builder = BatchBuilder::new(Compression::None);
     let timestamp_ms = if stamp.is_some() { 1 } else { crate::task::clock::wall_ms() };
     builder.push(timestamp_ms, None, Some(value), &[]).unwrap();
@@ -492,7 +494,7 @@ pub(super) async fn send(partition: &Partition, batch: Batch, acks: Acks) -> one
     send_as(partition, batch, sent, acks).await
 }
 
-/// Queues a write of what a broker made of a request.
+/// Queues a write of a batch that a broker made of a request.
 pub(super) async fn send_as(
     partition: &Partition,
     batch: Batch,
@@ -503,9 +505,9 @@ pub(super) async fn send_as(
     partition.append(batch, sent, acks, permit).await
 }
 
-/// Tells it the time once it has taken in what it was told before, and returns when it has looked at it.
+/// Sends the time when everything before it was handled, and returns when the task has handled it.
 pub(super) async fn tick(partition: &Partition, now_ms: u64) {
-    // Older than all that it knows.
+    // Older than every known value.
     let nothing = || {
         let (value, revision) = (Arc::new(PartitionValue::new(vec![broker(1)], LeaderEpoch(0))), Revision::ZERO);
         Assignment { value, revision, committed: None, registered: BTreeMap::new() }
@@ -520,7 +522,7 @@ pub(super) async fn append(partition: &Partition, value: &[u8], acks: Acks) -> A
     tokio::time::timeout(Duration::from_secs(20), answer).await.expect("it is answered").unwrap()
 }
 
-/// Everything that a replica's disk holds, from `from` on.
+/// Returns the bytes of a replica's disk, from `from` on.
 pub(super) fn bytes_of(partition: &Partition, from: Offset) -> Vec<u8> {
     let (end, mut at, mut bytes) = (partition.marks().log_end, from, Vec::new());
     while at < end {
@@ -531,13 +533,13 @@ pub(super) fn bytes_of(partition: &Partition, from: Offset) -> Vec<u8> {
     bytes
 }
 
-/// Both logs end at the same place and hold the same bytes from `from` on.
+/// Waits until both logs end at the same offset, and checks that they hold the same bytes from `from` on.
 pub(super) async fn equal(one: &Partition, other: &Partition, from: u64) {
     wait_until("equal ends", || one.marks().log_end == other.marks().log_end).await;
     assert!(bytes_of(one, at(from)) == bytes_of(other, at(from)), "the logs differ");
 }
 
-/// The replica follows and is in sync.
+/// Waits until the replica follows and is in sync.
 pub(super) async fn in_sync(partition: &Partition) {
     wait_until("in sync", || matches!(partition.standing().role, Role::Follower { in_sync: true, .. })).await;
 }

@@ -1,4 +1,4 @@
-//! A retry is recognised whatever the broker made of its batch, after a fail-over and after a change of the topic's configuration.
+//! A retry is recognised whatever form the broker gave its batch, after a failover and after a change of the topic's configuration.
 
 use super::{net::send_as, *};
 use crate::{model::Compression, partition::leader::Refused, record::BatchBuilder};
@@ -6,10 +6,10 @@ use crate::{model::Compression, partition::leader::Refused, record::BatchBuilder
 const APPEND_TIME: &[(&str, &str)] =
     &[("remote.storage.enable", "false"), ("retention.ms", "-1"), ("message.timestamp.type", "LogAppendTime")];
 
-/// What the edge hands over for one request.
+/// Form in which a request's batch reaches the partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Form {
-    /// The batch as it came.
+    /// The batch as it was received.
     AsSent,
     /// The batch in the topic's codec (`compression.type`).
     Recompressed,
@@ -19,11 +19,11 @@ enum Form {
 
 /// Sends the batch of one record with this sequence.
 async fn offer(to: &Partition, form: Form, value: &[u8], sequence: i32) -> AppendResult {
-    // Every request that holds records gets the time at which it came.
+    // A request that holds records gets the time of its arrival.
     let time = if form == Form::OfRecords { crate::task::clock::wall_ms() } else { 5 };
     let mut builder = BatchBuilder::new(Compression::Gzip);
     builder.push(time, None, Some(value), &[]).unwrap();
-    let batch = builder.finish(Some(ProducerStamp { id: 9, epoch: 0, base_sequence: sequence })).unwrap();
+    let batch = builder.finish(Some(ProducerSequence { id: 9, epoch: 0, base_sequence: sequence })).unwrap();
     let sent = (form != Form::OfRecords).then(|| batch.fingerprint());
     let batch = if form == Form::Recompressed { batch.recompress(Compression::Zstd).unwrap() } else { batch };
     send_as(to, batch, sent, Acks::All).await.await.unwrap()
@@ -35,7 +35,7 @@ async fn retry_is_a_duplicate_after_failover_and_alter() {
     for (before, after) in [(PLAIN, PLAIN), (PLAIN, APPEND_TIME), (APPEND_TIME, PLAIN), (APPEND_TIME, APPEND_TIME)] {
         let net = Net::new(2, 2, 2, false).await;
         let one = net.start(1, before, false).await;
-        // The follower has the configuration that the topic is altered to.
+        // The follower has the configuration to which the topic is altered.
         let two = net.start(2, after, false).await;
         in_sync(&two).await;
         for (sequence, form) in (0..).zip(FORMS) {
@@ -48,7 +48,7 @@ async fn retry_is_a_duplicate_after_failover_and_alter() {
         in_sync(&one).await;
         for (sequence, stored) in (0..).zip(FORMS) {
             let base = at(u64::try_from(sequence).unwrap());
-            // The topic may have got a codec meanwhile, or lost it.
+            // The topic may have gained a codec meanwhile, or lost it.
             let retries: &[Form] =
                 if stored == Form::OfRecords { &[stored] } else { &[Form::AsSent, Form::Recompressed] };
             for retry in retries {
@@ -64,7 +64,7 @@ async fn retry_is_a_duplicate_after_failover_and_alter() {
                 let conflict = Refused::SequenceConflict { producer: 9, sent: sequence, base };
                 assert_eq!(other, Err(AppendError::Refused(conflict)), "{before:?} to {after:?}");
             } else {
-                // Neither broker has what the client sent.
+                // Neither broker has the batch that the client sent.
                 assert!(other.unwrap().duplicate, "{stored:?}, {before:?} to {after:?}");
             }
         }

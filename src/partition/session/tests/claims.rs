@@ -1,9 +1,9 @@
-//! What a follower says of other leaders, and whether it is there.
+//! A follower's reports of newer leader epochs, and its responses to pings.
 
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_leader_that_is_one_no_more_ends_its_places() {
+async fn deposed_leader_ends_its_subscriptions() {
     let side = Side::new(LEADER);
     let partition = side.open(0, &[LEADER]).await;
     let mut link = side.lead();
@@ -13,12 +13,12 @@ async fn a_leader_that_is_one_no_more_ends_its_places() {
     side.assign(0, value(next, FOLLOWER.broker, &[LEADER]), Revision(2)).await;
     let Some(answer::Is::Refused(error)) = link.answer().await.is else { panic!("the place was to end") };
     assert!(error.message.contains("does not lead"), "{}", error.message);
-    // And with an epoch of which it has not heard yet it waits a while.
+    // A subscription in an epoch that this broker has not received yet waits for a while.
     side.assign(0, value(LeaderEpoch(next.0 + 1), LEADER, &[LEADER]), Revision(3)).await;
     link.join(2, id(0), LeaderEpoch(next.0 + 2)).await;
     side.assign(0, value(LeaderEpoch(next.0 + 2), LEADER, &[LEADER]), Revision(4)).await;
     assert_eq!(link.answer().await.is, Some(answer::Is::At(0)));
-    // A follower says that it knows better. Only the store deposes.
+    // The follower reports a newer epoch. Only the stored epoch deposes.
     for (number, stored) in (2..).zip([None, Some(LeaderEpoch(next.0 + 2)), Some(LeaderEpoch(next.0 + 3))]) {
         *side.stored.lock().unwrap() = stored;
         link.say(frames::leave(number, LeaderEpoch(i32::MAX.cast_unsigned()), false)).await;
@@ -33,7 +33,7 @@ async fn a_leader_that_is_one_no_more_ends_its_places() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_follower_answers_pings_and_its_leader_believes_no_others() {
+async fn follower_answers_pings_and_unsent_ping_ends_the_link() {
     let (leader, follower) = (Side::new(LEADER), Side::new(FOLLOWER.broker));
     let link = connect(&leader, &follower);
     for _ in 0..3 {

@@ -1,4 +1,4 @@
-//! A stranger that follows: streams to a real broker.
+//! A fake follower: streams to a real broker.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -20,7 +20,7 @@ use crate::{
     wire,
 };
 
-/// A stream to a broker, as a follower's broker opens one.
+/// A stream to a broker, as a follower's broker opens it.
 struct Follows {
     sender: mpsc::Sender<v1::ToLeader>,
     receiver: Streaming<v1::ToFollower>,
@@ -48,7 +48,7 @@ impl Follows {
         assert!(matches!(first.is, Some(to_follower::Is::Welcome(_))), "{first:?}");
     }
 
-    /// The answer to a join, whatever comes before it.
+    /// Returns the response to a subscription. Skips other messages before it.
     async fn answer(&mut self) -> v1::Answer {
         loop {
             if let Some(to_follower::Is::Answer(answer)) = self.next().await.expect("the link stands").is {
@@ -57,7 +57,7 @@ impl Follows {
         }
     }
 
-    /// Why the stream ends.
+    /// Returns the error that ends the stream.
     async fn refused(&mut self) -> String {
         loop {
             if let Err(status) = self.next().await {
@@ -74,7 +74,7 @@ fn refusal(answer: &v1::Answer) -> &str {
     }
 }
 
-/// Two brokers with one partition in sync, in another epoch than the first, so that there is an older one.
+/// Two brokers with one partition in sync. Its epoch is not the first, so that an older epoch exists.
 struct Calm {
     cluster: Cluster,
     meta: Meta,
@@ -86,7 +86,7 @@ struct Calm {
 
 impl Calm {
     async fn begin() -> Self {
-        // Longer than a frozen broker stays frozen.
+        // Longer than a broker stays frozen.
         let settings = |home: Home| home.setting("metadata.session_timeout", "\"15s\"");
         let (cluster, leader) = block_in_place(|| {
             let cluster = Cluster::with(2, settings);
@@ -107,7 +107,7 @@ impl Calm {
         Self { cluster, meta, id, leader, follower: 3 - leader, epoch }
     }
 
-    /// Where the leader listens.
+    /// Returns the address of the leader's peer listener.
     fn address(&self) -> SocketAddr {
         self.cluster.home(self.leader).peer()
     }
@@ -121,14 +121,15 @@ impl Calm {
         v1::Hello { cluster, broker, broker_epoch, to, version: 1, wall_ms: None }
     }
 
-    /// A join whose claim is of its own epoch.
+    /// Returns a subscription whose log position is of its own epoch.
     fn join(&self, place: u32, leader_epoch: i32, end: i64) -> v1::Join {
         let last_epoch = (end > 0).then_some(leader_epoch);
         let topic_id = self.id.topic.to_string();
         v1::Join { place, topic_id, partition: 0, leader_epoch, last_epoch, end, persisted: end, added_after: None }
     }
 
-    /// Nobody says hello in the name of the true follower, or of nobody.
+    /// Checks that the leader refuses an invalid `Hello`, a `Hello` in the name of another or of an unregistered broker, and a stream
+    /// without one.
     async fn refuses_hellos(&self) {
         let (leader, follower) = (self.leader, self.follower);
         let epoch = broker_epoch(self.cluster.home(follower).peer()).await;
@@ -151,7 +152,7 @@ impl Calm {
         }
     }
 
-    /// Each port answers whom it is for, and nobody else.
+    /// Checks that each port serves only its own kind of caller.
     async fn keeps_brokers_and_clients_apart(&self) {
         let home = self.cluster.home(self.leader);
         let asked = peer(home.grpc()).await.who_is(v1::WhoIsRequest {}).await.expect_err("a port for clients");
@@ -167,7 +168,7 @@ impl Calm {
         }
     }
 
-    /// A broker of another version may be registered without a listener for brokers.
+    /// Checks that a broker without an address for peers is reported. A broker of another version may register in this way.
     async fn says_who_cannot_be_reached(&self) {
         self.meta.register_at(Endpoints::new("127.0.0.1:9".to_owned())).await;
         let cli = self.cluster.cli();
@@ -185,11 +186,11 @@ impl Calm {
             });
             assert_eq!(lines(), 1, "{}", self.cluster.log(self.leader));
         });
-        // The next registration is a new key: its revision is the broker epoch.
+        // The next registration is a new key. Its revision is the broker epoch.
         self.meta.unregister().await;
     }
 
-    /// A broker that is registered lies about partitions.
+    /// Checks that invalid subscriptions of a registered broker are refused.
     async fn refuses_joins(&self, link: &mut Follows) {
         let epoch = self.epoch;
         for (place, (join, words)) in (0..).zip([
@@ -208,7 +209,7 @@ impl Calm {
         }
     }
 
-    /// A replica says that it has what it was never sent.
+    /// Checks that a replica cannot acknowledge records that it was never sent.
     async fn refuses_lies(&self, link: &mut Follows) {
         let added_after = Some(self.meta.value(self.id).await.removals);
         let join = |place, end| v1::Join { added_after, ..self.join(place, self.epoch, end) };
@@ -227,7 +228,7 @@ impl Calm {
         link.say(Some(to_leader::Is::Progress(progress(1_000_000)))).await;
         let answer = link.answer().await;
         assert!(refusal(&answer).contains("offset 1000000 is acknowledged"), "{answer:?}");
-        // A log that is longer than the leader's is told where to cut.
+        // A log that is longer than the leader's gets the offset at which to truncate.
         link.say(Some(to_leader::Is::Join(join(place + 1, 1_000_000)))).await;
         let answer = link.answer().await;
         assert!(matches!(&answer.is, Some(answer::Is::Diverged(_))), "{answer:?}");
@@ -239,14 +240,14 @@ impl Calm {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stranger_that_follows_is_refused_in_words_and_the_true_follower_goes_on() {
+async fn fake_follower_is_refused_and_real_follower_continues() {
     let calm = Calm::begin().await;
     calm.keeps_brokers_and_clients_apart().await;
     calm.refuses_hellos().await;
     calm.says_who_cannot_be_reached().await;
     calm.serves();
 
-    // From here on it is registered.
+    // From here on the fake broker is registered.
     let stranger = calm.meta.register("127.0.0.1:9".parse().expect("an address")).await;
     let wall_ms = Some(clock::wall_ms() - 605_000);
     let hello = Some(to_leader::Is::Hello(v1::Hello { wall_ms, ..calm.hello(STRANGER, stranger) }));
@@ -260,7 +261,7 @@ async fn a_stranger_that_follows_is_refused_in_words_and_the_true_follower_goes_
     assert!(apart, "clocks that are ten minutes apart are said: {log}");
     calm.refuses_joins(&mut link).await;
 
-    // An operator wants it as a replica.
+    // An operator adds the fake broker as a replica.
     let (cli, before) = (calm.cluster.cli(), calm.meta.value(calm.id).await);
     let target = format!("{},{STRANGER}", calm.leader);
     block_in_place(|| cli.ok(&["partition", "reassign", "calm/0", "--replicas", &target]));
@@ -280,10 +281,10 @@ async fn a_stranger_that_follows_is_refused_in_words_and_the_true_follower_goes_
     assert_eq!(read.text(), "still here\n".repeat(2));
 }
 
-/// Two strangers in the followers' names once had a leader acknowledge what nobody but they had, or took the followers' links and
-/// acknowledged nothing: an uptime of 2^63 was taken for the newest, and whoever came last for the true one.
+/// Regression: two fake brokers in the names of followers made a leader acknowledge records that only they had, or took over the followers'
+/// links and acknowledged nothing. A broker epoch of 2^63 counted as the newest, and the last caller as the real follower.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stranger_in_a_followers_name_takes_no_link_that_answers() {
+async fn fake_follower_takes_over_no_responsive_link() {
     let calm = Calm::begin().await;
     let epoch = broker_epoch(calm.cluster.home(calm.follower).peer()).await;
     let hello = |epoch| Some(to_leader::Is::Hello(calm.hello(calm.follower, epoch)));
@@ -292,11 +293,11 @@ async fn a_stranger_in_a_followers_name_takes_no_link_that_answers() {
         let said = loop {
             let began = clock::monotonic();
             let mut second = Follows::begin(calm.address(), hello(epoch)).await;
-            // Records that are written while the leader compares the two are acknowledged by the true one.
+            // The real follower acknowledges records that are written while the leader compares the two links.
             calm.serves();
             match second.next().await {
                 Err(status) => break status.message().to_owned(),
-                // The true one must answer within a second: other work on this machine is not measured.
+                // The real follower must respond within a second. The retry allows for other load on this machine.
                 Ok(_welcome) => tries += 1,
             }
             assert!(began.elapsed() >= Duration::from_secs(1) && tries < 3, "{round}: it took the link");
@@ -308,9 +309,9 @@ async fn a_stranger_in_a_followers_name_takes_no_link_that_answers() {
     let value = calm.meta.value(calm.id).await;
     assert_eq!(value.isr.len(), 2, "the true follower was in sync all the time: {value:?}");
 
-    // One that cannot answer loses its link, and takes it back from whoever answers nothing.
+    // A follower that cannot respond loses its link. It takes the link back from a caller that does not respond.
     calm.cluster.broker(calm.follower).freeze(true);
-    // An answer from before it froze may still be on its way.
+    // A response from before the freeze may still be under way.
     let mut silent = eventually_async("the link of the silent one is taken", async || {
         let mut link = Follows::begin(calm.address(), hello(epoch)).await;
         link.next().await.is_ok().then_some(link)
@@ -324,9 +325,10 @@ async fn a_stranger_in_a_followers_name_takes_no_link_that_answers() {
     assert_eq!((now.leader, now.leader_epoch), (value.leader, value.leader_epoch));
 }
 
-/// One stranger deposed a leader 26 times in 12 s, and had live registrations taken away by reports in the controller's own name.
+/// Regression: one fake broker deposed a leader 26 times in 12 s. Its failure reports in the controller's own name revoked live
+/// registrations.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn claims_that_the_metadata_store_does_not_confirm_cost_nobody_anything() {
+async fn unconfirmed_epochs_and_failure_reports_change_nothing() {
     let calm = Calm::begin().await;
     let before = calm.meta.value(calm.id).await;
     let stranger = calm.meta.register("127.0.0.1:9".parse().expect("an address")).await;
@@ -343,7 +345,7 @@ async fn claims_that_the_metadata_store_does_not_confirm_cost_nobody_anything() 
             calm.serves();
         }
     }
-    // What comes after them is answered, so all of them were looked at.
+    // The last message gets a response, so all earlier messages were processed.
     link.say(Some(to_leader::Is::Join(v1::Join { partition: 7, ..calm.join(100, calm.epoch, 0) }))).await;
     while link.answer().await.place != 100 {}
     calm.serves();
@@ -352,7 +354,7 @@ async fn claims_that_the_metadata_store_does_not_confirm_cost_nobody_anything() 
     let now = calm.meta.value(calm.id).await;
     assert_eq!((now.leader, now.leader_epoch, &now.isr), (before.leader, before.leader_epoch, &before.isr));
 
-    // Whoever is the controller, in its own name, of either broker.
+    // Either broker may be the controller. Each gets failure reports about the other in its own name.
     for (asked, broker) in [(1, 2), (2, 1)] {
         let epoch = broker_epoch(calm.cluster.home(broker).peer()).await;
         for _ in 0..20 {

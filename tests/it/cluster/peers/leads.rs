@@ -1,4 +1,4 @@
-//! A stranger that leads: streams that a real broker opens to it.
+//! A fake leader: streams that a real broker opens to it.
 
 use std::net::SocketAddr;
 
@@ -19,7 +19,7 @@ use crate::{
     wire,
 };
 
-/// How far a replica's log reaches at a broker.
+/// Returns the log end of a replica at a broker.
 async fn log_end(address: SocketAddr, id: PartitionId) -> i64 {
     let name = v1::ReplicaName { topic_id: id.topic.to_string(), partition: i32::try_from(id.number).expect("few") };
     let marks = peer(address).await.marks(v1::MarksRequest { replicas: vec![name] }).await.expect("it answers");
@@ -28,7 +28,7 @@ async fn log_end(address: SocketAddr, id: PartitionId) -> i64 {
     marks.log_end
 }
 
-/// A stream that a real broker opened to the stranger.
+/// A stream that a real broker opened to the fake leader.
 struct Led {
     hello: v1::Hello,
     incoming: Streaming<v1::ToLeader>,
@@ -37,7 +37,7 @@ struct Led {
 
 impl Led {
     async fn say(&self, is: to_follower::Is) {
-        // Who has hung up meanwhile does not hear it.
+        // A broker that has closed the stream does not receive the message.
         let _gone = self.outgoing.send(Ok(v1::ToFollower { is: Some(is), ..Default::default() })).await;
     }
 
@@ -46,7 +46,7 @@ impl Led {
         next.expect("the link stands").expect("the link stands").is.expect("it says something")
     }
 
-    /// The next claim of the partition, whatever comes before it.
+    /// Returns the next subscription of the partition. Skips other messages before it.
     async fn join(&mut self) -> v1::Join {
         loop {
             if let to_leader::Is::Join(join) = self.next().await {
@@ -68,7 +68,7 @@ impl Led {
     }
 }
 
-/// A leader's broker that is none: it hands the streams that come to the test.
+/// A fake leader's broker. It passes incoming streams to the test.
 #[derive(Clone)]
 struct Stranger(mpsc::Sender<Led>, Tasks);
 
@@ -83,7 +83,7 @@ impl peer_server::Peer for Stranger {
         let mut incoming = request.into_inner();
         let (outgoing, messages) = mpsc::channel(16);
         let streams = self.0.clone();
-        // The answer begins before the first message comes.
+        // The response starts before the first message arrives.
         self.1.spawn("stream", async move {
             if let Ok(Some(v1::ToLeader { is: Some(to_leader::Is::Hello(hello)), .. })) = incoming.message().await {
                 let _over = streams.send(Led { hello, incoming, outgoing }).await;
@@ -115,7 +115,7 @@ impl peer_server::Peer for Stranger {
     }
 }
 
-/// Serves as a stranger's broker. The task ends with the test's runtime.
+/// Serves as the fake leader's broker. The server ends with `tasks`.
 async fn stranger(tasks: &Tasks) -> (SocketAddr, mpsc::Receiver<Led>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("it is bound");
@@ -132,12 +132,12 @@ async fn stranger(tasks: &Tasks) -> (SocketAddr, mpsc::Receiver<Led>) {
     (address, led)
 }
 
-/// The next stream that a broker opens.
+/// Returns the next stream that a broker opens.
 async fn called(streams: &mut mpsc::Receiver<Led>) -> Led {
     tokio::time::timeout(TEST_TIMEOUT, streams.recv()).await.expect("the broker comes").expect("the stranger listens")
 }
 
-/// A batch of one record at this offset, of this epoch.
+/// Returns a batch of one record at this offset, in this epoch.
 fn batch_at(base: i64, epoch: i32) -> Vec<u8> {
     let mut batch = wire::batch(&[b"from a stranger"]);
     batch[..8].copy_from_slice(&base.to_be_bytes());
@@ -145,14 +145,14 @@ fn batch_at(base: i64, epoch: i32) -> Vec<u8> {
     batch
 }
 
-/// A real broker whose partition the stranger leads, with five records of the epoch before.
+/// A real broker whose partition the fake leader leads, with five records of the epoch before.
 struct Follower {
     home: Home,
     epoch: i32,
 }
 
 impl Follower {
-    /// Waits until it has said this once more.
+    /// Waits until the broker's log contains `words` more than `said` times.
     async fn says_again(&self, words: &str, said: usize) {
         eventually_async(words, async || (self.home.log().matches(words).count() > said).then_some(())).await;
     }
@@ -161,7 +161,7 @@ impl Follower {
         eventually_async(words, async || self.home.log().contains(words).then_some(())).await;
     }
 
-    /// Who answers must be the broker that was called, in an uptime that is registered.
+    /// Checks that a `Welcome` is refused unless its sender is the called broker, in its registered broker epoch.
     async fn refuses_welcomes(&self, streams: &mut mpsc::Receiver<Led>, registered: u64) {
         let nothing = to_follower::Is::Batches(v1::Batches::default());
         for (first, words) in [
@@ -177,7 +177,7 @@ impl Follower {
         }
     }
 
-    /// What is damaged, leaves a gap, comes twice, or is of another epoch.
+    /// Checks that a batch is refused if it is corrupt, leaves a gap, overlaps, or is of another epoch.
     async fn refuses_batches(&self, led: &mut Led) {
         let epoch = self.epoch;
         let mut flipped = batch_at(5, epoch);
@@ -204,7 +204,7 @@ impl Follower {
         self.says("an offset to go on at is 3, and 5 was asked for").await;
     }
 
-    /// What fits, and then what would have it go back.
+    /// Sends a valid batch, which is appended. Then sends a batch of an older epoch and a truncation, which are refused.
     async fn takes_what_fits(&self, led: &mut Led) {
         let epoch = self.epoch;
         let join = led.join().await;
@@ -221,22 +221,22 @@ impl Follower {
         self.says("falls from").await;
         let join = led.join().await;
         assert_eq!((join.end, join.last_epoch), (6, Some(epoch)));
-        // It is to cut what it knows as committed: it keeps it, and follows nobody.
+        // The truncation would remove committed records. The replica keeps them and follows no leader.
         led.answer(&join, answer::Is::Diverged(v1::Diverged { epoch: 0, end: 2 })).await;
         self.says("the replica follows nobody until another leads").await;
     }
 }
 
-/// The stranger's welcome, by a clock that is ten minutes ahead.
+/// Returns the fake leader's `Welcome`, with a clock that is ten minutes ahead.
 fn welcome(broker: u32, broker_epoch: u64) -> to_follower::Is {
     let wall_ms = Some(clock::wall_ms() + 605_000);
     to_follower::Is::Welcome(v1::Welcome { broker, broker_epoch, wall_ms })
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stranger_that_leads_is_copied_from_only_where_all_fits() {
+async fn follower_copies_only_valid_batches_of_fake_leader() {
     let (etcd, tasks) = (block_in_place(|| etcd(1)), Tasks::new());
-    // Links and places that come and go are logged once a minute; each of them at the level debug.
+    // Links and subscriptions that start and end are logged once a minute, and each of them at the level debug.
     let level = "\"info,strandline::broker=debug,strandline::partition=debug\"";
     let mut home = Home::member(1, &etcd).setting("telemetry.level", level);
     let broker = block_in_place(|| home.start());

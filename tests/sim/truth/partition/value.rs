@@ -1,25 +1,25 @@
-//! The values of a partition's key: each follows from the one that it replaces by a rule.
+//! Rules by which a partition value in the metadata store follows the one that it replaces.
 
 use super::*;
 
-/// What a leader asked the store for.
+/// ISR proposal of a leader.
 pub(super) struct Proposal {
     pub(super) epoch: LeaderEpoch,
     pub(super) expect: Revision,
-    /// Each member with the uptime that was registered when it was proposed.
+    /// Proposed members with the broker epochs that were registered at the proposal.
     pub(super) isr: BTreeMap<BrokerId, Option<u64>>,
-    /// Who is added, and the registration that must be there for it.
+    /// Added brokers, with the broker epoch that each must have.
     pub(super) added: Vec<(BrokerId, u64)>,
 }
 
 impl Proposal {
-    /// Whether the store may still make it, as far as registrations go.
+    /// Returns true if the registrations still allow the store to apply the proposal.
     pub(super) fn may_come(&self, brokers: &Brokers) -> bool {
         self.added.iter().all(|(broker, registered)| brokers.get(broker) == Some(registered))
     }
 }
 
-/// A value, the one that it replaces, and the revision of that.
+/// A new value, the replaced value, and the revision of the replaced one.
 struct Change<'a> {
     old: &'a PartitionValue,
     new: &'a PartitionValue,
@@ -31,18 +31,18 @@ impl Change<'_> {
         Err(format!("{why}: {:?} became {:?}", self.old, self.new))
     }
 
-    /// Who came into the ISR.
+    /// Returns the replicas that entered the ISR.
     fn came(&self) -> impl Iterator<Item = BrokerId> {
         self.new.isr.iter().copied().filter(|id| !self.old.isr.contains(id))
     }
 
-    /// Who left the ISR, and is a replica still.
+    /// Returns the brokers that left the ISR and are still replicas.
     fn left(&self) -> impl Iterator<Item = BrokerId> {
         let left = self.old.isr.iter().copied().filter(|id| !self.new.isr.contains(id));
         left.filter(|id| self.new.replicas.contains(id))
     }
 
-    /// Who might have led and may no more, and is a replica still.
+    /// Returns the brokers that left ISR ∪ ELR and are still replicas.
     fn forgotten(&self) -> impl Iterator<Item = BrokerId> {
         let left = self.left().chain(self.old.elr.iter().copied().filter(|id| !self.new.isr.contains(id)));
         left.filter(|id| self.new.replicas.contains(id) && !self.new.elr.contains(id))
@@ -54,7 +54,7 @@ impl Change<'_> {
 }
 
 impl Partition {
-    /// What the store makes of the present value.
+    /// Checks that a new value follows from the current one.
     pub(super) fn follows(&self, new: &PartitionValue, brokers: &Brokers, machines: &Machines) -> Result<(), Wrong> {
         let Some((old, replaced)) = self.value() else { return Ok(()) };
         let change = Change { old, new, replaced };
@@ -79,7 +79,7 @@ impl Partition {
         self.stays_eligible(&change, machines)
     }
 
-    /// Who comes into the ISR was proposed for the value that is replaced, and has not registered anew since.
+    /// Checks that a replica that enters the ISR was proposed for the replaced value and has not registered again since.
     fn was_admitted(&self, broker: BrokerId, change: &Change<'_>, brokers: &Brokers) -> Result<(), Wrong> {
         let Some(proposal) = self.proposed_as(change) else {
             return change.wrong(format_args!(
@@ -95,7 +95,7 @@ impl Partition {
         Ok(())
     }
 
-    /// The proposal that has this ISR in mind for the value that is replaced.
+    /// Returns the proposal of this ISR for the replaced value.
     fn proposed_as(&self, change: &Change<'_>) -> Option<&Proposal> {
         let isr: BTreeSet<_> = change.new.isr.iter().collect();
         let epoch = change.new.leader_epoch;
@@ -105,7 +105,7 @@ impl Partition {
         self.proposals.iter().rev().find(made_so)
     }
 
-    /// Within an epoch the leader alone takes a replica out of the ISR; but a broker that starts takes out itself.
+    /// Checks that within an epoch only the leader removes a replica from the ISR. A starting broker may remove itself.
     fn was_proposed(&self, change: &Change<'_>, machines: &Machines) -> Result<(), Wrong> {
         match change.left().find(|broker| !starts(*broker, machines)) {
             Some(broker) if self.proposed_as(change).is_none() => {
@@ -115,8 +115,8 @@ impl Partition {
         }
     }
 
-    /// Eligible is who was in sync until the minimum was in sync no more, and stays it until that is there again. But who starts without proof, or
-    /// lacks what is committed, is none.
+    /// Checks the ELR. A replica that leaves the ISR below the min ISR stays eligible until the min ISR is met again. A broker that is down
+    /// or starts, or that lacks committed records, need not stay eligible. Only a member becomes eligible.
     fn stays_eligible(&self, change: &Change<'_>, machines: &Machines) -> Result<(), Wrong> {
         let (old, new) = (change.old, change.new);
         if let Some(broker) = new.elr.iter().find(|id| !old.elr.contains(id) && !old.isr.contains(id)) {
@@ -133,7 +133,7 @@ impl Partition {
     }
 }
 
-/// An election takes a member, and nobody comes into the ISR with it. One of the ELR is alone in sync then.
+/// Checks an election: the leader is a member, and no other replica enters the ISR. A leader from the ELR is alone in the ISR.
 fn was_elected(leader: BrokerId, change: &Change<'_>) -> Result<(), Wrong> {
     let old = change.old;
     if !old.isr.contains(&leader) && !old.elr.contains(&leader) {
@@ -148,7 +148,7 @@ fn was_elected(leader: BrokerId, change: &Change<'_>) -> Result<(), Wrong> {
     Ok(())
 }
 
-/// Whether a broker does not take part: it is gone, or starts.
+/// Returns true if a broker is not active: it is down or starts.
 fn starts(broker: BrokerId, machines: &Machines) -> bool {
     machines.get(&broker).is_none_or(|machine| !machine.is_running())
 }

@@ -1,7 +1,7 @@
-//! A produce request whose batch goes out in the two pieces that it is held in: header and records.
+//! `ProduceRequestParts`: a produce request that encodes header and records of its batch from two buffers.
 //!
-//! The generated [`v1::ProduceRequest`](super::v1::ProduceRequest) wants the batch in one piece, which costs a copy of
-//! every payload before the one into HTTP/2's buffer. On the wire the two are the same bytes; a test holds them together.
+//! The generated [`v1::ProduceRequest`](super::v1::ProduceRequest) has the batch in one buffer, which costs one more copy of each payload. Both
+//! types encode to the same bytes. A test compares them.
 
 use std::sync::Arc;
 
@@ -23,26 +23,26 @@ const TIMEOUT_MS: u32 = 4;
 const BATCH: u32 = 5;
 const TOPIC_ID: u32 = 7;
 
-/// One `ProduceRequest` to be sent. It is never received.
+/// A `ProduceRequest` to send. It is never decoded.
 #[derive(Clone, Debug)]
-pub struct ProduceFrame {
-    /// Comes back in the answer.
+pub struct ProduceRequestParts {
+    /// Number that the response repeats.
     pub correlation: u64,
-    /// The topic's name.
+    /// Name of the topic.
     pub topic: Arc<str>,
-    /// The partition's number.
+    /// Number of the partition.
     pub partition: i32,
-    /// A value of [`v1::Acks`](super::v1::Acks).
+    /// Value of [`v1::Acks`](super::v1::Acks).
     pub acks: i32,
-    /// Longest time that the broker waits for the acknowledgement.
+    /// Maximum time in milliseconds that the broker waits for the acknowledgement.
     pub timeout_ms: u32,
-    /// What is appended.
+    /// Batch to append.
     pub batch: Batch,
-    /// The topic's id; empty for whichever topic has the name.
+    /// Id of the topic. An empty id stands for any topic with the name.
     pub topic_id: Arc<str>,
 }
 
-impl ProduceFrame {
+impl ProduceRequestParts {
     fn append_len(&self) -> usize {
         let bytes = self.batch.encoded_len();
         text_len(TOPIC, &self.topic)
@@ -56,7 +56,7 @@ impl ProduceFrame {
     }
 }
 
-impl Message for ProduceFrame {
+impl Message for ProduceRequestParts {
     fn encode_raw(&self, buf: &mut impl BufMut) {
         encoding::uint64::encode(CORRELATION, &self.correlation, buf);
         encoding::encode_key(APPEND, WireType::LengthDelimited, buf);
@@ -69,7 +69,7 @@ impl Message for ProduceFrame {
         encoding::uint32::encode(TIMEOUT_MS, &self.timeout_ms, buf);
         encoding::encode_key(BATCH, WireType::LengthDelimited, buf);
         encoding::encode_varint(wide(self.batch.encoded_len()), buf);
-        buf.put_slice(self.batch.head());
+        buf.put_slice(self.batch.header());
         buf.put_slice(self.batch.records_bytes());
         if !self.topic_id.is_empty() {
             encoding::encode_key(TOPIC_ID, WireType::LengthDelimited, buf);
@@ -93,7 +93,7 @@ impl Message for ProduceFrame {
         buf: &mut impl Buf,
         ctx: DecodeContext,
     ) -> Result<(), DecodeError> {
-        // Nobody decodes into a frame: what comes is passed over.
+        // The type is never decoded, so fields are skipped.
         encoding::skip_field(wire_type, tag, buf, ctx)
     }
 
@@ -114,7 +114,7 @@ mod tests {
     use crate::{model::Compression, proto::v1, record::BatchBuilder};
 
     #[test]
-    fn a_frame_is_the_generated_message_on_the_wire() {
+    fn parts_encode_to_the_bytes_of_the_generated_message() {
         for (correlation, topic, id, partition, size) in
             [(0, "t", "", 0, 0), (1 << 40, "a.longer-topic_name", "0b5d", 99_999, 300_000)]
         {
@@ -131,9 +131,10 @@ mod tests {
             };
             let acks = v1::Acks::All.into();
             let (topic, topic_id) = (topic.into(), id.into());
-            let frame = ProduceFrame { correlation, topic, partition, acks, timeout_ms: 30_000, batch, topic_id };
-            let bytes = frame.encode_to_vec();
-            assert_eq!(bytes.len(), frame.encoded_len());
+            let parts =
+                ProduceRequestParts { correlation, topic, partition, acks, timeout_ms: 30_000, batch, topic_id };
+            let bytes = parts.encode_to_vec();
+            assert_eq!(bytes.len(), parts.encoded_len());
             let read = v1::ProduceRequest::decode(&bytes[..]).expect("the same message");
             assert_eq!(read, v1::ProduceRequest { correlation, append: Some(append) });
         }
