@@ -514,7 +514,7 @@ async fn unresponsive_leader_is_left_for_the_new_leader() {
     assert_eq!(new.values(0), numbers(0..3));
 }
 
-/// Regression: so many batches were in flight to the leader that further batches waited for room in the stream, without
+/// Regression: with many batches in flight to the leader, further batches waited for room in the stream, without
 /// end.
 #[tokio::test]
 async fn waiting_queues_leave_an_unresponsive_leader() {

@@ -201,7 +201,7 @@ pub struct BrokerValue {
     /// Incarnation: UUID of the process, drawn at each start.
     #[serde(default)]
     pub incarnation: String,
-    /// Whether the broker is running or stopping.
+    /// State of the broker: running or stopping.
     #[serde(default)]
     pub state: BrokerState,
     /// True under disk pressure: the broker gets no new replicas.
@@ -317,7 +317,7 @@ pub struct ProducerIdsValue {
 pub struct InvalidValue {
     /// Path of the value.
     pub key: String,
-    /// What is wrong with the value.
+    /// Description of the invalid value.
     pub why: String,
 }
 

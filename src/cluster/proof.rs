@@ -215,7 +215,7 @@ impl Unread {
                 Ok(None) => return Ok(Some(entry.mod_revision)),
                 Err(_) => return Ok(None),
             };
-            // Whatever the outcome, the next read shows the result.
+            // The next read shows the result, after a failure too.
             if let Some((_, Changed::Failed(error))) = changes.make(vec![change], &[]).await.pop() {
                 return Err(error);
             }

@@ -3,7 +3,7 @@
 //! `retention.*` limits the whole log, `local.retention.*` the part of it that stays on disk after its upload (KIP-405). Only whole
 //! segments are removed, and only from the front: the log is always one unbroken range. As in Kafka, the oldest segment is deleted by
 //! size only while the rest, the active segment included, is still at least `retention.bytes`. After a plan was applied the next plan is
-//! empty: records below the log start do not count any more, and so cannot displace records above it.
+//! empty: records below the log start no longer count, and so cannot displace records above it.
 
 use std::{ops::Range, time::Duration};
 

@@ -41,7 +41,7 @@ pub trait Agreement: Send + Sync + 'static {
     /// store returns a value or reports that the key does not exist.
     fn read_back(&self, partition: PartitionId);
 
-    /// Resigns from the leadership of this epoch, because this broker cannot write any more. The broker also leaves the ISR. Nothing
+    /// Resigns from the leadership of this epoch, because this broker can no longer write. The broker also leaves the ISR. Nothing
     /// changes if the ISR has no other member. This request has no outcome.
     fn resign(&self, partition: PartitionId, epoch: LeaderEpoch);
 }

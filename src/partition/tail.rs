@@ -43,7 +43,7 @@ impl TailReader {
     /// memory or disk, never the object store.
     ///
     /// # Errors
-    /// [`ReadError::Closed`] if this broker does not lead in that epoch any more; [`ReadError::OutOfRange`] if `from` is not on this
+    /// [`ReadError::Closed`] if this broker no longer leads in that epoch; [`ReadError::OutOfRange`] if `from` is not on this
     /// disk: the follower has to subscribe again.
     pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<Fetched>, ReadError> {
         self.leads()?;

@@ -4,7 +4,7 @@
 //!
 //! The file has two tables: `entries` (path → create revision, mod revision, lease, value) and `store` (format,
 //! revision). Reads are read transactions of redb and never wait for writes. Transactions queue; the caller that gets
-//! the permit applies all queued ones in one commit, so many callers share one sync. Watches read recent changes from
+//! the permit applies all queued ones in one commit, and their callers share one sync. Watches read recent changes from
 //! one bounded history in memory, each at its own position, without buffers of their own.
 //!
 //! # Invariants
@@ -87,7 +87,7 @@ pub enum OpenError {
     Damaged {
         /// Path of the file.
         path: PathBuf,
-        /// What is wrong.
+        /// Description of the problem.
         why: String,
     },
     /// The file cannot be read or written.

@@ -82,7 +82,7 @@ pub enum EtcdOptionsError {
     Endpoint {
         /// The endpoint, without a possible password.
         endpoint: String,
-        /// What is wrong.
+        /// Description of the problem.
         why: String,
     },
     /// An endpoint is given twice: it would be called twice instead of another member.
@@ -102,7 +102,7 @@ pub enum EtcdOptionsError {
     /// The certificates are unusable.
     #[error("the TLS settings for etcd cannot be used: {why}")]
     Tls {
-        /// What is wrong.
+        /// Description of the problem.
         why: String,
     },
     /// The call timeout is too short for any attempt.

@@ -194,7 +194,7 @@ impl Actor {
         let before = self.placed.added_after(self.broker);
         self.placed.known = Some((Arc::clone(&value), revision));
         let (epoch, addition) = (value.leader_epoch, value.added_after(self.broker));
-        // The replica was removed and added again meanwhile: its subscription does not count any more.
+        // The replica was removed and added again meanwhile: its subscription no longer counts.
         let is_anew = addition.is_some() && addition != before;
         let is_late = epoch < self.placed.heard;
         match value.leader {
@@ -404,7 +404,7 @@ impl Actor {
     async fn begin_leading(&mut self, tables: Result<Tables, BeginError>, waited: Duration) {
         let committed = self.tiered_end.max(self.log_start);
         let tables = match tables {
-            // Deletion overtook the object store, or there is none any more: there are no tables of the records before.
+            // Deletion overtook the object store, or the topic no longer has one: there are no tables of the records before.
             Err(BeginError::NoBucket) => Tables::empty(committed),
             Err(_) if !self.has_bucket_tables() => Tables::empty(committed),
             Ok(tables) if tables.at < committed => Tables::empty(committed),

@@ -24,7 +24,7 @@ impl Actor {
             FromLink::Up => self.claim(),
             FromLink::Down => {
                 follower.interrupted();
-                // The object store's response is not needed any more: the next subscription may have another outcome.
+                // The object store's response is no longer needed: the next subscription may have another outcome.
                 self.placed.question += 1;
             }
             FromLink::Answer(answered) => self.answered(answered).await,
@@ -185,7 +185,7 @@ impl Actor {
         }
     }
 
-    /// Handles a wrong or late message of the leader, as the follower classified it. If the replica does not follow any more, it
+    /// Handles a wrong or late message of the leader, as the follower classified it. If the replica no longer follows, it
     /// subscribes again, unless the outcome would be the same for ever.
     fn violated(&mut self, violation: Violation) {
         let Part::Following(follower) = &mut self.part else { return };

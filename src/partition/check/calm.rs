@@ -12,7 +12,7 @@ const PATIENCE: usize = 400;
 /// No faults, but elections for a partition without a leader.
 const CALM: Budget = Budget { epochs: 20, ..Budget::NOTHING };
 
-/// Follows the state until nothing changes any more. Then every replica must be in sync and every record committed.
+/// Follows the state until the state stops changing. Then every replica must be in sync and every record committed.
 pub(super) fn comes_to_rest(mut world: World) -> Result<(), Fault> {
     world.budget = CALM;
     for _ in 0..PATIENCE {

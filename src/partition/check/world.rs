@@ -132,7 +132,7 @@ pub(super) enum Brings {
 pub(super) struct Call {
     pub(super) proposal: Proposal,
     pub(super) owner: BrokerId,
-    /// Leader epoch of the owner that waits for the outcome; `None` if no leader waits any more.
+    /// Leader epoch of the owner that waits for the outcome; `None` if no leader waits.
     pub(super) awaited: Option<LeaderEpoch>,
 }
 

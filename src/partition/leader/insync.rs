@@ -103,7 +103,7 @@ pub struct InSync {
     /// True if the last proposal was refused at this very revision. The metadata cache lags, so the next proposal waits for a newer value
     /// or a tick.
     held: bool,
-    /// True if another epoch has begun, or the partition is deleted: nothing is proposed any more.
+    /// True if another epoch has begun, or the partition is deleted: the leader proposes nothing.
     over: bool,
     own: Ends,
     members: BTreeMap<BrokerId, Member>,
@@ -380,7 +380,7 @@ impl InSync {
             }
         }
         let kept = lost.into_iter().fold(self.value.clone(), |value, id| value.strike(id));
-        // Without a member to add, `expand` still empties an ELR that a lowered min ISR does not require any more.
+        // Without a member to add, `expand` still empties an ELR that a lowered min ISR no longer requires.
         kept.shrink(&out, self.rule.min_insync).expand(&add, self.rule.min_insync)
     }
 
@@ -437,7 +437,7 @@ impl InSync {
         }
         let before = std::mem::replace(&mut self.value, value.clone());
         self.revision = revision;
-        // A proposal at an older revision can never come true any more.
+        // A proposal at an older revision can no longer come true.
         self.unsure.clear();
         (self.must_read, self.held) = (false, false);
         for (id, member) in &mut self.members {

@@ -423,7 +423,7 @@ impl<W> Leader<W> {
         [&mut self.for_leader, &mut self.for_all, &mut self.for_tier_here, &mut self.for_tier]
     }
 
-    /// Removes all writers: their rules cannot hold here any more.
+    /// Removes all writers: their rules can no longer hold here.
     pub fn abandon(&mut self) -> impl Iterator<Item = W> + '_ {
         self.queues().into_iter().flat_map(|queue| queue.drain(..)).map(|waiting| waiting.writer)
     }

@@ -155,7 +155,7 @@ impl Asked {
         }
     }
 
-    /// Ends the link: no partition is subscribed any more. Returns the partitions that follow.
+    /// Ends the link: no partition stays subscribed. Returns the partitions that follow.
     pub(super) fn end(&self) -> Vec<PartitionId> {
         let mut state = self.state();
         state.order.clear();

@@ -410,7 +410,7 @@ impl Leading {
         self.free(freed);
     }
 
-    /// Releases bytes that are not in flight any more.
+    /// Releases bytes that are no longer in flight.
     fn free(&mut self, bytes: usize) {
         self.under_way -= bytes;
         if bytes > 0 {

@@ -110,7 +110,7 @@ pub(super) struct Throttle {
 }
 
 impl Throttle {
-    /// Creates a throttle of so many bytes per second; `None` is no limit.
+    /// Creates a throttle of this number of bytes per second; `None` is no limit.
     pub(super) fn new(bytes_per_second: Option<u64>) -> Self {
         let left = bytes_per_second.map_or(0, signed);
         Self { bytes_per_second, left, filled_ms: 0 }

@@ -39,7 +39,7 @@ pub enum Departure {
     LinkLost,
     /// The process has exited.
     Gone,
-    /// The broker shuts down, or cannot write any more.
+    /// The broker shuts down, or can no longer write.
     Stopping,
 }
 

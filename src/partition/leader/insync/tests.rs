@@ -214,7 +214,7 @@ fn proposed_member_holds_the_high_watermark_back() {
     leader.own(both(10));
     assert_eq!(leader.high_watermark(), at(5));
 
-    // Another value was written: the proposal cannot come true any more.
+    // Another value was written: the proposal can no longer come true.
     assert_eq!(leader.observed(&value(&[1], &[]), Revision(21)), Observed::Adopted);
     leader.own(both(11));
     assert_eq!(leader.high_watermark(), at(11));

@@ -352,7 +352,7 @@ async fn broker_leads_at_most_once_in_an_epoch() {
     assert_eq!(partition.standing().role, Role::Waiting);
     assign(&partition, value(Some(1), 6), 12).await;
     assert!(partition.standing().role.leads());
-    // This broker is no replica any more.
+    // This broker is no longer a replica.
     let gone = PartitionValue { replicas: vec![broker(2)], ..value(Some(2), 7) };
     assign(&partition, gone, 13).await;
     let refused = append(&partition, b"x", Acks::None).await;
