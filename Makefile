@@ -1,4 +1,4 @@
-# `make test` is what a change must pass, `make check` what CI asks. Both fetch what they need.
+# A change must pass `make test`; CI runs `make check`. Both fetch what they need.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -12,135 +12,135 @@ FUZZ_VERSION := 0.13.1
 FUZZ := target/tools/bin/cargo-fuzz
 FUZZ_SECONDS ?= 60
 
-# How often `make crash-test` kills the broker. STRANDLINE_SEED repeats a run's choices.
+# Number of kills of `make crash-test`. STRANDLINE_SEED repeats the choices of a run.
 KILLS ?= 200
 
-# How long `make chaos` goes on.
+# Duration of `make chaos`.
 MINUTES ?= 10
 
-# How long etcd is gone in `make outage`.
+# Duration of the etcd outage in `make outage`.
 SECONDS ?= 600
 
-# What `make sim` runs: so many seeds from the first on; with TRACE=1 each one's trace, with TRACE=live as it comes, with
-# LOG=strandline=debug the brokers' log in it. How long `make sim-new` goes on.
+# Input of `make sim`: number of seeds and first seed. TRACE=1 prints the trace of each seed, TRACE=live prints it during
+# the run, and LOG=strandline=debug adds the brokers' log. SIM_SECONDS is the duration of `make sim-new`.
 SEEDS ?= 200
 SEED ?= 1
 TRACE ?=
 LOG ?=
 SIM_SECONDS ?= 180
 
-# Which broken rules `make mutants` looks for: a part of their name.
+# Defects that `make mutants` plants: a part of their name.
 MUTANT ?=
 
-# How many states `make model` visits in each search.
+# Maximum number of states of each search of `make model`.
 STATES ?= 2000000
 
-# Which searches of `make model`, which tests of `make sim`: a part of their name.
+# Searches of `make model`, or tests of `make sim`: a part of their name.
 ONLY ?=
 
 .PHONY: build release test check fmt clippy client docs deny hostile crash-test failover outage chaos sim sim-fixed sim-new mutants model bench streams fuzz fuzz-seeds golden protos etcd-protos kafka-reader real-s3 write-docs help
 
-help: ## These lines.
+help: ## Prints this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-build: ## The binary, quickly built.
+build: ## Builds the binary without optimisation.
 	$(CARGO) build --locked
 
-release: ## The binary as it is meant to run: target/release/strandline.
+release: ## Builds the optimised binary: target/release/strandline.
 	$(CARGO) build --locked --release
 
-test: ## Every test, those with real processes too.
+test: ## Runs every test, including those with real processes.
 	tests/fetch-etcd >/dev/null
 	$(CARGO) test --locked --no-fail-fast
 
-check: fmt clippy client docs deny protos test sim-fixed sim-new ## What CI asks: everything below, then the tests.
+check: fmt clippy client docs deny protos test sim-fixed sim-new ## Runs everything that CI runs.
 
-fmt: ## The sources are formatted.
+fmt: ## Checks the format of the sources.
 	$(CARGO) fmt --check
 
-# The simulator and what is only there for it come second. Both packages together have the dependencies of the first call, feature by
-# feature, so none is checked twice.
-clippy: ## No warning anywhere.
+# The second call checks the simulator. Both packages together need the same features of each dependency as the first call, so no
+# dependency is checked twice.
+clippy: ## Runs clippy; a warning is an error.
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) clippy --locked --workspace --lib --test sim -- -D warnings
 
-client: ## The Rust client alone compiles without the server's crates; a test holds its dependency tree.
+client: ## Checks that the Rust client compiles without the server's crates.
 	$(CARGO) clippy --locked --no-default-features --lib -- -D warnings
 
-docs: ## The documentation builds without a broken link.
+docs: ## Builds the API documentation; a broken link is an error.
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 
-deny: $(DENY) ## Licences, duplicates and sources of all dependencies.
+deny: $(DENY) ## Checks licences, duplicates and sources of all dependencies.
 	$(DENY) --workspace check bans licenses sources
 
-# Unoptimised on purpose: it runs for seconds, and building it optimised takes minutes.
+# Built without optimisation: the tool runs for seconds, and an optimised build takes minutes.
 $(DENY):
 	CARGO_PROFILE_DEV_DEBUG=0 $(CARGO) install --locked --debug --version $(DENY_VERSION) --root target/tools \
 	  --target-dir target/tools/build cargo-deny
 	rm -rf target/tools/build
 
-protos: ## What tools/protoc says of etcd-client's files is what they say.
+protos: ## Checks that the stored descriptors of etcd-client's .proto files match the files.
 	$(MAKE) --no-print-directory etcd-protos PROTOS_TO=target/tools/protos
 	for file in etcd-client.fds etcd-client.sums; do cmp tools/$$file target/tools/protos/$$file; done
 
-# Where cargo has unpacked etcd-client.
+# The folder of the unpacked etcd-client crate.
 ETCD_CLIENT = $(CARGO) metadata --locked --format-version 1 \
   | grep -o '"manifest_path":"[^"]*/etcd-client-[^"/]*/Cargo.toml"' | cut -d '"' -f 4 | xargs dirname
 PROTOS_TO ?= tools
 
-etcd-protos: ## Writes what tools/protoc says anew: after a change of etcd-client's version.
+etcd-protos: ## Writes the descriptors of etcd-client's .proto files, after a change of its version.
 	mkdir -p $(PROTOS_TO)
 	folder=$$($(ETCD_CLIENT)); \
 	(cd "$$folder" && find proto -name '*.proto' | LC_ALL=C sort | xargs cksum) >$(PROTOS_TO)/etcd-client.sums; \
 	STRANDLINE_ETCD_PROTOS="$$folder/proto" STRANDLINE_ETCD_SET=$(PROTOS_TO)/etcd-client.fds \
 	  $(CARGO) check --locked --no-default-features --lib
 
-crash-test: ## Kills a broker KILLS times (200) under load, and a quarter as often under the client; nothing may be lost.
+crash-test: ## Kills a broker KILLS times (200) under load, and a quarter as often under the client; no acknowledged record may be lost.
 	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 crash:: crash_client::
 
-failover: ## Kills one of three brokers KILLS times (200) under load; says how long clients waited.
+failover: ## Kills one of three brokers KILLS times (200) under load; prints how long clients waited.
 	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 cluster::failover
 
-outage: ## Takes all of etcd away from three brokers for SECONDS (600), while records go in and out of each.
+outage: ## Stops all of etcd for SECONDS (600) while clients write to and read from three brokers.
 	tests/fetch-etcd >/dev/null
 	STRANDLINE_ETCD_GONE_SECONDS=$(SECONDS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 \
-	  cluster::outage::records_are_taken_and_read_while_etcd_is_gone
+	  cluster::outage::records_are_appended_and_read_during_an_etcd_outage
 
-chaos: ## Three brokers and etcd on machines of their own (network namespaces; as root) under faults of every kind, for MINUTES (10); ONLY=text,text picks kinds by their words.
+chaos: ## Runs three brokers and etcd in network namespaces (as root) under faults of every kind for MINUTES (10); ONLY=text,text selects kinds by name.
 	tests/fetch-etcd >/dev/null
 	STRANDLINE_CHAOS_MINUTES=$(MINUTES) STRANDLINE_CHAOS_ONLY="$(ONLY)" $(CARGO) test --locked --test it -- --nocapture --test-threads 1 cluster::chaos
 
-# A build of its own: only with that flag tokio's own choices follow from a seed. What is built is not what is released.
+# A separate build: with this flag, tokio's random choices follow from a seed. The released binary is built without the flag.
 SIM = CARGO_TARGET_DIR=target/sim RUSTFLAGS="--cfg tokio_unstable" \
   $(CARGO) test --locked --profile sim --package strandline-sim -- --nocapture --test-threads 1
 
-sim: ## Simulates SEEDS runs (200) of one broker and of three under faults, from SEED (1) on, some of them twice, and broken rules.
+sim: ## Simulates SEEDS runs (200) of one broker and of three under faults, from SEED (1) on, some seeds twice, and planted defects.
 	STRANDLINE_SEEDS=$(SEEDS) STRANDLINE_SEED=$(SEED) STRANDLINE_TRACE=$(TRACE) STRANDLINE_LOG=$(LOG) $(SIM) $(ONLY)
 
-sim-fixed: ## The first 40 seeds of each, some of them twice, and broken rules: what every build simulates.
+sim-fixed: ## Simulates the first 40 seeds of each, some twice, and planted defects; part of `make check`.
 	$(MAKE) sim SEEDS=40 SEED=1 ONLY= TRACE= LOG=
 
-sim-new: ## Seeds that nobody has run before, for SIM_SECONDS (180); they are printed.
+sim-new: ## Simulates new seeds for SIM_SECONDS (180) and prints them.
 	STRANDLINE_SIM_SECONDS=$(SIM_SECONDS) $(SIM) brokers_keep broker_keeps
 
-mutants: ## Breaks each rare rule on purpose and simulates seeds until one finds it: an hour. MUTANT=name picks one.
+mutants: ## Plants each rare defect and simulates seeds until one finds it; takes an hour. MUTANT=name selects one.
 	STRANDLINE_MUTANT=$(MUTANT) $(SIM) --ignored every_rare_broken_rule_is_found
 
-model: ## Replication in every order of events, up to STATES (2000000) states for each search; ONLY=text picks searches by name.
+model: ## Checks replication in every order of events, up to STATES (2000000) states for each search; ONLY=text selects searches by name.
 	STRANDLINE_MODEL_STATES=$(STATES) STRANDLINE_MODEL_ONLY="$(ONLY)" \
 	  $(CARGO) test --locked --release --lib -- --ignored --nocapture --test-threads 1 a_large_search_finds_nothing
 
-bench: ## The benchmarks of record, log and tier paths.
+bench: ## Runs the benchmarks of record, log and tier paths.
 	$(CARGO) bench --locked --bench paths
 
-hostile: ## Every attack of tests/it/hostile in full, against an optimised broker with 512 MiB and 1,000 partitions; ONLY=text picks attacks on memory by their words.
+hostile: ## Runs every attack of tests/it/hostile at full size against an optimised broker with 512 MiB and 1,000 partitions; ONLY=text selects memory attacks by name.
 	STRANDLINE_HOSTILE_FULL=1 STRANDLINE_HOSTILE_ONLY="$(ONLY)" $(CARGO) test --locked --release --test it -- --nocapture --test-threads 1 hostile::
 
-streams: ## What 10,000 fetch streams cost those who append: p99 beside ten streams.
+streams: ## Measures the append latency (p99) beside 10,000 fetch streams and beside ten.
 	$(CARGO) test --locked --release --test it ten_thousand_streams -- --ignored --nocapture
 
-# libFuzzer wants unstable flags of the compiler. The pinned one takes them when asked, so no second toolchain is needed.
-fuzz: $(FUZZ) ## Every fuzz target for FUZZ_SECONDS (60) each, beginning with its seeds and its known cases.
+# libFuzzer needs unstable compiler flags. RUSTC_BOOTSTRAP enables them in the pinned compiler, so no second toolchain is needed.
+fuzz: $(FUZZ) ## Runs every fuzz target for FUZZ_SECONDS (60) each, starting with its seeds and its regressions.
 	RUSTC_BOOTSTRAP=1 $(FUZZ) build
 	for target in fuzz/fuzz_targets/*.rs; do \
 	  name=$$(basename $$target .rs); \
@@ -150,23 +150,23 @@ fuzz: $(FUZZ) ## Every fuzz target for FUZZ_SECONDS (60) each, beginning with it
 	    -max_total_time=$(FUZZ_SECONDS); \
 	done
 
-fuzz-seeds: ## Writes the seeds of fuzz targets that have none of that name yet; existing ones are never touched.
+fuzz-seeds: ## Writes missing seeds of fuzz targets; existing seeds stay unchanged.
 	$(CARGO) test --locked --test it -- --ignored write_missing_seeds
 
 $(FUZZ):
 	$(CARGO) install --locked --debug --version $(FUZZ_VERSION) --root target/tools --target-dir target/tools/build cargo-fuzz
 	rm -rf target/tools/build
 
-golden: ## Writes the golden batch of a codec that has none yet; existing ones are never touched.
+golden: ## Writes the golden batch of a codec that has none; existing files stay unchanged.
 	$(CARGO) test --locked --lib -- --ignored write_missing_golden_files
 
-kafka-reader: ## Kafka's own DumpLogSegments on batches of every codec and on whole data directories; KAFKA_DUMP=/path/to/a/script that runs it.
-	KAFKA_DUMP=$${KAFKA_DUMP:?names the script that runs DumpLogSegments} \
+kafka-reader: ## Runs Kafka's DumpLogSegments on batches of every codec and on data directories; KAFKA_DUMP=path of a script that runs it.
+	KAFKA_DUMP=$${KAFKA_DUMP:?set it to the script that runs DumpLogSegments} \
 	  $(CARGO) test --locked --test it -- --ignored --nocapture --test-threads 1 kafkas_own_reader
 
-real-s3: ## The doctor and the end of abandoned uploads on a real store: S3_URL=s3://bucket/prefix, AWS_ENDPOINT_URL, keys.
-	S3_URL=$${S3_URL:?names a bucket and a prefix, as s3://bucket/prefix} \
-	  $(CARGO) test --locked --test it -- --ignored --nocapture a_real_store
+real-s3: ## Tests the doctor and the clean-up of abandoned uploads on a real object store: S3_URL=s3://bucket/prefix, AWS_ENDPOINT_URL, keys.
+	S3_URL=$${S3_URL:?set it to a bucket and a prefix, as s3://bucket/prefix} \
+	  $(CARGO) test --locked --test it -- --ignored --nocapture real_store
 
-write-docs: ## Writes the generated pages of docs/ anew; tests hold them against the code.
-	STRANDLINE_WRITE_DOCS=1 $(CARGO) test --locked --lib the_documentation_is
+write-docs: ## Writes the generated pages of docs/; tests compare them with the code.
+	STRANDLINE_WRITE_DOCS=1 $(CARGO) test --locked --lib documentation_matches

@@ -47,7 +47,7 @@ const END: i64 = 1 << 50;
 
 /// A gRPC server with Strandline's services that discards produced batches and generates fetched ones.
 #[derive(Parser)]
-struct Arguments {
+struct Args {
     /// Address to listen on; port 0 selects a free port.
     #[arg(default_value = "127.0.0.1:0")]
     listen: SocketAddr,
@@ -80,11 +80,11 @@ struct Prepared {
 #[derive(Clone)]
 struct Service(Arc<Discard>);
 
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
+    let arguments = Args::parse();
     let listener = TcpListener::bind(arguments.listen).await?;
     let address = listener.local_addr()?;
     let service = Service(Arc::new(Discard {
@@ -136,7 +136,7 @@ fn records_of(append: Option<&v1::AppendRequest>) -> i64 {
         Some(v1::append_request::Payload::Batch(batch)) => {
             batch.get(57..61).and_then(|count| count.try_into().ok()).map_or(0, i32::from_be_bytes).into()
         }
-        Some(v1::append_request::Payload::Records(plain)) => i64::try_from(plain.records.len()).unwrap_or(i64::MAX),
+        Some(v1::append_request::Payload::Records(list)) => i64::try_from(list.records.len()).unwrap_or(i64::MAX),
         None => 0,
     }
 }
@@ -147,7 +147,7 @@ fn appended(append: Option<&v1::AppendRequest>) -> v1::AppendResponse {
         end_offset: records_of(append),
         leader_epoch: 0,
         append_time_ms: -1,
-        durability: v1::Durability::Memory.into(),
+        durability: v1::AckDurability::Memory.into(),
         replicas: 0,
         duplicate: false,
     }
@@ -157,7 +157,7 @@ fn appended(append: Option<&v1::AppendRequest>) -> v1::AppendResponse {
 struct Session {
     discard: Arc<Discard>,
     requests: Streaming<v1::FetchRequest>,
-    places: Vec<v1::FetchPartition>,
+    partitions: Vec<v1::FetchPartition>,
     turn: usize,
     /// Responses of consecutive batches, each at most as large as the first request allows.
     ring: Vec<Bytes>,
@@ -167,7 +167,7 @@ struct Session {
 impl Session {
     async fn next(&mut self) -> Option<Result<v1::FetchResponse, Status>> {
         loop {
-            let request = if self.places.is_empty() {
+            let request = if self.partitions.is_empty() {
                 Some(self.requests.message().await)
             } else {
                 self.requests.message().now_or_never()
@@ -175,56 +175,57 @@ impl Session {
             match request {
                 Some(Ok(Some(request))) => self.assign(request),
                 Some(Err(status)) => return Some(Err(status)),
-                Some(Ok(None)) if self.places.is_empty() => return None,
-                Some(Ok(None)) | None => return Some(Ok(self.answer())),
+                Some(Ok(None)) if self.partitions.is_empty() => return None,
+                Some(Ok(None)) | None => return Some(Ok(self.respond())),
             }
         }
     }
 
     fn assign(&mut self, request: v1::FetchRequest) {
-        for mut place in request.partitions {
-            let old = self.places.iter().find(|old| old.topic == place.topic && old.partition == place.partition);
+        for mut partition in request.partitions {
+            let old =
+                self.partitions.iter().find(|old| old.topic == partition.topic && old.partition == partition.partition);
             if let Some(old) = old.filter(|_| !request.restart) {
-                place.offset = old.offset;
+                partition.offset = old.offset;
             }
-            self.places.retain(|old| old.topic != place.topic || old.partition != place.partition);
-            self.places.push(place);
+            self.partitions.retain(|old| old.topic != partition.topic || old.partition != partition.partition);
+            self.partitions.push(partition);
         }
         if self.ring.is_empty() {
-            let most = if request.max_bytes == 0 { DEFAULT_FETCH_BYTES } else { request.max_bytes as usize };
-            let batches = (most.min(limits::MAX_FETCH_BYTES) / self.discard.batch.bytes.len()).max(1);
+            let max_bytes = if request.max_bytes == 0 { DEFAULT_FETCH_BYTES } else { request.max_bytes as usize };
+            let batches = (max_bytes.min(limits::MAX_FETCH_BYTES) / self.discard.batch.bytes.len()).max(1);
             self.ring = (0..RING).map(|_| Bytes::from(self.discard.batch.bytes.repeat(batches))).collect();
         }
     }
 
-    fn answer(&mut self) -> v1::FetchResponse {
+    fn respond(&mut self) -> v1::FetchResponse {
         let Prepared { bytes: batch, records } = &self.discard.batch;
-        self.turn = (self.turn + 1) % self.places.len();
+        self.turn = (self.turn + 1) % self.partitions.len();
         self.slot = (self.slot + 1) % self.ring.len();
-        let place = &mut self.places[self.turn];
-        // In place, unless the transport still holds the last response of this slot.
-        let taken = std::mem::take(&mut self.ring[self.slot]);
-        let mut bytes = taken.try_into_mut().unwrap_or_else(|shared| BytesMut::from(&shared[..]));
+        let partition = &mut self.partitions[self.turn];
+        // Rewritten in place, unless the transport still uses the last response of this slot.
+        let previous = std::mem::take(&mut self.ring[self.slot]);
+        let mut bytes = previous.try_into_mut().unwrap_or_else(|bytes| BytesMut::from(&bytes[..]));
         for batch in bytes.chunks_exact_mut(batch.len()) {
-            batch[..8].copy_from_slice(&place.offset.to_be_bytes());
-            place.offset += records;
+            batch[..8].copy_from_slice(&partition.offset.to_be_bytes());
+            partition.offset += records;
         }
         let chunk = bytes.freeze();
         self.ring[self.slot] = chunk.clone();
         v1::FetchResponse {
             partitions: vec![v1::FetchedPartition {
-                topic: place.topic.clone(),
-                partition: place.partition,
+                topic: partition.topic.clone(),
+                partition: partition.partition,
                 error: None,
                 log_start: 0,
                 high_watermark: END,
                 chunks: vec![chunk],
                 records: Vec::new(),
-                next_offset: place.offset,
+                next_offset: partition.offset,
                 from_follower: false,
                 leader_epoch: 0,
             }],
-            in_doubt: false,
+            lease_expired: false,
         }
     }
 }
@@ -235,25 +236,25 @@ impl log_server::Log for Service {
         Ok(Response::new(appended(Some(request.get_ref()))))
     }
 
-    type ProduceStream = Answers<v1::ProduceResponse>;
+    type ProduceStream = ResponseStream<v1::ProduceResponse>;
 
     async fn produce(
         &self,
         request: Request<Streaming<v1::ProduceRequest>>,
     ) -> Result<Response<Self::ProduceStream>, Status> {
-        let answers = request.into_inner().map(|request| {
+        let responses = request.into_inner().map(|request| {
             let request = request?;
             let result = v1::produce_response::Result::Appended(appended(request.append.as_ref()));
-            Ok(v1::ProduceResponse { correlation: request.correlation, result: Some(result) })
+            Ok(v1::ProduceResponse { correlation_id: request.correlation_id, result: Some(result) })
         });
-        Ok(Response::new(Box::pin(answers)))
+        Ok(Response::new(Box::pin(responses)))
     }
 
     async fn read(&self, _request: Request<v1::ReadRequest>) -> Result<Response<v1::ReadResponse>, Status> {
-        Err(Status::unimplemented("this server only streams: use Fetch"))
+        Err(Status::unimplemented("this server has no Read: use Fetch"))
     }
 
-    type FetchStream = Answers<v1::FetchResponse>;
+    type FetchStream = ResponseStream<v1::FetchResponse>;
 
     async fn fetch(
         &self,
@@ -262,33 +263,33 @@ impl log_server::Log for Service {
         let session = Session {
             discard: Arc::clone(&self.0),
             requests: request.into_inner(),
-            places: Vec::new(),
+            partitions: Vec::new(),
             turn: 0,
             ring: Vec::new(),
             slot: 0,
         };
-        let answers = stream::unfold(session, |mut session| async move { Some((session.next().await?, session)) });
-        Ok(Response::new(Box::pin(answers)))
+        let responses = stream::unfold(session, |mut session| async move { Some((session.next().await?, session)) });
+        Ok(Response::new(Box::pin(responses)))
     }
 
     async fn list_offsets(
         &self,
         request: Request<v1::ListOffsetsRequest>,
     ) -> Result<Response<v1::ListOffsetsResponse>, Status> {
-        let answer = |query: v1::OffsetQuery| {
+        let result = |query: v1::OffsetQuery| {
             let latest = matches!(query.at, Some(v1::offset_query::At::Latest(_)));
-            v1::OffsetAnswer { error: None, offset: if latest { END } else { 0 }, timestamp_ms: -1, leader_epoch: 0 }
+            v1::OffsetResult { error: None, offset: if latest { END } else { 0 }, timestamp_ms: -1, leader_epoch: 0 }
         };
-        let answers = request.into_inner().queries.into_iter().map(answer).collect();
-        Ok(Response::new(v1::ListOffsetsResponse { answers, in_doubt: false }))
+        let results = request.into_inner().queries.into_iter().map(result).collect();
+        Ok(Response::new(v1::ListOffsetsResponse { results, lease_expired: false }))
     }
 
-    async fn init_producer(
+    async fn init_producer_id(
         &self,
-        _request: Request<v1::InitProducerRequest>,
-    ) -> Result<Response<v1::InitProducerResponse>, Status> {
+        _request: Request<v1::InitProducerIdRequest>,
+    ) -> Result<Response<v1::InitProducerIdResponse>, Status> {
         let producer_id = self.0.next_producer.fetch_add(1, Ordering::Relaxed);
-        Ok(Response::new(v1::InitProducerResponse { producer_id, producer_epoch: 0 }))
+        Ok(Response::new(v1::InitProducerIdResponse { producer_id, producer_epoch: 0 }))
     }
 }
 
@@ -316,8 +317,8 @@ impl Discard {
     }
 }
 
-fn no_orders() -> Status {
-    Status::unimplemented("there is one broker here, and nothing to order")
+fn unimplemented_operation() -> Status {
+    Status::unimplemented("this server has one broker and no admin operations")
 }
 
 #[tonic::async_trait]
@@ -334,7 +335,7 @@ impl admin_server::Admin for Service {
             brokers: vec![broker],
             topics,
             controller: None,
-            in_doubt: false,
+            lease_expired: false,
         }))
     }
 
@@ -357,7 +358,7 @@ impl admin_server::Admin for Service {
         &self,
         request: Request<v1::DescribeTopicRequest>,
     ) -> Result<Response<v1::DescribeTopicResponse>, Status> {
-        let partition = |partition| v1::PartitionState {
+        let partition = |partition| v1::PartitionDescription {
             partition,
             leader: Some(1),
             replicas: vec![1],
@@ -386,7 +387,7 @@ impl admin_server::Admin for Service {
         &self,
         _request: Request<v1::AddPartitionsRequest>,
     ) -> Result<Response<v1::AddPartitionsResponse>, Status> {
-        Err(Status::unimplemented("every topic here has the partitions that --partitions says"))
+        Err(Status::unimplemented("every topic of this server has --partitions partitions"))
     }
 
     async fn delete_topic(
@@ -400,52 +401,55 @@ impl admin_server::Admin for Service {
         &self,
         _request: Request<v1::DescribeClusterRequest>,
     ) -> Result<Response<v1::DescribeClusterResponse>, Status> {
-        Err(no_orders())
+        Err(unimplemented_operation())
     }
 
     async fn drain_broker(
         &self,
         _request: Request<v1::DrainBrokerRequest>,
     ) -> Result<Response<v1::DrainBrokerResponse>, Status> {
-        Err(no_orders())
+        Err(unimplemented_operation())
     }
 
-    async fn restore_broker(
+    async fn undrain_broker(
         &self,
-        _request: Request<v1::RestoreBrokerRequest>,
-    ) -> Result<Response<v1::RestoreBrokerResponse>, Status> {
-        Err(no_orders())
+        _request: Request<v1::UndrainBrokerRequest>,
+    ) -> Result<Response<v1::UndrainBrokerResponse>, Status> {
+        Err(unimplemented_operation())
     }
 
-    async fn reassign(&self, _request: Request<v1::ReassignRequest>) -> Result<Response<v1::ReassignResponse>, Status> {
-        Err(no_orders())
+    async fn reassign_partitions(
+        &self,
+        _request: Request<v1::ReassignPartitionsRequest>,
+    ) -> Result<Response<v1::ReassignPartitionsResponse>, Status> {
+        Err(unimplemented_operation())
     }
 
     async fn list_reassignments(
         &self,
         _request: Request<v1::ListReassignmentsRequest>,
     ) -> Result<Response<v1::ListReassignmentsResponse>, Status> {
-        Err(no_orders())
+        Err(unimplemented_operation())
     }
 
     async fn cancel_reassignment(
         &self,
         _request: Request<v1::CancelReassignmentRequest>,
     ) -> Result<Response<v1::CancelReassignmentResponse>, Status> {
-        Err(no_orders())
+        Err(unimplemented_operation())
     }
 
     async fn elect_leader(
         &self,
         _request: Request<v1::ElectLeaderRequest>,
     ) -> Result<Response<v1::ElectLeaderResponse>, Status> {
-        Err(no_orders())
+        Err(unimplemented_operation())
     }
 
     async fn rebuild_manifest(
         &self,
         _request: Request<v1::RebuildManifestRequest>,
     ) -> Result<Response<v1::RebuildManifestResponse>, Status> {
-        Err(no_orders())
+        Err(unimplemented_operation())
     }
 }

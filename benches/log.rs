@@ -1,4 +1,4 @@
-//! A data directory on the real disk (below `target/`): append, read, open after a crash, find a time.
+//! A data directory on the real disk (below `target/`): append, read, open after a crash, find a timestamp.
 //! Batches are 64 KiB with one record unless the name of a benchmark gives another size.
 
 use std::{
@@ -15,7 +15,7 @@ use std::{
 use criterion::{BatchSize, BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use strandline::{
-    log::{Identity, Log, Options, RealDisk, Replica},
+    log::{DataDir, DataDirIdentity, LogOptions, RealDisk, ReplicaLog},
     model::{BrokerId, Compression, LeaderEpoch, Offset, PartitionId, TopicId},
     record::{Batch, BatchBuilder},
     task::clock,
@@ -28,24 +28,24 @@ const EPOCH: LeaderEpoch = LeaderEpoch(1);
 
 /// Creates a data directory, which its drop removes.
 fn folder() -> tempfile::TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("target/ can be written")
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("target/ is writable")
 }
 
 /// Opens a log with the threads and the journal of a broker. Segments are synced in the background once `sync_bytes` of
 /// them are unsynced.
-fn open(dir: &Path, sync_bytes: u64) -> Log {
-    let identity = Identity { cluster: "bench".to_owned(), broker: BrokerId(1) };
+fn open(dir: &Path, sync_bytes: u64) -> DataDir {
+    let identity = DataDirIdentity { cluster: "bench".to_owned(), broker: BrokerId(1) };
     let sync_after = Duration::from_secs(3600);
-    let options = Options { journal_bytes: 256 << 20, sync_bytes, sync_after, ..Options::default() };
-    Log::open(Arc::new(RealDisk::default()), dir, &identity, options).expect("the directory opens")
+    let options = LogOptions { journal_bytes: 256 << 20, sync_bytes, sync_after, ..LogOptions::default() };
+    DataDir::open(Arc::new(RealDisk::default()), dir, &identity, options).expect("the directory opens")
 }
 
 fn partition(number: u32) -> PartitionId {
     PartitionId::new(TopicId::from_bytes([1; 16]), number)
 }
 
-fn replicas(log: &Log, count: u32) -> Vec<Replica> {
-    let open = |number| log.open_replica(partition(number), Offset::ZERO).expect("it opens");
+fn replicas(log: &DataDir, count: u32) -> Vec<ReplicaLog> {
+    let open = |number| log.open_replica(partition(number), Offset::ZERO).expect("the replica opens");
     (0..count).map(open).collect()
 }
 
@@ -54,43 +54,48 @@ fn batch(bytes: usize) -> Batch {
     let mut value = vec![0; bytes - 100];
     StdRng::seed_from_u64(1).fill_bytes(&mut value);
     let mut builder = BatchBuilder::new(Compression::None);
-    builder.push(0, None, Some(&value), &[]).expect("it fits");
-    builder.finish(None).expect("it has a record")
+    builder.push(0, None, Some(&value), &[]).expect("the record is below the maximum size");
+    builder.finish(None).expect("the batch has a record")
 }
 
 /// Appends one batch, with its offset and epoch set as by a leader.
-fn append(replica: &mut Replica, batch: &Batch) {
+fn append(replica: &mut ReplicaLog, batch: &Batch) {
     let mut batch = batch.clone();
     batch.set_offset_and_epoch(replica.log_end(), EPOCH);
-    replica.append(&[batch]).expect("the disk has room");
+    replica.append(&[batch]).expect("the disk is not full");
 }
 
-fn persist(replica: &mut Replica) -> Receiver<Offset> {
+fn persist(replica: &mut ReplicaLog) -> Receiver<Offset> {
     let (sender, receiver) = sync_channel(1);
     replica.persist(Box::new(move |result| {
-        sender.send(result.expect("the journal works")).expect("somebody waits");
+        sender.send(result.expect("the journal write succeeds")).expect("the receiver exists");
     }));
     receiver
 }
 
 /// Submits the appends of all replicas to the journal, then waits for all.
-fn persist_all(replicas: &mut [Replica]) {
-    let answers: Vec<_> = replicas.iter_mut().map(persist).collect();
-    for answer in answers {
-        answer.recv().expect("it is answered");
+fn persist_all(replicas: &mut [ReplicaLog]) {
+    let results: Vec<_> = replicas.iter_mut().map(persist).collect();
+    for result in results {
+        result.recv().expect("the journal sends a result");
     }
 }
 
 /// Seals and evicts the active segment if it has reached its size.
-fn give_up(replica: &mut Replica) {
+fn roll_and_evict(replica: &mut ReplicaLog) {
     if replica.active().bytes >= SEGMENT_BYTES {
-        replica.roll().expect("the disk has room");
-        replica.evict(replica.log_end()).expect("the disk works");
+        replica.roll().expect("the disk is not full");
+        replica.evict(replica.log_end()).expect("the segment files are removable");
     }
 }
 
-/// Times `round` on the replicas of a new directory. Evictions between its calls are not timed.
-fn rounds(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, count: u32, mut round: impl FnMut(&mut [Replica])) {
+/// Times `operation` on the replicas of a new directory. Evictions between its calls are not timed.
+fn time_operation(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    name: &str,
+    count: u32,
+    mut operation: impl FnMut(&mut [ReplicaLog]),
+) {
     let folder = folder();
     let log = open(folder.path(), 64 << 20);
     let mut replicas = replicas(&log, count);
@@ -100,9 +105,9 @@ fn rounds(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, count: u32, mut 
             let mut spent = Duration::ZERO;
             for _ in 0..iterations {
                 let began = clock::monotonic();
-                round(&mut replicas);
+                operation(&mut replicas);
                 spent += began.elapsed();
-                replicas.iter_mut().for_each(give_up);
+                replicas.iter_mut().for_each(roll_and_evict);
             }
             spent
         });
@@ -111,10 +116,10 @@ fn rounds(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, count: u32, mut 
 
 fn appending(group: &mut BenchmarkGroup<'_, WallTime>) {
     let batch = batch(BATCH_BYTES);
-    rounds(group, "append to the page cache", 1, |replicas| append(&mut replicas[0], &batch));
+    time_operation(group, "append to the page cache", 1, |replicas| append(&mut replicas[0], &batch));
     for count in [1, 16] {
         let name = format!("append and persist, {count} {}", if count == 1 { "replica" } else { "replicas" });
-        rounds(group, &name, count, |replicas| {
+        time_operation(group, &name, count, |replicas| {
             replicas.iter_mut().for_each(|replica| append(replica, &batch));
             persist_all(replicas);
         });
@@ -130,26 +135,26 @@ fn reading(group: &mut BenchmarkGroup<'_, WallTime>) {
     (0..SEGMENT_BYTES / BATCH_BYTES as u64).for_each(|_| append(&mut replica, &batch));
     let (reader, end) = (replica.reader(), replica.log_end());
     group.throughput(Throughput::Bytes(READ as u64));
-    let mut place = Offset::ZERO;
+    let mut offset = Offset::ZERO;
     group.bench_function("read 1 MiB from memory", |b| {
         b.iter(|| {
-            let read = reader.read_memory(place, end, READ).expect("the tail buffer holds all");
-            place = if read.next < end { read.next } else { Offset::ZERO };
+            let read = reader.read_memory(offset, end, READ).expect("the tail buffer contains the segment");
+            offset = if read.next < end { read.next } else { Offset::ZERO };
             black_box(read)
         });
     });
     group.bench_function("read 1 MiB from a file", |b| {
         b.iter(|| {
-            let read = reader.read_disk(place, end, READ).expect("the file is whole");
-            place = if read.next < end { read.next } else { Offset::ZERO };
+            let read = reader.read_disk(offset, end, READ).expect("the file is intact");
+            offset = if read.next < end { read.next } else { Offset::ZERO };
             black_box(read)
         });
     });
 }
 
-/// Leaves a directory as kill -9 does: 16 replicas with 2 MiB each that is journaled and not synced in its segment.
+/// Leaves a directory as kill -9 does: 16 replicas, each with 2 MiB that is journaled and not synced in a segment.
 /// Returns the bytes of all replicas.
-fn killed(dir: &Path) -> u64 {
+fn leave_killed_directory(dir: &Path) -> u64 {
     let log = open(dir, u64::MAX);
     let mut replicas = replicas(&log, 16);
     let batch = batch(BATCH_BYTES);
@@ -158,25 +163,25 @@ fn killed(dir: &Path) -> u64 {
         persist_all(&mut replicas);
     }
     // Nothing is closed: a drop leaves the same files as a killed process.
-    replicas.iter().map(Replica::bytes).sum()
+    replicas.iter().map(ReplicaLog::bytes).sum()
 }
 
 fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).expect("it can be made");
-    for entry in fs::read_dir(from).expect("it can be listed") {
-        let entry = entry.expect("it can be listed");
+    fs::create_dir_all(to).expect("the directory is created");
+    for entry in fs::read_dir(from).expect("the directory is readable") {
+        let entry = entry.expect("the directory is readable");
         let target = to.join(entry.file_name());
-        if entry.file_type().expect("it has a type").is_dir() {
+        if entry.file_type().expect("the entry has a type").is_dir() {
             copy(&entry.path(), &target);
         } else {
-            fs::copy(entry.path(), target).expect("there is room");
+            fs::copy(entry.path(), target).expect("the disk is not full");
         }
     }
 }
 
 fn recovering(group: &mut BenchmarkGroup<'_, WallTime>) {
     let (kept, copies) = (folder(), folder());
-    let bytes = killed(kept.path());
+    let bytes = leave_killed_directory(kept.path());
     let dir = copies.path().join("copy");
     group.throughput(Throughput::Bytes(bytes));
     group.sample_size(10);
@@ -184,14 +189,14 @@ fn recovering(group: &mut BenchmarkGroup<'_, WallTime>) {
         b.iter_batched(
             || {
                 if dir.exists() {
-                    fs::remove_dir_all(&dir).expect("it is ours");
+                    fs::remove_dir_all(&dir).expect("the copy is removable");
                 }
                 copy(kept.path(), &dir);
             },
             |()| {
                 let log = open(&dir, u64::MAX);
                 let replicas = replicas(&log, 16);
-                assert_eq!(replicas.iter().map(Replica::bytes).sum::<u64>(), bytes);
+                assert_eq!(replicas.iter().map(ReplicaLog::bytes).sum::<u64>(), bytes);
             },
             BatchSize::PerIteration,
         );
@@ -209,14 +214,14 @@ fn finding(group: &mut BenchmarkGroup<'_, WallTime>) {
         small.set_append_time(time.cast_signed());
         append(&mut replica, &small);
     }
-    replica.roll().expect("the disk has room");
+    replica.roll().expect("the disk is not full");
     let (reader, end) = (replica.reader(), replica.log_end());
     let mut times = StdRng::seed_from_u64(3);
     group.throughput(Throughput::Elements(1));
-    group.bench_function("find a time in 64 MiB of 4 KiB batches", |b| {
+    group.bench_function("find a timestamp in 64 MiB of 4 KiB batches", |b| {
         b.iter(|| {
             let time = (times.next_u64() % batches).cast_signed();
-            let found = reader.offset_for_time(time, end).expect("the file is whole").expect("every time is there");
+            let found = reader.offset_for_time(time, end).expect("the file is intact").expect("every timestamp exists");
             assert_eq!(found.1, time);
         });
     });

@@ -1,4 +1,4 @@
-"""Tools of benches/report: figures and tables, processes that are ended again, a broker, and reference measurements."""
+"""Tools of benches/report: figures and tables, processes that end with this program, a broker, and reference measurements."""
 import contextlib, http.client, json, os, pathlib, re, resource, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -13,8 +13,8 @@ class Skip(Exception):
     """Reason why a figure cannot be measured on this machine."""
 
 
-def say(*words):
-    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
+def progress(*text):
+    print(time.strftime("%H:%M:%S"), *text, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- numbers
@@ -39,53 +39,55 @@ def show(value):
 
 
 class Table:
-    """Rows of one section. The table is printed at the end of its section, so that an interruption keeps the measured sections."""
+    """Rows of one section. The table is printed at the end of its section, so that an interruption keeps the measured sections.
+    The first line of `doc` is the title, and the rest a note above the rows."""
 
-    def __init__(self, title, note=""):
-        self.title, self.note, self.rows = title, note, []
+    def __init__(self, doc):
+        title, _, note = doc.partition("\n")
+        self.title, self.note, self.rows = title, note.strip(), []
 
-    def add(self, what, figure, reference=None, name="", aim=None, least=True):
-        """Adds a row. `aim` is the minimum of figure / reference, or the maximum with `least=False`."""
-        row = dict(what=what, value=figure.median, unit=figure.unit, values=figure.values, shown=str(figure), reference="", ratio="", aim="", met="")
+    def add(self, label, figure, reference=None, name="", target=None, is_minimum=True):
+        """Adds a row. `target` is the minimum of figure / reference, or the maximum with `is_minimum=False`."""
+        row = dict(figure=label, value=figure.median, unit=figure.unit, values=figure.values, measured=str(figure), reference="", ratio="", target="", met="")
         if reference is not None:
             ratio = figure.median / reference if reference else float("inf")
             row.update(reference=f"{name} {show(reference)}".strip(), ratio=f"{ratio:.2f}")
-            if aim is not None:
-                row.update(aim=f"{'≥' if least else '≤'} {aim:g}", met="yes" if (ratio >= aim if least else ratio <= aim) else "**no**")
+            if target is not None:
+                row.update(target=f"{'≥' if is_minimum else '≤'} {target:g}", met="yes" if (ratio >= target if is_minimum else ratio <= target) else "no")
         self.rows.append(row)
-        say(f"  {what}: {row['shown']} {row['reference']} {row['ratio']} {row['met']}")
+        progress(f"  {label}: {row['measured']} {row['reference']} {row['ratio']} {row['met']}")
 
-    def bound(self, what, figure, most):
+    def bound(self, label, figure, maximum):
         """Adds a row with an absolute maximum as the target."""
-        met = "yes" if figure.median < most else "**no**"
-        self.rows.append(dict(what=what, value=figure.median, unit=figure.unit, values=figure.values, shown=str(figure), reference="", ratio="",
-                              aim=f"< {most:g}", met=met))
-        say(f"  {what}: {figure} (aim < {most:g}) {met}")
+        met = "yes" if figure.median < maximum else "no"
+        self.rows.append(dict(figure=label, value=figure.median, unit=figure.unit, values=figure.values, measured=str(figure), reference="", ratio="",
+                              target=f"< {maximum:g}", met=met))
+        progress(f"  {label}: {figure} (target < {maximum:g}) {met}")
 
-    def text(self, what, words):
-        words = " ".join(words.split())
-        self.rows.append(dict(what=what, shown=words, reference="", ratio="", aim="", met=""))
-        say(f"  {what}: {words}")
+    def text(self, label, text):
+        text = " ".join(text.split())
+        self.rows.append(dict(figure=label, measured=text, reference="", ratio="", target="", met=""))
+        progress(f"  {label}: {text}")
 
     def print(self):
         print(f"\n### {self.title}\n")
         if self.note:
             print(self.note + "\n")
-        print("| figure | measured | reference | ratio | aim | met |\n| --- | --- | --- | --- | --- | --- |")
+        print("| figure | measured | reference | ratio | target | met |\n| --- | --- | --- | --- | --- | --- |")
         for r in self.rows:
-            print("|", " | ".join(str(r[k]).replace("|", "\\|") for k in ("what", "shown", "reference", "ratio", "aim", "met")), "|")
+            print("|", " | ".join(str(r[k]).replace("|", "\\|") for k in ("figure", "measured", "reference", "ratio", "target", "met")), "|")
         sys.stdout.flush()
 
 
 @contextlib.contextmanager
-def attempt(table, what):
+def attempt(table, label):
     """Adds a row for a measurement that fails or is skipped, so that the next measurements continue."""
     try:
         yield
-    except Skip as why:
-        table.text(what, f"skipped: {why}")
+    except Skip as reason:
+        table.text(label, f"skipped: {reason}")
     except (subprocess.SubprocessError, OSError, KeyError, ValueError, ArithmeticError) as error:
-        table.text(what, f"failed: {error}"[:400])
+        table.text(label, f"failed: {error}"[:400])
 
 
 # -------------------------------------------------------------------------------------------------------- processes
@@ -95,7 +97,7 @@ def run(command, timeout, env=None, cwd=None):
     """Runs a command and returns its output. The error of a failed command contains the end of its output."""
     r = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd)
     if r.returncode:
-        raise ValueError(f"`{' '.join(str(c) for c in command[:6])} …` ended with {r.returncode}: {(r.stderr or r.stdout).strip()[-300:]}")
+        raise ValueError(f"`{' '.join(str(c) for c in command[:6])} …` exited with {r.returncode}: {(r.stderr or r.stdout).strip()[-300:]}")
     return r.stdout
 
 
@@ -125,8 +127,8 @@ def get(port, path):
     c = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         c.request("GET", path)
-        answer = c.getresponse()
-        return answer.status, answer.read().decode()
+        response = c.getresponse()
+        return response.status, response.read().decode()
     except (OSError, http.client.HTTPException):
         return None, ""
     finally:
@@ -151,15 +153,15 @@ class Process:
             self.child = subprocess.Popen([str(c) for c in command], stdin=subprocess.DEVNULL, stdout=stdout or out, stderr=out, env=env)
         self.pid = self.child.pid
 
-    def wait_for(self, check, seconds, what):
+    def wait_for(self, check, seconds, name):
         end = time.monotonic() + seconds
         while True:
             if check():
                 return
             if self.child.poll() is not None or time.monotonic() > end:
-                why = "ended" if self.child.poll() is not None else f"is not ready after {seconds} s"
+                state = "exited" if self.child.poll() is not None else f"is not ready after {seconds} s"
                 tail = pathlib.Path(self.log).read_text(errors="replace")[-400:]
-                raise ValueError(f"{what} {why}: {tail}")
+                raise ValueError(f"{name} {state}: {tail}")
             time.sleep(0.002)
 
     def end(self, sig=signal.SIGTERM, seconds=30):
@@ -205,7 +207,7 @@ class Lab:
         self.o = options
         self.repeat = options.repeat or (1 if options.short else 3)
         self.seconds = options.seconds or (2 if options.short else 8)
-        self.known = {}
+        self.references = {}
         self.root = pathlib.Path(tempfile.mkdtemp(prefix="strandline-report-", dir=options.dir))
         self.bin = self.discard_bin = None
 
@@ -213,7 +215,7 @@ class Lab:
         if self.o.bin:
             self.bin = pathlib.Path(self.o.bin).resolve()
         else:
-            say("building (release)")
+            progress("building (release)")
             subprocess.run(["cargo", "build", "--release", "--bin", "strandline", "--example", "discard"], cwd=REPO, check=True, stdout=sys.stderr, timeout=3600)
             target = json.loads(run(["cargo", "metadata", "--no-deps", "--format-version", "1"], 120, cwd=REPO))["target_directory"]
             self.bin = pathlib.Path(target) / "release" / "strandline"
@@ -223,19 +225,19 @@ class Lab:
 
     def once(self, key, measure):
         """Returns a reference, which is measured at its first use only."""
-        if key not in self.known:
+        if key not in self.references:
             try:
-                self.known[key] = measure()
-            except Skip as why:
-                self.known[key] = why
-        if isinstance(self.known[key], Skip):
-            raise self.known[key]
-        return self.known[key]
+                self.references[key] = measure()
+            except Skip as reason:
+                self.references[key] = reason
+        if isinstance(self.references[key], Skip):
+            raise self.references[key]
+        return self.references[key]
 
-    def room(self, gigabytes):
+    def require_disk(self, gigabytes):
         free = shutil.disk_usage(self.root).free / 1e9
         if free < gigabytes:
-            raise Skip(f"{gigabytes} GB of disk are needed in {self.root}, {free:.0f} are free")
+            raise Skip(f"{self.root} has {free:.0f} GB free, {gigabytes} are required: use another --dir")
 
     def settle(self):
         """Writes the page cache of earlier runs to the disk now, and not during the next run."""
@@ -249,7 +251,7 @@ class Lab:
         if result["errors"]:
             raise ValueError(f"{result['errors']} errors, first: {result.get('first_error')}")
         if not result["bytes"]:
-            raise ValueError("nothing was carried")
+            raise ValueError("the run transferred no bytes")
         return result
 
     @contextlib.contextmanager
@@ -263,7 +265,7 @@ class Lab:
 
 
 class Broker(Process):
-    """Standalone broker on free ports. `store` holds the lines of the object store section."""
+    """Standalone broker on free ports. `store` contains the lines of the object store section."""
 
     def __init__(self, lab, directory, store=None, env=None, seconds=120):
         self.lab, self.directory = lab, pathlib.Path(directory)
@@ -307,7 +309,7 @@ def fio(lab, block, **how):
     """Runs a fio job of sequential writes of `block` bytes. Returns MB/s and the percentiles of one durable write in ms."""
     if not shutil.which("fio"):
         raise Skip("fio is not in PATH")
-    lab.room(20)
+    lab.require_disk(20)
 
     def erase():
         for file in lab.root.glob("j.*"):
@@ -377,7 +379,7 @@ def produced(lab, durability, partitions, extra=()):
     """Measures a producer against its own broker, with one new topic per run."""
 
     def measure():
-        lab.room(3 + lab.seconds * 2)
+        lab.require_disk(3 + lab.seconds * 2)
         runs = []
         with Broker(lab, lab.root / "produce") as broker:
             for i in range(-1, lab.repeat):  # the first run is a warm-up and does not count
@@ -389,7 +391,7 @@ def produced(lab, durability, partitions, extra=()):
                 if i >= 0:
                     gb = r["bytes"] / 1e9
                     runs.append(dict(r, cpu=m.server / gb, client_cpu=m.client / gb, others=m.others, rss=rss))
-                    say(f"    {durability} p{partitions}: {r['mb_per_s']:.0f} MB/s p99 {r['p99_ms']:.2f} ms, {m.server / gb:.2f} s/GB, others {m.others:.2f}")
+                    progress(f"    {durability} p{partitions}: {r['mb_per_s']:.0f} MB/s p99 {r['p99_ms']:.2f} ms, {m.server / gb:.2f} s/GB, others {m.others:.2f}")
                 broker.drop("t")
         shutil.rmtree(lab.root / "produce", ignore_errors=True)
         return {k: Figure([r[k] for r in runs]) for k in ("mb_per_s", "p50_ms", "p99_ms", "p999_ms", "cpu", "client_cpu", "others", "rss")}

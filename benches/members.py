@@ -1,4 +1,4 @@
-"""The cluster of benches/cluster: three etcd members and brokers that use them, as processes that are ended again."""
+"""The cluster of benches/cluster: three etcd members and their brokers, as processes that end with this program."""
 import json, os, pathlib, re, shutil, signal, time
 
 from measure import REPO, Process, cpu_of, environment, free_port, get, is_ready, rss_mb, run
@@ -68,7 +68,7 @@ class Member:
         """Stops the broker as an operator does: the broker transfers leadership and exits."""
         self.process.end(signal.SIGTERM, 600)
         if self.process.child.returncode:
-            raise ValueError(f"broker {self.number} ended with {self.process.child.returncode} when it was to stop")
+            raise ValueError(f"broker {self.number} exited with {self.process.child.returncode} at a clean stop")
 
     @property
     def pid(self):

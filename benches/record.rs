@@ -38,15 +38,15 @@ fn lines(bytes: usize) -> Vec<u8> {
 fn build(codec: Compression, payload: &[u8], record_bytes: usize) -> Batch {
     let mut builder = BatchBuilder::with_capacity(codec, payload.len() + payload.len() / 8 + 64);
     for value in payload.chunks(record_bytes) {
-        builder.push(1_700_000_000_000, None, Some(value), &[]).expect("it fits");
+        builder.push(1_700_000_000_000, None, Some(value), &[]).expect("the record is below the maximum size");
     }
-    builder.finish(None).expect("it has records")
+    builder.finish(None).expect("the batch has records")
 }
 
 pub(crate) fn record(c: &mut Criterion) {
     let payload = noise(BATCH_BYTES);
     let bytes = build(Compression::None, &payload, RECORD_BYTES).to_bytes();
-    let batch = Batch::parse(bytes.clone()).expect("it was built");
+    let batch = Batch::parse(bytes.clone()).expect("the batch is valid");
 
     let mut group = c.benchmark_group("record");
     group.throughput(Throughput::Bytes(bytes.len() as u64));
@@ -62,7 +62,9 @@ pub(crate) fn record(c: &mut Criterion) {
     group.bench_function("build/100B", |b| b.iter(|| build(Compression::None, black_box(&payload), 100)));
     for (name, batch) in [("1KiB", batch.clone()), ("100B", build(Compression::None, &payload, 100))] {
         group.bench_function(format!("decode/{name}"), |b| {
-            b.iter(|| batch.records().expect("plain").map(|item| item.expect("valid").0.get()).sum::<u64>());
+            b.iter(|| {
+                batch.records().expect("uncompressed").map(|item| item.expect("valid record").0.get()).sum::<u64>()
+            });
         });
         group.bench_function(format!("verify/{name}"), |b| b.iter(|| batch.verify_records()));
     }

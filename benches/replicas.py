@@ -1,26 +1,26 @@
 """Cost of replicas, phase by phase, for the sections `replicas` of benches/report and benches/cluster."""
 import pathlib, re, time
 
-from measure import Broker, Figure, cpu_of, get, rss_mb, say
+from measure import Broker, Figure, cpu_of, get, progress, rss_mb
 
 COUNTS = (1000, 10_000, 30_000, 100_000)
 TOPIC = "t"
 
 # Targets for 100,000 partitions: memory of a broker in MB, and seconds until its replicas are open.
-MOST_MB, MOST_SECONDS = 2**31 / 1e6, 60
+MAX_MB, MAX_SECONDS = 2**31 / 1e6, 60
 
 PHASES = {
-    "created": "metadata taken in, when `topic create` returns",
-    "opened": "all replicas open, since the creation began",
-    "in sync": "all replicas in sync, since the creation began",
+    "created": "metadata applied, when `topic create` returns",
+    "opened": "all replicas open, from the start of the creation",
+    "in sync": "all replicas in sync, from the start of the creation",
     "idle": "CPU of a broker, % of a core",
     "written": "one record of 1 KiB to each partition",
     "stopped": "clean stop",
     "restarted": "all replicas open after a clean stop",
-    "restarted, in sync": "all replicas in sync after it",
+    "restarted, in sync": "all replicas in sync after a clean stop",
     "killed": "all replicas open after kill -9",
-    "killed, in sync": "all replicas in sync after it",
-    "deleted": "all files removed, since `topic delete` began",
+    "killed, in sync": "all replicas in sync after kill -9",
+    "deleted": "all files removed, from the start of `topic delete`",
 }
 
 
@@ -50,14 +50,14 @@ class Phases:
 
     def run(self):
         empty = max(rss_mb(broker.pid) for broker in self.brokers)
-        say(f"  {self.count} partitions; a broker without any takes {empty:.0f} MB")
+        progress(f"  {self.count} partitions; a broker without partitions takes {empty:.0f} MB")
         with self.phase() as done:
             self.cli("topic", "create", TOPIC, "--partitions", self.count, "--replication-factor", self.factor, *self.config(), timeout=600)
             done("created")
-            self.until(lambda: all(self.held(broker) == self.count for broker in self.brokers))
+            self.wait_until(lambda: all(self.open_replicas(broker) == self.count for broker in self.brokers))
             done("opened")
             if self.factor > 1:
-                self.until(self.is_in_sync)
+                self.wait_until(self.is_in_sync)
                 done("in sync")
         watch = 10 if self.lab.o.short else 30
         time.sleep(watch)  # new files are synced in the background
@@ -73,27 +73,27 @@ class Phases:
         began = time.monotonic()
         victim.stop()
         self.figure("stopped", time.monotonic() - began, "s")
-        self.come_back(victim, "restarted")
+        self.restart(victim, "restarted")
         time.sleep(watch)
         victim.kill()
-        self.come_back(victim, "killed")
+        self.restart(victim, "killed")
         with self.phase() as done:
             self.cli("topic", "delete", TOPIC, "--yes", timeout=600)
-            self.until(lambda: all(self.held(broker) == 0 and not replicas(broker.directory) for broker in self.brokers))
+            self.wait_until(lambda: all(self.open_replicas(broker) == 0 and not replicas(broker.directory) for broker in self.brokers))
             done("deleted")
         return self
 
     def config(self):
         return ["--config", "min.insync.replicas=2"] if self.factor > 1 else ["--config", "remote.storage.enable=false"]
 
-    def come_back(self, victim, phase):
+    def restart(self, victim, phase):
         began = time.monotonic()
         victim.start()
         with Phase(self, [victim], began) as done:
-            self.until(lambda: self.held(victim) == self.count)
+            self.wait_until(lambda: self.open_replicas(victim) == self.count)
             done(phase)
             if self.factor > 1:
-                self.until(self.is_in_sync)
+                self.wait_until(self.is_in_sync)
                 done(f"{phase}, in sync")
 
     def phase(self):
@@ -103,20 +103,20 @@ class Phases:
         self.figures[name] = dict(value=value, unit=unit, rss=rss, peak=peak)
         memory = f", {rss:.0f} MB (peak {peak:.0f})" if rss else ""
         self.cells[name] = f"{value:.2g} {unit}{memory}" if value < 10 else f"{value:.0f} {unit}{memory}"
-        say(f"    {name}: {self.cells[name]}")
+        progress(f"    {name}: {self.cells[name]}")
 
-    def held(self, broker):
+    def open_replicas(self, broker):
         return metric(broker.http, "strandline_partitions")
 
     def is_in_sync(self):
         led = sum(metric(broker.http, "strandline_partitions_led") for broker in self.brokers)
         return led == self.count and not any(metric(broker.http, "strandline_partitions_under_replicated") for broker in self.brokers)
 
-    def until(self, holds, seconds=900):
+    def wait_until(self, condition, seconds=900):
         end = time.monotonic() + seconds
-        while not holds():
+        while not condition():
             if time.monotonic() > end:
-                raise ValueError(f"not reached after {seconds} s: {[self.held(broker) for broker in self.brokers]} of {self.count} replicas are open")
+                raise ValueError(f"timeout after {seconds} s: {[self.open_replicas(broker) for broker in self.brokers]} of {self.count} replicas are open")
             time.sleep(0.1)
 
 
@@ -138,7 +138,7 @@ class Phase:
         pass
 
 
-class Alone:
+class StandaloneBroker:
     """One standalone broker, which may be stopped, killed and started again."""
 
     def __init__(self, lab, directory):
@@ -146,7 +146,7 @@ class Alone:
         self.start()
 
     def start(self):
-        self.process = Broker(self.lab, self.directory, env=bound(), seconds=600)
+        self.process = Broker(self.lab, self.directory, env=replica_limit(), seconds=600)
 
     def stop(self):
         self.process.end(seconds=600)
@@ -158,7 +158,7 @@ class Alone:
     http = property(lambda self: self.process.http)
 
 
-def bound():
+def replica_limit():
     """Returns the setting of a replica limit above the default of a small machine."""
     return dict(STRANDLINE_BROKER_MAX_REPLICAS=str(2 * max(COUNTS)))
 
@@ -183,6 +183,6 @@ def tabulate(table, runs):
         if run.count == max(COUNTS):
             for name in ("opened", "restarted", "killed"):
                 if name in run.figures:
-                    table.bound(f"{run.count:,}: {PHASES[name]}", Figure([run.figures[name]["value"]], "s"), MOST_SECONDS)
+                    table.bound(f"{run.count:,}: {PHASES[name]}", Figure([run.figures[name]["value"]], "s"), MAX_SECONDS)
             peak = max(figure["peak"] or 0 for figure in run.figures.values())
-            table.bound(f"{run.count:,}: most memory of a broker in any phase", Figure([peak], "MB"), MOST_MB)
+            table.bound(f"{run.count:,}: highest memory of a broker in any phase", Figure([peak], "MB"), MAX_MB)

@@ -44,7 +44,7 @@ class Minio(Process):
     def __init__(self, lab):
         program = os.environ.get("STRANDLINE_MINIO") or shutil.which("minio")
         if not program or not os.path.exists(program):
-            raise Skip("no S3 server: `minio` is not in PATH and STRANDLINE_MINIO names none")
+            raise Skip("no S3 server: `minio` is not in PATH and STRANDLINE_MINIO names no program")
         self.port, self.path = free_port(), lab.root / "minio"
         self.path.mkdir()
         credentials = dict(MINIO_ROOT_USER=self.KEY, MINIO_ROOT_PASSWORD=self.SECRET, MINIO_BROWSER="off", MINIO_UPDATE="off", HOME=str(self.path))
@@ -53,7 +53,7 @@ class Minio(Process):
         self.wait_for(lambda: self.status("PUT", f"/{self.BUCKET}") in (200, 409), 30, "MinIO's bucket")
         self.config = f'url = "s3://{self.BUCKET}/bench"\nendpoint = "http://127.0.0.1:{self.port}"\nregion = "us-east-1"\npath_style = true'
         self.env = dict(AWS_ACCESS_KEY_ID=self.KEY, AWS_SECRET_ACCESS_KEY=self.SECRET, AWS_REGION="us-east-1", AWS_ALLOW_HTTP="true")
-        self.reference = "8 ranged GETs at once"
+        self.reference = "8 concurrent ranged GETs"
 
     def request(self, connection, method, path, query="", headers=None):
         """Signs a request (AWS Signature Version 4, unsigned payload) and sends it."""
@@ -102,7 +102,7 @@ class Minio(Process):
     def ranged_gets(self, want):
         ranges = [(key, at, min(at + 4 * MIB, size) - 1) for key, size in self.segments(want) for at in range(0, size, 4 * MIB)]
         if not ranges:
-            raise ValueError("the bucket holds no segment")
+            raise ValueError("the bucket contains no segment")
         lock, total = threading.Lock(), [0]
 
         def worker():
@@ -112,8 +112,8 @@ class Minio(Process):
                     if not ranges:
                         break
                     key, first, last = ranges.pop()
-                answer, got = self.request(c, "GET", f"/{self.BUCKET}/{key}", headers={"range": f"bytes={first}-{last}"}), 0
-                while n := answer.readinto(buffer):
+                response, got = self.request(c, "GET", f"/{self.BUCKET}/{key}", headers={"range": f"bytes={first}-{last}"}), 0
+                while n := response.readinto(buffer):
                     got += n
                 with lock:
                     total[0] += got
@@ -127,7 +127,7 @@ class Minio(Process):
         return total[0] / 1e6 / (time.monotonic() - began)
 
 
-def forget(directory):
+def drop_page_cache(directory):
     """Drops a directory's files from the page cache."""
     os.sync()
     for file in directory.rglob("*"):
@@ -145,5 +145,5 @@ def read_files(directory, want):
             while n := f.readinto(buffer):
                 total += n
     if total < want * 0.9:
-        raise ValueError(f"the segment files in {directory} hold {total} bytes, at least {want} were written")
+        raise ValueError(f"the segment files in {directory} have {total} bytes, but at least {want} were written")
     return total / 1e6 / (time.monotonic() - began)

@@ -8,10 +8,10 @@ use strandline::{
     model::{Compression, LeaderEpoch, Offset, PartitionId, TopicId},
     record::{Batch, BatchBuilder},
     tier::{
-        Footer, SegmentLine,
+        Footer, SegmentEntry,
         footer::FooterBuilder,
-        manifest::{PAGE_SEGMENTS, Root},
-        name::Stamp,
+        manifest::{ManifestRoot, PAGE_SEGMENTS},
+        name::ObjectId,
     },
 };
 
@@ -24,13 +24,13 @@ fn partition() -> PartitionId {
 }
 
 fn at(offset: u64) -> Offset {
-    Offset::new(offset).expect("small")
+    Offset::new(offset).expect("the offset is below the maximum")
 }
 
 fn batch(offset: u64) -> Batch {
     let mut builder = BatchBuilder::new(Compression::None);
-    builder.push(0, None, Some(&vec![7; BATCH_BYTES]), &[]).expect("fits");
-    let mut batch = builder.finish(None).expect("one record");
+    builder.push(0, None, Some(&vec![7; BATCH_BYTES]), &[]).expect("the record is below the maximum size");
+    let mut batch = builder.finish(None).expect("the batch has a record");
     batch.set_offset_and_epoch(at(offset), EPOCH);
     batch
 }
@@ -42,19 +42,19 @@ fn footer(batches: &[Batch]) -> Footer {
 }
 
 /// Returns a manifest of `segments` segments with a thousand offsets each.
-fn manifest(segments: u64) -> Root {
-    (0..segments).fold(Root::empty(partition(), at(0)), |root, number| {
+fn manifest(segments: u64) -> ManifestRoot {
+    (0..segments).fold(ManifestRoot::empty(partition(), at(0)), |root, number| {
         let attempt = uuid::Uuid::from_u128(number.into());
-        let stamp = Stamp { base: at(number * 1000), end: at(number * 1000 + 1000), epoch: EPOCH, attempt };
-        let line = SegmentLine {
-            stamp,
+        let id = ObjectId { base: at(number * 1000), end: at(number * 1000 + 1000), epoch: EPOCH, attempt };
+        let entry = SegmentEntry {
+            stamp: id,
             data_bytes: SEGMENT_BYTES,
             footer_bytes: 1000,
             crc: 0,
             max_timestamp_ms: 0,
             created_ms: 0,
         };
-        root.extend(line, EPOCH, attempt).0
+        root.extend(entry, EPOCH, attempt).0
     })
 }
 
@@ -76,7 +76,7 @@ pub(crate) fn tier(c: &mut Criterion) {
         });
         group.throughput(Throughput::Bytes(encoded.len() as u64));
         group.bench_with_input(BenchmarkId::new("open a manifest", segments), &encoded, |b, encoded| {
-            b.iter(|| Root::parse(black_box(encoded)));
+            b.iter(|| ManifestRoot::parse(black_box(encoded)));
         });
     }
     group.finish();

@@ -1,4 +1,4 @@
-//! Runs one entry for libFuzzer, and bounds the memory that it takes.
+//! Runs one entry for libFuzzer, and limits its memory.
 
 #[path = "entries/mod.rs"]
 mod entries;
@@ -8,9 +8,13 @@ mod memory;
 /// Runs the entry of this name.
 pub(crate) fn run(name: &str, input: &[u8]) {
     let entry = entries::ENTRIES.iter().find(|entry| entry.name == name).expect("every target has an entry");
-    let most = entry.bytes + entries::FACTOR * input.len();
-    let held = memory::most_held(|| {
+    let max_bytes = entry.bytes + entries::FACTOR * input.len();
+    let allocated = memory::max_allocated(|| {
         (entry.run)(input);
     });
-    assert!(held <= most, "{held} bytes were held for {} bytes of input; {most} are allowed", input.len());
+    assert!(
+        allocated <= max_bytes,
+        "{allocated} bytes were allocated for {} bytes of input, at most {max_bytes} are allowed",
+        input.len()
+    );
 }

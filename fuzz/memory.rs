@@ -1,22 +1,22 @@
-//! Counts what is allocated, so that a length that nobody checked is found before it is gigabytes.
+//! Counts allocated bytes, so that an unchecked length is found before it takes gigabytes.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-/// The system's allocator, counted. C code (zstd) allocates beside it; libFuzzer bounds that.
+/// The system's allocator with a counter. C code (zstd) bypasses the counter; libFuzzer limits that code.
 struct Counted;
 
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(0);
+static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
+static MAX_ALLOCATED: AtomicUsize = AtomicUsize::new(0);
 
 fn grow(bytes: usize) {
-    let held = HELD.fetch_add(bytes, Ordering::Relaxed) + bytes;
-    MOST.fetch_max(held, Ordering::Relaxed);
+    let allocated = ALLOCATED.fetch_add(bytes, Ordering::Relaxed) + bytes;
+    MAX_ALLOCATED.fetch_max(allocated, Ordering::Relaxed);
 }
 
-// SAFETY: every call goes to `System` as it came; counting touches nothing else.
+// SAFETY: every call is forwarded unchanged to `System`, and the counters do not access the memory.
 unsafe impl GlobalAlloc for Counted {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         grow(layout.size());
@@ -30,12 +30,12 @@ unsafe impl GlobalAlloc for Counted {
 
     unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         grow(size);
-        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
+        ALLOCATED.fetch_sub(layout.size(), Ordering::Relaxed);
         unsafe { System.realloc(memory, layout, size) }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
+        ALLOCATED.fetch_sub(layout.size(), Ordering::Relaxed);
         unsafe { System.dealloc(memory, layout) }
     }
 }
@@ -43,10 +43,10 @@ unsafe impl GlobalAlloc for Counted {
 #[global_allocator]
 static COUNTED: Counted = Counted;
 
-/// Runs something; the most bytes that were held at once beyond what was held before.
-pub(crate) fn most_held(run: impl FnOnce()) -> usize {
-    let before = HELD.load(Ordering::Relaxed);
-    MOST.store(before, Ordering::Relaxed);
+/// Runs a function. Returns the maximum of the allocated bytes during the run, minus the bytes allocated before.
+pub(crate) fn max_allocated(run: impl FnOnce()) -> usize {
+    let before = ALLOCATED.load(Ordering::Relaxed);
+    MAX_ALLOCATED.store(before, Ordering::Relaxed);
     run();
-    MOST.load(Ordering::Relaxed).saturating_sub(before)
+    MAX_ALLOCATED.load(Ordering::Relaxed).saturating_sub(before)
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use strandline::{
-    config::{Config, Settings, Sources},
+    config::{Config, ConfigSources, LoadedConfig},
     model::{ConfigMap, TopicConfig},
 };
 
@@ -14,7 +14,7 @@ pub(crate) fn config(input: &[u8]) -> bool {
     let (file, environment) = (text(parts.next()), text(parts.next()));
     let variables = environment.lines().filter_map(|line| line.split_once('='));
     let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
-    let sources = Sources::new().file(Path::new("strandline.toml"), file).environment(variables);
+    let sources = ConfigSources::new().file(Path::new("strandline.toml"), file).environment(variables);
     match sources.load() {
         Ok(settings) => {
             printed(&settings);
@@ -28,19 +28,19 @@ pub(crate) fn config(input: &[u8]) -> bool {
 }
 
 /// Checks that the output of `config print` is a file with the same configuration.
-fn printed(settings: &Settings) {
+fn printed(settings: &LoadedConfig) {
     let text = settings.print();
     // Passwords are masked, so the printed configuration differs.
     if text.contains("***@") {
         return;
     }
-    match Sources::new().file(Path::new("printed.toml"), text.as_str()).load() {
-        Ok(mut again) => {
+    match ConfigSources::new().file(Path::new("printed.toml"), text.as_str()).load() {
+        Ok(mut reloaded) => {
             // Every default is printed, and so is set in the printed file. The effective topic configuration is equal.
             let topics = |config: &Config| TopicConfig::resolve(&config.topic_defaults, &ConfigMap::new());
-            assert_eq!(topics(&again.config), topics(&settings.config), "{text}");
-            again.config.topic_defaults.clone_from(&settings.config.topic_defaults);
-            assert_eq!(again.config, settings.config, "{text}");
+            assert_eq!(topics(&reloaded.config), topics(&settings.config), "{text}");
+            reloaded.config.topic_defaults.clone_from(&settings.config.topic_defaults);
+            assert_eq!(reloaded.config, settings.config, "{text}");
         }
         Err(errors) => panic!("the printed file is refused: {errors}\n{text}"),
     }

@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use strandline::{
-    log::{Disk, Identity, Log, Options, Reader, Replica, SimDisk},
+    log::{DataDir, DataDirIdentity, Disk, LogOptions, LogReader, ReplicaLog, SimDisk},
     model::{BrokerId, Compression, LeaderEpoch, Offset, TopicId},
     record::{Batch, BatchBuilder},
     telemetry::Metrics,
@@ -20,7 +20,8 @@ use strandline::{
 
 /// Directory id in `strandline.json`. Frames and checkpoints of the input are changed to carry it.
 const DIRECTORY: [u8; 16] = [0xd1; 16];
-const CARD: &str = r#"{"format":1,"cluster":"test","broker":1,"directory_id":"d1d1d1d1-d1d1-d1d1-d1d1-d1d1d1d1d1d1"}"#;
+const IDENTITY: &str =
+    r#"{"format":1,"cluster":"test","broker":1,"directory_id":"d1d1d1d1-d1d1-d1d1-d1d1-d1d1d1d1d1d1"}"#;
 const TOPIC: [u8; 16] = [7; 16];
 const DATA: &str = "/data";
 /// Base offsets of the segments.
@@ -49,41 +50,41 @@ pub(crate) fn data_directory(input: &[u8]) -> bool {
     if closed.is_err() {
         return !kept.is_empty();
     }
-    let log = open(&disk).unwrap_or_else(|error| panic!("a directory that was closed is refused: {error}"));
+    let log = open(&disk).unwrap_or_else(|error| panic!("the closed directory is refused: {error}"));
     let any = !kept.is_empty();
     for (id, end, before) in kept {
         let replica = log.open_replica(id, Offset::ZERO);
-        let replica = replica.unwrap_or_else(|error| panic!("a replica that was closed is refused: {error}"));
-        assert_eq!(replica.log_end(), end, "the log ends elsewhere after a clean stop");
+        let replica = replica.unwrap_or_else(|error| panic!("the closed replica is refused: {error}"));
+        assert_eq!(replica.log_end(), end, "the log end differs after a clean stop");
         let after = read_all(&replica.reader());
-        assert!(after.starts_with(&before), "what could be read cannot be read again, or is something else");
+        assert!(after.starts_with(&before), "readable records are missing or differ after a restart");
     }
     any
 }
 
-fn open(disk: &SimDisk) -> Result<Log, strandline::log::OpenError> {
-    let options = Options {
+fn open(disk: &SimDisk) -> Result<DataDir, strandline::log::DataDirError> {
+    let options = LogOptions {
         journal_bytes: 1 << 20,
         journal_dir: None,
         // Most inputs have no journal. Their directories must be opened as well.
         accept_journal_loss: true,
-        round_bytes: 16 << 10,
-        journal_most: 24 << 10,
+        max_frame_bytes: 16 << 10,
+        max_journaled_bytes: 24 << 10,
         tail_bytes: 64 << 10,
         producer_bytes: 1 << 20,
         sync_bytes: 1 << 20,
         sync_after: Duration::from_secs(1),
         reserve_bytes: 0,
         metrics: Metrics::new(),
-        manual: true,
-        stepper: None,
+        step_mode: true,
+        sim_hook: None,
     };
-    let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
-    Log::open(Arc::new(disk.clone()), Path::new(DATA), &identity, options)
+    let identity = DataDirIdentity { cluster: "test".to_owned(), broker: BrokerId(1) };
+    DataDir::open(Arc::new(disk.clone()), Path::new(DATA), &identity, options)
 }
 
 /// Returns all readable bytes in order, up to the first corruption. Lookups of times must not panic either.
-fn read_all(reader: &Reader) -> Vec<u8> {
+fn read_all(reader: &LogReader) -> Vec<u8> {
     let (mut next, end) = (reader.local_start(), reader.log_end());
     for time in [i64::MIN, 0, i64::MAX] {
         if let Ok(Some((offset, timestamp, _))) = reader.offset_for_time(time, end) {
@@ -94,10 +95,10 @@ fn read_all(reader: &Reader) -> Vec<u8> {
     while next < end {
         let Ok(read) = reader.read_disk(next, end, 10_000) else { break };
         let mut bytes = Bytes::from(read.chunks.concat());
-        assert!(bytes.len() == read.bytes && !bytes.is_empty(), "a read below the bound gives a batch");
+        assert!(bytes.len() == read.bytes && !bytes.is_empty(), "a read below the limit returns a batch");
         all.extend_from_slice(&bytes);
         while !bytes.is_empty() {
-            let batch = Batch::split_from(&mut bytes).expect("only whole batches are served");
+            let batch = Batch::split_from(&mut bytes).expect("a read returns complete batches");
             assert_eq!(batch.base_offset(), next, "batches are contiguous");
             next = batch.end_offset();
         }
@@ -107,7 +108,7 @@ fn read_all(reader: &Reader) -> Vec<u8> {
 }
 
 /// Appends one batch and waits for the journal. Returns false if the log rejects it, as a log with a missing file may.
-fn append(log: &Log, replica: &mut Replica) -> bool {
+fn append(log: &DataDir, replica: &mut ReplicaLog) -> bool {
     for info in replica.sealed() {
         if let Ok(export) = replica.export(info.base) {
             let (mut position, mut buffer) = (0, vec![0; 10_000]);
@@ -122,8 +123,8 @@ fn append(log: &Log, replica: &mut Replica) -> bool {
     }
     let epoch = replica.epochs().last().map_or(LeaderEpoch(0), |(epoch, _)| epoch);
     let mut builder = BatchBuilder::new(Compression::None);
-    builder.push(1, None, Some(b"value"), &[]).expect("it fits");
-    let mut batch = builder.finish(None).expect("it has a record");
+    builder.push(1, None, Some(b"value"), &[]).expect("the record is below the maximum size");
+    let mut batch = builder.finish(None).expect("the batch has a record");
     batch.set_offset_and_epoch(end, epoch);
     if replica.append(&[batch]).is_err() {
         return false;
@@ -132,7 +133,7 @@ fn append(log: &Log, replica: &mut Replica) -> bool {
     replica.persist(Box::new(move |result| drop(sender.send(result))));
     log.sync_step();
     while log.journal_step() {}
-    let persisted = receiver.try_recv().expect("a hand-over is answered");
+    let persisted = receiver.try_recv().expect("the journal sends a result");
     if let Ok(end) = persisted {
         assert_eq!(end, replica.log_end());
     }
@@ -157,21 +158,21 @@ fn path(kind: u8) -> PathBuf {
 fn lay_out(disk: &SimDisk, mut input: &[u8]) {
     let write = |kind: u8, content: &[u8]| {
         let path = path(kind);
-        let made = disk.create_dir_all(path.parent().expect("every file lies in a folder"));
-        made.and_then(|()| disk.write(&path, content).map(drop)).expect("the disk has room for an input");
+        let created = disk.create_dir_all(path.parent().expect("every file has a parent folder"));
+        created.and_then(|()| disk.write(&path, content).map(drop)).expect("the disk is not full");
     };
-    write(0, CARD.as_bytes());
+    write(0, IDENTITY.as_bytes());
     while let Some((&[kind, high, low], rest)) = input.split_first_chunk::<3>() {
         let (content, rest) = rest.split_at(usize::from(u16::from_be_bytes([high, low])).min(rest.len()));
         let mut content = content.to_vec();
-        make_right(kind, &mut content);
+        correct_checksums(kind, &mut content);
         write(kind, &content);
         input = rest;
     }
 }
 
 /// Corrects checksums and the directory id, so that the code behind them is reached. Kinds from 0x80 on stay as given.
-fn make_right(kind: u8, content: &mut Vec<u8>) {
+fn correct_checksums(kind: u8, content: &mut Vec<u8>) {
     if kind >= 0x80 {
         return;
     }
@@ -189,7 +190,7 @@ fn make_right(kind: u8, content: &mut Vec<u8>) {
                     && let Some(directory) = content.get_mut(at + 12..at + 28)
                 {
                     directory.copy_from_slice(&DIRECTORY);
-                    super::log::renew_round(&mut content[at..]);
+                    super::log::renew_frame(&mut content[at..]);
                 }
             }
         }

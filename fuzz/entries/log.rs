@@ -2,28 +2,28 @@
 
 use bytes::Bytes;
 use strandline::{
-    log::{ProducerTable, Verdict, fuzzing},
+    log::{ProducerTable, SequenceCheck, fuzzing},
     record::{Batch, HEADER_BYTES, ProducerSequence},
 };
 
-use super::{sealed, understood};
+use super::{check_recoding, sealed};
 
-const ROUND_HEAD: usize = 44;
+const FRAME_HEAD: usize = 44;
 const ENTRY_HEAD: usize = 80;
 
 /// Decodes a journal frame.
 pub(crate) fn journal(input: &[u8]) -> bool {
-    let round = |bytes: &[u8]| fuzzing::round(&Bytes::copy_from_slice(bytes));
-    let as_is = understood(input, round);
-    let mut right = input.to_vec();
-    renew_round(&mut right);
-    understood(&right, round) || as_is
+    let frame = |bytes: &[u8]| fuzzing::round(&Bytes::copy_from_slice(bytes));
+    let as_is = check_recoding(input, frame);
+    let mut corrected = input.to_vec();
+    renew_frame(&mut corrected);
+    check_recoding(&corrected, frame) || as_is
 }
 
 /// Decodes a checkpoint.
 pub(crate) fn checkpoint(input: &[u8]) -> bool {
-    let as_is = understood(input, fuzzing::checkpoint);
-    understood(&sealed(input), fuzzing::checkpoint) || as_is
+    let as_is = check_recoding(input, fuzzing::checkpoint);
+    check_recoding(&sealed(input), fuzzing::checkpoint) || as_is
 }
 
 /// Decodes an offset index and a time index. The first two bytes are the length of the offset index.
@@ -31,25 +31,25 @@ pub(crate) fn index(input: &[u8]) -> bool {
     let Some((&[high, low], files)) = input.split_first_chunk::<2>() else { return false };
     let length = usize::from(u16::from_be_bytes([high, low])).min(files.len());
     let (offsets, times) = files.split_at(length);
-    let door = |(offsets, times): (&[u8], &[u8])| {
-        let Some(again) = fuzzing::index(offsets, times) else { return false };
-        assert_eq!((again.0.as_slice(), again.1.as_slice()), (offsets, times), "an index has one way to be written");
+    let recode = |(offsets, times): (&[u8], &[u8])| {
+        let Some(encoded) = fuzzing::index(offsets, times) else { return false };
+        assert_eq!((encoded.0.as_slice(), encoded.1.as_slice()), (offsets, times), "an index has one encoding");
         true
     };
-    let as_is = door((offsets, times));
-    door((&sealed(offsets), &sealed(times))) || as_is
+    let as_is = recode((offsets, times));
+    recode((&sealed(offsets), &sealed(times))) || as_is
 }
 
 /// Decodes a snapshot, and the same bytes as a producer table. A footer contains a producer table without a snapshot.
 pub(crate) fn snapshot(input: &[u8]) -> bool {
-    let as_is = understood(input, fuzzing::snapshot);
+    let as_is = check_recoding(input, fuzzing::snapshot);
     let table = producers(input);
-    understood(&sealed(input), fuzzing::snapshot) || as_is || table
+    check_recoding(&sealed(input), fuzzing::snapshot) || as_is || table
 }
 
 fn producers(input: &[u8]) -> bool {
     let Some(table) = ProducerTable::from_bytes(input) else { return false };
-    assert_eq!(table.to_bytes(), input, "a table has one way to be written");
+    assert_eq!(table.to_bytes(), input, "a producer table has one encoding");
     let mut rest = &input[12..];
     let mut producers = 0;
     // Every stored batch is a duplicate, and an older epoch of its producer is fenced.
@@ -60,10 +60,14 @@ fn producers(input: &[u8]) -> bool {
             let base_sequence = i32::from_be_bytes(batch[..4].try_into().expect("four bytes"));
             let count = u32::from_be_bytes(batch[4..8].try_into().expect("four bytes"));
             let stamp = ProducerSequence { id, epoch, base_sequence };
-            assert!(matches!(table.check(stamp, count, None), Verdict::Duplicate { .. }));
+            assert!(matches!(table.check(stamp, count, None), SequenceCheck::Duplicate { .. }));
             assert_eq!(
                 table.check(ProducerSequence { epoch: epoch.saturating_sub(1), ..stamp }, count, None),
-                if epoch == i16::MIN { table.check(stamp, count, None) } else { Verdict::Fenced { current: epoch } },
+                if epoch == i16::MIN {
+                    table.check(stamp, count, None)
+                } else {
+                    SequenceCheck::Fenced { current: epoch }
+                },
             );
         }
         (rest, producers) = (after, producers + 1);
@@ -78,17 +82,17 @@ fn number(bytes: &[u8]) -> i64 {
 
 /// Corrects all checksums of a frame: of the batches, of their headers in each entry, and of the frame header with its
 /// entries.
-pub(super) fn renew_round(round: &mut [u8]) {
-    let Some(count) = round.get(36..40).map(|count| u32::from_be_bytes(count.try_into().expect("four bytes"))) else {
+pub(super) fn renew_frame(frame: &mut [u8]) {
+    let Some(count) = frame.get(36..40).map(|count| u32::from_be_bytes(count.try_into().expect("four bytes"))) else {
         return;
     };
-    let end = (count as usize).saturating_mul(ENTRY_HEAD).saturating_add(ROUND_HEAD);
-    if end > round.len() {
+    let end = (count as usize).saturating_mul(ENTRY_HEAD).saturating_add(FRAME_HEAD);
+    if end > frame.len() {
         return;
     }
-    let (front, payloads) = round.split_at_mut(end);
+    let (front, payloads) = frame.split_at_mut(end);
     let mut rest = payloads;
-    for entry in front[ROUND_HEAD..].chunks_exact_mut(ENTRY_HEAD) {
+    for entry in front[FRAME_HEAD..].chunks_exact_mut(ENTRY_HEAD) {
         let bytes = u32::from_be_bytes(entry[64..68].try_into().expect("four bytes")) as usize;
         let Some((mut payload, after)) = rest.split_at_mut_checked(bytes) else { break };
         let mut crc = 0;

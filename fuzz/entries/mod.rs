@@ -68,11 +68,11 @@ fn sealed(input: &[u8]) -> Vec<u8> {
     [content, &crc32c::crc32c(content).to_be_bytes()].concat()
 }
 
-/// Runs `door`, which decodes the input and encodes the value. The output must give the same output again and must not
-/// be longer than the input. Returns false if `door` rejects the input.
-fn understood(input: &[u8], door: impl Fn(&[u8]) -> Option<Vec<u8>>) -> bool {
-    let Some(again) = door(input) else { return false };
-    assert!(again.len() <= input.len(), "{} bytes became {}", input.len(), again.len());
-    assert_eq!(door(&again).as_ref(), Some(&again), "what was written again is understood otherwise");
+/// Runs `recode`, which decodes the input and encodes the value. The output must give the same output again and must not
+/// be longer than the input. Returns false if `recode` rejects the input.
+fn check_recoding(input: &[u8], recode: impl Fn(&[u8]) -> Option<Vec<u8>>) -> bool {
+    let Some(encoded) = recode(input) else { return false };
+    assert!(encoded.len() <= input.len(), "{} bytes were encoded as {}", input.len(), encoded.len());
+    assert_eq!(recode(&encoded).as_ref(), Some(&encoded), "the encoded value decodes to another value");
     true
 }

@@ -16,8 +16,8 @@ use strandline::{
 pub(crate) fn produce(input: &[u8]) -> bool {
     error(input);
     let Ok(request) = v1::ProduceRequest::decode(Bytes::copy_from_slice(input)) else { return false };
-    let again = v1::ProduceRequest::decode(&request.encode_to_vec()[..]);
-    assert_eq!(again.as_ref(), Ok(&request), "a message survives being written again");
+    let decoded = v1::ProduceRequest::decode(&request.encode_to_vec()[..]);
+    assert_eq!(decoded.as_ref(), Ok(&request), "a message differs after encoding and decoding");
     let as_is = framed(&request);
     framed(&with_right_batch(request)) || as_is
 }
@@ -29,7 +29,7 @@ fn framed(request: &v1::ProduceRequest) -> bool {
     let Some(Payload::Batch(batch)) = &append.payload else { return false };
     let Ok(batch) = Batch::parse(batch.clone()) else { return false };
     let frame = ProduceRequestParts {
-        correlation: request.correlation,
+        correlation_id: request.correlation_id,
         topic: append.topic.as_str().into(),
         partition: append.partition,
         acks: append.acks,
@@ -45,9 +45,9 @@ fn framed(request: &v1::ProduceRequest) -> bool {
 
 fn with_right_batch(mut request: v1::ProduceRequest) -> v1::ProduceRequest {
     if let Some(v1::AppendRequest { payload: Some(Payload::Batch(batch)), .. }) = &mut request.append {
-        let mut right = batch.to_vec();
-        super::record::renew_crc(&mut right);
-        *batch = right.into();
+        let mut corrected = batch.to_vec();
+        super::record::renew_crc(&mut corrected);
+        *batch = corrected.into();
     }
     request
 }

@@ -12,33 +12,33 @@ const MOST: usize = 1 << 20;
 /// Splits bytes of a socket or a file into batches until one is rejected. Repeats this with a corrected CRC of the
 /// first batch: otherwise no fuzzer would reach the code behind that check.
 pub(crate) fn batch_parse(input: &[u8]) -> bool {
-    let as_is = split_all(Bytes::copy_from_slice(input));
-    let mut right = input.to_vec();
-    let framed = Batch::framed_len(&right).unwrap_or(right.len()).min(right.len());
-    renew_crc(&mut right[..framed]);
-    let right = Bytes::from(right);
-    chunks_agree(&right);
-    split_all(right) || as_is
+    let as_is = split_all_batches(Bytes::copy_from_slice(input));
+    let mut corrected = input.to_vec();
+    let framed = Batch::framed_len(&corrected).unwrap_or(corrected.len()).min(corrected.len());
+    renew_crc(&mut corrected[..framed]);
+    let corrected = Bytes::from(corrected);
+    check_chunks(&corrected);
+    split_all_batches(corrected) || as_is
 }
 
 /// Checks that chunk boundaries do not change the batches. The content determines the boundaries.
-fn chunks_agree(whole: &Bytes) {
-    let mut whole_batches = Vec::new();
-    let mut rest = whole.clone();
+fn check_chunks(bytes: &Bytes) {
+    let mut batches = Vec::new();
+    let mut rest = bytes.clone();
     while let Ok(batch) = Batch::split_from(&mut rest) {
-        whole_batches.push(batch);
+        batches.push(batch);
     }
-    let (mut chunks, mut left) = (Vec::new(), whole.clone());
-    for at in whole.iter().rev().take(8) {
+    let (mut chunks, mut left) = (Vec::new(), bytes.clone());
+    for at in bytes.iter().rev().take(8) {
         chunks.push(left.split_to(usize::from(*at).min(left.len())));
     }
     chunks.push(left);
-    let cut: Vec<Batch> = ChunkedBatches::new(chunks).map_while(Result::ok).collect();
-    assert_eq!(cut, whole_batches, "where the pieces are cut changes nothing");
+    let chunked: Vec<Batch> = ChunkedBatches::new(chunks).map_while(Result::ok).collect();
+    assert_eq!(chunked, batches, "chunk boundaries change the batches");
 }
 
 /// Splits off and checks batches until one is rejected. Returns true if there was a batch.
-fn split_all(mut rest: Bytes) -> bool {
+fn split_all_batches(mut rest: Bytes) -> bool {
     let mut any = false;
     loop {
         let before = rest.clone();
@@ -53,7 +53,7 @@ fn split_all(mut rest: Bytes) -> bool {
                 assert_eq!(Batch::framed_len(&before), Ok(batch.encoded_len()));
                 assert_eq!(batch.end_offset().since(batch.base_offset()), u64::from(batch.count()));
                 assert_eq!(Batch::parse(batch.to_bytes()).as_ref(), Ok(&batch));
-                let _ = both_walks_agree(&batch);
+                let _ = check_walks(&batch);
                 any = true;
             }
         }
@@ -65,15 +65,15 @@ pub(crate) fn records(input: &[u8]) -> bool {
     let Some((&[codec, high, low], records)) = input.split_first_chunk::<3>() else { return false };
     let count = u16::from_be_bytes([high, low]);
     let Ok(batch) = Batch::parse(forge(codec % 5, count.max(1), records)) else { return false };
-    let Ok(decoded) = both_walks_agree(&batch) else { return false };
+    let Ok(decoded) = check_walks(&batch) else { return false };
     let mut builder = BatchBuilder::new(batch.compression());
     for Record { timestamp_ms, key, value, headers } in &decoded {
-        builder.push(*timestamp_ms, key.as_deref(), value.as_deref(), headers).expect("it was in a batch before");
+        builder.push(*timestamp_ms, key.as_deref(), value.as_deref(), headers).expect("the record was in a batch");
     }
-    let again = builder.finish(batch.producer()).expect("they were in a batch before");
-    assert_eq!(both_walks_agree(&again).as_ref(), Ok(&decoded), "records survive being written again");
-    let plain = batch.recompress(Compression::None).expect("it was decompressed before");
-    assert_eq!(both_walks_agree(&plain), Ok(decoded), "records survive another codec");
+    let rebuilt = builder.finish(batch.producer()).expect("the batch has records");
+    assert_eq!(check_walks(&rebuilt).as_ref(), Ok(&decoded), "records differ after a rebuild of the batch");
+    let plain = batch.recompress(Compression::None).expect("the records were decompressed before");
+    assert_eq!(check_walks(&plain), Ok(decoded), "records survive another codec");
     true
 }
 
@@ -89,7 +89,7 @@ pub(crate) fn decompress_any(input: &[u8]) -> bool {
     true
 }
 
-fn both_walks_agree(batch: &Batch) -> Result<Vec<Record>, MalformedBatch> {
+fn check_walks(batch: &Batch) -> Result<Vec<Record>, MalformedBatch> {
     let decoded = batch.records().and_then(|records| records.map(|item| item.map(|(_, record)| record)).collect());
     assert_eq!(decoded.as_ref().map(|_: &Vec<Record>| ()).map_err(Clone::clone), batch.verify_records());
     decoded
@@ -108,8 +108,8 @@ fn codec_of(byte: u8) -> Compression {
 /// Returns the bytes of a batch with these records and a valid length, count and CRC.
 fn forge(codec: u8, count: u16, records: &[u8]) -> Bytes {
     let mut builder = BatchBuilder::new(Compression::None);
-    builder.push(0, None, None, &[]).expect("an empty record fits");
-    let mut bytes = builder.finish(None).expect("it has a record").header().to_vec();
+    builder.push(0, None, None, &[]).expect("an empty record is below the maximum size");
+    let mut bytes = builder.finish(None).expect("the batch has a record").header().to_vec();
     bytes.extend_from_slice(records);
     let length = u32::try_from(HEADER_BYTES - 12 + records.len()).unwrap_or(u32::MAX);
     bytes[8..12].copy_from_slice(&length.to_be_bytes());

@@ -3,10 +3,10 @@
 use strandline::{
     model::{LeaderEpoch, Offset},
     tier::{
-        Footer, SegmentLine,
+        Footer, SegmentEntry,
         footer::{TRAILER_BYTES, Trailer},
-        manifest::{Found, Page, Root},
-        name::Stamp,
+        manifest::{ManifestLookup, ManifestPage, ManifestRoot},
+        name::ObjectId,
     },
 };
 
@@ -35,17 +35,17 @@ pub(crate) fn footer(input: &[u8]) -> bool {
 
 fn opened(tail: &[u8]) -> bool {
     let Ok(footer) = Footer::parse(tail) else { return false };
-    let trailer = Trailer::parse(tail).expect("the footer was found by it");
+    let trailer = Trailer::parse(tail).expect("the footer has a valid trailer");
     let encoded = footer.encode();
     assert_eq!(encoded.len() as u64, trailer.footer_bytes());
-    assert_eq!(Footer::parse(&encoded).as_ref(), Ok(&footer), "a footer survives being written again");
-    for offset in footer.stretches.iter().map(|stretch| stretch.offset).chain([before(footer.end)]) {
-        let (stretch, end) = footer.stretch_of(offset);
-        assert!(stretch.offset <= offset && stretch.position < end && end <= footer.data_bytes);
+    assert_eq!(Footer::parse(&encoded).as_ref(), Ok(&footer), "a footer differs after encoding and decoding");
+    for offset in footer.index.iter().map(|interval| interval.offset).chain([before(footer.end)]) {
+        let (interval, end) = footer.interval_of(offset);
+        assert!(interval.offset <= offset && interval.position < end && end <= footer.data_bytes);
         assert!(footer.epoch_of(offset).is_some(), "the epochs cover the segment");
     }
     for time in [i64::MIN, footer.max_timestamp_ms, i64::MAX] {
-        assert!(footer.stretch_at_time(time).is_none_or(|stretch| stretch.max_timestamp_ms >= time));
+        assert!(footer.interval_at_time(time).is_none_or(|interval| interval.max_timestamp_ms >= time));
     }
     true
 }
@@ -58,21 +58,21 @@ pub(crate) fn manifest(input: &[u8]) -> bool {
 }
 
 fn root(bytes: &[u8]) -> bool {
-    let Ok(root) = Root::parse(bytes) else { return false };
+    let Ok(root) = ManifestRoot::parse(bytes) else { return false };
     let encoded = root.encode();
     assert_eq!(encoded.len(), bytes.len());
-    assert_eq!(Root::parse(&encoded).as_ref(), Ok(&root), "a root survives being written again");
+    assert_eq!(ManifestRoot::parse(&encoded).as_ref(), Ok(&root), "a root survives being written again");
     assert!(root.base() <= root.log_start() && root.log_start() <= root.end());
     assert_eq!(root.find(root.end()), None);
     assert_eq!(root.find(root.log_start()).is_some(), !root.is_empty());
     if !root.is_empty() {
-        assert!(matches!(root.find(before(root.end())), Some(Found::Segment(_) | Found::Page(_))));
+        assert!(matches!(root.find(before(root.end())), Some(ManifestLookup::Segment(_) | ManifestLookup::Page(_))));
     }
     for time in [i64::MIN, 0, i64::MAX] {
         let late = |max: i64| max >= time;
         match root.find_time(time, root.log_start()) {
-            Some(Found::Segment(line)) => assert!(late(line.max_timestamp_ms)),
-            Some(Found::Page(line)) => assert!(late(line.max_timestamp_ms)),
+            Some(ManifestLookup::Segment(line)) => assert!(late(line.max_timestamp_ms)),
+            Some(ManifestLookup::Page(line)) => assert!(late(line.max_timestamp_ms)),
             None => {}
         }
     }
@@ -81,28 +81,28 @@ fn root(bytes: &[u8]) -> bool {
 }
 
 /// Changes a manifest as a broker does: adds a segment, then removes all segments as expired.
-fn grow(root: &Root) {
+fn grow(root: &ManifestRoot) {
     let end = root.end();
     if let Some(next) = end.get().checked_add(10).and_then(Offset::new) {
-        let stamp = Stamp { base: end, end: next, epoch: root.epoch(), attempt: Default::default() };
+        let stamp = ObjectId { base: end, end: next, epoch: root.epoch(), attempt: Default::default() };
         let line =
-            SegmentLine { stamp, data_bytes: 1000, footer_bytes: 200, crc: 0, max_timestamp_ms: 0, created_ms: 1 };
+            SegmentEntry { stamp, data_bytes: 1000, footer_bytes: 200, crc: 0, max_timestamp_ms: 0, created_ms: 1 };
         let (longer, page) = root.extend(line, root.epoch(), Default::default());
         assert_eq!((longer.end(), longer.version()), (next, root.version() + 1));
-        assert!(page.is_none_or(|page| Page::read(&page.bytes).is_ok()));
-        assert!(longer.version() == 1 << 63 || Root::parse(&longer.encode()) == Ok(longer));
+        assert!(page.is_none_or(|page| ManifestPage::read(&page.bytes).is_ok()));
+        assert!(longer.version() == 1 << 63 || ManifestRoot::parse(&longer.encode()) == Ok(longer));
     }
     if root.page_to_cut(end).is_none() {
         let empty = root.trim(end, None, LeaderEpoch(i32::MAX.unsigned_abs()));
         assert!(empty.is_empty() && empty.bytes() == 0);
-        assert!(empty.version() == 1 << 63 || Root::parse(&empty.encode()) == Ok(empty));
+        assert!(empty.version() == 1 << 63 || ManifestRoot::parse(&empty.encode()) == Ok(empty));
     }
 }
 
 fn page(bytes: &[u8]) -> bool {
-    let Ok(page) = Page::read(bytes) else { return false };
+    let Ok(page) = ManifestPage::read(bytes) else { return false };
     for line in page.segments() {
-        let Stamp { base, end, .. } = line.stamp;
+        let ObjectId { base, end, .. } = line.stamp;
         assert_eq!((page.find(base), page.find(before(end))), (Some(*line), Some(*line)));
         assert!(line.object_bytes() >= line.data_bytes);
     }
@@ -111,5 +111,5 @@ fn page(bytes: &[u8]) -> bool {
 
 /// Returns the offset before `offset`, which must not be the first one.
 fn before(offset: Offset) -> Offset {
-    Offset::new(offset.get() - 1).expect("smaller than an offset")
+    Offset::new(offset.get() - 1).expect("the offset is below the maximum")
 }

@@ -40,7 +40,7 @@ use self::{
     queue::{QueuedRequest, RequestQueue},
 };
 use crate::{
-    partition::{Memory, Opener},
+    partition::{Decompressor, MemoryBudget},
     proto::error::{ApiError, ErrorCode},
     task::clock,
 };
@@ -108,14 +108,14 @@ pub struct Budgets(Arc<Inner>);
 struct Inner {
     requests: Pools,
     /// Pool of small requests that have arrived completely.
-    whole: Memory,
+    whole: MemoryBudget,
     parts: Pools,
-    waiting: Memory,
+    waiting: MemoryBudget,
     /// Queues of requests at the small pool and at the large pool.
     queues: [RequestQueue; 2],
     responses: Pools,
     /// Memory for the partitions named in fetches and reads.
-    sessions: Memory,
+    sessions: MemoryBudget,
     request_bytes: u64,
     response_bytes: u64,
     incomplete: IncompleteRequests,
@@ -125,23 +125,23 @@ struct Inner {
 /// A pool for small messages and one for all other messages.
 #[derive(Clone, Debug)]
 pub(super) struct Pools {
-    small: Memory,
-    large: Memory,
+    small: MemoryBudget,
+    large: MemoryBudget,
 }
 
 impl Pools {
     /// Creates pools with a quarter of the memory for small messages.
     fn new(bytes: u64) -> Self {
-        Self { small: Memory::new(bytes / 4), large: Memory::new(bytes - bytes / 4) }
+        Self { small: MemoryBudget::new(bytes / 4), large: MemoryBudget::new(bytes - bytes / 4) }
     }
 
     /// Creates pools with half of the memory for small messages.
     pub(super) fn halves(bytes: u64) -> Self {
-        Self { small: Memory::new(bytes / 2), large: Memory::new(bytes - bytes / 2) }
+        Self { small: MemoryBudget::new(bytes / 2), large: MemoryBudget::new(bytes - bytes / 2) }
     }
 
     /// Returns the pool for a message of `bytes`.
-    pub(super) const fn of(&self, bytes: usize) -> &Memory {
+    pub(super) const fn of(&self, bytes: usize) -> &MemoryBudget {
         if bytes <= SMALL_BYTES { &self.small } else { &self.large }
     }
 
@@ -166,12 +166,12 @@ impl Budgets {
     pub fn new(request_bytes: u64, response_bytes: u64) -> Self {
         Self(Arc::new(Inner {
             requests: Pools::new(message_bytes(request_bytes)),
-            whole: Memory::new(request_bytes / WHOLE_SHARE),
+            whole: MemoryBudget::new(request_bytes / WHOLE_SHARE),
             parts: Pools::new(request_bytes / PARTS_SHARE),
-            waiting: Memory::new(request_bytes / WAITING_SHARE),
+            waiting: MemoryBudget::new(request_bytes / WAITING_SHARE),
             queues: Default::default(),
             responses: Pools::new(response_bytes - response_bytes / SESSION_SHARE),
-            sessions: Memory::new(response_bytes / SESSION_SHARE),
+            sessions: MemoryBudget::new(response_bytes / SESSION_SHARE),
             request_bytes,
             response_bytes,
             incomplete: IncompleteRequests::default(),
@@ -185,7 +185,7 @@ impl Budgets {
         let sessions_bytes = response_bytes / SESSION_SHARE;
         let shares = [message_bytes(request_bytes), request_bytes / PARTS_SHARE, response_bytes - sessions_bytes];
         let [whole, sessions] =
-            [request_bytes / WHOLE_SHARE, sessions_bytes].map(|bytes| Memory::new(bytes / CONNECTION_SHARE));
+            [request_bytes / WHOLE_SHARE, sessions_bytes].map(|bytes| MemoryBudget::new(bytes / CONNECTION_SHARE));
         let pools = shares.map(|bytes| Pools::new(bytes / CONNECTION_SHARE));
         self.0.connections.open(pools, whole, sessions, close)
     }
@@ -197,7 +197,7 @@ impl Budgets {
     }
 
     /// Takes `bytes` from a pool. While the call waits, it closes connections that hold such memory and whose clients do not read.
-    async fn take(&self, pool: &Memory, bytes: usize, kind: MemoryKind) -> OwnedSemaphorePermit {
+    async fn take(&self, pool: &MemoryBudget, bytes: usize, kind: MemoryKind) -> OwnedSemaphorePermit {
         let mut taken = std::pin::pin!(pool.take(bytes));
         loop {
             if let Ok(taken) = tokio::time::timeout(SEARCH_INTERVAL, &mut taken).await {
@@ -208,11 +208,12 @@ impl Budgets {
     }
 
     fn no_request_memory(&self, bytes: usize, message: &str) -> ApiError {
-        let most = self.0.request_bytes;
+        let max = self.0.request_bytes;
         let message = format!(
-            "{message}: the request has {bytes} bytes, and requests may take {most} (limits.request_memory_bytes)"
+            "{message}: the request has {bytes} bytes, and all requests share {max} bytes \
+             (limits.request_memory_bytes); retry later"
         );
-        ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", most)
+        ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", max)
     }
 }
 
@@ -226,7 +227,7 @@ pub struct CallMemory {
 
 /// A request that was read, with its memory until the value is dropped.
 #[derive(Debug, Default)]
-pub struct HeldRequest {
+pub struct ReceivedRequest {
     /// Size of the message in bytes; 0 for a request that arrived on no connection.
     pub(super) bytes: usize,
     grants: Grants,
@@ -235,7 +236,7 @@ pub struct HeldRequest {
 #[derive(Debug, Default)]
 struct Call {
     /// Request that was read and not yet taken by its handler.
-    request: HeldRequest,
+    request: ReceivedRequest,
     /// Grants of responses that are complete and not yet passed to the connection.
     made: Grants,
     /// Number of response frames that were passed to the connection and have not been sent.
@@ -276,7 +277,7 @@ impl CallMemory {
         let permit = self.budgets.0.waiting.try_take(bytes);
         permit.map(Grant::of_all).ok_or_else(|| {
             self.budgets
-                .no_request_memory(bytes, "there is no memory for the request, and too many others wait for theirs")
+                .no_request_memory(bytes, "no memory for the request, and too many other requests wait for memory")
         })
     }
 
@@ -288,7 +289,7 @@ impl CallMemory {
         let deadline = clock::monotonic() + REQUEST_TIMEOUT;
         let own = self.connection.0.requests.of(bytes).take(bytes);
         let Ok(own) = tokio::time::timeout_at(deadline, own).await else {
-            let message = "other requests of this connection hold the memory that one connection may take";
+            let message = "other requests of this connection hold the whole share of one connection";
             return Err(self.budgets.no_request_memory(bytes, message));
         };
         let queued = QueuedRequest::new(&self.budgets.0.queues[usize::from(bytes > SMALL_BYTES)], bytes);
@@ -299,7 +300,7 @@ impl CallMemory {
             }
             let now = clock::monotonic();
             if now >= deadline {
-                return Err(self.budgets.no_request_memory(bytes, "no memory for the request came free"));
+                return Err(self.budgets.no_request_memory(bytes, "no memory for the request became free in time"));
             }
             if let Some(wanted) = queued.wanted(now) {
                 self.budgets.0.incomplete.end(bytes, wanted, now);
@@ -325,7 +326,8 @@ impl CallMemory {
             Grant::of_connection(own, self.budgets.take(all.of(bytes), bytes, MemoryKind::Requests).await)
         };
         let in_time = tokio::time::timeout(REQUEST_TIMEOUT, taken).await;
-        in_time.map_err(|_| self.budgets.no_request_memory(bytes, "no memory for the request's parts came free"))
+        let message = "no memory for the parts of the request became free in time";
+        in_time.map_err(|_| self.budgets.no_request_memory(bytes, message))
     }
 
     /// Stores the memory of a completely read request of `bytes` until its handler takes that memory.
@@ -336,7 +338,7 @@ impl CallMemory {
     }
 
     /// Takes over the memory of the request that was read last. Dropping the value frees the memory.
-    pub fn take_request(&self) -> HeldRequest {
+    pub fn take_request(&self) -> ReceivedRequest {
         std::mem::take(&mut self.call().request)
     }
 
@@ -348,37 +350,37 @@ impl CallMemory {
         }
     }
 
-    /// Takes memory for a response of up to `bytes`, or of `least` if other responses hold too much for that. Returns the grant and its
+    /// Takes memory for a response of up to `bytes`, or of `min_bytes` if other responses hold too much for that. Returns the grant and its
     /// bytes, or `None` if there is no memory now.
-    pub(super) fn try_response(&self, bytes: usize, least: usize) -> Option<(ResponseGrant, usize)> {
+    pub(super) fn try_response(&self, bytes: usize, min_bytes: usize) -> Option<(ResponseGrant, usize)> {
         let take = |bytes: usize, is_small| {
             let (own, all) = self.response_pools(is_small);
             let grant = Grant::of_connection(own.try_take(bytes)?, all.try_take(bytes)?);
             Some((ResponseGrant { grant, is_small }, bytes))
         };
-        let large = if bytes > least { take(bytes, false) } else { None };
-        large.or_else(|| take(least, self.is_small(least)))
+        let large = if bytes > min_bytes { take(bytes, false) } else { None };
+        large.or_else(|| take(min_bytes, self.is_small(min_bytes)))
     }
 
     /// Takes memory as [`Self::try_response`] does, but waits for it.
-    pub(super) async fn response(&self, bytes: usize, least: usize) -> (ResponseGrant, usize) {
-        if let Some(granted) = self.try_response(bytes, least) {
+    pub(super) async fn response(&self, bytes: usize, min_bytes: usize) -> (ResponseGrant, usize) {
+        if let Some(granted) = self.try_response(bytes, min_bytes) {
             return granted;
         }
-        let is_small = self.is_small(least);
+        let is_small = self.is_small(min_bytes);
         let (own, all) = self.response_pools(is_small);
-        let own = own.take(least).await;
-        let all = self.budgets.take(all, least, MemoryKind::Responses).await;
-        (ResponseGrant { grant: Grant::of_connection(own, all), is_small }, least)
+        let own = own.take(min_bytes).await;
+        let all = self.budgets.take(all, min_bytes, MemoryKind::Responses).await;
+        (ResponseGrant { grant: Grant::of_connection(own, all), is_small }, min_bytes)
     }
 
-    /// Returns true if the small pool serves a response of `least` bytes. A response above the connection's small share waits for the large
+    /// Returns true if the small pool serves a response of `min_bytes`. A response above the connection's small share waits for the large
     /// pool.
-    fn is_small(&self, least: usize) -> bool {
-        least <= self.connection.0.responses.small.bytes()
+    fn is_small(&self, min_bytes: usize) -> bool {
+        min_bytes <= self.connection.0.responses.small.bytes()
     }
 
-    fn response_pools(&self, is_small: bool) -> (&Memory, &Memory) {
+    fn response_pools(&self, is_small: bool) -> (&MemoryBudget, &MemoryBudget) {
         let (own, all) = (&self.connection.0.responses, &self.budgets.0.responses);
         if is_small { (&own.small, &all.small) } else { (&own.large, &all.large) }
     }
@@ -392,12 +394,12 @@ impl CallMemory {
 
     /// Returns the error for a response whose memory did not become free in time.
     pub(super) fn no_response_memory(&self) -> ApiError {
-        let most = self.budgets.0.response_bytes;
+        let max = self.budgets.0.response_bytes;
         let message = format!(
-            "no memory for the response came free in time: others that were not read yet hold it, and responses may take {most} bytes \
-             (limits.response_memory_bytes)"
+            "no memory for the response became free in time: unread responses hold it, and all responses share {max} \
+             bytes (limits.response_memory_bytes); retry later"
         );
-        ApiError::new(ErrorCode::Overloaded, message).with("max", most)
+        ApiError::new(ErrorCode::Overloaded, message).with("max", max)
     }
 
     /// Takes additional memory for the response that is being built, and charges the response with it.
@@ -414,12 +416,12 @@ impl CallMemory {
         let taken = (self.connection.0.responses.large.try_take(bytes), self.budgets.0.responses.large.try_take(bytes));
         let (Some(own), Some(all)) = taken else {
             self.budgets.0.connections.close_unread(MemoryKind::Responses);
-            let most = self.budgets.0.response_bytes;
+            let max = self.budgets.0.response_bytes;
             let message = format!(
-                "no memory for the response: it needs {bytes} bytes, and responses may take {most} (limits.response_memory_bytes), of which \
-                 others that were not read yet hold a part"
+                "no memory for the response of {bytes} bytes: all responses share {max} bytes \
+                 (limits.response_memory_bytes), and unread responses hold a part of them; retry later"
             );
-            return Err(ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", most));
+            return Err(ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", max));
         };
         Ok(Grant::of_connection(own, all))
     }
@@ -432,12 +434,13 @@ impl CallMemory {
         let own = self.connection.0.sessions.try_take(bytes);
         let taken = own.and_then(|own| Some(Grant::of_connection(own, self.budgets.0.sessions.try_take(bytes)?)));
         taken.ok_or_else(|| {
-            let most = self.budgets.0.response_bytes / SESSION_SHARE;
+            let max = self.budgets.0.response_bytes / SESSION_SHARE;
             let message = format!(
-                "no memory for the partitions of the request: they need {bytes} bytes, all fetches and reads together may take {most} and \
-                 those of one connection a quarter of it (an eighth of limits.response_memory_bytes): name fewer partitions"
+                "no memory for the partitions of the request: they need {bytes} bytes, and all fetches and reads share \
+                 {max} bytes (an eighth of limits.response_memory_bytes), of which one connection may take a quarter: \
+                 name fewer partitions"
             );
-            ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", most)
+            ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", max)
         })
     }
 
@@ -465,7 +468,7 @@ impl CallMemory {
     ///
     /// # Errors
     /// `OVERLOADED`: there is not enough memory.
-    pub fn hand(&self, bytes: usize) -> Result<HandedResponse, ApiError> {
+    pub fn hand(&self, bytes: usize) -> Result<SendingResponse, ApiError> {
         let mut grants = std::mem::take(&mut self.call().made);
         let charged = grants.iter().map(Grant::bytes).sum::<usize>();
         if bytes > charged + UNCHARGED_BYTES {
@@ -477,18 +480,18 @@ impl CallMemory {
         // Until the client reads the response, the call cannot free any memory.
         call.unread.get_or_insert_with(|| UnreadResponse::new(&self.connection.0)).hand(charged);
         drop(call);
-        Ok(HandedResponse { call: Arc::clone(&self.call), _grants: grants })
+        Ok(SendingResponse { call: Arc::clone(&self.call), _grants: grants })
     }
 
     /// Returns a decompressor that processes one batch of this connection at a time.
-    pub(super) fn opener(&self, opener: &Opener) -> Opener {
-        opener.for_caller(Arc::clone(&self.connection.0.decompression))
+    pub(super) fn decompressor(&self, decompressor: &Decompressor) -> Decompressor {
+        decompressor.for_caller(Arc::clone(&self.connection.0.decompression))
     }
 
     /// Returns a decompressor for recompression that processes one batch of this connection at a time. Reads of the connection do not wait
     /// for it.
-    pub(super) fn rewriter(&self, opener: &Opener) -> Opener {
-        opener.for_caller(Arc::clone(&self.connection.0.recompression))
+    pub(super) fn rewriter(&self, decompressor: &Decompressor) -> Decompressor {
+        decompressor.for_caller(Arc::clone(&self.connection.0.recompression))
     }
 
     /// Returns a permit for an append with `acks=tiered` from those of the connection, if one is free.
@@ -505,12 +508,12 @@ impl CallMemory {
 
 /// A response frame that was passed to HTTP/2. The frame is charged until this value is dropped.
 #[derive(Debug)]
-pub struct HandedResponse {
+pub struct SendingResponse {
     call: Arc<Mutex<Call>>,
     _grants: Grants,
 }
 
-impl Drop for HandedResponse {
+impl Drop for SendingResponse {
     fn drop(&mut self) {
         let mut call = self.call.lock().unwrap_or_else(PoisonError::into_inner);
         call.handed -= 1;
@@ -563,7 +566,7 @@ impl IncompleteGuard {
         }
         Err(self.budgets.no_request_memory(
             self.request.bytes,
-            "the rest of the request did not come while others needed its memory",
+            "the rest of the request did not arrive while other requests waited for its memory",
         ))
     }
 }

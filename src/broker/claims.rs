@@ -1,8 +1,8 @@
 //! Verifies claims of other brokers about registrations and leader epochs in the metadata store, at a bounded rate.
 //!
 //! Brokers do not authenticate. A claim is therefore only a reason for a look-up: this broker changes its state only if the store confirms
-//! the claim. If the rate is exceeded or the store does not respond, the claim is ignored, and the metadata cache shows the truth a moment
-//! later.
+//! the claim. If the rate is exceeded or the store does not respond, the claim is ignored, and the metadata cache shows the stored value a
+//! moment later.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Maximum number of look-ups of one kind per minute.
-const LOOKUPS_PER_MINUTE: u32 = 600;
+const MAX_LOOKUPS_PER_MINUTE: u32 = 600;
 
 /// Timeout of a look-up. The claiming broker waits no longer for a response.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
@@ -38,7 +38,7 @@ struct Rate(Mutex<Option<Bucket>>);
 impl Rate {
     fn take(&self) -> bool {
         let mut bucket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = Bucket::take(*bucket, LOOKUPS_PER_MINUTE, clock::monotonic());
+        let left = Bucket::take(*bucket, MAX_LOOKUPS_PER_MINUTE, clock::monotonic());
         *bucket = left.or(*bucket);
         left.is_some()
     }
@@ -55,13 +55,19 @@ impl Claims {
     /// The epoch cannot be looked up now.
     pub(super) async fn broker_epoch(&self, broker: BrokerId) -> Result<Option<Revision>, ApiError> {
         if !self.registrations.take() {
-            return Err(not_now("too many registrations are looked up"));
+            let message =
+                format!("more than {MAX_LOOKUPS_PER_MINUTE} registrations were looked up in a minute: retry later");
+            return Err(not_ready(message));
         }
         let key = self.keys.broker(broker);
         match tokio::time::timeout(LOOKUP_TIMEOUT, self.store.get(&key)).await {
             Ok(Ok(reading)) => Ok(reading.entry.map(|entry| entry.create_revision)),
-            Ok(Err(error)) => Err(not_now(&format!("the metadata store was asked and failed: {error}"))),
-            Err(_) => Err(not_now(&format!("the metadata store did not answer in {LOOKUP_TIMEOUT:?}"))),
+            Ok(Err(error)) => {
+                Err(not_ready(format!("could not read the registration from the metadata store: {error}")))
+            }
+            Err(_) => {
+                Err(not_ready(format!("the metadata store did not respond within {LOOKUP_TIMEOUT:?}: retry later")))
+            }
         }
     }
 
@@ -77,8 +83,8 @@ impl Claims {
     }
 }
 
-fn not_now(why: &str) -> ApiError {
-    ApiError::new(ErrorCode::NotReady, why)
+fn not_ready(message: String) -> ApiError {
+    ApiError::new(ErrorCode::NotReady, message)
 }
 
 #[cfg(test)]
@@ -90,7 +96,7 @@ mod tests {
     };
 
     #[tokio::test(start_paused = true)]
-    async fn registrations_are_looked_up_at_a_bounded_rate() {
+    async fn registrations_are_looked_up_at_bounded_rate() {
         let store = EmbeddedStore::in_memory();
         let keys = Keys::new("it").unwrap();
         let put = Transaction::new().put(keys.broker(BrokerId(2)), BrokerValue::running_at("a:1".to_owned()).encode());
@@ -99,16 +105,16 @@ mod tests {
         let claims = Claims::new(Arc::new(store), keys);
         assert_eq!(claims.broker_epoch(BrokerId(2)).await.unwrap(), Some(created));
         assert_eq!(claims.broker_epoch(BrokerId(3)).await.unwrap(), None);
-        for _ in 2..LOOKUPS_PER_MINUTE {
+        for _ in 2..MAX_LOOKUPS_PER_MINUTE {
             claims.broker_epoch(BrokerId(3)).await.unwrap();
         }
         assert_eq!(claims.broker_epoch(BrokerId(2)).await.unwrap_err().code, ErrorCode::NotReady);
         tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!(claims.broker_epoch(BrokerId(2)).await.unwrap(), Some(created), "tokens come back");
+        assert_eq!(claims.broker_epoch(BrokerId(2)).await.unwrap(), Some(created), "tokens return");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn leader_epochs_are_looked_up_at_a_bounded_rate() {
+    async fn leader_epochs_are_looked_up_at_bounded_rate() {
         let store = EmbeddedStore::in_memory();
         let keys = Keys::new("it").unwrap();
         let id = |number| PartitionId::new(TopicId::from_bytes([7; 16]), number);
@@ -116,10 +122,10 @@ mod tests {
         store.transact(Transaction::new().put(keys.partition(id(0)), value.encode())).await.unwrap();
         let claims = Claims::new(Arc::new(store), keys);
         assert_eq!(claims.leader_epoch(id(0)).await, Some(LeaderEpoch(5)));
-        for _ in 1..LOOKUPS_PER_MINUTE {
-            assert_eq!(claims.leader_epoch(id(1)).await, None, "there is none");
+        for _ in 1..MAX_LOOKUPS_PER_MINUTE {
+            assert_eq!(claims.leader_epoch(id(1)).await, None, "the partition does not exist");
         }
-        assert_eq!(claims.leader_epoch(id(0)).await, None, "not now");
+        assert_eq!(claims.leader_epoch(id(0)).await, None, "the rate is exceeded");
         tokio::time::advance(Duration::from_secs(1)).await;
         assert_eq!(claims.leader_epoch(id(0)).await, Some(LeaderEpoch(5)));
     }

@@ -2,7 +2,7 @@
 //!
 //! # Overview
 //!
-//! A [`Session`] holds the partitions of one reader and its position in each. [`Ready`] reports the partitions with new records, so a
+//! A [`FetchSession`] holds the partitions of one reader and its position in each. [`WakeSet`] reports the partitions with new records, so a
 //! reader of ten thousand idle partitions costs nothing. Reads of several partitions run concurrently: a read from the object store does
 //! not delay partitions whose records are in memory.
 //!
@@ -13,8 +13,8 @@
 //! `max_wait_ms` bounds the wait for records that do not exist yet. A unary read waits for existing records, on disk or in the object
 //! store, within a separate bound.
 
+mod decode;
 mod memory;
-mod plain;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -31,16 +31,16 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use self::{
+    decode::RecordTooLarge,
     memory::{Granted, MIN_READ_BYTES},
-    plain::RecordTooLarge,
-    stream::Follow,
+    stream::FetchStreamState,
 };
-use super::{Broker, CallMemory, Grant, Requests, faults};
+use super::{Broker, CallMemory, Grant, Requests, errors};
 use crate::{
     limits,
     log::ReadLimits,
     model::{Offset, PartitionId},
-    partition::{Fetched, Partition, ReadError, Reader, Ready, Source},
+    partition::{FetchedBatches, Partition, PartitionReader, ReadError, ReadSource, WakeSet},
     proto::{
         error::{ApiError, ErrorCode},
         v1,
@@ -49,11 +49,11 @@ use crate::{
 };
 
 /// Maximum number of concurrent reads of one session.
-const READS: usize = 8;
+const MAX_CONCURRENT_READS: usize = 8;
 
 /// Maximum time that a response with enough bytes waits for reads in progress. These reads end with the call: without the wait, partitions
 /// in memory would keep partitions on disk out of every response.
-const OTHER_READS_WAIT: Duration = Duration::from_millis(100);
+const OTHER_READS_DELAY: Duration = Duration::from_millis(100);
 
 /// Default for the maximum bytes of a response.
 const DEFAULT_BYTES: usize = 1 << 20;
@@ -62,20 +62,20 @@ const DEFAULT_BYTES: usize = 1 << 20;
 const FEW_PARTITIONS: usize = 16;
 
 /// Memory of one partition of a fetch or read, with its entry in a response and without the topic name, in bytes.
-const PLACE_BYTES: usize = 512;
+const PARTITION_STATE_BYTES: usize = 512;
 
-type ReadOutcome = (usize, Result<Option<Fetched>, ReadError>);
+type ReadOutcome = (usize, Result<Option<FetchedBatches>, ReadError>);
 
 /// Outcome of a read, with the memory that the read held.
 type EndedRead = (ReadOutcome, Option<Grant>);
 
 /// One partition of a session.
-struct Place {
+struct FetchPartitionState {
     served: Arc<Partition>,
     topic: String,
     partition: i32,
     /// `None` after a failure: the session skips the partition from then on.
-    reader: Option<Reader>,
+    reader: Option<PartitionReader>,
     /// Offset that the client requested.
     from: Offset,
     position: Offset,
@@ -85,16 +85,16 @@ struct Place {
     again: bool,
 }
 
-impl Place {
+impl FetchPartitionState {
     /// Returns true if this broker has committed records at or above the position.
     fn has_more(&self) -> bool {
-        self.reader.as_ref().is_some_and(|reader| self.position < reader.marks().high_watermark)
+        self.reader.as_ref().is_some_and(|reader| self.position < reader.watermarks().high_watermark)
     }
 }
 
 /// Limits on the size and delay of one response.
 #[derive(Clone, Copy)]
-struct Terms {
+struct FetchLimits {
     min_bytes: usize,
     max_bytes: usize,
     max_wait: Duration,
@@ -102,7 +102,7 @@ struct Terms {
     message_bytes: usize,
 }
 
-impl Terms {
+impl FetchLimits {
     fn new(min_bytes: u32, max_bytes: u32, max_wait_ms: u32) -> Self {
         let max_bytes = if max_bytes == 0 { DEFAULT_BYTES } else { max_bytes as usize };
         let max_bytes = max_bytes.min(limits::MAX_FETCH_BYTES);
@@ -117,7 +117,7 @@ impl Terms {
 
 /// A response being built.
 #[derive(Default)]
-struct Gathered {
+struct FetchResponseBuilder {
     partitions: Vec<v1::FetchedPartition>,
     /// Index in the session of each of `partitions`; `None` for rejected partitions.
     places: Vec<Option<usize>>,
@@ -130,15 +130,15 @@ struct Gathered {
 }
 
 /// The partitions of one reader.
-struct Session {
+struct FetchSession {
     broker: Arc<Broker>,
-    places: Vec<Place>,
-    ready: Arc<Ready>,
+    places: Vec<FetchPartitionState>,
+    ready: Arc<WakeSet>,
     reading: FuturesUnordered<Pin<Box<dyn Future<Output = EndedRead> + Send>>>,
     /// Read outcome that did not fit into the last response. The next response starts with this outcome, so small batches cannot delay a
     /// large one for ever.
     held: Option<ReadOutcome>,
-    terms: Terms,
+    terms: FetchLimits,
     memory: CallMemory,
     /// Memory for the partitions, if there are many.
     named: Option<Grant>,
@@ -156,8 +156,8 @@ struct Session {
     refused: Vec<v1::FetchedPartition>,
 }
 
-impl Session {
-    fn new(broker: Arc<Broker>, terms: Terms, memory: CallMemory) -> Self {
+impl FetchSession {
+    fn new(broker: Arc<Broker>, terms: FetchLimits, memory: CallMemory) -> Self {
         let (ready, reading) = (Arc::default(), FuturesUnordered::new());
         Self {
             broker,
@@ -181,8 +181,8 @@ impl Session {
     fn assign(&mut self, wanted: Vec<v1::FetchPartition>, restart: bool, any_replica: bool) -> Result<(), ApiError> {
         self.any_replica = any_replica;
         if wanted.len() > limits::MAX_FETCH_PARTITIONS {
-            return Err(faults::invalid(format!(
-                "{} partitions in one fetch; at most {} are allowed",
+            return Err(errors::invalid(format!(
+                "{} partitions in one fetch, at most {} are allowed: send several requests",
                 wanted.len(),
                 limits::MAX_FETCH_PARTITIONS
             )));
@@ -190,7 +190,7 @@ impl Session {
         let mut named = BTreeSet::new();
         if let Some(twice) = wanted.iter().find(|want| !named.insert((want.topic.as_str(), want.partition))) {
             let shown: String = twice.topic.chars().take(100).collect();
-            return Err(faults::invalid(format!(
+            return Err(errors::invalid(format!(
                 "topic {shown:?}, partition {} is named twice in one fetch: name each partition once",
                 twice.partition
             )));
@@ -198,14 +198,13 @@ impl Session {
         self.named = None;
         if wanted.len() > FEW_PARTITIONS {
             let names = wanted.iter().map(|want| want.topic.len()).sum::<usize>();
-            self.named = Some(self.memory.session(wanted.len() * PLACE_BYTES + 4 * names)?);
+            self.named = Some(self.memory.session(wanted.len() * PARTITION_STATE_BYTES + 4 * names)?);
         }
         self.drop_reads();
         let before = std::mem::take(&mut self.places);
         (self.ready, self.held) = (Arc::default(), None);
-        let goes_on = before.iter().filter(|place| !restart && place.reader.is_some());
-        let positions: BTreeMap<PartitionId, Offset> =
-            goes_on.map(|place| (place.served.id(), place.position)).collect();
+        let kept = before.iter().filter(|place| !restart && place.reader.is_some());
+        let positions: BTreeMap<PartitionId, Offset> = kept.map(|place| (place.served.id(), place.position)).collect();
         (self.expected_batch_bytes, self.max_batch_bytes) = (0, 0);
         for want in wanted {
             match self.broker.readable(&want, any_replica) {
@@ -213,13 +212,13 @@ impl Session {
                     // Matched by id, not by name: a recreated topic is another topic.
                     let from = match positions.get(&partition.id()) {
                         Some(position) => *position,
-                        None => faults::offset(want.offset)?,
+                        None => errors::offset(want.offset)?,
                     };
                     let max_batch_bytes = partition.config().max_message_bytes.min(MIN_READ_BYTES);
                     self.expected_batch_bytes = self.expected_batch_bytes.max(max_batch_bytes);
                     let reader = partition.reader().clone();
-                    reader.follow(&self.ready, self.places.len());
-                    self.places.push(Place {
+                    reader.add_listener(&self.ready, self.places.len());
+                    self.places.push(FetchPartitionState {
                         served: partition,
                         topic: want.topic,
                         partition: want.partition,
@@ -230,9 +229,9 @@ impl Session {
                         again: false,
                     });
                 }
-                Err(fault) => {
-                    self.broker.metrics.fetch_errors.count(fault.code.as_str());
-                    self.refused.push(self.broker.refused_partition(want, fault));
+                Err(error) => {
+                    self.broker.metrics.fetch_errors.count(error.code.as_str());
+                    self.refused.push(self.broker.refused_partition(want, error));
                 }
             }
         }
@@ -264,7 +263,7 @@ impl Session {
     }
 
     /// Adds the outcome of a read to the response, and the memory of the read to that of the response.
-    fn absorb_ended(&mut self, (outcome, charge): EndedRead, gathered: &mut Gathered) {
+    fn absorb_ended(&mut self, (outcome, charge): EndedRead, gathered: &mut FetchResponseBuilder) {
         if let (Some(granted), Some(charge)) = (&mut self.grant, charge) {
             granted.end_read(charge);
         }
@@ -272,7 +271,7 @@ impl Session {
     }
 
     /// Adds the outcome of a read to the response.
-    fn absorb(&mut self, (index, outcome): ReadOutcome, gathered: &mut Gathered) {
+    fn absorb(&mut self, (index, outcome): ReadOutcome, gathered: &mut FetchResponseBuilder) {
         if let Ok(Some(fetched)) = &outcome
             && gathered.bytes > 0
             && gathered.bytes + fetched.bytes > self.terms.message_bytes
@@ -286,16 +285,16 @@ impl Session {
             return self.read_later(index, bytes, gathered);
         }
         let place = &mut self.places[index];
-        let standing = place.served.standing();
-        let elsewhere = match &outcome {
+        let status = place.served.status();
+        let is_not_served = match &outcome {
             // The records are committed in any case, and the client reads them again from a replica that serves it.
-            Ok(_) => !standing.role.serves(self.any_replica),
+            Ok(_) => !status.role.serves(self.any_replica),
             Err(ReadError::OutOfRange { offset, .. }) => {
-                !standing.role.leads() && *offset >= place.served.committed_log_start()
+                !status.role.leads() && *offset >= place.served.committed_log_start()
             }
             Err(_) => false,
         };
-        if (elsewhere || outcome.is_err()) && gathered.has_records(index) {
+        if (is_not_served || outcome.is_err()) && gathered.has_records(index) {
             // The records before the error form a response of their own.
             gathered.full = true;
             self.held = Some((index, outcome));
@@ -304,28 +303,28 @@ impl Session {
         place.reading = false;
         let again = std::mem::take(&mut place.again);
         let Some(reader) = &place.reader else { return };
-        if elsewhere {
+        if is_not_served {
             place.reader = None;
             gathered.failed = true;
-            let fault = self.broker.not_leader(&place.topic, place.partition, place.served.id());
-            self.broker.metrics.fetch_errors.count(fault.code.as_str());
-            return gathered.entry(index, place).error = Some(fault.into());
+            let error = self.broker.not_leader(&place.topic, place.partition, place.served.id());
+            self.broker.metrics.fetch_errors.count(error.code.as_str());
+            return gathered.entry(index, place).error = Some(error.into());
         }
         match outcome {
             Ok(None) if again => self.ready.mark(index),
             Ok(None) => {}
             Ok(Some(fetched)) => {
-                let high_watermark = reader.marks().high_watermark;
+                let high_watermark = reader.watermarks().high_watermark;
                 place.position = fetched.next;
                 let by_source = &self.broker.metrics.fetch_bytes;
                 let counter = match fetched.source {
-                    Source::Memory => &by_source.memory,
-                    Source::Disk => &by_source.disk,
-                    Source::Bucket => &by_source.bucket,
+                    ReadSource::Memory => &by_source.memory,
+                    ReadSource::Disk => &by_source.disk,
+                    ReadSource::ObjectStore => &by_source.bucket,
                 };
                 counter.inc_by(fetched.bytes as u64);
                 let by_role = &self.broker.metrics.fetch_role_bytes;
-                let counter = if standing.role.leads() { &by_role.leader } else { &by_role.follower };
+                let counter = if status.role.leads() { &by_role.leader } else { &by_role.follower };
                 counter.inc_by(fetched.bytes as u64);
                 let next = fetched.next;
                 gathered.add(index, place, fetched);
@@ -336,21 +335,21 @@ impl Session {
             Err(error) => {
                 place.reader = None;
                 gathered.failed = true;
-                let fault = self.broker.read_refused(place.served.id(), error);
-                self.broker.metrics.fetch_errors.count(fault.code.as_str());
-                gathered.entry(index, place).error = Some(fault.into());
+                let error = self.broker.read_refused(place.served.id(), error);
+                self.broker.metrics.fetch_errors.count(error.code.as_str());
+                gathered.entry(index, place).error = Some(error.into());
             }
         }
     }
 
     /// Gathers everything that is available without waiting.
-    fn gather_now(&mut self, gathered: &mut Gathered) {
+    fn gather_now(&mut self, gathered: &mut FetchResponseBuilder) {
         gathered.failed |= !self.refused.is_empty();
         self.refused.drain(..).for_each(|refused| gathered.refuse(refused));
         if let Some(held) = self.held.take() {
             self.absorb(held, gathered);
         }
-        self.restore(gathered);
+        self.undrain(gathered);
         let Some(max_bytes) = self.grant.as_ref().map(|granted| granted.max_bytes) else { return };
         while gathered.bytes < max_bytes && !gathered.full && self.grant.is_some() {
             self.begin_reads(self.read_bytes(max_bytes - gathered.bytes));
@@ -366,25 +365,26 @@ impl Session {
     }
 
     /// Adds an error to the response for each partition that is still being read.
-    fn give_up_reads(&self, gathered: &mut Gathered) {
+    fn time_out_reads(&self, gathered: &mut FetchResponseBuilder) {
         let reading = self.places.iter().enumerate().filter(|(_, place)| place.reading && place.reader.is_some());
         for (index, place) in reading {
             let (offset, bound) = (place.position, self.broker.settings.fetch_max_wait);
-            let (reason, owner) = if offset < place.served.marks().local_start {
+            let (code, source) = if offset < place.served.watermarks().local_start {
                 (ErrorCode::ObjectStoreUnavailable, "the object store")
             } else {
                 (ErrorCode::Timeout, "this broker's disk")
             };
             let message = format!(
-                "{owner} has not served offset {offset} within {bound:?} (tier.fetch_max_wait); the read goes on: ask again for it"
+                "{source} has not served offset {offset} within {bound:?} (tier.fetch_max_wait), and the read \
+                 continues: retry"
             );
-            self.broker.metrics.fetch_errors.count(reason.as_str());
-            gathered.entry(index, place).error = Some(ApiError::new(reason, message).with("offset", offset).into());
+            self.broker.metrics.fetch_errors.count(code.as_str());
+            gathered.entry(index, place).error = Some(ApiError::new(code, message).with("offset", offset).into());
         }
     }
 
     /// Marks the partitions with records, if the response has neither records nor errors. Returns true if it marked any.
-    fn mark_unread(&self, gathered: &Gathered) -> bool {
+    fn mark_unread(&self, gathered: &FetchResponseBuilder) -> bool {
         if gathered.bytes > 0 || gathered.failed {
             return false;
         }
@@ -393,7 +393,7 @@ impl Session {
     }
 
     /// Adds an entry with watermarks for each partition that has no entry in the response.
-    fn complete(&self, gathered: &mut Gathered) {
+    fn complete(&self, gathered: &mut FetchResponseBuilder) {
         for (index, place) in self.places.iter().enumerate() {
             if !gathered.entries.contains_key(&index) {
                 gathered.entry(index, place);
@@ -402,20 +402,20 @@ impl Session {
     }
 
     /// Gathers the response of a unary read.
-    async fn gather(&mut self, plain: bool, deadline: Instant) -> Result<Gathered, ApiError> {
-        let patience = self.broker.settings.fetch_max_wait;
-        let mut gathered = Gathered::default();
+    async fn gather(&mut self, decode: bool, deadline: Instant) -> Result<FetchResponseBuilder, ApiError> {
+        let max_wait = self.broker.settings.fetch_max_wait;
+        let mut gathered = FetchResponseBuilder::default();
         let (mut reading_since, mut enough_since, mut looked_again) = (None, None, false);
         loop {
             if self.needs_memory() {
-                let reserved = tokio::time::timeout(patience, self.reserve(plain)).await;
+                let reserved = tokio::time::timeout(max_wait, self.reserve(decode)).await;
                 reserved.map_err(|_| self.memory.no_response_memory())?;
                 // The time until here was spent on memory, not on the disk.
                 reading_since = None;
             }
             self.gather_now(&mut gathered);
             if gathered.is_enough(self.min_bytes()) {
-                let until = *enough_since.get_or_insert_with(clock::monotonic) + OTHER_READS_WAIT;
+                let until = *enough_since.get_or_insert_with(clock::monotonic) + OTHER_READS_DELAY;
                 let has_room = !gathered.failed && !gathered.full && gathered.bytes < self.terms.max_bytes;
                 if !has_room || tokio::time::timeout_at(until, self.next_read(&mut gathered)).await != Ok(true) {
                     break;
@@ -425,16 +425,16 @@ impl Session {
             // Records that are being read exist, so the wait for them has a separate bound.
             let awaits_records = gathered.bytes == 0 && !self.reading.is_empty();
             let until = if awaits_records {
-                *reading_since.get_or_insert_with(clock::monotonic) + patience
+                *reading_since.get_or_insert_with(clock::monotonic) + max_wait
             } else {
                 reading_since = None;
                 deadline
             };
-            if tokio::time::timeout_at(until, self.wait(&mut gathered)).await.is_ok() {
+            if tokio::time::timeout_at(until, self.wait_for_data(&mut gathered)).await.is_ok() {
                 continue;
             }
             if awaits_records {
-                self.give_up_reads(&mut gathered);
+                self.time_out_reads(&mut gathered);
             }
             // Records that arrived since the last check still go into this response.
             if awaits_records || std::mem::replace(&mut looked_again, true) || !self.mark_unread(&gathered) {
@@ -446,19 +446,19 @@ impl Session {
     }
 
     /// Waits for one more read outcome. Returns false if no read is in progress.
-    async fn next_read(&mut self, gathered: &mut Gathered) -> bool {
+    async fn next_read(&mut self, gathered: &mut FetchResponseBuilder) -> bool {
         let ended = self.reading.next().await;
         ended.map(|ended| self.absorb_ended(ended, gathered)).is_some()
     }
 
     /// Waits for one more read outcome, or until a partition becomes ready.
-    async fn wait(&mut self, gathered: &mut Gathered) {
+    async fn wait_for_data(&mut self, gathered: &mut FetchResponseBuilder) {
         self.release_unused(gathered);
         let (ready, more) = (Arc::clone(&self.ready), self.awaits_marks());
         let ended = tokio::select! {
             biased;
             Some(ended) = self.reading.next(), if !self.reading.is_empty() => Some(ended),
-            () = ready.wait(), if more => None,
+            () = ready.wait_for_index(), if more => None,
         };
         if let Some(ended) = ended {
             self.absorb_ended(ended, gathered);
@@ -466,28 +466,28 @@ impl Session {
     }
 }
 
-impl Gathered {
+impl FetchResponseBuilder {
     /// Adds the records of a read to the entry of a partition.
-    fn add(&mut self, index: usize, place: &Place, fetched: Fetched) {
+    fn add(&mut self, index: usize, place: &FetchPartitionState, fetched: FetchedBatches) {
         self.bytes += fetched.bytes;
         self.entry(index, place).chunks.extend(fetched.chunks);
     }
 
     /// Returns the entry of a partition in the response, with its current watermarks.
-    fn entry(&mut self, index: usize, place: &Place) -> &mut v1::FetchedPartition {
+    fn entry(&mut self, index: usize, place: &FetchPartitionState) -> &mut v1::FetchedPartition {
         let at = *self.entries.entry(index).or_insert_with(|| {
             let (topic, partition) = (place.topic.clone(), place.partition);
             self.partitions.push(v1::FetchedPartition { topic, partition, ..Default::default() });
             self.places.push(Some(index));
             self.partitions.len() - 1
         });
-        let (standing, marks) = (place.served.standing(), place.served.marks());
+        let (status, watermarks) = (place.served.status(), place.served.watermarks());
         let entry = &mut self.partitions[at];
-        entry.log_start = marks.log_start.as_i64();
-        entry.high_watermark = marks.high_watermark.as_i64();
+        entry.log_start = watermarks.log_start.as_i64();
+        entry.high_watermark = watermarks.high_watermark.as_i64();
         entry.next_offset = place.position.as_i64();
-        entry.from_follower = !standing.role.leads();
-        entry.leader_epoch = standing.epoch.as_i32();
+        entry.from_follower = !status.role.leads();
+        entry.leader_epoch = status.epoch.as_i32();
         entry
     }
 
@@ -512,19 +512,19 @@ impl Broker {
         request: v1::ReadRequest,
         memory: CallMemory,
     ) -> Result<v1::ReadResponse, ApiError> {
-        let terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
-        self.acquaint(request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()))).await;
-        let mut session = Session::new(self, terms, memory);
+        let terms = FetchLimits::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
+        self.wait_for_topics(request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()))).await;
+        let mut session = FetchSession::new(self, terms, memory);
         session.assign(request.partitions, true, request.any_replica)?;
         let deadline = clock::monotonic() + terms.max_wait;
         loop {
-            let mut gathered = session.gather(request.plain, deadline).await?;
-            let decoded = if request.plain { session.decode(&mut gathered).await } else { Ok(0) };
+            let mut gathered = session.gather(request.decode, deadline).await?;
+            let decoded = if request.decode { session.decode(&mut gathered).await } else { Ok(0) };
             match decoded {
                 Ok(record_bytes) => {
                     session.on_made(gathered.bytes + record_bytes, gathered.partitions.len());
-                    let in_doubt = session.broker.is_in_doubt();
-                    return Ok(v1::ReadResponse { partitions: gathered.partitions, in_doubt });
+                    let lease_expired = session.broker.is_lease_expired();
+                    return Ok(v1::ReadResponse { partitions: gathered.partitions, lease_expired });
                 }
                 Err(RecordTooLarge { bytes }) => session.read_again(bytes, gathered),
             }
@@ -537,7 +537,7 @@ impl Broker {
         requests: Requests<v1::FetchRequest>,
         memory: CallMemory,
     ) -> impl Stream<Item = Result<v1::FetchResponse, Status>> + Send + 'static {
-        let follow = Follow::new(self, requests, memory);
-        futures::stream::unfold(follow, |mut follow| async move { Some((follow.next().await?, follow)) })
+        let state = FetchStreamState::new(self, requests, memory);
+        futures::stream::unfold(state, |mut state| async move { Some((state.next().await?, state)) })
     }
 }

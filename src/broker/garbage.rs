@@ -5,29 +5,29 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use super::{Broker, Tier};
+use super::{Broker, TierHandle};
 use crate::{
-    cluster::{StoreError as MetaError, Sweep},
+    cluster::{MetaStoreError as MetaError, StaleKeySweeper},
     model::{PartitionId, TopicId},
     task::clock,
-    tier::{self, Live, collect_garbage, end_abandoned_uploads},
+    tier::{self, PartitionLiveness, abort_abandoned_uploads, collect_garbage},
 };
 
 /// Maximum interval between two runs. A shorter grace period shortens the interval.
-const INTERVAL: Duration = Duration::from_secs(3600);
+const COLLECTION_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// Time for which a tombstone outlives the last data of its topic. A broker that was offline for longer keeps its files of the topic.
-const MARKS_KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
+const TOMBSTONE_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 
-const UPLOADS: &str = "uploads without an end could not be looked for";
+const UPLOADS_FAILED: &str = "could not list abandoned uploads";
 
 /// Returns the interval between two runs.
 fn interval(grace: Duration) -> Duration {
-    INTERVAL.min(grace.max(Duration::from_secs(1)))
+    COLLECTION_INTERVAL.min(grace.max(Duration::from_secs(1)))
 }
 
 /// Returns the maximum time that an orphan object stays in the object store: the grace period, and then one interval.
-pub(super) fn most_kept(grace: Duration) -> Duration {
+pub(super) fn max_retention(grace: Duration) -> Duration {
     grace.saturating_add(interval(grace))
 }
 
@@ -37,7 +37,7 @@ pub(super) fn spawn(broker: &Arc<Broker>) {
 
 async fn run(broker: Arc<Broker>) {
     let interval = interval(broker.settings.garbage_grace);
-    let mut search = Search::default();
+    let mut collection = GarbageRun::default();
     loop {
         tokio::select! {
             biased;
@@ -46,7 +46,7 @@ async fn run(broker: Arc<Broker>) {
         }
         if !broker.is_controller() {
             // The controller collects for the whole cluster. The next controller starts without the state of this one.
-            search = Search::default();
+            collection = GarbageRun::default();
             broker.metrics.tier_garbage_bytes.set(0);
             continue;
         }
@@ -54,25 +54,25 @@ async fn run(broker: Arc<Broker>) {
             biased;
             // The next run completes a cancelled one.
             () = broker.tasks.cancelled() => return,
-            () = search.run(&broker) => {}
+            () = collection.run(&broker) => {}
         }
-        broker.metrics.garbage_searches.inc();
+        broker.metrics.garbage_collections.inc();
     }
 }
 
 /// State that one run keeps for the next.
 #[derive(Default)]
-struct Search {
-    sweep: Sweep,
+struct GarbageRun {
+    sweep: StaleKeySweeper,
     /// True if it was logged that uploads cannot be listed. A store or a policy that forbids the listing does so for ever, and must not
     /// fill the log.
-    said: bool,
+    list_failure_logged: bool,
 }
 
-impl Search {
+impl GarbageRun {
     async fn run(&mut self, broker: &Broker) {
         if let Err(error) = self.sweep.run(&broker.topics).await {
-            failed(broker, &error, "what half-done changes of topics left in the metadata could not be swept");
+            failed(broker, &error, "could not delete the stale keys of unfinished topic changes");
         }
         let Some(tier) = &broker.tier else { return };
         match tier.store.clock_ms().await {
@@ -81,86 +81,91 @@ impl Search {
                 self.uploads(broker, tier, now_ms).await;
             }
             Err(error) => {
-                failed(broker, &error, "the object store does not say what time it is, and nothing there counts as old")
+                failed(broker, &error, "could not read the clock of the object store: no object counts as old")
             }
         }
-        if let Err(error) = marks(broker, tier).await {
-            failed(broker, &error, "marks of deleted topics could not be looked at");
+        if let Err(error) = expire_tombstones(broker, tier).await {
+            failed(broker, &error, "could not process the tombstones of deleted topics");
         }
     }
 
     /// Ends multipart uploads that a killed broker left.
-    async fn uploads(&mut self, broker: &Broker, tier: &Tier, now_ms: i64) {
+    async fn uploads(&mut self, broker: &Broker, tier: &TierHandle, now_ms: i64) {
         // Boxed, because the futures of the SDK are large.
-        let swept = Box::pin(end_abandoned_uploads(&tier.store, broker.settings.upload_grace, now_ms)).await;
+        let swept = Box::pin(abort_abandoned_uploads(&tier.store, broker.settings.upload_grace, now_ms)).await;
         match swept {
             Ok(report) => {
-                self.said = false;
+                self.list_failure_logged = false;
                 broker.metrics.tier_uploads_ended.inc_by(report.ended);
-                broker.metrics.tier_garbage_failures.inc_by(report.failed.len() as u64);
-                for (object, why) in &report.failed {
-                    tracing::warn!(object, why, "an upload without an end was left for the next time");
+                broker.metrics.garbage_collection_failures.inc_by(report.failed.len() as u64);
+                for (object, reason) in &report.failed {
+                    tracing::warn!(object, reason, "could not abort an abandoned upload: retrying in the next run");
                 }
                 if report.ended > 0 {
-                    tracing::info!(uploads = report.ended, "ended uploads that a killed broker had left");
+                    tracing::info!(uploads = report.ended, "aborted abandoned uploads of killed brokers");
                 }
             }
-            Err(error) if !std::mem::replace(&mut self.said, true) => failed(broker, &error, UPLOADS),
+            Err(error) if !std::mem::replace(&mut self.list_failure_logged, true) => {
+                failed(broker, &error, UPLOADS_FAILED)
+            }
             Err(error) => {
-                broker.metrics.tier_garbage_failures.inc();
-                tracing::debug!(%error, "{UPLOADS}");
+                broker.metrics.garbage_collection_failures.inc();
+                tracing::debug!(%error, "{UPLOADS_FAILED}");
             }
         }
     }
 }
 
-fn failed(broker: &Broker, error: &dyn std::fmt::Display, what: &str) {
-    broker.metrics.tier_garbage_failures.inc();
-    tracing::warn!(%error, "{what}; it is tried again");
+fn failed(broker: &Broker, error: &dyn std::fmt::Display, action: &str) {
+    broker.metrics.garbage_collection_failures.inc();
+    tracing::warn!(%error, "{action}; retrying in the next run");
 }
 
 /// Deletes orphan objects.
-async fn objects(broker: &Broker, tier: &Tier, now_ms: i64) {
+async fn objects(broker: &Broker, tier: &TierHandle, now_ms: i64) {
     let grace = broker.settings.garbage_grace;
     match collect_garbage(&tier.store, |id| broker.live(id), grace, now_ms).await {
         Ok(report) => {
             broker.metrics.tier_objects_deleted.inc_by(report.deleted);
             broker.metrics.tier_garbage_bytes.set(report.young_bytes);
-            broker.metrics.tier_garbage_failures.inc_by(report.skipped.len() as u64);
-            for (partition, why) in &report.skipped {
-                tracing::warn!(%partition, why, "garbage of this partition was left for the next time");
+            broker.metrics.garbage_collection_failures.inc_by(report.skipped.len() as u64);
+            for (partition, reason) in &report.skipped {
+                tracing::warn!(
+                    %partition, reason,
+                    "could not collect the garbage of a partition: retrying in the next run"
+                );
             }
             if report.deleted > 0 {
                 let (objects, bytes) = (report.deleted, report.deleted_bytes);
-                tracing::info!(objects, bytes, "collected garbage in the object store");
+                tracing::info!(objects, bytes, "deleted orphan objects from the object store");
             }
         }
-        Err(error) => failed(broker, &error, "garbage in the object store could not be collected"),
+        Err(error) => failed(broker, &error, "could not collect garbage in the object store"),
     }
 }
 
 /// Error of processing tombstones.
 #[derive(Debug, thiserror::Error)]
-enum MarksError {
+enum TombstoneError {
     #[error(transparent)]
     Meta(#[from] MetaError),
     #[error(transparent)]
-    Objects(#[from] tier::StoreError),
+    Objects(#[from] tier::TierStoreError),
 }
 
 /// Deletes the tombstones of topics without any remaining data. Without an object store they stay, because one may be configured again.
-async fn marks(broker: &Broker, tier: &Tier) -> Result<(), MarksError> {
-    let marks = broker.topics.marks().await?;
-    if marks.is_empty() {
+async fn expire_tombstones(broker: &Broker, tier: &TierHandle) -> Result<(), TombstoneError> {
+    let tombstones = broker.topics.tombstones().await?;
+    if tombstones.is_empty() {
         return Ok(());
     }
-    let marked: BTreeSet<TopicId> = marks.iter().map(|mark| mark.id).collect();
-    let mut held = tier.store.held(&marked).await?;
-    held.extend(broker.log.partitions().iter().map(|id| id.topic));
-    for mark in marks {
-        let left = held.contains(&mark.id);
-        if broker.topics.age(&mark, left, clock::wall_ms(), MARKS_KEPT).await? {
-            tracing::info!(topic = %mark.id, "nothing is left of a deleted topic; its mark was ended");
+    let deleted: BTreeSet<TopicId> = tombstones.iter().map(|tombstone| tombstone.id).collect();
+    let mut with_data = tier.store.topics_with_objects(&deleted).await?;
+    with_data.extend(broker.log.partitions().iter().map(|id| id.topic));
+    for tombstone in tombstones {
+        let has_data = with_data.contains(&tombstone.id);
+        if broker.topics.expire(&tombstone, has_data, clock::wall_ms(), TOMBSTONE_RETENTION).await? {
+            tracing::info!(topic = %tombstone.id, "deleted the tombstone of a topic without remaining data");
         }
     }
     Ok(())
@@ -168,11 +173,11 @@ async fn marks(broker: &Broker, tier: &Tier) -> Result<(), MarksError> {
 
 impl Broker {
     /// Returns the state of a partition in the metadata store at this moment, before objects are deleted.
-    async fn live(&self, id: PartitionId) -> Live {
+    async fn live(&self, id: PartitionId) -> PartitionLiveness {
         match (self.topics.was_deleted(id.topic).await, self.commits.current(id).await) {
-            (Ok(true), _) => Live::Deleted,
-            (Ok(false), Ok(Some(state))) => Live::Current(state),
-            _ => Live::Unknown,
+            (Ok(true), _) => PartitionLiveness::Deleted,
+            (Ok(false), Ok(Some(state))) => PartitionLiveness::Current(state),
+            _ => PartitionLiveness::Unknown,
         }
     }
 }

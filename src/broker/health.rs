@@ -14,18 +14,18 @@ use tokio::time::Instant;
 
 use super::Broker;
 use crate::{
-    cluster::ViewState,
+    cluster::MetadataSnapshot,
     model::PartitionId,
-    partition::{Partition, Role},
+    partition::{Partition, ReplicaRole},
     task::clock,
 };
 
 /// Minimum interval between checks of the replicas, and minimum ratio of the interval to the duration of a check.
-const LOOK_INTERVAL: Duration = Duration::from_millis(250);
-const LOOK_SHARE: u32 = 20;
+const CHECK_INTERVAL: Duration = Duration::from_millis(250);
+const MIN_PAUSE_PER_CHECK: u32 = 20;
 
 /// Maximum time that a start waits for a leader of a leaderless partition. An election that waits for the end of a lease takes 7 s.
-const ELECTION_WAIT: Duration = Duration::from_secs(8);
+const ELECTION_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Readiness of a broker for requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub enum Readiness {
 /// State that is kept between two queries.
 #[derive(Debug)]
 pub(super) struct Health {
-    start: Mutex<Start>,
+    start: Mutex<StartState>,
     /// Time since which the registration is gone.
     unregistered: Mutex<Option<Instant>>,
     /// Time since which records do not fit on the disk.
@@ -48,7 +48,7 @@ pub(super) struct Health {
 
 /// Progress of the start.
 #[derive(Debug)]
-enum Start {
+enum StartState {
     /// Replicas that have not been in sync yet, each with the time since which it has no leader. `None` before the first check.
     CatchingUp(Option<BTreeMap<PartitionId, Option<Instant>>>),
     Over,
@@ -56,14 +56,14 @@ enum Start {
 
 impl Default for Health {
     fn default() -> Self {
-        Self { start: Mutex::new(Start::CatchingUp(None)), unregistered: Mutex::default(), full: Mutex::default() }
+        Self { start: Mutex::new(StartState::CatchingUp(None)), unregistered: Mutex::default(), full: Mutex::default() }
     }
 }
 
 impl Health {
     /// Sets the disk-full state.
     pub(super) fn set_full(&self, full: bool) {
-        note(&self.full, full);
+        update_since(&self.full, full);
     }
 
     /// Returns true if records do not fit on the disk.
@@ -73,7 +73,7 @@ impl Health {
 
     /// Records that the registration is gone, or exists.
     pub(super) fn set_unregistered(&self, unregistered: bool) {
-        note(&self.unregistered, unregistered);
+        update_since(&self.unregistered, unregistered);
     }
 }
 
@@ -81,7 +81,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn note(since: &Mutex<Option<Instant>>, holds: bool) {
+fn update_since(since: &Mutex<Option<Instant>>, holds: bool) {
     let mut since = lock(since);
     *since = holds.then(|| since.unwrap_or_else(clock::monotonic));
 }
@@ -93,7 +93,7 @@ pub(super) async fn watch_start(broker: Arc<Broker>) {
         if broker.is_started() {
             return;
         }
-        let pause = LOOK_INTERVAL.max(began.elapsed() * LOOK_SHARE);
+        let pause = CHECK_INTERVAL.max(began.elapsed() * MIN_PAUSE_PER_CHECK);
         tokio::select! {
             biased;
             () = broker.tasks.cancelled() => return,
@@ -105,97 +105,97 @@ pub(super) async fn watch_start(broker: Arc<Broker>) {
 impl Broker {
     /// Returns the reason why this process should be restarted, if there is one.
     pub fn health(&self) -> Result<(), String> {
-        self.log.failure().map_or(Ok(()), |why| Err(takes_no_writes(&why)))
+        self.log.failure().map_or(Ok(()), |reason| Err(accepts_no_writes(&reason)))
     }
 
     /// Returns the readiness of the broker and its impairments.
     pub fn readiness(&self) -> Readiness {
-        let not_ready = |why: String| Readiness::NotReady(why);
+        let not_ready = |reason: String| Readiness::NotReady(reason);
         if self.leaving.load(Ordering::Acquire) || self.readers.is_cancelled() {
             return not_ready("stopping".to_owned());
         }
         if self.is_stopping() {
             return not_ready("starting".to_owned());
         }
-        if let (Err(why), 0) = (self.health(), self.partitions()) {
-            return not_ready(format!("serves nothing: {why}"));
+        if let (Err(reason), 0) = (self.health(), self.partitions()) {
+            return not_ready(format!("no partition can be served: {reason}"));
         }
         match self.catching_up() {
             0 => Readiness::Ready(self.impairments()),
-            behind => not_ready(format!("starting: replicas of this broker that have not been in sync yet: {behind}")),
+            behind => not_ready(format!("starting: local replicas that have not been in sync yet: {behind}")),
         }
     }
 
     /// Returns the impairments of this broker, one line each.
     fn impairments(&self) -> Vec<String> {
-        let failed = self.hosted.open().iter().filter(|partition| partition.fault().is_some()).count();
-        let upkeep = self.upkeep_failures.to_string();
+        let failed = self.partitions.open().iter().filter(|partition| partition.error().is_some()).count();
+        let maintenance = self.maintenance_failures.to_string();
         let lines = [
             self.health().err(),
-            (failed > 0).then(|| format!("replicas that take no writes because of a fault: {failed}")),
+            (failed > 0).then(|| format!("replicas that accept no writes after an error: {failed}")),
             lock(&self.health.full).map(|at| {
                 format!(
-                    "disk full {}: appends are refused; add space, or lower local.retention.* or retention.*",
+                    "disk full {}, appends are rejected: add space, or lower local.retention.* or retention.*",
                     since(at.elapsed())
                 )
             }),
-            self.tier
-                .as_ref()
-                .and_then(|tier| tier.store.outage())
-                .map(|outage| format!("object store away {}: {}", since(outage.lasted), one_line(&outage.why))),
+            self.tier.as_ref().and_then(|tier| tier.store.outage()).map(|outage| {
+                format!("object store unavailable {}: {}", since(outage.lasted), one_line(&outage.reason))
+            }),
             lock(&self.health.unregistered)
-                .map(|at| format!("registration lost {}: {}", since(at.elapsed()), self.why_unregistered())),
-            self.store.regression().map(|why| {
+                .map(|at| format!("registration lost {}: {}", since(at.elapsed()), self.lease_expiry_reason())),
+            self.store.regression().map(|reason| {
                 format!(
-                    "the metadata store went back: {}; follow `Restoring etcd`, and restart this broker",
-                    one_line(&why.to_string())
+                    "the metadata store returned to an older state: {}; follow `Restoring etcd`, and restart this \
+                     broker",
+                    one_line(&reason.to_string())
                 )
             }),
-            (!upkeep.is_empty()).then(|| format!("cannot upload or trim: {}", one_line(&upkeep))),
+            (!maintenance.is_empty()).then(|| format!("maintenance fails: {}", one_line(&maintenance))),
         ];
         lines.into_iter().flatten().collect()
     }
 
     pub(super) fn is_started(&self) -> bool {
         self.catching_up();
-        matches!(*lock(&self.health.start), Start::Over)
+        matches!(*lock(&self.health.start), StartState::Over)
     }
 
     /// Returns the number of local replicas that have not been in sync yet, and have a leader or may get one. Returns 0 once the start is
     /// over.
     pub(super) fn catching_up(&self) -> usize {
         let mut start = lock(&self.health.start);
-        let Start::CatchingUp(pending) = &mut *start else { return 0 };
-        let Some(begun) = self.begun.get() else { return 0 };
-        let is_late = self.alone || begun.elapsed() >= self.settings.catch_up_timeout;
-        let all = || self.hosted.open().iter().map(|partition| (partition.id(), None)).collect();
+        let StartState::CatchingUp(pending) = &mut *start else { return 0 };
+        let Some(started) = self.begun.get() else { return 0 };
+        let is_late = self.standalone || started.elapsed() >= self.settings.catch_up_timeout;
+        let all = || self.partitions.open().iter().map(|partition| (partition.id(), None)).collect();
         let pending = pending.get_or_insert_with(all);
-        pending.retain(|id, _| self.hosted.by_id(*id).is_some_and(|partition| !is_in_sync(&partition)));
+        pending.retain(|id, _| self.partitions.by_id(*id).is_some_and(|partition| !is_in_sync(&partition)));
         if is_late || pending.is_empty() {
-            *start = Start::Over;
+            *start = StartState::Over;
             return 0;
         }
-        let (state, now) = (self.view.state(), clock::monotonic());
+        let (state, now) = (self.metadata.state(), clock::monotonic());
         // After the time for an election, a replica without a leader does not count: there is no log that it could copy.
-        let is_behind = |(id, unled): (&PartitionId, &mut Option<Instant>)| {
+        let is_catching_up = |(id, unled): (&PartitionId, &mut Option<Instant>)| {
             *unled = if has_leader(&state, *id) { None } else { Some(unled.unwrap_or(now)) };
-            unled.is_none_or(|since| now.saturating_duration_since(since) < ELECTION_WAIT)
+            unled.is_none_or(|since| now.saturating_duration_since(since) < ELECTION_TIMEOUT)
         };
-        pending.iter_mut().map(is_behind).filter(|behind| *behind).count()
+        pending.iter_mut().map(is_catching_up).filter(|catching_up| *catching_up).count()
     }
 }
 
 fn is_in_sync(partition: &Partition) -> bool {
-    matches!(partition.standing().role, Role::Leader { .. } | Role::Follower { in_sync: true, .. })
+    matches!(partition.status().role, ReplicaRole::Leader { .. } | ReplicaRole::Follower { in_sync: true, .. })
 }
 
-fn has_leader(state: &ViewState, id: PartitionId) -> bool {
-    let known = state.partition(id).and_then(|entry| entry.partition.as_ref());
-    known.is_some_and(|known| known.value.leader.is_some())
+fn has_leader(state: &MetadataSnapshot, id: PartitionId) -> bool {
+    let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
+    stored.is_some_and(|stored| stored.value.leader.is_some())
 }
 
-fn takes_no_writes(why: &str) -> String {
-    format!("the data directory takes no writes: {}", one_line(why))
+fn accepts_no_writes(reason: &str) -> String {
+    format!("the data directory accepts no writes: {}", one_line(reason))
 }
 
 /// Joins the lines of a text that another program wrote.

@@ -4,12 +4,12 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     Broker,
-    faults::{self, Leader, LookupError},
-    hosted::{Found, Holding, Hosted, Unusable},
+    errors::{self, LeaderHint, LookupError},
+    table::{HostedPartition, OfflineReplica, PartitionTable, TableLookup},
 };
 use crate::{
     model::{LeaderEpoch, PartitionId, TopicId, TopicName},
-    partition::{AppendError, Partition, ReadError, Standing},
+    partition::{AppendError, Partition, ReadError, ReplicaStatus},
     proto::{
         error::{ApiError, ErrorCode},
         v1,
@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Maximum time to wait for an unknown topic: another broker may have created the topic a moment ago.
-const NEWS: Duration = Duration::from_millis(300);
+const TOPIC_WAIT: Duration = Duration::from_millis(300);
 
 impl Broker {
     /// Returns the partition with this name and number, if it is led here.
@@ -32,36 +32,38 @@ impl Broker {
         id: Option<TopicId>,
         partition: i32,
     ) -> Result<Arc<Partition>, ApiError> {
-        self.replica(topic, id, partition, |standing| standing.role.leads())
+        self.replica(topic, id, partition, |status| status.role.leads())
     }
 
     /// Returns the partition for a reader, if it is led here or, for a reader that accepts any replica, followed in sync. The reader names
-    /// the newest leader epoch that it knows. A replica in an older epoch is rejected, because it may know less than the reader has seen.
+    /// the newest leader epoch that it has received. A replica in an older epoch is rejected, because it may lack records that the reader
+    /// has read.
     pub(super) fn readable(&self, want: &v1::FetchPartition, any_replica: bool) -> Result<Arc<Partition>, ApiError> {
-        let known = LeaderEpoch::from_i32(want.leader_epoch).unwrap_or_default();
-        let id = faults::topic_id(&want.topic_id)?;
-        self.replica(&want.topic, id, want.partition, |standing| {
-            standing.epoch >= known && standing.role.serves(any_replica)
-        })
+        let min_epoch = LeaderEpoch::from_i32(want.leader_epoch).unwrap_or_default();
+        let id = errors::topic_id(&want.topic_id)?;
+        let serves = |status: ReplicaStatus| status.epoch >= min_epoch && status.role.serves(any_replica);
+        self.replica(&want.topic, id, want.partition, serves)
     }
 
     /// Returns the response entry of a partition that is not read here, with the watermarks of the replica if one is open.
-    pub(super) fn refused_partition(&self, want: v1::FetchPartition, fault: ApiError) -> v1::FetchedPartition {
-        let holding = match self.hosted.find(&want.topic, want.partition) {
-            Some(Found::Held(id, holding))
-                if faults::topic_id(&want.topic_id).is_ok_and(|asked| asked.is_none_or(|asked| asked == id.topic)) =>
+    pub(super) fn refused_partition(&self, want: v1::FetchPartition, error: ApiError) -> v1::FetchedPartition {
+        let replica = match self.partitions.find(&want.topic, want.partition) {
+            Some(TableLookup::Held(id, replica))
+                if errors::topic_id(&want.topic_id)
+                    .is_ok_and(|requested| requested.is_none_or(|requested| requested == id.topic)) =>
             {
-                Some(holding)
+                Some(replica)
             }
             _ => None,
         };
         let mut refused =
-            v1::FetchedPartition { next_offset: want.offset, error: Some(fault.into()), ..Default::default() };
-        if let Some(holding) = holding
-            && let Holding::Open(open) = &*holding
+            v1::FetchedPartition { next_offset: want.offset, error: Some(error.into()), ..Default::default() };
+        if let Some(replica) = replica
+            && let HostedPartition::Online(open) = &*replica
         {
-            let marks = open.marks();
-            (refused.log_start, refused.high_watermark) = (marks.log_start.as_i64(), marks.high_watermark.as_i64());
+            let watermarks = open.watermarks();
+            (refused.log_start, refused.high_watermark) =
+                (watermarks.log_start.as_i64(), watermarks.high_watermark.as_i64());
         }
         (refused.topic, refused.partition) = (want.topic, want.partition);
         refused
@@ -71,72 +73,74 @@ impl Broker {
     fn replica(
         &self,
         topic: &str,
-        asked: Option<TopicId>,
+        requested: Option<TopicId>,
         partition: i32,
-        serves: impl FnOnce(Standing) -> bool,
+        serves: impl FnOnce(ReplicaStatus) -> bool,
     ) -> Result<Arc<Partition>, ApiError> {
         let lookup = |error: LookupError| Err(ApiError::from(error));
         let topic = topic.to_owned();
-        let (id, holding) = match self.hosted.find(&topic, partition) {
-            Some(Found::Held(id, _))
-                if let Some(asked) = asked
-                    && asked != id.topic =>
+        let (id, replica) = match self.partitions.find(&topic, partition) {
+            Some(TableLookup::Held(id, _))
+                if let Some(requested) = requested
+                    && requested != id.topic =>
             {
-                return lookup(LookupError::Replaced { topic, id: id.topic, asked });
+                return lookup(LookupError::Replaced { topic, id: id.topic, asked: requested });
             }
-            Some(Found::Held(id, holding)) => (id, holding),
-            Some(Found::NoPartition(count)) => {
+            Some(TableLookup::Held(id, replica)) => (id, replica),
+            Some(TableLookup::NoPartition(count)) => {
                 return lookup(LookupError::UnknownPartition { topic, partition, count });
             }
             None => return Err(self.topics.unknown(&topic).into()),
         };
-        if let Holding::Open(open) = &*holding
-            && serves(open.standing())
+        if let HostedPartition::Online(open) = &*replica
+            && serves(open.status())
         {
             return Ok(Arc::clone(open));
         }
         let leader = self.leader(id);
-        match &*holding {
-            Holding::Unusable(Unusable { why, .. })
+        match &*replica {
+            HostedPartition::Offline(OfflineReplica { reason, .. })
                 if leader.as_ref().is_none_or(|leader| leader.broker == self.settings.id) =>
             {
-                lookup(LookupError::Unusable { topic, partition, why: why.as_ref().to_owned() })
+                lookup(LookupError::Unusable { topic, partition, reason: reason.as_ref().to_owned() })
             }
             _ => lookup(LookupError::NotLeader { topic, partition, leader }),
         }
     }
 
     /// Waits a moment for topics, by name and id, that are unknown here: another broker may have created them just now.
-    pub(super) async fn acquaint(&self, topics: impl Iterator<Item = (&str, &str)>) {
-        if self.alone {
+    pub(super) async fn wait_for_topics(&self, topics: impl Iterator<Item = (&str, &str)>) {
+        if self.standalone {
             return;
         }
-        let unknown = |(name, id): &(&str, &str)| match self.hosted.find(name, 0) {
-            Some(Found::Held(held, _)) => !id.is_empty() && id.parse::<TopicId>().is_ok_and(|id| id != held.topic),
-            Some(Found::NoPartition(_)) => false,
+        let unknown = |(name, id): &(&str, &str)| match self.partitions.find(name, 0) {
+            Some(TableLookup::Held(found, _)) => {
+                !id.is_empty() && id.parse::<TopicId>().is_ok_and(|id| id != found.topic)
+            }
+            Some(TableLookup::NoPartition(_)) => false,
             None => true,
         };
-        let strangers: Vec<(TopicName, Option<TopicId>)> = topics
+        let missing: Vec<(TopicName, Option<TopicId>)> = topics
             .filter(unknown)
             .filter_map(|(name, id)| Some((TopicName::new(name).ok()?, id.parse::<TopicId>().ok())))
             .collect();
-        if strangers.is_empty() {
+        if missing.is_empty() {
             return;
         }
-        let is_known = |hosted: &Hosted, (name, id): &(TopicName, Option<TopicId>)| {
-            hosted.topic(name).is_some_and(|topic| id.is_none_or(|id| id == topic.id))
+        let is_known = |partitions: &PartitionTable, (name, id): &(TopicName, Option<TopicId>)| {
+            partitions.topic(name).is_some_and(|topic| id.is_none_or(|id| id == topic.id))
         };
-        let known = self.hosted.until(|hosted| strangers.iter().all(|stranger| is_known(hosted, stranger)));
-        let _late = tokio::time::timeout(NEWS, known).await;
+        let found = self.partitions.until(|partitions| missing.iter().all(|topic| is_known(partitions, topic)));
+        let _late = tokio::time::timeout(TOPIC_WAIT, found).await;
     }
 
     /// Returns the leader of a partition according to the metadata.
-    pub(super) fn leader(&self, id: PartitionId) -> Option<Leader> {
-        let state = self.view.state();
+    pub(super) fn leader(&self, id: PartitionId) -> Option<LeaderHint> {
+        let state = self.metadata.state();
         let value = &state.partition(id)?.partition.as_ref()?.value;
         let broker = value.leader?;
-        let address = state.brokers().get(&broker).map(|known| known.value.listeners.client().to_owned());
-        Some(Leader { broker, epoch: value.leader_epoch, address })
+        let address = state.brokers().get(&broker).map(|entry| entry.value.listeners.client().to_owned());
+        Some(LeaderHint { broker, epoch: value.leader_epoch, address })
     }
 
     /// Returns the error for a write while this broker stops, with the new leader if there is one.
@@ -147,7 +151,7 @@ impl Broker {
                 let (topic, partition) = (partition.topic().to_string(), id.number.cast_signed());
                 LookupError::NotLeader { topic, partition, leader: Some(leader) }.into()
             }
-            None => ApiError::new(ErrorCode::NotReady, "this broker is stopping; try another, or again later"),
+            None => ApiError::new(ErrorCode::NotReady, "this broker is stopping: retry on another broker, or later"),
         }
     }
 
@@ -158,23 +162,24 @@ impl Broker {
 
     /// Returns the error for a rejected write, with the leader to contact instead.
     pub(super) fn append_refused(&self, id: PartitionId, error: AppendError) -> ApiError {
-        let elsewhere = matches!(error, AppendError::NotLeader { .. } | AppendError::Deposed | AppendError::Closing);
-        let fault = ApiError::from(error);
-        if elsewhere { self.pointing(id, fault) } else { fault }
+        let is_led_elsewhere =
+            matches!(error, AppendError::NotLeader { .. } | AppendError::Deposed | AppendError::Closing);
+        let error = ApiError::from(error);
+        if is_led_elsewhere { self.with_leader_hint(id, error) } else { error }
     }
 
     /// Returns the error for a rejected read, with the leader to contact instead.
     pub(super) fn read_refused(&self, id: PartitionId, error: ReadError) -> ApiError {
-        let elsewhere = matches!(error, ReadError::Closed);
-        let fault = ApiError::from(error);
-        if elsewhere { self.pointing(id, fault) } else { fault }
+        let is_led_elsewhere = matches!(error, ReadError::Closed);
+        let error = ApiError::from(error);
+        if is_led_elsewhere { self.with_leader_hint(id, error) } else { error }
     }
 
     /// Adds the leader to an error, if it is another broker.
-    fn pointing(&self, id: PartitionId, fault: ApiError) -> ApiError {
+    fn with_leader_hint(&self, id: PartitionId, error: ApiError) -> ApiError {
         match self.leader(id) {
-            Some(leader) if leader.broker != self.settings.id => leader.told(fault),
-            _ => fault,
+            Some(leader) if leader.broker != self.settings.id => leader.add_to(error),
+            _ => error,
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::{Broker, faults};
+use super::{Broker, errors};
 use crate::{
-    cluster::{BrokerState, TopicValue, ViewState},
+    cluster::{BrokerState, MetadataSnapshot, TopicValue},
     limits,
     model::{BrokerId, TopicConfig, TopicName},
     proto::{error::ApiError, v1},
@@ -14,26 +14,26 @@ impl Broker {
     /// Returns all brokers and the requested topics.
     pub(super) fn metadata(&self, request: &v1::GetMetadataRequest) -> Result<v1::GetMetadataResponse, ApiError> {
         if request.topics.len() > limits::MAX_METADATA_TOPICS {
-            return Err(faults::invalid(format!(
-                "{} topics in one request; at most {} are allowed: send several requests, or ask for all topics",
+            return Err(errors::invalid(format!(
+                "{} topics in one request, at most {} are allowed: send several requests, or set all_topics",
                 request.topics.len(),
                 limits::MAX_METADATA_TOPICS
             )));
         }
         let mut named = BTreeSet::new();
         if let Some(twice) = request.topics.iter().find(|topic| !named.insert(topic.as_str())) {
-            return Err(faults::invalid(format!(
+            return Err(errors::invalid(format!(
                 "topic {twice:?} is named twice in one request: name each topic once"
             )));
         }
-        let state = self.view.state();
+        let state = self.metadata.state();
         // Clients contact brokers in the order of this list, so brokers that shut down come last.
-        let (stay, go): (Vec<_>, Vec<_>) =
-            state.brokers().iter().partition(|(_, known)| known.value.state == BrokerState::Running);
-        let brokers = stay.into_iter().chain(go).map(|(id, known)| v1::Broker {
+        let (running, stopping): (Vec<_>, Vec<_>) =
+            state.brokers().iter().partition(|(_, entry)| entry.value.state == BrokerState::Running);
+        let brokers = running.into_iter().chain(stopping).map(|(id, entry)| v1::Broker {
             id: id.0,
-            address: known.value.listeners.client().to_owned(),
-            rack: known.value.rack.clone().unwrap_or_default(),
+            address: entry.value.listeners.client().to_owned(),
+            rack: entry.value.rack.clone().unwrap_or_default(),
         });
         let topics = if request.all_topics {
             state.topics().iter().map(|(name, topic)| self.describe_routes(&state, name, &topic.value)).collect()
@@ -45,13 +45,13 @@ impl Broker {
             brokers: brokers.collect(),
             topics,
             controller: state.controller().map(|id| id.0),
-            in_doubt: self.is_in_doubt(),
+            lease_expired: self.is_lease_expired(),
         })
     }
 
-    fn routes(&self, state: &ViewState, topic: &str) -> v1::TopicMetadata {
-        let known = TopicName::new(topic).ok().and_then(|name| Some((state.topic(&name)?, name)));
-        match known {
+    fn routes(&self, state: &MetadataSnapshot, topic: &str) -> v1::TopicMetadata {
+        let found = TopicName::new(topic).ok().and_then(|name| Some((state.topic(&name)?, name)));
+        match found {
             Some((topic, name)) => self.describe_routes(state, &name, &topic.value),
             None => v1::TopicMetadata {
                 name: topic.to_owned(),
@@ -61,10 +61,10 @@ impl Broker {
         }
     }
 
-    fn describe_routes(&self, state: &ViewState, name: &TopicName, topic: &TopicValue) -> v1::TopicMetadata {
+    fn describe_routes(&self, state: &MetadataSnapshot, name: &TopicName, topic: &TopicValue) -> v1::TopicMetadata {
         let config = TopicConfig::resolve(&self.settings.topic_defaults, &topic.config).unwrap_or_default();
         let partitions = state.partitions_of(topic).map(|(number, entry)| {
-            let value = entry.partition.as_ref().map(|known| &known.value);
+            let value = entry.partition.as_ref().map(|stored| &stored.value);
             let ids = |set: &[BrokerId]| set.iter().map(|id| id.0).collect::<Vec<_>>();
             v1::PartitionMetadata {
                 partition: number.cast_signed(),

@@ -7,64 +7,64 @@
 //! | files | content |
 //! | --- | --- |
 //! | `service` | gRPC services |
-//! | `produce`, `fetch`, `offsets`, `admin`, `describe`, `cluster_admin` | request handlers |
-//! | `lookup`, `figures` | partition lookup; requests to other brokers |
-//! | `faults` | the one mapping from errors to responses |
-//! | `reconcile`, `leftovers` | opening, configuring and closing partitions by the metadata; deleting stray replicas |
-//! | `upkeep`, `garbage` | maintenance (rolling, uploading, deleting); garbage of crashes and deletions in object store and metadata |
-//! | `following`, `peer` | replication links between brokers |
-//! | `evidence` | failure detection after a lost link |
-//! | `agree` | ISR proposals of leaders to the metadata store |
-//! | `lag` | clock ticks for leaders |
+//! | `produce`, `fetch`, `offsets`, `metadata`, `topics`, `describe`, `operations`, `rebuild` | request handlers |
+//! | `lookup`, `peer_status` | partition lookup; requests to other brokers |
+//! | `errors` | the one mapping from errors to responses |
+//! | `reconciler`, `stray_cleaner` | opening, configuring and closing partitions by the metadata; deleting stray replicas |
+//! | `maintenance`, `garbage` | maintenance (rolling, uploading, deleting); garbage of crashes and deletions in object store and metadata |
+//! | `replication`, `links`, `peer` | replication links between brokers |
+//! | `failure_detector` | failure detection after a lost link |
+//! | `isr_updates` | ISR proposals of leaders to the metadata store |
+//! | `lag_ticker` | clock ticks for leaders |
 //!
 //! The controller (`cluster::Controller`) runs on one broker of the cluster. Garbage is collected only there, or on a standalone broker.
 //!
 //! # Start
 //!
-//! [`Broker::open`] opens the replicas on disk and leaves them idle. [`Broker::whole`] returns the intact ones for the startup
-//! verification. [`Broker::begin`] assigns every replica its role and serves requests. The broker is registered by then, and its metadata
-//! cache contains the registration.
+//! [`Broker::open`] opens the replicas on disk and leaves them idle. [`Broker::intact_replicas`] returns the intact
+//! replicas for the startup verification. [`Broker::activate`] assigns every replica its role and serves requests. The
+//! broker is registered by then, and its metadata cache contains the registration.
 //!
 //! # Shutdown
 //!
-//! A broker of a cluster first calls [`Broker::hand_over`], which transfers leadership while requests are still served. [`Broker::stop`]
-//! refuses new writes, ends the fetch streams, completes the queued writes and ends maintenance. `server` closes the log and the metadata
-//! store after that.
+//! A broker of a cluster first calls [`Broker::transfer_leadership`], which transfers leadership while requests are
+//! still served. [`Broker::stop`] refuses new writes, ends the fetch streams, completes the queued writes and ends
+//! maintenance. `server` closes the log and the metadata store after that.
 
-mod admin;
-mod agree;
 mod budget;
 mod claims;
-mod cluster_admin;
+mod controlled_shutdown;
 mod describe;
-mod doubt;
-mod evidence;
-mod faults;
+mod disk_pressure;
+mod errors;
+mod failure_detector;
 mod fetch;
-mod figures;
-mod fill;
-mod following;
 mod garbage;
-mod handover;
 mod health;
-mod hosted;
-mod lag;
-mod leftovers;
+mod isr_updates;
+mod lag_ticker;
+mod lease_monitor;
+mod links;
 mod lookup;
+mod maintenance;
 mod metadata;
 mod metrics;
 mod offsets;
-mod others;
+mod operations;
 mod peer;
+mod peer_status;
 mod produce;
 mod producer_ids;
 mod rebuild;
-mod reconcile;
+mod reconciler;
+mod replication;
 mod service;
+mod stray_cleaner;
+mod table;
 #[cfg(test)]
 mod tests;
-mod unproven;
-mod upkeep;
+mod topics;
+mod unverified;
 
 use std::{
     collections::BTreeSet,
@@ -79,31 +79,32 @@ use futures::{StreamExt as _, stream};
 use tokio::sync::{Semaphore, watch};
 
 use self::{
-    agree::Agree, budget::Pools, claims::Claims, hosted::Hosted, leftovers::Leftovers, others::Others,
-    producer_ids::ProducerIds, unproven::Unproven,
+    budget::Pools, claims::Claims, isr_updates::IsrUpdateManager, producer_ids::ProducerIds,
+    replication::ReplicationManager, stray_cleaner::StrayCleaner, table::PartitionTable,
+    unverified::UnverifiedReplicas,
 };
 pub use self::{
     budget::{
-        Budgets, CallMemory, ConnectionMemory, Grant, HandedResponse, IncompleteGuard, SMALL_BYTES, WAITING_BYTES,
+        Budgets, CallMemory, ConnectionMemory, Grant, IncompleteGuard, SMALL_BYTES, SendingResponse, WAITING_BYTES,
     },
-    fill::starts_full,
+    disk_pressure::starts_under_pressure,
     health::Readiness,
     producer_ids::ProducerIdQuota,
     service::{LogService, Requests, admin_service, peer_service},
 };
 use crate::{
-    client::Connect,
+    client::Connector,
     cluster::{
-        Controller, Keys, MetaStore, Orders, PartitionChanges, Session, TierCommits, Topics, Unread, View,
-        planner::Limits,
+        ClusterOperations, Controller, Keys, MetaStore, MetadataCache, PartitionUpdater, Session, TierCommits, Topics,
+        UnverifiedPartitions, planner::PlannerLimits,
     },
     limits,
-    log::Log,
+    log::DataDir,
     model::{BrokerId, ConfigMap, Offset, PartitionId},
-    partition::{Counts, Opener, Partition, Surroundings, Upkeep, UpkeepQueue},
+    partition::{Decompressor, MaintenanceQueue, MaintenanceRunner, Partition, PartitionContext, PartitionCounters},
     task::{self, Tasks, clock},
     telemetry::{LogThrottle, Metrics},
-    tier::{Cache, Outage, Store},
+    tier::{ChunkCache, Outage, TierStore},
 };
 
 /// Configuration of one broker.
@@ -125,7 +126,7 @@ pub struct Settings {
     /// Maximum number of new producers per connection and minute.
     pub producer_ids_per_minute: u32,
     /// Number of upload workers, and also of workers for all other maintenance. Each worker processes one partition at a time.
-    pub upkeep_workers: usize,
+    pub maintenance_workers: usize,
     /// Interval at which retention checks every partition that holds records.
     pub retention_interval: Duration,
     /// Maximum time that a unary read waits for records that exist.
@@ -137,42 +138,42 @@ pub struct Settings {
     /// Replication factor of a topic whose creation request names none.
     pub default_factor: u32,
     /// Time after which an in-sync replica that has not caught up counts as lagging.
-    pub lag_time: Duration,
+    pub max_lag_time: Duration,
     /// Rate limit for copying to replicas outside the ISR, in bytes per second; `None` means no limit.
     pub catchup_bytes_per_second: Option<u64>,
     /// Disk usage, in percent, above which this broker gets no new replicas.
-    pub disk_full_percent: u64,
+    pub disk_pressure_percent: u64,
     /// Maximum time that a start waits for its replicas to be in sync.
     pub catch_up_timeout: Duration,
     /// Limits of the planner while this broker is the controller.
-    pub controller: Limits,
+    pub controller: PlannerLimits,
 }
 
 /// The object store and the chunk cache in front of it.
 #[derive(Clone)]
-pub struct Tier {
-    pub store: Store,
+pub struct TierHandle {
+    pub store: TierStore,
     /// Chunk cache shared by all partitions.
-    pub cache: Cache,
+    pub cache: ChunkCache,
 }
 
 /// Dependencies of a broker.
-pub struct Parts {
+pub struct BrokerDeps {
     pub settings: Settings,
     /// Data directory.
-    pub log: Log,
+    pub log: DataDir,
     /// Metadata store.
     pub store: Arc<dyn MetaStore>,
     /// Keys of the cluster in the metadata store.
     pub keys: Keys,
     /// Metadata cache.
-    pub view: View,
+    pub metadata: MetadataCache,
     /// Object store; `None` for a broker without one.
-    pub tier: Option<Tier>,
+    pub tier: Option<TierHandle>,
     /// Connector to other brokers.
-    pub connect: Arc<dyn Connect>,
+    pub connect: Arc<dyn Connector>,
     /// True for a standalone broker, whose metadata lies beside its data.
-    pub alone: bool,
+    pub standalone: bool,
     /// Incarnation of this process, as it is or will be registered.
     pub incarnation: String,
     pub metrics: Metrics,
@@ -181,35 +182,35 @@ pub struct Parts {
 /// One running broker.
 pub struct Broker {
     settings: Settings,
-    log: Log,
+    log: DataDir,
     store: Arc<dyn MetaStore>,
     keys: Keys,
-    view: View,
-    alone: bool,
+    metadata: MetadataCache,
+    standalone: bool,
     /// Incarnation of this process, as it is registered.
     incarnation: String,
     /// Replication links and failure detection; `None` for a standalone broker.
-    others: Option<Others>,
+    replication: Option<ReplicationManager>,
     topics: Topics,
-    orders: Orders,
-    changes: PartitionChanges,
-    agree: Arc<Agree>,
+    operations: ClusterOperations,
+    updater: PartitionUpdater,
+    isr_updates: Arc<IsrUpdateManager>,
     producer_ids: ProducerIds,
-    tier: Option<Tier>,
-    hosted: Arc<Hosted>,
-    unproven: Unproven,
+    tier: Option<TierHandle>,
+    partitions: Arc<PartitionTable>,
+    unverified: UnverifiedReplicas,
     budgets: Budgets,
     produce_memory: Pools,
     /// Permits for appends that wait for the object store.
     tiered_appends: Arc<Semaphore>,
     /// Decompressor for all compressed batches; bounds their memory.
-    opener: Opener,
+    decompressor: Decompressor,
     commits: TierCommits,
-    upkeep: Upkeep,
-    upkeep_queue: UpkeepQueue,
+    maintenance: MaintenanceRunner,
+    maintenance_queue: MaintenanceQueue,
     /// Partitions with segments to upload.
-    upload_queue: UpkeepQueue,
-    upkeep_failures: upkeep::Failures,
+    upload_queue: MaintenanceQueue,
+    maintenance_failures: maintenance::MaintenanceFailures,
     /// Log throttle, shared by all topics, for failed writes of topic records to the object store.
     failed_topic_records: Arc<Mutex<LogThrottle>>,
     metrics: Metrics,
@@ -218,7 +219,7 @@ pub struct Broker {
     /// True while the lease has expired: other brokers may lead the partitions that this broker leads.
     doubt: watch::Sender<bool>,
     /// Tasks of the partitions.
-    partitions: Tasks,
+    partition_tasks: Tasks,
     /// Tasks of the broker itself.
     tasks: Tasks,
     /// Cancels the streams of clients.
@@ -243,12 +244,12 @@ impl Broker {
 
     /// Opens every replica that the metadata assigns to this broker and that is on disk. A standalone broker also creates missing replicas.
     /// All replicas stay idle until the broker is activated.
-    pub async fn open(parts: Parts) -> Arc<Self> {
-        let Parts { settings, log, store, keys, view, tier, connect, alone, incarnation, metrics } = parts;
+    pub async fn open(deps: BrokerDeps) -> Arc<Self> {
+        let BrokerDeps { settings, log, store, keys, metadata, tier, connect, standalone, incarnation, metrics } = deps;
         let commits = TierCommits::new(Arc::clone(&store), keys.clone());
-        let changes = PartitionChanges::new(Arc::clone(&store), keys.clone());
-        let hosted: Arc<Hosted> = Arc::default();
-        let known = others::Known {
+        let updater = PartitionUpdater::new(Arc::clone(&store), keys.clone());
+        let partitions: Arc<PartitionTable> = Arc::default();
+        let local = replication::LocalBroker {
             id: settings.id,
             cluster: settings.cluster.clone(),
             incarnation: incarnation.clone(),
@@ -258,25 +259,30 @@ impl Broker {
         };
         let broker = Arc::new_cyclic(|broker| Self {
             incarnation,
-            others: (!alone).then(|| Others::new(known, connect, broker)),
-            orders: Orders::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),
-            topics: Topics::new(Arc::clone(&store), keys.clone(), view.clone(), settings.topic_defaults.clone()),
+            replication: (!standalone).then(|| ReplicationManager::new(local, connect, broker)),
+            operations: ClusterOperations::new(
+                Arc::clone(&store),
+                keys.clone(),
+                metadata.clone(),
+                settings.topic_defaults.clone(),
+            ),
+            topics: Topics::new(Arc::clone(&store), keys.clone(), metadata.clone(), settings.topic_defaults.clone()),
             producer_ids: ProducerIds::default(),
             budgets: Budgets::new(settings.request_memory_bytes, settings.response_memory_bytes),
             produce_memory: Pools::halves(settings.produce_memory_bytes),
             tiered_appends: Arc::new(Semaphore::new(limits::MAX_TIERED_APPENDS)),
-            opener: Opener::new(settings.decompression_memory_bytes),
-            upkeep: Upkeep::new(commits.clone()),
+            decompressor: Decompressor::new(settings.decompression_memory_bytes),
+            maintenance: MaintenanceRunner::new(commits.clone()),
             commits,
-            agree: Agree::new(settings.id, keys.clone(), changes.clone(), Arc::clone(&hosted)),
-            changes,
-            hosted,
-            unproven: Unproven::default(),
-            upkeep_queue: UpkeepQueue::default(),
-            upload_queue: UpkeepQueue::default(),
-            upkeep_failures: upkeep::Failures::default(),
+            isr_updates: IsrUpdateManager::new(settings.id, keys.clone(), updater.clone(), Arc::clone(&partitions)),
+            updater,
+            partitions,
+            unverified: UnverifiedReplicas::default(),
+            maintenance_queue: MaintenanceQueue::default(),
+            upload_queue: MaintenanceQueue::default(),
+            maintenance_failures: maintenance::MaintenanceFailures::default(),
             failed_topic_records: Arc::default(),
-            partitions: Tasks::new(),
+            partition_tasks: Tasks::new(),
             tasks: Tasks::new(),
             readers: Tasks::new(),
             session: OnceLock::new(),
@@ -289,72 +295,71 @@ impl Broker {
             log,
             store,
             keys,
-            view,
-            alone,
+            metadata,
+            standalone,
             tier,
             metrics,
         });
-        let state = broker.view.state();
-        broker.reconcile(&state, &mut Leftovers::default()).await;
+        let state = broker.metadata.state();
+        broker.reconcile(&state, &mut StrayCleaner::default()).await;
         broker
     }
 
     /// Returns the intact replicas. A replica whose topic value cannot be read is not hosted; that replica is opened only for this check.
-    pub async fn whole(&self) -> BTreeSet<PartitionId> {
-        let mut whole: BTreeSet<PartitionId> = self.hosted.open().iter().map(|partition| partition.id()).collect();
-        let (state, me) = (self.view.state(), self.settings.id);
-        let aside = self.log.partitions().into_iter().filter_map(|id| {
-            let entry = state.entry(id).filter(|_| self.hosted.held(id).is_none())?;
-            entry.partition.as_ref().filter(|known| known.value.replicas.contains(&me))?;
-            let tier = entry.tier.as_ref().map(|known| &known.value);
-            Some((id, tier.map_or(Offset::ZERO, |tier| tier.log_start.max(tier.bucket_end()))))
+    pub async fn intact_replicas(&self) -> BTreeSet<PartitionId> {
+        let mut intact: BTreeSet<PartitionId> = self.partitions.open().iter().map(|partition| partition.id()).collect();
+        let (state, me) = (self.metadata.state(), self.settings.id);
+        let unhosted = self.log.partitions().into_iter().filter_map(|id| {
+            let entry = state.entry(id).filter(|_| self.partitions.get(id).is_none())?;
+            entry.partition.as_ref().filter(|stored| stored.value.replicas.contains(&me))?;
+            let tier = entry.tier.as_ref().map(|stored| &stored.value);
+            Some((id, tier.map_or(Offset::ZERO, |tier| tier.log_start.max(tier.tiered_end()))))
         });
-        let (log, aside) = (self.log.clone(), aside.collect::<Vec<_>>());
-        let is_whole = move |(id, committed): &(PartitionId, Offset)| {
+        let (log, unhosted) = (self.log.clone(), unhosted.collect::<Vec<_>>());
+        let is_intact = move |(id, committed): &(PartitionId, Offset)| {
             log.open_replica(*id, Offset::ZERO).is_ok_and(|replica| replica.log_end() >= *committed)
         };
-        whole.extend(
-            task::run_blocking(move || aside.into_iter().filter(is_whole).map(|(id, _)| id).collect::<Vec<_>>()).await,
-        );
-        whole
+        let found = move || unhosted.into_iter().filter(is_intact).map(|(id, _)| id).collect::<Vec<_>>();
+        intact.extend(task::run_blocking(found).await);
+        intact
     }
 
     /// Activates the broker: every replica is assigned its role, and requests are served.
     ///
     /// The metadata cache must contain the registration of `session`. An older state may name this broker as the leader of partitions that
-    /// it has released since. Partitions in `unread` become active after their verification.
-    pub async fn begin(self: &Arc<Self>, session: &Session, unread: Unread) {
-        let state = self.view.state();
+    /// it has released since. Partitions in `unverified` become active after their verification.
+    pub async fn activate(self: &Arc<Self>, session: &Session, unverified: UnverifiedPartitions) {
+        let state = self.metadata.state();
         self.begun.get_or_init(clock::monotonic);
         self.session.get_or_init(|| session.clone());
-        let mut leftovers = Leftovers::default();
-        self.unproven.take(unread);
-        leftovers.see_to_strays(self, &state).await;
-        self.log.unclaimed().into_iter().for_each(|id| leftovers.add(id));
-        if let Some(others) = &self.others {
-            others.know(&state);
-            others.follow(session, &self.tasks);
-            self.agree.spawn(&self.tasks);
-            self.tasks.spawn("lag", lag::run(Arc::clone(self)));
-            self.tasks.spawn("doubt", doubt::run(Arc::clone(self), session.clone()));
+        let mut strays = StrayCleaner::default();
+        self.unverified.take(unverified);
+        strays.check_strays(self, &state).await;
+        self.log.stray_partitions().into_iter().for_each(|id| strays.add(id));
+        if let Some(replication) = &self.replication {
+            replication.update_peers(&state);
+            replication.track_own_registration(session, &self.tasks);
+            self.isr_updates.spawn(&self.tasks);
+            self.tasks.spawn("lag-ticker", lag_ticker::run(Arc::clone(self)));
+            self.tasks.spawn("lease-monitor", lease_monitor::run(Arc::clone(self), session.clone()));
         }
         self.tasks.spawn("producer ids", producer_ids::keep(Arc::clone(self)));
-        self.reconcile(&state, &mut leftovers).await;
+        self.reconcile(&state, &mut strays).await;
         drop(state);
         self.ready.store(true, Ordering::Release);
-        if let Some(others) = &self.others {
-            others.begin();
+        if let Some(replication) = &self.replication {
+            replication.begin();
         }
-        self.tasks.spawn("reconcile", reconcile::follow(Arc::clone(self), leftovers));
-        upkeep::spawn(self);
+        self.tasks.spawn("reconcile", reconciler::run(Arc::clone(self), strays));
+        maintenance::spawn(self);
         garbage::spawn(self);
         self.tasks.spawn("start", health::watch_start(Arc::clone(self)));
-        self.tasks.spawn("fill", fill::run(Arc::clone(self), session.clone()));
-        if !self.alone {
+        self.tasks.spawn("disk-pressure", disk_pressure::run(Arc::clone(self), session.clone()));
+        if !self.standalone {
             let controller = Controller {
                 store: Arc::clone(&self.store),
                 keys: self.keys.clone(),
-                view: self.view.clone(),
+                metadata: self.metadata.clone(),
                 session: session.clone(),
                 id: self.settings.id,
                 defaults: self.settings.topic_defaults.clone(),
@@ -369,22 +374,22 @@ impl Broker {
     pub async fn stop(&self) {
         self.ready.store(false, Ordering::Release);
         // Partitions end after the journal has completed their entries. From this call on, a full journal fails after a bounded wait.
-        self.log.expect_close();
+        self.log.begin_shutdown();
         self.readers.stop().await;
         self.tasks.stop().await;
-        self.partitions.stop().await;
-        stream::iter(self.hosted.open())
+        self.partition_tasks.stop().await;
+        stream::iter(self.partitions.open())
             .for_each_concurrent(64, |partition| async move { partition.stop().await })
             .await;
-        if let Some(others) = &self.others {
-            others.stop().await;
+        if let Some(replication) = &self.replication {
+            replication.stop().await;
         }
     }
 
     /// Returns the current metadata snapshot, for the simulator's checker.
     #[cfg(feature = "sim")]
-    pub fn mirror(&self) -> Arc<crate::cluster::ViewState> {
-        self.view.state()
+    pub fn mirror(&self) -> Arc<crate::cluster::MetadataSnapshot> {
+        self.metadata.state()
     }
 
     pub fn id(&self) -> BrokerId {
@@ -392,13 +397,13 @@ impl Broker {
     }
 
     /// Waits until the metadata cache contains at least this number of registered brokers.
-    pub async fn meets(&self, brokers: usize) {
-        self.view.until(|state| state.brokers().len() >= brokers).await;
+    pub async fn wait_for_brokers(&self, brokers: usize) {
+        self.metadata.wait_until(|state| state.brokers().len() >= brokers).await;
     }
 
     /// Returns the number of open partitions.
     pub fn partitions(&self) -> usize {
-        self.hosted.open().len()
+        self.partitions.open().len()
     }
 
     /// Returns the number of records that are due for the object store and not there yet.
@@ -406,8 +411,8 @@ impl Broker {
         if !partition.config().tiered || !self.has_object_store() {
             return 0;
         }
-        let marks = partition.marks();
-        marks.log_end.since(marks.tiered_end.max(marks.log_start))
+        let watermarks = partition.watermarks();
+        watermarks.log_end.since(watermarks.tiered_end.max(watermarks.log_start))
     }
 
     fn has_object_store(&self) -> bool {
@@ -415,12 +420,12 @@ impl Broker {
     }
 
     /// Returns the outage of the object store, if there is one.
-    fn store_away(&self) -> Option<Outage> {
+    fn store_outage(&self) -> Option<Outage> {
         self.tier.as_ref()?.store.away()
     }
 
     /// Waits until the object store is unavailable.
-    async fn until_store_away(&self) -> Outage {
+    async fn until_store_outage(&self) -> Outage {
         match &self.tier {
             Some(tier) => tier.store.until_away().await,
             None => std::future::pending().await,
@@ -428,26 +433,30 @@ impl Broker {
     }
 
     /// Returns true once replicas receive their assignments.
-    fn takes_part(&self) -> bool {
+    fn is_active(&self) -> bool {
         self.begun.get().is_some()
     }
 
     /// Returns true if this broker does the work that one broker does for the cluster: it is standalone, or the controller.
     fn is_controller(&self) -> bool {
-        self.alone || self.view.state().controller() == Some(self.settings.id)
+        self.standalone || self.metadata.state().controller() == Some(self.settings.id)
     }
 
     /// Returns the context through which partitions reach other brokers.
-    fn around(&self) -> Surroundings {
-        let counts = Counts::of(&self.metrics);
-        match &self.others {
-            None => Surroundings { counts, ..Surroundings::alone() },
-            Some(others) => Surroundings { links: others.links(), agreement: Arc::clone(&self.agree) as _, counts },
+    fn ctx(&self) -> PartitionContext {
+        let counters = PartitionCounters::of(&self.metrics);
+        match &self.replication {
+            None => PartitionContext { counters, ..PartitionContext::standalone() },
+            Some(replication) => PartitionContext {
+                links: replication.links(),
+                isr_updater: Arc::clone(&self.isr_updates) as _,
+                counters,
+            },
         }
     }
 
     /// Begins the controlled shutdown: from now on the broker reports that it is not ready.
-    fn leave(&self) {
+    fn begin_shutdown(&self) {
         self.leaving.store(true, Ordering::Release);
     }
 

@@ -15,29 +15,29 @@ use tokio::{sync::Notify, time::Instant};
 
 use super::Broker;
 use crate::{
-    cluster::{ANONYMOUS, ProducerIdKey, StoreError, Topics},
-    log::Log,
+    cluster::{ANONYMOUS, MetaStoreError, ProducerIdKey, Topics},
+    log::DataDir,
     proto::error::{ApiError, ErrorCode},
     task::{self, clock},
 };
 
 /// Number of remaining ids below which another block is reserved.
-const LOW: i64 = 500;
+const REFILL_BELOW: i64 = 500;
 
 /// Pause before the metadata store is called again.
-const AGAIN: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Maximum time that a batch waits for the cluster's key, which another broker may have created just now.
-const KEY_WAIT: Duration = Duration::from_secs(1);
+const STORE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Error of assigning a producer id.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ProducerIdError {
     /// The store did not respond, or its value is unusable.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] MetaStoreError),
     /// The end of the block could not be written to the data directory.
-    #[error("the end of a block of producer ids cannot be kept in the data directory: {0}")]
+    #[error("could not write the end of a block of producer ids to the data directory: {0}")]
     Directory(#[from] io::Error),
 }
 
@@ -68,10 +68,10 @@ pub(super) struct Bucket {
 impl Bucket {
     /// Takes a token. Returns `None` if there is none.
     pub(super) fn take(bucket: Option<Self>, per_minute: u32, now: Instant) -> Option<Self> {
-        let most = f64::from(per_minute);
-        let tokens = bucket.map_or(most, |bucket| {
-            let grown = now.saturating_duration_since(bucket.at).as_secs_f64() / 60.0 * most;
-            (bucket.tokens + grown).min(most)
+        let max = f64::from(per_minute);
+        let tokens = bucket.map_or(max, |bucket| {
+            let grown = now.saturating_duration_since(bucket.at).as_secs_f64() / 60.0 * max;
+            (bucket.tokens + grown).min(max)
         });
         (tokens >= 1.0).then_some(Self { tokens: tokens - 1.0, at: now })
     }
@@ -85,8 +85,8 @@ impl ProducerIdQuota {
             return Err(ApiError::new(
                 ErrorCode::Overloaded,
                 format!(
-                    "this connection has begun {per_minute} producers within a minute (limits.producer_ids_per_minute): keep producers, or try \
-                     again later"
+                    "more than {per_minute} producers were created on this connection within a minute \
+                     (limits.producer_ids_per_minute): reuse producers, or retry later"
                 ),
             ));
         };
@@ -108,7 +108,7 @@ pub(super) struct ProducerIds {
 
 impl ProducerIds {
     /// Returns an id that was never assigned before.
-    async fn next(&self, topics: &Topics, log: &Log) -> Result<i64, ProducerIdError> {
+    async fn next(&self, topics: &Topics, log: &DataDir) -> Result<i64, ProducerIdError> {
         let key = self.key(topics).await?;
         loop {
             if let Some(counter) = self.take() {
@@ -119,7 +119,7 @@ impl ProducerIds {
     }
 
     /// Returns the cluster's key. Creates the key if no broker has.
-    async fn key(&self, topics: &Topics) -> Result<&ProducerIdKey, StoreError> {
+    async fn key(&self, topics: &Topics) -> Result<&ProducerIdKey, MetaStoreError> {
         if let Some(key) = self.key.get() {
             return Ok(key);
         }
@@ -139,35 +139,35 @@ impl ProducerIds {
                 None => drop(blocks.pop_front()),
             }
         };
-        if left(&blocks) < LOW {
+        if remaining(&blocks) < REFILL_BELOW {
             self.low.notify_one();
         }
         Some(id)
     }
 
-    /// Reserves a block if fewer than `least` ids are left.
-    async fn fill(&self, topics: &Topics, log: &Log, least: i64) -> Result<(), ProducerIdError> {
-        let mut noted = self.filling.lock().await;
-        if left(&self.blocks()) >= least {
+    /// Reserves a block if fewer than `min_ids` ids are left.
+    async fn fill(&self, topics: &Topics, log: &DataDir, min_ids: i64) -> Result<(), ProducerIdError> {
+        let mut stored_end = self.filling.lock().await;
+        if remaining(&self.blocks()) >= min_ids {
             return Ok(());
         }
-        let end = match *noted {
+        let end = match *stored_end {
             Some(end) => end,
             None => {
                 let log = log.clone();
-                *noted.insert(task::run_blocking(move || log.producer_ids_end()).await?)
+                *stored_end.insert(task::run_blocking(move || log.producer_ids_end()).await?)
             }
         };
         let block = topics.producer_ids(end).await?;
         let (log, end) = (log.clone(), block.end);
-        task::run_blocking(move || log.note_producer_ids_end(end)).await?;
-        *noted = Some(end);
+        task::run_blocking(move || log.record_producer_ids_end(end)).await?;
+        *stored_end = Some(end);
         self.blocks().push_back(block);
         Ok(())
     }
 }
 
-fn left(blocks: &VecDeque<Range<i64>>) -> i64 {
+fn remaining(blocks: &VecDeque<Range<i64>>) -> i64 {
     blocks.iter().map(|block| block.end - block.start).sum()
 }
 
@@ -189,15 +189,17 @@ impl Broker {
             return Ok(());
         }
         quota.take(self.settings.producer_ids_per_minute)?;
-        let message = format!("producer id {id} was not handed out by this cluster: ask for one with InitProducer");
+        let message = format!("producer id {id} was not assigned by this cluster: request an id with InitProducerId");
         Err(ApiError::new(ErrorCode::UnknownProducer, message).with("producer", id))
     }
 
     async fn read_producer_id_key(&self) -> Result<&ProducerIdKey, ApiError> {
-        let read = self.view.until(|state| state.producer_id_key().is_some());
-        let _late = tokio::time::timeout(KEY_WAIT, read).await;
-        let key = self.view.state().producer_id_key().cloned().ok_or_else(|| {
-            let message = "this broker has not read the key of the cluster's producer ids yet; the batch was not appended: try again";
+        let read = self.metadata.wait_until(|state| state.producer_id_key().is_some());
+        let _late = tokio::time::timeout(STORE_TIMEOUT, read).await;
+        let key = self.metadata.state().producer_id_key().cloned().ok_or_else(|| {
+            let message =
+                "this broker has not read the key of the cluster's producer ids yet, and the batch was not appended: \
+                 retry";
             ApiError::new(ErrorCode::MetadataUnavailable, message)
         })?;
         Ok(self.producer_ids.key.get_or_init(|| key))
@@ -210,14 +212,14 @@ pub(super) async fn keep(broker: Arc<Broker>) {
     let kept = async {
         loop {
             let kept = match ids.key(&broker.topics).await {
-                Ok(_) => ids.fill(&broker.topics, &broker.log, LOW).await,
+                Ok(_) => ids.fill(&broker.topics, &broker.log, REFILL_BELOW).await,
                 Err(error) => Err(error.into()),
             };
             match kept {
                 Ok(()) => ids.low.notified().await,
                 Err(error) => {
-                    tracing::debug!(%error, "no ids for producers can be taken yet");
-                    tokio::time::sleep(AGAIN).await;
+                    tracing::debug!(%error, "could not reserve producer ids: retrying");
+                    tokio::time::sleep(RETRY_INTERVAL).await;
                 }
             }
         }
@@ -235,20 +237,20 @@ mod tests {
 
     use super::*;
     use crate::{
-        cluster::{EmbeddedStore, Keys, MetaStore, ProducerIdsValue, Transaction, Value as _, View},
-        log::{Identity, Options, SimDisk},
+        cluster::{EmbeddedStore, Keys, MetaStore, MetadataCache, ProducerIdsValue, Transaction, Value as _},
+        log::{DataDirIdentity, LogOptions, SimDisk},
         model::{BrokerId, ConfigMap},
         task::Tasks,
     };
 
-    fn open(disk: &SimDisk) -> Log {
-        let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
-        let options = Options { journal_bytes: 4 << 20, reserve_bytes: 0, ..Options::default() };
-        Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap()
+    fn open(disk: &SimDisk) -> DataDir {
+        let identity = DataDirIdentity { cluster: "test".to_owned(), broker: BrokerId(1) };
+        let options = LogOptions { journal_bytes: 4 << 20, reserve_bytes: 0, ..LogOptions::default() };
+        DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap()
     }
 
     /// Takes more ids than one block has.
-    async fn many(ids: &ProducerIds, topics: &Topics, log: &Log) -> BTreeSet<i64> {
+    async fn many(ids: &ProducerIds, topics: &Topics, log: &DataDir) -> BTreeSet<i64> {
         let mut given = BTreeSet::new();
         for _ in 0..1500 {
             assert!(given.insert(ids.next(topics, log).await.unwrap()));
@@ -261,8 +263,8 @@ mod tests {
         let (disk, tasks) = (SimDisk::new(), Tasks::new());
         let (store, keys) = (Arc::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap());
         let shared: Arc<dyn MetaStore> = Arc::clone(&store) as _;
-        let view = View::start(Arc::clone(&shared), keys.clone(), &tasks);
-        let topics = Topics::new(shared, keys.clone(), view, ConfigMap::new());
+        let metadata = MetadataCache::start(Arc::clone(&shared), keys.clone(), &tasks);
+        let topics = Topics::new(shared, keys.clone(), metadata, ConfigMap::new());
         let log = open(&disk);
         let before = many(&ProducerIds::default(), &topics, &log).await;
 

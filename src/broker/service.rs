@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures::{Stream, StreamExt, stream::BoxStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Broker, CallMemory, ProducerIdQuota, others::Others, peer::PeerService};
+use super::{Broker, CallMemory, ProducerIdQuota, peer::PeerService, replication::ReplicationManager};
 use crate::{
     limits,
     proto::{
@@ -32,10 +32,10 @@ pub fn admin_service(broker: &Arc<Broker>) -> admin_server::AdminServer<AdminSer
 
 /// Returns the service that other brokers call; `None` for a standalone broker.
 pub fn peer_service(broker: &Broker) -> Option<peer_server::PeerServer<PeerService>> {
-    broker.others.as_ref().map(Others::service)
+    broker.replication.as_ref().map(ReplicationManager::service)
 }
 
-fn answer<T>(result: Result<T, ApiError>) -> Result<Response<T>, Status> {
+fn into_response<T>(result: Result<T, ApiError>) -> Result<Response<T>, Status> {
     result.map(Response::new).map_err(Status::from)
 }
 
@@ -85,7 +85,7 @@ impl LogService {
 impl log_server::Log for LogService {
     async fn append(&self, request: Request<v1::AppendRequest>) -> Result<Response<v1::AppendResponse>, Status> {
         let (quota, memory) = (quota(&request), self.memory(&request));
-        answer(self.0.append(request.into_inner(), &quota, &memory).await)
+        into_response(self.0.append(request.into_inner(), &quota, &memory).await)
     }
 
     // The broker's own listener serves the streams through `server/streams`.
@@ -105,7 +105,7 @@ impl log_server::Log for LogService {
         if request.partitions.len() <= limits::MAX_FETCH_PARTITIONS {
             drop(memory.take_request());
         }
-        answer(Arc::clone(&self.0).read(request, memory).await)
+        into_response(Arc::clone(&self.0).read(request, memory).await)
     }
 
     type FetchStream = BoxStream<'static, Result<v1::FetchResponse, Status>>;
@@ -122,14 +122,14 @@ impl log_server::Log for LogService {
         request: Request<v1::ListOffsetsRequest>,
     ) -> Result<Response<v1::ListOffsetsResponse>, Status> {
         let memory = self.memory(&request);
-        answer(self.0.list_offsets(request.into_inner(), &memory).await)
+        into_response(self.0.list_offsets(request.into_inner(), &memory).await)
     }
 
-    async fn init_producer(
+    async fn init_producer_id(
         &self,
-        request: Request<v1::InitProducerRequest>,
-    ) -> Result<Response<v1::InitProducerResponse>, Status> {
-        answer(self.0.init_producer(&quota(&request)).await)
+        request: Request<v1::InitProducerIdRequest>,
+    ) -> Result<Response<v1::InitProducerIdResponse>, Status> {
+        into_response(self.0.init_producer_id(&quota(&request)).await)
     }
 }
 
@@ -139,110 +139,113 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::GetMetadataRequest>,
     ) -> Result<Response<v1::GetMetadataResponse>, Status> {
-        answer(self.0.metadata(&request.into_inner()))
+        into_response(self.0.metadata(&request.into_inner()))
     }
 
     async fn create_topic(
         &self,
         request: Request<v1::CreateTopicRequest>,
     ) -> Result<Response<v1::CreateTopicResponse>, Status> {
-        self.0.reaches_metadata()?;
-        answer(self.0.create_topic(request.into_inner()).await)
+        self.0.check_metadata_available()?;
+        into_response(self.0.create_topic(request.into_inner()).await)
     }
 
     async fn list_topics(
         &self,
         _request: Request<v1::ListTopicsRequest>,
     ) -> Result<Response<v1::ListTopicsResponse>, Status> {
-        answer(Ok(self.0.list_topics()))
+        into_response(Ok(self.0.list_topics()))
     }
 
     async fn describe_topic(
         &self,
         request: Request<v1::DescribeTopicRequest>,
     ) -> Result<Response<v1::DescribeTopicResponse>, Status> {
-        answer(self.0.describe_topic(&request.into_inner().name).await)
+        into_response(self.0.describe_topic(&request.into_inner().name).await)
     }
 
     async fn alter_topic(
         &self,
         request: Request<v1::AlterTopicRequest>,
     ) -> Result<Response<v1::AlterTopicResponse>, Status> {
-        self.0.reaches_metadata()?;
-        answer(self.0.alter_topic(request.into_inner()).await)
+        self.0.check_metadata_available()?;
+        into_response(self.0.alter_topic(request.into_inner()).await)
     }
 
     async fn add_partitions(
         &self,
         request: Request<v1::AddPartitionsRequest>,
     ) -> Result<Response<v1::AddPartitionsResponse>, Status> {
-        self.0.reaches_metadata()?;
-        answer(self.0.add_partitions(request.into_inner()).await)
+        self.0.check_metadata_available()?;
+        into_response(self.0.add_partitions(request.into_inner()).await)
     }
 
     async fn delete_topic(
         &self,
         request: Request<v1::DeleteTopicRequest>,
     ) -> Result<Response<v1::DeleteTopicResponse>, Status> {
-        self.0.reaches_metadata()?;
-        answer(self.0.delete_topic(&request.into_inner().name).await)
+        self.0.check_metadata_available()?;
+        into_response(self.0.delete_topic(&request.into_inner().name).await)
     }
     async fn describe_cluster(
         &self,
         _request: Request<v1::DescribeClusterRequest>,
     ) -> Result<Response<v1::DescribeClusterResponse>, Status> {
-        answer(Ok(self.0.describe_cluster().await))
+        into_response(Ok(self.0.describe_cluster().await))
     }
 
     async fn drain_broker(
         &self,
         request: Request<v1::DrainBrokerRequest>,
     ) -> Result<Response<v1::DrainBrokerResponse>, Status> {
-        self.0.reaches_metadata()?;
-        answer(self.0.drain_broker(request.into_inner().broker).await)
+        self.0.check_metadata_available()?;
+        into_response(self.0.drain_broker(request.into_inner().broker).await)
     }
 
-    async fn restore_broker(
+    async fn undrain_broker(
         &self,
-        request: Request<v1::RestoreBrokerRequest>,
-    ) -> Result<Response<v1::RestoreBrokerResponse>, Status> {
-        self.0.reaches_metadata()?;
-        answer(self.0.restore_broker(request.into_inner().broker).await)
+        request: Request<v1::UndrainBrokerRequest>,
+    ) -> Result<Response<v1::UndrainBrokerResponse>, Status> {
+        self.0.check_metadata_available()?;
+        into_response(self.0.undrain_broker(request.into_inner().broker).await)
     }
 
-    async fn reassign(&self, request: Request<v1::ReassignRequest>) -> Result<Response<v1::ReassignResponse>, Status> {
-        self.0.reaches_metadata()?;
-        answer(self.0.reassign(request.into_inner()).await)
+    async fn reassign_partitions(
+        &self,
+        request: Request<v1::ReassignPartitionsRequest>,
+    ) -> Result<Response<v1::ReassignPartitionsResponse>, Status> {
+        self.0.check_metadata_available()?;
+        into_response(self.0.reassign(request.into_inner()).await)
     }
 
     async fn list_reassignments(
         &self,
         request: Request<v1::ListReassignmentsRequest>,
     ) -> Result<Response<v1::ListReassignmentsResponse>, Status> {
-        answer(self.0.list_reassignments(&request.into_inner()).await)
+        into_response(self.0.list_reassignments(&request.into_inner()).await)
     }
 
     async fn cancel_reassignment(
         &self,
         request: Request<v1::CancelReassignmentRequest>,
     ) -> Result<Response<v1::CancelReassignmentResponse>, Status> {
-        self.0.reaches_metadata()?;
-        answer(self.0.cancel_reassignment(&request.into_inner()).await)
+        self.0.check_metadata_available()?;
+        into_response(self.0.cancel_reassignment(&request.into_inner()).await)
     }
 
     async fn elect_leader(
         &self,
         request: Request<v1::ElectLeaderRequest>,
     ) -> Result<Response<v1::ElectLeaderResponse>, Status> {
-        self.0.reaches_metadata()?;
-        answer(self.0.elect_leader(request.into_inner()).await)
+        self.0.check_metadata_available()?;
+        into_response(self.0.elect_leader(request.into_inner()).await)
     }
 
     async fn rebuild_manifest(
         &self,
         request: Request<v1::RebuildManifestRequest>,
     ) -> Result<Response<v1::RebuildManifestResponse>, Status> {
-        self.0.reaches_metadata()?;
-        answer(self.0.rebuild_manifest(request.into_inner()).await)
+        self.0.check_metadata_available()?;
+        into_response(self.0.rebuild_manifest(request.into_inner()).await)
     }
 }

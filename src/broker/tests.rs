@@ -2,19 +2,19 @@
 
 use std::{path::Path, time::Duration};
 
-use super::{evidence::Evidence, peer::LinkLost as _, *};
+use super::{failure_detector::FailureDetector, peer::LinkLossListener as _, *};
 use crate::{
     client::{
-        Tcp,
-        peers::{How, Peers},
+        TcpConnector,
+        peers::{DisconnectReason, PeerClient},
     },
     cluster::{
-        BrokerValue, DeletedValue, EmbeddedStore, Endpoints, Key, NewTopic, PartitionValue, Registration, Revision,
-        Shown, TopicValue, Transaction, Value as _,
-        faulty::{self, Faulty},
-        prove,
+        BrokerValue, EmbeddedStore, Endpoints, Key, LocalInventory, PartitionValue, RegistrationRequest, Revision,
+        TombstoneValue, TopicSpec, TopicValue, Transaction, Value as _,
+        faulty::{self, FaultyStore},
+        verify_inventory,
     },
-    log::{Identity, OpenError, Options, RealDisk},
+    log::{DataDirError, DataDirIdentity, LogOptions, RealDisk},
     model::{Compression, LeaderEpoch, TopicId, TopicName},
     proto::{
         error::{ApiError, ErrorCode},
@@ -27,30 +27,30 @@ use crate::{
     },
 };
 
-pub(super) struct Bench {
+pub(super) struct TestBroker {
     pub(super) broker: Arc<Broker>,
     store: EmbeddedStore,
     /// The store as the broker reaches it, with injected faults.
-    link: Faulty,
+    faulty_store: FaultyStore,
     keys: Keys,
     tasks: Tasks,
 }
 
-impl Bench {
-    pub(super) async fn start(dir: &Path, alone: bool) -> Self {
-        Self::over(dir, alone, EmbeddedStore::in_memory()).await
+impl TestBroker {
+    pub(super) async fn start(dir: &Path, standalone: bool) -> Self {
+        Self::with_store(dir, standalone, EmbeddedStore::in_memory()).await
     }
 
     /// Starts as a broker of a cluster does: opens its replicas, verifies them, registers, and becomes active.
-    pub(super) async fn over(dir: &Path, alone: bool, store: EmbeddedStore) -> Self {
+    pub(super) async fn with_store(dir: &Path, standalone: bool, store: EmbeddedStore) -> Self {
         let id = BrokerId(1);
-        let identity = Identity { cluster: "test".to_owned(), broker: id };
-        let options = Options { journal_bytes: 8 << 20, ..Options::default() };
-        let open = || Log::open(Arc::new(RealDisk::default()), dir, &identity, options.clone());
+        let identity = DataDirIdentity { cluster: "test".to_owned(), broker: id };
+        let options = LogOptions { journal_bytes: 8 << 20, ..LogOptions::default() };
+        let open = || DataDir::open(Arc::new(RealDisk::default()), dir, &identity, options.clone());
         // A task that was cancelled at the previous stop may hold the directory for a moment.
         let mut log = open();
         for _ in 0..6_000 {
-            if !matches!(log, Err(OpenError::InUse { .. })) {
+            if !matches!(log, Err(DataDirError::InUse { .. })) {
                 break;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -60,12 +60,12 @@ impl Bench {
         let (keys, tasks) = (Keys::new("test").unwrap(), Tasks::new());
         let directory_id = log.directory_id().to_string();
         let value = BrokerValue { directory_id, ..BrokerValue::running_at("127.0.0.1:1".to_owned()) };
-        let link = Faulty::new(store.clone());
-        let shared: Arc<dyn MetaStore> = Arc::new(link.clone());
-        let view = View::start(Arc::clone(&shared), keys.clone(), &tasks);
-        view.reached(Revision::ZERO).await;
+        let faulty_store = FaultyStore::new(store.clone());
+        let meta_store: Arc<dyn MetaStore> = Arc::new(faulty_store.clone());
+        let metadata = MetadataCache::start(Arc::clone(&meta_store), keys.clone(), &tasks);
+        metadata.wait_for_revision(Revision::ZERO).await;
         let settings = Settings {
-            disk_full_percent: 100,
+            disk_pressure_percent: 100,
             catch_up_timeout: Duration::from_secs(60),
             id,
             cluster: "test".to_owned(),
@@ -75,44 +75,49 @@ impl Bench {
             response_memory_bytes: 64 << 20,
             decompression_memory_bytes: 256 << 20,
             producer_ids_per_minute: 1000,
-            upkeep_workers: 1,
+            maintenance_workers: 1,
             retention_interval: Duration::from_secs(3600),
             fetch_max_wait: Duration::from_secs(5),
             garbage_grace: Duration::from_secs(3600),
             upload_grace: Duration::from_secs(3600),
             default_factor: 1,
-            lag_time: Duration::from_secs(10),
+            max_lag_time: Duration::from_secs(10),
             catchup_bytes_per_second: None,
-            controller: Limits::default(),
+            controller: PlannerLimits::default(),
         };
-        let registration =
-            Registration { store: Arc::clone(&shared), keys: keys.clone(), id, value, time: Duration::from_secs(60) };
-        let broker = Broker::open(Parts {
+        let registration = RegistrationRequest {
+            store: Arc::clone(&meta_store),
+            keys: keys.clone(),
+            id,
+            value,
+            time: Duration::from_secs(60),
+        };
+        let broker = Broker::open(BrokerDeps {
             settings,
             log,
-            store: shared,
+            store: meta_store,
             keys: keys.clone(),
-            view: view.clone(),
+            metadata: metadata.clone(),
             tier: None,
-            connect: Arc::new(Tcp::new(Duration::from_secs(1))),
-            alone,
+            connect: Arc::new(TcpConnector::new(Duration::from_secs(1))),
+            standalone,
             incarnation: "p".to_owned(),
             metrics: Metrics::new(),
         })
         .await;
-        let shown = Shown {
+        let inventory = LocalInventory {
             directory_id: registration.value.directory_id.clone(),
-            uptimes: vec!["p".to_owned()],
+            incarnations: vec!["p".to_owned()],
             clean: true,
             on_disk: broker.log.partitions().into_iter().collect(),
-            whole: broker.whole().await,
+            intact: broker.intact_replicas().await,
         };
         registration.clear().await.unwrap();
-        let proof = prove(&broker.store, &keys, id, &shown, &ConfigMap::new()).await.unwrap();
-        let session = registration.register(proof.judged, &view, &tasks).await.unwrap();
-        view.reached(session.epoch().unwrap()).await;
-        broker.begin(&session, proof.unread).await;
-        Self { broker, store, link, keys, tasks }
+        let verified = verify_inventory(&broker.store, &keys, id, &inventory, &ConfigMap::new()).await.unwrap();
+        let session = registration.register(verified.directory_revision, &metadata, &tasks).await.unwrap();
+        metadata.wait_for_revision(session.epoch().unwrap()).await;
+        broker.activate(&session, verified.unverified).await;
+        Self { broker, store, faulty_store, keys, tasks }
     }
 
     pub(super) async fn create(&self, name: &TopicName, partitions: u32) -> TopicId {
@@ -121,13 +126,13 @@ impl Bench {
 
     pub(super) async fn create_with(&self, name: &TopicName, partitions: u32, config: ConfigMap) -> TopicId {
         let replication_factor = 1;
-        let new = NewTopic { name: name.clone(), partitions, replication_factor, config, validate_only: false };
-        let made = self.broker.topics.create(new).await.unwrap();
+        let spec = TopicSpec { name: name.clone(), partitions, replication_factor, config, validate_only: false };
+        let created = self.broker.topics.create(spec).await.unwrap();
         self.broker
-            .hosted
-            .until(|hosted| hosted.topic(name).is_some_and(|topic| topic.revision >= made.revision))
+            .partitions
+            .until(|hosted| hosted.topic(name).is_some_and(|topic| topic.revision >= created.revision))
             .await;
-        made.value.id
+        created.value.id
     }
 
     /// Changes the metadata directly in the store, and returns when the broker has applied that.
@@ -137,7 +142,7 @@ impl Bench {
         let later = TopicName::new("later").unwrap();
         self.create(&later, 1).await;
         self.broker.topics.delete(&later).await.unwrap();
-        self.broker.hosted.until(|hosted| hosted.topic(&later).is_none()).await;
+        self.broker.partitions.until(|hosted| hosted.topic(&later).is_none()).await;
     }
 
     /// Appends one record of this size to topic `t`.
@@ -148,7 +153,7 @@ impl Bench {
         timeout_ms: u32,
     ) -> Result<v1::AppendResponse, ApiError> {
         let records = vec![v1::Record { value: Some(vec![7; bytes].into()), ..Default::default() }];
-        let payload = Some(v1::append_request::Payload::Records(v1::PlainRecords { records }));
+        let payload = Some(v1::append_request::Payload::Records(v1::RecordList { records }));
         let topic = "t".to_owned();
         let request = v1::AppendRequest { topic, partition, timeout_ms, payload, ..Default::default() };
         self.broker.append(request, &ProducerIdQuota::default(), &self.broker.call_memory()).await
@@ -156,7 +161,7 @@ impl Bench {
 
     /// Returns the number of open partitions of a topic, and of its replicas on the disk.
     fn holds(&self, topic: TopicId) -> (usize, usize) {
-        let open = self.broker.hosted.open().iter().filter(|partition| partition.id().topic == topic).count();
+        let open = self.broker.partitions.open().iter().filter(|partition| partition.id().topic == topic).count();
         (open, self.broker.log.partitions().iter().filter(|id| id.topic == topic).count())
     }
 
@@ -169,37 +174,37 @@ impl Bench {
 #[tokio::test]
 async fn only_a_tombstone_deletes_files_of_a_topic() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::start(dir.path(), true).await;
+    let bench = TestBroker::start(dir.path(), true).await;
     let name = TopicName::new("t").unwrap();
     let key = bench.keys.path(&Key::Topic(name.clone()));
 
     let id = bench.create(&name, 2).await;
     let value = bench.store.get(&key).await.unwrap().entry.unwrap().value;
     bench.change(Transaction::new().put(key.clone(), "a newer release's")).await;
-    assert_eq!(bench.holds(id), (2, 2), "what cannot be read changes nothing");
+    assert_eq!(bench.holds(id), (2, 2), "an unreadable value changes nothing");
     bench.change(Transaction::new().put(key.clone(), value.clone())).await;
-    assert_eq!(bench.holds(id), (2, 2), "and neither does its return");
+    assert_eq!(bench.holds(id), (2, 2), "the restored value changes nothing");
 
     bench.change(Transaction::new().delete(key.clone())).await;
-    assert_eq!(bench.holds(id), (0, 2), "lost metadata is not served, and costs no data");
+    assert_eq!(bench.holds(id), (0, 2), "a topic without metadata is not served, and its files stay");
     bench.change(Transaction::new().put(key.clone(), value.clone())).await;
-    assert_eq!(bench.holds(id), (2, 2), "what comes back is served again");
+    assert_eq!(bench.holds(id), (2, 2), "the restored topic is served again");
 
     let other = TopicValue { id: TopicId::new(random::uuid()), ..TopicValue::decode(&key, &value).unwrap() };
     bench.change(Transaction::new().put(key.clone(), other.encode())).await;
-    assert_eq!(bench.holds(id), (0, 2), "another topic in its place");
+    assert_eq!(bench.holds(id), (0, 2), "another topic has the name");
 
-    let mark = DeletedValue { name: name.clone(), gone_since_ms: None };
+    let mark = TombstoneValue { name: name.clone(), purged_since_ms: None };
     bench.change(Transaction::new().put(key.clone(), value)).await;
     bench.change(Transaction::new().delete(key).put(bench.keys.deleted(id), mark.encode())).await;
-    assert_eq!(bench.holds(id), (0, 0), "a deletion");
+    assert_eq!(bench.holds(id), (0, 0), "the tombstone deletes the files");
     bench.stop().await;
 }
 
 #[tokio::test]
 async fn moved_replica_is_deleted_only_by_its_own_key() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::start(dir.path(), false).await;
+    let bench = TestBroker::start(dir.path(), false).await;
     let name = TopicName::new("t").unwrap();
     let id = bench.create(&name, 2).await;
     assert_eq!(bench.holds(id), (2, 2));
@@ -207,28 +212,28 @@ async fn moved_replica_is_deleted_only_by_its_own_key() {
     let value = bench.store.get(&key).await.unwrap().entry.unwrap().value;
 
     bench.change(Transaction::new().put(key.clone(), "a newer release's")).await;
-    assert_eq!(bench.holds(id), (1, 2), "what cannot be read is not served, and costs no data");
+    assert_eq!(bench.holds(id), (1, 2), "a partition with an unreadable value is not served, and its files stay");
     bench.change(Transaction::new().put(key.clone(), value.clone())).await;
-    assert_eq!(bench.holds(id), (2, 2), "mended, it is served again");
+    assert_eq!(bench.holds(id), (2, 2), "the restored partition is served again");
     bench.change(Transaction::new().delete(key.clone())).await;
-    assert_eq!(bench.holds(id), (1, 2), "a key that was lost is no licence either");
+    assert_eq!(bench.holds(id), (1, 2), "a missing key does not delete the files either");
 
-    let others = BrokerId(2);
+    let other = BrokerId(2);
     let moved = PartitionValue {
-        replicas: vec![others],
-        leader: Some(others),
-        isr: vec![others],
+        replicas: vec![other],
+        leader: Some(other),
+        isr: vec![other],
         ..PartitionValue::decode(&key, &value).unwrap()
     };
     bench.change(Transaction::new().put(key, moved.encode())).await;
-    wait_until("its files go", || bench.holds(id) == (1, 1)).await;
+    wait_until("the files are deleted", || bench.holds(id) == (1, 1)).await;
     bench.stop().await;
 }
 
 #[tokio::test]
 async fn request_for_foreign_partition_returns_leader() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::start(dir.path(), false).await;
+    let bench = TestBroker::start(dir.path(), false).await;
     let name = TopicName::new("t").unwrap();
     let id = bench.create(&name, 1).await;
     assert!(bench.broker.partition("t", 0).is_ok());
@@ -247,16 +252,16 @@ async fn request_for_foreign_partition_returns_leader() {
     let put = Transaction::new().put(bench.keys.broker(other), theirs.encode()).put(key.clone(), led.encode());
     bench.change(put).await;
 
-    let fault = bench.broker.partition("t", 0).err().unwrap();
-    assert_eq!((fault.code, fault.number("leader")), (ErrorCode::NotLeader, Some(2)));
-    assert_eq!(fault.number("leader_epoch"), Some(i64::from(led.leader_epoch.as_i32())));
-    assert_eq!(fault.metadata.get("address").map(String::as_str), Some("broker-2:9460"));
-    assert!(fault.message.contains("broker 2 at broker-2:9460"), "{fault}");
+    let error = bench.broker.partition("t", 0).err().unwrap();
+    assert_eq!((error.code, error.number("leader")), (ErrorCode::NotLeader, Some(2)));
+    assert_eq!(error.number("leader_epoch"), Some(i64::from(led.leader_epoch.as_i32())));
+    assert_eq!(error.metadata.get("address").map(String::as_str), Some("broker-2:9460"));
+    assert!(error.message.contains("broker 2 at broker-2:9460"), "{error}");
     // Broker 2 is gone, and no other replica is in sync, so the controller elects no leader.
-    let nobody = PartitionValue { isr: vec![other], ..led.leaderless() };
-    bench.change(Transaction::new().delete(bench.keys.broker(other)).put(key, nobody.encode())).await;
-    let fault = bench.broker.partition("t", 0).err().unwrap();
-    assert_eq!((fault.code, fault.metadata.get("leader")), (ErrorCode::NotLeader, None), "{fault}");
+    let leaderless = PartitionValue { isr: vec![other], ..led.leaderless() };
+    bench.change(Transaction::new().delete(bench.keys.broker(other)).put(key, leaderless.encode())).await;
+    let error = bench.broker.partition("t", 0).err().unwrap();
+    assert_eq!((error.code, error.metadata.get("leader")), (ErrorCode::NotLeader, None), "{error}");
     bench.stop().await;
 }
 
@@ -266,10 +271,10 @@ async fn request_for_foreign_partition_returns_leader() {
 async fn start_continues_while_partition_is_leaderless() {
     let dir = tempfile::tempdir().unwrap();
     let store = EmbeddedStore::in_memory();
-    let bench = Bench::over(dir.path(), false, store.clone()).await;
+    let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
     let name = TopicName::new("t").unwrap();
     let id = PartitionId::new(bench.create(&name, 1).await, 0);
-    wait_for("it is led here", async || bench.broker.partition("t", 0).ok()).await;
+    wait_for("the broker leads the partition", async || bench.broker.partition("t", 0).ok()).await;
     let (key, topic, other) = (bench.keys.partition(id), bench.keys.topic(&name), BrokerId(2));
     let value = async |key: &str| store.get(key).await.unwrap().entry.unwrap().value;
     let before = PartitionValue::decode(&key, &value(&key).await).unwrap();
@@ -281,38 +286,38 @@ async fn start_continues_while_partition_is_leaderless() {
     bench.change(Transaction::new().put(key.clone(), unled.encode()).put(topic, of_two.encode())).await;
     bench.stop().await;
 
-    let bench = Bench::over(dir.path(), false, store).await;
-    assert_eq!(bench.broker.catching_up(), 1, "one may be elected");
+    let bench = TestBroker::with_store(dir.path(), false, store).await;
+    assert_eq!(bench.broker.catching_up(), 1, "a leader may be elected");
     assert!(!bench.broker.is_started());
     // The listener accepts connections and sends nothing, so the broker is not declared gone.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let theirs = BrokerValue::running_at(silent.local_addr().unwrap().to_string());
     bench.change(Transaction::new().put(bench.keys.broker(other), theirs.encode()).put(key, led.encode())).await;
-    wait_for("it is behind", async || (bench.broker.catching_up() == 1).then_some(())).await;
-    let Readiness::NotReady(why) = bench.broker.readiness() else { panic!("it is not in sync") };
-    assert!(why.contains("replicas of this broker that have not been in sync yet: 1"), "{why}");
+    wait_for("the replica is catching up", async || (bench.broker.catching_up() == 1).then_some(())).await;
+    let Readiness::NotReady(reason) = bench.broker.readiness() else { panic!("the replica is not in sync") };
+    assert!(reason.contains("local replicas that have not been in sync yet: 1"), "{reason}");
     bench.stop().await;
 }
 
 #[tokio::test]
 async fn broker_with_failed_directory_is_ready_while_serving() {
-    const WHY: &str = "the data directory takes no writes: the journal could not be written";
+    const REASON: &str = "the data directory accepts no writes: cannot write the journal";
     for partitions in [0, 1] {
         let dir = tempfile::tempdir().unwrap();
-        let bench = Bench::start(dir.path(), true).await;
+        let bench = TestBroker::start(dir.path(), true).await;
         if partitions > 0 {
             bench.create(&TopicName::new("t").unwrap(), partitions).await;
         }
         assert!(bench.broker.health().is_ok());
         assert_eq!(bench.broker.readiness(), Readiness::Ready(Vec::new()));
         bench.broker.log.fail_journal();
-        let why = bench.broker.health().expect_err("the process should be restarted");
-        assert!(why.starts_with(WHY), "{why}");
+        let reason = bench.broker.health().expect_err("the journal failed");
+        assert!(reason.starts_with(REASON), "{reason}");
         match bench.broker.readiness() {
             Readiness::NotReady(line) => {
-                assert_eq!((partitions, line), (0, format!("serves nothing: {why}")));
+                assert_eq!((partitions, line), (0, format!("no partition can be served: {reason}")));
             }
-            Readiness::Ready(impaired) => assert_eq!((partitions, &impaired[0]), (1, &why)),
+            Readiness::Ready(impaired) => assert_eq!((partitions, &impaired[0]), (1, &reason)),
         }
         bench.stop().await;
     }
@@ -321,7 +326,7 @@ async fn broker_with_failed_directory_is_ready_while_serving() {
 #[tokio::test]
 async fn watermarks_of_unresponsive_leader_are_unknown() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::start(dir.path(), false).await;
+    let bench = TestBroker::start(dir.path(), false).await;
     let name = TopicName::new("t").unwrap();
     let id = bench.create(&name, 2).await;
     let key = bench.keys.partition(PartitionId::new(id, 1));
@@ -341,17 +346,17 @@ async fn watermarks_of_unresponsive_leader_are_unknown() {
     // Partition 0 is led here as soon as it is open.
     let described = wait_for("partition 0 is served", async || {
         let described = bench.broker.describe_topic("t").await.unwrap().partitions;
-        described[0].unanswered.is_none().then_some(described)
+        described[0].leader_error.is_none().then_some(described)
     })
     .await;
     assert_eq!(described[0].leader, Some(1));
-    let unknown = described[1].unanswered.as_ref().unwrap();
-    assert!(unknown.message.contains("broker 2 does not answer: 127.0.0.1:1"), "{unknown:?}");
-    assert_eq!((described[1].leader, &described[1].isr), (Some(2), &vec![2]), "the metadata knows who");
+    let unknown = described[1].leader_error.as_ref().unwrap();
+    assert!(unknown.message.contains("broker 2 does not respond: 127.0.0.1:1"), "{unknown:?}");
+    assert_eq!((described[1].leader, &described[1].isr), (Some(2), &vec![2]), "the leader is in the metadata");
     let cluster = bench.broker.describe_cluster().await;
-    let [mine, silent] = cluster.brokers.as_slice() else { panic!("two: {cluster:?}") };
-    assert!(mine.figures.is_some() && silent.figures.is_none() && silent.unanswered.is_some(), "{cluster:?}");
-    assert_eq!((mine.leaders, silent.leaders, cluster.partitions), (1, 1, 2));
+    let [mine, silent] = cluster.brokers.as_slice() else { panic!("two brokers expected: {cluster:?}") };
+    assert!(mine.stats.is_some() && silent.stats.is_none() && silent.error.is_some(), "{cluster:?}");
+    assert_eq!((mine.leader_count, silent.leader_count, cluster.partitions), (1, 1, 2));
     bench.stop().await;
 }
 
@@ -360,10 +365,10 @@ async fn watermarks_of_unresponsive_leader_are_unknown() {
 #[tokio::test]
 async fn superseded_broker_leads_no_partition() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::start(dir.path(), false).await;
+    let bench = TestBroker::start(dir.path(), false).await;
     let id = bench.create(&TopicName::new("t").unwrap(), 1).await;
     let (key, me) = (bench.keys.partition(PartitionId::new(id, 0)), bench.keys.broker(BrokerId(1)));
-    wait_for("it is led here", async || bench.broker.partition("t", 0).ok()).await;
+    wait_for("the broker leads the partition", async || bench.broker.partition("t", 0).ok()).await;
     let before = PartitionValue::decode(&key, &bench.store.get(&key).await.unwrap().entry.unwrap().value).unwrap();
     let registered = bench.store.get(&me).await.unwrap().entry.unwrap();
     let mine = BrokerValue::decode(&me, &registered.value).unwrap();
@@ -371,12 +376,12 @@ async fn superseded_broker_leads_no_partition() {
     let given = PartitionValue { leader_epoch: LeaderEpoch(before.leader_epoch.0 + 1), ..before };
     let put = Transaction::new().put(me, theirs.encode()).put(key, given.encode());
     bench.store.transact(put).await.unwrap();
-    let refused = wait_for("it leads no more", async || bench.broker.partition("t", 0).err()).await;
+    let refused = wait_for("the broker no longer leads", async || bench.broker.partition("t", 0).err()).await;
     assert_eq!(refused.code, ErrorCode::NotLeader);
-    let epoch = bench.broker.hosted.by_id(PartitionId::new(id, 0)).unwrap().epoch();
-    assert_eq!(epoch, given.leader_epoch, "by what was given, and not by what it had");
+    let epoch = bench.broker.partitions.by_id(PartitionId::new(id, 0)).unwrap().epoch();
+    assert_eq!(epoch, given.leader_epoch, "the epoch is that of the new assignment");
     bench.change(Transaction::new()).await;
-    assert!(bench.broker.partition("t", 0).is_err(), "and so it stays");
+    assert!(bench.broker.partition("t", 0).is_err(), "the broker stays without leadership");
     bench.stop().await;
 }
 
@@ -385,39 +390,39 @@ async fn superseded_broker_leads_no_partition() {
 #[tokio::test]
 async fn timed_out_append_holds_no_memory() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::start(dir.path(), false).await;
+    let bench = TestBroker::start(dir.path(), false).await;
     let id = bench.create(&TopicName::new("t").unwrap(), 2).await;
     let key = bench.keys.partition(PartitionId::new(id, 0));
     let value = bench.store.get(&key).await.unwrap().entry.unwrap().value;
     let value = PartitionValue::decode(&key, &value).unwrap();
     let both = vec![BrokerId(1), BrokerId(2)];
-    let shared = PartitionValue { replicas: both.clone(), isr: both, ..value };
+    let replicated = PartitionValue { replicas: both.clone(), isr: both, ..value };
     let silent = BrokerValue::running_at("127.0.0.1:1".to_owned()).encode();
     bench.change(Transaction::new().put(bench.keys.broker(BrokerId(2)), silent)).await;
     // No member can be removed from the ISR meanwhile.
-    bench.link.transactions(vec![Some(faulty::Fault::Refused); 100_000]);
-    bench.store.transact(Transaction::new().put(key, shared.encode())).await.unwrap();
+    bench.faulty_store.transactions(vec![Some(faulty::Fault::Refused); 100_000]);
+    bench.store.transact(Transaction::new().put(key, replicated.encode())).await.unwrap();
     let append = async |partition, timeout_ms| {
         let append = bench.append(partition, 300_000, timeout_ms);
-        tokio::time::timeout(Duration::from_secs(20), append).await.expect("there is room")
+        tokio::time::timeout(Duration::from_secs(20), append).await.expect("memory was freed")
     };
-    wait_for("both are led here", async || {
-        let waits = append(0, 50).await.is_err_and(|fault| fault.code == ErrorCode::Timeout);
+    wait_for("the broker leads both partitions", async || {
+        let waits = append(0, 50).await.is_err_and(|error| error.code == ErrorCode::Timeout);
         (waits && append(1, 30_000).await.is_ok()).then_some(())
     })
     .await;
     // These appends exceed the produce memory of 1 MiB.
     for _ in 0..8 {
-        assert_eq!(append(0, 50).await.expect_err("broker 2 is not there").code, ErrorCode::Timeout);
+        assert_eq!(append(0, 50).await.expect_err("broker 2 does not run").code, ErrorCode::Timeout);
     }
-    append(1, 30_000).await.expect("nobody else has to hold this one");
-    wait_for("all of it is given back", async || (bench.broker.produce_memory.taken() == 0).then_some(())).await;
+    append(1, 30_000).await.expect("the ISR is this broker alone");
+    wait_for("all memory is freed", async || (bench.broker.produce_memory.taken() == 0).then_some(())).await;
 
     // The wait for memory counts: only the rest of the time is for the acknowledgement.
     let since = clock::monotonic();
     let holding = futures::future::join_all((0..3).map(|_| bench.append(0, 300_000, 3000)));
     let (_held, late) = futures::join!(holding, bench.append(0, 300_000, 4000));
-    assert_eq!(late.expect_err("broker 2 is not there").code, ErrorCode::Timeout);
+    assert_eq!(late.expect_err("broker 2 does not run").code, ErrorCode::Timeout);
     let waited = since.elapsed();
     assert!(waited >= Duration::from_secs(4) && waited < Duration::from_secs(6), "{waited:?} of 4 s");
     bench.stop().await;
@@ -427,7 +432,7 @@ async fn timed_out_append_holds_no_memory() {
 #[tokio::test]
 async fn append_past_its_deadline_is_not_written() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::start(dir.path(), false).await;
+    let bench = TestBroker::start(dir.path(), false).await;
     let name = TopicName::new("t").unwrap();
     let created = async {
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -435,10 +440,10 @@ async fn append_past_its_deadline_is_not_written() {
     };
     // A broker waits a moment for an unknown topic.
     let (late, id) = futures::join!(bench.append(0, 10, 1), created);
-    let fault = late.expect_err("its time was over before there was such a topic");
-    assert!(matches!(fault.code, ErrorCode::Overloaded | ErrorCode::UnknownTopic), "{fault}");
-    let partition = bench.broker.hosted.by_id(PartitionId::new(id, 0)).expect("it is led here");
-    assert_eq!(partition.marks().log_end, Offset::ZERO);
+    let error = late.expect_err("the timeout passed before the topic existed");
+    assert!(matches!(error.code, ErrorCode::Overloaded | ErrorCode::UnknownTopic), "{error}");
+    let partition = bench.broker.partitions.by_id(PartitionId::new(id, 0)).expect("the partition is open");
+    assert_eq!(partition.watermarks().log_end, Offset::ZERO);
     bench.stop().await;
 }
 
@@ -446,15 +451,15 @@ async fn append_past_its_deadline_is_not_written() {
 #[tokio::test]
 async fn topic_deletion_is_completed_after_store_outage() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::start(dir.path(), true).await;
+    let bench = TestBroker::start(dir.path(), true).await;
     let name = TopicName::new("t").unwrap();
     let id = bench.create(&name, 2).await;
     assert_eq!(bench.holds(id), (2, 2));
-    bench.link.fail_gets(1);
-    let mark = DeletedValue { name: name.clone(), gone_since_ms: None };
+    bench.faulty_store.fail_gets(1);
+    let mark = TombstoneValue { name: name.clone(), purged_since_ms: None };
     let deleted = Transaction::new().delete(bench.keys.topic(&name)).put(bench.keys.deleted(id), mark.encode());
     bench.store.transact(deleted).await.unwrap();
-    wait_until("its files go", || bench.holds(id) == (0, 0)).await;
+    wait_until("the files are deleted", || bench.holds(id) == (0, 0)).await;
     bench.stop().await;
 }
 
@@ -463,45 +468,47 @@ async fn topic_deletion_is_completed_after_store_outage() {
 #[tokio::test]
 async fn failed_deletion_of_registration_is_retried() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::start(dir.path(), false).await;
-    bench.broker.view.until(|state| state.controller() == Some(BrokerId(1))).await;
+    let bench = TestBroker::start(dir.path(), false).await;
+    bench.broker.metadata.wait_until(|state| state.controller() == Some(BrokerId(1))).await;
     let key = bench.keys.broker(BrokerId(2));
     // No process listens at that port.
     let gone = BrokerValue::running_at("127.0.0.1:1".to_owned());
     bench.store.transact(Transaction::new().put(key.clone(), gone.encode())).await.unwrap();
     let epoch = bench.store.get(&key).await.unwrap().entry.unwrap().create_revision;
-    bench.broker.view.reached(epoch).await;
+    bench.broker.metadata.wait_for_revision(epoch).await;
     let wait = Duration::from_secs(1);
-    let peers = Peers::new(Arc::new(Tcp::between_brokers(wait)), wait);
-    let evidence = Evidence::new(Arc::downgrade(&bench.broker), peers, bench.tasks.clone());
-    bench.link.transactions([Some(faulty::Fault::Refused); 4]);
-    evidence.link_lost(BrokerId(2), epoch, How::Refused);
-    wait_for("its registration is taken away", async || {
+    let peers = PeerClient::new(Arc::new(TcpConnector::between_brokers(wait)), wait);
+    let detector = FailureDetector::new(Arc::downgrade(&bench.broker), peers, bench.tasks.clone());
+    bench.faulty_store.transactions([Some(faulty::Fault::Refused); 4]);
+    detector.link_lost(BrokerId(2), epoch, DisconnectReason::Refused);
+    wait_for("the registration is deleted", async || {
         bench.store.get(&key).await.unwrap().entry.is_none().then_some(())
     })
     .await;
     // The same process is registered again, so the report was false, and further reports are ignored.
     bench.change(Transaction::new().put(key.clone(), gone.encode())).await;
     let epoch = bench.store.get(&key).await.unwrap().entry.unwrap().create_revision;
-    let report = peer::Report { reporter: BrokerId(1), broker: BrokerId(2), epoch, seen: String::new() };
-    assert_eq!(bench.broker.judge(report, &evidence).await, Ok(false));
+    let report = peer::FailureReport { reporter: BrokerId(1), broker: BrokerId(2), epoch, seen: String::new() };
+    assert_eq!(bench.broker.confirm_failure(report, &detector).await, Ok(false));
     bench.stop().await;
 }
 
 /// Creates one topic of one partition, which was led in an incarnation that has ended.
 async fn led_before(dir: &Path, store: &EmbeddedStore) -> (TopicName, PartitionId, PartitionValue) {
-    let bench = Bench::over(dir, false, store.clone()).await;
+    let bench = TestBroker::with_store(dir, false, store.clone()).await;
     let name = TopicName::new("t").unwrap();
     let id = PartitionId::new(bench.create(&name, 1).await, 0);
-    wait_until("it leads", || bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads()))
-        .await;
-    let value = stands(store, &bench.keys, id).await;
+    wait_until("the broker leads", || {
+        bench.broker.partitions.by_id(id).is_some_and(|partition| partition.status().role.leads())
+    })
+    .await;
+    let value = stored_value(store, &bench.keys, id).await;
     assert_eq!((value.leader, value.isr.as_slice()), (Some(BrokerId(1)), &[BrokerId(1)][..]));
     bench.stop().await;
     (name, id, value)
 }
 
-async fn stands(store: &EmbeddedStore, keys: &Keys, id: PartitionId) -> PartitionValue {
+async fn stored_value(store: &EmbeddedStore, keys: &Keys, id: PartitionId) -> PartitionValue {
     let entry = store.get(&keys.partition(id)).await.unwrap().entry.unwrap();
     PartitionValue::decode(&entry.key, &entry.value).unwrap()
 }
@@ -514,17 +521,17 @@ async fn restored_value_grants_no_leadership_of_old_epoch() {
     let (_, id, before) = led_before(dir.path(), &store).await;
     let key = Keys::new("test").unwrap().partition(id);
     store.transact(Transaction::new().put(key.clone(), "{\"replicas\":[")).await.unwrap();
-    let bench = Bench::over(dir.path(), false, store.clone()).await;
-    assert!(bench.broker.unproven.holds_back(id));
+    let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
+    assert!(bench.broker.unverified.is_unverified(id));
     store.transact(Transaction::new().put(key, before.encode())).await.unwrap();
-    wait_until("it leads again", || {
-        bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads())
+    wait_until("the broker leads again", || {
+        bench.broker.partitions.by_id(id).is_some_and(|partition| partition.status().role.leads())
     })
     .await;
-    let after = stands(&store, &bench.keys, id).await;
+    let after = stored_value(&store, &bench.keys, id).await;
     // The broker released that leadership and was elected again.
     assert_eq!((after.leader_epoch.0, &after.isr), (before.leader_epoch.0 + 2, &before.isr));
-    assert_eq!(bench.broker.hosted.by_id(id).unwrap().epoch(), after.leader_epoch);
+    assert_eq!(bench.broker.partitions.by_id(id).unwrap().epoch(), after.leader_epoch);
     bench.stop().await;
 }
 
@@ -537,11 +544,11 @@ async fn unreadable_topic_at_start_keeps_isr_membership() {
     let key = Keys::new("test").unwrap().topic(&name);
     let topic = store.get(&key).await.unwrap().entry.unwrap().value;
     store.transact(Transaction::new().put(key.clone(), "[1, 2]")).await.unwrap();
-    let bench = Bench::over(dir.path(), false, store.clone()).await;
-    assert_eq!(stands(&store, &bench.keys, id).await, before.leaderless());
+    let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
+    assert_eq!(stored_value(&store, &bench.keys, id).await, before.leaderless());
     store.transact(Transaction::new().put(key, topic)).await.unwrap();
-    wait_until("it leads again", || {
-        bench.broker.hosted.by_id(id).is_some_and(|partition| partition.standing().role.leads())
+    wait_until("the broker leads again", || {
+        bench.broker.partitions.by_id(id).is_some_and(|partition| partition.status().role.leads())
     })
     .await;
     bench.stop().await;
@@ -551,7 +558,7 @@ async fn unreadable_topic_at_start_keeps_isr_membership() {
 #[tokio::test]
 async fn recompression_takes_memory_before_decompression() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::start(dir.path(), true).await;
+    let bench = TestBroker::start(dir.path(), true).await;
     let config = ConfigMap::from([("compression.type".to_owned(), "zstd".to_owned())]);
     bench.create_with(&TopicName::new("t").unwrap(), 1, config).await;
     let append = async |timeout_ms| {
@@ -562,13 +569,13 @@ async fn recompression_takes_memory_before_decompression() {
         bench.broker.append(request, &ProducerIdQuota::default(), &bench.broker.call_memory()).await
     };
     let memory = bench.broker.produce_memory.of(1 << 20);
-    let held = memory.take(memory.bytes() - (8 << 10)).await;
-    let fault = append(300).await.expect_err("there is memory for what came, and not for what it may become");
-    assert_eq!((fault.code, fault.retryable), (ErrorCode::Overloaded, true));
-    assert!(fault.message.contains("limits.produce_memory_bytes"), "{fault}");
-    drop(held);
-    append(20_000).await.expect("there is memory");
-    wait_for("all of it is given back", async || (memory.taken() == 0).then_some(())).await;
+    let taken = memory.take(memory.bytes() - (8 << 10)).await;
+    let error = append(300).await.expect_err("there is memory for the batch, but not for the recompressed batch");
+    assert_eq!((error.code, error.retryable), (ErrorCode::Overloaded, true));
+    assert!(error.message.contains("limits.produce_memory_bytes"), "{error}");
+    drop(taken);
+    append(20_000).await.expect("memory was freed");
+    wait_for("all memory is freed", async || (memory.taken() == 0).then_some(())).await;
     bench.stop().await;
 }
 
@@ -576,26 +583,26 @@ async fn recompression_takes_memory_before_decompression() {
 #[tokio::test]
 async fn large_record_list_waits_for_its_compression_turn() {
     let dir = tempfile::tempdir().unwrap();
-    let bench = Bench::start(dir.path(), true).await;
+    let bench = TestBroker::start(dir.path(), true).await;
     let config = ConfigMap::from([("compression.type".to_owned(), "gzip".to_owned())]);
     bench.create_with(&TopicName::new("t").unwrap(), 1, config).await;
     let memory = bench.broker.call_memory();
     let append = async |value: Vec<u8>, timeout_ms| {
         let records = vec![v1::Record { value: Some(value.into()), ..Default::default() }];
-        let payload = Some(v1::append_request::Payload::Records(v1::PlainRecords { records }));
+        let payload = Some(v1::append_request::Payload::Records(v1::RecordList { records }));
         let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms, payload, ..Default::default() };
         bench.broker.append(request, &ProducerIdQuota::default(), &memory).await
     };
-    let turn = memory.rewriter(&bench.broker.opener).in_turn().await;
-    append(vec![7; 1000], 20_000).await.expect("few are compressed at once");
-    let fault = append(vec![7; 2 << 20], 300).await.expect_err("another batch of the connection has the turn");
-    assert_eq!((fault.code, fault.retryable), (ErrorCode::Overloaded, true));
+    let turn = memory.rewriter(&bench.broker.decompressor).in_turn().await;
+    append(vec![7; 1000], 20_000).await.expect("a small list is compressed at once");
+    let error = append(vec![7; 2 << 20], 300).await.expect_err("another batch of the connection has the turn");
+    assert_eq!((error.code, error.retryable), (ErrorCode::Overloaded, true));
     drop(turn);
-    append(vec![7; 2 << 20], 20_000).await.expect("2 MiB that become a few kilobytes");
+    append(vec![7; 2 << 20], 20_000).await.expect("2 MiB compress to a few kilobytes");
     let mut noise = vec![0; 2 << 20];
     random::fill(&mut noise);
-    let fault = append(noise, 20_000).await.expect_err("they stay larger than max.message.bytes");
-    assert_eq!(fault.code, ErrorCode::RecordTooLarge);
-    assert!(["1048588", "max.message.bytes"].iter().all(|part| fault.message.contains(part)), "{fault}");
+    let error = append(noise, 20_000).await.expect_err("random data stays larger than max.message.bytes");
+    assert_eq!(error.code, ErrorCode::RecordTooLarge);
+    assert!(["1048588", "max.message.bytes"].iter().all(|part| error.message.contains(part)), "{error}");
     bench.stop().await;
 }

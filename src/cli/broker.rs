@@ -1,4 +1,4 @@
-//! `strandline broker`: runs a broker from a configuration file; drains and restores a broker.
+//! `strandline broker`: runs a broker from a configuration file; drains and undrains a broker.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -9,17 +9,17 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::{
-    Common,
+    CommonArgs,
     cluster::hides_replicas,
     connect::{connect, explain_order},
-    output::{self, Output},
-    patience::Patience,
+    output::{self, OutputFormat},
+    retry_output::RetryMonitor,
     serve::{Overrides, environment, serve},
-    wait::{Left, Unsaid, Wait, took},
+    wait::{PollError, RemainingWork, WaitArgs, took},
 };
 use crate::{
-    client::{Admin, CallError, Drain},
-    config::{Settings, Sources},
+    client::{Admin, CallError, DrainStatus},
+    config::{ConfigSources, LoadedConfig},
     model::BrokerId,
     task::clock,
 };
@@ -28,30 +28,30 @@ use crate::{
 const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Maximum number of partitions that a message lists.
-const MOST_NAMED: usize = 10;
+const MAX_NAMED: usize = 10;
 
-/// Run a broker from a configuration file; drain a broker, or restore it
+/// Run a broker from a configuration file; drain or undrain a broker
 #[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, subcommand_value_name = "ORDER")]
-pub(super) struct Broker {
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, subcommand_value_name = "COMMAND")]
+pub(super) struct BrokerArgs {
     #[command(subcommand)]
-    order: Option<Order>,
-    /// The configuration file (TOML); `strandline config print` shows every setting
+    order: Option<BrokerCommand>,
+    /// Configuration file (TOML); `strandline config print` shows every setting
     #[arg(long, value_name = "FILE", required = true)]
     config: Option<PathBuf>,
-    /// Where everything is kept: broker.data_dir
+    /// Data directory: broker.data_dir
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// Where clients connect (gRPC): grpc.listen
+    /// Listen address for clients (gRPC): grpc.listen
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
-    /// The address that clients are told: grpc.advertise
+    /// Address at which clients connect: grpc.advertise
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
-    /// Where /metrics, /healthz and /readyz are: http.listen
+    /// Listen address for /metrics, /healthz and /readyz: http.listen
     #[arg(long, value_name = "ADDR")]
     http: Option<String>,
-    /// The object store's URL: object_store.url
+    /// Object store URL: object_store.url
     #[arg(long, value_name = "URL")]
     object_store: Option<String>,
     #[command(flatten)]
@@ -59,28 +59,30 @@ pub(super) struct Broker {
 }
 
 #[derive(Clone, Copy, Debug, Subcommand)]
-enum Order {
-    /// Empty a broker: its leaderships and replicas move to others, and it is given nothing new
+enum BrokerCommand {
+    /// Move all leaderships and replicas off a broker, and assign it no new ones
     ///
-    /// Returns when that is written down, or, with --wait, when the broker is empty; `strandline cluster describe` shows how far it is. Exits
-    /// with 1 if no replica can move: too few other brokers take replicas, a broker that their moves wait for is gone, or nobody leads their
-    /// partitions. With --wait the command exits so when no replica has been able to move for a minute. The order stays either way.
+    /// Returns when the drain is stored or, with --wait, when the broker is empty. `strandline cluster describe` shows
+    /// the progress. The exit code is 1 if no replica can move: too few other brokers are eligible, a broker that the
+    /// moves need is offline, or the partitions have no leader. With --wait, the exit code is 1 only after no replica
+    /// has been able to move for a minute. The drain stays in effect either way.
     ///
-    /// A broker that is gone for good may be named too: its replicas are then replaced at once, but not those of partitions that nobody leads:
-    /// there is nobody to copy from, and `strandline partition elect --unclean` is the way out.
+    /// A broker that is permanently lost can be drained too: its replicas are then replaced at once. Replicas of
+    /// partitions without a leader are not replaced, because there is no leader to copy from;
+    /// `strandline partition elect --unclean` elects one.
     Drain {
-        /// The broker's number
+        /// Broker id
         #[arg(value_name = "ID", value_parser = number)]
         id: u32,
         #[command(flatten)]
-        wait: Wait,
-        /// With --wait: wait on where nothing that is left can move, for brokers that take replicas
+        wait: WaitArgs,
+        /// With --wait: keep waiting while no replica can move, until other brokers are eligible
         #[arg(long, requires = "wait")]
         wait_for_brokers: bool,
     },
-    /// Take a drain back: the broker is given leaderships and replicas again
-    Restore {
-        /// The broker's number
+    /// Cancel a drain: the broker accepts leaderships and replicas again
+    Undrain {
+        /// Broker id
         #[arg(value_name = "ID", value_parser = number)]
         id: u32,
     },
@@ -88,13 +90,13 @@ enum Order {
 
 /// Parses a broker id.
 pub(super) fn number(text: &str) -> Result<u32, String> {
-    text.parse().map_err(|_| "not a broker's number, such as 2".to_owned())
+    text.parse().map_err(|_| "not a broker id: write a number, such as 2".to_owned())
 }
 
-impl Broker {
-    fn settings(self) -> anyhow::Result<Settings> {
-        let file = self.config.expect("clap asks for it where there is no order");
-        let mut sources = Sources::new().read_file(&file)?.environment(environment());
+impl BrokerArgs {
+    fn settings(self) -> anyhow::Result<LoadedConfig> {
+        let file = self.config.expect("clap requires it without a subcommand");
+        let mut sources = ConfigSources::new().read_file(&file)?.environment(environment());
         let flags = [
             ("broker.data_dir", self.data_dir.map(|dir| dir.display().to_string())),
             ("grpc.listen", self.listen),
@@ -111,16 +113,16 @@ impl Broker {
     }
 }
 
-pub(super) async fn run(common: &Common, command: Broker) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(common: &CommonArgs, command: BrokerArgs) -> anyhow::Result<ExitCode> {
     if let Some(order) = command.order {
         let client = connect(common).await?;
         let bar = match order {
-            Order::Drain { wait, .. } => wait.bar(),
-            Order::Restore { .. } => ProgressBar::hidden(),
+            BrokerCommand::Drain { wait, .. } => wait.bar(),
+            BrokerCommand::Undrain { .. } => ProgressBar::hidden(),
         };
-        let mut patience = Patience::new(&client);
-        patience.beside(&bar);
-        return patience.over(None, Box::pin(give(client.admin(), order, common.output, &bar))).await;
+        let mut monitor = RetryMonitor::new(&client);
+        monitor.beside(&bar);
+        return monitor.run_with_retry_output(None, Box::pin(give(client.admin(), order, common.output, &bar))).await;
     }
     serve(command.settings()?, |ready| {
         tracing::info!(
@@ -136,37 +138,37 @@ pub(super) async fn run(common: &Common, command: Broker) -> anyhow::Result<Exit
     .await
 }
 
-async fn give(admin: Admin, order: Order, output: Output, bar: &ProgressBar) -> anyhow::Result<ExitCode> {
+async fn give(admin: Admin, order: BrokerCommand, output: OutputFormat, bar: &ProgressBar) -> anyhow::Result<ExitCode> {
     let (value, lines) = match order {
-        Order::Drain { id, wait, wait_for_brokers } => {
+        BrokerCommand::Drain { id, wait, wait_for_brokers } => {
             let drain = admin.drain_broker(BrokerId(id)).await.map_err(|error| explain_order(&error))?;
             // With `--wait` the command fails only after a minute, because a broker may be restarting.
-            if drain.is_stuck() && !wait.is_wanted() {
-                print(&drained(id, &drain), &said(id, &drain), output)?;
+            if drain.is_blocked() && !wait.is_wanted() {
+                print(&drained(id, &drain), &format_drain(id, &drain), output)?;
                 bail!("{}", stuck(id));
             }
             match wait.is_wanted() {
-                false => (drained(id, &drain), said(id, &drain)),
+                false => (drained(id, &drain), format_drain(id, &drain)),
                 true => until_empty(&admin, id, drain, output, (wait, wait_for_brokers), bar).await?,
             }
         }
-        Order::Restore { id } => {
-            let changed = admin.restore_broker(BrokerId(id)).await.map_err(|error| explain_order(&error))?;
-            let said = match changed {
-                true => format!("broker {id} is given leaderships and replicas again"),
-                false => format!("broker {id} was not being drained; nothing changed"),
+        BrokerCommand::Undrain { id } => {
+            let changed = admin.undrain_broker(BrokerId(id)).await.map_err(|error| explain_order(&error))?;
+            let text = match changed {
+                true => format!("broker {id} accepts leaderships and replicas again"),
+                false => format!("broker {id} was not draining: nothing changed"),
             };
-            (json!({ "broker": id, "draining": false, "changed": changed }), said)
+            (json!({ "broker": id, "draining": false, "changed": changed }), text)
         }
     };
     print(&value, &lines, output)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn print(value: &Value, lines: &str, output: Output) -> anyhow::Result<()> {
+fn print(value: &Value, lines: &str, output: OutputFormat) -> anyhow::Result<()> {
     match output {
-        Output::Json => output::json(value)?,
-        Output::Text => output::line(lines)?,
+        OutputFormat::Json => output::json(value)?,
+        OutputFormat::Text => output::line(lines)?,
     }
     Ok(())
 }
@@ -174,9 +176,11 @@ fn print(value: &Value, lines: &str, output: Output) -> anyhow::Result<()> {
 /// Returns the error message for a drain in which none of the remaining replicas can move.
 fn stuck(id: u32) -> String {
     format!(
-        "no replica on broker {id} can move, because too few other brokers take replicas, a broker that a move waits for is gone, or nobody \
-         leads their partitions: start another broker or the one that is gone, or lower the topics' replication factor; \
-         `strandline topic describe` tells how a partition gets a leader; the order stays until `strandline broker restore {id}` takes it back"
+        "no replica on broker {id} can move: too few other brokers are eligible, a broker that the moves need is \
+         offline, or the partitions have no leader: start another broker or the offline one, or lower the topics' \
+         replication factor; \
+         `strandline topic describe` shows how to elect a leader; the drain stays in effect until \
+         `strandline broker undrain {id}`"
     )
 }
 
@@ -189,8 +193,8 @@ struct Standstill {
 
 impl Standstill {
     /// Returns true if no replica has been able to move for [`STANDSTILL_TIMEOUT`].
-    fn is_over(&mut self, replicas: u32, stuck: u32, now: Instant) -> bool {
-        if replicas == 0 || stuck < replicas {
+    fn is_over(&mut self, replicas: u32, blocked: u32, now: Instant) -> bool {
+        if replicas == 0 || blocked < replicas {
             self.since = None;
             return false;
         }
@@ -202,95 +206,96 @@ impl Standstill {
 async fn until_empty(
     admin: &Admin,
     id: u32,
-    drain: Drain,
-    output: Output,
-    (wait, wait_for_brokers): (Wait, bool),
+    drain: DrainStatus,
+    output: OutputFormat,
+    (wait, wait_for_brokers): (WaitArgs, bool),
     bar: &ProgressBar,
 ) -> anyhow::Result<(Value, String)> {
-    if output == Output::Text {
-        let said = said(id, &drain);
-        bar.suspend(|| output::line(&said))?;
+    if output == OutputFormat::Text {
+        let text = format_drain(id, &drain);
+        bar.suspend(|| output::line(&text))?;
     }
     let mut standstill = Standstill::default();
     let time = wait.until_done(bar, "`strandline cluster describe`", async || {
-        let unsaid = |error: CallError| Unsaid::new(error.retryable(), explain_order(&error));
-        let cluster = admin.describe_cluster().await.map_err(unsaid)?;
+        let poll_error = |error: CallError| PollError::new(error.retryable(), explain_order(&error));
+        let cluster = admin.describe_cluster().await.map_err(poll_error)?;
         let broker = cluster.brokers.iter().find(|broker| broker.id == BrokerId(id));
         // A broker that the description no longer contains has no replicas.
-        let Some(broker) = broker else { return Ok(Left::default()) };
+        let Some(broker) = broker else { return Ok(RemainingWork::default()) };
         if broker.draining_since_ms.is_none() {
-            let error = anyhow!("the drain of broker {id} was taken back while this waited for it");
-            return Err(Unsaid::ForGood(error));
+            let error = anyhow!("the drain of broker {id} was cancelled during the wait");
+            return Err(PollError::Fatal(error));
         }
-        if let Some(key) = hides_replicas(&cluster).filter(|_| broker.replicas == 0) {
+        if let Some(key) = hides_replicas(&cluster).filter(|_| broker.replica_count == 0) {
             let error = anyhow!(
-                "broker {id} holds nothing, as far as values can be read; do not stop it for good before that of {key} is mended: \
-                 `strandline cluster describe` says what is wrong with it"
+                "broker {id} has no replicas in the readable metadata, but the value of {key} is invalid: do not stop \
+                 the broker for good before that value is repaired; `strandline cluster describe` shows the error"
             );
-            return Err(Unsaid::ForGood(error));
+            return Err(PollError::Fatal(error));
         }
-        if standstill.is_over(broker.replicas, broker.stuck, clock::monotonic()) && !wait_for_brokers {
-            return Err(Unsaid::ForGood(anyhow!("{}", stuck(id))));
+        if standstill.is_over(broker.replica_count, broker.blocked, clock::monotonic()) && !wait_for_brokers {
+            return Err(PollError::Fatal(anyhow!("{}", stuck(id))));
         }
-        let said = format!("{} still on broker {id}", output::count(broker.replicas.into(), "replica"));
-        let obstacle = (broker.stuck > 0).then(|| {
+        let said = format!("{} still on broker {id}", output::count(broker.replica_count.into(), "replica"));
+        let obstacle = (broker.blocked > 0).then(|| {
             format!(
-                "{said}, of which {} cannot move, because too few other brokers take replicas, a broker that a move waits for is gone, or \
-                 nobody leads their partitions",
-                broker.stuck
+                "{said}, {} of them blocked: too few other brokers are eligible, a broker that the moves need is \
+                 offline, or the partitions have no leader",
+                broker.blocked
             )
         });
-        Ok(Left { count: broker.replicas.into(), said, obstacle })
+        Ok(RemainingWork { count: broker.replica_count.into(), said, obstacle })
     });
     let time = time.await?;
-    let done = Drain { leaders: 0, replicas: 0, stuck: Vec::new(), leaderless: 0, ..drain };
+    let done = DrainStatus { leader_count: 0, replica_count: 0, blocked: Vec::new(), leaderless: 0, ..drain };
     Ok((drained(id, &done), format!("broker {id} is empty after {}: it can be stopped for good", took(time))))
 }
 
-fn drained(id: u32, drain: &Drain) -> Value {
-    let stuck = drain.stuck.iter().map(|(topic, partition)| json!({ "topic": topic, "partition": partition }));
+fn drained(id: u32, drain: &DrainStatus) -> Value {
+    let blocked = drain.blocked.iter().map(|(topic, partition)| json!({ "topic": topic, "partition": partition }));
     json!({
         "broker": id,
         "draining": true,
         "changed": drain.changed,
         "since_ms": drain.since_ms,
-        "leaders": drain.leaders,
-        "replicas": drain.replicas,
-        "takers": drain.takers,
+        "leader_count": drain.leader_count,
+        "replica_count": drain.replica_count,
+        "eligible_brokers": drain.eligible_brokers,
         "leaderless_replicas": drain.leaderless,
-        "stuck_replicas": stuck.collect::<Vec<_>>(),
+        "blocked_replicas": blocked.collect::<Vec<_>>(),
     })
 }
 
-fn said(id: u32, drain: &Drain) -> String {
-    let now = if drain.changed { "is being drained" } else { "was being drained already" };
-    let mut lines = match (drain.replicas, drain.leaders) {
-        (0, _) => format!("broker {id} {now}; it holds nothing"),
+fn format_drain(id: u32, drain: &DrainStatus) -> String {
+    let now = if drain.changed { "is draining" } else { "was draining already" };
+    let mut lines = match (drain.replica_count, drain.leader_count) {
+        (0, _) => format!("broker {id} {now}: no replicas to move"),
         (replicas, leaders) => format!(
-            "broker {id} {now}: {} to move, of which it leads {leaders}\n`strandline cluster describe` shows how far it is",
+            "broker {id} {now}: {} to move, {leaders} of them leaders\n`strandline cluster describe` shows the \
+             progress",
             output::count(replicas.into(), "replica"),
         ),
     };
-    if !drain.stuck.is_empty() {
+    if !drain.blocked.is_empty() {
         let mut names: Vec<String> =
-            drain.stuck.iter().take(MOST_NAMED).map(|(topic, number)| format!("{topic}/{number}")).collect();
-        if drain.stuck.len() > MOST_NAMED {
+            drain.blocked.iter().take(MAX_NAMED).map(|(topic, number)| format!("{topic}/{number}")).collect();
+        if drain.blocked.len() > MAX_NAMED {
             names.push("…".to_owned());
         }
-        let takers = match drain.takers {
-            0 => "no other broker takes any".to_owned(),
-            few => format!("too few others take any ({few})"),
+        let eligible = match drain.eligible_brokers {
+            0 => "no other broker is eligible".to_owned(),
+            few => format!("too few eligible brokers ({few})"),
         };
         lines += &format!(
-            "\nwarning: {} cannot move: {takers}, or one that a move needs is gone:\n  {}\nstart brokers, restore one, or lower the \
-             topics' replication factor; it goes on by itself then",
-            output::count(u64::try_from(drain.stuck.len()).unwrap_or(u64::MAX), "replica"),
+            "\nwarning: {} cannot move: {eligible}, or a needed broker is offline:\n  {}\nstart or undrain brokers, \
+             or lower the topics' replication factor; the drain then continues",
+            output::count(u64::try_from(drain.blocked.len()).unwrap_or(u64::MAX), "replica"),
             names.join(" "),
         );
     }
     if drain.leaderless > 0 {
         lines += &format!(
-            "\nwarning: {} cannot move while nobody leads their partitions: `strandline topic describe` tells the way out",
+            "\nwarning: {} cannot move while their partitions have no leader: see `strandline topic describe`",
             output::count(drain.leaderless.into(), "replica"),
         );
     }
@@ -301,14 +306,14 @@ fn said(id: u32, drain: &Drain) -> String {
 mod tests {
     use super::*;
 
-    fn drain(stuck: u32) -> Drain {
-        Drain {
+    fn drain(blocked: u32) -> DrainStatus {
+        DrainStatus {
             changed: true,
             since_ms: 1_790_000_000_000,
-            leaders: 3,
-            replicas: 12,
-            stuck: (0..stuck).map(|number| ("orders".to_owned(), number)).collect(),
-            takers: 2,
+            leader_count: 3,
+            replica_count: 12,
+            blocked: (0..blocked).map(|number| ("orders".to_owned(), number)).collect(),
+            eligible_brokers: 2,
             leaderless: 0,
         }
     }
@@ -327,32 +332,41 @@ mod tests {
         let (start, mut standstill) = (clock::monotonic(), Standstill::default());
         let at = |seconds| start + Duration::from_secs(seconds);
         assert!(!standstill.is_over(8, 8, at(0)) && !standstill.is_over(8, 8, at(59)));
-        assert!(!standstill.is_over(8, 7, at(60)), "one moves");
+        assert!(!standstill.is_over(8, 7, at(60)), "one replica can move");
         assert!(!standstill.is_over(7, 7, at(61)) && !standstill.is_over(7, 7, at(120)));
         assert!(standstill.is_over(7, 7, at(121)));
-        assert!(!standstill.is_over(0, 0, at(122)), "it is empty");
+        assert!(!standstill.is_over(0, 0, at(122)), "the broker is empty");
     }
 
     #[test]
     fn drain_is_blocked_when_every_replica_is() {
-        assert!(Drain { replicas: 2, ..drain(2) }.is_stuck());
-        assert!(!Drain { replicas: 3, ..drain(2) }.is_stuck());
-        assert!(!Drain { replicas: 0, ..drain(0) }.is_stuck(), "an empty one is done");
-        assert!(Drain { replicas: 3, leaderless: 1, ..drain(2) }.is_stuck());
-        assert!(!Drain { replicas: 3, leaderless: 3, ..drain(0) }.is_stuck(), "they may have a leader in a moment");
-        assert!(stuck(3).contains("broker restore 3"));
+        assert!(DrainStatus { replica_count: 2, ..drain(2) }.is_blocked());
+        assert!(!DrainStatus { replica_count: 3, ..drain(2) }.is_blocked());
+        assert!(!DrainStatus { replica_count: 0, ..drain(0) }.is_blocked(), "an empty broker is drained");
+        assert!(DrainStatus { replica_count: 3, leaderless: 1, ..drain(2) }.is_blocked());
+        assert!(
+            !DrainStatus { replica_count: 3, leaderless: 3, ..drain(0) }.is_blocked(),
+            "a leader may be elected soon"
+        );
+        assert!(stuck(3).contains("broker undrain 3"));
     }
 
     #[test]
     fn drain_output_lists_moving_and_blocked_replicas() {
-        output::golden::lines("broker-drain.txt", &said(2, &drain(0)));
+        output::golden::lines("broker-drain.txt", &format_drain(2, &drain(0)));
         output::golden::json("broker-drain.json", &drained(2, &drain(2)));
-        output::golden::lines("broker-drain-stuck.txt", &said(2, &drain(12)));
-        let last = Drain { takers: 0, replicas: 1, changed: false, ..drain(1) };
-        assert!(said(2, &last).contains("was being drained already: 1 replica"), "{}", said(2, &last));
-        assert!(said(2, &last).contains("1 replica cannot move: no other broker takes any"));
-        let unled = said(2, &Drain { leaderless: 2, ..drain(0) });
-        assert!(unled.contains("warning: 2 replicas cannot move while nobody leads their partitions"), "{unled}");
-        assert_eq!(said(2, &Drain { replicas: 0, ..drain(0) }), "broker 2 is being drained; it holds nothing");
+        output::golden::lines("broker-drain-stuck.txt", &format_drain(2, &drain(12)));
+        let last = DrainStatus { eligible_brokers: 0, replica_count: 1, changed: false, ..drain(1) };
+        assert!(format_drain(2, &last).contains("was draining already: 1 replica"), "{}", format_drain(2, &last));
+        assert!(format_drain(2, &last).contains("1 replica cannot move: no other broker is eligible"));
+        let leaderless = format_drain(2, &DrainStatus { leaderless: 2, ..drain(0) });
+        assert!(
+            leaderless.contains("warning: 2 replicas cannot move while their partitions have no leader"),
+            "{leaderless}"
+        );
+        assert_eq!(
+            format_drain(2, &DrainStatus { replica_count: 0, ..drain(0) }),
+            "broker 2 is draining: no replicas to move"
+        );
     }
 }

@@ -7,88 +7,88 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::{
-    Common,
+    CommonArgs,
     connect::{connect, explain_order},
-    health::Health,
-    output::{self, Output},
-    patience::Patience,
+    health::ClusterHealth,
+    output::{self, OutputFormat},
+    retry_output::RetryMonitor,
     serve::environment,
 };
 use crate::{
     client::{BrokerDescription, ClusterDescription},
-    config::Sources,
+    config::ConfigSources,
     server::raise_generation,
 };
 
 /// Maximum number of unavailable partitions that a line lists.
-const MOST_NAMED: usize = 8;
+const MAX_NAMED: usize = 8;
 
 #[derive(Clone, Debug, Subcommand)]
-pub(super) enum Cluster {
+pub(super) enum ClusterCommand {
     /// Show brokers, racks, epochs, load (leaders, replicas, bytes on disk), free disk, upload lag and the controller
     Describe,
-    /// Print what is impaired, one line each; exit with 1 while anything is
+    /// Print one line per impairment; exit with code 1 if there is any
     Health,
-    NewGeneration(NewGeneration),
+    NewGeneration(NewGenerationArgs),
 }
 
-/// Raise the cluster generation after etcd was restored from a backup, while no broker runs
+/// Raise the cluster generation after a restore of etcd from a backup, while no broker runs
 ///
-/// It reads one broker's configuration, and raises the number in etcd above what etcd and the bucket's cluster.json have, then the bucket's.
-/// Each broker raises its data directory's when it starts. A broker that finds a higher number in its directory or in the bucket than in
-/// etcd does not start.
+/// Reads one broker's configuration. Raises the generation in etcd above those in etcd and in the object store's
+/// cluster.json, and then the one in cluster.json. Each broker raises the generation of its data directory at its next
+/// start. A broker does not start while its data directory or the object store has a higher generation than etcd.
 #[derive(Clone, Debug, Args)]
-pub(super) struct NewGeneration {
-    /// The configuration file of one of the cluster's brokers
+pub(super) struct NewGenerationArgs {
+    /// Configuration file of one of the cluster's brokers
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// Go above this number too: the highest that a broker names which does not start
+    /// Also exceed N: the highest generation in the error of a broker that does not start
     #[arg(long, value_name = "N", default_value_t = 0)]
     above: u64,
 }
 
-pub(super) async fn run(common: &Common, command: Cluster) -> anyhow::Result<ExitCode> {
-    if let Cluster::NewGeneration(command) = &command {
+pub(super) async fn run(common: &CommonArgs, command: ClusterCommand) -> anyhow::Result<ExitCode> {
+    if let ClusterCommand::NewGeneration(command) = &command {
         return new_generation(common, command).await;
     }
     let client = connect(common).await?;
     let described = async { client.admin().describe_cluster().await.map_err(|error| explain_order(&error)) };
-    let cluster = Patience::new(&client).over(None, described).await?;
+    let cluster = RetryMonitor::new(&client).run_with_retry_output(None, described).await?;
     match command {
         // Handled above.
-        Cluster::NewGeneration(_) => Ok(ExitCode::SUCCESS),
-        Cluster::Describe => {
+        ClusterCommand::NewGeneration(_) => Ok(ExitCode::SUCCESS),
+        ClusterCommand::Describe => {
             match common.output {
-                Output::Json => output::json(&description(&cluster))?,
-                Output::Text => output::line(&lines(&cluster))?,
+                OutputFormat::Json => output::json(&description(&cluster))?,
+                OutputFormat::Text => output::line(&lines(&cluster))?,
             }
             Ok(ExitCode::SUCCESS)
         }
-        Cluster::Health => {
-            let health = Health::of(&cluster);
+        ClusterCommand::Health => {
+            let health = ClusterHealth::of(&cluster);
             match common.output {
-                Output::Json => output::json(&health.json())?,
-                Output::Text => output::line(&health.lines())?,
+                OutputFormat::Json => output::json(&health.json())?,
+                OutputFormat::Text => output::line(&health.lines())?,
             }
             Ok(health.exit_code())
         }
     }
 }
 
-async fn new_generation(common: &Common, command: &NewGeneration) -> anyhow::Result<ExitCode> {
-    let settings = Sources::new().read_file(&command.config)?.environment(environment()).load()?;
+async fn new_generation(common: &CommonArgs, command: &NewGenerationArgs) -> anyhow::Result<ExitCode> {
+    let settings = ConfigSources::new().read_file(&command.config)?.environment(environment()).load()?;
     let raised = Box::pin(raise_generation(&settings.config, command.above)).await?;
     match common.output {
-        Output::Json => output::json(&json!({
+        OutputFormat::Json => output::json(&json!({
             "generation": raised.generation,
             "before": raised.before,
             "bucket_before": raised.bucket,
             "bucket_behind": raised.bucket_behind,
         }))?,
-        Output::Text => {
+        OutputFormat::Text => {
             output::line(&format!("the cluster generation is {}: start the brokers", raised.generation))?;
-            if let Some(why) = &raised.bucket_behind {
-                eprintln!("the bucket could not be told yet ({why}): the first broker that starts tells it");
+            if let Some(reason) = &raised.bucket_behind {
+                eprintln!("cluster.json was not updated ({reason}): the first broker that starts updates the file");
             }
         }
     }
@@ -103,14 +103,14 @@ fn lines(cluster: &ClusterDescription) -> String {
             "{} in {}{}",
             output::count(cluster.partitions.into(), "partition"),
             output::count(cluster.topics.into(), "topic"),
-            troubles(cluster),
+            problems(cluster),
         ),
         String::new(),
     ];
     let header =
         ["BROKER", "ADDRESS", "RACK", "STATE", "EPOCH", "LEADERS", "REPLICAS", "ON DISK", "FREE", "UPLOAD LAG"];
     lines.push(output::tabled(&header, &[0, 4, 5, 6, 7, 8, 9], cluster.brokers.iter().map(row).collect()));
-    let notes: Vec<String> = old_news(cluster)
+    let notes: Vec<String> = staleness(cluster)
         .into_iter()
         .chain(unavailable(cluster))
         .chain(
@@ -130,12 +130,12 @@ fn lines(cluster: &ClusterDescription) -> String {
 
 /// Returns a warning if the description is stale because the responding broker gets no response from the metadata
 /// store.
-fn old_news(cluster: &ClusterDescription) -> Option<String> {
-    let (broker, silence) = (cluster.answered_by, cluster.metadata_silence.as_secs());
-    (!cluster.metadata_silence.is_zero()).then(|| {
+fn staleness(cluster: &ClusterDescription) -> Option<String> {
+    let (broker, seconds) = (cluster.responder, cluster.metadata_staleness.as_secs());
+    (!cluster.metadata_staleness.is_zero()).then(|| {
         format!(
-            "the metadata store has not answered broker {broker} for {silence} s: this is how the cluster was then\n\
-             nothing of it changes until the metadata store answers; produce and fetch go on"
+            "the metadata store has not responded to broker {broker} for {seconds} s: this description is from then\n\
+             no metadata changes until the metadata store responds; produce and fetch continue"
         )
     })
 }
@@ -143,30 +143,30 @@ fn old_news(cluster: &ClusterDescription) -> Option<String> {
 /// Returns a line with the partitions that accept no writes with `acks=all`.
 fn unavailable(cluster: &ClusterDescription) -> Option<String> {
     let mut names: Vec<String> =
-        cluster.unavailable.iter().take(MOST_NAMED).map(|(topic, number)| format!("{topic}/{number}")).collect();
-    if cluster.unavailable.len() > MOST_NAMED {
+        cluster.unavailable.iter().take(MAX_NAMED).map(|(topic, number)| format!("{topic}/{number}")).collect();
+    if cluster.unavailable.len() > MAX_NAMED {
         names.push("…".to_owned());
     }
     (!names.is_empty())
-        .then(|| format!("cannot be written with acks=all: {} (`strandline topic describe` says why)", names.join(" ")))
+        .then(|| format!("writes with acks=all are refused: {} (see `strandline topic describe`)", names.join(" ")))
 }
 
 /// Returns a line with the number of partitions for each problem; empty if there is no problem.
-fn troubles(cluster: &ClusterDescription) -> String {
+fn problems(cluster: &ClusterDescription) -> String {
     let named = [
         (cluster.leaderless, "without a leader"),
-        (cluster.below_minimum, "below the minimum in sync"),
+        (cluster.under_min_isr, "below min.insync.replicas"),
         (cluster.under_replicated, "under-replicated"),
-        (cluster.moving, "being moved"),
+        (cluster.reassigning, "being reassigned"),
     ];
-    let troubles: Vec<String> =
+    let problems: Vec<String> =
         named.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
-    if troubles.is_empty() { String::new() } else { format!("\n{}", troubles.join(", ")) }
+    if problems.is_empty() { String::new() } else { format!("\n{}", problems.join(", ")) }
 }
 
 pub(super) fn state(broker: &BrokerDescription) -> &'static str {
     match (broker.alive, broker.stopping, broker.draining_since_ms) {
-        (false, ..) => "gone",
+        (false, ..) => "offline",
         (true, true, _) => "stopping",
         (true, false, Some(_)) => "draining",
         (true, false, None) => "running",
@@ -175,12 +175,10 @@ pub(super) fn state(broker: &BrokerDescription) -> &'static str {
 
 fn row(broker: &BrokerDescription) -> Vec<String> {
     let unknown = || if broker.alive { "?" } else { "-" }.to_owned();
-    let (on_disk, free, lag) = match &broker.figures {
-        Some(Ok(figures)) => (
-            output::bytes(figures.segment_bytes),
-            output::bytes(figures.free_bytes),
-            figures.tier_lag_records.to_string(),
-        ),
+    let (on_disk, free, lag) = match &broker.stats {
+        Some(Ok(stats)) => {
+            (output::bytes(stats.segment_bytes), output::bytes(stats.free_bytes), stats.tier_lag_records.to_string())
+        }
         _ => (unknown(), unknown(), unknown()),
     };
     let text = |text: &String| if text.is_empty() { "-".to_owned() } else { text.clone() };
@@ -190,8 +188,8 @@ fn row(broker: &BrokerDescription) -> Vec<String> {
         text(&broker.rack),
         state(broker).to_owned(),
         if broker.alive { broker.broker_epoch.to_string() } else { "-".to_owned() },
-        broker.leaders.to_string(),
-        broker.replicas.to_string(),
+        broker.leader_count.to_string(),
+        broker.replica_count.to_string(),
         on_disk,
         free,
         lag,
@@ -199,71 +197,74 @@ fn row(broker: &BrokerDescription) -> Vec<String> {
 }
 
 /// Returns notes about a broker that the table does not contain.
-fn notes(broker: &BrokerDescription, hidden: Option<&str>, alone: bool) -> Vec<String> {
+fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: bool) -> Vec<String> {
     let (id, mut notes) = (broker.id, Vec::new());
     let host = |address: &str| address.rsplit_once(':').map(|(host, _)| host.to_owned());
     if !broker.peer_address.is_empty() && host(&broker.peer_address) != host(&broker.address) {
         notes.push(format!("other brokers reach broker {id} at {}", broker.peer_address));
     }
-    if !broker.alive && broker.replicas > 0 {
-        let held = output::count(broker.replicas.into(), "replica");
+    if !broker.alive && broker.replica_count > 0 {
+        let held = output::count(broker.replica_count.into(), "replica");
         notes.push(format!(
-            "broker {id} is gone and holds {held}: start it, or `broker drain {id}` replaces what it held"
+            "broker {id} is offline with {held}: start it, or replace its replicas with `broker drain {id}`"
         ));
     }
     if broker.draining_since_ms.is_some() {
-        let left = output::count(broker.replicas.into(), "replica");
-        notes.push(match broker.replicas {
-            0 if hidden.is_some() => {
-                format!("broker {id} holds nothing, as far as values can be read: do not stop it for good")
+        let left = output::count(broker.replica_count.into(), "replica");
+        notes.push(match broker.replica_count {
+            0 if unreadable_key.is_some() => {
+                format!("broker {id} has no replicas in the readable metadata: do not stop it for good")
             }
             0 => format!("broker {id} is drained: it can be stopped for good"),
-            _ if broker.stuck > 0 => format!(
-                "broker {id} is being drained: {left} to move, and {} cannot: too few takers, or no leader",
-                broker.stuck
+            _ if broker.blocked > 0 => format!(
+                "broker {id} is draining: {left} to move, {} of them blocked: too few eligible brokers, or no leader",
+                broker.blocked
             ),
-            _ => format!("broker {id} is being drained: {left} to move"),
+            _ => format!("broker {id} is draining: {left} to move"),
         });
     }
-    if broker.alive && broker.no_room {
-        let others = if alone { "appends are refused" } else { "others lead what they can" };
-        notes.push(format!("the disk of broker {id} has no room for records: {others}; add space"));
-    } else if broker.alive && broker.disk_full && !alone {
-        notes.push(format!("the disk of broker {id} is full (broker.disk_full_percent): it is given no new replicas"));
+    if broker.alive && broker.disk_full {
+        let effect = if standalone { "appends are refused" } else { "leadership moves to other brokers" };
+        notes.push(format!("the disk of broker {id} is full: {effect}; add disk space"));
+    } else if broker.alive && broker.disk_pressure && !standalone {
+        notes.push(format!("broker {id} has disk pressure (broker.disk_pressure_percent): it gets no new replicas"));
     }
-    if broker.alive && broker.max_replicas.is_some_and(|max| broker.replicas >= max) {
+    if broker.alive && broker.max_replicas.is_some_and(|max| broker.replica_count >= max) {
         notes.push(format!(
-            "broker {id} holds {}, as many as it takes (broker.max_replicas): it is given no more",
-            output::count(broker.replicas.into(), "replica")
+            "broker {id} has {}, the maximum (broker.max_replicas): it gets no new replicas",
+            output::count(broker.replica_count.into(), "replica")
         ));
     }
-    if broker.alive && broker.in_sync < broker.replicas {
+    if broker.alive && broker.in_sync_count < broker.replica_count {
         notes.push(format!(
-            "broker {id} is behind with {}",
-            output::count((broker.replicas - broker.in_sync).into(), "replica")
+            "broker {id} has {} out of sync",
+            output::count((broker.replica_count - broker.in_sync_count).into(), "replica")
         ));
     }
-    match &broker.figures {
-        Some(Ok(figures)) => {
+    match &broker.stats {
+        Some(Ok(stats)) => {
             notes.extend(
-                figures
+                stats
                     .metadata_regressed
                     .iter()
-                    .map(|why| format!("broker {id} refuses orders (METADATA_REGRESSED): {why}")),
+                    .map(|reason| format!("broker {id} rejects admin operations (METADATA_REGRESSED): {reason}")),
             );
-            notes.extend(figures.failed.iter().map(|why| format!("broker {id} takes no writes: {why}")));
+            notes.extend(stats.failed.iter().map(|reason| format!("broker {id} accepts no writes: {reason}")));
             notes.extend(
-                figures.object_store.iter().map(|why| format!("the object store serves broker {id} nothing, {why}")),
+                stats
+                    .object_store
+                    .iter()
+                    .map(|reason| format!("no object store request of broker {id} has succeeded {reason}")),
             );
-            notes.extend(figures.upkeep.iter().map(|why| format!("broker {id} cannot upload or trim: {why}")));
+            notes.extend(stats.maintenance.iter().map(|reason| format!("maintenance fails on broker {id}: {reason}")));
             notes.extend(
-                figures
+                stats
                     .future_timestamps
                     .iter()
-                    .map(|segments| format!("broker {id} holds timestamps in the future: {segments}")),
+                    .map(|segments| format!("broker {id} has records with future timestamps: {segments}")),
             );
         }
-        Some(Err(fault)) => notes.push(format!("the figures of broker {id} are not known: {fault}")),
+        Some(Err(error)) => notes.push(format!("the statistics of broker {id} are unavailable: {error}")),
         None => {}
     }
     notes
@@ -279,11 +280,11 @@ fn unreadable(cluster: &ClusterDescription) -> impl Iterator<Item = String> + '_
     cluster
         .unreadable
         .iter()
-        .map(|unreadable| format!("the value of {} cannot be used: {}", unreadable.key, unreadable.why))
+        .map(|unreadable| format!("the value of {} is invalid: {}", unreadable.key, unreadable.error))
 }
 
 fn description(cluster: &ClusterDescription) -> Value {
-    let unreadable = cluster.unreadable.iter().map(|one| json!({ "key": one.key, "why": one.why }));
+    let unreadable = cluster.unreadable.iter().map(|one| json!({ "key": one.key, "error": one.error }));
     json!({
         "name": cluster.name,
         "controller": cluster.controller,
@@ -291,8 +292,8 @@ fn description(cluster: &ClusterDescription) -> Value {
         "partitions": cluster.partitions,
         "leaderless": cluster.leaderless,
         "under_replicated": cluster.under_replicated,
-        "below_minimum": cluster.below_minimum,
-        "moving": cluster.moving,
+        "under_min_isr": cluster.under_min_isr,
+        "reassigning": cluster.reassigning,
         "unavailable": cluster
             .unavailable
             .iter()
@@ -300,13 +301,13 @@ fn description(cluster: &ClusterDescription) -> Value {
             .collect::<Vec<_>>(),
         "brokers": cluster.brokers.iter().map(broker).collect::<Vec<_>>(),
         "unreadable": unreadable.collect::<Vec<_>>(),
-        "metadata_silence_ms": u64::try_from(cluster.metadata_silence.as_millis()).unwrap_or(u64::MAX),
-        "answered_by": cluster.answered_by,
+        "metadata_staleness_ms": u64::try_from(cluster.metadata_staleness.as_millis()).unwrap_or(u64::MAX),
+        "responder": cluster.responder,
     })
 }
 
 fn broker(broker: &BrokerDescription) -> Value {
-    let figures = broker.figures.as_ref().and_then(|figures| figures.as_ref().ok());
+    let stats = broker.stats.as_ref().and_then(|stats| stats.as_ref().ok());
     let text = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
     json!({
         "id": broker.id,
@@ -319,22 +320,22 @@ fn broker(broker: &BrokerDescription) -> Value {
         "broker_epoch": broker.alive.then_some(broker.broker_epoch),
         "version": text(&broker.version),
         "draining_since_ms": broker.draining_since_ms,
-        "stuck": broker.stuck,
+        "blocked": broker.blocked,
+        "disk_pressure": broker.disk_pressure,
         "disk_full": broker.disk_full,
-        "no_room": broker.no_room,
         "max_replicas": broker.max_replicas,
-        "leaders": broker.leaders,
-        "replicas": broker.replicas,
-        "in_sync": broker.in_sync,
-        "segment_bytes": figures.map(|figures| figures.segment_bytes),
-        "free_bytes": figures.map(|figures| figures.free_bytes),
-        "tier_lag_records": figures.map(|figures| figures.tier_lag_records),
-        "failed": figures.and_then(|figures| figures.failed.clone()),
-        "object_store": figures.and_then(|figures| figures.object_store.clone()),
-        "upkeep": figures.and_then(|figures| figures.upkeep.clone()),
-        "future_timestamps": figures.and_then(|figures| figures.future_timestamps.clone()),
-        "metadata_regressed": figures.and_then(|figures| figures.metadata_regressed.clone()),
-        "unanswered": broker.figures.as_ref().and_then(|figures| figures.as_ref().err()).map(ToString::to_string),
+        "leader_count": broker.leader_count,
+        "replica_count": broker.replica_count,
+        "in_sync_count": broker.in_sync_count,
+        "segment_bytes": stats.map(|stats| stats.segment_bytes),
+        "free_bytes": stats.map(|stats| stats.free_bytes),
+        "tier_lag_records": stats.map(|stats| stats.tier_lag_records),
+        "failed": stats.and_then(|stats| stats.failed.clone()),
+        "object_store": stats.and_then(|stats| stats.object_store.clone()),
+        "maintenance": stats.and_then(|stats| stats.maintenance.clone()),
+        "future_timestamps": stats.and_then(|stats| stats.future_timestamps.clone()),
+        "metadata_regressed": stats.and_then(|stats| stats.metadata_regressed.clone()),
+        "error": broker.stats.as_ref().and_then(|stats| stats.as_ref().err()).map(ToString::to_string),
     })
 }
 
@@ -344,17 +345,17 @@ pub(super) mod tests {
 
     use super::*;
     use crate::{
-        client::{BrokerFigures, UnreadableKey},
+        client::{BrokerStats, UnreadableKey},
         model::BrokerId,
         proto::error::{ApiError, ErrorCode},
     };
 
     fn running(id: u32, rack: &str) -> BrokerDescription {
-        let figures = BrokerFigures {
+        let stats = BrokerStats {
             segment_bytes: 3 << 30,
             free_bytes: 120 << 30,
             tier_lag_records: 123_456,
-            ..BrokerFigures::default()
+            ..BrokerStats::default()
         };
         BrokerDescription {
             id: BrokerId(id),
@@ -366,15 +367,15 @@ pub(super) mod tests {
             broker_epoch: 40 + u64::from(id),
             version: "0.1.0".to_owned(),
             stopping: false,
+            disk_pressure: false,
             disk_full: false,
-            no_room: false,
             max_replicas: Some(10_000),
             draining_since_ms: None,
-            stuck: 0,
-            leaders: 7,
-            replicas: 20,
-            in_sync: 20,
-            figures: Some(Ok(figures)),
+            blocked: 0,
+            leader_count: 7,
+            replica_count: 20,
+            in_sync_count: 20,
+            stats: Some(Ok(stats)),
         }
     }
 
@@ -387,36 +388,36 @@ pub(super) mod tests {
             partitions: 20,
             leaderless: 0,
             under_replicated: 0,
-            below_minimum: 0,
-            moving: 0,
+            under_min_isr: 0,
+            reassigning: 0,
             unavailable: Vec::new(),
             unreadable: Vec::new(),
-            metadata_silence: Duration::ZERO,
-            answered_by: BrokerId(1),
+            metadata_staleness: Duration::ZERO,
+            responder: BrokerId(1),
         }
     }
 
     pub(in crate::cli) fn troubled() -> ClusterDescription {
         let silent = ApiError::new(ErrorCode::NotReady, "broker 2 did not answer within 1s");
-        let two = BrokerDescription { stopping: true, figures: Some(Err(silent)), in_sync: 18, ..running(2, "") };
+        let two = BrokerDescription { stopping: true, stats: Some(Err(silent)), in_sync_count: 18, ..running(2, "") };
         let draining = Some(1_790_000_000_000);
         let three =
-            BrokerDescription { draining_since_ms: draining, stuck: 4, disk_full: true, ..running(3, "zone-c") };
+            BrokerDescription { draining_since_ms: draining, blocked: 4, disk_pressure: true, ..running(3, "zone-c") };
         let three = BrokerDescription { peer_address: "10.0.0.3:9470".to_owned(), ..three };
-        let failed = BrokerFigures {
+        let failed = BrokerStats {
             failed: Some("the disk failed".to_owned()),
             object_store: Some("for 75 s: connection refused".to_owned()),
-            upkeep: Some("2 partitions, orders/3 for 40 s: the upload failed: no such bucket".to_owned()),
+            maintenance: Some("2 partitions, orders/3 for 40 s: the upload failed: no such bucket".to_owned()),
             impaired: vec!["disk full since 2026-11-25T14:00:00Z (75 s): appends are refused".to_owned()],
             not_ready: None,
             future_timestamps: Some("3 segments of 2 partitions, most in orders/3".to_owned()),
             metadata_regressed: Some("its revision fell from 9 to 6".to_owned()),
-            ..BrokerFigures::default()
+            ..BrokerStats::default()
         };
         let four = BrokerDescription {
-            figures: Some(Ok(failed)),
+            stats: Some(Ok(failed)),
+            disk_pressure: true,
             disk_full: true,
-            no_room: true,
             max_replicas: Some(20),
             ..running(4, "zone-a")
         };
@@ -427,24 +428,24 @@ pub(super) mod tests {
             peer_address: String::new(),
             version: String::new(),
             broker_epoch: 0,
-            leaders: 1,
-            replicas: 1,
-            in_sync: 1,
-            figures: None,
+            leader_count: 1,
+            replica_count: 1,
+            in_sync_count: 1,
+            stats: None,
             ..running(5, "")
         };
         let broken =
-            UnreadableKey { key: "/strandline/strandline/topics/x".to_owned(), why: "expected value".to_owned() };
+            UnreadableKey { key: "/strandline/strandline/topics/x".to_owned(), error: "expected value".to_owned() };
         ClusterDescription {
             controller: None,
             brokers: vec![running(1, "zone-a"), two, three, four, five],
             leaderless: 1,
             under_replicated: 4,
-            below_minimum: 2,
-            moving: 8,
+            under_min_isr: 2,
+            reassigning: 8,
             unavailable: vec![("orders".to_owned(), 3), ("audit".to_owned(), 0)],
             unreadable: vec![broken],
-            metadata_silence: Duration::from_millis(63_400),
+            metadata_staleness: Duration::from_millis(63_400),
             ..calm()
         }
     }
@@ -452,10 +453,10 @@ pub(super) mod tests {
     /// A permanent stop of such a broker could lose the only replica of a partition that was not counted.
     #[test]
     fn broker_is_not_drained_while_values_are_unreadable() {
-        let empty = BrokerDescription { draining_since_ms: Some(1), replicas: 0, ..running(1, "") };
+        let empty = BrokerDescription { draining_since_ms: Some(1), replica_count: 0, ..running(1, "") };
         assert_eq!(notes(&empty, hides_replicas(&calm()), false), ["broker 1 is drained: it can be stopped for good"]);
-        let said = notes(&empty, hides_replicas(&troubled()), false).remove(0);
-        assert!(said.ends_with("do not stop it for good"), "{said}");
+        let note = notes(&empty, hides_replicas(&troubled()), false).remove(0);
+        assert!(note.ends_with("do not stop it for good"), "{note}");
     }
 
     #[test]

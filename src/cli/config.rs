@@ -5,18 +5,18 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::Subcommand;
 
 use super::{
-    Common,
-    output::{self, Output},
+    CommonArgs,
+    output::{self, OutputFormat},
     serve::environment,
 };
-use crate::config::{Sources, docs};
+use crate::config::{ConfigSources, docs};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConfigCommand {
-    /// Print every setting with its value and where it comes from, as a configuration file; with --output json, the values
-    /// of those that are set
+    /// Print every setting with its value and source, as a configuration file; with --output json, only the settings
+    /// that are set
     Print {
-        /// The configuration file
+        /// Configuration file
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
         /// Print docs/configuration.md
@@ -25,20 +25,20 @@ pub(super) enum ConfigCommand {
     },
 }
 
-pub(super) fn run(common: &Common, command: ConfigCommand) -> anyhow::Result<ExitCode> {
+pub(super) fn run(common: &CommonArgs, command: ConfigCommand) -> anyhow::Result<ExitCode> {
     let ConfigCommand::Print { config, docs: as_docs } = command;
     if as_docs {
         output::line(docs().trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
     let sources = match config {
-        Some(path) => Sources::new().read_file(&path)?,
-        None => Sources::new(),
+        Some(path) => ConfigSources::new().read_file(&path)?,
+        None => ConfigSources::new(),
     };
     let printed = sources.environment(environment()).load()?.print();
     match common.output {
-        Output::Text => output::line(printed.trim_end())?,
-        Output::Json => output::json(&json(&printed)?)?,
+        OutputFormat::Text => output::line(printed.trim_end())?,
+        OutputFormat::Json => output::json(&json(&printed)?)?,
     }
     Ok(ExitCode::SUCCESS)
 }

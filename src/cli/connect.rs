@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 
-use super::{Common, DEFAULT_BOOTSTRAP};
+use super::{CommonArgs, DEFAULT_BOOTSTRAP};
 use crate::{
-    client::{Admin, CallError, Client, ConnectError, ConsumeError, Options, SendError},
+    client::{Admin, CallError, Client, ClientOptions, ConnectError, ConsumeError, SendError},
     model::near,
     proto::error::ErrorCode,
 };
@@ -15,10 +15,10 @@ use crate::{
 pub(super) const METADATA_AGE: Duration = Duration::from_secs(5);
 
 /// Maximum number of topic names that a message lists.
-const MOST_NAMES: usize = 5;
+const MAX_NAMES: usize = 5;
 
-pub(super) async fn connect(common: &Common) -> anyhow::Result<Client> {
-    let options = Options { metadata_age: METADATA_AGE, ..Options::default() };
+pub(super) async fn connect(common: &CommonArgs) -> anyhow::Result<Client> {
+    let options = ClientOptions { metadata_age: METADATA_AGE, ..ClientOptions::default() };
     match Client::connect(&common.bootstrap(), options).await {
         Ok(client) => Ok(client),
         Err(error) => Err(without_cluster(&error)),
@@ -28,13 +28,13 @@ pub(super) async fn connect(common: &Common) -> anyhow::Result<Client> {
 fn without_cluster(error: &CallError) -> anyhow::Error {
     match error {
         // Only the default address was tried: the user probably named no cluster, and there may be none.
-        CallError::Connect(ConnectError::NoAnswer { tried })
+        CallError::Connect(ConnectError::NoResponse { tried })
             if tried.iter().all(|(address, _)| address == DEFAULT_BOOTSTRAP) =>
         {
-            anyhow!("{error}; start one with `strandline dev` or name one with --bootstrap")
+            anyhow!("{error}; start a broker with `strandline dev`, or name one with --bootstrap")
         }
-        CallError::Connect(ConnectError::NoAnswer { .. }) => {
-            anyhow!("{error}; start them, or name with --bootstrap where brokers of the cluster listen for gRPC")
+        CallError::Connect(ConnectError::NoResponse { .. }) => {
+            anyhow!("{error}; start the brokers, or name other gRPC addresses of the cluster with --bootstrap")
         }
         _ => anyhow!("{error}"),
     }
@@ -70,22 +70,22 @@ pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError
     match error {
         ConsumeError::Lookup(error) => explain(admin, topic, error).await,
         ConsumeError::OutOfRange { topic, partition, offset, start, end } => anyhow!(
-            "{topic}/{partition}: offset {offset} is out of range: partition {partition} holds {start} up to, but not \
-             including, {end}; begin with --from earliest or --from latest, or read the partitions that hold {offset} \
-             with --partition"
+            "{topic}/{partition}: offset {offset} is out of range: partition {partition} has {start} up to, but not \
+             including, {end}; start with --from earliest or --from latest, or select partitions that have offset \
+             {offset} with --partition"
         ),
         error @ ConsumeError::Undecodable { .. } => {
-            anyhow!("{error}; begin there with --from, or skip such batches with --skip-corrupt")
+            anyhow!("{error}; start there with --from, or skip such batches with --skip-corrupt")
         }
         error => anyhow!("{error}"),
     }
 }
 
 fn unknown_topic(topic: &str, names: &[String]) -> String {
-    let near = near::nearest(topic, names, |name| name.as_str(), MOST_NAMES);
+    let near = near::nearest(topic, names, |name| name.as_str(), MAX_NAMES);
     let list = |names: Vec<&String>| {
-        let mut text = names.iter().take(MOST_NAMES).map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
-        if names.len() > MOST_NAMES {
+        let mut text = names.iter().take(MAX_NAMES).map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
+        if names.len() > MAX_NAMES {
             text += ", …";
         }
         text
@@ -99,7 +99,10 @@ fn unknown_topic(topic: &str, names: &[String]) -> String {
             list(names.iter().collect())
         ),
         (true, true) => {
-            format!("topic {topic:?} does not exist, and no other; create it with `strandline topic create {topic}`")
+            format!(
+                "topic {topic:?} does not exist, and the cluster has no topics; create it with `strandline topic \
+                create {topic}`"
+            )
         }
     }
 }

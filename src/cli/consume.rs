@@ -13,17 +13,17 @@ use anyhow::bail;
 use clap::Args;
 
 use super::{
-    Common,
+    CommonArgs,
     connect::{METADATA_AGE, connect, explain, explain_read},
-    format::{Format, Printer},
-    output::Output,
-    patience::{Expected, Patience},
-    place::Place,
-    rack::Rack,
+    format::{Printer, RecordFormat},
+    output::OutputFormat,
+    rack::RackArgs,
+    retry_output::{ExpectedWork, RetryMonitor},
     serve::stop_signal,
+    start_position::StartPosition,
 };
 use crate::{
-    client::{Admin, Client, ConsumeError, ConsumedRecord, Consumer, ConsumerOptions, OffsetAt, OnUndecodable},
+    client::{Admin, Client, ConsumeError, ConsumedRecord, Consumer, ConsumerOptions, OffsetSpec, OnUndecodable},
     model::Offset,
 };
 
@@ -32,68 +32,71 @@ const BUFFER_BYTES: usize = 64 << 10;
 
 /// Print records
 ///
-/// It waits for more unless told where to end. Without --partition it also reads partitions that the topic is given
-/// meanwhile, from their beginning and within 5 seconds. What keeps it from reading is said on standard error while it tries
-/// again. Where standard output is a terminal, control characters of records, and those that change the direction of text, are printed
-/// as escapes such as \x1b.
+/// Waits for new records unless --until-end or --max-records is set. Without --partition, partitions that are added to
+/// the topic are read from their start, within 5 seconds. A problem that delays reading is printed on standard error
+/// while the command retries. On a terminal, control characters of records, and those that change the direction of
+/// text, are printed as escapes such as \x1b.
 #[derive(Debug, Args)]
-pub(super) struct Consume {
+pub(super) struct ConsumeArgs {
     /// The topic
     topic: String,
-    /// A partition; may be given several times; all if left out
+    /// Partition to read; repeatable; default: all
     #[arg(long = "partition", value_name = "N")]
     partitions: Vec<u32>,
-    /// Where to begin: earliest, latest, an offset, or @ with a time in milliseconds or RFC 3339
-    #[arg(long, value_name = "WHERE", default_value = "earliest")]
-    from: Place,
-    /// End where the log ends now, instead of waiting for more
+    /// Start position: earliest, latest, an offset, or @ and a time in milliseconds or RFC 3339
+    #[arg(long, value_name = "POSITION", default_value = "earliest")]
+    from: StartPosition,
+    /// Stop at the current log end instead of waiting for new records
     #[arg(long)]
     until_end: bool,
-    /// With --until-end: give up, with exit code 1, when no record has come for so many seconds
+    /// With --until-end: exit with code 1 after this many seconds without a record
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
-    /// End after so many records
+    /// Stop after this many records
     #[arg(long, value_name = "N")]
-    max: Option<u64>,
-    /// Skip records that nobody can decode instead of ending with an error; each such batch is reported on standard error
+    max_records: Option<u64>,
+    /// Skip records that cannot be decoded instead of failing; report each such batch on standard error
     #[arg(long)]
     skip_corrupt: bool,
     #[command(flatten)]
-    rack: Rack,
-    /// How a record is printed: value, or json with --output json, if left out
+    rack: RackArgs,
+    /// Record format; default: value, or json with --output json
     #[arg(long, value_enum)]
-    format: Option<Format>,
+    format: Option<RecordFormat>,
 }
 
 /// Consumer, end offsets and output format of a run.
-struct Plan {
+struct ConsumePlan {
     consumer: Consumer,
-    bounds: Bounds,
+    bounds: EndOffsets,
     /// Number of known partitions of the topic.
     partitions: u32,
     printer: Printer,
 }
 
-pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(common: &CommonArgs, command: ConsumeArgs) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
-    let patience = Patience::new(&client);
+    let monitor = RetryMonitor::new(&client);
     let mut stop = pin!(stop_signal()?);
     let pieces = Cell::new(0);
     let timeout = Duration::from_secs(command.timeout);
-    let expected = || command.until_end.then_some(Expected { pieces: &pieces, piece: "record", timeout });
+    let expected = || command.until_end.then_some(ExpectedWork { pieces: &pieces, piece: "record", timeout });
     let mut plan = tokio::select! {
         biased;
         () = &mut stop => return Ok(ExitCode::SUCCESS),
-        plan = patience.over(expected(), plan(common, &command, &client, &pieces)) => plan?,
+        plan = monitor.run_with_retry_output(expected(), plan(common, &command, &client, &pieces)) => plan?,
     };
-    if command.max == Some(0) || command.until_end && plan.bounds.ends.is_empty() {
+    if command.max_records == Some(0) || command.until_end && plan.bounds.ends.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
     let mut out = BufWriter::with_capacity(BUFFER_BYTES, io::stdout().lock());
     let printed = tokio::select! {
         biased;
         () = &mut stop => Ok(()),
-        printed = patience.over(expected(), print(&command, &client, &mut plan, &pieces, &mut out)) => printed,
+        printed = monitor.run_with_retry_output(
+            expected(),
+            print(&command, &client, &mut plan, &pieces, &mut out),
+        ) => printed,
     };
     let flushed = out.flush();
     let skipped = plan.consumer.skipped_records();
@@ -106,9 +109,14 @@ pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<Exi
 }
 
 /// Looks up the start and the end of each partition. All partitions are checked before any record is printed.
-async fn plan(common: &Common, command: &Consume, client: &Client, pieces: &Cell<u64>) -> anyhow::Result<Plan> {
+async fn plan(
+    common: &CommonArgs,
+    command: &ConsumeArgs,
+    client: &Client,
+    pieces: &Cell<u64>,
+) -> anyhow::Result<ConsumePlan> {
     let admin = client.admin();
-    let mut bounds = Bounds::default();
+    let mut bounds = EndOffsets::default();
     let on_undecodable = if command.skip_corrupt { OnUndecodable::Skip } else { OnUndecodable::Fail };
     let mut consumer = client.consumer(ConsumerOptions { on_undecodable, ..command.rack.options(client).await });
     let (wanted, partitions) = partitions(client, command).await?;
@@ -117,9 +125,9 @@ async fn plan(common: &Common, command: &Consume, client: &Client, pieces: &Cell
         pieces.set(pieces.get() + 1);
         let lookup = |at| offset(&admin, &command.topic, partition, at);
         let start = match command.from {
-            Place::At(at) => lookup(at).await?,
-            Place::Offset(offset) => {
-                let (start, end) = (lookup(OffsetAt::Earliest).await?, lookup(OffsetAt::Latest).await?);
+            StartPosition::At(at) => lookup(at).await?,
+            StartPosition::Offset(offset) => {
+                let (start, end) = (lookup(OffsetSpec::Earliest).await?, lookup(OffsetSpec::Latest).await?);
                 if offset < start || offset > end {
                     let topic = command.topic.clone();
                     let error = ConsumeError::OutOfRange { topic, partition, offset, start, end };
@@ -129,7 +137,7 @@ async fn plan(common: &Common, command: &Consume, client: &Client, pieces: &Cell
             }
         };
         if command.until_end {
-            let end = lookup(OffsetAt::Latest).await?;
+            let end = lookup(OffsetSpec::Latest).await?;
             if end <= start {
                 continue;
             }
@@ -143,22 +151,22 @@ async fn plan(common: &Common, command: &Consume, client: &Client, pieces: &Cell
         }
     }
     let format = command.format.unwrap_or(match common.output {
-        Output::Json => Format::Json,
-        Output::Text => Format::Value,
+        OutputFormat::Json => RecordFormat::Json,
+        OutputFormat::Text => RecordFormat::Value,
     });
     let printer = Printer { format, escapes: io::stdout().is_terminal() };
-    Ok(Plan { consumer, bounds, partitions, printer })
+    Ok(ConsumePlan { consumer, bounds, partitions, printer })
 }
 
 /// Returns the partitions to read, and the number of partitions of the topic.
-async fn partitions(client: &Client, command: &Consume) -> anyhow::Result<(Vec<u32>, u32)> {
+async fn partitions(client: &Client, command: &ConsumeArgs) -> anyhow::Result<(Vec<u32>, u32)> {
     let route = match client.topic(&command.topic).await {
         Ok(route) => route,
         Err(error) => return Err(explain(&client.admin(), &command.topic, error).await),
     };
     let count = u32::try_from(route.partitions.len())?;
     if let Some(wrong) = command.partitions.iter().find(|partition| **partition >= count) {
-        bail!("topic {:?} has no partition {wrong}: it has {count}, numbered from 0", command.topic);
+        bail!("topic {:?} has no partition {wrong}: its {count} partitions are numbered from 0", command.topic);
     }
     let mut wanted = command.partitions.clone();
     wanted.sort_unstable();
@@ -166,7 +174,7 @@ async fn partitions(client: &Client, command: &Consume) -> anyhow::Result<(Vec<u
     Ok((if wanted.is_empty() { (0..count).collect() } else { wanted }, count))
 }
 
-async fn offset(admin: &Admin, topic: &str, partition: u32, at: OffsetAt) -> anyhow::Result<Offset> {
+async fn offset(admin: &Admin, topic: &str, partition: u32, at: OffsetSpec) -> anyhow::Result<Offset> {
     match admin.offset(topic, partition, at).await {
         Ok(offset) => Ok(offset),
         Err(error) => Err(explain(admin, topic, error).await),
@@ -181,7 +189,7 @@ async fn growth(client: &Client, topic: &str, known: u32) -> Vec<(u32, Offset)> 
         let Ok(route) = client.topic_now(topic).await else { continue };
         let mut found = Vec::new();
         for partition in known..u32::try_from(route.partitions.len()).unwrap_or(known) {
-            let Ok(start) = client.admin().offset(topic, partition, OffsetAt::Earliest).await else { break };
+            let Ok(start) = client.admin().offset(topic, partition, OffsetSpec::Earliest).await else { break };
             found.push((partition, start));
         }
         if !found.is_empty() {
@@ -192,11 +200,11 @@ async fn growth(client: &Client, topic: &str, known: u32) -> Vec<(u32, Offset)> 
 
 /// End offsets of the partitions that are not finished; empty if reading never ends.
 #[derive(Debug, Default)]
-struct Bounds {
+struct EndOffsets {
     ends: BTreeMap<u32, Offset>,
 }
 
-impl Bounds {
+impl EndOffsets {
     /// Returns two flags: the record is to be printed, and no partition has further records to print.
     fn admit(&mut self, partition: u32, offset: Offset, bounded: bool) -> (bool, bool) {
         if !bounded {
@@ -217,14 +225,14 @@ impl Bounds {
 }
 
 async fn print(
-    command: &Consume,
+    command: &ConsumeArgs,
     client: &Client,
-    plan: &mut Plan,
+    plan: &mut ConsumePlan,
     pieces: &Cell<u64>,
     out: &mut BufWriter<io::StdoutLock<'_>>,
 ) -> anyhow::Result<()> {
     let follows = !command.until_end && command.partitions.is_empty();
-    let mut left = command.max.unwrap_or(u64::MAX);
+    let mut left = command.max_records.unwrap_or(u64::MAX);
     let mut grown = Box::pin(growth(client, &command.topic, plan.partitions));
     loop {
         // While records are buffered, no other await yields, so the command would not react to a signal.
@@ -291,7 +299,7 @@ mod tests {
     #[test]
     fn until_end_prints_no_record_behind_the_first_log_end() {
         let at = |n| Offset::new(n).expect("small");
-        let mut bounds = Bounds { ends: BTreeMap::from([(0, at(2)), (1, at(1))]) };
+        let mut bounds = EndOffsets { ends: BTreeMap::from([(0, at(2)), (1, at(1))]) };
         assert_eq!(bounds.admit(0, at(0), true), (true, false));
         assert_eq!(bounds.admit(0, at(1), true), (true, false));
         assert_eq!(bounds.admit(0, at(2), true), (false, false), "written after the start");
@@ -301,10 +309,10 @@ mod tests {
     #[test]
     fn until_end_finishes_when_the_last_batch_is_skipped() {
         let at = |n| Offset::new(n).expect("small");
-        let mut bounds = Bounds { ends: BTreeMap::from([(0, at(4)), (1, at(1))]) };
+        let mut bounds = EndOffsets { ends: BTreeMap::from([(0, at(4)), (1, at(1))]) };
         assert!(!bounds.skip(0, at(3), true));
-        assert!(!bounds.skip(0, at(5), true), "partition 1 has a record to come");
+        assert!(!bounds.skip(0, at(5), true), "partition 1 has a record left");
         assert!(bounds.skip(1, at(1), true));
-        assert!(!Bounds::default().skip(0, at(5), false), "reading goes on for ever");
+        assert!(!EndOffsets::default().skip(0, at(5), false), "a read without an end never finishes");
     }
 }

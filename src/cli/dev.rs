@@ -16,41 +16,42 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::Args;
 
-use super::serve::{Overrides, environment, keep_files_private, say, serve, stop_signal};
+use super::serve::{Overrides, environment, keep_files_private, print_line, serve, stop_signal};
 use crate::{
-    config::{Config, Settings, Sources, default_memory_bytes},
+    config::{Config, ConfigSources, LoadedConfig, default_memory_bytes},
     log,
-    server::{self, Ready},
+    server::{self, ServingAddresses},
     telemetry,
 };
 
 /// Maximum number of brokers in one process. Such a cluster is for trials, not for production.
-const MOST_BROKERS: i64 = 32;
+const MAX_BROKERS: i64 = 32;
 
 /// Distance between the ports of consecutive brokers.
-const PORTS: u16 = 2;
+const PORTS_PER_BROKER: u16 = 2;
 
-/// Run a broker with everything embedded: metadata in a file, a directory as object store; or a cluster of several
+/// Run a standalone broker with embedded metadata and a directory as object store, or a small cluster
 ///
-/// With --brokers N, N brokers run in this process, each with a data directory of its own and the next two ports, and on a free
-/// loopback port for the others. A topic then has up to three replicas unless told otherwise. With three brokers or more two
-/// replicas must be in sync, so a topic with --replication-factor 1 needs --config min.insync.replicas=1 too. No broker is passed
-/// over for a full disk (broker.disk_full_percent is 100). It is for trying a cluster out: the brokers share this machine's fate.
+/// With --brokers N, N brokers run in this process. Each has its own data directory, the next two ports, and a free
+/// loopback port for the other brokers. Topics have up to three replicas by default. With three brokers or more,
+/// min.insync.replicas is 2 by default, so a topic with --replication-factor 1 also needs --config
+/// min.insync.replicas=1. Disk pressure excludes no broker (broker.disk_pressure_percent is 100). Such a cluster is for
+/// trials: a failure of this machine stops all brokers.
 #[derive(Clone, Debug, Args)]
-pub(super) struct Dev {
-    /// Where everything is kept
+pub(super) struct DevArgs {
+    /// Data directory
     #[arg(long, value_name = "DIR", default_value = "./strandline-data")]
     data_dir: PathBuf,
-    /// Where clients connect (gRPC); further brokers take every second port from there
+    /// Listen address for clients (gRPC); further brokers use every second port after it
     #[arg(long, value_name = "ADDR", default_value = super::DEFAULT_BOOTSTRAP)]
     listen: String,
-    /// Where /metrics, /healthz and /readyz are; further brokers take every second port from there
+    /// Listen address for /metrics, /healthz and /readyz; further brokers use every second port after it
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9461")]
     http: String,
-    /// How many brokers
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MOST_BROKERS))]
+    /// Number of brokers
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_BROKERS))]
     brokers: u32,
-    /// Keep the metadata in this etcd instead of a file
+    /// Store the metadata in this etcd instead of a file
     #[arg(long, value_name = "URL[,URL]")]
     etcd: Option<String>,
     #[command(flatten)]
@@ -58,30 +59,30 @@ pub(super) struct Dev {
 }
 
 /// Runs `strandline dev`.
-pub(super) async fn run(command: Dev) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(command: DevArgs) -> anyhow::Result<ExitCode> {
     let data_dir = std::path::absolute(&command.data_dir)
-        .with_context(|| format!("{} is no path for a data directory", command.data_dir.display()))?;
+        .with_context(|| format!("{} is not a path for a data directory", command.data_dir.display()))?;
     if command.brokers == 1 && command.etcd.is_none() {
         alone_may(&data_dir)?;
         let settings = command.alone(&data_dir)?;
-        return serve(settings, |ready| say(&welcome(std::slice::from_ref(ready), &program()))).await;
+        return serve(settings, |ready| print_line(&welcome(std::slice::from_ref(ready), &program()))).await;
     }
     together_may(&data_dir)?;
-    if let Some(said) = left_out(&data_dir, command.brokers) {
-        eprintln!("{said}");
+    if let Some(warning) = left_out(&data_dir, command.brokers) {
+        eprintln!("{warning}");
     }
     let configs = command.together(&data_dir)?;
     telemetry::start(&configs[0].telemetry.level, configs[0].telemetry.format)?;
     let signal = stop_signal()?;
     keep_files_private();
     let metadata = command.etcd.is_none().then_some(data_dir);
-    server::run_several(configs, metadata, signal, |ready| say(&welcome(ready, &program()))).await?;
+    server::run_several(configs, metadata, signal, |ready| print_line(&welcome(ready, &program()))).await?;
     Ok(ExitCode::SUCCESS)
 }
 
-impl Dev {
+impl DevArgs {
     /// Returns the settings of a standalone broker.
-    fn alone(self, data_dir: &Path) -> anyhow::Result<Settings> {
+    fn alone(self, data_dir: &Path) -> anyhow::Result<LoadedConfig> {
         let sources = base(data_dir)
             .environment(environment())
             .flag("broker.data_dir", data_dir.display().to_string())
@@ -95,15 +96,15 @@ impl Dev {
         let (grpc, http) = (ports(&self.listen, self.brokers, "--listen")?, ports(&self.http, self.brokers, "--http")?);
         if let Some(both) = grpc.iter().find(|address| address.port() != 0 && http.contains(address)) {
             bail!(
-                "{both} would be the port of two listeners: each broker takes the second port after the one before it, so \
-                 begin with an even --listen and an odd --http, or the other way round"
+                "{both} would have two listeners: brokers use every second port, so start with an even --listen and \
+                 an odd --http, or the reverse"
             );
         }
         let configs = (1..=self.brokers).zip(grpc.into_iter().zip(http)).map(|(id, (grpc, http))| {
             let mut sources = base(data_dir)
                 .with_default("replication.default_factor", self.brokers.min(3).to_string())
                 // All brokers share one disk, so disk pressure affects all or none. 100 keeps topic creation possible.
-                .with_default("broker.disk_full_percent", "100")
+                .with_default("broker.disk_pressure_percent", "100")
                 .with_default("limits.memory_bytes", default_memory_bytes(self.brokers.into()).to_string())
                 // Only brokers of this process connect to this port.
                 .with_default("peer.listen", "127.0.0.1:0");
@@ -130,12 +131,12 @@ impl Dev {
 }
 
 /// Returns the defaults that one broker and several brokers share.
-fn base(data_dir: &Path) -> Sources {
-    Sources::new().with_default("object_store.url", format!("file://{}", data_dir.join("bucket").display()))
+fn base(data_dir: &Path) -> ConfigSources {
+    ConfigSources::new().with_default("object_store.url", format!("file://{}", data_dir.join("bucket").display()))
 }
 
 /// Rejects an address with a fixed port, because every broker would listen on that port or advertise it.
-fn own_port_each(settings: &Settings) -> anyhow::Result<()> {
+fn own_port_each(settings: &LoadedConfig) -> anyhow::Result<()> {
     let Config { grpc, peer, .. } = &settings.config;
     for (key, address) in [
         ("grpc.advertise", grpc.advertise.clone()),
@@ -144,8 +145,8 @@ fn own_port_each(settings: &Settings) -> anyhow::Result<()> {
     ] {
         if let Some(address) = address.filter(|address| !address.ends_with(":0")) {
             bail!(
-                "{}: {key} {address} is the port of one broker, and there are several: leave it out, or end it with :0 for \
-                 the port of each",
+                "{}: {key} {address} has a fixed port, which several brokers cannot share: leave the setting out, or \
+                 end it with :0 for a port of each broker",
                 settings.source(key)
             );
         }
@@ -156,14 +157,16 @@ fn own_port_each(settings: &Settings) -> anyhow::Result<()> {
 /// Returns the addresses of `count` listeners. `first` is the first address, and `flag` the option that set it.
 fn ports(first: &str, count: u32, flag: &str) -> anyhow::Result<Vec<SocketAddr>> {
     let first: SocketAddr =
-        first.parse().with_context(|| format!("{flag} {first:?} is no address: write it as 127.0.0.1:9460"))?;
+        first.parse().with_context(|| format!("{flag} {first:?} is not an address: write it like 127.0.0.1:9460"))?;
     let mut address = first;
     let mut addresses = vec![first];
     for _ in 1..count {
         // Port 0 stays 0: the system chooses a free port.
         if first.port() != 0 {
-            let Some(next) = address.port().checked_add(PORTS) else {
-                bail!("{flag} {first} leaves no ports for {count} brokers, which take every second one: begin lower");
+            let Some(next) = address.port().checked_add(PORTS_PER_BROKER) else {
+                bail!(
+                    "{flag} {first} leaves too few ports for {count} brokers, which use every second port: start lower"
+                );
             };
             address.set_port(next);
         }
@@ -178,11 +181,11 @@ fn alone_may(data_dir: &Path) -> anyhow::Result<()> {
     match brokers_in(data_dir).len() {
         0 => Ok(()),
         1 => bail!(
-            "{} holds a broker that ran with --etcd: give --etcd again, or another --data-dir",
+            "{} contains a broker that ran with --etcd: add --etcd, or choose another --data-dir",
             data_dir.display()
         ),
         many => bail!(
-            "{} holds the data of a cluster of {many} brokers: start it with --brokers {many}, or name another --data-dir",
+            "{} contains a cluster of {many} brokers: start it with --brokers {many}, or choose another --data-dir",
             data_dir.display()
         ),
     }
@@ -192,7 +195,7 @@ fn alone_may(data_dir: &Path) -> anyhow::Result<()> {
 fn together_may(data_dir: &Path) -> anyhow::Result<()> {
     if is_data_directory(data_dir) {
         bail!(
-            "{} holds the data of a broker that ran alone: start it without --brokers and --etcd, or name another --data-dir",
+            "{} contains a standalone broker: start it without --brokers and --etcd, or choose another --data-dir",
             data_dir.display()
         );
     }
@@ -204,7 +207,8 @@ fn left_out(data_dir: &Path, brokers: u32) -> Option<String> {
     let out: Vec<String> = brokers_in(data_dir).iter().filter(|id| **id > brokers).map(u32::to_string).collect();
     (!out.is_empty()).then(|| {
         format!(
-            "warning: {} holds more brokers than are started: what only broker {} has is not there until --brokers is {} again",
+            "warning: {} contains more brokers than are started: records that only broker {} has are unavailable until \
+             --brokers is {} again",
             data_dir.display(),
             out.join(" and "),
             out[out.len() - 1]
@@ -214,7 +218,7 @@ fn left_out(data_dir: &Path, brokers: u32) -> Option<String> {
 
 /// Returns the ids of the cluster's brokers that have a data directory below `data_dir`.
 fn brokers_in(data_dir: &Path) -> Vec<u32> {
-    let brokers = (1..=MOST_BROKERS).filter_map(|id| u32::try_from(id).ok());
+    let brokers = (1..=MAX_BROKERS).filter_map(|id| u32::try_from(id).ok());
     brokers.filter(|id| is_data_directory(&data_dir.join(id.to_string()))).collect()
 }
 
@@ -223,7 +227,7 @@ fn is_data_directory(path: &Path) -> bool {
 }
 
 /// Returns the text that `dev` prints when all brokers are ready: addresses, directories and example commands.
-fn welcome(ready: &[Ready], program: &str) -> String {
+fn welcome(ready: &[ServingAddresses], program: &str) -> String {
     let [first, others @ ..] = ready else { unreachable!("there is at least one broker") };
     // Without the variable, the example commands use the default address.
     let export = if first.grpc.to_string() == super::DEFAULT_BOOTSTRAP {
@@ -264,7 +268,7 @@ fn welcome(ready: &[Ready], program: &str) -> String {
          {program} topic create events\n  \
          echo 'hello' | {program} produce events\n  \
          {program} consume events --until-end\n{describe}\n\
-         Ctrl-C stops it; the data stays.\n",
+         Stop with Ctrl-C; the data is kept.\n",
         first.object_store.as_deref().unwrap_or("none"),
     );
     text
@@ -282,13 +286,13 @@ mod tests {
     use super::*;
 
     #[derive(Parser)]
-    struct Line {
+    struct BrokerLine {
         #[command(flatten)]
-        dev: Dev,
+        dev: DevArgs,
     }
 
-    fn dev(arguments: &[&str]) -> Dev {
-        Line::parse_from(std::iter::once("dev").chain(arguments.iter().copied())).dev
+    fn dev(arguments: &[&str]) -> DevArgs {
+        BrokerLine::parse_from(std::iter::once("dev").chain(arguments.iter().copied())).dev
     }
 
     #[test]
@@ -309,7 +313,7 @@ mod tests {
                 "3 /d/3 127.0.0.1:9464 127.0.0.1:9465",
             ]
         );
-        assert!(configs.iter().all(|config| config.peer.listen.to_string() == "127.0.0.1:0"), "any free one");
+        assert!(configs.iter().all(|config| config.peer.listen.to_string() == "127.0.0.1:0"), "any free port");
         assert_eq!(configs[0].replication.default_factor, 3);
         assert_eq!(configs[0].topic_defaults.get("min.insync.replicas").map(String::as_str), Some("2"));
         assert_eq!(configs[0].object_store, configs[2].object_store);
@@ -349,7 +353,7 @@ mod tests {
     #[test]
     fn standalone_and_cluster_directories_are_not_mixed() {
         let dir = tempfile::tempdir().expect("a folder");
-        assert!(alone_may(dir.path()).is_ok() && together_may(dir.path()).is_ok(), "an empty one is anybody's");
+        assert!(alone_may(dir.path()).is_ok() && together_may(dir.path()).is_ok(), "both accept an empty directory");
         let mark = |folder: &Path| {
             std::fs::create_dir_all(folder).expect("made");
             std::fs::write(folder.join(log::IDENTITY), "{}").expect("written");
@@ -361,8 +365,8 @@ mod tests {
         assert!(error.contains("--brokers 2"), "{error}");
         assert!(together_may(dir.path()).is_ok());
         assert_eq!(left_out(dir.path(), 2), None);
-        let said = left_out(dir.path(), 1).expect("broker 2 is left out");
-        assert!(said.contains("only broker 2 has") && said.contains("--brokers is 2"), "{said}");
+        let warning = left_out(dir.path(), 1).expect("broker 2 is left out");
+        assert!(warning.contains("only broker 2 has") && warning.contains("--brokers is 2"), "{warning}");
         mark(dir.path());
         assert!(together_may(dir.path()).is_err());
     }

@@ -7,30 +7,30 @@ use clap::Args;
 use serde_json::json;
 
 use super::{
-    Common,
-    output::{self, Output},
+    CommonArgs,
+    output::{self, OutputFormat},
 };
 use crate::tier::{
-    StoreOptions,
-    doctor::{Check, Outcome, examine},
+    ObjectStoreOptions,
+    doctor::{CheckOutcome, StoreCheck, examine},
 };
 
-/// Try whether an object store can do what a broker needs
+/// Check whether an object store supports everything that a broker needs
 ///
-/// It tries everything that a broker does with a bucket, on objects in a folder of their own that is deleted at the end.
-/// Credentials come from the usual environment. Exits 1 when something that a broker needs does not work.
+/// Runs every operation that a broker uses, on objects in a separate folder that is deleted at the end. Credentials
+/// come from the usual environment. Exits with code 1 if a required operation fails.
 #[derive(Debug, Args)]
-pub(super) struct Doctor {
-    /// The object store: s3://bucket/prefix, gs://…, az://…, file:///dir or memory://
+pub(super) struct DoctorArgs {
+    /// Object store URL: s3://bucket/prefix, gs://…, az://…, file:///dir or memory://
     #[arg(long, value_name = "URL", env = "STRANDLINE_OBJECT_STORE_URL")]
     object_store: String,
-    /// Where the S3 service answers, if not at Amazon
+    /// URL of an S3-compatible server; default: Amazon S3
     #[arg(long, value_name = "URL", env = "STRANDLINE_OBJECT_STORE_ENDPOINT")]
     endpoint: Option<String>,
-    /// The S3 region; AWS_REGION, or us-east-1, if left out
+    /// S3 region; default: AWS_REGION, else us-east-1
     #[arg(long, value_name = "REGION", env = "STRANDLINE_OBJECT_STORE_REGION")]
     region: Option<String>,
-    /// Whether the bucket's name is put into the path instead of the host's name; yes where an endpoint is named, if left out
+    /// Put the bucket name into the URL's path instead of the host name; default: true with --endpoint
     #[arg(
         long,
         value_name = "true|false",
@@ -42,51 +42,52 @@ pub(super) struct Doctor {
     path_style: Option<bool>,
 }
 
-pub(super) async fn run(common: &Common, command: Doctor) -> anyhow::Result<ExitCode> {
-    let options = StoreOptions {
+pub(super) async fn run(common: &CommonArgs, command: DoctorArgs) -> anyhow::Result<ExitCode> {
+    let options = ObjectStoreOptions {
         endpoint: command.endpoint,
         region: command.region,
         path_style: command.path_style,
-        ..StoreOptions::new(&command.object_store)
+        ..ObjectStoreOptions::new(&command.object_store)
     };
-    let place = match &options.endpoint {
+    let location = match &options.endpoint {
         Some(endpoint) => format!("{} at {endpoint}", options.url),
         None => options.url.clone(),
     };
-    let bar = output::progress(None, "{spinner} {elapsed} trying the object store");
+    let bar = output::progress(None, "{spinner} {elapsed} checking the object store");
     bar.enable_steady_tick(std::time::Duration::from_millis(200));
     let checks = Box::pin(examine(&options)).await;
     bar.finish_and_clear();
     let checks = checks?;
-    print(&command.object_store, &place, &checks, common.output)?;
+    print(&command.object_store, &location, &checks, common.output)?;
     Ok(if fit(&checks) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Returns true if a broker can use the object store: no check failed.
-fn fit(checks: &[Check]) -> bool {
-    checks.iter().all(|check| check.outcome != Outcome::Fail)
+fn fit(checks: &[StoreCheck]) -> bool {
+    checks.iter().all(|check| check.outcome != CheckOutcome::Fail)
 }
 
-fn print(url: &str, place: &str, checks: &[Check], output: Output) -> anyhow::Result<()> {
-    if output == Output::Json {
+fn print(url: &str, location: &str, checks: &[StoreCheck], output: OutputFormat) -> anyhow::Result<()> {
+    if output == OutputFormat::Json {
         return Ok(output::json(&json!({ "object_store": url, "fit": fit(checks), "checks": checks }))?);
     }
-    let row = |check: &Check| vec![check.name.to_owned(), word(check.outcome).to_owned(), check.detail.clone()];
-    output::table(&["CHECK", "RESULT", "SEEN"], &[], checks.iter().map(row).collect())?;
+    let row = |check: &StoreCheck| vec![check.name.to_owned(), word(check.outcome).to_owned(), check.detail.clone()];
+    output::table(&["CHECK", "RESULT", "DETAIL"], &[], checks.iter().map(row).collect())?;
     output::line("")?;
-    for check in checks.iter().filter(|check| matches!(check.outcome, Outcome::Fail | Outcome::Unsupported)) {
+    for check in checks.iter().filter(|check| matches!(check.outcome, CheckOutcome::Fail | CheckOutcome::Unsupported)) {
         output::line(&format!("{} {}: {}", check.name, word(check.outcome), check.meaning))?;
     }
-    let verdict = if fit(checks) { "a broker can work with it" } else { "a broker cannot work with it" };
-    Ok(output::line(&format!("{place}: {verdict}"))?)
+    let verdict =
+        if fit(checks) { "a broker can use this object store" } else { "a broker cannot use this object store" };
+    Ok(output::line(&format!("{location}: {verdict}"))?)
 }
 
-fn word(outcome: Outcome) -> &'static str {
+fn word(outcome: CheckOutcome) -> &'static str {
     match outcome {
-        Outcome::Pass => "passed",
-        Outcome::Fail => "FAILED",
-        Outcome::Unsupported => "unsupported",
-        Outcome::Untried => "not tried",
+        CheckOutcome::Pass => "passed",
+        CheckOutcome::Fail => "FAILED",
+        CheckOutcome::Unsupported => "unsupported",
+        CheckOutcome::Skipped => "skipped",
     }
 }
 
@@ -96,9 +97,9 @@ mod tests {
 
     #[test]
     fn only_a_failed_check_makes_an_object_store_unfit() {
-        let check = |outcome| Check { name: "n", outcome, detail: String::new(), meaning: "m" };
-        assert!(fit(&[check(Outcome::Pass), check(Outcome::Unsupported)]));
-        assert!(!fit(&[check(Outcome::Fail), check(Outcome::Untried)]));
-        assert!(!fit(&[check(Outcome::Pass), check(Outcome::Fail)]));
+        let check = |outcome| StoreCheck { name: "n", outcome, detail: String::new(), meaning: "m" };
+        assert!(fit(&[check(CheckOutcome::Pass), check(CheckOutcome::Unsupported)]));
+        assert!(!fit(&[check(CheckOutcome::Fail), check(CheckOutcome::Skipped)]));
+        assert!(!fit(&[check(CheckOutcome::Pass), check(CheckOutcome::Fail)]));
     }
 }

@@ -6,21 +6,21 @@ use serde_json::{Value, json};
 
 use crate::client::ConsumedRecord;
 
-/// The form of a printed record.
+/// Output format of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Format {
+pub(super) enum RecordFormat {
     /// The value and a line end; a null value is an empty line
     Value,
     /// The key, a tab, the value and a line end
     KeyValue,
-    /// One JSON object per line, with all there is
+    /// One JSON object per line, with all fields
     Json,
 }
 
 /// Printer of records in one format.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Printer {
-    pub(super) format: Format,
+    pub(super) format: RecordFormat,
     /// True if control characters are printed as escapes. A record must not move the user's cursor, make the terminal
     /// type text, or show its text in another order.
     pub(super) escapes: bool,
@@ -30,16 +30,16 @@ impl Printer {
     pub(super) fn write(self, consumed: &ConsumedRecord, out: &mut impl Write) -> io::Result<()> {
         let record = &consumed.record;
         match self.format {
-            Format::Value => self.bytes(record.value.as_deref(), out)?,
-            Format::KeyValue => {
+            RecordFormat::Value => self.bytes(record.value.as_deref(), out)?,
+            RecordFormat::KeyValue => {
                 self.bytes(record.key.as_deref(), out)?;
                 out.write_all(b"\t")?;
                 self.bytes(record.value.as_deref(), out)?;
             }
-            Format::Json if self.escapes => {
+            RecordFormat::Json if self.escapes => {
                 out.write_all(json_for_terminal(&object(consumed)).as_bytes())?;
             }
-            Format::Json => serde_json::to_writer(&mut *out, &object(consumed))?,
+            RecordFormat::Json => serde_json::to_writer(&mut *out, &object(consumed))?,
         }
         out.write_all(b"\n")
     }
@@ -69,7 +69,7 @@ pub(super) fn json_for_terminal(value: &Value) -> String {
     // JSON contains such characters only inside strings.
     escape(&value.to_string(), &mut line, |character, line| write!(line, "\\u{:04x}", u32::from(character)))
         .expect("memory can be written");
-    String::from_utf8(line).expect("it was text before")
+    String::from_utf8(line).expect("escapes are ASCII")
 }
 
 /// Writes `text`, and passes every control character except tab and line end to `write_escape`.
@@ -79,7 +79,7 @@ fn escape<W: Write>(text: &str, out: &mut W, write_escape: impl Fn(char, &mut W)
         let (before, from) = rest.split_at(at);
         out.write_all(before.as_bytes())?;
         let mut characters = from.chars();
-        write_escape(characters.next().expect("it was found"), out)?;
+        write_escape(characters.next().expect("a control character is at this position"), out)?;
         rest = characters.as_str();
     }
     out.write_all(rest.as_bytes())
@@ -132,14 +132,14 @@ mod tests {
         record::{Header, Record},
     };
 
-    fn printed(format: Format, record: Record) -> Vec<u8> {
+    fn printed(format: RecordFormat, record: Record) -> Vec<u8> {
         let consumed =
             ConsumedRecord { topic: "t".into(), partition: 2, offset: Offset::new(7).expect("small"), record };
         let mut out = Vec::new();
         Printer { format, escapes: false }.write(&consumed, &mut out).expect("memory can be written");
         let mut escaped = Vec::new();
         Printer { format, escapes: true }.write(&consumed, &mut escaped).expect("memory can be written");
-        let escaped = String::from_utf8(escaped).expect("what is escaped is text");
+        let escaped = String::from_utf8(escaped).expect("escaped output is UTF-8");
         assert!(!escaped.trim_end_matches('\n').contains(|c: char| c.is_control() && c != '\t'), "{escaped:?}");
         out
     }
@@ -154,13 +154,13 @@ mod tests {
             Printer { format, escapes }.write(&consumed, &mut out).expect("memory can be written");
             out
         };
-        let text = String::from_utf8(printed(Format::Value, true)).expect("text");
+        let text = String::from_utf8(printed(RecordFormat::Value, true)).expect("text");
         assert_eq!(text, "a\tb\\x1b[2J\\x0d\\x07é\\x9b31m\\x7f\\u{202e}\\xff\\x9b\n");
         let record = Record { value: Some(value), ..Record::default() };
         let consumed = ConsumedRecord { record, ..consumed.clone() };
         let lines = [true, false].map(|escapes| {
             let mut out = Vec::new();
-            Printer { format: Format::Json, escapes }.write(&consumed, &mut out).expect("memory can be written");
+            Printer { format: RecordFormat::Json, escapes }.write(&consumed, &mut out).expect("memory can be written");
             out
         });
         assert_ne!(lines[0], lines[1]);
@@ -179,7 +179,7 @@ mod tests {
                 Header { key: "a".into(), value: Some(Bytes::from_static(b"1")) },
             ],
         };
-        let line = printed(Format::Json, record);
+        let line = printed(RecordFormat::Json, record);
         assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
         let value: Value = serde_json::from_slice(&line).expect("JSON");
         assert_eq!(
@@ -190,7 +190,7 @@ mod tests {
             })
         );
         let empty = Record { key: Some(Bytes::new()), value: None, ..Record::default() };
-        let value: Value = serde_json::from_slice(&printed(Format::Json, empty)).expect("JSON");
+        let value: Value = serde_json::from_slice(&printed(RecordFormat::Json, empty)).expect("JSON");
         assert_eq!((&value["key"], &value["value"]), (&json!(""), &Value::Null));
     }
 
@@ -201,7 +201,7 @@ mod tests {
             value: Some(Bytes::from_static(b"a\r\xff")),
             ..Record::default()
         };
-        assert_eq!(printed(Format::Value, record.clone()), b"a\r\xff\n");
-        assert_eq!(printed(Format::KeyValue, record), b"k\ta\r\xff\n");
+        assert_eq!(printed(RecordFormat::Value, record.clone()), b"a\r\xff\n");
+        assert_eq!(printed(RecordFormat::KeyValue, record), b"k\ta\r\xff\n");
     }
 }

@@ -9,7 +9,7 @@ use super::{cluster::state, output};
 use crate::client::{BrokerDescription, ClusterDescription};
 
 /// Impairments of a cluster.
-pub(super) struct Health {
+pub(super) struct ClusterHealth {
     /// Impairments that belong to no single broker.
     cluster: Vec<String>,
     brokers: Vec<BrokerHealth>,
@@ -23,7 +23,7 @@ struct BrokerHealth {
     impaired: Vec<String>,
 }
 
-impl Health {
+impl ClusterHealth {
     pub(super) fn of(cluster: &ClusterDescription) -> Self {
         Self { cluster: of_cluster(cluster), brokers: cluster.brokers.iter().map(of_broker).collect() }
     }
@@ -63,18 +63,17 @@ impl Health {
 fn of_cluster(cluster: &ClusterDescription) -> Vec<String> {
     let partitions =
         |count: u32, what: &str| (count > 0).then(|| format!("{} {what}", output::count(count.into(), "partition")));
-    let silence = cluster.metadata_silence;
-    let silent = (!silence.is_zero()).then(|| {
-        format!("the metadata store has not answered broker {} for {} s", cluster.answered_by, silence.as_secs())
+    let staleness = cluster.metadata_staleness;
+    let stale = (!staleness.is_zero()).then(|| {
+        format!("the metadata store has not responded to broker {} for {} s", cluster.responder, staleness.as_secs())
     });
     let counted = [
-        silent,
+        stale,
         partitions(cluster.leaderless, "without a leader"),
-        partitions(cluster.below_minimum, "below min.insync.replicas"),
+        partitions(cluster.under_min_isr, "below min.insync.replicas"),
         partitions(cluster.under_replicated, "under-replicated"),
     ];
-    let unreadable =
-        cluster.unreadable.iter().map(|one| format!("the value of {} cannot be used: {}", one.key, one.why));
+    let unreadable = cluster.unreadable.iter().map(|one| format!("the value of {} is invalid: {}", one.key, one.error));
     counted.into_iter().flatten().chain(unreadable).collect()
 }
 
@@ -82,17 +81,17 @@ fn of_broker(broker: &BrokerDescription) -> BrokerHealth {
     let (mut impaired, mut ready) = (Vec::new(), None);
     if !broker.alive {
         ready = Some(false);
-        if broker.replicas > 0 {
-            impaired.push(format!("gone, and holds {}", output::count(broker.replicas.into(), "replica")));
+        if broker.replica_count > 0 {
+            impaired.push(format!("offline with {}", output::count(broker.replica_count.into(), "replica")));
         }
     }
-    match &broker.figures {
-        Some(Ok(figures)) => {
-            ready = Some(figures.not_ready.is_none());
-            impaired.extend(figures.not_ready.iter().map(|why| format!("not ready: {why}")));
-            impaired.extend(figures.impaired.iter().cloned());
+    match &broker.stats {
+        Some(Ok(stats)) => {
+            ready = Some(stats.not_ready.is_none());
+            impaired.extend(stats.not_ready.iter().map(|reason| format!("not ready: {reason}")));
+            impaired.extend(stats.impaired.iter().cloned());
         }
-        Some(Err(fault)) => impaired.push(format!("does not answer: {fault}")),
+        Some(Err(error)) => impaired.push(format!("does not respond: {error}")),
         None => {}
     }
     BrokerHealth { id: broker.id.0, state: state(broker), ready, impaired }
@@ -105,10 +104,10 @@ mod tests {
 
     #[test]
     fn health_prints_one_line_per_impairment() {
-        let healthy = Health::of(&calm());
+        let healthy = ClusterHealth::of(&calm());
         assert!(healthy.is_healthy());
         output::golden::lines("cluster-health.txt", &healthy.lines());
-        let troubled = Health::of(&troubled());
+        let troubled = ClusterHealth::of(&troubled());
         assert!(!troubled.is_healthy());
         output::golden::lines("cluster-health-troubled.txt", &troubled.lines());
         output::golden::json("cluster-health.json", &troubled.json());
@@ -119,9 +118,9 @@ mod tests {
     fn gone_broker_without_replicas_is_no_impairment() {
         let mut cluster = calm();
         let gone = &mut cluster.brokers[1];
-        (gone.alive, gone.replicas, gone.figures) = (false, 0, None);
-        assert!(Health::of(&cluster).is_healthy());
-        cluster.brokers[1].replicas = 1;
-        assert!(!Health::of(&cluster).is_healthy());
+        (gone.alive, gone.replica_count, gone.stats) = (false, 0, None);
+        assert!(ClusterHealth::of(&cluster).is_healthy());
+        cluster.brokers[1].replica_count = 1;
+        assert!(!ClusterHealth::of(&cluster).is_healthy());
     }
 }

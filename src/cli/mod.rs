@@ -15,16 +15,16 @@ mod doctor;
 mod format;
 mod health;
 mod idle;
-mod lines;
+mod line_reader;
 mod output;
 mod partition;
-mod patience;
-mod place;
 mod produce;
 mod rack;
+mod retry_output;
 mod segment;
 mod separator;
 mod serve;
+mod start_position;
 mod topic;
 mod wait;
 
@@ -33,15 +33,15 @@ use std::{io, process::ExitCode};
 use clap::{CommandFactory as _, Parser, Subcommand};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use self::output::Output;
-use crate::config::Sources;
+use self::output::OutputFormat;
+use crate::config::ConfigSources;
 
 /// A log service: milliseconds on local disk, history in object storage.
 #[derive(Debug, Parser)]
 #[command(name = "strandline", version, max_term_width = 100, arg_required_else_help = true)]
-struct Arguments {
+struct Args {
     #[command(flatten)]
-    common: Common,
+    common: CommonArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -55,21 +55,21 @@ const BOOTSTRAP_VARIABLE: &str = "STRANDLINE_BOOTSTRAP";
 /// Help heading of the options that all commands share. It stands below a command's own options.
 const COMMON: &str = "Common options";
 
-/// What every command that talks to a cluster, or prints a table, takes.
+/// Arguments of every command that connects to a cluster or prints a table.
 #[derive(Clone, Debug, clap::Args)]
-struct Common {
-    /// Some of the cluster's brokers, by which the others are found; else those of the environment's
-    /// STRANDLINE_BOOTSTRAP, else 127.0.0.1:9460
+struct CommonArgs {
+    /// Broker addresses for the first connection; default: STRANDLINE_BOOTSTRAP of the environment, else
+    /// 127.0.0.1:9460
     // `bootstrap()` reads the variable, not clap: clap's usage lines show an option that the environment sets as
     // required.
     #[arg(long, global = true, value_name = "ADDR[,ADDR]", help_heading = COMMON)]
     bootstrap: Option<String>,
-    /// Whether answers are printed for people or for programs
-    #[arg(long, global = true, value_enum, default_value_t = Output::Text, help_heading = COMMON)]
-    output: Output,
+    /// Output format of results
+    #[arg(long, global = true, value_enum, default_value_t = OutputFormat::Text, help_heading = COMMON)]
+    output: OutputFormat,
 }
 
-impl Common {
+impl CommonArgs {
     /// Returns the bootstrap addresses: those of the option, else of the variable. An empty option or variable selects
     /// the default.
     fn bootstrap(&self) -> String {
@@ -80,26 +80,26 @@ impl Common {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Dev(dev::Dev),
-    Broker(Box<broker::Broker>),
-    /// Show the cluster: its brokers, what they carry, and what is not as it should be
+    Dev(dev::DevArgs),
+    Broker(Box<broker::BrokerArgs>),
+    /// Show the cluster's brokers, load and health; raise its generation
     #[command(subcommand)]
-    Cluster(cluster::Cluster),
-    /// Create, list, describe, alter, grow and delete topics
+    Cluster(cluster::ClusterCommand),
+    /// Create, list, describe, alter and delete topics; add partitions
     #[command(subcommand)]
-    Topic(topic::Topic),
-    /// Say where a partition's replicas are to be, and who is to lead
+    Topic(topic::TopicCommand),
+    /// Reassign replicas, elect leaders, rebuild manifests
     #[command(subcommand)]
-    Partition(partition::Partition),
-    Produce(produce::Produce),
-    Consume(consume::Consume),
+    Partition(partition::PartitionCommand),
+    Produce(produce::ProduceArgs),
+    Consume(consume::ConsumeArgs),
     /// Measure a cluster from the client's side
     #[command(subcommand)]
-    Bench(bench::Bench),
-    /// Look into segment files
+    Bench(bench::BenchCommand),
+    /// Inspect segment files
     #[command(subcommand)]
-    Segment(segment::Segment),
-    Doctor(doctor::Doctor),
+    Segment(segment::SegmentCommand),
+    Doctor(doctor::DoctorArgs),
     /// Show the configuration
     #[command(subcommand)]
     Config(config::ConfigCommand),
@@ -110,22 +110,22 @@ enum Command {
     },
 }
 
-impl Arguments {
+impl Args {
     /// Rejects combinations of arguments that clap accepts and the command does not support.
     fn check(&self) -> Result<(), clap::Error> {
         let wrong = match &self.command {
             Command::Partition(command) => command.wrong_usage(),
             _ => None,
         };
-        wrong.map_or(Ok(()), |why| Err(Self::command().error(clap::error::ErrorKind::ArgumentConflict, why)))
+        wrong.map_or(Ok(()), |reason| Err(Self::command().error(clap::error::ErrorKind::ArgumentConflict, reason)))
     }
 }
 
 /// Runs the program on the process's arguments.
 pub fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    if let Err(wrong) = arguments.check() {
-        wrong.exit();
+    let arguments = Args::parse();
+    if let Err(error) = arguments.check() {
+        error.exit();
     }
     raise_open_files();
     match check_environment().and_then(|()| run(arguments)) {
@@ -145,10 +145,10 @@ fn check_environment() -> anyhow::Result<()> {
         let name = name.to_string_lossy();
         anyhow::ensure!(
             !name.starts_with("STRANDLINE_") || value.to_str().is_some(),
-            "the value of {name} is no UTF-8: {value:?}"
+            "the value of {name} is not valid UTF-8: {value:?}"
         );
     }
-    Ok(Sources::check_names(serve::environment())?)
+    Ok(ConfigSources::check_names(serve::environment())?)
 }
 
 /// Raises the soft limit of open files to the hard limit. With the common soft limit of 1024, a thousand clients use
@@ -161,7 +161,7 @@ fn raise_open_files() {
     }
 }
 
-fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+fn run(arguments: Args) -> anyhow::Result<ExitCode> {
     let common = arguments.common;
     match arguments.command {
         Command::Dev(command) => block_on(dev::run(command)),
@@ -178,7 +178,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Completions { shell } => {
             // The script is built in memory, because the generator panics if its writer fails.
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Arguments::command(), "strandline", &mut script);
+            clap_complete::generate(shell, &mut Args::command(), "strandline", &mut script);
             io::Write::write_all(&mut io::stdout().lock(), &script)?;
             Ok(ExitCode::SUCCESS)
         }
@@ -217,20 +217,20 @@ mod tests {
 
     #[test]
     fn arguments_are_consistent() {
-        Arguments::command().debug_assert();
+        Args::command().debug_assert();
     }
 
     #[test]
     fn error_text_contains_each_cause_once() {
         let cause = || io::Error::other("no such place");
-        let said = anyhow::Error::from(cause()).context("f cannot be read: no such place");
-        assert_eq!(whole(&said), "f cannot be read: no such place");
-        let unsaid = anyhow::Error::from(cause()).context("f cannot be read");
-        assert_eq!(whole(&unsaid), "f cannot be read: no such place");
+        let repeated = anyhow::Error::from(cause()).context("f cannot be read: no such place");
+        assert_eq!(whole(&repeated), "f cannot be read: no such place");
+        let separate = anyhow::Error::from(cause()).context("f cannot be read");
+        assert_eq!(whole(&separate), "f cannot be read: no such place");
     }
 
     #[test]
-    fn promised_command_lines_are_parsed() {
+    fn documented_command_lines_are_parsed() {
         for line in [
             "topic create t --partitions 3 --replication-factor 1 --config a=b --config c=d",
             "topic list --output json",
@@ -239,7 +239,7 @@ mod tests {
             "topic alter t --replication-factor 3",
             "cluster describe --output json",
             "broker drain 2",
-            "broker restore 2 --output json",
+            "broker undrain 2 --output json",
             "partition reassign t/0 --replicas 1,2,3",
             "partition reassign t --replicas 1,2,3 --output json",
             "partition reassign status",
@@ -252,12 +252,12 @@ mod tests {
             "partition cancel t/1",
             "partition elect t/0",
             "partition elect t/0 --unclean --yes",
-            "topic add-partitions t --to 4",
+            "topic add-partitions t --partitions 4",
             "topic delete t",
             "topic delete t --yes",
             "topic delete t --dry-run --output json",
             "produce t --key-separator : --partition 2 --acks tiered --compression zstd a b",
-            "consume t --partition 0 --partition 1 --from @2026-01-01T00:00:00Z --until-end --max 3 --format json",
+            "consume t --partition 0 --partition 1 --from @2026-01-01T00:00:00Z --until-end --max-records 3 --format json",
             "consume t --rack zone-a",
             "segment dump f --records",
             "config print",
@@ -276,30 +276,30 @@ mod tests {
             "doctor --object-store s3://b/p --endpoint http://127.0.0.1:9000 --region r --path-style",
         ] {
             let words = std::iter::once("strandline").chain(line.split_whitespace());
-            Arguments::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
+            Args::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
         }
     }
 
     #[test]
     fn long_help_describes_command_behaviour() {
         let seconds = format!("within {} seconds", connect::METADATA_AGE.as_secs());
-        for (name, said) in [
+        for (name, expected) in [
             ("produce", "only if every record was acknowledged"),
             ("produce", seconds.as_str()),
             ("consume", seconds.as_str()),
             ("consume", "STRANDLINE_RACK"),
             ("doctor", "Credentials come from the usual environment"),
         ] {
-            let mut all = Arguments::command();
+            let mut all = Args::command();
             let help = all.find_subcommand_mut(name).expect(name).render_long_help().to_string();
             let words: Vec<&str> = help.split_whitespace().collect();
-            assert!(words.join(" ").contains(said), "{name}: {help}");
+            assert!(words.join(" ").contains(expected), "{name}: {help}");
         }
     }
 
     #[test]
     fn empty_bootstrap_selects_the_default() {
-        let parsed = |value: &str| Arguments::try_parse_from(["strandline", "--bootstrap", value, "topic", "list"]);
+        let parsed = |value: &str| Args::try_parse_from(["strandline", "--bootstrap", value, "topic", "list"]);
         assert_eq!(parsed("").expect("valid").common.bootstrap(), DEFAULT_BOOTSTRAP);
         assert_eq!(parsed("a:1").expect("valid").common.bootstrap(), "a:1");
     }
@@ -348,7 +348,7 @@ mod tests {
             "produce t --timeout 0",
         ] {
             let words = std::iter::once("strandline").chain(line.split_whitespace());
-            let error = Arguments::try_parse_from(words).and_then(|parsed| parsed.check()).expect_err(line);
+            let error = Args::try_parse_from(words).and_then(|parsed| parsed.check()).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");
         }
     }
@@ -364,7 +364,7 @@ mod tests {
             "partition cancel t",
         ] {
             let words = std::iter::once("strandline").chain(line.split_whitespace());
-            let parsed = Arguments::try_parse_from(words).and_then(|parsed| parsed.check());
+            let parsed = Args::try_parse_from(words).and_then(|parsed| parsed.check());
             assert!(parsed.is_ok(), "{line}: {parsed:?}");
         }
     }
@@ -372,7 +372,7 @@ mod tests {
     #[test]
     fn low_soft_limit_of_open_files_is_raised() {
         let limit = getrlimit(Resource::Nofile);
-        let low = limit.maximum.map(|most| most - 1);
+        let low = limit.maximum.map(|max| max - 1);
         setrlimit(Resource::Nofile, Rlimit { current: low, ..limit }).expect("lower is allowed");
         raise_open_files();
         assert_eq!(getrlimit(Resource::Nofile).current, limit.maximum);

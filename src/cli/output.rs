@@ -7,9 +7,9 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 pub(super) use crate::model::format_ids;
 
-/// For whom an answer is printed.
+/// Format of printed results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Output {
+pub(super) enum OutputFormat {
     /// Tables and sentences
     Text,
     /// One JSON value

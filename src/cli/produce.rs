@@ -15,11 +15,11 @@ use serde_json::{Value, json};
 use tokio::io::AsyncRead;
 
 use super::{
-    Common,
+    CommonArgs,
     connect::{connect, explain, explain_send},
-    lines::Lines,
-    output::{self, Output},
-    patience::Patience,
+    line_reader::LineReader,
+    output::{self, OutputFormat},
+    retry_output::RetryMonitor,
     separator::Separator,
     serve::stop_signal,
     whole,
@@ -31,40 +31,39 @@ use crate::{
 };
 
 /// Maximum number of unfinished deliveries. Above it, the command waits for the oldest.
-const MOST_OUTSTANDING: usize = 100_000;
+const MAX_OUTSTANDING: usize = 100_000;
 
 /// Maximum time that the end of the command waits for records in flight.
-const LAST_ANSWERS: Duration = Duration::from_secs(5);
+const LAST_ACKS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Maximum number of offset ranges that are printed for one partition.
-const MOST_RANGES: usize = 8;
+const MAX_RANGES: usize = 8;
 
-/// Send the lines of files, or of standard input, as records
+/// Send the lines of files or of standard input as records
 ///
-/// Bytes are unchanged: a carriage return stays, an empty line is an empty value, a last line without an end counts. Exits
-/// 0 only if every record was acknowledged. What keeps records from being acknowledged is said on standard error while it
-/// tries again. Partitions that the topic is given meanwhile are used within 5 seconds. Ctrl-C and SIGTERM end it with its
-/// summary.
+/// Bytes are unchanged: a carriage return is kept, an empty line is an empty value, and the last line needs no line
+/// end. Exits with code 0 only if every record was acknowledged. A problem that delays acknowledgements is printed on
+/// standard error while the command retries. Partitions that are added to the topic are used within 5 seconds. Ctrl-C
+/// and SIGTERM stop the command after its summary.
 #[derive(Debug, Args)]
-pub(super) struct Produce {
+pub(super) struct ProduceArgs {
     /// The topic
     topic: String,
     /// Files to read; standard input if none, or for `-`
     files: Vec<PathBuf>,
-    /// A line's key is what stands before the first of these; a line without one has no key. Escapes: \t, \n, \r, \\, \xNN
+    /// Separator after the key, the first one in a line; a line without it has no key. Escapes: \t, \n, \r, \\, \xNN
     #[arg(long, value_name = "S")]
     key_separator: Option<Separator>,
-    /// The partition; by the key, else spread over all, if left out
+    /// Partition; default: by the key's hash, or spread over all for records without a key
     #[arg(long, value_name = "N")]
     partition: Option<u32>,
-    /// What to wait for: nothing, the leader, all in-sync replicas, or the bucket as well
+    /// Acknowledge after: nothing, the leader, all in-sync replicas, or also the object store
     #[arg(long, value_name = "0|1|all|tiered", default_value = "all", value_parser = acks)]
     acks: Acks,
-    /// none, gzip, snappy, lz4 or zstd
+    /// Codec: none, gzip, snappy, lz4 or zstd
     #[arg(long, value_name = "CODEC", default_value = "none", value_parser = compression)]
     compression: Compression,
-    /// How many seconds a record may take until it is acknowledged, retries included; 60, or 120 with --acks tiered, if
-    /// left out
+    /// Seconds until an unacknowledged record fails, retries included; default: 60, or 120 with --acks tiered
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: Option<u64>,
 }
@@ -79,7 +78,7 @@ pub(super) fn compression(text: &str) -> Result<Compression, String> {
 
 /// Results of the records so far.
 #[derive(Debug, Default)]
-struct Tally {
+struct ProduceSummary {
     sent: u64,
     /// Acknowledged records; with `acks=0`, accepted records.
     answered: u64,
@@ -87,21 +86,21 @@ struct Tally {
     /// Lines that contain the separator.
     keyed: u64,
     first_failure: Option<SendError>,
-    partitions: BTreeMap<u32, Landed>,
-    /// Number of acknowledgements by meaning, such as `synced on 1 replica`. There are several meanings if the ISR
+    partitions: BTreeMap<u32, PartitionAcks>,
+    /// Number of acknowledgements by meaning, such as `persisted on 1 replica`. There are several meanings if the ISR
     /// changed meanwhile.
     meanings: BTreeMap<String, u64>,
 }
 
 /// Acknowledged records of one partition and their offsets.
 #[derive(Debug, Default)]
-struct Landed {
+struct PartitionAcks {
     records: u64,
     /// Offset ranges in the order of sending, ends excluded. Consecutive offsets share a range.
     ranges: Vec<(u64, u64)>,
 }
 
-impl Tally {
+impl ProduceSummary {
     fn count(&mut self, answer: Result<Ack, SendError>) {
         let ack = match answer {
             Ok(ack) => ack,
@@ -113,10 +112,10 @@ impl Tally {
         };
         self.answered += 1;
         *self.meanings.entry(ack.meaning()).or_default() += 1;
-        let landed = self.partitions.entry(ack.partition).or_default();
-        landed.records += 1;
+        let partition_acks = self.partitions.entry(ack.partition).or_default();
+        partition_acks.records += 1;
         if let Some(offset) = ack.offset {
-            landed.add(offset.get());
+            partition_acks.add(offset.get());
         }
     }
 
@@ -125,7 +124,7 @@ impl Tally {
     }
 }
 
-impl Landed {
+impl PartitionAcks {
     fn add(&mut self, offset: u64) {
         match self.ranges.last_mut() {
             Some((_, end)) if *end == offset => *end += 1,
@@ -134,12 +133,12 @@ impl Landed {
         }
     }
 
-    fn words(&self) -> String {
+    fn describe(&self) -> String {
         let shown: Vec<String> =
-            self.ranges.iter().take(MOST_RANGES).map(|(start, end)| format!("{start}..{end}")).collect();
-        let more = self.ranges.len().saturating_sub(MOST_RANGES);
+            self.ranges.iter().take(MAX_RANGES).map(|(start, end)| format!("{start}..{end}")).collect();
+        let more = self.ranges.len().saturating_sub(MAX_RANGES);
         let tail = if more > 0 { format!(" and {more} more ranges") } else { String::new() };
-        if shown.is_empty() { "unknown, as acks=0 asks for none".to_owned() } else { shown.join(", ") + &tail }
+        if shown.is_empty() { "unknown with acks=0".to_owned() } else { shown.join(", ") + &tail }
     }
 }
 
@@ -147,27 +146,27 @@ impl Landed {
 #[derive(Default)]
 struct Outstanding {
     deliveries: VecDeque<Delivery>,
-    tally: Tally,
+    summary: ProduceSummary,
 }
 
 impl Outstanding {
-    /// Adds a delivery. Counts finished deliveries, and waits while more than `MOST_OUTSTANDING` are unfinished.
+    /// Adds a delivery. Counts finished deliveries, and waits while more than `MAX_OUTSTANDING` are unfinished.
     async fn push(&mut self, delivery: Delivery) {
-        self.tally.sent += 1;
+        self.summary.sent += 1;
         self.deliveries.push_back(delivery);
         // Polling a delivery has a small cost, so it happens once per 64 records.
-        if self.tally.sent.is_multiple_of(64) {
+        if self.summary.sent.is_multiple_of(64) {
             while let Some(answer) = self.deliveries.front_mut().and_then(FutureExt::now_or_never) {
                 self.deliveries.pop_front();
-                self.tally.count(answer);
+                self.summary.count(answer);
             }
         }
-        while self.deliveries.len() > MOST_OUTSTANDING
+        while self.deliveries.len() > MAX_OUTSTANDING
             && let Some(delivery) = self.deliveries.front_mut()
         {
             let answer = delivery.await;
             self.deliveries.pop_front();
-            self.tally.count(answer);
+            self.summary.count(answer);
         }
     }
 
@@ -176,61 +175,61 @@ impl Outstanding {
         while let Some(delivery) = self.deliveries.front_mut() {
             let answer = delivery.await;
             self.deliveries.pop_front();
-            self.tally.count(answer);
+            self.summary.count(answer);
         }
     }
 
     /// Counts all unfinished deliveries as failed and drops them.
-    fn give_up(&mut self) {
-        self.tally.failed += self.deliveries.len() as u64;
+    fn count_abandoned(&mut self) {
+        self.summary.failed += self.deliveries.len() as u64;
         self.deliveries.clear();
     }
 }
 
-pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(common: &CommonArgs, command: ProduceArgs) -> anyhow::Result<ExitCode> {
     let mut outstanding = Outstanding::default();
     let failure = produce(common, &command, &mut outstanding).await.err();
-    report(&command, &outstanding.tally, failure.as_ref(), common.output)?;
-    if let Some(hint) = keyless(&command, &outstanding.tally) {
+    report(&command, &outstanding.summary, failure.as_ref(), common.output)?;
+    if let Some(hint) = keyless(&command, &outstanding.summary) {
         eprintln!("{hint}");
     }
     failure.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
-async fn produce(common: &Common, command: &Produce, outstanding: &mut Outstanding) -> anyhow::Result<()> {
+async fn produce(common: &CommonArgs, command: &ProduceArgs, outstanding: &mut Outstanding) -> anyhow::Result<()> {
     // An unreadable file is reported before any record is sent.
     for file in command.files.iter().filter(|file| !is_stdin(file)) {
         std::fs::File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
     }
     let mut stop = std::pin::pin!(stop_signal()?);
     let client = connect(common).await?;
-    let mut patience = Patience::new(&client);
+    let mut monitor = RetryMonitor::new(&client);
     let bar = output::progress(None, "{spinner} {human_pos} records sent, {per_sec}");
-    patience.beside(&bar);
+    monitor.beside(&bar);
     let producer = tokio::select! {
         biased;
         () = &mut stop => bail!("interrupted"),
-        started = patience.over(None, start(&client, command)) => started?,
+        started = monitor.run_with_retry_output(None, start(&client, command)) => started?,
     };
     let sent = tokio::select! {
         biased;
         () = &mut stop => Err(anyhow!("interrupted")),
-        sent = patience.over(None, send_all(command, &producer, outstanding, &bar)) => {
+        sent = monitor.run_with_retry_output(None, send_all(command, &producer, outstanding, &bar)) => {
             tokio::select! {
                 biased;
                 () = &mut stop => sent.and(Err(anyhow!("interrupted"))),
-                finished = patience.over(None, finish(&producer, outstanding)) => sent.and(finished),
+                finished = monitor.run_with_retry_output(None, finish(&producer, outstanding)) => sent.and(finished),
             }
         }
     };
     // After a stop, most records in flight are acknowledged within a moment. The summary waits for at most
-    // `LAST_ANSWERS`.
-    let _late = tokio::time::timeout(LAST_ANSWERS, finish(&producer, outstanding)).await;
-    outstanding.give_up();
+    // `LAST_ACKS_TIMEOUT`.
+    let _late = tokio::time::timeout(LAST_ACKS_TIMEOUT, finish(&producer, outstanding)).await;
+    outstanding.count_abandoned();
     bar.finish_and_clear();
     let admin = client.admin();
     let topic = command.topic.as_str();
-    match (sent, outstanding.tally.first_failure.take()) {
+    match (sent, outstanding.summary.first_failure.take()) {
         (Err(error), _) => match error.downcast_ref() {
             Some(SendError::Lookup(lookup)) => Err(explain(&admin, topic, lookup.clone()).await),
             _ => Err(error),
@@ -241,7 +240,7 @@ async fn produce(common: &Common, command: &Produce, outstanding: &mut Outstandi
 }
 
 /// Checks that the topic and the partition exist, and returns a producer.
-async fn start(client: &Client, command: &Produce) -> anyhow::Result<Producer> {
+async fn start(client: &Client, command: &ProduceArgs) -> anyhow::Result<Producer> {
     let topic = command.topic.as_str();
     let route = match client.topic(topic).await {
         Ok(route) => route,
@@ -278,7 +277,7 @@ fn is_stdin(file: &Path) -> bool {
 }
 
 async fn send_all(
-    command: &Produce,
+    command: &ProduceArgs,
     producer: &Producer,
     outstanding: &mut Outstanding,
     bar: &ProgressBar,
@@ -299,28 +298,28 @@ async fn send_all(
 }
 
 async fn send_lines(
-    command: &Produce,
+    command: &ProduceArgs,
     name: &str,
     input: impl AsyncRead + Unpin,
     producer: &Producer,
     outstanding: &mut Outstanding,
     bar: &ProgressBar,
 ) -> anyhow::Result<()> {
-    let mut lines = Lines::new(input, limits::MAX_BATCH_BYTES);
+    let mut lines = LineReader::new(input, limits::MAX_BATCH_BYTES);
     while let Some(line) = lines.next().await.with_context(|| format!("cannot read {name}"))? {
         let (record, is_keyed) = record(line, command);
-        outstanding.tally.keyed += u64::from(is_keyed);
+        outstanding.summary.keyed += u64::from(is_keyed);
         let sent = producer.send(&command.topic, record).await;
         let number = lines.number;
         if sent.is_err() {
-            outstanding.tally.sent += 1;
-            outstanding.tally.failed += 1;
+            outstanding.summary.sent += 1;
+            outstanding.summary.failed += 1;
         }
         let delivery = sent.with_context(|| format!("{name}, line {number}"))?;
         outstanding.push(delivery).await;
         bar.inc(1);
-        if outstanding.tally.first_failure.is_some() {
-            // No record is sent after a failed one. The caller takes the error from the tally.
+        if outstanding.summary.first_failure.is_some() {
+            // No record is sent after a failed one. The caller takes the error from the summary.
             return Ok(());
         }
     }
@@ -328,7 +327,7 @@ async fn send_lines(
 }
 
 /// Returns the record of a line, and true if the line contains the separator.
-fn record<'a>(line: &'a [u8], command: &Produce) -> (NewRecord<'a>, bool) {
+fn record<'a>(line: &'a [u8], command: &ProduceArgs) -> (NewRecord<'a>, bool) {
     let split = command.key_separator.as_ref().and_then(|separator| separator.split(line));
     let record = match split {
         Some((key, value)) => NewRecord::value(value).key(key),
@@ -342,28 +341,37 @@ fn record<'a>(line: &'a [u8], command: &Produce) -> (NewRecord<'a>, bool) {
 }
 
 /// Returns a hint if the option set a separator and no line contains it.
-fn keyless(command: &Produce, tally: &Tally) -> Option<String> {
-    let separator = command.key_separator.as_ref().filter(|_| tally.sent > 0 && tally.keyed == 0)?;
-    let lines = if tally.sent == 1 { "the line".to_owned() } else { format!("any of the {} lines", tally.sent) };
+fn keyless(command: &ProduceArgs, summary: &ProduceSummary) -> Option<String> {
+    let separator = command.key_separator.as_ref().filter(|_| summary.sent > 0 && summary.keyed == 0)?;
+    let lines = if summary.sent == 1 { "the line".to_owned() } else { format!("any of the {} lines", summary.sent) };
     Some(format!("hint: the separator \"{separator}\" was not in {lines}, so no record has a key"))
 }
 
-fn report(command: &Produce, tally: &Tally, failure: Option<&anyhow::Error>, output: Output) -> anyhow::Result<()> {
-    if output == Output::Json {
-        return Ok(output::json(&object(command, tally, failure))?);
+fn report(
+    command: &ProduceArgs,
+    summary: &ProduceSummary,
+    failure: Option<&anyhow::Error>,
+    output: OutputFormat,
+) -> anyhow::Result<()> {
+    if output == OutputFormat::Json {
+        return Ok(output::json(&object(command, summary, failure))?);
     }
-    match (tally.sent, failure) {
+    match (summary.sent, failure) {
         (0, Some(_)) => return Ok(()),
         (0, None) => return Ok(output::line(&format!("no records were sent to {}", command.topic))?),
         _ => {}
     }
-    let meaning = if tally.answered == 0 { String::new() } else { format!(": {}", tally.meaning()) };
-    let records = if tally.sent == 1 { "record" } else { "records" };
+    let meaning = if summary.answered == 0 { String::new() } else { format!(": {}", summary.meaning()) };
+    let records = if summary.sent == 1 { "record" } else { "records" };
     let verb = verb(command.acks);
-    output::line(&format!("{verb} {} of {} {records} in {}{meaning}", tally.answered, tally.sent, command.topic))?;
-    for (partition, landed) in &tally.partitions {
-        let records = if landed.records == 1 { "record" } else { "records" };
-        output::line(&format!("  partition {partition}: {} {records}, offsets {}", landed.records, landed.words()))?;
+    output::line(&format!("{verb} {} of {} {records} in {}{meaning}", summary.answered, summary.sent, command.topic))?;
+    for (partition, partition_acks) in &summary.partitions {
+        let records = if partition_acks.records == 1 { "record" } else { "records" };
+        output::line(&format!(
+            "  partition {partition}: {} {records}, offsets {}",
+            partition_acks.records,
+            partition_acks.describe()
+        ))?;
     }
     Ok(())
 }
@@ -373,19 +381,19 @@ fn verb(acks: Acks) -> &'static str {
     if acks == Acks::None { "accepted" } else { "acknowledged" }
 }
 
-fn object(command: &Produce, tally: &Tally, failure: Option<&anyhow::Error>) -> Value {
-    let partition = |(partition, landed): (&u32, &Landed)| {
-        let ranges: Vec<Value> = landed.ranges.iter().map(|(start, end)| json!([start, end])).collect();
-        json!({ "partition": partition, "records": landed.records, "offsets": ranges })
+fn object(command: &ProduceArgs, summary: &ProduceSummary, failure: Option<&anyhow::Error>) -> Value {
+    let partition = |(partition, partition_acks): (&u32, &PartitionAcks)| {
+        let ranges: Vec<Value> = partition_acks.ranges.iter().map(|(start, end)| json!([start, end])).collect();
+        json!({ "partition": partition, "records": partition_acks.records, "offsets": ranges })
     };
     json!({
         "topic": command.topic,
-        "sent": tally.sent,
-        (verb(command.acks)): tally.answered,
-        "failed": tally.failed,
+        "sent": summary.sent,
+        (verb(command.acks)): summary.answered,
+        "failed": summary.failed,
         "acks": command.acks.as_str(),
-        "meaning": tally.meaning(),
-        "partitions": tally.partitions.iter().map(partition).collect::<Vec<_>>(),
+        "meaning": summary.meaning(),
+        "partitions": summary.partitions.iter().map(partition).collect::<Vec<_>>(),
         "error": failure.map(whole),
     })
 }
@@ -416,14 +424,14 @@ mod tests {
 
     #[tokio::test]
     async fn summary_contains_counts_offsets_and_ack_meaning() {
-        let mut tally = Tally::default();
+        let mut summary = ProduceSummary::default();
         for (partition, offset) in [(0, 5), (0, 6), (1, 0), (0, 9)] {
-            tally.count(ack(partition, offset));
+            summary.count(ack(partition, offset));
         }
-        tally.count(Err(SendError::Closed));
-        assert_eq!((tally.answered, tally.failed), (4, 1));
-        assert_eq!(tally.partitions[&0].words(), "5..7, 9..10");
-        assert_eq!(tally.partitions[&1].words(), "0..1");
-        assert_eq!(tally.meaning(), "synced on 1 replica");
+        summary.count(Err(SendError::Closed));
+        assert_eq!((summary.answered, summary.failed), (4, 1));
+        assert_eq!(summary.partitions[&0].describe(), "5..7, 9..10");
+        assert_eq!(summary.partitions[&1].describe(), "0..1");
+        assert_eq!(summary.meaning(), "persisted on 1 replica");
     }
 }

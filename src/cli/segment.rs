@@ -9,8 +9,8 @@ use std::{
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use self::file::{Batches, Damage, Epochs};
-use super::{Common, format, output::Output};
+use self::file::{FileBatches, FileEpochs, SegmentError};
+use super::{CommonArgs, format, output::OutputFormat};
 use crate::{
     model::{Offset, TimestampType},
     record::{Batch, MalformedBatch, Record},
@@ -20,22 +20,22 @@ use crate::{
 mod file;
 
 #[derive(Debug, Subcommand)]
-pub(super) enum Segment {
-    /// Print one line per batch, and check every batch; exits 1 where the file is damaged
-    Dump(Dump),
+pub(super) enum SegmentCommand {
+    /// Print one line per batch and check every batch; exit with code 1 if the file is corrupt
+    Dump(DumpArgs),
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Dump {
-    /// A segment file (.log) of a data directory, or a segment object (.segment) of a bucket
+pub(super) struct DumpArgs {
+    /// A segment file (.log) of a data directory, or a segment object (.segment)
     file: PathBuf,
     /// Print one line per record as well
     #[arg(long)]
     records: bool,
 }
 
-pub(super) fn run(common: &Common, command: Segment) -> anyhow::Result<ExitCode> {
-    let Segment::Dump(dump) = command;
+pub(super) fn run(common: &CommonArgs, command: SegmentCommand) -> anyhow::Result<ExitCode> {
+    let SegmentCommand::Dump(dump) = command;
     let (batches, footer) = file::open(&dump.file)?;
     let mut out = BufWriter::new(io::stdout().lock());
     let result = dump_all(batches, footer.as_ref(), &dump, common.output, &mut out);
@@ -47,14 +47,14 @@ pub(super) fn run(common: &Common, command: Segment) -> anyhow::Result<ExitCode>
 /// Prints all batches. Each batch is printed after the next one was read, because only the next batch can show that
 /// this batch's leader epoch is too high.
 fn dump_all(
-    mut batches: Batches<impl Read>,
+    mut batches: FileBatches<impl Read>,
     footer: Option<&Footer>,
-    dump: &Dump,
-    output: Output,
+    dump: &DumpArgs,
+    output: OutputFormat,
     out: &mut impl Write,
 ) -> anyhow::Result<()> {
-    let damage = |damage: Damage| damage.into_error(&dump.file);
-    let mut epochs = Epochs::default();
+    let damage = |damage: SegmentError| damage.into_error(&dump.file);
+    let mut epochs = FileEpochs::default();
     let mut current = batches.next().map_err(damage)?;
     while let Some((position, batch)) = current {
         let next = batches.next();
@@ -67,7 +67,13 @@ fn dump_all(
     footer.map_or(Ok(()), |footer| batches.check(footer).map_err(damage))
 }
 
-fn print_all(position: u64, batch: &Batch, dump: &Dump, output: Output, out: &mut impl Write) -> anyhow::Result<()> {
+fn print_all(
+    position: u64,
+    batch: &Batch,
+    dump: &DumpArgs,
+    output: OutputFormat,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
     let damaged = |error: MalformedBatch| file::damaged(&dump.file, position, &error);
     if !dump.records {
         batch.verify_records().map_err(damaged)?;
@@ -81,13 +87,13 @@ fn print_all(position: u64, batch: &Batch, dump: &Dump, output: Output, out: &mu
     Ok(())
 }
 
-fn print_batch(position: u64, batch: &Batch, output: Output, out: &mut impl Write) -> io::Result<()> {
+fn print_batch(position: u64, batch: &Batch, output: OutputFormat, out: &mut impl Write) -> io::Result<()> {
     let (start, end) = (batch.base_offset(), batch.end_offset());
     let by = match batch.timestamp_type() {
         TimestampType::CreateTime => "CreateTime",
         TimestampType::LogAppendTime => "LogAppendTime",
     };
-    if output == Output::Json {
+    if output == OutputFormat::Json {
         let producer = batch.producer();
         let producer = producer.map(|by| json!({ "id": by.id, "epoch": by.epoch, "base_sequence": by.base_sequence }));
         let value = json!({
@@ -124,12 +130,12 @@ fn print_batch(position: u64, batch: &Batch, output: Output, out: &mut impl Writ
     )
 }
 
-fn print_record(offset: Offset, record: &Record, output: Output, out: &mut impl Write) -> io::Result<()> {
+fn print_record(offset: Offset, record: &Record, output: OutputFormat, out: &mut impl Write) -> io::Result<()> {
     let headers = record.headers.iter();
     let headers: Vec<_> =
         headers.map(|header| json!({ "key": header.key, "value": format::text(header.value.as_deref()) })).collect();
     let (key, value) = (format::text(record.key.as_deref()), format::text(record.value.as_deref()));
-    if output == Output::Json {
+    if output == OutputFormat::Json {
         let value = json!({
             "offset": offset, "timestamp": record.timestamp_ms, "key": key, "value": value, "headers": headers,
         });

@@ -48,14 +48,14 @@ impl FromStr for Separator {
                 }
                 Some(other) => {
                     return Err(format!(
-                        "\\{other} is no escape: write \\t, \\n, \\r, \\\\ or \\xNN; \\\\ is one backslash"
+                        "\\{other} is not an escape: write \\t, \\n, \\r, \\\\ or \\xNN; \\\\ is one backslash"
                     ));
                 }
-                None => return Err("it ends in a single backslash: write \\\\ for one".to_owned()),
+                None => return Err("the separator ends with a single backslash: write \\\\ for a backslash".to_owned()),
             });
         }
         match bytes.is_empty() {
-            true => Err("it is empty".to_owned()),
+            true => Err("the separator is empty".to_owned()),
             false => Ok(Self { bytes, typed: text.to_owned() }),
         }
     }

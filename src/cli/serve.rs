@@ -6,15 +6,15 @@ use anyhow::Context as _;
 use clap::Args;
 
 use crate::{
-    config::{Settings, Sources},
-    server::{self, Ready},
+    config::{ConfigSources, LoadedConfig},
+    server::{self, ServingAddresses},
     telemetry,
 };
 
-/// Settings for which there is no flag of their own.
+/// Settings without a flag of their own.
 #[derive(Clone, Debug, Args)]
 pub(super) struct Overrides {
-    /// Set any setting, as in --set tier.check_interval=5s
+    /// Set any setting, such as --set tier.check_interval=5s; repeatable
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
     set: Vec<(String, String)>,
 }
@@ -22,13 +22,13 @@ pub(super) struct Overrides {
 fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("write it as KEY=VALUE, for instance broker.rack=zone-a".to_owned()),
+        _ => Err("not a KEY=VALUE pair: write it like broker.rack=zone-a".to_owned()),
     }
 }
 
 impl Overrides {
     /// Adds the overrides to `sources`. The overrides have precedence over the values that are set already.
-    pub(super) fn apply(self, sources: Sources) -> Sources {
+    pub(super) fn apply(self, sources: ConfigSources) -> ConfigSources {
         self.set.into_iter().fold(sources, |sources, (key, value)| sources.flag(&key, value))
     }
 }
@@ -46,7 +46,7 @@ pub(super) fn keep_files_private() {
 }
 
 /// Runs a broker until a stop signal.
-pub(super) async fn serve(settings: Settings, ready: impl FnOnce(&Ready)) -> anyhow::Result<ExitCode> {
+pub(super) async fn serve(settings: LoadedConfig, ready: impl FnOnce(&ServingAddresses)) -> anyhow::Result<ExitCode> {
     let config = settings.config;
     keep_files_private();
     telemetry::start(&config.telemetry.level, config.telemetry.format)?;
@@ -69,7 +69,7 @@ pub(super) fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
 }
 
 /// Prints text on standard output. A closed standard output does not stop the broker.
-pub(super) fn say(text: &str) {
+pub(super) fn print_line(text: &str) {
     let mut out = std::io::stdout().lock();
     let _closed = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }

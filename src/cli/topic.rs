@@ -8,21 +8,21 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::{
-    Common,
+    CommonArgs,
     connect::{connect, explain},
-    output::{self, Output},
-    patience::Patience,
+    output::{self, OutputFormat},
+    retry_output::RetryMonitor,
 };
 use crate::{
-    client::{Admin, ConfigSource, NewTopic, PartitionDescription, TopicChange, TopicDescription, TopicSummary},
+    client::{Admin, ConfigSource, NewTopic, PartitionDescription, TopicAlteration, TopicDescription, TopicSummary},
     limits,
     model::{ConfigMap, Offset},
 };
 
 #[derive(Debug, Subcommand)]
-pub(super) enum Topic {
+pub(super) enum TopicCommand {
     /// Create a topic
-    Create(Create),
+    Create(CreateArgs),
     /// List all topics
     List,
     /// Show a topic's configuration and partitions
@@ -30,54 +30,54 @@ pub(super) enum Topic {
         /// The topic
         name: String,
     },
-    /// Change a topic's configuration, which takes effect at once, or how many replicas it has
-    Alter(Alter),
-    /// Give a topic more partitions
+    /// Change a topic's configuration, which takes effect at once, or its replication factor
+    Alter(AlterArgs),
+    /// Add partitions to a topic
     AddPartitions {
         /// The topic
         name: String,
-        /// How many it has afterwards
+        /// New total number of partitions
         #[arg(long, value_name = "N")]
-        to: u32,
+        partitions: u32,
     },
-    Delete(delete::Delete),
+    Delete(delete::DeleteArgs),
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Create {
-    /// Its name: a-z, A-Z, 0-9, '.', '_' and '-'
+pub(super) struct CreateArgs {
+    /// Topic name: a-z, A-Z, 0-9, '.', '_' and '-'
     name: String,
-    /// How many partitions
+    /// Number of partitions
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     partitions: u32,
-    /// How many brokers hold each partition; the cluster's default if left out
+    /// Number of replicas of each partition; default: replication.default_factor
     #[arg(long, value_name = "N", value_parser = factor())]
     replication_factor: Option<u32>,
-    /// A configuration key, such as retention.ms=86400000; may be given several times
+    /// Configuration, such as retention.ms=86400000; repeatable
     #[arg(long = "config", value_name = "K=V", value_parser = key_value)]
     config: Vec<(String, String)>,
 }
 
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
-pub(super) struct Changes {
-    /// Set a configuration key; may be given several times
+pub(super) struct ConfigChangeArgs {
+    /// Set a configuration key; repeatable
     #[arg(long = "config", value_name = "K=V", value_parser = key_value)]
     config: Vec<(String, String)>,
-    /// Take a configuration key back to its default; may be given several times
+    /// Reset a configuration key to its default; repeatable
     #[arg(long, value_name = "K")]
     unset: Vec<String>,
-    /// How many brokers are to hold each partition; the controller makes or lets go what differs, some partitions at a time
+    /// New number of replicas of each partition; the controller adds or removes replicas in steps
     #[arg(long, value_name = "N", value_parser = factor())]
     replication_factor: Option<u32>,
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Alter {
+pub(super) struct AlterArgs {
     /// The topic
     name: String,
     #[command(flatten)]
-    changes: Changes,
+    changes: ConfigChangeArgs,
 }
 
 /// Returns the parser of a replication factor: from 1 to the maximum number of replicas.
@@ -88,19 +88,19 @@ fn factor() -> clap::builder::RangedI64ValueParser<u32> {
 fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.trim().to_owned(), value.trim().to_owned())),
-        _ => Err("write it as KEY=VALUE, such as retention.ms=86400000".to_owned()),
+        _ => Err("not a KEY=VALUE pair: write it like retention.ms=86400000".to_owned()),
     }
 }
 
-pub(super) async fn run(common: &Common, command: Topic) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(common: &CommonArgs, command: TopicCommand) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     // The future is boxed, because it contains an interactive prompt.
-    Patience::new(&client).over(None, Box::pin(act(client.admin(), command, common.output))).await
+    RetryMonitor::new(&client).run_with_retry_output(None, Box::pin(act(client.admin(), command, common.output))).await
 }
 
-async fn act(admin: Admin, command: Topic, output: Output) -> anyhow::Result<ExitCode> {
+async fn act(admin: Admin, command: TopicCommand, output: OutputFormat) -> anyhow::Result<ExitCode> {
     match command {
-        Topic::Create(create) => {
+        TopicCommand::Create(create) => {
             let name = create.name.clone();
             let mut topic = NewTopic::new(&name)
                 .partitions(create.partitions)
@@ -110,30 +110,31 @@ async fn act(admin: Admin, command: Topic, output: Output) -> anyhow::Result<Exi
             }
             let made = admin.create_topic(&topic).await;
             let replicas = made.as_ref().map_or(0, |topic| topic.replication_factor);
-            said(&admin, &name, made, "created", output).await?;
+            format_outcome(&admin, &name, made, "created", output).await?;
             hint(&admin, &name, replicas).await;
         }
-        Topic::List => list(admin.list_topics().await?, output)?,
-        Topic::Describe { name } => match admin.describe_topic(&name).await {
+        TopicCommand::List => list(admin.list_topics().await?, output)?,
+        TopicCommand::Describe { name } => match admin.describe_topic(&name).await {
             Ok(topic) => describe(&topic, output)?,
             Err(error) => return Err(explain(&admin, &name, error).await),
         },
-        Topic::Alter(alter) => {
-            let Changes { config, unset, replication_factor } = alter.changes;
-            let change = TopicChange { set: config.into_iter().collect(), unset, replication_factor };
+        TopicCommand::Alter(alter) => {
+            let ConfigChangeArgs { config, unset, replication_factor } = alter.changes;
+            let change = TopicAlteration { set: config.into_iter().collect(), unset, replication_factor };
             let altered = admin.alter_topic(&alter.name, &change).await;
-            said(&admin, &alter.name, altered, "altered", output).await?;
+            format_outcome(&admin, &alter.name, altered, "altered", output).await?;
             if replication_factor.is_some() {
                 eprintln!(
-                    "hint: the controller makes or lets go replicas, some partitions at a time; `strandline partition reassign status` shows what is left"
+                    "hint: the controller adds or removes replicas in steps; `strandline partition reassign status` \
+                     shows the remaining reassignments"
                 );
             }
         }
-        Topic::AddPartitions { name, to } => {
-            let grown = admin.add_partitions(&name, to).await;
-            said(&admin, &name, grown, "grew", output).await?;
+        TopicCommand::AddPartitions { name, partitions } => {
+            let grown = admin.add_partitions(&name, partitions).await;
+            format_outcome(&admin, &name, grown, "extended", output).await?;
         }
-        Topic::Delete(command) => delete::run(&admin, &command, output).await?,
+        TopicCommand::Delete(command) => delete::run(&admin, &command, output).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -146,30 +147,31 @@ async fn hint(admin: &Admin, name: &str, replicas: u32) {
     }
     let Ok(topic) = admin.describe_topic(name).await else { return };
     if topic.effective_config.get("min.insync.replicas").is_some_and(|minimum| minimum == "1") {
-        eprintln!("{}", one_is_enough(name));
+        eprintln!("{}", min_isr_hint(name));
     }
 }
 
-fn one_is_enough(name: &str) -> String {
+fn min_isr_hint(name: &str) -> String {
     format!(
-        "hint: min.insync.replicas is 1: while the other replicas of a partition are away, acks=all is answered by one broker \
-         alone, and what it then takes is lost with its disk. `strandline topic alter {name} --config min.insync.replicas=2` \
-         refuses such writes instead"
+        "hint: min.insync.replicas is 1: while a partition's other replicas are out of sync, one broker alone \
+         acknowledges acks=all, and a failure of its disk loses these records. To refuse such writes instead: \
+         `strandline topic alter \
+         {name} --config min.insync.replicas=2`"
     )
 }
 
-async fn said(
+async fn format_outcome(
     admin: &Admin,
     name: &str,
     result: Result<TopicSummary, crate::client::CallError>,
     verb: &str,
-    output: Output,
+    output: OutputFormat,
 ) -> anyhow::Result<()> {
     let topic = match result {
         Ok(topic) => topic,
         Err(error) => return Err(explain(admin, name, error).await),
     };
-    if output == Output::Json {
+    if output == OutputFormat::Json {
         return Ok(output::json(&summary(&topic))?);
     }
     let config = pairs(&topic.config);
@@ -181,9 +183,9 @@ async fn said(
     Ok(output::line(&format!("{verb} topic {}: {partitions}, {replicas} of each{config}", topic.name))?)
 }
 
-fn list(mut topics: Vec<TopicSummary>, output: Output) -> anyhow::Result<()> {
+fn list(mut topics: Vec<TopicSummary>, output: OutputFormat) -> anyhow::Result<()> {
     topics.sort_by(|a, b| a.name.cmp(&b.name));
-    if output == Output::Json {
+    if output == OutputFormat::Json {
         return Ok(output::json(&Value::Array(topics.iter().map(summary).collect()))?);
     }
     if topics.is_empty() {
@@ -196,8 +198,8 @@ fn list(mut topics: Vec<TopicSummary>, output: Output) -> anyhow::Result<()> {
     Ok(output::table(&["NAME", "PARTITIONS", "REPLICAS", "CONFIG"], &[1, 2], topics.iter().map(row).collect())?)
 }
 
-fn describe(topic: &TopicDescription, output: Output) -> anyhow::Result<()> {
-    if output == Output::Json {
+fn describe(topic: &TopicDescription, output: OutputFormat) -> anyhow::Result<()> {
+    if output == OutputFormat::Json {
         return Ok(output::json(&description(topic))?);
     }
     Ok(output::line(&lines(topic))?)
@@ -208,8 +210,9 @@ fn lines(topic: &TopicDescription) -> String {
         .effective_config
         .iter()
         .map(|(key, value)| vec![key.clone(), value.clone(), set_by(topic, key).to_owned()]);
-    let replicas = ["PARTITION", "LEADER", "EPOCH", "REPLICAS", "ISR", "ELR", "ON DISK", "IN BUCKET"];
-    let marks = ["PARTITION", "LOG START", "LOCAL START", "TIERED END", "HIGH WATERMARK", "PERSISTED END", "LOG END"];
+    let replicas = ["PARTITION", "LEADER", "EPOCH", "REPLICAS", "ISR", "ELR", "ON DISK", "TIERED"];
+    let watermarks =
+        ["PARTITION", "LOG START", "LOCAL START", "TIERED END", "HIGH WATERMARK", "PERSISTED END", "LOG END"];
     let of = |row: fn(&PartitionDescription) -> Vec<String>| topic.partitions.iter().map(row).collect();
     let mut lines = vec![
         format!(
@@ -218,9 +221,9 @@ fn lines(topic: &TopicDescription) -> String {
         ),
         output::tabled(&["CONFIG", "VALUE", "SET BY"], &[], config.collect()),
         String::new(),
-        output::tabled(&replicas, &[0, 1, 2, 6, 7], of(who)),
+        output::tabled(&replicas, &[0, 1, 2, 6, 7], of(replica_row)),
         String::new(),
-        output::tabled(&marks, &[0, 1, 2, 3, 4, 5, 6], of(place)),
+        output::tabled(&watermarks, &[0, 1, 2, 3, 4, 5, 6], of(watermark_row)),
     ];
     let notes: Vec<String> = topic.partitions.iter().flat_map(notes).collect();
     if !notes.is_empty() {
@@ -236,8 +239,8 @@ fn set_by(topic: &TopicDescription, key: &str) -> &'static str {
 }
 
 /// Returns the table row with a partition's replicas and their bytes.
-fn who(partition: &PartitionDescription) -> Vec<String> {
-    let bytes = |bytes| if partition.unanswered.is_none() { output::bytes(bytes) } else { "?".to_owned() };
+fn replica_row(partition: &PartitionDescription) -> Vec<String> {
+    let bytes = |bytes| if partition.leader_error.is_none() { output::bytes(bytes) } else { "?".to_owned() };
     vec![
         partition.partition.to_string(),
         partition.leader.map_or_else(|| "none".to_owned(), |leader| leader.to_string()),
@@ -251,32 +254,33 @@ fn who(partition: &PartitionDescription) -> Vec<String> {
 }
 
 /// Returns the table row with a partition's watermarks; `?` stands for an unknown one.
-fn place(partition: &PartitionDescription) -> Vec<String> {
-    let marks = &partition.watermarks;
-    let known = |mark: Offset| if partition.unanswered.is_none() { mark.to_string() } else { "?".to_owned() };
+fn watermark_row(partition: &PartitionDescription) -> Vec<String> {
+    let watermarks = &partition.watermarks;
+    let from_leader =
+        |offset: Offset| if partition.leader_error.is_none() { offset.to_string() } else { "?".to_owned() };
     vec![
         partition.partition.to_string(),
-        marks.log_start.to_string(),
-        known(marks.local_start),
-        marks.tiered_end.to_string(),
-        known(marks.high_watermark),
-        known(marks.persisted_end),
-        known(marks.log_end),
+        watermarks.log_start.to_string(),
+        from_leader(watermarks.local_start),
+        watermarks.tiered_end.to_string(),
+        from_leader(watermarks.high_watermark),
+        from_leader(watermarks.persisted_end),
+        from_leader(watermarks.log_end),
     ]
 }
 
 /// Returns notes about a partition that the tables do not contain.
 fn notes(partition: &PartitionDescription) -> Vec<String> {
     let (number, mut notes) = (partition.partition, Vec::new());
-    if let Some(fault) = &partition.unanswered {
-        notes.push(format!("the marks of partition {number} are not known: {fault}"));
+    if let Some(error) = &partition.leader_error {
+        notes.push(format!("the watermarks of partition {number} are unavailable: {error}"));
     }
-    if let Some(fault) = &partition.fault {
-        notes.push(format!("partition {number} takes no writes: {fault}"));
+    if let Some(error) = &partition.error {
+        notes.push(format!("partition {number} accepts no writes: {error}"));
     }
     if !(partition.adding.is_empty() && partition.removing.is_empty()) {
         let (adding, removing) = (output::format_ids(&partition.adding), output::format_ids(&partition.removing));
-        notes.push(format!("partition {number} is being moved: adding {adding}, removing {removing}"));
+        notes.push(format!("partition {number} is being reassigned: adding {adding}, removing {removing}"));
     }
     if let Some(epoch) = partition.unclean_epoch {
         notes.push(format!("partition {number} may have lost committed records before epoch {epoch}"));
@@ -296,9 +300,9 @@ fn summary(topic: &TopicSummary) -> Value {
 
 fn description(topic: &TopicDescription) -> Value {
     let partition = |partition: &PartitionDescription| {
-        let marks = &partition.watermarks;
-        let known = |mark: Offset| partition.unanswered.is_none().then_some(mark);
-        let bytes = |bytes: u64| partition.unanswered.is_none().then_some(bytes);
+        let watermarks = &partition.watermarks;
+        let from_leader = |offset: Offset| partition.leader_error.is_none().then_some(offset);
+        let bytes = |bytes: u64| partition.leader_error.is_none().then_some(bytes);
         json!({
             "partition": partition.partition,
             "leader": partition.leader,
@@ -309,16 +313,16 @@ fn description(topic: &TopicDescription) -> Value {
             "adding": partition.adding,
             "removing": partition.removing,
             "unclean_epoch": partition.unclean_epoch,
-            "log_start": marks.log_start,
-            "local_start": known(marks.local_start),
-            "tiered_end": marks.tiered_end,
-            "high_watermark": known(marks.high_watermark),
-            "persisted_end": known(marks.persisted_end),
-            "log_end": known(marks.log_end),
+            "log_start": watermarks.log_start,
+            "local_start": from_leader(watermarks.local_start),
+            "tiered_end": watermarks.tiered_end,
+            "high_watermark": from_leader(watermarks.high_watermark),
+            "persisted_end": from_leader(watermarks.persisted_end),
+            "log_end": from_leader(watermarks.log_end),
             "local_bytes": bytes(partition.local_bytes),
             "tiered_bytes": bytes(partition.tiered_bytes),
-            "fault": partition.fault.as_ref().map(ToString::to_string),
-            "unanswered": partition.unanswered.as_ref().map(ToString::to_string),
+            "error": partition.error.as_ref().map(ToString::to_string),
+            "leader_error": partition.leader_error.as_ref().map(ToString::to_string),
         })
     };
     json!({
@@ -366,10 +370,10 @@ mod tests {
             watermarks,
             local_bytes: 5 << 30,
             tiered_bytes: 7 << 40,
-            fault: None,
-            unanswered: None,
+            error: None,
+            leader_error: None,
         };
-        let nobody = ApiError::new(ErrorCode::NoLeader, "nobody leads partition 1 at the moment");
+        let nobody = ApiError::new(ErrorCode::NoLeader, "partition 1 has no leader");
         let waiting = PartitionDescription {
             partition: 1,
             leader: None,
@@ -377,14 +381,14 @@ mod tests {
             elr: vec![BrokerId(2)],
             adding: vec![],
             unclean_epoch: Some(LeaderEpoch(2)),
-            unanswered: Some(nobody),
+            leader_error: Some(nobody),
             local_bytes: 0,
             tiered_bytes: 0,
             watermarks: Watermarks { tiered_end: offset(5), ..Watermarks::default() },
             ..led.clone()
         };
         let failed = ApiError::new(ErrorCode::StorageFailed, "the disk failed");
-        let broken = PartitionDescription { partition: 2, adding: vec![], fault: Some(failed), ..led.clone() };
+        let broken = PartitionDescription { partition: 2, adding: vec![], error: Some(failed), ..led.clone() };
         let config = ConfigMap::from([("retention.ms".to_owned(), "86400000".to_owned())]);
         let summary = TopicSummary {
             name: "orders".into(),

@@ -14,25 +14,25 @@ use super::output;
 use crate::task::clock;
 
 /// Interval between requests for the remaining work.
-const LOOK: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Time without a successful response after which a wait ends.
-const SILENCE: Duration = Duration::from_secs(60);
+const MAX_SILENCE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Whether to wait, and how long.
 #[derive(Clone, Copy, Debug, Args)]
-pub(super) struct Wait {
-    /// Return when it is done, not when it is written down; on a terminal, show how far it is
+pub(super) struct WaitArgs {
+    /// Return when the operation is completed, not when it is stored; on a terminal, show its progress
     #[arg(long)]
     wait: bool,
-    /// With --wait: give up, with exit code 1, after so many seconds. What was ordered goes on
+    /// With --wait: exit with code 1 after this many seconds; the operation continues
     #[arg(long, value_name = "SECONDS", requires = "wait", value_parser = clap::value_parser!(u64).range(1..=604_800))]
     timeout: Option<u64>,
 }
 
 /// Remaining work of an operation.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Left {
+pub(super) struct RemainingWork {
     /// Number of remaining replicas or partitions.
     pub(super) count: u64,
     /// The remaining work as text, for the progress bar and the timeout error.
@@ -64,21 +64,21 @@ impl Reminder {
 
 /// Reason why the remaining work is unknown.
 #[derive(Debug)]
-pub(super) enum Unsaid {
+pub(super) enum PollError {
     /// A later request may succeed.
-    ForNow(anyhow::Error),
+    Retryable(anyhow::Error),
     /// The wait cannot succeed.
-    ForGood(anyhow::Error),
+    Fatal(anyhow::Error),
 }
 
-impl Unsaid {
-    /// Returns `ForNow` for a retryable error, else `ForGood`. `error` is a message for the user.
+impl PollError {
+    /// Returns `Retryable` for a retryable error, else `Fatal`. `error` is a message for the user.
     pub(super) fn new(retryable: bool, error: anyhow::Error) -> Self {
-        if retryable { Self::ForNow(error) } else { Self::ForGood(error) }
+        if retryable { Self::Retryable(error) } else { Self::Fatal(error) }
     }
 }
 
-impl Wait {
+impl WaitArgs {
     /// Returns true if the command waits.
     pub(super) fn is_wanted(self) -> bool {
         self.wait
@@ -102,37 +102,39 @@ impl Wait {
         self,
         bar: &ProgressBar,
         progress: &str,
-        mut ask: impl AsyncFnMut() -> Result<Left, Unsaid>,
+        mut poll: impl AsyncFnMut() -> Result<RemainingWork, PollError>,
     ) -> anyhow::Result<Duration> {
         let began = clock::monotonic();
-        let (mut total, mut heard, mut reminder) = (0, began, Reminder { at: Some(began) });
+        let (mut total, mut last_response, mut reminder) = (0, began, Reminder { at: Some(began) });
         bar.enable_steady_tick(Duration::from_millis(200));
         let outcome = loop {
-            let said = match ask().await {
-                Ok(Left { count: 0, .. }) => break Ok(began.elapsed()),
+            let said = match poll().await {
+                Ok(RemainingWork { count: 0, .. }) => break Ok(began.elapsed()),
                 Ok(left) => {
-                    heard = clock::monotonic();
+                    last_response = clock::monotonic();
                     // The remaining work may grow: partitions of a drained broker wait for capacity, or a topic gets
                     // partitions.
                     total = total.max(left.count);
                     bar.set_length(total);
                     bar.set_position(total - left.count);
-                    if reminder.is_due(left.obstacle.as_ref(), heard) {
+                    if reminder.is_due(left.obstacle.as_ref(), last_response) {
                         let obstacle = left.obstacle.unwrap_or_default();
                         bar.suspend(|| eprintln!("still waiting: {obstacle}"));
                     }
                     left.said
                 }
-                Err(Unsaid::ForNow(error)) if heard.elapsed() < SILENCE => format!("{error:#}"),
-                Err(Unsaid::ForNow(error) | Unsaid::ForGood(error)) => break Err(error),
+                Err(PollError::Retryable(error)) if last_response.elapsed() < MAX_SILENCE_INTERVAL => {
+                    format!("{error:#}")
+                }
+                Err(PollError::Retryable(error) | PollError::Fatal(error)) => break Err(error),
             };
             bar.set_message(said.clone());
             if let Some(timeout) = self.timeout.filter(|timeout| began.elapsed() >= Duration::from_secs(*timeout)) {
                 break Err(anyhow!(
-                    "given up after {timeout} s: {said}; the order stays, and {progress} shows how far it is"
+                    "timed out after {timeout} s: {said}; the operation continues, and {progress} shows its progress"
                 ));
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         };
         bar.finish_and_clear();
         outcome
@@ -153,50 +155,55 @@ mod tests {
 
     use super::*;
 
-    fn left(count: u64) -> Left {
-        Left { count, said: format!("{count} to go"), obstacle: None }
+    fn remaining(count: u64) -> RemainingWork {
+        RemainingWork { count, said: format!("{count} to go"), obstacle: None }
     }
 
     #[tokio::test(start_paused = true)]
     async fn wait_ends_when_no_work_is_left() {
-        let wait = Wait { wait: true, timeout: None };
+        let wait = WaitArgs { wait: true, timeout: None };
         let bar = ProgressBar::hidden();
         let mut answers = VecDeque::from([2, 3, 1, 0]);
-        let done = wait.until_done(&bar, "x", async || Ok(left(answers.pop_front().expect("asked no further"))));
-        assert_eq!(done.await.expect("done"), LOOK * 3);
+        let done =
+            wait.until_done(&bar, "x", async || Ok(remaining(answers.pop_front().expect("no poll after the end"))));
+        assert_eq!(done.await.expect("done"), POLL_INTERVAL * 3);
         assert_eq!((bar.length(), answers.len()), (Some(3), 0));
     }
 
     #[tokio::test(start_paused = true)]
     async fn wait_timeout_error_names_remaining_work() {
-        let wait = Wait { wait: true, timeout: Some(7) };
+        let wait = WaitArgs { wait: true, timeout: Some(7) };
         let began = clock::monotonic();
-        let error = wait.until_done(&ProgressBar::hidden(), "`it`", async || Ok(left(4))).await.expect_err("never");
-        assert_eq!(error.to_string(), "given up after 7 s: 4 to go; the order stays, and `it` shows how far it is");
+        let error =
+            wait.until_done(&ProgressBar::hidden(), "`it`", async || Ok(remaining(4))).await.expect_err("never");
+        assert_eq!(
+            error.to_string(),
+            "timed out after 7 s: 4 to go; the operation continues, and `it` shows its progress"
+        );
         assert_eq!(began.elapsed(), Duration::from_secs(7));
         let bar = ProgressBar::hidden();
-        let refused = wait.until_done(&bar, "`it`", async || Err(Unsaid::ForGood(anyhow!("gone"))));
+        let refused = wait.until_done(&bar, "`it`", async || Err(PollError::Fatal(anyhow!("gone"))));
         assert_eq!(refused.await.expect_err("not for ever").to_string(), "gone");
     }
 
     /// Regression: the restart of one broker ended a wait of hours.
     #[tokio::test(start_paused = true)]
     async fn wait_outlasts_restarts_and_ends_after_silence() {
-        let wait = Wait { wait: true, timeout: None };
-        let (bar, mut asked) = (ProgressBar::hidden(), 0);
+        let wait = WaitArgs { wait: true, timeout: None };
+        let (bar, mut polls) = (ProgressBar::hidden(), 0);
         let restarts = wait.until_done(&bar, "x", async || {
-            asked += 1;
-            match asked {
-                1 => Ok(left(2)),
-                2..100 => Err(Unsaid::ForNow(anyhow!("nobody answers"))),
-                _ => Ok(left(0)),
+            polls += 1;
+            match polls {
+                1 => Ok(remaining(2)),
+                2..100 => Err(PollError::Retryable(anyhow!("no response"))),
+                _ => Ok(remaining(0)),
             }
         });
-        restarts.await.expect("somebody answered in time");
+        restarts.await.expect("a response arrives in time");
         let began = clock::monotonic();
-        let gone = wait.until_done(&bar, "x", async || Err(Unsaid::ForNow(anyhow!("nobody answers"))));
-        assert_eq!(gone.await.expect_err("for ever").to_string(), "nobody answers");
-        assert_eq!(began.elapsed(), SILENCE);
+        let gone = wait.until_done(&bar, "x", async || Err(PollError::Retryable(anyhow!("no response"))));
+        assert_eq!(gone.await.expect_err("no response").to_string(), "no response");
+        assert_eq!(began.elapsed(), MAX_SILENCE_INTERVAL);
     }
 
     #[test]

@@ -5,7 +5,8 @@ mod manifest;
 
 pub use self::{
     cluster::{
-        BrokerDescription, BrokerFigures, ClusterDescription, Drain, Election, HeldReplica, Reassignment, UnreadableKey,
+        BrokerDescription, BrokerStats, ClusterDescription, DrainStatus, ElectionResult, Reassignment,
+        ReplicaDescription, UnreadableKey,
     },
     manifest::ManifestRebuild,
 };
@@ -17,9 +18,9 @@ use std::{
 
 use super::{
     Client,
-    connection::{Address, admin_client, log_client},
+    connection::{BrokerAddress, admin_client, log_client},
     error::CallError,
-    routing::Source,
+    metadata::ReadTarget,
 };
 use crate::{
     model::{BrokerId, ConfigMap, LeaderEpoch, Offset, TopicId, Watermarks},
@@ -91,7 +92,7 @@ impl NewTopic {
 
 /// Change of a topic. Settings that are not named keep their values.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct TopicChange {
+pub struct TopicAlteration {
     /// Configuration keys to set.
     pub set: ConfigMap,
     /// Configuration keys to reset to their defaults.
@@ -102,16 +103,16 @@ pub struct TopicChange {
 
 /// Name and registered brokers of a cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cluster {
+pub struct ClusterInfo {
     /// Name of the cluster.
     pub name: String,
     /// Registered brokers.
-    pub brokers: Vec<Broker>,
+    pub brokers: Vec<BrokerInfo>,
 }
 
 /// Registered broker.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Broker {
+pub struct BrokerInfo {
     /// Broker id.
     pub id: BrokerId,
     /// `host:port` of the broker's gRPC listener.
@@ -206,15 +207,15 @@ pub struct PartitionDescription {
     /// Bytes in the object store.
     pub tiered_bytes: u64,
     /// Error for which the partition refuses writes; `None` if it accepts them.
-    pub fault: Option<ApiError>,
+    pub error: Option<ApiError>,
     /// Error of the request to the leader, if it failed. The log start and the tiered end are then those of the
     /// metadata store; the other watermarks and the byte counts are 0.
-    pub unanswered: Option<ApiError>,
+    pub leader_error: Option<ApiError>,
 }
 
 /// Position in a partition whose offset is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OffsetAt {
+pub enum OffsetSpec {
     /// First offset that can be read.
     Earliest,
     /// First uncommitted offset.
@@ -233,13 +234,13 @@ impl Admin {
     ///
     /// # Errors
     /// No broker responds.
-    pub async fn cluster(&self) -> Result<Cluster, CallError> {
-        let call = |wire| async move { admin_client(wire).get_metadata(v1::GetMetadataRequest::default()).await };
-        let answer = self.client.retried(|| self.client.ask_any(call)).await?;
-        let brokers = answer.brokers.into_iter();
+    pub async fn cluster(&self) -> Result<ClusterInfo, CallError> {
+        let call = |channel| async move { admin_client(channel).get_metadata(v1::GetMetadataRequest::default()).await };
+        let response = self.client.retried(|| self.client.call_any(call)).await?;
+        let brokers = response.brokers.into_iter();
         let brokers =
-            brokers.map(|broker| Broker { id: BrokerId(broker.id), address: broker.address, rack: broker.rack });
-        Ok(Cluster { name: answer.cluster, brokers: brokers.collect() })
+            brokers.map(|broker| BrokerInfo { id: BrokerId(broker.id), address: broker.address, rack: broker.rack });
+        Ok(ClusterInfo { name: response.cluster, brokers: brokers.collect() })
     }
 
     /// Creates a topic.
@@ -248,11 +249,11 @@ impl Admin {
     /// The topic exists, its name or configuration is invalid, or the cluster has too few brokers or no capacity for
     /// it.
     pub async fn create_topic(&self, topic: &NewTopic) -> Result<TopicSummary, CallError> {
-        let call = |wire| {
+        let call = |channel| {
             let request = topic.request.clone();
-            async move { admin_client(wire).create_topic(request).await }
+            async move { admin_client(channel).create_topic(request).await }
         };
-        summary(self.client.tell_any(call).await?.topic)
+        summary(self.client.change_any(call).await?.topic)
     }
 
     /// Returns all topics, ordered by name.
@@ -260,9 +261,9 @@ impl Admin {
     /// # Errors
     /// No broker responds.
     pub async fn list_topics(&self) -> Result<Vec<TopicSummary>, CallError> {
-        let call = |wire| async move { admin_client(wire).list_topics(v1::ListTopicsRequest {}).await };
-        let answer = self.client.retried(|| self.client.ask_any(call)).await?;
-        answer.topics.into_iter().map(|topic| summary(Some(topic))).collect()
+        let call = |channel| async move { admin_client(channel).list_topics(v1::ListTopicsRequest {}).await };
+        let response = self.client.retried(|| self.client.call_any(call)).await?;
+        response.topics.into_iter().map(|topic| summary(Some(topic))).collect()
     }
 
     /// Returns the full description of a topic.
@@ -270,20 +271,20 @@ impl Admin {
     /// # Errors
     /// The topic does not exist.
     pub async fn describe_topic(&self, name: &str) -> Result<TopicDescription, CallError> {
-        let call = |wire| {
+        let call = |channel| {
             let request = v1::DescribeTopicRequest { name: name.to_owned() };
-            async move { admin_client(wire).describe_topic(request).await }
+            async move { admin_client(channel).describe_topic(request).await }
         };
-        let answer = self.client.retried(|| self.client.ask_any(call)).await?;
+        let response = self.client.retried(|| self.client.call_any(call)).await?;
         Ok(TopicDescription {
-            summary: summary(answer.topic)?,
-            effective_config: answer.effective_config.into_iter().collect(),
-            config_source: answer
+            summary: summary(response.topic)?,
+            effective_config: response.effective_config.into_iter().collect(),
+            config_source: response
                 .config_source
                 .into_iter()
                 .map(|(key, source)| (key, ConfigSource::new(source)))
                 .collect(),
-            partitions: answer.partitions.into_iter().map(describe).collect::<Result<_, _>>()?,
+            partitions: response.partitions.into_iter().map(describe).collect::<Result<_, _>>()?,
         })
     }
 
@@ -291,29 +292,29 @@ impl Admin {
     ///
     /// # Errors
     /// The topic does not exist, a key or value is invalid, or there are too few brokers.
-    pub async fn alter_topic(&self, name: &str, change: &TopicChange) -> Result<TopicSummary, CallError> {
-        let call = |wire| {
+    pub async fn alter_topic(&self, name: &str, change: &TopicAlteration) -> Result<TopicSummary, CallError> {
+        let call = |channel| {
             let request = v1::AlterTopicRequest {
                 name: name.to_owned(),
                 set: change.set.clone().into_iter().collect(),
                 unset: change.unset.clone(),
                 replication_factor: change.replication_factor.unwrap_or(0),
             };
-            async move { admin_client(wire).alter_topic(request).await }
+            async move { admin_client(channel).alter_topic(request).await }
         };
-        summary(self.client.tell_any(call).await?.topic)
+        summary(self.client.change_any(call).await?.topic)
     }
 
-    /// Raises the number of partitions of a topic to `to`.
+    /// Raises the number of partitions of a topic to `partition_count`.
     ///
     /// # Errors
-    /// The topic does not exist, or already has at least `to` partitions.
-    pub async fn add_partitions(&self, name: &str, to: u32) -> Result<TopicSummary, CallError> {
-        let call = |wire| {
-            let request = v1::AddPartitionsRequest { name: name.to_owned(), to };
-            async move { admin_client(wire).add_partitions(request).await }
+    /// The topic does not exist, or already has at least `partition_count` partitions.
+    pub async fn add_partitions(&self, name: &str, partition_count: u32) -> Result<TopicSummary, CallError> {
+        let call = |channel| {
+            let request = v1::AddPartitionsRequest { name: name.to_owned(), partition_count };
+            async move { admin_client(channel).add_partitions(request).await }
         };
-        summary(self.client.tell_any(call).await?.topic)
+        summary(self.client.change_any(call).await?.topic)
     }
 
     /// Deletes a topic with all its records. Returns the longest time for which objects of the topic stay in the object
@@ -323,106 +324,111 @@ impl Admin {
     /// # Errors
     /// The topic does not exist.
     pub async fn delete_topic(&self, name: &str) -> Result<Option<Duration>, CallError> {
-        let call = |wire| {
+        let call = |channel| {
             let request = v1::DeleteTopicRequest { name: name.to_owned() };
-            async move { admin_client(wire).delete_topic(request).await }
+            async move { admin_client(channel).delete_topic(request).await }
         };
-        let answer = self.client.tell_any(call).await?;
-        Ok(answer.bucket_grace_ms.map(Duration::from_millis))
+        let response = self.client.change_any(call).await?;
+        Ok(response.object_grace_ms.map(Duration::from_millis))
     }
 
-    /// Looks up one offset; see [`OffsetAt`].
+    /// Looks up one offset; see [`OffsetSpec`].
     ///
     /// # Errors
     /// The topic or the partition does not exist, or the leader does not respond within the request timeout.
-    pub async fn offset(&self, topic: &str, partition: u32, at: OffsetAt) -> Result<Offset, CallError> {
+    pub async fn offset(&self, topic: &str, partition: u32, at: OffsetSpec) -> Result<Offset, CallError> {
         self.client.topic(topic).await?;
         let number = i32::try_from(partition).unwrap_or(i32::MAX);
         let at = match at {
-            OffsetAt::Earliest => v1::offset_query::At::Earliest(true),
-            OffsetAt::Latest => v1::offset_query::At::Latest(true),
-            OffsetAt::Time(ms) => v1::offset_query::At::TimestampMs(ms),
+            OffsetSpec::Earliest => v1::offset_query::At::Earliest(true),
+            OffsetSpec::Latest => v1::offset_query::At::Latest(true),
+            OffsetSpec::Time(ms) => v1::offset_query::At::TimestampMs(ms),
         };
         let query = v1::OffsetQuery { topic: topic.to_owned(), partition: number, at: Some(at) };
         self.client
             .retried(|| async {
                 let seen = self.client.routing().generation();
-                let answer = self.ask_leader(topic, partition, &query).await;
-                if let Ok(told) = &answer
-                    && self.is_succeeded(topic, partition, told, seen).await
+                let result = self.query_leader_of(topic, partition, &query).await;
+                if let Ok(found) = &result
+                    && self.has_newer_leader(topic, partition, found, seen).await
                 {
-                    return self.ask_leader(topic, partition, &query).await.map(|told| told.offset);
+                    return self.query_leader_of(topic, partition, &query).await.map(|found| found.offset);
                 }
-                let answer = answer.map(|told| told.offset);
-                if let Err(CallError::Api(fault)) = &answer
-                    && self.client.routing().told(topic, partition, fault)
+                let result = result.map(|found| found.offset);
+                if let Err(CallError::Api(error)) = &result
+                    && self.client.routing().apply_leader_hint(topic, partition, error)
                 {
-                    return self.ask_leader(topic, partition, &query).await.map(|told| told.offset);
+                    return self.query_leader_of(topic, partition, &query).await.map(|found| found.offset);
                 }
-                if answer.as_ref().is_err_and(CallError::retryable) {
+                if result.as_ref().is_err_and(CallError::retryable) {
                     self.client.refresh(seen, &[topic]).await?;
                 }
-                answer
+                result
             })
             .await
     }
 
-    /// Returns true if another broker leads in a newer epoch than the leader that sent `told`. Queries other brokers
+    /// Returns true if another broker leads in a newer epoch than the leader that sent `found`. Queries other brokers
     /// only if that leader reports an expired lease.
-    async fn is_succeeded(&self, topic: &str, partition: u32, told: &Told, seen: u64) -> bool {
-        let Some(doubted) = &told.in_doubt else { return false };
-        let asked = self.client.refresh_doubting(&BTreeSet::from([doubted.clone()]), seen, &[topic]).await;
-        let known = self.client.routing().source(topic, partition, None).filter(|_| asked.is_ok());
-        known.is_some_and(|now| now.address != *doubted && now.epoch > told.epoch)
+    async fn has_newer_leader(&self, topic: &str, partition: u32, found: &LeaderOffset, seen: u64) -> bool {
+        let Some(expired) = &found.lease_expired else { return false };
+        let refreshed = self.client.refresh_excluding(&BTreeSet::from([expired.clone()]), seen, &[topic]).await;
+        let leader = self.client.routing().source(topic, partition, None).filter(|_| refreshed.is_ok());
+        leader.is_some_and(|leader| leader.address != *expired && leader.epoch > found.epoch)
     }
 
-    async fn ask_leader(&self, topic: &str, partition: u32, query: &v1::OffsetQuery) -> Result<Told, CallError> {
+    async fn query_leader_of(
+        &self,
+        topic: &str,
+        partition: u32,
+        query: &v1::OffsetQuery,
+    ) -> Result<LeaderOffset, CallError> {
         let route = self.client.topic(topic).await?;
         if usize::try_from(partition).is_ok_and(|number| number >= route.partitions.len()) {
             let count = route.partitions.len();
             let message = format!("topic {topic:?} has no partition {partition}: it has {count}, numbered from 0");
             return Err(ApiError::new(ErrorCode::UnknownPartition, message).into());
         }
-        let Some(Source { address, epoch, .. }) = self.client.routing().source(topic, partition, None) else {
-            let message = format!("partition {topic}/{partition} has no leader at the moment");
+        let Some(ReadTarget { address, epoch, .. }) = self.client.routing().source(topic, partition, None) else {
+            let message = format!("partition {topic}/{partition} has no leader");
             return Err(ApiError::new(ErrorCode::NotLeader, message).into());
         };
         let unreachable = |problem: String| {
             let message = format!("the leader of {topic}/{partition}, {}: {problem}", address.as_str());
             CallError::from(ApiError::new(ErrorCode::NotReady, message))
         };
-        let wire = self.client.wire(&address).await.map_err(|error| unreachable(error.problem()))?;
-        let wait = match query.at {
+        let channel = self.client.wire(&address).await.map_err(|error| unreachable(error.problem()))?;
+        let timeout = match query.at {
             // A lookup by time may read the object store.
             Some(v1::offset_query::At::TimestampMs(_)) => self.client.options().request_timeout,
-            _ => self.client.options().request_timeout.min(super::ANY_ANSWER),
+            _ => self.client.options().request_timeout.min(super::FIRST_RESPONSE_TIMEOUT),
         };
         let is_start = matches!(query.at, Some(v1::offset_query::At::Earliest(_)));
         let request = v1::ListOffsetsRequest { queries: vec![query.clone()] };
-        let answer = match super::bounded(wait, log_client(wire).list_offsets(request)).await {
-            Ok(answer) => answer,
-            Err(super::Unanswered::Refused(fault)) => return Err(fault.into()),
-            Err(unanswered) => return Err(unreachable(unanswered.fault().message)),
+        let response = match super::bounded(timeout, log_client(channel).list_offsets(request)).await {
+            Ok(response) => response,
+            Err(super::NoResponse::Refused(error)) => return Err(error.into()),
+            Err(no_response) => return Err(unreachable(no_response.into_error().message)),
         };
         // The log start of an expired leader is accepted: no other broker has a better one.
-        let in_doubt = (answer.in_doubt && !is_start).then_some(address);
-        let Some(answer) = answer.answers.into_iter().next() else {
-            return Err(odd("an empty answer to a query for an offset").into());
+        let lease_expired = (response.lease_expired && !is_start).then_some(address);
+        let Some(result) = response.results.into_iter().next() else {
+            return Err(odd("an empty response to an offset query").into());
         };
-        match answer.error {
+        match result.error {
             Some(error) => Err(ApiError::from(error).into()),
-            None => Ok(Told { offset: offset(answer.offset)?, epoch, in_doubt }),
+            None => Ok(LeaderOffset { offset: offset(result.offset)?, epoch, lease_expired }),
         }
     }
 }
 
 /// Offset that a leader returned.
-struct Told {
+struct LeaderOffset {
     offset: Offset,
     /// Newest leader epoch that the client had when it called.
     epoch: LeaderEpoch,
     /// Address of the leader if it reports that its lease expired.
-    in_doubt: Option<Address>,
+    lease_expired: Option<BrokerAddress>,
 }
 
 fn odd(what: &str) -> ApiError {
@@ -434,9 +440,9 @@ fn offset(value: i64) -> Result<Offset, ApiError> {
 }
 
 fn summary(topic: Option<v1::TopicSummary>) -> Result<TopicSummary, CallError> {
-    let topic = topic.ok_or_else(|| odd("no topic where one was due"))?;
+    let topic = topic.ok_or_else(|| odd("a response without a topic"))?;
     Ok(TopicSummary {
-        id: topic.topic_id.parse().map_err(|_| odd("a topic id that is no UUID"))?,
+        id: topic.topic_id.parse().map_err(|_| odd("a topic id that is not a UUID"))?,
         name: topic.name,
         partitions: topic.partitions,
         replication_factor: topic.replication_factor,
@@ -444,7 +450,7 @@ fn summary(topic: Option<v1::TopicSummary>) -> Result<TopicSummary, CallError> {
     })
 }
 
-fn describe(state: v1::PartitionState) -> Result<PartitionDescription, CallError> {
+fn describe(state: v1::PartitionDescription) -> Result<PartitionDescription, CallError> {
     Ok(PartitionDescription {
         partition: u32::try_from(state.partition).map_err(|_| odd("a negative partition"))?,
         leader: state.leader.map(BrokerId),
@@ -465,8 +471,8 @@ fn describe(state: v1::PartitionState) -> Result<PartitionDescription, CallError
         },
         local_bytes: state.local_bytes,
         tiered_bytes: state.tiered_bytes,
-        fault: state.fault.map(ApiError::from),
-        unanswered: state.unanswered.map(ApiError::from),
+        error: state.error.map(ApiError::from),
+        leader_error: state.leader_error.map(ApiError::from),
     })
 }
 

@@ -13,7 +13,7 @@ use super::{
     error::ConnectError,
     lock::lock,
     options::DEFAULT_PORT,
-    transport::{Connect, Wire},
+    transport::{BrokerChannel, Connector},
 };
 use crate::{
     limits,
@@ -22,9 +22,9 @@ use crate::{
 
 /// Validated `host:port` of a broker.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Address(Arc<str>);
+pub struct BrokerAddress(Arc<str>);
 
-impl Address {
+impl BrokerAddress {
     /// Parses an address. The port is optional, and the prefix `http://` is allowed.
     ///
     /// # Errors
@@ -33,25 +33,25 @@ impl Address {
         let refuse = |problem| Err(ConnectError::Address { address: text.to_owned(), problem });
         let bare = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
         if bare.is_empty() {
-            return refuse("it is empty");
+            return refuse("empty");
         }
         if bare.contains(|c: char| c.is_whitespace() || matches!(c, '/' | '@' | '?' | '#')) {
-            return refuse("it holds a character that no address has");
+            return refuse("character that is not allowed in an address");
         }
         let (host, port) = match bare.rsplit_once(':') {
             Some((host, port)) if !port.contains(']') => (host, Some(port)),
             _ => (bare, None),
         };
         if host.is_empty() {
-            return refuse("the host is missing");
+            return refuse("no host");
         }
         if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
-            return refuse("an IPv6 address needs brackets");
+            return refuse("IPv6 address without brackets");
         }
         match port.map(str::parse::<u16>) {
             None => Ok(Self(format!("{host}:{DEFAULT_PORT}").into())),
             Some(Ok(port)) if port > 0 => Ok(Self(format!("{host}:{port}").into())),
-            Some(_) => refuse("the port is not a number from 1 to 65535"),
+            Some(_) => refuse("port that is not a number from 1 to 65535"),
         }
     }
 
@@ -61,68 +61,68 @@ impl Address {
     }
 
     /// Returns the error for an address at which no broker responds.
-    pub(super) fn no_answer(&self, problem: String) -> ConnectError {
-        ConnectError::NoAnswer { tried: vec![(self.as_str().to_owned(), problem)] }
+    pub(super) fn unreachable(&self, problem: String) -> ConnectError {
+        ConnectError::NoResponse { tried: vec![(self.as_str().to_owned(), problem)] }
     }
 }
 
 /// Connections of one client.
-pub(super) struct Pool {
-    connect: Arc<dyn Connect>,
+pub(super) struct ConnectionPool {
+    connect: Arc<dyn Connector>,
     connect_timeout: Duration,
-    wires: Mutex<BTreeMap<Address, Arc<OnceCell<Wire>>>>,
+    channels: Mutex<BTreeMap<BrokerAddress, Arc<OnceCell<BrokerChannel>>>>,
 }
 
-impl fmt::Debug for Pool {
+impl fmt::Debug for ConnectionPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool").field("wires", &self.wires).finish_non_exhaustive()
+        f.debug_struct("ConnectionPool").field("channels", &self.channels).finish_non_exhaustive()
     }
 }
 
-impl Pool {
-    pub(super) fn new(connect: Arc<dyn Connect>, connect_timeout: Duration) -> Self {
-        Self { connect, connect_timeout, wires: Mutex::default() }
+impl ConnectionPool {
+    pub(super) fn new(connect: Arc<dyn Connector>, connect_timeout: Duration) -> Self {
+        Self { connect, connect_timeout, channels: Mutex::default() }
     }
 
     /// Returns the connection to `address`; makes it if there is none. A broken connection reconnects for the next
     /// call; the calls in progress fail.
-    pub(super) async fn wire(&self, address: &Address) -> Result<Wire, ConnectError> {
-        let cell = lock(&self.wires).entry(address.clone()).or_default().clone();
-        let wire = cell.get_or_try_init(|| self.connect(address)).await?;
-        Ok(wire.clone())
+    pub(super) async fn wire(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
+        let cell = lock(&self.channels).entry(address.clone()).or_default().clone();
+        let channel = cell.get_or_try_init(|| self.connect(address)).await?;
+        Ok(channel.clone())
     }
 
     /// Makes a separate connection to `address`, so that a refusal by the host is detected now.
     #[cfg(feature = "server")]
-    pub(super) async fn fresh(&self, address: &Address) -> Result<Wire, ConnectError> {
+    pub(super) async fn fresh(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         self.connect(address).await
     }
 
-    async fn connect(&self, address: &Address) -> Result<Wire, ConnectError> {
+    async fn connect(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         match tokio::time::timeout(self.connect_timeout, self.connect.connect(address)).await {
             Ok(connected) => connected,
-            Err(_) => Err(address.no_answer(format!("no answer in {:?}", self.connect_timeout))),
+            Err(_) => Err(address.unreachable(format!("no response in {:?}", self.connect_timeout))),
         }
     }
 }
 
 /// Creates a client of the Log service on a connection.
-pub(super) fn log_client(wire: Wire) -> LogClient<Wire> {
-    LogClient::new(wire)
+pub(super) fn log_client(channel: BrokerChannel) -> LogClient<BrokerChannel> {
+    LogClient::new(channel)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
 /// Creates a client of the Admin service on a connection.
-pub(super) fn admin_client(wire: Wire) -> AdminClient<Wire> {
-    AdminClient::new(wire)
+pub(super) fn admin_client(channel: BrokerChannel) -> AdminClient<BrokerChannel> {
+    AdminClient::new(channel)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{super::transport::Tcp, *};
+    use super::{super::transport::TcpConnector, *};
 
     #[test]
     fn address_is_validated_when_parsed() {
@@ -133,21 +133,21 @@ mod tests {
             ("[::1]:7", "[::1]:7"),
             ("[::1]", "[::1]:9460"),
         ] {
-            assert_eq!(Address::parse(text).expect(text).as_str(), address);
+            assert_eq!(BrokerAddress::parse(text).expect(text).as_str(), address);
         }
         for text in ["", ":9460", "a:b", "a:0", "a:70000", "::1", "a b:1", "a/b:1", "https://a:1"] {
-            assert!(Address::parse(text).is_err(), "{text:?}");
+            assert!(BrokerAddress::parse(text).is_err(), "{text:?}");
         }
     }
 
     #[tokio::test]
-    async fn a_refused_connection_names_the_address() {
+    async fn refused_connection_names_the_address() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
         let text = listener.local_addr().expect("bound").to_string();
         drop(listener);
-        let wait = Duration::from_secs(1);
-        let pool = Pool::new(Arc::new(Tcp::new(wait)), wait);
-        let error = pool.wire(&Address::parse(&text).expect("valid")).await.expect_err("nobody listens");
-        assert_eq!(error.to_string(), format!("no broker answers at {text}: connection refused"));
+        let timeout = Duration::from_secs(1);
+        let pool = ConnectionPool::new(Arc::new(TcpConnector::new(timeout)), timeout);
+        let error = pool.wire(&BrokerAddress::parse(&text).expect("valid")).await.expect_err("the listener is closed");
+        assert_eq!(error.to_string(), format!("no broker responds at {text}: connection refused"));
     }
 }

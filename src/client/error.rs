@@ -13,10 +13,10 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
     /// The list of brokers is empty.
-    #[error("no broker is named; give at least one address, such as 127.0.0.1:9460")]
+    #[error("no broker address: give at least one, such as 127.0.0.1:9460")]
     NoAddress,
     /// The text is no valid address.
-    #[error("{address:?} is no broker address: {problem}; write host:port, such as 127.0.0.1:9460")]
+    #[error("broker address {address:?} is invalid ({problem}): write host:port, such as 127.0.0.1:9460")]
     Address {
         /// The text.
         address: String,
@@ -24,8 +24,8 @@ pub enum ConnectError {
         problem: &'static str,
     },
     /// No broker accepted the connection.
-    #[error("no broker answers at {}", Tried(.tried))]
-    NoAnswer {
+    #[error("no broker responds at {}", AttemptList(.tried))]
+    NoResponse {
         /// Addresses that were tried, each with its error.
         tried: Vec<(String, String)>,
     },
@@ -35,7 +35,7 @@ impl ConnectError {
     /// Returns the error for a message that names the address itself.
     pub(super) fn problem(&self) -> String {
         match self {
-            Self::NoAnswer { tried } => {
+            Self::NoResponse { tried } => {
                 tried.iter().map(|(_, problem)| problem.as_str()).collect::<Vec<_>>().join(", ")
             }
             other => other.to_string(),
@@ -48,7 +48,7 @@ impl ConnectError {
     /// Returns true if the host at every address refused the connection. The text is that of [`root_cause`].
     pub(super) fn is_refused(&self) -> bool {
         match self {
-            Self::NoAnswer { tried } => {
+            Self::NoResponse { tried } => {
                 !tried.is_empty() && tried.iter().all(|(_, problem)| problem == "connection refused")
             }
             _ => false,
@@ -56,9 +56,9 @@ impl ConnectError {
     }
 }
 
-struct Tried<'a>(&'a [(String, String)]);
+struct AttemptList<'a>(&'a [(String, String)]);
 
-impl fmt::Display for Tried<'_> {
+impl fmt::Display for AttemptList<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, (address, problem)) in self.0.iter().enumerate() {
             let comma = if index == 0 { "" } else { ", " };
@@ -83,8 +83,8 @@ impl CallError {
     /// Returns true if the same call may succeed later.
     pub fn retryable(&self) -> bool {
         match self {
-            Self::Connect(error) => matches!(error, ConnectError::NoAnswer { .. }),
-            Self::Api(fault) => fault.retryable,
+            Self::Connect(error) => matches!(error, ConnectError::NoResponse { .. }),
+            Self::Api(error) => error.retryable,
         }
     }
 
@@ -92,14 +92,14 @@ impl CallError {
     pub fn reason(&self) -> Option<ErrorCode> {
         match self {
             Self::Connect(_) => None,
-            Self::Api(fault) => Some(fault.code),
+            Self::Api(error) => Some(error.code),
         }
     }
 }
 
 impl From<ApiError> for CallError {
-    fn from(fault: ApiError) -> Self {
-        Self::Api(fault)
+    fn from(error: ApiError) -> Self {
+        Self::Api(error)
     }
 }
 
@@ -121,8 +121,8 @@ pub enum SendError {
     },
     /// The record or batch is larger than the topic allows.
     #[error(
-        "record of {bytes} bytes is too large for topic {topic:?}: {limit} bytes is the most; raise the topic's \
-         max.message.bytes, or send less at a time"
+        "record of {bytes} bytes is too large for topic {topic:?} with a maximum of {limit} bytes: raise the \
+         topic's max.message.bytes, or send smaller records"
     )]
     TooLarge {
         /// Topic name.
@@ -136,19 +136,19 @@ pub enum SendError {
     #[error(transparent)]
     Build(#[from] BuildError),
     /// A broker refused the record with an error that is not retried. The record was not appended.
-    #[error("{topic}/{partition}: {fault}")]
+    #[error("{topic}/{partition}: {error}")]
     Refused {
         /// Topic name.
         topic: String,
         /// Partition number.
         partition: u32,
         /// Error of the broker.
-        fault: ApiError,
+        error: ApiError,
     },
     /// The record was not acknowledged within the delivery timeout.
     #[error(
-        "{topic}/{partition}: not acknowledged in the delivery timeout; {}; last trouble: {trouble}",
-        if *.maybe_appended { "it may have been appended" } else { "it was not appended" }
+        "{topic}/{partition}: not acknowledged within the delivery timeout, and {}; last status: {status}",
+        if *.maybe_appended { "the record may have been appended" } else { "the record was not appended" }
     )]
     Expired {
         /// Topic name.
@@ -158,11 +158,12 @@ pub enum SendError {
         /// True if an earlier attempt may have been appended although its response was lost.
         maybe_appended: bool,
         /// Last problem before the timeout.
-        trouble: String,
+        status: String,
     },
     /// The response was lost, and another attempt could append the record twice.
     #[error(
-        "{topic}/{partition}: the answer was lost; the batch may have been appended, and sending it again could double it"
+        "{topic}/{partition}: the response was lost and the batch may have been appended: sending the batch again may \
+         duplicate its records"
     )]
     Unknown {
         /// Topic name.
@@ -180,7 +181,7 @@ impl SendError {
     pub fn retryable(&self) -> bool {
         match self {
             Self::Lookup(error) => error.retryable(),
-            Self::Refused { fault, .. } => fault.retryable,
+            Self::Refused { error, .. } => error.retryable,
             Self::Expired { maybe_appended, .. } => !maybe_appended,
             _ => false,
         }
@@ -194,7 +195,7 @@ pub enum ConsumeError {
     #[error(transparent)]
     Lookup(#[from] CallError),
     /// The partition is not assigned to this consumer.
-    #[error("partition {topic}/{partition} is not assigned to this consumer; assign it first")]
+    #[error("partition {topic}/{partition} is not assigned to this consumer: assign it first")]
     NotAssigned {
         /// Topic name.
         topic: String,
@@ -212,7 +213,7 @@ pub enum ConsumeError {
         partitions: u32,
     },
     /// The position is outside the log.
-    #[error("{topic}/{partition}: offset {offset} is out of range: the log holds {start}..{end}; seek to one of those")]
+    #[error("{topic}/{partition}: offset {offset} is out of range {start}..{end}: seek to an offset in this range")]
     OutOfRange {
         /// Topic name.
         topic: String,
@@ -226,7 +227,7 @@ pub enum ConsumeError {
         end: Offset,
     },
     /// The broker repeatedly sent invalid batches.
-    #[error("{topic}/{partition}: what the broker sent at offset {offset} is damaged: {source}")]
+    #[error("{topic}/{partition}: the broker sent a corrupt batch at offset {offset}: {source}")]
     Damaged {
         /// Topic name.
         topic: String,
@@ -259,7 +260,7 @@ pub enum ConsumeError {
         source: MalformedBatch,
     },
     /// The broker skipped records.
-    #[error("{topic}/{partition}: the broker sent offset {found} where {expected} was due")]
+    #[error("{topic}/{partition}: the broker sent offset {found} instead of {expected}")]
     Gap {
         /// Topic name.
         topic: String,
@@ -271,14 +272,14 @@ pub enum ConsumeError {
         found: Offset,
     },
     /// A broker refused the read with an error that is not retried.
-    #[error("{topic}/{partition}: {fault}")]
+    #[error("{topic}/{partition}: {error}")]
     Refused {
         /// Topic name.
         topic: String,
         /// Partition number.
         partition: u32,
         /// Error of the broker.
-        fault: ApiError,
+        error: ApiError,
     },
     /// The consumer's task has ended.
     #[error("the consumer is closed")]
@@ -290,7 +291,7 @@ impl ConsumeError {
     pub fn retryable(&self) -> bool {
         match self {
             Self::Lookup(error) => error.retryable(),
-            Self::Refused { fault, .. } => fault.retryable,
+            Self::Refused { error, .. } => error.retryable,
             _ => false,
         }
     }
@@ -322,14 +323,14 @@ pub(super) fn root_cause(error: &(dyn Error + 'static)) -> String {
     if let Some(io) = last.downcast_ref::<std::io::Error>() {
         match io.kind() {
             std::io::ErrorKind::ConnectionRefused => return "connection refused".to_owned(),
-            std::io::ErrorKind::TimedOut => return "no answer in time".to_owned(),
+            std::io::ErrorKind::TimedOut => return "no response in time".to_owned(),
             _ => {}
         }
     }
     let text = last.to_string();
     match text.find(" (os error") {
         Some(end) => text[..end].to_lowercase(),
-        None if text == "deadline has elapsed" => "no answer in time".to_owned(),
+        None if text == "deadline has elapsed" => "no response in time".to_owned(),
         None => text,
     }
 }
@@ -339,13 +340,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_names_every_address_that_was_tried() {
+    fn error_names_every_address_that_was_tried() {
         let tried = vec![
             ("127.0.0.1:9460".to_owned(), "connection refused".to_owned()),
-            ("b:1".to_owned(), "no answer in time".to_owned()),
+            ("b:1".to_owned(), "no response in time".to_owned()),
         ];
-        let text = ConnectError::NoAnswer { tried }.to_string();
-        assert_eq!(text, "no broker answers at 127.0.0.1:9460: connection refused, b:1: no answer in time");
+        let text = ConnectError::NoResponse { tried }.to_string();
+        assert_eq!(text, "no broker responds at 127.0.0.1:9460: connection refused, b:1: no response in time");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! # Overview
 //!
-//! A [`Client`] serves one cluster. It requests the leader of each partition from any broker (`routing`) and keeps one
+//! A [`Client`] serves one cluster. It requests the leader of each partition from any broker (`metadata`) and keeps one
 //! connection per broker (`connection`, over `transport`). It creates producers, consumers and admin handles. Each
 //! producer and each consumer has one task that owns its state. User handles only queue work for that task or take what
 //! the task has fetched.
@@ -16,7 +16,7 @@
 //! - A consumer returns records in offset order, without duplicates and without gaps, also across broken streams.
 //! - Memory is bounded: of a producer by `ProducerOptions::memory_bytes`, of a consumer by its queue, one response, and
 //!   a stream window per broker.
-//! - Retries are visible: [`Client::trouble`] shows the problem, its start and its deadline.
+//! - Retries are visible: [`Client::retries`] shows the problem, its start and its deadline.
 //!
 //! # Shutdown
 //!
@@ -26,20 +26,20 @@
 mod admin;
 mod connection;
 pub mod consumer;
-#[cfg(all(test, feature = "server"))]
-mod double;
 mod error;
+#[cfg(all(test, feature = "server"))]
+mod fake_broker;
 mod lock;
-mod nearest;
+mod metadata;
 mod options;
 #[cfg(feature = "server")]
 pub mod peers;
 pub mod producer;
-mod routing;
+mod replica_selector;
+mod retry_status;
 #[cfg(all(test, feature = "server"))]
 mod tests;
 mod transport;
-mod trouble;
 
 use std::{
     collections::BTreeSet,
@@ -54,24 +54,24 @@ use tonic::Status;
 
 pub use self::{
     admin::{
-        Admin, Broker, BrokerDescription, BrokerFigures, Cluster, ClusterDescription, ConfigSource, Drain, Election,
-        HeldReplica, ManifestRebuild, NewTopic, OffsetAt, PartitionDescription, Reassignment, TopicChange,
-        TopicDescription, TopicSummary, UnreadableKey,
+        Admin, BrokerDescription, BrokerInfo, BrokerStats, ClusterDescription, ClusterInfo, ConfigSource, DrainStatus,
+        ElectionResult, ManifestRebuild, NewTopic, OffsetSpec, PartitionDescription, Reassignment, ReplicaDescription,
+        TopicAlteration, TopicDescription, TopicSummary, UnreadableKey,
     },
-    connection::Address,
-    consumer::{ConsumedBatch, ConsumedRecord, Consumer, ConsumerOptions, OnOutOfRange, OnUndecodable},
+    connection::BrokerAddress,
+    consumer::{ConsumedBatch, ConsumedRecord, Consumer, ConsumerOptions, OffsetResetPolicy, OnUndecodable},
     error::{CallError, ConnectError, ConsumeError, SendError},
-    options::{DEFAULT_PORT, Options},
+    metadata::{PartitionRoute, TopicRoute},
+    options::{ClientOptions, DEFAULT_PORT},
     producer::{Ack, Delivery, Held, NewRecord, Producer, ProducerOptions},
-    routing::{PartitionRoute, TopicRoute},
-    transport::{Answered, Call, Connect, Tcp, TransportError, Unsent, Wire},
-    trouble::Trouble,
+    retry_status::RetryStatus,
+    transport::{BrokerChannel, CallResult, Connector, NotSent, RpcTransport, TcpConnector, TransportError},
 };
 use self::{
-    connection::Pool,
+    connection::ConnectionPool,
     lock::lock,
-    routing::Routing,
-    trouble::{Party, Troubles},
+    metadata::RoutingTable,
+    retry_status::{RetryRegistry, RetryReporter},
 };
 use crate::{
     proto::{
@@ -85,9 +85,9 @@ use crate::{
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-/// use strandline::client::{Client, NewRecord, NewTopic, Options, ProducerOptions};
+/// use strandline::client::{Client, ClientOptions, NewRecord, NewTopic, ProducerOptions};
 ///
-/// let client = Client::connect("127.0.0.1:9460", Options::default()).await?;
+/// let client = Client::connect("127.0.0.1:9460", ClientOptions::default()).await?;
 /// client.admin().create_topic(&NewTopic::new("greetings")).await?;
 /// let producer = client.producer(ProducerOptions::default()).await?;
 /// let ack = producer.send("greetings", NewRecord::value(b"hello")).await?.await?;
@@ -97,38 +97,38 @@ use crate::{
 /// ```
 #[derive(Clone, Debug)]
 pub struct Client {
-    inner: Arc<Inner>,
+    inner: Arc<ClientInner>,
 }
 
 #[derive(Debug)]
-struct Inner {
-    options: Options,
-    bootstrap: Vec<Address>,
-    pool: Pool,
-    routing: Routing,
+struct ClientInner {
+    options: ClientOptions,
+    bootstrap: Vec<BrokerAddress>,
+    pool: ConnectionPool,
+    routing: RoutingTable,
     /// Broker that receives the next call that any broker can serve: the last one that responded.
-    preferred: Mutex<Option<Address>>,
-    troubles: Arc<Troubles>,
+    preferred: Mutex<Option<BrokerAddress>>,
+    retries: Arc<RetryRegistry>,
 }
 
 /// Response timeout of one broker for a call that another broker could serve as well. Nothing else detects a broker
 /// that is connected but does not work, because its process is stopped or its network is partitioned.
-const ANY_ANSWER: Duration = Duration::from_secs(5);
+const FIRST_RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Time without a response after which the next broker is called as well.
-const HEDGE: Duration = Duration::from_millis(250);
+const HEDGE_DELAY: Duration = Duration::from_millis(250);
 
-/// Hedge delay while a leader does not respond or reports that its lease expired. It is shorter than `HEDGE`: the
-/// caller already waits, and the failure of that leader may also affect the brokers beside it.
-const HEDGE_IN_DOUBT: Duration = Duration::from_millis(100);
+/// Hedge delay while a leader does not respond or reports that its lease expired. It is shorter than `HEDGE_DELAY`:
+/// the caller already waits, and the failure of that leader may also affect other brokers.
+const HEDGE_DELAY_LEASE_EXPIRED: Duration = Duration::from_millis(100);
 
 impl Client {
     /// Connects to a cluster by the addresses of some of its brokers, `host:port` separated by commas.
     ///
     /// # Errors
     /// An address is invalid, or no broker responds.
-    pub async fn connect(bootstrap: &str, options: Options) -> Result<Self, CallError> {
-        let tcp = Tcp::new(options.connect_timeout);
+    pub async fn connect(bootstrap: &str, options: ClientOptions) -> Result<Self, CallError> {
+        let tcp = TcpConnector::new(options.connect_timeout);
         Self::connect_through(Arc::new(tcp), bootstrap, options).await
     }
 
@@ -137,23 +137,23 @@ impl Client {
     /// # Errors
     /// See [`Client::connect`].
     pub async fn connect_through(
-        connect: Arc<dyn Connect>,
+        connect: Arc<dyn Connector>,
         bootstrap: &str,
-        options: Options,
+        options: ClientOptions,
     ) -> Result<Self, CallError> {
         let texts = bootstrap.split(',').map(str::trim).filter(|text| !text.is_empty());
-        let bootstrap: Vec<Address> = texts.map(Address::parse).collect::<Result<_, _>>()?;
+        let bootstrap: Vec<BrokerAddress> = texts.map(BrokerAddress::parse).collect::<Result<_, _>>()?;
         if bootstrap.is_empty() {
             return Err(ConnectError::NoAddress.into());
         }
-        let pool = Pool::new(connect, options.connect_timeout);
-        let inner = Inner {
+        let pool = ConnectionPool::new(connect, options.connect_timeout);
+        let inner = ClientInner {
             options,
             bootstrap,
             pool,
-            routing: Routing::default(),
+            routing: RoutingTable::default(),
             preferred: Mutex::default(),
-            troubles: Troubles::new(),
+            retries: RetryRegistry::new(),
         };
         let client = Self { inner: Arc::new(inner) };
         client.refresh(0, &[]).await?;
@@ -208,34 +208,34 @@ impl Client {
 
     /// Returns a watch of the problem that this client's producers, consumers and calls are retrying; `None` while
     /// there is none. Of several problems the watch shows the oldest.
-    pub fn trouble(&self) -> watch::Receiver<Option<Trouble>> {
-        self.inner.troubles.watch()
+    pub fn retries(&self) -> watch::Receiver<Option<RetryStatus>> {
+        self.inner.retries.watch()
     }
 
-    fn options(&self) -> &Options {
+    fn options(&self) -> &ClientOptions {
         &self.inner.options
     }
 
     /// Creates a reporter for the retries of one producer, consumer or call.
-    fn party(&self) -> Party {
-        self.inner.troubles.party()
+    fn party(&self) -> RetryReporter {
+        self.inner.retries.reporter()
     }
 
-    fn routing(&self) -> &Routing {
+    fn routing(&self) -> &RoutingTable {
         &self.inner.routing
     }
 
-    async fn wire(&self, address: &Address) -> Result<Wire, ConnectError> {
+    async fn wire(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         let connected = self.inner.pool.wire(address).await;
         connected.map_err(|error| match error {
             // The user gave other addresses, so the error names the source of this address.
-            ConnectError::NoAnswer { mut tried } if !self.inner.bootstrap.contains(address) => {
+            ConnectError::NoResponse { mut tried } if !self.inner.bootstrap.contains(address) => {
                 if let Some(broker) = self.inner.routing.broker_at(address) {
                     for (_, problem) in &mut tried {
-                        *problem += &format!(" (that is what broker {broker} advertises: grpc.advertise)");
+                        *problem += &format!(" (advertised by broker {broker}: grpc.advertise)");
                     }
                 }
-                ConnectError::NoAnswer { tried }
+                ConnectError::NoResponse { tried }
             }
             other => other,
         })
@@ -243,144 +243,153 @@ impl Client {
 
     /// Refreshes the routing metadata unless it is newer than generation `seen` and holds the topics `wanted`.
     async fn refresh(&self, seen: u64, wanted: &[&str]) -> Result<(), CallError> {
-        self.refresh_doubting(&BTreeSet::new(), seen, wanted).await
+        self.refresh_excluding(&BTreeSet::new(), seen, wanted).await
     }
 
-    /// Refreshes as [`Client::refresh`] does, but calls the brokers in `doubted` after all other brokers. A broker that
+    /// Refreshes as [`Client::refresh`] does, but calls the brokers in `last` after all other brokers. A broker that
     /// is partitioned from the cluster still responds to its clients, with old metadata.
-    async fn refresh_doubting(&self, doubted: &BTreeSet<Address>, seen: u64, wanted: &[&str]) -> Result<(), CallError> {
-        let ask = |topics: Vec<String>| {
+    async fn refresh_excluding(
+        &self,
+        last: &BTreeSet<BrokerAddress>,
+        seen: u64,
+        wanted: &[&str],
+    ) -> Result<(), CallError> {
+        let request = |topics: Vec<String>| {
             let mut order = self.anybody();
-            order.sort_by_key(|address| doubted.contains(address));
-            let hedge = if doubted.is_empty() { HEDGE } else { HEDGE_IN_DOUBT };
+            order.sort_by_key(|address| last.contains(address));
+            let hedge = if last.is_empty() { HEDGE_DELAY } else { HEDGE_DELAY_LEASE_EXPIRED };
             async move {
                 // A partitioned broker may respond first. Its response is accepted only if no other broker has a better
                 // one.
-                let doubtful = Mutex::new(None);
-                let call = |wire| {
+                let outdated = Mutex::new(None);
+                let call = |channel| {
                     let request = v1::GetMetadataRequest { topics: topics.clone(), all_topics: false };
-                    let doubtful = &doubtful;
+                    let outdated = &outdated;
                     async move {
-                        let answer = connection::admin_client(wire).get_metadata(request).await?;
-                        if !answer.get_ref().in_doubt {
-                            return Ok(answer);
+                        let response = connection::admin_client(channel).get_metadata(request).await?;
+                        if !response.get_ref().lease_expired {
+                            return Ok(response);
                         }
-                        *lock(doubtful) = Some(answer.into_inner());
-                        Err(ApiError::new(ErrorCode::MetadataUnavailable, "the broker doubts what it knows").into())
+                        *lock(outdated) = Some(response.into_inner());
+                        Err(ApiError::new(ErrorCode::MetadataUnavailable, "the lease of the broker has expired").into())
                     }
                 };
-                let answer = self.ask_in_turn(order, hedge, call).await;
-                answer.or_else(|error| lock(&doubtful).take().ok_or(error))
+                let response = self.call_in_order(order, hedge, call).await;
+                response.or_else(|error| lock(&outdated).take().ok_or(error))
             }
         };
-        self.inner.routing.refresh(seen, wanted, ask).await
+        self.inner.routing.refresh(seen, wanted, request).await
     }
 
     /// Calls any broker, the last one that responded first. For reads only: a call that a broker may have received is
     /// still repeated at another broker.
-    async fn ask_any<F, R, T>(&self, call: F) -> Result<T, CallError>
+    async fn call_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
-        F: Fn(Wire) -> R,
+        F: Fn(BrokerChannel) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
-        self.ask_in_turn(self.anybody(), HEDGE, call).await
+        self.call_in_order(self.anybody(), HEDGE_DELAY, call).await
     }
 
     /// Calls brokers in this order. Returns the first response, or the first error that a broker itself returned. Calls
     /// the next broker as well if a call fails in transport, or the broker does not reach the metadata store, or
     /// `hedge` passes.
-    async fn ask_in_turn<F, R, T>(&self, order: Vec<Address>, hedge: Duration, call: F) -> Result<T, CallError>
+    async fn call_in_order<F, R, T>(&self, order: Vec<BrokerAddress>, hedge: Duration, call: F) -> Result<T, CallError>
     where
-        F: Fn(Wire) -> R,
+        F: Fn(BrokerChannel) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
-        let wait = self.options().request_timeout.min(ANY_ANSWER);
-        let mut anybody = order.into_iter();
+        let timeout = self.options().request_timeout.min(FIRST_RESPONSE_TIMEOUT);
+        let mut remaining = order.into_iter();
         let call = &call;
-        let ask = |address: Address| async move {
-            let answer = self.at(&address, wait, call).await;
-            (address, answer)
+        let attempt = |address: BrokerAddress| async move {
+            let result = self.at(&address, timeout, call).await;
+            (address, result)
         };
-        let (mut asked, mut tried, mut heard) = (FuturesUnordered::new(), Vec::new(), false);
-        let mut cut_off = None;
+        let (mut attempts, mut tried, mut received) = (FuturesUnordered::new(), Vec::new(), false);
+        let mut metadata_error = None;
         loop {
-            if asked.is_empty() {
-                match anybody.next() {
-                    Some(address) => asked.push(ask(address)),
-                    None => return Err(cut_off.map_or_else(|| nobody(tried, heard), CallError::from)),
+            if attempts.is_empty() {
+                match remaining.next() {
+                    Some(address) => attempts.push(attempt(address)),
+                    None => return Err(metadata_error.map_or_else(|| nobody(tried, received), CallError::from)),
                 }
             }
-            let answered = match tokio::time::timeout(hedge, asked.next()).await {
-                Ok(answered) => answered,
+            let completed = match tokio::time::timeout(hedge, attempts.next()).await {
+                Ok(completed) => completed,
                 Err(_) => {
-                    asked.extend(anybody.next().map(&ask));
+                    attempts.extend(remaining.next().map(&attempt));
                     continue;
                 }
             };
-            match answered {
-                Some((address, Ok(answer))) => {
+            match completed {
+                Some((address, Ok(response))) => {
                     *lock(&self.inner.preferred) = Some(address);
-                    return Ok(answer);
+                    return Ok(response);
                 }
-                Some((_, Err(Unreached::Unanswered(Unanswered::Refused(fault)))))
-                    if fault.code == ErrorCode::MetadataUnavailable =>
+                Some((_, Err(AttemptError::Unanswered(NoResponse::Refused(error)))))
+                    if error.code == ErrorCode::MetadataUnavailable =>
                 {
-                    cut_off = Some(fault);
+                    metadata_error = Some(error);
                 }
-                Some((address, Err(Unreached::Unanswered(refused @ Unanswered::Refused(_))))) => {
+                Some((address, Err(AttemptError::Unanswered(refused @ NoResponse::Refused(_))))) => {
                     return Err(refused.at(&address).into());
                 }
-                Some((address, Err(Unreached::Unanswered(unanswered)))) => {
-                    heard |= unanswered.was_heard();
-                    tried.push((address.as_str().to_owned(), unanswered.fault().message));
+                Some((address, Err(AttemptError::Unanswered(no_response)))) => {
+                    received |= no_response.may_have_arrived();
+                    tried.push((address.as_str().to_owned(), no_response.into_error().message));
                 }
-                Some((_, Err(Unreached::Unconnected(ConnectError::NoAnswer { tried: here })))) => tried.extend(here),
-                Some((_, Err(Unreached::Unconnected(error)))) => return Err(error.into()),
+                Some((_, Err(AttemptError::Unconnected(ConnectError::NoResponse { tried: more })))) => {
+                    tried.extend(more)
+                }
+                Some((_, Err(AttemptError::Unconnected(error)))) => return Err(error.into()),
                 None => {}
             }
         }
     }
 
     /// Makes one call to one broker.
-    async fn at<F, R, T>(&self, address: &Address, wait: Duration, call: F) -> Result<T, Unreached>
+    async fn at<F, R, T>(&self, address: &BrokerAddress, timeout: Duration, call: F) -> Result<T, AttemptError>
     where
-        F: Fn(Wire) -> R,
+        F: Fn(BrokerChannel) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
-        let wire = self.wire(address).await.map_err(Unreached::Unconnected)?;
-        bounded(wait, call(wire)).await.map_err(Unreached::Unanswered)
+        let channel = self.wire(address).await.map_err(AttemptError::Unconnected)?;
+        bounded(timeout, call(channel)).await.map_err(AttemptError::Unanswered)
     }
 
     /// Calls any broker for a change. Calls the next broker if no broker received the call, or if the broker does not
     /// reach the metadata store and has not started the change. A change that a broker may have started is not repeated
-    /// elsewhere.
-    async fn tell_any<F, R, T>(&self, call: F) -> Result<T, CallError>
+    /// at another broker.
+    async fn change_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
-        F: Fn(Wire) -> R,
+        F: Fn(BrokerChannel) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
-        let wait = self.options().request_timeout;
-        let (mut tried, mut cut_off) = (Vec::new(), None);
+        let timeout = self.options().request_timeout;
+        let (mut tried, mut metadata_error) = (Vec::new(), None);
         for address in self.anybody() {
-            match self.at(&address, wait, &call).await {
-                Ok(answer) => {
+            match self.at(&address, timeout, &call).await {
+                Ok(response) => {
                     *lock(&self.inner.preferred) = Some(address);
-                    return Ok(answer);
+                    return Ok(response);
                 }
-                Err(Unreached::Unconnected(ConnectError::NoAnswer { tried: here })) => tried.extend(here),
-                Err(Unreached::Unconnected(error)) => return Err(error.into()),
-                Err(Unreached::Unanswered(not_done @ (Unanswered::NotSent(_) | Unanswered::NoBroker(_)))) => {
-                    tried.push((address.as_str().to_owned(), not_done.fault().message));
+                Err(AttemptError::Unconnected(ConnectError::NoResponse { tried: more })) => tried.extend(more),
+                Err(AttemptError::Unconnected(error)) => return Err(error.into()),
+                Err(AttemptError::Unanswered(not_done @ (NoResponse::NotSent(_) | NoResponse::NoBroker(_)))) => {
+                    tried.push((address.as_str().to_owned(), not_done.into_error().message));
                 }
-                Err(Unreached::Unanswered(Unanswered::Refused(fault))) if is_not_begun(&fault) => cut_off = Some(fault),
-                Err(Unreached::Unanswered(unanswered)) => return Err(unanswered.at(&address).into()),
+                Err(AttemptError::Unanswered(NoResponse::Refused(error))) if is_not_started(&error) => {
+                    metadata_error = Some(error)
+                }
+                Err(AttemptError::Unanswered(no_response)) => return Err(no_response.at(&address).into()),
             }
         }
-        Err(cut_off.map_or_else(|| nobody(tried, false), CallError::from))
+        Err(metadata_error.map_or_else(|| nobody(tried, false), CallError::from))
     }
 
     /// Returns all known brokers in the order in which they are called.
-    fn anybody(&self) -> Vec<Address> {
+    fn anybody(&self) -> Vec<BrokerAddress> {
         let mut addresses = self.inner.routing.brokers();
         for address in &self.inner.bootstrap {
             if !addresses.contains(address) {
@@ -403,61 +412,61 @@ impl Client {
         R: Future<Output = Result<T, CallError>>,
     {
         let deadline = clock::monotonic() + self.options().request_timeout;
-        let mut pauses = self.options().backoff();
-        let mut party = None;
+        let mut backoff = self.options().backoff();
+        let mut reporter = None;
         loop {
             let error = match call().await {
-                Ok(answer) => return Ok(answer),
+                Ok(response) => return Ok(response),
                 Err(error) => error,
             };
-            // An error that no broker is reachable returns at once: a person waits for this result.
-            let hopeless = matches!(error, CallError::Connect(_)) || !error.retryable();
-            let pause = pauses.next();
-            if hopeless || clock::monotonic() + pause >= deadline {
+            // The error for unreachable brokers is returned at once: a person waits for this result.
+            let is_final = matches!(error, CallError::Connect(_)) || !error.retryable();
+            let pause = backoff.next();
+            if is_final || clock::monotonic() + pause >= deadline {
                 return Err(error);
             }
-            tracing::debug!(%error, ?pause, "call will be repeated");
-            party.get_or_insert_with(|| self.party()).enter(0, error.to_string(), Some(deadline));
+            tracing::debug!(%error, ?pause, "call failed, retrying");
+            reporter.get_or_insert_with(|| self.party()).report(0, error.to_string(), Some(deadline));
             tokio::time::sleep(pause).await;
         }
     }
 }
 
 /// Returns true if a broker could not make the change, has changed nothing, and another broker may be able to.
-fn is_not_begun(fault: &ApiError) -> bool {
-    fault.code == ErrorCode::MetadataUnavailable && fault.metadata.contains_key("not_begun")
+fn is_not_started(error: &ApiError) -> bool {
+    error.code == ErrorCode::MetadataUnavailable && error.metadata.contains_key("not_started")
 }
 
-/// Returns the error of a call that got no response. A broker that received the call may respond to the next one, so
-/// the error is retryable then.
-fn nobody(tried: Vec<(String, String)>, heard: bool) -> CallError {
-    let nobody = ConnectError::NoAnswer { tried };
-    if heard { ApiError::new(ErrorCode::NotReady, nobody.to_string()).into() } else { nobody.into() }
+/// Returns the error of a call that got no response. The error is retryable if a broker may have `received` the call,
+/// because that broker may respond to the next call.
+fn nobody(tried: Vec<(String, String)>, received: bool) -> CallError {
+    let error = ConnectError::NoResponse { tried };
+    if received { ApiError::new(ErrorCode::NotReady, error.to_string()).into() } else { error.into() }
 }
 
 /// A call to one broker that failed.
-enum Unreached {
+enum AttemptError {
     /// No connection to the broker.
     Unconnected(ConnectError),
     /// The connection exists, and the call failed.
-    Unanswered(Unanswered),
+    Unanswered(NoResponse),
 }
 
 /// Makes one unary call with a timeout.
-async fn bounded<R, T>(wait: Duration, call: R) -> Result<T, Unanswered>
+async fn bounded<R, T>(timeout: Duration, call: R) -> Result<T, NoResponse>
 where
     R: Future<Output = Result<tonic::Response<T>, Status>>,
 {
-    match tokio::time::timeout(wait, call).await {
-        Ok(Ok(answer)) => Ok(answer.into_inner()),
+    match tokio::time::timeout(timeout, call).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(unanswered(&status)),
-        Err(_) => Err(Unanswered::Silent(wait)),
+        Err(_) => Err(NoResponse::TimedOut(timeout)),
     }
 }
 
 /// A unary call without a successful response.
 #[derive(Debug)]
-enum Unanswered {
+enum NoResponse {
     /// The connection could not be made: the broker never received the call.
     NotSent(String),
     /// The other end is no broker, or a broker that does not implement the call: nothing was done.
@@ -465,46 +474,46 @@ enum Unanswered {
     /// The connection broke, or an intermediary responded: the broker may have received the call.
     Broken(ApiError),
     /// No response arrived within this time.
-    Silent(Duration),
+    TimedOut(Duration),
     /// The broker's own error.
     Refused(ApiError),
 }
 
-impl Unanswered {
+impl NoResponse {
     /// Returns true if a broker may have received the call.
-    const fn was_heard(&self) -> bool {
-        matches!(self, Self::Broken(_) | Self::Silent(_))
+    const fn may_have_arrived(&self) -> bool {
+        matches!(self, Self::Broken(_) | Self::TimedOut(_))
     }
 
     /// Converts into an [`ApiError`] without the address.
-    fn fault(self) -> ApiError {
+    fn into_error(self) -> ApiError {
         match self {
             Self::NotSent(problem) => ApiError::new(ErrorCode::NotReady, problem),
-            Self::Silent(wait) => ApiError::new(ErrorCode::Timeout, format!("no answer in {wait:?}")),
-            Self::NoBroker(fault) | Self::Broken(fault) | Self::Refused(fault) => fault,
+            Self::TimedOut(timeout) => ApiError::new(ErrorCode::Timeout, format!("no response in {timeout:?}")),
+            Self::NoBroker(error) | Self::Broken(error) | Self::Refused(error) => error,
         }
     }
 
     /// Converts into an [`ApiError`] whose message starts with the address. The broker's own errors need no address.
-    fn at(self, address: &Address) -> ApiError {
+    fn at(self, address: &BrokerAddress) -> ApiError {
         match self {
-            Self::Refused(fault) => fault,
+            Self::Refused(error) => error,
             other => {
-                let fault = other.fault();
-                ApiError { message: format!("{}: {}", address.as_str(), fault.message), ..fault }
+                let error = other.into_error();
+                ApiError { message: format!("{}: {}", address.as_str(), error.message), ..error }
             }
         }
     }
 }
 
-fn unanswered(status: &Status) -> Unanswered {
+fn unanswered(status: &Status) -> NoResponse {
     if let Some(problem) = transport::unsent(status) {
-        return Unanswered::NotSent(problem);
+        return NoResponse::NotSent(problem);
     }
-    let fault = ApiError::from(status);
+    let error = ApiError::from(status);
     match (is_broker_status(status), status.code()) {
-        (true, _) => Unanswered::Refused(fault),
-        (false, tonic::Code::Unimplemented) => Unanswered::NoBroker(fault),
-        (false, _) => Unanswered::Broken(fault),
+        (true, _) => NoResponse::Refused(error),
+        (false, tonic::Code::Unimplemented) => NoResponse::NoBroker(error),
+        (false, _) => NoResponse::Broken(error),
     }
 }

@@ -11,7 +11,7 @@ pub const DEFAULT_PORT: u16 = 9460;
 
 /// Settings of a [`super::Client`].
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct ClientOptions {
     /// Time limit for making one connection. Default: 3 seconds.
     pub connect_timeout: Duration,
     /// Time limit for a call, retries included. Default: 30 seconds.
@@ -25,7 +25,7 @@ pub struct Options {
     pub metadata_age: Duration,
 }
 
-impl Default for Options {
+impl Default for ClientOptions {
     fn default() -> Self {
         Self {
             connect_timeout: Duration::from_secs(3),
@@ -37,9 +37,9 @@ impl Default for Options {
     }
 }
 
-impl Options {
+impl ClientOptions {
     /// Returns an endless sequence of pauses between attempts.
-    pub(super) fn backoff(&self) -> Pauses {
+    pub(super) fn backoff(&self) -> Backoff {
         let exponential = ExponentialBuilder::new()
             .with_min_delay(self.backoff_min)
             .with_max_delay(self.backoff_max)
@@ -47,19 +47,19 @@ impl Options {
             .with_jitter_seed(random::bits())
             .without_max_times()
             .build();
-        Pauses { exponential, most: self.backoff_max }
+        Backoff { exponential, max: self.backoff_max }
     }
 }
 
 /// Sequence of pauses between attempts.
 #[derive(Debug)]
-pub(super) struct Pauses {
+pub(super) struct Backoff {
     exponential: ExponentialBackoff,
-    most: Duration,
+    max: Duration,
 }
 
-impl Pauses {
+impl Backoff {
     pub(super) fn next(&mut self) -> Duration {
-        self.exponential.next().unwrap_or(self.most)
+        self.exponential.next().unwrap_or(self.max)
     }
 }

@@ -10,33 +10,33 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 use super::{
-    connection::{Address, Pool},
+    connection::{BrokerAddress, ConnectionPool},
     error::ConnectError,
-    transport::{self, Connect, Wire},
+    transport::{self, BrokerChannel, Connector},
 };
 use crate::{
     limits,
     proto::{
         error::{ApiError, is_broker_status},
-        v1::{self, peer_client::PeerClient},
+        v1::{self, peer_client},
     },
 };
 
 /// Messages of a replication stream that wait for the connection. Data in flight on a link is bounded by its windows; a
 /// longer queue would only delay acknowledgements.
-const QUEUE: usize = 1;
+const QUEUE_LEN: usize = 1;
 
 /// Reason for the end of a connection or of a call on it. Conclusions about the peer's process depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum How {
+pub enum DisconnectReason {
     /// The host refused the connection: no process listens at the address.
     Refused,
     /// The connection broke.
     Reset,
     /// The peer ended the stream normally.
-    Ended,
+    Closed,
     /// No data arrived for too long: the process, host or network may be down, slow or partitioned.
-    Silent,
+    TimedOut,
 }
 
 /// Error of a call to another broker.
@@ -51,7 +51,7 @@ pub enum PeerError {
         /// Address of the broker.
         address: String,
         /// Reason for the end of the connection.
-        how: How,
+        reason: DisconnectReason,
         /// Error text of the connection.
         problem: String,
     },
@@ -62,24 +62,24 @@ pub enum PeerError {
 
 /// Client for calls to other brokers. Clones share connections.
 #[derive(Clone, Debug)]
-pub struct Peers {
-    pool: Arc<Pool>,
+pub struct PeerClient {
+    pool: Arc<ConnectionPool>,
     connect_timeout: Duration,
 }
 
 /// Open replication stream of the follower's broker.
 #[derive(Debug)]
-pub struct Replicating {
+pub struct ReplicationStream {
     /// Messages to the leader's broker.
-    pub sender: mpsc::Sender<v1::ToLeader>,
+    pub sender: mpsc::Sender<v1::ReplicateRequest>,
     /// Messages from the leader's broker.
-    pub receiver: Streaming<v1::ToFollower>,
+    pub receiver: Streaming<v1::ReplicateResponse>,
 }
 
-impl Peers {
+impl PeerClient {
     /// Creates a client over these connections. An attempt to connect fails after `connect_timeout`.
-    pub fn new(connect: Arc<dyn Connect>, connect_timeout: Duration) -> Self {
-        Self { pool: Arc::new(Pool::new(connect, connect_timeout)), connect_timeout }
+    pub fn new(connect: Arc<dyn Connector>, connect_timeout: Duration) -> Self {
+        Self { pool: Arc::new(ConnectionPool::new(connect, connect_timeout)), connect_timeout }
     }
 
     /// Opens a replication stream on a separate connection and sends `hello`. The first message from the peer is its
@@ -87,181 +87,192 @@ impl Peers {
     ///
     /// # Errors
     /// The connection cannot be made, or the response does not start within the connect timeout.
-    pub async fn replicate(&self, address: &str, hello: v1::Hello) -> Result<Replicating, PeerError> {
-        let to = Address::parse(address).map_err(PeerError::Address)?;
-        let wire = self.pool.fresh(&to).await.map_err(|error| unmade(&to, &error))?;
-        let (sender, messages) = mpsc::channel(QUEUE);
-        let hello = v1::ToLeader { is: Some(v1::to_leader::Is::Hello(hello)), ..Default::default() };
-        sender.try_send(hello).expect("the queue is new and has room for one");
-        let mut client = client(wire);
+    pub async fn replicate(&self, address: &str, hello: v1::Hello) -> Result<ReplicationStream, PeerError> {
+        let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
+        let channel = self.pool.fresh(&address).await.map_err(|error| unmade(&address, &error))?;
+        let (sender, messages) = mpsc::channel(QUEUE_LEN);
+        let hello =
+            v1::ReplicateRequest { message: Some(v1::replicate_request::Message::Hello(hello)), ..Default::default() };
+        sender.try_send(hello).expect("the queue is new and has space for one message");
+        let mut client = client(channel);
         let call = client.replicate(ReceiverStream::new(messages));
-        let receiver = within(&to, self.connect_timeout, call).await?;
-        Ok(Replicating { sender, receiver })
+        let receiver = within(&address, self.connect_timeout, call).await?;
+        Ok(ReplicationStream { sender, receiver })
     }
 
     /// Requests the identity of the broker at an address, on a separate connection: a probe.
     ///
     /// # Errors
-    /// No broker responds within `wait`, or the process there is no broker.
-    pub async fn who_is(&self, address: &str, wait: Duration) -> Result<v1::WhoIsResponse, PeerError> {
-        let to = Address::parse(address).map_err(PeerError::Address)?;
-        let wire = within_connecting(&to, wait, self.pool.fresh(&to)).await?;
-        within(&to, wait, client(wire).who_is(v1::WhoIsRequest {})).await
+    /// No broker responds within `timeout`, or the process at the address is no broker.
+    pub async fn get_identity(&self, address: &str, timeout: Duration) -> Result<v1::GetIdentityResponse, PeerError> {
+        let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
+        let channel = within_connecting(&address, timeout, self.pool.fresh(&address)).await?;
+        within(&address, timeout, client(channel).get_identity(v1::GetIdentityRequest {})).await
     }
 
     /// Reports to the controller that a process has exited.
     ///
     /// # Errors
-    /// No response arrives within `wait`; the controller may have acted.
-    pub async fn report_gone(
+    /// No response arrives within `timeout`; the controller may have acted.
+    pub async fn report_failure(
         &self,
         address: &str,
-        report: v1::ReportGoneRequest,
-        wait: Duration,
-    ) -> Result<v1::ReportGoneResponse, PeerError> {
-        let (to, wire) = self.wire(address, wait).await?;
-        within(&to, wait, client(wire).report_gone(report)).await
+        report: v1::ReportFailureRequest,
+        timeout: Duration,
+    ) -> Result<v1::ReportFailureResponse, PeerError> {
+        let (address, channel) = self.wire(address, timeout).await?;
+        within(&address, timeout, client(channel).report_failure(report)).await
     }
 
     /// Requests the progress of replicas from the broker at an address.
     ///
     /// # Errors
     /// No response arrives within `wait`.
-    pub async fn marks(
+    pub async fn watermarks(
         &self,
         address: &str,
-        request: v1::MarksRequest,
-        wait: Duration,
-    ) -> Result<v1::MarksResponse, PeerError> {
-        let (to, wire) = self.wire(address, wait).await?;
-        within(&to, wait, client(wire).marks(request)).await
+        request: v1::DescribeReplicasRequest,
+        timeout: Duration,
+    ) -> Result<v1::DescribeReplicasResponse, PeerError> {
+        let (address, channel) = self.wire(address, timeout).await?;
+        within(&address, timeout, client(channel).describe_replicas(request)).await
     }
 
     /// Requests the stats of the broker at an address.
     ///
     /// # Errors
     /// No response arrives within `wait`.
-    pub async fn status(&self, address: &str, wait: Duration) -> Result<v1::StatusResponse, PeerError> {
-        let (to, wire) = self.wire(address, wait).await?;
-        within(&to, wait, client(wire).status(v1::StatusRequest {})).await
+    pub async fn status(&self, address: &str, timeout: Duration) -> Result<v1::GetBrokerStatsResponse, PeerError> {
+        let (address, channel) = self.wire(address, timeout).await?;
+        within(&address, timeout, client(channel).get_broker_stats(v1::GetBrokerStatsRequest {})).await
     }
 
     /// Returns the connection that all requests to one address share.
-    async fn wire(&self, address: &str, wait: Duration) -> Result<(Address, Wire), PeerError> {
-        let to = Address::parse(address).map_err(PeerError::Address)?;
-        let wire = within_connecting(&to, wait, self.pool.wire(&to)).await?;
-        Ok((to, wire))
+    async fn wire(&self, address: &str, timeout: Duration) -> Result<(BrokerAddress, BrokerChannel), PeerError> {
+        let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
+        let channel = within_connecting(&address, timeout, self.pool.wire(&address)).await?;
+        Ok((address, channel))
     }
 }
 
-fn client(wire: Wire) -> PeerClient<Wire> {
-    PeerClient::new(wire)
+fn client(channel: BrokerChannel) -> peer_client::PeerClient<BrokerChannel> {
+    peer_client::PeerClient::new(channel)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
 async fn within_connecting(
-    to: &Address,
-    wait: Duration,
-    connecting: impl Future<Output = Result<Wire, ConnectError>>,
-) -> Result<Wire, PeerError> {
-    match tokio::time::timeout(wait, connecting).await {
-        Ok(connected) => connected.map_err(|error| unmade(to, &error)),
-        Err(_) => Err(silent(to, wait)),
+    address: &BrokerAddress,
+    timeout: Duration,
+    connecting: impl Future<Output = Result<BrokerChannel, ConnectError>>,
+) -> Result<BrokerChannel, PeerError> {
+    match tokio::time::timeout(timeout, connecting).await {
+        Ok(connected) => connected.map_err(|error| unmade(address, &error)),
+        Err(_) => Err(silent(address, timeout)),
     }
 }
 
 async fn within<T>(
-    to: &Address,
-    wait: Duration,
+    address: &BrokerAddress,
+    timeout: Duration,
     call: impl Future<Output = Result<tonic::Response<T>, Status>>,
 ) -> Result<T, PeerError> {
-    match tokio::time::timeout(wait, call).await {
-        Ok(Ok(answer)) => Ok(answer.into_inner()),
-        Ok(Err(status)) => Err(lost(to.as_str(), &status)),
-        Err(_) => Err(silent(to, wait)),
+    match tokio::time::timeout(timeout, call).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(error_from_status(address.as_str(), &status)),
+        Err(_) => Err(silent(address, timeout)),
     }
 }
 
-fn silent(to: &Address, wait: Duration) -> PeerError {
-    PeerError::Lost { address: to.as_str().to_owned(), how: How::Silent, problem: format!("no answer in {wait:?}") }
+fn silent(address: &BrokerAddress, timeout: Duration) -> PeerError {
+    PeerError::Lost {
+        address: address.as_str().to_owned(),
+        reason: DisconnectReason::TimedOut,
+        problem: format!("no response in {timeout:?}"),
+    }
 }
 
-fn unmade(to: &Address, error: &ConnectError) -> PeerError {
-    let how = if error.is_refused() { How::Refused } else { How::Silent };
-    PeerError::Lost { address: to.as_str().to_owned(), how, problem: error.problem() }
+fn unmade(address: &BrokerAddress, error: &ConnectError) -> PeerError {
+    let reason = if error.is_refused() { DisconnectReason::Refused } else { DisconnectReason::TimedOut };
+    PeerError::Lost { address: address.as_str().to_owned(), reason, problem: error.problem() }
 }
 
 /// Converts the status that ended a call to `address`, or a stream, into an error.
-pub fn lost(address: &str, status: &Status) -> PeerError {
+pub fn error_from_status(address: &str, status: &Status) -> PeerError {
     if is_broker_status(status) {
         return PeerError::Refused(ApiError::from(status));
     }
-    let (how, problem) = match transport::unsent(status) {
-        Some(problem) => (How::Refused, problem),
+    let (reason, problem) = match transport::unsent(status) {
+        Some(problem) => (DisconnectReason::Refused, problem),
         None => (broken(status), ApiError::from(status).message),
     };
-    PeerError::Lost { address: address.to_owned(), how, problem }
+    PeerError::Lost { address: address.to_owned(), reason, problem }
 }
 
-/// Returns the reason for a broken connection. A peer that does not respond to pings is [`How::Silent`]. Every other
-/// break was signalled by the peer's host or by an intermediary.
-fn broken(status: &Status) -> How {
+/// Returns the reason for a broken connection. A peer that does not respond to pings is
+/// [`DisconnectReason::TimedOut`]. Every other break was signalled by the peer's host or by an intermediary.
+fn broken(status: &Status) -> DisconnectReason {
     let mut next = status.source();
     while let Some(error) = next {
         let timed_out = |io: &std::io::Error| io.kind() == std::io::ErrorKind::TimedOut;
         if error.downcast_ref::<std::io::Error>().is_some_and(timed_out) || error.to_string().contains("timed out") {
-            return How::Silent;
+            return DisconnectReason::TimedOut;
         }
         next = error.source();
     }
-    if status.code() == Code::DeadlineExceeded { How::Silent } else { How::Reset }
+    if status.code() == Code::DeadlineExceeded { DisconnectReason::TimedOut } else { DisconnectReason::Reset }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{client::Tcp, proto::error::ErrorCode};
+    use crate::{client::TcpConnector, proto::error::ErrorCode};
 
     const WAIT: Duration = Duration::from_secs(5);
 
     #[tokio::test]
     async fn refused_port_differs_from_unresponsive_port() {
-        let peers = Peers::new(Arc::new(Tcp::new(WAIT)), WAIT);
+        let peers = PeerClient::new(Arc::new(TcpConnector::new(WAIT)), WAIT);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let short = Duration::from_millis(50);
-        let silent = peers.who_is(&address, short).await.unwrap_err();
-        assert!(matches!(&silent, PeerError::Lost { how: How::Silent, .. }), "{silent:?}");
+        let timed_out = peers.get_identity(&address, short).await.unwrap_err();
+        assert!(matches!(&timed_out, PeerError::Lost { reason: DisconnectReason::TimedOut, .. }), "{timed_out:?}");
         drop(listener);
-        let refused = peers.who_is(&address, WAIT).await.unwrap_err();
-        assert!(matches!(&refused, PeerError::Lost { how: How::Refused, .. }), "{refused:?}");
+        let refused = peers.get_identity(&address, WAIT).await.unwrap_err();
+        assert!(matches!(&refused, PeerError::Lost { reason: DisconnectReason::Refused, .. }), "{refused:?}");
         assert_eq!(refused.to_string(), format!("{address}: connection refused"));
         let refused = peers.replicate(&address, v1::Hello::default()).await.unwrap_err();
-        assert!(matches!(&refused, PeerError::Lost { how: How::Refused, .. }), "{refused:?}");
+        assert!(matches!(&refused, PeerError::Lost { reason: DisconnectReason::Refused, .. }), "{refused:?}");
         assert!(matches!(peers.status("no port:x", WAIT).await, Err(PeerError::Address(_))));
     }
 
     #[tokio::test]
     async fn process_exit_during_call_is_no_timeout() {
-        let peers = Peers::new(Arc::new(Tcp::new(WAIT)), WAIT);
+        let peers = PeerClient::new(Arc::new(TcpConnector::new(WAIT)), WAIT);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let (asked, ()) = tokio::join!(peers.who_is(&address, WAIT), async {
+        let (result, ()) = tokio::join!(peers.get_identity(&address, WAIT), async {
             let (stream, _) = listener.accept().await.unwrap();
             stream.readable().await.unwrap();
             drop((listener, stream));
         });
-        let error = asked.unwrap_err();
+        let error = result.unwrap_err();
         // The transport may have repeated a request that was not sent.
-        assert!(matches!(&error, PeerError::Lost { how: How::Reset | How::Refused, .. }), "{error:?}");
+        assert!(
+            matches!(&error, PeerError::Lost { reason: DisconnectReason::Reset | DisconnectReason::Refused, .. }),
+            "{error:?}"
+        );
     }
 
     #[test]
     fn broker_error_is_no_lost_connection() {
-        let fault = ApiError::new(ErrorCode::NotReady, "not yet");
-        assert_eq!(lost("a:1", &fault.clone().into()), PeerError::Refused(fault));
+        let error = ApiError::new(ErrorCode::NotReady, "not yet");
+        assert_eq!(error_from_status("a:1", &error.clone().into()), PeerError::Refused(error));
         let timeout = Status::deadline_exceeded("late");
-        assert!(matches!(lost("a:1", &timeout), PeerError::Lost { how: How::Silent, .. }));
+        assert!(matches!(
+            error_from_status("a:1", &timeout),
+            PeerError::Lost { reason: DisconnectReason::TimedOut, .. }
+        ));
     }
 }

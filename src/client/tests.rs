@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use super::{
-    CallError, Client, ConsumeError, ConsumerOptions, Held, NewRecord, NewTopic, OffsetAt, OnOutOfRange, Options,
-    Producer, ProducerOptions, SendError,
-    double::{Act, Double},
-    trouble::Trouble,
+    CallError, Client, ClientOptions, ConsumeError, ConsumerOptions, Held, NewRecord, NewTopic, OffsetResetPolicy,
+    OffsetSpec, Producer, ProducerOptions, SendError,
+    fake_broker::{FakeBroker, FakeResponse},
+    retry_status::RetryStatus,
 };
 use crate::{
     model::{Acks, Compression, Offset},
@@ -18,12 +18,12 @@ use crate::{
     task::test_timeout::wait_until,
 };
 
-mod doubt;
-mod near;
+mod expired_lease;
+mod read_replica;
 mod reading;
 
-async fn client(double: &Double) -> Client {
-    Client::connect(&double.address.to_string(), Options::default()).await.expect("the double answers")
+async fn client(fake: &FakeBroker) -> Client {
+    Client::connect(&fake.address.to_string(), ClientOptions::default()).await.expect("the fake broker responds")
 }
 
 /// Returns options for one record per batch, so that a script applies to records.
@@ -46,23 +46,23 @@ fn numbers(range: std::ops::Range<u32>) -> Vec<String> {
 
 /// Sends twenty records under a script. All must be in the log once, in order, at the offsets of their
 /// acknowledgements.
-async fn survives(acts: &[Act]) {
-    let double = Double::start(1).await;
-    let producer = client(&double).await.producer(one_by_one()).await.expect("an id");
-    double.script(acts);
+async fn survives(actions: &[FakeResponse]) {
+    let fake = FakeBroker::start(1).await;
+    let producer = client(&fake).await.producer(one_by_one()).await.expect("an id");
+    fake.script(actions);
     let deliveries = send_numbers(&producer, 0..20).await;
     for (number, delivery) in deliveries.into_iter().enumerate() {
-        let ack = delivery.await.unwrap_or_else(|error| panic!("{number} under {acts:?}: {error}"));
-        assert_eq!(ack.offset, Offset::new(u64::try_from(number).expect("small")), "under {acts:?}");
+        let ack = delivery.await.unwrap_or_else(|error| panic!("{number} under {actions:?}: {error}"));
+        assert_eq!(ack.offset, Offset::new(u64::try_from(number).expect("small")), "under {actions:?}");
         assert_eq!(ack.held, Held::Synced);
     }
-    assert_eq!(double.values(0), numbers(0..20), "under {acts:?}");
+    assert_eq!(fake.values(0), numbers(0..20), "under {actions:?}");
 }
 
 #[tokio::test]
-async fn retries_keep_order_and_never_double() {
-    use Act::{Append, AppendAndBreak, AppendAndTimeOut, Break, Refuse};
-    for acts in [
+async fn retries_keep_order_without_duplicates() {
+    use FakeResponse::{Append, AppendAndBreak, AppendAndTimeOut, Break, Refuse};
+    for actions in [
         &[Refuse(ErrorCode::NotLeader)][..],
         &[Append, Refuse(ErrorCode::Overloaded), Append, Append],
         &[AppendAndTimeOut],
@@ -75,70 +75,70 @@ async fn retries_keep_order_and_never_double() {
         &[Append, Append, Refuse(ErrorCode::UnknownProducer)],
         &[Refuse(ErrorCode::OutOfOrderSequence)],
     ] {
-        survives(acts).await;
+        survives(actions).await;
     }
 }
 
 #[tokio::test]
-async fn a_refused_batch_fails_alone_and_the_rest_move_up() {
-    let double = Double::start(1).await;
-    let producer = client(&double).await.producer(one_by_one()).await.expect("an id");
-    double.script(&[Act::Append, Act::Refuse(ErrorCode::RecordTooLarge), Act::Append]);
+async fn refused_batch_fails_alone_and_later_batches_move_up() {
+    let fake = FakeBroker::start(1).await;
+    let producer = client(&fake).await.producer(one_by_one()).await.expect("an id");
+    fake.script(&[FakeResponse::Append, FakeResponse::Refuse(ErrorCode::RecordTooLarge), FakeResponse::Append]);
     let mut results = Vec::new();
     for delivery in send_numbers(&producer, 0..6).await {
         results.push(delivery.await);
     }
-    assert!(matches!(&results[1], Err(SendError::Refused { fault, .. }) if fault.code == ErrorCode::RecordTooLarge));
+    assert!(matches!(&results[1], Err(SendError::Refused { error, .. }) if error.code == ErrorCode::RecordTooLarge));
     assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 5);
-    assert_eq!(double.values(0), ["0", "2", "3", "4", "5"]);
+    assert_eq!(fake.values(0), ["0", "2", "3", "4", "5"]);
 }
 
 #[tokio::test]
 async fn maybe_appended_batch_is_not_repeated_under_new_id() {
-    let double = Double::start(1).await;
-    let producer = client(&double).await.producer(one_by_one()).await.expect("an id");
+    let fake = FakeBroker::start(1).await;
+    let producer = client(&fake).await.producer(one_by_one()).await.expect("an id");
     // The batch is appended and its response lost; then the broker loses the producer's state.
-    double.script(&[Act::AppendAndTimeOut, Act::Refuse(ErrorCode::UnknownProducer)]);
+    fake.script(&[FakeResponse::AppendAndTimeOut, FakeResponse::Refuse(ErrorCode::UnknownProducer)]);
     let first = producer.send("t", NewRecord::value(b"0")).await.expect("queued").await;
     assert!(matches!(first, Err(SendError::Unknown { .. })), "{first:?}");
     let second = producer.send("t", NewRecord::value(b"1")).await.expect("queued").await;
     assert_eq!(second.expect("under the new id").offset, Offset::new(1));
-    assert_eq!(double.values(0), ["0", "1"]);
+    assert_eq!(fake.values(0), ["0", "1"]);
 }
 
 #[tokio::test]
 async fn responses_of_partitions_may_arrive_out_of_order() {
-    let double = Double::start(2).await;
-    let producer = client(&double).await.producer(one_by_one()).await.expect("an id");
-    double.script(&[Act::AnswerLate, Act::Append]);
+    let fake = FakeBroker::start(2).await;
+    let producer = client(&fake).await.producer(one_by_one()).await.expect("an id");
+    fake.script(&[FakeResponse::RespondLate, FakeResponse::Append]);
     let a = producer.send("t", NewRecord::value(b"a").partition(0)).await.expect("queued");
     let b = producer.send("t", NewRecord::value(b"b").partition(1)).await.expect("queued");
-    assert_eq!(a.await.expect("answered").partition, 0);
-    assert_eq!(b.await.expect("answered").partition, 1);
+    assert_eq!(a.await.expect("acknowledged").partition, 0);
+    assert_eq!(b.await.expect("acknowledged").partition, 1);
 }
 
 #[tokio::test]
 async fn lost_response_with_acks_0_is_not_repeated() {
-    let double = Double::start(1).await;
+    let fake = FakeBroker::start(1).await;
     let options = ProducerOptions { acks: Acks::None, ..one_by_one() };
-    let producer = client(&double).await.producer(options).await.expect("started");
-    double.script(&[Act::AppendAndBreak]);
+    let producer = client(&fake).await.producer(options).await.expect("started");
+    fake.script(&[FakeResponse::AppendAndBreak]);
     let lost = producer.send("t", NewRecord::value(b"0")).await.expect("queued").await;
     assert!(matches!(lost, Err(SendError::Unknown { .. })), "{lost:?}");
     let ack = producer.send("t", NewRecord::value(b"1")).await.expect("queued").await.expect("accepted");
-    assert_eq!(ack.offset, None, "acks=0 knows no offset");
-    assert_eq!(double.values(0), ["0", "1"]);
+    assert_eq!(ack.offset, None, "acks=0 returns no offset");
+    assert_eq!(fake.values(0), ["0", "1"]);
 }
 
 #[tokio::test]
 async fn flush_sends_lingering_records_in_one_batch() {
-    let double = Double::start(1).await;
+    let fake = FakeBroker::start(1).await;
     let options = ProducerOptions { linger: Duration::from_secs(3600), ..ProducerOptions::default() };
-    let producer = client(&double).await.producer(options).await.expect("an id");
+    let producer = client(&fake).await.producer(options).await.expect("an id");
     let deliveries = send_numbers(&producer, 0..10).await;
-    assert_eq!(double.batches(0), 0, "nothing goes out while the batch lingers");
+    assert_eq!(fake.batches(0), 0, "a lingering batch is not sent");
     producer.flush().await.expect("acknowledged");
-    assert_eq!(double.batches(0), 1);
+    assert_eq!(fake.batches(0), 1);
     for (number, delivery) in deliveries.into_iter().enumerate() {
         let ack = delivery.await.expect("acknowledged");
         assert_eq!((ack.offset, ack.count), (Offset::new(u64::try_from(number).expect("small")), 10));
@@ -147,19 +147,19 @@ async fn flush_sends_lingering_records_in_one_batch() {
 
 #[tokio::test]
 async fn full_memory_sends_lingering_batches() {
-    let double = Double::start(1).await;
+    let fake = FakeBroker::start(1).await;
     let options = ProducerOptions {
         linger: Duration::from_secs(3600),
         batch_bytes: 4096,
         memory_bytes: 4096,
         ..ProducerOptions::default()
     };
-    let producer = client(&double).await.producer(options).await.expect("an id");
+    let producer = client(&fake).await.producer(options).await.expect("an id");
     for _ in 0..20 {
         let _delivery = producer.send("t", NewRecord::value(&[7; 1000])).await.expect("queued");
     }
     producer.close().await.expect("all acknowledged");
-    let state_batches = double.batches(0);
+    let state_batches = fake.batches(0);
     assert!((5..=20).contains(&state_batches), "{state_batches} batches");
 }
 
@@ -167,14 +167,14 @@ async fn full_memory_sends_lingering_batches() {
 /// so they never did.
 #[tokio::test]
 async fn keyless_records_sent_singly_reach_every_partition() {
-    let double = Double::start(4).await;
+    let fake = FakeBroker::start(4).await;
     let options = ProducerOptions { batch_bytes: 1000, ..one_by_one() };
-    let producer = client(&double).await.producer(options).await.expect("an id");
+    let producer = client(&fake).await.producer(options).await.expect("an id");
     for _ in 0..200 {
         let delivery = producer.send("t", NewRecord::value(&[b'x'; 200])).await.expect("queued");
         delivery.await.expect("acknowledged");
     }
-    let counts: Vec<usize> = (0..4).map(|partition| double.values(partition).len()).collect();
+    let counts: Vec<usize> = (0..4).map(|partition| fake.values(partition).len()).collect();
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
     producer.close().await.expect("all acknowledged");
 }
@@ -183,9 +183,9 @@ async fn keyless_records_sent_singly_reach_every_partition() {
 /// a thousand partitions cost a thousand checks per batch. Each partition must wait once, for its turn.
 #[tokio::test]
 async fn partitions_above_the_stream_window_are_all_sent() {
-    let double = Double::start(600).await;
+    let fake = FakeBroker::start(600).await;
     let options = ProducerOptions { memory_bytes: 64 << 10, ..ProducerOptions::default() };
-    let producer = client(&double).await.producer(options).await.expect("an id");
+    let producer = client(&fake).await.producer(options).await.expect("an id");
     for round in 0..3 {
         for partition in 0..600 {
             let value = round.to_string();
@@ -195,32 +195,32 @@ async fn partitions_above_the_stream_window_are_all_sent() {
     }
     producer.close().await.expect("all acknowledged");
     for partition in 0..600 {
-        assert_eq!(double.values(partition), ["0", "1", "2"], "partition {partition}");
+        assert_eq!(fake.values(partition), ["0", "1", "2"], "partition {partition}");
     }
 }
 
 #[tokio::test]
 async fn refused_record_expires_with_its_last_problem() {
-    let double = Double::start(1).await;
+    let fake = FakeBroker::start(1).await;
     let options = ProducerOptions { delivery_timeout: Duration::from_millis(300), ..one_by_one() };
     // With the default of one second, the pause after the last refusal may exceed the timeout of the second record.
-    let pauses = Options { backoff_max: Duration::from_millis(20), ..Options::default() };
-    let client = Client::connect(&double.address.to_string(), pauses).await.expect("the double answers");
+    let pauses = ClientOptions { backoff_max: Duration::from_millis(20), ..ClientOptions::default() };
+    let client = Client::connect(&fake.address.to_string(), pauses).await.expect("the fake broker responds");
     let producer = client.producer(options).await.expect("an id");
-    double.script(&[Act::Refuse(ErrorCode::DiskFull); 200]);
-    let error = producer.send("t", NewRecord::value(b"x")).await.expect("queued").await.expect_err("never taken");
+    fake.script(&[FakeResponse::Refuse(ErrorCode::DiskFull); 200]);
+    let error = producer.send("t", NewRecord::value(b"x")).await.expect("queued").await.expect_err("refused");
     assert!(matches!(error, SendError::Expired { maybe_appended: false, .. }), "{error}");
-    assert!(error.to_string().contains("as the script says"), "{error}");
+    assert!(error.to_string().contains("refused as scripted"), "{error}");
     // The sequence has no gap afterwards.
-    double.state().script.clear();
-    let ack = producer.send("t", NewRecord::value(b"y")).await.expect("queued").await.expect("taken");
+    fake.state().script.clear();
+    let ack = producer.send("t", NewRecord::value(b"y")).await.expect("queued").await.expect("accepted");
     assert_eq!(ack.offset, Offset::new(0));
 }
 
 #[tokio::test]
 async fn unknown_topic_or_partition_and_large_record_fail_at_once() {
-    let double = Double::start(2).await;
-    let producer = client(&double).await.producer(one_by_one()).await.expect("an id");
+    let fake = FakeBroker::start(2).await;
+    let producer = client(&fake).await.producer(one_by_one()).await.expect("an id");
     let unknown = producer.send("nope", NewRecord::value(b"x")).await.expect_err("no such topic");
     assert!(unknown.to_string().contains("nope"), "{unknown}");
     let partition = producer.send("t", NewRecord::value(b"x").partition(7)).await.expect_err("no such partition");
@@ -231,8 +231,8 @@ async fn unknown_topic_or_partition_and_large_record_fail_at_once() {
 
 #[tokio::test]
 async fn complete_batches_and_every_codec_arrive() {
-    let double = Double::start(1).await;
-    let client = client(&double).await;
+    let fake = FakeBroker::start(1).await;
+    let client = client(&fake).await;
     let mut sent = Vec::new();
     for compression in [Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd] {
         let options = ProducerOptions { compression, ..ProducerOptions::default() };
@@ -245,38 +245,38 @@ async fn complete_batches_and_every_codec_arrive() {
         producer.close().await.expect("all acknowledged");
         sent.extend([compression.as_str().to_owned(), "whole".to_owned()]);
     }
-    assert_eq!(double.values(0), sent);
+    assert_eq!(fake.values(0), sent);
 }
 
 #[tokio::test]
 async fn dropped_producer_fails_unacknowledged_records() {
-    let double = Double::start(1).await;
+    let fake = FakeBroker::start(1).await;
     let options = ProducerOptions { linger: Duration::from_secs(3600), ..ProducerOptions::default() };
-    let producer = client(&double).await.producer(options).await.expect("an id");
+    let producer = client(&fake).await.producer(options).await.expect("an id");
     let delivery = producer.send("t", NewRecord::value(b"x")).await.expect("queued");
     drop(producer);
     assert_eq!(delivery.await, Err(SendError::Closed));
 }
 
-async fn filled(records: u32) -> (Double, Client) {
-    let double = Double::start(1).await;
-    let client = client(&double).await;
+async fn filled(records: u32) -> (FakeBroker, Client) {
+    let fake = FakeBroker::start(1).await;
+    let client = client(&fake).await;
     let producer = client.producer(one_by_one()).await.expect("an id");
     send_numbers(&producer, 0..records).await;
     producer.close().await.expect("all acknowledged");
-    (double, client)
+    (fake, client)
 }
 
 #[tokio::test]
 async fn broken_stream_neither_skips_nor_repeats_records() {
-    let (double, client) = filled(30).await;
-    double.state().fetches_until_break = Some(7);
-    double.state().damage = 2;
+    let (fake, client) = filled(30).await;
+    fake.state().fetches_until_break = Some(7);
+    fake.state().damage = 2;
     let mut consumer = client.consumer(ConsumerOptions::default());
-    consumer.assign("t", 0, OffsetAt::Earliest).await.expect("assigned");
+    consumer.assign("t", 0, OffsetSpec::Earliest).await.expect("assigned");
     for number in 0..30_u64 {
         if number == 20 {
-            double.state().fetches_until_break = Some(0);
+            fake.state().fetches_until_break = Some(0);
         }
         let record = consumer.next().await.expect("read");
         assert_eq!(record.offset, Offset::new(number).expect("small"));
@@ -287,25 +287,25 @@ async fn broken_stream_neither_skips_nor_repeats_records() {
 
 #[tokio::test]
 async fn consumer_follows_log_and_seek_drops_old_records() {
-    let (double, client) = filled(10).await;
+    let (fake, client) = filled(10).await;
     let mut consumer = client.consumer(ConsumerOptions::default());
-    consumer.assign("t", 0, OffsetAt::Earliest).await.expect("assigned");
+    consumer.assign("t", 0, OffsetSpec::Earliest).await.expect("assigned");
     assert_eq!(consumer.next().await.expect("read").offset, Offset::new(0).expect("small"));
     consumer.seek("t", 0, Offset::new(7).expect("small")).await.expect("assigned");
     assert_eq!(consumer.next().await.expect("read").offset, Offset::new(7).expect("small"));
-    consumer.seek_to("t", 0, OffsetAt::Latest).await.expect("assigned");
+    consumer.seek_to("t", 0, OffsetSpec::Latest).await.expect("assigned");
     let producer = client.producer(one_by_one()).await.expect("an id");
     let (next, ack) = tokio::join!(consumer.next(), async {
         producer.send("t", NewRecord::value(b"new")).await.expect("queued").await.expect("acknowledged")
     });
     assert_eq!(Some(next.expect("followed").offset), ack.offset);
-    drop(double);
+    drop(fake);
 }
 
 #[tokio::test]
 async fn out_of_range_position_fails_or_is_reset() {
-    let (double, client) = filled(10).await;
-    double.set_start(0, 4);
+    let (fake, client) = filled(10).await;
+    fake.set_start(0, 4);
     let offset = |n| Offset::new(n).expect("small");
     let mut consumer = client.consumer(ConsumerOptions::default());
     consumer.assign_at("t", 0, offset(1)).await.expect("assigned");
@@ -320,7 +320,7 @@ async fn out_of_range_position_fails_or_is_reset() {
             end: offset(10)
         }
     );
-    let options = ConsumerOptions { on_out_of_range: OnOutOfRange::Earliest, ..ConsumerOptions::default() };
+    let options = ConsumerOptions { on_out_of_range: OffsetResetPolicy::Earliest, ..ConsumerOptions::default() };
     let mut consumer = client.consumer(options);
     consumer.assign_at("t", 0, offset(1)).await.expect("assigned");
     assert_eq!(consumer.next().await.expect("moved").offset, offset(4));
@@ -328,150 +328,151 @@ async fn out_of_range_position_fails_or_is_reset() {
 
 #[tokio::test]
 async fn permanent_corruption_is_reported_and_not_returned() {
-    let (double, client) = filled(3).await;
-    double.state().damage = u32::MAX;
+    let (fake, client) = filled(3).await;
+    fake.state().damage = u32::MAX;
     let mut consumer = client.consumer(ConsumerOptions::default());
-    consumer.assign("t", 0, OffsetAt::Earliest).await.expect("assigned");
-    let error = consumer.next().await.expect_err("damaged");
+    consumer.assign("t", 0, OffsetSpec::Earliest).await.expect("assigned");
+    let error = consumer.next().await.expect_err("corrupt");
     assert!(matches!(error, ConsumeError::Damaged { .. }), "{error}");
 }
 
 /// Waits until the client's retry status satisfies `is`, and returns it.
-async fn trouble(client: &Client, is: impl Fn(Option<&Trouble>) -> bool) -> Option<Trouble> {
-    let mut watch = client.trouble();
-    let shown = watch.wait_for(|trouble| is(trouble.as_ref()));
-    let shown = tokio::time::timeout(Duration::from_secs(20), shown).await.expect("the trouble comes in time");
-    shown.expect("the client is there").clone()
+async fn status(client: &Client, is: impl Fn(Option<&RetryStatus>) -> bool) -> Option<RetryStatus> {
+    let mut watch = client.retries();
+    let shown = watch.wait_for(|status| is(status.as_ref()));
+    let shown = tokio::time::timeout(Duration::from_secs(20), shown).await.expect("the status changes in time");
+    shown.expect("the client exists").clone()
 }
 
-fn says(words: impl Into<String>) -> impl Fn(Option<&Trouble>) -> bool {
-    let words = words.into();
-    move |trouble| trouble.is_some_and(|trouble| trouble.problem.contains(&words))
+fn contains(text: impl Into<String>) -> impl Fn(Option<&RetryStatus>) -> bool {
+    let text = text.into();
+    move |status| status.is_some_and(|status| status.problem.contains(&text))
 }
 
 /// Regression, found by a user: a problem was not reported for two minutes although its cause was known.
 #[tokio::test]
 async fn producer_shows_retry_status_until_success() {
-    let double = Double::start(1).await;
-    let client = client(&double).await;
+    let fake = FakeBroker::start(1).await;
+    let client = client(&fake).await;
     let producer = client.producer(one_by_one()).await.expect("an id");
-    assert_eq!(*client.trouble().borrow(), None);
-    double.script(&[Act::Refuse(ErrorCode::DiskFull); 1000]);
+    assert_eq!(*client.retries().borrow(), None);
+    fake.script(&[FakeResponse::Refuse(ErrorCode::DiskFull); 1000]);
     let delivery = producer.send("t", NewRecord::value(b"x")).await.expect("queued");
-    let shown = trouble(&client, says("t/0: as the script says")).await.expect("shown");
-    assert!(shown.until.is_some_and(|until| until > shown.since), "it says when it is given up: {shown:?}");
-    double.state().script.clear();
-    delivery.await.expect("taken at last");
-    trouble(&client, |trouble| trouble.is_none()).await;
+    let shown = status(&client, contains("t/0: refused as scripted")).await.expect("shown");
+    assert!(shown.until.is_some_and(|until| until > shown.since), "the status has a deadline: {shown:?}");
+    fake.state().script.clear();
+    delivery.await.expect("accepted");
+    status(&client, |status| status.is_none()).await;
 }
 
 #[tokio::test]
 async fn expired_record_clears_the_retry_status() {
-    let double = Double::start(1).await;
-    let client = client(&double).await;
+    let fake = FakeBroker::start(1).await;
+    let client = client(&fake).await;
     let options = ProducerOptions { delivery_timeout: Duration::from_millis(200), ..one_by_one() };
     let producer = client.producer(options).await.expect("an id");
-    double.script(&[Act::Refuse(ErrorCode::DiskFull); 1000]);
+    fake.script(&[FakeResponse::Refuse(ErrorCode::DiskFull); 1000]);
     let delivery = producer.send("t", NewRecord::value(b"x")).await.expect("queued");
-    trouble(&client, says("as the script says")).await;
-    delivery.await.expect_err("never taken");
-    trouble(&client, |trouble| trouble.is_none()).await;
+    status(&client, contains("refused as scripted")).await;
+    delivery.await.expect_err("refused");
+    status(&client, |status| status.is_none()).await;
 }
 
 #[tokio::test]
 async fn unresponsive_broker_is_reported_before_expiry() {
-    let double = Double::start(1).await;
-    let client = client(&double).await;
+    let fake = FakeBroker::start(1).await;
+    let client = client(&fake).await;
     let options = ProducerOptions { acks: Acks::Tiered, ..one_by_one() };
     let producer = client.producer(options).await.expect("an id");
-    double.script(&[Act::Hold]);
+    fake.script(&[FakeResponse::Hold]);
     let _delivery = producer.send("t", NewRecord::value(b"x")).await.expect("queued");
-    let shown = trouble(&client, says("has not answered")).await.expect("shown");
-    let address = double.address.to_string();
-    assert!(shown.problem.contains(&address) && shown.problem.contains("bucket"), "{shown:?}");
+    let shown = status(&client, contains("has not responded")).await.expect("shown");
+    let address = fake.address.to_string();
+    assert!(shown.problem.contains(&address) && shown.problem.contains("object store"), "{shown:?}");
 }
 
 /// The broker advertises an address that no client can reach. The address is known, so the retry status must name it.
 #[tokio::test]
 async fn unreachable_leader_is_named_in_every_retry_status() {
-    let double = Double::start(1).await;
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("bound").to_string();
-    double.state().advertised = nobody.clone();
-    let options = Options { request_timeout: Duration::from_secs(2), ..Options::default() };
-    let address = double.address.to_string();
+    let fake = FakeBroker::start(1).await;
+    let unused = std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("bound").to_string();
+    fake.state().advertised = unused.clone();
+    let options = ClientOptions { request_timeout: Duration::from_secs(2), ..ClientOptions::default() };
+    let address = fake.address.to_string();
     let connect = || Client::connect(&address, options.clone());
-    let producing = connect().await.expect("the double answers");
+    let producing = connect().await.expect("the fake broker responds");
     let producer = producing.producer(one_by_one()).await.expect("an id");
     let _delivery = producer.send("t", NewRecord::value(b"x")).await.expect("queued");
-    let source = "(that is what broker 1 advertises: grpc.advertise)";
-    trouble(&producing, says(format!("t/0: no broker answers at {nobody}: connection refused {source}"))).await;
+    let source = "(advertised by broker 1: grpc.advertise)";
+    status(&producing, contains(format!("t/0: no broker responds at {unused}: connection refused {source}"))).await;
 
-    let consuming = connect().await.expect("the double answers");
+    let consuming = connect().await.expect("the fake broker responds");
     let mut consumer = consuming.consumer(ConsumerOptions::default());
     consumer.assign_at("t", 0, Offset::ZERO).await.expect("assigned");
-    trouble(&consuming, says(format!("t/0: {nobody}: connection refused"))).await;
+    status(&consuming, contains(format!("t/0: {unused}: connection refused"))).await;
 
-    let asking = connect().await.expect("the double answers");
-    let admin = asking.admin();
+    let querying = connect().await.expect("the fake broker responds");
+    let admin = querying.admin();
     let (shown, refused) = tokio::join!(
-        trouble(&asking, says(format!("the leader of t/0, {nobody}: connection refused"))),
-        admin.offset("t", 0, OffsetAt::Latest),
+        status(&querying, contains(format!("the leader of t/0, {unused}: connection refused"))),
+        admin.offset("t", 0, OffsetSpec::Latest),
     );
     assert!(shown.is_some_and(|shown| shown.until.is_some()));
-    assert!(refused.expect_err("nobody there").to_string().contains(&nobody));
-    assert_eq!(*asking.trouble().borrow(), None, "a call that was given up is no trouble");
+    assert!(refused.expect_err("no broker listens").to_string().contains(&unused));
+    assert_eq!(*querying.retries().borrow(), None, "a failed call leaves no retry status");
 }
 
 #[tokio::test]
 async fn consumer_shows_retry_status_until_records_arrive() {
-    let (double, client) = filled(1).await;
-    double.state().unreadable = Some(ErrorCode::ObjectStoreUnavailable);
+    let (fake, client) = filled(1).await;
+    fake.state().unreadable = Some(ErrorCode::ObjectStoreUnavailable);
     let mut consumer = client.consumer(ConsumerOptions::default());
     consumer.assign_at("t", 0, Offset::ZERO).await.expect("assigned");
-    trouble(&client, says("t/0: unreadable as the test says")).await;
-    double.state().unreadable = None;
+    status(&client, contains("t/0: unreadable as configured")).await;
+    fake.state().unreadable = None;
     consumer.next().await.expect("read");
-    trouble(&client, |trouble| trouble.is_none()).await;
+    status(&client, |status| status.is_none()).await;
 }
 
 /// At the end of a log no record arrives that would clear the problem.
 #[tokio::test]
 async fn leader_recovery_at_log_end_clears_the_retry_status() {
-    let (double, client) = filled(1).await;
-    double.state().unreadable = Some(ErrorCode::NotLeader);
+    let (fake, client) = filled(1).await;
+    fake.state().unreadable = Some(ErrorCode::NotLeader);
     let mut consumer = client.consumer(ConsumerOptions::default());
     consumer.assign_at("t", 0, Offset::new(1).expect("small")).await.expect("assigned");
-    trouble(&client, says("t/0: unreadable as the test says")).await;
-    double.state().unreadable = None;
-    trouble(&client, |trouble| trouble.is_none()).await;
+    status(&client, contains("t/0: unreadable as configured")).await;
+    fake.state().unreadable = None;
+    status(&client, |status| status.is_none()).await;
     drop(consumer);
 }
 
 /// Regression, found by a user: a first address with another server's port hid the valid second address.
 #[tokio::test]
 async fn every_bootstrap_address_is_tried_and_named() {
-    let double = Double::start(1).await;
-    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
-    let silent_address = silent.local_addr().expect("bound");
+    let fake = FakeBroker::start(1).await;
+    let unresponsive = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let unresponsive_address = unresponsive.local_addr().expect("bound");
     let other = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
     let other_address = other.local_addr().expect("bound");
     let tasks = crate::task::Tasks::new();
     // A gRPC server without the Admin service.
     let server = tonic::transport::Server::builder()
-        .add_service(crate::proto::v1::log_server::LogServer::new(double.clone()))
+        .add_service(crate::proto::v1::log_server::LogServer::new(fake.clone()))
         .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(other));
     tasks.spawn("another server", server);
-    let options = || Options { request_timeout: Duration::from_millis(500), ..Options::default() };
-    let bad = format!("{other_address},{}", silent_address);
-    let all = format!("{bad},{}", double.address);
-    let client = Client::connect(&all, options()).await.expect("the third one answers");
+    let options = || ClientOptions { request_timeout: Duration::from_millis(500), ..ClientOptions::default() };
+    let bad = format!("{other_address},{unresponsive_address}");
+    let all = format!("{bad},{}", fake.address);
+    let client = Client::connect(&all, options()).await.expect("the third address responds");
     client.topic("t").await.expect("known");
-    let error = Client::connect(&bad, options()).await.expect_err("neither is a broker").to_string();
-    drop(silent);
-    for said in
-        [format!("{other_address}: the server is not a Strandline broker"), format!("{}: no answer in", silent_address)]
-    {
-        assert!(error.contains(&said), "{said:?} is in {error:?}");
+    let error = Client::connect(&bad, options()).await.expect_err("no address of a broker").to_string();
+    drop(unresponsive);
+    for text in [
+        format!("{other_address}: the server is not a Strandline broker"),
+        format!("{unresponsive_address}: no response in"),
+    ] {
+        assert!(error.contains(&text), "{text:?} is in {error:?}");
     }
     tasks.cancel();
 }
@@ -479,48 +480,48 @@ async fn every_bootstrap_address_is_tried_and_named() {
 /// Regression, found by a user: a topic may accept records larger than a producer's memory, and no producer could send
 /// them.
 #[tokio::test]
-async fn a_record_larger_than_the_memory_takes_all_of_it() {
-    let double = Double::start(1).await;
+async fn record_larger_than_the_memory_is_sent() {
+    let fake = FakeBroker::start(1).await;
     let options = ProducerOptions { memory_bytes: 4096, batch_bytes: 1, ..ProducerOptions::default() };
-    let producer = client(&double).await.producer(options).await.expect("an id");
+    let producer = client(&fake).await.producer(options).await.expect("an id");
     for bytes in [100, 100_000, 4096, 500_000, 7] {
         let _delivery = producer.send("t", NewRecord::value(&vec![b'x'; bytes])).await.expect("queued");
     }
     producer.close().await.expect("all acknowledged");
-    let lengths: Vec<usize> = double.values(0).iter().map(String::len).collect();
+    let lengths: Vec<usize> = fake.values(0).iter().map(String::len).collect();
     assert_eq!(lengths, [100, 100_000, 4096, 500_000, 7]);
 }
 
 #[tokio::test]
 async fn refused_address_fails_at_once() {
-    let double = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
-    let address = double.local_addr().expect("bound").to_string();
-    drop(double);
-    let error = Client::connect(&address, Options::default()).await.expect_err("nobody listens");
-    assert_eq!(error.to_string(), format!("no broker answers at {address}: connection refused"));
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+    let address = listener.local_addr().expect("bound").to_string();
+    drop(listener);
+    let error = Client::connect(&address, ClientOptions::default()).await.expect_err("no broker listens");
+    assert_eq!(error.to_string(), format!("no broker responds at {address}: connection refused"));
 }
 
 /// Regression: a host that disappears breaks no connection. Its producers waited until the connection's pings timed
 /// out.
 #[tokio::test]
 async fn unresponsive_leader_is_left_for_the_new_leader() {
-    let (old, new) = (Double::start(1).await, Double::start(1).await);
+    let (old, new) = (FakeBroker::start(1).await, FakeBroker::start(1).await);
     let producer = client(&old).await.producer(one_by_one()).await.expect("an id");
-    old.script(&[Act::Hold; 3]);
+    old.script(&[FakeResponse::Hold; 3]);
     let sent = send_numbers(&producer, 0..3).await;
     old.state().advertised = new.address.to_string();
     let acknowledged = tokio::time::timeout(Duration::from_secs(4), futures::future::join_all(sent)).await;
-    assert!(acknowledged.expect("the new leader answers soon").iter().all(Result::is_ok));
+    assert!(acknowledged.expect("the new leader responds soon").iter().all(Result::is_ok));
     assert_eq!(new.values(0), numbers(0..3));
 }
 
-/// Regression: with many batches in flight to the leader, further batches waited for room in the stream, without
-/// end.
+/// Regression: with many batches in flight to the leader, further batches waited for capacity in the stream,
+/// without end.
 #[tokio::test]
 async fn waiting_queues_leave_an_unresponsive_leader() {
-    let (old, new) = (Double::start(40).await, Double::start(40).await);
+    let (old, new) = (FakeBroker::start(40).await, FakeBroker::start(40).await);
     let producer = client(&old).await.producer(one_by_one()).await.expect("an id");
-    old.script(&[Act::Hold; 1000]);
+    old.script(&[FakeResponse::Hold; 1000]);
     let mut sent = Vec::new();
     for number in 0..640 {
         let record = NewRecord::value(b"x").partition(number % 40);
@@ -528,19 +529,19 @@ async fn waiting_queues_leave_an_unresponsive_leader() {
     }
     old.state().advertised = new.address.to_string();
     let acknowledged = tokio::time::timeout(Duration::from_secs(8), futures::future::join_all(sent)).await;
-    assert!(acknowledged.expect("the new leader answers soon").iter().all(Result::is_ok));
+    assert!(acknowledged.expect("the new leader responds soon").iter().all(Result::is_ok));
     assert!((0..40).all(|partition| new.batches(partition) == 16));
 }
 
 /// Regression: queues with batches in flight had moved, and no metadata was requested for queues that only waited for
-/// room.
+/// capacity.
 #[tokio::test]
 async fn queues_that_only_wait_refresh_metadata() {
-    let (old, new) = (Double::start(40).await, Double::start(40).await);
+    let (old, new) = (FakeBroker::start(40).await, FakeBroker::start(40).await);
     new.state().advertised = old.address.to_string();
     let client = client(&old).await;
     let producer = client.producer(one_by_one()).await.expect("an id");
-    old.script(&[Act::Hold; 1000]);
+    old.script(&[FakeResponse::Hold; 1000]);
     let mut sent = Vec::new();
     for number in 0..256 {
         sent.push(producer.send("t", NewRecord::value(b"x").partition(number % 16)).await.expect("queued"));
@@ -551,40 +552,41 @@ async fn queues_that_only_wait_refresh_metadata() {
     }
     for partition in 0..16 {
         let moved = ApiError::new(ErrorCode::NotLeader, "it moved").with("leader", 2).with("leader_epoch", 1);
-        assert!(client.routing().told("t", partition, &moved.with("address", new.address)));
+        assert!(client.routing().apply_leader_hint("t", partition, &moved.with("address", new.address)));
     }
-    wait_until("the busy ones have moved", || (0..16).all(|partition| new.batches(partition) == 16)).await;
-    let asked = || old.state().asked + new.state().asked;
-    let before = asked();
-    wait_until("the others ask again and again", || asked() > before + 5).await;
-    for double in [&old, &new] {
-        double.state().advertised = new.address.to_string();
+    wait_until("the busy queues have moved", || (0..16).all(|partition| new.batches(partition) == 16)).await;
+    let requests = || old.state().asked + new.state().asked;
+    let before = requests();
+    wait_until("the waiting queues refresh metadata", || requests() > before + 5).await;
+    for fake in [&old, &new] {
+        fake.state().advertised = new.address.to_string();
     }
     let acknowledged = tokio::time::timeout(Duration::from_secs(8), futures::future::join_all(sent)).await;
-    assert!(acknowledged.expect("the new leader answers soon").iter().all(Result::is_ok));
+    assert!(acknowledged.expect("the new leader responds soon").iter().all(Result::is_ok));
 }
 
 /// Regression: a leader that is partitioned from the other brokers, but not from its clients, names itself as the
 /// leader. A client that sent all its metadata requests to it stayed there until the partition ended.
 #[tokio::test]
 async fn unresponsive_leader_is_last_source_of_metadata() {
-    let (old, new) = (Double::start(1).await, Double::start(1).await);
+    let (old, new) = (FakeBroker::start(1).await, FakeBroker::start(1).await);
     let bootstrap = format!("{},{}", old.address, new.address);
-    let client = Client::connect(&bootstrap, Options::default()).await.expect("the first one answers");
+    let client = Client::connect(&bootstrap, ClientOptions::default()).await.expect("the first broker responds");
     let producer = client.producer(one_by_one()).await.expect("an id");
-    old.script(&[Act::Hold; 3]);
+    old.script(&[FakeResponse::Hold; 3]);
     let sent = send_numbers(&producer, 0..3).await;
     let acknowledged = tokio::time::timeout(Duration::from_secs(4), futures::future::join_all(sent)).await;
-    assert!(acknowledged.expect("the new leader answers soon").iter().all(Result::is_ok));
-    assert_eq!((old.values(0), new.values(0)), (numbers(0..3), numbers(0..3)), "what is held is sent again");
+    assert!(acknowledged.expect("the new leader responds soon").iter().all(Result::is_ok));
+    assert_eq!((old.values(0), new.values(0)), (numbers(0..3), numbers(0..3)), "sent again to the new leader");
 }
 
 /// The same for a call that any broker can serve.
 #[tokio::test]
 async fn unresponsive_broker_is_bypassed_by_another() {
-    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
-    let double = Double::start(1).await;
-    let bootstrap = format!("{},{}", silent.local_addr().expect("bound"), double.address);
-    let connected = tokio::time::timeout(Duration::from_secs(3), Client::connect(&bootstrap, Options::default())).await;
-    assert!(connected.expect("the other one answers soon").is_ok());
+    let unresponsive = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let fake = FakeBroker::start(1).await;
+    let bootstrap = format!("{},{}", unresponsive.local_addr().expect("bound"), fake.address);
+    let connected =
+        tokio::time::timeout(Duration::from_secs(3), Client::connect(&bootstrap, ClientOptions::default())).await;
+    assert!(connected.expect("the other broker responds soon").is_ok());
 }

@@ -1,6 +1,6 @@
 //! Transport between a client and a broker: TCP, or another carrier of gRPC calls.
 //!
-//! Producer, consumer, admin and the calls between brokers all use [`Connect`], so a simulated network or a tunnel
+//! Producer, consumer, admin and the calls between brokers all use [`Connector`], so a simulated network or a tunnel
 //! carries every call. The cost is one boxed future per call and nothing per message.
 
 use std::{
@@ -20,7 +20,7 @@ use tonic::{
 };
 
 use super::{
-    connection::Address,
+    connection::BrokerAddress,
     error::{ConnectError, root_cause},
 };
 
@@ -31,52 +31,53 @@ const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 const FRAME_BYTES: u32 = 256 << 10;
 
 /// Interval of pings, and time limit for the response to a ping.
-const PING: Duration = Duration::from_secs(3);
+const PING_INTERVAL: Duration = Duration::from_secs(3);
 
 /// Ping interval and time limit between brokers: a broker without data for twice this time is disconnected.
 #[cfg(feature = "server")]
-const PING_BETWEEN_BROKERS: Duration = Duration::from_secs(2);
+const BROKER_PING_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Error of a call without a response. A [`Status`] in it, or in its sources, is the outcome of the call. An [`Unsent`]
+/// Error of a call without a response. A [`Status`] in it, or in its sources, is the outcome of the call. A [`NotSent`]
 /// means that the broker never received the call.
 pub type TransportError = Box<dyn Error + Send + Sync>;
 
 /// Result of one call.
-pub type Answered = Result<http::Response<Body>, TransportError>;
+pub type CallResult = Result<http::Response<Body>, TransportError>;
 
 /// Factory of connections to brokers.
-pub trait Connect: Send + Sync + 'static {
-    /// Makes a connection to `to`. If it breaks, the calls in progress fail, and the next call reconnects.
-    fn connect(&self, to: &Address) -> BoxFuture<'_, Result<Wire, ConnectError>>;
+pub trait Connector: Send + Sync + 'static {
+    /// Makes a connection to `address`. If the connection breaks, the calls in progress fail, and the next call
+    /// reconnects.
+    fn connect(&self, address: &BrokerAddress) -> BoxFuture<'_, Result<BrokerChannel, ConnectError>>;
 }
 
 /// Transport of gRPC calls on one connection.
-pub trait Call: Send + Sync + 'static {
+pub trait RpcTransport: Send + Sync + 'static {
     /// Makes one gRPC call.
-    fn call(&self, request: http::Request<Body>) -> BoxFuture<'static, Answered>;
+    fn call(&self, request: http::Request<Body>) -> BoxFuture<'static, CallResult>;
 }
 
 /// Connection of the generated clients to one broker. Clones share the connection.
 #[derive(Clone)]
-pub struct Wire(Arc<dyn Call>);
+pub struct BrokerChannel(Arc<dyn RpcTransport>);
 
-impl Wire {
-    /// Creates a connection whose calls go to `end`.
-    pub fn new(end: impl Call) -> Self {
-        Self(Arc::new(end))
+impl BrokerChannel {
+    /// Creates a connection whose calls `transport` makes.
+    pub fn new(transport: impl RpcTransport) -> Self {
+        Self(Arc::new(transport))
     }
 }
 
-impl fmt::Debug for Wire {
+impl fmt::Debug for BrokerChannel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Wire")
+        f.write_str("BrokerChannel")
     }
 }
 
-impl Service<http::Request<Body>> for Wire {
+impl Service<http::Request<Body>> for BrokerChannel {
     type Response = http::Response<Body>;
     type Error = TransportError;
-    type Future = BoxFuture<'static, Answered>;
+    type Future = BoxFuture<'static, CallResult>;
 
     fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<(), TransportError>> {
         // Each call waits for capacity itself.
@@ -90,22 +91,22 @@ impl Service<http::Request<Body>> for Wire {
 
 /// Error of a call that was not sent.
 #[derive(Debug)]
-pub struct Unsent(Status);
+pub struct NotSent(Status);
 
-impl Unsent {
+impl NotSent {
     /// Creates the error. `problem` is a text that may follow an address and a colon.
     pub fn new(problem: impl Into<String>) -> Self {
         Self(Status::unavailable(problem))
     }
 }
 
-impl fmt::Display for Unsent {
+impl fmt::Display for NotSent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.0.message())
     }
 }
 
-impl Error for Unsent {
+impl Error for NotSent {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         Some(&self.0)
     }
@@ -114,7 +115,7 @@ impl Error for Unsent {
 /// Returns the reason for which the broker never received the call; `None` if the broker may have received it.
 pub(super) fn unsent(status: &Status) -> Option<String> {
     let source = Error::source(status)?;
-    if let Some(unsent) = source.downcast_ref::<Unsent>() {
+    if let Some(unsent) = source.downcast_ref::<NotSent>() {
         return Some(unsent.to_string());
     }
     let error = source.downcast_ref::<tonic::transport::Error>()?;
@@ -135,30 +136,30 @@ fn is_refused(error: &(dyn Error + 'static)) -> bool {
 
 /// Connections by HTTP/2 over TCP.
 #[derive(Clone, Debug)]
-pub struct Tcp {
+pub struct TcpConnector {
     connect_timeout: Duration,
     ping: Duration,
 }
 
-impl Tcp {
+impl TcpConnector {
     /// Creates a factory with a time limit for making one connection.
     pub fn new(connect_timeout: Duration) -> Self {
-        Self { connect_timeout, ping: PING }
+        Self { connect_timeout, ping: PING_INTERVAL }
     }
 
     /// Creates a factory for calls between brokers, which detects a broker that does not respond sooner.
     #[cfg(feature = "server")]
     pub fn between_brokers(connect_timeout: Duration) -> Self {
-        Self { connect_timeout, ping: PING_BETWEEN_BROKERS }
+        Self { connect_timeout, ping: BROKER_PING_INTERVAL }
     }
 }
 
-impl Connect for Tcp {
-    fn connect(&self, to: &Address) -> BoxFuture<'_, Result<Wire, ConnectError>> {
-        let to = to.clone();
+impl Connector for TcpConnector {
+    fn connect(&self, address: &BrokerAddress) -> BoxFuture<'_, Result<BrokerChannel, ConnectError>> {
+        let address = address.clone();
         Box::pin(async move {
-            let endpoint = Endpoint::from_shared(format!("http://{}", to.as_str()))
-                .map_err(|error| to.no_answer(root_cause(&error)))?
+            let endpoint = Endpoint::from_shared(format!("http://{}", address.as_str()))
+                .map_err(|error| address.unreachable(root_cause(&error)))?
                 .connect_timeout(self.connect_timeout)
                 .initial_stream_window_size(STREAM_WINDOW_BYTES)
                 .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
@@ -168,15 +169,15 @@ impl Connect for Tcp {
                 .keep_alive_timeout(self.ping)
                 .keep_alive_while_idle(true);
             match endpoint.connect().await {
-                Ok(channel) => Ok(Wire::new(channel)),
-                Err(error) => Err(to.no_answer(root_cause(&error))),
+                Ok(channel) => Ok(BrokerChannel::new(channel)),
+                Err(error) => Err(address.unreachable(root_cause(&error))),
             }
         })
     }
 }
 
-impl Call for Channel {
-    fn call(&self, request: http::Request<Body>) -> BoxFuture<'static, Answered> {
+impl RpcTransport for Channel {
+    fn call(&self, request: http::Request<Body>) -> BoxFuture<'static, CallResult> {
         let mut channel = self.clone();
         Box::pin(async move {
             std::future::poll_fn(|context| channel.poll_ready(context)).await?;

@@ -1,4 +1,4 @@
-//! The controller: one broker of the cluster carries out the plan.
+//! The controller: one broker of the cluster applies the plan.
 //!
 //! # Overview
 //!
@@ -28,13 +28,13 @@ use std::{
 use tokio::time::Instant;
 
 use super::{
-    changes::{Change, Changed, PartitionChanges},
     keys::{ControllerValue, Key, Keys, Value as _},
+    metadata::{ChangeFeed, MetadataCache, MetadataChange, MetadataSnapshot},
+    partition_updates::{PartitionUpdate, PartitionUpdater, UpdateOutcome},
     partition_value::PartitionValue,
-    planner::{self, Input, Limits, Plan, Why},
-    session::{Session, Standing},
-    store::{Compare, Entry, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction},
-    view::{Feed, Moved, View, ViewState},
+    planner::{self, ChangeReason, ClusterPlan, PlannerInput, PlannerLimits},
+    session::{Session, SessionState},
+    store::{Compare, KeyValue, LeaseId, MetaStore, MetaStoreError, Revision, Transaction, TxnOutcome},
 };
 use crate::{
     model::{BrokerId, ConfigMap, PartitionId, TopicName, format_ids},
@@ -43,13 +43,13 @@ use crate::{
 };
 
 /// Time for which changes are collected before a plan is made: one failure changes many keys.
-const GATHER: Duration = Duration::from_millis(5);
+const COALESCE_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Maximum time to wait until the metadata cache shows the written changes, before the next plan.
-const CATCH_UP: Duration = Duration::from_secs(1);
+const CACHE_WAIT: Duration = Duration::from_secs(1);
 
 /// Pause after a failed store request.
-const AGAIN: Duration = Duration::from_millis(250);
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Dependencies and settings of the controller.
 #[derive(Clone, Debug)]
@@ -59,7 +59,7 @@ pub struct Controller {
     /// Paths of the cluster.
     pub keys: Keys,
     /// The metadata cache.
-    pub view: View,
+    pub metadata: MetadataCache,
     /// Registration of this broker.
     pub session: Session,
     /// Id of this broker.
@@ -67,7 +67,7 @@ pub struct Controller {
     /// Topic configuration defaults.
     pub defaults: ConfigMap,
     /// Limits on concurrent reassignments.
-    pub limits: Limits,
+    pub limits: PlannerLimits,
     /// Metrics.
     pub metrics: Metrics,
 }
@@ -87,33 +87,33 @@ impl Controller {
 
     async fn run(self) {
         loop {
-            let lease = self.registered().await;
+            let lease = self.wait_for_registration().await;
             match self.campaign(lease).await {
-                Ok(Campaign::Won { term }) => {
-                    tracing::info!(broker = %self.id, "this broker is the controller now");
+                Ok(CampaignResult::Won { term }) => {
+                    tracing::info!(broker = %self.id, "this broker became the controller");
                     self.metrics.controller_terms.inc();
                     self.metrics.controller.set(1);
-                    self.govern(lease, term).await;
+                    self.run_term(lease, term).await;
                     self.metrics.controller.set(0);
-                    tracing::info!(broker = %self.id, "this broker is not the controller any more");
+                    tracing::info!(broker = %self.id, "this broker is no longer the controller");
                 }
-                Ok(Campaign::Taken { at }) => self.vacancy(lease, at).await,
+                Ok(CampaignResult::Lost { at }) => self.wait_for_vacancy(lease, at).await,
                 Err(error) => {
-                    tracing::debug!(%error, "cannot campaign for the controller's key; trying again");
-                    tokio::time::sleep(AGAIN).await;
+                    tracing::debug!(%error, "the campaign for the controller key failed: retrying");
+                    tokio::time::sleep(RETRY_INTERVAL).await;
                 }
             }
         }
     }
 
     /// Returns the lease of this broker's registration, as soon as there is one.
-    async fn registered(&self) -> LeaseId {
-        let mut standing = self.session.standing();
+    async fn wait_for_registration(&self) -> LeaseId {
+        let mut session = self.session.state();
         loop {
-            if let Standing::Registered { lease, .. } = *standing.borrow_and_update() {
+            if let SessionState::Registered { lease, .. } = *session.borrow_and_update() {
                 return lease;
             }
-            if standing.changed().await.is_err() {
+            if session.changed().await.is_err() {
                 // The session has ended: no further registration follows.
                 std::future::pending::<()>().await;
             }
@@ -121,33 +121,33 @@ impl Controller {
     }
 
     /// Takes the controller key if it does not exist.
-    async fn campaign(&self, lease: LeaseId) -> Result<Campaign, StoreError> {
+    async fn campaign(&self, lease: LeaseId) -> Result<CampaignResult, MetaStoreError> {
         let key = self.keys.controller();
         let transaction = Transaction::new()
             .when(Compare::Absent(key.clone()))
             .put_leased(key.as_str(), ControllerValue { broker: self.id }.encode(), lease)
             .else_get(key);
         match self.store.transact(transaction).await? {
-            Outcome::Done { revision } => Ok(Campaign::Won { term: revision }),
-            Outcome::Refused { mut found, revision: at } => {
-                let Some(entry) = found.pop().flatten() else { return Ok(Campaign::Taken { at }) };
+            TxnOutcome::Committed { revision } => Ok(CampaignResult::Won { term: revision }),
+            TxnOutcome::CompareFailed { mut found, revision: at } => {
+                let Some(entry) = found.pop().flatten() else { return Ok(CampaignResult::Lost { at }) };
                 if let Err(error) = ControllerValue::decode(&entry.key, &entry.value) {
-                    self.take_away(&entry, &error.to_string()).await?;
+                    self.delete_entry(&entry, &error.to_string()).await?;
                 } else if entry.lease.is_none() {
-                    self.take_away(&entry, "it has no lease").await?;
+                    self.delete_entry(&entry, "the key has no lease").await?;
                 } else if entry.lease == Some(lease) {
                     // This broker's own key, from an attempt whose response was lost.
-                    return Ok(Campaign::Won { term: entry.create_revision });
+                    return Ok(CampaignResult::Won { term: entry.create_revision });
                 }
-                Ok(Campaign::Taken { at })
+                Ok(CampaignResult::Lost { at })
             }
         }
     }
 
     /// Deletes a controller key that no broker wrote: without a lease it would stay forever and leave the cluster
     /// without a controller.
-    async fn take_away(&self, entry: &Entry, why: &str) -> Result<(), StoreError> {
-        tracing::warn!(why, "what stands in the controller's key was written by no broker; it is taken away");
+    async fn delete_entry(&self, entry: &KeyValue, reason: &str) -> Result<(), MetaStoreError> {
+        tracing::warn!(reason, "deleting a controller key that no broker wrote");
         let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
         self.store.transact(Transaction::new().when(same).delete(entry.key.as_str())).await?;
         Ok(())
@@ -155,109 +155,117 @@ impl Controller {
 
     /// Waits until the metadata cache shows no controller key or this broker's lease changes. The store had the key at
     /// revision `at`.
-    async fn vacancy(&self, lease: LeaseId, at: Revision) {
-        let (mut states, mut standing) = (self.view.watch(), self.session.standing());
-        let mine = |standing: &Standing| matches!(standing, Standing::Registered { lease: now, .. } if *now == lease);
+    async fn wait_for_vacancy(&self, lease: LeaseId, at: Revision) {
+        let (mut states, mut session) = (self.metadata.watch(), self.session.state());
+        let mine =
+            |session: &SessionState| matches!(session, SessionState::Registered { lease: now, .. } if *now == lease);
         // A cache that is older than `at` or has stalled shows no holder. This wait keeps the store from being queried
         // in a tight loop.
-        let _late = tokio::time::timeout(CATCH_UP, self.view.reached(at)).await;
+        let _late = tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(at)).await;
         tokio::select! {
             _ = states.wait_for(|state| state.controller().is_none()) => {}
-            _ = standing.wait_for(|standing| !mine(standing)) => {}
+            _ = session.wait_for(|session| !mine(session)) => {}
         }
     }
 
     /// Plans and applies changes until the term is over.
-    async fn govern(&self, lease: LeaseId, term: Revision) {
+    async fn run_term(&self, lease: LeaseId, term: Revision) {
         let when = [Compare::CreateRevision(self.keys.controller(), term)];
-        let changes = PartitionChanges::new(Arc::clone(&self.store), self.keys.clone());
-        let (mut feed, mut presence) = (self.view.feed(), Presence::default());
-        let mut standing = self.session.standing();
-        let _ours = tokio::time::timeout(CATCH_UP, self.view.reached(term)).await;
-        let mut waiting = BTreeSet::new();
+        let updater = PartitionUpdater::new(Arc::clone(&self.store), self.keys.clone());
+        let (mut feed, mut presence) = (self.metadata.feed(), BrokerPresence::default());
+        let mut session = self.session.state();
+        let _late = tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(term)).await;
+        let mut blocked = BTreeSet::new();
         loop {
-            if !matches!(*standing.borrow_and_update(), Standing::Registered { lease: now, .. } if now == lease) {
+            if !matches!(*session.borrow_and_update(), SessionState::Registered { lease: now, .. } if now == lease) {
                 return;
             }
-            let state = self.view.state();
+            let state = self.metadata.state();
             if state.revision() >= term && state.controller_revision() != Some(term) {
                 // The key was deleted or overwritten: its present holder is the controller.
                 return;
             }
             drop(state);
             let plan = self.plan(&mut presence);
-            report(&plan, &self.view.state(), &mut waiting);
-            let outcome = self.carry_out(&changes, plan.steps, &when).await;
+            log_blocked(&plan, &self.metadata.state(), &mut blocked);
+            let outcome = self.apply_plan(&updater, plan.steps, &when).await;
             if outcome.deposed {
                 return;
             }
-            let _late = tokio::time::timeout(CATCH_UP, self.view.reached(outcome.reached)).await;
-            let again = if outcome.failed { Some(AGAIN) } else { plan.again_in_ms.map(Duration::from_millis) };
+            let _late = tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(outcome.reached)).await;
+            let next_plan =
+                if outcome.failed { Some(RETRY_INTERVAL) } else { plan.next_plan_ms.map(Duration::from_millis) };
             tokio::select! {
                 biased;
-                _ = standing.changed() => {}
-                news = relevant(&mut feed) => match news {
-                    true => tokio::time::sleep(GATHER).await,
+                _ = session.changed() => {}
+                has_change = relevant(&mut feed) => match has_change {
+                    true => tokio::time::sleep(COALESCE_INTERVAL).await,
                     // The metadata cache has ended, and so has this broker.
                     false => std::future::pending().await,
                 },
-                () = sleep(again) => {}
+                () = sleep(next_plan) => {}
             }
         }
     }
 
-    fn plan(&self, presence: &mut Presence) -> Plan {
-        let state = self.view.state();
-        presence.look(&state, clock::monotonic());
-        let (up_ms, gone_ms) = presence.lasting(clock::monotonic());
-        planner::plan(&Input {
-            view: &state,
+    fn plan(&self, presence: &mut BrokerPresence) -> ClusterPlan {
+        let state = self.metadata.state();
+        presence.observe(&state, clock::monotonic());
+        let (online_ms, offline_ms) = presence.lasting(clock::monotonic());
+        planner::plan(&PlannerInput {
+            metadata: &state,
             defaults: &self.defaults,
-            gone_ms: &gone_ms,
-            up_ms: &up_ms,
+            offline_ms: &offline_ms,
+            online_ms: &online_ms,
             limits: self.limits,
         })
     }
 
     /// Writes the planned changes, the most important first.
-    async fn carry_out(&self, changes: &PartitionChanges, steps: Vec<planner::Step>, when: &[Compare]) -> CarriedOut {
-        let mut outcome = CarriedOut { reached: Revision::ZERO, failed: false, deposed: false };
+    async fn apply_plan(
+        &self,
+        updater: &PartitionUpdater,
+        steps: Vec<planner::PlannedChange>,
+        when: &[Compare],
+    ) -> AppliedChanges {
+        let mut outcome = AppliedChanges { reached: Revision::ZERO, failed: false, deposed: false };
         if steps.is_empty() {
             return outcome;
         }
-        let view = self.view.state();
-        let made: BTreeMap<PartitionId, (Why, PartitionValue)> =
-            steps.iter().map(|step| (step.change.id, (step.why, step.change.value.clone()))).collect();
-        let changed: Vec<Change> = steps.into_iter().map(|step| step.change).collect();
-        for (id, changed) in changes.make(changed, when).await {
-            match changed {
-                Changed::Done(revision) => {
+        let metadata = self.metadata.state();
+        let planned: BTreeMap<PartitionId, (ChangeReason, PartitionValue)> =
+            steps.iter().map(|step| (step.change.id, (step.reason, step.change.value.clone()))).collect();
+        let updates: Vec<PartitionUpdate> = steps.into_iter().map(|step| step.change).collect();
+        for (id, result) in updater.apply(updates, when).await {
+            match result {
+                UpdateOutcome::Done(revision) => {
                     outcome.reached = outcome.reached.max(revision);
-                    let (why, value) = &made[&id];
-                    self.metrics.controller_steps.count(why.as_str());
-                    if let Some(cause) = why.election() {
+                    let (reason, value) = &planned[&id];
+                    self.metrics.controller_changes.count(reason.as_str());
+                    if let Some(cause) = reason.election() {
                         self.metrics.elections.count(cause);
                     }
                     tracing::info!(
-                        topic = %named(&view, id), partition = %id, why = %why.as_str(),
+                        topic = %topic_name(&metadata, id), partition = %id, reason = %reason.as_str(),
                         leader = %value.leader.map_or_else(|| "none".to_owned(), |leader| leader.to_string()),
-                        epoch = %value.leader_epoch, replicas = %format_ids(&value.replicas), isr = %format_ids(&value.isr),
+                        epoch = %value.leader_epoch,
+                        replicas = %format_ids(&value.replicas), isr = %format_ids(&value.isr),
                         "changed a partition"
                     );
-                    if *why == Why::Redirected {
+                    if *reason == ChangeReason::ReassignmentRetargeted {
                         tracing::warn!(
-                            topic = %named(&view, id), partition = %id,
+                            topic = %topic_name(&metadata, id), partition = %id,
                             adding = %format_ids(&value.adding), removing = %format_ids(&value.removing),
-                            "a broker that the partition's move needs is gone for good: the move goes to another one, or back; \
-                             order it again if it was to lead elsewhere"
+                            "a broker of the reassignment is offline permanently: the reassignment was retargeted or \
+                             reverted; request it again if another broker was to lead"
                         );
                     }
                 }
                 // The metadata cache will show the stored value.
-                Changed::Refused(_) => {}
-                Changed::Barred => outcome.deposed = true,
-                Changed::Unknown(error) | Changed::Failed(error) => {
-                    tracing::debug!(partition = %id, %error, "a step was not made, or is not known to have been");
+                UpdateOutcome::Conflict(_) => {}
+                UpdateOutcome::GuardFailed => outcome.deposed = true,
+                UpdateOutcome::Unknown(error) | UpdateOutcome::Failed(error) => {
+                    tracing::debug!(partition = %id, %error, "a planned change failed, or its outcome is unknown");
                     outcome.failed = true;
                 }
             }
@@ -274,12 +282,12 @@ async fn sleep(time: Option<Duration>) {
 }
 
 /// Waits for a change that a plan may depend on. Returns false if no further change will follow.
-async fn relevant(feed: &mut Feed) -> bool {
+async fn relevant(feed: &mut ChangeFeed) -> bool {
     loop {
         match feed.next().await {
             None => return false,
-            Some(Moved::Everything) => return true,
-            Some(Moved::Keys(keys)) => {
+            Some(MetadataChange::Relisted) => return true,
+            Some(MetadataChange::Keys(keys)) => {
                 // Tier commits, every few seconds per partition, do not affect the plan.
                 if keys.iter().any(|key| !matches!(key, Key::Tier(_))) {
                     return true;
@@ -290,14 +298,14 @@ async fn relevant(feed: &mut Feed) -> bool {
 }
 
 /// Result of a campaign.
-enum Campaign {
+enum CampaignResult {
     /// This broker holds the key. The revision that created the key is the term.
     Won { term: Revision },
     /// Another broker holds the key, or an invalid key was deleted.
-    Taken { at: Revision },
+    Lost { at: Revision },
 }
 
-struct CarriedOut {
+struct AppliedChanges {
     /// Newest revision of an applied change.
     reached: Revision,
     /// A change failed or its outcome is unknown: plan again soon.
@@ -307,64 +315,67 @@ struct CarriedOut {
 }
 
 /// Returns the name of a partition's topic, for the log.
-fn named(view: &ViewState, id: PartitionId) -> &str {
-    view.name(id.topic).map_or("?", TopicName::as_str)
+fn topic_name(metadata: &MetadataSnapshot, id: PartitionId) -> &str {
+    metadata.name(id.topic).map_or("?", TopicName::as_str)
 }
 
 /// Logs the start and the end of each partition's blocked state once.
-fn report(plan: &Plan, view: &ViewState, waiting: &mut BTreeSet<PartitionId>) {
+fn log_blocked(plan: &ClusterPlan, metadata: &MetadataSnapshot, blocked: &mut BTreeSet<PartitionId>) {
     let now: BTreeSet<PartitionId> = plan.waiting.iter().map(|(id, _)| *id).collect();
-    for (id, what) in plan.waiting.iter().filter(|(id, _)| !waiting.contains(id)) {
-        match what {
-            planner::Waiting::ForLeader => tracing::warn!(
-                topic = %named(view, *id), partition = %id,
-                "no broker that holds everything committed is there to lead: the partition waits for one; \
-                 `strandline partition elect` with --unclean goes on without"
+    for (id, reason) in plan.waiting.iter().filter(|(id, _)| !blocked.contains(id)) {
+        match reason {
+            planner::BlockedReason::NoLeader => tracing::warn!(
+                topic = %topic_name(metadata, *id), partition = %id,
+                "no online broker holds all committed records, so none can lead: start one that does, or elect another \
+                 with `strandline partition elect --unclean`"
             ),
-            planner::Waiting::ForOrdered => tracing::warn!(
-                topic = %named(view, *id), partition = %id,
-                "a broker that the partition was ordered to is not alive, is registered without an address for other brokers, or holds as many \
-                 replicas as it takes (broker.max_replicas): the move waits for it; start it or raise the setting, or cancel the order with \
-                 `strandline partition reassign cancel`"
+            planner::BlockedReason::QueuedTarget => tracing::warn!(
+                topic = %topic_name(metadata, *id), partition = %id,
+                "the queued reassignment waits for a broker that is offline, is registered without an address for \
+                 other brokers, or is at its replica limit (broker.max_replicas): start the broker or raise the \
+                 setting, or cancel the reassignment with `strandline partition reassign cancel`"
             ),
-            planner::Waiting::ForBrokers => tracing::warn!(
-                topic = %named(view, *id), partition = %id,
-                "there are too few brokers that can take a replica: start more, raise broker.max_replicas where brokers hold as many as \
-                 that, or lower the replication factor"
+            planner::BlockedReason::NoBrokers => tracing::warn!(
+                topic = %topic_name(metadata, *id), partition = %id,
+                "too few brokers can take a replica: start more, raise broker.max_replicas on brokers at that limit, \
+                 or lower the replication factor"
             ),
         }
     }
-    for id in waiting.difference(&now) {
-        tracing::info!(topic = %named(view, *id), partition = %id, "the partition waits no more");
+    for id in blocked.difference(&now) {
+        tracing::info!(topic = %topic_name(metadata, *id), partition = %id, "the partition is no longer blocked");
     }
-    *waiting = now;
+    *blocked = now;
 }
 
-/// Times since which brokers have been online or offline, as seen by this process.
+/// Times since which brokers have been online or offline, as observed by this process.
 #[derive(Debug, Default)]
-struct Presence {
-    up: BTreeMap<BrokerId, (Revision, Instant)>,
-    gone: BTreeMap<BrokerId, Instant>,
+struct BrokerPresence {
+    online: BTreeMap<BrokerId, (Revision, Instant)>,
+    offline: BTreeMap<BrokerId, Instant>,
 }
 
-impl Presence {
-    fn look(&mut self, state: &ViewState, now: Instant) {
+impl BrokerPresence {
+    fn observe(&mut self, state: &MetadataSnapshot, now: Instant) {
         let live = state.brokers();
-        self.up.retain(|id, (epoch, _)| live.get(id).is_some_and(|known| known.create_revision == *epoch));
-        for (id, known) in live {
-            self.up.entry(*id).or_insert((known.create_revision, now));
+        self.online.retain(|id, (epoch, _)| live.get(id).is_some_and(|entry| entry.create_revision == *epoch));
+        for (id, entry) in live {
+            self.online.entry(*id).or_insert((entry.create_revision, now));
         }
         let holders = state.holders();
-        self.gone.retain(|id, since| {
+        self.offline.retain(|id, since| {
             if live.contains_key(id) {
                 let seconds = now.duration_since(*since).as_secs();
-                tracing::info!(broker = %id, seconds, "a broker that was gone is there again");
+                tracing::info!(broker = %id, seconds, "a broker that was offline is online again");
             }
             holders.contains(id) && !live.contains_key(id)
         });
         for id in holders.into_iter().filter(|id| !live.contains_key(id)) {
-            self.gone.entry(id).or_insert_with(|| {
-                tracing::warn!(broker = %id, "a broker that holds replicas is gone: others lead what they can until it is back");
+            self.offline.entry(id).or_insert_with(|| {
+                tracing::warn!(
+                    broker = %id,
+                    "a broker that holds replicas is offline: other brokers lead its partitions where possible"
+                );
                 now
             });
         }
@@ -373,8 +384,8 @@ impl Presence {
     /// Returns the milliseconds that each broker has been online, and that each has been offline.
     fn lasting(&self, now: Instant) -> (BTreeMap<BrokerId, u64>, BTreeMap<BrokerId, u64>) {
         let ms = |since: Instant| u64::try_from(now.duration_since(since).as_millis()).unwrap_or(u64::MAX);
-        let up = self.up.iter().map(|(id, (_, since))| (*id, ms(*since))).collect();
-        (up, self.gone.iter().map(|(id, since)| (*id, ms(*since))).collect())
+        let online = self.online.iter().map(|(id, (_, since))| (*id, ms(*since))).collect();
+        (online, self.offline.iter().map(|(id, since)| (*id, ms(*since))).collect())
     }
 }
 

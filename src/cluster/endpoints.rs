@@ -12,8 +12,9 @@ pub struct Endpoints(BTreeMap<String, Endpoint>);
 
 impl From<BTreeMap<String, serde_json::Value>> for Endpoints {
     fn from(listeners: BTreeMap<String, serde_json::Value>) -> Self {
-        let known = listeners.into_iter().filter_map(|(name, value)| Some((name, serde_json::from_value(value).ok()?)));
-        Self(known.collect())
+        let readable =
+            listeners.into_iter().filter_map(|(name, value)| Some((name, serde_json::from_value(value).ok()?)));
+        Self(readable.collect())
     }
 }
 

@@ -8,7 +8,10 @@ use std::{
 
 use super::{
     embedded::EmbeddedStore,
-    store::{Answer, LeaseId, Listing, MetaStore, Outcome, Reading, Revision, StoreError, Transaction, Watch},
+    store::{
+        GetResult, LeaseId, ListResult, MetaStore, MetaStoreError, Revision, StoreFuture, Transaction, TxnOutcome,
+        Watch,
+    },
 };
 
 /// Fault of one transaction.
@@ -19,11 +22,11 @@ pub(crate) enum Fault {
     /// Not applied; the error has an unknown outcome.
     Lost,
     /// Applied; the error has an unknown outcome.
-    AnswerLost,
+    ResponseLost,
 }
 
 #[derive(Debug, Default)]
-struct Faults {
+struct InjectedFaults {
     transactions: VecDeque<Option<Fault>>,
     gets: usize,
     lists: usize,
@@ -33,12 +36,12 @@ struct Faults {
 
 /// A store with injected faults. Clones share it.
 #[derive(Clone, Debug)]
-pub(crate) struct Faulty {
+pub(crate) struct FaultyStore {
     store: EmbeddedStore,
-    faults: Arc<Mutex<Faults>>,
+    faults: Arc<Mutex<InjectedFaults>>,
 }
 
-impl Faulty {
+impl FaultyStore {
     pub(crate) fn new(store: EmbeddedStore) -> Self {
         Self { store, faults: Arc::default() }
     }
@@ -68,31 +71,31 @@ impl Faulty {
         self.faults().transacted
     }
 
-    fn faults(&self) -> MutexGuard<'_, Faults> {
+    fn faults(&self) -> MutexGuard<'_, InjectedFaults> {
         self.faults.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl MetaStore for Faulty {
-    fn get<'a>(&'a self, key: &'a str) -> Answer<'a, Reading> {
+impl MetaStore for FaultyStore {
+    fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
         let mut faults = self.faults();
         if faults.gets > 0 {
             faults.gets -= 1;
-            return Box::pin(async { Err(StoreError::unavailable("cut off")) });
+            return Box::pin(async { Err(MetaStoreError::unavailable("injected fault")) });
         }
         self.store.get(key)
     }
 
-    fn list<'a>(&'a self, prefix: &'a str) -> Answer<'a, Listing> {
+    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
         let mut faults = self.faults();
         if faults.lists > 0 {
             faults.lists -= 1;
-            return Box::pin(async { Err(StoreError::unavailable("cut off")) });
+            return Box::pin(async { Err(MetaStoreError::unavailable("injected fault")) });
         }
         self.store.list(prefix)
     }
 
-    fn transact(&self, transaction: Transaction) -> Answer<'_, Outcome> {
+    fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
         let mut faults = self.faults();
         faults.transacted += 1;
         let fault = faults.transactions.pop_front().flatten();
@@ -100,36 +103,36 @@ impl MetaStore for Faulty {
         Box::pin(async move {
             match fault {
                 None => self.store.transact(transaction).await,
-                Some(Fault::Refused) => Err(StoreError::unavailable("cut off")),
-                Some(Fault::Lost) => Err(StoreError::unknown("cut off")),
-                Some(Fault::AnswerLost) => {
+                Some(Fault::Refused) => Err(MetaStoreError::unavailable("injected fault")),
+                Some(Fault::Lost) => Err(MetaStoreError::unknown("injected fault")),
+                Some(Fault::ResponseLost) => {
                     self.store.transact(transaction).await?;
-                    Err(StoreError::unknown("cut off"))
+                    Err(MetaStoreError::unknown("injected fault"))
                 }
             }
         })
     }
 
-    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> Answer<'a, Watch> {
+    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
         if !self.faults().break_watches {
             return self.store.watch(prefix, from);
         }
         let broken = futures::stream::once(async move {
             tokio::time::sleep(Duration::from_secs(1)).await;
-            Err(StoreError::Compacted { from, oldest: from.next() })
+            Err(MetaStoreError::Compacted { from, oldest: from.next() })
         });
         Box::pin(async { Ok(Watch::new(broken)) })
     }
 
-    fn grant(&self, time: Duration) -> Answer<'_, LeaseId> {
+    fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
         self.store.grant(time)
     }
 
-    fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()> {
+    fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         self.store.keep_alive(lease)
     }
 
-    fn revoke(&self, lease: LeaseId) -> Answer<'_, ()> {
+    fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         self.store.revoke(lease)
     }
 }

@@ -19,9 +19,8 @@
 use std::sync::Arc;
 
 use super::{
-    keys::{GenerationValue, Keys, ProducerIdsValue, Value as _},
-    producer_ids::COUNTER_END,
-    store::{Compare, Entry, MetaStore, Outcome, StoreError, Transaction},
+    keys::{GenerationValue, Keys, PRODUCER_ID_COUNTER_END, ProducerIdsValue, Value as _},
+    store::{Compare, KeyValue, MetaStore, MetaStoreError, Transaction, TxnOutcome},
 };
 
 /// Generation of a cluster that was never restored.
@@ -29,12 +28,12 @@ pub const FIRST_GENERATION: u64 = 1;
 
 /// Number of producer id counters per generation. The counters of the next generation start above them, so an id that
 /// was issued after a backup is never issued again.
-const PRODUCER_IDS: i64 = 1 << 28;
+const PRODUCER_IDS_PER_GENERATION: i64 = 1 << 28;
 
 /// Returns the first producer id counter of a generation.
 fn first_producer_id(generation: u64) -> i64 {
     let before = i64::try_from(generation.saturating_sub(FIRST_GENERATION)).unwrap_or(i64::MAX);
-    before.saturating_mul(PRODUCER_IDS).min(COUNTER_END)
+    before.saturating_mul(PRODUCER_IDS_PER_GENERATION).min(PRODUCER_ID_COUNTER_END)
 }
 
 /// Access to the key `generation`.
@@ -53,7 +52,7 @@ impl Generations {
     ///
     /// # Errors
     /// The store does not respond, or the value cannot be read.
-    pub async fn current(&self) -> Result<Option<u64>, StoreError> {
+    pub async fn current(&self) -> Result<Option<u64>, MetaStoreError> {
         Ok(self.read().await?.map(|(_, generation)| generation))
     }
 
@@ -61,7 +60,7 @@ impl Generations {
     ///
     /// # Errors
     /// As [`Generations::current`].
-    pub async fn begin(&self) -> Result<u64, StoreError> {
+    pub async fn begin(&self) -> Result<u64, MetaStoreError> {
         loop {
             if let Some((_, generation)) = self.read().await? {
                 return Ok(generation);
@@ -78,33 +77,33 @@ impl Generations {
     ///
     /// # Errors
     /// As [`Generations::current`].
-    pub async fn raise(&self, above: u64) -> Result<u64, StoreError> {
+    pub async fn raise(&self, above: u64) -> Result<u64, MetaStoreError> {
         loop {
-            let known = self.read().await?;
-            let generation = known.as_ref().map_or(0, |(_, known)| *known).max(above).saturating_add(1);
+            let current = self.read().await?;
+            let generation = current.as_ref().map_or(0, |(_, current)| *current).max(above).saturating_add(1);
             let (key, ids_key) = (self.keys.generation(), self.keys.producer_ids());
             let ids = self.store.get(&ids_key).await?.entry;
             let next = match &ids {
                 None => 0,
                 Some(entry) => {
-                    ProducerIdsValue::decode(&entry.key, &entry.value).map_err(StoreError::unavailable)?.next
+                    ProducerIdsValue::decode(&entry.key, &entry.value).map_err(MetaStoreError::unavailable)?.next
                 }
             };
             let next = next.max(first_producer_id(generation));
             let put = Transaction::new()
-                .when(Compare::unchanged(&key, known.as_ref().map(|(entry, _)| entry)))
+                .when(Compare::unchanged(&key, current.as_ref().map(|(entry, _)| entry)))
                 .when(Compare::unchanged(&ids_key, ids.as_ref()))
                 .put(key, GenerationValue { generation }.encode())
                 .put(ids_key, ProducerIdsValue { next }.encode());
-            if let Outcome::Done { .. } = self.store.transact(put).await? {
+            if let TxnOutcome::Committed { .. } = self.store.transact(put).await? {
                 return Ok(generation);
             }
         }
     }
 
-    async fn read(&self) -> Result<Option<(Entry, u64)>, StoreError> {
+    async fn read(&self) -> Result<Option<(KeyValue, u64)>, MetaStoreError> {
         let Some(entry) = self.store.get(&self.keys.generation()).await?.entry else { return Ok(None) };
-        let value = GenerationValue::decode(&entry.key, &entry.value).map_err(StoreError::unavailable)?;
+        let value = GenerationValue::decode(&entry.key, &entry.value).map_err(MetaStoreError::unavailable)?;
         Ok(Some((entry, value.generation)))
     }
 }
@@ -120,43 +119,43 @@ mod tests {
         let generations = Generations::new(Arc::clone(&store) as _, Keys::new("test").expect("valid"));
         assert_eq!(generations.current().await, Ok(None));
         assert_eq!(generations.begin().await, Ok(1));
-        assert_eq!(generations.begin().await, Ok(1), "it is begun once");
+        assert_eq!(generations.begin().await, Ok(1), "the generation is created once");
         assert_eq!(generations.raise(0).await, Ok(2));
-        assert_eq!(generations.raise(6).await, Ok(7), "the bucket was ahead");
+        assert_eq!(generations.raise(6).await, Ok(7), "the object store was ahead");
         assert_eq!(generations.current().await, Ok(Some(7)));
     }
 
-    /// Regression: a broker was given a block of producer ids that another broker had issued after the backup.
+    /// Regression: a broker got a block of producer ids that another broker had issued after the backup.
     #[tokio::test]
     async fn producer_ids_start_above_those_of_earlier_generations() {
         let (store, keys) = (Arc::new(EmbeddedStore::in_memory()), Keys::new("test").expect("valid"));
         let generations = Generations::new(Arc::clone(&store) as _, keys.clone());
         let next = async || {
-            let entry = store.get(&keys.producer_ids()).await.expect("it answers").entry.expect("it is there");
+            let entry = store.get(&keys.producer_ids()).await.expect("readable").entry.expect("stored");
             ProducerIdsValue::decode(&entry.key, &entry.value).expect("valid").next
         };
         let backup = ProducerIdsValue { next: 3000 }.encode();
-        generations.begin().await.expect("it answers");
-        let mut least = 0;
+        generations.begin().await.expect("the store responds");
+        let mut expected = 0;
         // The same backup twice: the object store has the generation of the first restore.
         for above in [1, 2] {
-            store.transact(Transaction::new().put(keys.producer_ids(), backup.clone())).await.expect("taken");
-            let generation = generations.raise(above).await.expect("it answers");
-            assert_eq!((generation, next().await), (above + 1, least + PRODUCER_IDS));
-            least += PRODUCER_IDS;
+            store.transact(Transaction::new().put(keys.producer_ids(), backup.clone())).await.expect("written");
+            let generation = generations.raise(above).await.expect("the store responds");
+            assert_eq!((generation, next().await), (above + 1, expected + PRODUCER_IDS_PER_GENERATION));
+            expected += PRODUCER_IDS_PER_GENERATION;
         }
-        let many = ProducerIdsValue { next: least + 5 * PRODUCER_IDS }.encode();
-        store.transact(Transaction::new().put(keys.producer_ids(), many)).await.expect("taken");
-        generations.raise(0).await.expect("it answers");
-        assert_eq!(next().await, least + 5 * PRODUCER_IDS, "it never goes back");
+        let many = ProducerIdsValue { next: expected + 5 * PRODUCER_IDS_PER_GENERATION }.encode();
+        store.transact(Transaction::new().put(keys.producer_ids(), many)).await.expect("written");
+        generations.raise(0).await.expect("the store responds");
+        assert_eq!(next().await, expected + 5 * PRODUCER_IDS_PER_GENERATION, "the counter never falls");
     }
 
     #[tokio::test]
     async fn unreadable_generation_is_not_overwritten() {
         let (store, keys) = (Arc::new(EmbeddedStore::in_memory()), Keys::new("test").expect("valid"));
-        store.transact(Transaction::new().put(keys.generation(), "seven")).await.expect("taken");
+        store.transact(Transaction::new().put(keys.generation(), "seven")).await.expect("written");
         let generations = Generations::new(Arc::clone(&store) as _, keys.clone());
-        let error = generations.begin().await.expect_err("nobody knows which it is");
+        let error = generations.begin().await.expect_err("the generation is unreadable");
         assert!(error.retryable() && error.to_string().contains(&keys.generation()), "{error}");
     }
 }

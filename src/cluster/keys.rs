@@ -8,12 +8,18 @@ use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{endpoints::Endpoints, partition_value::PartitionValue, producer_ids::COUNTER_END};
+use super::{endpoints::Endpoints, partition_value::PartitionValue};
 use crate::{
     limits,
     model::{BrokerId, ConfigMap, Offset, PartitionId, TopicId, TopicName},
-    tier::{StoreNote, TierState},
+    tier::{StoreBinding, TierState},
 };
+
+/// Bits of the check value in a producer id.
+pub(super) const PRODUCER_ID_CHECK_BITS: u32 = 25;
+
+/// First counter that does not fit into a producer id.
+pub(super) const PRODUCER_ID_COUNTER_END: i64 = 1 << (63 - PRODUCER_ID_CHECK_BITS);
 
 /// The paths of one cluster. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,7 +53,7 @@ pub enum Key {
     /// =
     Tier(PartitionId),
     /// =
-    Deleted(TopicId),
+    Tombstone(TopicId),
     /// =
     ProducerIds,
     /// =
@@ -84,7 +90,7 @@ impl Keys {
             Key::Topic(name) => format!("{prefix}topics/{name}"),
             Key::Partition(id) => format!("{prefix}partitions/{id}"),
             Key::Tier(id) => format!("{prefix}tier/{id}"),
-            Key::Deleted(id) => format!("{prefix}deleted/{id}"),
+            Key::Tombstone(id) => format!("{prefix}deleted/{id}"),
             Key::ProducerIds => format!("{prefix}producer-ids"),
             Key::ProducerIdKey => format!("{prefix}producer-id-key"),
             Key::ObjectStore => format!("{prefix}object-store"),
@@ -129,7 +135,7 @@ impl Keys {
 
     /// Returns the path of a deleted topic's tombstone.
     pub fn deleted(&self, id: TopicId) -> String {
-        self.path(&Key::Deleted(id))
+        self.path(&Key::Tombstone(id))
     }
 
     /// Returns the path of the next block of producer ids.
@@ -153,7 +159,7 @@ impl Keys {
     }
 
     /// Returns the meaning of a path; `None` for a path of another cluster or of a kind that this version does not
-    /// know.
+    /// support.
     pub fn parse(&self, path: &str) -> Option<Key> {
         let rest = path.strip_prefix(&*self.prefix)?;
         let key = match rest.split_once('/') {
@@ -168,7 +174,7 @@ impl Keys {
             Some(("topics", name)) => Key::Topic(name.parse().ok()?),
             Some(("partitions", id)) => Key::Partition(partition(id)?),
             Some(("tier", id)) => Key::Tier(partition(id)?),
-            Some(("deleted", id)) => Key::Deleted(canonical(id)?),
+            Some(("deleted", id)) => Key::Tombstone(canonical(id)?),
             _ => return None,
         };
         Some(key)
@@ -206,10 +212,10 @@ pub struct BrokerValue {
     pub state: BrokerState,
     /// True under disk pressure: the broker gets no new replicas.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub disk_full: bool,
+    pub disk_pressure: bool,
     /// True if the disk is full: other brokers take over the leadership of its partitions where possible.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub no_room: bool,
+    pub disk_full: bool,
     /// Maximum number of replicas that are placed on the broker (`broker.max_replicas`); `None`: no limit is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_replicas: Option<u32>,
@@ -227,8 +233,8 @@ impl BrokerValue {
             directory_id: "d".to_owned(),
             incarnation: "p".to_owned(),
             state: BrokerState::Running,
+            disk_pressure: false,
             disk_full: false,
-            no_room: false,
             max_replicas: None,
             version: "0".to_owned(),
         }
@@ -239,7 +245,7 @@ impl BrokerValue {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BrokerState {
-    /// The broker takes part.
+    /// The broker is active.
     #[default]
     Running,
     /// The broker is shutting down: it transfers its leaderships and gets no new ones.
@@ -295,13 +301,13 @@ pub struct TopicValue {
 /// the object store is garbage. Without a tombstone, the data of an unknown topic is kept: its metadata may have been
 /// lost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DeletedValue {
+pub struct TombstoneValue {
     /// Former name of the topic.
     pub name: TopicName,
     /// Wall-clock time, in milliseconds, since when no data of the topic is known to remain. The tombstone is deleted
     /// long after that time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gone_since_ms: Option<i64>,
+    pub purged_since_ms: Option<i64>,
 }
 
 /// The value of `producer-ids`.
@@ -313,12 +319,12 @@ pub struct ProducerIdsValue {
 
 /// Error for a value that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the value of {key} cannot be used: {why}")]
+#[error("the value of {key} cannot be used: {reason}")]
 pub struct InvalidValue {
     /// Path of the value.
     pub key: String,
     /// Description of the invalid value.
-    pub why: String,
+    pub reason: String,
 }
 
 /// A value of the key space: JSON, validated when it is read.
@@ -330,15 +336,15 @@ pub trait Value: Serialize + DeserializeOwned {
 
     /// Returns the stored form of the value.
     fn encode(&self) -> Bytes {
-        serde_json::to_vec(self).expect("the values' fields are all JSON").into()
+        serde_json::to_vec(self).expect("every field of a value serializes to JSON").into()
     }
 
     /// Parses and validates a value; `key` appears in the error.
     fn decode(key: &str, bytes: &[u8]) -> Result<Self, InvalidValue> {
-        let invalid = |why: String| InvalidValue { key: key.to_owned(), why };
+        let invalid = |reason: String| InvalidValue { key: key.to_owned(), reason };
         let value: Self = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
         match value.contradiction() {
-            Some(why) => Err(invalid(why)),
+            Some(reason) => Err(invalid(reason)),
             None => Ok(value),
         }
     }
@@ -379,22 +385,22 @@ impl Value for PartitionValue {
         if replicas.len() != self.replicas.len() {
             return Some("a broker is in replicas twice".to_owned());
         }
-        if self.ordered.iter().collect::<BTreeSet<_>>().len() != self.ordered.len() {
-            return Some("a broker is in ordered twice".to_owned());
+        if self.queued_replicas.iter().collect::<BTreeSet<_>>().len() != self.queued_replicas.len() {
+            return Some("a broker is in queued_replicas twice".to_owned());
         }
         if self.leader_epoch.0 > i32::MAX.unsigned_abs() {
             return Some(format!("leader_epoch is {}: at most {}", self.leader_epoch, i32::MAX));
         }
         let sets = [("isr", &self.isr), ("elr", &self.elr), ("adding", &self.adding), ("removing", &self.removing)];
         for (name, set) in sets {
-            if let Some(stranger) = set.iter().find(|id| !replicas.contains(id)) {
-                return Some(format!("broker {stranger} is in {name} and not in replicas"));
+            if let Some(id) = set.iter().find(|id| !replicas.contains(id)) {
+                return Some(format!("broker {id} is in {name} and not in replicas"));
             }
         }
-        if let Some(twice) =
+        if let Some(duplicate) =
             self.isr.iter().enumerate().find(|(i, id)| self.isr[..*i].contains(id) || self.elr.contains(id))
         {
-            return Some(format!("broker {} is in isr twice, or in isr and elr", twice.1));
+            return Some(format!("broker {} is in isr twice, or in isr and elr", duplicate.1));
         }
         match self.leader {
             Some(leader) if !self.isr.contains(&leader) => Some(format!("leader {leader} is not in isr")),
@@ -410,21 +416,21 @@ impl Value for TierState {
             return Some("an offset is 2^63 or more".to_owned());
         }
         if self.manifest.is_none() && self.tiered_end > self.log_start {
-            return Some("tiered_end names records and there is no manifest".to_owned());
+            return Some("tiered_end is above log_start and there is no manifest".to_owned());
         }
         None
     }
 }
 
-impl Value for DeletedValue {}
+impl Value for TombstoneValue {}
 
 /// The value of `object-store`.
-impl Value for StoreNote {}
+impl Value for StoreBinding {}
 
 impl Value for ProducerIdsValue {
     fn contradiction(&self) -> Option<String> {
-        let possible = (0..=COUNTER_END).contains(&self.next);
-        (!possible).then(|| format!("next is {}: 0 to {COUNTER_END}", self.next))
+        let is_valid = (0..=PRODUCER_ID_COUNTER_END).contains(&self.next);
+        (!is_valid).then(|| format!("next is {}: 0 to {PRODUCER_ID_COUNTER_END}", self.next))
     }
 }
 

@@ -8,19 +8,19 @@
 //! | --- | --- |
 //! | `store` | the trait [`MetaStore`]: a map from paths to values with one history, in etcd's terms |
 //! | `embedded`, `etcd` | the implementations for a standalone broker and for several brokers |
-//! | `measured`, `monotonic` | wrappers that count the requests, and that reject a store whose revision fell |
+//! | `metered`, `monotonic` | wrappers that count the requests, and that reject a store whose revision fell |
 //! | `keys`, `endpoints` | paths and values; a broker's listeners |
-//! | `view` | the metadata cache: the cluster's prefix in memory; serves every lookup |
+//! | `metadata` | the metadata cache: the cluster's prefix in memory; serves every lookup |
 //! | `topics` | creates, alters and deletes topics |
 //! | `placement` | chooses the brokers of a new partition |
-//! | `orders` | writes the operations that an operator requests on brokers and partitions |
-//! | `proof` | startup verification: compares a broker's local replicas with the metadata |
+//! | `operations` | writes the operations that an operator requests on brokers and partitions |
+//! | `startup_verification` | startup verification: compares a broker's local replicas with the metadata |
 //! | `session` | keeps a broker registered after its startup verification |
-//! | `partition_value`, `changes` | compute every new ISR and leader of a partition; write them by compare-and-set |
+//! | `partition_value`, `partition_updates` | compute every new ISR and leader of a partition; write them by compare-and-set |
 //! | `planner`, `controller` | plan the changes (pure); write the planned changes |
 //! | `generation` | distinguishes a restored store from its earlier state |
-//! | `own_store` | stores the binding to the cluster's object store |
-//! | `census` | counts partitions, and those that need attention |
+//! | `store_binding` | stores the binding to the cluster's object store |
+//! | `stats` | counts partitions, and those that need attention |
 //!
 //! # Invariants
 //!
@@ -33,67 +33,68 @@
 //! # Crash
 //!
 //! An interrupted creation or deletion leaves partitions without a topic. An interrupted addition of partitions leaves
-//! partitions above the topic's count. Brokers ignore both; [`Sweep`] finds and deletes them.
+//! partitions above the topic's count. Brokers ignore both; [`StaleKeySweeper`] finds and deletes them.
 
-mod census;
-mod changes;
 mod controller;
 mod embedded;
 mod endpoints;
 mod etcd;
 mod generation;
 mod keys;
-mod measured;
+mod metadata;
+mod metered;
 mod monotonic;
-mod orders;
+mod operations;
 mod outcome;
-mod own_store;
+mod partition_updates;
 mod partition_value;
 mod placement;
 pub mod planner;
 mod producer_ids;
-mod proof;
 mod session;
+mod startup_verification;
+mod stats;
 mod store;
+mod store_binding;
 mod tier_commits;
 mod topics;
-mod view;
 
 #[cfg(test)]
 mod conformance;
 #[cfg(test)]
 pub(crate) mod faulty;
 
-pub use census::{Carried, Census, Duty};
-pub use changes::{Change, Changed, PartitionChanges};
 pub use controller::Controller;
-pub use embedded::{EmbeddedStore, FILE as EMBEDDED_FILE, OpenError};
+pub use embedded::{EmbeddedStore, EmbeddedStoreError, FILE_NAME as EMBEDDED_FILE};
 pub use endpoints::{Endpoint, Endpoints, Protocol};
 pub use etcd::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdOptionsError, EtcdStore, EtcdTls, MemberStatus};
 pub use generation::{FIRST_GENERATION, Generations};
 pub use keys::{
-    BrokerState, BrokerValue, ControllerValue, DeletedValue, DirectoryValue, DrainValue, GenerationValue,
-    InvalidClusterName, InvalidValue, Key, Keys, ProducerIdsValue, TopicValue, Value,
+    BrokerState, BrokerValue, ControllerValue, DirectoryValue, DrainValue, GenerationValue, InvalidClusterName,
+    InvalidValue, Key, Keys, ProducerIdsValue, TombstoneValue, TopicValue, Value,
 };
-pub use measured::Measured;
+pub use metadata::{ChangeFeed, MetadataCache, MetadataChange, MetadataSnapshot, PartitionEntry, Versioned};
+pub use metered::MeteredStore;
 pub use monotonic::MonotonicStore;
-pub use orders::{
-    CancelError, DrainError, Drained, ElectError, FindError, Held, Loss, Ordered, Orders, ReassignError, Successor,
-    Unfit, UnknownBrokers, UnknownPartition, WriteError, successor,
+pub use operations::{
+    BrokerDrain, CancelError, ClusterOperations, DrainError, ElectError, LostOffsets, OperationResult,
+    PreferredLeaderIssue, ReassignError, ReplicaPosition, TargetError, UncleanCandidate, UnknownBrokers,
+    UnknownPartition, WriteError, successor,
 };
-pub use own_store::ObjectStoreKey;
-pub use partition_value::{Holds, PartitionValue};
-pub use placement::{Load, Placement, ReplicaBound};
+pub use partition_updates::{PartitionUpdate, PartitionUpdater, UpdateOutcome};
+pub use partition_value::{PartitionValue, ReplicaIntegrity};
+pub use placement::{BrokerLoad, Placement, ReplicaBound};
 pub use producer_ids::{ANONYMOUS, ProducerIdKey};
-pub use proof::{Proof, Shown, Unread, prove};
-pub use session::{RegisterError, Registration, Session, Standing};
+pub use session::{RegisterError, RegistrationRequest, Session, SessionState};
+pub use startup_verification::{LocalInventory, UnverifiedPartitions, VerificationResult, verify_inventory};
+pub use stats::{ClusterStats, LeaderStats, ReplicaCounts};
 pub use store::{
-    Answer, Changes, Compare, Entry, Event, LeaseId, Listing, MetaStore, Op, Outcome, Reading, Regression, Revision,
-    StoreError, Transaction, Watch,
+    Compare, GetResult, KeyValue, LeaseId, ListResult, MetaStore, MetaStoreError, Regression, Revision, StoreFuture,
+    Transaction, TxnOp, TxnOutcome, Watch, WatchBatch, WatchEvent,
 };
+pub use store_binding::MetaBindingStore;
 pub use tier_commits::{TierCommitError, TierCommits};
 pub use topics::{
-    AddPartitionsError, AlterError, CreateError, DeleteError, Mark, NewTopic, Sweep, There, TopicInfo, Topics,
-    UnknownTopic,
+    AddPartitionsError, AlterError, BrokerCounts, CreateError, DeleteError, StaleKeySweeper, Tombstone, TopicInfo,
+    TopicSpec, Topics, UnknownTopic,
 };
-pub use view::{Feed, Known, Moved, PartitionEntry, View, ViewState};

@@ -1,11 +1,11 @@
-//! A metadata store whose revision never falls: a store that went back is no longer used.
+//! A metadata store whose revision never falls: a store that returned to an older state is no longer used.
 //!
 //! # Overview
 //!
 //! An etcd that was restored from a backup or replaced by another one responds normally, but its history differs from
 //! the one that this broker acted on. [`MonotonicStore`] compares the revision of every linearizable response with the
 //! newest revision that any response had contained *before the call started*. The first older response is a regression,
-//! and so is another cluster id. From then on every call fails with [`StoreError::Regressed`] until the process
+//! and so is another cluster id. From then on every call fails with [`MetaStoreError::Regressed`] until the process
 //! restarts.
 //!
 //! Reordered responses are no regression: a response that was overtaken by a newer one is compared with the revision at
@@ -31,8 +31,8 @@ use std::{
 use tokio::sync::watch;
 
 use super::store::{
-    Answer, Changes, Event, LeaseId, Listing, MetaStore, Op, Outcome, Reading, Regression, Revision, StoreError,
-    Transaction, Watch,
+    GetResult, LeaseId, ListResult, MetaStore, MetaStoreError, Regression, Revision, StoreFuture, Transaction, TxnOp,
+    TxnOutcome, Watch, WatchBatch, WatchEvent,
 };
 
 /// Key that is read with every keepalive. It never exists.
@@ -44,10 +44,10 @@ const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 /// A store and the newest revision of its responses. Clones share both.
 #[derive(Clone)]
 pub struct MonotonicStore {
-    shared: Arc<Shared>,
+    inner: Arc<MonotonicInner>,
 }
 
-struct Shared {
+struct MonotonicInner {
     store: Arc<dyn MetaStore>,
     newest: AtomicU64,
     regression: watch::Sender<Option<Regression>>,
@@ -56,35 +56,37 @@ struct Shared {
 impl MonotonicStore {
     /// Returns a store that checks the responses of `store`.
     pub fn new(store: Arc<dyn MetaStore>) -> Self {
-        let shared = Shared { store, newest: AtomicU64::new(0), regression: watch::Sender::new(None) };
-        Self { shared: Arc::new(shared) }
+        let inner = MonotonicInner { store, newest: AtomicU64::new(0), regression: watch::Sender::new(None) };
+        Self { inner: Arc::new(inner) }
     }
 
     /// Executes a request and compares the revision of its response. `revision` returns that revision, and true if the
     /// call wrote.
     fn compare<'a, T>(
         &'a self,
-        asked: Answer<'a, T>,
+        request: StoreFuture<'a, T>,
         revision: impl Fn(&T) -> (Revision, bool) + Send + 'a,
-    ) -> Answer<'a, T>
+    ) -> StoreFuture<'a, T>
     where
         T: Send + 'a,
     {
         Box::pin(async move {
-            self.shared.refuse()?;
-            let seen = self.shared.newest();
-            let answer = asked.await.map_err(|error| self.shared.note(error))?;
-            let (answered, wrote) = revision(&answer);
+            self.inner.check_regression()?;
+            let seen = self.inner.newest();
+            let response = request.await.map_err(|error| self.inner.record_regression(error))?;
+            let (answered, wrote) = revision(&response);
             if answered < seen || (wrote && answered == seen) {
-                return Err(self.shared.note(StoreError::Regressed(Regression::Revision { seen, answered })));
+                return Err(self
+                    .inner
+                    .record_regression(MetaStoreError::Regressed(Regression::Revision { seen, answered })));
             }
-            self.shared.advance(answered);
-            Ok(answer)
+            self.inner.advance(answered);
+            Ok(response)
         })
     }
 }
 
-impl Shared {
+impl MonotonicInner {
     fn newest(&self) -> Revision {
         Revision(self.newest.load(Ordering::Acquire))
     }
@@ -93,25 +95,26 @@ impl Shared {
         self.newest.fetch_max(to.0, Ordering::AcqRel);
     }
 
-    fn refuse(&self) -> Result<(), StoreError> {
+    fn check_regression(&self) -> Result<(), MetaStoreError> {
         match &*self.regression.borrow() {
-            Some(regression) => Err(StoreError::Regressed(regression.clone())),
+            Some(regression) => Err(MetaStoreError::Regressed(regression.clone())),
             None => Ok(()),
         }
     }
 
     /// Records the first regression of the store.
-    fn note(&self, error: StoreError) -> StoreError {
-        if let StoreError::Regressed(regression) = &error {
-            self.regression.send_if_modified(|known| {
-                let is_new = known.is_none();
+    fn record_regression(&self, error: MetaStoreError) -> MetaStoreError {
+        if let MetaStoreError::Regressed(regression) = &error {
+            self.regression.send_if_modified(|recorded| {
+                let is_new = recorded.is_none();
                 if is_new {
                     tracing::error!(
                         %regression,
-                        "the metadata store went back: until it is restarted this broker refuses administration, elections, changes of \
-                         in-sync replicas and commits to the bucket; it serves what needs no metadata"
+                        "the metadata store returned to an older state: until a restart, this broker refuses admin \
+                         operations, elections, ISR changes and tier commits; requests that need no metadata are \
+                         served"
                     );
-                    *known = Some(regression.clone());
+                    *recorded = Some(regression.clone());
                 }
                 is_new
             });
@@ -121,17 +124,17 @@ impl Shared {
 }
 
 /// A watch that ends with the store's regression.
-struct Watching {
-    shared: Arc<Shared>,
+struct CheckedWatch {
+    inner: Arc<MonotonicInner>,
     regression: watch::Receiver<Option<Regression>>,
     watch: Watch,
 }
 
-async fn step(watching: Option<Watching>) -> Option<(Result<Changes, StoreError>, Option<Watching>)> {
-    let mut watching = watching?;
+async fn step(checked: Option<CheckedWatch>) -> Option<(Result<WatchBatch, MetaStoreError>, Option<CheckedWatch>)> {
+    let mut checked = checked?;
     let item = {
-        let Watching { regression, watch, .. } = &mut watching;
-        // `shared` owns the sender, so the channel cannot close.
+        let CheckedWatch { regression, watch, .. } = &mut checked;
+        // `inner` owns the sender, so the channel cannot close.
         let regressed = async { drop(regression.wait_for(Option::is_some).await) };
         tokio::select! {
             biased;
@@ -140,76 +143,77 @@ async fn step(watching: Option<Watching>) -> Option<(Result<Changes, StoreError>
         }
     };
     let Some(item) = item else {
-        let refused = watching.shared.refuse().err()?;
-        return Some((Err(refused), None));
+        let error = checked.inner.check_regression().err()?;
+        return Some((Err(error), None));
     };
     match item {
         Ok(changes) => {
-            if let Some(newest) = changes.events.iter().map(Event::revision).max() {
-                watching.shared.advance(newest);
+            if let Some(newest) = changes.events.iter().map(WatchEvent::revision).max() {
+                checked.inner.advance(newest);
             }
-            Some((Ok(changes), Some(watching)))
+            Some((Ok(changes), Some(checked)))
         }
-        Err(error) => Some((Err(watching.shared.note(error)), None)),
+        Err(error) => Some((Err(checked.inner.record_regression(error)), None)),
     }
 }
 
 impl fmt::Debug for MonotonicStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.shared.store.fmt(f)
+        self.inner.store.fmt(f)
     }
 }
 
 impl MetaStore for MonotonicStore {
-    fn get<'a>(&'a self, key: &'a str) -> Answer<'a, Reading> {
-        self.compare(self.shared.store.get(key), |reading| (reading.revision, false))
+    fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
+        self.compare(self.inner.store.get(key), |reading| (reading.revision, false))
     }
 
-    fn list<'a>(&'a self, prefix: &'a str) -> Answer<'a, Listing> {
-        self.compare(self.shared.store.list(prefix), |listing| (listing.revision, false))
+    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
+        self.compare(self.inner.store.list(prefix), |listing| (listing.revision, false))
     }
 
-    fn transact(&self, transaction: Transaction) -> Answer<'_, Outcome> {
-        let writes = transaction.ops.iter().any(|op| matches!(op, Op::Put { .. }));
-        self.compare(self.shared.store.transact(transaction), move |outcome| match outcome {
-            Outcome::Done { revision } => (*revision, writes),
-            Outcome::Refused { revision, .. } => (*revision, false),
+    fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
+        let writes = transaction.ops.iter().any(|op| matches!(op, TxnOp::Put { .. }));
+        self.compare(self.inner.store.transact(transaction), move |outcome| match outcome {
+            TxnOutcome::Committed { revision } => (*revision, writes),
+            TxnOutcome::CompareFailed { revision, .. } => (*revision, false),
         })
     }
 
-    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> Answer<'a, Watch> {
+    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
         Box::pin(async move {
-            self.shared.refuse()?;
-            let watch = self.shared.store.watch(prefix, from).await.map_err(|error| self.shared.note(error))?;
-            let (shared, regression) = (Arc::clone(&self.shared), self.shared.regression.subscribe());
-            Ok(Watch::new(futures::stream::unfold(Some(Watching { shared, regression, watch }), step)))
+            self.inner.check_regression()?;
+            let watch =
+                self.inner.store.watch(prefix, from).await.map_err(|error| self.inner.record_regression(error))?;
+            let (inner, regression) = (Arc::clone(&self.inner), self.inner.regression.subscribe());
+            Ok(Watch::new(futures::stream::unfold(Some(CheckedWatch { inner, regression, watch }), step)))
         })
     }
 
-    fn grant(&self, time: Duration) -> Answer<'_, LeaseId> {
+    fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
         Box::pin(async move {
-            self.shared.refuse()?;
-            self.shared.store.grant(time).await.map_err(|error| self.shared.note(error))
+            self.inner.check_regression()?;
+            self.inner.store.grant(time).await.map_err(|error| self.inner.record_regression(error))
         })
     }
 
     /// Renews the lease and also reads a key: a broker without other requests would not detect a regression.
-    fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()> {
+    fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         Box::pin(async move {
-            let kept = self.shared.store.keep_alive(lease).await;
-            if self.shared.refuse().is_ok() {
+            let renewed = self.inner.store.keep_alive(lease).await;
+            if self.inner.check_regression().is_ok() {
                 let _late = tokio::time::timeout(PROBE_TIMEOUT, self.get(PROBE_KEY)).await;
             }
-            kept
+            renewed
         })
     }
 
-    fn revoke(&self, lease: LeaseId) -> Answer<'_, ()> {
-        self.shared.store.revoke(lease)
+    fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
+        self.inner.store.revoke(lease)
     }
 
     fn regression(&self) -> Option<Regression> {
-        self.shared.regression.borrow().clone()
+        self.inner.regression.borrow().clone()
     }
 }
 
@@ -235,36 +239,36 @@ mod tests {
     }
 
     impl MetaStore for Restorable {
-        fn get<'a>(&'a self, key: &'a str) -> Answer<'a, Reading> {
+        fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
             Box::pin(async move { self.now().get(key).await })
         }
 
-        fn list<'a>(&'a self, prefix: &'a str) -> Answer<'a, Listing> {
+        fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
             Box::pin(async move { self.now().list(prefix).await })
         }
 
-        fn transact(&self, transaction: Transaction) -> Answer<'_, Outcome> {
+        fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
             Box::pin(async move { self.now().transact(transaction).await })
         }
 
-        fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> Answer<'a, Watch> {
+        fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
             Box::pin(async move { self.now().watch(prefix, from).await })
         }
 
-        fn grant(&self, time: Duration) -> Answer<'_, LeaseId> {
+        fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
             Box::pin(async move { self.now().grant(time).await })
         }
 
-        fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()> {
+        fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
             Box::pin(async move { self.now().keep_alive(lease).await })
         }
 
-        fn revoke(&self, lease: LeaseId) -> Answer<'_, ()> {
+        fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
             Box::pin(async move { self.now().revoke(lease).await })
         }
     }
 
-    async fn put(store: &dyn MetaStore, times: u64) -> Result<(), StoreError> {
+    async fn put(store: &dyn MetaStore, times: u64) -> Result<(), MetaStoreError> {
         for value in 0..times {
             store.transact(Transaction::new().put("/k", value.to_string())).await?;
         }
@@ -274,10 +278,10 @@ mod tests {
     /// Returns a store at revision 4 after three writes, and a store after `copy` writes that replaces it.
     async fn restored(copy: u64) -> (Arc<Restorable>, MonotonicStore, EmbeddedStore) {
         let older = EmbeddedStore::in_memory();
-        put(&older, copy).await.expect("memory takes it");
+        put(&older, copy).await.expect("written");
         let restorable = Arc::new(Restorable(Mutex::new(EmbeddedStore::in_memory())));
         let store = MonotonicStore::new(Arc::clone(&restorable) as _);
-        put(&store, 3).await.expect("memory takes it");
+        put(&store, 3).await.expect("written");
         (restorable, store, older)
     }
 
@@ -285,20 +289,24 @@ mod tests {
     async fn revision_regression_fails_every_later_call() {
         let (restorable, store, older) = restored(2).await;
         assert_eq!(store.regression(), None);
-        let mut watch = store.watch("/", Revision(5)).await.expect("it begins");
+        let mut watch = store.watch("/", Revision(5)).await.expect("watchable");
         restorable.restore(&older);
-        let proof = Regression::Revision { seen: Revision(4), answered: Revision(3) };
-        assert_eq!(store.get("/k").await, Err(StoreError::Regressed(proof.clone())));
-        assert_eq!(store.regression(), Some(proof.clone()));
-        assert_eq!(watch.next().await, Some(Err(StoreError::Regressed(proof.clone()))), "a watch ends with it");
+        let regression = Regression::Revision { seen: Revision(4), answered: Revision(3) };
+        assert_eq!(store.get("/k").await, Err(MetaStoreError::Regressed(regression.clone())));
+        assert_eq!(store.regression(), Some(regression.clone()));
+        assert_eq!(
+            watch.next().await,
+            Some(Err(MetaStoreError::Regressed(regression.clone()))),
+            "the watch ends with the regression"
+        );
         // Another history reaches the old revision again.
-        put(&older, 5).await.expect("memory takes it");
-        let refused = Err(StoreError::Regressed(proof));
-        assert_eq!(store.transact(Transaction::new().put("/k", "x")).await.map(drop), refused);
-        assert_eq!(store.list("/").await.map(drop), refused);
-        assert_eq!(store.watch("/", Revision(1)).await.map(drop), refused);
-        assert_eq!(store.grant(Duration::from_secs(1)).await.map(drop), refused);
-        assert_eq!(older.get("/k").await.expect("answers").revision, Revision(8), "nothing was written");
+        put(&older, 5).await.expect("written");
+        let expected = Err(MetaStoreError::Regressed(regression));
+        assert_eq!(store.transact(Transaction::new().put("/k", "x")).await.map(drop), expected);
+        assert_eq!(store.list("/").await.map(drop), expected);
+        assert_eq!(store.watch("/", Revision(1)).await.map(drop), expected);
+        assert_eq!(store.grant(Duration::from_secs(1)).await.map(drop), expected);
+        assert_eq!(older.get("/k").await.expect("readable").revision, Revision(8), "nothing was written");
     }
 
     /// Regression: the write of this broker brings the restored store to exactly the known revision.
@@ -307,8 +315,8 @@ mod tests {
         let (restorable, store, older) = restored(2).await;
         restorable.restore(&older);
         let written = store.transact(Transaction::new().put("/k", "x")).await;
-        let proof = Regression::Revision { seen: Revision(4), answered: Revision(4) };
-        assert_eq!(written, Err(StoreError::Regressed(proof)));
+        let regression = Regression::Revision { seen: Revision(4), answered: Revision(4) };
+        assert_eq!(written, Err(MetaStoreError::Regressed(regression)));
     }
 
     #[tokio::test]
@@ -327,35 +335,35 @@ mod tests {
     struct Late(EmbeddedStore, tokio::sync::Semaphore);
 
     impl MetaStore for Late {
-        fn get<'a>(&'a self, key: &'a str) -> Answer<'a, Reading> {
+        fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
             Box::pin(async move {
                 let reading = self.0.get(key).await;
-                self.1.acquire().await.expect("it is open").forget();
+                self.1.acquire().await.expect("the semaphore is open").forget();
                 reading
             })
         }
 
-        fn list<'a>(&'a self, prefix: &'a str) -> Answer<'a, Listing> {
+        fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
             self.0.list(prefix)
         }
 
-        fn transact(&self, transaction: Transaction) -> Answer<'_, Outcome> {
+        fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
             self.0.transact(transaction)
         }
 
-        fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> Answer<'a, Watch> {
+        fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
             self.0.watch(prefix, from)
         }
 
-        fn grant(&self, time: Duration) -> Answer<'_, LeaseId> {
+        fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
             self.0.grant(time)
         }
 
-        fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()> {
+        fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
             self.0.keep_alive(lease)
         }
 
-        fn revoke(&self, lease: LeaseId) -> Answer<'_, ()> {
+        fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
             self.0.revoke(lease)
         }
     }
@@ -364,30 +372,30 @@ mod tests {
     async fn overtaken_response_is_no_regression() {
         let late = Arc::new(Late(EmbeddedStore::in_memory(), tokio::sync::Semaphore::new(0)));
         let store = MonotonicStore::new(Arc::clone(&late) as _);
-        put(&store, 1).await.expect("memory takes it");
+        put(&store, 1).await.expect("written");
         let reader = store.clone();
         let tasks = crate::task::Tasks::new();
         let reading = tasks.spawn("late", async move { reader.get("/k").await });
         tokio::task::yield_now().await;
-        put(&store, 4).await.expect("memory takes it");
+        put(&store, 4).await.expect("written");
         late.1.add_permits(1);
-        let reading = reading.await.expect("no panic").expect("it is only late");
+        let reading = reading.await.expect("no panic").expect("a late response");
         assert_eq!((reading.revision, store.regression()), (Revision(2), None));
     }
 
     #[tokio::test]
     async fn lagging_watch_is_no_regression_and_advances_newest() {
         let (restorable, store, older) = restored(3).await;
-        let mut watch = store.watch("/", Revision(2)).await.expect("it begins");
-        put(&restorable.now(), 2).await.expect("another broker's");
+        let mut watch = store.watch("/", Revision(2)).await.expect("watchable");
+        put(&restorable.now(), 2).await.expect("written by another broker");
         while watch_next(&mut watch).await.revision < Revision(6) {}
         assert_eq!(store.regression(), None);
         restorable.restore(&older);
-        assert!(store.get("/k").await.is_err(), "4 is older than the 6 that the watch showed");
-        wait_until("it is noted", || store.regression().is_some()).await;
+        assert!(store.get("/k").await.is_err(), "4 is older than revision 6 of the watch");
+        wait_until("the regression is recorded", || store.regression().is_some()).await;
     }
 
-    async fn watch_next(watch: &mut Watch) -> Changes {
+    async fn watch_next(watch: &mut Watch) -> WatchBatch {
         watch.next().await.expect("open").expect("no error")
     }
 }

@@ -4,21 +4,27 @@ use std::time::Duration;
 
 use backon::{ExponentialBuilder, Retryable as _};
 
-use super::store::{MetaStore, Outcome, StoreError, Transaction};
+use super::store::{MetaStore, MetaStoreError, Transaction, TxnOutcome};
 
 /// Pauses between two attempts: the first and the longest.
-const WAITS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+const RETRY_BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 
 /// Maximum number of retries. One attempt at a slow store may take a second.
-const AGAIN: usize = 8;
+const MAX_RETRIES: usize = 8;
 
 /// Retries a transaction while its outcome is unknown. The transaction's own compares must make a second application
-/// harmless, even one that takes effect much later than the first. `Refused` may then mean that an earlier attempt was
-/// applied; the caller reads back.
+/// harmless, even one that takes effect much later than the first. `CompareFailed` may then mean that an earlier
+/// attempt was applied; the caller reads back.
 ///
 /// # Errors
 /// As [`MetaStore::transact`], or the unknown outcome of the last attempt.
-pub(super) async fn known_outcome(store: &dyn MetaStore, transaction: &Transaction) -> Result<Outcome, StoreError> {
-    let waits = ExponentialBuilder::new().with_min_delay(WAITS.0).with_max_delay(WAITS.1).with_max_times(AGAIN);
-    (|| store.transact(transaction.clone())).retry(waits).when(StoreError::outcome_unknown).await
+pub(super) async fn known_outcome(
+    store: &dyn MetaStore,
+    transaction: &Transaction,
+) -> Result<TxnOutcome, MetaStoreError> {
+    let waits = ExponentialBuilder::new()
+        .with_min_delay(RETRY_BACKOFF.0)
+        .with_max_delay(RETRY_BACKOFF.1)
+        .with_max_times(MAX_RETRIES);
+    (|| store.transact(transaction.clone())).retry(waits).when(MetaStoreError::outcome_unknown).await
 }

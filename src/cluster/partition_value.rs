@@ -13,23 +13,23 @@
 //! | [`elect_unclean`] | operator | new | the elected replica alone | empty |
 //! | [`leaderless`] | controller, starting broker, leader that resigns | none | unchanged | unchanged |
 //! | [`resign`] | leader whose disk failed | none | loses the leader unless it is the last member | as `shrink` |
-//! | [`strike`] | unverified broker, leader | none if the broker led | loses the broker | loses the broker |
-//! | [`order_move`] | operator | unchanged | unchanged | unchanged |
-//! | [`begin_move`], [`begin_ordered`] | controller | unchanged | unchanged | unchanged |
-//! | [`end_move`], [`cancel_move`] | controller | unchanged | loses dropped replicas | loses dropped replicas |
+//! | [`remove_from_sets`] | unverified broker, leader | none if the broker led | loses the broker | loses the broker |
+//! | [`queue_reassignment`] | operator | unchanged | unchanged | unchanged |
+//! | [`start_reassignment`], [`start_queued`] | controller | unchanged | unchanged | unchanged |
+//! | [`complete_reassignment`], [`cancel_reassignment`] | controller | unchanged | loses dropped replicas | loses dropped replicas |
 //!
 //! # Invariants
 //!
 //! - The leader is a member of the ISR, ISR and ELR are disjoint, and all members are replicas.
 //! - The epoch grows by one exactly when the leader changes, also to none, and at each unclean election. So an epoch
 //!   has at most one leader, and a compare of the epoch also compares the leader.
-//! - Every change that drops replicas increments `removals`. A new replica stays in `adding` until the reassignment
-//!   completes, which requires the replica in the ISR. So a replica in `adding` is the same replica in two values only
-//!   if both have the same `removals`. A replica outside `adding` has been in sync since it was added.
+//! - Every change that drops replicas increments `removal_count`. A new replica stays in `adding` until the
+//!   reassignment completes, which requires the replica in the ISR. So a replica in `adding` is the same replica in two
+//!   values only if both have the same `removal_count`. A replica outside `adding` has been in sync since it was added.
 //! - Every member of ISR ∪ ELR that kept what it acknowledged holds all committed records. Leaders ensure this: they
 //!   commit only what the whole ISR holds, only with the min ISR, and only while the ELR is empty.
-//! - Only [`shrink`], [`resign`] and [`elect`] make an ELR grow. [`strike`] and reassignments add no members: a replica
-//!   that they remove holds nothing that counts, or need not keep it.
+//! - Only [`shrink`], [`resign`] and [`elect`] make an ELR grow. [`remove_from_sets`] and reassignments add no
+//!   members: a replica that they remove holds nothing that counts, or need not keep it.
 //!
 //! [`shrink`]: PartitionValue::shrink
 //! [`expand`]: PartitionValue::expand
@@ -37,12 +37,12 @@
 //! [`elect_unclean`]: PartitionValue::elect_unclean
 //! [`leaderless`]: PartitionValue::leaderless
 //! [`resign`]: PartitionValue::resign
-//! [`strike`]: PartitionValue::strike
-//! [`order_move`]: PartitionValue::order_move
-//! [`begin_move`]: PartitionValue::begin_move
-//! [`begin_ordered`]: PartitionValue::begin_ordered
-//! [`end_move`]: PartitionValue::end_move
-//! [`cancel_move`]: PartitionValue::cancel_move
+//! [`remove_from_sets`]: PartitionValue::remove_from_sets
+//! [`queue_reassignment`]: PartitionValue::queue_reassignment
+//! [`start_reassignment`]: PartitionValue::start_reassignment
+//! [`start_queued`]: PartitionValue::start_queued
+//! [`complete_reassignment`]: PartitionValue::complete_reassignment
+//! [`cancel_reassignment`]: PartitionValue::cancel_reassignment
 
 use std::collections::BTreeSet;
 
@@ -74,36 +74,36 @@ pub struct PartitionValue {
     /// Number of changes that dropped replicas. A dropped replica's broker deletes its data, so this number
     /// distinguishes a replica that is being added from an earlier replica on the same broker. Never falls.
     #[serde(default, skip_serializing_if = "is_zero")]
-    pub removals: u64,
+    pub removal_count: u64,
     /// Last leader epoch before which committed records may have been lost, because its first replica might have lacked
-    /// some. A replica whose log is older than this epoch may truncate below the high watermark that it knew.
+    /// some. A replica whose log is older than this epoch may truncate below its last high watermark.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub unclean: Option<LeaderEpoch>,
-    /// True if the leader of the epoch in `unclean` must delete its log when the log is unusable; the operator accepted
-    /// this. Otherwise that leader must not delete its log.
+    pub unclean_epoch: Option<LeaderEpoch>,
+    /// True if the leader of the epoch in `unclean_epoch` must delete its log when the log is unusable; the operator
+    /// accepted this. Otherwise that leader must not delete its log.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub discard: bool,
+    pub discard_local: bool,
     /// Replicas that an operator requested, the preferred leader first, while that reassignment is queued; else empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub ordered: Vec<BrokerId>,
+    pub queued_replicas: Vec<BrokerId>,
 }
 
 /// Returns true if nothing was removed yet: the field is then omitted.
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands over a reference")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 const fn is_zero(count: &u64) -> bool {
     *count == 0
 }
 
 /// Integrity of a local replica that a starting broker can verify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Holds {
+pub enum ReplicaIntegrity {
     /// The replica holds everything that it ever acknowledged.
-    All,
+    Intact,
     /// Only the marker of a clean shutdown is missing, on a topic whose acknowledgements require no more than the page
     /// cache.
-    Unmarked,
+    UncleanShutdown,
     /// Nothing is verified: another directory, an older copy of the directory, corruption, or no replica at all.
-    Nothing,
+    Unverified,
 }
 
 impl PartitionValue {
@@ -117,10 +117,10 @@ impl PartitionValue {
             elr: Vec::new(),
             adding: Vec::new(),
             removing: Vec::new(),
-            removals: 0,
-            unclean: None,
-            discard: false,
-            ordered: Vec::new(),
+            removal_count: 0,
+            unclean_epoch: None,
+            discard_local: false,
+            queued_replicas: Vec::new(),
         }
     }
 
@@ -158,9 +158,10 @@ impl PartitionValue {
 
     /// Elects `to` cleanly; returns `None` if `to` may not lead ([`Self::may_elect`]) or leads already.
     ///
-    /// A leader from the ISR keeps the live members. A leader from the ELR is alone in the ISR: the ISR members are
-    /// dead and may have records that it lacks. Below the min ISR, the other members enter the ELR. They were in every
-    /// set that a commit waited for, and the new leader commits nothing until it has the min ISR and the ELR is empty.
+    /// A leader from the ISR keeps the live members. A leader from the ELR is the only ISR member: the earlier ISR
+    /// members are offline and may have records that this leader lacks. Below the min ISR, the other members enter the
+    /// ELR. They were in every set that a commit waited for, and the new leader commits nothing until it has the min
+    /// ISR and the ELR is empty.
     #[must_use]
     pub fn elect(&self, to: BrokerId, live: impl Fn(BrokerId) -> bool, min_insync: usize) -> Option<Self> {
         if self.leader == Some(to) || !self.may_elect(to, &live) {
@@ -174,8 +175,8 @@ impl PartitionValue {
     }
 
     /// Elects `to` on an operator's request; committed records may be lost. Returns `None` if `to` is no replica. The
-    /// epoch becomes `unclean`, so that replicas with more records than the new leader may truncate. With `discard`,
-    /// the elected replica's log is unusable and is deleted.
+    /// epoch is stored as `unclean_epoch`, so that replicas with more records than the new leader may truncate. With
+    /// `discard`, the elected replica's log is deleted if it is unusable.
     #[must_use]
     pub fn elect_unclean(&self, to: BrokerId, discard: bool) -> Option<Self> {
         if !self.replicas.contains(&to) {
@@ -185,7 +186,7 @@ impl PartitionValue {
         let mut value = Self { leader: None, ..self.clone() }.led_by(Some(to));
         value.isr = vec![to];
         value.elr = Vec::new();
-        (value.unclean, value.discard) = (Some(value.leader_epoch), discard);
+        (value.unclean_epoch, value.discard_local) = (Some(value.leader_epoch), discard);
         Some(value)
     }
 
@@ -204,21 +205,25 @@ impl PartitionValue {
         if self.leader != Some(me) {
             return self.clone();
         }
-        let free = self.leaderless();
-        if free.isr.iter().all(|id| *id == me) { free } else { free.shrink(&BTreeSet::from([me]), min_insync) }
+        let resigned = self.leaderless();
+        if resigned.isr.iter().all(|id| *id == me) {
+            resigned
+        } else {
+            resigned.shrink(&BTreeSet::from([me]), min_insync)
+        }
     }
 
     /// Removes a replica that holds nothing that counts from the ISR, the ELR and the leadership. No member is added: a
     /// replica that left earlier, while the min ISR was satisfied, may lack records that were committed since.
     #[must_use]
-    pub fn strike(&self, who: BrokerId) -> Self {
-        let mut value = if self.leader == Some(who) { self.leaderless() } else { self.clone() };
-        value.isr.retain(|id| *id != who);
-        value.elr.retain(|id| *id != who);
+    pub fn remove_from_sets(&self, broker: BrokerId) -> Self {
+        let mut value = if self.leader == Some(broker) { self.leaderless() } else { self.clone() };
+        value.isr.retain(|id| *id != broker);
+        value.elr.retain(|id| *id != broker);
         value
     }
 
-    /// Returns the value that a starting broker writes before it takes part again; `None` if no change is needed.
+    /// Returns the value that a starting broker writes before it becomes active again; `None` if no change is needed.
     ///
     /// The broker resigns a leadership that the store still assigns to it. That epoch began before this process, and
     /// another process may have appended records in the epoch that this process lacks. An unverified replica is removed
@@ -226,105 +231,108 @@ impl PartitionValue {
     /// stays, since it is all that is left (Kafka's last known leader). It may hold less than was acknowledged, so the
     /// epoch is recorded as unclean.
     #[must_use]
-    pub fn struck(&self, me: BrokerId, holds: Holds) -> Option<Self> {
+    pub fn after_restart(&self, me: BrokerId, integrity: ReplicaIntegrity) -> Option<Self> {
         let resigns = self.leader == Some(me) && !mutant!(KeepOldLeadership);
-        let free = if resigns { self.leaderless() } else { self.clone() };
+        let base = if resigns { self.leaderless() } else { self.clone() };
         let is_last =
             self.isr.iter().chain(&self.elr).all(|id| *id == me) && !(self.isr.is_empty() && self.elr.is_empty());
-        let value = match holds {
-            Holds::All => free,
+        let value = match integrity {
+            ReplicaIntegrity::Intact => base,
             // The epochs of every log are older than an epoch that began without a leader.
-            Holds::Unmarked if is_last => Self { unclean: Some(free.leader_epoch), discard: false, ..free },
-            Holds::Unmarked | Holds::Nothing => free.strike(me),
+            ReplicaIntegrity::UncleanShutdown if is_last => {
+                Self { unclean_epoch: Some(base.leader_epoch), discard_local: false, ..base }
+            }
+            ReplicaIntegrity::UncleanShutdown | ReplicaIntegrity::Unverified => base.remove_from_sets(me),
         };
         (value != *self).then_some(value)
     }
 
     /// Starts a reassignment to `target`, in that order. The new replicas copy first: old and new replicas hold the
-    /// partition until [`Self::end_move`]. A reassignment in progress is replaced: a replica that was being added, is
-    /// not in `target` and is in neither ISR nor ELR is dropped immediately. Returns `None` if `target` is empty or
-    /// names a broker twice.
+    /// partition until [`Self::complete_reassignment`]. A reassignment in progress is replaced: a replica that was
+    /// being added, is not in `target` and is in neither ISR nor ELR is dropped immediately. Returns `None` if `target`
+    /// is empty or contains a broker twice.
     #[must_use]
-    pub fn begin_move(&self, target: &[BrokerId]) -> Option<Self> {
-        let wanted: BTreeSet<_> = target.iter().copied().collect();
-        if target.is_empty() || wanted.len() != target.len() {
+    pub fn start_reassignment(&self, target: &[BrokerId]) -> Option<Self> {
+        let members: BTreeSet<_> = target.iter().copied().collect();
+        if target.is_empty() || members.len() != target.len() {
             return None;
         }
-        let has_counted = |id: &BrokerId| self.isr.contains(id) || self.elr.contains(id);
-        let unwanted = self.replicas.iter().copied().filter(|id| !wanted.contains(id));
-        let (dropped, going): (Vec<_>, Vec<_>) = unwanted.partition(|id| self.adding.contains(id) && !has_counted(id));
+        let is_eligible = |id: &BrokerId| self.isr.contains(id) || self.elr.contains(id);
+        let removed = self.replicas.iter().copied().filter(|id| !members.contains(id));
+        let (dropped, removing): (Vec<_>, Vec<_>) =
+            removed.partition(|id| self.adding.contains(id) && !is_eligible(id));
         let is_new = |id: &BrokerId| !self.replicas.contains(id) || self.adding.contains(id);
         Some(Self {
-            replicas: target.iter().chain(&going).copied().collect(),
+            replicas: target.iter().chain(&removing).copied().collect(),
             adding: target.iter().copied().filter(is_new).collect(),
-            removing: going,
-            removals: self.removals.saturating_add(u64::from(!dropped.is_empty())),
+            removing,
+            removal_count: self.removal_count.saturating_add(u64::from(!dropped.is_empty())),
             ..self.clone()
         })
     }
 
     /// Queues a reassignment to `target`. A queued reassignment is replaced.
     #[must_use]
-    pub fn order_move(&self, target: &[BrokerId]) -> Self {
-        Self { ordered: target.to_vec(), ..self.clone() }
+    pub fn queue_reassignment(&self, target: &[BrokerId]) -> Self {
+        Self { queued_replicas: target.to_vec(), ..self.clone() }
     }
 
     /// Starts the queued reassignment; returns `None` if none is queued.
     #[must_use]
-    pub fn begin_ordered(&self) -> Option<Self> {
-        Some(self.begin_move(&self.ordered)?.without_order())
+    pub fn start_queued(&self) -> Option<Self> {
+        Some(self.start_reassignment(&self.queued_replicas)?.clear_queued())
     }
 
     /// Clears the queued reassignment.
     #[must_use]
-    pub fn without_order(self) -> Self {
-        Self { ordered: Vec::new(), ..self }
+    pub fn clear_queued(self) -> Self {
+        Self { queued_replicas: Vec::new(), ..self }
     }
 
     /// Returns true if a reassignment is queued and has not started.
-    pub const fn is_ordered(&self) -> bool {
-        !self.ordered.is_empty()
+    pub const fn has_queued(&self) -> bool {
+        !self.queued_replicas.is_empty()
     }
 
     /// Returns the number of removals before the addition of this replica, which identifies that addition; `None` if
     /// the replica is not being added.
-    pub fn added_after(&self, who: BrokerId) -> Option<u64> {
-        self.adding.contains(&who).then_some(self.removals)
+    pub fn added_after(&self, broker: BrokerId) -> Option<u64> {
+        self.adding.contains(&broker).then_some(self.removal_count)
     }
 
     /// Returns true if a reassignment is in progress.
-    pub const fn is_moving(&self) -> bool {
+    pub const fn is_reassigning(&self) -> bool {
         !(self.adding.is_empty() && self.removing.is_empty())
     }
 
     /// Returns true if the reassignment in progress cannot complete while only these brokers are live. Either a new
     /// replica cannot enter the ISR, or the removed replicas are in the ISR and too few of the other replicas can enter
     /// it.
-    pub fn move_is_blocked(&self, min_insync: usize, is_live: impl Fn(BrokerId) -> bool) -> bool {
+    pub fn is_reassignment_blocked(&self, min_insync: usize, is_live: impl Fn(BrokerId) -> bool) -> bool {
         let can_be_in_sync = |id: &BrokerId| self.isr.contains(id) || is_live(*id);
         let copied = self.adding.iter().all(can_be_in_sync);
-        self.is_moving() && (!copied || self.needs_leavers(min_insync, can_be_in_sync))
+        self.is_reassigning() && (!copied || self.needs_leavers(min_insync, can_be_in_sync))
     }
 
     /// Returns true if the ISR needs the removed replicas to satisfy the min ISR: a replica that stays may be catching
     /// up.
-    pub fn leavers_are_needed(&self, min_insync: usize) -> bool {
+    pub fn needs_removed_replicas(&self, min_insync: usize) -> bool {
         self.needs_leavers(min_insync, |id| self.isr.contains(id))
     }
 
-    /// Implements [`Self::leavers_are_needed`] for any set of in-sync replicas.
+    /// Implements [`Self::needs_removed_replicas`] for any set of in-sync replicas.
     fn needs_leavers(&self, min_insync: usize, is_in_sync: impl Fn(&BrokerId) -> bool) -> bool {
-        let leaves = |id: &BrokerId| self.removing.contains(id);
-        let promised = min_insync.min(self.replicas.len().saturating_sub(self.removing.len()));
-        let staying = self.replicas.iter().filter(|id| !leaves(id) && is_in_sync(id)).count();
-        self.isr.iter().any(leaves) && staying < promised
+        let is_removed = |id: &BrokerId| self.removing.contains(id);
+        let required = min_insync.min(self.replicas.len().saturating_sub(self.removing.len()));
+        let staying = self.replicas.iter().filter(|id| !is_removed(id) && is_in_sync(id)).count();
+        self.isr.iter().any(is_removed) && staying < required
     }
 
     /// Completes the reassignment and drops the removed replicas, also from the ELR, because their data is about to be
     /// deleted. Returns `None` if no reassignment is in progress, a new replica is not in sync yet, a removed replica
     /// still leads, or no in-sync replica would remain.
     #[must_use]
-    pub fn end_move(&self) -> Option<Self> {
+    pub fn complete_reassignment(&self) -> Option<Self> {
         let copied = self.adding.iter().all(|id| self.isr.contains(id));
         if copied { self.without(&self.removing) } else { None }
     }
@@ -332,24 +340,24 @@ impl PartitionValue {
     /// Restores the replicas from before the reassignment. Returns `None` if no reassignment is in progress, only new
     /// replicas are in sync, or a new replica leads; elect another leader first.
     #[must_use]
-    pub fn cancel_move(&self) -> Option<Self> {
+    pub fn cancel_reassignment(&self) -> Option<Self> {
         self.without(&self.adding)
     }
 
-    fn without(&self, going: &[BrokerId]) -> Option<Self> {
+    fn without(&self, dropped: &[BrokerId]) -> Option<Self> {
         let stay =
-            |set: &[BrokerId]| -> Vec<BrokerId> { set.iter().copied().filter(|id| !going.contains(id)).collect() };
-        let (isr, under_way) = (stay(&self.isr), self.is_moving());
-        let leads = self.leader.is_some_and(|leader| going.contains(&leader));
-        if !under_way || leads || isr.is_empty() {
+            |set: &[BrokerId]| -> Vec<BrokerId> { set.iter().copied().filter(|id| !dropped.contains(id)).collect() };
+        let (isr, is_reassigning) = (stay(&self.isr), self.is_reassigning());
+        let leads = self.leader.is_some_and(|leader| dropped.contains(&leader));
+        if !is_reassigning || leads || isr.is_empty() {
             return None;
         }
         let (replicas, elr) = (stay(&self.replicas), stay(&self.elr));
-        let removals = self.removals.saturating_add(1);
-        Some(Self { replicas, isr, elr, adding: Vec::new(), removing: Vec::new(), removals, ..self.clone() })
+        let removal_count = self.removal_count.saturating_add(1);
+        Some(Self { replicas, isr, elr, adding: Vec::new(), removing: Vec::new(), removal_count, ..self.clone() })
     }
 
-    /// Returns the value with this ISR. Below the min ISR, the `dropped` members join the earlier members of the ELR.
+    /// Returns the value with this ISR. Below the min ISR, the `dropped` members are added to the ELR.
     fn with_sets(&self, isr: Vec<BrokerId>, dropped: Vec<BrokerId>, min_insync: usize) -> Self {
         let elr = if isr.len() >= min_insync || mutant!(DropElr) {
             Vec::new()

@@ -14,14 +14,14 @@ use std::collections::BTreeMap;
 use crate::{
     cluster::{
         keys::{BrokerState, BrokerValue},
-        view::ViewState,
+        metadata::MetadataSnapshot,
     },
     model::{BrokerId, PartitionId},
 };
 
 /// Load of one broker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Load {
+pub struct BrokerLoad {
     /// Number of partitions with the broker as preferred leader.
     pub leaders: usize,
     /// Number of replicas on the broker.
@@ -31,8 +31,8 @@ pub struct Load {
 /// Error: a broker would exceed its replica limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "broker {broker} would hold {replicas} replicas, and takes {max} at most (broker.max_replicas): ask for fewer, add brokers, or raise \
-     the setting there"
+    "broker {broker} would hold {replicas} replicas, and its limit is {max} (broker.max_replicas): request fewer, add \
+     brokers, or raise the setting there"
 )]
 pub struct ReplicaBound {
     /// Id of the broker.
@@ -45,18 +45,18 @@ pub struct ReplicaBound {
 
 #[derive(Clone, Debug)]
 struct Candidate {
-    /// Rack of the broker. `None` counts as a rack of its own: nothing shared is known.
+    /// Rack of the broker. `None` counts as a rack of its own.
     rack: Option<String>,
-    load: Load,
+    load: BrokerLoad,
     /// True if the broker may get more replicas while it holds fewer than `max`.
-    takes: bool,
+    accepts_replicas: bool,
     /// Maximum number of replicas; `usize::MAX` means no limit.
     max: usize,
 }
 
 impl Candidate {
-    const fn has_room(&self) -> bool {
-        self.takes && self.load.replicas < self.max
+    const fn has_capacity(&self) -> bool {
+        self.accepts_replicas && self.load.replicas < self.max
     }
 }
 
@@ -75,14 +75,17 @@ impl Placement {
     /// Returns the live brokers of a metadata snapshot, loaded as its topics define. Brokers get no new replicas while
     /// they are stopping, drained, under disk pressure or unreachable for other brokers. The other brokers get none
     /// above their limit.
-    pub fn of(state: &ViewState) -> Self {
+    pub fn of(state: &MetadataSnapshot) -> Self {
         let mut placement = Self::new();
         for (id, broker) in state.brokers() {
-            placement.add(*id, broker.value.rack.clone(), Load::default());
+            placement.add(*id, broker.value.rack.clone(), BrokerLoad::default());
             if let Some(max) = broker.value.max_replicas {
                 placement.bound(*id, usize::try_from(max).unwrap_or(usize::MAX));
             }
-            if is_leaving(state, *id, &broker.value) || broker.value.disk_full || is_unreachable(state, &broker.value) {
+            if is_leaving(state, *id, &broker.value)
+                || broker.value.disk_pressure
+                || is_unreachable(state, &broker.value)
+            {
                 placement.exclude(*id);
             }
         }
@@ -97,8 +100,8 @@ impl Placement {
     }
 
     /// Adds a live broker.
-    pub fn add(&mut self, id: BrokerId, rack: Option<String>, load: Load) {
-        self.brokers.insert(id, Candidate { rack, load, takes: true, max: usize::MAX });
+    pub fn add(&mut self, id: BrokerId, rack: Option<String>, load: BrokerLoad) {
+        self.brokers.insert(id, Candidate { rack, load, accepts_replicas: true, max: usize::MAX });
     }
 
     /// Sets the maximum number of replicas of a broker.
@@ -111,18 +114,21 @@ impl Placement {
     /// Excludes a broker from further placement. Its present load still counts.
     pub fn exclude(&mut self, id: BrokerId) {
         if let Some(candidate) = self.brokers.get_mut(&id) {
-            candidate.takes = false;
+            candidate.accepts_replicas = false;
         }
     }
 
     /// Returns the brokers whose state allows more replicas, whatever their load, with that load.
-    pub fn steady(&self) -> impl Iterator<Item = (BrokerId, Load)> + '_ {
-        self.brokers.iter().filter(|(_, candidate)| candidate.takes).map(|(id, candidate)| (*id, candidate.load))
+    pub fn steady(&self) -> impl Iterator<Item = (BrokerId, BrokerLoad)> + '_ {
+        self.brokers
+            .iter()
+            .filter(|(_, candidate)| candidate.accepts_replicas)
+            .map(|(id, candidate)| (*id, candidate.load))
     }
 
     /// Returns true if the broker may get one more replica.
-    pub fn has_room(&self, id: BrokerId) -> bool {
-        self.brokers.get(&id).is_some_and(Candidate::has_room)
+    pub fn has_capacity(&self, id: BrokerId) -> bool {
+        self.brokers.get(&id).is_some_and(Candidate::has_capacity)
     }
 
     /// Returns true if a live broker is below its replica limit. A requested reassignment may also use a broker under
@@ -138,21 +144,24 @@ impl Placement {
         if let Some(placed) = place(self) {
             return Ok(placed);
         }
-        let bounds: BTreeMap<BrokerId, usize> =
-            free.brokers.iter_mut().map(|(id, known)| (*id, std::mem::replace(&mut known.max, usize::MAX))).collect();
+        let bounds: BTreeMap<BrokerId, usize> = free
+            .brokers
+            .iter_mut()
+            .map(|(id, candidate)| (*id, std::mem::replace(&mut candidate.max, usize::MAX)))
+            .collect();
         if place(&mut free).is_none() {
             return Err(None);
         }
-        let above = free.brokers.iter().map(|(id, known)| ReplicaBound {
+        let above = free.brokers.iter().map(|(id, candidate)| ReplicaBound {
             broker: *id,
-            replicas: known.load.replicas,
+            replicas: candidate.load.replicas,
             max: bounds[id],
         });
-        Err(above.filter(|it| it.replicas > it.max).max_by_key(|it| it.replicas - it.max))
+        Err(above.filter(|bound| bound.replicas > bound.max).max_by_key(|bound| bound.replicas - bound.max))
     }
 
     /// Returns the load of each broker.
-    pub fn loads(&self) -> BTreeMap<BrokerId, Load> {
+    pub fn loads(&self) -> BTreeMap<BrokerId, BrokerLoad> {
         self.brokers.iter().map(|(id, candidate)| (*id, candidate.load)).collect()
     }
 
@@ -162,7 +171,7 @@ impl Placement {
         let load = |(id, candidate): &(&BrokerId, &Candidate)| {
             (candidate.load.leaders, candidate.load.replicas, mix(partition, **id))
         };
-        let (leader, _) = self.brokers.iter().filter(|(_, candidate)| candidate.has_room()).min_by_key(load)?;
+        let (leader, _) = self.brokers.iter().filter(|(_, candidate)| candidate.has_capacity()).min_by_key(load)?;
         let chosen = self.choose(partition, vec![*leader], replicas)?;
         self.carry(&chosen);
         Some(chosen)
@@ -185,13 +194,14 @@ impl Placement {
                 let rack = candidate.rack.as_deref();
                 racks.iter().filter(|used| Some(**used) == rack).count()
             };
-            let next =
-                self.brokers.iter().filter(|(id, candidate)| candidate.has_room() && !chosen.contains(id)).min_by_key(
-                    |(id, candidate)| {
-                        let Load { replicas, leaders } = candidate.load;
-                        (same_rack(candidate), replicas, leaders, mix(partition, **id))
-                    },
-                );
+            let next = self
+                .brokers
+                .iter()
+                .filter(|(id, candidate)| candidate.has_capacity() && !chosen.contains(id))
+                .min_by_key(|(id, candidate)| {
+                    let BrokerLoad { replicas, leaders } = candidate.load;
+                    (same_rack(candidate), replicas, leaders, mix(partition, **id))
+                });
             let Some((next, candidate)) = next else { break };
             chosen.push(*next);
             racks.extend(candidate.rack.as_deref());
@@ -200,36 +210,36 @@ impl Placement {
     }
 
     /// Adds a future replica to the load of each of these brokers.
-    pub fn carry_more(&mut self, brokers: &[BrokerId]) {
-        brokers.iter().for_each(|id| self.carry_many(*id, 1));
+    pub fn add_load(&mut self, brokers: &[BrokerId]) {
+        brokers.iter().for_each(|id| self.add_loads(*id, 1));
     }
 
     /// Adds future replicas to the load of a broker.
-    pub fn carry_many(&mut self, id: BrokerId, replicas: usize) {
+    pub fn add_loads(&mut self, id: BrokerId, replicas: usize) {
         if let Some(candidate) = self.brokers.get_mut(&id) {
             candidate.load.replicas += replicas;
         }
     }
 
     fn carry(&mut self, replicas: &[BrokerId]) {
-        for (place, id) in replicas.iter().enumerate() {
+        for (position, id) in replicas.iter().enumerate() {
             // Replicas on brokers that are not live add to no load.
             if let Some(candidate) = self.brokers.get_mut(id) {
                 candidate.load.replicas += 1;
-                candidate.load.leaders += usize::from(place == 0);
+                candidate.load.leaders += usize::from(position == 0);
             }
         }
     }
 }
 
 /// Returns true if a live broker is stopping or drained.
-pub(super) fn is_leaving(state: &ViewState, id: BrokerId, value: &BrokerValue) -> bool {
+pub(super) fn is_leaving(state: &MetadataSnapshot, id: BrokerId, value: &BrokerValue) -> bool {
     value.state == BrokerState::Stopping || state.drains().contains_key(&id)
 }
 
 /// Returns true if other brokers cannot reach a live broker because its registration contains no address for them. Its
 /// replicas can never be in sync.
-pub(super) fn is_unreachable(state: &ViewState, value: &BrokerValue) -> bool {
+pub(super) fn is_unreachable(state: &MetadataSnapshot, value: &BrokerValue) -> bool {
     value.listeners.peer().is_none() && state.brokers().len() > 1
 }
 
@@ -261,7 +271,7 @@ mod tests {
     fn brokers(racks: &[Option<u8>]) -> Placement {
         let mut placement = Placement::new();
         for (id, rack) in (1..).zip(racks) {
-            placement.add(BrokerId(id), rack.map(|rack| format!("rack-{rack}")), Load::default());
+            placement.add(BrokerId(id), rack.map(|rack| format!("rack-{rack}")), BrokerLoad::default());
         }
         placement
     }
@@ -304,8 +314,8 @@ mod tests {
                 placement.bound(BrokerId(id), *max);
             }
             for number in 0..partitions {
-                let room = placement.steady().filter(|(id, _)| placement.has_room(*id)).count();
-                prop_assert_eq!(placement.place(partition(number), wanted).is_some(), room >= wanted);
+                let eligible = placement.steady().filter(|(id, _)| placement.has_capacity(*id)).count();
+                prop_assert_eq!(placement.place(partition(number), wanted).is_some(), eligible >= wanted);
             }
             for (load, max) in placement.loads().values().zip(bounds) {
                 prop_assert!(load.replicas <= max);
@@ -344,7 +354,7 @@ mod tests {
                 (0..count).map(|number| placement.place(partition(number), 1)).collect::<Option<Vec<_>>>()
             }
         };
-        let placed = placement.clone().within_bounds(many(40)).expect("as many as both take");
+        let placed = placement.clone().within_bounds(many(40)).expect("as many as both limits permit");
         assert_eq!(placed.iter().filter(|replicas| **replicas == [BrokerId(2)]).count(), 30);
         let bound = ReplicaBound { broker: BrokerId(1), replicas: 21, max: 10 };
         assert_eq!(placement.clone().within_bounds(many(41)), Err(Some(bound)));
@@ -360,7 +370,7 @@ mod tests {
         for number in 0..10 {
             placement.place(partition(number), 1).expect("enough brokers");
         }
-        placement.add(BrokerId(9), None, Load::default());
+        placement.add(BrokerId(9), None, BrokerLoad::default());
         let next: Vec<_> = (10..15).map(|number| placement.place(partition(number), 1).expect("enough")).collect();
         assert_eq!(next, vec![vec![BrokerId(9)]; 5]);
     }
@@ -369,7 +379,8 @@ mod tests {
     fn partitions_of_lost_broker_spread_over_all_others() {
         let mut placement = brokers(&[None; 6]);
         let sets: Vec<_> = (0..60).map(|number| placement.place(partition(number), 3).expect("enough")).collect();
-        let heirs: BTreeSet<_> = sets.iter().filter(|set| set[0] == BrokerId(1)).flat_map(|set| &set[1..]).collect();
-        assert_eq!(heirs.len(), 5, "{heirs:?}");
+        let other_replicas: BTreeSet<_> =
+            sets.iter().filter(|set| set[0] == BrokerId(1)).flat_map(|set| &set[1..]).collect();
+        assert_eq!(other_replicas.len(), 5, "{other_replicas:?}");
     }
 }

@@ -17,14 +17,10 @@ use hmac::{Hmac, KeyInit as _, Mac as _};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 
-use super::keys::Value;
+use super::keys::{PRODUCER_ID_CHECK_BITS, PRODUCER_ID_COUNTER_END, Value};
 use crate::task::random;
 
-const CHECK_BITS: u32 = 25;
 const KEY_BYTES: usize = 32;
-
-/// First counter that does not fit into an id.
-pub(super) const COUNTER_END: i64 = 1 << (63 - CHECK_BITS);
 
 /// Principal of an unauthenticated client.
 pub const ANONYMOUS: &str = "";
@@ -53,7 +49,7 @@ impl ProducerIdKey {
     }
 
     fn new(key: [u8; KEY_BYTES]) -> Self {
-        Self { key, mac: Hmac::new_from_slice(&key).expect("HMAC takes a key of any length") }
+        Self { key, mac: Hmac::new_from_slice(&key).expect("HMAC accepts a key of any length") }
     }
 
     /// Returns the producer id for a counter and a principal.
@@ -61,14 +57,14 @@ impl ProducerIdKey {
     /// # Panics
     /// The counter is negative or has more than 38 bits.
     pub fn id(&self, counter: i64, principal: &str) -> i64 {
-        assert!((0..COUNTER_END).contains(&counter), "a counter has 38 bits");
-        counter << CHECK_BITS | self.check_value(counter, principal)
+        assert!((0..PRODUCER_ID_COUNTER_END).contains(&counter), "a counter has 38 bits");
+        counter << PRODUCER_ID_CHECK_BITS | self.check_value(counter, principal)
     }
 
     /// Returns true if [`Self::id`] produced this id for this principal.
     pub fn made(&self, id: i64, principal: &str) -> bool {
-        let counter = id >> CHECK_BITS;
-        id >= 0 && id & ((1 << CHECK_BITS) - 1) == self.check_value(counter, principal)
+        let counter = id >> PRODUCER_ID_CHECK_BITS;
+        id >= 0 && id & ((1 << PRODUCER_ID_CHECK_BITS) - 1) == self.check_value(counter, principal)
     }
 
     fn check_value(&self, counter: i64, principal: &str) -> i64 {
@@ -77,7 +73,7 @@ impl ProducerIdKey {
         mac.update(principal.as_bytes());
         let code = mac.finalize().into_bytes();
         let first = u32::from_be_bytes([code[0], code[1], code[2], code[3]]);
-        i64::from(first >> (u32::BITS - CHECK_BITS))
+        i64::from(first >> (u32::BITS - PRODUCER_ID_CHECK_BITS))
     }
 }
 
@@ -132,13 +128,13 @@ mod tests {
     /// Issued ids stay valid after an upgrade, so these numbers never change.
     #[test]
     fn id_is_counter_and_check_value() {
-        for counter in [0, 1, 1000, COUNTER_END - 1] {
+        for counter in [0, 1, 1000, PRODUCER_ID_COUNTER_END - 1] {
             let id = key(1).id(counter, ANONYMOUS);
-            assert!(id >= 0 && id >> CHECK_BITS == counter);
+            assert!(id >= 0 && id >> PRODUCER_ID_CHECK_BITS == counter);
             assert!(key(1).made(id, ANONYMOUS));
         }
         let (text, id) = (key(1).encode(), key(1).id(7, ANONYMOUS));
-        let read = ProducerIdKey::decode("k", &text).expect("it was written");
+        let read = ProducerIdKey::decode("k", &text).expect("valid");
         assert_eq!((read.id(7, ANONYMOUS), &read), (id, &key(1)));
         assert!(!format!("{:?}", key(1)).contains("01"), "{:?}", key(1));
     }
@@ -148,11 +144,11 @@ mod tests {
         let id = key(1).id(7, ANONYMOUS);
         assert!(!key(2).made(id, ANONYMOUS), "another cluster's");
         assert!(!key(1).made(id, "User:a"), "another principal's");
-        for invented in [id ^ 1, id + (1 << CHECK_BITS), -1, i64::MIN, i64::MAX, 0, 7] {
+        for invented in [id ^ 1, id + (1 << PRODUCER_ID_CHECK_BITS), -1, i64::MIN, i64::MAX, 0, 7] {
             assert!(!key(1).made(invented, ANONYMOUS), "{invented}");
         }
         let invented = (0..20_000).filter(|id| key(1).made(*id, ANONYMOUS)).count();
-        assert_eq!(invented, 0, "of small numbers that anybody would try");
+        assert_eq!(invented, 0, "small numbers are no valid ids");
     }
 
     #[test]

@@ -2,11 +2,11 @@
 //!
 //! # Overview
 //!
-//! 1. A starting broker deletes the registration of its earlier process ([`Registration::clear`]). From then on no
-//!    other broker can add this broker to an ISR.
-//! 2. The broker verifies its local replicas (`proof`).
-//! 3. The broker registers ([`Registration::register`]) in one transaction with its directory record. That record must
-//!    be the one that the verification was based on.
+//! 1. A starting broker deletes the registration of its earlier process ([`RegistrationRequest::clear`]). From then on
+//!    no other broker can add this broker to an ISR.
+//! 2. The broker verifies its local replicas (`startup_verification`).
+//! 3. The broker registers ([`RegistrationRequest::register`]) in one transaction with its directory record. That
+//!    record must be the one that the verification was based on.
 //! 4. A task renews the lease and watches the key in the metadata cache. If the registration was deleted, the task
 //!    registers again under a new epoch.
 //!
@@ -20,7 +20,7 @@
 //!
 //! # Shutdown
 //!
-//! When the session is left or its tasks are stopped, the lease is revoked, so that other brokers need not wait for its
+//! When the session or its tasks are stopped, the lease is revoked, so that other brokers need not wait for its
 //! expiry.
 
 use std::{
@@ -35,8 +35,8 @@ use tokio::{sync::watch, time::Instant};
 
 use super::{
     keys::{BrokerState, BrokerValue, DirectoryValue, Key, Keys, Value},
-    store::{Compare, Entry, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction},
-    view::{View, ViewState},
+    metadata::{MetadataCache, MetadataSnapshot},
+    store::{Compare, KeyValue, LeaseId, MetaStore, MetaStoreError, Revision, Transaction, TxnOutcome},
 };
 use crate::{
     model::BrokerId,
@@ -47,11 +47,11 @@ use crate::{
 const REVOKE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Pause before a failed store operation is retried.
-const AGAIN: Duration = Duration::from_millis(250);
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
 /// State of a broker's registration.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum SessionState {
     /// The broker is registered.
     Registered {
         /// The broker epoch.
@@ -74,8 +74,8 @@ pub enum Standing {
 pub enum RegisterError {
     /// Another broker has the broker id.
     #[error(
-        "broker id {id} is taken by a broker at {address} with another data directory: set broker.id to a free one, and \
-         broker.data_dir to a new folder, because this one is noted as broker {id}'s now"
+        "broker id {id} is taken by a broker at {address} with another data directory: set broker.id to a free id, and \
+         broker.data_dir to a new folder, because this folder is now recorded as that of broker {id}"
     )]
     Taken {
         /// Id of the broker.
@@ -84,21 +84,21 @@ pub enum RegisterError {
         address: String,
     },
     /// Another process registered under this broker id since the startup verification.
-    #[error("another process runs as broker {id} with a copy of this data directory; one of the two must go")]
-    Overtaken {
+    #[error("another process runs as broker {id} with a copy of this data directory: stop one of the two")]
+    Superseded {
         /// Id of the broker.
         id: BrokerId,
     },
     /// The metadata store failed.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] MetaStoreError),
 }
 
 impl RegisterError {
     /// Returns true if the same registration may succeed later.
     pub const fn retryable(&self) -> bool {
         match self {
-            Self::Taken { .. } | Self::Overtaken { .. } => false,
+            Self::Taken { .. } | Self::Superseded { .. } => false,
             Self::Store(error) => error.retryable(),
         }
     }
@@ -106,7 +106,7 @@ impl RegisterError {
 
 /// Content and destination of a registration.
 #[derive(Clone, Debug)]
-pub struct Registration {
+pub struct RegistrationRequest {
     /// The metadata store.
     pub store: Arc<dyn MetaStore>,
     /// Paths of the cluster.
@@ -115,60 +115,60 @@ pub struct Registration {
     pub id: BrokerId,
     /// Value of the registration.
     pub value: BrokerValue,
-    /// Duration of the lease: time after a crash in which other brokers notice by the lease alone.
+    /// Duration of the lease: time after a crash until other brokers detect it by the lease alone.
     pub time: Duration,
 }
 
-impl Registration {
+impl RegistrationRequest {
     /// Deletes an earlier registration of the same data directory. A registration of another directory, or in a format
-    /// that this version does not read, may belong to a dead process with a replaced disk. So this function waits for
-    /// the duration of a lease until such a registration ends.
+    /// that this version does not read, may belong to an exited process with a replaced disk. So this function waits
+    /// for the duration of a lease until such a registration ends.
     pub async fn clear(&self) -> Result<(), RegisterError> {
         let key = self.keys.broker(self.id);
-        let until = clock::monotonic() + self.time + Duration::from_secs(1);
-        let mut said = false;
+        let deadline = clock::monotonic() + self.time + Duration::from_secs(1);
+        let mut logged = false;
         while let Some(entry) = self.store.get(&key).await?.entry {
             let other = BrokerValue::decode(&entry.key, &entry.value);
             if other.as_ref().is_ok_and(|other| other.directory_id == self.value.directory_id) {
-                self.take_away(&entry).await?;
+                self.delete_entry(&entry).await?;
                 continue;
             }
             let address = client_address(other.ok().as_ref());
-            if clock::monotonic() > until {
+            if clock::monotonic() > deadline {
                 return Err(RegisterError::Taken { id: self.id, address });
             }
-            if !std::mem::replace(&mut said, true) {
+            if !std::mem::replace(&mut logged, true) {
                 tracing::warn!(
                     broker = %self.id, address,
-                    "the number is registered with another data directory; waiting in case that broker is gone"
+                    "the broker id is registered with another data directory: waiting, in case that broker is gone"
                 );
             }
-            tokio::time::sleep(AGAIN).await;
+            tokio::time::sleep(RETRY_INTERVAL).await;
         }
         Ok(())
     }
 
-    /// Registers the broker and keeps it registered until the session is left. `judged` is the revision of this
-    /// broker's directory record at its startup verification; `None` if there was no record.
+    /// Registers the broker and keeps it registered until the session is stopped. `directory_revision` is the revision
+    /// of this broker's directory record at its startup verification; `None` if there was no record.
     pub async fn register(
         self,
-        judged: Option<Revision>,
-        view: &View,
+        directory_revision: Option<Revision>,
+        metadata: &MetadataCache,
         tasks: &Tasks,
     ) -> Result<Session, RegisterError> {
         let renewed = Arc::new(Mutex::new(clock::monotonic()));
         let lease = self.store.grant(self.time).await?;
-        let (epoch, directory) = match self.begin(lease, judged).await? {
-            Begun::Registered { epoch, directory } => (epoch, directory),
-            Begun::Superseded { .. } => return Err(RegisterError::Overtaken { id: self.id }),
+        let (epoch, directory) = match self.write_registration(lease, directory_revision).await? {
+            RegisterResult::Registered { epoch, directory } => (epoch, directory),
+            RegisterResult::Superseded { .. } => return Err(RegisterError::Superseded { id: self.id }),
         };
-        let (publish, standing) = watch::channel(Standing::Registered { epoch, lease });
-        let says = Arc::new(Says { disk_full: self.value.disk_full.into(), ..Says::default() });
-        let own = tasks.child();
+        let (publish, state) = watch::channel(SessionState::Registered { epoch, lease });
+        let flags = Arc::new(BrokerFlags { disk_pressure: self.value.disk_pressure.into(), ..BrokerFlags::default() });
+        let session_tasks = tasks.child();
         let registration = Arc::new(self);
-        let keeper = Keeper {
+        let keeper = LeaseKeeper {
             registration: Arc::clone(&registration),
-            says: Arc::clone(&says),
+            flags: Arc::clone(&flags),
             renewed: Arc::clone(&renewed),
             publish,
             lease,
@@ -176,8 +176,8 @@ impl Registration {
             directory,
             failing: false,
         };
-        own.spawn("broker session", keeper.run(view.watch(), own.clone()));
-        Ok(Session { registration, standing, says, renewed, tasks: own })
+        session_tasks.spawn("broker session", keeper.run(metadata.watch(), session_tasks.clone()));
+        Ok(Session { registration, state, flags, renewed, tasks: session_tasks })
     }
 
     /// Returns the value of the directory record while this process runs.
@@ -187,11 +187,15 @@ impl Registration {
     }
 
     /// Writes both keys in one transaction. Repeats until the transaction is applied or another process is found.
-    async fn begin(&self, lease: LeaseId, judged: Option<Revision>) -> Result<Begun, StoreError> {
+    async fn write_registration(
+        &self,
+        lease: LeaseId,
+        directory_revision: Option<Revision>,
+    ) -> Result<RegisterResult, MetaStoreError> {
         let (broker, directory) = (self.keys.broker(self.id), self.keys.directory(self.id));
-        let mut judged = judged;
+        let mut directory_revision = directory_revision;
         loop {
-            let same = match judged {
+            let same = match directory_revision {
                 Some(revision) => Compare::ModRevision(directory.clone(), revision),
                 None => Compare::Absent(directory.clone()),
             };
@@ -203,31 +207,33 @@ impl Registration {
                 .else_get(broker.as_str())
                 .else_get(directory.as_str());
             let mut found = match self.store.transact(transaction).await? {
-                Outcome::Done { revision } => return Ok(Begun::Registered { epoch: revision, directory: revision }),
-                Outcome::Refused { found, .. } => found.into_iter(),
+                TxnOutcome::Committed { revision } => {
+                    return Ok(RegisterResult::Registered { epoch: revision, directory: revision });
+                }
+                TxnOutcome::CompareFailed { found, .. } => found.into_iter(),
             };
             let (registered, recorded) = (found.next().flatten(), found.next().flatten());
             let other = registered.as_ref().and_then(|entry| BrokerValue::decode(&entry.key, &entry.value).ok());
             let ours = recorded.as_ref().filter(|entry| entry.value == self.directory().encode());
-            if recorded.as_ref().map(|entry| entry.mod_revision) != judged && ours.is_none() {
-                return Ok(Begun::Superseded { address: client_address(other.as_ref()) });
+            if recorded.as_ref().map(|entry| entry.mod_revision) != directory_revision && ours.is_none() {
+                return Ok(RegisterResult::Superseded { address: client_address(other.as_ref()) });
             }
             if let (Some(entry), Some(record)) = (&registered, ours)
                 && entry.lease == Some(lease)
             {
                 // The response of an earlier attempt was lost: it was applied.
-                return Ok(Begun::Registered { epoch: entry.create_revision, directory: record.mod_revision });
+                return Ok(RegisterResult::Registered { epoch: entry.create_revision, directory: record.mod_revision });
             }
-            judged = recorded.map(|entry| entry.mod_revision);
+            directory_revision = recorded.map(|entry| entry.mod_revision);
             // This process's own earlier registration, or one that no broker wrote. The new registration needs its own
             // create revision.
             if let Some(entry) = registered {
-                self.take_away(&entry).await?;
+                self.delete_entry(&entry).await?;
             }
         }
     }
 
-    async fn take_away(&self, entry: &Entry) -> Result<(), StoreError> {
+    async fn delete_entry(&self, entry: &KeyValue) -> Result<(), MetaStoreError> {
         let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
         self.store.transact(Transaction::new().when(same).delete(entry.key.as_str())).await?;
         Ok(())
@@ -239,7 +245,7 @@ fn client_address(value: Option<&BrokerValue>) -> String {
     value.map_or_else(|| "an unknown address".to_owned(), |value| value.listeners.client().to_owned())
 }
 
-enum Begun {
+enum RegisterResult {
     Registered { epoch: Revision, directory: Revision },
     Superseded { address: String },
 }
@@ -247,72 +253,72 @@ enum Begun {
 /// The registration of a running broker. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Session {
-    registration: Arc<Registration>,
-    standing: watch::Receiver<Standing>,
-    says: Arc<Says>,
+    registration: Arc<RegistrationRequest>,
+    state: watch::Receiver<SessionState>,
+    flags: Arc<BrokerFlags>,
     renewed: Arc<Mutex<Instant>>,
     tasks: Tasks,
 }
 
 impl Session {
     /// Returns the state of the registration, with its changes.
-    pub fn standing(&self) -> watch::Receiver<Standing> {
-        self.standing.clone()
+    pub fn state(&self) -> watch::Receiver<SessionState> {
+        self.state.clone()
     }
 
     /// Returns the current broker epoch; `None` while the broker is not registered.
     pub fn epoch(&self) -> Option<Revision> {
-        match *self.standing.borrow() {
-            Standing::Registered { epoch, .. } => Some(epoch),
-            Standing::Lost | Standing::Superseded { .. } => None,
+        match *self.state.borrow() {
+            SessionState::Registered { epoch, .. } => Some(epoch),
+            SessionState::Lost | SessionState::Superseded { .. } => None,
         }
     }
 
     /// Returns the minimum remaining lifetime of the lease without further renewals; zero while the broker is not
     /// registered. The value depends on this process's clock, so no invariant may rely on it.
-    pub fn lease_left(&self) -> Duration {
+    pub fn lease_remaining(&self) -> Duration {
         let renewed = *self.renewed.lock().unwrap_or_else(PoisonError::into_inner);
-        match *self.standing.borrow() {
-            Standing::Registered { .. } => self.registration.time.saturating_sub(renewed.elapsed()),
-            Standing::Lost | Standing::Superseded { .. } => Duration::ZERO,
+        match *self.state.borrow() {
+            SessionState::Registered { .. } => self.registration.time.saturating_sub(renewed.elapsed()),
+            SessionState::Lost | SessionState::Superseded { .. } => Duration::ZERO,
         }
     }
 
     /// Publishes that this broker is shutting down. The broker epoch stays.
-    pub async fn stopping(&self) -> Result<(), StoreError> {
-        self.says.stopping.store(true, Ordering::Release);
-        self.say().await
+    pub async fn stopping(&self) -> Result<(), MetaStoreError> {
+        self.flags.stopping.store(true, Ordering::Release);
+        self.update_flags().await
     }
 
     /// Publishes whether the broker is under disk pressure, so that it gets no new replicas. The broker epoch stays.
-    pub async fn disk_full(&self, full: bool) -> Result<(), StoreError> {
-        self.says.disk_full.store(full, Ordering::Release);
-        self.say().await
+    pub async fn set_disk_pressure(&self, full: bool) -> Result<(), MetaStoreError> {
+        self.flags.disk_pressure.store(full, Ordering::Release);
+        self.update_flags().await
     }
 
     /// Publishes whether the disk is full, so that other brokers take over its leaderships where possible. The broker
     /// epoch stays.
-    pub async fn no_room(&self, none: bool) -> Result<(), StoreError> {
-        self.says.no_room.store(none, Ordering::Release);
-        self.say().await
+    pub async fn set_disk_full(&self, full: bool) -> Result<(), MetaStoreError> {
+        self.flags.disk_full.store(full, Ordering::Release);
+        self.update_flags().await
     }
 
     /// Returns true if the registration reports disk pressure.
-    pub fn says_full(&self) -> bool {
-        self.says.disk_full.load(Ordering::Acquire)
+    pub fn is_under_disk_pressure(&self) -> bool {
+        self.flags.disk_pressure.load(Ordering::Acquire)
     }
 
     /// Writes the current flags into the registration.
-    async fn say(&self) -> Result<(), StoreError> {
-        let Registration { store, keys, id, value, .. } = &*self.registration;
+    async fn update_flags(&self) -> Result<(), MetaStoreError> {
+        let RegistrationRequest { store, keys, id, value, .. } = &*self.registration;
         loop {
-            let Standing::Registered { epoch, lease } = self.standing.borrow().clone() else { return Ok(()) };
-            let (key, value) = (keys.broker(*id), self.says.over(value));
+            let SessionState::Registered { epoch, lease } = self.state.borrow().clone() else { return Ok(()) };
+            let (key, value) = (keys.broker(*id), self.flags.apply_to(value));
             // If the compare fails, the registration was lost; the new registration will contain the flags.
             let same = Compare::CreateRevision(key.clone(), epoch);
             store.transact(Transaction::new().when(same).put_leased(key, value.encode(), lease)).await?;
             // The flags may have changed meanwhile, and this write may have overwritten the newer flags.
-            if self.says.over(&value) == value {
+            if self.flags.apply_to(&value) == value {
                 return Ok(());
             }
         }
@@ -326,29 +332,30 @@ impl Session {
 
 /// Flags of the registration that may change while the broker is registered.
 #[derive(Debug, Default)]
-struct Says {
+struct BrokerFlags {
     stopping: AtomicBool,
+    disk_pressure: AtomicBool,
     disk_full: AtomicBool,
-    no_room: AtomicBool,
 }
 
-impl Says {
+impl BrokerFlags {
     /// Returns the registration's value with these flags.
-    fn over(&self, value: &BrokerValue) -> BrokerValue {
+    fn apply_to(&self, value: &BrokerValue) -> BrokerValue {
         let stopping = self.stopping.load(Ordering::Acquire);
         let state = if stopping { BrokerState::Stopping } else { BrokerState::Running };
-        let (disk_full, no_room) = (self.disk_full.load(Ordering::Acquire), self.no_room.load(Ordering::Acquire));
-        BrokerValue { state, disk_full, no_room, ..value.clone() }
+        let (disk_pressure, disk_full) =
+            (self.disk_pressure.load(Ordering::Acquire), self.disk_full.load(Ordering::Acquire));
+        BrokerValue { state, disk_pressure, disk_full, ..value.clone() }
     }
 }
 
 /// The task that keeps the broker registered.
-struct Keeper {
-    registration: Arc<Registration>,
-    says: Arc<Says>,
+struct LeaseKeeper {
+    registration: Arc<RegistrationRequest>,
+    flags: Arc<BrokerFlags>,
     /// Start time of the last successful renewal.
     renewed: Arc<Mutex<Instant>>,
-    publish: watch::Sender<Standing>,
+    publish: watch::Sender<SessionState>,
     lease: LeaseId,
     epoch: Revision,
     /// Revision of the last write to the directory record.
@@ -356,66 +363,66 @@ struct Keeper {
     failing: bool,
 }
 
-impl Keeper {
-    async fn run(mut self, mut view: watch::Receiver<Arc<ViewState>>, stop: Tasks) {
-        let third = self.registration.time / 3;
-        let mut due = clock::monotonic() + third;
+impl LeaseKeeper {
+    async fn run(mut self, mut metadata: watch::Receiver<Arc<MetadataSnapshot>>, stop: Tasks) {
+        let renew_interval = self.registration.time / 3;
+        let mut due = clock::monotonic() + renew_interval;
         loop {
-            let held = tokio::select! {
+            let is_registered = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                Ok(()) = view.changed() => {
-                    let missing = self.is_missing(&view.borrow_and_update());
-                    if missing { self.again().await } else { true }
+                Ok(()) = metadata.changed() => {
+                    let missing = self.is_missing(&metadata.borrow_and_update());
+                    if missing { self.reregister().await } else { true }
                 }
                 () = tokio::time::sleep_until(due) => {
-                    let held = self.keep_alive().await;
-                    due = clock::monotonic() + if held { third } else { AGAIN };
-                    held
+                    let is_registered = self.keep_alive().await;
+                    due = clock::monotonic() + if is_registered { renew_interval } else { RETRY_INTERVAL };
+                    is_registered
                 }
             };
-            if matches!(*self.publish.borrow(), Standing::Superseded { .. }) {
+            if matches!(*self.publish.borrow(), SessionState::Superseded { .. }) {
                 return;
             }
-            if !held {
-                due = due.min(clock::monotonic() + AGAIN);
+            if !is_registered {
+                due = due.min(clock::monotonic() + RETRY_INTERVAL);
             }
         }
         let revoked = tokio::time::timeout(REVOKE_TIMEOUT, self.registration.store.revoke(self.lease));
         if !matches!(revoked.await, Ok(Ok(()))) {
-            tracing::info!("the broker's lease could not be revoked; it ends by itself");
+            tracing::info!("the broker's lease could not be revoked: it will expire");
         }
     }
 
     /// Returns true if the metadata cache does not show this registration although its revision is new enough. False
     /// while the registration is being created again: the timer triggers the next attempt.
-    fn is_missing(&self, state: &ViewState) -> bool {
-        if state.revision() < self.epoch || matches!(*self.publish.borrow(), Standing::Lost) {
+    fn is_missing(&self, state: &MetadataSnapshot) -> bool {
+        if state.revision() < self.epoch || matches!(*self.publish.borrow(), SessionState::Lost) {
             return false;
         }
-        let seen = state.brokers().get(&self.registration.id);
-        seen.is_none_or(|known| known.create_revision != self.epoch)
+        let entry = state.brokers().get(&self.registration.id);
+        entry.is_none_or(|entry| entry.create_revision != self.epoch)
             || state.unreadable().contains_key(&Key::Broker(self.registration.id))
     }
 
     /// Renews the lease. Returns false if the store was not reached.
     async fn keep_alive(&mut self) -> bool {
-        if matches!(*self.publish.borrow(), Standing::Lost) {
-            return self.again().await;
+        if matches!(*self.publish.borrow(), SessionState::Lost) {
+            return self.reregister().await;
         }
-        let began = clock::monotonic();
+        let started = clock::monotonic();
         match self.registration.store.keep_alive(self.lease).await {
             Ok(()) => {
-                self.renewed_at(began);
+                self.renewed_at(started);
                 if std::mem::take(&mut self.failing) {
-                    tracing::info!("the broker's lease is kept alive again");
+                    tracing::info!("the broker's lease is renewed again");
                 }
                 true
             }
-            Err(StoreError::LeaseGone { .. }) => self.again().await,
+            Err(MetaStoreError::LeaseGone { .. }) => self.reregister().await,
             Err(error) => {
                 if !std::mem::replace(&mut self.failing, true) {
-                    tracing::warn!(%error, "the broker's lease could not be kept alive; trying again");
+                    tracing::warn!(%error, "the broker's lease could not be renewed: retrying");
                 }
                 false
             }
@@ -423,27 +430,28 @@ impl Keeper {
     }
 
     /// Registers again after the registration was lost. Returns false if another attempt is needed.
-    async fn again(&mut self) -> bool {
-        self.publish.send_if_modified(|standing| std::mem::replace(standing, Standing::Lost) != Standing::Lost);
-        match self.try_again().await {
-            Ok(Begun::Registered { epoch, directory }) => {
-                tracing::warn!(%epoch, "the broker's registration was lost; it is registered again");
+    async fn reregister(&mut self) -> bool {
+        self.publish.send_if_modified(|state| std::mem::replace(state, SessionState::Lost) != SessionState::Lost);
+        match self.retry_registration().await {
+            Ok(RegisterResult::Registered { epoch, directory }) => {
+                tracing::warn!(%epoch, "the broker's registration was lost: the broker is registered again");
                 (self.epoch, self.directory, self.failing) = (epoch, directory, false);
-                self.publish.send_replace(Standing::Registered { epoch, lease: self.lease });
+                self.publish.send_replace(SessionState::Registered { epoch, lease: self.lease });
                 true
             }
-            Ok(Begun::Superseded { address }) => {
+            Ok(RegisterResult::Superseded { address }) => {
                 let id = self.registration.id;
                 tracing::error!(
                     broker = %id, address,
-                    "the broker's number is now run by another process with a copy of this data directory; one of the two must go"
+                    "another process now runs under this broker id with a copy of this data directory: stop one of the \
+                     two"
                 );
-                self.publish.send_replace(Standing::Superseded { address });
+                self.publish.send_replace(SessionState::Superseded { address });
                 true
             }
             Err(error) => {
                 if !std::mem::replace(&mut self.failing, true) {
-                    tracing::error!(%error, "the broker's registration was lost and it cannot register; trying again");
+                    tracing::error!(%error, "the broker's registration was lost and cannot be created again: retrying");
                 }
                 false
             }
@@ -454,14 +462,14 @@ impl Keeper {
         *self.renewed.lock().unwrap_or_else(PoisonError::into_inner) = moment;
     }
 
-    async fn try_again(&mut self) -> Result<Begun, StoreError> {
-        let value = self.says.over(&self.registration.value);
-        let registration = Registration { value, ..(*self.registration).clone() };
+    async fn retry_registration(&mut self) -> Result<RegisterResult, MetaStoreError> {
+        let value = self.flags.apply_to(&self.registration.value);
+        let registration = RegistrationRequest { value, ..(*self.registration).clone() };
         // The old lease may have expired; a new lease is certain to be live.
-        let began = clock::monotonic();
+        let started = clock::monotonic();
         self.lease = registration.store.grant(registration.time).await?;
-        self.renewed_at(began);
-        registration.begin(self.lease, Some(self.directory)).await
+        self.renewed_at(started);
+        registration.write_registration(self.lease, Some(self.directory)).await
     }
 }
 

@@ -15,7 +15,7 @@ use futures::{Stream, StreamExt as _, future::BoxFuture, stream::BoxStream};
 use crate::limits;
 
 /// Future of a store request.
-pub type Answer<'a, T> = BoxFuture<'a, Result<T, StoreError>>;
+pub type StoreFuture<'a, T> = BoxFuture<'a, Result<T, MetaStoreError>>;
 
 /// Version of the whole store: grows by one with every transaction that changed something.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -50,7 +50,7 @@ impl fmt::Display for LeaseId {
 
 /// Current state of one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct KeyValue {
     /// Path of the key.
     pub key: String,
     /// Stored bytes.
@@ -65,20 +65,20 @@ pub struct Entry {
 
 /// A key, or its absence, at a revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reading {
+pub struct GetResult {
     /// Revision of the store at the read.
     pub revision: Revision,
     /// The key's state; `None` if the key does not exist.
-    pub entry: Option<Entry>,
+    pub entry: Option<KeyValue>,
 }
 
 /// All keys under a prefix at one revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listing {
+pub struct ListResult {
     /// Revision of the store at the read.
     pub revision: Revision,
     /// The keys, in byte order.
-    pub entries: Vec<Entry>,
+    pub entries: Vec<KeyValue>,
 }
 
 /// A condition on one key.
@@ -100,7 +100,7 @@ pub enum Compare {
 
 impl Compare {
     /// Returns the condition that the key is unchanged since it was read as `entry`.
-    pub fn unchanged(key: &str, entry: Option<&Entry>) -> Self {
+    pub fn unchanged(key: &str, entry: Option<&KeyValue>) -> Self {
         match entry {
             Some(entry) => Self::ModRevision(key.to_owned(), entry.mod_revision),
             None => Self::Absent(key.to_owned()),
@@ -120,7 +120,7 @@ impl Compare {
     }
 
     /// Returns true if the condition holds for this state of the key.
-    pub fn holds(&self, entry: Option<&Entry>) -> bool {
+    pub fn holds(&self, entry: Option<&KeyValue>) -> bool {
         match (self, entry) {
             (Self::Absent(_), entry) => entry.is_none(),
             (_, None) => false,
@@ -135,7 +135,7 @@ impl Compare {
 
 /// One change of one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Op {
+pub enum TxnOp {
     /// Writes the key. `lease: None` detaches the key from any lease.
     Put {
         /// Path of the key.
@@ -152,7 +152,7 @@ pub enum Op {
     },
 }
 
-impl Op {
+impl TxnOp {
     /// Returns the key that the operation changes.
     pub fn key(&self) -> &str {
         match self {
@@ -169,7 +169,7 @@ pub struct Transaction {
     /// Conditions that must hold.
     pub compares: Vec<Compare>,
     /// Operations to apply if all conditions hold.
-    pub ops: Vec<Op>,
+    pub ops: Vec<TxnOp>,
     /// Keys to read if a condition does not hold.
     pub else_get: Vec<String>,
 }
@@ -190,21 +190,21 @@ impl Transaction {
     /// Adds a write.
     #[must_use]
     pub fn put(mut self, key: impl Into<String>, value: impl Into<Bytes>) -> Self {
-        self.ops.push(Op::Put { key: key.into(), value: value.into(), lease: None });
+        self.ops.push(TxnOp::Put { key: key.into(), value: value.into(), lease: None });
         self
     }
 
     /// Adds a write under a lease.
     #[must_use]
     pub fn put_leased(mut self, key: impl Into<String>, value: impl Into<Bytes>, lease: LeaseId) -> Self {
-        self.ops.push(Op::Put { key: key.into(), value: value.into(), lease: Some(lease) });
+        self.ops.push(TxnOp::Put { key: key.into(), value: value.into(), lease: Some(lease) });
         self
     }
 
     /// Adds a deletion.
     #[must_use]
     pub fn delete(mut self, key: impl Into<String>) -> Self {
-        self.ops.push(Op::Delete { key: key.into() });
+        self.ops.push(TxnOp::Delete { key: key.into() });
         self
     }
 
@@ -222,11 +222,11 @@ impl Transaction {
     ///
     /// # Panics
     /// Two operations name the same key: a bug in the caller.
-    pub fn check(&self) -> Result<(), StoreError> {
+    pub fn check(&self) -> Result<(), MetaStoreError> {
         let ops = self.ops.len().max(self.compares.len()).max(self.else_get.len());
-        let put = |op: &Op| match op {
-            Op::Put { key, value, .. } => key.len() + value.len(),
-            Op::Delete { key } => key.len(),
+        let put = |op: &TxnOp| match op {
+            TxnOp::Put { key, value, .. } => key.len() + value.len(),
+            TxnOp::Delete { key } => key.len(),
         };
         let compared = |compare: &Compare| match compare {
             Compare::Value(key, value) => key.len() + value.len(),
@@ -234,9 +234,9 @@ impl Transaction {
         };
         let bytes = self.ops.iter().map(put).sum::<usize>() + self.compares.iter().map(compared).sum::<usize>();
         if ops > limits::MAX_TRANSACTION_OPS || bytes > limits::MAX_TRANSACTION_BYTES {
-            return Err(StoreError::TooLarge { ops, bytes });
+            return Err(MetaStoreError::TooLarge { ops, bytes });
         }
-        let mut keys: Vec<&str> = self.ops.iter().map(Op::key).collect();
+        let mut keys: Vec<&str> = self.ops.iter().map(TxnOp::key).collect();
         keys.sort_unstable();
         let twice = keys.windows(2).find(|pair| pair[0] == pair[1]);
         assert!(twice.is_none(), "two operations of one transaction name {:?}", twice.map(|pair| pair[0]));
@@ -246,26 +246,26 @@ impl Transaction {
 
 /// Result of a transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum TxnOutcome {
     /// Every compare held and every operation was applied.
-    Done {
+    Committed {
         /// Revision of the changes; the store's revision if nothing changed.
         revision: Revision,
     },
     /// A compare did not hold; nothing changed.
-    Refused {
+    CompareFailed {
         /// Revision of the store when the keys were read.
         revision: Revision,
         /// The keys of `else_get`, in their order.
-        found: Vec<Option<Entry>>,
+        found: Vec<Option<KeyValue>>,
     },
 }
 
 /// One change that a watch received.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum WatchEvent {
     /// The key was written.
-    Put(Entry),
+    Put(KeyValue),
     /// The key was deleted, by an operation or with its lease.
     Delete {
         /// Path of the key.
@@ -275,7 +275,7 @@ pub enum Event {
     },
 }
 
-impl Event {
+impl WatchEvent {
     /// Returns the key that changed.
     pub fn key(&self) -> &str {
         match self {
@@ -295,30 +295,30 @@ impl Event {
 
 /// Changes of one or more whole transactions, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Changes {
+pub struct WatchBatch {
     /// The watch has received every change up to and including this revision.
     pub revision: Revision,
     /// The changes; empty if only the revision advanced.
-    pub events: Vec<Event>,
+    pub events: Vec<WatchEvent>,
 }
 
 /// A stream of changes. The stream ends after its first error; to continue, open a new watch.
-pub struct Watch(BoxStream<'static, Result<Changes, StoreError>>);
+pub struct Watch(BoxStream<'static, Result<WatchBatch, MetaStoreError>>);
 
 impl Watch {
     /// Returns a watch that reads from this stream.
-    pub fn new(stream: impl Stream<Item = Result<Changes, StoreError>> + Send + 'static) -> Self {
+    pub fn new(stream: impl Stream<Item = Result<WatchBatch, MetaStoreError>> + Send + 'static) -> Self {
         Self(stream.boxed())
     }
 
     /// Returns the next changes; `None` if the store was closed. Cancel safe: dropping the future loses no changes.
-    pub async fn next(&mut self) -> Option<Result<Changes, StoreError>> {
+    pub async fn next(&mut self) -> Option<Result<WatchBatch, MetaStoreError>> {
         self.0.next().await
     }
 }
 
 impl Stream for Watch {
-    type Item = Result<Changes, StoreError>;
+    type Item = Result<WatchBatch, MetaStoreError>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.0.poll_next_unpin(context)
@@ -333,37 +333,37 @@ impl fmt::Debug for Watch {
 
 /// Error of a store request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum StoreError {
+pub enum MetaStoreError {
     /// The store did not respond, or its response was unusable.
-    #[error("the metadata store does not answer: {why}")]
+    #[error("the metadata store does not respond: {reason}")]
     Unavailable {
         /// Cause.
-        why: String,
+        reason: String,
         /// True if a transaction may have been applied. Then read back before a retry.
         outcome_unknown: bool,
     },
     /// The store rejected the request: authentication or authorization failed. Nothing was changed.
-    #[error("the metadata store refuses: {why}")]
+    #[error("the metadata store rejected the request: {reason}")]
     Refused {
         /// The store's error text.
-        why: String,
+        reason: String,
     },
     /// The store's database is at its quota: reads work, writes fail until an operator frees space. Nothing was
     /// changed.
     #[error(
-        "the metadata store has no space left for writes ({why}): compact its history, defragment each member, then disarm the alarm \
-         (etcdctl compact, defrag, alarm disarm); what waits goes on by itself then"
+        "the metadata store has no space left for writes ({reason}): compact its history, defragment each member, then \
+         disarm the alarm (etcdctl compact, defrag, alarm disarm); waiting operations then continue automatically"
     )]
     NoSpace {
         /// The store's error text.
-        why: String,
+        reason: String,
     },
-    /// The store's history went back: final for this process. A transaction may have been applied, in a history that
-    /// this process did not read.
+    /// The store returned to an older state: final for this process. A transaction may have been applied, in a history
+    /// that this process did not read.
     #[error("{0}")]
     Regressed(Regression),
     /// The changes from this revision on were compacted: list again.
-    #[error("changes from revision {from} on are no longer kept; the oldest is {oldest}")]
+    #[error("changes from revision {from} on are compacted: the oldest available revision is {oldest}")]
     Compacted {
         /// Requested start revision of the watch.
         from: Revision,
@@ -390,24 +390,25 @@ pub enum StoreError {
     },
 }
 
-/// Evidence that the store is another store, or an older copy of the one that this process read before.
+/// Reason to conclude that the store is another store, or an older copy of the one that this process read before.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Regression {
     /// The revision fell.
     #[error(
-        "the metadata store answered with revision {answered} after revision {seen} was known: was etcd restored from a backup? Follow \
-         \"Restoring etcd\" in docs/operations.md, and restart this broker"
+        "the metadata store returned revision {answered} after revision {seen}: if etcd was restored from a backup, \
+         follow \"Restoring etcd\" in docs/operations.md, and restart this broker"
     )]
     Revision {
-        /// Newest revision that was known when the call started.
+        /// Newest revision in any response before the call started.
         seen: Revision,
         /// Revision of the response; for a write, not newer than `seen`.
         answered: Revision,
     },
     /// The responses come from another etcd cluster.
     #[error(
-        "the metadata store answered as etcd cluster {answered:x}, and is {known:x} to this broker: name the members of one cluster in \
-         metadata.etcd. If etcd was made anew from a backup, follow \"Restoring etcd\" in docs/operations.md, and restart this broker"
+        "the metadata store responded as etcd cluster {answered:x} after cluster {known:x}: set metadata.etcd to \
+         members of one cluster; if etcd was recreated from a backup, follow \"Restoring etcd\" in docs/operations.md, \
+         and restart this broker"
     )]
     Cluster {
         /// Cluster id of the first response.
@@ -417,15 +418,15 @@ pub enum Regression {
     },
 }
 
-impl StoreError {
+impl MetaStoreError {
     /// Returns an error after which nothing was changed.
-    pub fn unavailable(why: impl fmt::Display) -> Self {
-        Self::Unavailable { why: why.to_string(), outcome_unknown: false }
+    pub fn unavailable(reason: impl fmt::Display) -> Self {
+        Self::Unavailable { reason: reason.to_string(), outcome_unknown: false }
     }
 
     /// Returns an error after which a change may or may not have been applied.
-    pub fn unknown(why: impl fmt::Display) -> Self {
-        Self::Unavailable { why: why.to_string(), outcome_unknown: true }
+    pub fn unknown(reason: impl fmt::Display) -> Self {
+        Self::Unavailable { reason: reason.to_string(), outcome_unknown: true }
     }
 
     /// Returns true if the same call may succeed later. A rejected call may succeed after an operator has changed the
@@ -451,7 +452,7 @@ impl StoreError {
 ///   revision of its own. Revisions never fall, also across restarts.
 /// - **Linearizable.** `get`, `list` and `transact` observe every transaction that completed before they started. A
 ///   watch lags.
-/// - **Durable.** A transaction that returned `Done` survives a power failure.
+/// - **Durable.** A transaction that returned `Committed` survives a power failure.
 /// - **Unknown outcome.** After `Unavailable { outcome_unknown: true }`, or after the caller dropped the future, the
 ///   transaction was applied, was not applied, or will be applied later. The caller reads back, or makes the
 ///   transaction idempotent by its compares.
@@ -463,29 +464,29 @@ impl StoreError {
 ///   transaction, which watches receive. A lease may end late and never early. No code may depend on how late.
 pub trait MetaStore: Send + Sync + fmt::Debug {
     /// Reads one key.
-    fn get<'a>(&'a self, key: &'a str) -> Answer<'a, Reading>;
+    fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult>;
 
     /// Reads every key under a prefix at one revision. The cost grows with the number and size of these keys.
-    fn list<'a>(&'a self, prefix: &'a str) -> Answer<'a, Listing>;
+    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult>;
 
     /// Applies a transaction.
     ///
     /// # Errors
     /// `TooLarge` and `LeaseGone` change nothing; `Unavailable` carries `outcome_unknown`.
-    fn transact(&self, transaction: Transaction) -> Answer<'_, Outcome>;
+    fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome>;
 
     /// Watches the keys under a prefix from a revision on (inclusive). A revision in the future is allowed; the watch
     /// waits for it.
-    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> Answer<'a, Watch>;
+    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch>;
 
     /// Creates a lease that lasts at least this long from now. A store may round the duration up.
-    fn grant(&self, time: Duration) -> Answer<'_, LeaseId>;
+    fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId>;
 
     /// Renews a lease for its duration from now. Returns `LeaseGone` if the lease has ended.
-    fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()>;
+    fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()>;
 
     /// Ends a lease and deletes its keys. Succeeds if the lease has ended already.
-    fn revoke(&self, lease: LeaseId) -> Answer<'_, ()>;
+    fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()>;
 
     /// Returns the regression after which the store is no longer used, if one was detected.
     fn regression(&self) -> Option<Regression> {

@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use super::{Compare, Keys, MetaStore, Outcome, PartitionValue, StoreError, Transaction, Value as _};
+use super::{Compare, Keys, MetaStore, MetaStoreError, PartitionValue, Transaction, TxnOutcome, Value as _};
 use crate::{
     model::{LeaderEpoch, PartitionId},
     tier::TierState,
@@ -16,7 +16,7 @@ use crate::{
 pub enum TierCommitError {
     /// The metadata store did not respond; the next attempt finds out if the commit was applied.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] MetaStoreError),
     /// The partition has another leader epoch: this broker must not commit.
     #[error("partition {id} is led in epoch {current}, not {epoch}")]
     Deposed {
@@ -28,7 +28,7 @@ pub enum TierCommitError {
         current: LeaderEpoch,
     },
     /// Another broker committed meanwhile, or the partition is deleted.
-    #[error("the tier of partition {id} was changed by somebody else, or the partition is deleted")]
+    #[error("the tier state of partition {id} was changed by another broker, or the partition is deleted")]
     Changed {
         /// Id of the partition.
         id: PartitionId,
@@ -70,10 +70,10 @@ impl TierCommits {
     /// had no space, this check writes the partition's present state over itself.
     ///
     /// # Errors
-    /// The store has gone back, or still has no space.
+    /// The store returned to an older state, or still has no space.
     pub async fn accepts(&self, id: PartitionId) -> Result<(), TierCommitError> {
         if let Some(regression) = self.store.regression() {
-            return Err(StoreError::Regressed(regression).into());
+            return Err(MetaStoreError::Regressed(regression).into());
         }
         if !self.no_space.load(Ordering::Acquire) {
             return Ok(());
@@ -86,9 +86,9 @@ impl TierCommits {
         self.transact(Transaction::new().when(same).put(key, value)).await.map(drop)
     }
 
-    async fn transact(&self, transaction: Transaction) -> Result<Outcome, TierCommitError> {
+    async fn transact(&self, transaction: Transaction) -> Result<TxnOutcome, TierCommitError> {
         let outcome = self.store.transact(transaction).await;
-        self.no_space.store(matches!(outcome, Err(StoreError::NoSpace { .. })), Ordering::Release);
+        self.no_space.store(matches!(outcome, Err(MetaStoreError::NoSpace { .. })), Ordering::Release);
         Ok(outcome?)
     }
 
@@ -129,8 +129,8 @@ impl TierCommits {
             .when(unchanged)
             .put(tier_key, after.encode());
         match self.transact(transaction).await? {
-            Outcome::Done { .. } => Ok(()),
-            Outcome::Refused { .. } => Err(TierCommitError::Changed { id }),
+            TxnOutcome::Committed { .. } => Ok(()),
+            TxnOutcome::CompareFailed { .. } => Err(TierCommitError::Changed { id }),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::{fmt, io, path::PathBuf};
 
 /// Source of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Source {
+pub enum ValueSource {
     /// Built-in default.
     Default,
     /// Configuration file.
@@ -28,7 +28,7 @@ pub enum Source {
     },
 }
 
-impl fmt::Display for Source {
+impl fmt::Display for ValueSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Default => f.write_str("default"),
@@ -51,28 +51,28 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// The file is not valid TOML.
-    #[error("{place}: {why}")]
+    #[error("{place}: {reason}")]
     Syntax {
         /// Place of the error.
-        place: Source,
+        place: ValueSource,
         /// Message of the parser.
-        why: String,
+        reason: String,
     },
     /// The setting does not exist.
     #[error("{place}: there is no setting {key:?}{}", suggestion(near.as_deref()))]
     Unknown {
         /// Place of the error.
-        place: Source,
+        place: ValueSource,
         /// Given key.
         key: String,
         /// Most similar existing key; `None` if no key is similar.
         near: Option<String>,
     },
     /// The setting does not accept the value.
-    #[error("{place}: {key} = {value:?} is not valid: allowed is {allowed}")]
+    #[error("{place}: {key} = {value:?} is not valid: use {allowed}")]
     Value {
         /// Place of the error.
-        place: Source,
+        place: ValueSource,
         /// Key of the setting.
         key: String,
         /// Given value, without passwords.
@@ -81,26 +81,26 @@ pub enum ConfigError {
         allowed: String,
     },
     /// The value conflicts with other values, or fails a check beyond its own syntax.
-    #[error("{place}: {why}")]
+    #[error("{place}: {reason}")]
     Wrong {
         /// Place of the error.
-        place: Source,
+        place: ValueSource,
         /// Description of the error and its remedy.
-        why: String,
+        reason: String,
     },
     /// A file that a setting names cannot be used.
-    #[error("{key}: the file {} cannot be used: {why}", path.display())]
+    #[error("{key}: the file {} cannot be used: {reason}", path.display())]
     Unusable {
         /// Key of the setting.
         key: &'static str,
         /// Path of the file.
         path: PathBuf,
         /// Reason why the file cannot be used.
-        why: String,
+        reason: String,
     },
     /// The data directory, or a parent of it, is a file.
-    #[error("data directory {} cannot be used: {} is a file, and a folder is needed; set broker.data_dir (--data-dir) to a folder, \
-        which is made when there is none", path.display(), file.display())]
+    #[error("data directory {} cannot be used: {} is a file: set broker.data_dir (--data-dir) to a directory, which \
+        is created if it does not exist", path.display(), file.display())]
     DataDirIsFile {
         /// Path of the data directory.
         path: PathBuf,
@@ -108,7 +108,7 @@ pub enum ConfigError {
         file: PathBuf,
     },
     /// The data directory cannot be used.
-    #[error("data directory {} cannot be used: {source}; set broker.data_dir to one that can be written", path.display())]
+    #[error("data directory {} cannot be used: {source}: set broker.data_dir to a writable directory", path.display())]
     DataDir {
         /// Path of the data directory.
         path: PathBuf,

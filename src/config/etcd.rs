@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use super::{Config, ConfigError, Metadata};
+use super::{Config, ConfigError, MetadataConfig};
 use crate::cluster::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdTls};
 
 impl Config {
@@ -32,7 +32,7 @@ impl Config {
             let password = String::from_utf8(read(key, path)?).map_err(|_| ConfigError::Unusable {
                 key,
                 path: path.clone(),
-                why: "it is not UTF-8 text".to_owned(),
+                reason: "the password is not UTF-8".to_owned(),
             })?;
             // Editors append a line end to the file; no password ends with one.
             let password = password.trim_end_matches(['\r', '\n']).to_owned();
@@ -42,15 +42,15 @@ impl Config {
     }
 }
 
-impl Metadata {
+impl MetadataConfig {
     /// Returns the options that need no file.
     pub(super) fn endpoints(&self) -> EtcdOptions {
-        EtcdOptions { call_timeout: self.call_timeout, ..EtcdOptions::new(self.etcd.iter().cloned()) }
+        EtcdOptions { request_timeout: self.request_timeout, ..EtcdOptions::new(self.etcd.iter().cloned()) }
     }
 }
 
 fn read(key: &'static str, path: &Path) -> Result<Vec<u8>, ConfigError> {
-    let unusable = |why: String| ConfigError::Unusable { key, path: path.to_owned(), why };
+    let unusable = |reason: String| ConfigError::Unusable { key, path: path.to_owned(), reason };
     let bytes = fs::read(path).map_err(|error| unusable(error.to_string()))?;
-    if bytes.is_empty() { Err(unusable("it is empty".to_owned())) } else { Ok(bytes) }
+    if bytes.is_empty() { Err(unusable("the file is empty".to_owned())) } else { Ok(bytes) }
 }

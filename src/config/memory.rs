@@ -6,9 +6,9 @@ use std::{
 };
 
 use super::{
-    ConfigError, Source,
-    setting::{Kind, MEMORY, MEMORY_DEFAULT, MEMORY_SHARES, REPLICAS, Setting},
-    sources::{Given, Values},
+    ConfigError, ValueSource,
+    setting::{MEMORY, MEMORY_DEFAULT, MEMORY_SHARES, REPLICAS, Setting, ValueKind},
+    sources::{ProvidedValue, ResolvedValues},
     value::{bytes, size},
 };
 
@@ -23,7 +23,7 @@ const REPLICA_BYTES: u64 = 16 << 10;
 const UNIFIED: [&str; 2] = ["sys/fs/cgroup", "sys/fs/cgroup/unified"];
 const LEGACY: &str = "sys/fs/cgroup/memory";
 
-impl Values {
+impl ResolvedValues {
     /// Sets the defaults of the total and of its shares, and checks that the configured shares fit.
     pub(super) fn share_memory(&mut self, errors: &mut Vec<ConfigError>) {
         let whole = self.bytes_of(MEMORY).unwrap_or_else(|| default_memory_bytes(1));
@@ -34,15 +34,15 @@ impl Values {
         let taken = set.iter().fold(0_u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
         if taken > whole {
             let keys: Vec<_> = set.iter().map(|(key, bytes)| format!("{key} {}", size(*bytes))).collect();
-            let why = format!(
+            let reason = format!(
                 "{} together are {}, more than {MEMORY}, which is {}: lower them, or raise {MEMORY}",
                 keys.join(", "),
                 size(taken),
                 size(whole)
             );
-            errors.push(ConfigError::Wrong { place: self.place_of(&set), why });
+            errors.push(ConfigError::Wrong { place: self.place_of(&set), reason });
         }
-        let mut is_told = taken > whole;
+        let mut is_reported = taken > whole;
         let left = whole.saturating_sub(taken);
         let unset = MEMORY_SHARES.iter().filter(|share| set.iter().all(|(key, _)| *key != share.key));
         let parts: u64 = unset.clone().map(|share| share.sixteenths).sum();
@@ -50,24 +50,25 @@ impl Values {
             let part = (whole / 16 * share.sixteenths).min(left / parts * share.sixteenths);
             // Memory permits count whole KiB.
             let part = part.min(share.most.unwrap_or(u64::MAX)) >> 10 << 10;
-            if let Some(Kind::Bytes { least, .. }) = Setting::find(share.key).map(|setting| setting.kind)
+            if let Some(ValueKind::Bytes { least, .. }) = Setting::find(share.key).map(|setting| setting.kind)
                 && part < least
-                && !std::mem::replace(&mut is_told, true)
+                && !std::mem::replace(&mut is_reported, true)
             {
                 let (key, left, least) = (share.key, size(left), size(least));
-                let why = format!(
-                    "what is set leaves {left} of {MEMORY}, which is {}, and {key} would be less than {least}: lower what is set, or raise {MEMORY}",
+                let reason = format!(
+                    "the configured parts leave {left} of {MEMORY}, which is {}, and {key} would be less than \
+                     {least}: lower these parts, or raise {MEMORY}",
                     size(whole)
                 );
-                errors.push(ConfigError::Wrong { place: self.place_of(&set), why });
+                errors.push(ConfigError::Wrong { place: self.place_of(&set), reason });
             }
             self.default_bytes(share.key, part);
         }
     }
 
     /// Returns the place of the first configured share.
-    fn place_of(&self, set: &[(&str, u64)]) -> Source {
-        set.first().map_or(Source::Default, |(key, _)| self.set[*key].source.clone())
+    fn place_of(&self, set: &[(&str, u64)]) -> ValueSource {
+        set.first().map_or(ValueSource::Default, |(key, _)| self.set[*key].source.clone())
     }
 
     fn bytes_of(&self, key: &str) -> Option<u64> {
@@ -79,7 +80,7 @@ impl Values {
     }
 
     fn default_text(&mut self, key: &str, text: String) {
-        self.set.entry(key.to_owned()).or_insert(Given { text, source: Source::Default });
+        self.set.entry(key.to_owned()).or_insert(ProvidedValue { text, source: ValueSource::Default });
     }
 }
 

@@ -1,7 +1,7 @@
 //! Configuration: settings from a file, the environment and the command line. Unknown settings are errors.
 //!
 //! `setting` declares each setting once. `sources` layers the given values over the defaults and checks each value.
-//! [`Settings`] builds a typed [`Config`] from the result and checks the values against each other. All checks run
+//! [`LoadedConfig`] builds a typed [`Config`] from the result and checks the values against each other. All checks run
 //! before the broker opens a file, binds a port or writes data.
 //!
 //! ```text
@@ -19,7 +19,7 @@ use std::{
 
 use rustix::fs::OFlags;
 
-use self::sources::Values;
+use self::sources::ResolvedValues;
 use crate::{
     log::PrivateDir,
     model::{BrokerId, ConfigMap},
@@ -35,17 +35,17 @@ mod setting;
 mod sources;
 mod value;
 
-pub use error::{ConfigError, ConfigErrors, Source};
+pub use error::{ConfigError, ConfigErrors, ValueSource};
 pub use memory::default_memory_bytes;
 pub use print::docs;
-pub use sources::Sources;
+pub use sources::ConfigSources;
 
 /// A configuration with the source of each value.
 #[derive(Debug)]
-pub struct Settings {
+pub struct LoadedConfig {
     /// Effective values.
     pub config: Config,
-    values: Values,
+    values: ResolvedValues,
 }
 
 /// Effective values of all settings.
@@ -54,38 +54,38 @@ pub struct Config {
     /// Name of the cluster.
     pub cluster: String,
     /// `[broker]`
-    pub broker: Broker,
+    pub broker: BrokerConfig,
     /// `[grpc]`
-    pub grpc: Grpc,
+    pub grpc: GrpcConfig,
     /// `[peer]`
-    pub peer: PeerListener,
+    pub peer: PeerListenerConfig,
     /// `[http]`
-    pub http: Http,
+    pub http: HttpConfig,
     /// `[metadata]`
-    pub metadata: Metadata,
+    pub metadata: MetadataConfig,
     /// `[replication]`
-    pub replication: Replication,
+    pub replication: ReplicationConfig,
     /// `[controller]`
-    pub controller: Controller,
+    pub controller: ControllerConfig,
     /// `[object_store]`
-    pub object_store: ObjectStore,
+    pub object_store: ObjectStoreConfig,
     /// `[topic_defaults]`: values that `model::TopicConfig` accepts.
     pub topic_defaults: ConfigMap,
     /// `[log]`
-    pub log: Log,
+    pub log: LogConfig,
     /// `[cache]`
-    pub cache: Cache,
+    pub cache: CacheConfig,
     /// `[tier]`
-    pub tier: Tier,
+    pub tier: TierConfig,
     /// `[limits]`
-    pub limits: Limits,
+    pub limits: LimitsConfig,
     /// `[telemetry]`
-    pub telemetry: Telemetry,
+    pub telemetry: TelemetryConfig,
 }
 
 /// Settings of this broker.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Broker {
+pub struct BrokerConfig {
     /// Broker id.
     pub id: BrokerId,
     /// Rack or zone of the broker.
@@ -93,7 +93,7 @@ pub struct Broker {
     /// Data directory.
     pub data_dir: PathBuf,
     /// Disk usage, in percent, above which the broker gets no new replicas; 100 means never.
-    pub disk_full_percent: u64,
+    pub disk_pressure_percent: u64,
     /// Maximum number of replicas that are placed on the broker.
     pub max_replicas: u32,
     /// Maximum time that a stop waits for work in progress.
@@ -104,7 +104,7 @@ pub struct Broker {
 
 /// Listener for clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Grpc {
+pub struct GrpcConfig {
     /// Address to bind. Port 0 binds any free port.
     pub listen: SocketAddr,
     /// Address `host:port` that is sent to clients; `None` means the bound address.
@@ -113,7 +113,7 @@ pub struct Grpc {
     pub reflection: bool,
 }
 
-impl Grpc {
+impl GrpcConfig {
     /// Returns the address for clients, for a listener that is bound to `bound`. Port 0 becomes the bound port.
     pub fn advertised(&self, bound: SocketAddr) -> String {
         self.advertise.as_ref().map_or_else(|| bound.to_string(), |advertise| with_port_of(advertise, bound))
@@ -130,19 +130,19 @@ fn with_port_of(advertise: &str, bound: SocketAddr) -> String {
 
 /// Listener for other brokers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PeerListener {
+pub struct PeerListenerConfig {
     /// Address to bind. Port 0 binds any free port.
     pub listen: SocketAddr,
     /// Address `host:port` that is sent to other brokers; `None` derives it from other addresses
-    /// ([`PeerListener::advertised`]).
+    /// ([`PeerListenerConfig::advertised`]).
     pub advertise: Option<String>,
 }
 
-impl PeerListener {
+impl PeerListenerConfig {
     /// Returns the address for other brokers, for a peer listener that is bound to `bound`. Port 0 becomes the bound
     /// port. Without `advertise`, the host is that of `grpc.advertise`. If `grpc.advertise` is unset or does not apply,
     /// the host is that of `bound`, or that of `grpc.listen` if `bound` stands for all addresses.
-    pub fn advertised(&self, bound: SocketAddr, grpc: &Grpc) -> String {
+    pub fn advertised(&self, bound: SocketAddr, grpc: &GrpcConfig) -> String {
         if let Some(advertise) = &self.advertise {
             return with_port_of(advertise, bound);
         }
@@ -165,14 +165,14 @@ impl PeerListener {
 
 /// Listener for metrics and health.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Http {
+pub struct HttpConfig {
     /// Address to bind. Port 0 binds any free port.
     pub listen: SocketAddr,
 }
 
 /// Metadata store.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Metadata {
+pub struct MetadataConfig {
     /// Endpoints of etcd; empty means the embedded store.
     pub etcd: Vec<String>,
     /// PEM file of the only trusted certificate authority; `None` means the system's authorities.
@@ -186,36 +186,36 @@ pub struct Metadata {
     /// File with the password of that user.
     pub etcd_password_file: Option<PathBuf>,
     /// Timeout of one request to one etcd member.
-    pub call_timeout: Duration,
+    pub request_timeout: Duration,
     /// Lifetime of the registration's lease without renewal.
     pub session_timeout: Duration,
 }
 
 /// Replication of partitions.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Replication {
+pub struct ReplicationConfig {
     /// Replication factor of a topic whose creation request names none.
     pub default_factor: u32,
     /// Maximum time that an in-sync replica may be behind before the leader removes it from the ISR.
-    pub lag_time: Duration,
+    pub max_lag_time: Duration,
     /// Rate limit for copying to replicas outside the ISR, in bytes per second; `None` means no limit.
     pub catchup_bytes_per_second: Option<u64>,
 }
 
 /// Changes that the controller plans without a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Controller {
+pub struct ControllerConfig {
     /// Time after which the replicas of a missing broker are replaced; `None` means never.
     pub replace_after: Option<Duration>,
     /// Maximum number of partitions that are reassigned concurrently.
-    pub moves_at_once: usize,
+    pub max_concurrent_reassignments: usize,
     /// True if partitions move to brokers that have fewer.
     pub balance: bool,
 }
 
 /// Object store for sealed segments.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ObjectStore {
+pub struct ObjectStoreConfig {
     /// URL of the object store; `None` keeps all segments on local disk.
     pub url: Option<String>,
     /// URL of an S3-compatible server.
@@ -229,7 +229,7 @@ pub struct ObjectStore {
 
 /// Local segments and journal.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Log {
+pub struct LogConfig {
     /// Size of the journal, in bytes.
     pub journal_bytes: u64,
     /// Directory of the journal; `None` means inside the data directory.
@@ -237,12 +237,12 @@ pub struct Log {
     /// True if the broker may start without the journal of a data directory that was not stopped cleanly.
     pub accept_journal_loss: bool,
     /// Size of the tail cache, in bytes.
-    pub tail_memory_bytes: u64,
+    pub tail_cache_bytes: u64,
 }
 
 /// Chunk cache for reads from the object store.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cache {
+pub struct CacheConfig {
     /// Size in memory, in bytes.
     pub memory_bytes: u64,
     /// Size on disk, in bytes; 0 means no disk cache.
@@ -253,7 +253,7 @@ pub struct Cache {
 
 /// Tiering of segments to the object store.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tier {
+pub struct TierConfig {
     /// Maximum number of concurrent uploads.
     pub upload_concurrency: usize,
     /// Age from which an object that no manifest references is deleted.
@@ -268,7 +268,7 @@ pub struct Tier {
 
 /// Limits on memory, producers and connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct LimitsConfig {
     /// Maximum memory that clients can make the broker hold, in bytes.
     pub memory_bytes: u64,
     /// Maximum bytes of batches that wait for their acknowledgement.
@@ -288,7 +288,7 @@ pub struct Limits {
 
 /// Logging.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Telemetry {
+pub struct TelemetryConfig {
     /// Log filter, in the syntax of `tracing_subscriber`'s `EnvFilter`.
     pub level: String,
     /// Format of log lines.

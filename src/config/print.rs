@@ -3,15 +3,15 @@
 use std::fmt::Write as _;
 
 use super::{
-    Settings, Source,
+    LoadedConfig, ValueSource,
     build::PEER_PORT,
     memory::default_share,
-    setting::{Kind, SECTIONS, SETTINGS, Setting, TOPIC_DEFAULTS, variable},
+    setting::{SECTIONS, SETTINGS, Setting, TOPIC_DEFAULTS, ValueKind, variable},
     value::{masked, urls},
 };
 use crate::model::TOPIC_CONFIG_KEYS;
 
-impl Settings {
+impl LoadedConfig {
     /// Returns a configuration file of all settings, each with its effective value and its source. Passwords in URLs
     /// are masked.
     pub fn print(&self) -> String {
@@ -44,23 +44,23 @@ impl Settings {
     }
 }
 
-fn short(source: &Source) -> String {
+fn short(source: &ValueSource) -> String {
     match source {
-        Source::Default => "default".to_owned(),
-        Source::File { .. } => format!("file {source}"),
-        Source::Environment { name } => format!("env {name}"),
-        Source::Flag { .. } => "flag".to_owned(),
+        ValueSource::Default => "default".to_owned(),
+        ValueSource::File { .. } => format!("file {source}"),
+        ValueSource::Environment { name } => format!("env {name}"),
+        ValueSource::Flag { .. } => "flag".to_owned(),
     }
 }
 
-fn literal(kind: Kind, text: &str) -> String {
+fn literal(kind: ValueKind, text: &str) -> String {
     match kind {
-        Kind::Urls => {
+        ValueKind::Urls => {
             let urls: Vec<_> = urls(&masked(text)).iter().map(|url| quoted(url)).collect();
             format!("[{}]", urls.join(", "))
         }
         // The environment accepts spellings that TOML rejects, such as `007`.
-        Kind::Number { .. } => text.parse::<u64>().map_or_else(|_| text.to_owned(), |number| number.to_string()),
+        ValueKind::Number { .. } => text.parse::<u64>().map_or_else(|_| text.to_owned(), |number| number.to_string()),
         kind if kind.quoted() => quoted(&masked(text)),
         _ => text.to_owned(),
     }

@@ -4,7 +4,7 @@ use super::value::size;
 
 /// Values that a setting accepts, and their notation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum ValueKind {
     /// Any text that is not empty.
     Text,
     /// A path. A relative path starts at the working directory of the broker.
@@ -35,7 +35,7 @@ pub(super) struct Setting {
     /// Name within the section.
     pub(super) name: &'static str,
     /// Accepted values.
-    pub(super) kind: Kind,
+    pub(super) kind: ValueKind,
     /// Default; `None` leaves the setting unset.
     pub(super) default: Option<&'static str>,
     /// Description in one line. For an optional setting, the line includes the behaviour without a value.
@@ -52,17 +52,21 @@ pub(super) const SECTIONS: &[(&str, &str)] = &[
     ("", "The cluster."),
     ("broker", "This broker."),
     ("grpc", "The listener for clients."),
-    ("peer", "The listener for the other brokers of the cluster. A broker alone opens none."),
+    ("peer", "The listener for the other brokers of the cluster. A standalone broker opens none."),
     ("http", "Metrics and health."),
-    ("metadata", "Where brokers agree."),
-    ("object_store", "Where history goes. Credentials come from the vendor's usual environment, never from this file."),
+    ("metadata", "The metadata store."),
+    (
+        "object_store",
+        "The object store for sealed segments. Credentials come from the vendor's usual environment, \
+        never from this file.",
+    ),
     ("replication", "Copies on other brokers. The same on every broker."),
-    ("controller", "What the broker that is the controller does by itself. The same on every broker."),
+    ("controller", "Changes that the controller makes by itself. The same on every broker."),
     ("log", "Segments and journal on local disk."),
-    ("cache", "What is kept of reads from the object store."),
-    ("tier", "Moving segments to the object store."),
-    ("limits", "Bounds on what is under way."),
-    ("telemetry", "What the broker says about itself."),
+    ("cache", "The cache for reads from the object store."),
+    ("tier", "Upload of segments, retention and deletion of objects."),
+    ("limits", "Limits on memory, connections and producer ids."),
+    ("telemetry", "Logging."),
 ];
 
 /// Key of the total memory, of which [`MEMORY_SHARES`] are the shares.
@@ -91,7 +95,7 @@ pub(super) const MEMORY_SHARES: &[Share] = &[
     Share { key: "limits.request_memory_bytes", sixteenths: 3, most: None },
     Share { key: "limits.response_memory_bytes", sixteenths: 4, most: None },
     Share { key: "limits.decompression_memory_bytes", sixteenths: 2, most: Some(512 * MIB) },
-    Share { key: "log.tail_memory_bytes", sixteenths: 2, most: Some(128 * MIB) },
+    Share { key: "log.tail_cache_bytes", sixteenths: 2, most: Some(128 * MIB) },
     Share { key: "cache.memory_bytes", sixteenths: 1, most: Some(128 * MIB) },
 ];
 
@@ -101,7 +105,7 @@ pub(super) const TOPIC_DEFAULTS: &str = "topic_defaults";
 const fn setting(
     section: &'static str,
     name: &'static str,
-    kind: Kind,
+    kind: ValueKind,
     default: Option<&'static str>,
     doc: &'static str,
 ) -> Setting {
@@ -113,365 +117,370 @@ pub(super) const SETTINGS: &[Setting] = &[
     setting(
         "",
         "cluster",
-        Kind::Text,
+        ValueKind::Text,
         Some("strandline"),
         "The cluster's name: 1 to 100 of a-z, A-Z, 0-9, '.', '_' and '-'.",
     ),
     setting(
         "broker",
         "id",
-        Kind::Number { least: 0, most: 2_147_483_647 },
+        ValueKind::Number { least: 0, most: 2_147_483_647 },
         Some("1"),
-        "This broker's number: its own in the cluster, and the same for as long as its data directory lives.",
+        "Broker id: unique in the cluster, and unchanged as long as its data directory exists.",
     ),
     setting(
         "broker",
         "rack",
-        Kind::Text,
+        ValueKind::Text,
         None,
-        "The rack or zone that it stands in: replicas spread over racks. Unset: none.",
+        "Rack or zone of the broker: the replicas of a partition are spread over racks. Unset: none.",
     ),
-    setting("broker", "data_dir", Kind::Path, Some("./data"), "The directory for everything that it keeps on disk."),
+    setting("broker", "data_dir", ValueKind::Path, Some("./data"), "Data directory."),
     setting(
         "broker",
-        "disk_full_percent",
-        Kind::Number { least: 1, most: 100 },
+        "disk_pressure_percent",
+        ValueKind::Number { least: 1, most: 100 },
         Some("85"),
-        "How full the disk of data_dir is, in percent, when the broker is given no new replicas any more; again below five percent less. 100 is never.",
+        "Disk usage of data_dir in percent above which the broker gets no new replicas, until usage is five percent \
+         lower. 100 means never.",
     ),
     setting(
         "broker",
         "max_replicas",
-        Kind::Number { least: 1, most: 10_000_000 },
+        ValueKind::Number { least: 1, most: 10_000_000 },
         None,
-        "How many replicas of partitions are placed on this broker at most. Each takes memory, also while nobody uses it.",
+        "Maximum number of replicas on this broker. Each replica uses memory, even while it is idle.",
     ),
     setting(
         "broker",
         "shutdown_timeout",
-        Kind::Time { least: 0, most: DAY },
+        ValueKind::Time { least: 0, most: DAY },
         Some("30s"),
-        "How long a stop waits for what is under way before it gives up on it.",
+        "Maximum time for which a stop waits for work in progress.",
     ),
     setting(
         "broker",
         "catch_up_timeout",
-        Kind::Time { least: 0, most: DAY },
+        ValueKind::Time { least: 0, most: DAY },
         Some("60s"),
-        "How long /readyz says at most that the broker is starting, because not all of its replicas have been in sync yet.",
+        "Maximum time for which /readyz reports a start because not all replicas have been in sync yet.",
     ),
     setting(
         "grpc",
         "listen",
-        Kind::Listen,
+        ValueKind::Listen,
         Some("127.0.0.1:9460"),
-        "The address that it listens on for gRPC. Port 0 takes any free one.",
+        "Listen address for clients (gRPC). Port 0 selects a free port.",
     ),
     setting(
         "grpc",
         "advertise",
-        Kind::HostPort,
+        ValueKind::HostPort,
         None,
-        "The address that clients reach it at. Unset: what it listens on. Needed when it listens on 0.0.0.0. Port 0 is the \
-         port that it listens on.",
+        "Address at which clients connect. Unset: the listen address. Required if grpc.listen is 0.0.0.0. Port 0 \
+         stands for the listen port.",
     ),
-    setting(
-        "grpc",
-        "reflection",
-        Kind::Flag,
-        Some("true"),
-        "Whether tools may ask for the description of what clients can call (gRPC server reflection).",
-    ),
+    setting("grpc", "reflection", ValueKind::Flag, Some("true"), "Whether gRPC server reflection is served."),
     setting(
         "peer",
         "listen",
-        Kind::Listen,
+        ValueKind::Listen,
         None,
-        "The address that it listens on for other brokers; no client needs to reach it. Port 0 takes any free one.",
+        "Listen address for other brokers; clients never connect to it. Port 0 selects a free port.",
     ),
     setting(
         "peer",
         "advertise",
-        Kind::HostPort,
+        ValueKind::HostPort,
         None,
-        "The address that other brokers reach it at. Unset: the host of grpc.advertise, or, where that is unset, the address that it \
-         listens on; with the port of peer.listen. Port 0 is the port that it listens on.",
+        "Address at which other brokers connect. Unset: the host of grpc.advertise, or of the listen address if that \
+         is unset, with the port of peer.listen. Port 0 stands for the listen port.",
     ),
     setting(
         "http",
         "listen",
-        Kind::Listen,
+        ValueKind::Listen,
         Some("127.0.0.1:9461"),
-        "The address that it listens on for /metrics, /healthz and /readyz. Port 0 takes any free one.",
+        "Listen address for /metrics, /healthz and /readyz. Port 0 selects a free port.",
     ),
     setting(
         "metadata",
         "etcd",
-        Kind::Urls,
+        ValueKind::Urls,
         None,
-        "The members of the etcd cluster in which brokers agree. Unset: this broker is alone, and metadata is kept in the data directory.",
+        "Members of the etcd cluster that stores the metadata. Unset: the broker is standalone and stores the \
+         metadata in its data directory.",
     ),
     setting(
         "metadata",
         "etcd_ca",
-        Kind::Path,
+        ValueKind::Path,
         None,
-        "The PEM file of the only authority to trust for https:// members. Unset: the system's authorities.",
+        "PEM file of the only trusted certificate authority for https:// members. Unset: the system's authorities.",
     ),
     setting(
         "metadata",
         "etcd_cert",
-        Kind::Path,
+        ValueKind::Path,
         None,
-        "The PEM file of this broker's certificate, where etcd asks for one; goes with etcd_key. Unset: none.",
+        "PEM file of this broker's client certificate for etcd; requires etcd_key. Unset: none.",
     ),
-    setting("metadata", "etcd_key", Kind::Path, None, "The PEM file of that certificate's private key. Unset: none."),
+    setting("metadata", "etcd_key", ValueKind::Path, None, "PEM file of the private key of etcd_cert. Unset: none."),
     setting(
         "metadata",
         "etcd_user",
-        Kind::Text,
+        ValueKind::Text,
         None,
-        "The user at etcd; goes with etcd_password_file. Unset: no login.",
+        "User name at etcd; requires etcd_password_file. Unset: no login.",
     ),
     setting(
         "metadata",
         "etcd_password_file",
-        Kind::Path,
+        ValueKind::Path,
         None,
-        "The file that holds that user's password and nothing else. Unset: no login.",
+        "File that contains only the password of etcd_user. Unset: no login.",
     ),
     setting(
         "metadata",
-        "call_timeout",
-        Kind::Time { least: 0, most: 10 },
+        "request_timeout",
+        ValueKind::Time { least: 0, most: 10 },
         Some("1s"),
-        "How long one call waits for one member of etcd before another is asked; at least 100ms.",
+        "Timeout of one request to one etcd member, after which another member is tried; at least 100ms.",
     ),
     setting(
         "metadata",
         "session_timeout",
-        Kind::Time { least: 2, most: 60 },
+        ValueKind::Time { least: 2, most: 60 },
         Some("6s"),
-        "How long a broker that fell silent keeps its partitions. One whose process is gone is noticed sooner.",
+        "Time after which an unresponsive broker loses its partitions. The exit of a process is detected sooner.",
     ),
     setting(
         "object_store",
         "url",
-        Kind::Text,
+        ValueKind::Text,
         None,
         "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file:///directory or memory://. \
-         Unset: history stays on local disk.",
+         Unset: all segments stay on local disk.",
     ),
     setting(
         "object_store",
         "endpoint",
-        Kind::Text,
+        ValueKind::Text,
         None,
-        "The URL of an S3-compatible server. Unset: the vendor's own.",
+        "URL of an S3-compatible server. Unset: the vendor's endpoint.",
     ),
-    setting("object_store", "region", Kind::Text, None, "The bucket's region. Unset: AWS_REGION, or us-east-1."),
+    setting(
+        "object_store",
+        "region",
+        ValueKind::Text,
+        None,
+        "Region of the bucket. Unset: AWS_REGION, else us-east-1.",
+    ),
     setting(
         "object_store",
         "path_style",
-        Kind::Flag,
+        ValueKind::Flag,
         None,
-        "Whether the bucket is named in the path and not in the host's name. Unset: where an endpoint is named, because most \
-         S3-compatible servers want it so.",
+        "Whether request URLs have the bucket name in the path instead of the host name. Unset: true if an endpoint \
+         is set, because most S3-compatible servers require this.",
     ),
     setting(
         "replication",
         "default_factor",
-        Kind::Number { least: 1, most: 32 },
+        ValueKind::Number { least: 1, most: 32 },
         Some("1"),
-        "How many brokers hold each partition of a topic whose creation does not say.",
+        "Replication factor of topics that are created without one.",
     ),
     setting(
         "replication",
-        "lag_time",
-        Kind::Time { least: 1, most: HOUR },
+        "max_lag_time",
+        ValueKind::Time { least: 1, most: HOUR },
         Some("6s"),
-        "How long a replica may take to reach what the log end was before writes wait for it no longer.",
+        "Maximum time for which an in-sync replica may lag behind the log end before it leaves the ISR.",
     ),
     setting(
         "replication",
         "catchup_bytes_per_second",
-        Kind::Bytes { least: 0, most: TIB },
+        ValueKind::Bytes { least: 0, most: TIB },
         Some("0"),
-        "How fast replicas that are not in sync copy from this broker, all of one broker together; 0 is as fast as they can.",
+        "Bytes per second that out-of-sync replicas of one broker copy from this broker, all together; 0 means no \
+         limit.",
     ),
     setting(
         "controller",
         "replace_after",
-        Kind::Time { least: 0, most: 365 * DAY },
+        ValueKind::Time { least: 0, most: 365 * DAY },
         Some("30m"),
-        "How long a broker is gone before its replicas are made anew on others; 0 is never.",
+        "Time after which the replicas of an offline broker are replaced on other brokers; 0 means never.",
     ),
     setting(
         "controller",
-        "moves_at_once",
-        Kind::Number { least: 1, most: 10_000 },
+        "max_concurrent_reassignments",
+        ValueKind::Number { least: 1, most: 10_000 },
         Some("8"),
-        "How many partitions are moved to other brokers at the same time.",
+        "Maximum number of partitions that are reassigned at the same time.",
     ),
     setting(
         "controller",
         "balance",
-        Kind::Flag,
+        ValueKind::Flag,
         Some("true"),
-        "Whether partitions move to brokers that hold fewer, such as new ones.",
+        "Whether partitions move to brokers with fewer partitions, such as new brokers.",
     ),
     setting(
         "log",
         "journal_bytes",
-        Kind::Bytes { least: 16 * MIB, most: TIB },
+        ValueKind::Bytes { least: 16 * MIB, most: TIB },
         Some("256MiB"),
-        "The size of the journal, the ring of files that makes appends durable.",
+        "Size of the journal, the write-ahead log of all partitions, in bytes.",
     ),
     setting(
         "log",
         "journal_dir",
-        Kind::Path,
+        ValueKind::Path,
         None,
-        "A directory for the journal on a device of its own. Unset: in the data directory.",
+        "Directory of the journal, for example on a separate device. Unset: in the data directory.",
     ),
     setting(
         "log",
         "accept_journal_loss",
-        Kind::Flag,
+        ValueKind::Flag,
         Some("false"),
-        "Whether to start without the journal of a data directory that was not stopped cleanly. What was acknowledged and is in that \
-         journal alone is lost: set it for one start, when the journal's device is gone for good.",
+        "Whether to start without the journal of a data directory that was not stopped cleanly. Acknowledged records \
+         that are only in that journal are lost: set this for one start, if the journal's device is permanently lost.",
     ),
     setting(
         "log",
-        "tail_memory_bytes",
-        Kind::Bytes { least: MIB, most: TIB },
+        "tail_cache_bytes",
+        ValueKind::Bytes { least: MIB, most: TIB },
         None,
-        "How much of the newest batches of all partitions is kept in memory for readers at the tail.",
+        "Bytes of the newest batches of all partitions that stay in memory for readers at the tail.",
     ),
     setting(
         "cache",
         "memory_bytes",
-        Kind::Bytes { least: 2 * MIB, most: TIB },
+        ValueKind::Bytes { least: 2 * MIB, most: TIB },
         None,
-        "How much of what was read from the object store is kept in memory. A read that needs several requests finds there what the earlier ones \
-         brought.",
+        "Bytes of object store reads that are cached in memory. A read of several requests finds the results of the \
+         earlier requests there.",
     ),
     setting(
         "cache",
         "disk_bytes",
-        Kind::Bytes { least: 0, most: 1024 * TIB },
+        ValueKind::Bytes { least: 0, most: 1024 * TIB },
         Some("1GiB"),
-        "How much of what was read from the object store more than once is kept on disk; 0 keeps none. Nothing is kept of \
-         a store that is itself a folder (`file://`).",
+        "Bytes of repeated object store reads that are cached on disk; 0 means no disk cache. Reads from a `file://` \
+         store are not cached on disk.",
     ),
-    setting("cache", "dir", Kind::Path, None, "A directory for that. Unset: in the data directory."),
+    setting("cache", "dir", ValueKind::Path, None, "Directory of the disk cache. Unset: in the data directory."),
     setting(
         "tier",
         "upload_concurrency",
-        Kind::Number { least: 1, most: 256 },
+        ValueKind::Number { least: 1, most: 256 },
         Some("4"),
-        "How many segments are uploaded at the same time.",
+        "Maximum number of segments that are uploaded at the same time.",
     ),
     setting(
         "tier",
         "garbage_grace",
-        Kind::Time { least: 0, most: 3650 * DAY },
+        ValueKind::Time { least: 0, most: 3650 * DAY },
         Some("1h"),
-        "How long an object that nothing refers to is kept before it is deleted. What a broker has uploaded and not committed yet is such an \
-         object: a value below a few minutes is for trials, and may delete what a slow upload is about to commit.",
+        "Time after which an orphan object is deleted. An object that is uploaded and not committed yet is an orphan \
+         too: a value below a few minutes is for trials, and may delete the objects of a slow upload.",
     ),
     setting(
         "tier",
         "upload_grace",
-        Kind::Time { least: HOUR, most: 3650 * DAY },
+        ValueKind::Time { least: HOUR, most: 3650 * DAY },
         Some("1d"),
-        "How old a multipart upload without an end must be before it counts as one that a killed broker left, and is ended \
-         (s3 only). Longer than any upload of a segment may take.",
+        "Age at which an unfinished multipart upload counts as abandoned and is aborted (s3 only). Must exceed the \
+         duration of any segment upload.",
     ),
     setting(
         "tier",
         "check_interval",
-        Kind::Time { least: 1, most: DAY },
+        ValueKind::Time { least: 1, most: DAY },
         Some("5s"),
-        "How often retention and uploads of each partition are looked at.",
+        "Interval between two checks of retention and uploads of each partition.",
     ),
     setting(
         "tier",
         "fetch_max_wait",
-        Kind::Time { least: 1, most: 60 },
+        ValueKind::Time { least: 1, most: 60 },
         Some("5s"),
-        "How long a single read waits for records that exist and are in the object store, whatever the caller's max_wait_ms. Kafka's \
-         remote.fetch.max.wait.ms (KIP-1018). A fetch that has begun goes on behind the call, and the next one finds what it brought.",
+        "Maximum time for which one read waits for records in the object store, regardless of its max_wait_ms. Kafka's \
+         remote.fetch.max.wait.ms (KIP-1018). A started fetch continues after the read ends, and the next read finds \
+         its result.",
     ),
     setting(
         "limits",
         "memory_bytes",
-        Kind::Bytes { least: 64 * MIB, most: 1024 * TIB },
+        ValueKind::Bytes { least: 64 * MIB, most: 1024 * TIB },
         None,
-        "How much memory clients can make the broker hold, all in all. Its parts are the settings whose default is a share of it. Where some \
-         of them are set, the defaults of the others are shares of what is left.",
+        "Maximum memory in bytes that clients can make the broker use. The settings whose default is a share of it \
+         are its parts. If some parts are set, the defaults of the other parts are shares of the remaining memory.",
     ),
     setting(
         "limits",
         "produce_memory_bytes",
-        Kind::Bytes { least: MIB, most: TIB },
+        ValueKind::Bytes { least: MIB, most: TIB },
         None,
-        "How many bytes of batches may wait for their acknowledgement; above it producers are slowed down.",
+        "Maximum bytes of batches that wait for their acknowledgement; above it, producers are throttled.",
     ),
     setting(
         "limits",
         "request_memory_bytes",
-        Kind::Bytes { least: MIB, most: TIB },
+        ValueKind::Bytes { least: MIB, most: TIB },
         None,
-        "How much memory requests may take until their batches wait for an acknowledgement. One connection gets a quarter of it. Where it is \
-         used up, nothing is read from those who send, and requests that do not come end with OVERLOADED.",
+        "Maximum bytes of requests until their batches wait for an acknowledgement. One connection gets a quarter of \
+         it. At the limit, the broker stops reading from senders, and requests that do not arrive in time end with \
+         OVERLOADED.",
     ),
     setting(
         "limits",
         "response_memory_bytes",
-        Kind::Bytes { least: MIB, most: TIB },
+        ValueKind::Bytes { least: MIB, most: TIB },
         None,
-        "How much memory responses with records may take until they have been sent. One connection gets a quarter of it. Where it is used up, \
-         responses are small, and wait.",
+        "Maximum bytes of responses with records until they are sent. One connection gets a quarter of it. At the \
+         limit, responses are small and delayed.",
     ),
     setting(
         "limits",
         "decompression_memory_bytes",
-        Kind::Bytes { least: MIB, most: TIB },
+        ValueKind::Bytes { least: MIB, most: TIB },
         None,
-        "How much memory opened batches may take, all together: for reads that ask for records, and for topics that set compression.type. \
-         A batch takes up to three times the size of its records; a larger one is refused.",
+        "Maximum bytes of all decompressed batches: for reads of decoded records, and for topics that set \
+         compression.type. A batch uses up to three times the size of its records; a larger batch is refused.",
     ),
     setting(
         "limits",
         "producer_ids_per_minute",
-        Kind::Number { least: 1, most: 1_000_000 },
+        ValueKind::Number { least: 1, most: 1_000_000 },
         Some("1000"),
-        "How many idempotent producers one connection may begin in a minute. Batches with a producer id that the cluster never handed out \
-         count as well.",
+        "Maximum number of idempotent producers that one connection may start per minute. Batches with a producer id \
+         that the cluster never issued count too.",
     ),
     setting(
         "limits",
         "connections_per_address",
-        Kind::Number { least: 1, most: 1 << 30 },
+        ValueKind::Number { least: 1, most: 1 << 30 },
         None,
-        "How many connections one address, or one /64 of IPv6, may have to the gRPC listener, and to the HTTP listener; above it those that \
-         are idle make room for new ones. Unset: half of the listener's places.",
+        "Maximum number of connections of one address, or one /64 of IPv6, to the gRPC listener, and to the HTTP \
+         listener; above it, new connections replace idle ones. Unset: half of the listener's connections.",
     ),
     setting(
         "telemetry",
         "level",
-        Kind::Text,
+        ValueKind::Text,
         Some("info"),
-        "What is logged: error, warn, info, debug or trace, also by module (`info,strandline::tier=debug`).",
+        "Log level: error, warn, info, debug or trace, also by module (`info,strandline::tier=debug`).",
     ),
     setting(
         "telemetry",
         "format",
-        Kind::Word(&["text", "json"]),
+        ValueKind::Word(&["text", "json"]),
         Some("text"),
-        "How log lines are written to standard error.",
+        "Format of log lines on standard error.",
     ),
 ];
 
@@ -497,7 +506,7 @@ pub(super) fn variable(key: &str) -> String {
     format!("STRANDLINE_{}", key.replace('.', "_").to_uppercase())
 }
 
-impl Kind {
+impl ValueKind {
     /// Describes the allowed values.
     pub(super) fn allowed(self) -> String {
         match self {

@@ -9,9 +9,9 @@ use std::{
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    Settings,
-    error::{ConfigError, ConfigErrors, Source},
-    setting::{Kind, SECTIONS, SETTINGS, Setting, TOPIC_DEFAULTS, variable},
+    LoadedConfig,
+    error::{ConfigError, ConfigErrors, ValueSource},
+    setting::{SECTIONS, SETTINGS, Setting, TOPIC_DEFAULTS, ValueKind, variable},
     value::{masked, valid},
 };
 use crate::model::{TOPIC_CONFIG_KEYS, near};
@@ -20,11 +20,11 @@ use crate::model::{TOPIC_CONFIG_KEYS, near};
 const PREFIX: &str = "STRANDLINE_";
 
 /// Variables with the prefix that are not settings: the client commands read them.
-const OTHERS: [&str; 2] = ["STRANDLINE_BOOTSTRAP", "STRANDLINE_RACK"];
+const CLIENT_VARIABLES: [&str; 2] = ["STRANDLINE_BOOTSTRAP", "STRANDLINE_RACK"];
 
-/// Sources of a configuration. After all sources are collected, [`Sources::load`] checks them together.
+/// Sources of a configuration. After all sources are collected, [`ConfigSources::load`] checks them together.
 #[derive(Clone, Debug, Default)]
-pub struct Sources {
+pub struct ConfigSources {
     file: Option<(PathBuf, String)>,
     environment: Vec<(String, String)>,
     flags: Vec<(String, String)>,
@@ -33,23 +33,23 @@ pub struct Sources {
 
 /// One value with its source.
 #[derive(Clone, Debug)]
-pub(super) struct Given {
+pub(super) struct ProvidedValue {
     pub(super) text: String,
-    pub(super) source: Source,
+    pub(super) source: ValueSource,
 }
 
 /// Values after layering.
 #[derive(Debug, Default)]
-pub(super) struct Values {
+pub(super) struct ResolvedValues {
     /// Values by key of the setting.
-    pub(super) set: BTreeMap<String, Given>,
+    pub(super) set: BTreeMap<String, ProvidedValue>,
     /// Values by topic configuration key.
-    pub(super) topic: BTreeMap<String, Given>,
+    pub(super) topic: BTreeMap<String, ProvidedValue>,
     /// Errors found so far.
     pub(super) errors: Vec<ConfigError>,
 }
 
-impl Sources {
+impl ConfigSources {
     /// Creates sources with the built-in defaults only.
     pub fn new() -> Self {
         Self::default()
@@ -80,7 +80,7 @@ impl Sources {
 
     /// Checks the names of the variables that begin with `STRANDLINE_`, for any command. Their values are not checked.
     pub fn check_names(variables: impl IntoIterator<Item = (String, String)>) -> Result<(), ConfigErrors> {
-        let mut values = Values::default();
+        let mut values = ResolvedValues::default();
         for (name, _) in
             Self::new().environment(variables).environment.iter().filter(|(name, text)| !is_known(name, text))
         {
@@ -105,15 +105,15 @@ impl Sources {
     }
 
     /// Layers and checks all values. Returns the settings, or all errors.
-    pub fn load(self) -> Result<Settings, ConfigErrors> {
-        let mut values = Values::default();
+    pub fn load(self) -> Result<LoadedConfig, ConfigErrors> {
+        let mut values = ResolvedValues::default();
         for setting in SETTINGS {
             if let Some(default) = setting.default {
-                values.give(&setting.key(), default.to_owned(), Source::Default);
+                values.give(&setting.key(), default.to_owned(), ValueSource::Default);
             }
         }
         for (key, text) in self.defaults {
-            values.give(&key, text, Source::Default);
+            values.give(&key, text, ValueSource::Default);
         }
         if let Some((path, text)) = &self.file {
             values.read(path, text);
@@ -122,14 +122,14 @@ impl Sources {
             values.variable(name, text);
         }
         for (key, text) in self.flags {
-            values.give(&key, text, Source::Flag { key: key.clone() });
+            values.give(&key, text, ValueSource::Flag { key: key.clone() });
         }
-        Settings::build(values)
+        LoadedConfig::build(values)
     }
 }
 
-impl Values {
-    fn give(&mut self, key: &str, text: String, source: Source) {
+impl ResolvedValues {
+    fn give(&mut self, key: &str, text: String, source: ValueSource) {
         if key == TOPIC_DEFAULTS {
             return self.topic_list(&text, &source);
         }
@@ -138,25 +138,25 @@ impl Values {
         }
         let Some(setting) = Setting::find(key) else { return self.unknown(key, source) };
         if valid(setting.kind, &text) {
-            self.set.insert(key.to_owned(), Given { text, source });
+            self.set.insert(key.to_owned(), ProvidedValue { text, source });
         } else {
             self.invalid(key, &text, setting.kind, source);
         }
     }
 
-    fn invalid(&mut self, key: &str, text: &str, kind: Kind, place: Source) {
+    fn invalid(&mut self, key: &str, text: &str, kind: ValueKind, place: ValueSource) {
         let value = masked(text).chars().take(200).collect();
         self.errors.push(ConfigError::Value { place, key: key.to_owned(), value, allowed: kind.allowed() });
     }
 
-    fn unknown(&mut self, key: &str, place: Source) {
+    fn unknown(&mut self, key: &str, place: ValueSource) {
         let near = nearest(key);
         self.errors.push(ConfigError::Unknown { place, key: key.to_owned(), near });
     }
 
-    fn topic(&mut self, key: &str, text: String, source: Source) {
+    fn topic(&mut self, key: &str, text: String, source: ValueSource) {
         if TOPIC_CONFIG_KEYS.iter().any(|known| known.name == key) {
-            self.topic.insert(key.to_owned(), Given { text, source });
+            self.topic.insert(key.to_owned(), ProvidedValue { text, source });
         } else {
             let near = best(key, TOPIC_CONFIG_KEYS.iter().map(|known| (known.name.to_owned(), known.name.to_owned())));
             let key = format!("{TOPIC_DEFAULTS}.{key}");
@@ -164,7 +164,7 @@ impl Values {
         }
     }
 
-    fn topic_list(&mut self, text: &str, source: &Source) {
+    fn topic_list(&mut self, text: &str, source: &ValueSource) {
         for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
             match pair.split_once('=') {
                 Some((key, value)) => self.topic(key.trim(), value.trim().to_owned(), source.clone()),
@@ -178,7 +178,7 @@ impl Values {
     }
 
     fn variable(&mut self, name: String, text: String) {
-        let source = Source::Environment { name: name.clone() };
+        let source = ValueSource::Environment { name: name.clone() };
         if name == variable(TOPIC_DEFAULTS) {
             return self.topic_list(&text, &source);
         }
@@ -192,12 +192,12 @@ impl Values {
 
     fn unknown_variable(&mut self, name: &str) {
         let known = SETTINGS.iter().map(Setting::variable).chain([variable(TOPIC_DEFAULTS)]);
-        let known = known.chain(OTHERS.iter().map(|other| (*other).to_owned()));
+        let known = known.chain(CLIENT_VARIABLES.iter().map(|other| (*other).to_owned()));
         // The common prefix would make all names similar.
         let rest = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
         let candidates: Vec<_> = known.map(|name| (rest(&name), name)).collect();
         let near = best(&rest(name), candidates);
-        let place = Source::Environment { name: name.to_owned() };
+        let place = ValueSource::Environment { name: name.to_owned() };
         self.errors.push(ConfigError::Unknown { place, key: name.to_owned(), near });
     }
 
@@ -207,7 +207,7 @@ impl Values {
             Ok(table) => table.into_inner(),
             Err(error) => {
                 let place = place(error.span().map_or(0, |span| span.start));
-                return self.errors.push(ConfigError::Syntax { place, why: error.message().to_owned() });
+                return self.errors.push(ConfigError::Syntax { place, reason: error.message().to_owned() });
             }
         };
         for (name, value) in &table {
@@ -230,7 +230,7 @@ impl Values {
         }
     }
 
-    fn entry(&mut self, key: &str, value: &DeValue<'_>, source: Source) {
+    fn entry(&mut self, key: &str, value: &DeValue<'_>, source: ValueSource) {
         let Some(setting) = Setting::find(key) else { return self.unknown(key, source) };
         match text_of(setting.kind, value) {
             Some(text) => self.give(key, text, source),
@@ -240,7 +240,7 @@ impl Values {
 
     /// Reads topic configuration. Its keys contain dots: in TOML, a quoted key is one key, and a bare key means nested
     /// tables.
-    fn topics(&mut self, prefix: &str, entries: &DeTable<'_>, place: &impl Fn(usize) -> Source) {
+    fn topics(&mut self, prefix: &str, entries: &DeTable<'_>, place: &impl Fn(usize) -> ValueSource) {
         for (name, value) in entries {
             let key = format!("{prefix}{}", name.get_ref());
             let source = place(name.span().start);
@@ -260,15 +260,15 @@ impl Values {
 }
 
 /// Returns the text of a TOML value if the setting accepts values of that type.
-fn text_of(kind: Kind, value: &DeValue<'_>) -> Option<String> {
+fn text_of(kind: ValueKind, value: &DeValue<'_>) -> Option<String> {
     match (kind, value) {
-        (Kind::Number { .. } | Kind::Bytes { .. }, DeValue::Integer(number)) => {
+        (ValueKind::Number { .. } | ValueKind::Bytes { .. }, DeValue::Integer(number)) => {
             decimal(number.as_str(), number.radix())
         }
-        (Kind::Number { .. }, _) => None,
-        (Kind::Flag, DeValue::Boolean(flag)) => Some(flag.to_string()),
-        (Kind::Flag, _) => None,
-        (Kind::Urls, DeValue::Array(urls)) => {
+        (ValueKind::Number { .. }, _) => None,
+        (ValueKind::Flag, DeValue::Boolean(flag)) => Some(flag.to_string()),
+        (ValueKind::Flag, _) => None,
+        (ValueKind::Urls, DeValue::Array(urls)) => {
             let url = |value: &DeValue<'_>| value.as_str().filter(|url| !url.contains(',')).map(str::to_owned);
             let urls = urls.iter().map(|value| url(value.get_ref())).collect::<Option<Vec<_>>>()?;
             Some(urls.join(","))
@@ -300,11 +300,11 @@ fn shown(value: &DeValue<'_>) -> String {
     }
 }
 
-fn place(path: &Path, text: &str, offset: usize) -> Source {
+fn place(path: &Path, text: &str, offset: usize) -> ValueSource {
     let before = &text[..text.floor_char_boundary(offset)];
     let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
     let line = before.bytes().filter(|byte| *byte == b'\n').count() + 1;
-    Source::File { path: path.to_owned(), line, column: before[line_start..].chars().count() + 1 }
+    ValueSource::File { path: path.to_owned(), line, column: before[line_start..].chars().count() + 1 }
 }
 
 /// Returns the setting that is most similar to a key. Names are compared first, so a right name in a wrong section is
@@ -328,7 +328,7 @@ fn best(text: &str, candidates: impl IntoIterator<Item = (String, String)>) -> O
 /// Returns true if the variable is a setting, belongs to the client commands, or is set by Kubernetes.
 fn is_known(name: &str, text: &str) -> bool {
     let is_setting = name == variable(TOPIC_DEFAULTS) || SETTINGS.iter().any(|setting| setting.variable() == name);
-    is_setting || OTHERS.contains(&name) || of_kubernetes(name, text)
+    is_setting || CLIENT_VARIABLES.contains(&name) || of_kubernetes(name, text)
 }
 
 /// Returns true if Kubernetes sets the variable, for a service whose name begins with `strandline`.

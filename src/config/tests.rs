@@ -8,8 +8,8 @@ use super::{
     *,
 };
 
-fn load(text: &str) -> Result<Settings, ConfigErrors> {
-    Sources::new().file(Path::new("s.toml"), text).load()
+fn load(text: &str) -> Result<LoadedConfig, ConfigErrors> {
+    ConfigSources::new().file(Path::new("s.toml"), text).load()
 }
 
 fn error(text: &str) -> String {
@@ -66,7 +66,7 @@ format = "json"
 
 #[test]
 fn flag_overrides_environment_file_and_default() {
-    let sources = Sources::new()
+    let sources = ConfigSources::new()
         .with_default("broker.data_dir", "/dev-data")
         .file(Path::new("s.toml"), "cluster = \"file\"\n[broker]\nid = 2\nrack = \"file\"")
         .environment(variables(&[
@@ -114,13 +114,13 @@ fn unknown_key_error_names_place_and_similar_key() {
     ] {
         assert!(error(text).contains(expected), "{}\n{expected}", error(text));
     }
-    let environment = Sources::new().environment(variables(&[("STRANDLINE_GRPC_LISTN", "127.0.0.1:1")]));
-    let told = environment.load().expect_err("unknown").to_string();
+    let environment = ConfigSources::new().environment(variables(&[("STRANDLINE_GRPC_LISTN", "127.0.0.1:1")]));
+    let message = environment.load().expect_err("unknown").to_string();
     assert!(
-        told.contains("STRANDLINE_GRPC_LISTN") && told.contains("did you mean \"STRANDLINE_GRPC_LISTEN\"?"),
-        "{told}"
+        message.contains("STRANDLINE_GRPC_LISTN") && message.contains("did you mean \"STRANDLINE_GRPC_LISTEN\"?"),
+        "{message}"
     );
-    let flag = Sources::new().flag("grpc.listn", "x").load().expect_err("unknown").to_string();
+    let flag = ConfigSources::new().flag("grpc.listn", "x").load().expect_err("unknown").to_string();
     assert!(flag.contains("command line") && flag.contains("grpc.listen"), "{flag}");
 }
 
@@ -135,10 +135,11 @@ fn unknown_variable_with_prefix_is_rejected() {
         ("STRANDLINE_GRPC_PORT", None),
         ("STRANDLINE_QQQ", None),
     ] {
-        let told = Sources::new().environment(variables(&[(name, "9460")])).load().expect_err(name).to_string();
-        assert!(told.starts_with(&format!("environment variable {name}: there is no setting")), "{told}");
+        let message =
+            ConfigSources::new().environment(variables(&[(name, "9460")])).load().expect_err(name).to_string();
+        assert!(message.starts_with(&format!("environment variable {name}: there is no setting")), "{message}");
         if let Some(near) = near {
-            assert!(told.ends_with(&format!("did you mean {near:?}?")), "{told}");
+            assert!(message.ends_with(&format!("did you mean {near:?}?")), "{message}");
         }
     }
 }
@@ -146,7 +147,7 @@ fn unknown_variable_with_prefix_is_rejected() {
 /// Regression: errors name topic keys as `topic_defaults.segment.bytes`, but `--set` rejected that form.
 #[test]
 fn flag_sets_single_topic_default() {
-    let sources = Sources::new()
+    let sources = ConfigSources::new()
         .flag("topic_defaults", "segment.bytes=20000,retention.ms=5")
         .flag("topic_defaults.segment.bytes", "30000");
     let config = sources.load().expect("valid").config;
@@ -155,8 +156,8 @@ fn flag_sets_single_topic_default() {
         ("topic_defaults.segment.bytes", "5", ["topic_defaults.segment.bytes", "16384"]),
         ("topic_defaults.segment.byte", "20000", ["topic_defaults.segment.byte", "did you mean \"segment.bytes\"?"]),
     ] {
-        let told = Sources::new().flag(key, value).load().expect_err(key).to_string();
-        assert!(told.starts_with("command line") && parts.iter().all(|part| told.contains(part)), "{told}");
+        let message = ConfigSources::new().flag(key, value).load().expect_err(key).to_string();
+        assert!(message.starts_with("command line") && parts.iter().all(|part| message.contains(part)), "{message}");
     }
 }
 
@@ -170,7 +171,7 @@ fn variables_of_clients_and_kubernetes_are_ignored() {
         ("STRANDLINE_GRPC_PORT", "tcp://10.0.0.1:9460"),
         ("STRANDLINE_GRPC_PORT_9460_TCP_ADDR", "10.0.0.1"),
     ]);
-    Sources::new().environment(foreign).load().expect("Kubernetes sets such for a service of our name");
+    ConfigSources::new().environment(foreign).load().expect("Kubernetes variables are ignored");
 }
 
 #[test]
@@ -198,8 +199,8 @@ fn invalid_value_error_names_place_and_allowed_values() {
         ("cluster = \"a/b\"", ["s.toml:1:1", "cluster", "\"a/b\"", "1 to 100"]),
         ("broker = 5", ["s.toml:1:1", "broker", "", ""]),
     ] {
-        let told = error(text);
-        assert!(parts.iter().all(|part| told.contains(part)), "{told}\n{parts:?}");
+        let message = error(text);
+        assert!(parts.iter().all(|part| message.contains(part)), "{message}\n{parts:?}");
     }
 }
 
@@ -222,19 +223,20 @@ fn conflicting_values_are_rejected() {
         ("[peer]\nadvertise = \"0.0.0.0:9470\"", "s.toml:2:1: peer.advertise 0.0.0.0:9470"),
         (
             "[grpc]\nadvertise = \"b:1\"\n[peer]\nlisten = \"127.0.0.1:5\"\n[metadata]\netcd = [\"http://a:1\"]",
-            "s.toml:4:1: peer.listen 127.0.0.1:5 is loopback, and brokers would be told b:5: set peer.advertise",
+            "s.toml:4:1: peer.listen 127.0.0.1:5 is loopback, but brokers would connect to b:5: set peer.advertise",
         ),
         (
             "[grpc]\nlisten = \"127.0.0.1:1\"\nadvertise = \"10.0.0.1:1\"\n[metadata]\netcd = [\"http://a:1\"]",
-            "s.toml:2:1: peer.listen 127.0.0.1:9470 is loopback, and brokers would be told 10.0.0.1:9470: set peer.advertise",
+            "s.toml:2:1: peer.listen 127.0.0.1:9470 is loopback, but brokers would connect to 10.0.0.1:9470: set \
+             peer.advertise",
         ),
         (
             "[grpc]\nlisten = \"[fd00::1]:1\"\n[peer]\nlisten = \"0.0.0.0:5\"\n[metadata]\netcd = [\"http://a:1\"]",
-            "s.toml:4:1: peer.listen 0.0.0.0:5 is IPv4, and brokers would be told [fd00::1]:5: set peer.advertise",
+            "s.toml:4:1: peer.listen 0.0.0.0:5 is IPv4, but brokers would connect to [fd00::1]:5: set peer.advertise",
         ),
         (
             "[grpc]\nadvertise = \"10.0.0.1:1\"\n[peer]\nlisten = \"[fd00::1]:5\"\n[metadata]\netcd = [\"http://a:1\"]",
-            "s.toml:4:1: peer.listen [fd00::1]:5 is IPv6, and brokers would be told 10.0.0.1:5: set peer.advertise",
+            "s.toml:4:1: peer.listen [fd00::1]:5 is IPv6, but brokers would connect to 10.0.0.1:5: set peer.advertise",
         ),
         ("[grpc]\nlisten = \"0.0.0.0:9460\"", "set grpc.advertise"),
         ("[grpc]\nlisten = \"0.0.0.0:9460\"\nadvertise = \"0.0.0.0:9460\"", "name a host"),
@@ -245,18 +247,16 @@ fn conflicting_values_are_rejected() {
         ("[metadata]\netcd = [\"http://a\"]", "it has no port"),
         ("[metadata]\netcd = [\"http://u:secret@a:1\"]", "metadata.etcd_user and metadata.etcd_password_file"),
         ("[metadata]\netcd_ca = \"ca.pem\"", "s.toml:2:1: metadata.etcd_ca is set and metadata.etcd is not"),
-        (
-            "[metadata]\netcd = [\"https://a:1\"]\netcd_cert = \"c\"",
-            "metadata.etcd_cert needs metadata.etcd_key beside it",
-        ),
-        ("[metadata]\netcd = [\"http://a:1\"]\netcd_password_file = \"p\"", "needs metadata.etcd_user beside it"),
-        ("[metadata]\ncall_timeout = \"99ms\"", "allowed is a time from 100ms to 10s"),
+        ("[metadata]\netcd = [\"https://a:1\"]\netcd_cert = \"c\"", "metadata.etcd_cert requires metadata.etcd_key"),
+        ("[metadata]\netcd = [\"http://a:1\"]\netcd_password_file = \"p\"", "requires metadata.etcd_user"),
+        ("[metadata]\nrequest_timeout = \"99ms\"", "use a time from 100ms to 10s"),
         ("[metadata]\nsession_timeout = \"1s\"", "from 2s to 60s"),
-        ("[object_store]\nurl = \"file:///x\"\nendpoint = \"http://a\"", "goes with s3:// URLs only"),
+        ("[object_store]\nurl = \"file:///x\"\nendpoint = \"http://a\"", "is for s3:// URLs only"),
     ] {
         assert!(error(text).contains(part), "{}\n{part}", error(text));
     }
-    load("[grpc]\nlisten = \"127.0.0.1:0\"\n[http]\nlisten = \"127.0.0.1:0\"").expect("port 0 is any free one, twice");
+    load("[grpc]\nlisten = \"127.0.0.1:0\"\n[http]\nlisten = \"127.0.0.1:0\"")
+        .expect("port 0 selects a free port for each");
     for text in [
         "[grpc]\nadvertise = \"localhost:1\"\n",
         "[grpc]\nadvertise = \"b:1\"\n[peer]\nadvertise = \"b:9470\"\n",
@@ -274,18 +274,18 @@ fn etcd_password_is_read_from_file() {
     let password = dir.path().join("password");
     let text = format!(
         "[metadata]\netcd = [\"http://a:1\", \"http://b:2\"]\netcd_user = \"strandline\"\netcd_password_file = {:?}\n\
-         call_timeout = \"500ms\"",
+         request_timeout = \"500ms\"",
         password.display().to_string()
     );
     let config = load(&text).expect("valid").config;
-    let said = config.etcd().expect_err("there is no such file").to_string();
-    assert!(said.contains("metadata.etcd_password_file") && said.contains("password"), "{said}");
+    let message = config.etcd().expect_err("there is no such file").to_string();
+    assert!(message.contains("metadata.etcd_password_file") && message.contains("password"), "{message}");
     std::fs::write(&password, "").expect("written");
-    assert!(config.etcd().expect_err("empty").to_string().contains("it is empty"));
+    assert!(config.etcd().expect_err("empty").to_string().contains("the file is empty"));
     std::fs::write(&password, "a secret\n").expect("written");
     let options = config.etcd().expect("readable").expect("etcd is named");
-    assert_eq!((options.endpoints.len(), options.call_timeout), (2, Duration::from_millis(500)));
-    assert_eq!(options.login.expect("named").password, "a secret", "the line's end is an editor's");
+    assert_eq!((options.endpoints.len(), options.request_timeout), (2, Duration::from_millis(500)));
+    assert_eq!(options.login.expect("named").password, "a secret", "the line end is removed");
     assert!(options.tls.is_none());
     assert!(load("").expect("valid").config.etcd().expect("nothing to read").is_none());
 }
@@ -303,18 +303,18 @@ fn zero_means_never_or_unlimited() {
 
 #[test]
 fn all_errors_are_returned_together() {
-    let told = error("[broker]\nid = \"x\"\nrak = \"y\"\n[grpc]\nlisten = \"z\"");
-    assert_eq!(told.lines().count(), 3, "{told}");
+    let message = error("[broker]\nid = \"x\"\nrak = \"y\"\n[grpc]\nlisten = \"z\"");
+    assert_eq!(message.lines().count(), 3, "{message}");
 }
 
 #[test]
 fn invalid_toml_error_names_line_and_column() {
-    let told = error("cluster = \"a\"\n[broker\nid = 1");
-    assert!(told.starts_with("s.toml:2:"), "{told}");
+    let message = error("cluster = \"a\"\n[broker\nid = 1");
+    assert!(message.starts_with("s.toml:2:"), "{message}");
     for text in ["\u{0}", "a = ", "= 1", "[a]\n[a]", "x = 99999999999999999999", "[[broker]]\nid=1", "\"\" = 1", "é"] {
         assert!(load(text).is_err(), "{text:?}");
     }
-    let missing = Sources::new().read_file(Path::new("/nonexistent/s.toml")).expect_err("missing").to_string();
+    let missing = ConfigSources::new().read_file(Path::new("/nonexistent/s.toml")).expect_err("missing").to_string();
     assert!(missing.contains("/nonexistent/s.toml"), "{missing}");
 }
 
@@ -333,7 +333,7 @@ fn printed_configuration_loads_to_same_values() {
 /// Regression: the environment accepts the number `007` and TOML does not, so the printed file was invalid.
 #[test]
 fn number_is_printed_as_valid_toml() {
-    let from = |spelling| Sources::new().environment(variables(&[("STRANDLINE_BROKER_ID", spelling)])).load();
+    let from = |spelling| ConfigSources::new().environment(variables(&[("STRANDLINE_BROKER_ID", spelling)])).load();
     for spelling in ["007", "7"] {
         let printed = from(spelling).expect(spelling).print();
         assert!(printed.contains("\nid = 7 "), "{spelling}: {printed}");
@@ -346,12 +346,12 @@ fn number_is_printed_as_valid_toml() {
 
 #[test]
 fn passwords_are_masked_in_errors() {
-    let told = error("[object_store]\nurl = \"s3://key:secret@bucket/p\"");
-    assert!(told.contains("no user or password") && !told.contains("secret"), "{told}");
-    let told = error(
+    let message = error("[object_store]\nurl = \"s3://key:secret@bucket/p\"");
+    assert!(message.contains("no user or password") && !message.contains("secret"), "{message}");
+    let message = error(
         "[metadata]\netcd = [\"http://root:secret@a:1\", \"nonsense\"]\n[object_store]\nurl = \"ftp://u:secret@x\"",
     );
-    assert!(!told.contains("secret"), "{told}");
+    assert!(!message.contains("secret"), "{message}");
 }
 
 #[test]
@@ -378,7 +378,7 @@ fn every_setting_declaration_is_valid() {
 
 #[test]
 fn peer_address_defaults_to_host_for_clients() {
-    for (text, bound, told) in [
+    for (text, bound, advertised) in [
         ("", "127.0.0.1:9470", "127.0.0.1:9470"),
         ("[grpc]\nlisten = \"10.0.0.1:1\"", "10.0.0.1:9470", "10.0.0.1:9470"),
         ("[grpc]\nlisten = \"0.0.0.0:1\"\nadvertise = \"b7.example:2\"", "0.0.0.0:9470", "b7.example:9470"),
@@ -394,21 +394,25 @@ fn peer_address_defaults_to_host_for_clients() {
         let config = load(text).expect("valid").config;
         let bound: SocketAddr = bound.parse().expect("valid");
         assert!(config.peer.listen.port() == 0 || config.peer.listen == bound, "{text}: {}", config.peer.listen);
-        assert_eq!(config.peer.advertised(bound, &config.grpc), told, "{text}");
+        assert_eq!(config.peer.advertised(bound, &config.grpc), advertised, "{text}");
     }
 }
 
 #[test]
 fn data_directory_is_created_and_verified() {
     let dir = tempfile::tempdir().expect("a directory");
-    let mut config = Sources::new().load().expect("the defaults are valid").config;
+    let mut config = ConfigSources::new().load().expect("the defaults are valid").config;
     config.broker.data_dir = dir.path().join("a/b");
     config.prepare_data_dir().expect("made");
-    assert_eq!(std::fs::read_dir(dir.path().join("a/b")).expect("it is there").count(), 0, "the probe is gone");
+    assert_eq!(
+        std::fs::read_dir(dir.path().join("a/b")).expect("the directory exists").count(),
+        0,
+        "the probe file is removed"
+    );
     std::fs::write(dir.path().join("file"), "").expect("writes");
     config.broker.data_dir = dir.path().join("file/b");
-    let told = config.prepare_data_dir().expect_err("a file is in the way").to_string();
-    assert!(told.contains("file/b") && told.contains("broker.data_dir"), "{told}");
+    let message = config.prepare_data_dir().expect_err("a file is in the way").to_string();
+    assert!(message.contains("file/b") && message.contains("broker.data_dir"), "{message}");
 }
 
 #[test]
@@ -420,7 +424,7 @@ fn documentation_matches_settings() {
     let checked_in = std::fs::read_to_string(path).unwrap_or_default();
     assert!(
         checked_in == docs(),
-        "docs/configuration.md differs from src/config/setting.rs: make it again with \
+        "docs/configuration.md differs from src/config/setting.rs: generate it with \
          `strandline config print --docs > docs/configuration.md`"
     );
 }
@@ -434,7 +438,7 @@ fn memory_shares_follow_total() {
             config.limits.request_memory_bytes,
             config.limits.response_memory_bytes,
             config.limits.decompression_memory_bytes,
-            config.log.tail_memory_bytes,
+            config.log.tail_cache_bytes,
             config.cache.memory_bytes,
         ];
         mib.map(|bytes| bytes >> 20)
@@ -443,18 +447,18 @@ fn memory_shares_follow_total() {
     assert_eq!(
         shares("[limits]\nmemory_bytes = \"1TiB\""),
         [256, 3 << 16, 1 << 18, 512, 128, 128],
-        "more would help nobody"
+        "more memory has no effect"
     );
     let lowered = "[limits]\nmemory_bytes = \"512MiB\"\nproduce_memory_bytes = \"1MiB\"";
-    assert_eq!(shares(lowered), [1, 96, 128, 64, 64, 32], "the others stay");
+    assert_eq!(shares(lowered), [1, 96, 128, 64, 64, 32], "the other shares are unchanged");
     let raised =
         "[limits]\nmemory_bytes = \"512MiB\"\nproduce_memory_bytes = \"387MiB\"\n[cache]\nmemory_bytes = \"4MiB\"";
-    assert_eq!(shares(raised), [387, 33, 44, 22, 22, 4], "the others share what is left");
-    let said = error("[limits]\nmemory_bytes = \"512MiB\"\nproduce_memory_bytes = \"512MiB\"");
+    assert_eq!(shares(raised), [387, 33, 44, 22, 22, 4], "the other parts share the remaining memory");
+    let message = error("[limits]\nmemory_bytes = \"512MiB\"\nproduce_memory_bytes = \"512MiB\"");
     for word in
-        ["s.toml:3:1", "leaves 0 of limits.memory_bytes", "512MiB", "limits.request_memory_bytes", "less than 1MiB"]
+        ["s.toml:3:1", "leave 0 of limits.memory_bytes", "512MiB", "limits.request_memory_bytes", "less than 1MiB"]
     {
-        assert!(said.contains(word), "{word}: {said}");
+        assert!(message.contains(word), "{word}: {message}");
     }
     assert!(load("").expect("valid").config.limits.memory_bytes >= 512 << 20);
 }
@@ -463,7 +467,7 @@ fn memory_shares_follow_total() {
 fn max_replicas_follows_memory_unless_set() {
     let bound = |text: &str| load(text).expect("valid").config.broker.max_replicas;
     assert_eq!(bound("[limits]\nmemory_bytes = \"2GiB\""), 131_072);
-    assert_eq!(bound("[limits]\nmemory_bytes = \"64MiB\""), 4096, "the least");
+    assert_eq!(bound("[limits]\nmemory_bytes = \"64MiB\""), 4096, "the minimum");
     assert_eq!(bound("[limits]\nmemory_bytes = \"1024TiB\""), 10_000_000);
     assert_eq!(bound("[broker]\nmax_replicas = 7\n[limits]\nmemory_bytes = \"2GiB\""), 7);
     assert!(load("").expect("valid").print().contains("\nmax_replicas = "));
@@ -471,12 +475,12 @@ fn max_replicas_follows_memory_unless_set() {
 
 #[test]
 fn memory_shares_above_total_are_rejected() {
-    let said = error(
-        "[log]\ntail_memory_bytes = \"300MiB\"\n[cache]\nmemory_bytes = \"300MiB\"\n[limits]\nmemory_bytes = \"512MiB\"",
+    let message = error(
+        "[log]\ntail_cache_bytes = \"300MiB\"\n[cache]\nmemory_bytes = \"300MiB\"\n[limits]\nmemory_bytes = \"512MiB\"",
     );
     for word in
-        ["s.toml:2:1", "600MiB", "512MiB", "log.tail_memory_bytes 300MiB", "cache.memory_bytes", "limits.memory_bytes"]
+        ["s.toml:2:1", "600MiB", "512MiB", "log.tail_cache_bytes 300MiB", "cache.memory_bytes", "limits.memory_bytes"]
     {
-        assert!(said.contains(word), "{word}: {said}");
+        assert!(message.contains(word), "{word}: {message}");
     }
 }

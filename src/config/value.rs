@@ -2,26 +2,26 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use super::setting::Kind;
+use super::setting::ValueKind;
 
 /// Returns true if the text is a value of this kind.
-pub(super) fn valid(kind: Kind, text: &str) -> bool {
+pub(super) fn valid(kind: ValueKind, text: &str) -> bool {
     match kind {
-        Kind::Text | Kind::Path => !text.is_empty() && !text.contains('\0'),
-        Kind::Listen => text.parse::<SocketAddr>().is_ok(),
-        Kind::HostPort => host_port(text).is_some(),
-        Kind::Number { least, most } => {
+        ValueKind::Text | ValueKind::Path => !text.is_empty() && !text.contains('\0'),
+        ValueKind::Listen => text.parse::<SocketAddr>().is_ok(),
+        ValueKind::HostPort => host_port(text).is_some(),
+        ValueKind::Number { least, most } => {
             let digits = text.bytes().all(|byte| byte.is_ascii_digit());
             digits && text.parse::<u64>().is_ok_and(|number| (least..=most).contains(&number))
         }
-        Kind::Bytes { least, most } => bytes(text).is_some_and(|number| (least..=most).contains(&number)),
-        Kind::Time { least, most } => {
+        ValueKind::Bytes { least, most } => bytes(text).is_some_and(|number| (least..=most).contains(&number)),
+        ValueKind::Time { least, most } => {
             let within = |time: Duration| (Duration::from_secs(least)..=Duration::from_secs(most)).contains(&time);
             duration(text).is_some_and(within)
         }
-        Kind::Flag => matches!(text, "true" | "false"),
-        Kind::Word(words) => words.contains(&text),
-        Kind::Urls => urls(text).iter().all(|url| web_url(url)) && !text.is_empty(),
+        ValueKind::Flag => matches!(text, "true" | "false"),
+        ValueKind::Word(words) => words.contains(&text),
+        ValueKind::Urls => urls(text).iter().all(|url| web_url(url)) && !text.is_empty(),
     }
 }
 

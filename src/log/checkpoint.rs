@@ -18,37 +18,37 @@ pub(super) const NAME: &str = "checkpoint";
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Checkpoint {
     /// Sequence of the frame at which replay starts.
-    pub(super) first_round: u64,
+    pub(super) first_frame: u64,
     /// Largest generation assigned so far.
     pub(super) generation: u64,
     /// Relation of the records and the journal to the segments.
-    pub(super) standing: Standing,
-    pub(super) replicas: Vec<ReplicaRecord>,
+    pub(super) standing: CheckpointKind,
+    pub(super) replicas: Vec<ReplicaCheckpoint>,
 }
 
 /// Work of a start before the records are valid.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(super) enum CheckpointKind {
     /// Replay starts at the first frame, which is certainly in the journal. A journal without that frame is another
     /// one, or was lost.
     #[default]
     Running = 0,
     /// Written by the last step of a clean shutdown: no work remains, and the journal may be removed.
-    Clean = 1,
+    CleanShutdown = 1,
     /// All journal entries are synced in the segments, so the journal may be removed. The segments must be read from
     /// their recovery points on.
-    Settled = 2,
+    Replayed = 2,
 }
 
-impl Standing {
+impl CheckpointKind {
     fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Running, Self::Clean, Self::Settled].into_iter().find(|standing| *standing as u8 == byte)
+        [Self::Running, Self::CleanShutdown, Self::Replayed].into_iter().find(|standing| *standing as u8 == byte)
     }
 }
 
 /// Record of one replica.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ReplicaRecord {
+pub(super) struct ReplicaCheckpoint {
     pub(super) id: PartitionId,
     /// Number that grows with each creation, truncation and reset; 0 if a checkpoint was lost and the replica was not
     /// read since.
@@ -64,10 +64,10 @@ pub(super) struct ReplicaRecord {
     pub(super) producers: Arc<ProducerTable>,
     /// Reason why the replica is not served: according to the journal, durable data is missing. Kept until the replica
     /// is deleted.
-    pub(super) lost: Option<String>,
+    pub(super) refusal: Option<String>,
 }
 
-impl ReplicaRecord {
+impl ReplicaCheckpoint {
     /// Returns the record of an empty replica.
     pub(super) fn empty(id: PartitionId, generation: u64, start: Offset, now_ms: i64) -> Self {
         Self {
@@ -78,7 +78,7 @@ impl ReplicaRecord {
             segments: vec![SegmentInfo::empty(start, now_ms)],
             epochs: EpochHistory::new(),
             producers: Arc::default(),
-            lost: None,
+            refusal: None,
         }
     }
 
@@ -94,9 +94,9 @@ impl ReplicaRecord {
         }
         self.epochs.encode(out);
         self.producers.encode(out);
-        let lost = self.lost.as_deref().unwrap_or_default();
-        out.put_u32(u32::try_from(lost.len()).unwrap_or(u32::MAX));
-        out.put_slice(lost.as_bytes());
+        let refusal = self.refusal.as_deref().unwrap_or_default();
+        out.put_u32(u32::try_from(refusal.len()).unwrap_or(u32::MAX));
+        out.put_slice(refusal.as_bytes());
     }
 
     fn decode(from: &mut impl Buf) -> Option<Self> {
@@ -113,17 +113,17 @@ impl ReplicaRecord {
         let chained = segments.windows(2).all(|pair| pair[0].end == pair[1].base);
         let epochs = EpochHistory::decode(from)?;
         let producers = Arc::new(ProducerTable::decode(from)?);
-        let lost = usize::try_from(from.try_get_u32().ok()?).ok()?;
-        if from.remaining() < lost {
+        let refusal_len = usize::try_from(from.try_get_u32().ok()?).ok()?;
+        if from.remaining() < refusal_len {
             return None;
         }
-        let lost = String::from_utf8(from.copy_to_bytes(lost).to_vec()).ok()?;
-        let lost = (!lost.is_empty()).then_some(lost);
+        let refusal = String::from_utf8(from.copy_to_bytes(refusal_len).to_vec()).ok()?;
+        let refusal = (!refusal.is_empty()).then_some(refusal);
         let end = segments.last()?.end;
         // An append starts its epoch at the end or later, so no recorded epoch may start above the end.
-        let known = epochs.last().is_none_or(|(_, start)| start <= end);
-        let possible = chained && known && generation <= MAX_NUMBER;
-        possible.then_some(Self { id, generation, log_start, persisted, segments, epochs, producers, lost })
+        let is_epoch_valid = epochs.last().is_none_or(|(_, start)| start <= end);
+        let is_valid = chained && is_epoch_valid && generation <= MAX_NUMBER;
+        is_valid.then_some(Self { id, generation, log_start, persisted, segments, epochs, producers, refusal })
     }
 }
 
@@ -132,7 +132,7 @@ impl Checkpoint {
         let mut out = BytesMut::with_capacity(64 + self.replicas.len() * 192);
         out.put_slice(MAGIC);
         out.put_slice(directory.as_bytes());
-        out.put_u64(self.first_round);
+        out.put_u64(self.first_frame);
         out.put_u64(self.generation);
         out.put_u8(self.standing as u8);
         out.put_u32(u32::try_from(self.replicas.len()).unwrap_or(u32::MAX));
@@ -154,17 +154,17 @@ impl Checkpoint {
             return None;
         }
         content.advance(16);
-        let first_round = content.try_get_u64().ok()?;
+        let first_frame = content.try_get_u64().ok()?;
         let generation = content.try_get_u64().ok()?;
-        if first_round > MAX_NUMBER || generation > MAX_NUMBER {
+        if first_frame > MAX_NUMBER || generation > MAX_NUMBER {
             return None;
         }
-        let standing = Standing::from_byte(content.try_get_u8().ok()?)?;
+        let standing = CheckpointKind::from_byte(content.try_get_u8().ok()?)?;
         let mut replicas = Vec::new();
         for _ in 0..content.try_get_u32().ok()? {
-            replicas.push(ReplicaRecord::decode(&mut content)?);
+            replicas.push(ReplicaCheckpoint::decode(&mut content)?);
         }
-        content.is_empty().then_some(Self { first_round, generation, standing, replicas })
+        content.is_empty().then_some(Self { first_frame, generation, standing, replicas })
     }
 
     /// Returns the id of the data directory that a checkpoint itself names.

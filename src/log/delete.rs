@@ -10,94 +10,99 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use super::{
-    Log,
-    directory::Inner,
+    DataDir,
+    data_dir::DataDirInner,
     error::ReplicaError,
-    journal::entry::Kind,
-    shared::{Shared, replica_dir},
+    journal::entry::EntryKind,
+    state::{ReplicaInner, replica_dir},
 };
 use crate::model::{Offset, PartitionId};
 
 /// Replicas that could not be deleted, each with the error.
 type Failures = Vec<(PartitionId, ReplicaError)>;
 
-impl Log {
+impl DataDir {
     /// Deletes one replica, as [`Self::delete_replicas`] does.
     pub fn delete_replica(&self, id: PartitionId) -> Result<(), ReplicaError> {
         self.delete_replicas(&[id]).pop().map_or(Ok(()), |(_, error)| Err(error))
     }
 
     /// Deletes replicas and their files, or the files that an earlier attempt of this process left. An unknown replica
-    /// is ignored. The [`Replica`](super::Replica)s must have been dropped before. Waits for two frames of the journal.
-    /// A replica without an error in the result never reappears.
+    /// is ignored. The [`ReplicaLog`](super::ReplicaLog)s must have been dropped before. Waits for two frames of the
+    /// journal. A replica without an error in the result never reappears.
     pub fn delete_replicas(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let inner = &self.inner;
-        let (mut failures, mut known, mut left) = (Failures::new(), Vec::new(), Vec::new());
+        let (mut failures, mut replicas, mut with_files) = (Failures::new(), Vec::new(), Vec::new());
         for id in ids {
             match inner.take_known(*id) {
-                Ok(Some(shared)) => known.push(shared),
-                Ok(None) if inner.unclaimed.has_begun(*id) => left.push(*id),
+                Ok(Some(replica)) => replicas.push(replica),
+                Ok(None) if inner.strays.is_deleting(*id) => with_files.push(*id),
                 Ok(None) => {}
                 Err(error) => failures.push((*id, error)),
             }
         }
-        for shared in &known {
-            drop(shared.failed.set("the replica was deleted".to_owned()));
-            shared.core.tail.truncate(&shared.tail, Offset::ZERO);
-            sim_event!(LogChangeStarted { partition: shared.id, to: Offset::ZERO, emptied: true });
-            shared.state().generation = inner.core.next_generation();
+        for replica in &replicas {
+            drop(replica.failed.set("the replica was deleted".to_owned()));
+            replica.ctx.tail.truncate(&replica.tail, Offset::ZERO);
+            sim_event!(LogChangeStarted { partition: replica.id, to: Offset::ZERO, emptied: true });
+            replica.state().generation = inner.ctx.next_generation();
         }
-        let mut begun = inner.commit_all(known, Kind::Delete, &mut failures);
-        for shared in &begun {
-            for segment in &shared.state().segments {
-                inner.core.files.forget(segment.file.serial);
+        let mut started = inner.commit_all(replicas, EntryKind::Delete, &mut failures);
+        for replica in &started {
+            for segment in &replica.state().segments {
+                inner.ctx.files.remove(segment.file.serial);
             }
-            inner.unclaimed.begin(shared.id);
-            left.push(shared.id);
+            inner.strays.add(replica.id);
+            with_files.push(replica.id);
         }
-        let kept = inner.unclaimed.remove(&inner.core, &left);
-        begun.retain(|shared| kept.iter().all(|(id, _)| *id != shared.id));
+        let kept = inner.strays.delete(&inner.ctx, &with_files);
+        started.retain(|replica| kept.iter().all(|(id, _)| *id != replica.id));
         failures.extend(kept);
-        let settled = inner.commit_all(begun, Kind::Settled, &mut failures);
-        for _shared in &settled {
-            sim_event!(LogChangeCompleted { partition: _shared.id });
+        let completed = inner.commit_all(started, EntryKind::Completed, &mut failures);
+        for _replica in &completed {
+            sim_event!(LogChangeCompleted { partition: _replica.id });
         }
         failures
     }
 
     /// Deletes the files of replicas that are not registered. Only metadata that proves them unnecessary permits this
     /// call. A registered replica is ignored.
-    pub fn delete_unclaimed(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
+    pub fn delete_stray(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let ids: Vec<_> = ids.iter().copied().filter(|id| !self.holds(*id)).collect();
-        self.inner.unclaimed.remove(&self.inner.core, &ids)
+        self.inner.strays.delete(&self.inner.ctx, &ids)
     }
 }
 
-impl Inner {
+impl DataDirInner {
     /// Removes a replica without a writer from the registry, and returns it.
-    fn take_known(&self, id: PartitionId) -> Result<Option<Arc<Shared>>, ReplicaError> {
+    fn take_known(&self, id: PartitionId) -> Result<Option<Arc<ReplicaInner>>, ReplicaError> {
         let mut registry = self.registry();
-        if registry.open.get(&id).is_some_and(|open| open.taken.load(Ordering::Acquire)) {
+        if registry.open.get(&id).is_some_and(|open| open.writer_open.load(Ordering::Acquire)) {
             return Err(ReplicaError::Open { id });
         }
-        let (open, dormant) = (registry.open.remove(&id), registry.dormant.remove(&id));
-        let shared = |record| Shared::new(&self.core, replica_dir(&self.core.dir, id), record);
-        Ok(open.or_else(|| dormant.map(|dormant| shared(dormant.record))))
+        let (open, unopened) = (registry.open.remove(&id), registry.unopened.remove(&id));
+        let replica = |record| ReplicaInner::new(&self.ctx, replica_dir(&self.ctx.dir, id), record);
+        Ok(open.or_else(|| unopened.map(|unopened| replica(unopened.record))))
     }
 
     /// Submits an entry of each replica to the journal and waits for the results. Returns the replicas whose entry is
     /// durable.
-    fn commit_all(&self, replicas: Vec<Arc<Shared>>, kind: Kind, failures: &mut Failures) -> Vec<Arc<Shared>> {
-        let heads = replicas.iter().map(|shared| {
-            let generation = shared.state().generation;
-            (shared, shared.head(kind, generation, Offset::ZERO, Offset::ZERO))
+    fn commit_all(
+        &self,
+        replicas: Vec<Arc<ReplicaInner>>,
+        kind: EntryKind,
+        failures: &mut Failures,
+    ) -> Vec<Arc<ReplicaInner>> {
+        let heads = replicas.iter().map(|replica| {
+            let generation = replica.state().generation;
+            (replica, replica.entry_header(kind, generation, Offset::ZERO, Offset::ZERO))
         });
-        let outcomes = self.core.commit_all(heads);
+        let outcomes = self.ctx.commit_all(heads);
         let mut done = Vec::new();
-        for (shared, outcome) in replicas.into_iter().zip(outcomes) {
+        for (replica, outcome) in replicas.into_iter().zip(outcomes) {
             match outcome {
-                Ok(()) => done.push(shared),
-                Err(error) => failures.push((shared.id, ReplicaError::Failed { reason: error.to_string() })),
+                Ok(()) => done.push(replica),
+                Err(error) => failures.push((replica.id, ReplicaError::Failed { reason: error.to_string() })),
             }
         }
         done

@@ -48,7 +48,7 @@ impl EpochHistory {
     /// Records that a batch at `start` has this epoch. Returns false if the epoch or the offset decreases, which no log
     /// may contain.
     #[must_use]
-    pub fn note(&mut self, epoch: LeaderEpoch, start: Offset) -> bool {
+    pub fn record(&mut self, epoch: LeaderEpoch, start: Offset) -> bool {
         match self.starts.last() {
             Some((last, _)) if *last == epoch => true,
             Some((last, last_start)) if *last > epoch || *last_start > start => false,
@@ -66,7 +66,7 @@ impl EpochHistory {
     /// Returns the largest epoch of this log not above `epoch`, and its end, in a log that ends at `log_end`. Returns
     /// `None` if every epoch is newer.
     pub fn end_of(&self, epoch: LeaderEpoch, log_end: Offset) -> Option<(LeaderEpoch, Offset)> {
-        let after = self.starts.partition_point(|(known, _)| *known <= epoch);
+        let after = self.starts.partition_point(|(other, _)| *other <= epoch);
         let found = self.starts.get(after.checked_sub(1)?)?.0;
         Some((found, self.starts.get(after).map_or(log_end, |(_, start)| *start)))
     }
@@ -132,27 +132,27 @@ mod tests {
     fn history() -> EpochHistory {
         let mut history = EpochHistory::new();
         for (epoch, start) in [(1, 0), (3, 10), (4, 25)] {
-            assert!(history.note(LeaderEpoch(epoch), at(start)));
+            assert!(history.record(LeaderEpoch(epoch), at(start)));
         }
         history
     }
 
     #[test]
-    fn the_end_of_an_epoch_is_where_the_next_begins() {
+    fn epoch_ends_at_the_start_of_the_next() {
         let history = history();
         assert_eq!(history.end_of(LeaderEpoch(0), at(30)), None);
         assert_eq!(history.end_of(LeaderEpoch(1), at(30)), Some((LeaderEpoch(1), at(10))));
-        assert_eq!(history.end_of(LeaderEpoch(2), at(30)), Some((LeaderEpoch(1), at(10))), "KIP-279: the one below");
+        assert_eq!(history.end_of(LeaderEpoch(2), at(30)), Some((LeaderEpoch(1), at(10))), "KIP-279: the lower one");
         assert_eq!(history.end_of(LeaderEpoch(9), at(30)), Some((LeaderEpoch(4), at(30))));
         assert_eq!(history.at(at(9)), Some(LeaderEpoch(1)));
         assert_eq!(history.at(at(10)), Some(LeaderEpoch(3)));
     }
 
     #[test]
-    fn an_epoch_never_falls() {
+    fn decreasing_epoch_is_rejected() {
         let mut history = history();
-        assert!(!history.note(LeaderEpoch(3), at(40)));
-        assert!(history.note(LeaderEpoch(4), at(40)), "the same epoch goes on");
+        assert!(!history.record(LeaderEpoch(3), at(40)));
+        assert!(history.record(LeaderEpoch(4), at(40)), "the same epoch is accepted");
         assert_eq!(history, self::history());
     }
 

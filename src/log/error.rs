@@ -6,9 +6,10 @@ use crate::model::{BrokerId, Offset, PartitionId};
 
 /// Error of opening a data directory.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub enum DataDirError {
     /// Another process uses the directory.
-    #[error("data directory {} is in use by another process{}: stop it, or give this one another directory (broker.data_dir, --data-dir)",
+    #[error("data directory {} is in use by another process{}: stop that process, or set another directory \
+        (broker.data_dir, --data-dir)",
         dir.display(), pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default())]
     InUse {
         /// Path of the directory.
@@ -17,7 +18,7 @@ pub enum OpenError {
         pid: Option<u32>,
     },
     /// A newer version wrote the directory.
-    #[error("data directory {} has format {found}; this version knows up to {known}: start the newer version",
+    #[error("data directory {} has format {found}, and this version reads formats up to {known}: start a newer version",
         dir.display())]
     Newer {
         /// Path of the directory.
@@ -28,8 +29,9 @@ pub enum OpenError {
         known: u32,
     },
     /// The directory belongs to another cluster or broker.
-    #[error("data directory {} belongs to broker {found_broker} of cluster {found_cluster:?}, this is broker {broker} \
-        of {cluster:?}: give the right directory or configuration", dir.display())]
+    #[error("data directory {} belongs to broker {found_broker} of cluster {found_cluster:?}, and this is broker \
+        {broker} of cluster {cluster:?}: correct the directory (broker.data_dir, --data-dir) or the \
+        configuration", dir.display())]
     Foreign {
         /// Path of the directory.
         dir: PathBuf,
@@ -43,9 +45,10 @@ pub enum OpenError {
         broker: BrokerId,
     },
     /// The directory holds data and no identity file.
-    #[error("data directory {} holds {found}, and not strandline.json, which says whose they are. Put that file back{}; or, if this \
-        data is not wanted, name an empty directory (broker.data_dir, --data-dir)", dir.display(), card.as_ref()
-        .map(|card| format!(" (by the checkpoint, if it is this broker's directory, it reads {card})")).unwrap_or_default())]
+    #[error("data directory {} holds {found} and no strandline.json, the file that names its owner: restore that \
+        file{}, or set an empty directory (broker.data_dir, --data-dir) if this data is not needed", dir.display(),
+        card.as_ref().map(|card| format!(" (with the content {card}, if the directory is this broker's)"))
+            .unwrap_or_default())]
     Unidentified {
         /// Path of the directory.
         dir: PathBuf,
@@ -54,21 +57,23 @@ pub enum OpenError {
         /// Content that the identity file should have, according to the checkpoint.
         card: Option<String>,
     },
-    /// The directory was not stopped cleanly, and the journal that it used is missing.
-    #[error("data directory {} was not stopped cleanly, and its journal is not in {}: {why}. Acknowledged records may be in it \
-        alone. Mount its device, or name its folder (log.journal_dir). To go on without it and lose them, start once with \
-        log.accept_journal_loss = true", dir.display(), journal_dir.display())]
+    /// The directory was not closed cleanly, and the journal that it used is missing.
+    #[error("data directory {} was not closed cleanly, and its journal is not in {} ({reason}): mount the journal's \
+        device, or set the journal's directory (log.journal_dir); to start without the journal, and lose \
+        the acknowledged records that only the journal holds, start once with log.accept_journal_loss = true",
+        dir.display(), journal_dir.display())]
     JournalLost {
         /// Path of the directory.
         dir: PathBuf,
         /// Directory that was searched for the journal.
         journal_dir: PathBuf,
         /// Content of that directory.
-        why: String,
+        reason: String,
     },
     /// Another data directory uses the journal's directory.
-    #[error("{} holds the journal of another data directory (id {other}): give data directory {} a journal folder of its own \
-        (log.journal_dir), or empty that one if the other directory is gone", journal_dir.display(), dir.display())]
+    #[error("{} holds the journal of another data directory (id {other}): set another journal directory for data \
+        directory {} (log.journal_dir), or empty this one if the other data directory no longer \
+        exists", journal_dir.display(), dir.display())]
     JournalForeign {
         /// Path of the directory.
         dir: PathBuf,
@@ -78,8 +83,8 @@ pub enum OpenError {
         other: uuid::Uuid,
     },
     /// The disk has no space for the journal.
-    #[error("log.journal_bytes = {bytes} is more than {} has room for: {free} bytes are free. Set it lower, or name a folder on a \
-        larger device (log.journal_dir)", journal_dir.display())]
+    #[error("log.journal_bytes = {bytes} does not fit into {}, where {free} bytes are free: set a lower value, or a \
+        directory on a larger device (log.journal_dir)", journal_dir.display())]
     JournalTooLarge {
         /// Directory of the journal.
         journal_dir: PathBuf,
@@ -89,13 +94,14 @@ pub enum OpenError {
         free: u64,
     },
     /// The identity file does not parse.
-    #[error("{} is damaged: {why}; restore it, or move the directory away and let the broker copy its data again",
+    #[error("{} is corrupt ({reason}): restore the file, or move the data directory away so that the broker copies its \
+        data again",
         file.display())]
-    Damaged {
+    Corrupt {
         /// Path of the file.
         file: PathBuf,
         /// Error in the content.
-        why: String,
+        reason: String,
     },
     /// The file system returned an error.
     #[error("data directory {}: cannot {what}: {source}", path.display())]
@@ -113,26 +119,26 @@ pub enum OpenError {
 #[derive(Debug, thiserror::Error)]
 pub enum ReplicaError {
     /// The replica has a writer already.
-    #[error("partition {id} is open already")]
+    #[error("partition {id} is already open")]
     Open {
         /// Partition of the replica.
         id: PartitionId,
     },
     /// Acknowledged data is missing. The files stay unchanged.
-    #[error("partition {id} has lost data: it held offsets up to {persisted} on stable storage, and {why}. Its files in {} \
-        are kept and not served; delete this replica to copy the partition again", dir.display())]
+    #[error("partition {id} has lost data below its persisted end {persisted} ({reason}), and its files in {} are kept \
+        but not served: delete this replica to copy the partition again", dir.display())]
     Lost {
         /// Partition of the replica.
         id: PartitionId,
         /// Persisted end of the replica.
         persisted: Offset,
         /// Description of the missing data.
-        why: String,
+        reason: String,
         /// Directory of the replica's files.
         dir: PathBuf,
     },
     /// The data directory accepts no writes.
-    #[error("the data directory takes no writes: {reason}")]
+    #[error("the data directory accepts no writes: {reason}")]
     Failed {
         /// Reason of the refusal.
         reason: String,
@@ -151,19 +157,19 @@ pub enum ReplicaError {
 
 /// Error of an append. None of its batches is in the log.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum AppendError {
+pub enum LogAppendError {
     /// The disk has no space. Appends work again when it has space.
     #[error("the disk is full")]
     DiskFull,
     /// The replica accepts no writes any longer.
-    #[error("the replica takes no writes: {reason}")]
+    #[error("the replica accepts no writes: {reason}")]
     Failed {
         /// Reason of the refusal.
         reason: String,
     },
 }
 
-impl AppendError {
+impl LogAppendError {
     /// Returns true if the same call may succeed later.
     pub fn retryable(&self) -> bool {
         matches!(self, Self::DiskFull)
@@ -189,8 +195,8 @@ pub enum ChangeError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PersistError {
     /// The batches were truncated meanwhile.
-    #[error("the log was cut before these records were persisted")]
-    Cut,
+    #[error("the log was truncated before these records were persisted")]
+    Truncated,
     /// A write or a sync failed, which is final.
     #[error("not persisted: {reason}")]
     Failed {
@@ -204,9 +210,9 @@ pub enum PersistError {
 
 /// Error of a read.
 #[derive(Debug, thiserror::Error)]
-pub enum ReadError {
+pub enum LogReadError {
     /// The offset is not on this disk.
-    #[error("offset {offset} is not on this disk, which holds {start} to {end}")]
+    #[error("offset {offset} is not on this disk, which holds {start}..{end}")]
     OutOfRange {
         /// Requested offset.
         offset: Offset,
@@ -215,9 +221,9 @@ pub enum ReadError {
         /// Log end.
         end: Offset,
     },
-    /// The bytes differ from those that were written, and are not returned.
-    #[error("offset {offset} cannot be read: {} is damaged at byte {position}: {why}", file.display())]
-    Damaged {
+    /// The bytes differ from the written bytes, and are not returned.
+    #[error("offset {offset} cannot be read: {} is corrupt at byte {position}: {reason}", file.display())]
+    Corrupt {
         /// First offset that cannot be read.
         offset: Offset,
         /// Path of the segment file.
@@ -225,10 +231,10 @@ pub enum ReadError {
         /// Position of the corruption in the file.
         position: u64,
         /// Description of the corruption.
-        why: String,
+        reason: String,
     },
     /// The batch is larger than the memory of the reader.
-    #[error("the batch has {bytes} bytes, and there is memory for fewer")]
+    #[error("the batch has {bytes} bytes, which exceeds the memory of the reader")]
     BatchTooLarge {
         /// Size of the batch in bytes.
         bytes: usize,

@@ -3,14 +3,14 @@
 use std::{io, path::PathBuf, sync::Arc};
 
 use super::{
-    disk::{File, Mode},
+    disk::{File, OpenMode},
     epochs::EpochHistory,
     index::{Index, IndexEntry},
     producers::ProducerTable,
-    recover::tables_at,
-    replica::Replica,
+    recovery::tables_at,
     segment::SegmentInfo,
     snapshot::Snapshot,
+    writer::ReplicaLog,
 };
 use crate::model::Offset;
 
@@ -37,30 +37,30 @@ impl SegmentExport {
     }
 }
 
-impl Replica {
+impl ReplicaLog {
     /// Exports the sealed segment at `base`; fails with `NotFound` if there is none. The segment is made durable here
     /// first: a log that ends below the tiered end after a power failure could not be led from. Blocks. If the index or
     /// the snapshot is missing, it reads the segment, and earlier ones.
     pub fn export(&self, base: Offset) -> io::Result<SegmentExport> {
-        let shared = &self.shared;
+        let inner = &self.inner;
         let (info, file, epochs, segments) = {
-            let state = shared.state();
+            let state = inner.state();
             let sealed = &state.segments[..state.segments.len() - 1];
             let found = sealed.iter().find(|segment| segment.info.base == base).ok_or(io::ErrorKind::NotFound)?;
             let segments: Vec<SegmentInfo> = state.segments.iter().map(|segment| segment.info).collect();
             (found.info, found.file.clone(), state.epochs.between(base, found.info.end), segments)
         };
-        if shared.state().persisted_end < info.end {
-            shared.sync().map_err(io::Error::other)?;
+        if inner.state().persisted_end < info.end {
+            inner.sync().map_err(io::Error::other)?;
         }
-        let open = shared.core.files.get(file.serial, &file.path, Mode::Read)?;
+        let open = inner.ctx.files.get(file.serial, &file.path, OpenMode::Read)?;
         let index: Index = self.reader().load_index(&info, &*open.file)?;
-        let snapshot = Snapshot::read(&*shared.core.disk, &shared.dir, info.end);
+        let snapshot = Snapshot::read(&*inner.ctx.disk, &inner.dir, info.end);
         let producers = match snapshot.ok().flatten() {
             Some(snapshot) => snapshot.producers,
-            None => match tables_at(&shared.core, &shared.dir, &segments, info.end)? {
+            None => match tables_at(&inner.ctx, &inner.dir, &segments, info.end)? {
                 (_, tables, None) => tables.producers,
-                (.., Some(why)) => return Err(io::Error::new(io::ErrorKind::InvalidData, why)),
+                (.., Some(reason)) => return Err(io::Error::new(io::ErrorKind::InvalidData, reason)),
             },
         };
         let index = index.entries().to_vec();
@@ -68,21 +68,21 @@ impl Replica {
     }
 
     /// Returns the local start, and the epoch history and producer state before it. With them another replica can start
-    /// at the same offset (`Replica::reset_with`). Blocks. Fails with `InvalidData` if their file is corrupt or
+    /// at the same offset ([`ReplicaLog::reset_with`]). Blocks. Fails with `InvalidData` if their file is corrupt or
     /// missing.
     pub fn tables_at_start(&self) -> io::Result<(Offset, EpochHistory, ProducerTable)> {
-        let shared = &self.shared;
+        let inner = &self.inner;
         let (start, before) = {
-            let state = shared.state();
+            let state = inner.state();
             let start = state.local_start();
             (start, state.epochs.between(Offset::ZERO, start))
         };
         // A move of the start to this offset wrote the snapshot first. A log that has never had earlier data has no
         // snapshot.
-        match Snapshot::read(&*shared.core.disk, &shared.dir, start)? {
+        match Snapshot::read(&*inner.ctx.disk, &inner.dir, start)? {
             Some(Snapshot { epochs, producers }) => Ok((start, epochs, producers)),
             None if before.last().is_none() => Ok((start, EpochHistory::new(), ProducerTable::new())),
-            None => Err(io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot at {start} is gone"))),
+            None => Err(io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot at {start} is missing"))),
         }
     }
 }

@@ -13,24 +13,24 @@ use crate::{model::Offset, record::Batch};
 /// Decodes the journal frame at the front of `bytes`. A payload that does not match its entry is refused as well.
 pub fn round(bytes: &Bytes) -> Option<Vec<u8>> {
     let directory = Uuid::from_slice(bytes.get(12..28)?).ok()?;
-    let round = entry::decode(bytes, directory)?;
+    let frame = entry::decode(bytes, directory)?;
     let mut entries = Vec::new();
     let mut payload_bytes = 0;
-    for read in &round.entries {
-        if !read.whole(bytes) {
+    for entry in &frame.entries {
+        if !entry.whole(bytes) {
             return None;
         }
-        let mut payload = bytes.slice(read.payload.clone());
+        let mut payload = bytes.slice(entry.payload.clone());
         let mut batches = Vec::new();
         while payload.has_remaining() {
             batches.push(Batch::split_from(&mut payload).ok()?);
         }
-        payload_bytes += read.payload.len();
-        entries.push((read.head, batches));
+        payload_bytes += entry.payload.len();
+        entries.push((entry.head, batches));
     }
-    let mut out = vec![0; entry::round_bytes(entries.len(), payload_bytes)];
+    let mut out = vec![0; entry::max_frame_bytes(entries.len(), payload_bytes)];
     let entries = entries.iter().map(|(head, batches)| (head, batches.as_slice()));
-    entry::encode(&mut out, directory, round.sequence, entries);
+    entry::encode(&mut out, directory, frame.sequence, entries);
     Some(out)
 }
 

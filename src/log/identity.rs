@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{
     checkpoint::{self, Checkpoint},
     disk::Disk,
-    error::OpenError,
+    error::DataDirError,
     journal::replay,
     segment::base_of,
 };
@@ -29,7 +29,7 @@ pub const METADATA: &str = "metadata.redb";
 
 /// The cluster and broker that open a data directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Identity {
+pub struct DataDirIdentity {
     /// Name of the cluster.
     pub cluster: String,
     /// Id of the broker.
@@ -37,7 +37,7 @@ pub struct Identity {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Card {
+struct IdentityFile {
     format: u32,
     #[serde(default)]
     cluster: String,
@@ -50,35 +50,35 @@ struct Card {
     generation: u64,
 }
 
-impl Card {
-    fn new(identity: &Identity, id: Uuid) -> Self {
-        let Identity { cluster, broker } = identity;
+impl IdentityFile {
+    fn new(identity: &DataDirIdentity, id: Uuid) -> Self {
+        let DataDirIdentity { cluster, broker } = identity;
         let directory_id = id.to_string();
         Self { format: FORMAT, cluster: cluster.clone(), broker: broker.0, directory_id, generation: 0 }
     }
 }
 
-pub(super) fn io_error(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> OpenError {
+pub(super) fn io_error(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> DataDirError {
     let path = path.to_owned();
-    move |source| OpenError::Io { path, what, source }
+    move |source| DataDirError::Io { path, what, source }
 }
 
 /// Creates the directory if it is absent, and locks it for this process.
-pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, OpenError> {
-    disk.create_dir_all(dir).map_err(io_error(dir, "make the directory"))?;
+pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, DataDirError> {
+    disk.create_dir_all(dir).map_err(io_error(dir, "create the directory"))?;
     let path = dir.join("lock");
     match disk.lock(&path) {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
             let text = disk.read(&path).unwrap_or_default();
             let pid = String::from_utf8_lossy(&text).trim().parse().ok();
-            Err(OpenError::InUse { dir: dir.to_owned(), pid })
+            Err(DataDirError::InUse { dir: dir.to_owned(), pid })
         }
         other => other.map_err(io_error(&path, "lock the directory")),
     }
 }
 
 /// Returns the directory's id. A new directory is assigned to `identity`; a directory that holds data is not new.
-pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &Identity) -> Result<Uuid, OpenError> {
+pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &DataDirIdentity) -> Result<Uuid, DataDirError> {
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         // The directory may be new. A process that may not read the parent did not create the directory.
         match disk.sync_dir(parent) {
@@ -89,61 +89,61 @@ pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &Identity) -> Result<
         }
     }
     let path = dir.join(NAME);
-    let damaged = |why: String| OpenError::Damaged { file: path.clone(), why };
+    let corrupt = |reason: String| DataDirError::Corrupt { file: path.clone(), reason };
     let text = match disk.read(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let found = remains(disk, dir).map_err(io_error(dir, "list the directory"))?;
             if !found.is_empty() {
                 let id = Checkpoint::owner(disk, dir);
-                let card = id.and_then(|id| serde_json::to_string(&Card::new(identity, id)).ok());
-                return Err(OpenError::Unidentified { dir: dir.to_owned(), found: found.join(", "), card });
+                let card = id.and_then(|id| serde_json::to_string(&IdentityFile::new(identity, id)).ok());
+                return Err(DataDirError::Unidentified { dir: dir.to_owned(), found: found.join(", "), card });
             }
             let id = random::uuid();
-            let card = Card::new(identity, id);
-            let text = serde_json::to_vec_pretty(&card).map_err(|error| damaged(error.to_string()))?;
+            let file = IdentityFile::new(identity, id);
+            let text = serde_json::to_vec_pretty(&file).map_err(|error| corrupt(error.to_string()))?;
             disk.replace(&path, &text).map_err(io_error(&path, "write"))?;
             return Ok(id);
         }
         Err(error) => return Err(io_error(&path, "read")(error)),
     };
-    let card: Card = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
-    if card.format > FORMAT {
-        return Err(OpenError::Newer { dir: dir.to_owned(), found: card.format, known: FORMAT });
+    let file: IdentityFile = serde_json::from_slice(&text).map_err(|error| corrupt(error.to_string()))?;
+    if file.format > FORMAT {
+        return Err(DataDirError::Newer { dir: dir.to_owned(), found: file.format, known: FORMAT });
     }
-    if card.cluster != identity.cluster || card.broker != identity.broker.0 {
-        return Err(OpenError::Foreign {
+    if file.cluster != identity.cluster || file.broker != identity.broker.0 {
+        return Err(DataDirError::Foreign {
             dir: dir.to_owned(),
-            found_cluster: card.cluster,
-            found_broker: BrokerId(card.broker),
+            found_cluster: file.cluster,
+            found_broker: BrokerId(file.broker),
             cluster: identity.cluster.clone(),
             broker: identity.broker,
         });
     }
-    Uuid::try_parse(&card.directory_id).map_err(|error| damaged(format!("directory_id: {error}")))
+    Uuid::try_parse(&file.directory_id).map_err(|error| corrupt(format!("directory_id: {error}")))
 }
 
 /// Returns the highest cluster generation that the directory records; 0 if it records none.
-pub(super) fn generation(disk: &dyn Disk, dir: &Path) -> Result<u64, OpenError> {
+pub(super) fn generation(disk: &dyn Disk, dir: &Path) -> Result<u64, DataDirError> {
     Ok(read(disk, dir)?.generation)
 }
 
 /// Records a cluster generation durably if it is higher than the recorded one.
-pub(super) fn note_generation(disk: &dyn Disk, dir: &Path, generation: u64) -> Result<(), OpenError> {
-    let card = read(disk, dir)?;
-    if card.generation >= generation {
+pub(super) fn record_generation(disk: &dyn Disk, dir: &Path, generation: u64) -> Result<(), DataDirError> {
+    let file = read(disk, dir)?;
+    if file.generation >= generation {
         return Ok(());
     }
     let path = dir.join(NAME);
-    let text = serde_json::to_vec_pretty(&Card { generation, ..card }).expect("a plain struct");
+    let text = serde_json::to_vec_pretty(&IdentityFile { generation, ..file }).expect("a plain struct is valid JSON");
     disk.replace(&path, &text).map_err(io_error(&path, "write"))
 }
 
 /// Reads the identity file of an opened directory.
-fn read(disk: &dyn Disk, dir: &Path) -> Result<Card, OpenError> {
+fn read(disk: &dyn Disk, dir: &Path) -> Result<IdentityFile, DataDirError> {
     let path = dir.join(NAME);
     let text = disk.read(&path).map_err(io_error(&path, "read"))?;
-    serde_json::from_slice(&text).map_err(|error| OpenError::Damaged { file: path, why: error.to_string() })
+    serde_json::from_slice(&text).map_err(|error| DataDirError::Corrupt { file: path, reason: error.to_string() })
 }
 
 /// Returns the content of a directory that can hold data. An interrupted first start leaves none, because the identity

@@ -33,7 +33,7 @@ pub(super) struct Index {
 
 impl Index {
     /// Adds a batch. The first batch gets an entry, and so does one at least an interval after the last entry.
-    pub(super) fn note(&mut self, offset: Offset, position: u64, max_before: i64) {
+    pub(super) fn add_batch(&mut self, offset: Offset, position: u64, max_before: i64) {
         let due = self.entries.last().is_none_or(|last| position >= u64::from(last.position) + INTERVAL);
         if let (true, Ok(position)) = (due, u32::try_from(position)) {
             self.entries.push(IndexEntry { offset, position, max_before });
@@ -96,13 +96,13 @@ impl Index {
             }
             entries.push(IndexEntry { offset, position, max_before });
         }
-        let ordered =
+        let is_ordered =
             entries.is_sorted_by(|a, b| a.position < b.position && a.offset < b.offset && a.max_before <= b.max_before);
-        let whole = match entries.first() {
+        let is_complete = match entries.first() {
             Some(first) => first.offset == base && first.position == 0,
             None => segment_bytes == 0,
         };
-        (ordered && whole).then_some(Self { entries })
+        (is_ordered && is_complete).then_some(Self { entries })
     }
 }
 
@@ -113,10 +113,10 @@ fn body<'a>(file: &'a [u8], magic: &[u8; 8], base: Offset, segment_bytes: u64) -
         return None;
     }
     let mut head = content.get(..HEAD)?;
-    let right = head.get(..8)? == magic;
+    let is_match = head.get(..8)? == magic;
     head.advance(8);
-    let right = right && head.get_u64() == base.get() && head.get_u64() == segment_bytes;
+    let is_match = is_match && head.get_u64() == base.get() && head.get_u64() == segment_bytes;
     let count = usize::try_from(head.get_u32()).ok()?;
     let entries = &content[HEAD..];
-    (right && entries.len().is_multiple_of(ENTRY) && entries.len() / ENTRY == count).then_some(entries)
+    (is_match && entries.len().is_multiple_of(ENTRY) && entries.len() / ENTRY == count).then_some(entries)
 }

@@ -6,23 +6,25 @@
 //! ```text
 //! {data}/strandline.json                                    identity file: format, cluster, broker, directory id
 //! {data}/lock                                               locked while a process uses the directory
-//! {data}/uptimes.json                                       incarnations of this broker that the metadata may name
-//! {data}/producer-ids.json                                  end of the newest block of producer ids that this broker received
+//! {data}/incarnations.json                                  incarnations of this broker that the metadata may name
+//! {data}/producer-ids.json                                  end of this broker's newest block of producer ids
 //! {data}/reserve                                            disk space for a start on a full disk
-//! {data}/checkpoint                                         description of every replica, so that a start reads no segments
+//! {data}/checkpoint                                         description of every replica; a start reads no segments
 //! {data}/journal/{slot:05}.journal                          the ring
 //! {data}/{topic-id}/{partition}/{base:020}.log              a segment: complete batches and nothing else
-//!                                        .log.aside-{n}     a quarantined segment, found at a replica's creation; never read
-//!                                        .index .timeindex  caches: file position at which a read starts
-//!                                        .snapshot          epoch history and producer state at the base; a cache above the start
-//!                                        .reset             the snapshot of a reset in progress
+//!                                        .log.quarantined-{n}  a segment found at a replica's creation; never read
+//!                                        .index .timeindex     caches: file position at which a read starts
+//!                                        .snapshot             epoch history and producer state at the base
+//!                                        .reset                the snapshot of a reset in progress
 //! ```
 //!
-//! A [`Replica`] is the single writer of a partition. [`Replica::append`] writes batches to the active segment through
-//! the page cache, and readers see them at once. [`Replica::persist`] submits the same bytes to the journal. One writer
-//! thread collects the entries of all replicas, writes them as one frame with one direct write to preallocated blocks,
-//! and completes them. Another thread syncs the segments in the background. A [`Reader`] reads from the tail cache,
-//! else from a file. A read from a file checks every batch before it returns the batch.
+//! Every snapshot is a cache, except the one at the local start.
+//!
+//! A [`ReplicaLog`] is the single writer of a partition. [`ReplicaLog::append`] writes batches to the active segment
+//! through the page cache, and readers see them at once. [`ReplicaLog::persist`] submits the same bytes to the journal.
+//! One writer thread collects the entries of all replicas, writes them as one frame with one direct write to
+//! preallocated blocks, and completes them. Another thread syncs the segments in the background. A [`LogReader`] reads
+//! from the tail cache, else from a file. A read from a file checks every batch before it returns the batch.
 //!
 //! # Invariants
 //!
@@ -63,58 +65,59 @@
 //!
 //! # Shutdown
 //!
-//! [`Log::close`] refuses appends, writes the indexes of active segments, syncs, stops the threads and writes the
-//! checkpoint of a clean shutdown. Dropping a [`Log`] only stops the threads: the next start recovers as after a crash.
+//! [`DataDir::close`] refuses appends, writes the indexes of active segments, syncs, stops the threads and writes the
+//! checkpoint of a clean shutdown. Dropping a [`DataDir`] only stops the threads: the next start recovers as after a
+//! crash.
 
-mod change;
+mod budget;
 mod checkpoint;
-mod core;
+mod context;
+mod data_dir;
 mod delete;
-mod directory;
 pub mod disk;
 mod epochs;
 mod error;
 mod export;
-mod files;
+mod file_cache;
 #[doc(hidden)]
 pub mod fuzzing;
-mod growth;
 mod identity;
+mod incarnations;
 mod index;
 mod journal;
+mod preallocate;
 mod producer_block;
 mod producer_memory;
 mod producers;
 mod reader;
-mod recover;
+mod recovery;
 mod removed;
-mod replica;
-mod reserve;
 mod segment;
-mod shared;
 mod snapshot;
+mod stall;
 mod startup;
+mod state;
 mod status;
-mod stuck;
+mod strays;
 mod sync;
-mod tail;
-mod unclaimed;
-mod uptime;
+mod tail_cache;
+mod truncate;
+mod writer;
 
 #[cfg(test)]
 mod tests;
 
-pub use self::core::{Options, Stepper};
-pub use directory::Log;
-pub use disk::{Disk, Mode, PrivateDir, RealDisk, SimDisk, Stamp, give_back, write_out};
+pub use self::context::{LogOptions, SimHook};
+pub use data_dir::DataDir;
+pub use disk::{Disk, OpenMode, PrivateDir, RealDisk, SimDisk, SyncStamp, free_in_steps, write_out};
 pub use epochs::EpochHistory;
-pub use error::{AppendError, ChangeError, OpenError, PersistError, ReadError, ReplicaError};
+pub use error::{ChangeError, DataDirError, LogAppendError, LogReadError, PersistError, ReplicaError};
 pub use export::SegmentExport;
-pub use identity::{FORMAT, Identity, METADATA, NAME as IDENTITY};
+pub use identity::{DataDirIdentity, FORMAT, METADATA, NAME as IDENTITY};
 pub use index::IndexEntry;
-pub use journal::Done;
-pub use producers::{ProducerTable, Verdict};
-pub use reader::{Read, ReadLimits, Reader};
-pub use replica::{Held, Replica};
+pub use journal::PersistCallback;
+pub use producers::{ProducerTable, SequenceCheck};
+pub use reader::{LogReader, ReadBatches, ReadLimits};
 pub use segment::SegmentInfo;
-pub use status::{Space, Status};
+pub use status::{DataDirStatus, DiskSpace};
+pub use writer::{ReplicaLog, StateRef};

@@ -14,7 +14,7 @@ use super::{disk::Disk, identity::FORMAT};
 const NAME: &str = "producer-ids.json";
 
 #[derive(Serialize, Deserialize)]
-struct Mark {
+struct ProducerIdsFile {
     format: u32,
     /// First counter above the block.
     end: i64,
@@ -27,18 +27,20 @@ pub(super) fn read(disk: &dyn Disk, dir: &Path) -> io::Result<i64> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
         read => read?,
     };
-    match serde_json::from_slice::<Mark>(&text) {
-        Ok(mark) if mark.end >= 0 => Ok(mark.end),
+    match serde_json::from_slice::<ProducerIdsFile>(&text) {
+        Ok(file) if file.end >= 0 => Ok(file.end),
         Ok(_) | Err(_) => {
-            tracing::warn!(path = %path.display(), "the mark of this directory's producer ids is damaged: the metadata store's counter is \
-                 taken at its word");
+            tracing::warn!(
+                path = %path.display(),
+                "the producer id file is corrupt and is ignored: the metadata store's counter is used unverified"
+            );
             Ok(0)
         }
     }
 }
 
 /// Records the end of a block, durably.
-pub(super) fn note(disk: &dyn Disk, dir: &Path, end: i64) -> io::Result<()> {
-    let text = serde_json::to_vec_pretty(&Mark { format: FORMAT, end }).expect("numbers are JSON");
+pub(super) fn write_end(disk: &dyn Disk, dir: &Path, end: i64) -> io::Result<()> {
+    let text = serde_json::to_vec_pretty(&ProducerIdsFile { format: FORMAT, end }).expect("numbers are valid JSON");
     disk.replace(&dir.join(NAME), &text)
 }

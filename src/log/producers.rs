@@ -16,7 +16,7 @@
 //!   producers that wrote first, so the time of their application does not matter. A table that was restored without
 //!   the expiration, and receives it later, equals a table that had it from the start.
 //! - While the tables of all replicas exceed [`ProducerMemory`], a table with [`CROWDED_PRODUCERS`] producers accepts
-//!   no new one ([`Verdict::Full`], which only leaders check). At most that many of its producers keep more than
+//!   no new one ([`SequenceCheck::Full`], which only leaders check). At most that many of its producers keep more than
 //!   [`SHORT_WINDOW_BATCHES`] batches. The set of known producers never depends on this limit.
 
 use std::collections::BTreeMap;
@@ -44,7 +44,7 @@ const SHORT_WINDOW_BATCHES: usize = 16;
 /// The producers of one partition, with the last batches of each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProducerTable {
-    producers: BTreeMap<i64, Producer>,
+    producers: BTreeMap<i64, ProducerState>,
     /// Ids of the producers, by the base offset of their last batch.
     by_last: BTreeMap<Offset, i64>,
     /// The same for producers that keep more than [`SHORT_WINDOW_BATCHES`] batches.
@@ -57,16 +57,16 @@ pub struct ProducerTable {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Producer {
+struct ProducerState {
     epoch: i16,
     /// Partition time at the append of the last batch, in milliseconds.
     last_ms: i64,
     /// Last batches, oldest first: at least one, and at most `limits::MAX_BATCHES_PER_PRODUCER`.
-    batches: Vec<Written>,
+    batches: Vec<BatchMetadata>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Written {
+struct BatchMetadata {
     sequence: i32,
     count: u32,
     base: Offset,
@@ -76,7 +76,7 @@ struct Written {
 
 /// Result of checking the sequence of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum SequenceCheck {
     /// The next batch of its producer, to be appended.
     New,
     /// A batch that was appended before at `base..end`. The response returns that range.
@@ -137,7 +137,7 @@ impl ProducerTable {
 
     /// Returns the approximate memory of the table, in bytes.
     fn bytes(&self) -> usize {
-        self.producers.len() * PRODUCER_BYTES + self.batches * size_of::<Written>()
+        self.producers.len() * PRODUCER_BYTES + self.batches * size_of::<BatchMetadata>()
     }
 
     /// Returns the number of known producers.
@@ -158,50 +158,50 @@ impl ProducerTable {
 
     /// Checks a batch of `count` records with this stamp. `sent` is the fingerprint of the batch as the client sent it;
     /// `None` if the broker built the batch from records in the request.
-    pub fn check(&self, stamp: ProducerSequence, count: u32, sent: Option<Fingerprint>) -> Verdict {
+    pub fn check(&self, stamp: ProducerSequence, count: u32, sent: Option<Fingerprint>) -> SequenceCheck {
         let Some(producer) = self.producers.get(&stamp.id) else {
             return match self.memory.exceeded() {
-                _ if stamp.base_sequence != 0 => Verdict::Unknown,
-                Some(max_bytes) if self.producers.len() >= CROWDED_PRODUCERS => Verdict::Full { max_bytes },
-                _ => Verdict::New,
+                _ if stamp.base_sequence != 0 => SequenceCheck::Unknown,
+                Some(max_bytes) if self.producers.len() >= CROWDED_PRODUCERS => SequenceCheck::Full { max_bytes },
+                _ => SequenceCheck::New,
             };
         };
         if stamp.epoch < producer.epoch {
-            return Verdict::Fenced { current: producer.epoch };
+            return SequenceCheck::Fenced { current: producer.epoch };
         }
         if stamp.epoch > producer.epoch {
             let first = stamp.base_sequence == 0;
-            return if first { Verdict::New } else { Verdict::OutOfOrder { expected: 0 } };
+            return if first { SequenceCheck::New } else { SequenceCheck::OutOfOrder { expected: 0 } };
         }
-        let same = |batch: &&Written| batch.sequence == stamp.base_sequence && batch.count == count;
+        let same = |batch: &&BatchMetadata| batch.sequence == stamp.base_sequence && batch.count == count;
         if let Some(batch) = producer.batches.iter().find(same) {
             return if batch.fingerprint.can_store(sent) {
-                Verdict::Duplicate { base: batch.base, end: batch.base.plus(u64::from(batch.count)) }
+                SequenceCheck::Duplicate { base: batch.base, end: batch.base.plus(u64::from(batch.count)) }
             } else {
-                Verdict::Conflict { base: batch.base }
+                SequenceCheck::Conflict { base: batch.base }
             };
         }
         let expected = producer.next();
-        if stamp.base_sequence == expected { Verdict::New } else { Verdict::OutOfOrder { expected } }
+        if stamp.base_sequence == expected { SequenceCheck::New } else { SequenceCheck::OutOfOrder { expected } }
     }
 
-    /// Returns true if [`Self::note`] of this batch would change the table.
+    /// Returns true if [`Self::record_batch`] of this batch would change the table.
     pub(super) fn takes(&self, batch: &Batch) -> bool {
         batch.producer().is_some() || batch.max_timestamp() > self.time_ms
     }
 
     /// Records an appended batch. A batch that is not its producer's next one restarts the state of the producer: the
     /// leader accepted the batch, and this replica copies it.
-    pub fn note(&mut self, batch: &Batch) {
+    pub fn record_batch(&mut self, batch: &Batch) {
         self.time_ms = self.time_ms.max(batch.max_timestamp());
         let Some(stamp) = batch.producer() else { return };
-        let written = Written {
+        let written = BatchMetadata {
             sequence: stamp.base_sequence,
             count: batch.count(),
             base: batch.base_offset(),
             fingerprint: batch.fingerprint(),
         };
-        let fresh = || Producer { epoch: stamp.epoch, last_ms: i64::MIN, batches: Vec::with_capacity(1) };
+        let fresh = || ProducerState { epoch: stamp.epoch, last_ms: i64::MIN, batches: Vec::with_capacity(1) };
         let producer = self.producers.entry(stamp.id).or_insert_with(fresh);
         self.batches -= producer.batches.len();
         if let Some(last) = producer.batches.last() {
@@ -232,7 +232,7 @@ impl ProducerTable {
         }
     }
 
-    /// Returns true if [`Self::forget_expired`] would remove a producer.
+    /// Returns true if [`Self::remove_expired`] would remove a producer.
     pub(super) fn has_expired(&self, expiration_ms: Option<i64>) -> bool {
         let Some((expiration_ms, (_, id))) = expiration_ms.zip(self.by_last.first_key_value()) else { return false };
         self.time_ms.saturating_sub(self.producers[id].last_ms) > expiration_ms
@@ -240,7 +240,7 @@ impl ProducerTable {
 
     /// Removes the producers that have written nothing for longer than `expiration_ms` of partition time. `None`
     /// removes none.
-    pub fn forget_expired(&mut self, expiration_ms: Option<i64>) {
+    pub fn remove_expired(&mut self, expiration_ms: Option<i64>) {
         while self.has_expired(expiration_ms) {
             self.forget_first();
         }
@@ -292,7 +292,7 @@ impl ProducerTable {
             }
             let mut batches = Vec::with_capacity(count);
             for _ in 0..count {
-                batches.push(Written::decode(from)?);
+                batches.push(BatchMetadata::decode(from)?);
             }
             let last = batches.last()?.base;
             if table.by_last.insert(last, id).is_some() || table.producers.len() == limits::MAX_PRODUCERS {
@@ -302,7 +302,7 @@ impl ProducerTable {
                 table.long.insert(last, id);
             }
             table.batches += count;
-            table.producers.insert(id, Producer { epoch, last_ms, batches });
+            table.producers.insert(id, ProducerState { epoch, last_ms, batches });
         }
         // If times decreased as offsets grow, replicas would remove different producers.
         let times = table.by_last.values().map(|id| table.producers[id].last_ms);
@@ -326,7 +326,7 @@ impl ProducerTable {
 /// batch.
 const LOG_APPEND_TIME: u8 = 1 << 3;
 
-impl Written {
+impl BatchMetadata {
     fn encode(&self, out: &mut impl BufMut) {
         out.put_i32(self.sequence);
         out.put_u32(self.count);
@@ -350,7 +350,7 @@ impl Written {
     }
 }
 
-impl Producer {
+impl ProducerState {
     /// Returns the sequence number after the last batch; 0 follows 2^31 - 1.
     fn next(&self) -> i32 {
         let last = self.batches.last().expect("a producer has a batch");

@@ -11,12 +11,12 @@ use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
-    disk::{File, Mode},
+    disk::{File, OpenMode},
     epochs::EpochHistory,
-    error::ReadError,
+    error::LogReadError,
     index::{Index, IndexEntry},
     segment::{self, SegmentFile, SegmentInfo},
-    shared::Shared,
+    state::ReplicaInner,
 };
 use crate::{
     limits,
@@ -29,7 +29,7 @@ const RETRIES: usize = 8;
 
 /// Complete batches. The concatenated chunks are their bytes. The first batch may start before the requested offset.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Read {
+pub struct ReadBatches {
     /// Bytes of the batches, in order.
     pub chunks: Vec<Bytes>,
     /// Offset after the last batch; the requested offset if there is none.
@@ -38,7 +38,7 @@ pub struct Read {
     pub bytes: usize,
 }
 
-impl Read {
+impl ReadBatches {
     pub(super) fn empty(from: Offset) -> Self {
         Self { chunks: Vec::new(), next: from, bytes: 0 }
     }
@@ -63,12 +63,12 @@ impl From<usize> for ReadLimits {
 /// Reader of one replica, concurrent with its writer. Each read ends at a bound that the caller gives, which is never
 /// above the log end.
 #[derive(Clone)]
-pub struct Reader {
-    shared: Arc<Shared>,
+pub struct LogReader {
+    inner: Arc<ReplicaInner>,
 }
 
 /// A segment at the start of a read.
-struct Place {
+struct SegmentView {
     info: SegmentInfo,
     file: Arc<SegmentFile>,
     sealed: bool,
@@ -77,63 +77,68 @@ struct Place {
     epochs: Arc<EpochHistory>,
 }
 
-impl Reader {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared }
+impl LogReader {
+    pub(super) fn new(inner: Arc<ReplicaInner>) -> Self {
+        Self { inner }
     }
 
     /// Waits for a permit to read from the disk; dropping the permit returns it. Internal reads, such as those of
     /// recovery, need none.
-    pub async fn disk_turn(&self) -> OwnedSemaphorePermit {
-        let turn = Arc::clone(&self.shared.core.disk_reads).acquire_owned().await;
-        turn.expect("the semaphore is never closed")
+    pub async fn acquire_disk_permit(&self) -> OwnedSemaphorePermit {
+        let permit = Arc::clone(&self.inner.ctx.disk_reads).acquire_owned().await;
+        permit.expect("the semaphore is never closed")
     }
 
     /// Returns the partition of the replica.
     pub fn id(&self) -> PartitionId {
-        self.shared.id
+        self.inner.id
     }
 
     /// Returns the first offset that can be read from any tier.
     pub fn log_start(&self) -> Offset {
-        self.shared.state().log_start
+        self.inner.state().log_start
     }
 
     /// Returns the first offset on this disk.
     pub fn local_start(&self) -> Offset {
-        self.shared.state().local_start()
+        self.inner.state().local_start()
     }
 
     /// Returns the first offset that is not written yet.
     pub fn log_end(&self) -> Offset {
-        self.shared.state().log_end()
+        self.inner.state().log_end()
     }
 
     /// Returns the last epoch; `None` if nothing was written and the history before the log is not recorded.
     pub fn last_epoch(&self) -> Option<LeaderEpoch> {
-        self.shared.state().epochs.last().map(|(epoch, _)| epoch)
+        self.inner.state().epochs.last().map(|(epoch, _)| epoch)
     }
 
     /// Returns the cached batches of `from..bound`: about `max_bytes` of them, and at least one. Returns `None` if the
     /// first one is not cached. Never blocks.
-    pub fn read_memory(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<Read> {
+    pub fn read_memory(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<ReadBatches> {
         if from >= bound {
-            return Some(Read::empty(from));
+            return Some(ReadBatches::empty(from));
         }
-        self.shared.tail.read(from, bound, max_bytes)
+        self.inner.tail.read(from, bound, max_bytes)
     }
 
     /// Returns the batches of `from..bound` in the segment of `from`: as many as the limits allow, and at least one.
     /// Blocks. A batch with a wrong checksum, offset or epoch is never returned.
-    pub fn read_disk(&self, from: Offset, bound: Offset, limits: impl Into<ReadLimits>) -> Result<Read, ReadError> {
+    pub fn read_disk(
+        &self,
+        from: Offset,
+        bound: Offset,
+        limits: impl Into<ReadLimits>,
+    ) -> Result<ReadBatches, LogReadError> {
         let limits = limits.into();
-        self.consistently(|| {
+        self.retry_if_truncated(|| {
             if from >= bound {
-                return Ok(Read::empty(from));
+                return Ok(ReadBatches::empty(from));
             }
-            let place = self.place(from)?;
-            let start = self.entry(&place, |index| index.at(from))?;
-            self.read_from(&place, start, from, bound, limits)
+            let view = self.segment_view(from)?;
+            let start = self.entry(&view, |index| index.at(from))?;
+            self.read_from(&view, start, from, bound, limits)
         })
     }
 
@@ -144,7 +149,7 @@ impl Reader {
         &self,
         timestamp_ms: i64,
         bound: Offset,
-    ) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
+    ) -> Result<Option<(Offset, i64, LeaderEpoch)>, LogReadError> {
         let found = self.batch_for_time(timestamp_ms, self.log_start(), bound, usize::MAX)?;
         Ok(found.map(|batch| (batch.base_offset(), batch.max_timestamp(), batch.leader_epoch().unwrap_or_default())))
     }
@@ -158,24 +163,24 @@ impl Reader {
         from: Offset,
         bound: Offset,
         max_batch_bytes: usize,
-    ) -> Result<Option<Batch>, ReadError> {
+    ) -> Result<Option<Batch>, LogReadError> {
         let limits = ReadLimits { max_bytes: limits::SEARCH_BYTES, max_batch_bytes };
-        self.consistently(|| {
+        self.retry_if_truncated(|| {
             let bases: Vec<Offset> = {
-                let state = self.shared.state();
+                let state = self.inner.state();
                 let later = |info: &SegmentInfo| info.max_timestamp >= timestamp_ms && info.end > from;
                 state.segments.iter().map(|segment| segment.info).filter(later).map(|info| info.base).collect()
             };
             for base in bases {
-                let place = self.place(base)?;
-                let start = self.entry(&place, |index| {
+                let view = self.segment_view(base)?;
+                let start = self.entry(&view, |index| {
                     let entries = [index.before_time(timestamp_ms), index.at(from)];
                     entries.into_iter().flatten().max_by_key(|entry| entry.position)
                 })?;
                 let mut at = start.offset;
                 let mut entry = start;
-                while at < place.info.end.min(bound) {
-                    let read = self.read_from(&place, entry, at, place.info.end.min(bound), limits)?;
+                while at < view.info.end.min(bound) {
+                    let read = self.read_from(&view, entry, at, view.info.end.min(bound), limits)?;
                     let mut bytes = read.chunks.into_iter().next().unwrap_or_default();
                     if bytes.is_empty() {
                         break;
@@ -194,26 +199,26 @@ impl Reader {
     }
 
     /// Runs a read, and repeats it if the log was truncated meanwhile: a failure may not have been corruption.
-    fn consistently<T>(&self, mut read: impl FnMut() -> Result<T, ReadError>) -> Result<T, ReadError> {
+    fn retry_if_truncated<T>(&self, mut read: impl FnMut() -> Result<T, LogReadError>) -> Result<T, LogReadError> {
         for _ in 0..RETRIES {
-            let generation = self.shared.state().generation;
+            let generation = self.inner.state().generation;
             let result = read();
-            let state = self.shared.state();
-            let gone = match &result {
-                Err(ReadError::Io { source, .. }) => source.kind() == io::ErrorKind::NotFound,
+            let state = self.inner.state();
+            let is_missing = match &result {
+                Err(LogReadError::Io { source, .. }) => source.kind() == io::ErrorKind::NotFound,
                 _ => false,
             };
-            if state.generation == generation && !gone {
+            if state.generation == generation && !is_missing {
                 return result;
             }
         }
         read()
     }
 
-    fn place(&self, offset: Offset) -> Result<Place, ReadError> {
-        let state = self.shared.state();
+    fn segment_view(&self, offset: Offset) -> Result<SegmentView, LogReadError> {
+        let state = self.inner.state();
         let after = state.segments.partition_point(|segment| segment.info.base <= offset);
-        let out = || ReadError::OutOfRange { offset, start: state.local_start(), end: state.log_end() };
+        let out = || LogReadError::OutOfRange { offset, start: state.local_start(), end: state.log_end() };
         let i = after.checked_sub(1).ok_or_else(out)?;
         let segment = &state.segments[i];
         if offset >= segment.info.end && segment.info.bytes > 0 {
@@ -221,55 +226,59 @@ impl Reader {
         }
         let sealed = i + 1 < state.segments.len();
         let (file, epochs, generation) = (segment.file.clone(), state.epochs.clone(), state.generation);
-        Ok(Place { info: segment.info, file, sealed, generation, epochs })
+        Ok(SegmentView { info: segment.info, file, sealed, generation, epochs })
     }
 
     /// Returns the index entry at which the read starts.
-    fn entry(&self, place: &Place, pick: impl Fn(&Index) -> Option<IndexEntry>) -> Result<IndexEntry, ReadError> {
-        let first = IndexEntry { offset: place.info.base, position: 0, max_before: i64::MIN };
-        if !place.sealed {
-            let mut state = self.shared.state();
-            if state.index.is_none() && state.generation == place.generation {
+    fn entry(
+        &self,
+        view: &SegmentView,
+        pick: impl Fn(&Index) -> Option<IndexEntry>,
+    ) -> Result<IndexEntry, LogReadError> {
+        let first = IndexEntry { offset: view.info.base, position: 0, max_before: i64::MIN };
+        if !view.sealed {
+            let mut state = self.inner.state();
+            if state.index.is_none() && state.generation == view.generation {
                 drop(state);
-                let index = self.active_index(&place.info, &place.file).map_err(|error| io_error(place, error))?;
-                state = self.shared.state();
+                let index = self.active_index(&view.info, &view.file).map_err(|error| io_error(view, error))?;
+                state = self.inner.state();
                 // The writer may have loaded or extended the index meanwhile. Its index then takes precedence.
-                let same = state.active().info.bytes == place.info.bytes && state.generation == place.generation;
+                let same = state.active().info.bytes == view.info.bytes && state.generation == view.generation;
                 if state.index.is_none() && same {
                     state.index = Some(index);
                 }
             }
-            if state.active().info.base == place.info.base {
+            if state.active().info.base == view.info.base {
                 return Ok(state.index.as_ref().and_then(&pick).unwrap_or(first));
             }
         }
-        let open = self.open(place)?;
+        let open = self.open(view)?;
         let mut cached = open.index.lock().unwrap_or_else(PoisonError::into_inner);
         let index = match &*cached {
             Some(index) => index.clone(),
             None => {
-                let index = self.load_index(&place.info, &*open.file).map_err(|error| io_error(place, error))?;
+                let index = self.load_index(&view.info, &*open.file).map_err(|error| io_error(view, error))?;
                 cached.insert(Arc::new(index)).clone()
             }
         };
         Ok(pick(&index).unwrap_or(first))
     }
 
-    fn open(&self, place: &Place) -> Result<Arc<super::files::OpenFile>, ReadError> {
-        let files = &self.shared.core.files;
-        files.get(place.file.serial, &place.file.path, Mode::Read).map_err(|error| io_error(place, error))
+    fn open(&self, view: &SegmentView) -> Result<Arc<super::file_cache::OpenFile>, LogReadError> {
+        let files = &self.inner.ctx.files;
+        files.get(view.file.serial, &view.file.path, OpenMode::Read).map_err(|error| io_error(view, error))
     }
 
     /// Returns the index of the active segment at the length in `info`.
     pub(super) fn active_index(&self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Index> {
-        let open = self.shared.core.files.get(file.serial, &file.path, Mode::Read)?;
+        let open = self.inner.ctx.files.get(file.serial, &file.path, OpenMode::Read)?;
         self.load_index(info, &*open.file)
     }
 
     /// Returns the index of a segment from its files, or rebuilds it from the segment.
     pub(super) fn load_index(&self, info: &SegmentInfo, file: &dyn File) -> io::Result<Index> {
-        let disk = &self.shared.core.disk;
-        let read = |extension| disk.read(&self.shared.path(info.base, extension));
+        let disk = &self.inner.ctx.disk;
+        let read = |extension| disk.read(&self.inner.path(info.base, extension));
         if let (Ok(offsets), Ok(times)) = (read("index"), read("timeindex"))
             && let Some(index) = Index::decode(&offsets, &times, info.base, info.bytes)
         {
@@ -278,52 +287,52 @@ impl Reader {
         let mut index = Index::default();
         let mut max_before = i64::MIN;
         let end = segment::scan(file, info.bytes, 0, info.base, None, |position, batch| {
-            index.note(batch.base_offset(), position, max_before);
+            index.add_batch(batch.base_offset(), position, max_before);
             max_before = max_before.max(batch.max_timestamp());
         })?;
         // The index of a corrupt segment ends at the corruption. A read there returns the error.
         if end.damage.is_none() {
             let (offsets, times) = index.encode(info.base, info.bytes);
-            let written = disk.write(&self.shared.path(info.base, "index"), &offsets);
-            drop(written.and_then(|_| disk.write(&self.shared.path(info.base, "timeindex"), &times)));
+            let written = disk.write(&self.inner.path(info.base, "index"), &offsets);
+            drop(written.and_then(|_| disk.write(&self.inner.path(info.base, "timeindex"), &times)));
         }
         Ok(index)
     }
 
     fn read_from(
         &self,
-        place: &Place,
+        view: &SegmentView,
         start: IndexEntry,
         from: Offset,
         bound: Offset,
         ReadLimits { max_bytes, max_batch_bytes }: ReadLimits,
-    ) -> Result<Read, ReadError> {
-        let open = self.open(place)?;
+    ) -> Result<ReadBatches, LogReadError> {
+        let open = self.open(view)?;
         let mut position = u64::from(start.position);
         let gap = usize::try_from(super::index::INTERVAL).unwrap_or(4096);
-        let mut want = max_bytes.clamp(HEADER_BYTES, limits::MAX_FETCH_BYTES) + gap;
+        let mut read_bytes = max_bytes.clamp(HEADER_BYTES, limits::MAX_FETCH_BYTES) + gap;
         let (mut expected, mut epoch) = (start.offset, None);
         loop {
-            let left = usize::try_from(place.info.bytes.saturating_sub(position)).unwrap_or(usize::MAX);
-            let mut buffer = vec![0; want.min(left)];
-            let read = open.file.read_at(&mut buffer, position).map_err(|error| io_error(place, error))?;
+            let left = usize::try_from(view.info.bytes.saturating_sub(position)).unwrap_or(usize::MAX);
+            let mut buffer = vec![0; read_bytes.min(left)];
+            let read = open.file.read_at(&mut buffer, position).map_err(|error| io_error(view, error))?;
             buffer.truncate(read);
-            let whole = Bytes::from(buffer);
-            let mut rest = whole.clone();
+            let data = Bytes::from(buffer);
+            let mut rest = data.clone();
             let (mut first, mut end, mut next) = (None, 0, from);
             while !rest.is_empty() && expected < bound {
-                let at = whole.len() - rest.len();
+                let at = data.len() - rest.len();
                 let needed = match needed_at(&rest) {
                     // The batch extends beyond the buffer, but not beyond the file.
-                    Ok(needed) if needed > rest.len() && needed <= left - at && read == want.min(left) => break,
+                    Ok(needed) if needed > rest.len() && needed <= left - at && read == read_bytes.min(left) => break,
                     Ok(needed) if first.is_some_and(|first| at + needed - first > max_bytes) => break,
                     other => other,
                 };
-                let batch = match needed.and_then(|needed| checked(place, &mut rest, needed, expected, epoch)) {
+                let batch = match needed.and_then(|needed| checked(view, &mut rest, needed, expected, epoch)) {
                     Ok(batch) => batch,
                     // The batches before the corruption are returned. A read from the corruption on returns the error.
                     Err(_) if first.is_some() => break,
-                    Err(why) => return Err(damage(place, expected, position + at as u64, why)),
+                    Err(reason) => return Err(corrupt(view, expected, position + at as u64, reason)),
                 };
                 let needed = batch.encoded_len();
                 if batch.end_offset() > bound {
@@ -337,22 +346,22 @@ impl Reader {
                 }
             }
             if let Some(first) = first {
-                return Ok(Read { chunks: vec![whole.slice(first..end)], next, bytes: end - first });
+                return Ok(ReadBatches { chunks: vec![data.slice(first..end)], next, bytes: end - first });
             }
-            if whole.len() >= left && rest.is_empty() && expected <= from {
-                let why = format!("the segment ends at offset {expected}");
-                return Err(damage(place, from, place.info.bytes, why));
+            if data.len() >= left && rest.is_empty() && expected <= from {
+                let reason = format!("the segment ends at offset {expected}");
+                return Err(corrupt(view, from, view.info.bytes, reason));
             }
             if expected >= bound {
-                return Ok(Read::empty(from));
+                return Ok(ReadBatches::empty(from));
             }
             // The batch is longer than the buffer. Its length was just read and is possible.
-            position += (whole.len() - rest.len()) as u64;
+            position += (data.len() - rest.len()) as u64;
             let bytes = if rest.len() >= HEADER_BYTES { Batch::framed_len(&rest).unwrap_or(0) } else { 0 };
             if bytes > max_batch_bytes {
-                return Err(ReadError::BatchTooLarge { bytes });
+                return Err(LogReadError::BatchTooLarge { bytes });
             }
-            want = want.max(bytes);
+            read_bytes = read_bytes.max(bytes);
         }
     }
 }
@@ -368,27 +377,29 @@ fn needed_at(rest: &Bytes) -> Result<usize, String> {
 
 /// Returns the batch of `needed` bytes at the front of `rest`, if it is the batch that was written there.
 fn checked(
-    place: &Place,
+    view: &SegmentView,
     rest: &mut Bytes,
     needed: usize,
     expected: Offset,
     epoch: Option<LeaderEpoch>,
 ) -> Result<Batch, String> {
     if needed > rest.len() {
-        return Err(format!("{needed} bytes are needed and {} are there", rest.len()));
+        return Err(format!("{needed} bytes are needed and {} are present", rest.len()));
     }
     let batch = segment::next(rest, expected, epoch)?;
-    match (place.epochs.at(expected), batch.leader_epoch()) {
-        (Some(known), Some(epoch)) if known != epoch => Err(format!("its leader epoch is {epoch}, not {known}")),
+    match (view.epochs.at(expected), batch.leader_epoch()) {
+        (Some(recorded), Some(epoch)) if recorded != epoch => {
+            Err(format!("its leader epoch is {epoch}, not {recorded}"))
+        }
         _ => Ok(batch),
     }
 }
 
-fn io_error(place: &Place, source: io::Error) -> ReadError {
-    ReadError::Io { file: place.file.path.clone(), source }
+fn io_error(view: &SegmentView, source: io::Error) -> LogReadError {
+    LogReadError::Io { file: view.file.path.clone(), source }
 }
 
-fn damage(place: &Place, offset: Offset, position: u64, why: String) -> ReadError {
-    let file: PathBuf = place.file.path.clone();
-    ReadError::Damaged { offset, file, position, why }
+fn corrupt(view: &SegmentView, offset: Offset, position: u64, reason: String) -> LogReadError {
+    let file: PathBuf = view.file.path.clone();
+    LogReadError::Corrupt { offset, file, position, reason }
 }

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
 };
 
-use super::files::OpenFile;
+use super::file_cache::OpenFile;
 
 /// Divisor of the log's open files: removed files are at most that share.
 pub(super) const OPEN_FILES_SHARE: usize = 4;
@@ -47,14 +47,14 @@ impl RemovedFiles {
             if Arc::get_mut(&mut file.file).is_none() {
                 continue;
             }
-            if !self.give_back(&file) {
+            if !self.free_in_steps(&file) {
                 self.lock().files.push_front(Arc::new(file));
             }
         }
     }
 
     /// Frees the disk space of a file in steps. Returns false if [`Self::stop`] came before the end of the file.
-    fn give_back(&self, file: &OpenFile) -> bool {
+    fn free_in_steps(&self, file: &OpenFile) -> bool {
         loop {
             let (is_stopped, waiting) = {
                 let state = self.lock();
@@ -64,11 +64,11 @@ impl RemovedFiles {
                 return false;
             }
             // A file that arrives at a full queue is closed at once, so the steps are larger while the queue is long.
-            match file.file.give_back_step(waiting > self.max / 2) {
+            match file.file.free_step(waiting > self.max / 2) {
                 Ok(true) => {}
                 Ok(false) => return true,
                 Err(error) => {
-                    tracing::debug!(%error, "the room of a removed file is given back at once");
+                    tracing::debug!(%error, "cannot free the space of a removed file in steps: freeing it at once");
                     return true;
                 }
             }
@@ -104,7 +104,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        log::{Disk as _, Mode, RealDisk},
+        log::{Disk as _, OpenMode, RealDisk},
         task,
     };
 
@@ -117,17 +117,17 @@ mod tests {
         let disk = RealDisk::default();
         disk.create_dir_all(folder.path()).unwrap();
         let removed = RemovedFiles::new(8 * OPEN_FILES_SHARE);
-        let mut held = Vec::new();
+        let mut handles = Vec::new();
         for name in ["first", "second"] {
             let path = folder.path().join(name);
-            let file = disk.open(&path, Mode::Write).unwrap();
+            let file = disk.open(&path, OpenMode::Write).unwrap();
             // The file is sparse: it has this length and no disk space.
             file.truncate(BYTES).unwrap();
-            held.push(fs::File::open(&path).unwrap());
+            handles.push(fs::File::open(&path).unwrap());
             fs::remove_file(&path).unwrap();
             removed.keep(Arc::new(OpenFile { file, index: Mutex::default() }));
         }
-        let len = |at: usize| held[at].metadata().unwrap().len();
+        let len = |at: usize| handles[at].metadata().unwrap().len();
         let removed = Arc::new(removed);
         let runs = Arc::clone(&removed);
         let running = task::spawn_thread("removed-files", move || runs.run());

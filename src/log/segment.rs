@@ -57,7 +57,7 @@ impl SegmentInfo {
     }
 
     /// Records the time of a write, before its batches are recorded.
-    pub(super) fn note_write(&mut self, now_ms: i64) {
+    pub(super) fn record_write(&mut self, now_ms: i64) {
         if self.bytes == 0 {
             self.created_ms = now_ms;
         }
@@ -65,7 +65,7 @@ impl SegmentInfo {
         self.written_ms = if self.bytes == 0 { now_ms } else { self.written_ms.max(now_ms) };
     }
 
-    pub(super) fn note(&mut self, batch: &Batch) {
+    pub(super) fn extend(&mut self, batch: &Batch) {
         self.end = batch.end_offset();
         self.bytes += batch.encoded_len() as u64;
         self.max_timestamp = self.max_timestamp.max(batch.max_timestamp());
@@ -200,7 +200,7 @@ pub(super) fn scan(
             let read = file.read_at(&mut buffer, end.position)?;
             buffer.truncate(read);
             if read < needed {
-                end.damage = Some("the file is shorter than it was".to_owned());
+                end.damage = Some("the file became shorter during the read".to_owned());
                 break;
             }
             window = buffer.into();
@@ -213,8 +213,8 @@ pub(super) fn scan(
                 end.end = batch.end_offset();
                 epoch = batch.leader_epoch();
             }
-            Err(why) => {
-                end.damage = Some(why);
+            Err(reason) => {
+                end.damage = Some(reason);
                 break;
             }
         }
@@ -226,11 +226,11 @@ pub(super) fn scan(
 pub(super) fn next(window: &mut Bytes, expected: Offset, epoch: Option<LeaderEpoch>) -> Result<Batch, String> {
     let batch = Batch::split_from(window).map_err(|error| error.to_string())?;
     if batch.base_offset() != expected {
-        return Err(format!("a batch begins at offset {}, not at {expected}", batch.base_offset()));
+        return Err(format!("a batch starts at offset {}, not at {expected}", batch.base_offset()));
     }
     match (epoch, batch.leader_epoch()) {
         (_, None) => Err("a batch has no leader epoch".to_owned()),
-        (Some(before), Some(now)) if now < before => Err(format!("leader epoch falls from {before} to {now}")),
+        (Some(before), Some(now)) if now < before => Err(format!("the leader epoch decreases from {before} to {now}")),
         _ => Ok(batch),
     }
 }

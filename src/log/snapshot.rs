@@ -12,7 +12,7 @@ use crate::model::Offset;
 const MAGIC: &[u8; 8] = b"STRLSNP2";
 
 /// File name extension of the snapshot with which a reset starts, until the files of the old log are removed.
-pub(super) const OF_RESET: &str = "reset";
+pub(super) const RESET_EXTENSION: &str = "reset";
 
 /// Epoch history and producer state at one offset.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,9 +26,9 @@ impl Snapshot {
     /// is corrupt.
     pub(super) fn read(disk: &dyn Disk, dir: &Path, base: Offset) -> io::Result<Option<Self>> {
         let path = dir.join(name(base, "snapshot"));
-        let damaged = || io::Error::new(io::ErrorKind::InvalidData, format!("{} is damaged", path.display()));
+        let corrupt = || io::Error::new(io::ErrorKind::InvalidData, format!("{} is corrupt", path.display()));
         match disk.read(&path) {
-            Ok(file) => Self::decode(&file, base).map(Some).ok_or_else(damaged),
+            Ok(file) => Self::decode(&file, base).map(Some).ok_or_else(corrupt),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
@@ -72,7 +72,7 @@ impl Snapshot {
         }
         let epochs = EpochHistory::decode(&mut content)?;
         let producers = ProducerTable::decode(&mut content)?;
-        let known = epochs.last().is_none_or(|(_, start)| start <= at);
-        (known && content.is_empty()).then_some(Self { epochs, producers })
+        let is_valid = epochs.last().is_none_or(|(_, start)| start <= at);
+        (is_valid && content.is_empty()).then_some(Self { epochs, producers })
     }
 }

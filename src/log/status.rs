@@ -2,12 +2,12 @@
 
 use std::{io, sync::atomic::Ordering};
 
-use super::Log;
+use super::DataDir;
 use crate::model::PartitionId;
 
 /// Status of a data directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Status {
+pub struct DataDirStatus {
     /// Reason why the directory accepts no writes, if any.
     pub failed: Option<String>,
     /// True if the last append found the disk full.
@@ -30,54 +30,54 @@ pub struct Status {
 
 /// Space of a file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Space {
+pub struct DiskSpace {
     /// Bytes that can still be written.
     pub free_bytes: u64,
     /// Bytes that are used or free.
     pub total_bytes: u64,
 }
 
-impl Log {
+impl DataDir {
     /// Returns the status of the directory.
-    pub fn status(&self) -> Status {
-        let core = &self.inner.core;
+    pub fn status(&self) -> DataDirStatus {
+        let ctx = &self.inner.ctx;
         let open = self.inner.open_replicas();
         let failed = open.iter().filter_map(|replica| Some((replica.id, replica.failed.get()?.clone())));
-        Status {
-            failed: core.refusal(),
-            disk_full: core.disk_full.load(Ordering::Relaxed),
-            replicas: open.len() + self.inner.registry().dormant.len(),
+        DataDirStatus {
+            failed: ctx.refusal(),
+            disk_full: ctx.disk_full.load(Ordering::Relaxed),
+            replicas: open.len() + self.inner.registry().unopened.len(),
             failed_replicas: failed.collect(),
             segment_bytes: open.iter().map(|replica| replica.state().bytes()).sum(),
             journal_bytes: self.inner.ring().bytes(),
-            tail_bytes: core.tail.used(),
-            producer_bytes: core.producer_memory.taken(),
-            free_bytes: core.disk.free_bytes(&core.dir).unwrap_or(0),
+            tail_bytes: ctx.tail.used(),
+            producer_bytes: ctx.producer_memory.taken(),
+            free_bytes: ctx.disk.free_bytes(&ctx.dir).unwrap_or(0),
         }
     }
 
     /// Returns the reason why the directory accepts no writes, if any. Accesses no file.
     pub fn failure(&self) -> Option<String> {
-        self.inner.core.refusal()
+        self.inner.ctx.refusal()
     }
 
     /// Fails the journal, as a failure of its device would.
     #[cfg(test)]
     pub(crate) fn fail_journal(&self) {
-        self.inner.core.journal.fail(&io::Error::other("as a test wants it"));
+        self.inner.ctx.journal.fail(&io::Error::other("a simulated failure"));
     }
 
     /// Returns true if the last append did not fit on the disk. Accesses no file.
     pub fn is_full(&self) -> bool {
-        self.inner.core.disk_full.load(Ordering::Relaxed)
+        self.inner.ctx.disk_full.load(Ordering::Relaxed)
     }
 
     /// Returns the space of the file system that holds the directory.
     ///
     /// # Errors
     /// The file system does not report its space.
-    pub fn space(&self) -> io::Result<Space> {
-        let core = &self.inner.core;
-        Ok(Space { free_bytes: core.disk.free_bytes(&core.dir)?, total_bytes: core.disk.total_bytes(&core.dir)? })
+    pub fn space(&self) -> io::Result<DiskSpace> {
+        let ctx = &self.inner.ctx;
+        Ok(DiskSpace { free_bytes: ctx.disk.free_bytes(&ctx.dir)?, total_bytes: ctx.disk.total_bytes(&ctx.dir)? })
     }
 }

@@ -22,35 +22,35 @@ use std::{
 };
 
 use super::{
-    checkpoint::{Checkpoint, Standing},
-    core::{Core, SyncJob},
-    directory::Inner,
-    disk::{BLOCK, LARGE_PIECE_BYTES, Mode, PIECE_BYTES},
+    budget,
+    checkpoint::{Checkpoint, CheckpointKind},
+    context::{LogContext, SyncJob},
+    data_dir::DataDirInner,
+    disk::{BLOCK, LARGE_PIECE_BYTES, OpenMode, PIECE_BYTES},
     error::{PersistError, is_full},
-    journal::Item,
-    reserve,
-    shared::Shared,
+    journal::JournalEntry,
+    state::ReplicaInner,
 };
 use crate::task::{self, clock};
 
 /// Maximum number of replicas that are synced concurrently. The file system makes concurrent syncs durable with one
 /// commit of its own journal, which is the cost of syncing a small file.
-const SIDE_BY_SIDE: usize = 4;
+const MAX_SYNC_THREADS: usize = 4;
 
 /// Number of dirty replicas per sync thread.
-const FILES_A_THREAD: usize = 16;
+const FILES_PER_SYNC_THREAD: usize = 16;
 
 /// Minimum interval between two passes. Under load each pass covers more data for the same number of file system
 /// commits.
-const PAUSE: Duration = Duration::from_millis(50);
+const MIN_PASS_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Time without a write to the journal after which pieces become large: no acknowledgement waits for the device then.
 const JOURNAL_QUIET: Duration = Duration::from_secs(5);
 
 /// Time until a failed checkpoint is retried.
-const RETRY: Duration = Duration::from_millis(200);
+const CHECKPOINT_RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
-impl Shared {
+impl ReplicaInner {
     /// Syncs all data appended so far and moves the recovery point to its end. An error is final for this replica.
     pub(super) fn sync(&self) -> Result<(), PersistError> {
         // Outside the lock below, because it takes time.
@@ -66,12 +66,12 @@ impl Shared {
             // All data before the recovery point is synced.
             let first = state.segments.partition_point(|segment| segment.info.base < state.recovery.segment.base);
             let files: Vec<_> = state.segments[first..].iter().map(|segment| segment.file.clone()).collect();
-            (state.point(), state.generation, std::mem::take(&mut state.names_changed), files)
+            (state.recovery_point(), state.generation, std::mem::take(&mut state.names_changed), files)
         };
         let synced = || -> io::Result<()> {
             for file in files {
                 if file.dirty.swap(false, Ordering::AcqRel) {
-                    match self.core.files.get(file.serial, &file.path, Mode::Read) {
+                    match self.ctx.files.get(file.serial, &file.path, OpenMode::Read) {
                         Ok(open) => open.file.sync()?,
                         // The segment was evicted or truncated meanwhile.
                         Err(error) if error.kind() == io::ErrorKind::NotFound && !self.holds(file.serial) => {}
@@ -85,19 +85,19 @@ impl Shared {
             Ok(())
         };
         if let Err(error) = synced() {
-            let reason = format!("a segment could not be synced: {error}");
+            let reason = format!("cannot sync a segment: {error}");
             self.fail(reason.clone());
             return Err(PersistError::Failed { reason });
         }
         let mut state = self.state();
         if state.generation != generation {
-            return Err(PersistError::Cut);
+            return Err(PersistError::Truncated);
         }
         let end = point.segment.end;
         state.recovery = point;
         state.persisted_end = state.persisted_end.max(end);
-        while state.unsynced.front().is_some_and(|(_, last)| *last <= end) {
-            state.unsynced.pop_front();
+        while state.journal_pins.front().is_some_and(|(_, last)| *last <= end) {
+            state.journal_pins.pop_front();
         }
         Ok(())
     }
@@ -105,7 +105,7 @@ impl Shared {
     /// Writes out the data appended since the last call, except the page that the next append writes to. Waits for the
     /// device. An error is final for this replica.
     fn write_out(&self) {
-        self.gathered.store(0, Ordering::Release);
+        self.unwritten_bytes.store(0, Ordering::Release);
         let mut ranges = Vec::new();
         {
             let state = self.state();
@@ -124,9 +124,9 @@ impl Shared {
         }
         for (file, range) in ranges.into_iter().rev() {
             file.written_out.store(range.end, Ordering::Release);
-            let piece_bytes = self.core.piece_bytes.load(Ordering::Relaxed);
-            if let Err(error) = self.core.disk.write_out(&file.path, range, piece_bytes) {
-                self.fail(format!("a segment could not be written out: {error}"));
+            let piece_bytes = self.ctx.piece_bytes.load(Ordering::Relaxed);
+            if let Err(error) = self.ctx.disk.write_out(&file.path, range, piece_bytes) {
+                self.fail(format!("cannot write out a segment: {error}"));
             }
         }
     }
@@ -138,61 +138,62 @@ impl Shared {
     /// Makes the names of this replica's files and directories durable.
     pub(super) fn sync_names(&self) -> io::Result<()> {
         for dir in self.dir.ancestors().take(3) {
-            self.core.disk.sync_dir(dir)?;
+            self.ctx.disk.sync_dir(dir)?;
         }
         Ok(())
     }
 }
 
-impl Inner {
+impl DataDirInner {
     /// Runs one pass: first the persist calls that exceed the journal's limit, then all dirty replicas, then the ring.
     /// Returns false if the ring could not be recycled.
-    pub(super) fn sync_step(&self) -> bool {
+    pub(super) fn sync_pass(&self) -> bool {
         self.write_out_pieces();
         self.sync_jobs();
         let (dirty, urgent) = {
-            let mut work = self.core.work();
+            let mut work = self.ctx.work();
             work.dirty_bytes = 0;
             work.since = None;
             work.last_pass = Some(clock::monotonic());
             (std::mem::take(&mut work.dirty), std::mem::take(&mut work.urgent))
         };
-        self.take_reserve();
+        self.create_reserve();
         if !mutant!(ReuseJournalFileBeforeSync) {
             self.sync_dirty(&dirty);
         }
-        let short = self.ring().short();
-        if !urgent && !short {
+        let is_low = self.ring().is_low();
+        if !urgent && !is_low {
             return true;
         }
         let recycled = self.recycle();
-        let whole = recycled.is_ok();
-        self.note_checkpoint(recycled.err());
+        let is_recycled = recycled.is_ok();
+        self.record_checkpoint_result(recycled.err());
         let has_free = self.ring().has_free();
-        let mut work = self.core.work();
-        work.fruitless = if has_free || !whole { 0 } else { work.fruitless.saturating_add(1) };
-        whole
+        let mut work = self.ctx.work();
+        work.passes_without_progress =
+            if has_free || !is_recycled { 0 } else { work.passes_without_progress.saturating_add(1) };
+        is_recycled
     }
 
     /// Logs the first failure of a series of checkpoints, and its end. A failed checkpoint is retried several times a
     /// second.
-    fn note_checkpoint(&self, error: Option<io::Error>) {
-        let path = self.core.dir.display();
-        let mut known = self.core.checkpoint_error();
+    fn record_checkpoint_result(&self, error: Option<io::Error>) {
+        let path = self.ctx.dir.display();
+        let mut current = self.ctx.checkpoint_error();
         match &error {
-            Some(error) if known.is_none() => {
-                tracing::warn!(%path, %error, "the checkpoint cannot be written; it is tried again, and acknowledgements may wait for it");
+            Some(error) if current.is_none() => {
+                tracing::warn!(%path, %error, "cannot write the checkpoint, retrying: acknowledgements may wait");
             }
-            None if known.is_some() => tracing::info!(%path, "the checkpoint can be written again"),
+            None if current.is_some() => tracing::info!(%path, "the checkpoint is written again"),
             _ => {}
         }
-        let since = known.as_ref().map_or_else(clock::monotonic, |(since, _)| *since);
-        *known = error.map(|error| (since, error));
+        let since = current.as_ref().map_or_else(clock::monotonic, |(since, _)| *since);
+        *current = error.map(|error| (since, error));
     }
 
-    fn sync_dirty(&self, dirty: &[Arc<Shared>]) {
-        let threads = dirty.len().div_ceil(FILES_A_THREAD).clamp(1, SIDE_BY_SIDE);
-        let threads = if self.core.options.manual { 1 } else { threads };
+    fn sync_dirty(&self, dirty: &[Arc<ReplicaInner>]) {
+        let threads = dirty.len().div_ceil(FILES_PER_SYNC_THREAD).clamp(1, MAX_SYNC_THREADS);
+        let threads = if self.ctx.options.step_mode { 1 } else { threads };
         let next = AtomicUsize::new(0);
         task::run_scoped("segment-sync", threads, |thread| {
             while let Some(replica) = dirty.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -209,28 +210,35 @@ impl Inner {
 
     /// Sets the size of a piece by the use of the journal, and writes out every replica with a full piece.
     pub(super) fn write_out_pieces(&self) {
-        let (round, now) = (self.core.journal.next_round(), clock::monotonic());
-        let mut work = self.core.work();
+        let (frame, now) = (self.ctx.journal.next_frame(), clock::monotonic());
+        let mut work = self.ctx.work();
         let since = match work.journal_use {
-            Some((last, since)) if last == round => since,
+            Some((last, since)) if last == frame => since,
             _ => now,
         };
-        work.journal_use = Some((round, since));
+        work.journal_use = Some((frame, since));
         let pieces = std::mem::take(&mut work.pieces);
         drop(work);
         let is_quiet = now.saturating_duration_since(since) >= JOURNAL_QUIET;
-        self.core.piece_bytes.store(if is_quiet { LARGE_PIECE_BYTES } else { PIECE_BYTES }, Ordering::Relaxed);
+        self.ctx.piece_bytes.store(if is_quiet { LARGE_PIECE_BYTES } else { PIECE_BYTES }, Ordering::Relaxed);
         pieces.iter().for_each(|replica| replica.write_out());
     }
 
     fn sync_jobs(&self) {
         loop {
-            let Some(SyncJob { replica, head, done }) = self.core.work().jobs.pop_front() else { return };
-            let cut = || if replica.state().generation == head.generation { Ok(()) } else { Err(PersistError::Cut) };
-            match replica.sync().and_then(|()| cut()) {
+            let Some(SyncJob { replica, head, done }) = self.ctx.work().jobs.pop_front() else { return };
+            let check_generation =
+                || if replica.state().generation == head.generation { Ok(()) } else { Err(PersistError::Truncated) };
+            match replica.sync().and_then(|()| check_generation()) {
                 Ok(()) => {
-                    let item = Item { head, batches: Vec::new(), bytes: 0, replica: replica.clone(), done: Some(done) };
-                    self.core.journal.submit(item);
+                    let entry = JournalEntry {
+                        head,
+                        batches: Vec::new(),
+                        bytes: 0,
+                        replica: replica.clone(),
+                        done: Some(done),
+                    };
+                    self.ctx.journal.submit(entry);
                 }
                 Err(error) => done(Err(error)),
             }
@@ -241,58 +249,59 @@ impl Inner {
 
     /// Writes a checkpoint and releases the ring files that nothing needs any longer.
     pub(super) fn recycle(&self) -> io::Result<()> {
-        let _one_at_a_time = self.core.recycling.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.ctx.recycling.lock().unwrap_or_else(PoisonError::into_inner);
         let open = self.open_replicas();
-        let oldest = open.iter().filter_map(|replica| replica.state().unsynced.front().map(|(file, _)| *file)).min();
+        let oldest =
+            open.iter().filter_map(|replica| replica.state().journal_pins.front().map(|(file, _)| *file)).min();
         let oldest = oldest.filter(|_| !mutant!(ReuseJournalFileBeforeSync));
-        let first_round = self.ring().start_after(oldest.unwrap_or(u64::MAX), self.core.journal.next_round());
-        self.write_checkpoint(&self.checkpoint(first_round, Standing::Running))?;
-        self.ring().release(first_round);
-        self.core.journal.released.notify_all();
+        let first_frame = self.ring().start_after(oldest.unwrap_or(u64::MAX), self.ctx.journal.next_frame());
+        self.write_checkpoint(&self.checkpoint(first_frame, CheckpointKind::Running))?;
+        self.ring().release(first_frame);
+        self.ctx.journal.released.notify_all();
         Ok(())
     }
 
     /// Replaces the checkpoint. On a full disk it uses the space of the reserve. An eviction that would make space
     /// waits for the journal, and the journal waits for this checkpoint.
     pub(super) fn write_checkpoint(&self, checkpoint: &Checkpoint) -> io::Result<()> {
-        let core = &self.core;
-        let write = || checkpoint.write(&*core.disk, &core.dir, self.directory_id);
+        let ctx = &self.ctx;
+        let write = || checkpoint.write(&*ctx.disk, &ctx.dir, self.directory_id);
         match write() {
-            Err(error) if is_full(&error) && reserve::release(&*core.disk, &core.dir) => {
-                core.reserved.store(core.options.reserve_bytes == 0, Ordering::Release);
+            Err(error) if is_full(&error) && budget::release(&*ctx.disk, &ctx.dir) => {
+                ctx.reserved.store(ctx.options.reserve_bytes == 0, Ordering::Release);
                 write()
             }
             written => written,
         }
     }
 
-    /// Returns the checkpoint of the current state, for replay from `first_round` on.
-    pub(super) fn checkpoint(&self, first_round: u64, standing: Standing) -> Checkpoint {
+    /// Returns the checkpoint of the current state, for replay from `first_frame` on.
+    pub(super) fn checkpoint(&self, first_frame: u64, kind: CheckpointKind) -> Checkpoint {
         let registry = self.registry();
-        let mut replicas: Vec<_> = registry.dormant.values().map(|dormant| dormant.record.clone()).collect();
-        replicas.extend(registry.open.values().map(|replica| replica.record()));
+        let mut replicas: Vec<_> = registry.unopened.values().map(|unopened| unopened.record.clone()).collect();
+        replicas.extend(registry.open.values().map(|replica| replica.checkpoint_record()));
         replicas.sort_by_key(|record| record.id);
-        Checkpoint { first_round, generation: self.core.generation.load(Ordering::Acquire), standing, replicas }
+        Checkpoint { first_frame, generation: self.ctx.generation.load(Ordering::Acquire), standing: kind, replicas }
     }
 
     /// Creates the reserve if it does not exist and the disk has plenty of space.
-    pub(super) fn take_reserve(&self) {
-        let core = &self.core;
-        if core.reserved.load(Ordering::Acquire) {
+    pub(super) fn create_reserve(&self) {
+        let ctx = &self.ctx;
+        if ctx.reserved.load(Ordering::Acquire) {
             return;
         }
-        match reserve::take(&*core.disk, &core.dir, core.options.reserve_bytes) {
-            Ok(taken) => core.reserved.store(taken, Ordering::Release),
+        match budget::take(&*ctx.disk, &ctx.dir, ctx.options.reserve_bytes) {
+            Ok(taken) => ctx.reserved.store(taken, Ordering::Release),
             // The reserve serves only starts and checkpoints on a full disk.
-            Err(error) => tracing::debug!(%error, "the reserve was not made; it is tried again"),
+            Err(error) => tracing::debug!(%error, "cannot create the reserve, retrying later"),
         }
     }
 }
 
 /// Runs the sync thread: waits for work and does it.
-pub(super) fn run(inner: &Arc<Inner>) {
+pub(super) fn run(inner: &Arc<DataDirInner>) {
     loop {
-        match wait(&inner.core) {
+        match wait_for_work(&inner.ctx) {
             Due::Pass => {}
             Due::Pieces => {
                 inner.write_out_pieces();
@@ -300,11 +309,11 @@ pub(super) fn run(inner: &Arc<Inner>) {
             }
             Due::End => return,
         }
-        if !inner.sync_step() {
+        if !inner.sync_pass() {
             // The disk is probably full. The retry comes soon, but not in a tight loop.
-            let mut work = inner.core.work();
+            let mut work = inner.ctx.work();
             work.urgent = true;
-            let waited = inner.core.wake.wait_timeout_while(work, RETRY, |work| !work.stopping);
+            let waited = inner.ctx.wake.wait_timeout_while(work, CHECKPOINT_RETRY_INTERVAL, |work| !work.stopping);
             drop(waited.unwrap_or_else(PoisonError::into_inner));
         }
     }
@@ -321,8 +330,8 @@ enum Due {
 }
 
 /// Waits until an action is due, and returns it.
-fn wait(core: &Core) -> Due {
-    let mut work = core.work();
+fn wait_for_work(ctx: &LogContext) -> Due {
+    let mut work = ctx.work();
     loop {
         if work.stopping {
             return Due::End;
@@ -334,17 +343,17 @@ fn wait(core: &Core) -> Due {
         let after =
             |since: tokio::time::Instant, wait: Duration| wait.saturating_sub(now.saturating_duration_since(since));
         let left = match work.since {
-            Some(_) if core.sync_is_due(&work) => {
-                Some(work.last_pass.map_or(Duration::ZERO, |last| after(last, PAUSE)))
+            Some(_) if ctx.sync_is_due(&work) => {
+                Some(work.last_pass.map_or(Duration::ZERO, |last| after(last, MIN_PASS_INTERVAL)))
             }
-            Some(since) => Some(after(since, core.options.sync_after)),
+            Some(since) => Some(after(since, ctx.options.sync_after)),
             None => None,
         };
         work = match left {
             Some(left) if left.is_zero() => return Due::Pass,
             _ if !work.pieces.is_empty() => return Due::Pieces,
-            Some(left) => core.wake.wait_timeout(work, left).unwrap_or_else(PoisonError::into_inner).0,
-            None => core.wake.wait(work).unwrap_or_else(PoisonError::into_inner),
+            Some(left) => ctx.wake.wait_timeout(work, left).unwrap_or_else(PoisonError::into_inner).0,
+            None => ctx.wake.wait(work).unwrap_or_else(PoisonError::into_inner),
         };
     }
 }

@@ -5,9 +5,9 @@
 //! One [`Follower`] is one replica under one leader in one epoch. The actor drives it:
 //!
 //! ```text
-//!           subscribe                response: At                batches ─▶ append ─▶ appended
+//!           subscribe              response: Accepted            batches ─▶ append ─▶ appended
 //!   idle ───────────▶ subscribing ────────────────▶ following ──────────────────────────╮
-//!    ▲                    │ Diverged, BeginAt           │  ▲                            │
+//!    ▲                    │ Diverged, Bootstrap         │  ▲                            │
 //!    ╰─ truncate, reset ◀─╯                             │  ╰────────────────────────────╯
 //!    ╰──────────── link lost, violation, failed append ─╯
 //! ```
@@ -15,18 +15,18 @@
 //! # Rules
 //!
 //! - The follower truncates only where the leader's epoch history and its own diverge, and never to a high watermark.
-//! - The follower never truncates below its high watermark. Every clean leader has the records below it. So a response that asks for such
-//!   a truncation is wrong, and the replica keeps its log and reports the error. Only an unclean election in an epoch above the last
-//!   epoch of the log may remove committed records.
+//! - The follower never truncates below its high watermark. Every clean leader has the records below it. So a response
+//!   that requires such a truncation is wrong, and the replica keeps its log and reports the error. Only an unclean
+//!   election in an epoch above the last epoch of the log may remove committed records.
 //! - The follower appends only batches that continue its log without gap, overlap or decreasing epoch, and no batch of another epoch's
 //!   link.
 //! - Its high watermark is the minimum of the leader's high watermark and its own log end. It moves only after the leader has found this
 //!   log to be a prefix of its own.
 //!
-//! Messages of a leader are input. A message that does not fit is a [`Violation`]: nothing changes, except that the follower may have to
-//! subscribe again.
+//! Messages of a leader are input. A message that does not fit is a [`ProtocolViolation`]: nothing changes, except that
+//! the follower may have to subscribe again.
 
-use super::leader::join::{Claim, Join, JoinRefused};
+use super::leader::divergence::{LogPosition, SubscribeDecision, SubscribeError};
 use crate::{
     log::EpochHistory,
     model::{BrokerId, LeaderEpoch, Offset},
@@ -34,7 +34,7 @@ use crate::{
 
 /// Fields of a batch that are checked before an append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Head {
+pub struct BatchHeader {
     /// First offset of the batch.
     pub base: Offset,
     /// Offset after the last record.
@@ -45,27 +45,27 @@ pub struct Head {
 
 /// Action for the actor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Act {
+pub enum FollowerAction {
     /// Nothing to change: this log equals the leader's up to this offset. Acknowledge it; batches follow.
     Follow(Offset),
     /// Truncate the log at this offset, then subscribe again.
-    Cut(Offset),
+    Truncate(Offset),
     /// Reset the log to this offset, or to a later one where the object store ends, with the tables of that offset. Then call
-    /// [`Follower::begun`] and subscribe again.
-    Begin(Offset),
+    /// [`Follower::on_reset`] and subscribe again.
+    Bootstrap(Offset),
     /// Append the batches, then call [`Follower::appended`].
     Append,
     /// Nothing to append.
-    Pass,
+    Ignore,
     /// The leader rejected the subscription: subscribe again after a pause.
-    Wait(JoinRefused),
+    RetryLater(SubscribeError),
 }
 
 /// A message that a correct leader does not send. The follower has to subscribe again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-pub enum Violation {
+pub enum ProtocolViolation {
     /// The message is of an older epoch than the followed one.
-    #[error("a message of epoch {got} came in epoch {follows}: it is late")]
+    #[error("late message of epoch {got}: this replica follows in epoch {follows}")]
     OldEpoch {
         /// Epoch of the message.
         got: LeaderEpoch,
@@ -73,7 +73,7 @@ pub enum Violation {
         follows: LeaderEpoch,
     },
     /// The message is of a newer epoch than the followed one: this broker has not received that metadata yet.
-    #[error("a message of epoch {got} came in epoch {follows}: this broker has not heard of it yet")]
+    #[error("message of epoch {got}, newer than the followed epoch {follows}: the metadata has not arrived yet")]
     NewEpoch {
         /// Epoch of the message.
         got: LeaderEpoch,
@@ -81,8 +81,8 @@ pub enum Violation {
         follows: LeaderEpoch,
     },
     /// A response without a request, or batches before the leader accepted the subscription.
-    #[error("the leader sent what was not asked for")]
-    NotAsked,
+    #[error("the leader sent an unrequested message")]
+    Unexpected,
     /// Offsets are missing.
     #[error("offsets are missing: {expected} is next, the leader sent {got}")]
     Gap {
@@ -100,8 +100,8 @@ pub enum Violation {
         got: Offset,
     },
     /// The epoch of a batch is below that of the batch before it.
-    #[error("the epoch of the batch at {at} falls from {last} to {got}")]
-    EpochFalls {
+    #[error("the epoch decreases from {last} to {got} in the batch at {at}")]
+    EpochDecreased {
         /// First offset of the batch.
         at: Offset,
         /// Epoch of the batch before it.
@@ -110,8 +110,8 @@ pub enum Violation {
         got: LeaderEpoch,
     },
     /// The epoch of a batch is above that of the leader that sent it.
-    #[error("the batch at {at} is of epoch {got}, above its leader's {follows}")]
-    AboveLink {
+    #[error("the batch at {at} has epoch {got}, above its leader's epoch {follows}")]
+    EpochAboveLeader {
         /// First offset of the batch.
         at: Offset,
         /// Epoch of the batch.
@@ -120,8 +120,8 @@ pub enum Violation {
         follows: LeaderEpoch,
     },
     /// The response does not shorten the log that it calls diverged, or accepts another end than the reported one.
-    #[error("the leader's answer names offset {got}, the log ends at {log_end}")]
-    WrongAnswer {
+    #[error("the leader's response names offset {got}, and the log of this replica ends at {log_end}")]
+    InvalidResponse {
         /// Offset in the response.
         got: Offset,
         /// Log end of the replica.
@@ -129,10 +129,10 @@ pub enum Violation {
     },
     /// Committed records would be truncated, and no unclean election explains the loss.
     #[error(
-        "the leader's log parts from this replica's at {to}, below the committed end {high_watermark}, and no unclean election is \
-         recorded: the replica stays as it is"
+        "the log diverges from the leader's at {to}, below the high watermark {high_watermark}, and no unclean \
+         election is recorded: the replica is not truncated"
     )]
-    CutBelowCommitted {
+    TruncateBelowCommitted {
         /// Offset of the truncation.
         to: Offset,
         /// High watermark of the replica.
@@ -141,9 +141,10 @@ pub enum Violation {
     /// The log would be reset below the high watermark, because the leader's disk still holds segments below its log start. After their
     /// removal the leader responds to the next subscription with a later offset.
     #[error(
-        "the leader has this replica begin anew at {at}, below the committed end {high_watermark}: it is asked again"
+        "the leader requests a bootstrap at {at}, below the high watermark {high_watermark}: the subscription is \
+         retried"
     )]
-    BeginBelowCommitted {
+    BootstrapBelowCommitted {
         /// Offset of the reset.
         at: Offset,
         /// High watermark of the replica.
@@ -152,13 +153,13 @@ pub enum Violation {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Stage {
+enum FollowerStage {
     /// No subscription is pending: the log is being changed, or there is no link.
     Idle,
     /// A response is due. The value is the log end that the subscription reported.
-    Claiming(Offset),
-    /// `next` is the next offset that the leader sends; all records below `held` are in the log.
-    Following { next: Offset, held: Offset, last: Option<LeaderEpoch> },
+    Subscribing(Offset),
+    /// `next` is the next offset that the leader sends; all records below `appended_end` are in the log.
+    Following { next: Offset, appended_end: Offset, last: Option<LeaderEpoch> },
 }
 
 /// One replica under one leader in one epoch.
@@ -170,9 +171,9 @@ pub struct Follower {
     unclean: Option<LeaderEpoch>,
     /// True if the log's last epoch, at the first subscription of this epoch, was older than `unclean`.
     may_lose: Option<bool>,
-    stage: Stage,
+    stage: FollowerStage,
     /// Newest high watermark that the leader sent.
-    told: Offset,
+    leader_high_watermark: Offset,
     /// High watermark of the replica. Falls only by an unclean election.
     high_watermark: Offset,
 }
@@ -180,7 +181,15 @@ pub struct Follower {
 impl Follower {
     /// Creates a follower of `leader` in `epoch`. `high_watermark` is the replica's own; `unclean` is taken from the partition's value.
     pub fn new(leader: BrokerId, epoch: LeaderEpoch, high_watermark: Offset, unclean: Option<LeaderEpoch>) -> Self {
-        Self { leader, epoch, unclean, may_lose: None, stage: Stage::Idle, told: Offset::ZERO, high_watermark }
+        Self {
+            leader,
+            epoch,
+            unclean,
+            may_lose: None,
+            stage: FollowerStage::Idle,
+            leader_high_watermark: Offset::ZERO,
+            high_watermark,
+        }
     }
 
     pub fn leader(&self) -> BrokerId {
@@ -198,83 +207,84 @@ impl Follower {
 
     /// Returns true if the leader has accepted the subscription: batches may arrive.
     pub fn is_following(&self) -> bool {
-        matches!(self.stage, Stage::Following { .. })
+        matches!(self.stage, FollowerStage::Following { .. })
     }
 
     /// Returns true if the leader's response is due.
-    pub fn is_claiming(&self) -> bool {
-        matches!(self.stage, Stage::Claiming(_))
+    pub fn is_subscribing(&self) -> bool {
+        matches!(self.stage, FollowerStage::Subscribing(_))
     }
 
     /// Starts a subscription and returns the log position for it. Called when a link is connected, and after each truncation or reset.
-    pub fn claim(&mut self, history: &EpochHistory, log_end: Offset) -> Claim {
+    pub fn claim(&mut self, history: &EpochHistory, log_end: Offset) -> LogPosition {
         let last = history.last().map(|(epoch, _)| epoch);
         // The log counts as it was at the first subscription of this epoch: a truncation makes its last epoch look older.
         self.may_lose.get_or_insert(self.unclean.is_some_and(|unclean| last.is_none_or(|last| unclean > last)));
-        self.stage = Stage::Claiming(log_end);
-        Claim { last, end: log_end, added: None }
+        self.stage = FollowerStage::Subscribing(log_end);
+        LogPosition { last_epoch: last, log_end, removal_count: None }
     }
 
     /// Ends the subscription, because the link is lost or an append failed. No message counts before the next subscription.
-    pub fn interrupted(&mut self) {
-        self.stage = Stage::Idle;
+    pub fn on_disconnected(&mut self) {
+        self.stage = FollowerStage::Idle;
     }
 
     /// Processes the leader's response to the subscription, with the leader's epoch and high watermark.
     ///
     /// # Errors
     /// The response cannot be right. The log stays as it is.
-    pub fn answered(
+    pub fn on_response(
         &mut self,
         epoch: LeaderEpoch,
-        answer: &Join,
+        decision: &SubscribeDecision,
         high_watermark: Offset,
         history: &EpochHistory,
-    ) -> Result<Act, Violation> {
+    ) -> Result<FollowerAction, ProtocolViolation> {
         self.is_current(epoch)?;
-        let Stage::Claiming(log_end) = self.stage else { return Err(Violation::NotAsked) };
-        self.stage = Stage::Idle;
-        match answer {
-            Join::At(at) if *at == log_end => {
+        let FollowerStage::Subscribing(log_end) = self.stage else { return Err(ProtocolViolation::Unexpected) };
+        self.stage = FollowerStage::Idle;
+        match decision {
+            SubscribeDecision::Accepted(at) if *at == log_end => {
                 let last = history.last().map(|(epoch, _)| epoch);
-                self.stage = Stage::Following { next: log_end, held: log_end, last };
-                self.marked(high_watermark);
-                Ok(Act::Follow(log_end))
+                self.stage = FollowerStage::Following { next: log_end, appended_end: log_end, last };
+                self.advance_high_watermark(high_watermark);
+                Ok(FollowerAction::Follow(log_end))
             }
-            Join::At(got) => Err(Violation::WrongAnswer { got: *got, log_end }),
-            Join::Diverged { epoch, end } => {
-                let cut = if mutant!(TruncateToHighWatermark) {
+            SubscribeDecision::Accepted(got) => Err(ProtocolViolation::InvalidResponse { got: *got, log_end }),
+            SubscribeDecision::Diverged { epoch, end } => {
+                let to = if mutant!(TruncateToHighWatermark) {
                     self.high_watermark
                 } else {
                     common_end(*epoch, *end, history, log_end)
                 };
-                if cut >= log_end {
-                    return Err(Violation::WrongAnswer { got: *end, log_end });
+                if to >= log_end {
+                    return Err(ProtocolViolation::InvalidResponse { got: *end, log_end });
                 }
-                self.give_up_above(cut)?;
-                Ok(Act::Cut(cut))
+                self.check_truncation(to)?;
+                Ok(FollowerAction::Truncate(to))
             }
-            Join::BeginAt(at) => {
+            SubscribeDecision::Bootstrap(at) => {
                 let high_watermark = self.high_watermark;
-                self.give_up_above(*at).map_err(|_| Violation::BeginBelowCommitted { at: *at, high_watermark })?;
-                Ok(Act::Begin(*at))
+                self.check_truncation(*at)
+                    .map_err(|_| ProtocolViolation::BootstrapBelowCommitted { at: *at, high_watermark })?;
+                Ok(FollowerAction::Bootstrap(*at))
             }
-            Join::Refused(refused) => Ok(Act::Wait(*refused)),
+            SubscribeDecision::Rejected(error) => Ok(FollowerAction::RetryLater(*error)),
         }
     }
 
     /// Records a reset of the log to `at`. All records before `at` are in the object store or deleted, so they were committed.
-    pub fn begun(&mut self, at: Offset) {
+    pub fn on_reset(&mut self, at: Offset) {
         self.high_watermark = self.high_watermark.max(at);
     }
 
     /// Checks that a truncation or reset to `to` removes no committed record, or that an unclean election allows it. In the latter case
     /// the high watermark falls to `to`.
-    fn give_up_above(&mut self, to: Offset) -> Result<(), Violation> {
+    fn check_truncation(&mut self, to: Offset) -> Result<(), ProtocolViolation> {
         let high_watermark = self.high_watermark;
         if to < high_watermark {
             if self.may_lose != Some(true) {
-                return Err(Violation::CutBelowCommitted { to, high_watermark });
+                return Err(ProtocolViolation::TruncateBelowCommitted { to, high_watermark });
             }
             self.high_watermark = to;
         }
@@ -285,67 +295,74 @@ impl Follower {
     ///
     /// # Errors
     /// The batches do not continue the log. None of them may be appended.
-    pub fn received(&mut self, epoch: LeaderEpoch, heads: &[Head], high_watermark: Offset) -> Result<Act, Violation> {
+    pub fn on_batches(
+        &mut self,
+        epoch: LeaderEpoch,
+        headers: &[BatchHeader],
+        high_watermark: Offset,
+    ) -> Result<FollowerAction, ProtocolViolation> {
         self.is_current(epoch)?;
-        match self.continues(heads) {
+        match self.continues(headers) {
             Ok(stage) => self.stage = stage,
             Err(violation) => {
                 // Unrequested batches do not cancel a subscription whose response is due.
                 if self.is_following() {
-                    self.stage = Stage::Idle;
+                    self.stage = FollowerStage::Idle;
                 }
                 return Err(violation);
             }
         }
-        self.marked(high_watermark);
-        Ok(if heads.is_empty() { Act::Pass } else { Act::Append })
+        self.advance_high_watermark(high_watermark);
+        Ok(if headers.is_empty() { FollowerAction::Ignore } else { FollowerAction::Append })
     }
 
-    fn is_current(&self, got: LeaderEpoch) -> Result<(), Violation> {
+    fn is_current(&self, got: LeaderEpoch) -> Result<(), ProtocolViolation> {
         let follows = self.epoch;
         if mutant!(ObeyOlderLeaderEpoch) && got < follows {
             return Ok(());
         }
         match got.cmp(&follows) {
-            std::cmp::Ordering::Less => Err(Violation::OldEpoch { got, follows }),
-            std::cmp::Ordering::Greater => Err(Violation::NewEpoch { got, follows }),
+            std::cmp::Ordering::Less => Err(ProtocolViolation::OldEpoch { got, follows }),
+            std::cmp::Ordering::Greater => Err(ProtocolViolation::NewEpoch { got, follows }),
             std::cmp::Ordering::Equal => Ok(()),
         }
     }
 
-    fn continues(&self, heads: &[Head]) -> Result<Stage, Violation> {
-        let Stage::Following { mut next, held, mut last } = self.stage else { return Err(Violation::NotAsked) };
-        for head in heads {
-            let (at, got, follows) = (head.base, head.epoch, self.epoch);
+    fn continues(&self, headers: &[BatchHeader]) -> Result<FollowerStage, ProtocolViolation> {
+        let FollowerStage::Following { mut next, appended_end, mut last } = self.stage else {
+            return Err(ProtocolViolation::Unexpected);
+        };
+        for header in headers {
+            let (at, got, follows) = (header.base, header.epoch, self.epoch);
             if at > next {
-                return Err(Violation::Gap { expected: next, got: at });
+                return Err(ProtocolViolation::Gap { expected: next, got: at });
             }
-            if at < next || head.end <= at {
-                return Err(Violation::Overlap { expected: next, got: at.min(head.end) });
+            if at < next || header.end <= at {
+                return Err(ProtocolViolation::Overlap { expected: next, got: at.min(header.end) });
             }
             if let Some(last) = last.filter(|last| *last > got) {
-                return Err(Violation::EpochFalls { at, last, got });
+                return Err(ProtocolViolation::EpochDecreased { at, last, got });
             }
             if got > follows {
-                return Err(Violation::AboveLink { at, got, follows });
+                return Err(ProtocolViolation::EpochAboveLeader { at, got, follows });
             }
-            (next, last) = (head.end, Some(got));
+            (next, last) = (header.end, Some(got));
         }
-        Ok(Stage::Following { next, held, last })
+        Ok(FollowerStage::Following { next, appended_end, last })
     }
 
     /// Records an append: the log reaches `log_end`.
     pub fn appended(&mut self, log_end: Offset) {
-        if let Stage::Following { held, .. } = &mut self.stage {
-            *held = log_end.max(*held);
+        if let FollowerStage::Following { appended_end, .. } = &mut self.stage {
+            *appended_end = log_end.max(*appended_end);
         }
-        self.marked(self.told);
+        self.advance_high_watermark(self.leader_high_watermark);
     }
 
-    fn marked(&mut self, told: Offset) {
-        self.told = self.told.max(told);
-        if let Stage::Following { held, .. } = self.stage {
-            self.high_watermark = self.high_watermark.max(self.told.min(held));
+    fn advance_high_watermark(&mut self, sent: Offset) {
+        self.leader_high_watermark = self.leader_high_watermark.max(sent);
+        if let FollowerStage::Following { appended_end, .. } = self.stage {
+            self.high_watermark = self.high_watermark.max(self.leader_high_watermark.min(appended_end));
         }
     }
 }
@@ -355,8 +372,8 @@ impl Follower {
 /// has no such batches.
 fn common_end(epoch: LeaderEpoch, end: Offset, history: &EpochHistory, log_end: Offset) -> Offset {
     let first = history.iter().next().map_or(log_end, |(_, start)| start);
-    let own = history.end_of(epoch, log_end).map_or(first, |(_, end)| end);
-    end.min(own).max(first)
+    let own_end = history.end_of(epoch, log_end).map_or(first, |(_, end)| end);
+    end.min(own_end).max(first)
 }
 
 #[cfg(test)]

@@ -9,31 +9,31 @@ use std::sync::{
     atomic::{AtomicBool, Ordering, fence},
 };
 
-use super::{On, Ready, shared::Shared};
+use super::{WakeSet, WatermarkKind, published::PublishedState};
 use crate::task::Tasks;
 
 /// Maximum number of listeners that the caller of a wake-up marks itself.
-const INLINE_WAKES: usize = 16;
+const MAX_INLINE_WAKES: usize = 16;
 
 /// Number of listeners that are woken before other tasks get their turn: an acknowledgement waits for this many readers at most.
-const WAKES_AT_ONCE: usize = 32;
+const WAKES_PER_TASK: usize = 32;
 
-/// Minimum length at which the list is searched for listeners that are gone.
+/// Minimum length at which the list is searched for listeners whose readers were dropped.
 const MIN_SWEEP: usize = 64;
 
 /// One reader that waits for one watermark of one partition, under the reader's own index.
 #[derive(Debug)]
 pub(super) struct Listener {
-    ready: Weak<Ready>,
+    ready: Weak<WakeSet>,
     index: usize,
-    partition: Weak<Shared>,
-    on: On,
+    partition: Weak<PublishedState>,
+    on: WatermarkKind,
     /// True if the listener is in the partition's list.
     listed: AtomicBool,
 }
 
 impl Listener {
-    pub(super) fn new(ready: &Arc<Ready>, index: usize, partition: &Arc<Shared>, on: On) -> Self {
+    pub(super) fn new(ready: &Arc<WakeSet>, index: usize, partition: &Arc<PublishedState>, on: WatermarkKind) -> Self {
         let (ready, partition) = (Arc::downgrade(ready), Arc::downgrade(partition));
         Self { ready, index, partition, on, listed: AtomicBool::new(false) }
     }
@@ -62,7 +62,7 @@ impl Listener {
 
 /// Readers that wait for the same watermark. Without any, a moved watermark costs one load.
 #[derive(Debug, Default)]
-pub(super) struct Listeners {
+pub(super) struct WatermarkListeners {
     some: AtomicBool,
     list: Mutex<List>,
 }
@@ -70,12 +70,12 @@ pub(super) struct Listeners {
 #[derive(Debug, Default)]
 struct List {
     waiting: Vec<Arc<Listener>>,
-    /// Length at which listeners that are gone are removed. It is twice the length after the last sweep: an addition costs O(1)
-    /// amortised.
+    /// Length at which listeners whose readers were dropped are removed. It is twice the length after the last sweep:
+    /// an addition costs O(1) amortised.
     sweep_at: usize,
 }
 
-impl Listeners {
+impl WatermarkListeners {
     fn add(&self, listener: Arc<Listener>) {
         let mut list = self.lock();
         if list.waiting.len() >= list.sweep_at.max(MIN_SWEEP) {
@@ -99,12 +99,12 @@ impl Listeners {
             self.some.store(false, Ordering::SeqCst);
             std::mem::take(&mut list.waiting)
         };
-        if waiting.len() <= INLINE_WAKES {
+        if waiting.len() <= MAX_INLINE_WAKES {
             waiting.iter().for_each(|listener| listener.mark());
             return;
         }
         tasks.spawn("wake readers", async move {
-            for some in waiting.chunks(WAKES_AT_ONCE) {
+            for some in waiting.chunks(WAKES_PER_TASK) {
                 some.iter().for_each(|listener| listener.mark());
                 tokio::task::yield_now().await;
             }
@@ -126,41 +126,41 @@ mod tests {
     use super::*;
     use crate::model::{ConfigMap, TopicConfig};
 
-    fn shared() -> Arc<Shared> {
+    fn published() -> Arc<PublishedState> {
         let config = TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).expect("defaults");
-        Arc::new(Shared::new(Arc::new(config), Tasks::new()))
+        Arc::new(PublishedState::new(Arc::new(config), Tasks::new()))
     }
 
-    fn reader(shared: &Arc<Shared>, index: usize) -> Arc<Ready> {
-        let ready = Arc::new(Ready::default());
-        shared.follow(&ready, index, On::Committed);
-        assert_eq!(ready.take(), Some(index), "it is marked once at first");
+    fn reader(published: &Arc<PublishedState>, index: usize) -> Arc<WakeSet> {
+        let ready = Arc::new(WakeSet::default());
+        published.add_listener(&ready, index, WatermarkKind::HighWatermark);
+        assert_eq!(ready.take(), Some(index), "a new listener is marked once");
         ready
     }
 
     #[tokio::test]
     async fn marked_listener_is_unlisted_until_its_mark_is_taken() {
-        let shared = shared();
-        let ready = reader(&shared, 3);
-        let waiting = || shared.listeners(On::Committed).len();
+        let published = published();
+        let ready = reader(&published, 3);
+        let waiting = || published.listeners(WatermarkKind::HighWatermark).len();
         assert_eq!(waiting(), 1);
-        shared.wake(On::Committed);
-        assert_eq!(waiting(), 0, "it has its mark");
-        shared.wake(On::Committed);
-        assert_eq!((ready.take(), ready.take()), (Some(3), None), "marked twice is marked once");
+        published.wake(WatermarkKind::HighWatermark);
+        assert_eq!(waiting(), 0, "a marked listener is not in the list");
+        published.wake(WatermarkKind::HighWatermark);
+        assert_eq!((ready.take(), ready.take()), (Some(3), None), "a second mark changes nothing");
         assert_eq!(waiting(), 1);
         ready.mark(3);
-        assert_eq!((ready.take(), waiting()), (Some(3), 1), "it is never listed twice");
+        assert_eq!((ready.take(), waiting()), (Some(3), 1), "a listener is listed once");
     }
 
     #[tokio::test]
     async fn many_listeners_are_woken_and_none_is_missed() {
-        let shared = shared();
-        let readers: Vec<_> = (0..1000).map(|index| reader(&shared, index)).collect();
+        let published = published();
+        let readers: Vec<_> = (0..1000).map(|index| reader(&published, index)).collect();
         for _ in 0..3 {
-            shared.wake(On::Committed);
+            published.wake(WatermarkKind::HighWatermark);
             for (index, ready) in readers.iter().enumerate() {
-                ready.wait().await;
+                ready.wait_for_index().await;
                 assert_eq!(ready.take(), Some(index));
             }
         }
@@ -168,14 +168,14 @@ mod tests {
 
     #[tokio::test]
     async fn dropped_listeners_are_removed_without_a_wake_up() {
-        let shared = shared();
-        let kept = reader(&shared, 0);
+        let published = published();
+        let kept = reader(&published, 0);
         for _ in 0..10_000 {
-            drop(reader(&shared, 1));
+            drop(reader(&published, 1));
         }
-        assert!(shared.listeners(On::Committed).len() <= 2 * MIN_SWEEP);
-        shared.wake(On::Committed);
-        kept.wait().await;
+        assert!(published.listeners(WatermarkKind::HighWatermark).len() <= 2 * MIN_SWEEP);
+        published.wake(WatermarkKind::HighWatermark);
+        kept.wait_for_index().await;
         assert_eq!(kept.take(), Some(0));
     }
 }

@@ -18,12 +18,13 @@
 //!   maintenance: plan (retention) ── roll, move the log start, upload, commit, evict
 //! ```
 //!
-//! [`Partition`] is the handle of one replica; it exists as long as this broker holds the replica. Its task (`actor`) owns the log. By
-//! its [role](Role) the task applies the decisions of [`leader`], applies those of [`follower`], or is idle. Only the metadata sets the
-//! role ([`Partition::assign`]). The task sends its requests to links and to the metadata store through [`Surroundings`] and never waits
-//! for an outcome. Readers send no request to the task: they read the watermarks that the task publishes. Maintenance (`upkeep`) uploads
-//! sealed segments and removes old ones, by the plan of [`retention`]. Its order makes a crash harmless: object, manifest, commit in the
-//! metadata store, and only then local files.
+//! [`Partition`] is the handle of one replica; it exists as long as this broker holds the replica. Its task (`actor`)
+//! owns the log. By its [role](ReplicaRole) the task applies the decisions of [`leader`], applies those of
+//! [`follower`], or is idle. Only the metadata sets the role ([`Partition::assign`]). The task sends its requests to
+//! links and to the metadata store through [`PartitionContext`] and never waits for an outcome. Readers send no request
+//! to the task: they read the watermarks that the task publishes. Maintenance (`maintenance`) uploads sealed segments
+//! and removes old ones, by the plan of [`retention`]. Its order makes a crash harmless: object, manifest, commit in
+//! the metadata store, and only then local files.
 //!
 //! # Invariants
 //!
@@ -38,7 +39,7 @@
 //! - A task appends writes only while it leads, and leads at most once in an epoch. It never applies the metadata store's response to a
 //!   request of one epoch as the response to a request of another epoch.
 //! - A follower's high watermark comes from a leader that found the two logs to agree; a leader's comes from its own commits. A commit by
-//!   other replicas up to an offset proves nothing about the records of this log below that offset.
+//!   other replicas up to an offset does not show that the records of this log below that offset are committed.
 //! - Before the log is truncated, the task publishes its role and ends its subscription. So a reader of a leader's log finds its epoch
 //!   ended, and nothing is acknowledged in an epoch whose records are being removed.
 //!
@@ -59,23 +60,23 @@ pub mod leader;
 pub mod retention;
 
 mod actor;
-mod begin;
+mod bootstrap;
+mod context;
+mod decompressor;
 mod lag;
 mod listeners;
-mod memory;
-mod opener;
+mod maintenance;
+mod maintenance_queue;
+mod memory_budget;
+mod published;
 mod reader;
-mod ready;
 mod rebuild;
 mod replicated;
+pub mod replication;
 mod role;
-pub mod session;
-mod shared;
-mod surroundings;
-mod tail;
+mod tail_reader;
 mod undecodable;
-mod upkeep;
-mod upkeep_queue;
+mod wake_set;
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -88,25 +89,28 @@ use tokio::{
 };
 
 use self::{
-    actor::{Actor, Append, Command, News, Order, Parts},
-    shared::Shared,
+    actor::{Actor, ActorConfig, ActorSignals, Append, ControlMessage, PartitionCommand},
+    published::PublishedState,
 };
 pub use self::{
     actor::{AppendError, AppendResult, BatchOrigin, Stored},
-    lag::Lag,
-    leader::{Acked, Held, Refused},
-    memory::{Charge, Memory},
-    opener::{INLINE_BYTES, Opener, Use},
-    reader::{Fetched, ReadError, Reader, Source},
-    ready::Ready,
-    role::{Answered, Assignment, Beginning, FromLink, Joined, On, Overrun, Role, Standing},
-    surroundings::{Agreement, Counts, Links, Surroundings},
-    tail::TailReader,
-    upkeep::{Step, Upkeep, UpkeepError},
-    upkeep_queue::UpkeepQueue,
+    context::{IsrUpdater, PartitionContext, PartitionCounters, ReplicationLinks},
+    decompressor::{DecompressPurpose, Decompressor, INLINE_BYTES},
+    lag::FollowerLag,
+    leader::{AckDurability, AdmitError, WriteAck},
+    maintenance::{MaintenanceError, MaintenanceResult, MaintenanceRunner},
+    maintenance_queue::MaintenanceQueue,
+    memory_budget::{Charge, MemoryBudget},
+    reader::{FetchedBatches, PartitionReader, ReadError, ReadSource},
+    role::{
+        BootstrapTables, LinkEvent, PartitionAssignment, QueueFull, ReplicaRole, ReplicaStatus, SubscribeOutcome,
+        SubscribeResponse, WatermarkKind,
+    },
+    tail_reader::TailReader,
+    wake_set::WakeSet,
 };
 use crate::{
-    log::{ChangeError, Log, Replica, ReplicaError},
+    log::{ChangeError, DataDir, ReplicaError, ReplicaLog},
     model::{Acks, BrokerId, LeaderEpoch, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
     record::{Batch, Fingerprint},
     task::Tasks,
@@ -115,11 +119,11 @@ use crate::{
 
 /// Capacity of a partition's command queue and of its control queue, in messages. The permits of appends and the send windows of links
 /// bound the bytes.
-const QUEUE: usize = 1024;
+const COMMAND_QUEUE_LEN: usize = 1024;
 
 /// Parameters for opening a partition.
 #[derive(Clone)]
-pub struct Spec {
+pub struct ReplicaSpec {
     pub id: PartitionId,
     pub topic: TopicName,
     pub config: Arc<TopicConfig>,
@@ -128,13 +132,13 @@ pub struct Spec {
     /// The partition's tier, if this broker has an object store.
     pub tier: Option<PartitionTier>,
     /// True if this broker is standalone: the metadata is in the same data directory, and there is no other replica. A log that ends
-    /// below the committed end is then reset to that end. Otherwise such a log is [`PartitionError::Lost`].
-    pub alone: bool,
+    /// below the committed end is then reset to that end. Otherwise the open fails with [`PartitionError::Lost`].
+    pub standalone: bool,
     /// True if the local replica, if any, is deleted before the open: the new replica starts empty and copies. Allowed only for a replica
     /// outside ISR and ELR, and for an unusable replica that an operator elected: that one bootstraps at the end of the object store.
-    pub anew: bool,
-    /// `replication.lag_time`: maximum time in which an ISR member must reach the log end that was current when the time started.
-    pub lag_time: Duration,
+    pub discard_local: bool,
+    /// `replication.max_lag_time`: maximum time in which an ISR member must reach the log end that was current when the time started.
+    pub max_lag_time: Duration,
 }
 
 /// Error of [`Partition::open`].
@@ -144,11 +148,12 @@ pub enum PartitionError {
     #[error(transparent)]
     Replica(#[from] ReplicaError),
     /// The replica could not be reset to the committed end.
-    #[error("the replica cannot begin anew where the bucket ends: {0}")]
+    #[error("cannot reset the replica to the committed end: {0}")]
     Reset(#[from] ChangeError),
-    /// The local log ends below the tiered end or the log start. Whatever it holds, it does not reach the log's tail.
+    /// The local log ends below the tiered end or the log start. The log lacks committed records at its end.
     #[error(
-        "the replica of partition {id} ends at {log_end}, below {committed}, where the bucket ends or the log starts: it must copy again"
+        "the replica of partition {id} ends at {log_end}, below {committed}, the end of the object store or the log \
+         start: the replica must copy its log again"
     )]
     Lost {
         id: PartitionId,
@@ -163,17 +168,17 @@ pub enum PartitionError {
 pub struct Partition {
     id: PartitionId,
     topic: TopicName,
-    mailbox: mpsc::Sender<Command>,
-    orders: mpsc::Sender<Order>,
-    news: Arc<News>,
-    shared: Arc<Shared>,
-    reader: Reader,
-    tail: crate::log::Reader,
+    mailbox: mpsc::Sender<PartitionCommand>,
+    control: mpsc::Sender<ControlMessage>,
+    signals: Arc<ActorSignals>,
+    published: Arc<PublishedState>,
+    reader: PartitionReader,
+    tail: crate::log::LogReader,
     tier: Option<PartitionTier>,
     /// Newest tier state that this broker received as committed in the metadata store.
     committed: Mutex<Option<TierState>>,
     /// Held during a maintenance step, so that one step runs at a time.
-    upkeep: tokio::sync::Mutex<()>,
+    maintenance: tokio::sync::Mutex<()>,
     tasks: Tasks,
 }
 
@@ -182,46 +187,59 @@ impl Partition {
     /// it from a thread that may block.
     pub fn open(
         broker: BrokerId,
-        log: &Log,
-        spec: Spec,
-        around: Surroundings,
-        upkeep: &UpkeepQueue,
+        log: &DataDir,
+        spec: ReplicaSpec,
+        ctx: PartitionContext,
+        maintenance: &MaintenanceQueue,
         parent: &Tasks,
     ) -> Result<Arc<Self>, PartitionError> {
         let committed = spec.committed.clone().unwrap_or_default();
-        let (log_start, tiered_end) = (committed.log_start, committed.bucket_end());
+        let (log_start, tiered_end) = (committed.log_start, committed.tiered_end());
         let replica = open_replica(log, &spec, log_start.max(tiered_end))?;
         // A replica among several may hold uncommitted records of a deposed leader, also below the committed end of its peers. Only
         // evicted records are certain to have been committed.
-        let committed_end = if spec.alone { log_start.max(tiered_end) } else { replica.local_start() };
+        let committed_end = if spec.standalone { log_start.max(tiered_end) } else { replica.local_start() };
         let tasks = parent.child();
-        let shared = Arc::new(Shared::new(spec.config, tasks.clone()));
+        let published = Arc::new(PublishedState::new(spec.config, tasks.clone()));
         let tail = replica.reader();
-        let reader = Reader::new(spec.id, Arc::clone(&shared), tail.clone(), spec.tier.clone());
-        let (mailbox, commands) = mpsc::channel(QUEUE);
-        let (orders, ordered) = mpsc::channel(QUEUE);
-        let news = Arc::new(News::default());
-        let actor = Actor::new(Parts {
+        let reader = PartitionReader::new(spec.id, Arc::clone(&published), tail.clone(), spec.tier.clone());
+        let (mailbox, commands) = mpsc::channel(COMMAND_QUEUE_LEN);
+        let (control, control_messages) = mpsc::channel(COMMAND_QUEUE_LEN);
+        let signals = Arc::new(ActorSignals::default());
+        let actor = Actor::new(ActorConfig {
             broker,
             id: spec.id,
             topic: spec.topic.clone(),
             replica,
-            shared: Arc::clone(&shared),
-            news: Arc::clone(&news),
-            around,
-            upkeep: upkeep.clone(),
+            published: Arc::clone(&published),
+            signals: Arc::clone(&signals),
+            ctx,
+            maintenance: maintenance.clone(),
             tier: spec.tier.clone(),
             log_start,
             tiered_end,
             committed_end,
-            lag_ms: u64::try_from(spec.lag_time.as_millis()).unwrap_or(u64::MAX),
-            orders: orders.downgrade(),
+            lag_ms: u64::try_from(spec.max_lag_time.as_millis()).unwrap_or(u64::MAX),
+            orders: control.downgrade(),
             tasks: tasks.clone(),
         });
-        tasks.spawn("partition", actor.run(commands, ordered));
+        tasks.spawn("partition", actor.run(commands, control_messages));
         let (id, topic, tier, committed) = (spec.id, spec.topic, spec.tier, Mutex::new(spec.committed));
-        let upkeep = tokio::sync::Mutex::default();
-        Ok(Arc::new(Self { id, topic, mailbox, orders, news, shared, reader, tail, tier, committed, upkeep, tasks }))
+        let maintenance = tokio::sync::Mutex::default();
+        Ok(Arc::new(Self {
+            id,
+            topic,
+            mailbox,
+            control,
+            signals,
+            published,
+            reader,
+            tail,
+            tier,
+            committed,
+            maintenance,
+            tasks,
+        }))
     }
 
     pub fn id(&self) -> PartitionId {
@@ -256,9 +274,11 @@ impl Partition {
         permit: OwnedSemaphorePermit,
         stored: Option<Stored>,
     ) -> oneshot::Receiver<AppendResult> {
-        let (answer, receiver) = oneshot::channel();
-        let append = Box::new(Append { batch, origin, acks, permit, answer, stored });
-        if let Err(mpsc::error::SendError(Command::Append(append))) = self.mailbox.send(Command::Append(append)).await {
+        let (responder, receiver) = oneshot::channel();
+        let append = Box::new(Append { batch, origin, acks, permit, answer: responder, stored });
+        if let Err(mpsc::error::SendError(PartitionCommand::Append(append))) =
+            self.mailbox.send(PartitionCommand::Append(append)).await
+        {
             let _gone = append.answer.send(Err(AppendError::Closing));
         }
         receiver
@@ -266,8 +286,8 @@ impl Partition {
 
     /// Notifies the task that a writer dropped its receiver before the result. The task releases the memory of that write as soon as the
     /// write is safe on this broker. Never waits.
-    pub fn given_up(&self) {
-        self.news.given_up();
+    pub fn on_waiter_dropped(&self) {
+        self.signals.on_waiter_dropped();
     }
 
     /// Returns the log start committed in the metadata store: all records below it are deleted. It is valid in every role.
@@ -275,38 +295,38 @@ impl Partition {
         self.committed().map_or(Offset::ZERO, |state| state.log_start)
     }
 
-    pub fn reader(&self) -> &Reader {
+    pub fn reader(&self) -> &PartitionReader {
         &self.reader
     }
 
-    pub fn marks(&self) -> Watermarks {
-        self.shared.marks()
+    pub fn watermarks(&self) -> Watermarks {
+        self.published.watermarks()
     }
 
     /// Returns the replica's role, leader epoch and leader.
-    pub fn standing(&self) -> Standing {
-        self.shared.standing()
+    pub fn status(&self) -> ReplicaStatus {
+        self.published.status()
     }
 
     /// Returns the newest leader epoch in the metadata that this partition received.
     pub fn epoch(&self) -> LeaderEpoch {
-        self.shared.epoch()
+        self.published.epoch()
     }
 
     pub fn config(&self) -> Arc<TopicConfig> {
-        self.shared.config()
+        self.published.config()
     }
 
     /// Applies a changed configuration. It holds for every write that is queued after this returns.
-    pub async fn configure(&self, config: Arc<TopicConfig>) {
+    pub async fn update_config(&self, config: Arc<TopicConfig>) {
         // Requests are checked against the published configuration before they reach the task.
-        self.shared.configure(Arc::clone(&config));
-        let _stopped = self.mailbox.send(Command::Configure(config)).await;
+        self.published.configure(Arc::clone(&config));
+        let _stopped = self.mailbox.send(PartitionCommand::UpdateConfig(config)).await;
     }
 
     /// Returns the bytes of the replica on this broker's disk.
     pub fn local_bytes(&self) -> u64 {
-        self.shared.local_bytes()
+        self.published.local_bytes()
     }
 
     /// Returns the bytes of the partition in the object store.
@@ -316,23 +336,23 @@ impl Partition {
 
     /// Returns the number of segments with timestamps in the future, by the last retention plan; 0 while this broker does not lead.
     pub fn future_segments(&self) -> u64 {
-        self.shared.future_segments()
+        self.published.future_segments()
     }
 
     /// Returns the error that stopped writes to the replica, if any.
-    pub fn fault(&self) -> Option<Arc<str>> {
-        self.shared.fault()
+    pub fn error(&self) -> Option<Arc<str>> {
+        self.published.error()
     }
 
     /// Returns true if the active segment is old enough to be sealed.
-    pub fn seal_is_due(&self, now: Instant) -> bool {
-        self.shared.active_age(now).is_some_and(|age| age >= self.shared.config().segment_age)
+    pub fn roll_is_due(&self, now: Instant) -> bool {
+        self.published.active_age(now).is_some_and(|age| age >= self.published.config().segment_age)
     }
 
     /// Returns true if retention may have work: records in either tier, or local files of deleted records.
     pub fn holds_any(&self) -> bool {
-        let marks = self.marks();
-        marks.log_start.min(marks.local_start) < marks.log_end
+        let watermarks = self.watermarks();
+        watermarks.log_start.min(watermarks.local_start) < watermarks.log_end
     }
 
     /// Stops the task. The task rejects queued writes, waits until written records are durable, and responds to their writers.
@@ -342,14 +362,14 @@ impl Partition {
 
     /// Applies a tier state and log start that the metadata store committed, unless a newer state is known. Commands sent after this
     /// returns find the state applied.
-    pub async fn adopt(&self, state: TierState) {
-        self.note_committed(&state);
-        self.command(Command::Committed(Box::new(state))).await;
+    pub async fn apply_tier_state(&self, state: TierState) {
+        self.record_tier_state(&state);
+        self.command(PartitionCommand::ApplyTierState(Box::new(state))).await;
     }
 
-    fn note_committed(&self, state: &TierState) {
+    fn record_tier_state(&self, state: &TierState) {
         if let Some(tier) = &self.tier {
-            tier.adopt(state.clone());
+            tier.apply_state(state.clone());
         }
         let mut committed = self.committed.lock().unwrap_or_else(PoisonError::into_inner);
         let age = |state: &TierState| (state.version(), state.log_start, state.epoch);
@@ -362,35 +382,35 @@ impl Partition {
         self.committed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    async fn command(&self, command: Command) {
+    async fn command(&self, command: PartitionCommand) {
         let _stopped = self.mailbox.send(command).await;
     }
 }
 
 /// Opens the replica of `spec`. All records below `committed` were committed.
-fn open_replica(log: &Log, spec: &Spec, committed: Offset) -> Result<Replica, PartitionError> {
-    if spec.anew {
+fn open_replica(log: &DataDir, spec: &ReplicaSpec, committed: Offset) -> Result<ReplicaLog, PartitionError> {
+    if spec.discard_local {
         log.delete_replica(spec.id)?;
     }
     // A replica that copies starts empty. Its leader chooses the bootstrap offset, and the object store has the tables for that offset.
-    let start = if spec.alone { committed } else { Offset::ZERO };
+    let start = if spec.standalone { committed } else { Offset::ZERO };
     let mut replica = log.open_replica(spec.id, start)?;
     let log_end = replica.log_end();
-    if log_end >= committed || spec.anew {
+    if log_end >= committed || spec.discard_local {
         return Ok(replica);
     }
-    if !spec.alone {
+    if !spec.standalone {
         return Err(PartitionError::Lost { id: spec.id, log_end, committed });
     }
     // This disk was lost or restored. The log restarts after the tiered and the deleted records, so that no offset is assigned twice.
     tracing::warn!(
-        partition = %spec.id, %log_end, %committed, "the local log ends below what was committed; going on from there"
+        partition = %spec.id, %log_end, %committed, "the local log ends below the committed end: resetting the log to the committed end"
     );
     replica.reset(committed)?;
     Ok(replica)
 }
 
 #[cfg(test)]
-mod check;
+mod model_check;
 #[cfg(test)]
 mod tests;

@@ -1,14 +1,15 @@
 //! Reads of a partition: from memory, then disk, then object store, without a difference to the caller.
 //!
-//! A reader sends no request to the partition's task. It reads up to the high watermark that the task published, and from the log start
-//! on. A follower, and a leader before its epoch is committed, may have a lower high watermark than the caller saw elsewhere: a read
-//! above it waits. Segments may be evicted or deleted during a read: the read then looks again, one tier further down.
+//! A reader sends no request to the partition's task. It reads up to the high watermark that the task published, and
+//! from the log start on. A follower, and a leader before its epoch is committed, may have a lower high watermark than
+//! another replica sent to the caller: a read above it waits. Segments may be evicted or deleted during a read: the
+//! read then looks again, one tier further down.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Charge, On, Opener, Ready, Role, shared::Shared};
+use super::{Charge, Decompressor, ReplicaRole, WakeSet, WatermarkKind, published::PublishedState};
 use crate::{
     log::{self, ReadLimits},
     model::{LeaderEpoch, Offset, PartitionId, Watermarks},
@@ -19,25 +20,25 @@ use crate::{
 
 /// Tier that served a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Source {
+pub enum ReadSource {
     /// The tail cache.
     Memory,
     /// A segment file.
     Disk,
     /// The object store, or its cache.
-    Bucket,
+    ObjectStore,
 }
 
 /// Result of a read.
 #[derive(Clone, Debug)]
-pub struct Fetched {
+pub struct FetchedBatches {
     /// Complete batches, if put one after another. The first may begin before the requested offset.
     pub chunks: Vec<Bytes>,
     /// Bytes of all chunks.
     pub bytes: usize,
     /// Offset of the next read.
     pub next: Offset,
-    pub source: Source,
+    pub source: ReadSource,
 }
 
 /// Error of a read.
@@ -53,55 +54,60 @@ pub enum ReadError {
         /// First offset that cannot be read yet.
         end: Offset,
     },
-    /// The partition is not on this broker any more.
+    /// The partition is no longer on this broker.
     #[error("the partition is closed on this broker")]
     Closed,
     /// The disk or the object store holds other bytes there than were written.
-    #[error("the data at offset {offset} is damaged and is not served: {why}")]
-    Damaged {
+    #[error("the data at offset {offset} is corrupt and not served: {reason}")]
+    Corrupt {
         offset: Offset,
-        /// Kind and place of the corruption.
-        why: String,
+        /// Kind and position of the corruption.
+        reason: String,
     },
     /// The disk could not be read.
-    #[error("reading from this broker's disk failed: {why}")]
+    #[error("reading from this broker's disk failed: {reason}")]
     Disk {
         /// Error of the operating system.
-        why: String,
+        reason: String,
     },
     /// The batch exceeds the memory that the reader has for it.
-    #[error("the batch has {bytes} bytes, and there is memory for fewer")]
+    #[error("the batch has {bytes} bytes, more than the memory of this read")]
     BatchTooLarge {
         /// Bytes of the batch.
         bytes: usize,
     },
     /// The object store could not be read. The caller may try again.
-    #[error("reading from the object store failed: {why}")]
+    #[error("reading from the object store failed: {reason}")]
     ObjectStore {
         /// Error of the object store.
-        why: String,
+        reason: String,
     },
 }
 
 /// Reader of one partition. Clones are cheap.
 #[derive(Clone)]
-pub struct Reader {
+pub struct PartitionReader {
     id: PartitionId,
-    shared: Arc<Shared>,
-    log: log::Reader,
+    published: Arc<PublishedState>,
+    log: log::LogReader,
     tier: Option<PartitionTier>,
     charge: Option<Charge>,
 }
 
 /// Maximum number of batches that a search by time opens in vain, because no record has the time of the header.
-const CLAIMS: usize = 64;
+const MAX_SEARCHED_BATCHES: usize = 64;
 
 /// Maximum number of attempts of a read whose segment was removed meanwhile.
-const TRIES: usize = 8;
+const MAX_READ_ATTEMPTS: usize = 8;
 
-impl Reader {
-    pub(super) fn new(id: PartitionId, shared: Arc<Shared>, log: log::Reader, tier: Option<PartitionTier>) -> Self {
-        Self { id, shared, log, tier, charge: None }
+impl PartitionReader {
+    pub(super) fn new(
+        id: PartitionId,
+        published: Arc<PublishedState>,
+        log: log::LogReader,
+        tier: Option<PartitionTier>,
+    ) -> Self {
+        Self { id, published, log, tier, charge: None }
     }
 
     /// Returns a reader for a caller that holds this memory for the result: reads of the log hold it until they have ended.
@@ -109,30 +115,30 @@ impl Reader {
         Self { charge: Some(charge), ..self.clone() }
     }
 
-    pub fn marks(&self) -> Watermarks {
-        self.shared.marks()
+    pub fn watermarks(&self) -> Watermarks {
+        self.published.watermarks()
     }
 
     /// Marks `index` in `ready` whenever there is more to read, and once at first.
-    pub fn follow(&self, ready: &Arc<Ready>, index: usize) {
-        self.shared.follow(ready, index, On::Committed);
+    pub fn add_listener(&self, ready: &Arc<WakeSet>, index: usize) {
+        self.published.add_listener(ready, index, WatermarkKind::HighWatermark);
     }
 
     /// Reads committed records from `from` on: at least one batch if there is one, beyond that as many as the limits allow. Batches in
     /// memory are shared and take no memory of the caller: the first one may have any size. Returns `None` if there is nothing yet:
     /// `from` is the high watermark, or lies above it and this broker is no leader with a committed epoch.
-    pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {
-        let read = self.look(from, limits).await;
+    pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<Option<FetchedBatches>, ReadError> {
+        let read = self.read_tiers(from, limits).await;
         #[cfg(feature = "sim")]
         if let Ok(Some(fetched)) = &read {
-            self.tell_served(fetched);
+            self.report_served(fetched);
         }
         read
     }
 
     /// Reports the served batches to the simulator's checker.
     #[cfg(feature = "sim")]
-    fn tell_served(&self, fetched: &Fetched) {
+    fn report_served(&self, fetched: &FetchedBatches) {
         let mut bytes = bytes::Bytes::from(fetched.chunks.concat());
         while let Ok(batch) = Batch::split_from(&mut bytes) {
             sim_event!(BatchServed {
@@ -146,58 +152,64 @@ impl Reader {
     }
 
     /// Reads one tier after the other.
-    async fn look(&self, from: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {
-        for _ in 0..TRIES {
-            let Some(marks) = self.readable(from)? else { return Ok(None) };
-            let bound = marks.high_watermark;
+    async fn read_tiers(&self, from: Offset, limits: ReadLimits) -> Result<Option<FetchedBatches>, ReadError> {
+        for _ in 0..MAX_READ_ATTEMPTS {
+            let Some(watermarks) = self.readable(from)? else { return Ok(None) };
+            let bound = watermarks.high_watermark;
             if let Some(read) = self.log.read_memory(from, bound, limits.max_bytes) {
-                return Ok(Some(fetched(read, Source::Memory)));
+                return Ok(Some(fetched(read, ReadSource::Memory)));
             }
             // The log moves its start before the task publishes it.
-            if from >= marks.local_start.max(self.log.local_start()) {
+            if from >= watermarks.local_start.max(self.log.local_start()) {
                 match self.read_disk(from, bound, limits).await? {
                     Some(read) => return Ok(Some(read)),
                     // Evicted since the watermarks were read.
                     None => continue,
                 }
             }
-            return self.read_bucket(from, bound, limits).await;
+            return self.read_object_store(from, bound, limits).await;
         }
-        Err(ReadError::Disk { why: format!("offset {from} moved away {TRIES} times while it was looked for") })
+        Err(ReadError::Disk { reason: format!("offset {from} was evicted {MAX_READ_ATTEMPTS} times during the read") })
     }
 
     /// Returns the watermarks if there is something to read at `from`, `None` at the end.
     fn readable(&self, from: Offset) -> Result<Option<Watermarks>, ReadError> {
-        if self.shared.is_closed() {
+        if self.published.is_closed() {
             return Err(ReadError::Closed);
         }
         // In this order: a leader publishes its watermarks before the status of a committed epoch.
-        let role = self.shared.standing().role;
-        let marks = self.shared.marks();
+        let role = self.published.status().role;
+        let watermarks = self.published.watermarks();
         let keeps = role.leads() || !mutant!(FollowerServesUncommitted);
-        let end = if keeps && !mutant!(ReadUncommitted) { marks.high_watermark } else { marks.log_end };
-        let start = marks.log_start;
-        if from < start || from > end && role == (Role::Leader { settled: true }) {
+        let end = if keeps && !mutant!(ReadUncommitted) { watermarks.high_watermark } else { watermarks.log_end };
+        let start = watermarks.log_start;
+        if from < start || from > end && role == (ReplicaRole::Leader { epoch_committed: true }) {
             return Err(ReadError::OutOfRange { offset: from, start, end });
         }
         #[cfg(feature = "sim")]
         if from < end {
             sim_event!(ReadableEndMoved { partition: self.id, end });
         }
-        Ok((from < end).then_some(Watermarks { high_watermark: end, ..marks }))
+        Ok((from < end).then_some(Watermarks { high_watermark: end, ..watermarks }))
     }
 
-    /// Reads the log on another thread, in turn. The turn and the charge end with the read, also if the caller is gone.
-    async fn on_disk<T: Send + 'static>(&self, read: impl FnOnce(&log::Reader) -> T + Send + 'static) -> T {
-        let (log, charge, turn) = (self.log.clone(), self.charge.clone(), self.log.disk_turn().await);
+    /// Reads the log on another thread, in turn. The turn and the charge end with the read, even if the caller was
+    /// dropped.
+    async fn on_disk<T: Send + 'static>(&self, read: impl FnOnce(&log::LogReader) -> T + Send + 'static) -> T {
+        let (log, charge, turn) = (self.log.clone(), self.charge.clone(), self.log.acquire_disk_permit().await);
         task::run_blocking(move || (read(&log), turn, charge).0).await
     }
 
-    async fn read_disk(&self, from: Offset, bound: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {
+    async fn read_disk(
+        &self,
+        from: Offset,
+        bound: Offset,
+        limits: ReadLimits,
+    ) -> Result<Option<FetchedBatches>, ReadError> {
         match self.on_disk(move |log| log.read_disk(from, bound, limits)).await {
-            Ok(read) => Ok(Some(fetched(read, Source::Disk))),
-            Err(log::ReadError::OutOfRange { .. }) => Ok(None),
-            Err(log::ReadError::BatchTooLarge { bytes }) => Err(ReadError::BatchTooLarge { bytes }),
+            Ok(read) => Ok(Some(fetched(read, ReadSource::Disk))),
+            Err(log::LogReadError::OutOfRange { .. }) => Ok(None),
+            Err(log::LogReadError::BatchTooLarge { bytes }) => Err(ReadError::BatchTooLarge { bytes }),
             Err(error) => self.other_tier(from, bound, limits, error).await.map(Some),
         }
     }
@@ -208,54 +220,62 @@ impl Reader {
         from: Offset,
         bound: Offset,
         limits: ReadLimits,
-        error: log::ReadError,
-    ) -> Result<Fetched, ReadError> {
-        if let Some(count) = self.shared.count_unreadable() {
+        error: log::LogReadError,
+    ) -> Result<FetchedBatches, ReadError> {
+        if let Some(count) = self.published.count_unreadable() {
             tracing::error!(
                 partition = %self.id, offset = %from, %error, count,
-                "the local copy cannot be read; serving from the bucket where it has these records"
+                "cannot read the local copy: reading from the object store where it has the records"
             );
         }
-        if from < self.shared.marks().tiered_end {
-            match self.read_bucket(from, bound, limits).await {
+        if from < self.published.watermarks().tiered_end {
+            match self.read_object_store(from, bound, limits).await {
                 Ok(Some(fetched)) => return Ok(fetched),
                 Err(too_large @ ReadError::BatchTooLarge { .. }) => return Err(too_large),
                 Ok(None) | Err(_) => {}
             }
         }
         Err(match error {
-            log::ReadError::Damaged { offset, .. } => ReadError::Damaged { offset, why: error.to_string() },
-            other => ReadError::Disk { why: other.to_string() },
+            log::LogReadError::Corrupt { offset, .. } => ReadError::Corrupt { offset, reason: error.to_string() },
+            other => ReadError::Disk { reason: other.to_string() },
         })
     }
 
-    async fn read_bucket(&self, from: Offset, bound: Offset, limits: ReadLimits) -> Result<Option<Fetched>, ReadError> {
+    async fn read_object_store(
+        &self,
+        from: Offset,
+        bound: Offset,
+        limits: ReadLimits,
+    ) -> Result<Option<FetchedBatches>, ReadError> {
         let Some(tier) = &self.tier else {
-            let why = format!("offset {from} is in the object store, and this broker has none configured");
+            let reason =
+                format!("offset {from} is in the object store, and this broker has none: set object_store.url");
             // Retention may have moved on meanwhile: then no tier has the offset.
-            return self.readable(from).and(Err(ReadError::ObjectStore { why }));
+            return self.readable(from).and(Err(ReadError::ObjectStore { reason }));
         };
         match tier.read(from, limits).await {
             Ok(read) => {
                 let (chunks, bytes, next) = (read.chunks, read.bytes, read.next);
-                Ok(below(Fetched { chunks, bytes, next, source: Source::Bucket }, bound))
+                Ok(below(FetchedBatches { chunks, bytes, next, source: ReadSource::ObjectStore }, bound))
             }
             // Retention may have moved on during the read.
-            Err(error) => self.readable(from).and(Err(self.bucket_error(from, &error))),
+            Err(error) => self.readable(from).and(Err(self.object_store_error(from, &error))),
         }
     }
 
-    fn bucket_error(&self, offset: Offset, error: &tier::ReadError) -> ReadError {
+    fn object_store_error(&self, offset: Offset, error: &tier::TierReadError) -> ReadError {
         match error {
             // The tier state is newer than the watermarks: the log start has moved, and nothing is wrong with the object store.
-            tier::ReadError::OutOfRange { start, .. } if offset < *start => {
-                ReadError::OutOfRange { offset, start: *start, end: self.shared.marks().high_watermark.max(*start) }
+            tier::TierReadError::OutOfRange { start, .. } if offset < *start => ReadError::OutOfRange {
+                offset,
+                start: *start,
+                end: self.published.watermarks().high_watermark.max(*start),
+            },
+            tier::TierReadError::Damaged { .. } | tier::TierReadError::Missing { .. } => {
+                ReadError::Corrupt { offset, reason: error.to_string() }
             }
-            tier::ReadError::Damaged { .. } | tier::ReadError::Missing { .. } => {
-                ReadError::Damaged { offset, why: error.to_string() }
-            }
-            tier::ReadError::BatchTooLarge { bytes } => ReadError::BatchTooLarge { bytes: *bytes },
-            _ => ReadError::ObjectStore { why: error.to_string() },
+            tier::TierReadError::BatchTooLarge { bytes } => ReadError::BatchTooLarge { bytes: *bytes },
+            _ => ReadError::ObjectStore { reason: error.to_string() },
         }
     }
 
@@ -272,22 +292,25 @@ impl Reader {
         &self,
         timestamp_ms: i64,
         max_batch_bytes: usize,
-        opener: &Opener,
+        decompressor: &Decompressor,
     ) -> Result<Option<(Offset, i64, LeaderEpoch)>, ReadError> {
-        let mut from = self.shared.marks().log_start;
+        let mut from = self.published.watermarks().log_start;
         let mut epoch = LeaderEpoch::default();
-        for _ in 0..CLAIMS {
+        for _ in 0..MAX_SEARCHED_BATCHES {
             let Some(batch) = self.batch_for_time(timestamp_ms, from, max_batch_bytes).await? else { return Ok(None) };
             epoch = batch.leader_epoch().unwrap_or_default();
-            let find = move |batch: &Batch, most: usize| first_at(batch, most, timestamp_ms, from);
-            match opener.open_stored(self.id, &batch, find).await {
+            let find = move |batch: &Batch, max_bytes: usize| first_at(batch, max_bytes, timestamp_ms, from);
+            match decompressor.open_stored(self.id, &batch, find).await {
                 Ok(Some((offset, timestamp_ms))) => return Ok(Some((offset, timestamp_ms, epoch))),
                 Ok(None) => {}
                 // Consumers can decode the batch, and its records may be that young.
                 Err(MalformedBatch::NoMemory { .. }) => return Ok(Some((from.max(batch.base_offset()), -1, epoch))),
                 // A batch that cannot be decoded holds no record that can be read.
                 Err(error) => {
-                    tracing::debug!(partition = %self.id, offset = %batch.base_offset(), %error, "passed over")
+                    tracing::debug!(
+                        partition = %self.id, offset = %batch.base_offset(), %error,
+                        "skipped a batch that cannot be decoded"
+                    )
                 }
             }
             from = batch.end_offset();
@@ -302,42 +325,47 @@ impl Reader {
         from: Offset,
         max_batch_bytes: usize,
     ) -> Result<Option<Batch>, ReadError> {
-        for _ in 0..TRIES {
-            let marks = self.shared.marks();
-            let from = from.max(marks.log_start);
-            if let Some(tier) = self.tier.as_ref().filter(|_| from < marks.tiered_end) {
+        for _ in 0..MAX_READ_ATTEMPTS {
+            let watermarks = self.published.watermarks();
+            let from = from.max(watermarks.log_start);
+            if let Some(tier) = self.tier.as_ref().filter(|_| from < watermarks.tiered_end) {
                 let found = tier.batch_for_time(timestamp_ms, from, max_batch_bytes).await;
-                let found = found.map_err(|error| self.bucket_error(from, &error))?;
+                let found = found.map_err(|error| self.object_store_error(from, &error))?;
                 if found.is_some() {
                     return Ok(found);
                 }
             }
-            let bound = marks.high_watermark;
+            let bound = watermarks.high_watermark;
             match self.on_disk(move |log| log.batch_for_time(timestamp_ms, from, bound, max_batch_bytes)).await {
                 // A segment was evicted during the search.
-                Err(log::ReadError::OutOfRange { .. }) => {}
-                Err(log::ReadError::BatchTooLarge { bytes }) => return Err(ReadError::BatchTooLarge { bytes }),
+                Err(log::LogReadError::OutOfRange { .. }) => {}
+                Err(log::LogReadError::BatchTooLarge { bytes }) => return Err(ReadError::BatchTooLarge { bytes }),
                 Err(error) => {
-                    if let Some(count) = self.shared.count_unreadable() {
-                        tracing::error!(partition = %self.id, %error, count, "the local copy cannot be searched for a time");
+                    if let Some(count) = self.published.count_unreadable() {
+                        tracing::error!(
+                            partition = %self.id, %error, count,
+                            "cannot search the local copy for a timestamp"
+                        );
                     }
-                    return Err(ReadError::Disk { why: error.to_string() });
+                    return Err(ReadError::Disk { reason: error.to_string() });
                 }
                 Ok(found) => return Ok(found),
             }
         }
-        Err(ReadError::Disk { why: format!("segments left the disk {TRIES} times while a time was looked for") })
+        Err(ReadError::Disk {
+            reason: format!("segments were evicted {MAX_READ_ATTEMPTS} times during the search for a timestamp"),
+        })
     }
 }
 
 /// Returns the first record of a batch, from `from` on, that is that young.
 fn first_at(
     batch: &Batch,
-    most: usize,
+    max_bytes: usize,
     timestamp_ms: i64,
     from: Offset,
 ) -> Result<Option<(Offset, i64)>, MalformedBatch> {
-    for entry in batch.records_within(most)? {
+    for entry in batch.records_within(max_bytes)? {
         let (offset, record) = entry?;
         if offset >= from && record.timestamp_ms >= timestamp_ms {
             return Ok(Some((offset, record.timestamp_ms)));
@@ -346,16 +374,16 @@ fn first_at(
     Ok(None)
 }
 
-pub(super) fn fetched(read: log::Read, source: Source) -> Fetched {
-    Fetched { chunks: read.chunks, bytes: read.bytes, next: read.next, source }
+pub(super) fn fetched(read: log::ReadBatches, source: ReadSource) -> FetchedBatches {
+    FetchedBatches { chunks: read.chunks, bytes: read.bytes, next: read.next, source }
 }
 
 /// Returns the batches that lie below `bound`. A follower may receive the tier state of records before its leader sends their commit.
-fn below(fetched: Fetched, bound: Offset) -> Option<Fetched> {
+fn below(fetched: FetchedBatches, bound: Offset) -> Option<FetchedBatches> {
     if fetched.next <= bound {
         return Some(fetched);
     }
-    let mut kept = Fetched { chunks: Vec::new(), bytes: 0, ..fetched };
+    let mut kept = FetchedBatches { chunks: Vec::new(), bytes: 0, ..fetched };
     // The caller detects corrupt batches.
     let batches = ChunkedBatches::new(fetched.chunks).map_while(Result::ok);
     for batch in batches.take_while(|batch| batch.end_offset() <= bound) {
@@ -384,11 +412,11 @@ mod tests {
         let all = [batch(0), batch(2), batch(4)].concat();
         let fetched = |cut: usize| {
             let chunks = vec![Bytes::copy_from_slice(&all[..cut]), Bytes::copy_from_slice(&all[cut..])];
-            Fetched { chunks, bytes: all.len(), next: at(6), source: Source::Bucket }
+            FetchedBatches { chunks, bytes: all.len(), next: at(6), source: ReadSource::ObjectStore }
         };
         for cut in 0..all.len() {
             for (bound, kept) in [(9, 3), (6, 3), (5, 2), (4, 2), (3, 1), (2, 1)] {
-                let some = below(fetched(cut), at(bound)).expect("some lie below");
+                let some = below(fetched(cut), at(bound)).expect("some batches lie below the bound");
                 assert_eq!(
                     (some.next, some.bytes),
                     (at(2 * kept), all.len() / 3 * usize::try_from(kept).expect("few"))

@@ -1,7 +1,7 @@
 //! Rebuild of a lost manifest by the partition's leader, if the remaining objects are the committed ones.
 //!
 //! Reading every footer of a long history is expensive. So a failed attempt is repeated only after [`RETRY_INTERVAL`], or when an
-//! operator orders it (`strandline partition rebuild-manifest`).
+//! operator requests it (`strandline partition rebuild-manifest`).
 
 use std::{
     collections::BTreeMap,
@@ -13,12 +13,12 @@ use tokio::time::Instant;
 
 use super::{
     Partition,
-    upkeep::{Upkeep, UpkeepError, local},
+    maintenance::{MaintenanceError, MaintenanceRunner, local},
 };
 use crate::{
     model::{LeaderEpoch, PartitionId},
     task::clock,
-    tier::{PartitionTier, Verdict},
+    tier::{PartitionTier, SurveyVerdict},
 };
 
 /// Pause before another attempt to rebuild a manifest.
@@ -36,7 +36,7 @@ struct Failure {
     /// Version of the lost manifest.
     version: u64,
     at: Instant,
-    why: String,
+    reason: String,
 }
 
 impl Rebuilds {
@@ -45,10 +45,10 @@ impl Rebuilds {
         let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
         let failure = failed.get(&id)?;
         let is_recent = failure.version == version && now.duration_since(failure.at) < RETRY_INTERVAL;
-        is_recent.then(|| failure.why.clone())
+        is_recent.then(|| failure.reason.clone())
     }
 
-    fn note(&self, id: PartitionId, outcome: Option<Failure>) {
+    fn record_outcome(&self, id: PartitionId, outcome: Option<Failure>) {
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
         match outcome {
             Some(failure) => drop(failed.insert(id, failure)),
@@ -57,32 +57,33 @@ impl Rebuilds {
     }
 }
 
-impl Upkeep {
+impl MaintenanceRunner {
     /// Rebuilds the partition's lost manifest. Only a leader whose epoch is committed does so; on other replicas nothing happens.
     pub(super) async fn rebuild(
         &self,
         partition: &Partition,
         tier: &PartitionTier,
         object: &str,
-    ) -> Result<(), UpkeepError> {
+    ) -> Result<(), MaintenanceError> {
         let Some((epoch, true)) = local(partition).await?.leads else { return Ok(()) };
         let (version, now) = (tier.state().version(), clock::monotonic());
-        let lost = |why: String| UpkeepError::ManifestLost {
+        let lost = |reason: String| MaintenanceError::ManifestLost {
             object: object.to_owned(),
             partition: format!("{}/{}", partition.topic(), partition.id().number),
-            why,
+            reason,
         };
-        if let Some(why) = self.rebuilds.pending(partition.id(), version, now) {
-            return Err(lost(why));
+        if let Some(reason) = self.rebuilds.pending(partition.id(), version, now) {
+            return Err(lost(reason));
         }
         match self.rebuild_now(partition, tier, epoch).await? {
             None => {
-                self.rebuilds.note(partition.id(), None);
+                self.rebuilds.record_outcome(partition.id(), None);
                 Ok(())
             }
-            Some(why) => {
-                self.rebuilds.note(partition.id(), Some(Failure { version, at: now, why: why.clone() }));
-                Err(lost(why))
+            Some(reason) => {
+                self.rebuilds
+                    .record_outcome(partition.id(), Some(Failure { version, at: now, reason: reason.clone() }));
+                Err(lost(reason))
             }
         }
     }
@@ -93,17 +94,17 @@ impl Upkeep {
         partition: &Partition,
         tier: &PartitionTier,
         epoch: LeaderEpoch,
-    ) -> Result<Option<String>, UpkeepError> {
+    ) -> Result<Option<String>, MaintenanceError> {
         let survey = tier.survey().await?;
-        if survey.verdict != Verdict::Committed {
-            return Ok(survey.doubt());
+        if survey.verdict != SurveyVerdict::Committed {
+            return Ok(survey.obstacle());
         }
         let staged = tier.stage_rebuilt(&survey.chain, survey.log_start, epoch).await?;
         self.commit(partition, tier, staged, epoch).await?;
         tracing::warn!(
             partition = %partition.id(), topic = %partition.topic(), segments = survey.chain.len(), bytes = survey.bytes(),
             left_over = survey.left_over,
-            "the manifest was lost; it was made again from the segments' footers, and is what was committed"
+            "rebuilt the lost manifest from the segment footers: its segments are the committed ones"
         );
         Ok(None)
     }

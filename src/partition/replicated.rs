@@ -8,104 +8,119 @@ use tokio::{
 };
 
 use super::{
-    Answered, Assignment, FromLink, Lag, On, Overrun, Partition, Ready, TailReader,
-    actor::{JoinOrder, Order},
+    FollowerLag, LinkEvent, Partition, PartitionAssignment, QueueFull, SubscribeResponse, TailReader, WakeSet,
+    WatermarkKind,
+    actor::{ControlMessage, SubscribeMessage},
     leader::{
-        insync::{Agreed, Departure, Ends, Peer, Registration},
-        join::Claim,
+        divergence::LogPosition,
+        isr::{BrokerStatus, DisconnectCause, PeerId, ProposalOutcome, ReplicaProgress},
     },
 };
 use crate::model::{BrokerId, LeaderEpoch};
 
 /// Maximum time that a subscription waits for an epoch that this broker has not received yet.
-const JOIN_WAIT: Duration = Duration::from_secs(1);
+const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Partition {
-    /// Applies metadata. Returns when the task has applied it: later requests to the partition find the new role. Calls come in the order
-    /// of the metadata.
-    pub async fn assign(&self, assignment: Assignment) {
+    /// Applies metadata. Returns when the task has applied it: later requests to the partition find the new role. Calls
+    /// are in the order of the metadata.
+    pub async fn assign(&self, assignment: PartitionAssignment) {
         if let Some(state) = &assignment.committed {
-            self.note_committed(state);
+            self.record_tier_state(state);
         }
         let (done, taken) = oneshot::channel();
-        self.order(Order::Assign(Box::new(assignment), done)).await;
+        self.send_control(ControlMessage::Assign(Box::new(assignment), done)).await;
         let _stopped = taken.await;
     }
 
     /// Applies a changed status of a broker in the metadata cache.
-    pub async fn seen(&self, broker: BrokerId, registration: Registration) {
-        self.order(Order::Seen(broker, registration)).await;
+    pub async fn on_broker_status(&self, broker: BrokerId, status: BrokerStatus) {
+        self.send_control(ControlMessage::BrokerStatusChanged(broker, status)).await;
     }
 
     /// Returns true if the task needs ticks ([`Self::tick`]) at intervals: it leads and an ISR member is behind, or it waits for metadata
     /// after its leadership ended.
-    pub fn is_behind(&self) -> bool {
-        self.shared.is_behind()
+    pub fn wants_ticks(&self) -> bool {
+        self.published.wants_ticks()
     }
 
     /// Sends the time, so that the task checks for lagging members. Never waits; replaces an earlier time that the task has not taken.
     /// `now_ms` is of one monotonic clock for all calls.
     pub fn tick(&self, now_ms: u64) {
-        self.news.tick(now_ms);
+        self.signals.tick(now_ms);
     }
 
-    /// Delivers the outcome of a request to [`Agreement`](super::Agreement).
-    pub async fn agreed(&self, outcome: Agreed) {
-        self.order(Order::Agreed(Box::new(outcome))).await;
+    /// Delivers the outcome of a request to [`IsrUpdater`](super::IsrUpdater).
+    pub async fn on_isr_outcome(&self, outcome: ProposalOutcome) {
+        self.send_control(ControlMessage::IsrOutcome(Box::new(outcome))).await;
     }
 
-    /// Handles a subscription of a follower in `epoch`. Waits up to a second for that epoch to begin here: its metadata may still be on
-    /// the way.
-    pub async fn join(&self, peer: Peer, epoch: LeaderEpoch, claim: Claim, ends: Ends) -> Answered {
-        let _late = tokio::time::timeout(JOIN_WAIT, self.shared.until_led(epoch)).await;
-        let (answer, answered) = oneshot::channel();
-        self.order(Order::Join(Box::new(JoinOrder { peer, epoch, claim, ends, answer }))).await;
-        let closing = |_stopped| Answered::refused(self.epoch(), "the partition is closing on this broker".to_owned());
-        answered.await.unwrap_or_else(closing)
+    /// Handles a subscription of a follower in `epoch`. Waits up to a second for that epoch to begin here: its metadata
+    /// may arrive late.
+    pub async fn subscribe(
+        &self,
+        peer: PeerId,
+        epoch: LeaderEpoch,
+        position: LogPosition,
+        progress: ReplicaProgress,
+    ) -> SubscribeResponse {
+        let _late = tokio::time::timeout(SUBSCRIBE_TIMEOUT, self.published.until_led(epoch)).await;
+        let (responder, response) = oneshot::channel();
+        self.send_control(ControlMessage::Subscribe(Box::new(SubscribeMessage {
+            peer,
+            epoch,
+            position,
+            progress,
+            responder,
+        })))
+        .await;
+        let closing =
+            |_stopped| SubscribeResponse::rejected(self.epoch(), "the partition is closing on this broker".to_owned());
+        response.await.unwrap_or_else(closing)
     }
 
     /// Handles an acknowledgement of a follower. Never waits; replaces an earlier one that the task has not taken.
-    pub fn acknowledged(&self, peer: Peer, epoch: LeaderEpoch, ends: Ends) {
-        self.shared.acknowledged(peer.broker, ends.written);
-        self.news.acknowledged(peer, epoch, ends);
+    pub fn acknowledged(&self, peer: PeerId, epoch: LeaderEpoch, progress: ReplicaProgress) {
+        self.published.acknowledged(peer.broker, progress.log_end);
+        self.signals.acknowledged(peer, epoch, progress);
     }
 
-    /// Calls `tell` with the lag of each of these replicas; makes no call while this broker does not lead.
-    pub fn lags(&self, replicas: &[BrokerId], now: Instant, tell: impl FnMut(BrokerId, Lag)) {
-        self.shared.lags(replicas, now, tell);
+    /// Calls `report` with the lag of each of these replicas; makes no call while this broker does not lead.
+    pub fn for_each_lag(&self, replicas: &[BrokerId], now: Instant, report: impl FnMut(BrokerId, FollowerLag)) {
+        self.published.for_each_lag(replicas, now, report);
     }
 
     /// Reports that a follower is disconnected.
-    pub async fn left(&self, peer: Peer, why: Departure) {
-        self.order(Order::Left(peer, why)).await;
+    pub async fn on_follower_disconnected(&self, peer: PeerId, cause: DisconnectCause) {
+        self.send_control(ControlMessage::FollowerDisconnected(peer, cause)).await;
     }
 
     /// Reports a newer epoch: a leader of an older epoch admits nothing more until its metadata contains the newer one.
     pub async fn deposed(&self, known: LeaderEpoch) {
-        self.order(Order::Deposed(known)).await;
+        self.send_control(ControlMessage::Deposed(known)).await;
     }
 
     /// Returns a reader of the log up to its end, in the epoch in which this broker leads now. Compare [`TailReader::epoch`] with the
     /// epoch of the response to the follower.
     pub fn tail(&self) -> TailReader {
-        TailReader::new(Arc::clone(&self.shared), self.tail.clone())
+        TailReader::new(Arc::clone(&self.published), self.tail.clone())
     }
 
     /// Delivers an event of the link to the leader, in order. Never waits.
     ///
     /// # Errors
     /// The control queue is full. The event is dropped, so later events would not fit.
-    pub fn from_link(&self, said: FromLink) -> Result<(), Overrun> {
-        match self.orders.try_send(Order::Link(said)) {
+    pub fn on_link_event(&self, event: LinkEvent) -> Result<(), QueueFull> {
+        match self.control.try_send(ControlMessage::Link(event)) {
             // An event for a task that has ended changes nothing.
             Ok(()) | Err(TrySendError::Closed(_)) => Ok(()),
-            Err(TrySendError::Full(_)) => Err(Overrun),
+            Err(TrySendError::Full(_)) => Err(QueueFull),
         }
     }
 
     /// Returns the progress of the log, which a follower acknowledges.
-    pub fn ends(&self) -> Ends {
-        self.shared.ends()
+    pub fn progress(&self) -> ReplicaProgress {
+        self.published.progress()
     }
 
     /// Returns the epoch of the log's last batch; `None` for a log that never had one.
@@ -114,12 +129,12 @@ impl Partition {
     }
 
     /// Marks `index` in `ready` whenever that watermark moves or the replica status changes, and once at first.
-    pub fn follow(&self, ready: &Arc<Ready>, index: usize, on: On) {
-        self.shared.follow(ready, index, on);
+    pub fn follow(&self, ready: &Arc<WakeSet>, index: usize, on: WatermarkKind) {
+        self.published.add_listener(ready, index, on);
     }
 
-    async fn order(&self, order: Order) {
-        let _stopped = self.orders.send(order).await;
+    async fn send_control(&self, message: ControlMessage) {
+        let _stopped = self.control.send(message).await;
     }
 }
 

@@ -1,4 +1,4 @@
-//! Retention: what to seal, upload, evict and delete. A pure function of configuration, segments and time.
+//! Retention: which segments to roll, upload, evict and delete. A pure function of configuration, segments and time.
 //!
 //! `retention.*` limits the whole log, `local.retention.*` the part of it that stays on disk after its upload (KIP-405). Only whole
 //! segments are removed, and only from the front: the log is always one unbroken range. As in Kafka, the oldest segment is deleted by
@@ -13,11 +13,11 @@ use crate::model::{Offset, TopicConfig};
 const COMMIT_BYTES: u64 = 64 << 20;
 
 /// Maximum number of segments in one tier commit.
-const COMMIT_SEGMENTS: usize = 64;
+const MAX_SEGMENTS_PER_COMMIT: usize = 64;
 
 /// Segment of either tier, as input of retention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
+pub struct RetentionSegment {
     /// First offset.
     pub base: Offset,
     /// Offset after the last record.
@@ -25,12 +25,12 @@ pub struct Segment {
     pub bytes: u64,
     /// Maximum timestamp of its records; negative if they have none.
     pub max_timestamp_ms: i64,
-    /// Time of the last append, by the clock of the broker that wrote the segment, whatever its records' timestamps are; `i64::MAX` if
-    /// unknown.
+    /// Time of the last append, by the clock of the broker that wrote the segment, not by the records' timestamps;
+    /// `i64::MAX` if unknown.
     pub written_ms: i64,
 }
 
-impl Segment {
+impl RetentionSegment {
     /// Returns the time from which `retention.ms` counts: the maximum record timestamp, or the time of the last append if that timestamp
     /// is missing or in the future.
     fn counts_from(&self, now_ms: i64) -> i64 {
@@ -45,7 +45,7 @@ impl Segment {
 
 /// Input of a plan.
 #[derive(Clone, Copy, Debug)]
-pub struct Input<'a> {
+pub struct RetentionInput<'a> {
     pub config: &'a TopicConfig,
     /// Wall clock.
     pub now_ms: i64,
@@ -56,14 +56,14 @@ pub struct Input<'a> {
     /// First uncommitted offset.
     pub high_watermark: Offset,
     /// Sealed segments on disk, in order.
-    pub local: &'a [Segment],
+    pub local: &'a [RetentionSegment],
     /// Active segment.
-    pub active: Segment,
+    pub active: RetentionSegment,
     /// Time since the first batch in the active segment, by the monotonic clock; `None` while the segment is empty.
     pub active_age: Option<Duration>,
     /// First segments in the object store, in order, from `log_start` on. The segments after them count only by their bytes; a later plan
     /// includes them. Empty also if the object store cannot be read: then its segments are deleted together, or stay.
-    pub tiered: &'a [Segment],
+    pub tiered: &'a [RetentionSegment],
     /// Bytes of all segments in the object store that reach above `log_start`.
     pub tiered_bytes: u64,
     /// True if sealed segments are uploaded: the topic enables uploads, there is an object store, and this broker leads in a committed
@@ -77,7 +77,7 @@ pub struct Input<'a> {
 
 /// Planned actions, in the order of the fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Plan {
+pub struct RetentionPlan {
     /// Seal the active segment.
     pub seal: bool,
     /// Move the log start here; segments wholly below it are then removed in both tiers.
@@ -90,13 +90,18 @@ pub struct Plan {
 }
 
 /// Returns the plan for an input.
-pub fn plan(input: &Input<'_>) -> Plan {
+pub fn plan(input: &RetentionInput<'_>) -> RetentionPlan {
     let log_start = if input.leads { log_start(input) } else { None };
     let kept_from = log_start.unwrap_or(input.log_start);
-    Plan { seal: seal(input), log_start, upload: upload(input, kept_from), evict_below: evict_below(input, kept_from) }
+    RetentionPlan {
+        seal: roll(input),
+        log_start,
+        upload: upload(input, kept_from),
+        evict_below: evict_below(input, kept_from),
+    }
 }
 
-fn seal(input: &Input<'_>) -> bool {
+fn roll(input: &RetentionInput<'_>) -> bool {
     let Some(age) = input.active_age else { return false };
     let old_enough = age >= input.config.segment_age;
     let expired =
@@ -106,15 +111,18 @@ fn seal(input: &Input<'_>) -> bool {
 
 /// Returns the segments that only the disk has. A segment that reaches into the object store is one of them, with 0 bytes. The object
 /// store's bytes count for a part of it, and the size of the rest is unknown.
-fn only_local<'a>(input: &Input<'a>) -> impl Iterator<Item = Segment> + use<'a> {
+fn only_local<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegment> + use<'a> {
     let tiered_end = input.tiered_end;
     let held_from = tiered_end.max(input.log_start);
     let held = input.local.iter().filter(move |segment| segment.end > held_from);
-    held.map(move |segment| Segment { bytes: if segment.base < tiered_end { 0 } else { segment.bytes }, ..*segment })
+    held.map(move |segment| RetentionSegment {
+        bytes: if segment.base < tiered_end { 0 } else { segment.bytes },
+        ..*segment
+    })
 }
 
 /// Returns the number of the given segments with timestamps in the future. A segment that is given in both tiers counts once.
-pub fn in_future(input: &Input<'_>) -> u64 {
+pub fn in_future(input: &RetentionInput<'_>) -> u64 {
     let tiered = input.tiered.iter().filter(|segment| segment.end > input.log_start);
     let given_end = input.tiered.last().map_or(input.log_start, |last| last.end.max(input.log_start));
     let local = input.local.iter().filter(|segment| segment.end > given_end);
@@ -124,7 +132,7 @@ pub fn in_future(input: &Input<'_>) -> u64 {
 
 /// Returns the oldest segments of the log: those in the object store, then, if all of those are given, the segments that only the disk
 /// has.
-fn oldest<'a>(input: &Input<'a>) -> impl Iterator<Item = Segment> + use<'a> {
+fn oldest<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegment> + use<'a> {
     let log_start = input.log_start;
     let unnamed = unnamed(input);
     let all_named = input.tiered.last().map_or(log_start, |last| last.end) >= input.tiered_end || unnamed.is_some();
@@ -134,14 +142,14 @@ fn oldest<'a>(input: &Input<'a>) -> impl Iterator<Item = Segment> + use<'a> {
 
 /// Returns all segments in the object store as one, if they cannot be read. They were written before the segments that only the disk has,
 /// and no record in them may be further ahead of those than the topic allows.
-fn unnamed(input: &Input<'_>) -> Option<Segment> {
+fn unnamed(input: &RetentionInput<'_>) -> Option<RetentionSegment> {
     if !input.tiered.is_empty() || input.tiered_end <= input.log_start {
         return None;
     }
     let first = only_local(input).next();
     let ahead_ms = input.config.timestamp_after.map(|ahead| i64::try_from(ahead.as_millis()).unwrap_or(i64::MAX));
     let latest_ms = first.zip(ahead_ms).map_or(i64::MAX, |(first, ahead_ms)| first.written_ms.saturating_add(ahead_ms));
-    Some(Segment {
+    Some(RetentionSegment {
         base: input.log_start,
         end: input.tiered_end,
         bytes: input.tiered_bytes,
@@ -151,12 +159,12 @@ fn unnamed(input: &Input<'_>) -> Option<Segment> {
 }
 
 /// Returns the bytes of the object store's segments that lie wholly below `start`.
-pub fn removed_bytes(input: &Input<'_>, start: Offset) -> u64 {
+pub fn removed_bytes(input: &RetentionInput<'_>, start: Offset) -> u64 {
     let tiered = input.tiered.iter().copied().chain(unnamed(input));
     tiered.filter(|segment| segment.end <= start).map(|segment| segment.bytes).sum()
 }
 
-fn log_start(input: &Input<'_>) -> Option<Offset> {
+fn log_start(input: &RetentionInput<'_>) -> Option<Offset> {
     let tiered_bytes = if input.tiered_end > input.log_start { input.tiered_bytes } else { 0 };
     let local_bytes: u64 = only_local(input).map(|segment| segment.bytes).sum();
     let mut total = tiered_bytes.saturating_add(local_bytes).saturating_add(input.active.bytes);
@@ -174,12 +182,12 @@ fn log_start(input: &Input<'_>) -> Option<Offset> {
     start.filter(|start| *start > input.log_start)
 }
 
-fn upload(input: &Input<'_>, kept_from: Offset) -> Option<Range<Offset>> {
+fn upload(input: &RetentionInput<'_>, kept_from: Offset) -> Option<Range<Offset>> {
     if !input.uploads {
         return None;
     }
     let missing = input.local.iter().filter(|segment| segment.end > input.tiered_end.max(kept_from));
-    let mut committed = missing.take_while(|segment| segment.end <= input.high_watermark).take(COMMIT_SEGMENTS);
+    let mut committed = missing.take_while(|segment| segment.end <= input.high_watermark).take(MAX_SEGMENTS_PER_COMMIT);
     let first = committed.next()?;
     let mut bytes = first.bytes;
     let small = committed.take_while(|segment| {
@@ -192,7 +200,7 @@ fn upload(input: &Input<'_>, kept_from: Offset) -> Option<Range<Offset>> {
 
 /// Returns the offset at which the local log may start. Segments wholly below the log start are evicted, uploaded or not, and uploaded
 /// segments that exceed the local limits.
-fn evict_below(input: &Input<'_>, kept_from: Offset) -> Option<Offset> {
+fn evict_below(input: &RetentionInput<'_>, kept_from: Offset) -> Option<Offset> {
     let mut local: u64 = input.local.iter().map(|segment| segment.bytes).sum::<u64>() + input.active.bytes;
     let mut below = None;
     for segment in input.local {
@@ -208,7 +216,7 @@ fn evict_below(input: &Input<'_>, kept_from: Offset) -> Option<Offset> {
     below
 }
 
-fn expired(input: &Input<'_>, since_ms: i64, limit: Duration) -> bool {
+fn expired(input: &RetentionInput<'_>, since_ms: i64, limit: Duration) -> bool {
     age_ms(input.now_ms, since_ms) > u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)
 }
 

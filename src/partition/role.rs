@@ -1,16 +1,16 @@
 //! Assignment, role and link events of a replica. Plain values: the task decides by them and publishes its role.
 //!
 //! ```text
-//!   assign ─▶ Waiting ◀──────────▶ Follower { leader } ◀──────────▶ Leader { settled }
-//!              no leader, or this         another broker leads       the value names this broker
-//!              broker is no replica
+//!   assign ─▶ Idle ◀──────────▶ Follower { leader } ◀──────────▶ Leader { epoch_committed }
+//!             no leader, or this      another broker leads       the value names this broker
+//!             broker is no replica
 //! ```
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
 
-use super::leader::insync::Registration;
+use super::leader::isr::BrokerStatus;
 use crate::{
     cluster::{PartitionValue, Revision},
     model::{BrokerId, LeaderEpoch, Offset},
@@ -21,7 +21,7 @@ use crate::{
 /// Metadata of a partition. An assignment with an older revision than the applied one is dropped; one with the same revision updates the
 /// tier state and the broker statuses.
 #[derive(Clone, Debug)]
-pub struct Assignment {
+pub struct PartitionAssignment {
     pub value: Arc<PartitionValue>,
     /// Revision of the transaction that last wrote the value.
     pub revision: Revision,
@@ -29,18 +29,18 @@ pub struct Assignment {
     pub committed: Option<TierState>,
     /// Statuses, from the metadata cache, of the brokers that the value names as replicas. A broker that is missing here is not
     /// registered.
-    pub registered: BTreeMap<BrokerId, Registration>,
+    pub registered: BTreeMap<BrokerId, BrokerStatus>,
 }
 
 /// Role of this broker in a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub enum ReplicaRole {
     /// Idle: no leader is known, this broker is no replica, or it cannot follow.
-    Waiting,
+    Idle,
     /// Orders the writes.
     Leader {
         /// True if all records that the log held when the epoch began are committed. Before, the leader serves no latest offset.
-        settled: bool,
+        epoch_committed: bool,
     },
     /// Copies from the leader.
     Follower {
@@ -50,7 +50,7 @@ pub enum Role {
     },
 }
 
-impl Role {
+impl ReplicaRole {
     pub fn leads(self) -> bool {
         matches!(self, Self::Leader { .. })
     }
@@ -63,43 +63,43 @@ impl Role {
 
 /// Status of a replica: its role and the leader epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Standing {
-    pub role: Role,
+pub struct ReplicaStatus {
+    pub role: ReplicaRole,
     /// Newest leader epoch in the received metadata; 0 before the first.
     pub epoch: LeaderEpoch,
     /// Leader that the value of that epoch names; `None` also if it names this broker and this broker does not lead.
     pub leader: Option<BrokerId>,
 }
 
-impl Standing {
+impl ReplicaStatus {
     /// Status before the first assignment.
-    pub(super) const UNKNOWN: Self = Self { role: Role::Waiting, epoch: LeaderEpoch(0), leader: None };
+    pub(super) const UNKNOWN: Self = Self { role: ReplicaRole::Idle, epoch: LeaderEpoch(0), leader: None };
 }
 
 /// Leader's response to a subscription.
 #[derive(Clone, Debug)]
-pub struct Answered {
+pub struct SubscribeResponse {
     /// Epoch in which the responding broker leads; otherwise the newest epoch of its metadata.
     pub epoch: LeaderEpoch,
     pub high_watermark: Offset,
     /// Outcome of the subscription.
-    pub join: Joined,
+    pub outcome: SubscribeOutcome,
     /// True if the committed ISR contains the follower. For the leader's side of the link only: it is not sent.
     pub in_sync: bool,
 }
 
-impl Answered {
+impl SubscribeResponse {
     /// Returns a response that rejects the subscription.
-    pub(super) fn refused(epoch: LeaderEpoch, why: String) -> Self {
-        Self { epoch, high_watermark: Offset::ZERO, join: Joined::Refused(why), in_sync: false }
+    pub(super) fn rejected(epoch: LeaderEpoch, reason: String) -> Self {
+        Self { epoch, high_watermark: Offset::ZERO, outcome: SubscribeOutcome::Rejected(reason), in_sync: false }
     }
 }
 
 /// Outcome of a subscription.
 #[derive(Clone, Debug)]
-pub enum Joined {
+pub enum SubscribeOutcome {
     /// Continue at the log end that the follower reported.
-    At(Offset),
+    Accepted(Offset),
     /// The logs differ: the newest of the leader's epochs that the follower may share, and the end of that epoch.
     Diverged {
         epoch: LeaderEpoch,
@@ -107,36 +107,36 @@ pub enum Joined {
         end: Offset,
     },
     /// The follower's log is useless: bootstrap.
-    Begin(Box<Beginning>),
+    Bootstrap(Box<BootstrapTables>),
     /// Rejected, with the reason. The follower subscribes again after a pause.
-    Refused(String),
+    Rejected(String),
 }
 
 /// Start of an empty or useless replica, with the tables of the log before it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Beginning {
+pub struct BootstrapTables {
     /// First offset of the replica.
-    pub at: Offset,
-    /// True if the object store holds all records before `at`, and the footer of its last segment holds the tables.
-    pub in_bucket: bool,
-    /// Epochs before `at` with their first offsets, both ascending; only if not `in_bucket`.
+    pub start: Offset,
+    /// True if the object store holds all records before `start`, and the footer of its last segment holds the tables.
+    pub from_object_store: bool,
+    /// Epochs before `start` with their first offsets, both ascending; only if not `from_object_store`.
     pub epochs: Vec<(LeaderEpoch, Offset)>,
-    /// Producer state before `at`, as [`ProducerTable::to_bytes`](crate::log::ProducerTable::to_bytes) writes it; only if not
-    /// `in_bucket`.
+    /// Producer state before `start`, as [`ProducerTable::to_bytes`](crate::log::ProducerTable::to_bytes) writes it;
+    /// only if not `from_object_store`.
     pub producers: Bytes,
 }
 
 /// Event of the replication link to the leader.
 #[derive(Clone, Debug)]
-pub enum FromLink {
+pub enum LinkEvent {
     /// The link is connected, or it is time to subscribe again.
-    Up,
+    Connected,
     /// The link is lost.
-    Down,
+    Disconnected,
     /// Response of the leader to the subscription.
-    Answer(Answered),
+    Response(SubscribeResponse),
     /// Batches, and the leader's high watermark.
-    Pieces {
+    Batches {
         /// Leader epoch in which the batches are sent.
         epoch: LeaderEpoch,
         high_watermark: Offset,
@@ -147,16 +147,16 @@ pub enum FromLink {
 
 /// Error of a full control queue: the link ends the subscription, and the partition subscribes again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the partition has too many messages of its leader waiting")]
-pub struct Overrun;
+#[error("the partition's control queue is full of messages from its leader")]
+pub struct QueueFull;
 
 /// Movement of a watermark that wakes a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum On {
+pub enum WatermarkKind {
     /// The high watermark moved.
-    Committed,
+    HighWatermark,
     /// The log end moved.
-    Written,
+    LogEnd,
     /// The log end or the persisted end moved, or a leader has just accepted the subscription: an acknowledgement is due.
-    Progress,
+    AnyEnd,
 }

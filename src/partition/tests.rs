@@ -12,45 +12,45 @@ use crate::{
     cluster::{
         EmbeddedStore, Keys, MetaStore, PartitionValue, Revision, TierCommitError, TierCommits, Transaction,
         Value as _,
-        faulty::{Fault, Faulty},
+        faulty::{Fault, FaultyStore},
     },
-    log::{Identity, Options, RealDisk},
+    log::{DataDirIdentity, LogOptions, RealDisk},
     model::{Compression, ConfigMap, Offset, TopicId},
     record::BatchBuilder,
     telemetry::Metrics,
-    tier::{Cache, CacheOptions, Store, StoreOptions},
+    tier::{ChunkCache, ChunkCacheOptions, ObjectStoreOptions, TierStore},
 };
 
 /// A broker of one partition.
 struct Bench {
-    log: Log,
+    log: DataDir,
     tier: Option<PartitionTier>,
-    store: Faulty,
+    store: FaultyStore,
     commits: TierCommits,
-    upkeep: Upkeep,
-    queue: UpkeepQueue,
+    maintenance: MaintenanceRunner,
+    queue: MaintenanceQueue,
     tasks: Tasks,
     id: PartitionId,
 }
 
 impl Bench {
-    async fn new(dir: &Path, bucket: bool) -> Self {
-        let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
-        let options = Options { journal_bytes: 8 << 20, tail_bytes: 24 << 10, ..Options::default() };
-        let log = Log::open(Arc::new(RealDisk::default()), dir, &identity, options).unwrap();
+    async fn new(dir: &Path, object_store: bool) -> Self {
+        let identity = DataDirIdentity { cluster: "test".to_owned(), broker: BrokerId(1) };
+        let options = LogOptions { journal_bytes: 8 << 20, tail_bytes: 24 << 10, ..LogOptions::default() };
+        let log = DataDir::open(Arc::new(RealDisk::default()), dir, &identity, options).unwrap();
         let id = PartitionId::new(TopicId::from_bytes([7; 16]), 0);
         let store = EmbeddedStore::in_memory();
         let keys = Keys::new("test").unwrap();
         store.transact(Transaction::new().put(keys.partition(id), alone().encode())).await.unwrap();
-        let tier = bucket.then(|| {
-            let store = Store::open(&StoreOptions::new("memory://"), "test").unwrap();
-            let cache = Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap();
+        let tier = object_store.then(|| {
+            let store = TierStore::open(&ObjectStoreOptions::new("memory://"), "test").unwrap();
+            let cache = ChunkCache::open(&ChunkCacheOptions::default(), &Metrics::new()).unwrap();
             PartitionTier::new(store, cache, id, TierState::default())
         });
-        let store = Faulty::new(store);
+        let store = FaultyStore::new(store);
         let commits = TierCommits::new(Arc::new(store.clone()), keys);
-        let upkeep = Upkeep::new(commits.clone());
-        Self { log, tier, store, commits, upkeep, queue: UpkeepQueue::default(), tasks: Tasks::new(), id }
+        let maintenance = MaintenanceRunner::new(commits.clone());
+        Self { log, tier, store, commits, maintenance, queue: MaintenanceQueue::default(), tasks: Tasks::new(), id }
     }
 
     async fn open(&self, config: &[(&str, &str)]) -> Arc<Partition> {
@@ -64,19 +64,19 @@ impl Bench {
     }
 
     async fn open_with(&self, config: &[(&str, &str)], committed: Option<TierState>) -> Arc<Partition> {
-        let spec = Spec {
+        let spec = ReplicaSpec {
             id: self.id,
             topic: TopicName::new("events").unwrap(),
             config: resolve(config),
             committed: committed.clone(),
             tier: self.tier.clone(),
-            alone: true,
-            anew: false,
-            lag_time: Duration::MAX,
+            standalone: true,
+            discard_local: false,
+            max_lag_time: Duration::MAX,
         };
-        let around = Surroundings::alone();
-        let partition = Partition::open(BrokerId(1), &self.log, spec, around, &self.queue, &self.tasks).unwrap();
-        let assignment = Assignment {
+        let ctx = PartitionContext::standalone();
+        let partition = Partition::open(BrokerId(1), &self.log, spec, ctx, &self.queue, &self.tasks).unwrap();
+        let assignment = PartitionAssignment {
             value: Arc::new(alone()),
             revision: Revision::ZERO,
             committed,
@@ -88,24 +88,24 @@ impl Bench {
 
     /// Runs maintenance until no work is left.
     async fn settle(&self, partition: &Partition) {
-        while self.upkeep.step(partition).await.unwrap().more {}
+        while self.maintenance.step(partition).await.unwrap().more {}
         // The last command was only queued: a request behind it returns after it.
-        upkeep::local(partition).await.unwrap();
+        maintenance::local(partition).await.unwrap();
     }
 
-    /// Serves the queue as a broker's worker does, until `answer` is ready.
-    async fn serve_until<T>(&self, partition: &Partition, answer: impl Future<Output = T>) -> T {
+    /// Serves the queue as a broker's worker does, until `result` is ready.
+    async fn serve_until<T>(&self, partition: &Partition, result: impl Future<Output = T>) -> T {
         let serve = async {
             loop {
                 let id = self.queue.next().await;
-                let more = self.upkeep.step(partition).await.unwrap().more;
+                let more = self.maintenance.step(partition).await.unwrap().more;
                 self.queue.done(id, more);
             }
         };
         tokio::select! {
-            answer = answer => answer,
-            () = serve => unreachable!("it serves for ever"),
-            () = tokio::time::sleep(Duration::from_secs(30)) => panic!("nothing hurried the bucket"),
+            result = result => result,
+            () = serve => unreachable!("the worker never ends"),
+            () = tokio::time::sleep(Duration::from_secs(30)) => panic!("the write was not uploaded in time"),
         }
     }
 }
@@ -140,7 +140,7 @@ async fn append_batch(partition: &Partition, batch: Batch, acks: Acks) -> Append
 }
 
 /// Reads everything from `from` to the high watermark. Returns the values, and the tier of each read.
-async fn read_all(partition: &Partition, from: u64) -> (Vec<Vec<u8>>, Vec<Source>) {
+async fn read_all(partition: &Partition, from: u64) -> (Vec<Vec<u8>>, Vec<ReadSource>) {
     let (mut values, mut sources) = (Vec::new(), Vec::new());
     let mut at = Offset::new(from).unwrap();
     while let Some(fetched) = partition.reader().read(at, (1 << 20).into()).await.unwrap() {
@@ -166,34 +166,35 @@ async fn acknowledged_records_are_readable_after_reopen() {
     let partition = bench.open(&[]).await;
     for n in 0..10u8 {
         let acked = append(&partition, &[n], Acks::All).await.unwrap();
-        assert_eq!((acked.base.get(), acked.held), (u64::from(n), Held::Synced(1)));
+        assert_eq!((acked.base.get(), acked.durability), (u64::from(n), AckDurability::Persisted(1)));
     }
     let (values, sources) = read_all(&partition, 3).await;
     assert_eq!(values, (3..10u8).map(|n| vec![n]).collect::<Vec<_>>());
-    assert_eq!(sources, [Source::Memory]);
+    assert_eq!(sources, [ReadSource::Memory]);
     partition.stop().await;
     assert_eq!(append(&partition, b"late", Acks::All).await, Err(AppendError::Closing));
     assert_eq!(partition.reader().read(Offset::ZERO, 1.into()).await.unwrap_err(), ReadError::Closed);
     drop(partition);
     let again = bench.open(&[]).await;
-    assert_eq!(again.marks().high_watermark.get(), 10);
+    assert_eq!(again.watermarks().high_watermark.get(), 10);
     assert_eq!(read_all(&again, 0).await.0.len(), 10);
 }
 
-/// Regression: one group lay in one segment whatever its size, and a fast producer's batches form large groups.
+/// Regression: a group was written to one segment without a size limit, and a fast producer's batches form large
+/// groups.
 #[tokio::test]
 async fn queued_batches_do_not_exceed_segment_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
     let partition = bench.open(&[("segment.bytes", "16384")]).await;
     // On one thread: all writes are queued before the partition's task runs.
-    let mut answers = Vec::new();
+    let mut receivers = Vec::new();
     for n in 0..40_u8 {
         let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
-        answers.push(partition.append(batch(&[n; 4000]), None, Acks::All, permit).await);
+        receivers.push(partition.append(batch(&[n; 4000]), None, Acks::All, permit).await);
     }
-    for answer in answers {
-        answer.await.unwrap().unwrap();
+    for receiver in receivers {
+        receiver.await.unwrap().unwrap();
     }
     let folder = dir.path().join(bench.id.to_string());
     let bytes: Vec<u64> = std::fs::read_dir(folder)
@@ -215,12 +216,12 @@ async fn reader_crosses_object_store_disk_and_memory() {
         append(&partition, &value(n), Acks::All).await.unwrap();
     }
     bench.settle(&partition).await;
-    let marks = partition.marks();
-    assert!(marks.local_start > Offset::ZERO, "something was evicted: {marks:?}");
-    assert!(marks.local_start <= marks.tiered_end && marks.tiered_end <= marks.high_watermark);
+    let watermarks = partition.watermarks();
+    assert!(watermarks.local_start > Offset::ZERO, "segments were evicted: {watermarks:?}");
+    assert!(watermarks.local_start <= watermarks.tiered_end && watermarks.tiered_end <= watermarks.high_watermark);
     let (values, sources) = read_all(&partition, 0).await;
     assert_eq!(values, (0..60).map(value).collect::<Vec<_>>());
-    for source in [Source::Bucket, Source::Disk, Source::Memory] {
+    for source in [ReadSource::ObjectStore, ReadSource::Disk, ReadSource::Memory] {
         assert!(sources.contains(&source), "{source:?} was read: {sources:?}");
     }
 }
@@ -237,10 +238,10 @@ async fn read_below_a_log_start_that_has_just_moved_is_out_of_range() {
     bench.settle(&partition).await;
     let tier = bench.tier.as_ref().unwrap();
     let start = Offset::new(7).unwrap();
-    tier.adopt(TierState { log_start: start, ..tier.state() });
-    assert_eq!(partition.marks().log_start, Offset::ZERO, "the task does not know yet");
+    tier.apply_state(TierState { log_start: start, ..tier.state() });
+    assert_eq!(partition.watermarks().log_start, Offset::ZERO, "the task has not applied the log start");
     let offset = Offset::new(3).unwrap();
-    let end = partition.marks().high_watermark;
+    let end = partition.watermarks().high_watermark;
     let refused = partition.reader().read(offset, (1 << 20).into()).await.unwrap_err();
     assert_eq!(refused, ReadError::OutOfRange { offset, start, end });
 }
@@ -254,10 +255,10 @@ async fn retention_moves_log_start_in_both_tiers() {
         append(&partition, &[n; 4000], Acks::All).await.unwrap();
     }
     bench.settle(&partition).await;
-    let start = partition.marks().log_start;
+    let start = partition.watermarks().log_start;
     assert!(start > Offset::ZERO);
     let error = partition.reader().read(Offset::ZERO, 1.into()).await.unwrap_err();
-    let end = partition.marks().high_watermark;
+    let end = partition.watermarks().high_watermark;
     assert_eq!(error, ReadError::OutOfRange { offset: Offset::ZERO, start, end });
     assert_eq!(read_all(&partition, start.get()).await.0.len() as u64, end.since(start));
 }
@@ -274,19 +275,19 @@ async fn records_without_timestamp_expire_by_time_of_append() {
         append_batch(&partition, batch_of(-1, &[n; 4000]), Acks::All).await.unwrap();
     }
     bench.settle(&partition).await;
-    let marks = partition.marks();
-    assert!(marks.tiered_end > Offset::ZERO, "{marks:?}");
-    assert_eq!(marks.log_start, Offset::ZERO, "nothing is an hour old");
-    partition.configure(resolve(&[("segment.bytes", "16384"), ("retention.ms", "1")])).await;
-    let all_go = async {
-        while partition.marks().log_start < partition.marks().high_watermark {
+    let watermarks = partition.watermarks();
+    assert!(watermarks.tiered_end > Offset::ZERO, "{watermarks:?}");
+    assert_eq!(watermarks.log_start, Offset::ZERO, "no record is an hour old");
+    partition.update_config(resolve(&[("segment.bytes", "16384"), ("retention.ms", "1")])).await;
+    let all_removed = async {
+        while partition.watermarks().log_start < partition.watermarks().high_watermark {
             bench.settle(&partition).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(60), all_go).await.expect("all are a millisecond old before long");
+    tokio::time::timeout(Duration::from_secs(60), all_removed).await.expect("all records expire after a millisecond");
 }
 
-/// Regression: a record of 2100 kept the local copy for ever, and a record of 1970 evicted it at once.
+/// Regression: the local copy of a record of 2100 was never evicted, and that of a record of 1970 was evicted at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn local_copies_age_from_time_of_append() {
     for timestamp_ms in [1, 1 << 62] {
@@ -305,34 +306,39 @@ async fn local_copies_age_from_time_of_append() {
             append_batch(&partition, batch_of(timestamp_ms, &[n; 4000]), Acks::All).await.unwrap();
         }
         bench.settle(&partition).await;
-        let marks = partition.marks();
-        assert!(marks.tiered_end > Offset::ZERO && marks.local_start == Offset::ZERO, "{timestamp_ms}: {marks:?}");
-        partition.configure(resolve(&config("1"))).await;
-        let all_go = async {
-            while partition.marks().local_start < marks.tiered_end {
+        let watermarks = partition.watermarks();
+        assert!(
+            watermarks.tiered_end > Offset::ZERO && watermarks.local_start == Offset::ZERO,
+            "{timestamp_ms}: {watermarks:?}"
+        );
+        partition.update_config(resolve(&config("1"))).await;
+        let all_removed = async {
+            while partition.watermarks().local_start < watermarks.tiered_end {
                 bench.settle(&partition).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(60), all_go).await.expect("all are a millisecond old before long");
+        tokio::time::timeout(Duration::from_secs(60), all_removed)
+            .await
+            .expect("all records expire after a millisecond");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn durability_changes_on_a_live_topic() {
+async fn durability_change_applies_to_open_partition() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
     let partition = bench.open(&[("durability", "replicated")]).await;
-    assert_eq!(append(&partition, b"a", Acks::All).await.unwrap().held, Held::PageCache(1));
-    partition.configure(resolve(&[("durability", "persisted")])).await;
-    assert_eq!(append(&partition, b"b", Acks::All).await.unwrap().held, Held::Synced(1));
+    assert_eq!(append(&partition, b"a", Acks::All).await.unwrap().durability, AckDurability::PageCache(1));
+    partition.update_config(resolve(&[("durability", "persisted")])).await;
+    assert_eq!(append(&partition, b"b", Acks::All).await.unwrap().durability, AckDurability::Persisted(1));
     let synced = async {
-        while partition.marks().persisted_end.get() < 2 {
+        while partition.watermarks().persisted_end.get() < 2 {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(60), synced).await.expect("what was only cached is synced too");
-    partition.configure(resolve(&[("durability", "replicated")])).await;
-    assert_eq!(append(&partition, b"c", Acks::Leader).await.unwrap().held, Held::PageCache(1));
+    tokio::time::timeout(Duration::from_secs(60), synced).await.expect("records in the page cache are synced too");
+    partition.update_config(resolve(&[("durability", "replicated")])).await;
+    assert_eq!(append(&partition, b"c", Acks::Leader).await.unwrap().durability, AckDurability::PageCache(1));
 }
 
 /// Regression: requests were checked against the configuration of before until the partition's task ran. A batch was not opened although
@@ -344,7 +350,7 @@ async fn changed_configuration_applies_before_the_task_runs() {
     let partition = bench.open(&[]).await;
     let changed = resolve(&[("compression.type", "zstd")]);
     // One thread: the task does not run in between.
-    partition.configure(Arc::clone(&changed)).await;
+    partition.update_config(Arc::clone(&changed)).await;
     assert_eq!(partition.config(), changed);
 }
 
@@ -373,42 +379,45 @@ fn with(limit: &'static str) -> Vec<(&'static str, &'static str)> {
 /// because only segments in the object store were ever evicted.
 #[tokio::test(flavor = "multi_thread")]
 async fn size_retention_without_uploads_frees_disk_to_the_limit() {
-    for bucket in [false, true] {
+    for object_store in [false, true] {
         let dir = tempfile::tempdir().unwrap();
-        let bench = Bench::new(dir.path(), bucket).await;
+        let bench = Bench::new(dir.path(), object_store).await;
         let partition = bench.open(LOCAL).await;
         for n in 0..100u8 {
             append(&partition, &[n; 4000], Acks::All).await.unwrap();
         }
         bench.settle(&partition).await;
-        assert_eq!(partition.marks().log_start, Offset::ZERO);
+        assert_eq!(partition.watermarks().log_start, Offset::ZERO);
         let before = bytes_on_disk(dir.path());
 
-        partition.configure(resolve(&with("100000"))).await;
+        partition.update_config(resolve(&with("100000"))).await;
         bench.settle(&partition).await;
-        let marks = partition.marks();
+        let watermarks = partition.watermarks();
         let on_disk = bytes_on_disk(dir.path());
-        assert!((100_000..100_000 + 16_384).contains(&on_disk), "{before} became {on_disk}, bucket: {bucket}");
+        assert!(
+            (100_000..100_000 + 16_384).contains(&on_disk),
+            "{before} became {on_disk}, object store: {object_store}"
+        );
         assert_eq!(partition.local_bytes(), on_disk);
-        assert_eq!((marks.log_start, marks.tiered_end), (marks.local_start, Offset::ZERO));
-        let (values, _) = read_all(&partition, marks.log_start.get()).await;
-        let first = u8::try_from(marks.log_start.get()).unwrap();
+        assert_eq!((watermarks.log_start, watermarks.tiered_end), (watermarks.local_start, Offset::ZERO));
+        let (values, _) = read_all(&partition, watermarks.log_start.get()).await;
+        let first = u8::try_from(watermarks.log_start.get()).unwrap();
         assert_eq!(values, (first..100).map(|n| vec![n; 4000]).collect::<Vec<_>>());
         assert_eq!(
             partition.reader().read(Offset::ZERO, 1.into()).await.unwrap_err(),
-            ReadError::OutOfRange { offset: Offset::ZERO, start: marks.log_start, end: marks.high_watermark }
+            ReadError::OutOfRange { offset: Offset::ZERO, start: watermarks.log_start, end: watermarks.high_watermark }
         );
 
         // Repeated steps delete nothing more.
         for _ in 0..3 {
-            bench.upkeep.step(&partition).await.unwrap();
-            assert_eq!(partition.marks(), marks);
+            bench.maintenance.step(&partition).await.unwrap();
+            assert_eq!(partition.watermarks(), watermarks);
         }
         partition.stop().await;
         drop(partition);
         let again = bench.reopen(&with("100000")).await;
         bench.settle(&again).await;
-        assert_eq!(again.marks(), marks, "after a restart, bucket: {bucket}");
+        assert_eq!(again.watermarks(), watermarks, "after a restart, object store: {object_store}");
         assert_eq!(bytes_on_disk(dir.path()), on_disk);
         again.stop().await;
     }
@@ -428,23 +437,23 @@ async fn uploads_continue_after_lost_commit_response() {
         }
     };
     write().await;
-    bench.upkeep.step(&partition).await.unwrap();
+    bench.maintenance.step(&partition).await.unwrap();
     write().await;
-    bench.store.transactions([Some(Fault::AnswerLost)]);
-    let lost = bench.upkeep.step(&partition).await.unwrap_err();
-    assert!(matches!(lost, UpkeepError::Commit(TierCommitError::Store(_))), "{lost}");
+    bench.store.transactions([Some(Fault::ResponseLost)]);
+    let lost = bench.maintenance.step(&partition).await.unwrap_err();
+    assert!(matches!(lost, MaintenanceError::Commit(TierCommitError::Store(_))), "{lost}");
     write().await;
-    let unknown = bench.upkeep.step(&partition).await.unwrap_err();
-    assert!(matches!(unknown, UpkeepError::Commit(TierCommitError::Changed { .. })), "{unknown}");
+    let unknown = bench.maintenance.step(&partition).await.unwrap_err();
+    assert!(matches!(unknown, MaintenanceError::Commit(TierCommitError::Changed { .. })), "{unknown}");
     bench.settle(&partition).await;
-    let (marks, state) = (partition.marks(), bench.commits.current(bench.id).await.unwrap().unwrap());
-    assert!(marks.tiered_end.get() > 20, "all but the active segment is in the bucket: {marks:?}");
-    assert_eq!(state.tiered_end, marks.tiered_end);
+    let (watermarks, state) = (partition.watermarks(), bench.commits.current(bench.id).await.unwrap().unwrap());
+    assert!(watermarks.tiered_end.get() > 20, "all sealed segments are in the object store: {watermarks:?}");
+    assert_eq!(state.tiered_end, watermarks.tiered_end);
     let segments = bench.tier.as_ref().unwrap().segments(Offset::ZERO, 100).await.unwrap();
     let ends: Vec<Offset> = segments.iter().map(|segment| segment.stamp.end).collect();
     let bases: Vec<Offset> = segments.iter().map(|segment| segment.stamp.base).collect();
-    assert_eq!((bases[0], &bases[1..]), (Offset::ZERO, &ends[..ends.len() - 1]), "each was committed once");
-    assert_eq!(ends.last(), Some(&marks.tiered_end));
+    assert_eq!((bases[0], &bases[1..]), (Offset::ZERO, &ends[..ends.len() - 1]), "each segment was committed once");
+    assert_eq!(ends.last(), Some(&watermarks.tiered_end));
     partition.stop().await;
 }
 
@@ -462,10 +471,13 @@ async fn files_below_log_start_after_crash_are_evicted() {
     bench.commits.commit(bench.id, LeaderEpoch(4), None, &state).await.unwrap();
     drop(partition);
     let again = bench.reopen(LOCAL).await;
-    assert_eq!(again.marks().log_start.get(), 9);
+    assert_eq!(again.watermarks().log_start.get(), 9);
     bench.settle(&again).await;
-    let marks = again.marks();
-    assert!(marks.local_start > Offset::ZERO && marks.local_start.get() <= 9, "the segment of 9 stays: {marks:?}");
+    let watermarks = again.watermarks();
+    assert!(
+        watermarks.local_start > Offset::ZERO && watermarks.local_start.get() <= 9,
+        "the segment with offset 9 stays: {watermarks:?}"
+    );
     assert_eq!(bytes_on_disk(dir.path()), again.local_bytes());
     assert_eq!(read_all(&again, 9).await.0.len(), 31);
     again.stop().await;
@@ -479,9 +491,12 @@ async fn lost_log_without_object_store_restarts_at_log_start() {
     let state = TierState { log_start: Offset::new(600).unwrap(), epoch: LeaderEpoch(4), ..TierState::default() };
     bench.commits.commit(bench.id, LeaderEpoch(4), None, &state).await.unwrap();
     let partition = bench.reopen(LOCAL).await;
-    let marks = partition.marks();
-    assert_eq!((marks.log_start.get(), marks.log_end.get(), marks.high_watermark.get()), (600, 600, 600));
-    assert_eq!((marks.local_start.get(), marks.tiered_end.get()), (600, 0));
+    let watermarks = partition.watermarks();
+    assert_eq!(
+        (watermarks.log_start.get(), watermarks.log_end.get(), watermarks.high_watermark.get()),
+        (600, 600, 600)
+    );
+    assert_eq!((watermarks.local_start.get(), watermarks.tiered_end.get()), (600, 0));
     assert_eq!(append(&partition, b"x", Acks::All).await.unwrap().base.get(), 600);
     partition.stop().await;
 }
@@ -497,18 +512,18 @@ async fn reenabled_uploads_continue_after_deleted_records() {
         append(&partition, &[n; 4000], Acks::All).await.unwrap();
     }
     bench.settle(&partition).await;
-    let tiered_end = partition.marks().tiered_end;
+    let tiered_end = partition.watermarks().tiered_end;
     assert!(tiered_end > Offset::ZERO);
 
-    partition.configure(resolve(LOCAL)).await;
+    partition.update_config(resolve(LOCAL)).await;
     for n in 40..100u8 {
         append(&partition, &[n; 4000], Acks::All).await.unwrap();
     }
-    partition.configure(resolve(&with("100000"))).await;
+    partition.update_config(resolve(&with("100000"))).await;
     bench.settle(&partition).await;
-    let marks = partition.marks();
-    assert!(marks.log_start > tiered_end, "{marks:?}");
-    assert_eq!((marks.tiered_end, partition.tiered_bytes()), (tiered_end, 0));
+    let watermarks = partition.watermarks();
+    assert!(watermarks.log_start > tiered_end, "{watermarks:?}");
+    assert_eq!((watermarks.tiered_end, partition.tiered_bytes()), (tiered_end, 0));
     let on_disk = bytes_on_disk(dir.path());
     assert!((100_000..100_000 + 16_384).contains(&on_disk), "{on_disk}");
     partition.stop().await;
@@ -516,13 +531,13 @@ async fn reenabled_uploads_continue_after_deleted_records() {
 
     let again = bench.reopen(&with("100000")).await;
     bench.settle(&again).await;
-    assert_eq!(again.marks(), marks, "a restart changes nothing");
-    again.configure(resolve(&on)).await;
+    assert_eq!(again.watermarks(), watermarks, "a restart changes nothing");
+    again.update_config(resolve(&on)).await;
     bench.settle(&again).await;
-    let caught_up = again.marks();
-    assert!(caught_up.tiered_end > caught_up.log_start && caught_up.log_start == marks.log_start, "{caught_up:?}");
-    let (values, _) = read_all(&again, marks.log_start.get()).await;
-    let first = u8::try_from(marks.log_start.get()).unwrap();
+    let caught_up = again.watermarks();
+    assert!(caught_up.tiered_end > caught_up.log_start && caught_up.log_start == watermarks.log_start, "{caught_up:?}");
+    let (values, _) = read_all(&again, watermarks.log_start.get()).await;
+    let first = u8::try_from(watermarks.log_start.get()).unwrap();
     assert_eq!(values, (first..100).map(|n| vec![n; 4000]).collect::<Vec<_>>());
     again.stop().await;
 }
@@ -535,28 +550,28 @@ async fn reader_at_front_gets_log_start_during_deletion() {
     let partition = bench.open(LOCAL).await;
     let reader = partition.reader().clone();
     let front = async move {
-        let (mut at, mut told) = (Offset::ZERO, 0);
+        let (mut at, mut errors) = (Offset::ZERO, 0);
         loop {
             match reader.read(at, 1.into()).await {
                 Ok(_) => {}
                 Err(ReadError::OutOfRange { offset, start, end }) => {
                     assert!(offset == at && start > at && start <= end, "{offset} {start} {end}");
-                    (at, told) = (start, told + 1);
+                    (at, errors) = (start, errors + 1);
                 }
-                Err(ReadError::Closed) => return told,
+                Err(ReadError::Closed) => return errors,
                 Err(error) => panic!("{error}"),
             }
             tokio::task::yield_now().await;
         }
     };
     let writer = async {
-        partition.configure(resolve(&with("60000"))).await;
+        partition.update_config(resolve(&with("60000"))).await;
         for n in 0..200u8 {
             append(&partition, &[n; 4000], Acks::All).await.unwrap();
             bench.settle(&partition).await;
         }
         partition.stop().await;
     };
-    let (told, ()) = tokio::join!(front, writer);
-    assert!(told > 0);
+    let (errors, ()) = tokio::join!(front, writer);
+    assert!(errors > 0);
 }

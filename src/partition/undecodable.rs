@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Maximum number of batches in the list. The oldest is dropped first.
-const REMEMBERED: usize = 256;
+const MAX_REMEMBERED_BATCHES: usize = 256;
 
 /// Identity of a batch. Offsets are unique in a partition, and the checksum tells a truncated batch from a later one at its offset.
 type BatchName = (PartitionId, Offset, u32);
@@ -34,7 +34,7 @@ impl UndecodableBatches {
 
     pub(super) fn remember(&self, id: PartitionId, batch: &Batch, error: MalformedBatch) {
         let mut batches = self.lock();
-        if batches.len() >= REMEMBERED {
+        if batches.len() >= MAX_REMEMBERED_BATCHES {
             batches.pop_front();
         }
         batches.push_back((name(id, batch), error));

@@ -12,7 +12,8 @@ use tonic_prost::ProstDecoder;
 /// Maximum number of bytes that the codec passes to HTTP/2 at once.
 const YIELD_BYTES: usize = 1 << 20;
 
-/// Initial size of the buffer of a call: enough for a small message. A waiting call keeps its buffer: with 64 KiB, 10,000 calls kept 640 MB.
+/// Initial size of the buffer of a call: enough for a small message. A waiting call keeps its buffer: with 64 KiB,
+/// 10,000 calls kept 640 MB.
 const INITIAL_BYTES: usize = 1 << 10;
 
 /// Codec of prost messages with one buffer of the size of the message.
@@ -44,8 +45,8 @@ where
     }
 }
 
-/// Reserves the length of a message before it encodes the message. A buffer that doubles takes up to twice the length and copies the
-/// encoded bytes each time.
+/// Reserves the length of a message before it encodes the message. A buffer that doubles takes up to twice the length
+/// and copies the encoded bytes each time.
 #[derive(Clone, Copy, Debug)]
 pub struct SizedEncoder<T>(PhantomData<T>);
 

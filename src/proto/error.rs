@@ -1,7 +1,7 @@
 //! API errors: a stable code, a message and named details.
 //!
-//! A failed call carries an [`ApiError`] as `google.rpc.Status` with `ErrorInfo`. A failed part of a response carries it as [`v1::Error`].
-//! Both forms have the same content, so that a client handles them in the same way.
+//! A failed call carries an [`ApiError`] as `google.rpc.Status` with `ErrorInfo`. A failed part of a response carries
+//! it as [`v1::Error`]. Both forms have the same content, so that a client handles them in the same way.
 
 use std::{collections::HashMap, fmt};
 
@@ -61,9 +61,9 @@ error_codes! {
     /// The cluster has no broker with this id.
     UnknownBroker = "UNKNOWN_BROKER", NotFound, false;
     /// The partition is not being reassigned.
-    NoReassignment = "NO_REASSIGNMENT", FailedPrecondition, false;
+    NoReassignmentInProgress = "NO_REASSIGNMENT_IN_PROGRESS", FailedPrecondition, false;
     /// The state of the cluster does not allow the operation, or the operation would change nothing.
-    NotPossible = "NOT_POSSIBLE", FailedPrecondition, false;
+    FailedPrecondition = "FAILED_PRECONDITION", FailedPrecondition, false;
     /// The offset is outside `log_start..=high_watermark`.
     OffsetOutOfRange = "OFFSET_OUT_OF_RANGE", OutOfRange, false;
     /// The batch is larger than `max.message.bytes`.
@@ -73,7 +73,7 @@ error_codes! {
     /// The bytes are not a batch, or the batch is corrupt.
     MalformedBatch = "MALFORMED_BATCH", InvalidArgument, false;
     /// The request is larger than the maximum.
-    MessageTooLarge = "MESSAGE_TOO_LARGE", ResourceExhausted, false;
+    RequestTooLarge = "REQUEST_TOO_LARGE", ResourceExhausted, false;
     /// The broker has no method with this name.
     UnknownMethod = "UNKNOWN_METHOD", Unimplemented, false;
     /// The request uses gRPC compression, which the broker does not support.
@@ -95,7 +95,7 @@ error_codes! {
     /// A write to the disk of this broker failed. The broker accepts no more writes to the partition.
     StorageFailed = "STORAGE_FAILED", Unavailable, true;
     /// The data of the replica is corrupt. This broker cannot read the named offsets.
-    DataDamaged = "DATA_DAMAGED", DataLoss, false;
+    DataCorrupt = "DATA_CORRUPT", DataLoss, false;
     /// The object store did not respond, or with an error.
     ObjectStoreUnavailable = "OBJECT_STORE_UNAVAILABLE", Unavailable, true;
     /// The metadata store did not respond, or with an error.
@@ -130,8 +130,8 @@ pub struct ApiError {
     pub retryable: bool,
 }
 
-/// Maximum length of a message. A message can repeat bytes of a request. In an HTTP/2 header, messages and details take several times their
-/// length.
+/// Maximum length of a message. A message can repeat bytes of a request. In an HTTP/2 header, messages and details take
+/// several times their length.
 const MAX_MESSAGE_BYTES: usize = 4 << 10;
 
 /// Maximum length of a detail.
@@ -182,8 +182,8 @@ impl From<ApiError> for Status {
 }
 
 impl From<&Status> for ApiError {
-    /// Converts the status of a failed call. A status without details of a broker comes from the transport or from a proxy. Only its gRPC code
-    /// determines whether the call can be retried.
+    /// Converts the status of a failed call. A status without details of a broker comes from the transport or from a
+    /// proxy. Only its gRPC code determines whether the call can be retried.
     fn from(status: &Status) -> Self {
         if let Some(info) = status.get_details_error_info()
             && let Some(code) = ErrorCode::from_name(&info.reason)
@@ -215,8 +215,8 @@ pub fn is_broker_status(status: &Status) -> bool {
     status.get_details_error_info().is_some_and(|info| info.domain == DOMAIN)
 }
 
-/// Converts a status that the gRPC library created before or instead of a service. Such a status has no [`ErrorCode`]. Returns `None` for
-/// every other status. `path` is the path of the call, `/package.Service/Method`.
+/// Converts a status that the gRPC library created before or instead of a service. Such a status has no [`ErrorCode`].
+/// Returns `None` for every other status. `path` is the path of the call, `/package.Service/Method`.
 pub fn from_transport(status: &Status, path: &str) -> Option<ApiError> {
     if !status.details().is_empty() {
         return None;
@@ -226,7 +226,7 @@ pub fn from_transport(status: &Status, path: &str) -> Option<ApiError> {
         Code::OutOfRange => {
             let message =
                 format!("the request is larger than the maximum of a message: send less in one request ({message})");
-            ApiError::new(ErrorCode::MessageTooLarge, message)
+            ApiError::new(ErrorCode::RequestTooLarge, message)
         }
         Code::Internal => ApiError::new(ErrorCode::InvalidRequest, format!("the request cannot be decoded: {message}")),
         Code::Unimplemented if message.contains("compress") => {
@@ -270,7 +270,8 @@ mod tests {
 
     use super::*;
 
-    /// A name of 2 MB made 36 MB of HTTP/2 headers: printed, encoded twice, and kept until the client read them.
+    /// Regression: a name of 2 MB made 36 MB of HTTP/2 headers: printed, encoded twice, and kept until the client read
+    /// them.
     #[test]
     fn message_and_details_of_an_error_are_truncated() {
         let name = "é\u{7f}".repeat(1 << 20);

@@ -1,8 +1,8 @@
-//! Counts the repeated elements of a request in its encoded bytes, before the request is decoded: a record of two encoded bytes becomes a
-//! struct of a hundred bytes.
+//! Counts the repeated elements of a request in its encoded bytes, before the request is decoded: a record of two
+//! encoded bytes becomes a struct of a hundred bytes.
 //!
-//! The counter uses the descriptors of the messages and reads only keys and lengths. At bytes that are not a message it stops counting, and
-//! the decoder rejects them.
+//! The counter uses the descriptors of the messages and reads only keys and lengths. At bytes that are not a message it
+//! stops counting, and the decoder rejects them.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -137,11 +137,11 @@ impl PartCounter {
         while let Some(first) = rest.first() {
             match self.token {
                 Token::Opaque => return parts,
-                Token::Skip(left) => {
-                    let passed = left.min(rest.len());
-                    rest = &rest[passed..];
-                    self.at += passed;
-                    self.token = if passed == left { Token::Key } else { Token::Skip(left - passed) };
+                Token::Skip(remaining) => {
+                    let skipped = remaining.min(rest.len());
+                    rest = &rest[skipped..];
+                    self.at += skipped;
+                    self.token = if skipped == remaining { Token::Key } else { Token::Skip(remaining - skipped) };
                 }
                 Token::Key | Token::Length { .. } | Token::Number => {
                     rest = &rest[1..];
@@ -232,13 +232,13 @@ mod tests {
     fn parts(path: &str, request: &impl prost::Message) -> usize {
         let (schemas, bytes) = (RequestSchemas::of_clients(), request.encode_to_vec());
         let mut counter = schemas.counter(path).expect("a call");
-        let whole = counter.count(&bytes);
+        let total = counter.count(&bytes);
         for size in [1, 2, 3, 7] {
             counter.reset();
-            let pieces: usize = bytes.chunks(size).map(|piece| counter.count(piece)).sum();
-            assert_eq!(pieces, whole, "in pieces of {size}");
+            let sum: usize = bytes.chunks(size).map(|chunk| counter.count(chunk)).sum();
+            assert_eq!(sum, total, "in chunks of {size}");
         }
-        whole
+        total
     }
 
     const APPEND: &str = "/strandline.v1.Log/Append";
@@ -253,7 +253,7 @@ mod tests {
         let record =
             v1::Record { headers: vec![header; 3], value: Some(Bytes::from(vec![9; 300])), ..Default::default() };
         let records = vec![record, v1::Record::default(), v1::Record::default()];
-        assert_eq!(parts(APPEND, &append(Payload::Records(v1::PlainRecords { records }))), 6);
+        assert_eq!(parts(APPEND, &append(Payload::Records(v1::RecordList { records }))), 6);
         let partitions = vec![v1::FetchPartition { topic: "t".to_owned(), offset: -1, ..Default::default() }; 40];
         assert_eq!(parts("/strandline.v1.Log/Read", &v1::ReadRequest { partitions, ..Default::default() }), 40);
         let topics = vec![String::new(); 1000];
@@ -269,7 +269,7 @@ mod tests {
         let batch = vec![0x0a; 100_000];
         let inner = append(Payload::Batch(batch.into()));
         assert_eq!(parts(APPEND, &inner), 0);
-        let request = v1::ProduceRequest { correlation: u64::MAX, append: Some(inner) };
+        let request = v1::ProduceRequest { correlation_id: u64::MAX, append: Some(inner) };
         assert_eq!(parts("/strandline.v1.Log/Produce", &request), 0);
     }
 

@@ -1,7 +1,7 @@
 //! `ProduceRequestParts`: a produce request that encodes header and records of its batch from two buffers.
 //!
-//! The generated [`v1::ProduceRequest`](super::v1::ProduceRequest) has the batch in one buffer, which costs one more copy of each payload. Both
-//! types encode to the same bytes. A test compares them.
+//! The generated [`v1::ProduceRequest`](super::v1::ProduceRequest) has the batch in one buffer, which costs one more
+//! copy of each payload. Both types encode to the same bytes. A test compares them.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ const TOPIC_ID: u32 = 7;
 #[derive(Clone, Debug)]
 pub struct ProduceRequestParts {
     /// Number that the response repeats.
-    pub correlation: u64,
+    pub correlation_id: u64,
     /// Name of the topic.
     pub topic: Arc<str>,
     /// Number of the partition.
@@ -58,7 +58,7 @@ impl ProduceRequestParts {
 
 impl Message for ProduceRequestParts {
     fn encode_raw(&self, buf: &mut impl BufMut) {
-        encoding::uint64::encode(CORRELATION, &self.correlation, buf);
+        encoding::uint64::encode(CORRELATION, &self.correlation_id, buf);
         encoding::encode_key(APPEND, WireType::LengthDelimited, buf);
         encoding::encode_varint(wide(self.append_len()), buf);
         encoding::encode_key(TOPIC, WireType::LengthDelimited, buf);
@@ -80,7 +80,7 @@ impl Message for ProduceRequestParts {
 
     fn encoded_len(&self) -> usize {
         let append = self.append_len();
-        encoding::uint64::encoded_len(CORRELATION, &self.correlation)
+        encoding::uint64::encoded_len(CORRELATION, &self.correlation_id)
             + encoding::key_len(APPEND)
             + encoding::encoded_len_varint(wide(append))
             + append
@@ -105,7 +105,7 @@ fn text_len(tag: u32, text: &str) -> usize {
 }
 
 fn wide(bytes: usize) -> u64 {
-    u64::try_from(bytes).expect("64 bits hold a length")
+    u64::try_from(bytes).expect("a usize fits in 64 bits")
 }
 
 #[cfg(test)]
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn parts_encode_to_the_bytes_of_the_generated_message() {
-        for (correlation, topic, id, partition, size) in
+        for (correlation_id, topic, id, partition, size) in
             [(0, "t", "", 0, 0), (1 << 40, "a.longer-topic_name", "0b5d", 99_999, 300_000)]
         {
             let mut builder = BatchBuilder::new(Compression::None);
@@ -132,11 +132,11 @@ mod tests {
             let acks = v1::Acks::All.into();
             let (topic, topic_id) = (topic.into(), id.into());
             let parts =
-                ProduceRequestParts { correlation, topic, partition, acks, timeout_ms: 30_000, batch, topic_id };
+                ProduceRequestParts { correlation_id, topic, partition, acks, timeout_ms: 30_000, batch, topic_id };
             let bytes = parts.encode_to_vec();
             assert_eq!(bytes.len(), parts.encoded_len());
-            let read = v1::ProduceRequest::decode(&bytes[..]).expect("the same message");
-            assert_eq!(read, v1::ProduceRequest { correlation, append: Some(append) });
+            let decoded = v1::ProduceRequest::decode(&bytes[..]).expect("the same message");
+            assert_eq!(decoded, v1::ProduceRequest { correlation_id, append: Some(append) });
         }
     }
 }

@@ -4,8 +4,8 @@ use std::error::Error as _;
 
 pub use tonic::{Code, Status};
 
-/// Returns true if the request was certainly not sent, because no connection was established. After any other failure the server may have
-/// received the request.
+/// Returns true if the request was certainly not sent, because no connection was established. After any other failure
+/// the server may have received the request.
 pub fn never_sent(status: &Status) -> bool {
     let mut source = status.source();
     while let Some(error) = source {
@@ -17,7 +17,8 @@ pub fn never_sent(status: &Status) -> bool {
     false
 }
 
-/// Formats the status and the chain of its sources in one line. A refused connection is described by these two words.
+/// Formats the status and the chain of its sources in one line. A refused connection is described as
+/// "connection refused".
 pub fn format_with_sources(status: &Status) -> String {
     if never_sent(status) && is_connection_refused(status) {
         return "connection refused".to_owned();

@@ -4,6 +4,7 @@ use bytes::{Buf, Bytes, BytesMut};
 
 use super::{
     compression,
+    error::MalformedBatch,
     layout::{self, HEADER_BYTES, field, set},
 };
 use crate::{
@@ -73,125 +74,6 @@ impl TimestampRange {
         }
         self.max = self.max.max(timestamp_ms);
     }
-}
-
-/// Error of a batch that fails a check.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum MalformedBatch {
-    /// The batch has fewer bytes than its header declares, or fewer than a header.
-    #[error("batch is truncated: {needed} bytes are needed, {available} are present")]
-    Truncated {
-        /// Required number of bytes.
-        needed: usize,
-        /// Number of bytes present.
-        available: usize,
-    },
-    /// Bytes follow the only batch of a request.
-    #[error("{extra} bytes follow the batch: send one batch in a request")]
-    Trailing {
-        /// Number of these bytes.
-        extra: usize,
-    },
-    /// The field `batchLength` is outside the possible range.
-    #[error("batch length {length} is outside {min} to {max}")]
-    Length {
-        /// The field's value.
-        length: i32,
-        /// Smallest possible value.
-        min: usize,
-        /// Largest possible value.
-        max: usize,
-    },
-    /// The magic is not 2.
-    #[error("batch has magic {magic}: only record batch version 2 is accepted")]
-    Magic {
-        /// Value of the field.
-        magic: u8,
-    },
-    /// The bytes differ from the written bytes.
-    #[error("batch is corrupt: CRC-32C is {actual:#010x}, the header has {stored:#010x}")]
-    Crc {
-        /// Value in the header.
-        stored: u32,
-        /// Value computed from the bytes.
-        actual: u32,
-    },
-    /// Record count and last offset delta do not match, or they are outside the possible range.
-    #[error("batch counts do not match: recordsCount {count}, lastOffsetDelta {last_offset_delta}")]
-    Counts {
-        /// `recordsCount`
-        count: i32,
-        /// `lastOffsetDelta`
-        last_offset_delta: i32,
-    },
-    /// An attribute is not allowed.
-    #[error("batch attributes {attributes:#06x} are not allowed: {reason}")]
-    Attributes {
-        /// The field's value.
-        attributes: u16,
-        /// Description of the problem.
-        reason: &'static str,
-    },
-    /// The offset is negative or overflows, or the epoch is negative.
-    #[error("batch has base offset {base_offset} and leader epoch {leader_epoch}: these values are not possible")]
-    OffsetOrEpoch {
-        /// `baseOffset`
-        base_offset: i64,
-        /// `partitionLeaderEpoch`
-        leader_epoch: i32,
-    },
-    /// Producer id, producer epoch and base sequence do not match.
-    #[error(
-        "batch has producer id {id}, producer epoch {epoch} and base sequence {base_sequence}: with a producer id all three must be 0 or \
-         more; without a producer id the id must be -1, and epoch and sequence -1 or 0"
-    )]
-    Producer {
-        /// `producerId`
-        id: i64,
-        /// `producerEpoch`
-        epoch: i16,
-        /// `baseSequence`
-        base_sequence: i32,
-    },
-    /// A record of the batch cannot be parsed.
-    #[error("record {index} of the batch is malformed: {reason}")]
-    Record {
-        /// Index in the batch, from 0.
-        index: u32,
-        /// Description of the problem.
-        reason: &'static str,
-    },
-    /// The decompressed records exceed the maximum.
-    #[error(
-        "batch cannot be decompressed ({codec}): its records have more than {max} bytes: send fewer records in a batch"
-    )]
-    Grows {
-        /// The codec.
-        codec: Compression,
-        /// Maximum number of bytes after decompression.
-        max: usize,
-    },
-    /// The decompressed records exceed the memory for decompression.
-    #[error(
-        "batch cannot be decompressed ({codec}): its records have more than {max} bytes, the maximum for {setting}: raise {setting}, or \
-         send fewer records in a batch"
-    )]
-    NoMemory {
-        /// The codec.
-        codec: Compression,
-        /// Maximum number of bytes after decompression.
-        max: usize,
-        /// Setting that determines the maximum.
-        setting: &'static str,
-    },
-    /// The codec rejects the compressed bytes.
-    #[error("batch cannot be decompressed ({codec}): {reason}")]
-    Compression {
-        /// The codec.
-        codec: Compression,
-        /// Error of the codec.
-        reason: String,
-    },
 }
 
 impl Batch {

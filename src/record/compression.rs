@@ -14,7 +14,7 @@ use std::io::{Read, Write};
 
 use bytes::Bytes;
 
-use super::{batch::MalformedBatch, lz4, snappy};
+use super::{error::MalformedBatch, lz4, snappy};
 use crate::model::Compression;
 
 /// First bytes of a gzip member.

@@ -12,8 +12,10 @@ use std::ops::Range;
 use bytes::Bytes;
 
 use super::{
-    batch::{Batch, MalformedBatch, TimestampRange},
-    compression, varint,
+    batch::{Batch, TimestampRange},
+    compression,
+    error::MalformedBatch,
+    varint,
 };
 use crate::{
     limits,

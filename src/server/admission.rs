@@ -2,9 +2,9 @@
 //!
 //! # Overview
 //!
-//! 1. [`Admission::reach`] waits until the store responds, and rejects a store that is not this directory's.
-//! 2. [`Admission::note`] draws an incarnation and records it in the data directory, before the store receives it.
-//! 3. [`Admission::admit`] runs once the replicas are open. It deletes an earlier registration of this broker, releases everything that is
+//! 1. [`ClusterAdmission::reach`] waits until the store responds, and rejects a store that is not this directory's.
+//! 2. [`ClusterAdmission::record_start`] draws an incarnation and records it in the data directory, before the store receives it.
+//! 3. [`ClusterAdmission::admit`] runs once the replicas are open. It deletes an earlier registration of this broker, releases everything that is
 //!    not verified, and registers the broker. Then it records in the data directory that the store holds this incarnation.
 //!
 //! The start waits while the store does not respond. The reason is logged at once, when it changes, and every 30 s. An error that no retry
@@ -19,33 +19,33 @@ use uuid::Uuid;
 
 use crate::{
     cluster::{
-        DirectoryValue, Generations, Key, Keys, MetaStore, RegisterError, Registration, Session, Shown, StoreError,
-        TopicValue, Unread, Value as _, View, prove,
+        DirectoryValue, Generations, Key, Keys, LocalInventory, MetaStore, MetaStoreError, MetadataCache,
+        RegisterError, RegistrationRequest, Session, TopicValue, UnverifiedPartitions, Value as _, verify_inventory,
     },
-    log::Log,
+    log::DataDir,
     model::{ConfigMap, PartitionId, TopicId},
     task::{self, Tasks, clock, random},
 };
 
 /// Pause before a request is retried.
-const AGAIN: Duration = Duration::from_millis(250);
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Time without a response after which the wait is logged.
-const SHORT: Duration = Duration::from_secs(1);
+const REPORT_AFTER: Duration = Duration::from_secs(1);
 
 /// Interval at which the reason for a wait is logged again.
-const REMIND: Duration = Duration::from_secs(30);
+const REMIND_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Error of a start that ended because the process was asked to stop.
 #[derive(Debug, thiserror::Error)]
 #[error("stopped while the broker waited for the metadata store")]
-pub(super) struct Stopped;
+pub(super) struct StartCancelled;
 
 /// Admission of one starting broker.
-pub(super) struct Admission<'a> {
+pub(super) struct ClusterAdmission<'a> {
     pub(super) store: &'a Arc<dyn MetaStore>,
     pub(super) keys: &'a Keys,
-    pub(super) log: &'a Log,
+    pub(super) log: &'a DataDir,
     /// Topic configuration defaults.
     pub(super) defaults: &'a ConfigMap,
     /// Cancelled when the process must stop.
@@ -76,33 +76,37 @@ impl KnownCluster {
 }
 
 /// Incarnations of a start, for the local inventory. The replicas follow after they were opened.
-pub(super) struct Noted {
+pub(super) struct PendingStart {
     /// Incarnation of this process.
     pub(super) incarnation: Uuid,
     /// Incarnations that the data directory records, including this one.
-    uptimes: Vec<String>,
+    incarnations: Vec<String>,
 }
 
-impl Admission<'_> {
+impl ClusterAdmission<'_> {
     /// Waits until the store responds, and rejects another cluster's store. A directory that took part in a cluster before must be in the
     /// store, or one of its topics must be. A directory without replicas fits any store.
     pub(super) async fn reach(&self) -> anyhow::Result<()> {
         let prefix = self.keys.prefix();
-        let known = patiently(self.answered(async || Ok(self.known().await?))).await?;
+        let known = patiently(self.retry_until_reply(async || Ok(self.known_cluster().await?))).await?;
         let log = self.log.clone();
-        let took_part = !task::run_blocking(move || log.uptimes()).await?.is_empty();
+        let took_part = !task::run_blocking(move || log.incarnations()).await?.is_empty();
         let held: BTreeSet<TopicId> = self.log.partitions().into_iter().map(|id| id.topic).collect();
         if !took_part || held.is_empty() || known.is_of(&self.log.directory_id().to_string(), &held) {
             return Ok(());
         }
         anyhow::ensure!(
             !known.is_empty(),
-            "the metadata store holds nothing below {prefix}, and this data directory took part in that cluster before: is \
-             metadata.etcd another cluster's? If etcd's data is lost, bring back its backup. An empty data directory begins anew, without what only this one holds"
+            "the metadata store has no keys below {prefix}, but this data directory belongs to that cluster: check \
+             that metadata.etcd names the right etcd; if etcd lost its data, restore a backup; an empty data \
+             directory starts without \
+             the records that only this directory has"
         );
         anyhow::bail!(
-            "what the metadata store holds below {prefix} knows neither this data directory nor any topic in it: it is another cluster of the \
-             same name, or etcd was restored from a backup of before. See to metadata.etcd; a broker of that cluster needs an empty data directory"
+            "the metadata store has neither this data directory nor any of its topics below {prefix}: this is another \
+             cluster of the same name, or etcd was restored from a backup that is too old; correct metadata.etcd, or \
+             use an empty data \
+             directory for a broker of that cluster"
         )
     }
 
@@ -110,20 +114,21 @@ impl Admission<'_> {
     /// older backup.
     pub(super) async fn generation(&self) -> anyhow::Result<u64> {
         let generations = Generations::new(Arc::clone(self.store), self.keys.clone());
-        let generation = self.answered(async || Ok(generations.begin().await?)).await?;
+        let generation = self.retry_until_reply(async || Ok(generations.begin().await?)).await?;
         let log = self.log.clone();
-        let noted = task::run_blocking(move || log.generation()).await?;
+        let recorded = task::run_blocking(move || log.generation()).await?;
         anyhow::ensure!(
-            generation >= noted,
-            "the metadata store is at cluster generation {generation}, and this data directory took part in generation {noted}: the metadata \
-             store is older than the directory. Restore a newer backup of etcd; or stop all brokers and run `strandline cluster \
-             new-generation --above {noted}`"
+            generation >= recorded,
+            "the metadata store is at cluster generation {generation}, and this data directory at generation \
+             {recorded}: the metadata store is older than the directory. Restore a newer backup of etcd; or stop all \
+             brokers and run `strandline \
+             cluster new-generation --above {recorded}`"
         );
         Ok(generation)
     }
 
     /// Lists the directories and topics in the store.
-    async fn known(&self) -> Result<KnownCluster, StoreError> {
+    async fn known_cluster(&self) -> Result<KnownCluster, MetaStoreError> {
         let list = async |kind: &str| self.store.list(&format!("{}{kind}/", self.keys.prefix())).await;
         let mut known = KnownCluster::default();
         for entry in list("directories").await?.entries {
@@ -140,7 +145,7 @@ impl Admission<'_> {
         }
         let deleted =
             list("deleted").await?.entries.into_iter().filter_map(|entry| match self.keys.parse(&entry.key) {
-                Some(Key::Deleted(topic)) => Some(topic),
+                Some(Key::Tombstone(topic)) => Some(topic),
                 _ => None,
             });
         known.topics.extend(deleted);
@@ -148,82 +153,84 @@ impl Admission<'_> {
     }
 
     /// Draws an incarnation and records it in the data directory.
-    pub(super) async fn note(&self) -> anyhow::Result<Noted> {
+    pub(super) async fn record_start(&self) -> anyhow::Result<PendingStart> {
         let (log, incarnation) = (self.log.clone(), random::uuid());
-        let uptimes = task::run_blocking(move || -> Result<_, _> {
-            log.note_uptime(incarnation, false)?;
-            log.uptimes()
+        let incarnations = task::run_blocking(move || -> Result<_, _> {
+            log.record_incarnation(incarnation, false)?;
+            log.incarnations()
         });
-        let uptimes = uptimes.await.context("cannot note this uptime in the data directory")?;
-        Ok(Noted { incarnation, uptimes: uptimes.iter().map(Uuid::to_string).collect() })
+        let incarnations = incarnations.await.context("cannot record this incarnation in the data directory")?;
+        Ok(PendingStart { incarnation, incarnations: incarnations.iter().map(Uuid::to_string).collect() })
     }
 
-    /// Verifies the local inventory and registers the broker. `whole` are the replicas that lost nothing, as far as their disk can show.
+    /// Verifies the local inventory and registers the broker. `intact` are the replicas without a detected loss on disk.
     /// Also returns the partitions that could not be verified.
     pub(super) async fn admit(
         &self,
-        registration: &Registration,
-        noted: Noted,
-        whole: BTreeSet<PartitionId>,
-        view: &View,
+        registration: &RegistrationRequest,
+        pending_start: PendingStart,
+        intact: BTreeSet<PartitionId>,
+        metadata: &MetadataCache,
         tasks: &Tasks,
-    ) -> anyhow::Result<(Session, Unread)> {
-        let shown = Shown {
+    ) -> anyhow::Result<(Session, UnverifiedPartitions)> {
+        let inventory = LocalInventory {
             directory_id: self.log.directory_id().to_string(),
-            uptimes: noted.uptimes,
-            clean: self.log.opened_clean(),
+            incarnations: pending_start.incarnations,
+            clean: self.log.was_clean_shutdown(),
             on_disk: self.log.partitions().into_iter().collect(),
-            whole,
+            intact,
         };
         // After an error, all steps are repeated: peers may have seen a registration whose response was lost.
         let admitted = self
-            .answered(async || {
+            .retry_until_reply(async || {
                 registration.clear().await?;
-                let proof = prove(self.store, self.keys, registration.id, &shown, self.defaults).await?;
-                if proof.changed > 0 {
+                let verified =
+                    verify_inventory(self.store, self.keys, registration.id, &inventory, self.defaults).await?;
+                if verified.changed > 0 {
                     tracing::info!(
-                        partitions = proof.changed,
-                        "gave up leaderships of the last uptime, and memberships that are not proven"
+                        partitions = verified.changed,
+                        "released leaderships of the last incarnation and unverified ISR and ELR memberships"
                     );
                 }
-                Ok((registration.clone().register(proof.judged, view, tasks).await?, proof.unread))
+                let registered = registration.clone().register(verified.directory_revision, metadata, tasks).await?;
+                Ok((registered, verified.unverified))
             })
             .await?;
-        let (log, incarnation) = (self.log.clone(), noted.incarnation);
-        let noted = task::run_blocking(move || log.note_uptime(incarnation, true)).await;
-        noted.context("cannot note this uptime in the data directory")?;
+        let (log, incarnation) = (self.log.clone(), pending_start.incarnation);
+        let recorded = task::run_blocking(move || log.record_incarnation(incarnation, true)).await;
+        recorded.context("cannot record this incarnation in the data directory")?;
         Ok(admitted)
     }
 
     /// Repeats a request until it succeeds, or fails with an error that no retry corrects.
-    async fn answered<T>(&self, ask: impl AsyncFn() -> Result<T, RegisterError>) -> anyhow::Result<T> {
-        let (mut said, mut at): (String, Option<Instant>) = (String::new(), None);
+    async fn retry_until_reply<T>(&self, request: impl AsyncFn() -> Result<T, RegisterError>) -> anyhow::Result<T> {
+        let (mut last_error, mut at): (String, Option<Instant>) = (String::new(), None);
         loop {
-            let answer = tokio::select! {
+            let result = tokio::select! {
                 biased;
-                () = self.stop.cancelled() => return Err(Stopped.into()),
-                answer = ask() => answer,
+                () = self.stop.cancelled() => return Err(StartCancelled.into()),
+                result = request() => result,
             };
-            let error = match answer {
-                Ok(answer) => {
+            let error = match result {
+                Ok(value) => {
                     if at.is_some() {
-                        tracing::info!("the metadata store answers; the start goes on");
+                        tracing::info!("the metadata store responds: the start continues");
                     }
-                    return Ok(answer);
+                    return Ok(value);
                 }
                 Err(error) if is_final(&error) => {
                     return Err(error).context("cannot register the broker in the metadata store");
                 }
                 Err(error) => error.to_string(),
             };
-            if error != said || at.is_none_or(|at| at.elapsed() >= REMIND) {
-                tracing::warn!(error, "waiting for the metadata store; the broker starts as soon as it answers");
-                (said, at) = (error, Some(clock::monotonic()));
+            if error != last_error || at.is_none_or(|at| at.elapsed() >= REMIND_INTERVAL) {
+                tracing::warn!(error, "waiting for the metadata store: the start continues when the store responds");
+                (last_error, at) = (error, Some(clock::monotonic()));
             }
             tokio::select! {
                 biased;
-                () = self.stop.cancelled() => return Err(Stopped.into()),
-                () = tokio::time::sleep(AGAIN) => {}
+                () = self.stop.cancelled() => return Err(StartCancelled.into()),
+                () = tokio::time::sleep(RETRY_INTERVAL) => {}
             }
         }
     }
@@ -232,10 +239,10 @@ impl Admission<'_> {
 /// Waits for a response, and logs a wait that a person may notice.
 async fn patiently<T>(answer: impl Future<Output = T>) -> T {
     let mut answer = std::pin::pin!(answer);
-    match tokio::time::timeout(SHORT, &mut answer).await {
+    match tokio::time::timeout(REPORT_AFTER, &mut answer).await {
         Ok(answer) => answer,
         Err(_) => {
-            tracing::info!("the metadata store has not answered yet; the start waits for it");
+            tracing::info!("the metadata store has not responded yet: the start waits for its response");
             answer.await
         }
     }
@@ -243,7 +250,7 @@ async fn patiently<T>(answer: impl Future<Output = T>) -> T {
 
 /// Returns true if no retry corrects the error.
 fn is_final(error: &RegisterError) -> bool {
-    !error.retryable() || matches!(error, RegisterError::Store(StoreError::Refused { .. }))
+    !error.retryable() || matches!(error, RegisterError::Store(MetaStoreError::Refused { .. }))
 }
 
 #[cfg(test)]

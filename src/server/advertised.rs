@@ -18,11 +18,7 @@ pub(super) fn check(address: &str, remedy: &'static str, tasks: &Tasks) {
             found = resolve(&address) => found,
         };
         if let Err(problem) = found {
-            tracing::warn!(
-                address,
-                problem,
-                "others are told to connect to an address that this machine cannot resolve: {remedy}"
-            );
+            tracing::warn!(address, problem, "cannot resolve an advertised address on this machine: {remedy}");
         }
     });
 }
@@ -31,7 +27,7 @@ async fn resolve(address: &str) -> Result<(), String> {
     match tokio::time::timeout(LOOKUP_TIMEOUT, tokio::net::lookup_host(address)).await {
         Ok(Ok(mut found)) => found.next().map(drop).ok_or_else(|| "the name has no address".to_owned()),
         Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no answer in {LOOKUP_TIMEOUT:?}")),
+        Err(_) => Err(format!("no response within {LOOKUP_TIMEOUT:?}")),
     }
 }
 

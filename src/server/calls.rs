@@ -16,7 +16,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Status, codegen::http::HeaderMap};
 
 use super::connection::OpenCall;
-use crate::broker::{CallMemory, HandedResponse};
+use crate::broker::{CallMemory, SendingResponse};
 
 /// Keeps the call open until the response has been sent. `memory` is the memory of a client's call, and `turn` the permit of a call whose
 /// response is built from metadata.
@@ -54,7 +54,7 @@ struct OpenResponse {
 /// HTTP/2 polls for the next frame and takes the end of the body.
 struct HandedFrame {
     data: Bytes,
-    _memory: Option<HandedResponse>,
+    _memory: Option<SendingResponse>,
     _open: Arc<OpenResponse>,
 }
 
@@ -100,9 +100,9 @@ impl HttpBody for CountedBody {
                     self.rest = Bytes::from_owner(frame);
                     self.next_piece()
                 }
-                Err(fault) => {
+                Err(error) => {
                     self.body = Body::empty();
-                    trailers(&fault.into())
+                    trailers(&error.into())
                 }
             },
             Err(trailers) => trailers,
@@ -144,7 +144,7 @@ mod tests {
         let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
         let frames = [3 * PIECE_BYTES - 1, 10].map(|bytes| Ok::<_, axum::Error>(Bytes::from(vec![7; bytes])));
         let body = Body::from_stream(futures::stream::iter(frames));
-        memory.reserve_more(100_000).expect("there is as much");
+        memory.reserve_more(100_000).expect("the memory is available");
         let turn = Arc::new(Semaphore::new(1));
         let held = Arc::clone(&turn).try_acquire_owned().ok();
         let mut body = Box::pin(until_sent(Response::new(body), None, Some(memory), held).into_body());
@@ -158,11 +158,11 @@ mod tests {
         assert!(poll_fn(|cx| body.as_mut().poll_frame(cx)).await.is_none());
         drop(body);
         let held = |_: &[Bytes]| (budgets.taken().1 > 0, turn.available_permits());
-        assert_eq!(held(&pieces), (true, 0), "HTTP/2 has the pieces");
+        assert_eq!(held(&pieces), (true, 0), "HTTP/2 holds the pieces");
         pieces.drain(..2);
-        assert_eq!(held(&pieces), (true, 0), "one of the large frame is left");
+        assert_eq!(held(&pieces), (true, 0), "one piece of the large frame is left");
         pieces.drain(..1);
-        assert_eq!(held(&pieces), (false, 0), "the small one is not charged");
+        assert_eq!(held(&pieces), (false, 0), "the small frame is not charged");
         drop(pieces);
         assert_eq!(turn.available_permits(), 1);
     }
@@ -183,9 +183,9 @@ mod tests {
                 Err(frame) => bodies.push((body, frame)),
             }
         };
-        let fault = ApiError::from(&Status::from_header_map(&refused).expect("a status"));
-        assert_eq!((fault.code, fault.retryable), (ErrorCode::Overloaded, true));
-        assert!(fault.message.contains("limits.response_memory_bytes"), "{fault}");
+        let error = ApiError::from(&Status::from_header_map(&refused).expect("a status"));
+        assert_eq!((error.code, error.retryable), (ErrorCode::Overloaded, true));
+        assert!(error.message.contains("limits.response_memory_bytes"), "{error}");
         assert!(
             !bodies.is_empty() && budgets.taken().1 >= bodies.len() * 50_000,
             "{} {:?}",

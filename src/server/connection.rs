@@ -24,8 +24,8 @@ use tokio::{
 use tonic::transport::server::TcpIncoming;
 
 use super::{
+    connection_limits::Capacity,
     places::{Bound, Origin, Places, Pool},
-    room::Capacity,
 };
 use crate::{
     broker::{Budgets, ConnectionMemory, ProducerIdQuota},
@@ -53,7 +53,7 @@ const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Kind of listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Port {
+pub(super) enum ListenerKind {
     Grpc,
     Http,
     Peer,
@@ -61,10 +61,10 @@ pub(super) enum Port {
 
 /// Counts and limits the connections of one listener. Clones share the state.
 #[derive(Clone)]
-pub(super) struct ConnectionLimiter(Arc<Limiter>);
+pub(super) struct ConnectionLimiter(Arc<LimiterState>);
 
-struct Limiter {
-    port: Port,
+struct LimiterState {
+    port: ListenerKind,
     capacity: Capacity,
     per_address: usize,
     /// Setting or system limit that raises `per_address`.
@@ -87,7 +87,7 @@ impl ConnectionLimiter {
     /// Creates a limiter with the places of `capacity`. One address gets at most `per_address` of them, or half if that is not set.
     /// `memory_bytes` limits the number of open calls. `open` counts the open connections.
     pub(super) fn new(
-        port: Port,
+        port: ListenerKind,
         capacity: Capacity,
         per_address: Option<usize>,
         memory_bytes: u64,
@@ -97,10 +97,10 @@ impl ConnectionLimiter {
         let max_calls = usize::try_from(memory_bytes / BYTES_PER_CALL).unwrap_or(usize::MAX);
         let per_address = per_address.unwrap_or(capacity.places / 2).clamp(1, capacity.places);
         let address_raised_by = match port {
-            Port::Grpc | Port::Http => "limits.connections_per_address",
-            Port::Peer => capacity.raised_by,
+            ListenerKind::Grpc | ListenerKind::Http => "limits.connections_per_address",
+            ListenerKind::Peer => capacity.raised_by,
         };
-        Self(Arc::new(Limiter {
+        Self(Arc::new(LimiterState {
             port,
             capacity,
             per_address,
@@ -124,7 +124,7 @@ impl ConnectionLimiter {
     }
 
     /// Admits a connection. If no place is free, an idle connection is evicted. If none is idle, the new connection serves only probes.
-    fn admit(&self, stream: TcpStream, peer: Option<SocketAddr>) -> Connection {
+    fn admit(&self, stream: TcpStream, peer: Option<SocketAddr>) -> CountedConnection {
         let peer = peer.map_or(IpAddr::from(Ipv4Addr::UNSPECIFIED), |peer| peer.ip());
         let origin = Origin::of(peer, stream.local_addr().ok().map(|own| own.ip()));
         let signal = Arc::new(CloseSignal::default());
@@ -142,14 +142,14 @@ impl ConnectionLimiter {
             open.inc();
         }
         let (left, idle) = match self.0.port {
-            Port::Grpc | Port::Peer => (PREFACE_BYTES, None),
-            Port::Http => (REQUEST_BYTES, Some(IDLE_TIMEOUT)),
+            ListenerKind::Grpc | ListenerKind::Peer => (PREFACE_BYTES, None),
+            ListenerKind::Http => (REQUEST_BYTES, Some(IDLE_TIMEOUT)),
         };
         let patience = Patience { left, until: Box::pin(tokio::time::sleep(GREETING_TIMEOUT)), idle };
         let (producer_ids, memory) = (ProducerIdQuota::default(), Arc::default());
         let caller =
             Caller { limiter: self.clone(), signal: Arc::clone(&signal), id: admitted.id, peer, producer_ids, memory };
-        Connection {
+        CountedConnection {
             stream,
             signal,
             patience: Some(patience),
@@ -175,7 +175,8 @@ impl ConnectionLimiter {
                 places,
                 raised_by,
                 refused = count,
-                "every place has a call open: new connections are answered nothing but probes; see who holds them, or raise the limit"
+                "connection limit reached, with open calls on all connections: new connections serve only probes; \
+                 check the clients, or raise the limit"
             ),
             Bound::Address => tracing::warn!(
                 ?listener,
@@ -183,7 +184,8 @@ impl ConnectionLimiter {
                 per_address,
                 raised_by = address_raised_by,
                 refused = count,
-                "this address holds as many connections as one may, each with a call open: new ones are answered nothing but probes"
+                "connection limit of an address reached, with open calls on all connections: new connections serve \
+                 only probes"
             ),
         }
     }
@@ -198,7 +200,7 @@ impl ConnectionLimiter {
             per_address = self.0.per_address,
             address_raised_by = self.0.address_raised_by,
             closed = count,
-            "no place was free: the connections that were idle longest are closed for new ones"
+            "connection limit reached: closing the longest idle connections for new ones"
         );
     }
 
@@ -213,39 +215,41 @@ impl ConnectionLimiter {
             listener = ?self.0.port,
             closed = count,
             raised_by = "limits.memory_bytes",
-            "clients do not read what they were sent, and others wait for the memory: their connections are closed"
+            "closing connections of clients that do not read their responses, because other calls wait for the memory"
         );
     }
 
     /// Returns the error for a call above the limit, on a connection that already has its share of the open calls.
-    fn refuse_call(&self, peer: IpAddr) -> Refused {
-        let most = self.0.max_calls;
+    fn refuse_call(&self, peer: IpAddr) -> RefusedConnection {
+        let max = self.0.max_calls;
         if let Some(count) = remind(&self.0.calls) {
             tracing::warn!(
                 listener = ?self.0.port,
-                calls = most,
+                calls = max,
                 raised_by = "limits.memory_bytes",
                 refused = count,
                 %peer,
-                "as many calls and streams are open as there is memory for: connections that have several begin no more"
+                "limit of open calls and streams reached: connections with several calls start no more"
             );
         }
-        Refused(format!(
-            "no memory for another call: {most} calls and streams are open on this broker; end some on this connection, or raise \
-             limits.memory_bytes"
+        RefusedConnection(format!(
+            "no memory for another call: {max} calls and streams are open on this broker: end some on this \
+             connection, or raise limits.memory_bytes"
         ))
     }
 
     /// Returns the error for a call on a connection without a common place.
-    fn refusal(&self, bound: Bound) -> Refused {
-        let Limiter { port, capacity, per_address, address_raised_by, .. } = &*self.0;
-        Refused(match bound {
+    fn refusal(&self, bound: Bound) -> RefusedConnection {
+        let LimiterState { port, capacity, per_address, address_raised_by, .. } = &*self.0;
+        RefusedConnection(match bound {
             Bound::Places => format!(
-                "no place for another connection: all {} of this broker's {port:?} listener have calls open; raise {}",
+                "no capacity for another connection: all {} of this broker's {port:?} listener have open calls: raise \
+                 {}",
                 capacity.places, capacity.raised_by
             ),
             Bound::Address => format!(
-                "no place for another connection from this address: {per_address} have calls open; raise {address_raised_by}"
+                "no capacity for another connection from this address: {per_address} have open calls: raise \
+                 {address_raised_by}"
             ),
         })
     }
@@ -253,7 +257,7 @@ impl ConnectionLimiter {
 
 /// Reason why a call is rejected: its connection has no common place, or there is no memory for the call.
 #[derive(Debug)]
-pub(super) struct Refused(pub(super) String);
+pub(super) struct RefusedConnection(pub(super) String);
 
 /// Log throttle: counts a condition, which is logged at its start and at intervals.
 #[derive(Debug, Default)]
@@ -322,7 +326,7 @@ impl Caller {
     }
 
     /// Returns the listener of the connection.
-    pub(super) fn port(&self) -> Port {
+    pub(super) fn port(&self) -> ListenerKind {
         self.limiter.0.port
     }
 
@@ -333,7 +337,7 @@ impl Caller {
 
     /// Counts a call as open until the returned value is dropped. On a connection without a common place, the call is rejected unless it is
     /// a probe or the common pool has space by now. A call without memory is rejected too.
-    pub(super) fn begin_call(&self, is_probe: bool) -> Result<OpenCall, Refused> {
+    pub(super) fn begin_call(&self, is_probe: bool) -> Result<OpenCall, RefusedConnection> {
         let mut places = self.limiter.places();
         if !places.has_room_for_call(self.id) {
             drop(places);
@@ -356,7 +360,7 @@ impl Caller {
                 Ok(call)
             }
             Err(bound) => {
-                tracing::debug!(peer = %self.peer, "a call is refused: its connection has no place");
+                tracing::debug!(peer = %self.peer, "refused a call: its connection is above the limit");
                 Err(self.limiter.refusal(bound))
             }
         }
@@ -373,7 +377,7 @@ impl Drop for OpenCall {
 }
 
 /// One connection. It counts as open and keeps its place until it is dropped.
-pub(super) struct Connection {
+pub(super) struct CountedConnection {
     stream: TcpStream,
     signal: Arc<CloseSignal>,
     /// Deadline for the next bytes from the client; `None` if there is no deadline any longer.
@@ -400,7 +404,7 @@ struct Patience {
 pub(super) fn accept(
     listener: TcpListener,
     limiter: ConnectionLimiter,
-) -> impl Stream<Item = io::Result<Connection>> + Send + 'static {
+) -> impl Stream<Item = io::Result<CountedConnection>> + Send + 'static {
     TcpIncoming::from(listener).with_nodelay(Some(true)).then(move |accepted| {
         let admitted = accepted.map(|stream| {
             let peer = stream.peer_addr().ok();
@@ -420,9 +424,9 @@ pub(super) fn accept(
 
 /// Serves each connection in its own task until the tasks are stopped. Then accepts no further connections.
 pub(super) async fn serve_each<F>(
-    connections: impl Stream<Item = io::Result<Connection>> + Send,
+    connections: impl Stream<Item = io::Result<CountedConnection>> + Send,
     tasks: &Tasks,
-    serve: impl Fn(Connection) -> F,
+    serve: impl Fn(CountedConnection) -> F,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -441,7 +445,7 @@ pub(super) async fn serve_each<F>(
     }
 }
 
-impl Connection {
+impl CountedConnection {
     /// Returns the value that each request of this connection carries.
     pub(super) fn caller(&self) -> Caller {
         self.caller.clone()
@@ -449,7 +453,7 @@ impl Connection {
 
     /// Records the result of a write. A connection from another broker is read regardless of its writes.
     fn note_room(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        self.is_full = written.is_pending() && self.caller.port() == Port::Grpc;
+        self.is_full = written.is_pending() && self.caller.port() == ListenerKind::Grpc;
         if written.is_ready() {
             self.has_written = true;
             self.reader.take().into_iter().for_each(Waker::wake);
@@ -458,7 +462,7 @@ impl Connection {
     }
 }
 
-impl Drop for Connection {
+impl Drop for CountedConnection {
     fn drop(&mut self) {
         let limiter = &self.caller.limiter;
         limiter.places().remove(self.caller.id);
@@ -468,7 +472,7 @@ impl Drop for Connection {
     }
 }
 
-impl AsyncRead for Connection {
+impl AsyncRead for CountedConnection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.signal.check(cx)?;
         let before = buffer.filled().len();
@@ -493,7 +497,7 @@ impl AsyncRead for Connection {
     }
 }
 
-impl AsyncWrite for Connection {
+impl AsyncWrite for CountedConnection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.signal.check(cx)?;
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
@@ -534,14 +538,14 @@ mod tests {
     use super::*;
 
     /// Returns a client's socket and the broker's end of the connection.
-    async fn connected(port: Port) -> (TcpStream, Connection) {
+    async fn connected(port: ListenerKind) -> (TcpStream, CountedConnection) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let capacity = Capacity { places: 4, raised_by: "" };
         let limiter = ConnectionLimiter::new(port, capacity, None, 1 << 30, None, &Metrics::new());
         let (client, accepted) =
             tokio::join!(TcpStream::connect(address), async { pin!(accept(listener, limiter)).next().await });
-        (client.expect("it is open"), accepted.expect("one").expect("no error"))
+        (client.expect("connected"), accepted.expect("one").expect("no error"))
     }
 
     const A_MOMENT: Duration = Duration::from_millis(100);
@@ -550,13 +554,13 @@ mod tests {
     #[tokio::test]
     async fn client_that_reads_nothing_is_not_read_from() {
         let tasks = Tasks::new();
-        for (port, reads_on) in [(Port::Grpc, false), (Port::Peer, true)] {
+        for (port, reads_on) in [(ListenerKind::Grpc, false), (ListenerKind::Peer, true)] {
             let (mut client, own) = connected(port).await;
             let (mut incoming, mut outgoing) = tokio::io::split(own);
             while timeout(A_MOMENT, outgoing.write(&[7; 1 << 16])).await.is_ok() {}
             // The last successful write permits one read.
             client.write_all(b"1").await.expect("there is room");
-            assert_eq!(incoming.read_u8().await.expect("it came"), b'1');
+            assert_eq!(incoming.read_u8().await.expect("the byte arrives"), b'1');
             client.write_all(b"2").await.expect("there is room");
             // The read runs in a separate task, so that only the write wakes it.
             let mut reading = tasks.spawn("reading", async move { incoming.read_u8().await });
@@ -568,8 +572,8 @@ mod tests {
                 let taking = client.read_exact(&mut taken);
                 let both = async { tokio::join!(reading, taking) };
                 let came = tokio::select! {
-                    () = writing => panic!("nobody has closed it"),
-                    came = timeout(Duration::from_secs(10), both) => came.expect("it is read again"),
+                    () = writing => panic!("the connection is open"),
+                    came = timeout(Duration::from_secs(10), both) => came.expect("reads continue"),
                 };
                 assert_eq!(came.0.expect("no panic").expect("no error"), b'2');
             }

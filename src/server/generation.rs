@@ -12,7 +12,7 @@ use crate::{
     cluster::{BrokerValue, EMBEDDED_FILE, EmbeddedStore, EtcdStore, Generations, Keys, MetaStore, Value as _},
     config::Config,
     task::clock,
-    tier::Store,
+    tier::TierStore,
 };
 
 /// Maximum time that registrations outlast `metadata.session_timeout`: etcd restarts all leases when it elects a leader.
@@ -47,7 +47,7 @@ pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Rai
     }
     let objects = config.object_store.url.as_deref().map(|url| open_objects(config, url)).transpose()?;
     let bucket = match &objects {
-        Some(objects) => objects.generation().await.context("the bucket's generation cannot be read")?,
+        Some(objects) => objects.generation().await.context("cannot read the generation of the object store")?,
         None => None,
     };
     let generations = Generations::new(meta, keys);
@@ -60,8 +60,8 @@ pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Rai
     Ok(Raised { before, bucket, generation, bucket_behind })
 }
 
-async fn raise_bucket(objects: &Store, generation: u64) -> Result<(), String> {
-    objects.in_generation(generation);
+async fn raise_bucket(objects: &TierStore, generation: u64) -> Result<(), String> {
+    objects.set_generation(generation);
     objects.claim().await.map_err(|error| error.to_string())
 }
 
@@ -70,7 +70,11 @@ async fn metadata(config: &Config) -> anyhow::Result<Arc<dyn MetaStore>> {
         return Ok(Arc::new(EtcdStore::open(options).await?));
     }
     let file = config.broker.data_dir.join(EMBEDDED_FILE);
-    ensure!(file.exists(), "{} does not exist: is broker.data_dir the broker's?", file.display());
+    ensure!(
+        file.exists(),
+        "{} does not exist: set broker.data_dir to the data directory of the broker",
+        file.display()
+    );
     Ok(Arc::new(EmbeddedStore::open(&config.broker.data_dir).await?))
 }
 
@@ -90,7 +94,8 @@ async fn without_brokers(meta: &dyn MetaStore, keys: &Keys, within: Duration) ->
         }
         ensure!(
             clock::monotonic() < until,
-            "brokers are registered at {}: stop all brokers first, because a running one does not notice that the generation rises",
+            "brokers are registered at {}: stop all brokers first, because a running broker does not detect a new \
+             generation",
             named.join(", ")
         );
         tokio::time::sleep(RETRY_INTERVAL).await;

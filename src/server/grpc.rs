@@ -1,7 +1,7 @@
 //! The gRPC listeners, for clients and for other brokers: services, health, reflection, and HTTP/2 tuned for batches.
 //!
 //! The transport itself rejects some calls before a service receives them: a message above the limit, invalid bytes, an unknown method.
-//! [`answer`] gives these responses the stable error codes that all other errors have, and counts calls per connection.
+//! [`handle`] gives these responses the stable error codes that all other errors have, and counts calls per connection.
 
 use std::{future::Future, io, pin::pin, sync::Arc, time::Duration};
 
@@ -28,14 +28,14 @@ use tonic_health::{
 
 use super::{
     calls,
-    connection::{self, Caller, Connection, Port},
+    connection::{self, Caller, CountedConnection, ListenerKind},
     request_body::{self, RequestBody},
     streams,
 };
 use crate::{
     broker::{Broker, Budgets, CallMemory, LogService, admin_service, peer_service},
     limits,
-    partition::Memory,
+    partition::MemoryBudget,
     proto::{
         CLIENT_DESCRIPTORS,
         error::{ApiError, ErrorCode, from_transport},
@@ -68,7 +68,7 @@ const STREAM_BYTES: usize = 1536;
 const MIN_STREAMS: u32 = 100;
 
 /// Maximum share of the remaining memory for windows and for streams that a new connection gets, as a divisor. Later connections get less.
-const LEFT_SHARE: usize = 8;
+const UNREAD_CALL_SHARE: usize = 8;
 
 /// Windows of a listener's connections: bytes that clients may send before they are read, and streams that clients may have open. Clones
 /// share the memory for both.
@@ -87,7 +87,7 @@ pub(super) struct Windows {
     stream_share: u32,
     /// Memory for windows above [`MIN_CONNECTION_WINDOW`] and for streams above [`MIN_STREAMS`]; `None` for a listener with few
     /// connections.
-    memory: Option<[Memory; 2]>,
+    memory: Option<[MemoryBudget; 2]>,
 }
 
 /// The window of an open connection.
@@ -121,7 +121,7 @@ impl Windows {
             send_buffer_bytes: 16 << 10,
             connection_bytes: connection_window(memory_bytes),
             stream_share: 2,
-            memory: Some([WINDOWS_SHARE, STREAMS_SHARE].map(|share| Memory::new(memory_bytes / share))),
+            memory: Some([WINDOWS_SHARE, STREAMS_SHARE].map(|share| MemoryBudget::new(memory_bytes / share))),
         }
     }
 
@@ -145,16 +145,16 @@ impl Windows {
             .max_frame_size(self.frame_bytes)
             .max_concurrent_streams(window.streams)
             .max_send_buf_size(self.send_buffer_bytes)
-            .keep_alive_interval(Some(PING))
-            .keep_alive_timeout(PING);
+            .keep_alive_interval(Some(PING_INTERVAL))
+            .keep_alive_timeout(PING_INTERVAL);
         http2
     }
 }
 
 /// Takes memory for `most` units of `bytes` each, or for fewer if a new connection's share of the remaining memory is smaller. Returns the
 /// number of units and the memory.
-fn take_part(memory: &Memory, most: u32, bytes: usize) -> (u32, Option<OwnedSemaphorePermit>) {
-    let left = (memory.bytes() - memory.taken()) / LEFT_SHARE / bytes;
+fn take_part(memory: &MemoryBudget, most: u32, bytes: usize) -> (u32, Option<OwnedSemaphorePermit>) {
+    let left = (memory.bytes() - memory.taken()) / UNREAD_CALL_SHARE / bytes;
     let count = u32::try_from(left).unwrap_or(u32::MAX).min(most);
     let taken = memory.try_take(count as usize * bytes);
     (if taken.is_some() { count } else { 0 }, taken)
@@ -162,13 +162,13 @@ fn take_part(memory: &Memory, most: u32, bytes: usize) -> (u32, Option<OwnedSema
 
 /// Paths of probes by clients and by other brokers. They are also served on connections without a common place. `Watch` is no probe,
 /// because it never ends.
-const PROBE_PATHS: [&str; 2] = ["/grpc.health.v1.Health/Check", "/strandline.v1.Peer/WhoIs"];
+const PROBE_PATHS: [&str; 2] = ["/grpc.health.v1.Health/Check", "/strandline.v1.Peer/GetIdentity"];
 
 /// Paths of calls whose responses grow with the metadata, or are large for a small request.
 const METADATA_PATHS: [&str; 3] = ["/strandline.v1.Admin/", "/strandline.v1.Log/ListOffsets", "/grpc.reflection."];
 
 /// Interval of pings, and time without a response to a ping after which a connection counts as dead.
-const PING: Duration = Duration::from_secs(20);
+const PING_INTERVAL: Duration = Duration::from_secs(20);
 
 /// Memory budgets of calls, and the schemas by which the parts of requests are counted.
 #[derive(Clone)]
@@ -187,12 +187,12 @@ pub(super) fn routes(
     let mut routes = Routes::new(log.clone().server()).add_service(admin_service(broker)).add_service(health);
     if reflection {
         // Most tools request v1 first; grpcio-reflection and older tools support only v1alpha.
-        let shown = || {
+        let inventory = || {
             tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(CLIENT_DESCRIPTORS)
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
-        routes = routes.add_service(shown().build_v1()?).add_service(shown().build_v1alpha()?);
+        routes = routes.add_service(inventory().build_v1()?).add_service(inventory().build_v1alpha()?);
     }
     let memory = RequestMemory { budgets: broker.budgets().clone(), schemas: Arc::new(RequestSchemas::of_clients()) };
     Ok(layered(routes.into_axum_router().merge(streams::routes(&log)), Some(memory)))
@@ -205,13 +205,13 @@ pub(super) fn peer_routes(broker: &Arc<Broker>) -> Option<Routes> {
 }
 
 fn layered(routes: Router, memory: Option<RequestMemory>) -> Routes {
-    routes.layer(axum::middleware::from_fn_with_state(memory, answer)).into()
+    routes.layer(axum::middleware::from_fn_with_state(memory, handle)).into()
 }
 
 /// Serves connections until the tasks are stopped. Then accepts no further connections, and each connection ends after its open calls.
 pub(super) async fn serve(
     routes: Routes,
-    connections: impl Stream<Item = io::Result<Connection>> + Send,
+    connections: impl Stream<Item = io::Result<CountedConnection>> + Send,
     windows: Windows,
     tasks: Tasks,
 ) {
@@ -220,7 +220,7 @@ pub(super) async fn serve(
     connection::serve_each(connections, &tasks, serve).await;
 }
 
-async fn serve_connection(windows: Windows, connection: Connection, routes: Router, tasks: Tasks) {
+async fn serve_connection(windows: Windows, connection: CountedConnection, routes: Router, tasks: Tasks) {
     let window = windows.take();
     let http2 = windows.http2(&window, &tasks);
     let caller = connection.caller();
@@ -297,7 +297,7 @@ fn trim_head<B>(request: &mut hyper::Request<B>) {
 }
 
 /// Serves a call and counts it on its connection. Gives a rejection by the transport a stable error code, a message and a matching status.
-async fn answer(State(memory): State<Option<RequestMemory>>, mut request: Request, next: Next) -> Response {
+async fn handle(State(memory): State<Option<RequestMemory>>, mut request: Request, next: Next) -> Response {
     // A call that arrives by no listener, as in a simulation, has no connection.
     let caller = request.extensions().get::<Caller>().cloned();
     if let Some(caller) = &caller {
@@ -329,26 +329,30 @@ async fn answer(State(memory): State<Option<RequestMemory>>, mut request: Reques
         drop(memory.take_request());
     }
     if let Some(status) = Status::from_header_map(response.headers())
-        && let Some(mut fault) = from_transport(&status, uri.path())
+        && let Some(mut error) = from_transport(&status, uri.path())
     {
-        if fault.code == ErrorCode::UnknownMethod
+        if error.code == ErrorCode::UnknownMethod
             && let Some(message) = port.and_then(|port| misdirected(port, uri.path()))
         {
-            message.clone_into(&mut fault.message);
+            message.clone_into(&mut error.message);
         }
         // If a header cannot be written, the response stays a rejection without a stable error code.
-        let _ = Status::from(fault).add_header(response.headers_mut());
+        let _ = Status::from(error).add_header(response.headers_mut());
     }
     calls::until_sent(response, call, held, turn)
 }
 
 /// Returns the message for a call of `path` that arrived at the wrong listener.
-fn misdirected(port: Port, path: &str) -> Option<&'static str> {
+fn misdirected(port: ListenerKind, path: &str) -> Option<&'static str> {
     let is_peer = path.split('/').nth(1) == Some(peer_server::SERVICE_NAME);
     match port {
-        Port::Peer if !is_peer => Some("this port is for other brokers (peer.listen): clients connect to grpc.listen"),
-        Port::Grpc if is_peer => Some("this port is for clients (grpc.listen): other brokers connect to peer.listen"),
-        Port::Grpc | Port::Peer | Port::Http => None,
+        ListenerKind::Peer if !is_peer => {
+            Some("this port is for other brokers (peer.listen): clients connect to grpc.listen")
+        }
+        ListenerKind::Grpc if is_peer => {
+            Some("this port is for clients (grpc.listen): other brokers connect to peer.listen")
+        }
+        ListenerKind::Grpc | ListenerKind::Peer | ListenerKind::Http => None,
     }
 }
 
@@ -368,7 +372,7 @@ mod tests {
         let windows = Windows::of_clients(memory_bytes);
         let taken: Vec<Window> = (0..1000).map(|_| windows.take()).collect();
         let bytes = |windows: &[Window]| windows.iter().map(|window| u64::from(window.bytes)).sum::<u64>();
-        assert_eq!(taken[0].bytes, connection_window(memory_bytes), "the first have large ones");
+        assert_eq!(taken[0].bytes, connection_window(memory_bytes), "the first connections have large windows");
         assert!(taken[999].bytes < 100_000, "{}", taken[999].bytes);
         let most = memory_bytes / WINDOWS_SHARE + 1000 * u64::from(MIN_CONNECTION_WINDOW);
         assert!(bytes(&taken) <= most, "{} of {most}", bytes(&taken));
@@ -379,7 +383,7 @@ mod tests {
         let most = (memory_bytes / STREAMS_SHARE) as usize / STREAM_BYTES + 1000 * MIN_STREAMS as usize;
         assert!(streams <= most, "{streams} of {most}");
         drop(taken);
-        assert_eq!(windows.take().bytes, connection_window(memory_bytes), "they are given back");
+        assert_eq!(windows.take().bytes, connection_window(memory_bytes), "windows are returned");
         assert_eq!(Windows::of_brokers().take().bytes, 256 << 10);
     }
 
@@ -410,17 +414,17 @@ mod tests {
             let budgets = budgets.clone();
             move |body: Body| async move {
                 axum::body::to_bytes(body, usize::MAX).await.expect("one message");
-                assert!(budgets.taken().0 > 0, "it is charged while it is handled");
+                assert!(budgets.taken().0 > 0, "the message is charged during the call");
                 "answer"
             }
         };
         let path = "/strandline.v1.Admin/GetMetadata";
         let mut service = axum::Router::new()
             .route(path, axum::routing::post(handler))
-            .layer(axum::middleware::from_fn_with_state(Some(memory), answer));
+            .layer(axum::middleware::from_fn_with_state(Some(memory), handle));
         // A request for one topic with an empty name.
         let request = Request::post(path).body(Body::from(vec![0, 0, 0, 0, 2, 0x0a, 0])).expect("a request");
-        let response = service.call(request).await.expect("it never fails");
+        let response = service.call(request).await.expect("the service is infallible");
         assert!(response.status().is_success());
         assert_eq!(budgets.taken().0, 0);
         drop(response);

@@ -23,7 +23,7 @@ use tonic::codegen::Service as _;
 
 use super::{
     calls,
-    connection::{self, Caller, Connection, IDLE_TIMEOUT},
+    connection::{self, Caller, CountedConnection, IDLE_TIMEOUT},
 };
 use crate::{
     broker::{Broker, Readiness},
@@ -38,14 +38,14 @@ const MAX_HEAD_BYTES: usize = 16 << 10;
 const PROBE_PATHS: [&str; 2] = ["/healthz", "/readyz"];
 
 /// State of the request handlers. The listener also serves during a start, before there is a broker.
-pub(super) struct Pages {
+pub(super) struct HttpState {
     broker: OnceLock<Arc<Broker>>,
     metrics: Metrics,
     /// Permit for rendering the metrics. Concurrent requests for metrics wait for the permit and occupy no threads.
     rendering: Arc<Semaphore>,
 }
 
-impl Pages {
+impl HttpState {
     /// Creates the state without a broker. `/metrics` serves the counters from the beginning.
     pub(super) fn new(metrics: Metrics) -> Self {
         Self { broker: OnceLock::new(), metrics, rendering: Arc::new(Semaphore::new(1)) }
@@ -60,8 +60,8 @@ impl Pages {
 /// Serves connections until the tasks are stopped. Then each connection ends after its current response. The listener supports only HTTP/1,
 /// so that a connection holds one response at a time.
 pub(super) async fn serve(
-    pages: Arc<Pages>,
-    connections: impl Stream<Item = io::Result<Connection>> + Send,
+    pages: Arc<HttpState>,
+    connections: impl Stream<Item = io::Result<CountedConnection>> + Send,
     tasks: Tasks,
 ) {
     let router = Router::new()
@@ -74,7 +74,7 @@ pub(super) async fn serve(
     connection::serve_each(connections, &tasks, serve).await;
 }
 
-async fn serve_connection(connection: Connection, router: Router, tasks: Tasks) {
+async fn serve_connection(connection: CountedConnection, router: Router, tasks: Tasks) {
     let caller = connection.caller();
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         request.extensions_mut().insert(caller.clone());
@@ -92,7 +92,7 @@ async fn serve_connection(connection: Connection, router: Router, tasks: Tasks) 
         }
     };
     if let Err(error) = ended {
-        tracing::debug!(%error, "a connection for pages ended with an error");
+        tracing::debug!(%error, "an HTTP connection ended with an error");
     }
 }
 
@@ -105,7 +105,7 @@ async fn count(Extension(caller): Extension<Caller>, request: Request, next: Nex
     }
 }
 
-async fn metrics(State(pages): State<Arc<Pages>>, headers: HeaderMap) -> impl IntoResponse {
+async fn metrics(State(pages): State<Arc<HttpState>>, headers: HeaderMap) -> impl IntoResponse {
     let accepted = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
     let format = MetricsFormat::accepted(accepted);
     let turn = Arc::clone(&pages.rendering).acquire_owned().await;
@@ -122,18 +122,18 @@ async fn metrics(State(pages): State<Arc<Pages>>, headers: HeaderMap) -> impl In
 }
 
 /// Responds with 200 if the storage of the process works. After a failure, a restart may help.
-async fn healthz(State(pages): State<Arc<Pages>>) -> impl IntoResponse {
+async fn healthz(State(pages): State<Arc<HttpState>>) -> impl IntoResponse {
     match pages.broker.get().map_or(Ok(()), |broker| broker.health()) {
         Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
-        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
     }
 }
 
 /// Responds with 200 if the broker serves requests, and lists its impairments.
-async fn readyz(State(pages): State<Arc<Pages>>) -> impl IntoResponse {
+async fn readyz(State(pages): State<Arc<HttpState>>) -> impl IntoResponse {
     let starting = || Readiness::NotReady("starting".to_owned());
     match pages.broker.get().map_or_else(starting, |broker| broker.readiness()) {
-        Readiness::NotReady(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
+        Readiness::NotReady(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n")),
         Readiness::Ready(impaired) if impaired.is_empty() => (StatusCode::OK, "ok\n".to_owned()),
         Readiness::Ready(impaired) => {
             (StatusCode::OK, impaired.iter().map(|line| format!("impaired: {line}\n")).collect())

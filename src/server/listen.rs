@@ -6,25 +6,25 @@ use tokio::net::TcpListener;
 
 /// Error for a port that cannot be bound.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {address} for {purpose}: {why}; {remedy}")]
+#[error("cannot listen on {address} for {purpose}: {reason}: {remedy}")]
 pub(super) struct ListenError {
     address: SocketAddr,
     purpose: &'static str,
-    why: String,
+    reason: String,
     remedy: String,
 }
 
 /// Listens on `address`. `purpose` and `flag` appear in the error message.
 pub(super) async fn listen(address: SocketAddr, purpose: &'static str, flag: &str) -> Result<TcpListener, ListenError> {
     TcpListener::bind(address).await.map_err(|error| {
-        let (why, remedy) = match error.kind() {
+        let (reason, remedy) = match error.kind() {
             io::ErrorKind::AddrInUse => (
                 format!("port {} is in use by another process", address.port()),
                 format!("stop that process, or choose another port with {flag}"),
             ),
             io::ErrorKind::AddrNotAvailable => (
-                format!("{} is no address of this machine", address.ip()),
-                format!("choose one that is with {flag}, or 0.0.0.0 for all"),
+                format!("{} is not an address of this machine", address.ip()),
+                format!("choose another address with {flag}, or 0.0.0.0 for all addresses"),
             ),
             io::ErrorKind::PermissionDenied => (
                 format!("this user may not use port {}", address.port()),
@@ -32,6 +32,6 @@ pub(super) async fn listen(address: SocketAddr, purpose: &'static str, flag: &st
             ),
             _ => (error.to_string(), format!("choose another address with {flag}")),
         };
-        ListenError { address, purpose, why, remedy }
+        ListenError { address, purpose, reason, remedy }
     })
 }

@@ -31,15 +31,15 @@ mod admission;
 mod advertised;
 mod calls;
 mod connection;
+mod connection_limits;
 mod generation;
 mod grpc;
 mod http;
 mod listen;
+mod multi_broker;
 mod node;
 mod places;
 mod request_body;
-mod room;
-mod several;
 mod streams;
 
 use std::{
@@ -56,28 +56,28 @@ use tokio::net::TcpListener;
 use tonic::service::Routes;
 
 use self::{
-    connection::{ConnectionLimiter, Port},
-    http::Pages,
-    room::Room,
+    connection::{ConnectionLimiter, ListenerKind},
+    connection_limits::ConnectionLimits,
+    http::HttpState,
 };
 pub use self::{
     generation::{Raised, raise_generation},
-    node::{Node, Outside, Stores},
-    several::run_several,
+    multi_broker::run_several,
+    node::{Node, NodeDeps, StoreHandles},
 };
 use crate::{
-    client::{self, Tcp},
+    client::{self, TcpConnector},
     cluster::{EmbeddedStore, Endpoints, EtcdStore, MetaStore},
     config::Config,
-    log::{Log, RealDisk},
+    log::{DataDir, RealDisk},
     task::{self, Tasks, clock},
     telemetry::Metrics,
-    tier::{Store, StoreOptions},
+    tier::{ObjectStoreOptions, TierStore},
 };
 
 /// Addresses and start statistics of a serving broker, for the output of the start.
 #[derive(Clone, Debug)]
-pub struct Ready {
+pub struct ServingAddresses {
     /// Address of the gRPC listener.
     pub grpc: SocketAddr,
     /// Address of the HTTP listener.
@@ -93,17 +93,21 @@ pub struct Ready {
 }
 
 /// Maximum time that a stop waits for a data directory that is being opened.
-const OPEN_WAIT: Duration = Duration::from_secs(1);
+const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Runs a broker until `shutdown` resolves or the broker must stop. Returns when everything has stopped.
-pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl FnOnce(&Ready)) -> anyhow::Result<()> {
+pub async fn run(
+    config: Config,
+    shutdown: impl Future<Output = ()>,
+    ready: impl FnOnce(&ServingAddresses),
+) -> anyhow::Result<()> {
     let began = clock::monotonic();
     let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
     let http = listen::listen(config.http.listen, "HTTP", "--http").await?;
     let alone = config.metadata.etcd.is_empty();
     let peer = if alone { None } else { Some(listen_for_peers(&config).await?) };
     let endpoints = endpoints(&config, &grpc, &http, peer.as_ref())?;
-    let (told, peers_told) = (endpoints.client().to_owned(), endpoints.peer().map(str::to_owned));
+    let (client_address, peer_address) = (endpoints.client().to_owned(), endpoints.peer().map(str::to_owned));
     config.prepare_data_dir()?;
 
     let metrics = Metrics::new();
@@ -111,8 +115,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     let outside = outside(&config, &time);
     let mut shutdown = pin!(shutdown);
     let http_at = http.local_addr()?;
-    let pages = Arc::new(Pages::new(metrics.clone()));
-    let room = Room::of(1, alone, config.limits.memory_bytes);
+    let pages = Arc::new(HttpState::new(metrics.clone()));
+    let room = ConnectionLimits::of(1, alone, config.limits.memory_bytes);
     let listeners = Listeners::begin(Arc::clone(&pages), http, room, &config, &metrics);
     let opened = {
         let mut opening = pin!(node::open_log(&config, &outside, metrics.clone()));
@@ -131,12 +135,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     };
     let stop = Tasks::new();
     let serve_peers = |routes| listeners.serve_peers(routes, peer, &metrics);
-    let starting = Node::over(&config, log.clone(), outside, endpoints, metrics.clone(), &stop, serve_peers);
-    let give_up = || {
+    let starting = Node::from_log(&config, log.clone(), outside, endpoints, metrics.clone(), &stop, serve_peers);
+    let cancel_start = || {
         stop.cancel();
-        log.expect_close();
+        log.begin_shutdown();
     };
-    let (node, asked) = match start_unless(starting, give_up, shutdown.as_mut()).await {
+    let (node, stop_requested) = match start_unless(starting, cancel_start, shutdown.as_mut()).await {
         Ok(Some(started)) => started,
         ended => {
             listeners.stop(config.broker.shutdown_timeout).await;
@@ -144,7 +148,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
         }
     };
     pages.tell_of(node.broker());
-    let state = Ready {
+    let state = ServingAddresses {
         grpc: grpc.local_addr()?,
         http: http_at,
         data_dir: config.broker.data_dir.clone(),
@@ -153,13 +157,17 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
         took: began.elapsed(),
     };
     listeners.serve(&node, grpc);
-    advertised::check(&told, "correct grpc.advertise, or leave it out where clients reach grpc.listen", &time);
-    if let Some(peers_told) = peers_told.filter(|_| config.peer.advertise.is_some()) {
-        let remedy = "correct peer.advertise, or leave it out where other brokers reach the host that clients are told";
-        advertised::check(&peers_told, remedy, &time);
+    advertised::check(
+        &client_address,
+        "correct grpc.advertise, or leave it out if clients connect to grpc.listen",
+        &time,
+    );
+    if let Some(peer_address) = peer_address.filter(|_| config.peer.advertise.is_some()) {
+        let remedy = "correct peer.advertise, or leave it out if other brokers connect to the host of grpc.advertise";
+        advertised::check(&peer_address, remedy, &time);
     }
     let mut outcome = Ok(());
-    if !asked {
+    if !stop_requested {
         ready(&state);
         tokio::select! {
             biased;
@@ -168,7 +176,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
         }
     }
     tracing::info!("stopping");
-    node.retire(config.broker.shutdown_timeout).await;
+    node.begin_stop(config.broker.shutdown_timeout).await;
     listeners.stop(config.broker.shutdown_timeout).await;
     node.close().await?;
     time.stop().await;
@@ -176,10 +184,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>, ready: impl
     outcome
 }
 
-/// Waits for a node. Also returns true if the process was asked to stop meanwhile. Returns `None` if that request ended the start.
+/// Waits for a node. Also returns true if a stop of the process was requested meanwhile. Returns `None` if that request ended the start.
 async fn start_unless(
     starting: impl Future<Output = anyhow::Result<Node>>,
-    give_up: impl FnOnce(),
+    cancel_start: impl FnOnce(),
     shutdown: Pin<&mut impl Future<Output = ()>>,
 ) -> anyhow::Result<Option<(Node, bool)>> {
     let mut starting = pin!(starting);
@@ -189,19 +197,19 @@ async fn start_unless(
         () = shutdown => {}
     }
     tracing::info!("stopping before the broker has started");
-    give_up();
+    cancel_start();
     match starting.await {
         Ok(node) => Ok(Some((node, true))),
-        Err(error) if error.is::<admission::Stopped>() => Ok(None),
+        Err(error) if error.is::<admission::StartCancelled>() => Ok(None),
         Err(error) => Err(error),
     }
 }
 
 /// Ends a start that is still opening the data directory. A clean directory opens in a moment and is closed cleanly. A long journal after a
 /// crash takes longer than this function waits; the next start reads that journal again.
-async fn stop_opening(opening: impl Future<Output = anyhow::Result<Log>>) -> anyhow::Result<()> {
+async fn stop_opening(opening: impl Future<Output = anyhow::Result<DataDir>>) -> anyhow::Result<()> {
     tracing::info!("stopping before the data directory is open");
-    if let Ok(Ok(log)) = tokio::time::timeout(OPEN_WAIT, opening).await {
+    if let Ok(Ok(log)) = tokio::time::timeout(OPEN_TIMEOUT, opening).await {
         task::run_blocking(move || log.close()).await.context("cannot close the data directory")?;
     }
     Ok(())
@@ -210,7 +218,7 @@ async fn stop_opening(opening: impl Future<Output = anyhow::Result<Log>>) -> any
 /// Listeners of one broker that serve connections.
 struct Listeners {
     tasks: Tasks,
-    room: Room,
+    room: ConnectionLimits,
     connections_per_address: Option<usize>,
     /// Maximum memory that clients can make the broker hold, in bytes.
     memory_bytes: u64,
@@ -218,10 +226,17 @@ struct Listeners {
 
 impl Listeners {
     /// Starts the HTTP listener. It runs during the start, so that it reports a start that reads a long journal or waits for other brokers.
-    fn begin(pages: Arc<Pages>, http: TcpListener, room: Room, config: &Config, metrics: &Metrics) -> Self {
+    fn begin(
+        pages: Arc<HttpState>,
+        http: TcpListener,
+        room: ConnectionLimits,
+        config: &Config,
+        metrics: &Metrics,
+    ) -> Self {
         let tasks = Tasks::new();
         let connections_per_address = config.limits.connections_per_address;
-        let limiter = ConnectionLimiter::new(Port::Http, room.http, connections_per_address, u64::MAX, None, metrics);
+        let limiter =
+            ConnectionLimiter::new(ListenerKind::Http, room.http, connections_per_address, u64::MAX, None, metrics);
         tasks.spawn("http", http::serve(pages, connection::accept(http, limiter), tasks.clone()));
         Self { tasks, room, connections_per_address, memory_bytes: config.limits.memory_bytes }
     }
@@ -229,14 +244,16 @@ impl Listeners {
     fn serve(&self, node: &Node, grpc: TcpListener) {
         let (metrics, per_address) = (node.metrics(), self.connections_per_address);
         let open = Some(metrics.connections.clone());
-        let limiter = ConnectionLimiter::new(Port::Grpc, self.room.grpc, per_address, self.memory_bytes, open, metrics);
+        let limiter =
+            ConnectionLimiter::new(ListenerKind::Grpc, self.room.grpc, per_address, self.memory_bytes, open, metrics);
         self.carry("grpc", node.routes(), grpc, limiter, grpc::Windows::of_clients(self.memory_bytes));
     }
 
     fn serve_peers(&self, routes: Routes, peer: Option<TcpListener>, metrics: &Metrics) {
         if let (Some(peer), Some(capacity)) = (peer, self.room.peer) {
             // Without a limit per address: brokers on one host, in one /64 or behind one NAT share an address.
-            let limiter = ConnectionLimiter::new(Port::Peer, capacity, Some(capacity.places), u64::MAX, None, metrics);
+            let limiter =
+                ConnectionLimiter::new(ListenerKind::Peer, capacity, Some(capacity.places), u64::MAX, None, metrics);
             self.carry("peer", routes, peer, limiter, grpc::Windows::of_brokers());
         }
     }
@@ -256,16 +273,16 @@ impl Listeners {
     /// Ends the connections. Connections that are still open after `timeout` are aborted when the process exits.
     async fn stop(&self, timeout: Duration) {
         if tokio::time::timeout(timeout, self.tasks.stop()).await.is_err() {
-            tracing::warn!(timeout_s = timeout.as_secs(), "connections were still open after the timeout and are cut");
+            tracing::warn!(timeout_s = timeout.as_secs(), "closing connections that are still open after the timeout");
         }
     }
 }
 
 /// Returns the dependencies of a broker: the disk of this machine, the configured object store, and the metadata store beside the log or in
 /// etcd.
-fn outside(config: &Config, time: &Tasks) -> Outside {
+fn outside(config: &Config, time: &Tasks) -> NodeDeps {
     let (of, time) = (config.clone(), time.clone());
-    Outside {
+    NodeDeps {
         disk: Arc::new(RealDisk::default()),
         stores: Box::pin(async move {
             let objects = of.object_store.url.as_deref().map(|url| open_objects(&of, url)).transpose()?;
@@ -277,23 +294,23 @@ fn outside(config: &Config, time: &Tasks) -> Outside {
                     Arc::new(meta)
                 }
             };
-            Ok(Stores { meta, objects })
+            Ok(StoreHandles { meta, objects })
         }),
-        connect: Arc::new(Tcp::between_brokers(client::Options::default().connect_timeout)),
+        connect: Arc::new(TcpConnector::between_brokers(client::ClientOptions::default().connect_timeout)),
         alone: config.metadata.etcd.is_empty(),
-        stepper: None,
+        sim_hook: None,
     }
 }
 
-pub(super) fn open_objects(config: &Config, url: &str) -> anyhow::Result<Store> {
+pub(super) fn open_objects(config: &Config, url: &str) -> anyhow::Result<TierStore> {
     let from = &config.object_store;
-    let options = StoreOptions {
+    let options = ObjectStoreOptions {
         endpoint: from.endpoint.clone(),
         region: from.region.clone(),
         path_style: from.path_style,
-        ..StoreOptions::new(url)
+        ..ObjectStoreOptions::new(url)
     };
-    Ok(Store::open(&options, &config.cluster)?)
+    Ok(TierStore::open(&options, &config.cluster)?)
 }
 
 async fn listen_for_peers(config: &Config) -> anyhow::Result<TcpListener> {
@@ -320,7 +337,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::config::Sources;
+    use crate::config::ConfigSources;
 
     /// Regression: an advertised port 0 was sent unchanged if the port of the listener was set. If that was 0 as well, clients received the
     /// address of the listener.
@@ -328,7 +345,7 @@ mod tests {
     async fn advertised_port_0_becomes_bound_port() {
         let any = || async { TcpListener::bind("127.0.0.1:0").await.expect("a free port") };
         let (grpc, http, peer) = (any().await, any().await, any().await);
-        let port = |listener: &TcpListener| listener.local_addr().expect("it is bound").port();
+        let port = |listener: &TcpListener| listener.local_addr().expect("the listener is bound").port();
         for (text, client, others) in [
             ("", format!("127.0.0.1:{}", port(&grpc)), format!("127.0.0.1:{}", port(&peer))),
             (
@@ -341,9 +358,9 @@ mod tests {
             ("[peer]\nadvertise = \"p:0\"", format!("127.0.0.1:{}", port(&grpc)), format!("p:{}", port(&peer))),
             ("[peer]\nadvertise = \"[::1]:0\"", format!("127.0.0.1:{}", port(&grpc)), format!("[::1]:{}", port(&peer))),
         ] {
-            let config = Sources::new().file(Path::new("s.toml"), text).load().expect("valid").config;
-            let told = endpoints(&config, &grpc, &http, Some(&peer)).expect("all are bound");
-            assert_eq!((told.client(), told.peer()), (client.as_str(), Some(others.as_str())), "{text}");
+            let config = ConfigSources::new().file(Path::new("s.toml"), text).load().expect("valid").config;
+            let endpoints = endpoints(&config, &grpc, &http, Some(&peer)).expect("all are bound");
+            assert_eq!((endpoints.client(), endpoints.peer()), (client.as_str(), Some(others.as_str())), "{text}");
         }
     }
 }

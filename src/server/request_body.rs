@@ -61,7 +61,7 @@ pub(super) fn is_stream(path: &str) -> bool {
     STREAM_PATHS.iter().any(|stream| path.starts_with(stream))
 }
 
-type Waiting = Pin<Box<dyn Future<Output = Result<Grant, ApiError>> + Send>>;
+type GrantFuture = Pin<Box<dyn Future<Output = Result<Grant, ApiError>> + Send>>;
 
 /// Request body that takes memory before it reads.
 pub(super) struct RequestBody {
@@ -103,21 +103,21 @@ struct Message {
 
 enum State {
     /// The message waits for memory: for its beginning, or for all of it.
-    Waiting(Waiting),
+    Waiting(GrantFuture),
     /// The message has memory for its beginning. Its bytes are held until the beginning has arrived.
     Beginning,
     /// The message has memory for all of it.
     Admitted,
     /// The message has arrived and waits for memory for its parts. The last bytes are held.
-    WaitingForParts(Waiting),
+    WaitingForParts(GrantFuture),
 }
 
 impl State {
     /// Returns a state that waits, and then fails.
-    fn refused(fault: ApiError) -> Self {
+    fn refused(error: ApiError) -> Self {
         Self::Waiting(Box::pin(async {
             tokio::time::sleep(REFUSAL_DELAY).await;
-            Err(fault)
+            Err(error)
         }))
     }
 }
@@ -178,8 +178,8 @@ impl RequestBody {
         if let Some(counter) = &mut self.counter {
             counter.reset();
         }
-        if let Err(fault) = self.charge_ahead(self.rest.len().saturating_sub(PREFIX_BYTES + bytes)) {
-            self.refuse(fault);
+        if let Err(error) = self.charge_ahead(self.rest.len().saturating_sub(PREFIX_BYTES + bytes)) {
+            self.refuse(error);
             return Ok(());
         }
         let is_whole = bytes <= SMALL_BYTES && self.rest.len() >= PREFIX_BYTES + bytes;
@@ -197,7 +197,7 @@ impl RequestBody {
                         waiting = grant;
                         State::Waiting(Box::pin(granted))
                     }
-                    Err(fault) => State::refused(fault),
+                    Err(error) => State::refused(error),
                 }
             }
             Some(_) if bytes > SMALL_BYTES => State::Beginning,
@@ -212,16 +212,16 @@ impl RequestBody {
         self.is_large_frame = data.len() > WAITING_BYTES;
         (self.rest, self.ahead) = (data, None);
         if let Some(message) = &self.message
-            && let Err(fault) = self.charge_ahead(self.rest.len().saturating_sub(message.left))
+            && let Err(error) = self.charge_ahead(self.rest.len().saturating_sub(message.left))
         {
-            self.refuse(fault);
+            self.refuse(error);
         }
     }
 
     /// Rejects the current message after a delay. The received bytes are dropped at once.
-    fn refuse(&mut self, fault: ApiError) {
+    fn refuse(&mut self, error: ApiError) {
         (self.rest, self.ahead, self.out) = (Bytes::new(), None, VecDeque::new());
-        self.message = Some(Message::new(0, State::refused(fault)));
+        self.message = Some(Message::new(0, State::refused(error)));
     }
 
     /// Takes memory for the bytes after the current message, or frees the part that is no longer needed.
@@ -316,7 +316,7 @@ impl RequestBody {
 
     /// Completes the message, which has arrived and has memory for everything that is built from it.
     fn finish(&mut self, parts: Option<Grant>) {
-        let message = self.message.take().expect("it is being read");
+        let message = self.message.take().expect("a message is being read");
         self.memory.deliver(message.bytes, message.grant.into_iter().chain(parts));
         if !self.is_stream {
             // Otherwise the handler would start at the end of the body, which may never arrive, and would hold the message's memory until
@@ -390,24 +390,23 @@ fn note_incomplete(memory: &CallMemory, message: &mut Message, cx: &Context<'_>)
     message.incomplete.get_or_insert_with(|| memory.incomplete(charged, since)).check(cx.waker())
 }
 
-fn too_large(bytes: usize, most: usize) -> ApiError {
-    let message = format!(
-        "the request has {bytes} bytes, and {most} is the most that a request of this call may have: send less at once"
-    );
-    ApiError::new(ErrorCode::MessageTooLarge, message).with("bytes", bytes).with("max", most)
+fn too_large(bytes: usize, max: usize) -> ApiError {
+    let message =
+        format!("the request has {bytes} bytes, and the maximum for this call is {max}: send smaller requests");
+    ApiError::new(ErrorCode::RequestTooLarge, message).with("bytes", bytes).with("max", max)
 }
 
 fn too_many_parts(count: usize) -> ApiError {
-    let most = limits::MAX_REQUEST_PARTS;
+    let max = limits::MAX_REQUEST_PARTS;
     let message = format!(
-        "the request has {count} parts or more (records, headers, partitions, names), and {most} is the most that one may have: send \
+        "the request has {count} parts or more (records, headers, partitions, names), and the maximum is {max}: send \
          several requests"
     );
-    ApiError::new(ErrorCode::InvalidRequest, message).with("max", most)
+    ApiError::new(ErrorCode::InvalidRequest, message).with("max", max)
 }
 
-fn status(fault: ApiError) -> BoxError {
-    Status::from(fault).into()
+fn status(error: ApiError) -> BoxError {
+    Status::from(error).into()
 }
 
 impl HttpBody for RequestBody {

@@ -95,9 +95,9 @@ impl MessageReader {
         self.read(&mut prefix[..]).await?;
         match prefix[0] {
             0 => {}
-            1 => return Err(compressed("the prefix of one says that it is")),
+            1 => return Err(compressed("the compressed flag of a message is set")),
             flag => {
-                return Err(Status::internal(format!("the prefix of a message begins with {flag}, and not 0 or 1")));
+                return Err(Status::internal(format!("the compressed flag of a message is {flag} instead of 0 or 1")));
             }
         }
         // `request_body` has taken memory for this length, and has received the beginning of a large message.

@@ -19,8 +19,6 @@ use std::{
 use rand::{Rng, RngExt as _, SeedableRng as _, rngs::StdRng};
 use tokio::{task::AbortHandle, time::Instant};
 
-use super::clock;
-
 /// Start of simulated time, in milliseconds since 1970.
 const SIM_START_MS: i64 = 1_700_000_000_000;
 
@@ -97,7 +95,8 @@ impl SimProcess {
     }
 
     pub(super) fn wall_ms(&self) -> i64 {
-        let passed = clock::monotonic().saturating_duration_since(self.0.began);
+        #[expect(clippy::disallowed_methods, reason = "the simulated wall clock follows tokio's clock")]
+        let passed = Instant::now().saturating_duration_since(self.0.began);
         let passed = i64::try_from(passed.as_millis()).unwrap_or(i64::MAX);
         SIM_START_MS.saturating_add(passed).saturating_add(self.0.wall_offset_ms.load(Ordering::Relaxed))
     }
@@ -178,11 +177,12 @@ impl<F> Drop for ProcessFuture<F> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::{Tasks, random, run_blocking};
+    use crate::task::{Tasks, clock, random, run_blocking};
 
     #[tokio::test(start_paused = true)]
     async fn killed_process_runs_no_task_and_has_its_own_clock_and_generator() {
-        let began = clock::monotonic();
+        #[expect(clippy::disallowed_methods, reason = "the start of the simulated process")]
+        let began = Instant::now();
         let [one, other] = [1, 2].map(|id| SimProcess::new(id, 7, began));
         let (tasks, steps) = (one.enter(Tasks::new), Arc::new(AtomicI64::new(0)));
         let counted = Arc::clone(&steps);

@@ -104,7 +104,7 @@ pub enum SimEvent<'a> {
         /// The partition.
         partition: PartitionId,
         /// The watermarks.
-        marks: Watermarks,
+        watermarks: Watermarks,
         /// The role of the replica.
         role: SimRole,
     },

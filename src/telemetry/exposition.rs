@@ -1,18 +1,18 @@
-//! The two text formats in which figures are shown, and which of them a client asked for.
+//! The two text formats of metrics, and the choice between them by the `Accept` header.
 
 use std::fmt::Write as _;
 
-/// A text format of figures.
+/// A text format of metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MetricsFormat {
     /// OpenMetrics 1.0.0.
     OpenMetrics,
-    /// Prometheus's own, version 0.0.4: what whoever asks for nothing else can read.
+    /// Prometheus text format 0.0.4, the default. Every scraper reads this format.
     Prometheus,
 }
 
 impl MetricsFormat {
-    /// The format that the values of `Accept` prefer.
+    /// Returns the format that the values of `Accept` prefer.
     pub fn accepted<'a>(values: impl IntoIterator<Item = &'a str>) -> Self {
         let (mut open, mut text) = (0.0, 0.0);
         for range in values.into_iter().flat_map(|value| value.split(',')) {
@@ -28,7 +28,6 @@ impl MetricsFormat {
         if open > 0.0 && open >= text { Self::OpenMetrics } else { Self::Prometheus }
     }
 
-    /// Its content type.
     pub const fn content_type(self) -> &'static str {
         match self {
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
@@ -37,7 +36,8 @@ impl MetricsFormat {
     }
 }
 
-/// OpenMetrics as Prometheus's own format: there the name of a counter's family has the suffix of its samples, and nothing marks the end.
+/// Converts OpenMetrics to the Prometheus text format. In that format, the name of a counter's family has the suffix of its samples, and
+/// there is no end marker.
 pub(super) fn to_prometheus(open_metrics: &str) -> String {
     let mut out = String::with_capacity(open_metrics.len());
     let mut help: Option<(&str, &str)> = None;
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_accept_header_chooses_the_format() {
+    fn accept_header_selects_format() {
         let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,\
                           text/plain;version=0.0.4;q=0.3,*/*;q=0.2";
         for (accept, format) in [
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn counters_have_their_suffix_and_nothing_marks_the_end() {
+    fn prometheus_format_has_counter_suffix_and_no_end_marker() {
         let open = "# HELP a_b Help # here.\n# TYPE a_b counter\na_b_total{x=\"# HELP\"} 1\n\
                     # HELP c Level.\n# TYPE c gauge\nc 2\n# EOF\n";
         let text = "# HELP a_b_total Help # here.\n# TYPE a_b_total counter\na_b_total{x=\"# HELP\"} 1\n\

@@ -56,11 +56,11 @@ labelled_counters!(
 );
 labelled_counters!(
     /// Counters of elections by cause.
-    ElectionCounters, CauseLabel { cause }, ["failed", "handover", "preferred", "unclean"]
+    ElectionCounters, CauseLabel { cause }, ["failed", "controlled_shutdown", "preferred", "unclean"]
 );
 labelled_counters!(
     /// Counters of the controller's changes by reason.
-    ControllerChangeCounters, RuleLabel { rule }, []
+    ControllerChangeCounters, ChangeReasonLabel { reason }, []
 );
 
 /// Label for another broker of the cluster.
@@ -237,7 +237,7 @@ metric_kind!(SourceCounters, "counter", "_total", "source", Self::default(), |m:
 metric_kind!(RoleCounters, "counter", "_total", "role", Self::default(), |m: &Self| m.family.clone());
 metric_kind!(GaugeF64, "gauge", "", "", Self::default(), |m: &Self| m.clone());
 metric_kind!(ElectionCounters, "counter", "_total", "cause", Self::default(), |m: &Self| m.0.clone());
-metric_kind!(ControllerChangeCounters, "counter", "_total", "rule", Self::default(), |m: &Self| m.0.clone());
+metric_kind!(ControllerChangeCounters, "counter", "_total", "reason", Self::default(), |m: &Self| m.0.clone());
 metric_kind!(PeerCounters, "counter", "_total", "peer", Self::default(), |m: &Self| m.0.clone());
 metric_kind!(PeerGauges, "gauge", "", "peer", Self::default(), |m: &Self| m.0.clone());
 metric_kind!(PeerGaugesF64, "gauge", "", "peer", Self::default(), |m: &Self| m.0.clone());

@@ -46,76 +46,76 @@ macro_rules! metrics {
 }
 
 metrics! {
-    produce_requests: Counter = "strandline_produce_requests", "Batches that producers sent.";
+    produce_requests: Counter = "strandline_produce_requests", "Batches received from producers.";
     produce_records: Counter = "strandline_produce_records", "Records in acknowledged batches.";
     produce_bytes: Counter = "strandline_produce_bytes", "Bytes of acknowledged batches, as stored.";
-    produce_errors: ErrorCounters = "strandline_produce_errors", "Batches that were refused or failed.";
-    produce_ack_seconds: Histogram = "strandline_produce_ack_seconds", "Time from a batch's arrival to its acknowledgement.";
-    produce_memory_bytes: GaugeU64 = "strandline_produce_memory_bytes", "Bytes of batches that wait for their acknowledgement.";
-    request_memory_bytes: GaugeU64 = "strandline_request_memory_bytes", "Bytes that requests take which are being read, or wait for produce memory.";
-    response_memory_bytes: GaugeU64 = "strandline_response_memory_bytes", "Bytes of responses that are being made or sent.";
-    fetch_requests: Counter = "strandline_fetch_requests", "Fetch answers sent.";
-    fetch_bytes: SourceCounters = "strandline_fetch_bytes", "Bytes of batches sent to consumers, by where they were read.";
-    fetch_role_bytes: RoleCounters = "strandline_fetch_role_bytes", "The same bytes, by what this broker was in the partition: consumers that name a rack are served by followers too.";
-    fetch_errors: ErrorCounters = "strandline_fetch_errors", "Fetches of a partition that were refused or failed.";
-    journal_rounds: Counter = "strandline_journal_rounds", "Writes to the journal, each with one sync.";
+    produce_errors: ErrorCounters = "strandline_produce_errors", "Batches that were rejected or failed, by error code.";
+    produce_ack_seconds: Histogram = "strandline_produce_ack_seconds", "Time in seconds from the arrival of a batch to its acknowledgement.";
+    produce_memory_bytes: GaugeU64 = "strandline_produce_memory_bytes", "Bytes of batches that wait for acknowledgement.";
+    request_memory_bytes: GaugeU64 = "strandline_request_memory_bytes", "Bytes of requests that are being read or wait for produce memory.";
+    response_memory_bytes: GaugeU64 = "strandline_response_memory_bytes", "Bytes of responses that are being built or sent.";
+    fetch_requests: Counter = "strandline_fetch_requests", "Fetch responses sent.";
+    fetch_bytes: SourceCounters = "strandline_fetch_bytes", "Bytes of batches sent to consumers, by source.";
+    fetch_role_bytes: RoleCounters = "strandline_fetch_role_bytes", "Bytes of batches sent to consumers, by the role of this broker in the partition; followers serve consumers that name a rack.";
+    fetch_errors: ErrorCounters = "strandline_fetch_errors", "Fetches of a partition that were rejected or failed, by error code.";
+    journal_writes: Counter = "strandline_journal_writes", "Writes to the journal, each with one sync.";
     journal_bytes: Counter = "strandline_journal_bytes", "Bytes written to the journal.";
-    journal_sync_seconds: Histogram = "strandline_journal_sync_seconds", "Time of one write to the journal until it is durable.";
-    disk_free_bytes: GaugeU64 = "strandline_disk_free_bytes", "Free space where the data directory is.";
+    journal_sync_seconds: Histogram = "strandline_journal_sync_seconds", "Time in seconds from the start of a journal write until it is synced.";
+    disk_free_bytes: GaugeU64 = "strandline_disk_free_bytes", "Free bytes on the disk of the data directory.";
     disk_used_bytes: GaugeU64 = "strandline_disk_used_bytes", "Bytes of segments on local disk.";
-    tail_memory_bytes: GaugeU64 = "strandline_tail_memory_bytes", "Bytes of the newest batches kept in memory.";
-    producer_state_bytes: GaugeU64 = "strandline_producer_state_bytes", "Bytes of what partitions remember of idempotent producers.";
+    tail_cache_bytes: GaugeU64 = "strandline_tail_cache_bytes", "Bytes of the newest batches in memory.";
+    producer_state_bytes: GaugeU64 = "strandline_producer_state_bytes", "Bytes of producer state of all partitions in memory.";
     tiered_bytes: GaugeU64 = "strandline_tiered_bytes", "Bytes of batches in the object store.";
-    tier_lag_records: GaugeU64 = "strandline_tier_lag_records", "Records of tiered topics that are not yet in the object store.";
-    future_segments: GaugeU64 = "strandline_segments_with_future_timestamps", "Segments of partitions led here that hold timestamps still to come; their age counts from their writing. Of those in the bucket alone the oldest 256 of each partition with a retention limit are looked at.";
+    tier_lag_records: GaugeU64 = "strandline_tier_lag_records", "Records of tiered topics that are not in the object store yet.";
+    future_segments: GaugeU64 = "strandline_segments_with_future_timestamps", "Segments of led partitions with timestamps in the future; their age counts from the time of writing. Of the segments that are only in the object store, the oldest 256 of each partition with a retention limit are counted.";
     tier_uploads: Counter = "strandline_tier_uploads", "Segments uploaded and committed.";
     tier_upload_bytes: Counter = "strandline_tier_upload_bytes", "Bytes of segments uploaded and committed.";
-    tier_upload_failures: Counter = "strandline_tier_upload_failures", "Uploads that failed; each is tried again.";
+    tier_upload_failures: Counter = "strandline_tier_upload_failures", "Failed uploads; each is retried.";
     tier_objects_deleted: Counter = "strandline_tier_objects_deleted", "Objects deleted by retention and garbage collection.";
-    garbage_searches: Counter = "strandline_garbage_searches", "Searches for what crashes and deletions left behind.";
-    tier_uploads_ended: Counter = "strandline_tier_uploads_ended", "Multipart uploads of killed brokers that were ended.";
-    tier_garbage_bytes: GaugeU64 = "strandline_tier_garbage_bytes", "Bytes of objects in the bucket that nothing names and that are younger than tier.garbage_grace, as the last search found them; on the controller.";
-    tier_garbage_failures: Counter = "strandline_tier_garbage_failures", "What garbage collection could not list, read or take away; it is tried again.";
-    cache_hits: Counter = "strandline_cache_hits", "Chunks of objects that were found in the cache.";
-    cache_misses: Counter = "strandline_cache_misses", "Chunks of objects that were read from the object store.";
-    partitions: GaugeU64 = "strandline_partitions", "Partitions that this broker holds.";
-    partitions_failed: GaugeU64 = "strandline_partitions_failed", "Partitions that take no writes because of a fault.";
+    garbage_collections: Counter = "strandline_garbage_collections", "Garbage collection runs.";
+    tier_uploads_ended: Counter = "strandline_tier_uploads_ended", "Abandoned multipart uploads that were aborted.";
+    tier_garbage_bytes: GaugeU64 = "strandline_tier_garbage_bytes", "Bytes of orphan objects younger than tier.garbage_grace, as of the last garbage collection run; 0 on brokers other than the controller.";
+    garbage_collection_failures: Counter = "strandline_garbage_collection_failures", "Operations of garbage collection that failed; each is retried in the next run.";
+    cache_hits: Counter = "strandline_cache_hits", "Object chunks read from the chunk cache.";
+    cache_misses: Counter = "strandline_cache_misses", "Object chunks read from the object store.";
+    partitions: GaugeU64 = "strandline_partitions", "Partitions with an open replica on this broker.";
+    partitions_failed: GaugeU64 = "strandline_partitions_failed", "Partitions whose local replica accepts no writes after an error.";
     connections: GaugeU64 = "strandline_connections", "Open client connections.";
-    connections_refused: Counter = "strandline_connections_refused", "Connections that found no place, because all have calls open; only probes are answered on them.";
-    connections_evicted: Counter = "strandline_connections_evicted", "Idle connections that were closed to make room for new ones.";
-    connections_closed_unread: Counter = "strandline_connections_closed_unread", "Connections that were closed because their clients left responses unread while others waited for the memory.";
-    disk_full: GaugeU64 = "strandline_disk_full", "1 while the data directory's disk is fuller than broker.disk_full_percent, or records do not fit on it.";
+    connections_refused: Counter = "strandline_connections_refused", "Connections that exceeded the limit while all other connections had open calls; such a connection serves probes only.";
+    connections_evicted: Counter = "strandline_connections_evicted", "Idle connections that were closed in favour of new ones.";
+    connections_closed_unread: Counter = "strandline_connections_closed_unread", "Connections that were closed because their clients did not read responses while other calls waited for memory.";
+    disk_pressure: GaugeU64 = "strandline_disk_pressure", "1 while the disk of the data directory is fuller than broker.disk_pressure_percent, or records do not fit on it; else 0.";
     partitions_led: GaugeU64 = "strandline_partitions_led", "Partitions that this broker leads.";
-    partitions_under_replicated: GaugeU64 = "strandline_partitions_under_replicated", "Partitions led here of which a replica that is to stay is not in sync.";
-    partitions_below_minimum: GaugeU64 = "strandline_partitions_below_minimum", "Partitions led here with fewer replicas in sync than min.insync.replicas: acks=all is refused.";
-    partitions_at_risk: GaugeU64 = "strandline_partitions_at_risk", "Partitions led here of which replicas that are not in sync may be elected (ELR).";
-    partitions_leaderless: GaugeU64 = "strandline_partitions_leaderless", "Partitions of the whole cluster that no live broker leads, as the controller counts them; 0 on other brokers.";
-    partitions_moving: GaugeU64 = "strandline_partitions_moving", "Partitions of the whole cluster whose replicas are being moved, as the controller counts them; 0 on other brokers.";
-    isr_shrinks: Counter = "strandline_isr_shrinks", "Times that a partition led here lost an in-sync replica.";
-    isr_expands: Counter = "strandline_isr_expands", "Times that a partition led here won an in-sync replica.";
-    leader_epochs: Counter = "strandline_leader_epochs", "Times that this broker began to lead a partition.";
-    elections: ElectionCounters = "strandline_elections", "Elections that this broker made: as the controller, or by an operator's order.";
-    follower_lag_records: PeerGauges = "strandline_follower_lag_records", "Records of partitions led here that a broker with a replica has not acknowledged.";
-    follower_lag_seconds: PeerGaugesF64 = "strandline_follower_lag_seconds", "Age of the oldest record led here that a broker with a replica has not acknowledged.";
-    replication_sent_bytes: PeerCounters = "strandline_replication_sent_bytes", "Bytes of batches sent to brokers that follow here.";
-    replication_received_bytes: PeerCounters = "strandline_replication_received_bytes", "Bytes of batches received from brokers that this one follows.";
-    controller: GaugeU64 = "strandline_controller", "1 while this broker is the controller.";
-    controller_terms: Counter = "strandline_controller_terms", "Times that this broker became the controller.";
-    controller_steps: ControllerChangeCounters = "strandline_controller_steps", "Changes of partitions that this broker made as the controller.";
-    metadata_requests: RequestCounters = "strandline_metadata_requests", "Requests to the metadata store.";
-    metadata_request_seconds: RequestHistograms = "strandline_metadata_request_seconds", "Time of a request to the metadata store until it was answered or given up.";
-    metadata_revision: GaugeU64 = "strandline_metadata_revision", "Revision of the metadata that this broker applied.";
-    metadata_silence_seconds: GaugeF64 = "strandline_metadata_silence_seconds", "Time since the metadata store last let this broker's mirror know anything.";
-    metadata_regressed: GaugeU64 = "strandline_metadata_regressed", "1 once the metadata store was found to have gone back, or to be another one: orders are refused until this broker is restarted.";
-    metadata_listings: Counter = "strandline_metadata_listings", "Times that the whole metadata was listed: at the start, now and then, and when a watch broke.";
-    lease_left_seconds: GaugeF64 = "strandline_lease_left_seconds", "Time that the lease of this broker's registration lives if it is not renewed; 0 while there is none.";
+    partitions_under_replicated: GaugeU64 = "strandline_partitions_under_replicated", "Led partitions with a replica that is not in sync; replicas that are being removed do not count.";
+    partitions_under_min_isr: GaugeU64 = "strandline_partitions_under_min_isr", "Led partitions with fewer in-sync replicas than min.insync.replicas: acks=all is rejected.";
+    partitions_with_elr: GaugeU64 = "strandline_partitions_with_elr", "Led partitions with eligible leader replicas (ELR) outside the ISR.";
+    partitions_leaderless: GaugeU64 = "strandline_partitions_leaderless", "Partitions of the cluster without a live leader; 0 on brokers other than the controller.";
+    partitions_reassigning: GaugeU64 = "strandline_partitions_reassigning", "Partitions of the cluster that are being reassigned; 0 on brokers other than the controller.";
+    isr_shrinks: Counter = "strandline_isr_shrinks", "ISR shrinks of led partitions.";
+    isr_expands: Counter = "strandline_isr_expands", "ISR expansions of led partitions.";
+    leader_epochs: Counter = "strandline_leader_elections_won", "Leader epochs that began with this broker as the leader.";
+    elections: ElectionCounters = "strandline_elections", "Elections that this broker ran, as the controller or for an admin operation, by cause.";
+    follower_lag_records: PeerGauges = "strandline_follower_lag_records", "Records of led partitions that a follower's broker has not acknowledged.";
+    follower_lag_seconds: PeerGaugesF64 = "strandline_follower_lag_seconds", "Age in seconds of the oldest record of led partitions that a follower's broker has not acknowledged.";
+    replication_sent_bytes: PeerCounters = "strandline_replication_sent_bytes", "Bytes of batches sent to followers.";
+    replication_received_bytes: PeerCounters = "strandline_replication_received_bytes", "Bytes of batches received from leaders.";
+    controller: GaugeU64 = "strandline_controller", "1 while this broker is the controller; else 0.";
+    controller_terms: Counter = "strandline_controller_terms", "Terms of this broker as the controller.";
+    controller_changes: ControllerChangeCounters = "strandline_controller_changes", "Changes of partitions that this broker committed as the controller, by reason.";
+    metadata_requests: RequestCounters = "strandline_metadata_requests", "Requests to the metadata store, by outcome.";
+    metadata_request_seconds: RequestHistograms = "strandline_metadata_request_seconds", "Time in seconds from a request to the metadata store to its response, failure or timeout.";
+    metadata_revision: GaugeU64 = "strandline_metadata_revision", "Revision of the metadata in this broker's metadata cache.";
+    metadata_staleness_seconds: GaugeF64 = "strandline_metadata_staleness_seconds", "Time in seconds since this broker's metadata cache last received data from the metadata store.";
+    metadata_regressed: GaugeU64 = "strandline_metadata_regressed", "1 after the metadata store returned to an older state or was replaced by another store: admin operations are rejected until this broker is restarted; else 0.";
+    metadata_lists: Counter = "strandline_metadata_lists", "Complete lists of the metadata: at the start, at intervals, and after a broken watch.";
+    lease_remaining_seconds: GaugeF64 = "strandline_lease_remaining_seconds", "Time in seconds until the lease of this broker's registration expires if it is not renewed; 0 without a lease.";
 }
 
 impl Metrics {
     /// Renders all metrics in this format.
     pub fn render(&self, format: MetricsFormat) -> String {
         let mut out = String::new();
-        encode(&mut out, &self.registry).expect("a string takes everything that is written");
+        encode(&mut out, &self.registry).expect("writing to a string cannot fail");
         match format {
             MetricsFormat::OpenMetrics => out,
             MetricsFormat::Prometheus => to_prometheus(&out),
@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn metrics_are_rendered_with_their_names_and_labels() {
+    fn metrics_are_rendered_with_names_and_labels() {
         let metrics = Metrics::new();
         metrics.produce_bytes.inc_by(7);
         metrics.produce_errors.count("DISK_FULL");
@@ -165,7 +165,7 @@ mod tests {
         metrics.produce_ack_seconds.observe(0.001);
         metrics.clone().disk_free_bytes.set(1 << 40);
         metrics.elections.count("failed");
-        metrics.metadata_requests.count("get", "done");
+        metrics.metadata_requests.count("get", "ok");
         metrics.metadata_request_seconds.observe("get", Duration::from_millis(1));
         metrics.replication_sent_bytes.of(2).inc_by(11);
         metrics.follower_lag_records.set_all([(2, 1), (3, 5)]);
@@ -185,7 +185,7 @@ mod tests {
             "strandline_disk_free_bytes 1099511627776",
             "strandline_elections_total{cause=\"failed\"} 1",
             "strandline_elections_total{cause=\"unclean\"} 0",
-            "strandline_metadata_requests_total{request=\"get\",outcome=\"done\"} 1",
+            "strandline_metadata_requests_total{request=\"get\",outcome=\"ok\"} 1",
             "strandline_metadata_request_seconds_count{request=\"get\"} 1",
             "strandline_replication_sent_bytes_total{peer=\"2\"} 11",
             "strandline_follower_lag_records{peer=\"3\"} 4",
@@ -193,11 +193,11 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }
-        assert!(!text.contains("follower_lag_records{peer=\"2\"}"), "a broker that follows no more has no lag");
+        assert!(!text.contains("follower_lag_records{peer=\"2\"}"), "a broker that no longer follows has no lag");
     }
 
     #[test]
-    fn the_documentation_is_what_the_declarations_say() {
+    fn documentation_matches_metrics() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/metrics.md");
         if std::env::var_os("STRANDLINE_WRITE_DOCS").is_some() {
             std::fs::write(path, docs()).expect("docs/ can be written");

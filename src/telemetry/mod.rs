@@ -1,6 +1,6 @@
 //! Logging to standard error, and the metrics registry.
 //!
-//! This module imports no other module that counts: those receive [`Metrics`].
+//! Modules that count receive [`Metrics`]; this module imports none of them.
 
 use std::io::{self, IsTerminal as _};
 
@@ -15,8 +15,8 @@ pub use prometheus_client::metrics::counter::Counter;
 
 pub use exposition::MetricsFormat;
 pub use families::{
-    CauseLabel, ControllerChangeCounters, ElectionCounters, ErrorCounters, GaugeF64, GaugeU64, PeerCounters,
-    PeerGauges, PeerGaugesF64, ReasonLabel, RequestCounters, RequestHistograms, RoleCounters, RoleLabel, RuleLabel,
+    CauseLabel, ChangeReasonLabel, ControllerChangeCounters, ElectionCounters, ErrorCounters, GaugeF64, GaugeU64,
+    PeerCounters, PeerGauges, PeerGaugesF64, ReasonLabel, RequestCounters, RequestHistograms, RoleCounters, RoleLabel,
     SourceCounters, SourceLabel,
 };
 pub use metrics::{Metrics, docs};
@@ -33,7 +33,7 @@ pub enum LogFormat {
 }
 
 impl LogFormat {
-    /// The format with this name.
+    /// Returns the format with this name.
     pub fn from_name(name: &str) -> Option<Self> {
         match name {
             "text" => Some(Self::Text),
@@ -49,21 +49,22 @@ pub enum LoggingError {
     /// The level is invalid.
     #[error(transparent)]
     Level(#[from] InvalidLogLevel),
-    /// The process has a logger already.
-    #[error("this process has a logger already")]
+    /// Logging is already started in this process.
+    #[error("logging is already started in this process")]
     Started,
 }
 
 /// Error for an invalid log level.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{level:?} is not valid ({why}): use error, warn, info, debug or trace, also by module (info,strandline::tier=debug)"
+    "log level {level:?} is invalid ({reason}): use error, warn, info, debug or trace, also by module \
+     (info,strandline::tier=debug)"
 )]
 pub struct InvalidLogLevel {
     /// The invalid value.
     pub level: String,
     /// The reason.
-    pub why: String,
+    pub reason: String,
 }
 
 /// Validates a log level.
@@ -73,16 +74,16 @@ pub fn check_level(level: &str) -> Result<(), InvalidLogLevel> {
 
 fn parse_filter(level: &str) -> Result<EnvFilter, InvalidLogLevel> {
     let value = level;
-    let invalid = |why: String| InvalidLogLevel { level: value.to_owned(), why };
+    let invalid = |reason: String| InvalidLogLevel { level: value.to_owned(), reason };
     // `EnvFilter` would take an unknown level for a module name, and log nothing else.
     let levels = ["off", "error", "warn", "info", "debug", "trace"];
     let is_level = |part: &str| levels.iter().any(|level| level.eq_ignore_ascii_case(part.trim()));
     if !level.split(',').any(is_level) {
-        return Err(invalid("it has no level for all other modules".to_owned()));
+        return Err(invalid("no level for all other modules".to_owned()));
     }
     let unknown = level.split(',').find(|part| !part.contains('=') && !part.contains('[') && !is_level(part));
     if let Some(unknown) = unknown {
-        return Err(invalid(format!("{unknown:?} is no level")));
+        return Err(invalid(format!("{unknown:?} is not a level")));
     }
     // The object_store crate logs each of its retries, which would fill the log during an outage. This project logs the outage once.
     let level = if level.contains("object_store") { level.to_owned() } else { format!("object_store=warn,{level}") };

@@ -39,7 +39,7 @@ impl LogThrottle {
         std::mem::take(&mut self.announced).then(|| std::mem::take(&mut self.unlogged))
     }
 
-    /// Returns whether the next occurrence would be logged. If so, the throttle holds nothing that a new one would not.
+    /// Returns true if the next occurrence would be logged. Such a throttle holds no more state than a new one.
     pub fn is_quiet(&self, now: Instant) -> bool {
         self.logged.is_none_or(|logged| now.saturating_duration_since(logged) >= REMINDER_INTERVAL)
     }
@@ -51,13 +51,13 @@ mod tests {
     use crate::task::clock;
 
     #[tokio::test(start_paused = true)]
-    async fn lasting_condition_is_logged_at_start_at_intervals_and_at_end() {
+    async fn lasting_condition_is_logged_at_start_intervals_and_end() {
         let (mut throttle, begin) = (LogThrottle::default(), clock::monotonic());
         let lines: Vec<u64> =
             (0..600).filter_map(|step| throttle.occur(begin + Duration::from_millis(250) * step)).collect();
         assert_eq!(lines, [1, 240, 240], "150 s at four a second");
         assert_eq!(throttle.recover(), Some(119));
-        assert_eq!(throttle.recover(), None, "it has ended already");
+        assert_eq!(throttle.recover(), None, "the condition has ended");
     }
 
     #[tokio::test(start_paused = true)]

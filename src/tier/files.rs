@@ -1,6 +1,6 @@
-//! File system access of the tier: the chunk cache's folder, and the files of a folder as object store. All functions block, so callers use
-//! `task::run_blocking`. Segments are read through the log. Large files are written in small pieces with pauses ([`PieceWriter`]), because
-//! acknowledgements wait for the same device.
+//! File system access of the tier: the chunk cache's folder, and the files of a folder as object store. All functions
+//! block, so callers use `task::run_blocking`. Segments are read through the log. Large files are written in small
+//! pieces with pauses ([`PieceWriter`]), because acknowledgements wait for the same device.
 
 use std::{
     ffi::OsString,
@@ -20,7 +20,7 @@ use std::{
 use bytes::Bytes;
 use rustix::fs::{Advice, OFlags, fadvise};
 
-use crate::log::{PrivateDir, disk::PIECE_BYTES, give_back, write_out};
+use crate::log::{PrivateDir, disk::PIECE_BYTES, free_in_steps, write_out};
 
 /// Pause after each piece, in which appends have the device.
 const PIECE_PAUSE: Duration = Duration::from_millis(1);
@@ -34,7 +34,8 @@ pub(super) fn create_folder(path: &Path) -> io::Result<()> {
     fs::create_dir_all(path)
 }
 
-/// Writes files in pieces, one piece at a time over all files that share the writer. Waits until each piece is on the device.
+/// Writes files in pieces, one piece at a time over all files that share the writer. Waits until each piece is on the
+/// device.
 #[derive(Debug, Default)]
 pub(super) struct PieceWriter {
     turn: Mutex<()>,
@@ -72,8 +73,8 @@ impl PieceWriter {
     }
 }
 
-/// A file that is written next to its target, and renamed to the target when it is complete. Until then, the object store does not list the
-/// file. A file that is dropped before it is complete is removed.
+/// A file that is written next to its target, and renamed to the target when it is complete. Until then, the object
+/// store does not list the file. A file that is dropped before it is complete is removed.
 #[derive(Debug)]
 pub(super) struct StagedFile {
     file: fs::File,
@@ -125,7 +126,7 @@ impl Drop for StagedFile {
         if !self.published.load(Ordering::Acquire)
             && let Err(error) = fs::remove_file(&self.path)
         {
-            tracing::debug!(path = %self.path.display(), %error, "an unfinished object was not removed");
+            tracing::debug!(path = %self.path.display(), %error, "cannot remove an incomplete object");
         }
     }
 }
@@ -136,25 +137,25 @@ pub(super) fn read_and_drop_pages(file: &fs::File, range: Range<u64>) -> io::Res
     let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
     file.read_exact_at(&mut bytes, range.start)?;
     if let Err(error) = fadvise(file, range.start, NonZeroU64::new(len), Advice::DontNeed) {
-        tracing::debug!(%error, "an object that was read back stays in the page cache");
+        tracing::debug!(%error, "cannot drop an object from the page cache");
     }
     Ok(Bytes::from(bytes))
 }
 
 /// A file that is about to be removed.
 #[derive(Debug)]
-pub(super) struct LeavingFile(fs::File);
+pub(super) struct RemovedFile(fs::File);
 
-impl LeavingFile {
+impl RemovedFile {
     /// Returns `None` if the file does not exist or this process may not write to it.
     pub(super) fn open(path: &Path) -> Option<Self> {
         fs::OpenOptions::new().write(true).open(path).ok().map(Self)
     }
 
     /// Frees the space of the file in steps, after its name was removed.
-    pub(super) fn give_back(self) {
-        if let Err(error) = give_back(&self.0) {
-            tracing::debug!(%error, "the room of an object is given back at once");
+    pub(super) fn free_in_steps(self) {
+        if let Err(error) = free_in_steps(&self.0) {
+            tracing::debug!(%error, "cannot free the space of an object in steps: freeing it at once");
         }
     }
 }
@@ -189,8 +190,8 @@ pub(super) struct CacheFolder {
 }
 
 impl CacheFolder {
-    /// Creates the folder, or deletes the chunks in it; other files are kept. If the folder lies in `data_dir`, the data directory, the
-    /// folder must not be a symbolic link.
+    /// Creates the folder, or deletes the chunks in it; other files are kept. If the folder lies in `data_dir`, the
+    /// data directory, the folder must not be a symbolic link.
     pub(super) fn open(path: &Path, data_dir: Option<&Path>) -> io::Result<Self> {
         let below = data_dir.and_then(|data_dir| Some((data_dir, path.strip_prefix(data_dir).ok()?)));
         let folder = match below {
@@ -267,7 +268,8 @@ mod tests {
         let other = StagedFile::create(&target).unwrap();
         let content: Vec<u8> = (0..3 * PIECE_BYTES + 77).map(|i| u8::try_from(i % 251).unwrap()).collect();
         let (first, rest) = content.split_at(PIECE_BYTES + 5);
-        // The later part is written first, as the parts of an upload may arrive. One part crosses pieces, another one is empty.
+        // The later part is written first, as the parts of an upload may arrive. One part crosses pieces, another one
+        // is empty.
         staged.write_at(&PieceWriter::default(), first.len() as u64, [&rest[..3], &[], &rest[3..]]).unwrap();
         staged.write_at(&PieceWriter::default(), 0, first.chunks(1000)).unwrap();
         assert!(!target.exists());

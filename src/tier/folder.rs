@@ -1,8 +1,9 @@
 //! A folder of this machine as object store. Its disk may be the disk of the journal, which acknowledgements wait for.
 //!
-//! Large objects are written in small pieces with pauses, one piece at a time over all uploads. A sync of 64 MiB at once would delay the
-//! next write of the journal. The read-back after an upload drops the object from the page cache, which objects without readers would fill.
-//! `object_store` does everything else. When a put returns, the object and its name are durable.
+//! Large objects are written in small pieces with pauses, one piece at a time over all uploads. A sync of 64 MiB at
+//! once would delay the next write of the journal. The read-back after an upload drops the object from the page cache,
+//! which objects without readers would fill. `object_store` does everything else. When a put returns, the object and
+//! its name are durable.
 
 use std::{fmt, io, ops::Range, sync::Arc};
 
@@ -15,7 +16,7 @@ use object_store::{
     Result, UploadPart, local::LocalFileSystem, path::Path,
 };
 
-use super::files::{LeavingFile, PieceWriter, StagedFile, read_and_drop_pages};
+use super::files::{PieceWriter, RemovedFile, StagedFile, read_and_drop_pages};
 use crate::{log::disk::PIECE_BYTES, task};
 
 /// Extension of a get that verifies an upload. The bytes were written just now, and no other read is expected soon.
@@ -42,10 +43,10 @@ impl Folder {
         Self { files, writer: Arc::default() }
     }
 
-    async fn upload(&self, location: &Path) -> Result<Upload> {
+    async fn upload(&self, location: &Path) -> Result<FolderUpload> {
         let target = self.files.path_to_filesystem(location)?;
         let staged = task::run_blocking(move || StagedFile::create(&target)).await.map_err(refused)?;
-        Ok(Upload { staged: Some(Arc::new(staged)), writer: Arc::clone(&self.writer), at: 0 })
+        Ok(FolderUpload { staged: Some(Arc::new(staged)), writer: Arc::clone(&self.writer), at: 0 })
     }
 }
 
@@ -100,9 +101,9 @@ impl ObjectStore for Folder {
             async move {
                 let location = location?;
                 let path = files.path_to_filesystem(&location)?;
-                let leaving = task::run_blocking(move || LeavingFile::open(&path)).await;
+                let leaving = task::run_blocking(move || RemovedFile::open(&path)).await;
                 files.delete(&location).await?;
-                task::run_blocking(move || leaving.map(LeavingFile::give_back)).await;
+                task::run_blocking(move || leaving.map(RemovedFile::free_in_steps)).await;
                 Ok(location)
             }
         };
@@ -133,7 +134,7 @@ impl ObjectStore for Folder {
 
 /// An object that is being written.
 #[derive(Debug)]
-struct Upload {
+struct FolderUpload {
     /// `None` after the upload has been completed or aborted.
     staged: Option<Arc<StagedFile>>,
     writer: Arc<PieceWriter>,
@@ -142,7 +143,7 @@ struct Upload {
 }
 
 #[async_trait]
-impl MultipartUpload for Upload {
+impl MultipartUpload for FolderUpload {
     fn put_part(&mut self, part: PutPayload) -> UploadPart {
         let (staged, writer, at) = (self.staged.clone(), Arc::clone(&self.writer), self.at);
         self.at += part.content_length() as u64;
@@ -172,7 +173,7 @@ fn refused(error: io::Error) -> Error {
 }
 
 fn ended() -> Error {
-    refused(io::Error::other("this upload has ended"))
+    refused(io::Error::other("the upload was already completed or aborted"))
 }
 
 #[cfg(test)]
@@ -206,7 +207,7 @@ mod tests {
         let (first, second) = (parts.put_part(first.to_vec().into()), parts.put_part(second.to_vec().into()));
         let (second, first) = tokio::join!(second, first);
         first.and(second).unwrap();
-        assert_eq!(names(&folder).await, ["topics/a/large"], "what is not whole is not listed");
+        assert_eq!(names(&folder).await, ["topics/a/large"], "an incomplete object is not listed");
         parts.complete().await.unwrap();
         assert!(parts.put_part(content(1).into()).await.is_err() && parts.complete().await.is_err());
         other.abort().await.unwrap();

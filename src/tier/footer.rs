@@ -14,15 +14,16 @@
 //!          │ ten zero bytes │ CRC of the trailer so far u32 │ "STRNDSEG"
 //! ```
 //!
-//! Big-endian; every CRC is CRC-32C. Each entry serves two indexes. The offset index finds the interval that contains an offset; the time
-//! index finds the first interval with a timestamp at or after a given one. Every interval but the last has at least 4 KiB. Intervals are
-//! larger if a segment would otherwise have more than [`MAX_ENTRIES`] of them, so that a footer stays below a MiB.
+//! Big-endian; every CRC is CRC-32C. Each entry serves two indexes. The offset index finds the interval that contains
+//! an offset; the time index finds the first interval with a timestamp at or after a given one. Every interval but the
+//! last has at least 4 KiB. Intervals are larger if a segment would otherwise have more than [`MAX_ENTRIES`] of them,
+//! so that a footer stays below a MiB.
 //!
 //! Pure: no I/O, no clock, no randomness.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::wire::{Invalid, Reader, put_count, put_partition};
+use super::codec::{FieldReader, InvalidObject, put_count, put_partition};
 use crate::{
     model::{LeaderEpoch, Offset, PartitionId},
     record::Batch,
@@ -34,8 +35,8 @@ pub const TRAILER_BYTES: usize = 44;
 /// Maximum number of index entries of one segment.
 pub const MAX_ENTRIES: u64 = 16_384;
 
-const LEAST_STRETCH_BYTES: u64 = 4096;
-const MARK: &[u8; 8] = b"STRNDSEG";
+const MIN_INDEX_INTERVAL_BYTES: u64 = 4096;
+const MAGIC: &[u8; 8] = b"STRNDSEG";
 const VERSION: u16 = 1;
 const KIND: &str = "segment object";
 const ENTRY_BYTES: usize = 24;
@@ -43,7 +44,7 @@ const EPOCH_BYTES: usize = 12;
 
 /// An index interval: the consecutive batches from this entry's position to the next entry's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stretch {
+pub struct SegmentIndexEntry {
     /// Base offset of the first batch in the interval.
     pub offset: Offset,
     /// Position of that batch in the object.
@@ -72,7 +73,7 @@ pub struct Footer {
     /// Epoch and start offset of each leader up to `end`, both ascending. The first may lie below `base`.
     pub epochs: Vec<(LeaderEpoch, Offset)>,
     /// Index entries, ascending in offset and position. The first is (`base`, 0).
-    pub stretches: Vec<Stretch>,
+    pub index: Vec<SegmentIndexEntry>,
     /// Producer state at `end`.
     pub producers: Bytes,
 }
@@ -90,27 +91,27 @@ pub struct Trailer {
 
 impl Trailer {
     /// Parses the trailer at the end of `tail`, which ends where the object ends.
-    pub fn parse(tail: &[u8]) -> Result<Self, Invalid> {
+    pub fn parse(tail: &[u8]) -> Result<Self, InvalidObject> {
         let Some((_, bytes)) = tail.split_last_chunk::<TRAILER_BYTES>() else {
-            return Err(Invalid::Truncated { field: "trailer", missing: TRAILER_BYTES - tail.len() });
+            return Err(InvalidObject::Truncated { field: "trailer", missing: TRAILER_BYTES - tail.len() });
         };
-        let (fields, end) = bytes.split_at(TRAILER_BYTES - MARK.len() - 4);
-        let (crc, mark) = end.split_at(4);
-        if mark != MARK {
-            return Err(Invalid::Mark { kind: KIND });
+        let (fields, end) = bytes.split_at(TRAILER_BYTES - MAGIC.len() - 4);
+        let (crc, magic) = end.split_at(4);
+        if magic != MAGIC {
+            return Err(InvalidObject::Mark { kind: KIND });
         }
         let stored = u32::from_be_bytes(crc.try_into().expect("four bytes"));
         let actual = crc32c::crc32c(fields);
         if stored != actual {
-            return Err(Invalid::Crc { what: "trailer", stored, actual });
+            return Err(InvalidObject::Crc { what: "trailer", stored, actual });
         }
-        let mut fields = Reader(fields);
+        let mut fields = FieldReader(fields);
         let data_bytes = fields.u64("data bytes")?;
         let body_bytes = fields.u32("body bytes")?;
         let (data_crc, body_crc) = (fields.u32("data crc")?, fields.u32("body crc")?);
         let found = fields.u16("version")?;
         if found != VERSION {
-            return Err(Invalid::Version { found, known: VERSION });
+            return Err(InvalidObject::Version { found, known: VERSION });
         }
         Ok(Self { data_bytes, body_bytes, data_crc, body_crc })
     }
@@ -124,8 +125,7 @@ impl Trailer {
 impl Footer {
     /// Returns body and trailer, which follow the batches.
     pub fn encode(&self) -> Bytes {
-        let capacity =
-            128 + self.epochs.len() * EPOCH_BYTES + self.stretches.len() * ENTRY_BYTES + self.producers.len();
+        let capacity = 128 + self.epochs.len() * EPOCH_BYTES + self.index.len() * ENTRY_BYTES + self.producers.len();
         let mut out = BytesMut::with_capacity(capacity);
         put_partition(&mut out, self.partition);
         out.put_u64(self.base.get());
@@ -138,8 +138,8 @@ impl Footer {
             out.put_u32(epoch.0);
             out.put_u64(start.get());
         }
-        put_count(&mut out, self.stretches.len());
-        for stretch in &self.stretches {
+        put_count(&mut out, self.index.len());
+        for stretch in &self.index {
             out.put_u64(stretch.offset.get());
             out.put_u64(stretch.position);
             out.put_i64(stretch.max_timestamp_ms);
@@ -158,7 +158,7 @@ impl Footer {
         out.put_u32(0);
         let crc = crc32c::crc32c(&out[body..]);
         out.put_u32(crc);
-        out.put_slice(MARK);
+        out.put_slice(MAGIC);
         debug_assert_eq!(out.len() - body, TRAILER_BYTES);
         out.freeze()
     }
@@ -166,39 +166,40 @@ impl Footer {
     /// Parses body and trailer at the end of `tail`, which ends where the object ends.
     ///
     /// # Errors
-    /// `Truncated` if `tail` begins after the start of the body. [`Trailer::footer_bytes`] returns the bytes that are needed.
-    pub fn parse(tail: &[u8]) -> Result<Self, Invalid> {
+    /// `Truncated` if `tail` begins after the start of the body. [`Trailer::footer_bytes`] returns the bytes that are
+    /// needed.
+    pub fn parse(tail: &[u8]) -> Result<Self, InvalidObject> {
         let trailer = Trailer::parse(tail)?;
         let before = &tail[..tail.len() - TRAILER_BYTES];
-        let start = before
-            .len()
-            .checked_sub(trailer.body_bytes as usize)
-            .ok_or_else(|| Invalid::Truncated { field: "body", missing: trailer.body_bytes as usize - before.len() })?;
+        let start = before.len().checked_sub(trailer.body_bytes as usize).ok_or_else(|| InvalidObject::Truncated {
+            field: "body",
+            missing: trailer.body_bytes as usize - before.len(),
+        })?;
         let body = &before[start..];
         let actual = crc32c::crc32c(body);
         if actual != trailer.body_crc {
-            return Err(Invalid::Crc { what: "footer", stored: trailer.body_crc, actual });
+            return Err(InvalidObject::Crc { what: "footer", stored: trailer.body_crc, actual });
         }
-        let footer = Self::parse_body(&mut Reader(body), &trailer)?;
+        let footer = Self::parse_body(&mut FieldReader(body), &trailer)?;
         footer.check()?;
         Ok(footer)
     }
 
-    fn parse_body(body: &mut Reader<'_>, trailer: &Trailer) -> Result<Self, Invalid> {
+    fn parse_body(body: &mut FieldReader<'_>, trailer: &Trailer) -> Result<Self, InvalidObject> {
         let partition = body.partition()?;
         let (base, end) = (body.offset("base")?, body.offset("end")?);
         let writer_epoch = body.epoch("writer's epoch")?;
         let data_bytes = body.u64("data bytes")?;
         if data_bytes != trailer.data_bytes {
-            return Err(Invalid::Contradiction { reason: "body and trailer disagree about the data's length" });
+            return Err(InvalidObject::Contradiction { reason: "body and trailer contain different data lengths" });
         }
         let max_timestamp_ms = body.i64("largest timestamp")?;
         let epochs = (0..body.count(EPOCH_BYTES, "epochs")?)
             .map(|_| Ok((body.epoch("epoch")?, body.offset("epoch start")?)))
             .collect::<Result<_, _>>()?;
-        let stretches = (0..body.count(ENTRY_BYTES, "index")?)
+        let index = (0..body.count(ENTRY_BYTES, "index")?)
             .map(|_| {
-                Ok(Stretch {
+                Ok(SegmentIndexEntry {
                     offset: body.offset("index offset")?,
                     position: body.u64("index position")?,
                     max_timestamp_ms: body.i64("index timestamp")?,
@@ -217,25 +218,26 @@ impl Footer {
             data_crc: trailer.data_crc,
             max_timestamp_ms,
             epochs,
-            stretches,
+            index,
             producers,
         })
     }
 
     /// Checks what reads rely on, regardless of the writer.
-    fn check(&self) -> Result<(), Invalid> {
-        let refuse = |reason| Err(Invalid::Contradiction { reason });
+    fn check(&self) -> Result<(), InvalidObject> {
+        let refuse = |reason| Err(InvalidObject::Contradiction { reason });
         if self.base >= self.end {
             return refuse("the range of offsets is empty or reversed");
         }
-        let first = self.stretches.first();
+        let first = self.index.first();
         if first.is_none_or(|first| first.offset != self.base || first.position != 0) {
-            return refuse("the index does not begin at the segment's base");
+            return refuse("the index does not start at the segment's base");
         }
-        let ascending = |pair: &[Stretch]| pair[0].offset < pair[1].offset && pair[0].position < pair[1].position;
-        let inside = |last: &Stretch| last.offset < self.end && last.position < self.data_bytes;
-        if !self.stretches.windows(2).all(ascending) || !self.stretches.last().is_some_and(inside) {
-            return refuse("the index is not ascending, or leaves the segment");
+        let ascending =
+            |pair: &[SegmentIndexEntry]| pair[0].offset < pair[1].offset && pair[0].position < pair[1].position;
+        let inside = |last: &SegmentIndexEntry| last.offset < self.end && last.position < self.data_bytes;
+        if !self.index.windows(2).all(ascending) || !self.index.last().is_some_and(inside) {
+            return refuse("the index is not ascending, or extends beyond the segment");
         }
         if !self.epochs.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 <= pair[1].1) {
             return refuse("the leader epochs are not ascending");
@@ -247,14 +249,14 @@ impl Footer {
     }
 
     /// Returns the index interval that contains `offset`, and the position of its end.
-    pub fn stretch_of(&self, offset: Offset) -> (Stretch, u64) {
-        let at = self.stretches.partition_point(|stretch| stretch.offset <= offset).saturating_sub(1);
-        (self.stretches[at], self.stretches.get(at + 1).map_or(self.data_bytes, |next| next.position))
+    pub fn interval_of(&self, offset: Offset) -> (SegmentIndexEntry, u64) {
+        let at = self.index.partition_point(|stretch| stretch.offset <= offset).saturating_sub(1);
+        (self.index[at], self.index.get(at + 1).map_or(self.data_bytes, |next| next.position))
     }
 
     /// Returns the first index interval with a timestamp at or after `timestamp_ms`.
-    pub fn stretch_at_time(&self, timestamp_ms: i64) -> Option<Stretch> {
-        self.stretches.iter().find(|stretch| stretch.max_timestamp_ms >= timestamp_ms).copied()
+    pub fn interval_at_time(&self, timestamp_ms: i64) -> Option<SegmentIndexEntry> {
+        self.index.iter().find(|stretch| stretch.max_timestamp_ms >= timestamp_ms).copied()
     }
 
     /// Returns the leader epoch that wrote `offset`.
@@ -295,10 +297,10 @@ impl FooterBuilder {
                 data_crc: 0,
                 max_timestamp_ms: i64::MIN,
                 epochs,
-                stretches: Vec::new(),
+                index: Vec::new(),
                 producers: Bytes::new(),
             },
-            stretch_bytes: LEAST_STRETCH_BYTES.max(data_bytes.div_ceil(MAX_ENTRIES)),
+            stretch_bytes: MIN_INDEX_INTERVAL_BYTES.max(data_bytes.div_ceil(MAX_ENTRIES)),
         }
     }
 
@@ -318,11 +320,11 @@ impl FooterBuilder {
         let footer = &mut self.footer;
         let max_timestamp_ms = batch.max_timestamp();
         let position = footer.data_bytes;
-        match footer.stretches.last_mut() {
+        match footer.index.last_mut() {
             Some(last) if position - last.position < self.stretch_bytes => {
                 last.max_timestamp_ms = last.max_timestamp_ms.max(max_timestamp_ms);
             }
-            _ => footer.stretches.push(Stretch { offset: batch.base_offset(), position, max_timestamp_ms }),
+            _ => footer.index.push(SegmentIndexEntry { offset: batch.base_offset(), position, max_timestamp_ms }),
         }
         footer.max_timestamp_ms = footer.max_timestamp_ms.max(max_timestamp_ms);
         footer.data_crc = crc32c::crc32c_append(footer.data_crc, batch.header());
@@ -339,7 +341,7 @@ impl FooterBuilder {
         let mut footer = Footer { producers, ..self.footer };
         footer.epochs.retain(|(_, start)| *start < footer.end);
         debug_assert_eq!(footer.check(), Ok(()), "a built footer is valid");
-        assert!(!footer.stretches.is_empty(), "a segment object holds at least one batch");
+        assert!(!footer.index.is_empty(), "a segment object holds at least one batch");
         footer
     }
 }

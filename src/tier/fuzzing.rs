@@ -1,21 +1,21 @@
-//! Entry points of the fuzzers (`fuzz/entries`) to parsers that are private to this module. Each function decodes an object's content and
-//! encodes the result again. `None` means that the content was rejected.
+//! Entry points of the fuzzers (`fuzz/entries`) to parsers that are private to this module. Each function decodes an
+//! object's content and encodes the result again. `None` means that the content was rejected.
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{claim::Card, store::TopicRecord};
+use super::{store::TopicRecord, store_binding::ClusterMarker};
 
 /// Decodes and encodes `cluster.json`.
 pub fn owner(content: &[u8]) -> Option<Vec<u8>> {
-    again::<Card>(content)
+    reencoded::<ClusterMarker>(content)
 }
 
 /// Decodes and encodes `topic.json`.
 pub fn topic(content: &[u8]) -> Option<Vec<u8>> {
-    again::<TopicRecord>(content)
+    reencoded::<TopicRecord>(content)
 }
 
-fn again<T: Serialize + DeserializeOwned>(content: &[u8]) -> Option<Vec<u8>> {
+fn reencoded<T: Serialize + DeserializeOwned>(content: &[u8]) -> Option<Vec<u8>> {
     let value: T = serde_json::from_slice(content).ok()?;
-    Some(serde_json::to_vec(&value).expect("a plain struct"))
+    Some(serde_json::to_vec(&value).expect("a plain struct is valid JSON"))
 }

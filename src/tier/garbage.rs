@@ -8,22 +8,23 @@
 //! 2. The object is older than the grace period, by the store's clock, so that uploads in progress are safe.
 //! 3. The partition's current manifest, read *after* the listing, does not reference the object.
 //!
-//! A manifest only ever gains objects that were new when it was staged. So an object that the current manifest does not reference, and that
-//! is older than any upload in progress, is never referenced again. If a manifest cannot be read, nothing of its partition is deleted.
+//! A manifest only ever gains objects that were new when it was staged. So an object that the current manifest does not
+//! reference, and that is older than any upload in progress, is never referenced again. If a manifest cannot be read,
+//! nothing of its partition is deleted.
 
 use std::{collections::BTreeSet, time::Duration};
 
 use super::{
-    manifest::{Page, Root},
-    name::{self, ManifestName, Stamp, partition_folder},
+    manifest::{ManifestPage, ManifestRoot},
+    name::{self, ManifestName, ObjectId, partition_folder},
     state::TierState,
-    store::{Listed, Store, StoreError},
+    store::{ObjectInfo, TierStore, TierStoreError},
 };
 use crate::model::{PartitionId, TopicId};
 
 /// A partition's state in the metadata store, read at this moment and not from the metadata cache, which may lag.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Live {
+pub enum PartitionLiveness {
     /// The partition exists and has this tier state: the default state before its first commit.
     Current(TierState),
     /// The partition's topic was deleted.
@@ -49,25 +50,25 @@ pub struct GarbageReport {
     pub foreign: u64,
 }
 
-/// Deletes the garbage of all topics in the object store once. `now_ms` is the store's clock ([`Store::clock_ms`]).
+/// Deletes the garbage of all topics in the object store once. `now_ms` is the store's clock ([`TierStore::clock_ms`]).
 ///
 /// # Errors
-/// The prefix is not known to belong to this cluster, or a folder of topics or partitions cannot be listed. The error of one partition is
-/// in the report.
+/// The prefix is not known to belong to this cluster, or a folder of topics or partitions cannot be listed. The error
+/// of one partition is in the report.
 pub async fn collect_garbage<F, Fut>(
-    store: &Store,
+    store: &TierStore,
     live: F,
     grace: Duration,
     now_ms: i64,
-) -> Result<GarbageReport, super::claim::ClaimError>
+) -> Result<GarbageReport, super::store_binding::BindingError>
 where
     F: Fn(PartitionId) -> Fut,
-    Fut: Future<Output = Live>,
+    Fut: Future<Output = PartitionLiveness>,
 {
     store.claim().await?;
     let grace_ms = i64::try_from(grace.as_millis()).unwrap_or(i64::MAX);
     let mut collection =
-        Collection { store, oldest_young_ms: now_ms.saturating_sub(grace_ms), report: GarbageReport::default() };
+        GarbageCollector { store, oldest_young_ms: now_ms.saturating_sub(grace_ms), report: GarbageReport::default() };
     for topic in store.folders(name::TOPICS).await? {
         let Ok(topic) = topic.parse::<TopicId>() else { continue };
         collection.topic(topic, &live).await?;
@@ -75,18 +76,18 @@ where
     Ok(collection.report)
 }
 
-struct Collection<'a> {
-    store: &'a Store,
+struct GarbageCollector<'a> {
+    store: &'a TierStore,
     /// Start of the grace period: an object written at or after this time is young.
     oldest_young_ms: i64,
     report: GarbageReport,
 }
 
-impl Collection<'_> {
-    async fn topic<F, Fut>(&mut self, topic: TopicId, live: &F) -> Result<(), StoreError>
+impl GarbageCollector<'_> {
+    async fn topic<F, Fut>(&mut self, topic: TopicId, live: &F) -> Result<(), TierStoreError>
     where
         F: Fn(PartitionId) -> Fut,
-        Fut: Future<Output = Live>,
+        Fut: Future<Output = PartitionLiveness>,
     {
         for folder in self.store.folders(&name::topic_folder(topic)).await? {
             let Ok(number) = folder.parse::<u32>() else { continue };
@@ -94,33 +95,33 @@ impl Collection<'_> {
             let folder = partition_folder(partition);
             let listed = match self.store.list(&folder).await {
                 Ok(listed) => listed,
-                Err(StoreError::Stopped) => return Err(StoreError::Stopped),
+                Err(TierStoreError::Stopped) => return Err(TierStoreError::Stopped),
                 Err(error) => {
                     self.report.skipped.push((partition, error.to_string()));
                     continue;
                 }
             };
-            let named = match live(partition).await {
-                Live::Unknown => continue,
-                Live::Deleted => BTreeSet::new(),
-                Live::Current(state) => match self.named(partition, &state).await {
-                    Ok(named) => named,
+            let referenced = match live(partition).await {
+                PartitionLiveness::Unknown => continue,
+                PartitionLiveness::Deleted => BTreeSet::new(),
+                PartitionLiveness::Current(state) => match self.referenced(partition, &state).await {
+                    Ok(referenced) => referenced,
                     Err(reason) => {
                         self.report.skipped.push((partition, reason));
                         continue;
                     }
                 },
             };
-            self.partition(partition, &folder, &listed, &named).await;
+            self.partition(partition, &folder, &listed, &referenced).await;
         }
-        if live(PartitionId::new(topic, 0)).await == Live::Deleted {
+        if live(PartitionId::new(topic, 0)).await == PartitionLiveness::Deleted {
             self.topic_object(topic).await?;
         }
         Ok(())
     }
 
     /// Deletes the description of a deleted topic, if no other object of the topic is left.
-    async fn topic_object(&mut self, topic: TopicId) -> Result<(), StoreError> {
+    async fn topic_object(&mut self, topic: TopicId) -> Result<(), TierStoreError> {
         let left = self.store.list(&name::topic_folder(topic)).await?;
         let description = name::topic_object(topic);
         if let [only] = left.as_slice()
@@ -139,39 +140,40 @@ impl Collection<'_> {
     }
 
     /// Returns the names of all objects that a state references.
-    async fn named(&self, partition: PartitionId, state: &TierState) -> Result<BTreeSet<String>, String> {
-        let mut named = BTreeSet::new();
-        let Some(manifest) = state.manifest else { return Ok(named) };
+    async fn referenced(&self, partition: PartitionId, state: &TierState) -> Result<BTreeSet<String>, String> {
+        let mut referenced = BTreeSet::new();
+        let Some(manifest) = state.manifest else { return Ok(referenced) };
         let folder = partition_folder(partition);
         let object = format!("{folder}/{manifest}");
         let bytes = self.store.get(&object).await.map_err(|error| error.to_string())?;
-        let root = Root::parse(&bytes).map_err(|error| format!("{object}: {error}"))?;
+        let root = ManifestRoot::parse(&bytes).map_err(|error| format!("{object}: {error}"))?;
         if root.partition() != partition || !state.agrees(&root) {
-            return Err(format!("{object} is not the manifest that was committed"));
+            return Err(format!("{object} is not the committed manifest"));
         }
-        named.insert(manifest.to_string());
-        let above = |stamp: &Stamp| stamp.end > state.log_start;
-        for line in root.pages() {
-            let object = format!("{folder}/{}", line.stamp.page());
-            named.insert(line.stamp.page());
+        referenced.insert(manifest.to_string());
+        let above = |stamp: &ObjectId| stamp.end > state.log_start;
+        for entry in root.pages() {
+            let object = format!("{folder}/{}", entry.stamp.page());
+            referenced.insert(entry.stamp.page());
             let bytes = self.store.get(&object).await.map_err(|error| error.to_string())?;
-            let page = Page::parse(&bytes, partition, line).map_err(|error| format!("{object}: {error}"))?;
-            named.extend(page.segments().iter().filter(|line| above(&line.stamp)).map(|line| line.stamp.segment()));
+            let page = ManifestPage::parse(&bytes, partition, entry).map_err(|error| format!("{object}: {error}"))?;
+            let segments = page.segments().iter().filter(|entry| above(&entry.stamp));
+            referenced.extend(segments.map(|entry| entry.stamp.segment()));
         }
-        named.extend(root.segments().iter().map(|line| line.stamp.segment()));
-        Ok(named)
+        referenced.extend(root.segments().iter().map(|entry| entry.stamp.segment()));
+        Ok(referenced)
     }
 
-    async fn partition(&mut self, id: PartitionId, folder: &str, listed: &[Listed], named: &BTreeSet<String>) {
+    async fn partition(&mut self, id: PartitionId, folder: &str, listed: &[ObjectInfo], referenced: &BTreeSet<String>) {
         for object in listed {
             let name = object.object.strip_prefix(folder).unwrap_or_default().trim_start_matches('/');
-            if named.contains(name) && !mutant!(CollectReferenced) {
+            if referenced.contains(name) && !mutant!(CollectReferenced) {
                 continue;
             }
-            let ours = Stamp::from_segment(name).is_ok()
-                || Stamp::from_page(name).is_ok()
+            let is_known_name = ObjectId::from_segment(name).is_ok()
+                || ObjectId::from_page(name).is_ok()
                 || name.parse::<ManifestName>().is_ok();
-            if !ours {
+            if !is_known_name {
                 self.report.foreign += 1;
             } else if object.modified_ms >= self.oldest_young_ms {
                 self.report.young += 1;
@@ -180,7 +182,7 @@ impl Collection<'_> {
                 self.report.skipped.push((id, error.to_string()));
                 return;
             } else {
-                tracing::debug!(object = object.object, bytes = object.bytes, "garbage deleted");
+                tracing::debug!(object = object.object, bytes = object.bytes, "deleted garbage");
                 self.report.deleted += 1;
                 self.report.deleted_bytes += object.bytes;
             }

@@ -3,48 +3,49 @@
 //! # Overview
 //!
 //! ```text
-//! leader    sealed file ─ check every batch ─► put object ─► verify ─► put manifest ─► Staged
-//!           Staged::state ─ compare-and-set in the metadata store (the caller's) ─► install
+//! leader    sealed file ─ check every batch ─► put object ─► verify ─► put manifest ─► StagedManifest
+//!           StagedManifest::state ─ compare-and-set in the metadata store (the caller's) ─► install
 //! reader    offset ─► manifest root ─► page? ─► footer ─► chunks (memory, folder, ranged GET) ─► checked batches
-//! garbage   list ─► read the current manifest ─► delete objects that are not referenced and older than the grace period
+//! garbage   list ─► read the current manifest ─► delete objects that are orphans and older than the grace period
 //! ```
 //!
-//! The module does not access the metadata store. It reads a log only through the sealed segments that the caller passes
-//! ([`SegmentSource`]). A [`PartitionTier`] is one partition's history in the object store; a [`Store`] is the prefix that the cluster
-//! owns; all partitions share a [`Cache`]. `docs/format.md` describes every byte of every object.
+//! The module does not access the metadata store. It reads a log only through the sealed segments that the caller
+//! passes ([`SegmentSource`]). A [`PartitionTier`] is one partition's history in the object store; a [`TierStore`] is
+//! the prefix that the cluster owns; all partitions share a [`ChunkCache`]. `docs/format.md` describes every byte of
+//! every object.
 //!
 //! # Invariants
 //!
-//! - A segment, page or manifest object is written once, under a name that no other attempt uses. It is verified before a manifest or a
-//!   commit references it.
-//! - A manifest covers its range without gap or overlap. The versions form one chain, because only a compare-and-set makes one current.
+//! - A segment, page or manifest object is written once, under a name that no other attempt uses. It is verified before
+//!   a manifest or a commit references it.
+//! - A manifest covers its range without gap or overlap. The versions form one chain, because only a compare-and-set
+//!   makes one current.
 //! - Nothing is served unchecked: a flipped bit is detected or harmless.
-//! - At most eight parts of multipart uploads, of 8 MiB each, are in flight over all partitions. In addition, each upload buffers at most
-//!   16 MiB and one read from its file. A read holds at most the chunks of one response.
+//! - At most eight parts of multipart uploads, of 8 MiB each, are in flight over all partitions. In addition, each
+//!   upload buffers at most 16 MiB and one read from its file. A read holds at most the chunks of one response.
 //! - Garbage is an object that the current manifest does not reference and that is older than the grace period.
 //! - None of this needs conditional requests, which some stores silently ignore.
 //!
 //! # Lost manifest
 //!
-//! Segment objects and their footers contain all that a manifest lists, except the write times. `rebuild` makes a lost manifest from them.
-//! The leader commits the result if it equals what was committed; otherwise an operator decides.
+//! Segment objects and their footers contain all that a manifest lists, except the write times. `rebuild` makes a lost
+//! manifest from them. The leader commits the result if it matches the committed state; otherwise an operator decides.
 //!
 //! # Crash
 //!
-//! A crash leaves objects that no manifest references, and possibly an incomplete multipart upload. A manifest never references a missing
-//! object: it is written after its objects are verified, and becomes current after that. Garbage collection deletes the orphan objects, and
-//! `uploads` aborts the multipart uploads if the store is S3.
+//! A crash leaves objects that no manifest references, and possibly an incomplete multipart upload. A manifest never
+//! references a missing object: it is written after its objects are verified, and becomes current after that. Garbage
+//! collection deletes the orphan objects, and `uploads` aborts the multipart uploads if the store is S3.
 //!
 //! # Shutdown
 //!
-//! [`Store::stop`] cancels every retry and joins read-ahead. An upload in progress returns `Stopped`, and its objects are garbage.
+//! [`TierStore::stop`] cancels every retry and joins read-ahead. An upload in progress returns `Stopped`, and its
+//! objects are garbage.
 
-mod ahead;
-mod cache;
-mod claim;
+mod chunk_cache;
+mod codec;
 pub mod doctor;
 mod files;
-mod flights;
 mod folder;
 pub mod footer;
 #[doc(hidden)]
@@ -53,35 +54,37 @@ mod garbage;
 pub mod manifest;
 pub mod name;
 mod open;
+mod outage;
 mod partition;
-mod reach;
 mod read;
+mod read_ahead;
 mod rebuild;
 #[cfg(feature = "aws-sdk")]
 mod s3;
 mod segment;
+mod single_flight;
 mod state;
 mod store;
+mod store_binding;
 #[cfg(test)]
 mod tests;
 mod upload;
 mod uploads;
-mod wire;
 
-pub use cache::{Cache, CacheOptions};
-pub use claim::{ClaimError, StoreNote, StoreNotes};
+pub use chunk_cache::{ChunkCache, ChunkCacheOptions};
+pub use codec::InvalidObject;
 pub use footer::Footer;
-pub use garbage::{GarbageReport, Live, collect_garbage};
-pub use manifest::SegmentLine;
+pub use garbage::{GarbageReport, PartitionLiveness, collect_garbage};
+pub use manifest::SegmentEntry;
 pub use name::ManifestName;
-pub use open::{Keys, OpenError, StoreOptions};
-pub use partition::{PartitionTier, Staged, Staging};
-pub use reach::Outage;
-pub use read::{Read, ReadError};
-pub use rebuild::{Survey, Verdict};
-pub use segment::{SegmentSource, SourceError};
+pub use open::{AccessKeys, ObjectStoreOptions, ObjectStoreOptionsError};
+pub use outage::Outage;
+pub use partition::{PartitionTier, StagedManifest, UploadBatch};
+pub use read::{TierRead, TierReadError};
+pub use rebuild::{Survey, SurveyVerdict};
+pub use segment::{SegmentSource, SegmentSourceError};
 pub use state::TierState;
-pub use store::{Listed, Store, StoreError, TopicRecord};
+pub use store::{ObjectInfo, TierStore, TierStoreError, TopicRecord};
+pub use store_binding::{BindingError, BindingStore, StoreBinding};
 pub use upload::UploadError;
-pub use uploads::{UploadsError, UploadsReport, end_abandoned_uploads};
-pub use wire::Invalid;
+pub use uploads::{UploadsError, UploadsReport, abort_abandoned_uploads};

@@ -1,4 +1,5 @@
-//! Names of objects. A name describes the content of its object, so that an object store can be read and restored without metadata.
+//! Names of objects. A name describes the content of its object, so that an object store can be read and restored
+//! without metadata.
 //!
 //! # Format
 //!
@@ -11,9 +12,10 @@
 //! {prefix}/topics/{topic-id}/{n}/manifest-{version:020}-{epoch:010}-{uuid}
 //! ```
 //!
-//! Every name but the three `.json` ends in a UUID that is drawn for the one attempt that writes the object. Without the UUID, a second
-//! attempt at a manifest version (after a failed commit or a lost response) would overwrite an object that may be referenced. A late
-//! duplicate of a request could also undo the newer one. Pure, except for [`Stamp::draw`] and [`ManifestName::draw`].
+//! Every name but the three `.json` ends in a UUID that is drawn for the one attempt that writes the object. Without
+//! the UUID, a second attempt at a manifest version (after a failed commit or a lost response) would overwrite an
+//! object that may be referenced. A late duplicate of a request could also undo the newer one. Pure, except for
+//! [`ObjectId::draw`] and [`ManifestName::draw`].
 
 use std::{fmt, str::FromStr};
 
@@ -51,7 +53,7 @@ impl InvalidName {
 
 /// Identity of an immutable object: its offsets, its writer and the attempt that wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Stamp {
+pub struct ObjectId {
     /// First offset.
     pub base: Offset,
     /// Offset after the last one.
@@ -62,18 +64,18 @@ pub struct Stamp {
     pub attempt: Uuid,
 }
 
-impl Stamp {
-    /// Creates the stamp of a new attempt.
+impl ObjectId {
+    /// Creates the id of a new attempt.
     pub fn draw(base: Offset, end: Offset, epoch: LeaderEpoch) -> Self {
         Self { base, end, epoch, attempt: random::uuid() }
     }
 
-    /// Returns the file name of the segment object with this stamp.
+    /// Returns the file name of the segment object with this id.
     pub fn segment(&self) -> String {
         format!("{self}.segment")
     }
 
-    /// Returns the file name of the manifest page with this stamp.
+    /// Returns the file name of the manifest page with this id.
     pub fn page(&self) -> String {
         format!("{self}.page")
     }
@@ -101,7 +103,7 @@ impl Stamp {
     }
 }
 
-impl fmt::Display for Stamp {
+impl fmt::Display for ObjectId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { base, end, epoch, attempt } = self;
         write!(f, "{:020}-{:020}-{:010}-{}", base.get(), end.get(), epoch.0, attempt.hyphenated())
@@ -187,7 +189,7 @@ pub fn is_segment(object: &str) -> bool {
     // Only the spelling of `partition_folder` counts: another spelling is another key, which no broker wrote.
     folder.is_some_and(|(topic, number)| {
         object == format!("{}/{file}", partition_folder(PartitionId::new(topic, number)))
-    }) && Stamp::from_segment(file).is_ok()
+    }) && ObjectId::from_segment(file).is_ok()
 }
 
 /// Parses exactly `width` digits.
@@ -217,17 +219,17 @@ mod tests {
             base in 0..=u64::MAX / 4, len in 1..1_000_000u64, epoch: u32, version: u64, id: u128,
         ) {
             let (base, epoch, attempt) = (Offset::new(base).unwrap(), LeaderEpoch(epoch), Uuid::from_u128(id));
-            let stamp = Stamp { base, end: base.plus(len), epoch, attempt };
-            prop_assert_eq!(Stamp::from_segment(&stamp.segment()).unwrap(), stamp);
-            prop_assert_eq!(Stamp::from_page(&stamp.page()).unwrap(), stamp);
+            let stamp = ObjectId { base, end: base.plus(len), epoch, attempt };
+            prop_assert_eq!(ObjectId::from_segment(&stamp.segment()).unwrap(), stamp);
+            prop_assert_eq!(ObjectId::from_page(&stamp.page()).unwrap(), stamp);
             let name = ManifestName { version, epoch, attempt };
             prop_assert_eq!(name.to_string().parse::<ManifestName>().unwrap(), name);
         }
 
         #[test]
         fn parsed_name_is_written_identically(text in "(manifest-)?[0-9a-f-]{0,90}(\\.segment|\\.page)?") {
-            if let Ok(stamp) = Stamp::from_segment(&text) { prop_assert_eq!(stamp.segment(), text.clone()) }
-            if let Ok(stamp) = Stamp::from_page(&text) { prop_assert_eq!(stamp.page(), text.clone()) }
+            if let Ok(stamp) = ObjectId::from_segment(&text) { prop_assert_eq!(stamp.segment(), text.clone()) }
+            if let Ok(stamp) = ObjectId::from_page(&text) { prop_assert_eq!(stamp.page(), text.clone()) }
             if let Ok(name) = text.parse::<ManifestName>() { prop_assert_eq!(name.to_string(), text) }
         }
     }
@@ -235,7 +237,7 @@ mod tests {
     #[test]
     fn segment_name_requires_a_partition_folder() {
         let topic = TopicId::from_bytes([0xab; 16]);
-        let stamp = Stamp::draw(Offset::new(0).unwrap(), Offset::new(9).unwrap(), LeaderEpoch(1));
+        let stamp = ObjectId::draw(Offset::new(0).unwrap(), Offset::new(9).unwrap(), LeaderEpoch(1));
         let (segment, page) = (stamp.segment(), stamp.page());
         let folder = partition_folder(PartitionId::new(topic, 3));
         assert!(is_segment(&format!("{folder}/{segment}")));
@@ -265,7 +267,7 @@ mod tests {
             format!("{zero}-00000000000000000001-+000000001-{id}.segment"),
             format!("{zero}-99999999999999999999-0000000001-{id}.segment"),
         ] {
-            assert!(Stamp::from_segment(&bad).is_err(), "{bad}");
+            assert!(ObjectId::from_segment(&bad).is_err(), "{bad}");
         }
     }
 }

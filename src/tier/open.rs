@@ -11,41 +11,43 @@ use super::folder::Folder;
 
 /// An access key with its secret. The `Debug` output omits the secret.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Keys {
+pub struct AccessKeys {
     /// Id of the access key.
     pub access_key_id: String,
     /// Secret of the access key.
     pub secret_access_key: String,
 }
 
-impl std::fmt::Debug for Keys {
+impl std::fmt::Debug for AccessKeys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Keys").field("access_key_id", &self.access_key_id).finish_non_exhaustive()
+        f.debug_struct("AccessKeys").field("access_key_id", &self.access_key_id).finish_non_exhaustive()
     }
 }
 
-/// Location of the object store, and time limits of its requests. Credentials come from the environment, in the variables that the vendor's
-/// own tools read (`AWS_ACCESS_KEY_ID`, web identity, instance metadata; `GOOGLE_…`, `AZURE_…`).
+/// Location of the object store, and time limits of its requests. Credentials come from the environment, in the
+/// variables that the vendor's own tools read (`AWS_ACCESS_KEY_ID`, web identity, instance metadata; `GOOGLE_…`,
+/// `AZURE_…`).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoreOptions {
+pub struct ObjectStoreOptions {
     /// `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`, `file:///dir` or `memory://`.
     pub url: String,
     /// For `s3`: URL of a service other than AWS. `http://` is allowed.
     pub endpoint: Option<String>,
     /// For `s3`: the region.
     pub region: Option<String>,
-    /// For `s3`: true if requests name the bucket in the path instead of the host name. `None` means true if an endpoint is set by the
-    /// options, by `AWS_ENDPOINT_URL_S3` or by `AWS_ENDPOINT_URL`. Requests to an IP address always name the bucket in the path.
+    /// For `s3`: true if requests name the bucket in the path instead of the host name. `None` means true if an
+    /// endpoint is set by the options, by `AWS_ENDPOINT_URL_S3` or by `AWS_ENDPOINT_URL`. Requests to an IP address
+    /// always name the bucket in the path.
     pub path_style: Option<bool>,
     /// For `s3`: access key that replaces the credentials of the environment.
-    pub keys: Option<Keys>,
+    pub keys: Option<AccessKeys>,
     /// Time limit of one request.
     pub request_timeout: Duration,
     /// Time during which a failed request is retried.
     pub retry_for: Duration,
 }
 
-impl StoreOptions {
+impl ObjectStoreOptions {
     /// Creates the options for a URL, with defaults for the other fields.
     pub fn new(url: &str) -> Self {
         Self {
@@ -78,7 +80,7 @@ impl StoreOptions {
 
 /// Error for options from which no client can be created.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub enum ObjectStoreOptionsError {
     /// The URL has no scheme or an unknown one, or names no bucket.
     #[error(
         "object store URL {url:?} is not one of s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, \
@@ -99,10 +101,10 @@ pub enum OpenError {
 }
 
 /// Creates the client. Also returns the prefix in the store.
-pub(super) fn open(options: &StoreOptions) -> Result<(Arc<dyn ObjectStore>, Path), OpenError> {
+pub(super) fn open(options: &ObjectStoreOptions) -> Result<(Arc<dyn ObjectStore>, Path), ObjectStoreOptionsError> {
     let url = options.url.as_str();
-    let unknown = || OpenError::Url { url: url.to_owned() };
-    let refuse = |reason: String| OpenError::Client { url: url.to_owned(), reason };
+    let unknown = || ObjectStoreOptionsError::Url { url: url.to_owned() };
+    let refuse = |reason: String| ObjectStoreOptionsError::Client { url: url.to_owned(), reason };
     let client = |error: object_store::Error| refuse(super::store::reason(&error));
     let (scheme, rest) = url.split_once("://").ok_or_else(unknown)?;
     if scheme == "memory" {
@@ -139,7 +141,7 @@ pub(super) fn open(options: &StoreOptions) -> Result<(Arc<dyn ObjectStore>, Path
     Ok((objects, prefix))
 }
 
-fn s3(options: &StoreOptions, bucket: &str) -> AmazonS3Builder {
+fn s3(options: &ObjectStoreOptions, bucket: &str) -> AmazonS3Builder {
     let endpoint = options.named_endpoint();
     let plain = endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
     let in_path = options.in_path(endpoint.as_deref());
@@ -150,7 +152,8 @@ fn s3(options: &StoreOptions, bucket: &str) -> AmazonS3Builder {
         .with_client_options(client_options(options, plain))
         .with_allow_http(plain);
     if let Some(endpoint) = endpoint {
-        // In virtual-hosted style, the client expects the bucket name in the endpoint's host and does not add the name itself.
+        // In virtual-hosted style, the client expects the bucket name in the endpoint's host and does not add the name
+        // itself.
         builder = builder.with_endpoint(if in_path { endpoint } else { with_bucket(&endpoint, bucket) });
     }
     if let Some(region) = &options.region {
@@ -184,8 +187,8 @@ fn with_bucket(endpoint: &str, bucket: &str) -> String {
     }
 }
 
-/// Opens a directory as object store. Creates the directory if it is missing. Every write is synced before it succeeds, because the local
-/// copy of a segment may be evicted after the commit.
+/// Opens a directory as object store. Creates the directory if it is missing. Every write is synced before it succeeds,
+/// because the local copy of a segment may be evicted after the commit.
 fn directory(path: &str) -> Result<Folder, String> {
     if !path.starts_with('/') {
         return Err("a file URL needs an absolute path: file:///dir".to_owned());
@@ -195,15 +198,16 @@ fn directory(path: &str) -> Result<Folder, String> {
     Ok(Folder::new(store.with_fsync(true)))
 }
 
-/// Returns the retry options of the client itself. `store` does the retries, so that they can be cancelled and are counted once. The client
-/// makes two quick retries, because one failed part would otherwise fail its complete multipart upload.
+/// Returns the retry options of the client itself. `store` does the retries, so that they can be cancelled and are
+/// counted once. The client makes two quick retries, because one failed part would otherwise fail its complete
+/// multipart upload.
 fn no_retry() -> RetryConfig {
     let backoff =
         BackoffConfig { init_backoff: Duration::from_millis(50), max_backoff: Duration::from_secs(1), base: 2.0 };
     RetryConfig { backoff, max_retries: 2, retry_timeout: Duration::from_secs(10) }
 }
 
-fn client_options(options: &StoreOptions, plain: bool) -> ClientOptions {
+fn client_options(options: &ObjectStoreOptions, plain: bool) -> ClientOptions {
     ClientOptions::new()
         .with_allow_http(plain)
         .with_timeout(options.request_timeout)
@@ -218,14 +222,14 @@ mod tests {
 
     use super::*;
 
-    fn at(endpoint: &str, path_style: Option<bool>) -> StoreOptions {
-        let keys = Keys { access_key_id: "a".to_owned(), secret_access_key: "b".to_owned() };
+    fn at(endpoint: &str, path_style: Option<bool>) -> ObjectStoreOptions {
+        let keys = AccessKeys { access_key_id: "a".to_owned(), secret_access_key: "b".to_owned() };
         let endpoint = Some(endpoint.to_owned());
-        StoreOptions { endpoint, path_style, keys: Some(keys), ..StoreOptions::new("s3://bucket/prefix") }
+        ObjectStoreOptions { endpoint, path_style, keys: Some(keys), ..ObjectStoreOptions::new("s3://bucket/prefix") }
     }
 
-    /// Regression: with an IP address as endpoint, `doctor` named the bucket in the path and reported success. The broker sent its requests
-    /// to a bucket with the name of the prefix.
+    /// Regression: with an IP address as endpoint, `doctor` named the bucket in the path and reported success. The
+    /// broker sent its requests to a bucket with the name of the prefix.
     #[tokio::test]
     async fn bucket_is_in_path_if_endpoint_is_an_address() {
         for path_style in [None, Some(true), Some(false)] {
@@ -233,33 +237,33 @@ mod tests {
             let endpoint = format!("http://{}", listener.local_addr().unwrap());
             let (objects, prefix) = open(&at(&endpoint, path_style)).unwrap();
             let path = prefix.clone().join("object");
-            let asked = async {
+            let request_text = async {
                 let (mut socket, _) = listener.accept().await.unwrap();
                 let mut request = vec![0; 4096];
                 let read = socket.read(&mut request).await.unwrap();
                 socket.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").await.unwrap();
                 String::from_utf8_lossy(&request[..read]).into_owned()
             };
-            let (request, answer) = tokio::join!(asked, objects.get(&path));
+            let (request, response) = tokio::join!(request_text, objects.get(&path));
             assert!(request.starts_with("GET /bucket/prefix/object HTTP/1.1"), "{path_style:?}: {request}");
-            assert!(answer.is_err());
+            assert!(response.is_err());
         }
     }
 
     #[tokio::test]
     async fn refused_connection_error_names_only_the_address() {
-        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let (objects, prefix) = open(&at(&format!("http://{nobody}"), None)).unwrap();
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let (objects, prefix) = open(&at(&format!("http://{address}"), None)).unwrap();
         let error = objects.get(&prefix.join("object")).await.unwrap_err();
-        assert_eq!(super::super::store::reason(&error), format!("http://{nobody}: connection refused"));
+        assert_eq!(super::super::store::reason(&error), format!("http://{address}: connection refused"));
     }
 
     #[test]
     fn bucket_location_follows_endpoint_and_path_style() {
         let named = "https://s3.example:9000";
-        assert!(at(named, None).in_path(Some(named)), "where an endpoint is named");
-        assert!(!at(named, Some(false)).in_path(Some(named)), "unless told");
-        assert!(!StoreOptions::new("s3://bucket").in_path(None), "and not at Amazon");
+        assert!(at(named, None).in_path(Some(named)), "an endpoint is set");
+        assert!(!at(named, Some(false)).in_path(Some(named)), "the option takes precedence");
+        assert!(!ObjectStoreOptions::new("s3://bucket").in_path(None), "AWS uses the host name");
         assert_eq!(with_bucket(named, "bucket"), "https://bucket.s3.example:9000");
         for (endpoint, address) in
             [("http://[::1]:9000", true), ("http://10.0.0.1", true), ("http://localhost:9000", false)]

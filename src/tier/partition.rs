@@ -1,8 +1,9 @@
 //! One partition's history in the object store: adding segments, moving the log start, reading.
 //!
-//! The module does not access the metadata store or the log. A caller stages a state ([`PartitionTier::staging`],
-//! [`PartitionTier::stage_log_start`], [`PartitionTier::stage_trim`]), commits [`Staged::state`] by a compare-and-set over
-//! [`Staged::replaces`], and then calls [`PartitionTier::install`]. Readers see no change before the last step.
+//! The module does not access the metadata store or the log. A caller stages a state
+//! ([`PartitionTier::start_upload_batch`], [`PartitionTier::stage_log_start`], [`PartitionTier::stage_trim`]), commits
+//! [`StagedManifest::state`] by a compare-and-set over [`StagedManifest::replaces`], and then calls
+//! [`PartitionTier::install`]. Readers see no change before the last step.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -10,17 +11,17 @@ use std::{
 };
 
 use super::{
-    ahead::Readers,
-    cache::{Cache, Parsed},
+    chunk_cache::{CachedMetadata, ChunkCache},
+    codec::InvalidObject,
     footer::Footer,
-    manifest::{Found, Page, PageLine, Root, SegmentLine},
+    manifest::{ManifestLookup, ManifestPage, ManifestRoot, PageEntry, SegmentEntry},
     name::{ManifestName, partition_folder},
-    read::ReadError,
-    segment::{From, SegmentSource},
+    read::TierReadError,
+    read_ahead::ReadAheadTracker,
+    segment::{SegmentSource, SkippedPrefix},
     state::TierState,
-    store::{Store, StoreError},
+    store::{TierStore, TierStoreError},
     upload::{self, UploadError},
-    wire::Invalid,
 };
 use crate::{
     model::{LeaderEpoch, Offset, PartitionId},
@@ -29,40 +30,40 @@ use crate::{
 };
 
 /// Maximum number of times that a corrupt object is fetched again: the corruption may have happened in transfer.
-pub(super) const DAMAGE_RETRIES: usize = 2;
+pub(super) const CORRUPTION_RETRIES: usize = 2;
 
 /// One partition's history in the object store. Clones share it. An idle partition holds no manifest and no task.
 #[derive(Clone)]
 pub struct PartitionTier {
-    inner: Arc<Inner>,
+    inner: Arc<PartitionTierInner>,
 }
 
-struct Inner {
-    store: Store,
-    cache: Cache,
+struct PartitionTierInner {
+    store: TierStore,
+    cache: ChunkCache,
     id: PartitionId,
-    view: Mutex<View>,
+    view: Mutex<ManifestView>,
 }
 
-struct View {
+struct ManifestView {
     /// Newest committed state that this broker has received. Its version and its log start never decrease.
     state: TierState,
-    readers: Readers,
+    readers: ReadAheadTracker,
     /// Manifest or page that was found missing or corrupt.
     lost: Option<String>,
     /// Throttle of the log lines about reads of corrupt data.
-    damage: LogThrottle,
+    corruption_log: LogThrottle,
 }
 
 /// A state that is not committed yet. Its manifest is in the object store already.
 #[derive(Clone, Debug)]
 #[must_use = "nothing has changed before the state is committed and installed"]
-pub struct Staged {
+pub struct StagedManifest {
     state: TierState,
     replaces: TierState,
 }
 
-impl Staged {
+impl StagedManifest {
     /// Returns the state to commit.
     pub fn state(&self) -> &TierState {
         &self.state
@@ -74,29 +75,31 @@ impl Staged {
     }
 }
 
-/// Segments that are uploaded one after the other, for one manifest that will list all of them. A dropped value leaves orphan objects.
-#[must_use = "nothing is named before it is finished, committed and installed"]
-pub struct Staging<'a> {
+/// Segments that are uploaded one after the other, for one manifest that will list all of them. A dropped value leaves
+/// orphan objects.
+#[must_use = "no manifest lists the segments before it is finished, committed and installed"]
+pub struct UploadBatch<'a> {
     tier: &'a PartitionTier,
     replaces: TierState,
-    next: Root,
+    next: ManifestRoot,
 }
 
-impl Staging<'_> {
-    /// Uploads the part of a sealed segment that is not in the object store yet, and verifies it. The segment may begin below the tiered
-    /// end, at a batch boundary, because another leader rolled its segments at other offsets.
+impl UploadBatch<'_> {
+    /// Uploads the part of a sealed segment that is not in the object store yet, and verifies it. The segment may begin
+    /// below the tiered end, at a batch boundary, because another leader rolled its segments at other offsets.
     ///
     /// An error changes nothing: the segments that were added before can still be finished.
     pub async fn add(&mut self, source: &SegmentSource) -> Result<(), UploadError> {
-        let Inner { store, id, .. } = &*self.tier.inner;
+        let PartitionTierInner { store, id, .. } = &*self.tier.inner;
         let mut next = self.next.clone();
         if next.is_empty() {
             // Retention deleted the records between the tiered end and the log start before they were uploaded.
             next = next.beginning_at(self.replaces.log_start.max(source.base()));
         }
-        let from = From { offset: next.end(), inside: next.is_empty(), partition: *id, writer_epoch: next.epoch() };
-        let line = Box::pin(upload::segment(store, source, from)).await?;
-        if let Some(page) = next.push(line, random::uuid()) {
+        let from =
+            SkippedPrefix { offset: next.end(), inside: next.is_empty(), partition: *id, writer_epoch: next.epoch() };
+        let entry = Box::pin(upload::segment(store, source, from)).await?;
+        if let Some(page) = next.push(entry, random::uuid()) {
             upload::small(store, &self.tier.object(&page.stamp.page()), page.bytes).await?;
         }
         self.next = next;
@@ -104,16 +107,21 @@ impl Staging<'_> {
     }
 
     /// Writes the manifest.
-    pub async fn finish(self) -> Result<Staged, UploadError> {
+    pub async fn finish(self) -> Result<StagedManifest, UploadError> {
         self.tier.write(self.replaces, self.next).await
     }
 }
 
 impl PartitionTier {
     /// Creates the history of partition `id` in this state. Sends no request.
-    pub fn new(store: Store, cache: Cache, id: PartitionId, state: TierState) -> Self {
-        let view = Mutex::new(View { state, readers: Readers::default(), lost: None, damage: LogThrottle::default() });
-        Self { inner: Arc::new(Inner { store, cache, id, view }) }
+    pub fn new(store: TierStore, cache: ChunkCache, id: PartitionId, state: TierState) -> Self {
+        let view = Mutex::new(ManifestView {
+            state,
+            readers: ReadAheadTracker::default(),
+            lost: None,
+            corruption_log: LogThrottle::default(),
+        });
+        Self { inner: Arc::new(PartitionTierInner { store, cache, id, view }) }
     }
 
     /// Returns the newest committed state that this broker has received.
@@ -132,7 +140,7 @@ impl PartitionTier {
     }
 
     /// Applies a state that was read from the metadata store, unless the current state is newer.
-    pub fn adopt(&self, state: TierState) {
+    pub fn apply_state(&self, state: TierState) {
         let mut view = self.view();
         let age = |state: &TierState| (state.version(), state.log_start, state.epoch);
         if age(&state) > age(&view.state) {
@@ -145,36 +153,43 @@ impl PartitionTier {
 
     /// Starts a manifest that lists more segments than the current one.
     ///
-    /// A partition may stage one manifest at a time. Its state must be committed well within the grace period of garbage collection.
-    pub async fn staging(&self, epoch: LeaderEpoch) -> Result<Staging<'_>, UploadError> {
+    /// A partition may stage one manifest at a time. Its state must be committed well within the grace period of
+    /// garbage collection.
+    pub async fn start_upload_batch(&self, epoch: LeaderEpoch) -> Result<UploadBatch<'_>, UploadError> {
         let (state, root) = self.begin(epoch).await?;
         let next = self.following(&state, &root, epoch).await?;
-        Ok(Staging { tier: self, next, replaces: state })
+        Ok(UploadBatch { tier: self, next, replaces: state })
     }
 
     /// Returns the next manifest after `root`, without segments that lie completely below the log start.
-    async fn following(&self, state: &TierState, root: &Root, epoch: LeaderEpoch) -> Result<Root, ReadError> {
+    async fn following(
+        &self,
+        state: &TierState,
+        root: &ManifestRoot,
+        epoch: LeaderEpoch,
+    ) -> Result<ManifestRoot, TierReadError> {
         if !state.is_ahead_of(root) {
             return Ok(root.next_version(epoch));
         }
-        let cut_at = state.log_start.min(state.tiered_end);
-        let cut = match root.page_to_cut(cut_at) {
-            Some(line) => Some(self.page(&line).await?),
+        let trim_at = state.log_start.min(state.tiered_end);
+        let cut = match root.page_to_cut(trim_at) {
+            Some(entry) => Some(self.page(&entry).await?),
             None => None,
         };
-        Ok(root.trim(cut_at, cut.as_deref(), epoch))
+        Ok(root.trim(trim_at, cut.as_deref(), epoch))
     }
 
-    /// Uploads one segment and writes the manifest that lists it: a [`PartitionTier::staging`] of one segment.
-    pub async fn stage(&self, source: &SegmentSource, epoch: LeaderEpoch) -> Result<Staged, UploadError> {
-        let mut staging = self.staging(epoch).await?;
-        staging.add(source).await?;
-        staging.finish().await
+    /// Uploads one segment and writes the manifest that lists it: a [`PartitionTier::start_upload_batch`] of one
+    /// segment.
+    pub async fn stage(&self, source: &SegmentSource, epoch: LeaderEpoch) -> Result<StagedManifest, UploadError> {
+        let mut batch = self.start_upload_batch(epoch).await?;
+        batch.add(source).await?;
+        batch.finish().await
     }
 
-    /// Returns the state of a log that starts at `log_start`, with the current manifest. Sends no request, so the log start can move during
-    /// an outage of the store. `removed_bytes` are the bytes of the segments that end above the current log start, and not above the new
-    /// one.
+    /// Returns the state of a log that starts at `log_start`, with the current manifest. Sends no request, so the log
+    /// start can move during an outage of the store. `removed_bytes` are the bytes of the segments that end above the
+    /// current log start, and not above the new one.
     ///
     /// # Errors
     /// A newer leader has committed.
@@ -183,19 +198,20 @@ impl PartitionTier {
         log_start: Offset,
         removed_bytes: u64,
         epoch: LeaderEpoch,
-    ) -> Result<Staged, UploadError> {
+    ) -> Result<StagedManifest, UploadError> {
         let replaces = self.state();
         if epoch < replaces.epoch {
             return Err(UploadError::Deposed { epoch, current: replaces.epoch });
         }
         let log_start = log_start.max(replaces.log_start);
         let left = if log_start < replaces.tiered_end { replaces.bytes.saturating_sub(removed_bytes) } else { 0 };
-        Ok(Staged { state: TierState { log_start, epoch, bytes: left, ..replaces.clone() }, replaces })
+        Ok(StagedManifest { state: TierState { log_start, epoch, bytes: left, ..replaces.clone() }, replaces })
     }
 
-    /// Writes a manifest without the segments that lie completely below the log start. These segments become garbage with the commit. The
-    /// tiered end does not change, even if the log start lies above it: the next segment then begins after the gap.
-    pub async fn stage_trim(&self, epoch: LeaderEpoch) -> Result<Staged, UploadError> {
+    /// Writes a manifest without the segments that lie completely below the log start. These segments become garbage
+    /// with the commit. The tiered end does not change, even if the log start lies above it: the next segment then
+    /// begins after the gap.
+    pub async fn stage_trim(&self, epoch: LeaderEpoch) -> Result<StagedManifest, UploadError> {
         let (state, root) = self.begin(epoch).await?;
         let (log_start, next) = (state.log_start, self.following(&state, &root, epoch).await?);
         let mut staged = self.write(state, next).await?;
@@ -203,28 +219,28 @@ impl PartitionTier {
         Ok(staged)
     }
 
-    /// Returns true if the manifest's log start is below that of the state, so that the manifest lists or counts segments below the log
-    /// start.
-    pub async fn manifest_lags(&self) -> Result<bool, ReadError> {
+    /// Returns true if the manifest's log start is below that of the state, so that the manifest lists or counts
+    /// segments below the log start.
+    pub async fn manifest_lags(&self) -> Result<bool, TierReadError> {
         let state = self.state();
         Ok(state.is_ahead_of(&*self.root(&state).await?))
     }
 
     /// Returns the modification time of a segment's object by the store's clock, in milliseconds since 1970.
-    pub async fn modified_ms(&self, line: &SegmentLine) -> Result<i64, ReadError> {
-        let (store, object) = (&self.inner.store, self.object(&line.stamp.segment()));
+    pub async fn modified_ms(&self, entry: &SegmentEntry) -> Result<i64, TierReadError> {
+        let (store, object) = (&self.inner.store, self.object(&entry.stamp.segment()));
         Ok(store.unless_away(&object, store.modified_ms(&object)).await?)
     }
 
-    /// Waits until an outage of the store has been confirmed for `time`, and returns the outage as an error. Returns at once if that holds
-    /// already.
-    pub async fn until_away_for(&self, time: Duration) -> StoreError {
+    /// Waits until an outage of the store has been confirmed for `time`, and returns the outage as an error. Returns at
+    /// once if that holds already.
+    pub async fn until_away_for(&self, time: Duration) -> TierStoreError {
         let outage = self.inner.store.until_away_for(time).await;
-        let reason = format!("the store has served nothing {outage}");
-        StoreError::Unavailable { object: partition_folder(self.inner.id), reason }
+        let reason = format!("the object store has been unavailable {outage}");
+        TierStoreError::Unavailable { object: partition_folder(self.inner.id), reason }
     }
 
-    async fn begin(&self, epoch: LeaderEpoch) -> Result<(TierState, Arc<Root>), UploadError> {
+    async fn begin(&self, epoch: LeaderEpoch) -> Result<(TierState, Arc<ManifestRoot>), UploadError> {
         self.inner.store.claim().await?;
         let state = self.state();
         if epoch < state.epoch {
@@ -234,66 +250,68 @@ impl PartitionTier {
         Ok((state, root))
     }
 
-    async fn write(&self, replaces: TierState, next: Root) -> Result<Staged, UploadError> {
+    async fn write(&self, replaces: TierState, next: ManifestRoot) -> Result<StagedManifest, UploadError> {
         let name = ManifestName::draw(next.version(), next.epoch());
         upload::small(&self.inner.store, &self.object(&name.to_string()), next.encode()).await?;
-        // Last check before the commit: all objects went to the cluster's store, and not to a folder that was created in its place.
+        // Last check before the commit: all objects went to the cluster's store, and not to a folder that was created
+        // in its place.
         self.inner.store.claim().await?;
         let state = TierState::of(&next, name);
-        self.inner.cache.put_parsed(name.attempt, Parsed::Root(Arc::new(next))).await;
-        Ok(Staged { state, replaces })
+        self.inner.cache.put_parsed(name.attempt, CachedMetadata::Root(Arc::new(next))).await;
+        Ok(StagedManifest { state, replaces })
     }
 
     /// Makes a staged state the current one. The caller has committed the state.
-    pub fn install(&self, staged: Staged) {
-        self.adopt(staged.state);
+    pub fn install(&self, staged: StagedManifest) {
+        self.apply_state(staged.state);
     }
 
     /// Returns the segments that contain offsets from `from` on, oldest first, at most `limit`.
-    pub async fn segments(&self, from: Offset, limit: usize) -> Result<Vec<SegmentLine>, ReadError> {
+    pub async fn segments(&self, from: Offset, limit: usize) -> Result<Vec<SegmentEntry>, TierReadError> {
         let state = self.state();
         let root = self.root(&state).await?;
         let from = from.max(state.log_start);
         let mut found = Vec::new();
-        for line in root.pages().iter().filter(|line| line.stamp.end > from) {
+        for entry in root.pages().iter().filter(|entry| entry.stamp.end > from) {
             if found.len() >= limit {
                 break;
             }
-            found.extend(self.page(line).await?.segments().iter().filter(|line| line.stamp.end > from));
+            found.extend(self.page(entry).await?.segments().iter().filter(|entry| entry.stamp.end > from));
         }
-        found.extend(root.segments().iter().filter(|line| line.stamp.end > from));
+        found.extend(root.segments().iter().filter(|entry| entry.stamp.end > from));
         found.truncate(limit);
         Ok(found)
     }
 
-    /// Returns the footer of the last segment, with the epochs and the producer state at the tiered end. Returns `None` if the manifest
-    /// lists no segment.
-    pub async fn last_footer(&self) -> Result<Option<Arc<Footer>>, ReadError> {
+    /// Returns the footer of the last segment, with the epochs and the producer state at the tiered end. Returns `None`
+    /// if the manifest lists no segment.
+    pub async fn last_footer(&self) -> Result<Option<Arc<Footer>>, TierReadError> {
         let root = self.root(&self.state()).await?;
         match root.segments().last() {
-            Some(line) => self.footer(line).await.map(Some),
+            Some(entry) => self.footer(entry).await.map(Some),
             None => Ok(None),
         }
     }
 
-    pub(super) fn store(&self) -> &Store {
+    pub(super) fn store(&self) -> &TierStore {
         &self.inner.store
     }
 
-    pub(super) fn cache(&self) -> &Cache {
+    pub(super) fn cache(&self) -> &ChunkCache {
         &self.inner.cache
     }
 
-    pub(super) fn with_readers<T>(&self, act: impl FnOnce(&mut Readers) -> T) -> T {
+    pub(super) fn with_readers<T>(&self, act: impl FnOnce(&mut ReadAheadTracker) -> T) -> T {
         act(&mut self.view().readers)
     }
 
-    /// Counts a read of corrupt data. Returns `Some` if the caller must log it, with the number of such reads since the last line.
-    pub(super) fn count_damage(&self) -> Option<u64> {
-        self.view().damage.occur(clock::monotonic())
+    /// Counts a read of corrupt data. Returns `Some` if the caller must log it, with the number of such reads since the
+    /// last line.
+    pub(super) fn count_corruption(&self) -> Option<u64> {
+        self.view().corruption_log.occur(clock::monotonic())
     }
 
-    fn view(&self) -> MutexGuard<'_, View> {
+    fn view(&self) -> MutexGuard<'_, ManifestView> {
         self.inner.view.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -302,53 +320,58 @@ impl PartitionTier {
     }
 
     /// Returns the manifest that `state` names, from the cache if possible.
-    pub(super) async fn root(&self, state: &TierState) -> Result<Arc<Root>, ReadError> {
-        let Some(name) = state.manifest else { return Ok(Arc::new(Root::empty(self.inner.id, state.bucket_end()))) };
-        let (tier, wanted) = (self.clone(), state.clone());
-        let load = Box::pin(async move { tier.load_root(&wanted).await.map(Parsed::Root) });
+    pub(super) async fn root(&self, state: &TierState) -> Result<Arc<ManifestRoot>, TierReadError> {
+        let Some(name) = state.manifest else {
+            return Ok(Arc::new(ManifestRoot::empty(self.inner.id, state.tiered_end())));
+        };
+        let (tier, expected) = (self.clone(), state.clone());
+        let load = Box::pin(async move { tier.load_root(&expected).await.map(CachedMetadata::Root) });
         let parsed = self.inner.cache.parsed(&self.inner.store, name.attempt, load);
-        match parsed.await.inspect_err(|error| self.note_loss(error))? {
-            Parsed::Root(root) => Ok(root),
+        match parsed.await.inspect_err(|error| self.record_lost_manifest(error))? {
+            CachedMetadata::Root(root) => Ok(root),
             _ => Err(self.misnamed(&name.to_string())),
         }
     }
 
-    async fn page(&self, line: &PageLine) -> Result<Arc<Page>, ReadError> {
-        let (tier, wanted) = (self.clone(), *line);
-        let load = Box::pin(async move { tier.load_page(&wanted).await.map(Parsed::Page) });
-        let parsed = self.inner.cache.parsed(&self.inner.store, line.stamp.attempt, load);
-        match parsed.await.inspect_err(|error| self.note_loss(error))? {
-            Parsed::Page(page) => Ok(page),
-            _ => Err(self.misnamed(&line.stamp.page())),
+    async fn page(&self, entry: &PageEntry) -> Result<Arc<ManifestPage>, TierReadError> {
+        let (tier, wanted) = (self.clone(), *entry);
+        let load = Box::pin(async move { tier.load_page(&wanted).await.map(CachedMetadata::Page) });
+        let parsed = self.inner.cache.parsed(&self.inner.store, entry.stamp.attempt, load);
+        match parsed.await.inspect_err(|error| self.record_lost_manifest(error))? {
+            CachedMetadata::Page(page) => Ok(page),
+            _ => Err(self.misnamed(&entry.stamp.page())),
         }
     }
 
     /// Fetches the manifest that `state` names from the store.
-    pub(super) async fn load_root(&self, state: &TierState) -> Result<Arc<Root>, ReadError> {
-        let Some(name) = state.manifest else { return Ok(Arc::new(Root::empty(self.inner.id, state.bucket_end()))) };
+    pub(super) async fn load_root(&self, state: &TierState) -> Result<Arc<ManifestRoot>, TierReadError> {
+        let Some(name) = state.manifest else {
+            return Ok(Arc::new(ManifestRoot::empty(self.inner.id, state.tiered_end())));
+        };
         let parse = |bytes: &[u8]| {
-            let root = Root::parse(bytes)?;
+            let root = ManifestRoot::parse(bytes)?;
             if root.partition() == self.inner.id && state.agrees(&root) {
                 Ok(Arc::new(root))
             } else {
-                Err(Invalid::Contradiction { reason: "it is not the manifest that was committed" })
+                Err(InvalidObject::Contradiction { reason: "the object is not the committed manifest" })
             }
         };
         self.load(&self.object(&name.to_string()), None, parse).await
     }
 
     /// Fetches a page from the store.
-    pub(super) async fn load_page(&self, line: &PageLine) -> Result<Arc<Page>, ReadError> {
-        let parse = |bytes: &[u8]| Page::parse(bytes, self.inner.id, line).map(Arc::new);
-        self.load(&self.object(&line.stamp.page()), None, parse).await
+    pub(super) async fn load_page(&self, entry: &PageEntry) -> Result<Arc<ManifestPage>, TierReadError> {
+        let parse = |bytes: &[u8]| ManifestPage::parse(bytes, self.inner.id, entry).map(Arc::new);
+        self.load(&self.object(&entry.stamp.page()), None, parse).await
     }
 
-    fn misnamed(&self, name: &str) -> ReadError {
-        ReadError::Damaged { object: self.object(name), reason: "its name is that of another object".to_owned() }
+    fn misnamed(&self, name: &str) -> TierReadError {
+        TierReadError::Damaged { object: self.object(name), reason: "the name belongs to another object".to_owned() }
     }
 
-    /// Records that the current manifest or one of its pages is lost. A read detects the loss first; maintenance rebuilds the manifest.
-    fn note_loss(&self, error: &ReadError) {
+    /// Records that the current manifest or one of its pages is lost. A read detects the loss first; maintenance
+    /// rebuilds the manifest.
+    fn record_lost_manifest(&self, error: &TierReadError) {
         if let Some(object) = error.lost_manifest() {
             self.view().lost = Some(object.to_owned());
         }
@@ -359,64 +382,70 @@ impl PartitionTier {
         self.view().lost.clone()
     }
 
-    /// Writes a manifest of these segments in place of a lost one. The segments have no gap: the first one contains `log_start`, and the
-    /// last one ends at the tiered end. Their objects exist already. The caller commits the manifest like any other.
+    /// Writes a manifest of these segments in place of a lost one. The segments have no gap: the first one contains
+    /// `log_start`, and the last one ends at the tiered end. Their objects exist already. The caller commits the
+    /// manifest like any other.
     ///
     /// # Panics
     /// If the segments are not such a chain. [`PartitionTier::survey`] returns one.
     pub async fn stage_rebuilt(
         &self,
-        segments: &[SegmentLine],
+        segments: &[SegmentEntry],
         log_start: Offset,
         epoch: LeaderEpoch,
-    ) -> Result<Staged, UploadError> {
+    ) -> Result<StagedManifest, UploadError> {
         self.inner.store.claim().await?;
         let state = self.state();
         if epoch < state.epoch {
             return Err(UploadError::Deposed { epoch, current: state.epoch });
         }
         let begin = log_start.min(state.tiered_end);
-        let mut next = Root::rebuilt(self.inner.id, state.version() + 1, epoch, begin);
-        for line in segments {
-            if let Some(page) = next.push(*line, random::uuid()) {
+        let mut next = ManifestRoot::rebuilt(self.inner.id, state.version() + 1, epoch, begin);
+        for entry in segments {
+            if let Some(page) = next.push(*entry, random::uuid()) {
                 upload::small(&self.inner.store, &self.object(&page.stamp.page()), page.bytes).await?;
             }
         }
-        assert_eq!(next.end(), state.tiered_end, "the tiered end never falls");
+        assert_eq!(next.end(), state.tiered_end, "the tiered end never decreases");
         let mut staged = self.write(state, next).await?;
         staged.state.log_start = log_start.max(staged.replaces.log_start);
         Ok(staged)
     }
 
-    pub(super) async fn footer(&self, line: &SegmentLine) -> Result<Arc<Footer>, ReadError> {
-        let (tier, wanted) = (self.clone(), *line);
-        let load = Box::pin(async move { tier.load_footer(&wanted).await.map(Parsed::Footer) });
-        match self.inner.cache.parsed(&self.inner.store, line.stamp.attempt, load).await? {
-            Parsed::Footer(footer) => Ok(footer),
-            _ => Err(self.misnamed(&line.stamp.segment())),
+    pub(super) async fn footer(&self, entry: &SegmentEntry) -> Result<Arc<Footer>, TierReadError> {
+        let (tier, wanted) = (self.clone(), *entry);
+        let load = Box::pin(async move { tier.load_footer(&wanted).await.map(CachedMetadata::Footer) });
+        match self.inner.cache.parsed(&self.inner.store, entry.stamp.attempt, load).await? {
+            CachedMetadata::Footer(footer) => Ok(footer),
+            _ => Err(self.misnamed(&entry.stamp.segment())),
         }
     }
 
     /// Fetches the footer of a segment from the store.
-    async fn load_footer(&self, line: &SegmentLine) -> Result<Arc<Footer>, ReadError> {
+    async fn load_footer(&self, entry: &SegmentEntry) -> Result<Arc<Footer>, TierReadError> {
         let parse = |bytes: &[u8]| {
             let footer = Footer::parse(bytes)?;
             let same = footer.partition == self.inner.id
-                && (footer.base, footer.end, footer.data_bytes) == (line.stamp.base, line.stamp.end, line.data_bytes);
+                && (footer.base, footer.end, footer.data_bytes)
+                    == (entry.stamp.base, entry.stamp.end, entry.data_bytes);
             if same {
                 Ok(Arc::new(footer))
             } else {
-                Err(Invalid::Contradiction { reason: "its footer is that of another segment" })
+                Err(InvalidObject::Contradiction { reason: "the footer belongs to another segment" })
             }
         };
-        self.load(&self.object(&line.stamp.segment()), Some(line.data_bytes..line.object_bytes()), parse).await
+        self.load(&self.object(&entry.stamp.segment()), Some(entry.data_bytes..entry.object_bytes()), parse).await
     }
 
     /// Returns the segment that contains `offset`, according to a manifest.
-    pub(super) async fn segment_of(&self, root: &Root, offset: Offset) -> Result<Option<SegmentLine>, ReadError> {
+    pub(super) async fn segment_of(
+        &self,
+        root: &ManifestRoot,
+        offset: Offset,
+    ) -> Result<Option<SegmentEntry>, TierReadError> {
         Ok(match root.find(offset) {
-            Some(Found::Segment(line)) => Some(line),
-            Some(Found::Page(line)) => self.page(&line).await?.find(offset),
+            Some(ManifestLookup::Segment(entry)) => Some(entry),
+            Some(ManifestLookup::Page(entry)) => self.page(&entry).await?.find(offset),
             None => None,
         })
     }
@@ -424,23 +453,23 @@ impl PartitionTier {
     /// Returns the first segment that ends above `from` and has a largest timestamp of `timestamp_ms` or later.
     pub(super) async fn segment_at_time(
         &self,
-        root: &Root,
+        root: &ManifestRoot,
         timestamp_ms: i64,
         mut from: Offset,
-    ) -> Result<Option<SegmentLine>, ReadError> {
+    ) -> Result<Option<SegmentEntry>, TierReadError> {
         loop {
-            let line = match root.find_time(timestamp_ms, from) {
-                Some(Found::Segment(line)) => return Ok(Some(line)),
-                Some(Found::Page(line)) => line,
+            let entry = match root.find_time(timestamp_ms, from) {
+                Some(ManifestLookup::Segment(entry)) => return Ok(Some(entry)),
+                Some(ManifestLookup::Page(entry)) => entry,
                 None => return Ok(None),
             };
-            let page = self.page(&line).await?;
-            let late = |line: &&SegmentLine| line.stamp.end > from && line.max_timestamp_ms >= timestamp_ms;
-            if let Some(line) = page.segments().iter().find(late) {
-                return Ok(Some(*line));
+            let page = self.page(&entry).await?;
+            let late = |entry: &&SegmentEntry| entry.stamp.end > from && entry.max_timestamp_ms >= timestamp_ms;
+            if let Some(entry) = page.segments().iter().find(late) {
+                return Ok(Some(*entry));
             }
             // The page's largest timestamp is that of a segment below `from`.
-            from = line.stamp.end;
+            from = entry.stamp.end;
         }
     }
 
@@ -449,8 +478,8 @@ impl PartitionTier {
         &self,
         object: &str,
         range: Option<std::ops::Range<u64>>,
-        parse: impl Fn(&[u8]) -> Result<T, Invalid>,
-    ) -> Result<T, ReadError> {
+        parse: impl Fn(&[u8]) -> Result<T, InvalidObject>,
+    ) -> Result<T, TierReadError> {
         let (store, mut tries) = (&self.inner.store, 0);
         loop {
             let bytes = match range.clone() {
@@ -459,9 +488,9 @@ impl PartitionTier {
             };
             match parse(&bytes) {
                 Ok(parsed) => return Ok(parsed),
-                Err(_) if tries < DAMAGE_RETRIES => tries += 1,
+                Err(_) if tries < CORRUPTION_RETRIES => tries += 1,
                 Err(error) => {
-                    return Err(ReadError::Damaged { object: object.to_owned(), reason: error.to_string() });
+                    return Err(TierReadError::Damaged { object: object.to_owned(), reason: error.to_string() });
                 }
             }
         }

@@ -1,8 +1,8 @@
 //! Cold reads: complete, checked batches from an offset on, through the chunk cache.
 //!
-//! Every served bit is checked. A batch's CRC covers everything but the base offset and the leader epoch; these two must match the index
-//! and the footer's epoch list. A chunk that fails a check is evicted and fetched again. The object is reported as corrupt only if that
-//! does not help.
+//! Every served bit is checked. A batch's CRC covers everything but the base offset and the leader epoch; these two
+//! must match the index and the footer's epoch list. A chunk that fails a check is evicted and fetched again. The
+//! object is reported as corrupt only if that does not help.
 
 use std::{collections::BTreeMap, ops::Range};
 
@@ -10,12 +10,12 @@ use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::{
-    ahead,
-    cache::CHUNK_BYTES,
+    chunk_cache::CHUNK_BYTES,
     footer::Footer,
-    manifest::{Root, SegmentLine},
-    partition::{DAMAGE_RETRIES, PartitionTier},
-    store::StoreError,
+    manifest::{ManifestRoot, SegmentEntry},
+    partition::{CORRUPTION_RETRIES, PartitionTier},
+    read_ahead,
+    store::TierStoreError,
 };
 use crate::{limits, log::ReadLimits, model::Offset, record::Batch};
 
@@ -24,9 +24,9 @@ const CHUNKS_AT_ONCE: usize = 8;
 
 /// Error of a read from the object store.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum ReadError {
+pub enum TierReadError {
     /// The object store does not contain the offset.
-    #[error("offset {offset} is not in the bucket, which holds {start}..{end}")]
+    #[error("offset {offset} is not in the object store, which holds {start}..{end}")]
     OutOfRange {
         /// Requested offset.
         offset: Offset,
@@ -36,13 +36,13 @@ pub enum ReadError {
         end: Offset,
     },
     /// An object that the manifest references does not exist.
-    #[error("object {object} is missing from the bucket, though the manifest names it")]
+    #[error("object {object} is missing from the object store, although the manifest references it")]
     Missing {
         /// Name of the object, below the prefix.
         object: String,
     },
     /// The content of an object is corrupt. The read returns none of it.
-    #[error("object {object} is damaged: {reason}")]
+    #[error("object {object} is corrupt: {reason}")]
     Damaged {
         /// Name of the object, below the prefix.
         object: String,
@@ -50,17 +50,17 @@ pub enum ReadError {
         reason: String,
     },
     /// The batch is larger than the reader's memory budget.
-    #[error("the batch has {bytes} bytes, and there is memory for fewer")]
+    #[error("the batch has {bytes} bytes, which exceeds the memory of the reader")]
     BatchTooLarge {
         /// Size of the batch.
         bytes: usize,
     },
     /// The request to the store failed.
     #[error(transparent)]
-    Store(StoreError),
+    Store(TierStoreError),
 }
 
-impl ReadError {
+impl TierReadError {
     /// Returns the manifest or manifest page that is missing or corrupt. Returns `None` for every other error.
     pub fn lost_manifest(&self) -> Option<&str> {
         super::rebuild::lost_manifest(self)
@@ -72,10 +72,10 @@ impl ReadError {
     }
 }
 
-impl From<StoreError> for ReadError {
-    fn from(error: StoreError) -> Self {
+impl From<TierStoreError> for TierReadError {
+    fn from(error: TierStoreError) -> Self {
         match error {
-            StoreError::NotFound { object } => Self::Missing { object },
+            TierStoreError::NotFound { object } => Self::Missing { object },
             other => Self::Store(other),
         }
     }
@@ -83,7 +83,7 @@ impl From<StoreError> for ReadError {
 
 /// Result of one read.
 #[derive(Clone, Debug)]
-pub struct Read {
+pub struct TierRead {
     /// Complete batches in order. Each piece holds one or more.
     pub chunks: Vec<Bytes>,
     /// Offset after the last batch.
@@ -93,7 +93,7 @@ pub struct Read {
 }
 
 /// Position at which a read ended.
-struct At {
+struct ReadCursor {
     /// Position after the last batch.
     position: u64,
     /// First chunk that was neither in memory nor in flight.
@@ -101,81 +101,81 @@ struct At {
 }
 
 /// A failed check, and the chunks that it concerns.
-struct Damage {
+struct Corruption {
     chunks: Range<u64>,
     reason: String,
 }
 
-enum Failed {
-    Damage(Damage),
-    Read(ReadError),
+enum ReadFailure {
+    Corrupt(Corruption),
+    Read(TierReadError),
 }
 
-impl From<ReadError> for Failed {
-    fn from(error: ReadError) -> Self {
+impl From<TierReadError> for ReadFailure {
+    fn from(error: TierReadError) -> Self {
         Self::Read(error)
     }
 }
 
 impl PartitionTier {
-    /// Returns batches from the one that contains `from`, which may begin below `from`. Ends at the limits or at the end of a segment, but
-    /// returns at least one batch.
-    pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<Read, ReadError> {
+    /// Returns batches from the one that contains `from`, which may begin below `from`. Ends at the limits or at the
+    /// end of a segment, but returns at least one batch.
+    pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<TierRead, TierReadError> {
         let state = self.state();
         let (offset, start, end) = (from, state.log_start, state.tiered_end);
-        let outside = || ReadError::OutOfRange { offset, start, end };
+        let outside = || TierReadError::OutOfRange { offset, start, end };
         if from < start || from >= end {
             return Err(outside());
         }
         let root = self.root(&state).await?;
-        let line = self.segment_of(&root, from).await?.ok_or_else(outside)?;
-        let footer = self.footer(&line).await?;
+        let entry = self.segment_of(&root, from).await?.ok_or_else(outside)?;
+        let footer = self.footer(&entry).await?;
         let mut reader = self.with_readers(|readers| readers.arrive(from));
-        let read = self.read_segment(&line, &footer, from, limits).await;
-        if let Err(ReadError::BatchTooLarge { .. }) = read {
+        let read = self.read_segment(&entry, &footer, from, limits).await;
+        if let Err(TierReadError::BatchTooLarge { .. }) = read {
             // The reader reads the same batch again, so this read must not widen its window.
             reader.window /= 2;
             self.with_readers(|readers| readers.leave(reader, from));
         }
         let (read, at) = read?;
-        if at.fetched.is_some_and(|first| (line.stamp.base, first + 1) <= reader.settled) {
-            reader.crowded((line.stamp.base, at.position.div_ceil(CHUNK_BYTES)));
+        if at.fetched.is_some_and(|first| (entry.stamp.base, first + 1) <= reader.settled) {
+            reader.crowded((entry.stamp.base, at.position.div_ceil(CHUNK_BYTES)));
         }
         reader.settled = reader.asked;
         if reader.window > 0 {
-            reader.asked = self.fetch_ahead(&root, line, at.position, &reader).await;
+            reader.asked = self.fetch_ahead(&root, entry, at.position, &reader).await;
         }
         self.with_readers(|readers| readers.leave(reader, read.next));
         Ok(read)
     }
 
-    /// Returns the first batch that ends above `from` and the log start, and whose header has a largest timestamp of `timestamp_ms` or
-    /// later. Returns `None` if the object store contains none. If a producer set the largest timestamp too high, the batch has no such
-    /// record: the caller then continues at the batch's end. A batch above both `max_batch_bytes` and the size of a search's read is an
-    /// error and is not read.
+    /// Returns the first batch that ends above `from` and the log start, and whose header has a largest timestamp of
+    /// `timestamp_ms` or later. Returns `None` if the object store contains none. If a producer set the largest
+    /// timestamp too high, the batch has no such record: the caller then continues at the batch's end. A batch above
+    /// both `max_batch_bytes` and the size of a search's read is an error and is not read.
     pub async fn batch_for_time(
         &self,
         timestamp_ms: i64,
         from: Offset,
         max_batch_bytes: usize,
-    ) -> Result<Option<Batch>, ReadError> {
+    ) -> Result<Option<Batch>, TierReadError> {
         let limits = ReadLimits { max_bytes: limits::SEARCH_BYTES, max_batch_bytes };
         let state = self.state();
         let root = self.root(&state).await?;
         let mut from = from.max(state.log_start);
-        while let Some(line) = self.segment_at_time(&root, timestamp_ms, from).await? {
-            let footer = self.footer(&line).await?;
-            if let Some(stretch) = footer.stretch_at_time(timestamp_ms) {
+        while let Some(entry) = self.segment_at_time(&root, timestamp_ms, from).await? {
+            let footer = self.footer(&entry).await?;
+            if let Some(stretch) = footer.interval_at_time(timestamp_ms) {
                 let mut at = stretch.offset.max(from);
-                while at < line.stamp.end {
-                    let (read, _) = self.read_segment(&line, &footer, at, limits).await?;
+                while at < entry.stamp.end {
+                    let (read, _) = self.read_segment(&entry, &footer, at, limits).await?;
                     at = read.next;
                     if let Some(batch) = first_at(&read, timestamp_ms, from) {
                         return Ok(Some(batch));
                     }
                 }
             }
-            from = line.stamp.end;
+            from = entry.stamp.end;
         }
         Ok(None)
     }
@@ -183,30 +183,30 @@ impl PartitionTier {
     /// Reads like [`PartitionTier::read`], in a known segment. Also returns the position at which the read ended.
     async fn read_segment(
         &self,
-        line: &SegmentLine,
+        entry: &SegmentEntry,
         footer: &Footer,
         from: Offset,
         limits: ReadLimits,
-    ) -> Result<(Read, At), ReadError> {
+    ) -> Result<(TierRead, ReadCursor), TierReadError> {
         let mut tries = 0;
         loop {
-            let mut scan = Scan::new(self, line, footer, from);
+            let mut scan = SegmentScan::new(self, entry, footer, from);
             match scan.run(limits).await {
                 Ok(()) => return Ok(scan.finish()),
-                Err(Failed::Read(error)) => return Err(error),
-                Err(Failed::Damage(damage)) => {
-                    self.cache().forget(line, damage.chunks).await;
-                    if tries == DAMAGE_RETRIES {
-                        let object = self.object(&line.stamp.segment());
-                        if let Some(count) = self.count_damage() {
+                Err(ReadFailure::Read(error)) => return Err(error),
+                Err(ReadFailure::Corrupt(corruption)) => {
+                    self.cache().evict(entry, corruption.chunks).await;
+                    if tries == CORRUPTION_RETRIES {
+                        let object = self.object(&entry.stamp.segment());
+                        if let Some(count) = self.count_corruption() {
                             tracing::error!(
                                 object,
-                                reason = damage.reason,
+                                reason = corruption.reason,
                                 count,
-                                "an object in the bucket is damaged"
+                                "an object in the object store is corrupt"
                             );
                         }
-                        return Err(ReadError::Damaged { object, reason: damage.reason });
+                        return Err(TierReadError::Damaged { object, reason: corruption.reason });
                     }
                     tries += 1;
                 }
@@ -214,32 +214,38 @@ impl PartitionTier {
         }
     }
 
-    /// Requests the chunks ahead of a sequential reader, several per request, also beyond the end of the segment. Returns the position up
-    /// to which chunks were requested.
-    async fn fetch_ahead(&self, root: &Root, line: SegmentLine, position: u64, reader: &ahead::Reader) -> ahead::Place {
+    /// Requests the chunks ahead of a sequential reader, several per request, also beyond the end of the segment.
+    /// Returns the position up to which chunks were requested.
+    async fn fetch_ahead(
+        &self,
+        root: &ManifestRoot,
+        entry: SegmentEntry,
+        position: u64,
+        reader: &read_ahead::SequentialReader,
+    ) -> read_ahead::ReadPosition {
         let mut asked = reader.asked;
-        let (mut line, mut index, mut left) = (line, position.div_ceil(CHUNK_BYTES), reader.window);
+        let (mut entry, mut index, mut left) = (entry, position.div_ceil(CHUNK_BYTES), reader.window);
         // Half of the window is in flight while the reader reads the other half.
         let run = (reader.window / 2).clamp(1, self.cache().run_chunks());
         while left > 0 {
-            let chunks = line.data_bytes.div_ceil(CHUNK_BYTES);
+            let chunks = entry.data_bytes.div_ceil(CHUNK_BYTES);
             if index >= chunks {
                 // An error of the page or the store is returned by the read that needs the chunk.
-                let Ok(Some(next)) = self.segment_of(root, line.stamp.end).await else { break };
-                (line, index) = (next, 0);
+                let Ok(Some(next)) = self.segment_of(root, entry.stamp.end).await else { break };
+                (entry, index) = (next, 0);
                 continue;
             }
             let mut end = index + 1;
-            if (line.stamp.base, end) > asked {
+            if (entry.stamp.base, end) > asked {
                 // Runs end at the same positions for all readers, so that two readers request the same runs.
                 end = chunks.min((index / run + 1) * run).min(index + left);
-                let whole = end % run == 0 || end == chunks;
-                let object = self.object(&line.stamp.segment());
+                let is_full_run = end % run == 0 || end == chunks;
+                let object = self.object(&entry.stamp.segment());
                 // A shorter run waits until the window has space for a complete one.
-                if !whole || !self.cache().read_ahead(self.store(), &object, line, index..end) {
+                if !is_full_run || !self.cache().read_ahead(self.store(), &object, entry, index..end) {
                     break;
                 }
-                asked = (line.stamp.base, end);
+                asked = (entry.stamp.base, end);
             }
             (index, left) = (end, left - (end - index));
         }
@@ -248,9 +254,9 @@ impl PartitionTier {
 }
 
 /// One pass over a segment's batches, from the index interval that contains an offset.
-struct Scan<'a> {
+struct SegmentScan<'a> {
     tier: &'a PartitionTier,
-    line: &'a SegmentLine,
+    entry: &'a SegmentEntry,
     footer: &'a Footer,
     object: String,
     from: Offset,
@@ -266,14 +272,14 @@ struct Scan<'a> {
     run: Option<Range<u64>>,
 }
 
-impl<'a> Scan<'a> {
-    fn new(tier: &'a PartitionTier, line: &'a SegmentLine, footer: &'a Footer, from: Offset) -> Self {
-        let (stretch, _) = footer.stretch_of(from);
+impl<'a> SegmentScan<'a> {
+    fn new(tier: &'a PartitionTier, entry: &'a SegmentEntry, footer: &'a Footer, from: Offset) -> Self {
+        let (stretch, _) = footer.interval_of(from);
         Self {
             tier,
-            line,
+            entry,
             footer,
-            object: tier.object(&line.stamp.segment()),
+            object: tier.object(&entry.stamp.segment()),
             from,
             position: stretch.position,
             next: stretch.offset,
@@ -285,44 +291,45 @@ impl<'a> Scan<'a> {
         }
     }
 
-    async fn run(&mut self, ReadLimits { max_bytes, max_batch_bytes }: ReadLimits) -> Result<(), Failed> {
+    async fn run(&mut self, ReadLimits { max_bytes, max_batch_bytes }: ReadLimits) -> Result<(), ReadFailure> {
         let max_bytes = max_bytes.min(limits::MAX_FETCH_BYTES);
         let head = limits::BATCH_HEADER_BYTES as u64;
         self.fetch(self.position + (max_bytes as u64).max(head)).await?;
-        while self.position < self.line.data_bytes {
+        while self.position < self.entry.data_bytes {
             self.fetch(self.position + head).await?;
             let length = Batch::framed_len(&self.slice(self.position..self.position + head));
-            let length = length.map_err(|error| self.damage(head, &error.to_string()))?;
+            let length = length.map_err(|error| self.corrupt(head, &error.to_string()))?;
             let skipped = self.bytes == 0;
             if !skipped && self.bytes + length > max_bytes {
                 break;
             }
             let end = self.position + length as u64;
-            if end > self.line.data_bytes {
-                return Err(self.damage(head, "a batch reaches beyond the data"));
+            if end > self.entry.data_bytes {
+                return Err(self.corrupt(head, "a batch extends beyond the data"));
             }
             if length > max_batch_bytes.max(max_bytes) {
-                return Err(ReadError::BatchTooLarge { bytes: length }.into());
+                return Err(TierReadError::BatchTooLarge { bytes: length }.into());
             }
             self.fetch(end).await?;
             self.take(self.position..end)?;
         }
-        if self.position == self.line.data_bytes && self.next != self.line.stamp.end {
-            return Err(self.damage(0, "the batches end before the segment does"));
+        if self.position == self.entry.data_bytes && self.next != self.entry.stamp.end {
+            return Err(self.corrupt(0, "the batches end before the end of the segment"));
         }
         self.end_run();
         Ok(())
     }
 
     /// Checks the batch at `range`, and keeps the batch if it ends above the requested offset.
-    fn take(&mut self, range: Range<u64>) -> Result<(), Failed> {
+    fn take(&mut self, range: Range<u64>) -> Result<(), ReadFailure> {
         let length = range.end - range.start;
-        let batch = Batch::parse(self.slice(range.clone())).map_err(|error| self.damage(length, &error.to_string()))?;
-        if batch.base_offset() != self.next || batch.end_offset() > self.line.stamp.end {
-            return Err(self.damage(length, "a batch is not at its offset"));
+        let batch =
+            Batch::parse(self.slice(range.clone())).map_err(|error| self.corrupt(length, &error.to_string()))?;
+        if batch.base_offset() != self.next || batch.end_offset() > self.entry.stamp.end {
+            return Err(self.corrupt(length, "a batch is not at its offset"));
         }
         if batch.leader_epoch().is_none() || batch.leader_epoch() != self.footer.epoch_of(self.next) {
-            return Err(self.damage(length, "a batch has another leader epoch than the footer says"));
+            return Err(self.corrupt(length, "a batch has a leader epoch that differs from the footer"));
         }
         self.next = batch.end_offset();
         self.position = range.end;
@@ -351,24 +358,24 @@ impl<'a> Scan<'a> {
     }
 
     /// Fetches the missing chunks up to position `end`, or to the data's end.
-    async fn fetch(&mut self, end: u64) -> Result<(), ReadError> {
-        let end = end.min(self.line.data_bytes);
+    async fn fetch(&mut self, end: u64) -> Result<(), TierReadError> {
+        let end = end.min(self.entry.data_bytes);
         let missing: Vec<_> = (self.position / CHUNK_BYTES..end.div_ceil(CHUNK_BYTES))
             .filter(|index| !self.chunks.contains_key(index))
             .collect();
         if missing.is_empty() {
             return Ok(());
         }
-        let (tier, object, line) = (self.tier, &self.object, self.line);
+        let (tier, object, entry) = (self.tier, &self.object, self.entry);
         let fetched: Vec<_> = stream::iter(missing)
             .map(|index| async move {
-                tier.cache().chunk(tier.store(), object, line, index).await.map(|chunk| (index, chunk))
+                tier.cache().chunk(tier.store(), object, entry, index).await.map(|chunk| (index, chunk))
             })
             .buffered(CHUNKS_AT_ONCE)
             .try_collect()
             .await?;
-        for (index, (chunk, there)) in fetched {
-            if !there {
+        for (index, (chunk, was_cached)) in fetched {
+            if !was_cached {
                 self.fetched = self.fetched.or(Some(index));
             }
             self.chunks.insert(index, chunk);
@@ -376,36 +383,37 @@ impl<'a> Scan<'a> {
         Ok(())
     }
 
-    /// Returns fetched bytes, without a copy if they lie in one chunk. The result is shorter than `range` at the data's end.
+    /// Returns fetched bytes, without a copy if they lie in one chunk. The result is shorter than `range` at the data's
+    /// end.
     fn slice(&self, range: Range<u64>) -> Bytes {
-        let end = range.end.min(self.line.data_bytes);
+        let end = range.end.min(self.entry.data_bytes);
         let first = range.start / CHUNK_BYTES;
         let within = |index: u64, at: u64| usize::try_from(at - index * CHUNK_BYTES).expect("inside a chunk");
         if end <= (first + 1) * CHUNK_BYTES {
             return self.chunks[&first].slice(within(first, range.start)..within(first, end));
         }
-        let mut whole = BytesMut::with_capacity(usize::try_from(end - range.start).expect("at most one batch"));
+        let mut bytes = BytesMut::with_capacity(usize::try_from(end - range.start).expect("at most one batch"));
         for index in first..end.div_ceil(CHUNK_BYTES) {
             let start = within(index, range.start.max(index * CHUNK_BYTES));
             let stop = within(index, end.min((index + 1) * CHUNK_BYTES));
-            whole.extend_from_slice(&self.chunks[&index][start..stop]);
+            bytes.extend_from_slice(&self.chunks[&index][start..stop]);
         }
-        whole.freeze()
+        bytes.freeze()
     }
 
-    fn damage(&self, length: u64, reason: &str) -> Failed {
+    fn corrupt(&self, length: u64, reason: &str) -> ReadFailure {
         let chunks = self.position / CHUNK_BYTES..(self.position + length.max(1)).div_ceil(CHUNK_BYTES);
-        Failed::Damage(Damage { chunks, reason: format!("at byte {}: {reason}", self.position) })
+        ReadFailure::Corrupt(Corruption { chunks, reason: format!("at byte {}: {reason}", self.position) })
     }
 
-    fn finish(self) -> (Read, At) {
-        let at = At { position: self.position, fetched: self.fetched };
-        (Read { chunks: self.found, next: self.next, bytes: self.bytes }, at)
+    fn finish(self) -> (TierRead, ReadCursor) {
+        let at = ReadCursor { position: self.position, fetched: self.fetched };
+        (TierRead { chunks: self.found, next: self.next, bytes: self.bytes }, at)
     }
 }
 
 /// Returns the first batch of `read` that ends above `from` and has a largest timestamp of `timestamp_ms` or later.
-fn first_at(read: &Read, timestamp_ms: i64, from: Offset) -> Option<Batch> {
+fn first_at(read: &TierRead, timestamp_ms: i64, from: Offset) -> Option<Batch> {
     let batches = read.chunks.iter().flat_map(|chunk| {
         let mut chunk = chunk.clone();
         std::iter::from_fn(move || Batch::split_from(&mut chunk).ok())

@@ -2,19 +2,20 @@
 //!
 //! # Overview
 //!
-//! The committed [`TierState`] contains what the lost manifest covered: log start, tiered end, bytes. [`PartitionTier::survey`] lists the
-//! partition's folder and reads the footer of every segment object that ends above the log start and not above the tiered end. It searches
-//! for a chain of objects that covers exactly the committed range. The folder may also contain objects of crashed uploads and of deposed
-//! leaders. These properties of a chain exclude them:
+//! The committed [`TierState`] describes the lost manifest: log start, tiered end, bytes.
+//! [`PartitionTier::survey`] lists the partition's folder and reads the footer of every segment object that ends above
+//! the log start and not above the tiered end. It searches for a chain of objects that covers exactly the committed
+//! range. The folder may also contain objects of crashed uploads and of deposed leaders. These properties of a chain
+//! exclude them:
 //!
 //! - A chain has no gap and no overlap, begins at or below the log start, and ends at the tiered end.
-//! - Adjacent objects agree on the leader epochs of the offsets that both footers cover. After an unclean election, two objects may hold
-//!   different records at the same offsets.
+//! - Adjacent objects agree on the leader epochs of the offsets that both footers cover. After an unclean election, two
+//!   objects may hold different records at the same offsets.
 //! - The chain has as many bytes as were committed.
 //!
-//! Objects with the same range, the same bytes and the same epochs hold the same records, so any of them can be used. If exactly one chain
-//! remains, the verdict is [`Verdict::Committed`], and a broker commits the manifest without an operator. In every other case an operator
-//! decides about the longest chain that ends at the tiered end.
+//! Objects with the same range, the same bytes and the same epochs hold the same records, so any of them can be used.
+//! If exactly one chain remains, the verdict is [`SurveyVerdict::Committed`], and a broker commits the manifest without
+//! an operator. In every other case an operator decides about the longest chain that ends at the tiered end.
 //!
 //! The choice is a pure function; only the survey sends requests.
 
@@ -25,12 +26,12 @@ use futures::{StreamExt as _, stream};
 
 use super::{
     footer::{Footer, TRAILER_BYTES, Trailer, epoch_of},
-    manifest::SegmentLine,
-    name::{Stamp, partition_folder},
+    manifest::SegmentEntry,
+    name::{ObjectId, partition_folder},
     partition::PartitionTier,
-    read::ReadError,
+    read::TierReadError,
     state::TierState,
-    store::{Listed, StoreError},
+    store::{ObjectInfo, TierStoreError},
     upload::UploadError,
 };
 use crate::model::{LeaderEpoch, Offset};
@@ -41,28 +42,30 @@ const READS_AT_ONCE: usize = 8;
 /// Size of the first read at an object's end. Most footers are shorter.
 const TAIL_BYTES: u64 = 64 << 10;
 
-/// Maximum number of chains that are kept per start offset. If an offset reaches it, no chain is taken for the committed one.
+/// Maximum number of chains that are kept per start offset. If an offset reaches it, no chain is taken for the
+/// committed one.
 const MAX_CHAINS: usize = 32;
 
 /// A segment object as its footer describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Candidate {
-    line: SegmentLine,
+    entry: SegmentEntry,
     data_crc: u32,
     /// Epoch and start offset of each leader up to the object's end.
     epochs: Vec<(LeaderEpoch, Offset)>,
 }
 
-/// Comparison of the chain with what was committed.
+/// Comparison of the chain with the committed state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// The chain covers exactly what was committed, with as many bytes, and no other chain does.
+pub enum SurveyVerdict {
+    /// The chain covers exactly the committed range, with as many bytes, and no other chain does.
     Committed,
-    /// The chain covers what was committed, but has another number of bytes.
+    /// The chain covers the committed range, but has another number of bytes.
     OtherBytes,
-    /// Several chains of different records cover what was committed. The survey contains the chain with the newest epochs.
+    /// Several chains of different records cover the committed range. The survey contains the chain with the newest
+    /// epochs.
     Ambiguous,
-    /// No chain covers what was committed. The survey contains the longest one, which begins above the log start.
+    /// No chain covers the committed range. The survey contains the longest one, which begins above the log start.
     Incomplete,
 }
 
@@ -72,10 +75,11 @@ pub struct Survey {
     /// Committed state.
     pub state: TierState,
     /// Comparison of `chain` with `state`.
-    pub verdict: Verdict,
+    pub verdict: SurveyVerdict,
     /// Segments without gap, oldest first, up to the tiered end. Empty if no object ends there.
-    pub chain: Vec<SegmentLine>,
-    /// Log start with this chain: the committed one, or the start of the chain if that is above it. The tiered end if the chain is empty.
+    pub chain: Vec<SegmentEntry>,
+    /// Log start with this chain: the committed one, or the start of the chain if that is above it. The tiered end if
+    /// the chain is empty.
     pub log_start: Offset,
     /// Ranges between the committed log start and the tiered end that no object covers.
     pub missing: Vec<(Offset, Offset)>,
@@ -88,26 +92,26 @@ pub struct Survey {
 impl Survey {
     /// Returns the bytes of batches in the chain.
     pub fn bytes(&self) -> u64 {
-        self.chain.iter().map(|line| line.data_bytes).sum()
+        self.chain.iter().map(|entry| entry.data_bytes).sum()
     }
 
-    /// Returns the difference between the chain and what was committed, for people. Returns `None` if there is none.
-    pub fn doubt(&self) -> Option<String> {
+    /// Returns the difference between the chain and the committed state, for people. Returns `None` if there is none.
+    pub fn obstacle(&self) -> Option<String> {
         let (start, end) = (self.state.log_start.min(self.state.tiered_end), self.state.tiered_end);
         match self.verdict {
-            Verdict::Committed => None,
-            Verdict::OtherBytes => Some(format!(
+            SurveyVerdict::Committed => None,
+            SurveyVerdict::OtherBytes => Some(format!(
                 "the objects that cover {start}..{end} have {} bytes, and {} were committed",
                 self.bytes(),
                 self.state.bytes
             )),
-            Verdict::Ambiguous => {
+            SurveyVerdict::Ambiguous => {
                 Some(format!("several chains of objects with different records cover {start}..{end}"))
             }
-            Verdict::Incomplete if self.missing.is_empty() => {
-                Some(format!("the objects that cover {start}..{end} do not belong together"))
+            SurveyVerdict::Incomplete if self.missing.is_empty() => {
+                Some(format!("the objects that cover {start}..{end} do not form a chain"))
             }
-            Verdict::Incomplete => {
+            SurveyVerdict::Incomplete => {
                 let ranges = self.missing.iter().map(|(from, to)| format!("{from}..{to}")).collect::<Vec<_>>();
                 Some(format!("no object covers {} of {start}..{end}", ranges.join(" ")))
             }
@@ -116,19 +120,21 @@ impl Survey {
 }
 
 impl PartitionTier {
-    /// Checks that the current manifest and its pages can be read now. Sends requests to the store, regardless of the cache.
+    /// Checks that the current manifest and its pages can be read now. Sends requests to the store, regardless of the
+    /// cache.
     ///
     /// # Errors
     /// An object of the manifest is missing or corrupt, or the store does not respond.
-    pub async fn check_manifest(&self) -> Result<(), ReadError> {
+    pub async fn check_manifest(&self) -> Result<(), TierReadError> {
         let root = self.load_root(&self.state()).await?;
-        for line in root.pages() {
-            self.load_page(line).await?;
+        for entry in root.pages() {
+            self.load_page(entry).await?;
         }
         Ok(())
     }
 
-    /// Reads the footers of the segment objects in the committed range. Returns the chain that was committed, or what remains of it.
+    /// Reads the footers of the segment objects in the committed range. Returns the chain that was committed, or what
+    /// remains of it.
     ///
     /// # Errors
     /// The store does not respond, or the prefix does not belong to this cluster.
@@ -139,7 +145,7 @@ impl PartitionTier {
         let folder = format!("{}/", partition_folder(id));
         let listed = store.list(folder.trim_end_matches('/')).await?;
         let named = listed.into_iter().filter_map(|object| {
-            let stamp = Stamp::from_segment(object.object.strip_prefix(&folder)?).ok()?;
+            let stamp = ObjectId::from_segment(object.object.strip_prefix(&folder)?).ok()?;
             Some((stamp, object))
         });
         let (log_start, tiered_end) = (state.log_start, state.tiered_end);
@@ -153,7 +159,7 @@ impl PartitionTier {
         while let Some((name, read)) = reads.next().await {
             match read {
                 Ok(candidate) => candidates.push(candidate),
-                Err(error @ (ReadError::Missing { .. } | ReadError::Damaged { .. })) => {
+                Err(error @ (TierReadError::Missing { .. } | TierReadError::Damaged { .. })) => {
                     unusable.push((name, error.to_string()));
                 }
                 Err(error) => return Err(error.into()),
@@ -164,34 +170,34 @@ impl PartitionTier {
     }
 
     /// Reads the footer of one object.
-    async fn candidate(&self, stamp: Stamp, object: Listed) -> Result<Candidate, ReadError> {
-        let damaged = |reason: String| ReadError::Damaged { object: object.object.clone(), reason };
+    async fn candidate(&self, stamp: ObjectId, object: ObjectInfo) -> Result<Candidate, TierReadError> {
+        let corrupt = |reason: String| TierReadError::Damaged { object: object.object.clone(), reason };
         let tail = self.tail(&object, TAIL_BYTES).await?;
-        let trailer = Trailer::parse(&tail).map_err(|error| damaged(error.to_string()))?;
+        let trailer = Trailer::parse(&tail).map_err(|error| corrupt(error.to_string()))?;
         let footer_bytes = trailer.footer_bytes();
         let tail = if footer_bytes > tail.len() as u64 { self.tail(&object, footer_bytes).await? } else { tail };
         let start = usize::try_from(footer_bytes).ok().and_then(|bytes| tail.len().checked_sub(bytes));
-        let start = start.ok_or_else(|| damaged("it is shorter than its footer says".to_owned()))?;
-        let footer = Footer::parse(&tail).map_err(|error| damaged(error.to_string()))?;
+        let start = start.ok_or_else(|| corrupt("the object is shorter than its footer".to_owned()))?;
+        let footer = Footer::parse(&tail).map_err(|error| corrupt(error.to_string()))?;
         let same = (footer.partition, footer.base, footer.end, footer.writer_epoch)
             == (self.id(), stamp.base, stamp.end, stamp.epoch);
         if !same || footer.data_bytes + footer_bytes != object.bytes {
-            return Err(damaged("its footer does not belong to an object of this name and length".to_owned()));
+            return Err(corrupt("the footer does not match the name and the length of the object".to_owned()));
         }
-        let line = SegmentLine {
+        let entry = SegmentEntry {
             stamp,
             data_bytes: footer.data_bytes,
-            footer_bytes: u32::try_from(footer_bytes).map_err(|error| damaged(error.to_string()))?,
+            footer_bytes: u32::try_from(footer_bytes).map_err(|error| corrupt(error.to_string()))?,
             crc: crc32c::crc32c_append(footer.data_crc, &tail[start..]),
             max_timestamp_ms: footer.max_timestamp_ms,
-            // Only the lost manifest contained the write time of the segment. The object was modified later than that, so no segment
-            // expires too early.
+            // Only the lost manifest contained the write time of the segment. The object was modified later than that,
+            // so no segment expires too early.
             created_ms: object.modified_ms,
         };
-        Ok(Candidate { line, data_crc: footer.data_crc, epochs: footer.epochs })
+        Ok(Candidate { entry, data_crc: footer.data_crc, epochs: footer.epochs })
     }
 
-    async fn tail(&self, object: &Listed, bytes: u64) -> Result<Bytes, StoreError> {
+    async fn tail(&self, object: &ObjectInfo, bytes: u64) -> Result<Bytes, TierStoreError> {
         if object.bytes < TRAILER_BYTES as u64 {
             return Ok(Bytes::new());
         }
@@ -199,35 +205,35 @@ impl PartitionTier {
     }
 }
 
-/// Returns the chain that was committed, or what remains of it.
+/// Returns the chain that was committed, or the longest part of it that remains.
 fn choose(state: TierState, candidates: Vec<Candidate>, unusable: Vec<(String, String)>) -> Survey {
     let (start, end) = (state.log_start.min(state.tiered_end), state.tiered_end);
-    let all = candidates.len();
+    let count = candidates.len();
     let missing = uncovered(start, end, &candidates);
     let candidates = distinct(candidates, state.epoch);
     let chains = chains(end, &candidates);
-    let whole: Vec<&Chain> = if start == end {
+    let complete: Vec<&Chain> = if start == end {
         chains.get(&end).into_iter().flatten().collect()
     } else {
-        let holds = |chain: &&Chain| chain.first.is_some_and(|first| candidates[first].line.stamp.end > start);
+        let holds = |chain: &&Chain| chain.first.is_some_and(|first| candidates[first].entry.stamp.end > start);
         chains.range(..=start).flat_map(|(_, chains)| chains).filter(holds).collect()
     };
-    let exact: Vec<&Chain> = whole.iter().copied().filter(|chain| chain.bytes == state.bytes).collect();
-    let crowded = chains.values().any(|chains| chains.len() >= MAX_CHAINS);
-    let (verdict, chain) = match (exact.as_slice(), whole.as_slice()) {
-        ([only], _) if !crowded => (Verdict::Committed, Some(*only)),
-        ([first, ..], _) => (Verdict::Ambiguous, Some(*first)),
-        ([], [first, ..]) => (Verdict::OtherBytes, Some(*first)),
-        ([], []) => (Verdict::Incomplete, chains.values().flatten().next()),
+    let exact: Vec<&Chain> = complete.iter().copied().filter(|chain| chain.bytes == state.bytes).collect();
+    let is_truncated = chains.values().any(|chains| chains.len() >= MAX_CHAINS);
+    let (verdict, chain) = match (exact.as_slice(), complete.as_slice()) {
+        ([only], _) if !is_truncated => (SurveyVerdict::Committed, Some(*only)),
+        ([first, ..], _) => (SurveyVerdict::Ambiguous, Some(*first)),
+        ([], [first, ..]) => (SurveyVerdict::OtherBytes, Some(*first)),
+        ([], []) => (SurveyVerdict::Incomplete, chains.values().flatten().next()),
     };
-    let chain: Vec<SegmentLine> = chain.map(|chain| chain.lines(&chains, &candidates)).unwrap_or_default();
-    let log_start = chain.first().map_or(end, |line| line.stamp.base).max(start);
-    let left_over = all - chain.len();
+    let chain: Vec<SegmentEntry> = chain.map(|chain| chain.entries(&chains, &candidates)).unwrap_or_default();
+    let log_start = chain.first().map_or(end, |entry| entry.stamp.base).max(start);
+    let left_over = count - chain.len();
     Survey { state, verdict, chain, log_start, missing, unusable, left_over }
 }
 
-/// A chain of segments up to the tiered end. `first` is the index of its first candidate; `next` is the index of the rest among the chains
-/// that start at the end of `first`.
+/// A chain of segments up to the tiered end. `first` is the index of its first candidate; `next` is the index of the
+/// rest among the chains that start at the end of `first`.
 #[derive(Clone, Copy)]
 struct Chain {
     first: Option<usize>,
@@ -236,36 +242,37 @@ struct Chain {
 }
 
 impl Chain {
-    fn lines(&self, chains: &BTreeMap<Offset, Vec<Self>>, candidates: &[Candidate]) -> Vec<SegmentLine> {
-        let (mut lines, mut at) = (Vec::new(), *self);
+    fn entries(&self, chains: &BTreeMap<Offset, Vec<Self>>, candidates: &[Candidate]) -> Vec<SegmentEntry> {
+        let (mut entries, mut at) = (Vec::new(), *self);
         while let Some(first) = at.first {
-            lines.push(candidates[first].line);
-            at = chains[&candidates[first].line.stamp.end][at.next];
+            entries.push(candidates[first].entry);
+            at = chains[&candidates[first].entry.stamp.end][at.next];
         }
-        lines
+        entries
     }
 }
 
-/// Returns every chain that ends at `end`, by its start offset. Among the chains of one offset, newer epochs come first.
+/// Returns every chain that ends at `end`, by its start offset. Among the chains of one offset, newer epochs come
+/// first.
 fn chains(end: Offset, candidates: &[Candidate]) -> BTreeMap<Offset, Vec<Chain>> {
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     let key = |at: &usize| {
-        let stamp = candidates[*at].line.stamp;
+        let stamp = candidates[*at].entry.stamp;
         (std::cmp::Reverse(stamp.base), std::cmp::Reverse(stamp.epoch), stamp.attempt)
     };
     order.sort_by_key(key);
     let mut chains = BTreeMap::from([(end, vec![Chain { first: None, next: 0, bytes: 0 }])]);
     for at in order {
         let one = &candidates[at];
-        let Some(following) = chains.get(&one.line.stamp.end) else { continue };
+        let Some(following) = chains.get(&one.entry.stamp.end) else { continue };
         let fits = |(_, chain): &(usize, &Chain)| chain.first.is_none_or(|first| agree(one, &candidates[first]));
         let longer = following.iter().enumerate().filter(fits).map(|(next, chain)| Chain {
             first: Some(at),
             next,
-            bytes: chain.bytes.saturating_add(one.line.data_bytes),
+            bytes: chain.bytes.saturating_add(one.entry.data_bytes),
         });
         let longer: Vec<Chain> = longer.collect();
-        let here = chains.entry(one.line.stamp.base).or_default();
+        let here = chains.entry(one.entry.stamp.base).or_default();
         here.extend(longer);
         here.truncate(MAX_CHAINS);
     }
@@ -273,30 +280,35 @@ fn chains(end: Offset, candidates: &[Candidate]) -> BTreeMap<Offset, Vec<Chain>>
     chains
 }
 
-/// Returns one object for each set of objects with the same records. Leaves out objects of an epoch above the committed one.
+/// Returns one object for each set of objects with the same records. Leaves out objects of an epoch above the committed
+/// one.
 fn distinct(candidates: Vec<Candidate>, committed: LeaderEpoch) -> Vec<Candidate> {
     let mut distinct: Vec<Candidate> = Vec::with_capacity(candidates.len());
     let mut sorted = candidates;
-    sorted.sort_by_key(|one| (one.line.stamp.base, std::cmp::Reverse(one.line.stamp.epoch), one.line.stamp.attempt));
-    for one in sorted.into_iter().filter(|one| one.line.stamp.epoch <= committed) {
-        let base = one.line.stamp.base;
-        let mut known = distinct.iter().rev().take_while(|known| known.line.stamp.base == base);
-        if !known.any(|known| is_same(known, &one)) {
-            distinct.push(one);
+    sorted.sort_by_key(|candidate| {
+        let stamp = candidate.entry.stamp;
+        (stamp.base, std::cmp::Reverse(stamp.epoch), stamp.attempt)
+    });
+    for candidate in sorted.into_iter().filter(|candidate| candidate.entry.stamp.epoch <= committed) {
+        let base = candidate.entry.stamp.base;
+        let mut other = distinct.iter().rev().take_while(|other| other.entry.stamp.base == base);
+        if !other.any(|other| is_same(other, &candidate)) {
+            distinct.push(candidate);
         }
     }
     distinct
 }
 
 fn is_same(one: &Candidate, other: &Candidate) -> bool {
-    one.line.stamp.end == other.line.stamp.end
-        && (one.line.data_bytes, one.data_crc) == (other.line.data_bytes, other.data_crc)
+    one.entry.stamp.end == other.entry.stamp.end
+        && (one.entry.data_bytes, one.data_crc) == (other.entry.data_bytes, other.data_crc)
         && one.epochs == other.epochs
 }
 
-/// Returns true if both footers contain the same leader epochs for the offsets of `before` that the epochs of `after` reach back to.
+/// Returns true if both footers contain the same leader epochs for the offsets of `before` that the epochs of `after`
+/// reach back to.
 fn agree(before: &Candidate, after: &Candidate) -> bool {
-    let (base, end) = (before.line.stamp.base, before.line.stamp.end);
+    let (base, end) = (before.entry.stamp.base, before.entry.stamp.end);
     let known_from = after.epochs.first().map_or(end, |(_, first)| *first).max(base);
     if known_from >= end {
         return true;
@@ -308,7 +320,7 @@ fn agree(before: &Candidate, after: &Candidate) -> bool {
 
 /// Returns the parts of a range that no object covers.
 fn uncovered(start: Offset, end: Offset, candidates: &[Candidate]) -> Vec<(Offset, Offset)> {
-    let mut stamps: Vec<&Stamp> = candidates.iter().map(|one| &one.line.stamp).collect();
+    let mut stamps: Vec<&ObjectId> = candidates.iter().map(|one| &one.entry.stamp).collect();
     stamps.sort_by_key(|stamp| stamp.base);
     let (mut missing, mut reached) = (Vec::new(), start);
     for stamp in stamps {
@@ -324,10 +336,10 @@ fn uncovered(start: Offset, end: Offset, candidates: &[Candidate]) -> Vec<(Offse
 }
 
 /// Returns the object of a failed read if it is a missing or corrupt manifest or manifest page.
-pub(super) fn lost_manifest(error: &ReadError) -> Option<&str> {
-    let (ReadError::Missing { object } | ReadError::Damaged { object, .. }) = error else { return None };
+pub(super) fn lost_manifest(error: &TierReadError) -> Option<&str> {
+    let (TierReadError::Missing { object } | TierReadError::Damaged { object, .. }) = error else { return None };
     let file = object.rsplit('/').next().unwrap_or(object);
-    let is_manifest = file.parse::<super::name::ManifestName>().is_ok() || Stamp::from_page(file).is_ok();
+    let is_manifest = file.parse::<super::name::ManifestName>().is_ok() || ObjectId::from_page(file).is_ok();
     is_manifest.then_some(object)
 }
 
@@ -346,15 +358,15 @@ mod tests {
     fn object(base: u64, end: u64, epoch: u32, crc: u32) -> Candidate {
         let attempt =
             Uuid::from_u128(u128::from(base) << 64 | u128::from(end) << 32 | u128::from(epoch) << 16 | u128::from(crc));
-        let line = SegmentLine {
-            stamp: Stamp { base: at(base), end: at(end), epoch: LeaderEpoch(epoch), attempt },
+        let entry = SegmentEntry {
+            stamp: ObjectId { base: at(base), end: at(end), epoch: LeaderEpoch(epoch), attempt },
             data_bytes: (end - base) * 10,
             footer_bytes: 100,
             crc,
             max_timestamp_ms: 1,
             created_ms: 1,
         };
-        Candidate { line, data_crc: crc, epochs: vec![(LeaderEpoch(0), at(0))] }
+        Candidate { entry, data_crc: crc, epochs: vec![(LeaderEpoch(0), at(0))] }
     }
 
     fn with_epochs(mut one: Candidate, epochs: &[(u32, u64)]) -> Candidate {
@@ -373,7 +385,7 @@ mod tests {
     }
 
     fn ranges(survey: &Survey) -> Vec<(u64, u64)> {
-        survey.chain.iter().map(|line| (line.stamp.base.get(), line.stamp.end.get())).collect()
+        survey.chain.iter().map(|entry| (entry.stamp.base.get(), entry.stamp.end.get())).collect()
     }
 
     #[test]
@@ -381,13 +393,13 @@ mod tests {
         // Object 0..100 was trimmed and is garbage; 300..400 was never committed.
         let objects = [object(300, 400, 5, 9), object(200, 300, 5, 3), object(100, 200, 4, 2), object(0, 100, 4, 1)];
         let survey = choose(state(150, 300, 2000), objects[1..3].to_vec(), Vec::new());
-        assert_eq!((survey.verdict, ranges(&survey)), (Verdict::Committed, vec![(100, 200), (200, 300)]));
-        assert_eq!((survey.log_start, survey.bytes(), survey.doubt()), (at(150), 2000, None));
+        assert_eq!((survey.verdict, ranges(&survey)), (SurveyVerdict::Committed, vec![(100, 200), (200, 300)]));
+        assert_eq!((survey.log_start, survey.bytes(), survey.obstacle()), (at(150), 2000, None));
         let survey = choose(state(300, 300, 0), Vec::new(), Vec::new());
         assert_eq!(
             (survey.verdict, survey.log_start),
-            (Verdict::Committed, at(300)),
-            "an empty manifest is one as well"
+            (SurveyVerdict::Committed, at(300)),
+            "an empty manifest is a chain too"
         );
     }
 
@@ -395,50 +407,51 @@ mod tests {
     fn missing_segment_is_reported_and_chain_starts_after_it() {
         let objects = vec![object(0, 100, 4, 1), object(200, 300, 5, 3), object(300, 350, 5, 4)];
         let survey = choose(state(0, 350, 3500), objects, Vec::new());
-        assert_eq!((survey.verdict, ranges(&survey)), (Verdict::Incomplete, vec![(200, 300), (300, 350)]));
+        assert_eq!((survey.verdict, ranges(&survey)), (SurveyVerdict::Incomplete, vec![(200, 300), (300, 350)]));
         assert_eq!((survey.missing.clone(), survey.log_start), (vec![(at(100), at(200))], at(200)));
-        assert!(survey.doubt().expect("something is missing").contains("100..200"), "{survey:?}");
+        assert!(survey.obstacle().expect("a segment is missing").contains("100..200"), "{survey:?}");
         // No object ends at the tiered end.
         let survey = choose(state(0, 350, 3500), vec![object(0, 100, 4, 1)], Vec::new());
-        assert_eq!((survey.verdict, survey.log_start, survey.chain.len()), (Verdict::Incomplete, at(350), 0));
+        assert_eq!((survey.verdict, survey.log_start, survey.chain.len()), (SurveyVerdict::Incomplete, at(350), 0));
     }
 
     #[test]
     fn duplicates_merge_and_different_records_are_ambiguous() {
         let (again, other) = (object(100, 200, 4, 2), object(100, 200, 3, 99));
         let mut retried = again.clone();
-        retried.line.stamp.epoch = LeaderEpoch(3);
+        retried.entry.stamp.epoch = LeaderEpoch(3);
         let whole = [object(0, 100, 4, 1), again];
         let survey = choose(state(0, 200, 2000), [&whole[..], &[retried]].concat(), Vec::new());
-        assert_eq!((survey.verdict, survey.left_over), (Verdict::Committed, 1));
+        assert_eq!((survey.verdict, survey.left_over), (SurveyVerdict::Committed, 1));
         let survey = choose(state(0, 200, 2000), [&whole[..], &[other]].concat(), Vec::new());
-        assert_eq!(survey.verdict, Verdict::Ambiguous);
+        assert_eq!(survey.verdict, SurveyVerdict::Ambiguous);
         assert_eq!(survey.chain[1].stamp.epoch, LeaderEpoch(4), "the newest epoch is proposed");
     }
 
-    /// The deposed leader's object has other records, but the same range and number of bytes. The committed object is lost.
+    /// The deposed leader's object has other records, but the same range and number of bytes. The committed object is
+    /// lost.
     #[test]
     fn deposed_leaders_object_is_rejected_despite_equal_range() {
         let lost = with_epochs(object(100, 200, 3, 99), &[(0, 0), (3, 150)]);
         let next = with_epochs(object(200, 300, 5, 3), &[(0, 0), (4, 120)]);
         let survey = choose(state(100, 300, 2000), vec![lost, next.clone()], Vec::new());
-        assert_eq!((survey.verdict, survey.log_start), (Verdict::Incomplete, at(200)));
+        assert_eq!((survey.verdict, survey.log_start), (SurveyVerdict::Incomplete, at(200)));
         let kept = with_epochs(object(100, 200, 4, 2), &[(0, 0), (4, 120)]);
         let survey = choose(state(100, 300, 2000), vec![kept, next], Vec::new());
-        assert_eq!(survey.verdict, Verdict::Committed);
+        assert_eq!(survey.verdict, SurveyVerdict::Committed);
     }
 
     #[test]
     fn object_above_committed_epoch_is_left_out() {
         let survey = choose(state(0, 100, 1000), vec![object(0, 100, 6, 1)], Vec::new());
-        assert_eq!((survey.verdict, survey.left_over), (Verdict::Incomplete, 1));
+        assert_eq!((survey.verdict, survey.left_over), (SurveyVerdict::Incomplete, 1));
     }
 
     #[test]
     fn different_byte_count_is_not_committed() {
         let survey = choose(state(0, 100, 999), vec![object(0, 100, 4, 1)], Vec::new());
-        assert_eq!((survey.verdict, survey.log_start), (Verdict::OtherBytes, at(0)));
-        assert!(survey.doubt().expect("doubt").contains("999"));
+        assert_eq!((survey.verdict, survey.log_start), (SurveyVerdict::OtherBytes, at(0)));
+        assert!(survey.obstacle().expect("the number of bytes differs").contains("999"));
     }
 
     #[test]
@@ -450,18 +463,18 @@ mod tests {
             objects.push(object(piece * 10, piece * 10 + 20, 4, 2));
         }
         let survey = choose(state(0, 200, 2000), objects, Vec::new());
-        assert_eq!(survey.verdict, Verdict::Ambiguous);
+        assert_eq!(survey.verdict, SurveyVerdict::Ambiguous);
     }
 
     #[test]
     fn only_manifests_and_pages_are_lost_manifests() {
-        let stamp = Stamp { base: at(0), end: at(9), epoch: LeaderEpoch(1), attempt: Uuid::from_u128(7) };
-        let missing = |object: String| ReadError::Missing { object };
+        let stamp = ObjectId { base: at(0), end: at(9), epoch: LeaderEpoch(1), attempt: Uuid::from_u128(7) };
+        let missing = |object: String| TierReadError::Missing { object };
         let root = format!("topics/x/0/{}", state(0, 1, 1).manifest.expect("set"));
         assert_eq!(lost_manifest(&missing(root.clone())), Some(&*root));
         assert!(lost_manifest(&missing(format!("topics/x/0/{}", stamp.page()))).is_some());
         assert!(lost_manifest(&missing(format!("topics/x/0/{}", stamp.segment()))).is_none());
-        let away = StoreError::Unavailable { object: root, reason: "away".to_owned() };
-        assert!(lost_manifest(&ReadError::Store(away)).is_none());
+        let away = TierStoreError::Unavailable { object: root, reason: "away".to_owned() };
+        assert!(lost_manifest(&TierReadError::Store(away)).is_none());
     }
 }

@@ -1,6 +1,7 @@
-//! S3 requests through the vendor's client: those that other stores do not have, and those of the doctor.
+//! S3 requests through the vendor's client: requests that other stores do not have, and requests of the doctor.
 //!
-//! All requests of a broker for its data go through `store`. This client is rarely needed. It is created on demand, from the same options.
+//! All requests of a broker for its data go through `store`. This client is rarely needed. It is created on demand,
+//! from the same options.
 
 use std::{future::Future, time::Duration};
 
@@ -12,13 +13,13 @@ use aws_sdk_s3::{
 };
 use futures::future::BoxFuture;
 
-use super::open::{OpenError, StoreOptions};
+use super::open::{ObjectStoreOptions, ObjectStoreOptionsError};
 
 /// Region if none is configured, as in all other requests.
 const REGION: &str = "us-east-1";
 
-/// Maximum number of pages of one listing of uploads, of up to 1,000 uploads each. Further uploads are listed after these have been
-/// aborted.
+/// Maximum number of pages of one listing of uploads, of up to 1,000 uploads each. Further uploads are listed after
+/// these have been aborted.
 const UPLOAD_PAGES: usize = 100;
 
 /// One prefix of one bucket.
@@ -38,17 +39,17 @@ pub(super) struct Upload {
     pub(super) object: String,
     pub(super) id: String,
     /// Start time by the store's clock, in milliseconds since 1970. `None` if the store does not return it.
-    pub(super) begun_ms: Option<i64>,
+    pub(super) started_ms: Option<i64>,
 }
 
 impl S3 {
-    pub(super) async fn connect(options: &StoreOptions) -> Result<Self, OpenError> {
+    pub(super) async fn connect(options: &ObjectStoreOptions) -> Result<Self, ObjectStoreOptionsError> {
         let Some(rest) = options.url.strip_prefix("s3://").or_else(|| options.url.strip_prefix("s3a://")) else {
-            return Err(OpenError::Url { url: options.url.clone() });
+            return Err(ObjectStoreOptionsError::Url { url: options.url.clone() });
         };
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
         if bucket.is_empty() {
-            return Err(OpenError::Url { url: options.url.clone() });
+            return Err(ObjectStoreOptionsError::Url { url: options.url.clone() });
         }
         let region = RegionProviderChain::first_try(options.region.clone().map(Region::new));
         let region = region.or_default_provider().or_else(REGION);
@@ -79,45 +80,45 @@ impl S3 {
     }
 
     /// Sends one request with the time limit. The future is boxed, because the client's futures have some 20 KiB.
-    pub(super) fn ask<'a, T, E>(
+    pub(super) fn request<'a, T, E>(
         &'a self,
         request: impl Future<Output = Result<T, SdkError<E>>> + Send + 'a,
     ) -> BoxFuture<'a, Result<T, String>>
     where
         E: ProvideErrorMetadata + std::error::Error + 'static,
     {
-        let answer = Box::pin(tokio::time::timeout(self.timeout, request));
+        let response = Box::pin(tokio::time::timeout(self.timeout, request));
         Box::pin(async move {
-            match answer.await {
-                Ok(answer) => answer.map_err(|error| match error.raw_response() {
+            match response.await {
+                Ok(response) => response.map_err(|error| match error.raw_response() {
                     Some(_) => text(&error),
                     None => self.at_endpoint(&text(&error)),
                 }),
-                Err(_) => Err(self.at_endpoint(&format!("no answer within {:?}", self.timeout))),
+                Err(_) => Err(self.at_endpoint(&format!("no response within {:?}", self.timeout))),
             }
         })
     }
 
     /// Returns an error that occurred before any response, with the endpoint.
-    fn at_endpoint(&self, trouble: &str) -> String {
-        self.endpoint.as_ref().map_or_else(|| trouble.to_owned(), |endpoint| format!("{endpoint}: {trouble}"))
+    fn at_endpoint(&self, error: &str) -> String {
+        self.endpoint.as_ref().map_or_else(|| error.to_owned(), |endpoint| format!("{endpoint}: {error}"))
     }
 
     /// Returns the incomplete uploads below the prefix.
     ///
-    /// The request lists the complete bucket: for a prefix, MinIO returns only uploads of exactly that key. (After a restart, MinIO also
-    /// omits the uploads from before it, but aborts an upload that is a day old by itself.)
+    /// The request lists the complete bucket: for a prefix, MinIO returns only uploads of exactly that key. (After a
+    /// restart, MinIO also omits the uploads from before it, but aborts an upload that is a day old by itself.)
     pub(super) async fn uploads(&self) -> Result<Vec<Upload>, String> {
         let below = self.key("");
         let (mut uploads, mut key, mut id) = (Vec::new(), None::<String>, None::<String>);
         for _ in 0..UPLOAD_PAGES {
             let list = self.client.list_multipart_uploads().bucket(&self.bucket);
-            let page = self.ask(list.set_key_marker(key.take()).set_upload_id_marker(id.take()).send()).await?;
+            let page = self.request(list.set_key_marker(key.take()).set_upload_id_marker(id.take()).send()).await?;
             uploads.extend(page.uploads().iter().filter_map(|upload| {
                 Some(Upload {
                     object: upload.key()?.strip_prefix(&below)?.to_owned(),
                     id: upload.upload_id()?.to_owned(),
-                    begun_ms: upload.initiated().and_then(|time| time.to_millis().ok()),
+                    started_ms: upload.initiated().and_then(|time| time.to_millis().ok()),
                 })
             }));
             key = page.next_key_marker().filter(|key| !key.is_empty()).map(str::to_owned);
@@ -130,13 +131,13 @@ impl S3 {
     }
 
     /// Aborts an upload, so that the store frees its parts. A missing upload is no error.
-    pub(super) async fn end_upload(&self, upload: &Upload) -> Result<(), String> {
+    pub(super) async fn abort_upload(&self, upload: &Upload) -> Result<(), String> {
         let abort = self.client.abort_multipart_upload().bucket(&self.bucket);
         let abort = abort.key(self.key(&upload.object)).upload_id(&upload.id).send();
         match Box::pin(tokio::time::timeout(self.timeout, abort)).await {
             Ok(Err(error)) if error.code() == Some("NoSuchUpload") => Ok(()),
-            Ok(answer) => answer.map(drop).map_err(|error| text(&error)),
-            Err(_) => Err(format!("no answer within {:?}", self.timeout)),
+            Ok(response) => response.map(drop).map_err(|error| text(&error)),
+            Err(_) => Err(format!("no response within {:?}", self.timeout)),
         }
     }
 }
@@ -147,7 +148,7 @@ fn causes(error: &dyn std::error::Error) -> String {
     let text = chain.map(ToString::to_string).collect::<Vec<_>>().join(": ");
     if text.contains("loading credentials") {
         return format!(
-            "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give a profile or role ({text})"
+            "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or set a profile or role ({text})"
         );
     }
     text

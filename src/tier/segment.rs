@@ -1,5 +1,5 @@
-//! Reads a sealed segment for its upload, once and from its start, and checks every batch. The segment is read through the handle that the
-//! log exported, so the upload continues even if the file is removed.
+//! Reads a sealed segment for its upload, once and from its start, and checks every batch. The segment is read through
+//! the handle that the log exported, so the upload continues even if the file is removed.
 
 use std::{
     collections::VecDeque,
@@ -59,7 +59,8 @@ impl SegmentSource {
         &self.segment.path
     }
 
-    /// Returns the epoch and the start offset of each leader up to the end, ascending. The first starts at or below the base.
+    /// Returns the epoch and the start offset of each leader up to the end, ascending. The first starts at or below the
+    /// base.
     fn epochs(&self) -> Vec<(LeaderEpoch, Offset)> {
         self.segment.epochs.iter().collect()
     }
@@ -72,7 +73,7 @@ impl SegmentSource {
 
 /// Error for a segment file that cannot be uploaded.
 #[derive(Debug, thiserror::Error)]
-pub enum SourceError {
+pub enum SegmentSourceError {
     /// The file cannot be read.
     #[error("segment {} cannot be read: {error}", path.display())]
     Io {
@@ -82,7 +83,7 @@ pub enum SourceError {
         error: io::Error,
     },
     /// The content of the file is corrupt. The segment is not uploaded.
-    #[error("segment {} is damaged at byte {position}: {reason}; it is not uploaded", path.display())]
+    #[error("segment {} is corrupt at byte {position} and is not uploaded: {reason}", path.display())]
     Damaged {
         /// Path of the file.
         path: PathBuf,
@@ -92,7 +93,7 @@ pub enum SourceError {
         reason: String,
     },
     /// The segment does not continue the history in the object store.
-    #[error("segment {base}..{end} does not continue the bucket, which ends at {expected}")]
+    #[error("segment {base}..{end} does not continue the history in the object store, which ends at {expected}")]
     NotContiguous {
         /// Tiered end.
         expected: Offset,
@@ -104,7 +105,7 @@ pub enum SourceError {
 }
 
 /// Reader of the part of a segment file that is not in the object store yet. Returns checked bytes.
-pub(super) struct Batches {
+pub(super) struct SegmentBatches {
     source: SegmentSource,
     epochs: Vec<(LeaderEpoch, Offset)>,
     /// True after a read has reached the end of the file.
@@ -116,12 +117,12 @@ pub(super) struct Batches {
     next: Offset,
     epoch: LeaderEpoch,
     builder: Option<FooterBuilder>,
-    from: From,
+    from: SkippedPrefix,
 }
 
 /// The front part of a segment that is left out.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct From {
+pub(super) struct SkippedPrefix {
     /// Batches that end at or below this offset are left out: they are in the object store or below the log start.
     pub(super) offset: Offset,
     /// True if the first kept batch may begin below `offset`, which holds for an empty manifest.
@@ -130,11 +131,11 @@ pub(super) struct From {
     pub(super) writer_epoch: LeaderEpoch,
 }
 
-impl Batches {
-    pub(super) fn of(source: &SegmentSource, from: From) -> Result<Self, SourceError> {
+impl SegmentBatches {
+    pub(super) fn of(source: &SegmentSource, from: SkippedPrefix) -> Result<Self, SegmentSourceError> {
         let (expected, base, end) = (from.offset, source.base(), source.end());
         if base > expected || end <= expected {
-            return Err(SourceError::NotContiguous { expected, base, end });
+            return Err(SegmentSourceError::NotContiguous { expected, base, end });
         }
         Ok(Self {
             source: source.clone(),
@@ -149,9 +150,9 @@ impl Batches {
         })
     }
 
-    /// Returns the next checked bytes: complete batches, at most some MiB. Returns `None` at the end, after the complete segment has passed
-    /// the checks.
-    pub(super) async fn next(&mut self) -> Result<Option<VecDeque<Bytes>>, SourceError> {
+    /// Returns the next checked bytes: complete batches, at most some MiB. Returns `None` at the end, after the
+    /// complete segment has passed the checks.
+    pub(super) async fn next(&mut self) -> Result<Option<VecDeque<Bytes>>, SegmentSourceError> {
         loop {
             let before = self.unchecked.clone();
             let kept = self.take_batches()?;
@@ -164,7 +165,7 @@ impl Batches {
         }
     }
 
-    /// Returns the builder of the footer, after [`Batches::next`] has returned `None`.
+    /// Returns the builder of the footer, after [`SegmentBatches::next`] has returned `None`.
     pub(super) fn into_footer(self) -> FooterBuilder {
         self.builder.expect("a segment that ends above the tiered end holds a batch above it")
     }
@@ -175,34 +176,36 @@ impl Batches {
     }
 
     /// Reads the next piece of the file. Returns false at the end of the file.
-    async fn read(&mut self) -> Result<bool, SourceError> {
+    async fn read(&mut self) -> Result<bool, SegmentSourceError> {
         if self.read_whole {
             return Ok(false);
         }
         let needed = Batch::framed_len(&self.unchecked).unwrap_or(0);
         let rest = std::mem::take(&mut self.unchecked);
         let at = self.position + rest.len() as u64;
-        // Reads one byte more than the log recorded, to detect a file that is too long. A corrupt batch length allocates no more than that.
+        // Reads one byte more than the log recorded, to detect a file that is too long. A corrupt batch length
+        // allocates no more than that.
         let left = self.source.bytes().saturating_sub(at).saturating_add(1);
-        let most = PIECE_BYTES.max(needed.saturating_sub(rest.len())).min(usize::try_from(left).unwrap_or(usize::MAX));
+        let left = usize::try_from(left).unwrap_or(usize::MAX);
+        let max_bytes = PIECE_BYTES.max(needed.saturating_sub(rest.len())).min(left);
         let segment = Arc::clone(&self.source.segment);
         let (buffer, read) = task::run_blocking(move || {
-            let mut buffer = BytesMut::with_capacity(rest.len() + most);
+            let mut buffer = BytesMut::with_capacity(rest.len() + max_bytes);
             buffer.extend_from_slice(&rest);
-            buffer.resize(rest.len() + most, 0);
+            buffer.resize(rest.len() + max_bytes, 0);
             let read = segment.read_at(&mut buffer[rest.len()..], at);
             buffer.truncate(rest.len() + *read.as_ref().unwrap_or(&0));
             (buffer, read)
         })
         .await;
-        let read = read.map_err(|error| SourceError::Io { path: self.source.path().to_owned(), error })?;
+        let read = read.map_err(|error| SegmentSourceError::Io { path: self.source.path().to_owned(), error })?;
         self.unchecked = buffer.freeze();
         self.read_whole = read == 0;
         Ok(read > 0)
     }
 
     /// Checks and removes the complete batches at the front of `unchecked`. Returns the batches to keep.
-    fn take_batches(&mut self) -> Result<VecDeque<Bytes>, SourceError> {
+    fn take_batches(&mut self) -> Result<VecDeque<Bytes>, SegmentSourceError> {
         let mut kept = VecDeque::new();
         let (mut run, mut run_bytes) = (self.unchecked.clone(), 0);
         while self.unchecked.len() >= limits::BATCH_HEADER_BYTES {
@@ -225,24 +228,24 @@ impl Batches {
         Ok(kept)
     }
 
-    /// Checks what the batch's CRC does not cover: the base offset and the leader epoch.
-    fn check(&mut self, batch: &Batch) -> Result<(), SourceError> {
+    /// Checks the fields that the batch's CRC does not cover: the base offset and the leader epoch.
+    fn check(&mut self, batch: &Batch) -> Result<(), SegmentSourceError> {
         let base = batch.base_offset();
         if base != self.next {
-            return Err(self.damaged(format!("the batch starts at offset {base}, {} was expected", self.next)));
+            return Err(self.corrupt(format!("the batch starts at offset {base}, not at {}", self.next)));
         }
         let listed = epoch_of(&self.epochs, base);
         let Some(epoch) = batch.leader_epoch().filter(|epoch| Some(*epoch) == listed && *epoch >= self.epoch) else {
             let found = batch.leader_epoch().map_or("none".to_owned(), |epoch| epoch.to_string());
             let listed = listed.map_or("none".to_owned(), |epoch| epoch.to_string());
-            return Err(self.damaged(format!("the batch at {base} has leader epoch {found}, listed is {listed}")));
+            return Err(self.corrupt(format!("the batch at {base} has leader epoch {found}, not {listed}")));
         };
         self.epoch = epoch;
         self.next = batch.end_offset();
         Ok(())
     }
 
-    fn keep(&mut self, batch: &Batch) -> Result<bool, SourceError> {
+    fn keep(&mut self, batch: &Batch) -> Result<bool, SegmentSourceError> {
         if batch.end_offset() <= self.from.offset {
             return Ok(false);
         }
@@ -250,33 +253,33 @@ impl Batches {
             let base = batch.base_offset();
             if base != self.from.offset && !self.from.inside {
                 let (expected, end) = (self.from.offset, self.source.end());
-                return Err(SourceError::NotContiguous { expected, base, end });
+                return Err(SegmentSourceError::NotContiguous { expected, base, end });
             }
             let (from, bytes, epochs) = (&self.from, self.source.bytes(), self.epochs.clone());
             self.builder = Some(FooterBuilder::new(from.partition, base, bytes, from.writer_epoch, epochs));
         }
-        self.builder.as_mut().expect("just made").push(batch);
+        self.builder.as_mut().expect("the builder exists").push(batch);
         Ok(true)
     }
 
-    fn finish(&self) -> Result<(), SourceError> {
+    fn finish(&self) -> Result<(), SegmentSourceError> {
         if !self.unchecked.is_empty() {
             let (needed, available) = (Batch::framed_len(&self.unchecked).unwrap_or(61), self.unchecked.len());
             return Err(self.malformed(&MalformedBatch::Truncated { needed, available }));
         }
         let (end, bytes) = (self.source.end(), self.source.bytes());
         if self.next != end || self.position != bytes {
-            let reason = format!("it ends at offset {}; it should at {end} with {bytes} bytes", self.next);
-            return Err(self.damaged(reason));
+            let reason = format!("the segment ends at offset {}, not at {end} with {bytes} bytes", self.next);
+            return Err(self.corrupt(reason));
         }
         Ok(())
     }
 
-    fn malformed(&self, error: &MalformedBatch) -> SourceError {
-        self.damaged(error.to_string())
+    fn malformed(&self, error: &MalformedBatch) -> SegmentSourceError {
+        self.corrupt(error.to_string())
     }
 
-    fn damaged(&self, reason: String) -> SourceError {
-        SourceError::Damaged { path: self.source.path().to_owned(), position: self.position, reason }
+    fn corrupt(&self, reason: String) -> SegmentSourceError {
+        SegmentSourceError::Damaged { path: self.source.path().to_owned(), position: self.position, reason }
     }
 }

@@ -2,21 +2,22 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{manifest::Root, name::ManifestName};
+use super::{manifest::ManifestRoot, name::ManifestName};
 use crate::model::{LeaderEpoch, Offset};
 
 /// Value of a partition's `tier` key: the name of the current manifest, and a summary of the manifest.
 ///
-/// Only a compare-and-set changes the value, so its versions form one chain. The manifest contains every field except its own name; the
-/// copies here are known without a request to the object store.
+/// Only a compare-and-set changes the value, so its versions form one chain. The manifest contains every field except
+/// its own name; the copies here are known without a request to the object store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TierState {
     /// Name of the current manifest. `None` before the first commit of one.
     pub manifest: Option<ManifestName>,
     /// First offset not committed to the object store. Never decreases.
     pub tiered_end: Offset,
-    /// First offset that can be read. Never decreases. Retention moves this value first, and a later manifest follows: until then, the
-    /// manifest may list segments below it, which are not read. Above the tiered end if retention deleted records that were not uploaded.
+    /// First offset that can be read. Never decreases. Retention moves this value first, and a later manifest follows:
+    /// until then, the manifest may list segments below it, which are not read. Above the tiered end if retention
+    /// deleted records that were not uploaded.
     pub log_start: Offset,
     /// Leader epoch that committed the state.
     pub epoch: LeaderEpoch,
@@ -32,11 +33,11 @@ impl TierState {
     }
 
     /// Returns the tiered end, or 0 if there is no manifest.
-    pub fn bucket_end(&self) -> Offset {
+    pub fn tiered_end(&self) -> Offset {
         if self.manifest.is_some() { self.tiered_end } else { Offset::ZERO }
     }
 
-    pub(super) fn of(root: &Root, name: ManifestName) -> Self {
+    pub(super) fn of(root: &ManifestRoot, name: ManifestName) -> Self {
         Self {
             manifest: Some(name),
             tiered_end: root.end(),
@@ -46,21 +47,22 @@ impl TierState {
         }
     }
 
-    /// Returns true if `root` is the manifest that this state names. The log start may have moved since `root` was written.
-    pub(super) fn agrees(&self, root: &Root) -> bool {
+    /// Returns true if `root` is the manifest that this state names. The log start may have moved since `root` was
+    /// written.
+    pub(super) fn agrees(&self, root: &ManifestRoot) -> bool {
         self.manifest.is_some_and(|name| {
             let of_root = (root.version(), root.epoch(), root.end());
-            let says_as_much = if self.is_ahead_of(root) {
+            let is_consistent = if self.is_ahead_of(root) {
                 root.bytes() >= self.bytes
             } else {
                 root.log_start() == self.log_start.min(self.tiered_end) && root.bytes() == self.bytes
             };
-            of_root == (name.version, name.epoch, self.tiered_end) && says_as_much
+            of_root == (name.version, name.epoch, self.tiered_end) && is_consistent
         })
     }
 
     /// Returns true if the log start, or the tiered end if that is lower, is above the log start of `root`.
-    pub(super) fn is_ahead_of(&self, root: &Root) -> bool {
+    pub(super) fn is_ahead_of(&self, root: &ManifestRoot) -> bool {
         root.log_start() < self.log_start.min(self.tiered_end)
     }
 }

@@ -1,7 +1,8 @@
 //! One prefix of one object store: its client, and requests with time limits and retries.
 //!
-//! All object names are relative to the prefix. Requests are retried with growing, jittered pauses until [`StoreOptions::retry_for`] has
-//! passed. A permanent error (missing, refused, unsupported) is returned at once. [`Store::stop`] ends every wait.
+//! All object names are relative to the prefix. Requests are retried with growing, jittered pauses until
+//! [`ObjectStoreOptions::retry_for`] has passed. A permanent error (missing, refused, unsupported) is returned at once.
+//! [`TierStore::stop`] ends every wait.
 
 use std::{
     collections::BTreeSet,
@@ -26,10 +27,10 @@ use tokio::{
 use uuid::Uuid;
 
 use super::{
-    claim::{ClaimError, StoreNotes},
     folder, name,
-    open::{self, OpenError, StoreOptions},
-    reach::{DOUBT_AFTER, Outage, PROBE_TIMEOUT, Reach},
+    open::{self, ObjectStoreOptions, ObjectStoreOptionsError},
+    outage::{Outage, OutageTracker, PROBE_TIMEOUT, SUSPECT_AFTER},
+    store_binding::{BindingError, BindingStore},
 };
 use crate::{
     model::{ConfigMap, TopicId, TopicName},
@@ -37,21 +38,21 @@ use crate::{
 };
 
 /// Maximum number of parts of multipart uploads in flight, of 8 MiB each, over all partitions.
-const UPLOAD_PARTS: usize = 8;
+const MAX_CONCURRENT_PARTS: usize = 8;
 
 /// One prefix of one object store. Clones share it.
 #[derive(Clone)]
-pub struct Store {
-    pub(super) inner: Arc<Inner>,
+pub struct TierStore {
+    pub(super) inner: Arc<TierStoreInner>,
 }
 
-pub(super) struct Inner {
+pub(super) struct TierStoreInner {
     objects: Arc<dyn ObjectStore>,
     prefix: Path,
     /// URL of the store, for messages.
-    pub(super) place: String,
+    pub(super) url: String,
     pub(super) cluster: String,
-    options: StoreOptions,
+    options: ObjectStoreOptions,
     /// True if the store is a folder of this machine, which may disappear or change while the broker runs.
     pub(super) folder: bool,
     /// Set when the prefix is known to belong to this cluster: the id in its cluster marker, if the marker has one.
@@ -59,19 +60,19 @@ pub(super) struct Inner {
     /// Reason why a broker must not run with this store. `None` while no reason is known.
     pub(super) refused: watch::Sender<Option<String>>,
     /// True if the cluster has objects in its store, so that an empty prefix cannot be its store.
-    expected: AtomicBool,
+    has_data: AtomicBool,
     /// Cluster generation. 0 while it is not known.
     pub(super) generation: AtomicU64,
     /// Storage of the binding that names the cluster's store.
-    pub(super) notes: OnceLock<Arc<dyn StoreNotes>>,
+    pub(super) notes: OnceLock<Arc<dyn BindingStore>>,
     parts: Arc<Semaphore>,
-    reach: Reach,
+    outages: OutageTracker,
     tasks: Tasks,
 }
 
 /// Error of a request to the object store.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum StoreError {
+pub enum TierStoreError {
     /// The object does not exist.
     #[error("object {object} does not exist")]
     NotFound {
@@ -79,9 +80,7 @@ pub enum StoreError {
         object: String,
     },
     /// The store rejects the credentials, or the credentials do not allow the request.
-    #[error(
-        "the object store does not allow this on {object}: {reason}; check the credentials and the bucket's policy"
-    )]
+    #[error("the object store denies access to {object} ({reason}): check the credentials and the bucket's policy")]
     Denied {
         /// Name of the object, below the prefix.
         object: String,
@@ -89,7 +88,7 @@ pub enum StoreError {
         reason: String,
     },
     /// The store did not respond, or cannot serve the request now.
-    #[error("the object store could not serve {object}: {reason}")]
+    #[error("the object store cannot serve {object}: {reason}")]
     Unavailable {
         /// Name of the object, below the prefix.
         object: String,
@@ -97,7 +96,7 @@ pub enum StoreError {
         reason: String,
     },
     /// The store does not support the operation.
-    #[error("the object store cannot do this on {object}: {reason}")]
+    #[error("the object store does not support the operation on {object}: {reason}")]
     Unsupported {
         /// Name of the object, below the prefix.
         object: String,
@@ -109,7 +108,7 @@ pub enum StoreError {
     Stopped,
 }
 
-impl StoreError {
+impl TierStoreError {
     /// Returns true if the same request may succeed later without intervention.
     pub fn retryable(&self) -> bool {
         matches!(self, Self::Unavailable { .. })
@@ -130,8 +129,8 @@ impl StoreError {
     }
 }
 
-/// Returns an error with its causes in one line, each once, of at most 500 characters. For a refused connection, returns only the address
-/// and that fact.
+/// Returns an error with its causes in one line, each once, of at most 500 characters. For a refused connection,
+/// returns only the address and that fact.
 pub(super) fn reason(error: &(dyn std::error::Error + 'static)) -> String {
     let mut innermost = error;
     while let Some(cause) = innermost.source() {
@@ -179,7 +178,7 @@ pub struct TopicRecord {
 
 /// One object of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listed {
+pub struct ObjectInfo {
     /// Name of the object, below the prefix.
     pub object: String,
     /// Length of the object in bytes.
@@ -188,32 +187,37 @@ pub struct Listed {
     pub modified_ms: i64,
 }
 
-impl Store {
+impl TierStore {
     /// Creates the client of a store. Sends no request, so a broker starts even if the store is unreachable.
     ///
     /// # Errors
     /// The options are invalid: an unknown scheme, no bucket, or a directory that cannot be created.
-    pub fn open(options: &StoreOptions, cluster: &str) -> Result<Self, OpenError> {
+    pub fn open(options: &ObjectStoreOptions, cluster: &str) -> Result<Self, ObjectStoreOptionsError> {
         let (objects, prefix) = open::open(options)?;
-        Ok(Self::over(objects, prefix.as_ref(), options, cluster))
+        Ok(Self::from_object_store(objects, prefix.as_ref(), options, cluster))
     }
 
     /// Creates the client over an implementation of the store, for a store in this process.
-    pub fn over(objects: Arc<dyn ObjectStore>, prefix: &str, options: &StoreOptions, cluster: &str) -> Self {
-        let inner = Inner {
+    pub fn from_object_store(
+        objects: Arc<dyn ObjectStore>,
+        prefix: &str,
+        options: &ObjectStoreOptions,
+        cluster: &str,
+    ) -> Self {
+        let inner = TierStoreInner {
             objects,
             prefix: Path::from(prefix),
-            place: options.url.clone(),
+            url: options.url.clone(),
             cluster: cluster.to_owned(),
             options: options.clone(),
             folder: options.url.starts_with("file:"),
             claimed: OnceCell::new(),
             refused: watch::Sender::new(None),
-            expected: AtomicBool::new(false),
+            has_data: AtomicBool::new(false),
             generation: AtomicU64::new(0),
             notes: OnceLock::new(),
-            parts: Arc::new(Semaphore::new(UPLOAD_PARTS)),
-            reach: Reach::default(),
+            parts: Arc::new(Semaphore::new(MAX_CONCURRENT_PARTS)),
+            outages: OutageTracker::default(),
             tasks: Tasks::new(),
         };
         Self { inner: Arc::new(inner) }
@@ -226,83 +230,83 @@ impl Store {
 
     /// Returns the outage that was logged and has not ended.
     pub fn outage(&self) -> Option<Outage> {
-        self.inner.reach.outage()
+        self.inner.outages.outage()
     }
 
     /// Returns the outage if it is confirmed. Reads of history then fail at once until the store responds.
     pub fn away(&self) -> Option<Outage> {
-        self.inner.reach.away()
+        self.inner.outages.away()
     }
 
     /// Waits until a reason is known why a broker must not run with this store. Returns the reason.
     pub async fn until_refused(&self) -> String {
         let mut refused = self.inner.refused.subscribe();
-        let why = refused.wait_for(Option::is_some).await.expect("the sender is in self").clone();
-        why.expect("it was waited for")
+        let reason = refused.wait_for(Option::is_some).await.expect("the sender is in self").clone();
+        reason.expect("`wait_for` returned a reason")
     }
 
     /// Waits until an outage is confirmed.
     pub async fn until_away(&self) -> Outage {
-        self.inner.reach.until_away().await
+        self.inner.outages.until_away().await
     }
 
     /// Waits until an outage has been confirmed for `time`. Returns at once if that holds already.
     pub(super) async fn until_away_for(&self, time: Duration) -> Outage {
-        self.inner.reach.until_away_for(time).await
+        self.inner.outages.until_away_for(time).await
     }
 
     /// Sleeps for `pause`. During a confirmed outage, returns as soon as the outage ends.
     pub(super) async fn pause(&self, pause: Duration) {
-        self.inner.reach.pause(pause).await;
+        self.inner.outages.pause(pause).await;
     }
 
     /// Waits until there is no confirmed outage.
     pub async fn until_back(&self) {
-        self.inner.reach.until_back().await;
+        self.inner.outages.until_back().await;
     }
 
     /// Sends a request for a reader. Fails at once during a confirmed outage, so that the reader does not wait.
     pub(super) async fn unless_away<T>(
         &self,
         object: &str,
-        request: impl Future<Output = Result<T, StoreError>>,
-    ) -> Result<T, StoreError> {
+        request: impl Future<Output = Result<T, TierStoreError>>,
+    ) -> Result<T, TierStoreError> {
         tokio::select! {
             biased;
             outage = self.until_away() => {
-                let reason = format!("the store has served nothing {outage}");
-                Err(StoreError::Unavailable { object: object.to_owned(), reason })
+                let reason = format!("the object store has been unavailable {outage}");
+                Err(TierStoreError::Unavailable { object: object.to_owned(), reason })
             }
-            answer = request => answer,
+            response = request => response,
         }
     }
 
-    /// Rejects a prefix without cluster marker from now on: the metadata references objects, so the cluster's objects must be in another
-    /// store.
-    pub fn expect_history(&self) {
-        self.inner.expected.store(true, Ordering::Release);
+    /// Rejects a prefix without cluster marker from now on: the metadata references objects, so the cluster's objects
+    /// must be in another store.
+    pub fn require_existing_data(&self) {
+        self.inner.has_data.store(true, Ordering::Release);
     }
 
-    /// Sets the storage of the store binding. From now on, [`Store::claim`] fails for a store other than the bound one. If no store is
-    /// bound, it binds this one.
-    pub fn go_by(&self, notes: Arc<dyn StoreNotes>) {
+    /// Sets the storage of the store binding. From now on, [`TierStore::claim`] fails for a store other than the bound
+    /// one. If no store is bound, it binds this one.
+    pub fn set_binding_store(&self, notes: Arc<dyn BindingStore>) {
         drop(self.inner.notes.set(notes));
     }
 
-    /// Sets the cluster generation. From now on, [`Store::claim`] rejects a prefix of a later generation, and writes this generation into a
-    /// cluster marker of an earlier one.
-    pub fn in_generation(&self, generation: u64) {
+    /// Sets the cluster generation. From now on, [`TierStore::claim`] rejects a prefix of a later generation, and
+    /// writes this generation into a cluster marker of an earlier one.
+    pub fn set_generation(&self, generation: u64) {
         self.inner.generation.store(generation, Ordering::Release);
     }
 
     pub(super) fn is_expected(&self) -> bool {
-        self.inner.claimed.initialized() || self.inner.expected.load(Ordering::Acquire)
+        self.inner.claimed.initialized() || self.inner.has_data.load(Ordering::Acquire)
     }
 
     /// Writes or replaces a topic's description.
-    pub async fn put_topic(&self, topic: &TopicRecord) -> Result<(), ClaimError> {
+    pub async fn put_topic(&self, topic: &TopicRecord) -> Result<(), BindingError> {
         self.claim().await?;
-        let content = serde_json::to_vec_pretty(topic).expect("a plain struct");
+        let content = serde_json::to_vec_pretty(topic).expect("a plain struct is valid JSON");
         Ok(self.put(&name::topic_object(topic.id), content.into()).await?)
     }
 
@@ -312,11 +316,11 @@ impl Store {
     }
 
     /// Returns the URL of the store, for messages.
-    pub fn place(&self) -> &str {
-        &self.inner.place
+    pub fn url(&self) -> &str {
+        &self.inner.url
     }
 
-    pub(super) fn options(&self) -> &StoreOptions {
+    pub(super) fn options(&self) -> &ObjectStoreOptions {
         &self.inner.options
     }
 
@@ -337,83 +341,85 @@ impl Store {
     }
 
     /// Returns the content of a small object.
-    pub async fn get(&self, object: &str) -> Result<Bytes, StoreError> {
+    pub async fn get(&self, object: &str) -> Result<Bytes, TierStoreError> {
         match self.fetch(object).await {
-            Err(missing @ StoreError::NotFound { .. }) => Err(self.missing(missing, object).await),
-            answer => answer,
+            Err(missing @ TierStoreError::NotFound { .. }) => Err(self.missing(missing, object).await),
+            response => response,
         }
     }
 
-    pub(super) async fn fetch(&self, object: &str) -> Result<Bytes, StoreError> {
+    pub(super) async fn fetch(&self, object: &str) -> Result<Bytes, TierStoreError> {
         let path = self.path(object);
         self.retry(object, || async { self.inner.objects.get(&path).await?.bytes().await }).await
     }
 
-    /// Returns the error for a missing object. An object is missing only if the rest of the store exists. Otherwise the complete store is
-    /// unavailable, and may return.
-    async fn missing(&self, missing: StoreError, object: &str) -> StoreError {
+    /// Returns the error for a missing object. An object is missing only if the rest of the store exists. Otherwise the
+    /// complete store is unavailable, and may return.
+    async fn missing(&self, missing: TierStoreError, object: &str) -> TierStoreError {
         if !self.is_expected() {
             return missing;
         }
         match self.claim().await {
             Ok(()) => missing,
-            Err(ClaimError::Store(error)) => error,
-            Err(error) => StoreError::Unavailable { object: object.to_owned(), reason: error.to_string() },
+            Err(BindingError::Store(error)) => error,
+            Err(error) => TierStoreError::Unavailable { object: object.to_owned(), reason: error.to_string() },
         }
     }
 
-    /// Returns exactly these bytes of an object. If the object is shorter, the error is `Unavailable` after the retries.
-    pub async fn get_range(&self, object: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+    /// Returns exactly these bytes of an object. If the object is shorter, the error is `Unavailable` after the
+    /// retries.
+    pub async fn get_range(&self, object: &str, range: Range<u64>) -> Result<Bytes, TierStoreError> {
         self.get_with(object, range, GetOptions::new()).await
     }
 
-    /// Reads like [`get_range`](Self::get_range), for bytes that were written just now: a folder then drops them from the page cache.
-    pub(super) async fn read_back(&self, object: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+    /// Reads like [`get_range`](Self::get_range), for bytes that were written just now: a folder then drops them from
+    /// the page cache.
+    pub(super) async fn read_back(&self, object: &str, range: Range<u64>) -> Result<Bytes, TierStoreError> {
         self.get_with(object, range, folder::read_back_options()).await
     }
 
-    async fn get_with(&self, object: &str, range: Range<u64>, options: GetOptions) -> Result<Bytes, StoreError> {
+    async fn get_with(&self, object: &str, range: Range<u64>, options: GetOptions) -> Result<Bytes, TierStoreError> {
         let path = self.path(object);
         let wanted = range.end.saturating_sub(range.start);
         let options = options.with_range(Some(range.clone()));
-        let answer = self.retry(object, || async {
+        let response = self.retry(object, || async {
             let bytes = self.inner.objects.get_opts(&path, options.clone()).await?.bytes().await?;
             let got = bytes.len() as u64;
-            if got == wanted { Ok(bytes) } else { Err(short(&range, got)) }
+            if got == wanted { Ok(bytes) } else { Err(short_response(&range, got)) }
         });
-        match answer.await {
-            Err(missing @ StoreError::NotFound { .. }) => Err(self.missing(missing, object).await),
-            answer => answer,
+        match response.await {
+            Err(missing @ TierStoreError::NotFound { .. }) => Err(self.missing(missing, object).await),
+            response => response,
         }
     }
 
     /// Returns the length of an object in bytes.
-    pub async fn head(&self, object: &str) -> Result<u64, StoreError> {
+    pub async fn head(&self, object: &str) -> Result<u64, TierStoreError> {
         let path = self.path(object);
         self.retry(object, || async { Ok(self.inner.objects.head(&path).await?.size) }).await
     }
 
     /// Returns the modification time of an object by the store's clock, in milliseconds since 1970.
-    pub(super) async fn modified_ms(&self, object: &str) -> Result<i64, StoreError> {
+    pub(super) async fn modified_ms(&self, object: &str) -> Result<i64, TierStoreError> {
         let path = self.path(object);
         let modified = self.retry(object, || async { Ok(self.inner.objects.head(&path).await?.last_modified) }).await?;
         Ok(modified.timestamp_millis())
     }
 
-    /// Returns the time of the store's clock, in milliseconds since 1970: the modification time of an object that was written just now.
-    /// Only this clock determines the ages of objects. A broker's own clock may be hours ahead; by that clock, an object that another
-    /// broker has just uploaded would be old.
+    /// Returns the time of the store's clock, in milliseconds since 1970: the modification time of an object that was
+    /// written just now. Only this clock determines the ages of objects. A broker's own clock may be hours ahead; by
+    /// that clock, an object that another broker has just uploaded would be old.
     ///
     /// # Errors
     /// The prefix does not belong to this cluster, or the store does not respond.
-    pub async fn clock_ms(&self) -> Result<i64, ClaimError> {
+    pub async fn clock_ms(&self) -> Result<i64, BindingError> {
         self.claim().await?;
         self.put(name::CLOCK, Bytes::from_static(b"{}")).await?;
         Ok(self.modified_ms(name::CLOCK).await?)
     }
 
     /// Writes or replaces a small object.
-    pub async fn put(&self, object: &str, content: Bytes) -> Result<(), StoreError> {
+    pub async fn put(&self, object: &str, content: Bytes) -> Result<(), TierStoreError> {
         let path = self.path(object);
         self.retry(object, || async {
             self.inner.objects.put(&path, PutPayload::from_bytes(content.clone())).await.map(drop)
@@ -422,7 +428,7 @@ impl Store {
     }
 
     /// Writes an object if it does not exist. Success means only that the object exists now.
-    pub(super) async fn put_if_absent(&self, object: &str, content: Bytes) -> Result<(), StoreError> {
+    pub(super) async fn put_if_absent(&self, object: &str, content: Bytes) -> Result<(), TierStoreError> {
         let path = self.path(object);
         self.retry(object, || async {
             let payload = PutPayload::from_bytes(content.clone());
@@ -437,20 +443,20 @@ impl Store {
     }
 
     /// Deletes an object. A missing object is no error.
-    pub async fn delete(&self, object: &str) -> Result<(), StoreError> {
+    pub async fn delete(&self, object: &str) -> Result<(), TierStoreError> {
         let path = self.path(object);
         let deleted = self.retry(object, || self.inner.objects.delete(&path)).await;
         match deleted {
-            Err(StoreError::NotFound { .. }) => Ok(()),
+            Err(TierStoreError::NotFound { .. }) => Ok(()),
             other => other,
         }
     }
 
     /// Returns all objects below a folder.
-    pub async fn list(&self, folder: &str) -> Result<Vec<Listed>, StoreError> {
+    pub async fn list(&self, folder: &str) -> Result<Vec<ObjectInfo>, TierStoreError> {
         let path = self.path(folder);
         let metas = self.retry(folder, || self.inner.objects.list(Some(&path)).try_collect::<Vec<_>>()).await?;
-        let listed = metas.into_iter().map(|meta| Listed {
+        let listed = metas.into_iter().map(|meta| ObjectInfo {
             object: self.relative(&meta.location),
             bytes: meta.size,
             modified_ms: meta.last_modified.timestamp_millis(),
@@ -459,23 +465,24 @@ impl Store {
     }
 
     /// Returns the names of the folders directly in a folder.
-    pub async fn folders(&self, folder: &str) -> Result<Vec<String>, StoreError> {
+    pub async fn folders(&self, folder: &str) -> Result<Vec<String>, TierStoreError> {
         let path = self.path(folder);
         let listing = self.retry(folder, || self.inner.objects.list_with_delimiter(Some(&path))).await?;
         Ok(listing.common_prefixes.iter().filter_map(|path| path.filename()).map(str::to_owned).collect())
     }
 
-    /// Returns those of the topics that have an object. A folder alone does not count, because a directory as store keeps empty folders.
-    pub async fn held(&self, topics: &BTreeSet<TopicId>) -> Result<BTreeSet<TopicId>, StoreError> {
-        let mut held = BTreeSet::new();
+    /// Returns those of the topics that have an object. A folder alone does not count, because a directory as store
+    /// keeps empty folders.
+    pub async fn topics_with_objects(&self, topics: &BTreeSet<TopicId>) -> Result<BTreeSet<TopicId>, TierStoreError> {
+        let mut found = BTreeSet::new();
         for folder in self.folders(name::TOPICS).await? {
             let topic = folder.parse::<TopicId>().ok().filter(|topic| topics.contains(topic));
             let Some(topic) = topic else { continue };
             if !self.list(&name::topic_folder(topic)).await?.is_empty() {
-                held.insert(topic);
+                found.insert(topic);
             }
         }
-        Ok(held)
+        Ok(found)
     }
 
     fn relative(&self, path: &Path) -> String {
@@ -484,7 +491,7 @@ impl Store {
     }
 
     /// Sends a request until it succeeds, fails permanently, or the time for retries is over.
-    pub(super) async fn retry<T, F, Fut>(&self, object: &str, mut request: F) -> Result<T, StoreError>
+    pub(super) async fn retry<T, F, Fut>(&self, object: &str, mut request: F) -> Result<T, TierStoreError>
     where
         F: FnMut() -> Fut,
         Fut: Future<Output = object_store::Result<T>>,
@@ -493,47 +500,48 @@ impl Store {
         let attempt = || {
             let (sent, request) = (clock::monotonic(), request());
             async move {
-                let mut answer = std::pin::pin!(tokio::time::timeout(options.request_timeout, request));
-                let answer = tokio::select! {
+                let mut response = std::pin::pin!(tokio::time::timeout(options.request_timeout, request));
+                let response = tokio::select! {
                     biased;
-                    answer = &mut answer => answer,
-                    () = tokio::time::sleep(DOUBT_AFTER) => {
-                        self.doubt(sent, &format!("no answer for {DOUBT_AFTER:?}"));
-                        answer.await
+                    response = &mut response => response,
+                    () = tokio::time::sleep(SUSPECT_AFTER) => {
+                        self.suspect(sent, &format!("no response for {SUSPECT_AFTER:?}"));
+                        response.await
                     }
                 };
-                let answer = match answer {
-                    Ok(answer) => answer.map_err(|error| StoreError::new(object, &error)),
+                let response = match response {
+                    Ok(response) => response.map_err(|error| TierStoreError::new(object, &error)),
                     Err(_) => {
-                        let reason = format!("no answer within {:?}", options.request_timeout);
-                        Err(StoreError::Unavailable { object: object.to_owned(), reason })
+                        let reason = format!("no response within {:?}", options.request_timeout);
+                        Err(TierStoreError::Unavailable { object: object.to_owned(), reason })
                     }
                 };
-                match outage_reason(&answer) {
-                    Some(why) => self.doubt(sent, &why),
-                    None => self.inner.reach.answered(&self.inner.place),
+                match outage_reason(&response) {
+                    Some(reason) => self.suspect(sent, &reason),
+                    None => self.inner.outages.on_reply(&self.inner.url),
                 }
-                answer
+                response
             }
         };
         let inner = Arc::clone(&self.inner);
         let pause = move |pause| {
             let inner = Arc::clone(&inner);
-            async move { inner.reach.pause(pause).await }
+            async move { inner.outages.pause(pause).await }
         };
-        let retried = attempt.retry(self.pauses()).sleep(pause).when(StoreError::retryable).notify(|error, pause| {
-            tracing::debug!(object, %error, ?pause, "object store request failed, asking again");
-        });
+        let retried =
+            attempt.retry(self.pauses()).sleep(pause).when(TierStoreError::retryable).notify(|error, pause| {
+                tracing::debug!(object, %error, ?pause, "object store request failed, retrying");
+            });
         tokio::select! {
             biased;
-            () = self.inner.tasks.cancelled() => Err(StoreError::Stopped),
-            answer = retried => answer,
+            () = self.inner.tasks.cancelled() => Err(TierStoreError::Stopped),
+            response = retried => response,
         }
     }
 
     /// Records a request that failed or has had no response for long. Starts probes, which detect an outage.
-    fn doubt(&self, sent: Instant, why: &str) {
-        if self.inner.reach.failed(&self.inner.place, sent, why) && !self.inner.tasks.is_cancelled() {
+    fn suspect(&self, sent: Instant, reason: &str) {
+        if self.inner.outages.failed(&self.inner.url, sent, reason) && !self.inner.tasks.is_cancelled() {
             let store = self.clone();
             self.inner.tasks.spawn("object store probe", async move {
                 tokio::select! {
@@ -548,20 +556,20 @@ impl Store {
     /// Requests a small object until the store responds.
     async fn probe(&self) {
         let path = self.path(name::CLUSTER);
-        while let Some(pause) = self.inner.reach.next_probe() {
+        while let Some(pause) = self.inner.outages.next_probe() {
             tokio::time::sleep(pause).await;
             let sent = clock::monotonic();
             let request = async { self.inner.objects.get(&path).await?.bytes().await };
-            let answer = match tokio::time::timeout(PROBE_TIMEOUT, request).await {
-                Ok(answer) => answer.map_err(|error| StoreError::new(name::CLUSTER, &error)),
+            let response = match tokio::time::timeout(PROBE_TIMEOUT, request).await {
+                Ok(response) => response.map_err(|error| TierStoreError::new(name::CLUSTER, &error)),
                 Err(_elapsed) => {
-                    let reason = format!("no answer within {PROBE_TIMEOUT:?}");
-                    Err(StoreError::Unavailable { object: name::CLUSTER.to_owned(), reason })
+                    let reason = format!("no response within {PROBE_TIMEOUT:?}");
+                    Err(TierStoreError::Unavailable { object: name::CLUSTER.to_owned(), reason })
                 }
             };
-            match outage_reason(&answer) {
-                Some(why) => self.inner.reach.probe_failed(&self.inner.place, sent, &why),
-                None => self.inner.reach.answered(&self.inner.place),
+            match outage_reason(&response) {
+                Some(reason) => self.inner.outages.probe_failed(&self.inner.url, sent, &reason),
+                None => self.inner.outages.on_reply(&self.inner.url),
             }
         }
     }
@@ -579,23 +587,23 @@ impl Store {
 }
 
 /// Returns the reason why a response indicates an outage. Returns `None` if the store works.
-fn outage_reason<T>(answer: &Result<T, StoreError>) -> Option<String> {
-    match answer {
-        Err(StoreError::Unavailable { reason, .. }) => Some(reason.clone()),
-        Err(StoreError::Denied { reason, .. }) => {
-            Some(format!("it does not allow this: {reason}; check the credentials and the bucket's policy"))
+fn outage_reason<T>(response: &Result<T, TierStoreError>) -> Option<String> {
+    match response {
+        Err(TierStoreError::Unavailable { reason, .. }) => Some(reason.clone()),
+        Err(TierStoreError::Denied { reason, .. }) => {
+            Some(format!("access is denied ({reason}): check the credentials and the bucket's policy"))
         }
         _ => None,
     }
 }
 
-fn short(range: &Range<u64>, got: u64) -> object_store::Error {
-    let text = format!("bytes {}..{} were asked for and {got} came", range.start, range.end);
+fn short_response(range: &Range<u64>, got: u64) -> object_store::Error {
+    let text = format!("bytes {}..{} were requested, and {got} bytes were returned", range.start, range.end);
     object_store::Error::Generic { store: "range", source: text.into() }
 }
 
-impl fmt::Debug for Store {
+impl fmt::Debug for TierStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Store").field("place", &self.inner.place).finish_non_exhaustive()
+        f.debug_struct("TierStore").field("url", &self.inner.url).finish_non_exhaustive()
     }
 }

@@ -2,30 +2,30 @@
 //!
 //! # Overview
 //!
-//! A segment is streamed from its file, which stays readable after its name is removed. Its parts have 8 MiB; at most four parts of one
-//! segment and eight parts of all segments are in flight. Small segments are uploaded with one request. A failed attempt is verified before
-//! the next one: if only the response was lost, the object exists. All attempts of an upload use the same name and the same content, so a
-//! duplicate or late request changes nothing.
+//! A segment is streamed from its file, which stays readable after its name is removed. Its parts have 8 MiB; at most
+//! four parts of one segment and eight parts of all segments are in flight. Small segments are uploaded with one
+//! request. A failed attempt is verified before the next one: if only the response was lost, the object exists. All
+//! attempts of an upload use the same name and the same content, so a duplicate or late request changes nothing.
 //!
 //! # Crash
 //!
-//! A crash or an error leaves at most objects that no manifest references, and multipart uploads that are incomplete. Garbage collection
-//! deletes the objects. `uploads` aborts the multipart uploads if the store is S3.
+//! A crash or an error leaves at most objects that no manifest references, and multipart uploads that are incomplete.
+//! Garbage collection deletes the objects. `uploads` aborts the multipart uploads if the store is S3.
 
 use std::collections::VecDeque;
 
 use backon::Retryable;
 use bytes::Bytes;
 use futures::{StreamExt, stream::FuturesUnordered};
-use object_store::{MultipartUpload, ObjectStoreExt, PutPayload};
+use object_store::{ObjectStoreExt, PutPayload};
 
 use super::{
-    claim::ClaimError,
-    manifest::SegmentLine,
-    name::{Stamp, partition_folder},
-    read::ReadError,
-    segment::{Batches, From, SegmentSource, SourceError},
-    store::{Store, StoreError},
+    manifest::SegmentEntry,
+    name::{ObjectId, partition_folder},
+    read::TierReadError,
+    segment::{SegmentBatches, SegmentSource, SegmentSourceError, SkippedPrefix},
+    store::{TierStore, TierStoreError},
+    store_binding::BindingError,
 };
 use crate::{
     model::LeaderEpoch,
@@ -49,9 +49,9 @@ const READ_BACK_BYTES: u64 = 8 << 20;
 pub enum UploadError {
     /// The segment file cannot be read, is corrupt, or does not continue the history in the object store.
     #[error(transparent)]
-    Source(#[from] SourceError),
+    Source(#[from] SegmentSourceError),
     /// A newer leader has committed to the object store.
-    #[error("leader epoch {epoch} may not write: epoch {current} has committed to the bucket")]
+    #[error("leader epoch {epoch} may not write: epoch {current} has committed to the object store")]
     Deposed {
         /// Leader epoch of the caller.
         epoch: LeaderEpoch,
@@ -60,12 +60,12 @@ pub enum UploadError {
     },
     /// The prefix does not belong to this cluster, or its owner is not known yet.
     #[error(transparent)]
-    Claim(#[from] ClaimError),
+    Claim(#[from] BindingError),
     /// The request to the store failed.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] TierStoreError),
     /// The store returns other bytes than were written.
-    #[error("object {object} is not what was written: {reason}; it will not be used")]
+    #[error("object {object} differs from what was written and is not used: {reason}")]
     Mismatch {
         /// Name of the object, below the prefix.
         object: String,
@@ -73,8 +73,8 @@ pub enum UploadError {
         reason: String,
     },
     /// The current manifest cannot be read.
-    #[error("the current manifest cannot be read: {0}")]
-    Manifest(#[from] ReadError),
+    #[error("cannot read the current manifest: {0}")]
+    Manifest(#[from] TierReadError),
 }
 
 impl UploadError {
@@ -91,74 +91,79 @@ impl UploadError {
 }
 
 /// Uploads the part of `source` that is not in the object store yet, and verifies it.
-pub(super) async fn segment(store: &Store, source: &SegmentSource, from: From) -> Result<SegmentLine, UploadError> {
-    let mut last_try: Option<SegmentLine> = None;
-    let mut attempt = Attempt::new(store, source, from);
+pub(super) async fn segment(
+    store: &TierStore,
+    source: &SegmentSource,
+    from: SkippedPrefix,
+) -> Result<SegmentEntry, UploadError> {
+    let mut last_try: Option<SegmentEntry> = None;
+    let mut attempt = UploadAttempt::new(store, source, from);
     let mut pauses = backon::BackoffBuilder::build(store.pauses());
     let (began, retry_for) = (clock::monotonic(), store.options().retry_for);
     loop {
         let tried = tokio::select! {
             biased;
-            () = store.tasks().cancelled() => return Err(StoreError::Stopped.into()),
+            () = store.tasks().cancelled() => return Err(TierStoreError::Stopped.into()),
             tried = attempt.run(&mut last_try) => tried,
         };
         let error = match tried {
-            Ok(line) => return Ok(line),
+            Ok(entry) => return Ok(entry),
             Err(error) => error,
         };
-        // Each request was already retried for this time. The caller tries again later, with the segments that are due then.
+        // Each request was already retried for this time. The caller tries again later, with the segments that are due
+        // then.
         let may_retry = error.retryable() && began.elapsed() < retry_for;
         let Some(pause) = pauses.next().filter(|_| may_retry) else { return Err(error) };
-        tracing::debug!(path = %source.path().display(), %error, ?pause, "segment upload failed, trying again");
+        tracing::debug!(path = %source.path().display(), %error, ?pause, "segment upload failed, retrying");
         tokio::select! {
             biased;
-            () = store.tasks().cancelled() => return Err(StoreError::Stopped.into()),
+            () = store.tasks().cancelled() => return Err(TierStoreError::Stopped.into()),
             () = store.pause(pause) => {}
         }
     }
 }
 
 /// One upload with all its attempts.
-struct Attempt<'a> {
-    store: &'a Store,
+struct UploadAttempt<'a> {
+    store: &'a TierStore,
     source: &'a SegmentSource,
-    from: From,
+    from: SkippedPrefix,
     name: uuid::Uuid,
 }
 
 /// The object that one attempt sent.
-struct Sent {
-    line: SegmentLine,
-    outcome: Result<(), StoreError>,
+struct UploadedObject {
+    entry: SegmentEntry,
+    outcome: Result<(), TierStoreError>,
 }
 
-impl<'a> Attempt<'a> {
-    fn new(store: &'a Store, source: &'a SegmentSource, from: From) -> Self {
+impl<'a> UploadAttempt<'a> {
+    fn new(store: &'a TierStore, source: &'a SegmentSource, from: SkippedPrefix) -> Self {
         Self { store, source, from, name: random::uuid() }
     }
 
-    async fn run(&mut self, last_try: &mut Option<SegmentLine>) -> Result<SegmentLine, UploadError> {
-        if let Some(line) = last_try.take()
-            && self.verify(&line).await.is_ok()
+    async fn run(&mut self, last_try: &mut Option<SegmentEntry>) -> Result<SegmentEntry, UploadError> {
+        if let Some(entry) = last_try.take()
+            && self.verify(&entry).await.is_ok()
         {
-            return Ok(line);
+            return Ok(entry);
         }
         let sent = self.send().await?;
-        *last_try = Some(sent.line);
+        *last_try = Some(sent.entry);
         if mutant!(TreatFailedPutAsDone) {
-            return Ok(sent.line);
+            return Ok(sent.entry);
         }
         if let Err(error) = sent.outcome {
             return Err(error.into());
         }
-        self.verify(&sent.line).await?;
-        Ok(sent.line)
+        self.verify(&sent.entry).await?;
+        Ok(sent.entry)
     }
 
     /// Streams the segment to the store.
-    async fn send(&self) -> Result<Sent, UploadError> {
-        let mut batches = Batches::of(self.source, self.from)?;
-        let mut parts = Parts::default();
+    async fn send(&self) -> Result<UploadedObject, UploadError> {
+        let mut batches = SegmentBatches::of(self.source, self.from)?;
+        let mut parts = PartBuffer::default();
         while parts.len() as u64 <= SINGLE_BYTES {
             match batches.next().await? {
                 Some(pieces) => parts.extend(pieces),
@@ -170,11 +175,11 @@ impl<'a> Attempt<'a> {
         let path = self.store.path(&object);
         let opened = self.store.retry(&object, || self.store.objects().put_multipart(&path)).await?;
         let mut multipart =
-            Multipart { store: self.store, object: &object, upload: opened, flying: FuturesUnordered::new() };
+            MultipartUpload { store: self.store, object: &object, upload: opened, in_flight: FuturesUnordered::new() };
         match self.send_parts(&mut multipart, batches, parts).await {
-            Ok(line) => {
+            Ok(entry) => {
                 let outcome = multipart.complete().await;
-                Ok(Sent { line, outcome })
+                Ok(UploadedObject { entry, outcome })
             }
             Err(error) => {
                 multipart.abort().await;
@@ -183,26 +188,26 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    async fn send_whole(&self, batches: Batches, mut parts: Parts) -> Result<Sent, UploadError> {
-        let line = self.append_footer(batches, &mut parts);
-        let object = self.object(&line.stamp);
+    async fn send_whole(&self, batches: SegmentBatches, mut parts: PartBuffer) -> Result<UploadedObject, UploadError> {
+        let entry = self.append_footer(batches, &mut parts);
+        let object = self.object(&entry.stamp);
         let path = self.store.path(&object);
-        let _permits = self.store.parts().acquire_many(2).await.map_err(|_| StoreError::Stopped)?;
+        let _permits = self.store.parts().acquire_many(2).await.map_err(|_| TierStoreError::Stopped)?;
         let payload = parts.take(usize::MAX);
         let put = || async {
-            let answered = self.store.objects().put(&path, payload.clone()).await.map(drop);
-            if mutant!(TreatFailedPutAsDone) { Ok(()) } else { answered }
+            let result = self.store.objects().put(&path, payload.clone()).await.map(drop);
+            if mutant!(TreatFailedPutAsDone) { Ok(()) } else { result }
         };
         let outcome = self.store.retry(&object, put).await;
-        Ok(Sent { line, outcome })
+        Ok(UploadedObject { entry, outcome })
     }
 
     async fn send_parts(
         &self,
-        multipart: &mut Multipart<'_>,
-        mut batches: Batches,
-        mut parts: Parts,
-    ) -> Result<SegmentLine, UploadError> {
+        multipart: &mut MultipartUpload<'_>,
+        mut batches: SegmentBatches,
+        mut parts: PartBuffer,
+    ) -> Result<SegmentEntry, UploadError> {
         loop {
             while parts.len() >= PART_BYTES {
                 multipart.put(parts.take(PART_BYTES)).await?;
@@ -212,18 +217,18 @@ impl<'a> Attempt<'a> {
                 None => break,
             }
         }
-        let line = self.append_footer(batches, &mut parts);
+        let entry = self.append_footer(batches, &mut parts);
         while parts.len() > 0 {
             multipart.put(parts.take(PART_BYTES)).await?;
         }
         multipart.drain().await?;
-        Ok(line)
+        Ok(entry)
     }
 
-    fn append_footer(&self, batches: Batches, parts: &mut Parts) -> SegmentLine {
+    fn append_footer(&self, batches: SegmentBatches, parts: &mut PartBuffer) -> SegmentEntry {
         let footer = batches.into_footer().finish(self.source.producers());
         let encoded = footer.encode();
-        let line = SegmentLine {
+        let entry = SegmentEntry {
             stamp: self.stamp(footer.base),
             data_bytes: footer.data_bytes,
             footer_bytes: u32::try_from(encoded.len()).expect("a footer is far below 4 GiB"),
@@ -232,40 +237,40 @@ impl<'a> Attempt<'a> {
             created_ms: self.source.written_ms(),
         };
         parts.extend([encoded]);
-        line
+        entry
     }
 
-    fn stamp(&self, base: crate::model::Offset) -> Stamp {
-        Stamp { base, end: self.source.end(), epoch: self.from.writer_epoch, attempt: self.name }
+    fn stamp(&self, base: crate::model::Offset) -> ObjectId {
+        ObjectId { base, end: self.source.end(), epoch: self.from.writer_epoch, attempt: self.name }
     }
 
-    fn object(&self, stamp: &Stamp) -> String {
+    fn object(&self, stamp: &ObjectId) -> String {
         format!("{}/{}", partition_folder(self.from.partition), stamp.segment())
     }
 
     /// Checks that the object exists and has every byte that was sent.
-    async fn verify(&self, line: &SegmentLine) -> Result<(), UploadError> {
-        let object = self.object(&line.stamp);
+    async fn verify(&self, entry: &SegmentEntry) -> Result<(), UploadError> {
+        let object = self.object(&entry.stamp);
         let mismatch = |reason: String| UploadError::Mismatch { object: object.clone(), reason };
         let bytes = match self.store.head(&object).await {
-            Err(StoreError::NotFound { .. }) => {
-                return Err(mismatch("it is not there after it was written".to_owned()));
+            Err(TierStoreError::NotFound { .. }) => {
+                return Err(mismatch("the object is missing after its write".to_owned()));
             }
-            answered => answered?,
+            found => found?,
         };
-        if bytes != line.object_bytes() {
-            return Err(mismatch(format!("it has {bytes} bytes instead of {}", line.object_bytes())));
+        if bytes != entry.object_bytes() {
+            return Err(mismatch(format!("the object has {bytes} bytes instead of {}", entry.object_bytes())));
         }
         let (mut at, mut crc, mut tail) = (0, 0, Bytes::new());
         while at < bytes {
-            let end = if at < line.data_bytes { line.data_bytes.min(at + READ_BACK_BYTES) } else { bytes };
+            let end = if at < entry.data_bytes { entry.data_bytes.min(at + READ_BACK_BYTES) } else { bytes };
             tail = self.store.read_back(&object, at..end).await?;
             crc = crc32c::crc32c_append(crc, &tail);
             at = end;
         }
         super::footer::Footer::parse(&tail).map_err(|error| mismatch(error.to_string()))?;
-        if crc != line.crc {
-            return Err(mismatch(format!("its CRC-32C is {crc:#010x} instead of {:#010x}", line.crc)));
+        if crc != entry.crc {
+            return Err(mismatch(format!("the CRC-32C is {crc:#010x} instead of {:#010x}", entry.crc)));
         }
         Ok(())
     }
@@ -273,12 +278,12 @@ impl<'a> Attempt<'a> {
 
 /// Checked bytes that are to be sent. Removing bytes copies no payload.
 #[derive(Default)]
-struct Parts {
+struct PartBuffer {
     pieces: VecDeque<Bytes>,
     bytes: usize,
 }
 
-impl Parts {
+impl PartBuffer {
     fn len(&self) -> usize {
         self.bytes
     }
@@ -291,11 +296,11 @@ impl Parts {
     }
 
     /// Removes and returns the first `most` bytes.
-    fn take(&mut self, most: usize) -> PutPayload {
-        let (mut taken, mut left) = (Vec::new(), most.min(self.bytes));
+    fn take(&mut self, max_bytes: usize) -> PutPayload {
+        let (mut taken, mut left) = (Vec::new(), max_bytes.min(self.bytes));
         self.bytes -= left;
         while left > 0 {
-            let piece = self.pieces.front_mut().expect("the pieces hold as much as was counted");
+            let piece = self.pieces.front_mut().expect("the pieces have `bytes` bytes");
             if piece.len() > left {
                 taken.push(piece.split_to(left));
                 break;
@@ -307,31 +312,31 @@ impl Parts {
     }
 }
 
-type Part = futures::future::BoxFuture<'static, object_store::Result<()>>;
+type PartFuture = futures::future::BoxFuture<'static, object_store::Result<()>>;
 
-struct Multipart<'a> {
-    store: &'a Store,
+struct MultipartUpload<'a> {
+    store: &'a TierStore,
     object: &'a str,
-    upload: Box<dyn MultipartUpload>,
-    flying: FuturesUnordered<Part>,
+    upload: Box<dyn object_store::MultipartUpload>,
+    in_flight: FuturesUnordered<PartFuture>,
 }
 
-impl Multipart<'_> {
+impl MultipartUpload<'_> {
     async fn put(&mut self, payload: PutPayload) -> Result<(), UploadError> {
-        while self.flying.len() >= PARTS_AT_ONCE {
-            self.land().await?;
+        while self.in_flight.len() >= PARTS_AT_ONCE {
+            self.wait_for_part().await?;
         }
         // Parts of this upload must complete while it waits for permits that other uploads hold.
         let permit = loop {
             tokio::select! {
                 permit = std::sync::Arc::clone(self.store.parts()).acquire_owned() => {
-                    break permit.map_err(|_| StoreError::Stopped)?;
+                    break permit.map_err(|_| TierStoreError::Stopped)?;
                 }
-                landed = self.flying.next(), if !self.flying.is_empty() => self.landed(landed)?,
+                sent = self.in_flight.next(), if !self.in_flight.is_empty() => self.on_part_sent(sent)?,
             }
         };
         let part = self.upload.put_part(payload);
-        self.flying.push(Box::pin(async move {
+        self.in_flight.push(Box::pin(async move {
             let sent = part.await;
             drop(permit);
             sent
@@ -339,76 +344,77 @@ impl Multipart<'_> {
         Ok(())
     }
 
-    async fn land(&mut self) -> Result<(), UploadError> {
-        let landed = tokio::time::timeout(self.store.options().request_timeout * 2, self.flying.next()).await;
-        match landed {
-            Ok(landed) => self.landed(landed),
+    async fn wait_for_part(&mut self) -> Result<(), UploadError> {
+        let sent = tokio::time::timeout(self.store.options().request_timeout * 2, self.in_flight.next()).await;
+        match sent {
+            Ok(sent) => self.on_part_sent(sent),
             Err(_) => {
-                let reason = "a part was not answered in time".to_owned();
-                Err(StoreError::Unavailable { object: self.object.to_owned(), reason }.into())
+                let reason = "no response to a part in time".to_owned();
+                Err(TierStoreError::Unavailable { object: self.object.to_owned(), reason }.into())
             }
         }
     }
 
-    fn landed(&self, landed: Option<object_store::Result<()>>) -> Result<(), UploadError> {
-        match landed {
-            Some(Err(error)) => Err(StoreError::new(self.object, &error).into()),
+    fn on_part_sent(&self, sent: Option<object_store::Result<()>>) -> Result<(), UploadError> {
+        match sent {
+            Some(Err(error)) => Err(TierStoreError::new(self.object, &error).into()),
             _ => Ok(()),
         }
     }
 
     async fn drain(&mut self) -> Result<(), UploadError> {
-        while !self.flying.is_empty() {
-            self.land().await?;
+        while !self.in_flight.is_empty() {
+            self.wait_for_part().await?;
         }
         Ok(())
     }
 
-    async fn complete(&mut self) -> Result<(), StoreError> {
+    async fn complete(&mut self) -> Result<(), TierStoreError> {
         let done = tokio::time::timeout(self.store.options().request_timeout * 2, self.upload.complete()).await;
         match done {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(as_unknown(StoreError::new(self.object, &error))),
+            Ok(Err(error)) => Err(as_unknown(TierStoreError::new(self.object, &error))),
             Err(_) => {
-                let reason = "the end of the upload was not answered in time".to_owned();
-                Err(StoreError::Unavailable { object: self.object.to_owned(), reason })
+                let reason = "no response to the completion of the upload in time".to_owned();
+                Err(TierStoreError::Unavailable { object: self.object.to_owned(), reason })
             }
         }
     }
 
     /// Aborts a failed upload, so that the store frees its parts. If the abort fails, `uploads` repeats it later.
     async fn abort(&mut self) {
-        self.flying.clear();
+        self.in_flight.clear();
         let aborted = tokio::time::timeout(self.store.options().request_timeout, self.upload.abort()).await;
         if let Ok(Err(error)) = aborted {
-            tracing::debug!(object = self.object, %error, "a multipart upload could not be aborted");
+            tracing::debug!(object = self.object, %error, "cannot abort a multipart upload");
         }
     }
 }
 
-/// Returns the error of a completion as one of unknown outcome. If a completion succeeds and its response is lost, the repeated request is
-/// refused, and every store uses another error (not found, not allowed, an internal error). So the next attempt verifies the object first.
-fn as_unknown(error: StoreError) -> StoreError {
+/// Returns the error of a completion as one of unknown outcome. If a completion succeeds and its response is lost, the
+/// repeated request is refused, and every store uses another error (not found, not allowed, an internal error). So the
+/// next attempt verifies the object first.
+fn as_unknown(error: TierStoreError) -> TierStoreError {
     match error {
-        StoreError::NotFound { object } => {
-            StoreError::Unavailable { object, reason: "the multipart upload is unknown".to_owned() }
+        TierStoreError::NotFound { object } => {
+            TierStoreError::Unavailable { object, reason: "the multipart upload is unknown".to_owned() }
         }
-        StoreError::Denied { object, reason } | StoreError::Unsupported { object, reason } => {
-            StoreError::Unavailable { object, reason }
+        TierStoreError::Denied { object, reason } | TierStoreError::Unsupported { object, reason } => {
+            TierStoreError::Unavailable { object, reason }
         }
         other => other,
     }
 }
 
 /// Writes a small object under a new name, reads it back and compares.
-pub(super) async fn small(store: &Store, object: &str, content: Bytes) -> Result<(), UploadError> {
+pub(super) async fn small(store: &TierStore, object: &str, content: Bytes) -> Result<(), UploadError> {
     let write = || async {
         store.put(object, content.clone()).await?;
-        let there = store.get(object).await?;
-        if there == content {
+        let stored = store.get(object).await?;
+        if stored == content {
             Ok(())
         } else {
-            let reason = format!("{} bytes were written and {} others came back", content.len(), there.len());
+            let reason = format!("{} bytes were written, and {} others were returned", content.len(), stored.len());
             Err(UploadError::Mismatch { object: object.to_owned(), reason })
         }
     };

@@ -1,22 +1,25 @@
-//! Aborts multipart uploads that a killed process left incomplete. Until then, the store keeps their parts and bills them.
+//! Aborts multipart uploads that a killed process left incomplete. Until then, the store keeps their parts and bills
+//! them.
 //!
 //! # Invariants
 //!
-//! Only S3 lists such uploads, so other stores are skipped: Azure and Google delete them by themselves, and those of a folder are local
-//! files. An upload is aborted only if all of this holds:
+//! Only S3 lists such uploads, so other stores are skipped: Azure and Google delete them by themselves, and those of a
+//! folder are local files. An upload is aborted only if all of this holds:
 //!
 //! 1. The prefix belongs to this cluster.
 //! 2. The key is that of a segment in a partition's folder below the prefix.
 //! 3. The upload was started longer ago than the grace period, by the store's clock.
 //!
-//! So an upload in progress, of this broker or another one, is safe as long as the grace period is longer than any upload takes. If an
-//! upload is aborted nevertheless, its attempt fails and a new upload follows: nothing is referenced before its object is verified.
+//! So an upload in progress, of this broker or another one, is safe as long as the grace period is longer than any
+//! upload takes. If an upload is aborted nevertheless, its attempt fails and a new upload follows: nothing is
+//! referenced before its object is verified.
 //!
-//! An upload that cannot be aborted is in the report and is tried again in the next run. It does not stop anything else.
+//! An upload that cannot be aborted is in the report and is tried again in the next run. It does not stop anything
+//! else.
 
 use std::time::Duration;
 
-use super::{claim::ClaimError, store::Store};
+use super::{store::TierStore, store_binding::BindingError};
 
 /// Result of one run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,25 +39,31 @@ pub struct UploadsReport {
 pub enum UploadsError {
     /// The prefix does not belong to this cluster, or its owner is not known yet.
     #[error(transparent)]
-    Claim(#[from] ClaimError),
-    /// The uploads cannot be listed: the store does not support it, or the credentials do not allow it (`s3:ListBucketMultipartUploads`).
+    Claim(#[from] BindingError),
+    /// The uploads cannot be listed: the store does not support it, or the credentials do not allow it
+    /// (`s3:ListBucketMultipartUploads`).
     #[error(
-        "uploads without an end cannot be listed in {place}: {reason}; give the bucket a life-cycle rule that ends them"
+        "cannot list the incomplete uploads in {url} ({reason}): give the bucket a life-cycle rule that aborts them"
     )]
     List {
         /// URL of the store.
-        place: String,
+        url: String,
         /// Error of the store.
         reason: String,
     },
 }
 
-/// Aborts the uploads below the prefix that were started longer ago than `grace`. `now_ms` is the time of the store's clock, in
-/// milliseconds since 1970.
+/// Aborts the uploads below the prefix that were started longer ago than `grace`. `now_ms` is the time of the store's
+/// clock, in milliseconds since 1970.
 ///
 /// # Errors
-/// The prefix is not known to belong to this cluster, or its uploads cannot be listed. The error of one upload is in the report.
-pub async fn end_abandoned_uploads(store: &Store, grace: Duration, now_ms: i64) -> Result<UploadsReport, UploadsError> {
+/// The prefix is not known to belong to this cluster, or its uploads cannot be listed. The error of one upload is in
+/// the report.
+pub async fn abort_abandoned_uploads(
+    store: &TierStore,
+    grace: Duration,
+    now_ms: i64,
+) -> Result<UploadsReport, UploadsError> {
     if !store.options().is_s3() {
         return Ok(UploadsReport::default());
     }
@@ -64,17 +73,17 @@ pub async fn end_abandoned_uploads(store: &Store, grace: Duration, now_ms: i64) 
 }
 
 #[cfg(feature = "aws-sdk")]
-async fn sweep(store: &Store, oldest_young_ms: i64) -> Result<UploadsReport, UploadsError> {
-    let refuse = |reason: String| UploadsError::List { place: store.place().to_owned(), reason };
+async fn sweep(store: &TierStore, oldest_young_ms: i64) -> Result<UploadsReport, UploadsError> {
+    let refuse = |reason: String| UploadsError::List { url: store.url().to_owned(), reason };
     let s3 = super::s3::S3::connect(store.options()).await.map_err(|error| refuse(error.to_string()))?;
     let mut report = UploadsReport::default();
     for upload in s3.uploads().await.map_err(refuse)? {
-        match judge(&upload.object, upload.begun_ms, oldest_young_ms) {
-            Verdict::Foreign => report.foreign += 1,
-            Verdict::Young => report.young += 1,
-            Verdict::Abandoned => match s3.end_upload(&upload).await {
+        match verdict(&upload.object, upload.started_ms, oldest_young_ms) {
+            UploadVerdict::Foreign => report.foreign += 1,
+            UploadVerdict::Young => report.young += 1,
+            UploadVerdict::Abandoned => match s3.abort_upload(&upload).await {
                 Ok(()) => {
-                    tracing::debug!(object = upload.object, "an upload without an end was ended");
+                    tracing::debug!(object = upload.object, "aborted an incomplete upload");
                     report.ended += 1;
                 }
                 Err(reason) => report.failed.push((upload.object, reason)),
@@ -84,16 +93,17 @@ async fn sweep(store: &Store, oldest_young_ms: i64) -> Result<UploadsReport, Upl
     Ok(report)
 }
 
-/// Does nothing. Without the vendor's client uploads cannot be listed, so a life-cycle rule of the bucket must abort them.
+/// Does nothing. Without the vendor's client uploads cannot be listed, so a life-cycle rule of the bucket must abort
+/// them.
 #[cfg(not(feature = "aws-sdk"))]
-async fn sweep(_: &Store, _: i64) -> Result<UploadsReport, UploadsError> {
+async fn sweep(_: &TierStore, _: i64) -> Result<UploadsReport, UploadsError> {
     Ok(UploadsReport::default())
 }
 
 /// Class of an upload.
 #[cfg(any(test, feature = "aws-sdk"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
+enum UploadVerdict {
     Foreign,
     Young,
     Abandoned,
@@ -101,11 +111,11 @@ enum Verdict {
 
 /// Classifies an upload by the name of its object below the prefix and by its start time.
 #[cfg(any(test, feature = "aws-sdk"))]
-fn judge(object: &str, begun_ms: Option<i64>, oldest_young_ms: i64) -> Verdict {
-    match begun_ms {
-        _ if !super::name::is_segment(object) => Verdict::Foreign,
-        Some(begun_ms) if begun_ms < oldest_young_ms => Verdict::Abandoned,
-        _ => Verdict::Young,
+fn verdict(object: &str, started_ms: Option<i64>, oldest_young_ms: i64) -> UploadVerdict {
+    match started_ms {
+        _ if !super::name::is_segment(object) => UploadVerdict::Foreign,
+        Some(started_ms) if started_ms < oldest_young_ms => UploadVerdict::Abandoned,
+        _ => UploadVerdict::Young,
     }
 }
 
@@ -120,20 +130,20 @@ mod tests {
     #[test]
     fn only_an_old_upload_of_a_segment_is_abandoned() {
         let folder = name::partition_folder(PartitionId::new(TopicId::from_bytes([1; 16]), 0));
-        let stamp = name::Stamp::draw(Offset::new(5).unwrap(), Offset::new(6).unwrap(), LeaderEpoch(0));
+        let stamp = name::ObjectId::draw(Offset::new(5).unwrap(), Offset::new(6).unwrap(), LeaderEpoch(0));
         let segment = format!("{folder}/{}", stamp.segment());
-        assert_eq!(judge(&segment, Some(99), 100), Verdict::Abandoned);
-        assert_eq!(judge(&segment, Some(100), 100), Verdict::Young);
-        assert_eq!(judge(&segment, None, 100), Verdict::Young);
-        assert_eq!(judge("topics/backup.tar", Some(0), 100), Verdict::Foreign);
-        assert_eq!(judge(&format!("{folder}/notes.segment"), Some(0), 100), Verdict::Foreign);
+        assert_eq!(verdict(&segment, Some(99), 100), UploadVerdict::Abandoned);
+        assert_eq!(verdict(&segment, Some(100), 100), UploadVerdict::Young);
+        assert_eq!(verdict(&segment, None, 100), UploadVerdict::Young);
+        assert_eq!(verdict("topics/backup.tar", Some(0), 100), UploadVerdict::Foreign);
+        assert_eq!(verdict(&format!("{folder}/notes.segment"), Some(0), 100), UploadVerdict::Foreign);
     }
 
     #[tokio::test]
     async fn store_other_than_s3_is_skipped() {
-        let store = Store::open(&crate::tier::StoreOptions::new("memory://"), "c").unwrap();
-        let report = end_abandoned_uploads(&store, Duration::ZERO, i64::MAX).await.unwrap();
+        let store = TierStore::open(&crate::tier::ObjectStoreOptions::new("memory://"), "c").unwrap();
+        let report = abort_abandoned_uploads(&store, Duration::ZERO, i64::MAX).await.unwrap();
         assert_eq!(report, UploadsReport::default());
-        assert!(store.list("").await.unwrap().is_empty(), "nothing was asked of it");
+        assert!(store.list("").await.unwrap().is_empty(), "no request was sent");
     }
 }

@@ -1,6 +1,6 @@
-//! Real etcd clusters on this machine, for one test each. They end with the value that started them.
+//! Real etcd clusters on this machine, one for each test. A drop of [`Etcd`] ends its processes.
 //!
-//! Shared by the library's own tests and by those of real brokers; nothing here knows of either.
+//! The library's own tests and the tests of real brokers share this file, which depends on neither.
 
 use std::{
     fs::File,
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use super::ports::free_port;
 
-/// A cluster. Members are counted from 0.
+/// A cluster of etcd members, which are numbered from 0.
 pub(crate) struct Etcd {
     folder: TempDir,
     members: Vec<Member>,
@@ -24,30 +24,30 @@ pub(crate) struct Etcd {
 }
 
 struct Member {
-    place: Place,
+    host: MemberHost,
     ports: (u16, u16),
     process: Option<Child>,
 }
 
-/// Where a member lives.
-pub(crate) struct Place {
+/// Address and network namespace of a member.
+pub(crate) struct MemberHost {
     pub(crate) ip: Ipv4Addr,
-    /// The network namespace; the tests' own where there is none.
+    /// Network namespace; without one, that of the tests.
     pub(crate) namespace: Option<String>,
 }
 
-/// Where the program is: `tests/fetch-etcd` sees to that there is one.
+/// Returns the path of the etcd program. `tests/fetch-etcd` downloads it if necessary.
 fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         let fetched = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fetch-etcd")).output();
         let fetched = fetched.expect("tests/fetch-etcd runs");
         assert!(fetched.status.success(), "{}", String::from_utf8_lossy(&fetched.stderr));
-        PathBuf::from(String::from_utf8(fetched.stdout).expect("a path").trim_end())
+        PathBuf::from(String::from_utf8(fetched.stdout).expect("the path is UTF-8").trim_end())
     })
 }
 
-/// A program that is run in a network namespace. The process that is started becomes the program: its id is the program's.
+/// Returns a command that runs a program in a network namespace. The process id is that of the program, because `ip` executes it.
 pub(crate) fn in_namespace(namespace: Option<&str>, program: &Path) -> Command {
     let Some(namespace) = namespace else { return Command::new(program) };
     let mut command = Command::new("ip");
@@ -56,133 +56,134 @@ pub(crate) fn in_namespace(namespace: Option<&str>, program: &Path) -> Command {
 }
 
 impl Etcd {
-    /// A cluster on the loopback whose clients come with `scheme`. It may not answer yet.
+    /// Starts a cluster on the loopback interface. Clients use `scheme`. The cluster may not respond yet.
     pub(crate) fn begin(members: usize, scheme: &'static str, flags: &[String]) -> Self {
-        let place = || Place { ip: Ipv4Addr::LOCALHOST, namespace: None };
-        let members = (0..members).map(|_| Member { place: place(), ports: (free_port(), free_port()), process: None });
+        let host = || MemberHost { ip: Ipv4Addr::LOCALHOST, namespace: None };
+        let members = (0..members).map(|_| Member { host: host(), ports: (free_port(), free_port()), process: None });
         Self::of(members.collect(), scheme, flags)
     }
 
-    /// A cluster whose members live in these places.
-    pub(crate) fn placed(places: Vec<Place>) -> Self {
-        let members = places.into_iter().map(|place| Member { place, ports: (2379, 2380), process: None });
+    /// Starts a cluster with one member on each of these hosts.
+    pub(crate) fn on_hosts(hosts: Vec<MemberHost>) -> Self {
+        let members = hosts.into_iter().map(|host| Member { host, ports: (2379, 2380), process: None });
         Self::of(members.collect(), "http", &[])
     }
 
     fn of(members: Vec<Member>, scheme: &'static str, flags: &[String]) -> Self {
-        let folder = tempfile::tempdir().expect("a directory");
+        let folder = tempfile::tempdir().expect("a temporary directory");
         let mut etcd = Self { folder, members, flags: flags.to_vec(), scheme };
         etcd.run_all();
         etcd
     }
 
-    /// Starts a member on the data that it has.
-    pub(crate) fn run(&mut self, place: usize) {
-        let peer = |place: usize| {
-            let Member { place, ports, .. } = &self.members[place];
-            format!("http://{}:{}", place.ip, ports.1)
+    /// Starts a member with its existing data.
+    pub(crate) fn run(&mut self, number: usize) {
+        let peer = |number: usize| {
+            let Member { host, ports, .. } = &self.members[number];
+            format!("http://{}:{}", host.ip, ports.1)
         };
-        let cluster: Vec<_> = (0..self.members.len()).map(|place| format!("m{place}={}", peer(place))).collect();
-        let log = File::create(self.folder.path().join(format!("m{place}.log"))).expect("a file");
-        let process = in_namespace(self.members[place].place.namespace.as_deref(), program())
-            .args(["--name", &format!("m{place}"), "--logger", "zap", "--log-level", "warn"])
+        let cluster: Vec<_> = (0..self.members.len()).map(|number| format!("m{number}={}", peer(number))).collect();
+        let log = File::create(self.folder.path().join(format!("m{number}.log"))).expect("the log file is created");
+        let process = in_namespace(self.members[number].host.namespace.as_deref(), program())
+            .args(["--name", &format!("m{number}"), "--logger", "zap", "--log-level", "warn"])
             .arg("--data-dir")
-            .arg(self.folder.path().join(format!("m{place}")))
-            .args(["--listen-client-urls", &self.endpoint(place), "--advertise-client-urls", &self.endpoint(place)])
-            .args(["--listen-peer-urls", &peer(place), "--initial-advertise-peer-urls", &peer(place)])
+            .arg(self.folder.path().join(format!("m{number}")))
+            .args(["--listen-client-urls", &self.endpoint(number), "--advertise-client-urls", &self.endpoint(number)])
+            .args(["--listen-peer-urls", &peer(number), "--initial-advertise-peer-urls", &peer(number)])
             .args(["--initial-cluster", &cluster.join(","), "--initial-cluster-token", &cluster[0]])
             .args(&self.flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
-            .expect("etcd runs");
-        self.members[place].process = Some(process);
+            .expect("etcd starts");
+        self.members[number].process = Some(process);
     }
 
-    /// Where a member answers clients.
-    pub(crate) fn endpoint(&self, place: usize) -> String {
-        let Member { place, ports, .. } = &self.members[place];
-        format!("{}://{}:{}", self.scheme, place.ip, ports.0)
+    /// Returns the client URL of a member.
+    pub(crate) fn endpoint(&self, number: usize) -> String {
+        let Member { host, ports, .. } = &self.members[number];
+        format!("{}://{}:{}", self.scheme, host.ip, ports.0)
     }
 
-    /// What clients are told to ask.
+    /// Returns the client URLs of all members.
     pub(crate) fn endpoints(&self) -> Vec<String> {
-        (0..self.members.len()).map(|place| self.endpoint(place)).collect()
+        (0..self.members.len()).map(|number| self.endpoint(number)).collect()
     }
 
-    /// Kills a member and waits until it is gone, and its ports with it.
-    pub(crate) fn kill(&mut self, place: usize) {
-        let mut process = self.members[place].process.take().expect("it runs");
-        process.kill().expect("it is ours");
-        process.wait().expect("it is ours");
+    /// Kills a member and waits for its exit, so that its ports are free.
+    pub(crate) fn kill(&mut self, number: usize) {
+        let mut process = self.members[number].process.take().expect("the member is running");
+        process.kill().expect("the process is a child");
+        process.wait().expect("the process is a child");
     }
 
     /// Kills every member.
     pub(crate) fn kill_all(&mut self) {
-        (0..self.members.len()).for_each(|place| self.kill(place));
+        (0..self.members.len()).for_each(|number| self.kill(number));
     }
 
-    /// Copies what the members hold, which are down, under a name.
+    /// Copies the data of all members under a name. The members must be stopped.
     pub(crate) fn back_up(&self, name: &str) {
-        for place in 0..self.members.len() {
-            let member = self.folder.path().join(format!("m{place}"));
-            copy_folder(&member, &self.folder.path().join(name).join(format!("m{place}")));
+        for number in 0..self.members.len() {
+            let member = self.folder.path().join(format!("m{number}"));
+            copy_folder(&member, &self.folder.path().join(name).join(format!("m{number}")));
         }
     }
 
-    /// Puts such a copy in the place of what the members hold, which are down.
+    /// Replaces the data of all members with a copy. The members must be stopped.
     pub(crate) fn restore(&self, name: &str) {
-        for place in 0..self.members.len() {
-            let member = self.folder.path().join(format!("m{place}"));
-            std::fs::remove_dir_all(&member).expect("it was there");
-            copy_folder(&self.folder.path().join(name).join(format!("m{place}")), &member);
+        for number in 0..self.members.len() {
+            let member = self.folder.path().join(format!("m{number}"));
+            std::fs::remove_dir_all(&member).expect("the member has data");
+            copy_folder(&self.folder.path().join(name).join(format!("m{number}")), &member);
         }
     }
 
-    /// Makes another cluster in the place of this one, whose members are down: without data, and with an id of its own.
+    /// Replaces the cluster with an empty one that has another id. The members must be stopped.
     pub(crate) fn replace(&mut self) {
-        for place in 0..self.members.len() {
-            std::fs::remove_dir_all(self.folder.path().join(format!("m{place}"))).expect("it was there");
+        for number in 0..self.members.len() {
+            std::fs::remove_dir_all(self.folder.path().join(format!("m{number}"))).expect("the member has data");
         }
         self.flags.extend(["--initial-cluster-token", "another"].map(str::to_owned));
     }
 
-    /// Starts every member on the data that it has.
+    /// Starts every member with its existing data.
     pub(crate) fn run_all(&mut self) {
-        (0..self.members.len()).for_each(|place| self.run(place));
+        (0..self.members.len()).for_each(|number| self.run(number));
     }
 
-    /// Stops a member as a frozen machine would be: its connections stay open, and nothing comes from it.
-    pub(crate) fn freeze(&self, place: usize) {
-        kill_process(self.pid(place), Signal::STOP).expect("it is ours");
+    /// Freezes a member, as a frozen machine does: its connections stay open, and it sends nothing.
+    pub(crate) fn freeze(&self, number: usize) {
+        kill_process(self.pid(number), Signal::STOP).expect("the process is a child");
     }
 
-    /// Lets a frozen member go on.
-    pub(crate) fn thaw(&self, place: usize) {
-        kill_process(self.pid(place), Signal::CONT).expect("it is ours");
+    /// Resumes a frozen member.
+    pub(crate) fn thaw(&self, number: usize) {
+        kill_process(self.pid(number), Signal::CONT).expect("the process is a child");
     }
 
-    fn pid(&self, place: usize) -> Pid {
-        Pid::from_child(self.members[place].process.as_ref().expect("it runs"))
+    fn pid(&self, number: usize) -> Pid {
+        Pid::from_child(self.members[number].process.as_ref().expect("the member is running"))
     }
 
-    /// What the members have complained of.
+    /// Returns the log output of all members.
     pub(crate) fn logs(&self) -> String {
-        let log = |place| std::fs::read_to_string(self.folder.path().join(format!("m{place}.log"))).unwrap_or_default();
+        let log =
+            |number| std::fs::read_to_string(self.folder.path().join(format!("m{number}.log"))).unwrap_or_default();
         (0..self.members.len()).map(log).collect::<Vec<_>>().join("\n")
     }
 }
 
 fn copy_folder(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).expect("a folder");
-    for entry in std::fs::read_dir(from).expect("a folder") {
-        let entry = entry.expect("an entry");
+    std::fs::create_dir_all(to).expect("the folder is created");
+    for entry in std::fs::read_dir(from).expect("the folder is readable") {
+        let entry = entry.expect("the folder is readable");
         let to = to.join(entry.file_name());
-        if entry.file_type().expect("a type").is_dir() {
+        if entry.file_type().expect("the entry has a type").is_dir() {
             copy_folder(&entry.path(), &to);
         } else {
-            std::fs::copy(entry.path(), to).expect("copied");
+            std::fs::copy(entry.path(), to).expect("the disk is not full");
         }
     }
 }
@@ -190,9 +191,9 @@ fn copy_folder(from: &Path, to: &Path) {
 impl Drop for Etcd {
     fn drop(&mut self) {
         for process in self.members.iter_mut().filter_map(|member| member.process.as_mut()) {
-            // A frozen one dies too. What fails here fails because it is gone already.
-            let _gone = process.kill();
-            let _gone = process.wait();
+            // SIGKILL also ends a frozen process. Both calls fail only if the process has exited already.
+            let _exited = process.kill();
+            let _exited = process.wait();
         }
     }
 }

@@ -1,83 +1,83 @@
-//! Judges what clients saw, of real processes (`tests/it`) and of simulated ones (`tests/sim`): was anything acknowledged lost,
-//! and was anything read that should not have been?
+//! Checks the results that clients received from real processes (`tests/it`) and from simulated ones (`tests/sim`): no acknowledged
+//! record may be lost, and no other record may be read.
 //!
-//! A [`History`] is what was sent with what came back, and what readers saw. Every payload is sent once and is therefore a
-//! record's identity. [`History::check`] is pure; it finds:
+//! A [`History`] holds the sent records with their outcomes, and the records that readers received. Each payload is sent once, so it
+//! identifies its record. [`History::check`] is a pure function. It finds these violations:
 //!
-//! | violation | what it means |
+//! | violation | meaning |
 //! | --- | --- |
-//! | lost | acknowledged at an offset that a later reader passed, or should have reached, without seeing it |
-//! | misplaced | acknowledged at one offset and read at another |
-//! | duplicated | read at two offsets of a log |
-//! | invented | read, though nobody sent it, or though it was refused |
-//! | reordered | one producer's order turned round, or acknowledged before another was sent and yet above it |
-//! | skipped | a reader went from one offset to another that is not the next |
-//! | rewritten | two readers saw different records at one offset |
-//! | regressed | the end that a reader was told lies below one that an earlier reader was told |
+//! | lost | A later reader did not receive the record at its acknowledged offset, but read past that offset or should have reached it. |
+//! | misplaced | The record was acknowledged at one offset and read at another. |
+//! | duplicated | The record was read at two offsets of a log. |
+//! | invented | The record was read, but was refused or never sent. |
+//! | reordered | One producer's records are in another order, or a record is above one that was sent after its acknowledgement. |
+//! | skipped | A reader received an offset that does not follow the previous one. |
+//! | rewritten | Two readers received different records at one offset. |
+//! | regressed | A reader received a lower end than an earlier reader. |
 //!
-//! Time here is a counter that every event takes its number from, so that before and after are exact.
+//! Time is a counter that each event increments, so that the order of events is exact.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-/// One log: its topic's place in the test's list, and its partition.
+/// One log: the index of its topic in the test's list, and its partition.
 pub(crate) type Log = (usize, i32);
 
-/// What became of an attempt.
+/// Outcome of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// The broker said that the record is at this offset.
+    /// The broker acknowledged the record at this offset.
     Acknowledged { offset: i64 },
-    /// The broker said that it did not take the record.
+    /// The broker refused the record.
     Refused,
-    /// No answer: it may be there or not.
+    /// No response: the record may be stored or not.
     Unknown,
 }
 
-/// One record sent.
+/// One sent record.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Attempt {
     pub(crate) log: Log,
-    /// Its identity: no other attempt has it.
+    /// Identifies the record: no other attempt has this payload.
     pub(crate) payload: u64,
-    /// Whether it may be there only once. A producer without sequences sends again what may be there.
+    /// True if the log may contain the record only once. A producer without sequences may send a stored record again.
     pub(crate) once: bool,
     pub(crate) producer: u32,
-    /// Its place in its producer's order of sending to this log.
+    /// Position in the order of the producer's records for this log.
     pub(crate) sequence: u64,
-    /// When it was sent.
+    /// Time of sending.
     pub(crate) sent: u64,
-    /// When its outcome was known.
+    /// Time of the outcome.
     pub(crate) answered: u64,
     pub(crate) outcome: Outcome,
 }
 
-/// One reader's way through a part of a log.
+/// The read of a part of a log by one reader.
 #[derive(Clone, Debug)]
-pub(crate) struct Pass {
+pub(crate) struct ReadPass {
     pub(crate) log: Log,
-    /// When it began.
+    /// Start time.
     pub(crate) began: u64,
-    /// Where it began.
+    /// First offset.
     pub(crate) from: i64,
-    /// The end that it was told before it read.
+    /// End of the log, as reported to the reader before the read.
     pub(crate) end: i64,
-    /// Where it stopped: at that end, or below it when it was only to look at a piece.
+    /// End of the read, excluded: `end`, or below it if the reader reads only a part.
     pub(crate) to: i64,
-    /// Whether that end had to be the newest. A leader that the others have replaced without its knowledge tells an older one: then
-    /// the pass answers only for what it read.
+    /// True if `end` had to be the newest end. A leader that was replaced without its knowledge reports an older end. In this case only
+    /// the received records are checked.
     pub(crate) current: bool,
-    /// What it saw, in the order in which it saw it.
+    /// Received records, in the order of their arrival.
     pub(crate) records: Vec<(i64, u64)>,
 }
 
-/// Everything that clients did and saw.
+/// All requests and results of the clients.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct History {
     pub(crate) attempts: Vec<Attempt>,
-    pub(crate) passes: Vec<Pass>,
+    pub(crate) passes: Vec<ReadPass>,
 }
 
-/// One thing that must not have happened.
+/// One violation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Violation {
     Lost { log: Log, offset: i64, payload: u64 },
@@ -87,22 +87,22 @@ pub(crate) enum Violation {
     Reordered { log: Log, earlier: u64, later: u64 },
     Skipped { log: Log, after: i64, next: i64 },
     Rewritten { log: Log, offset: i64, first: u64, second: u64 },
-    Regressed { log: Log, told: i64, then: i64 },
+    Regressed { log: Log, earlier: i64, later: i64 },
 }
 
 impl History {
-    /// Everything that is wrong, log by log.
+    /// Returns all violations, log by log.
     pub(crate) fn check(&self) -> Vec<Violation> {
         let logs: HashSet<Log> =
-            self.attempts.iter().map(|one| one.log).chain(self.passes.iter().map(|pass| pass.log)).collect();
+            self.attempts.iter().map(|attempt| attempt.log).chain(self.passes.iter().map(|pass| pass.log)).collect();
         let mut logs: Vec<Log> = logs.into_iter().collect();
         logs.sort_unstable();
         logs.into_iter().flat_map(|log| self.check_log(log)).collect()
     }
 
     fn check_log(&self, log: Log) -> Vec<Violation> {
-        let attempts: Vec<&Attempt> = self.attempts.iter().filter(|one| one.log == log).collect();
-        let mut passes: Vec<&Pass> = self.passes.iter().filter(|pass| pass.log == log).collect();
+        let attempts: Vec<&Attempt> = self.attempts.iter().filter(|attempt| attempt.log == log).collect();
+        let mut passes: Vec<&ReadPass> = self.passes.iter().filter(|pass| pass.log == log).collect();
         passes.sort_by_key(|pass| pass.began);
         let mut found = Vec::new();
         let content = content(log, &passes, &mut found);
@@ -118,8 +118,8 @@ impl History {
     }
 }
 
-/// What the log holds by its readers, offset by offset.
-fn content(log: Log, passes: &[&Pass], found: &mut Vec<Violation>) -> BTreeMap<i64, u64> {
+/// Returns the content of the log by offset, according to its readers.
+fn content(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) -> BTreeMap<i64, u64> {
     let mut content: BTreeMap<i64, u64> = BTreeMap::new();
     for pass in passes {
         let mut expected = pass.from;
@@ -140,35 +140,35 @@ fn content(log: Log, passes: &[&Pass], found: &mut Vec<Violation>) -> BTreeMap<i
     content
 }
 
-fn ends(log: Log, passes: &[&Pass], found: &mut Vec<Violation>) {
-    let mut told = 0;
+fn ends(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) {
+    let mut highest = 0;
     for pass in passes.iter().filter(|pass| pass.current) {
-        if pass.end < told {
-            found.push(Violation::Regressed { log, told, then: pass.end });
+        if pass.end < highest {
+            found.push(Violation::Regressed { log, earlier: highest, later: pass.end });
         }
-        told = told.max(pass.end);
+        highest = highest.max(pass.end);
     }
 }
 
-/// Every record read was sent, to here, once where it may be there only once, and is where its acknowledgement said.
+/// Checks that each received record was sent to this log, is at its acknowledged offset, and is there once if required.
 fn identities(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, found: &mut Vec<Violation>) {
-    let sent: HashMap<u64, &Attempt> = attempts.iter().map(|one| (one.payload, *one)).collect();
+    let sent: HashMap<u64, &Attempt> = attempts.iter().map(|attempt| (attempt.payload, *attempt)).collect();
     let mut seen: HashMap<u64, i64> = HashMap::new();
     for (&offset, &payload) in content {
         let attempt = sent.get(&payload);
         if let Some(&first) = seen.get(&payload) {
-            if attempt.is_none_or(|one| one.once) {
+            if attempt.is_none_or(|attempt| attempt.once) {
                 found.push(Violation::Duplicated { log, payload, first, second: offset });
             }
             continue;
         }
         seen.insert(payload, offset);
-        match attempt.map(|one| (one.outcome, one.once)) {
+        match attempt.map(|attempt| (attempt.outcome, attempt.once)) {
             None | Some((Outcome::Refused, _)) => found.push(Violation::Invented { log, offset, payload }),
             Some((Outcome::Acknowledged { offset: acknowledged }, once)) => {
-                let there = content.get(&acknowledged);
+                let stored = content.get(&acknowledged);
                 let misplaced =
-                    if once { acknowledged != offset } else { there.is_some_and(|there| *there != payload) };
+                    if once { acknowledged != offset } else { stored.is_some_and(|stored| *stored != payload) };
                 if misplaced {
                     found.push(Violation::Misplaced { log, payload, acknowledged, read: offset });
                 }
@@ -178,72 +178,72 @@ fn identities(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, fou
     }
 }
 
-/// What was acknowledged in one log, in the order of its offsets, so that what a reader must have seen is found without
-/// going over the whole history for each of them.
+/// The acknowledged records of one log in the order of their offsets. With this order, a check of one reader does not scan the whole
+/// history.
 struct Acknowledged<'a> {
     attempts: Vec<(i64, &'a Attempt)>,
-    /// For each, when the first of it and all above it was answered.
+    /// For each record, the earliest acknowledgement of this record and all records above it.
     earliest: Vec<u64>,
 }
 
 impl<'a> Acknowledged<'a> {
     fn of(attempts: &[&'a Attempt]) -> Self {
-        let offset = |one: &&'a Attempt| match one.outcome {
-            Outcome::Acknowledged { offset } => Some((offset, *one)),
+        let offset = |attempt: &&'a Attempt| match attempt.outcome {
+            Outcome::Acknowledged { offset } => Some((offset, *attempt)),
             _ => None,
         };
         let mut attempts: Vec<_> = attempts.iter().filter_map(offset).collect();
         attempts.sort_by_key(|&(offset, _)| offset);
-        let mut earliest: Vec<u64> = attempts.iter().map(|(_, one)| one.answered).collect();
+        let mut earliest: Vec<u64> = attempts.iter().map(|(_, attempt)| attempt.answered).collect();
         for at in (1..earliest.len()).rev() {
             earliest[at - 1] = earliest[at - 1].min(earliest[at]);
         }
         Self { attempts, earliest }
     }
 
-    /// A reader must see, where it read, all that was acknowledged before it began.
-    fn losses(&self, pass: &Pass, found: &mut Vec<Violation>) {
+    /// Checks that the reader received all records in its range that were acknowledged before its start.
+    fn losses(&self, pass: &ReadPass, found: &mut Vec<Violation>) {
         let seen: HashSet<u64> = pass.records.iter().map(|&(_, payload)| payload).collect();
         let first = self.attempts.partition_point(|&(offset, _)| offset < pass.from);
-        // Above the first place from which on everything was answered later, nothing was its to see.
-        let due = self.attempts[first..].iter().zip(&self.earliest[first..]);
-        for (&(offset, one), _) in due.take_while(|&(_, &earliest)| earliest < pass.began) {
-            let looked = offset < pass.to || pass.current && offset >= pass.end;
-            if looked && one.answered < pass.began && !seen.contains(&one.payload) {
-                found.push(Violation::Lost { log: pass.log, offset, payload: one.payload });
+        // From the first record whose `earliest` is not before the start of the pass, no record had to be received.
+        let required = self.attempts[first..].iter().zip(&self.earliest[first..]);
+        for (&(offset, attempt), _) in required.take_while(|&(_, &earliest)| earliest < pass.began) {
+            let covered = offset < pass.to || pass.current && offset >= pass.end;
+            if covered && attempt.answered < pass.began && !seen.contains(&attempt.payload) {
+                found.push(Violation::Lost { log: pass.log, offset, payload: attempt.payload });
             }
         }
     }
 }
 
-/// What one producer sent earlier lies lower.
+/// Checks that the records of each producer are in the order of sending.
 fn producer_order(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, found: &mut Vec<Violation>) {
-    let sent: HashMap<u64, &Attempt> = attempts.iter().map(|one| (one.payload, *one)).collect();
+    let sent: HashMap<u64, &Attempt> = attempts.iter().map(|attempt| (attempt.payload, *attempt)).collect();
     let mut last: HashMap<u32, &Attempt> = HashMap::new();
-    for one in content.values().filter_map(|payload| sent.get(payload)) {
-        if let Some(before) = last.get(&one.producer)
-            && before.sequence > one.sequence
+    for attempt in content.values().filter_map(|payload| sent.get(payload)) {
+        if let Some(before) = last.get(&attempt.producer)
+            && before.sequence > attempt.sequence
         {
-            found.push(Violation::Reordered { log, earlier: one.payload, later: before.payload });
+            found.push(Violation::Reordered { log, earlier: attempt.payload, later: before.payload });
         }
-        last.insert(one.producer, one);
+        last.insert(attempt.producer, attempt);
     }
 }
 
-/// What was acknowledged before something else was sent lies lower than it.
+/// Checks that a record is below each record that was sent after its acknowledgement.
 fn time_order(log: Log, attempts: &[&Attempt], found: &mut Vec<Violation>) {
-    let acknowledged = |one: &&Attempt| match one.outcome {
-        Outcome::Acknowledged { offset } => Some((offset, one.sent, one.answered, one.payload)),
+    let acknowledged = |attempt: &&Attempt| match attempt.outcome {
+        Outcome::Acknowledged { offset } => Some((offset, attempt.sent, attempt.answered, attempt.payload)),
         _ => None,
     };
     let mut by_sent: Vec<_> = attempts.iter().filter_map(acknowledged).collect();
     let mut by_answered = by_sent.clone();
     by_sent.sort_by_key(|&(_, sent, _, _)| sent);
     by_answered.sort_by_key(|&(_, _, answered, _)| answered);
-    let mut answers = by_answered.into_iter().peekable();
+    let mut acknowledgements = by_answered.into_iter().peekable();
     let mut highest: Option<(i64, u64)> = None;
     for (offset, sent, _, payload) in by_sent {
-        while let Some((offset, _, _, payload)) = answers.next_if(|&(_, _, answered, _)| answered < sent) {
+        while let Some((offset, _, _, payload)) = acknowledgements.next_if(|&(_, _, answered, _)| answered < sent) {
             highest = highest.max(Some((offset, payload)));
         }
         if let Some((_, earlier)) = highest.filter(|&(highest, _)| highest >= offset) {
@@ -266,14 +266,14 @@ mod tests {
         attempt(payload, payload * 10, payload * 10 + 5, Outcome::Acknowledged { offset })
     }
 
-    fn pass(began: u64, from: i64, payloads: &[u64]) -> Pass {
+    fn pass(began: u64, from: i64, payloads: &[u64]) -> ReadPass {
         let records: Vec<(i64, u64)> = (from..).zip(payloads.iter().copied()).collect();
         let end = from + records.len() as i64;
-        Pass { log: LOG, began, from, end, to: end, current: true, records }
+        ReadPass { log: LOG, began, from, end, to: end, current: true, records }
     }
 
-    /// Five records in order, one of unknown outcome that is there, one that is not, one that was refused.
-    fn sound() -> History {
+    /// Returns a history without violations: records in order, one stored and one missing of unknown outcome, and a refused one.
+    fn valid() -> History {
         let attempts = vec![
             acknowledged(1, 0),
             acknowledged(2, 1),
@@ -288,31 +288,34 @@ mod tests {
     }
 
     #[test]
-    fn a_sound_history_has_no_violation() {
-        assert_eq!(sound().check(), []);
+    fn valid_history_has_no_violation() {
+        assert_eq!(valid().check(), []);
         assert_eq!(History::default().check(), []);
     }
 
     #[test]
-    fn a_lost_record_is_found_in_the_middle_and_at_the_end() {
-        let mut history = sound();
+    fn lost_record_is_found_in_the_middle_and_at_the_end() {
+        let mut history = valid();
         history.passes[2] = pass(110, 3, &[6]);
         assert_eq!(
             history.check(),
-            [Violation::Regressed { log: LOG, told: 5, then: 4 }, Violation::Lost { log: LOG, offset: 4, payload: 7 }]
+            [
+                Violation::Regressed { log: LOG, earlier: 5, later: 4 },
+                Violation::Lost { log: LOG, offset: 4, payload: 7 }
+            ]
         );
-        let mut history = sound();
+        let mut history = valid();
         history.passes = vec![pass(100, 0, &[1, 2, 6, 7])];
         let found = history.check();
         assert!(found.contains(&Violation::Misplaced { log: LOG, payload: 6, acknowledged: 3, read: 2 }), "{found:?}");
-        let mut history = sound();
+        let mut history = valid();
         history.passes = vec![pass(100, 0, &[])];
-        assert_eq!(history.check().iter().filter(|one| matches!(one, Violation::Lost { .. })).count(), 4);
+        assert_eq!(history.check().iter().filter(|found| matches!(found, Violation::Lost { .. })).count(), 4);
     }
 
     #[test]
-    fn what_is_acknowledged_while_a_reader_reads_need_not_be_seen() {
-        let mut history = sound();
+    fn record_acknowledged_during_a_read_may_be_missing() {
+        let mut history = valid();
         history.attempts.push(attempt(8, 99, 101, Outcome::Acknowledged { offset: 5 }));
         history.passes.pop();
         assert_eq!(history.check(), []);
@@ -321,48 +324,48 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_below_where_a_reader_began_is_not_its_loss() {
-        let mut history = sound();
+    fn record_below_the_start_of_a_read_is_not_lost() {
+        let mut history = valid();
         history.passes = vec![pass(100, 3, &[6, 7])];
         assert_eq!(history.check(), []);
     }
 
     #[test]
-    fn a_reader_of_a_piece_answers_for_the_piece_and_for_what_lies_above_the_end() {
-        let piece = |from, to, payloads: &[u64]| {
-            let mut history = sound();
+    fn partial_read_covers_its_range_and_above_the_end() {
+        let partial = |from, to, payloads: &[u64]| {
+            let mut history = valid();
             history.passes = vec![pass(100, 0, &[1, 2, 3, 6, 7])];
-            history.passes.push(Pass { end: 5, to, ..pass(110, from, payloads) });
+            history.passes.push(ReadPass { end: 5, to, ..pass(110, from, payloads) });
             history
         };
-        assert_eq!(piece(1, 4, &[2, 3, 6]).check(), []);
-        let short = piece(1, 4, &[2, 3]).check();
+        assert_eq!(partial(1, 4, &[2, 3, 6]).check(), []);
+        let short = partial(1, 4, &[2, 3]).check();
         assert!(short.contains(&Violation::Skipped { log: LOG, after: 2, next: 4 }), "{short:?}");
         assert!(short.contains(&Violation::Lost { log: LOG, offset: 3, payload: 6 }), "{short:?}");
-        let rewritten = piece(1, 3, &[2, 4]).check();
+        let rewritten = partial(1, 3, &[2, 4]).check();
         assert!(
             rewritten.contains(&Violation::Rewritten { log: LOG, offset: 2, first: 3, second: 4 }),
             "{rewritten:?}"
         );
-        // Acknowledged above the end that it was told: lost, wherever it stopped.
-        let mut history = piece(1, 2, &[2]);
+        // A record acknowledged above the reported end is lost, wherever the read stopped.
+        let mut history = partial(1, 2, &[2]);
         history.attempts.push(attempt(8, 80, 85, Outcome::Acknowledged { offset: 5 }));
         assert!(history.check().contains(&Violation::Lost { log: LOG, offset: 5, payload: 8 }));
-        let pieces = history.check().iter().filter(|one| matches!(one, Violation::Lost { .. })).count();
-        assert_eq!(pieces, 2, "by the reader of everything and by that of the piece");
+        let losses = history.check().iter().filter(|found| matches!(found, Violation::Lost { .. })).count();
+        assert_eq!(losses, 2, "by the full read and by the partial one");
     }
 
     #[test]
-    fn a_duplicate_is_found() {
-        let mut history = sound();
+    fn duplicate_is_found() {
+        let mut history = valid();
         history.passes = vec![pass(100, 0, &[1, 2, 3, 6, 7, 3])];
         let found = history.check();
         assert!(found.contains(&Violation::Duplicated { log: LOG, payload: 3, first: 2, second: 5 }), "{found:?}");
     }
 
     #[test]
-    fn what_may_be_there_twice_is_still_where_its_acknowledgement_said() {
-        let mut history = sound();
+    fn allowed_duplicate_is_at_its_acknowledged_offset() {
+        let mut history = valid();
         history.attempts[4] = Attempt { once: false, producer: 2, ..acknowledged(6, 3) };
         history.attempts.remove(5);
         history.passes = vec![pass(100, 0, &[1, 2, 3, 6, 7, 6])];
@@ -372,8 +375,8 @@ mod tests {
     }
 
     #[test]
-    fn an_invented_and_a_refused_record_are_found() {
-        let mut history = sound();
+    fn invented_and_refused_records_are_found() {
+        let mut history = valid();
         history.passes = vec![pass(100, 0, &[1, 2, 3, 6, 7, 99])];
         assert_eq!(history.check(), [Violation::Invented { log: LOG, offset: 5, payload: 99 }]);
         history.passes = vec![pass(100, 0, &[1, 2, 5, 6, 7])];
@@ -381,21 +384,21 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_another_log_is_invented_here() {
-        let mut history = sound();
+    fn record_of_another_log_is_invented() {
+        let mut history = valid();
         history.attempts[2].log = (0, 4);
         assert_eq!(history.check(), [Violation::Invented { log: LOG, offset: 2, payload: 3 }]);
     }
 
     #[test]
-    fn one_producers_order_turned_round_is_found_though_nothing_was_acknowledged() {
+    fn reversed_unacknowledged_records_are_found() {
         let attempts = vec![attempt(1, 1, 9, Outcome::Unknown), attempt(2, 2, 9, Outcome::Unknown)];
         let history = History { attempts, passes: vec![pass(10, 0, &[2, 1])] };
         assert_eq!(history.check(), [Violation::Reordered { log: LOG, earlier: 1, later: 2 }]);
     }
 
     #[test]
-    fn two_producers_may_overlap_but_not_travel_in_time() {
+    fn producers_may_overlap_but_not_reverse_time() {
         let other = |sent, answered| Attempt {
             producer: 2,
             sequence: 0,
@@ -404,62 +407,62 @@ mod tests {
         let first = attempt(1, 1, 5, Outcome::Acknowledged { offset: 1 });
         let overlapping = History { attempts: vec![first, other(3, 7)], passes: vec![pass(10, 0, &[2, 1])] };
         assert_eq!(overlapping.check(), []);
-        let travelled = History { attempts: vec![first, other(6, 7)], passes: vec![pass(10, 0, &[2, 1])] };
-        assert_eq!(travelled.check(), [Violation::Reordered { log: LOG, earlier: 1, later: 2 }]);
+        let reversed = History { attempts: vec![first, other(6, 7)], passes: vec![pass(10, 0, &[2, 1])] };
+        assert_eq!(reversed.check(), [Violation::Reordered { log: LOG, earlier: 1, later: 2 }]);
     }
 
     #[test]
-    fn one_offset_acknowledged_twice_is_found() {
+    fn offset_acknowledged_twice_is_found() {
         let history = History { attempts: vec![acknowledged(1, 0), acknowledged(2, 0)], passes: vec![] };
         assert_eq!(history.check(), [Violation::Reordered { log: LOG, earlier: 1, later: 2 }]);
     }
 
     #[test]
-    fn gaps_repeats_and_steps_back_of_a_reader_are_found() {
+    fn gaps_and_repeats_of_a_reader_are_found() {
         let with = |records: Vec<(i64, u64)>, end| {
-            let mut history = sound();
-            history.passes = vec![Pass { log: LOG, began: 100, from: 0, end, to: end, current: true, records }];
+            let mut history = valid();
+            history.passes = vec![ReadPass { log: LOG, began: 100, from: 0, end, to: end, current: true, records }];
             history.check()
         };
         let gap = with(vec![(0, 1), (1, 2), (3, 6), (4, 7)], 5);
         assert_eq!(gap, [Violation::Skipped { log: LOG, after: 1, next: 3 }]);
         let back = with(vec![(0, 1), (1, 2), (1, 2), (2, 3), (3, 6), (4, 7)], 5);
         assert_eq!(back, [Violation::Skipped { log: LOG, after: 1, next: 1 }]);
-        let short = with(vec![(0, 1), (1, 2), (2, 3), (3, 6), (4, 7)], 6);
-        assert_eq!(short, [Violation::Skipped { log: LOG, after: 4, next: 6 }]);
+        let missing = with(vec![(0, 1), (1, 2), (2, 3), (3, 6), (4, 7)], 6);
+        assert_eq!(missing, [Violation::Skipped { log: LOG, after: 4, next: 6 }]);
         let late = with(vec![(1, 2), (2, 3), (3, 6), (4, 7)], 5);
         assert!(late.contains(&Violation::Skipped { log: LOG, after: -1, next: 1 }), "{late:?}");
     }
 
     #[test]
-    fn a_rewritten_offset_is_found() {
-        let mut history = sound();
-        history.passes[2] = Pass { records: vec![(3, 6), (4, 4)], ..pass(110, 3, &[6, 7]) };
+    fn rewritten_offset_is_found() {
+        let mut history = valid();
+        history.passes[2] = ReadPass { records: vec![(3, 6), (4, 4)], ..pass(110, 3, &[6, 7]) };
         let found = history.check();
         assert!(found.contains(&Violation::Rewritten { log: LOG, offset: 4, first: 7, second: 4 }), "{found:?}");
     }
 
     #[test]
-    fn an_end_that_goes_back_is_found() {
-        let mut history = sound();
+    fn regressed_end_is_found() {
+        let mut history = valid();
         history.attempts.truncate(4);
         history.passes = vec![pass(50, 0, &[1, 2, 3]), pass(60, 0, &[1, 2])];
-        assert_eq!(history.check(), [Violation::Regressed { log: LOG, told: 3, then: 2 }]);
+        assert_eq!(history.check(), [Violation::Regressed { log: LOG, earlier: 3, later: 2 }]);
     }
 
     #[test]
-    fn a_reader_that_may_be_told_an_older_end_answers_for_what_it_read() {
-        let mut history = sound();
-        history.passes.push(Pass { current: false, ..pass(120, 0, &[1, 2, 3]) });
+    fn read_with_an_older_end_covers_its_records() {
+        let mut history = valid();
+        history.passes.push(ReadPass { current: false, ..pass(120, 0, &[1, 2, 3]) });
         history.passes.push(pass(130, 0, &[1, 2, 3, 6, 7]));
         assert_eq!(history.check(), []);
-        history.passes[3] = Pass { current: false, ..pass(120, 0, &[1, 3]) };
+        history.passes[3] = ReadPass { current: false, ..pass(120, 0, &[1, 3]) };
         assert!(history.check().contains(&Violation::Lost { log: LOG, offset: 1, payload: 2 }));
     }
 
-    /// Any single change to what a reader of a sound history saw is a violation.
+    /// Every single change to the records of a full read is a violation.
     #[test]
-    fn no_single_change_to_a_full_reading_goes_unseen() {
+    fn single_change_to_a_full_read_is_found() {
         let attempts: Vec<Attempt> = (1..=8).map(|n| acknowledged(n, n as i64 - 1)).collect();
         let full: Vec<u64> = (1..=8).collect();
         let history = |payloads: &[u64]| History { attempts: attempts.clone(), passes: vec![pass(1000, 0, payloads)] };

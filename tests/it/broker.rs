@@ -1,6 +1,6 @@
 //! Real broker processes, and the command line as a user runs it.
 //!
-//! A [`Home`] holds the folder and the ports of one broker. [`Home::start`] returns a [`Broker`] that is ready. Dropping the [`Broker`]
+//! A [`BrokerInstance`] holds the folder and the ports of one broker. [`BrokerInstance::start`] returns a [`Broker`] that is ready. Dropping the [`Broker`]
 //! kills its process by process id. Its output goes to `broker.log` in that folder. A failed test prints the last lines of the output.
 
 use std::{
@@ -31,7 +31,7 @@ const BINARY: &str = env!("CARGO_BIN_EXE_strandline");
 pub(crate) const NOBODY: u32 = 65_534;
 
 /// Folder, ports and configuration of one broker. The value outlives the processes that are started from it.
-pub(crate) struct Home {
+pub(crate) struct BrokerInstance {
     folder: tempfile::TempDir,
     id: u32,
     cluster: &'static str,
@@ -51,12 +51,12 @@ pub(crate) struct Home {
     nobody: bool,
 }
 
-impl Home {
+impl BrokerInstance {
     /// Creates an instance whose object store is a folder beside the data directory.
     pub(crate) fn new() -> Self {
         let folder = tempfile::Builder::new().prefix("strandline-it-").tempdir().expect("a folder for the test");
         let object_store = Some(format!("file://{}", folder.path().join("bucket").display()));
-        fs::create_dir_all(folder.path().join("bucket")).expect("a folder for the bucket");
+        fs::create_dir_all(folder.path().join("bucket")).expect("a folder for the object store");
         Self {
             folder,
             id: 1,
@@ -78,7 +78,7 @@ impl Home {
 
     /// Makes the process run as [`NOBODY`], from a link or copy of the binary that this user can access.
     pub(crate) fn run_as_nobody(self) -> Self {
-        fs::set_permissions(self.path(), fs::Permissions::from_mode(0o755)).expect("the folder is ours");
+        fs::set_permissions(self.path(), fs::Permissions::from_mode(0o755)).expect("the test owns the folder");
         let copy = self.path().join("strandline");
         if fs::hard_link(BINARY, &copy).is_err() {
             fs::copy(BINARY, &copy).expect("the program can be copied");
@@ -101,9 +101,9 @@ impl Home {
 
     /// Creates an instance of a cluster broker with this id, in one of three racks, with this etcd as the metadata store.
     pub(crate) fn member(id: u32, etcd: &Etcd) -> Self {
-        let home = Self { id, ..Self::new() }.setting("metadata.session_timeout", "\"2s\"");
+        let instance = Self { id, ..Self::new() }.setting("metadata.session_timeout", "\"2s\"");
         // The disk usage of this machine must not matter.
-        home.setting("log.journal_bytes", 16 << 20).setting("broker.disk_full_percent", 100).at_etcd(etcd)
+        instance.setting("log.journal_bytes", 16 << 20).setting("broker.disk_pressure_percent", 100).at_etcd(etcd)
     }
 
     /// Sets this etcd as the metadata store.
@@ -129,8 +129,8 @@ impl Home {
     }
 
     /// Limits the number of open files of the process.
-    pub(crate) fn open_files(self, most: u32) -> Self {
-        Self { open_files: Some(most), ..self }
+    pub(crate) fn open_files(self, max: u32) -> Self {
+        Self { open_files: Some(max), ..self }
     }
 
     /// Removes the object store.
@@ -195,7 +195,7 @@ impl Home {
     /// Returns the values of several metrics of one `/metrics` page. Values of two pages cannot be compared, because the broker continues
     /// between them.
     pub(crate) fn metrics<const N: usize>(&self, names: [&str; N]) -> [f64; N] {
-        let (_, page) = http_get(self.http, "/metrics").expect("the metrics page answers");
+        let (_, page) = http_get(self.http, "/metrics").expect("the metrics page responds");
         names.map(|name| {
             let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
             let value = line.unwrap_or_else(|| panic!("no {name} in {page}"));
@@ -233,22 +233,23 @@ impl Home {
         let id = self.id;
         let rack = ["zone-a", "zone-b", "zone-c"][(id as usize - 1) % 3];
         write!(text, "[broker]\nid = {id}\nrack = {rack:?}\ndata_dir = {:?}\n", self.data_dir())
-            .expect("a string grows");
+            .expect("writing to a string succeeds");
         let (of_broker, others): (Vec<_>, Vec<_>) =
             self.settings.iter().partition(|(key, _)| key.starts_with("broker."));
         let (of_grpc, others): (Vec<_>, Vec<_>) = others.into_iter().partition(|(key, _)| key.starts_with("grpc."));
         for (key, value) in of_broker {
-            writeln!(text, "{} = {value}", &key["broker.".len()..]).expect("a string grows");
+            writeln!(text, "{} = {value}", &key["broker.".len()..]).expect("writing to a string succeeds");
         }
         let advertise = self.advertise.unwrap_or(self.grpc);
-        write!(text, "[grpc]\nlisten = \"{}\"\nadvertise = \"{advertise}\"\n", self.grpc).expect("a string grows");
+        write!(text, "[grpc]\nlisten = \"{}\"\nadvertise = \"{advertise}\"\n", self.grpc)
+            .expect("writing to a string succeeds");
         for (key, value) in of_grpc {
-            writeln!(text, "{} = {value}", &key["grpc.".len()..]).expect("a string grows");
+            writeln!(text, "{} = {value}", &key["grpc.".len()..]).expect("writing to a string succeeds");
         }
-        write!(text, "[http]\nlisten = \"{}\"\n", self.http).expect("a string grows");
-        write!(text, "[peer]\nlisten = \"{}\"\n", self.peer).expect("a string grows");
+        write!(text, "[http]\nlisten = \"{}\"\n", self.http).expect("writing to a string succeeds");
+        write!(text, "[peer]\nlisten = \"{}\"\n", self.peer).expect("writing to a string succeeds");
         if let Some(advertise) = self.peer_advertise {
-            writeln!(text, "advertise = \"{advertise}\"").expect("a string grows");
+            writeln!(text, "advertise = \"{advertise}\"").expect("writing to a string succeeds");
         }
         // Dotted keys before every section, so that several keys may belong to one section.
         let url = self.object_store.iter().map(|url| format!("object_store.url = {url:?}\n"));
@@ -257,8 +258,8 @@ impl Home {
         text.push_str("[topic_defaults]\n");
         for (key, value) in &self.topic_defaults {
             match value.parse::<i64>() {
-                Ok(number) => writeln!(text, "{key:?} = {number}").expect("a string grows"),
-                Err(_) => writeln!(text, "{key:?} = {value:?}").expect("a string grows"),
+                Ok(number) => writeln!(text, "{key:?} = {number}").expect("writing to a string succeeds"),
+                Err(_) => writeln!(text, "{key:?} = {value:?}").expect("writing to a string succeeds"),
             }
         }
         let path = self.folder.path().join("broker.toml");
@@ -276,7 +277,7 @@ impl Home {
                     drop(broker);
                     (self.grpc, self.http, self.peer) = (free_address(), free_address(), free_address());
                 }
-                Err(why) => panic!("the broker did not become ready: {why}\n{}", self.log()),
+                Err(reason) => panic!("the broker did not become ready: {reason}\n{}", self.log()),
             }
         }
         panic!("five pairs of ports were all in use\n{}", self.log());
@@ -296,19 +297,19 @@ impl Home {
         command.arg("dev").arg("--data-dir").arg(self.data_dir());
         command.args(["--listen", &self.grpc.to_string(), "--http", &self.http.to_string()]);
         let mut broker = self.launch(command);
-        if let Err(why) = broker.wait_ready() {
-            panic!("strandline dev did not become ready: {why}\n{}", self.log());
+        if let Err(reason) = broker.wait_ready() {
+            panic!("strandline dev did not become ready: {reason}\n{}", self.log());
         }
         broker
     }
 
-    /// Starts `strandline dev` with this number of brokers, for an instance of [`Home::cluster`]. Waits until the first broker is ready and
+    /// Starts `strandline dev` with this number of brokers, for an instance of [`BrokerInstance::cluster`]. Waits until the first broker is ready and
     /// the greeting is printed.
     pub(crate) fn start_dev_cluster(&self, brokers: usize) -> Broker {
         self.start_dev_cluster_with(brokers, &[])
     }
 
-    /// Starts `strandline dev` as [`Home::start_dev_cluster`] does, with more arguments.
+    /// Starts `strandline dev` as [`BrokerInstance::start_dev_cluster`] does, with more arguments.
     pub(crate) fn start_dev_cluster_with(&self, brokers: usize, arguments: &[&str]) -> Broker {
         let mut command = Command::new(BINARY);
         command.arg("dev").arg("--data-dir").arg(self.data_dir()).args(["--brokers", &brokers.to_string()]);
@@ -317,18 +318,18 @@ impl Home {
         let greetings = || self.log().matches("is ready (").count();
         let before = greetings();
         let mut broker = self.launch(command);
-        if let Err(why) = broker.wait_ready() {
-            panic!("strandline dev did not become ready: {why}\n{}", self.log());
+        if let Err(reason) = broker.wait_ready() {
+            panic!("strandline dev did not become ready: {reason}\n{}", self.log());
         }
         // The first broker is ready before the others.
-        eventually("it greets", || (greetings() > before).then_some(()));
+        eventually("the greeting is printed", || (greetings() > before).then_some(()));
         broker
     }
 
     fn launch(&self, mut command: Command) -> Broker {
-        if let Some(most) = self.open_files {
+        if let Some(max) = self.open_files {
             let mut limited = Command::new("prlimit");
-            limited.arg(format!("--nofile={most}:{most}")).arg(command.get_program()).args(command.get_args());
+            limited.arg(format!("--nofile={max}:{max}")).arg(command.get_program()).args(command.get_args());
             command = limited;
         }
         if self.nobody {
@@ -369,8 +370,8 @@ impl Broker {
     pub(crate) fn wait_ready(&mut self) -> Result<(), String> {
         let mut last = String::new();
         let became = poll(TEST_TIMEOUT, || {
-            if let Some(status) = self.child.try_wait().expect("the child can be asked") {
-                return Some(Err(format!("it ended with {status}")));
+            if let Some(status) = self.child.try_wait().expect("the child process exists") {
+                return Some(Err(format!("the process exited with {status}")));
             }
             match http_get(self.http, "/readyz") {
                 Ok((200, _)) => return Some(Ok(())),
@@ -385,30 +386,30 @@ impl Broker {
     /// Kills the process with SIGKILL, as a failing machine would, and waits for its exit.
     pub(crate) fn kill9(mut self) {
         self.child.kill().expect("the process can be killed");
-        self.child.wait().expect("the process ends");
+        self.child.wait().expect("the process exits");
     }
 
     /// Sends SIGTERM.
-    pub(crate) fn ask_to_stop(&self) {
+    pub(crate) fn request_stop(&self) {
         let pid = Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, Signal::TERM).expect("the process can be asked to stop");
+        rustix::process::kill_process(pid, Signal::TERM).expect("the process can be signalled");
     }
 
     /// Sends SIGTERM and waits for the exit.
     pub(crate) fn terminate(mut self) -> ExitStatus {
-        self.ask_to_stop();
-        self.wait()
+        self.request_stop();
+        self.wait_for_exit()
     }
 
     /// Waits until the process exits.
-    pub(crate) fn wait(&mut self) -> ExitStatus {
-        eventually("the broker has ended", || self.child.try_wait().expect("the child can be asked"))
+    pub(crate) fn wait_for_exit(&mut self) -> ExitStatus {
+        eventually("the broker has exited", || self.child.try_wait().expect("the child process exists"))
     }
 
     /// Stops the process as a frozen machine would stop, or resumes it. A stopped process keeps its connections open and sends nothing.
     pub(crate) fn freeze(&self, frozen: bool) {
         let signal = if frozen { Signal::STOP } else { Signal::CONT };
-        rustix::process::kill_process(Pid::from_child(&self.child), signal).expect("the process is ours");
+        rustix::process::kill_process(Pid::from_child(&self.child), signal).expect("the process is a child");
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -417,7 +418,7 @@ impl Broker {
 
     /// Returns true if the process is running.
     pub(crate) fn is_running(&mut self) -> bool {
-        self.child.try_wait().expect("the child can be asked").is_none()
+        self.child.try_wait().expect("the child process exists").is_none()
     }
 }
 
@@ -429,7 +430,7 @@ impl Drop for Broker {
         if thread::panicking() {
             let log = fs::read_to_string(&self.log).unwrap_or_default();
             let lines: Vec<&str> = log.lines().collect();
-            eprintln!("--- the broker's last lines\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
+            eprintln!("--- last lines of the broker's log\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
         }
     }
 }
@@ -532,15 +533,15 @@ impl Cli {
         });
         let stdout = drain(child.stdout.take().expect("piped"));
         let stderr = drain(child.stderr.take().expect("piped"));
-        let ended = poll(TEST_TIMEOUT * 2, || child.try_wait().expect("the child can be asked"));
+        let ended = poll(TEST_TIMEOUT * 2, || child.try_wait().expect("the child process exists"));
         let status = ended.unwrap_or_else(|| {
             child.kill().expect("the command can be killed");
-            child.wait().expect("the command ends");
-            panic!("strandline {arguments:?} did not end in {:?}", TEST_TIMEOUT * 2);
+            child.wait().expect("the command exits");
+            panic!("strandline {arguments:?} did not exit in {:?}", TEST_TIMEOUT * 2);
         });
-        feed.join().expect("the input was fed");
+        feed.join().expect("the input was written");
         Output {
-            code: status.code().expect("the command ended by itself"),
+            code: status.code().expect("the command exited without a signal"),
             stdout: stdout.join().expect("stdout was read"),
             stderr: String::from_utf8_lossy(&stderr.join().expect("stderr was read")).into_owned(),
         }
@@ -594,18 +595,19 @@ fn free_addresses_are_distinct_and_can_be_bound() {
 
 #[test]
 fn configuration_file_is_toml_with_fixed_keys() {
-    let home = Home::new().topic_default("segment.bytes", 65_536).topic_default("durability", "replicated");
-    let text = fs::read_to_string(home.write_config()).expect("written");
-    let table: toml::Table = text.parse().expect("it is TOML");
+    let instance =
+        BrokerInstance::new().topic_default("segment.bytes", 65_536).topic_default("durability", "replicated");
+    let text = fs::read_to_string(instance.write_config()).expect("written");
+    let table: toml::Table = text.parse().expect("the text is TOML");
     assert_eq!(table["topic_defaults"]["segment.bytes"].as_integer(), Some(65_536));
     assert_eq!(table["topic_defaults"]["durability"].as_str(), Some("replicated"));
-    assert_eq!(table["broker"]["data_dir"].as_str(), home.data_dir().to_str());
-    assert_eq!(table["grpc"]["listen"].as_str(), Some(home.grpc().to_string().as_str()));
+    assert_eq!(table["broker"]["data_dir"].as_str(), instance.data_dir().to_str());
+    assert_eq!(table["grpc"]["listen"].as_str(), Some(instance.grpc().to_string().as_str()));
     assert!(table["object_store"]["url"].as_str().is_some_and(|url| url.starts_with("file:///")));
 }
 
 #[test]
-fn http_get_returns_status_and_whole_body() {
+fn http_get_returns_status_and_complete_body() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("bound");
     let server = task::spawn_thread("http", move || {
@@ -613,9 +615,11 @@ fn http_get_returns_status_and_whole_body() {
         let mut request = [0; 1024];
         let read = stream.read(&mut request).expect("a request");
         assert!(request[..read].starts_with(b"GET /readyz HTTP/1.1\r\n"));
-        stream.write_all(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 8\r\n\r\nstarting").expect("an answer");
+        stream
+            .write_all(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 8\r\n\r\nstarting")
+            .expect("the response is sent");
     });
-    assert_eq!(http_get(address, "/readyz").expect("an answer"), (503, "starting".to_owned()));
+    assert_eq!(http_get(address, "/readyz").expect("a response"), (503, "starting".to_owned()));
     server.join().expect("served");
-    assert!(http_get(address, "/readyz").is_err(), "nobody listens any more");
+    assert!(http_get(address, "/readyz").is_err(), "the listener is closed");
 }

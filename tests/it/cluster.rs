@@ -1,23 +1,23 @@
 //! Tests of several real brokers with a real etcd.
 
+mod add_brokers;
 mod alone;
 mod chaos;
 mod dev;
 mod disks;
 mod failover;
-mod figures;
 mod full;
-mod grows;
+mod invalid_values;
 mod machines;
 pub(crate) mod members;
 mod metadata;
-mod moves;
+mod metrics;
 pub(crate) mod network;
 mod outage;
 mod peers;
 mod racks;
+mod reassignments;
 mod rolling;
-mod rubbish;
 mod starts;
 
 pub(crate) use self::members::etcd;

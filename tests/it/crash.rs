@@ -28,8 +28,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use crate::{
-    broker::{Broker, Home},
-    history::{Attempt, History, Log, Outcome, Pass},
+    broker::{Broker, BrokerInstance},
+    history::{Attempt, History, Log, Outcome, ReadPass},
     test_timeout::eventually_async,
     wire,
 };
@@ -58,7 +58,7 @@ const ROUND: u64 = 20;
 
 /// Returns the number in an environment variable, or the default.
 pub(crate) fn setting(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
 /// State that producers and readers share.
@@ -94,18 +94,19 @@ impl Load {
         if self.addresses.len() == 1 {
             return self.addresses[0];
         }
-        let known = || wire::leader(&self.addresses, self.topics[log.0], log.1);
-        eventually_async("the log has a leader", known).await
+        let find_leader = || wire::leader(&self.addresses, self.topics[log.0], log.1);
+        eventually_async("the log has a leader", find_leader).await
     }
 
     /// Returns the longest time without an acknowledgement in a log since `since`. Returns `None` until there are enough acknowledgements
     /// to show that the log continues.
     pub(crate) fn longest_silence(&self, log: Log, since: Instant) -> Option<Duration> {
-        let moments = self.moments.lock().expect("no holder panics");
-        let here: Vec<Instant> =
+        let moments = self.moments.lock().expect("no thread panicked");
+        let moments_of_log: Vec<Instant> =
             moments.iter().filter(|(of, at)| *of == log && *at >= since).map(|(_, at)| *at).collect();
-        let before = std::iter::once(&since).chain(&here);
-        (here.len() >= 20).then(|| before.zip(&here).map(|(one, next)| *next - *one).max().expect("not empty"))
+        let before = std::iter::once(&since).chain(&moments_of_log);
+        (moments_of_log.len() >= 20)
+            .then(|| before.zip(&moments_of_log).map(|(previous, next)| *next - *previous).max().expect("not empty"))
     }
 
     /// Lets the producers continue until the next kill.
@@ -116,7 +117,8 @@ impl Load {
     /// Waits for a moment of the load at which to inject a fault: after a random number of load events.
     pub(crate) async fn moment(&self, rng: &mut StdRng) {
         let at = self.time.load(Ordering::SeqCst) + rng.random_range(1..REQUESTS);
-        eventually_async("the load goes on", || async { (self.time.load(Ordering::SeqCst) >= at).then_some(()) }).await;
+        eventually_async("the load continues", || async { (self.time.load(Ordering::SeqCst) >= at).then_some(()) })
+            .await;
     }
 
     fn spend(&self) -> bool {
@@ -127,19 +129,19 @@ impl Load {
         self.time.fetch_add(1, Ordering::SeqCst) + 1
     }
 
-    pub(crate) fn conclude(&self, attempts: Vec<Attempt>, outcome: impl Fn(i64) -> Outcome) {
+    pub(crate) fn complete(&self, attempts: Vec<Attempt>, outcome: impl Fn(i64) -> Outcome) {
         let answered = self.tick();
         let now = clock::monotonic();
         let acknowledged = (0..).zip(&attempts).filter(|(n, _)| matches!(outcome(*n), Outcome::Acknowledged { .. }));
-        let moments: Vec<_> = acknowledged.map(|(_, one)| (one.log, now)).collect();
-        self.moments.lock().expect("no holder panics").extend(moments);
-        let settled = (0..).zip(attempts).map(|(n, one)| Attempt { answered, outcome: outcome(n), ..one });
-        self.attempts.lock().expect("no holder panics").extend(settled);
+        let moments: Vec<_> = acknowledged.map(|(_, attempt)| (attempt.log, now)).collect();
+        self.moments.lock().expect("no thread panicked").extend(moments);
+        let completed = (0..).zip(attempts).map(|(n, attempt)| Attempt { answered, outcome: outcome(n), ..attempt });
+        self.attempts.lock().expect("no thread panicked").extend(completed);
     }
 
     pub(crate) fn acknowledged(&self) -> usize {
-        let attempts = self.attempts.lock().expect("no holder panics");
-        attempts.iter().filter(|one| matches!(one.outcome, Outcome::Acknowledged { .. })).count()
+        let attempts = self.attempts.lock().expect("no thread panicked");
+        attempts.iter().filter(|attempt| matches!(attempt.outcome, Outcome::Acknowledged { .. })).count()
     }
 }
 
@@ -169,10 +171,10 @@ async fn produce(load: Arc<Load>, producer: u32, seed: u64, tasks: Tasks) {
     let mut rng = StdRng::seed_from_u64(seed);
     while !tasks.is_cancelled() {
         let mut pending = HashMap::new();
-        session(&load, producer, &mut rng, &tasks, &mut pending).await;
+        run_connection(&load, producer, &mut rng, &tasks, &mut pending).await;
         // The connection has ended. No response for these requests will arrive.
         for attempts in pending.into_values() {
-            load.conclude(attempts, |_| Outcome::Unknown);
+            load.complete(attempts, |_| Outcome::Unknown);
         }
         tokio::select! {
             biased;
@@ -183,7 +185,7 @@ async fn produce(load: Arc<Load>, producer: u32, seed: u64, tasks: Tasks) {
 }
 
 /// Runs one connection: keeps a window of requests in flight until the connection breaks.
-async fn session(
+async fn run_connection(
     load: &Load,
     producer: u32,
     rng: &mut StdRng,
@@ -193,15 +195,15 @@ async fn session(
     let (requests, outgoing) = mpsc::channel(WINDOW);
     let mut log = wire::log(load.address());
     let opened = tokio::time::timeout(Duration::from_secs(5), log.produce(ReceiverStream::new(outgoing))).await;
-    let Ok(Ok(answers)) = opened else { return };
-    let mut answers: Streaming<ProduceResponse> = answers.into_inner();
+    let Ok(Ok(responses)) = opened else { return };
+    let mut responses: Streaming<ProduceResponse> = responses.into_inner();
     let mut pace = tokio::time::interval(Duration::from_millis(3));
     loop {
         tokio::select! {
             biased;
             () = tasks.cancelled() => return,
-            answer = answers.message() => match answer {
-                Ok(Some(answer)) => settle(load, pending, answer),
+            response = responses.message() => match response {
+                Ok(Some(response)) => settle(load, pending, response),
                 Ok(None) | Err(_) => return,
             },
             _ = pace.tick(), if pending.len() < WINDOW => {
@@ -209,9 +211,9 @@ async fn session(
                     continue;
                 }
                 let (request, attempts) = next_request(load, producer, rng);
-                let correlation = request.correlation;
+                let correlation_id = request.correlation_id;
                 // Inserted before the send: from here on the request may be in the log.
-                pending.insert(correlation, attempts);
+                pending.insert(correlation_id, attempts);
                 if requests.try_send(request).is_err() {
                     return;
                 }
@@ -237,71 +239,71 @@ fn next_request(load: &Load, producer: u32, rng: &mut StdRng) -> (ProduceRequest
             }
         })
         .collect();
-    let values = attempts.iter().map(|one| value(one.payload)).collect();
+    let values = attempts.iter().map(|attempt| value(attempt.payload)).collect();
     let append = wire::append_plain(load.topics[log.0], log.1, values);
-    (ProduceRequest { correlation: attempts[0].payload, append: Some(append) }, attempts)
+    (ProduceRequest { correlation_id: attempts[0].payload, append: Some(append) }, attempts)
 }
 
-fn settle(load: &Load, pending: &mut HashMap<u64, Vec<Attempt>>, answer: ProduceResponse) {
-    let attempts = pending.remove(&answer.correlation).expect("an answer to something that was asked, once");
-    match answer.result.expect("an answer holds a result") {
+fn settle(load: &Load, pending: &mut HashMap<u64, Vec<Attempt>>, response: ProduceResponse) {
+    let attempts = pending.remove(&response.correlation_id).expect("one response per request");
+    match response.result.expect("the response has a result") {
         Answer::Appended(appended) => {
             let end = appended.base_offset + i64::try_from(attempts.len()).expect("few records");
-            assert_eq!(appended.end_offset, end, "an acknowledgement names as many offsets as records");
-            load.conclude(attempts, |n| Outcome::Acknowledged { offset: appended.base_offset + n });
+            assert_eq!(appended.end_offset, end, "an acknowledgement has one offset per record");
+            load.complete(attempts, |n| Outcome::Acknowledged { offset: appended.base_offset + n });
         }
         Answer::Error(error) => {
-            let fault = ApiError::from(error);
-            assert!(fault.retryable, "the load is well formed: {fault}");
+            let failure = ApiError::from(error);
+            assert!(failure.retryable, "the request is valid: {failure}");
             // Only a request that is refused on arrival is certainly not in the log.
-            let refused = matches!(fault.code, ErrorCode::Overloaded | ErrorCode::DiskFull);
-            load.conclude(attempts, |_| if refused { Outcome::Refused } else { Outcome::Unknown });
+            let refused = matches!(failure.code, ErrorCode::Overloaded | ErrorCode::DiskFull);
+            load.complete(attempts, |_| if refused { Outcome::Refused } else { Outcome::Unknown });
         }
-        Answer::Waiting(why) => panic!("nothing here waits for the bucket: {why:?}"),
+        Answer::Waiting(reason) => panic!("unexpected wait for the object store: {reason:?}"),
     }
 }
 
-/// Start offset and maximum number of records of a reader. The end that the broker reports limits the reader too.
+/// Start offset and maximum number of records of a reader. The end that the broker reports also limits the reader.
 #[derive(Clone, Copy)]
 struct Part {
     from: i64,
-    most: i64,
+    max_records: i64,
 }
 
 /// Reads every partition from the offset that `from` returns to the end that the broker reports first.
-pub(crate) async fn read(load: &Load, from: impl Fn(Log) -> i64) -> Vec<Pass> {
+pub(crate) async fn read(load: &Load, from: impl Fn(Log) -> i64) -> Vec<ReadPass> {
     let mut passes = Vec::new();
     for topic in 0..load.topics.len() {
         for partition in 0..PARTITIONS {
             let log = (topic, partition);
-            passes.push(read_part(load, log, Part { from: from(log), most: i64::MAX }).await);
+            passes.push(read_part(load, log, Part { from: from(log), max_records: i64::MAX }).await);
         }
     }
     passes
 }
 
-async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
+async fn read_part(load: &Load, log: Log, part: Part) -> ReadPass {
     let (name, partition) = (load.topics[log.0], log.1);
     let (began, from) = (load.tick(), part.from);
     // With several brokers, leadership may change at any time, for example back to the preferred leader. After an outage of the object
     // store, brokers without readers detect its return at their next probe.
-    let goes_over = |fault: &ApiError| {
-        load.addresses.len() > 1 && matches!(fault.code, ErrorCode::NotLeader | ErrorCode::ObjectStoreUnavailable)
+    let is_retried = |error: &ApiError| {
+        load.addresses.len() > 1 && matches!(error.code, ErrorCode::NotLeader | ErrorCode::ObjectStoreUnavailable)
     };
-    let end = eventually_async("the end is known", async || {
+    let end = eventually_async("the end is reported", async || {
         let mut client = wire::log(load.serving(log).await);
         let end = wire::latest(&mut client, name, partition).await;
-        (!end.as_ref().is_err_and(goes_over)).then(|| end.expect("the end is known"))
+        (!end.as_ref().is_err_and(is_retried)).then(|| end.expect("the end offset is present"))
     });
     let end = end.await;
-    let to = end.min(from.saturating_add(part.most));
+    let to = end.min(from.saturating_add(part.max_records));
     let (mut records, mut next) = (Vec::new(), from);
     while next < to {
         let until = to.min(next.saturating_add(READ_AT_ONCE));
         let read = eventually_async("a leader serves what was written", async || {
             let mut client = wire::log(load.serving(log).await);
             let read = wire::read_range(&mut client, name, partition, next, until).await;
-            (!read.as_ref().is_err_and(goes_over)).then(|| read.expect("it can be read"))
+            (!read.as_ref().is_err_and(is_retried)).then(|| read.expect("the records are readable"))
         });
         records.extend(read.await);
         next = until;
@@ -309,9 +311,9 @@ async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
     let records = records.into_iter().map(|record| {
         let bytes = record.value.expect("a value");
         let id = identify(&bytes);
-        (record.offset, id.unwrap_or_else(|| panic!("damaged record at {name}/{partition}@{}", record.offset)))
+        (record.offset, id.unwrap_or_else(|| panic!("corrupt record at {name}/{partition}@{}", record.offset)))
     });
-    Pass { log, began, from, end, to, current: true, records: records.collect() }
+    ReadPass { log, began, from, end, to, current: true, records: records.collect() }
 }
 
 /// Results of all readers, and the offsets at which the next readers start.
@@ -322,24 +324,24 @@ async fn read_part(load: &Load, log: Log, part: Part) -> Pass {
 /// must equal the earlier results.
 #[derive(Default)]
 struct Readers {
-    passes: Vec<Pass>,
+    passes: Vec<ReadPass>,
     ends: HashMap<Log, i64>,
 }
 
 impl Readers {
     /// Reads all new records and a piece of the old ones, after a kill.
-    async fn go_on(&mut self, load: &Load, rng: &mut StdRng) {
+    async fn read_after_kill(&mut self, load: &Load, rng: &mut StdRng) {
         let ends = &self.ends;
         let new = read(load, |log| ends.get(&log).map_or(0, |end| (end - OVERLAP).max(0))).await;
         let log: Log = (rng.random_range(0..load.topics.len()), rng.random_range(0..PARTITIONS));
-        let old = Part { from: rng.random_range(0..=self.ends.get(&log).copied().unwrap_or(0)), most: PIECE };
+        let old = Part { from: rng.random_range(0..=self.ends.get(&log).copied().unwrap_or(0)), max_records: PIECE };
         let old = read_part(load, log, old).await;
         self.ends.extend(new.iter().map(|pass| (pass.log, pass.end)));
         self.passes.extend(new.into_iter().chain([old]));
     }
 
     /// Reads everything from the beginning.
-    async fn start_over(&mut self, load: &Load) {
+    async fn read_all_again(&mut self, load: &Load) {
         self.passes.extend(read(load, |_| 0).await);
     }
 
@@ -349,23 +351,23 @@ impl Readers {
 }
 
 /// Kills or stops the process and starts it again. Sometimes kills the process once more during recovery.
-pub(crate) fn restart(home: &mut Home, broker: Broker, rng: &mut StdRng) -> Broker {
+pub(crate) fn restart(instance: &mut BrokerInstance, broker: Broker, rng: &mut StdRng) -> Broker {
     if rng.random_ratio(1, 6) {
         let status = broker.terminate();
-        assert!(status.success(), "a polite stop ended with {status}\n{}", home.log());
+        assert!(status.success(), "the clean stop exited with {status}\n{}", instance.log());
     } else {
         broker.kill9();
     }
     if rng.random_ratio(1, 4) {
-        let early = home.spawn();
+        let early = instance.spawn();
         std::thread::sleep(Duration::from_millis(rng.random_range(0..150)));
         early.kill9();
     }
-    home.start()
+    instance.start()
 }
 
-pub(crate) fn judge(load: &Load, passes: &[Pass]) {
-    let attempts = load.attempts.lock().expect("no holder panics").clone();
+pub(crate) fn check_passes(load: &Load, passes: &[ReadPass]) {
+    let attempts = load.attempts.lock().expect("no thread panicked").clone();
     let violations = History { attempts, passes: passes.to_vec() }.check();
     let first = &violations[..violations.len().min(20)];
     assert!(violations.is_empty(), "{} violations, the first: {first:#?}", violations.len());
@@ -379,13 +381,13 @@ async fn sigkill_loses_no_acknowledged_records() {
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
     println!("crash: {kills} kills, STRANDLINE_SEED={seed}");
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut home = Home::new();
-    let mut broker = home.start();
+    let mut instance = BrokerInstance::new();
+    let mut broker = instance.start();
     for (name, durability) in TOPICS {
         let config: Vec<(&str, &str)> = SMALL.into_iter().chain([("durability", durability)]).collect();
-        wire::create_topic(home.grpc(), name, PARTITIONS.unsigned_abs(), &config).await;
+        wire::create_topic(instance.grpc(), name, PARTITIONS.unsigned_abs(), &config).await;
     }
-    let load = Load::new(vec![home.grpc()], TOPICS.map(|(name, _)| name).to_vec());
+    let load = Load::new(vec![instance.grpc()], TOPICS.map(|(name, _)| name).to_vec());
     let tasks = Tasks::new();
     for producer in 0..PRODUCERS {
         let seed = rng.random();
@@ -395,23 +397,23 @@ async fn sigkill_loses_no_acknowledged_records() {
     for kill in 1..=kills {
         load.grant();
         load.moment(&mut rng).await;
-        broker = tokio::task::block_in_place(|| restart(&mut home, broker, &mut rng));
-        assert_eq!(home.grpc(), load.address(), "nobody took the broker's port");
-        readers.go_on(&load, &mut rng).await;
+        broker = tokio::task::block_in_place(|| restart(&mut instance, broker, &mut rng));
+        assert_eq!(instance.grpc(), load.address(), "the port of the broker is free");
+        readers.read_after_kill(&load, &mut rng).await;
         if kill < ROUND || kill.is_multiple_of(ROUND) {
-            judge(&load, &readers.passes);
+            check_passes(&load, &readers.passes);
             println!("crash: kill {kill} of {kills}, {} records so far", readers.records());
         }
     }
     tasks.stop().await;
-    readers.start_over(&load).await;
-    judge(&load, &readers.passes);
+    readers.read_all_again(&load).await;
+    check_passes(&load, &readers.passes);
     let (acknowledged, passes) = (load.acknowledged(), readers.passes.len());
-    println!("crash: {kills} kills, {acknowledged} records acknowledged, {passes} readings, nothing lost");
-    assert!(acknowledged > 100, "the load got through: {acknowledged}");
-    let uploaded = std::fs::read_dir(home.bucket()).expect("the bucket").count();
-    assert!(uploaded > 0, "kills hit uploads only if there are some");
-    assert!(broker.terminate().success(), "{}", home.log());
+    println!("crash: {kills} kills, {acknowledged} records acknowledged, {passes} reads, no record lost");
+    assert!(acknowledged > 100, "records were acknowledged: {acknowledged}");
+    let uploaded = std::fs::read_dir(instance.bucket()).expect("the object store").count();
+    assert!(uploaded > 0, "the kills need uploads to hit");
+    assert!(broker.terminate().success(), "{}", instance.log());
 }
 
 #[test]

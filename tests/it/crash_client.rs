@@ -13,15 +13,17 @@ use std::{
 
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use strandline::{
-    client::{Client, Consumer, ConsumerOptions, Delivery, NewRecord, OffsetAt, Options, Producer, ProducerOptions},
+    client::{
+        Client, ClientOptions, Consumer, ConsumerOptions, Delivery, NewRecord, OffsetSpec, Producer, ProducerOptions,
+    },
     task::{Tasks, clock},
 };
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
-    broker::Home,
-    crash::{Load, PARTITIONS, SMALL, identify, judge, read, restart, setting, value},
-    history::{Attempt, Log, Outcome, Pass},
+    broker::BrokerInstance,
+    crash::{Load, PARTITIONS, SMALL, check_passes, identify, read, restart, setting, value},
+    history::{Attempt, Log, Outcome, ReadPass},
     proxy::Proxy,
     wire,
 };
@@ -61,17 +63,17 @@ async fn produce(load: Arc<Load>, number: u32, producer: Producer, seed: u64, ta
     for one in outstanding {
         settle(&load, one).await;
     }
-    producer.close().await.expect("nothing is left undelivered");
+    producer.close().await.expect("every record is delivered");
 }
 
 async fn settle(load: &Load, (attempt, delivery): (Attempt, Delivery)) {
-    let ack = delivery.await.unwrap_or_else(|error| panic!("{attempt:?} was given up: {error}"));
+    let ack = delivery.await.unwrap_or_else(|error| panic!("{attempt:?} failed: {error}"));
     let offset = ack.offset.expect("acks=all names the offset").as_i64();
-    load.conclude(vec![attempt], |_| Outcome::Acknowledged { offset });
+    load.complete(vec![attempt], |_| Outcome::Acknowledged { offset });
 }
 
 /// Reads all partitions from their start, up to the ends that `ends` finally reports.
-async fn follow(
+async fn run(
     mut consumer: Consumer,
     mut ends: watch::Receiver<Option<HashMap<Log, i64>>>,
 ) -> HashMap<Log, Vec<(i64, u64)>> {
@@ -86,12 +88,12 @@ async fn follow(
         }
         tokio::select! {
             biased;
-            changed = ends.changed() => changed.expect("the test tells the ends"),
+            changed = ends.changed() => changed.expect("the ends are set"),
             record = consumer.next() => {
-                let record = record.expect("the consumer goes on by itself");
+                let record = record.expect("the consumer continues without a restart");
                 let partition = i32::try_from(record.partition).expect("few partitions");
                 let id = record.record.value.as_deref().and_then(identify);
-                let id = id.unwrap_or_else(|| panic!("damaged record at {partition}@{}", record.offset));
+                let id = id.unwrap_or_else(|| panic!("corrupt record at {partition}@{}", record.offset));
                 seen.entry((0, partition)).or_default().push((record.offset.as_i64(), id));
             }
         }
@@ -99,7 +101,7 @@ async fn follow(
 }
 
 /// Producers and a following consumer under load, all through the library's client.
-pub(crate) struct Work {
+pub(crate) struct ClientLoad {
     pub(crate) load: Arc<Load>,
     tasks: Tasks,
     producers: Vec<JoinHandle<()>>,
@@ -107,7 +109,7 @@ pub(crate) struct Work {
     tell: watch::Sender<Option<HashMap<Log, i64>>>,
 }
 
-impl Work {
+impl ClientLoad {
     /// Starts the load on a new topic. Clients connect to `bootstrap`, the final readers to `direct`.
     async fn start(bootstrap: SocketAddr, direct: SocketAddr, rng: &mut StdRng) -> Self {
         wire::create_topic(direct, TOPIC, PARTITIONS.unsigned_abs(), &SMALL).await;
@@ -119,7 +121,7 @@ impl Work {
         Self::with_reader(bootstrap, direct, ConsumerOptions::default(), rng).await
     }
 
-    /// Starts as [`Work::on_topic`] does, with a consumer of these options. The consumer refreshes its metadata every second.
+    /// Starts as [`ClientLoad::on_topic`] does, with a consumer of these options. The consumer refreshes its metadata every second.
     pub(crate) async fn with_reader(
         bootstrap: &str,
         direct: Vec<SocketAddr>,
@@ -127,20 +129,20 @@ impl Work {
         rng: &mut StdRng,
     ) -> Self {
         let load = Load::new(direct, vec![TOPIC]);
-        let client = Client::connect(bootstrap, Options::default()).await.expect("the brokers are there");
+        let client = Client::connect(bootstrap, ClientOptions::default()).await.expect("the brokers are listed");
         let (tasks, mut producers) = (Tasks::new(), Vec::new());
         for number in 0..2 {
             let producer = client.producer(ProducerOptions::default()).await.expect("an idempotent producer");
             let work = produce(load.clone(), number, producer, rng.random(), tasks.clone());
             producers.push(tasks.spawn("producer", work));
         }
-        let options = Options { metadata_age: Duration::from_secs(1), ..Options::default() };
-        let mut consumer = Client::connect(bootstrap, options).await.expect("the brokers are there").consumer(reader);
+        let options = ClientOptions { metadata_age: Duration::from_secs(1), ..ClientOptions::default() };
+        let mut consumer = Client::connect(bootstrap, options).await.expect("the brokers are listed").consumer(reader);
         for partition in 0..PARTITIONS.unsigned_abs() {
-            consumer.assign(TOPIC, partition, OffsetAt::Earliest).await.expect("the partition is there");
+            consumer.assign(TOPIC, partition, OffsetSpec::Earliest).await.expect("the partition is there");
         }
         let (tell, ends) = watch::channel(None);
-        let follower = tasks.spawn("consumer", follow(consumer, ends));
+        let follower = tasks.spawn("consumer", run(consumer, ends));
         Self { load, tasks, producers, follower, tell }
     }
 
@@ -157,7 +159,7 @@ impl Work {
         // The consumer may lag by a part of the delay that each fault caused.
         let seen = tokio::time::timeout(Duration::from_secs(60 + blows), self.follower).await;
         for (log, records) in seen.expect("the consumer reaches the ends").expect("the consumer followed") {
-            passes.push(Pass {
+            passes.push(ReadPass {
                 log,
                 began: self.load.tick(),
                 from: 0,
@@ -167,10 +169,10 @@ impl Work {
                 records,
             });
         }
-        judge(&self.load, &passes);
+        check_passes(&self.load, &passes);
         let total: i64 = ends.values().sum();
         assert_eq!(i64::try_from(self.load.acknowledged()).expect("a count"), total, "each record is in the log once");
-        assert!(total > 100, "the load got through: {total}");
+        assert!(total > 100, "records were acknowledged: {total}");
         total
     }
 }
@@ -181,18 +183,18 @@ async fn client_delivers_once_and_in_order_across_kills() {
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
     println!("crash: {kills} kills under the client, STRANDLINE_SEED={seed}");
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut home = Home::new();
-    let mut broker = tokio::task::block_in_place(|| home.start());
-    let work = Work::start(home.grpc(), home.grpc(), &mut rng).await;
+    let mut instance = BrokerInstance::new();
+    let mut broker = tokio::task::block_in_place(|| instance.start());
+    let work = ClientLoad::start(instance.grpc(), instance.grpc(), &mut rng).await;
     for kill in 1..=kills {
         work.load.moment(&mut rng).await;
-        broker = tokio::task::block_in_place(|| restart(&mut home, broker, &mut rng));
-        assert_eq!(home.grpc(), work.load.address(), "nobody took the broker's port");
+        broker = tokio::task::block_in_place(|| restart(&mut instance, broker, &mut rng));
+        assert_eq!(instance.grpc(), work.load.address(), "the port of the broker is free");
         println!("crash: kill {kill} of {kills} under the client, {} records so far", work.load.acknowledged());
     }
     let total = work.finish(kills).await;
     println!("crash: {total} records delivered once across {kills} kills");
-    assert!(broker.terminate().success(), "{}", home.log());
+    assert!(broker.terminate().success(), "{}", instance.log());
 }
 
 /// A kill seldom falls between an append and its response, so the proxy drops responses. Only the recognition of retries prevents duplicate
@@ -201,25 +203,25 @@ async fn client_delivers_once_and_in_order_across_kills() {
 async fn lost_responses_and_kills_duplicate_no_records() {
     let losses = setting("STRANDLINE_KILLS", 32).div_ceil(4);
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
-    println!("crash: {losses} times lost answers, STRANDLINE_SEED={seed}");
+    println!("crash: {losses} losses of responses, STRANDLINE_SEED={seed}");
     let mut rng = StdRng::seed_from_u64(seed);
     let proxy = Proxy::bind().await;
     let bootstrap = proxy.address();
-    let mut home = Home::new().advertise(bootstrap);
-    let mut broker = tokio::task::block_in_place(|| home.start());
-    let link = proxy.carry_to(home.grpc());
-    let work = Work::start(bootstrap, home.grpc(), &mut rng).await;
+    let mut instance = BrokerInstance::new().advertise(bootstrap);
+    let mut broker = tokio::task::block_in_place(|| instance.start());
+    let link = proxy.forward_to(instance.grpc());
+    let work = ClientLoad::start(bootstrap, instance.grpc(), &mut rng).await;
     for loss in 1..=losses {
         work.load.moment(&mut rng).await;
         let mute = Duration::from_millis(rng.random_range(5..60));
-        link.lose_answers(mute).await;
+        link.drop_responses(mute).await;
         if rng.random_ratio(1, 4) {
-            broker = tokio::task::block_in_place(|| restart(&mut home, broker, &mut rng));
+            broker = tokio::task::block_in_place(|| restart(&mut instance, broker, &mut rng));
         }
-        println!("crash: lost answers {loss} of {losses}, {} records so far", work.load.acknowledged());
+        println!("crash: loss of responses {loss} of {losses}, {} records so far", work.load.acknowledged());
     }
     let total = work.finish(losses).await;
-    println!("crash: {total} records delivered once across {losses} times lost answers");
+    println!("crash: {total} records delivered once across {losses} losses of responses");
     link.stop().await;
-    assert!(broker.terminate().success(), "{}", home.log());
+    assert!(broker.terminate().success(), "{}", instance.log());
 }

@@ -16,41 +16,43 @@ use tonic::{Code, Status, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::{
-    broker::{Broker, Home},
+    broker::{Broker, BrokerInstance},
     wire,
 };
 
 /// Maximum wait for a result that is due at once.
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-async fn running() -> (Home, Broker) {
-    let mut home = Home::new();
-    let broker = tokio::task::block_in_place(|| home.start());
+async fn running() -> (BrokerInstance, Broker) {
+    let mut instance = BrokerInstance::new();
+    let broker = tokio::task::block_in_place(|| instance.start());
     // Records of any timestamp are kept.
-    wire::create_topic(home.grpc(), "edge", 2, &[("retention.ms", "-1")]).await;
-    (home, broker)
+    wire::create_topic(instance.grpc(), "edge", 2, &[("retention.ms", "-1")]).await;
+    (instance, broker)
 }
 
-fn write(correlation: u64, value: &[u8]) -> ProduceRequest {
+fn write(correlation_id: u64, value: &[u8]) -> ProduceRequest {
     let append = wire::append_batch("edge", 0, wire::batch(&[value]));
-    ProduceRequest { correlation, append: Some(append) }
+    ProduceRequest { correlation_id, append: Some(append) }
 }
 
 /// Regression: a client that half-closes and continues to read, as Python's `for answer in stub.Produce(iter(requests))` does, waited
 /// forever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn produce_stream_ends_after_all_responses() {
-    let (home, _broker) = running().await;
-    let mut log = wire::log(home.grpc());
+    let (instance, _broker) = running().await;
+    let mut log = wire::log(instance.grpc());
     for count in [0, 1, 100] {
         let requests: Vec<_> = (0..count).map(|number| write(number, b"x")).collect();
-        let mut answers = log.produce(tokio_stream::iter(requests)).await.expect("a stream").into_inner();
+        let mut responses = log.produce(tokio_stream::iter(requests)).await.expect("a stream").into_inner();
         let mut seen = Vec::new();
-        while let Some(answer) =
-            tokio::time::timeout(TEST_TIMEOUT, answers.message()).await.expect("it ends").expect("it ends well")
+        while let Some(response) = tokio::time::timeout(TEST_TIMEOUT, responses.message())
+            .await
+            .expect("the stream ends in time")
+            .expect("the stream ends without an error")
         {
-            assert!(matches!(answer.result, Some(produce_response::Result::Appended(_))), "{answer:?}");
-            seen.push(answer.correlation);
+            assert!(matches!(response.result, Some(produce_response::Result::Appended(_))), "{response:?}");
+            seen.push(response.correlation_id);
         }
         seen.sort_unstable();
         assert_eq!(seen, (0..count).collect::<Vec<_>>());
@@ -60,26 +62,26 @@ async fn produce_stream_ends_after_all_responses() {
 /// A request that the transport refuses ends the stream with a named error. Earlier requests get their responses.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn too_large_message_is_refused_after_earlier_responses() {
-    let (home, _broker) = running().await;
-    let mut log = wire::log(home.grpc());
+    let (instance, _broker) = running().await;
+    let mut log = wire::log(instance.grpc());
     let mut large = write(2, b"x");
     large.append = Some(wire::append_batch("edge", 0, vec![0; limits::MAX_MESSAGE_BYTES + 1]));
     let requests = tokio_stream::iter([write(1, b"x"), large.clone()]);
-    let mut answers = log.produce(requests).await.expect("a stream").into_inner();
-    let first = tokio::time::timeout(TEST_TIMEOUT, answers.message()).await.expect("in time").expect("an answer");
-    assert_eq!(first.map(|answer| answer.correlation), Some(1));
-    let status = tokio::time::timeout(TEST_TIMEOUT, answers.message()).await.expect("in time").expect_err("refused");
-    expect(&status, ErrorCode::MessageTooLarge, Code::ResourceExhausted);
+    let mut responses = log.produce(requests).await.expect("a stream").into_inner();
+    let first = tokio::time::timeout(TEST_TIMEOUT, responses.message()).await.expect("in time").expect("a response");
+    assert_eq!(first.map(|response| response.correlation_id), Some(1));
+    let status = tokio::time::timeout(TEST_TIMEOUT, responses.message()).await.expect("in time").expect_err("refused");
+    expect(&status, ErrorCode::RequestTooLarge, Code::ResourceExhausted);
 
     let status = log.append(large.append.expect("set")).await.expect_err("refused");
-    expect(&status, ErrorCode::MessageTooLarge, Code::ResourceExhausted);
+    expect(&status, ErrorCode::RequestTooLarge, Code::ResourceExhausted);
     assert!(status.message().contains(&limits::MAX_MESSAGE_BYTES.to_string()), "{status:?}");
 }
 
 fn expect(status: &Status, reason: ErrorCode, code: Code) {
-    let fault = ApiError::from(status);
-    assert_eq!((fault.code, status.code()), (reason, code), "{status:?}");
-    assert!(fault.message.len() > 15, "{fault}");
+    let error = ApiError::from(status);
+    assert_eq!((error.code, status.code()), (reason, code), "{status:?}");
+    assert!(error.message.len() > 15, "{error}");
 }
 
 /// Calls a method with a message of any bytes.
@@ -121,8 +123,8 @@ impl tonic::codec::Encoder for Raw {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn errors_of_the_transport_have_stable_names() {
-    let (home, _broker) = running().await;
-    let channel = Channel::from_shared(format!("http://{}", home.grpc())).expect("a URI").connect_lazy();
+    let (instance, _broker) = running().await;
+    let channel = Channel::from_shared(format!("http://{}", instance.grpc())).expect("a URI").connect_lazy();
     const APPEND: &str = "/strandline.v1.Log/Append";
     for (name, path, message, reason, code) in [
         ("a field that is cut", APPEND, &b"\x0a\xff"[..], ErrorCode::InvalidRequest, Code::InvalidArgument),
@@ -139,30 +141,30 @@ async fn errors_of_the_transport_have_stable_names() {
         ("a path that is no method", "/", b"", ErrorCode::UnknownMethod, Code::Unimplemented),
     ] {
         let status = call(&channel, path, Bytes::copy_from_slice(message)).await.expect_err(name);
-        let fault = ApiError::from(&status);
-        assert_eq!((fault.code, status.code()), (reason, code), "{name}: {status:?}");
+        let error = ApiError::from(&status);
+        assert_eq!((error.code, status.code()), (reason, code), "{name}: {status:?}");
         if reason == ErrorCode::UnknownMethod {
-            assert!(fault.message.contains(path), "{name}: {fault}");
+            assert!(error.message.contains(path), "{name}: {error}");
         }
     }
     let mut request = tonic::Request::new(wire::append_plain("edge", 0, vec![Bytes::from_static(b"x")]));
     request.metadata_mut().insert("grpc-encoding", "gzip".parse().expect("ASCII"));
-    let status = wire::log(home.grpc()).append(request).await.expect_err("compressed by gRPC");
+    let status = wire::log(instance.grpc()).append(request).await.expect_err("compressed by gRPC");
     expect(&status, ErrorCode::UnsupportedEncoding, Code::Unimplemented);
     // Errors of the services themselves are unchanged.
-    let status = wire::log(home.grpc()).append(wire::append_plain("nobody", 0, vec![])).await.expect_err("unknown");
+    let status = wire::log(instance.grpc()).append(wire::append_plain("nobody", 0, vec![])).await.expect_err("unknown");
     expect(&status, ErrorCode::UnknownTopic, Code::NotFound);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn health_reports_the_server_and_each_service() {
-    let (home, broker) = running().await;
-    let channel = Channel::from_shared(format!("http://{}", home.grpc())).expect("a URI").connect_lazy();
+    let (instance, broker) = running().await;
+    let channel = Channel::from_shared(format!("http://{}", instance.grpc())).expect("a URI").connect_lazy();
     let mut health = HealthClient::new(channel);
     for service in ["", "strandline.v1.Log", "strandline.v1.Admin"] {
         let request = HealthCheckRequest { service: service.to_owned() };
-        let answer = health.check(request).await.unwrap_or_else(|status| panic!("{service:?}: {status:?}"));
-        assert_eq!(answer.into_inner().status, 1, "{service:?} serves");
+        let response = health.check(request).await.unwrap_or_else(|status| panic!("{service:?}: {status:?}"));
+        assert_eq!(response.into_inner().status, 1, "{service:?} is healthy");
     }
     let request = HealthCheckRequest { service: "strandline.v1.Other".to_owned() };
     assert_eq!(health.check(request).await.expect_err("unknown").code(), Code::NotFound);
@@ -171,24 +173,24 @@ async fn health_reports_the_server_and_each_service() {
 
 /// Returns the response of reflection to a request of one of its versions.
 macro_rules! reflect {
-    ($version:ident, $channel:expr, $question:expr) => {{
+    ($version:ident, $channel:expr, $query:expr) => {{
         use tonic_reflection::pb::$version::{
             ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
             server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
         };
-        let (list, symbol): (bool, &str) = $question;
-        let question = if list {
+        let (list, symbol): (bool, &str) = $query;
+        let message = if list {
             MessageRequest::ListServices(String::new())
         } else {
             MessageRequest::FileContainingSymbol(symbol.to_owned())
         };
-        let request = ServerReflectionRequest { message_request: Some(question), ..Default::default() };
-        let asked = ServerReflectionClient::new($channel).server_reflection_info(tokio_stream::once(request)).await;
-        match asked {
+        let request = ServerReflectionRequest { message_request: Some(message), ..Default::default() };
+        let stream = ServerReflectionClient::new($channel).server_reflection_info(tokio_stream::once(request)).await;
+        match stream {
             Err(status) => Err(status),
-            Ok(answers) => match answers.into_inner().next().await.expect("an answer") {
+            Ok(responses) => match responses.into_inner().next().await.expect("a response") {
                 Err(status) => Err(status),
-                Ok(answer) => match answer.message_response {
+                Ok(response) => match response.message_response {
                     Some(MessageResponse::ListServicesResponse(list)) => {
                         Ok(list.service.into_iter().map(|service| service.name).collect::<Vec<_>>())
                     }
@@ -205,17 +207,17 @@ macro_rules! reflect {
 /// Regression: reflection listed the service for brokers, also on a broker that does not serve that service.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reflection_lists_client_services_in_both_versions() {
-    let (home, _broker) = running().await;
-    let channel = Channel::from_shared(format!("http://{}", home.grpc())).expect("a URI").connect_lazy();
+    let (instance, _broker) = running().await;
+    let channel = Channel::from_shared(format!("http://{}", instance.grpc())).expect("a URI").connect_lazy();
     for names in [reflect!(v1, channel.clone(), (true, "")), reflect!(v1alpha, channel.clone(), (true, ""))] {
-        let names = names.expect("it is there");
+        let names = names.expect("the entry exists");
         for name in ["strandline.v1.Log", "strandline.v1.Admin", "grpc.health.v1.Health"] {
             assert!(names.iter().any(|known| known == name), "{name} is not in {names:?}");
         }
         assert!(!names.iter().any(|name| name.contains("Peer")), "{names:?}");
     }
-    reflect!(v1, channel.clone(), (false, "strandline.v1.AppendRequest")).expect("clients send it");
-    for hidden in ["strandline.v1.Peer", "strandline.v1.ToLeader", "strandline.v1.StatusResponse"] {
+    reflect!(v1, channel.clone(), (false, "strandline.v1.AppendRequest")).expect("the type is described");
+    for hidden in ["strandline.v1.Peer", "strandline.v1.ReplicateRequest", "strandline.v1.GetBrokerStatsResponse"] {
         let status = reflect!(v1, channel.clone(), (false, hidden)).expect_err(hidden);
         assert_eq!(status.code(), Code::NotFound, "{hidden}: {status:?}");
     }
@@ -223,56 +225,56 @@ async fn reflection_lists_client_services_in_both_versions() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reflection_can_be_switched_off() {
-    let mut home = Home::new().setting("grpc.reflection", false);
-    let _broker = tokio::task::block_in_place(|| home.start());
-    let channel = Channel::from_shared(format!("http://{}", home.grpc())).expect("a URI").connect_lazy();
-    for answer in [reflect!(v1, channel.clone(), (true, "")), reflect!(v1alpha, channel.clone(), (true, ""))] {
-        assert_eq!(answer.expect_err("it is off").code(), Code::Unimplemented);
+    let mut instance = BrokerInstance::new().setting("grpc.reflection", false);
+    let _broker = tokio::task::block_in_place(|| instance.start());
+    let channel = Channel::from_shared(format!("http://{}", instance.grpc())).expect("a URI").connect_lazy();
+    for response in [reflect!(v1, channel.clone(), (true, "")), reflect!(v1alpha, channel.clone(), (true, ""))] {
+        assert_eq!(response.expect_err("the service is disabled").code(), Code::Unimplemented);
     }
 }
 
 /// Regression: one batch that cannot be decompressed made every partition of the call unreadable.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn undecodable_batch_fails_only_its_partition() {
-    let (home, _broker) = running().await;
-    let mut log = wire::log(home.grpc());
+    let (instance, _broker) = running().await;
+    let mut log = wire::log(instance.grpc());
     let good = |partition| wire::append_batch("edge", partition, wire::batch(&[b"good"]));
     // The corrupt record is the last one, beyond the part that the append decodes.
     let mut records = wire::batch(&[&[b'x'; 4096], b"two", b"three"])[61..].to_vec();
     *records.last_mut().expect("records") = 0x55;
     let bad = wire::append_batch("edge", 0, wire::frame(&gzip(&records), 3, 1));
     for request in [good(0), bad, good(0), good(1)] {
-        wire::append(&mut log, request).await.expect("stored unread");
+        wire::append(&mut log, request).await.expect("the batch is stored without a check");
     }
-    let place =
+    let fetch_partition =
         |partition, offset| FetchPartition { topic: "edge".to_owned(), partition, offset, ..Default::default() };
     let mut read = async |partitions| {
-        let request = ReadRequest { partitions, max_wait_ms: 1000, plain: true, ..Default::default() };
-        let mut partitions = log.read(request).await.expect("the call as a whole succeeds").into_inner().partitions;
+        let request = ReadRequest { partitions, max_wait_ms: 1000, decode: true, ..Default::default() };
+        let mut partitions = log.read(request).await.expect("the call succeeds").into_inner().partitions;
         partitions.sort_by_key(|part| part.partition);
         partitions
     };
     // Records before the corrupt batch are served, and the next read starts with that batch.
-    let parts = read(vec![place(0, 0)]).await;
+    let parts = read(vec![fetch_partition(0, 0)]).await;
     assert_eq!((parts[0].records.len(), parts[0].next_offset, parts[0].error.clone()), (1, 1, None));
-    let parts = read(vec![place(0, 1), place(1, 0)]).await;
+    let parts = read(vec![fetch_partition(0, 1), fetch_partition(1, 0)]).await;
     assert_eq!(parts.len(), 2, "{parts:?}");
-    let error = ApiError::from(parts[0].error.clone().expect("partition 0 says what is wrong"));
-    assert_eq!((error.code, error.number("offset"), error.number("next")), (ErrorCode::DataDamaged, Some(1), Some(4)));
+    let error = ApiError::from(parts[0].error.clone().expect("partition 0 has an error"));
+    assert_eq!((error.code, error.number("offset"), error.number("next")), (ErrorCode::DataCorrupt, Some(1), Some(4)));
     assert!(error.message.contains("edge") && error.message.contains("offset 1"), "{error}");
     assert!(parts[0].records.is_empty());
     assert_eq!((parts[1].error.clone(), parts[1].records.len()), (None, 1), "{parts:?}");
     // Reads continue after the corrupt batch.
-    let parts = read(vec![place(0, 4)]).await;
+    let parts = read(vec![fetch_partition(0, 4)]).await;
     assert_eq!((parts[0].records.len(), parts[0].next_offset), (1, 5), "{parts:?}");
 }
 
 /// Regression: six batches of 255 KB, which decompress to 250 MiB, took 2.7 GB of memory in a topic that sets `compression.type`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bombs_into_a_recompressing_topic_take_no_memory() {
-    let (home, broker) = running().await;
+    let (instance, broker) = running().await;
     for (topic, codec) in [("zstd", "zstd"), ("plain", "uncompressed")] {
-        wire::create_topic(home.grpc(), topic, 1, &[("compression.type", codec), ("retention.ms", "-1")]).await;
+        wire::create_topic(instance.grpc(), topic, 1, &[("compression.type", codec), ("retention.ms", "-1")]).await;
     }
     // Compressed in several members, so that the length in the last one does not cover the first.
     let mut record = Vec::new();
@@ -287,15 +289,15 @@ async fn bombs_into_a_recompressing_topic_take_no_memory() {
     let before = resident_bytes(broker.pid());
     for (topic, reason) in [("zstd", ErrorCode::MalformedBatch), ("plain", ErrorCode::RecordTooLarge)] {
         let calls = (0..6).map(|_| {
-            let (mut log, request) = (wire::log(home.grpc()), wire::append_batch(topic, 0, bomb.clone()));
+            let (mut log, request) = (wire::log(instance.grpc()), wire::append_batch(topic, 0, bomb.clone()));
             async move { wire::append(&mut log, request).await }
         });
-        for answer in futures::future::join_all(calls).await {
-            assert_eq!(answer.expect_err("a bomb").code, reason, "{topic}");
+        for response in futures::future::join_all(calls).await {
+            assert_eq!(response.expect_err("a bomb").code, reason, "{topic}");
         }
         let honest = wire::append_batch(topic, 0, wire::frame(&gzip(&wire::batch(&[b"one", b"two"])[61..]), 2, 1));
-        let mut log = wire::log(home.grpc());
-        wire::append(&mut log, honest).await.expect("what is no bomb is taken");
+        let mut log = wire::log(instance.grpc());
+        wire::append(&mut log, honest).await.expect("a batch that is not a bomb is accepted");
         assert_eq!(wire::read_range(&mut log, topic, 0, 0, 2).await.expect("read").len(), 2);
     }
     let grown = resident_bytes(broker.pid()).saturating_sub(before);
@@ -305,66 +307,66 @@ async fn bombs_into_a_recompressing_topic_take_no_memory() {
 /// A read of decoded records from such batches gets a response of bounded size. The next read continues at the end of the response.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn decoded_reads_of_bombs_have_bounded_responses() {
-    let (home, broker) = running().await;
+    let (instance, broker) = running().await;
     let value = vec![0_u8; 1 << 20];
     let values = vec![&value[..]; 60];
     let stored = wire::frame(&gzip(&wire::batch(&values)[61..]), 60, 1);
     assert!(stored.len() < 100_000, "{}", stored.len());
-    let mut log = wire::log(home.grpc());
-    wire::append(&mut log, wire::append_batch("edge", 0, stored)).await.expect("stored unread");
+    let mut log = wire::log(instance.grpc());
+    wire::append(&mut log, wire::append_batch("edge", 0, stored)).await.expect("the batch is stored without a check");
     let before = resident_bytes(broker.pid());
-    let (mut next, mut answers) = (0, 0);
+    let (mut next, mut responses) = (0, 0);
     while next < 60 {
         let partitions = vec![FetchPartition { topic: "edge".to_owned(), offset: next, ..Default::default() }];
-        let request = ReadRequest { partitions, plain: true, max_wait_ms: 1000, ..Default::default() };
-        let parts = log.read(request).await.expect("an answer").into_inner().partitions;
+        let request = ReadRequest { partitions, decode: true, max_wait_ms: 1000, ..Default::default() };
+        let parts = log.read(request).await.expect("a response").into_inner().partitions;
         assert!(!parts[0].records.is_empty() && parts[0].records.len() <= 16, "{} records", parts[0].records.len());
         assert_eq!(parts[0].records[0].offset, next);
         next = parts[0].next_offset;
-        answers += 1;
+        responses += 1;
     }
-    assert!((4..=6).contains(&answers), "{answers} answers");
+    assert!((4..=6).contains(&responses), "{responses} responses");
     let grown = resident_bytes(broker.pid()).saturating_sub(before);
     assert!(grown < 600 << 20, "{} MiB more than before", grown >> 20);
 }
 
 /// Returns the peak memory of a process in bytes, as counted by the system.
 fn resident_bytes(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("its peak");
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process is running");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("the peak is present");
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
 }
 
 fn gzip(plain: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
-    encoder.write_all(plain).expect("a vector grows");
-    encoder.finish().expect("a vector grows")
+    encoder.write_all(plain).expect("writing to a vector succeeds");
+    encoder.finish().expect("writing to a vector succeeds")
 }
 
 fn gzip_of_zeros(bytes: usize) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
     let zeros = vec![0; 1 << 20];
     for _ in 0..bytes >> 20 {
-        encoder.write_all(&zeros).expect("a vector grows");
+        encoder.write_all(&zeros).expect("writing to a vector succeeds");
     }
-    encoder.finish().expect("a vector grows")
+    encoder.finish().expect("writing to a vector succeeds")
 }
 
 /// Regression: `maxTimestamp` is set by the producer. A value of 1970 caused the deletion of a new record within seconds. A value of 2^62
 /// was found for any time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_max_timestamp_of_a_batch_is_corrected() {
-    let (home, _broker) = running().await;
-    let mut log = wire::log(home.grpc());
-    for claim in [1000, 1 << 62] {
+    let (instance, _broker) = running().await;
+    let mut log = wire::log(instance.grpc());
+    for timestamp in [1000, 1 << 62] {
         let mut batch = wire::batch(&[b"x"]);
-        batch[35..43].copy_from_slice(&i64::to_be_bytes(claim));
+        batch[35..43].copy_from_slice(&i64::to_be_bytes(timestamp));
         wire::renew_crc(&mut batch);
-        wire::append(&mut log, wire::append_batch("edge", 0, batch)).await.expect("taken");
+        wire::append(&mut log, wire::append_batch("edge", 0, batch)).await.expect("the batch is accepted");
     }
     let partitions = vec![FetchPartition { topic: "edge".to_owned(), ..Default::default() }];
     let request = ReadRequest { partitions, max_wait_ms: 1000, ..Default::default() };
-    let parts = log.read(request).await.expect("an answer").into_inner().partitions;
+    let parts = log.read(request).await.expect("a response").into_inner().partitions;
     let mut stored = Bytes::from(parts[0].chunks.concat());
     while !stored.is_empty() {
         let batch = strandline::record::Batch::split_from(&mut stored).expect("a batch");
@@ -374,45 +376,45 @@ async fn wrong_max_timestamp_of_a_batch_is_corrected() {
         let at = Some(v1::offset_query::At::TimestampMs(time));
         let query = v1::OffsetQuery { topic: "edge".to_owned(), partition: 0, at };
         let request = v1::ListOffsetsRequest { queries: vec![query] };
-        let answer = log.list_offsets(request).await.expect("an answer").into_inner().answers.remove(0);
-        assert_eq!((answer.offset, answer.timestamp_ms), expected, "{time}");
+        let response = log.list_offsets(request).await.expect("a response").into_inner().results.remove(0);
+        assert_eq!((response.offset, response.timestamp_ms), expected, "{time}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_refused_request_counts_as_request_and_error() {
-    let (home, _broker) = running().await;
-    let mut log = wire::log(home.grpc());
+    let (instance, _broker) = running().await;
+    let mut log = wire::log(instance.grpc());
     let bad = wire::append_batch("edge", 0, vec![0; 100]);
     for request in [wire::append_batch("edge", 0, wire::batch(&[b"x"])), bad, wire::append_plain("nobody", 0, vec![])] {
         let _answer = log.append(request).await;
     }
-    let places = [("nobody", 0), ("edge", 7), ("edge", 0)];
+    let names = [("nobody", 0), ("edge", 7), ("edge", 0)];
     let partitions =
-        places.map(|(topic, partition)| FetchPartition { topic: topic.to_owned(), partition, ..Default::default() });
-    log.read(ReadRequest { partitions: partitions.to_vec(), ..Default::default() }).await.expect("an answer");
+        names.map(|(topic, partition)| FetchPartition { topic: topic.to_owned(), partition, ..Default::default() });
+    log.read(ReadRequest { partitions: partitions.to_vec(), ..Default::default() }).await.expect("a response");
     tokio::task::block_in_place(|| {
-        assert_eq!(home.metric("strandline_produce_requests_total"), 3.0);
+        assert_eq!(instance.metric("strandline_produce_requests_total"), 3.0);
         for name in [
             "strandline_produce_errors_total{reason=\"MALFORMED_BATCH\"}",
             "strandline_produce_errors_total{reason=\"UNKNOWN_TOPIC\"}",
             "strandline_fetch_errors_total{reason=\"UNKNOWN_TOPIC\"}",
             "strandline_fetch_errors_total{reason=\"UNKNOWN_PARTITION\"}",
         ] {
-            assert_eq!(home.metric(name), 1.0, "{name}");
+            assert_eq!(instance.metric(name), 1.0, "{name}");
         }
     });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unknown_topic_error_names_similar_topics() {
-    let (home, _broker) = running().await;
+    let (instance, _broker) = running().await;
     for topic in ["log", "p1"] {
-        wire::create_topic(home.grpc(), topic, 1, &[]).await;
+        wire::create_topic(instance.grpc(), topic, 1, &[]).await;
     }
-    let asked = ["lgo", "pp1", "LOG", "zzzzz"].map(str::to_owned).to_vec();
-    let request = v1::GetMetadataRequest { topics: asked, ..Default::default() };
-    let topics = wire::admin(home.grpc()).get_metadata(request).await.expect("an answer").into_inner().topics;
+    let stream = ["lgo", "pp1", "LOG", "zzzzz"].map(str::to_owned).to_vec();
+    let request = v1::GetMetadataRequest { topics: stream, ..Default::default() };
+    let topics = wire::admin(instance.grpc()).get_metadata(request).await.expect("a response").into_inner().topics;
     let near: Vec<_> = topics.iter().map(|topic| &topic.error.as_ref().expect("unknown").metadata["near"]).collect();
     assert_eq!(near, ["log", "p1", "log", ""]);
 }

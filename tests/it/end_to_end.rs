@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use serde_json::Value;
 
 use crate::{
-    broker::{Cli, Home, Output},
+    broker::{BrokerInstance, Cli, Output},
     test_timeout::eventually,
 };
 
@@ -55,31 +55,31 @@ fn number(value: &Value, name: &str) -> i64 {
 /// The main use case: produce, tier, evict, restart, consume. Every byte is unchanged.
 #[test]
 fn real_log_is_read_unchanged_from_object_store() {
-    let mut home = Home::new();
-    let broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let broker = instance.start();
+    let cli = instance.cli();
     let text = real_text();
     let count = i64::try_from(text.iter().filter(|byte| **byte == b'\n').count()).expect("a count");
-    let file = home.path().join("real.log");
+    let file = instance.path().join("real.log");
     fs::write(&file, &text).expect("written");
     let create = ["topic", "create", "history", "--partitions", "1", "--config", "segment.bytes=131072"];
     let evict = ["--config", "segment.ms=200", "--config", "local.retention.bytes=0", "--config", "retention.ms=-1"];
     cli.ok(&[&create[..], &evict[..]].concat());
-    let said = cli.ok(&["produce", "history", "--compression", "none", file.to_str().expect("a path of ours")]);
-    let said = format!("{}{}", said.text(), said.stderr);
-    assert!(said.contains(&count.to_string()), "it says how many of {count} were acknowledged: {said}");
+    let output = cli.ok(&["produce", "history", "--compression", "none", file.to_str().expect("the path is UTF-8")]);
+    let output = format!("{}{}", output.text(), output.stderr);
+    assert!(output.contains(&count.to_string()), "the output contains the count {count}: {output}");
 
-    let state = eventually("everything is in the bucket and evicted", || {
+    let state = eventually("all records are in the object store and evicted", || {
         let state = partition(&cli, "history");
         let evicted = number(&state, "tiered_end") == count && number(&state, "local_start") > count / 2;
         evicted.then_some(state)
     });
     assert_eq!((number(&state, "log_start"), number(&state, "high_watermark")), (0, count));
     let status = broker.terminate();
-    assert!(status.success(), "a stop that was asked for ends with {status}\n{}", home.log());
+    assert!(status.success(), "the requested stop exited with {status}\n{}", instance.log());
 
-    let broker = home.start();
-    let cli = home.cli();
+    let broker = instance.start();
+    let cli = instance.cli();
     let read = cli.ok(&["consume", "history", "--from", "earliest", "--until-end"]);
     let differs = read.stdout.iter().zip(&text).position(|(read, written)| read != written);
     assert_eq!((read.stdout.len(), differs), (text.len(), None), "byte for byte");
@@ -87,38 +87,40 @@ fn real_log_is_read_unchanged_from_object_store() {
     cli.ok_with(&["produce", "history"], b"one more\n");
     let last = cli.ok(&["consume", "history", "--from", &count.to_string(), "--until-end"]);
     assert_eq!(last.text(), "one more\n");
-    assert!(broker.terminate().success(), "{}", home.log());
+    assert!(broker.terminate().success(), "{}", instance.log());
 }
 
 /// The README's first command, with another data directory and other ports.
 #[test]
 fn dev_prints_its_addresses_and_keeps_data() {
-    let home = Home::new();
-    let broker = home.start_dev();
+    let instance = BrokerInstance::new();
+    let broker = instance.start_dev();
     // The broker serves a moment before the greeting is complete.
-    let greeting = eventually("the greeting is whole", || {
-        let log = home.log();
-        log.contains("the data stays").then_some(log)
+    let greeting = eventually("the greeting is complete", || {
+        let log = instance.log();
+        log.contains("the data is kept").then_some(log)
     });
-    for said in [home.grpc().to_string(), home.http().to_string(), home.data_dir().display().to_string()] {
-        assert!(greeting.contains(&said), "it says {said}: {greeting}");
+    for expected in
+        [instance.grpc().to_string(), instance.http().to_string(), instance.data_dir().display().to_string()]
+    {
+        assert!(greeting.contains(&expected), "the greeting contains {expected}: {greeting}");
     }
-    assert!(greeting.contains("strandline produce"), "it says what to type next: {greeting}");
-    let cli = home.cli();
+    assert!(greeting.contains("strandline produce"), "the greeting contains the next command: {greeting}");
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "hello"]);
     cli.ok_with(&["produce", "hello"], b"world\n");
-    assert!(broker.terminate().success(), "{}", home.log());
-    let broker = home.start_dev();
+    assert!(broker.terminate().success(), "{}", instance.log());
+    let broker = instance.start_dev();
     assert_eq!(cli.ok(&["consume", "hello", "--from", "earliest", "--until-end"]).text(), "world\n");
-    assert!(broker.terminate().success(), "{}", home.log());
+    assert!(broker.terminate().success(), "{}", instance.log());
 }
 
 /// The smallest inputs that a line reader may handle wrongly.
 #[test]
 fn produce_sends_one_record_per_line_with_its_bytes_unchanged() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     for (topic, input, values) in [
         ("lines", &b"a\nb\n"[..], &[&b"a"[..], b"b"][..]),
         ("no-final-newline", b"a\nb", &[b"a", b"b"]),
@@ -138,9 +140,9 @@ fn produce_sends_one_record_per_line_with_its_bytes_unchanged() {
 
 #[test]
 fn consume_prints_json_with_exactly_the_documented_fields() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "shapes", "--partitions", "1"]);
     cli.ok_with(&["produce", "shapes", "--key-separator", ":"], b"k:v\n:empty key\nk2:\nk3:a:b\n");
     cli.ok_with(&["produce", "shapes"], b"no key\n\xff\xfe\n");
@@ -170,9 +172,9 @@ fn consume_prints_json_with_exactly_the_documented_fields() {
 
 #[test]
 fn consume_starts_and_ends_at_the_given_offsets() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "ten", "--partitions", "2"]);
     let five: String = (0..5).map(|n| format!("{n}\n")).collect();
     cli.ok_with(&["produce", "ten", "--partition", "1"], five.as_bytes());
@@ -180,7 +182,7 @@ fn consume_starts_and_ends_at_the_given_offsets() {
     let middle = cli.ok(&["consume", "ten", "--from", "earliest", "--until-end", "--format", "json"]).json_lines();
     // The second half has later timestamps.
     let last_ms = middle.iter().filter_map(|record| record["timestamp"].as_i64()).max().expect("records");
-    eventually("the clock goes on", || (strandline::task::clock::wall_ms() > last_ms + 5).then_some(()));
+    eventually("the clock advances", || (strandline::task::clock::wall_ms() > last_ms + 5).then_some(()));
     let later: String = (5..10).map(|n| format!("{n}\n")).collect();
     cli.ok_with(&["produce", "ten", "--partition", "1"], later.as_bytes());
 
@@ -189,18 +191,25 @@ fn consume_starts_and_ends_at_the_given_offsets() {
     assert_eq!(read(&["--from", "8", "--partition", "1"]), "8\n9\n");
     assert_eq!(read(&["--from", "latest"]), "");
     assert_eq!(read(&["--from", &format!("@{}", last_ms + 1), "--partition", "1"]), later);
-    assert_eq!(read(&["--from", "earliest", "--max", "3"]), "0\n1\n2\n");
-    assert_eq!(cli.ok(&["consume", "ten", "--from", "earliest", "--max", "2"]).text(), "0\n1\n", "ends at --max alone");
+    assert_eq!(read(&["--from", "earliest", "--max-records", "3"]), "0\n1\n2\n");
+    assert_eq!(
+        cli.ok(&["consume", "ten", "--from", "earliest", "--max-records", "2"]).text(),
+        "0\n1\n",
+        "only --max-records ends the command"
+    );
     let beyond = cli.run(&["consume", "ten", "--from", "11", "--partition", "1", "--until-end"]);
     assert_eq!(beyond.code, 1, "{beyond:?}");
-    assert!(beyond.stderr.contains("11") && beyond.stderr.contains("10"), "says offset, start and end: {beyond:?}");
+    assert!(
+        beyond.stderr.contains("11") && beyond.stderr.contains("10"),
+        "the error contains offset, start and end: {beyond:?}"
+    );
 }
 
 #[test]
 fn topics_are_created_described_altered_grown_and_deleted() {
-    let mut home = Home::new();
-    let broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "orders", "--partitions", "2", "--config", "retention.ms=86400000"]);
     cli.ok(&["topic", "create", "access-log"]);
     let list = cli.ok(&["topic", "list", "--output", "json"]).json();
@@ -228,10 +237,10 @@ fn topics_are_created_described_altered_grown_and_deleted() {
     assert!(people.contains("orders") && people.contains("retention.ms"), "{people}");
 
     cli.ok(&["topic", "alter", "orders", "--config", "retention.ms=3600000"]);
-    cli.ok(&["topic", "add-partitions", "orders", "--to", "4"]);
-    assert!(broker.terminate().success(), "{}", home.log());
-    let _broker = home.start();
-    let cli = home.cli();
+    cli.ok(&["topic", "add-partitions", "orders", "--partitions", "4"]);
+    assert!(broker.terminate().success(), "{}", instance.log());
+    let _broker = instance.start();
+    let cli = instance.cli();
     let described = cli.ok(&["topic", "describe", "orders", "--output", "json"]).json();
     assert_eq!(described["config"]["retention.ms"], "3600000", "an alteration survives a restart");
     assert_eq!(described["partitions"].as_array().map(Vec::len), Some(4));
@@ -240,23 +249,30 @@ fn topics_are_created_described_altered_grown_and_deleted() {
     cli.ok(&["topic", "delete", "orders", "--yes"]);
     assert_eq!(cli.run(&["topic", "describe", "orders"]).code, 1);
     cli.ok(&["topic", "create", "orders", "--partitions", "4"]);
-    assert_eq!(cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]).text(), "", "nothing is shared");
+    assert_eq!(
+        cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]).text(),
+        "",
+        "the replicas share nothing"
+    );
 }
 
 /// A failed command exits with code 1 and names its subject.
 #[test]
 fn failed_command_names_its_subject_and_exits_with_1() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "access-log"]);
-    let fails = |arguments: &[&str], said: &[&str]| {
+    let fails = |arguments: &[&str], expected: &[&str]| {
         let output: Output = cli.run_with(arguments, b"x\n");
         assert_eq!(output.code, 1, "{arguments:?}: {output:?}");
-        for word in said {
-            assert!(output.stderr.contains(word), "{arguments:?} says {word:?}: {output:?}");
+        for word in expected {
+            assert!(output.stderr.contains(word), "the error of {arguments:?} contains {word:?}: {output:?}");
         }
-        assert!(!output.stderr.contains("panicked") && !output.stderr.contains("Error {"), "for people: {output:?}");
+        assert!(
+            !output.stderr.contains("panicked") && !output.stderr.contains("Error {"),
+            "the text output: {output:?}"
+        );
     };
     for command in
         [&["produce", "acces-log"][..], &["consume", "acces-log", "--until-end"], &["topic", "describe", "acces-log"]]
@@ -269,7 +285,7 @@ fn failed_command_names_its_subject_and_exits_with_1() {
     fails(&["topic", "create", "t", "--config", "segment.bytes=-5"], &["segment.bytes", "-5", "16384"]);
     fails(&["topic", "create", "t", "--config", "durability=maybe"], &["durability", "maybe", "persisted"]);
     fails(&["topic", "create", "t", "--replication-factor", "3"], &["3", "1"]);
-    fails(&["topic", "add-partitions", "access-log", "--to", "1"], &["access-log", "1"]);
+    fails(&["topic", "add-partitions", "access-log", "--partitions", "1"], &["access-log", "1"]);
     fails(&["topic", "delete", "nothing-like-it", "--yes"], &["nothing-like-it"]);
     fails(&["produce", "access-log", "--partition", "9"], &["9"]);
     fails(&["consume", "access-log", "--partition", "9", "--until-end"], &["9"]);
@@ -284,28 +300,28 @@ fn failed_command_names_its_subject_and_exits_with_1() {
         &["min.insync.replicas=\"2\"", "factor, which is 1"],
     );
     let list = cli.ok(&["topic", "list", "--output", "json"]).json();
-    assert_eq!(list.as_array().map(Vec::len), Some(1), "nothing was half created: {list}");
+    assert_eq!(list.as_array().map(Vec::len), Some(1), "no topic is partly created: {list}");
 }
 
 /// A program that reads the JSON output must find the error there.
 #[test]
 fn error_before_sending_is_in_the_json_output() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "t"]);
     let long = [&[b'x'; 2 << 20][..], b"\n"].concat();
-    for (arguments, input, sent, said) in [
+    for (arguments, input, sent, expected) in [
         (&["produce", "t", "."][..], &b""[..], 0, "cannot read ."),
         (&["produce", "t"], &long, 1, "line 1: record of"),
         (&["produce", "t", "--partition", "7"], b"", 0, "no partition 7"),
     ] {
         let output = cli.run_with(&[arguments, &["--output", "json"]].concat(), input);
         assert_eq!(output.code, 1, "{output:?}");
-        let answer = output.json();
-        assert!(answer["error"].as_str().is_some_and(|error| error.contains(said)), "{arguments:?}: {answer}");
+        let response = output.json();
+        assert!(response["error"].as_str().is_some_and(|error| error.contains(expected)), "{arguments:?}: {response}");
         assert_eq!(
-            (&answer["sent"], &answer["failed"], &answer["acknowledged"]),
+            (&response["sent"], &response["failed"], &response["acknowledged"]),
             (&sent.into(), &sent.into(), &0.into())
         );
     }
@@ -316,27 +332,27 @@ fn error_before_sending_is_in_the_json_output() {
 /// Nothing is printed if one of the partitions does not have the start offset.
 #[test]
 fn consume_checks_start_offset_before_printing() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "t", "--partitions", "2"]);
     cli.ok_with(&["produce", "t", "--partition", "0"], b"0\n1\n2\n");
     cli.ok_with(&["produce", "t", "--partition", "1"], b"0\n");
     let output = cli.run(&["consume", "t", "--from", "2", "--until-end"]);
     assert_eq!((output.code, output.text()), (1, String::new()), "{output:?}");
-    for said in ["partition 1", "not including, 1", "--from earliest", "--partition"] {
-        assert!(output.stderr.contains(said), "{said:?}: {output:?}");
+    for expected in ["partition 1", "not including, 1", "--from earliest", "--partition"] {
+        assert!(output.stderr.contains(expected), "{expected:?}: {output:?}");
     }
     let json = cli.ok(&["consume", "t", "--partition", "1", "--until-end", "--output", "json"]).json_lines();
-    assert_eq!(json[0]["value"], "0", "--output json is the format too");
+    assert_eq!(json[0]["value"], "0", "--output json selects the format");
 }
 
 /// Records larger than a producer's usual memory.
 #[test]
 fn line_of_the_maximum_record_size_is_one_record() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "large", "--config", "max.message.bytes=67108864"]);
     let line = [vec![b'x'; 60_000_000], b"\n".to_vec()].concat();
     cli.ok_with(&["produce", "large"], &line);
@@ -345,10 +361,10 @@ fn line_of_the_maximum_record_size_is_one_record() {
 
 /// A benchmark measures the requested load, or fails.
 #[test]
-fn bench_runs_for_the_whole_time_or_fails_without_records() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+fn bench_runs_its_full_time_or_fails_without_records() {
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "t", "--config", "max.message.bytes=1024"]);
     let rated = ["bench", "produce", "--topic", "t", "--rate", "0.000001", "--seconds", "1", "--record-size", "100"];
     let figures = cli.ok(&[&rated[..], &["--output", "json"]].concat()).json();
@@ -361,8 +377,8 @@ fn bench_runs_for_the_whole_time_or_fails_without_records() {
 
 #[test]
 fn wrong_usage_exits_with_2() {
-    let home = Home::new();
-    let cli = Cli::without_broker(home.path());
+    let instance = BrokerInstance::new();
+    let cli = Cli::without_broker(instance.path());
     for arguments in [
         &["no-such-command"][..],
         &["topic", "create"],
@@ -378,48 +394,48 @@ fn wrong_usage_exits_with_2() {
         assert!(!output.stderr.is_empty() && output.stdout.is_empty(), "{arguments:?}: {output:?}");
     }
     // An option that the environment sets is not shown as required.
-    let twice = home.cli().run(&["bench", "produce", "--topic", "t", "--records", "1", "--seconds", "1"]);
+    let twice = instance.cli().run(&["bench", "produce", "--topic", "t", "--records", "1", "--seconds", "1"]);
     assert!(twice.code == 2 && !twice.stderr.contains("--bootstrap"), "{twice:?}");
 }
 
 #[test]
 fn unreachable_broker_is_named_after_a_bounded_wait() {
-    let home = Home::new();
-    let address = home.grpc().to_string();
+    let instance = BrokerInstance::new();
+    let address = instance.grpc().to_string();
     for arguments in [&["topic", "list"][..], &["produce", "t"], &["consume", "t", "--until-end"]] {
-        let output = home.cli().run_with(arguments, b"x\n");
+        let output = instance.cli().run_with(arguments, b"x\n");
         assert_eq!(output.code, 1, "{arguments:?}: {output:?}");
-        assert!(output.stderr.contains(&address), "{arguments:?} names {address}: {output:?}");
+        assert!(output.stderr.contains(&address), "the error of {arguments:?} contains {address}: {output:?}");
     }
 }
 
 /// The output states what an acknowledgement meant, correctly for each kind.
 #[test]
-fn produce_prints_what_its_acknowledgements_meant() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+fn produce_prints_the_durability_of_acknowledgements() {
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "synced", "--config", "segment.ms=200"]);
     cli.ok(&["topic", "create", "cached", "--config", "durability=replicated"]);
     for (topic, acks, word) in [
-        ("synced", "all", "synced"),
-        ("synced", "1", "synced"),
+        ("synced", "all", "persisted"),
+        ("synced", "1", "persisted"),
         ("cached", "all", "page cache"),
-        ("synced", "tiered", "bucket"),
+        ("synced", "tiered", "object store"),
         ("synced", "0", "memory"),
     ] {
         let output = cli.ok_with(&["produce", topic, "--acks", acks], b"x\n");
-        let said = format!("{}{}", output.text(), output.stderr);
-        assert!(said.contains(word), "{topic} with acks={acks} says {word:?}: {said}");
+        let printed = format!("{}{}", output.text(), output.stderr);
+        assert!(printed.contains(word), "the output of {topic} with acks={acks} contains {word:?}: {printed}");
     }
 }
 
 /// Every codec, through the client, the disk and back. `segment dump` reads the segment on disk.
 #[test]
 fn every_codec_can_be_read_back_and_dumped() {
-    let mut home = Home::new();
-    let broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "codecs", "--config", "remote.storage.enable=false"]);
     let mut wanted = String::new();
     for codec in ["none", "gzip", "snappy", "lz4", "zstd"] {
@@ -430,11 +446,11 @@ fn every_codec_can_be_read_back_and_dumped() {
     assert_eq!(cli.ok(&["consume", "codecs", "--from", "earliest", "--until-end"]).text(), wanted);
     let id =
         cli.ok(&["topic", "describe", "codecs", "--output", "json"]).json()["id"].as_str().expect("an id").to_owned();
-    assert!(broker.terminate().success(), "{}", home.log());
-    let segment = home.data_dir().join(id).join("0").join(format!("{:020}.log", 0));
-    assert!(segment.exists(), "segments lie where the design says: {}", segment.display());
+    assert!(broker.terminate().success(), "{}", instance.log());
+    let segment = instance.data_dir().join(id).join("0").join(format!("{:020}.log", 0));
+    assert!(segment.exists(), "segments are at the documented path: {}", segment.display());
     let dump = |more: &[&str]| {
-        let path = segment.to_str().expect("a path of ours");
+        let path = segment.to_str().expect("the path is UTF-8");
         cli.ok(&[&["segment", "dump", path], more].concat()).text()
     };
     let batches = dump(&[]);
@@ -451,38 +467,38 @@ fn every_codec_can_be_read_back_and_dumped() {
 
 #[test]
 fn health_and_metrics_pages_respond() {
-    let mut home = Home::new();
-    let _broker = home.start();
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
     for path in ["/healthz", "/readyz"] {
-        assert_eq!(crate::broker::http_get(home.http(), path).expect("an answer").0, 200, "{path}");
+        assert_eq!(crate::broker::http_get(instance.http(), path).expect("a response").0, 200, "{path}");
     }
-    let (code, metrics) = crate::broker::http_get(home.http(), "/metrics").expect("an answer");
+    let (code, metrics) = crate::broker::http_get(instance.http(), "/metrics").expect("a response");
     assert_eq!(code, 200);
     assert!(metrics.contains("# TYPE strandline_"), "{metrics}");
-    assert_eq!(crate::broker::http_get(home.http(), "/nothing").expect("an answer").0, 404);
+    assert_eq!(crate::broker::http_get(instance.http(), "/nothing").expect("a response").0, 404);
 }
 
 #[test]
 fn config_print_shows_defaults_as_configuration_file() {
-    let home = Home::new();
-    let printed = Cli::without_broker(home.path()).ok(&["config", "print"]).text();
+    let instance = BrokerInstance::new();
+    let printed = Cli::without_broker(instance.path()).ok(&["config", "print"]).text();
     let table: toml::Table = printed.parse().unwrap_or_else(|error| panic!("{error} in {printed}"));
     assert_eq!(table["broker"]["id"].as_integer(), Some(1));
     assert_eq!(table["grpc"]["listen"].as_str(), Some("127.0.0.1:9460"));
     assert_eq!(table["http"]["listen"].as_str(), Some("127.0.0.1:9461"));
-    let json = Cli::without_broker(home.path()).ok(&["config", "print", "--output", "json"]).json();
+    let json = Cli::without_broker(instance.path()).ok(&["config", "print", "--output", "json"]).json();
     assert_eq!((&json["broker"]["id"], &json["grpc"]["listen"]), (&1.into(), &"127.0.0.1:9460".into()));
 }
 
 /// Regression: `\\t` was used as two characters, which no line held, and every record was sent without its key.
 #[test]
 fn key_separator_may_have_escapes_and_hints_if_unused() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "keys"]);
     let sent = cli.ok_with(&["produce", "keys", "--key-separator", r"\t"], b"k\tv\n");
-    assert_eq!(sent.stderr, "", "nothing to hint at");
+    assert_eq!(sent.stderr, "", "the output has no hint");
     cli.ok_with(&["produce", "keys", "--key-separator", r"\x1f"], b"a\x1fb\nno separator\n");
     let keyless = cli.ok_with(&["produce", "keys", "--key-separator", "::"], b"x:y\n");
     assert!(
@@ -502,30 +518,30 @@ fn key_separator_may_have_escapes_and_hints_if_unused() {
         ]
     );
     let wrong = cli.run(&["produce", "keys", "--key-separator", r"\q"]);
-    assert!(wrong.code == 2 && wrong.stderr.contains(r"\q is no escape"), "{wrong:?}");
+    assert!(wrong.code == 2 && wrong.stderr.contains(r"\q is not an escape"), "{wrong:?}");
 }
 
 #[test]
 fn topic_describe_shows_the_source_of_each_value() {
-    let mut home = Home::new().topic_default("segment.ms", 1000);
-    let _broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new().topic_default("segment.ms", 1000);
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "t", "--config", "retention.ms=86400000"]);
     let described = cli.ok(&["topic", "describe", "t", "--output", "json"]).json();
     for (key, source) in [("segment.ms", "broker"), ("retention.ms", "topic"), ("segment.bytes", "default")] {
         assert_eq!(described["config_set_by"][key], source, "{key}");
     }
-    let shown = cli.ok(&["topic", "describe", "t"]).text();
-    let line = shown.lines().find(|line| line.starts_with("segment.ms")).expect("a line");
+    let inventory = cli.ok(&["topic", "describe", "t"]).text();
+    let line = inventory.lines().find(|line| line.starts_with("segment.ms")).expect("a line");
     assert!(line.contains("1000") && line.trim_end().ends_with("broker"), "{line}");
 }
 
 /// A command that ignored the variable would call another cluster than intended.
 #[test]
 fn mistyped_variable_fails_every_command_before_any_call() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "t"]);
     for arguments in [
         &["topic", "delete", "t", "--yes"][..],
@@ -539,21 +555,27 @@ fn mistyped_variable_fails_every_command_before_any_call() {
         &["completions", "bash"],
         &["dev"],
     ] {
-        let output = cli.command(arguments).env("STRANDLINE_BOOTSTRP", "127.0.0.1:1").output().expect("it runs");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        let output =
+            cli.command(arguments).env("STRANDLINE_BOOTSTRP", "127.0.0.1:1").output().expect("the program starts");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
         assert!(
-            said.contains("STRANDLINE_BOOTSTRP") && said.contains("\"STRANDLINE_BOOTSTRAP\""),
-            "{arguments:?}: {said}"
+            text.contains("STRANDLINE_BOOTSTRP") && text.contains("\"STRANDLINE_BOOTSTRAP\""),
+            "{arguments:?}: {text}"
         );
     }
     cli.ok(&["topic", "describe", "t"]);
     let value = std::os::unix::ffi::OsStrExt::from_bytes(b"\xff");
     let value: &std::ffi::OsStr = value;
-    let output = cli.command(&["topic", "list"]).env("STRANDLINE_BROKER_DATA_DIR", value).output().expect("it runs");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && said.contains("STRANDLINE_BROKER_DATA_DIR is no UTF-8"), "{said}");
+    let output =
+        cli.command(&["topic", "list"]).env("STRANDLINE_BROKER_DATA_DIR", value).output().expect("the program starts");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && text.contains("STRANDLINE_BROKER_DATA_DIR is not valid UTF-8"), "{text}");
     // Variables that Kubernetes sets for a service of that name are valid.
-    let output = cli.command(&["topic", "list"]).env("STRANDLINE_SERVICE_HOST", "10.0.0.1").output().expect("it runs");
+    let output = cli
+        .command(&["topic", "list"])
+        .env("STRANDLINE_SERVICE_HOST", "10.0.0.1")
+        .output()
+        .expect("the program starts");
     assert!(output.status.success(), "{output:?}");
 }

@@ -37,9 +37,9 @@ struct Written {
     records: Vec<Record>,
 }
 
-fn any_bytes(most: usize) -> impl Strategy<Value = Option<Bytes>> {
+fn any_bytes(max_bytes: usize) -> impl Strategy<Value = Option<Bytes>> {
     // Half random bytes and half one repeated byte, so that codecs can compress.
-    let bytes = (proptest::collection::vec(any::<u8>(), 0..most), 0..most, any::<u8>())
+    let bytes = (proptest::collection::vec(any::<u8>(), 0..max_bytes), 0..max_bytes, any::<u8>())
         .prop_map(|(random, run, byte)| Bytes::from([random, vec![byte; run]].concat()));
     proptest::option::of(bytes)
 }
@@ -172,7 +172,7 @@ fn append_time_is_read_by_other_implementation() {
 #[test]
 #[ignore = "needs a JDK and Kafka's jars: make kafka-reader KAFKA_DUMP=script"]
 fn kafkas_own_reader_accepts_every_codec() {
-    let dump = std::env::var("KAFKA_DUMP").expect("KAFKA_DUMP names the script");
+    let dump = std::env::var("KAFKA_DUMP").expect("KAFKA_DUMP is the path of the script");
     let folder = tempfile::tempdir().unwrap();
     let records: Vec<_> = (0..1000_u32)
         .map(|at| Record {

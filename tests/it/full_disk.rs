@@ -20,8 +20,8 @@ use strandline::proto::{
 use tonic::transport::Channel;
 
 use crate::{
-    broker::{Broker, Home, http_get},
-    damage::partition,
+    broker::{Broker, BrokerInstance, http_get},
+    corruption::partition,
     s3::S3,
     skipped::skipped,
     test_timeout::{eventually, eventually_async},
@@ -52,7 +52,7 @@ impl Mount {
     }
 
     fn free(&self) -> u64 {
-        let stat = rustix::fs::statvfs(&self.at).expect("it says");
+        let stat = rustix::fs::statvfs(&self.at).expect("the file system reports its space");
         stat.f_bavail * stat.f_frsize
     }
 
@@ -60,15 +60,15 @@ impl Mount {
     fn fill(&self, leave: u64) -> PathBuf {
         let path = self.at.join("filler");
         let bytes = self.free().saturating_sub(leave);
-        let zeros = vec![0; usize::try_from(bytes).expect("it fits in memory")];
-        fs::write(&path, zeros).expect("there is room for it");
+        let zeros = vec![0; usize::try_from(bytes).expect("the data fits in memory")];
+        fs::write(&path, zeros).expect("the disk is not full");
         path
     }
 
     /// Writes a foreign file until the disk is full. The file takes all free space, also space that is freed meanwhile.
     pub(crate) fn fill_up(&self) -> PathBuf {
         let path = self.at.join("filler");
-        let mut filler = fs::OpenOptions::new().create(true).append(true).open(&path).expect("it opens");
+        let mut filler = fs::OpenOptions::new().create(true).append(true).open(&path).expect("the file opens");
         let zeros = vec![0; 1 << 16];
         let refused = loop {
             if let Err(error) = filler.write_all(&zeros) {
@@ -91,14 +91,14 @@ impl Drop for Mount {
 struct Full {
     broker: Broker,
     mount: Mount,
-    home: Home,
+    instance: BrokerInstance,
 }
 
-fn start(home: Home) -> Option<Full> {
-    let mut home = home.setting("log.journal_bytes", "\"16MiB\"");
-    let mount = Mount::new(home.data_dir())?;
-    let broker = home.start();
-    Some(Full { broker, mount, home })
+fn start(instance: BrokerInstance) -> Option<Full> {
+    let mut instance = instance.setting("log.journal_bytes", "\"16MiB\"");
+    let mount = Mount::new(instance.data_dir())?;
+    let broker = instance.start();
+    Some(Full { broker, mount, instance })
 }
 
 /// Returns nearly 1 MiB that no codec can compress, distinct for each number.
@@ -115,11 +115,11 @@ fn request(topic: &str, number: u64) -> AppendRequest {
 /// Appends record after record until one is refused. Returns the number of the refused record, and the error.
 async fn until_full(log: &mut LogClient<Channel>, topic: &str, from: u64) -> (u64, ApiError) {
     for number in from..from + 300 {
-        if let Err(fault) = wire::append(log, request(topic, number)).await {
-            return (number, fault);
+        if let Err(error) = wire::append(log, request(topic, number)).await {
+            return (number, error);
         }
     }
-    panic!("300 MB went to a disk of 96 MiB");
+    panic!("300 MB were written to a disk of 96 MiB");
 }
 
 async fn append_until_taken(log: &mut LogClient<Channel>, topic: &str, number: u64) {
@@ -128,8 +128,8 @@ async fn append_until_taken(log: &mut LogClient<Channel>, topic: &str, number: u
         async move {
             match wire::append(&mut log, request).await {
                 Ok(_) => Some(()),
-                Err(fault) => {
-                    assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
+                Err(error) => {
+                    assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
                     None
                 }
             }
@@ -140,9 +140,9 @@ async fn append_until_taken(log: &mut LogClient<Channel>, topic: &str, number: u
 
 /// Checks that every record is at its offset, with its bytes.
 async fn holds(log: &mut LogClient<Channel>, topic: &str, count: u64) {
-    let end = i64::try_from(count).expect("few");
-    assert_eq!(wire::latest(log, topic, 0).await.expect("an answer"), end);
-    let records = wire::read_range(log, topic, 0, 0, end).await.expect("it reads");
+    let end = i64::try_from(count).expect("the number is small");
+    assert_eq!(wire::latest(log, topic, 0).await.expect("a response"), end);
+    let records = wire::read_range(log, topic, 0, 0, end).await.expect("the read succeeds");
     assert_eq!(records.len() as u64, count);
     for (number, record) in (0..).zip(records) {
         assert!(record.value == Some(payload(number)), "record {number}");
@@ -150,60 +150,64 @@ async fn holds(log: &mut LogClient<Channel>, topic: &str, count: u64) {
 }
 
 /// Regression: appends were refused, and `cluster describe`, the metric and `/readyz` reported no problem. A standalone broker did not
-/// check its disk. The log leaves a third of so small a disk free, so that disk usage is below `broker.disk_full_percent`.
+/// check its disk. The log leaves a third of so small a disk free, so that disk usage is below `broker.disk_pressure_percent`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn full_disk_is_reported_everywhere_until_space_is_free() {
-    let Some(full) = tokio::task::block_in_place(|| start(Home::new())) else { return };
-    let address = full.home.grpc();
+    let Some(full) = tokio::task::block_in_place(|| start(BrokerInstance::new())) else { return };
+    let address = full.instance.grpc();
     wire::create_topic(address, "t", 1, &[("remote.storage.enable", "false"), SMALL[0]]).await;
     let filler = full.mount.fill(50 << 20);
-    let (_, fault) = until_full(&mut wire::log(address), "t", 0).await;
-    assert_eq!(fault.code, ErrorCode::DiskFull);
+    let (_, error) = until_full(&mut wire::log(address), "t", 0).await;
+    assert_eq!(error.code, ErrorCode::DiskFull);
     tokio::task::block_in_place(|| {
-        let (http, cli) = (full.home.http(), full.home.cli());
-        let page = eventually("it says so", || {
-            let (code, page) = http_get(http, "/readyz").expect("it answers");
-            assert_eq!(code, 200, "it serves: {page}");
+        let (http, cli) = (full.instance.http(), full.instance.cli());
+        let page = eventually("the page reports the full disk", || {
+            let (code, page) = http_get(http, "/readyz").expect("the broker responds");
+            assert_eq!(code, 200, "the broker serves: {page}");
             (page != "ok\n").then_some(page)
         });
         assert!(page.starts_with("impaired: disk full since 2") && page.lines().count() == 1, "{page}");
-        eventually("the figure says so", || (full.home.metric("strandline_disk_full") == 1.0).then_some(()));
+        eventually("the metric reports disk pressure", || {
+            (full.instance.metric("strandline_disk_pressure") == 1.0).then_some(())
+        });
         let described = cli.ok(&["cluster", "describe", "--output", "json"]).json();
-        assert_eq!(described["brokers"][0]["no_room"], true, "{described}");
+        assert_eq!(described["brokers"][0]["disk_full"], true, "{described}");
         let text = cli.ok(&["cluster", "describe"]).text();
-        assert!(text.contains("the disk of broker 1 has no room for records: appends are refused"), "{text}");
+        assert!(text.contains("the disk of broker 1 is full: appends are refused"), "{text}");
         let health = cli.run(&["cluster", "health"]);
         assert_eq!(health.code, 1);
         assert!(health.text().starts_with("broker 1: disk full since 2"), "{}", health.text());
         let health = cli.run(&["cluster", "health", "--output", "json"]);
         assert_eq!((health.code, &health.json()["healthy"]), (1, &false.into()));
-        fs::remove_file(filler).expect("it was there");
+        fs::remove_file(filler).expect("the file exists");
     });
     append_until_taken(&mut wire::log(address), "t", 1000).await;
     tokio::task::block_in_place(|| {
-        let over = || http_get(full.home.http(), "/readyz").is_ok_and(|(_, page)| page == "ok\n");
-        eventually("it is over", || over().then_some(()));
-        assert_eq!(full.home.cli().ok(&["cluster", "health"]).text(), "ok: 1 broker\n");
-        eventually("the figure too", || (full.home.metric("strandline_disk_full") == 0.0).then_some(()));
+        let over = || http_get(full.instance.http(), "/readyz").is_ok_and(|(_, page)| page == "ok\n");
+        eventually("the condition is over", || over().then_some(()));
+        assert_eq!(full.instance.cli().ok(&["cluster", "health"]).text(), "ok: 1 broker\n");
+        eventually("the metric reports no disk pressure", || {
+            (full.instance.metric("strandline_disk_pressure") == 0.0).then_some(())
+        });
     });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn full_disk_refuses_appends_until_space_is_free() {
-    let Some(full) = tokio::task::block_in_place(|| start(Home::new())) else { return };
-    let address = full.home.grpc();
+    let Some(full) = tokio::task::block_in_place(|| start(BrokerInstance::new())) else { return };
+    let address = full.instance.grpc();
     let local = [("remote.storage.enable", "false"), SMALL[0]];
     wire::create_topic(address, "t", 1, &local).await;
     let mut log = wire::log(address);
     let filler = full.mount.fill(50 << 20);
-    let (count, fault) = until_full(&mut log, "t", 0).await;
-    assert!(count > 5, "{count} records found room");
-    assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
-    assert!(fault.code.retryable());
+    let (count, error) = until_full(&mut log, "t", 0).await;
+    assert!(count > 5, "{count} records were stored");
+    assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
+    assert!(error.code.retryable());
     // Repeated refusals break nothing, and operations that need little space continue.
     for _ in 0..20 {
-        let fault = wire::append(&mut log, request("t", count)).await.expect_err("still full");
-        assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
+        let error = wire::append(&mut log, request("t", count)).await.expect_err("the disk is still full");
+        assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     }
     holds(&mut log, "t", count).await;
     wire::create_topic(address, "another", 1, &local).await;
@@ -211,10 +215,10 @@ async fn full_disk_refuses_appends_until_space_is_free() {
     append_until_taken(&mut log, "t", count).await;
     // More than the journal holds, so that its ring wraps around.
     for number in count + 1..count + 15 {
-        wire::append(&mut log, request("t", number)).await.expect("there is room");
+        wire::append(&mut log, request("t", number)).await.expect("the disk is not full");
     }
     holds(&mut log, "t", count + 15).await;
-    wire::append(&mut log, request("another", 0)).await.expect("there is room");
+    wire::append(&mut log, request("another", 0)).await.expect("the disk is not full");
 }
 
 /// The log leaves a reserve. A tier commit precedes the eviction of segments, a checkpoint precedes the reuse of journal files, and both
@@ -222,41 +226,41 @@ async fn full_disk_refuses_appends_until_space_is_free() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn disk_full_of_untiered_records_recovers_with_object_store() {
     let server = S3::start().await;
-    let home = Home::new().object_store(&server);
-    let Some(full) = tokio::task::block_in_place(|| start(home)) else { return };
-    wire::create_topic(full.home.grpc(), "t", 1, SMALL).await;
-    let mut log = wire::log(full.home.grpc());
+    let instance = BrokerInstance::new().object_store(&server);
+    let Some(full) = tokio::task::block_in_place(|| start(instance)) else { return };
+    wire::create_topic(full.instance.grpc(), "t", 1, SMALL).await;
+    let mut log = wire::log(full.instance.grpc());
     server.faults().set_down(true);
-    let (count, fault) = until_full(&mut log, "t", 0).await;
-    assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
+    let (count, error) = until_full(&mut log, "t", 0).await;
+    assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     let free = full.mount.free();
     server.faults().set_down(false);
     append_until_taken(&mut log, "t", count).await;
     tokio::task::block_in_place(|| {
-        eventually("the bucket has it all", || {
-            let state = partition(&full.home.cli(), "t");
+        eventually("all records are in the object store", || {
+            let state = partition(&full.instance.cli(), "t");
             (state["tiered_end"] == count + 1 && state["local_start"] == count + 1).then_some(())
         });
     });
     holds(&mut log, "t", count + 1).await;
-    assert!(free > 16 << 20, "the log leaves room for what makes room: {free}");
+    assert!(free > 16 << 20, "the log leaves space for the operations that free space: {free}");
 }
 
 /// Another process takes the last byte, the reserve included.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn disk_without_one_free_byte_needs_no_restart() {
     let server = S3::start().await;
-    let home = Home::new().object_store(&server);
-    let Some(full) = tokio::task::block_in_place(|| start(home)) else { return };
-    let address = full.home.grpc();
+    let instance = BrokerInstance::new().object_store(&server);
+    let Some(full) = tokio::task::block_in_place(|| start(instance)) else { return };
+    let address = full.instance.grpc();
     wire::create_topic(address, "t", 1, SMALL).await;
     let mut log = wire::log(address);
     for number in 0..15 {
-        wire::append(&mut log, request("t", number)).await.expect("there is room");
+        wire::append(&mut log, request("t", number)).await.expect("the disk is not full");
     }
     let filler = full.mount.fill_up();
-    let (count, fault) = until_full(&mut log, "t", 15).await;
-    assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
+    let (count, error) = until_full(&mut log, "t", 15).await;
+    assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     let another = |n| CreateTopicRequest { name: format!("another{n}"), partitions: 1, ..Default::default() };
     // The space that the log frees is taken as well: its reserve, once, and the four segments that the object store may receive meanwhile.
     let mut attempt = 0;
@@ -266,18 +270,18 @@ async fn disk_without_one_free_byte_needs_no_restart() {
             Ok(_) => full.mount.fill_up(),
         };
         attempt += 1;
-        assert!(attempt <= 5, "metadata needs room too");
+        assert!(attempt <= 5, "metadata needs disk space too");
     };
-    let fault = ApiError::from(&refused);
-    assert_eq!(fault.code, ErrorCode::MetadataUnavailable, "{fault:?}");
-    assert!(fault.code.retryable() && fault.message.contains("full"), "{fault:?}");
+    let error = ApiError::from(&refused);
+    assert_eq!(error.code, ErrorCode::MetadataUnavailable, "{error:?}");
+    assert!(error.code.retryable() && error.message.contains("full"), "{error:?}");
     holds(&mut log, "t", count).await;
     fs::remove_file(filler).expect("removed");
     append_until_taken(&mut log, "t", count).await;
-    wire::admin(address).create_topic(another(99)).await.expect("there is room");
+    wire::admin(address).create_topic(another(99)).await.expect("the disk is not full");
     tokio::task::block_in_place(|| {
-        eventually("the bucket has it all", || {
-            (partition(&full.home.cli(), "t")["tiered_end"] == count + 1).then_some(())
+        eventually("all records are in the object store", || {
+            (partition(&full.instance.cli(), "t")["tiered_end"] == count + 1).then_some(())
         });
     });
     holds(&mut log, "t", count + 1).await;
@@ -285,10 +289,11 @@ async fn disk_without_one_free_byte_needs_no_restart() {
 
 /// Checks that all records from the log start on are readable. Returns the log start.
 async fn holds_the_end(full: &Full, log: &mut LogClient<Channel>, count: u64) -> u64 {
-    let state = tokio::task::block_in_place(|| partition(&full.home.cli(), "t"));
+    let state = tokio::task::block_in_place(|| partition(&full.instance.cli(), "t"));
     let start = state["log_start"].as_u64().expect("a number");
-    let (from, end) = (i64::try_from(start).expect("few"), i64::try_from(count).expect("few"));
-    let records = wire::read_range(log, "t", 0, from, end).await.expect("it reads");
+    let (from, end) =
+        (i64::try_from(start).expect("the number is small"), i64::try_from(count).expect("the number is small"));
+    let records = wire::read_range(log, "t", 0, from, end).await.expect("the read succeeds");
     assert_eq!(records.len() as u64, count - start);
     for (number, record) in (start..).zip(records) {
         assert!(record.value == Some(payload(number)), "record {number}");
@@ -299,18 +304,18 @@ async fn holds_the_end(full: &Full, log: &mut LogClient<Channel>, count: u64) ->
 /// A user with a full disk lowers the retention.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lower_retention_frees_a_full_disk_without_a_restart() {
-    let Some(full) = tokio::task::block_in_place(|| start(Home::new())) else { return };
-    wire::create_topic(full.home.grpc(), "t", 1, &[("remote.storage.enable", "false"), SMALL[0], SMALL[3]]).await;
-    let mut log = wire::log(full.home.grpc());
-    let (count, fault) = until_full(&mut log, "t", 0).await;
-    assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
+    let Some(full) = tokio::task::block_in_place(|| start(BrokerInstance::new())) else { return };
+    wire::create_topic(full.instance.grpc(), "t", 1, &[("remote.storage.enable", "false"), SMALL[0], SMALL[3]]).await;
+    let mut log = wire::log(full.instance.grpc());
+    let (count, error) = until_full(&mut log, "t", 0).await;
+    assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     let free = full.mount.free();
     tokio::task::block_in_place(|| {
-        full.home.cli().ok(&["topic", "alter", "t", "--config", "retention.bytes=10000000"]);
+        full.instance.cli().ok(&["topic", "alter", "t", "--config", "retention.bytes=10000000"]);
     });
     append_until_taken(&mut log, "t", count).await;
     tokio::task::block_in_place(|| {
-        eventually("the disk is given back", || (full.mount.free() > free + (10 << 20)).then_some(()));
+        eventually("disk space is free again", || (full.mount.free() > free + (10 << 20)).then_some(()));
     });
     let start = holds_the_end(&full, &mut log, count + 1).await;
     assert!(start > 0 && count + 1 - start >= 10, "{start} of {count}");
@@ -319,29 +324,29 @@ async fn lower_retention_frees_a_full_disk_without_a_restart() {
 /// A broker must start on such a disk. Otherwise its retention could not be lowered either.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn broker_starts_on_a_disk_without_one_free_byte() {
-    let Some(full) = tokio::task::block_in_place(|| start(Home::new())) else { return };
+    let Some(full) = tokio::task::block_in_place(|| start(BrokerInstance::new())) else { return };
     let local = [("remote.storage.enable", "false"), SMALL[0], SMALL[3]];
-    wire::create_topic(full.home.grpc(), "t", 1, &local).await;
-    let mut log = wire::log(full.home.grpc());
+    wire::create_topic(full.instance.grpc(), "t", 1, &local).await;
+    let mut log = wire::log(full.instance.grpc());
     for number in 0..25 {
-        wire::append(&mut log, request("t", number)).await.expect("there is room");
+        wire::append(&mut log, request("t", number)).await.expect("the disk is not full");
     }
-    let (Full { broker, mount, mut home }, filler) = tokio::task::block_in_place(|| {
+    let (Full { broker, mount, mut instance }, filler) = tokio::task::block_in_place(|| {
         let filler = full.mount.fill_up();
         (full, filler)
     });
     let broker = tokio::task::block_in_place(|| {
         broker.kill9();
-        home.start()
+        instance.start()
     });
-    let full = Full { broker, mount, home };
-    let mut log = wire::log(full.home.grpc());
+    let full = Full { broker, mount, instance };
+    let mut log = wire::log(full.instance.grpc());
     holds(&mut log, "t", 25).await;
-    let fault = wire::append(&mut log, request("t", 25)).await.expect_err("it is full");
-    assert_eq!(fault.code, ErrorCode::DiskFull, "{fault:?}");
+    let error = wire::append(&mut log, request("t", 25)).await.expect_err("the disk is full");
+    assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     tokio::task::block_in_place(|| {
-        full.home.cli().ok(&["topic", "alter", "t", "--config", "retention.bytes=5000000"]);
-        eventually("the disk is given back", || (full.mount.free() > 10 << 20).then_some(()));
+        full.instance.cli().ok(&["topic", "alter", "t", "--config", "retention.bytes=5000000"]);
+        eventually("disk space is free again", || (full.mount.free() > 10 << 20).then_some(()));
     });
     assert!(holds_the_end(&full, &mut log, 25).await > 10);
     fs::remove_file(filler).expect("removed");
@@ -351,13 +356,14 @@ async fn broker_starts_on_a_disk_without_one_free_byte() {
 /// Not even root can write there.
 #[test]
 fn data_directory_on_read_only_file_system_is_refused() {
-    let home = Home::new();
-    let Some(mount) = Mount::new(home.data_dir()) else { return };
-    let remounted = Command::new("mount").args(["-o", "remount,ro"]).arg(&mount.at).status().expect("mount is there");
+    let instance = BrokerInstance::new();
+    let Some(mount) = Mount::new(instance.data_dir()) else { return };
+    let remounted =
+        Command::new("mount").args(["-o", "remount,ro"]).arg(&mount.at).status().expect("the mount program exists");
     assert!(remounted.success());
-    let mut broker = home.spawn();
-    assert_eq!(broker.wait().code(), Some(1), "{}", home.log());
-    let (log, place) = (home.log(), home.data_dir().display().to_string());
-    assert!(log.contains(&place) && log.to_lowercase().contains("read-only"), "{log}");
+    let mut broker = instance.spawn();
+    assert_eq!(broker.wait_for_exit().code(), Some(1), "{}", instance.log());
+    let (log, directory) = (instance.log(), instance.data_dir().display().to_string());
+    assert!(log.contains(&directory) && log.to_lowercase().contains("read-only"), "{log}");
     assert!(!log.contains("panicked"), "{log}");
 }

@@ -96,7 +96,7 @@ fn known_regressions_stay_fixed() {
             cases += 1;
         }
     }
-    assert!(cases > 15, "they were found: {cases}");
+    assert!(cases > 15, "cases were found: {cases}");
 }
 
 /// Files of an earlier version are readable. A format that changes gets a new version and keeps its old seeds.
@@ -104,7 +104,7 @@ fn known_regressions_stay_fixed() {
 fn every_seed_is_accepted() {
     for entry in entries::ENTRIES {
         let seeds = files(&format!("fuzz/seeds/{}", entry.name));
-        assert!(!seeds.is_empty(), "{} has none", entry.name);
+        assert!(!seeds.is_empty(), "{} has no seeds", entry.name);
         for (name, seed) in seeds {
             assert!(run(entry, &seed), "fuzz/seeds/{}/{name} is refused", entry.name);
         }

@@ -13,13 +13,13 @@ use std::{
 
 use bytes::Bytes;
 use strandline::{
-    client::{Client, Delivery, NewRecord, Options, Producer, ProducerOptions},
+    client::{Client, ClientOptions, Delivery, NewRecord, Producer, ProducerOptions},
     model::Compression,
     record::Header,
     task::Tasks,
 };
 
-use crate::{broker::Home, crash, wire};
+use crate::{broker::BrokerInstance, crash, wire};
 
 /// Both durabilities, both kinds of timestamps, and batches that the broker recompresses.
 const TOPICS: [(&str, &[(&str, &str)]); 3] = [
@@ -70,17 +70,17 @@ async fn produce(client: Client, codec: Compression) {
             delivery.await.expect("acknowledged");
         }
     }
-    producer.close().await.expect("nothing is left undelivered");
+    producer.close().await.expect("every record is delivered");
 }
 
 /// Returns the ends of all partitions, sorted.
-async fn ends(home: &Home) -> Vec<i64> {
-    let mut log = wire::log(home.grpc());
+async fn ends(instance: &BrokerInstance) -> Vec<i64> {
+    let mut log = wire::log(instance.grpc());
     let mut ends = Vec::new();
     for (topic, _) in TOPICS {
         for partition in 0..PARTITIONS {
             let partition = i32::try_from(partition).expect("few partitions");
-            ends.push(wire::latest(&mut log, topic, partition).await.expect("the end is known"));
+            ends.push(wire::latest(&mut log, topic, partition).await.expect("the end offset is present"));
         }
     }
     ends.sort_unstable();
@@ -124,8 +124,8 @@ fn segments(folder: &Path) -> BTreeMap<PathBuf, Vec<PathBuf>> {
     let mut found: BTreeMap<PathBuf, Vec<PathBuf>> = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).expect("the folder is there") {
-            let path = entry.expect("it can be listed").path();
+        for entry in std::fs::read_dir(&folder).expect("the folder exists") {
+            let path = entry.expect("the folder is readable").path();
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|extension| extension == "log") {
@@ -139,18 +139,18 @@ fn segments(folder: &Path) -> BTreeMap<PathBuf, Vec<PathBuf>> {
 
 /// Returns the output of Kafka's reader for these files. The reader must accept the files.
 fn dump(files: &[PathBuf]) -> String {
-    let script = std::env::var("KAFKA_DUMP").expect("KAFKA_DUMP names the script");
-    let output = Command::new(script).args(files).output().expect("the script runs");
+    let script = std::env::var("KAFKA_DUMP").expect("KAFKA_DUMP is the path of the script");
+    let output = Command::new(script).args(files).output().expect("the script starts");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let said: String = text.lines().filter(|line| line.len() < 500).collect::<Vec<_>>().join("\n");
-    assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+    let summary: String = text.lines().filter(|line| line.len() < 500).collect::<Vec<_>>().join("\n");
+    assert!(output.status.success(), "{summary}\n{}", String::from_utf8_lossy(&output.stderr));
     text
 }
 
 /// Checks a data directory with Kafka's reader. Returns the ends of the partitions that the reader found, sorted.
-fn check(home: &Home, seen: &mut BTreeSet<String>) -> Vec<i64> {
+fn check(instance: &BrokerInstance, seen: &mut BTreeSet<String>) -> Vec<i64> {
     let (mut ends, mut files, mut batches) = (Vec::new(), 0, 0);
-    for (folder, segments) in segments(&home.data_dir()) {
+    for (folder, segments) in segments(&instance.data_dir()) {
         assert!(segments.len() > 1, "{}: sealed segments and an active one", folder.display());
         let mut end = 0;
         for segment in segments {
@@ -159,7 +159,7 @@ fn check(home: &Home, seen: &mut BTreeSet<String>) -> Vec<i64> {
             let found: Vec<Batch> =
                 text.lines().filter(|line| line.starts_with("baseOffset: ")).map(Batch::parse).collect();
             let base = segment.file_stem().expect("a name").to_string_lossy().parse::<i64>().expect("the base offset");
-            assert_eq!(base, end, "{} continues the one before it", segment.display());
+            assert_eq!(base, end, "{} continues the previous segment", segment.display());
             let mut position = 0;
             for batch in &found {
                 assert_eq!((batch.base, batch.position), (end, position), "{}: {batch:?}", segment.display());
@@ -167,9 +167,14 @@ fn check(home: &Home, seen: &mut BTreeSet<String>) -> Vec<i64> {
                 (end, position) = (batch.last + 1, position + batch.size);
                 seen.insert(batch.codec.clone());
             }
-            let bytes = std::fs::metadata(&segment).expect("it is there").len();
+            let bytes = std::fs::metadata(&segment).expect("the file exists").len();
             assert_eq!(position, bytes, "{}: nothing follows the last batch", segment.display());
-            assert_eq!(i64::try_from(records).expect("few"), end - base, "{}: every record", segment.display());
+            assert_eq!(
+                i64::try_from(records).expect("the number is small"),
+                end - base,
+                "{}: every record",
+                segment.display()
+            );
             for shape in ["keySize: -1 ", "valueSize: -1 ", "headerKeys: [trace,trace]"] {
                 seen.extend(text.contains(shape).then(|| shape.to_owned()));
             }
@@ -185,43 +190,44 @@ fn check(home: &Home, seen: &mut BTreeSet<String>) -> Vec<i64> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs a JDK and Kafka's jars: make kafka-reader KAFKA_DUMP=script"]
-async fn kafkas_own_reader_accepts_a_whole_data_directory() {
-    let mut home = Home::new();
-    let broker = tokio::task::block_in_place(|| home.start());
+async fn kafkas_own_reader_accepts_a_data_directory() {
+    let mut instance = BrokerInstance::new();
+    let broker = tokio::task::block_in_place(|| instance.start());
     for (topic, config) in TOPICS {
         let config: Vec<_> = config.iter().copied().chain([("segment.bytes", SEGMENT_BYTES)]).collect();
-        wire::create_topic(home.grpc(), topic, PARTITIONS, &config).await;
+        wire::create_topic(instance.grpc(), topic, PARTITIONS, &config).await;
     }
-    let client = Client::connect(&home.grpc().to_string(), Options::default()).await.expect("the broker is there");
+    let client =
+        Client::connect(&instance.grpc().to_string(), ClientOptions::default()).await.expect("the broker is running");
     for codec in CODECS {
         produce(client.clone(), codec).await;
     }
-    let told = ends(&home).await;
-    let sent = i64::try_from(RECORDS).expect("few") * 15;
-    assert_eq!(told.iter().sum::<i64>(), sent, "five codecs, three topics");
+    let ends_before = ends(&instance).await;
+    let sent = i64::try_from(RECORDS).expect("the number is small") * 15;
+    assert_eq!(ends_before.iter().sum::<i64>(), sent, "five codecs, three topics");
     let status = tokio::task::block_in_place(|| broker.terminate());
-    assert!(status.success(), "{}", home.log());
+    assert!(status.success(), "{}", instance.log());
     let mut seen = BTreeSet::new();
-    assert_eq!(tokio::task::block_in_place(|| check(&home, &mut seen)), told);
+    assert_eq!(tokio::task::block_in_place(|| check(&instance, &mut seen)), ends_before);
     let expected =
         ["gzip", "headerKeys: [trace,trace]", "keySize: -1 ", "lz4", "none", "snappy", "valueSize: -1 ", "zstd"];
     assert_eq!(seen.iter().map(String::as_str).collect::<Vec<_>>(), expected);
 
     // Killed while all codecs are in flight. Recovery truncates torn batches, and the producers' retries send the rest.
-    let broker = tokio::task::block_in_place(|| home.start());
+    let broker = tokio::task::block_in_place(|| instance.start());
     let tasks = Tasks::new();
     let producers: Vec<_> =
         CODECS.map(|codec| tasks.spawn("producer", produce(client.clone(), codec))).into_iter().collect();
-    while ends(&home).await.iter().sum::<i64>() < sent + 100 {
+    while ends(&instance).await.iter().sum::<i64>() < sent + 100 {
         tokio::task::yield_now().await;
     }
     tokio::task::block_in_place(|| broker.kill9());
-    let broker = tokio::task::block_in_place(|| home.start());
+    let broker = tokio::task::block_in_place(|| instance.start());
     for producer in producers {
         producer.await.expect("every record was acknowledged");
     }
-    let told = ends(&home).await;
-    assert_eq!(told.iter().sum::<i64>(), 2 * sent, "nothing is lost and nothing doubled");
-    assert!(tokio::task::block_in_place(|| broker.terminate()).success(), "{}", home.log());
-    assert_eq!(tokio::task::block_in_place(|| check(&home, &mut seen)), told);
+    let ends_before = ends(&instance).await;
+    assert_eq!(ends_before.iter().sum::<i64>(), 2 * sent, "no record is lost or duplicated");
+    assert!(tokio::task::block_in_place(|| broker.terminate()).success(), "{}", instance.log());
+    assert_eq!(tokio::task::block_in_place(|| check(&instance, &mut seen)), ends_before);
 }

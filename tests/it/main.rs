@@ -3,30 +3,31 @@
 //! There is one binary because linking takes most of the build time. Each file is one subject. `broker` starts and kills processes,
 //! `test_timeout` waits for conditions, `wire` sends raw gRPC, and `history` checks what clients observed.
 
+mod architecture;
 mod broker;
 mod cluster;
+mod connection_limits;
+mod corruption;
 mod crash;
 mod crash_client;
-mod crowd;
-mod damage;
 mod deletion;
+mod docs;
 mod edge;
 mod end_to_end;
 #[path = "../common/etcd.rs"]
 mod etcd;
-mod figures;
 mod format;
 mod full_disk;
 mod fuzz;
 #[path = "../common/history.rs"]
 mod history;
 mod hostile;
+mod journal_loss;
 mod kafka_reader;
-mod lost;
 mod manifest;
-mod orders;
+mod metrics;
+mod operations;
 mod outage;
-mod pages;
 #[path = "../common/ports.rs"]
 mod ports;
 mod private;
@@ -35,7 +36,6 @@ mod protoc;
 mod proxy;
 mod python;
 mod retention;
-mod rooms;
 mod running;
 mod test_timeout;
 // For clippy: code that is compiled only for tests may unwrap.

@@ -7,8 +7,8 @@ use std::{
 };
 
 use crate::{
-    broker::{Broker, Cli, Home},
-    damage::{files, lines, partition},
+    broker::{Broker, BrokerInstance, Cli},
+    corruption::{files, lines, partition},
     s3::S3,
     test_timeout::eventually,
 };
@@ -20,22 +20,22 @@ const EAGER: &[&str] = &["segment.bytes=65536", "segment.ms=200", "local.retenti
 const RECORDS: usize = 3000;
 
 /// Returns a stopped broker. Its topic `t` has this number of pieces in the object store, each of several segments, and no records on disk.
-fn stopped_with(pieces: usize) -> (S3, Home) {
+fn stopped_with(pieces: usize) -> (S3, BrokerInstance) {
     let server = S3::begin();
-    let mut home = Home::new().object_store(&server);
-    let broker = home.start();
+    let mut instance = BrokerInstance::new().object_store(&server);
+    let broker = instance.start();
     let config: Vec<&str> = EAGER.iter().flat_map(|one| ["--config", *one]).collect();
-    home.cli().ok(&[&["topic", "create", "t"][..], &config].concat());
+    instance.cli().ok(&[&["topic", "create", "t"][..], &config].concat());
     for piece in 1..=pieces {
-        home.cli().ok_with(&["produce", "t"], lines(RECORDS).as_bytes());
-        settled(&home.cli(), (piece * RECORDS) as i64);
+        instance.cli().ok_with(&["produce", "t"], lines(RECORDS).as_bytes());
+        settled(&instance.cli(), (piece * RECORDS) as i64);
     }
     assert!(broker.terminate().success());
-    (server, home)
+    (server, instance)
 }
 
 fn settled(cli: &Cli, end: i64) {
-    eventually("everything is in the bucket, and there alone", || {
+    eventually("all records are only in the object store", || {
         let state = partition(cli, "t");
         (state["high_watermark"] == end && state["tiered_end"] == end && state["local_start"] == end).then_some(())
     });
@@ -57,22 +57,22 @@ fn objects(server: &S3, part: &str) -> Vec<PathBuf> {
 fn range(object: &Path) -> (i64, i64) {
     let name = object.file_name().and_then(|name| name.to_str()).expect("a name");
     let mut parts = name.split('-').map(|part| part.parse().expect("a number"));
-    (parts.next().expect("its base"), parts.next().expect("its end"))
+    (parts.next().expect("the base offset is present"), parts.next().expect("the end offset is present"))
 }
 
 fn lose(paths: &[PathBuf]) {
-    assert!(!paths.is_empty(), "there is something to lose");
-    paths.iter().for_each(|path| fs::remove_file(path).expect("it is deleted"));
+    assert!(!paths.is_empty(), "manifests exist");
+    paths.iter().for_each(|path| fs::remove_file(path).expect("the file is removed"));
 }
 
-fn start(home: &mut Home) -> (Cli, Broker) {
-    let broker = home.start();
-    (home.cli(), broker)
+fn start(instance: &mut BrokerInstance) -> (Cli, Broker) {
+    let broker = instance.start();
+    (instance.cli(), broker)
 }
 
 #[test]
 fn lost_manifest_is_rebuilt_despite_a_duplicate_segment() {
-    let (server, mut home) = stopped_with(3);
+    let (server, mut instance) = stopped_with(3);
     let segments = objects(&server, ".segment");
     // The remains of a retried upload: the same records under the name of another attempt.
     let name = segments[1].file_name().and_then(|name| name.to_str()).expect("a name");
@@ -80,40 +80,40 @@ fn lost_manifest_is_rebuilt_despite_a_duplicate_segment() {
     let copy = format!("{}00000000-0000-4000-8000-000000000001.segment", &stem[..stem.len() - 36]);
     fs::copy(&segments[1], segments[1].with_file_name(copy)).expect("copied");
     lose(&objects(&server, "manifest-"));
-    let (cli, _broker) = start(&mut home);
+    let (cli, _broker) = start(&mut instance);
     cli.ok_with(&["produce", "t"], lines(RECORDS).as_bytes());
     settled(&cli, 4 * RECORDS as i64);
     let read = cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]);
-    assert!(read.stdout == lines(RECORDS).repeat(4).as_bytes(), "every record is there");
-    assert_eq!(home.log().matches("it was made again from the segments' footers").count(), 1);
+    assert!(read.stdout == lines(RECORDS).repeat(4).as_bytes(), "every record is stored");
+    assert_eq!(instance.log().matches("rebuilt the lost manifest from the segment footers").count(), 1);
 }
 
 #[test]
 fn manifest_with_a_missing_segment_waits_for_an_operator() {
-    let (server, mut home) = stopped_with(3);
+    let (server, mut instance) = stopped_with(3);
     let segments = objects(&server, ".segment");
     let (from, to) = range(&segments[1]);
     lose(&segments[1..2]);
     lose(&objects(&server, "manifest-"));
-    let (cli, _broker) = start(&mut home);
+    let (cli, _broker) = start(&mut instance);
     cli.ok_with(&["produce", "t"], lines(10).as_bytes());
-    eventually("the description tells the way out", || {
+    eventually("the description contains the remedy", || {
         let described = cli.ok(&["cluster", "describe"]).text();
         described.contains("partition rebuild-manifest t/0").then_some(())
     });
     let missing = format!("no object covers {from}..{to}");
     let asked = cli.run(&["partition", "rebuild-manifest", "t/0"]);
     assert!(asked.code == 1 && asked.stderr.contains(&missing) && asked.stderr.contains("--yes"), "{asked:?}");
-    assert_eq!(partition(&cli, "t")["log_start"], 0, "nothing was given up without a word");
+    assert_eq!(partition(&cli, "t")["log_start"], 0, "every failed record was reported");
 
     let done = cli.ok(&["partition", "rebuild-manifest", "t/0", "--yes"]).text();
-    assert!(done.contains(&missing) && done.contains("the manifest of t/0 is there again"), "{done}");
+    assert!(done.contains(&missing) && done.contains("rebuilt the manifest of t/0"), "{done}");
     let end = 3 * RECORDS as i64 + 10;
     settled(&cli, end);
     let start = partition(&cli, "t")["log_start"].as_i64().expect("a number");
     assert_eq!(start, to, "behind the missing segment");
     let read = cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).text();
-    assert_eq!(read.lines().count() as i64, end - start, "what is left reads back");
+    assert_eq!(read.lines().count() as i64, end - start, "the remaining records are read");
     let again = cli.run(&["partition", "rebuild-manifest", "t/0", "--yes"]);
-    assert!(again.code == 1 && again.stderr.contains("is there: nothing is to be rebuilt"), "{again:?}");
+    assert!(again.code == 1 && again.stderr.contains("exists: there is nothing to rebuild"), "{again:?}");
 }

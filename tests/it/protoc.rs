@@ -30,15 +30,15 @@ fn protoc(folder: &Path, path: &Path, out: &Path, files: &[&str]) -> Output {
         .current_dir(folder)
         .env("PATH", format!("{}:{}:/usr/bin:/bin", path.display(), tools().display()))
         .output()
-        .expect("it runs")
+        .expect("the program starts")
 }
 
 /// Returns the host platform. Packages of other platforms may not be downloaded on this machine.
 fn host() -> String {
     let rustc = Path::new(env!("CARGO")).with_file_name("rustc");
-    let output = Command::new(rustc).arg("-vV").output().expect("the compiler runs");
-    let text = String::from_utf8(output.stdout).expect("it prints text");
-    text.lines().find_map(|line| line.strip_prefix("host: ")).expect("it names the host").to_owned()
+    let output = Command::new(rustc).arg("-vV").output().expect("the compiler starts");
+    let text = String::from_utf8(output.stdout).expect("the output is UTF-8");
+    text.lines().find_map(|line| line.strip_prefix("host: ")).expect("the URL has a host").to_owned()
 }
 
 /// Returns the folder into which cargo has unpacked `etcd-client`.
@@ -47,23 +47,24 @@ fn crate_folder() -> PathBuf {
         .args(["metadata", "--locked", "--offline", "--format-version", "1", "--filter-platform", &host()])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .output()
-        .expect("cargo runs");
+        .expect("cargo starts");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo prints JSON");
     let packages = metadata["packages"].as_array().expect("packages");
-    let found = packages.iter().find(|package| package["name"] == "etcd-client").expect("we depend on it");
+    let found = packages.iter().find(|package| package["name"] == "etcd-client").expect("the crate is a dependency");
     let manifest = Path::new(found["manifest_path"].as_str().expect("a path"));
-    manifest.parent().expect("it lies in a folder").to_owned()
+    manifest.parent().expect("the file has a parent folder").to_owned()
 }
 
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).expect("a folder");
-    for entry in fs::read_dir(from).expect("it can be listed").map(|entry| entry.expect("it can be listed")) {
+    for entry in fs::read_dir(from).expect("the folder is readable").map(|entry| entry.expect("the folder is readable"))
+    {
         let target = to.join(entry.file_name());
         if entry.path().is_dir() {
             copy(&entry.path(), &target);
         } else {
-            fs::write(target, fs::read(entry.path()).expect("it can be read")).expect("it can be written");
+            fs::write(target, fs::read(entry.path()).expect("the file is readable")).expect("the file is writable");
         }
     }
 }
@@ -72,10 +73,10 @@ fn copy(from: &Path, to: &Path) {
 fn build_of_etcd_client_needs_no_protoc() {
     let folder = tempfile::tempdir().expect("a folder");
     let out = folder.path().join("set");
-    let answered = protoc(&crate_folder(), folder.path(), &out, &ASKED);
-    assert!(answered.status.success(), "{}", String::from_utf8_lossy(&answered.stderr));
-    let kept = fs::read(tools().join("etcd-client.fds")).expect("it is kept");
-    assert!(fs::read(out).expect("it was written") == kept);
+    let result = protoc(&crate_folder(), folder.path(), &out, &ASKED);
+    assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+    let kept = fs::read(tools().join("etcd-client.fds")).expect("the file exists");
+    assert!(fs::read(out).expect("the file was written") == kept);
 }
 
 #[test]
@@ -85,19 +86,20 @@ fn other_files_need_a_real_protoc() {
     // The same names, with one more line in one of the files: another version of the crate.
     copy(&crate_folder().join("proto"), &folder.join("proto"));
     let changed = folder.join(ASKED[2]);
-    fs::write(&changed, [&fs::read(&changed).expect("it was copied")[..], b"\n"].concat()).expect("it is written");
+    fs::write(&changed, [&fs::read(&changed).expect("the file was copied")[..], b"\n"].concat())
+        .expect("the file is written");
     for files in [&ASKED[..], &ASKED[..4], &["other.proto"]] {
         // A build machine may have a real protoc at a usual place, which would refuse these files too.
-        let answered = protoc(folder, folder, &out, files);
-        assert!(!answered.status.success() || Path::new("/usr/bin/protoc").exists(), "{files:?}");
-        let said = String::from_utf8_lossy(&answered.stderr);
-        assert!(said.contains("make etcd-protos") || Path::new("/usr/bin/protoc").exists(), "{said}");
+        let result = protoc(folder, folder, &out, files);
+        assert!(!result.status.success() || Path::new("/usr/bin/protoc").exists(), "{files:?}");
+        let output = String::from_utf8_lossy(&result.stderr);
+        assert!(output.contains("make etcd-protos") || Path::new("/usr/bin/protoc").exists(), "{output}");
     }
     let real = folder.join("real");
     fs::create_dir(&real).expect("a folder");
-    fs::write(real.join("protoc"), "#!/bin/sh\necho asked: \"$@\"\n").expect("it is written");
-    fs::set_permissions(real.join("protoc"), fs::Permissions::from_mode(0o755)).expect("it is ours");
-    let answered = protoc(folder, &real, &out, &ASKED);
-    let said = String::from_utf8(answered.stdout).expect("text");
-    assert!(said.starts_with("asked: --include_imports") && said.trim_end().ends_with(ASKED[4]), "{said}");
+    fs::write(real.join("protoc"), "#!/bin/sh\necho asked: \"$@\"\n").expect("the file is written");
+    fs::set_permissions(real.join("protoc"), fs::Permissions::from_mode(0o755)).expect("the test owns the file");
+    let result = protoc(folder, &real, &out, &ASKED);
+    let output = String::from_utf8(result.stdout).expect("text");
+    assert!(output.starts_with("asked: --include_imports") && output.trim_end().ends_with(ASKED[4]), "{output}");
 }

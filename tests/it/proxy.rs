@@ -1,5 +1,5 @@
 //! A network that loses or corrupts responses: a proxy in front of a broker, whose connections can be muted and then cut. Between brokers,
-//! the proxy can also corrupt responses: see [`Link::damage`].
+//! the proxy can also corrupt responses: see [`Link::set_corrupting`].
 //!
 //! While a link is muted, requests reach the broker and its responses are dropped. A cut ends every connection. In this sequence, the
 //! client's request was executed, and its response never arrives.
@@ -24,12 +24,12 @@ pub(crate) const FILLER: u8 = b'#';
 const RUN: usize = 256;
 
 /// One of this number of reads with such a run is corrupted.
-const DAMAGED: u32 = 3;
+const CORRUPTED_ONE_IN: u32 = 3;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Weather {
+struct LinkFaults {
     muted: bool,
-    damaging: bool,
+    corrupting: bool,
     /// Number of times that all connections were cut.
     cuts: u32,
 }
@@ -42,7 +42,7 @@ pub(crate) struct Proxy {
 
 /// A running proxy. [`Link::stop`] ends the proxy.
 pub(crate) struct Link {
-    weather: watch::Sender<Weather>,
+    faults: watch::Sender<LinkFaults>,
     tasks: Tasks,
 }
 
@@ -50,7 +50,7 @@ impl Proxy {
     /// Binds a port, so that a broker can advertise the address.
     pub(crate) async fn bind() -> Self {
         let listener = TcpListener::bind(crate::broker::free_address()).await.expect("a free port");
-        let address = listener.local_addr().expect("it is bound");
+        let address = listener.local_addr().expect("the listener is bound");
         Self { listener, address }
     }
 
@@ -60,25 +60,25 @@ impl Proxy {
     }
 
     /// Forwards every connection to `target`.
-    pub(crate) fn carry_to(self, target: SocketAddr) -> Link {
-        let (weather, watched) = watch::channel(Weather::default());
+    pub(crate) fn forward_to(self, target: SocketAddr) -> Link {
+        let (faults, watched_faults) = watch::channel(LinkFaults::default());
         let tasks = Tasks::new();
-        tasks.spawn("proxy", accept(self.listener, target, watched, tasks.clone()));
-        Link { weather, tasks }
+        tasks.spawn("proxy", accept(self.listener, target, watched_faults, tasks.clone()));
+        Link { faults, tasks }
     }
 }
 
 impl Link {
     /// Drops responses for a while, then cuts every connection. New connections are forwarded as before.
-    pub(crate) async fn lose_answers(&self, duration: Duration) {
-        self.weather.send_modify(|weather| weather.muted = true);
+    pub(crate) async fn drop_responses(&self, duration: Duration) {
+        self.faults.send_modify(|faults| faults.muted = true);
         tokio::time::sleep(duration).await;
-        self.weather.send_modify(|weather| *weather = Weather { muted: false, cuts: weather.cuts + 1, ..*weather });
+        self.faults.send_modify(|faults| *faults = LinkFaults { muted: false, cuts: faults.cuts + 1, ..*faults });
     }
 
     /// Enables or disables occasional byte changes in data from the broker.
-    pub(crate) fn damage(&self, damaging: bool) {
-        self.weather.send_modify(|weather| weather.damaging = damaging);
+    pub(crate) fn set_corrupting(&self, corrupting: bool) {
+        self.faults.send_modify(|faults| faults.corrupting = corrupting);
     }
 
     /// Ends the proxy and its connections.
@@ -87,16 +87,16 @@ impl Link {
     }
 }
 
-async fn accept(listener: TcpListener, target: SocketAddr, weather: watch::Receiver<Weather>, tasks: Tasks) {
+async fn accept(listener: TcpListener, target: SocketAddr, faults: watch::Receiver<LinkFaults>, tasks: Tasks) {
     loop {
         tokio::select! {
             biased;
             () = tasks.cancelled() => return,
             accepted = listener.accept() => {
-                let (client, _) = accepted.expect("the listener goes on");
+                let (client, _) = accepted.expect("the listener continues");
                 // If the broker does not listen, the client's connection ends, as it would without the proxy.
                 if let Ok(broker) = TcpStream::connect(target).await {
-                    tasks.spawn("carry", carry(client, broker, weather.clone(), tasks.clone()));
+                    tasks.spawn("forward", forward(client, broker, faults.clone(), tasks.clone()));
                 }
             }
         }
@@ -104,28 +104,28 @@ async fn accept(listener: TcpListener, target: SocketAddr, weather: watch::Recei
 }
 
 /// Forwards one connection until either side or a cut ends the connection.
-async fn carry(client: TcpStream, broker: TcpStream, mut weather: watch::Receiver<Weather>, tasks: Tasks) {
+async fn forward(client: TcpStream, broker: TcpStream, mut faults: watch::Receiver<LinkFaults>, tasks: Tasks) {
     let _ = (client.set_nodelay(true), broker.set_nodelay(true));
-    let began = weather.borrow().cuts;
+    let cuts_before = faults.borrow().cuts;
     let (from_client, to_client) = client.into_split();
     let (from_broker, to_broker) = broker.into_split();
-    let watched = weather.clone();
+    let watched_faults = faults.clone();
     tokio::select! {
         biased;
         () = tasks.cancelled() => {}
-        _ = weather.wait_for(|weather| weather.cuts != began) => {}
-        () = pass(from_client, to_broker, Weather::default) => {}
-        () = pass(from_broker, to_client, || *watched.borrow()) => {}
+        _ = faults.wait_for(|faults| faults.cuts != cuts_before) => {}
+        () = pass(from_client, to_broker, LinkFaults::default) => {}
+        () = pass(from_broker, to_client, || *watched_faults.borrow()) => {}
     }
 }
 
 /// Forwards bytes, drops them while muted, or changes some.
-async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, weather: impl Fn() -> Weather) {
+async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, faults: impl Fn() -> LinkFaults) {
     let (mut bytes, mut runs) = (vec![0; 64 << 10], 0);
     while let Ok(read) = from.read(&mut bytes).await {
-        let Weather { muted, damaging, .. } = weather();
-        if damaging && let Some(byte) = in_a_run(&mut bytes[..read]) {
-            if runs % DAMAGED == 0 {
+        let LinkFaults { muted, corrupting, .. } = faults();
+        if corrupting && let Some(byte) = find_run(&mut bytes[..read]) {
+            if runs % CORRUPTED_ONE_IN == 0 {
                 *byte ^= 1;
             }
             runs += 1;
@@ -137,7 +137,7 @@ async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, weather: impl Fn(
 }
 
 /// Returns a byte in the middle of the first long run of the filler.
-fn in_a_run(bytes: &mut [u8]) -> Option<&mut u8> {
+fn find_run(bytes: &mut [u8]) -> Option<&mut u8> {
     let at = bytes.windows(RUN).position(|window| window.iter().all(|byte| *byte == FILLER))?;
     bytes.get_mut(at + RUN / 2)
 }
@@ -147,29 +147,29 @@ async fn muted_link_forwards_requests_and_drops_responses() {
     let server = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let proxy = Proxy::bind().await;
     let address = proxy.address();
-    let link = proxy.carry_to(server.local_addr().expect("bound"));
+    let link = proxy.forward_to(server.local_addr().expect("bound"));
     let mut client = TcpStream::connect(address).await.expect("the proxy listens");
     let (mut broker, _) = server.accept().await.expect("the proxy connects");
     let mut byte = [0];
     client.write_all(b"a").await.expect("sent");
-    broker.read_exact(&mut byte).await.expect("carried");
-    broker.write_all(b"b").await.expect("answered");
-    client.read_exact(&mut byte).await.expect("carried back");
+    broker.read_exact(&mut byte).await.expect("the byte is forwarded");
+    broker.write_all(b"b").await.expect("the response is sent");
+    client.read_exact(&mut byte).await.expect("the byte is forwarded");
     assert_eq!(byte, *b"b");
 
-    let muted = link.lose_answers(Duration::from_millis(50));
+    let muted = link.drop_responses(Duration::from_millis(50));
     let exchange = async {
         client.write_all(b"c").await.expect("sent");
-        broker.read_exact(&mut byte).await.expect("carried while muted");
-        broker.write_all(b"d").await.expect("answered");
+        broker.read_exact(&mut byte).await.expect("the request is forwarded while muted");
+        broker.write_all(b"d").await.expect("the response is sent");
     };
     tokio::join!(muted, exchange);
     assert_eq!(byte, *b"c");
-    assert!(matches!(client.read(&mut byte).await, Ok(0) | Err(_)), "cut, and the answer never came");
-    let mut again = TcpStream::connect(address).await.expect("it goes on");
-    let (mut broker, _) = server.accept().await.expect("it goes on");
-    again.write_all(b"e").await.expect("sent");
-    broker.read_exact(&mut byte).await.expect("carried");
+    assert!(matches!(client.read(&mut byte).await, Ok(0) | Err(_)), "the connection is cut, and the response is lost");
+    let mut second = TcpStream::connect(address).await.expect("the proxy continues");
+    let (mut broker, _) = server.accept().await.expect("the proxy continues");
+    second.write_all(b"e").await.expect("sent");
+    broker.read_exact(&mut byte).await.expect("the byte is forwarded");
     assert_eq!(byte, *b"e");
     link.stop().await;
 }

@@ -9,7 +9,7 @@ use std::{
     process::Command,
 };
 
-use crate::{broker::Home, skipped::skipped};
+use crate::{broker::BrokerInstance, skipped::skipped};
 
 /// Runs a step that must succeed. Returns its output, or an error with its output.
 fn step(what: &str, command: &mut Command) -> Result<String, String> {
@@ -51,23 +51,23 @@ fn generate(python: &Path, into: &Path) {
 fn generated_python_client_creates_appends_and_reads() {
     let python = match python() {
         Ok(python) => python,
-        Err(why) => {
-            assert!(std::env::var("CI").as_deref() != Ok("true"), "required on CI: {why}");
-            skipped("the Python program", &format!("no Python with grpcio-tools here: {why}"));
+        Err(reason) => {
+            assert!(std::env::var("CI").as_deref() != Ok("true"), "required on CI: {reason}");
+            skipped("the Python program", &format!("no Python with grpcio-tools here: {reason}"));
             return;
         }
     };
-    let mut home = Home::new();
-    let generated = home.path().join("generated");
+    let mut instance = BrokerInstance::new();
+    let generated = instance.path().join("generated");
     generate(&python, &generated);
-    let _broker = home.start();
+    let _broker = instance.start();
     let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/roundtrip.py");
-    let said = step(
+    let output = step(
         "roundtrip.py",
-        Command::new(&python).arg(program).arg(home.grpc().to_string()).env("PYTHONPATH", &generated),
+        Command::new(&python).arg(program).arg(instance.grpc().to_string()).env("PYTHONPATH", &generated),
     );
-    let said = said.unwrap_or_else(|why| panic!("{why}\n{}", home.log()));
-    assert!(said.contains("3 records written and read"), "{said}");
+    let output = output.unwrap_or_else(|reason| panic!("{reason}\n{}", instance.log()));
+    assert!(output.contains("3 records written and read"), "{output}");
 }
 
 #[test]

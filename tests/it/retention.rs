@@ -9,7 +9,7 @@ use strandline::{
     proto::{
         error::{ApiError, ErrorCode},
         v1::{
-            Acks, AlterTopicRequest, AppendRequest, AppendResponse, PlainRecords, Record, append_request::Payload,
+            Acks, AlterTopicRequest, AppendRequest, AppendResponse, Record, RecordList, append_request::Payload,
             log_client::LogClient,
         },
     },
@@ -19,8 +19,8 @@ use strandline::{
 use tonic::transport::Channel;
 
 use crate::{
-    broker::{Broker, Cli, Home},
-    damage::{files, lines, partition},
+    broker::{Broker, BrokerInstance, Cli},
+    corruption::{files, lines, partition},
     s3::S3,
     test_timeout::eventually,
     wire,
@@ -31,100 +31,100 @@ const LIMIT: u64 = 300_000;
 /// Bytes that a segment of 64 KiB and the batch that did not fit into that segment may add.
 const SLACK: u64 = 140_000;
 
-fn on_disk(home: &Home) -> u64 {
+fn on_disk(instance: &BrokerInstance) -> u64 {
     let size = |path: &Path| std::fs::metadata(path).map_or(0, |metadata| metadata.len());
-    files(&home.data_dir(), ".log").iter().map(|path| size(path)).sum()
+    files(&instance.data_dir(), ".log").iter().map(|path| size(path)).sum()
 }
 
-fn given_back(home: &Home) {
-    let cli = home.cli();
-    eventually("the disk is given back", || {
+fn wait_until_freed(instance: &BrokerInstance) {
+    let cli = instance.cli();
+    eventually("disk space is free again", || {
         let state = partition(&cli, "t");
-        (on_disk(home) < LIMIT + SLACK && state["local_start"] == state["log_start"]).then_some(())
+        (on_disk(instance) < LIMIT + SLACK && state["local_start"] == state["log_start"]).then_some(())
     });
 }
 
 /// Checks that the readable records are the end of `text` and at least as large as the limit, and that the log is complete on disk. Returns
 /// the log start.
-fn keeps_the_newest(home: &Home, text: &str) -> u64 {
-    let cli = home.cli();
-    let (state, read) = eventually("nothing moves", || {
+fn check_newest_records(instance: &BrokerInstance, text: &str) -> u64 {
+    let cli = instance.cli();
+    let (state, read) = eventually("the log start and the end no longer move", || {
         let before = partition(&cli, "t");
         let read = cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).text();
         (partition(&cli, "t") == before).then_some((before, read))
     });
-    assert!(text.ends_with(&read), "{} bytes are not the end of what was produced", read.len());
-    let bytes = on_disk(home);
-    assert!(bytes >= LIMIT, "{bytes} bytes are left of at least {LIMIT}: {state}");
+    assert!(text.ends_with(&read), "{} bytes are not the end of the produced records", read.len());
+    let bytes = on_disk(instance);
+    assert!(bytes >= LIMIT, "{bytes} bytes are left, at least {LIMIT} expected: {state}");
     let count = read.lines().count() as u64;
     assert_eq!(state["log_end"].as_u64().expect("a number") - state["log_start"].as_u64().expect("a number"), count);
     assert_eq!((&state["tiered_end"], &state["local_start"]), (&0.into(), &state["log_start"]), "{state}");
     state["log_start"].as_u64().expect("a number")
 }
 
-fn runs(mut home: Home) {
-    let broker = home.start();
-    let cli = home.cli();
+fn check_retention(mut instance: BrokerInstance) {
+    let broker = instance.start();
+    let cli = instance.cli();
     let create = ["topic", "create", "t", "--config", "segment.bytes=65536", "--config", "retention.ms=-1"];
     cli.ok(&[&create[..], &["--config", "remote.storage.enable=false"]].concat());
     let text = lines(40_000);
     cli.ok_with(&["produce", "t"], text.as_bytes());
-    let before = on_disk(&home);
+    let before = on_disk(&instance);
     assert!(before > 3 * LIMIT, "{before} bytes were written");
     cli.ok(&["topic", "alter", "t", "--config", &format!("retention.bytes={LIMIT}")]);
-    given_back(&home);
-    let start = keeps_the_newest(&home, &text);
+    wait_until_freed(&instance);
+    let start = check_newest_records(&instance, &text);
     assert!(start > 0);
 
     let restarts: [fn(Broker); 2] = [Broker::kill9, |broker| assert!(broker.terminate().success())];
     let mut broker = broker;
     for end in restarts {
         end(broker);
-        broker = home.start();
-        assert_eq!(keeps_the_newest(&home, &text), start, "a restart changes nothing");
+        broker = instance.start();
+        assert_eq!(check_newest_records(&instance, &text), start, "a restart changes nothing");
     }
     // Segments are sealed and checked one after the other. Each check deletes the oldest segments and no more.
     let more = lines(52_000);
-    home.cli().ok_with(&["produce", "t"], &more.as_bytes()[text.len()..]);
-    given_back(&home);
-    assert!(keeps_the_newest(&home, &more) > start);
+    instance.cli().ok_with(&["produce", "t"], &more.as_bytes()[text.len()..]);
+    wait_until_freed(&instance);
+    assert!(check_newest_records(&instance, &more) > start);
     drop(broker);
 }
 
 #[test]
 fn topic_without_uploads_keeps_its_limit_and_frees_disk() {
-    runs(Home::new());
+    check_retention(BrokerInstance::new());
 }
 
 #[test]
 fn broker_without_object_store_keeps_limit_and_frees_disk() {
-    runs(Home::new().without_object_store());
+    check_retention(BrokerInstance::new().without_object_store());
 }
 
 /// The age of a segment that no checkpoint describes is taken from its file. Neither the restart nor the timestamps of its records count.
 #[test]
 fn segment_is_as_old_as_its_file_after_a_kill() {
     const DAY: Duration = Duration::from_secs(86_400);
-    let mut home = Home::new();
-    let broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let broker = instance.start();
+    let cli = instance.cli();
     let config = ["segment.bytes=65536", "retention.ms=-1", "local.retention.ms=86400000"];
     cli.ok(&[&["topic", "create", "t"][..], &config.map(|set| ["--config", set]).concat()].concat());
     cli.ok_with(&["produce", "t"], lines(20_000).as_bytes());
-    let tiered = eventually("segments are in the bucket", || {
+    let tiered = eventually("segments are in the object store", || {
         let tiered = partition(&cli, "t")["tiered_end"].as_u64()?;
         (tiered > 0).then_some(tiered)
     });
     assert_eq!(partition(&cli, "t")["local_start"], 0);
     broker.kill9();
-    for path in files(&home.data_dir(), ".log") {
+    for path in files(&instance.data_dir(), ".log") {
         let file = std::fs::File::options().write(true).open(path).expect("a segment");
         let modified = file.metadata().and_then(|metadata| metadata.modified()).expect("a time");
         file.set_modified(modified - 2 * DAY).expect("the time is set");
     }
-    let _broker = home.start();
-    let cli = home.cli();
-    eventually("the disk is given back", || (partition(&cli, "t")["local_start"].as_u64()? >= tiered).then_some(()));
+    let _broker = instance.start();
+    let cli = instance.cli();
+    eventually("disk space is free again", || (partition(&cli, "t")["local_start"].as_u64()? >= tiered).then_some(()));
 }
 
 /// A timestamp that no clock shows.
@@ -132,7 +132,7 @@ const FUTURE: i64 = 1 << 62;
 
 fn build(timestamps: &[i64], codec: Compression) -> Bytes {
     let mut builder = BatchBuilder::new(codec);
-    timestamps.iter().for_each(|ms| builder.push(*ms, None, Some(b"v"), &[]).expect("it fits"));
+    timestamps.iter().for_each(|ms| builder.push(*ms, None, Some(b"v"), &[]).expect("the record fits"));
     builder.finish(None).expect("a batch").to_bytes()
 }
 
@@ -151,7 +151,7 @@ async fn append_at(
     codec: Option<Compression>,
 ) -> Result<AppendResponse, ApiError> {
     let payload = match codec {
-        None => Payload::Records(PlainRecords {
+        None => Payload::Records(RecordList {
             records: timestamps.iter().map(|ms| Record { timestamp_ms: Some(*ms), ..Record::default() }).collect(),
         }),
         Some(codec) => Payload::Batch(build(timestamps, codec)),
@@ -164,18 +164,18 @@ async fn append_payload(log: &mut LogClient<Channel>, payload: Payload) -> Resul
     wire::append(log, AppendRequest { topic, acks, payload: Some(payload), ..Default::default() }).await
 }
 
-async fn alter(home: &Home, key: &str, value: &str) {
+async fn alter(instance: &BrokerInstance, key: &str, value: &str) {
     let set = [(key.to_owned(), value.to_owned())].into();
     let request = AlterTopicRequest { name: "t".to_owned(), set, ..Default::default() };
-    wire::admin(home.grpc()).alter_topic(request).await.expect("altered");
+    wire::admin(instance.grpc()).alter_topic(request).await.expect("altered");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn timestamps_beyond_topic_limits_are_refused() {
-    let mut home = Home::new();
-    let _broker = tokio::task::block_in_place(|| home.start());
-    wire::create_topic(home.grpc(), "t", 1, &[("message.timestamp.before.max.ms", "86400000")]).await;
-    let mut log = wire::log(home.grpc());
+    let mut instance = BrokerInstance::new();
+    let _broker = tokio::task::block_in_place(|| instance.start());
+    wire::create_topic(instance.grpc(), "t", 1, &[("message.timestamp.before.max.ms", "86400000")]).await;
+    let mut log = wire::log(instance.grpc());
     let now = clock::wall_ms();
     let forms = [None, Some(Compression::None), Some(Compression::Gzip)];
     for form in forms {
@@ -184,31 +184,31 @@ async fn timestamps_beyond_topic_limits_are_refused() {
             (now + 3_700_000, "message.timestamp.after.max.ms", "3600000"),
             (now - 90_000_000, "message.timestamp.before.max.ms", "86400000"),
         ] {
-            let fault = append_at(&mut log, &[wrong, now], form).await.expect_err("out of bounds");
-            assert_eq!((fault.code, fault.retryable), (ErrorCode::InvalidTimestamp, false), "{fault:?}");
-            let details = ["timestamp", "setting", "max"].map(|name| fault.metadata[name].clone());
+            let error = append_at(&mut log, &[wrong, now], form).await.expect_err("out of bounds");
+            assert_eq!((error.code, error.retryable), (ErrorCode::InvalidTimestamp, false), "{error:?}");
+            let details = ["timestamp", "setting", "max"].map(|name| error.metadata[name].clone());
             assert_eq!(details, [wrong.to_string(), setting.to_owned(), limit.to_owned()], "{form:?}");
-            assert!(details.iter().all(|detail| fault.message.contains(detail)), "{fault}");
+            assert!(details.iter().all(|detail| error.message.contains(detail)), "{error}");
         }
     }
     // A header that hides the timestamp of the first record.
     for codec in [Compression::None, Compression::Gzip] {
         let batch = with_max(build(&[FUTURE], codec), now);
-        let fault = append_payload(&mut log, Payload::Batch(batch)).await.expect_err("out of bounds");
-        assert_eq!(fault.code, ErrorCode::InvalidTimestamp);
+        let error = append_payload(&mut log, Payload::Batch(batch)).await.expect_err("out of bounds");
+        assert_eq!(error.code, ErrorCode::InvalidTimestamp);
     }
-    assert_eq!(wire::latest(&mut log, "t", 0).await.expect("known"), 0, "nothing was stored");
+    assert_eq!(wire::latest(&mut log, "t", 0).await.expect("a response"), 0, "no record was stored");
 
     // Without a timestamp, and within the limits.
     for form in forms {
         append_at(&mut log, &[-1, now, now + 3_500_000, now - 80_000_000], form).await.expect("stored");
     }
     for (key, value) in [("message.timestamp.after.max.ms", "-1"), ("message.timestamp.before.max.ms", "-1")] {
-        alter(&home, key, value).await;
+        alter(&instance, key, value).await;
     }
     append_at(&mut log, &[FUTURE, 0], None).await.expect("stored");
     for (key, value) in [("message.timestamp.after.max.ms", "0"), ("message.timestamp.type", "LogAppendTime")] {
-        alter(&home, key, value).await;
+        alter(&instance, key, value).await;
     }
     append_at(&mut log, &[FUTURE], None).await.expect("the broker sets the timestamp");
 }
@@ -216,63 +216,63 @@ async fn timestamps_beyond_topic_limits_are_refused() {
 /// Only the header of a compressed batch that is stored unchanged is checked. A batch that is decompressed anyway is checked completely.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn compressed_batch_cannot_exceed_the_timestamp_limit() {
-    let mut home = Home::new();
-    let _broker = tokio::task::block_in_place(|| home.start());
-    wire::create_topic(home.grpc(), "t", 1, &[]).await;
-    let mut log = wire::log(home.grpc());
+    let mut instance = BrokerInstance::new();
+    let _broker = tokio::task::block_in_place(|| instance.start());
+    wire::create_topic(instance.grpc(), "t", 1, &[]).await;
+    let mut log = wire::log(instance.grpc());
     let now = clock::wall_ms();
     let batch = with_max(build(&[now, FUTURE], Compression::Gzip), now);
     append_payload(&mut log, Payload::Batch(batch.clone())).await.expect("the header is within the limits");
-    let segment = files(&home.data_dir(), ".log").remove(0);
-    let found = home.cli().ok(&["segment", "dump", segment.to_str().expect("a path"), "--output", "json"]);
+    let segment = files(&instance.data_dir(), ".log").remove(0);
+    let found = instance.cli().ok(&["segment", "dump", segment.to_str().expect("a path"), "--output", "json"]);
     let found: serde_json::Value = serde_json::from_str(found.text().lines().next().expect("a line")).expect("JSON");
     assert_eq!(found["max_timestamp"], now, "{found}");
-    alter(&home, "compression.type", "zstd").await;
-    let fault = append_payload(&mut log, Payload::Batch(batch)).await.expect_err("the broker opens it");
-    assert_eq!(fault.code, ErrorCode::InvalidTimestamp);
-    assert_eq!(fault.metadata["timestamp"], FUTURE.to_string());
+    alter(&instance, "compression.type", "zstd").await;
+    let error = append_payload(&mut log, Payload::Batch(batch)).await.expect_err("the broker decompresses the batch");
+    assert_eq!(error.code, ErrorCode::InvalidTimestamp);
+    assert_eq!(error.metadata["timestamp"], FUTURE.to_string());
 }
 
 /// Regression: an upload that started before a limit was exceeded was retried again and again, and the partition was not checked meanwhile.
 /// If the object store held segments, the log start waited for the manifest.
 #[test]
 fn retention_continues_during_an_object_store_outage() {
-    retention_goes_on_without_the_bucket(false);
+    check_retention_without_object_store(false);
 }
 
 /// Regression: the broker could not determine which segments the object store had, and deleted nothing until the object store returned.
 #[test]
 fn retention_continues_after_a_start_during_an_outage() {
-    retention_goes_on_without_the_bucket(true);
+    check_retention_without_object_store(true);
 }
 
-fn retention_goes_on_without_the_bucket(after_a_start: bool) {
+fn check_retention_without_object_store(after_a_start: bool) {
     let server = S3::begin();
-    let mut home = Home::new().object_store(&server);
-    let mut broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new().object_store(&server);
+    let mut broker = instance.start();
+    let cli = instance.cli();
     let limit = format!("retention.bytes={LIMIT}");
     let create = ["topic", "create", "t", "--config", "segment.bytes=65536", "--config", "retention.ms=-1"];
     cli.ok(&[&create[..], &["--config", &limit]].concat());
     let mut text = lines(5_000);
     cli.ok_with(&["produce", "t"], text.as_bytes());
     let mark = |name: &str| partition(&cli, "t")[name].as_i64().expect("a number");
-    eventually("segments are in the bucket", || (mark("tiered_end") > 0).then_some(()));
+    eventually("segments are in the object store", || (mark("tiered_end") > 0).then_some(()));
     assert_eq!(mark("log_start"), 0);
     server.faults().set_down(true);
     if after_a_start {
         broker.kill9();
-        broker = home.start();
+        broker = instance.start();
     }
     let more = lines(45_000);
     cli.ok_with(&["produce", "t"], &more.as_bytes()[text.len()..]);
     text = more;
-    given_back(&home);
+    wait_until_freed(&instance);
     let tiered = mark("tiered_end");
-    assert!(mark("log_start") > tiered, "retention waits for no upload");
+    assert!(mark("log_start") > tiered, "retention does not wait for uploads");
     server.faults().set_down(false);
-    eventually("uploads go on", || (mark("tiered_end") > mark("log_start")).then_some(()));
-    let (from, read) = eventually("nothing moves", || {
+    eventually("uploads continue", || (mark("tiered_end") > mark("log_start")).then_some(()));
+    let (from, read) = eventually("the log start and the end no longer move", || {
         let start = mark("log_start");
         let read = cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).text();
         (mark("log_start") == start).then_some((start, read))
@@ -290,14 +290,14 @@ async fn future_timestamp_does_not_stop_retention() {
 /// The segment object provides the creation time if the manifest has none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn future_record_expires_by_creation_time_of_its_object() {
-    records_from_the_future_expire(|home, broker| {
-        assert!(broker.take().expect("it runs").terminate().success());
-        let manifests = files(&home.bucket(), "")
+    records_from_the_future_expire(|instance, broker| {
+        assert!(broker.take().expect("the process is running").terminate().success());
+        let manifests = files(&instance.bucket(), "")
             .into_iter()
             .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("manifest-")));
         let forgotten: usize = manifests.map(|manifest| forget_creation(&manifest, &[FUTURE, i64::MAX])).sum();
-        assert!(forgotten > 0, "a manifest lists them");
-        *broker = Some(home.start());
+        assert!(forgotten > 0, "a manifest contains the segments");
+        *broker = Some(instance.start());
     })
     .await;
 }
@@ -309,9 +309,9 @@ fn forget_creation(manifest: &Path, largest: &[i64]) -> usize {
     let mut forgotten = 0;
     for timestamp_ms in largest {
         let timestamp = timestamp_ms.to_be_bytes();
-        let places: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(&timestamp)).collect();
-        for place in places {
-            bytes[place + 8..place + 16].fill(0);
+        let starts: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(&timestamp)).collect();
+        for start in starts {
+            bytes[start + 8..start + 16].fill(0);
             forgotten += 1;
         }
     }
@@ -324,12 +324,12 @@ fn forget_creation(manifest: &Path, largest: &[i64]) -> usize {
 
 /// Stores records of the far future around a current one, and waits until the records expire from disk. Then calls `meanwhile`, and waits
 /// until the records expire from the object store.
-async fn records_from_the_future_expire(meanwhile: impl FnOnce(&mut Home, &mut Option<Broker>)) {
-    let mut home = Home::new();
-    let mut broker = Some(tokio::task::block_in_place(|| home.start()));
+async fn records_from_the_future_expire(meanwhile: impl FnOnce(&mut BrokerInstance, &mut Option<Broker>)) {
+    let mut instance = BrokerInstance::new();
+    let mut broker = Some(tokio::task::block_in_place(|| instance.start()));
     let config = [("message.timestamp.after.max.ms", "-1"), ("retention.ms", "-1"), ("segment.ms", "200")];
-    wire::create_topic(home.grpc(), "t", 1, &config).await;
-    let mut log = wire::log(home.grpc());
+    wire::create_topic(instance.grpc(), "t", 1, &config).await;
+    let mut log = wire::log(instance.grpc());
     for timestamp_ms in [FUTURE, clock::wall_ms(), i64::MAX] {
         append_at(&mut log, &[timestamp_ms], None).await.expect("stored");
     }
@@ -337,21 +337,24 @@ async fn records_from_the_future_expire(meanwhile: impl FnOnce(&mut Home, &mut O
         let what = format!("{name} reaches the end");
         tokio::task::block_in_place(|| eventually(&what, || (partition(cli, "t")[name] == 3).then_some(())));
     };
-    let cli = home.cli();
+    let cli = instance.cli();
     settled(&cli, "tiered_end");
     assert_eq!(partition(&cli, "t")["local_start"], 0);
     tokio::task::block_in_place(|| {
         eventually("the metric counts them", || {
-            (home.metric("strandline_segments_with_future_timestamps") >= 1.0).then_some(())
+            (instance.metric("strandline_segments_with_future_timestamps") >= 1.0).then_some(())
         });
         let text = cli.ok(&["cluster", "describe"]).text();
-        assert!(text.contains("broker 1 holds timestamps in the future: ") && text.contains("most in t/0"), "{text}");
+        assert!(
+            text.contains("broker 1 has records with future timestamps: ") && text.contains("most in t/0"),
+            "{text}"
+        );
     });
-    alter(&home, "local.retention.ms", "1").await;
+    alter(&instance, "local.retention.ms", "1").await;
     settled(&cli, "local_start");
     assert_eq!(partition(&cli, "t")["log_start"], 0);
     // Only the object store has the records now.
-    tokio::task::block_in_place(|| meanwhile(&mut home, &mut broker));
-    alter(&home, "retention.ms", "1").await;
-    settled(&home.cli(), "log_start");
+    tokio::task::block_in_place(|| meanwhile(&mut instance, &mut broker));
+    alter(&instance, "retention.ms", "1").await;
+    settled(&instance.cli(), "log_start");
 }

@@ -35,23 +35,23 @@ impl Running {
     }
 
     pub(crate) fn feed(&mut self, bytes: &[u8]) {
-        self.stdin.as_mut().expect("open").write_all(bytes).expect("it reads");
+        self.stdin.as_mut().expect("open").write_all(bytes).expect("the command reads its input");
     }
 
-    /// Waits until the stream contains these words.
-    pub(crate) fn says(&self, stream: &Mutex<String>, words: &str) {
-        let said = || stream.lock().expect("whole").clone();
-        eventually(&format!("it says {words:?}"), || said().contains(words).then_some(()));
+    /// Waits until the stream contains this text.
+    pub(crate) fn wait_for_output(&self, stream: &Mutex<String>, text: &str) {
+        let output = || stream.lock().expect("no thread panicked").clone();
+        eventually(&format!("the output contains {text:?}"), || output().contains(text).then_some(()));
     }
 
     /// Sends a signal and waits for the exit. Returns the exit code and the standard output.
     pub(crate) fn stop(mut self, signal: Signal) -> (Option<i32>, String) {
         rustix::process::kill_process(Pid::from_child(&self.child), signal).expect("the process can be signalled");
-        let status = self.child.wait().expect("it ends");
+        let status = self.child.wait().expect("the process exits");
         for reader in self.readers.drain(..) {
             reader.join().expect("read to the end");
         }
-        (status.code(), self.stdout.lock().expect("whole").clone())
+        (status.code(), self.stdout.lock().expect("no thread panicked").clone())
     }
 }
 
@@ -66,7 +66,7 @@ fn gather(mut from: impl Read + Send + 'static, into: Arc<Mutex<String>>) -> thr
     task::spawn_thread("gather", move || {
         let mut bytes = [0; 4096];
         while let Ok(count @ 1..) = from.read(&mut bytes) {
-            into.lock().expect("whole").push_str(&String::from_utf8_lossy(&bytes[..count]));
+            into.lock().expect("no thread panicked").push_str(&String::from_utf8_lossy(&bytes[..count]));
         }
     })
 }

@@ -25,7 +25,7 @@ use s3s::{
 };
 use strandline::{
     task::{self, Tasks},
-    tier::{Keys, StoreOptions},
+    tier::{AccessKeys, ObjectStoreOptions},
 };
 use tokio::{net::TcpListener, sync::Mutex};
 
@@ -128,15 +128,15 @@ impl S3 {
     }
 
     /// Returns options for a prefix in [`BUCKET`], with timeouts short enough for tests.
-    pub(crate) fn options(&self, prefix: &str) -> StoreOptions {
-        StoreOptions {
+    pub(crate) fn options(&self, prefix: &str) -> ObjectStoreOptions {
+        ObjectStoreOptions {
             endpoint: Some(self.endpoint()),
             region: Some("us-east-1".to_owned()),
             path_style: Some(true),
-            keys: Some(Keys { access_key_id: ACCESS_KEY.to_owned(), secret_access_key: SECRET_KEY.to_owned() }),
+            keys: Some(AccessKeys { access_key_id: ACCESS_KEY.to_owned(), secret_access_key: SECRET_KEY.to_owned() }),
             request_timeout: Duration::from_secs(5),
             retry_for: Duration::from_secs(3),
-            ..StoreOptions::new(&format!("s3://{BUCKET}/{prefix}"))
+            ..ObjectStoreOptions::new(&format!("s3://{BUCKET}/{prefix}"))
         }
     }
 }
@@ -164,7 +164,7 @@ async fn serve(listener: std::net::TcpListener, shared: Arc<Shared>, tasks: Task
         }
         let shared = Arc::clone(&shared);
         tasks.spawn("s3 connection", async move {
-            let service = service_fn(|request| answer(Arc::clone(&shared), request));
+            let service = service_fn(|request| respond(Arc::clone(&shared), request));
             // Faults and clients both break connections.
             let _broken = http1::Builder::new().serve_connection(TokioIo::new(socket), service).await;
         });
@@ -173,12 +173,12 @@ async fn serve(listener: std::net::TcpListener, shared: Arc<Shared>, tasks: Task
 
 /// The connection is closed without a response.
 #[derive(Debug, thiserror::Error)]
-#[error("cut")]
+#[error("connection closed")]
 struct Cut;
 
-type Answer = hyper::Response<Body>;
+type HttpResponse = hyper::Response<Body>;
 
-async fn answer(shared: Arc<Shared>, request: hyper::Request<Incoming>) -> Result<Answer, Cut> {
+async fn respond(shared: Arc<Shared>, request: hyper::Request<Incoming>) -> Result<HttpResponse, Cut> {
     if shared.faults.is_down() {
         return Err(Cut);
     }
@@ -189,9 +189,9 @@ async fn answer(shared: Arc<Shared>, request: hyper::Request<Incoming>) -> Resul
     let fault = shared.faults.take(op, head.uri.path());
     match fault {
         Some(Fault::Status(status)) => {
-            return Ok(refusal(status, if status == 503 { "SlowDown" } else { "InternalError" }));
+            return Ok(error_response(status, if status == 503 { "SlowDown" } else { "InternalError" }));
         }
-        Some(Fault::Vanished) => return Ok(refusal(404, "NoSuchKey")),
+        Some(Fault::Vanished) => return Ok(error_response(404, "NoSuchKey")),
         Some(Fault::Refuse) => return Err(Cut),
         Some(Fault::Delay(time)) => tokio::time::sleep(time).await,
         Some(Fault::CorruptRequest) => content = flip(content),
@@ -207,21 +207,24 @@ async fn answer(shared: Arc<Shared>, request: hyper::Request<Incoming>) -> Resul
     }
     let response = response.ok_or(Cut)?;
     match fault {
-        Some(Fault::LostAnswer) => Err(Cut),
-        Some(Fault::CorruptAnswer) => reshape(response, flip).await,
-        Some(Fault::CutAnswer) => {
+        Some(Fault::LostResponse) => Err(Cut),
+        Some(Fault::CorruptResponse) => change_body(response, flip).await,
+        Some(Fault::CutResponse) => {
             let (head, body) = response.into_parts();
-            let whole = body.collect().await.map_err(|_| Cut)?.to_bytes();
-            Ok(hyper::Response::from_parts(head, faults::cut(whole)))
+            let body_bytes = body.collect().await.map_err(|_| Cut)?.to_bytes();
+            Ok(hyper::Response::from_parts(head, faults::cut(body_bytes)))
         }
         _ => Ok(response),
     }
 }
 
-async fn reshape(response: Answer, change: impl Fn(bytes::Bytes) -> bytes::Bytes) -> Result<Answer, Cut> {
+async fn change_body(
+    response: HttpResponse,
+    change: impl Fn(bytes::Bytes) -> bytes::Bytes,
+) -> Result<HttpResponse, Cut> {
     let (head, body) = response.into_parts();
-    let whole = body.collect().await.map_err(|_| Cut)?.to_bytes();
-    Ok(hyper::Response::from_parts(head, Body::from(change(whole))))
+    let body_bytes = body.collect().await.map_err(|_| Cut)?.to_bytes();
+    Ok(hyper::Response::from_parts(head, Body::from(change(body_bytes))))
 }
 
 /// Flips one bit in the middle.
@@ -233,7 +236,7 @@ fn flip(content: bytes::Bytes) -> bytes::Bytes {
     content.into()
 }
 
-fn refusal(status: u16, code: &str) -> Answer {
+fn error_response(status: u16, code: &str) -> HttpResponse {
     let xml = format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>injected</Message></Error>");
     hyper::Response::builder().status(status).body(Body::from(xml)).unwrap()
 }

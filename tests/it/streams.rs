@@ -10,7 +10,7 @@ use strandline::{
 };
 use tonic::{Streaming, transport::Channel};
 
-use crate::{broker::Home, wire};
+use crate::{broker::BrokerInstance, wire};
 
 /// Number of streams on one connection.
 const PER_CONNECTION: usize = 100;
@@ -30,8 +30,8 @@ async fn p99(log: &mut LogClient<Channel>, appends: usize, pause: Duration) -> D
 
 /// Appends until no stream gets another response, so that later measurements have only streams that take nothing. Returns the number of
 /// appends.
-async fn fill_windows(home: &Home, log: &mut LogClient<Channel>) -> usize {
-    let responses = || tokio::task::block_in_place(|| home.metric("strandline_fetch_requests_total"));
+async fn fill_windows(instance: &BrokerInstance, log: &mut LogClient<Channel>) -> usize {
+    let responses = || tokio::task::block_in_place(|| instance.metric("strandline_fetch_requests_total"));
     let (begin, mut appends, mut made) = (clock::monotonic(), 0, responses());
     loop {
         p99(log, 100, Duration::ZERO).await;
@@ -41,21 +41,24 @@ async fn fill_windows(home: &Home, log: &mut LogClient<Channel>) -> usize {
             return appends;
         }
         made = now;
-        assert!(begin.elapsed() < Duration::from_secs(300), "{made} responses after {appends} appends, and still more");
+        assert!(
+            begin.elapsed() < Duration::from_secs(300),
+            "{made} responses after {appends} appends, and the number still grows"
+        );
     }
 }
 
 /// Opens this number of streams on partition 0, from `offset`.
-async fn open(home: &Home, count: usize, offset: i64) -> Vec<Streaming<v1::FetchResponse>> {
+async fn open(instance: &BrokerInstance, count: usize, offset: i64) -> Vec<Streaming<v1::FetchResponse>> {
     let mut opened = Vec::new();
     for _ in 0..count.div_ceil(PER_CONNECTION) {
-        let log = wire::log(home.grpc());
+        let log = wire::log(instance.grpc());
         let left = PER_CONNECTION.min(count - opened.len());
         let streams = (0..left).map(|_| {
             let mut log = log.clone();
             async move {
-                let place = v1::FetchPartition { topic: "t".to_owned(), offset, ..Default::default() };
-                let request = v1::FetchRequest { partitions: vec![place], ..Default::default() };
+                let partition = v1::FetchPartition { topic: "t".to_owned(), offset, ..Default::default() };
+                let request = v1::FetchRequest { partitions: vec![partition], ..Default::default() };
                 let requests = stream::iter([request]).chain(stream::pending());
                 log.fetch(requests).await.expect("a stream").into_inner()
             }
@@ -67,32 +70,32 @@ async fn open(home: &Home, count: usize, offset: i64) -> Vec<Streaming<v1::Fetch
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "10,000 streams: make streams"]
-async fn ten_thousand_streams_hold_up_no_acknowledgement() {
-    let mut home = Home::new();
-    let _broker = tokio::task::block_in_place(|| home.start());
-    wire::create_topic(home.grpc(), "t", 1, &[("durability", "replicated")]).await;
-    let mut log = wire::log(home.grpc());
+async fn ten_thousand_streams_delay_no_acknowledgement() {
+    let mut instance = BrokerInstance::new();
+    let _broker = tokio::task::block_in_place(|| instance.start());
+    wire::create_topic(instance.grpc(), "t", 1, &[("durability", "replicated")]).await;
+    let mut log = wire::log(instance.grpc());
     let _warm = p99(&mut log, 500, Duration::ZERO).await;
 
-    let ten = open(&home, 10, 0).await;
-    fill_windows(&home, &mut log).await;
+    let ten = open(&instance, 10, 0).await;
+    fill_windows(&instance, &mut log).await;
     let few = p99(&mut log, 5_000, Duration::ZERO).await;
     drop(ten);
-    let end = wire::latest(&mut log, "t", 0).await.expect("answered");
-    let idle = open(&home, 10_000, end).await;
-    let filled = fill_windows(&home, &mut log).await;
+    let end = wire::latest(&mut log, "t", 0).await.expect("a response");
+    let idle = open(&instance, 10_000, end).await;
+    let filled = fill_windows(&instance, &mut log).await;
     println!("the windows of 10,000 streams were full after {filled} appends");
     let many = p99(&mut log, 5_000, Duration::ZERO).await;
-    println!("streams that take nothing: p99 of an append with 10: {few:?}, with 10,000: {many:?}");
+    println!("streams that read nothing: p99 of an append with 10: {few:?}, with 10,000: {many:?}");
     drop(idle);
 
-    let end = wire::latest(&mut log, "t", 0).await.expect("answered");
+    let end = wire::latest(&mut log, "t", 0).await.expect("a response");
     let tasks = Tasks::new();
-    for mut stream in open(&home, 10_000, end).await {
+    for mut stream in open(&instance, 10_000, end).await {
         tasks.spawn("reader", async move { while let Ok(Some(_)) = stream.message().await {} });
     }
     let reading = p99(&mut log, 60, Duration::from_secs(1)).await;
-    println!("streams that read on: p99 of an append a second with 10,000: {reading:?}");
+    println!("streams that continue to read: p99 of an append a second with 10,000: {reading:?}");
     tasks.cancel();
     assert!(many <= few * 12 / 10, "{many:?} instead of {few:?}");
     assert!(reading < Duration::from_millis(50), "{reading:?}");

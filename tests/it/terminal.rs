@@ -6,56 +6,56 @@ use std::{
 };
 
 use crate::{
-    broker::{Cli, Home},
+    broker::{BrokerInstance, Cli},
     skipped::skipped,
 };
 
 /// Runs a command at a terminal with this typed input. Returns true if the command succeeded, and the terminal output. Returns `None` if
 /// there is no `script`.
-fn run_at_terminal(home: &Home, cli: &Cli, arguments: &str, typed: &str) -> Option<(bool, String)> {
+fn run_at_terminal(instance: &BrokerInstance, cli: &Cli, arguments: &str, typed: &str) -> Option<(bool, String)> {
     let program = cli.command(&[]).get_program().to_owned();
     let mut command = Command::new("script");
-    let line = format!("{} --bootstrap {} {arguments}", program.display(), home.grpc());
+    let line = format!("{} --bootstrap {} {arguments}", program.display(), instance.grpc());
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
     command.args(["-qec", &line, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().ok()?;
-    child.stdin.take().expect("piped").write_all(typed.as_bytes()).expect("it reads");
-    let output = child.wait_with_output().expect("it ends");
+    child.stdin.take().expect("piped").write_all(typed.as_bytes()).expect("the command reads its input");
+    let output = child.wait_with_output().expect("the process exits");
     Some((output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned()))
 }
 
 #[test]
 fn topic_deletion_asks_for_the_name_at_a_terminal() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "orders"]);
-    let typed = |answer| run_at_terminal(&home, &cli, "topic delete orders", answer);
-    let Some((done, said)) = typed("order\n") else {
+    let typed = |response| run_at_terminal(&instance, &cli, "topic delete orders", response);
+    let Some((is_success, output)) = typed("order\n") else {
         return skipped("a question at a terminal", "no `script` in PATH");
     };
-    assert!(!done && said.contains("Type its name:") && said.contains("nothing was deleted"), "{said}");
+    assert!(!is_success && output.contains("Type its name:") && output.contains("nothing was deleted"), "{output}");
     cli.ok(&["topic", "describe", "orders"]);
-    let (done, said) = typed("orders\n").expect("it was there before");
-    assert!(done && said.contains("deleted topic orders"), "{said}");
+    let (is_success, output) = typed("orders\n").expect("the terminal is available");
+    assert!(is_success && output.contains("deleted topic orders"), "{output}");
 }
 
 /// Regression: a record cleared the screen of its reader.
 #[test]
 fn records_are_printed_with_escapes_only_at_a_terminal() {
     const RECORD: &str = "a\x1b[2Jb\u{202e}c\n";
-    let mut home = Home::new();
-    let _broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let cli = instance.cli();
     cli.ok(&["topic", "create", "orders"]);
     cli.ok_with(&["produce", "orders"], RECORD.as_bytes());
     let consume = "consume orders --from earliest --until-end";
     for (format, expected) in [("value", "a\\x1b[2Jb\\u{202e}c"), ("json", "a\\u001b[2Jb\\u202ec")] {
         let arguments = format!("{consume} --format {format}");
-        let Some((done, shown)) = run_at_terminal(&home, &cli, &arguments, "") else {
+        let Some((is_success, inventory)) = run_at_terminal(&instance, &cli, &arguments, "") else {
             return skipped("records at a terminal", "no `script` in PATH");
         };
-        assert!(done && shown.contains(expected), "{shown:?}");
+        assert!(is_success && inventory.contains(expected), "{inventory:?}");
     }
     let elsewhere = cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]);
     assert_eq!(elsewhere.stdout, RECORD.as_bytes());

@@ -22,14 +22,14 @@ pub(crate) fn poll<T>(timeout: Duration, mut attempt: impl FnMut() -> Option<T>)
     }
 }
 
-/// Calls `attempt` until it returns a value. `what` names the condition in the panic message.
-pub(crate) fn eventually<T>(what: &str, attempt: impl FnMut() -> Option<T>) -> T {
-    poll(TEST_TIMEOUT, attempt).unwrap_or_else(|| panic!("{what}: not so after {TEST_TIMEOUT:?}"))
+/// Calls `attempt` until it returns a value. `condition` is part of the panic message.
+pub(crate) fn eventually<T>(condition: &str, attempt: impl FnMut() -> Option<T>) -> T {
+    poll(TEST_TIMEOUT, attempt).unwrap_or_else(|| panic!("{condition}: timeout after {TEST_TIMEOUT:?}"))
 }
 
 /// Async form of [`eventually`].
 pub(crate) async fn eventually_async<T, F: Future<Output = Option<T>>>(
-    what: &str,
+    condition: &str,
     mut attempt: impl FnMut() -> F,
 ) -> T {
     let deadline = clock::monotonic() + TEST_TIMEOUT;
@@ -37,7 +37,7 @@ pub(crate) async fn eventually_async<T, F: Future<Output = Option<T>>>(
         if let Some(value) = attempt().await {
             return value;
         }
-        assert!(clock::monotonic() < deadline, "{what}: not so after {TEST_TIMEOUT:?}");
+        assert!(clock::monotonic() < deadline, "{condition}: timeout after {TEST_TIMEOUT:?}");
         tokio::time::sleep(POLL_INTERVAL).await;
     }
 }

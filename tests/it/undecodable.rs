@@ -10,7 +10,7 @@ use strandline::proto::{
     v1,
 };
 
-use crate::{broker::Home, running::Running, wire};
+use crate::{broker::BrokerInstance, running::Running, wire};
 
 /// Attributes of a batch with gzip records.
 const GZIP: i16 = 1;
@@ -34,10 +34,10 @@ fn framed(count: usize, breaks_last: bool) -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn batches_with_an_undecodable_beginning_are_refused() {
-    let mut home = Home::new();
-    let _broker = tokio::task::block_in_place(|| home.start());
-    wire::create_topic(home.grpc(), "orders", 1, &[]).await;
-    let mut log = wire::log(home.grpc());
+    let mut instance = BrokerInstance::new();
+    let _broker = tokio::task::block_in_place(|| instance.start());
+    wire::create_topic(instance.grpc(), "orders", 1, &[]).await;
+    let mut log = wire::log(instance.grpc());
     let noise: Vec<u8> = (0..200_u32).map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
     for (what, count, stored) in [
         ("one record, and a header that says 10^6", 1_000_000, gzip(&framed(1, false))),
@@ -51,43 +51,43 @@ async fn batches_with_an_undecodable_beginning_are_refused() {
     }
     let stored =
         wire::append(&mut log, wire::append_batch("orders", 0, wire::frame(&gzip(&framed(3, false)), 3, GZIP))).await;
-    assert_eq!(stored.expect("a right one").base_offset, 0);
+    assert_eq!(stored.expect("a valid batch").base_offset, 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn batch_above_the_decompression_limit_names_the_setting() {
     const SETTING: &str = "limits.decompression_memory_bytes";
-    let mut home = Home::new().setting(SETTING, 1 << 20);
-    let _broker = tokio::task::block_in_place(|| home.start());
+    let mut instance = BrokerInstance::new().setting(SETTING, 1 << 20);
+    let _broker = tokio::task::block_in_place(|| instance.start());
     for (topic, codec) in [("opened", "uncompressed"), ("kept", "producer")] {
         let config = [("compression.type", codec), ("max.message.bytes", "8388608")];
-        wire::create_topic(home.grpc(), topic, 1, &config).await;
+        wire::create_topic(instance.grpc(), topic, 1, &config).await;
     }
-    let mut log = wire::log(home.grpc());
+    let mut log = wire::log(instance.grpc());
     let large = wire::frame(&gzip(&wire::batch(&[&vec![7; 4 << 20]])[61..]), 1, GZIP);
     let refused = wire::append(&mut log, wire::append_batch("opened", 0, large.clone())).await.expect_err("too large");
     assert!(refused.message.contains(SETTING) && !refused.retryable, "{refused:?}");
-    assert_eq!(wire::latest(&mut log, "opened", 0).await.expect("answered"), 0, "nothing is stored");
+    assert_eq!(wire::latest(&mut log, "opened", 0).await.expect("a response"), 0, "no record is stored");
 
     // The stored batch is decompressed for readers of decoded records, and by clients themselves.
-    wire::append(&mut log, wire::append_batch("kept", 0, large)).await.expect("stored as it is");
-    let place = v1::FetchPartition { topic: "kept".to_owned(), ..Default::default() };
-    let request = v1::ReadRequest { partitions: vec![place], plain: true, ..Default::default() };
-    let read = log.read(request).await.expect("an answer").into_inner().partitions.remove(0);
-    let refused = ApiError::from(read.error.expect("its records do not fit"));
+    wire::append(&mut log, wire::append_batch("kept", 0, large)).await.expect("the batch is stored unchanged");
+    let partition = v1::FetchPartition { topic: "kept".to_owned(), ..Default::default() };
+    let request = v1::ReadRequest { partitions: vec![partition], decode: true, ..Default::default() };
+    let read = log.read(request).await.expect("a response").into_inner().partitions.remove(0);
+    let refused = ApiError::from(read.error.expect("the records exceed the limit"));
     assert!(refused.message.contains(SETTING) && !refused.retryable, "{refused:?}");
     let consumed =
-        tokio::task::block_in_place(|| home.cli().ok(&["consume", "kept", "--from", "earliest", "--until-end"]));
+        tokio::task::block_in_place(|| instance.cli().ok(&["consume", "kept", "--from", "earliest", "--until-end"]));
     assert_eq!(consumed.stdout.len(), (4 << 20) + 1);
 }
 
 /// The corrupt record lies beyond the part that the append checks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn consume_skips_an_undecodable_batch_only_on_request() {
-    let mut home = Home::new();
-    let _broker = tokio::task::block_in_place(|| home.start());
-    wire::create_topic(home.grpc(), "orders", 1, &[]).await;
-    let mut log = wire::log(home.grpc());
+    let mut instance = BrokerInstance::new();
+    let _broker = tokio::task::block_in_place(|| instance.start());
+    wire::create_topic(instance.grpc(), "orders", 1, &[]).await;
+    let mut log = wire::log(instance.grpc());
     for batch in [
         wire::batch(&[b"before"]),
         wire::frame(&gzip(&framed(1_000, true)), 1_000, GZIP),
@@ -96,20 +96,20 @@ async fn consume_skips_an_undecodable_batch_only_on_request() {
     ] {
         wire::append(&mut log, wire::append_batch("orders", 0, batch)).await.expect("stored");
     }
-    let cli = home.cli();
+    let cli = instance.cli();
     let consume = |more: &[&str]| {
         tokio::task::block_in_place(|| cli.run(&[&["consume", "orders", "--until-end"], more].concat()))
     };
-    let stopped = consume(&[]);
-    assert_eq!(stopped.code, 1, "{stopped:?}");
-    assert_eq!(stopped.text().lines().count(), 1 + 999, "what could be decoded is printed");
+    let failed = consume(&[]);
+    assert_eq!(failed.code, 1, "{failed:?}");
+    assert_eq!(failed.text().lines().count(), 1 + 999, "the decodable records are printed");
     for words in ["batch at offset 1 ", "from offset 1000 on", "the next batch is at offset 1001", "--skip-corrupt"] {
-        assert!(stopped.stderr.contains(words), "{words}: {}", stopped.stderr);
+        assert!(failed.stderr.contains(words), "{words}: {}", failed.stderr);
     }
-    assert_eq!(consume(&["--from", "1001", "--max", "1"]).text(), "after\n");
+    assert_eq!(consume(&["--from", "1001", "--max-records", "1"]).text(), "after\n");
     let skipped = consume(&["--skip-corrupt"]);
     assert_eq!(skipped.code, 0, "{skipped:?}");
-    assert_eq!(skipped.text().lines().count(), 1 + 999 + 1 + 999, "it ends where the log did");
+    assert_eq!(skipped.text().lines().count(), 1 + 999 + 1 + 999, "the log ends at the previous end");
     for words in ["skipped up to offset 1001", "skipped up to offset 2002", "skipped 2 records"] {
         assert!(skipped.stderr.contains(words), "{words}: {}", skipped.stderr);
     }
@@ -117,8 +117,8 @@ async fn consume_skips_an_undecodable_batch_only_on_request() {
     let follows = Running::start(&cli, &["consume", "orders", "--from", "earliest", "--skip-corrupt"]);
     let stderr = follows.stderr.clone();
     tokio::task::block_in_place(|| {
-        follows.says(&stderr, "skipped up to offset 2002");
+        follows.wait_for_output(&stderr, "skipped up to offset 2002");
         assert_eq!(follows.stop(Signal::INT).0, Some(0));
     });
-    assert!(stderr.lock().expect("whole").contains("skipped 2 records"));
+    assert!(stderr.lock().expect("no thread panicked").contains("skipped 2 records"));
 }

@@ -11,7 +11,7 @@ use strandline::{
         error::ApiError,
         v1::{
             Acks, AppendRequest, AppendResponse, CreateTopicRequest, FetchPartition, GetMetadataRequest,
-            ListOffsetsRequest, OffsetQuery, PlainRecords, ReadRequest, Record, admin_client::AdminClient,
+            ListOffsetsRequest, OffsetQuery, ReadRequest, Record, RecordList, admin_client::AdminClient,
             append_request::Payload, log_client::LogClient, offset_query::At,
         },
     },
@@ -51,11 +51,11 @@ pub(crate) async fn leader(brokers: &[SocketAddr], topic: &str, partition: i32) 
     let mut newest = None;
     for address in brokers {
         let request = GetMetadataRequest { topics: vec![topic.to_owned()], all_topics: false };
-        let Ok(answer) = admin(*address).get_metadata(request).await else { continue };
-        let answer = answer.into_inner();
-        let mut partitions = answer.topics.iter().flat_map(|topic| &topic.partitions);
+        let Ok(response) = admin(*address).get_metadata(request).await else { continue };
+        let response = response.into_inner();
+        let mut partitions = response.topics.iter().flat_map(|topic| &topic.partitions);
         let Some(known) = partitions.find(|one| one.partition == partition) else { continue };
-        let leader = answer.brokers.iter().find(|broker| Some(broker.id) == known.leader);
+        let leader = response.brokers.iter().find(|broker| Some(broker.id) == known.leader);
         newest = newest.max(Some((known.leader_epoch, leader.and_then(|broker| broker.address.parse().ok()))));
     }
     newest?.1
@@ -64,7 +64,7 @@ pub(crate) async fn leader(brokers: &[SocketAddr], topic: &str, partition: i32) 
 /// Returns an append of a list of records.
 pub(crate) fn append_plain(topic: &str, partition: i32, values: Vec<Bytes>) -> AppendRequest {
     let records = values.into_iter().map(|value| Record { value: Some(value), ..Default::default() }).collect();
-    request(topic, partition, Payload::Records(PlainRecords { records }))
+    request(topic, partition, Payload::Records(RecordList { records }))
 }
 
 /// Returns an append of bytes that claim to be a batch.
@@ -91,10 +91,10 @@ pub(crate) async fn append(log: &mut LogClient<Channel>, request: AppendRequest)
 /// Returns the first offset that is not committed.
 pub(crate) async fn latest(log: &mut LogClient<Channel>, topic: &str, partition: i32) -> Result<i64, ApiError> {
     let query = OffsetQuery { topic: topic.to_owned(), partition, at: Some(At::Latest(true)) };
-    let answer = log.list_offsets(ListOffsetsRequest { queries: vec![query] }).await;
-    let answers = answer.map_err(|status| ApiError::from(&status))?.into_inner().answers;
-    let answer = answers.into_iter().next().expect("one answer for one query");
-    answer.error.map_or(Ok(answer.offset), |error| Err(error.into()))
+    let response = log.list_offsets(ListOffsetsRequest { queries: vec![query] }).await;
+    let responses = response.map_err(|status| ApiError::from(&status))?.into_inner().results;
+    let response = responses.into_iter().next().expect("one result for one query");
+    response.error.map_or(Ok(response.offset), |error| Err(error.into()))
 }
 
 /// Reads the records of `from..end` on arrival. Returns fewer if no more arrive for half a minute.
@@ -111,11 +111,11 @@ pub(crate) async fn read_range(
         let request = ReadRequest {
             partitions: vec![FetchPartition { topic: topic.to_owned(), partition, offset: next, ..Default::default() }],
             max_wait_ms: 200,
-            plain: true,
+            decode: true,
             ..Default::default()
         };
-        let answer = log.read(request).await.map_err(|status| ApiError::from(&status))?.into_inner();
-        for part in answer.partitions {
+        let response = log.read(request).await.map_err(|status| ApiError::from(&status))?.into_inner();
+        for part in response.partitions {
             if let Some(error) = part.error {
                 return Err(error.into());
             }

@@ -1,4 +1,4 @@
-"""Creates a topic, appends plain records and reads them back, with code generated from proto/ alone.
+"""Creates a topic, appends records without batches and reads them decoded, with code generated from proto/ alone.
 
 Usage: roundtrip.py HOST:PORT, with the generated code on PYTHONPATH:
 
@@ -32,18 +32,18 @@ def main(address: str) -> None:
     ]
     appended = log.Append(
         log_pb2.AppendRequest(
-            topic=TOPIC, partition=1, acks=types_pb2.ACKS_ALL, records=log_pb2.PlainRecords(records=sent)
+            topic=TOPIC, partition=1, acks=types_pb2.ACKS_ALL, records=log_pb2.RecordList(records=sent)
         ),
         timeout=10,
     )
     assert (appended.base_offset, appended.end_offset) == (0, 3), appended
-    assert appended.durability == types_pb2.DURABILITY_SYNCED and appended.replicas == 1, appended
+    assert appended.durability == types_pb2.ACK_DURABILITY_PERSISTED and appended.replicas == 1, appended
 
     read = log.Read(
         log_pb2.ReadRequest(
             partitions=[log_pb2.FetchPartition(topic=TOPIC, partition=1, offset=0)],
             max_wait_ms=5000,
-            plain=True,
+            decode=True,
             any_replica=True,
         ),
         timeout=10,
@@ -53,47 +53,47 @@ def main(address: str) -> None:
     assert (part.high_watermark, part.next_offset, part.from_follower) == (3, 3, False), part
     got = list(part.records)
     assert [record.offset for record in got] == [0, 1, 2], got
-    for mine, theirs in zip(sent, got):
-        # Absent and empty are not the same.
-        assert mine.HasField("key") == theirs.HasField("key") and mine.key == theirs.key, theirs
-        assert mine.HasField("value") == theirs.HasField("value") and mine.value == theirs.value, theirs
-        assert list(mine.headers) == list(theirs.headers), theirs
+    for expected, record in zip(sent, got):
+        # An absent field differs from an empty one.
+        assert expected.HasField("key") == record.HasField("key") and expected.key == record.key, record
+        assert expected.HasField("value") == record.HasField("value") and expected.value == record.value, record
+        assert list(expected.headers) == list(record.headers), record
     assert got[0].timestamp_ms == 1_700_000_000_000, got[0]
 
     cluster = admin.DescribeCluster(admin_pb2.DescribeClusterRequest(), timeout=10)
     (broker,) = cluster.brokers
-    assert broker.alive and broker.leaders == 2 and broker.HasField("figures"), cluster
-    assert (cluster.partitions, cluster.leaderless, cluster.moving) == (2, 0, 0), cluster
-    order = admin_pb2.ReassignRequest(topic=TOPIC, partition=1, replicas=[broker.id])
-    (moved,) = admin.Reassign(order, timeout=10).partitions
-    assert moved.partition.partition == 1 and not moved.changed, moved
+    assert broker.alive and broker.leader_count == 2 and broker.HasField("stats"), cluster
+    assert (cluster.partitions, cluster.leaderless, cluster.reassigning) == (2, 0, 0), cluster
+    request = admin_pb2.ReassignPartitionsRequest(topic=TOPIC, partition=1, replicas=[broker.id])
+    (reassignment,) = admin.ReassignPartitions(request, timeout=10).partitions
+    assert reassignment.partition.partition == 1 and not reassignment.changed, reassignment
     try:
         admin.DrainBroker(admin_pb2.DrainBrokerRequest(broker=broker.id + 1), timeout=10)
-        raise AssertionError("a broker that is not there was drained")
+        raise AssertionError("an unknown broker was drained")
     except grpc.RpcError as error:
         assert error.code() == grpc.StatusCode.NOT_FOUND, error
 
-    # A stream ends once all that was sent is answered, also when nothing was.
+    # A stream ends after the response to its last request, also without a request.
     requests = [
         log_pb2.ProduceRequest(
-            correlation=number,
-            append=log_pb2.AppendRequest(topic=TOPIC, partition=0, records=log_pb2.PlainRecords(records=sent[:1])),
+            correlation_id=number,
+            append=log_pb2.AppendRequest(topic=TOPIC, partition=0, records=log_pb2.RecordList(records=sent[:1])),
         )
         for number in range(5)
     ]
-    answers = list(log.Produce(iter(requests), timeout=30))
-    assert sorted(answer.correlation for answer in answers) == list(range(5)), answers
-    assert all(answer.HasField("appended") for answer in answers), answers
+    responses = list(log.Produce(iter(requests), timeout=30))
+    assert sorted(response.correlation_id for response in responses) == list(range(5)), responses
+    assert all(response.HasField("appended") for response in responses), responses
     assert list(log.Produce(iter([]), timeout=30)) == []
 
     try:
         log.Append(
-            log_pb2.AppendRequest(topic="nobody", records=log_pb2.PlainRecords(records=sent)), timeout=10
+            log_pb2.AppendRequest(topic="absent", records=log_pb2.RecordList(records=sent)), timeout=10
         )
-        raise AssertionError("a topic that nobody created took records")
+        raise AssertionError("an unknown topic accepted records")
     except grpc.RpcError as error:
         assert error.code() == grpc.StatusCode.NOT_FOUND, error
-        assert "nobody" in error.details(), error
+        assert "absent" in error.details(), error
 
     print(f"{len(got)} records written and read")
 

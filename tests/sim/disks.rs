@@ -15,20 +15,20 @@ use strandline::{
 
 use crate::{
     faults::{pause, values},
-    load::{Keeps, Ledger, Load, PATIENCE, TOPICS},
+    load::{Ledger, Load, RESPONSE_TIMEOUT, RetentionProfile, TOPICS},
     machine::Machine,
     meta::SimMeta,
-    run::{self, Shape},
-    world::World,
+    run::{self, Topology},
+    world::Simulation,
 };
 
 /// Path parts of the files whose syncs fail: the journal, every partition 0, the checkpoint, all files.
 const PARTS: [&str; 4] = ["journal", "/0/", "checkpoint", ""];
 
-/// Slows every sync for a while, possibly beyond `replication.lag_time`.
+/// Slows every sync for a while, possibly beyond `replication.max_lag_time`.
 pub(crate) async fn are_slow(machine: &Machine) {
     let us = random::in_range(20_000..3_000_000);
-    machine.note(format_args!("its syncs take up to {us} us"));
+    machine.record(format_args!("has syncs of up to {us} us"));
     machine.slow(us);
     pause(100, 6000).await;
     machine.slow(0);
@@ -39,8 +39,8 @@ pub(crate) async fn are_slow(machine: &Machine) {
 /// loss.
 pub(crate) async fn fail(machine: &mut Machine, pages: bool, noticed_ms: u64) {
     let part = if pages { PARTS[random::in_range(0..PARTS.len())] } else { PARTS[0] };
-    machine.note(format_args!("its syncs of {part:?} fail"));
-    machine.spoil(part);
+    machine.record(format_args!("has failing syncs of {part:?}"));
+    machine.fail_syncs(part);
     pause(10, noticed_ms).await;
     if random::in_range(0..3) == 0 {
         machine.stop().await
@@ -55,7 +55,9 @@ pub(crate) async fn fail(machine: &mut Machine, pages: bool, noticed_ms: u64) {
 #[test]
 fn broker_with_failing_journal_resigns() {
     for seed in 1..=4 {
-        run::simulate(Shape::THREE, seed, async |world| one_fails(world, "journal", Duration::from_secs(5)).await);
+        run::simulate(Topology::THREE, seed, async |world| {
+            check_resignation(world, "journal", Duration::from_secs(5)).await
+        });
     }
 }
 
@@ -63,12 +65,14 @@ fn broker_with_failing_journal_resigns() {
 #[test]
 fn broker_with_failing_checkpoint_resigns() {
     for seed in 1..=4 {
-        run::simulate(Shape::THREE, seed, async |world| one_fails(world, "checkpoint", Duration::from_secs(40)).await);
+        run::simulate(Topology::THREE, seed, async |world| {
+            check_resignation(world, "checkpoint", Duration::from_secs(40)).await
+        });
     }
 }
 
-/// Makes syncs of a part of one broker's disk fail. Within `given_up` every partition must have a leader and an ISR without that broker.
-async fn one_fails(world: &mut World, part: &str, given_up: Duration) {
+/// Makes syncs of a part of one broker's disk fail. Within `resigned_within` every partition must have a leader and an ISR without that broker.
+async fn check_resignation(world: &mut Simulation, part: &str, resigned_within: Duration) {
     join_all(world.machines.iter_mut().map(|machine| Box::pin(machine.start()))).await;
     let client = world.client().await;
     for (name, partitions) in TOPICS.iter().zip([3, 1]) {
@@ -84,29 +88,29 @@ async fn one_fails(world: &mut World, part: &str, given_up: Duration) {
     let (tasks, stop) = (Tasks::new(), Tasks::new());
     let (ledger, trace) = (Ledger::default(), world.shared.trace.clone());
     let admin = client.clone();
-    let load = Load { client, ledger, trace, stop: stop.clone(), partitions: vec![3], keeps: Keeps::All };
+    let load = Load { client, ledger, trace, stop: stop.clone(), partitions: vec![3], keeps: RetentionProfile::All };
     let producer = tasks.spawn("producer", load.produce(0));
     let meta = world.machines[0].meta.clone();
     let whole = |value: &PartitionValue| value.leader.is_some() && value.isr.len() == 3;
-    become_all(&meta, PATIENCE, whole).await;
+    wait_for_values(&meta, RESPONSE_TIMEOUT, whole).await;
     pause(500, 1500).await;
 
     let failing = admin.admin().describe_topic(TOPICS[1]).await.unwrap().partitions[0].leader.unwrap();
     let machine = world.machines.iter_mut().find(|machine| machine.id == failing).unwrap();
-    machine.spoil(part);
-    become_all(&meta, given_up, |value| value.leader.is_some() && !value.isr.contains(&failing)).await;
-    assert!(machine.ails(), "whoever watches the broker is told to restart it");
+    machine.fail_syncs(part);
+    wait_for_values(&meta, resigned_within, |value| value.leader.is_some() && !value.isr.contains(&failing)).await;
+    assert!(machine.needs_restart(), "the broker reports that it needs a restart");
     machine.kill(None);
     machine.mend();
     machine.start().await;
-    become_all(&meta, PATIENCE, whole).await;
+    wait_for_values(&meta, RESPONSE_TIMEOUT, whole).await;
     stop.cancel();
-    tokio::time::timeout(PATIENCE, producer).await.expect("every send is answered").unwrap();
+    tokio::time::timeout(RESPONSE_TIMEOUT, producer).await.expect("every send has a response").unwrap();
     tasks.stop().await;
 }
 
 /// Waits until `so` holds for every partition value. Panics after `within`.
-async fn become_all(meta: &SimMeta, within: Duration, so: impl Fn(&PartitionValue) -> bool) {
+async fn wait_for_values(meta: &SimMeta, within: Duration, so: impl Fn(&PartitionValue) -> bool) {
     let end = clock::monotonic() + within;
     loop {
         let values = values(meta).await;

@@ -1,12 +1,12 @@
 //! Faults of a run and their durations. Each kind of component has its own loop of faults, so faults overlap.
 //!
 //! Most runs mix all faults. Some histories need one fault repeatedly, at the right moment, and no other fault that disturbs them. About a
-//! run in four therefore has another [`Theme`].
+//! run in four therefore has another [`FaultProfile`].
 
 use std::{sync::Arc, time::Duration};
 
 use strandline::{
-    cluster::{Compare, Entry, Keys, MetaStore as _, PartitionValue, Transaction, Value as _},
+    cluster::{Compare, KeyValue, Keys, MetaStore as _, PartitionValue, Transaction, Value as _},
     task::{clock, random},
 };
 use tokio::{
@@ -19,7 +19,7 @@ use crate::{
     machine::{Machine, Shared},
     meta::SimMeta,
     net::{Net, SILENCE},
-    run::Shape,
+    run::Topology,
 };
 
 /// Network name of the clients.
@@ -27,7 +27,7 @@ pub(crate) const OUTSIDE: &str = "clients";
 
 /// Fault profile of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Theme {
+pub(crate) enum FaultProfile {
     /// All faults, at random times.
     All,
     /// Leases end, mostly those of leaders, and leadership moves between running brokers. One broker receives metadata changes late and its
@@ -40,14 +40,14 @@ pub(crate) enum Theme {
 }
 
 /// Faults of one run.
-pub(crate) struct Plan {
+pub(crate) struct FaultPlan {
     until: Instant,
-    theme: Theme,
+    theme: FaultProfile,
     /// Number of the broker that a theme targets.
     victim: u32,
     /// True if acknowledged records survive a power loss on any machine at any time.
     power: bool,
-    /// Lock of [`Theme::OneDown`], held for a machine that is down or may lose its lease until every replica is in sync again. Meanwhile
+    /// Lock of [`FaultProfile::OneDown`], held for a machine that is down or may lose its lease until every replica is in sync again. Meanwhile
     /// that machine may lose power, and no other replica fails its startup verification or leaves the ISR.
     down: Option<Arc<Mutex<()>>>,
     /// Held from the check that a disk is spare until its broker has started without the data. Otherwise two brokers could each count on
@@ -55,23 +55,23 @@ pub(crate) struct Plan {
     replacing: Mutex<()>,
 }
 
-impl Plan {
+impl FaultPlan {
     /// Draws the faults of a run that starts now.
-    pub(crate) fn draw(shape: Shape, power: bool) -> Self {
+    pub(crate) fn draw(shape: Topology, power: bool) -> Self {
         let drawn = match random::in_range(0..8) {
-            _ if shape.brokers == 1 => Theme::All,
-            0 => Theme::Leases,
-            1 => Theme::Admissions,
-            2 if !power => Theme::OneDown,
-            _ => Theme::All,
+            _ if shape.brokers == 1 => FaultProfile::All,
+            0 => FaultProfile::Leases,
+            1 => FaultProfile::Admissions,
+            2 if !power => FaultProfile::OneDown,
+            _ => FaultProfile::All,
         };
         let theme = shape.theme.unwrap_or(drawn);
         Self {
-            until: clock::monotonic() + shape.trouble,
+            until: clock::monotonic() + shape.fault_duration,
             theme,
             victim: random::in_range(1..=shape.brokers),
             power,
-            down: (theme == Theme::OneDown).then(Arc::default),
+            down: (theme == FaultProfile::OneDown).then(Arc::default),
             replacing: Mutex::default(),
         }
     }
@@ -85,7 +85,7 @@ impl Plan {
     /// one machine may be down at a time.
     async fn alone_down(&self, meta: &SimMeta) -> Option<OwnedMutexGuard<()>> {
         let alone = Arc::clone(self.down.as_ref()?).lock_owned().await;
-        until_whole(meta, self).await;
+        wait_until_in_sync(meta, self).await;
         Some(alone)
     }
 }
@@ -95,16 +95,16 @@ pub(crate) async fn pause(from_ms: u64, to_ms: u64) {
 }
 
 /// Injects the faults of one machine.
-pub(crate) async fn of_machine(machine: &mut Machine, plan: &Plan) {
+pub(crate) async fn of_machine(machine: &mut Machine, plan: &FaultPlan) {
     match plan.theme {
-        Theme::All | Theme::OneDown => all_of_machine(machine, plan).await,
-        Theme::Admissions if machine.id.0 == plan.victim => die_again(machine, plan).await,
-        Theme::Admissions | Theme::Leases => {}
+        FaultProfile::All | FaultProfile::OneDown => all_of_machine(machine, plan).await,
+        FaultProfile::Admissions if machine.id.0 == plan.victim => kill_during_admission(machine, plan).await,
+        FaultProfile::Admissions | FaultProfile::Leases => {}
     }
 }
 
 /// Injects kills, power losses, stops, a full disk, slow syncs, failing syncs and clock jumps.
-async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
+async fn all_of_machine(machine: &mut Machine, plan: &FaultPlan) {
     let calm_ms = if machine.alone { 1200 } else { 5000 };
     loop {
         pause(50, calm_ms).await;
@@ -123,7 +123,7 @@ async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
             0..=3 | 7 => machine.kill(None),
             4 => machine.stop().await,
             5 => {
-                machine.note(format_args!("has a full disk"));
+                machine.record(format_args!("has a full disk"));
                 machine.disk.set_capacity(Some(machine.disk_bytes() + random::in_range(0..20_000)));
                 pause(1, 2000).await;
                 machine.disk.set_capacity(None);
@@ -150,14 +150,14 @@ async fn all_of_machine(machine: &mut Machine, plan: &Plan) {
             drop(replaces);
         }
         if alone_down.is_some() {
-            until_whole(&machine.meta, plan).await;
+            wait_until_in_sync(&machine.meta, plan).await;
         }
     }
 }
 
 /// Kills the broker until its peers may detect that, and restarts it. Kills it again when it may be about to enter the ISR, and restarts it
 /// at once.
-async fn die_again(machine: &mut Machine, plan: &Plan) {
+async fn kill_during_admission(machine: &mut Machine, plan: &FaultPlan) {
     loop {
         pause(100, 1500).await;
         if plan.is_over() {
@@ -176,12 +176,12 @@ async fn die_again(machine: &mut Machine, plan: &Plan) {
 /// Returns the partition values of the metadata store.
 pub(crate) async fn values(meta: &SimMeta) -> Vec<PartitionValue> {
     let keys = Keys::new("strandline").unwrap();
-    let entries = meta.truth().list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
+    let entries = meta.direct_store().list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
     entries.iter().map(|entry| PartitionValue::decode(&entry.key, &entry.value).unwrap()).collect()
 }
 
 /// Waits until every replica is in sync, or the fault phase is over.
-async fn until_whole(meta: &SimMeta, plan: &Plan) {
+async fn wait_until_in_sync(meta: &SimMeta, plan: &FaultPlan) {
     let whole = |value: &PartitionValue| value.isr.len() == value.replicas.len() && value.leader.is_some();
     while !plan.is_over() && !values(meta).await.iter().all(whole) {
         pause(20, 100).await;
@@ -195,8 +195,8 @@ async fn is_spare(machine: &Machine) -> bool {
 }
 
 /// Injects faults of the links between the named machines, and of the object store.
-pub(crate) async fn of_network(shared: &Shared, names: &[String], plan: &Plan) {
-    if matches!(plan.theme, Theme::Leases | Theme::Admissions) {
+pub(crate) async fn of_network(shared: &Shared, names: &[String], plan: &FaultPlan) {
+    if matches!(plan.theme, FaultProfile::Leases | FaultProfile::Admissions) {
         return;
     }
     let net = &shared.net;
@@ -209,32 +209,32 @@ pub(crate) async fn of_network(shared: &Shared, names: &[String], plan: &Plan) {
         let other = &names[random::in_range(0..names.len())];
         match random::in_range(0..6) {
             0 => {
-                shared.trace.note(format_args!("every link breaks"));
+                shared.trace.record(format_args!("all links break"));
                 net.reset();
             }
             1 => {
                 let us = random::in_range(5_000..300_000);
-                shared.trace.note(format_args!("from {one} to {other} it takes up to {us} us"));
+                shared.trace.record(format_args!("delays of up to {us} us from {one} to {other}"));
                 net.slow(one, other, us);
                 pause(100, 3000).await;
                 net.slow(one, other, 0);
             }
             2 => {
-                shared.trace.note(format_args!("nothing goes from {one} to {other}"));
+                shared.trace.record(format_args!("no frames from {one} to {other}"));
                 cut(net, &[(one, other)]).await;
             }
             3 => {
-                shared.trace.note(format_args!("nothing goes between {one} and {other}"));
+                shared.trace.record(format_args!("no frames between {one} and {other}"));
                 cut(net, &[(one, other), (other, one)]).await;
             }
             4 => {
-                shared.trace.note(format_args!("{one} is cut off"));
+                shared.trace.record(format_args!("{one} is cut off"));
                 let others = names.iter().filter(|name| *name != one);
                 let ways: Vec<_> = others.flat_map(|name| [(one, name), (name, one)]).collect();
                 cut(net, &ways).await;
             }
             _ => {
-                shared.trace.note(format_args!("the bucket fails"));
+                shared.trace.record(format_args!("the object store fails"));
                 shared.objects.fail(random::in_range(10..100));
                 pause(100, 6000).await;
                 shared.objects.fail(0);
@@ -252,7 +252,7 @@ async fn cut(net: &Net, ways: &[(&String, &String)]) {
     tokio::time::sleep(lasts.min(SILENCE)).await;
     if lasts > SILENCE {
         for (from, to) in ways {
-            net.give_up(from, to);
+            net.time_out_connections(from, to);
         }
         tokio::time::sleep(lasts - SILENCE).await;
     }
@@ -262,16 +262,16 @@ async fn cut(net: &Net, ways: &[(&String, &String)]) {
 }
 
 /// Injects faults of each broker's link to the metadata store.
-pub(crate) async fn of_metadata(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
+pub(crate) async fn of_metadata(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
     match plan.theme {
-        Theme::All | Theme::OneDown => all_of_metadata(shared, metas, plan).await,
-        Theme::Leases => end_leases(shared, metas, plan).await,
-        Theme::Admissions => lead_astray(metas, plan).await,
+        FaultProfile::All | FaultProfile::OneDown => all_of_metadata(shared, metas, plan).await,
+        FaultProfile::Leases => end_leases(shared, metas, plan).await,
+        FaultProfile::Admissions => fail_transactions(metas, plan).await,
     }
 }
 
 /// Makes most transactions of all brokers fail for short periods: requests or responses are lost, or requests are late.
-async fn lead_astray(metas: &[SimMeta], plan: &Plan) {
+async fn fail_transactions(metas: &[SimMeta], plan: &FaultPlan) {
     while !plan.is_over() {
         pause(10, 800).await;
         metas.iter().for_each(|meta| meta.fail(90));
@@ -281,11 +281,11 @@ async fn lead_astray(metas: &[SimMeta], plan: &Plan) {
 }
 
 /// Makes one broker receive metadata changes and send frames late, while leaders lose their leases or their leadership one after the other.
-async fn end_leases(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
+async fn end_leases(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
     while !plan.is_over() {
         let late = random::in_range(0..metas.len());
         let name = |number: usize| format!("b{}:9460", number + 1);
-        shared.trace.note(format_args!("broker {} is late, and leases end", late + 1));
+        shared.trace.record(format_args!("broker {} is late, and leases end", late + 1));
         let slow = |us: u64| {
             for other in (0..metas.len()).filter(|other| *other != late) {
                 shared.net.slow(&name(late), &name(other), us);
@@ -315,9 +315,9 @@ async fn end_leases(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
 
 /// Elects another ISR member, as the controller may at any moment.
 async fn move_leadership(meta: &SimMeta) {
-    let (store, keys) = (meta.truth(), Keys::new("strandline").unwrap());
+    let (store, keys) = (meta.direct_store(), Keys::new("strandline").unwrap());
     let mut entries = store.list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
-    let Entry { key, value, mod_revision, .. } = entries.swap_remove(random::in_range(0..entries.len()));
+    let KeyValue { key, value, mod_revision, .. } = entries.swap_remove(random::in_range(0..entries.len()));
     let value = PartitionValue::decode(&key, &value).unwrap();
     let others: Vec<_> = value.isr.iter().filter(|id| Some(**id) != value.leader).copied().collect();
     if others.is_empty() {
@@ -330,7 +330,7 @@ async fn move_leadership(meta: &SimMeta) {
 }
 
 /// Injects all faults of the metadata store at random.
-async fn all_of_metadata(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
+async fn all_of_metadata(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
     loop {
         pause(100, 4000).await;
         if plan.is_over() {
@@ -346,43 +346,43 @@ async fn all_of_metadata(shared: &Shared, metas: &[SimMeta], plan: &Plan) {
         }
         match kind {
             0 => {
-                shared.trace.note(format_args!("broker {} loses the metadata store", one + 1));
+                shared.trace.record(format_args!("broker {} loses the metadata store", one + 1));
                 meta.cut(true);
                 pause(10, 6000).await;
                 meta.cut(false);
             }
             1 => {
-                shared.trace.note(format_args!("the metadata store is away"));
+                shared.trace.record(format_args!("the metadata store is unavailable"));
                 metas.iter().for_each(|meta| meta.cut(true));
                 pause(10, 6000).await;
                 metas.iter().for_each(|meta| meta.cut(false));
             }
             2 => {
-                shared.trace.note(format_args!("transactions of broker {} go astray", one + 1));
+                shared.trace.record(format_args!("transactions of broker {} fail", one + 1));
                 meta.fail(random::in_range(10..100));
                 pause(100, 4000).await;
                 meta.fail(0);
             }
             3 => {
                 let us = random::in_range(10_000..2_000_000);
-                shared.trace.note(format_args!("broker {} hears of changes up to {us} us late", one + 1));
+                shared.trace.record(format_args!("broker {} receives changes up to {us} us late", one + 1));
                 meta.lag(us);
                 pause(100, 5000).await;
                 meta.lag(0);
             }
             4 => {
-                shared.trace.note(format_args!("broker {} must list the metadata again", one + 1));
+                shared.trace.record(format_args!("broker {} must relist the metadata", one + 1));
                 meta.compact();
             }
             _ => {
-                shared.trace.note(format_args!("the lease of broker {} ends", one + 1));
+                shared.trace.record(format_args!("the lease of broker {} ends", one + 1));
                 meta.end_lease().await;
             }
         }
         if alone_down.is_some() {
             // By then the controller has received the change.
             pause(500, 1000).await;
-            until_whole(meta, plan).await;
+            wait_until_in_sync(meta, plan).await;
         }
     }
 }

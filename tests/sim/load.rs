@@ -7,13 +7,13 @@ use std::{
 };
 
 use strandline::{
-    client::{Client, ConsumerOptions, Delivery, NewRecord, OffsetAt, ProducerOptions},
+    client::{Client, ConsumerOptions, Delivery, NewRecord, OffsetSpec, ProducerOptions},
     model::{Acks, Offset},
     task::{Tasks, random},
 };
 
 use crate::{
-    history::{Attempt, History, Log, Outcome, Pass},
+    history::{Attempt, History, Log, Outcome, ReadPass},
     logs::payload,
     trace::Trace,
 };
@@ -34,24 +34,24 @@ const REST_US: u64 = 600_000;
 
 /// Retention profile of the topics of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Keeps {
+pub(crate) enum RetentionProfile {
     All,
     /// Retention keeps the last few segments, so log starts move.
     Last,
 }
 
-impl Keeps {
-    /// Returns the profile of a seed, without a draw from its random numbers. One seed in five has [`Keeps::Last`].
+impl RetentionProfile {
+    /// Returns the profile of a seed, without a draw from its random numbers. One seed in five has [`RetentionProfile::Last`].
     pub(crate) fn of(seed: u64) -> Self {
         if seed % 5 == 3 { Self::Last } else { Self::All }
     }
 }
 
 /// Timeout after the faults until every request has a response.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
+pub(crate) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Timeout of one read pass.
-pub(crate) const READING: Duration = Duration::from_secs(20);
+pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Waits before a producer's next record: a short pause within a burst, a long one after it.
 async fn pause(burst: &mut u32, short_us: u64) {
@@ -62,17 +62,17 @@ async fn pause(burst: &mut u32, short_us: u64) {
 
 /// History of the clients. Clones share the history.
 #[derive(Clone, Default)]
-pub(crate) struct Ledger(Arc<Mutex<Book>>);
+pub(crate) struct Ledger(Arc<Mutex<ClientHistory>>);
 
 #[derive(Default)]
-struct Book {
+struct ClientHistory {
     history: History,
     acked: BTreeMap<Log, BTreeMap<i64, u64>>,
     now: u64,
 }
 
 impl Ledger {
-    fn book(&self) -> MutexGuard<'_, Book> {
+    fn book(&self) -> MutexGuard<'_, ClientHistory> {
         self.0.lock().unwrap()
     }
 
@@ -112,17 +112,17 @@ pub(crate) struct Load {
     /// Number of partitions of each topic.
     pub(crate) partitions: Vec<u32>,
     /// Retention profile of the topics.
-    pub(crate) keeps: Keeps,
+    pub(crate) keeps: RetentionProfile,
 }
 
 impl Load {
     /// Produces records in order, several in flight, with an idempotent producer: each record is stored once.
     pub(crate) async fn produce(self, producer: u32) {
-        let options = ProducerOptions { delivery_timeout: PATIENCE, ..ProducerOptions::default() };
+        let options = ProducerOptions { delivery_timeout: RESPONSE_TIMEOUT, ..ProducerOptions::default() };
         let sender = loop {
             match self.client.producer(options.clone()).await {
                 Ok(sender) => break sender,
-                Err(error) => self.trace.note(format_args!("{producer}: no producer: {error}")),
+                Err(error) => self.trace.record(format_args!("{producer}: no producer: {error}")),
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         };
@@ -130,7 +130,7 @@ impl Load {
             let (log, number) = (attempt.log, attempt.payload & 0xffff_ffff);
             let ack = delivery.await.unwrap_or_else(|error| panic!("{producer} {number}: {error}"));
             let offset = ack.offset.expect("acknowledged by all").as_i64();
-            self.trace.note(format_args!("{producer}: {number} is at {offset} of {log:?}"));
+            self.trace.record(format_args!("{producer}: {number} is at {offset} of {log:?}"));
             (attempt.answered, attempt.outcome) = (self.ledger.now(), Outcome::Acknowledged { offset });
             self.ledger.attempt(attempt);
         };
@@ -143,7 +143,7 @@ impl Load {
                 match sender.send(TOPICS[attempt.log.0], record).await {
                     Ok(delivery) => break delivery,
                     // The producer has no metadata of the topic yet and cannot get any. Nothing was sent.
-                    Err(error) => self.trace.note(format_args!("{producer}: {number} waits: {error}")),
+                    Err(error) => self.trace.record(format_args!("{producer}: {number} waits: {error}")),
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;
             };
@@ -187,13 +187,13 @@ impl Load {
             attempt.answered = self.ledger.now();
             match delivered {
                 Ok(ack) => {
-                    let offset = ack.offset.expect("it waits for an answer").as_i64();
+                    let offset = ack.offset.expect("the producer waits for acknowledgements").as_i64();
                     if acks != Acks::Leader {
                         attempt.outcome = Outcome::Acknowledged { offset };
                     }
-                    self.trace.note(format_args!("{producer}: {number} is at {offset} of {:?}", attempt.log));
+                    self.trace.record(format_args!("{producer}: {number} is at {offset} of {:?}", attempt.log));
                 }
-                Err(error) => self.trace.note(format_args!("{producer}: {number} is perhaps nowhere: {error}")),
+                Err(error) => self.trace.record(format_args!("{producer}: {number} has an unknown outcome: {error}")),
             }
             self.ledger.attempt(attempt);
             number += 1;
@@ -233,7 +233,7 @@ impl Load {
             let whole = random::in_range(0..3) == 0;
             let log = (topic, i32::try_from(partition).unwrap());
             if let Err(error) = self.pass(log, whole, alone, Duration::from_secs(3)).await {
-                self.trace.note(format_args!("a reader of {log:?} gave up: {error}"));
+                self.trace.record(format_args!("a reader of {log:?} gave up: {error}"));
             }
         }
     }
@@ -242,15 +242,15 @@ impl Load {
     pub(crate) async fn pass(&self, log: Log, whole: bool, current: bool, time: Duration) -> Result<(), String> {
         let (topic, partition) = (TOPICS[log.0], log.1.unsigned_abs());
         let began = self.ledger.now();
-        let ask = async |at: OffsetAt| -> Result<i64, String> {
+        let ask = async |at: OffsetSpec| -> Result<i64, String> {
             let asked = tokio::time::timeout(time, self.client.admin().offset(topic, partition, at)).await;
             Ok(asked.map_err(|late| late.to_string())?.map_err(|error| error.to_string())?.as_i64())
         };
-        let start = if self.keeps == Keeps::All { 0 } else { ask(OffsetAt::Earliest).await? };
-        let end = ask(OffsetAt::Latest).await?;
+        let start = if self.keeps == RetentionProfile::All { 0 } else { ask(OffsetSpec::Earliest).await? };
+        let end = ask(OffsetSpec::Latest).await?;
         let start = start.min(end);
         let from = if whole { start } else { random::in_range(start..=end) };
-        let mut pass = Pass { log, began, from, end, to: from, current, records: Vec::new() };
+        let mut pass = ReadPass { log, began, from, end, to: from, current, records: Vec::new() };
         // Some passes read from followers. Some name a rack without a broker.
         let rack = random::in_range(0..6);
         let options = ConsumerOptions::default();

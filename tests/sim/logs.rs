@@ -14,14 +14,14 @@ use std::{
 
 use bytes::Bytes;
 use strandline::{
-    log::{Disk as _, Mode, SimDisk, Stamp},
+    log::{Disk as _, OpenMode, SimDisk, SyncStamp},
     model::{LeaderEpoch, Offset, PartitionId},
     record::Batch,
 };
 
 /// One batch on the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Held {
+pub(crate) struct StoredBatch {
     pub(crate) base: Offset,
     pub(crate) end: Offset,
     epoch: LeaderEpoch,
@@ -31,7 +31,7 @@ pub(crate) struct Held {
     pub(crate) payloads: Vec<u64>,
 }
 
-impl Held {
+impl StoredBatch {
     fn of(batch: &Batch) -> Self {
         let mut digest = DefaultHasher::new();
         digest.write(&batch.to_bytes());
@@ -60,7 +60,7 @@ pub(crate) struct Replica {
 
 impl Replica {
     /// Returns all batches in order.
-    pub(crate) fn batches(&self) -> impl DoubleEndedIterator<Item = &Held> {
+    pub(crate) fn batches(&self) -> impl DoubleEndedIterator<Item = &StoredBatch> {
         self.segments.iter().flat_map(|segment| &segment.batches)
     }
 
@@ -70,7 +70,7 @@ impl Replica {
     }
 
     /// Returns the batches from an offset, which is the base of a batch or lies below all batches.
-    fn batches_from(&self, from: Offset) -> impl Iterator<Item = &Held> {
+    fn batches_from(&self, from: Offset) -> impl Iterator<Item = &StoredBatch> {
         let first = self.segments.partition_point(|segment| segment.end <= from);
         let batches = self.segments[first..].iter().flat_map(|segment| &segment.batches);
         batches.skip_while(move |held| held.base < from)
@@ -82,17 +82,17 @@ impl Replica {
 struct Segment {
     base: Offset,
     end: Offset,
-    batches: Vec<Held>,
-    stamp: Stamp,
+    batches: Vec<StoredBatch>,
+    stamp: SyncStamp,
 }
 
 /// Logs on one disk.
-pub(crate) struct Logs {
+pub(crate) struct DiskLogs {
     disk: SimDisk,
     segments: RefCell<BTreeMap<PathBuf, Rc<Segment>>>,
 }
 
-impl Logs {
+impl DiskLogs {
     pub(crate) fn of(disk: &SimDisk) -> Self {
         Self { disk: disk.clone(), segments: RefCell::default() }
     }
@@ -117,13 +117,13 @@ impl Logs {
             // A roll on a full disk may leave an empty segment. Evicted segments that could not be removed do not count; the next start
             // removes them.
             if replica.segments.is_empty() || base < end {
-                assert!(base >= replica.end, "{}: the one before ends at {}", file.display(), replica.end);
+                assert!(base >= replica.end, "{}: the previous segment ends at {}", file.display(), replica.end);
                 if base > replica.end {
                     replica = Replica { end: base, ..Replica::default() };
                 }
             }
             if let (Some(last), Some(first)) = (replica.batches().next_back(), segment.batches.first()) {
-                assert!(first.epoch >= last.epoch, "{}: epochs never fall", file.display());
+                assert!(first.epoch >= last.epoch, "{}: the epochs decrease", file.display());
             }
             if base < end {
                 replica.end = end;
@@ -140,19 +140,19 @@ impl Logs {
     fn segment(&self, file: &Path) -> Rc<Segment> {
         let stamp = self.disk.stamp(file).unwrap();
         let mut segments = self.segments.borrow_mut();
-        let mut known = segments.remove(file).filter(|known| known.stamp.is_before(stamp)).unwrap_or_else(|| {
+        let mut parsed = segments.remove(file).filter(|parsed| parsed.stamp.is_before(stamp)).unwrap_or_else(|| {
             let base = base_of(file);
             Rc::new(Segment { base, end: base, batches: Vec::new(), stamp: stamp.of_nothing() })
         });
-        if known.stamp != stamp {
-            let segment = Rc::make_mut(&mut known);
+        if parsed.stamp != stamp {
+            let segment = Rc::make_mut(&mut parsed);
             let mut appended = vec![0; usize::try_from(stamp.len - segment.stamp.len).unwrap()];
-            self.disk.open(file, Mode::Read).unwrap().read_at(&mut appended, segment.stamp.len).unwrap();
+            self.disk.open(file, OpenMode::Read).unwrap().read_at(&mut appended, segment.stamp.len).unwrap();
             segment.take(Bytes::from(appended), file);
             segment.stamp = stamp;
         }
-        segments.insert(file.to_owned(), Rc::clone(&known));
-        known
+        segments.insert(file.to_owned(), Rc::clone(&parsed));
+        parsed
     }
 }
 
@@ -160,10 +160,10 @@ impl Segment {
     fn take(&mut self, mut appended: Bytes, file: &Path) {
         while !appended.is_empty() {
             let batch = Batch::split_from(&mut appended).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
-            let held = Held::of(&batch);
-            assert_eq!(held.base, self.end, "{}: offsets follow each other", file.display());
+            let held = StoredBatch::of(&batch);
+            assert_eq!(held.base, self.end, "{}: the offsets are not contiguous", file.display());
             let last = self.batches.last();
-            assert!(last.is_none_or(|last| held.epoch >= last.epoch), "{}: epochs never fall", file.display());
+            assert!(last.is_none_or(|last| held.epoch >= last.epoch), "{}: the epochs decrease", file.display());
             self.end = held.end;
             self.batches.push(held);
         }
@@ -201,11 +201,11 @@ pub(crate) fn contradiction(one: &Replica, other: &Replica) -> Option<String> {
     let first = |replica: &Replica| replica.batches().next().map(|held| held.base);
     let from = first(one)?.max(first(other)?);
     let theirs: BTreeMap<_, _> = other.batches_from(from).map(|held| (held.base, held)).collect();
-    let shared = |held: &Held| theirs.get(&held.base).is_some_and(|other| other.epoch == held.epoch);
+    let shared = |held: &StoredBatch| theirs.get(&held.base).is_some_and(|other| other.epoch == held.epoch);
     let last = one.batches().rev().take_while(|held| held.base >= from).find(|held| shared(held))?.base;
     for (mine, theirs) in one.batches_from(from).take_while(|held| held.base <= last).zip(theirs.values()) {
         if mine.base != theirs.base {
-            return Some(format!("one has a batch at {}, the other at {}", mine.base, theirs.base));
+            return Some(format!("one log has a batch at {}, the other log at {}", mine.base, theirs.base));
         }
         if mine != *theirs {
             return Some(format!(

@@ -10,13 +10,13 @@ use std::{
 };
 
 use strandline::{
-    cluster::{Endpoints, MetaStore, ViewState},
-    config::{Config, Sources},
-    log::{Disk as _, Log, SimDisk, Stepper},
+    cluster::{Endpoints, MetaStore, MetadataSnapshot},
+    config::{Config, ConfigSources},
+    log::{DataDir, Disk as _, SimDisk, SimHook},
     model::BrokerId,
-    server::{Node, Outside, Stores},
+    server::{Node, NodeDeps, StoreHandles},
     task::{Tasks, clock, process::SimProcess, random},
-    tier::{Store, StoreOptions},
+    tier::{ObjectStoreOptions, TierStore},
 };
 use tokio::{sync::Notify, time::Instant};
 
@@ -62,7 +62,7 @@ pub(crate) struct Machine {
     /// Number of earlier disks of this machine.
     pub(crate) disks: Arc<AtomicU32>,
     /// True if the disk content may differ from the broker's writes, until the next start of the broker.
-    pub(crate) spoilt: Arc<AtomicBool>,
+    pub(crate) disk_altered: Arc<AtomicBool>,
     /// Maximum additional duration of a sync, in microseconds.
     slow_us: Arc<AtomicU64>,
 }
@@ -70,7 +70,7 @@ pub(crate) struct Machine {
 impl Machine {
     /// Creates a machine in a rack, for a standalone broker or for one broker of several.
     pub(crate) fn new(id: u32, rack: u32, alone: bool, meta: SimMeta, shared: Shared) -> Self {
-        let settings = Sources::new()
+        let settings = ConfigSources::new()
             .flag("broker.id", id.to_string())
             .flag("broker.rack", format!("r{rack}"))
             .flag("broker.data_dir", "/data")
@@ -79,11 +79,11 @@ impl Machine {
             .flag("tier.check_interval", "1s")
             .flag("tier.garbage_grace", format!("{}s", GRACE.as_secs()))
             .flag("metadata.session_timeout", "2s")
-            .flag("replication.lag_time", "2s")
+            .flag("replication.max_lag_time", "2s")
             .load();
         let mut config = settings.unwrap_or_else(|error| panic!("{error}")).config;
         // Smaller than the configuration allows: the journal ring wraps and reads miss the tail cache within seconds.
-        (config.log.journal_bytes, config.log.tail_memory_bytes) = (1 << 20, 64 << 10);
+        (config.log.journal_bytes, config.log.tail_cache_bytes) = (1 << 20, 64 << 10);
         Self {
             id: BrokerId(id),
             address: format!("b{id}:9460"),
@@ -97,7 +97,7 @@ impl Machine {
             broker: None,
             process: Arc::default(),
             disks: Arc::default(),
-            spoilt: Arc::default(),
+            disk_altered: Arc::default(),
             slow_us: Arc::default(),
         }
     }
@@ -112,14 +112,14 @@ impl Machine {
             process.set_wall_offset(self.wall_offset_ms);
             match process.run(Box::pin(self.open(&process))).await {
                 Ok(node) => {
-                    self.note(format_args!("started, {} partitions", node.broker().partitions()));
+                    self.record(format_args!("started, {} partitions", node.broker().partitions()));
                     self.broker = Some((process, node));
-                    self.spoilt.store(false, Ordering::Relaxed);
+                    self.disk_altered.store(false, Ordering::Relaxed);
                     self.process.store(number, Ordering::Relaxed);
                     return;
                 }
                 Err(error) => {
-                    self.note(format_args!("did not start: {error:#}"));
+                    self.record(format_args!("did not start: {error:#}"));
                     process.kill();
                     self.disk.kill();
                     self.shared.net.hang_up(&self.address, true);
@@ -127,24 +127,25 @@ impl Machine {
                 }
             }
         }
-        panic!("broker {} does not start any more", self.id);
+        panic!("broker {} does not start", self.id);
     }
 
     async fn open(&self, process: &SimProcess) -> anyhow::Result<Node> {
         let wake = Arc::new(Notify::new());
         let woken = Arc::clone(&wake);
-        let options = StoreOptions::new("memory://");
-        let objects = Store::over(Arc::new(self.shared.objects.clone()), "", &options, &self.config.cluster);
+        let options = ObjectStoreOptions::new("memory://");
+        let objects =
+            TierStore::from_object_store(Arc::new(self.shared.objects.clone()), "", &options, &self.config.cluster);
         let meta: Arc<dyn MetaStore> = Arc::new(self.meta.clone());
-        let outside = Outside {
+        let outside = NodeDeps {
             disk: Arc::new(self.disk.clone()),
-            stores: Box::pin(async { Ok(Stores { meta, objects: Some(objects) }) }),
+            stores: Box::pin(async { Ok(StoreHandles { meta, objects: Some(objects) }) }),
             connect: Arc::new(self.shared.net.from(&self.address)),
             alone: self.alone,
-            stepper: Some(Stepper::new(move || wake.notify_one())),
+            sim_hook: Some(SimHook::new(move || wake.notify_one())),
         };
         let endpoints = Endpoints::new(self.address.clone()).with_peer(net::peer_address(&self.address));
-        let step = |log: &Log| {
+        let step = |log: &DataDir| {
             let steps = steps(log.clone(), woken, Arc::clone(&self.slow_us));
             process.enter(|| Tasks::new().spawn("log steps", steps));
         };
@@ -165,7 +166,7 @@ impl Machine {
         }
         self.shared.net.hang_up(&self.address, power.is_none());
         process.enter(|| drop(node));
-        self.note(format_args!("{}", if power.is_some() { "lost its power" } else { "was killed" }));
+        self.record(format_args!("{}", if power.is_some() { "lost power" } else { "was killed" }));
     }
 
     /// Stops the broker as an operator does. The connections of a clustered broker stay open until it has transferred leadership. A power
@@ -179,13 +180,13 @@ impl Machine {
         let stopped = process.run(Box::pin(node.stop())).await;
         self.shared.net.hang_up(&self.address, true);
         match &stopped {
-            Ok(()) => self.note(format_args!("stopped")),
-            Err(error) => self.note(format_args!("stopped, and says: {error:#}")),
+            Ok(()) => self.record(format_args!("stopped")),
+            Err(error) => self.record(format_args!("stopped with an error: {error:#}")),
         }
         process.kill();
         if stopped.is_ok() && self.starts.is_multiple_of(2) {
             self.disk.crash(self.shared.seed ^ u64::from(self.starts));
-            self.note(format_args!("lost its power"));
+            self.record(format_args!("lost power"));
         }
     }
 
@@ -196,12 +197,12 @@ impl Machine {
             self.disk.sync_dir(path.parent().unwrap()).unwrap();
         }
         self.disks.fetch_add(1, Ordering::Relaxed);
-        self.note(format_args!("has a new disk"));
+        self.record(format_args!("has a new disk"));
     }
 
     /// Makes syncs of files with `part` in their path fail from now on.
-    pub(crate) fn spoil(&self, part: &str) {
-        self.spoilt.store(true, Ordering::Relaxed);
+    pub(crate) fn fail_syncs(&self, part: &str) {
+        self.disk_altered.store(true, Ordering::Relaxed);
         self.disk.fail_syncs(Some(part));
     }
 
@@ -221,16 +222,16 @@ impl Machine {
         if let Some((process, _)) = &self.broker {
             process.set_wall_offset(offset_ms);
         }
-        self.note(format_args!("its clock is {offset_ms} ms off"));
+        self.record(format_args!("has a clock offset of {offset_ms} ms"));
     }
 
     /// Returns the metadata snapshot of the broker, if one is running.
-    pub(crate) fn mirror(&self) -> Option<Arc<ViewState>> {
+    pub(crate) fn mirror(&self) -> Option<Arc<MetadataSnapshot>> {
         self.broker.as_ref().map(|(_, node)| node.broker().mirror())
     }
 
     /// Returns true if the broker reports that it should be restarted.
-    pub(crate) fn ails(&self) -> bool {
+    pub(crate) fn needs_restart(&self) -> bool {
         self.broker.as_ref().is_some_and(|(_, node)| node.broker().health().is_err())
     }
 
@@ -243,13 +244,13 @@ impl Machine {
         self.disk.files().iter().filter(|(path, _)| path.starts_with(Path::new("/data"))).map(|(_, bytes)| bytes).sum()
     }
 
-    pub(crate) fn note(&self, what: std::fmt::Arguments<'_>) {
-        self.shared.trace.note(format_args!("broker {} {what}", self.id));
+    pub(crate) fn record(&self, what: std::fmt::Arguments<'_>) {
+        self.shared.trace.record(format_args!("broker {} {what}", self.id));
     }
 }
 
 /// Runs the journal and sync steps, which are the work of a log's threads outside the simulator.
-async fn steps(log: Log, wake: Arc<Notify>, slow_us: Arc<AtomicU64>) {
+async fn steps(log: DataDir, wake: Arc<Notify>, slow_us: Arc<AtomicU64>) {
     let pause = async |most_us: u64| {
         let most_us = most_us + slow_us.load(Ordering::Relaxed);
         tokio::time::sleep(Duration::from_micros(random::in_range(20..most_us))).await;

@@ -10,17 +10,18 @@
 //! | `world`, `machine` | the simulated environment |
 //! | `faults`, `disks` | injected faults |
 //! | `load`, `operator` | clients; admin operations during a run |
-//! | `judge`, `truth`, `history` | rules that always hold |
-//! | `peace` | rules that hold some time after the faults |
+//! | `checker`, `reference`, `history` | rules that always hold |
+//! | `liveness` | rules that hold some time after the faults |
 //! | `mutants` | mutations that the checks must detect |
 
 #![allow(clippy::unwrap_used, reason = "a failed assumption is a failed test")]
 
+mod checker;
 mod disks;
 mod faults;
 #[path = "../common/history.rs"]
 mod history;
-mod judge;
+mod liveness;
 mod load;
 mod logs;
 mod machine;
@@ -31,16 +32,15 @@ mod net;
 mod objects;
 mod operator;
 mod panics;
-mod peace;
+mod reference;
 mod run;
 mod seeds;
 mod trace;
-mod truth;
 mod world;
 
 use std::sync::OnceLock;
 
-use run::Shape;
+use run::Topology;
 use seeds::run_all;
 use strandline::task::run_scoped;
 
@@ -52,7 +52,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// stalled links, a full disk, and an object store that fails or loses responses.
 #[test]
 fn one_broker_keeps_acknowledged_records() {
-    run_all(Shape::ONE);
+    run_all(Topology::ONE);
 }
 
 /// The same rules for three to five brokers, which also lose each other and the metadata store. In some runs an operator reassigns
@@ -60,7 +60,7 @@ fn one_broker_keeps_acknowledged_records() {
 /// replicas become equal.
 #[test]
 fn three_brokers_keep_acknowledged_records() {
-    run_all(Shape::THREE);
+    run_all(Topology::THREE);
 }
 
 /// Number of seeds that are run twice.
@@ -71,7 +71,7 @@ const TWICE: usize = 5;
 #[test]
 #[cfg_attr(not(tokio_unstable), ignore = "needs RUSTFLAGS=--cfg tokio_unstable: make sim")]
 fn seed_run_twice_gives_same_trace() {
-    for shape in [Shape::ONE, Shape::THREE] {
+    for shape in [Topology::ONE, Topology::THREE] {
         for seed in (seeds::first()..).take(TWICE) {
             let traces = [const { OnceLock::new() }; 2];
             run_scoped("sim", 2, |number| drop(traces[number].set(run::run(shape, seed))));

@@ -7,7 +7,7 @@ use strandline::{
     model::PartitionId,
     tier::{
         TierState,
-        manifest::{Page, Root, SegmentLine},
+        manifest::{ManifestPage, ManifestRoot, SegmentEntry},
         name,
     },
 };
@@ -16,11 +16,11 @@ use crate::objects::Objects;
 
 /// Objects that a tier state references.
 #[derive(Default)]
-pub(crate) struct Named {
+pub(crate) struct ReferencedObjects {
     /// The manifest, its pages, and the segments with readable records.
     pub(crate) objects: BTreeSet<String>,
     /// All segments, oldest first, with their object names.
-    pub(crate) segments: Vec<(String, SegmentLine)>,
+    pub(crate) segments: Vec<(String, SegmentEntry)>,
 }
 
 /// Reads the manifest that a state references. The manifest must match the state, and its segments must be contiguous from its first offset
@@ -28,38 +28,44 @@ pub(crate) struct Named {
 ///
 /// # Errors
 /// The manifest is missing or invalid, or does not match the state.
-pub(crate) fn named_by(objects: &Objects, id: PartitionId, state: &TierState) -> Result<Named, String> {
-    let Some(manifest) = state.manifest else { return Ok(Named::default()) };
+pub(crate) fn referenced_objects(
+    objects: &Objects,
+    id: PartitionId,
+    state: &TierState,
+) -> Result<ReferencedObjects, String> {
+    let Some(manifest) = state.manifest else { return Ok(ReferencedObjects::default()) };
     let path = |name: String| format!("{}/{name}", name::partition_folder(id));
-    let read = |object: &str| objects.read(object).ok_or_else(|| format!("{object} is named and not in the bucket"));
+    let read = |object: &str| {
+        objects.read(object).ok_or_else(|| format!("{object} is referenced but not in the object store"))
+    };
     let object = path(manifest.to_string());
-    let root = Root::parse(&read(&object)?).map_err(|error| format!("{object}: {error}"))?;
-    let mut named = Named { objects: BTreeSet::from([object.clone()]), segments: Vec::new() };
-    for line in root.pages() {
-        let page = path(line.stamp.page());
-        let content = Page::parse(&read(&page)?, id, line).map_err(|error| format!("{page}: {error}"))?;
-        named.segments.extend(content.segments().iter().map(|line| (path(line.stamp.segment()), *line)));
+    let root = ManifestRoot::parse(&read(&object)?).map_err(|error| format!("{object}: {error}"))?;
+    let mut named = ReferencedObjects { objects: BTreeSet::from([object.clone()]), segments: Vec::new() };
+    for entry in root.pages() {
+        let page = path(entry.stamp.page());
+        let content = ManifestPage::parse(&read(&page)?, id, entry).map_err(|error| format!("{page}: {error}"))?;
+        named.segments.extend(content.segments().iter().map(|entry| (path(entry.stamp.segment()), *entry)));
         named.objects.insert(page);
     }
-    named.segments.extend(root.segments().iter().map(|line| (path(line.stamp.segment()), *line)));
+    named.segments.extend(root.segments().iter().map(|entry| (path(entry.stamp.segment()), *entry)));
     // A segment below the log start may be deleted while a page still lists it.
-    let read = named.segments.iter().filter(|(_, line)| line.stamp.end > state.log_start);
+    let read = named.segments.iter().filter(|(_, entry)| entry.stamp.end > state.log_start);
     named.objects.extend(read.map(|(segment, _)| segment.clone()));
     let mut next = root.base();
-    for (segment, line) in &named.segments {
-        if line.stamp.base != next {
-            return Err(format!("{object} names {segment} where {next} should follow"));
+    for (segment, entry) in &named.segments {
+        if entry.stamp.base != next {
+            return Err(format!("{object} lists {segment}, but offset {next} is next"));
         }
-        next = line.stamp.end;
+        next = entry.stamp.end;
     }
     // The log start moves in the metadata first, then in the manifest.
     let log_start = state.log_start.min(state.tiered_end);
-    let counts = named.segments.iter().filter(|(_, line)| line.stamp.end > log_start);
-    let bytes: u64 = counts.map(|(_, line)| line.data_bytes).sum();
-    let says = (id, state.version(), state.tiered_end, log_start, state.bytes);
+    let counts = named.segments.iter().filter(|(_, entry)| entry.stamp.end > log_start);
+    let bytes: u64 = counts.map(|(_, entry)| entry.data_bytes).sum();
+    let expected = (id, state.version(), state.tiered_end, log_start, state.bytes);
     let is = (root.partition(), root.version(), next, root.log_start().max(log_start), bytes);
-    if says != is || root.log_start() > log_start || root.end() != next || root.epoch() != manifest.epoch {
-        return Err(format!("{object} is of {is:?} and ends at {}, and the metadata says {says:?}", root.end()));
+    if expected != is || root.log_start() > log_start || root.end() != next || root.epoch() != manifest.epoch {
+        return Err(format!("{object} is of {is:?} and ends at {}, but the metadata has {expected:?}", root.end()));
     }
     Ok(named)
 }
@@ -68,11 +74,13 @@ pub(crate) fn named_by(objects: &Objects, id: PartitionId, state: &TierState) ->
 ///
 /// # Errors
 /// The object is missing, or its length or checksum does not match.
-pub(crate) fn data_of(objects: &Objects, segment: &str, line: &SegmentLine) -> Result<Bytes, String> {
-    let object = objects.read(segment).ok_or_else(|| format!("{segment} is named and not in the bucket"))?;
+pub(crate) fn data_of(objects: &Objects, segment: &str, entry: &SegmentEntry) -> Result<Bytes, String> {
+    let object = objects.read(segment).ok_or_else(|| format!("{segment} is referenced but not in the object store"))?;
     let (len, crc) = (object.len() as u64, crc32c::crc32c(&object));
-    if (len, crc) != (line.object_bytes(), line.crc) {
-        return Err(format!("{segment} has {len} bytes with the checksum {crc:#010x}, and its manifest says {line:?}"));
+    if (len, crc) != (entry.object_bytes(), entry.crc) {
+        return Err(format!(
+            "{segment} has {len} bytes with the checksum {crc:#010x}, but its manifest entry is {entry:?}"
+        ));
     }
-    Ok(object.slice(..usize::try_from(line.data_bytes).unwrap()))
+    Ok(object.slice(..usize::try_from(entry.data_bytes).unwrap()))
 }

@@ -13,7 +13,8 @@ use std::{
 use futures::stream;
 use strandline::{
     cluster::{
-        Answer, EmbeddedStore, LeaseId, Listing, MetaStore, Outcome, Reading, Revision, StoreError, Transaction, Watch,
+        EmbeddedStore, GetResult, LeaseId, ListResult, MetaStore, MetaStoreError, Revision, StoreFuture, Transaction,
+        TxnOutcome, Watch,
     },
     task::{Tasks, random},
 };
@@ -22,22 +23,22 @@ use strandline::{
 const CALL: Duration = Duration::from_secs(1);
 
 /// Interval at which a blocked call checks whether the link is open.
-const LOOK: Duration = Duration::from_millis(20);
+const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Maximum delay of a transaction after its caller received an unknown outcome, in microseconds.
-const LATE_US: u64 = 3_000_000;
+const MAX_LATE_US: u64 = 3_000_000;
 
 /// One broker's link to the store. Clones share the link.
 #[derive(Clone)]
 pub(crate) struct SimMeta {
     store: EmbeddedStore,
-    weather: Arc<Mutex<Weather>>,
+    faults: Arc<Mutex<StoreFaults>>,
     /// Transactions that are applied after their caller gave up. The tasks belong to the store, not to a process.
     late: Tasks,
 }
 
 #[derive(Default)]
-struct Weather {
+struct StoreFaults {
     cut: bool,
     /// Percentage of transactions that lose their request or their response, or are applied late.
     failing: u32,
@@ -57,59 +58,59 @@ impl fmt::Debug for SimMeta {
 impl SimMeta {
     /// Creates a link to `store`. `late` must last as long as the store.
     pub(crate) fn new(store: EmbeddedStore, late: Tasks) -> Self {
-        Self { store, weather: Arc::default(), late }
+        Self { store, faults: Arc::default(), late }
     }
 
     /// Blocks or opens the link in both directions.
     pub(crate) fn cut(&self, cut: bool) {
-        self.weather().cut = cut;
+        self.faults().cut = cut;
     }
 
     /// Sets the percentage of transactions that fail from now on.
     pub(crate) fn fail(&self, percent: u32) {
-        self.weather().failing = percent;
+        self.faults().failing = percent;
     }
 
     /// Sets the maximum additional delay of watches.
     pub(crate) fn lag(&self, us: u64) {
-        self.weather().lag_us = us;
+        self.faults().lag_us = us;
     }
 
     /// Ends the open watches, as if the history after their revisions had been compacted.
     pub(crate) fn compact(&self) {
-        std::mem::take(&mut self.weather().compacted).cancel();
+        std::mem::take(&mut self.faults().compacted).cancel();
     }
 
     /// Ends the lease that was granted last, as if it had expired.
     pub(crate) async fn end_lease(&self) {
-        let lease = self.weather().lease.take();
+        let lease = self.faults().lease.take();
         if let Some(lease) = lease {
             self.store.revoke(lease).await.unwrap();
         }
     }
 
     /// Returns the store itself, without the link.
-    pub(crate) fn truth(&self) -> &EmbeddedStore {
+    pub(crate) fn direct_store(&self) -> &EmbeddedStore {
         &self.store
     }
 
-    fn weather(&self) -> MutexGuard<'_, Weather> {
-        self.weather.lock().unwrap()
+    fn faults(&self) -> MutexGuard<'_, StoreFaults> {
+        self.faults.lock().unwrap()
     }
 
     /// Passes the link in one direction: waits for the delay, and while the link is blocked.
-    async fn pass(&self) -> Result<(), StoreError> {
+    async fn pass(&self) -> Result<(), MetaStoreError> {
         tokio::time::sleep(Duration::from_micros(random::in_range(200..2000))).await;
         let open = async {
-            while self.weather().cut {
-                tokio::time::sleep(LOOK).await;
+            while self.faults().cut {
+                tokio::time::sleep(CHECK_INTERVAL).await;
             }
         };
-        tokio::time::timeout(CALL, open).await.map_err(|_| StoreError::unavailable("cut off"))
+        tokio::time::timeout(CALL, open).await.map_err(|_| MetaStoreError::unavailable("cut off"))
     }
 
     /// Sends a call that changes nothing or may be applied twice.
-    async fn asked<T>(&self, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    async fn asked<T>(&self, call: impl Future<Output = Result<T, MetaStoreError>>) -> Result<T, MetaStoreError> {
         self.pass().await?;
         let answer = call.await;
         self.pass().await?;
@@ -118,61 +119,61 @@ impl SimMeta {
 }
 
 impl MetaStore for SimMeta {
-    fn get<'a>(&'a self, key: &'a str) -> Answer<'a, Reading> {
+    fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
         Box::pin(self.asked(self.store.get(key)))
     }
 
-    fn list<'a>(&'a self, prefix: &'a str) -> Answer<'a, Listing> {
+    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
         Box::pin(self.asked(self.store.list(prefix)))
     }
 
-    fn transact(&self, transaction: Transaction) -> Answer<'_, Outcome> {
+    fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
         Box::pin(async move {
             self.pass().await?;
-            let fails = random::in_range(0..100) < self.weather().failing;
+            let fails = random::in_range(0..100) < self.faults().failing;
             match if fails { random::in_range(0..3) } else { 3 } {
-                0 => return Err(StoreError::unknown("the request was lost")),
+                0 => return Err(MetaStoreError::unknown("the request was lost")),
                 1 => {
-                    let (store, late) = (self.store.clone(), Duration::from_micros(random::in_range(0..LATE_US)));
+                    let (store, late) = (self.store.clone(), Duration::from_micros(random::in_range(0..MAX_LATE_US)));
                     self.late.spawn("late transaction", async move {
                         tokio::time::sleep(late).await;
                         drop(store.transact(transaction).await);
                     });
-                    return Err(StoreError::unknown("the request takes its time"));
+                    return Err(MetaStoreError::unknown("the request takes its time"));
                 }
                 2 => {
                     self.store.transact(transaction).await?;
-                    return Err(StoreError::unknown("the answer was lost"));
+                    return Err(MetaStoreError::unknown("the answer was lost"));
                 }
                 _ => {}
             }
             let outcome = self.store.transact(transaction).await;
             // From here on the transaction may have been applied.
-            self.pass().await.map_err(|_| StoreError::unknown("cut off"))?;
+            self.pass().await.map_err(|_| MetaStoreError::unknown("cut off"))?;
             outcome
         })
     }
 
-    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> Answer<'a, Watch> {
+    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
         Box::pin(async move {
             let watch = self.asked(self.store.watch(prefix, from)).await?;
-            let compacted = self.weather().compacted.clone();
+            let compacted = self.faults().compacted.clone();
             let open = Some((self.clone(), watch, compacted));
             Ok(Watch::new(stream::unfold(open, move |open| async move {
                 let (meta, mut watch, compacted) = open?;
                 let next = async {
                     let changes = watch.next().await;
-                    let lag = meta.weather().lag_us;
+                    let lag = meta.faults().lag_us;
                     tokio::time::sleep(Duration::from_micros(random::in_range(100..=1000 + lag))).await;
-                    while meta.weather().cut {
-                        tokio::time::sleep(LOOK).await;
+                    while meta.faults().cut {
+                        tokio::time::sleep(CHECK_INTERVAL).await;
                     }
                     changes
                 };
                 tokio::select! {
                     biased;
                     () = compacted.cancelled() => {
-                        Some((Err(StoreError::Compacted { from, oldest: from.next() }), None))
+                        Some((Err(MetaStoreError::Compacted { from, oldest: from.next() }), None))
                     }
                     changes = next => changes.map(|changes| (changes, Some((meta, watch, compacted)))),
                 }
@@ -180,19 +181,19 @@ impl MetaStore for SimMeta {
         })
     }
 
-    fn grant(&self, time: Duration) -> Answer<'_, LeaseId> {
+    fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
         Box::pin(async move {
             let lease = self.asked(self.store.grant(time)).await?;
-            self.weather().lease = Some(lease);
+            self.faults().lease = Some(lease);
             Ok(lease)
         })
     }
 
-    fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()> {
+    fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         Box::pin(self.asked(self.store.keep_alive(lease)))
     }
 
-    fn revoke(&self, lease: LeaseId) -> Answer<'_, ()> {
+    fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         Box::pin(self.asked(self.store.revoke(lease)))
     }
 }

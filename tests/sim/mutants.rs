@@ -16,37 +16,37 @@ use strandline::task::{
 };
 
 use crate::{
-    faults::Theme,
+    faults::FaultProfile,
     panics,
-    run::{self, Shape},
+    run::{self, Topology},
 };
 
 /// Mutations with the topology of their runs and a number of seeds. One of these seeds, from 1 on, must detect the mutation. The number was
 /// at least three times the needed one when this list was written. docs/replication.md describes what shows each mutation.
-const MUTANTS: &[(Mutation, Shape, u64)] = &[
-    (Mutation::AcknowledgeBeforeSync, Shape::ONE, 10),
-    (Mutation::ReuseJournalFileBeforeSync, Shape::ONE, 20),
-    (Mutation::TreatFailedPutAsDone, Shape::ONE, 30),
-    (Mutation::CollectReferenced, Shape::ONE, 40),
-    (Mutation::EvictBeforeCommit, Shape::ONE, 10),
-    (Mutation::DropLastFrame, Shape::ONE, 20),
-    (Mutation::ApplyOlderMetadata, Shape::THREE, 110),
-    (Mutation::TruncateToHighWatermark, Shape::THREE, 30),
-    (Mutation::SkipStartupVerification, Shape::THREE, 90),
-    (Mutation::AdmitBelowEpochStart, Shape::THREE, 40),
-    (Mutation::DeposedLeaderCommits, Shape::THREE, 40),
-    (Mutation::ElectAnyReplica, Shape::THREE, 20),
-    (Mutation::KeepOldLeadership, Shape::THREE, 20),
-    (Mutation::UpdateWithoutCas, Shape::THREE, 40),
-    (Mutation::HighWatermarkOverCommittedIsr, Shape::THREE, 40),
-    (Mutation::MinIsrOverMaximalIsr, Shape::THREE, 40),
-    (Mutation::DropElr, Shape::THREE, 20),
-    (Mutation::TreatUnknownAsDone, Shape::THREE, 20),
-    (Mutation::BootstrapWithoutProducers, Shape::THREE, 20),
-    (Mutation::ReadUncommitted, Shape::THREE, 10),
-    (Mutation::LatestBeforeEpochCommitted, Shape::THREE, 80),
-    (Mutation::FollowerServesUncommitted, Shape::THREE, 10),
-    (Mutation::CountOlderEpochAcks, Shape::THREE.about(Theme::Leases), 40),
+const MUTANTS: &[(Mutation, Topology, u64)] = &[
+    (Mutation::AcknowledgeBeforeSync, Topology::ONE, 10),
+    (Mutation::ReuseJournalFileBeforeSync, Topology::ONE, 20),
+    (Mutation::TreatFailedPutAsDone, Topology::ONE, 30),
+    (Mutation::CollectReferenced, Topology::ONE, 40),
+    (Mutation::EvictBeforeCommit, Topology::ONE, 10),
+    (Mutation::DropLastFrame, Topology::ONE, 20),
+    (Mutation::ApplyOlderMetadata, Topology::THREE, 110),
+    (Mutation::TruncateToHighWatermark, Topology::THREE, 30),
+    (Mutation::SkipStartupVerification, Topology::THREE, 90),
+    (Mutation::AdmitBelowEpochStart, Topology::THREE, 40),
+    (Mutation::DeposedLeaderCommits, Topology::THREE, 40),
+    (Mutation::ElectAnyReplica, Topology::THREE, 20),
+    (Mutation::KeepOldLeadership, Topology::THREE, 20),
+    (Mutation::UpdateWithoutCas, Topology::THREE, 40),
+    (Mutation::HighWatermarkOverCommittedIsr, Topology::THREE, 40),
+    (Mutation::MinIsrOverMaximalIsr, Topology::THREE, 40),
+    (Mutation::DropElr, Topology::THREE, 20),
+    (Mutation::TreatUnknownAsDone, Topology::THREE, 20),
+    (Mutation::BootstrapWithoutProducers, Topology::THREE, 20),
+    (Mutation::ReadUncommitted, Topology::THREE, 10),
+    (Mutation::LatestBeforeEpochCommitted, Topology::THREE, 80),
+    (Mutation::FollowerServesUncommitted, Topology::THREE, 10),
+    (Mutation::CountOlderEpochAcks, Topology::THREE.about(FaultProfile::Leases), 40),
 ];
 
 /// Mutations without a stated number of seeds. The model check (`partition/check`) detects those of `partition/leader` in every test run.
@@ -56,16 +56,16 @@ const MUTANTS: &[(Mutation, Shape, u64)] = &[
 /// | `AcceptOlder…EpochAck` | A subscription ends with its leader epoch, a link with its broker epoch: no older acknowledgement arrives |
 /// | `IgnoreElr` | Few runs lower `min.insync.replicas` |
 /// | `AdmitAfterEpochCommitted` | The next election releases a partition whose epoch is not committed |
-const RARE: &[(Mutation, Shape, u64)] = &[
-    (Mutation::TruncateUnjournaled, Shape::THREE, 2000),
-    (Mutation::AdoptNewerTieredEnd, Shape::THREE, 2000),
-    (Mutation::TreatUncleanAsClean, Shape::THREE.about(Theme::OneDown), 2000),
-    (Mutation::AdmitStaleBrokerEpoch, Shape::THREE.about(Theme::Admissions), 2000),
-    (Mutation::AcceptOlderLeaderEpochAck, Shape::THREE, 2000),
-    (Mutation::ObeyOlderLeaderEpoch, Shape::THREE.about(Theme::Leases), 2000),
-    (Mutation::AcceptOlderBrokerEpochAck, Shape::THREE, 2000),
-    (Mutation::IgnoreElr, Shape::THREE, 2000),
-    (Mutation::AdmitAfterEpochCommitted, Shape::THREE, 2000),
+const RARE: &[(Mutation, Topology, u64)] = &[
+    (Mutation::TruncateUnjournaled, Topology::THREE, 2000),
+    (Mutation::AdoptNewerTieredEnd, Topology::THREE, 2000),
+    (Mutation::TreatUncleanAsClean, Topology::THREE.about(FaultProfile::OneDown), 2000),
+    (Mutation::AdmitStaleBrokerEpoch, Topology::THREE.about(FaultProfile::Admissions), 2000),
+    (Mutation::AcceptOlderLeaderEpochAck, Topology::THREE, 2000),
+    (Mutation::ObeyOlderLeaderEpoch, Topology::THREE.about(FaultProfile::Leases), 2000),
+    (Mutation::AcceptOlderBrokerEpochAck, Topology::THREE, 2000),
+    (Mutation::IgnoreElr, Topology::THREE, 2000),
+    (Mutation::AdmitAfterEpochCommitted, Topology::THREE, 2000),
 ];
 
 #[test]
@@ -80,7 +80,7 @@ fn every_rare_broken_rule_is_found() {
 }
 
 /// Runs seeds for each mutation until one detects it. Mutations run concurrently, one per core.
-fn search(mutants: &[(Mutation, Shape, u64)]) {
+fn search(mutants: &[(Mutation, Topology, u64)]) {
     let only = std::env::var("STRANDLINE_MUTANT").unwrap_or_default();
     let wanted: Vec<_> = mutants.iter().filter(|(mutation, ..)| format!("{mutation:?}").contains(&only)).collect();
     let (next, missed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
@@ -88,7 +88,7 @@ fn search(mutants: &[(Mutation, Shape, u64)]) {
     run_scoped("mutants", cores, |_| {
         while let Some(&&(mutation, shape, seeds)) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
             match found(mutation, shape, seeds) {
-                Some((seed, why)) => println!("{mutation:?}: seed {seed}: {why}"),
+                Some((seed, reason)) => println!("{mutation:?}: seed {seed}: {reason}"),
                 None => missed.lock().unwrap().push(format!("{mutation:?} in {seeds} seeds")),
             }
         }
@@ -98,16 +98,16 @@ fn search(mutants: &[(Mutation, Shape, u64)]) {
 }
 
 /// Returns the first seed that detects a mutation, and the message.
-fn found(mutation: Mutation, shape: Shape, seeds: u64) -> Option<(u64, String)> {
+fn found(mutation: Mutation, shape: Topology, seeds: u64) -> Option<(u64, String)> {
     (1..=seeds).find_map(|seed| {
-        let why = fails(Some(mutation), shape, seed)?;
+        let reason = fails(Some(mutation), shape, seed)?;
         // A seed that also fails without the mutation has detected something else.
-        fails(None, shape, seed).is_none().then_some((seed, why))
+        fails(None, shape, seed).is_none().then_some((seed, reason))
     })
 }
 
 /// Runs a seed. Returns the message if it fails.
-fn fails(mutation: Option<Mutation>, shape: Shape, seed: u64) -> Option<String> {
+fn fails(mutation: Option<Mutation>, shape: Topology, seed: u64) -> Option<String> {
     let run = AssertUnwindSafe(|| run::run(shape, seed));
     let failed = mutation::with_mutation(mutation, || panic::catch_unwind(run)).is_err();
     failed.then(|| panics::first().unwrap_or_else(|| "a run that fails at its end".to_owned()))

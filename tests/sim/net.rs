@@ -19,17 +19,17 @@ use futures::{StreamExt as _, future::BoxFuture, stream};
 use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
 use strandline::{
-    client::{Address, Answered, Call, Connect, ConnectError, Unsent, Wire},
+    client::{BrokerAddress, BrokerChannel, CallResult, ConnectError, Connector, NotSent, RpcTransport},
     task::{Tasks, random},
 };
 use tokio::sync::{Notify, mpsc, oneshot};
 use tonic::{Status, body::Body, codegen::Service as _, codegen::http, service::Routes};
 
 /// Maximum delay until frames continue on an unblocked link, in microseconds.
-const GOES_ON_US: u64 = 5000;
+const MAX_RESUME_DELAY_US: u64 = 5000;
 
 /// Timeout of a connection attempt.
-const CONNECTING: Duration = Duration::from_secs(3);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Time without a frame after which a peer closes the connection: the keep-alive interval and its timeout.
 pub(crate) const SILENCE: Duration = Duration::from_secs(4);
@@ -53,7 +53,7 @@ struct State {
     /// Maximum additional delay of a frame, in microseconds, by direction.
     slow_us: BTreeMap<(String, String), u64>,
     /// Connections of each pair of machines, in the order of their names, until they break.
-    cables: BTreeMap<(String, String), Cable>,
+    links: BTreeMap<(String, String), SimLink>,
 }
 
 #[derive(Clone)]
@@ -68,13 +68,13 @@ struct Listener {
 
 /// All connections between two machines, from one break to the next.
 #[derive(Clone, Default)]
-struct Cable {
+struct SimLink {
     up: Tasks,
     /// True if the connections timed out; false if they were reset.
     silent: Arc<AtomicBool>,
 }
 
-impl Cable {
+impl SimLink {
     fn broken(&self) -> Status {
         if !self.silent.load(Ordering::Relaxed) {
             return Status::unavailable("connection reset");
@@ -151,7 +151,7 @@ impl Net {
     }
 
     /// Breaks the connections between two machines by a timeout.
-    pub(crate) fn give_up(&self, one: &str, other: &str) {
+    pub(crate) fn time_out_connections(&self, one: &str, other: &str) {
         let pair = pair(one, other);
         self.break_where(|one, other| (one, other) == (pair.0.as_str(), pair.1.as_str()), true);
     }
@@ -163,16 +163,16 @@ impl Net {
 
     fn break_where(&self, which: impl Fn(&str, &str) -> bool, silent: bool) {
         let mut broken = Vec::new();
-        self.state().cables.retain(|(one, other), cable| {
+        self.state().links.retain(|(one, other), link| {
             let breaks = which(one, other);
             if breaks {
-                broken.push(cable.clone());
+                broken.push(link.clone());
             }
             !breaks
         });
-        for cable in broken {
-            cable.silent.store(silent, Ordering::Relaxed);
-            cable.up.cancel();
+        for link in broken {
+            link.silent.store(silent, Ordering::Relaxed);
+            link.up.cancel();
         }
     }
 
@@ -180,11 +180,11 @@ impl Net {
         self.state.lock().unwrap()
     }
 
-    fn cable(&self, one: &str, other: &str) -> Cable {
+    fn link(&self, one: &str, other: &str) -> SimLink {
         self.state()
-            .cables
+            .links
             .entry(pair(one, other))
-            .or_insert_with(|| Cable { up: Tasks::new(), ..Cable::default() })
+            .or_insert_with(|| SimLink { up: Tasks::new(), ..SimLink::default() })
             .clone()
     }
 
@@ -196,7 +196,7 @@ impl Net {
         while self.is_cut(&way) {
             // No other task runs between the check and this call, so no notification is lost.
             self.healed.notified().await;
-            tokio::time::sleep(Duration::from_micros(random::in_range(0..GOES_ON_US))).await;
+            tokio::time::sleep(Duration::from_micros(random::in_range(0..MAX_RESUME_DELAY_US))).await;
         }
     }
 
@@ -206,7 +206,7 @@ impl Net {
     }
 
     /// Moves a body until its end, until the connection breaks, or until the reader is dropped.
-    async fn pump(self, mut body: Body, way: (String, String), cable: Cable, to: mpsc::Sender<Piece>) {
+    async fn pump(self, mut body: Body, way: (String, String), link: SimLink, to: mpsc::Sender<Piece>) {
         let moved = async {
             while let Some(frame) = body.frame().await {
                 self.delay(&way.0, &way.1).await;
@@ -218,7 +218,7 @@ impl Net {
         };
         tokio::select! {
             biased;
-            () = cable.up.cancelled() => {}
+            () = link.up.cancelled() => {}
             () = to.closed() => {}
             () = moved => {}
         }
@@ -251,22 +251,22 @@ pub(crate) struct Socket {
     name: String,
 }
 
-impl Connect for Socket {
-    fn connect(&self, to: &Address) -> BoxFuture<'_, Result<Wire, ConnectError>> {
+impl Connector for Socket {
+    fn connect(&self, to: &BrokerAddress) -> BoxFuture<'_, Result<BrokerChannel, ConnectError>> {
         let (to, is_peer) = machine(to.as_str());
         Box::pin(async move {
-            let no_answer = |problem: &str| ConnectError::NoAnswer { tried: vec![(to.clone(), problem.to_owned())] };
+            let no_answer = |problem: &str| ConnectError::NoResponse { tried: vec![(to.clone(), problem.to_owned())] };
             let shaken = async {
                 self.net.delay(&self.name, &to).await;
                 self.net.delay(&to, &self.name).await;
             };
-            if tokio::time::timeout(CONNECTING, shaken).await.is_err() {
+            if tokio::time::timeout(CONNECT_TIMEOUT, shaken).await.is_err() {
                 return Err(no_answer("connection timed out"));
             }
             if !self.net.state().listening.contains_key(&to) {
                 return Err(no_answer("connection refused"));
             }
-            Ok(Wire::new(End { from: self.clone(), to, is_peer }))
+            Ok(BrokerChannel::new(End { from: self.clone(), to, is_peer }))
         })
     }
 }
@@ -279,15 +279,15 @@ struct End {
     is_peer: bool,
 }
 
-impl Call for End {
-    fn call(&self, request: http::Request<Body>) -> BoxFuture<'static, Answered> {
+impl RpcTransport for End {
+    fn call(&self, request: http::Request<Body>) -> BoxFuture<'static, CallResult> {
         let (Socket { net, name }, to, is_peer, here) =
             (self.from.clone(), self.to.clone(), self.is_peer, Tasks::new());
         Box::pin(async move {
-            let cable = net.cable(&name, &to);
+            let link = net.link(&name, &to);
             tokio::select! {
                 biased;
-                () = cable.up.cancelled() => return Err(cable.broken().into()),
+                () = link.up.cancelled() => return Err(link.broken().into()),
                 () = net.delay(&name, &to) => {}
             }
             let listener = net.state().listening.get(&to).cloned();
@@ -296,15 +296,15 @@ impl Call for End {
                 routes.map(|routes| (routes, listener.tasks))
             };
             let Some((mut routes, tasks)) = listener.and_then(routes) else {
-                return Err(Unsent::new("connection refused").into());
+                return Err(NotSent::new("connection refused").into());
             };
             let (head, body) = request.into_parts();
             let (there, back) = ((name.clone(), to.clone()), (to.clone(), name.clone()));
-            let (pipe, request_body) = pipe(&cable);
-            here.spawn("request", net.clone().pump(body, there, cable.clone(), pipe));
+            let (pipe, request_body) = pipe(&link);
+            here.spawn("request", net.clone().pump(body, there, link.clone(), pipe));
             let request = http::Request::from_parts(head, request_body);
             let (mut answer, answered) = oneshot::channel();
-            let reply = cable.clone();
+            let reply = link.clone();
             tasks.spawn("call", async move {
                 let response = tokio::select! {
                     biased;
@@ -323,7 +323,7 @@ impl Call for End {
                     net.pump(body, back, reply, pipe).await;
                 }
             });
-            answered.await.map_err(|_| cable.broken().into())
+            answered.await.map_err(|_| link.broken().into())
         })
     }
 }
@@ -334,14 +334,14 @@ enum Piece {
 }
 
 /// Returns a body and the sender of its pieces. The body breaks if the sender is dropped without [`Piece::End`].
-fn pipe(cable: &Cable) -> (mpsc::Sender<Piece>, Body) {
+fn pipe(link: &SimLink) -> (mpsc::Sender<Piece>, Body) {
     let (sender, pieces) = mpsc::channel(4);
-    let frames = stream::unfold(Some((pieces, cable.clone())), |open| async {
-        let (mut pieces, cable): (mpsc::Receiver<Piece>, Cable) = open?;
+    let frames = stream::unfold(Some((pieces, link.clone())), |open| async {
+        let (mut pieces, link): (mpsc::Receiver<Piece>, SimLink) = open?;
         match pieces.recv().await {
-            Some(Piece::Frame(frame)) => Some((frame, Some((pieces, cable)))),
+            Some(Piece::Frame(frame)) => Some((frame, Some((pieces, link)))),
             Some(Piece::End) => None,
-            None => Some((Err(cable.broken()), None)),
+            None => Some((Err(link.broken()), None)),
         }
     });
     (sender, Body::new(StreamBody::new(frames.boxed())))

@@ -84,14 +84,14 @@ impl Objects {
         let Some(partition) = self.is_kept_for(location) else { return };
         let new: Vec<u8> = payload.iter().flatten().copied().collect();
         if self.read(location.as_ref()).is_some_and(|old| old != new) {
-            panics::found(format!("{partition}: {location} is named, and is written anew with other bytes"));
+            panics::report(format!("{partition}: {location} is referenced, but was overwritten with other bytes"));
         }
     }
 
     /// Checks a deletion, or a write with unknown content, before it is applied.
     fn will_delete(&self, location: &Path) {
         if let Some(partition) = self.is_kept_for(location) {
-            panics::found(format!("{partition}: {location} is named, and is deleted or replaced"));
+            panics::report(format!("{partition}: {location} is referenced, but was deleted or replaced"));
         }
     }
 
@@ -107,14 +107,14 @@ impl Objects {
     }
 
     /// Applies a request and returns its response. A fault may prevent either.
-    async fn answer<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
+    async fn respond<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::time::sleep(Duration::from_micros(random::in_range(500..20_000))).await;
         let fails = random::in_range(0..100) < self.failing.load(Ordering::Relaxed);
         if fails && random::in_range(0..2) == 0 {
             return Err(failed("refused"));
         }
         let answer = request.await;
-        if fails { Err(failed("the answer was lost")) } else { answer }
+        if fails { Err(failed("response lost")) } else { answer }
     }
 }
 
@@ -124,7 +124,7 @@ fn failed(what: &str) -> object_store::Error {
 
 impl fmt::Display for Objects {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("simulated bucket")
+        f.write_str("simulated object store")
     }
 }
 
@@ -136,7 +136,7 @@ impl ObjectStore for Objects {
             let put = self.kept.put_opts(location, payload, options).await;
             put.inspect(|_| self.write(location))
         };
-        self.answer(put).await
+        self.respond(put).await
     }
 
     async fn put_multipart_opts(
@@ -146,22 +146,22 @@ impl ObjectStore for Objects {
     ) -> Result<Box<dyn MultipartUpload>> {
         self.will_delete(location);
         self.write(location);
-        self.answer(self.kept.put_multipart_opts(location, options)).await
+        self.respond(self.kept.put_multipart_opts(location, options)).await
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        let got = self.answer(self.kept.get_opts(location, options)).await?;
+        let got = self.respond(self.kept.get_opts(location, options)).await?;
         Ok(GetResult { meta: self.dated(got.meta), ..got })
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
         let bucket = self.clone();
-        let judged = locations.inspect(move |location| {
+        let result = locations.inspect(move |location| {
             if let Ok(location) = location {
                 bucket.will_delete(location);
             }
         });
-        self.kept.delete_stream(judged.boxed())
+        self.kept.delete_stream(result.boxed())
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
@@ -173,13 +173,13 @@ impl ObjectStore for Objects {
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        let listed = self.answer(self.kept.list_with_delimiter(prefix)).await?;
+        let listed = self.respond(self.kept.list_with_delimiter(prefix)).await?;
         let objects = listed.objects.into_iter().map(|object| self.dated(object)).collect();
         Ok(ListResult { objects, ..listed })
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
         self.will_delete(to);
-        self.answer(self.kept.copy_opts(from, to, options)).await
+        self.respond(self.kept.copy_opts(from, to, options)).await
     }
 }

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use strandline::{
-    client::{CallError, Client, NewTopic, TopicChange},
+    client::{CallError, Client, NewTopic, TopicAlteration},
     model::BrokerId,
     task::{Tasks, random},
 };
@@ -14,7 +14,7 @@ use strandline::{
 use crate::{load::TOPICS, trace::Trace};
 
 /// Timeout of one operation.
-const ORDER: Duration = Duration::from_secs(5);
+const OPERATION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Topic that is created and deleted.
 const PASSING: &str = "passing";
@@ -32,19 +32,19 @@ pub(crate) struct Operator {
 
 impl Operator {
     /// Runs operations until it is stopped, then undrains every broker.
-    pub(crate) async fn work(self) {
+    pub(crate) async fn run(self) {
         while !self.stop.is_cancelled() {
             tokio::time::sleep(Duration::from_millis(random::in_range(100..2500))).await;
             let (what, done) = self.order().await;
-            self.trace.note(format_args!("operator: {what}: {done}"));
+            self.trace.record(format_args!("operator: {what}: {done}"));
         }
         for id in 1..=self.brokers {
-            while let Err(error) = self.client.admin().restore_broker(BrokerId(id)).await {
-                self.trace.note(format_args!("operator: broker {id} is not restored: {error}"));
+            while let Err(error) = self.client.admin().undrain_broker(BrokerId(id)).await {
+                self.trace.record(format_args!("operator: broker {id} is not undrained: {error}"));
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
         }
-        self.trace.note(format_args!("operator: goes home"));
+        self.trace.record(format_args!("operator: stopped"));
     }
 
     async fn order(&self) -> (String, String) {
@@ -55,23 +55,23 @@ impl Operator {
         match random::in_range(0..10) {
             0 => {
                 let what = format!("drain {broker}");
-                let drained = self.give(what, admin.drain_broker(broker)).await;
+                let drained = self.await_operation(what, admin.drain_broker(broker)).await;
                 tokio::time::sleep(Duration::from_millis(random::in_range(0..5000))).await;
                 drained
             }
-            1 => self.give(format!("restore {broker}"), admin.restore_broker(broker)).await,
+            1 => self.await_operation(format!("undrain {broker}"), admin.undrain_broker(broker)).await,
             2 => {
-                let what = format!("cancel moves of {name}/{partition}");
-                self.give(what, admin.cancel_reassignment(Some(name), Some(partition))).await
+                let what = format!("cancel the reassignment of {name}/{partition}");
+                self.await_operation(what, admin.cancel_reassignment(Some(name), Some(partition))).await
             }
             3 => {
                 let what = format!("preferred leader of {name}/{partition}");
-                self.give(what, admin.elect_leader(name, partition)).await
+                self.await_operation(what, admin.elect_leader(name, partition)).await
             }
             4 => {
                 let change =
-                    TopicChange { replication_factor: Some(random::in_range(2..=3)), ..TopicChange::default() };
-                self.give(format!("{name}: {change:?}"), admin.alter_topic(name, &change)).await
+                    TopicAlteration { replication_factor: Some(random::in_range(2..=3)), ..TopicAlteration::default() };
+                self.await_operation(format!("{name}: {change:?}"), admin.alter_topic(name, &change)).await
             }
             5 => {
                 let (key, values) = [
@@ -80,18 +80,22 @@ impl Operator {
                     ("segment.bytes", ["16384", "65536"]),
                 ][random::in_range(0..3_usize)];
                 let value = values[random::in_range(0..2_usize)];
-                let change = TopicChange { set: [(key.to_owned(), value.to_owned())].into(), ..TopicChange::default() };
-                self.give(format!("{name}: {key} {value}"), admin.alter_topic(name, &change)).await
+                let change =
+                    TopicAlteration { set: [(key.to_owned(), value.to_owned())].into(), ..TopicAlteration::default() };
+                self.await_operation(format!("{name}: {key} {value}"), admin.alter_topic(name, &change)).await
             }
             6 => {
                 let topic = NewTopic::new(PASSING).partitions(2).replication_factor(random::in_range(1..=3));
-                self.give(format!("make {PASSING}"), admin.create_topic(&topic)).await
+                self.await_operation(format!("create {PASSING}"), admin.create_topic(&topic)).await
             }
-            7 => self.give(format!("delete {PASSING}"), admin.delete_topic(PASSING)).await,
+            7 => self.await_operation(format!("delete {PASSING}"), admin.delete_topic(PASSING)).await,
             _ => {
                 let to = self.replicas(name, partition).await;
-                self.give(format!("move {name}/{partition} to {to:?}"), admin.reassign(name, Some(partition), &to))
-                    .await
+                self.await_operation(
+                    format!("reassign {name}/{partition} to {to:?}"),
+                    admin.reassign(name, Some(partition), &to),
+                )
+                .await
             }
         }
     }
@@ -99,8 +103,8 @@ impl Operator {
     /// Returns random brokers for a partition, as many as it has replicas now.
     async fn replicas(&self, name: &str, partition: u32) -> Vec<BrokerId> {
         let mut brokers: Vec<_> = (1..=self.brokers).map(BrokerId).collect();
-        let known = tokio::time::timeout(ORDER, self.client.admin().describe_topic(name)).await;
-        let replicas = known.ok().and_then(Result::ok).and_then(|topic| {
+        let description = tokio::time::timeout(OPERATION_TIMEOUT, self.client.admin().describe_topic(name)).await;
+        let replicas = description.ok().and_then(Result::ok).and_then(|topic| {
             let partition = topic.partitions.into_iter().nth(usize::try_from(partition).unwrap())?;
             Some(partition.replicas.len())
         });
@@ -111,8 +115,12 @@ impl Operator {
         brokers
     }
 
-    async fn give<T>(&self, what: String, order: impl Future<Output = Result<T, CallError>>) -> (String, String) {
-        let done = match tokio::time::timeout(ORDER, order).await {
+    async fn await_operation<T>(
+        &self,
+        what: String,
+        order: impl Future<Output = Result<T, CallError>>,
+    ) -> (String, String) {
+        let done = match tokio::time::timeout(OPERATION_TIMEOUT, order).await {
             Ok(Ok(_)) => "done".to_owned(),
             Ok(Err(error)) => error.to_string(),
             Err(late) => late.to_string(),

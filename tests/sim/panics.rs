@@ -17,21 +17,21 @@ pub(crate) fn remember() {
     FIRST.set(None);
     ONCE.call_once(|| {
         panic::set_hook(Box::new(move |info| {
-            let place = info.location().map_or_else(String::new, |at| format!("{}:{}", at.file(), at.line()));
+            let location = info.location().map_or_else(String::new, |at| format!("{}:{}", at.file(), at.line()));
             FIRST.with_borrow_mut(|first| {
-                first.get_or_insert_with(|| format!("{}: {place}", words(info.payload())));
+                first.get_or_insert_with(|| format!("{}: {location}", panic_text(info.payload())));
             });
             if !mutation::is_any_active() {
-                println!("{place}: {}", words(info.payload()));
+                println!("{location}: {}", panic_text(info.payload()));
             }
         }));
     });
 }
 
 /// Records a rule violation, which counts as a panic.
-pub(crate) fn found(wrong: String) {
+pub(crate) fn report(violation: String) {
     FIRST.with_borrow_mut(|first| {
-        first.get_or_insert(wrong);
+        first.get_or_insert(violation);
     });
 }
 
@@ -47,7 +47,7 @@ pub(crate) fn check() {
     }
 }
 
-fn words(panicked: &dyn std::any::Any) -> &str {
+fn panic_text(panicked: &dyn std::any::Any) -> &str {
     let text = panicked.downcast_ref::<String>().map(String::as_str).or(panicked.downcast_ref::<&str>().copied());
-    text.unwrap_or("no words")
+    text.unwrap_or("panic without a text")
 }

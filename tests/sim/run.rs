@@ -11,45 +11,47 @@ use strandline::{
 };
 
 use crate::{
-    faults::{self, Plan, Theme},
-    judge::Judge,
-    load::{Keeps, Ledger, Load, PATIENCE, READING, TOPICS},
+    checker::StateChecker,
+    faults::{self, FaultPlan, FaultProfile},
+    liveness,
+    load::{Ledger, Load, READ_TIMEOUT, RESPONSE_TIMEOUT, RetentionProfile, TOPICS},
     operator::Operator,
-    panics, peace, trace,
-    truth::Truth,
-    world::World,
+    panics,
+    reference::ReferenceModel,
+    trace,
+    world::Simulation,
 };
 
 /// Topology and fault phase of a run.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Shape {
-    /// Number of brokers of most runs. A few runs have more, up to `most_brokers`.
+pub(crate) struct Topology {
+    /// Number of brokers of most runs. A few runs have more, up to `max_brokers`.
     pub(crate) brokers: u32,
-    pub(crate) most_brokers: u32,
+    pub(crate) max_brokers: u32,
     pub(crate) racks: u32,
     /// Duration of the fault phase.
-    pub(crate) trouble: Duration,
+    pub(crate) fault_duration: Duration,
     /// Fault profile; `None` draws one.
-    pub(crate) theme: Option<Theme>,
+    pub(crate) theme: Option<FaultProfile>,
 }
 
-impl Shape {
+impl Topology {
     /// One standalone broker, without faults of the metadata store.
     pub(crate) const ONE: Self =
-        Self { brokers: 1, most_brokers: 1, racks: 1, trouble: Duration::from_secs(12), theme: None };
+        Self { brokers: 1, max_brokers: 1, racks: 1, fault_duration: Duration::from_secs(12), theme: None };
     /// Three to five brokers in three racks.
     pub(crate) const THREE: Self =
-        Self { brokers: 3, most_brokers: 5, racks: 3, trouble: Duration::from_secs(15), theme: None };
+        Self { brokers: 3, max_brokers: 5, racks: 3, fault_duration: Duration::from_secs(15), theme: None };
 
     /// Returns the same topology with one fault profile.
-    pub(crate) const fn about(self, theme: Theme) -> Self {
+    pub(crate) const fn about(self, theme: FaultProfile) -> Self {
         Self { theme: Some(theme), ..self }
     }
 
-    /// Returns the topology of a seed. One seed in six has more brokers than a partition has replicas, up to `most_brokers`.
+    /// Returns the topology of a seed. One seed in six has more brokers than a partition has replicas, up to `max_brokers`.
     fn of(self, seed: u64) -> Self {
         let more = if seed.is_multiple_of(6) { u32::try_from(seed / 6 % 2).unwrap_or(0) + 1 } else { 0 };
-        Self { brokers: (self.brokers + more).min(self.most_brokers), ..self }
+        Self { brokers: (self.brokers + more).min(self.max_brokers), ..self }
     }
 
     /// Returns the part of the test name that no other test has.
@@ -58,50 +60,50 @@ impl Shape {
     }
 }
 
-impl fmt::Display for Shape {
+impl fmt::Display for Topology {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} broker{}", self.brokers, if self.brokers == 1 { "" } else { "s" })
     }
 }
 
 /// Interval between checks during the fault phase.
-const LOOK: Duration = Duration::from_millis(250);
+const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Maximum number of retries of a read whose start offset was removed by retention meanwhile. No client writes at that time.
-const MOST_GOING: u32 = 10;
+const MAX_RUNNING: u32 = 10;
 
 /// Timeout after the faults until every replica is in sync.
-const SETTLING: Duration = Duration::from_secs(90);
+const IN_SYNC_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Runs a seed and returns its trace. Panics if a check fails; [`trace::last`] then returns the trace.
-pub(crate) fn run(shape: Shape, seed: u64) -> String {
+pub(crate) fn run(shape: Topology, seed: u64) -> String {
     let shape = shape.of(seed);
-    simulate(shape, seed, async |world| live(world, shape).await)
+    simulate(shape, seed, async |world| run_cluster(world, shape).await)
 }
 
-/// Runs `life` in a simulation of this seed and returns the trace. Panics like [`run`].
-pub(crate) fn simulate(shape: Shape, seed: u64, life: impl AsyncFnOnce(&mut World)) -> String {
+/// Runs `body` in a simulation of this seed and returns the trace. Panics like [`run`].
+pub(crate) fn simulate(shape: Topology, seed: u64, body: impl AsyncFnOnce(&mut Simulation)) -> String {
     panics::remember();
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_time().start_paused(true);
     #[cfg(tokio_unstable)]
     builder.rng_seed(tokio::runtime::RngSeed::from_bytes(&seed.to_be_bytes()));
     let runtime = builder.build().unwrap();
-    let lived = async {
-        let mut world = World::new(shape, seed);
+    let simulated = async {
+        let mut world = Simulation::new(shape, seed);
         let outside = world.outside.clone();
-        outside.run(Box::pin(life(&mut world))).await;
+        outside.run(Box::pin(body(&mut world))).await;
     };
-    trace::with_log(|| runtime.block_on(lived));
+    trace::with_log(|| runtime.block_on(simulated));
     panics::check();
     trace::last()
 }
 
-async fn live(world: &mut World, shape: Shape) {
-    let truth = Truth::watch(world);
+async fn run_cluster(world: &mut Simulation, shape: Topology) {
+    let model = ReferenceModel::watch(world);
     join_all(world.machines.iter_mut().map(|machine| Box::pin(machine.start()))).await;
     let client = world.client().await;
-    let keeps = Keeps::of(world.shared.seed);
+    let keeps = RetentionProfile::of(world.shared.seed);
     let (partitions, power) = topics(&client, shape, keeps).await;
     let (ledger, trace) = (Ledger::default(), world.shared.trace.clone());
     let stop = Tasks::new();
@@ -121,7 +123,8 @@ async fn live(world: &mut World, shape: Shape) {
         brokers: shape.brokers,
     };
     let operated = shape.brokers > 3 || shape.brokers == 3 && random::in_range(0..4) == 0;
-    let mut judge = Judge::new(world.seen(), world.store.clone(), ledger.clone(), trace.clone(), truth);
+    let mut checker =
+        StateChecker::new(world.machine_views(), world.store.clone(), ledger.clone(), trace.clone(), model);
 
     let tasks = Tasks::new();
     let alone = shape.brokers == 1;
@@ -131,40 +134,40 @@ async fn live(world: &mut World, shape: Shape) {
         tasks.spawn("plain producer", load.clone().produce_plainly(2)),
         tasks.spawn("reader", load.clone().read(alone)),
     ];
-    let operator = operated.then(|| tasks.spawn("operator", operator.work()));
-    trouble(world, shape, power, &mut judge).await;
-    trace.note(format_args!("peace"));
+    let operator = operated.then(|| tasks.spawn("operator", operator.run()));
+    run_fault_phase(world, shape, power, &mut checker).await;
+    trace.record(format_args!("end of the faults"));
     stop.cancel();
-    let gone_home = tokio::time::timeout(PATIENCE, join_all(operator)).await;
+    let operator_result = tokio::time::timeout(RESPONSE_TIMEOUT, join_all(operator)).await;
     panics::check();
-    assert!(gone_home.is_ok(), "every order is answered once the faults have stopped");
-    settled(&judge, shape).await;
-    let answered = tokio::time::timeout(PATIENCE, join_all(clients)).await;
+    assert!(operator_result.is_ok(), "every operation has a response after the faults");
+    wait_until_in_sync(&checker, shape).await;
+    let clients_result = tokio::time::timeout(RESPONSE_TIMEOUT, join_all(clients)).await;
     panics::check();
-    assert!(answered.is_ok(), "every send is answered once the faults have stopped");
-    check(&load, &mut judge).await;
-    peace::comes(world, &judge).await;
+    assert!(clients_result.is_ok(), "every send has a response after the faults");
+    check(&load, &mut checker).await;
+    liveness::wait_for_caches_and_uploads(world, &checker).await;
     // The same must hold after a power loss of all machines, or after a clean stop if a power loss may lose records.
     for machine in &mut world.machines {
         if power { machine.kill(Some(random::bits())) } else { machine.stop().await }
     }
     join_all(world.machines.iter_mut().map(|machine| Box::pin(machine.start()))).await;
-    settled(&judge, shape).await;
-    check(&load, &mut judge).await;
-    peace::comes(world, &judge).await;
+    wait_until_in_sync(&checker, shape).await;
+    check(&load, &mut checker).await;
+    liveness::wait_for_caches_and_uploads(world, &checker).await;
     if random::in_range(0..4) == 0 {
-        peace::collects(world, &judge).await;
+        liveness::wait_for_garbage_collection(world, &checker).await;
     }
     for machine in &mut world.machines {
-        trace.note(format_args!("{} bytes on the disk of broker {}", machine.disk_bytes(), machine.id));
+        trace.record(format_args!("{} bytes on the disk of broker {}", machine.disk_bytes(), machine.id));
         machine.kill(None);
     }
     tasks.stop().await;
 }
 
 /// Creates the topics. Returns the number of partitions of each, and true if acknowledged records survive a power loss on any machine.
-async fn topics(client: &Client, shape: Shape, keeps: Keeps) -> (Vec<u32>, bool) {
-    let power = shape.brokers == 1 || random::in_range(0..3) > 0 && shape.theme != Some(Theme::OneDown);
+async fn topics(client: &Client, shape: Topology, keeps: RetentionProfile) -> (Vec<u32>, bool) {
+    let power = shape.brokers == 1 || random::in_range(0..3) > 0 && shape.theme != Some(FaultProfile::OneDown);
     let mut partitions = Vec::new();
     for name in &TOPICS[..random::in_range(1..=TOPICS.len())] {
         let count = random::in_range(1..=2);
@@ -176,7 +179,7 @@ async fn topics(client: &Client, shape: Shape, keeps: Keeps) -> (Vec<u32>, bool)
             // Clocks jump by hours. A rejection for that reason would test nothing about the stored records.
             .config("message.timestamp.after.max.ms", "31536000000")
             .config("local.retention.bytes", "40000");
-        if keeps == Keeps::Last {
+        if keeps == RetentionProfile::Last {
             topic = topic.config("retention.bytes", "80000");
         }
         if shape.brokers > 1 {
@@ -199,9 +202,9 @@ async fn topics(client: &Client, shape: Shape, keeps: Keeps) -> (Vec<u32>, bool)
 }
 
 /// Runs the fault phase, and the checker at intervals.
-async fn trouble(world: &mut World, shape: Shape, power: bool, judge: &mut Judge) {
-    let plan = Plan::draw(shape, power);
-    let (places, shared) = (world.places(), world.shared.clone());
+async fn run_fault_phase(world: &mut Simulation, shape: Topology, power: bool, checker: &mut StateChecker) {
+    let plan = FaultPlan::draw(shape, power);
+    let (names, shared) = (world.names(), world.shared.clone());
     let metas: Vec<_> = world.machines.iter().map(|machine| machine.meta.clone()).collect();
     let machines = join_all(world.machines.iter_mut().map(|machine| Box::pin(faults::of_machine(machine, &plan))));
     let metadata = async {
@@ -210,25 +213,25 @@ async fn trouble(world: &mut World, shape: Shape, power: bool, judge: &mut Judge
             faults::of_metadata(&shared, &metas, &plan).await;
         }
     };
-    let look = async {
+    let checks = async {
         while !plan.is_over() {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(CHECK_INTERVAL).await;
             panics::check();
-            judge.look().await;
+            checker.check_machines().await;
         }
     };
-    join4(machines, faults::of_network(&shared, &places, &plan), metadata, look).await;
+    join4(machines, faults::of_network(&shared, &names, &plan), metadata, checks).await;
 }
 
 /// Waits until every replica is in sync and all replicas of a partition end at the same offset.
-async fn settled(judge: &Judge, shape: Shape) {
-    let until = clock::monotonic() + SETTLING;
+async fn wait_until_in_sync(checker: &StateChecker, shape: Topology) {
+    let until = clock::monotonic() + IN_SYNC_TIMEOUT;
     loop {
         panics::check();
-        let partitions = judge.partitions().await;
+        let partitions = checker.partitions().await;
         let behind = partitions.iter().find_map(|(log, id, value)| {
-            let why = is_whole(judge, *id, value).err()?;
-            Some(format!("{log:?} of {} brokers is not whole again: {why}: {value:?}", shape.brokers))
+            let reason = check_in_sync(checker, *id, value).err()?;
+            Some(format!("{log:?} of {} brokers is not in sync: {reason}: {value:?}", shape.brokers))
         });
         let Some(behind) = behind else { break };
         assert!(clock::monotonic() < until, "{behind}");
@@ -237,13 +240,13 @@ async fn settled(judge: &Judge, shape: Shape) {
 }
 
 /// Returns an error with the reason unless the partition has a leader and all its replicas are in sync with the same log end.
-fn is_whole(judge: &Judge, id: PartitionId, value: &PartitionValue) -> Result<(), String> {
+fn check_in_sync(checker: &StateChecker, id: PartitionId, value: &PartitionValue) -> Result<(), String> {
     let moving = value.adding.len() + value.removing.len() + value.elr.len();
     if value.leader.is_none() || value.isr.len() < value.replicas.len() || moving > 0 {
-        return Err("not led, not in sync, or moving".to_owned());
+        return Err("no leader, not in sync, or a reassignment".to_owned());
     }
-    let holders = judge.machines.iter().filter(|machine| value.replicas.contains(&machine.id));
-    let ends: Vec<_> = holders.map(|machine| machine.logs.replica(id).end).collect();
+    let machines_of_partition = checker.machines.iter().filter(|machine| value.replicas.contains(&machine.id));
+    let ends: Vec<_> = machines_of_partition.map(|machine| machine.logs.replica(id).end).collect();
     if ends.iter().any(|end| *end != ends[0]) {
         return Err(format!("logs end at {ends:?}"));
     }
@@ -251,20 +254,22 @@ fn is_whole(judge: &Judge, id: PartitionId, value: &PartitionValue) -> Result<()
 }
 
 /// Checks the client history against the logs, after a read of every log to its end.
-async fn check(load: &Load, judge: &mut Judge) {
-    judge.look().await;
-    for (log, _, _) in judge.partitions().await {
-        let mut read = load.pass(log, true, true, READING).await;
+async fn check(load: &Load, checker: &mut StateChecker) {
+    checker.check_machines().await;
+    for (log, _, _) in checker.partitions().await {
+        let mut read = load.pass(log, true, true, READ_TIMEOUT).await;
         // Retention may remove the start of the log during the read.
-        for _ in 0..MOST_GOING {
-            if load.keeps == Keeps::Last && read.as_ref().is_err_and(|error| error.contains("is out of range")) {
-                read = load.pass(log, true, true, READING).await;
+        for _ in 0..MAX_RUNNING {
+            if load.keeps == RetentionProfile::Last
+                && read.as_ref().is_err_and(|error| error.contains("is out of range"))
+            {
+                read = load.pass(log, true, true, READ_TIMEOUT).await;
             }
         }
-        assert_eq!(read, Ok(()), "{log:?} is read to its end");
+        assert_eq!(read, Ok(()), "{log:?} is not readable to its end");
     }
     let found = load.ledger.history().check();
     assert!(found.is_empty(), "{found:?}");
     panics::check();
-    load.trace.note(format_args!("{} acknowledged", load.ledger.history().attempts.len()));
+    load.trace.record(format_args!("{} acknowledged", load.ledger.history().attempts.len()));
 }

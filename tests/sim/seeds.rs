@@ -18,12 +18,12 @@ use tokio::time::Instant;
 
 use crate::{
     panics,
-    run::{self, Shape},
+    run::{self, Topology},
     trace,
 };
 
 /// Interval between progress reports.
-const TELL: Duration = Duration::from_secs(60);
+const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Maximum duration of a run, which normally takes a fraction of a second.
 const ENDLESS: Duration = Duration::from_secs(600);
@@ -40,26 +40,26 @@ struct Seeds {
 }
 
 /// Returns a number from an environment variable.
-fn wish(name: &str) -> Option<u64> {
+fn env_number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
 /// Returns the first seed: `STRANDLINE_SEED`, else 1.
 pub(crate) fn first() -> u64 {
-    wish("STRANDLINE_SEED").unwrap_or(1)
+    env_number("STRANDLINE_SEED").unwrap_or(1)
 }
 
 impl Seeds {
     /// Returns the seeds of the environment: `STRANDLINE_SEEDS` seeds from `STRANDLINE_SEED` on, or new ones for `STRANDLINE_SIM_SECONDS`.
     /// Three brokers get four fifths of that time.
-    fn wished(shape: Shape) -> Self {
-        let Some(seconds) = wish("STRANDLINE_SIM_SECONDS") else {
-            return Self { first: first(), count: wish("STRANDLINE_SEEDS").unwrap_or(SEEDS), until: None };
+    fn from_environment(shape: Topology) -> Self {
+        let Some(seconds) = env_number("STRANDLINE_SIM_SECONDS") else {
+            return Self { first: first(), count: env_number("STRANDLINE_SEEDS").unwrap_or(SEEDS), until: None };
         };
         let seconds = if shape.brokers == 1 { seconds / 5 } else { seconds - seconds / 5 };
         let new = u64::try_from(clock::wall_ms()).unwrap_or(1);
-        let first = wish("STRANDLINE_SEED").unwrap_or(new);
+        let first = env_number("STRANDLINE_SEED").unwrap_or(new);
         Self { first, count: u64::MAX, until: Some(clock::monotonic() + Duration::from_secs(seconds)) }
     }
 
@@ -82,12 +82,12 @@ impl fmt::Display for Seeds {
 /// Returns the number of concurrent runs.
 pub(crate) fn threads() -> usize {
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    wish("STRANDLINE_THREADS").map_or(cores, |wished| usize::try_from(wished).unwrap_or(cores).max(1))
+    env_number("STRANDLINE_THREADS").map_or(cores, |threads| usize::try_from(threads).unwrap_or(cores).max(1))
 }
 
 /// Progress of the seeds of a test.
 #[derive(Default)]
-struct Course {
+struct SeedProgress {
     done: u64,
     failed: Vec<u64>,
     /// Running seeds with their start times.
@@ -97,65 +97,73 @@ struct Course {
 }
 
 /// Runs the selected seeds of a topology. Panics if a seed failed.
-pub(crate) fn run_all(shape: Shape) {
-    let (seeds, began, threads) = (Seeds::wished(shape), clock::monotonic(), threads());
-    println!("sim: {shape}: {seeds}, {threads} at a time");
-    let (next, course, ended) = (AtomicU64::new(0), Mutex::new(Course::default()), Condvar::new());
+pub(crate) fn run_all(shape: Topology) {
+    let (seeds, began, threads) = (Seeds::from_environment(shape), clock::monotonic(), threads());
+    println!("sim: {shape}: {seeds}, {threads} concurrently");
+    let (next, progress, ended) = (AtomicU64::new(0), Mutex::new(SeedProgress::default()), Condvar::new());
     run_scoped("sim", threads + 1, |thread| {
         if thread == threads {
-            return watch(shape, &course, &ended, |course| course.through < threads);
+            return watch(shape, &progress, &ended, |progress| progress.through < threads);
         }
         while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)) {
-            course.lock().unwrap().running.insert(seed, clock::monotonic());
-            let held = run_one(shape, seed);
-            let mut course = course.lock().unwrap();
-            course.running.remove(&seed);
-            course.done += 1;
-            if !held {
-                course.failed.push(seed);
+            progress.lock().unwrap().running.insert(seed, clock::monotonic());
+            let passed = run_one(shape, seed);
+            let mut progress = progress.lock().unwrap();
+            progress.running.remove(&seed);
+            progress.done += 1;
+            if !passed {
+                progress.failed.push(seed);
             }
         }
-        course.lock().unwrap().through += 1;
+        progress.lock().unwrap().through += 1;
         ended.notify_all();
     });
-    let course = course.into_inner().unwrap();
-    println!("{}", course.so_far(shape, began));
-    assert!(course.failed.is_empty(), "{shape}: seeds {:?} failed", course.failed);
+    let progress = progress.into_inner().unwrap();
+    println!("{}", progress.so_far(shape, began));
+    assert!(progress.failed.is_empty(), "{shape}: seeds {:?} failed", progress.failed);
 }
 
 /// Runs a seed, and prints its failure. Returns true if the seed passed.
-fn run_one(shape: Shape, seed: u64) -> bool {
-    let held = panic::catch_unwind(|| run::run(shape, seed)).is_ok();
-    if !held {
-        let why = panics::first().unwrap_or_default();
-        println!("sim: seed {seed} of {shape} failed: {why}");
-        println!("     make sim SEED={seed} SEEDS=1 ONLY={} TRACE=1 shows what happened", shape.test());
+fn run_one(shape: Topology, seed: u64) -> bool {
+    let passed = panic::catch_unwind(|| run::run(shape, seed)).is_ok();
+    if !passed {
+        let reason = panics::first().unwrap_or_default();
+        println!("sim: seed {seed} of {shape} failed: {reason}");
+        println!("     make sim SEED={seed} SEEDS=1 ONLY={} TRACE=1 shows the events", shape.test());
     }
     trace::print_last();
-    held
+    passed
 }
 
 /// Prints progress and slow seeds at intervals. Exits the process if a run does not end, because its thread cannot be ended.
-fn watch(shape: Shape, course: &Mutex<Course>, ended: &Condvar, goes_on: impl Fn(&mut Course) -> bool) {
+fn watch(
+    shape: Topology,
+    progress: &Mutex<SeedProgress>,
+    ended: &Condvar,
+    is_running: impl Fn(&mut SeedProgress) -> bool,
+) {
     let began = clock::monotonic();
     loop {
-        let (now, waited) = ended.wait_timeout_while(course.lock().unwrap(), TELL, &goes_on).unwrap();
+        let (now, waited) = ended.wait_timeout_while(progress.lock().unwrap(), REPORT_INTERVAL, &is_running).unwrap();
         if !waited.timed_out() {
             return;
         }
         println!("{}", now.so_far(shape, began));
-        for (seed, since) in now.running.iter().filter(|(_, since)| since.elapsed() >= TELL) {
-            println!("sim: seed {seed} of {shape} has run for {} and goes on", Time(since.elapsed()));
+        for (seed, since) in now.running.iter().filter(|(_, since)| since.elapsed() >= REPORT_INTERVAL) {
+            println!("sim: seed {seed} of {shape} is still running after {}", Time(since.elapsed()));
             if since.elapsed() >= ENDLESS {
-                println!("     that is a failure; TRACE=live, SEED={seed} SEEDS=1 ONLY={} show it", shape.test());
+                println!(
+                    "     this is a failure: make sim SEED={seed} SEEDS=1 ONLY={} TRACE=live shows the events",
+                    shape.test()
+                );
                 process::exit(1);
             }
         }
     }
 }
 
-impl Course {
-    fn so_far(&self, shape: Shape, began: Instant) -> String {
+impl SeedProgress {
+    fn so_far(&self, shape: Topology, began: Instant) -> String {
         format!("sim: {} seeds of {shape}, {} failed, {}", self.done, self.failed.len(), Time(began.elapsed()))
     }
 }

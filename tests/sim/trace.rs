@@ -22,7 +22,7 @@ pub(crate) fn last() -> String {
 
 /// Prints the last trace if `STRANDLINE_TRACE` requests it.
 pub(crate) fn print_last() {
-    if wished().is_some_and(|wish| wish != LIVE) {
+    if trace_setting().is_some_and(|value| value != LIVE) {
         println!("{}", last());
     }
 }
@@ -30,8 +30,8 @@ pub(crate) fn print_last() {
 /// Value of `STRANDLINE_TRACE` with which lines are printed at once.
 const LIVE: &str = "live";
 
-fn wished() -> Option<String> {
-    std::env::var("STRANDLINE_TRACE").ok().filter(|wish| !wish.is_empty())
+fn trace_setting() -> Option<String> {
+    std::env::var("STRANDLINE_TRACE").ok().filter(|value| !value.is_empty())
 }
 
 /// Runs `work`, and adds the log that is written meanwhile to the trace.
@@ -50,7 +50,7 @@ impl io::Write for Log {
         let text = String::from_utf8_lossy(line);
         LAST.with_borrow(|last| {
             if let Some(trace) = last {
-                trace.note(format_args!("process {process}: {}", text.trim_end()));
+                trace.record(format_args!("process {process}: {}", text.trim_end()));
             }
         });
         Ok(line.len())
@@ -71,18 +71,18 @@ pub(crate) struct Trace {
 
 impl Trace {
     pub(crate) fn new() -> Self {
-        let is_live = wished().is_some_and(|wish| wish == LIVE);
+        let is_live = trace_setting().is_some_and(|value| value == LIVE);
         let trace = Self { began: clock::monotonic(), lines: Arc::default(), is_live };
         LAST.set(Some(trace.clone()));
         trace
     }
 
-    pub(crate) fn note(&self, what: fmt::Arguments<'_>) {
-        let passed = (clock::monotonic() - self.began).as_micros();
+    pub(crate) fn record(&self, what: fmt::Arguments<'_>) {
+        let elapsed_us = (clock::monotonic() - self.began).as_micros();
         if self.is_live {
-            println!("{passed:>10} {what}");
+            println!("{elapsed_us:>10} {what}");
         }
-        writeln!(self.lines.lock().unwrap(), "{passed:>10} {what}").unwrap();
+        writeln!(self.lines.lock().unwrap(), "{elapsed_us:>10} {what}").unwrap();
     }
 
     fn text(&self) -> String {

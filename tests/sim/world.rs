@@ -9,19 +9,19 @@ use strandline::{
 };
 
 use crate::{
+    checker::MachineView,
     faults::OUTSIDE,
-    judge::Seen,
-    logs::Logs,
+    logs::DiskLogs,
     machine::{Machine, Shared},
     meta::SimMeta,
     net::Net,
     objects::Objects,
-    run::Shape,
+    run::Topology,
     trace::Trace,
 };
 
-/// A simulated cluster and its environment. The caller of [`World::new`] starts the brokers.
-pub(crate) struct World {
+/// A simulated cluster and its environment. The caller of [`Simulation::new`] starts the brokers.
+pub(crate) struct Simulation {
     pub(crate) machines: Vec<Machine>,
     pub(crate) shared: Shared,
     pub(crate) store: EmbeddedStore,
@@ -30,8 +30,8 @@ pub(crate) struct World {
     _time: Tasks,
 }
 
-impl World {
-    pub(crate) fn new(shape: Shape, seed: u64) -> Self {
+impl Simulation {
+    pub(crate) fn new(shape: Topology, seed: u64) -> Self {
         let began = clock::monotonic();
         let outside = SimProcess::new(0, seed, began);
         let (store, time) = (EmbeddedStore::in_memory(), outside.enter(Tasks::new));
@@ -46,25 +46,26 @@ impl World {
     }
 
     /// Returns the network names of the brokers and of the clients.
-    pub(crate) fn places(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         let brokers = self.machines.iter().map(|machine| machine.address.clone());
         brokers.chain([OUTSIDE.to_owned()]).collect()
     }
 
     /// Returns the machines for the checker.
-    pub(crate) fn seen(&self) -> Vec<Seen> {
-        let seen = |machine: &Machine| Seen {
+    pub(crate) fn machine_views(&self) -> Vec<MachineView> {
+        let seen = |machine: &Machine| MachineView {
             id: machine.id,
-            logs: Logs::of(&machine.disk),
+            logs: DiskLogs::of(&machine.disk),
             process: Arc::clone(&machine.process),
-            spoilt: Arc::clone(&machine.spoilt),
+            disk_altered: Arc::clone(&machine.disk_altered),
         };
         self.machines.iter().map(seen).collect()
     }
 
     /// Connects a client in the outside process. Retries until a broker accepts the connection.
     pub(crate) async fn client(&self) -> Client {
-        let options = client::Options { request_timeout: Duration::from_secs(600), ..client::Options::default() };
+        let options =
+            client::ClientOptions { request_timeout: Duration::from_secs(600), ..client::ClientOptions::default() };
         let addresses: Vec<&str> = self.machines.iter().map(|machine| machine.address.as_str()).collect();
         loop {
             let socket = Arc::new(self.shared.net.from(OUTSIDE));
@@ -77,7 +78,7 @@ impl World {
     }
 }
 
-impl Drop for World {
+impl Drop for Simulation {
     fn drop(&mut self) {
         self.shared.net.close();
     }

@@ -14,10 +14,10 @@ use slab::Slab;
 use tokio::{sync::Semaphore, time::Instant};
 
 use super::{METADATA_CALLS, Pools};
-use crate::{limits, partition::Memory, task::clock};
+use crate::{limits, partition::MemoryBudget, task::clock};
 
-/// Maximum time that a client may take nothing of its responses while other calls wait for memory. A consumer that pauses for longer is not
-/// malicious; it connects again.
+/// Maximum time that a client may take nothing of its responses while other calls wait for memory. A consumer that pauses for longer
+/// connects again.
 pub(super) const UNREAD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Minimum rate of a client that takes its responses in small pieces while other calls wait, in bytes per second.
@@ -38,10 +38,10 @@ pub(super) struct Account {
     id: u64,
     connections: Arc<Connections>,
     pub(super) requests: Pools,
-    pub(super) whole: Memory,
+    pub(super) whole: MemoryBudget,
     pub(super) parts: Pools,
     pub(super) responses: Pools,
-    pub(super) sessions: Memory,
+    pub(super) sessions: MemoryBudget,
     /// Permit for decompressing a batch of this connection.
     pub(super) decompression: Arc<Semaphore>,
     /// Permit for recompressing a batch of this connection.
@@ -90,8 +90,8 @@ impl Account {
     /// Returns true if a client has read nothing for too long while other calls wait for memory of this kind.
     fn is_unread(&self, kind: MemoryKind, now: Instant) -> bool {
         self.unread().iter().any(|(_, call)| {
-            let patience = if call.kind == kind { Duration::ZERO } else { OTHER_KIND_TIMEOUT };
-            call.until.min(call.deadline) + patience <= now
+            let extra = if call.kind == kind { Duration::ZERO } else { OTHER_KIND_TIMEOUT };
+            call.until.min(call.deadline) + extra <= now
         })
     }
 
@@ -177,8 +177,8 @@ impl Connections {
     pub(super) fn open(
         self: &Arc<Self>,
         [requests, parts, responses]: [Pools; 3],
-        whole: Memory,
-        sessions: Memory,
+        whole: MemoryBudget,
+        sessions: MemoryBudget,
         close: impl Fn() + Send + Sync + 'static,
     ) -> ConnectionMemory {
         let mut state = self.state();

@@ -2,7 +2,7 @@
 
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::partition::Memory;
+use crate::partition::MemoryBudget;
 
 /// Memory taken from a connection's share and from the budget.
 #[derive(Debug)]
@@ -23,30 +23,30 @@ impl Grant {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        Memory::bytes_of(&self.all)
+        MemoryBudget::bytes_of(&self.all)
     }
 
     /// Splits off `bytes`, or all if there are fewer.
     pub(super) fn split(&mut self, bytes: usize) -> Self {
-        let own = self.own.as_mut().map(|permit| Memory::split(permit, bytes));
-        Self { own, all: Memory::split(&mut self.all, bytes) }
+        let own = self.own.as_mut().map(|permit| MemoryBudget::split(permit, bytes));
+        Self { own, all: MemoryBudget::split(&mut self.all, bytes) }
     }
 
     /// Merges a grant of the same pools. Memory from other pools is freed.
     pub(super) fn merge(&mut self, part: Self) {
         if let (Some(permit), Some(part)) = (&mut self.own, part.own) {
-            Memory::merge(permit, part);
+            MemoryBudget::merge(permit, part);
         }
-        Memory::merge(&mut self.all, part.all);
+        MemoryBudget::merge(&mut self.all, part.all);
     }
 
     /// Takes the missing memory up to `bytes` from these pools. Returns true if they had enough.
-    pub(super) fn try_grow(&mut self, own: &Memory, all: &Memory, bytes: usize) -> bool {
+    pub(super) fn try_grow(&mut self, own: &MemoryBudget, all: &MemoryBudget, bytes: usize) -> bool {
         self.own.as_mut().is_none_or(|permit| own.try_grow(permit, bytes)) && all.try_grow(&mut self.all, bytes)
     }
 
     /// Frees the memory above `bytes`.
     pub fn shrink(&mut self, bytes: usize) {
-        self.own.iter_mut().chain([&mut self.all]).for_each(|permit| Memory::shrink(permit, bytes));
+        self.own.iter_mut().chain([&mut self.all]).for_each(|permit| MemoryBudget::shrink(permit, bytes));
     }
 }

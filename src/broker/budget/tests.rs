@@ -13,18 +13,18 @@ fn call(budgets: &Budgets) -> CallMemory {
 async fn connection_takes_only_its_share_of_memory() {
     let budgets = Budgets::new(72 * MIB as u64, 64 * MIB as u64);
     let first = call(&budgets);
-    let mut held: Vec<_> = (0..8).map(|_| first.try_request(MIB).expect("its part")).collect();
-    assert!(first.try_request(MIB).is_none(), "a quarter of the pool of large requests");
+    let mut held: Vec<_> = (0..8).map(|_| first.try_request(MIB).expect("within the share")).collect();
+    assert!(first.try_request(MIB).is_none(), "the share is a quarter of the large pool");
     let other = call(&budgets);
-    held.extend((0..8).map(|_| other.try_request(MIB).expect("its own part")));
-    let refused = first.clone().request(MIB).await.expect_err("its own requests hold its part");
+    held.extend((0..8).map(|_| other.try_request(MIB).expect("within the share")));
+    let refused = first.clone().request(MIB).await.expect_err("the requests of the connection hold its share");
     assert_eq!(refused.code, ErrorCode::Overloaded);
     for word in ["1048576", "75497472", "limits.request_memory_bytes"] {
         assert!(refused.message.contains(word), "{word}: {refused}");
     }
     drop(held);
     assert_eq!(budgets.taken(), (0, 0));
-    first.request(MIB).await.expect("there is room again");
+    first.request(MIB).await.expect("memory was freed");
 }
 
 #[tokio::test(start_paused = true)]
@@ -43,13 +43,13 @@ async fn stalled_requests_end_when_others_wait_for_memory() {
         let oldest = &full[0].0;
         std::future::poll_fn(|cx| match oldest.check(cx.waker()) {
             Ok(()) => std::task::Poll::Pending,
-            Err(fault) => std::task::Poll::Ready(fault),
+            Err(error) => std::task::Poll::Ready(error),
         })
         .await;
         let ended = |(guard, _): &(IncompleteGuard, Grant)| guard.request.is_ended(std::task::Waker::noop());
-        assert_eq!(full.iter().filter(|request| ended(request)).count(), 1, "no more than needed");
+        assert_eq!(full.iter().filter(|request| ended(request)).count(), 1, "one ended request is enough");
         drop(full);
-        waits.join_next().await.expect("it waits").expect("no panic").expect("there is room");
+        waits.join_next().await.expect("one task").expect("no panic").expect("memory was freed");
     }
 }
 
@@ -64,37 +64,38 @@ async fn incomplete_requests_end_at_bounded_rate() {
     })
     .collect();
     let mut waits: tokio::task::JoinSet<_> = (0..200).map(|_| call(&budgets).request(SMALL_BYTES)).collect();
-    let (mut served, mut most) = (Vec::new(), 0);
+    let (mut served, mut max) = (Vec::new(), 0);
     while served.len() < 200 {
         tokio::time::sleep(SMALL_GRACE).await;
         let before = full.len();
         full.retain(|(guard, _)| !guard.request.is_ended(std::task::Waker::noop()));
-        most = most.max(before - full.len());
+        max = max.max(before - full.len());
         tokio::task::yield_now().await;
-        served.extend(std::iter::from_fn(|| waits.try_join_next()).map(|wait| wait.expect("no panic").expect("room")));
+        let ended = std::iter::from_fn(|| waits.try_join_next());
+        served.extend(ended.map(|wait| wait.expect("no panic").expect("memory was freed")));
     }
-    assert!(most <= MAX_ENDED_BYTES.div_ceil(SMALL_BYTES), "{most} at once");
+    assert!(max <= MAX_ENDED_BYTES.div_ceil(SMALL_BYTES), "{max} requests ended at once");
 }
 
 #[tokio::test(start_paused = true)]
 async fn request_parts_have_separate_memory() {
     let budgets = Budgets::new(512 * MIB as u64, MIB as u64);
     let call = call(&budgets);
-    let message = call.clone().request(512 * MIB).await.expect("it comes alone");
-    let parts = call.try_parts(limits::MAX_REQUEST_PARTS).expect("as many as there may be");
-    assert!(call.try_parts(limits::MAX_REQUEST_PARTS).is_none(), "one at a time of one connection");
+    let message = call.clone().request(512 * MIB).await.expect("the only request fits");
+    let parts = call.try_parts(limits::MAX_REQUEST_PARTS).expect("the maximum number of parts fits");
+    assert!(call.try_parts(limits::MAX_REQUEST_PARTS).is_none(), "the share of the connection is used up");
     let (waiting, small) = (call.clone().parts(limits::MAX_REQUEST_PARTS), call.try_parts(1));
-    assert!(small.is_some(), "few parts do not wait for many");
+    assert!(small.is_some(), "a small list of parts does not wait for a large one");
     drop(small);
     let with_parts = budgets.taken().0;
     call.deliver(0, [message]);
     drop(call.take_request());
     assert!(with_parts > budgets.taken().0);
     assert_eq!(budgets.taken().0, limits::MAX_REQUEST_PARTS * PART_BYTES);
-    let refused = call.clone().parts(limits::MAX_REQUEST_PARTS).await.expect_err("they are held for too long");
+    let refused = call.clone().parts(limits::MAX_REQUEST_PARTS).await.expect_err("the memory is held for too long");
     assert_eq!(refused.code, ErrorCode::Overloaded);
     drop(parts);
-    drop(waiting.await.expect("there is room"));
+    drop(waiting.await.expect("memory was freed"));
     assert_eq!(budgets.taken(), (0, 0));
 }
 
@@ -107,13 +108,13 @@ async fn response_is_charged_until_sent() {
     call.made(grant, MIB);
     assert_eq!(budgets.taken().1, MIB);
     let handed = call.hand(MIB).unwrap();
-    assert_eq!(budgets.taken().1, MIB, "it is on its way");
+    assert_eq!(budgets.taken().1, MIB, "the response is not sent yet");
     let (_held, bytes) = call.response(40 * MIB, MIB).await;
     assert_eq!(bytes, 40 * MIB);
     let (_small, bytes) = call.response(40 * MIB, MIB).await;
-    assert_eq!(bytes, MIB, "its part is used up: small responses go on");
+    assert_eq!(bytes, MIB, "the share is used up: only a small response");
     drop(handed);
-    assert_eq!(budgets.taken().1, 41 * MIB, "it was sent");
+    assert_eq!(budgets.taken().1, 41 * MIB, "the response was sent");
 }
 
 /// Regression: four connections that read nothing held all response memory for ever.
@@ -138,7 +139,7 @@ async fn unread_connections_are_closed_when_others_wait() {
     drop(handed);
     let held = first.response(12 * MIB, MIB).await;
     tokio::time::advance(UNREAD_TIMEOUT * 10).await;
-    assert!(closed.lock().unwrap().is_empty(), "nobody needs their memory");
+    assert!(closed.lock().unwrap().is_empty(), "no other call waits for memory");
 
     let honest = CallMemory::new(budgets.clone(), connection(4));
     let ((_grant, bytes), ()) = tokio::join!(honest.response(12 * MIB, 12 * MIB), async {
@@ -149,7 +150,7 @@ async fn unread_connections_are_closed_when_others_wait() {
     });
     assert_eq!(bytes, 12 * MIB);
     let closed: std::collections::BTreeSet<_> = closed.lock().unwrap().iter().copied().collect();
-    assert_eq!(closed, [1, 2, 3].into(), "those that do not read");
+    assert_eq!(closed, [1, 2, 3].into(), "the connections that do not read");
     drop(held);
 }
 
@@ -157,7 +158,7 @@ async fn unread_connections_are_closed_when_others_wait() {
 #[tokio::test(start_paused = true)]
 async fn reading_client_is_not_closed() {
     let budgets = Budgets::new(64 * MIB as u64, 4 * MIB as u64);
-    let reading = CallMemory::new(budgets.clone(), budgets.connection(|| panic!("it is read")));
+    let reading = CallMemory::new(budgets.clone(), budgets.connection(|| panic!("the client reads")));
     let (grant, _) = reading.response(SMALL_BYTES, SMALL_BYTES).await;
     reading.made(grant, SMALL_BYTES);
     let _held = reading.hand(SMALL_BYTES).unwrap();
@@ -173,7 +174,7 @@ async fn reading_client_is_not_closed() {
     for _ in 0..20 {
         let _handed = reading.hand(0).unwrap();
         let waited = tokio::time::timeout(UNREAD_TIMEOUT / 2, &mut waits).await;
-        assert!(waited.is_err(), "others hold it");
+        assert!(waited.is_err(), "other calls hold the memory");
     }
 }
 

@@ -2,10 +2,10 @@
 
 use futures::stream::FuturesUnordered;
 
-use super::{Gathered, READS, Session, plain};
+use super::{FetchResponseBuilder, FetchSession, MAX_CONCURRENT_READS, decode};
 use crate::{
     broker::budget::{Grant, ResponseGrant},
-    partition::{Fetched, ReadError},
+    partition::{FetchedBatches, ReadError},
 };
 
 /// Minimum bytes of a read beside other reads of the same response, if the response has space for them.
@@ -55,7 +55,7 @@ impl Granted {
     }
 }
 
-impl Session {
+impl FetchSession {
     /// Returns true if there is something to read, or already read, without memory for it.
     pub(super) fn needs_memory(&self) -> bool {
         self.grant.is_none() && (self.held.is_some() || !self.reading.is_empty() || self.ready.is_marked())
@@ -64,31 +64,31 @@ impl Session {
     /// Takes memory for a response before any read: for the batches, and for the message that is built from them. Decoded records take as
     /// much again. The response is small if other responses hold too much memory. The size of a larger batch is known after a read failed
     /// for lack of memory.
-    pub(super) async fn reserve(&mut self, plain: bool) {
+    pub(super) async fn reserve(&mut self, decode: bool) {
         let max_bytes = self.terms.max_bytes;
-        let reads = self.places.len().clamp(1, READS);
+        let reads = self.places.len().clamp(1, MAX_CONCURRENT_READS);
         let record_bytes = self.record_bytes;
-        let records = |room: usize| if plain { 2 * (room + record_bytes) } else { 0 };
+        let records = |room: usize| if decode { 2 * (room + record_bytes) } else { 0 };
         let batch_bytes = self.expected_batch_bytes.max(self.max_batch_bytes);
         let bytes = max_bytes + reads * self.read_bytes(max_bytes).max(batch_bytes);
         let (bytes, small) = (bytes.max(2 * self.max_batch_bytes), 2 * (SMALL_RESPONSE_BYTES + self.max_batch_bytes));
-        let wanted = bytes + records(plain::PLAIN_BYTES);
-        let least = small + records(plain::SMALL_PLAIN_BYTES);
-        let (grant, granted) = match self.memory.try_response(wanted, least) {
+        let wanted = bytes + records(decode::DECODED_BYTES);
+        let min_bytes = small + records(decode::SMALL_DECODED_BYTES);
+        let (grant, granted) = match self.memory.try_response(wanted, min_bytes) {
             Some(granted) => granted,
             None => {
                 // Ended reads that wait here would keep the memory that this call waits for.
                 self.drop_reads();
-                self.memory.response(wanted, least).await
+                self.memory.response(wanted, min_bytes).await
             }
         };
         let (released, is_used_up, is_small) = (None, false, granted != wanted);
         self.grant = Some(if is_small {
-            let (records, max_bytes) = (records(plain::SMALL_PLAIN_BYTES), max_bytes.min(SMALL_RESPONSE_BYTES));
+            let (records, max_bytes) = (records(decode::SMALL_DECODED_BYTES), max_bytes.min(SMALL_RESPONSE_BYTES));
             let batch_bytes = SMALL_RESPONSE_BYTES.max(self.max_batch_bytes);
             Granted { grant, bytes: small, records, max_bytes, batch_bytes, is_small, released, is_used_up }
         } else {
-            let (records, batch_bytes) = (records(plain::PLAIN_BYTES), self.read_bytes(max_bytes).max(batch_bytes));
+            let (records, batch_bytes) = (records(decode::DECODED_BYTES), self.read_bytes(max_bytes).max(batch_bytes));
             Granted { grant, bytes, records, max_bytes, batch_bytes, is_small, released, is_used_up }
         });
     }
@@ -96,7 +96,7 @@ impl Session {
     /// Returns true if one more read may start.
     pub(super) fn may_begin_read(&self) -> bool {
         let Some(Granted { is_small, released: None, .. }) = self.grant else { return false };
-        self.reading.len() < if is_small { 1 } else { READS }
+        self.reading.len() < if is_small { 1 } else { MAX_CONCURRENT_READS }
     }
 
     /// Returns true if partitions that become ready are processed before the reads in progress have ended.
@@ -104,18 +104,18 @@ impl Session {
         match self.grant {
             Some(Granted { is_used_up: true, .. }) => false,
             Some(Granted { is_small: true, .. }) => self.reading.is_empty(),
-            _ => self.reading.len() < READS,
+            _ => self.reading.len() < MAX_CONCURRENT_READS,
         }
     }
 
     /// Frees the memory of a delayed response, except that for its batches and for the reads in progress.
-    pub(super) fn release_unused(&mut self, gathered: &Gathered) {
+    pub(super) fn release_unused(&mut self, gathered: &FetchResponseBuilder) {
         let Some(granted) = &self.grant else { return };
         if self.ready.is_marked() {
             return;
         }
         let bytes = granted.bytes.min(2 * (gathered.bytes + self.reading.len() * granted.batch_bytes));
-        let records = granted.records.min(2 * (plain::SMALL_PLAIN_BYTES + self.record_bytes));
+        let records = granted.records.min(2 * (decode::SMALL_DECODED_BYTES + self.record_bytes));
         let before = (granted.bytes, granted.records);
         if before != (bytes, records)
             && let Some(granted) = &mut self.grant
@@ -127,7 +127,7 @@ impl Session {
     }
 
     /// Takes freed memory back if there is more to read. If there is not enough, the response gets no more records.
-    pub(super) fn restore(&mut self, gathered: &mut Gathered) {
+    pub(super) fn undrain(&mut self, gathered: &mut FetchResponseBuilder) {
         if self.ready.is_marked() && !self.restore_now() {
             gathered.full |= gathered.bytes > 0;
         }
@@ -146,7 +146,7 @@ impl Session {
     }
 
     /// Restarts the request at its first offsets, with memory for a first record of `record_bytes`.
-    pub(super) fn read_again(&mut self, record_bytes: usize, gathered: Gathered) {
+    pub(super) fn read_again(&mut self, record_bytes: usize, gathered: FetchResponseBuilder) {
         self.record_bytes = record_bytes;
         (self.grant, self.held, self.reading) = (None, None, FuturesUnordered::new());
         let refused = gathered.partitions.into_iter().zip(gathered.places).filter(|(_, place)| place.is_none());
@@ -161,8 +161,8 @@ impl Session {
     /// Returns the bytes of the batches that a read found, or would have found, if there is no memory for them.
     pub(super) fn lacks_memory_for(
         &self,
-        outcome: &Result<Option<Fetched>, ReadError>,
-        gathered: &Gathered,
+        outcome: &Result<Option<FetchedBatches>, ReadError>,
+        gathered: &FetchResponseBuilder,
     ) -> Option<usize> {
         match outcome {
             Ok(Some(fetched)) if !self.has_memory_for(fetched.bytes, gathered) => Some(fetched.bytes),
@@ -173,7 +173,7 @@ impl Session {
 
     /// Reads a partition again once there is memory for a batch of `batch_bytes`. An empty response frees its memory and restarts its reads
     /// in progress.
-    pub(super) fn read_later(&mut self, index: usize, batch_bytes: usize, gathered: &mut Gathered) {
+    pub(super) fn read_later(&mut self, index: usize, batch_bytes: usize, gathered: &mut FetchResponseBuilder) {
         // Rounded up: batches that grow byte by byte would restart the reads each time.
         self.max_batch_bytes = self.max_batch_bytes.max(batch_bytes.next_power_of_two());
         self.places[index].reading = false;
@@ -206,7 +206,7 @@ impl Session {
     }
 
     /// Returns true if there is memory for a batch that was read, reserving more if needed. A batch may be larger than expected.
-    fn has_memory_for(&self, batch_bytes: usize, gathered: &Gathered) -> bool {
+    fn has_memory_for(&self, batch_bytes: usize, gathered: &FetchResponseBuilder) -> bool {
         let Some(Granted { bytes, .. }) = self.grant else { return true };
         let needed = 2 * (gathered.bytes + batch_bytes);
         needed <= bytes || self.memory.reserve_more((needed - bytes).min(2 * batch_bytes)).is_ok()
@@ -214,7 +214,7 @@ impl Session {
 
     /// Returns the maximum bytes of one read if the response has space for `left` bytes.
     pub(super) fn read_bytes(&self, left: usize) -> usize {
-        (left / self.places.len().clamp(1, READS)).max(left.min(MIN_READ_BYTES))
+        (left / self.places.len().clamp(1, MAX_CONCURRENT_READS)).max(left.min(MIN_READ_BYTES))
     }
 
     /// Passes the memory of a built response to its call, which frees the memory when the response has been sent. Reads in progress have

@@ -6,33 +6,33 @@ use futures::TryStreamExt as _;
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 
-use super::{Gathered, Session, Terms};
+use super::{FetchLimits, FetchResponseBuilder, FetchSession};
 use crate::{
-    broker::{Broker, CallMemory, Requests, faults},
+    broker::{Broker, CallMemory, Requests, errors},
     proto::{error::ApiError, v1},
     task::clock,
 };
 
 /// One fetch stream.
-pub(super) struct Follow {
-    session: Session,
+pub(super) struct FetchStreamState {
+    session: FetchSession,
     requests: Requests<v1::FetchRequest>,
     /// True while the lease has expired. Each change causes a response, because records may never arrive.
-    doubts: watch::Receiver<bool>,
-    begun: bool,
+    lease_expiry: watch::Receiver<bool>,
+    has_assignment: bool,
     /// True once the client sends no more requests. The client still receives records of its last assignment.
     ended: bool,
 }
 
-impl Follow {
+impl FetchStreamState {
     pub(super) fn new(broker: Arc<Broker>, requests: Requests<v1::FetchRequest>, memory: CallMemory) -> Self {
-        let doubts = broker.doubts();
-        let session = Session::new(broker, Terms::new(0, 0, 0), memory);
-        Self { session, requests, doubts, begun: false, ended: false }
+        let lease_expiry = broker.lease_expiry();
+        let session = FetchSession::new(broker, FetchLimits::new(0, 0, 0), memory);
+        Self { session, requests, lease_expiry, has_assignment: false, ended: false }
     }
 
     pub(super) async fn next(&mut self) -> Option<Result<v1::FetchResponse, Status>> {
-        let mut gathered = Gathered::default();
+        let mut gathered = FetchResponseBuilder::default();
         let mut deadline: Option<Instant> = None;
         loop {
             if self.session.needs_memory() {
@@ -52,7 +52,7 @@ impl Follow {
             if gathered.bytes > 0 && deadline.is_none() {
                 deadline = Some(clock::monotonic() + terms.max_wait);
             }
-            let hold = async {
+            let delay = async {
                 match deadline {
                     Some(moment) => tokio::time::sleep_until(moment).await,
                     None => std::future::pending().await,
@@ -67,34 +67,34 @@ impl Follow {
                     Ok(Some(request)) => {
                         // Records of the old assignment are sent first, because the positions are past them.
                         let wanted = request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()));
-                        broker.acquaint(wanted).await;
-                        if let Err(fault) = self.take(request) {
-                            return Some(Err(fault.into()));
+                        broker.wait_for_topics(wanted).await;
+                        if let Err(error) = self.take(request) {
+                            return Some(Err(error.into()));
                         }
                         if gathered.bytes > 0 {
                             break;
                         }
                     }
-                    Ok(None) if !self.begun => return None,
+                    Ok(None) if !self.has_assignment => return None,
                     Ok(None) => self.ended = true,
-                    Err(status) => return Some(Err(faults::unreadable(status))),
+                    Err(status) => return Some(Err(errors::unreadable(status))),
                 },
-                Ok(()) = self.doubts.changed(), if self.begun => break,
-                () = session.wait(&mut gathered), if self.begun => {}
-                () = hold => break,
+                Ok(()) = self.lease_expiry.changed(), if self.has_assignment => break,
+                () = session.wait_for_data(&mut gathered), if self.has_assignment => {}
+                () = delay => break,
             }
         }
         self.session.on_made(gathered.bytes, gathered.partitions.len());
         self.session.broker.metrics.fetch_requests.inc();
-        let in_doubt = *self.doubts.borrow_and_update();
-        Some(Ok(v1::FetchResponse { partitions: gathered.partitions, in_doubt }))
+        let lease_expired = *self.lease_expiry.borrow_and_update();
+        Some(Ok(v1::FetchResponse { partitions: gathered.partitions, lease_expired }))
     }
 
     fn take(&mut self, request: v1::FetchRequest) -> Result<(), ApiError> {
         let _request = self.session.memory.take_request();
-        if !self.begun {
-            self.session.terms = Terms::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
-            self.begun = true;
+        if !self.has_assignment {
+            self.session.terms = FetchLimits::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
+            self.has_assignment = true;
         }
         self.session.assign(request.partitions, request.restart, request.any_replica)
     }

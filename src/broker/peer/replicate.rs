@@ -16,29 +16,29 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::Peering;
+use super::PeerServer;
 use crate::{
-    broker::following::VERSION,
-    client::peers::{self, How, PeerError},
+    broker::links::PROTOCOL_VERSION,
+    client::peers::{self, DisconnectReason, PeerError},
     cluster::Revision,
     model::BrokerId,
     partition::{
-        leader::insync::Peer,
-        session::{self, Ended, Led, LinkProbe},
+        leader::isr::PeerId,
+        replication::{self, LinkEnd, LinkProbe, SenderConfig},
     },
     proto::{
         error::{ApiError, ErrorCode},
-        v1::{self, to_follower, to_leader},
+        v1::{self, replicate_request, replicate_response},
     },
     task::{Tasks, clock},
     telemetry::LogThrottle,
 };
 
 /// Timeout for the Hello of a new stream.
-const HELLO: Duration = Duration::from_secs(5);
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Maximum time for the follower's broker to take the error with which its stream ends.
-const LAST_WORD: Duration = Duration::from_millis(500);
+const LAST_RESPONSE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Timeout of a ping on the existing link, sent when another link with the same broker epoch arrives.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
@@ -46,10 +46,10 @@ const PING_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of messages that wait for the connection. The session does the batching.
 const QUEUE: usize = 1;
 
-pub(super) type Answers = Pin<Box<dyn Stream<Item = Result<v1::ToFollower, Status>> + Send>>;
+pub(super) type ReplicateStream = Pin<Box<dyn Stream<Item = Result<v1::ReplicateResponse, Status>> + Send>>;
 
 /// Inbound link of one broker.
-pub(super) struct Incoming {
+pub(super) struct InboundLink {
     epoch: Revision,
     probe: Arc<LinkProbe>,
     /// Cancels the link.
@@ -58,94 +58,107 @@ pub(super) struct Incoming {
     ended: watch::Receiver<()>,
 }
 
-impl Peering {
+impl PeerServer {
     /// Serves the stream of a follower's broker in its own task, until the stream ends.
-    pub(super) fn replicate(self: &Arc<Self>, incoming: Streaming<v1::ToLeader>) -> Answers {
+    pub(super) fn replicate(self: &Arc<Self>, incoming: Streaming<v1::ReplicateRequest>) -> ReplicateStream {
         let (outgoing, messages) = mpsc::channel(QUEUE);
-        let peering = Arc::clone(self);
+        let server = Arc::clone(self);
         self.tasks.spawn("replicate", async move {
-            if let Err(fault) = peering.serve(incoming, &outgoing).await {
+            if let Err(error) = server.serve(incoming, &outgoing).await {
                 // The stream ends with the error. A peer that is gone does not receive the error.
-                let _gone = tokio::time::timeout(LAST_WORD, outgoing.send(Err(fault.into()))).await;
+                let _gone = tokio::time::timeout(LAST_RESPONSE_TIMEOUT, outgoing.send(Err(error.into()))).await;
             }
         });
         Box::pin(ReceiverStream::new(messages))
     }
 
-    async fn serve(&self, mut incoming: Streaming<v1::ToLeader>, outgoing: &session::Outgoing) -> Result<(), ApiError> {
+    async fn serve(
+        &self,
+        mut incoming: Streaming<v1::ReplicateRequest>,
+        outgoing: &replication::ResponseSender,
+    ) -> Result<(), ApiError> {
         let first = tokio::select! {
             biased;
             () = self.tasks.cancelled() => return Err(stopping()),
-            first = tokio::time::timeout(HELLO, incoming.message()) => first,
+            first = tokio::time::timeout(HELLO_TIMEOUT, incoming.message()) => first,
         };
         let hello = match first {
-            Ok(Ok(Some(v1::ToLeader { is: Some(to_leader::Is::Hello(hello)), .. }))) => hello,
-            Ok(Ok(_)) => return Err(invalid("a replication stream begins with Hello".to_owned())),
+            Ok(Ok(Some(v1::ReplicateRequest { message: Some(replicate_request::Message::Hello(hello)), .. }))) => hello,
+            Ok(Ok(_)) => {
+                return Err(invalid("the first message of the stream is not Hello: send Hello first".to_owned()));
+            }
             Ok(Err(status)) => return Err(ApiError::from(&status)),
-            Err(_) => return Err(invalid(format!("no Hello came in {HELLO:?}"))),
+            Err(_) => return Err(invalid(format!("no Hello arrived within {HELLO_TIMEOUT:?}: send Hello first"))),
         };
         let (peer, own) = self.admit(&hello).await?;
-        self.neighbours.clocks.compare(peer.broker, hello.wall_ms);
+        self.peers.clocks.compare(peer.broker, hello.wall_clock_ms);
         let link = self.tasks.child();
-        let (ends, ended) = watch::channel(());
+        let (progress, ended) = watch::channel(());
         let probe = Arc::new(LinkProbe::default());
-        let to_be = Incoming { epoch: peer.epoch, probe: Arc::clone(&probe), link: link.clone(), ended };
-        self.take_place(peer, to_be).await?;
-        let served = self.follow(peer, own, probe, incoming, outgoing, &link).await;
-        drop(ends);
+        let inbound = InboundLink { epoch: peer.epoch, probe: Arc::clone(&probe), link: link.clone(), ended };
+        self.replace_link(peer, inbound).await?;
+        let served = self.run(peer, own, probe, incoming, outgoing, &link).await;
+        drop(progress);
         let mut links = self.links();
-        if links.get(&peer.broker).is_some_and(|known| known.ended.has_changed().is_err()) {
+        if links.get(&peer.broker).is_some_and(|link| link.ended.has_changed().is_err()) {
             links.remove(&peer.broker);
         }
         served
     }
 
     /// Verifies a Hello. Returns the follower's broker and this broker's own broker epoch.
-    async fn admit(&self, hello: &v1::Hello) -> Result<(Peer, Revision), ApiError> {
-        let (me, broker) = (self.neighbours.me(), BrokerId(hello.broker));
-        if hello.version != VERSION {
-            return Err(invalid(format!("version {} of the protocol is not spoken here, {VERSION} is", hello.version)));
+    async fn admit(&self, hello: &v1::Hello) -> Result<(PeerId, Revision), ApiError> {
+        let (me, broker) = (self.peers.me(), BrokerId(hello.broker_id));
+        if hello.version != PROTOCOL_VERSION {
+            return Err(invalid(format!(
+                "protocol version {} is not supported: use version {PROTOCOL_VERSION}",
+                hello.version
+            )));
         }
         self.is_of_this_cluster(&hello.cluster)?;
-        if hello.to != me.0 {
-            return Err(invalid(format!("this is broker {me}, and broker {} was called", hello.to)));
+        if hello.target_broker != me.0 {
+            let target = hello.target_broker;
+            return Err(invalid(format!("this is broker {me}, not broker {target}: correct the peer address")));
         }
         if broker == me {
-            return Err(invalid(format!("broker {broker} calls itself: two processes run under one number")));
+            return Err(invalid(format!("broker {broker} connects to itself: give each process its own broker.id")));
         }
-        let Some(own) = self.neighbours.own() else {
-            return Err(ApiError::new(ErrorCode::NotReady, format!("broker {me} is not registered yet")));
+        let Some(own) = self.peers.own() else {
+            return Err(ApiError::new(ErrorCode::NotReady, format!("broker {me} is not registered yet: retry")));
         };
         let epoch = Revision(hello.broker_epoch);
-        self.neighbours.confirm(broker, epoch).await?;
-        Ok((Peer { broker, epoch }, own))
+        self.peers.confirm(broker, epoch).await?;
+        Ok((PeerId { broker, epoch }, own))
     }
 
     pub(super) fn is_of_this_cluster(&self, cluster: &str) -> Result<(), ApiError> {
-        let ours = self.neighbours.cluster();
+        let ours = self.peers.cluster();
         if cluster == ours {
             return Ok(());
         }
         let theirs: String = cluster.chars().take(200).collect();
-        Err(invalid(format!("this broker belongs to cluster {ours:?}, not to {theirs:?}")))
+        Err(invalid(format!(
+            "this broker belongs to cluster {ours:?}, not to {theirs:?}: correct the peer address or the cluster name"
+        )))
     }
 
     /// Replaces the broker's previous link, once that link has ended.
-    async fn take_place(&self, peer: Peer, link: Incoming) -> Result<(), ApiError> {
-        let mut silent: Option<Arc<LinkProbe>> = None;
+    async fn replace_link(&self, peer: PeerId, link: InboundLink) -> Result<(), ApiError> {
+        let mut unresponsive: Option<Arc<LinkProbe>> = None;
         let before = loop {
             let (probe, mut ended) = {
                 let mut links = self.links();
                 match links.get(&peer.broker) {
-                    Some(known) if known.epoch > peer.epoch => {
-                        let message = format!("broker {} follows here in a newer uptime, {}", peer.broker, known.epoch);
+                    Some(existing) if existing.epoch > peer.epoch => {
+                        let (broker, epoch) = (peer.broker, existing.epoch);
+                        let message = format!("broker {broker} has a link with the later broker epoch {epoch}");
                         return Err(invalid(message));
                     }
-                    Some(known)
-                        if known.epoch == peer.epoch
-                            && !silent.as_ref().is_some_and(|silent| Arc::ptr_eq(silent, &known.probe)) =>
+                    Some(existing)
+                        if existing.epoch == peer.epoch
+                            && !unresponsive.as_ref().is_some_and(|probe| Arc::ptr_eq(probe, &existing.probe)) =>
                     {
-                        (Arc::clone(&known.probe), known.ended.clone())
+                        (Arc::clone(&existing.probe), existing.ended.clone())
                     }
                     _ => break links.insert(peer.broker, link),
                 }
@@ -154,13 +167,14 @@ impl Peering {
                 biased;
                 // The value never changes: this resolves when the channel is closed.
                 _closed = ended.changed() => {}
-                () = probe.answered() => {
-                    let message = format!("broker {} follows here over another link, which answers", peer.broker);
+                () = probe.ping_and_wait() => {
+                    let broker = peer.broker;
+                    let message = format!("broker {broker} already has a link to this broker, and that link responds");
                     return Err(ApiError::new(ErrorCode::NotReady, message));
                 }
                 () = tokio::time::sleep(PING_TIMEOUT) => {}
             }
-            silent = Some(probe);
+            unresponsive = Some(probe);
         };
         if let Some(mut before) = before {
             before.link.cancel();
@@ -169,47 +183,56 @@ impl Peering {
         Ok(())
     }
 
-    async fn follow(
+    async fn run(
         &self,
-        peer: Peer,
+        peer: PeerId,
         own: Revision,
         probe: Arc<LinkProbe>,
-        incoming: Streaming<v1::ToLeader>,
-        outgoing: &session::Outgoing,
+        incoming: Streaming<v1::ReplicateRequest>,
+        outgoing: &replication::ResponseSender,
         link: &Tasks,
     ) -> Result<(), ApiError> {
         let welcome =
-            v1::Welcome { broker: self.neighbours.me().0, broker_epoch: own.0, wall_ms: Some(clock::wall_ms()) };
-        let welcome = v1::ToFollower { is: Some(to_follower::Is::Welcome(welcome)), ..Default::default() };
+            v1::Welcome { broker_id: self.peers.me().0, broker_epoch: own.0, wall_clock_ms: Some(clock::wall_ms()) };
+        let welcome = v1::ReplicateResponse {
+            message: Some(replicate_response::Message::Welcome(welcome)),
+            ..Default::default()
+        };
         let _gone = outgoing.try_send(Ok(welcome));
         if let Some(links) = self.link_log(peer, |log| log.occur(clock::monotonic())) {
-            tracing::info!(follower = %peer.broker, epoch = %peer.epoch, links, "a broker follows here");
+            tracing::info!(
+                follower = %peer.broker, epoch = %peer.epoch, links,
+                "opened the link of a follower's broker"
+            );
         }
-        let (find, sent) = (self.neighbours.find(), self.sent.of(peer.broker.0));
-        let stored_epoch = Arc::clone(&self.questions.stored_epoch);
-        let led = Led { peer, find, catch_up: Arc::clone(&self.catch_up), probe, stored_epoch, sent };
+        let (find, sent) = (self.peers.find(), self.sent.of(peer.broker.0));
+        let stored_epoch = Arc::clone(&self.callbacks.stored_epoch);
+        let config = SenderConfig { peer, find, catch_up: Arc::clone(&self.catch_up), probe, stored_epoch, sent };
         let ended = tokio::select! {
             biased;
             // Pending for ever after it has cancelled the link.
             () = async {
-                self.neighbours.cancel_at_change(own, peer.broker, peer.epoch, link).await;
+                self.peers.cancel_at_change(own, peer.broker, peer.epoch, link).await;
                 std::future::pending().await
-            } => Ended::Stopped,
-            ended = session::lead(led, incoming, outgoing.clone(), link) => ended,
+            } => LinkEnd::Stopped,
+            ended = replication::run_sender(config, incoming, outgoing.clone(), link) => ended,
         };
         if self.link_log(peer, LogThrottle::recover).is_some() {
-            tracing::info!(follower = %peer.broker, epoch = %peer.epoch, why = %ended, "a broker does not follow here any more");
+            tracing::info!(
+                follower = %peer.broker, epoch = %peer.epoch, reason = %ended,
+                "the link of a follower's broker ended"
+            );
         }
         match ended {
-            Ended::Stopped => Err(stopping()),
-            Ended::Bad(fault) => Err(fault),
-            Ended::Closed => {
-                self.neighbours.lost(peer.broker, peer.epoch, How::Ended);
+            LinkEnd::Stopped => Err(stopping()),
+            LinkEnd::Bad(error) => Err(error),
+            LinkEnd::Closed => {
+                self.peers.on_link_lost(peer.broker, peer.epoch, DisconnectReason::Closed);
                 Ok(())
             }
-            Ended::Broken(status) => {
-                if let PeerError::Lost { how, .. } = peers::lost("", &status) {
-                    self.neighbours.lost(peer.broker, peer.epoch, how);
+            LinkEnd::Broken(status) => {
+                if let PeerError::Lost { reason, .. } = peers::error_from_status("", &status) {
+                    self.peers.on_link_lost(peer.broker, peer.epoch, reason);
                 }
                 Ok(())
             }
@@ -217,7 +240,7 @@ impl Peering {
     }
 
     /// Applies `act` to the log throttle of a broker's links, because links may open and break many times a second.
-    fn link_log<T>(&self, peer: Peer, act: impl FnOnce(&mut LogThrottle) -> T) -> T {
+    fn link_log<T>(&self, peer: PeerId, act: impl FnOnce(&mut LogThrottle) -> T) -> T {
         let mut logs = self.link_logs.lock().unwrap_or_else(PoisonError::into_inner);
         let (epoch, log) = logs.entry(peer.broker).or_default();
         if *epoch != peer.epoch {
@@ -226,7 +249,7 @@ impl Peering {
         act(log)
     }
 
-    fn links(&self) -> MutexGuard<'_, BTreeMap<BrokerId, Incoming>> {
+    fn links(&self) -> MutexGuard<'_, BTreeMap<BrokerId, InboundLink>> {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -236,5 +259,6 @@ fn invalid(message: String) -> ApiError {
 }
 
 fn stopping() -> ApiError {
-    ApiError::new(ErrorCode::NotReady, "this link ends here: the broker stops, or another one takes its place")
+    let message = "the link ended: this broker is stopping, or another link of the same broker replaced it";
+    ApiError::new(ErrorCode::NotReady, message)
 }

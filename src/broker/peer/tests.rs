@@ -16,17 +16,17 @@ use tonic::transport::{Server, server::TcpIncoming};
 
 use super::*;
 use crate::{
-    broker::following::Following,
+    broker::links::LinkManager,
     client::{
-        Tcp,
-        peers::{How, PeerError, Peers, Replicating},
+        TcpConnector,
+        peers::{DisconnectReason, PeerClient, PeerError, ReplicationStream},
     },
     cluster::{PartitionValue, Revision},
-    log::{Identity, Log, Options, SimDisk},
+    log::{DataDir, DataDirIdentity, LogOptions, SimDisk},
     model::{Acks, Compression, ConfigMap, Offset, TopicConfig, TopicId, TopicName},
     partition::{
-        AppendResult, Assignment, Partition, Spec, Surroundings, UpkeepQueue, leader::insync::Registration,
-        session::Find,
+        AppendResult, MaintenanceQueue, Partition, PartitionAssignment, PartitionContext, ReplicaSpec,
+        leader::isr::BrokerStatus, replication::PartitionLookup,
     },
     record::BatchBuilder,
     task::test_timeout::wait_until,
@@ -41,20 +41,20 @@ type Partitions = Arc<Mutex<BTreeMap<PartitionId, Arc<Partition>>>>;
 struct Node {
     id: BrokerId,
     address: String,
-    log: Log,
+    log: DataDir,
     partitions: Partitions,
-    following: Arc<Following>,
+    links: Arc<LinkManager>,
     /// Registrations in the metadata store.
     stored: Arc<Mutex<BTreeMap<BrokerId, Revision>>>,
-    lost: mpsc::Receiver<(BrokerId, Revision, How)>,
+    lost: mpsc::Receiver<(BrokerId, Revision, DisconnectReason)>,
     tasks: Tasks,
 }
 
 /// Recorder of lost links.
-struct Noted(mpsc::Sender<(BrokerId, Revision, How)>);
+struct LinkLossRecorder(mpsc::Sender<(BrokerId, Revision, DisconnectReason)>);
 
-impl LinkLost for Noted {
-    fn link_lost(&self, broker: BrokerId, epoch: Revision, how: How) {
+impl LinkLossListener for LinkLossRecorder {
+    fn link_lost(&self, broker: BrokerId, epoch: Revision, how: DisconnectReason) {
         let _full = self.0.try_send((broker, epoch, how));
     }
 }
@@ -74,49 +74,52 @@ fn epoch_of(id: BrokerId) -> Revision {
 impl Node {
     async fn start(id: u32) -> Self {
         let (id, tasks) = (BrokerId(id), Tasks::new());
-        let identity = Identity { cluster: "test".to_owned(), broker: id };
-        let options = Options { journal_bytes: 8 << 20, ..Options::default() };
-        let log = Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
-        let neighbours = Neighbours::new(id, "test".to_owned());
-        let connect = Arc::new(Tcp::between_brokers(WAIT));
-        let following = Following::new(Arc::clone(&neighbours), connect, PeerCounters::default(), tasks.clone());
+        let identity = DataDirIdentity { cluster: "test".to_owned(), broker: id };
+        let options = LogOptions { journal_bytes: 8 << 20, ..LogOptions::default() };
+        let log = DataDir::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
+        let peers = PeerTable::new(id, "test".to_owned());
+        let connect = Arc::new(TcpConnector::between_brokers(WAIT));
+        let links = LinkManager::new(Arc::clone(&peers), connect, PeerCounters::default(), tasks.clone());
         let partitions = Partitions::default();
-        let (noted, lost) = mpsc::channel(64);
-        let held = Arc::clone(&partitions);
-        let find: Find = Arc::new(move |id| held.lock().unwrap().get(&id).cloned());
+        let (recorder, lost) = mpsc::channel(64);
+        let table = Arc::clone(&partitions);
+        let find: PartitionLookup = Arc::new(move |id| table.lock().unwrap().get(&id).cloned());
         let stored: Arc<Mutex<BTreeMap<BrokerId, Revision>>> = Arc::default();
-        let asked = Arc::clone(&stored);
+        let registrations = Arc::clone(&stored);
         let look_up: LookUp = Arc::new(move |broker| {
-            let epoch = asked.lock().unwrap().get(&broker).copied();
+            let epoch = registrations.lock().unwrap().get(&broker).copied();
             Box::pin(async move { Ok(epoch) })
         });
-        following.hosts(find, Arc::new(Noted(noted)), look_up);
-        following.registered(Some(epoch_of(id)));
-        let questions = Questions {
-            unusable: Box::new(|id| (id.number == 1).then(|| "it is damaged".to_owned())),
-            status: Box::new(|| v1::StatusResponse { leaders: 5, ..v1::StatusResponse::default() }),
+        links.set_callbacks(find, Arc::new(LinkLossRecorder(recorder)), look_up);
+        links.registered(Some(epoch_of(id)));
+        let callbacks = PeerCallbacks {
+            unusable: Box::new(|id| (id.number == 1).then(|| "the log is corrupt".to_owned())),
+            status: Box::new(|| v1::GetBrokerStatsResponse {
+                leader_count: 5,
+                ..v1::GetBrokerStatsResponse::default()
+            }),
             stored_epoch: Arc::new(|_| Box::pin(async { None })),
             report: Box::new(|report| Box::pin(async move { Ok(report.broker == BrokerId(9)) })),
         };
-        let peering =
-            Peering::new(neighbours, format!("process {id}"), questions, None, PeerCounters::default(), tasks.clone());
-        peering.begin();
+        let server =
+            PeerServer::new(peers, format!("process {id}"), callbacks, None, PeerCounters::default(), tasks.clone());
+        server.begin();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let served = tasks.clone();
         tasks.spawn("serve", async move {
-            let server = Server::builder().add_service(service(&peering));
+            let server = Server::builder().add_service(service(&server));
             tokio::select! {
                 () = served.cancelled() => {}
                 result = server.serve_with_incoming(TcpIncoming::from(listener)) => result.unwrap(),
             }
         });
-        Self { id, address, log, partitions, following, stored, lost, tasks }
+        Self { id, address, log, partitions, links, stored, lost, tasks }
     }
 
-    fn know(&self, others: &[&Node]) {
-        let known = others.iter().map(|node| (node.id, (node.address.clone(), epoch_of(node.id))));
-        self.following.brokers(known.collect());
+    fn update_peers(&self, nodes: &[&Node]) {
+        let peers = nodes.iter().map(|node| (node.id, (node.address.clone(), epoch_of(node.id))));
+        self.links.brokers(peers.collect());
     }
 
     fn partition(&self, number: u32) -> Arc<Partition> {
@@ -124,30 +127,30 @@ impl Node {
     }
 
     fn open(&self, number: u32) {
-        let spec = Spec {
+        let spec = ReplicaSpec {
             id: id(number),
             topic: TopicName::new("events").unwrap(),
             config: Arc::new(TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).unwrap()),
             committed: None,
             tier: None,
-            alone: false,
-            anew: false,
-            lag_time: Duration::MAX,
+            standalone: false,
+            discard_local: false,
+            max_lag_time: Duration::MAX,
         };
-        let around = Surroundings { links: self.following.clone(), ..Surroundings::alone() };
+        let ctx = PartitionContext { links: self.links.clone(), ..PartitionContext::standalone() };
         let partition =
-            Partition::open(self.id, &self.log, spec, around, &UpkeepQueue::default(), &self.tasks).unwrap();
+            Partition::open(self.id, &self.log, spec, ctx, &MaintenanceQueue::default(), &self.tasks).unwrap();
         self.partitions.lock().unwrap().insert(id(number), partition);
     }
 
     /// Assigns the partition to `leader` in this epoch, with both brokers in sync.
     async fn assign(&self, number: u32, leader: u32, epoch: u32) {
         let both = [BrokerId(1), BrokerId(2)];
-        let whole = PartitionValue::new(both.to_vec(), LeaderEpoch(epoch));
-        let value = PartitionValue { leader: Some(BrokerId(leader)), ..whole };
-        let registered = both.map(|id| (id, Registration::Running(epoch_of(id)))).into();
+        let value = PartitionValue::new(both.to_vec(), LeaderEpoch(epoch));
+        let value = PartitionValue { leader: Some(BrokerId(leader)), ..value };
+        let registered = both.map(|id| (id, BrokerStatus::Registered(epoch_of(id)))).into();
         let (value, revision) = (Arc::new(value), Revision(u64::from(epoch) + 100));
-        self.partition(number).assign(Assignment { value, revision, committed: None, registered }).await;
+        self.partition(number).assign(PartitionAssignment { value, revision, committed: None, registered }).await;
     }
 
     async fn stop(&self) {
@@ -162,15 +165,15 @@ async fn append(partition: &Partition, value: &[u8]) -> tokio::sync::oneshot::Re
     partition.append(builder.finish(None).unwrap(), None, Acks::All, permit).await
 }
 
-async fn acked(answer: tokio::sync::oneshot::Receiver<AppendResult>) {
-    tokio::time::timeout(WAIT, answer).await.expect("in time").expect("answered").expect("both have it");
+async fn acked(response: tokio::sync::oneshot::Receiver<AppendResult>) {
+    tokio::time::timeout(WAIT, response).await.expect("in time").expect("a response").expect("an acknowledgement");
 }
 
 /// Starts two brokers that are registered with each other and hold this number of partitions, led by the first broker in epoch 1.
 async fn pair(partitions: u32) -> (Node, Node) {
     let (one, two) = (Node::start(1).await, Node::start(2).await);
-    one.know(&[&one, &two]);
-    two.know(&[&one, &two]);
+    one.update_peers(&[&one, &two]);
+    two.update_peers(&[&one, &two]);
     for number in 0..partitions {
         one.open(number);
         two.open(number);
@@ -188,8 +191,9 @@ async fn acknowledged_records_are_on_both_brokers() {
         for value in [b"first".as_slice(), &large, b"last"] {
             acked(append(&one.partition(number), value).await).await;
         }
-        assert_eq!(two.partition(number).ends().persisted, at(3), "acknowledged means synced there");
-        wait_until("it is committed there", || two.partition(number).marks().high_watermark == at(3)).await;
+        assert_eq!(two.partition(number).progress().persisted_end, at(3), "the follower synced the batches");
+        let is_committed = || two.partition(number).watermarks().high_watermark == at(3);
+        wait_until("the batches are committed on the follower", is_committed).await;
     }
     let read = |node: &Node| {
         let reader = node.partition(2).reader().clone();
@@ -204,7 +208,7 @@ async fn acknowledged_records_are_on_both_brokers() {
     };
     let copied = read(&two).await;
     assert!(copied.len() > 3 << 20);
-    assert!(copied == read(&one).await, "byte for byte");
+    assert!(copied == read(&one).await, "the copies are equal");
 
     // The second broker leads partition 0, so partitions are replicated in both directions.
     for node in [&two, &one] {
@@ -212,17 +216,17 @@ async fn acknowledged_records_are_on_both_brokers() {
     }
     acked(append(&two.partition(0), b"other way").await).await;
     acked(append(&one.partition(1), b"as before").await).await;
-    assert_eq!(one.partition(0).ends().persisted, at(4));
+    assert_eq!(one.partition(0).progress().persisted_end, at(4));
     one.stop().await;
     two.stop().await;
 }
 
 /// Responds to the next ping of a stream.
-async fn answer_ping(stream: &mut Replicating) {
+async fn respond_to_ping(stream: &mut ReplicationStream) {
     let message = stream.receiver.message().await.unwrap().unwrap();
-    let Some(v1::to_follower::Is::Ping(ping)) = message.is else { panic!("{message:?}") };
-    let pong = v1::to_leader::Is::Pong(v1::Pong { number: ping.number });
-    stream.sender.send(v1::ToLeader { is: Some(pong), ..Default::default() }).await.unwrap();
+    let Some(v1::replicate_response::Message::Ping(ping)) = message.message else { panic!("{message:?}") };
+    let pong = v1::replicate_request::Message::Pong(v1::Pong { number: ping.number });
+    stream.sender.send(v1::ReplicateRequest { message: Some(pong), ..Default::default() }).await.unwrap();
 }
 
 /// Covers each field of a Hello that is wrong or outdated.
@@ -230,59 +234,73 @@ async fn answer_ping(stream: &mut Replicating) {
 async fn invalid_hello_is_rejected_with_reason() {
     let (one, two) = pair(0).await;
     let epoch = epoch_of(two.id).0;
-    let good =
-        v1::Hello { cluster: "test".to_owned(), broker: 2, broker_epoch: epoch, to: 1, version: 1, wall_ms: None };
+    let good = v1::Hello {
+        cluster: "test".to_owned(),
+        broker_id: 2,
+        broker_epoch: epoch,
+        target_broker: 1,
+        version: 1,
+        wall_clock_ms: None,
+    };
     let hellos = [
         (v1::Hello { cluster: "other".to_owned(), ..good.clone() }, "belongs to cluster \"test\", not to \"other\""),
-        (v1::Hello { broker: 7, ..good.clone() }, "broker 7 is not registered"),
-        (v1::Hello { broker: 1, ..good.clone() }, "calls itself"),
-        (v1::Hello { broker_epoch: 19, ..good.clone() }, "in its uptime 19, and has registered as 20 since"),
-        (v1::Hello { broker_epoch: 1 << 63, ..good.clone() }, "is not registered in the uptime 9223372036854775808"),
-        (v1::Hello { to: 5, ..good.clone() }, "this is broker 1, and broker 5 was called"),
+        (v1::Hello { broker_id: 7, ..good.clone() }, "broker 7 is not registered"),
+        (v1::Hello { broker_id: 1, ..good.clone() }, "connects to itself"),
+        (v1::Hello { broker_epoch: 19, ..good.clone() }, "epoch 19, and is registered with the later epoch 20"),
+        (
+            v1::Hello { broker_epoch: 1 << 63, ..good.clone() },
+            "is not registered with broker epoch 9223372036854775808",
+        ),
+        (v1::Hello { target_broker: 5, ..good.clone() }, "this is broker 1, not broker 5"),
         (v1::Hello { version: 2, ..good.clone() }, "version 2"),
     ];
-    let peers = Peers::new(Arc::new(Tcp::between_brokers(WAIT)), WAIT);
+    let peers = PeerClient::new(Arc::new(TcpConnector::between_brokers(WAIT)), WAIT);
     for (hello, words) in hellos {
         let mut stream = peers.replicate(&one.address, hello).await.unwrap();
         let status = stream.receiver.message().await.expect_err(words);
-        let PeerError::Refused(fault) = crate::client::peers::lost("", &status) else { panic!("{status:?}") };
-        assert!(fault.message.contains(words), "{words}: {fault}");
+        let PeerError::Refused(error) = crate::client::peers::error_from_status("", &status) else {
+            panic!("{status:?}")
+        };
+        assert!(error.message.contains(words), "{words}: {error}");
     }
     let mut stream = peers.replicate(&one.address, good.clone()).await.unwrap();
     let welcome = stream.receiver.message().await.unwrap().unwrap();
-    let Some(v1::to_follower::Is::Welcome(welcome)) = welcome.is else { panic!("{welcome:?}") };
-    assert_eq!((welcome.broker, welcome.broker_epoch), (1, 10));
-    assert!(welcome.wall_ms.is_some_and(|theirs| theirs.abs_diff(crate::task::clock::wall_ms()) < 60_000));
+    let Some(v1::replicate_response::Message::Welcome(welcome)) = welcome.message else { panic!("{welcome:?}") };
+    assert_eq!((welcome.broker_id, welcome.broker_epoch), (1, 10));
+    assert!(welcome.wall_clock_ms.is_some_and(|theirs| theirs.abs_diff(crate::task::clock::wall_ms()) < 60_000));
     // The next link with the same broker epoch causes a ping on the first link, which responds and stays.
     let mut tries = 0;
     let status = loop {
         let began = crate::task::clock::monotonic();
-        let (next, ()) = tokio::join!(peers.replicate(&one.address, good.clone()), answer_ping(&mut stream));
+        let (next, ()) = tokio::join!(peers.replicate(&one.address, good.clone()), respond_to_ping(&mut stream));
         let mut next = next.unwrap();
         match next.receiver.message().await {
             Err(status) => break status,
             // The response took more than a second. Other work on this machine may be the cause, so the test tries again.
             Ok(_welcome) => (stream, tries) = (next, tries + 1),
         }
-        assert!(began.elapsed() >= Duration::from_secs(1) && tries < 3, "there is one already");
+        assert!(began.elapsed() >= Duration::from_secs(1) && tries < 3, "the first link stays");
     };
-    assert!(status.message().contains("over another link, which answers"), "{status:?}");
+    assert!(status.message().contains("already has a link to this broker, and that link responds"), "{status:?}");
     // This link does not respond and is replaced.
     let mut next = peers.replicate(&one.address, good.clone()).await.unwrap();
-    assert!(matches!(next.receiver.message().await.unwrap().unwrap().is, Some(v1::to_follower::Is::Welcome(_))));
+    assert!(matches!(
+        next.receiver.message().await.unwrap().unwrap().message,
+        Some(v1::replicate_response::Message::Welcome(_))
+    ));
     let status = loop {
         match stream.receiver.message().await {
-            Ok(Some(v1::ToFollower { is: Some(v1::to_follower::Is::Ping(_)), .. })) => {}
-            other => break other.expect_err("replaced"),
+            Ok(Some(v1::ReplicateResponse { message: Some(v1::replicate_response::Message::Ping(_)), .. })) => {}
+            other => break other.expect_err("the link was replaced"),
         }
     };
-    assert!(status.message().contains("another one takes its place"), "{status:?}");
+    assert!(status.message().contains("another link of the same broker replaced it"), "{status:?}");
     // A newer broker epoch that only the store contains yet replaces the link at once.
     one.stored.lock().unwrap().insert(two.id, Revision(21));
     let mut newest = peers.replicate(&one.address, v1::Hello { broker_epoch: 21, ..good }).await.unwrap();
     assert!(newest.receiver.message().await.unwrap().is_some());
     assert!(next.receiver.message().await.is_err());
-    one.following.brokers([(two.id, (two.address.clone(), Revision(22)))].into());
+    one.links.brokers([(two.id, (two.address.clone(), Revision(22)))].into());
     assert!(newest.receiver.message().await.is_err());
     one.stop().await;
     two.stop().await;
@@ -293,14 +311,14 @@ async fn broken_link_is_reported_and_reopened() {
     let (mut one, two) = pair(1).await;
     acked(append(&one.partition(0), b"first").await).await;
     // The follower's broker gets another broker epoch: its link is reopened, which is no failure.
-    two.following.registered(Some(Revision(21)));
-    one.following.brokers([(two.id, (two.address.clone(), Revision(21)))].into());
-    one.partition(0).seen(two.id, Registration::Running(Revision(21))).await;
+    two.links.registered(Some(Revision(21)));
+    one.links.brokers([(two.id, (two.address.clone(), Revision(21)))].into());
+    one.partition(0).on_broker_status(two.id, BrokerStatus::Registered(Revision(21))).await;
     acked(append(&one.partition(0), b"second").await).await;
     // Without a lease, the broker reports no broker epoch, and its link continues.
-    two.following.registered(None);
+    two.links.registered(None);
     acked(append(&one.partition(0), b"third").await).await;
-    let who = one.following.peers().who_is(&two.address, WAIT).await.unwrap();
+    let who = one.links.peers().get_identity(&two.address, WAIT).await.unwrap();
     assert_eq!(who.broker_epoch, None);
     // The process exits, which closes the connection at once.
     two.stop().await;
@@ -313,8 +331,8 @@ async fn broken_link_is_reported_and_reopened() {
             }
         }
     });
-    let (broker, how) = lost.await.expect("it is told");
-    assert!(broker == BrokerId(2) && matches!(how, How::Ended | How::Reset), "{how:?}");
+    let (broker, how) = lost.await.expect("the lost link is reported");
+    assert!(broker == BrokerId(2) && matches!(how, DisconnectReason::Closed | DisconnectReason::Reset), "{how:?}");
     one.stop().await;
 }
 
@@ -326,22 +344,23 @@ async fn exited_leader_process_is_reported_at_once() {
     one.stop().await;
     let lost = tokio::time::timeout(WAIT, async {
         let mut seen = Vec::new();
-        while !seen.contains(&How::Refused) {
+        while !seen.contains(&DisconnectReason::Refused) {
             let (broker, epoch, how) = two.lost.recv().await.unwrap();
             assert_eq!((broker, epoch), (BrokerId(1), Revision(10)));
             seen.push(how);
         }
         seen
     });
-    let seen = lost.await.expect("nobody listens there any more");
-    assert!(!seen.contains(&How::Silent), "{seen:?}");
+    let seen = lost.await.expect("the refused connection is reported");
+    assert!(!seen.contains(&DisconnectReason::TimedOut), "{seen:?}");
     // The broker returns at another address, with another broker epoch, as the leader of another leader epoch.
     let again = Node::start(1).await;
     let epoch = Revision(11);
-    again.following.registered(Some(epoch));
-    let known = [(BrokerId(1), (again.address.clone(), epoch)), (BrokerId(2), (two.address.clone(), Revision(20)))];
-    again.following.brokers(known.clone().into());
-    two.following.brokers(known.into());
+    again.links.registered(Some(epoch));
+    let registered =
+        [(BrokerId(1), (again.address.clone(), epoch)), (BrokerId(2), (two.address.clone(), Revision(20)))];
+    again.links.brokers(registered.clone().into());
+    two.links.brokers(registered.into());
     again.open(1);
     two.open(1);
     again.assign(1, 1, 2).await;
@@ -355,29 +374,32 @@ async fn exited_leader_process_is_reported_at_once() {
 async fn peer_requests_are_served() {
     let (one, two) = pair(1).await;
     acked(append(&one.partition(0), b"record").await).await;
-    let peers = one.following.peers();
-    let who = peers.who_is(&two.address, WAIT).await.unwrap();
-    assert_eq!((who.cluster.as_str(), who.broker, who.broker_epoch), ("test", 2, Some(20)));
+    let peers = one.links.peers();
+    let who = peers.get_identity(&two.address, WAIT).await.unwrap();
+    assert_eq!((who.cluster.as_str(), who.broker_id, who.broker_epoch), ("test", 2, Some(20)));
     assert_eq!(who.incarnation, "process 2");
-    let name = |partition| v1::ReplicaName { topic_id: id(0).topic.to_string(), partition };
-    let nonsense = v1::ReplicaName { topic_id: "nonsense".to_owned(), partition: 0 };
-    let request = v1::MarksRequest { replicas: vec![name(0), name(1), name(-1), nonsense] };
-    let marks = peers.marks(&two.address, request, WAIT).await.unwrap().replicas;
-    assert_eq!(marks.iter().map(|replica| replica.here).collect::<Vec<_>>(), [true, false, false, false]);
-    assert_eq!(marks.iter().map(|replica| &*replica.failed).collect::<Vec<_>>(), ["", "it is damaged", "", ""]);
-    let here = &marks[0];
-    assert_eq!((here.leads, here.leader_epoch, here.log_end, here.last_epoch), (false, 1, 1, Some(1)));
-    assert_eq!(peers.status(&two.address, WAIT).await.unwrap().leaders, 5);
-    let report = |cluster: &str, broker| v1::ReportGoneRequest {
+    let name = |partition| v1::TopicIdPartition { topic_id: id(0).topic.to_string(), partition };
+    let nonsense = v1::TopicIdPartition { topic_id: "nonsense".to_owned(), partition: 0 };
+    let request = v1::DescribeReplicasRequest { replicas: vec![name(0), name(1), name(-1), nonsense] };
+    let watermarks = peers.watermarks(&two.address, request, WAIT).await.unwrap().replicas;
+    assert_eq!(watermarks.iter().map(|replica| replica.exists).collect::<Vec<_>>(), [true, false, false, false]);
+    assert_eq!(
+        watermarks.iter().map(|replica| &*replica.failed).collect::<Vec<_>>(),
+        ["", "the log is corrupt", "", ""]
+    );
+    let here = &watermarks[0];
+    assert_eq!((here.is_leader, here.leader_epoch, here.log_end, here.last_epoch), (false, 1, 1, Some(1)));
+    assert_eq!(peers.status(&two.address, WAIT).await.unwrap().leader_count, 5);
+    let report = |cluster: &str, broker| v1::ReportFailureRequest {
         cluster: cluster.to_owned(),
         reporter: 1,
-        broker,
+        broker_id: broker,
         broker_epoch: 3,
-        seen: "refused".to_owned(),
+        observation: "refused".to_owned(),
     };
-    assert!(peers.report_gone(&two.address, report("test", 9), WAIT).await.unwrap().revoked);
-    assert!(!peers.report_gone(&two.address, report("test", 8), WAIT).await.unwrap().revoked);
-    let refused = peers.report_gone(&two.address, report("other", 9), WAIT).await;
+    assert!(peers.report_failure(&two.address, report("test", 9), WAIT).await.unwrap().revoked);
+    assert!(!peers.report_failure(&two.address, report("test", 8), WAIT).await.unwrap().revoked);
+    let refused = peers.report_failure(&two.address, report("other", 9), WAIT).await;
     assert!(matches!(refused, Err(PeerError::Refused(_))), "{refused:?}");
     one.stop().await;
     two.stop().await;

@@ -4,10 +4,10 @@ use prost::Message as _;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 use crate::{
-    broker::{Broker, CallMemory, ProducerIdQuota, faults},
+    broker::{Broker, CallMemory, ProducerIdQuota, errors},
     limits,
     model::{Compression, TopicConfig},
-    partition::{AppendError, INLINE_BYTES, Memory, Opener, Partition, Refused, Use},
+    partition::{AdmitError, AppendError, DecompressPurpose, Decompressor, INLINE_BYTES, MemoryBudget, Partition},
     proto::{
         error::{ApiError, ErrorCode},
         v1::{self, append_request::Payload},
@@ -27,7 +27,7 @@ pub(super) struct Incoming {
     /// Range of the timestamps that the client set.
     pub(super) timestamps: TimestampRange,
     /// Reason why the topic rejects the batch.
-    pub(super) refusal: Option<Refused>,
+    pub(super) refusal: Option<AdmitError>,
     /// Produce memory, if it was taken before the batch was built.
     permit: Option<OwnedSemaphorePermit>,
 }
@@ -58,10 +58,10 @@ impl Broker {
             Some(Payload::Records(records)) => {
                 // Larger record lists are compressed in the connection's turn, as batches are.
                 let codec = config.compression.filter(|_| records.encoded_len() <= INLINE_BYTES);
-                let (batch, timestamps) = plain(&records, codec.unwrap_or_default())?;
+                let (batch, timestamps) = build(&records, codec.unwrap_or_default())?;
                 (batch, None, timestamps)
             }
-            None => return Err(faults::invalid("the request holds neither a batch nor records")),
+            None => return Err(errors::invalid("the request has neither a batch nor records: set one of them")),
         };
         let bytes = batch.encoded_len();
         // Records that are not compressed yet may still become small enough.
@@ -84,22 +84,22 @@ impl Broker {
             _ => return Ok(()),
         };
         // The connection's turn comes first: an append that waits for the turn holds no memory that other appends need.
-        let turn = tokio::time::timeout_at(deadline, memory.rewriter(&self.opener).in_turn()).await;
-        let opener = turn.map_err(|_| out_of_time())?;
+        let turn = tokio::time::timeout_at(deadline, memory.rewriter(&self.decompressor).in_turn()).await;
+        let decompressor = turn.map_err(|_| out_of_time())?;
         // The size is known after recompression, so memory for the largest batch is taken before.
-        let most = config.max_message_bytes;
-        let mut permit = self.produce_permit(partition, most, deadline).await?;
-        match recompressed(&opener, &incoming.batch, codec, partition, most).await? {
-            Ok((made, timestamps)) if made.encoded_len() <= most => {
-                incoming.batch = made;
+        let max_bytes = config.max_message_bytes;
+        let mut permit = self.produce_permit(partition, max_bytes, deadline).await?;
+        match recompressed(&decompressor, &incoming.batch, codec, partition, max_bytes).await? {
+            Ok((batch, timestamps)) if batch.encoded_len() <= max_bytes => {
+                incoming.batch = batch;
                 if incoming.fingerprint.is_some() {
                     incoming.timestamps = timestamps;
                 }
             }
-            Ok((made, _)) => incoming.refusal = Some(too_large(partition, config, made.encoded_len())),
+            Ok((batch, _)) => incoming.refusal = Some(too_large(partition, config, batch.encoded_len())),
             Err(grows) => incoming.refusal = Some(grows),
         }
-        Memory::shrink(&mut permit, incoming.batch.encoded_len());
+        MemoryBudget::shrink(&mut permit, incoming.batch.encoded_len());
         incoming.permit = Some(permit);
         Ok(())
     }
@@ -121,7 +121,7 @@ impl Broker {
         // The partition drops a rejected batch after it has checked the producer's sequence, so the append does not wait for memory.
         let memory = self.produce_memory.of(bytes);
         memory.try_take(bytes).ok_or_else(|| match &incoming.refusal {
-            Some(away @ Refused::StoreAway { .. }) => AppendError::Refused(away.clone()).into(),
+            Some(refused @ AdmitError::StoreUnavailable { .. }) => AppendError::Refused(refused.clone()).into(),
             _ => no_produce_memory(bytes, memory),
         })
     }
@@ -151,23 +151,24 @@ impl Broker {
     }
 }
 
-fn too_large(partition: &Partition, config: &TopicConfig, bytes: usize) -> Refused {
-    Refused::TooLarge { topic: partition.topic().clone(), bytes, most: config.max_message_bytes }
+fn too_large(partition: &Partition, config: &TopicConfig, bytes: usize) -> AdmitError {
+    AdmitError::TooLarge { topic: partition.topic().clone(), bytes, max_bytes: config.max_message_bytes }
 }
 
 fn out_of_time() -> ApiError {
     let message =
-        "the time that the request has was over before its batch could be appended: it was not written; try again";
+        "the timeout of the request passed before its batch could be appended: the batch was not written; retry";
     ApiError::new(ErrorCode::Overloaded, message)
 }
 
-fn no_produce_memory(bytes: usize, memory: &Memory) -> ApiError {
-    let most = memory.bytes();
+fn no_produce_memory(bytes: usize, memory: &MemoryBudget) -> ApiError {
+    let max = memory.bytes();
     let message = format!(
-        "no memory for the batch of up to {bytes} bytes came free in the time that the request has: other writes wait for their \
-         acknowledgements and hold it, and batches of its size may take {most} together (a half of limits.produce_memory_bytes)"
+        "no memory for a batch of up to {bytes} bytes became free within the timeout of the request: batches of its \
+         size share {max} bytes (half of limits.produce_memory_bytes), which writes without acknowledgement hold; \
+         retry later"
     );
-    ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", most)
+    ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", max)
 }
 
 /// Parses and checks a batch that a client built. Uncompressed records are checked too: invalid framing would break consumers of other
@@ -184,28 +185,28 @@ fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), ApiError> {
 /// Recompresses a batch with the topic's codec, within the memory for decompression. The batch is rejected as soon as it proves larger than
 /// the topic allows.
 async fn recompressed(
-    opener: &Opener,
+    decompressor: &Decompressor,
     batch: &Batch,
     codec: Compression,
     partition: &Partition,
-    most: usize,
-) -> Result<Result<(Batch, TimestampRange), Refused>, ApiError> {
+    max_bytes: usize,
+) -> Result<Result<(Batch, TimestampRange), AdmitError>, ApiError> {
     // Without a codec, the stored batch is as large as its records.
-    let plain = most.saturating_sub(HEADER_BYTES);
-    let bound = limits::MAX_RECOMPRESSED_BYTES.min(if codec == Compression::None { plain } else { usize::MAX });
-    let work = move |batch: &Batch, most: usize| batch.recompress_within(codec, most);
-    match opener.open(batch, bound, Use::Rewrite, work).await {
-        Err(MalformedBatch::Grows { .. }) if bound == plain => {
-            Ok(Err(Refused::Grows { topic: partition.topic().clone(), most }))
+    let uncompressed = max_bytes.saturating_sub(HEADER_BYTES);
+    let bound = limits::MAX_RECOMPRESSED_BYTES.min(if codec == Compression::None { uncompressed } else { usize::MAX });
+    let work = move |batch: &Batch, limit: usize| batch.recompress_within(codec, limit);
+    match decompressor.open(batch, bound, DecompressPurpose::Rewrite, work).await {
+        Err(MalformedBatch::Grows { .. }) if bound == uncompressed => {
+            Ok(Err(AdmitError::Grows { topic: partition.topic().clone(), max_bytes }))
         }
         outcome => Ok(Ok(outcome?)),
     }
 }
 
 /// Builds a batch from the records of a request.
-fn plain(records: &v1::PlainRecords, codec: Compression) -> Result<(Batch, TimestampRange), ApiError> {
+fn build(records: &v1::RecordList, codec: Compression) -> Result<(Batch, TimestampRange), ApiError> {
     if records.records.is_empty() {
-        return Err(faults::invalid("the request holds no record"));
+        return Err(errors::invalid("the request has no records: send at least one"));
     }
     let now_ms = clock::wall_ms();
     let (mut builder, mut timestamps) = (BatchBuilder::new(codec), TimestampRange::EMPTY);
@@ -224,5 +225,5 @@ fn plain(records: &v1::PlainRecords, codec: Compression) -> Result<(Batch, Times
 }
 
 fn unbuildable(error: BuildError) -> ApiError {
-    faults::invalid(format!("the records make no batch: {error}"))
+    errors::invalid(format!("the records cannot be encoded as a batch: {error}"))
 }

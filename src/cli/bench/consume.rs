@@ -17,50 +17,50 @@ use tokio::time::Instant;
 
 use super::{
     super::{
-        Common,
+        CommonArgs,
         connect::{connect, explain},
         output,
-        patience::Patience,
-        place::Place,
-        rack::Rack,
+        rack::RackArgs,
+        retry_output::RetryMonitor,
+        start_position::StartPosition,
     },
-    report::{self, Seen},
+    report::{self, BenchStats},
 };
 use crate::{
-    client::{Consumer, OffsetAt},
+    client::{Consumer, OffsetSpec},
     model::Offset,
     task::{Tasks, clock},
 };
 
 /// Maximum time until the next record of a log that is not at its end.
-const LATE: Duration = Duration::from_secs(60);
+const LATE_AFTER: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
-pub(in crate::cli) struct Consume {
+pub(in crate::cli) struct BenchConsumeArgs {
     /// The topic
     #[arg(long, value_name = "T")]
     topic: String,
-    /// Where to begin: earliest, latest, an offset, or @ with a time
+    /// Start position: earliest, latest, an offset, or @ and a time
     #[arg(long, value_name = "W", default_value = "earliest")]
-    from: Place,
-    /// End after so many records, waiting for them if need be; else where the log ends now
+    from: StartPosition,
+    /// Stop after this many records, and wait for them if needed; default: stop at the current log end
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     records: Option<u64>,
-    /// Consumers, each with its own connection and its share of the partitions
+    /// Number of consumers; each has its own connection and a share of the partitions
     #[arg(long, value_name = "C", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     consumers: u32,
     #[command(flatten)]
-    rack: Rack,
+    rack: RackArgs,
 }
 
 /// Partitions that one consumer reads.
 #[derive(Debug, Default)]
-struct Share {
+struct ConsumerShare {
     /// Start and end offset of each partition.
     partitions: BTreeMap<u32, (Offset, Offset)>,
 }
 
-pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(common: &CommonArgs, command: BenchConsumeArgs) -> anyhow::Result<ExitCode> {
     let shares = shares(common, &command).await?;
     let left = Arc::new(AtomicU64::new(command.records.unwrap_or(u64::MAX)));
     let tasks = Tasks::new();
@@ -68,12 +68,12 @@ pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<Exi
     let bar = output::progress(None, "{spinner} {elapsed} reading");
     bar.enable_steady_tick(Duration::from_millis(200));
     let start = clock::monotonic();
-    let mut troubles: Option<Patience> = None;
+    let mut retries: Option<RetryMonitor> = None;
     for share in shares {
         let client = connect(common).await?;
-        match &mut troubles {
-            Some(troubles) => troubles.and(&client),
-            None => troubles = Some(Patience::new(&client)),
+        match &mut retries {
+            Some(retries) => retries.and(&client),
+            None => retries = Some(RetryMonitor::new(&client)),
         }
         let mut consumer = client.consumer(command.rack.options(&client).await);
         for (partition, (from, _)) in &share.partitions {
@@ -82,7 +82,7 @@ pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<Exi
         let bounded = command.records.is_none();
         handles.push(tasks.spawn("bench reader", read(consumer, share, bounded, left.clone())));
     }
-    let mut seen = Seen::default();
+    let mut seen = BenchStats::default();
     let mut last = start;
     let all = async {
         for handle in handles {
@@ -92,9 +92,9 @@ pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<Exi
         }
         Ok(())
     };
-    let mut patience = troubles.expect("a run has a share");
-    patience.beside(&bar);
-    patience.over(None, all).await?;
+    let mut monitor = retries.expect("there is at least one share");
+    monitor.beside(&bar);
+    monitor.run_with_retry_output(None, all).await?;
     bar.finish_and_clear();
     tasks.stop().await;
     let words: Vec<String> = ["latency is the wait for each batch".to_owned()]
@@ -106,7 +106,7 @@ pub(super) async fn run(common: &Common, command: Consume) -> anyhow::Result<Exi
     Ok(if seen.errors == 0 && seen.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-async fn shares(common: &Common, command: &Consume) -> anyhow::Result<Vec<Share>> {
+async fn shares(common: &CommonArgs, command: &BenchConsumeArgs) -> anyhow::Result<Vec<ConsumerShare>> {
     let client = connect(common).await?;
     let admin = client.admin();
     let partitions = match client.topic(&command.topic).await {
@@ -115,18 +115,18 @@ async fn shares(common: &Common, command: &Consume) -> anyhow::Result<Vec<Share>
     };
     if command.consumers > partitions {
         bail!(
-            "topic {:?} has {}, too few for {} consumers; ask for at most {partitions}",
+            "topic {:?} has {}, too few for {} consumers; use at most {partitions}",
             command.topic,
             output::count(partitions.into(), "partition"),
             command.consumers
         );
     }
-    let mut shares: Vec<Share> = (0..command.consumers).map(|_| Share::default()).collect();
+    let mut shares: Vec<ConsumerShare> = (0..command.consumers).map(|_| ConsumerShare::default()).collect();
     for partition in 0..partitions {
-        let end = admin.offset(&command.topic, partition, OffsetAt::Latest).await?;
+        let end = admin.offset(&command.topic, partition, OffsetSpec::Latest).await?;
         let from = match command.from {
-            Place::At(at) => admin.offset(&command.topic, partition, at).await?,
-            Place::Offset(offset) => offset,
+            StartPosition::At(at) => admin.offset(&command.topic, partition, at).await?,
+            StartPosition::Offset(offset) => offset,
         };
         if from != end || command.records.is_some() {
             let share = usize::try_from(partition % command.consumers)?;
@@ -135,22 +135,27 @@ async fn shares(common: &Common, command: &Consume) -> anyhow::Result<Vec<Share>
     }
     shares.retain(|share| !share.partitions.is_empty());
     if shares.is_empty() {
-        bail!("nothing to read in topic {:?} there; write some with `strandline bench produce`", command.topic);
+        bail!("no records in topic {:?} from this position; write some with `strandline bench produce`", command.topic);
     }
     Ok(shares)
 }
 
 /// Reads a share to its end, or until all readers together have read the `left` records.
-async fn read(mut consumer: Consumer, mut share: Share, bounded: bool, left: Arc<AtomicU64>) -> (Seen, Instant) {
-    let mut seen = Seen::default();
+async fn read(
+    mut consumer: Consumer,
+    mut share: ConsumerShare,
+    bounded: bool,
+    left: Arc<AtomicU64>,
+) -> (BenchStats, Instant) {
+    let mut seen = BenchStats::default();
     let mut last = clock::monotonic();
     while left.load(Ordering::Relaxed) > 0 {
         // Each wait is short: another reader may take the last record while this one waits for a batch that never
         // arrives.
         let next = tokio::time::timeout(Duration::from_millis(200), consumer.next_batch());
         let batch = match next.await {
-            Err(_) if bounded && last.elapsed() >= LATE => {
-                seen.error(&format!("no record came for {LATE:?}, though the log goes on"));
+            Err(_) if bounded && last.elapsed() >= LATE_AFTER => {
+                seen.error(&format!("no record arrived for {LATE_AFTER:?} before the log end"));
                 break;
             }
             Err(_) => continue,

@@ -11,19 +11,19 @@ use std::{
 use rustix::fs::OFlags;
 use serde_json::{Value, json};
 
-use super::report::{Seen, round};
+use super::report::{BenchStats, round};
 use crate::task::{clock, random};
 
 /// Size of the test file in bytes. At its end, the writes continue at its start.
 const FILE_BYTES: usize = 256 << 20;
 
 /// Duration of the timed writes.
-const TIME: Duration = Duration::from_secs(3);
+const MEASURE_TIME: Duration = Duration::from_secs(3);
 
 /// Alignment in bytes that direct I/O needs for memory and sizes.
 const ALIGNMENT: usize = 4096;
 
-/// Writes a file in `folder` in pieces of `piece` bytes for `TIME`, with a sync after each piece. The writes overwrite
+/// Writes a file in `folder` in pieces of `piece` bytes for `MEASURE_TIME`, with a sync after each piece. The writes overwrite
 /// blocks that exist. Blocks the thread, and removes the file at the end.
 pub(super) fn measure(folder: &Path, piece: usize) -> io::Result<Value> {
     let piece = piece.max(1).next_multiple_of(ALIGNMENT).min(FILE_BYTES);
@@ -54,16 +54,16 @@ fn prepare(path: &Path) -> io::Result<()> {
     file.sync_all()
 }
 
-fn write(path: &Path, piece: usize) -> io::Result<(bool, Seen, Duration)> {
+fn write(path: &Path, piece: usize) -> io::Result<(bool, BenchStats, Duration)> {
     let (file, direct) = open(path)?;
     let mut memory = vec![0; piece + ALIGNMENT];
     random::fill(&mut memory);
     let start = memory.as_ptr().align_offset(ALIGNMENT);
     let bytes = &memory[start..start + piece];
-    let mut seen = Seen::default();
+    let mut seen = BenchStats::default();
     let begun = clock::monotonic();
     let mut at = 0;
-    while begun.elapsed() < TIME {
+    while begun.elapsed() < MEASURE_TIME {
         let before = clock::monotonic();
         file.write_all_at(bytes, place(at))?;
         file.sync_data()?;
@@ -92,7 +92,7 @@ fn place(bytes: usize) -> u64 {
 }
 
 /// Formats the result of the measurement as text.
-pub(super) fn words(disk: &Value) -> String {
+pub(super) fn describe(disk: &Value) -> String {
     let how = if disk["direct"] == true { "direct" } else { "through the page cache" };
     format!(
         "the disk at {}: {} MB/s in writes of {} bytes ({how}, each synced), p50 {} ms, p99 {} ms",

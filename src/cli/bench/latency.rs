@@ -8,19 +8,18 @@ use tokio::{sync::watch, time::Instant};
 
 use super::{
     super::{
-        Common,
+        CommonArgs,
         connect::{connect, explain},
-        output,
-        patience::Patience,
-        produce,
+        output, produce,
+        retry_output::RetryMonitor,
     },
-    pace::{Due, Pace, Until, wait_until},
-    payload::Payloads,
+    pace::{OpenLoop, SendAt, StopAfter, wait_until},
+    payload::PayloadPool,
     rate,
-    report::{self, Seen},
+    report::{self, BenchStats},
 };
 use crate::{
-    client::{Consumer, ConsumerOptions, NewRecord, OffsetAt, Producer, ProducerOptions},
+    client::{Consumer, ConsumerOptions, NewRecord, OffsetSpec, Producer, ProducerOptions},
     model::Acks,
     task::{Tasks, clock, random},
 };
@@ -30,25 +29,25 @@ use crate::{
 const STAMP_BYTES: usize = 16;
 
 /// Maximum time until the sent records are read, after the last one was sent.
-const PATIENCE: Duration = Duration::from_secs(10);
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
-pub(in crate::cli) struct Latency {
+pub(in crate::cli) struct BenchLatencyArgs {
     /// The topic; it must exist
     #[arg(long, value_name = "T")]
     topic: String,
     /// Megabytes (10^6 bytes) per second
     #[arg(long, value_name = "MB_PER_S", default_value = "1", value_parser = rate)]
     rate: f64,
-    /// How long records are sent
+    /// Seconds for which records are sent
     #[arg(long, value_name = "S", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
-    /// Bytes of a record's value
+    /// Size of a record's value in bytes
     #[arg(long, value_name = "B", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(16..))]
     record_size: u32,
 }
 
-pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(common: &CommonArgs, command: BenchLatencyArgs) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     let topic = command.topic.clone();
     let partitions = match client.topic(&topic).await {
@@ -59,13 +58,13 @@ pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<Exi
     let reading = connect(common).await?;
     let mut consumer = reading.consumer(ConsumerOptions::default());
     for partition in 0..partitions {
-        consumer.assign(&topic, partition, OffsetAt::Latest).await?;
+        consumer.assign(&topic, partition, OffsetSpec::Latest).await?;
     }
     let options = ProducerOptions { delivery_timeout: produce::timeout(Acks::All), ..ProducerOptions::default() };
     let producer = client.producer(options).await?;
     let size = usize::try_from(command.record_size)?;
     // The pool is filled before the measurement starts, because this takes a moment.
-    let payloads = Payloads::new(size);
+    let payloads = PayloadPool::new(size);
     let tasks = Tasks::new();
     let start = clock::monotonic();
     let run = random::bits();
@@ -73,21 +72,21 @@ pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<Exi
     bar.enable_steady_tick(Duration::from_millis(200));
     let (sent_all, all) = watch::channel(None);
     let reader = tasks.spawn("bench reader", read(consumer, run, start, all));
-    let pace = Pace::new(
+    let pace = OpenLoop::new(
         start,
         Some(command.rate * 1e6),
         command.record_size,
-        Until::After(Duration::from_secs(command.seconds)),
+        StopAfter::After(Duration::from_secs(command.seconds)),
     );
-    let load = Load { topic, pace, payloads, size, run, start, partitions };
+    let load = LatencyLoad { topic, pace, payloads, size, run, start, partitions };
     let runtime = tokio::runtime::Handle::current();
     // The sender has its own thread, because it sleeps between records.
     let sender = tasks.spawn_blocking(move || runtime.block_on(Box::pin(load.send(producer))));
-    let mut patience = Patience::new(&client);
-    patience.and(&reading);
-    patience.beside(&bar);
-    let (sent, error, elapsed, mut seen) = patience
-        .over(None, async {
+    let mut monitor = RetryMonitor::new(&client);
+    monitor.and(&reading);
+    monitor.beside(&bar);
+    let (sent, error, elapsed, mut seen) = monitor
+        .run_with_retry_output(None, async {
             let (sent, error) = sender.await?;
             let elapsed = start.elapsed();
             sent_all.send_replace(Some(sent));
@@ -101,7 +100,7 @@ pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<Exi
     }
     let missing = sent.saturating_sub(seen.records);
     if missing > 0 {
-        seen.error(&format!("{missing} of {sent} records were not read back in {PATIENCE:?}"));
+        seen.error(&format!("{missing} of {sent} records were not read back within {DELIVERY_TIMEOUT:?}"));
     }
     let words: Vec<String> = seen.first_error.iter().map(|error| format!("first error: {error}")).collect();
     let extra = json!({ "sent": sent, "first_error": seen.first_error });
@@ -109,12 +108,12 @@ pub(super) async fn run(common: &Common, command: Latency) -> anyhow::Result<Exi
     Ok(if seen.errors == 0 && seen.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Reads this run's records until all sent ones have arrived, or for `PATIENCE` after the last send.
-async fn read(mut consumer: Consumer, run: u64, start: Instant, mut all: watch::Receiver<Option<u64>>) -> Seen {
-    let mut seen = Seen::default();
+/// Reads this run's records until all sent ones have arrived, or for `DELIVERY_TIMEOUT` after the last send.
+async fn read(mut consumer: Consumer, run: u64, start: Instant, mut all: watch::Receiver<Option<u64>>) -> BenchStats {
+    let mut seen = BenchStats::default();
     let mut deadline = None;
     while all.borrow().is_none_or(|all| seen.records < all) {
-        let given_up = async {
+        let timed_out = async {
             match deadline {
                 Some(at) => tokio::time::sleep_until(at).await,
                 None => std::future::pending().await,
@@ -137,8 +136,8 @@ async fn read(mut consumer: Consumer, run: u64, start: Instant, mut all: watch::
                     break;
                 }
             },
-            _ = all.changed(), if deadline.is_none() => deadline = Some(clock::monotonic() + PATIENCE),
-            () = given_up => break,
+            _ = all.changed(), if deadline.is_none() => deadline = Some(clock::monotonic() + DELIVERY_TIMEOUT),
+            () = timed_out => break,
         }
     }
     consumer.close().await;
@@ -158,23 +157,23 @@ fn stamped(payload: &[u8], run: u64) -> Option<Duration> {
 }
 
 /// Records to send.
-struct Load {
+struct LatencyLoad {
     topic: String,
-    pace: Pace,
-    payloads: Payloads,
+    pace: OpenLoop,
+    payloads: PayloadPool,
     size: usize,
     run: u64,
     start: Instant,
     partitions: u32,
 }
 
-impl Load {
+impl LatencyLoad {
     /// Sends until the pace ends. Returns the number of sent records, and the error of a send or of the close.
     async fn send(mut self, producer: Producer) -> (u64, Option<String>) {
         let mut payload = vec![0; self.size];
         let mut sent = 0;
         while let Some(due) = self.pace.due(sent) {
-            let Due::At(at) = due else { break };
+            let SendAt::At(at) = due else { break };
             wait_until(at);
             payload.copy_from_slice(self.payloads.next());
             stamp(&mut payload, self.run, at - self.start);

@@ -16,23 +16,23 @@ use std::process::ExitCode;
 
 use clap::Subcommand;
 
-use super::Common;
+use super::CommonArgs;
 
 #[derive(Debug, Subcommand)]
-pub(super) enum Bench {
+pub(super) enum BenchCommand {
     /// Send records and measure throughput and the latency of acknowledgements
-    Produce(produce::Produce),
+    Produce(produce::BenchProduceArgs),
     /// Read records and measure throughput; latency is the wait for each batch
-    Consume(consume::Consume),
+    Consume(consume::BenchConsumeArgs),
     /// Measure the time from a record's sending to its reading
-    Latency(latency::Latency),
+    Latency(latency::BenchLatencyArgs),
 }
 
-pub(super) async fn run(common: &Common, command: Bench) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(common: &CommonArgs, command: BenchCommand) -> anyhow::Result<ExitCode> {
     match command {
-        Bench::Produce(command) => produce::run(common, command).await,
-        Bench::Consume(command) => consume::run(common, command).await,
-        Bench::Latency(command) => latency::run(common, command).await,
+        BenchCommand::Produce(command) => produce::run(common, command).await,
+        BenchCommand::Consume(command) => consume::run(common, command).await,
+        BenchCommand::Latency(command) => latency::run(common, command).await,
     }
 }
 
@@ -40,6 +40,6 @@ pub(super) async fn run(common: &Common, command: Bench) -> anyhow::Result<ExitC
 fn rate(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(rate) if rate > 0.0 && rate < 1e6 => Ok(rate),
-        _ => Err("write a number of megabytes (10^6 bytes) per second above 0".to_owned()),
+        _ => Err("not a rate: write megabytes (10^6 bytes) per second, above 0".to_owned()),
     }
 }

@@ -10,13 +10,13 @@ const POOL_BYTES: usize = 16 << 20;
 const STRIDE: usize = 1_048_583;
 
 /// Source of payloads of one size.
-pub(super) struct Payloads {
+pub(super) struct PayloadPool {
     pool: Vec<u8>,
     size: usize,
     at: usize,
 }
 
-impl Payloads {
+impl PayloadPool {
     pub(super) fn new(size: usize) -> Self {
         let mut pool = vec![0; POOL_BYTES.max(2 * size)];
         random::fill(&mut pool);
@@ -42,7 +42,7 @@ mod tests {
 
     #[test]
     fn payloads_do_not_compress() {
-        let mut payloads = Payloads::new(1000);
+        let mut payloads = PayloadPool::new(1000);
         for codec in [Compression::Lz4, Compression::Zstd] {
             let mut builder = BatchBuilder::new(codec);
             for _ in 0..200 {
@@ -55,7 +55,7 @@ mod tests {
     #[test]
     fn payloads_stay_within_the_pool() {
         for size in [0, 1, 1024, 1_000_003] {
-            let mut payloads = Payloads { pool: vec![7; 4_000_000], size, at: 0 };
+            let mut payloads = PayloadPool { pool: vec![7; 4_000_000], size, at: 0 };
             assert!((0..1000).all(|_| payloads.next().len() == size));
         }
     }

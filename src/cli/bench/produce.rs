@@ -9,17 +9,16 @@ use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     super::{
-        Common,
+        CommonArgs,
         connect::{connect, explain},
-        output,
-        patience::Patience,
-        produce,
+        output, produce,
+        retry_output::RetryMonitor,
     },
     disk,
-    pace::{Due, Pace, Until, wait_until},
-    payload::Payloads,
+    pace::{OpenLoop, SendAt, StopAfter, wait_until},
+    payload::PayloadPool,
     rate,
-    report::{self, Seen},
+    report::{self, BenchStats},
 };
 use crate::{
     client::{Delivery, NewRecord, Producer, ProducerOptions, SendError},
@@ -28,65 +27,65 @@ use crate::{
 };
 
 /// `limits::MAX_BATCH_BYTES` in the type that the parser needs.
-const MOST_BATCH: i64 = crate::limits::MAX_BATCH_BYTES as i64;
+const MAX_BATCH_BYTES: i64 = crate::limits::MAX_BATCH_BYTES as i64;
 
 /// Minimum and maximum of a producer's memory in bytes. Large batches raise the maximum to 16 batches.
-const LEAST_MEMORY: usize = 64 << 10;
-const MOST_MEMORY: usize = 64 << 20;
+const MIN_MEMORY_BYTES: usize = 64 << 10;
+const MAX_MEMORY_BYTES: usize = 64 << 20;
 
 /// Maximum size in bytes of a record without its value.
 const RECORD_OVERHEAD: usize = 100;
 
 /// Number of deliveries in one message from a sender to the task that awaits them.
-const HAND_OVER: usize = 64;
+const RECORDS_PER_CHANNEL_ITEM: usize = 64;
 
 #[derive(Debug, Args)]
-pub(in crate::cli) struct Produce {
+pub(in crate::cli) struct BenchProduceArgs {
     /// The topic; it must exist
     #[arg(long, value_name = "T")]
     topic: String,
-    /// End after so many records
+    /// Stop after this many records
     #[arg(long, value_name = "N", conflicts_with = "seconds", value_parser = clap::value_parser!(u64).range(1..))]
     records: Option<u64>,
-    /// End after so many seconds; 10 if neither is given. With --rate the figures are of the whole time
+    /// Stop after this many seconds; default: 10 without --records. With --rate, results cover the whole time
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     seconds: Option<u64>,
-    /// Bytes of a record's value
+    /// Size of a record's value in bytes
     #[arg(long, value_name = "B", default_value_t = 1024)]
     record_size: u32,
-    /// Spread over the first N partitions; all if left out
+    /// Use the first N partitions; default: all
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     partitions_used: Option<u32>,
-    /// Megabytes (10^6 bytes) per second over all producers, sent at fixed moments; as fast as possible if left out
+    /// Megabytes (10^6 bytes) per second of all producers, sent at fixed times; default: no limit
     #[arg(long, value_name = "MB_PER_S", value_parser = rate)]
     rate: Option<f64>,
-    /// What to wait for: nothing, the leader, all in-sync replicas, or the bucket as well
+    /// Acknowledge after: nothing, the leader, all in-sync replicas, or also the object store
     #[arg(long, value_name = "0|1|all|tiered", default_value = "all", value_parser = produce::acks)]
     acks: Acks,
-    /// none, gzip, snappy, lz4 or zstd
+    /// Codec: none, gzip, snappy, lz4 or zstd
     #[arg(long, value_name = "CODEC", default_value = "none", value_parser = produce::compression)]
     compression: Compression,
-    /// Bytes of a batch: up to 67108864, and never more than the topic's max.message.bytes
-    #[arg(long, value_name = "B", default_value_t = 65536, value_parser = clap::value_parser!(u32).range(1..=MOST_BATCH))]
+    /// Batch size in bytes: at most 67108864, and at most the topic's max.message.bytes
+    #[arg(long, value_name = "B", default_value_t = 65536, value_parser = clap::value_parser!(u32).range(1..=MAX_BATCH_BYTES))]
     batch_size: u32,
-    /// How long a batch waits for more records
+    /// Milliseconds for which a batch waits for more records
     #[arg(long, value_name = "L", default_value_t = 0)]
     linger_ms: u64,
-    /// Batches under way for each partition of a producer
+    /// Maximum number of batches in flight for each partition of a producer
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u8).range(1..=64))]
     in_flight: u8,
-    /// Producers, each with its own connection; the partitions are divided among them
+    /// Number of producers; each has its own connection and a share of the partitions
     #[arg(long, value_name = "P", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     producers: u32,
-    /// Also measure what the disk itself can do, in writes of a batch's size
+    /// Also measure the disk alone, with synced writes of the batch size
     #[arg(long)]
     with_disk: bool,
-    /// The folder to measure the disk in
+    /// Directory for the disk measurement
     #[arg(long, value_name = "DIR", default_value = ".")]
     disk_dir: PathBuf,
 }
 
-pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(common: &CommonArgs, command: BenchProduceArgs) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     let partitions = match client.topic(&command.topic).await {
         Ok(route) => u32::try_from(route.partitions.len())?,
@@ -95,7 +94,8 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
     let used = command.partitions_used.unwrap_or(partitions);
     if used > partitions {
         bail!(
-            "topic {:?} has {}, not {used}; add some with `strandline topic add-partitions {} --to {used}`",
+            "topic {:?} has {}, fewer than {used}; add some with `strandline topic add-partitions {} --partitions \
+             {used}`",
             command.topic,
             output::count(partitions.into(), "partition"),
             command.topic
@@ -110,25 +110,25 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
         false => None,
     };
     let tasks = Tasks::new();
-    let mut patience = Patience::new(&client);
+    let mut monitor = RetryMonitor::new(&client);
     let mut running = Vec::new();
     for number in 0..command.producers {
         // Each producer has its own client, and thus its own connection.
         let client = connect(common).await?;
-        patience.and(&client);
+        monitor.and(&client);
         let producer = client.producer(options(&command, command.share(number, used))).await?;
         // The pool is filled before the measurement starts, because this takes a moment.
-        let payloads = Payloads::new(usize::try_from(command.record_size)?);
+        let payloads = PayloadPool::new(usize::try_from(command.record_size)?);
         running.push((number, producer, payloads));
     }
     let start = clock::monotonic();
     let bar = output::progress(None, "{spinner} {elapsed} sending");
     bar.enable_steady_tick(Duration::from_millis(200));
-    patience.beside(&bar);
+    monitor.beside(&bar);
     let mut handles = Vec::new();
     for (number, producer, payloads) in running {
         let (out, deliveries) = mpsc::channel(1024);
-        let sender = Sender::new(&command, number, used, start, (producer, payloads), out);
+        let sender = BenchSender::new(&command, number, used, start, (producer, payloads), out);
         handles.push(tasks.spawn("bench answers", collect(deliveries, u64::from(command.record_size))));
         let runtime = tokio::runtime::Handle::current();
         // Records with fixed due times need a thread that sleeps precisely. Other senders run on the runtime.
@@ -138,7 +138,7 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
             tasks.spawn("bench sender", sender.run());
         }
     }
-    let mut seen = Seen::default();
+    let mut seen = BenchStats::default();
     let mut last = start;
     let all = async {
         for handle in handles {
@@ -148,7 +148,7 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
         }
         Ok(())
     };
-    patience.over(None, all).await?;
+    monitor.run_with_retry_output(None, all).await?;
     bar.finish_and_clear();
     tasks.stop().await;
     // With a rate and a duration, the run lasts at least that duration: early acknowledgements do not raise the
@@ -160,7 +160,7 @@ pub(super) async fn run(common: &Common, command: Produce) -> anyhow::Result<Exi
     print(&command, &seen, (last - start).max(ordered), disk, common)
 }
 
-impl Produce {
+impl BenchProduceArgs {
     /// Returns the duration of a run without a record count.
     fn period(&self) -> Duration {
         Duration::from_secs(self.seconds.unwrap_or(10))
@@ -183,16 +183,16 @@ impl Produce {
         // A record that is larger than a batch forms its own batch.
         let record = usize::try_from(self.record_size).expect("a usize holds 32 bits") + RECORD_OVERHEAD;
         let batch = self.batch_bytes().max(record);
-        let most = MOST_MEMORY.max(16 * batch);
+        let most = MAX_MEMORY_BYTES.max(16 * batch);
         if self.rate.is_some() {
             return most;
         }
         let partitions = usize::try_from(partitions).expect("a usize holds 32 bits");
-        (2 * usize::from(self.in_flight) * partitions).saturating_mul(batch).clamp(LEAST_MEMORY, most)
+        (2 * usize::from(self.in_flight) * partitions).saturating_mul(batch).clamp(MIN_MEMORY_BYTES, most)
     }
 }
 
-fn options(command: &Produce, partitions: u32) -> ProducerOptions {
+fn options(command: &BenchProduceArgs, partitions: u32) -> ProducerOptions {
     ProducerOptions {
         batch_bytes: command.batch_bytes(),
         linger: Duration::from_millis(command.linger_ms),
@@ -206,11 +206,11 @@ fn options(command: &Produce, partitions: u32) -> ProducerOptions {
 }
 
 fn print(
-    command: &Produce,
-    seen: &Seen,
+    command: &BenchProduceArgs,
+    seen: &BenchStats,
     elapsed: Duration,
     disk: Option<Value>,
-    common: &Common,
+    common: &CommonArgs,
 ) -> anyhow::Result<ExitCode> {
     let mut words = Vec::new();
     if !seen.meanings.is_empty() {
@@ -218,9 +218,9 @@ fn print(
     }
     words.extend(seen.first_error.iter().map(|error| format!("first error: {error}")));
     if seen.records == 0 {
-        words.push("no record was acknowledged: these figures say nothing".to_owned());
+        words.push("no record was acknowledged: these results are meaningless".to_owned());
     }
-    words.extend(disk.as_ref().map(disk::words));
+    words.extend(disk.as_ref().map(disk::describe));
     let mut extra =
         json!({ "acks": command.acks.as_str(), "meaning": seen.meaning(), "first_error": seen.first_error });
     if let Some(disk) = disk {
@@ -231,37 +231,37 @@ fn print(
 }
 
 /// A sent record: the time at which the record was due or sent, and its delivery.
-type Sent = (Instant, Result<Delivery, SendError>);
+type SentRecord = (Instant, Result<Delivery, SendError>);
 
-struct Sender {
+struct BenchSender {
     topic: String,
     producer: Producer,
-    pace: Pace,
-    payloads: Payloads,
+    pace: OpenLoop,
+    payloads: PayloadPool,
     /// First of this producer's partitions. The further ones follow at distances of `step`.
     first_partition: u32,
     step: u32,
     partitions: u32,
     /// Number of consecutive records for one partition: those of one batch, or 1 with a rate.
     turn: u64,
-    out: mpsc::Sender<Vec<Sent>>,
+    out: mpsc::Sender<Vec<SentRecord>>,
 }
 
-impl Sender {
+impl BenchSender {
     fn new(
-        command: &Produce,
+        command: &BenchProduceArgs,
         number: u32,
         used: u32,
         start: Instant,
-        (producer, payloads): (Producer, Payloads),
-        out: mpsc::Sender<Vec<Sent>>,
+        (producer, payloads): (Producer, PayloadPool),
+        out: mpsc::Sender<Vec<SentRecord>>,
     ) -> Self {
         let until = match command.records {
             Some(records) => {
                 let (share, rest) = (records / u64::from(command.producers), records % u64::from(command.producers));
-                Until::Records(share + u64::from(u64::from(number) < rest))
+                StopAfter::Records(share + u64::from(u64::from(number) < rest))
             }
-            None => Until::After(command.period()),
+            None => StopAfter::After(command.period()),
         };
         let rate = command.rate.map(|rate| rate * 1e6 / f64::from(command.producers));
         let size = usize::try_from(command.record_size).expect("a usize holds 32 bits");
@@ -270,7 +270,7 @@ impl Sender {
         Self {
             topic: command.topic.clone(),
             producer,
-            pace: Pace::new(start, rate, command.record_size.max(1), until),
+            pace: OpenLoop::new(start, rate, command.record_size.max(1), until),
             payloads,
             first_partition: number % used,
             step: command.producers,
@@ -281,15 +281,15 @@ impl Sender {
     }
 
     async fn run(mut self) {
-        let mut sent = Vec::with_capacity(HAND_OVER);
+        let mut sent = Vec::with_capacity(RECORDS_PER_CHANNEL_ITEM);
         let (mut n, mut refused) = (0, false);
         while let Some(due) = self.pace.due(n) {
             let at = match due {
-                Due::At(at) => {
+                SendAt::At(at) => {
                     wait_until(at);
                     at
                 }
-                Due::Now => clock::monotonic(),
+                SendAt::Now => clock::monotonic(),
             };
             let turn = u32::try_from(n / self.turn % u64::from(self.partitions)).expect("below a u32");
             let partition = self.first_partition + turn * self.step;
@@ -298,8 +298,8 @@ impl Sender {
             let failed = delivery.is_err();
             sent.push((at, delivery));
             n += 1;
-            if sent.len() == HAND_OVER || failed {
-                let full = std::mem::replace(&mut sent, Vec::with_capacity(HAND_OVER));
+            if sent.len() == RECORDS_PER_CHANNEL_ITEM || failed {
+                let full = std::mem::replace(&mut sent, Vec::with_capacity(RECORDS_PER_CHANNEL_ITEM));
                 if self.out.send(full).await.is_err() {
                     return;
                 }
@@ -320,8 +320,8 @@ impl Sender {
 }
 
 /// Waits for all deliveries, and returns their statistics and the time of the last acknowledgement.
-async fn collect(mut deliveries: mpsc::Receiver<Vec<Sent>>, record_bytes: u64) -> (Seen, Instant) {
-    let mut seen = Seen::default();
+async fn collect(mut deliveries: mpsc::Receiver<Vec<SentRecord>>, record_bytes: u64) -> (BenchStats, Instant) {
+    let mut seen = BenchStats::default();
     let mut last = clock::monotonic();
     let mut meanings = Vec::new();
     while let Some(sent) = deliveries.recv().await {
@@ -357,10 +357,10 @@ mod tests {
     #[derive(clap::Parser)]
     struct Line {
         #[command(flatten)]
-        produce: Produce,
+        produce: BenchProduceArgs,
     }
 
-    fn parsed(arguments: &str) -> Produce {
+    fn parsed(arguments: &str) -> BenchProduceArgs {
         let words = ["bench", "--topic", "t"].into_iter().chain(arguments.split_whitespace());
         <Line as clap::Parser>::try_parse_from(words).expect("valid").produce
     }
@@ -384,8 +384,8 @@ mod tests {
         let memory = |arguments, partitions| parsed(arguments).memory_bytes(partitions);
         assert_eq!(memory("--in-flight 1", 1), 128 << 10);
         assert_eq!(memory("--in-flight 4", 16), 8 << 20);
-        assert_eq!(memory("", 1000), MOST_MEMORY);
-        assert_eq!(memory("--rate 10", 1), MOST_MEMORY);
+        assert_eq!(memory("", 1000), MAX_MEMORY_BYTES);
+        assert_eq!(memory("--rate 10", 1), MAX_MEMORY_BYTES);
         let large = memory("--in-flight 16 --record-size 1048576", 1);
         assert!(large >= 32 << 20, "{large}: a large record is a batch of its own");
     }

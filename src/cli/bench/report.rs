@@ -5,40 +5,40 @@ use std::{collections::BTreeSet, time::Duration};
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
-use super::super::output::{self, Output};
+use super::super::output::{self, OutputFormat};
 
 /// Maximum latency in microseconds that the histogram distinguishes. Longer latencies count as this value.
-const MOST_US: u64 = 600_000_000;
+const MAX_LATENCY_US: u64 = 600_000_000;
 
 /// Measurements of one sender or reader.
 #[derive(Debug)]
-pub(super) struct Seen {
+pub(super) struct BenchStats {
     pub(super) records: u64,
     pub(super) bytes: u64,
     pub(super) errors: u64,
     pub(super) first_error: Option<String>,
     /// Latencies in microseconds.
     latency: Histogram<u64>,
-    /// Meanings of the acknowledgements, such as `synced on 1 replica`.
+    /// Meanings of the acknowledgements, such as `persisted on 1 replica`.
     pub(super) meanings: BTreeSet<String>,
 }
 
-impl Default for Seen {
+impl Default for BenchStats {
     fn default() -> Self {
         Self {
             records: 0,
             bytes: 0,
             errors: 0,
             first_error: None,
-            latency: Histogram::new_with_bounds(1, MOST_US, 3).expect("the bounds are constants"),
+            latency: Histogram::new_with_bounds(1, MAX_LATENCY_US, 3).expect("the bounds are constants"),
             meanings: BTreeSet::new(),
         }
     }
 }
 
-impl Seen {
+impl BenchStats {
     pub(super) fn latency(&mut self, latency: Duration) {
-        self.latency.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(MOST_US).max(1));
+        self.latency.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(MAX_LATENCY_US).max(1));
     }
 
     pub(super) fn error(&mut self, error: &dyn std::fmt::Display) {
@@ -88,8 +88,8 @@ pub(super) fn round(value: f64) -> f64 {
 }
 
 /// Prints the results. `extra` is added to the JSON object; `words` are additional lines of the text output.
-pub(super) fn print(mut figures: Value, extra: Value, words: &[String], output: Output) -> std::io::Result<()> {
-    if output == Output::Json {
+pub(super) fn print(mut figures: Value, extra: Value, words: &[String], output: OutputFormat) -> std::io::Result<()> {
+    if output == OutputFormat::Json {
         if let (Some(figures), Value::Object(extra)) = (figures.as_object_mut(), extra) {
             figures.extend(extra);
         }
@@ -104,7 +104,7 @@ pub(super) fn print(mut figures: Value, extra: Value, words: &[String], output: 
         figures["records_per_s"]
     ))?;
     output::line(&format!(
-        "latency p50 {} ms, p99 {} ms, p99.9 {} ms, most {} ms; errors {}",
+        "latency p50 {} ms, p99 {} ms, p99.9 {} ms, max {} ms; errors {}",
         figures["p50_ms"], figures["p99_ms"], figures["p999_ms"], figures["max_ms"], figures["errors"]
     ))?;
     for line in words {
@@ -119,12 +119,12 @@ mod tests {
 
     #[test]
     fn result_contains_promised_fields_and_values() {
-        let mut seen = Seen { records: 1000, bytes: 2_000_000, ..Seen::default() };
+        let mut seen = BenchStats { records: 1000, bytes: 2_000_000, ..BenchStats::default() };
         for ms in 1..=1000 {
             seen.latency(Duration::from_millis(ms));
         }
         seen.error(&"one");
-        let mut other = Seen::default();
+        let mut other = BenchStats::default();
         other.latency(Duration::from_millis(5000));
         seen.merge(other);
         let figures = seen.figures(Duration::from_secs(2));

@@ -3,41 +3,43 @@
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Name, confirm, one_partition, refused, show};
+use super::{TopicOrPartition, confirm, one_partition, refused, show};
 use crate::{
-    cli::output::{self, Output},
+    cli::output::{self, OutputFormat},
     client::{Admin, ManifestRebuild},
 };
 
-/// Make a partition's lost manifest again from what is left in the bucket
+/// Rebuild a partition's lost manifest from the objects that are left
 ///
-/// The manifest names a partition's segments in the bucket. The partition's leader makes a lost one again by itself where the segments that
-/// are there are what was committed. Else this command shows what is left and what is missing, and asks before anything is given up.
+/// The manifest lists a partition's segment objects. The partition's leader rebuilds a lost manifest by itself if the
+/// remaining segments are the committed ones. Else this command shows the remaining and the missing segments, and
+/// prompts before any records are abandoned.
 #[derive(Debug, Args)]
-pub(in crate::cli) struct RebuildManifest {
+pub(in crate::cli) struct RebuildManifestArgs {
     /// The partition
     #[arg(value_name = "TOPIC/N", value_parser = one_partition)]
-    name: Name,
-    /// Do not ask; needed where there is no terminal
+    name: TopicOrPartition,
+    /// Do not prompt; required without a terminal
     #[arg(long)]
     yes: bool,
 }
 
-pub(super) async fn run(admin: &Admin, command: &RebuildManifest, output: Output) -> anyhow::Result<()> {
-    let (topic, number) = (command.name.topic.as_str(), command.name.partition.expect("it was parsed so"));
+pub(super) async fn run(admin: &Admin, command: &RebuildManifestArgs, output: OutputFormat) -> anyhow::Result<()> {
+    let (topic, number) =
+        (command.name.topic.as_str(), command.name.partition.expect("the parser requires a partition"));
     let found = match admin.survey_manifest(topic, number).await {
         Ok(found) => found,
         Err(error) => return Err(refused(admin, Some(&command.name), error).await),
     };
     let prospect = prospect(topic, number, &found);
     if !command.yes && found.doubt.is_some() {
-        confirm(&prospect, "make the manifest of what is left?")?;
+        confirm(&prospect, "rebuild the manifest from the remaining objects?")?;
     }
     let done = match admin.rebuild_manifest(topic, number, &found).await {
         Ok(done) => done,
         Err(error) => return Err(refused(admin, Some(&command.name), error).await),
     };
-    let done = format!("the manifest of {topic}/{number} is there again: {}", held(&done));
+    let done = format!("rebuilt the manifest of {topic}/{number}: {}", held(&done));
     show(&described(topic, number, &found), &format!("{prospect}\n{done}"), output)
 }
 
@@ -54,14 +56,14 @@ fn held(found: &ManifestRebuild) -> String {
 /// Returns the result of the survey as text, which the user confirms.
 fn prospect(topic: &str, number: u32, found: &ManifestRebuild) -> String {
     let mut lines = vec![
-        format!("{topic}/{number}: {} is missing or damaged", found.lost),
+        format!("{topic}/{number}: {} is missing or corrupt", found.lost),
         format!(
-            "committed were the offsets {} up to, but not including, {}, with {}",
+            "committed: offsets {} up to, but not including, {}, with {}",
             found.range.start,
             found.range.end,
             output::bytes(found.committed_bytes)
         ),
-        format!("left without a gap: {}", held(found)),
+        format!("remaining without a gap: {}", held(found)),
     ];
     let missing = found.missing.iter().map(|range| format!("no object covers {}..{}", range.start, range.end));
     lines.extend(missing);
@@ -70,12 +72,12 @@ fn prospect(topic: &str, number: u32, found: &ManifestRebuild) -> String {
         lines.push(format!("{} not used", output::count(found.left_over.into(), "other object")));
     }
     match &found.doubt {
-        None => lines.push("that is what was committed".to_owned()),
-        Some(doubt) => lines.push(format!("that is not known to be what was committed: {doubt}")),
+        None => lines.push("the remaining segments are the committed ones".to_owned()),
+        Some(doubt) => lines.push(format!("the remaining segments may differ from the committed ones: {doubt}")),
     }
     if found.log_start > found.range.start {
         lines.push(format!(
-            "the log would start at {}: what lies before is given up, also the objects that are left of it",
+            "the log would start at {}: earlier records are abandoned, including their remaining objects",
             found.log_start
         ));
     }
@@ -94,9 +96,9 @@ fn described(topic: &str, number: u32, found: &ManifestRebuild) -> Value {
         "log_start": found.log_start,
         "segments": found.segments,
         "bytes": found.bytes,
-        "doubt": found.doubt,
+        "obstacle": found.doubt,
         "missing": missing.collect::<Vec<_>>(),
         "unusable": found.unusable,
-        "left_over": found.left_over,
+        "unused": found.left_over,
     })
 }

@@ -19,15 +19,15 @@ use crate::{
     tier::{
         Footer,
         footer::{TRAILER_BYTES, Trailer},
-        name::Stamp,
+        name::ObjectId,
     },
 };
 
 /// Maximum size of a footer in bytes; many times the size of the largest valid one.
-const MOST_FOOTER_BYTES: u64 = 64 << 20;
+const MAX_FOOTER_BYTES: u64 = 64 << 20;
 
 /// First bytes and names of the other file types in a data directory and an object store.
-const OTHERS: &[(&[u8], &str)] = &[
+const OTHER_MAGICS: &[(&[u8], &str)] = &[
     (b"STRLOIX1", "an index"),
     (b"STRLTIX1", "a time index"),
     (b"STRLSNP2", "a snapshot"),
@@ -38,32 +38,32 @@ const OTHERS: &[(&[u8], &str)] = &[
 ];
 
 /// Opens a segment file, or a segment object with its footer.
-pub(super) fn open(path: &Path) -> anyhow::Result<(Batches<impl Read + use<>>, Option<Footer>)> {
+pub(super) fn open(path: &Path) -> anyhow::Result<(FileBatches<impl Read + use<>>, Option<Footer>)> {
     let unreadable = || format!("cannot read {}", path.display());
     let mut file = File::open(path).with_context(unreadable)?;
     let metadata = file.metadata().with_context(unreadable)?;
     if metadata.is_dir() {
-        bail!("{} is a folder: name a segment file in it (.log, or .segment in a bucket)", path.display());
+        bail!("{} is a directory: name a segment file in it (.log, or .segment in an object store)", path.display());
     }
     let (len, name) = (metadata.len(), path.file_name().and_then(|name| name.to_str()).unwrap_or_default());
     let mut front = [0; HEADER_BYTES];
     let got = read_full(&mut file, &mut front).with_context(unreadable)?;
     let front = &front[..got];
-    if let Some((_, what)) = OTHERS.iter().find(|(magic, _)| front.starts_with(magic)) {
+    if let Some((_, what)) = OTHER_MAGICS.iter().find(|(magic, _)| front.starts_with(magic)) {
         bail!(
-            "{} is {what}, no segment file: name a .log of a data directory, or a .segment of a bucket",
+            "{} is {what}, not a segment file: name a .log file of a data directory, or a .segment object",
             path.display()
         );
     }
-    let (log, object) = (base_in(name), Stamp::from_segment(name).ok());
+    let (log, object) = (base_in(name), ObjectId::from_segment(name).ok());
     let footer = footer(&mut file, len, path).with_context(unreadable)??;
     let foreign = log.is_none() && object.is_none() && footer.is_none();
     if foreign && got > 0 && Batch::framed_len(front).is_err() {
-        bail!("{} is no segment file: no record batch begins it", path.display());
+        bail!("{} is not a segment file: it does not start with a record batch", path.display());
     }
     if let (Some(object), None) = (&object, &footer) {
         bail!(
-            "{} is damaged: by its name it holds offsets {}..{}, and it has no footer",
+            "{} is corrupt: its name states offsets {}..{}, but it has no footer",
             path.display(),
             object.base,
             object.end
@@ -72,14 +72,14 @@ pub(super) fn open(path: &Path) -> anyhow::Result<(Batches<impl Read + use<>>, O
     let stated = log.or(object.map(|object| object.base));
     let base = match (stated, footer.as_ref().map(|footer| footer.base)) {
         (Some(name), Some(footer)) if name != footer => {
-            bail!("{} is damaged: its footer begins at offset {footer}, its name at {name}", path.display());
+            bail!("{} is corrupt: its footer states base offset {footer}, its name {name}", path.display());
         }
         (name, footer) => name.or(footer),
     };
     file.seek(SeekFrom::Start(0)).with_context(unreadable)?;
     let data = footer.as_ref().map_or(len, |footer| footer.data_bytes);
     let input = BufReader::with_capacity(1 << 20, file).take(data);
-    Ok((Batches { input, position: 0, end: base, crc: 0 }, footer))
+    Ok((FileBatches { input, position: 0, end: base, crc: 0 }, footer))
 }
 
 /// Reads the footer of a segment object; `None` if the file does not end with a footer. The outer error is an I/O
@@ -92,15 +92,15 @@ fn footer(file: &mut File, len: u64, path: &Path) -> io::Result<anyhow::Result<O
     if !end.ends_with(b"STRNDSEG") {
         return Ok(Ok(None));
     }
-    let damaged = |why: &dyn std::fmt::Display| Ok(Err(anyhow!("{} is damaged: its footer: {why}", path.display())));
+    let damaged = |reason: &dyn std::fmt::Display| Ok(Err(anyhow!("{} is corrupt: footer: {reason}", path.display())));
     let trailer = match Trailer::parse(&end) {
         Ok(trailer) => trailer,
         Err(error) => return damaged(&error),
     };
     let bytes = trailer.footer_bytes();
-    if bytes > MOST_FOOTER_BYTES || trailer.data_bytes.checked_add(bytes) != Some(len) {
+    if bytes > MAX_FOOTER_BYTES || trailer.data_bytes.checked_add(bytes) != Some(len) {
         let data = trailer.data_bytes;
-        return damaged(&format!("it speaks of {data} bytes of batches and is {bytes} bytes, and the file has {len}"));
+        return damaged(&format!("{data} bytes of batches and {bytes} bytes of footer, but the file has {len} bytes"));
     }
     file.seek(SeekFrom::Start(trailer.data_bytes))?;
     let mut tail = Vec::new();
@@ -111,21 +111,22 @@ fn footer(file: &mut File, len: u64, path: &Path) -> io::Result<anyhow::Result<O
     }
 }
 
-/// Returns the base offset in the name of a segment file, or of a file that was set aside (`.log.aside-`).
+/// Returns the base offset in the name of a segment file, or of a file that was quarantined (`.log.quarantined-`).
 fn base_in(name: &str) -> Option<Offset> {
-    let digits = name.strip_suffix(".log").or_else(|| name.split_once(".log.aside-").map(|(digits, _)| digits))?;
+    let digits =
+        name.strip_suffix(".log").or_else(|| name.split_once(".log.quarantined-").map(|(digits, _)| digits))?;
     let plain = digits.len() == 20 && digits.bytes().all(|byte| byte.is_ascii_digit());
     plain.then(|| digits.parse().ok().and_then(Offset::new))?
 }
 
 /// Reason why the rest of a file cannot be read.
 #[derive(Debug)]
-pub(super) enum Damage {
+pub(super) enum SegmentError {
     Read(io::Error),
     At { position: u64, problem: String },
 }
 
-impl Damage {
+impl SegmentError {
     pub(super) fn into_error(self, file: &Path) -> anyhow::Error {
         match self {
             Self::Read(error) => anyhow::Error::new(error).context(format!("cannot read {}", file.display())),
@@ -135,11 +136,11 @@ impl Damage {
 }
 
 pub(super) fn damaged(file: &Path, position: u64, problem: &dyn std::fmt::Display) -> anyhow::Error {
-    anyhow!("{} is damaged at byte {position}: {problem}", file.display())
+    anyhow!("{} is corrupt at byte {position}: {problem}", file.display())
 }
 
 /// Reader of the batches of a file, with one batch in memory at a time.
-pub(super) struct Batches<R> {
+pub(super) struct FileBatches<R> {
     input: R,
     position: u64,
     /// Offset at which the next batch must start; `None` if the first offset is unknown.
@@ -147,18 +148,18 @@ pub(super) struct Batches<R> {
     crc: u32,
 }
 
-impl<R: Read> Batches<R> {
+impl<R: Read> FileBatches<R> {
     #[cfg(test)]
     pub(super) fn new(input: R, base: Option<Offset>) -> Self {
         Self { input, position: 0, end: base, crc: 0 }
     }
 
     /// Returns the next batch with its position in bytes, after a check of its checksum and offset.
-    pub(super) fn next(&mut self) -> Result<Option<(u64, Batch)>, Damage> {
+    pub(super) fn next(&mut self) -> Result<Option<(u64, Batch)>, SegmentError> {
         let position = self.position;
-        let damage = |problem: &MalformedBatch| Damage::At { position, problem: problem.to_string() };
+        let damage = |problem: &MalformedBatch| SegmentError::At { position, problem: problem.to_string() };
         let mut head = [0; HEADER_BYTES];
-        let got = read_full(&mut self.input, &mut head).map_err(Damage::Read)?;
+        let got = read_full(&mut self.input, &mut head).map_err(SegmentError::Read)?;
         if got == 0 {
             return Ok(None);
         }
@@ -169,11 +170,11 @@ impl<R: Read> Batches<R> {
         let size = Batch::framed_len(&head).map_err(|problem| damage(&problem))?;
         let mut records = Vec::new();
         let wanted = u64::try_from(size - HEADER_BYTES).expect("64 bits");
-        self.input.by_ref().take(wanted).read_to_end(&mut records).map_err(Damage::Read)?;
+        self.input.by_ref().take(wanted).read_to_end(&mut records).map_err(SegmentError::Read)?;
         let batch = Batch::from_parts(head, Bytes::from(records)).map_err(|problem| damage(&problem))?;
         if let Some(end) = self.end.filter(|end| *end != batch.base_offset()) {
-            let problem = format!("the batch begins at offset {} where {end} is due", batch.base_offset());
-            return Err(Damage::At { position, problem });
+            let problem = format!("the batch starts at offset {} instead of {end}", batch.base_offset());
+            return Err(SegmentError::At { position, problem });
         }
         self.crc = crc32c::crc32c_append(crc32c::crc32c_append(self.crc, batch.header()), batch.records_bytes());
         self.end = Some(batch.end_offset());
@@ -182,15 +183,15 @@ impl<R: Read> Batches<R> {
     }
 
     /// Compares the end offset and the CRC of all batches with the footer. The batches must have been read to the end.
-    pub(super) fn check(&self, footer: &Footer) -> Result<(), Damage> {
-        let at = |problem| Err(Damage::At { position: self.position, problem });
+    pub(super) fn check(&self, footer: &Footer) -> Result<(), SegmentError> {
+        let at = |problem| Err(SegmentError::At { position: self.position, problem });
         if self.end != Some(footer.end) {
             let end = self.end.unwrap_or_default();
-            return at(format!("the batches end at offset {end}, and the footer says {}", footer.end));
+            return at(format!("the batches end at offset {end}, but the footer states {}", footer.end));
         }
         if self.crc != footer.data_crc {
             return at(format!(
-                "the batches' CRC is {:#010x}, and the footer says {:#010x}",
+                "the batches' CRC is {:#010x}, but the footer states {:#010x}",
                 self.crc, footer.data_crc
             ));
         }
@@ -200,20 +201,20 @@ impl<R: Read> Batches<R> {
 
 /// Check of the leader epochs in file order. An epoch above that of the next batch is not accepted.
 #[derive(Debug, Default)]
-pub(super) struct Epochs {
+pub(super) struct FileEpochs {
     before: Option<LeaderEpoch>,
 }
 
-impl Epochs {
+impl FileEpochs {
     /// Compares a batch's leader epoch with the footer, the batches before it, and the batch after it.
     pub(super) fn check(&mut self, batch: &Batch, next: Option<&Batch>, footer: Option<&Footer>) -> Result<(), String> {
         let Some(epoch) = batch.leader_epoch() else { return Err("the batch has no leader epoch".to_owned()) };
         let listed = footer.and_then(|footer| footer.epoch_of(batch.base_offset()));
         if let Some(listed) = listed.filter(|listed| *listed != epoch) {
-            return Err(format!("the batch's leader epoch is {epoch}, and the footer says {listed}"));
+            return Err(format!("the batch's leader epoch is {epoch}, but the footer states {listed}"));
         }
         if let Some(before) = self.before.filter(|before| epoch < *before) {
-            return Err(format!("leader epoch falls from {before} to {epoch} at offset {}", batch.base_offset()));
+            return Err(format!("leader epoch decreases from {before} to {epoch} at offset {}", batch.base_offset()));
         }
         // If the next epoch fits to the epochs before this batch, this batch is the outlier.
         if let Some(next) = next
@@ -223,7 +224,7 @@ impl Epochs {
         {
             let at = next.base_offset();
             return Err(format!(
-                "leader epoch falls from {epoch} to {after} at offset {at}: one of the two is damaged"
+                "leader epoch decreases from {epoch} to {after} at offset {at}: one of the two batches is corrupt"
             ));
         }
         self.before = Some(epoch);

@@ -36,10 +36,10 @@ fn object(epochs: &[u32]) -> Vec<u8> {
     [log(epochs), footer.finish(bytes::Bytes::new()).encode().to_vec()].concat()
 }
 
-fn dumped(bytes: &[u8], records: bool, output: Output) -> (String, Result<(), String>) {
-    let dump = Dump { file: "f.log".into(), records };
+fn dumped(bytes: &[u8], records: bool, output: OutputFormat) -> (String, Result<(), String>) {
+    let dump = DumpArgs { file: "f.log".into(), records };
     let mut out = Vec::new();
-    let batches = Batches::new(bytes, Some(Offset::ZERO));
+    let batches = FileBatches::new(bytes, Some(Offset::ZERO));
     let result = dump_all(batches, None, &dump, output, &mut out).map_err(|error| error.to_string());
     (String::from_utf8(out).expect("text"), result)
 }
@@ -51,8 +51,8 @@ fn dumped_as(name: &str, bytes: &[u8]) -> (String, Result<(), String>) {
     fs::write(&file, bytes).expect("written");
     let mut out = Vec::new();
     let result = file::open(&file).and_then(|(batches, footer)| {
-        let dump = Dump { file: Path::new(name).to_owned(), records: false };
-        dump_all(batches, footer.as_ref(), &dump, Output::Text, &mut out)
+        let dump = DumpArgs { file: Path::new(name).to_owned(), records: false };
+        dump_all(batches, footer.as_ref(), &dump, OutputFormat::Text, &mut out)
     });
     (String::from_utf8(out).expect("text"), result.map_err(|error| format!("{error:#}")))
 }
@@ -63,15 +63,15 @@ const OBJECT: &str =
 
 #[test]
 fn dump_prints_one_line_per_batch_and_record() {
-    let (text, result) = dumped(&log(&[3, 3]), false, Output::Text);
+    let (text, result) = dumped(&log(&[3, 3]), false, OutputFormat::Text);
     assert_eq!(result, Ok(()));
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines.len(), 2);
     assert!(lines[1].contains("offsets 2..4 epoch 3 count 2") && lines[1].ends_with("ok"), "{text}");
-    let (text, _) = dumped(&log(&[3, 3]), true, Output::Text);
+    let (text, _) = dumped(&log(&[3, 3]), true, OutputFormat::Text);
     assert_eq!(text.lines().count(), 6);
     assert!(text.contains("offset 3 timestamp 5 key \"k\" value \"two\""), "{text}");
-    let (text, _) = dumped(&log(&[3, 3]), true, Output::Json);
+    let (text, _) = dumped(&log(&[3, 3]), true, OutputFormat::Json);
     for line in text.lines() {
         serde_json::from_str::<serde_json::Value>(line).expect("one JSON value per line");
     }
@@ -83,15 +83,15 @@ fn corrupt_batch_is_reported_with_its_position() {
     let second = good.len() / 2;
     let mut flipped = good.clone();
     flipped[second + 70] ^= 4;
-    let (text, result) = dumped(&flipped, false, Output::Text);
-    assert_eq!(text.lines().count(), 1, "what is whole is printed");
-    let error = result.expect_err("damaged");
-    assert!(error.contains(&format!("f.log is damaged at byte {second}")) && error.contains("CRC"), "{error}");
-    let error = dumped(&good[..good.len() - 1], false, Output::Text).1.expect_err("cut");
+    let (text, result) = dumped(&flipped, false, OutputFormat::Text);
+    assert_eq!(text.lines().count(), 1, "the intact batch is printed");
+    let error = result.expect_err("corrupt");
+    assert!(error.contains(&format!("f.log is corrupt at byte {second}")) && error.contains("CRC"), "{error}");
+    let error = dumped(&good[..good.len() - 1], false, OutputFormat::Text).1.expect_err("cut");
     assert!(error.contains(&second.to_string()) && error.contains("truncated"), "{error}");
     let twice = [&good[..second], &good[..second]].concat();
-    let error = dumped(&twice, false, Output::Text).1.expect_err("offsets go back");
-    assert!(error.contains("offset 0 where 2 is due"), "{error}");
+    let error = dumped(&twice, false, OutputFormat::Text).1.expect_err("offsets go back");
+    assert!(error.contains("offset 0 instead of 2"), "{error}");
 }
 
 /// Regression: a file with a flipped bit in the first batch's offset passed, because no checksum covers that offset.
@@ -104,7 +104,7 @@ fn corrupt_first_offset_is_detected_by_the_file_name() {
         flipped[byte] ^= 1;
         let (text, result) = dumped_as(LOG, &flipped);
         assert_eq!(text, "");
-        assert!(result.expect_err("damaged").contains("damaged at byte 0"), "byte {byte}");
+        assert!(result.expect_err("corrupt").contains("corrupt at byte 0"), "byte {byte}");
     }
     // A copy under another name states no offset to compare with.
     assert_eq!(dumped_as("copy", &good).1, Ok(()));
@@ -115,14 +115,14 @@ fn corrupt_first_offset_is_detected_by_the_file_name() {
 fn epoch_decrease_is_reported_at_the_outlier() {
     let bytes = log(&[3]).len() as u64;
     for (epochs, at, says) in [
-        (&[65536, 0][..], 0, "falls from 65536 to 0 at offset 2"),
-        (&[3, 259, 3, 3], bytes, "falls from 259 to 3 at offset 4"),
-        (&[3, 3, 1, 3], 2 * bytes, "falls from 3 to 1 at offset 4"),
+        (&[65536, 0][..], 0, "decreases from 65536 to 0 at offset 2"),
+        (&[3, 259, 3, 3], bytes, "decreases from 259 to 3 at offset 4"),
+        (&[3, 3, 1, 3], 2 * bytes, "decreases from 3 to 1 at offset 4"),
     ] {
         let (text, result) = dumped_as(LOG, &log(epochs));
-        let error = result.expect_err("damaged");
-        assert!(error.contains(&format!("damaged at byte {at}: ")) && error.contains(says), "{epochs:?}: {error}");
-        assert_eq!(text.lines().count() as u64 * bytes, at, "{epochs:?}: what is not in doubt is printed");
+        let error = result.expect_err("corrupt");
+        assert!(error.contains(&format!("corrupt at byte {at}: ")) && error.contains(says), "{epochs:?}: {error}");
+        assert_eq!(text.lines().count() as u64 * bytes, at, "{epochs:?}: batches before the outlier are printed");
     }
 }
 
@@ -138,23 +138,23 @@ fn any_flipped_byte_of_a_segment_object_is_detected() {
         let (_, result) = dumped_as(OBJECT, &flipped);
         assert!(result.is_err(), "byte {byte}");
     }
-    let cut = dumped_as(OBJECT, &log(&[3, 3])).1.expect_err("damaged");
+    let cut = dumped_as(OBJECT, &log(&[3, 3])).1.expect_err("corrupt");
     assert!(cut.contains("has no footer"), "{cut}");
 }
 
 #[test]
 fn other_file_is_not_reported_as_corrupt() {
     for (name, bytes, says) in [
-        ("README.md", &b"# Strandline\n"[..], "is no segment file"),
-        ("long.txt", &[b'x'; 500], "is no segment file"),
-        ("checkpoint", b"STRLCKP3 and more", "is a checkpoint, no segment file"),
-        ("00000000000000000000.index", b"STRLOIX1", "is an index, no segment file"),
+        ("README.md", &b"# Strandline\n"[..], "is not a segment file"),
+        ("long.txt", &[b'x'; 500], "is not a segment file"),
+        ("checkpoint", b"STRLCKP3 and more", "is a checkpoint, not a segment file"),
+        ("00000000000000000000.index", b"STRLOIX1", "is an index, not a segment file"),
     ] {
         let error = dumped_as(name, bytes).1.expect_err("refused");
-        assert!(error.contains(says) && !error.contains("damaged"), "{error}");
+        assert!(error.contains(says) && !error.contains("corrupt"), "{error}");
     }
-    let error = dumped_as(LOG, &[b'x'; 500]).1.expect_err("damaged");
-    assert!(error.contains("damaged at byte 0"), "by its name it is one: {error}");
+    let error = dumped_as(LOG, &[b'x'; 500]).1.expect_err("corrupt");
+    assert!(error.contains("corrupt at byte 0"), "the name is that of a segment: {error}");
 }
 
 #[test]
@@ -162,6 +162,6 @@ fn hostile_length_does_not_allocate() {
     let mut bytes = log(&[3]);
     bytes.truncate(HEADER_BYTES);
     bytes[8..12].copy_from_slice(&(60_i32 << 20).to_be_bytes());
-    let error = dumped(&bytes, false, Output::Text).1.expect_err("truncated");
+    let error = dumped(&bytes, false, OutputFormat::Text).1.expect_err("truncated");
     assert!(error.contains("truncated"), "{error}");
 }

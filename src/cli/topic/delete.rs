@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::{
     cli::{
         connect::explain,
-        output::{self, Output},
+        output::{self, OutputFormat},
     },
     client::{Admin, TopicDescription},
     proto::error::ErrorCode,
@@ -20,23 +20,23 @@ use crate::{
 
 /// Delete a topic with all its records
 ///
-/// Shows what would go, and asks for the topic's name before it deletes anything. Where there is no terminal to ask at, it needs --yes.
-/// The topic's objects in the bucket go a while later (tier.garbage_grace).
+/// Shows the topic's content and prompts for its name before the deletion. Without a terminal, --yes is required. The
+/// topic's objects in the object store are deleted later (tier.garbage_grace).
 #[derive(Debug, Args)]
-pub(in crate::cli) struct Delete {
+pub(in crate::cli) struct DeleteArgs {
     /// The topic
     name: String,
-    /// Do not ask; needed where there is no terminal
+    /// Do not prompt; required without a terminal
     #[arg(long)]
     yes: bool,
-    /// Show what would go, and delete nothing
+    /// Show what would be deleted, and delete nothing
     #[arg(long, conflicts_with = "yes")]
     dry_run: bool,
 }
 
 /// Content of a topic.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Content {
+struct TopicContent {
     name: String,
     partitions: u32,
     /// Number of committed records in the partitions whose leaders responded.
@@ -47,7 +47,7 @@ struct Content {
     unanswered: usize,
 }
 
-impl Content {
+impl TopicContent {
     fn of(topic: &TopicDescription) -> Self {
         let mut content = Self {
             name: topic.summary.name.clone(),
@@ -58,12 +58,12 @@ impl Content {
             unanswered: 0,
         };
         for partition in &topic.partitions {
-            if partition.unanswered.is_some() {
+            if partition.leader_error.is_some() {
                 content.unanswered += 1;
                 continue;
             }
-            let marks = &partition.watermarks;
-            content.records += marks.high_watermark.since(marks.log_start);
+            let watermarks = &partition.watermarks;
+            content.records += watermarks.high_watermark.since(watermarks.log_start);
             content.local_bytes += partition.local_bytes;
             content.tiered_bytes += partition.tiered_bytes;
         }
@@ -76,18 +76,18 @@ impl Content {
     }
 
     /// Formats the content: `topic orders: 4 partitions, 200000 records, 15.00 MiB on each leader's disk, 3.00 MiB in
-    /// the bucket`.
+    /// the object store`.
     fn sentence(&self) -> String {
         let Self { name, partitions, records, local_bytes, tiered_bytes, unanswered } = self;
         let unknown = match unanswered {
             0 => String::new(),
             _ => format!(
-                "; the leaders of {} did not answer",
+                "; the leaders of {} did not respond",
                 output::count(u64::try_from(*unanswered).unwrap_or(u64::MAX), "partition")
             ),
         };
         format!(
-            "topic {name}: {}, {}, {} on each leader's disk, {} in the bucket{unknown}",
+            "topic {name}: {}, {}, {} on each leader's disk, {} in the object store{unknown}",
             output::count((*partitions).into(), "partition"),
             output::count(*records, "record"),
             output::bytes(*local_bytes),
@@ -104,7 +104,7 @@ impl Content {
                 let bytes =
                     if *unanswered == 0 { format!(", {},", output::bytes(*tiered_bytes)) } else { String::new() };
                 format!(
-                    "{deleted}; its objects in the bucket{bytes} are removed within {} (tier.garbage_grace)",
+                    "{deleted}; its objects in the object store{bytes} are deleted within {} (tier.garbage_grace)",
                     humantime::format_duration(Duration::from_secs(kept.as_secs().max(1)))
                 )
             }
@@ -120,25 +120,25 @@ impl Content {
             "records": self.records,
             "local_bytes": self.local_bytes,
             "tiered_bytes": self.tiered_bytes,
-            "partitions_unanswered": self.unanswered,
-            "bucket_grace_ms": kept.map(|kept| u64::try_from(kept.as_millis()).unwrap_or(u64::MAX)),
+            "partitions_without_response": self.unanswered,
+            "object_grace_ms": kept.map(|kept| u64::try_from(kept.as_millis()).unwrap_or(u64::MAX)),
         })
     }
 }
 
-pub(super) async fn run(admin: &Admin, command: &Delete, output: Output) -> anyhow::Result<()> {
+pub(super) async fn run(admin: &Admin, command: &DeleteArgs, output: OutputFormat) -> anyhow::Result<()> {
     let name = command.name.as_str();
     let content = match admin.describe_topic(name).await {
-        Ok(topic) => Content::of(&topic),
+        Ok(topic) => TopicContent::of(&topic),
         // A deletion with `--yes` does not need the description.
-        Err(error) if command.yes && error.reason() != Some(ErrorCode::UnknownTopic) => Content::unknown(name),
+        Err(error) if command.yes && error.reason() != Some(ErrorCode::UnknownTopic) => TopicContent::unknown(name),
         Err(error) => return Err(explain(admin, name, error).await),
     };
     if command.dry_run {
         return show(&content.object(false, None), &format!("would delete {}", content.sentence()), output);
     }
     if !command.yes {
-        ask(&content)?;
+        confirm(&content)?;
     }
     match admin.delete_topic(name).await {
         Ok(kept) => show(&content.object(true, kept), &content.gone(kept), output),
@@ -147,9 +147,9 @@ pub(super) async fn run(admin: &Admin, command: &Delete, output: Output) -> anyh
 }
 
 /// Prompts for the topic's name at the terminal. Fails without a terminal or with another name.
-fn ask(content: &Content) -> anyhow::Result<()> {
+fn confirm(content: &TopicContent) -> anyhow::Result<()> {
     if !io::stdin().is_terminal() {
-        bail!("nothing was deleted: add --yes to delete {} (there is no terminal to ask at)", content.sentence());
+        bail!("nothing was deleted: without a terminal, add --yes to delete {}", content.sentence());
     }
     eprint!("delete {}? Type its name: ", content.sentence());
     let mut answer = String::new();
@@ -157,10 +157,10 @@ fn ask(content: &Content) -> anyhow::Result<()> {
     if answer.trim() == content.name { Ok(()) } else { bail!("nothing was deleted: that is not the topic's name") }
 }
 
-fn show(value: &Value, line: &str, output: Output) -> anyhow::Result<()> {
+fn show(value: &Value, line: &str, output: OutputFormat) -> anyhow::Result<()> {
     match output {
-        Output::Json => output::json(value)?,
-        Output::Text => output::line(line)?,
+        OutputFormat::Json => output::json(value)?,
+        OutputFormat::Text => output::line(line)?,
     }
     Ok(())
 }
@@ -169,8 +169,8 @@ fn show(value: &Value, line: &str, output: Output) -> anyhow::Result<()> {
 mod tests {
     use super::*;
 
-    fn content() -> Content {
-        Content {
+    fn content() -> TopicContent {
+        TopicContent {
             name: "orders".to_owned(),
             partitions: 4,
             records: 200_000,
@@ -184,19 +184,20 @@ mod tests {
     fn deletion_text_states_removed_and_kept_data() {
         assert_eq!(
             content().sentence(),
-            "topic orders: 4 partitions, 200000 records, 15.00 MiB on each leader's disk, 3.00 MiB in the bucket"
+            "topic orders: 4 partitions, 200000 records, 15.00 MiB on each leader's disk, 3.00 MiB in the object store"
         );
         let two_hours = Some(Duration::from_secs(7200));
         assert_eq!(
             content().gone(two_hours),
-            "deleted topic orders; its objects in the bucket, 3.00 MiB, are removed within 2h (tier.garbage_grace)"
+            "deleted topic orders; its objects in the object store, 3.00 MiB, are deleted within 2h \
+             (tier.garbage_grace)"
         );
         assert_eq!(content().gone(None), "deleted topic orders");
-        let empty = Content { tiered_bytes: 0, ..content() };
+        let empty = TopicContent { tiered_bytes: 0, ..content() };
         assert_eq!(empty.gone(two_hours), "deleted topic orders");
-        let silent = Content { unanswered: 1, ..empty };
-        assert!(silent.sentence().ends_with("; the leaders of 1 partition did not answer"));
-        assert!(silent.gone(two_hours).contains("its objects in the bucket are removed within 2h"));
+        let silent = TopicContent { unanswered: 1, ..empty };
+        assert!(silent.sentence().ends_with("; the leaders of 1 partition did not respond"));
+        assert!(silent.gone(two_hours).contains("its objects in the object store are deleted within 2h"));
     }
 
     #[test]

@@ -29,18 +29,18 @@ pub struct ClusterDescription {
     /// Number of partitions whose ISR is smaller than their replica list.
     pub under_replicated: u32,
     /// Number of partitions whose ISR is smaller than `min.insync.replicas`: `acks=all` fails there.
-    pub below_minimum: u32,
+    pub under_min_isr: u32,
     /// Number of partitions with a reassignment.
-    pub moving: u32,
+    pub reassigning: u32,
     /// Topic and number of the first 20 partitions without a leader or with an ISR smaller than `min.insync.replicas`.
     pub unavailable: Vec<(String, u32)>,
     /// Values in the metadata store that cannot be read.
     pub unreadable: Vec<UnreadableKey>,
     /// Time for which the metadata store has not responded to the responding broker; zero while it responds. Except for
     /// the brokers' own stats, the description is as old as that time.
-    pub metadata_silence: Duration,
+    pub metadata_staleness: Duration,
     /// Broker that responded.
-    pub answered_by: BrokerId,
+    pub responder: BrokerId,
 }
 
 /// Value in the metadata store that cannot be read.
@@ -49,7 +49,7 @@ pub struct UnreadableKey {
     /// Key of the value.
     pub key: String,
     /// Error of the value.
-    pub why: String,
+    pub error: String,
 }
 
 /// Description of one broker.
@@ -74,29 +74,29 @@ pub struct BrokerDescription {
     /// True during a controlled shutdown.
     pub stopping: bool,
     /// True under disk pressure: the broker gets no new replicas.
-    pub disk_full: bool,
+    pub disk_pressure: bool,
     /// True if the disk is full: a write found no space, and other brokers take over every leadership that they can.
-    pub no_room: bool,
+    pub disk_full: bool,
     /// Maximum number of replicas placed on the broker (`broker.max_replicas`).
     pub max_replicas: Option<u32>,
     /// Start of the drain in milliseconds since 1970; `None` if the broker is not draining.
     pub draining_since_ms: Option<i64>,
     /// Number of replicas that block the drain. Too few other brokers are eligible, the reassignment waits for an
     /// unregistered broker, or the partition has no leader.
-    pub stuck: u32,
+    pub blocked: u32,
     /// Number of partitions that the broker leads.
-    pub leaders: u32,
+    pub leader_count: u32,
     /// Number of replicas on the broker.
-    pub replicas: u32,
+    pub replica_count: u32,
     /// Number of partitions whose ISR contains the broker.
-    pub in_sync: u32,
+    pub in_sync_count: u32,
     /// Stats that the broker reports, or the error of the request for them; `None` if the broker is not registered.
-    pub figures: Option<Result<BrokerFigures, ApiError>>,
+    pub stats: Option<Result<BrokerStats, ApiError>>,
 }
 
 /// Stats that a broker reports about itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct BrokerFigures {
+pub struct BrokerStats {
     /// Bytes of all segments.
     pub segment_bytes: u64,
     /// Free disk space in bytes.
@@ -109,7 +109,7 @@ pub struct BrokerFigures {
     pub object_store: Option<String>,
     /// Number of partitions whose maintenance (rolling, uploading or trimming segments) fails, and the error of the
     /// longest failure. `None` also while the object store or the metadata store does not respond.
-    pub upkeep: Option<String>,
+    pub maintenance: Option<String>,
     /// Impairments of a broker that serves requests, one line each.
     pub impaired: Vec<String>,
     /// Reason for which the broker refuses requests; `None` if it accepts them.
@@ -123,29 +123,29 @@ pub struct BrokerFigures {
 
 /// Progress of a drain.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Drain {
+pub struct DrainStatus {
     /// True if this call started the drain.
     pub changed: bool,
     /// Start of the drain in milliseconds since 1970.
     pub since_ms: i64,
     /// Number of partitions that the broker still leads.
-    pub leaders: u32,
+    pub leader_count: u32,
     /// Number of replicas that the broker still holds.
-    pub replicas: u32,
+    pub replica_count: u32,
     /// Topic and number of the partitions that cannot move: too few other brokers are eligible, or the reassignment
     /// waits for an unregistered broker.
-    pub stuck: Vec<(String, u32)>,
+    pub blocked: Vec<(String, u32)>,
     /// Number of other brokers that are eligible for replicas.
-    pub takers: u32,
+    pub eligible_brokers: u32,
     /// Number of further replicas that cannot move while their partitions have no leader.
     pub leaderless: u32,
 }
 
-impl Drain {
+impl DrainStatus {
     /// Returns true if no replica can move, and some would still be blocked if every partition had a leader.
-    pub fn is_stuck(&self) -> bool {
-        let stuck = u32::try_from(self.stuck.len()).unwrap_or(u32::MAX);
-        stuck > 0 && stuck.saturating_add(self.leaderless) >= self.replicas
+    pub fn is_blocked(&self) -> bool {
+        let blocked = u32::try_from(self.blocked.len()).unwrap_or(u32::MAX);
+        blocked > 0 && blocked.saturating_add(self.leaderless) >= self.replica_count
     }
 }
 
@@ -169,12 +169,12 @@ pub struct Reassignment {
     /// True if this call changed the partition.
     pub changed: bool,
     /// True if the reassignment is queued: the number of concurrent reassignments is limited.
-    pub waiting: bool,
+    pub queued: bool,
 }
 
 /// Result of an election or of its dry run.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Election {
+pub struct ElectionResult {
     /// Elected broker.
     pub leader: BrokerId,
     /// Leader epoch after the election; for a dry run, the current epoch.
@@ -184,17 +184,17 @@ pub struct Election {
     /// Revision of the partition's value to which the result refers.
     pub revision: u64,
     /// Log state that each replica reports; only for an unclean election.
-    pub held: Vec<HeldReplica>,
+    pub replicas: Vec<ReplicaDescription>,
     /// Offsets that are known to be committed and that the elected leader does not have; only for an unclean election.
     pub lost: Range<Offset>,
     /// True if the leader's log is unusable and is deleted, so that the partition continues at the tiered end; only for
     /// an unclean election.
-    pub discard: bool,
+    pub discard_local: bool,
 }
 
 /// State of a replica as its broker reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HeldReplica {
+pub struct ReplicaDescription {
     /// Broker id.
     pub broker: BrokerId,
     /// True if the replica was in the ISR.
@@ -204,7 +204,7 @@ pub struct HeldReplica {
     /// True if the broker reported a log without batches. Segments in the object store do not count.
     pub empty: bool,
     /// High watermark, log end, and epoch of the last batch if there is one; or the error of the request to the broker.
-    pub ends: Result<(Offset, Offset, Option<LeaderEpoch>), ApiError>,
+    pub positions: Result<(Offset, Offset, Option<LeaderEpoch>), ApiError>,
 }
 
 impl Admin {
@@ -213,23 +213,24 @@ impl Admin {
     /// # Errors
     /// No broker responds.
     pub async fn describe_cluster(&self) -> Result<ClusterDescription, CallError> {
-        let call = |wire| async move { admin_client(wire).describe_cluster(v1::DescribeClusterRequest {}).await };
-        let answer = self.client.retried(|| self.client.ask_any(call)).await?;
-        let unreadable = answer.unreadable.into_iter().map(|v1::UnreadableKey { key, why }| UnreadableKey { key, why });
+        let call = |channel| async move { admin_client(channel).describe_cluster(v1::DescribeClusterRequest {}).await };
+        let response = self.client.retried(|| self.client.call_any(call)).await?;
+        let unreadable =
+            response.unreadable.into_iter().map(|v1::UnreadableKey { key, error }| UnreadableKey { key, error });
         Ok(ClusterDescription {
-            name: answer.cluster,
-            controller: answer.controller.map(BrokerId),
-            brokers: answer.brokers.into_iter().map(broker).collect(),
-            topics: answer.topics,
-            partitions: answer.partitions,
-            leaderless: answer.leaderless,
-            under_replicated: answer.under_replicated,
-            below_minimum: answer.below_minimum,
-            moving: answer.moving,
+            name: response.cluster,
+            controller: response.controller.map(BrokerId),
+            brokers: response.brokers.into_iter().map(broker).collect(),
+            topics: response.topics,
+            partitions: response.partitions,
+            leaderless: response.leaderless,
+            under_replicated: response.under_replicated,
+            under_min_isr: response.under_min_isr,
+            reassigning: response.reassigning,
             unreadable: unreadable.collect(),
-            unavailable: answer.unavailable.into_iter().map(named).collect::<Result<_, _>>()?,
-            metadata_silence: Duration::from_millis(answer.metadata_silence_ms),
-            answered_by: BrokerId(answer.answered_by),
+            unavailable: response.unavailable.into_iter().map(named).collect::<Result<_, _>>()?,
+            metadata_staleness: Duration::from_millis(response.metadata_staleness_ms),
+            responder: BrokerId(response.responder),
         })
     }
 
@@ -237,18 +238,18 @@ impl Admin {
     ///
     /// # Errors
     /// The cluster has no such broker.
-    pub async fn drain_broker(&self, broker: BrokerId) -> Result<Drain, CallError> {
+    pub async fn drain_broker(&self, broker: BrokerId) -> Result<DrainStatus, CallError> {
         let request = v1::DrainBrokerRequest { broker: broker.0 };
-        let call = |wire| async move { admin_client(wire).drain_broker(request).await };
-        let answer = self.client.tell_any(call).await?;
-        Ok(Drain {
-            changed: answer.changed,
-            since_ms: answer.since_ms,
-            leaders: answer.leaders,
-            replicas: answer.replicas,
-            stuck: answer.stuck.into_iter().map(named).collect::<Result<_, _>>()?,
-            takers: answer.takers,
-            leaderless: answer.leaderless,
+        let call = |channel| async move { admin_client(channel).drain_broker(request).await };
+        let response = self.client.change_any(call).await?;
+        Ok(DrainStatus {
+            changed: response.changed,
+            since_ms: response.since_ms,
+            leader_count: response.leader_count,
+            replica_count: response.replica_count,
+            blocked: response.blocked.into_iter().map(named).collect::<Result<_, _>>()?,
+            eligible_brokers: response.eligible_brokers,
+            leaderless: response.leaderless,
         })
     }
 
@@ -256,10 +257,10 @@ impl Admin {
     ///
     /// # Errors
     /// The cluster has no such broker.
-    pub async fn restore_broker(&self, broker: BrokerId) -> Result<bool, CallError> {
-        let request = v1::RestoreBrokerRequest { broker: broker.0 };
-        let call = |wire| async move { admin_client(wire).restore_broker(request).await };
-        Ok(self.client.tell_any(call).await?.changed)
+    pub async fn undrain_broker(&self, broker: BrokerId) -> Result<bool, CallError> {
+        let request = v1::UndrainBrokerRequest { broker: broker.0 };
+        let call = |channel| async move { admin_client(channel).undrain_broker(request).await };
+        Ok(self.client.change_any(call).await?.changed)
     }
 
     /// Moves a partition to the brokers `replicas`, the preferred leader first. Without `partition` it moves all
@@ -275,13 +276,13 @@ impl Admin {
         replicas: &[BrokerId],
     ) -> Result<Vec<Reassignment>, CallError> {
         let partition = partition.map(narrow);
-        let call = |wire| {
+        let call = |channel| {
             let replicas = replicas.iter().map(|id| id.0).collect();
-            let request = v1::ReassignRequest { topic: topic.to_owned(), partition, replicas };
-            async move { admin_client(wire).reassign(request).await }
+            let request = v1::ReassignPartitionsRequest { topic: topic.to_owned(), partition, replicas };
+            async move { admin_client(channel).reassign_partitions(request).await }
         };
-        let answer = self.client.tell_any(call).await?;
-        answer.partitions.into_iter().map(reassignment).collect()
+        let response = self.client.change_any(call).await?;
+        response.partitions.into_iter().map(reassignment).collect()
     }
 
     /// Returns the reassignments in progress: of all topics, of one topic, or of one partition.
@@ -294,12 +295,12 @@ impl Admin {
         partition: Option<u32>,
     ) -> Result<Vec<Reassignment>, CallError> {
         let (topic, partition) = (topic.unwrap_or_default(), partition.map(narrow));
-        let call = |wire| {
+        let call = |channel| {
             let request = v1::ListReassignmentsRequest { topic: topic.to_owned(), partition };
-            async move { admin_client(wire).list_reassignments(request).await }
+            async move { admin_client(channel).list_reassignments(request).await }
         };
-        let answer = self.client.retried(|| self.client.ask_any(call)).await?;
-        answer.partitions.into_iter().map(reassignment).collect()
+        let response = self.client.retried(|| self.client.call_any(call)).await?;
+        response.partitions.into_iter().map(reassignment).collect()
     }
 
     /// Restores the replicas from before a reassignment: of all topics, of one topic, or of one partition.
@@ -312,12 +313,12 @@ impl Admin {
         partition: Option<u32>,
     ) -> Result<Vec<Reassignment>, CallError> {
         let (topic, partition) = (topic.unwrap_or_default(), partition.map(narrow));
-        let call = |wire| {
+        let call = |channel| {
             let request = v1::CancelReassignmentRequest { topic: topic.to_owned(), partition };
-            async move { admin_client(wire).cancel_reassignment(request).await }
+            async move { admin_client(channel).cancel_reassignment(request).await }
         };
-        let answer = self.client.tell_any(call).await?;
-        answer.partitions.into_iter().map(reassignment).collect()
+        let response = self.client.change_any(call).await?;
+        response.partitions.into_iter().map(reassignment).collect()
     }
 
     /// Elects the preferred leader. If the partition has no leader, elects the first replica that can lead without
@@ -325,7 +326,7 @@ impl Admin {
     ///
     /// # Errors
     /// The topic or partition is unknown, or no replica can lead without loss.
-    pub async fn elect_leader(&self, topic: &str, partition: u32) -> Result<Election, CallError> {
+    pub async fn elect_leader(&self, topic: &str, partition: u32) -> Result<ElectionResult, CallError> {
         self.elect(v1::ElectLeaderRequest {
             topic: topic.to_owned(),
             partition: narrow(partition),
@@ -338,7 +339,7 @@ impl Admin {
     ///
     /// # Errors
     /// The topic or partition is unknown, a replica can lead without loss, or no replica responds.
-    pub async fn unclean_election(&self, topic: &str, partition: u32) -> Result<Election, CallError> {
+    pub async fn unclean_election(&self, topic: &str, partition: u32) -> Result<ElectionResult, CallError> {
         self.elect(v1::ElectLeaderRequest {
             topic: topic.to_owned(),
             partition: narrow(partition),
@@ -354,33 +355,38 @@ impl Admin {
     ///
     /// # Errors
     /// The partition has changed since [`Admin::unclean_election`].
-    pub async fn elect_unclean(&self, topic: &str, partition: u32, agreed: &Election) -> Result<Election, CallError> {
+    pub async fn elect_unclean(
+        &self,
+        topic: &str,
+        partition: u32,
+        agreed: &ElectionResult,
+    ) -> Result<ElectionResult, CallError> {
         self.elect(v1::ElectLeaderRequest {
             topic: topic.to_owned(),
             partition: narrow(partition),
             unclean: true,
             validate_only: false,
-            to: Some(agreed.leader.0),
+            leader: Some(agreed.leader.0),
             revision: Some(agreed.revision),
-            discard: agreed.discard,
+            discard_local: agreed.discard_local,
         })
         .await
     }
 
-    async fn elect(&self, request: v1::ElectLeaderRequest) -> Result<Election, CallError> {
-        let call = |wire| {
+    async fn elect(&self, request: v1::ElectLeaderRequest) -> Result<ElectionResult, CallError> {
+        let call = |channel| {
             let request = request.clone();
-            async move { admin_client(wire).elect_leader(request).await }
+            async move { admin_client(channel).elect_leader(request).await }
         };
-        let answer = self.client.tell_any(call).await?;
-        Ok(Election {
-            leader: BrokerId(answer.leader),
-            leader_epoch: LeaderEpoch::from_i32(answer.leader_epoch).unwrap_or_default(),
-            changed: answer.changed,
-            revision: answer.revision,
-            held: answer.held.into_iter().map(held).collect::<Result<_, _>>()?,
-            lost: offset(answer.lost_from)?..offset(answer.lost_to)?,
-            discard: answer.discard,
+        let response = self.client.change_any(call).await?;
+        Ok(ElectionResult {
+            leader: BrokerId(response.leader),
+            leader_epoch: LeaderEpoch::from_i32(response.leader_epoch).unwrap_or_default(),
+            changed: response.changed,
+            revision: response.revision,
+            replicas: response.replicas.into_iter().map(held).collect::<Result<_, _>>()?,
+            lost: offset(response.lost_start)?..offset(response.lost_end)?,
+            discard_local: response.discard_local,
         })
     }
 }
@@ -390,19 +396,19 @@ fn narrow(partition: u32) -> i32 {
     i32::try_from(partition).unwrap_or(i32::MAX)
 }
 
-fn broker(state: v1::BrokerState) -> BrokerDescription {
-    let figures = match (state.figures, state.unanswered) {
-        (Some(figures), _) => Some(Ok(BrokerFigures {
-            segment_bytes: figures.segment_bytes,
-            free_bytes: figures.free_bytes,
-            tier_lag_records: figures.tier_lag_records,
-            failed: Some(figures.failed).filter(|why| !why.is_empty()),
-            object_store: Some(figures.object_store).filter(|why| !why.is_empty()),
-            upkeep: Some(figures.upkeep).filter(|why| !why.is_empty()),
-            impaired: figures.impaired,
-            not_ready: Some(figures.not_ready).filter(|why| !why.is_empty()),
-            future_timestamps: Some(figures.future_timestamps).filter(|text| !text.is_empty()),
-            metadata_regressed: Some(figures.metadata_regressed).filter(|why| !why.is_empty()),
+fn broker(state: v1::BrokerDescription) -> BrokerDescription {
+    let stats = match (state.stats, state.error) {
+        (Some(stats), _) => Some(Ok(BrokerStats {
+            segment_bytes: stats.segment_bytes,
+            free_bytes: stats.free_bytes,
+            tier_lag_records: stats.tier_lag_records,
+            failed: Some(stats.failed).filter(|reason| !reason.is_empty()),
+            object_store: Some(stats.object_store).filter(|reason| !reason.is_empty()),
+            maintenance: Some(stats.maintenance).filter(|reason| !reason.is_empty()),
+            impaired: stats.impaired,
+            not_ready: Some(stats.not_ready).filter(|reason| !reason.is_empty()),
+            future_timestamps: Some(stats.future_timestamps).filter(|text| !text.is_empty()),
+            metadata_regressed: Some(stats.metadata_regressed).filter(|reason| !reason.is_empty()),
         })),
         (None, Some(error)) => Some(Err(ApiError::from(error))),
         (None, None) => None,
@@ -417,40 +423,40 @@ fn broker(state: v1::BrokerState) -> BrokerDescription {
         broker_epoch: state.broker_epoch,
         version: state.version,
         stopping: state.stopping,
+        disk_pressure: state.disk_pressure,
         disk_full: state.disk_full,
-        no_room: state.no_room,
         max_replicas: Some(state.max_replicas).filter(|max| *max > 0),
-        stuck: state.stuck,
+        blocked: state.blocked,
         draining_since_ms: state.draining_since_ms,
-        leaders: state.leaders,
-        replicas: state.replicas,
-        in_sync: state.in_sync,
-        figures,
+        leader_count: state.leader_count,
+        replica_count: state.replica_count,
+        in_sync_count: state.in_sync_count,
+        stats,
     }
 }
 
-fn named(name: v1::PartitionName) -> Result<(String, u32), CallError> {
+fn named(name: v1::TopicPartition) -> Result<(String, u32), CallError> {
     let number = u32::try_from(name.partition).map_err(|_| odd("a negative partition"))?;
     Ok((name.topic, number))
 }
 
-fn reassignment(answer: v1::Reassignment) -> Result<Reassignment, CallError> {
-    let (topic, partition) = named(answer.partition.ok_or_else(|| odd("a move of no partition"))?)?;
+fn reassignment(response: v1::Reassignment) -> Result<Reassignment, CallError> {
+    let (topic, partition) = named(response.partition.ok_or_else(|| odd("a reassignment without a partition"))?)?;
     Ok(Reassignment {
         topic,
         partition,
-        replicas: brokers(answer.replicas),
-        adding: brokers(answer.adding),
-        removing: brokers(answer.removing),
-        isr: brokers(answer.isr),
-        leader: answer.leader.map(BrokerId),
-        changed: answer.changed,
-        waiting: answer.waiting,
+        replicas: brokers(response.replicas),
+        adding: brokers(response.adding),
+        removing: brokers(response.removing),
+        isr: brokers(response.isr),
+        leader: response.leader.map(BrokerId),
+        changed: response.changed,
+        queued: response.queued,
     })
 }
 
-fn held(replica: v1::ReplicaState) -> Result<HeldReplica, CallError> {
-    let ends = match replica.unanswered {
+fn held(replica: v1::ReplicaDescription) -> Result<ReplicaDescription, CallError> {
+    let positions = match replica.error {
         Some(error) => Err(ApiError::from(error)),
         None => {
             let last_epoch = replica.last_epoch.and_then(LeaderEpoch::from_i32);
@@ -458,5 +464,5 @@ fn held(replica: v1::ReplicaState) -> Result<HeldReplica, CallError> {
         }
     };
     let (in_sync, eligible, empty) = (replica.in_sync, replica.eligible, replica.empty);
-    Ok(HeldReplica { broker: BrokerId(replica.broker), in_sync, eligible, empty, ends })
+    Ok(ReplicaDescription { broker: BrokerId(replica.broker), in_sync, eligible, empty, positions })
 }

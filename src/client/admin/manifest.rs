@@ -62,26 +62,27 @@ impl Admin {
 
     async fn rebuild(&self, topic: &str, partition: u32, plan: Option<String>) -> Result<ManifestRebuild, CallError> {
         let partition = i32::try_from(partition).unwrap_or(i32::MAX);
-        let call = |wire| {
+        let call = |channel| {
             let request = v1::RebuildManifestRequest { topic: topic.to_owned(), partition, plan: plan.clone() };
-            async move { admin_client(wire).rebuild_manifest(request).await }
+            async move { admin_client(channel).rebuild_manifest(request).await }
         };
-        let answer = self.client.tell_any(call).await?;
-        let range =
-            |range: v1::OffsetRange| -> Result<Range<Offset>, CallError> { Ok(offset(range.from)?..offset(range.to)?) };
+        let response = self.client.change_any(call).await?;
+        let range = |range: v1::OffsetRange| -> Result<Range<Offset>, CallError> {
+            Ok(offset(range.start)?..offset(range.end)?)
+        };
         Ok(ManifestRebuild {
-            lost: answer.lost,
-            range: offset(answer.log_start)?..offset(answer.tiered_end)?,
-            committed_bytes: answer.committed_bytes,
-            log_start: offset(answer.new_log_start)?,
-            segments: answer.segments,
-            bytes: answer.bytes,
-            doubt: Some(answer.doubt).filter(|doubt| !doubt.is_empty()),
-            missing: answer.missing.into_iter().map(range).collect::<Result<_, _>>()?,
-            unusable: answer.unusable,
-            left_over: answer.left_over,
-            plan: answer.plan,
-            committed: answer.committed,
+            lost: response.lost,
+            range: offset(response.log_start)?..offset(response.tiered_end)?,
+            committed_bytes: response.committed_bytes,
+            log_start: offset(response.new_log_start)?,
+            segments: response.segments,
+            bytes: response.bytes,
+            doubt: Some(response.obstacle).filter(|obstacle| !obstacle.is_empty()),
+            missing: response.missing.into_iter().map(range).collect::<Result<_, _>>()?,
+            unusable: response.unusable,
+            left_over: response.unused,
+            plan: response.plan,
+            committed: response.committed,
         })
     }
 }

@@ -1,7 +1,7 @@
 //! The consumer's task. It owns all positions and all streams.
 
-mod doubt;
-mod near;
+mod expired_lease;
+mod read_replica;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -11,22 +11,22 @@ use std::{
 
 use tokio::{sync::mpsc, time::Instant};
 
-use self::near::Ending;
+use self::read_replica::LatestResult;
 use super::{
     super::{
         Client,
-        connection::Address,
+        connection::BrokerAddress,
         error::{CallError, ConsumeError},
-        options::Pauses,
-        routing,
-        trouble::Party,
+        metadata,
+        options::Backoff,
+        retry_status::RetryReporter,
     },
-    ConsumerOptions, Item, OnOutOfRange, What,
-    nearness::ASK_AFTER,
-    partition::{Partition, SETTLED, Trouble},
-    position::{self, Untaken},
-    stream::{Heard, Responses, responses},
-    streams::Streams,
+    ConsumerEvent, ConsumerOptions, OffsetResetPolicy, QueuedEvent,
+    fetch_state::{FetchProblem, PartitionFetchState, STABLE_AFTER},
+    follower_backoff::QUERY_LEADER_AFTER,
+    position::{self, InvalidResponse},
+    stream::{ResponseStream, StreamEvent, responses},
+    streams::FairStreams,
 };
 use crate::{
     limits,
@@ -40,59 +40,64 @@ use crate::{
 
 /// Number of attempts to read corrupt bytes before the consumer gets an error. Corruption in transport may not recur;
 /// corruption on disk stays.
-const DAMAGE_TRIES: u32 = 3;
+const MAX_CORRUPT_READS: u32 = 3;
 
 /// Command of the handle to the task.
 #[derive(Debug)]
-pub(super) enum Command {
+pub(super) enum ConsumerCommand {
     Assign { topic: Arc<str>, topic_id: TopicId, partition: u32, generation: u64, position: Offset },
     Unassign { topic: Arc<str>, partition: u32 },
 }
 
-struct Source {
-    address: Address,
+struct FetchStream {
+    address: BrokerAddress,
     /// True if the broker reports an expired lease: other brokers may lead its partitions.
     doubts: bool,
     /// Sender that keeps the request half of the stream open.
     _requests: mpsc::Sender<v1::FetchRequest>,
 }
 
-pub(super) struct Driver {
+pub(super) struct ConsumerDriver {
     client: Client,
-    troubles: Party,
+    retries: RetryReporter,
     options: ConsumerOptions,
     tasks: Tasks,
-    output: mpsc::Sender<Item>,
+    output: mpsc::Sender<QueuedEvent>,
     /// Events for the consumer's queue; the streams are not read before it is empty.
-    outbox: VecDeque<Item>,
-    topics: BTreeMap<Arc<str>, BTreeMap<u32, Partition>>,
-    sources: BTreeMap<u64, Source>,
-    streams: Streams<Responses>,
+    outbox: VecDeque<QueuedEvent>,
+    topics: BTreeMap<Arc<str>, BTreeMap<u32, PartitionFetchState>>,
+    sources: BTreeMap<u64, FetchStream>,
+    streams: FairStreams<ResponseStream>,
     next_stream: u64,
     routed: mpsc::Receiver<Result<(), CallError>>,
     route_done: mpsc::Sender<Result<(), CallError>>,
     routing: bool,
-    route_pauses: Option<Pauses>,
+    route_pauses: Option<Backoff>,
     /// Time of the last metadata refresh.
     refreshed: Instant,
     /// Time of the last metadata refresh because of an expired lease.
-    asked_around: Option<Instant>,
+    last_lease_refresh: Option<Instant>,
     /// Time at which partitions are next assigned to streams.
     arrange_at: Option<Instant>,
     /// True while leaders are being queried for log ends.
     asking: bool,
-    ends: mpsc::Receiver<Vec<Ending>>,
-    ends_done: mpsc::Sender<Vec<Ending>>,
+    ends: mpsc::Receiver<Vec<LatestResult>>,
+    ends_done: mpsc::Sender<Vec<LatestResult>>,
     /// Time since which batches wait for the consumer.
-    held_since: Option<Instant>,
+    queue_full_since: Option<Instant>,
 }
 
-impl Driver {
-    pub(super) fn new(client: Client, options: ConsumerOptions, tasks: Tasks, output: mpsc::Sender<Item>) -> Self {
+impl ConsumerDriver {
+    pub(super) fn new(
+        client: Client,
+        options: ConsumerOptions,
+        tasks: Tasks,
+        output: mpsc::Sender<QueuedEvent>,
+    ) -> Self {
         let (route_done, routed) = mpsc::channel(1);
         let (ends_done, ends) = mpsc::channel(1);
         Self {
-            troubles: client.party(),
+            retries: client.party(),
             client,
             options,
             tasks,
@@ -100,23 +105,23 @@ impl Driver {
             outbox: VecDeque::new(),
             topics: BTreeMap::new(),
             sources: BTreeMap::new(),
-            streams: Streams::new(),
+            streams: FairStreams::new(),
             next_stream: 0,
             routed,
             route_done,
             routing: false,
             route_pauses: None,
             refreshed: clock::monotonic(),
-            asked_around: None,
+            last_lease_refresh: None,
             arrange_at: None,
             asking: false,
             ends,
             ends_done,
-            held_since: None,
+            queue_full_since: None,
         }
     }
 
-    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<ConsumerCommand>) {
         let tasks = self.tasks.clone();
         let output = self.output.clone();
         loop {
@@ -132,12 +137,12 @@ impl Driver {
                 () = tasks.cancelled() => break,
                 Some(command) = commands.recv() => self.on_command(command),
                 Some(result) = self.routed.recv() => self.on_routed(result),
-                Some(endings) = self.ends.recv() => self.on_ends(endings),
-                () = arrange => self.arrange(),
+                Some(results) = self.ends.recv() => self.on_latest_results(results),
+                () = arrange => self.assign_streams(),
                 permit = output.reserve(), if !self.outbox.is_empty() => match (permit, self.outbox.pop_front()) {
-                    (Ok(permit), Some(item)) => {
-                        permit.send(item);
-                        self.let_go();
+                    (Ok(permit), Some(event)) => {
+                        permit.send(event);
+                        self.on_batch_taken();
                     }
                     _ => break,
                 },
@@ -148,16 +153,16 @@ impl Driver {
         }
     }
 
-    fn on_command(&mut self, command: Command) {
+    fn on_command(&mut self, command: ConsumerCommand) {
         match command {
-            Command::Assign { topic, topic_id, partition, generation, position } => {
+            ConsumerCommand::Assign { topic, topic_id, partition, generation, position } => {
                 let now = clock::monotonic();
-                let before = self.drop_partition(&topic, partition);
-                let fresh = Partition::new(generation, topic_id, position, now, before.as_ref());
-                self.topics.entry(topic).or_default().insert(partition, fresh);
+                let earlier = self.drop_partition(&topic, partition);
+                let state = PartitionFetchState::new(generation, topic_id, position, now, earlier.as_ref());
+                self.topics.entry(topic).or_default().insert(partition, state);
                 self.arrange_soon(now);
             }
-            Command::Unassign { topic, partition } => {
+            ConsumerCommand::Unassign { topic, partition } => {
                 self.drop_partition(&topic, partition);
             }
         }
@@ -165,15 +170,15 @@ impl Driver {
 
     /// Removes a partition. Its stream ends too, because data in flight there belongs to the old position. The other
     /// partitions of the stream continue on the next stream.
-    fn drop_partition(&mut self, topic: &str, partition: u32) -> Option<Partition> {
-        let gone = self.topics.get_mut(topic)?.remove(&partition)?;
-        self.troubles.leave(gone.generation);
-        if let Some(stream) = gone.stream {
+    fn drop_partition(&mut self, topic: &str, partition: u32) -> Option<PartitionFetchState> {
+        let removed = self.topics.get_mut(topic)?.remove(&partition)?;
+        self.retries.clear(removed.generation);
+        if let Some(stream) = removed.stream {
             self.drop_stream(stream);
             self.arrange_soon(clock::monotonic());
         }
-        self.outbox.retain(|item| &*item.topic != topic || item.partition != partition);
-        Some(gone)
+        self.outbox.retain(|event| &*event.topic != topic || event.partition != partition);
+        Some(removed)
     }
 
     fn drop_stream(&mut self, number: u64) {
@@ -181,7 +186,7 @@ impl Driver {
         self.sources.remove(&number);
         for state in self.topics.values_mut().flat_map(BTreeMap::values_mut) {
             if state.stream == Some(number) {
-                state.uncarried();
+                state.detach();
             }
         }
     }
@@ -191,19 +196,19 @@ impl Driver {
     }
 
     /// Gives every readable partition a stream to its broker. A broker's stream is reopened to add partitions.
-    fn arrange(&mut self) {
+    fn assign_streams(&mut self) {
         self.arrange_at = None;
         let now = clock::monotonic();
-        let mut later = sooner(self.look_around(now), self.ask_around(now));
-        for state in self.topics.values_mut().flat_map(BTreeMap::values_mut).filter(|state| !state.parked) {
+        let mut later = sooner(self.check_read_replicas(now), self.refresh_if_lease_expired(now));
+        for state in self.topics.values_mut().flat_map(BTreeMap::values_mut).filter(|state| !state.failed) {
             if state.stream.is_some() {
-                later = sooner(later, state.settle(now, &self.troubles));
+                later = sooner(later, state.after_stable_stream(now, &self.retries));
             }
         }
         let mut addresses = BTreeSet::new();
         let mut unknown = false;
         for (topic, partitions) in &self.topics {
-            for (number, state) in partitions.iter().filter(|(_, state)| !state.parked && state.stream.is_none()) {
+            for (number, state) in partitions.iter().filter(|(_, state)| !state.failed && state.stream.is_none()) {
                 if let Some(at) = state.not_before.filter(|at| *at > now) {
                     later = sooner(later, Some(at));
                     continue;
@@ -217,13 +222,13 @@ impl Driver {
             }
         }
         if !addresses.is_empty() && self.options.rack.is_some() {
-            later = sooner(later, Some(now + ASK_AFTER));
+            later = sooner(later, Some(now + QUERY_LEADER_AFTER));
         }
         for address in addresses {
             self.open(&address, now);
         }
         // Partitions of a reopened stream may have another broker by now.
-        if self.is_one_left(now) {
+        if self.has_unassigned(now) {
             later = Some(now);
         }
         if unknown {
@@ -235,7 +240,7 @@ impl Driver {
     }
 
     /// Returns every readable partition without a stream, and its read target.
-    fn unread(&self, now: Instant) -> impl Iterator<Item = (&Arc<str>, u32, routing::Source)> {
+    fn unread(&self, now: Instant) -> impl Iterator<Item = (&Arc<str>, u32, metadata::ReadTarget)> {
         let all = self
             .topics
             .iter()
@@ -244,13 +249,13 @@ impl Driver {
             .filter_map(|(topic, number, state)| Some((topic, number, self.source(topic, number, state)?)))
     }
 
-    fn is_one_left(&self, now: Instant) -> bool {
+    fn has_unassigned(&self, now: Instant) -> bool {
         self.unread(now).next().is_some()
     }
 
     /// Opens streams for all partitions that are or should be read from this broker, with at most
     /// `MAX_FETCH_PARTITIONS` on each.
-    fn open(&mut self, address: &Address, now: Instant) {
+    fn open(&mut self, address: &BrokerAddress, now: Instant) {
         let old: Vec<u64> =
             self.sources.iter().filter(|(_, source)| source.address == *address).map(|(number, _)| *number).collect();
         for old in old {
@@ -258,17 +263,22 @@ impl Driver {
         }
         let found = self.unread(now).filter(|(.., source)| source.address == *address);
         let found: Vec<_> = found.map(|(topic, partition, source)| (topic.clone(), partition, source)).collect();
-        for some in found.chunks(limits::MAX_FETCH_PARTITIONS) {
-            self.open_one(address, some, now);
+        for partitions in found.chunks(limits::MAX_FETCH_PARTITIONS) {
+            self.open_one(address, partitions, now);
         }
     }
 
-    fn open_one(&mut self, address: &Address, partitions: &[(Arc<str>, u32, routing::Source)], now: Instant) {
+    fn open_one(
+        &mut self,
+        address: &BrokerAddress,
+        partitions: &[(Arc<str>, u32, metadata::ReadTarget)],
+        now: Instant,
+    ) {
         let number = self.next_stream;
         self.next_stream += 1;
         let wanted = partitions.iter().map(|(topic, partition, source)| {
-            let state = self.state(topic, *partition).expect("it was found");
-            let (offset, leader_epoch) = state.carried(number, source, now);
+            let state = self.state(topic, *partition).expect("the partition was found above");
+            let (offset, leader_epoch) = state.attach(number, source, now);
             let partition = i32::try_from(*partition).expect("partitions are few");
             let (topic, topic_id) = (topic.to_string(), state.topic.to_string());
             v1::FetchPartition { topic, partition, offset, leader_epoch, topic_id }
@@ -285,45 +295,45 @@ impl Driver {
         let (requests, queue) = mpsc::channel(1);
         requests.try_send(request).expect("the queue is new");
         self.streams.insert(number, responses(self.client.clone(), address.clone(), queue));
-        self.sources.insert(number, Source { address: address.clone(), doubts: false, _requests: requests });
+        self.sources.insert(number, FetchStream { address: address.clone(), doubts: false, _requests: requests });
     }
 
-    fn on_response(&mut self, number: u64, heard: Result<Heard, ApiError>) {
-        match heard {
-            Ok(Heard::Opened) => self.on_opened(number),
-            Ok(Heard::Response(response)) => {
-                self.note_doubt(number, response.in_doubt);
+    fn on_response(&mut self, number: u64, event: Result<StreamEvent, ApiError>) {
+        match event {
+            Ok(StreamEvent::Opened) => self.on_opened(number),
+            Ok(StreamEvent::Response(response)) => {
+                self.set_lease_expired(number, response.lease_expired);
                 for fetched in response.partitions {
                     self.on_fetched(number, fetched);
                 }
                 self.hold();
             }
-            Err(fault) => self.on_ended(number, &fault),
+            Err(error) => self.on_ended(number, &error),
         }
     }
 
     fn on_opened(&mut self, number: u64) {
         let now = clock::monotonic();
-        let mut troubled = false;
+        let mut has_problem = false;
         for state in self.topics.values_mut().flat_map(BTreeMap::values_mut) {
             if state.stream == Some(number) {
                 state.open_since = Some(now);
-                troubled |= state.trouble.is_some();
+                has_problem |= state.problem.is_some();
             }
         }
-        if troubled {
-            self.arrange_soon(now + SETTLED);
+        if has_problem {
+            self.arrange_soon(now + STABLE_AFTER);
         }
     }
 
-    fn on_ended(&mut self, number: u64, fault: &ApiError) {
-        tracing::debug!(%fault, "fetch stream ended");
+    fn on_ended(&mut self, number: u64, error: &ApiError) {
+        tracing::debug!(%error, "fetch stream ended");
         let now = clock::monotonic();
         let mut from_leader = Vec::new();
         for (topic, partitions) in &mut self.topics {
             for (partition, state) in partitions.iter_mut().filter(|(_, state)| state.stream == Some(number)) {
                 if state.follows {
-                    state.near.leave(now);
+                    state.follower_backoff.leave_follower(now);
                 } else {
                     from_leader.push((topic.clone(), *partition));
                 }
@@ -333,7 +343,7 @@ impl Driver {
         // Partitions that a follower served move to their leader at once.
         self.arrange_soon(now);
         for (topic, partition) in from_leader {
-            self.trouble(&topic, partition, Trouble::Leader, &fault.message);
+            self.status(&topic, partition, FetchProblem::Leader, &error.message);
             self.pause(&topic, partition);
         }
         self.route();
@@ -341,8 +351,8 @@ impl Driver {
 
     fn on_fetched(&mut self, number: u64, fetched: v1::FetchedPartition) {
         let Ok(partition) = u32::try_from(fetched.partition) else { return };
-        let known = self.topics.get_key_value(fetched.topic.as_str()).map(|(topic, _)| topic.clone());
-        let Some(topic) = known else { return };
+        let assigned = self.topics.get_key_value(fetched.topic.as_str()).map(|(topic, _)| topic.clone());
+        let Some(topic) = assigned else { return };
         let Some(state) = self.topics.get_mut(&topic).and_then(|partitions| partitions.get_mut(&partition)) else {
             return;
         };
@@ -351,122 +361,130 @@ impl Driver {
         }
         if let Some(error) = fetched.error {
             // The broker has already removed the partition from the stream.
-            state.uncarried();
+            state.detach();
             return self.on_fault(&topic, partition, error.into());
         }
-        let is_news = state.answered(&fetched);
+        let is_newer_epoch = state.on_response(&fetched);
         let (batches, position, result) = position::advance(state.position, fetched.chunks);
         let generation = state.generation;
         let high_watermark = Offset::from_i64(fetched.high_watermark).unwrap_or_default();
         if !batches.is_empty() {
-            state.pauses = None;
-            (state.damaged, state.mismatched) = (0, false);
-            state.near.heard(clock::monotonic());
-            state.over(&self.troubles);
+            state.backoff = None;
+            (state.corrupt_reads, state.mismatched) = (0, false);
+            state.follower_backoff.on_data(clock::monotonic());
+            state.clear_problem(&self.retries);
         }
         state.position = position;
         for (from, batch) in batches {
-            let what = What::Batch { batch, from, high_watermark };
-            self.outbox.push_back(Item { topic: topic.clone(), partition, generation, what });
+            let event = ConsumerEvent::Batch { batch, from, high_watermark };
+            self.outbox.push_back(QueuedEvent { topic: topic.clone(), partition, generation, event });
         }
-        if is_news {
+        if is_newer_epoch {
             self.route();
         }
-        if let Err(untaken) = result {
-            self.on_untaken(number, &topic, partition, untaken);
+        if let Err(invalid) = result {
+            self.on_invalid_response(number, &topic, partition, invalid);
         }
     }
 
-    /// Handles a response without valid batches. Reopens the stream at the position; after `DAMAGE_TRIES` attempts the
-    /// consumer gets the error.
-    fn on_untaken(&mut self, stream: u64, topic: &Arc<str>, partition: u32, untaken: Untaken) {
+    /// Handles a response without valid batches. Reopens the stream at the position; after `MAX_CORRUPT_READS`
+    /// attempts the consumer gets the error.
+    fn on_invalid_response(&mut self, stream: u64, topic: &Arc<str>, partition: u32, invalid: InvalidResponse) {
         self.drop_stream(stream);
         let now = clock::monotonic();
         self.arrange_soon(now);
         let Some(state) = self.state(topic, partition) else { return };
         if state.follows {
             // The leader has another copy.
-            state.near.leave(now);
+            state.follower_backoff.leave_follower(now);
         } else {
-            state.damaged += 1;
+            state.corrupt_reads += 1;
         }
         let (name, offset) = (topic.to_string(), state.position);
-        tracing::warn!(topic = name, partition, %offset, ?untaken, "a broker sent what cannot be read");
-        if state.damaged < DAMAGE_TRIES {
+        tracing::warn!(topic = name, partition, %offset, ?invalid, "invalid response from a broker");
+        if state.corrupt_reads < MAX_CORRUPT_READS {
             return self.pause(topic, partition);
         }
-        let error = match untaken {
-            Untaken::Malformed(source) => ConsumeError::Damaged { topic: name, partition, offset, source },
-            Untaken::Gap(found) => ConsumeError::Gap { topic: name, partition, expected: offset, found },
+        let error = match invalid {
+            InvalidResponse::Malformed(source) => ConsumeError::Damaged { topic: name, partition, offset, source },
+            InvalidResponse::Gap(found) => ConsumeError::Gap { topic: name, partition, expected: offset, found },
         };
         self.park(topic, partition, error);
     }
 
-    fn on_fault(&mut self, topic: &Arc<str>, partition: u32, fault: ApiError) {
+    fn on_fault(&mut self, topic: &Arc<str>, partition: u32, error: ApiError) {
         let Some(state) = self.state(topic, partition) else { return };
         if state.follows {
             // After any error of a follower the leader decides.
             let now = clock::monotonic();
-            tracing::debug!(topic = &**topic, partition, %fault, position = %state.position, "will be read at the leader");
-            state.near.leave(now);
-            self.client.routing().told(topic, partition, &fault);
+            let position = state.position;
+            tracing::debug!(topic = &**topic, partition, %error, %position, "follower error, reading at the leader");
+            state.follower_backoff.leave_follower(now);
+            self.client.routing().apply_leader_hint(topic, partition, &error);
             self.arrange_soon(now);
             return self.route();
         }
-        if fault.code == ErrorCode::OffsetOutOfRange {
-            return self.on_out_of_range(topic, partition, &fault);
+        if error.code == ErrorCode::OffsetOutOfRange {
+            return self.on_out_of_range(topic, partition, &error);
         }
-        if fault.retryable || fault.code == ErrorCode::TopicIdMismatch && state.doubts_mismatch() {
-            tracing::debug!(topic = &**topic, partition, %fault, position = %state.position, "partition will be read again");
-            let trouble = match fault.code {
-                ErrorCode::NotLeader | ErrorCode::NotReady => Trouble::Leader,
-                _ => Trouble::Records,
+        if error.retryable || error.code == ErrorCode::TopicIdMismatch && state.retries_mismatch() {
+            let position = state.position;
+            tracing::debug!(topic = &**topic, partition, %error, %position, "read failed, retrying");
+            let status = match error.code {
+                ErrorCode::NotLeader | ErrorCode::NotReady => FetchProblem::Leader,
+                _ => FetchProblem::Records,
             };
-            self.trouble(topic, partition, trouble, &fault.message);
-            if self.client.routing().told(topic, partition, &fault) {
+            self.status(topic, partition, status, &error.message);
+            if self.client.routing().apply_leader_hint(topic, partition, &error) {
                 return self.arrange_soon(clock::monotonic());
             }
             self.pause(topic, partition);
             return self.route();
         }
-        let error = ConsumeError::Refused { topic: topic.to_string(), partition, fault };
+        let error = ConsumeError::Refused { topic: topic.to_string(), partition, error };
         self.park(topic, partition, error);
     }
 
-    fn on_out_of_range(&mut self, topic: &Arc<str>, partition: u32, fault: &ApiError) {
-        let mark = |name| fault.number(name).and_then(Offset::from_i64);
+    fn on_out_of_range(&mut self, topic: &Arc<str>, partition: u32, error: &ApiError) {
+        let bound = |name| error.number(name).and_then(Offset::from_i64);
         let policy = self.options.on_out_of_range;
         let Some(state) = self.state(topic, partition) else { return };
-        let (Some(start), Some(end)) = (mark("start"), mark("end")) else {
-            let error = ConsumeError::Refused { topic: topic.to_string(), partition, fault: fault.clone() };
+        let (Some(start), Some(end)) = (bound("start"), bound("end")) else {
+            let error = ConsumeError::Refused { topic: topic.to_string(), partition, error: error.clone() };
             return self.park(topic, partition, error);
         };
         let position = match policy {
-            OnOutOfRange::Earliest => start,
-            OnOutOfRange::Latest => end,
-            OnOutOfRange::Fail => {
+            OffsetResetPolicy::Earliest => start,
+            OffsetResetPolicy::Latest => end,
+            OffsetResetPolicy::Fail => {
                 let offset = state.position;
                 let error = ConsumeError::OutOfRange { topic: topic.to_string(), partition, offset, start, end };
                 return self.park(topic, partition, error);
             }
         };
-        tracing::warn!(topic = &**topic, partition, from = %state.position, to = %position, "position was out of range");
+        let from = state.position;
+        tracing::warn!(topic = &**topic, partition, %from, to = %position, "position was out of range and is reset");
         state.position = position;
         let generation = state.generation;
-        self.outbox.push_back(Item { topic: topic.clone(), partition, generation, what: What::Moved(position) });
+        self.outbox.push_back(QueuedEvent {
+            topic: topic.clone(),
+            partition,
+            generation,
+            event: ConsumerEvent::PositionReset(position),
+        });
         self.pause(topic, partition);
     }
 
     /// Reports a problem that blocks a partition.
-    fn trouble(&mut self, topic: &str, partition: u32, trouble: Trouble, problem: &str) {
+    fn status(&mut self, topic: &str, partition: u32, status: FetchProblem, problem: &str) {
         let Some(state) = self.topics.get_mut(topic).and_then(|partitions| partitions.get_mut(&partition)) else {
             return;
         };
         // If records cannot be read, a reachable leader does not clear the problem.
-        if state.trouble != Some(Trouble::Records) {
-            state.trouble = Some(trouble);
+        if state.problem != Some(FetchProblem::Records) {
+            state.problem = Some(status);
         }
-        self.troubles.enter(state.generation, format!("{topic}/{partition}: {problem}"), None);
+        self.retries.report(state.generation, format!("{topic}/{partition}: {problem}"), None);
     }
 
     /// Delays the next read of the partition by a backoff pause.
@@ -475,7 +493,7 @@ impl Driver {
         let Some(state) = self.topics.get_mut(topic).and_then(|partitions| partitions.get_mut(&partition)) else {
             return;
         };
-        let at = clock::monotonic() + state.pauses.get_or_insert_with(backoff).next();
+        let at = clock::monotonic() + state.backoff.get_or_insert_with(backoff).next();
         state.not_before = Some(at);
         self.arrange_soon(at);
     }
@@ -483,19 +501,24 @@ impl Driver {
     /// Stops the partition at its position and sends the error to the consumer.
     fn park(&mut self, topic: &Arc<str>, partition: u32, error: ConsumeError) {
         let Some(state) = self.state(topic, partition) else { return };
-        state.parked = true;
+        state.failed = true;
         let generation = state.generation;
-        self.troubles.leave(generation);
-        self.outbox.push_back(Item { topic: topic.clone(), partition, generation, what: What::Failed(error) });
+        self.retries.clear(generation);
+        self.outbox.push_back(QueuedEvent {
+            topic: topic.clone(),
+            partition,
+            generation,
+            event: ConsumerEvent::Failed(error),
+        });
     }
 
     /// Returns true if no broker is known that could serve the partition.
-    fn is_homeless(&self, topic: &str, partition: u32) -> bool {
+    fn has_no_target(&self, topic: &str, partition: u32) -> bool {
         let state = self.topics.get(topic).and_then(|partitions| partitions.get(&partition));
         state.is_some_and(|state| self.source(topic, partition, state).is_none())
     }
 
-    fn state(&mut self, topic: &str, partition: u32) -> Option<&mut Partition> {
+    fn state(&mut self, topic: &str, partition: u32) -> Option<&mut PartitionFetchState> {
         self.topics.get_mut(topic)?.get_mut(&partition)
     }
 
@@ -507,14 +530,14 @@ impl Driver {
         let done = self.route_done.clone();
         let tasks = self.tasks.clone();
         let seen = client.routing().generation();
-        let pause = self.route_pauses.as_mut().map_or(Duration::ZERO, Pauses::next);
+        let pause = self.route_pauses.as_mut().map_or(Duration::ZERO, Backoff::next);
         let topics: Vec<Arc<str>> = self.topics.keys().cloned().collect();
-        let doubted = self.doubted();
+        let expired = self.expired_leaders();
         self.tasks.spawn("consumer metadata", async move {
             let names: Vec<&str> = topics.iter().map(|name| &**name).collect();
             let refresh = async {
                 tokio::time::sleep(pause).await;
-                client.refresh_doubting(&doubted, seen, &names).await
+                client.refresh_excluding(&expired, seen, &names).await
             };
             tokio::select! {
                 biased;
@@ -532,31 +555,32 @@ impl Driver {
             Ok(()) => {
                 self.refreshed = clock::monotonic();
                 let states = self.topics.values_mut().flat_map(BTreeMap::values_mut);
-                states.for_each(|state| state.near.learned(self.refreshed));
-                self.leave_doubted();
+                states.for_each(|state| state.follower_backoff.on_metadata(self.refreshed));
+                self.leave_expired_leaders();
             }
-            Err(error) => tracing::debug!(%error, "metadata could not be refreshed"),
+            Err(error) => tracing::debug!(%error, "metadata refresh failed"),
         }
         let mut missing = Vec::new();
         for (topic, partitions) in &self.topics {
-            let homeless = partitions.iter().filter(|(_, state)| !state.parked && state.stream.is_none());
-            missing.extend(homeless.map(|(number, _)| (topic.clone(), *number)));
+            let without_stream = partitions.iter().filter(|(_, state)| !state.failed && state.stream.is_none());
+            missing.extend(without_stream.map(|(number, _)| (topic.clone(), *number)));
         }
         let mut unknown = false;
         for (topic, partition) in missing {
-            if let Some(Err(fault)) = self.client.routing().topic(&topic) {
-                let error = ConsumeError::Refused { topic: topic.to_string(), partition, fault };
+            if let Some(Err(error)) = self.client.routing().topic(&topic) {
+                let error = ConsumeError::Refused { topic: topic.to_string(), partition, error };
                 self.park(&topic, partition, error);
             } else if let Err(error) = &result {
                 // The partition's own problem is more specific.
-                if self.state(&topic, partition).is_some_and(|state| state.trouble.is_none()) {
-                    self.trouble(&topic, partition, Trouble::Leader, &error.to_string());
+                if self.state(&topic, partition).is_some_and(|state| state.problem.is_none()) {
+                    self.status(&topic, partition, FetchProblem::Leader, &error.to_string());
                 }
-            } else if self.is_homeless(&topic, partition) {
+            } else if self.has_no_target(&topic, partition) {
                 unknown = true;
-                let problem =
-                    format!("the partition has no leader; `strandline topic describe {topic}` says who is waited for");
-                self.trouble(&topic, partition, Trouble::Leader, &problem);
+                let problem = format!(
+                    "the partition has no leader: `strandline topic describe {topic}` names the awaited brokers"
+                );
+                self.status(&topic, partition, FetchProblem::Leader, &problem);
             }
         }
         if unknown || result.is_err() {

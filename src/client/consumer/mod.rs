@@ -10,11 +10,11 @@
 //! # Racks
 //!
 //! A partition is read at its leader. If the consumer names its [rack](ConsumerOptions::rack), the partition is read at
-//! an in-sync replica in that rack if there is one (`client/nearest`). The leader has the newest state, so a problem
-//! with a follower moves the partition to its leader (`nearness`). If the follower returns an error or its stream
-//! breaks, the partition moves at once. If the follower sends nothing while the log grows, the partition moves after
-//! about five seconds. Metadata later decides where the partition is read: after a first stay of five seconds, and
-//! every [`metadata_age`](super::Options::metadata_age).
+//! an in-sync replica in that rack if there is one (`replica_selector`). The leader has the newest state, so a problem
+//! with a follower moves the partition to its leader (`follower_backoff`). If the follower returns an error or its
+//! stream breaks, the partition moves at once. If the follower sends nothing while the log grows, the partition moves
+//! after about five seconds. Metadata later decides where the partition is read: after a first stay of five seconds,
+//! and every [`metadata_age`](super::ClientOptions::metadata_age).
 //!
 //! An out-of-range error is accepted only from a leader. Each request carries the newest leader epoch from metadata or
 //! from a response. A deposed leader that does not have this epoch yet refuses the request. Without the refusal it
@@ -34,8 +34,8 @@
 //! The task ends when the consumer is dropped; [`Consumer::close`] also joins it. The task has no state to save.
 
 mod driver;
-mod nearness;
-mod partition;
+mod fetch_state;
+mod follower_backoff;
 mod position;
 mod stream;
 mod streams;
@@ -44,8 +44,8 @@ use std::{collections::BTreeMap, ops::Range, sync::Arc, time::Duration};
 
 use tokio::sync::mpsc;
 
-use self::driver::{Command, Driver};
-use super::{Client, admin::OffsetAt, error::ConsumeError};
+use self::driver::{ConsumerCommand, ConsumerDriver};
+use super::{Client, admin::OffsetSpec, error::ConsumeError};
 use crate::{
     model::Offset,
     record::{Batch, MalformedBatch, Record, Records},
@@ -54,7 +54,7 @@ use crate::{
 
 /// Policy for a position below the log start or above the log end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnOutOfRange {
+pub enum OffsetResetPolicy {
     /// Stops the partition and returns an error with the log's start and end.
     #[default]
     Fail,
@@ -87,7 +87,7 @@ pub struct ConsumerOptions {
     /// Maximum number of batches in the queue. Default: 4.
     pub queue: usize,
     /// Policy for a position that is not in the log. Default: fail.
-    pub on_out_of_range: OnOutOfRange,
+    pub on_out_of_range: OffsetResetPolicy,
     /// Policy for records that cannot be decoded. Default: fail.
     pub on_undecodable: OnUndecodable,
     /// Rack of the consumer, named as in `broker.rack`. In-sync replicas in the rack serve the consumer where possible,
@@ -111,7 +111,7 @@ impl Default for ConsumerOptions {
             max_bytes: 1 << 20,
             max_wait: Duration::from_millis(500),
             queue: 4,
-            on_out_of_range: OnOutOfRange::Fail,
+            on_out_of_range: OffsetResetPolicy::Fail,
             on_undecodable: OnUndecodable::Fail,
             rack: None,
         }
@@ -160,34 +160,34 @@ impl ConsumedBatch {
 }
 
 /// Event in the task's queue.
-struct Item {
+struct QueuedEvent {
     topic: Arc<str>,
     partition: u32,
     /// Generation of the assignment for which the event was fetched.
     generation: u64,
-    what: What,
+    event: ConsumerEvent,
 }
 
-enum What {
+enum ConsumerEvent {
     Batch {
         batch: Batch,
         from: Offset,
         high_watermark: Offset,
     },
     /// The position was out of range and was reset according to the options.
-    Moved(Offset),
+    PositionReset(Offset),
     Failed(ConsumeError),
 }
 
 #[derive(Debug)]
-struct Assigned {
+struct AssignedPartition {
     generation: u64,
     position: Offset,
 }
 
 /// Batch whose records are being returned.
 #[derive(Debug)]
-struct Current {
+struct CurrentBatch {
     topic: Arc<str>,
     partition: u32,
     records: Records,
@@ -201,10 +201,10 @@ struct Current {
 ///
 /// ```no_run
 /// # async fn example(client: strandline::client::Client) -> Result<(), Box<dyn std::error::Error>> {
-/// use strandline::client::{ConsumerOptions, OffsetAt};
+/// use strandline::client::{ConsumerOptions, OffsetSpec};
 ///
 /// let mut consumer = client.consumer(ConsumerOptions::default());
-/// consumer.assign("orders", 0, OffsetAt::Earliest).await?;
+/// consumer.assign("orders", 0, OffsetSpec::Earliest).await?;
 /// loop {
 ///     // Waits for new records at the end of the log.
 ///     let next = consumer.next().await?;
@@ -215,10 +215,10 @@ struct Current {
 #[derive(Debug)]
 pub struct Consumer {
     client: Client,
-    commands: mpsc::Sender<Command>,
-    items: mpsc::Receiver<Item>,
-    assigned: BTreeMap<(Arc<str>, u32), Assigned>,
-    current: Option<Current>,
+    commands: mpsc::Sender<ConsumerCommand>,
+    events: mpsc::Receiver<QueuedEvent>,
+    assigned: BTreeMap<(Arc<str>, u32), AssignedPartition>,
+    current: Option<CurrentBatch>,
     on_undecodable: OnUndecodable,
     skipped_records: u64,
     next_generation: u64,
@@ -228,15 +228,15 @@ pub struct Consumer {
 impl Consumer {
     pub(super) fn start(client: Client, options: ConsumerOptions) -> Self {
         let (commands, received) = mpsc::channel(16);
-        let (output, items) = mpsc::channel(options.queue.max(1));
+        let (output, events) = mpsc::channel(options.queue.max(1));
         let tasks = Tasks::new();
         let on_undecodable = options.on_undecodable;
-        let driver = Driver::new(client.clone(), options, tasks.clone(), output);
+        let driver = ConsumerDriver::new(client.clone(), options, tasks.clone(), output);
         tasks.spawn("consumer", driver.run(received));
         Self {
             client,
             commands,
-            items,
+            events,
             assigned: BTreeMap::new(),
             current: None,
             on_undecodable,
@@ -250,7 +250,7 @@ impl Consumer {
     ///
     /// # Errors
     /// The topic or the partition does not exist, or its leader cannot look up `start`.
-    pub async fn assign(&mut self, topic: &str, partition: u32, start: OffsetAt) -> Result<(), ConsumeError> {
+    pub async fn assign(&mut self, topic: &str, partition: u32, start: OffsetSpec) -> Result<(), ConsumeError> {
         let position = self.client.admin().offset(topic, partition, start).await?;
         self.assign_at(topic, partition, position).await
     }
@@ -269,8 +269,8 @@ impl Consumer {
         self.next_generation += 1;
         let topic: Arc<str> = topic.into();
         self.forget_current(&topic, partition);
-        self.assigned.insert((topic.clone(), partition), Assigned { generation, position });
-        let command = Command::Assign { topic, topic_id: route.id, partition, generation, position };
+        self.assigned.insert((topic.clone(), partition), AssignedPartition { generation, position });
+        let command = ConsumerCommand::Assign { topic, topic_id: route.id, partition, generation, position };
         self.commands.send(command).await.map_err(|_| ConsumeError::Closed)
     }
 
@@ -284,7 +284,7 @@ impl Consumer {
             return Err(not_assigned(topic, partition));
         }
         self.forget_current(topic, partition);
-        let command = Command::Unassign { topic: key.0, partition };
+        let command = ConsumerCommand::Unassign { topic: key.0, partition };
         self.commands.send(command).await.map_err(|_| ConsumeError::Closed)
     }
 
@@ -301,7 +301,7 @@ impl Consumer {
     ///
     /// # Errors
     /// The partition is not assigned, or its leader cannot look up the offset.
-    pub async fn seek_to(&mut self, topic: &str, partition: u32, to: OffsetAt) -> Result<(), ConsumeError> {
+    pub async fn seek_to(&mut self, topic: &str, partition: u32, to: OffsetSpec) -> Result<(), ConsumeError> {
         self.position(topic, partition)?;
         self.assign(topic, partition, to).await
     }
@@ -347,8 +347,8 @@ impl Consumer {
             if let Some(record) = self.next_of_current()? {
                 return Ok(Some(record));
             }
-            let Ok(item) = self.items.try_recv() else { return Ok(None) };
-            let Some(batch) = self.accept(item)? else { continue };
+            let Ok(event) = self.events.try_recv() else { return Ok(None) };
+            let Some(batch) = self.accept(event)? else { continue };
             self.begin(batch)?;
         }
     }
@@ -381,7 +381,7 @@ impl Consumer {
         let (base, end) = (batch.base_offset(), batch.end_offset());
         let records =
             batch.records().map_err(|source| self.undecodable(&topic, partition, base, position..end, source))?;
-        self.current = Some(Current { topic, partition, records, position, base, end });
+        self.current = Some(CurrentBatch { topic, partition, records, position, base, end });
         Ok(())
     }
 
@@ -416,11 +416,11 @@ impl Consumer {
     fn halt(&mut self, topic: &Arc<str>, partition: u32, position: Offset) {
         if let Some(assigned) = self.assigned.get_mut(&(topic.clone(), partition)) {
             // The new generation invalidates the events in the queue.
-            *assigned = Assigned { generation: self.next_generation, position };
+            *assigned = AssignedPartition { generation: self.next_generation, position };
             self.next_generation += 1;
         }
         // If the channel is full, the task still reads the partition, and its events are dropped.
-        let _unread = self.commands.try_send(Command::Unassign { topic: topic.clone(), partition });
+        let _ = self.commands.try_send(ConsumerCommand::Unassign { topic: topic.clone(), partition });
     }
 
     fn next_of_current(&mut self) -> Result<Option<ConsumedRecord>, ConsumeError> {
@@ -447,30 +447,30 @@ impl Consumer {
 
     async fn fetch(&mut self) -> Result<ConsumedBatch, ConsumeError> {
         loop {
-            let item = self.items.recv().await.ok_or(ConsumeError::Closed)?;
-            if let Some(batch) = self.accept(item)? {
+            let event = self.events.recv().await.ok_or(ConsumeError::Closed)?;
+            if let Some(batch) = self.accept(event)? {
                 return Ok(batch);
             }
         }
     }
 
     /// Returns the batch of an event, unless the event belongs to an earlier assignment.
-    fn accept(&mut self, item: Item) -> Result<Option<ConsumedBatch>, ConsumeError> {
-        let (topic, partition) = (item.topic, item.partition);
+    fn accept(&mut self, queued: QueuedEvent) -> Result<Option<ConsumedBatch>, ConsumeError> {
+        let (topic, partition) = (queued.topic, queued.partition);
         let key = (topic, partition);
-        let Some(assigned) = self.assigned.get_mut(&key).filter(|assigned| assigned.generation == item.generation)
+        let Some(assigned) = self.assigned.get_mut(&key).filter(|assigned| assigned.generation == queued.generation)
         else {
             return Ok(None);
         };
-        match item.what {
-            What::Batch { batch, from, high_watermark } => {
+        match queued.event {
+            ConsumerEvent::Batch { batch, from, high_watermark } => {
                 Ok(Some(ConsumedBatch { topic: key.0, partition, batch, from, high_watermark }))
             }
-            What::Moved(position) => {
+            ConsumerEvent::PositionReset(position) => {
                 assigned.position = position;
                 Ok(None)
             }
-            What::Failed(error) => Err(error),
+            ConsumerEvent::Failed(error) => Err(error),
         }
     }
 

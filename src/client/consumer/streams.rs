@@ -9,13 +9,13 @@ use std::{
 use futures::Stream;
 
 /// Streams by number.
-pub(super) struct Streams<S> {
+pub(super) struct FairStreams<S> {
     streams: Vec<(u64, S)>,
     /// Index of the stream that is polled next.
     turn: usize,
 }
 
-impl<S: Stream + Unpin> Streams<S> {
+impl<S: Stream + Unpin> FairStreams<S> {
     pub(super) fn new() -> Self {
         Self { streams: Vec::new(), turn: 0 }
     }
@@ -27,7 +27,7 @@ impl<S: Stream + Unpin> Streams<S> {
 
     /// Removes a stream if it exists.
     pub(super) fn remove(&mut self, number: u64) {
-        if let Some(at) = self.streams.iter().position(|(known, _)| *known == number) {
+        if let Some(at) = self.streams.iter().position(|(existing, _)| *existing == number) {
             self.take_out(at);
         }
     }
@@ -39,9 +39,9 @@ impl<S: Stream + Unpin> Streams<S> {
     }
 
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<(u64, S::Item)>> {
-        let mut left = self.streams.len();
-        while left > 0 {
-            left -= 1;
+        let mut remaining = self.streams.len();
+        while remaining > 0 {
+            remaining -= 1;
             if self.turn >= self.streams.len() {
                 self.turn = 0;
             }
@@ -78,21 +78,21 @@ mod tests {
 
     #[test]
     fn ready_streams_take_turns_and_ended_ones_are_removed() {
-        let mut streams = Streams::new();
+        let mut streams = FairStreams::new();
         assert_eq!(streams.next().now_or_never(), Some(None));
         streams.insert(1, numbers(0..3));
         streams.insert(2, numbers(10..11));
         streams.insert(3, numbers(20..22));
-        let mut heard = Vec::new();
+        let mut received = Vec::new();
         while let Some(Some(item)) = streams.next().now_or_never() {
-            heard.push(item);
+            received.push(item);
         }
-        assert_eq!(heard, [(1, 0), (2, 10), (3, 20), (1, 1), (3, 21), (1, 2)]);
+        assert_eq!(received, [(1, 0), (2, 10), (3, 20), (1, 1), (3, 21), (1, 2)]);
     }
 
     #[test]
     fn removed_stream_does_not_skip_another_turn() {
-        let mut streams = Streams::new();
+        let mut streams = FairStreams::new();
         for number in 1..=3 {
             streams.insert(number, numbers(0..9));
         }
@@ -105,6 +105,6 @@ mod tests {
         assert_eq!(streams.next().now_or_never(), Some(Some((2, 1))));
         streams.remove(2);
         streams.remove(3);
-        assert_eq!(streams.next().now_or_never(), None, "one is left, and says nothing");
+        assert_eq!(streams.next().now_or_never(), None, "the remaining stream has no item");
     }
 }

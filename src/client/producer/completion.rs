@@ -31,23 +31,23 @@ pub enum Held {
 
 impl Held {
     pub(super) fn from_wire(durability: i32) -> Self {
-        match v1::Durability::try_from(durability) {
-            Ok(v1::Durability::PageCache) => Self::PageCache,
-            Ok(v1::Durability::Synced) => Self::Synced,
-            Ok(v1::Durability::Tiered) => Self::Tiered,
+        match v1::AckDurability::try_from(durability) {
+            Ok(v1::AckDurability::PageCache) => Self::PageCache,
+            Ok(v1::AckDurability::Persisted) => Self::Synced,
+            Ok(v1::AckDurability::Tiered) => Self::Tiered,
             // An unknown value promises nothing.
             _ => Self::Memory,
         }
     }
 
     /// Returns a description of the storage on that many replicas.
-    pub fn words(self, replicas: u32) -> String {
+    pub fn describe(self, replicas: u32) -> String {
         let s = if replicas == 1 { "" } else { "s" };
         match self {
-            Self::Memory => "in memory of the leader".to_owned(),
+            Self::Memory => "in the leader's memory".to_owned(),
             Self::PageCache => format!("in the page cache of {replicas} replica{s}"),
-            Self::Synced => format!("synced on {replicas} replica{s}"),
-            Self::Tiered => "in the bucket".to_owned(),
+            Self::Synced => format!("persisted on {replicas} replica{s}"),
+            Self::Tiered => "in the object store".to_owned(),
         }
     }
 }
@@ -80,32 +80,32 @@ pub struct Ack {
 impl Ack {
     /// Returns a description of the record's storage.
     pub fn meaning(&self) -> String {
-        self.held.words(self.replicas)
+        self.held.describe(self.replicas)
     }
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct CompletionState {
     /// Result of the batch; its `offset` is that of the first record.
-    answer: Option<Result<Ack, SendError>>,
+    result: Option<Result<Ack, SendError>>,
     wakers: Vec<Waker>,
 }
 
-/// Result of a batch once it is known.
+/// Result of a batch; unset until the batch is acknowledged or has failed.
 #[derive(Debug, Default)]
 pub(super) struct Completion {
-    state: Mutex<State>,
+    state: Mutex<CompletionState>,
 }
 
 impl Completion {
     /// Sets the result and wakes all deliveries of the batch. Only the first call has an effect.
-    pub(super) fn complete(&self, answer: Result<Ack, SendError>) {
+    pub(super) fn complete(&self, result: Result<Ack, SendError>) {
         let wakers = {
             let mut state = lock(&self.state);
-            if state.answer.is_some() {
+            if state.result.is_some() {
                 return;
             }
-            state.answer = Some(answer);
+            state.result = Some(result);
             std::mem::take(&mut state.wakers)
         };
         for waker in wakers {
@@ -117,7 +117,7 @@ impl Completion {
 /// Future of one record's result; it resolves when the record is acknowledged or has failed. Dropping the future does
 /// not cancel the record.
 #[derive(Debug)]
-#[must_use = "a record that nobody waits for may have failed; await the delivery, or flush"]
+#[must_use = "the record may fail: await the delivery, or flush the producer"]
 pub struct Delivery {
     completion: Arc<Completion>,
     /// Index of the record in its batch.
@@ -138,9 +138,9 @@ impl Future for Delivery {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         let mut state = lock(&this.completion.state);
-        if let Some(answer) = &state.answer {
+        if let Some(result) = &state.result {
             let index = u64::from(this.index);
-            return Poll::Ready(answer.clone().map(|ack| Ack { offset: ack.offset.map(|o| o.plus(index)), ..ack }));
+            return Poll::Ready(result.clone().map(|ack| Ack { offset: ack.offset.map(|o| o.plus(index)), ..ack }));
         }
         match this.slot {
             Some(slot) => state.wakers[slot].clone_from(cx.waker()),
@@ -173,21 +173,21 @@ mod tests {
             duplicate: false,
             received: crate::task::clock::monotonic(),
         };
-        let (answers, ()) = tokio::join!(futures::future::join_all(waiting), async {
+        let (results, ()) = tokio::join!(futures::future::join_all(waiting), async {
             tokio::task::yield_now().await;
             completion.complete(Ok(ack));
             completion.complete(Err(SendError::Closed));
         });
-        let offsets: Vec<_> = answers.into_iter().map(|answer| answer.expect("acknowledged").offset).collect();
+        let offsets: Vec<_> = results.into_iter().map(|result| result.expect("acknowledged").offset).collect();
         assert_eq!(offsets, [Offset::new(10), Offset::new(11), Offset::new(12)]);
     }
 
     #[test]
     fn acknowledgement_is_described_by_its_storage() {
-        assert_eq!(Held::Memory.words(1), "in memory of the leader");
-        assert_eq!(Held::PageCache.words(2), "in the page cache of 2 replicas");
-        assert_eq!(Held::Synced.words(1), "synced on 1 replica");
-        assert_eq!(Held::Tiered.words(3), "in the bucket");
+        assert_eq!(Held::Memory.describe(1), "in the leader's memory");
+        assert_eq!(Held::PageCache.describe(2), "in the page cache of 2 replicas");
+        assert_eq!(Held::Synced.describe(1), "persisted on 1 replica");
+        assert_eq!(Held::Tiered.describe(3), "in the object store");
         assert_eq!(Held::from_wire(99), Held::Memory);
     }
 }

@@ -1,8 +1,8 @@
 //! The producer's task. It owns all in-flight batches and all streams. Its loop waits for a command, an event, a
 //! notification or a timer, and calls one method for each.
 
+mod leader_timeout;
 mod lookups;
-mod trouble;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -16,16 +16,18 @@ use tokio::{
 
 use super::{
     super::{
-        connection::Address,
+        connection::BrokerAddress,
         error::{CallError, SendError},
         lock::lock,
-        options::Pauses,
-        trouble::Party,
+        options::Backoff,
+        retry_status::RetryReporter,
     },
-    Shared,
+    ProducerInner,
     completion::{Ack, Completion, Held},
-    flight::{Done, Flight, GivenUp, Identity, Next, Verdict, Why},
-    lane::{Lane, Taken},
+    in_flight::{
+        CompletedBatch, FailedBatch, FailureReason, InFlightBatches, NextAction, ProducerIdAndEpoch, ResponseOutcome,
+    },
+    partition_queue::{DequeueResult, PartitionQueue},
     stream,
 };
 use crate::{
@@ -43,15 +45,15 @@ use crate::{
 const STREAM_WINDOW: usize = 256;
 
 /// Command of a handle to the task.
-pub(super) enum Command {
+pub(super) enum ProducerCommand {
     /// Seal all batches, and return the completions that are outstanding.
     Flush(oneshot::Sender<Vec<Arc<Completion>>>),
     /// Seal all lingering batches: a sender waits for memory.
-    Relieve,
+    FlushLingering,
 }
 
 /// Event from a child task to the task.
-pub(super) enum Event {
+pub(super) enum DriverEvent {
     /// A broker responded.
     Answer { stream: u64, answer: v1::ProduceResponse },
     /// A stream ended. `delivered`: the broker may have received the batches.
@@ -59,14 +61,14 @@ pub(super) enum Event {
     /// A metadata refresh ended.
     Routed(Result<(), CallError>),
     /// A request for a new producer id, made for one queue, ended.
-    Identified { lane: usize, identity: Result<Identity, CallError> },
+    Identified { queue: usize, identity: Result<ProducerIdAndEpoch, CallError> },
 }
 
-struct Stream {
-    address: Address,
+struct ProduceStream {
+    address: BrokerAddress,
     requests: mpsc::Sender<ProduceRequestParts>,
-    under_way: usize,
-    /// Queues that wait for room in the stream, each once, the longest wait first.
+    in_flight: usize,
+    /// Queues that wait for capacity in the stream, each once, the longest wait first.
     waiting: VecDeque<usize>,
     /// Time of the last response, or of the first send after the stream was empty.
     heard: Instant,
@@ -74,22 +76,22 @@ struct Stream {
     call: Tasks,
 }
 
-impl Stream {
+impl ProduceStream {
     fn is_full(&self) -> bool {
-        self.under_way >= STREAM_WINDOW
+        self.in_flight >= STREAM_WINDOW
     }
 }
 
 /// State of one queue that only the task accesses.
-struct LaneState {
-    lane: Arc<Lane>,
-    flight: Flight,
+struct QueueState {
+    queue: Arc<PartitionQueue>,
+    flight: InFlightBatches,
     /// Stream of the in-flight batches.
     stream: Option<u64>,
-    /// Stream in which the queue waits for room.
+    /// Stream in which the queue waits for capacity.
     waiting: Option<u64>,
     /// Backoff; present while sends fail.
-    pauses: Option<Pauses>,
+    pauses: Option<Backoff>,
     /// Time before which nothing is sent.
     not_before: Option<Instant>,
     /// Time of the queue's entry in `timers`.
@@ -100,9 +102,9 @@ struct LaneState {
     /// Time of the last metadata refresh because the leader did not respond.
     doubted: Instant,
     /// Last problem, for the error of an expired record.
-    trouble: String,
+    status: String,
     /// True while the client's retry status holds this problem.
-    in_trouble: bool,
+    has_problem: bool,
     /// The broker's reason for a late acknowledgement.
     notice: Option<String>,
     /// Id of the topic that the batches belong to; `None` before the first batch.
@@ -114,40 +116,40 @@ struct LaneState {
     mismatched: bool,
 }
 
-pub(super) struct Driver {
-    shared: Arc<Shared>,
-    troubles: Party,
+pub(super) struct ProducerDriver {
+    inner: Arc<ProducerInner>,
+    retries: RetryReporter,
     tasks: Tasks,
-    identity: Option<Identity>,
-    lanes: Vec<LaneState>,
-    streams: BTreeMap<u64, Stream>,
-    by_address: BTreeMap<Address, u64>,
+    identity: Option<ProducerIdAndEpoch>,
+    queues: Vec<QueueState>,
+    streams: BTreeMap<u64, ProduceStream>,
+    by_address: BTreeMap<BrokerAddress, u64>,
     next_stream: u64,
     next_correlation: u64,
     /// Timers of the queues, by time; at most one per queue.
     timers: BTreeSet<(Instant, usize)>,
     /// Queues whose open batch may linger.
     lingering: BTreeSet<usize>,
-    events: mpsc::Sender<Event>,
-    received: mpsc::Receiver<Event>,
+    events: mpsc::Sender<DriverEvent>,
+    received: mpsc::Receiver<DriverEvent>,
     routing: bool,
     /// Queues that wait for metadata.
     unrouted: BTreeSet<usize>,
-    route_pauses: Option<Pauses>,
+    route_pauses: Option<Backoff>,
     refresh_at: Instant,
 }
 
-impl Driver {
-    pub(super) fn new(shared: Arc<Shared>, tasks: Tasks, identity: Option<Identity>) -> Self {
-        // The task never waits for room in a channel, so this bound cannot cause a deadlock.
+impl ProducerDriver {
+    pub(super) fn new(inner: Arc<ProducerInner>, tasks: Tasks, identity: Option<ProducerIdAndEpoch>) -> Self {
+        // The task never waits for capacity in a channel, so this bound cannot cause a deadlock.
         let (events, received) = mpsc::channel(STREAM_WINDOW);
-        let refresh_at = clock::monotonic() + shared.client.options().metadata_age;
+        let refresh_at = clock::monotonic() + inner.client.options().metadata_age;
         Self {
-            troubles: shared.client.party(),
-            shared,
+            retries: inner.client.party(),
+            inner,
             tasks,
             identity,
-            lanes: Vec::new(),
+            queues: Vec::new(),
             streams: BTreeMap::new(),
             by_address: BTreeMap::new(),
             next_stream: 0,
@@ -163,8 +165,8 @@ impl Driver {
         }
     }
 
-    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
-        let shared = self.shared.clone();
+    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<ProducerCommand>) {
+        let inner = self.inner.clone();
         let tasks = self.tasks.clone();
         loop {
             let timer = self.timers.first().map_or(self.refresh_at, |(at, _)| (*at).min(self.refresh_at));
@@ -173,62 +175,62 @@ impl Driver {
                 () = tasks.cancelled() => break,
                 Some(command) = commands.recv() => self.on_command(command),
                 Some(event) = self.received.recv() => self.on_event(event),
-                () = shared.wake.notified() => self.on_wake(),
+                () = inner.wake.notified() => self.on_wake(),
                 () = tokio::time::sleep_until(timer) => self.on_timer(),
             }
         }
         self.end();
     }
 
-    fn on_command(&mut self, command: Command) {
-        // A queue that was not processed yet may have an open batch too.
+    fn on_command(&mut self, command: ProducerCommand) {
+        // A queue that the task has not processed yet may have an open batch too.
         self.on_wake();
         match command {
-            Command::Flush(reply) => {
-                self.seal(0..self.lanes.len());
+            ProducerCommand::Flush(reply) => {
+                self.seal(0..self.queues.len());
                 let outstanding =
-                    self.lanes.iter().flat_map(|state| state.flight.waiting().cloned().chain(state.lane.waiting()));
+                    self.queues.iter().flat_map(|state| state.flight.waiting().cloned().chain(state.queue.waiting()));
                 // The caller may have stopped waiting; the reply is then dropped.
                 let _ = reply.send(outstanding.collect());
             }
             // Each record that finds the memory full sends this command. Visiting all partitions would cost more than
             // sending.
-            Command::Relieve => {
+            ProducerCommand::FlushLingering => {
                 let lingering = std::mem::take(&mut self.lingering);
                 self.seal(lingering);
             }
         }
     }
 
-    fn seal(&mut self, lanes: impl IntoIterator<Item = usize>) {
-        for index in lanes {
-            self.lanes[index].lane.seal_now();
-            self.pump(index);
+    fn seal(&mut self, queues: impl IntoIterator<Item = usize>) {
+        for index in queues {
+            self.queues[index].queue.seal_now();
+            self.send_ready(index);
         }
     }
 
     fn on_wake(&mut self) {
-        self.meet_new_lanes();
-        let dirty = std::mem::take(&mut *lock(&self.shared.dirty));
+        self.add_new_queues();
+        let dirty = std::mem::take(&mut *lock(&self.inner.dirty));
         for index in dirty {
-            self.lanes[index].lane.clear_queued();
-            self.pump(index);
+            self.queues[index].queue.clear_queued();
+            self.send_ready(index);
         }
     }
 
-    fn on_event(&mut self, event: Event) {
+    fn on_event(&mut self, event: DriverEvent) {
         match event {
-            Event::Answer { stream, answer } => self.on_answer(stream, answer),
-            Event::Ended { stream, delivered, fault } => self.on_ended(stream, delivered, &fault),
-            Event::Routed(result) => self.on_routed(result),
-            Event::Identified { lane, identity } => self.on_identified(lane, identity),
+            DriverEvent::Answer { stream, answer: response } => self.on_answer(stream, response),
+            DriverEvent::Ended { stream, delivered, fault: error } => self.on_ended(stream, delivered, &error),
+            DriverEvent::Routed(result) => self.on_routed(result),
+            DriverEvent::Identified { queue, identity } => self.on_identified(queue, identity),
         }
     }
 
     fn on_timer(&mut self) {
         let now = clock::monotonic();
         if self.refresh_at <= now {
-            self.refresh_at = now + self.shared.client.options().metadata_age;
+            self.refresh_at = now + self.inner.client.options().metadata_age;
             self.route();
         }
         while let Some((at, index)) = self.timers.first().copied() {
@@ -236,21 +238,21 @@ impl Driver {
                 break;
             }
             self.timers.pop_first();
-            self.lanes[index].timer = None;
+            self.queues[index].timer = None;
             self.expire(index, now);
-            self.doubt_silence(index, now);
-            self.notice_silence(index, now);
-            self.pump(index);
+            self.check_leader_timeout(index, now);
+            self.report_leader_timeout(index, now);
+            self.send_ready(index);
         }
     }
 
-    fn meet_new_lanes(&mut self) {
-        let all = lock(&self.shared.lanes);
-        let options = &self.shared.options;
-        for lane in all.iter().skip(self.lanes.len()) {
-            self.lanes.push(LaneState {
-                lane: lane.clone(),
-                flight: Flight::new(options.guarantee(), options.window(), self.identity),
+    fn add_new_queues(&mut self) {
+        let all = lock(&self.inner.queues);
+        let options = &self.inner.options;
+        for queue in all.iter().skip(self.queues.len()) {
+            self.queues.push(QueueState {
+                queue: queue.clone(),
+                flight: InFlightBatches::new(options.guarantee(), options.window(), self.identity),
                 stream: None,
                 waiting: None,
                 pauses: None,
@@ -259,8 +261,8 @@ impl Driver {
                 identifying: false,
                 heard: clock::monotonic(),
                 doubted: clock::monotonic(),
-                trouble: "none".to_owned(),
-                in_trouble: false,
+                status: "none".to_owned(),
+                has_problem: false,
                 notice: None,
                 topic_id: None,
                 proven: false,
@@ -270,11 +272,11 @@ impl Driver {
     }
 
     /// Sends all batches of a queue that may be sent now, and sets its timer.
-    fn pump(&mut self, index: usize) {
+    fn send_ready(&mut self, index: usize) {
         let now = clock::monotonic();
         loop {
-            let state = &mut self.lanes[index];
-            // The queue waits for room in the stream; until then later records join its open batch.
+            let state = &mut self.queues[index];
+            // The queue waits for capacity in the stream; until then later records join its open batch.
             if state.waiting.is_some() {
                 break;
             }
@@ -283,25 +285,25 @@ impl Driver {
             }
             state.not_before = None;
             match state.flight.next() {
-                Next::Wait => break,
-                Next::Resume => state.flight.resume(),
-                Next::Identify => {
+                NextAction::Wait => break,
+                NextAction::Resume => state.flight.resume(),
+                NextAction::Identify => {
                     self.identify(index);
                     break;
                 }
-                Next::Send(entry) => {
+                NextAction::Send(entry) => {
                     if !self.send(index, entry) {
                         break;
                     }
                 }
-                Next::Take => match state.lane.take(now) {
-                    Taken::Batch(sealed) => state.flight.take(sealed),
-                    Taken::Later(at) => {
+                NextAction::Take => match state.queue.take(now) {
+                    DequeueResult::Batch(sealed) => state.flight.take(sealed),
+                    DequeueResult::Later(at) => {
                         self.lingering.insert(index);
                         self.set_timer(index, at);
                         return;
                     }
-                    Taken::Nothing => break,
+                    DequeueResult::Nothing => break,
                 },
             }
         }
@@ -310,77 +312,78 @@ impl Driver {
 
     /// Sends one batch. Returns false if the batch must wait.
     fn send(&mut self, index: usize, entry: usize) -> bool {
-        let state = &self.lanes[index];
-        let Some(address) = self.shared.client.routing().leader(&state.lane.topic, state.lane.partition) else {
+        let state = &self.queues[index];
+        let Some(address) = self.inner.client.routing().leader(&state.queue.topic, state.queue.partition) else {
             self.unrouted.insert(index);
             self.route();
             return false;
         };
         let number = self.stream_to(&address);
-        let state = &mut self.lanes[index];
+        let state = &mut self.queues[index];
         // The leader changed while batches are in flight to the old leader: wait for their responses.
         if state.stream.is_some_and(|old| old != number) && state.flight.under_way() > 0 {
             return false;
         }
-        let stream = self.streams.get_mut(&number).expect("made above");
+        let stream = self.streams.get_mut(&number).expect("stream_to returned its number");
         if stream.is_full() {
             stream.waiting.push_back(index);
             state.waiting = Some(number);
             return false;
         }
         state.stream = Some(number);
-        let topic_id = state.topic_id(&self.shared.client);
+        let topic_id = state.topic_id(&self.inner.client);
         if state.flight.under_way() == 0 {
             state.heard = clock::monotonic();
         }
-        let correlation = u64::try_from(index).expect("64 bits") << 32 | self.next_correlation & 0xffff_ffff;
+        let high_bits = u64::try_from(index).expect("a usize fits in 64 bits") << 32;
+        let correlation_id = high_bits | self.next_correlation & 0xffff_ffff;
         self.next_correlation += 1;
-        match state.flight.send(entry, number, correlation) {
+        match state.flight.send(entry, number, correlation_id) {
             Ok(batch) => {
-                let options = &self.shared.options;
-                let frame = ProduceRequestParts {
-                    correlation,
-                    topic: state.lane.topic.clone(),
-                    partition: i32::try_from(state.lane.partition).expect("partitions are few"),
+                let options = &self.inner.options;
+                let request = ProduceRequestParts {
+                    correlation_id,
+                    topic: state.queue.topic.clone(),
+                    partition: i32::try_from(state.queue.partition).expect("partitions are few"),
                     acks: wire_acks(options.acks).into(),
                     timeout_ms: u32::try_from(options.delivery_timeout.as_millis()).unwrap_or(u32::MAX).min(30_000),
                     batch,
                     topic_id,
                 };
-                if stream.under_way == 0 {
+                if stream.in_flight == 0 {
                     stream.heard = clock::monotonic();
                 }
-                stream.under_way += 1;
+                stream.in_flight += 1;
                 // The channel is never full, because it holds `STREAM_WINDOW` requests. If it is closed, the event of
                 // its end follows.
-                let _ = stream.requests.try_send(frame);
+                let _ = stream.requests.try_send(request);
             }
-            Err(given_up) => self.give_up(index, vec![given_up]),
+            Err(failed) => self.fail_batches(index, vec![failed]),
         }
         true
     }
 
-    fn stream_to(&mut self, address: &Address) -> u64 {
+    fn stream_to(&mut self, address: &BrokerAddress) -> u64 {
         if let Some(number) = self.by_address.get(address) {
             return *number;
         }
         let number = self.next_stream;
         self.next_stream += 1;
         let (requests, queue) = mpsc::channel(STREAM_WINDOW);
-        let run = stream::run(self.shared.client.clone(), address.clone(), number, queue, self.events.clone());
+        let run = stream::run(self.inner.client.clone(), address.clone(), number, queue, self.events.clone());
         let call = self.tasks.child();
-        let left = call.clone();
+        let cancelled = call.clone();
         self.tasks.spawn("producer stream", async move {
             tokio::select! {
                 biased;
-                () = left.cancelled() => {}
+                () = cancelled.cancelled() => {}
                 () = run => {}
             }
         });
-        let stream = Stream {
+        let stream = ProduceStream {
             address: address.clone(),
             requests,
-            under_way: 0,
+            in_flight: 0,
             waiting: VecDeque::new(),
             heard: clock::monotonic(),
             call,
@@ -390,127 +393,129 @@ impl Driver {
         number
     }
 
-    fn on_answer(&mut self, number: u64, answer: v1::ProduceResponse) {
-        let index = usize::try_from(answer.correlation >> 32).unwrap_or(usize::MAX);
-        if index >= self.lanes.len() {
+    fn on_answer(&mut self, number: u64, response: v1::ProduceResponse) {
+        let index = usize::try_from(response.correlation_id >> 32).unwrap_or(usize::MAX);
+        if index >= self.queues.len() {
             return;
         }
-        if let Some(v1::produce_response::Result::Waiting(why)) = answer.result {
-            return self.on_notice(number, index, why.message);
+        if let Some(v1::produce_response::Result::Waiting(reason)) = response.result {
+            return self.on_notice(number, index, reason.message);
         }
         if let Some(stream) = self.streams.get_mut(&number) {
-            stream.under_way = stream.under_way.saturating_sub(1);
+            stream.in_flight = stream.in_flight.saturating_sub(1);
             stream.heard = clock::monotonic();
         }
-        let (appended, result) = match answer.result {
+        let (appended, result) = match response.result {
             Some(v1::produce_response::Result::Appended(appended)) => (Some(appended), Ok(())),
-            Some(v1::produce_response::Result::Error(error)) => (None, Err(self.lanes[index].judge(error.into()))),
-            _ => (None, Err(ApiError::new(ErrorCode::Internal, "the broker sent an empty answer"))),
-        };
-        let fault = result.clone().err();
-        let state = &mut self.lanes[index];
-        state.heard = clock::monotonic();
-        match state.flight.answered(number, answer.correlation, result) {
-            Verdict::Done(done) => {
-                (state.pauses, state.proven) = (None, true);
-                let partition = state.lane.partition;
-                self.acknowledge(partition, done, &appended.unwrap_or_default());
-                self.over(index);
+            Some(v1::produce_response::Result::Error(error)) => {
+                (None, Err(self.queues[index].leader_error(error.into())))
             }
-            Verdict::Again => {
-                let fault = fault.expect("only a failure is repeated");
-                let lane = &self.lanes[index].lane;
-                if self.shared.client.routing().told(&lane.topic, lane.partition, &fault) {
-                    self.trouble(index, fault.message);
+            _ => (None, Err(ApiError::new(ErrorCode::Internal, "the broker sent an empty response"))),
+        };
+        let error = result.clone().err();
+        let state = &mut self.queues[index];
+        state.heard = clock::monotonic();
+        match state.flight.on_response(number, response.correlation_id, result) {
+            ResponseOutcome::Completed(done) => {
+                (state.pauses, state.proven) = (None, true);
+                let partition = state.queue.partition;
+                self.acknowledge(partition, done, &appended.unwrap_or_default());
+                self.clear_problem(index);
+            }
+            ResponseOutcome::Retry => {
+                let error = error.expect("only a failed attempt is repeated");
+                let queue = &self.queues[index].queue;
+                if self.inner.client.routing().apply_leader_hint(&queue.topic, queue.partition, &error) {
+                    self.status(index, error.message);
                 } else {
-                    self.pause(index, &fault);
-                    if moved(fault.code) {
+                    self.pause(index, &error);
+                    if moved(error.code) {
                         self.route();
                     }
                 }
             }
-            Verdict::GivenUp(given_up) => self.give_up(index, given_up),
-            Verdict::Stale => {}
+            ResponseOutcome::Failed(failed) => self.fail_batches(index, failed),
+            ResponseOutcome::Stale => {}
         }
-        // Waiting queues get the room first; otherwise a busy partition would occupy the stream.
+        // Waiting queues get the capacity first; otherwise a busy partition would occupy the stream.
         self.admit_waiting(number);
-        self.pump(index);
+        self.send_ready(index);
     }
 
-    /// Gives free room in a stream to the queues that wait for it.
+    /// Gives free capacity in a stream to the queues that wait for it.
     fn admit_waiting(&mut self, number: u64) {
         while let Some(stream) = self.streams.get_mut(&number)
             && !stream.is_full()
             && let Some(index) = stream.waiting.pop_front()
         {
-            self.lanes[index].waiting = None;
-            self.pump(index);
+            self.queues[index].waiting = None;
+            self.send_ready(index);
         }
     }
 
-    fn on_ended(&mut self, number: u64, delivered: bool, fault: &ApiError) {
+    fn on_ended(&mut self, number: u64, delivered: bool, error: &ApiError) {
         let Some(stream) = self.streams.remove(&number) else { return };
-        tracing::debug!(address = stream.address.as_str(), %fault, "produce stream ended");
+        tracing::debug!(address = stream.address.as_str(), %error, "produce stream ended");
         stream.call.cancel();
         self.by_address.remove(&stream.address);
         for index in &stream.waiting {
-            self.lanes[*index].waiting = None;
+            self.queues[*index].waiting = None;
         }
-        for index in 0..self.lanes.len() {
-            let state = &mut self.lanes[index];
+        for index in 0..self.queues.len() {
+            let state = &mut self.queues[index];
             if state.stream != Some(number) {
                 continue;
             }
             state.stream = None;
             if state.flight.under_way() > 0 {
-                let given_up = state.flight.lost(number, delivered);
-                self.give_up(index, given_up);
-                self.pause(index, fault);
+                let failed = state.flight.on_stream_lost(number, delivered);
+                self.fail_batches(index, failed);
+                self.pause(index, error);
             }
-            self.pump(index);
+            self.send_ready(index);
         }
         for index in stream.waiting {
-            self.pump(index);
+            self.send_ready(index);
         }
         self.route();
     }
 
     fn expire(&mut self, index: usize, now: Instant) {
-        let state = &mut self.lanes[index];
+        let state = &mut self.queues[index];
         if let Some((deadline, Some(stream))) = state.flight.deadline()
             && deadline <= now
         {
             // A broker that did not respond within the delivery timeout will not respond: its stream ends for all
             // partitions.
-            let fault = ApiError::new(ErrorCode::Timeout, self.silence(index, stream));
-            self.on_ended(stream, true, &fault);
+            let error = ApiError::new(ErrorCode::Timeout, self.silence(index, stream));
+            self.on_ended(stream, true, &error);
         }
-        let state = &mut self.lanes[index];
-        let mut given_up = state.flight.expire(now);
+        let state = &mut self.queues[index];
+        let mut failed = state.flight.expire(now);
         if state.flight.is_empty() {
-            given_up.extend(state.lane.take_expired(now).into_iter().map(|sealed| GivenUp {
-                done: Done { completion: sealed.completion, permits: sealed.permits, count: sealed.count },
-                why: Why::Expired { maybe_appended: false },
+            failed.extend(state.queue.take_expired(now).into_iter().map(|sealed| FailedBatch {
+                done: CompletedBatch { completion: sealed.completion, permits: sealed.permits, count: sealed.count },
+                reason: FailureReason::Expired { maybe_appended: false },
             }));
         }
-        self.give_up(index, given_up);
+        self.fail_batches(index, failed);
     }
 
-    fn refuse_all(&mut self, index: usize, fault: &ApiError) {
-        let state = &mut self.lanes[index];
+    fn fail_all(&mut self, index: usize, error: &ApiError) {
+        let state = &mut self.queues[index];
         let mut done = state.flight.abandon();
-        while let Taken::Batch(sealed) = {
-            state.lane.seal_now();
-            state.lane.take(clock::monotonic())
+        while let DequeueResult::Batch(sealed) = {
+            state.queue.seal_now();
+            state.queue.take(clock::monotonic())
         } {
-            done.push(Done { completion: sealed.completion, permits: sealed.permits, count: sealed.count });
+            done.push(CompletedBatch { completion: sealed.completion, permits: sealed.permits, count: sealed.count });
         }
-        let refused = done.into_iter().map(|done| GivenUp { done, why: Why::Refused(fault.clone()) });
-        self.give_up(index, refused.collect());
+        let refused = done.into_iter().map(|done| FailedBatch { done, reason: FailureReason::Refused(error.clone()) });
+        self.fail_batches(index, refused.collect());
     }
 
-    fn acknowledge(&self, partition: u32, done: Done, appended: &v1::AppendResponse) {
-        let base_offset = Offset::from_i64(appended.base_offset).filter(|_| self.shared.options.acks != Acks::None);
+    fn acknowledge(&self, partition: u32, done: CompletedBatch, appended: &v1::AppendResponse) {
+        let base_offset = Offset::from_i64(appended.base_offset).filter(|_| self.inner.options.acks != Acks::None);
         done.completion.complete(Ok(Ack {
             partition,
             offset: base_offset,
@@ -523,44 +528,47 @@ impl Driver {
             duplicate: appended.duplicate,
             received: clock::monotonic(),
         }));
-        self.shared.release(done.permits);
+        self.inner.release(done.permits);
     }
 
-    fn give_up(&mut self, index: usize, given_up: Vec<GivenUp>) {
-        let state = &self.lanes[index];
-        for GivenUp { done, why } in given_up {
-            let (topic, partition) = (state.lane.topic.to_string(), state.lane.partition);
-            let error = match why {
-                Why::Refused(fault) => SendError::Refused { topic, partition, fault },
-                Why::Expired { maybe_appended } => {
-                    SendError::Expired { topic, partition, maybe_appended, trouble: state.trouble.clone() }
+    fn fail_batches(&mut self, index: usize, failed: Vec<FailedBatch>) {
+        let state = &self.queues[index];
+        for FailedBatch { done, reason } in failed {
+            let (topic, partition) = (state.queue.topic.to_string(), state.queue.partition);
+            let error = match reason {
+                FailureReason::Refused(error) => SendError::Refused { topic, partition, error },
+                FailureReason::Expired { maybe_appended } => {
+                    SendError::Expired { topic, partition, maybe_appended, status: state.status.clone() }
                 }
-                Why::Unknown => SendError::Unknown { topic, partition },
-                Why::Build(error) => SendError::Build(error),
+                FailureReason::Unknown => SendError::Unknown { topic, partition },
+                FailureReason::Build(error) => SendError::Build(error),
             };
-            tracing::debug!(%error, records = done.count, "batch given up");
+            tracing::debug!(%error, records = done.count, "batch failed");
             done.completion.complete(Err(error));
-            self.shared.release(done.permits);
+            self.inner.release(done.permits);
         }
-        if state.flight.is_empty() && state.lane.deadline().is_none() {
-            self.over(index);
+        if state.flight.is_empty() && state.queue.deadline().is_none() {
+            self.clear_problem(index);
         }
     }
 
     fn set_next_timer(&mut self, index: usize) {
-        let state = &self.lanes[index];
-        let deadline = state.flight.deadline().map(|(at, _)| at).or_else(|| state.lane.deadline());
-        let under_way = state.flight.under_way() > 0;
-        let silent = (!state.in_trouble && under_way).then_some(state.heard + trouble::SLOW);
-        let heard = under_way.then_some(state.heard).into_iter().chain(self.queued_since(state)).min();
-        let doubtful = heard.map(|heard| (heard + trouble::QUIET).max(state.doubted + trouble::DOUBT_AGAIN));
-        if let Some(at) = [state.not_before, deadline, silent, doubtful].into_iter().flatten().min() {
+        let state = &self.queues[index];
+        let deadline = state.flight.deadline().map(|(at, _)| at).or_else(|| state.queue.deadline());
+        let has_in_flight = state.flight.under_way() > 0;
+        let report_at = (!state.has_problem && has_in_flight).then_some(state.heard + leader_timeout::REPORT_TIMEOUT);
+        let last_response = has_in_flight.then_some(state.heard).into_iter().chain(self.queued_since(state)).min();
+        let refresh_at = last_response.map(|last_response| {
+            let timeout_at = last_response + leader_timeout::LEADER_TIMEOUT;
+            timeout_at.max(state.doubted + leader_timeout::METADATA_RETRY_INTERVAL)
+        });
+        if let Some(at) = [state.not_before, deadline, report_at, refresh_at].into_iter().flatten().min() {
             self.set_timer(index, at);
         }
     }
 
     fn set_timer(&mut self, index: usize, at: Instant) {
-        let state = &mut self.lanes[index];
+        let state = &mut self.queues[index];
         match state.timer {
             // An early timer costs one check; a late timer would miss the time.
             Some(set) if set <= at => return,
@@ -575,10 +583,10 @@ impl Driver {
 
     /// Fails all unacknowledged records.
     fn end(mut self) {
-        self.shared.memory.close();
-        self.meet_new_lanes();
-        for state in &mut self.lanes {
-            let sealed = state.lane.close(&SendError::Closed);
+        self.inner.memory.close();
+        self.add_new_queues();
+        for state in &mut self.queues {
+            let sealed = state.queue.close(&SendError::Closed);
             let done = state.flight.abandon().into_iter().map(|done| done.completion);
             for completion in done.chain(sealed.into_iter().map(|sealed| sealed.completion)) {
                 completion.complete(Err(SendError::Closed));
@@ -588,8 +596,8 @@ impl Driver {
 }
 
 /// Returns true if another broker may lead the partition now.
-fn moved(reason: ErrorCode) -> bool {
-    matches!(reason, ErrorCode::NotLeader | ErrorCode::NotReady | ErrorCode::StorageFailed | ErrorCode::TopicIdMismatch)
+fn moved(code: ErrorCode) -> bool {
+    matches!(code, ErrorCode::NotLeader | ErrorCode::NotReady | ErrorCode::StorageFailed | ErrorCode::TopicIdMismatch)
 }
 
 fn wire_acks(acks: Acks) -> v1::Acks {

@@ -1,5 +1,5 @@
-//! [`Flight`] against a model of a broker, with lost responses, broken streams and late attempts of broken streams. No
-//! record is appended twice, every acknowledged record is in the log, and the log keeps the order.
+//! [`InFlightBatches`] against a model of a broker, with lost responses, broken streams and late attempts of broken
+//! streams. No record is appended twice, every acknowledged record is in the log, and the log keeps the order.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -18,20 +18,20 @@ struct Broker {
 
 impl Broker {
     fn append(&mut self, batch: &Batch) -> Result<(), ApiError> {
-        let stamp = batch.producer().expect("idempotent");
-        let refuse = |reason| Err(ApiError::new(reason, "model"));
-        if self.forgotten.contains(&stamp.id) {
+        let sequence = batch.producer().expect("idempotent");
+        let refuse = |code| Err(ApiError::new(code, "model"));
+        if self.forgotten.contains(&sequence.id) {
             return refuse(ErrorCode::UnknownProducer);
         }
-        let (next, last) = self.producers.entry(stamp.id).or_default();
-        if last.contains(&stamp.base_sequence) {
+        let (next, last) = self.producers.entry(sequence.id).or_default();
+        if last.contains(&sequence.base_sequence) {
             return Ok(());
         }
-        if *next != stamp.base_sequence {
+        if *next != sequence.base_sequence {
             return refuse(ErrorCode::OutOfOrderSequence);
         }
         *next = after(*next, batch.count());
-        last.push_back(stamp.base_sequence);
+        last.push_back(sequence.base_sequence);
         if last.len() > crate::limits::MAX_BATCHES_PER_PRODUCER {
             last.pop_front();
         }
@@ -42,18 +42,18 @@ impl Broker {
 
 fn ids(batch: &Batch) -> Vec<u32> {
     let value = |record: crate::record::Record| record.value.expect("set").as_ref().try_into().expect("four bytes");
-    batch.records().expect("plain").map(|record| u32::from_be_bytes(value(record.expect("whole").1))).collect()
+    batch.records().expect("uncompressed").map(|record| u32::from_be_bytes(value(record.expect("valid").1))).collect()
 }
 
-struct World {
-    flight: Flight,
+struct ProducerModel {
+    in_flight: InFlightBatches,
     broker: Broker,
     stream: u64,
-    correlation: u64,
+    correlation_id: u64,
     /// Requests on the current stream that the broker has not handled yet.
     requests: VecDeque<(u64, Batch)>,
     /// Responses that the client has not received yet.
-    answers: VecDeque<(u64, Result<(), ApiError>)>,
+    responses: VecDeque<(u64, Result<(), ApiError>)>,
     /// Batches sent on broken streams; they may still arrive.
     late: VecDeque<Batch>,
     next_record: u32,
@@ -61,58 +61,58 @@ struct World {
     /// Records of each batch by its completion.
     batches: Vec<(Arc<Completion>, Vec<u32>)>,
     acknowledged: BTreeSet<u32>,
-    given_up: BTreeSet<u32>,
+    failed: BTreeSet<u32>,
 }
 
-impl World {
+impl ProducerModel {
     fn new() -> Self {
-        let identity = Some(Identity { id: 0, epoch: 0 });
+        let identity = Some(ProducerIdAndEpoch { id: 0, epoch: 0 });
         Self {
-            flight: Flight::new(Guarantee::Idempotent, 5, identity),
+            in_flight: InFlightBatches::new(DeliveryGuarantee::Idempotent, 5, identity),
             broker: Broker::default(),
             stream: 0,
-            correlation: 0,
+            correlation_id: 0,
             requests: VecDeque::new(),
-            answers: VecDeque::new(),
+            responses: VecDeque::new(),
             late: VecDeque::new(),
             next_record: 0,
             next_producer: 1,
             batches: Vec::new(),
             acknowledged: BTreeSet::new(),
-            given_up: BTreeSet::new(),
+            failed: BTreeSet::new(),
         }
     }
 
-    fn records(&self, done: &Done) -> Vec<u32> {
+    fn records(&self, done: &CompletedBatch) -> Vec<u32> {
         let found = self.batches.iter().find(|(completion, _)| Arc::ptr_eq(completion, &done.completion));
-        found.expect("one of ours").1.clone()
+        found.expect("a batch of this test").1.clone()
     }
 
-    fn give_up(&mut self, given_up: Vec<GivenUp>) {
-        for one in given_up {
-            let records = self.records(&one.done);
-            self.given_up.extend(records);
+    fn fail_batches(&mut self, failed: Vec<FailedBatch>) {
+        for batch in failed {
+            let records = self.records(&batch.done);
+            self.failed.extend(records);
         }
     }
 
     /// Performs the task's next action. Returns false if the task waits for a response or, without `more`, would take a
     /// new batch.
     fn advance(&mut self, more: bool) -> bool {
-        match self.flight.next() {
-            Next::Wait => return false,
-            Next::Take if !more => return false,
-            Next::Take => self.take(),
-            Next::Resume => self.flight.resume(),
-            Next::Identify => {
-                let identity = Identity { id: self.next_producer, epoch: 0 };
+        match self.in_flight.next() {
+            NextAction::Wait => return false,
+            NextAction::Take if !more => return false,
+            NextAction::Take => self.take(),
+            NextAction::Resume => self.in_flight.resume(),
+            NextAction::Identify => {
+                let identity = ProducerIdAndEpoch { id: self.next_producer, epoch: 0 };
                 self.next_producer += 1;
-                let given_up = self.flight.identify(identity);
-                self.give_up(given_up);
+                let failed = self.in_flight.identify(identity);
+                self.fail_batches(failed);
             }
-            Next::Send(index) => {
-                self.correlation += 1;
-                let batch = self.flight.send(index, self.stream, self.correlation).expect("it can be built");
-                self.requests.push_back((self.correlation, batch));
+            NextAction::Send(index) => {
+                self.correlation_id += 1;
+                let batch = self.in_flight.send(index, self.stream, self.correlation_id).expect("valid batch");
+                self.requests.push_back((self.correlation_id, batch));
             }
         }
         true
@@ -130,39 +130,39 @@ impl World {
         let completion: Arc<Completion> = Arc::default();
         self.batches.push((completion.clone(), records));
         let deadline = clock::monotonic();
-        self.flight.take(Sealed { body: Body::Built(builder), count, completion, permits: 0, deadline });
+        self.in_flight.take(SealedBatch { body: BatchBody::Built(builder), count, completion, permits: 0, deadline });
     }
 
-    /// Lets the broker handle the next request; `how` selects the outcome.
-    fn handle(&mut self, how: u8) {
-        let Some((correlation, batch)) = self.requests.pop_front() else { return };
-        let refuse = |reason| Err(ApiError::new(reason, "model"));
-        let answer = match how {
+    /// Makes the broker handle the next request; `outcome` selects the result.
+    fn handle(&mut self, outcome: u8) {
+        let Some((correlation_id, batch)) = self.requests.pop_front() else { return };
+        let refuse = |code| Err(ApiError::new(code, "model"));
+        let result = match outcome {
             0 => refuse(ErrorCode::NotLeader),
             1 => self.broker.append(&batch).and_then(|()| refuse(ErrorCode::Timeout)),
             2 => refuse(ErrorCode::RecordTooLarge),
             _ => self.broker.append(&batch),
         };
-        self.answers.push_back((correlation, answer));
+        self.responses.push_back((correlation_id, result));
     }
 
-    fn answer(&mut self) {
-        let Some((correlation, answer)) = self.answers.pop_front() else { return };
-        match self.flight.answered(self.stream, correlation, answer) {
-            Verdict::Done(done) => {
+    fn respond(&mut self) {
+        let Some((correlation_id, result)) = self.responses.pop_front() else { return };
+        match self.in_flight.on_response(self.stream, correlation_id, result) {
+            ResponseOutcome::Completed(done) => {
                 let records = self.records(&done);
                 self.acknowledged.extend(records);
             }
-            Verdict::GivenUp(given_up) => self.give_up(given_up),
-            Verdict::Again | Verdict::Stale => {}
+            ResponseOutcome::Failed(failed) => self.fail_batches(failed),
+            ResponseOutcome::Retry | ResponseOutcome::Stale => {}
         }
     }
 
     fn break_stream(&mut self) {
-        self.answers.clear();
+        self.responses.clear();
         self.late.extend(self.requests.drain(..).map(|(_, batch)| batch));
-        let given_up = self.flight.lost(self.stream, true);
-        self.give_up(given_up);
+        let failed = self.in_flight.on_stream_lost(self.stream, true);
+        self.fail_batches(failed);
         self.stream += 1;
     }
 
@@ -173,7 +173,7 @@ impl World {
             }
             6..=8 => self.handle(9),
             9 => self.handle(step / 16 % 3),
-            10 | 11 => self.answer(),
+            10 | 11 => self.respond(),
             12 => self.break_stream(),
             13 => {
                 if let Some(batch) = self.late.pop_front() {
@@ -184,38 +184,38 @@ impl World {
                 self.broker.forgotten.extend(self.broker.producers.keys());
             }
             15 if (step / 16).is_multiple_of(2) => {
-                let given_up = self.flight.expire(clock::monotonic());
-                self.give_up(given_up);
+                let failed = self.in_flight.expire(clock::monotonic());
+                self.fail_batches(failed);
             }
             _ => {}
         }
     }
 
-    /// Runs without faults until no batch is left.
+    /// Runs without faults until no batch remains.
     fn settle(&mut self) {
         for _ in 0..1000 {
             while self.advance(false) {}
             self.handle(9);
-            self.answer();
-            if self.flight.is_empty() {
+            self.respond();
+            if self.in_flight.is_empty() {
                 return;
             }
         }
-        panic!("something is never answered: {:?}", self.flight);
+        panic!("batches have no result: {:?}", self.in_flight);
     }
 
     fn check(&self) {
         let mut seen = BTreeSet::new();
         for record in &self.broker.log {
-            assert!(seen.insert(*record), "record {record} is there twice: {:?}", self.broker.log);
+            assert!(seen.insert(*record), "record {record} is in the log twice: {:?}", self.broker.log);
         }
-        assert!(self.acknowledged.is_subset(&seen), "acknowledged and not there");
+        assert!(self.acknowledged.is_subset(&seen), "an acknowledged record is not in the log");
         let order: Vec<u32> =
             self.broker.log.iter().copied().filter(|record| self.acknowledged.contains(record)).collect();
         assert!(order.is_sorted(), "out of order: {order:?}");
-        let answered = self.acknowledged.len() + self.given_up.len();
-        assert_eq!(answered, usize::try_from(self.next_record).expect("few"), "each record has one answer");
-        assert!(self.acknowledged.is_disjoint(&self.given_up));
+        let completed = self.acknowledged.len() + self.failed.len();
+        assert_eq!(completed, usize::try_from(self.next_record).expect("few"), "each record has one result");
+        assert!(self.acknowledged.is_disjoint(&self.failed));
     }
 }
 
@@ -223,16 +223,16 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn no_fault_doubles_loses_or_reorders_a_record(steps in proptest::collection::vec(any::<u8>(), 0..400)) {
-        let mut world = World::new();
+    fn faults_never_duplicate_lose_or_reorder_records(steps in proptest::collection::vec(any::<u8>(), 0..400)) {
+        let mut model = ProducerModel::new();
         for step in steps {
-            world.step(step);
+            model.step(step);
         }
-        world.settle();
-        for batch in std::mem::take(&mut world.late) {
-            let _ = world.broker.append(&batch);
+        model.settle();
+        for batch in std::mem::take(&mut model.late) {
+            let _ = model.broker.append(&batch);
         }
-        world.check();
+        model.check();
     }
 }
 
@@ -240,53 +240,53 @@ proptest! {
 /// batch then arrived under its old sequence, which was the next in order.
 #[test]
 fn late_attempt_under_old_sequence_is_not_duplicated() {
-    let mut world = World::new();
-    world.next_record = 1;
+    let mut model = ProducerModel::new();
+    model.next_record = 1;
     for _ in 0..4 {
-        world.advance(true);
+        model.advance(true);
     }
-    assert_eq!(world.requests.len(), 2, "two batches of one record are under way");
-    world.break_stream();
-    while world.requests.is_empty() {
-        world.advance(false);
+    assert_eq!(model.requests.len(), 2, "two batches of one record are in flight");
+    model.break_stream();
+    while model.requests.is_empty() {
+        model.advance(false);
     }
-    world.handle(2);
-    world.answer();
-    world.settle();
-    for batch in std::mem::take(&mut world.late) {
-        let _ = world.broker.append(&batch);
+    model.handle(2);
+    model.respond();
+    model.settle();
+    for batch in std::mem::take(&mut model.late) {
+        let _ = model.broker.append(&batch);
     }
-    let twice = world.broker.log.iter().filter(|record| **record == 2).count();
-    assert!(twice <= 1, "{:?}", world.broker.log);
+    let copies = model.broker.log.iter().filter(|record| **record == 2).count();
+    assert!(copies <= 1, "{:?}", model.broker.log);
 }
 
 /// Regression: of five batches, the first were appended and lost their responses, and the last were acknowledged. As
 /// many new batches were sent as had been acknowledged. After more lost responses the broker remembered only the newer
 /// five, and could not detect the repetition of the first.
 #[test]
-fn ack_behind_unacknowledged_batch_frees_no_room() {
-    let mut world = World::new();
-    while world.advance(true) {}
-    assert_eq!(world.requests.len(), 5);
-    for how in [1, 1, 1, 3, 3] {
-        world.handle(how);
-        world.answer();
+fn ack_behind_unacknowledged_batch_frees_no_capacity() {
+    let mut model = ProducerModel::new();
+    while model.advance(true) {}
+    assert_eq!(model.requests.len(), 5);
+    for outcome in [1, 1, 1, 3, 3] {
+        model.handle(outcome);
+        model.respond();
     }
-    while world.advance(true) {}
-    assert_eq!(world.requests.len(), 3, "the three again, and none behind them");
-    while !world.requests.is_empty() {
-        world.handle(3);
+    while model.advance(true) {}
+    assert_eq!(model.requests.len(), 3, "the three batches again, and no later batch");
+    while !model.requests.is_empty() {
+        model.handle(3);
     }
-    world.break_stream();
-    world.settle();
-    assert_eq!(world.given_up, BTreeSet::new(), "each was recognised");
-    assert_eq!(world.acknowledged.len(), world.broker.log.len());
-    while world.advance(true) {}
-    assert_eq!(world.requests.len(), 5, "there is room again");
+    model.break_stream();
+    model.settle();
+    assert_eq!(model.failed, BTreeSet::new(), "the broker detected each repetition");
+    assert_eq!(model.acknowledged.len(), model.broker.log.len());
+    while model.advance(true) {}
+    assert_eq!(model.requests.len(), 5, "the window has capacity again");
 }
 
 #[test]
-fn sequences_wrap_as_kafkas_do() {
+fn sequences_wrap_as_in_kafka() {
     assert_eq!(after(i32::MAX, 1), 0);
     assert_eq!(after(i32::MAX - 1, 3), 1);
     assert_eq!(after(0, 5), 5);

@@ -10,8 +10,8 @@
 //! ```
 //!
 //! Senders copy a record into the open batch of its partition and get a [`Delivery`]. One task per producer takes
-//! sealed batches, numbers them, sends them on one stream per leader and receives the responses. `flight` decides which
-//! batches may be in flight and which are repeated; it is pure.
+//! sealed batches, numbers them, sends them on one stream per leader and receives the responses. `in_flight` decides
+//! which batches may be in flight and which are repeated; it is pure.
 //!
 //! With `linger` 0 a batch is sent as soon as its partition is below the in-flight limit, and later records form the
 //! next batch. Batches grow with load, and a single record does not wait.
@@ -31,8 +31,8 @@
 
 mod completion;
 mod driver;
-mod flight;
-mod lane;
+mod in_flight;
+mod partition_queue;
 mod partitioner;
 mod stream;
 
@@ -49,17 +49,17 @@ use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use self::{
     completion::Completion,
-    driver::{Command, Driver},
-    flight::{Guarantee, Identity},
-    lane::{Filling, Lane},
+    driver::{ProducerCommand, ProducerDriver},
+    in_flight::{DeliveryGuarantee, ProducerIdAndEpoch},
+    partition_queue::{BatchLimits, PartitionQueue},
 };
 pub use self::{
     completion::{Ack, Delivery, Held},
-    partitioner::{Choice, KeyHash, Partitioner, Spread, murmur2},
+    partitioner::{HashPartitioner, PartitionChoice, Partitioner, StickyPartitioner, murmur2},
 };
 use super::{
     Client, TopicRoute,
-    connection::{Address, log_client},
+    connection::{BrokerAddress, log_client},
     error::{CallError, SendError},
     lock::lock,
 };
@@ -86,7 +86,7 @@ pub struct ProducerOptions {
     pub acks: Acks,
     /// Compression of batches. Default: none.
     pub compression: Compression,
-    /// Partitioner for records that name no partition. Default: [`KeyHash`].
+    /// Partitioner for records that name no partition. Default: [`HashPartitioner`].
     pub partitioner: Arc<dyn Partitioner>,
     /// Maximum bytes of queued and in-flight records; above it `send` waits. A record that is larger than the maximum
     /// is sent when no other record is in flight. Default: 32 MiB.
@@ -106,7 +106,7 @@ impl Default for ProducerOptions {
             in_flight: 16,
             acks: Acks::All,
             compression: Compression::None,
-            partitioner: Arc::new(KeyHash),
+            partitioner: Arc::new(HashPartitioner),
             memory_bytes: 32 << 20,
             delivery_timeout: Duration::from_secs(120),
             idempotent: true,
@@ -115,18 +115,21 @@ impl Default for ProducerOptions {
 }
 
 impl ProducerOptions {
-    fn guarantee(&self) -> Guarantee {
+    fn guarantee(&self) -> DeliveryGuarantee {
         match (self.acks, self.idempotent) {
-            (Acks::None, _) => Guarantee::AtMostOnce,
-            (_, true) => Guarantee::Idempotent,
-            (_, false) => Guarantee::AtLeastOnce,
+            (Acks::None, _) => DeliveryGuarantee::AtMostOnce,
+            (_, true) => DeliveryGuarantee::Idempotent,
+            (_, false) => DeliveryGuarantee::AtLeastOnce,
         }
     }
 
     fn window(&self) -> usize {
-        let most =
-            if self.guarantee() == Guarantee::Idempotent { limits::MAX_BATCHES_PER_PRODUCER } else { usize::MAX };
-        self.in_flight.clamp(1, most)
+        let max = if self.guarantee() == DeliveryGuarantee::Idempotent {
+            limits::MAX_BATCHES_PER_PRODUCER
+        } else {
+            usize::MAX
+        };
+        self.in_flight.clamp(1, max)
     }
 
     /// Returns the memory bound as semaphore permits. At least one batch fits.
@@ -183,14 +186,14 @@ impl<'a> NewRecord<'a> {
 
 /// State shared by the handles and the task.
 #[derive(Debug)]
-struct Shared {
+struct ProducerInner {
     client: Client,
     options: ProducerOptions,
-    topics: RwLock<BTreeMap<String, Arc<Lanes>>>,
+    topics: RwLock<BTreeMap<String, Arc<TopicQueues>>>,
     /// Serialises the callers that add queues.
     adding: tokio::sync::Mutex<()>,
     /// All partition queues by index.
-    lanes: Mutex<Vec<Arc<Lane>>>,
+    queues: Mutex<Vec<Arc<PartitionQueue>>>,
     /// Indexes of the queues that the task must process.
     dirty: Mutex<Vec<usize>>,
     wake: Notify,
@@ -199,12 +202,12 @@ struct Shared {
 
 /// Partition queues of one topic.
 #[derive(Debug)]
-struct Lanes {
-    lanes: Vec<Arc<Lane>>,
-    /// Partition that currently receives the records with [`Choice::Sticky`].
+struct TopicQueues {
+    queues: Vec<Arc<PartitionQueue>>,
+    /// Partition that currently receives the records with [`PartitionChoice::Sticky`].
     sticky: AtomicU32,
     /// Bytes of records that this partition received since it was chosen.
-    stuck_bytes: AtomicUsize,
+    sticky_bytes: AtomicUsize,
     /// Maximum batch size of the topic in bytes.
     max_message_bytes: usize,
 }
@@ -228,16 +231,16 @@ struct Lanes {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Producer {
-    shared: Arc<Shared>,
-    commands: mpsc::Sender<Command>,
+    inner: Arc<ProducerInner>,
+    commands: mpsc::Sender<ProducerCommand>,
     /// Ends the task when the last handle is dropped.
-    tasks: Arc<EndsTasks>,
+    tasks: Arc<StopTasksOnDrop>,
 }
 
 #[derive(Debug)]
-struct EndsTasks(Tasks);
+struct StopTasksOnDrop(Tasks);
 
-impl Drop for EndsTasks {
+impl Drop for StopTasksOnDrop {
     fn drop(&mut self) {
         self.0.cancel();
     }
@@ -246,25 +249,25 @@ impl Drop for EndsTasks {
 impl Producer {
     pub(super) async fn start(client: Client, options: ProducerOptions) -> Result<Self, CallError> {
         let identity = match options.guarantee() {
-            Guarantee::Idempotent => Some(identity(&client).await?),
+            DeliveryGuarantee::Idempotent => Some(identity(&client).await?),
             _ => None,
         };
         let memory = usize::try_from(options.memory()).expect("a usize holds 32 bits");
-        let shared = Arc::new(Shared {
+        let inner = Arc::new(ProducerInner {
             client,
             options,
             topics: RwLock::default(),
             adding: tokio::sync::Mutex::default(),
-            lanes: Mutex::default(),
+            queues: Mutex::default(),
             dirty: Mutex::default(),
             wake: Notify::new(),
             memory: Semaphore::new(memory),
         });
         let (commands, received) = mpsc::channel(16);
         let tasks = Tasks::new();
-        let driver = Driver::new(shared.clone(), tasks.clone(), identity);
+        let driver = ProducerDriver::new(inner.clone(), tasks.clone(), identity);
         tasks.spawn("producer", driver.run(received));
-        Ok(Self { shared, commands, tasks: Arc::new(EndsTasks(tasks)) })
+        Ok(Self { inner, commands, tasks: Arc::new(StopTasksOnDrop(tasks)) })
     }
 
     /// Queues a record and returns the future of its acknowledgement. Waits only while the producer's memory is full,
@@ -274,23 +277,23 @@ impl Producer {
     /// The topic or the partition does not exist, the record exceeds the topic's maximum size, or the producer is
     /// closed. The [`Delivery`] returns later errors.
     pub async fn send(&self, topic: &str, record: NewRecord<'_>) -> Result<Delivery, SendError> {
-        let lanes = self.shared.lanes_of(topic, record.partition).await?;
+        let queues = self.inner.queues_of(topic, record.partition).await?;
         let bytes = BatchBuilder::record_len(record.key, record.value, record.headers);
-        lanes.check_size(topic, bytes + HEADER_BYTES)?;
+        queues.check_size(topic, bytes + HEADER_BYTES)?;
         let permits = self.reserve(bytes).await?;
-        let (lane, sticky) = lanes.choose(&record, &*self.shared.options.partitioner);
-        match lane.append(&record, bytes, permits) {
+        let (queue, sticky) = queues.choose(&record, &*self.inner.options.partitioner);
+        match queue.append(&record, bytes, permits) {
             Ok(appended) => {
                 if appended.wake {
-                    self.shared.poke(lane);
+                    self.inner.notify_driver(queue);
                 }
                 if sticky {
-                    lanes.filled(lane.partition, bytes, appended.sealed, self.shared.options.batch_bytes);
+                    queues.filled(queue.partition, bytes, appended.sealed, self.inner.options.batch_bytes);
                 }
                 Ok(appended.delivery)
             }
             Err(error) => {
-                self.shared.release(permits);
+                self.inner.release(permits);
                 Err(error)
             }
         }
@@ -302,18 +305,18 @@ impl Producer {
     /// # Errors
     /// See [`Producer::send`].
     pub async fn send_batch(&self, topic: &str, partition: u32, batch: Batch) -> Result<Delivery, SendError> {
-        let lanes = self.shared.lanes_of(topic, Some(partition)).await?;
+        let queues = self.inner.queues_of(topic, Some(partition)).await?;
         let bytes = batch.encoded_len();
-        lanes.check_size(topic, bytes)?;
+        queues.check_size(topic, bytes)?;
         let permits = self.reserve(bytes).await?;
-        let lane = lanes.lane(partition);
-        match lane.append_batch(batch, permits) {
+        let queue = queues.queue(partition);
+        match queue.append_batch(batch, permits) {
             Ok(delivery) => {
-                self.shared.poke(lane);
+                self.inner.notify_driver(queue);
                 Ok(delivery)
             }
             Err(error) => {
-                self.shared.release(permits);
+                self.inner.release(permits);
                 Err(error)
             }
         }
@@ -325,12 +328,12 @@ impl Producer {
     /// The first error among the outstanding records. Errors from before the call are not repeated.
     pub async fn flush(&self) -> Result<(), SendError> {
         let (reply, outstanding) = oneshot::channel();
-        self.commands.send(Command::Flush(reply)).await.map_err(|_| SendError::Closed)?;
+        self.commands.send(ProducerCommand::Flush(reply)).await.map_err(|_| SendError::Closed)?;
         let outstanding: Vec<Arc<Completion>> = outstanding.await.map_err(|_| SendError::Closed)?;
         let mut result = Ok(());
         for completion in outstanding {
-            let answer = Delivery::new(completion, 0).await;
-            result = result.and(answer.map(|_| ()));
+            let acknowledged = Delivery::new(completion, 0).await;
+            result = result.and(acknowledged.map(|_| ()));
         }
         result
     }
@@ -349,12 +352,12 @@ impl Producer {
     /// memory.
     async fn reserve(&self, bytes: usize) -> Result<u32, SendError> {
         // A record larger than the memory acquires all of it.
-        let permits = u32::try_from(bytes).unwrap_or(u32::MAX).min(self.shared.options.memory());
-        let permit = match self.shared.memory.try_acquire_many(permits) {
+        let permits = u32::try_from(bytes).unwrap_or(u32::MAX).min(self.inner.options.memory());
+        let permit = match self.inner.memory.try_acquire_many(permits) {
             Ok(permit) => permit,
             Err(_) => {
-                self.commands.send(Command::Relieve).await.map_err(|_| SendError::Closed)?;
-                self.shared.memory.acquire_many(permits).await.map_err(|_| SendError::Closed)?
+                self.commands.send(ProducerCommand::FlushLingering).await.map_err(|_| SendError::Closed)?;
+                self.inner.memory.acquire_many(permits).await.map_err(|_| SendError::Closed)?
             }
         };
         permit.forget();
@@ -362,46 +365,47 @@ impl Producer {
     }
 }
 
-impl Shared {
+impl ProducerInner {
     /// Returns the queues of a topic. Looks the topic up if its queues are missing or do not include `partition`.
-    async fn lanes_of(&self, topic: &str, partition: Option<u32>) -> Result<Arc<Lanes>, SendError> {
-        let known = self.known(topic);
-        let holds = |lanes: &Lanes| partition.is_none_or(|partition| index(partition) < lanes.lanes.len());
-        if let Some(lanes) = &known
-            && holds(lanes)
+    async fn queues_of(&self, topic: &str, partition: Option<u32>) -> Result<Arc<TopicQueues>, SendError> {
+        let current = self.topic_queues(topic);
+        let is_included =
+            |queues: &TopicQueues| partition.is_none_or(|partition| index(partition) < queues.queues.len());
+        if let Some(queues) = &current
+            && is_included(queues)
         {
-            return Ok(lanes.clone());
+            return Ok(queues.clone());
         }
         let client = &self.client;
-        let route = if known.is_some() { client.topic_now(topic).await? } else { client.topic(topic).await? };
-        let lanes = self.add_lanes(topic, &route).await;
-        match partition.or_else(|| lanes.lanes.is_empty().then_some(0)) {
-            Some(partition) if index(partition) >= lanes.lanes.len() => Err(SendError::UnknownPartition {
+        let route = if current.is_some() { client.topic_now(topic).await? } else { client.topic(topic).await? };
+        let queues = self.add_queues(topic, &route).await;
+        match partition.or_else(|| queues.queues.is_empty().then_some(0)) {
+            Some(partition) if index(partition) >= queues.queues.len() => Err(SendError::UnknownPartition {
                 topic: topic.to_owned(),
                 partition,
-                partitions: u32::try_from(lanes.lanes.len()).unwrap_or(u32::MAX),
+                partitions: u32::try_from(queues.queues.len()).unwrap_or(u32::MAX),
             }),
-            _ => Ok(lanes),
+            _ => Ok(queues),
         }
     }
 
-    fn known(&self, topic: &str) -> Option<Arc<Lanes>> {
+    fn topic_queues(&self, topic: &str) -> Option<Arc<TopicQueues>> {
         self.topics.read().unwrap_or_else(std::sync::PoisonError::into_inner).get(topic).cloned()
     }
 
     /// Creates queues for partitions that have none.
-    async fn add_lanes(&self, topic: &str, route: &TopicRoute) -> Arc<Lanes> {
+    async fn add_queues(&self, topic: &str, route: &TopicRoute) -> Arc<TopicQueues> {
         let _one_at_a_time = self.adding.lock().await;
-        let known = self.known(topic);
-        let mut lanes = known.as_ref().map(|known| known.lanes.clone()).unwrap_or_default();
-        if let Some(known) = known
-            && known.lanes.len() >= route.partitions.len()
-            && known.max_message_bytes == route.max_message_bytes
+        let current = self.topic_queues(topic);
+        let mut queues = current.as_ref().map(|current| current.queues.clone()).unwrap_or_default();
+        if let Some(current) = current
+            && current.queues.len() >= route.partitions.len()
+            && current.max_message_bytes == route.max_message_bytes
         {
-            return known;
+            return current;
         }
         let name: Arc<str> = topic.into();
-        let filling = Filling {
+        let batch_limits = BatchLimits {
             batch_bytes: self
                 .options
                 .batch_bytes
@@ -411,52 +415,52 @@ impl Shared {
             delivery_timeout: self.options.delivery_timeout,
         };
         {
-            let mut all = lock(&self.lanes);
-            for partition in lanes.len()..route.partitions.len() {
+            let mut all = lock(&self.queues);
+            for partition in queues.len()..route.partitions.len() {
                 let partition = u32::try_from(partition).expect("partitions are few");
-                let lane = Arc::new(Lane::new(name.clone(), partition, all.len(), filling));
-                all.push(lane.clone());
-                lanes.push(lane);
+                let queue = Arc::new(PartitionQueue::new(name.clone(), partition, all.len(), batch_limits));
+                all.push(queue.clone());
+                queues.push(queue);
             }
         }
-        let sticky = random::in_range(0..u32::try_from(lanes.len().max(1)).expect("partitions are few"));
-        let lanes = Arc::new(Lanes {
-            lanes,
+        let sticky = random::in_range(0..u32::try_from(queues.len().max(1)).expect("partitions are few"));
+        let queues = Arc::new(TopicQueues {
+            queues,
             sticky: AtomicU32::new(sticky),
-            stuck_bytes: AtomicUsize::new(0),
+            sticky_bytes: AtomicUsize::new(0),
             max_message_bytes: route.max_message_bytes,
         });
         let mut topics = self.topics.write().unwrap_or_else(std::sync::PoisonError::into_inner);
-        topics.insert(topic.to_owned(), lanes.clone());
-        lanes
+        topics.insert(topic.to_owned(), queues.clone());
+        queues
     }
 
     /// Waits for `pause`, refreshes the metadata if it is not newer than `seen`, and creates queues for new partitions.
-    /// The brokers in `silent` are called last.
+    /// The brokers in `last` are called after all other brokers.
     async fn refreshed(
         &self,
         seen: u64,
         wanted: &BTreeSet<Arc<str>>,
-        silent: &BTreeSet<Address>,
+        last: &BTreeSet<BrokerAddress>,
         pause: Duration,
     ) -> Result<(), CallError> {
         tokio::time::sleep(pause).await;
         let wanted: Vec<&str> = wanted.iter().map(|name| &**name).collect();
-        self.client.refresh_doubting(silent, seen, &wanted).await?;
+        self.client.refresh_excluding(last, seen, &wanted).await?;
         let topics: Vec<String> =
             self.topics.read().unwrap_or_else(std::sync::PoisonError::into_inner).keys().cloned().collect();
         for topic in topics {
             if let Some(Ok(route)) = self.client.routing().topic(&topic) {
-                self.add_lanes(&topic, &route).await;
+                self.add_queues(&topic, &route).await;
             }
         }
         Ok(())
     }
 
     /// Notifies the task that a queue has work.
-    fn poke(&self, lane: &Lane) {
-        if lane.mark_queued() {
-            lock(&self.dirty).push(lane.index);
+    fn notify_driver(&self, queue: &PartitionQueue) {
+        if queue.mark_queued() {
+            lock(&self.dirty).push(queue.index);
             self.wake.notify_one();
         }
     }
@@ -466,7 +470,7 @@ impl Shared {
     }
 }
 
-impl Lanes {
+impl TopicQueues {
     fn check_size(&self, topic: &str, bytes: usize) -> Result<(), SendError> {
         let limit = self.max_message_bytes.min(limits::MAX_BATCH_BYTES);
         if bytes > limit {
@@ -475,34 +479,34 @@ impl Lanes {
         Ok(())
     }
 
-    fn lane(&self, partition: u32) -> &Arc<Lane> {
-        &self.lanes[index(partition)]
+    fn queue(&self, partition: u32) -> &Arc<PartitionQueue> {
+        &self.queues[index(partition)]
     }
 
     /// Returns the queue for a record, and true if it is that of the sticky partition.
-    fn choose(&self, record: &NewRecord<'_>, partitioner: &dyn Partitioner) -> (&Arc<Lane>, bool) {
+    fn choose(&self, record: &NewRecord<'_>, partitioner: &dyn Partitioner) -> (&Arc<PartitionQueue>, bool) {
         if let Some(partition) = record.partition {
-            return (self.lane(partition), false);
+            return (self.queue(partition), false);
         }
-        let partitions = u32::try_from(self.lanes.len()).expect("partitions are few");
+        let partitions = u32::try_from(self.queues.len()).expect("partitions are few");
         match partitioner.choose(record.key, record.value, partitions) {
-            Choice::Partition(partition) => (self.lane(partition % partitions), false),
-            Choice::Sticky => (self.lane(self.sticky.load(Ordering::Relaxed)), true),
+            PartitionChoice::Partition(partition) => (self.queue(partition % partitions), false),
+            PartitionChoice::Sticky => (self.queue(self.sticky.load(Ordering::Relaxed)), true),
         }
     }
 
     /// Counts a record that was appended to the sticky partition. Selects another partition when the batch was sealed
     /// or after `batch_bytes`: a batch that is sent as soon as possible may never be full (KIP-794).
     fn filled(&self, partition: u32, bytes: usize, sealed: bool, batch_bytes: usize) {
-        let stuck = self.stuck_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
-        if sealed || stuck >= batch_bytes {
-            self.stuck_bytes.store(0, Ordering::Relaxed);
+        let sticky_bytes = self.sticky_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        if sealed || sticky_bytes >= batch_bytes {
+            self.sticky_bytes.store(0, Ordering::Relaxed);
             self.move_on(partition);
         }
     }
 
     fn move_on(&self, from: u32) {
-        let partitions = u32::try_from(self.lanes.len()).expect("partitions are few");
+        let partitions = u32::try_from(self.queues.len()).expect("partitions are few");
         if partitions > 1 {
             let next = (from + random::in_range(1..partitions)) % partitions;
             // If several senders saw the full batch, one of them changes the partition.
@@ -512,11 +516,11 @@ impl Lanes {
 }
 
 /// Requests a new producer id from any broker.
-async fn identity(client: &Client) -> Result<Identity, CallError> {
-    let call = |wire| async move { log_client(wire).init_producer(v1::InitProducerRequest {}).await };
-    let answer = client.retried(|| client.ask_any(call)).await?;
-    let epoch = i16::try_from(answer.producer_epoch).unwrap_or(0);
-    Ok(Identity { id: answer.producer_id, epoch })
+async fn identity(client: &Client) -> Result<ProducerIdAndEpoch, CallError> {
+    let call = |channel| async move { log_client(channel).init_producer_id(v1::InitProducerIdRequest {}).await };
+    let response = client.retried(|| client.call_any(call)).await?;
+    let epoch = i16::try_from(response.producer_epoch).unwrap_or(0);
+    Ok(ProducerIdAndEpoch { id: response.producer_id, epoch })
 }
 
 fn index(number: u32) -> usize {

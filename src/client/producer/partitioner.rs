@@ -2,7 +2,7 @@
 
 /// Decision of a [`Partitioner`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Choice {
+pub enum PartitionChoice {
     /// This partition, modulo the number of partitions.
     Partition(u32),
     /// The partition whose batch the producer is filling. The producer stays with one partition until a batch is full
@@ -13,30 +13,30 @@ pub enum Choice {
 /// Selects the partition of a record that names none.
 pub trait Partitioner: Send + Sync + std::fmt::Debug {
     /// Selects one of `partitions` (at least 1). The sender's thread calls it for every record.
-    fn choose(&self, key: Option<&[u8]>, value: Option<&[u8]>, partitions: u32) -> Choice;
+    fn choose(&self, key: Option<&[u8]>, value: Option<&[u8]>, partitions: u32) -> PartitionChoice;
 }
 
 /// Kafka's default partitioner. Keys are hashed with murmur2, so a key has the same partition as in any Kafka client.
-/// Records without a key are [`Choice::Sticky`].
+/// Records without a key are [`PartitionChoice::Sticky`].
 #[derive(Clone, Copy, Debug, Default)]
-pub struct KeyHash;
+pub struct HashPartitioner;
 
-impl Partitioner for KeyHash {
-    fn choose(&self, key: Option<&[u8]>, _value: Option<&[u8]>, partitions: u32) -> Choice {
+impl Partitioner for HashPartitioner {
+    fn choose(&self, key: Option<&[u8]>, _value: Option<&[u8]>, partitions: u32) -> PartitionChoice {
         match key {
-            Some(key) => Choice::Partition((murmur2(key) & 0x7fff_ffff) % partitions),
-            None => Choice::Sticky,
+            Some(key) => PartitionChoice::Partition((murmur2(key) & 0x7fff_ffff) % partitions),
+            None => PartitionChoice::Sticky,
         }
     }
 }
 
-/// Partitioner that ignores keys: every record is [`Choice::Sticky`].
+/// Partitioner that ignores keys: every record is [`PartitionChoice::Sticky`].
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Spread;
+pub struct StickyPartitioner;
 
-impl Partitioner for Spread {
-    fn choose(&self, _key: Option<&[u8]>, _value: Option<&[u8]>, _partitions: u32) -> Choice {
-        Choice::Sticky
+impl Partitioner for StickyPartitioner {
+    fn choose(&self, _key: Option<&[u8]>, _value: Option<&[u8]>, _partitions: u32) -> PartitionChoice {
+        PartitionChoice::Sticky
     }
 }
 
@@ -54,8 +54,8 @@ pub fn murmur2(bytes: &[u8]) -> u32 {
         hash = hash.wrapping_mul(M) ^ k.wrapping_mul(M);
     }
     if !rest.is_empty() {
-        for (place, byte) in rest.iter().enumerate() {
-            hash ^= u32::from(*byte) << (8 * place);
+        for (position, byte) in rest.iter().enumerate() {
+            hash ^= u32::from(*byte) << (8 * position);
         }
         hash = hash.wrapping_mul(M);
     }
@@ -87,14 +87,14 @@ mod tests {
     #[test]
     fn key_selects_one_partition_and_null_key_is_sticky() {
         assert_eq!(
-            KeyHash.choose(Some(b"21"), None, 7),
-            Choice::Partition((-973_932_308_i32).cast_unsigned() & 0x7fff_ffff).modulo(7)
+            HashPartitioner.choose(Some(b"21"), None, 7),
+            PartitionChoice::Partition((-973_932_308_i32).cast_unsigned() & 0x7fff_ffff).modulo(7)
         );
-        assert_eq!(KeyHash.choose(None, Some(b"v"), 7), Choice::Sticky);
-        assert_eq!(Spread.choose(Some(b"k"), Some(b"v"), 7), Choice::Sticky);
+        assert_eq!(HashPartitioner.choose(None, Some(b"v"), 7), PartitionChoice::Sticky);
+        assert_eq!(StickyPartitioner.choose(Some(b"k"), Some(b"v"), 7), PartitionChoice::Sticky);
     }
 
-    impl Choice {
+    impl PartitionChoice {
         fn modulo(self, partitions: u32) -> Self {
             match self {
                 Self::Partition(number) => Self::Partition(number % partitions),

@@ -5,8 +5,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{IntoStreamingRequest as _, Status, client::Grpc, codegen::http::uri::PathAndQuery};
 
 use super::{
-    super::{Client, connection::Address, error::ConnectError, transport::Wire},
-    driver::Event,
+    super::{Client, connection::BrokerAddress, error::ConnectError, transport::BrokerChannel},
+    driver::DriverEvent,
 };
 use crate::{
     limits,
@@ -21,37 +21,37 @@ use crate::{
 /// Runs the stream until it ends, and sends its end as an event. `number` identifies the stream in events.
 pub(super) async fn run(
     client: Client,
-    address: Address,
+    address: BrokerAddress,
     number: u64,
     requests: mpsc::Receiver<ProduceRequestParts>,
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<DriverEvent>,
 ) {
-    let wire = match client.wire(&address).await {
-        Ok(wire) => wire,
+    let channel = match client.wire(&address).await {
+        Ok(channel) => channel,
         Err(error) => {
             let problem = match error {
-                ConnectError::NoAnswer { .. } => error.to_string(),
+                ConnectError::NoResponse { .. } => error.to_string(),
                 other => format!("{}: {other}", address.as_str()),
             };
-            let fault = ApiError::new(ErrorCode::NotReady, problem);
-            let _ = events.send(Event::Ended { stream: number, delivered: false, fault }).await;
+            let error = ApiError::new(ErrorCode::NotReady, problem);
+            let _ = events.send(DriverEvent::Ended { stream: number, delivered: false, fault: error }).await;
             return;
         }
     };
-    let fault = match open(wire, requests).await {
-        Ok(answers) => forward(answers.into_inner(), number, &events).await,
+    let error = match open(channel, requests).await {
+        Ok(responses) => forward(responses.into_inner(), number, &events).await,
         Err(status) => ApiError::from(&status),
     };
-    let fault = ApiError { message: format!("{}: {}", address.as_str(), fault.message), ..fault };
-    let _ = events.send(Event::Ended { stream: number, delivered: true, fault }).await;
+    let error = ApiError { message: format!("{}: {}", address.as_str(), error.message), ..error };
+    let _ = events.send(DriverEvent::Ended { stream: number, delivered: true, fault: error }).await;
 }
 
 /// Calls `Produce` as the generated client does, but with [`ProduceRequestParts`] as the request type.
 async fn open(
-    wire: Wire,
+    channel: BrokerChannel,
     requests: mpsc::Receiver<ProduceRequestParts>,
 ) -> Result<tonic::Response<tonic::Streaming<v1::ProduceResponse>>, Status> {
-    let mut grpc = Grpc::new(wire)
+    let mut grpc = Grpc::new(channel)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
     let path = PathAndQuery::from_static("/strandline.v1.Log/Produce");
@@ -61,14 +61,14 @@ async fn open(
 
 /// Forwards responses as events until the stream ends. Returns the reason for the end.
 async fn forward(
-    mut answers: tonic::Streaming<v1::ProduceResponse>,
+    mut responses: tonic::Streaming<v1::ProduceResponse>,
     stream: u64,
-    events: &mpsc::Sender<Event>,
+    events: &mpsc::Sender<DriverEvent>,
 ) -> ApiError {
     loop {
-        match answers.message().await {
-            Ok(Some(answer)) => {
-                if events.send(Event::Answer { stream, answer }).await.is_err() {
+        match responses.message().await {
+            Ok(Some(response)) => {
+                if events.send(DriverEvent::Answer { stream, answer: response }).await.is_err() {
                     return ApiError::new(ErrorCode::NotReady, "the producer has ended");
                 }
             }

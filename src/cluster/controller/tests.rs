@@ -4,10 +4,10 @@ use super::*;
 use crate::{
     cluster::{
         embedded::EmbeddedStore,
-        faulty::{Fault, Faulty},
+        faulty::{Fault, FaultyStore},
         keys::{BrokerValue, TopicValue},
         partition_value::PartitionValue,
-        session::Registration,
+        session::RegistrationRequest,
     },
     model::{LeaderEpoch, TopicId, TopicName},
 };
@@ -16,9 +16,9 @@ const TIME: Duration = Duration::from_secs(9);
 
 struct World {
     store: EmbeddedStore,
-    link: Faulty,
+    link: FaultyStore,
     keys: Keys,
-    view: View,
+    metadata: MetadataCache,
     tasks: Tasks,
 }
 
@@ -35,9 +35,9 @@ fn id() -> PartitionId {
 impl World {
     async fn new() -> Self {
         let (store, keys, tasks) = (EmbeddedStore::in_memory(), Keys::new("test").unwrap(), Tasks::new());
-        let link = Faulty::new(store.clone());
-        let view = View::start(Arc::new(store.clone()), keys.clone(), &tasks);
-        let world = Self { store, link, keys, view, tasks };
+        let link = FaultyStore::new(store.clone());
+        let metadata = MetadataCache::start(Arc::new(store.clone()), keys.clone(), &tasks);
+        let world = Self { store, link, keys, metadata, tasks };
         let topic = TopicValue { id: id().topic, partitions: 1, replication_factor: 3, config: ConfigMap::new() };
         let brokers = [1, 2, 3].map(BrokerId).to_vec();
         let value = PartitionValue { leader: None, ..PartitionValue::new(brokers, LeaderEpoch(0)) };
@@ -50,24 +50,24 @@ impl World {
     }
 
     async fn broker(&self, number: u32) -> Node {
-        self.broker_with(number, self.view.clone()).await
+        self.broker_with(number, self.metadata.clone()).await
     }
 
     /// Returns a broker whose controller uses another metadata cache.
-    async fn broker_with(&self, number: u32, view: View) -> Node {
+    async fn broker_with(&self, number: u32, metadata: MetadataCache) -> Node {
         let (keys, id) = (self.keys.clone(), BrokerId(number));
         let registration =
-            Registration { store: Arc::new(self.store.clone()), keys, id, value: value(number), time: TIME };
+            RegistrationRequest { store: Arc::new(self.store.clone()), keys, id, value: value(number), time: TIME };
         let tasks = self.tasks.child();
-        let session = registration.register(None, &self.view, &tasks).await.unwrap();
+        let session = registration.register(None, &self.metadata, &tasks).await.unwrap();
         let controller = Controller {
             store: Arc::new(self.link.clone()),
             keys: self.keys.clone(),
-            view,
+            metadata,
             session: session.clone(),
             id,
             defaults: ConfigMap::new(),
-            limits: Limits::default(),
+            limits: PlannerLimits::default(),
             metrics: Metrics::new(),
         };
         controller.spawn(&tasks);
@@ -85,12 +85,12 @@ impl World {
     }
 
     /// Waits until a condition holds for the metadata. Returns the elapsed time.
-    async fn until(&self, holds: impl Fn(&ViewState) -> bool) -> Duration {
-        let began = clock::monotonic();
-        let mut states = self.view.watch();
-        let became = tokio::time::timeout(TIME * 4, states.wait_for(|state| holds(state))).await;
-        assert!(became.is_ok(), "not so after {:?}: {:?}", TIME * 4, self.view.state());
-        began.elapsed()
+    async fn until(&self, holds: impl Fn(&MetadataSnapshot) -> bool) -> Duration {
+        let started = clock::monotonic();
+        let mut states = self.metadata.watch();
+        let satisfied = tokio::time::timeout(TIME * 4, states.wait_for(|state| holds(state))).await;
+        assert!(satisfied.is_ok(), "not satisfied after {:?}: {:?}", TIME * 4, self.metadata.state());
+        started.elapsed()
     }
 }
 
@@ -98,7 +98,7 @@ fn value(number: u32) -> BrokerValue {
     BrokerValue::running_at(format!("b{number}:1"))
 }
 
-fn leader(state: &ViewState) -> Option<BrokerId> {
+fn leader(state: &MetadataSnapshot) -> Option<BrokerId> {
     state.partition(id())?.partition.as_ref()?.value.leader
 }
 
@@ -110,7 +110,7 @@ impl Node {
 }
 
 #[tokio::test(start_paused = true)]
-async fn first_broker_is_controller_until_it_leaves() {
+async fn first_broker_is_controller_until_it_stops() {
     let world = World::new().await;
     world.ghost(2).await;
     world.ghost(3).await;
@@ -119,7 +119,7 @@ async fn first_broker_is_controller_until_it_leaves() {
     let second = world.broker(2).await;
     let third = world.broker(3).await;
     tokio::time::sleep(TIME).await;
-    assert_eq!(world.view.state().controller(), Some(BrokerId(1)), "nobody takes it from who has it");
+    assert_eq!(world.metadata.state().controller(), Some(BrokerId(1)), "the key stays with its holder");
     first.leave().await;
     let took =
         world.until(|state| state.controller().is_some() && leader(state).is_some_and(|id| id != BrokerId(1))).await;
@@ -137,12 +137,12 @@ async fn lost_campaign_waits_for_the_metadata_cache() {
     let first = world.broker(1).await;
     world.until(|state| state.controller() == Some(BrokerId(1))).await;
     let tasks = Tasks::new();
-    let still = View::start(Arc::new(EmbeddedStore::in_memory()), world.keys.clone(), &tasks);
+    let stale = MetadataCache::start(Arc::new(EmbeddedStore::in_memory()), world.keys.clone(), &tasks);
     let before = world.link.transacted();
-    let second = world.broker_with(2, still).await;
+    let second = world.broker_with(2, stale).await;
     tokio::time::sleep(TIME).await;
-    let asked = u64::try_from(world.link.transacted() - before).unwrap();
-    assert!((1..=TIME.as_secs() + 2).contains(&asked), "{asked} transactions in {TIME:?}");
+    let transactions = u64::try_from(world.link.transacted() - before).unwrap();
+    assert!((1..=TIME.as_secs() + 2).contains(&transactions), "{transactions} transactions in {TIME:?}");
     first.leave().await;
     second.leave().await;
     tasks.stop().await;
@@ -178,7 +178,7 @@ async fn deposed_controller_changes_nothing() {
     let free = PartitionValue::decode(&key, &entry.value).unwrap().leaderless();
     world.store.transact(Transaction::new().put(key.as_str(), free.encode())).await.unwrap();
     tokio::time::sleep(TIME).await;
-    assert_eq!(leader(&world.view.state()), None, "that is the other one's to do");
+    assert_eq!(leader(&world.metadata.state()), None, "only the new controller may elect");
     world.delete(world.keys.controller()).await;
     world.until(|state| leader(state) == Some(BrokerId(1))).await;
     node.leave().await;
@@ -193,15 +193,15 @@ async fn invalid_controller_key_is_deleted() {
     let nodes = [world.broker(1).await, world.broker(2).await];
     world.until(|state| state.controller().is_some() && leader(state).is_some()).await;
     // Invalid bytes, and a value as a broker writes it but without a lease.
-    for rubbish in ["nobody".into(), ControllerValue { broker: BrokerId(9) }.encode()] {
-        let rubbish = Transaction::new().put(world.keys.controller(), rubbish);
-        let Outcome::Done { revision } = world.store.transact(rubbish).await.unwrap() else {
-            panic!("nothing was compared")
+    for invalid in ["nobody".into(), ControllerValue { broker: BrokerId(9) }.encode()] {
+        let invalid = Transaction::new().put(world.keys.controller(), invalid);
+        let TxnOutcome::Committed { revision } = world.store.transact(invalid).await.unwrap() else {
+            panic!("no compare")
         };
-        // The key may be deleted again before this task has seen it.
-        world.view.reached(revision).await;
-        let governs = |id: BrokerId| id.0 <= 2;
-        world.until(|state| state.controller().is_some_and(governs) && state.unreadable().is_empty()).await;
+        // The key may be deleted again before this task has read it.
+        world.metadata.wait_for_revision(revision).await;
+        let is_running = |id: BrokerId| id.0 <= 2;
+        world.until(|state| state.controller().is_some_and(is_running) && state.unreadable().is_empty()).await;
     }
     let key = world.keys.partition(id());
     let entry = world.store.get(&key).await.unwrap().entry.unwrap();
@@ -218,11 +218,11 @@ async fn invalid_controller_key_is_deleted() {
 #[tokio::test(start_paused = true)]
 async fn failed_store_requests_are_retried() {
     let world = World::new().await;
-    let faults = [Fault::Refused, Fault::Lost, Fault::AnswerLost, Fault::Refused, Fault::Lost, Fault::AnswerLost];
+    let faults = [Fault::Refused, Fault::Lost, Fault::ResponseLost, Fault::Refused, Fault::Lost, Fault::ResponseLost];
     world.link.transactions(faults.map(Some));
     let node = world.broker(1).await;
     world.until(|state| leader(state) == Some(BrokerId(1))).await;
-    let epoch = world.view.state().partition(id()).unwrap().partition.as_ref().unwrap().value.leader_epoch;
+    let epoch = world.metadata.state().partition(id()).unwrap().partition.as_ref().unwrap().value.leader_epoch;
     assert_eq!(epoch, LeaderEpoch(1), "elected once");
     node.leave().await;
     world.tasks.stop().await;
@@ -231,26 +231,26 @@ async fn failed_store_requests_are_retried() {
 #[tokio::test(start_paused = true)]
 async fn presence_is_counted_per_incarnation_from_first_sight() {
     let world = World::new().await;
-    let (now, mut presence) = (clock::monotonic(), Presence::default());
+    let (now, mut presence) = (clock::monotonic(), BrokerPresence::default());
     let one = BrokerId(1);
-    let look = async |presence: &mut Presence, turns: u32| {
+    let observe_turn = async |presence: &mut BrokerPresence, turns: u32| {
         world.until(|state| state.brokers().contains_key(&one) == turns.is_multiple_of(2)).await;
-        presence.look(&world.view.state(), now + TIME * turns);
+        presence.observe(&world.metadata.state(), now + TIME * turns);
         presence.lasting(now + TIME * (turns + 1))
     };
     let time_ms = 9_000;
     for turns in [0, 2] {
         world.ghost(1).await;
-        let (up, gone) = look(&mut presence, turns).await;
-        assert_eq!((up.get(&one), gone.get(&one)), (Some(&time_ms), None), "a new uptime counts anew");
+        let (online, offline) = observe_turn(&mut presence, turns).await;
+        assert_eq!((online.get(&one), offline.get(&one)), (Some(&time_ms), None), "a new incarnation counts from zero");
         assert_eq!(
-            gone.get(&BrokerId(2)),
+            offline.get(&BrokerId(2)),
             Some(&(time_ms * u64::from(turns + 1))),
-            "never seen, and named by a partition"
+            "offline from the start, with a replica"
         );
         world.delete(world.keys.broker(one)).await;
-        let (up, gone) = look(&mut presence, turns + 1).await;
-        assert_eq!((up.get(&one), gone.get(&one)), (None, Some(&time_ms)));
+        let (online, offline) = observe_turn(&mut presence, turns + 1).await;
+        assert_eq!((online.get(&one), offline.get(&one)), (None, Some(&time_ms)));
     }
     world.tasks.stop().await;
 }

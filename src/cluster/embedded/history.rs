@@ -7,8 +7,8 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::{Shared, lock};
-use crate::cluster::store::{Changes, Event, Revision, StoreError};
+use super::{EmbeddedInner, lock};
+use crate::cluster::store::{MetaStoreError, Revision, WatchBatch, WatchEvent};
 
 /// Maximum number of revisions that a watch may lag. Lower in tests, which exceed it.
 pub(super) const MAX_REVISIONS: usize = if cfg!(test) { 500 } else { 10_000 };
@@ -17,78 +17,73 @@ pub(super) const MAX_REVISIONS: usize = if cfg!(test) { 500 } else { 10_000 };
 const MAX_BYTES: usize = 16 << 20;
 
 /// The changes of the last revisions, in order and without gaps.
-pub(super) struct History {
-    changes: VecDeque<Arc<Changes>>,
+pub(super) struct ChangeHistory {
+    changes: VecDeque<Arc<WatchBatch>>,
     bytes: usize,
     /// First revision at which a watch can start: that of the first change, or the next one.
     oldest: Revision,
 }
 
-impl History {
+impl ChangeHistory {
     /// Returns an empty history that starts after this revision.
     pub(super) fn after(revision: Revision) -> Self {
         Self { changes: VecDeque::new(), bytes: 0, oldest: revision.next() }
     }
 
     /// Appends the next revisions and evicts the oldest beyond the limits.
-    pub(super) fn append(&mut self, changes: Vec<Arc<Changes>>) {
+    pub(super) fn append(&mut self, changes: Vec<Arc<WatchBatch>>) {
         for change in changes {
             assert_eq!(change.revision.0, self.oldest.0 + self.changes.len() as u64, "revisions have no gaps");
             self.bytes += bytes(&change);
             self.changes.push_back(change);
         }
         while self.changes.len() > MAX_REVISIONS || self.bytes > MAX_BYTES {
-            let Some(forgotten) = self.changes.pop_front() else { break };
-            self.bytes -= bytes(&forgotten);
-            self.oldest = forgotten.revision.next();
+            let Some(evicted) = self.changes.pop_front() else { break };
+            self.bytes -= bytes(&evicted);
+            self.oldest = evicted.revision.next();
         }
     }
 
     /// Rejects a watch that starts before the oldest revision.
-    pub(super) fn check(&self, from: Revision) -> Result<(), StoreError> {
-        if from < self.oldest { Err(StoreError::Compacted { from, oldest: self.oldest }) } else { Ok(()) }
+    pub(super) fn check(&self, from: Revision) -> Result<(), MetaStoreError> {
+        if from < self.oldest { Err(MetaStoreError::Compacted { from, oldest: self.oldest }) } else { Ok(()) }
     }
 
     /// Returns the changes of one revision; `None` if the revision does not exist yet.
-    fn at(&self, revision: Revision) -> Result<Option<Arc<Changes>>, StoreError> {
+    fn at(&self, revision: Revision) -> Result<Option<Arc<WatchBatch>>, MetaStoreError> {
         self.check(revision)?;
-        let place = usize::try_from(revision.0 - self.oldest.0).ok();
-        Ok(place.and_then(|place| self.changes.get(place)).cloned())
+        let index = usize::try_from(revision.0 - self.oldest.0).ok();
+        Ok(index.and_then(|index| self.changes.get(index)).cloned())
     }
 }
 
-fn bytes(changes: &Changes) -> usize {
-    let event = |event: &Event| match event {
-        Event::Put(entry) => entry.key.len() + entry.value.len(),
-        Event::Delete { key, .. } => key.len(),
+fn bytes(changes: &WatchBatch) -> usize {
+    let event = |event: &WatchEvent| match event {
+        WatchEvent::Put(entry) => entry.key.len() + entry.value.len(),
+        WatchEvent::Delete { key, .. } => key.len(),
     };
     changes.events.iter().map(event).sum()
 }
 
 /// Position of one watch.
-pub(super) struct Cursor {
+pub(super) struct WatchCursor {
     /// Weak: a watch must not keep the file open. The watch ends with the store's last handle.
-    shared: Weak<Shared>,
+    inner: Weak<EmbeddedInner>,
     reached: watch::Receiver<Revision>,
     prefix: String,
     next: Revision,
 }
 
-impl Cursor {
+impl WatchCursor {
     /// Returns the cursor of a watch of the keys under a prefix, from a revision on.
-    pub(super) fn new(shared: &Arc<Shared>, prefix: &str, from: Revision) -> Self {
-        Self {
-            shared: Arc::downgrade(shared),
-            reached: shared.reached.subscribe(),
-            prefix: prefix.to_owned(),
-            next: from,
-        }
+    pub(super) fn new(inner: &Arc<EmbeddedInner>, prefix: &str, from: Revision) -> Self {
+        Self { inner: Arc::downgrade(inner), reached: inner.reached.subscribe(), prefix: prefix.to_owned(), next: from }
     }
 
     /// Returns the changes under the prefix from the cursor on; `None` if there is no new revision.
-    fn read(&mut self) -> Result<Option<Changes>, StoreError> {
-        let Some(shared) = self.shared.upgrade() else { return Ok(None) };
-        let history = lock(&shared.history);
+    fn read(&mut self) -> Result<Option<WatchBatch>, MetaStoreError> {
+        let Some(inner) = self.inner.upgrade() else { return Ok(None) };
+        let history = lock(&inner.history);
         let first = self.next;
         let mut events = Vec::new();
         // Bounds one result; the rest follows in the next.
@@ -98,12 +93,14 @@ impl Cursor {
             events.extend(changes.events.iter().filter(|event| event.key().starts_with(&self.prefix)).cloned());
             self.next = self.next.next();
         }
-        Ok((self.next > first).then(|| Changes { revision: Revision(self.next.0 - 1), events }))
+        Ok((self.next > first).then(|| WatchBatch { revision: Revision(self.next.0 - 1), events }))
     }
 }
 
 /// Returns the next item of a watch's stream. After an error there is no cursor left, and the stream ends.
-pub(super) async fn step(cursor: Option<Cursor>) -> Option<(Result<Changes, StoreError>, Option<Cursor>)> {
+pub(super) async fn step(
+    cursor: Option<WatchCursor>,
+) -> Option<(Result<WatchBatch, MetaStoreError>, Option<WatchCursor>)> {
     let mut cursor = cursor?;
     loop {
         cursor.reached.mark_unchanged();

@@ -9,7 +9,7 @@
 //!
 //! # Invariants
 //!
-//! - A `Done` result follows the sync of the commit that contains the transaction.
+//! - A `Committed` result follows the sync of the commit that contains the transaction.
 //! - The history is appended after the commit, in commit order, under the writer lock: watches return only durable
 //!   changes.
 //! - A failed commit is final: the content of the file is then unknown. Every later call returns `Unavailable` until
@@ -36,10 +36,12 @@ use tokio::{
 };
 
 use self::{
-    history::{Cursor, History},
+    history::{ChangeHistory, WatchCursor},
     table::{entry, find},
 };
-use super::store::{Answer, LeaseId, Listing, MetaStore, Outcome, Reading, Revision, StoreError, Transaction, Watch};
+use super::store::{
+    GetResult, LeaseId, ListResult, MetaStore, MetaStoreError, Revision, StoreFuture, Transaction, TxnOutcome, Watch,
+};
 use crate::{
     log::PrivateDir,
     task::{self, Tasks, clock},
@@ -49,20 +51,20 @@ mod history;
 mod table;
 
 /// Name of the file in the data directory.
-pub const FILE: &str = crate::log::METADATA;
+pub const FILE_NAME: &str = crate::log::METADATA;
 
 /// Size of redb's page cache in bytes. Metadata is small, and the metadata cache holds a copy.
 const CACHE_BYTES: usize = 16 << 20;
 
 /// Minimum free disk space in bytes for a commit: more than one commit writes.
-const COMMIT_BYTES: u64 = 4 << 20;
+const MIN_FREE_COMMIT_BYTES: u64 = 4 << 20;
 
 /// Interval of checks for expired leases.
 const LEASE_TICK: Duration = Duration::from_millis(500);
 
 /// Error of opening the store.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub enum EmbeddedStoreError {
     /// Another process has the file open.
     #[error("{} is in use by another process: stop that broker, or use another data directory", path.display())]
     InUse {
@@ -83,12 +85,12 @@ pub enum OpenError {
         known: u64,
     },
     /// The file is corrupt or no metadata file.
-    #[error("{} is damaged or no metadata file ({why}): restore it, or use another data directory", path.display())]
+    #[error("{} is corrupt or no metadata file ({reason}): restore it, or use another data directory", path.display())]
     Damaged {
         /// Path of the file.
         path: PathBuf,
         /// Description of the problem.
-        why: String,
+        reason: String,
     },
     /// The file cannot be read or written.
     #[error("{} cannot be opened: {source}", path.display())]
@@ -103,57 +105,57 @@ pub enum OpenError {
 /// The embedded store. Clones share it.
 #[derive(Clone)]
 pub struct EmbeddedStore {
-    shared: Arc<Shared>,
+    inner: Arc<EmbeddedInner>,
 }
 
-struct Shared {
+struct EmbeddedInner {
     database: Database,
     /// Directory of the file; `None` for an in-memory store. Calls that may reach a disk run on blocking threads.
     folder: Option<PathBuf>,
     /// Permit to commit. Taken before the queue is emptied, so that further transactions can queue meanwhile.
     turn: Arc<Semaphore>,
-    queue: Mutex<VecDeque<Queued>>,
+    queue: Mutex<VecDeque<PendingTransaction>>,
     /// Newest revision in the file. Locked during a whole commit: never lock it on an async thread.
     writer: Mutex<Revision>,
     /// Reason why writes are no longer possible.
     failed: OnceLock<String>,
-    leases: Mutex<Leases>,
-    history: Mutex<History>,
+    leases: Mutex<LeaseTable>,
+    history: Mutex<ChangeHistory>,
     /// Newest revision in the history; watches wait for its changes.
     reached: watch::Sender<Revision>,
 }
 
-struct Queued {
+struct PendingTransaction {
     transaction: Transaction,
-    answer: oneshot::Sender<Result<Outcome, StoreError>>,
+    response: oneshot::Sender<Result<TxnOutcome, MetaStoreError>>,
 }
 
 #[derive(Default)]
-struct Leases {
-    by_id: BTreeMap<LeaseId, Lease>,
+struct LeaseTable {
+    by_id: BTreeMap<LeaseId, LeaseState>,
     last: i64,
 }
 
-struct Lease {
+struct LeaseState {
     time: Duration,
     deadline: Instant,
 }
 
 impl fmt::Debug for EmbeddedStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EmbeddedStore").field("revision", &*self.shared.reached.borrow()).finish_non_exhaustive()
+        f.debug_struct("EmbeddedStore").field("revision", &*self.inner.reached.borrow()).finish_non_exhaustive()
     }
 }
 
 impl EmbeddedStore {
     /// Opens `metadata.redb` in an existing data directory; creates the file if it is missing.
-    pub async fn open(data_dir: &Path) -> Result<Self, OpenError> {
-        let path = data_dir.join(FILE);
+    pub async fn open(data_dir: &Path) -> Result<Self, EmbeddedStoreError> {
+        let path = data_dir.join(FILE_NAME);
         task::run_blocking(move || {
             let folder = path.parent().unwrap_or(Path::new(".")).to_owned();
             let file = PrivateDir::open(&folder)
-                .and_then(|folder| folder.open_file(Path::new(FILE), OFlags::RDWR | OFlags::CREATE))
-                .map_err(|source| OpenError::Io { path: path.clone(), source })?;
+                .and_then(|folder| folder.open_file(Path::new(FILE_NAME), OFlags::RDWR | OFlags::CREATE))
+                .map_err(|source| EmbeddedStoreError::Io { path: path.clone(), source })?;
             let mut builder = Database::builder();
             builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
             let database = FileBackend::new(file)
@@ -167,21 +169,21 @@ impl EmbeddedStore {
     /// Returns an in-memory store that ends with its last clone. Its calls run on the caller's thread.
     pub fn in_memory() -> Self {
         let backend = redb::backends::InMemoryBackend::new();
-        let database = Database::builder().create_with_backend(backend).expect("memory holds an empty database");
-        Self::load(database, None, Path::new("memory")).expect("an empty database can be set up")
+        let database = Database::builder().create_with_backend(backend).expect("an in-memory database can be created");
+        Self::load(database, None, Path::new("memory")).expect("an empty database can be loaded")
     }
 
-    fn load(database: Database, folder: Option<PathBuf>, path: &Path) -> Result<Self, OpenError> {
-        let damaged = |error: redb::Error| match error {
-            redb::Error::Io(source) => OpenError::Io { path: path.to_owned(), source },
-            other => OpenError::Damaged { path: path.to_owned(), why: other.to_string() },
+    fn load(database: Database, folder: Option<PathBuf>, path: &Path) -> Result<Self, EmbeddedStoreError> {
+        let corrupt = |error: redb::Error| match error {
+            redb::Error::Io(source) => EmbeddedStoreError::Io { path: path.to_owned(), source },
+            other => EmbeddedStoreError::Damaged { path: path.to_owned(), reason: other.to_string() },
         };
-        if let Some(found) = table::format(&database).map_err(damaged)?.filter(|found| *found > table::FORMAT) {
-            return Err(OpenError::Newer { path: path.to_owned(), found, known: table::FORMAT });
+        if let Some(found) = table::format(&database).map_err(corrupt)?.filter(|found| *found > table::FORMAT) {
+            return Err(EmbeddedStoreError::Newer { path: path.to_owned(), found, known: table::FORMAT });
         }
-        let revision = table::begin(&database).map_err(damaged)?;
+        let revision = table::begin(&database).map_err(corrupt)?;
         Ok(Self {
-            shared: Arc::new(Shared {
+            inner: Arc::new(EmbeddedInner {
                 database,
                 folder,
                 turn: Arc::new(Semaphore::new(1)),
@@ -189,19 +191,19 @@ impl EmbeddedStore {
                 writer: Mutex::new(revision),
                 failed: OnceLock::new(),
                 leases: Mutex::default(),
-                history: Mutex::new(History::after(revision)),
+                history: Mutex::new(ChangeHistory::after(revision)),
                 reached: watch::Sender::new(revision),
             }),
         })
     }
 
     /// Ends every lease that has expired at `now`, and deletes the keys of these leases in one transaction.
-    pub async fn tick(&self, now: Instant) -> Result<(), StoreError> {
-        let over: Vec<LeaseId> = {
-            let leases = lock(&self.shared.leases);
+    pub async fn tick(&self, now: Instant) -> Result<(), MetaStoreError> {
+        let expired: Vec<LeaseId> = {
+            let leases = lock(&self.inner.leases);
             leases.by_id.iter().filter(|(_, lease)| lease.deadline <= now).map(|(id, _)| *id).collect()
         };
-        if over.is_empty() { Ok(()) } else { self.end_leases(over, Some(now)).await }
+        if expired.is_empty() { Ok(()) } else { self.end_leases(expired, Some(now)).await }
     }
 
     /// Ends expired leases by the monotonic clock until the tasks are stopped.
@@ -214,7 +216,7 @@ impl EmbeddedStore {
                     () = stop.cancelled() => return,
                     () = tokio::time::sleep(LEASE_TICK) => {
                         if let Err(error) = store.tick(clock::monotonic()).await {
-                            tracing::error!(%error, "leases could not be ended");
+                            tracing::error!(%error, "expired leases could not be ended");
                         }
                     }
                 }
@@ -223,46 +225,46 @@ impl EmbeddedStore {
     }
 
     /// Runs a database access: on a blocking thread if it may reach a disk.
-    async fn run<T: Send + 'static>(&self, function: impl FnOnce(&Shared) -> T + Send + 'static) -> T {
-        let shared = self.shared.clone();
-        if shared.folder.is_some() { task::run_blocking(move || function(&shared)).await } else { function(&shared) }
+    async fn run<T: Send + 'static>(&self, function: impl FnOnce(&EmbeddedInner) -> T + Send + 'static) -> T {
+        let inner = self.inner.clone();
+        if inner.folder.is_some() { task::run_blocking(move || function(&inner)).await } else { function(&inner) }
     }
 
-    async fn end_leases(&self, leases: Vec<LeaseId>, only_over_at: Option<Instant>) -> Result<(), StoreError> {
-        self.run(move |shared| {
-            let mut writer = lock(&shared.writer);
+    async fn end_leases(&self, leases: Vec<LeaseId>, expired_at: Option<Instant>) -> Result<(), MetaStoreError> {
+        self.run(move |inner| {
+            let mut writer = lock(&inner.writer);
             let mut ended = BTreeSet::new();
             {
-                let mut known = lock(&shared.leases);
+                let mut table = lock(&inner.leases);
                 for id in leases {
                     // Keep a lease that was renewed since the check.
-                    let ends = known.by_id.get(&id).is_some_and(|l| only_over_at.is_none_or(|now| l.deadline <= now));
+                    let ends = table.by_id.get(&id).is_some_and(|l| expired_at.is_none_or(|now| l.deadline <= now));
                     if ends {
-                        known.by_id.remove(&id);
+                        table.by_id.remove(&id);
                         ended.insert(id);
                     }
                 }
             }
-            shared.commit(&mut writer, |batch| batch.delete_leased(|lease| ended.contains(&lease)))
+            inner.commit(&mut writer, |batch| batch.delete_leased(|lease| ended.contains(&lease)))
         })
         .await
     }
 }
 
 impl MetaStore for EmbeddedStore {
-    fn get<'a>(&'a self, key: &'a str) -> Answer<'a, Reading> {
+    fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
         let key = key.to_owned();
-        Box::pin(self.run(move |shared| {
-            shared.usable()?;
-            shared.read(|revision, entries| Ok(Reading { revision, entry: find(entries, &key)? }))
+        Box::pin(self.run(move |inner| {
+            inner.usable()?;
+            inner.read(|revision, entries| Ok(GetResult { revision, entry: find(entries, &key)? }))
         }))
     }
 
-    fn list<'a>(&'a self, prefix: &'a str) -> Answer<'a, Listing> {
+    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
         let prefix = prefix.to_owned();
-        Box::pin(self.run(move |shared| {
-            shared.usable()?;
-            shared.read(|revision, entries| {
+        Box::pin(self.run(move |inner| {
+            inner.usable()?;
+            inner.read(|revision, entries| {
                 let mut listed = Vec::new();
                 for row in entries.range(prefix.as_str()..)? {
                     let (key, value) = row?;
@@ -271,70 +273,70 @@ impl MetaStore for EmbeddedStore {
                     }
                     listed.push(entry(key.value(), value.value()));
                 }
-                Ok(Listing { revision, entries: listed })
+                Ok(ListResult { revision, entries: listed })
             })
         }))
     }
 
-    fn transact(&self, transaction: Transaction) -> Answer<'_, Outcome> {
+    fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
         Box::pin(async move {
             transaction.check()?;
-            let (answer, mut answered) = oneshot::channel();
-            lock(&self.shared.queue).push_back(Queued { transaction, answer });
-            let turn = self.shared.turn.clone().acquire_owned().await.expect("the semaphore is never closed");
+            let (sender, mut receiver) = oneshot::channel();
+            lock(&self.inner.queue).push_back(PendingTransaction { transaction, response: sender });
+            let permit = self.inner.turn.clone().acquire_owned().await.expect("the semaphore is never closed");
             // The previous holder of the permit may have applied this transaction.
-            if let Ok(outcome) = answered.try_recv() {
+            if let Ok(outcome) = receiver.try_recv() {
                 return outcome;
             }
             // The work owns the permit: if this caller is dropped, the next one still waits for the commit.
-            self.run(move |shared| {
-                shared.commit_queued();
-                drop(turn);
+            self.run(move |inner| {
+                inner.commit_queued();
+                drop(permit);
             })
             .await;
-            answered.await.unwrap_or_else(|_| Err(StoreError::unknown("the transaction was lost")))
+            receiver.await.unwrap_or_else(|_| Err(MetaStoreError::unknown("the transaction was lost")))
         })
     }
 
-    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> Answer<'a, Watch> {
+    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
         Box::pin(async move {
-            lock(&self.shared.history).check(from)?;
-            let cursor = Cursor::new(&self.shared, prefix, from);
+            lock(&self.inner.history).check(from)?;
+            let cursor = WatchCursor::new(&self.inner, prefix, from);
             Ok(Watch::new(futures::stream::unfold(Some(cursor), history::step)))
         })
     }
 
-    fn grant(&self, time: Duration) -> Answer<'_, LeaseId> {
+    fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
         Box::pin(async move {
-            self.shared.usable()?;
-            let mut leases = lock(&self.shared.leases);
+            self.inner.usable()?;
+            let mut leases = lock(&self.inner.leases);
             leases.last += 1;
             let id = LeaseId(leases.last);
-            leases.by_id.insert(id, Lease { time, deadline: clock::monotonic() + time });
+            leases.by_id.insert(id, LeaseState { time, deadline: clock::monotonic() + time });
             Ok(id)
         })
     }
 
-    fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()> {
+    fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         Box::pin(async move {
-            self.shared.usable()?;
-            let mut leases = lock(&self.shared.leases);
-            let known = leases.by_id.get_mut(&lease).ok_or(StoreError::LeaseGone { lease })?;
-            known.deadline = clock::monotonic() + known.time;
+            self.inner.usable()?;
+            let mut leases = lock(&self.inner.leases);
+            let state = leases.by_id.get_mut(&lease).ok_or(MetaStoreError::LeaseGone { lease })?;
+            state.deadline = clock::monotonic() + state.time;
             Ok(())
         })
     }
 
-    fn revoke(&self, lease: LeaseId) -> Answer<'_, ()> {
+    fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         Box::pin(self.end_leases(vec![lease], None))
     }
 }
 
-impl Shared {
+impl EmbeddedInner {
     /// Rejects every call after a failed commit.
-    fn usable(&self) -> Result<(), StoreError> {
+    fn usable(&self) -> Result<(), MetaStoreError> {
         match self.failed.get() {
-            Some(why) => Err(StoreError::unavailable(why)),
+            Some(reason) => Err(MetaStoreError::unavailable(reason)),
             None => Ok(()),
         }
     }
@@ -343,8 +345,8 @@ impl Shared {
     fn read<T>(
         &self,
         function: impl FnOnce(Revision, &table::ReadEntries) -> Result<T, redb::Error>,
-    ) -> Result<T, StoreError> {
-        table::read(&self.database, function).map_err(StoreError::unavailable)
+    ) -> Result<T, MetaStoreError> {
+        table::read(&self.database, function).map_err(MetaStoreError::unavailable)
     }
 
     /// Applies all queued transactions in one commit and sends their results.
@@ -352,23 +354,23 @@ impl Shared {
         let mut writer = lock(&self.writer);
         let queued = std::mem::take(&mut *lock(&self.queue));
         // A transaction whose caller was dropped in the queue is not applied.
-        let waiting: Vec<_> = queued.into_iter().filter(|queued| !queued.answer.is_closed()).collect();
-        let lives = |id| lock(&self.leases).by_id.contains_key(&id);
+        let pending: Vec<_> = queued.into_iter().filter(|queued| !queued.response.is_closed()).collect();
+        let is_live = |id| lock(&self.leases).by_id.contains_key(&id);
         let outcomes = self.commit(&mut writer, |batch| {
-            waiting.iter().map(|queued| batch.transact(&queued.transaction, lives)).collect()
+            pending.iter().map(|queued| batch.transact(&queued.transaction, is_live)).collect()
         });
         drop(writer);
         match outcomes {
             Ok(outcomes) => {
                 let outcomes: Vec<_> = outcomes;
-                for (queued, outcome) in waiting.into_iter().zip(outcomes) {
+                for (queued, outcome) in pending.into_iter().zip(outcomes) {
                     // An error means that the caller was dropped.
-                    let _gone = queued.answer.send(outcome);
+                    let _gone = queued.response.send(outcome);
                 }
             }
             Err(error) => {
-                for queued in waiting {
-                    let _gone = queued.answer.send(Err(error.clone()));
+                for queued in pending {
+                    let _gone = queued.response.send(Err(error.clone()));
                 }
             }
         }
@@ -376,12 +378,13 @@ impl Shared {
 
     /// Rejects a commit that may not fit on the disk. A commit that fails half-way is final; one that was not started
     /// can be retried when there is space.
-    fn room(&self) -> Result<(), StoreError> {
+    fn check_disk_space(&self) -> Result<(), MetaStoreError> {
         let free =
             |folder: &PathBuf| rustix::fs::statvfs(folder).map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize));
         match self.folder.as_ref().map(free) {
-            Some(Ok(free)) if free < COMMIT_BYTES => Err(StoreError::unavailable(format!(
-                "the disk of {FILE} is full ({free} bytes are free): make room; it goes on by itself"
+            Some(Ok(free)) if free < MIN_FREE_COMMIT_BYTES => Err(MetaStoreError::unavailable(format!(
+                "the disk of {FILE_NAME} is full ({free} bytes are free): free space; writes then continue \
+                 automatically"
             ))),
             _ => Ok(()),
         }
@@ -391,15 +394,15 @@ impl Shared {
     fn commit<T>(
         &self,
         writer: &mut Revision,
-        function: impl FnOnce(&mut table::Batch<'_>) -> Result<T, redb::Error>,
-    ) -> Result<T, StoreError> {
+        function: impl FnOnce(&mut table::WriteBatch<'_>) -> Result<T, redb::Error>,
+    ) -> Result<T, MetaStoreError> {
         self.usable()?;
-        self.room()?;
+        self.check_disk_space()?;
         match table::write(&self.database, *writer, function) {
             Ok((output, changes)) => {
                 if let Some(last) = changes.last() {
                     #[cfg(feature = "sim")]
-                    changes.iter().for_each(|changes| table::tell(changes));
+                    changes.iter().for_each(|changes| table::report_writes(changes));
                     *writer = last.revision;
                     lock(&self.history).append(changes);
                     self.reached.send_replace(*writer);
@@ -407,9 +410,10 @@ impl Shared {
                 Ok(output)
             }
             Err(error) => {
-                let why = format!("a write to {FILE} failed ({error}); restart the broker when its disk is well");
-                tracing::error!(%error, "the metadata store takes no more writes until it is opened again");
-                Err(StoreError::unknown(self.failed.get_or_init(|| why)))
+                let reason =
+                    format!("a write to {FILE_NAME} failed ({error}): repair the disk, then restart the broker");
+                tracing::error!(%error, "the metadata store accepts no more requests until it is opened again");
+                Err(MetaStoreError::unknown(self.failed.get_or_init(|| reason)))
             }
         }
     }
@@ -420,15 +424,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn open_error(path: &Path, error: DatabaseError) -> OpenError {
+fn open_error(path: &Path, error: DatabaseError) -> EmbeddedStoreError {
     let path = path.to_owned();
     match error {
-        DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => OpenError::InUse { path },
+        DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => EmbeddedStoreError::InUse { path },
         DatabaseError::Storage(StorageError::Io(source)) if source.kind() == io::ErrorKind::InvalidData => {
-            OpenError::Damaged { path, why: source.to_string() }
+            EmbeddedStoreError::Damaged { path, reason: source.to_string() }
         }
-        DatabaseError::Storage(StorageError::Io(source)) => OpenError::Io { path, source },
-        other => OpenError::Damaged { path, why: other.to_string() },
+        DatabaseError::Storage(StorageError::Io(source)) => EmbeddedStoreError::Io { path, source },
+        other => EmbeddedStoreError::Damaged { path, reason: other.to_string() },
     }
 }
 

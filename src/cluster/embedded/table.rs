@@ -5,23 +5,25 @@ use std::sync::Arc;
 use bytes::Bytes;
 use redb::{Database, ReadOnlyTable, ReadableDatabase as _, ReadableTable, TableDefinition, TableError};
 
-use crate::cluster::store::{Changes, Entry, Event, LeaseId, Op, Outcome, Revision, StoreError, Transaction};
+use crate::cluster::store::{
+    KeyValue, LeaseId, MetaStoreError, Revision, Transaction, TxnOp, TxnOutcome, WatchBatch, WatchEvent,
+};
 
 /// Newest table layout that this version reads and writes.
 pub(super) const FORMAT: u64 = 1;
 
 /// Create revision, mod revision, lease (0 means none), value.
-type Row = (u64, u64, i64, &'static [u8]);
+type EntryRow = (u64, u64, i64, &'static [u8]);
 
 /// Entries in a read transaction.
-pub(super) type ReadEntries = ReadOnlyTable<&'static str, Row>;
+pub(super) type ReadEntries = ReadOnlyTable<&'static str, EntryRow>;
 
-const ENTRIES: TableDefinition<'_, &str, Row> = TableDefinition::new("entries");
+const ENTRIES: TableDefinition<'_, &str, EntryRow> = TableDefinition::new("entries");
 const STORE: TableDefinition<'_, &str, u64> = TableDefinition::new("store");
 const FORMAT_KEY: &str = "format";
 const REVISION_KEY: &str = "revision";
 /// Revision of an empty store, as in etcd: zero means that nothing is known yet.
-const FIRST: Revision = Revision(1);
+const FIRST_REVISION: Revision = Revision(1);
 
 /// Returns the format of a database; `None` for a new one.
 pub(super) fn format(database: &Database) -> Result<Option<u64>, redb::Error> {
@@ -38,9 +40,9 @@ pub(super) fn begin(database: &Database) -> Result<Revision, redb::Error> {
     let revision = {
         let mut store = transaction.open_table(STORE)?;
         store.insert(FORMAT_KEY, FORMAT)?;
-        let mut batch = Batch {
+        let mut batch = WriteBatch {
             entries: transaction.open_table(ENTRIES)?,
-            revision: store.get(REVISION_KEY)?.map_or(FIRST, |revision| Revision(revision.value())),
+            revision: store.get(REVISION_KEY)?.map_or(FIRST_REVISION, |revision| Revision(revision.value())),
             changes: Vec::new(),
         };
         batch.delete_leased(|_| true)?;
@@ -66,7 +68,7 @@ pub(super) fn read<T>(
 ) -> Result<T, redb::Error> {
     let transaction = database.begin_read()?;
     let revision =
-        transaction.open_table(STORE)?.get(REVISION_KEY)?.map_or(FIRST, |revision| Revision(revision.value()));
+        transaction.open_table(STORE)?.get(REVISION_KEY)?.map_or(FIRST_REVISION, |revision| Revision(revision.value()));
     function(revision, &transaction.open_table(ENTRIES)?)
 }
 
@@ -74,11 +76,11 @@ pub(super) fn read<T>(
 pub(super) fn write<T>(
     database: &Database,
     revision: Revision,
-    function: impl FnOnce(&mut Batch<'_>) -> Result<T, redb::Error>,
-) -> Result<(T, Vec<Arc<Changes>>), redb::Error> {
+    function: impl FnOnce(&mut WriteBatch<'_>) -> Result<T, redb::Error>,
+) -> Result<(T, Vec<Arc<WatchBatch>>), redb::Error> {
     let transaction = database.begin_write()?;
     let (output, changes) = {
-        let mut batch = Batch { entries: transaction.open_table(ENTRIES)?, revision, changes: Vec::new() };
+        let mut batch = WriteBatch { entries: transaction.open_table(ENTRIES)?, revision, changes: Vec::new() };
         let output = function(&mut batch)?;
         if !batch.changes.is_empty() {
             transaction.open_table(STORE)?.insert(REVISION_KEY, batch.revision.0)?;
@@ -94,31 +96,31 @@ pub(super) fn write<T>(
 }
 
 /// Transactions that are applied in one commit.
-pub(super) struct Batch<'t> {
-    entries: redb::Table<'t, &'static str, Row>,
+pub(super) struct WriteBatch<'t> {
+    entries: redb::Table<'t, &'static str, EntryRow>,
     revision: Revision,
-    changes: Vec<Arc<Changes>>,
+    changes: Vec<Arc<WatchBatch>>,
 }
 
-impl Batch<'_> {
+impl WriteBatch<'_> {
     /// Applies one transaction after the previous ones.
     pub(super) fn transact(
         &mut self,
         transaction: &Transaction,
-        lives: impl Fn(LeaseId) -> bool,
-    ) -> Result<Result<Outcome, StoreError>, redb::Error> {
+        is_live: impl Fn(LeaseId) -> bool,
+    ) -> Result<Result<TxnOutcome, MetaStoreError>, redb::Error> {
         for compare in &transaction.compares {
             if !compare.holds(find(&self.entries, compare.key())?.as_ref()) {
                 let read = |key: &String| find(&self.entries, key);
                 let found = transaction.else_get.iter().map(read).collect::<Result<_, _>>()?;
-                return Ok(Ok(Outcome::Refused { revision: self.revision, found }));
+                return Ok(Ok(TxnOutcome::CompareFailed { revision: self.revision, found }));
             }
         }
         for op in &transaction.ops {
-            if let Op::Put { lease: Some(lease), .. } = op
-                && !lives(*lease)
+            if let TxnOp::Put { lease: Some(lease), .. } = op
+                && !is_live(*lease)
             {
-                return Ok(Err(StoreError::LeaseGone { lease: *lease }));
+                return Ok(Err(MetaStoreError::LeaseGone { lease: *lease }));
             }
         }
         let revision = self.revision.next();
@@ -127,72 +129,75 @@ impl Batch<'_> {
             events.extend(self.apply(op, revision)?);
         }
         self.publish(revision, events);
-        Ok(Ok(Outcome::Done { revision: self.revision }))
+        Ok(Ok(TxnOutcome::Committed { revision: self.revision }))
     }
 
     /// Deletes every key under a matching lease, as one transaction.
-    pub(super) fn delete_leased(&mut self, ends: impl Fn(LeaseId) -> bool) -> Result<(), redb::Error> {
+    pub(super) fn delete_leased(&mut self, is_ended: impl Fn(LeaseId) -> bool) -> Result<(), redb::Error> {
         let mut keys = Vec::new();
         for row in self.entries.iter()? {
             let (key, value) = row?;
-            if lease(value.value().2).is_some_and(&ends) {
+            if lease(value.value().2).is_some_and(&is_ended) {
                 keys.push(key.value().to_owned());
             }
         }
         let revision = self.revision.next();
         let mut events = Vec::with_capacity(keys.len());
         for key in keys {
-            events.extend(self.apply(&Op::Delete { key }, revision)?);
+            events.extend(self.apply(&TxnOp::Delete { key }, revision)?);
         }
         self.publish(revision, events);
         Ok(())
     }
 
-    fn apply(&mut self, op: &Op, revision: Revision) -> Result<Option<Event>, redb::Error> {
+    fn apply(&mut self, op: &TxnOp, revision: Revision) -> Result<Option<WatchEvent>, redb::Error> {
         match op {
-            Op::Put { key, value, lease } => {
+            TxnOp::Put { key, value, lease } => {
                 let created = self.entries.get(key.as_str())?.map_or(revision.0, |row| row.value().0);
                 let row = (created, revision.0, lease.map_or(0, |lease| lease.0), &value[..]);
                 self.entries.insert(key.as_str(), row)?;
-                Ok(Some(Event::Put(entry(key, row))))
+                Ok(Some(WatchEvent::Put(entry(key, row))))
             }
-            Op::Delete { key } => {
+            TxnOp::Delete { key } => {
                 let deleted = self.entries.remove(key.as_str())?.is_some();
-                Ok(deleted.then(|| Event::Delete { key: key.clone(), revision }))
+                Ok(deleted.then(|| WatchEvent::Delete { key: key.clone(), revision }))
             }
         }
     }
 
-    fn publish(&mut self, revision: Revision, events: Vec<Event>) {
+    fn publish(&mut self, revision: Revision, events: Vec<WatchEvent>) {
         if !events.is_empty() {
             self.revision = revision;
-            self.changes.push(Arc::new(Changes { revision, events }));
+            self.changes.push(Arc::new(WatchBatch { revision, events }));
         }
     }
 }
 
 /// Reports the written entries to the simulator's checker.
 #[cfg(feature = "sim")]
-pub(super) fn tell(changes: &Changes) {
+pub(super) fn report_writes(changes: &WatchBatch) {
     let revision = changes.revision.0;
     for event in &changes.events {
         match event {
-            Event::Put(Entry { key, value, create_revision, .. }) => {
+            WatchEvent::Put(KeyValue { key, value, create_revision, .. }) => {
                 sim_event!(Stored { key, value: Some((value, create_revision.0)), revision });
             }
-            Event::Delete { key, .. } => sim_event!(Stored { key, value: None, revision }),
+            WatchEvent::Delete { key, .. } => sim_event!(Stored { key, value: None, revision }),
         }
     }
 }
 
 /// Reads one key.
-pub(super) fn find(entries: &impl ReadableTable<&'static str, Row>, key: &str) -> Result<Option<Entry>, redb::Error> {
+pub(super) fn find(
+    entries: &impl ReadableTable<&'static str, EntryRow>,
+    key: &str,
+) -> Result<Option<KeyValue>, redb::Error> {
     Ok(entries.get(key)?.map(|row| entry(key, row.value())))
 }
 
 /// Returns the entry of a row.
-pub(super) fn entry(key: &str, (created, modified, lease_id, value): (u64, u64, i64, &[u8])) -> Entry {
-    Entry {
+pub(super) fn entry(key: &str, (created, modified, lease_id, value): (u64, u64, i64, &[u8])) -> KeyValue {
+    KeyValue {
         key: key.to_owned(),
         value: Bytes::copy_from_slice(value),
         create_revision: Revision(created),

@@ -4,32 +4,32 @@ use bytes::Bytes;
 
 use super::*;
 use crate::cluster::{
-    conformance::{self, Subject},
-    store::{Compare, Event},
+    conformance::{self, StoreUnderTest},
+    store::{Compare, WatchEvent},
 };
 
-fn subject(store: &EmbeddedStore) -> Subject {
+fn subject(store: &EmbeddedStore) -> StoreUnderTest {
     let ticking = store.clone();
-    Subject {
+    StoreUnderTest {
         store: Arc::new(store.clone()),
         // Advances the time of the leases only. Each pass counts from now, as a renewed lease does.
         pass: Box::new(move |time| {
             let store = ticking.clone();
-            Box::pin(async move { store.tick(clock::monotonic() + time).await.expect("the store answers") })
+            Box::pin(async move { store.tick(clock::monotonic() + time).await.expect("the store responds") })
         }),
         prefix: "/conformance/".to_owned(),
     }
 }
 
 async fn put(store: &EmbeddedStore, key: &str, value: &str) -> Revision {
-    match store.transact(Transaction::new().put(key, value.to_owned())).await.expect("the store answers") {
-        Outcome::Done { revision } => revision,
-        Outcome::Refused { .. } => panic!("refused"),
+    match store.transact(Transaction::new().put(key, value.to_owned())).await.expect("the store responds") {
+        TxnOutcome::Committed { revision } => revision,
+        TxnOutcome::CompareFailed { .. } => panic!("the compare failed"),
     }
 }
 
 async fn value(store: &EmbeddedStore, key: &str) -> Option<Bytes> {
-    store.get(key).await.expect("the store answers").entry.map(|entry| entry.value)
+    store.get(key).await.expect("the store responds").entry.map(|entry| entry.value)
 }
 
 #[tokio::test]
@@ -50,8 +50,8 @@ async fn committed_changes_and_revisions_survive_restart() {
     put(&store, "a", "1").await;
     let last = put(&store, "a", "2").await;
     drop(store);
-    let store = EmbeddedStore::open(dir.path()).await.expect("opens again");
-    let reading = store.get("a").await.expect("answers");
+    let store = EmbeddedStore::open(dir.path()).await.expect("reopens");
+    let reading = store.get("a").await.expect("the store responds");
     assert_eq!(reading.revision, last);
     assert_eq!(reading.entry.map(|entry| (entry.create_revision, entry.mod_revision)), Some((Revision(2), last)));
     assert_eq!(put(&store, "b", "").await, last.next());
@@ -61,15 +61,18 @@ async fn committed_changes_and_revisions_survive_restart() {
 async fn leased_keys_are_deleted_by_restart() {
     let dir = tempfile::tempdir().expect("a directory");
     let store = EmbeddedStore::open(dir.path()).await.expect("opens");
-    let lease = store.grant(Duration::from_secs(3600)).await.expect("answers");
-    store.transact(Transaction::new().put_leased("leased", "", lease).put("plain", "")).await.expect("answers");
-    let before = store.get("leased").await.expect("answers").revision;
+    let lease = store.grant(Duration::from_secs(3600)).await.expect("the store responds");
+    store
+        .transact(Transaction::new().put_leased("leased", "", lease).put("plain", ""))
+        .await
+        .expect("the store responds");
+    let before = store.get("leased").await.expect("the store responds").revision;
     drop(store);
-    let store = EmbeddedStore::open(dir.path()).await.expect("opens again");
-    let reading = store.get("leased").await.expect("answers");
-    assert_eq!((reading.entry, reading.revision), (None, before.next()), "their end is a change like any other");
+    let store = EmbeddedStore::open(dir.path()).await.expect("reopens");
+    let reading = store.get("leased").await.expect("the store responds");
+    assert_eq!((reading.entry, reading.revision), (None, before.next()), "the deletion of leased keys has a revision");
     assert!(value(&store, "plain").await.is_some());
-    assert_eq!(store.keep_alive(lease).await, Err(StoreError::LeaseGone { lease }));
+    assert_eq!(store.keep_alive(lease).await, Err(MetaStoreError::LeaseGone { lease }));
 }
 
 #[tokio::test]
@@ -77,7 +80,7 @@ async fn file_in_use_is_an_error() {
     let dir = tempfile::tempdir().expect("a directory");
     let _open = EmbeddedStore::open(dir.path()).await.expect("opens");
     let error = EmbeddedStore::open(dir.path()).await.expect_err("in use");
-    assert!(matches!(error, OpenError::InUse { .. }), "{error:?}");
+    assert!(matches!(error, EmbeddedStoreError::InUse { .. }), "{error:?}");
     assert!(error.to_string().contains("metadata.redb is in use by another process"), "{error}");
 }
 
@@ -85,14 +88,14 @@ async fn file_in_use_is_an_error() {
 async fn file_of_newer_version_is_not_changed() {
     let dir = tempfile::tempdir().expect("a directory");
     put(&EmbeddedStore::open(dir.path()).await.expect("opens"), "a", "kept").await;
-    let path = dir.path().join(FILE);
+    let path = dir.path().join(FILE_NAME);
     let set_format = |format: u64| {
         let database = Database::create(&path).expect("opens");
         table::set_format(&database, format).expect("writes");
     };
     set_format(table::FORMAT + 1);
     let error = EmbeddedStore::open(dir.path()).await.expect_err("newer");
-    assert!(matches!(error, OpenError::Newer { found, .. } if found == table::FORMAT + 1), "{error:?}");
+    assert!(matches!(error, EmbeddedStoreError::Newer { found, .. } if found == table::FORMAT + 1), "{error:?}");
     set_format(table::FORMAT);
     assert_eq!(value(&EmbeddedStore::open(dir.path()).await.expect("opens"), "a").await.as_deref(), Some(&b"kept"[..]));
 }
@@ -100,31 +103,31 @@ async fn file_of_newer_version_is_not_changed() {
 #[tokio::test]
 async fn foreign_file_is_rejected_and_not_changed() {
     let dir = tempfile::tempdir().expect("a directory");
-    let path = dir.path().join(FILE);
+    let path = dir.path().join(FILE_NAME);
     for bytes in [&b"not a database at all"[..], &[0x55; 100_000]] {
         std::fs::write(&path, bytes).expect("writes");
         let error = EmbeddedStore::open(dir.path()).await.expect_err("no database");
-        assert!(matches!(error, OpenError::Damaged { .. }), "{error:?}");
+        assert!(matches!(error, EmbeddedStoreError::Damaged { .. }), "{error:?}");
         assert_eq!(std::fs::read(&path).expect("reads"), bytes);
     }
     let error = EmbeddedStore::open(&dir.path().join("missing")).await.expect_err("no directory");
-    assert!(matches!(error, OpenError::Io { .. }), "{error:?}");
+    assert!(matches!(error, EmbeddedStoreError::Io { .. }), "{error:?}");
 }
 
 #[tokio::test]
 async fn watch_that_lags_too_far_gets_compacted() {
     let store = EmbeddedStore::in_memory();
     let first = put(&store, "a", "").await;
-    let mut slow = store.watch("", first).await.expect("begins");
+    let mut slow = store.watch("", first).await.expect("the watch starts");
     for _ in 0..history::MAX_REVISIONS + 1 {
         put(&store, "a", "").await;
     }
     let oldest = Revision(first.0 + 2);
-    assert_eq!(slow.next().await, Some(Err(StoreError::Compacted { from: first, oldest })));
-    assert_eq!(slow.next().await, None, "it ends after its first error");
-    assert!(matches!(store.watch("", first).await, Err(StoreError::Compacted { .. })));
-    let mut whole = store.watch("", oldest).await.expect("the oldest that is kept");
-    assert!(matches!(whole.next().await, Some(Ok(changes)) if changes.events[0].revision() == oldest));
+    assert_eq!(slow.next().await, Some(Err(MetaStoreError::Compacted { from: first, oldest })));
+    assert_eq!(slow.next().await, None, "the watch ends after its first error");
+    assert!(matches!(store.watch("", first).await, Err(MetaStoreError::Compacted { .. })));
+    let mut from_oldest = store.watch("", oldest).await.expect("the oldest available revision");
+    assert!(matches!(from_oldest.next().await, Some(Ok(changes)) if changes.events[0].revision() == oldest));
 }
 
 #[tokio::test]
@@ -133,18 +136,18 @@ async fn restart_compacts_history_but_not_the_present() {
     let store = EmbeddedStore::open(dir.path()).await.expect("opens");
     let last = put(&store, "a", "").await;
     drop(store);
-    let store = EmbeddedStore::open(dir.path()).await.expect("opens again");
-    assert!(matches!(store.watch("", last).await, Err(StoreError::Compacted { .. })));
+    let store = EmbeddedStore::open(dir.path()).await.expect("reopens");
+    assert!(matches!(store.watch("", last).await, Err(MetaStoreError::Compacted { .. })));
     let mut watch = store.watch("", last.next()).await.expect("the present");
     put(&store, "a", "new").await;
-    assert!(matches!(watch.next().await, Some(Ok(changes)) if matches!(changes.events[..], [Event::Put(_)])));
+    assert!(matches!(watch.next().await, Some(Ok(changes)) if matches!(changes.events[..], [WatchEvent::Put(_)])));
 }
 
 #[tokio::test]
 async fn watch_ends_with_store_and_releases_file() {
     let dir = tempfile::tempdir().expect("a directory");
     let store = EmbeddedStore::open(dir.path()).await.expect("opens");
-    let mut watch = store.watch("", Revision(2)).await.expect("begins");
+    let mut watch = store.watch("", Revision(2)).await.expect("the watch starts");
     drop(store);
     assert_eq!(watch.next().await, None);
     EmbeddedStore::open(dir.path()).await.expect("the file is free");
@@ -164,9 +167,9 @@ async fn concurrent_transactions_are_applied_once_each() {
     });
     let mut revisions = BTreeSet::new();
     for outcome in futures::future::join_all(counting.collect::<Vec<_>>()).await {
-        match outcome.expect("no panic").expect("answers") {
-            Outcome::Done { revision } => assert!(revisions.insert(revision), "a revision of its own"),
-            Outcome::Refused { .. } => panic!("nobody else has the key"),
+        match outcome.expect("no panic").expect("the store responds") {
+            TxnOutcome::Committed { revision } => assert!(revisions.insert(revision), "a revision of its own"),
+            TxnOutcome::CompareFailed { .. } => panic!("no other writer has the key"),
         }
     }
     assert_eq!(revisions, (2..=51).map(Revision).collect());
@@ -191,8 +194,8 @@ async fn leases_expire_by_the_clock() {
     let store = EmbeddedStore::in_memory();
     let tasks = Tasks::new();
     store.keep_time(&tasks);
-    let lease = store.grant(Duration::from_secs(10)).await.expect("answers");
-    store.transact(Transaction::new().put_leased("a", "", lease)).await.expect("answers");
+    let lease = store.grant(Duration::from_secs(10)).await.expect("the store responds");
+    store.transact(Transaction::new().put_leased("a", "", lease)).await.expect("the store responds");
     tokio::time::sleep(Duration::from_millis(9_900)).await;
     assert!(value(&store, "a").await.is_some());
     tokio::time::sleep(Duration::from_secs(1)).await;

@@ -16,10 +16,9 @@ use etcd_client::{Client, Error, KvClient, LeaseClient, ResponseHeader, WatchCli
 use tokio::sync::{OnceCell, watch};
 
 use super::{
-    MemberStatus,
-    call::{Class, Refusal},
+    MemberStatus, convert,
+    error::{ErrorClass, EtcdAttemptError},
     options::{EtcdLogin, EtcdOptions, EtcdOptionsError},
-    text,
 };
 use crate::cluster::store::{Regression, Revision};
 
@@ -31,19 +30,19 @@ const READ_BYTES: usize = 64 << 20;
 const WATCH_BYTES: usize = 256 << 20;
 
 /// Minimum timeout of a login: etcd's password hash is slow on purpose.
-const LOGIN_TIME: Duration = Duration::from_secs(2);
+const LOGIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// All members.
 pub(super) struct Members {
     list: Vec<Member>,
-    common: Common,
+    header_state: HeaderState,
     /// Index of the member to call first: the one that responded last.
     first: AtomicUsize,
 }
 
 /// State from the responses of all members.
 #[derive(Clone, Default)]
-struct Common {
+struct HeaderState {
     /// Id of the etcd cluster, from the first response.
     cluster: Arc<OnceLock<u64>>,
     /// Newest revision in any response.
@@ -54,56 +53,56 @@ struct Common {
 
 /// One member.
 pub(super) struct Member {
-    place: usize,
+    index: usize,
     endpoint: String,
     options: EtcdOptions,
-    common: Common,
-    line: Mutex<Line>,
+    header_state: HeaderState,
+    channel: Mutex<MemberChannel>,
 }
 
 /// One connection to one member, created with the first request. Clones share it.
 #[derive(Clone)]
-pub(super) struct Line(Arc<Connection>);
+pub(super) struct MemberChannel(Arc<MemberConnection>);
 
-struct Connection {
-    place: usize,
+struct MemberConnection {
+    index: usize,
     client: Client,
     /// Set once per connection: an expired token is renewed with a new connection.
     login: OnceCell<()>,
     /// Number of responses so far; distinguishes a slow member from an unreachable one.
-    heard: AtomicU64,
+    response_count: AtomicU64,
     /// True if a call timed out without any response meanwhile; later calls use a new connection.
-    given_up: watch::Sender<bool>,
-    common: Common,
+    timed_out: watch::Sender<bool>,
+    header_state: HeaderState,
 }
 
 impl Members {
     pub(super) async fn new(options: EtcdOptions) -> Result<Self, EtcdOptionsError> {
         options.check()?;
-        let common = Common::default();
+        let header_state = HeaderState::default();
         let mut list = Vec::with_capacity(options.endpoints.len());
-        for (place, endpoint) in options.endpoints.iter().enumerate() {
-            let line = Line::new(place, endpoint, &options, &common).await;
-            let line = line.map_err(|error| match error {
-                Error::InvalidUri(why) => {
-                    EtcdOptionsError::Endpoint { endpoint: endpoint.clone(), why: why.to_string() }
+        for (index, endpoint) in options.endpoints.iter().enumerate() {
+            let channel = MemberChannel::new(index, endpoint, &options, &header_state).await;
+            let channel = channel.map_err(|error| match error {
+                Error::InvalidUri(reason) => {
+                    EtcdOptionsError::Endpoint { endpoint: endpoint.clone(), reason: reason.to_string() }
                 }
-                other => EtcdOptionsError::Tls { why: refused(&other) },
+                other => EtcdOptionsError::Tls { reason: format_options_error(&other) },
             })?;
             list.push(Member {
-                place,
+                index,
                 endpoint: endpoint.clone(),
                 options: options.clone(),
-                common: common.clone(),
-                line: Mutex::new(line),
+                header_state: header_state.clone(),
+                channel: Mutex::new(channel),
             });
         }
-        Ok(Self { list, common, first: AtomicUsize::new(0) })
+        Ok(Self { list, header_state, first: AtomicUsize::new(0) })
     }
 
     /// Returns the regression if a member of another cluster has responded to a call.
     pub(super) fn regression(&self) -> Option<Regression> {
-        self.common.foreign.get().cloned()
+        self.header_state.foreign.get().cloned()
     }
 
     pub(super) fn endpoints(&self) -> Vec<&str> {
@@ -121,21 +120,21 @@ impl Members {
     }
 
     /// Makes this member the first to call, because it responded.
-    pub(super) fn answered(&self, member: &Member) {
-        self.first.store(member.place, Relaxed);
+    pub(super) fn on_reply(&self, member: &Member) {
+        self.first.store(member.index, Relaxed);
     }
 
     /// Makes the next member the first to call, because this one did not respond. Keeps the choice of a concurrent
     /// caller.
-    pub(super) fn pass_on(&self, member: &Member) {
-        let next = (member.place + 1) % self.list.len();
+    pub(super) fn use_next_member(&self, member: &Member) {
+        let next = (member.index + 1) % self.list.len();
         // If another caller chose first, its choice is as good.
-        let _chosen = self.first.compare_exchange(member.place, next, Relaxed, Relaxed);
+        let _chosen = self.first.compare_exchange(member.index, next, Relaxed, Relaxed);
     }
 
     /// Returns the member of a connection.
-    pub(super) fn of(&self, line: &Line) -> &Member {
-        &self.list[line.0.place]
+    pub(super) fn of(&self, channel: &MemberChannel) -> &Member {
+        &self.list[channel.0.index]
     }
 }
 
@@ -145,68 +144,72 @@ impl Member {
     }
 
     /// Makes one attempt: connects and logs in if needed, sends the request, and waits for at most the call timeout.
-    pub(super) async fn ask<T, F>(&self, ask: &impl Fn(Line) -> F) -> Result<T, Refusal>
+    pub(super) async fn call_member<T, F>(&self, request: &impl Fn(MemberChannel) -> F) -> Result<T, EtcdAttemptError>
     where
         F: Future<Output = Result<T, Error>>,
     {
-        match self.ask_once(ask).await {
+        match self.attempt(request).await {
             // Tokens expire, and each change of etcd's users invalidates all of them. The request was not executed.
-            Err((Refusal { class: Class::Token, .. }, line)) if self.options.login.is_some() => {
-                self.replace(&line).await;
-                let again = self.ask_once(ask).await;
-                again.map_err(|(refusal, _)| refusal.without_token())
+            Err((EtcdAttemptError { class: ErrorClass::Token, .. }, channel)) if self.options.login.is_some() => {
+                self.replace(&channel).await;
+                let retried = self.attempt(request).await;
+                retried.map_err(|(error, _)| error.without_token())
             }
-            other => other.map_err(|(refusal, _)| refusal.without_token()),
+            other => other.map_err(|(error, _)| error.without_token()),
         }
     }
 
-    async fn ask_once<T, F>(&self, ask: &impl Fn(Line) -> F) -> Result<T, (Refusal, Line)>
+    async fn attempt<T, F>(&self, request: &impl Fn(MemberChannel) -> F) -> Result<T, (EtcdAttemptError, MemberChannel)>
     where
         F: Future<Output = Result<T, Error>>,
     {
-        let line = self.line();
+        let channel = self.channel();
         if let Some(login) = &self.options.login {
-            line.log_in(login, self.options.call_timeout).await.map_err(|refusal| (refusal, line.clone()))?;
+            channel.log_in(login, self.options.request_timeout).await.map_err(|error| (error, channel.clone()))?;
         }
-        let heard = line.0.heard.load(Relaxed);
-        let time = self.options.call_timeout;
-        match tokio::time::timeout(time, ask(line.clone())).await {
-            Ok(answer) => {
-                line.0.heard.fetch_add(1, Relaxed);
-                answer.map_err(|error| (Refusal::of(&error), line))
+        let response_count = channel.0.response_count.load(Relaxed);
+        let time = self.options.request_timeout;
+        match tokio::time::timeout(time, request(channel.clone())).await {
+            Ok(result) => {
+                channel.0.response_count.fetch_add(1, Relaxed);
+                result.map_err(|error| (EtcdAttemptError::of(&error), channel))
             }
             Err(_) => {
-                if line.0.heard.load(Relaxed) == heard {
-                    line.0.given_up.send_replace(true);
-                    self.replace(&line).await;
+                if channel.0.response_count.load(Relaxed) == response_count {
+                    channel.0.timed_out.send_replace(true);
+                    self.replace(&channel).await;
                 }
-                Err((Refusal::unknown(format!("no answer within {} ms", time.as_millis())), line))
+                Err((EtcdAttemptError::unknown(format!("no response within {} ms", time.as_millis())), channel))
             }
         }
     }
 
     /// Replaces the connection for later calls, unless a concurrent caller did. Calls on the old connection continue.
-    pub(super) async fn replace(&self, old: &Line) {
-        match Line::new(self.place, &self.endpoint, &self.options, &self.common).await {
-            Ok(fresh) => {
-                let mut line = self.lock();
-                if Arc::ptr_eq(&line.0, &old.0) {
-                    *line = fresh;
+    pub(super) async fn replace(&self, old: &MemberChannel) {
+        match MemberChannel::new(self.index, &self.endpoint, &self.options, &self.header_state).await {
+            Ok(channel) => {
+                let mut current = self.lock();
+                if Arc::ptr_eq(&current.0, &old.0) {
+                    *current = channel;
                 }
             }
             // The options worked before; the system's trust store may have become unreadable.
             Err(error) => {
-                tracing::warn!(endpoint = self.endpoint, error = refused(&error), "no new connection to etcd")
+                tracing::warn!(
+                    endpoint = self.endpoint,
+                    error = format_options_error(&error),
+                    "cannot create a new connection to etcd"
+                );
             }
         }
     }
 
     /// Requests the status of the member.
     pub(super) async fn status(&self) -> Result<MemberStatus, String> {
-        let asked = self.ask(&|line: Line| async move {
-            let mut response = line.0.client.maintenance_client();
+        let result = self.call_member(&|channel: MemberChannel| async move {
+            let mut response = channel.0.client.maintenance_client();
             let response = response.status().await?;
-            line.check(response.header())?.map_err(|other| text::not_an_answer(&other.to_string()))?;
+            channel.check(response.header())?.map_err(|other| convert::invalid_response(&other.to_string()))?;
             let member = response.header().map(ResponseHeader::member_id);
             Ok(MemberStatus {
                 version: response.version().to_owned(),
@@ -214,32 +217,44 @@ impl Member {
                 database_bytes: u64::try_from(response.db_size()).unwrap_or_default(),
             })
         });
-        asked.await.map_err(|refusal| refusal.why)
+        result.await.map_err(|error| error.reason)
     }
 
     /// Acts as after a call that timed out.
     #[cfg(test)]
-    pub(super) async fn give_up(&self) {
-        let line = self.line();
-        line.0.given_up.send_replace(true);
-        self.replace(&line).await;
+    pub(super) async fn mark_timed_out(&self) {
+        let channel = self.channel();
+        channel.0.timed_out.send_replace(true);
+        self.replace(&channel).await;
     }
 
-    fn line(&self) -> Line {
+    fn channel(&self) -> MemberChannel {
         self.lock().clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Line> {
-        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, MemberChannel> {
+        self.channel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Line {
+impl MemberChannel {
     /// Creates a connection without connecting: `etcd_client` connects here only with a user.
-    async fn new(place: usize, endpoint: &str, options: &EtcdOptions, common: &Common) -> Result<Self, Error> {
+    async fn new(
+        index: usize,
+        endpoint: &str,
+        options: &EtcdOptions,
+        header_state: &HeaderState,
+    ) -> Result<Self, Error> {
         let client = Client::connect([endpoint], Some(options.connect(endpoint))).await?;
-        let (login, heard, given_up) = (OnceCell::new(), AtomicU64::new(0), watch::Sender::new(false));
-        Ok(Self(Arc::new(Connection { place, client, login, heard, given_up, common: common.clone() })))
+        let (login, response_count, timed_out) = (OnceCell::new(), AtomicU64::new(0), watch::Sender::new(false));
+        Ok(Self(Arc::new(MemberConnection {
+            index,
+            client,
+            login,
+            response_count,
+            timed_out,
+            header_state: header_state.clone(),
+        })))
     }
 
     pub(super) fn kv(&self) -> KvClient {
@@ -258,21 +273,21 @@ impl Line {
     /// records a regression.
     pub(super) fn revision(&self, header: Option<&ResponseHeader>) -> Result<Revision, Error> {
         self.check(header)?.map_err(|other| {
-            let error = text::not_an_answer(&other.to_string());
-            drop(self.0.common.foreign.set(other));
+            let error = convert::invalid_response(&other.to_string());
+            drop(self.0.header_state.foreign.set(other));
             error
         })
     }
 
     /// Like [`Self::revision`], but a response of another cluster is returned and not recorded.
     fn check(&self, header: Option<&ResponseHeader>) -> Result<Result<Revision, Regression>, Error> {
-        let header = header.ok_or_else(|| text::not_an_answer("no header"))?;
-        let Common { cluster, newest, .. } = &self.0.common;
+        let header = header.ok_or_else(|| convert::invalid_response("a response without a header"))?;
+        let HeaderState { cluster, newest, .. } = &self.0.header_state;
         let (known, answered) = (*cluster.get_or_init(|| header.cluster_id()), header.cluster_id());
         if known != answered {
             return Ok(Err(Regression::Cluster { known, answered }));
         }
-        let revision = text::revision(header.revision());
+        let revision = convert::revision(header.revision());
         newest.send_if_modified(|newest| {
             let is_newer = revision > *newest;
             *newest = revision.max(*newest);
@@ -283,46 +298,45 @@ impl Line {
 
     /// Returns the newest revision in any response.
     pub(super) fn newest(&self) -> Revision {
-        *self.0.common.newest.borrow()
+        *self.0.header_state.newest.borrow()
     }
 
     /// Resolves when a call on this connection has timed out.
-    pub(super) async fn is_given_up(&self) {
+    pub(super) async fn wait_until_timed_out(&self) {
         // `self` owns the sender.
-        drop(self.0.given_up.subscribe().wait_for(|given_up| *given_up).await);
+        drop(self.0.timed_out.subscribe().wait_for(|timed_out| *timed_out).await);
     }
 
     /// Resolves `lag` after a response contained a revision newer than `known`.
-    pub(super) async fn is_outrun(&self, known: Revision, lag: Duration) {
-        drop(self.0.common.newest.subscribe().wait_for(|newest| *newest > known).await);
+    pub(super) async fn wait_until_outrun(&self, known: Revision, lag: Duration) {
+        drop(self.0.header_state.newest.subscribe().wait_for(|newest| *newest > known).await);
         tokio::time::sleep(lag).await;
     }
 
     /// Logs in once per connection; concurrent callers wait for the same login.
-    async fn log_in(&self, login: &EtcdLogin, call_timeout: Duration) -> Result<(), Refusal> {
+    async fn log_in(&self, login: &EtcdLogin, request_timeout: Duration) -> Result<(), EtcdAttemptError> {
         let user = || Some((login.user.clone(), login.password.clone()));
-        let attempt = || async {
+        let log_in_once = || async {
             let mut client = self.0.client.clone();
-            let time = call_timeout.max(LOGIN_TIME);
+            let time = request_timeout.max(LOGIN_TIMEOUT);
             match tokio::time::timeout(time, client.update_user(user())).await {
                 Ok(Ok(())) => Ok(()),
-                Ok(Err(error)) => match Refusal::of(&error) {
+                Ok(Err(error)) => match EtcdAttemptError::of(&error) {
                     // Authentication is disabled in etcd: then no token is issued or needed.
-                    Refusal { class: Class::NoLogins, .. } => Ok(()),
-                    refusal => Err(refusal.at_login(&login.user)),
+                    EtcdAttemptError { class: ErrorClass::NoLogins, .. } => Ok(()),
+                    error => Err(error.at_login(&login.user)),
                 },
-                Err(_) => {
-                    Err(Refusal::unknown(format!("no answer within {} ms", time.as_millis())).at_login(&login.user))
-                }
+                Err(_) => Err(EtcdAttemptError::unknown(format!("no response within {} ms", time.as_millis()))
+                    .at_login(&login.user)),
             }
         };
-        self.0.login.get_or_try_init(attempt).await?;
+        self.0.login.get_or_try_init(log_in_once).await?;
         Ok(())
     }
 }
 
 /// Returns an error of `etcd_client` about options in one line.
-fn refused(error: &Error) -> String {
+fn format_options_error(error: &Error) -> String {
     use std::error::Error as _;
     match error {
         Error::TransportError(error) => match error.source() {

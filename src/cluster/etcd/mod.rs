@@ -11,15 +11,16 @@
 //! | `members` | the clients, and the member that is called first |
 //! | `call` | one call, with as many attempts as are safe |
 //! | `watch` | a watch that survives the failure of its member |
-//! | `text` | conversion between the store's types and etcd's |
+//! | `convert` | conversion between the store's types and etcd's |
 //!
 //! # Retries
 //!
-//! An attempt ends after `call_timeout`. The pure function `call::classify` decides the outcome of a failed request:
+//! An attempt ends after `request_timeout`. The pure function `error::classify` decides the outcome of a failed request:
 //! *not done* (no connection, no leader), *refused* (every member would reject it), or *unknown*. Reads, keepalives,
-//! revocations and grants continue at the next member after anything but a refusal, until `call::PATIENCE` is over. A
-//! grant whose response was lost expires by itself. Transactions continue only after *not done*. An unknown outcome is
-//! never retried here; the caller reads back, since the retry of an applied transaction would fail its compares.
+//! revocations and grants continue at the next member after anything but a refusal, until `call::CALL_DEADLINE` is
+//! over. A grant whose response was lost expires by itself. Transactions continue only after *not done*. An unknown
+//! outcome is never retried here; the caller reads back, since the retry of an applied transaction would fail its
+//! compares.
 //!
 //! # Unresponsive members
 //!
@@ -40,7 +41,7 @@
 //!   member would respond from its local state.
 //! - All members that respond belong to the etcd cluster that responded first; revisions of another cluster are
 //!   unrelated.
-//! - No response of etcd causes a panic: only functions of `etcd_client` that cannot panic are used (see `text`).
+//! - No response of etcd causes a panic: only functions of `etcd_client` that cannot panic are used (see `convert`).
 //!
 //! # Crash
 //!
@@ -49,16 +50,20 @@
 use std::{fmt, num::NonZeroI64, sync::Arc, time::Duration};
 
 use self::{
-    call::{Failed, Repeat},
-    members::{Line, Members},
-    watch::Resuming,
+    call::RetryPolicy,
+    error::EtcdCallError,
+    members::{MemberChannel, Members},
+    watch::ResumableWatch,
 };
-use super::store::{Answer, Entry, LeaseId, Listing, MetaStore, Outcome, Reading, Revision, Transaction, Watch};
+use super::store::{
+    GetResult, KeyValue, LeaseId, ListResult, MetaStore, Revision, StoreFuture, Transaction, TxnOutcome, Watch,
+};
 
 mod call;
+mod convert;
+mod error;
 mod members;
 mod options;
-mod text;
 mod watch;
 
 #[cfg(test)]
@@ -67,13 +72,13 @@ mod tests;
 pub use options::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdOptionsError, EtcdTls};
 
 /// Maximum number of keys in one page of a list, at first: reduced if a page would be too large.
-const PAGE: i64 = 2000;
+const PAGE_KEYS: i64 = 2000;
 
 /// Maximum number of attempts of a list whose revision is compacted meanwhile.
-const LISTINGS: usize = 3;
+const MAX_LIST_ATTEMPTS: usize = 3;
 
 /// Shortest lease that etcd honours, in seconds: the time of an election.
-const SHORTEST_LEASE: i64 = 2;
+const MIN_LEASE_S: i64 = 2;
 
 /// An etcd cluster as the metadata store. Clones share the connections.
 #[derive(Clone)]
@@ -107,35 +112,35 @@ impl EtcdStore {
     /// Requests the status of every member, in the order of the options. Returns each endpoint with its status or
     /// error.
     pub async fn status(&self) -> Vec<(String, Result<MemberStatus, String>)> {
-        let asked = self.members.each().map(|member| async move {
-            let answer = member.status().await;
-            (member.endpoint().to_owned(), answer)
+        let requests = self.members.each().map(|member| async move {
+            let status = member.status().await;
+            (member.endpoint().to_owned(), status)
         });
-        futures::future::join_all(asked).await
+        futures::future::join_all(requests).await
     }
 
-    async fn read(&self, key: &str, at: Option<Revision>) -> Result<Reading, Failed> {
+    async fn read(&self, key: &str, at: Option<Revision>) -> Result<GetResult, EtcdCallError> {
         self.members
-            .call(Repeat::Always, |line: Line| async move {
-                let mut response = line.kv().get(key, Some(text::one(at))).await?;
-                let revision = line.revision(response.header())?;
-                let entry = response.take_kvs().pop().and_then(text::entry);
-                Ok(Reading { revision, entry })
+            .call(RetryPolicy::Always, |channel: MemberChannel| async move {
+                let mut response = channel.kv().get(key, Some(convert::one(at))).await?;
+                let revision = channel.revision(response.header())?;
+                let entry = response.take_kvs().pop().and_then(convert::entry);
+                Ok(GetResult { revision, entry })
             })
             .await
     }
 
     /// Reads all pages of a list at the revision of the first page.
-    async fn pages(&self, prefix: &str) -> Result<Listing, Failed> {
-        let (mut at, mut entries, mut limit) = (None, Vec::new(), PAGE);
-        let mut from = text::first(prefix);
+    async fn pages(&self, prefix: &str) -> Result<ListResult, EtcdCallError> {
+        let (mut at, mut entries, mut limit) = (None, Vec::new(), PAGE_KEYS);
+        let mut from = convert::first(prefix);
         loop {
-            let options = &text::page(prefix, limit, at);
-            let page = self.members.call(Repeat::Always, |line: Line| {
+            let options = &convert::page(prefix, limit, at);
+            let page = self.members.call(RetryPolicy::Always, |channel: MemberChannel| {
                 let from = from.clone();
                 async move {
-                    let mut response = line.kv().get(from, Some(options.clone())).await?;
-                    let revision = line.revision(response.header())?;
+                    let mut response = channel.kv().get(from, Some(options.clone())).await?;
+                    let revision = channel.revision(response.header())?;
                     let more = response.more();
                     Ok((revision, more, response.take_kvs()))
                 }
@@ -144,16 +149,16 @@ impl EtcdStore {
                 Ok((revision, more, kvs)) => {
                     let revision = *at.get_or_insert(revision);
                     match kvs.last().filter(|_| more) {
-                        Some(last) => from = text::after(last.key()),
+                        Some(last) => from = convert::after(last.key()),
                         None => {
-                            entries.extend(kvs.into_iter().filter_map(text::entry));
-                            return Ok(Listing { revision, entries });
+                            entries.extend(kvs.into_iter().filter_map(convert::entry));
+                            return Ok(ListResult { revision, entries });
                         }
                     }
-                    entries.extend(kvs.into_iter().filter_map(text::entry));
+                    entries.extend(kvs.into_iter().filter_map(convert::entry));
                 }
-                Err(Failed::TooLong(_)) if limit > 1 => limit = (limit / 8).max(1),
-                Err(failed) => return Err(failed),
+                Err(EtcdCallError::TooLong(_)) if limit > 1 => limit = (limit / 8).max(1),
+                Err(error) => return Err(error),
             }
         }
     }
@@ -161,7 +166,7 @@ impl EtcdStore {
     /// Reads the `else_get` keys of a failed transaction at that transaction's revision.
     ///
     /// The reads are separate requests, because `etcd_client` panics on a transaction operation without a response.
-    async fn found(&self, keys: &[String], at: Revision) -> Result<Vec<Option<Entry>>, Failed> {
+    async fn found(&self, keys: &[String], at: Revision) -> Result<Vec<Option<KeyValue>>, EtcdCallError> {
         let reads = keys.iter().map(|key| self.read(key, Some(at)));
         let readings = futures::future::try_join_all(reads).await?;
         Ok(readings.into_iter().map(|reading| reading.entry).collect())
@@ -169,81 +174,81 @@ impl EtcdStore {
 }
 
 impl MetaStore for EtcdStore {
-    fn get<'a>(&'a self, key: &'a str) -> Answer<'a, Reading> {
-        Box::pin(async move { self.read(key, None).await.map_err(Failed::of_read) })
+    fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
+        Box::pin(async move { self.read(key, None).await.map_err(EtcdCallError::of_read) })
     }
 
-    fn list<'a>(&'a self, prefix: &'a str) -> Answer<'a, Listing> {
+    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
         Box::pin(async move {
             let mut attempt = 1;
             loop {
                 match self.pages(prefix).await {
-                    Err(Failed::Compacted) if attempt < LISTINGS => attempt += 1,
-                    other => return other.map_err(Failed::of_read),
+                    Err(EtcdCallError::Compacted) if attempt < MAX_LIST_ATTEMPTS => attempt += 1,
+                    other => return other.map_err(EtcdCallError::of_read),
                 }
             }
         })
     }
 
-    fn transact(&self, transaction: Transaction) -> Answer<'_, Outcome> {
+    fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
         Box::pin(async move {
             transaction.check()?;
-            let request = &text::transaction(&transaction);
-            let done = self.members.call(Repeat::WhenNotDone, |line: Line| async move {
-                let response = line.kv().txn(request.clone()).await?;
-                Ok((response.succeeded(), line.revision(response.header())?))
+            let request = &convert::transaction(&transaction);
+            let done = self.members.call(RetryPolicy::WhenNotDone, |channel: MemberChannel| async move {
+                let response = channel.kv().txn(request.clone()).await?;
+                Ok((response.succeeded(), channel.revision(response.header())?))
             });
             match done.await {
-                Ok((true, revision)) => Ok(Outcome::Done { revision }),
+                Ok((true, revision)) => Ok(TxnOutcome::Committed { revision }),
                 Ok((false, revision)) => {
-                    let found = self.found(&transaction.else_get, revision).await.map_err(Failed::of_read)?;
-                    Ok(Outcome::Refused { revision, found })
+                    let found = self.found(&transaction.else_get, revision).await.map_err(EtcdCallError::of_read)?;
+                    Ok(TxnOutcome::CompareFailed { revision, found })
                 }
-                Err(failed) => Err(failed.of_transaction(&transaction)),
+                Err(error) => Err(error.of_transaction(&transaction)),
             }
         })
     }
 
-    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> Answer<'a, Watch> {
+    fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
         Box::pin(async move {
-            let resuming = Resuming::begin(self.members.clone(), prefix, from).await?;
+            let resuming = ResumableWatch::begin(self.members.clone(), prefix, from).await?;
             Ok(Watch::new(futures::stream::unfold(Some(resuming), watch::step)))
         })
     }
 
-    fn grant(&self, time: Duration) -> Answer<'_, LeaseId> {
-        let whole = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
-        let seconds = whole.saturating_add(i64::from(time.subsec_nanos() > 0)).max(SHORTEST_LEASE);
+    fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
+        let whole_seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
+        let seconds = whole_seconds.saturating_add(i64::from(time.subsec_nanos() > 0)).max(MIN_LEASE_S);
         Box::pin(async move {
-            let granted = self.members.call(Repeat::Always, |line: Line| async move {
-                let response = line.leases().grant(seconds, None).await?;
-                line.revision(response.header())?;
+            let granted = self.members.call(RetryPolicy::Always, |channel: MemberChannel| async move {
+                let response = channel.leases().grant(seconds, None).await?;
+                channel.revision(response.header())?;
                 // Zero means no lease in etcd.
-                NonZeroI64::new(response.id()).ok_or_else(|| text::not_an_answer("a lease without a number"))
+                NonZeroI64::new(response.id()).ok_or_else(|| convert::invalid_response("a lease without an id"))
             });
-            granted.await.map(|id| LeaseId(id.get())).map_err(Failed::of_read)
+            granted.await.map(|id| LeaseId(id.get())).map_err(EtcdCallError::of_read)
         })
     }
 
-    fn keep_alive(&self, lease: LeaseId) -> Answer<'_, ()> {
+    fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         Box::pin(async move {
-            let kept = self.members.call(Repeat::Always, |line: Line| async move {
+            let kept = self.members.call(RetryPolicy::Always, |channel: MemberChannel| async move {
                 // Sends one request and waits for its response. The stream ends here: a stream that stays open can
                 // stall.
-                line.leases().keep_alive(lease.0).await.map(|_keeper| ())
+                channel.leases().keep_alive(lease.0).await.map(|_keeper| ())
             });
-            kept.await.map_err(|failed| failed.of_lease(lease))
+            kept.await.map_err(|error| error.of_lease(lease))
         })
     }
 
-    fn revoke(&self, lease: LeaseId) -> Answer<'_, ()> {
+    fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         Box::pin(async move {
-            let revoked = self
-                .members
-                .call(Repeat::Always, |line: Line| async move { line.leases().revoke(lease.0).await.map(|_| ()) });
+            let revoked = self.members.call(RetryPolicy::Always, |channel: MemberChannel| async move {
+                channel.leases().revoke(lease.0).await.map(|_| ())
+            });
             match revoked.await {
-                Err(Failed::LeaseGone) => Ok(()),
-                other => other.map_err(|failed| failed.of_lease(lease)),
+                Err(EtcdCallError::LeaseGone) => Ok(()),
+                other => other.map_err(|error| error.of_lease(lease)),
             }
         })
     }

@@ -5,10 +5,10 @@ use std::{fmt, time::Duration};
 use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 
 /// Default timeout of one attempt of a call.
-const CALL_TIMEOUT: Duration = Duration::from_secs(1);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Interval of TCP keepalive probes on an idle connection, for the routers on its path. etcd does not see them.
-const TCP_KEEPALIVE: Duration = Duration::from_secs(10);
+/// Interval of TCP keepalive probes on an idle connection, for the routers on its path. etcd does not receive them.
+const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Connection options of an etcd cluster.
 #[derive(Clone, Debug)]
@@ -23,7 +23,7 @@ pub struct EtcdOptions {
     pub login: Option<EtcdLogin>,
     /// Timeout of one attempt of a call: longer than a response takes under load, shorter than the renewal interval of
     /// a lease.
-    pub call_timeout: Duration,
+    pub request_timeout: Duration,
 }
 
 /// TLS for connections to etcd. All values are PEM, as read from their files.
@@ -78,12 +78,12 @@ pub enum EtcdOptionsError {
     #[error("no etcd endpoint is named: name at least one, as http://host:2379")]
     NoEndpoints,
     /// An endpoint is not the URL of a member.
-    #[error("{endpoint:?} is no etcd endpoint ({why}): write it as http://host:2379 or https://host:2379")]
+    #[error("{endpoint:?} is no etcd endpoint ({reason}): write it as http://host:2379 or https://host:2379")]
     Endpoint {
         /// The endpoint, without a possible password.
         endpoint: String,
         /// Description of the problem.
-        why: String,
+        reason: String,
     },
     /// An endpoint is given twice: it would be called twice instead of another member.
     #[error("the etcd endpoint {endpoint} is named twice: name each member once")]
@@ -100,16 +100,16 @@ pub enum EtcdOptionsError {
         endpoint: String,
     },
     /// The certificates are unusable.
-    #[error("the TLS settings for etcd cannot be used: {why}")]
+    #[error("the TLS settings for etcd cannot be used: {reason}")]
     Tls {
         /// Description of the problem.
-        why: String,
+        reason: String,
     },
     /// The call timeout is too short for any attempt.
-    #[error("a call to etcd cannot end after {} ms: give it at least 1 ms", call_timeout.as_millis())]
+    #[error("a request timeout of {} ms for etcd is too short: set at least 1 ms", request_timeout.as_millis())]
     CallTimeout {
         /// The timeout.
-        call_timeout: Duration,
+        request_timeout: Duration,
     },
 }
 
@@ -120,7 +120,7 @@ impl EtcdOptions {
             endpoints: endpoints.into_iter().map(Into::into).collect(),
             tls: None,
             login: None,
-            call_timeout: CALL_TIMEOUT,
+            request_timeout: REQUEST_TIMEOUT,
         }
     }
 
@@ -129,12 +129,12 @@ impl EtcdOptions {
         if self.endpoints.is_empty() {
             return Err(EtcdOptionsError::NoEndpoints);
         }
-        if self.call_timeout < Duration::from_millis(1) {
-            return Err(EtcdOptionsError::CallTimeout { call_timeout: self.call_timeout });
+        if self.request_timeout < Duration::from_millis(1) {
+            return Err(EtcdOptionsError::CallTimeout { request_timeout: self.request_timeout });
         }
-        for (place, endpoint) in self.endpoints.iter().enumerate() {
+        for (index, endpoint) in self.endpoints.iter().enumerate() {
             let secure = checked(endpoint)?;
-            if self.endpoints[..place].contains(endpoint) {
+            if self.endpoints[..index].contains(endpoint) {
                 return Err(EtcdOptionsError::Twice { endpoint: endpoint.clone() });
             }
             if !secure && self.tls.is_some() {
@@ -142,8 +142,8 @@ impl EtcdOptions {
             }
         }
         let Some(tls) = &self.tls else { return Ok(()) };
-        let holds = |pem: &[u8], what: &str| String::from_utf8_lossy(pem).contains(what);
-        let wrong = |why: &str| Err(EtcdOptionsError::Tls { why: why.to_owned() });
+        let holds = |pem: &[u8], marker: &str| String::from_utf8_lossy(pem).contains(marker);
+        let wrong = |reason: &str| Err(EtcdOptionsError::Tls { reason: reason.to_owned() });
         // A file without a certificate would trust no authority, and every connection would fail without a clear error.
         if tls.ca.as_ref().is_some_and(|ca| !holds(ca, "-----BEGIN CERTIFICATE-----")) {
             return wrong("the authority's file holds no PEM certificate");
@@ -160,10 +160,10 @@ impl EtcdOptions {
     /// Converts the options to `etcd_client`'s, for one endpoint. Omits the login, because connecting would then wait.
     pub(super) fn connect(&self, endpoint: &str) -> ConnectOptions {
         // Shorter than a call, so that a failed connection is recognised as such: nothing was sent then.
-        let connect = self.call_timeout * 3 / 4;
+        let connect = self.request_timeout * 3 / 4;
         let options = ConnectOptions::new()
             .with_connect_timeout(connect)
-            .with_tcp_keepalive(TCP_KEEPALIVE)
+            .with_tcp_keepalive(TCP_KEEPALIVE_INTERVAL)
             .with_require_leader(true);
         if !endpoint.starts_with(SECURE) {
             return options;
@@ -184,18 +184,19 @@ const SECURE: &str = "https://";
 
 /// Validates an endpoint. Returns true if it uses TLS.
 fn checked(endpoint: &str) -> Result<bool, EtcdOptionsError> {
-    let wrong =
-        |shown: &str, why: &str| Err(EtcdOptionsError::Endpoint { endpoint: shown.to_owned(), why: why.to_owned() });
+    let wrong = |endpoint: &str, reason: &str| {
+        Err(EtcdOptionsError::Endpoint { endpoint: endpoint.to_owned(), reason: reason.to_owned() })
+    };
     let (secure, rest) = match (endpoint.strip_prefix(SECURE), endpoint.strip_prefix("http://")) {
         (Some(rest), _) => (true, rest),
         (None, Some(rest)) => (false, rest),
         (None, None) => return wrong(endpoint, "it begins with neither http:// nor https://"),
     };
-    if let Some((_, place)) = rest.rsplit_once('@') {
-        return wrong(place, "a user does not belong into it");
+    if let Some((_, address)) = rest.rsplit_once('@') {
+        return wrong(address, "it must not contain a user");
     }
     if let Some(end) = rest.find(['/', '?', '#']) {
-        return wrong(endpoint, &format!("{:?} is too much", &rest[end..]));
+        return wrong(endpoint, &format!("remove {:?}", &rest[end..]));
     }
     let Some((host, port)) = rest.rsplit_once(':') else { return wrong(endpoint, "it has no port") };
     if host.is_empty() || host.contains(char::is_whitespace) || (host.contains(':') && !host.starts_with('[')) {
@@ -211,8 +212,8 @@ fn checked(endpoint: &str) -> Result<bool, EtcdOptionsError> {
 mod tests {
     use super::*;
 
-    fn refused(options: &EtcdOptions) -> String {
-        options.check().expect_err("refused").to_string()
+    fn check_error(options: &EtcdOptions) -> String {
+        options.check().expect_err("rejected").to_string()
     }
 
     #[test]
@@ -229,35 +230,35 @@ mod tests {
             ("http://a:70000", "no port"),
             ("http://a:b", "no port"),
             ("http://::1:2379", "no host"),
-            ("http://a:1/v3", "\"/v3\" is too much"),
-            ("http://a:1?x", "too much"),
+            ("http://a:1/v3", "remove \"/v3\""),
+            ("http://a:1?x", "remove \"?x\""),
             ("http://a b:1", "no host"),
             ("", "neither http:// nor https://"),
         ] {
-            let said = refused(&EtcdOptions::new([bad]));
-            assert!(said.contains(what) && said.contains(bad), "{bad}: {said}");
+            let error = check_error(&EtcdOptions::new([bad]));
+            assert!(error.contains(what) && error.contains(bad), "{bad}: {error}");
         }
-        let said = refused(&EtcdOptions::new(["http://root:secret@a:1"]));
-        assert!(said.contains("a user does not belong") && !said.contains("secret"), "{said}");
+        let error = check_error(&EtcdOptions::new(["http://root:secret@a:1"]));
+        assert!(error.contains("it must not contain a user") && !error.contains("secret"), "{error}");
         assert!(
-            refused(&EtcdOptions::new(["http://a:1", "http://b:1", "http://a:1"]))
+            check_error(&EtcdOptions::new(["http://a:1", "http://b:1", "http://a:1"]))
                 .contains("http://a:1 is named twice")
         );
-        assert!(refused(&EtcdOptions::new([""; 0])).contains("at least one"));
-        let hasty = EtcdOptions { call_timeout: Duration::ZERO, ..EtcdOptions::new(["http://a:1"]) };
-        assert!(refused(&hasty).contains("0 ms"));
+        assert!(check_error(&EtcdOptions::new([""; 0])).contains("at least one"));
+        let without_timeout = EtcdOptions { request_timeout: Duration::ZERO, ..EtcdOptions::new(["http://a:1"]) };
+        assert!(check_error(&without_timeout).contains("0 ms"));
     }
 
     #[test]
     fn tls_without_certificate_or_https_is_rejected() {
         let with = |endpoint: &str, tls: EtcdTls| EtcdOptions { tls: Some(tls), ..EtcdOptions::new([endpoint]) };
-        assert!(refused(&with("http://a:1", EtcdTls::default())).contains("write https://"));
+        assert!(check_error(&with("http://a:1", EtcdTls::default())).contains("write https://"));
         let ca = EtcdTls { ca: Some(b"not PEM".to_vec()), identity: None };
-        assert!(refused(&with("https://a:1", ca)).contains("holds no PEM certificate"));
+        assert!(check_error(&with("https://a:1", ca)).contains("holds no PEM certificate"));
         let certificate = b"-----BEGIN CERTIFICATE-----".to_vec();
         let key = EtcdIdentity { certificate, key: b"-----BEGIN CERTIFICATE-----".to_vec() };
         assert!(
-            refused(&with("https://a:1", EtcdTls { ca: None, identity: Some(key) })).contains("no PEM private key")
+            check_error(&with("https://a:1", EtcdTls { ca: None, identity: Some(key) })).contains("no PEM private key")
         );
     }
 

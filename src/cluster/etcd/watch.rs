@@ -15,73 +15,76 @@ use std::{sync::Arc, time::Duration};
 use etcd_client::{Error, WatchOptions, WatchRequestSender, WatchResponse, WatchResponseStream};
 
 use super::{
-    call::{Failed, Refusal, Repeat},
-    members::{Line, Members},
-    text,
+    call::RetryPolicy,
+    convert,
+    error::{EtcdAttemptError, EtcdCallError},
+    members::{MemberChannel, Members},
 };
 use crate::{
-    cluster::store::{Changes, Event, Revision, StoreError},
+    cluster::store::{MetaStoreError, Revision, WatchBatch, WatchEvent},
     task::clock,
 };
 
 /// Time without a message after which progress is requested.
-const QUIET: Duration = Duration::from_secs(2);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Age of a newer revision in another response after which progress is requested at once, and the timeout of that
 /// request. A connection over a briefly interrupted network stalls for seconds afterwards, until the system
 /// retransmits.
-const LAG: Duration = Duration::from_millis(250);
-const HURRY: Duration = Duration::from_secs(1);
+const MAX_LAG: Duration = Duration::from_millis(250);
+const EARLY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Number of unanswered progress requests in a row that are tolerated. Doubled after each timeout up to
-/// [`MOST_QUIETS`]: a member that must catch up responds late and needs that time.
-const QUIETS: u32 = 1;
-const MOST_QUIETS: u32 = 32;
+/// [`MAX_UNANSWERED`]: a member that must catch up responds late and needs that time.
+const MIN_UNANSWERED: u32 = 1;
+const MAX_UNANSWERED: u32 = 32;
 
 /// Time without a working member after which the watch ends with an error.
-const PATIENCE: Duration = Duration::from_secs(30);
+const WATCH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Pauses between attempts to resume: the first and the longest.
-const WAITS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+const RETRY_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 /// A watch and its position.
-pub(super) struct Resuming {
+pub(super) struct ResumableWatch {
     members: Arc<Members>,
     prefix: String,
     /// All changes before this revision were returned.
     next: Revision,
     /// Start revision of the stream: the value of `next` at that time, or one below.
-    began: Revision,
-    stream: Stream,
-    quiets: u32,
+    start: Revision,
+    stream: MemberWatch,
+    max_unanswered: u32,
     wait: Duration,
 }
 
 /// The watch at one member.
-struct Stream {
-    line: Line,
+struct MemberWatch {
+    channel: MemberChannel,
     /// Newest known revision at the last progress request that got a response.
-    alive: Revision,
+    confirmed: Revision,
     /// True if the stream has received a response since its start.
-    answered: bool,
+    has_responded: bool,
     /// True if progress was requested because a call on the connection timed out: one request is enough.
-    doubted: bool,
+    timeout_checked: bool,
     requests: WatchRequestSender,
     responses: WatchResponseStream,
 }
 
 /// Reason for the end of a stream.
-enum Ended {
+enum WatchEnd {
     /// The stream ended with an error or a cancellation.
-    Said(String),
+    Cancelled(String),
     /// The member did not respond in time.
-    Silent,
+    TimedOut,
     /// The start revision is compacted, but the next needed revision is not.
-    Early,
+    StartCompacted,
 }
 
 /// Returns the next changes, for `futures::stream::unfold`. The stream ends after the first error.
-pub(super) async fn step(watch: Option<Resuming>) -> Option<(Result<Changes, StoreError>, Option<Resuming>)> {
+pub(super) async fn step(
+    watch: Option<ResumableWatch>,
+) -> Option<(Result<WatchBatch, MetaStoreError>, Option<ResumableWatch>)> {
     let mut watch = watch?;
     match watch.changes().await {
         Ok(changes) => Some((Ok(changes), Some(watch))),
@@ -89,98 +92,106 @@ pub(super) async fn step(watch: Option<Resuming>) -> Option<(Result<Changes, Sto
     }
 }
 
-impl Resuming {
+impl ResumableWatch {
     /// Starts a watch at a revision, at any member that responds.
-    pub(super) async fn begin(members: Arc<Members>, prefix: &str, from: Revision) -> Result<Self, StoreError> {
+    pub(super) async fn begin(members: Arc<Members>, prefix: &str, from: Revision) -> Result<Self, MetaStoreError> {
         // In etcd, 0 means from now on.
         let next = from.max(Revision(1));
-        let began = one_before(next);
-        let stream = open(&members, prefix, began).await.map_err(|failed| failed.of_watch(from))?;
-        Ok(Self { members, prefix: prefix.to_owned(), next, began, stream, quiets: QUIETS, wait: WAITS.0 })
+        let start = one_before(next);
+        let stream = open(&members, prefix, start).await.map_err(|error| error.of_watch(from))?;
+        Ok(Self {
+            members,
+            prefix: prefix.to_owned(),
+            next,
+            start,
+            stream,
+            max_unanswered: MIN_UNANSWERED,
+            wait: RETRY_BACKOFF.0,
+        })
     }
 
-    async fn changes(&mut self) -> Result<Changes, StoreError> {
+    async fn changes(&mut self) -> Result<WatchBatch, MetaStoreError> {
         loop {
-            let ended = match self.stream.next(self.quiets, Revision(self.next.0 - 1)).await {
-                Ok(response) => match self.understand(&response)? {
+            let end = match self.stream.next(self.max_unanswered, Revision(self.next.0 - 1)).await {
+                Ok(response) => match self.convert_response(&response)? {
                     Ok(changes) => return Ok(changes),
-                    Err(ended) => ended,
+                    Err(end) => end,
                 },
-                Err(ended) => ended,
+                Err(end) => end,
             };
-            self.resume(ended).await?;
+            self.resume(end).await?;
         }
     }
 
     /// Converts a response to changes, which are empty for a progress response, or to the end of this stream. An error
     /// ends the watch.
-    fn understand(&mut self, response: &WatchResponse) -> Result<Result<Changes, Ended>, StoreError> {
+    fn convert_response(&mut self, response: &WatchResponse) -> Result<Result<WatchBatch, WatchEnd>, MetaStoreError> {
         if response.compact_revision() > 0 {
-            let oldest = text::revision(response.compact_revision());
-            if self.began < self.next && oldest <= self.next {
-                return Ok(Err(Ended::Early));
+            let oldest = convert::revision(response.compact_revision());
+            if self.start < self.next && oldest <= self.next {
+                return Ok(Err(WatchEnd::StartCompacted));
             }
-            return Err(StoreError::Compacted { from: self.next, oldest });
+            return Err(MetaStoreError::Compacted { from: self.next, oldest });
         }
         if response.canceled() {
-            return Ok(Err(Ended::Said(response.cancel_reason().to_owned())));
+            return Ok(Err(WatchEnd::Cancelled(response.cancel_reason().to_owned())));
         }
-        if let Err(error) = self.stream.line.revision(response.header()) {
+        if let Err(error) = self.stream.channel.revision(response.header()) {
             if let Some(regression) = self.members.regression() {
-                return Err(StoreError::Regressed(regression));
+                return Err(MetaStoreError::Regressed(regression));
             }
-            return Ok(Err(Ended::Said(error.to_string())));
+            return Ok(Err(WatchEnd::Cancelled(error.to_string())));
         }
-        (self.quiets, self.wait) = (QUIETS, WAITS.0);
+        (self.max_unanswered, self.wait) = (MIN_UNANSWERED, RETRY_BACKOFF.0);
         let kvs = response.events().iter().filter_map(etcd_client::Event::kv);
         // Skip changes that were returned before: the stream started below `next`.
-        let new = kvs.filter(|kv| text::revision(kv.mod_revision()) >= self.next);
+        let new = kvs.filter(|kv| convert::revision(kv.mod_revision()) >= self.next);
         let mut last = None;
-        let mut events: Vec<Event> = Vec::with_capacity(response.events().len());
+        let mut events: Vec<WatchEvent> = Vec::with_capacity(response.events().len());
         for kv in new {
-            last = last.max(Some(text::revision(kv.mod_revision())));
-            events.extend(text::event(kv));
+            last = last.max(Some(convert::revision(kv.mod_revision())));
+            events.extend(convert::event(kv));
         }
         // A revision is never split over two responses unless requested (`fragment`).
         if let Some(revision) = last {
             self.next = revision.next();
         }
-        // Returned also without changes: the watcher learns that none is missing.
-        Ok(Ok(Changes { revision: Revision(self.next.0 - 1), events }))
+        // Returned also without changes: the revision proves to the watcher that none is missing.
+        Ok(Ok(WatchBatch { revision: Revision(self.next.0 - 1), events }))
     }
 
-    async fn resume(&mut self, ended: Ended) -> Result<(), StoreError> {
-        let member = self.members.of(&self.stream.line);
+    async fn resume(&mut self, end: WatchEnd) -> Result<(), MetaStoreError> {
+        let member = self.members.of(&self.stream.channel);
         let mut begin = one_before(self.next);
-        match ended {
-            Ended::Said(why) => {
-                tracing::debug!(endpoint = member.endpoint(), why, next = %self.next, "a metadata watch is resumed");
-                self.members.pass_on(member);
+        match end {
+            WatchEnd::Cancelled(reason) => {
+                tracing::debug!(endpoint = member.endpoint(), reason, next = %self.next, "resuming a metadata watch");
+                self.members.use_next_member(member);
             }
-            Ended::Silent => {
+            WatchEnd::TimedOut => {
                 tracing::info!(
                     endpoint = member.endpoint(),
-                    "this member of etcd fell silent; the metadata watch moves on to another"
+                    "an etcd member does not respond: the metadata watch moves to another member"
                 );
-                self.quiets = (self.quiets * 2).min(MOST_QUIETS);
-                member.replace(&self.stream.line).await;
-                self.members.pass_on(member);
+                self.max_unanswered = (self.max_unanswered * 2).min(MAX_UNANSWERED);
+                member.replace(&self.stream.channel).await;
+                self.members.use_next_member(member);
             }
-            Ended::Early => begin = self.next,
+            WatchEnd::StartCompacted => begin = self.next,
         }
-        let end = clock::monotonic() + PATIENCE;
+        let end = clock::monotonic() + WATCH_TIMEOUT;
         loop {
             tokio::time::sleep(self.wait).await;
-            self.wait = (self.wait * 2).min(WAITS.1);
+            self.wait = (self.wait * 2).min(RETRY_BACKOFF.1);
             match open(&self.members, &self.prefix, begin).await {
                 Ok(stream) => {
-                    (self.stream, self.began) = (stream, begin);
+                    (self.stream, self.start) = (stream, begin);
                     return Ok(());
                 }
-                Err(failed @ Failed::Unavailable { .. }) if clock::monotonic() < end => {
-                    tracing::debug!(?failed, "no member resumes the metadata watch yet");
+                Err(error @ EtcdCallError::Unavailable { .. }) if clock::monotonic() < end => {
+                    tracing::debug!(?error, "no etcd member resumed the metadata watch: retrying");
                 }
-                Err(failed) => return Err(failed.of_watch(self.next)),
+                Err(error) => return Err(error.of_watch(self.next)),
             }
         }
     }
@@ -192,66 +203,74 @@ fn one_before(next: Revision) -> Revision {
 }
 
 /// Starts a watch at any member that responds, and waits until etcd has created it.
-async fn open(members: &Members, prefix: &str, begin: Revision) -> Result<Stream, Failed> {
-    let from = text::number(begin).unwrap_or(i64::MAX);
-    let options = &WatchOptions::new().with_range(text::end(prefix)).with_start_revision(from);
+async fn open(members: &Members, prefix: &str, begin: Revision) -> Result<MemberWatch, EtcdCallError> {
+    let from = convert::number(begin).unwrap_or(i64::MAX);
+    let options = &WatchOptions::new().with_range(convert::end(prefix)).with_start_revision(from);
     members
-        .call(Repeat::Always, |line: Line| async move {
-            let stream = line.watches().watch(text::first(prefix), Some(options.clone())).await?;
+        .call(RetryPolicy::Always, |channel: MemberChannel| async move {
+            let stream = channel.watches().watch(convert::first(prefix), Some(options.clone())).await?;
             let (requests, mut responses) = stream.split();
-            let begun = responses.message().await?.ok_or_else(|| Error::WatchError("it ended at once".to_owned()))?;
-            if begun.canceled() {
-                return Err(Error::WatchError(begun.cancel_reason().to_owned()));
+            let created =
+                responses.message().await?.ok_or_else(|| Error::WatchError("the watch ended at once".to_owned()))?;
+            if created.canceled() {
+                return Err(Error::WatchError(created.cancel_reason().to_owned()));
             }
-            line.revision(begun.header())?;
-            Ok(Stream { line, alive: Revision::ZERO, answered: false, doubted: false, requests, responses })
+            channel.revision(created.header())?;
+            Ok(MemberWatch {
+                channel,
+                confirmed: Revision::ZERO,
+                has_responded: false,
+                timeout_checked: false,
+                requests,
+                responses,
+            })
         })
         .await
 }
 
-impl Stream {
-    /// Returns the next response; everything up to `given` was returned. Cancel safe: dropping the future loses no
+impl MemberWatch {
+    /// Returns the next response; everything up to `returned` was returned. Cancel safe: dropping the future loses no
     /// response.
-    async fn next(&mut self, quiets: u32, given: Revision) -> Result<WatchResponse, Ended> {
-        let (mut asked, mut hurried, mut quiet) = (None, false, 0);
-        let mut until = clock::monotonic() + QUIET;
+    async fn next(&mut self, max_unanswered: u32, returned: Revision) -> Result<WatchResponse, WatchEnd> {
+        let (mut requested_at, mut is_early_request, mut unanswered) = (None, false, 0);
+        let mut until = clock::monotonic() + PROGRESS_INTERVAL;
         loop {
             // A new stream, or a member that was too slow before, gets the full time.
-            let may_doubt = self.answered && !hurried && quiets == QUIETS;
-            let Self { line, responses, alive, answered, doubted, .. } = &mut *self;
-            let hurry = tokio::select! {
+            let may_check_early = self.has_responded && !is_early_request && max_unanswered == MIN_UNANSWERED;
+            let Self { channel, responses, confirmed, has_responded, timeout_checked, .. } = &mut *self;
+            let is_early = tokio::select! {
                 biased;
                 response = responses.message() => {
                     let response = match response {
                         Ok(Some(response)) => response,
-                        Ok(None) => return Err(Ended::Said("the stream ended".to_owned())),
-                        Err(error) => return Err(Ended::Said(Refusal::of(&error).why)),
+                        Ok(None) => return Err(WatchEnd::Cancelled("the stream ended".to_owned())),
+                        Err(error) => return Err(WatchEnd::Cancelled(EtcdAttemptError::of(&error).reason)),
                     };
                     // Changes may have been in transit before the request.
-                    if let Some(asked) = asked.filter(|_| response.events().is_empty()) {
-                        *alive = asked;
+                    if let Some(requested_at) = requested_at.filter(|_| response.events().is_empty()) {
+                        *confirmed = requested_at;
                     }
-                    *answered = true;
+                    *has_responded = true;
                     return Ok(response);
                 }
-                () = line.is_given_up(), if may_doubt && !*doubted => {
-                    *doubted = true;
+                () = channel.wait_until_timed_out(), if may_check_early && !*timeout_checked => {
+                    *timeout_checked = true;
                     true
                 }
-                () = line.is_outrun(given.max(*alive), LAG), if may_doubt => true,
+                () = channel.wait_until_outrun(returned.max(*confirmed), MAX_LAG), if may_check_early => true,
                 () = tokio::time::sleep_until(until) => false,
             };
-            if !hurry && (hurried || quiet == quiets) {
-                return Err(Ended::Silent);
+            if !is_early && (is_early_request || unanswered == max_unanswered) {
+                return Err(WatchEnd::TimedOut);
             }
-            let soon = clock::monotonic() + if hurry { HURRY } else { QUIET };
-            until = if hurry && quiet > 0 { soon.min(until) } else { soon };
-            quiet += 1;
-            hurried = hurry;
-            asked = Some(self.line.newest());
+            let timeout = clock::monotonic() + if is_early { EARLY_TIMEOUT } else { PROGRESS_INTERVAL };
+            until = if is_early && unanswered > 0 { timeout.min(until) } else { timeout };
+            unanswered += 1;
+            is_early_request = is_early;
+            requested_at = Some(self.channel.newest());
             // The channel holds a hundred requests, so this never waits.
             let requested = self.requests.request_progress().await;
-            requested.map_err(|error| Ended::Said(error.to_string()))?;
+            requested.map_err(|error| WatchEnd::Cancelled(error.to_string()))?;
         }
     }
 }

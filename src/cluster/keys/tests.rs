@@ -15,7 +15,7 @@ fn golden<T: Value + PartialEq + fmt::Debug>(value: &T, json: &str) {
     assert_eq!(std::str::from_utf8(&value.encode()).expect("text"), json);
     assert_eq!(T::decode("key", json.as_bytes()).as_ref(), Ok(value));
     let newer = format!("{}, \"of_a_newer_version\": {{\"x\": [1]}}}}", &json[..json.len() - 1]);
-    assert_eq!(T::decode("key", newer.as_bytes()).as_ref(), Ok(value), "an unknown field is passed over");
+    assert_eq!(T::decode("key", newer.as_bytes()).as_ref(), Ok(value), "an unknown field is ignored");
 }
 
 #[test]
@@ -27,8 +27,8 @@ fn values_are_encoded_as_documented() {
             directory_id: "d".into(),
             incarnation: "p".into(),
             state: BrokerState::Stopping,
+            disk_pressure: false,
             disk_full: false,
-            no_room: false,
             max_replicas: Some(4000),
             version: "0.1.0".into(),
         },
@@ -62,10 +62,10 @@ fn values_are_encoded_as_documented() {
             elr: vec![BrokerId(1)],
             adding: vec![],
             removing: vec![],
-            removals: 0,
-            unclean: None,
-            discard: false,
-            ordered: Vec::new(),
+            removal_count: 0,
+            unclean_epoch: None,
+            discard_local: false,
+            queued_replicas: Vec::new(),
         },
         r#"{"replicas":[2,1],"leader":2,"leader_epoch":7,"isr":[2],"elr":[1]}"#,
     );
@@ -78,12 +78,12 @@ fn values_are_encoded_as_documented() {
             elr: vec![],
             adding: vec![BrokerId(2)],
             removing: vec![BrokerId(1)],
-            removals: 3,
-            unclean: Some(LeaderEpoch(5)),
-            discard: true,
-            ordered: [3, 2].map(BrokerId).to_vec(),
+            removal_count: 3,
+            unclean_epoch: Some(LeaderEpoch(5)),
+            discard_local: true,
+            queued_replicas: [3, 2].map(BrokerId).to_vec(),
         },
-        r#"{"replicas":[2,1],"leader":null,"leader_epoch":8,"isr":[2],"elr":[],"adding":[2],"removing":[1],"removals":3,"unclean":5,"discard":true,"ordered":[3,2]}"#,
+        r#"{"replicas":[2,1],"leader":null,"leader_epoch":8,"isr":[2],"elr":[],"adding":[2],"removing":[1],"removal_count":3,"unclean_epoch":5,"discard_local":true,"queued_replicas":[3,2]}"#,
     );
     golden(
         &TierState {
@@ -97,12 +97,12 @@ fn values_are_encoded_as_documented() {
     );
     golden(&ProducerIdsValue { next: 2000 }, r#"{"next":2000}"#);
     golden(
-        &StoreNote {
+        &StoreBinding {
             id: uuid::uuid!("6f1c2a9e-0000-4000-8000-0123456789ab"),
-            place: "s3://b/p at http://s3:9000".to_owned(),
-            reserved: false,
+            url: "s3://b/p at http://s3:9000".to_owned(),
+            pending: false,
         },
-        r#"{"id":"6f1c2a9e-0000-4000-8000-0123456789ab","place":"s3://b/p at http://s3:9000"}"#,
+        r#"{"id":"6f1c2a9e-0000-4000-8000-0123456789ab","url":"s3://b/p at http://s3:9000"}"#,
     );
 }
 
@@ -115,7 +115,7 @@ fn paths_are_as_documented_and_parse_back() {
         (Key::Topic("orders".parse().expect("valid")), "/strandline/blue/topics/orders"),
         (Key::Partition(id), "/strandline/blue/partitions/6f1c2a9e-0000-4000-8000-0123456789ab/12"),
         (Key::Tier(id), "/strandline/blue/tier/6f1c2a9e-0000-4000-8000-0123456789ab/12"),
-        (Key::Deleted(topic()), "/strandline/blue/deleted/6f1c2a9e-0000-4000-8000-0123456789ab"),
+        (Key::Tombstone(topic()), "/strandline/blue/deleted/6f1c2a9e-0000-4000-8000-0123456789ab"),
         (Key::ProducerIds, "/strandline/blue/producer-ids"),
         (Key::ProducerIdKey, "/strandline/blue/producer-id-key"),
         (Key::ObjectStore, "/strandline/blue/object-store"),
@@ -154,7 +154,7 @@ fn foreign_paths_are_not_parsed() {
 #[test]
 fn contradictory_values_are_rejected_with_reason() {
     let partition = |json: &str| PartitionValue::decode("the/key", json.as_bytes()).expect_err(json).to_string();
-    for (json, why) in [
+    for (json, reason) in [
         (r#"{"replicas":[],"leader":null,"leader_epoch":0,"isr":[]}"#, "replicas is empty"),
         (r#"{"replicas":[1,1],"leader":1,"leader_epoch":0,"isr":[1]}"#, "twice"),
         (r#"{"replicas":[1],"leader":2,"leader_epoch":0,"isr":[1]}"#, "leader 2 is not in isr"),
@@ -167,7 +167,7 @@ fn contradictory_values_are_rejected_with_reason() {
         ("", "EOF"),
     ] {
         let error = partition(json);
-        assert!(error.contains("the/key") && error.contains(why), "{error}");
+        assert!(error.contains("the/key") && error.contains(reason), "{error}");
     }
     let broker = |json: &str| BrokerValue::decode("k", json.as_bytes());
     let listener = |name: &str, protocol: &str| {
@@ -175,7 +175,7 @@ fn contradictory_values_are_rejected_with_reason() {
             r#"{{"listeners":{{"{name}":{{"protocol":"{protocol}","address":"a:1"}}}},"directory_id":"d","version":"0"}}"#
         )
     };
-    assert_eq!(broker(&listener("client", "grpc")).expect("whole").listeners.client(), "a:1");
+    assert_eq!(broker(&listener("client", "grpc")).expect("valid").listeners.client(), "a:1");
     for newer in [r#"{"protocol":{"name":"x"}}"#, r#"{"protocol":"grpc"}"#, r#"{"protocol":"x","address":"a:2"}"#, "7"]
     {
         let json = listener("client", "grpc").replace(r#""client":"#, &format!(r#""tls":{newer},"client":"#));

@@ -15,8 +15,8 @@ fn set(ids: &[u32]) -> BTreeSet<BrokerId> {
 
 /// Returns a value with replicas 1, 2 and 3 in epoch 4.
 fn value(leader: Option<u32>, isr: &[u32], elr: &[u32]) -> PartitionValue {
-    let whole = PartitionValue::new(brokers(&[1, 2, 3]), LeaderEpoch(4));
-    PartitionValue { leader: leader.map(BrokerId), isr: brokers(isr), elr: brokers(elr), ..whole }
+    let base = PartitionValue::new(brokers(&[1, 2, 3]), LeaderEpoch(4));
+    PartitionValue { leader: leader.map(BrokerId), isr: brokers(isr), elr: brokers(elr), ..base }
 }
 
 /// Returns the sets as text.
@@ -77,7 +77,7 @@ fn election_prefers_isr_over_elr() {
 #[test]
 fn unclean_election_is_recorded() {
     let elected = value(None, &[1], &[2]).elect_unclean(BrokerId(3), false).unwrap();
-    assert_eq!((sets(&elected).as_str(), elected.unclean), ("3@5 isr 3 elr ", Some(LeaderEpoch(5))));
+    assert_eq!((sets(&elected).as_str(), elected.unclean_epoch), ("3@5 isr 3 elr ", Some(LeaderEpoch(5))));
     assert_eq!(value(None, &[1], &[]).elect_unclean(BrokerId(9), false), None);
 }
 
@@ -93,21 +93,24 @@ fn resigned_leader_leaves_isr_unless_last_member() {
 
 #[test]
 fn unverified_replica_leaves_all_sets_without_substitute() {
-    for (leader, isr, elr, holds, then) in [
-        (Some(1), &[1, 2][..], &[][..], Holds::All, Some("none@5 isr 1,2 elr ")),
-        (Some(2), &[1, 2], &[], Holds::All, None),
-        (Some(1), &[1, 2], &[], Holds::Nothing, Some("none@5 isr 2 elr ")),
-        (Some(2), &[1, 2], &[], Holds::Nothing, Some("2@4 isr 2 elr ")),
-        (Some(2), &[2], &[1], Holds::Nothing, Some("2@4 isr 2 elr ")),
-        (Some(1), &[1], &[], Holds::Nothing, Some("none@5 isr  elr ")),
-        (Some(2), &[2], &[], Holds::Nothing, None),
-        (Some(1), &[1, 2], &[], Holds::Unmarked, Some("none@5 isr 2 elr ")),
-        (Some(1), &[1], &[2], Holds::Unmarked, Some("none@5 isr  elr 2")),
-        (None, &[], &[], Holds::Unmarked, None),
+    for (leader, isr, elr, integrity, then) in [
+        (Some(1), &[1, 2][..], &[][..], ReplicaIntegrity::Intact, Some("none@5 isr 1,2 elr ")),
+        (Some(2), &[1, 2], &[], ReplicaIntegrity::Intact, None),
+        (Some(1), &[1, 2], &[], ReplicaIntegrity::Unverified, Some("none@5 isr 2 elr ")),
+        (Some(2), &[1, 2], &[], ReplicaIntegrity::Unverified, Some("2@4 isr 2 elr ")),
+        (Some(2), &[2], &[1], ReplicaIntegrity::Unverified, Some("2@4 isr 2 elr ")),
+        (Some(1), &[1], &[], ReplicaIntegrity::Unverified, Some("none@5 isr  elr ")),
+        (Some(2), &[2], &[], ReplicaIntegrity::Unverified, None),
+        (Some(1), &[1, 2], &[], ReplicaIntegrity::UncleanShutdown, Some("none@5 isr 2 elr ")),
+        (Some(1), &[1], &[2], ReplicaIntegrity::UncleanShutdown, Some("none@5 isr  elr 2")),
+        (None, &[], &[], ReplicaIntegrity::UncleanShutdown, None),
     ] {
-        let struck = value(leader, isr, elr).struck(BrokerId(1), holds);
-        assert_eq!(struck.as_ref().map(sets).as_deref(), then, "{leader:?} {isr:?} {elr:?} {holds:?}");
-        assert!(struck.is_none_or(|struck| struck.unclean.is_none() && struck.struck(BrokerId(1), holds).is_none()));
+        let restarted = value(leader, isr, elr).after_restart(BrokerId(1), integrity);
+        assert_eq!(restarted.as_ref().map(sets).as_deref(), then, "{leader:?} {isr:?} {elr:?} {integrity:?}");
+        assert!(
+            restarted.is_none_or(|restarted| restarted.unclean_epoch.is_none()
+                && restarted.after_restart(BrokerId(1), integrity).is_none())
+        );
     }
 }
 
@@ -116,62 +119,69 @@ fn unverified_replica_leaves_all_sets_without_substitute() {
 #[test]
 fn last_holder_stays_after_unclean_shutdown_as_unclean() {
     for (leader, isr, elr) in [(Some(1), &[1][..], &[][..]), (None, &[], &[1])] {
-        let stays = value(leader, isr, elr).struck(BrokerId(1), Holds::Unmarked).unwrap();
+        let stays = value(leader, isr, elr).after_restart(BrokerId(1), ReplicaIntegrity::UncleanShutdown).unwrap();
         assert_eq!((&stays.isr, &stays.elr), (&brokers(isr), &brokers(elr)));
-        assert_eq!((stays.leader, stays.unclean), (None, Some(stays.leader_epoch)));
-        assert_eq!(stays.struck(BrokerId(1), Holds::Unmarked), None, "a second look changes nothing");
+        assert_eq!((stays.leader, stays.unclean_epoch), (None, Some(stays.leader_epoch)));
+        assert_eq!(
+            stays.after_restart(BrokerId(1), ReplicaIntegrity::UncleanShutdown),
+            None,
+            "a second restart changes nothing"
+        );
     }
 }
 
 #[test]
 fn reassignment_completes_with_new_in_sync_and_leader_kept() {
-    let moving = value(Some(1), &[1, 2, 3], &[]).begin_move(&brokers(&[4, 1])).unwrap();
-    assert_eq!((&moving.replicas, &moving.adding), (&brokers(&[4, 1, 2, 3]), &brokers(&[4])));
-    assert_eq!(moving.removing, brokers(&[2, 3]));
-    assert_eq!(moving.end_move(), None, "4 has nothing yet");
-    let ended = moving.expand(&set(&[4]), 2).end_move().unwrap();
-    assert_eq!((sets(&ended).as_str(), &ended.replicas), ("1@4 isr 1,4 elr ", &brokers(&[4, 1])));
-    assert_eq!(ended.end_move(), None, "no move is under way");
+    let reassigning = value(Some(1), &[1, 2, 3], &[]).start_reassignment(&brokers(&[4, 1])).unwrap();
+    assert_eq!((&reassigning.replicas, &reassigning.adding), (&brokers(&[4, 1, 2, 3]), &brokers(&[4])));
+    assert_eq!(reassigning.removing, brokers(&[2, 3]));
+    assert_eq!(reassigning.complete_reassignment(), None, "4 is not in sync yet");
+    let completed = reassigning.expand(&set(&[4]), 2).complete_reassignment().unwrap();
+    assert_eq!((sets(&completed).as_str(), &completed.replicas), ("1@4 isr 1,4 elr ", &brokers(&[4, 1])));
+    assert_eq!(completed.complete_reassignment(), None, "no reassignment is in progress");
 
-    let led_elsewhere = PartitionValue { leader: Some(BrokerId(2)), ..moving.expand(&set(&[4]), 2) };
-    assert_eq!(led_elsewhere.end_move(), None, "the leader would go");
-    let cancelled = moving.expand(&set(&[4]), 2).cancel_move().unwrap();
+    let led_elsewhere = PartitionValue { leader: Some(BrokerId(2)), ..reassigning.expand(&set(&[4]), 2) };
+    assert_eq!(led_elsewhere.complete_reassignment(), None, "the leader would be removed");
+    let cancelled = reassigning.expand(&set(&[4]), 2).cancel_reassignment().unwrap();
     assert_eq!((sets(&cancelled).as_str(), &cancelled.replicas), ("1@4 isr 1,2,3 elr ", &brokers(&[1, 2, 3])));
-    assert_eq!(value(Some(1), &[1], &[]).cancel_move(), None);
+    assert_eq!(value(Some(1), &[1], &[]).cancel_reassignment(), None);
     for target in [&[][..], &[1, 1]] {
-        assert_eq!(value(Some(1), &[1], &[]).begin_move(&brokers(target)), None);
+        assert_eq!(value(Some(1), &[1], &[]).start_reassignment(&brokers(target)), None);
     }
 }
 
 /// A replica that was being added and is no longer wanted is dropped; an earlier replica does not count as new.
 #[test]
 fn second_reassignment_replaces_the_first() {
-    let first = value(Some(1), &[1, 2, 3], &[]).begin_move(&brokers(&[1, 4, 5])).unwrap();
-    let second = first.begin_move(&brokers(&[1, 2, 5])).unwrap();
+    let first = value(Some(1), &[1, 2, 3], &[]).start_reassignment(&brokers(&[1, 4, 5])).unwrap();
+    let second = first.start_reassignment(&brokers(&[1, 2, 5])).unwrap();
     assert_eq!((&second.adding, &second.removing), (&brokers(&[5]), &brokers(&[3])));
-    assert_eq!((&second.replicas, second.removals), (&brokers(&[1, 2, 5, 3]), 1), "4 has nothing that counts");
-    assert_eq!(second.cancel_move().unwrap().replicas, brokers(&[1, 2, 3]));
+    assert_eq!((&second.replicas, second.removal_count), (&brokers(&[1, 2, 5, 3]), 1), "4 was never in sync");
+    assert_eq!(second.cancel_reassignment().unwrap().replicas, brokers(&[1, 2, 3]));
     // A replica that was in sync is removed in order.
-    let third = first.expand(&set(&[4]), 2).begin_move(&brokers(&[1, 2, 5])).unwrap();
-    assert_eq!((&third.removing, third.removals), (&brokers(&[4, 3]), 0));
+    let third = first.expand(&set(&[4]), 2).start_reassignment(&brokers(&[1, 2, 5])).unwrap();
+    assert_eq!((&third.removing, third.removal_count), (&brokers(&[4, 3]), 0));
 }
 
-/// A dropped replica's broker deletes its data: a leader that learns of the drop after the return must recognise a new
+/// A dropped replica's broker deletes its data: a leader that reads of the drop after the return must recognise a new
 /// replica.
 #[test]
 fn dropped_replica_returns_as_another_addition() {
     let target = brokers(&[1, 2, 4]);
-    let first = value(Some(1), &[1, 2, 3], &[]).begin_move(&target).unwrap();
+    let first = value(Some(1), &[1, 2, 3], &[]).start_reassignment(&target).unwrap();
     assert_eq!((first.added_after(BrokerId(4)), first.added_after(BrokerId(1))), (Some(0), None));
-    let again = first.cancel_move().unwrap().begin_move(&target).unwrap();
-    assert_eq!(again, PartitionValue { removals: 1, ..first.clone() });
-    assert_eq!(again.added_after(BrokerId(4)), Some(1));
+    let second = first.cancel_reassignment().unwrap().start_reassignment(&target).unwrap();
+    assert_eq!(second, PartitionValue { removal_count: 1, ..first.clone() });
+    assert_eq!(second.added_after(BrokerId(4)), Some(1));
     // The same after a replaced reassignment, and after a completed one.
-    let back = first.begin_move(&brokers(&[1, 2, 3])).unwrap();
-    assert_eq!((back.is_moving(), back.begin_move(&target).unwrap().added_after(BrokerId(4))), (false, Some(1)));
-    let ended = first.expand(&set(&[4]), 2).end_move().unwrap();
-    assert_eq!((ended.removals, ended.added_after(BrokerId(4))), (1, None));
-    assert_eq!(ended.begin_move(&brokers(&[1, 2, 3])).unwrap().added_after(BrokerId(3)), Some(1));
+    let back = first.start_reassignment(&brokers(&[1, 2, 3])).unwrap();
+    assert_eq!(
+        (back.is_reassigning(), back.start_reassignment(&target).unwrap().added_after(BrokerId(4))),
+        (false, Some(1))
+    );
+    let completed = first.expand(&set(&[4]), 2).complete_reassignment().unwrap();
+    assert_eq!((completed.removal_count, completed.added_after(BrokerId(4))), (1, None));
+    assert_eq!(completed.start_reassignment(&brokers(&[1, 2, 3])).unwrap().added_after(BrokerId(3)), Some(1));
 }
 
 #[derive(Clone, Debug)]
@@ -182,16 +192,23 @@ enum Change {
     Unclean(BrokerId),
     Leaderless,
     Resign(BrokerId),
-    Strike(BrokerId, Holds),
-    BeginMove(Vec<BrokerId>),
-    EndMove,
-    CancelMove,
+    Restart(BrokerId, ReplicaIntegrity),
+    StartReassignment(Vec<BrokerId>),
+    CompleteReassignment,
+    CancelReassignment,
+}
+
+fn integrity() -> impl Strategy<Value = ReplicaIntegrity> {
+    prop_oneof![
+        Just(ReplicaIntegrity::Intact),
+        Just(ReplicaIntegrity::UncleanShutdown),
+        Just(ReplicaIntegrity::Unverified)
+    ]
 }
 
 fn change() -> impl Strategy<Value = Change> {
     let broker = || (1u32..6).prop_map(BrokerId);
     let some = || prop::collection::btree_set(broker(), 0..4);
-    let holds = prop_oneof![Just(Holds::All), Just(Holds::Unmarked), Just(Holds::Nothing)];
     prop_oneof![
         some().prop_map(Change::Shrink),
         some().prop_map(Change::Expand),
@@ -199,10 +216,10 @@ fn change() -> impl Strategy<Value = Change> {
         broker().prop_map(Change::Unclean),
         Just(Change::Leaderless),
         broker().prop_map(Change::Resign),
-        (broker(), holds).prop_map(|(who, holds)| Change::Strike(who, holds)),
-        prop::collection::vec(broker(), 0..4).prop_map(Change::BeginMove),
-        Just(Change::EndMove),
-        Just(Change::CancelMove),
+        (broker(), integrity()).prop_map(|(broker, integrity)| Change::Restart(broker, integrity)),
+        prop::collection::vec(broker(), 0..4).prop_map(Change::StartReassignment),
+        Just(Change::CompleteReassignment),
+        Just(Change::CancelReassignment),
     ]
 }
 
@@ -217,10 +234,10 @@ fn apply(value: &PartitionValue, change: &Change, min: usize) -> PartitionValue 
         Change::Unclean(to) => value.elect_unclean(*to, false).unwrap_or_else(same),
         Change::Leaderless => value.leaderless(),
         Change::Resign(me) => value.resign(*me, min),
-        Change::Strike(who, holds) => value.struck(*who, *holds).unwrap_or_else(same),
-        Change::BeginMove(target) => value.begin_move(target).unwrap_or_else(same),
-        Change::EndMove => value.end_move().unwrap_or_else(same),
-        Change::CancelMove => value.cancel_move().unwrap_or_else(same),
+        Change::Restart(broker, integrity) => value.after_restart(*broker, *integrity).unwrap_or_else(same),
+        Change::StartReassignment(target) => value.start_reassignment(target).unwrap_or_else(same),
+        Change::CompleteReassignment => value.complete_reassignment().unwrap_or_else(same),
+        Change::CancelReassignment => value.cancel_reassignment().unwrap_or_else(same),
     }
 }
 
@@ -233,13 +250,13 @@ proptest! {
             let next = apply(&value, &change, min);
             prop_assert_eq!(next.contradiction(), None, "{:?}: {:?} became {:?}", change, value, next);
             let all = |value: &PartitionValue| -> BTreeSet<_> { value.isr.iter().chain(&value.elr).copied().collect() };
-            prop_assert_eq!(all(&next).len(), next.isr.len() + next.elr.len(), "disjoint, nobody twice");
-            let turns = u32::from(next.leader != value.leader || matches!(change, Change::Unclean(_)) && next != value);
-            prop_assert_eq!(next.leader_epoch.0, value.leader_epoch.0 + turns, "{:?}", change);
+            prop_assert_eq!(all(&next).len(), next.isr.len() + next.elr.len(), "disjoint, without duplicates");
+            let epochs = u32::from(next.leader != value.leader || matches!(change, Change::Unclean(_)) && next != value);
+            prop_assert_eq!(next.leader_epoch.0, value.leader_epoch.0 + epochs, "{:?}", change);
             let grows = next.elr.iter().any(|id| !value.elr.contains(id));
             let may = matches!(change, Change::Shrink(_) | Change::Elect(..) | Change::Resign(_));
             prop_assert!(may || !grows, "{:?}", change);
-            prop_assert!(!grows || next.isr.len() < min, "only below the minimum: {:?}", change);
+            prop_assert!(!grows || next.isr.len() < min, "only below the min ISR: {:?}", change);
             // A clean election keeps every replica that may have committed records in ISR or ELR, or keeps the min ISR.
             if let Change::Elect(..) = change {
                 prop_assert!(next.isr.len() >= min || all(&next).is_superset(&all(&value)), "{:?}", change);
@@ -248,17 +265,21 @@ proptest! {
         }
     }
 
-    /// A strike only removes members, and a second one changes nothing.
+    /// A restart only removes members, and a second one changes nothing.
     #[test]
-    fn strike_is_idempotent(changes in prop::collection::vec((change(), 1usize..4), 0..20), who in 1u32..6, holds in 0u8..3) {
-        let holds = [Holds::All, Holds::Unmarked, Holds::Nothing][usize::from(holds)];
-        let value = changes.iter().fold(value(Some(1), &[1, 2, 3], &[]), |value, (change, min)| apply(&value, change, *min));
-        let Some(struck) = value.struck(BrokerId(who), holds) else { return Ok(()) };
-        prop_assert_eq!(struck.struck(BrokerId(who), holds), None);
-        prop_assert_ne!(struck.leader, Some(BrokerId(who)));
-        for (before, after) in [(&value.isr, &struck.isr), (&value.elr, &struck.elr)] {
+    fn after_restart_is_idempotent(
+        changes in prop::collection::vec((change(), 1usize..4), 0..20),
+        broker in 1u32..6,
+        integrity in integrity(),
+    ) {
+        let start = value(Some(1), &[1, 2, 3], &[]);
+        let value = changes.iter().fold(start, |value, (change, min)| apply(&value, change, *min));
+        let Some(restarted) = value.after_restart(BrokerId(broker), integrity) else { return Ok(()) };
+        prop_assert_eq!(restarted.after_restart(BrokerId(broker), integrity), None);
+        prop_assert_ne!(restarted.leader, Some(BrokerId(broker)));
+        for (before, after) in [(&value.isr, &restarted.isr), (&value.elr, &restarted.elr)] {
             prop_assert!(after.iter().all(|id| before.contains(id)));
-            prop_assert!(before.iter().all(|id| id.0 == who || after.contains(id)));
+            prop_assert!(before.iter().all(|id| id.0 == broker || after.contains(id)));
         }
     }
 }

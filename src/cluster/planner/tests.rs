@@ -10,12 +10,12 @@ use crate::{
     cluster::{
         endpoints::Endpoints,
         keys::{BrokerValue, DrainValue, Key, Keys, Value},
-        store::{Entry, Listing},
+        store::{KeyValue, ListResult},
     },
     model::{LeaderEpoch, TopicId, TopicName},
 };
 
-mod gone;
+mod offline;
 mod unreachable;
 
 /// A simulated cluster in which plans are applied.
@@ -24,9 +24,9 @@ struct World {
     keys: Keys,
     entries: BTreeMap<String, (Bytes, Revision)>,
     revision: Revision,
-    gone_ms: BTreeMap<BrokerId, u64>,
-    up_ms: BTreeMap<BrokerId, u64>,
-    limits: Limits,
+    offline_ms: BTreeMap<BrokerId, u64>,
+    online_ms: BTreeMap<BrokerId, u64>,
+    limits: PlannerLimits,
 }
 
 fn topic() -> TopicId {
@@ -42,8 +42,8 @@ fn ids(numbers: &[u32]) -> Vec<BrokerId> {
 }
 
 fn value(replicas: &[u32], leader: Option<u32>, isr: &[u32]) -> PartitionValue {
-    let whole = PartitionValue::new(ids(replicas), LeaderEpoch(5));
-    PartitionValue { leader: leader.map(BrokerId), isr: ids(isr), ..whole }
+    let base = PartitionValue::new(ids(replicas), LeaderEpoch(5));
+    PartitionValue { leader: leader.map(BrokerId), isr: ids(isr), ..base }
 }
 
 impl World {
@@ -53,9 +53,9 @@ impl World {
             keys: Keys::new("test").unwrap(),
             entries: BTreeMap::new(),
             revision: Revision(1),
-            gone_ms: BTreeMap::new(),
-            up_ms: BTreeMap::new(),
-            limits: Limits::default(),
+            offline_ms: BTreeMap::new(),
+            online_ms: BTreeMap::new(),
+            limits: PlannerLimits::default(),
         };
         for (number, rack) in (1..).zip(racks) {
             world.come(number, rack);
@@ -83,65 +83,65 @@ impl World {
         let rack = Some(rack.to_owned()).filter(|rack| !rack.is_empty());
         let value = BrokerValue { rack, ..BrokerValue::running_at("a:1".to_owned()) };
         self.put(&Key::Broker(BrokerId(number)), &value);
-        self.up_ms.insert(BrokerId(number), 100_000);
-        self.gone_ms.remove(&BrokerId(number));
+        self.online_ms.insert(BrokerId(number), 100_000);
+        self.offline_ms.remove(&BrokerId(number));
     }
 
     fn stop(&mut self, number: u32) {
-        self.say(number, |value| value.state = BrokerState::Stopping);
+        self.update_flags(number, |value| value.state = BrokerState::Stopping);
     }
 
     fn fill(&mut self, number: u32) {
-        self.say(number, |value| value.disk_full = true);
+        self.update_flags(number, |value| value.disk_pressure = true);
     }
 
     fn bound(&mut self, number: u32, max: u32) {
-        self.say(number, |value| value.max_replicas = Some(max));
+        self.update_flags(number, |value| value.max_replicas = Some(max));
     }
 
     /// Removes the address for other brokers from the registration.
     fn hide(&mut self, number: u32) {
-        self.say(number, |value| value.listeners = Endpoints::new("a:1".to_owned()));
+        self.update_flags(number, |value| value.listeners = Endpoints::new("a:1".to_owned()));
     }
 
     fn held(&self, number: u32) -> usize {
-        self.view().partitions_on(BrokerId(number)).len()
+        self.metadata().partitions_on(BrokerId(number)).len()
     }
 
-    fn say(&mut self, number: u32, change: impl FnOnce(&mut BrokerValue)) {
+    fn update_flags(&mut self, number: u32, change: impl FnOnce(&mut BrokerValue)) {
         let path = self.keys.broker(BrokerId(number));
         let mut value = BrokerValue::decode(&path, &self.entries[&path].0).unwrap();
         change(&mut value);
         self.put(&Key::Broker(BrokerId(number)), &value);
     }
 
-    fn go(&mut self, number: u32, gone_ms: u64) {
+    fn go(&mut self, number: u32, offline_ms: u64) {
         self.entries.remove(&self.keys.broker(BrokerId(number)));
         self.revision = self.revision.next();
-        self.gone_ms.insert(BrokerId(number), gone_ms);
+        self.offline_ms.insert(BrokerId(number), offline_ms);
     }
 
     fn drain(&mut self, number: u32) {
         self.put(&Key::Drain(BrokerId(number)), &DrainValue { since_ms: 0 });
     }
 
-    fn view(&self) -> ViewState {
-        let entries = self.entries.iter().map(|(key, (value, revision))| Entry {
+    fn metadata(&self) -> MetadataSnapshot {
+        let entries = self.entries.iter().map(|(key, (value, revision))| KeyValue {
             key: key.clone(),
             value: value.clone(),
             create_revision: *revision,
             mod_revision: *revision,
             lease: None,
         });
-        let mut view = ViewState::default();
-        view.replace(&self.keys, Listing { revision: self.revision, entries: entries.collect() });
-        view
+        let mut metadata = MetadataSnapshot::default();
+        metadata.replace(&self.keys, ListResult { revision: self.revision, entries: entries.collect() });
+        metadata
     }
 
-    fn plan(&self) -> Plan {
-        let (view, defaults) = (self.view(), ConfigMap::new());
-        let Self { gone_ms, up_ms, limits, .. } = self;
-        plan(&Input { view: &view, defaults: &defaults, gone_ms, up_ms, limits: *limits })
+    fn plan(&self) -> ClusterPlan {
+        let (metadata, defaults) = (self.metadata(), ConfigMap::new());
+        let Self { offline_ms, online_ms, limits, .. } = self;
+        plan(&PlannerInput { metadata: &metadata, defaults: &defaults, offline_ms, online_ms, limits: *limits })
     }
 
     fn partition(&self, number: u32) -> PartitionValue {
@@ -154,13 +154,13 @@ impl World {
     }
 
     /// Applies a plan with the checks of compare-and-set.
-    fn carry_out(&mut self, plan: &Plan) {
+    fn apply_plan(&mut self, plan: &ClusterPlan) {
         let mut seen = BTreeSet::new();
-        for Step { change, .. } in &plan.steps {
+        for PlannedChange { change, .. } in &plan.steps {
             assert!(seen.insert(change.id), "two steps of {}", change.id);
             assert_eq!(change.value.contradiction(), None, "{:?}", change.value);
             let path = self.keys.partition(change.id);
-            assert_eq!(self.entries[&path].1, change.expect);
+            assert_eq!(self.entries[&path].1, change.expected_revision);
             self.put(&Key::Partition(change.id), &change.value);
         }
     }
@@ -174,8 +174,8 @@ impl World {
             if !value.leader.is_some_and(|leader| self.is_live(leader)) {
                 continue;
             }
-            let (live, dead): (BTreeSet<_>, BTreeSet<_>) = value.replicas.iter().partition(|id| self.is_live(**id));
-            let next = value.shrink(&dead, min_insync).expand(&live, min_insync);
+            let (live, offline): (BTreeSet<_>, BTreeSet<_>) = value.replicas.iter().partition(|id| self.is_live(**id));
+            let next = value.shrink(&offline, min_insync).expand(&live, min_insync);
             if next != value {
                 self.put(&Key::Partition(id(number)), &next);
             }
@@ -184,24 +184,24 @@ impl World {
 
     /// Plans and replicates until no change remains.
     fn settle(&mut self, min_insync: usize) -> usize {
-        for round in 0..200 {
+        for pass in 0..200 {
             let (plan, before) = (self.plan(), self.revision);
-            self.carry_out(&plan);
+            self.apply_plan(&plan);
             self.replicate(min_insync);
             if self.revision == before {
-                return round;
+                return pass;
             }
         }
         panic!("the plans do not end: {:?}", self.plan());
     }
 }
 
-fn steps(plan: &Plan) -> Vec<(Why, PartitionValue)> {
-    plan.steps.iter().map(|step| (step.why, step.change.value.clone())).collect()
+fn steps(plan: &ClusterPlan) -> Vec<(ChangeReason, PartitionValue)> {
+    plan.steps.iter().map(|step| (step.reason, step.change.value.clone())).collect()
 }
 
 /// Returns the only change of a plan.
-fn only(world: &World) -> (Why, PartitionValue) {
+fn only(world: &World) -> (ChangeReason, PartitionValue) {
     let steps = steps(&world.plan());
     assert_eq!(steps.len(), 1, "{steps:?}");
     steps[0].clone()
@@ -210,20 +210,20 @@ fn only(world: &World) -> (Why, PartitionValue) {
 #[test]
 fn healthy_cluster_needs_no_changes() {
     let values = vec![value(&[1, 2, 3], Some(1), &[1, 2, 3]), value(&[2, 3, 1], Some(2), &[2, 3, 1])];
-    assert_eq!(World::of(&["a", "b", "c"], 3, 2, values).plan(), Plan::default());
+    assert_eq!(World::of(&["a", "b", "c"], 3, 2, values).plan(), ClusterPlan::default());
 }
 
 #[test]
 fn first_staying_in_sync_replica_is_elected() {
     let mut world = World::of(&["a", "b", "c"], 3, 1, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
     world.go(1, 0);
-    let (why, elected) = only(&world);
-    assert_eq!((why, elected.leader, &elected.isr), (Why::Elected, Some(BrokerId(2)), &ids(&[2, 3])));
+    let (reason, elected) = only(&world);
+    assert_eq!((reason, elected.leader, &elected.isr), (ChangeReason::Elected, Some(BrokerId(2)), &ids(&[2, 3])));
     assert_eq!(elected.leader_epoch, LeaderEpoch(6));
     world.stop(2);
-    assert_eq!(only(&world).1.leader, Some(BrokerId(3)), "a broker that stops would hand over at once");
+    assert_eq!(only(&world).1.leader, Some(BrokerId(3)), "a stopping broker would transfer leadership at once");
     world.go(3, 0);
-    assert_eq!(only(&world).1.leader, Some(BrokerId(2)), "and is better than nobody");
+    assert_eq!(only(&world).1.leader, Some(BrokerId(2)), "a stopping broker is better than no leader");
 }
 
 #[test]
@@ -234,14 +234,14 @@ fn partition_without_candidate_is_leaderless_and_blocked() {
     world.go(1, 0);
     world.go(2, 0);
     let plan = world.plan();
-    assert_eq!(plan.waiting, [(id(0), Waiting::ForLeader)]);
-    assert_eq!(only(&world).0, Why::Leaderless);
-    world.carry_out(&plan);
+    assert_eq!(plan.waiting, [(id(0), BlockedReason::NoLeader)]);
+    assert_eq!(only(&world).0, ChangeReason::Leaderless);
+    world.apply_plan(&plan);
     let plan = world.plan();
-    assert_eq!((plan.steps.len(), plan.waiting.len()), (0, 1), "3 holds less than was committed");
+    assert_eq!((plan.steps.len(), plan.waiting.len()), (0, 1), "3 lacks committed records");
     world.come(2, "b");
-    let (why, elected) = only(&world);
-    assert_eq!((why, elected.leader, elected.isr), (Why::Elected, Some(BrokerId(2)), ids(&[2])));
+    let (reason, elected) = only(&world);
+    assert_eq!((reason, elected.leader, elected.isr), (ChangeReason::Elected, Some(BrokerId(2)), ids(&[2])));
 }
 
 #[test]
@@ -249,48 +249,58 @@ fn stopping_leader_transfers_to_running_replica() {
     let values = vec![value(&[1, 2, 3], Some(1), &[1, 2, 3]), value(&[2, 1, 3], Some(2), &[2, 1, 3])];
     let mut world = World::of(&["a", "b", "c"], 3, 2, values);
     world.stop(1);
-    let (why, moved) = only(&world);
-    assert_eq!((why, moved.leader, moved.isr), (Why::HandedOver, Some(BrokerId(2)), ids(&[1, 2, 3])));
+    let (reason, transferred) = only(&world);
+    assert_eq!(
+        (reason, transferred.leader, transferred.isr),
+        (ChangeReason::ControlledShutdown, Some(BrokerId(2)), ids(&[1, 2, 3]))
+    );
     world.stop(2);
     world.stop(3);
-    assert_eq!(world.plan().steps, [], "nobody is left to hand over to");
+    assert_eq!(world.plan().steps, [], "no other broker can lead");
 }
 
 /// Found by an operator: a leader with a full disk rejected every write while two in-sync replicas had empty disks.
 #[test]
 fn full_disk_leader_transfers_unless_no_other_can_lead() {
     let mut world = World::of(&["", "", ""], 3, 1, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
-    world.say(1, |value| value.no_room = true);
-    let (why, handed) = only(&world);
-    assert_eq!((why, handed.leader, handed.isr.len()), (Why::HandedOver, Some(BrokerId(2)), 3));
+    world.update_flags(1, |value| value.disk_full = true);
+    let (reason, transferred) = only(&world);
+    assert_eq!(
+        (reason, transferred.leader, transferred.isr.len()),
+        (ChangeReason::ControlledShutdown, Some(BrokerId(2)), 3)
+    );
     world.settle(1);
-    assert_eq!(world.partition(0).leader, Some(BrokerId(2)), "and it does not go back to the preferred one");
+    assert_eq!(world.partition(0).leader, Some(BrokerId(2)), "leadership does not return to the preferred leader");
     for number in [2, 3] {
-        world.say(number, |value| value.no_room = true);
+        world.update_flags(number, |value| value.disk_full = true);
     }
-    assert_eq!(world.plan().steps, [], "nobody is better off");
-    world.say(3, |value| value.no_room = false);
+    assert_eq!(world.plan().steps, [], "no other leader would be better");
+    world.update_flags(3, |value| value.disk_full = false);
     world.go(2, 0);
-    assert_eq!(only(&world).1.leader, Some(BrokerId(3)), "who can be written is elected first");
+    assert_eq!(only(&world).1.leader, Some(BrokerId(3)), "a broker with disk space is elected first");
     world.settle(1);
-    world.say(1, |value| value.no_room = false);
+    world.update_flags(1, |value| value.disk_full = false);
     world.settle(1);
     assert_eq!(world.partition(0).leader, Some(BrokerId(1)));
 
-    let mut alone = World::of(&["", ""], 2, 1, vec![value(&[1, 2], Some(1), &[1])]);
-    alone.say(1, |value| value.no_room = true);
-    assert_eq!(alone.plan().steps, [], "nobody else holds everything");
+    let mut single_in_sync = World::of(&["", ""], 2, 1, vec![value(&[1, 2], Some(1), &[1])]);
+    single_in_sync.update_flags(1, |value| value.disk_full = true);
+    assert_eq!(single_in_sync.plan().steps, [], "no other replica can lead");
 }
 
 #[test]
 fn reassignment_copies_before_it_removes() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
-    let begun = world.partition(0).begin_move(&ids(&[4, 2, 3])).unwrap();
-    world.put(&Key::Partition(id(0)), &begun);
+    let started = world.partition(0).start_reassignment(&ids(&[4, 2, 3])).unwrap();
+    world.put(&Key::Partition(id(0)), &started);
     assert_eq!(world.plan().steps, [], "4 has not caught up");
     world.replicate(2);
-    let (why, step) = only(&world);
-    assert_eq!((why, step.leader), (Why::HandedOver, Some(BrokerId(4))), "the leader goes: another one first");
+    let (reason, step) = only(&world);
+    assert_eq!(
+        (reason, step.leader),
+        (ChangeReason::ControlledShutdown, Some(BrokerId(4))),
+        "the leader is removed: another one is elected first"
+    );
     world.settle(2);
     let value = world.partition(0);
     assert_eq!((value.replicas, value.leader), (ids(&[4, 2, 3]), Some(BrokerId(4))));
@@ -300,23 +310,23 @@ fn reassignment_copies_before_it_removes() {
 #[test]
 fn reassignment_completes_only_with_a_live_leader() {
     let mut world = World::of(&["", "", ""], 1, 1, vec![value(&[1], Some(1), &[1])]);
-    let begun = world.partition(0).begin_move(&ids(&[2])).unwrap();
-    let copied = PartitionValue { isr: ids(&[1, 2]), leader: None, ..begun };
+    let started = world.partition(0).start_reassignment(&ids(&[2])).unwrap();
+    let copied = PartitionValue { isr: ids(&[1, 2]), leader: None, ..started };
     world.put(&Key::Partition(id(0)), &copied);
     world.go(1, 1000);
     world.go(2, 1000);
     assert_eq!(world.plan().steps, []);
     world.come(1, "");
-    let (why, step) = only(&world);
-    assert_eq!((why, step.leader, step.replicas.len()), (Why::Elected, Some(BrokerId(1)), 2));
+    let (reason, step) = only(&world);
+    assert_eq!((reason, step.leader, step.replicas.len()), (ChangeReason::Elected, Some(BrokerId(1)), 2));
 }
 
 /// A topic value that was copied to another name: two names, one topic.
 #[test]
 fn topic_with_two_names_gets_one_change_per_partition() {
     let mut world = World::of(&["", ""], 2, 1, vec![value(&[1, 2], None, &[1, 2])]);
-    let known = world.view();
-    let copied = known.topics().values().next().unwrap().value.clone();
+    let metadata = world.metadata();
+    let copied = metadata.topics().values().next().unwrap().value.clone();
     world.put(&Key::Topic(TopicName::new("u").unwrap()), &copied);
     assert_eq!(world.plan().steps.len(), 1);
 }
@@ -326,47 +336,48 @@ fn topic_with_two_names_gets_one_change_per_partition() {
 #[test]
 fn reassignment_keeps_replicas_that_min_isr_needs() {
     let mut world = World::of(&["", "", ""], 2, 2, vec![value(&[1, 2, 3], Some(1), &[1, 3])]);
-    let begun = world.partition(0).begin_move(&ids(&[1, 2])).unwrap();
-    assert_eq!((&begun.adding, &begun.removing), (&ids(&[]), &ids(&[3])), "2 was there before");
-    world.put(&Key::Partition(id(0)), &begun);
+    let started = world.partition(0).start_reassignment(&ids(&[1, 2])).unwrap();
+    assert_eq!((&started.adding, &started.removing), (&ids(&[]), &ids(&[3])), "2 is an earlier replica");
+    world.put(&Key::Partition(id(0)), &started);
     assert_eq!(world.plan().steps, [], "2 has not caught up");
     // A replica that is not in sync can be removed.
-    let dropped = begun.shrink(&BTreeSet::from([BrokerId(3)]), 2);
+    let dropped = started.shrink(&BTreeSet::from([BrokerId(3)]), 2);
     world.put(&Key::Partition(id(0)), &dropped);
-    assert_eq!(only(&world).0, Why::MoveEnded);
-    world.put(&Key::Partition(id(0)), &begun);
+    assert_eq!(only(&world).0, ChangeReason::ReassignmentCompleted);
+    world.put(&Key::Partition(id(0)), &started);
     world.replicate(2);
-    let (why, step) = only(&world);
-    assert_eq!((why, step.replicas, step.isr), (Why::MoveEnded, ids(&[1, 2]), ids(&[1, 2])));
+    let (reason, step) = only(&world);
+    assert_eq!((reason, step.replicas, step.isr), (ChangeReason::ReassignmentCompleted, ids(&[1, 2]), ids(&[1, 2])));
 }
 
 #[test]
 fn queued_reassignments_start_first_and_within_limits() {
-    let ordered = |_| value(&[1, 2], Some(1), &[1, 2]).order_move(&ids(&[1, 4]));
-    let mut values: Vec<_> = (0..5).map(ordered).collect();
+    let queued = |_| value(&[1, 2], Some(1), &[1, 2]).queue_reassignment(&ids(&[1, 4]));
+    let mut values: Vec<_> = (0..5).map(queued).collect();
     values.push(value(&[1, 3], Some(1), &[1, 3]));
     let mut world = World::of(&["", "", "", ""], 2, 1, values);
     world.limits.balance = false;
     world.drain(3);
-    let begun = steps(&world.plan());
-    assert_eq!(begun.len(), 2, "one broker takes no more at once: {begun:?}");
-    for (why, value) in begun {
-        assert_eq!((why, value.adding.as_slice()), (Why::Ordered, &*ids(&[4])));
-        assert!(!value.is_ordered(), "what has begun waits no more");
+    let started = steps(&world.plan());
+    assert_eq!(started.len(), 2, "the limit per broker: {started:?}");
+    for (reason, value) in started {
+        assert_eq!((reason, value.adding.as_slice()), (ChangeReason::ReassignmentStarted, &*ids(&[4])));
+        assert!(!value.has_queued(), "a started reassignment is no longer queued");
     }
     world.limits.moves = 1;
-    assert_eq!(only(&world).0, Why::Ordered, "the drained broker's waits longer");
+    assert_eq!(only(&world).0, ChangeReason::ReassignmentStarted, "the drained broker waits longer");
     world.settle(1);
     assert!((0..5).all(|number| world.partition(number).replicas == ids(&[1, 4])));
     assert!(!world.partition(5).replicas.contains(&BrokerId(3)));
 
-    let mut world = World::of(&["", "", ""], 2, 1, vec![value(&[1, 2], Some(1), &[1, 2]).order_move(&ids(&[1, 3]))]);
+    let mut world =
+        World::of(&["", "", ""], 2, 1, vec![value(&[1, 2], Some(1), &[1, 2]).queue_reassignment(&ids(&[1, 3]))]);
     world.go(3, 0);
     let plan = world.plan();
-    assert_eq!((plan.steps.len(), &*plan.waiting), (0, &[(id(0), Waiting::ForOrdered)][..]));
+    assert_eq!((plan.steps.len(), &*plan.waiting), (0, &[(id(0), BlockedReason::QueuedTarget)][..]));
     world.come(3, "");
     world.settle(1);
-    assert_eq!(world.partition(0).replicas, ids(&[1, 3]), "it begins when the broker is there");
+    assert_eq!(world.partition(0).replicas, ids(&[1, 3]), "the reassignment starts when the broker is online");
 }
 
 #[test]
@@ -385,7 +396,7 @@ fn changed_factor_is_applied() {
     for number in 0..6 {
         let value = world.partition(number);
         assert_eq!((value.replicas.len(), value.isr.len()), (2, 2));
-        assert_ne!(value.replicas[0].0 % 2, value.replicas[1].0 % 2, "the racks stay: {value:?}");
+        assert_ne!(value.replicas[0].0 % 2, value.replicas[1].0 % 2, "both racks remain: {value:?}");
     }
 }
 
@@ -397,16 +408,16 @@ fn replicas_are_replaced_only_after_replace_delay() {
     world.go(3, 1000);
     world.replicate(2);
     let plan = world.plan();
-    assert_eq!((plan.steps.len(), plan.again_in_ms), (0, Some(30 * 60 * 1000 - 1000)));
+    assert_eq!((plan.steps.len(), plan.next_plan_ms), (0, Some(30 * 60 * 1000 - 1000)));
     world.go(3, 30 * 60 * 1000);
     let plan = world.plan();
-    assert!(plan.steps.iter().all(|step| step.why == Why::Replaced));
-    assert_eq!(plan.steps.len(), 2, "no more to one broker at once");
+    assert!(plan.steps.iter().all(|step| step.reason == ChangeReason::BrokerReplaced));
+    assert_eq!(plan.steps.len(), 2, "the limit per broker");
     world.settle(2);
     assert!((0..4).all(|number| world.partition(number).replicas == ids(&[1, 2, 4])));
     world.go(4, 30 * 60 * 1000);
     let plan = world.plan();
-    assert_eq!((plan.steps.len(), plan.waiting.len()), (0, 4), "nobody is left: {plan:?}");
+    assert_eq!((plan.steps.len(), plan.waiting.len()), (0, 4), "no broker is available: {plan:?}");
 }
 
 #[test]
@@ -425,12 +436,12 @@ fn drained_broker_is_emptied_and_stays_empty() {
 #[test]
 fn leadership_returns_to_stable_preferred_leader() {
     let mut world = World::of(&["", ""], 2, 1, vec![value(&[1, 2], Some(2), &[2, 1])]);
-    world.up_ms.insert(BrokerId(1), 10_000);
+    world.online_ms.insert(BrokerId(1), 10_000);
     let plan = world.plan();
-    assert_eq!((plan.steps.len(), plan.again_in_ms), (0, Some(20_000)));
-    world.up_ms.insert(BrokerId(1), 30_000);
-    let (why, step) = only(&world);
-    assert_eq!((why, step.leader), (Why::Preferred, Some(BrokerId(1))));
+    assert_eq!((plan.steps.len(), plan.next_plan_ms), (0, Some(20_000)));
+    world.online_ms.insert(BrokerId(1), 30_000);
+    let (reason, step) = only(&world);
+    assert_eq!((reason, step.leader), (ChangeReason::PreferredLeader, Some(BrokerId(1))));
 }
 
 #[test]
@@ -443,7 +454,7 @@ fn new_broker_gets_its_share_within_racks() {
     assert!(held(3) >= 5, "{}", held(3));
     let mut world = World::of(&["a", "b", "b"], 2, 1, (0..12).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect());
     world.fill(3);
-    assert_eq!(world.plan().steps, [], "a full disk takes nothing");
+    assert_eq!(world.plan().steps, [], "no replica moves to a broker under disk pressure");
 }
 
 #[test]
@@ -456,10 +467,10 @@ fn broker_at_replica_limit_is_skipped_by_every_rule() {
     world.replicate(2);
     world.settle(2);
     assert_eq!(world.held(4), 3);
-    assert_eq!(world.plan().waiting, [(id(3), Waiting::ForBrokers)]);
+    assert_eq!(world.plan().waiting, [(id(3), BlockedReason::NoBrokers)]);
     world.bound(4, 4);
     world.settle(2);
-    assert_eq!((world.held(4), world.plan().waiting), (4, vec![]), "a raised bound is enough");
+    assert_eq!((world.held(4), world.plan().waiting), (4, vec![]), "the raised limit suffices");
 
     // A raised factor, and a drain.
     let mut world = World::of(&["", ""], 1, 1, (0..4).map(|_| value(&[1], Some(1), &[1])).collect());
@@ -475,12 +486,12 @@ fn broker_at_replica_limit_is_skipped_by_every_rule() {
     assert_eq!((world.held(1), world.held(2)), (3, 1));
 
     // A queued reassignment waits for capacity; one that needs none does not.
-    let ordered = |_| value(&[1], Some(1), &[1]).order_move(&ids(&[2]));
-    let mut world = World::of(&["", ""], 1, 1, (0..2).map(ordered).collect());
+    let queued = |_| value(&[1], Some(1), &[1]).queue_reassignment(&ids(&[2]));
+    let mut world = World::of(&["", ""], 1, 1, (0..2).map(queued).collect());
     world.limits.balance = false;
     world.bound(2, 1);
     world.settle(1);
-    assert_eq!((world.held(2), world.plan().waiting), (1, vec![(id(1), Waiting::ForOrdered)]));
+    assert_eq!((world.held(2), world.plan().waiting), (1, vec![(id(1), BlockedReason::QueuedTarget)]));
 
     // Balance: the least loaded broker takes none at its limit, and a full broker gives.
     let mut world = World::of(&["", "", ""], 1, 1, (0..12).map(|_| value(&[1], Some(1), &[1])).collect());
@@ -497,7 +508,7 @@ prop_compose! {
         factor in 1_u32..4,
         min_insync in 1_usize..3,
         partitions in prop::collection::vec((prop::sample::subsequence((1_u32..7).collect::<Vec<_>>(), 1..4), any::<u8>()), 1..12),
-        gone in prop::collection::vec((1_u32..7, prop::bool::ANY), 0..3),
+        offline in prop::collection::vec((1_u32..7, prop::bool::ANY), 0..3),
         stops in prop::collection::vec(1_u32..7, 0..2),
         drains in prop::collection::vec(1_u32..7, 0..2),
         bounds in prop::collection::vec((1_u32..7, 0_u32..8), 0..4),
@@ -514,7 +525,7 @@ prop_compose! {
             value(&replicas, leader, &isr)
         }).collect();
         let mut world = World::of(&racks, factor.min(count), min_insync, values);
-        for (number, lost) in gone.into_iter().filter(|(number, _)| *number <= count) {
+        for (number, lost) in offline.into_iter().filter(|(number, _)| *number <= count) {
             world.go(number, if lost { 1 << 40 } else { 0 });
         }
         for number in stops.into_iter().filter(|number| world.is_live(BrokerId(*number))).collect::<Vec<_>>() {
@@ -533,23 +544,26 @@ proptest! {
     fn plans_terminate_and_keep_in_sync_replicas((mut world, min_insync) in worlds()) {
         for _ in 0..200 {
             let (plan, before) = (world.plan(), world.clone());
-            for Step { change, why } in &plan.steps {
+            for PlannedChange { change, reason } in &plan.steps {
                 let old = before.partition(change.id.number);
                 let new = &change.value;
                 let live = |set: &[BrokerId]| -> BTreeSet<BrokerId> { set.iter().copied().filter(|id| before.is_live(*id)).collect() };
                 let lost: Vec<_> = live(&old.isr).difference(&live(&new.isr)).copied().collect();
-                prop_assert!(lost.iter().all(|id| *why == Why::MoveEnded && old.removing.contains(id)), "{why:?} {old:?} → {new:?}");
+                prop_assert!(lost.iter().all(|id| *reason == ChangeReason::ReassignmentCompleted && old.removing.contains(id)), "{reason:?} {old:?} → {new:?}");
                 let epochs = (old.leader_epoch.0, new.leader_epoch.0);
                 prop_assert_eq!(epochs.1 - epochs.0, u32::from(old.leader != new.leader));
                 if let Some(leader) = new.leader.filter(|_| old.leader != new.leader) {
                     prop_assert!(before.is_live(leader) && (old.isr.contains(&leader) || old.elr.contains(&leader)));
                 }
             }
-            world.carry_out(&plan);
-            for (broker, known) in before.view().brokers() {
-                let (held, holds) = (before.held(broker.0), world.held(broker.0));
-                let max = known.value.max_replicas.map_or(usize::MAX, |max| max as usize);
-                prop_assert!(holds <= held.max(max), "broker {} held {} and holds {} of {}", broker, held, holds, max);
+            world.apply_plan(&plan);
+            for (broker, entry) in before.metadata().brokers() {
+                let (before_count, after_count) = (before.held(broker.0), world.held(broker.0));
+                let max = entry.value.max_replicas.map_or(usize::MAX, |max| max as usize);
+                prop_assert!(
+                    after_count <= before_count.max(max),
+                    "broker {broker} had {before_count} replicas and has {after_count}, limit {max}"
+                );
             }
             world.replicate(min_insync);
             if world.revision == before.revision {

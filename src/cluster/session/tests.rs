@@ -3,7 +3,7 @@
 use super::*;
 use crate::cluster::{
     embedded::EmbeddedStore,
-    faulty::{Fault, Faulty},
+    faulty::{Fault, FaultyStore},
 };
 
 const TIME: Duration = Duration::from_secs(9);
@@ -12,7 +12,7 @@ const KEY: &str = "/strandline/test/brokers/1";
 /// A store with its metadata cache.
 struct World {
     store: EmbeddedStore,
-    view: View,
+    metadata: MetadataCache,
     tasks: Tasks,
 }
 
@@ -20,58 +20,58 @@ impl World {
     fn new() -> Self {
         let (store, tasks) = (EmbeddedStore::in_memory(), Tasks::new());
         let keys = Keys::new("test").expect("valid");
-        Self { view: View::start(Arc::new(store.clone()), keys, &tasks), store, tasks }
+        Self { metadata: MetadataCache::start(Arc::new(store.clone()), keys, &tasks), store, tasks }
     }
 
-    fn registration(&self, directory: &str, process: &str) -> Registration {
+    fn registration(&self, directory: &str, process: &str) -> RegistrationRequest {
         let value = BrokerValue {
             directory_id: directory.to_owned(),
             incarnation: process.to_owned(),
             ..BrokerValue::running_at(format!("{process}:1"))
         };
         let keys = Keys::new("test").expect("valid");
-        Registration { store: Arc::new(self.store.clone()), keys, id: BrokerId(1), value, time: TIME }
+        RegistrationRequest { store: Arc::new(self.store.clone()), keys, id: BrokerId(1), value, time: TIME }
     }
 
     async fn register(&self, directory: &str, process: &str) -> Result<Session, RegisterError> {
         let registration = self.registration(directory, process);
         registration.clear().await?;
-        let judged = self.judged().await;
-        registration.register(judged, &self.view, &self.tasks).await
+        let directory_revision = self.directory_revision().await;
+        registration.register(directory_revision, &self.metadata, &self.tasks).await
     }
 
-    async fn judged(&self) -> Option<Revision> {
-        let record = self.store.get("/strandline/test/directories/1").await.expect("answers").entry;
+    async fn directory_revision(&self) -> Option<Revision> {
+        let record = self.store.get("/strandline/test/directories/1").await.expect("the store responds").entry;
         record.map(|entry| entry.mod_revision)
     }
 
     async fn registered(&self) -> Option<Revision> {
-        self.store.get(KEY).await.expect("answers").entry.map(|entry| entry.create_revision)
+        self.store.get(KEY).await.expect("the store responds").entry.map(|entry| entry.create_revision)
     }
 
     async fn lease_ends(&self) {
-        self.store.tick(clock::monotonic() + TIME * 2).await.expect("answers");
+        self.store.tick(clock::monotonic() + TIME * 2).await.expect("the store responds");
         assert_eq!(self.registered().await, None);
     }
 }
 
 /// Waits for the first state that satisfies a condition.
-async fn until(session: &Session, holds: impl Fn(&Standing) -> bool) -> Standing {
-    session.standing().wait_for(holds).await.expect("the session lives").clone()
+async fn until(session: &Session, holds: impl Fn(&SessionState) -> bool) -> SessionState {
+    session.state().wait_for(holds).await.expect("the session runs").clone()
 }
 
-fn registered(standing: &Standing) -> bool {
-    matches!(standing, Standing::Registered { .. })
+fn registered(state: &SessionState) -> bool {
+    matches!(state, SessionState::Registered { .. })
 }
 
 #[tokio::test(start_paused = true)]
-async fn broker_stays_registered_until_it_leaves() {
+async fn broker_stays_registered_until_session_ends() {
     let world = World::new();
     let session = world.register("d", "p").await.expect("registered");
     for _ in 0..20 {
         tokio::time::sleep(TIME / 2).await;
-        assert!(session.lease_left() > TIME / 3, "{:?}", session.lease_left());
-        world.store.tick(clock::monotonic()).await.expect("answers");
+        assert!(session.lease_remaining() > TIME / 3, "{:?}", session.lease_remaining());
+        world.store.tick(clock::monotonic()).await.expect("the store responds");
     }
     assert_eq!(world.registered().await, session.epoch());
     session.leave().await;
@@ -87,13 +87,13 @@ async fn lost_registration_is_recreated_with_new_epoch() {
     let delete = || world.store.transact(Transaction::new().delete(KEY));
     for revoked in [false, true] {
         if revoked {
-            delete().await.expect("answers");
+            delete().await.expect("the store responds");
         } else {
             world.lease_ends().await;
         }
-        let known = before;
+        let previous = before;
         let now =
-            until(&session, |standing| matches!(standing, Standing::Registered { epoch, .. } if Some(*epoch) > known));
+            until(&session, |state| matches!(state, SessionState::Registered { epoch, .. } if Some(*epoch) > previous));
         assert!(registered(&now.await));
         assert_eq!(world.registered().await, session.epoch());
         before = session.epoch();
@@ -105,22 +105,22 @@ async fn lost_registration_is_recreated_with_new_epoch() {
 #[tokio::test(start_paused = true)]
 async fn lost_registration_is_retried_only_by_timer() {
     let world = World::new();
-    let link = Faulty::new(world.store.clone());
-    let registration = Registration { store: Arc::new(link.clone()), ..world.registration("d", "p") };
-    let session = registration.register(None, &world.view, &world.tasks).await.expect("registered");
+    let link = FaultyStore::new(world.store.clone());
+    let registration = RegistrationRequest { store: Arc::new(link.clone()), ..world.registration("d", "p") };
+    let session = registration.register(None, &world.metadata, &world.tasks).await.expect("registered");
     link.transactions([Some(Fault::Refused); 8]);
-    world.store.transact(Transaction::new().delete(KEY)).await.expect("answers");
-    until(&session, |standing| *standing == Standing::Lost).await;
+    world.store.transact(Transaction::new().delete(KEY)).await.expect("the store responds");
+    until(&session, |state| *state == SessionState::Lost).await;
     let before = link.transacted();
     for number in 0..100 {
         let other = format!("/strandline/test/drains/{number}");
-        world.store.transact(Transaction::new().put(other, "{}")).await.expect("answers");
+        world.store.transact(Transaction::new().put(other, "{}")).await.expect("the store responds");
         tokio::task::yield_now().await;
     }
-    assert!(link.transacted() <= before + 1, "{} tries", link.transacted() - before);
-    let began = clock::monotonic();
+    assert!(link.transacted() <= before + 1, "{} attempts", link.transacted() - before);
+    let started = clock::monotonic();
     until(&session, registered).await;
-    assert!(began.elapsed() <= AGAIN * 9, "{:?}", began.elapsed());
+    assert!(started.elapsed() <= RETRY_INTERVAL * 9, "{:?}", started.elapsed());
     world.tasks.stop().await;
 }
 
@@ -128,16 +128,16 @@ async fn lost_registration_is_retried_only_by_timer() {
 async fn id_of_other_directory_is_awaited_for_lease_duration() {
     let world = World::new();
     let first = world.register("d", "p").await.expect("registered");
-    let began = clock::monotonic();
+    let started = clock::monotonic();
     let error = world.register("another", "q").await.expect_err("taken");
     assert_eq!(error, RegisterError::Taken { id: BrokerId(1), address: "p:1".to_owned() });
-    assert!(began.elapsed() > TIME);
+    assert!(started.elapsed() > TIME);
     let waiting = world.register("another", "q");
     let (second, ()) = tokio::join!(waiting, async {
         tokio::time::sleep(TIME / 2).await;
         first.leave().await;
     });
-    assert_eq!(world.registered().await, second.expect("its process is gone").epoch());
+    assert_eq!(world.registered().await, second.expect("the other process has exited").epoch());
     world.tasks.stop().await;
 }
 
@@ -145,19 +145,19 @@ async fn id_of_other_directory_is_awaited_for_lease_duration() {
 #[tokio::test(start_paused = true)]
 async fn registration_of_unknown_format_is_awaited_and_kept() {
     let world = World::new();
-    let lease = world.store.grant(TIME * 9).await.expect("answers");
+    let lease = world.store.grant(TIME * 9).await.expect("the store responds");
     let other = Transaction::new().put_leased(KEY, &br#"{"client_address":"a:1","directory_id":"d"}"#[..], lease);
-    world.store.transact(other).await.expect("answers");
-    let (before, began) = (world.registered().await, clock::monotonic());
-    let error = world.register("d", "q").await.expect_err("its process may live");
+    world.store.transact(other).await.expect("the store responds");
+    let (before, started) = (world.registered().await, clock::monotonic());
+    let error = world.register("d", "q").await.expect_err("its process may be running");
     assert_eq!(error, RegisterError::Taken { id: BrokerId(1), address: "an unknown address".to_owned() });
-    assert!(began.elapsed() > TIME && world.registered().await == before);
+    assert!(started.elapsed() > TIME && world.registered().await == before);
     let (session, revoked) = tokio::join!(world.register("d", "q"), async {
         tokio::time::sleep(TIME / 2).await;
         world.store.revoke(lease).await
     });
-    revoked.expect("answers");
-    assert_eq!(world.registered().await, session.expect("its lease has ended").epoch());
+    revoked.expect("the store responds");
+    assert_eq!(world.registered().await, session.expect("the lease has ended").epoch());
     world.tasks.stop().await;
 }
 
@@ -165,22 +165,22 @@ async fn registration_of_unknown_format_is_awaited_and_kept() {
 async fn suspended_process_detects_that_it_is_superseded() {
     let (world, tasks) = (World::new(), Tasks::new());
     // The metadata cache stands still, as in a stopped process.
-    let still = View::start(Arc::new(EmbeddedStore::in_memory()), Keys::new("test").expect("valid"), &tasks);
+    let stale = MetadataCache::start(Arc::new(EmbeddedStore::in_memory()), Keys::new("test").expect("valid"), &tasks);
     let registration = world.registration("d", "p");
-    let first = registration.register(None, &still, &world.tasks).await.expect("registered");
-    let second = world.register("d", "q").await.expect("its own from before");
+    let first = registration.register(None, &stale, &world.tasks).await.expect("registered");
+    let second = world.register("d", "q").await.expect("the same data directory");
     assert!(second.epoch() > first.epoch(), "a new registration is a new epoch");
-    world.store.revoke(lease(&first)).await.expect("answers");
-    let standing = until(&first, |standing| matches!(standing, Standing::Superseded { .. })).await;
-    assert_eq!(standing, Standing::Superseded { address: "q:1".to_owned() });
+    world.store.revoke(lease(&first)).await.expect("the store responds");
+    let state = until(&first, |state| matches!(state, SessionState::Superseded { .. })).await;
+    assert_eq!(state, SessionState::Superseded { address: "q:1".to_owned() });
     assert_eq!(world.registered().await, second.epoch());
     tasks.stop().await;
     world.tasks.stop().await;
 }
 
 fn lease(session: &Session) -> LeaseId {
-    match *session.standing().borrow() {
-        Standing::Registered { lease, .. } => lease,
+    match *session.state().borrow() {
+        SessionState::Registered { lease, .. } => lease,
         ref other => panic!("{other:?}"),
     }
 }
@@ -188,11 +188,12 @@ fn lease(session: &Session) -> LeaseId {
 #[tokio::test(start_paused = true)]
 async fn process_superseded_during_verification_cannot_register() {
     let world = World::new();
-    let judged = world.judged().await;
+    let directory_revision = world.directory_revision().await;
     let late = world.registration("d", "p");
     let winner = world.register("d", "q").await.expect("registered");
-    let error = late.register(judged, &world.view, &world.tasks).await.expect_err("judged by an old record");
-    assert_eq!(error, RegisterError::Overtaken { id: BrokerId(1) });
+    let error =
+        late.register(directory_revision, &world.metadata, &world.tasks).await.expect_err("an old directory record");
+    assert_eq!(error, RegisterError::Superseded { id: BrokerId(1) });
     assert_eq!(world.registered().await, winner.epoch());
     world.tasks.stop().await;
 }
@@ -202,24 +203,24 @@ async fn disk_flags_keep_epoch_and_survive_reregistration() {
     let world = World::new();
     let session = world.register("d", "p").await.expect("registered");
     let epoch = session.epoch();
-    let said = async || {
-        let entry = world.store.get(KEY).await.expect("answers").entry.expect("registered");
-        let value = BrokerValue::decode(KEY, &entry.value).expect("ours");
-        (value.disk_full, value.state)
+    let flags = async || {
+        let entry = world.store.get(KEY).await.expect("the store responds").entry.expect("registered");
+        let value = BrokerValue::decode(KEY, &entry.value).expect("valid");
+        (value.disk_pressure, value.state)
     };
-    assert_eq!(said().await, (false, BrokerState::Running));
-    let (full, room) = tokio::join!(session.disk_full(true), session.no_room(true));
-    full.and(room).expect("answers");
-    assert_eq!((said().await, world.registered().await), ((true, BrokerState::Running), epoch));
-    let entry = world.store.get(KEY).await.expect("answers").entry.expect("registered");
-    assert!(BrokerValue::decode(KEY, &entry.value).expect("ours").no_room);
-    let (full, stopping) = tokio::join!(session.disk_full(false), session.stopping());
-    full.and(stopping).expect("answers");
-    assert_eq!((said().await, world.registered().await), ((false, BrokerState::Stopping), epoch));
-    session.disk_full(true).await.expect("answers");
+    assert_eq!(flags().await, (false, BrokerState::Running));
+    let (pressure, disk_full) = tokio::join!(session.set_disk_pressure(true), session.set_disk_full(true));
+    pressure.and(disk_full).expect("the store responds");
+    assert_eq!((flags().await, world.registered().await), ((true, BrokerState::Running), epoch));
+    let entry = world.store.get(KEY).await.expect("the store responds").entry.expect("registered");
+    assert!(BrokerValue::decode(KEY, &entry.value).expect("valid").disk_full);
+    let (full, stopping) = tokio::join!(session.set_disk_pressure(false), session.stopping());
+    full.and(stopping).expect("the store responds");
+    assert_eq!((flags().await, world.registered().await), ((false, BrokerState::Stopping), epoch));
+    session.set_disk_pressure(true).await.expect("the store responds");
     world.lease_ends().await;
-    until(&session, |standing| matches!(standing, Standing::Registered { epoch: now, .. } if Some(*now) > epoch)).await;
-    assert_eq!(said().await, (true, BrokerState::Stopping));
+    until(&session, |state| matches!(state, SessionState::Registered { epoch: now, .. } if Some(*now) > epoch)).await;
+    assert_eq!(flags().await, (true, BrokerState::Stopping));
     world.tasks.stop().await;
 }
 
@@ -229,14 +230,14 @@ async fn stopping_flag_keeps_epoch_and_survives_loss() {
     let session = world.register("d", "p").await.expect("registered");
     let epoch = session.epoch();
     let state = async || {
-        let entry = world.store.get(KEY).await.expect("answers").entry.expect("registered");
-        BrokerValue::decode(KEY, &entry.value).expect("ours").state
+        let entry = world.store.get(KEY).await.expect("the store responds").entry.expect("registered");
+        BrokerValue::decode(KEY, &entry.value).expect("valid").state
     };
     assert_eq!(state().await, BrokerState::Running);
-    session.stopping().await.expect("answers");
+    session.stopping().await.expect("the store responds");
     assert_eq!((state().await, world.registered().await), (BrokerState::Stopping, epoch));
     world.lease_ends().await;
-    until(&session, |standing| matches!(standing, Standing::Registered { epoch: now, .. } if Some(*now) > epoch)).await;
+    until(&session, |state| matches!(state, SessionState::Registered { epoch: now, .. } if Some(*now) > epoch)).await;
     assert_eq!(state().await, BrokerState::Stopping);
     world.tasks.stop().await;
 }

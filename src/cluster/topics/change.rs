@@ -1,13 +1,13 @@
 //! Changes of a topic: configuration, partition count and deletion. Each is a compare-and-set of the topic's key.
 
-use super::{ATTEMPTS, There, TopicInfo, Topics, UnknownTopic, checked};
+use super::{BrokerCounts, MAX_ATTEMPTS, TopicInfo, Topics, UnknownTopic, checked};
 use crate::{
     cluster::{
-        keys::{DeletedValue, TopicValue, Value as _},
+        keys::{TombstoneValue, TopicValue, Value as _},
+        metadata::MetadataSnapshot,
         outcome::known_outcome,
         placement::{Placement, ReplicaBound},
-        store::{Compare, Op, Outcome, StoreError, Transaction},
-        view::ViewState,
+        store::{Compare, MetaStoreError, Transaction, TxnOp, TxnOutcome},
     },
     limits,
     model::{BrokerId, ConfigMap, InvalidConfig, PartitionId, TopicConfig, TopicId, TopicName},
@@ -35,25 +35,25 @@ pub enum AlterError {
         asked: u32,
     },
     /// Fewer brokers than replicas.
-    #[error("a replication factor of {asked} needs as many brokers, and {there}: ask for fewer, or start more")]
+    #[error("a replication factor of {asked} needs as many brokers, and {there}: request a lower one, or start more")]
     Brokers {
         /// Requested replication factor.
         asked: u32,
         /// Available brokers.
-        there: There,
+        there: BrokerCounts,
     },
     /// A broker would exceed its replica limit.
     #[error(transparent)]
     Bound(#[from] ReplicaBound),
     /// Other writers kept changing the topic.
-    #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
+    #[error("other writers keep changing topic {:?}: try again", name.as_str())]
     Conflict {
         /// Name of the topic.
         name: TopicName,
     },
     /// The metadata store failed.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] MetaStoreError),
 }
 
 /// Error of an addition of partitions.
@@ -63,7 +63,7 @@ pub enum AddPartitionsError {
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
     /// The topic already has as many partitions or more.
-    #[error("topic {:?} has {} and cannot go to {to}: partitions are only ever added", name.as_str(), partitions(*.has))]
+    #[error("topic {:?} has {} and cannot have {to}: partitions can only be added", name.as_str(), partitions(*.has))]
     NotMore {
         /// Name of the topic.
         name: TopicName,
@@ -84,20 +84,20 @@ pub enum AddPartitionsError {
         /// Replication factor of the topic.
         asked: u32,
         /// Available brokers.
-        there: There,
+        there: BrokerCounts,
     },
     /// A broker would exceed its replica limit.
     #[error(transparent)]
     Bound(#[from] ReplicaBound),
     /// Other writers kept changing the topic.
-    #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
+    #[error("other writers keep changing topic {:?}: try again", name.as_str())]
     Conflict {
         /// Name of the topic.
         name: TopicName,
     },
     /// The metadata store failed.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] MetaStoreError),
 }
 
 /// Error of a topic deletion.
@@ -107,14 +107,14 @@ pub enum DeleteError {
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
     /// Other writers kept changing the topic.
-    #[error("topic {:?} is being changed by others at the same time: try again", name.as_str())]
+    #[error("other writers keep changing topic {:?}: try again", name.as_str())]
     Conflict {
         /// Name of the topic.
         name: TopicName,
     },
     /// The metadata store failed.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] MetaStoreError),
 }
 
 fn partitions(count: u32) -> String {
@@ -156,7 +156,7 @@ impl Topics {
         {
             return Err(InvalidConfig::UnknownKey { key: key.chars().take(100).collect() }.into());
         }
-        for _ in 0..ATTEMPTS {
+        for _ in 0..MAX_ATTEMPTS {
             let Some((entry, mut value)) = self.read(name).await? else {
                 return Err(self.unknown(name.as_str()).into());
             };
@@ -171,7 +171,7 @@ impl Topics {
                 .when(Compare::ModRevision(entry.key.clone(), entry.mod_revision))
                 .put(entry.key, value.encode());
             // If an earlier attempt was applied without a response, the next iteration writes the same value again.
-            if let Outcome::Done { revision } = known_outcome(&*self.store, &transaction).await? {
+            if let TxnOutcome::Committed { revision } = known_outcome(&*self.store, &transaction).await? {
                 return Ok(TopicInfo { name: name.clone(), value, revision });
             }
         }
@@ -186,25 +186,26 @@ impl Topics {
         if asked <= topic.replication_factor {
             return Ok(());
         }
-        let (there, replicas) = (There::of(&self.view.state()), usize::try_from(asked).unwrap_or(usize::MAX));
-        if replicas > there.takers() {
-            return Err(AlterError::Brokers { asked, there });
+        let (counts, replicas) =
+            (BrokerCounts::of(&self.metadata.state()), usize::try_from(asked).unwrap_or(usize::MAX));
+        if replicas > counts.eligible_brokers() {
+            return Err(AlterError::Brokers { asked, there: counts });
         }
         let topic = topic.clone();
-        let place = move |state: &ViewState, placement: &mut Placement| {
+        let place = move |state: &MetadataSnapshot, placement: &mut Placement| {
             for (number, entry) in state.partitions_of(&topic) {
-                let Some(known) = &entry.partition else { continue };
-                let stays = |id: &BrokerId| !known.value.removing.contains(id);
-                let stay: Vec<BrokerId> = known.value.replicas.iter().copied().filter(stays).collect();
+                let Some(partition) = &entry.partition else { continue };
+                let stays = |id: &BrokerId| !partition.value.removing.contains(id);
+                let stay: Vec<BrokerId> = partition.value.replicas.iter().copied().filter(stays).collect();
                 let kept = stay.len();
                 let chosen = placement.choose(PartitionId::new(topic.id, number), stay, replicas)?;
-                placement.carry_more(&chosen[kept..]);
+                placement.add_load(&chosen[kept..]);
             }
             Some(())
         };
         // The controller places the replicas and applies the limits again. With too few brokers it places as many as
         // possible.
-        match self.claims.place(&self.view, place).await {
+        match self.claims.place(&self.metadata, place).await {
             Err(Some(bound)) => Err(bound.into()),
             Ok(_) | Err(None) => Ok(()),
         }
@@ -216,7 +217,7 @@ impl Topics {
             return Err(AddPartitionsError::TooMany { to });
         }
         let mut tried = None;
-        for _ in 0..ATTEMPTS {
+        for _ in 0..MAX_ATTEMPTS {
             let Some((entry, value)) = self.read(name).await? else {
                 return Err(self.unknown(name.as_str()).into());
             };
@@ -230,7 +231,7 @@ impl Topics {
             let (puts, claim) = placed.map_err(|bound| match bound {
                 Some(bound) => bound.into(),
                 None => {
-                    let there = There::of(&self.view.state());
+                    let there = BrokerCounts::of(&self.metadata.state());
                     AddPartitionsError::Brokers { asked: value.replication_factor, there }
                 }
             })?;
@@ -242,7 +243,7 @@ impl Topics {
             let first = self.keys.partition(PartitionId::new(value.id, value.partitions));
             let value = TopicValue { partitions: to, ..value };
             let transaction = Transaction::new().when(same).when(Compare::Exists(first)).put(entry.key, value.encode());
-            if let Outcome::Done { revision } = known_outcome(&*self.store, &transaction).await? {
+            if let TxnOutcome::Committed { revision } = known_outcome(&*self.store, &transaction).await? {
                 claim.made(revision);
                 return Ok(TopicInfo { name: name.clone(), value, revision });
             }
@@ -255,21 +256,25 @@ impl Topics {
     /// a sweep.
     pub async fn delete(&self, name: &TopicName) -> Result<TopicId, DeleteError> {
         let mut tried: Option<TopicValue> = None;
-        for _ in 0..ATTEMPTS {
-            let there = self.read(name).await?;
-            if let Some(value) = tried.take_if(|tried| there.as_ref().is_none_or(|(_, there)| there.id != tried.id)) {
+        for _ in 0..MAX_ATTEMPTS {
+            let stored = self.read(name).await?;
+            if let Some(value) = tried.take_if(|tried| stored.as_ref().is_none_or(|(_, stored)| stored.id != tried.id))
+            {
                 self.delete_rest(name, &value).await;
                 return Ok(value.id);
             }
-            let Some((entry, value)) = there else {
+            let Some((entry, value)) = stored else {
                 return Err(self.unknown(name.as_str()).into());
             };
             let transaction = Transaction::new()
                 .when(Compare::ModRevision(entry.key.clone(), entry.mod_revision))
                 .delete(entry.key)
                 .delete(self.keys.partition(PartitionId::new(value.id, 0)))
-                .put(self.keys.deleted(value.id), DeletedValue { name: name.clone(), gone_since_ms: None }.encode());
-            if let Outcome::Done { .. } = known_outcome(&*self.store, &transaction).await? {
+                .put(
+                    self.keys.deleted(value.id),
+                    TombstoneValue { name: name.clone(), purged_since_ms: None }.encode(),
+                );
+            if let TxnOutcome::Committed { .. } = known_outcome(&*self.store, &transaction).await? {
                 self.delete_rest(name, &value).await;
                 return Ok(value.id);
             }
@@ -279,16 +284,19 @@ impl Topics {
     }
 
     /// Returns true if a topic was deleted on purpose. Reads the store and not the metadata cache.
-    pub async fn was_deleted(&self, id: TopicId) -> Result<bool, StoreError> {
+    pub async fn was_deleted(&self, id: TopicId) -> Result<bool, MetaStoreError> {
         Ok(self.store.get(&self.keys.deleted(id)).await?.entry.is_some())
     }
 
     /// Deletes the partition keys of a deleted topic. The sweep deletes the keys that remain after an error.
     async fn delete_rest(&self, name: &TopicName, value: &TopicValue) {
         let ids = (0..value.partitions).map(|number| PartitionId::new(value.id, number));
-        let ops = ids.flat_map(|id| [self.keys.partition(id), self.keys.tier(id)]).map(|key| Op::Delete { key });
+        let ops = ids.flat_map(|id| [self.keys.partition(id), self.keys.tier(id)]).map(|key| TxnOp::Delete { key });
         if let Err(error) = self.in_chunks(&[], ops).await {
-            tracing::info!(topic = %name, id = %value.id, %error, "the rest of a deleted topic is left to the sweep");
+            tracing::info!(
+                topic = %name, id = %value.id, %error,
+                "keys of a deleted topic remain until the next sweep"
+            );
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Replicas that this broker is placing and that the metadata cache does not show yet: concurrent creations respect the
 //! replica limits together.
 //!
-//! Concurrent creations on several brokers do not see each other: they may exceed a limit by the replicas that one of
+//! Concurrent creations on several brokers are not coordinated: they may exceed a limit by the replicas that one of
 //! them places.
 
 use std::{
@@ -13,9 +13,9 @@ use tokio::sync::Semaphore;
 
 use crate::{
     cluster::{
+        metadata::{MetadataCache, MetadataSnapshot},
         placement::{Placement, ReplicaBound},
         store::Revision,
-        view::{View, ViewState},
     },
     model::BrokerId,
     task,
@@ -60,34 +60,38 @@ pub(super) struct Claim {
 impl Claims {
     /// Places replicas within the limits, counting the replicas in the metadata cache and those being placed. One
     /// placement runs at a time, on a blocking thread: 100,000 partitions take from 15 ms to seconds.
-    pub(super) async fn place<T, F>(&self, view: &View, place: F) -> Result<(T, Claim), Option<ReplicaBound>>
+    pub(super) async fn place<T, F>(
+        &self,
+        metadata: &MetadataCache,
+        place: F,
+    ) -> Result<(T, Claim), Option<ReplicaBound>>
     where
-        F: Fn(&ViewState, &mut Placement) -> Option<T> + Send + 'static,
+        F: Fn(&MetadataSnapshot, &mut Placement) -> Option<T> + Send + 'static,
         T: Send + 'static,
     {
         let turn = Arc::clone(&self.turn).acquire_owned().await.expect("the semaphore is never closed");
-        let (claims, view) = (self.clone(), view.clone());
+        let (claims, metadata) = (self.clone(), metadata.clone());
         // The permit moves along: a placement also ends if its caller was dropped.
-        task::run_blocking(move || (claims.place_now(&view.state(), place), turn).0).await
+        task::run_blocking(move || (claims.place_now(&metadata.state(), place), turn).0).await
     }
 
     fn place_now<T>(
         &self,
-        shown: &ViewState,
-        place: impl Fn(&ViewState, &mut Placement) -> Option<T>,
+        snapshot: &MetadataSnapshot,
+        place: impl Fn(&MetadataSnapshot, &mut Placement) -> Option<T>,
     ) -> Result<(T, Claim), Option<ReplicaBound>> {
-        let mut placement = Placement::of(shown);
+        let mut placement = Placement::of(snapshot);
         {
             let mut state = self.lock();
-            state.claimed.retain(|_, claimed| claimed.made.is_none_or(|made| shown.revision() < made));
+            state.claimed.retain(|_, claimed| claimed.made.is_none_or(|made| snapshot.revision() < made));
             for (id, replicas) in state.claimed.values().flat_map(|claimed| &claimed.replicas) {
-                placement.carry_many(*id, *replicas);
+                placement.add_loads(*id, *replicas);
             }
         }
         let before = placement.loads();
-        let placed = placement.within_bounds(|placement| place(shown, placement))?;
-        let more = placement.loads().into_iter().map(|(id, load)| (id, load.replicas - before[&id].replicas));
-        let replicas = more.collect();
+        let placed = placement.within_bounds(|placement| place(snapshot, placement))?;
+        let added = placement.loads().into_iter().map(|(id, load)| (id, load.replicas - before[&id].replicas));
+        let replicas = added.collect();
         let mut state = self.lock();
         let number = state.next;
         state.next += 1;
@@ -130,12 +134,12 @@ mod tests {
         task::Tasks,
     };
 
-    fn view(tasks: &Tasks) -> View {
-        View::start(Arc::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), tasks)
+    fn metadata(tasks: &Tasks) -> MetadataCache {
+        MetadataCache::start(Arc::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), tasks)
     }
 
     /// Returns a placement that runs until the test ends it, and returns true if the test did.
-    fn until(ended: mpsc::Receiver<()>) -> impl Fn(&ViewState, &mut Placement) -> Option<bool> + Send + 'static {
+    fn until(ended: mpsc::Receiver<()>) -> impl Fn(&MetadataSnapshot, &mut Placement) -> Option<bool> + Send + 'static {
         let ended = Mutex::new(ended);
         move |_, _| Some(ended.lock().unwrap().recv_timeout(Duration::from_secs(10)).is_ok())
     }
@@ -145,9 +149,9 @@ mod tests {
     #[tokio::test]
     async fn claim_ends_during_another_placement() {
         let (tasks, claims) = (Tasks::new(), Claims::default());
-        let (view, (end, ended)) = (view(&tasks), mpsc::sync_channel(1));
-        let ((), claim) = claims.place(&view, |_, _| Some(())).await.unwrap();
-        let (placed, ()) = tokio::join!(claims.place(&view, until(ended)), async {
+        let (metadata, (end, ended)) = (metadata(&tasks), mpsc::sync_channel(1));
+        let ((), claim) = claims.place(&metadata, |_, _| Some(())).await.unwrap();
+        let (placed, ()) = tokio::join!(claims.place(&metadata, until(ended)), async {
             drop(claim);
             end.send(()).unwrap();
         });
@@ -158,10 +162,10 @@ mod tests {
     #[tokio::test]
     async fn placement_of_dropped_caller_frees_permit_and_thread() {
         let (tasks, claims) = (Tasks::new(), Claims::default());
-        let (view, (end, ended)) = (view(&tasks), mpsc::sync_channel(1));
-        assert!(claims.place(&view, until(ended)).now_or_never().is_none(), "it runs on another thread");
+        let (metadata, (end, ended)) = (metadata(&tasks), mpsc::sync_channel(1));
+        assert!(claims.place(&metadata, until(ended)).now_or_never().is_none(), "it runs on another thread");
         end.send(()).unwrap();
-        let ((), _claim) = claims.place(&view, |_, _| Some(())).await.unwrap();
+        let ((), _claim) = claims.place(&metadata, |_, _| Some(())).await.unwrap();
         tasks.stop().await;
     }
 }

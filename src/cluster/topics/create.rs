@@ -2,14 +2,14 @@
 
 use std::fmt;
 
-use super::{CHUNK, TopicInfo, Topics, checked};
+use super::{MAX_OPS_PER_TXN, TopicInfo, Topics, checked};
 use crate::{
     cluster::{
         keys::{TopicValue, Value as _},
+        metadata::MetadataSnapshot,
         outcome::known_outcome,
         placement::{ReplicaBound, is_leaving, is_unreachable},
-        store::{Compare, Op, Outcome, Revision, StoreError, Transaction},
-        view::ViewState,
+        store::{Compare, MetaStoreError, Revision, Transaction, TxnOp, TxnOutcome},
     },
     limits,
     model::{ConfigMap, InvalidConfig, TopicConfig, TopicId, TopicName},
@@ -18,7 +18,7 @@ use crate::{
 
 /// Specification of a new topic.
 #[derive(Clone, Debug)]
-pub struct NewTopic {
+pub struct TopicSpec {
     /// Name of the topic.
     pub name: TopicName,
     /// Number of partitions, at least 1.
@@ -53,36 +53,36 @@ pub enum CreateError {
         asked: u32,
     },
     /// Fewer brokers than replicas.
-    #[error("a replication factor of {asked} needs as many brokers, and {there}: ask for fewer, or start more")]
+    #[error("a replication factor of {asked} needs as many brokers, and {there}: request a lower one, or start more")]
     Brokers {
         /// Requested replication factor.
         asked: u32,
         /// Available brokers.
-        there: There,
+        there: BrokerCounts,
     },
     /// A broker would exceed its replica limit.
     #[error(transparent)]
     Bound(#[from] ReplicaBound),
     /// The cluster has the maximum number of topics.
-    #[error("the cluster has {} topics, which is the most that it takes: delete some", limits::MAX_TOPICS)]
+    #[error("the cluster has {} topics, which is the maximum: delete some", limits::MAX_TOPICS)]
     TooManyTopics,
     /// A configuration key or value is not allowed.
     #[error(transparent)]
     Config(#[from] InvalidConfig),
     /// A sweep deleted a part of the new keys meanwhile.
-    #[error("topic {:?} could not be made because of another change at the same time: try again", name.as_str())]
+    #[error("topic {:?} could not be created because of a concurrent change: try again", name.as_str())]
     Conflict {
         /// Name of the topic.
         name: TopicName,
     },
     /// The metadata store failed.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] MetaStoreError),
 }
 
 /// Numbers of brokers, by availability for new replicas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct There {
+pub struct BrokerCounts {
     /// Number of live brokers.
     pub live: usize,
     /// Number of live brokers that are stopping or drained, which get no replicas.
@@ -94,42 +94,42 @@ pub struct There {
     pub unreachable: usize,
 }
 
-impl There {
+impl BrokerCounts {
     /// Counts the brokers of a metadata snapshot.
-    pub fn of(state: &ViewState) -> Self {
-        let mut there = Self { live: 0, leaving: 0, full: 0, unreachable: 0 };
-        for (id, known) in state.brokers() {
-            let leaving = is_leaving(state, *id, &known.value);
-            there.live += 1;
-            there.leaving += usize::from(leaving);
-            let full = !leaving && known.value.disk_full;
-            there.full += usize::from(full);
-            there.unreachable += usize::from(!leaving && !full && is_unreachable(state, &known.value));
+    pub fn of(state: &MetadataSnapshot) -> Self {
+        let mut counts = Self { live: 0, leaving: 0, full: 0, unreachable: 0 };
+        for (id, broker) in state.brokers() {
+            let leaving = is_leaving(state, *id, &broker.value);
+            counts.live += 1;
+            counts.leaving += usize::from(leaving);
+            let full = !leaving && broker.value.disk_pressure;
+            counts.full += usize::from(full);
+            counts.unreachable += usize::from(!leaving && !full && is_unreachable(state, &broker.value));
         }
-        there
+        counts
     }
 
     /// Returns the number of brokers that accept replicas.
-    pub const fn takers(self) -> usize {
+    pub const fn eligible_brokers(self) -> usize {
         self.live - self.leaving - self.full - self.unreachable
     }
 }
 
-impl fmt::Display for There {
+impl fmt::Display for BrokerCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let are = |count: usize| if count == 1 { "1 is".to_owned() } else { format!("{count} are") };
-        write!(f, "{} alive", are(self.live))?;
-        let mut some = Vec::new();
+        write!(f, "{} online", are(self.live))?;
+        let mut unavailable = Vec::new();
         if self.leaving > 0 {
-            some.push(format!("{} being stopped or drained", are(self.leaving)));
+            unavailable.push(format!("{} stopping or drained", are(self.leaving)));
         }
         if self.full > 0 {
-            some.push(format!("{} with full disks (broker.disk_full_percent)", self.full));
+            unavailable.push(format!("{} under disk pressure (broker.disk_pressure_percent)", are(self.full)));
         }
         if self.unreachable > 0 {
-            some.push(format!("{} registered without an address for other brokers", are(self.unreachable)));
+            unavailable.push(format!("{} registered without an address for other brokers", are(self.unreachable)));
         }
-        if some.is_empty() { Ok(()) } else { write!(f, ", of which {}", some.join(" and ")) }
+        if unavailable.is_empty() { Ok(()) } else { write!(f, ", of which {}", unavailable.join(" and ")) }
     }
 }
 
@@ -146,24 +146,24 @@ impl CreateError {
 
 impl Topics {
     /// Creates a topic. Returns when the topic exists in the store; the metadata caches follow.
-    pub async fn create(&self, new: NewTopic) -> Result<TopicInfo, CreateError> {
+    pub async fn create(&self, new: TopicSpec) -> Result<TopicInfo, CreateError> {
         self.admit(&new)?;
         if self.read(&new.name).await?.is_some() {
             return Err(CreateError::Exists { name: new.name });
         }
-        let NewTopic { name, partitions, replication_factor, config, validate_only } = new;
+        let TopicSpec { name, partitions, replication_factor, config, validate_only } = new;
         let id = TopicId::new(random::uuid());
         let value = TopicValue { id, partitions, replication_factor, config: TopicConfig::normalize(config) };
         let placed = self.first_values(id, 0..partitions, replication_factor).await;
         let (mut puts, claim) = placed.map_err(|bound| match bound {
             Some(bound) => bound.into(),
-            None => CreateError::Brokers { asked: replication_factor, there: There::of(&self.view.state()) },
+            None => CreateError::Brokers { asked: replication_factor, there: BrokerCounts::of(&self.metadata.state()) },
         })?;
         if validate_only {
             return Ok(TopicInfo { name, value, revision: Revision::ZERO });
         }
         let rest = puts.split_off(1);
-        let begun = self.put_new(&name, rest).await?;
+        let first_key = self.put_new(&name, rest).await?;
         let key = self.keys.topic(&name);
         // If the topic is deleted again before a delayed attempt is applied, its tombstone makes that attempt fail.
         let mut transaction = Transaction::new()
@@ -172,17 +172,17 @@ impl Topics {
             .put(key.as_str(), value.encode())
             .else_get(key);
         transaction.ops.extend(puts);
-        if let Some((first, created)) = begun {
+        if let Some((first, created)) = first_key {
             // A sweep starts with the first key. If that key has its original create revision, no sweep has started,
             // and none will.
             transaction = transaction.when(Compare::CreateRevision(first, created));
         }
         let revision = match known_outcome(&*self.store, &transaction).await? {
-            Outcome::Done { revision } => revision,
-            Outcome::Refused { mut found, .. } => {
+            TxnOutcome::Committed { revision } => revision,
+            TxnOutcome::CompareFailed { mut found, .. } => {
                 let Some(entry) = found.pop().flatten() else { return Err(CreateError::Conflict { name }) };
                 // An earlier attempt created the topic, or another creation did.
-                if !TopicValue::decode(&entry.key, &entry.value).is_ok_and(|there| there.id == id) {
+                if !TopicValue::decode(&entry.key, &entry.value).is_ok_and(|stored| stored.id == id) {
                     return Err(CreateError::Exists { name });
                 }
                 entry.mod_revision
@@ -194,29 +194,29 @@ impl Topics {
 
     /// Writes keys that only this creation can write; brokers ignore them until the topic exists. Returns the first key
     /// and its create revision.
-    async fn put_new(&self, name: &TopicName, puts: Vec<Op>) -> Result<Option<(String, Revision)>, CreateError> {
-        let mut begun = None;
-        for chunk in puts.chunks(CHUNK) {
+    async fn put_new(&self, name: &TopicName, puts: Vec<TxnOp>) -> Result<Option<(String, Revision)>, CreateError> {
+        let mut first_key = None;
+        for chunk in puts.chunks(MAX_OPS_PER_TXN) {
             let absent = chunk.iter().map(|op| Compare::Absent(op.key().to_owned())).collect();
             let first = chunk[0].key().to_owned();
             let transaction = Transaction { compares: absent, ops: chunk.to_vec(), else_get: vec![first.clone()] };
-            let made = match known_outcome(&*self.store, &transaction).await? {
-                Outcome::Done { revision } => revision,
-                Outcome::Refused { mut found, .. } => match found.pop().flatten() {
+            let created = match known_outcome(&*self.store, &transaction).await? {
+                TxnOutcome::Committed { revision } => revision,
+                TxnOutcome::CompareFailed { mut found, .. } => match found.pop().flatten() {
                     // An earlier attempt created the key.
                     Some(entry) => entry.create_revision,
                     // An earlier attempt created the key, and a sweep deleted it.
                     None => return Err(CreateError::Conflict { name: name.clone() }),
                 },
             };
-            begun.get_or_insert((first, made));
+            first_key.get_or_insert((first, created));
         }
-        Ok(begun)
+        Ok(first_key)
     }
 
     /// Checks the request against the configuration limits and the metadata cache.
-    fn admit(&self, new: &NewTopic) -> Result<(), CreateError> {
-        let state = self.view.state();
+    fn admit(&self, new: &TopicSpec) -> Result<(), CreateError> {
+        let state = self.metadata.state();
         if new.partitions == 0 || new.partitions > limits::MAX_PARTITIONS {
             return Err(CreateError::Partitions { asked: new.partitions });
         }
@@ -224,9 +224,9 @@ impl Topics {
         if asked == 0 || asked > limits::MAX_REPLICAS {
             return Err(CreateError::Replicas { asked });
         }
-        let there = There::of(&state);
-        if usize::try_from(asked).is_ok_and(|asked| asked > there.takers()) {
-            return Err(CreateError::Brokers { asked, there });
+        let counts = BrokerCounts::of(&state);
+        if usize::try_from(asked).is_ok_and(|asked| asked > counts.eligible_brokers()) {
+            return Err(CreateError::Brokers { asked, there: counts });
         }
         checked(&self.defaults, &new.config, asked)?;
         if state.topic(&new.name).is_some() {

@@ -16,9 +16,9 @@
 //!
 //! # Crash
 //!
-//! A crash leaves partition keys that no topic counts. [`Sweep`] deletes them. If it does so during a creation, the
-//! creation's last transaction fails with a retryable error. A deleted topic leaves a [`Mark`], until long after its
-//! last data is gone.
+//! A crash leaves partition keys that no topic counts. [`StaleKeySweeper`] deletes them. If it does so during a
+//! creation, the creation's last transaction fails with a retryable error. A deleted topic leaves a [`Tombstone`],
+//! until long after its last data is deleted.
 
 use std::{
     ops::Range,
@@ -29,13 +29,13 @@ use std::{
 use tokio::time::Instant;
 
 use super::{
-    keys::{Keys, ProducerIdsValue, TopicValue, Value},
+    keys::{Keys, PRODUCER_ID_COUNTER_END, ProducerIdsValue, TopicValue, Value},
+    metadata::{MetadataCache, MetadataSnapshot, Versioned},
     outcome::known_outcome,
     partition_value::PartitionValue,
     placement::{Placement, ReplicaBound},
-    producer_ids::{COUNTER_END, ProducerIdKey},
-    store::{Compare, Entry, MetaStore, Op, Outcome, Revision, StoreError, Transaction},
-    view::{Known, View, ViewState},
+    producer_ids::ProducerIdKey,
+    store::{Compare, KeyValue, MetaStore, MetaStoreError, Revision, Transaction, TxnOp, TxnOutcome},
 };
 use crate::{
     model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicId, TopicName, near},
@@ -45,38 +45,38 @@ use crate::{
 mod change;
 mod claims;
 mod create;
-mod marks;
 mod sweep;
+mod tombstones;
 
 use self::claims::{Claim, Claims};
 pub use change::{AddPartitionsError, AlterError, DeleteError};
-pub use create::{CreateError, NewTopic, There};
-pub use marks::Mark;
-pub use sweep::Sweep;
+pub use create::{BrokerCounts, CreateError, TopicSpec};
+pub use sweep::StaleKeySweeper;
+pub use tombstones::Tombstone;
 
 /// Operations per transaction of a series: below `limits::MAX_TRANSACTION_OPS`, with room for the accompanying
 /// compares.
-const CHUNK: usize = 100;
+const MAX_OPS_PER_TXN: usize = 100;
 
 /// Maximum number of attempts of a compare-and-set while other writers come first.
-const ATTEMPTS: usize = 10;
+const MAX_ATTEMPTS: usize = 10;
 
 /// Number of producer id counters per reserved block.
 const PRODUCER_ID_BLOCK: i64 = 1000;
 
 /// Maximum number of similar names in an error.
-const NEAR_NAMES: usize = 3;
+const MAX_SUGGESTIONS: usize = 3;
 
 /// Maximum number of errors with similar names per period.
-const HINTS: u32 = 20;
-const HINTS_PERIOD: Duration = Duration::from_secs(1);
+const MAX_HINTS_PER_PERIOD: u32 = 20;
+const HINTS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Topic administration. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Topics {
     store: Arc<dyn MetaStore>,
     keys: Keys,
-    view: View,
+    metadata: MetadataCache,
     defaults: Arc<ConfigMap>,
     hints: Arc<Hints>,
     claims: Claims,
@@ -113,15 +113,15 @@ fn hint(near: &[TopicName]) -> String {
 
 impl UnknownTopic {
     /// Returns the error with similar names from this metadata snapshot.
-    pub(super) fn of(state: &ViewState, name: &str) -> Self {
-        let Self { name, .. } = Self::plain(name);
-        let near = near::nearest(&name, state.topics().keys(), |known| known.as_str(), NEAR_NAMES);
+    pub(super) fn of(state: &MetadataSnapshot, name: &str) -> Self {
+        let Self { name, .. } = Self::without_suggestions(name);
+        let near = near::nearest(&name, state.topics().keys(), |name| name.as_str(), MAX_SUGGESTIONS);
         let near = near.into_iter().cloned().collect();
         Self { name, near }
     }
 
     /// Returns the error without similar names.
-    fn plain(name: &str) -> Self {
+    fn without_suggestions(name: &str) -> Self {
         Self { name: name.chars().take(TopicName::MAX_BYTES).collect(), near: Vec::new() }
     }
 }
@@ -135,32 +135,36 @@ impl Hints {
     fn take(&self) -> bool {
         let now = clock::monotonic();
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (since, given) = state.filter(|(since, _)| now.duration_since(*since) < HINTS_PERIOD).unwrap_or((now, 0));
-        *state = Some((since, given + u32::from(given < HINTS)));
-        given < HINTS
+        let (since, used) = state.filter(|(since, _)| now.duration_since(*since) < HINTS_INTERVAL).unwrap_or((now, 0));
+        *state = Some((since, used + u32::from(used < MAX_HINTS_PER_PERIOD)));
+        used < MAX_HINTS_PER_PERIOD
     }
 }
 
 impl Topics {
     /// Returns the administration of a cluster's topics. `defaults` are the broker's `[topic_defaults]`.
-    pub fn new(store: Arc<dyn MetaStore>, keys: Keys, view: View, defaults: ConfigMap) -> Self {
-        Self { store, keys, view, defaults: Arc::new(defaults), hints: Arc::default(), claims: Claims::default() }
+    pub fn new(store: Arc<dyn MetaStore>, keys: Keys, metadata: MetadataCache, defaults: ConfigMap) -> Self {
+        Self { store, keys, metadata, defaults: Arc::new(defaults), hints: Arc::default(), claims: Claims::default() }
     }
 
     /// Returns the topic with this name from the metadata cache.
-    pub fn find(&self, name: &TopicName) -> Result<Arc<Known<TopicValue>>, UnknownTopic> {
-        self.view.state().topic(name).cloned().ok_or_else(|| self.unknown(name.as_str()))
+    pub fn find(&self, name: &TopicName) -> Result<Arc<Versioned<TopicValue>>, UnknownTopic> {
+        self.metadata.state().topic(name).cloned().ok_or_else(|| self.unknown(name.as_str()))
     }
 
     /// Returns the error for an unknown name. Similar names are included only at a limited rate: their search costs
     /// more than the rest of the request, and a retry loop ignores them.
     pub fn unknown(&self, name: &str) -> UnknownTopic {
-        if self.hints.take() { UnknownTopic::of(&self.view.state(), name) } else { UnknownTopic::plain(name) }
+        if self.hints.take() {
+            UnknownTopic::of(&self.metadata.state(), name)
+        } else {
+            UnknownTopic::without_suggestions(name)
+        }
     }
 
     /// Returns the key that signs the cluster's producer ids; the first broker that needs the key creates it.
-    pub async fn producer_id_key(&self) -> Result<ProducerIdKey, StoreError> {
-        if let Some(key) = self.view.state().producer_id_key() {
+    pub async fn producer_id_key(&self) -> Result<ProducerIdKey, MetaStoreError> {
+        if let Some(key) = self.metadata.state().producer_id_key() {
             return Ok(key.clone());
         }
         let (path, drawn) = (self.keys.producer_id_key(), ProducerIdKey::draw());
@@ -169,66 +173,69 @@ impl Topics {
             .put(path.as_str(), drawn.encode())
             .else_get(path.as_str());
         match self.store.transact(transaction).await? {
-            Outcome::Done { .. } => Ok(drawn),
-            Outcome::Refused { mut found, .. } => {
-                let entry =
-                    found.pop().flatten().ok_or_else(|| StoreError::unavailable("the key of producer ids is gone"))?;
-                ProducerIdKey::decode(&entry.key, &entry.value).map_err(StoreError::unavailable)
+            TxnOutcome::Committed { .. } => Ok(drawn),
+            TxnOutcome::CompareFailed { mut found, .. } => {
+                let entry = found
+                    .pop()
+                    .flatten()
+                    .ok_or_else(|| MetaStoreError::unavailable("the key that signs producer ids was deleted"))?;
+                ProducerIdKey::decode(&entry.key, &entry.value).map_err(MetaStoreError::unavailable)
             }
         }
     }
 
-    /// Reserves the next block of producer id counters, at `least` or above. Counters below `least` were issued as this
-    /// broker has seen, even if the store was restored to an older state. An unknown outcome wastes at most one block.
-    pub async fn producer_ids(&self, least: i64) -> Result<Range<i64>, StoreError> {
+    /// Reserves the next block of producer id counters, at `min_counter` or above. This broker has read that counters
+    /// below `min_counter` were issued, even if the store was restored to an older state. An unknown outcome wastes
+    /// at most one block.
+    pub async fn producer_ids(&self, min_counter: i64) -> Result<Range<i64>, MetaStoreError> {
         let key = self.keys.producer_ids();
         let mut entry = self.store.get(&key).await?.entry;
-        for _ in 0..ATTEMPTS {
+        for _ in 0..MAX_ATTEMPTS {
             let next = match &entry {
                 None => 0,
                 Some(entry) => {
-                    ProducerIdsValue::decode(&entry.key, &entry.value).map_err(StoreError::unavailable)?.next
+                    ProducerIdsValue::decode(&entry.key, &entry.value).map_err(MetaStoreError::unavailable)?.next
                 }
             };
-            let next = next.max(least);
+            let next = next.max(min_counter);
             let end = next.saturating_add(PRODUCER_ID_BLOCK);
-            if end > COUNTER_END {
-                return Err(StoreError::unavailable("every producer id has been given"));
+            if end > PRODUCER_ID_COUNTER_END {
+                return Err(MetaStoreError::unavailable("all producer ids are used"));
             }
             let transaction = Transaction::new()
                 .when(Compare::unchanged(&key, entry.as_ref()))
                 .put(key.as_str(), ProducerIdsValue { next: end }.encode())
                 .else_get(key.as_str());
             match self.store.transact(transaction).await? {
-                Outcome::Done { .. } => return Ok(next..end),
-                Outcome::Refused { mut found, .. } => entry = found.pop().flatten(),
+                TxnOutcome::Committed { .. } => return Ok(next..end),
+                TxnOutcome::CompareFailed { mut found, .. } => entry = found.pop().flatten(),
             }
         }
-        Err(StoreError::unavailable("other brokers take producer ids at the same time"))
+        Err(MetaStoreError::unavailable("other brokers reserve producer ids at the same time"))
     }
 
     /// Reads the topic from the store.
-    async fn read(&self, name: &TopicName) -> Result<Option<(Entry, TopicValue)>, StoreError> {
+    async fn read(&self, name: &TopicName) -> Result<Option<(KeyValue, TopicValue)>, MetaStoreError> {
         let Some(entry) = self.store.get(&self.keys.topic(name)).await?.entry else { return Ok(None) };
-        let value = TopicValue::decode(&entry.key, &entry.value).map_err(StoreError::unavailable)?;
+        let value = TopicValue::decode(&entry.key, &entry.value).map_err(MetaStoreError::unavailable)?;
         Ok(Some((entry, value)))
     }
 
-    /// Applies operations in transactions of at most `CHUNK`, each under these conditions. Returns false if a
-    /// transaction was rejected; the earlier ones are applied. The operations must be idempotent.
+    /// Applies operations in transactions of at most `MAX_OPS_PER_TXN`, each under these conditions. Returns false
+    /// if a transaction was rejected; the earlier ones are applied. The operations must be idempotent.
     async fn in_chunks(
         &self,
         conditions: &[Compare],
-        ops: impl IntoIterator<Item = Op, IntoIter: Send>,
-    ) -> Result<bool, StoreError> {
+        ops: impl IntoIterator<Item = TxnOp, IntoIter: Send>,
+    ) -> Result<bool, MetaStoreError> {
         let mut ops = ops.into_iter();
         loop {
-            let chunk: Vec<Op> = ops.by_ref().take(CHUNK).collect();
+            let chunk: Vec<TxnOp> = ops.by_ref().take(MAX_OPS_PER_TXN).collect();
             if chunk.is_empty() {
                 return Ok(true);
             }
             let transaction = Transaction { compares: conditions.to_vec(), ops: chunk, else_get: Vec::new() };
-            if let Outcome::Refused { .. } = known_outcome(&*self.store, &transaction).await? {
+            if let TxnOutcome::CompareFailed { .. } = known_outcome(&*self.store, &transaction).await? {
                 return Ok(false);
             }
         }
@@ -241,18 +248,18 @@ impl Topics {
         topic: TopicId,
         numbers: Range<u32>,
         replicas: u32,
-    ) -> Result<(Vec<Op>, Claim), Option<ReplicaBound>> {
+    ) -> Result<(Vec<TxnOp>, Claim), Option<ReplicaBound>> {
         let replicas = usize::try_from(replicas).map_err(|_| None)?;
         let keys = self.keys.clone();
-        let place = move |_: &ViewState, placement: &mut Placement| {
+        let place = move |_: &MetadataSnapshot, placement: &mut Placement| {
             let puts = numbers.clone().map(|number| {
                 let id = PartitionId::new(topic, number);
                 let value = PartitionValue::new(placement.place(id, replicas)?, LeaderEpoch(0));
-                Some(Op::Put { key: keys.partition(id), value: value.encode(), lease: None })
+                Some(TxnOp::Put { key: keys.partition(id), value: value.encode(), lease: None })
             });
             puts.collect()
         };
-        self.claims.place(&self.view, place).await
+        self.claims.place(&self.metadata, place).await
     }
 }
 

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::Topics;
 use crate::{
     cluster::{
-        store::{Compare, Op, StoreError},
-        view::PartitionEntry,
+        metadata::PartitionEntry,
+        store::{Compare, MetaStoreError, TxnOp},
     },
     model::{PartitionId, TopicId},
 };
@@ -14,19 +14,19 @@ use crate::{
 /// A periodic sweep, with minutes between runs. Only remains that two consecutive runs found are deleted, so that a
 /// creation in progress is not disturbed. Otherwise the creation would fail, without data loss.
 #[derive(Debug, Default)]
-pub struct Sweep {
+pub struct StaleKeySweeper {
     found: BTreeMap<TopicId, Vec<(u32, PartitionEntry)>>,
 }
 
-impl Sweep {
+impl StaleKeySweeper {
     /// Runs once and deletes the remains that the previous run found too. Returns the topics with deleted keys.
-    pub async fn run(&mut self, topics: &Topics) -> Result<Vec<TopicId>, StoreError> {
-        let found = topics.view.state().strays();
+    pub async fn run(&mut self, topics: &Topics) -> Result<Vec<TopicId>, MetaStoreError> {
+        let found = topics.metadata.state().strays();
         let before = std::mem::replace(&mut self.found, found.clone());
         let mut swept = Vec::new();
         for (id, strays) in found {
             if before.get(&id) == Some(&strays) && topics.sweep_topic(id, &strays).await? {
-                tracing::info!(topic = %id, partitions = strays.len(), "what was left of a topic was deleted");
+                tracing::info!(topic = %id, partitions = strays.len(), "deleted stale partition keys of a topic");
                 swept.push(id);
             }
         }
@@ -37,8 +37,12 @@ impl Sweep {
 impl Topics {
     /// Deletes partitions that do not count, the lowest first. Returns false if the topic was created or changed
     /// meanwhile.
-    pub(super) async fn sweep_topic(&self, id: TopicId, strays: &[(u32, PartitionEntry)]) -> Result<bool, StoreError> {
-        let state = self.view.state();
+    pub(super) async fn sweep_topic(
+        &self,
+        id: TopicId,
+        strays: &[(u32, PartitionEntry)],
+    ) -> Result<bool, MetaStoreError> {
+        let state = self.metadata.state();
         // The partitions may count by now. This check covers changes until here; the compare covers later ones.
         if state.strays().get(&id).is_none_or(|strayed| strayed != strays) {
             return Ok(false);
@@ -55,7 +59,7 @@ impl Topics {
             let id = PartitionId::new(id, *number);
             let partition = entry.partition.as_ref().map(|_| self.keys.partition(id));
             let tier = entry.tier.as_ref().map(|_| self.keys.tier(id));
-            ops.extend(partition.into_iter().chain(tier).map(|key| Op::Delete { key }));
+            ops.extend(partition.into_iter().chain(tier).map(|key| TxnOp::Delete { key }));
         }
         self.in_chunks(&[same], ops).await
     }

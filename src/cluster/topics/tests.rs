@@ -7,9 +7,9 @@ use crate::{
     cluster::{
         embedded::EmbeddedStore,
         endpoints::Endpoints,
-        faulty::{Fault, Faulty},
+        faulty::{Fault, FaultyStore},
         keys::{BrokerValue, Key},
-        view::PartitionEntry,
+        metadata::PartitionEntry,
     },
     limits,
     model::{BrokerId, TopicId},
@@ -19,9 +19,9 @@ use crate::{
 struct Cluster {
     store: EmbeddedStore,
     /// The store that `topics` uses, with injected faults.
-    link: Faulty,
+    link: FaultyStore,
     keys: Keys,
-    view: View,
+    metadata: MetadataCache,
     topics: Topics,
     _tasks: Tasks,
 }
@@ -30,19 +30,19 @@ impl Cluster {
     async fn of(brokers: u32) -> Self {
         let store = EmbeddedStore::in_memory();
         let keys = Keys::new("test").expect("valid");
-        let lease = store.grant(Duration::from_secs(10_000)).await.expect("answers");
+        let lease = store.grant(Duration::from_secs(10_000)).await.expect("the store responds");
         for id in 1..=brokers {
             let rack = Some(format!("rack-{}", id % 3));
             let value = BrokerValue { rack, ..BrokerValue::running_at(format!("b{id}:9460")) };
             let put = Transaction::new().put_leased(keys.broker(BrokerId(id)), value.encode(), lease);
-            store.transact(put).await.expect("answers");
+            store.transact(put).await.expect("the store responds");
         }
         let tasks = Tasks::new();
-        let view = View::start(Arc::new(store.clone()), keys.clone(), &tasks);
+        let metadata = MetadataCache::start(Arc::new(store.clone()), keys.clone(), &tasks);
         let defaults = ConfigMap::from([("segment.bytes".to_owned(), "1048576".to_owned())]);
-        let link = Faulty::new(store.clone());
-        let topics = Topics::new(Arc::new(link.clone()), keys.clone(), view.clone(), defaults);
-        let cluster = Self { store, link, keys, view, topics, _tasks: tasks };
+        let link = FaultyStore::new(store.clone());
+        let topics = Topics::new(Arc::new(link.clone()), keys.clone(), metadata.clone(), defaults);
+        let cluster = Self { store, link, keys, metadata, topics, _tasks: tasks };
         if brokers > 0 {
             cluster.catch_up().await;
         }
@@ -57,33 +57,33 @@ impl Cluster {
 
     /// Waits until the cache has the store's revision.
     async fn catch_up(&self) {
-        let revision = self.store.get("").await.expect("answers").revision;
-        self.view.reached(revision).await;
+        let revision = self.store.get("").await.expect("the store responds").revision;
+        self.metadata.wait_for_revision(revision).await;
     }
 
     async fn create(&self, name: &str, partitions: u32, replicas: u32) -> Result<TopicInfo, CreateError> {
-        let made = self.topics.create(new(name, partitions, replicas)).await;
+        let created = self.topics.create(new(name, partitions, replicas)).await;
         self.catch_up().await;
-        made
+        created
     }
 
     async fn paths(&self, kind: &str) -> Vec<String> {
         let prefix = format!("{}{kind}", self.keys.prefix());
-        let listing = self.store.list(&prefix).await.expect("answers");
+        let listing = self.store.list(&prefix).await.expect("the store responds");
         listing.entries.into_iter().map(|entry| entry.key).collect()
     }
 
     async fn put(&self, key: &Key, value: impl Into<bytes::Bytes>) {
-        self.store.transact(Transaction::new().put(self.keys.path(key), value)).await.expect("answers");
+        self.store.transact(Transaction::new().put(self.keys.path(key), value)).await.expect("the store responds");
         self.catch_up().await;
     }
 
     /// Runs a sweep twice without changes in between.
     async fn sweep(&self) -> Vec<TopicId> {
         self.catch_up().await;
-        let mut sweep = Sweep::default();
-        assert_eq!(sweep.run(&self.topics).await, Ok(vec![]), "the first run only looks");
-        let swept = sweep.run(&self.topics).await.expect("answers");
+        let mut sweep = StaleKeySweeper::default();
+        assert_eq!(sweep.run(&self.topics).await, Ok(vec![]), "the first run deletes nothing");
+        let swept = sweep.run(&self.topics).await.expect("the store responds");
         self.catch_up().await;
         swept
     }
@@ -93,8 +93,8 @@ fn name(name: &str) -> TopicName {
     name.parse().expect("valid")
 }
 
-fn new(topic: &str, partitions: u32, replication_factor: u32) -> NewTopic {
-    NewTopic { name: name(topic), partitions, replication_factor, config: ConfigMap::new(), validate_only: false }
+fn new(topic: &str, partitions: u32, replication_factor: u32) -> TopicSpec {
+    TopicSpec { name: name(topic), partitions, replication_factor, config: ConfigMap::new(), validate_only: false }
 }
 
 fn map(key: &str, value: &str) -> ConfigMap {
@@ -104,13 +104,13 @@ fn map(key: &str, value: &str) -> ConfigMap {
 #[tokio::test]
 async fn topic_is_created_with_leaders_at_epoch_zero() {
     let cluster = Cluster::of(3).await;
-    let made = cluster.create("orders", 250, 2).await.expect("made");
-    let state = cluster.view.state();
-    let topic = state.topic(&name("orders")).expect("it exists");
-    assert_eq!((topic.value.clone(), topic.mod_revision), (made.value.clone(), made.revision));
+    let created = cluster.create("orders", 250, 2).await.expect("created");
+    let state = cluster.metadata.state();
+    let topic = state.topic(&name("orders")).expect("the topic exists");
+    assert_eq!((topic.value.clone(), topic.mod_revision), (created.value.clone(), created.revision));
     let mut count = 0;
     for (_, entry) in state.partitions_of(&topic.value) {
-        let value = &entry.partition.as_ref().expect("every partition is there").value;
+        let value = &entry.partition.as_ref().expect("every partition exists").value;
         assert_eq!((value.replicas.len(), &value.isr, value.leader_epoch), (2, &value.replicas, LeaderEpoch(0)));
         assert_eq!(value.leader, value.replicas.first().copied());
         count += 1;
@@ -122,16 +122,19 @@ async fn topic_is_created_with_leaders_at_epoch_zero() {
 async fn invalid_creation_fails_with_numbers_and_writes_nothing() {
     let cluster = Cluster::of(2).await;
     let error = cluster.create("a", 1, 3).await.expect_err("three replicas on two brokers");
-    assert_eq!(error, CreateError::Brokers { asked: 3, there: There { live: 2, leaving: 0, full: 0, unreachable: 0 } });
+    assert_eq!(
+        error,
+        CreateError::Brokers { asked: 3, there: BrokerCounts { live: 2, leaving: 0, full: 0, unreachable: 0 } }
+    );
     assert!(error.to_string().contains('3') && error.to_string().contains('2'), "{error}");
     assert_eq!(cluster.create("a", 0, 1).await, Err(CreateError::Partitions { asked: 0 }));
     let asked = limits::MAX_PARTITIONS + 1;
     assert_eq!(cluster.create("a", asked, 1).await, Err(CreateError::Partitions { asked }));
     assert_eq!(cluster.create("a", 1, 0).await, Err(CreateError::Replicas { asked: 0 }));
-    let bad = NewTopic { config: map("retention.ms", "soon"), ..new("a", 1, 1) };
+    let bad = TopicSpec { config: map("retention.ms", "soon"), ..new("a", 1, 1) };
     let error = cluster.topics.create(bad).await.expect_err("no number").to_string();
     assert!(error.contains("retention.ms") && error.contains("soon"), "{error}");
-    let validated = cluster.topics.create(NewTopic { validate_only: true, ..new("a", 1, 1) }).await.expect("valid");
+    let validated = cluster.topics.create(TopicSpec { validate_only: true, ..new("a", 1, 1) }).await.expect("valid");
     assert_eq!(validated.revision, Revision::ZERO);
     assert_eq!((cluster.paths("topics/").await.len(), cluster.paths("partitions/").await.len()), (0, 0));
 }
@@ -142,24 +145,24 @@ async fn replica_limit_rejects_creation_with_both_numbers() {
     let cluster = Cluster::of(1).await;
     cluster.bound(1, 500).await;
     let bound = ReplicaBound { broker: BrokerId(1), replicas: 100_000, max: 500 };
-    let error = cluster.create("a", 100_000, 1).await.expect_err("more than it takes");
+    let error = cluster.create("a", 100_000, 1).await.expect_err("above the replica limit");
     assert_eq!(error, CreateError::Bound(bound));
     let text = error.to_string();
     assert!(["100000", "500", "broker.max_replicas"].iter().all(|part| text.contains(part)), "{text}");
-    let checked = cluster.topics.create(NewTopic { validate_only: true, ..new("a", 501, 1) }).await;
+    let checked = cluster.topics.create(TopicSpec { validate_only: true, ..new("a", 501, 1) }).await;
     assert_eq!(checked, Err(CreateError::Bound(ReplicaBound { replicas: 501, ..bound })));
     assert_eq!((cluster.paths("topics/").await.len(), cluster.paths("partitions/").await.len()), (0, 0));
 
-    cluster.create("a", 400, 1).await.expect("made");
-    let grown = cluster.topics.add_partitions(&name("a"), 501).await;
-    assert_eq!(grown, Err(AddPartitionsError::Bound(ReplicaBound { replicas: 501, ..bound })));
-    cluster.topics.add_partitions(&name("a"), 500).await.expect("as many as it takes");
+    cluster.create("a", 400, 1).await.expect("created");
+    let extended = cluster.topics.add_partitions(&name("a"), 501).await;
+    assert_eq!(extended, Err(AddPartitionsError::Bound(ReplicaBound { replicas: 501, ..bound })));
+    cluster.topics.add_partitions(&name("a"), 500).await.expect("at the replica limit");
     cluster.catch_up().await;
     let one = cluster.create("b", 1, 1).await;
     assert_eq!(one, Err(CreateError::Bound(ReplicaBound { replicas: 501, ..bound })));
     cluster.topics.delete(&name("a")).await.expect("deleted");
     cluster.catch_up().await;
-    cluster.create("b", 1, 1).await.expect("there is room again");
+    cluster.create("b", 1, 1).await.expect("below the limit again");
 }
 
 /// Regression: replicas on such brokers were never in sync, and `acks=all` waited forever if two of three were there.
@@ -169,30 +172,30 @@ async fn brokers_without_peer_address_get_no_replicas() {
     let hidden =
         BrokerValue { listeners: Endpoints::new("b3:9460".to_owned()), ..BrokerValue::running_at(String::new()) };
     cluster.put(&Key::Broker(BrokerId(3)), hidden.encode()).await;
-    cluster.create("a", 12, 2).await.expect("made");
-    assert!(cluster.view.state().partitions_on(BrokerId(3)).is_empty());
-    let error = cluster.create("b", 1, 3).await.expect_err("two brokers take replicas");
-    let there = There { live: 3, leaving: 0, full: 0, unreachable: 1 };
-    assert_eq!(error, CreateError::Brokers { asked: 3, there });
+    cluster.create("a", 12, 2).await.expect("created");
+    assert!(cluster.metadata.state().partitions_on(BrokerId(3)).is_empty());
+    let error = cluster.create("b", 1, 3).await.expect_err("two brokers accept replicas");
+    let counts = BrokerCounts { live: 3, leaving: 0, full: 0, unreachable: 1 };
+    assert_eq!(error, CreateError::Brokers { asked: 3, there: counts });
     let text = error.to_string();
-    assert!(text.contains("3 are alive, of which 1 is registered without an address for other brokers"), "{text}");
+    assert!(text.contains("3 are online, of which 1 is registered without an address for other brokers"), "{text}");
 
-    let alone = Cluster::of(1).await;
+    let single = Cluster::of(1).await;
     let hidden = BrokerValue { listeners: Endpoints::new("b1:9460".to_owned()), ..hidden };
-    alone.put(&Key::Broker(BrokerId(1)), hidden.encode()).await;
-    alone.create("a", 1, 1).await.expect("a broker alone needs no such address");
+    single.put(&Key::Broker(BrokerId(1)), hidden.encode()).await;
+    single.create("a", 1, 1).await.expect("a single broker needs no such address");
 }
 
 #[tokio::test]
 async fn factor_above_replica_limits_is_rejected() {
     let cluster = Cluster::of(3).await;
-    cluster.create("a", 12, 1).await.expect("made");
+    cluster.create("a", 12, 1).await.expect("created");
     for broker in 1..=3 {
         cluster.bound(broker, 9).await;
     }
     let raise = async |factor| cluster.topics.alter(&name("a"), ConfigMap::new(), vec![], Some(factor)).await;
     assert!(matches!(raise(3).await, Err(AlterError::Bound(ReplicaBound { replicas: 12, max: 9, .. }))));
-    raise(2).await.expect("some eight on each");
+    raise(2).await.expect("eight replicas per broker");
 }
 
 /// Regression: concurrent creations each used the cache from before all of them.
@@ -201,11 +204,11 @@ async fn concurrent_creations_respect_replica_limits() {
     let cluster = Cluster::of(1).await;
     cluster.bound(1, 1000).await;
     let names: Vec<String> = (0..20).map(|number| format!("t{number}")).collect();
-    let made = futures::future::join_all(names.iter().map(|name| cluster.topics.create(new(name, 300, 1)))).await;
-    assert_eq!(made.iter().filter(|made| made.is_ok()).count(), 3, "{made:?}");
+    let created = futures::future::join_all(names.iter().map(|name| cluster.topics.create(new(name, 300, 1)))).await;
+    assert_eq!(created.iter().filter(|created| created.is_ok()).count(), 3, "{created:?}");
     cluster.catch_up().await;
-    assert_eq!(cluster.paths("partitions/").await.len(), 900, "the others wrote nothing");
-    cluster.create("small", 100, 1).await.expect("what was refused claims no room");
+    assert_eq!(cluster.paths("partitions/").await.len(), 900, "rejected creations wrote nothing");
+    cluster.create("small", 100, 1).await.expect("rejected creations hold no claim");
     assert!(matches!(cluster.create("more", 1, 1).await, Err(CreateError::Bound(_))));
 }
 
@@ -213,23 +216,23 @@ async fn concurrent_creations_respect_replica_limits() {
 async fn concurrent_creations_of_one_name_create_one_topic() {
     let cluster = Cluster::of(1).await;
     let attempts = (0..8).map(|_| cluster.topics.create(new("same", 3, 1)));
-    let made = futures::future::join_all(attempts).await;
-    assert_eq!(made.iter().filter(|made| made.is_ok()).count(), 1);
+    let created = futures::future::join_all(attempts).await;
+    assert_eq!(created.iter().filter(|created| created.is_ok()).count(), 1);
     let exists = CreateError::Exists { name: name("same") };
-    assert!(made.iter().all(|made| made.is_ok() || made.as_ref().err() == Some(&exists)), "{made:?}");
+    assert!(created.iter().all(|created| created.is_ok() || created.as_ref().err() == Some(&exists)), "{created:?}");
     cluster.catch_up().await;
     assert_eq!(cluster.create("same", 1, 1).await, Err(exists));
-    let id = cluster.topics.find(&name("same")).expect("it exists").value.id;
+    let id = cluster.topics.find(&name("same")).expect("the topic exists").value.id;
     cluster.sweep().await;
     let paths = cluster.paths("partitions/").await;
-    assert_eq!(paths.len(), 3, "what the losers wrote is swept");
+    assert_eq!(paths.len(), 3, "the keys of failed creations are swept");
     assert!(paths.iter().all(|path| path.contains(&id.to_string())));
 }
 
 #[tokio::test]
 async fn configuration_is_set_unset_and_checked() {
     let cluster = Cluster::of(1).await;
-    cluster.create("a", 1, 1).await.expect("made");
+    cluster.create("a", 1, 1).await.expect("created");
     let altered = cluster.topics.alter(&name("a"), map("retention.ms", "1000"), vec![], None).await.expect("altered");
     assert_eq!(altered.value.config, map("retention.ms", "1000"));
     let both = cluster.topics.alter(&name("a"), map("segment.ms", "500"), vec!["retention.ms".to_owned()], None).await;
@@ -242,67 +245,72 @@ async fn configuration_is_set_unset_and_checked() {
     let twice = cluster.topics.alter(&name("a"), map("segment.ms", "1"), vec!["segment.ms".to_owned()], None).await;
     assert!(matches!(twice, Err(AlterError::Both { .. })), "{twice:?}");
     cluster.catch_up().await;
-    assert_eq!(cluster.topics.find(&name("a")).expect("it exists").value.config, map("segment.ms", "500"));
+    assert_eq!(cluster.topics.find(&name("a")).expect("the topic exists").value.config, map("segment.ms", "500"));
 }
 
 #[tokio::test]
 async fn concurrent_alterations_are_all_applied() {
     let cluster = Cluster::of(1).await;
-    cluster.create("a", 1, 1).await.expect("made");
+    cluster.create("a", 1, 1).await.expect("created");
     let keys =
         [("retention.ms", "-1"), ("retention.bytes", "5000"), ("segment.ms", "777"), ("durability", "replicated")];
     let topic = name("a");
     let all = keys.map(|(key, value)| cluster.topics.alter(&topic, map(key, value), vec![], None));
     assert!(futures::future::join_all(all).await.iter().all(Result::is_ok));
     cluster.catch_up().await;
-    assert_eq!(cluster.topics.find(&topic).expect("it exists").value.config.len(), 4);
+    assert_eq!(cluster.topics.find(&topic).expect("the topic exists").value.config.len(), 4);
 }
 
 #[tokio::test]
 async fn added_partitions_leave_existing_ones_unchanged() {
     let cluster = Cluster::of(3).await;
-    cluster.create("a", 2, 3).await.expect("made");
+    cluster.create("a", 2, 3).await.expect("created");
     let before: Vec<_> =
-        cluster.store.list(&format!("{}partitions/", cluster.keys.prefix())).await.expect("answers").entries;
-    let grown = cluster.topics.add_partitions(&name("a"), 150).await.expect("grown");
-    assert_eq!(grown.value.partitions, 150);
+        cluster.store.list(&format!("{}partitions/", cluster.keys.prefix())).await.expect("the store responds").entries;
+    let extended = cluster.topics.add_partitions(&name("a"), 150).await.expect("extended");
+    assert_eq!(extended.value.partitions, 150);
     cluster.catch_up().await;
-    let after = cluster.store.list(&format!("{}partitions/", cluster.keys.prefix())).await.expect("answers").entries;
+    let after =
+        cluster.store.list(&format!("{}partitions/", cluster.keys.prefix())).await.expect("the store responds").entries;
     assert_eq!(after.len(), 150);
-    assert!(before.iter().all(|entry| after.contains(entry)), "what was there is untouched");
+    assert!(before.iter().all(|entry| after.contains(entry)), "existing partitions are unchanged");
     let less = cluster.topics.add_partitions(&name("a"), 150).await;
     assert_eq!(less, Err(AddPartitionsError::NotMore { name: name("a"), has: 150, to: 150 }));
     let many = cluster.topics.add_partitions(&name("a"), limits::MAX_PARTITIONS + 1).await;
     assert!(matches!(many, Err(AddPartitionsError::TooMany { .. })), "{many:?}");
-    cluster.store.transact(Transaction::new().delete(cluster.keys.broker(BrokerId(3)))).await.expect("answers");
+    cluster
+        .store
+        .transact(Transaction::new().delete(cluster.keys.broker(BrokerId(3))))
+        .await
+        .expect("the store responds");
     cluster.catch_up().await;
-    let poor = cluster.topics.add_partitions(&name("a"), 151).await;
-    let there = There { live: 2, leaving: 0, full: 0, unreachable: 0 };
-    assert_eq!(poor, Err(AddPartitionsError::Brokers { asked: 3, there }), "three replicas on two brokers");
+    let too_few = cluster.topics.add_partitions(&name("a"), 151).await;
+    let counts = BrokerCounts { live: 2, leaving: 0, full: 0, unreachable: 0 };
+    assert_eq!(too_few, Err(AddPartitionsError::Brokers { asked: 3, there: counts }), "three replicas on two brokers");
 }
 
 #[tokio::test]
 async fn concurrent_additions_never_rewrite_counted_partitions() {
     let cluster = Cluster::of(3).await;
-    cluster.create("a", 1, 1).await.expect("made");
+    cluster.create("a", 1, 1).await.expect("created");
     let topic = name("a");
     let (small, large) =
         tokio::join!(cluster.topics.add_partitions(&topic, 110), cluster.topics.add_partitions(&topic, 230));
     assert!(large.is_ok() || small.is_ok());
     cluster.catch_up().await;
-    let state = cluster.view.state();
-    let value = &state.topic(&topic).expect("it exists").value;
+    let state = cluster.metadata.state();
+    let value = &state.topic(&topic).expect("the topic exists").value;
     assert!(state.partitions_of(value).all(|(_, entry)| entry.partition.is_some()));
-    let committed = state.topic(&topic).expect("it exists").mod_revision;
+    let committed = state.topic(&topic).expect("the topic exists").mod_revision;
     let rewritten =
-        |entry: &PartitionEntry| entry.partition.as_ref().is_some_and(|known| known.mod_revision > committed);
+        |entry: &PartitionEntry| entry.partition.as_ref().is_some_and(|partition| partition.mod_revision > committed);
     assert!(!state.partitions_of(value).any(|(_, entry)| rewritten(entry)));
 }
 
 #[tokio::test]
 async fn deleted_topic_leaves_no_partitions_and_frees_its_name() {
     let cluster = Cluster::of(1).await;
-    let first = cluster.create("a", 130, 1).await.expect("made").value.id;
+    let first = cluster.create("a", 130, 1).await.expect("created").value.id;
     let tier = r#"{"manifest":null,"tiered_end":0,"log_start":0,"epoch":0}"#;
     cluster.put(&Key::Tier(PartitionId::new(first, 7)), tier).await;
     assert_eq!(cluster.topics.delete(&name("a")).await, Ok(first));
@@ -310,18 +318,18 @@ async fn deleted_topic_leaves_no_partitions_and_frees_its_name() {
         assert_eq!(cluster.paths(kind).await, Vec::<String>::new());
     }
     cluster.catch_up().await;
-    assert!(cluster.create("a", 1, 1).await.expect("made").value.id != first);
+    assert!(cluster.create("a", 1, 1).await.expect("created").value.id != first);
 }
 
 #[tokio::test(start_paused = true)]
 async fn unknown_outcomes_are_resolved_by_retries() {
-    let fates = [None, Some(Fault::Lost), Some(Fault::AnswerLost)];
-    let two = fates.map(|first| fates.map(|second| [first, second])).into_iter().flatten();
+    let outcomes = [None, Some(Fault::Lost), Some(Fault::ResponseLost)];
+    let two = outcomes.map(|first| outcomes.map(|second| [first, second])).into_iter().flatten();
     for [first, second] in two {
         let cluster = Cluster::of(3).await;
-        let faults = [first, second, Some(Fault::AnswerLost), None, first, second];
+        let faults = [first, second, Some(Fault::ResponseLost), None, first, second];
         cluster.link.transactions(faults);
-        let made = cluster.create("a", 230, 3).await.unwrap_or_else(|error| panic!("{faults:?}: {error}"));
+        let created = cluster.create("a", 230, 3).await.unwrap_or_else(|error| panic!("{faults:?}: {error}"));
         assert_eq!(cluster.paths("partitions/").await.len(), 230);
         let topic = name("a");
 
@@ -331,15 +339,15 @@ async fn unknown_outcomes_are_resolved_by_retries() {
 
         cluster.link.transactions(faults);
         cluster.catch_up().await;
-        let grown = cluster.topics.add_partitions(&topic, 350).await;
-        assert_eq!(grown.map(|topic| topic.value.partitions), Ok(350), "{faults:?}");
+        let extended = cluster.topics.add_partitions(&topic, 350).await;
+        assert_eq!(extended.map(|topic| topic.value.partitions), Ok(350), "{faults:?}");
         cluster.catch_up().await;
         assert!(cluster.sweep().await.is_empty(), "{faults:?}: every partition counts");
 
         cluster.link.transactions(faults);
-        assert_eq!(cluster.topics.delete(&topic).await, Ok(made.value.id), "{faults:?}");
+        assert_eq!(cluster.topics.delete(&topic).await, Ok(created.value.id), "{faults:?}");
         assert_eq!(cluster.paths("partitions/").await, Vec::<String>::new(), "{faults:?}");
-        assert_eq!(cluster.topics.was_deleted(made.value.id).await, Ok(true));
+        assert_eq!(cluster.topics.was_deleted(created.value.id).await, Ok(true));
     }
 }
 
@@ -347,15 +355,15 @@ async fn unknown_outcomes_are_resolved_by_retries() {
 async fn permanently_unknown_outcome_is_returned() {
     let cluster = Cluster::of(1).await;
     cluster.link.transactions([Some(Fault::Lost); 100]);
-    let made = cluster.create("a", 1, 1).await;
-    assert!(matches!(&made, Err(CreateError::Store(error)) if error.outcome_unknown()), "{made:?}");
+    let created = cluster.create("a", 1, 1).await;
+    assert!(matches!(&created, Err(CreateError::Store(error)) if error.outcome_unknown()), "{created:?}");
 }
 
 #[tokio::test]
 async fn unknown_topic_error_lists_similar_names() {
     let cluster = Cluster::of(1).await;
     for topic in ["orders", "orders-dead", "payments"] {
-        cluster.create(topic, 1, 1).await.expect("made");
+        cluster.create(topic, 1, 1).await.expect("created");
     }
     let error = cluster.topics.find(&name("order")).expect_err("unknown");
     assert_eq!(error.near, [name("orders"), name("orders-dead")]);
@@ -368,21 +376,21 @@ async fn unknown_topic_error_lists_similar_names() {
 #[tokio::test(start_paused = true)]
 async fn similar_names_are_rate_limited() {
     let cluster = Cluster::of(1).await;
-    cluster.create("orders", 1, 1).await.expect("made");
-    let hinted = || (0..1000).filter(|_| !cluster.topics.unknown("order").near.is_empty()).count();
-    assert_eq!(hinted(), HINTS as usize);
-    tokio::time::advance(HINTS_PERIOD).await;
-    assert_eq!(hinted(), HINTS as usize);
+    cluster.create("orders", 1, 1).await.expect("created");
+    let count_hints = || (0..1000).filter(|_| !cluster.topics.unknown("order").near.is_empty()).count();
+    assert_eq!(count_hints(), MAX_HINTS_PER_PERIOD as usize);
+    tokio::time::advance(HINTS_INTERVAL).await;
+    assert_eq!(count_hints(), MAX_HINTS_PER_PERIOD as usize);
 }
 
 #[tokio::test]
 async fn sweep_deletes_only_interrupted_creation() {
     let cluster = Cluster::of(1).await;
-    cluster.create("whole", 3, 1).await.expect("made");
-    let half = TopicId::new(random::uuid());
-    let (puts, _claim) = cluster.topics.first_values(half, 1..150, 1).await.expect("enough brokers");
+    cluster.create("whole", 3, 1).await.expect("created");
+    let interrupted = TopicId::new(random::uuid());
+    let (puts, _claim) = cluster.topics.first_values(interrupted, 1..150, 1).await.expect("enough brokers");
     assert_eq!(cluster.topics.in_chunks(&[], puts).await, Ok(true));
-    assert_eq!(cluster.sweep().await, [half]);
+    assert_eq!(cluster.sweep().await, [interrupted]);
     assert_eq!(cluster.paths("partitions/").await.len(), 3);
     assert_eq!(cluster.sweep().await, []);
 }
@@ -390,7 +398,7 @@ async fn sweep_deletes_only_interrupted_creation() {
 #[tokio::test]
 async fn sweep_deletes_interrupted_addition_and_deletion() {
     let cluster = Cluster::of(1).await;
-    let id = cluster.create("a", 2, 1).await.expect("made").value.id;
+    let id = cluster.create("a", 2, 1).await.expect("created").value.id;
     let value = r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1]}"#;
     cluster.put(&Key::Partition(PartitionId::new(id, 2)), value).await;
     let deleted = TopicId::new(random::uuid());
@@ -409,7 +417,7 @@ async fn sweep_deletes_interrupted_addition_and_deletion() {
 #[tokio::test]
 async fn sweep_keeps_partitions_of_unreadable_topic() {
     let cluster = Cluster::of(1).await;
-    cluster.create("a", 150, 1).await.expect("made");
+    cluster.create("a", 150, 1).await.expect("created");
     cluster.put(&Key::Topic(name("a")), "{broken").await;
     assert_eq!(cluster.sweep().await, []);
     assert_eq!(cluster.paths("partitions/").await.len(), 150);
@@ -418,17 +426,21 @@ async fn sweep_keeps_partitions_of_unreadable_topic() {
 #[tokio::test]
 async fn sweep_keeps_topic_created_meanwhile() {
     let cluster = Cluster::of(1).await;
-    let made = cluster.create("a", 5, 1).await.expect("made").value.id;
-    let state = cluster.view.state();
+    let created = cluster.create("a", 5, 1).await.expect("created").value.id;
+    let state = cluster.metadata.state();
     // The input of the sweep, from before the last transaction of the creation.
-    let topic = &state.topic(&name("a")).expect("it exists").value;
+    let topic = &state.topic(&name("a")).expect("the topic exists").value;
     let strays: Vec<_> = state.partitions_of(topic).skip(1).map(|(number, entry)| (number, entry.clone())).collect();
-    cluster.store.transact(Transaction::new().delete(cluster.keys.topic(&name("a")))).await.expect("answers");
+    cluster
+        .store
+        .transact(Transaction::new().delete(cluster.keys.topic(&name("a"))))
+        .await
+        .expect("the store responds");
     cluster.catch_up().await;
     assert_eq!(
-        cluster.topics.sweep_topic(made, &strays).await,
+        cluster.topics.sweep_topic(created, &strays).await,
         Ok(false),
-        "partition 0 is there, so the topic was made"
+        "partition 0 exists, so the topic was created"
     );
     assert_eq!(cluster.paths("partitions/").await.len(), 5);
 }
@@ -437,11 +449,11 @@ async fn sweep_keeps_topic_created_meanwhile() {
 #[tokio::test]
 async fn sweep_keeps_partitions_that_count_meanwhile() {
     let cluster = Cluster::of(1).await;
-    let id = cluster.create("a", 2, 1).await.expect("made").value.id;
+    let id = cluster.create("a", 2, 1).await.expect("created").value.id;
     let value = r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1]}"#;
     cluster.put(&Key::Partition(PartitionId::new(id, 2)), value).await;
-    let strays = cluster.view.state().strays().remove(&id).expect("one partition too many");
-    cluster.topics.add_partitions(&name("a"), 3).await.expect("grown");
+    let strays = cluster.metadata.state().strays().remove(&id).expect("one partition too many");
+    cluster.topics.add_partitions(&name("a"), 3).await.expect("extended");
     cluster.catch_up().await;
     assert_eq!(cluster.topics.sweep_topic(id, &strays).await, Ok(false));
     assert_eq!(cluster.paths("partitions/").await.len(), 3);
@@ -451,23 +463,24 @@ async fn sweep_keeps_partitions_that_count_meanwhile() {
 async fn producer_ids_are_issued_once() {
     let cluster = Cluster::of(0).await;
     let blocks = futures::future::join_all((0..5).map(|_| cluster.topics.producer_ids(0))).await;
-    let mut starts: Vec<_> = blocks.into_iter().map(|block| block.expect("answers")).map(|ids| ids.start).collect();
+    let mut starts: Vec<_> =
+        blocks.into_iter().map(|block| block.expect("the store responds")).map(|ids| ids.start).collect();
     starts.sort_unstable();
     assert_eq!(starts, [0, 1000, 2000, 3000, 4000]);
     // A broker that was issued ids above the counter of a restored store.
     assert_eq!(cluster.topics.producer_ids(7500).await, Ok(7500..8500));
     assert_eq!(cluster.topics.producer_ids(1000).await, Ok(8500..9500));
-    assert!(cluster.topics.producer_ids(COUNTER_END - 999).await.is_err(), "an id has room for no larger counter");
+    assert!(cluster.topics.producer_ids(PRODUCER_ID_COUNTER_END - 999).await.is_err(), "the counter exceeds an id");
 }
 
 #[tokio::test]
 async fn producer_id_key_is_created_once() {
     let cluster = Cluster::of(0).await;
     let keys = futures::future::join_all((0..5).map(|_| cluster.topics.producer_id_key())).await;
-    let first = keys[0].clone().expect("answers");
+    let first = keys[0].clone().expect("the store responds");
     assert!(keys.iter().all(|key| key.as_ref() == Ok(&first)));
     cluster.catch_up().await;
-    assert_eq!(cluster.view.state().producer_id_key(), Some(&first), "every broker mirrors it");
+    assert_eq!(cluster.metadata.state().producer_id_key(), Some(&first), "every broker caches the key");
     // Ids stay valid if the stored key is corrupted.
     cluster.put(&Key::ProducerIdKey, "rubbish").await;
     cluster.catch_up().await;
@@ -478,35 +491,35 @@ async fn producer_id_key_is_created_once() {
 async fn tombstone_is_deleted_only_long_after_last_remains() {
     const KEPT: Duration = Duration::from_millis(1000);
     let cluster = Cluster::of(1).await;
-    let id = cluster.create("gone", 3, 1).await.expect("made").value.id;
-    assert_eq!(cluster.topics.marks().await, Ok(vec![]));
+    let id = cluster.create("gone", 3, 1).await.expect("created").value.id;
+    assert_eq!(cluster.topics.tombstones().await, Ok(vec![]));
     cluster.topics.delete(&name("gone")).await.expect("deleted");
     cluster.catch_up().await;
     // Each call reads all tombstones, as a restarted broker would.
-    let age = async |left: bool, now_ms: i64| {
-        let marks = cluster.topics.marks().await.expect("answers");
-        let [mark] = marks.as_slice() else { panic!("one mark: {marks:?}") };
-        assert_eq!(mark.id, id);
-        cluster.topics.age(mark, left, now_ms, KEPT).await.expect("answers")
+    let expire = async |left: bool, now_ms: i64| {
+        let tombstones = cluster.topics.tombstones().await.expect("the store responds");
+        let [tombstone] = tombstones.as_slice() else { panic!("one tombstone: {tombstones:?}") };
+        assert_eq!(tombstone.id, id);
+        cluster.topics.expire(tombstone, left, now_ms, KEPT).await.expect("the store responds")
     };
     for (left, now_ms) in
         [(true, 0), (true, 5000), (false, 6000), (false, 6999), (true, 7001), (false, 7002), (false, 8001)]
     {
-        assert!(!age(left, now_ms).await, "left: {left}, at {now_ms}");
+        assert!(!expire(left, now_ms).await, "left: {left}, at {now_ms}");
         assert_eq!(cluster.topics.was_deleted(id).await, Ok(true));
     }
     // A metadata key of the topic appears, from an interrupted creation or deletion.
     let stray = Key::Partition(PartitionId::new(id, 2));
     let value = PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(0));
     cluster.put(&stray, value.encode()).await;
-    assert!(!age(false, 9000).await);
+    assert!(!expire(false, 9000).await);
     assert_eq!(cluster.sweep().await, [id]);
-    assert!(!age(false, 10_000).await, "counted from when nothing was left again");
+    assert!(!expire(false, 10_000).await, "the time restarts");
 
     // Two brokers advance the same tombstone: one deletes it.
-    let marks = cluster.topics.marks().await.expect("answers");
-    assert_eq!(cluster.topics.age(&marks[0], false, 11_000, KEPT).await, Ok(true));
-    assert_eq!(cluster.topics.age(&marks[0], false, 11_000, KEPT).await, Ok(false));
+    let tombstones = cluster.topics.tombstones().await.expect("the store responds");
+    assert_eq!(cluster.topics.expire(&tombstones[0], false, 11_000, KEPT).await, Ok(true));
+    assert_eq!(cluster.topics.expire(&tombstones[0], false, 11_000, KEPT).await, Ok(false));
     assert_eq!(cluster.topics.was_deleted(id).await, Ok(false));
     assert_eq!(cluster.paths("deleted/").await, Vec::<String>::new());
 }
@@ -515,13 +528,13 @@ async fn tombstone_is_deleted_only_long_after_last_remains() {
 async fn tombstone_without_new_fields_is_read_and_invalid_is_kept() {
     let cluster = Cluster::of(1).await;
     let (old, torn) = (TopicId::from_bytes([1; 16]), TopicId::from_bytes([2; 16]));
-    cluster.put(&Key::Deleted(old), &b"{\"name\":\"old\"}"[..]).await;
-    cluster.put(&Key::Deleted(torn), &b"{"[..]).await;
-    let marks = cluster.topics.marks().await.expect("answers");
-    assert_eq!(marks.iter().map(|mark| mark.id).collect::<Vec<_>>(), [old]);
+    cluster.put(&Key::Tombstone(old), &b"{\"name\":\"old\"}"[..]).await;
+    cluster.put(&Key::Tombstone(torn), &b"{"[..]).await;
+    let tombstones = cluster.topics.tombstones().await.expect("the store responds");
+    assert_eq!(tombstones.iter().map(|tombstone| tombstone.id).collect::<Vec<_>>(), [old]);
     for (now_ms, ended) in [(1, false), (2, true)] {
-        let marks = cluster.topics.marks().await.expect("answers");
-        assert_eq!(cluster.topics.age(&marks[0], false, now_ms, Duration::from_millis(1)).await, Ok(ended));
+        let tombstones = cluster.topics.tombstones().await.expect("the store responds");
+        assert_eq!(cluster.topics.expire(&tombstones[0], false, now_ms, Duration::from_millis(1)).await, Ok(ended));
     }
     assert_eq!(cluster.topics.was_deleted(torn).await, Ok(true));
 }

@@ -21,9 +21,9 @@ use std::{
 pub use private::PrivateDir;
 pub use real::RealDisk;
 #[cfg(test)]
-pub(super) use sim::Dice;
-pub use sim::{SimDisk, Stamp};
-pub use writeback::{STEP_BYTES, give_back, write_out};
+pub(super) use sim::SimRng;
+pub use sim::{SimDisk, SyncStamp};
+pub use writeback::{STEP_BYTES, free_in_steps, write_out};
 
 /// Size and alignment of every write to the journal, in bytes.
 pub const BLOCK: usize = 4096;
@@ -47,10 +47,10 @@ pub trait Disk: Send + Sync + 'static {
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 
     /// Returns the entries of a directory, sorted by name.
-    fn list(&self, dir: &Path) -> io::Result<Vec<Entry>>;
+    fn list(&self, dir: &Path) -> io::Result<Vec<DirEntry>>;
 
     /// Opens a file.
-    fn open(&self, path: &Path, mode: Mode) -> io::Result<Arc<dyn File>>;
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn File>>;
 
     /// Renames a file, and replaces the file that has the new name.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
@@ -80,7 +80,7 @@ pub trait Disk: Send + Sync + 'static {
 
     /// Reads a complete file.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        let file = self.open(path, Mode::Read)?;
+        let file = self.open(path, OpenMode::Read)?;
         let len = file.size()?;
         let mut bytes = vec![0; usize::try_from(len).map_err(|_| io::ErrorKind::FileTooLarge)?];
         let got = file.read_at(&mut bytes, 0)?;
@@ -90,7 +90,7 @@ pub trait Disk: Send + Sync + 'static {
 
     /// Writes a complete file, unsynced.
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<Arc<dyn File>> {
-        let file = self.open(path, Mode::Write)?;
+        let file = self.open(path, OpenMode::Write)?;
         file.truncate(0)?;
         file.write_at(&[IoSlice::new(bytes)], 0)?;
         Ok(file)
@@ -120,7 +120,7 @@ fn naming(path: &Path, error: &io::Error) -> io::Error {
 
 /// Mode in which a file is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub enum OpenMode {
     /// Reading; the file must exist.
     Read,
     /// Reading and writing; the file is created if absent.
@@ -132,7 +132,7 @@ pub enum Mode {
 
 /// An entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct DirEntry {
     /// Name without the directory.
     pub name: String,
     /// True for a directory.
@@ -164,7 +164,7 @@ pub trait File: Send + Sync {
 
     /// Frees part of the disk space of a removed file without readers, and pauses briefly. `hurry` frees a larger part,
     /// because space is needed soon. Returns false if the rest may be freed at once. Blocks.
-    fn give_back_step(&self, hurry: bool) -> io::Result<bool>;
+    fn free_step(&self, hurry: bool) -> io::Result<bool>;
 
     /// Makes content and length durable.
     fn sync(&self) -> io::Result<()>;

@@ -28,7 +28,7 @@ use rustix::{
     process::geteuid,
 };
 
-use super::Entry;
+use super::DirEntry;
 
 /// Permission bits of directories and of files.
 const DIRECTORY: Mode = Mode::RWXU;
@@ -122,8 +122,8 @@ impl PrivateDir {
         if let Some((owner, mode)) = self.kept {
             tracing::warn!(
                 dir = %self.path.display(), owner, mode = %format_args!("{mode:04o}"),
-                "this directory keeps its mode, because it belongs to another user or is shared; what is made in it is for this process's \
-                 user alone"
+                "this directory keeps its mode, because it belongs to another user or is a system directory; only this \
+                 process's user can access the files that this process creates in it"
             );
         }
     }
@@ -143,7 +143,7 @@ impl PrivateDir {
         let file = opened.map_err(|error| explain(folder.as_fd(), last, &path(), error))?;
         let stat = sys::fstat(&file)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(refused(format!("{} is no regular file: remove it", path().display())));
+            return Err(refused(format!("{} is not a regular file: remove it", path().display())));
         }
         check(file.as_fd(), &stat, FILE, path)?;
         Ok(file.into())
@@ -171,7 +171,7 @@ impl PrivateDir {
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub fn list(&self, name: &Path) -> io::Result<Vec<Entry>> {
+    pub fn list(&self, name: &Path) -> io::Result<Vec<DirEntry>> {
         let folder = self.walk(name)?;
         let mut entries = Vec::new();
         for entry in Dir::read_from(&folder)? {
@@ -184,7 +184,7 @@ impl PrivateDir {
             let Ok(stat) = sys::statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
             let is_dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
             let len = u64::try_from(stat.st_size).unwrap_or(0);
-            entries.push(Entry { name: name.to_owned(), is_dir, len });
+            entries.push(DirEntry { name: name.to_owned(), is_dir, len });
         }
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(entries)
@@ -282,7 +282,7 @@ impl PrivateDir {
 /// Returns true if other programs use the directory as well. A narrower mode would harm the system.
 fn is_shared(path: &Path, stat: &Stat) -> bool {
     let is_sticky = stat.st_mode & Mode::SVTX.bits() != 0;
-    is_sticky || fs::canonicalize(path).is_ok_and(|path| SHARED.iter().any(|shared| path == Path::new(shared)))
+    is_sticky || fs::canonicalize(path).is_ok_and(|path| SHARED.iter().any(|inner| path == Path::new(inner)))
 }
 
 /// Returns the components of a name below a directory.
@@ -333,8 +333,8 @@ fn explain(at: BorrowedFd<'_>, part: &OsStr, path: &Path, error: Errno) -> io::E
             .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Symlink);
     if is_link {
         return refused(format!(
-            "{} is a symbolic link, and none is followed inside a configured directory: put what it names in its place, or name \
-             another place with log.journal_dir, cache.dir or broker.data_dir",
+            "{} is a symbolic link, and links inside a configured directory are not followed: replace the link with \
+             its target, or set another directory with log.journal_dir, cache.dir or broker.data_dir",
             path.display()
         ));
     }
@@ -343,18 +343,19 @@ fn explain(at: BorrowedFd<'_>, part: &OsStr, path: &Path, error: Errno) -> io::E
 
 fn of_another_user(path: &Path, owner: u32) -> io::Error {
     refused(format!(
-        "{} belongs to user {owner}, and this process runs as user {}: run it as that user, or give the files to this one with chown -R",
+        "{} belongs to user {owner}, and this process runs as user {}: run the process as the owner, or change the \
+         owner with chown -R",
         path.display(),
         geteuid().as_raw()
     ))
 }
 
 fn not_below(name: &Path) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, format!("{} is no name below a directory", name.display()))
+    io::Error::new(io::ErrorKind::InvalidInput, format!("{} is not a name below a directory", name.display()))
 }
 
-fn refused(why: String) -> io::Error {
-    io::Error::new(io::ErrorKind::PermissionDenied, why)
+fn refused(reason: String) -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, reason)
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use rustix::{
     process::{Resource, getrlimit},
 };
 
-use super::{Disk, Entry, File, Mode, PrivateDir, writeback};
+use super::{DirEntry, Disk, File, OpenMode, PrivateDir, writeback};
 
 /// The file system of the machine.
 ///
@@ -35,8 +35,8 @@ impl RealDisk {
         root.correct_entries()?;
         let root = Arc::new(root);
         let mut roots = self.roots.write().unwrap_or_else(PoisonError::into_inner);
-        match roots.iter_mut().find(|known| known.path() == root.path()) {
-            Some(known) => *known = Arc::clone(&root),
+        match roots.iter_mut().find(|existing| existing.path() == root.path()) {
+            Some(existing) => *existing = Arc::clone(&root),
             None => {
                 root.warn_of_owner();
                 roots.push(Arc::clone(&root));
@@ -88,18 +88,18 @@ impl Disk for RealDisk {
         }
     }
 
-    fn list(&self, dir: &Path) -> io::Result<Vec<Entry>> {
+    fn list(&self, dir: &Path) -> io::Result<Vec<DirEntry>> {
         let (root, name) = self.root_in(dir, dir)?;
         root.list(&name)
     }
 
-    fn open(&self, path: &Path, mode: Mode) -> io::Result<Arc<dyn File>> {
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn File>> {
         let (root, name) = self.root_of_file(path)?;
         let flags = match mode {
-            Mode::Read => OFlags::RDONLY,
-            Mode::Write | Mode::Direct => OFlags::RDWR | OFlags::CREATE,
+            OpenMode::Read => OFlags::RDONLY,
+            OpenMode::Write | OpenMode::Direct => OFlags::RDWR | OFlags::CREATE,
         };
-        if mode == Mode::Direct {
+        if mode == OpenMode::Direct {
             match root.open_file(&name, flags | OFlags::DIRECT) {
                 Ok(file) => return Ok(Arc::new(RealFile { file, dsync: AtomicBool::new(true) })),
                 // The file system (tmpfs, some overlays) does not support direct I/O, so the page cache is used.
@@ -153,7 +153,7 @@ impl Disk for RealDisk {
         match root.open_file(&name, OFlags::RDONLY) {
             Ok(file) => writeback::write_out(&file, range, piece_bytes),
             Err(error) => {
-                tracing::debug!(path = %path.display(), %error, "write-out is left to the sync");
+                tracing::debug!(path = %path.display(), %error, "cannot write out a file: the sync does all the work");
                 Ok(())
             }
         }
@@ -234,8 +234,8 @@ impl File for RealFile {
         self.file.set_len(len)
     }
 
-    fn give_back_step(&self, hurry: bool) -> io::Result<bool> {
-        writeback::give_back_step(&self.file, hurry)
+    fn free_step(&self, hurry: bool) -> io::Result<bool> {
+        writeback::free_step(&self.file, hurry)
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -16,7 +16,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use super::{Disk, Entry, File, Mode};
+use super::{DirEntry, Disk, File, OpenMode};
 use crate::task::clock;
 
 const SECTOR: usize = 512;
@@ -24,17 +24,17 @@ const PAGE: usize = 4096;
 
 /// A disk in memory that loses unsynced data in a crash. Clones share it.
 #[derive(Clone, Default)]
-pub struct SimDisk(Arc<Mutex<Machine>>);
+pub struct SimDisk(Arc<Mutex<SimDiskState>>);
 
 #[derive(Default)]
-struct Machine {
-    files: BTreeMap<u64, Content>,
+struct SimDiskState {
+    files: BTreeMap<u64, SimFileContent>,
     names: BTreeMap<PathBuf, u64>,
     dirs: BTreeSet<PathBuf>,
     durable_names: BTreeMap<PathBuf, u64>,
     durable_dirs: BTreeSet<PathBuf>,
     /// Changes of names that are not durable yet, in order.
-    changes: Vec<Change>,
+    changes: Vec<UnsyncedChange>,
     locks: BTreeSet<PathBuf>,
     next_file: u64,
     boot: u64,
@@ -46,7 +46,7 @@ struct Machine {
 
 /// A file. The undo entries replace a second copy of the durable content, which every sync would have to update.
 #[derive(Default)]
-struct Content {
+struct SimFileContent {
     bytes: Vec<u8>,
     durable_len: usize,
     /// Durable bytes that were overwritten or truncated since the last sync, with their positions, in order.
@@ -58,12 +58,12 @@ struct Content {
     modified_ms: i64,
 }
 
-struct Change {
+struct UnsyncedChange {
     dir: PathBuf,
-    what: What,
+    what: NameChange,
 }
 
-enum What {
+enum NameChange {
     Link(PathBuf, u64),
     Unlink(PathBuf),
     Rename(PathBuf, PathBuf, u64),
@@ -73,14 +73,14 @@ enum What {
 
 /// The file behind a name, and its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stamp {
+pub struct SyncStamp {
     file: u64,
     rewrites: u64,
     /// Length in bytes.
     pub len: u64,
 }
 
-impl Stamp {
+impl SyncStamp {
     /// Returns the stamp of the same file before any write.
     pub fn of_nothing(self) -> Self {
         Self { len: 0, ..self }
@@ -93,9 +93,9 @@ impl Stamp {
 }
 
 /// SplitMix64 (Steele, Lea, Flood 2014), which is sufficient for choosing sectors.
-pub(in crate::log) struct Dice(pub(in crate::log) u64);
+pub(in crate::log) struct SimRng(pub(in crate::log) u64);
 
-impl Dice {
+impl SimRng {
     pub(in crate::log) fn roll(&mut self, below: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -111,69 +111,69 @@ impl SimDisk {
         Self::default()
     }
 
-    fn machine(&self) -> MutexGuard<'_, Machine> {
+    fn state(&self) -> MutexGuard<'_, SimDiskState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Cuts the power and restores it. Synced data stays, and `seed` decides about the rest. Locks and handles end,
     /// faults are cleared, the capacity stays.
     pub fn crash(&self, seed: u64) {
-        let mut machine = self.machine();
-        let mut dice = Dice(seed);
-        machine.boot += 1;
-        machine.locks.clear();
-        machine.operations_left = None;
-        machine.failing_syncs = None;
+        let mut state = self.state();
+        let mut rng = SimRng(seed);
+        state.boot += 1;
+        state.locks.clear();
+        state.operations_left = None;
+        state.failing_syncs = None;
         let mut kept: BTreeMap<PathBuf, bool> = BTreeMap::new();
-        for change in std::mem::take(&mut machine.changes) {
+        for change in std::mem::take(&mut state.changes) {
             // The changes in a directory become durable in order. After a lost change, all later ones are lost.
             let keep = kept.entry(change.dir.clone()).or_insert(true);
-            *keep &= dice.roll(4) != 0;
+            *keep &= rng.roll(4) != 0;
             if *keep {
-                change.what.apply(&mut machine);
+                change.what.apply(&mut state);
             }
         }
-        machine.names = machine.durable_names.clone();
-        machine.dirs = machine.durable_dirs.clone();
-        let dirs = machine.dirs.clone();
-        machine.names.retain(|path, _| path.parent().is_none_or(|dir| dirs.contains(dir)));
-        machine.durable_names = machine.names.clone();
-        let linked: BTreeSet<u64> = machine.names.values().copied().collect();
-        machine.files.retain(|id, _| linked.contains(id));
-        for content in machine.files.values_mut() {
-            content.tear(&mut dice);
+        state.names = state.durable_names.clone();
+        state.dirs = state.durable_dirs.clone();
+        let dirs = state.dirs.clone();
+        state.names.retain(|path, _| path.parent().is_none_or(|dir| dirs.contains(dir)));
+        state.durable_names = state.names.clone();
+        let linked: BTreeSet<u64> = state.names.values().copied().collect();
+        state.files.retain(|id, _| linked.contains(id));
+        for content in state.files.values_mut() {
+            content.tear(&mut rng);
         }
     }
 
     /// Ends every process that uses the disk, but not the machine: no data is lost (kill -9).
     pub fn kill(&self) {
-        let mut machine = self.machine();
-        machine.boot += 1;
-        machine.locks.clear();
-        machine.operations_left = None;
-        machine.failing_syncs = None;
+        let mut state = self.state();
+        state.boot += 1;
+        state.locks.clear();
+        state.operations_left = None;
+        state.failing_syncs = None;
     }
 
     /// Makes every change fail with an I/O error after `operations` more; `None` ends that.
     pub fn fail_writes_after(&self, operations: Option<u64>) {
-        self.machine().operations_left = operations;
+        self.state().operations_left = operations;
     }
 
     /// Sets the number of bytes in files at which the disk is full.
     pub fn set_capacity(&self, bytes: Option<u64>) {
-        self.machine().capacity = bytes;
+        self.state().capacity = bytes;
     }
 
     /// Makes syncs fail for files whose path contains `part`, and may lose their unsynced data; `None` ends that.
     pub fn fail_syncs(&self, part: Option<&str>) {
-        self.machine().failing_syncs = part.map(str::to_owned);
+        self.state().failing_syncs = part.map(str::to_owned);
     }
 
     /// Flips one bit of a file, in memory and in the durable content. Returns false if the file has no such bit.
     pub fn flip(&self, path: &Path, bit: u64) -> bool {
-        let mut machine = self.machine();
-        let Some(id) = machine.names.get(path).copied() else { return false };
-        let Some(content) = machine.files.get_mut(&id) else { return false };
+        let mut state = self.state();
+        let Some(id) = state.names.get(path).copied() else { return false };
+        let Some(content) = state.files.get_mut(&id) else { return false };
         let Ok(byte) = usize::try_from(bit / 8) else { return false };
         let mask = 1 << (bit % 8);
         let Some(target) = content.bytes.get_mut(byte) else { return false };
@@ -189,39 +189,39 @@ impl SimDisk {
 
     /// Returns the number of changes made so far, which identifies a point of failure.
     pub fn operations(&self) -> u64 {
-        self.machine().operations
+        self.state().operations
     }
 
     /// Returns the stamp of a file, which shows whether the file has changed since.
-    pub fn stamp(&self, path: &Path) -> Option<Stamp> {
-        let machine = self.machine();
-        let id = *machine.names.get(path)?;
-        let content = &machine.files[&id];
-        Some(Stamp { file: id, rewrites: content.rewrites, len: content.bytes.len() as u64 })
+    pub fn stamp(&self, path: &Path) -> Option<SyncStamp> {
+        let state = self.state();
+        let id = *state.names.get(path)?;
+        let content = &state.files[&id];
+        Some(SyncStamp { file: id, rewrites: content.rewrites, len: content.bytes.len() as u64 })
     }
 
     /// Returns the files in a directory that certainly survive a power failure, each with its durable content.
     pub fn durable(&self, dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
-        let machine = self.machine();
-        let here = machine.durable_names.iter().filter(|(path, _)| path.parent() == Some(dir));
-        here.filter_map(|(path, id)| Some((path.clone(), machine.files.get(id)?.durable()))).collect()
+        let state = self.state();
+        let here = state.durable_names.iter().filter(|(path, _)| path.parent() == Some(dir));
+        here.filter_map(|(path, id)| Some((path.clone(), state.files.get(id)?.durable()))).collect()
     }
 
     /// Returns the ranges of a file that were written out.
     #[cfg(test)]
     pub(in crate::log) fn write_outs(&self, path: &Path) -> Vec<Range<u64>> {
-        let machine = self.machine();
-        machine.names.get(path).map(|id| machine.files[id].write_outs.clone()).unwrap_or_default()
+        let state = self.state();
+        state.names.get(path).map(|id| state.files[id].write_outs.clone()).unwrap_or_default()
     }
 
     /// Returns every file with its length.
     pub fn files(&self) -> Vec<(PathBuf, u64)> {
-        let machine = self.machine();
-        machine.names.iter().map(|(path, id)| (path.clone(), machine.files[id].bytes.len() as u64)).collect()
+        let state = self.state();
+        state.names.iter().map(|(path, id)| (path.clone(), state.files[id].bytes.len() as u64)).collect()
     }
 }
 
-impl Content {
+impl SimFileContent {
     /// Saves the durable bytes of a range that is about to change.
     fn keep(&mut self, range: Range<usize>) {
         if range.start < self.bytes.len() {
@@ -241,13 +241,13 @@ impl Content {
 
     /// Decides for each page that is not durable: it becomes durable, or reads as the durable content. The length
     /// stays, because the file system tracks it.
-    fn lose_pages(&mut self, dice: &mut Dice) {
+    fn lose_pages(&mut self, rng: &mut SimRng) {
         let len = self.bytes.len();
         let mut durable = self.durable();
         durable.resize(len, 0);
         for at in (0..len).step_by(PAGE) {
             let page = at..len.min(at + PAGE);
-            if dice.roll(2) == 0 && self.bytes[page.clone()] != durable[page.clone()] {
+            if rng.roll(2) == 0 && self.bytes[page.clone()] != durable[page.clone()] {
                 self.bytes[page.clone()].copy_from_slice(&durable[page]);
                 self.rewrites += 1;
             }
@@ -266,23 +266,23 @@ impl Content {
     }
 
     /// Keeps the new or the durable content of each sector that differs, and likewise of the length.
-    fn tear(&mut self, dice: &mut Dice) {
+    fn tear(&mut self, rng: &mut SimRng) {
         if self.undo.is_empty() && self.bytes.len() == self.durable_len {
             return;
         }
         let durable = self.durable();
         let (short, long) = (durable.len().min(self.bytes.len()), durable.len().max(self.bytes.len()));
-        let mut len = short + usize::try_from(dice.roll((long - short) as u64 + 1)).unwrap_or(0);
-        if dice.roll(2) == 0 {
-            len = if dice.roll(2) == 0 { durable.len() } else { self.bytes.len() };
+        let mut len = short + usize::try_from(rng.roll((long - short) as u64 + 1)).unwrap_or(0);
+        if rng.roll(2) == 0 {
+            len = if rng.roll(2) == 0 { durable.len() } else { self.bytes.len() };
         }
         let mut torn = vec![0; len];
         // Some crashes tear by sector, some by page, and some lose or keep everything.
-        let unit = [SECTOR, PAGE, usize::MAX][usize::try_from(dice.roll(3)).unwrap_or(0)];
+        let unit = [SECTOR, PAGE, usize::MAX][usize::try_from(rng.roll(3)).unwrap_or(0)];
         let mut at = 0;
         while at < len {
             let end = at.saturating_add(unit).min(len);
-            let newer = dice.roll(2) == 0;
+            let newer = rng.roll(2) == 0;
             // A sector that was not written keeps the old content if there was any, else it is zeros.
             for from in [&durable, &self.bytes].into_iter().take(1 + usize::from(newer)) {
                 let have = from.len().min(end);
@@ -298,26 +298,26 @@ impl Content {
     }
 }
 
-impl What {
-    fn apply(self, machine: &mut Machine) {
+impl NameChange {
+    fn apply(self, state: &mut SimDiskState) {
         match self {
-            Self::Link(path, id) => drop(machine.durable_names.insert(path, id)),
-            Self::Unlink(path) => drop(machine.durable_names.remove(&path)),
+            Self::Link(path, id) => drop(state.durable_names.insert(path, id)),
+            Self::Unlink(path) => drop(state.durable_names.remove(&path)),
             Self::Rename(from, to, id) => {
-                machine.durable_names.remove(&from);
-                machine.durable_names.insert(to, id);
+                state.durable_names.remove(&from);
+                state.durable_names.insert(to, id);
             }
-            Self::MakeDir(dir) => drop(machine.durable_dirs.insert(dir)),
+            Self::MakeDir(dir) => drop(state.durable_dirs.insert(dir)),
             Self::RemoveDir(dir) => {
                 // The removal of a directory removes its content.
-                machine.durable_names.retain(|path, _| path.parent() != Some(dir.as_path()));
-                machine.durable_dirs.remove(&dir);
+                state.durable_names.retain(|path, _| path.parent() != Some(dir.as_path()));
+                state.durable_dirs.remove(&dir);
             }
         }
     }
 }
 
-impl Machine {
+impl SimDiskState {
     fn change(&mut self) -> io::Result<()> {
         self.operations += 1;
         match &mut self.operations_left {
@@ -330,8 +330,8 @@ impl Machine {
         }
     }
 
-    fn note(&mut self, path: &Path, what: What) {
-        self.changes.push(Change { dir: path.parent().unwrap_or(Path::new("")).to_owned(), what });
+    fn record_change(&mut self, path: &Path, what: NameChange) {
+        self.changes.push(UnsyncedChange { dir: path.parent().unwrap_or(Path::new("")).to_owned(), what });
     }
 
     /// Returns the bytes of all files with a name. A removed file uses no space, though a crash may restore it.
@@ -339,7 +339,7 @@ impl Machine {
         self.names.values().map(|id| self.files[id].bytes.len() as u64).sum()
     }
 
-    fn content(&mut self, id: u64, boot: u64) -> io::Result<&mut Content> {
+    fn content(&mut self, id: u64, boot: u64) -> io::Result<&mut SimFileContent> {
         if boot != self.boot {
             return Err(io::Error::other("the simulated process has ended"));
         }
@@ -366,37 +366,37 @@ impl Disk for SimDisk {
     }
 
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        let mut machine = self.machine();
-        let mut missing: Vec<_> = dir.ancestors().take_while(|dir| !machine.dirs.contains(*dir)).collect();
+        let mut state = self.state();
+        let mut missing: Vec<_> = dir.ancestors().take_while(|dir| !state.dirs.contains(*dir)).collect();
         if missing.is_empty() {
             return Ok(());
         }
-        machine.change()?;
+        state.change()?;
         while let Some(dir) = missing.pop() {
-            machine.dirs.insert(dir.to_owned());
+            state.dirs.insert(dir.to_owned());
             if dir.parent().is_none_or(|above| above.as_os_str().is_empty()) {
                 // The root of the disk always exists.
-                machine.durable_dirs.insert(dir.to_owned());
+                state.durable_dirs.insert(dir.to_owned());
             } else {
-                machine.note(dir, What::MakeDir(dir.to_owned()));
+                state.record_change(dir, NameChange::MakeDir(dir.to_owned()));
             }
         }
         Ok(())
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        let mut machine = self.machine();
-        machine.change()?;
-        let changes = std::mem::take(&mut machine.changes);
+        let mut state = self.state();
+        state.change()?;
+        let changes = std::mem::take(&mut state.changes);
         for change in changes {
-            if change.dir == dir { change.what.apply(&mut machine) } else { machine.changes.push(change) }
+            if change.dir == dir { change.what.apply(&mut state) } else { state.changes.push(change) }
         }
         Ok(())
     }
 
-    fn list(&self, dir: &Path) -> io::Result<Vec<Entry>> {
-        let machine = self.machine();
-        if !machine.dirs.contains(dir) {
+    fn list(&self, dir: &Path) -> io::Result<Vec<DirEntry>> {
+        let state = self.state();
+        if !state.dirs.contains(dir) {
             return Err(io::ErrorKind::NotFound.into());
         }
         let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -404,98 +404,98 @@ impl Disk for SimDisk {
         // Paths are sorted by component, so the content of a directory follows the directory.
         let below = |path: &Path| path.starts_with(dir);
         let from = (Bound::Included(dir), Bound::Unbounded);
-        let dirs = machine.dirs.range::<Path, _>(from).take_while(|path| below(path));
-        let files = machine.names.range::<Path, _>(from).take_while(|(path, _)| below(path));
-        let mut entries: Vec<Entry> =
-            dirs.filter(|path| inside(path)).map(|path| Entry { name: name(path), is_dir: true, len: 0 }).collect();
-        entries.extend(files.filter(|(path, _)| inside(path)).map(|(path, id)| Entry {
+        let dirs = state.dirs.range::<Path, _>(from).take_while(|path| below(path));
+        let files = state.names.range::<Path, _>(from).take_while(|(path, _)| below(path));
+        let mut entries: Vec<DirEntry> =
+            dirs.filter(|path| inside(path)).map(|path| DirEntry { name: name(path), is_dir: true, len: 0 }).collect();
+        entries.extend(files.filter(|(path, _)| inside(path)).map(|(path, id)| DirEntry {
             name: name(path),
             is_dir: false,
-            len: machine.files[id].bytes.len() as u64,
+            len: state.files[id].bytes.len() as u64,
         }));
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(entries)
     }
 
-    fn open(&self, path: &Path, mode: Mode) -> io::Result<Arc<dyn File>> {
-        let mut machine = self.machine();
-        let id = match machine.names.get(path) {
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn File>> {
+        let mut state = self.state();
+        let id = match state.names.get(path) {
             Some(id) => *id,
-            None if mode == Mode::Read => return Err(io::ErrorKind::NotFound.into()),
+            None if mode == OpenMode::Read => return Err(io::ErrorKind::NotFound.into()),
             None => {
-                if !path.parent().is_some_and(|dir| machine.dirs.contains(dir)) {
+                if !path.parent().is_some_and(|dir| state.dirs.contains(dir)) {
                     return Err(io::ErrorKind::NotFound.into());
                 }
-                machine.change()?;
-                let id = machine.next_file;
-                machine.next_file += 1;
-                machine.files.insert(id, Content::default());
-                machine.names.insert(path.to_owned(), id);
-                machine.note(path, What::Link(path.to_owned(), id));
+                state.change()?;
+                let id = state.next_file;
+                state.next_file += 1;
+                state.files.insert(id, SimFileContent::default());
+                state.names.insert(path.to_owned(), id);
+                state.record_change(path, NameChange::Link(path.to_owned(), id));
                 id
             }
         };
-        let boot = machine.boot;
+        let boot = state.boot;
         Ok(Arc::new(SimFile { disk: self.clone(), id, boot, path: path.to_owned() }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let mut machine = self.machine();
-        machine.change()?;
-        let id = machine.names.remove(from).ok_or(io::ErrorKind::NotFound)?;
-        machine.names.insert(to.to_owned(), id);
-        machine.note(to, What::Rename(from.to_owned(), to.to_owned(), id));
+        let mut state = self.state();
+        state.change()?;
+        let id = state.names.remove(from).ok_or(io::ErrorKind::NotFound)?;
+        state.names.insert(to.to_owned(), id);
+        state.record_change(to, NameChange::Rename(from.to_owned(), to.to_owned(), id));
         Ok(())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        let mut machine = self.machine();
-        machine.change()?;
-        machine.names.remove(path).ok_or(io::ErrorKind::NotFound)?;
-        machine.note(path, What::Unlink(path.to_owned()));
+        let mut state = self.state();
+        state.change()?;
+        state.names.remove(path).ok_or(io::ErrorKind::NotFound)?;
+        state.record_change(path, NameChange::Unlink(path.to_owned()));
         Ok(())
     }
 
     fn remove_dir(&self, dir: &Path) -> io::Result<()> {
-        let mut machine = self.machine();
-        machine.change()?;
-        if machine.names.keys().chain(&machine.dirs).any(|path| path.parent() == Some(dir)) {
+        let mut state = self.state();
+        state.change()?;
+        if state.names.keys().chain(&state.dirs).any(|path| path.parent() == Some(dir)) {
             return Err(io::ErrorKind::DirectoryNotEmpty.into());
         }
-        if !machine.dirs.remove(dir) {
+        if !state.dirs.remove(dir) {
             return Err(io::ErrorKind::NotFound.into());
         }
         // A directory that is created again under this name is another one. No pending change of the old one may reach
         // it.
-        machine.changes.retain(|change| change.dir != dir);
-        machine.note(dir, What::RemoveDir(dir.to_owned()));
+        state.changes.retain(|change| change.dir != dir);
+        state.record_change(dir, NameChange::RemoveDir(dir.to_owned()));
         Ok(())
     }
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>> {
-        self.open(path, Mode::Write)?;
-        let mut machine = self.machine();
-        if !machine.locks.insert(path.to_owned()) {
+        self.open(path, OpenMode::Write)?;
+        let mut state = self.state();
+        if !state.locks.insert(path.to_owned()) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        Ok(Box::new(SimLock { disk: self.clone(), path: path.to_owned(), boot: machine.boot }))
+        Ok(Box::new(SimLock { disk: self.clone(), path: path.to_owned(), boot: state.boot }))
     }
 
     fn free_bytes(&self, _dir: &Path) -> io::Result<u64> {
-        let machine = self.machine();
-        Ok(machine.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(machine.used())))
+        let state = self.state();
+        Ok(state.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(state.used())))
     }
 
     fn total_bytes(&self, _dir: &Path) -> io::Result<u64> {
-        Ok(self.machine().capacity.unwrap_or(u64::MAX))
+        Ok(self.state().capacity.unwrap_or(u64::MAX))
     }
 
     fn write_out(&self, path: &Path, range: Range<u64>, _piece_bytes: usize) -> io::Result<()> {
         // Nothing is durable before a sync, and everything may survive without one. So a write-out makes no difference
         // to a crash.
-        let mut machine = self.machine();
-        let id = machine.names.get(path).copied().filter(|_| cfg!(test));
-        if let Some(content) = id.and_then(|id| machine.files.get_mut(&id)) {
+        let mut state = self.state();
+        let id = state.names.get(path).copied().filter(|_| cfg!(test));
+        if let Some(content) = id.and_then(|id| state.files.get_mut(&id)) {
             content.write_outs.push(range);
         }
         Ok(())
@@ -515,9 +515,9 @@ struct SimLock {
 
 impl Drop for SimLock {
     fn drop(&mut self) {
-        let mut machine = self.disk.machine();
-        if machine.boot == self.boot {
-            machine.locks.remove(&self.path);
+        let mut state = self.disk.state();
+        if state.boot == self.boot {
+            state.locks.remove(&self.path);
         }
     }
 }
@@ -531,16 +531,16 @@ struct SimFile {
 
 impl File for SimFile {
     fn size(&self) -> io::Result<u64> {
-        Ok(self.disk.machine().content(self.id, self.boot)?.bytes.len() as u64)
+        Ok(self.disk.state().content(self.id, self.boot)?.bytes.len() as u64)
     }
 
     fn modified_ms(&self) -> io::Result<i64> {
-        Ok(self.disk.machine().content(self.id, self.boot)?.modified_ms)
+        Ok(self.disk.state().content(self.id, self.boot)?.modified_ms)
     }
 
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
-        let mut machine = self.disk.machine();
-        let bytes = &machine.content(self.id, self.boot)?.bytes;
+        let mut state = self.disk.state();
+        let bytes = &state.content(self.id, self.boot)?.bytes;
         let start = usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
         let len = buffer.len().min(bytes.len() - start);
         buffer[..len].copy_from_slice(&bytes[start..start + len]);
@@ -548,16 +548,16 @@ impl File for SimFile {
     }
 
     fn write_at(&self, slices: &[IoSlice<'_>], at: u64) -> io::Result<()> {
-        let mut machine = self.disk.machine();
-        machine.change()?;
-        machine.content(self.id, self.boot)?.modified_ms = clock::wall_ms();
+        let mut state = self.disk.state();
+        state.change()?;
+        state.content(self.id, self.boot)?.modified_ms = clock::wall_ms();
         let mut at = usize::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
         for slice in slices {
             // The bytes that fitted before the disk was full stay, as on a real disk.
             let end = at + slice.len();
-            machine.content(self.id, self.boot)?.keep(at..end);
-            machine.grow(self.id, self.boot, end)?;
-            machine.content(self.id, self.boot)?.bytes[at..end].copy_from_slice(slice);
+            state.content(self.id, self.boot)?.keep(at..end);
+            state.grow(self.id, self.boot, end)?;
+            state.content(self.id, self.boot)?.bytes[at..end].copy_from_slice(slice);
             at = end;
         }
         Ok(())
@@ -569,31 +569,31 @@ impl File for SimFile {
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {
-        let mut machine = self.disk.machine();
-        machine.change()?;
+        let mut state = self.disk.state();
+        state.change()?;
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        machine.grow(self.id, self.boot, len)?;
-        let content = machine.content(self.id, self.boot)?;
+        state.grow(self.id, self.boot, len)?;
+        let content = state.content(self.id, self.boot)?;
         content.keep(len..content.bytes.len());
         content.bytes.truncate(len);
         content.modified_ms = clock::wall_ms();
         Ok(())
     }
 
-    fn give_back_step(&self, _hurry: bool) -> io::Result<bool> {
+    fn free_step(&self, _hurry: bool) -> io::Result<bool> {
         // A file without a name uses no space on this disk.
         Ok(false)
     }
 
     fn sync(&self) -> io::Result<()> {
-        let mut machine = self.disk.machine();
-        machine.change()?;
-        if machine.failing_syncs.as_ref().is_some_and(|part| self.path.to_string_lossy().contains(part.as_str())) {
-            let mut dice = Dice(machine.operations);
-            machine.content(self.id, self.boot)?.lose_pages(&mut dice);
+        let mut state = self.disk.state();
+        state.change()?;
+        if state.failing_syncs.as_ref().is_some_and(|part| self.path.to_string_lossy().contains(part.as_str())) {
+            let mut rng = SimRng(state.operations);
+            state.content(self.id, self.boot)?.lose_pages(&mut rng);
             return Err(io::Error::other("simulated sync failure"));
         }
-        machine.content(self.id, self.boot)?.sync();
+        state.content(self.id, self.boot)?.sync();
         Ok(())
     }
 }

@@ -60,14 +60,14 @@ const SHORT_SHARE: u64 = 5;
 
 /// Frees the disk space of a removed file without readers, in steps. All at once, the file system would delay the
 /// journal's write. A file that has another name, as some backups assign, stays unchanged.
-pub fn give_back(file: &fs::File) -> io::Result<()> {
-    while give_back_step(file, false)? {}
+pub fn free_in_steps(file: &fs::File) -> io::Result<()> {
+    while free_step(file, false)? {}
     Ok(())
 }
 
-/// Runs one step of [`give_back`], and the pause after it. The step is larger if space is needed soon or if `hurry` is
+/// Runs one step of [`free_in_steps`], and the pause after it. The step is larger if space is needed soon or if `hurry` is
 /// set. Returns false if the rest may be freed at once.
-pub(super) fn give_back_step(file: &fs::File, hurry: bool) -> io::Result<bool> {
+pub(super) fn free_step(file: &fs::File, hurry: bool) -> io::Result<bool> {
     let metadata = file.metadata()?;
     if metadata.nlink() > 0 || metadata.len() <= STEP_BYTES {
         return Ok(false);
@@ -142,10 +142,10 @@ mod tests {
         file.set_len(2 * STEP_BYTES + 1).unwrap();
         fs::hard_link(&name, &link).unwrap();
         fs::remove_file(&name).unwrap();
-        give_back(&file).unwrap();
+        free_in_steps(&file).unwrap();
         assert_eq!(fs::metadata(&link).unwrap().len(), 2 * STEP_BYTES + 1, "a backup keeps its content");
         fs::remove_file(&link).unwrap();
-        give_back(&file).unwrap();
+        free_in_steps(&file).unwrap();
         assert!(file.metadata().unwrap().len() <= STEP_BYTES);
     }
 

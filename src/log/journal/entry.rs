@@ -7,7 +7,8 @@
 //!     then the payloads in order, then zeros
 //! entry header:
 //!   0 kind u8 │ 1 zero 3 │ 4 partition u32 │ 8 topic id 16 │ 24 generation u64 │ 32 base u64 │ 40 end u64
-//!  48 segment u64 │ 56 position u64 │ 64 payload bytes u32 │ 68 crc u32 of the batches' headers │ 72 epoch i32 │ 76 zero 4
+//!  48 segment u64 │ 56 position u64 │ 64 payload bytes u32 │ 68 crc u32 of the batches' headers │ 72 epoch i32
+//!  76 zero 4
 //! ```
 //! The checksum of an entry covers the headers of its batches. The rest of each batch is covered by the batch's own
 //! CRC.
@@ -26,12 +27,12 @@ const CRC_FROM: usize = 12;
 /// Maximum sequence and generation. Each frame and each change adds one, so written values stay far below it and the
 /// next value always exists.
 pub(in crate::log) const MAX_NUMBER: u64 = i64::MAX.unsigned_abs();
-pub(in crate::log) const ROUND_HEAD: usize = 44;
-pub(in crate::log) const ENTRY_HEAD: usize = 80;
+pub(in crate::log) const FRAME_HEADER_BYTES: usize = 44;
+pub(in crate::log) const ENTRY_HEADER_BYTES: usize = 80;
 
 /// Operation that an entry records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::log) enum Kind {
+pub(in crate::log) enum EntryKind {
     /// Creation of an empty replica at `base`.
     Create = 1,
     /// Batches `base..end` at `position` of `segment`; the payload is their bytes.
@@ -39,32 +40,32 @@ pub(in crate::log) enum Kind {
     /// Sync of all data below `end` in the segments.
     Synced = 3,
     /// Start of a truncation to `base`.
-    Cut = 4,
+    Truncate = 4,
     /// Start of a reset to `base`.
     Reset = 5,
     /// Start of the replica's deletion.
     Delete = 6,
     /// Completion of the preceding truncation, reset or deletion, which is synced. No earlier entry matters for the
     /// replica.
-    Settled = 7,
+    Completed = 7,
     /// Move of the log start to `base`.
     LogStart = 8,
     /// Eviction of the segments that end at or below `base`.
     LocalStart = 9,
 }
 
-impl Kind {
+impl EntryKind {
     fn from_byte(byte: u8) -> Option<Self> {
-        use Kind::*;
-        let kinds = [Create, Append, Synced, Cut, Reset, Delete, Settled, LogStart, LocalStart];
+        use EntryKind::*;
+        let kinds = [Create, Append, Synced, Truncate, Reset, Delete, Completed, LogStart, LocalStart];
         kinds.into_iter().find(|kind| *kind as u8 == byte)
     }
 }
 
 /// An entry without its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::log) struct EntryHead {
-    pub(in crate::log) kind: Kind,
+pub(in crate::log) struct EntryHeader {
+    pub(in crate::log) kind: EntryKind,
     pub(in crate::log) id: PartitionId,
     pub(in crate::log) generation: u64,
     pub(in crate::log) base: Offset,
@@ -76,23 +77,23 @@ pub(in crate::log) struct EntryHead {
 
 /// A decoded entry: its header, and the range of its payload in the frame.
 #[derive(Clone, Debug)]
-pub(in crate::log) struct EntryRead {
-    pub(in crate::log) head: EntryHead,
+pub(in crate::log) struct DecodedEntry {
+    pub(in crate::log) head: EntryHeader,
     pub(in crate::log) payload: std::ops::Range<usize>,
-    heads_crc: u32,
+    headers_crc: u32,
 }
 
 /// The decoded and verified directory of a frame.
 #[derive(Clone, Debug)]
-pub(in crate::log) struct RoundRead {
+pub(in crate::log) struct DecodedFrame {
     pub(in crate::log) sequence: u64,
     pub(in crate::log) bytes: usize,
-    pub(in crate::log) entries: Vec<EntryRead>,
+    pub(in crate::log) entries: Vec<DecodedEntry>,
 }
 
 /// Returns the length of a frame with these numbers of entries and payload bytes.
-pub(in crate::log) fn round_bytes(entries: usize, payload: usize) -> usize {
-    (ROUND_HEAD + entries * ENTRY_HEAD + payload).next_multiple_of(BLOCK)
+pub(in crate::log) fn max_frame_bytes(entries: usize, payload: usize) -> usize {
+    (FRAME_HEADER_BYTES + entries * ENTRY_HEADER_BYTES + payload).next_multiple_of(BLOCK)
 }
 
 /// Writes a frame into `out`, which must have exactly the length of the frame.
@@ -100,11 +101,11 @@ pub(in crate::log) fn encode<'a>(
     out: &mut [u8],
     directory: Uuid,
     sequence: u64,
-    entries: impl ExactSizeIterator<Item = (&'a EntryHead, &'a [Batch])>,
+    entries: impl ExactSizeIterator<Item = (&'a EntryHeader, &'a [Batch])>,
 ) {
     let total = out.len();
     let count = entries.len();
-    let directory_end = ROUND_HEAD + count * ENTRY_HEAD;
+    let directory_end = FRAME_HEADER_BYTES + count * ENTRY_HEADER_BYTES;
     let (front, mut payload) = out.split_at_mut(directory_end);
     let mut heads = &mut front[CRC_FROM..];
     heads.put_slice(directory.as_bytes());
@@ -141,18 +142,18 @@ pub(in crate::log) fn encode<'a>(
 
 /// Returns the data directory that wrote the frame at the front of `bytes`, if the frame's own directory is intact.
 pub(in crate::log) fn owner(bytes: &[u8]) -> Option<Uuid> {
-    let mut head = bytes.strip_prefix(MAGIC)?.get(..ROUND_HEAD - MAGIC.len())?;
+    let mut head = bytes.strip_prefix(MAGIC)?.get(..FRAME_HEADER_BYTES - MAGIC.len())?;
     let crc = head.get_u32();
     let id = Uuid::from_slice(head.get(..16)?).ok()?;
     head.advance(24);
-    let end = usize::try_from(head.get_u32()).ok()?.checked_mul(ENTRY_HEAD)?.checked_add(ROUND_HEAD)?;
+    let end = usize::try_from(head.get_u32()).ok()?.checked_mul(ENTRY_HEADER_BYTES)?.checked_add(FRAME_HEADER_BYTES)?;
     (crc32c::crc32c(bytes.get(CRC_FROM..end)?) == crc).then_some(id)
 }
 
 /// Decodes the frame at the front of `bytes`. Returns `None` if its directory is not intact, belongs to another data
 /// directory, or contains a value that is never written.
-pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<RoundRead> {
-    let mut head = bytes.get(..ROUND_HEAD)?;
+pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<DecodedFrame> {
+    let mut head = bytes.get(..FRAME_HEADER_BYTES)?;
     if &head[..8] != MAGIC || &head[CRC_FROM..CRC_FROM + 16] != directory.as_bytes() {
         return None;
     }
@@ -162,7 +163,7 @@ pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<RoundRead>
     let sequence = Some(head.get_u64()).filter(|sequence| *sequence <= MAX_NUMBER)?;
     let count = usize::try_from(head.get_u32()).ok()?;
     let total = usize::try_from(head.get_u32()).ok()?;
-    let directory_end = count.checked_mul(ENTRY_HEAD)?.checked_add(ROUND_HEAD)?;
+    let directory_end = count.checked_mul(ENTRY_HEADER_BYTES)?.checked_add(FRAME_HEADER_BYTES)?;
     if total > bytes.len() || directory_end > total || !total.is_multiple_of(BLOCK) || total == 0 {
         return None;
     }
@@ -171,8 +172,8 @@ pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<RoundRead>
     }
     let mut entries = Vec::with_capacity(count);
     let mut at = directory_end;
-    for mut header in bytes[ROUND_HEAD..directory_end].chunks_exact(ENTRY_HEAD) {
-        let kind = Kind::from_byte(header.get_u8())?;
+    for mut header in bytes[FRAME_HEADER_BYTES..directory_end].chunks_exact(ENTRY_HEADER_BYTES) {
+        let kind = EntryKind::from_byte(header.get_u8())?;
         header.advance(3);
         let number = header.get_u32();
         let mut topic = [0; 16];
@@ -182,7 +183,7 @@ pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<RoundRead>
         let (base, end) = (Offset::new(header.get_u64())?, Offset::new(header.get_u64())?);
         let (segment, position) = (Offset::new(header.get_u64())?, header.get_u64());
         let payload = at..at.checked_add(usize::try_from(header.get_u32()).ok()?)?;
-        let heads_crc = header.get_u32();
+        let headers_crc = header.get_u32();
         let epoch = LeaderEpoch::from_i32(header.get_i32());
         // Positions in a segment are 32 bits wide.
         let segment_end = position.checked_add(payload.len() as u64)?;
@@ -190,19 +191,19 @@ pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<RoundRead>
             return None;
         }
         at = payload.end;
-        let head = EntryHead { kind, id, generation, base, end, segment, position, epoch };
-        entries.push(EntryRead { head, payload, heads_crc });
+        let head = EntryHeader { kind, id, generation, base, end, segment, position, epoch };
+        entries.push(DecodedEntry { head, payload, headers_crc });
     }
-    Some(RoundRead { sequence, bytes: total, entries })
+    Some(DecodedFrame { sequence, bytes: total, entries })
 }
 
-impl EntryRead {
+impl DecodedEntry {
     /// Returns true if the payload is intact: complete, contiguous batches with the headers that the entry covers.
-    pub(in crate::log) fn whole(&self, round: &Bytes) -> bool {
-        if self.head.kind != Kind::Append {
+    pub(in crate::log) fn whole(&self, frame: &Bytes) -> bool {
+        if self.head.kind != EntryKind::Append {
             return self.payload.is_empty();
         }
-        let mut rest = round.slice(self.payload.clone());
+        let mut rest = frame.slice(self.payload.clone());
         let (mut crc, mut expected) = (0, self.head.base);
         while !rest.is_empty() {
             match Batch::split_from(&mut rest) {
@@ -213,6 +214,6 @@ impl EntryRead {
                 _ => return false,
             }
         }
-        crc == self.heads_crc && expected == self.head.end
+        crc == self.headers_crc && expected == self.head.end
     }
 }

@@ -1,8 +1,9 @@
 //! The journal: one write and one sync for the entries of all partitions.
 //!
-//! A caller that needs durable data [`submit`](Journal::submit)s an item. One writer takes the queued items as one
-//! frame ([`Journal::step`]). It writes the frame with one direct write to a preallocated file, and completes every
-//! item, in order. Batching comes from the queue: while one frame is being written, the items of the next one gather.
+//! A caller that needs durable data [`submit`](Journal::submit)s an entry. One writer takes the queued entries as one
+//! frame ([`Journal::write_frame`]). It writes the frame with one direct write to a preallocated file, and completes
+//! every entry, in order. Batching comes from the queue: while one frame is being written, the entries of the next one
+//! gather.
 //!
 //! # Invariants
 //!
@@ -11,11 +12,11 @@
 //!   before the first of these checkpoints. So a lost journal, and one of another directory, is detected.
 //! - A file is reused only after all its entries are synced in their segments and a checkpoint starts replay after it
 //!   (`sync`).
-//! - A failed write is final: every later item fails with the same reason, and appends are refused.
+//! - A failed write is final: every later entry fails with the same reason, and appends are refused.
 //!
 //! # Crash
 //!
-//! The last frame may be torn. None of its items was completed, and replay drops the frame. An invalid frame before a
+//! The last frame may be torn. None of its entries was completed, and replay drops the frame. An invalid frame before a
 //! valid one is corruption, not a torn end: replay reports the replicas whose data it held.
 
 pub(super) mod buffer;
@@ -38,39 +39,39 @@ use uuid::Uuid;
 
 use self::{
     buffer::AlignedBuffer,
-    entry::EntryHead,
-    ring::{Current, Ring},
+    entry::EntryHeader,
+    ring::{ActiveFile, Ring},
 };
 use super::{
-    core::{Options, Stepper},
+    context::{LogOptions, SimHook},
     error::PersistError,
-    shared::Shared,
+    state::ReplicaInner,
 };
 use crate::{model::Offset, record::Batch, task::clock, telemetry::Metrics};
 
-/// Target size of a frame in bytes. Larger frames add latency but hardly any throughput. Every item waits for its
-/// entire frame: a producer with all its batches in one frame sends nothing meanwhile.
-const ENOUGH: usize = 512 << 10;
+/// Target size of a frame in bytes. Larger frames add latency but hardly any throughput. Every entry waits for
+/// its entire frame: a producer with all its batches in one frame sends nothing meanwhile.
+const TARGET_FRAME_BYTES: usize = 512 << 10;
 
 /// Callback that receives the persisted end or an error, once.
-pub type Done = Box<dyn FnOnce(Result<Offset, PersistError>) + Send>;
+pub type PersistCallback = Box<dyn FnOnce(Result<Offset, PersistError>) + Send>;
 
 /// One entry to write.
-pub(super) struct Item {
-    pub(super) head: EntryHead,
+pub(super) struct JournalEntry {
+    pub(super) head: EntryHeader,
     pub(super) batches: Vec<Batch>,
     pub(super) bytes: usize,
-    pub(super) replica: Arc<Shared>,
-    pub(super) done: Option<Done>,
+    pub(super) replica: Arc<ReplicaInner>,
+    pub(super) done: Option<PersistCallback>,
 }
 
 pub(super) struct Journal {
     directory: Uuid,
-    round_bytes: usize,
-    stepper: Option<Stepper>,
-    queue: Mutex<Queue>,
+    max_frame_bytes: usize,
+    sim_hook: Option<SimHook>,
+    queue: Mutex<EntryQueue>,
     queued: Condvar,
-    writer: Mutex<Writer>,
+    writer: Mutex<WriterState>,
     pub(super) ring: Mutex<Ring>,
     /// Signalled when a ring file is released or created, or when the journal ends.
     pub(super) released: Condvar,
@@ -80,35 +81,35 @@ pub(super) struct Journal {
     /// Bytes that are written to the active file.
     position: AtomicU64,
     /// True if the writer waits for a file that is being created.
-    awaited: AtomicBool,
+    writer_waiting: AtomicBool,
     /// Time of the announcement of a close. From then on, waits for space are bounded.
     closing: OnceLock<Instant>,
-    next_round: AtomicU64,
+    next_frame: AtomicU64,
     failed: OnceLock<String>,
     metrics: Metrics,
 }
 
 #[derive(Default)]
-struct Queue {
-    items: VecDeque<Item>,
+struct EntryQueue {
+    entries: VecDeque<JournalEntry>,
     closed: bool,
 }
 
-struct Writer {
-    current: Option<Current>,
+struct WriterState {
+    current: Option<ActiveFile>,
     buffer: AlignedBuffer,
     /// Time since which the next frame has no space.
-    stuck: Option<Instant>,
+    no_space_since: Option<Instant>,
 }
 
 /// Space for the next frame.
-pub(super) enum Room {
+pub(super) enum FrameSpace {
     /// No free file: segments must be synced first.
     NeedsFile,
     /// Space in the next file, which was entered.
-    Entered,
+    NewFile,
     /// Space in the active file.
-    Ready,
+    Available,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -116,21 +117,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Journal {
-    pub(super) fn new(directory: Uuid, ring: Ring, next_round: u64, options: &Options) -> Self {
+    pub(super) fn new(directory: Uuid, ring: Ring, next_frame: u64, options: &LogOptions) -> Self {
         Self {
             directory,
-            round_bytes: options.round_bytes,
-            stepper: options.stepper.clone(),
+            max_frame_bytes: options.max_frame_bytes,
+            sim_hook: options.sim_hook.clone(),
             queue: Mutex::default(),
             queued: Condvar::new(),
-            writer: Mutex::new(Writer { current: None, buffer: AlignedBuffer::default(), stuck: None }),
+            writer: Mutex::new(WriterState { current: None, buffer: AlignedBuffer::default(), no_space_since: None }),
             ring: Mutex::new(ring),
             released: Condvar::new(),
             entered: Condvar::new(),
             position: AtomicU64::new(0),
-            awaited: AtomicBool::new(false),
+            writer_waiting: AtomicBool::new(false),
             closing: OnceLock::new(),
-            next_round: AtomicU64::new(next_round),
+            next_frame: AtomicU64::new(next_frame),
             failed: OnceLock::new(),
             metrics: options.metrics.clone(),
         }
@@ -142,25 +143,25 @@ impl Journal {
     }
 
     /// Returns the sequence of the next frame.
-    pub(super) fn next_round(&self) -> u64 {
-        self.next_round.load(Ordering::Acquire)
+    pub(super) fn next_frame(&self) -> u64 {
+        self.next_frame.load(Ordering::Acquire)
     }
 
-    /// Queues an item. The writer calls its `done`. If the journal has failed or is closed, `done` is called at once.
-    pub(super) fn submit(&self, item: Item) {
+    /// Queues an entry. The writer calls its `done`. If the journal has failed or is closed, `done` is called at once.
+    pub(super) fn submit(&self, entry: JournalEntry) {
         let mut queue = lock(&self.queue);
         if !queue.closed && self.failed.get().is_none() {
-            queue.items.push_back(item);
+            queue.entries.push_back(entry);
             drop(queue);
             self.queued.notify_one();
-            if let Some(stepper) = &self.stepper {
-                stepper.wake();
+            if let Some(sim_hook) = &self.sim_hook {
+                sim_hook.wake();
             }
             return;
         }
         drop(queue);
         let error = self.refusal();
-        item.answer(Err(error));
+        entry.complete(Err(error));
     }
 
     fn refusal(&self) -> PersistError {
@@ -170,19 +171,19 @@ impl Journal {
         }
     }
 
-    /// Waits until an item is queued. Returns false if the journal is closed and the queue is empty.
-    pub(super) fn wait(&self) -> bool {
+    /// Waits until an entry is queued. Returns false if the journal is closed and the queue is empty.
+    pub(super) fn wait_for_entries(&self) -> bool {
         let queue = lock(&self.queue);
         let queue = self
             .queued
-            .wait_while(queue, |queue| queue.items.is_empty() && !queue.closed)
+            .wait_while(queue, |queue| queue.entries.is_empty() && !queue.closed)
             .unwrap_or_else(PoisonError::into_inner);
-        !queue.items.is_empty()
+        !queue.entries.is_empty()
     }
 
-    /// Closes the journal: queued items are still written, and new ones are refused.
+    /// Closes the journal: queued entries are still written, and new ones are refused.
     pub(super) fn close(&self) {
-        self.expect_close();
+        self.begin_shutdown();
         lock(&self.queue).closed = true;
         self.queued.notify_all();
         // A thread that checks the ring before it waits has seen the close, or is waiting by now.
@@ -191,61 +192,61 @@ impl Journal {
         self.entered.notify_all();
     }
 
-    /// Fails all items that are still queued, because no writer is left. The items hold replicas, which hold the
+    /// Fails all entries that are still queued, because no writer is left. The entries hold replicas, which hold the
     /// journal.
-    pub(super) fn abandon(&self) {
-        let items = std::mem::take(&mut lock(&self.queue).items);
-        items.into_iter().for_each(|item| item.answer(Err(self.refusal())));
+    pub(super) fn fail_queued(&self) {
+        let entries = std::mem::take(&mut lock(&self.queue).entries);
+        entries.into_iter().for_each(|entry| entry.complete(Err(self.refusal())));
     }
 
     /// Announces that the journal will be closed soon.
-    pub(super) fn expect_close(&self) {
+    pub(super) fn begin_shutdown(&self) {
         self.closing.get_or_init(clock::monotonic);
     }
 
     /// Returns the time for which the next frame has had no space.
-    pub(super) fn waits_for_room(&self) -> Duration {
-        lock(&self.writer).stuck.map_or(Duration::ZERO, |since| since.elapsed())
+    pub(super) fn space_wait(&self) -> Duration {
+        lock(&self.writer).no_space_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    /// Returns the part of [`Self::waits_for_room`] that follows the announcement of a close.
-    pub(super) fn waits_closing(&self) -> Duration {
-        self.closing.get().map_or(Duration::ZERO, Instant::elapsed).min(self.waits_for_room())
+    /// Returns the part of [`Self::space_wait`] that follows the announcement of a close.
+    pub(super) fn closing_wait(&self) -> Duration {
+        self.closing.get().map_or(Duration::ZERO, Instant::elapsed).min(self.space_wait())
     }
 
     pub(super) fn is_closed(&self) -> bool {
         lock(&self.queue).closed
     }
 
-    /// Returns true if an item is queued.
+    /// Returns true if an entry is queued.
     pub(super) fn pending(&self) -> bool {
-        !lock(&self.queue).items.is_empty()
+        !lock(&self.queue).entries.is_empty()
     }
 
     /// Makes space for the next frame in a file. Called by the writer only.
-    pub(super) fn make_room(&self, prepare: &mut dyn FnMut() -> io::Result<bool>) -> io::Result<Room> {
+    pub(super) fn ensure_space(&self, prepare: &mut dyn FnMut() -> io::Result<bool>) -> io::Result<FrameSpace> {
         let needed = self.next_bytes() as u64;
         let mut writer = lock(&self.writer);
         let file_bytes = lock(&self.ring).file_bytes;
         if writer.current.as_ref().is_some_and(|current| current.position + needed <= file_bytes) {
-            writer.stuck = None;
-            return Ok(Room::Ready);
+            writer.no_space_since = None;
+            return Ok(FrameSpace::Available);
         }
-        if let Some(next) = lock(&self.ring).advance(self.next_round())? {
-            (writer.current, writer.stuck) = (Some(next), None);
+        if let Some(next) = lock(&self.ring).advance(self.next_frame())? {
+            (writer.current, writer.no_space_since) = (Some(next), None);
             self.position.store(0, Ordering::Relaxed);
             self.entered.notify_all();
-            return Ok(Room::Entered);
+            return Ok(FrameSpace::NewFile);
         }
-        writer.stuck.get_or_insert_with(clock::monotonic);
+        writer.no_space_since.get_or_insert_with(clock::monotonic);
         drop(writer);
-        if prepare()? { self.make_room(&mut || Ok(false)) } else { Ok(Room::NeedsFile) }
+        if prepare()? { self.ensure_space(&mut || Ok(false)) } else { Ok(FrameSpace::NeedsFile) }
     }
 
     /// Returns true if a frame of one entry and the next frame fit into the active file, or if a file is free.
-    pub(super) fn has_room_for_two(&self) -> bool {
+    pub(super) fn has_space_for_two_frames(&self) -> bool {
         let position = lock(&self.writer).current.as_ref().map(|current| current.position);
-        let needed = (entry::round_bytes(1, 0) + self.next_bytes()) as u64;
+        let needed = (entry::max_frame_bytes(1, 0) + self.next_bytes()) as u64;
         let ring = lock(&self.ring);
         ring.has_free() || position.is_some_and(|position| position + needed <= ring.file_bytes)
     }
@@ -270,123 +271,124 @@ impl Journal {
     }
 
     /// Returns true if a file that is being created is not needed any longer.
-    pub(super) fn wants_no_file(&self) -> bool {
-        self.has_ended() && !self.awaited.load(Ordering::Acquire)
+    pub(super) fn is_prealloc_cancelled(&self) -> bool {
+        self.has_ended() && !self.writer_waiting.load(Ordering::Acquire)
     }
 
     /// Sets whether the writer waits for the file that is being created.
-    pub(super) fn await_file(&self, awaited: bool) {
-        self.awaited.store(awaited, Ordering::Release);
+    pub(super) fn set_writer_waiting(&self, awaited: bool) {
+        self.writer_waiting.store(awaited, Ordering::Release);
         drop(lock(&self.ring));
         self.entered.notify_all();
     }
 
     /// Lets appends go first while the next file is created; `done` is the number of bytes created so far. Returns at
     /// once if the writer waits for the file, or if the active file fills faster than the next one is created.
-    pub(super) fn give_way(&self, done: u64, at_most: Duration) {
-        let hurried = |_: &mut Ring| self.has_ended() || self.awaited.load(Ordering::Acquire);
+    pub(super) fn yield_to_appends(&self, done: u64, at_most: Duration) {
+        let is_urgent = |_: &mut Ring| self.has_ended() || self.writer_waiting.load(Ordering::Acquire);
         if done < 2 * self.position.load(Ordering::Relaxed) {
             return;
         }
         let ring = lock(&self.ring);
-        let waited = self.entered.wait_timeout_while(ring, at_most, |ring| !hurried(ring));
+        let waited = self.entered.wait_timeout_while(ring, at_most, |ring| !is_urgent(ring));
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Returns the number of items in the next frame, and their payload in bytes.
-    fn next_round_items(&self, queue: &Queue) -> (usize, usize) {
-        let (mut items, mut bytes) = (0, 0);
-        for item in &queue.items {
-            let more = item.bytes + entry::ENTRY_HEAD;
-            if items > 0 && bytes + more > self.round_bytes.min(ENOUGH) {
+    /// Returns the number of entries in the next frame, and their payload in bytes.
+    fn next_frame_entries(&self, queue: &EntryQueue) -> (usize, usize) {
+        let (mut entries, mut bytes) = (0, 0);
+        for entry in &queue.entries {
+            let more = entry.bytes + entry::ENTRY_HEADER_BYTES;
+            if entries > 0 && bytes + more > self.max_frame_bytes.min(TARGET_FRAME_BYTES) {
                 break;
             }
-            items += 1;
+            entries += 1;
             bytes += more;
         }
-        (items, bytes - items * entry::ENTRY_HEAD)
+        (entries, bytes - entries * entry::ENTRY_HEADER_BYTES)
     }
 
     fn next_bytes(&self) -> usize {
         let queue = lock(&self.queue);
-        let (items, payload) = self.next_round_items(&queue);
-        // Items that are queued meanwhile lengthen the frame, at most to its limit.
-        entry::round_bytes(items, payload).max(entry::round_bytes(1, self.round_bytes))
+        let (entries, payload) = self.next_frame_entries(&queue);
+        // Entries that are queued meanwhile lengthen the frame, at most to its limit.
+        entry::max_frame_bytes(entries, payload).max(entry::max_frame_bytes(1, self.max_frame_bytes))
     }
 
     /// Writes an empty frame. The checkpoint that starts replay at this frame then names an existing one, so a journal
-    /// without it is recognised as another journal. [`Self::make_room`] must just have made the space.
+    /// without it is recognised as another journal. [`Self::ensure_space`] must just have made the space.
     pub(super) fn begin(&self) -> io::Result<()> {
         let mut writer = lock(&self.writer);
-        let Writer { current, buffer, .. } = &mut *writer;
-        let current = current.as_mut().expect("there is room");
-        let round = buffer.slice(entry::round_bytes(0, 0));
-        let sequence = self.next_round();
-        entry::encode(round, self.directory, sequence, std::iter::empty());
-        current.file.write_durable(round, current.position)?;
-        current.position += round.len() as u64;
+        let WriterState { current, buffer, .. } = &mut *writer;
+        let current = current.as_mut().expect("`make_room` has entered a file");
+        let frame = buffer.slice(entry::max_frame_bytes(0, 0));
+        let sequence = self.next_frame();
+        entry::encode(frame, self.directory, sequence, std::iter::empty());
+        current.file.write_durable(frame, current.position)?;
+        current.position += frame.len() as u64;
         self.position.store(current.position, Ordering::Relaxed);
-        self.next_round.store(sequence + 1, Ordering::Release);
+        self.next_frame.store(sequence + 1, Ordering::Release);
         Ok(())
     }
 
-    /// Writes one frame of queued items and completes them. [`Self::make_room`] must just have made the space.
-    pub(super) fn step(&self) {
+    /// Writes one frame of queued entries and completes them. [`Self::ensure_space`] must just have made the space.
+    pub(super) fn write_frame(&self) {
         let mut writer = lock(&self.writer);
-        let items: Vec<Item> = {
+        let entries: Vec<JournalEntry> = {
             let mut queue = lock(&self.queue);
-            let (count, _) = self.next_round_items(&queue);
-            queue.items.drain(..count).collect()
+            let (count, _) = self.next_frame_entries(&queue);
+            queue.entries.drain(..count).collect()
         };
-        if items.is_empty() {
+        if entries.is_empty() {
             return;
         }
-        let Writer { current, buffer, .. } = &mut *writer;
-        let current = current.as_mut().expect("there is room");
-        let payload = items.iter().map(|item| item.bytes).sum();
-        let round = buffer.slice(entry::round_bytes(items.len(), payload));
-        let sequence = self.next_round();
-        entry::encode(round, self.directory, sequence, items.iter().map(|item| (&item.head, item.batches.as_slice())));
+        let WriterState { current, buffer, .. } = &mut *writer;
+        let current = current.as_mut().expect("`make_room` has entered a file");
+        let payload = entries.iter().map(|entry| entry.bytes).sum();
+        let frame = buffer.slice(entry::max_frame_bytes(entries.len(), payload));
+        let sequence = self.next_frame();
+        let encoded = entries.iter().map(|entry| (&entry.head, entry.batches.as_slice()));
+        entry::encode(frame, self.directory, sequence, encoded);
         let began = clock::monotonic();
-        let written = current.file.write_durable(round, current.position);
+        let written = current.file.write_durable(frame, current.position);
         let serial = current.serial;
         match written {
             Ok(()) => {
-                current.position += round.len() as u64;
+                current.position += frame.len() as u64;
                 self.position.store(current.position, Ordering::Relaxed);
-                self.metrics.journal_rounds.inc();
-                self.metrics.journal_bytes.inc_by(round.len() as u64);
+                self.metrics.journal_writes.inc();
+                self.metrics.journal_bytes.inc_by(frame.len() as u64);
                 self.metrics.journal_sync_seconds.observe(began.elapsed().as_secs_f64());
-                self.next_round.store(sequence + 1, Ordering::Release);
-                for item in &items {
-                    item.replica.journaled(&item.head, serial);
+                self.next_frame.store(sequence + 1, Ordering::Release);
+                for entry in &entries {
+                    entry.replica.on_journaled(&entry.head, serial);
                 }
                 drop(writer);
-                for item in items {
-                    let answer = item.replica.persisted_answer(&item.head);
-                    item.answer(answer);
+                for entry in entries {
+                    let result = entry.replica.persist_result(&entry.head);
+                    entry.complete(result);
                 }
             }
             Err(error) => {
                 drop(writer);
-                let mut queue = items;
+                let mut queue = entries;
                 self.fail(&error);
-                for item in queue.drain(..) {
-                    item.answer(Err(self.refusal()));
+                for entry in queue.drain(..) {
+                    entry.complete(Err(self.refusal()));
                 }
             }
         }
     }
 
-    /// Fails the journal permanently, and fails all queued items with the reason.
+    /// Fails the journal permanently, and fails all queued entries with the reason.
     pub(super) fn fail(&self, error: &io::Error) {
-        let reason = format!("the journal could not be written: {error}");
+        let reason = format!("cannot write the journal: {error}");
         if self.failed.set(reason).is_ok() {
-            tracing::error!(%error, "the journal could not be written: this data directory takes no more writes");
+            tracing::error!(%error, "cannot write the journal: this data directory accepts no more writes");
         }
-        let items = std::mem::take(&mut lock(&self.queue).items);
-        for item in items {
-            item.answer(Err(self.refusal()));
+        let entries = std::mem::take(&mut lock(&self.queue).entries);
+        for entry in entries {
+            entry.complete(Err(self.refusal()));
         }
         // Threads that wait for a file end their wait.
         drop(lock(&self.ring));
@@ -394,8 +396,8 @@ impl Journal {
     }
 }
 
-impl Item {
-    pub(super) fn answer(self, result: Result<Offset, PersistError>) {
+impl JournalEntry {
+    pub(super) fn complete(self, result: Result<Offset, PersistError>) {
         if let Some(done) = self.done {
             done(result);
         }

@@ -9,25 +9,25 @@ use std::{
 };
 
 use super::buffer::AlignedBuffer;
-use crate::log::disk::{Disk, File, Mode};
+use crate::log::disk::{Disk, File, OpenMode};
 
 /// Bytes of zeros per write to a new file. A concurrent append waits for one such write at most, if the file system
 /// supports direct I/O.
-const ZEROS: usize = 256 << 10;
+const ZERO_FILL_BYTES: usize = 256 << 10;
 
 /// Minimum number of files with which a ring can reuse one.
-const LEAST: usize = 2;
+const MIN_FILES: usize = 2;
 
 /// Number of files of a ring. The limits of a file's size follow, in bytes: a file is created completely before its
 /// first use, which must not take long.
-const FILES: u64 = 16;
-const MOST_FILE_BYTES: u64 = 64 << 20;
-const LEAST_FILE_BYTES: u64 = 64 << 10;
+const RING_FILES: u64 = 16;
+const MAX_FILE_BYTES: u64 = 64 << 20;
+const MIN_FILE_BYTES: u64 = 64 << 10;
 
 /// Returns the bytes of a file, and the maximum number of files, for a ring of `bytes`.
-pub(in crate::log) fn shape(bytes: u64) -> (u64, usize) {
-    let file_bytes = (bytes / FILES).next_multiple_of(4096).clamp(LEAST_FILE_BYTES, MOST_FILE_BYTES);
-    let files = bytes.div_ceil(file_bytes).max(FILES);
+pub(in crate::log) fn ring_layout(bytes: u64) -> (u64, usize) {
+    let file_bytes = (bytes / RING_FILES).next_multiple_of(4096).clamp(MIN_FILE_BYTES, MAX_FILE_BYTES);
+    let files = bytes.div_ceil(file_bytes).max(RING_FILES);
     (file_bytes, usize::try_from(files).unwrap_or(usize::MAX))
 }
 
@@ -36,25 +36,25 @@ pub(in crate::log) struct Ring {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
     pub(in crate::log) file_bytes: u64,
-    most: usize,
+    max_files: usize,
     /// Slots of the files that may be written from their start.
     free: Vec<usize>,
     /// Files in use, oldest first; the last one is active.
-    used: VecDeque<Used>,
-    made: usize,
+    used: VecDeque<RingFile>,
+    file_count: usize,
     uses: u64,
 }
 
-struct Used {
+struct RingFile {
     slot: usize,
     /// Number of this use, which grows with each file that is entered.
     serial: u64,
     /// Sequence of the first frame in the file.
-    first_round: u64,
+    first_frame: u64,
 }
 
 /// The active file.
-pub(in crate::log) struct Current {
+pub(in crate::log) struct ActiveFile {
     pub(in crate::log) file: Arc<dyn File>,
     pub(in crate::log) serial: u64,
     pub(in crate::log) position: u64,
@@ -62,7 +62,7 @@ pub(in crate::log) struct Current {
 
 impl Ring {
     /// Opens the ring in `dir`. Journal files of the right length become free, all other journal files are removed.
-    pub(in crate::log) fn open(disk: Arc<dyn Disk>, dir: &Path, file_bytes: u64, most: usize) -> io::Result<Self> {
+    pub(in crate::log) fn open(disk: Arc<dyn Disk>, dir: &Path, file_bytes: u64, max_files: usize) -> io::Result<Self> {
         disk.create_dir_all(dir)?;
         // Nothing in a directory is durable unless the directory's own name is.
         disk.sync_dir(dir.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
@@ -71,21 +71,21 @@ impl Ring {
             disk,
             dir: dir.to_owned(),
             file_bytes,
-            most: most.max(LEAST),
+            max_files: max_files.max(MIN_FILES),
             free: Vec::new(),
             used: VecDeque::new(),
-            made: 0,
+            file_count: 0,
             uses: 0,
         };
         for entry in ring.disk.list(dir)? {
             let Some(slot) = slot_of(&entry.name) else { continue };
-            if entry.len == file_bytes && slot < ring.most {
+            if entry.len == file_bytes && slot < ring.max_files {
                 ring.free.push(slot);
             } else {
                 ring.disk.remove(&dir.join(&entry.name))?;
             }
         }
-        ring.made = ring.free.len();
+        ring.file_count = ring.free.len();
         ring.free.sort_unstable_by(|a, b| b.cmp(a));
         Ok(ring)
     }
@@ -95,24 +95,24 @@ impl Ring {
     }
 
     /// Returns the path and number of an unused slot, if the ring may still grow.
-    pub(in crate::log) fn vacancy(&self) -> Option<(PathBuf, usize)> {
-        if self.made >= self.most {
+    pub(in crate::log) fn next_slot(&self) -> Option<(PathBuf, usize)> {
+        if self.file_count >= self.max_files {
             return None;
         }
         let taken = |slot: &usize| self.free.contains(slot) || self.used.iter().any(|used| used.slot == *slot);
-        (0..self.most).find(|slot| !taken(slot)).map(|slot| (self.path(slot), slot))
+        (0..self.max_files).find(|slot| !taken(slot)).map(|slot| (self.path(slot), slot))
     }
 
     /// Adds a file that [`prepare`] created.
     pub(in crate::log) fn add(&mut self, slot: usize) {
-        self.made += 1;
+        self.file_count += 1;
         self.free.push(slot);
     }
 
-    /// Enters the next file, if one is free. `round` is the sequence of the first frame in it.
-    pub(in crate::log) fn advance(&mut self, round: u64) -> io::Result<Option<Current>> {
+    /// Enters the next file, if one is free. `sequence` is that of the first frame in the file.
+    pub(in crate::log) fn advance(&mut self, sequence: u64) -> io::Result<Option<ActiveFile>> {
         let Some(slot) = self.free.pop() else { return Ok(None) };
-        let file = match self.disk.open(&self.path(slot), Mode::Direct) {
+        let file = match self.disk.open(&self.path(slot), OpenMode::Direct) {
             Ok(file) => file,
             Err(error) => {
                 self.free.push(slot);
@@ -120,36 +120,36 @@ impl Ring {
             }
         };
         self.uses += 1;
-        self.used.push_back(Used { slot, serial: self.uses, first_round: round });
-        Ok(Some(Current { file, serial: self.uses, position: 0 }))
+        self.used.push_back(RingFile { slot, serial: self.uses, first_frame: sequence });
+        Ok(Some(ActiveFile { file, serial: self.uses, position: 0 }))
     }
 
     /// Returns the sequence at which replay would start if the files before use `keep` were released. A frame with that
     /// sequence was written: the file entered last may not hold one yet.
-    pub(in crate::log) fn start_after(&self, keep: u64, next_round: u64) -> u64 {
-        let written = self.used.iter().take_while(|used| used.first_round < next_round);
+    pub(in crate::log) fn start_after(&self, keep: u64, next_frame: u64) -> u64 {
+        let written = self.used.iter().take_while(|used| used.first_frame < next_frame);
         let last = written.clone().last();
         let kept = written.clone().find(|used| used.serial >= keep).or(last);
-        kept.map_or(next_round, |used| used.first_round)
+        kept.map_or(next_frame, |used| used.first_frame)
     }
 
-    /// Releases the files that hold only frames below `first_round`. The active file stays.
-    pub(in crate::log) fn release(&mut self, first_round: u64) {
-        while self.used.len() > 1 && self.used[1].first_round <= first_round {
-            let used = self.used.pop_front().expect("more than one");
+    /// Releases the files that hold only frames below `first_frame`. The active file stays.
+    pub(in crate::log) fn release(&mut self, first_frame: u64) {
+        while self.used.len() > 1 && self.used[1].first_frame <= first_frame {
+            let used = self.used.pop_front().expect("more than one file is in use");
             sim_event!(JournalFileFreed { file: used.serial });
             self.free.insert(0, used.slot);
         }
     }
 
     /// Returns true if few files are free, so that segments should be synced now.
-    pub(in crate::log) fn short(&self) -> bool {
-        self.free.len() + (self.most - self.made) < self.most.div_ceil(2)
+    pub(in crate::log) fn is_low(&self) -> bool {
+        self.free.len() + (self.max_files - self.file_count) < self.max_files.div_ceil(2)
     }
 
     /// Returns true if the next file should be created now, before it is needed.
     pub(in crate::log) fn wants_file(&self) -> bool {
-        self.free.is_empty() && self.made < self.most
+        self.free.is_empty() && self.file_count < self.max_files
     }
 
     /// Returns the number of the oldest use, if no file is free.
@@ -164,13 +164,13 @@ impl Ring {
 
     /// Returns the bytes of the files that the ring requires and that do not exist yet. A ring of one file could never
     /// release it.
-    pub(in crate::log) fn owed(&self) -> u64 {
-        (LEAST.saturating_sub(self.made)) as u64 * self.file_bytes
+    pub(in crate::log) fn unallocated_bytes(&self) -> u64 {
+        (MIN_FILES.saturating_sub(self.file_count)) as u64 * self.file_bytes
     }
 
     /// Returns the bytes of all files.
     pub(in crate::log) fn bytes(&self) -> u64 {
-        self.made as u64 * self.file_bytes
+        self.file_count as u64 * self.file_bytes
     }
 }
 
@@ -186,12 +186,12 @@ pub(in crate::log) fn prepare(
     bytes: u64,
     rest: &mut dyn FnMut(u64) -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut made = || {
-        let file = disk.open(path, Mode::Direct)?;
+    let mut create = || {
+        let file = disk.open(path, OpenMode::Direct)?;
         let mut zeros = AlignedBuffer::default();
         let mut at = 0;
         while at < bytes {
-            let len = usize::try_from(bytes - at).unwrap_or(ZEROS).min(ZEROS);
+            let len = usize::try_from(bytes - at).unwrap_or(ZERO_FILL_BYTES).min(ZERO_FILL_BYTES);
             let slice = zeros.slice(len);
             slice.fill(0);
             file.write_at(&[IoSlice::new(slice)], at)?;
@@ -201,7 +201,7 @@ pub(in crate::log) fn prepare(
         file.sync()?;
         disk.sync_dir(path.parent().unwrap_or(Path::new(".")))
     };
-    made().inspect_err(|_| drop(disk.remove(path)))
+    create().inspect_err(|_| drop(disk.remove(path)))
 }
 
 #[cfg(test)]
@@ -214,17 +214,18 @@ mod tests {
         let disk = SimDisk::new();
         let (dir, file) = (Path::new("/journal"), Path::new("/journal/00000.journal"));
         disk.create_dir_all(dir).unwrap();
-        let bytes = 3 * ZEROS as u64 - 4096;
+        let bytes = 3 * ZERO_FILL_BYTES as u64 - 4096;
         let mut rests = Vec::new();
         let mut rest = |done| {
             rests.push(done);
             Ok(())
         };
         prepare(&disk, file, bytes, &mut rest).unwrap();
-        assert_eq!(rests, [ZEROS as u64, 2 * ZEROS as u64, bytes]);
+        assert_eq!(rests, [ZERO_FILL_BYTES as u64, 2 * ZERO_FILL_BYTES as u64, bytes]);
         assert!(disk.read(file).unwrap() == vec![0; usize::try_from(bytes).unwrap()]);
         let other = Path::new("/journal/00001.journal");
-        let mut stop = |done| if done > ZEROS as u64 { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) };
+        let mut stop =
+            |done| if done > ZERO_FILL_BYTES as u64 { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) };
         prepare(&disk, other, bytes, &mut stop).unwrap_err();
         let names: Vec<_> = disk.list(dir).unwrap().into_iter().map(|entry| entry.name).collect();
         assert_eq!(names, ["00000.journal"]);

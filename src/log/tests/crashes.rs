@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::*;
-use crate::{log::disk::Dice, record::ProducerSequence};
+use crate::{log::disk::SimRng, record::ProducerSequence};
 
 /// `producer.id.expiration.ms` of every replica in these tests.
 const EXPIRATION: Duration = Duration::from_millis(40);
@@ -23,14 +23,14 @@ struct Model {
     log_start: u64,
     answers: Answers,
     /// Target of a truncation that started and did not return.
-    cut_begun: Option<u64>,
+    truncation_target: Option<u64>,
     /// Batches of a truncation that did not return. A power failure may restore them until the next write.
     undone: Vec<Batch>,
     /// True if a deletion started and did not return.
-    gone_maybe: bool,
-    reset_begun: Option<u64>,
+    maybe_deleted: bool,
+    reset_target: Option<u64>,
     /// True if the existence of the replica was acknowledged: some of its data was persisted, or survived a crash.
-    sure: bool,
+    acknowledged: bool,
 }
 
 impl Model {
@@ -43,20 +43,20 @@ impl Model {
         self.acked = self.acked.min(self.end());
     }
 
-    fn hear(&mut self) {
+    fn collect_results(&mut self) {
         for end in self.answers.taken().into_iter().flatten() {
             self.acked = self.acked.max(end.get().min(self.end()));
-            self.sure = true;
+            self.acknowledged = true;
         }
     }
 
     /// Compares a replica that was opened again, and adopts its content.
-    fn check(&mut self, replica: &Replica, lossless: bool, seed: u64) {
+    fn check(&mut self, replica: &ReplicaLog, lossless: bool, seed: u64) {
         let (start, end) = (replica.local_start().get(), replica.log_end().get());
         if std::env::var("STRANDLINE_SEED").is_ok() {
             eprintln!("reopened {} lossless {lossless}: {start}..{end} {:?}", replica.id(), replica.sealed());
         }
-        if let Some(reset) = self.reset_begun.take()
+        if let Some(reset) = self.reset_target.take()
             && start == reset
             && end == reset
         {
@@ -66,12 +66,12 @@ impl Model {
         if end > self.end() && !lossless {
             self.batches.append(&mut self.undone);
         }
-        let (cut, lossless) = (self.cut_begun.is_some(), lossless && self.cut_begun.is_none());
-        let least = self.cut_begun.take().map_or(self.acked, |to| self.acked.min(to));
-        assert!(end >= least, "seed {seed}: {least} was acknowledged, the log ends at {end}");
+        let (truncated, lossless) = (self.truncation_target.is_some(), lossless && self.truncation_target.is_none());
+        let min_end = self.truncation_target.take().map_or(self.acked, |to| self.acked.min(to));
+        assert!(end >= min_end, "seed {seed}: {min_end} was acknowledged, the log ends at {end}");
         assert!(end <= self.end(), "seed {seed}: the log ended at {}, now at {end}", self.end());
         assert!(!lossless || end == self.end(), "seed {seed}: a killed process lost {}..{end}", self.end());
-        assert!(start >= self.local_start, "seed {seed}: evicted segments came back");
+        assert!(start >= self.local_start, "seed {seed}: evicted segments reappeared");
         let want: Vec<&Batch> = {
             let inside = |batch: &&Batch| batch.base_offset().get() >= start && batch.end_offset().get() <= end;
             self.batches.iter().filter(inside).collect()
@@ -81,11 +81,11 @@ impl Model {
         for (have, want) in have.iter().zip(want) {
             assert!(have.to_bytes() == want.to_bytes(), "seed {seed}: other bytes at {have:?}");
         }
-        if cut {
+        if truncated {
             self.undone = self.batches.iter().filter(|batch| batch.end_offset().get() > end).cloned().collect();
         }
         self.truncate(end);
-        (self.acked, self.local_start, self.sure) = (replica.persisted_end().get().max(least), start, true);
+        (self.acked, self.local_start, self.acknowledged) = (replica.persisted_end().get().max(min_end), start, true);
         self.log_start = self.log_start.max(replica.log_start().get());
         assert_eq!(*replica.producers(), self.producers(), "seed {seed}: producers at {end}");
         for batch in self.batches.iter().filter(|batch| batch.base_offset().get() >= start.max(self.log_start)) {
@@ -97,20 +97,20 @@ impl Model {
     fn producers(&self) -> ProducerTable {
         let mut producers = ProducerTable::new();
         for batch in &self.batches {
-            note(&mut producers, batch);
+            record_batch(&mut producers, batch);
         }
         producers
     }
 }
 
-fn note(producers: &mut ProducerTable, batch: &Batch) {
-    producers.note(batch);
-    producers.forget_expired(i64::try_from(EXPIRATION.as_millis()).ok());
+fn record_batch(producers: &mut ProducerTable, batch: &Batch) {
+    producers.record_batch(batch);
+    producers.remove_expired(i64::try_from(EXPIRATION.as_millis()).ok());
 }
 
-struct World {
+struct RandomHistory {
     disk: SimDisk,
-    dice: Dice,
+    rng: SimRng,
     seed: u64,
     models: BTreeMap<u32, Model>,
     epoch: u32,
@@ -121,91 +121,91 @@ struct World {
     undecided: BTreeSet<u32>,
 }
 
-impl World {
+impl RandomHistory {
     fn new(seed: u64) -> Self {
         let (disk, models) = (SimDisk::new(), BTreeMap::new());
         let undecided = BTreeSet::new();
-        Self { disk, dice: Dice(seed), seed, models, epoch: 0, clock: 0, lossless: true, undecided }
+        Self { disk, rng: SimRng(seed), seed, models, epoch: 0, clock: 0, lossless: true, undecided }
     }
 
     /// Runs one incarnation of the process, until it crashes.
-    fn live(&mut self) {
-        if self.dice.roll(3) == 0 {
+    fn run_incarnation(&mut self) {
+        if self.rng.roll(3) == 0 {
             // The process ends during its start.
-            self.disk.fail_writes_after(Some(self.dice.roll(40)));
-            if let Ok(log) = Log::open(Arc::new(self.disk.clone()), Path::new("/data"), &identity(), small()) {
+            self.disk.fail_writes_after(Some(self.rng.roll(40)));
+            if let Ok(log) = DataDir::open(Arc::new(self.disk.clone()), Path::new("/data"), &identity(), small()) {
                 log.partitions().iter().for_each(|id| drop(log.open_replica(*id, at(0))));
             }
             self.end_process();
         }
         let log = open(&self.disk);
         let mut replicas = self.reopen(&log);
-        if self.dice.roll(3) == 0 {
-            self.disk.fail_writes_after(Some(self.dice.roll(150)));
+        if self.rng.roll(3) == 0 {
+            self.disk.fail_writes_after(Some(self.rng.roll(150)));
         }
-        for _ in 0..self.dice.roll(80) {
-            if log.status().failed.is_some() && self.dice.roll(5) == 0 {
+        for _ in 0..self.rng.roll(80) {
+            if log.status().failed.is_some() && self.rng.roll(5) == 0 {
                 break;
             }
             self.step(&log, &mut replicas);
-            self.models.values_mut().for_each(Model::hear);
+            self.models.values_mut().for_each(Model::collect_results);
         }
-        if self.dice.roll(8) == 0 {
+        if self.rng.roll(8) == 0 {
             drop(log.close());
-            self.models.values_mut().for_each(Model::hear);
+            self.models.values_mut().for_each(Model::collect_results);
         }
         self.lossless = true;
         self.end_process();
     }
 
     fn end_process(&mut self) {
-        if self.dice.roll(3) == 0 {
+        if self.rng.roll(3) == 0 {
             self.disk.kill();
         } else {
-            self.disk.crash(self.dice.roll(u64::MAX));
+            self.disk.crash(self.rng.roll(u64::MAX));
             self.lossless = false;
         }
     }
 
-    fn reopen(&mut self, log: &Log) -> BTreeMap<u32, Replica> {
-        let there = log.partitions();
+    fn reopen(&mut self, log: &DataDir) -> BTreeMap<u32, ReplicaLog> {
+        let partitions = log.partitions();
         let mut replicas = BTreeMap::new();
         self.models.retain(|number, model| {
             let id = partition(*number);
-            if !there.contains(&id) {
-                assert!(!model.sure || model.gone_maybe, "seed {}: {id} is gone", self.seed);
+            if !partitions.contains(&id) {
+                assert!(!model.acknowledged || model.maybe_deleted, "seed {}: {id} has disappeared", self.seed);
                 return false;
             }
             let mut replica = match log.open_replica(id, at(0)) {
                 Ok(replica) => replica,
                 Err(error) => panic!("seed {}: {error}", self.seed),
             };
-            model.gone_maybe = false;
+            model.maybe_deleted = false;
             replica.set_producer_expiration(Some(EXPIRATION));
             model.check(&replica, self.lossless, self.seed);
             // The configuration arrives late. The rule is then applied to the producers that were kept meanwhile.
-            if self.dice.roll(4) == 0 {
+            if self.rng.roll(4) == 0 {
                 replica.set_producer_expiration(None);
             }
             replica.set_journaled(number % 3 != 2);
             replicas.insert(*number, replica);
             true
         });
-        for id in there {
-            assert!(self.models.contains_key(&id.number), "seed {}: {id} was deleted and came back", self.seed);
+        for id in partitions {
+            assert!(self.models.contains_key(&id.number), "seed {}: {id} was deleted and reappeared", self.seed);
         }
         self.undecided.clear();
         self.epoch += 1;
         replicas
     }
 
-    fn step(&mut self, log: &Log, replicas: &mut BTreeMap<u32, Replica>) {
-        let number = u32::try_from(self.dice.roll(3)).unwrap();
+    fn step(&mut self, log: &DataDir, replicas: &mut BTreeMap<u32, ReplicaLog>) {
+        let number = u32::try_from(self.rng.roll(3)).unwrap();
         if self.undecided.contains(&number) {
             return;
         }
         let Some(replica) = replicas.get_mut(&number) else {
-            let start = self.dice.roll(3) * 100;
+            let start = self.rng.roll(3) * 100;
             if let Ok(mut replica) = log.open_replica(partition(number), at(start)) {
                 replica.set_journaled(number % 3 != 2);
                 replica.set_producer_expiration(Some(EXPIRATION));
@@ -216,16 +216,17 @@ impl World {
             return;
         };
         let model = self.models.get_mut(&number).unwrap();
-        let what = self.dice.roll(100);
+        let operation = self.rng.roll(100);
         if std::env::var("STRANDLINE_SEED").is_ok() {
-            eprintln!("{number}: {what} at {:?}, {:?} failed {:?}", model.end(), replica.active(), replica.failed());
+            let (active, failed) = (replica.active(), replica.failed());
+            eprintln!("{number}: {operation} at {:?}, {active:?} failed {failed:?}", model.end());
         }
-        if replica.failed().is_some() && (86..97).contains(&what) {
+        if replica.failed().is_some() && (86..97).contains(&operation) {
             return;
         }
-        match what {
+        match operation {
             0..40 => {
-                let batches = some_batches(&mut self.dice, model, self.epoch, &mut self.clock);
+                let batches = some_batches(&mut self.rng, model, self.epoch, &mut self.clock);
                 if replica.append(&batches).is_ok() {
                     model.batches.extend(batches);
                     model.undone.clear();
@@ -237,16 +238,16 @@ impl World {
             80..86 => drop(replica.roll()),
             86..90 => {
                 let low = model.start.max(model.local_start);
-                let to = low + self.dice.roll(model.end() - low + 1);
+                let to = low + self.rng.roll(model.end() - low + 1);
                 // The batch that contains `to` is truncated as well.
                 let ends = model.batches.iter().map(|batch| batch.end_offset().get());
                 let left = ends.filter(|end| *end <= to).max().unwrap_or(model.start);
-                model.cut_begun = Some(left);
+                model.truncation_target = Some(left);
                 if let Ok(end) = replica.truncate(at(to)) {
                     assert!(end.get() <= to, "seed {}", self.seed);
-                    model.cut_begun = None;
+                    model.truncation_target = None;
                     model.undone.clear();
-                    model.hear();
+                    model.collect_results();
                     model.truncate(end.get());
                 } else {
                     // The replica accepts no writes any longer. Its content is unchanged or truncated.
@@ -254,7 +255,7 @@ impl World {
                 }
             }
             90..94 => {
-                let to = replica.local_start().get() + self.dice.roll(200);
+                let to = replica.local_start().get() + self.rng.roll(200);
                 replica.advance_log_start(at(to));
                 model.log_start = replica.log_start().get();
                 if replica.evict(at(model.log_start)).is_ok() {
@@ -265,16 +266,16 @@ impl World {
                 self.epoch += 1;
             }
             96 => {
-                let to = model.end() + self.dice.roll(50);
-                model.reset_begun = Some(to);
+                let to = model.end() + self.rng.roll(50);
+                model.reset_target = Some(to);
                 if replica.reset(at(to)).is_ok() {
                     *model = Model { start: to, acked: to, local_start: to, log_start: to, ..Model::default() };
-                    model.sure = true;
+                    model.acknowledged = true;
                 }
             }
             97 => {
                 replicas.remove(&number);
-                model.gone_maybe = true;
+                model.maybe_deleted = true;
                 if log.delete_replica(partition(number)).is_ok() {
                     self.models.remove(&number);
                 } else {
@@ -294,28 +295,28 @@ impl World {
     }
 }
 
-fn some_batches(dice: &mut Dice, model: &Model, epoch: u32, clock: &mut i64) -> Vec<Batch> {
+fn some_batches(rng: &mut SimRng, model: &Model, epoch: u32, clock: &mut i64) -> Vec<Batch> {
     let mut base = model.end();
     let (mut batches, mut table) = (Vec::new(), model.producers());
-    for _ in 0..=dice.roll(4) {
-        let count = u32::try_from(1 + dice.roll(5)).unwrap();
-        let bytes = if dice.roll(40) == 0 { 30_000 } else { 61 + usize::try_from(dice.roll(3000)).unwrap() };
-        let producer = i64::try_from(dice.roll(4)).unwrap();
-        *clock += if dice.roll(12) == 0 { i64::try_from(dice.roll(90)).unwrap() } else { 1 };
+    for _ in 0..=rng.roll(4) {
+        let count = u32::try_from(1 + rng.roll(5)).unwrap();
+        let bytes = if rng.roll(40) == 0 { 30_000 } else { 61 + usize::try_from(rng.roll(3000)).unwrap() };
+        let producer = i64::try_from(rng.roll(4)).unwrap();
+        *clock += if rng.roll(12) == 0 { i64::try_from(rng.roll(90)).unwrap() } else { 1 };
         // Some batches are older than the batches before them.
-        let timestamp = *clock - i64::try_from(dice.roll(3) * dice.roll(30)).unwrap();
+        let timestamp = *clock - i64::try_from(rng.roll(3) * rng.roll(30)).unwrap();
         let stamp = if producer == 0 {
             (-1, -1, -1)
         } else {
             // The leader expects the next number of a known producer, and 0 of a removed one.
             let none = ProducerSequence { id: producer, epoch: 1, base_sequence: -1 };
             match table.check(none, count, None) {
-                Verdict::OutOfOrder { expected } => (producer, 1, expected),
+                SequenceCheck::OutOfOrder { expected } => (producer, 1, expected),
                 _ => (producer, 1, 0),
             }
         };
         let batch = produced(base, count, epoch, timestamp, bytes, stamp);
-        note(&mut table, &batch);
+        record_batch(&mut table, &batch);
         batches.push(batch);
         base += u64::from(count);
     }
@@ -323,12 +324,12 @@ fn some_batches(dice: &mut Dice, model: &Model, epoch: u32, clock: &mut i64) -> 
 }
 
 fn run(seed: u64) {
-    let mut world = World::new(seed);
+    let mut history = RandomHistory::new(seed);
     for _ in 0..6 {
-        world.live();
+        history.run_incarnation();
     }
-    let log = open(&world.disk);
-    world.reopen(&log);
+    let log = open(&history.disk);
+    history.reopen(&log);
 }
 
 /// `STRANDLINE_SEEDS=N` runs that many seeds, `STRANDLINE_SEED=N` runs one seed.
@@ -348,15 +349,15 @@ fn acknowledged_data_survives_and_truncated_data_does_not() {
 /// of the replica. The replica then accepted no writes, even after restarts of the broker.
 #[test]
 fn replica_that_lost_its_directory_accepts_writes() {
-    let mut went = 0;
+    let mut lost = 0;
     for seed in 0..20 {
         let disk = SimDisk::new();
         let log = open(&disk);
         drop(log.open_replica(partition(0), at(0)).unwrap());
-        assert!(log.journal_step(), "the journal says that it was made");
+        assert!(log.journal_step(), "the journal records the creation");
         disk.crash(seed);
         drop(log);
-        went += u32::from(!disk.files().iter().any(|(path, _)| path.extension().is_some_and(|name| name == "log")));
+        lost += u32::from(!disk.files().iter().any(|(path, _)| path.extension().is_some_and(|name| name == "log")));
         let log = open(&disk);
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
         assert_eq!(write(&log, &mut replica, &[batch(0, 1, 0, 1, 100)]), at(1));
@@ -364,5 +365,5 @@ fn replica_that_lost_its_directory_accepts_writes() {
         disk.crash(seed);
         assert_eq!(open(&disk).open_replica(partition(0), at(0)).unwrap().log_end(), at(1));
     }
-    assert!(went > 0, "some crashes take it");
+    assert!(lost > 0, "some crashes remove the directory");
 }

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Creates a replica with six sealed segments of two records each.
-fn six_segments(log: &Log) -> Replica {
+fn six_segments(log: &DataDir) -> ReplicaLog {
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     for base in (0..12).step_by(2) {
         write(log, &mut replica, &[batch(base, 2, 1, 1, 500)]);
@@ -28,7 +28,7 @@ fn segment_partly_below_the_log_start_is_kept() {
     assert_eq!(replica.evict(at(5)), Ok(1000));
     assert_eq!((replica.log_start(), replica.local_start()), (at(5), at(4)));
     assert_eq!(bases(&disk)[0], 4);
-    assert_eq!(replica.evict(at(5)), Ok(0), "there is nothing left to do");
+    assert_eq!(replica.evict(at(5)), Ok(0), "the eviction is complete");
 }
 
 /// Another leader seals segments at other offsets, so the log start may lie anywhere in a segment of this replica.
@@ -67,7 +67,7 @@ fn deleted_segments_leave_no_file_behind() {
     let names: Vec<_> = disk.files().into_iter().map(|(path, _)| path).collect();
     let of_the_replica = names.iter().filter(|path| path.parent().unwrap().ends_with("0"));
     let left: Vec<_> = of_the_replica.filter_map(|path| path.file_name()?.to_str()).collect();
-    assert_eq!(left, ["00000000000000000012.snapshot"], "the new segment's file is made by its first append");
+    assert_eq!(left, ["00000000000000000012.snapshot"], "the first append creates the file of the new segment");
     assert_eq!(write(&log, &mut replica, &[batch(12, 1, 1, 1, 100)]), at(13));
 }
 
@@ -93,16 +93,21 @@ fn interrupted_eviction_is_repeated_and_stays_complete() {
         replica.advance_log_start(at(6));
         replica.evict(at(6)).unwrap();
         assert!(bases(&disk).iter().all(|base| *base >= 6), "after {operations} operations: {:?}", bases(&disk));
-        for (life, clean) in [(1, false), (2, true), (3, false)] {
+        for (incarnation, clean) in [(1, false), (2, true), (3, false)] {
             if clean {
-                log_closes(&disk, operations);
+                reopen_and_close(&disk, operations);
                 continue;
             }
-            disk.crash(operations * 10 + life);
+            disk.crash(operations * 10 + incarnation);
             let log = open(&disk);
             let replica = log.open_replica(partition(0), at(0)).unwrap();
-            assert_eq!((replica.log_start(), replica.local_start()), (at(6), at(6)), "life {life}, {operations}");
-            assert!(bases(&disk).iter().all(|base| *base >= 6), "life {life}, {operations}: {:?}", bases(&disk));
+            assert_eq!(
+                (replica.log_start(), replica.local_start()),
+                (at(6), at(6)),
+                "incarnation {incarnation}, {operations}"
+            );
+            let bases = bases(&disk);
+            assert!(bases.iter().all(|base| *base >= 6), "incarnation {incarnation}, {operations}: {bases:?}");
             assert_eq!(read_all(&replica.reader(), at(6)).unwrap().len(), 3);
         }
     }
@@ -136,11 +141,11 @@ fn eviction_on_a_full_disk_makes_its_own_space() {
     replica.advance_log_start(at(6));
     assert_eq!(replica.evict(at(6)), Ok(1000));
     assert_eq!(replica.local_start(), at(4));
-    assert_eq!(replica.evict(at(6)), Ok(500), "now there is room");
+    assert_eq!(replica.evict(at(6)), Ok(500), "the disk has space now");
     assert_eq!((replica.local_start(), bases(&disk)[0]), (at(6), 6));
 }
 
-fn log_closes(disk: &SimDisk, operations: u64) {
+fn reopen_and_close(disk: &SimDisk, operations: u64) {
     disk.kill();
     let log = open(disk);
     let replica = log.open_replica(partition(0), at(0)).unwrap();
@@ -171,7 +176,7 @@ fn snapshots_of_earlier_stops_are_evicted_with_segments() {
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     replica.advance_log_start(at(10));
     replica.evict(at(10)).unwrap();
-    assert_eq!((bases(&disk), snapshots()), (vec![10], 2), "where the log begins, and where it ends");
+    assert_eq!((bases(&disk), snapshots()), (vec![10], 2), "one at the log start and one at the log end");
     assert_eq!(read_all(&replica.reader(), at(10)).unwrap().len(), 1);
 }
 
@@ -196,16 +201,16 @@ fn failed_deletion_leaves_a_stray_that_can_be_deleted() {
             let log = open(&disk);
             let left = bases(&disk);
             if log.partitions().is_empty() && !left.is_empty() {
-                assert_eq!(log.unclaimed(), [partition(0)], "after {operations} operations: {left:?}");
+                assert_eq!(log.stray_partitions(), [partition(0)], "after {operations} operations: {left:?}");
                 found += 1;
             }
             log.delete_replica(partition(0)).unwrap();
-            assert!(log.delete_unclaimed(&[partition(0)]).is_empty());
-            assert!(log.partitions().is_empty() && log.unclaimed().is_empty(), "after {operations} operations");
+            assert!(log.delete_stray(&[partition(0)]).is_empty());
+            assert!(log.partitions().is_empty() && log.stray_partitions().is_empty(), "after {operations} operations");
             assert!(bases(&disk).is_empty(), "after {operations} operations: {:?}", bases(&disk));
         }
     }
-    assert!(found > 5, "{found} deletions left something behind");
+    assert!(found > 5, "{found} deletions left files");
 }
 
 /// A start cannot identify the owner of the files it finds: they may be the only copy of a replica that the journal
@@ -223,38 +228,38 @@ fn new_replica_quarantines_stray_segments() {
         drop(log);
         let log = open(&disk);
         let before = bases(&disk);
-        if log.unclaimed().is_empty() {
+        if log.stray_partitions().is_empty() {
             return false;
         }
         log.delete_replica(partition(0)).unwrap();
-        assert_eq!(bases(&disk), before, "it is not known, so there is nothing to delete");
+        assert_eq!(bases(&disk), before, "an unregistered replica is not deleted");
         drop(log.open_replica(partition(0), at(0)).unwrap());
-        let is_aside = |path: &std::path::Path| path.to_string_lossy().contains(".log.aside-");
-        let aside = disk.files().into_iter().filter(|(path, _)| is_aside(path)).count();
-        assert_eq!((aside, log.unclaimed().len()), (before.len(), 0));
-        assert!(log.delete_unclaimed(&[partition(0)]).is_empty());
-        assert_eq!(bases(&disk), [0], "it is known, and in use");
+        let is_quarantined = |path: &std::path::Path| path.to_string_lossy().contains(".log.quarantined-");
+        let quarantined = disk.files().into_iter().filter(|(path, _)| is_quarantined(path)).count();
+        assert_eq!((quarantined, log.stray_partitions().len()), (before.len(), 0));
+        assert!(log.delete_stray(&[partition(0)]).is_empty());
+        assert_eq!(bases(&disk), [0], "a registered replica is not deleted");
         true
     });
-    assert!(found.count() > 2, "no deletion left anything behind");
+    assert!(found.count() > 2, "no deletion left files");
 }
 
 /// Regression: a topic of 100,000 partitions took two frames of the journal and one directory sync for each partition.
 #[test]
 fn replicas_deleted_together_share_frames_and_syncs() {
     let (disk, options) = (SimDisk::new(), small());
-    let rounds = options.metrics.journal_rounds.clone();
-    let log = Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options).unwrap();
+    let frames = options.metrics.journal_writes.clone();
+    let log = DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options).unwrap();
     let ids: Vec<_> = (0..100).map(partition).collect();
     ids.iter().for_each(|id| drop(log.open_replica(*id, at(0)).unwrap()));
     settle(&log);
-    let held = log.open_replica(partition(7), at(0)).unwrap();
-    let (before, operations) = (rounds.get(), disk.operations());
+    let opened = log.open_replica(partition(7), at(0)).unwrap();
+    let (before, operations) = (frames.get(), disk.operations());
     let failures = log.delete_replicas(&ids);
-    assert!(matches!(failures[..], [(id, ReplicaError::Open { .. })] if id == held.id()), "{failures:?}");
-    assert_eq!((rounds.get() - before, log.partitions()), (2, vec![held.id()]));
+    assert!(matches!(failures[..], [(id, ReplicaError::Open { .. })] if id == opened.id()), "{failures:?}");
+    assert_eq!((frames.get() - before, log.partitions()), (2, vec![opened.id()]));
     let operations = disk.operations() - operations;
-    assert!(operations < 2 * 100 + 20, "{operations} for a file and a folder of each");
+    assert!(operations < 2 * 100 + 20, "{operations} operations for a file and a directory of each replica");
 }
 
 /// The power may fail at any operation of a deletion of many replicas. Afterwards each replica is registered, or a
@@ -274,10 +279,10 @@ fn interrupted_deletion_of_many_can_be_completed() {
         drop(log);
         disk.crash(operations);
         let log = open(&disk);
-        let known = log.partitions();
+        let registered = log.partitions();
         let failed = |id: &PartitionId| failures.iter().any(|(failed, _)| failed == id);
-        assert!(known.iter().all(failed), "after {operations} operations: {known:?} came back");
-        assert!(log.delete_replicas(&ids).is_empty() && log.delete_unclaimed(&ids).is_empty());
+        assert!(registered.iter().all(failed), "after {operations} operations: {registered:?} reappeared");
+        assert!(log.delete_replicas(&ids).is_empty() && log.delete_stray(&ids).is_empty());
         assert!(log.partitions().is_empty() && bases(&disk).is_empty(), "after {operations} operations");
     }
 }

@@ -5,24 +5,29 @@ use super::*;
 #[test]
 fn directory_in_use_foreign_or_newer_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let options = || Options { journal_bytes: 1 << 20, ..Options::default() };
-    let log = Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options()).unwrap();
-    let refused = |identity: &Identity| match Log::open(Arc::new(RealDisk::default()), dir.path(), identity, options())
-    {
+    let options = || LogOptions { journal_bytes: 1 << 20, ..LogOptions::default() };
+    let log = DataDir::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options()).unwrap();
+    let refused = |identity: &DataDirIdentity| match DataDir::open(
+        Arc::new(RealDisk::default()),
+        dir.path(),
+        identity,
+        options(),
+    ) {
         Ok(_) => panic!("opened"),
         Err(error) => error.to_string(),
     };
     let text = refused(&identity());
     assert!(text.contains(&format!("pid {}", std::process::id())), "{text}");
     drop(log);
-    let text = refused(&Identity { cluster: "other".to_owned(), broker: BrokerId(1) });
+    let text = refused(&DataDirIdentity { cluster: "other".to_owned(), broker: BrokerId(1) });
     assert!(text.contains("broker 1 of cluster \"test\""), "{text}");
-    let text = refused(&Identity { cluster: "test".to_owned(), broker: BrokerId(2) });
+    let text = refused(&DataDirIdentity { cluster: "test".to_owned(), broker: BrokerId(2) });
     assert!(text.contains("broker 2"), "{text}");
-    let card = dir.path().join("strandline.json");
+    let identity_file = dir.path().join("strandline.json");
     let disk = RealDisk::default();
-    let newer = String::from_utf8(disk.read(&card).unwrap()).unwrap().replace("\"format\": 1", "\"format\": 99");
-    disk.replace(&card, newer.as_bytes()).unwrap();
+    let text = String::from_utf8(disk.read(&identity_file).unwrap()).unwrap();
+    let newer = text.replace("\"format\": 1", "\"format\": 99");
+    disk.replace(&identity_file, newer.as_bytes()).unwrap();
     let text = refused(&identity());
     assert!(text.contains("has format 99"), "{text}");
 }
@@ -30,15 +35,15 @@ fn directory_in_use_foreign_or_newer_is_refused() {
 #[test]
 fn appends_on_a_real_disk_are_durable_and_stop_is_clean() {
     let dir = tempfile::tempdir().unwrap();
-    let options = Options { journal_bytes: 4 << 20, sync_bytes: 1 << 20, ..Options::default() };
-    let log = Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options.clone()).unwrap();
-    let answers = Answers::default();
+    let options = LogOptions { journal_bytes: 4 << 20, sync_bytes: 1 << 20, ..LogOptions::default() };
+    let log = DataDir::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options.clone()).unwrap();
+    let results = Answers::default();
     let mut replicas: Vec<_> = (0..4).map(|n| log.open_replica(partition(n), at(0)).unwrap()).collect();
     // The data exceeds the size of the ring several times, so its files are released and reused.
     for round in 0..200_u64 {
         for replica in &mut replicas {
             replica.append(&[batch(round * 2, 2, 1, i64::try_from(round).unwrap(), 20_000)]).unwrap();
-            replica.persist(answers.done());
+            replica.persist(results.done());
             if round == 120 {
                 replica.roll().unwrap();
             }
@@ -48,13 +53,13 @@ fn appends_on_a_real_disk_are_durable_and_stop_is_clean() {
         persist(replica).recv().unwrap().unwrap();
         assert_eq!(replica.persisted_end(), at(400));
     }
-    assert!(answers.taken().iter().all(Result::is_ok));
+    assert!(results.taken().iter().all(Result::is_ok));
     drop(replicas);
     log.close().unwrap();
     drop(log);
     for clean in [true, false] {
-        let log = Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options.clone()).unwrap();
-        assert_eq!(log.opened_clean(), clean, "the mark holds for one start");
+        let log = DataDir::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options.clone()).unwrap();
+        assert_eq!(log.was_clean_shutdown(), clean, "a clean shutdown holds for one start");
         let replica = log.open_replica(partition(3), at(0)).unwrap();
         let batches = read_all(&replica.reader(), at(0)).unwrap();
         assert_eq!(batches.len(), 200);
@@ -68,9 +73,9 @@ fn appends_on_a_real_disk_are_durable_and_stop_is_clean() {
 #[test]
 fn stop_during_journal_growth_leaves_complete_files() {
     let dir = tempfile::tempdir().unwrap();
-    let options = Options { journal_bytes: 256 << 20, ..Options::default() };
+    let options = LogOptions { journal_bytes: 256 << 20, ..LogOptions::default() };
     let file_bytes = (256 << 20) / 16;
-    let log = Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options).unwrap();
+    let log = DataDir::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options).unwrap();
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     replica.append(&[batch(0, 1, 1, 0, 100)]).unwrap();
     persist(&mut replica).recv().unwrap().unwrap();
@@ -92,8 +97,8 @@ fn link_in_place_of_a_log_file_is_not_written_through() {
         let dir = tempfile::tempdir().unwrap();
         let target = if name == "journal" { theirs.path() } else { victim.as_path() };
         std::os::unix::fs::symlink(target, dir.path().join(name)).unwrap();
-        let options = Options { journal_bytes: 1 << 20, ..Options::default() };
-        match Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options) {
+        let options = LogOptions { journal_bytes: 1 << 20, ..LogOptions::default() };
+        match DataDir::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options) {
             Err(error) => assert!(error.to_string().contains("symbolic link"), "{name}: {error}"),
             // The reserve is created later, and a failure is ignored.
             Ok(log) => drop(log.close()),
@@ -109,9 +114,9 @@ fn configured_journal_directory_may_be_a_link() {
     let (dir, device) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let link = dir.path().join("elsewhere");
     std::os::unix::fs::symlink(device.path(), &link).unwrap();
-    let options = Options { journal_bytes: 1 << 20, journal_dir: Some(link), ..Options::default() };
+    let options = LogOptions { journal_bytes: 1 << 20, journal_dir: Some(link), ..LogOptions::default() };
     for _ in 0..2 {
-        let log = Log::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options.clone()).unwrap();
+        let log = DataDir::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options.clone()).unwrap();
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
         let end = replica.log_end().get();
         replica.append(&[batch(end, 1, 1, 0, 100)]).unwrap();
@@ -119,19 +124,19 @@ fn configured_journal_directory_may_be_a_link() {
         drop(replica);
         log.close().unwrap();
     }
-    assert!(std::fs::read_dir(device.path()).unwrap().count() > 0, "the journal is there");
+    assert!(std::fs::read_dir(device.path()).unwrap().count() > 0, "the journal is in the linked directory");
 }
 
 /// Without threads nothing writes the queued entries when the log is dropped.
 #[test]
 fn dropped_log_completes_queued_entries_and_holds_nothing() {
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new());
-    let log = Log::open(Arc::clone(&disk), Path::new("/data"), &identity(), small()).unwrap();
+    let log = DataDir::open(Arc::clone(&disk), Path::new("/data"), &identity(), small()).unwrap();
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     replica.append(&[batch(0, 1, 1, 0, 100)]).unwrap();
-    let answer = persist(&mut replica);
+    let result = persist(&mut replica);
     drop(replica);
     drop(log);
-    assert!(matches!(answer.try_recv().unwrap(), Err(PersistError::Closed)));
-    assert_eq!(Arc::strong_count(&disk), 1, "nothing holds the disk any more");
+    assert!(matches!(result.try_recv().unwrap(), Err(PersistError::Closed)));
+    assert_eq!(Arc::strong_count(&disk), 1, "no component holds the disk");
 }

@@ -12,8 +12,8 @@ fn full_disk_refuses_appends_until_there_is_space() {
     disk.set_capacity(Some(used + 3000));
     // The first batch alone would fit, but no batch of the group is kept.
     let group = [batch(2, 1, 1, 2, 2000), batch(3, 1, 1, 2, 2000)];
-    assert_eq!(replica.append(&group), Err(AppendError::DiskFull));
-    assert_eq!(replica.append(&group), Err(AppendError::DiskFull));
+    assert_eq!(replica.append(&group), Err(LogAppendError::DiskFull));
+    assert_eq!(replica.append(&group), Err(LogAppendError::DiskFull));
     assert!(log.status().disk_full);
     assert_eq!(replica.log_end(), end);
     assert_eq!(read_all(&replica.reader(), at(0)).unwrap().len(), 1);
@@ -24,7 +24,7 @@ fn full_disk_refuses_appends_until_there_is_space() {
 }
 
 #[test]
-fn a_failed_sync_of_a_segment_ends_writing_to_its_replica_only() {
+fn failed_segment_sync_ends_writing_to_its_replica_only() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut first = log.open_replica(partition(0), at(0)).unwrap();
@@ -34,26 +34,26 @@ fn a_failed_sync_of_a_segment_ends_writing_to_its_replica_only() {
     disk.fail_syncs(Some("/0/"));
     log.sync_step();
     disk.fail_syncs(None);
-    assert!(matches!(first.append(&[batch(2, 1, 1, 1, 100)]), Err(AppendError::Failed { .. })));
+    assert!(matches!(first.append(&[batch(2, 1, 1, 1, 100)]), Err(LogAppendError::Failed { .. })));
     assert!(matches!(persist(&mut first).recv().unwrap(), Err(PersistError::Failed { .. })));
     assert_eq!(log.status().failed_replicas.len(), 1);
-    assert_eq!(read_all(&first.reader(), at(0)).unwrap().len(), 2, "reading goes on");
+    assert_eq!(read_all(&first.reader(), at(0)).unwrap().len(), 2, "reads continue");
     assert_eq!(write(&log, &mut second, &[batch(0, 1, 1, 1, 100)]), at(1));
 }
 
 #[test]
-fn a_failed_sync_of_the_journal_ends_writing_to_the_directory() {
+fn failed_journal_sync_ends_writing_to_the_directory() {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     write(&log, &mut replica, &[batch(0, 1, 1, 1, 100)]);
     disk.fail_syncs(Some("journal"));
     replica.append(&[batch(1, 1, 1, 1, 100)]).unwrap();
-    let answer = persist(&mut replica);
+    let result = persist(&mut replica);
     log.journal_step();
-    assert!(matches!(answer.recv().unwrap(), Err(PersistError::Failed { .. })));
+    assert!(matches!(result.recv().unwrap(), Err(PersistError::Failed { .. })));
     disk.fail_syncs(None);
-    assert!(matches!(replica.append(&[batch(2, 1, 1, 1, 100)]), Err(AppendError::Failed { .. })));
+    assert!(matches!(replica.append(&[batch(2, 1, 1, 1, 100)]), Err(LogAppendError::Failed { .. })));
     assert!(log.status().failed.is_some_and(|reason| reason.contains("journal")));
     assert_eq!(replica.persisted_end(), at(1));
 }
@@ -67,9 +67,9 @@ fn journal_fails_when_full_of_entries_that_cannot_sync() {
     let mut first = log.open_replica(partition(0), at(0)).unwrap();
     let mut second = log.open_replica(partition(1), at(0)).unwrap();
     first.append(&[batch(0, 1, 1, 1, 100)]).unwrap();
-    let answer = persist(&mut first);
+    let result = persist(&mut first);
     while log.journal_step() {}
-    assert_eq!(answer.try_recv().unwrap(), Ok(at(1)));
+    assert_eq!(result.try_recv().unwrap(), Ok(at(1)));
     disk.fail_syncs(Some("/0/"));
     log.sync_step();
     disk.fail_syncs(None);
@@ -77,13 +77,13 @@ fn journal_fails_when_full_of_entries_that_cannot_sync() {
     let ring = small().journal_bytes;
     let refused = (0..2 * ring / 10_000).find(|base| {
         second.append(&[batch(*base, 1, 1, 1, 10_000)]).unwrap();
-        let answer = persist(&mut second);
+        let result = persist(&mut second);
         while log.journal_step() {}
-        answer.try_recv().expect("answered").is_err()
+        result.try_recv().expect("the persist call has completed").is_err()
     });
-    assert!(refused.is_some_and(|base| base > 1), "others go on as long as there is room: {refused:?}");
-    let why = log.status().failed.expect("nothing is taken any more");
-    assert!(why.contains(&partition(0).to_string()), "{why}");
+    assert!(refused.is_some_and(|base| base > 1), "other replicas continue while the journal has space: {refused:?}");
+    let reason = log.status().failed.expect("the directory accepts no writes");
+    assert!(reason.contains(&partition(0).to_string()), "{reason}");
     drop((first, second, log));
     disk.kill();
     let log = open(&disk);
@@ -109,7 +109,7 @@ fn interrupted_stop_keeps_the_producer_state() {
         let replica = log.open_replica(partition(0), at(0)).unwrap();
         assert_eq!(replica.local_start(), at(2));
         let retry = crate::record::ProducerSequence { id: 9, epoch: 0, base_sequence: 0 };
-        let known = Verdict::Duplicate { base: at(0), end: at(2) };
+        let known = SequenceCheck::Duplicate { base: at(0), end: at(2) };
         assert_eq!(replica.producers().check(retry, 2, None), known, "after {operations} operations");
     }
 }
@@ -117,10 +117,10 @@ fn interrupted_stop_keeps_the_producer_state() {
 /// The deletion of segments needs space itself. A broker that cannot start on a full disk could never be repaired.
 #[test]
 fn full_disk_can_be_opened_and_regains_its_reserve() {
-    let options = || Options { reserve_bytes: 64 << 10, ..small() };
+    let options = || LogOptions { reserve_bytes: 64 << 10, ..small() };
     let reserve = Path::new("/data/reserve");
-    let held = |disk: &SimDisk| disk.files().iter().any(|(path, _)| path == reserve);
-    let start = |disk: &SimDisk| Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options());
+    let has_reserve = |disk: &SimDisk| disk.files().iter().any(|(path, _)| path == reserve);
+    let start = |disk: &SimDisk| DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options());
     let disk = SimDisk::new();
     let log = start(&disk).unwrap();
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
@@ -128,37 +128,37 @@ fn full_disk_can_be_opened_and_regains_its_reserve() {
         write(&log, &mut replica, &[batch(base, 2, 1, 1, 5000)]);
         replica.roll().unwrap();
     }
-    assert!(held(&disk));
+    assert!(has_reserve(&disk));
     drop((replica, log));
     disk.kill();
     disk.set_capacity(Some(disk.files().iter().map(|(_, len)| len).sum()));
 
     let log = start(&disk).unwrap();
-    assert!(!held(&disk));
+    assert!(!has_reserve(&disk));
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     assert_eq!(read_all(&replica.reader(), at(0)).unwrap().len(), 4);
     replica.advance_log_start(at(4));
-    assert_eq!(replica.evict(at(4)), Ok(10_000), "what is deleted leaves the disk");
+    assert_eq!(replica.evict(at(4)), Ok(10_000), "deleted files leave the disk");
     log.sync_step();
-    assert!(!held(&disk), "there is no plenty yet");
+    assert!(!has_reserve(&disk), "the disk has little space");
     disk.set_capacity(None);
     write(&log, &mut replica, &[batch(8, 1, 1, 1, 5000)]);
-    assert!(held(&disk));
+    assert!(has_reserve(&disk));
 }
 
 /// On a full disk an eviction waits for the journal, and the journal waits for a checkpoint.
 #[test]
 fn checkpoint_on_a_full_disk_uses_the_reserve() {
     let disk = SimDisk::new();
-    let options = Options { reserve_bytes: 64 << 10, ..small() };
-    let log = Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options).unwrap();
+    let options = LogOptions { reserve_bytes: 64 << 10, ..small() };
+    let log = DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options).unwrap();
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     write(&log, &mut replica, &[batch(0, 2, 1, 1, 5000)]);
-    let reserve = |disk: &SimDisk| disk.files().iter().any(|(path, _)| path == Path::new("/data/reserve"));
-    assert!(reserve(&disk));
+    let has_reserve = |disk: &SimDisk| disk.files().iter().any(|(path, _)| path == Path::new("/data/reserve"));
+    assert!(has_reserve(&disk));
     disk.set_capacity(Some(disk.files().iter().map(|(_, len)| len).sum()));
-    log.inner_recycle();
-    assert!(!reserve(&disk), "it was given up");
+    log.recycle_now();
+    assert!(!has_reserve(&disk), "the reserve was released");
     drop((replica, log));
     disk.kill();
     disk.set_capacity(None);
@@ -167,20 +167,20 @@ fn checkpoint_on_a_full_disk_uses_the_reserve() {
 }
 
 /// Appends until the journal has no space, because no checkpoint that would release its files can be written.
-fn fill_journal(disk: &SimDisk, log: &Log, replica: &mut Replica) {
+fn fill_journal(disk: &SimDisk, log: &DataDir, replica: &mut ReplicaLog) {
     disk.fail_syncs(Some("checkpoint"));
     for base in replica.log_end().get().. {
         replica.append(&[batch(base, 1, 1, 1, 10_000)]).unwrap();
-        let answer = persist(replica);
+        let result = persist(replica);
         while log.journal_step() {}
-        if answer.try_recv().is_err() {
+        if result.try_recv().is_err() {
             return;
         }
     }
 }
 
 /// Advances the time, and returns the reason why the log has failed, if it has.
-async fn later(log: &Log, seconds: u64) -> Option<String> {
+async fn later(log: &DataDir, seconds: u64) -> Option<String> {
     tokio::time::advance(Duration::from_secs(seconds)).await;
     while log.journal_step() {}
     log.status().failed
@@ -193,18 +193,18 @@ async fn full_journal_fails_if_checkpoints_keep_failing() {
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     fill_journal(&disk, &log, &mut replica);
-    let answer = persist(&mut replica);
+    let result = persist(&mut replica);
     assert_eq!(later(&log, 9).await, None);
     disk.fail_syncs(None);
     settle(&log);
-    assert_eq!(answer.try_recv().unwrap(), Ok(replica.log_end()), "it goes on when they can be written again");
+    assert_eq!(result.try_recv().unwrap(), Ok(replica.log_end()), "the persist call completes after a checkpoint");
     fill_journal(&disk, &log, &mut replica);
-    let answer = persist(&mut replica);
-    assert_eq!(later(&log, 9).await, None, "it counts from when there was no room");
-    let why = later(&log, 2).await.expect("it has waited long enough");
-    assert!(why.contains("no room for 10 s because the checkpoint cannot be written: "), "{why}");
-    assert!(why.contains("checkpoint.tmp: simulated"), "{why}");
-    assert!(matches!(answer.try_recv().unwrap(), Err(PersistError::Failed { .. })));
+    let result = persist(&mut replica);
+    assert_eq!(later(&log, 9).await, None, "the limit counts from the start of the wait");
+    let reason = later(&log, 2).await.expect("the limit of the wait has passed");
+    assert!(reason.contains("no journal space for 10 s because the checkpoint cannot be written: "), "{reason}");
+    assert!(reason.contains("checkpoint.tmp: simulated"), "{reason}");
+    assert!(matches!(result.try_recv().unwrap(), Err(PersistError::Failed { .. })));
 }
 
 /// Space may become available. Without space, a broker transfers the leadership that other brokers can take.
@@ -214,18 +214,18 @@ async fn full_journal_on_a_full_disk_waits_for_space() {
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     write(&log, &mut replica, &[batch(0, 1, 1, 1, 10_000)]);
-    let answer = (1..).find_map(|base| {
+    let result = (1..).find_map(|base| {
         let used = disk.files().iter().map(|(_, len)| len).sum::<u64>();
         disk.set_capacity(Some(used + 10_000));
         replica.append(&[batch(base, 1, 1, 1, 10_000)]).unwrap();
-        let answer = persist(&mut replica);
+        let result = persist(&mut replica);
         while log.journal_step() {}
-        answer.try_recv().is_err().then_some(answer)
+        result.try_recv().is_err().then_some(result)
     });
     assert_eq!(later(&log, 3600).await, None);
     disk.set_capacity(None);
     settle(&log);
-    assert_eq!(answer.unwrap().try_recv().unwrap(), Ok(replica.log_end()));
+    assert_eq!(result.unwrap().try_recv().unwrap(), Ok(replica.log_end()));
 }
 
 /// Regression: writers waited for the journal, which waited without a limit until a checkpoint could be written. Such a
@@ -236,18 +236,18 @@ async fn stop_waits_for_journal_space_for_a_bounded_time() {
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     fill_journal(&disk, &log, &mut replica);
-    let (persisted, stuck) = (replica.persisted_end(), persist(&mut replica));
-    log.expect_close();
+    let (persisted, waiting) = (replica.persisted_end(), persist(&mut replica));
+    log.begin_shutdown();
     assert_eq!(later(&log, 4).await, None);
-    assert!(stuck.try_recv().is_err());
-    let why = later(&log, 2).await.expect("it has waited long enough");
-    assert!(why.contains("the log stops, and no file of the journal came free for 5 s"), "{why}");
-    assert!(matches!(stuck.try_recv().unwrap(), Err(PersistError::Failed { .. })));
+    assert!(waiting.try_recv().is_err());
+    let reason = later(&log, 2).await.expect("the limit of the wait has passed");
+    assert!(reason.contains("the log is closing, and no journal file was released for 5 s"), "{reason}");
+    assert!(matches!(waiting.try_recv().unwrap(), Err(PersistError::Failed { .. })));
     assert!(log.close().is_err());
     drop((replica, log));
     disk.fail_syncs(None);
     let log = open(&disk);
-    assert!(log.open_replica(partition(0), at(0)).unwrap().log_end() >= persisted, "what was acknowledged is there");
+    assert!(log.open_replica(partition(0), at(0)).unwrap().log_end() >= persisted, "acknowledged data is kept");
 }
 
 /// Without threads nothing makes space while a change waits for its frame. Regression: the change waited forever. In a
@@ -261,7 +261,7 @@ fn change_without_journal_space_fails_and_works_later() {
     let end = replica.log_end();
     assert_eq!(replica.truncate(at(1)), Err(ChangeError::DiskFull), "{:?}", log.status());
     assert_eq!(replica.reset(at(5)), Err(ChangeError::DiskFull));
-    assert_eq!(replica.log_end(), end, "nothing was changed");
+    assert_eq!(replica.log_end(), end, "the log is unchanged");
     disk.fail_syncs(None);
     settle(&log);
     assert_eq!(replica.truncate(at(1)), Ok(at(1)));
@@ -293,7 +293,7 @@ fn replica_without_records_does_not_block_the_journal() {
     write(&log, &mut busy, &[batch(0, 1, 1, 1, 10_000)]);
     let quiet = log.open_replica(partition(1), at(0)).unwrap();
     log.sync_step();
-    assert!(log.journal_step(), "the journal comes later");
+    assert!(log.journal_step(), "the journal is written after the sync");
     for base in 1..3 * small().journal_bytes / 10_000 {
         write(&log, &mut busy, &[batch(base, 1, 1, 1, 10_000)]);
     }
@@ -305,17 +305,17 @@ fn replica_without_records_does_not_block_the_journal() {
 fn truncated_replica_does_not_block_the_journal() {
     let log = open(&SimDisk::new());
     let mut busy = log.open_replica(partition(0), at(0)).unwrap();
-    let mut cut = log.open_replica(partition(1), at(0)).unwrap();
+    let mut truncated = log.open_replica(partition(1), at(0)).unwrap();
     settle(&log);
-    cut.append(&[batch(0, 1, 1, 1, 1000), batch(1, 1, 1, 1, 1000)]).unwrap();
-    let answer = persist(&mut cut);
-    assert!(log.journal_step(), "before the segment is synced");
-    assert_eq!(answer.try_recv().unwrap(), Ok(at(2)));
-    assert_eq!(cut.truncate(at(1)), Ok(at(1)));
+    truncated.append(&[batch(0, 1, 1, 1, 1000), batch(1, 1, 1, 1, 1000)]).unwrap();
+    let result = persist(&mut truncated);
+    assert!(log.journal_step(), "the journal is written before the sync");
+    assert_eq!(result.try_recv().unwrap(), Ok(at(2)));
+    assert_eq!(truncated.truncate(at(1)), Ok(at(1)));
     for base in 0..3 * small().journal_bytes / 10_000 {
         write(&log, &mut busy, &[batch(base, 1, 1, 1, 10_000)]);
     }
-    assert_eq!(cut.log_end(), at(1));
+    assert_eq!(truncated.log_end(), at(1));
 }
 
 /// Regression: the segments were removed from the state first. Their files then stayed until the next start, just when

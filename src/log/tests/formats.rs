@@ -5,10 +5,10 @@ use uuid::Uuid;
 
 use super::*;
 use crate::log::{
-    checkpoint::{Checkpoint, ReplicaRecord, Standing},
+    checkpoint::{Checkpoint, CheckpointKind, ReplicaCheckpoint},
     epochs::EpochHistory,
     index::Index,
-    journal::entry::{self, EntryHead, Kind},
+    journal::entry::{self, EntryHeader, EntryKind},
     producers::ProducerTable,
     segment::SegmentInfo,
     snapshot::Snapshot,
@@ -97,9 +97,9 @@ fn producers_with_impossible_times_or_forms_are_refused() {
 /// A lookup by time is a binary search: with decreasing times it would skip records.
 #[test]
 fn index_with_decreasing_times_or_wrong_start_is_refused() {
-    let decode = |notes: &[(u64, u64, i64)]| {
+    let decode = |entries: &[(u64, u64, i64)]| {
         let mut index = Index::default();
-        notes.iter().for_each(|(offset, position, max_before)| index.note(at(*offset), *position, *max_before));
+        entries.iter().for_each(|(offset, position, max_before)| index.add_batch(at(*offset), *position, *max_before));
         let (offsets, times) = index.encode(at(5), 100_000);
         Index::decode(&offsets, &times, at(5), 100_000)
     };
@@ -109,9 +109,9 @@ fn index_with_decreasing_times_or_wrong_start_is_refused() {
     }
 }
 
-fn head(generation: u64, position: u64) -> EntryHead {
-    EntryHead {
-        kind: Kind::Append,
+fn head(generation: u64, position: u64) -> EntryHeader {
+    EntryHeader {
+        kind: EntryKind::Append,
         id: partition(0),
         generation,
         base: at(0),
@@ -126,10 +126,10 @@ fn head(generation: u64, position: u64) -> EntryHead {
 #[test]
 fn frame_with_overflowing_numbers_is_refused() {
     let batches = [batch(0, 3, 1, 5, 100)];
-    let decode = |sequence: u64, head: EntryHead| {
-        let mut round = vec![0; entry::round_bytes(1, 100)];
-        entry::encode(&mut round, DIRECTORY, sequence, [(&head, &batches[..])].into_iter());
-        entry::decode(&round, DIRECTORY)
+    let decode = |sequence: u64, head: EntryHeader| {
+        let mut frame = vec![0; entry::max_frame_bytes(1, 100)];
+        entry::encode(&mut frame, DIRECTORY, sequence, [(&head, &batches[..])].into_iter());
+        entry::decode(&frame, DIRECTORY)
     };
     assert!(decode(1, head(1, u64::from(u32::MAX) - 100)).is_some());
     assert!(decode(u64::MAX, head(1, 0)).is_none(), "sequence");
@@ -142,16 +142,20 @@ fn frame_with_overflowing_numbers_is_refused() {
 #[test]
 fn checkpoint_with_impossible_replicas_is_refused() {
     let decode = |change: &dyn Fn(&mut Checkpoint)| {
-        let mut record = ReplicaRecord::empty(partition(0), 3, at(5), 0);
+        let mut record = ReplicaCheckpoint::empty(partition(0), 3, at(5), 0);
         record.segments = vec![SegmentInfo { end: at(9), bytes: 300, ..SegmentInfo::empty(at(5), 0) }];
         record.epochs = epochs(&[(1, 5)]).unwrap();
-        let mut checkpoint =
-            Checkpoint { first_round: 1, generation: 3, standing: Standing::Clean, replicas: vec![record] };
+        let mut checkpoint = Checkpoint {
+            first_frame: 1,
+            generation: 3,
+            standing: CheckpointKind::CleanShutdown,
+            replicas: vec![record],
+        };
         change(&mut checkpoint);
         Checkpoint::decode(&checkpoint.encode(DIRECTORY), DIRECTORY)
     };
     assert!(decode(&|_| {}).is_some());
-    assert_eq!(decode(&|checkpoint| checkpoint.first_round = u64::MAX), None);
+    assert_eq!(decode(&|checkpoint| checkpoint.first_frame = u64::MAX), None);
     assert_eq!(decode(&|checkpoint| checkpoint.generation = u64::MAX), None);
     assert_eq!(decode(&|checkpoint| checkpoint.replicas[0].generation = u64::MAX), None);
     assert_eq!(decode(&|checkpoint| checkpoint.replicas[0].segments[0].bytes = 1 << 32), None);

@@ -5,19 +5,19 @@ use super::*;
 
 const JOURNAL: &str = "/data/journal";
 
-fn open_with(disk: &SimDisk, options: Options) -> Result<Log, OpenError> {
-    Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options)
+fn open_with(disk: &SimDisk, options: LogOptions) -> Result<DataDir, DataDirError> {
+    DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options)
 }
 
-fn refused(disk: &SimDisk, options: Options) -> OpenError {
+fn refused(disk: &SimDisk, options: LogOptions) -> DataDirError {
     match open_with(disk, options) {
         Ok(_) => panic!("opened"),
         Err(error) => error,
     }
 }
 
-fn elsewhere() -> Options {
-    Options { journal_dir: Some("/other".into()), ..small() }
+fn elsewhere() -> LogOptions {
+    LogOptions { journal_dir: Some("/other".into()), ..small() }
 }
 
 fn remove_below(disk: &SimDisk, part: &str) {
@@ -55,7 +55,7 @@ fn fed(close: bool) -> SimDisk {
     disk
 }
 
-fn end(log: &Log) -> Offset {
+fn end(log: &DataDir) -> Offset {
     log.open_replica(partition(0), at(0)).unwrap().log_end()
 }
 
@@ -132,8 +132,8 @@ fn missing_journal_is_detected_and_replayed_when_restored() {
         let text = refused(&disk, small()).to_string();
         assert!(text.contains(JOURNAL) && text.contains("no journal file"), "{text}");
         let text = refused(&disk, elsewhere()).to_string();
-        assert!(text.contains("/other") && text.contains("no such folder"), "{text}");
-        assert_eq!(segments(&disk), before, "nothing is cut");
+        assert!(text.contains("/other") && text.contains("the directory does not exist"), "{text}");
+        assert_eq!(segments(&disk), before, "the segments are unchanged");
         for (bytes, path) in saved {
             disk.replace(&path, &bytes).unwrap();
         }
@@ -150,13 +150,13 @@ fn older_journal_of_the_same_directory_is_refused() {
     drop(log);
     disk.kill();
     let text = refused(&disk, small()).to_string();
-    assert!(text.contains("round"), "{text}");
+    assert!(text.contains("frame"), "{text}");
     let log = open_with(&disk, elsewhere()).unwrap();
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     write(&log, &mut replica, &[batch(2, 1, 1, 1, 100)]);
     drop((replica, log));
     disk.crash(1);
-    assert!(matches!(refused(&disk, small()), OpenError::JournalLost { .. }));
+    assert!(matches!(refused(&disk, small()), DataDirError::JournalLost { .. }));
     assert_eq!(end(&open_with(&disk, elsewhere()).unwrap()), at(3));
 }
 
@@ -170,7 +170,7 @@ fn journal_may_be_moved_or_removed_after_a_clean_stop() {
     drop(log);
     disk.kill();
     let log = open_with(&disk, elsewhere()).unwrap();
-    assert!(log.opened_clean());
+    assert!(log.was_clean_shutdown());
     assert_eq!(end(&log), at(2));
 }
 
@@ -181,7 +181,7 @@ fn accepted_journal_loss_loses_only_the_journals_data() {
         let disk = fed(false);
         disk.crash(seed);
         remove_below(&disk, JOURNAL);
-        let log = open_with(&disk, Options { accept_journal_loss: true, ..small() }).unwrap();
+        let log = open_with(&disk, LogOptions { accept_journal_loss: true, ..small() }).unwrap();
         if log.partitions().is_empty() {
             continue;
         }
@@ -200,7 +200,7 @@ fn accepted_journal_loss_loses_only_the_journals_data() {
 #[test]
 fn journal_of_another_directory_is_not_overwritten() {
     let disk = SimDisk::new();
-    let other = Log::open(Arc::new(disk.clone()), Path::new("/first"), &identity(), elsewhere()).unwrap();
+    let other = DataDir::open(Arc::new(disk.clone()), Path::new("/first"), &identity(), elsewhere()).unwrap();
     let text = refused(&disk, elsewhere()).to_string();
     assert!(text.contains("/other") && text.contains(&other.directory_id().to_string()), "{text}");
 }
@@ -215,7 +215,7 @@ fn directory_without_checkpoint_and_journal_is_refused() {
     let disk = fed(false);
     disk.remove(Path::new("/data/checkpoint")).unwrap();
     remove_below(&disk, JOURNAL);
-    assert!(matches!(refused(&disk, small()), OpenError::JournalLost { .. }));
+    assert!(matches!(refused(&disk, small()), DataDirError::JournalLost { .. }));
 }
 
 /// After the loss of a checkpoint, nothing records the acknowledged data. Regression: the next checkpoint did not
@@ -234,7 +234,7 @@ fn replica_refused_without_checkpoint_stays_refused() {
         let log = open(&disk);
         assert!(matches!(log.open_replica(partition(0), at(0)), Err(ReplicaError::Lost { .. })), "{stop}");
         match stop {
-            "recycle" => log.inner_recycle(),
+            "recycle" => log.recycle_now(),
             "close" => log.close().unwrap(),
             _ => {}
         }
@@ -266,14 +266,14 @@ fn new_replica_quarantines_files_of_its_directory() {
     for content in [&b"first"[..], b"second"] {
         disk.replace(&dir.join(format!("{:020}.log", 0)), content).unwrap();
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
-        let aside = |n: u32| disk.read(&dir.join(format!("{:020}.log.aside-{n}", 0))).ok();
+        let aside = |n: u32| disk.read(&dir.join(format!("{:020}.log.quarantined-{n}", 0))).ok();
         assert_eq!(aside(1).unwrap(), b"first");
         assert_eq!(aside(2).is_some(), content == b"second");
         assert_eq!(write(&log, &mut replica, &[batch(0, 1, 1, 1, 100)]), at(1));
         drop(replica);
         if content == b"first" {
             // The replica is removed from the registry, as if its creation had never been written.
-            log.inner_forget(partition(0));
+            log.unregister(partition(0));
             disk.remove(&dir.join(format!("{:020}.log", 0))).unwrap();
         }
     }
@@ -286,12 +286,12 @@ fn new_replica_quarantines_files_of_its_directory() {
 fn journal_larger_than_the_disk_is_refused_before_writes() {
     let disk = SimDisk::new();
     disk.set_capacity(Some(300 << 20));
-    let text = refused(&disk, Options { journal_bytes: 1 << 40, ..small() }).to_string();
+    let text = refused(&disk, LogOptions { journal_bytes: 1 << 40, ..small() }).to_string();
     assert!(text.contains("log.journal_bytes = 1099511627776") && text.contains("314572800 bytes are free"), "{text}");
     assert!(disk.files().iter().all(|(path, _)| path.ends_with("lock")), "{:?}", disk.files());
     open(&disk);
     // A large journal that fits on the disk is created in parts, on demand.
     let disk = SimDisk::new();
-    let log = open_with(&disk, Options { journal_bytes: 1 << 40, ..small() }).unwrap();
+    let log = open_with(&disk, LogOptions { journal_bytes: 1 << 40, ..small() }).unwrap();
     assert_eq!(log.status().journal_bytes, 64 << 20);
 }

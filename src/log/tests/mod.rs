@@ -1,16 +1,16 @@
 //! Behaviour of a complete data directory, on both disks.
 
+mod corruption;
 mod crashes;
-mod damage;
 mod deletion;
 mod directory;
 mod failures;
 mod formats;
+mod incarnations;
 mod lost;
 mod producers;
 mod reading;
 mod start;
-mod uptimes;
 mod write_out;
 
 use std::{
@@ -39,31 +39,31 @@ fn partition(number: u32) -> PartitionId {
     PartitionId::new(TopicId::from_bytes([7; 16]), number)
 }
 
-fn identity() -> Identity {
-    Identity { cluster: "test".to_owned(), broker: BrokerId(1) }
+fn identity() -> DataDirIdentity {
+    DataDirIdentity { cluster: "test".to_owned(), broker: BrokerId(1) }
 }
 
 /// Returns small options without threads: many frames, files and passes in a short test.
-fn small() -> Options {
-    Options {
+fn small() -> LogOptions {
+    LogOptions {
         journal_bytes: 1 << 20,
         journal_dir: None,
         accept_journal_loss: false,
-        round_bytes: 16 << 10,
-        journal_most: 24 << 10,
+        max_frame_bytes: 16 << 10,
+        max_journaled_bytes: 24 << 10,
         tail_bytes: 64 << 10,
         producer_bytes: 1 << 20,
         sync_bytes: 1 << 20,
         sync_after: Duration::from_secs(1),
         reserve_bytes: 0,
         metrics: Metrics::new(),
-        manual: true,
-        stepper: None,
+        step_mode: true,
+        sim_hook: None,
     }
 }
 
-fn open(disk: &SimDisk) -> Log {
-    Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), small()).unwrap()
+fn open(disk: &SimDisk) -> DataDir {
+    DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), small()).unwrap()
 }
 
 /// Creates a batch as a leader has stamped it: `count` records without meaning, `bytes` long but at least 61.
@@ -97,39 +97,39 @@ fn produced(base: u64, count: u32, epoch: u32, timestamp: i64, bytes: usize, pro
 
 type Answer = Receiver<Result<Offset, PersistError>>;
 
-fn persist(replica: &mut Replica) -> Answer {
+fn persist(replica: &mut ReplicaLog) -> Answer {
     let (sender, receiver) = sync_channel(1);
     replica.persist(Box::new(move |result| drop(sender.send(result))));
     receiver
 }
 
 /// Appends batches and does the work of the threads until the batches are durable. Returns the persisted end.
-fn write(log: &Log, replica: &mut Replica, batches: &[Batch]) -> Offset {
+fn write(log: &DataDir, replica: &mut ReplicaLog, batches: &[Batch]) -> Offset {
     replica.append(batches).unwrap();
-    let answer = persist(replica);
+    let result = persist(replica);
     settle(log);
-    answer.try_recv().unwrap().unwrap()
+    result.try_recv().unwrap().unwrap()
 }
 
 /// Does the work of the threads for all pending persist calls.
-fn settle(log: &Log) {
+fn settle(log: &DataDir) {
     log.sync_step();
     while log.journal_step() {}
 }
 
-fn join(read: &Read) -> Vec<u8> {
+fn join(read: &ReadBatches) -> Vec<u8> {
     let bytes = read.chunks.concat();
     assert_eq!(bytes.len(), read.bytes);
     bytes
 }
 
 /// Reads all batches from `from` on, from files.
-fn read_all(reader: &Reader, from: Offset) -> Result<Vec<Batch>, ReadError> {
+fn read_all(reader: &LogReader, from: Offset) -> Result<Vec<Batch>, LogReadError> {
     let (mut batches, mut next) = (Vec::new(), from);
     while next < reader.log_end() {
         let read = reader.read_disk(next, reader.log_end(), 10_000)?;
         let mut bytes = Bytes::from(join(&read));
-        assert!(!bytes.is_empty(), "a read below the bound gives a batch");
+        assert!(!bytes.is_empty(), "a read below the bound returns a batch");
         while !bytes.is_empty() {
             batches.push(Batch::split_from(&mut bytes).unwrap());
         }
@@ -143,9 +143,9 @@ fn read_all(reader: &Reader, from: Offset) -> Result<Vec<Batch>, ReadError> {
 struct Answers(Arc<Mutex<Vec<Result<Offset, PersistError>>>>);
 
 impl Answers {
-    fn done(&self) -> Done {
-        let answers = self.0.clone();
-        Box::new(move |result| answers.lock().unwrap().push(result))
+    fn done(&self) -> PersistCallback {
+        let results = self.0.clone();
+        Box::new(move |result| results.lock().unwrap().push(result))
     }
 
     fn taken(&self) -> Vec<Result<Offset, PersistError>> {

@@ -19,7 +19,7 @@ fn first(id: i64, base: u64, timestamp: i64) -> Batch {
 }
 
 fn is_known(table: &ProducerTable, id: i64) -> bool {
-    matches!(table.check(stamp(id, 0), 1, None), Verdict::Duplicate { .. })
+    matches!(table.check(stamp(id, 0), 1, None), SequenceCheck::Duplicate { .. })
 }
 
 #[test]
@@ -34,17 +34,17 @@ fn other_batch_with_the_sequence_is_no_duplicate() {
         let (mut table, mut stored) = (ProducerTable::new(), change(&own));
         // The comparison ignores both the offset and the epoch.
         stored.set_offset_and_epoch(at(3), LeaderEpoch(8));
-        table.note(&stored);
+        table.record_batch(&stored);
         let read = ProducerTable::from_bytes(&table.to_bytes()).unwrap();
         assert_eq!(read, table);
         read
     };
-    let duplicate = Verdict::Duplicate { base: at(3), end: at(4) };
+    let duplicate = SequenceCheck::Duplicate { base: at(3), end: at(4) };
     let check = |table: &ProducerTable, sent: Option<Fingerprint>| table.check(stamp(9, 0), 1, sent);
 
     let as_sent = stored_as(&Batch::clone);
     assert_eq!(check(&as_sent, Some(own.fingerprint())), duplicate);
-    assert_eq!(check(&as_sent, Some(other.fingerprint())), Verdict::Conflict { base: at(3) });
+    assert_eq!(check(&as_sent, Some(other.fingerprint())), SequenceCheck::Conflict { base: at(3) });
     assert_eq!(check(&as_sent, None), duplicate, "records that were decoded have no CRC");
 
     // A batch that the broker changed is compared by sequence and count.
@@ -61,7 +61,7 @@ fn other_batch_with_the_sequence_is_no_duplicate() {
         }
     }
     let zstd = other.recompress(Compression::Zstd).unwrap();
-    assert_eq!(check(&recompressed, Some(zstd.fingerprint())), Verdict::Conflict { base: at(3) });
+    assert_eq!(check(&recompressed, Some(zstd.fingerprint())), SequenceCheck::Conflict { base: at(3) });
 }
 
 #[test]
@@ -77,8 +77,8 @@ fn producer_is_removed_by_partition_time() {
     // Batches without a producer advance the partition time as well.
     write(&log, &mut replica, &[batch(3, 1, 1, 1101, 61)]);
     assert!(replica.producers().is_empty());
-    assert_eq!(replica.producers().check(stamp(1, 1), 1, None), Verdict::Unknown);
-    assert_eq!(replica.producers().check(stamp(1, 0), 1, None), Verdict::New);
+    assert_eq!(replica.producers().check(stamp(1, 1), 1, None), SequenceCheck::Unknown);
+    assert_eq!(replica.producers().check(stamp(1, 0), 1, None), SequenceCheck::New);
 
     // A truncation moves the partition time back, and restores the producers.
     replica.truncate(at(3)).unwrap();
@@ -121,20 +121,20 @@ fn oldest_producer_is_removed_above_the_limit() {
     let mut table = ProducerTable::new();
     let bound = i64::try_from(limits::MAX_PRODUCERS).unwrap();
     for id in 0..bound {
-        table.note(&first(id, u64::try_from(id).unwrap(), 1));
+        table.record_batch(&first(id, u64::try_from(id).unwrap(), 1));
     }
     // Producer 0 writes again, so producer 1 is the oldest.
-    table.note(&produced(1 << 20, 1, 1, 1, 61, (0, 0, 1)));
+    table.record_batch(&produced(1 << 20, 1, 1, 1, 61, (0, 0, 1)));
     assert_eq!(table.len(), limits::MAX_PRODUCERS);
-    table.note(&first(bound, 1 << 21, 1));
+    table.record_batch(&first(bound, 1 << 21, 1));
     assert_eq!(table.len(), limits::MAX_PRODUCERS);
     assert!(is_known(&table, 0) && !is_known(&table, 1) && is_known(&table, 2) && is_known(&table, bound));
 }
 
 /// Opens a log whose replicas should use at most `producer_bytes` for producer state.
-fn bounded(producer_bytes: usize) -> Log {
-    let options = Options { producer_bytes, ..small() };
-    Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity(), options).unwrap()
+fn bounded(producer_bytes: usize) -> DataDir {
+    let options = LogOptions { producer_bytes, ..small() };
+    DataDir::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity(), options).unwrap()
 }
 
 /// Creates a batch of a producer, with one record and this sequence.
@@ -150,20 +150,20 @@ fn producers_of_all_partitions_are_bounded_together() {
     let mut quiet = log.open_replica(partition(1), at(0)).unwrap();
     let (mut id, mut base) = (0, 0);
     let refused = loop {
-        let verdict = busy.producers().check(stamp(id, 0), 1, None);
-        if verdict != Verdict::New {
-            break verdict;
+        let check = busy.producers().check(stamp(id, 0), 1, None);
+        if check != SequenceCheck::New {
+            break check;
         }
         write(&log, &mut busy, &[first(id, base, 1)]);
         (id, base) = (id + 1, base + 1);
-        assert!(id < 1000, "no bound");
+        assert!(id < 1000, "no limit was reached");
     };
-    assert_eq!(refused, Verdict::Full { max_bytes: 20_000 });
+    assert_eq!(refused, SequenceCheck::Full { max_bytes: 20_000 });
     assert!(log.status().producer_bytes > 20_000 && id > 50, "{id} producers");
     // Known producers continue, and a partition with few producers accepts new ones.
-    assert_eq!(busy.producers().check(stamp(id - 1, 1), 1, None), Verdict::New);
-    assert_eq!(busy.producers().check(stamp(id, 1), 1, None), Verdict::Unknown);
-    assert_eq!(quiet.producers().check(stamp(id, 0), 1, None), Verdict::New);
+    assert_eq!(busy.producers().check(stamp(id - 1, 1), 1, None), SequenceCheck::New);
+    assert_eq!(busy.producers().check(stamp(id, 1), 1, None), SequenceCheck::Unknown);
+    assert_eq!(quiet.producers().check(stamp(id, 0), 1, None), SequenceCheck::New);
     write(&log, &mut quiet, &[first(id, 0, 1)]);
     // The table after a truncation counts as before.
     busy.truncate(at(base - 1)).unwrap();
@@ -171,7 +171,7 @@ fn producers_of_all_partitions_are_bounded_together() {
     // A reset frees the bytes of the table.
     busy.reset(at(7)).unwrap();
     assert!(log.status().producer_bytes < 1000, "{}", log.status().producer_bytes);
-    assert_eq!(busy.producers().check(stamp(0, 0), 1, None), Verdict::New);
+    assert_eq!(busy.producers().check(stamp(0, 0), 1, None), SequenceCheck::New);
 }
 
 /// Known producers may continue to write, and each of their batches is recorded.
@@ -184,10 +184,10 @@ fn windows_are_short_while_producer_memory_is_exceeded() {
     for (base, (id, sequence)) in (0..).zip(written) {
         let batch = next(id, base, sequence);
         write(&log, &mut replica, std::slice::from_ref(&batch));
-        free.note(&batch);
+        free.record_batch(&batch);
     }
     let known = |table: &ProducerTable, id: i64, sequence: i32| {
-        matches!(table.check(stamp(id, sequence), 1, None), Verdict::Duplicate { .. })
+        matches!(table.check(stamp(id, sequence), 1, None), SequenceCheck::Duplicate { .. })
     };
     let table = replica.producers();
     for id in 0..40 {
@@ -196,7 +196,7 @@ fn windows_are_short_while_producer_memory_is_exceeded() {
         assert!((0..window).all(|sequence| known(&free, id, sequence)));
         // A shortened window still has its end.
         assert!(known(&table, id, window - 1));
-        assert_eq!(table.check(stamp(id, window), 1, None), Verdict::New);
+        assert_eq!(table.check(stamp(id, window), 1, None), SequenceCheck::New);
     }
     let read = ProducerTable::from_bytes(&table.to_bytes()).unwrap();
     assert_eq!(read, *table);
@@ -220,14 +220,14 @@ proptest! {
             time = time.max(clock);
             let base = u64::try_from(number).unwrap();
             let batch = if *id == 0 { batch(base, 1, 1, clock, 61) } else { first(*id, base, clock) };
-            table.note(&batch);
-            late.note(&batch);
+            table.record_batch(&batch);
+            late.record_batch(&batch);
             if *id != 0 {
                 last.insert(*id, time);
             }
-            table.forget_expired(Some(expiration));
+            table.remove_expired(Some(expiration));
             if number >= known_from {
-                late.forget_expired(Some(expiration));
+                late.remove_expired(Some(expiration));
             }
             if restarts[number] {
                 table = ProducerTable::from_bytes(&table.to_bytes()).unwrap();
@@ -238,7 +238,7 @@ proptest! {
                 prop_assert_eq!(is_known(&table, id), known, "producer {} at {}", id, number);
             }
         }
-        late.forget_expired(Some(expiration));
+        late.remove_expired(Some(expiration));
         prop_assert_eq!(late, table);
     }
 }

@@ -16,13 +16,13 @@ fn memory_and_disk_give_the_same_batches_and_end_at_the_bound() {
         let memory = reader.read_memory(at(from), at(110), 1).unwrap();
         let file = reader.read_disk(at(from), at(110), 1).unwrap();
         let index = usize::try_from((from - 10) / 5).unwrap();
-        assert_eq!(join(&memory), batches[index].to_bytes(), "one batch though larger than was asked for");
+        assert_eq!(join(&memory), batches[index].to_bytes(), "one batch, although it exceeds the limit");
         assert_eq!((join(&memory), memory.next), (join(&file), file.next));
     }
     assert_eq!(reader.read_memory(at(10), at(14), 1 << 20).unwrap().bytes, 0, "a batch beyond the bound");
     assert_eq!(reader.read_disk(at(10), at(14), 1 << 20).unwrap().bytes, 0);
-    assert_eq!(reader.read_disk(at(10), at(110), 1 << 20).unwrap().next, at(60), "to the segment's end");
-    assert!(matches!(reader.read_disk(at(9), at(110), 1), Err(ReadError::OutOfRange { .. })));
+    assert_eq!(reader.read_disk(at(10), at(110), 1 << 20).unwrap().next, at(60), "up to the end of the segment");
+    assert!(matches!(reader.read_disk(at(9), at(110), 1), Err(LogReadError::OutOfRange { .. })));
     for (time, base) in [(0, 10), (1000, 10), (1001, 15), (1010, 60), (1019, 105)] {
         let (offset, _, epoch) = reader.offset_for_time(time, at(110)).unwrap().unwrap();
         assert_eq!((offset, epoch), (at(base), LeaderEpoch(1)), "{time}");
@@ -36,7 +36,7 @@ fn memory_and_disk_give_the_same_batches_and_end_at_the_bound() {
     // The holder of an export can still read the bytes after the eviction.
     assert_eq!(replica.evict(at(60)).unwrap(), 7000);
     assert_eq!(export.read_at(&mut buffer, 0).unwrap(), 7000);
-    assert!(matches!(reader.read_disk(at(10), at(110), 1), Err(ReadError::OutOfRange { .. })));
+    assert!(matches!(reader.read_disk(at(10), at(110), 1), Err(LogReadError::OutOfRange { .. })));
 }
 
 /// Regression: a read acquired memory for a batch after reading the batch. Eight batches of 64 MiB were in a broker
@@ -50,10 +50,13 @@ fn batch_above_the_limit_is_not_read() {
     let reader = replica.reader();
     let read =
         |from, max_bytes, max_batch_bytes| reader.read_disk(at(from), at(2), ReadLimits { max_bytes, max_batch_bytes });
-    assert_eq!(read(0, 1000, 1000).unwrap().next, at(1), "the small one before it");
+    assert_eq!(read(0, 1000, 1000).unwrap().next, at(1), "only the small batch is read");
     let needed = batch(1, 1, 1, 1001, 50_000).encoded_len();
     for limit in [1000, needed - 1] {
-        assert!(matches!(read(1, 1000, limit), Err(ReadError::BatchTooLarge { bytes }) if bytes == needed), "{limit}");
+        assert!(
+            matches!(read(1, 1000, limit), Err(LogReadError::BatchTooLarge { bytes }) if bytes == needed),
+            "{limit}"
+        );
     }
     assert_eq!(read(1, 1000, needed).unwrap().next, at(2));
     // A search may read more at once.
@@ -96,7 +99,7 @@ fn tail_cache_keeps_its_budget_and_evicts_the_oldest() {
     assert_eq!(second.reader().read_memory(at(0), at(10), 1), None);
     assert!(second.reader().read_memory(at(9), at(10), 1).is_some());
     assert_eq!(second.truncate(at(9)).unwrap(), at(9));
-    assert_eq!(second.reader().read_memory(at(9), at(10), 1), None, "what was cut is not in memory");
+    assert_eq!(second.reader().read_memory(at(9), at(10), 1), None, "truncated batches are not in memory");
 }
 
 #[test]
@@ -109,20 +112,20 @@ fn retry_is_recognised_after_restart_and_truncation() {
     for base in (0..end).step_by(2) {
         write(&log, &mut replica, &[produced(base, 2, 1, 1, 100, (9, 0, sequence(base)))]);
     }
-    let check = |replica: &Replica, base: u64| {
+    let check = |replica: &ReplicaLog, base: u64| {
         let stamp = crate::record::ProducerSequence { id: 9, epoch: 0, base_sequence: sequence(base) };
         replica.producers().check(stamp, 2, None)
     };
-    assert_eq!(check(&replica, end - 2), Verdict::Duplicate { base: at(end - 2), end: at(end) });
-    assert_eq!(check(&replica, 4), Verdict::OutOfOrder { expected: sequence(end) }, "older than the window");
+    assert_eq!(check(&replica, end - 2), SequenceCheck::Duplicate { base: at(end - 2), end: at(end) });
+    assert_eq!(check(&replica, 4), SequenceCheck::OutOfOrder { expected: sequence(end) }, "older than the window");
     drop((replica, log));
     disk.crash(3);
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
-    assert_eq!(check(&replica, end), Verdict::New);
+    assert_eq!(check(&replica, end), SequenceCheck::New);
     replica.truncate(at(end - 4)).unwrap();
-    assert_eq!(check(&replica, end - 4), Verdict::New, "what was cut may be written again");
-    assert_eq!(check(&replica, end - 6), Verdict::Duplicate { base: at(end - 6), end: at(end - 4) });
+    assert_eq!(check(&replica, end - 4), SequenceCheck::New, "truncated batches may be written again");
+    assert_eq!(check(&replica, end - 6), SequenceCheck::Duplicate { base: at(end - 6), end: at(end - 4) });
 }
 
 /// A stop writes a snapshot at the log end. Regression: a log was truncated below it, grew to the same offset, and used
@@ -152,7 +155,7 @@ fn snapshot_of_a_truncated_log_is_not_used_again() {
         replica.truncate(at(4)).unwrap();
         let stamp = |id, base_sequence| crate::record::ProducerSequence { id, epoch: 0, base_sequence };
         let check = |stamp| replica.producers().check(stamp, 2, None);
-        assert_eq!(check(stamp(1, 2)), Verdict::New, "seed {seed}: it was cut");
-        assert_eq!(check(stamp(2, 0)), Verdict::Duplicate { base: at(2), end: at(4) }, "seed {seed}");
+        assert_eq!(check(stamp(1, 2)), SequenceCheck::New, "seed {seed}: the batch was truncated");
+        assert_eq!(check(stamp(2, 0)), SequenceCheck::Duplicate { base: at(2), end: at(4) }, "seed {seed}");
     }
 }

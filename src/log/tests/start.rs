@@ -8,7 +8,7 @@ use crate::task::clock;
 
 /// Creates three sealed segments of three batches each, of two epochs and two producers. Returns the tables at the end
 /// of each segment.
-fn three(log: &Log) -> (Replica, Vec<(EpochHistory, ProducerTable)>) {
+fn three(log: &DataDir) -> (ReplicaLog, Vec<(EpochHistory, ProducerTable)>) {
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     let mut tables = Vec::new();
     for segment in 0..3 {
@@ -40,7 +40,7 @@ fn evicted_log_returns_the_tables_before_its_start() {
     disk.crash(1);
     let replica = open(&disk).open_replica(partition(0), at(0)).unwrap();
     let (start, epochs, producers) = replica.tables_at_start().unwrap();
-    assert_eq!((start, &(epochs, producers)), (at(9), &tables[2]), "a crash costs none of it");
+    assert_eq!((start, &(epochs, producers)), (at(9), &tables[2]), "a crash loses no table");
 }
 
 /// Regression: retention deleted all data, and a new leader continued to write. Its log no longer had the last epoch
@@ -78,11 +78,11 @@ fn corrupt_or_missing_snapshot_is_an_error() {
     let (mut replica, _) = three(&log);
     replica.evict(at(6)).unwrap();
     let named = |(path, _): &(std::path::PathBuf, u64)| path.to_str().is_some_and(|path| path.ends_with("06.snapshot"));
-    let snapshot = disk.files().into_iter().find(named).expect("evicting wrote it").0;
+    let snapshot = disk.files().into_iter().find(named).expect("the eviction wrote the snapshot").0;
     assert!(disk.flip(&snapshot, 100));
-    assert!(replica.tables_at_start().unwrap_err().to_string().contains("06.snapshot is damaged"));
+    assert!(replica.tables_at_start().unwrap_err().to_string().contains("06.snapshot is corrupt"));
     disk.remove(&snapshot).unwrap();
-    assert!(replica.tables_at_start().unwrap_err().to_string().contains("at 6 is gone"));
+    assert!(replica.tables_at_start().unwrap_err().to_string().contains("at 6 is missing"));
 }
 
 /// Regression: after a completed reset, the log started with empty tables instead.
@@ -113,7 +113,7 @@ fn start_without_the_tables_of_a_reset_is_refused() {
             }
             match open(&disk).open_replica(partition(1), at(0)) {
                 Ok(replica) => {
-                    assert!(evicted && tables(&replica) == had, "it goes with what lay before a later start")
+                    assert!(evicted && tables(&replica) == had, "an eviction removes the snapshot below its start")
                 }
                 Err(error) => assert!(!evicted && error.to_string().contains("snapshot"), "{error}"),
             }
@@ -125,12 +125,12 @@ fn start_without_the_tables_of_a_reset_is_refused() {
 /// a retry would have been appended again.
 #[test]
 fn corrupt_snapshot_of_the_first_segment_is_an_error() {
-    let rotten = |live: bool| {
+    let corrupted = |live: bool| {
         let disk = SimDisk::new();
         let log = open(&disk);
         let (mut replica, _) = three(&log);
         replica.evict(at(3)).unwrap();
-        let snapshot = replica.shared.path(at(3), "snapshot");
+        let snapshot = replica.inner.path(at(3), "snapshot");
         if live {
             assert!(disk.flip(&snapshot, 100));
             return replica.truncate(at(4)).unwrap_err().to_string();
@@ -141,13 +141,13 @@ fn corrupt_snapshot_of_the_first_segment_is_an_error() {
         open(&disk).open_replica(partition(0), at(0)).map(drop).unwrap_err().to_string()
     };
     for live in [true, false] {
-        let why = rotten(live);
-        assert!(why.contains("03.snapshot is damaged"), "{why}");
+        let reason = corrupted(live);
+        assert!(reason.contains("03.snapshot is corrupt"), "{reason}");
     }
 }
 
 /// Returns the epoch history and the producer state at the log end.
-fn tables(replica: &Replica) -> (EpochHistory, ProducerTable) {
+fn tables(replica: &ReplicaLog) -> (EpochHistory, ProducerTable) {
     let epochs = replica.epochs().clone();
     (epochs, replica.producers().clone())
 }
@@ -180,14 +180,14 @@ fn interrupted_reset_has_the_old_or_the_new_tables() {
                     write(&log, &mut other, &[batch(base, 1, 1, 1, 10_000)]);
                 }
                 log.sync_step();
-                log.inner_recycle();
+                log.recycle_now();
             }
             drop((replica, log));
             disk.crash(seed);
             // The start that repeats the reset is interrupted too.
             disk.fail_writes_after(Some(seed));
             let data = Path::new("/data");
-            let _cut_short = Log::open(Arc::new(disk.clone()), data, &identity(), small()).map(drop);
+            let _cut_short = DataDir::open(Arc::new(disk.clone()), data, &identity(), small()).map(drop);
             disk.crash(seed + 1);
             let replica = open(&disk).open_replica(partition(1), at(0)).unwrap();
             let (start, end) = (replica.local_start(), replica.log_end());
@@ -198,7 +198,7 @@ fn interrupted_reset_has_the_old_or_the_new_tables() {
                     assert_eq!(tables, wanted[1], "{operations} {seed}");
                     assert_eq!(replica.tables_at_start().unwrap().2, wanted[1].1, "{operations} {seed}");
                 }
-                other => panic!("after {operations} operations and crash {seed} it holds {other:?}"),
+                other => panic!("after {operations} operations and crash {seed} the log is {other:?}"),
             }
             assert!(!done || start == at(6), "{operations} {seed}");
             ends.insert((start, done));
@@ -222,7 +222,7 @@ fn later() -> i64 {
 /// Regression: a segment that was known only by its records became as young as the restart.
 #[test]
 fn written_time_of_a_segment_survives_stop_and_crash() {
-    let times = |replica: &Replica| {
+    let times = |replica: &ReplicaLog| {
         let segments = replica.sealed().into_iter().chain([replica.active()]);
         segments.map(|info| (info.created_ms, info.written_ms)).collect::<Vec<_>>()
     };
@@ -282,10 +282,10 @@ fn written_time_in_the_future_is_set_to_now() {
     write(&log, &mut replica, &[batch(0, 1, 1, 5, 1000)]);
     replica.roll().unwrap();
     write(&log, &mut replica, &[batch(1, 1, 1, 5, 1000)]);
-    let written = |replica: &Replica| [replica.sealed()[0].written_ms, replica.active().written_ms];
+    let written = |replica: &ReplicaLog| [replica.sealed()[0].written_ms, replica.active().written_ms];
     let before = written(&replica);
     replica.correct_written_times(before[1] + 1);
-    assert_eq!(written(&replica), before, "none lies in the future");
+    assert_eq!(written(&replica), before, "no time is in the future");
     let now_ms = before[0] - 1_000_000;
     replica.correct_written_times(now_ms);
     assert_eq!(written(&replica), [now_ms; 2]);

@@ -3,9 +3,9 @@
 use super::*;
 use crate::{
     log::{
-        core::{Options, Work},
+        context::{LogOptions, SyncQueue},
         disk::{LARGE_PIECE_BYTES, PIECE_BYTES},
-        shared::replica_dir,
+        state::replica_dir,
     },
     task::clock,
 };
@@ -19,7 +19,7 @@ fn write_outs(disk: &SimDisk, base: u64) -> Vec<(u64, u64)> {
 }
 
 /// Appends `batches` large batches of one record, and does the work of the sync thread before a sync.
-fn append(log: &Log, replica: &mut Replica, batches: u64) {
+fn append(log: &DataDir, replica: &mut ReplicaLog, batches: u64) {
     for _ in 0..batches {
         let base = replica.log_end().get();
         replica.append(&[batch(base, 1, 1, 0, LARGE)]).unwrap();
@@ -33,20 +33,20 @@ fn segment_is_written_out_in_pieces_before_its_sync() {
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     append(&log, &mut replica, 2);
-    assert!(write_outs(&disk, 0).is_empty(), "less than a piece waits for more");
+    assert!(write_outs(&disk, 0).is_empty(), "a partial piece is not written out");
     append(&log, &mut replica, 1);
     let first = 300_000 / 4096 * 4096;
     assert!(first > PIECE_BYTES as u64);
-    assert_eq!(write_outs(&disk, 0), [(0, first)], "the page that is being written to stays");
+    assert_eq!(write_outs(&disk, 0), [(0, first)], "the last page is not written out");
     append(&log, &mut replica, 2);
     replica.roll().unwrap();
     append(&log, &mut replica, 1);
     assert_eq!(write_outs(&disk, 0), [(0, first), (first, 500_000)], "a sealed segment is written out to its end");
     assert_eq!(write_outs(&disk, 5), [(0, LARGE as u64 / 4096 * 4096)]);
     let durable = disk.durable(&replica_dir(Path::new("/data"), partition(0)));
-    assert!(durable.iter().all(|(_, bytes)| bytes.is_empty()), "written out is not synced");
+    assert!(durable.iter().all(|(_, bytes)| bytes.is_empty()), "a write-out is no sync");
     log.sync_step();
-    assert_eq!(write_outs(&disk, 5).len(), 1, "a sync writes out what is left, here less than a page");
+    assert_eq!(write_outs(&disk, 5).len(), 1, "less than a page is left for the sync");
     // Truncated bytes that are written again are written out again.
     replica.truncate(at(5)).unwrap();
     append(&log, &mut replica, 3);
@@ -64,10 +64,10 @@ async fn pieces_are_large_while_nothing_is_written_to_the_journal() {
     assert_eq!(write_outs(&disk, 0).len(), 1);
     tokio::time::advance(std::time::Duration::from_secs(5)).await;
     append(&log, &mut replica, 3);
-    assert_eq!(write_outs(&disk, 0).len(), 2, "it is seen when there is something to write out");
+    assert_eq!(write_outs(&disk, 0).len(), 2, "the next write-out detects the idle journal");
     let pieces = LARGE_PIECE_BYTES as u64 / PIECE_BYTES as u64;
     append(&log, &mut replica, 3 * (pieces - 4));
-    assert_eq!(write_outs(&disk, 0).len(), 2, "less than a large piece waits for more");
+    assert_eq!(write_outs(&disk, 0).len(), 2, "a partial large piece is not written out");
     append(&log, &mut replica, 12);
     assert_eq!(write_outs(&disk, 0).len(), 3);
     let end = replica.log_end().get();
@@ -75,16 +75,16 @@ async fn pieces_are_large_while_nothing_is_written_to_the_journal() {
     append(&log, &mut replica, 3 * pieces);
     let before = write_outs(&disk, 0).len();
     append(&log, &mut replica, 3);
-    assert_eq!(write_outs(&disk, 0).len(), before + 1, "an acknowledgement waits for small ones");
+    assert_eq!(write_outs(&disk, 0).len(), before + 1, "pieces are small while acknowledgements wait");
 }
 
 #[test]
 fn segments_are_synced_by_a_share_of_the_ring() {
     for (journal_bytes, due) in [(512 << 20, 64 << 20), (16 << 20, 2 << 20), (1 << 30, 64 << 20)] {
-        let options = Options { journal_bytes, manual: true, reserve_bytes: 0, ..Options::default() };
-        let log = Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity(), options).unwrap();
-        let work = |dirty_bytes| Work { dirty_bytes, ..Work::default() };
-        assert!(!log.inner.core.sync_is_due(&work(due - 1)) && log.inner.core.sync_is_due(&work(due)));
+        let options = LogOptions { journal_bytes, step_mode: true, reserve_bytes: 0, ..LogOptions::default() };
+        let log = DataDir::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity(), options).unwrap();
+        let work = |dirty_bytes| SyncQueue { dirty_bytes, ..SyncQueue::default() };
+        assert!(!log.inner.ctx.sync_is_due(&work(due - 1)) && log.inner.ctx.sync_is_due(&work(due)));
     }
 }
 
@@ -92,7 +92,7 @@ fn segments_are_synced_by_a_share_of_the_ring() {
 fn evicted_segment_keeps_its_content_for_its_readers() {
     const BATCHES: u64 = 6;
     let folder = tempfile::tempdir().unwrap();
-    let log = Log::open(Arc::new(RealDisk::default()), folder.path(), &identity(), small()).unwrap();
+    let log = DataDir::open(Arc::new(RealDisk::default()), folder.path(), &identity(), small()).unwrap();
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     for base in 0..BATCHES {
         replica.append(&[batch(base, 1, 1, 0, 1 << 20)]).unwrap();
@@ -113,8 +113,8 @@ fn evicted_segment_keeps_its_content_for_its_readers() {
 fn space_of_large_removed_files_is_freed_in_steps() {
     const SEGMENTS: u64 = 40;
     let folder = tempfile::tempdir().unwrap();
-    let options = Options { manual: false, ..small() };
-    let log = Log::open(Arc::new(RealDisk::default()), folder.path(), &identity(), options).unwrap();
+    let options = LogOptions { step_mode: false, ..small() };
+    let log = DataDir::open(Arc::new(RealDisk::default()), folder.path(), &identity(), options).unwrap();
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     for base in 0..=SEGMENTS {
         replica.append(&[batch(base, 1, 1, 0, 5 << 20)]).unwrap();
@@ -126,7 +126,7 @@ fn space_of_large_removed_files_is_freed_in_steps() {
     let become_short = |held: &[std::fs::File]| {
         let began = clock::monotonic();
         while held.iter().any(|file| file.metadata().unwrap().len() > 4 << 20) {
-            assert!(began.elapsed() < Duration::from_secs(60), "their room is given back before their last handles go");
+            assert!(began.elapsed() < Duration::from_secs(60), "space is freed before the last handles are closed");
             std::thread::sleep(Duration::from_millis(10));
         }
     };

@@ -1,154 +1,168 @@
 //! Following: messages of the leader are checked, copied and submitted to the journal. The link acknowledges the published progress.
 
-use super::{Actor, AppendError, GROUP_BYTES, Part, warnings::Condition};
+use super::{Actor, AppendError, MAX_GROUP_BYTES, RoleState, warnings::Condition};
 use crate::{
     model::{LeaderEpoch, Offset},
     partition::{
-        On,
-        begin::{BeginError, Tables},
-        follower::{Act, Head, Violation},
+        WatermarkKind,
+        bootstrap::{BootstrapError, Tables},
+        follower::{BatchHeader, FollowerAction, ProtocolViolation},
         leader::{
-            insync::Ends,
-            join::{Claim, Join},
+            divergence::{LogPosition, SubscribeDecision},
+            isr::ReplicaProgress,
         },
-        role::{Answered, FromLink, Joined},
+        role::{LinkEvent, SubscribeOutcome, SubscribeResponse},
     },
     record::Batch,
 };
 
 impl Actor {
     /// Handles an event of the link. Events in another role are late: they belong to an earlier subscription.
-    pub(super) async fn hear_link(&mut self, said: FromLink) {
-        let Part::Following(follower) = &mut self.part else { return };
-        match said {
-            FromLink::Up => self.claim(),
-            FromLink::Down => {
-                follower.interrupted();
+    pub(super) async fn on_link_event(&mut self, event: LinkEvent) {
+        let RoleState::Following(follower) = &mut self.part else { return };
+        match event {
+            LinkEvent::Connected => self.subscribe(),
+            LinkEvent::Disconnected => {
+                follower.on_disconnected();
                 // The object store's response is no longer needed: the next subscription may have another outcome.
-                self.placed.question += 1;
+                self.placed.request_id += 1;
             }
-            FromLink::Answer(answered) => self.answered(answered).await,
-            FromLink::Pieces { epoch, high_watermark, batches } => self.received(epoch, high_watermark, &batches),
+            LinkEvent::Response(response) => self.on_subscribe_response(response).await,
+            LinkEvent::Batches { epoch, high_watermark, batches } => {
+                self.on_batches_received(epoch, high_watermark, &batches)
+            }
         }
     }
 
     /// Subscribes with the position of this log.
-    fn claim(&mut self) {
-        let Part::Following(follower) = &mut self.part else { return };
-        self.placed.question += 1;
+    fn subscribe(&mut self) {
+        let RoleState::Following(follower) = &mut self.part else { return };
+        self.placed.request_id += 1;
         let log_end = self.replica.log_end();
         let added = self.placed.added_after(self.broker);
-        let claim = Claim { added, ..follower.claim(&self.replica.epochs(), log_end) };
+        let position = LogPosition { removal_count: added, ..follower.claim(&self.replica.epochs(), log_end) };
         let epoch = follower.epoch();
         sim_event!(LogPositionSent { partition: self.id, epoch, persisted: self.replica.persisted_end() });
-        let ends = Ends { written: log_end, persisted: self.replica.persisted_end() };
-        self.around.links.join(self.id, epoch, claim, ends);
+        let progress = ReplicaProgress { log_end, persisted_end: self.replica.persisted_end() };
+        self.ctx.links.subscribe(self.id, epoch, position, progress);
     }
 
-    /// Asks the link for another [`FromLink::Up`] after a pause.
-    fn again(&mut self) {
-        if let Part::Following(follower) = &mut self.part {
-            follower.interrupted();
-            self.around.links.again(self.id);
+    /// Requests from the link another [`LinkEvent::Connected`] after a pause.
+    fn resubscribe_later(&mut self) {
+        if let RoleState::Following(follower) = &mut self.part {
+            follower.on_disconnected();
+            self.ctx.links.retry_later(self.id);
         }
     }
 
-    async fn answered(&mut self, answered: Answered) {
-        let Part::Following(follower) = &mut self.part else { return };
-        let Answered { epoch, high_watermark, join, in_sync: _ } = answered;
-        let (join, beginning) = match join {
-            Joined::At(at) => (Join::At(at), None),
-            Joined::Diverged { epoch, end } => (Join::Diverged { epoch, end }, None),
-            Joined::Begin(beginning) => (Join::BeginAt(beginning.at), Some(beginning)),
-            Joined::Refused(why) => {
-                tracing::debug!(partition = %self.id, leader = %follower.leader(), %epoch, why, "may not join yet");
-                return self.again();
+    async fn on_subscribe_response(&mut self, response: SubscribeResponse) {
+        let RoleState::Following(follower) = &mut self.part else { return };
+        let SubscribeResponse { epoch, high_watermark, outcome, in_sync: _ } = response;
+        let (decision, tables) = match outcome {
+            SubscribeOutcome::Accepted(at) => (SubscribeDecision::Accepted(at), None),
+            SubscribeOutcome::Diverged { epoch, end } => (SubscribeDecision::Diverged { epoch, end }, None),
+            SubscribeOutcome::Bootstrap(tables) => (SubscribeDecision::Bootstrap(tables.start), Some(tables)),
+            SubscribeOutcome::Rejected(reason) => {
+                tracing::debug!(
+                    partition = %self.id, leader = %follower.leader(), %epoch, reason,
+                    "subscription rejected; retrying"
+                );
+                return self.resubscribe_later();
             }
         };
-        let act = follower.answered(epoch, &join, high_watermark, &self.replica.epochs());
-        match act {
-            Ok(Act::Cut(to)) => {
+        let action = follower.on_response(epoch, &decision, high_watermark, &self.replica.epochs());
+        match action {
+            Ok(FollowerAction::Truncate(to)) => {
                 sim_event!(LeaderMessageApplied { partition: self.id, epoch });
-                self.cut(to).await;
+                self.truncate_diverged(to).await;
             }
-            Ok(Act::Begin(at)) => match beginning {
-                Some(beginning) if !beginning.in_bucket => {
+            Ok(FollowerAction::Bootstrap(at)) => match tables {
+                Some(tables) if !tables.from_object_store => {
                     // No tier has the records before.
                     self.log_start = self.log_start.max(at);
-                    self.begin_following(Tables::sent(&beginning)).await;
+                    self.bootstrap_with(Tables::sent(&tables)).await;
                 }
-                _ => self.ask_bucket(at, None),
+                _ => self.request_tables(at, None),
             },
-            Ok(Act::Follow(_)) => {
+            Ok(FollowerAction::Follow(_)) => {
                 // The link acknowledges the current progress, although nothing moved.
                 self.publish();
-                self.shared.wake(On::Progress);
+                self.published.wake(WatermarkKind::AnyEnd);
             }
-            Ok(Act::Append | Act::Pass | Act::Wait(_)) => {}
+            Ok(FollowerAction::Append | FollowerAction::Ignore | FollowerAction::RetryLater(_)) => {}
             Err(violation) => self.violated(violation),
         }
     }
 
     /// Truncates where this log and the leader's diverge.
-    async fn cut(&mut self, to: Offset) {
-        tracing::info!(topic = %self.topic, partition = %self.id, %to, log_end = %self.replica.log_end(), "cuts what its leader does not have");
+    async fn truncate_diverged(&mut self, to: Offset) {
+        tracing::info!(
+            topic = %self.topic, partition = %self.id, %to, log_end = %self.replica.log_end(),
+            "truncating records that the leader lacks"
+        );
         // Below the start of this disk there are no tables of the records before: then the log is emptied.
         let done = if to < self.replica.local_start().max(self.replica.log_start()) {
             self.empty().await
         } else {
-            self.cut_by(move |replica| replica.truncate(to).map(drop)).await
+            self.change_log(move |replica| replica.truncate(to).map(drop)).await
         };
         sim_event!(Truncated { partition: self.id, epoch: self.placed.epoch(), to: self.replica.log_end() });
-        self.claim_when(done);
+        self.subscribe_or_retry(done);
     }
 
     /// Subscribes at once if the log changed, otherwise after a pause.
-    fn claim_when(&mut self, changed: bool) {
-        if changed { self.claim() } else { self.again() }
+    fn subscribe_or_retry(&mut self, changed: bool) {
+        if changed { self.subscribe() } else { self.resubscribe_later() }
     }
 
     /// Bootstraps with these tables.
-    pub(super) async fn begin_following(&mut self, tables: Result<Tables, BeginError>) {
-        if !matches!(self.part, Part::Following(_)) {
+    pub(super) async fn bootstrap_with(&mut self, tables: Result<Tables, BootstrapError>) {
+        if !matches!(self.part, RoleState::Following(_)) {
             return;
         }
         match tables {
             Ok(tables) => {
-                let at = tables.at;
-                let had = self.replica.log_end();
+                let at = tables.start;
+                let old_end = self.replica.log_end();
                 // The reset would change nothing, so the subscription is retried after a pause.
-                let is_same = had == at && self.replica.local_start() == at;
+                let is_same = old_end == at && self.replica.local_start() == at;
                 let done = self.reset(tables).await;
-                if let Part::Following(follower) = &mut self.part
+                if let RoleState::Following(follower) = &mut self.part
                     && done
                 {
-                    tracing::info!(topic = %self.topic, partition = %self.id, %at, log_end = %had, "begins anew and copies from there");
-                    follower.begun(at);
+                    tracing::info!(
+                        topic = %self.topic, partition = %self.id, %at, log_end = %old_end,
+                        "reset the log for a bootstrap; copying from its new start"
+                    );
+                    follower.on_reset(at);
                 }
-                self.claim_when(done && !is_same);
+                self.subscribe_or_retry(done && !is_same);
             }
             Err(error) => {
-                if let Some(count) = self.warnings.occur(Condition::CannotBegin) {
-                    tracing::warn!(topic = %self.topic, partition = %self.id, %error, count, "the replica cannot begin yet; it is tried again");
+                if let Some(count) = self.warnings.occur(Condition::CannotBootstrap) {
+                    tracing::warn!(
+                        topic = %self.topic, partition = %self.id, %error, count,
+                        "cannot bootstrap the replica; retrying"
+                    );
                 }
-                self.again();
+                self.resubscribe_later();
             }
         }
     }
 
     /// Handles batches from the leader.
-    fn received(&mut self, epoch: LeaderEpoch, high_watermark: Offset, batches: &[Batch]) {
-        let Part::Following(follower) = &mut self.part else { return };
-        let heads: Option<Vec<Head>> = batches.iter().map(head).collect();
-        let Some(heads) = heads else {
+    fn on_batches_received(&mut self, epoch: LeaderEpoch, high_watermark: Offset, batches: &[Batch]) {
+        let RoleState::Following(follower) = &mut self.part else { return };
+        let headers: Option<Vec<BatchHeader>> = batches.iter().map(header).collect();
+        let Some(headers) = headers else {
             if let Some(count) = self.warnings.occur(Condition::BadBatches) {
                 let leader = follower.leader();
                 tracing::warn!(topic = %self.topic, partition = %self.id, %leader, count, "the leader sent a batch without an epoch");
             }
-            return self.again();
+            return self.resubscribe_later();
         };
-        match follower.received(epoch, &heads, high_watermark) {
-            Ok(Act::Append) => {
+        match follower.on_batches(epoch, &headers, high_watermark) {
+            Ok(FollowerAction::Append) => {
                 sim_event!(LeaderMessageApplied { partition: self.id, epoch });
                 self.copy(batches);
             }
@@ -159,11 +173,12 @@ impl Actor {
 
     /// Appends batches that were checked.
     fn copy(&mut self, mut batches: &[Batch]) {
-        let most = usize::try_from(self.config.segment_bytes).map_or(GROUP_BYTES, |bytes| bytes.min(GROUP_BYTES));
+        let max_bytes =
+            usize::try_from(self.config.segment_bytes).map_or(MAX_GROUP_BYTES, |bytes| bytes.min(MAX_GROUP_BYTES));
         while !batches.is_empty() {
             let (mut count, mut bytes) = (0, 0);
             for batch in batches {
-                if count > 0 && bytes + batch.encoded_len() > most {
+                if count > 0 && bytes + batch.encoded_len() > max_bytes {
                     break;
                 }
                 (count, bytes) = (count + 1, bytes + batch.encoded_len());
@@ -172,55 +187,61 @@ impl Actor {
             batches = rest;
             match self.write(group, bytes) {
                 Ok(()) => {}
-                Err(AppendError::StorageFailed { why }) => return self.fail(&why),
+                Err(AppendError::StorageFailed { reason }) => return self.fail(&reason),
                 Err(error) => {
-                    tracing::debug!(partition = %self.id, %error, "cannot copy now");
-                    return self.again();
+                    tracing::debug!(partition = %self.id, %error, "cannot append copied batches; retrying");
+                    return self.resubscribe_later();
                 }
             }
             let log_end = self.replica.log_end();
-            if let Part::Following(follower) = &mut self.part {
+            if let RoleState::Following(follower) = &mut self.part {
                 follower.appended(log_end);
             }
         }
     }
 
     /// Handles a wrong or late message of the leader, as the follower classified it. If the replica no longer follows, it
-    /// subscribes again, unless the outcome would be the same for ever.
-    fn violated(&mut self, violation: Violation) {
-        let Part::Following(follower) = &mut self.part else { return };
+    /// subscribes again, unless the outcome would never change.
+    fn violated(&mut self, violation: ProtocolViolation) {
+        let RoleState::Following(follower) = &mut self.part else { return };
         let (leader, epoch) = (follower.leader(), follower.epoch());
         match violation {
             // From an earlier link or epoch: the response to the current subscription is still due.
-            Violation::OldEpoch { .. } | Violation::NotAsked => {
-                tracing::trace!(partition = %self.id, %leader, %epoch, error = %violation, "passed over");
+            ProtocolViolation::OldEpoch { .. } | ProtocolViolation::Unexpected => {
+                tracing::trace!(
+                    partition = %self.id, %leader, %epoch, error = %violation,
+                    "ignored a late message of the leader"
+                );
             }
-            Violation::NewEpoch { .. } => {
-                tracing::debug!(partition = %self.id, %leader, %epoch, error = %violation, "waits for the metadata");
-                if follower.is_claiming() {
-                    self.again();
+            ProtocolViolation::NewEpoch { .. } => {
+                tracing::debug!(
+                    partition = %self.id, %leader, %epoch, error = %violation,
+                    "received a message of a newer epoch; waiting for the metadata"
+                );
+                if follower.is_subscribing() {
+                    self.resubscribe_later();
                 }
             }
-            Violation::CutBelowCommitted { .. } => tracing::error!(
+            ProtocolViolation::TruncateBelowCommitted { .. } => tracing::error!(
                 topic = %self.topic, partition = %self.id, %leader, %epoch, error = %violation,
-                "the replica follows nobody until another leads: compare the two logs (strandline segment dump); if the leader is \
-                 right, take this replica away and add it again (strandline partition reassign)"
+                "the replica stops copying until another broker leads: compare the two logs (strandline segment \
+                 dump); if the leader is right, remove this replica and add it again (strandline partition reassign)"
             ),
             _ => {
                 if let Some(count) = self.warnings.occur(Condition::BadBatches) {
                     tracing::warn!(
                         topic = %self.topic, partition = %self.id, %leader, %epoch, error = %violation, count,
-                        "what the leader sent does not fit"
+                        "invalid message from the leader"
                     );
                 } else {
-                    tracing::debug!(partition = %self.id, error = %violation, "what the leader sent does not fit again");
+                    tracing::debug!(partition = %self.id, error = %violation, "invalid message from the leader again");
                 }
-                self.again();
+                self.resubscribe_later();
             }
         }
     }
 }
 
-fn head(batch: &Batch) -> Option<Head> {
-    Some(Head { base: batch.base_offset(), end: batch.end_offset(), epoch: batch.leader_epoch()? })
+fn header(batch: &Batch) -> Option<BatchHeader> {
+    Some(BatchHeader { base: batch.base_offset(), end: batch.end_offset(), epoch: batch.leader_epoch()? })
 }

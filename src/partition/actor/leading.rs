@@ -4,13 +4,13 @@ use std::{ops::Range, sync::Arc};
 
 use tokio::sync::{OwnedSemaphorePermit, SetOnce, oneshot};
 
-use super::{Actor, GROUP_BYTES, Part, SPARE_COMMANDS, timestamps};
+use super::{Actor, MAX_GROUP_BYTES, RoleState, SPARE_COMMANDS, timestamps};
 use crate::{
     log::{self, PersistError},
     model::{Acks, BrokerId, LeaderEpoch, Offset, TimestampType},
     partition::{
-        Standing,
-        leader::{Acked, Admission, Held, Refused},
+        ReplicaStatus,
+        leader::{AckDurability, Admission, AdmitError, WriteAck},
     },
     record::{Batch, Fingerprint, TimestampRange},
     task::clock,
@@ -21,23 +21,25 @@ use crate::{
 pub enum AppendError {
     /// The leader did not admit the write.
     #[error(transparent)]
-    Refused(#[from] Refused),
+    Refused(#[from] AdmitError),
     /// The disk is full. Appends resume by themselves when there is space.
     #[error(
-        "the disk of this broker is full: add space, or lower local.retention.* or retention.*; appends resume by themselves"
+        "the disk of this broker is full: add space, or lower local.retention.* or retention.*; appends resume when \
+         there is space"
     )]
     DiskFull,
     /// A write or sync failed. The replica accepts no writes until the broker is restarted on an intact disk.
     #[error(
-        "writing to this broker's disk failed: {why}; the partition takes no writes until the disk is repaired and the broker restarted"
+        "writing to this broker's disk failed: {reason}: repair the disk and restart the broker; the partition \
+         accepts no writes until then"
     )]
     StorageFailed {
         /// Cause of the failure.
-        why: Arc<str>,
+        reason: Arc<str>,
     },
     /// This broker does not lead the partition. The records were not written.
     #[error("this broker does not lead the partition (leader epoch {epoch}): {}",
-        leader.map_or_else(|| "nobody is known to lead it now".to_owned(), |leader| format!("broker {leader} does")))]
+        leader.map_or_else(|| "its leader is unknown".to_owned(), |leader| format!("broker {leader} leads it")))]
     NotLeader {
         /// Leader by this broker's metadata, if any.
         leader: Option<BrokerId>,
@@ -46,16 +48,16 @@ pub enum AppendError {
     },
     /// Another leader was elected before the records were committed. The outcome is unknown.
     #[error(
-        "another leader was elected while the write waited to be committed; whether it will be is not known: send it again"
+        "another leader was elected before the write was committed, so its outcome is unknown: send the write again"
     )]
     Deposed,
     /// The partition is being closed. The outcome is unknown.
-    #[error("the partition is closing on this broker; whether this write happened is not known")]
+    #[error("the partition is closing on this broker, so the outcome of the write is unknown")]
     Closing,
 }
 
 /// Result of a write.
-pub type AppendResult = Result<Acked, AppendError>;
+pub type AppendResult = Result<WriteAck, AppendError>;
 
 /// Facts about a client's request, from which the broker made the batch to append.
 #[derive(Clone, Debug)]
@@ -65,7 +67,7 @@ pub struct BatchOrigin {
     /// Timestamps of all records if the broker decoded them, otherwise those of the batch header.
     pub timestamps: TimestampRange,
     /// Reason against the append. A retry of a stored batch gets its result all the same.
-    pub refusal: Option<Refused>,
+    pub refusal: Option<AdmitError>,
 }
 
 /// One queued write.
@@ -84,15 +86,15 @@ pub(in crate::partition) struct Append {
 pub type Stored = Arc<SetOnce<Range<Offset>>>;
 
 /// Waiting writer: the channel for its result, and the memory that is released with it.
-pub(super) struct Writer {
-    answer: oneshot::Sender<AppendResult>,
+pub(super) struct PendingWriter {
+    responder: oneshot::Sender<AppendResult>,
     permit: Option<OwnedSemaphorePermit>,
     stored: Option<Stored>,
 }
 
-impl Writer {
+impl PendingWriter {
     /// Records that the write is stored here and waits for the object store: its memory is released.
-    fn on_stored(&mut self, acked: &Acked) {
+    fn on_stored(&mut self, acked: &WriteAck) {
         self.permit = None;
         if let Some(stored) = &self.stored {
             let _known = stored.set(acked.base..acked.end);
@@ -100,12 +102,12 @@ impl Writer {
     }
 
     /// Sends the result. A write stays written even if its receiver was dropped.
-    pub(super) fn answer(self, result: AppendResult) {
-        let _gone = self.answer.send(result);
+    pub(super) fn respond(self, result: AppendResult) {
+        let _gone = self.responder.send(result);
     }
 
     fn is_gone(&self) -> bool {
-        self.answer.is_closed()
+        self.responder.is_closed()
     }
 
     /// Returns true if the receiver was dropped before other replicas or the object store were involved. Writes without acks never have a
@@ -118,30 +120,31 @@ impl Writer {
 impl Actor {
     /// Admits one write into the group, or sends its result.
     pub(super) fn append(&mut self, append: Append, now_ms: i64) {
-        let Append { mut batch, origin, acks, permit, answer, stored } = append;
-        let Part::Leading(leader) = &self.part else {
-            let Standing { leader, epoch, .. } = self.standing;
-            let _gone = answer.send(Err(AppendError::NotLeader { leader, epoch }));
+        let Append { mut batch, origin, acks, permit, answer: responder, stored } = append;
+        let RoleState::Leading(leader) = &self.part else {
+            let ReplicaStatus { leader, epoch, .. } = self.status;
+            let _gone = responder.send(Err(AppendError::NotLeader { leader, epoch }));
             return;
         };
-        if let Some(why) = self.shared.fault() {
-            let _gone = answer.send(Err(AppendError::StorageFailed { why }));
+        if let Some(reason) = self.published.error() {
+            let _gone = responder.send(Err(AppendError::StorageFailed { reason }));
             return;
         }
         // A group lies in one segment, so it must not be larger than a segment may be.
-        let most = usize::try_from(self.config.segment_bytes).map_or(GROUP_BYTES, |bytes| bytes.min(GROUP_BYTES));
-        if leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > most {
-            self.complete();
+        let max_bytes =
+            usize::try_from(self.config.segment_bytes).map_or(MAX_GROUP_BYTES, |bytes| bytes.min(MAX_GROUP_BYTES));
+        if leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > max_bytes {
+            self.finish_group();
         }
-        let writer = Writer { answer, permit: Some(permit), stored };
-        let Part::Leading(leader) = &mut self.part else { unreachable!("appending changes no role") };
+        let writer = PendingWriter { responder, permit: Some(permit), stored };
+        let RoleState::Leading(leader) = &mut self.part else { unreachable!("an append does not change the role") };
         let epoch = leader.epoch();
-        let mut acked = Acked {
+        let mut acked = WriteAck {
             base: Offset::ZERO,
             end: Offset::ZERO,
             epoch,
             append_time_ms: None,
-            held: Held::Memory,
+            durability: AckDurability::Memory,
             duplicate: false,
         };
         let refusal = origin.refusal.or_else(|| timestamps::check(&self.config, origin.timestamps, now_ms).err());
@@ -162,15 +165,15 @@ impl Actor {
             }
             Ok(Admission::Duplicate(base, end)) => {
                 (acked.base, acked.end, acked.duplicate) = (base, end, true);
-                self.writers_gone |= writer.left_early(acks);
-                leader.wait(acks, acked, writer);
+                self.has_dropped_waiters |= writer.left_early(acks);
+                leader.add_waiter(acks, acked, writer);
                 if acks == Acks::Tiered && end > self.tiered_end {
                     // The first attempt requested no upload, if it had fewer acks or its receiver was dropped.
-                    self.upkeep.push(self.id);
+                    self.maintenance.push(self.id);
                 }
             }
             Err(refused) => {
-                writer.answer(Err(refused.into()));
+                writer.respond(Err(refused.into()));
             }
         }
     }
@@ -183,25 +186,25 @@ impl Actor {
         let group = std::mem::take(&mut self.group);
         let written = self.write(&group, self.group_bytes);
         self.group = group;
-        if let Err(AppendError::StorageFailed { why }) = &written {
-            self.fail(why);
+        if let Err(AppendError::StorageFailed { reason }) = &written {
+            self.fail(reason);
         }
-        let Part::Leading(leader) = &mut self.part else { unreachable!("only a leader has a group") };
+        let RoleState::Leading(leader) = &mut self.part else { unreachable!("only a leader has a group") };
         match written {
             Ok(()) => {
                 leader.appended();
                 for (acks, acked, writer) in self.group_writers.drain(..) {
-                    self.writers_gone |= writer.left_early(acks);
-                    leader.wait(acks, acked, writer);
+                    self.has_dropped_waiters |= writer.left_early(acks);
+                    leader.add_waiter(acks, acked, writer);
                 }
                 if leader.awaits_tier() {
-                    self.upkeep.push(self.id);
+                    self.maintenance.push(self.id);
                 }
             }
             Err(error) => {
                 leader.not_appended();
                 for (_, _, writer) in self.group_writers.drain(..) {
-                    writer.answer(Err(error.clone()));
+                    writer.respond(Err(error.clone()));
                 }
             }
         }
@@ -220,21 +223,21 @@ impl Actor {
         }
         self.replica.append(batches).map_err(append_error)?;
         #[cfg(feature = "sim")]
-        batches.iter().for_each(|batch| self.tell_appended(batch));
+        batches.iter().for_each(|batch| self.report_appended(batch));
         self.active_since.get_or_insert(now);
         Ok(())
     }
 
     /// Reports an append to the simulator's checker.
     #[cfg(feature = "sim")]
-    fn tell_appended(&self, batch: &Batch) {
+    fn report_appended(&self, batch: &Batch) {
         sim_event!(Appended {
             partition: self.id,
             base: batch.base_offset(),
             end: batch.end_offset(),
             epoch: batch.leader_epoch().unwrap_or_default(),
             leads: match &self.part {
-                Part::Leading(leader) => Some(leader.epoch()),
+                RoleState::Leading(leader) => Some(leader.epoch()),
                 _ => None,
             },
             crc: batch.crc(),
@@ -243,11 +246,11 @@ impl Actor {
     }
 
     /// Submits all appended records to the journal, if the topic requires that.
-    pub(super) fn hand_to_journal(&mut self) {
-        if self.syncs() && self.handed_end < self.replica.log_end() {
-            let news = Arc::clone(&self.news);
-            self.handed_end = self.replica.log_end();
-            self.replica.persist(Box::new(move |outcome| news.persisted(outcome)));
+    pub(super) fn submit_to_journal(&mut self) {
+        if self.syncs() && self.submitted_end < self.replica.log_end() {
+            let signals = Arc::clone(&self.signals);
+            self.submitted_end = self.replica.log_end();
+            self.replica.persist(Box::new(move |outcome| signals.persisted(outcome)));
         }
     }
 
@@ -256,65 +259,70 @@ impl Actor {
         match outcome {
             Ok(()) => {
                 let end = self.replica.persisted_end();
-                if let Part::Leading(leader) = &mut self.part {
+                if let RoleState::Leading(leader) = &mut self.part {
                     leader.persisted(end);
                 }
             }
             Err(error) => {
-                let why: Arc<str> = error.to_string().into();
-                self.fail(&why);
-                if let Part::Leading(leader) = &mut self.part {
+                let reason: Arc<str> = error.to_string().into();
+                self.fail(&reason);
+                if let RoleState::Leading(leader) = &mut self.part {
                     for writer in leader.abandon() {
-                        writer.answer(Err(AppendError::StorageFailed { why: Arc::clone(&why) }));
+                        writer.respond(Err(AppendError::StorageFailed { reason: Arc::clone(&reason) }));
                     }
                 }
             }
         }
     }
 
-    /// Handles a disk that accepts no more writes. A leader resigns if it may, a follower unsubscribes; committed records stay readable.
-    pub(super) fn fail(&mut self, why: &str) {
-        if self.shared.fault().is_some() {
+    /// Handles a disk that no longer accepts writes. A leader resigns if it may, a follower unsubscribes; committed
+    /// records stay readable.
+    pub(super) fn fail(&mut self, reason: &str) {
+        if self.published.error().is_some() {
             return;
         }
         tracing::error!(
-            topic = %self.topic, partition = %self.id, why,
-            "the partition takes no more writes on this broker: repair or replace the disk, then restart the broker"
+            topic = %self.topic, partition = %self.id, reason,
+            "the partition accepts no writes on this broker: repair or replace the disk, then restart the broker"
         );
-        self.shared.set_fault(why);
+        self.published.set_error(reason);
         match &self.part {
-            Part::Leading(leader) => self.around.agreement.resign(self.id, leader.epoch()),
-            Part::Following(_) => {
+            RoleState::Leading(leader) => self.ctx.isr_updater.resign(self.id, leader.epoch()),
+            RoleState::Following(_) => {
                 self.committed_end = self.high_watermark();
-                self.part = Part::Waiting;
-                self.around.links.leave(self.id, self.placed.epoch(), true);
+                self.part = RoleState::Idle;
+                self.ctx.links.unsubscribe(self.id, self.placed.epoch(), true);
             }
-            Part::Waiting => {}
+            RoleState::Idle => {}
         }
     }
 
-    /// Sends results to the writers whose rule holds now, and releases the memory of writers that are gone.
+    /// Sends results to the writers whose rule holds now, and releases the memory of writers whose receivers were
+    /// dropped.
     pub(super) fn answer(&mut self) {
-        if let Part::Leading(leader) = &mut self.part {
-            let due = |writer: Writer, acked: Acked| {
+        if let RoleState::Leading(leader) = &mut self.part {
+            let due = |writer: PendingWriter, acked: WriteAck| {
                 sim_event!(WriteAcked {
                     partition: self.id,
                     end: acked.end,
-                    by_all: matches!(acked.held, Held::Synced(2..) | Held::PageCache(2..) | Held::Tiered(_))
+                    by_all: matches!(
+                        acked.durability,
+                        AckDurability::Persisted(2..) | AckDurability::PageCache(2..) | AckDurability::Tiered(_)
+                    )
                 });
-                writer.answer(Ok(acked));
+                writer.respond(Ok(acked));
             };
-            leader.take_stored(Writer::on_stored);
-            leader.due(due);
-            // Other replicas or the object store may never be done, and a retry brings its batch again.
-            self.writers_gone = self.writers_gone && leader.forget(Writer::is_gone);
+            leader.take_stored(PendingWriter::on_stored);
+            leader.take_due(due);
+            // The other replicas or the object store may never respond, and a retry has its own batch.
+            self.has_dropped_waiters = self.has_dropped_waiters && leader.release_dropped(PendingWriter::is_gone);
         }
     }
 }
 
-pub(super) fn append_error(error: log::AppendError) -> AppendError {
+pub(super) fn append_error(error: log::LogAppendError) -> AppendError {
     match error {
-        log::AppendError::DiskFull => AppendError::DiskFull,
-        other => AppendError::StorageFailed { why: other.to_string().into() },
+        log::LogAppendError::DiskFull => AppendError::DiskFull,
+        other => AppendError::StorageFailed { reason: other.to_string().into() },
     }
 }

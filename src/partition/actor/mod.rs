@@ -2,16 +2,16 @@
 //!
 //! # Overview
 //!
-//! The task decides nothing: [`Leader`] and [`Follower`] do. While one group waits for the journal, the next is being written. Batching
-//! comes from the queue; there is no timer.
+//! [`Leader`] and [`Follower`] make all decisions; the task applies them. While one group waits for the journal, the
+//! next is being written. Batching results from the queue; there is no timer.
 //!
 //! | module | work |
 //! | --- | --- |
-//! | `assigned` | changes of the role |
+//! | `control` | changes of the role |
 //! | `leading` | writes |
-//! | `replicas` | followers and the ISR |
+//! | `isr` | followers and the ISR |
 //! | `following` | messages of the leader |
-//! | `segments` | everything else that touches the log |
+//! | `log_ops` | all other changes of the log |
 //!
 //! ```text
 //!   journal, followers, clock ─▶ signals ─────╮
@@ -22,12 +22,12 @@
 //! Between any two groups the task polls the three in that order. So neither a flood of writes nor a flood of batches from a leader
 //! delays the other inputs for long.
 
-mod assigned;
+mod control;
 mod following;
+mod isr;
 mod leading;
-mod news;
-mod replicas;
-mod segments;
+mod log_ops;
+mod signals;
 mod timestamps;
 mod warnings;
 
@@ -40,29 +40,29 @@ use tokio::{
 
 pub use self::leading::{AppendError, AppendResult, BatchOrigin, Stored};
 pub(super) use self::{
-    assigned::{JoinOrder, Order, Placed},
+    control::{AppliedMetadata, ControlMessage, SubscribeMessage},
     leading::Append,
-    news::News,
+    signals::ActorSignals,
 };
 use self::{
-    leading::Writer,
-    news::Told,
-    replicas::{Proposed, Question},
-    segments::Seat,
+    isr::{LastProposal, PendingStoreRequest},
+    leading::PendingWriter,
+    log_ops::ReplicaCell,
+    signals::PendingSignals,
     warnings::Warnings,
 };
 use super::{
-    Role, Standing, Surroundings,
+    PartitionContext, ReplicaRole, ReplicaStatus,
     follower::Follower,
-    leader::{Acked, Leader, insync::Rule},
-    shared::Shared,
-    upkeep::Local,
-    upkeep_queue::UpkeepQueue,
+    leader::{Leader, WriteAck, isr::IsrRules},
+    maintenance::LocalSegments,
+    maintenance_queue::MaintenanceQueue,
+    published::PublishedState,
 };
 #[cfg(feature = "sim")]
 use crate::task::sim_event::SimRole;
 use crate::{
-    log::{Replica, SegmentExport},
+    log::{ReplicaLog, SegmentExport},
     model::{Acks, BrokerId, Durability, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
     record::Batch,
     task::{Tasks, clock},
@@ -70,58 +70,58 @@ use crate::{
 };
 
 /// Maximum number of commands that one turn takes from the queue.
-const TURN: usize = 512;
+const MAX_COMMANDS_PER_TURN: usize = 512;
 
 /// Number of commands whose memory a partition keeps between its turns. A broker has many partitions, so the number is small.
 pub(super) const SPARE_COMMANDS: usize = 64;
 
 /// Maximum bytes of batches in one group. A larger write gains nothing, and in a larger group batches would wait for each other. While
 /// one group is made durable, the next one is written and the one after that arrives.
-const GROUP_BYTES: usize = 512 << 10;
+const MAX_GROUP_BYTES: usize = 512 << 10;
 
 /// Maximum number of control messages that are handled before their effects are submitted to the journal and published.
-const ORDERS: usize = 64;
+const MAX_CONTROL_BATCH: usize = 64;
 
 /// Command for the task.
-pub(super) enum Command {
+pub(super) enum PartitionCommand {
     Append(Box<Append>),
-    Configure(Arc<TopicConfig>),
-    Local(oneshot::Sender<Local>),
-    Export(Offset, oneshot::Sender<io::Result<SegmentExport>>),
-    Seal,
+    UpdateConfig(Arc<TopicConfig>),
+    DescribeSegments(oneshot::Sender<LocalSegments>),
+    ExportSegment(Offset, oneshot::Sender<io::Result<SegmentExport>>),
+    Roll,
     /// Value of the tier key.
-    Committed(Box<TierState>),
+    ApplyTierState(Box<TierState>),
     Evict(Offset),
 }
 
 /// Parts of a new task.
-pub(super) struct Parts {
+pub(super) struct ActorConfig {
     pub(super) broker: BrokerId,
     pub(super) id: PartitionId,
     pub(super) topic: TopicName,
-    pub(super) replica: Replica,
-    pub(super) shared: Arc<Shared>,
-    pub(super) news: Arc<News>,
-    pub(super) around: Surroundings,
-    pub(super) upkeep: UpkeepQueue,
+    pub(super) replica: ReplicaLog,
+    pub(super) published: Arc<PublishedState>,
+    pub(super) signals: Arc<ActorSignals>,
+    pub(super) ctx: PartitionContext,
+    pub(super) maintenance: MaintenanceQueue,
     pub(super) tier: Option<PartitionTier>,
     pub(super) log_start: Offset,
     pub(super) tiered_end: Offset,
     /// All records below are known as committed, and are in this log.
     pub(super) committed_end: Offset,
-    /// `replication.lag_time`, in milliseconds.
+    /// `replication.max_lag_time`, in milliseconds.
     pub(super) lag_ms: u64,
     /// Control queue, for the results of the task's background requests.
-    pub(super) orders: mpsc::WeakSender<Order>,
+    pub(super) orders: mpsc::WeakSender<ControlMessage>,
     pub(super) tasks: Tasks,
 }
 
 /// Current role of the task, with its state.
-enum Part {
+enum RoleState {
     /// Neither accepts writes nor copies.
-    Waiting,
+    Idle,
     Following(Box<Follower>),
-    Leading(Box<Leader<Writer>>),
+    Leading(Box<Leader<PendingWriter>>),
 }
 
 /// State of the task.
@@ -130,19 +130,19 @@ pub(super) struct Actor {
     id: PartitionId,
     /// Topic name, for log lines.
     topic: TopicName,
-    replica: Seat,
-    part: Part,
+    replica: ReplicaCell,
+    part: RoleState,
     /// Status that was last published.
-    standing: Standing,
-    placed: Placed,
+    status: ReplicaStatus,
+    placed: AppliedMetadata,
     config: Arc<TopicConfig>,
     lag_ms: u64,
-    shared: Arc<Shared>,
-    around: Surroundings,
-    upkeep: UpkeepQueue,
-    news: Arc<News>,
+    published: Arc<PublishedState>,
+    ctx: PartitionContext,
+    maintenance: MaintenanceQueue,
+    signals: Arc<ActorSignals>,
     tier: Option<PartitionTier>,
-    orders: mpsc::WeakSender<Order>,
+    orders: mpsc::WeakSender<ControlMessage>,
     log_start: Offset,
     tiered_end: Offset,
     /// High watermark while the task is idle: that of the last role at its end.
@@ -150,23 +150,23 @@ pub(super) struct Actor {
     /// Time of the first batch in the active segment; `None` while the segment is empty.
     active_since: Option<Instant>,
     /// All records below are submitted to the journal, or durable. Never above the log end.
-    handed_end: Offset,
+    submitted_end: Offset,
     group: Vec<Batch>,
     group_bytes: usize,
-    group_writers: Vec<(Acks, Acked, Writer)>,
+    group_writers: Vec<(Acks, WriteAck, PendingWriter)>,
     /// True if writers that wait for other replicas or the object store may have dropped their receivers.
-    writers_gone: bool,
+    has_dropped_waiters: bool,
     /// Request to the metadata store that has no outcome yet. One request at a time.
-    asked: Option<Question>,
+    asked: Option<PendingStoreRequest>,
     /// Last proposed ISR, for log lines.
-    proposed: Option<Box<Proposed>>,
+    proposed: Option<Box<LastProposal>>,
     warnings: Warnings,
     tasks: Tasks,
 }
 
 impl Actor {
-    pub(super) fn new(parts: Parts) -> Self {
-        let config = parts.shared.config();
+    pub(super) fn new(parts: ActorConfig) -> Self {
+        let config = parts.published.config();
         let active = parts.replica.active();
         let mut replica = parts.replica;
         replica.set_journaled(config.durability == Durability::Persisted);
@@ -174,117 +174,122 @@ impl Actor {
         // A crash between the commit and the change of this disk leaves an older start on the disk.
         replica.advance_log_start(parts.log_start.min(parts.committed_end));
         // A replica that bootstrapped at the tiered end has no earlier start. The records before it can be read from the object store.
-        let known = replica.log_start();
-        let log_start = if known <= parts.tiered_end { parts.log_start } else { known.max(parts.log_start) };
+        let replica_start = replica.log_start();
+        let log_start =
+            if replica_start <= parts.tiered_end { parts.log_start } else { replica_start.max(parts.log_start) };
         let mut actor = Self {
             broker: parts.broker,
             id: parts.id,
             topic: parts.topic,
-            part: Part::Waiting,
-            standing: Standing::UNKNOWN,
-            placed: Placed::default(),
+            part: RoleState::Idle,
+            status: ReplicaStatus::UNKNOWN,
+            placed: AppliedMetadata::default(),
             config,
             lag_ms: parts.lag_ms,
-            shared: parts.shared,
-            around: parts.around,
-            upkeep: parts.upkeep,
-            news: parts.news,
+            published: parts.published,
+            ctx: parts.ctx,
+            maintenance: parts.maintenance,
+            signals: parts.signals,
             tier: parts.tier,
             orders: parts.orders,
             log_start,
             tiered_end: parts.tiered_end,
             committed_end: parts.committed_end,
-            active_since: segments::active_since(&active),
-            handed_end: replica.persisted_end(),
-            replica: Seat::new(replica),
+            active_since: log_ops::active_since(&active),
+            submitted_end: replica.persisted_end(),
+            replica: ReplicaCell::new(replica),
             group: Vec::new(),
             group_bytes: 0,
             group_writers: Vec::new(),
-            writers_gone: false,
+            has_dropped_waiters: false,
             asked: None,
             proposed: None,
             warnings: Warnings::default(),
             tasks: parts.tasks,
         };
         #[cfg(feature = "sim")]
-        actor.tell_opened();
+        actor.report_opened();
         actor.publish();
         actor
     }
 
     /// Runs until the task is stopped, then finishes what can be finished.
-    pub(super) async fn run(mut self, mut mailbox: mpsc::Receiver<Command>, mut orders: mpsc::Receiver<Order>) {
+    pub(super) async fn run(
+        mut self,
+        mut mailbox: mpsc::Receiver<PartitionCommand>,
+        mut control: mpsc::Receiver<ControlMessage>,
+    ) {
         let tasks = self.tasks.clone();
-        let news = Arc::clone(&self.news);
+        let signals = Arc::clone(&self.signals);
         // In reverse order: the next command is the last element.
         let mut turn = Vec::with_capacity(16);
         loop {
             tokio::select! {
                 biased;
                 () = tasks.cancelled() => break,
-                told = news.next() => self.hear(told),
-                Some(order) = orders.recv() => {
-                    self.carry_out(order, &mut orders).await;
+                pending = signals.next() => self.on_signals(pending),
+                Some(message) = control.recv() => {
+                    self.handle_control(message, &mut control).await;
                     // A stream of control messages does not block the command queue.
-                    while turn.len() < TURN && let Ok(command) = mailbox.try_recv() {
+                    while turn.len() < MAX_COMMANDS_PER_TURN && let Ok(command) = mailbox.try_recv() {
                         turn.push(command);
                     }
                     turn.reverse();
                 }
-                taken = mailbox.recv_many(&mut turn, TURN) => {
+                taken = mailbox.recv_many(&mut turn, MAX_COMMANDS_PER_TURN) => {
                     if taken == 0 {
                         break;
                     }
                     turn.reverse();
-                    self.turn(&mut turn).await;
+                    self.process_commands(&mut turn).await;
                 }
             }
             while !turn.is_empty() {
                 // The woken writers run first.
                 tokio::task::yield_now().await;
-                if let Some(told) = news.take() {
-                    self.hear(told);
+                if let Some(pending) = signals.take() {
+                    self.on_signals(pending);
                 }
-                if let Ok(order) = orders.try_recv() {
-                    self.carry_out(order, &mut orders).await;
+                if let Ok(message) = control.try_recv() {
+                    self.handle_control(message, &mut control).await;
                 }
-                self.turn(&mut turn).await;
+                self.process_commands(&mut turn).await;
             }
             turn.shrink_to(SPARE_COMMANDS);
         }
         // Drops the queued control messages, so that their senders do not wait.
-        drop(orders);
+        drop(control);
         self.stop(&mut mailbox).await;
     }
 
     /// Waits until written records are durable and completes their writes; rejects queued writes.
-    async fn stop(&mut self, mailbox: &mut mpsc::Receiver<Command>) {
+    async fn stop(&mut self, mailbox: &mut mpsc::Receiver<PartitionCommand>) {
         mailbox.close();
         while let Ok(command) = mailbox.try_recv() {
-            if let Command::Append(append) = command {
+            if let PartitionCommand::Append(append) = command {
                 let _gone = append.answer.send(Err(AppendError::Closing));
             }
         }
-        if let Part::Following(_) = self.part {
-            self.around.links.leave(self.id, self.placed.epoch(), true);
+        if let RoleState::Following(_) = self.part {
+            self.ctx.links.unsubscribe(self.id, self.placed.epoch(), true);
         }
         // A replica without an assignment since its start has not yet submitted the records that a crash left in it.
-        self.hand_to_journal();
-        let news = Arc::clone(&self.news);
+        self.submit_to_journal();
+        let signals = Arc::clone(&self.signals);
         while self.awaits_journal() {
-            let told = news.next().await;
-            self.hear(told);
+            let pending = signals.next().await;
+            self.on_signals(pending);
         }
-        if let Part::Leading(leader) = &mut self.part {
+        if let RoleState::Leading(leader) = &mut self.part {
             for writer in leader.abandon() {
-                writer.answer(Err(AppendError::Closing));
+                writer.respond(Err(AppendError::Closing));
             }
         }
-        self.shared.close();
+        self.published.close();
     }
 
     fn awaits_journal(&self) -> bool {
-        self.shared.fault().is_none() && self.syncs() && self.replica.persisted_end() < self.replica.log_end()
+        self.published.error().is_none() && self.syncs() && self.replica.persisted_end() < self.replica.log_end()
     }
 
     /// Returns true if the topic's durability requires that appends are submitted to the journal.
@@ -293,93 +298,93 @@ impl Actor {
     }
 
     /// Processes commands, the last element first, until a group is full.
-    async fn turn(&mut self, turn: &mut Vec<Command>) {
+    async fn process_commands(&mut self, turn: &mut Vec<PartitionCommand>) {
         let mut now_ms = clock::wall_ms();
-        while self.group_bytes < GROUP_BYTES
+        while self.group_bytes < MAX_GROUP_BYTES
             && let Some(command) = turn.pop()
         {
             match command {
-                Command::Append(append) => self.append(*append, now_ms),
+                PartitionCommand::Append(append) => self.append(*append, now_ms),
                 other => {
                     // The command may take long: earlier writes do not wait for it.
-                    self.complete();
+                    self.finish_group();
                     self.administer(other).await;
                     now_ms = clock::wall_ms();
                 }
             }
         }
-        self.complete();
+        self.finish_group();
     }
 
     /// Appends the group, submits it to the journal, and responds to the writers whose result is due.
-    fn complete(&mut self) {
+    fn finish_group(&mut self) {
         self.flush();
-        self.hand_to_journal();
+        self.submit_to_journal();
         self.publish();
         self.answer();
     }
 
-    async fn administer(&mut self, command: Command) {
+    async fn administer(&mut self, command: PartitionCommand) {
         match command {
-            Command::Append(_) => unreachable!("appends are taken by the turn"),
-            Command::Configure(config) => self.configure(config),
-            Command::Local(answer) => {
+            PartitionCommand::Append(_) => unreachable!("process_commands handles appends"),
+            PartitionCommand::UpdateConfig(config) => self.configure(config),
+            PartitionCommand::DescribeSegments(responder) => {
                 // Without writes, nothing else reports a segment sync that failed after the journal write.
-                if let Some(why) = self.replica.failure() {
-                    self.fail(&why);
+                if let Some(reason) = self.replica.write_error() {
+                    self.fail(&reason);
                 }
                 self.replica.correct_written_times(clock::wall_ms());
                 // The caller reads the watermarks next: they must contain the effects of the commands before this one.
                 self.publish();
-                let _gone = answer.send(Local {
+                let _gone = responder.send(LocalSegments {
                     sealed: self.replica.sealed(),
                     active: self.replica.active(),
                     active_age: self.active_since.map(|since| since.elapsed()),
                     awaits_tier: self.awaits_tier(),
                     leads: match &self.part {
-                        Part::Leading(leader) => Some((leader.epoch(), leader.in_sync().is_settled())),
+                        RoleState::Leading(leader) => Some((leader.epoch(), leader.in_sync().is_epoch_committed())),
                         _ => None,
                     },
                 });
             }
-            Command::Export(base, answer) => {
-                let _gone = answer.send(self.export(base).await);
+            PartitionCommand::ExportSegment(base, responder) => {
+                let _gone = responder.send(self.export(base).await);
             }
-            Command::Seal => self.seal_now(),
-            Command::Committed(state) => self.committed(&state),
-            Command::Evict(below) => self.evict(below).await,
+            PartitionCommand::Roll => self.roll_now(),
+            PartitionCommand::ApplyTierState(state) => self.committed(&state),
+            PartitionCommand::Evict(below) => self.evict(below).await,
         }
     }
 
     fn configure(&mut self, config: Arc<TopicConfig>) {
         self.replica.set_journaled(config.durability == Durability::Persisted);
         self.replica.set_producer_expiration(config.producer_expiration);
-        if let Part::Leading(leader) = &mut self.part {
+        if let RoleState::Leading(leader) = &mut self.part {
             leader.configure(rule(&config, self.lag_ms));
         }
         self.config = config;
         self.propose();
-        self.upkeep.push(self.id);
+        self.maintenance.push(self.id);
     }
 
     /// Returns true if a writer waits for the object store.
     fn awaits_tier(&self) -> bool {
-        matches!(&self.part, Part::Leading(leader) if leader.awaits_tier())
+        matches!(&self.part, RoleState::Leading(leader) if leader.awaits_tier())
     }
 
     /// Returns the end of the records that are known as committed and are in this log.
     fn high_watermark(&self) -> Offset {
         match &self.part {
-            Part::Leading(leader) => leader.high_watermark(),
-            Part::Following(follower) => follower.high_watermark().min(self.replica.log_end()),
-            Part::Waiting => self.committed_end.min(self.replica.log_end()),
+            RoleState::Leading(leader) => leader.high_watermark(),
+            RoleState::Following(follower) => follower.high_watermark().min(self.replica.log_end()),
+            RoleState::Idle => self.committed_end.min(self.replica.log_end()),
         }
     }
 
     /// Publishes the watermarks and the replica status.
     fn publish(&mut self) {
         let high_watermark = self.high_watermark();
-        let marks = Watermarks {
+        let watermarks = Watermarks {
             // A replica that is behind may have received a log start or a tiered end that it has not reached.
             log_start: self.log_start.min(high_watermark),
             local_start: self.replica.local_start(),
@@ -388,35 +393,35 @@ impl Actor {
             persisted_end: self.replica.persisted_end(),
             log_end: self.replica.log_end(),
         };
-        sim_event!(WatermarksPublished { partition: self.id, marks, role: self.sim_role() });
-        let (before, sealed_end) = (self.shared.marks().high_watermark, self.replica.active().base);
-        let has_moved = before < marks.high_watermark && before < sealed_end;
-        if has_moved && (sealed_end <= marks.high_watermark || self.awaits_tier()) {
-            // A sealed segment has just become uploadable: the last one, or perhaps one that a writer waits for.
-            self.upkeep.push(self.id);
+        sim_event!(WatermarksPublished { partition: self.id, watermarks, role: self.sim_role() });
+        let (before, sealed_end) = (self.published.watermarks().high_watermark, self.replica.active().base);
+        let has_moved = before < watermarks.high_watermark && before < sealed_end;
+        if has_moved && (sealed_end <= watermarks.high_watermark || self.awaits_tier()) {
+            // A sealed segment has just become uploadable: the last segment, or perhaps a segment that a writer waits for.
+            self.maintenance.push(self.id);
         }
-        self.shared.publish(marks, self.replica.bytes());
-        self.shared.set_active_since(self.active_since);
-        let behind = matches!(&self.part, Part::Leading(leader) if leader.in_sync().is_behind());
-        let has_given_up = self.has_given_up();
-        self.shared.set_behind(behind || has_given_up);
-        if !has_given_up {
-            self.placed.given_up_ms = None;
+        self.published.publish(watermarks, self.replica.bytes());
+        self.published.set_active_since(self.active_since);
+        let behind = matches!(&self.part, RoleState::Leading(leader) if leader.in_sync().wants_ticks());
+        let awaits_metadata = self.awaits_metadata();
+        self.published.set_wants_ticks(behind || awaits_metadata);
+        if !awaits_metadata {
+            self.placed.waiting_since_ms = None;
         }
-        let standing = self.stands();
-        if standing != self.standing {
-            self.standing = standing;
-            self.shared.stand(standing);
-            if standing.role == (Role::Leader { settled: true }) {
+        let status = self.current_status();
+        if status != self.status {
+            self.status = status;
+            self.published.publish_status(status);
+            if status.role == (ReplicaRole::Leader { epoch_committed: true }) {
                 // Before its epoch is committed, a leader uploads nothing, even if a writer waits for the object store.
-                self.upkeep.push(self.id);
+                self.maintenance.push(self.id);
             }
         }
     }
 
     /// Reports the log that was found on the disk to the simulator's checker.
     #[cfg(feature = "sim")]
-    fn tell_opened(&self) {
+    fn report_opened(&self) {
         let epochs: Vec<_> = self.replica.epochs().iter().collect();
         sim_event!(ReplicaOpened { partition: self.id, epochs: &epochs, end: self.replica.log_end() });
     }
@@ -425,9 +430,9 @@ impl Actor {
     #[cfg(feature = "sim")]
     fn sim_role(&self) -> SimRole {
         match &self.part {
-            Part::Waiting => SimRole::Waiting,
-            Part::Following(follower) => SimRole::Following(follower.epoch()),
-            Part::Leading(leader) => {
+            RoleState::Idle => SimRole::Waiting,
+            RoleState::Following(follower) => SimRole::Following(follower.epoch()),
+            RoleState::Leading(leader) => {
                 let (revision, min_insync) = (leader.in_sync().revision().0, leader.in_sync().rule().min_insync);
                 SimRole::Leading { epoch: leader.epoch(), revision, min_insync }
             }
@@ -435,26 +440,26 @@ impl Actor {
     }
 
     /// Applies signals of the journal, the followers and the clock.
-    fn hear(&mut self, told: Told) {
-        if let Some(outcome) = told.persisted {
+    fn on_signals(&mut self, pending: PendingSignals) {
+        if let Some(outcome) = pending.persisted {
             self.on_persisted(outcome);
         }
-        if !told.acks.is_empty() {
-            self.on_acknowledged(told.acks);
+        if !pending.acks.is_empty() {
+            self.on_acknowledged(pending.acks);
         }
-        if let Some(now_ms) = told.now_ms {
-            self.in_sync(|in_sync| in_sync.tick(now_ms));
-            self.look_at_given_up(now_ms);
+        if let Some(now_ms) = pending.now_ms {
+            self.update_isr_tracker(|in_sync| in_sync.tick(now_ms));
+            self.check_stale_metadata(now_ms);
         }
-        self.writers_gone |= told.given_up;
+        self.has_dropped_waiters |= pending.has_dropped_waiters;
         self.publish();
         self.answer();
     }
 }
 
 /// Returns the requirements of a topic and this broker on a leader.
-fn rule(config: &TopicConfig, lag_ms: u64) -> Rule {
-    Rule { durability: config.durability, min_insync: config.min_insync_replicas, lag_ms }
+fn rule(config: &TopicConfig, lag_ms: u64) -> IsrRules {
+    IsrRules { durability: config.durability, min_insync: config.min_insync_replicas, lag_ms }
 }
 
 #[cfg(test)]

@@ -4,15 +4,15 @@ use std::time::Duration;
 
 use crate::{
     model::{TimestampType, TopicConfig},
-    partition::leader::Refused,
+    partition::leader::AdmitError,
     record::TimestampRange,
 };
 
 /// Rejects timestamps that lie further from `now_ms` than the topic allows.
 ///
 /// # Errors
-/// [`Refused::Timestamp`] with the first timestamp that is out of bounds.
-pub(super) fn check(config: &TopicConfig, range: TimestampRange, now_ms: i64) -> Result<(), Refused> {
+/// [`AdmitError::Timestamp`] with the first timestamp that is out of bounds.
+pub(super) fn check(config: &TopicConfig, range: TimestampRange, now_ms: i64) -> Result<(), AdmitError> {
     if config.timestamp_type == TimestampType::LogAppendTime {
         return Ok(());
     }
@@ -22,7 +22,7 @@ pub(super) fn check(config: &TopicConfig, range: TimestampRange, now_ms: i64) ->
             .filter(|limit_ms| timestamp_ms.abs_diff(now_ms) > *limit_ms)
     };
     let refuse = |timestamp_ms, side, setting, limit_ms| {
-        Err(Refused::Timestamp { timestamp_ms, now_ms, side, setting, limit_ms })
+        Err(AdmitError::Timestamp { timestamp_ms, now_ms, side, setting, limit_ms })
     };
     if range.max > now_ms
         && let Some(limit_ms) = exceeds(config.timestamp_after, range.max)
@@ -61,7 +61,9 @@ mod tests {
     fn refused(pairs: &[(&str, &str)], timestamps: &[i64]) -> Option<(i64, &'static str, u64)> {
         match check(&config(pairs), range(timestamps), NOW_MS) {
             Ok(()) => None,
-            Err(Refused::Timestamp { timestamp_ms, setting, limit_ms, .. }) => Some((timestamp_ms, setting, limit_ms)),
+            Err(AdmitError::Timestamp { timestamp_ms, setting, limit_ms, .. }) => {
+                Some((timestamp_ms, setting, limit_ms))
+            }
             Err(other) => panic!("{other}"),
         }
     }

@@ -6,13 +6,13 @@ use crate::{task::clock, telemetry::LogThrottle};
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Condition {
     /// A replica cannot bootstrap.
-    CannotBegin,
+    CannotBootstrap,
     /// Batches of the leader are rejected.
     BadBatches,
     /// A new leader cannot read the object store.
     CannotLead,
     /// The active segment cannot be sealed.
-    CannotSeal,
+    CannotRoll,
     /// Segments cannot be removed.
     CannotEvict,
 }
@@ -37,10 +37,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn lasting_condition_is_logged_once_and_hides_no_other() {
         let mut warnings = Warnings::default();
-        let lines: Vec<_> = (0..100).filter_map(|_| warnings.occur(Condition::CannotBegin)).collect();
+        let lines: Vec<_> = (0..100).filter_map(|_| warnings.occur(Condition::CannotBootstrap)).collect();
         assert_eq!(lines, [1]);
         assert_eq!(warnings.occur(Condition::CannotEvict), Some(1));
         tokio::time::advance(std::time::Duration::from_secs(60)).await;
-        assert_eq!(warnings.occur(Condition::CannotBegin), Some(100));
+        assert_eq!(warnings.occur(Condition::CannotBootstrap), Some(100));
     }
 }

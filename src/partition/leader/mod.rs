@@ -1,44 +1,44 @@
 //! The leader's decisions: which writes are admitted, when they are committed, and which writers get their result.
 //!
-//! A plain struct. The actor appends and syncs, and reports the outcome to the leader; the leader returns the writers whose result is
-//! due. `W` is the actor's state of a writer, which the leader only stores. [`insync`] decides about the ISR and about commits; [`join`]
-//! decides where a follower starts.
+//! A plain struct. The actor appends and syncs, and reports the outcome to the leader; the leader returns the writers
+//! whose result is due. `W` is the actor's state of a writer, which the leader only stores. [`isr`] decides about the
+//! ISR and about commits; [`divergence`] decides where a follower starts.
 //!
 //! # Invariants
 //!
-//! - Only [`InSync`] moves the high watermark; it never falls.
+//! - Only [`IsrTracker`] moves the high watermark; it never falls.
 //! - A writer gets its result once, and not before its own rule ([`Acks`]) holds.
 //! - One sequence of a producer is appended once, without gaps.
 
-pub mod insync;
-pub mod join;
+pub mod divergence;
+pub mod isr;
 
 use std::collections::{BTreeMap, VecDeque};
 
-use self::insync::{Ends, InSync, Rule, Start};
+use self::isr::{IsrRules, IsrTracker, LeaderStart, ReplicaProgress};
 use crate::{
     limits,
-    log::{ProducerTable, Verdict},
+    log::{ProducerTable, SequenceCheck},
     model::{Acks, Durability, LeaderEpoch, Offset, TopicName},
     record::{Batch, Fingerprint, ProducerSequence},
 };
 
 /// Location of an acknowledged write's records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Held {
+pub enum AckDurability {
     /// In the leader's memory.
     Memory,
     /// In the page cache of this number of replicas.
     PageCache(u32),
     /// On stable storage of this number of replicas.
-    Synced(u32),
+    Persisted(u32),
     /// In the object store, and on this number of replicas.
     Tiered(u32),
 }
 
 /// Result of an acknowledged write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Acked {
+pub struct WriteAck {
     /// Offset of the first record.
     pub base: Offset,
     /// Offset after the last record.
@@ -47,17 +47,18 @@ pub struct Acked {
     pub epoch: LeaderEpoch,
     /// Timestamp that the broker set on the records, if it set one.
     pub append_time_ms: Option<i64>,
-    pub held: Held,
+    pub durability: AckDurability,
     /// True if an earlier attempt had appended the batch.
     pub duplicate: bool,
 }
 
 /// Error of a write that was not admitted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
+pub enum AdmitError {
     /// The batch exceeds the topic's limit.
     #[error(
-        "the batch has {bytes} bytes, topic {topic} takes at most {most}: send smaller batches, or raise max.message.bytes (up to {})",
+        "the batch has {bytes} bytes, and topic {topic} accepts at most {max_bytes}: send smaller batches, or raise \
+         max.message.bytes (up to {})",
         limits::MAX_BATCH_BYTES
     )]
     TooLarge {
@@ -65,31 +66,32 @@ pub enum Refused {
         /// Size of the batch as the topic stores it.
         bytes: usize,
         /// `max.message.bytes`.
-        most: usize,
+        max_bytes: usize,
     },
     /// The topic stores batches uncompressed, and the uncompressed batch exceeds the topic's limit.
     #[error(
-        "the batch has more than {most} bytes without compression, as topic {topic} stores it (compression.type=uncompressed), and {most} is \
-         what it takes at most: send smaller batches, or raise max.message.bytes (up to {})",
+        "the uncompressed batch exceeds {max_bytes} bytes, the limit of topic {topic}, which stores batches without \
+         compression (compression.type=uncompressed): send smaller batches, or raise max.message.bytes (up to {})",
         limits::MAX_BATCH_BYTES
     )]
     Grows {
         topic: TopicName,
         /// `max.message.bytes`.
-        most: usize,
+        max_bytes: usize,
     },
     /// The append would wait for the object store, which is unavailable.
     #[error(
-        "the object store has served nothing {outage}; with acks=tiered nothing is appended until it does: use another acks, or try again \
-         later"
+        "the object store has been unavailable {outage}, so appends with acks=tiered are refused: use another acks, or \
+         try again later"
     )]
-    StoreAway {
+    StoreUnavailable {
         /// Duration and reason of the outage.
         outage: String,
     },
     /// The ISR is smaller than `min.insync.replicas`.
     #[error(
-        "replicas in sync: {in_sync}, and min.insync.replicas is {needed}: wait for replicas to come back, or lower it"
+        "replicas in sync: {in_sync}, below min.insync.replicas {needed}: wait for replicas to catch up, or lower \
+         min.insync.replicas"
     )]
     NotEnoughReplicas {
         /// Size of the ISR.
@@ -98,7 +100,7 @@ pub enum Refused {
         needed: usize,
     },
     /// A gap in a producer's sequence: the records before these were not written.
-    #[error("producer {producer} sent sequence {sent}, expected was {expected}: an earlier batch is missing")]
+    #[error("producer {producer} sent sequence {sent} instead of {expected}: an earlier batch is missing")]
     OutOfOrder {
         /// Producer id.
         producer: i64,
@@ -110,8 +112,8 @@ pub enum Refused {
     /// Another batch has the producer's sequence: a different producer uses the same id, or one producer made two batches for one
     /// sequence.
     #[error(
-        "producer {producer} sent sequence {sent}, and another batch with that sequence is stored at offset {base}: this batch is not a retry \
-         of that one and was not appended"
+        "producer {producer} sent sequence {sent}, and another batch with that sequence is stored at offset {base}: \
+         this batch is not a retry and was not appended"
     )]
     SequenceConflict {
         /// Producer id.
@@ -122,7 +124,7 @@ pub enum Refused {
         base: Offset,
     },
     /// A newer epoch of the same producer has written.
-    #[error("producer {producer} epoch {epoch} is fenced: epoch {current} has written since")]
+    #[error("producer {producer} epoch {epoch} is fenced by epoch {current}")]
     Fenced {
         /// Producer id.
         producer: i64,
@@ -149,7 +151,7 @@ pub enum Refused {
         limit_ms: u64,
     },
     /// The partition has no state of this producer, and the batch is not its first.
-    #[error("producer {producer} is not known to this partition and its batch begins at sequence {sent}, not 0")]
+    #[error("the partition has no state of producer {producer}, and the batch starts at sequence {sent}, not 0")]
     UnknownProducer {
         /// Producer id.
         producer: i64,
@@ -158,9 +160,10 @@ pub enum Refused {
     },
     /// The broker's producer state is at its limit, so the partition adds no new producer.
     #[error(
-        "this partition remembers {known} producers, and those of all partitions of this broker take more than {max_bytes} bytes (a sixteenth of \
-         limits.memory_bytes): it takes no new producer until some are forgotten; keep producers instead of beginning new ones, lower \
-         producer.id.expiration.ms of topics that many write to, or raise limits.memory_bytes"
+        "this partition has {known} producers, and the producer state of all partitions of this broker exceeds \
+         {max_bytes} bytes (a sixteenth of limits.memory_bytes), so the partition accepts no new producer until some \
+         expire: reuse producers, lower producer.id.expiration.ms of topics with many producers, or raise \
+         limits.memory_bytes"
     )]
     TooManyProducers {
         /// Number of producers in the partition's state.
@@ -182,23 +185,23 @@ pub enum Admission {
 /// Number of writers whose memory an empty queue keeps.
 const SPARE_WRITERS: usize = 64;
 
-struct Waiting<W> {
-    acked: Acked,
+struct WaitingWriter<W> {
+    acked: WriteAck,
     writer: W,
 }
 
 /// One leader of one partition in one epoch.
 pub struct Leader<W> {
-    in_sync: InSync,
+    in_sync: IsrTracker,
     log_end: Offset,
     persisted_end: Offset,
     tiered_end: Offset,
     /// Waiting writers by acks rule, in the order of arrival. That is the order of their end offsets, except for duplicates.
-    for_leader: VecDeque<Waiting<W>>,
-    for_all: VecDeque<Waiting<W>>,
+    for_leader: VecDeque<WaitingWriter<W>>,
+    for_all: VecDeque<WaitingWriter<W>>,
     /// Writers with `acks=tiered`, in two steps: until the write is safe on this broker, and then until it is in the object store.
-    for_tier_here: VecDeque<Waiting<W>>,
-    for_tier: VecDeque<Waiting<W>>,
+    for_tier_here: VecDeque<WaitingWriter<W>>,
+    for_tier: VecDeque<WaitingWriter<W>>,
     /// Producers with batches in the group that is being admitted, because the producer table lacks that group. By id, with the next
     /// epoch and sequence.
     in_group: BTreeMap<i64, (i16, i32)>,
@@ -207,19 +210,19 @@ pub struct Leader<W> {
 
 impl<W> Leader<W> {
     /// Creates the leader of the epoch in `start`. `tiered_end` is the first offset not committed to the object store.
-    pub fn new(start: Start, tiered_end: Offset) -> Self {
-        let own = start.own;
+    pub fn new(start: LeaderStart, tiered_end: Offset) -> Self {
+        let progress = start.progress;
         Self {
-            in_sync: InSync::new(start),
-            log_end: own.written,
-            persisted_end: own.persisted,
+            in_sync: IsrTracker::new(start),
+            log_end: progress.log_end,
+            persisted_end: progress.persisted_end,
             tiered_end,
             for_leader: VecDeque::new(),
             for_all: VecDeque::new(),
             for_tier_here: VecDeque::new(),
             for_tier: VecDeque::new(),
             in_group: BTreeMap::new(),
-            next_base: own.written,
+            next_base: progress.log_end,
         }
     }
 
@@ -233,12 +236,12 @@ impl<W> Leader<W> {
     }
 
     /// Returns the ISR state.
-    pub fn in_sync(&self) -> &InSync {
+    pub fn in_sync(&self) -> &IsrTracker {
         &self.in_sync
     }
 
     /// Returns the ISR state, for reports about followers, brokers and outcomes of proposals.
-    pub fn in_sync_mut(&mut self) -> &mut InSync {
+    pub fn in_sync_mut(&mut self) -> &mut IsrTracker {
         &mut self.in_sync
     }
 
@@ -248,8 +251,8 @@ impl<W> Leader<W> {
     }
 
     /// Applies a changed topic configuration.
-    pub fn configure(&mut self, rule: Rule) {
-        self.in_sync.configure(rule);
+    pub fn configure(&mut self, rules: IsrRules) {
+        self.in_sync.configure(rules);
     }
 
     /// Decides about one write. Admitted writes form a group until [`Self::appended`] or [`Self::not_appended`] ends it. `sent` is the
@@ -262,23 +265,23 @@ impl<W> Leader<W> {
         sent: Option<Fingerprint>,
         acks: Acks,
         producers: &ProducerTable,
-        refusal: Option<Refused>,
-    ) -> Result<Admission, Refused> {
+        refusal: Option<AdmitError>,
+    ) -> Result<Admission, AdmitError> {
         let strict = matches!(acks, Acks::All | Acks::Tiered);
         if strict && let Err(in_sync) = self.in_sync.has_minimum() {
-            return Err(Refused::NotEnoughReplicas { in_sync, needed: self.in_sync.rule().min_insync });
+            return Err(AdmitError::NotEnoughReplicas { in_sync, needed: self.in_sync.rule().min_insync });
         }
         let (count, stamp) = (batch.count(), batch.producer());
         let checked = stamp.map(|stamp| self.check(stamp, count, sent, producers));
         match (checked, refusal) {
             (Some(Ok(duplicate @ Admission::Duplicate(..))), _) => return Ok(duplicate),
-            (Some(Err(refused @ (Refused::Fenced { .. } | Refused::SequenceConflict { .. }))), _)
+            (Some(Err(refused @ (AdmitError::Fenced { .. } | AdmitError::SequenceConflict { .. }))), _)
             | (_, Some(refused))
             | (Some(Err(refused)), None) => return Err(refused),
             (Some(Ok(Admission::Append(_))) | None, None) => {}
         }
         if let Some(stamp) = stamp {
-            self.note(stamp, count);
+            self.track_write(stamp, count);
         }
         let base = self.next_base;
         self.next_base = base.plus(u64::from(count));
@@ -298,25 +301,27 @@ impl<W> Leader<W> {
         count: u32,
         fingerprint: Option<Fingerprint>,
         producers: &ProducerTable,
-    ) -> Result<Admission, Refused> {
+    ) -> Result<Admission, AdmitError> {
         if let Some(next) = self.in_group.get(&stamp.id) {
             let continues = *next == (stamp.epoch, stamp.base_sequence);
-            assert!(continues, "the actor flushes before a batch that continues nothing");
+            assert!(continues, "the actor flushes before a batch that does not continue the group");
             return Ok(Admission::Append(self.next_base));
         }
         let (producer, sent) = (stamp.id, stamp.base_sequence);
         match producers.check(stamp, count, fingerprint) {
-            Verdict::New => Ok(Admission::Append(self.next_base)),
-            Verdict::Duplicate { base, end } => Ok(Admission::Duplicate(base, end)),
-            Verdict::OutOfOrder { expected } => Err(Refused::OutOfOrder { producer, sent, expected }),
-            Verdict::Conflict { base } => Err(Refused::SequenceConflict { producer, sent, base }),
-            Verdict::Fenced { current } => Err(Refused::Fenced { producer, epoch: stamp.epoch, current }),
-            Verdict::Unknown => Err(Refused::UnknownProducer { producer, sent }),
-            Verdict::Full { max_bytes } => Err(Refused::TooManyProducers { known: producers.len(), max_bytes }),
+            SequenceCheck::New => Ok(Admission::Append(self.next_base)),
+            SequenceCheck::Duplicate { base, end } => Ok(Admission::Duplicate(base, end)),
+            SequenceCheck::OutOfOrder { expected } => Err(AdmitError::OutOfOrder { producer, sent, expected }),
+            SequenceCheck::Conflict { base } => Err(AdmitError::SequenceConflict { producer, sent, base }),
+            SequenceCheck::Fenced { current } => Err(AdmitError::Fenced { producer, epoch: stamp.epoch, current }),
+            SequenceCheck::Unknown => Err(AdmitError::UnknownProducer { producer, sent }),
+            SequenceCheck::Full { max_bytes } => {
+                Err(AdmitError::TooManyProducers { known: producers.len(), max_bytes })
+            }
         }
     }
 
-    fn note(&mut self, stamp: ProducerSequence, count: u32) {
+    fn track_write(&mut self, stamp: ProducerSequence, count: u32) {
         let next = next_sequence(stamp.base_sequence, count);
         self.in_group.insert(stamp.id, (stamp.epoch, next));
     }
@@ -325,7 +330,7 @@ impl<W> Leader<W> {
     pub fn appended(&mut self) {
         self.log_end = self.next_base;
         self.in_group.clear();
-        self.in_sync.own(self.own());
+        self.in_sync.update_local(self.local_progress());
     }
 
     /// Records that the group admitted since the last call is not in the log. Its offsets are free again.
@@ -335,8 +340,8 @@ impl<W> Leader<W> {
     }
 
     /// Keeps a writer until its acks rule holds.
-    pub fn wait(&mut self, acks: Acks, acked: Acked, writer: W) {
-        let waiting = Waiting { acked, writer };
+    pub fn add_waiter(&mut self, acks: Acks, acked: WriteAck, writer: W) {
+        let waiting = WaitingWriter { acked, writer };
         match acks {
             Acks::None | Acks::Leader => self.for_leader.push_back(waiting),
             Acks::All => self.for_all.push_back(waiting),
@@ -347,12 +352,12 @@ impl<W> Leader<W> {
     /// Records that everything below `end` is on this broker's stable storage.
     pub fn persisted(&mut self, end: Offset) {
         self.persisted_end = self.persisted_end.max(end);
-        self.in_sync.own(self.own());
+        self.in_sync.update_local(self.local_progress());
     }
 
-    fn own(&self) -> Ends {
+    fn local_progress(&self) -> ReplicaProgress {
         let persisted = if mutant!(AcknowledgeBeforeSync) { self.log_end } else { self.persisted_end };
-        Ends { written: self.log_end, persisted }
+        ReplicaProgress { log_end: self.log_end, persisted_end: persisted }
     }
 
     /// Records that everything below `end` is committed to the object store.
@@ -362,52 +367,52 @@ impl<W> Leader<W> {
 
     /// Calls `stored` for each writer with `acks=tiered` whose write has just reached the topic's durability on this broker. The caller
     /// can release the memory of the write: only the object store is outstanding.
-    pub fn take_stored(&mut self, mut stored: impl FnMut(&mut W, &Acked)) {
-        let own = self.in_sync.own_end();
-        while let Some(mut waiting) = self.for_tier_here.pop_front_if(|waiting| waiting.acked.end <= own) {
+    pub fn take_stored(&mut self, mut stored: impl FnMut(&mut W, &WriteAck)) {
+        let local_acked = self.in_sync.local_acked();
+        while let Some(mut waiting) = self.for_tier_here.pop_front_if(|waiting| waiting.acked.end <= local_acked) {
             stored(&mut waiting.writer, &waiting.acked);
             self.for_tier.push_back(waiting);
         }
     }
 
-    /// Removes the writers whose rule holds now, and passes them to `answer` with their results.
-    pub fn due(&mut self, mut answer: impl FnMut(W, Acked)) {
+    /// Removes the writers whose rule holds now, and passes them to `respond` with their results.
+    pub fn take_due(&mut self, mut respond: impl FnMut(W, WriteAck)) {
         self.take_stored(|_, _| {});
         let replicas = u32::try_from(self.in_sync.value().isr.len()).unwrap_or(u32::MAX);
-        let held = |replicas| match self.in_sync.rule().durability {
-            Durability::Persisted => Held::Synced(replicas),
-            Durability::Replicated => Held::PageCache(replicas),
+        let durability = |replicas| match self.in_sync.rule().durability {
+            Durability::Persisted => AckDurability::Persisted(replicas),
+            Durability::Replicated => AckDurability::PageCache(replicas),
         };
-        let (own, high_watermark) = (self.in_sync.own_end(), self.high_watermark());
+        let (local_acked, high_watermark) = (self.in_sync.local_acked(), self.high_watermark());
         let tiered = self.tiered_end.min(high_watermark);
         let queues = [
-            (&mut self.for_leader, own, held(1)),
-            (&mut self.for_all, high_watermark, held(replicas)),
-            (&mut self.for_tier, tiered, Held::Tiered(replicas)),
+            (&mut self.for_leader, local_acked, durability(1)),
+            (&mut self.for_all, high_watermark, durability(replicas)),
+            (&mut self.for_tier, tiered, AckDurability::Tiered(replicas)),
         ];
-        for (queue, reached, held) in queues {
+        for (queue, reached, durability) in queues {
             while let Some(waiting) = queue.pop_front_if(|waiting| waiting.acked.end <= reached) {
-                answer(waiting.writer, Acked { held, ..waiting.acked });
+                respond(waiting.writer, WriteAck { durability, ..waiting.acked });
             }
         }
         self.shrink_queues();
     }
 
-    /// Drops the writers that are gone and whose write is as safe as this broker alone can make it. Only other replicas or the object
-    /// store can do more. Returns true while the write of a gone writer is not that safe yet.
-    pub fn forget(&mut self, is_gone: impl Fn(&W) -> bool) -> bool {
-        let own = self.in_sync.own_end();
-        let mut left = false;
+    /// Drops the writers whose receivers were dropped and whose writes have the topic's durability on this broker.
+    /// Returns true while such a write does not have that durability yet.
+    pub fn release_dropped(&mut self, is_gone: impl Fn(&W) -> bool) -> bool {
+        let local_acked = self.in_sync.local_acked();
+        let mut has_unsafe = false;
         for queue in [&mut self.for_all, &mut self.for_tier_here, &mut self.for_tier] {
             queue.retain(|waiting| {
                 let gone = is_gone(&waiting.writer);
-                let safe = waiting.acked.end <= own;
-                left |= gone && !safe;
+                let safe = waiting.acked.end <= local_acked;
+                has_unsafe |= gone && !safe;
                 !(gone && safe)
             });
         }
         self.shrink_queues();
-        left
+        has_unsafe
     }
 
     /// Frees the unused memory of queues. No budget counts it, and a broker has many partitions.
@@ -419,7 +424,7 @@ impl<W> Leader<W> {
         }
     }
 
-    fn queues(&mut self) -> [&mut VecDeque<Waiting<W>>; 4] {
+    fn queues(&mut self) -> [&mut VecDeque<WaitingWriter<W>>; 4] {
         [&mut self.for_leader, &mut self.for_all, &mut self.for_tier_here, &mut self.for_tier]
     }
 
@@ -432,7 +437,7 @@ impl<W> Leader<W> {
 /// Returns the sequence after `count` records from `base`; sequences wrap from 2^31 - 1 to 0 (KIP-98).
 fn next_sequence(base: i32, count: u32) -> i32 {
     let next = (i64::from(base) + i64::from(count)) % (i64::from(i32::MAX) + 1);
-    i32::try_from(next).expect("below 2^31 by the remainder")
+    i32::try_from(next).expect("the remainder is below 2^31")
 }
 
 #[cfg(test)]

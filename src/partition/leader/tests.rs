@@ -25,8 +25,8 @@ fn batch_of(value: &[u8], records: u32, producer: Option<ProducerSequence>) -> B
 }
 
 fn leader(durability: Durability, min_insync: usize) -> Leader<u32> {
-    let rule = Rule { durability, min_insync, lag_ms: 0 };
-    Leader::new(Start::alone(BrokerId(1), LeaderEpoch(3), rule, Ends::default(), at(0)), at(0))
+    let rules = IsrRules { durability, min_insync, lag_ms: 0 };
+    Leader::new(LeaderStart::standalone(BrokerId(1), LeaderEpoch(3), rules, ReplicaProgress::default(), at(0)), at(0))
 }
 
 /// A log that does what the actor does: admitted batches are stamped and applied to the producer table.
@@ -41,7 +41,7 @@ impl Log {
         Self { leader: leader(durability, 1), table: ProducerTable::default(), group: Vec::new() }
     }
 
-    fn admit(&mut self, mut batch: Batch, acks: Acks, writer: u32) -> Result<Admission, Refused> {
+    fn admit(&mut self, mut batch: Batch, acks: Acks, writer: u32) -> Result<Admission, AdmitError> {
         if self.leader.must_flush_before(&batch) {
             self.flush();
         }
@@ -55,22 +55,28 @@ impl Log {
             }
             Admission::Duplicate(base, end) => (base, end),
         };
-        let acked =
-            Acked { base, end, epoch: LeaderEpoch(3), append_time_ms: None, held: Held::Memory, duplicate: false };
-        self.leader.wait(acks, acked, writer);
+        let acked = WriteAck {
+            base,
+            end,
+            epoch: LeaderEpoch(3),
+            append_time_ms: None,
+            durability: AckDurability::Memory,
+            duplicate: false,
+        };
+        self.leader.add_waiter(acks, acked, writer);
         Ok(admission)
     }
 
     fn flush(&mut self) {
         for batch in self.group.drain(..) {
-            self.table.note(&batch);
+            self.table.record_batch(&batch);
         }
         self.leader.appended();
     }
 
-    fn due(&mut self) -> Vec<(u32, Held)> {
+    fn due(&mut self) -> Vec<(u32, AckDurability)> {
         let mut due = Vec::new();
-        self.leader.due(|writer, acked| due.push((writer, acked.held)));
+        self.leader.take_due(|writer, acked| due.push((writer, acked.durability)));
         due
     }
 }
@@ -87,7 +93,7 @@ fn persisted_write_is_acknowledged_after_the_sync() {
     assert!(log.due().is_empty());
     assert_eq!(log.leader.high_watermark(), at(0));
     log.leader.persisted(at(2));
-    assert_eq!(log.due(), [(1, Held::Synced(1))]);
+    assert_eq!(log.due(), [(1, AckDurability::Persisted(1))]);
     assert_eq!(log.leader.high_watermark(), at(2));
 }
 
@@ -95,12 +101,12 @@ fn persisted_write_is_acknowledged_after_the_sync() {
 fn replicated_write_is_acknowledged_from_the_page_cache() {
     let mut log = Log::new(Durability::Replicated);
     log.admit(batch(1, None), Acks::Leader, 1).unwrap();
-    assert!(log.due().is_empty(), "it is only queued");
+    assert!(log.due().is_empty(), "the write is only queued");
     log.flush();
-    assert_eq!(log.due(), [(1, Held::PageCache(1))]);
+    assert_eq!(log.due(), [(1, AckDurability::PageCache(1))]);
 }
 
-/// Other writes need the memory of its batch, and the upload that it waits for may never come.
+/// Other writes need the memory of the batch, and the upload of the batch may never happen.
 #[test]
 fn gone_writer_is_dropped_once_its_write_is_safe() {
     let mut log = Log::new(Durability::Persisted);
@@ -110,12 +116,12 @@ fn gone_writer_is_dropped_once_its_write_is_safe() {
     log.flush();
     log.leader.persisted(at(3));
     let gone = |writer: &u32| *writer != 2;
-    assert_eq!(log.due(), [(3, Held::Synced(1))]);
-    assert!(log.leader.forget(gone), "the fourth is with the journal still");
+    assert_eq!(log.due(), [(3, AckDurability::Persisted(1))]);
+    assert!(log.leader.release_dropped(gone), "the fourth write is not durable yet");
     log.leader.persisted(at(4));
-    assert!(!log.leader.forget(gone));
+    assert!(!log.leader.release_dropped(gone));
     log.leader.tiered(at(4));
-    assert_eq!(log.due(), [(2, Held::Tiered(1))]);
+    assert_eq!(log.due(), [(2, AckDurability::Tiered(1))]);
 }
 
 /// Regression, found by an attack: each partition kept the memory of the longest queue that it ever had.
@@ -128,10 +134,10 @@ fn writer_queues_release_memory() {
     }
     log.leader.persisted(at(5_000));
     assert_eq!(log.due().len(), 2_500);
-    assert!(!log.leader.forget(|writer| *writer > 4_000));
-    assert!(!log.leader.forget(|writer| *writer > 3));
+    assert!(!log.leader.release_dropped(|writer| *writer > 4_000));
+    assert!(!log.leader.release_dropped(|writer| *writer > 3));
     let kept = log.leader.queues().map(|queue| queue.capacity()).into_iter().sum::<usize>();
-    assert!(kept <= 4 * SPARE_WRITERS, "room for {kept} writers");
+    assert!(kept <= 4 * SPARE_WRITERS, "capacity for {kept} writers");
     log.leader.tiered(at(5_000));
     assert_eq!(log.due().into_iter().map(|(writer, _)| writer).collect::<Vec<_>>(), [1, 3]);
 }
@@ -151,10 +157,10 @@ fn tiered_write_is_stored_locally_before_its_upload() {
     assert_eq!(stored(&mut log), [], "nothing is durable yet");
     log.leader.persisted(at(4));
     assert_eq!(stored(&mut log), [(1, at(0), at(2)), (2, at(2), at(4))]);
-    assert_eq!(stored(&mut log), [], "each once");
+    assert_eq!(stored(&mut log), [], "each write is reported once");
     log.leader.persisted(at(6));
     log.leader.tiered(at(6));
-    assert_eq!(log.due().len(), 3, "also one that nobody was told of before");
+    assert_eq!(log.due().len(), 3, "a write is due without an earlier report");
     assert!(!log.leader.awaits_tier());
 }
 
@@ -166,15 +172,15 @@ fn tiered_write_waits_for_the_object_store() {
     log.leader.persisted(at(1));
     assert!(log.due().is_empty() && log.leader.awaits_tier());
     log.leader.tiered(at(1));
-    assert_eq!(log.due(), [(1, Held::Tiered(1))]);
+    assert_eq!(log.due(), [(1, AckDurability::Tiered(1))]);
 }
 
 #[test]
 fn small_isr_rejects_acks_all_but_not_acks_leader() {
     let mut leader = leader(Durability::Persisted, 2);
     let table = ProducerTable::default();
-    let refused = leader.admit(&batch(1, None), None, Acks::All, &table, None);
-    assert_eq!(refused, Err(Refused::NotEnoughReplicas { in_sync: 1, needed: 2 }));
+    let error = leader.admit(&batch(1, None), None, Acks::All, &table, None);
+    assert_eq!(error, Err(AdmitError::NotEnoughReplicas { in_sync: 1, needed: 2 }));
     assert_eq!(leader.admit(&batch(1, None), None, Acks::Leader, &table, None), Ok(Admission::Append(at(0))));
 }
 
@@ -183,15 +189,14 @@ fn rejected_batch_takes_no_offset_and_its_retry_succeeds() {
     let mut log = Log::new(Durability::Persisted);
     log.admit(batch(1, Some(stamp(0))), Acks::All, 1).unwrap();
     log.flush();
-    let refused = Refused::StoreAway { outage: "for 5 s".to_owned() };
-    let mut admit = |batch: Batch| {
-        log.leader.admit(&batch, Some(batch.fingerprint()), Acks::All, &log.table, Some(refused.clone()))
-    };
-    assert_eq!(admit(batch(1, Some(stamp(1)))), Err(refused.clone()));
-    assert_eq!(admit(batch(1, Some(stamp(2)))), Err(refused.clone()), "not as a gap");
-    assert_eq!(admit(batch(1, None)), Err(refused.clone()));
+    let error = AdmitError::StoreUnavailable { outage: "for 5 s".to_owned() };
+    let mut admit =
+        |batch: Batch| log.leader.admit(&batch, Some(batch.fingerprint()), Acks::All, &log.table, Some(error.clone()));
+    assert_eq!(admit(batch(1, Some(stamp(1)))), Err(error.clone()));
+    assert_eq!(admit(batch(1, Some(stamp(2)))), Err(error.clone()), "the refusal replaces the gap error");
+    assert_eq!(admit(batch(1, None)), Err(error.clone()));
     let fenced = ProducerSequence { epoch: -1, ..stamp(1) };
-    assert!(matches!(admit(batch(1, Some(fenced))), Err(Refused::Fenced { .. })), "it must stop");
+    assert!(matches!(admit(batch(1, Some(fenced))), Err(AdmitError::Fenced { .. })), "a fenced producer must stop");
     assert_eq!(admit(batch(1, Some(stamp(0)))), Ok(Admission::Duplicate(at(0), at(1))));
     assert_eq!(log.admit(batch(1, Some(stamp(1))), Acks::All, 2), Ok(Admission::Append(at(1))));
 }
@@ -210,12 +215,12 @@ fn producer_sequences_continue_within_one_group() {
     let mut log = Log::new(Durability::Persisted);
     assert_eq!(log.admit(batch(2, Some(stamp(0))), Acks::All, 1), Ok(Admission::Append(at(0))));
     assert_eq!(log.admit(batch(2, Some(stamp(2))), Acks::All, 2), Ok(Admission::Append(at(2))));
-    // The same batch again, in the same group: the group goes to the log first, so that the table contains it.
+    // The same batch again, in the same group: the group is appended first, so that the table contains it.
     assert_eq!(log.admit(batch(2, Some(stamp(2))), Acks::All, 3), Ok(Admission::Duplicate(at(2), at(4))));
     let other = log.admit(batch_of(b"other", 2, Some(stamp(2))), Acks::All, 4);
-    assert_eq!(other, Err(Refused::SequenceConflict { producer: 7, sent: 2, base: at(2) }));
+    assert_eq!(other, Err(AdmitError::SequenceConflict { producer: 7, sent: 2, base: at(2) }));
     let gap = log.admit(batch(1, Some(stamp(9))), Acks::All, 5);
-    assert_eq!(gap, Err(Refused::OutOfOrder { producer: 7, sent: 9, expected: 4 }));
+    assert_eq!(gap, Err(AdmitError::OutOfOrder { producer: 7, sent: 9, expected: 4 }));
 }
 
 #[test]
@@ -249,10 +254,10 @@ proptest! {
         let mut writer = 0;
         let check = |log: &mut Log, waiting: &mut std::collections::BTreeMap<u32, (Acks, u64)>, appended, persisted, tiered| {
             for (writer, _) in log.due() {
-                let (acks, end) = waiting.remove(&writer).expect("answered once");
+                let (acks, end) = waiting.remove(&writer).expect("each writer gets one result");
                 let safe = if durable { persisted } else { appended };
                 let reached = if acks == Acks::Tiered { std::cmp::min(tiered, safe) } else { safe };
-                assert!(end <= reached, "{acks} answered at {end}, reached {reached}");
+                assert!(end <= reached, "acks={acks} acknowledged at {end} before the log reached it ({reached})");
             }
         };
         for (what, acks, records) in steps {
@@ -276,6 +281,6 @@ proptest! {
         log.leader.persisted(at(end));
         log.leader.tiered(at(end));
         check(&mut log, &mut waiting, end, end, end);
-        prop_assert!(waiting.is_empty(), "unanswered: {waiting:?}");
+        prop_assert!(waiting.is_empty(), "writers without a result: {waiting:?}");
     }
 }

@@ -10,8 +10,8 @@ fn at(offset: u64) -> Offset {
 }
 
 /// Returns a segment that was written at the time of its youngest record.
-fn segment(base: u64, end: u64, bytes: u64, youngest_ms: i64) -> Segment {
-    Segment { base: at(base), end: at(end), bytes, max_timestamp_ms: youngest_ms, written_ms: youngest_ms }
+fn segment(base: u64, end: u64, bytes: u64, youngest_ms: i64) -> RetentionSegment {
+    RetentionSegment { base: at(base), end: at(end), bytes, max_timestamp_ms: youngest_ms, written_ms: youngest_ms }
 }
 
 fn config(pairs: &[(&str, &str)]) -> TopicConfig {
@@ -19,9 +19,13 @@ fn config(pairs: &[(&str, &str)]) -> TopicConfig {
     TopicConfig::resolve(&ConfigMap::new(), &set).unwrap()
 }
 
-fn input<'a>(config: &'a TopicConfig, local: &'a [Segment], tiered: &'a [Segment]) -> Input<'a> {
+fn input<'a>(
+    config: &'a TopicConfig,
+    local: &'a [RetentionSegment],
+    tiered: &'a [RetentionSegment],
+) -> RetentionInput<'a> {
     let end = local.last().map_or(at(0), |last| last.end);
-    Input {
+    RetentionInput {
         config,
         now_ms: 10_000,
         log_start: at(0),
@@ -41,7 +45,7 @@ fn input<'a>(config: &'a TopicConfig, local: &'a [Segment], tiered: &'a [Segment
 #[test]
 fn plan_without_work_is_empty() {
     let config = config(&[]);
-    assert_eq!(plan(&input(&config, &[], &[])), Plan::default());
+    assert_eq!(plan(&input(&config, &[], &[])), RetentionPlan::default());
 }
 
 #[test]
@@ -55,7 +59,7 @@ fn size_retention_keeps_at_least_the_limit() {
 #[test]
 fn retention_continues_with_unreadable_object_store() {
     const HOUR_MS: i64 = 3_600_000;
-    let input = |config, local, now_ms| Input {
+    let input = |config, local, now_ms| RetentionInput {
         now_ms,
         log_start: at(5),
         tiered_end: at(20),
@@ -67,11 +71,15 @@ fn retention_continues_with_unreadable_object_store() {
     let full = input(&by_size, &local, 10_000);
     assert_eq!((plan(&full).log_start, removed_bytes(&full, at(20))), (Some(at(20)), 200));
     assert_eq!(removed_bytes(&full, at(19)), 0);
-    assert_eq!(plan(&input(&by_size, &local[..2], 10_000)).log_start, None, "what would remain is too little");
+    assert_eq!(
+        plan(&input(&by_size, &local[..2], 10_000)).log_start,
+        None,
+        "the remaining bytes would be below the limit"
+    );
 
     let by_age = config(&[("retention.ms", "60000")]);
     let planned = |now_ms| plan(&input(&by_age, &local, now_ms)).log_start;
-    assert_eq!(planned(9_000 + HOUR_MS + 60_000), None, "one of its records may be an hour younger");
+    assert_eq!(planned(9_000 + HOUR_MS + 60_000), None, "a record in the segment may be an hour younger");
     assert_eq!(planned(9_000 + HOUR_MS + 60_001), Some(at(50)));
     let without_limit = config(&[("retention.ms", "60000"), ("message.timestamp.after.max.ms", "-1")]);
     assert_eq!(plan(&input(&without_limit, &local, 9_000 + 10 * HOUR_MS)).log_start, None);
@@ -81,14 +89,18 @@ fn retention_continues_with_unreadable_object_store() {
 #[test]
 fn deleted_segments_do_not_count_again() {
     let config = config(&[("retention.bytes", "50000"), ("remote.storage.enable", "false")]);
-    let local: Vec<Segment> = (0..10).map(|n| segment(n * 60, n * 60 + 60, 15_000, 9_000)).collect();
+    let local: Vec<RetentionSegment> = (0..10).map(|n| segment(n * 60, n * 60 + 60, 15_000, 9_000)).collect();
     let mut input = input(&config, &local, &[]);
     let first = plan(&input);
     assert_eq!((first.log_start, first.evict_below), (Some(at(360)), Some(at(360))));
     input.log_start = at(360);
-    assert_eq!(plan(&input), Plan { evict_below: Some(at(360)), ..Plan::default() }, "a crash left the files");
+    assert_eq!(
+        plan(&input),
+        RetentionPlan { evict_below: Some(at(360)), ..RetentionPlan::default() },
+        "files that a crash left are evicted"
+    );
     input.local = &local[6..];
-    assert_eq!(plan(&input), Plan::default());
+    assert_eq!(plan(&input), RetentionPlan::default());
 }
 
 #[test]
@@ -130,9 +142,9 @@ fn segment_across_tiered_end_or_log_start_is_uploaded() {
     let config = config(&[("retention.ms", "-1")]);
     let (local, tiered) = ([segment(0, 10, 1, 0), segment(10, 20, 1, 0)], [segment(0, 15, 1, 0)]);
     assert_eq!(plan(&input(&config, &local, &tiered)).upload, Some(at(10)..at(20)));
-    let mut cut = input(&config, &local, &[]);
-    cut.log_start = at(5);
-    assert_eq!(plan(&cut).upload, Some(at(0)..at(20)));
+    let mut after_log_start = input(&config, &local, &[]);
+    after_log_start.log_start = at(5);
+    assert_eq!(plan(&after_log_start).upload, Some(at(0)..at(20)));
 }
 
 #[test]
@@ -145,11 +157,11 @@ fn small_segments_share_a_commit_and_large_ones_do_not() {
         plan(&input).upload
     };
     let mib = 1 << 20;
-    assert_eq!(upload(&[1; 100], 1000), Some(at(0)..at(640)), "so many");
-    assert_eq!(upload(&[10 * mib; 10], 100), Some(at(0)..at(60)), "so many bytes");
+    assert_eq!(upload(&[1; 100], 1000), Some(at(0)..at(640)), "the number of segments is limited");
+    assert_eq!(upload(&[10 * mib; 10], 100), Some(at(0)..at(60)), "the bytes of a commit are limited");
     assert_eq!(upload(&[1, 64 * mib, 1], 30), Some(at(0)..at(10)));
-    assert_eq!(upload(&[100 * mib, 1], 20), Some(at(0)..at(10)), "one that is larger goes by itself");
-    assert_eq!(upload(&[1; 3], 25), Some(at(0)..at(20)), "only what is committed");
+    assert_eq!(upload(&[100 * mib, 1], 20), Some(at(0)..at(10)), "a larger segment has its own commit");
+    assert_eq!(upload(&[1; 3], 25), Some(at(0)..at(20)), "only committed segments are uploaded");
 }
 
 #[test]
@@ -164,14 +176,14 @@ fn time_retention_stops_at_the_first_young_segment() {
 fn future_timestamp_neither_blocks_nor_expires() {
     let config = config(&[("retention.ms", "1000")]);
     for max_timestamp_ms in [-1, 10_001, 1 << 62, i64::MAX] {
-        let odd = |base, end, written_ms| Segment { max_timestamp_ms, written_ms, ..segment(base, end, 1, 0) };
+        let odd = |base, end, written_ms| RetentionSegment { max_timestamp_ms, written_ms, ..segment(base, end, 1, 0) };
         let start = |written_ms| {
             let both = [odd(0, 10, written_ms), segment(10, 20, 1, 8_000)];
-            let in_bucket = plan(&input(&config, &both, &both)).log_start;
+            let in_object_store = plan(&input(&config, &both, &both)).log_start;
             let mut on_disk = input(&config, &both, &[]);
             on_disk.uploads = false;
-            assert_eq!(plan(&on_disk).log_start, in_bucket);
-            in_bucket
+            assert_eq!(plan(&on_disk).log_start, in_object_store);
+            in_object_store
         };
         assert_eq!(start(8_999), Some(at(20)), "{max_timestamp_ms}");
         for young in [9_000, 10_000, 20_000, i64::MAX] {
@@ -193,7 +205,7 @@ fn segments_with_timestamps_in_the_future_are_counted_once() {
     let mut input = input(&config, &both, &both[..2]);
     assert_eq!(in_future(&input), 1);
     input.tiered = &[];
-    assert_eq!(in_future(&input), 1, "the bucket was not asked");
+    assert_eq!(in_future(&input), 1, "a segment that only the disk lists counts once");
     input.active = future(30, 40);
     assert_eq!(in_future(&input), 2);
     input.log_start = at(20);
@@ -215,7 +227,7 @@ fn uncommitted_segments_are_neither_uploaded_nor_deleted() {
     let local = [segment(0, 10, 1, 0)];
     let mut input = input(&config, &local, &[]);
     input.high_watermark = at(9);
-    assert_eq!(plan(&input), Plan::default());
+    assert_eq!(plan(&input), RetentionPlan::default());
 }
 
 #[test]
@@ -232,8 +244,8 @@ fn only_segments_in_object_store_are_evicted() {
 fn local_retention_counts_from_time_of_append() {
     let config = config(&[("local.retention.ms", "1000"), ("retention.ms", "-1")]);
     for max_timestamp_ms in [-1, 0, 9_900, 1 << 62, i64::MAX] {
-        let written = |written_ms| Segment { written_ms, ..segment(0, 10, 1, max_timestamp_ms) };
-        let below = |local: Segment| plan(&input(&config, &[local], &[local])).evict_below;
+        let written = |written_ms| RetentionSegment { written_ms, ..segment(0, 10, 1, max_timestamp_ms) };
+        let below = |local: RetentionSegment| plan(&input(&config, &[local], &[local])).evict_below;
         assert_eq!(below(written(8_999)), Some(at(10)), "{max_timestamp_ms}");
         assert_eq!(below(written(9_000)), None, "{max_timestamp_ms}");
     }
@@ -264,19 +276,19 @@ fn waiting_tiered_write_seals_the_active_segment() {
 
 /// A log as plans find it, and the effect of applied plans.
 #[derive(Clone, Debug)]
-struct World {
+struct RetentionState {
     config: TopicConfig,
     log_start: Offset,
     high_watermark: Offset,
-    local: Vec<Segment>,
-    tiered: Vec<Segment>,
+    local: Vec<RetentionSegment>,
+    tiered: Vec<RetentionSegment>,
     tiered_end: Offset,
-    active: Segment,
+    active: RetentionSegment,
 }
 
-impl World {
-    fn plan(&self) -> Plan {
-        plan(&Input {
+impl RetentionState {
+    fn plan(&self) -> RetentionPlan {
+        plan(&RetentionInput {
             config: &self.config,
             now_ms: 20_000,
             log_start: self.log_start,
@@ -293,7 +305,7 @@ impl World {
         })
     }
 
-    fn carry_out(&mut self, plan: &Plan) {
+    fn apply(&mut self, plan: &RetentionPlan) {
         if let Some(start) = plan.log_start {
             assert!(start > self.log_start && start <= self.high_watermark, "{start} in {self:?}");
             self.log_start = start;
@@ -307,7 +319,7 @@ impl World {
 
     /// Returns a lower bound of the bytes that can be read: a segment in both tiers or partly below the log start counts as 0.
     fn readable(&self) -> u64 {
-        let whole = |segment: &&Segment| segment.base >= self.log_start;
+        let whole = |segment: &&RetentionSegment| segment.base >= self.log_start;
         let tiered: u64 = self.tiered.iter().filter(whole).map(|segment| segment.bytes).sum();
         let local = self.local.iter().filter(|segment| segment.base >= self.tiered_end);
         tiered + local.filter(whole).map(|segment| segment.bytes).sum::<u64>() + self.active.bytes
@@ -334,12 +346,12 @@ prop_compose! {
         active in 0u64..200,
         bytes in (limit(), limit()),
         times in (any::<Option<u16>>(), any::<Option<u16>>()),
-    ) -> World {
+    ) -> RetentionState {
         let chain = |sizes: &[(u64, u64, i64, i64)]| {
             let mut next = 0;
             let segments = sizes.iter().map(|&(records, bytes, youngest, written_ms)| {
                 next += records;
-                Segment { written_ms, ..segment(next - records, next, bytes, youngest) }
+                RetentionSegment { written_ms, ..segment(next - records, next, bytes, youngest) }
             });
             segments.collect::<Vec<_>>()
         };
@@ -360,7 +372,7 @@ prop_compose! {
             ..TopicConfig::default()
         };
         let active = segment(end, end + active, active, 20_000);
-        World { config, log_start, high_watermark, local, tiered, tiered_end, active }
+        RetentionState { config, log_start, high_watermark, local, tiered, tiered_end, active }
     }
 }
 
@@ -371,25 +383,25 @@ proptest! {
     #[test]
     fn applied_plan_leaves_no_work(world in worlds()) {
         let mut after = world.clone();
-        after.carry_out(&world.plan());
-        prop_assert_eq!(after.plan(), Plan::default());
+        after.apply(&world.plan());
+        prop_assert_eq!(after.plan(), RetentionPlan::default());
         prop_assert!(after.local.iter().all(|segment| segment.end > after.log_start));
     }
 
     /// By size alone: the readable bytes are at least the limit, or all that were readable before. The oldest whole segment is needed for
     /// that.
     #[test]
-    fn size_retention_keeps_no_more_than_it_must(world in worlds()) {
+    fn size_retention_keeps_no_surplus_segment(world in worlds()) {
         let mut world = world;
         world.config.retention = None;
         let before = world.readable();
         let mut after = world.clone();
-        after.carry_out(&world.plan());
+        after.apply(&world.plan());
         let limit = world.config.retention_bytes.unwrap_or(u64::MAX);
         prop_assert!(after.readable() >= limit.min(before), "{} of {before} in {after:?}", after.readable());
         let first = after.tiered.first().or(after.local.iter().find(|one| one.base >= after.tiered_end));
         if let Some(first) = first.filter(|first| first.base >= after.log_start && first.end <= after.high_watermark) {
-            prop_assert!(after.readable() - first.bytes < limit, "{first:?} is too much in {after:?}");
+            prop_assert!(after.readable() - first.bytes < limit, "{first:?} could be deleted in {after:?}");
         }
     }
 }
@@ -405,7 +417,7 @@ proptest! {
         limits in (any::<Option<u16>>(), any::<Option<u16>>(), any::<Option<u16>>(), any::<Option<u16>>()),
     ) {
         let mut next = 0;
-        let all: Vec<Segment> = sizes.iter().map(|&(records, bytes, youngest)| {
+        let all: Vec<RetentionSegment> = sizes.iter().map(|&(records, bytes, youngest)| {
             let base = next;
             next += records;
             segment(base, next, bytes, youngest)

@@ -9,7 +9,7 @@ async fn tiered_write_does_not_wait_for_a_full_segment() {
     let bench = Bench::new(dir.path(), true).await;
     let partition = bench.open(&[]).await;
     let acked = bench.serve_until(&partition, append(&partition, b"x", Acks::Tiered)).await;
-    assert_eq!(acked.unwrap().held, Held::Tiered(1));
+    assert_eq!(acked.unwrap().durability, AckDurability::Tiered(1));
 }
 
 /// While uploads wait, each append that waits for the object store would be a segment of its own.
@@ -20,28 +20,28 @@ async fn step_without_uploads_leaves_tiered_writes_to_another() {
     let partition = bench.open(&[("segment.bytes", "16384"), ("retention.bytes", "50000")]).await;
     let mut written = Box::pin(append(&partition, b"x", Acks::Tiered));
     let due = async {
-        while !bench.upkeep.step_without_uploads(&partition).await.unwrap().is_upload_due {
+        while !bench.maintenance.step_without_uploads(&partition).await.unwrap().is_upload_due {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
     tokio::select! {
-        _ = &mut written => unreachable!("nobody uploads"),
+        _ = &mut written => unreachable!("no step uploads"),
         () = due => {}
     }
-    assert!(upkeep::local(&partition).await.unwrap().sealed.is_empty());
-    assert_eq!(bench.serve_until(&partition, written).await.unwrap().held, Held::Tiered(1));
+    assert!(maintenance::local(&partition).await.unwrap().sealed.is_empty());
+    assert_eq!(bench.serve_until(&partition, written).await.unwrap().durability, AckDurability::Tiered(1));
 
     // Retention continues without uploads, but not during a step that uploads.
     for n in 0..40u8 {
         append(&partition, &[n; 4000], Acks::All).await.unwrap();
     }
-    let turn = partition.upkeep.lock().await;
-    let busy = bench.upkeep.step_without_uploads(&partition).await.unwrap();
-    assert!(busy.is_upload_due && !busy.more && partition.marks().log_start == Offset::ZERO, "{busy:?}");
+    let turn = partition.maintenance.lock().await;
+    let busy = bench.maintenance.step_without_uploads(&partition).await.unwrap();
+    assert!(busy.is_upload_due && !busy.more && partition.watermarks().log_start == Offset::ZERO, "{busy:?}");
     drop(turn);
-    while bench.upkeep.step_without_uploads(&partition).await.unwrap().more {}
-    let marks = partition.marks();
-    assert!(marks.log_start.get() > 20 && marks.tiered_end < marks.log_start, "{marks:?}");
+    while bench.maintenance.step_without_uploads(&partition).await.unwrap().more {}
+    let watermarks = partition.watermarks();
+    assert!(watermarks.log_start.get() > 20 && watermarks.tiered_end < watermarks.log_start, "{watermarks:?}");
 }
 
 /// Regression: no segment was sealed for the retry. The first attempt had fewer acks, and the retry waited until retention checked the
@@ -62,5 +62,5 @@ async fn tiered_retry_of_a_local_batch_starts_an_upload() {
         bench.queue.done(id, false);
     }
     let acked = bench.serve_until(&partition, append_batch(&partition, stamped(), Acks::Tiered)).await.unwrap();
-    assert_eq!((acked.duplicate, acked.held), (true, Held::Tiered(1)));
+    assert_eq!((acked.duplicate, acked.durability), (true, AckDurability::Tiered(1)));
 }

@@ -13,25 +13,25 @@ async fn search_by_time_finds_the_record_in_every_tier() {
             builder.push(1000 + group * 40 + n * 10, None, Some(&[0; 2000]), &[]).unwrap();
         }
         let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
-        let answer = partition.append(builder.finish(None).unwrap(), None, Acks::All, permit).await;
-        answer.await.unwrap().unwrap();
+        let receiver = partition.append(builder.finish(None).unwrap(), None, Acks::All, permit).await;
+        receiver.await.unwrap().unwrap();
     }
-    let opener = Opener::new(64 << 20);
+    let decompressor = Decompressor::new(64 << 20);
     for tiered in [false, true] {
         if tiered {
             bench.settle(&partition).await;
-            assert!(partition.marks().tiered_end > Offset::ZERO);
+            assert!(partition.watermarks().tiered_end > Offset::ZERO);
         }
         for (time, offset) in [(0, 0), (1000, 0), (1001, 1), (1115, 12), (1230, 23)] {
             let found = partition
                 .reader()
-                .offset_for_time(time, usize::MAX, &opener)
+                .offset_for_time(time, usize::MAX, &decompressor)
                 .await
                 .unwrap()
-                .expect("a record that young");
+                .expect("a record has that timestamp or a later one");
             assert_eq!((found.0.get(), found.1), (offset, 1000 + i64::try_from(offset).unwrap() * 10), "{time}");
         }
-        assert_eq!(partition.reader().offset_for_time(1231, usize::MAX, &opener).await.unwrap(), None);
+        assert_eq!(partition.reader().offset_for_time(1231, usize::MAX, &decompressor).await.unwrap(), None);
     }
 }
 
@@ -44,7 +44,7 @@ async fn time_without_a_record_in_the_batch_is_not_found() {
     let partition = bench
         .open(&[("segment.bytes", "16384"), ("retention.ms", "-1"), ("message.timestamp.after.max.ms", "-1")])
         .await;
-    let opener = Opener::new(64 << 20);
+    let decompressor = Decompressor::new(64 << 20);
     // The headers of the second and the third batch claim the end of time, and the third batch cannot be decoded.
     for (time, claim, garbage) in [(1000, 1000, false), (2000, 1 << 62, false), (0, 1 << 62, true), (3000, 3000, false)]
     {
@@ -66,20 +66,20 @@ async fn time_without_a_record_in_the_batch_is_not_found() {
         let crc = crc32c::crc32c(&bytes[21..]);
         bytes[17..21].copy_from_slice(&crc.to_be_bytes());
         let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
-        let answer = partition.append(Batch::parse(bytes.freeze()).unwrap(), None, Acks::All, permit).await;
-        answer.await.unwrap().unwrap();
+        let receiver = partition.append(Batch::parse(bytes.freeze()).unwrap(), None, Acks::All, permit).await;
+        receiver.await.unwrap().unwrap();
     }
     for tiered in [false, true] {
         if tiered {
             bench.settle(&partition).await;
-            assert!(partition.marks().tiered_end > Offset::ZERO);
+            assert!(partition.watermarks().tiered_end > Offset::ZERO);
         }
         for (time, found) in [(0, Some((0, 1000))), (1001, Some((1, 2000))), (2001, Some((3, 3000))), (3001, None)] {
-            let answer = partition.reader().offset_for_time(time, usize::MAX, &opener).await.unwrap();
-            assert_eq!(answer.map(|(offset, time, _)| (offset.get(), time)), found, "{time}, tiered: {tiered}");
+            let result = partition.reader().offset_for_time(time, usize::MAX, &decompressor).await.unwrap();
+            assert_eq!(result.map(|(offset, time, _)| (offset.get(), time)), found, "{time}, tiered: {tiered}");
         }
         // Without memory to open a batch, this broker skips no record of that time.
-        let answer = partition.reader().offset_for_time(1001, usize::MAX, &Opener::new(4 << 10)).await.unwrap();
-        assert_eq!(answer.map(|(offset, time, _)| (offset.get(), time)), Some((1, -1)), "tiered: {tiered}");
+        let result = partition.reader().offset_for_time(1001, usize::MAX, &Decompressor::new(4 << 10)).await.unwrap();
+        assert_eq!(result.map(|(offset, time, _)| (offset.get(), time)), Some((1, -1)), "tiered: {tiered}");
     }
 }

@@ -7,10 +7,10 @@ use bytes::Bytes;
 use super::*;
 use crate::{
     cluster::{
-        BrokerValue, EmbeddedStore, PartitionChanges, PartitionValue, Transaction,
-        faulty::{Fault, Faulty},
+        BrokerValue, EmbeddedStore, PartitionUpdater, PartitionValue, Transaction,
+        faulty::{Fault, FaultyStore},
     },
-    log::{Identity, Options, SimDisk},
+    log::{DataDirIdentity, LogOptions, SimDisk},
     model::{BrokerId, LeaderEpoch, Offset, TopicName},
 };
 
@@ -20,26 +20,26 @@ fn partition() -> PartitionId {
     PartitionId::new(TopicId::from_bytes([7; 16]), 0)
 }
 
-fn log() -> Log {
-    let options = Options { journal_bytes: 1 << 20, reserve_bytes: 0, manual: true, ..Options::default() };
-    let identity = Identity { cluster: "test".to_owned(), broker: ME };
-    Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap()
+fn log() -> DataDir {
+    let options = LogOptions { journal_bytes: 1 << 20, reserve_bytes: 0, step_mode: true, ..LogOptions::default() };
+    let identity = DataDirIdentity { cluster: "test".to_owned(), broker: ME };
+    DataDir::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap()
 }
 
 /// Runs one start: records the incarnation, verifies the inventory, registers.
-async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &Log, tasks: &Tasks) -> Session {
+async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &DataDir, tasks: &Tasks) -> Session {
     let (defaults, stop) = (ConfigMap::new(), Tasks::new());
-    let admission = Admission { store, keys, log, defaults: &defaults, stop: &stop };
-    let noted = admission.note().await.unwrap();
+    let admission = ClusterAdmission { store, keys, log, defaults: &defaults, stop: &stop };
+    let noted = admission.record_start().await.unwrap();
     let value = BrokerValue {
         directory_id: log.directory_id().to_string(),
         incarnation: noted.incarnation.to_string(),
         ..BrokerValue::running_at("here:1".to_owned())
     };
     let time = Duration::from_secs(2);
-    let registration = Registration { store: Arc::clone(store), keys: keys.clone(), id: ME, value, time };
-    let view = View::start(Arc::clone(store), keys.clone(), tasks);
-    admission.admit(&registration, noted, BTreeSet::from([partition()]), &view, tasks).await.unwrap().0
+    let registration = RegistrationRequest { store: Arc::clone(store), keys: keys.clone(), id: ME, value, time };
+    let metadata = MetadataCache::start(Arc::clone(store), keys.clone(), tasks);
+    admission.admit(&registration, noted, BTreeSet::from([partition()]), &metadata, tasks).await.unwrap().0
 }
 
 /// In another cluster of the same name, a directory that took part in its own cluster would be bootstrapped again. From then on its
@@ -51,7 +51,7 @@ async fn other_cluster_with_same_name_is_rejected() {
     let (home, other, log) = (fresh(), fresh(), log());
     let reach = async |store: &Arc<dyn MetaStore>| {
         let (defaults, stop) = (ConfigMap::new(), Tasks::new());
-        let admission = Admission { store, keys: &keys, log: &log, defaults: &defaults, stop: &stop };
+        let admission = ClusterAdmission { store, keys: &keys, log: &log, defaults: &defaults, stop: &stop };
         admission.reach().await.map_err(|error| error.to_string())
     };
     let topic = |byte| {
@@ -63,16 +63,16 @@ async fn other_cluster_with_same_name_is_rejected() {
     };
     let path = keys.topic(&TopicName::new("t").unwrap());
     put(&other, path.clone(), topic(8).encode()).await;
-    reach(&other).await.expect("a directory that never took part goes anywhere");
+    reach(&other).await.expect("a directory of no cluster fits any cluster");
 
     start(&home, &keys, &log, &tasks).await.leave().await;
-    reach(&other).await.expect("nothing in it can be another cluster's");
+    reach(&other).await.expect("a directory without replicas fits any cluster");
     let _replica = log.open_replica(partition(), Offset::ZERO).unwrap();
-    let why = reach(&other).await.expect_err("another cluster");
-    assert!(why.contains("knows neither this data directory nor any topic in it"), "{why}");
-    let why = reach(&fresh()).await.expect_err("an empty store");
-    assert!(why.contains("holds nothing below /strandline/test/"), "{why}");
-    reach(&home).await.expect("it is the directory that took part last");
+    let reason = reach(&other).await.expect_err("another cluster");
+    assert!(reason.contains("has neither this data directory nor any of its topics"), "{reason}");
+    let reason = reach(&fresh()).await.expect_err("an empty store");
+    assert!(reason.contains("has no keys below /strandline/test/"), "{reason}");
+    reach(&home).await.expect("the directory belongs to the cluster");
 
     // The directory was restored after another disk had the broker id. An existing or deleted topic identifies the cluster, and an
     // unreadable one may.
@@ -86,7 +86,7 @@ async fn other_cluster_with_same_name_is_rejected() {
         put(&store, keys.directory(ME), another.encode()).await;
         assert!(reach(&store).await.is_err());
         put(&store, path, value).await;
-        reach(&store).await.expect("it may be its own");
+        reach(&store).await.expect("the store may be that of the directory");
     }
     tasks.stop().await;
 }
@@ -96,7 +96,7 @@ async fn other_cluster_with_same_name_is_rejected() {
 /// replica released, the partition stayed offline forever.
 #[tokio::test(start_paused = true)]
 async fn lost_registration_response_releases_no_membership() {
-    let (link, keys, tasks) = (Faulty::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), Tasks::new());
+    let (link, keys, tasks) = (FaultyStore::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), Tasks::new());
     let store: Arc<dyn MetaStore> = Arc::new(link.clone());
     let log = log();
     start(&store, &keys, &log, &tasks).await.leave().await;
@@ -107,9 +107,9 @@ async fn lost_registration_response_releases_no_membership() {
     for _ in 0..2 {
         store.transact(Transaction::new().put(keys.partition(partition()), value.encode())).await.unwrap();
     }
-    link.transactions([Some(Fault::AnswerLost)]);
+    link.transactions([Some(Fault::ResponseLost)]);
     let session = start(&store, &keys, &log, &tasks).await;
-    let changes = PartitionChanges::new(Arc::clone(&store), keys.clone());
+    let changes = PartitionUpdater::new(Arc::clone(&store), keys.clone());
     let (now, _) = changes.read_back(partition()).await.unwrap().unwrap();
     assert_eq!(now, value, "the same process, the same disk");
     session.leave().await;

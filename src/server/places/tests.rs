@@ -42,7 +42,7 @@ fn connection_with_open_call_is_not_evicted() {
     assert_eq!((third.bound, third.pool, third.evicted), (Some(Bound::Address), Pool::Probe, None));
     let other = places.admit(from(3), 3);
     assert_eq!((other.bound, other.pool, other.evicted), (Some(Bound::Places), Pool::Probe, None));
-    assert_eq!(places.promote(other.id), Err(Bound::Places), "there is no room yet");
+    assert_eq!(places.promote(other.id), Err(Bound::Places), "all places are in use");
 }
 
 /// Otherwise one address could evict the idle connections of all other addresses.
@@ -117,8 +117,8 @@ fn oldest_probe_is_evicted_despite_open_call() {
         last = Some(admitted.id);
     }
     places.remove(holder);
-    let last = last.expect("twenty came");
-    assert_eq!(places.promote(last), Ok(None), "there is room by now");
+    let last = last.expect("twenty connections");
+    assert_eq!(places.promote(last), Ok(None), "a place is free");
     assert_eq!(places.begin_call(last), Some(Pool::Common));
 }
 
@@ -195,7 +195,7 @@ proptest! {
                         all.connections.values().filter(|o| o.calls > 0 && o.pool != Pool::Probe).map(|o| o.handle).collect();
                     let admitted = all.admit(origin, number);
                     if let Some(evicted) = admitted.evicted {
-                        prop_assert!(!busy.contains(&evicted), "one with a call open made room");
+                        prop_assert!(!busy.contains(&evicted), "a connection with an open call was evicted");
                     }
                     ids.push(admitted.id);
                 }

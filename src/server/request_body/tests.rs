@@ -50,7 +50,7 @@ async fn messages_are_unchanged_by_fragmentation() {
             // A unary call takes one message. It waits neither for the bytes after the message nor for an end that never arrives.
             let mut call = body(cut(&[&message[..], &framed(&batch(80_000))].concat()), true, APPEND, &memory);
             assert!(all_of(&mut call).await == *message && call.is_end_stream(), "in pieces of {size}");
-            assert!(budgets.taken().0 > message.len() / 2, "what was read stays charged until its handler takes it");
+            assert!(budgets.taken().0 > message.len() / 2, "read bytes stay charged until the handler takes them");
             drop(memory.take_request());
         }
         drop(memory);
@@ -62,7 +62,7 @@ async fn messages_are_unchanged_by_fragmentation() {
 async fn all_of(body: &mut RequestBody) -> Vec<u8> {
     let mut came = Vec::new();
     while let Some(piece) = frame(body).await {
-        came.extend_from_slice(&piece.expect("nothing is wrong with it"));
+        came.extend_from_slice(&piece.expect("a valid body"));
     }
     came
 }
@@ -81,7 +81,7 @@ async fn announced_bytes_are_charged_on_arrival_and_yield() {
     let mut bodies: Vec<_> = (0..400).map(|_| body(vec![announced.clone()], true, APPEND, &memory(&budgets))).collect();
     for body in &mut bodies {
         let pending = poll_fn(|cx| Poll::Ready(Pin::new(&mut *body).poll_frame(cx).is_pending())).await;
-        assert!(pending, "nothing is passed on");
+        assert!(pending, "no frame is passed on");
     }
     assert!(budgets.taken().0 <= 96 << 20, "{:?}", budgets.taken());
     let memory = memory(&budgets);
@@ -91,9 +91,14 @@ async fn announced_bytes_are_charged_on_arrival_and_yield() {
         let all = bodies.iter_mut().map(|body| Box::pin(frame(body)));
         futures::future::select_all(all).await.0
     });
-    assert_eq!(frame(&mut honest).await, Some(Ok(framed(&[0x2a, 1, 7]).into())), "it has its place");
-    let ended =
-        ended.join_next().await.expect("it reads").expect("no panic").expect("an answer").expect_err("it gave way");
+    assert_eq!(frame(&mut honest).await, Some(Ok(framed(&[0x2a, 1, 7]).into())), "the request is served");
+    let ended = ended
+        .join_next()
+        .await
+        .expect("a task ends")
+        .expect("no panic")
+        .expect("an answer")
+        .expect_err("the request is refused");
     assert_eq!((ended.code, ended.retryable), (ErrorCode::Overloaded, true));
     assert!(ended.message.contains("limits.request_memory_bytes"), "{ended}");
 }
@@ -104,7 +109,7 @@ async fn size_and_parts_of_requests_are_limited() {
     let large = [&[0][..], &(5_u32 << 20).to_be_bytes()].concat();
     let refused = frame(&mut body(vec![large.clone()], true, READ, &memory(&budgets))).await;
     let refused = refused.expect("an answer").expect_err("too large");
-    assert_eq!(refused.code, ErrorCode::MessageTooLarge);
+    assert_eq!(refused.code, ErrorCode::RequestTooLarge);
     assert!(refused.message.contains("5242880") && refused.message.contains("4194304"), "{refused}");
     // Regression: 33 million empty records of two bytes each took 4.7 GB.
     let records = [0x0a, 0].repeat(limits::MAX_REQUEST_PARTS + 1);
@@ -114,13 +119,13 @@ async fn size_and_parts_of_requests_are_limited() {
     let refused = loop {
         match frame(&mut many).await {
             Some(Ok(_)) => {}
-            Some(Err(fault)) => break fault,
+            Some(Err(error)) => break error,
             None => panic!("it was taken"),
         }
     };
     assert_eq!(refused.code, ErrorCode::InvalidRequest);
     assert!(refused.message.contains(&limits::MAX_REQUEST_PARTS.to_string()), "{refused}");
-    assert_eq!(budgets.taken().0, 0, "all is given back");
+    assert_eq!(budgets.taken().0, 0, "all memory is released");
 }
 
 /// Values of `limits.request_memory_bytes` for a `limits.memory_bytes` of 512 MiB and of 64 MiB.
@@ -133,7 +138,7 @@ fn pieces(message: &impl prost::Message) -> Vec<Vec<u8>> {
 
 fn append(records: usize, bytes: usize) -> v1::AppendRequest {
     let record = v1::Record { value: Some(vec![7; bytes].into()), ..Default::default() };
-    let records = v1::PlainRecords { records: vec![record; records] };
+    let records = v1::RecordList { records: vec![record; records] };
     v1::AppendRequest { payload: Some(Payload::Records(records)), ..Default::default() }
 }
 
@@ -170,7 +175,7 @@ async fn requests_with_many_parts_are_accepted() {
             }
         }
         while let Some(read) = reads.join_next().await {
-            read.expect("all are accepted, also side by side on one connection");
+            read.expect("all requests are accepted, even concurrently on one connection");
         }
         assert_eq!(budgets.taken().0, 0);
     }
@@ -190,15 +195,15 @@ async fn small_requests_pass_while_large_ones_wait() {
         let many = body(pieces(&fetch(5000)), false, FETCH, &call());
         let mut waiting = [Box::pin(read(large)), Box::pin(read(many))];
         for request in &mut waiting {
-            assert!(futures::poll!(request).is_pending(), "it waits");
+            assert!(futures::poll!(request).is_pending(), "the request waits");
         }
         let began = clock::monotonic();
         read(body(pieces(&append(1, 100)), false, APPEND, &call())).await.expect("a small append passes");
         read(body(pieces(&fetch(3)), false, FETCH, &call())).await.expect("a small fetch passes");
-        assert_eq!(clock::monotonic(), began, "they do not wait");
+        assert_eq!(clock::monotonic(), began, "small requests do not wait");
         drop(held);
         let served = futures::future::join_all(waiting).await;
-        assert!(served.iter().all(Result::is_ok), "there is room: {served:?}");
+        assert!(served.iter().all(Result::is_ok), "all requests are served: {served:?}");
     }
 }
 
@@ -206,17 +211,17 @@ async fn small_requests_pass_while_large_ones_wait() {
 async fn last_bytes_wait_for_memory_of_parts() {
     let budgets = Budgets::new(REQUEST_BYTES[0], 1 << 20);
     let holder = memory(&budgets);
-    let held = holder.try_parts(limits::MAX_REQUEST_PARTS).expect("room");
+    let held = holder.try_parts(limits::MAX_REQUEST_PARTS).expect("capacity");
     let sent = pieces(&append(100_000, 3));
     let mut refused = body(sent.clone(), false, APPEND, &memory(&budgets));
     let (mut passed, began) = (0, clock::monotonic());
-    let fault = loop {
+    let error = loop {
         match frame(&mut refused).await.expect("no end") {
             Ok(piece) => passed += piece.len(),
-            Err(fault) => break fault,
+            Err(error) => break error,
         }
     };
-    assert_eq!((fault.code, fault.retryable), (ErrorCode::Overloaded, true));
+    assert_eq!((error.code, error.retryable), (ErrorCode::Overloaded, true));
     assert_eq!(passed, sent[..sent.len() - 1].concat().len());
     assert!(clock::monotonic() - began >= std::time::Duration::from_secs(10));
     drop(held);
@@ -232,12 +237,12 @@ async fn streams_hold_memory_for_one_message() {
     let mut stream = body(sent, true, FETCH, &memory);
     let mut most = 0;
     for _ in 0..5 {
-        frame(&mut stream).await.expect("a message").expect("it is accepted");
+        frame(&mut stream).await.expect("a message").expect("the message is accepted");
         most = most.max(budgets.taken().0);
-        assert_eq!(budgets.taken().0, most, "as after the first");
+        assert_eq!(budgets.taken().0, most, "the charge is that of one message");
     }
     let pending = poll_fn(|cx| Poll::Ready(Pin::new(&mut stream).poll_frame(cx).is_pending())).await;
-    assert!(pending && budgets.taken().0 == 0, "all are handled");
+    assert!(pending && budgets.taken().0 == 0, "all messages are handled");
 }
 
 /// Regression: the first bytes of each request were read for its length. 10,000 waiting requests then held 600 MB.
@@ -252,17 +257,17 @@ async fn waiting_requests_hold_little_memory() {
     let mut waiting: Vec<_> =
         (0..100).map(|_| Box::pin(read(body(vec![message.clone()], true, APPEND, &memory(&budgets))))).collect();
     for request in &mut waiting {
-        assert!(futures::poll!(request).is_pending(), "it waits");
+        assert!(futures::poll!(request).is_pending(), "the request waits");
     }
     // The first of these requests have the memory that was left.
     let held = budgets.taken().0 - before;
     assert!(held as u64 <= REQUEST_BYTES[1] / 16 + SMALL_BYTES as u64, "{held}");
     let began = clock::monotonic();
-    read(body(pieces(&append(1, 100)), false, APPEND, &memory(&budgets))).await.expect("one that came whole");
-    assert_eq!(clock::monotonic(), began, "it does not wait for those that do not come");
+    read(body(pieces(&append(1, 100)), false, APPEND, &memory(&budgets))).await.expect("a complete request");
+    assert_eq!(clock::monotonic(), began, "a complete request does not wait for incomplete ones");
     let [first, last] = [&framed(&[0x2a, 1, 7])[..7], &[7]].map(<[u8]>::to_vec);
     let mut small = Box::pin(read(body(vec![first, last], false, APPEND, &memory(&budgets))));
-    assert!(futures::poll!(&mut small).is_pending(), "one that comes in pieces waits");
+    assert!(futures::poll!(&mut small).is_pending(), "a request in pieces waits");
     tokio::time::sleep(REFUSAL_DELAY).await;
     let refused = waiting.iter_mut().filter_map(|request| request.as_mut().now_or_never());
     assert!(
@@ -273,7 +278,7 @@ async fn waiting_requests_hold_little_memory() {
             > 80
     );
     drop(full);
-    small.await.expect("a small one waits for memory however many do");
+    small.await.expect("a small request gets memory");
 }
 
 /// Regression: requests that followed the request in the handler of a stream were not charged, 250 KB per stream.
@@ -295,8 +300,8 @@ async fn requests_sent_ahead_are_charged() {
             while first < first_bytes && clock::monotonic() < end {
                 match tokio::time::timeout_at(end, frame(&mut stream)).await {
                     Ok(Some(Ok(piece))) => first += piece.len(),
-                    Ok(Some(Err(fault))) => {
-                        assert_eq!((fault.code, fault.retryable), (ErrorCode::Overloaded, true));
+                    Ok(Some(Err(error))) => {
+                        assert_eq!((error.code, error.retryable), (ErrorCode::Overloaded, true));
                         refused += 1;
                         break;
                     }
@@ -314,7 +319,7 @@ async fn requests_sent_ahead_are_charged() {
     // A handler that continues frees that memory.
     let mut stream = body(vec![message.repeat(2000)], true, FETCH, &memory(&budgets));
     for _ in 0..2000 {
-        frame(&mut stream).await.expect("a message").expect("it is accepted");
+        frame(&mut stream).await.expect("a message").expect("the message is accepted");
     }
     assert!(stream.rest.is_empty() && stream.ahead.is_none());
 }
@@ -335,7 +340,7 @@ async fn trailers_end_a_body_and_requests_for_names_are_small() {
     let path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
     for (bytes, is_taken) in [(MAX_NAMES_BYTES, true), (MAX_NAMES_BYTES + 1, false)] {
         let taken = frame(&mut body(vec![framed(&vec![7; bytes])], true, path, &memory(&budgets))).await;
-        let reason = taken.expect("an answer").err().map(|fault| fault.code);
-        assert_eq!(reason, (!is_taken).then_some(ErrorCode::MessageTooLarge), "{bytes}");
+        let reason = taken.expect("an answer").err().map(|error| error.code);
+        assert_eq!(reason, (!is_taken).then_some(ErrorCode::RequestTooLarge), "{bytes}");
     }
 }

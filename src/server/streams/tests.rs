@@ -20,13 +20,13 @@ fn body(bytes: &[u8], size: usize, open: bool) -> Body {
     if open { Body::from_stream(pieces.chain(stream::pending())) } else { Body::from_stream(pieces) }
 }
 
-fn numbered(correlation: u64) -> ProduceRequest {
-    ProduceRequest { correlation, append: None }
+fn numbered(correlation_id: u64) -> ProduceRequest {
+    ProduceRequest { correlation_id, append: None }
 }
 
 /// Returns a response in which each message has the number of its request.
-fn answered(request: Request) -> Response {
-    let answer = |request: ProduceRequest| ProduceResponse { correlation: request.correlation, result: None };
+fn response_to(request: Request) -> Response {
+    let answer = |request: ProduceRequest| ProduceResponse { correlation_id: request.correlation_id, result: None };
     serve(request, move |requests| requests.into_inner().map(move |request| Ok(answer(request?))))
 }
 
@@ -34,7 +34,8 @@ fn answered(request: Request) -> Response {
 async fn all_of(mut response: Response) -> (Vec<u8>, Status) {
     let mut came = Vec::new();
     loop {
-        let frame = poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).await.expect("it ends with trailers");
+        let frame =
+            poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).await.expect("the body ends with trailers");
         match frame.expect("never an error").into_data() {
             Ok(data) => came.extend_from_slice(&data),
             Err(end) => {
@@ -51,9 +52,9 @@ async fn messages_are_unchanged_by_fragmentation() {
     let numbers = [0, 1, 300, u64::MAX];
     let sent: Vec<u8> = numbers.iter().flat_map(|number| framed(&numbered(*number))).collect();
     let expected: Vec<u8> =
-        numbers.iter().flat_map(|number| framed(&ProduceResponse { correlation: *number, result: None })).collect();
+        numbers.iter().flat_map(|number| framed(&ProduceResponse { correlation_id: *number, result: None })).collect();
     for size in 1..=sent.len() {
-        let response = answered(Request::new(body(&sent, size, false)));
+        let response = response_to(Request::new(body(&sent, size, false)));
         assert_eq!(response.headers()[CONTENT_TYPE], "application/grpc");
         let (came, end) = all_of(response).await;
         assert_eq!((came, end.code()), (expected.clone(), Code::Ok), "in pieces of {size}");
@@ -62,22 +63,22 @@ async fn messages_are_unchanged_by_fragmentation() {
 
 #[tokio::test]
 async fn unreadable_stream_ends_with_error_after_responses() {
-    let (good, answer) = (framed(&numbered(7)), framed(&ProduceResponse { correlation: 7, result: None }));
+    let (good, answer) = (framed(&numbered(7)), framed(&ProduceResponse { correlation_id: 7, result: None }));
     let cases: [(&[u8], Code, &str); 5] = [
         (&[0, 0, 0], Code::Internal, "the body ends within a message"),
         (&[0, 0, 0, 0, 2, 8], Code::Internal, "the body ends within a message"),
         (&[1, 0, 0, 0, 0], Code::Unimplemented, "compressed"),
-        (&[9, 0, 0, 0, 0], Code::Internal, "begins with 9"),
+        (&[9, 0, 0, 0, 0], Code::Internal, "flag of a message is 9"),
         (&[0, 0, 0, 0, 2, 0xff, 0xff], Code::Internal, "varint"),
     ];
     for (bytes, code, text) in cases {
-        let (came, end) = all_of(answered(Request::new(body(&[&good[..], bytes].concat(), 4, false)))).await;
+        let (came, end) = all_of(response_to(Request::new(body(&[&good[..], bytes].concat(), 4, false)))).await;
         assert_eq!((came, end.code()), (answer.clone(), code), "{bytes:?}");
         assert!(end.message().contains(text), "{bytes:?}: {}", end.message());
     }
     let mut request = Request::new(body(&good, 10, false));
     request.headers_mut().insert("grpc-encoding", HeaderValue::from_static("gzip"));
-    let refused = Status::from_header_map(answered(request).headers()).expect("a status");
+    let refused = Status::from_header_map(response_to(request).headers()).expect("a status");
     assert_eq!(refused.code(), Code::Unimplemented);
     assert!(refused.message().contains("compressed") && refused.message().contains("gzip"), "{refused}");
 }
@@ -86,7 +87,7 @@ async fn unreadable_stream_ends_with_error_after_responses() {
 #[tokio::test]
 async fn reset_ends_requests_without_error() {
     let pieces = [Ok(Bytes::from(framed(&numbered(7)))), Err(Status::cancelled("reset"))];
-    let (_, end) = all_of(answered(Request::new(Body::from_stream(stream::iter(pieces))))).await;
+    let (_, end) = all_of(response_to(Request::new(Body::from_stream(stream::iter(pieces))))).await;
     assert_eq!(end.code(), Code::Ok);
 }
 
@@ -98,7 +99,7 @@ async fn idle_stream_keeps_no_message_buffers() {
         payload: Some(crate::proto::v1::append_request::Payload::Batch(batch)),
         ..Default::default()
     };
-    let sent = framed(&ProduceRequest { correlation: 1, append: Some(append) });
+    let sent = framed(&ProduceRequest { correlation_id: 1, append: Some(append) });
     let taken = Arc::new(Mutex::new(None));
     let took = Arc::clone(&taken);
     let mut response = serve(Request::new(body(&sent, 30_000, true)), move |requests| {
@@ -109,11 +110,11 @@ async fn idle_stream_keeps_no_message_buffers() {
         })
     });
     let frame = poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).await.expect("no end").expect("no error");
-    assert!(poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).now_or_never().is_none(), "it is open");
+    assert!(poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).now_or_never().is_none(), "the stream is open");
     let frame = frame.into_data().expect("data");
     assert_eq!(frame.len(), sent.len());
     assert!(frame.is_unique(), "the stream keeps the buffer of its last response");
-    let request = taken.lock().expect("no panic").take().expect("it came");
+    let request = taken.lock().expect("no panic").take().expect("the request arrived");
     let Some(crate::proto::v1::append_request::Payload::Batch(batch)) =
         request.append.and_then(|append| append.payload)
     else {

@@ -11,14 +11,14 @@ use std::{
 
 use futures::FutureExt as _;
 
-use super::{cache::Parsed, *};
+use super::{chunk_cache::CachedMetadata, *};
 use crate::log::ReadLimits;
 
 /// Magic number of tmpfs, which consists only of page cache (statfs(2)).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// Returns a tier with three segments of epochs 0, 0 and 2, and all their bytes.
-async fn three(options: &StoreOptions, size: usize) -> (PartitionTier, Segments, Bytes) {
+async fn three(options: &ObjectStoreOptions, size: usize) -> (PartitionTier, Segments, Bytes) {
     let segments = Segments::new();
     let tier = open(options);
     let mut all = BytesMut::new();
@@ -34,7 +34,7 @@ async fn three(options: &StoreOptions, size: usize) -> (PartitionTier, Segments,
 
 #[tokio::test]
 async fn installed_segments_read_back_bit_exact() {
-    let (tier, _segments, all) = three(&StoreOptions::new("memory://"), 3000).await;
+    let (tier, _segments, all) = three(&ObjectStoreOptions::new("memory://"), 3000).await;
     assert_eq!((tier.state().version(), tier.state().tiered_end), (3, at(900)));
     assert_eq!(tier.bytes(), all.len() as u64);
     for max in [1, 10_000, 1 << 20, 100 << 20] {
@@ -49,14 +49,14 @@ async fn installed_segments_read_back_bit_exact() {
     let mut expected = producers().to_bytes().to_vec();
     expected[..8].copy_from_slice(&8990_i64.to_be_bytes());
     assert_eq!(footer.producers, expected);
-    assert!(matches!(tier.read(at(900), 1.into()).await, Err(ReadError::OutOfRange { .. })));
+    assert!(matches!(tier.read(at(900), 1.into()).await, Err(TierReadError::OutOfRange { .. })));
 }
 
 #[tokio::test]
 async fn large_segment_is_uploaded_in_parts_and_reads_back() {
     let store = tempfile::tempdir().unwrap();
     let segments = Segments::new();
-    let tier = open(&StoreOptions::new(&format!("file://{}", store.path().join("objects").display())));
+    let tier = open(&ObjectStoreOptions::new(&format!("file://{}", store.path().join("objects").display())));
     // 26 MB with batches of 900 KB, so that batches cross the ends of parts and chunks.
     let (source, content) = segments.source(0, 29, 300_000, 0);
     let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
@@ -69,7 +69,7 @@ async fn large_segment_is_uploaded_in_parts_and_reads_back() {
 async fn uploaded_segment_leaves_the_page_cache() {
     let store = tempfile::tempdir().unwrap();
     let segments = Segments::new();
-    let tier = open(&StoreOptions::new(&format!("file://{}", store.path().display())));
+    let tier = open(&ObjectStoreOptions::new(&format!("file://{}", store.path().display())));
     let (source, content) = segments.source(0, 29, 300_000, 0);
     let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
     tier.install(staged);
@@ -82,22 +82,23 @@ async fn uploaded_segment_leaves_the_page_cache() {
         rustix::io::preadv2(&file, into, position as u64, rustix::io::ReadWriteFlags::NOWAIT)
     };
     // Each position is tested once, because some systems start to read an absent page.
-    let asked: Vec<_> = (0..content.len()).step_by(1 << 20).map(|position| (position, is_cached(position))).collect();
+    let cached_at: Vec<_> =
+        (0..content.len()).step_by(1 << 20).map(|position| (position, is_cached(position))).collect();
     // Only some file systems support the test, and tmpfs drops no pages.
-    let cannot_tell = asked[0].1.is_err_and(|error| error != rustix::io::Errno::AGAIN);
-    if cannot_tell || rustix::fs::fstatfs(&file).unwrap().f_type == TMPFS_MAGIC {
+    let is_unsupported = cached_at[0].1.is_err_and(|error| error != rustix::io::Errno::AGAIN);
+    if is_unsupported || rustix::fs::fstatfs(&file).unwrap().f_type == TMPFS_MAGIC {
         return;
     }
-    let cached: Vec<_> = asked.iter().filter(|(_, answer)| answer.is_ok()).map(|(position, _)| position).collect();
+    let cached: Vec<_> = cached_at.iter().filter(|(_, result)| result.is_ok()).map(|(position, _)| position).collect();
     assert!(cached.is_empty(), "MiB at {cached:?}");
     assert_eq!(read_all(&tier, 0, 87, 2 << 20).await, content);
-    assert!(is_cached(0).is_ok(), "what is read on demand stays");
+    assert!(is_cached(0).is_ok(), "pages that were read on demand stay");
 }
 
 #[tokio::test]
 async fn staged_manifest_changes_nothing_before_install() {
     let segments = Segments::new();
-    let tier = open(&StoreOptions::new("memory://"));
+    let tier = open(&ObjectStoreOptions::new("memory://"));
     let (source, _) = segments.source(0, 5, 10, 0);
     let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
     assert_eq!(tier.state(), TierState::default());
@@ -109,26 +110,26 @@ async fn staged_manifest_changes_nothing_before_install() {
     let json = serde_json::to_string(again.state()).unwrap();
     assert_eq!(&serde_json::from_str::<TierState>(&json).unwrap(), again.state());
     // A late watch event with an older state changes nothing.
-    tier.adopt(TierState::default());
+    tier.apply_state(TierState::default());
     assert_eq!(&tier.state(), again.state());
 }
 
 #[tokio::test]
 async fn one_manifest_lists_several_segments_without_failed_one() {
     let segments = Segments::new();
-    let tier = open(&StoreOptions::new("memory://"));
-    let mut staging = tier.staging(LeaderEpoch(0)).await.unwrap();
+    let tier = open(&ObjectStoreOptions::new("memory://"));
+    let mut batch = tier.start_upload_batch(LeaderEpoch(0)).await.unwrap();
     let mut all = BytesMut::new();
     for number in 0..3 {
         let (source, content) = segments.source(number * 30, 10, 100, 0);
-        staging.add(&source).await.unwrap();
+        batch.add(&source).await.unwrap();
         all.extend_from_slice(&content);
     }
-    let (damaged, content) = segments.source(90, 10, 100, 0);
-    segments.damage(&damaged, &content[1..]);
-    assert!(matches!(staging.add(&damaged).await, Err(UploadError::Source(SourceError::Damaged { .. }))));
-    assert_eq!(tier.state(), TierState::default(), "nothing is named yet");
-    tier.install(staging.finish().await.unwrap());
+    let (corrupt, content) = segments.source(90, 10, 100, 0);
+    segments.damage(&corrupt, &content[1..]);
+    assert!(matches!(batch.add(&corrupt).await, Err(UploadError::Source(SegmentSourceError::Damaged { .. }))));
+    assert_eq!(tier.state(), TierState::default(), "no manifest lists the segments yet");
+    tier.install(batch.finish().await.unwrap());
     assert_eq!((tier.state().version(), tier.state().tiered_end), (1, at(90)));
     assert_eq!(read_all(&tier, 0, 90, 1 << 20).await, all);
 }
@@ -137,16 +138,16 @@ async fn one_manifest_lists_several_segments_without_failed_one() {
 #[tokio::test]
 async fn page_that_fills_up_within_one_manifest_is_written() {
     let segments = Segments::new();
-    let tier = open(&StoreOptions::new("memory://"));
+    let tier = open(&ObjectStoreOptions::new("memory://"));
     let mut all = BytesMut::new();
     for part in [0..1000, 1000..1060] {
-        let mut staging = tier.staging(LeaderEpoch(0)).await.unwrap();
+        let mut batch = tier.start_upload_batch(LeaderEpoch(0)).await.unwrap();
         for number in part {
             let (source, content) = segments.source(number * 3, 1, 10, 0);
-            staging.add(&source).await.unwrap();
+            batch.add(&source).await.unwrap();
             all.extend_from_slice(&content);
         }
-        tier.install(staging.finish().await.unwrap());
+        tier.install(batch.finish().await.unwrap());
     }
     assert_eq!((tier.state().version(), tier.state().tiered_end), (2, at(3180)));
     assert_eq!(read_all(&tier, 0, 3180, 1 << 20).await, all);
@@ -156,52 +157,53 @@ async fn page_that_fills_up_within_one_manifest_is_written() {
 #[tokio::test]
 async fn overlapping_source_uploads_only_the_rest() {
     let segments = Segments::new();
-    let tier = open(&StoreOptions::new("memory://"));
+    let tier = open(&ObjectStoreOptions::new("memory://"));
     let (first, _) = segments.source(0, 10, 100, 0);
     tier.install(tier.stage(&first, LeaderEpoch(0)).await.unwrap());
     let (wide, content) = segments.source(0, 25, 100, 0);
     tier.install(tier.stage(&wide, LeaderEpoch(0)).await.unwrap());
     assert_eq!(read_all(&tier, 0, 75, 1 << 20).await, content);
-    let lines = tier.segments(at(0), 10).await.unwrap();
-    assert_eq!(lines.iter().map(|line| line.stamp.base.get()).collect::<Vec<_>>(), [0, 30]);
+    let entries = tier.segments(at(0), 10).await.unwrap();
+    assert_eq!(entries.iter().map(|entry| entry.stamp.base.get()).collect::<Vec<_>>(), [0, 30]);
     // A segment that ends at or below the tiered end is rejected, and so is one that leaves a gap.
     assert!(matches!(
         tier.stage(&wide, LeaderEpoch(0)).await,
-        Err(UploadError::Source(SourceError::NotContiguous { .. }))
+        Err(UploadError::Source(SegmentSourceError::NotContiguous { .. }))
     ));
     let (gap, _) = segments.source(90, 5, 100, 0);
     assert!(matches!(
         tier.stage(&gap, LeaderEpoch(0)).await,
-        Err(UploadError::Source(SourceError::NotContiguous { .. }))
+        Err(UploadError::Source(SegmentSourceError::NotContiguous { .. }))
     ));
 }
 
 #[tokio::test]
 async fn flipped_bit_in_segment_file_is_never_uploaded() {
     let segments = Segments::new();
-    let tier = open(&StoreOptions::new("memory://"));
+    let tier = open(&ObjectStoreOptions::new("memory://"));
     let (source, content) = segments.source(0, 3, 20, 0);
     for bit in 0..content.len() * 8 {
         let mut bytes = content.to_vec();
         bytes[bit / 8] ^= 1 << (bit % 8);
         segments.damage(&source, &bytes);
         let error = tier.stage(&source, LeaderEpoch(0)).await.expect_err(&format!("bit {bit}"));
-        assert!(matches!(error, UploadError::Source(SourceError::Damaged { .. })), "bit {bit}: {error}");
+        assert!(matches!(error, UploadError::Source(SegmentSourceError::Damaged { .. })), "bit {bit}: {error}");
     }
     for len in 0..content.len() {
         segments.damage(&source, &content[..len]);
-        assert!(tier.stage(&source, LeaderEpoch(0)).await.is_err(), "cut at {len}");
+        assert!(tier.stage(&source, LeaderEpoch(0)).await.is_err(), "truncated at {len}");
     }
     segments.damage(&source, &[&content[..], b"x"].concat());
-    assert!(tier.stage(&source, LeaderEpoch(0)).await.is_err(), "a file that goes on");
-    assert!(tier.store().list("topics").await.unwrap().is_empty(), "nothing reached the store");
+    assert!(tier.stage(&source, LeaderEpoch(0)).await.is_err(), "the file is too long");
+    assert!(tier.store().list("topics").await.unwrap().is_empty(), "no object was written");
 }
 
-/// Regression: uploads opened the file by its name, so an eviction or a deletion of the topic during the upload made it fail.
+/// Regression: uploads opened the file by its name, so an eviction or a deletion of the topic during the upload made it
+/// fail.
 #[tokio::test]
 async fn upload_survives_removal_of_segment_file() {
     let segments = Segments::new();
-    let tier = open(&StoreOptions::new("memory://"));
+    let tier = open(&ObjectStoreOptions::new("memory://"));
     let (source, content) = segments.source(0, 29, 300_000, 0);
     segments.disk.remove(source.path()).unwrap();
     assert!(segments.disk.read(source.path()).is_err());
@@ -212,11 +214,11 @@ async fn upload_survives_removal_of_segment_file() {
 #[tokio::test]
 async fn flipped_bit_in_segment_object_is_detected() {
     let segments = Segments::new();
-    let tier = open(&StoreOptions::new("memory://"));
+    let tier = open(&ObjectStoreOptions::new("memory://"));
     let (source, content) = segments.source(0, 2, 20, 0);
     tier.install(tier.stage(&source, LeaderEpoch(0)).await.unwrap());
-    let line = tier.segments(at(0), 1).await.unwrap()[0];
-    let object = tier.object(&line.stamp.segment());
+    let entry = tier.segments(at(0), 1).await.unwrap()[0];
+    let object = tier.object(&entry.stamp.segment());
     let whole = tier.store().get(&object).await.unwrap();
     for bit in 0..whole.len() * 8 {
         let mut bytes = whole.to_vec();
@@ -225,29 +227,30 @@ async fn flipped_bit_in_segment_object_is_detected() {
         let fresh = tier_over(tier.store().clone(), tier.state());
         let mut next = 0;
         let error = loop {
-            // A corrupt length may end a read early. The bytes that were returned are correct, and the next read detects the corruption.
+            // A corrupt length may end a read early. The bytes that were returned are correct, and the next read
+            // detects the corruption.
             match fresh.read(at(next), (1 << 20).into()).await {
                 Ok(read) if read.next < at(6) => {
                     assert!(content.starts_with(&read.chunks[0]), "bit {bit}");
                     next = read.next.get();
                 }
-                Ok(_) => panic!("bit {bit} was not found"),
+                Ok(_) => panic!("bit {bit} was not detected"),
                 Err(error) => break error,
             }
         };
         assert!(
-            matches!(error, ReadError::Damaged { object: ref named, .. } if *named == object),
+            matches!(error, TierReadError::Damaged { object: ref named, .. } if *named == object),
             "bit {bit}: {error}"
         );
     }
     tier.store().delete(&object).await.unwrap();
     let fresh = tier_over(tier.store().clone(), tier.state());
-    assert!(matches!(fresh.read(at(0), 1.into()).await, Err(ReadError::Missing { .. })));
+    assert!(matches!(fresh.read(at(0), 1.into()).await, Err(TierReadError::Missing { .. })));
 }
 
 #[tokio::test]
 async fn time_lookup_finds_first_batch_at_or_after_time() {
-    let (tier, _segments, _all) = three(&StoreOptions::new("memory://"), 500).await;
+    let (tier, _segments, _all) = three(&ObjectStoreOptions::new("memory://"), 500).await;
     for (time, expected) in [(-5, 0), (0, 0), (1, 1), (3000, 300), (3001, 301), (5995, 600), (8990, 899)] {
         let batch = tier.batch_for_time(time, at(0), usize::MAX).await.unwrap().unwrap();
         assert_eq!(batch.base_offset(), at(expected / 3 * 3), "time {time}");
@@ -261,34 +264,33 @@ async fn time_lookup_finds_first_batch_at_or_after_time() {
     assert_eq!(tier.batch_for_time(0, at(900), usize::MAX).await.unwrap(), None);
     trim(&tier, at(451)).await;
     let batch = tier.batch_for_time(0, at(0), usize::MAX).await.unwrap().unwrap();
-    assert_eq!(batch.base_offset(), at(450), "nothing below the batch of the log start");
+    assert_eq!(batch.base_offset(), at(450), "the search starts at the batch of the log start");
 }
 
 /// Regression: a reader reserved memory for a batch only after reading it.
 #[tokio::test]
 async fn batch_above_the_limit_is_not_read() {
-    let (tier, _segments, _all) = three(&StoreOptions::new("memory://"), 3000).await;
+    let (tier, _segments, _all) = three(&ObjectStoreOptions::new("memory://"), 3000).await;
     let bytes = tier.read(at(0), 1.into()).await.unwrap().bytes;
     let limits = |max_batch_bytes| ReadLimits { max_bytes: 1, max_batch_bytes };
-    assert!(
-        matches!(tier.read(at(0), limits(bytes - 1)).await, Err(ReadError::BatchTooLarge { bytes: needed }) if needed == bytes)
-    );
+    let read = tier.read(at(0), limits(bytes - 1)).await;
+    assert!(matches!(read, Err(TierReadError::BatchTooLarge { bytes: needed }) if needed == bytes));
     assert_eq!(tier.read(at(0), limits(bytes)).await.unwrap().bytes, bytes);
     let found = tier.batch_for_time(0, at(0), 1).await;
-    assert!(found.is_ok(), "what a search reads at once may be larger: {found:?}");
+    assert!(found.is_ok(), "the first read of a search may be larger: {found:?}");
 }
 
-/// Regression: a controller whose clock was hours ahead treated an object as garbage that another broker had uploaded a second ago and not
-/// committed yet.
+/// Regression: a controller whose clock was hours ahead treated an object as garbage that another broker had uploaded a
+/// second ago and not committed yet.
 #[tokio::test]
 async fn clock_is_read_from_the_store() {
-    let (tier, _, _) = three(&StoreOptions::new("memory://"), 100).await;
+    let (tier, _, _) = three(&ObjectStoreOptions::new("memory://"), 100).await;
     let store = tier.store();
     let now = store.clock_ms().await.unwrap();
     let listed = store.list("").await.unwrap();
     let clock = listed.iter().find(|one| one.object == crate::tier::name::CLOCK).unwrap();
     assert_eq!(clock.modified_ms, now);
-    assert!(listed.iter().all(|one| one.modified_ms <= now), "whatever was written is older: {listed:?}");
+    assert!(listed.iter().all(|one| one.modified_ms <= now), "all objects are older: {listed:?}");
     let later = store.clock_ms().await.unwrap();
     assert!(later >= now);
 }
@@ -296,7 +298,7 @@ async fn clock_is_read_from_the_store() {
 /// Returns the bytes of the segments that a log start at `to` removes.
 async fn bytes_below(tier: &PartitionTier, to: Offset) -> u64 {
     let segments = tier.segments(tier.state().log_start, usize::MAX).await.unwrap();
-    segments.iter().filter(|line| line.stamp.end <= to).map(|line| line.data_bytes).sum()
+    segments.iter().filter(|entry| entry.stamp.end <= to).map(|entry| entry.data_bytes).sum()
 }
 
 /// Moves the log start as maintenance does: first in the state, then in the manifest.
@@ -311,12 +313,12 @@ async fn trim(tier: &PartitionTier, to: Offset) {
 
 #[tokio::test]
 async fn log_start_moves_without_store_and_manifest_follows() {
-    let (tier, segments, all) = three(&StoreOptions::new("memory://"), 100).await;
+    let (tier, segments, all) = three(&ObjectStoreOptions::new("memory://"), 100).await;
     let store = tier.store().clone();
     let before = tier.state();
-    let lines = tier.segments(at(0), 9).await.unwrap();
+    let entries = tier.segments(at(0), 9).await.unwrap();
     let removed = bytes_below(&tier, at(450)).await;
-    assert_eq!(removed, lines[0].data_bytes);
+    assert_eq!(removed, entries[0].data_bytes);
     let moved = tier.stage_log_start(at(450), removed, LeaderEpoch(2)).unwrap();
     assert_eq!(moved.replaces(), &before);
     tier.install(moved);
@@ -325,14 +327,14 @@ async fn log_start_moves_without_store_and_manifest_follows() {
     // Another tier accepts the manifest as the committed one, and reads nothing below the log start.
     let fresh = tier_over(store.clone(), state);
     assert!(fresh.manifest_lags().await.unwrap());
-    assert_eq!(fresh.segments(at(0), 9).await.unwrap(), lines[1..]);
-    assert!(matches!(fresh.read(at(449), 1.into()).await, Err(ReadError::OutOfRange { .. })));
+    assert_eq!(fresh.segments(at(0), 9).await.unwrap(), entries[1..]);
+    assert!(matches!(fresh.read(at(449), 1.into()).await, Err(TierReadError::OutOfRange { .. })));
     let kept = read_all(&fresh, 450, 900, 1 << 20).await;
     assert!(all.ends_with(&kept));
-    let live = |_| std::future::ready(Live::Current(fresh.state()));
+    let live = |_| std::future::ready(PartitionLiveness::Current(fresh.state()));
     let later = crate::task::clock::wall_ms() + 3_700_000;
     let collected = collect_garbage(&store, live, Duration::from_secs(3600), later).await.unwrap();
-    assert_eq!((collected.deleted, collected.skipped.len()), (2, 0), "the two manifests before it");
+    assert_eq!((collected.deleted, collected.skipped.len()), (2, 0), "the two earlier manifests");
     // The manifest of the next upload leaves out the segments below the log start, even if all segments are below it.
     for (to, base, left) in [(450, 900, 3), (920, 915, 1)] {
         let removed = bytes_below(&fresh, at(to)).await;
@@ -343,24 +345,24 @@ async fn log_start_moves_without_store_and_manifest_follows() {
         let again = tier_over(store.clone(), fresh.state());
         let found = again.segments(at(0), 9).await.unwrap();
         assert_eq!((found.len(), again.state().log_start), (left, at(to)), "{found:?}");
-        assert_eq!(found.iter().map(|line| line.data_bytes).sum::<u64>(), again.state().bytes);
+        assert_eq!(found.iter().map(|entry| entry.data_bytes).sum::<u64>(), again.state().bytes);
     }
 }
 
 #[tokio::test]
 async fn trim_moves_log_start_and_its_garbage_is_collected() {
-    let (tier, segments, all) = three(&StoreOptions::new("memory://"), 100).await;
+    let (tier, segments, all) = three(&ObjectStoreOptions::new("memory://"), 100).await;
     let store = tier.store().clone();
     trim(&tier, at(450)).await;
     let state = tier.state();
     assert_eq!((state.log_start, state.tiered_end), (at(450), at(900)));
-    assert!(matches!(tier.read(at(449), 1.into()).await, Err(ReadError::OutOfRange { .. })));
+    assert!(matches!(tier.read(at(449), 1.into()).await, Err(TierReadError::OutOfRange { .. })));
     let kept = read_all(&tier, 450, 900, 1 << 20).await;
     assert!(all.ends_with(&kept));
 
     let orphan = tier.stage(&segments.source(900, 5, 10, 2).0, LeaderEpoch(2)).await.unwrap();
     drop(orphan);
-    let live = |_| std::future::ready(Live::Current(tier.state()));
+    let live = |_| std::future::ready(PartitionLiveness::Current(tier.state()));
     let now = crate::task::clock::wall_ms();
     let grace = Duration::from_secs(3600);
     let young = collect_garbage(&store, live, grace, now).await.unwrap();
@@ -370,14 +372,15 @@ async fn trim_moves_log_start_and_its_garbage_is_collected() {
     let collected = collect_garbage(&store, live, grace, now + 3_700_000).await.unwrap();
     assert_eq!((collected.deleted, collected.young, collected.skipped.len()), (6, 0, 0));
     let fresh = tier_over(store.clone(), tier.state());
-    assert_eq!(read_all(&fresh, 450, 900, 1 << 20).await, kept, "what is named stays");
+    assert_eq!(read_all(&fresh, 450, 900, 1 << 20).await, kept, "referenced objects are kept");
 
     // Above the tiered end: the manifest is empty, and the tiered end does not change.
     trim(&tier, at(903)).await;
     let emptied = tier.state();
     assert_eq!((emptied.log_start, emptied.tiered_end, tier.bytes()), (at(903), at(900), 0));
-    assert!(matches!(tier.read(at(903), 1.into()).await, Err(ReadError::OutOfRange { .. })));
-    assert_eq!(tier_over(store.clone(), emptied.clone()).segments(at(0), 9).await.unwrap(), [], "it is read again");
+    assert!(matches!(tier.read(at(903), 1.into()).await, Err(TierReadError::OutOfRange { .. })));
+    let listed = tier_over(store.clone(), emptied.clone()).segments(at(0), 9).await.unwrap();
+    assert_eq!(listed, [], "the empty manifest can be read");
     // From then on, the log start moves without the object store.
     tier.install(tier.stage_log_start(at(905), 0, LeaderEpoch(2)).unwrap());
     assert!(!tier.manifest_lags().await.unwrap());
@@ -390,7 +393,7 @@ async fn trim_moves_log_start_and_its_garbage_is_collected() {
 
 #[tokio::test]
 async fn collection_deletes_topics_and_skips_unreadable_manifests() {
-    let (tier, _segments, _all) = three(&StoreOptions::new("memory://"), 10).await;
+    let (tier, _segments, _all) = three(&ObjectStoreOptions::new("memory://"), 10).await;
     let store = tier.store().clone();
     let topic = TopicRecord {
         name: crate::model::TopicName::new("t").unwrap(),
@@ -400,18 +403,18 @@ async fn collection_deletes_topics_and_skips_unreadable_manifests() {
     };
     store.put_topic(&topic).await.unwrap();
     let later = crate::task::clock::wall_ms() + 10_000_000;
-    let unknown = |_| std::future::ready(Live::Unknown);
+    let unknown = |_| std::future::ready(PartitionLiveness::Unknown);
     assert_eq!(collect_garbage(&store, unknown, Duration::ZERO, later).await.unwrap(), GarbageReport::default());
 
     let manifest = tier.object(&tier.state().manifest.unwrap().to_string());
     let content = store.get(&manifest).await.unwrap();
     store.put(&manifest, Bytes::from_static(b"not a manifest")).await.unwrap();
-    let live = |_| std::future::ready(Live::Current(tier.state()));
+    let live = |_| std::future::ready(PartitionLiveness::Current(tier.state()));
     let report = collect_garbage(&store, live, Duration::ZERO, later).await.unwrap();
     assert_eq!((report.deleted, report.skipped.len()), (0, 1));
     store.put(&manifest, content).await.unwrap();
 
-    let deleted = |_| std::future::ready(Live::Deleted);
+    let deleted = |_| std::future::ready(PartitionLiveness::Deleted);
     collect_garbage(&store, deleted, Duration::ZERO, later).await.unwrap();
     assert_eq!(store.list("topics").await.unwrap(), []);
 }
@@ -420,27 +423,30 @@ async fn collection_deletes_topics_and_skips_unreadable_manifests() {
 async fn prefix_of_another_cluster_is_rejected_with_both_names() {
     let folder = tempfile::tempdir().unwrap();
     let segments = Segments::new();
-    let options = StoreOptions::new(&format!("file://{}/objects", folder.path().display()));
-    Store::open(&options, "red").unwrap().claim().await.unwrap();
-    Store::open(&options, "red").unwrap().claim().await.unwrap();
-    let blue = Store::open(&options, "blue").unwrap();
+    let options = ObjectStoreOptions::new(&format!("file://{}/objects", folder.path().display()));
+    TierStore::open(&options, "red").unwrap().claim().await.unwrap();
+    TierStore::open(&options, "red").unwrap().claim().await.unwrap();
+    let blue = TierStore::open(&options, "blue").unwrap();
     let error = blue.claim().await.unwrap_err();
     assert!(!error.retryable());
     let text = error.to_string();
     assert!(text.contains("\"red\"") && text.contains("\"blue\"") && text.contains("file:///"), "{text}");
     let (source, _) = segments.source(0, 1, 1, 0);
     let refused = tier_over(blue, TierState::default()).stage(&source, LeaderEpoch(0)).await;
-    assert!(matches!(refused, Err(UploadError::Claim(ClaimError::Foreign { .. }))));
+    assert!(matches!(refused, Err(UploadError::Claim(BindingError::Foreign { .. }))));
 }
 
-/// Regression: an unmounted disk leaves an empty folder, or none. A write then created a new store there, on the wrong disk.
+/// Regression: an unmounted disk leaves an empty folder, or none. A write then created a new store there, on the wrong
+/// disk.
 #[tokio::test]
 async fn missing_or_empty_folder_rejects_writes_until_it_returns() {
     let folder = tempfile::tempdir().unwrap();
     let segments = Segments::new();
     let (place, away) = (folder.path().join("objects"), folder.path().join("away"));
-    let options =
-        StoreOptions { retry_for: Duration::ZERO, ..StoreOptions::new(&format!("file://{}", place.display())) };
+    let options = ObjectStoreOptions {
+        retry_for: Duration::ZERO,
+        ..ObjectStoreOptions::new(&format!("file://{}", place.display()))
+    };
     let tier = open(&options);
     let (first, content) = segments.source(0, 1, 10, 0);
     let staged = tier.stage(&first, LeaderEpoch(0)).await.unwrap();
@@ -452,14 +458,17 @@ async fn missing_or_empty_folder_rejects_writes_until_it_returns() {
             std::fs::create_dir(&place).unwrap();
         }
         let refused = tier.stage(&second, LeaderEpoch(0)).await.unwrap_err();
-        assert!(matches!(refused, UploadError::Claim(ClaimError::Gone { .. })) && refused.retryable(), "{refused}");
+        assert!(
+            matches!(refused, UploadError::Claim(BindingError::Missing { .. })) && refused.retryable(),
+            "{refused}"
+        );
         assert!(refused.to_string().contains(&options.url), "{refused}");
-        assert_eq!(place.exists(), mounted, "nothing is made there");
-        assert!(!mounted || std::fs::read_dir(&place).unwrap().next().is_none(), "nothing is written there");
+        assert_eq!(place.exists(), mounted, "no folder is created");
+        assert!(!mounted || std::fs::read_dir(&place).unwrap().next().is_none(), "no object is written");
         // The objects may return, so the error is `Unavailable` and not a corrupt or missing object.
         let cold = tier_over(tier.store().clone(), tier.state());
         let read = cold.read(at(0), 1.into()).await.unwrap_err();
-        assert!(matches!(&read, ReadError::Store(StoreError::Unavailable { .. })), "{read:?}");
+        assert!(matches!(&read, TierReadError::Store(TierStoreError::Unavailable { .. })), "{read:?}");
     }
     std::fs::remove_dir(&place).unwrap();
     std::fs::rename(&away, &place).unwrap();
@@ -471,14 +480,14 @@ async fn missing_or_empty_folder_rejects_writes_until_it_returns() {
 #[test]
 fn url_without_store_is_rejected() {
     for bad in ["", "bucket", "ftp://x/y", "s3://", "s3:///prefix", "file://relative/dir"] {
-        let error = Store::open(&StoreOptions::new(bad), "c").unwrap_err().to_string();
+        let error = TierStore::open(&ObjectStoreOptions::new(bad), "c").unwrap_err().to_string();
         assert!(error.contains(&format!("{bad:?}")), "{error}");
     }
 }
 
 #[tokio::test]
 async fn older_leader_cannot_stage() {
-    let (tier, segments, _all) = three(&StoreOptions::new("memory://"), 10).await;
+    let (tier, segments, _all) = three(&ObjectStoreOptions::new("memory://"), 10).await;
     let (source, _) = segments.source(900, 1, 10, 1);
     assert!(matches!(tier.stage(&source, LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
     assert!(matches!(tier.stage_trim(LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
@@ -488,22 +497,22 @@ async fn older_leader_cannot_stage() {
 #[tokio::test]
 async fn disk_cache_serves_evicted_chunks_but_no_corrupt_bytes() {
     let folder = tempfile::tempdir().unwrap();
-    let (tier, _segments, all) = three(&StoreOptions::new("memory://"), 3000).await;
+    let (tier, _segments, all) = three(&ObjectStoreOptions::new("memory://"), 3000).await;
     let chunks = folder.path().join("chunks");
-    let options = CacheOptions {
+    let options = ChunkCacheOptions {
         memory_bytes: 0,
         disk: Some((chunks.clone(), 64 << 20)),
         read_ahead_bytes: 4 << 20,
-        ..CacheOptions::default()
+        ..ChunkCacheOptions::default()
     };
-    let cache = Cache::open(&options, &Metrics::new()).unwrap();
+    let cache = ChunkCache::open(&options, &Metrics::new()).unwrap();
     let cold = PartitionTier::new(tier.store().clone(), cache, partition(), tier.state());
     assert_eq!(read_all(&cold, 0, 900, 1 << 20).await, all);
-    cold.cache().settled().await;
-    assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 0, "what is read once is not kept");
+    cold.cache().wait_for_writes().await;
+    assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 0, "chunks that are read once are not kept");
     assert_eq!(read_all(&cold, 0, 900, 1 << 20).await, all);
     // Chunks are written in the background.
-    cold.cache().settled().await;
+    cold.cache().wait_for_writes().await;
     let files: HashMap<_, _> = std::fs::read_dir(&chunks)
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -511,84 +520,84 @@ async fn disk_cache_serves_evicted_chunks_but_no_corrupt_bytes() {
         .collect();
     assert!(!files.is_empty());
     for (path, content) in &files {
-        let mut damaged = content.clone();
-        damaged[content.len() / 2] ^= 1;
-        std::fs::write(path, damaged).unwrap();
+        let mut corrupt = content.clone();
+        corrupt[content.len() / 2] ^= 1;
+        std::fs::write(path, corrupt).unwrap();
     }
     assert_eq!(read_all(&cold, 0, 900, 1 << 20).await, all);
     // The next start begins with an empty folder. This cache must have completed its writes before.
-    cold.cache().settled().await;
-    Cache::open(&options, &Metrics::new()).unwrap();
+    cold.cache().wait_for_writes().await;
+    ChunkCache::open(&options, &Metrics::new()).unwrap();
     assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 0);
 }
 
-/// Regression: reads of the folder continued for callers that had left. They used 1 MiB each outside of every budget, and as many ran as
-/// there were threads.
+/// Regression: reads of the folder continued for callers that had left. They used 1 MiB each outside of every budget,
+/// and as many ran as there were threads.
 #[tokio::test]
 async fn folder_reads_are_bounded_and_skip_callers_that_left() {
     let folder = tempfile::tempdir().unwrap();
-    let (tier, _segments, _) = three(&StoreOptions::new("memory://"), 3000).await;
+    let (tier, _segments, _) = three(&ObjectStoreOptions::new("memory://"), 3000).await;
     let disk = Some((folder.path().join("chunks"), 64 << 20));
-    let options = CacheOptions { memory_bytes: 0, disk, ..CacheOptions::default() };
+    let options = ChunkCacheOptions { memory_bytes: 0, disk, ..ChunkCacheOptions::default() };
     let metrics = Metrics::new();
-    let cache = Cache::open(&options, &metrics).unwrap();
+    let cache = ChunkCache::open(&options, &metrics).unwrap();
     let root = tier.root(&tier.state()).await.unwrap();
-    let line = tier.segment_of(&root, at(0)).await.unwrap().unwrap();
-    let object = tier.object(&line.stamp.segment());
+    let entry = tier.segment_of(&root, at(0)).await.unwrap().unwrap();
+    let object = tier.object(&entry.stamp.segment());
     for _ in 0..2 {
-        cache.chunk(tier.store(), &object, &line, 0).await.unwrap();
-        cache.settled().await;
+        cache.chunk(tier.store(), &object, &entry, 0).await.unwrap();
+        cache.wait_for_writes().await;
     }
     let before = metrics.cache_hits.get();
-    let turns = cache.folder_turns().await;
-    assert!(cache.chunk(tier.store(), &object, &line, 0).now_or_never().is_none(), "its caller leaves");
+    let permits = cache.folder_permits().await;
+    assert!(cache.chunk(tier.store(), &object, &entry, 0).now_or_never().is_none(), "the caller leaves");
     for _ in 0..10 {
         tokio::task::yield_now().await;
     }
-    drop(turns);
-    drop(cache.folder_turns().await);
-    cache.chunk(tier.store(), &object, &line, 0).await.unwrap();
+    drop(permits);
+    drop(cache.folder_permits().await);
+    cache.chunk(tier.store(), &object, &entry, 0).await.unwrap();
     assert_eq!(metrics.cache_hits.get() - before, 1, "the file was read once");
 }
 
 /// Regression: manifests, pages and footers were fetched for callers that had left, all of them at the same time.
 #[tokio::test]
 async fn metadata_fetches_are_bounded_and_skip_callers_that_left() {
-    let (tier, _segments, _) = three(&StoreOptions::new("memory://"), 3000).await;
-    let cache = Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap();
+    let (tier, _segments, _) = three(&ObjectStoreOptions::new("memory://"), 3000).await;
+    let cache = ChunkCache::open(&ChunkCacheOptions::default(), &Metrics::new()).unwrap();
     let (root, loads) = (tier.root(&tier.state()).await.unwrap(), Arc::new(AtomicUsize::new(0)));
     let load = || {
         let (root, loads) = (Arc::clone(&root), Arc::clone(&loads));
         async move {
             loads.fetch_add(1, Ordering::Relaxed);
-            Ok(Parsed::Root(root))
+            Ok(CachedMetadata::Root(root))
         }
     };
     let attempt = tier.state().manifest.unwrap().attempt;
-    let turns = cache.parse_turns().await;
-    assert!(cache.parsed(tier.store(), attempt, load()).now_or_never().is_none(), "its caller leaves");
+    let permits = cache.parse_permits().await;
+    assert!(cache.parsed(tier.store(), attempt, load()).now_or_never().is_none(), "the caller leaves");
     for _ in 0..10 {
         tokio::task::yield_now().await;
     }
-    drop(turns);
-    drop(cache.parse_turns().await);
-    assert_eq!(loads.load(Ordering::Relaxed), 0, "nobody waits for it");
+    drop(permits);
+    drop(cache.parse_permits().await);
+    assert_eq!(loads.load(Ordering::Relaxed), 0, "a fetch without caller is skipped");
     cache.parsed(tier.store(), attempt, load()).await.unwrap();
     assert_eq!(loads.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test]
 async fn stop_ends_retries_of_unreachable_store() {
-    let options = StoreOptions {
+    let options = ObjectStoreOptions {
         endpoint: Some("http://127.0.0.1:9".to_owned()),
         retry_for: Duration::from_secs(3600),
-        ..StoreOptions::new("s3://bucket/prefix")
+        ..ObjectStoreOptions::new("s3://bucket/prefix")
     };
-    let store = Store::open(&options, "c").unwrap();
+    let store = TierStore::open(&options, "c").unwrap();
     let result = Arc::new(Mutex::new(None));
     let tasks = crate::task::Tasks::new();
     let (asked, answer) = (store.clone(), Arc::clone(&result));
-    tasks.spawn("claim", async move {
+    tasks.spawn("store-binding", async move {
         let claimed = asked.claim().await;
         *answer.lock().unwrap() = Some(claimed);
     });
@@ -596,5 +605,5 @@ async fn stop_ends_retries_of_unreachable_store() {
     store.stop().await;
     tasks.stop().await;
     let claimed = result.lock().unwrap().take();
-    assert!(matches!(claimed, Some(Err(ClaimError::Store(StoreError::Stopped)))), "{claimed:?}");
+    assert!(matches!(claimed, Some(Err(BindingError::Store(TierStoreError::Stopped)))), "{claimed:?}");
 }

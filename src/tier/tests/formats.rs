@@ -5,14 +5,14 @@ use uuid::Uuid;
 
 use super::*;
 use crate::tier::{
-    footer::{FooterBuilder, Stretch, TRAILER_BYTES, Trailer},
-    manifest::{Found, PAGE_SEGMENTS, Page, Root},
-    name::Stamp,
+    footer::{FooterBuilder, SegmentIndexEntry, TRAILER_BYTES, Trailer},
+    manifest::{ManifestLookup, ManifestPage, ManifestRoot, PAGE_SEGMENTS},
+    name::ObjectId,
 };
 
-fn line(base: u64, end: u64, epoch: u32) -> SegmentLine {
-    SegmentLine {
-        stamp: Stamp {
+fn entry(base: u64, end: u64, epoch: u32) -> SegmentEntry {
+    SegmentEntry {
+        stamp: ObjectId {
             base: at(base),
             end: at(end),
             epoch: LeaderEpoch(epoch),
@@ -26,22 +26,26 @@ fn line(base: u64, end: u64, epoch: u32) -> SegmentLine {
     }
 }
 
-/// Retention uses the creation time if the records have no timestamps. Entries of earlier releases have no creation time.
+/// Retention uses the creation time if the records have no timestamps. Entries of earlier releases have no creation
+/// time.
 #[test]
 fn segment_entry_keeps_creation_time() {
-    let made = SegmentLine { created_ms: 1_790_000_000_123, max_timestamp_ms: -1, ..line(0, 10, 1) };
-    let root = Root::empty(partition(), at(0)).extend(made, LeaderEpoch(1), Uuid::from_u128(1)).0;
-    let known = Root::parse(&root.encode()).unwrap();
-    assert_eq!(known, root);
-    assert_ne!(known, Root::empty(partition(), at(0)).extend(line(0, 10, 1), LeaderEpoch(1), Uuid::from_u128(1)).0);
+    let made = SegmentEntry { created_ms: 1_790_000_000_123, max_timestamp_ms: -1, ..entry(0, 10, 1) };
+    let root = ManifestRoot::empty(partition(), at(0)).extend(made, LeaderEpoch(1), Uuid::from_u128(1)).0;
+    let parsed = ManifestRoot::parse(&root.encode()).unwrap();
+    assert_eq!(parsed, root);
+    assert_ne!(
+        parsed,
+        ManifestRoot::empty(partition(), at(0)).extend(entry(0, 10, 1), LeaderEpoch(1), Uuid::from_u128(1)).0
+    );
 }
 
 /// Returns a manifest of `count` segments of ten offsets each, and the pages that moved out.
-fn grown(count: u64) -> (Root, Vec<manifest::NewPage>) {
-    let (mut root, mut pages) = (Root::empty(partition(), at(0)), Vec::new());
+fn grown(count: u64) -> (ManifestRoot, Vec<manifest::NewManifestPage>) {
+    let (mut root, mut pages) = (ManifestRoot::empty(partition(), at(0)), Vec::new());
     for number in 0..count {
         let (next, page) =
-            root.extend(line(number * 10, number * 10 + 10, 1), LeaderEpoch(1), Uuid::from_u128(number.into()));
+            root.extend(entry(number * 10, number * 10 + 10, 1), LeaderEpoch(1), Uuid::from_u128(number.into()));
         (root, pages) = (next, {
             pages.extend(page);
             pages
@@ -60,8 +64,8 @@ fn footer() -> Footer {
     builder.finish(Bytes::from_static(b"state"))
 }
 
-/// Compares bytes with a golden file. With `STRANDLINE_GOLDEN=write` it first writes the file: only for a new one, because old files must
-/// stay readable.
+/// Compares bytes with a golden file. With `STRANDLINE_GOLDEN=write` it first writes the file: only for a new one,
+/// because old files must stay readable.
 fn golden(name: &str, bytes: &[u8]) -> Vec<u8> {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/tier/golden").join(name);
     if std::env::var_os("STRANDLINE_GOLDEN").is_some() {
@@ -75,10 +79,10 @@ fn golden(name: &str, bytes: &[u8]) -> Vec<u8> {
 #[test]
 fn golden_objects_are_read_and_written_identically() {
     let (root, pages) = grown(2 * PAGE_SEGMENTS as u64 + 2);
-    let root = root.trim(at(15), Some(&Page::read(&pages[0].bytes).unwrap()), LeaderEpoch(2));
-    assert_eq!(Root::parse(&golden("manifest-v1", &root.encode())).unwrap(), root);
+    let root = root.trim(at(15), Some(&ManifestPage::read(&pages[0].bytes).unwrap()), LeaderEpoch(2));
+    assert_eq!(ManifestRoot::parse(&golden("manifest-v1", &root.encode())).unwrap(), root);
     let page = golden("page-v1", &pages[0].bytes);
-    assert_eq!(Page::parse(&page, partition(), &root.pages()[0]).unwrap().segments().len(), PAGE_SEGMENTS);
+    assert_eq!(ManifestPage::parse(&page, partition(), &root.pages()[0]).unwrap().segments().len(), PAGE_SEGMENTS);
     let footer = footer();
     assert_eq!(Footer::parse(&golden("footer-v1", &footer.encode())).unwrap(), footer);
 }
@@ -93,19 +97,19 @@ fn flipped_bit_in_footer_manifest_or_page_is_detected() {
         bytes
     };
     for bit in 0..small.len() * 8 {
-        assert!(Root::parse(&flipped(&small, bit)).is_err(), "manifest bit {bit}");
+        assert!(ManifestRoot::parse(&flipped(&small, bit)).is_err(), "manifest bit {bit}");
     }
     let encoded = footer().encode();
     for bit in 0..encoded.len() * 8 {
         assert!(Footer::parse(&flipped(&encoded, bit)).is_err(), "footer bit {bit}");
     }
     for len in 0..encoded.len() {
-        assert!(Footer::parse(&encoded[..len]).is_err(), "footer cut to {len}");
+        assert!(Footer::parse(&encoded[..len]).is_err(), "footer truncated to {len}");
     }
     for byte in 0..pages[0].bytes.len() {
         let page = flipped(&pages[0].bytes, byte * 8 + byte % 8);
-        assert!(Page::parse(&page, partition(), &root.pages()[0]).is_err(), "page byte {byte}");
-        assert!(Page::read(&page).is_err(), "page byte {byte}");
+        assert!(ManifestPage::parse(&page, partition(), &root.pages()[0]).is_err(), "page byte {byte}");
+        assert!(ManifestPage::read(&page).is_err(), "page byte {byte}");
     }
 }
 
@@ -117,7 +121,7 @@ fn manifest_of_excessive_version_or_epoch_is_rejected() {
         let mut content = content[..content.len() - 4].to_vec();
         content[at..at + bytes.len()].copy_from_slice(bytes);
         content.extend(crc32c::crc32c(&content).to_be_bytes());
-        Root::parse(&content)
+        ManifestRoot::parse(&content)
     };
     let version = 4 + 2 + 20;
     assert!(changed(version, &7_u64.to_be_bytes()).is_ok());
@@ -135,10 +139,10 @@ fn footer_is_parsed_from_the_end_of_an_object() {
     assert_eq!(Footer::parse(&object).unwrap(), footer());
     let footer = footer();
     assert_eq!(footer.data_crc, crc32c::crc32c(&object[..object.len() - encoded.len()]));
-    let last = *footer.stretches.last().unwrap();
-    assert_eq!(footer.stretch_of(at(44)), (last, footer.data_bytes));
-    assert_eq!(footer.stretch_at_time(440), Some(Stretch { ..last }));
-    assert_eq!(footer.stretch_at_time(441), None);
+    let last = *footer.index.last().unwrap();
+    assert_eq!(footer.interval_of(at(44)), (last, footer.data_bytes));
+    assert_eq!(footer.interval_at_time(440), Some(SegmentIndexEntry { ..last }));
+    assert_eq!(footer.interval_at_time(441), None);
     assert_eq!((footer.epoch_of(at(29)), footer.epoch_of(at(30))), (Some(LeaderEpoch(1)), Some(LeaderEpoch(4))));
 }
 
@@ -151,10 +155,10 @@ fn root_stays_small_and_finds_every_offset() {
     for number in 0..segments {
         for offset in [number * 10, number * 10 + 9] {
             let found = match root.find(at(offset)).unwrap() {
-                Found::Segment(line) => line,
-                Found::Page(line) => {
-                    let new = pages.iter().find(|page| page.stamp == line.stamp).unwrap();
-                    Page::parse(&new.bytes, partition(), &line).unwrap().find(at(offset)).unwrap()
+                ManifestLookup::Segment(entry) => entry,
+                ManifestLookup::Page(entry) => {
+                    let new = pages.iter().find(|page| page.stamp == entry.stamp).unwrap();
+                    ManifestPage::parse(&new.bytes, partition(), &entry).unwrap().find(at(offset)).unwrap()
                 }
             };
             assert_eq!(found.stamp.base, at(number * 10));
@@ -167,22 +171,24 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
     #[test]
-    fn trim_keeps_exactly_the_segments_above_log_start(count in 1..1600u64, cuts in prop::collection::vec(0..1650u64, 1..5)) {
+    fn trim_keeps_exactly_the_segments_above_log_start(
+        count in 1..1600u64, cuts in prop::collection::vec(0..1650u64, 1..5),
+    ) {
         let (mut root, pages) = grown(count);
         let mut cuts = cuts;
         cuts.sort_unstable();
         for cut in cuts {
             let log_start = at(cut * 10 + cut % 7);
-            let page = root.page_to_cut(log_start).map(|line| {
-                let new = pages.iter().find(|page| page.stamp == line.stamp).unwrap();
-                Page::parse(&new.bytes, partition(), &line).unwrap()
+            let page = root.page_to_cut(log_start).map(|entry| {
+                let new = pages.iter().find(|page| page.stamp == entry.stamp).unwrap();
+                ManifestPage::parse(&new.bytes, partition(), &entry).unwrap()
             });
             root = root.trim(log_start, page.as_ref(), LeaderEpoch(1));
             let kept = count.saturating_sub(log_start.get() / 10);
             prop_assert_eq!(root.bytes(), kept * 1000);
             prop_assert_eq!(root.end(), at(count * 10).max(log_start));
             prop_assert_eq!(root.log_start(), log_start);
-            prop_assert_eq!(Root::parse(&root.encode()).unwrap(), root.clone());
+            prop_assert_eq!(ManifestRoot::parse(&root.encode()).unwrap(), root.clone());
         }
     }
 
@@ -195,8 +201,8 @@ proptest! {
         let marks: [&[u8]; 3] = [b"STMR\x00\x01", b"STMP\x00\x01", b""];
         let mut content = [marks[kind], &bytes].concat();
         content.extend(crc32c::crc32c(&content).to_be_bytes());
-        let _root = Root::parse(&content);
-        let _page = Page::read(&content);
+        let _root = ManifestRoot::parse(&content);
+        let _page = ManifestPage::read(&content);
         let mut trailer = Vec::new();
         trailer.extend((bytes.len() as u64).to_be_bytes());
         trailer.extend(u32::try_from(bytes.len()).unwrap().to_be_bytes());

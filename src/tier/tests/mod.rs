@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::*;
 use crate::{
-    log::{Disk as _, EpochHistory, Identity, Log, Options, ProducerTable, SimDisk},
+    log::{DataDir, DataDirIdentity, Disk as _, EpochHistory, LogOptions, ProducerTable, SimDisk},
     model::{BrokerId, Compression, LeaderEpoch, Offset, PartitionId, TopicId},
     record::{Batch, BatchBuilder, ProducerSequence},
     telemetry::Metrics,
@@ -44,30 +44,30 @@ fn batches(base: u64, count: u64, size: usize, epoch: u32) -> Bytes {
 /// A source of segments: a data directory with one replica for each segment.
 struct Segments {
     disk: SimDisk,
-    log: Log,
-    made: Cell<u32>,
+    log: DataDir,
+    created: Cell<u32>,
 }
 
 impl Segments {
     fn new() -> Self {
         let disk = SimDisk::new();
-        let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
-        let options = Options {
+        let identity = DataDirIdentity { cluster: "test".to_owned(), broker: BrokerId(1) };
+        let options = LogOptions {
             journal_bytes: 1 << 20,
             tail_bytes: 1 << 20,
             reserve_bytes: 0,
-            manual: true,
-            ..Options::default()
+            step_mode: true,
+            ..LogOptions::default()
         };
-        let log = Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap();
-        Self { disk, log, made: Cell::new(0) }
+        let log = DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap();
+        Self { disk, log, created: Cell::new(0) }
     }
 
     /// Returns a segment of [`batches`], in a log that begins with the segment, and its bytes.
     fn source(&self, base: u64, count: u64, size: usize, epoch: u32) -> (SegmentSource, Bytes) {
         let content = batches(base, count, size, epoch);
-        self.made.set(self.made.get() + 1);
-        let id = PartitionId::new(partition().topic, self.made.get());
+        self.created.set(self.created.get() + 1);
+        let id = PartitionId::new(partition().topic, self.created.get());
         let mut replica = self.log.open_replica(id, at(base)).unwrap();
         replica.set_journaled(false);
         replica.reset_with(at(base), EpochHistory::new(), producers()).unwrap();
@@ -90,17 +90,22 @@ fn producers() -> ProducerTable {
     let mut builder = BatchBuilder::new(Compression::None);
     builder.push(0, None, None, &[]).unwrap();
     let mut table = ProducerTable::new();
-    table.note(&builder.finish(Some(ProducerSequence { id: 9, epoch: 1, base_sequence: 0 })).unwrap());
+    table.record_batch(&builder.finish(Some(ProducerSequence { id: 9, epoch: 1, base_sequence: 0 })).unwrap());
     table
 }
 
-fn open(options: &StoreOptions) -> PartitionTier {
-    let store = Store::open(options, "test").unwrap();
+fn open(options: &ObjectStoreOptions) -> PartitionTier {
+    let store = TierStore::open(options, "test").unwrap();
     tier_over(store, TierState::default())
 }
 
-fn tier_over(store: Store, state: TierState) -> PartitionTier {
-    PartitionTier::new(store, Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap(), partition(), state)
+fn tier_over(store: TierStore, state: TierState) -> PartitionTier {
+    PartitionTier::new(
+        store,
+        ChunkCache::open(&ChunkCacheOptions::default(), &Metrics::new()).unwrap(),
+        partition(),
+        state,
+    )
 }
 
 /// Reads everything from `from` to `end` in reads of `max` bytes, and returns it as one piece.
@@ -108,7 +113,7 @@ async fn read_all(tier: &PartitionTier, from: u64, end: u64, max: usize) -> Byte
     let (mut out, mut next) = (BytesMut::new(), at(from));
     while next < at(end) {
         let read = tier.read(next, max.into()).await.unwrap();
-        assert!(read.next > next, "a read goes forward");
+        assert!(read.next > next, "every read advances");
         assert_eq!(read.bytes, read.chunks.iter().map(Bytes::len).sum::<usize>());
         read.chunks.iter().for_each(|chunk| out.extend_from_slice(chunk));
         next = read.next;

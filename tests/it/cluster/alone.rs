@@ -22,37 +22,37 @@ fn clients_of_isolated_leader_continue_at_its_successor() {
     let old = cluster.leader("t", 0);
     let reader = Running::start(&cluster.cli_by([old]), &["consume", "t", "--from", "earliest"]);
     cli.ok_with(&["produce", "t"], b"before\n");
-    reader.says(&reader.stdout, "before\n");
+    reader.wait_for_output(&reader.stdout, "before\n");
 
     machines.part_from_brokers(old, true);
     machines.part_from_etcd(old, true);
     let since = clock::monotonic();
     let others = cluster.cli_by((1..=BROKERS).filter(|id| *id != old));
-    eventually("another one leads", || {
+    eventually("another broker leads", || {
         let described = others.run(&["topic", "describe", "t", "--output", "json"]);
         let leader = (described.code == 0).then(|| described.json()["partitions"][0]["leader"].as_u64())??;
         (leader != u64::from(old)).then_some(())
     });
-    println!("alone: another one led {:?} after the cut", since.elapsed());
+    println!("alone: another broker led {:?} after the cut", since.elapsed());
     // No client writes to the old leader. Only its own message moves its reader to the new leader.
     others.ok_with(&["produce", "t"], b"behind its back\n");
-    reader.says(&reader.stdout, "behind its back\n");
-    println!("alone: the reader had what its successor took {:?} after the cut", since.elapsed());
+    reader.wait_for_output(&reader.stdout, "behind its back\n");
+    println!("alone: the reader had the records of the successor {:?} after the cut", since.elapsed());
     // The old leader still reports its leadership and its log end, both outdated. A write to the old leader waits.
     let by_old = cluster.cli_by([old]);
     let read = by_old.ok(&["consume", "t", "--from", "earliest", "--until-end"]);
     assert_eq!(read.text(), "before\nbehind its back\n");
     by_old.ok_with(&["produce", "t"], b"by way of it\n");
-    reader.says(&reader.stdout, "by way of it\n");
+    reader.wait_for_output(&reader.stdout, "by way of it\n");
 
     machines.part_from_brokers(old, false);
     machines.part_from_etcd(old, false);
-    eventually("it follows", || {
+    eventually("the replica is in sync", || {
         let described = by_old.ok(&["topic", "describe", "t", "--output", "json"]).json();
         let isr = described["partitions"][0]["isr"].as_array().map(Vec::len);
         (described["partitions"][0]["leader"] != old && isr == Some(3)).then_some(())
     });
-    let whole = "before\nbehind its back\nby way of it\n";
-    assert_eq!(cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).text(), whole);
-    assert_eq!(*reader.stdout.lock().expect("whole"), whole, "each once and in order");
+    let expected = "before\nbehind its back\nby way of it\n";
+    assert_eq!(cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).text(), expected);
+    assert_eq!(*reader.stdout.lock().expect("no thread panicked"), expected, "each once and in order");
 }

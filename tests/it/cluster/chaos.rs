@@ -2,7 +2,7 @@
 //! kept, once and in order. The test prints how long clients waited after each kind of fault.
 //!
 //! `STRANDLINE_CHAOS_MINUTES` is the duration (`make chaos MINUTES=N`). `STRANDLINE_CHAOS_ONLY` selects faults by parts of their names
-//! (`ONLY="broker killed, etcd cut off"`). `STRANDLINE_SEED` repeats the choices of a run, but not the scheduler's.
+//! (`ONLY="broker killed, etcd member cut off"`). `STRANDLINE_SEED` repeats the choices of a run, but not the scheduler's.
 
 use std::{collections::BTreeMap, fmt, thread, time::Duration};
 
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     crash::{PARTITIONS, setting},
-    crash_client::{TOPIC, Work},
+    crash_client::{ClientLoad, TOPIC},
     test_timeout::eventually,
 };
 
@@ -24,127 +24,132 @@ use crate::{
 const LONG: Duration = Duration::from_secs(9);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Fault {
+enum InjectedFault {
     Kill,
     Freeze,
     CutOff,
-    DeafOneWay,
-    MuteOneWay,
+    ReceiveCut,
+    SendCut,
     CutFromEtcd,
     EtcdKilled,
     EtcdCutOff,
     DiskLost,
-    BucketGone,
-    BucketAils,
+    ObjectStoreDown,
+    ObjectStoreUnreliable,
 }
 
-const FAULTS: [Fault; 11] = [
-    Fault::Kill,
-    Fault::Freeze,
-    Fault::CutOff,
-    Fault::DeafOneWay,
-    Fault::MuteOneWay,
-    Fault::CutFromEtcd,
-    Fault::EtcdKilled,
-    Fault::EtcdCutOff,
-    Fault::DiskLost,
-    Fault::BucketGone,
-    Fault::BucketAils,
+const FAULTS: [InjectedFault; 11] = [
+    InjectedFault::Kill,
+    InjectedFault::Freeze,
+    InjectedFault::CutOff,
+    InjectedFault::ReceiveCut,
+    InjectedFault::SendCut,
+    InjectedFault::CutFromEtcd,
+    InjectedFault::EtcdKilled,
+    InjectedFault::EtcdCutOff,
+    InjectedFault::DiskLost,
+    InjectedFault::ObjectStoreDown,
+    InjectedFault::ObjectStoreUnreliable,
 ];
 
-impl fmt::Display for Fault {
+impl fmt::Display for InjectedFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Kill => "broker killed",
             Self::Freeze => "broker frozen for longer than its lease",
             Self::CutOff => "broker cut off from the other brokers and from etcd",
-            Self::DeafOneWay => "nothing reaches a broker from another",
-            Self::MuteOneWay => "nothing reaches another broker from it",
+            Self::ReceiveCut => "broker receives no packets from another broker",
+            Self::SendCut => "broker sends no packets to another broker",
             Self::CutFromEtcd => "broker cut off from etcd",
-            Self::EtcdKilled => "member of etcd killed",
-            Self::EtcdCutOff => "member of etcd cut off",
+            Self::EtcdKilled => "etcd member killed",
+            Self::EtcdCutOff => "etcd member cut off",
             Self::DiskLost => "broker killed, its disk lost",
-            Self::BucketGone => "bucket gone",
-            Self::BucketAils => "bucket fails, stalls or loses answers",
+            Self::ObjectStoreDown => "object store down",
+            Self::ObjectStoreUnreliable => "object store fails, stalls or loses responses",
         })
     }
 }
 
-/// Starts a fault, waits while the fault lasts, and ends it. `goes_on` waits until clients are served again. Returns how long clients
+/// Starts a fault, waits while the fault lasts, and ends it. `wait_for_clients` waits until clients are served again. Returns how long clients
 /// waited.
-fn strike(on: &mut Machines, fault: Fault, rng: &mut StdRng, goes_on: &mut dyn FnMut() -> Duration) -> Duration {
+fn strike(
+    on: &mut Machines,
+    fault: InjectedFault,
+    rng: &mut StdRng,
+    wait_for_clients: &mut dyn FnMut() -> Duration,
+) -> Duration {
     let broker = rng.random_range(1..=BROKERS);
     let other = broker % BROKERS + 1;
     let member = rng.random_range(0..MEMBERS);
-    println!("chaos: {fault}: broker {broker}, the other {other}, member {member}");
+    println!("chaos: {fault}: broker {broker}, other broker {other}, etcd member {member}");
     match fault {
-        Fault::Kill | Fault::DiskLost => {
+        InjectedFault::Kill | InjectedFault::DiskLost => {
             on.cluster.kill(broker);
-            let waited = goes_on();
-            if fault == Fault::DiskLost {
+            let waited = wait_for_clients();
+            if fault == InjectedFault::DiskLost {
                 on.cluster.wipe(broker);
             }
             on.cluster.restart(broker);
             waited
         }
-        Fault::Freeze => {
+        InjectedFault::Freeze => {
             on.cluster.broker(broker).freeze(true);
-            let waited = lasting(LONG, goes_on);
+            let waited = lasting(LONG, wait_for_clients);
             on.cluster.broker(broker).freeze(false);
             waited
         }
-        Fault::CutOff => {
+        InjectedFault::CutOff => {
             on.part_from_brokers(broker, true);
             on.part_from_etcd(broker, true);
-            let waited = lasting(LONG, goes_on);
+            let waited = lasting(LONG, wait_for_clients);
             on.part_from_brokers(broker, false);
             on.part_from_etcd(broker, false);
             waited
         }
-        Fault::DeafOneWay | Fault::MuteOneWay => {
-            let (from, to) = if fault == Fault::DeafOneWay { (other, broker) } else { (broker, other) };
+        InjectedFault::ReceiveCut | InjectedFault::SendCut => {
+            let (from, to) = if fault == InjectedFault::ReceiveCut { (other, broker) } else { (broker, other) };
             on.network.cut(&broker_name(from), broker_ip(to));
-            let waited = lasting(LONG, goes_on);
+            let waited = lasting(LONG, wait_for_clients);
             on.network.mend(&broker_name(from), broker_ip(to));
             waited
         }
-        Fault::CutFromEtcd => {
+        InjectedFault::CutFromEtcd => {
             on.part_from_etcd(broker, true);
-            let waited = lasting(LONG, goes_on);
+            let waited = lasting(LONG, wait_for_clients);
             on.part_from_etcd(broker, false);
             waited
         }
-        Fault::EtcdKilled => {
+        InjectedFault::EtcdKilled => {
             on.cluster.etcd.kill(usize::from(member));
-            let waited = lasting(LONG, goes_on);
+            let waited = lasting(LONG, wait_for_clients);
             on.cluster.etcd.run(usize::from(member));
             waited
         }
-        Fault::EtcdCutOff => {
+        InjectedFault::EtcdCutOff => {
             on.part_member(member, true);
-            let waited = lasting(LONG, goes_on);
+            let waited = lasting(LONG, wait_for_clients);
             on.part_member(member, false);
             waited
         }
-        Fault::BucketGone => {
+        InjectedFault::ObjectStoreDown => {
             on.s3.faults().set_down(true);
-            let waited = lasting(LONG, goes_on);
+            let waited = lasting(LONG, wait_for_clients);
             on.s3.faults().set_down(false);
             waited
         }
-        Fault::BucketAils => {
-            on.s3.faults().set_ailing(true);
-            let waited = lasting(LONG, goes_on);
-            on.s3.faults().set_ailing(false);
+        InjectedFault::ObjectStoreUnreliable => {
+            on.s3.faults().set_unreliable(true);
+            let waited = lasting(LONG, wait_for_clients);
+            on.s3.faults().set_unreliable(false);
             waited
         }
     }
 }
 
 /// Lets the fault last for `time`. Clients must then be served again while the fault still lasts, however long they take.
-fn lasting(time: Duration, goes_on: &mut dyn FnMut() -> Duration) -> Duration {
+fn lasting(time: Duration, wait_for_clients: &mut dyn FnMut() -> Duration) -> Duration {
     thread::sleep(time);
-    goes_on()
+    wait_for_clients()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -157,8 +162,8 @@ async fn random_faults_lose_duplicate_or_reorder_no_records() {
     let time = Duration::from_secs(60 * setting("STRANDLINE_CHAOS_MINUTES", 2));
     println!("chaos: {time:?}, STRANDLINE_SEED={seed}");
     let only = std::env::var("STRANDLINE_CHAOS_ONLY").unwrap_or_default();
-    let wanted = |fault: &Fault| only.split(',').any(|words| fault.to_string().contains(words.trim()));
-    let faults: Vec<Fault> = FAULTS.into_iter().filter(wanted).collect();
+    let wanted = |fault: &InjectedFault| only.split(',').any(|words| fault.to_string().contains(words.trim()));
+    let faults: Vec<InjectedFault> = FAULTS.into_iter().filter(wanted).collect();
     assert!(!faults.is_empty(), "no fault is called {only:?}");
     let mut rng = StdRng::seed_from_u64(seed);
     let mut machines = tokio::task::block_in_place(|| {
@@ -168,8 +173,8 @@ async fn random_faults_lose_duplicate_or_reorder_no_records() {
         create_with(&machines.cluster, 1 << 20, 2000);
         machines
     });
-    let work = Work::on_topic(&machines.cluster.bootstrap(), machines.cluster.addresses(), &mut rng).await;
-    let mut waits: BTreeMap<Fault, Vec<Duration>> = BTreeMap::new();
+    let work = ClientLoad::on_topic(&machines.cluster.bootstrap(), machines.cluster.addresses(), &mut rng).await;
+    let mut waits: BTreeMap<InjectedFault, Vec<Duration>> = BTreeMap::new();
     let (until, mut strikes) = (clock::monotonic() + time, 0);
     let mut left = Vec::new();
     while clock::monotonic() < until {
@@ -180,13 +185,13 @@ async fn random_faults_lose_duplicate_or_reorder_no_records() {
         }
         let fault = left.swap_remove(rng.random_range(0..left.len()));
         let since = clock::monotonic();
-        let mut goes_on = || {
+        let mut wait_for_clients = || {
             let logs = (0..PARTITIONS).map(|partition| (0, partition));
-            let waited = logs.map(|log| eventually("clients go on", || work.load.longest_silence(log, since)));
+            let waited = logs.map(|log| eventually("clients continue", || work.load.longest_silence(log, since)));
             waited.max().unwrap_or_default()
         };
         let waited = tokio::task::block_in_place(|| {
-            let waited = strike(&mut machines, fault, &mut rng, &mut goes_on);
+            let waited = strike(&mut machines, fault, &mut rng, &mut wait_for_clients);
             machines.cluster.in_sync(TOPIC, BROKERS as usize);
             waited
         });

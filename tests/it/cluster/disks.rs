@@ -8,8 +8,8 @@ use super::{
     outage::{TOPIC, cluster_with_topic, lines},
 };
 use crate::{
-    broker::{Home, http_get},
-    damage::files,
+    broker::{BrokerInstance, http_get},
+    corruption::files,
     etcd::Etcd,
     s3::{Op, S3},
     test_timeout::{TEST_TIMEOUT, eventually, poll},
@@ -19,30 +19,30 @@ use crate::{
 const LINES: u32 = 60_000;
 
 /// Kills a broker, deletes its data directory, starts the broker again, and waits until it is in sync.
-fn lose_the_disk(cluster: &mut Cluster, broker: u32) {
+fn lose_disk(cluster: &mut Cluster, broker: u32) {
     cluster.kill(broker);
     cluster.wipe(broker);
     cluster.restart(broker);
-    assert!(cluster.log(broker).contains("its replicas are copied anew"), "{}", cluster.log(broker));
+    assert!(cluster.log(broker).contains("its replicas are copied again"), "{}", cluster.log(broker));
     cluster.in_sync(TOPIC, 3);
 }
 
 /// Waits until all records are in the object store.
 fn tiered(cluster: &Cluster) {
     let tiered = || cluster.partitions(TOPIC)[0]["tiered_end"] == LINES;
-    eventually("all is in the bucket", || tiered().then_some(()));
+    eventually("all records are in the object store", || tiered().then_some(()));
 }
 
 /// Returns the bytes of batches that a broker has received from its peers.
 fn received(cluster: &Cluster, broker: u32) -> f64 {
-    let (_, page) = http_get(cluster.home(broker).http(), "/metrics").expect("a page");
+    let (_, page) = http_get(cluster.instance(broker).http(), "/metrics").expect("a page");
     let name = "strandline_replication_received_bytes_total{";
     let figures = page.lines().filter(|line| line.starts_with(name)).filter_map(|line| line.rsplit_once(' '));
     figures.map(|(_, value)| value.parse::<f64>().expect("a number")).sum()
 }
 
 /// Checks that the cluster serves the whole topic.
-fn is_whole(cluster: &Cluster) {
+fn check_records(cluster: &Cluster) {
     let cli = cluster.cli();
     let whole = poll(TEST_TIMEOUT, || {
         let read = cli.run(&["consume", TOPIC, "--from", "earliest", "--until-end"]);
@@ -59,11 +59,11 @@ fn broker_with_lost_disk_copies_its_replicas_again() {
     cluster.cli().ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
     let leader = cluster.leader(TOPIC, 0);
     for lost in [leader, leader % 3 + 1] {
-        lose_the_disk(&mut cluster, lost);
+        lose_disk(&mut cluster, lost);
     }
     // The two brokers with new disks serve all records without the third.
     cluster.kill((leader + 1) % 3 + 1);
-    is_whole(&cluster);
+    check_records(&cluster);
 }
 
 /// The new replica copies no tiered records from its peers, although they have them on disk.
@@ -74,24 +74,24 @@ fn new_replica_copies_no_tiered_records_from_peers() {
     tiered(&cluster);
     let lost = cluster.leader(TOPIC, 0) % 3 + 1;
     let before = received(&cluster, lost);
-    assert!(before > f64::from(LINES), "the whole history, as it was written: {before}");
-    lose_the_disk(&mut cluster, lost);
+    assert!(before > f64::from(LINES), "the complete history: {before}");
+    lose_disk(&mut cluster, lost);
     let tail = received(&cluster, lost);
-    println!("disks: {before} bytes came while they were written, {tail} for the new replica");
-    assert!(tail * 20.0 < before, "{tail} bytes of {before} came from others, and all was in the bucket");
+    println!("disks: {before} bytes received during the writes, {tail} for the new replica");
+    assert!(tail * 20.0 < before, "{tail} bytes of {before} came from peers, but all were in the object store");
 }
 
 /// Uploads, the bootstrap of a new replica and reads of old records continue with an object store that serves about every second request.
 #[test]
 fn unreliable_object_store_loses_no_records() {
     let s3 = S3::begin();
-    let mut cluster = Cluster::over(Etcd::begin(3, "http", &[]));
+    let mut cluster = Cluster::with_etcd(Etcd::begin(3, "http", &[]));
     for id in 1..=3 {
-        let home = Home::member(id, &cluster.etcd).object_store(&s3);
-        cluster.add(id, home);
+        let instance = BrokerInstance::member(id, &cluster.etcd).object_store(&s3);
+        cluster.add(id, instance);
     }
     cluster.ready();
-    s3.faults().set_ailing(true);
+    s3.faults().set_unreliable(true);
     let cli = cluster.cli();
     let history = ["segment.bytes=262144", "segment.ms=500", "local.retention.bytes=65536", "min.insync.replicas=2"];
     let settings: Vec<&str> = history.into_iter().flat_map(|one| ["--config", one]).collect();
@@ -100,17 +100,17 @@ fn unreliable_object_store_loses_no_records() {
     cli.ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
     tiered(&cluster);
     let lost = cluster.leader(TOPIC, 0);
-    lose_the_disk(&mut cluster, lost);
-    is_whole(&cluster);
+    lose_disk(&mut cluster, lost);
+    check_records(&cluster);
     let [puts, gets] = [Op::Put, Op::Get].map(|op| s3.faults().requests(op));
     println!("disks: {} faults in {puts} puts and {gets} gets", s3.faults().hits());
-    assert!(s3.faults().hits() > 5 && gets > 0, "it ailed");
+    assert!(s3.faults().hits() > 5 && gets > 0, "the object store had faults");
 }
 
 /// Regression: the log start moves with the leader's files. A follower whose log was empty by then was not checked again.
 #[test]
 fn expired_records_are_deleted_on_followers_without_writes() {
-    let cluster = Cluster::with(3, |home| home.setting("tier.check_interval", "\"1s\""));
+    let cluster = Cluster::with(3, |instance| instance.setting("tier.check_interval", "\"1s\""));
     let cli = cluster.cli();
     let create = ["topic", "create", TOPIC, "--replication-factor", "3", "--config", "remote.storage.enable=false"];
     cli.ok(&[&create[..], &["--config", "segment.bytes=65536"]].concat());
@@ -118,7 +118,7 @@ fn expired_records_are_deleted_on_followers_without_writes() {
     cluster.in_sync(TOPIC, 3);
     let on_disk = |id| -> u64 {
         let size = |path: &std::path::PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
-        files(&cluster.home(id).data_dir(), ".log").iter().map(size).sum()
+        files(&cluster.instance(id).data_dir(), ".log").iter().map(size).sum()
     };
     assert!((1..=3).all(|id| on_disk(id) > u64::from(LINES)));
     cli.ok(&["topic", "alter", TOPIC, "--config", "retention.ms=1"]);
@@ -132,11 +132,11 @@ fn expired_records_are_deleted_on_followers_without_writes() {
 #[test]
 fn replica_below_tiered_end_needs_unclean_election() {
     for durability in ["replicated", "persisted"] {
-        goes_on_behind_the_bucket(durability);
+        continue_at_tiered_end(durability);
     }
 }
 
-fn goes_on_behind_the_bucket(durability: &str) {
+fn continue_at_tiered_end(durability: &str) {
     let mut cluster = Cluster::start(1);
     let cli = cluster.cli();
     let durability = format!("durability={durability}");
@@ -147,40 +147,44 @@ fn goes_on_behind_the_bucket(durability: &str) {
     tiered(&cluster);
     cluster.kill(1);
     // The segments and the effect of the checkpoint are lost, as if nothing had been written since the directory was created.
-    let segments = files(&cluster.home(1).data_dir(), ".log");
+    let segments = files(&cluster.instance(1).data_dir(), ".log");
     let replica = segments[0].parent().expect("a folder").to_owned();
     for segment in segments {
-        std::fs::remove_file(segment).expect("it was there");
+        std::fs::remove_file(segment).expect("the entry existed");
     }
     cluster.restart(1);
-    eventually("nobody leads", || cluster.partitions(TOPIC)[0]["leader"].is_null().then_some(()));
+    eventually("the partition has no leader", || cluster.partitions(TOPIC)[0]["leader"].is_null().then_some(()));
     // An election without the operator's consent to the deletion of the replica is refused.
     let address = cluster.addresses()[0];
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let elected = eventually("it says that it cannot use what it has", || {
-        let ask =
+    let elected = eventually("the broker reports its replica as unusable", || {
+        let request =
             ElectLeaderRequest { topic: TOPIC.to_owned(), unclean: true, validate_only: true, ..Default::default() };
-        runtime.block_on(async { wire::admin(address).elect_leader(ask).await }).ok().map(tonic::Response::into_inner)
+        runtime
+            .block_on(async { wire::admin(address).elect_leader(request).await })
+            .ok()
+            .map(tonic::Response::into_inner)
     });
-    assert!(elected.discard, "{elected:?}");
-    let mark = replica.join("mark");
-    std::fs::write(&mark, "of this very replica").expect("written");
-    let blindly = ElectLeaderRequest {
+    assert!(elected.discard_local, "{elected:?}");
+    let marker = replica.join("mark");
+    std::fs::write(&marker, "of this very replica").expect("written");
+    let without_consent = ElectLeaderRequest {
         topic: TOPIC.to_owned(),
         unclean: true,
-        to: Some(elected.leader),
+        leader: Some(elected.leader),
         revision: Some(elected.revision),
         ..Default::default()
     };
-    let refused =
-        runtime.block_on(async { wire::admin(address).elect_leader(blindly).await }).expect_err("it is of no use");
+    let refused = runtime
+        .block_on(async { wire::admin(address).elect_leader(without_consent).await })
+        .expect_err("the replica is unusable");
     assert!(refused.message().contains("cannot be used now"), "{refused:?}");
-    assert!(cluster.partitions(TOPIC)[0]["leader"].is_null() && mark.exists());
+    assert!(cluster.partitions(TOPIC)[0]["leader"].is_null() && marker.exists());
 
     let elect = ["partition", "elect", &format!("{TOPIC}/0"), "--unclean", "--yes"];
-    let elected = eventually("it is elected", || Some(cli.run(&elect)).filter(|elected| elected.code == 0));
-    assert!(elected.text().contains("what broker 1 holds is deleted"), "{elected:?}");
-    eventually("it is deleted", || (!mark.exists()).then_some(()));
+    let elected = eventually("the election succeeds", || Some(cli.run(&elect)).filter(|elected| elected.code == 0));
+    assert!(elected.text().contains("the log of broker 1 is deleted"), "{elected:?}");
+    eventually("the replica is deleted", || (!marker.exists()).then_some(()));
     cluster.in_sync(TOPIC, 1);
     cli.ok_with(&["produce", TOPIC], b"it goes on\n");
     let read = cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text();

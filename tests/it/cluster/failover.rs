@@ -10,7 +10,7 @@ use super::members::Cluster;
 use crate::{
     broker::http_get,
     crash::{PARTITIONS, setting},
-    crash_client::{TOPIC, Work},
+    crash_client::{ClientLoad, TOPIC},
     test_timeout::{eventually, poll},
 };
 
@@ -30,13 +30,13 @@ pub(super) fn create_with(cluster: &Cluster, bytes: u32, ms: u32) {
 }
 
 /// Starts three brokers, producers and a consumer.
-pub(super) async fn at_work(rng: &mut StdRng) -> (Cluster, Work) {
+pub(super) async fn at_work(rng: &mut StdRng) -> (Cluster, ClientLoad) {
     let cluster = tokio::task::block_in_place(|| {
         let cluster = Cluster::start(3);
         create(&cluster);
         cluster
     });
-    let work = Work::on_topic(&cluster.bootstrap(), cluster.addresses(), rng).await;
+    let work = ClientLoad::on_topic(&cluster.bootstrap(), cluster.addresses(), rng).await;
     (cluster, work)
 }
 
@@ -57,7 +57,7 @@ fn three_brokers_hold_the_same_bytes() {
     // The next leader has all records.
     let leader = cluster.leader(TOPIC, 0);
     cluster.kill(leader);
-    let read = eventually("another one leads", || {
+    let read = eventually("another broker leads", || {
         let read = cli.run(&["consume", TOPIC, "--partition", "0", "--until-end"]);
         (read.code == 0).then(|| read.text())
     });
@@ -70,7 +70,9 @@ const SOON: Duration = Duration::from_secs(38);
 /// Starts three brokers with a lease and a follower lag time of a minute.
 fn with_long_leases() -> Cluster {
     let long = "\"60s\"";
-    Cluster::with(3, |home| home.setting("metadata.session_timeout", long).setting("replication.lag_time", long))
+    Cluster::with(3, |instance| {
+        instance.setting("metadata.session_timeout", long).setting("replication.max_lag_time", long)
+    })
 }
 
 /// Waits until peers lead the partitions that a killed broker led, and its ISR memberships are gone. The wait is shorter than a lease, so
@@ -111,13 +113,13 @@ fn wiped_broker_gets_its_id_before_the_old_lease_expires() {
     for (start, broker) in (0..6).zip((1..=3).cycle()) {
         cluster.kill(broker);
         if start == 5 {
-            let silent = TcpListener::bind(cluster.home(broker).peer()).expect("the port is free");
+            let silent = TcpListener::bind(cluster.instance(broker).peer()).expect("the port is free");
             thread::sleep(Duration::from_secs(2));
             drop(silent);
         }
         cluster.wipe(broker);
         cluster.begin(broker);
-        let is_ready = || http_get(cluster.home(broker).http(), "/readyz").is_ok_and(|(code, _)| code == 200);
+        let is_ready = || http_get(cluster.instance(broker).http(), "/readyz").is_ok_and(|(code, _)| code == 200);
         let ready = poll(SOON, || is_ready().then_some(()));
         assert!(ready.is_some(), "not ready within {SOON:?}\n{}", cluster.logs());
         cluster.in_sync(TOPIC, 3);
@@ -130,12 +132,12 @@ fn controller_without_links_gets_a_failure_report() {
     let mut cluster = with_long_leases();
     let cli = cluster.cli();
     let controller = || cli.ok(&["cluster", "describe", "--output", "json"]).json()["controller"].as_u64();
-    let drained = eventually("somebody is the controller", controller);
+    let drained = eventually("a broker is the controller", controller);
     cli.ok(&["broker", "drain", &drained.to_string(), "--wait"]);
     cli.ok(&["topic", "create", "pair", "--replication-factor", "2"]);
     cluster.in_sync("pair", 2);
     let leader = cluster.leader("pair", 0);
-    assert_eq!(controller(), Some(drained), "it shares nothing with {leader}");
+    assert_eq!(controller(), Some(drained), "the replica shares nothing with {leader}");
     cluster.kill(leader);
     replaced(&cluster, "pair", leader);
     cli.ok_with(&["produce", "pair"], b"one\n");
@@ -159,7 +161,7 @@ async fn broker_kills_lose_or_duplicate_no_records() {
             cluster.kill(victim);
             let logs = (0..PARTITIONS).map(|partition| (0, partition));
             let waited: Vec<Duration> = logs
-                .map(|log| eventually("every partition goes on", || work.load.longest_silence(log, since)))
+                .map(|log| eventually("every partition continues", || work.load.longest_silence(log, since)))
                 .collect();
             println!("failover: kill {kill} of {kills}: broker {victim}, clients waited {waited:?}");
             silences.extend(waited);
@@ -170,7 +172,10 @@ async fn broker_kills_lose_or_duplicate_no_records() {
     silences.sort_unstable();
     let at = |part: usize| silences[(silences.len() * part / 100).min(silences.len() - 1)];
     println!("failover: median {:?}, p99 {:?}, longest {:?}", at(50), at(99), at(100));
-    assert!(cluster.logs().contains("a broker's process is gone"), "noticed by evidence, not by the lease's end");
+    assert!(
+        cluster.logs().contains("the process of a broker is gone"),
+        "the failure was detected by a report, not by the lease"
+    );
     let total = work.finish(kills).await;
     println!("failover: {total} records delivered once across {kills} kills");
 }

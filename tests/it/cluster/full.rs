@@ -8,34 +8,34 @@ use crate::{broker::http_get, full_disk::Mount, test_timeout::eventually};
 #[test]
 fn broker_under_disk_pressure_gets_no_new_replicas() {
     // Any machine uses more than one percent of its disk.
-    let mut cluster = Cluster::with(3, |home| home.setting("broker.disk_full_percent", 1));
+    let mut cluster = Cluster::with(3, |instance| instance.setting("broker.disk_pressure_percent", 1));
     let cli = cluster.cli();
     let refused = cli.run(&["topic", "create", "t"]);
     assert_ne!(refused.code, 0);
-    let why = "3 are alive, of which 3 with full disks (broker.disk_full_percent)";
-    assert!(refused.stderr.contains(why), "{}", refused.stderr);
+    let reason = "3 are online, of which 3 are under disk pressure (broker.disk_pressure_percent)";
+    assert!(refused.stderr.contains(reason), "{}", refused.stderr);
     let described = cli.ok(&["cluster", "describe", "--output", "json"]).json();
-    assert!(described["brokers"].as_array().expect("brokers").iter().all(|broker| broker["disk_full"] == true));
+    assert!(described["brokers"].as_array().expect("brokers").iter().all(|broker| broker["disk_pressure"] == true));
     let text = cli.ok(&["cluster", "describe"]).text();
-    assert!(text.contains("the disk of broker 2 is full"), "{text}");
-    assert_eq!(cluster.home(1).metric("strandline_disk_full"), 1.0);
+    assert!(text.contains("broker 2 has disk pressure"), "{text}");
+    assert_eq!(cluster.instance(1).metric("strandline_disk_pressure"), 1.0);
 
     for id in [1, 2] {
         cluster.stop(id);
-        cluster.restart_with(id, |home| home.setting("broker.disk_full_percent", 100));
+        cluster.restart_with(id, |instance| instance.setting("broker.disk_pressure_percent", 100));
     }
     let refused = cli.run(&["topic", "create", "t", "--replication-factor", "3"]);
-    assert!(refused.stderr.contains("3 are alive, of which 1 with full disks"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("3 are online, of which 1 is under disk pressure"), "{}", refused.stderr);
     cli.ok(&["topic", "create", "t", "--partitions", "4", "--replication-factor", "2"]);
     cluster.in_sync("t", 2);
     for partition in cluster.partitions("t") {
         assert!(!partition["replicas"].as_array().expect("replicas").contains(&3.into()), "{partition}");
     }
     let refused = cli.run(&["partition", "reassign", "t/0", "--replicas", "1,3"]);
-    assert!(refused.stderr.contains("the disk of broker 3 is full"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("broker 3, under disk pressure"), "{}", refused.stderr);
 
     cluster.stop(3);
-    cluster.restart_with(3, |home| home.setting("broker.disk_full_percent", 100));
+    cluster.restart_with(3, |instance| instance.setting("broker.disk_pressure_percent", 100));
     cli.ok(&["partition", "reassign", "t/0", "--replicas", "1,3"]);
     let moved = || cluster.partitions("t")[0]["isr"] == serde_json::json!([1, 3]);
     eventually("the replica has moved", || moved().then_some(()));
@@ -45,13 +45,13 @@ fn broker_under_disk_pressure_gets_no_new_replicas() {
 /// written.
 #[test]
 fn leader_with_full_disk_transfers_leadership_until_space() {
-    let mut cluster = Cluster::with(3, |home| home.setting("log.journal_bytes", "\"16MiB\""));
+    let mut cluster = Cluster::with(3, |instance| instance.setting("log.journal_bytes", "\"16MiB\""));
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t", "--replication-factor", "3", "--config", "min.insync.replicas=2"]);
     cli.ok(&["partition", "reassign", "t", "--replicas", "1,2,3", "--wait"]);
     // A small disk replaces the disk of broker 1.
     cluster.stop(1);
-    let Some(small) = Mount::new(cluster.home(1).data_dir()) else { return };
+    let Some(small) = Mount::new(cluster.instance(1).data_dir()) else { return };
     cluster.restart(1);
     cluster.in_sync("t", 3);
     eventually("broker 1 leads", || (cluster.leader("t", 0) == 1).then_some(()));
@@ -61,24 +61,23 @@ fn leader_with_full_disk_transfers_leadership_until_space() {
     fs::write(records.path(), format!("{}\n", "x".repeat(999)).repeat(8000)).expect("written");
     let sent = cli.ok(&["produce", "t", records.path().to_str().expect("text")]).text();
     assert!(sent.contains("acknowledged 8000 of 8000 records"), "{sent}");
-    assert_ne!(cluster.leader("t", 0), 1, "another one leads");
+    assert_ne!(cluster.leader("t", 0), 1, "another broker leads");
     let described = cli.ok(&["cluster", "describe"]).text();
-    assert!(
-        described.contains("the disk of broker 1 has no room for records: others lead what they can"),
-        "{described}"
-    );
-    // All other places show the state too, although disk usage is below `broker.disk_full_percent`. The broker serves.
-    eventually("the figure says so", || (cluster.home(1).metric("strandline_disk_full") == 1.0).then_some(()));
-    let (code, page) = http_get(cluster.home(1).http(), "/readyz").expect("it answers");
+    assert!(described.contains("the disk of broker 1 is full: leadership moves to other brokers"), "{described}");
+    // All other places show the state too, although disk usage is below `broker.disk_pressure_percent`. The broker serves.
+    eventually("the metric reports disk pressure", || {
+        (cluster.instance(1).metric("strandline_disk_pressure") == 1.0).then_some(())
+    });
+    let (code, page) = http_get(cluster.instance(1).http(), "/readyz").expect("the broker responds");
     assert!(code == 200 && page.contains("impaired: disk full since "), "{code}: {page}");
     // A broker that takes more than a second to respond is reported as not responding.
-    eventually("another broker says so", || {
+    eventually("another broker reports disk pressure", || {
         let health = cluster.cli_by([2]).run(&["cluster", "health"]);
         assert_eq!(health.code, 1);
         health.text().lines().any(|line| line.starts_with("broker 1: disk full since ")).then_some(())
     });
 
-    fs::remove_file(filler).expect("it was there");
+    fs::remove_file(filler).expect("the file exists");
     cluster.in_sync("t", 3);
     eventually("broker 1 leads again", || (cluster.leader("t", 0) == 1).then_some(()));
     let log = cluster.log(1);

@@ -4,8 +4,8 @@ use std::net::Ipv4Addr;
 
 use super::{members::Cluster, network::Network};
 use crate::{
-    broker::Home,
-    etcd::{Etcd, Place},
+    broker::BrokerInstance,
+    etcd::{Etcd, MemberHost},
     s3::S3,
 };
 
@@ -40,16 +40,17 @@ impl Machines {
     pub(crate) fn make() -> Self {
         let network = Network::make();
         let s3 = S3::at(Network::HUB);
-        let place = |member| {
+        let host = |member| {
             let ip = network.add(&member_name(member), 100 + member);
-            Place { ip, namespace: Some(member_name(member)) }
+            MemberHost { ip, namespace: Some(member_name(member)) }
         };
-        let mut cluster = Cluster::over(Etcd::placed((0..MEMBERS).map(place).collect()));
+        let mut cluster = Cluster::with_etcd(Etcd::on_hosts((0..MEMBERS).map(host).collect()));
         for id in 1..=BROKERS {
             let ip = network.add(&broker_name(id), u8::try_from(id).expect("few brokers"));
-            let home = Home::member(id, &cluster.etcd).in_namespace(&broker_name(id), ip).object_store(&s3);
+            let instance =
+                BrokerInstance::member(id, &cluster.etcd).in_namespace(&broker_name(id), ip).object_store(&s3);
             // The default of the setting.
-            cluster.add(id, home.setting("metadata.session_timeout", "\"6s\""));
+            cluster.add(id, instance.setting("metadata.session_timeout", "\"6s\""));
         }
         cluster.ready();
         Self { network, s3, cluster }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::Path};
 use serde_json::Value;
 
 use crate::{
-    broker::{Broker, Cli, Home, http_get},
+    broker::{Broker, BrokerInstance, Cli, http_get},
     etcd::Etcd,
     test_timeout::{TEST_TIMEOUT, eventually, poll},
 };
@@ -13,12 +13,12 @@ use crate::{
 /// Starts an etcd with this number of members, and waits until it has a leader.
 pub(crate) fn etcd(members: usize) -> Etcd {
     let etcd = Etcd::begin(members, "http", &[]);
-    answers(&etcd);
+    wait_for_leader(&etcd);
     etcd
 }
 
 /// Waits until every member reports a leader.
-pub(crate) fn answers(etcd: &Etcd) {
+pub(crate) fn wait_for_leader(etcd: &Etcd) {
     let healthy = |url: &String| {
         let address: SocketAddr = url.strip_prefix("http://")?.parse().ok()?;
         http_get(address, "/health").ok().filter(|(code, body)| *code == 200 && body.contains("true"))
@@ -28,35 +28,35 @@ pub(crate) fn answers(etcd: &Etcd) {
 
 /// A cluster of broker processes. Broker ids start at 1. Dropping the value ends all processes.
 pub(crate) struct Cluster {
-    /// First field, and so dropped first. On a failed test, each broker prints the end of its log, which is in the folder of its [`Home`].
+    /// First field, and so dropped first. On a failed test, each broker prints the end of its log, which is in the folder of its [`BrokerInstance`].
     brokers: BTreeMap<u32, Broker>,
     pub(crate) etcd: Etcd,
     folder: tempfile::TempDir,
-    homes: BTreeMap<u32, Home>,
+    instances: BTreeMap<u32, BrokerInstance>,
 }
 
 impl Cluster {
     /// Starts this number of brokers, spread over three racks, and waits until they are ready.
     pub(crate) fn start(brokers: u32) -> Self {
-        Self::with(brokers, |home| home)
+        Self::with(brokers, |instance| instance)
     }
 
     /// Starts a cluster as [`Cluster::start`] does, with these settings for each broker.
-    pub(crate) fn with(brokers: u32, settings: impl Fn(Home) -> Home) -> Self {
-        let mut cluster = Self::over(Etcd::begin(3, "http", &[]));
+    pub(crate) fn with(brokers: u32, settings: impl Fn(BrokerInstance) -> BrokerInstance) -> Self {
+        let mut cluster = Self::with_etcd(Etcd::begin(3, "http", &[]));
         for id in 1..=brokers {
-            let home = cluster.new_home(id);
-            cluster.add(id, settings(home));
+            let instance = cluster.new_instance(id);
+            cluster.add(id, settings(instance));
         }
         cluster.ready();
         cluster
     }
 
     /// Creates a cluster without brokers, and waits until etcd has a leader.
-    pub(crate) fn over(etcd: Etcd) -> Self {
-        answers(&etcd);
-        let folder = tempfile::tempdir().expect("a folder for the bucket");
-        Self { etcd, folder, homes: BTreeMap::new(), brokers: BTreeMap::new() }
+    pub(crate) fn with_etcd(etcd: Etcd) -> Self {
+        wait_for_leader(&etcd);
+        let folder = tempfile::tempdir().expect("a folder for the object store");
+        Self { etcd, folder, instances: BTreeMap::new(), brokers: BTreeMap::new() }
     }
 
     /// Returns the folder that is the object store of all brokers.
@@ -65,32 +65,32 @@ impl Cluster {
     }
 
     /// Returns an instance for one more broker, with the object store of the cluster.
-    pub(crate) fn new_home(&self, id: u32) -> Home {
-        Home::member(id, &self.etcd).bucket_of(self.folder.path())
+    pub(crate) fn new_instance(&self, id: u32) -> BrokerInstance {
+        BrokerInstance::member(id, &self.etcd).bucket_of(self.folder.path())
     }
 
     /// Starts one more broker without waiting for it.
-    pub(crate) fn add(&mut self, id: u32, home: Home) {
-        self.brokers.insert(id, home.spawn());
-        self.homes.insert(id, home);
+    pub(crate) fn add(&mut self, id: u32, instance: BrokerInstance) {
+        self.brokers.insert(id, instance.spawn());
+        self.instances.insert(id, instance);
     }
 
     /// Waits until every running broker is ready.
     pub(crate) fn ready(&mut self) {
         for (id, broker) in &mut self.brokers {
-            if let Err(why) = broker.wait_ready() {
-                panic!("broker {id} did not become ready: {why}");
+            if let Err(reason) = broker.wait_ready() {
+                panic!("broker {id} did not become ready: {reason}");
             }
         }
     }
 
-    pub(crate) fn home(&self, id: u32) -> &Home {
-        &self.homes[&id]
+    pub(crate) fn instance(&self, id: u32) -> &BrokerInstance {
+        &self.instances[&id]
     }
 
     /// Returns the gRPC addresses of all brokers.
     pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
-        self.homes.values().map(Home::grpc).collect()
+        self.instances.values().map(BrokerInstance::grpc).collect()
     }
 
     /// Returns the gRPC addresses as text, in the form of a client's bootstrap option.
@@ -104,13 +104,13 @@ impl Cluster {
 
     /// Returns a command line with only these brokers as bootstrap brokers.
     pub(crate) fn cli_by(&self, brokers: impl IntoIterator<Item = u32>) -> Cli {
-        let addresses: Vec<SocketAddr> = brokers.into_iter().map(|id| self.homes[&id].grpc()).collect();
+        let addresses: Vec<SocketAddr> = brokers.into_iter().map(|id| self.instances[&id].grpc()).collect();
         Cli::of(&addresses, self.folder.path())
     }
 
     /// Kills a broker with SIGKILL.
     pub(crate) fn kill(&mut self, id: u32) {
-        self.brokers.remove(&id).expect("it runs").kill9();
+        self.brokers.remove(&id).expect("the process is running").kill9();
     }
 
     /// Returns the process of a running broker.
@@ -125,24 +125,24 @@ impl Cluster {
 
     /// Stops a broker as an operator does, and waits for its exit.
     pub(crate) fn stop(&mut self, id: u32) {
-        self.broker(id).ask_to_stop();
-        self.stopped(id);
+        self.broker(id).request_stop();
+        self.wait_stopped(id);
     }
 
     /// Waits for the exit of a broker that is stopping.
-    pub(crate) fn stopped(&mut self, id: u32) {
-        let status = self.brokers.remove(&id).expect("it ran").wait();
-        assert!(status.success(), "broker {id} ended with {status}\n{}", self.homes[&id].log());
+    pub(crate) fn wait_stopped(&mut self, id: u32) {
+        let status = self.brokers.remove(&id).expect("the broker was running").wait_for_exit();
+        assert!(status.success(), "broker {id} ended with {status}\n{}", self.instances[&id].log());
     }
 
     /// Returns the log of a broker.
     pub(crate) fn log(&self, id: u32) -> String {
-        self.homes[&id].log()
+        self.instances[&id].log()
     }
 
     /// Starts a stopped broker with the data on its disk, without waiting for it.
     pub(crate) fn begin(&mut self, id: u32) {
-        self.brokers.insert(id, self.homes[&id].spawn());
+        self.brokers.insert(id, self.instances[&id].spawn());
     }
 
     /// Starts a stopped broker with the data on its disk, and waits until it is ready.
@@ -152,15 +152,15 @@ impl Cluster {
     }
 
     /// Starts a stopped broker with other settings, and waits until it is ready.
-    pub(crate) fn restart_with(&mut self, id: u32, settings: impl FnOnce(Home) -> Home) {
-        let home = self.homes.remove(&id).expect("it was there");
-        self.homes.insert(id, settings(home));
+    pub(crate) fn restart_with(&mut self, id: u32, settings: impl FnOnce(BrokerInstance) -> BrokerInstance) {
+        let instance = self.instances.remove(&id).expect("the broker exists");
+        self.instances.insert(id, settings(instance));
         self.restart(id);
     }
 
     /// Deletes the data directory of a stopped broker.
     pub(crate) fn wipe(&self, id: u32) {
-        std::fs::remove_dir_all(self.homes[&id].data_dir()).expect("it was there");
+        std::fs::remove_dir_all(self.instances[&id].data_dir()).expect("the broker exists");
     }
 
     /// Returns the partitions of a topic as `topic describe` reports them.
@@ -172,24 +172,24 @@ impl Cluster {
     /// Waits until each partition of a topic has a leader and this number of replicas in sync.
     pub(crate) fn in_sync(&self, topic: &str, replicas: usize) {
         let mut last = Vec::new();
-        let whole =
+        let is_in_sync =
             |one: &Value| one["leader"].is_u64() && one["isr"].as_array().is_some_and(|isr| isr.len() == replicas);
-        let settled = poll(TEST_TIMEOUT, || {
+        let reached = poll(TEST_TIMEOUT, || {
             last = self.partitions(topic);
-            last.iter().all(whole).then_some(())
+            last.iter().all(is_in_sync).then_some(())
         });
-        assert!(settled.is_some(), "{replicas} replicas in sync: {last:#?}\n{}", self.logs());
+        assert!(reached.is_some(), "{replicas} replicas in sync: {last:#?}\n{}", self.logs());
     }
 
     /// Returns the logs of all brokers and of etcd.
     pub(crate) fn logs(&self) -> String {
-        let of_brokers = self.homes.iter().map(|(id, home)| format!("--- broker {id}\n{}", home.log()));
+        let of_brokers = self.instances.iter().map(|(id, instance)| format!("--- broker {id}\n{}", instance.log()));
         of_brokers.chain([format!("--- etcd\n{}", self.etcd.logs())]).collect()
     }
 
     /// Waits until a partition has a leader. Returns the leader.
     pub(crate) fn leader(&self, topic: &str, partition: usize) -> u32 {
         let leader = eventually("the partition has a leader", || self.partitions(topic)[partition]["leader"].as_u64());
-        u32::try_from(leader).expect("a broker's number")
+        u32::try_from(leader).expect("the broker id is below 2^32")
     }
 }

@@ -5,15 +5,15 @@ use std::fs;
 use etcd_client::{AlarmAction, AlarmOptions, AlarmType, Client, CompactionOptions};
 use serde_json::Value;
 
-use super::members::{Cluster, answers};
+use super::members::{Cluster, wait_for_leader};
 use crate::{etcd::Etcd, test_timeout::eventually};
 
 /// Starts a cluster of this number of brokers with an etcd of one member.
 fn over_one_member(brokers: u32, flags: &[String]) -> Cluster {
-    let mut cluster = Cluster::over(Etcd::begin(1, "http", flags));
+    let mut cluster = Cluster::with_etcd(Etcd::begin(1, "http", flags));
     for id in 1..=brokers {
-        let home = cluster.new_home(id).topic_default("segment.ms", 300);
-        cluster.add(id, home);
+        let instance = cluster.new_instance(id).topic_default("segment.ms", 300);
+        cluster.add(id, instance);
     }
     cluster.ready();
     cluster
@@ -23,14 +23,14 @@ fn restore(cluster: &mut Cluster, backup: &str) {
     cluster.etcd.kill_all();
     cluster.etcd.restore(backup);
     cluster.etcd.run_all();
-    answers(&cluster.etcd);
+    wait_for_leader(&cluster.etcd);
 }
 
 fn back_up(cluster: &mut Cluster, backup: &str) {
     cluster.etcd.kill_all();
     cluster.etcd.back_up(backup);
     cluster.etcd.run_all();
-    answers(&cluster.etcd);
+    wait_for_leader(&cluster.etcd);
 }
 
 #[test]
@@ -46,10 +46,15 @@ fn restored_etcd_blocks_operations_until_brokers_restart() {
     }
     restore(&mut cluster, "before");
     for id in [1, 2] {
-        eventually("the broker notices, though nobody asks for anything", || {
-            (cluster.home(id).metric("strandline_metadata_regressed") > 0.0).then_some(())
+        eventually("the broker detects the restore without a request", || {
+            (cluster.instance(id).metric("strandline_metadata_regressed") > 0.0).then_some(())
         });
-        assert_eq!(cluster.log(id).matches("the metadata store went back").count(), 1, "{}", cluster.log(id));
+        assert_eq!(
+            cluster.log(id).matches("the metadata store returned to an older state").count(),
+            1,
+            "{}",
+            cluster.log(id)
+        );
     }
     for order in [
         &["topic", "create", "fresh"][..],
@@ -63,12 +68,16 @@ fn restored_etcd_blocks_operations_until_brokers_restart() {
         assert!(refused.code == 1 && refused.stderr.contains("after revision"), "{order:?}: {refused:?}");
     }
     // A broker that takes more than a second to respond is reported as not responding.
-    eventually("the description says so", || {
-        cli.ok(&["cluster", "describe"]).text().contains("broker 1 refuses orders (METADATA_REGRESSED)").then_some(())
+    eventually("the description reports the regression", || {
+        cli.ok(&["cluster", "describe"])
+            .text()
+            .contains("broker 1 rejects admin operations (METADATA_REGRESSED)")
+            .then_some(())
     });
-    eventually("so does the health", || {
+    eventually("the health report contains the regression", || {
         let health = cli.run(&["cluster", "health"]);
-        (health.code == 1 && health.text().contains("broker 1: the metadata store went back")).then_some(())
+        (health.code == 1 && health.text().contains("broker 1: the metadata store returned to an older state"))
+            .then_some(())
     });
     // Reads and appends need no metadata store.
     cli.ok_with(&["produce", "t"], b"one\ntwo\n");
@@ -82,12 +91,12 @@ fn restored_etcd_blocks_operations_until_brokers_restart() {
     }
     cluster.ready();
     cli.ok(&["topic", "create", "fresh"]);
-    let read = eventually("what was acknowledged is there", || {
+    let read = eventually("the acknowledged records are read", || {
         let read = cli.run(&["consume", "t", "--from", "earliest", "--until-end"]);
         (read.code == 0).then(|| read.text())
     });
     assert_eq!(read, "one\ntwo\n");
-    assert!(cluster.home(1).metric("strandline_metadata_regressed") == 0.0);
+    assert!(cluster.instance(1).metric("strandline_metadata_regressed") == 0.0);
 }
 
 #[test]
@@ -98,25 +107,28 @@ fn replaced_etcd_cluster_is_detected_and_data_is_served() {
     cluster.etcd.kill_all();
     cluster.etcd.replace();
     cluster.etcd.run_all();
-    answers(&cluster.etcd);
-    eventually("the broker notices", || (cluster.home(1).metric("strandline_metadata_regressed") > 0.0).then_some(()));
+    wait_for_leader(&cluster.etcd);
+    eventually("the broker detects the replacement", || {
+        (cluster.instance(1).metric("strandline_metadata_regressed") > 0.0).then_some(())
+    });
     let refused = cli.run(&["topic", "create", "fresh"]);
-    assert!(refused.code == 1 && refused.stderr.contains("name the members of one cluster"), "{refused:?}");
+    assert!(refused.code == 1 && refused.stderr.contains("members of one cluster"), "{refused:?}");
     cli.ok_with(&["produce", "t"], b"one\n");
     assert_eq!(cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).text(), "one\n");
 }
 
 fn generation(path: &std::path::Path) -> Option<u64> {
-    let text = fs::read(path).expect("the file is there");
+    let text = fs::read(path).expect("the file exists");
     serde_json::from_slice::<Value>(&text).expect("JSON")["generation"].as_u64()
 }
 
 #[test]
 fn etcd_of_an_older_generation_starts_no_broker() {
     let mut cluster = over_one_member(1, &[]);
-    let (card, directory) = (cluster.bucket().join("cluster.json"), cluster.home(1).data_dir().join("strandline.json"));
-    assert_eq!((generation(&card), generation(&directory)), (Some(1), Some(1)), "a new cluster's");
-    let config = cluster.home(1).write_config().display().to_string();
+    let (marker, directory) =
+        (cluster.bucket().join("cluster.json"), cluster.instance(1).data_dir().join("strandline.json"));
+    assert_eq!((generation(&marker), generation(&directory)), (Some(1), Some(1)), "a new cluster has generation 1");
+    let config = cluster.instance(1).write_config().display().to_string();
     let cli = cluster.cli();
     let refused = cli.run(&["cluster", "new-generation", "--config", &config]);
     assert!(refused.code == 1 && refused.stderr.contains("stop all brokers first"), "{refused:?}");
@@ -125,7 +137,11 @@ fn etcd_of_an_older_generation_starts_no_broker() {
     back_up(&mut cluster, "first");
     let raised = cli.ok(&["cluster", "new-generation", "--config", &config]).text();
     assert!(raised.contains("generation is 2"), "{raised}");
-    assert_eq!((generation(&card), generation(&directory)), (Some(2), Some(1)), "the directory follows at its start");
+    assert_eq!(
+        (generation(&marker), generation(&directory)),
+        (Some(2), Some(1)),
+        "the directory takes the generation at the next start"
+    );
     cluster.restart(1);
     assert_eq!(generation(&directory), Some(2));
 
@@ -133,19 +149,22 @@ fn etcd_of_an_older_generation_starts_no_broker() {
     restore(&mut cluster, "first");
     let ended = |cluster: &mut Cluster| {
         cluster.begin(1);
-        eventually("the start ends", || (!cluster.is_running(1)).then_some(()));
+        eventually("the broker exits", || (!cluster.is_running(1)).then_some(()));
         cluster.log(1)
     };
     let log = ended(&mut cluster);
-    assert!(log.contains("at cluster generation 1, and this data directory took part in generation 2"), "{log}");
+    assert!(log.contains("at cluster generation 1, and this data directory at generation 2"), "{log}");
     // A new data directory, the same object store.
     cluster.wipe(1);
     let log = ended(&mut cluster);
-    assert!(log.contains("at cluster generation 1, and") && log.contains("cluster.json at 2"), "{log}");
+    assert!(
+        log.contains("at cluster generation 1, and") && log.contains("cluster.json at the later generation 2"),
+        "{log}"
+    );
     let raised = cli.ok(&["cluster", "new-generation", "--config", &config]).text();
     assert!(raised.contains("generation is 3"), "{raised}");
     cluster.restart(1);
-    assert_eq!((generation(&card), generation(&directory)), (Some(3), Some(3)));
+    assert_eq!((generation(&marker), generation(&directory)), (Some(3), Some(3)));
 }
 
 /// Fills etcd up to its quota, which raises the alarm.
@@ -157,21 +176,24 @@ async fn fill(client: &mut Client) {
             return;
         }
     }
-    panic!("etcd never said that it is full");
+    panic!("etcd never reported its full database");
 }
 
 /// Frees space as the message of the broker recommends.
 async fn make_room(client: &mut Client) {
     let options = etcd_client::DeleteOptions::new().with_prefix();
-    let deleted = client.delete("/filler/", Some(options)).await.expect("deletions go on");
+    let deleted = client.delete("/filler/", Some(options)).await.expect("deletions succeed");
     let revision = deleted.header().expect("a header").revision();
     client.compact(revision, Some(CompactionOptions::new().with_physical())).await.expect("compacted");
     client.defragment().await.expect("defragmented");
-    let alarms = client.alarm(AlarmAction::Get, AlarmType::None, None).await.expect("etcd answers");
+    let alarms = client.alarm(AlarmAction::Get, AlarmType::None, None).await.expect("etcd responds");
     for alarm in alarms.alarms() {
         let mut of_member = AlarmOptions::new();
         of_member.with_member(alarm.member_id());
-        client.alarm(AlarmAction::Deactivate, AlarmType::Nospace, Some(of_member)).await.expect("disarmed");
+        client
+            .alarm(AlarmAction::Deactivate, AlarmType::Nospace, Some(of_member))
+            .await
+            .expect("the alarm is disarmed");
     }
 }
 
@@ -181,29 +203,34 @@ fn etcd_without_space_is_waited_for_with_few_log_lines() {
     let mut cluster = over_one_member(1, &["--quota-backend-bytes=8388608".to_owned()]);
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t"]);
-    let mut client = runtime.block_on(Client::connect([cluster.etcd.endpoint(0)], None)).expect("it connects");
+    let mut client =
+        runtime.block_on(Client::connect([cluster.etcd.endpoint(0)], None)).expect("the connection succeeds");
     runtime.block_on(fill(&mut client));
     // Segments are sealed by age throughout the outage. Their tier commits fail.
-    let failures = |cluster: &Cluster| cluster.home(1).metric("strandline_tier_upload_failures_total");
-    eventually("upkeep has failed more than a few times", || {
+    let failures = |cluster: &Cluster| cluster.instance(1).metric("strandline_tier_upload_failures_total");
+    eventually("maintenance has failed repeatedly", || {
         cli.ok_with(&["produce", "t"], b"line\n");
         (failures(&cluster) >= 5.0).then_some(())
     });
     let log = cluster.log(1);
-    assert_eq!(log.matches("waits for the metadata store; segments stay").count(), 1, "{log}");
-    assert_eq!(log.matches("upkeep works again").count() + log.matches("upkeep failed").count(), 0, "{log}");
+    assert_eq!(log.matches("the metadata store rejects the tier commits of all partitions").count(), 1, "{log}");
+    assert_eq!(
+        log.matches("maintenance succeeds again").count() + log.matches("maintenance of the partition failed").count(),
+        0,
+        "{log}"
+    );
     let refused = cli.run(&["topic", "create", "fresh"]);
     assert!(refused.code == 1 && refused.stderr.contains("disarm the alarm"), "{refused:?}");
 
-    let home = cluster.new_home(2);
-    cluster.add(2, home);
-    eventually("a start says the remedy", || {
+    let instance = cluster.new_instance(2);
+    cluster.add(2, instance);
+    eventually("the start logs the remedy", || {
         cluster.log(2).contains("compact its history, defragment each member, then disarm the alarm").then_some(())
     });
-    assert!(cluster.is_running(2), "and goes on waiting");
+    assert!(cluster.is_running(2), "the broker continues to wait");
     runtime.block_on(make_room(&mut client));
     cluster.ready();
-    eventually("what waited is committed", || {
+    eventually("the delayed uploads are committed", || {
         let state = &cluster.partitions("t")[0];
         (state["tiered_end"] == state["high_watermark"]).then_some(())
     });

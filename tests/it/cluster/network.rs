@@ -18,19 +18,19 @@ pub(crate) fn inside(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
     }
-    if let Err(why) = possible() {
-        skipped(test, &why);
+    if let Err(reason) = possible() {
+        skipped(test, &reason);
         return false;
     }
-    let me = std::env::current_exe().expect("the test knows its program");
+    let me = std::env::current_exe().expect("the test program has a path");
     let status = Command::new("unshare")
         .args(["--net", "--mount", "--propagation", "private", "--"])
         .arg(me)
         .args([test, "--exact", "--nocapture", "--include-ignored"])
         .env(INSIDE, "1")
         .status()
-        .expect("unshare runs");
-    assert!(status.success(), "{test}, in a network of its own, ended with {status}");
+        .expect("unshare starts");
+    assert!(status.success(), "{test}, in a network of its own, exited with {status}");
     false
 }
 
@@ -56,7 +56,7 @@ impl Network {
 
     /// Creates the bridge. Requires a process for which [`inside`] returns true.
     pub(crate) fn make() -> Self {
-        std::fs::create_dir_all("/run/netns").expect("a place for names");
+        std::fs::create_dir_all("/run/netns").expect("the folder of namespaces is created");
         run("mount", &["-t", "tmpfs", "tmpfs", "/run/netns"]);
         ip("link set lo up");
         ip("link add br0 type bridge");
@@ -91,13 +91,13 @@ impl Network {
 /// Runs a function in the network of a machine. Sockets created by the function belong to that machine. The function has a thread of its
 /// own, because a thread does not return to its first network.
 pub(crate) fn within<T: Send + 'static>(machine: &str, act: impl FnOnce() -> T + Send + 'static) -> T {
-    let namespace = std::fs::File::open(format!("/run/netns/{machine}")).expect("the machine is there");
+    let namespace = std::fs::File::open(format!("/run/netns/{machine}")).expect("the namespace exists");
     let thread = task::spawn_thread("machine", move || {
         let network = Some(LinkNameSpaceType::Network);
-        move_into_link_name_space(namespace.as_fd(), network).expect("the superuser may");
+        move_into_link_name_space(namespace.as_fd(), network).expect("the superuser may enter the namespace");
         act()
     });
-    thread.join().expect("it did not fail")
+    thread.join().expect("the thread did not panic")
 }
 
 fn ip(arguments: &str) {
@@ -105,6 +105,6 @@ fn ip(arguments: &str) {
 }
 
 fn run(program: &str, arguments: &[&str]) {
-    let output = Command::new(Path::new(program)).args(arguments).output().expect("the program is there");
+    let output = Command::new(Path::new(program)).args(arguments).output().expect("the program is installed");
     assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }

@@ -12,9 +12,9 @@ use strandline::{
     task::clock,
 };
 
-use super::members::{Cluster, answers};
+use super::members::{Cluster, wait_for_leader};
 use crate::{
-    broker::{Home, http_get},
+    broker::{BrokerInstance, http_get},
     crash::setting,
     etcd::Etcd,
     s3::S3,
@@ -39,10 +39,10 @@ pub(super) fn lines(from: u32, to: u32) -> String {
 /// The outage is longer than a lease: by the lease alone every broker would count as failed. `STRANDLINE_ETCD_GONE_SECONDS=600` extends the
 /// outage to ten minutes, as `make outage` does.
 #[test]
-fn records_are_taken_and_read_while_etcd_is_gone() {
+fn records_are_appended_and_read_during_an_etcd_outage() {
     let mut cluster = cluster_with_topic(&["--partitions", "6"]);
     let cli = cluster.cli();
-    eventually("every broker leads some", || {
+    eventually("every broker leads a partition", || {
         let led: BTreeSet<_> = cluster.partitions(TOPIC).iter().filter_map(|one| one["leader"].as_u64()).collect();
         (led.len() == 3).then_some(())
     });
@@ -64,38 +64,41 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
     let victim = cluster.leader(TOPIC, 0);
     send(0, 100);
     cluster.etcd.kill_all();
-    let gone = Duration::from_secs(setting("STRANDLINE_ETCD_GONE_SECONDS", 6));
+    let outage = Duration::from_secs(setting("STRANDLINE_ETCD_GONE_SECONDS", 6));
     let since = clock::monotonic();
     let mut sent = 100;
-    while since.elapsed() < gone {
+    while since.elapsed() < outage {
         send(sent, sent + 10);
         sent += 10;
         is_whole(sent);
     }
-    println!("outage: etcd was gone for {:?}, and each of 6 partitions took {sent} records", since.elapsed());
+    println!(
+        "outage: etcd was unavailable for {:?}, and each of 6 partitions accepted {sent} records",
+        since.elapsed()
+    );
     // An outage that affects all brokers makes none of them unready.
-    let pages = || (1..=3).map(|id| http_get(cluster.home(id).http(), "/readyz").expect("it answers"));
+    let pages = || (1..=3).map(|id| http_get(cluster.instance(id).http(), "/readyz").expect("the broker responds"));
     let lost = |(code, page): (u16, String)| {
         assert_eq!(code, 200, "{page}");
-        page.contains("impaired: registration lost since ") && page.contains("the metadata store has not answered for")
+        page.contains("impaired: registration lost since ") && page.contains("the metadata store has not responded for")
     };
-    eventually("every broker says what is impaired", || pages().all(lost).then_some(()));
+    eventually("every broker reports the outage", || pages().all(lost).then_some(()));
     let health = cli.run(&["cluster", "health"]);
-    assert!(health.code == 1 && health.text().contains("cluster: the metadata store has not answered"), "{health:?}");
+    assert!(health.code == 1 && health.text().contains("cluster: the metadata store has not responded"), "{health:?}");
     // The description shows the cluster as of the start of the outage. The output must state how old the description is.
-    let is_old = || cli.ok(&["cluster", "describe"]).text().contains("the metadata store has not answered broker");
-    eventually("the description says how old it is", || is_old().then_some(()));
+    let is_old = || cli.ok(&["cluster", "describe"]).text().contains("the metadata store has not responded to broker");
+    eventually("the description reports its age", || is_old().then_some(()));
     // A new leader and a new ISR require etcd.
     cluster.kill(victim);
     cluster.etcd.run_all();
-    eventually("the description is of now", || (!is_old()).then_some(()));
+    eventually("the description is current", || (!is_old()).then_some(()));
     cluster.in_sync(TOPIC, 2);
     send(sent, sent + 10);
     sent += 10;
     is_whole(sent);
     let health = cli.run(&["cluster", "health"]);
     assert!(
-        health.code == 1 && health.text().contains(&format!("broker {victim}: gone, and holds 6 replicas")),
+        health.code == 1 && health.text().contains(&format!("broker {victim}: offline with 6 replicas")),
         "{health:?}"
     );
     let create = ["topic", "create", "after", "--replication-factor", "2"];
@@ -103,7 +106,9 @@ fn records_are_taken_and_read_while_etcd_is_gone() {
     cli.ok_with(&["produce", "after"], b"x\n");
     cluster.restart(victim);
     cluster.in_sync(TOPIC, 3);
-    let health = eventually("all is well", || Some(cli.run(&["cluster", "health"])).filter(|health| health.code == 0));
+    let health = eventually("the cluster is healthy", || {
+        Some(cli.run(&["cluster", "health"])).filter(|health| health.code == 0)
+    });
     assert_eq!(health.text(), "ok: 3 brokers\n");
     is_whole(sent);
 }
@@ -123,23 +128,23 @@ fn broker_without_etcd_notifies_readers_and_refuses_creates() {
         })
     };
     let mut reading = runtime.block_on(async {
-        let place = FetchPartition { topic: TOPIC.to_owned(), ..Default::default() };
-        let request = FetchRequest { partitions: vec![place], ..Default::default() };
+        let partition = FetchPartition { topic: TOPIC.to_owned(), ..Default::default() };
+        let request = FetchRequest { partitions: vec![partition], ..Default::default() };
         let open = stream::once(async { request }).chain(stream::pending());
-        wire::log(address).fetch(open).await.expect("it reads").into_inner()
+        wire::log(address).fetch(open).await.expect("a stream").into_inner()
     });
     let mut next = || {
-        let said = runtime.block_on(async { tokio::time::timeout(TEST_TIMEOUT, reading.message()).await });
-        said.expect("it says something").expect("it goes on").expect("it goes on")
+        let response = runtime.block_on(async { tokio::time::timeout(TEST_TIMEOUT, reading.message()).await });
+        response.expect("a message within the timeout").expect("the stream continues").expect("the stream continues")
     };
     cluster.etcd.kill_all();
-    let said = next();
-    assert!(said.in_doubt && said.partitions.is_empty(), "{said:?}");
-    let refused = create().expect_err("nothing can be agreed");
-    assert_eq!((refused.code, refused.metadata.contains_key("not_begun")), (ErrorCode::MetadataUnavailable, true));
+    let response = next();
+    assert!(response.lease_expired && response.partitions.is_empty(), "{response:?}");
+    let refused = create().expect_err("the metadata store is unavailable");
+    assert_eq!((refused.code, refused.metadata.contains_key("not_started")), (ErrorCode::MetadataUnavailable, true));
     cluster.etcd.run_all();
-    let said = next();
-    assert!(!said.in_doubt && said.partitions.is_empty(), "{said:?}");
+    let response = next();
+    assert!(!response.lease_expired && response.partitions.is_empty(), "{response:?}");
     eventually("a topic can be created", || create().ok());
 }
 
@@ -168,7 +173,7 @@ fn frozen_etcd_member_delays_nothing() {
 fn killed_etcd_members_delay_nothing() {
     one_after_the_other(Etcd::kill, |etcd, member| {
         etcd.run(member);
-        answers(etcd);
+        wait_for_leader(etcd);
     });
 }
 
@@ -176,10 +181,10 @@ fn killed_etcd_members_delay_nothing() {
 #[test]
 fn brokers_serve_without_etcd_and_object_store() {
     let s3 = S3::begin();
-    let mut cluster = Cluster::over(Etcd::begin(3, "http", &[]));
+    let mut cluster = Cluster::with_etcd(Etcd::begin(3, "http", &[]));
     for id in 1..=3 {
-        let home = Home::member(id, &cluster.etcd).object_store(&s3);
-        cluster.add(id, home);
+        let instance = BrokerInstance::member(id, &cluster.etcd).object_store(&s3);
+        cluster.add(id, instance);
     }
     cluster.ready();
     let cli = cluster.cli();
@@ -189,7 +194,7 @@ fn brokers_serve_without_etcd_and_object_store() {
     let mut sent = 1000;
     cli.ok_with(&["produce", TOPIC], lines(0, sent).as_bytes());
     let tiered = |cluster: &Cluster| cluster.partitions(TOPIC)[0]["tiered_end"].as_u64();
-    eventually("all is in the bucket", || (tiered(&cluster) == Some(sent.into())).then_some(()));
+    eventually("all records are in the object store", || (tiered(&cluster) == Some(sent.into())).then_some(()));
     s3.faults().set_down(true);
     cluster.etcd.kill_all();
     let since = clock::monotonic();
@@ -197,12 +202,12 @@ fn brokers_serve_without_etcd_and_object_store() {
     while since.elapsed() < Duration::from_secs(5) {
         cli.ok_with(&["produce", TOPIC], lines(sent, sent + 100).as_bytes());
         let read = cli.ok(&["consume", TOPIC, "--from", &sent.to_string(), "--until-end"]);
-        assert_eq!(read.text(), lines(sent, sent + 100), "what is new is read from memory or disk");
+        assert_eq!(read.text(), lines(sent, sent + 100), "new records are read from memory or disk");
         sent += 100;
     }
     cluster.etcd.run_all();
     s3.faults().set_down(false);
-    eventually("what waited is in the bucket", || (tiered(&cluster) == Some(sent.into())).then_some(()));
+    eventually("the delayed records are in the object store", || (tiered(&cluster) == Some(sent.into())).then_some(()));
     cluster.in_sync(TOPIC, 3);
     assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
 }
@@ -213,28 +218,28 @@ fn brokers_serve_without_etcd_and_object_store() {
 async fn broker_that_missed_compacted_revisions_relists() {
     let mut cluster = tokio::task::block_in_place(|| Cluster::start(2));
     let created = tokio::task::block_in_place(|| {
-        let cli = cluster.home(1).cli();
+        let cli = cluster.instance(1).cli();
         cli.ok(&["topic", "create", "before"]);
         cluster.broker(2).freeze(true);
         cluster.etcd.kill_all();
         cluster.etcd.run_all();
-        answers(&cluster.etcd);
+        wait_for_leader(&cluster.etcd);
         let named = |number| format!("meanwhile-{number}");
         for number in 0..10 {
             cli.create_when_possible(&named(number));
         }
         (0..10).map(named).collect::<Vec<_>>()
     });
-    let mut etcd = etcd_client::Client::connect(cluster.etcd.endpoints(), None).await.expect("etcd is there");
-    let now = etcd.get("x", None).await.expect("etcd answers").header().expect("a header").revision();
-    etcd.compact(now, None).await.expect("etcd answers");
+    let mut etcd = etcd_client::Client::connect(cluster.etcd.endpoints(), None).await.expect("etcd is running");
+    let now = etcd.get("x", None).await.expect("etcd responds").header().expect("a header").revision();
+    etcd.compact(now, None).await.expect("etcd responds");
     tokio::task::block_in_place(|| {
         cluster.broker(2).freeze(false);
-        let late = cluster.home(2).cli();
+        let late = cluster.instance(2).cli();
         for topic in &created {
             let describe = ["topic", "describe", topic];
-            eventually("the late one knows it", || (late.run(&describe).code == 0).then_some(()));
+            eventually("the late broker describes the topic", || (late.run(&describe).code == 0).then_some(()));
         }
-        assert!(cluster.log(2).contains("the metadata watch broke; listing again"), "{}", cluster.log(2));
+        assert!(cluster.log(2).contains("the metadata watch failed: relisting"), "{}", cluster.log(2));
     });
 }

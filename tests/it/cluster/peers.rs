@@ -9,8 +9,8 @@ use std::{net::SocketAddr, time::Duration};
 
 use strandline::{
     cluster::{
-        BrokerState, BrokerValue, Compare, Endpoints, EtcdOptions, EtcdStore, Keys, MetaStore as _, Outcome,
-        PartitionValue, TopicValue, Transaction, Value as _,
+        BrokerState, BrokerValue, Compare, Endpoints, EtcdOptions, EtcdStore, Keys, MetaStore as _, PartitionValue,
+        TopicValue, Transaction, TxnOutcome, Value as _,
     },
     model::{BrokerId, LeaderEpoch, PartitionId, TopicName},
     proto::v1::{self, peer_client::PeerClient},
@@ -19,14 +19,14 @@ use tonic::{Code, transport::Channel};
 
 use super::members::{Cluster, etcd};
 use crate::{
-    broker::{Cli, Home},
+    broker::{BrokerInstance, Cli},
     etcd::Etcd,
     proxy::{FILLER, Proxy},
     test_timeout::eventually,
 };
 
 /// Id of the fake broker.
-const STRANGER: u32 = 9;
+const FAKE_BROKER: u32 = 9;
 
 /// Direct access of the tests to the cluster's metadata.
 struct Meta {
@@ -36,7 +36,7 @@ struct Meta {
 
 impl Meta {
     async fn of(etcd: &Etcd) -> Self {
-        let store = EtcdStore::open(EtcdOptions::new(etcd.endpoints())).await.expect("good options");
+        let store = EtcdStore::open(EtcdOptions::new(etcd.endpoints())).await.expect("the options are valid");
         Self { store, keys: Keys::new("it").expect("a name") }
     }
 
@@ -52,53 +52,54 @@ impl Meta {
             directory_id: "a stranger's".to_owned(),
             incarnation: "a stranger's".to_owned(),
             state: BrokerState::Running,
+            disk_pressure: false,
             disk_full: false,
-            no_room: false,
             max_replicas: None,
             version: "0".to_owned(),
         };
-        let put = Transaction::new().put(self.keys.broker(BrokerId(STRANGER)), value.encode());
-        match self.store.transact(put).await.expect("etcd answers") {
-            Outcome::Done { revision } => revision.0,
-            Outcome::Refused { .. } => panic!("nothing was compared"),
+        let put = Transaction::new().put(self.keys.broker(BrokerId(FAKE_BROKER)), value.encode());
+        match self.store.transact(put).await.expect("etcd responds") {
+            TxnOutcome::Committed { revision } => revision.0,
+            TxnOutcome::CompareFailed { .. } => panic!("the transaction has no compares"),
         }
     }
 
     async fn unregister(&self) {
-        let delete = Transaction::new().delete(self.keys.broker(BrokerId(STRANGER)));
-        self.store.transact(delete).await.expect("etcd answers");
+        let delete = Transaction::new().delete(self.keys.broker(BrokerId(FAKE_BROKER)));
+        self.store.transact(delete).await.expect("etcd responds");
     }
 
     async fn first_partition(&self, topic: &str) -> PartitionId {
         let key = self.keys.topic(&TopicName::new(topic).expect("a name"));
-        let entry = self.store.get(&key).await.expect("etcd answers").entry.expect("the topic is there");
+        let entry = self.store.get(&key).await.expect("etcd responds").entry.expect("the topic exists");
         PartitionId::new(TopicValue::decode(&entry.key, &entry.value).expect("a topic").id, 0)
     }
 
     async fn value(&self, id: PartitionId) -> PartitionValue {
-        let entry = self.store.get(&self.keys.partition(id)).await.expect("etcd answers").entry.expect("it is there");
+        let entry =
+            self.store.get(&self.keys.partition(id)).await.expect("etcd responds").entry.expect("the entry exists");
         PartitionValue::decode(&entry.key, &entry.value).expect("a value")
     }
 
     /// Makes the fake broker the leader of a topic's first partition, in a new epoch. The other ISR members stay in the ISR.
-    async fn usurp(&self, topic: &str) -> LeaderEpoch {
+    async fn take_leadership(&self, topic: &str) -> LeaderEpoch {
         let id = self.first_partition(topic).await;
         let topic = self.keys.topic(&TopicName::new(topic).expect("a name"));
         loop {
-            let entry = self.store.get(&topic).await.expect("etcd answers").entry.expect("the topic is there");
+            let entry = self.store.get(&topic).await.expect("etcd responds").entry.expect("the topic exists");
             // One replica more. Otherwise the controller would remove one.
             let mut larger = TopicValue::decode(&entry.key, &entry.value).expect("a topic");
             larger.replication_factor += 1;
             let key = self.keys.partition(id);
-            let entry = self.store.get(&key).await.expect("etcd answers").entry.expect("it is there");
+            let entry = self.store.get(&key).await.expect("etcd responds").entry.expect("the entry exists");
             let mut value = PartitionValue::decode(&entry.key, &entry.value).expect("a value");
-            value.replicas.insert(0, BrokerId(STRANGER));
-            value.isr.insert(0, BrokerId(STRANGER));
-            value.leader = Some(BrokerId(STRANGER));
+            value.replicas.insert(0, BrokerId(FAKE_BROKER));
+            value.isr.insert(0, BrokerId(FAKE_BROKER));
+            value.leader = Some(BrokerId(FAKE_BROKER));
             value.leader_epoch = LeaderEpoch(value.leader_epoch.0 + 1);
-            let same = Compare::ModRevision(key.clone(), entry.mod_revision);
-            let put = Transaction::new().when(same).put(key, value.encode()).put(topic.as_str(), larger.encode());
-            if let Outcome::Done { .. } = self.store.transact(put).await.expect("etcd answers") {
+            let unchanged = Compare::ModRevision(key.clone(), entry.mod_revision);
+            let put = Transaction::new().when(unchanged).put(key, value.encode()).put(topic.as_str(), larger.encode());
+            if let TxnOutcome::Committed { .. } = self.store.transact(put).await.expect("etcd responds") {
                 return value.leader_epoch;
             }
         }
@@ -110,12 +111,12 @@ async fn peer(address: SocketAddr) -> PeerClient<Channel> {
 }
 
 async fn broker_epoch(address: SocketAddr) -> u64 {
-    let who = peer(address).await.who_is(v1::WhoIsRequest {}).await.expect("it answers");
-    who.into_inner().broker_epoch.expect("it is registered")
+    let identity = peer(address).await.get_identity(v1::GetIdentityRequest {}).await.expect("the broker responds");
+    identity.into_inner().broker_epoch.expect("the broker is registered")
 }
 
 /// Appends one record through the cluster. All ISR members acknowledge the record.
-fn still_serves(cli: &Cli, topic: &str) {
+fn append_succeeds(cli: &Cli, topic: &str) {
     cli.ok_with(&["produce", topic], b"still here\n");
 }
 
@@ -124,43 +125,48 @@ fn still_serves(cli: &Cli, topic: &str) {
 async fn unregistered_broker_reports_only_its_identity() {
     let etcd = tokio::task::block_in_place(|| etcd(1));
     // The broker waits for its id for as long as this timeout.
-    let home = Home::member(STRANGER, &etcd).setting("metadata.session_timeout", "\"60s\"");
+    let instance = BrokerInstance::member(FAKE_BROKER, &etcd).setting("metadata.session_timeout", "\"60s\"");
     let meta = Meta::of(&etcd).await;
-    meta.register(home.peer()).await;
-    let mut broker = home.spawn();
+    meta.register(instance.peer()).await;
+    let mut broker = instance.spawn();
     tokio::task::block_in_place(|| {
-        eventually("it waits for its number", || {
-            home.log().contains("the number is registered with another data directory").then_some(())
+        eventually("the broker waits for its id", || {
+            instance.log().contains("the broker id is registered with another data directory").then_some(())
         });
     });
-    let mut peer = peer(home.peer()).await;
-    let who = peer.who_is(v1::WhoIsRequest {}).await.expect("it answers").into_inner();
-    assert_eq!((who.broker, who.broker_epoch), (STRANGER, None));
-    assert_ne!(who.incarnation, "a stranger's");
-    let marks = peer.marks(v1::MarksRequest { replicas: Vec::new() }).await.expect_err("it is starting");
-    let status = peer.status(v1::StatusRequest {}).await.expect_err("it is starting");
-    let report = peer.report_gone(v1::ReportGoneRequest::default()).await.expect_err("it is starting");
-    let replicate = peer.replicate(tokio_stream::pending()).await.expect_err("it is starting");
-    for refused in [marks, status, report, replicate] {
-        assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "this broker is starting; try again"));
+    let mut peer = peer(instance.peer()).await;
+    let identity = peer.get_identity(v1::GetIdentityRequest {}).await.expect("the broker responds").into_inner();
+    assert_eq!((identity.broker_id, identity.broker_epoch), (FAKE_BROKER, None));
+    assert_ne!(identity.incarnation, "a stranger's");
+    let replicas = peer
+        .describe_replicas(v1::DescribeReplicasRequest { replicas: Vec::new() })
+        .await
+        .expect_err("the broker is starting");
+    let status = peer.get_broker_stats(v1::GetBrokerStatsRequest {}).await.expect_err("the broker is starting");
+    let report = peer.report_failure(v1::ReportFailureRequest::default()).await.expect_err("the broker is starting");
+    let replicate = peer.replicate(tokio_stream::pending()).await.expect_err("the broker is starting");
+    for refused in [replicas, status, report, replicate] {
+        assert_eq!((refused.code(), refused.message()), (Code::Unavailable, "this broker is starting: retry"));
     }
     meta.unregister().await;
-    tokio::task::block_in_place(|| broker.wait_ready()).expect("its number is free");
-    let marks = peer.marks(v1::MarksRequest { replicas: Vec::new() }).await;
-    assert_eq!(marks.expect("it answers").into_inner().replicas, []);
-    tokio::task::block_in_place(|| assert!(broker.terminate().success(), "{}", home.log()));
+    tokio::task::block_in_place(|| broker.wait_ready()).expect("the broker id is free");
+    let replicas = peer.describe_replicas(v1::DescribeReplicasRequest { replicas: Vec::new() }).await;
+    assert_eq!(replicas.expect("the broker responds").into_inner().replicas, []);
+    tokio::task::block_in_place(|| assert!(broker.terminate().success(), "{}", instance.log()));
 }
 
 /// Bytes change between two real brokers. Every corrupt batch is sent again, and none is stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn batch_corrupted_between_brokers_is_sent_again() {
-    let (mut cluster, mut links) = (tokio::task::block_in_place(|| Cluster::over(Etcd::begin(3, "http", &[]))), vec![]);
+    let (mut cluster, mut links) =
+        (tokio::task::block_in_place(|| Cluster::with_etcd(Etcd::begin(3, "http", &[]))), vec![]);
     let bucket = tempfile::tempdir().expect("a folder");
     for id in 1..=2 {
         let proxy = Proxy::bind().await;
-        let home = Home::member(id, &cluster.etcd).bucket_of(bucket.path()).peer_advertise(proxy.address());
-        links.push(proxy.carry_to(home.peer()));
-        cluster.add(id, home);
+        let instance =
+            BrokerInstance::member(id, &cluster.etcd).bucket_of(bucket.path()).peer_advertise(proxy.address());
+        links.push(proxy.forward_to(instance.peer()));
+        cluster.add(id, instance);
     }
     let expected = tokio::task::block_in_place(|| {
         cluster.ready();
@@ -170,14 +176,14 @@ async fn batch_corrupted_between_brokers_is_sent_again() {
         let (leader, follower) = (cluster.leader("t", 0), 3 - cluster.leader("t", 0));
         let filler = String::from_utf8(vec![FILLER; 2000]).expect("text");
         let lines: String = (0..400).map(|line| format!("{line} {filler}\n")).collect();
-        links[leader as usize - 1].damage(true);
+        links[leader as usize - 1].set_corrupting(true);
         for chunk in lines.lines().collect::<Vec<_>>().chunks(20) {
             let text = chunk.join("\n") + "\n";
             cluster.cli().ok_with(&["produce", "t"], text.as_bytes());
         }
-        links[leader as usize - 1].damage(false);
+        links[leader as usize - 1].set_corrupting(false);
         let log = cluster.log(follower);
-        assert!(log.contains("what the leader sent is refused") && log.contains("are malformed"), "{log}");
+        assert!(log.contains("rejected a message from the leader") && log.contains("are malformed"), "{log}");
         cluster.in_sync("t", 2);
         // The follower has all acknowledged records, byte for byte.
         cluster.cli().ok(&["topic", "alter", "t", "--config", "min.insync.replicas=1"]);
@@ -193,6 +199,6 @@ async fn batch_corrupted_between_brokers_is_sent_again() {
     });
     assert!(read == expected, "{} bytes of {}", read.len(), expected.len());
     for link in &links {
-        tokio::time::timeout(Duration::from_secs(5), link.stop()).await.expect("it ends");
+        tokio::time::timeout(Duration::from_secs(5), link.stop()).await.expect("the link stops in time");
     }
 }

@@ -14,7 +14,7 @@ use strandline::{
 use super::{failover::create, members::Cluster};
 use crate::{
     crash::{PARTITIONS, setting},
-    crash_client::{TOPIC, Work},
+    crash_client::{ClientLoad, TOPIC},
     test_timeout::{eventually, eventually_async},
     wire,
 };
@@ -23,7 +23,7 @@ use crate::{
 fn served(cluster: &Cluster, broker: u32) -> [f64; 2] {
     ["leader", "follower"].map(|role| {
         let name = format!("strandline_fetch_role_bytes_total{{role=\"{role}\"}}");
-        cluster.home(broker).metric(&name)
+        cluster.instance(broker).metric(&name)
     })
 }
 
@@ -40,7 +40,7 @@ fn serves(cluster: &Cluster, broker: u32, more: f64) {
 /// Waits until one of three brokers serves the consumer and the other two do not.
 fn alone(cluster: &Cluster, broker: u32) {
     let others = || (1..=3).filter(|other| *other != broker).map(|other| total(cluster, other)).sum::<f64>();
-    eventually("all of it is read at this one", || {
+    eventually("all records are read from this broker", || {
         let before = others();
         serves(cluster, broker, 10.0 * SOME);
         (others() == before).then_some(())
@@ -62,12 +62,14 @@ async fn consumer_is_served_in_its_rack_and_loses_no_records() {
     });
     // Only broker 3 is in this rack.
     let reader = ConsumerOptions::default().rack("zone-c");
-    let work = Work::with_reader(&cluster.bootstrap(), cluster.addresses(), reader, &mut rng).await;
+    let work = ClientLoad::with_reader(&cluster.bootstrap(), cluster.addresses(), reader, &mut rng).await;
     tokio::task::block_in_place(|| {
-        let leads = |broker| (0..PARTITIONS).any(|n| cluster.leader(TOPIC, usize::try_from(n).expect("few")) == broker);
+        let leads = |broker| {
+            (0..PARTITIONS).any(|n| cluster.leader(TOPIC, usize::try_from(n).expect("the number is small")) == broker)
+        };
         assert!(leads(1) && leads(2), "most of what is read is led elsewhere");
         alone(&cluster, 3);
-        assert!(served(&cluster, 3)[1] > 0.0, "as a follower too");
+        assert!(served(&cluster, 3)[1] > 0.0, "also as a follower");
 
         cluster.kill(3);
         serves(&cluster, 1, SOME);
@@ -96,12 +98,16 @@ async fn consumer_is_served_in_its_rack_and_loses_no_records() {
 async fn read(cluster: &Cluster, broker: u32, offset: i64, epoch: i32, any: bool) -> Option<FetchedPartition> {
     let partitions = vec![FetchPartition { topic: "t".to_owned(), offset, leader_epoch: epoch, ..Default::default() }];
     let request = ReadRequest { partitions, max_wait_ms: 300, any_replica: any, ..Default::default() };
-    let answer = wire::log(cluster.home(broker).grpc()).read(request).await.expect("an answer").into_inner();
-    answer.partitions.into_iter().next()
+    let response = wire::log(cluster.instance(broker).grpc()).read(request).await.expect("a response").into_inner();
+    response.partitions.into_iter().next()
 }
 
 async fn refused(cluster: &Cluster, broker: u32, offset: i64, epoch: i32, any: bool) -> ApiError {
-    read(cluster, broker, offset, epoch, any).await.and_then(|answer| answer.error).expect("it is refused").into()
+    read(cluster, broker, offset, epoch, any)
+        .await
+        .and_then(|response| response.error)
+        .expect("the request is refused")
+        .into()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -120,7 +126,7 @@ async fn follower_serves_only_reads_of_any_replica() {
     });
     let follower = leader % 3 + 1;
     tokio::task::block_in_place(|| {
-        eventually("the beginning is gone, and the rest in the bucket", || {
+        eventually("the beginning is deleted, and the rest is in the object store", || {
             let state = &cluster.partitions("t")[0];
             let start = state["log_start"].as_i64().filter(|start| *start > 0)?;
             (state["local_start"].as_i64()? > start).then_some(())
@@ -131,27 +137,27 @@ async fn follower_serves_only_reads_of_any_replica() {
     let middle = local_start - 1;
     let epoch = i32::try_from(state["leader_epoch"].as_i64().expect("an epoch")).expect("small");
 
-    let fault = refused(&cluster, follower, end, 0, false).await;
+    let failure = refused(&cluster, follower, end, 0, false).await;
     assert_eq!(
-        (fault.code, fault.number("leader")),
+        (failure.code, failure.number("leader")),
         (ErrorCode::NotLeader, Some(leader.into())),
-        "it was not asked as one of any"
+        "the read did not allow any replica"
     );
     // Only the object store has the records at this offset.
-    let answer = read(&cluster, follower, middle, epoch, true).await.expect("data");
-    assert!(answer.from_follower && answer.leader_epoch == epoch && answer.next_offset > middle, "{answer:?}");
-    let answer = read(&cluster, leader, middle, epoch, true).await.expect("data");
-    assert!(!answer.from_follower && answer.leader_epoch == epoch && answer.error.is_none(), "{answer:?}");
+    let response = read(&cluster, follower, middle, epoch, true).await.expect("data");
+    assert!(response.from_follower && response.leader_epoch == epoch && response.next_offset > middle, "{response:?}");
+    let response = read(&cluster, leader, middle, epoch, true).await.expect("data");
+    assert!(!response.from_follower && response.leader_epoch == epoch && response.error.is_none(), "{response:?}");
 
     // Above the follower's high watermark the leader may have more records, so the read waits. Below the committed log start the follower
     // decides as its leader does.
-    let answer = read(&cluster, follower, end + 5, 0, true).await.expect("its marks");
-    assert!(answer.error.is_none() && answer.chunks.is_empty() && answer.next_offset == end + 5, "{answer:?}");
+    let response = read(&cluster, follower, end + 5, 0, true).await.expect("the follower responds");
+    assert!(response.error.is_none() && response.chunks.is_empty() && response.next_offset == end + 5, "{response:?}");
     assert_eq!(refused(&cluster, leader, end + 5, 0, true).await.code, ErrorCode::OffsetOutOfRange);
-    let told = || async { read(&cluster, follower, 0, 0, true).await?.error.map(ApiError::from) };
-    let fault = eventually_async("it has heard that the beginning is gone", told).await;
-    assert_eq!(fault.code, ErrorCode::OffsetOutOfRange, "{fault:?}");
-    assert!(fault.number("start").is_some_and(|start| start > 0), "{fault:?}");
+    let read_start = || async { read(&cluster, follower, 0, 0, true).await?.error.map(ApiError::from) };
+    let failure = eventually_async("the follower has received the log start", read_start).await;
+    assert_eq!(failure.code, ErrorCode::OffsetOutOfRange, "{failure:?}");
+    assert!(failure.number("start").is_some_and(|start| start > 0), "{failure:?}");
     assert_eq!(refused(&cluster, leader, 0, 0, true).await.code, ErrorCode::OffsetOutOfRange);
 
     // A reader that has seen a newer epoch gets no records from a broker that has not.
@@ -167,7 +173,7 @@ async fn follower_serves_only_reads_of_any_replica() {
         assert!(read.len() > 16384 && text.ends_with(&read));
         let after = served(&cluster, follower);
         assert!(after[0] == before[0] && after[1] - before[1] >= 16384.0, "{before:?} {after:?}");
-        let said = cluster.cli().ok(&["consume", "t", "--rack", "zone-d", "--from", "latest", "--until-end"]);
-        assert!(said.stderr.contains("no broker stands in rack \"zone-d\""), "{}", said.stderr);
+        let output = cluster.cli().ok(&["consume", "t", "--rack", "zone-d", "--from", "latest", "--until-end"]);
+        assert!(output.stderr.contains("no broker is in rack \"zone-d\""), "{}", output.stderr);
     });
 }

@@ -26,15 +26,15 @@ async fn rolling_restart_fails_no_client_call() {
         tokio::task::block_in_place(|| {
             cluster.stop(broker);
             let log = cluster.log(broker);
-            assert!(log.contains("others lead what this broker led"), "{log}");
+            assert!(log.contains("transferred the leadership of all partitions"), "{log}");
             cluster.restart(broker);
             cluster.in_sync(TOPIC, 3);
         });
         let logs = (0..PARTITIONS).map(|partition| (0, partition));
-        let waited = logs.map(|log| eventually("it goes on", || work.load.longest_silence(log, since)));
+        let waited = logs.map(|log| eventually("the log continues", || work.load.longest_silence(log, since)));
         longest.extend(waited);
     }
-    println!("rolling: the longest that a partition acknowledged nothing: {:?}", longest.iter().max());
+    println!("rolling: the longest time without an acknowledgement of a partition: {:?}", longest.iter().max());
     let total = work.finish(3).await;
     println!("rolling: {total} records delivered once across a restart of every broker");
 }
@@ -47,16 +47,16 @@ fn stopping_broker_is_not_ready_and_serves_its_partitions() {
     cli.ok(&["topic", "create", "t", "--partitions", "2", "--replication-factor", "2"]);
     cluster.in_sync("t", 2);
     (0..3).for_each(|member| cluster.etcd.freeze(member));
-    cluster.broker(1).ask_to_stop();
-    eventually("it says that it stops", || {
-        let (code, page) = http_get(cluster.home(1).http(), "/readyz").ok()?;
+    cluster.broker(1).request_stop();
+    eventually("the broker logs its stop", || {
+        let (code, page) = http_get(cluster.instance(1).http(), "/readyz").ok()?;
         (code == 503 && page.contains("stopping")).then_some(())
     });
-    let (healthy, _) = http_get(cluster.home(1).http(), "/healthz").expect("it answers");
-    assert_eq!(healthy, 200, "a stop is no fault");
+    let (healthy, _) = http_get(cluster.instance(1).http(), "/healthz").expect("the broker responds");
+    assert_eq!(healthy, 200, "a stop is not an error");
     for partition in ["0", "1"] {
         cli.ok_with(&["produce", "t", "--partition", partition], b"record\n");
     }
     (0..3).for_each(|member| cluster.etcd.thaw(member));
-    cluster.stopped(1);
+    cluster.wait_stopped(1);
 }

@@ -7,21 +7,21 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair}
 
 use super::members::{Cluster, etcd};
 use crate::{
-    broker::{Broker, Home, http_get},
+    broker::{Broker, BrokerInstance, http_get},
     etcd::Etcd,
     test_timeout::eventually,
 };
 
 /// Starts a broker and appends one record.
-fn with_a_record(home: &mut Home) -> Broker {
-    let broker = home.start();
-    home.cli().ok(&["topic", "create", "t"]);
-    home.cli().ok_with(&["produce", "t"], b"one\n");
+fn with_a_record(instance: &mut BrokerInstance) -> Broker {
+    let broker = instance.start();
+    instance.cli().ok(&["topic", "create", "t"]);
+    instance.cli().ok_with(&["produce", "t"], b"one\n");
     broker
 }
 
-fn has_the_record(home: &Home) {
-    assert_eq!(home.cli().ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
+fn has_the_record(instance: &BrokerInstance) {
+    assert_eq!(instance.cli().ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
 }
 
 #[test]
@@ -30,7 +30,7 @@ fn broker_without_the_partition_names_its_leader() {
     cluster.cli().ok(&["topic", "create", "t"]);
     let leader = cluster.leader("t", 0);
     // A command with only the other broker as bootstrap broker finds the leader, by metadata and by leader hints.
-    let cli = cluster.home(3 - leader).cli();
+    let cli = cluster.instance(3 - leader).cli();
     cli.ok_with(&["produce", "t"], b"one\n");
     let state = cli.ok(&["topic", "describe", "t", "--output", "json"]).json();
     assert_eq!(state["partitions"][0]["leader"], leader);
@@ -38,9 +38,9 @@ fn broker_without_the_partition_names_its_leader() {
 }
 
 /// Starts a cluster of two with a topic. Returns the cluster, the leader, and the other broker, which is down and has missed a record.
-fn with_a_late_replica(set: impl Fn(Home) -> Home) -> (Cluster, u32, u32) {
+fn with_a_late_replica(set: impl Fn(BrokerInstance) -> BrokerInstance) -> (Cluster, u32, u32) {
     // The lease is so long that a frozen leader keeps it during this test.
-    let mut cluster = Cluster::with(2, |home| set(home.setting("metadata.session_timeout", "\"60s\"")));
+    let mut cluster = Cluster::with(2, |instance| set(instance.setting("metadata.session_timeout", "\"60s\"")));
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t", "--replication-factor", "2"]);
     cluster.in_sync("t", 2);
@@ -55,35 +55,34 @@ fn with_a_late_replica(set: impl Fn(Home) -> Home) -> (Cluster, u32, u32) {
 /// A rolling restart that follows `/readyz` stops the next broker when this broker is ready. Its replicas must be in sync by then.
 #[test]
 fn broker_is_ready_when_its_replicas_are_in_sync() {
-    let (mut cluster, leader, late) = with_a_late_replica(|home| home);
+    let (mut cluster, leader, late) = with_a_late_replica(|instance| instance);
     cluster.broker(leader).freeze(true);
-    let lost = |cluster: &Cluster| cluster.home(late).log().matches("the link to a leader's broker is lost").count();
+    let lost = |cluster: &Cluster| cluster.instance(late).log().matches("lost the link to the leader's broker").count();
     let before = lost(&cluster);
     cluster.begin(late);
-    let ready = |cluster: &Cluster| http_get(cluster.home(late).http(), "/readyz").ok();
-    let (code, page) = eventually("it has begun", || ready(&cluster).filter(|(_, page)| page.contains("replicas")));
-    assert_eq!(
-        (code, page.trim_end()),
-        (503, "not ready: starting: replicas of this broker that have not been in sync yet: 1")
-    );
-    eventually("it has asked in vain", || (lost(&cluster) > before).then_some(()));
-    assert_eq!(ready(&cluster).expect("it answers").0, 503, "nobody has told it what it misses");
+    let ready = |cluster: &Cluster| http_get(cluster.instance(late).http(), "/readyz").ok();
+    let (code, page) =
+        eventually("the start waits for replicas", || ready(&cluster).filter(|(_, page)| page.contains("replicas")));
+    assert_eq!((code, page.trim_end()), (503, "not ready: starting: local replicas that have not been in sync yet: 1"));
+    eventually("a subscription has failed", || (lost(&cluster) > before).then_some(()));
+    assert_eq!(ready(&cluster).expect("the broker responds").0, 503, "the broker has no current metadata");
     cluster.broker(leader).freeze(false);
     cluster.ready();
     let isr = cluster.partitions("t")[0]["isr"].as_array().map(Vec::len);
-    assert_eq!(isr, Some(2), "in sync when it says so, and not later");
+    assert_eq!(isr, Some(2), "the replica is in sync when the broker is ready");
 }
 
 /// Without the timeout, a rolling restart would wait forever for a leader that hangs.
 #[test]
 fn start_ends_after_catch_up_timeout_without_sync() {
-    let (mut cluster, leader, late) = with_a_late_replica(|home| home.setting("broker.catch_up_timeout", "\"15s\""));
+    let (mut cluster, leader, late) =
+        with_a_late_replica(|instance| instance.setting("broker.catch_up_timeout", "\"15s\""));
     cluster.broker(leader).freeze(true);
     cluster.begin(late);
-    let page = |cluster: &Cluster| http_get(cluster.home(late).http(), "/readyz").ok();
+    let page = |cluster: &Cluster| http_get(cluster.instance(late).http(), "/readyz").ok();
     let waits = |(code, page): &(u16, String)| *code == 503 && page.contains("in sync");
-    eventually("it waits for its replica", || page(&cluster).filter(waits));
-    eventually("its time is over", || page(&cluster).filter(|(code, _)| *code == 200));
+    eventually("the start waits for its replica", || page(&cluster).filter(waits));
+    eventually("the catch-up timeout passed", || page(&cluster).filter(|(code, _)| *code == 200));
     // No other leader was elected: the timeout has ended the start.
     assert_eq!(cluster.leader("t", 0), leader);
     cluster.broker(leader).freeze(false);
@@ -93,53 +92,53 @@ fn start_ends_after_catch_up_timeout_without_sync() {
 fn start_without_etcd_logs_its_wait_and_can_be_stopped() {
     let mut etcd = Etcd::begin(1, "http", &[]);
     etcd.kill(0);
-    let home = Home::member(1, &etcd);
+    let instance = BrokerInstance::member(1, &etcd);
     let waits = |times: usize| {
-        eventually("it says what it waits for", || {
-            (home.log().matches("waiting for the metadata store").count() >= times).then_some(())
+        eventually("the broker logs the reason of its wait", || {
+            (instance.log().matches("waiting for the metadata store").count() >= times).then_some(())
         });
     };
-    let broker = home.spawn();
+    let broker = instance.spawn();
     waits(1);
-    assert!(home.log().contains(&etcd.endpoint(0)), "{}", home.log());
-    assert!(broker.terminate().success(), "{}", home.log());
-    let mut broker = home.spawn();
+    assert!(instance.log().contains(&etcd.endpoint(0)), "{}", instance.log());
+    assert!(broker.terminate().success(), "{}", instance.log());
+    let mut broker = instance.spawn();
     waits(2);
     etcd.run(0);
-    broker.wait_ready().expect("etcd is there now");
-    assert!(broker.terminate().success(), "{}", home.log());
+    broker.wait_ready().expect("etcd is running");
+    assert!(broker.terminate().success(), "{}", instance.log());
 }
 
 #[test]
 fn etcd_without_this_data_directory_is_refused() {
     let first = etcd(1);
-    let mut home = Home::member(1, &first);
-    let broker = with_a_record(&mut home);
+    let mut instance = BrokerInstance::member(1, &first);
+    let broker = with_a_record(&mut instance);
     assert!(broker.terminate().success());
     let second = etcd(1);
-    home = home.at_etcd(&second);
-    assert!(!home.spawn().wait().success());
-    assert!(home.log().contains("is metadata.etcd another cluster's?"), "{}", home.log());
-    home = home.at_etcd(&first);
-    let broker = home.start();
-    has_the_record(&home);
+    instance = instance.at_etcd(&second);
+    assert!(!instance.spawn().wait_for_exit().success());
+    assert!(instance.log().contains("check that metadata.etcd names the right etcd"), "{}", instance.log());
+    instance = instance.at_etcd(&first);
+    let broker = instance.start();
+    has_the_record(&instance);
     assert!(broker.terminate().success());
 }
 
 #[test]
 fn data_directory_of_another_cluster_is_refused() {
     let etcd = etcd(1);
-    let mut home = Home::member(1, &etcd);
-    let broker = with_a_record(&mut home);
+    let mut instance = BrokerInstance::member(1, &etcd);
+    let broker = with_a_record(&mut instance);
     assert!(broker.terminate().success());
     // The same etcd, with the key prefix of another cluster.
-    let other = home.of_cluster("other");
-    assert!(!other.spawn().wait().success());
+    let other = instance.of_cluster("other");
+    assert!(!other.spawn().wait_for_exit().success());
     let log = other.log();
     assert!(log.contains("\"it\"") && log.contains("\"other\""), "{log}");
-    let mut home = other.of_cluster("it");
-    let broker = home.start();
-    has_the_record(&home);
+    let mut instance = other.of_cluster("it");
+    let broker = instance.start();
+    has_the_record(&instance);
     assert!(broker.terminate().success());
 }
 
@@ -169,34 +168,34 @@ async fn broker_connects_to_etcd_with_certificate_and_password() {
         format!("--trusted-ca-file={ca}"),
     ];
     let etcd = Etcd::begin(3, "https", &flags);
-    let read = |path: &str| fs::read(path).expect("written above");
+    let read = |path: &str| fs::read(path).expect("the certificate exists");
     let tls = TlsOptions::new()
         .ca_certificate(Certificate::from_pem(read(&ca)))
         .identity(Identity::from_pem(read(&certificate), read(&key)));
     let mut root = Client::connect(etcd.endpoints(), Some(ConnectOptions::new().with_tls(tls))).await.expect("options");
-    crate::test_timeout::eventually_async("etcd answers", || {
+    crate::test_timeout::eventually_async("etcd responds", || {
         let mut client = root.clone();
         async move { client.get("x", None).await.ok() }
     })
     .await;
-    root.user_add("root", "root's", None).await.expect("etcd answers");
-    root.user_grant_role("root", "root").await.expect("etcd answers");
-    root.auth_enable().await.expect("etcd answers");
+    root.user_add("root", "root's", None).await.expect("etcd responds");
+    root.user_grant_role("root", "root").await.expect("etcd responds");
+    root.auth_enable().await.expect("etcd responds");
     tokio::task::block_in_place(|| {
         let password = file("password", "root's\n");
-        let home = Home::member(1, &etcd)
+        let instance = BrokerInstance::member(1, &etcd)
             .setting("metadata.etcd_ca", format!("{ca:?}"))
             .setting("metadata.etcd_cert", format!("{certificate:?}"))
             .setting("metadata.etcd_key", format!("{key:?}"))
             .setting("metadata.etcd_user", "\"root\"");
-        let mut home = home.setting("metadata.etcd_password_file", format!("{password:?}"));
-        let broker = with_a_record(&mut home);
-        has_the_record(&home);
-        assert!(broker.terminate().success(), "{}", home.log());
+        let mut instance = instance.setting("metadata.etcd_password_file", format!("{password:?}"));
+        let broker = with_a_record(&mut instance);
+        has_the_record(&instance);
+        assert!(broker.terminate().success(), "{}", instance.log());
         // A wrong password ends the start and is not printed.
         fs::write(&password, "somebody's\n").expect("written");
-        assert!(!home.spawn().wait().success());
-        let log = home.log();
+        assert!(!instance.spawn().wait_for_exit().success());
+        let log = instance.log();
         assert!(log.contains("logging in as \"root\"") && !log.contains("somebody's"), "{log}");
     });
 }
@@ -206,15 +205,15 @@ async fn broker_connects_to_etcd_with_certificate_and_password() {
 fn broker_with_another_object_store_is_refused() {
     let mut cluster = Cluster::start(2);
     let elsewhere = tempfile::tempdir().expect("a folder");
-    let third = cluster.new_home(3).bucket_of(elsewhere.path());
-    assert!(!third.spawn().wait().success());
+    let third = cluster.new_instance(3).bucket_of(elsewhere.path());
+    assert!(!third.spawn().wait_for_exit().success());
     let log = third.log();
-    let places = [cluster.bucket(), elsewhere.path()].map(|place| format!("file://{}", place.display()));
+    let urls = [cluster.bucket(), elsewhere.path()].map(|folder| format!("file://{}", folder.display()));
     assert!(
-        log.contains(&format!("{} is not the object store that this cluster uses, which is {}", places[1], places[0])),
+        log.contains(&format!("{} is not the object store of this cluster, which is {}", urls[1], urls[0])),
         "{log}"
     );
-    assert_eq!(fs::read_dir(elsewhere.path()).expect("a folder").count(), 0, "nothing is written there");
+    assert_eq!(fs::read_dir(elsewhere.path()).expect("a folder").count(), 0, "no file is written");
     let third = third.bucket_of(cluster.bucket());
     cluster.add(3, third);
     cluster.ready();
@@ -223,30 +222,30 @@ fn broker_with_another_object_store_is_refused() {
 #[test]
 fn broker_id_in_use_is_refused_with_its_address() {
     let etcd = etcd(1);
-    let mut first = Home::member(1, &etcd);
+    let mut first = BrokerInstance::member(1, &etcd);
     let mut running = first.start();
-    let second = Home::member(1, &etcd).bucket_of(&first.bucket());
-    assert!(!second.spawn().wait().success());
-    let told = format!("broker id 1 is taken by a broker at {}", first.grpc());
-    assert!(second.log().contains(&told), "{}", second.log());
-    assert!(running.is_running(), "the one who has it is not disturbed");
+    let second = BrokerInstance::member(1, &etcd).bucket_of(&first.bucket());
+    assert!(!second.spawn().wait_for_exit().success());
+    let expected = format!("broker id 1 is taken by a broker at {}", first.grpc());
+    assert!(second.log().contains(&expected), "{}", second.log());
+    assert!(running.is_running(), "the process that uses the directory continues");
 }
 
 #[test]
 fn copied_data_directory_makes_one_process_exit() {
     let etcd = etcd(1);
-    let mut first = Home::member(1, &etcd);
+    let mut first = BrokerInstance::member(1, &etcd);
     let mut running = first.start();
-    let second = Home::member(1, &etcd).bucket_of(&first.bucket());
+    let second = BrokerInstance::member(1, &etcd).bucket_of(&first.bucket());
     copy(&first.data_dir(), &second.data_dir());
     let mut later = second.spawn();
     // Usually the first process stays. It registers again within milliseconds, while the later process still runs its startup verification.
-    let log = eventually("one of them ends", || match (running.is_running(), later.is_running()) {
+    let log = eventually("one of the processes exits", || match (running.is_running(), later.is_running()) {
         (false, true) => Some(first.log()),
         (true, false) => Some(second.log()),
         _ => None,
     });
-    assert!(log.contains("with a copy of this data directory; one of the two must go"), "{log}");
+    assert!(log.contains("with a copy of this data directory: stop one of the two"), "{log}");
 }
 
 fn copy(from: &std::path::Path, to: &std::path::Path) {

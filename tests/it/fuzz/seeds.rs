@@ -6,12 +6,12 @@ use std::{path::Path, sync::Arc, time::Duration};
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message;
 use strandline::{
-    log::{Disk, Identity, Log, Options, ProducerTable, SimDisk},
+    log::{DataDir, DataDirIdentity, Disk, LogOptions, ProducerTable, SimDisk},
     model::{BrokerId, Compression, LeaderEpoch, Offset, PartitionId, TopicId},
     proto::v1::{self, append_request::Payload},
     record::{Batch, BatchBuilder, ProducerSequence},
     telemetry::Metrics,
-    tier::{SegmentLine, footer::FooterBuilder, manifest::Root, name::Stamp},
+    tier::{SegmentEntry, footer::FooterBuilder, manifest::ManifestRoot, name::ObjectId},
 };
 
 /// A seed: its target, its name, its bytes.
@@ -64,17 +64,17 @@ fn record(seeds: &mut Vec<Seed>) {
 /// Returns a directory of three segments with two batches each, in two epochs. The log was closed or killed.
 fn directory(close: bool) -> SimDisk {
     let disk = SimDisk::new();
-    let options = Options {
+    let options = LogOptions {
         journal_bytes: 1 << 20,
-        round_bytes: 16 << 10,
+        max_frame_bytes: 16 << 10,
         reserve_bytes: 0,
         sync_after: Duration::from_secs(1),
         metrics: Metrics::new(),
-        manual: true,
-        ..Options::default()
+        step_mode: true,
+        ..LogOptions::default()
     };
-    let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
-    let log = Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap();
+    let identity = DataDirIdentity { cluster: "test".to_owned(), broker: BrokerId(1) };
+    let log = DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap();
     let mut replica = log.open_replica(partition(), at(0)).unwrap();
     for number in 0..6 {
         if number % 2 == 0 && number > 0 {
@@ -165,14 +165,14 @@ fn log(seeds: &mut Vec<Seed>) {
 
 fn producers() -> Bytes {
     let mut table = ProducerTable::new();
-    (0..4).for_each(|number| table.note(&batch(number, 1)));
+    (0..4).for_each(|number| table.record_batch(&batch(number, 1)));
     table.to_bytes()
 }
 
-fn line(base: u64, end: u64) -> SegmentLine {
+fn line(base: u64, end: u64) -> SegmentEntry {
     let attempt = uuid::Uuid::from_u128(u128::from(base) << 64 | u128::from(end));
-    let stamp = Stamp { base: at(base), end: at(end), epoch: LeaderEpoch(1), attempt };
-    SegmentLine {
+    let stamp = ObjectId { base: at(base), end: at(end), epoch: LeaderEpoch(1), attempt };
+    SegmentEntry {
         stamp,
         data_bytes: 6000,
         footer_bytes: 300,
@@ -188,7 +188,7 @@ fn tier(seeds: &mut Vec<Seed>) {
     (0..4).for_each(|number| builder.push(&batch(number, 1)));
     seeds.push(("footer", "four-batches".to_owned(), builder.finish(producers()).encode().to_vec()));
 
-    let mut root = Root::empty(partition(), at(0));
+    let mut root = ManifestRoot::empty(partition(), at(0));
     seeds.push(("manifest", "root-of-nothing".to_owned(), root.encode().to_vec()));
     for base in [0, 10, 20] {
         root = root.extend(line(base, base + 10), LeaderEpoch(1), uuid::Uuid::nil()).0;
@@ -264,7 +264,7 @@ fn config(seeds: &mut Vec<Seed>) {
 
 fn produce(seeds: &mut Vec<Seed>) {
     let request = v1::ProduceRequest {
-        correlation: 7,
+        correlation_id: 7,
         append: Some(v1::AppendRequest {
             topic: "a.topic".to_owned(),
             partition: 3,

@@ -23,7 +23,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use super::{serves, target::PREFACE};
 use crate::{
-    broker::{Home, http_get},
+    broker::{BrokerInstance, http_get},
     cluster::network::{Network, inside, within},
     test_timeout::{TEST_TIMEOUT, eventually},
     wire,
@@ -31,7 +31,7 @@ use crate::{
 
 /// Maximum number of open files of the attacked broker: 32 connections for gRPC, 8 for HTTP.
 const OPEN_FILES: u32 = 256;
-const GRPC_PLACES: usize = 32;
+const MAX_GRPC_CONNECTIONS: usize = 32;
 
 pub(super) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
@@ -43,8 +43,8 @@ pub(super) async fn hold(address: SocketAddr) -> Result<(LogClient<Channel>, imp
     let mut client = LogClient::new(endpoint.connect().await.expect("the port is open"));
     let (requests, stream) = tokio::sync::mpsc::channel::<FetchRequest>(1);
     let requests_of = tokio_stream::wrappers::ReceiverStream::new(stream);
-    let answers = client.fetch(requests_of).await.map_err(|status| ApiError::from(&status))?;
-    Ok((client, (requests, answers)))
+    let responses = client.fetch(requests_of).await.map_err(|status| ApiError::from(&status))?;
+    Ok((client, (requests, responses)))
 }
 
 /// An attacker on a machine of its own. It holds as many connections as it gets, with a stream on each, until the value is dropped.
@@ -58,7 +58,7 @@ pub(super) struct Attacker {
 impl Attacker {
     pub(super) fn begin(machine: &str, address: SocketAddr, tries: usize) -> Self {
         let (end, ended) = mpsc::sync_channel(1);
-        let (tell, told) = mpsc::sync_channel(1);
+        let (report, reports) = mpsc::sync_channel(1);
         let machine = machine.to_owned();
         let thread = task::spawn_thread("attacker", move || {
             within(&machine, move || {
@@ -66,18 +66,18 @@ impl Attacker {
                     let (mut held, mut refusals) = (Vec::new(), Vec::new());
                     for _ in 0..tries {
                         match hold(address).await {
-                            Ok(one) => held.push(one),
+                            Ok(stream) => held.push(stream),
                             Err(refusal) => refusals.push(refusal),
                         }
                     }
-                    tell.send((held.len(), refusals)).expect("somebody asks");
+                    report.send((held.len(), refusals)).expect("the test waits for the report");
                     // The runtime continues during this wait, so that pings get responses.
                     task::run_blocking(move || ended.recv().is_err()).await;
                     drop(held);
                 });
             });
         });
-        let (held, refusals) = told.recv_timeout(TEST_TIMEOUT).expect("the attack is begun");
+        let (held, refusals) = reports.recv_timeout(TEST_TIMEOUT).expect("the attack has started");
         Self { refusals, held, end: Some(end), thread: Some(thread) }
     }
 }
@@ -86,15 +86,14 @@ impl Drop for Attacker {
     fn drop(&mut self) {
         drop(self.end.take());
         let ended = self.thread.take().map(thread::JoinHandle::join);
-        assert!(thread::panicking() || ended.is_none_or(|ended| ended.is_ok()), "the attacker failed");
+        assert!(thread::panicking() || ended.is_none_or(|ended| ended.is_ok()), "the attacker panicked");
     }
 }
 
 /// Regression: one host held every connection of a broker. No other client, probe or broker was served until that host closed them.
 #[test]
-fn connections_with_open_streams_leave_places_for_other_addresses_probes_and_loopback() {
-    let test =
-        "hostile::connections::connections_with_open_streams_leave_places_for_other_addresses_probes_and_loopback";
+fn open_streams_leave_connections_for_others_and_probes() {
+    let test = "hostile::connections::open_streams_leave_connections_for_others_and_probes";
     if !inside(test) {
         return;
     }
@@ -104,16 +103,18 @@ fn connections_with_open_streams_leave_places_for_other_addresses_probes_and_loo
         network.add(machine, number);
     }
     // Clients whose machine has failed do not close their connections.
-    let mut home =
-        Home::new().in_namespace("b1", ip).open_files(OPEN_FILES).setting("broker.shutdown_timeout", "\"2s\"");
-    let broker = home.start();
-    let address = home.grpc();
+    let mut instance = BrokerInstance::new()
+        .in_namespace("b1", ip)
+        .open_files(OPEN_FILES)
+        .setting("broker.shutdown_timeout", "\"2s\"");
+    let broker = instance.start();
+    let address = instance.grpc();
     let runtime = runtime();
     runtime.block_on(wire::create_topic(address, "calm", 1, &[]));
 
     // One address gets half of the connections. All other addresses are served.
-    let first = Attacker::begin("a1", address, GRPC_PLACES);
-    assert_eq!(first.held, GRPC_PLACES / 2, "{:?}", first.refusals);
+    let first = Attacker::begin("a1", address, MAX_GRPC_CONNECTIONS);
+    assert_eq!(first.held, MAX_GRPC_CONNECTIONS / 2, "{:?}", first.refusals);
     for refusal in &first.refusals {
         assert_eq!(refusal.code, ErrorCode::Overloaded);
         assert!(refusal.message.contains("raise limits.connections_per_address"), "{refusal}");
@@ -121,35 +122,35 @@ fn connections_with_open_streams_leave_places_for_other_addresses_probes_and_loo
     runtime.block_on(serves(address, "calm"));
 
     // Two addresses get all connections. A new client is now refused with a named error.
-    let second = Attacker::begin("a2", address, GRPC_PLACES);
-    assert_eq!(second.held, GRPC_PLACES / 2, "{:?}", second.refusals);
+    let second = Attacker::begin("a2", address, MAX_GRPC_CONNECTIONS);
+    assert_eq!(second.held, MAX_GRPC_CONNECTIONS / 2, "{:?}", second.refusals);
     let refused = runtime.block_on(async {
         wire::append(&mut wire::log(address), wire::append_plain("calm", 0, vec![Bytes::from_static(b"x")])).await
     });
-    let refused = refused.expect_err("there is no place");
+    let refused = refused.expect_err("every connection slot is in use");
     assert_eq!(refused.code, ErrorCode::Overloaded);
     assert!(refused.message.contains("raise the limit of open files (ulimit -n, LimitNOFILE)"), "{refused}");
     // Probes get responses nevertheless, also by gRPC, and so do clients on the broker's machine.
     let healthy = runtime.block_on(async {
         let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("a URI");
         let mut health = HealthClient::new(endpoint.connect().await.expect("the port is open"));
-        health.check(HealthCheckRequest::default()).await.expect("a probe is answered").into_inner().status
+        health.check(HealthCheckRequest::default()).await.expect("a probe has a response").into_inner().status
     });
     assert_eq!(healthy, 1);
-    assert_eq!(http_get(home.http(), "/readyz").expect("a probe is answered").0, 200);
+    assert_eq!(http_get(instance.http(), "/readyz").expect("a probe has a response").0, 200);
     within("b1", move || self::runtime().block_on(serves(address, "calm")));
-    let log = home.log();
-    for said in [
+    let log = instance.log();
+    for expected in [
         "raised_by=\"limits.connections_per_address\"",
         "raised_by=\"the limit of open files (ulimit -n, LimitNOFILE)\"",
     ] {
-        assert!(log.contains(said), "{said}: {log}");
+        assert!(log.contains(expected), "{expected}: {log}");
     }
-    assert!(home.metric("strandline_connections_refused_total") >= GRPC_PLACES as f64);
+    assert!(instance.metric("strandline_connections_refused_total") >= MAX_GRPC_CONNECTIONS as f64);
 
     // Connections whose streams have ended hold nothing that other clients need.
     drop(second);
-    eventually("a newcomer is served", || {
+    eventually("a new client is served", || {
         let served = runtime.block_on(async {
             wire::append(&mut wire::log(address), wire::append_plain("calm", 0, vec![Bytes::from_static(b"y")])).await
         });
@@ -162,53 +163,56 @@ fn connections_with_open_streams_leave_places_for_other_addresses_probes_and_loo
 /// Regression: no idle connection was closed for a new one. New connections were closed until the idle ones had sent nothing for ten
 /// seconds.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_connection_that_was_idle_longest_makes_room_and_one_with_a_stream_never() {
-    let mut home = Home::new().open_files(OPEN_FILES).setting("limits.connections_per_address", GRPC_PLACES);
-    let mut broker = tokio::task::block_in_place(|| home.start());
-    wire::create_topic(home.grpc(), "calm", 1, &[]).await;
-    let (mut held, (_requests, mut answers)) = {
-        let endpoint = Endpoint::from_shared(format!("http://{}", home.grpc())).expect("a URI");
+async fn longest_idle_connection_is_closed_first() {
+    let mut instance =
+        BrokerInstance::new().open_files(OPEN_FILES).setting("limits.connections_per_address", MAX_GRPC_CONNECTIONS);
+    let mut broker = tokio::task::block_in_place(|| instance.start());
+    wire::create_topic(instance.grpc(), "calm", 1, &[]).await;
+    let (mut held, (_requests, mut responses)) = {
+        let endpoint = Endpoint::from_shared(format!("http://{}", instance.grpc())).expect("a URI");
         let mut client = LogClient::new(endpoint.connect().await.expect("the port is open"));
         let (requests, stream) = tokio::sync::mpsc::channel::<FetchRequest>(1);
-        let answers = client.fetch(tokio_stream::wrappers::ReceiverStream::new(stream)).await.expect("a stream");
-        (client, (requests, answers.into_inner()))
+        let responses = client.fetch(tokio_stream::wrappers::ReceiverStream::new(stream)).await.expect("a stream");
+        (client, (requests, responses.into_inner()))
     };
     // Some connections send nothing, some only the preface. Both kinds are idle.
-    let silent: Vec<TcpStream> = (0..4 * GRPC_PLACES)
+    let silent: Vec<TcpStream> = (0..4 * MAX_GRPC_CONNECTIONS)
         .map(|number| {
-            let mut stream = TcpStream::connect(home.grpc()).expect("the port is open");
+            let mut stream = TcpStream::connect(instance.grpc()).expect("the port is open");
             if number % 2 == 0 {
-                stream.write_all(PREFACE).expect("it is sent");
+                stream.write_all(PREFACE).expect("the request is sent");
             }
             stream
         })
         .collect();
     // Every new client is served at the first attempt.
     for _ in 0..4 {
-        serves(home.grpc(), "calm").await;
+        serves(instance.grpc(), "calm").await;
     }
-    let waited = tokio::time::timeout(Duration::from_millis(100), answers.message()).await;
-    assert!(waited.is_err(), "the stream is open still: {waited:?}");
-    wire::append(&mut held, wire::append_plain("calm", 0, vec![Bytes::from_static(b"x")])).await.expect("served there");
+    let waited = tokio::time::timeout(Duration::from_millis(100), responses.message()).await;
+    assert!(waited.is_err(), "the stream is still open: {waited:?}");
+    wire::append(&mut held, wire::append_plain("calm", 0, vec![Bytes::from_static(b"x")]))
+        .await
+        .expect("the broker accepts records");
     tokio::task::block_in_place(|| {
-        assert!(home.metric("strandline_connections_evicted_total") >= 3.0 * GRPC_PLACES as f64);
-        assert_eq!(home.metric("strandline_connections_refused_total"), 0.0);
-        let few = || home.metric("strandline_connections") <= GRPC_PLACES as f64;
-        eventually("those that made room are gone", || few().then_some(()));
+        assert!(instance.metric("strandline_connections_evicted_total") >= 3.0 * MAX_GRPC_CONNECTIONS as f64);
+        assert_eq!(instance.metric("strandline_connections_refused_total"), 0.0);
+        let few = || instance.metric("strandline_connections") <= MAX_GRPC_CONNECTIONS as f64;
+        eventually("the idle connections are closed", || few().then_some(()));
     });
-    assert!(home.log().contains("the connections that were idle longest are closed for new ones"), "{}", home.log());
+    assert!(instance.log().contains("closing the longest idle connections for new ones"), "{}", instance.log());
     assert!(broker.is_running());
     drop(silent);
 }
 
 /// Regression: 100,000 streams on a hundred connections took 700 MB.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn open_calls_are_bounded_by_memory_and_every_connection_has_its_share() {
-    let mut home = Home::new().setting("limits.memory_bytes", "\"64MiB\"");
-    let _broker = tokio::task::block_in_place(|| home.start());
-    wire::create_topic(home.grpc(), "calm", 1, &[]).await;
+async fn open_calls_are_limited_by_memory_and_per_connection() {
+    let mut instance = BrokerInstance::new().setting("limits.memory_bytes", "\"64MiB\"");
+    let _broker = tokio::task::block_in_place(|| instance.start());
+    wire::create_topic(instance.grpc(), "calm", 1, &[]).await;
     let connect = async || {
-        let endpoint = Endpoint::from_shared(format!("http://{}", home.grpc())).expect("a URI");
+        let endpoint = Endpoint::from_shared(format!("http://{}", instance.grpc())).expect("a URI");
         LogClient::new(endpoint.connect().await.expect("the port is open"))
     };
     // 64 MiB are enough for 2,048 calls. When these are open, each of ten connections may have 204.
@@ -216,35 +220,41 @@ async fn open_calls_are_bounded_by_memory_and_every_connection_has_its_share() {
     for _ in 0..9 {
         let mut client = connect().await;
         for _ in 0..217 {
-            streams.push(client.fetch(futures::stream::pending::<FetchRequest>()).await.expect("there is memory"));
+            streams
+                .push(client.fetch(futures::stream::pending::<FetchRequest>()).await.expect("the allocation succeeds"));
         }
         clients.push(client);
     }
     let mut honest = connect().await;
     for _ in 0..150 {
-        streams.push(honest.fetch(futures::stream::pending::<FetchRequest>()).await.expect("its share"));
+        streams.push(
+            honest.fetch(futures::stream::pending::<FetchRequest>()).await.expect("the connection has its share"),
+        );
     }
-    let refused = clients[0].fetch(futures::stream::pending::<FetchRequest>()).await.expect_err("it has its share");
+    let refused = clients[0]
+        .fetch(futures::stream::pending::<FetchRequest>())
+        .await
+        .expect_err("the connection has used its share");
     let refused = ApiError::from(&refused);
     assert_eq!((refused.code, refused.retryable), (ErrorCode::Overloaded, true), "{refused}");
     assert!(refused.message.contains("2048") && refused.message.contains("limits.memory_bytes"), "{refused}");
     wire::append(&mut honest, wire::append_plain("calm", 0, vec![Bytes::from_static(b"x")])).await.expect("served");
-    assert!(home.log().contains("as many calls and streams are open as there is memory for"), "{}", home.log());
+    assert!(instance.log().contains("limit of open calls and streams reached"), "{}", instance.log());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_connection_announces_how_many_streams_it_takes() {
-    let mut home = Home::new();
-    let _broker = tokio::task::block_in_place(|| home.start());
-    let mut stream = TcpStream::connect(home.grpc()).expect("the port is open");
+async fn connection_announces_its_stream_limit() {
+    let mut instance = BrokerInstance::new();
+    let _broker = tokio::task::block_in_place(|| instance.start());
+    let mut stream = TcpStream::connect(instance.grpc()).expect("the port is open");
     stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout can be set");
-    stream.write_all(PREFACE).expect("it is sent");
+    stream.write_all(PREFACE).expect("the request is sent");
     let mut head = [0; 9];
     stream.read_exact(&mut head).expect("a frame");
     assert_eq!(head[3], 4, "the first frame holds the settings");
     let mut settings = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
-    stream.read_exact(&mut settings).expect("its payload");
-    let streams = settings.chunks(6).find(|pair| pair[..2] == [0, 3]).expect("a bound of streams");
+    stream.read_exact(&mut settings).expect("the payload arrives");
+    let streams = settings.chunks(6).find(|pair| pair[..2] == [0, 3]).expect("a limit of streams");
     let bound = u32::from_be_bytes([streams[2], streams[3], streams[4], streams[5]]);
     assert_eq!(bound, limits::MAX_STREAMS_PER_CONNECTION);
 }

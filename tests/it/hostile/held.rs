@@ -15,11 +15,11 @@ use tokio::{io::AsyncWriteExt as _, net::TcpSocket, sync::oneshot, task::JoinSet
 use tonic::transport::Channel;
 
 use super::target::{
-    APPEND, FILLED, PREFACE, READ, Scale, Target, call, call_with, framed, open, place, resident_bytes, unread, whole,
-    withheld,
+    APPEND, FILLED, PREFACE, READ, Scale, Target, call, call_with, complete_body, fetch_partition, framed, open,
+    resident_bytes, unread, withheld,
 };
 use crate::{
-    broker::Home,
+    broker::BrokerInstance,
     s3::{Fault, Op, S3},
     wire,
 };
@@ -31,8 +31,8 @@ const LARGE: [i32; 2] = [FILLED, FILLED + 1];
 
 /// Calls again and again, and reads the responses.
 async fn repeat(channel: Channel, path: &'static str, message: Bytes) {
-    while let Some(answer) = call(channel.clone(), path, whole(&message)).await {
-        let _ = answer.into_body().collect().await;
+    while let Some(response) = call(channel.clone(), path, complete_body(&message)).await {
+        let _ = response.into_body().collect().await;
     }
 }
 
@@ -64,7 +64,7 @@ async fn ask_and_read_nothing(address: SocketAddr) {
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.set_recv_buffer_size(2048).expect("a small buffer");
     let mut stream = socket.connect(address).await.expect("the port is open");
-    stream.write_all(PREFACE).await.expect("it is sent");
+    stream.write_all(PREFACE).await.expect("the request is sent");
     for id in (1..10_000).step_by(2) {
         let call = [frame(HEADERS, END_HEADERS, id, &head), frame(DATA, END_STREAM, id, &request)].concat();
         if stream.write_all(&call).await.is_err() {
@@ -78,24 +78,24 @@ async fn ask_and_read_nothing(address: SocketAddr) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
+async fn memory_is_bounded_under_open_connections_and_calls() {
     let target = Target::start(Scale::of_environment()).await;
     target.fill().await;
     let mut log = wire::log(target.address());
     for partition in LARGE {
         let batch = wire::batch(&vec![&vec![7; 1 << 20][..]; 56]);
-        wire::append(&mut log, wire::append_batch("t", partition, batch)).await.expect("it takes records");
+        wire::append(&mut log, wire::append_batch("t", partition, batch)).await.expect("the broker accepts records");
     }
     let before = resident_bytes(target.broker.pid());
     let (streams, connections) = (target.scale.streams, target.scale.streams / 10);
 
     let attack = |_channel: Channel| future::pending();
-    target.withstands("connections without a call", target.on_connections(3 * connections, 0, attack)).await;
+    target.attack_for_a_while("connections without a call", target.on_connections(3 * connections, 0, attack)).await;
     // Each connection has a window of 1 MiB.
     let windows = |channel: Channel| async move {
-        unread(channel, APPEND, |gone| withheld(60 << 20, 4 << 20, gone)).await;
+        unread(channel, APPEND, |closed| withheld(60 << 20, 4 << 20, closed)).await;
     };
-    target.withstands("windows of many connections", target.on_connections(connections, 0, windows)).await;
+    target.attack_for_a_while("windows of many connections", target.on_connections(connections, 0, windows)).await;
     let all = Bytes::from(GetMetadataRequest { all_topics: true, ..Default::default() }.encode_to_vec());
     let attack = {
         let all = all.clone();
@@ -105,55 +105,58 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
                 let mut calls = JoinSet::new();
                 for _ in 0..16 {
                     let (channel, all) = (channel.clone(), all.clone());
-                    calls.spawn(async move { unread(channel, METADATA, |_| whole(&all)).await });
+                    calls.spawn(async move { unread(channel, METADATA, |_| complete_body(&all)).await });
                 }
                 for _ in 0..2 {
                     let channel = channel.clone();
-                    calls
-                        .spawn(async move { unread(channel, METADATA, |gone| withheld(4 << 20, 1 << 20, gone)).await });
+                    calls.spawn(
+                        async move { unread(channel, METADATA, |closed| withheld(4 << 20, 1 << 20, closed)).await },
+                    );
                 }
                 calls.join_all().await;
             }
         }
     };
-    target.withstands("metadata that nobody reads", target.on_connections(connections, 0, attack)).await;
+    target.attack_for_a_while("metadata that nobody reads", target.on_connections(connections, 0, attack)).await;
 
     let attack = (0..connections).map(|_| ask_and_read_nothing(target.address())).collect();
-    target.withstands("heads of answers that nobody reads", attack).await;
+    target.attack_for_a_while("heads of answers that nobody reads", attack).await;
 
     // Each stream takes 26 KiB.
     let head = "a".repeat(12_000);
     let attack = |channel: Channel| {
         let head = head.clone();
         async move {
-            let (_alive, gone) = oneshot::channel();
-            let _answer = call_with(channel, APPEND, &head, withheld(1000, 10, gone)).await;
+            let (_alive, closed) = oneshot::channel();
+            let _answer = call_with(channel, APPEND, &head, withheld(1000, 10, closed)).await;
             future::pending().await
         }
     };
-    target.withstands("streams with large heads", target.on_streams(streams, attack).await).await;
+    target.attack_for_a_while("streams with large heads", target.on_streams(streams, attack).await).await;
     let attack = |channel: Channel| async move {
-        let (_alive, gone) = oneshot::channel();
-        let _answer = call(channel, APPEND, withheld(1000, 10, gone)).await;
+        let (_alive, closed) = oneshot::channel();
+        let _answer = call(channel, APPEND, withheld(1000, 10, closed)).await;
         future::pending().await
     };
-    target.withstands("streams on many connections", target.on_streams(4 * streams, attack).await).await;
+    target.attack_for_a_while("streams on many connections", target.on_streams(4 * streams, attack).await).await;
     let attack = |channel: Channel| async move {
-        let (_alive, gone) = oneshot::channel();
-        let _answer = call(channel, "/grpc.health.v1.Health/Check", open(Vec::new(), gone)).await;
+        let (_alive, closed) = oneshot::channel();
+        let _answer = call(channel, "/grpc.health.v1.Health/Check", open(Vec::new(), closed)).await;
         future::pending().await
     };
-    target.withstands("probes without a request", target.on_streams(4 * streams, attack).await).await;
+    target.attack_for_a_while("probes without a request", target.on_streams(4 * streams, attack).await).await;
 
     // HTTP/2 keeps memory for as many streams as a connection ever had: up to 1.5 MB for each connection.
     let attack = |channel: Channel| async move {
-        let (alive, gone): (Vec<_>, Vec<_>) = (0..900).map(|_| oneshot::channel()).unzip();
-        let calls = gone.into_iter().map(|gone| call(channel.clone(), APPEND, withheld(1000, 10, gone)));
+        let (alive, closed): (Vec<_>, Vec<_>) = (0..900).map(|_| oneshot::channel()).unzip();
+        let calls = closed.into_iter().map(|closed| call(channel.clone(), APPEND, withheld(1000, 10, closed)));
         let _open = tokio::time::timeout(Duration::from_secs(1), future::join_all(calls)).await;
         drop(alive);
         future::pending().await
     };
-    target.withstands("connections that had many streams", target.on_connections(connections, 65_535, attack)).await;
+    target
+        .attack_for_a_while("connections that had many streams", target.on_connections(connections, 65_535, attack))
+        .await;
 
     // Each stream takes 3 MB.
     let absent = |partition| FetchPartition { topic: "absent".to_owned(), partition, ..Default::default() };
@@ -161,35 +164,35 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
     let fetch = framed(&fetch.encode_to_vec());
     let attack = |channel: Channel| {
         let fetch = fetch.clone();
-        async move { unread(channel, "/strandline.v1.Log/Fetch", |gone| open(vec![fetch.clone()], gone)).await }
+        async move { unread(channel, "/strandline.v1.Log/Fetch", |closed| open(vec![fetch.clone()], closed)).await }
     };
-    target.withstands("fetches of absent partitions", target.on_streams(streams / 10, attack).await).await;
+    target.attack_for_a_while("fetches of absent partitions", target.on_streams(streams / 10, attack).await).await;
 
     // Regression: each stream kept the buffers of its largest request and of its last response: 1.7 and 1.3 GB.
     let absent = wire::append_plain("absent", 0, vec![Bytes::from(vec![7; 30 << 20])]);
     let produce = framed(&ProduceRequest { append: Some(absent), ..Default::default() }.encode_to_vec());
     let attack = move |channel: Channel| {
         let produce = produce.clone();
-        async move { unread(channel, "/strandline.v1.Log/Produce", |gone| open(vec![produce.clone()], gone)).await }
+        async move { unread(channel, "/strandline.v1.Log/Produce", |closed| open(vec![produce.clone()], closed)).await }
     };
-    target.withstands("producers that were loud once", target.on_connections(60, 65_535, attack)).await;
-    let last = FetchPartition { offset: 3, ..place(0) };
+    target.attack_for_a_while("producers that were loud once", target.on_connections(60, 65_535, attack)).await;
+    let last = FetchPartition { offset: 3, ..fetch_partition(0) };
     let fetch = framed(&FetchRequest { partitions: vec![last], ..Default::default() }.encode_to_vec());
     let attack = |channel: Channel| {
         let fetch = fetch.clone();
         async move {
-            let (_alive, gone) = oneshot::channel();
-            let answer = call(channel, "/strandline.v1.Log/Fetch", open(vec![fetch], gone)).await;
-            let mut body = answer.expect("it is served").into_body();
+            let (_alive, closed) = oneshot::channel();
+            let response = call(channel, "/strandline.v1.Log/Fetch", open(vec![fetch], closed)).await;
+            let mut body = response.expect("the read succeeds").into_body();
             while body.frame().await.is_some() {}
         }
     };
-    target.withstands("consumers that are at the end", target.on_streams(300, attack).await).await;
+    target.attack_for_a_while("consumers that are at the end", target.on_streams(300, attack).await).await;
 
     // Regression: eight batches at a time were read before there was memory for one.
     for (name, partitions) in [("batches of 4 MiB", (0..FILLED).collect()), ("batches of 56 MiB", LARGE.to_vec())] {
-        let places = partitions.iter().map(|partition| place(*partition)).collect();
-        let read = ReadRequest { partitions: places, max_bytes: 1, ..Default::default() };
+        let fetches = partitions.iter().map(|partition| fetch_partition(*partition)).collect();
+        let read = ReadRequest { partitions: fetches, max_bytes: 1, ..Default::default() };
         let read = Bytes::from(read.encode_to_vec());
         let query = |partition| {
             let at = Some(At::TimestampMs(0));
@@ -198,20 +201,25 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
         let queries = partitions.iter().map(|partition| query(*partition)).cycle().take(64).collect();
         let search = Bytes::from(ListOffsetsRequest { queries }.encode_to_vec());
         let attack = |channel: Channel| repeat(channel, READ, read.clone());
-        target.withstands(&format!("{name} read small"), target.on_streams(100, attack).await).await;
+        target.attack_for_a_while(&format!("{name} read small"), target.on_streams(100, attack).await).await;
         let attack = |channel: Channel| repeat(channel, "/strandline.v1.Log/ListOffsets", search.clone());
-        target.withstands(&format!("{name} searched by time"), target.on_streams(100, attack).await).await;
+        target.attack_for_a_while(&format!("{name} searched by time"), target.on_streams(100, attack).await).await;
     }
 
     let mut attacks =
         target.on_connections(connections / 2, 0, windows).into_iter().map(FutureExt::boxed).collect::<Vec<_>>();
-    let attack = |channel: Channel| async move { unread(channel, APPEND, |gone| withheld(60_000, 59_999, gone)).await };
+    let attack =
+        |channel: Channel| async move { unread(channel, APPEND, |closed| withheld(60_000, 59_999, closed)).await };
     attacks.extend(target.on_streams(streams / 2, attack).await.into_iter().map(FutureExt::boxed));
-    let read = ReadRequest { partitions: (0..FILLED).map(place).collect(), max_bytes: 16 << 20, ..Default::default() };
+    let read = ReadRequest {
+        partitions: (0..FILLED).map(fetch_partition).collect(),
+        max_bytes: 16 << 20,
+        ..Default::default()
+    };
     let read = Bytes::from(read.encode_to_vec());
     let attack = |channel: Channel| {
         let read = read.clone();
-        async move { unread(channel, READ, |_| whole(&read)).await }
+        async move { unread(channel, READ, |_| complete_body(&read)).await }
     };
     attacks.extend(target.on_streams(100, attack).await.into_iter().map(FutureExt::boxed));
     let append = wire::append_batch("t", 9, wire::batch(&[&vec![7; 4 << 20]]));
@@ -220,19 +228,19 @@ async fn memory_stays_bounded_whatever_connections_and_calls_hold() {
     attacks.extend(target.on_connections(8, 65_535, attack).into_iter().map(FutureExt::boxed));
     let attack = |channel: Channel| {
         let all = all.clone();
-        async move { unread(channel, METADATA, |_| whole(&all)).await }
+        async move { unread(channel, METADATA, |_| complete_body(&all)).await }
     };
     attacks.extend(target.on_streams(1000, attack).await.into_iter().map(FutureExt::boxed));
-    target.withstands("everything at once", attacks).await;
-    target.gives_back(before);
+    target.attack_for_a_while("everything at once", attacks).await;
+    target.check_freed(before);
 }
 
 /// The object store serves reads and accepts no object, so that appends wait for it until they time out.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn memory_stays_bounded_while_appends_wait_for_the_bucket() {
+async fn memory_is_bounded_under_waiting_tiered_appends() {
     const APPENDS: i32 = 20;
     let server = tokio::task::block_in_place(S3::begin);
-    let target = Target::start_on(Home::new().object_store(&server), Scale::of_environment()).await;
+    let target = Target::start_on(BrokerInstance::new().object_store(&server), Scale::of_environment()).await;
     target.fill().await;
     wire::create_topic(target.address(), "waits", 8, &[("segment.ms", "200")]).await;
     for op in [Op::Put, Op::StartUpload] {
@@ -240,20 +248,23 @@ async fn memory_stays_bounded_while_appends_wait_for_the_bucket() {
     }
     let single = wire::append_plain("waits", 0, vec![Bytes::from_static(b"one")]);
     let single = AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 5_000, ..single };
-    let refusal = wire::append(&mut wire::log(target.address()), single).await.expect_err("no object is taken");
-    assert_eq!(refusal.number("base_offset"), Some(0), "it is stored here, and waited: {refusal:?}");
+    let refusal =
+        wire::append(&mut wire::log(target.address()), single).await.expect_err("the object store rejects uploads");
+    assert_eq!(refusal.number("base_offset"), Some(0), "the record is stored, and the append waited: {refusal:?}");
     let before = resident_bytes(target.broker.pid());
     let append = |number: i32| {
         let append = wire::append_plain("waits", number % 8, vec![Bytes::from(vec![7; 100])]);
         let append = AppendRequest { acks: Acks::Tiered.into(), timeout_ms: 60_000, ..append };
-        let request = ProduceRequest { correlation: u64::from(number.unsigned_abs()), append: Some(append) };
+        let request = ProduceRequest { correlation_id: u64::from(number.unsigned_abs()), append: Some(append) };
         framed(&request.encode_to_vec())
     };
     let appends: Vec<Bytes> = (0..APPENDS).map(append).collect();
     let attack = |channel: Channel| {
         let appends = appends.clone();
-        async move { unread(channel, "/strandline.v1.Log/Produce", |gone| open(appends.clone(), gone)).await }
+        async move { unread(channel, "/strandline.v1.Log/Produce", |closed| open(appends.clone(), closed)).await }
     };
-    target.withstands("appends that wait for the bucket", target.on_streams(target.scale.streams, attack).await).await;
-    target.gives_back(before);
+    target
+        .attack_for_a_while("appends that wait for the bucket", target.on_streams(target.scale.streams, attack).await)
+        .await;
+    target.check_freed(before);
 }

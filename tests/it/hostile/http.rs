@@ -8,7 +8,7 @@ use std::{
 
 use super::target::PREFACE;
 use crate::{
-    broker::{Broker, Home, http_get},
+    broker::{Broker, BrokerInstance, http_get},
     etcd::Etcd,
     test_timeout::eventually,
 };
@@ -19,34 +19,34 @@ fn get(address: SocketAddr, path: &str, accept: &str) -> (String, String) {
     stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout can be set");
     let accept = if accept.is_empty() { String::new() } else { format!("Accept: {accept}\r\n") };
     let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\n{accept}Connection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).expect("it is sent");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("an answer");
-    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+    stream.write_all(request.as_bytes()).expect("the request is sent");
+    let mut response = String::new();
+    stream.read_to_string(&mut response).expect("a response");
+    let (head, body) = response.split_once("\r\n\r\n").expect("a head");
     (head.to_ascii_lowercase(), body.to_owned())
 }
 
 /// Regression: the port also served HTTP/2, without a bound on the memory of its streams.
 #[test]
 fn pages_are_served_by_http_1_alone() {
-    let mut home = Home::new();
-    let _broker = home.start();
-    let mut stream = TcpStream::connect(home.http()).expect("the port is open");
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let mut stream = TcpStream::connect(instance.http()).expect("the port is open");
     stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout can be set");
-    stream.write_all(PREFACE).expect("it is sent");
-    let mut answer = Vec::new();
+    stream.write_all(PREFACE).expect("the request is sent");
+    let mut response = Vec::new();
     // The connection may be reset after the response.
-    let _ended = stream.read_to_end(&mut answer);
-    assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 4"), "{answer:?}");
-    assert_eq!(http_get(home.http(), "/healthz").expect("an answer").0, 200);
+    let _ended = stream.read_to_end(&mut response);
+    assert!(response.is_empty() || response.starts_with(b"HTTP/1.1 4"), "{response:?}");
+    assert_eq!(http_get(instance.http(), "/healthz").expect("a response").0, 200);
 }
 
 /// Regression: 256 idle connections filled the port, and `/healthz` got no response.
 #[test]
-fn probes_are_answered_whatever_hangs_on_the_port() {
-    let mut home = Home::new();
-    let mut broker = home.start();
-    let address = home.http();
+fn probes_are_served_beside_stalled_connections() {
+    let mut instance = BrokerInstance::new();
+    let mut broker = instance.start();
+    let address = instance.http();
     let page = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
     let hang = |number: usize| {
         let mut stream = TcpStream::connect(address).expect("the port is open");
@@ -77,31 +77,31 @@ fn probes_are_answered_whatever_hangs_on_the_port() {
         }
         hanging.extend((0..10).map(hang));
     }
-    assert!(home.metric("strandline_connections_evicted_total") > 0.0);
+    assert!(instance.metric("strandline_connections_evicted_total") > 0.0);
     assert!(broker.is_running());
 }
 
 /// Regression: the page was empty, with the type of OpenMetrics and without its end marker, which is invalid. The page was never text,
 /// whatever the client requested.
 #[test]
-fn figures_are_right_before_the_broker_is_ready_in_both_formats() {
+fn metrics_before_readiness_have_both_formats() {
     let mut etcd = Etcd::begin(1, "http", &[]);
     etcd.kill(0);
-    let home = Home::member(1, &etcd);
-    let broker = home.spawn();
-    eventually("the port is open", || http_get(home.http(), "/healthz").ok());
-    let (code, page) = http_get(home.http(), "/readyz").expect("an answer");
+    let instance = BrokerInstance::member(1, &etcd);
+    let broker = instance.spawn();
+    eventually("the port is open", || http_get(instance.http(), "/healthz").ok());
+    let (code, page) = http_get(instance.http(), "/readyz").expect("a response");
     assert_eq!((code, page.as_str()), (503, "not ready: starting\n"));
-    both_formats(home.http());
+    both_formats(instance.http());
     assert!(broker.terminate().success());
 }
 
 #[test]
-fn figures_of_a_broker_that_serves_come_in_both_formats() {
-    let mut home = Home::new();
-    let _broker: Broker = home.start();
-    both_formats(home.http());
-    let (_, text) = get(home.http(), "/metrics", "");
+fn metrics_of_a_ready_broker_have_both_formats() {
+    let mut instance = BrokerInstance::new();
+    let _broker: Broker = instance.start();
+    both_formats(instance.http());
+    let (_, text) = get(instance.http(), "/metrics", "");
     assert!(text.contains("\nstrandline_partitions 0\n"), "{text}");
 }
 

@@ -15,8 +15,8 @@ use strandline::{
     proto::{
         error::ErrorCode,
         v1::{
-            Acks, AppendRequest, FetchPartition, FetchRequest, GetMetadataRequest, PlainRecords, ProduceRequest,
-            ReadRequest, Record, append_request::Payload,
+            Acks, AppendRequest, FetchPartition, FetchRequest, GetMetadataRequest, ProduceRequest, ReadRequest, Record,
+            RecordList, append_request::Payload,
         },
     },
     task::clock,
@@ -25,42 +25,43 @@ use tokio::{sync::oneshot, task::JoinSet};
 use tonic::transport::Channel;
 
 use super::target::{
-    APPEND, FILLED, READ, Scale, Target, call, connect, connect_to, endpoint, framed, nested, open, place, refusal,
-    resident_bytes, unread, whole, withheld,
+    APPEND, FILLED, READ, Scale, Target, call, complete_body, connect, connect_to, endpoint, fetch_partition, framed,
+    nested, open, refusal, resident_bytes, unread, withheld,
 };
-use crate::{broker::Home, test_timeout::eventually, wire};
+use crate::{broker::BrokerInstance, test_timeout::eventually, wire};
 
 /// Partition of the topic `t` with one small batch.
 const SMALL: i32 = FILLED;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
+async fn memory_is_bounded_under_large_and_unread_messages() {
     let target = Target::start(Scale::of_environment()).await;
     target.fill().await;
     let before = resident_bytes(target.broker.pid());
 
     // Regression: took 6 GB.
     let attack = |channel: Channel| async move {
-        unread(channel.clone(), APPEND, |gone| withheld(60 << 20, (60 << 20) - 1, gone)).await
+        unread(channel.clone(), APPEND, |closed| withheld(60 << 20, (60 << 20) - 1, closed)).await
     };
-    target.withstands("60 MiB but for the last byte, 100 streams", target.on_streams(100, attack).await).await;
+    target.attack_for_a_while("60 MiB but for the last byte, 100 streams", target.on_streams(100, attack).await).await;
     // Regression: took 1.8 GB resident and 155 GB of address space.
     let attack =
-        |channel: Channel| async move { unread(channel.clone(), APPEND, |gone| withheld(65 << 20, 0, gone)).await };
+        |channel: Channel| async move { unread(channel.clone(), APPEND, |closed| withheld(65 << 20, 0, closed)).await };
     let streams = target.scale.streams;
-    target.withstands("65 MiB announced", target.on_streams(streams, attack).await).await;
-    let attack =
-        |channel: Channel| async move { unread(channel.clone(), APPEND, |gone| withheld(60_000, 59_999, gone)).await };
-    target.withstands("60 KB but for the last byte", target.on_streams(streams, attack).await).await;
+    target.attack_for_a_while("65 MiB announced", target.on_streams(streams, attack).await).await;
+    let attack = |channel: Channel| async move {
+        unread(channel.clone(), APPEND, |closed| withheld(60_000, 59_999, closed)).await
+    };
+    target.attack_for_a_while("60 KB but for the last byte", target.on_streams(streams, attack).await).await;
 
     // Whole requests whose bodies never end. Regression: all other requests were refused.
     let append = wire::append_plain("absent", 0, vec![Bytes::from(vec![7; 60_000])]);
     let sent = framed(&append.encode_to_vec());
     let attack = |channel: Channel| {
         let sent = sent.clone();
-        async move { unread(channel, APPEND, |gone| open(vec![sent.clone()], gone)).await }
+        async move { unread(channel, APPEND, |closed| open(vec![sent.clone()], closed)).await }
     };
-    target.withstands("60 KB without an end", target.on_streams(streams, attack).await).await;
+    target.attack_for_a_while("60 KB without an end", target.on_streams(streams, attack).await).await;
 
     // Requests of 20 bytes with responses of 200, on streams that buffer requests sent ahead. Then descriptors of the interface.
     let nameless = ProduceRequest { append: Some(AppendRequest::default()), ..Default::default() }.encode_to_vec();
@@ -75,9 +76,9 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     ] {
         let attack = |channel: Channel| {
             let sent = sent.clone();
-            async move { unread(channel, path, |gone| open(vec![sent.clone()], gone)).await }
+            async move { unread(channel, path, |closed| open(vec![sent.clone()], closed)).await }
         };
-        target.withstands(name, target.on_streams(streams, attack).await).await;
+        target.attack_for_a_while(name, target.on_streams(streams, attack).await).await;
     }
 
     // Regression: the batch shared the memory of its message: 1.3 GB with 20 such batches.
@@ -85,65 +86,73 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     let padded = Bytes::from(nested(&append, &[99], &vec![0; 32 << 20]));
     let attack = |channel: Channel| {
         let padded = padded.clone();
-        async move { while call(channel.clone(), APPEND, whole(&padded)).await.is_some() {} }
+        async move { while call(channel.clone(), APPEND, complete_body(&padded)).await.is_some() {} }
     };
-    target.withstands("small batches in large messages", target.on_streams(4, attack).await).await;
+    target.attack_for_a_while("small batches in large messages", target.on_streams(4, attack).await).await;
 
     // Regression: took 4 GB with 100 streams.
     let fetch = Bytes::from(
-        FetchRequest { partitions: (0..FILLED).map(place).collect(), max_bytes: 16 << 20, ..Default::default() }
-            .encode_to_vec(),
+        FetchRequest {
+            partitions: (0..FILLED).map(fetch_partition).collect(),
+            max_bytes: 16 << 20,
+            ..Default::default()
+        }
+        .encode_to_vec(),
     );
     let attack = |channel: Channel| {
         let fetch = fetch.clone();
-        async move { unread(channel, "/strandline.v1.Log/Fetch", |gone| open(vec![framed(&fetch)], gone)).await }
+        async move { unread(channel, "/strandline.v1.Log/Fetch", |closed| open(vec![framed(&fetch)], closed)).await }
     };
-    target.withstands("fetches that nobody reads, 100 streams", target.on_streams(100, attack).await).await;
+    target.attack_for_a_while("fetches that nobody reads, 100 streams", target.on_streams(100, attack).await).await;
     for plain in [false, true] {
         let request = ReadRequest {
-            partitions: (0..FILLED).map(place).collect(),
+            partitions: (0..FILLED).map(fetch_partition).collect(),
             max_bytes: 16 << 20,
-            plain,
+            decode: plain,
             ..Default::default()
         };
         let request = Bytes::from(request.encode_to_vec());
         let attack = |channel: Channel| {
             let request = request.clone();
-            async move { unread(channel, READ, |_| whole(&request)).await }
+            async move { unread(channel, READ, |_| complete_body(&request)).await }
         };
         let name = if plain { "plain reads that nobody reads" } else { "reads that nobody reads" };
-        target.withstands(name, target.on_streams(100, attack).await).await;
+        target.attack_for_a_while(name, target.on_streams(100, attack).await).await;
         // Regression: HTTP/2 buffered a whole response when the client accepted one byte of it.
         let by_bytes = endpoint(target.address()).initial_stream_window_size(1).initial_connection_window_size(1 << 30);
         let channel = connect_to(by_bytes).await;
         let attacks = (0..900).map(|_| attack(channel.clone())).collect();
-        target.withstands(&format!("{name} but for a byte, 900 streams"), attacks).await;
+        target.attack_for_a_while(&format!("{name} but for a byte, 900 streams"), attacks).await;
     }
 
     // Regression: HTTP/2 polled for the end of a small response when one byte of it was accepted. Nothing was charged from then on: 850 MB.
     let mut log = wire::log(target.address());
     let small = wire::batch(&[&[7; 30_000]]);
-    wire::append(&mut log, wire::append_batch("t", SMALL, small)).await.expect("it takes records");
-    let read = ReadRequest { partitions: vec![place(SMALL)], max_bytes: 1, ..Default::default() };
+    wire::append(&mut log, wire::append_batch("t", SMALL, small)).await.expect("the broker accepts records");
+    let read = ReadRequest { partitions: vec![fetch_partition(SMALL)], max_bytes: 1, ..Default::default() };
     let read = Bytes::from(read.encode_to_vec());
     let attack = move |channel: Channel| {
         let read = read.clone();
         async move {
-            let calls = (0..900).map(|_| unread(channel.clone(), READ, |_| whole(&read)));
+            let calls = (0..900).map(|_| unread(channel.clone(), READ, |_| complete_body(&read)));
             future::join_all(calls).await;
         }
     };
-    target.withstands("small reads that nobody reads but for a byte", target.on_connections(30, 1, attack)).await;
+    target
+        .attack_for_a_while("small reads that nobody reads but for a byte", target.on_connections(30, 1, attack))
+        .await;
 
     // Batches of 100 KB whose records have 60 MiB. Regression: readers of an empty topic waited 1.6 s.
     let batch = wire::batch(&vec![&vec![0_u8; 1 << 20][..]; 60]);
-    let bomb = wire::frame(&zstd::bulk::compress(&batch[61..], 1).expect("it compresses"), 60, 4);
+    let bomb = wire::frame(&zstd::bulk::compress(&batch[61..], 1).expect("compression succeeds"), 60, 4);
     for _ in 0..4 {
-        wire::append(&mut log, wire::append_batch("bombs", 0, bomb.clone())).await.expect("stored unread");
+        wire::append(&mut log, wire::append_batch("bombs", 0, bomb.clone()))
+            .await
+            .expect("the batch is stored without a check");
     }
     let plain = |topic: &str| {
-        let place = FetchPartition { topic: topic.to_owned(), ..Default::default() };
-        ReadRequest { partitions: vec![place], max_bytes: 16 << 20, plain: true, ..Default::default() }
+        let partition = FetchPartition { topic: topic.to_owned(), ..Default::default() };
+        ReadRequest { partitions: vec![partition], max_bytes: 16 << 20, decode: true, ..Default::default() }
     };
     let mut attacks = Vec::new();
     for _ in 0..8 {
@@ -151,8 +160,8 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
         attacks.extend((0..4).map(|_| {
             let (channel, message) = (channel.clone(), plain("bombs").encode_to_vec());
             async move {
-                while let Some(answer) = call(channel.clone(), READ, whole(&message)).await {
-                    let _ = answer.into_body().collect().await;
+                while let Some(response) = call(channel.clone(), READ, complete_body(&message)).await {
+                    let _ = response.into_body().collect().await;
                 }
             }
         }));
@@ -163,12 +172,12 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     reads.spawn(async move {
         loop {
             let began = clock::monotonic();
-            reader.read(request.clone()).await.expect("an answer");
+            reader.read(request.clone()).await.expect("a response");
             seen.lock().expect("no panic").push(began.elapsed());
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     });
-    target.withstands("readers of bombs", attacks).await;
+    target.attack_for_a_while("readers of bombs", attacks).await;
     reads.shutdown().await;
     let mut waits = waits.lock().expect("no panic").clone();
     waits.sort();
@@ -180,7 +189,7 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
     let records = |records: Vec<Record>| AppendRequest {
         topic: "t".to_owned(),
         acks: Acks::All.into(),
-        payload: Some(Payload::Records(PlainRecords { records })),
+        payload: Some(Payload::Records(RecordList { records })),
         ..Default::default()
     };
     let empty_records =
@@ -194,9 +203,9 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
         ("empty partitions", READ, empty_partitions),
         ("empty names", "/strandline.v1.Admin/GetMetadata", empty_names),
     ] {
-        let fault = refusal(target.address(), path, &message).await;
-        assert_eq!(fault.code, ErrorCode::InvalidRequest, "{what}: {fault}");
-        assert!(fault.message.contains(&limits::MAX_REQUEST_PARTS.to_string()), "{what}: {fault}");
+        let error = refusal(target.address(), path, &message).await;
+        assert_eq!(error.code, ErrorCode::InvalidRequest, "{what}: {error}");
+        assert!(error.message.contains(&limits::MAX_REQUEST_PARTS.to_string()), "{what}: {error}");
         let address = target.address();
         let message = Bytes::from(message);
         let attack = move || {
@@ -207,32 +216,33 @@ async fn memory_stays_bounded_whatever_clients_announce_or_leave_unread() {
                 }
             }
         };
-        target.withstands(what, vec![attack(), attack()]).await;
+        target.attack_for_a_while(what, vec![attack(), attack()]).await;
     }
-    let fault = refusal(target.address(), READ, &vec![0; 5 << 20]).await;
-    assert_eq!(fault.code, ErrorCode::MessageTooLarge, "{fault}");
-    assert!(fault.message.contains(&limits::MAX_REQUEST_BYTES.to_string()), "{fault}");
+    let error = refusal(target.address(), READ, &vec![0; 5 << 20]).await;
+    assert_eq!(error.code, ErrorCode::RequestTooLarge, "{error}");
+    assert!(error.message.contains(&limits::MAX_REQUEST_BYTES.to_string()), "{error}");
 
     // Regression: 1.9 GB stayed allocated.
-    target.gives_back(before);
+    target.check_freed(before);
 }
 
 /// Regression: four connections that read nothing held all memory of responses. Four that did not read their append responses held all
 /// memory in which batches wait. No other client got a response while they stayed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clients_that_read_nothing_give_way_to_those_that_do() {
+async fn clients_that_read_nothing_yield_to_other_clients() {
     let target = Target::start(Scale { is_full: false, ..Scale::of_environment() }).await;
     let mut log = wire::log(target.address());
     for _ in 0..20 {
         let batch = wire::batch(&[&vec![7; 1 << 20]]);
-        wire::append(&mut log, wire::append_batch("t", 0, batch)).await.expect("it takes records");
+        wire::append(&mut log, wire::append_batch("t", 0, batch)).await.expect("the broker accepts records");
     }
-    let place = place(0);
-    let fetch = FetchRequest { partitions: vec![place.clone()], max_bytes: 16 << 20, ..Default::default() };
-    let read = ReadRequest { partitions: vec![place.clone()], max_bytes: 16 << 20, plain: true, ..Default::default() };
-    let append = |correlation| {
+    let partition = fetch_partition(0);
+    let fetch = FetchRequest { partitions: vec![partition.clone()], max_bytes: 16 << 20, ..Default::default() };
+    let read =
+        ReadRequest { partitions: vec![partition.clone()], max_bytes: 16 << 20, decode: true, ..Default::default() };
+    let append = |correlation_id| {
         let append = wire::append_batch("t", 1, wire::batch(&[&vec![7; 4 << 20]]));
-        framed(&ProduceRequest { correlation, append: Some(append) }.encode_to_vec())
+        framed(&ProduceRequest { correlation_id, append: Some(append) }.encode_to_vec())
     };
     let produce: Vec<_> = (0..8).map(append).collect();
     let (fetch, read) = (framed(&fetch.encode_to_vec()), framed(&read.encode_to_vec()));
@@ -247,40 +257,45 @@ async fn clients_that_read_nothing_give_way_to_those_that_do() {
                 let Ok(channel) = endpoint.connect().await else { continue };
                 let (mut alive, mut streams) = (Vec::new(), JoinSet::new());
                 for (path, pieces) in calls.clone().into_iter().cycle().take(60) {
-                    let (sender, gone) = oneshot::channel();
+                    let (sender, closed) = oneshot::channel();
                     alive.push(sender);
-                    let (channel, body) = (channel.clone(), open(pieces.clone(), gone));
+                    let (channel, body) = (channel.clone(), open(pieces.clone(), closed));
                     streams.spawn(async move { (call(channel, path, body).await, future::pending::<()>().await) });
                 }
                 // The call fails when the connection was closed. The attacker then connects again.
-                while call(channel.clone(), READ, whole(&[])).await.is_some() {
+                while call(channel.clone(), READ, complete_body(&[])).await.is_some() {
                     tokio::time::sleep(Duration::from_millis(500)).await;
                 }
             }
         });
     }
-    let held = |home: &Home| home.metric("strandline_response_memory_bytes");
-    tokio::task::block_in_place(|| eventually("they hold much", || (held(&target.home) > 60e6).then_some(())));
+    let held = |instance: &BrokerInstance| instance.metric("strandline_response_memory_bytes");
+    tokio::task::block_in_place(|| {
+        eventually("the responses hold memory", || (held(&target.instance) > 60e6).then_some(()))
+    });
 
     let begin = clock::monotonic();
     let (mut reads, mut appends, mut slowest) = (0, 0, Duration::ZERO);
-    let request = FetchRequest { partitions: vec![place], max_bytes: 4 << 20, ..Default::default() };
+    let request = FetchRequest { partitions: vec![partition], max_bytes: 4 << 20, ..Default::default() };
     // A read may wait until connections that read nothing are closed, after five seconds.
     while begin.elapsed() < Duration::from_secs(20) || reads <= 2 || appends <= 2 {
         assert!(begin.elapsed() < Duration::from_secs(120), "{reads} reads and {appends} appends");
         let began = clock::monotonic();
         let streamed = log.fetch(stream::iter([request.clone()])).await.expect("a stream");
-        let mut answers = streamed.into_inner();
+        let mut responses = streamed.into_inner();
         let answered = async {
-            while answers.message().await.expect("not broken").expect("no end").partitions[0].chunks.is_empty() {}
+            while responses.message().await.expect("the stream is open").expect("the stream continues").partitions[0]
+                .chunks
+                .is_empty()
+            {}
         };
-        tokio::time::timeout(Duration::from_secs(30), answered).await.expect("a read is answered");
-        drop(answers);
+        tokio::time::timeout(Duration::from_secs(30), answered).await.expect("a read has a response");
+        drop(responses);
         (reads, slowest) = (reads + 1, slowest.max(began.elapsed()));
         let batch = wire::append_batch("t", 2, wire::batch(&[&vec![7; 1 << 20]]));
         appends += usize::from(wire::append(&mut log, batch).await.is_ok());
     }
     eprintln!("{reads} reads and {appends} appends in {:?}, the slowest read took {slowest:?}", begin.elapsed());
-    assert!(target.home.metric("strandline_connections_closed_unread_total") > 0.0);
+    assert!(target.instance.metric("strandline_connections_closed_unread_total") > 0.0);
     attackers.shutdown().await;
 }

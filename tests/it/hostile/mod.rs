@@ -26,7 +26,7 @@ use strandline::{
 };
 
 use crate::{
-    broker::{Broker, Cli, Home, Output, http_get},
+    broker::{Broker, BrokerInstance, Cli, Output, http_get},
     wire,
 };
 
@@ -34,21 +34,23 @@ use crate::{
 async fn serves(address: SocketAddr, topic: &str) {
     let mut log = wire::log(address);
     let value = Bytes::from_static(b"still here");
-    let appended =
-        wire::append(&mut log, wire::append_plain(topic, 0, vec![value.clone()])).await.expect("it takes records");
-    let records =
-        wire::read_range(&mut log, topic, 0, appended.base_offset, appended.end_offset).await.expect("it reads");
+    let appended = wire::append(&mut log, wire::append_plain(topic, 0, vec![value.clone()]))
+        .await
+        .expect("the broker accepts records");
+    let records = wire::read_range(&mut log, topic, 0, appended.base_offset, appended.end_offset)
+        .await
+        .expect("the read succeeds");
     assert_eq!(records.len(), 1);
     assert_eq!(records[0].value, Some(value));
 }
 
-async fn running(topics: &[&str]) -> (Home, Broker) {
-    let mut home = Home::new();
-    let broker = tokio::task::block_in_place(|| home.start());
+async fn running(topics: &[&str]) -> (BrokerInstance, Broker) {
+    let mut instance = BrokerInstance::new();
+    let broker = tokio::task::block_in_place(|| instance.start());
     for topic in topics {
-        wire::create_topic(home.grpc(), topic, 1, &[]).await;
+        wire::create_topic(instance.grpc(), topic, 1, &[]).await;
     }
-    (home, broker)
+    (instance, broker)
 }
 
 /// Sends bytes, and reads the response until the other side closes the connection or sends nothing more.
@@ -58,17 +60,17 @@ fn throw(address: SocketAddr, bytes: &[u8]) {
     // The broker may close the connection in the middle.
     let _ = stream.write_all(bytes);
     let _ = stream.shutdown(std::net::Shutdown::Write);
-    let mut answer = [0; 4096];
-    while stream.read(&mut answer).is_ok_and(|read| read > 0) {}
+    let mut response = [0; 4096];
+    while stream.read(&mut response).is_ok_and(|read| read > 0) {}
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn random_bytes_on_every_port_harm_nobody() {
+async fn random_bytes_on_every_port_affect_no_client() {
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-    let (home, mut broker) = running(&["calm"]).await;
+    let (instance, mut broker) = running(&["calm"]).await;
     let seed = 0x57a4_d11e;
     let mut rng = StdRng::seed_from_u64(seed);
-    for address in [home.grpc(), home.http()] {
+    for address in [instance.grpc(), instance.http()] {
         for prefix in [
             &b""[..],
             PREFACE,
@@ -84,26 +86,28 @@ async fn random_bytes_on_every_port_harm_nobody() {
                 tokio::task::block_in_place(|| throw(address, &bytes));
             }
         }
-        serves(home.grpc(), "calm").await;
+        serves(instance.grpc(), "calm").await;
     }
     // HTTP/2 frames that announce data which never arrives: a settings frame, and headers of 16 MB.
     let promises = [PREFACE, &[0, 0, 0, 4, 0, 0, 0, 0, 0], &[0xff, 0xff, 0xff, 1, 4, 0, 0, 0, 1]].concat();
-    tokio::task::block_in_place(|| throw(home.grpc(), &promises));
+    tokio::task::block_in_place(|| throw(instance.grpc(), &promises));
     // A hundred connections that send nothing.
     let silent: Vec<TcpStream> = (0..100)
-        .map(|n| TcpStream::connect(if n % 2 == 0 { home.grpc() } else { home.http() }).expect("the port is open"))
+        .map(|n| {
+            TcpStream::connect(if n % 2 == 0 { instance.grpc() } else { instance.http() }).expect("the port is open")
+        })
         .collect();
-    serves(home.grpc(), "calm").await;
-    assert_eq!(http_get(home.http(), "/healthz").expect("an answer").0, 200);
+    serves(instance.grpc(), "calm").await;
+    assert_eq!(http_get(instance.http(), "/healthz").expect("a response").0, 200);
     drop(silent);
     assert!(broker.is_running());
 }
 
 /// Each changed batch gets its error. The topic takes the largest batches, so that only the change is wrong.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bad_batch_is_refused_by_name_and_nothing_of_it_is_stored() {
-    let (home, mut broker) = running(&["batches"]).await;
-    let mut log = wire::log(home.grpc());
+async fn malformed_batch_is_refused_and_not_stored() {
+    let (instance, mut broker) = running(&["batches"]).await;
+    let mut log = wire::log(instance.grpc());
     let good = wire::batch(&[b"one", b"two"]);
     let changed = |change: &dyn Fn(&mut Vec<u8>)| {
         let mut bytes = good.clone();
@@ -153,15 +157,16 @@ async fn a_bad_batch_is_refused_by_name_and_nothing_of_it_is_stored() {
         ("text", b"this is no batch at all, though it is long enough to hold the header of one".to_vec()),
     ];
     for (name, bytes) in cases {
-        let fault = wire::append(&mut log, wire::append_batch("batches", 0, bytes)).await.expect_err(name);
-        assert_eq!(fault.code, ErrorCode::MalformedBatch, "{name}: {fault}");
-        assert!(!fault.retryable && fault.message.len() > 15, "{name} is explained: {fault}");
+        let error = wire::append(&mut log, wire::append_batch("batches", 0, bytes)).await.expect_err(name);
+        assert_eq!(error.code, ErrorCode::MalformedBatch, "{name}: {error}");
+        assert!(!error.retryable && error.message.len() > 15, "the error of {name} has a reason: {error}");
     }
-    let fault = wire::append(&mut log, wire::append_batch("batches", 0, Bytes::new())).await.expect_err("nothing");
-    assert!(matches!(fault.code, ErrorCode::MalformedBatch | ErrorCode::InvalidRequest), "{fault:?}");
-    assert_eq!(wire::latest(&mut log, "batches", 0).await, Ok(0), "nothing was stored");
-    wire::append(&mut log, wire::append_batch("batches", 0, good)).await.expect("the good one is taken");
-    let records = wire::read_range(&mut log, "batches", 0, 0, 2).await.expect("it is read");
+    let error =
+        wire::append(&mut log, wire::append_batch("batches", 0, Bytes::new())).await.expect_err("the batch is empty");
+    assert!(matches!(error.code, ErrorCode::MalformedBatch | ErrorCode::InvalidRequest), "{error:?}");
+    assert_eq!(wire::latest(&mut log, "batches", 0).await, Ok(0), "no record was stored");
+    wire::append(&mut log, wire::append_batch("batches", 0, good)).await.expect("the valid batch is accepted");
+    let records = wire::read_range(&mut log, "batches", 0, 0, 2).await.expect("the read succeeds");
     assert_eq!(records.iter().filter_map(|record| record.value.as_deref()).collect::<Vec<_>>(), [b"one", b"two"]);
     assert!(broker.is_running());
 }
@@ -169,10 +174,10 @@ async fn a_bad_batch_is_refused_by_name_and_nothing_of_it_is_stored() {
 /// The header and the CRC are right. Only a decoder of the records finds the error. The decoder must survive the records, and other topics
 /// must not be affected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hostile_records_and_bombs_behind_a_good_header_are_survived() {
-    let (home, mut broker) = running(&["plain", "calm"]).await;
-    wire::create_topic(home.grpc(), "recompressed", 1, &[("compression.type", "gzip")]).await;
-    let mut log = wire::log(home.grpc());
+async fn invalid_records_behind_a_valid_header_are_survived() {
+    let (instance, mut broker) = running(&["plain", "calm"]).await;
+    wire::create_topic(instance.grpc(), "recompressed", 1, &[("compression.type", "gzip")]).await;
+    let mut log = wire::log(instance.grpc());
     let hostile_length = |length: i64| {
         let mut records = Vec::new();
         wire::varint(&mut records, length);
@@ -190,23 +195,23 @@ async fn hostile_records_and_bombs_behind_a_good_header_are_survived() {
         ("a zstd bomb", wire::frame(&bomb(), 1, 4)),
     ];
     // The memory for decompression depends on the machine.
-    let is_named = |fault: &ApiError| matches!(fault.code, ErrorCode::MalformedBatch | ErrorCode::RecordTooLarge);
+    let is_named = |error: &ApiError| matches!(error.code, ErrorCode::MalformedBatch | ErrorCode::RecordTooLarge);
     for (name, bytes) in cases {
         for topic in ["plain", "recompressed"] {
             let append = wire::append(&mut log, wire::append_batch(topic, 0, bytes.clone())).await;
             match append {
                 // Refused by the append, which is best.
-                Err(fault) => assert!(is_named(&fault), "{name} into {topic}: {fault}"),
+                Err(error) => assert!(is_named(&error), "{name} into {topic}: {error}"),
                 // Stored without decoding. A read of decoded records then fails with a named error.
                 Ok(appended) => {
-                    assert_eq!(topic, "plain", "{name}: a broker that compresses anew has read it");
+                    assert_eq!(topic, "plain", "{name}: a broker that recompresses has decoded the batch");
                     let read = wire::read_range(&mut log, topic, 0, appended.base_offset, appended.end_offset).await;
-                    let fault = read.expect_err(name);
-                    assert!(is_named(&fault) || fault.code == ErrorCode::DataDamaged, "{name}: {fault:?}");
+                    let error = read.expect_err(name);
+                    assert!(is_named(&error) || error.code == ErrorCode::DataCorrupt, "{name}: {error:?}");
                 }
             }
         }
-        serves(home.grpc(), "calm").await;
+        serves(instance.grpc(), "calm").await;
     }
     assert!(broker.is_running());
 }
@@ -216,39 +221,39 @@ fn bomb() -> Vec<u8> {
     let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).expect("an encoder");
     let zeros = vec![0; 1 << 20];
     for _ in 0..=limits::MAX_DECOMPRESSED_BYTES >> 20 {
-        encoder.write_all(&zeros).expect("a vector grows");
+        encoder.write_all(&zeros).expect("writing to a vector succeeds");
     }
-    encoder.finish().expect("a vector grows")
+    encoder.finish().expect("writing to a vector succeeds")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn requests_for_what_is_not_there_are_refused_by_name() {
-    let (home, _broker) = running(&["small"]).await;
-    let mut log = wire::log(home.grpc());
+async fn requests_for_absent_topics_get_named_errors() {
+    let (instance, _broker) = running(&["small"]).await;
+    let mut log = wire::log(instance.grpc());
     let value = || vec![Bytes::from_static(b"x")];
     for topic in ["nobody", "", "a/b", "..", "\u{1f980}", &"n".repeat(100_000)] {
-        let fault = wire::append(&mut log, wire::append_plain(topic, 0, value())).await.expect_err("no such topic");
-        assert!(matches!(fault.code, ErrorCode::UnknownTopic | ErrorCode::InvalidTopic), "{fault:?}");
-        assert!(fault.message.len() < 2000, "a name of any length is not thrown back: {}", fault.message.len());
-        let fault = wire::latest(&mut log, topic, 0).await.expect_err("no such topic");
-        assert!(matches!(fault.code, ErrorCode::UnknownTopic | ErrorCode::InvalidTopic), "{fault:?}");
+        let error = wire::append(&mut log, wire::append_plain(topic, 0, value())).await.expect_err("no such topic");
+        assert!(matches!(error.code, ErrorCode::UnknownTopic | ErrorCode::InvalidTopic), "{error:?}");
+        assert!(error.message.len() < 2000, "the error does not repeat the long name: {}", error.message.len());
+        let error = wire::latest(&mut log, topic, 0).await.expect_err("no such topic");
+        assert!(matches!(error.code, ErrorCode::UnknownTopic | ErrorCode::InvalidTopic), "{error:?}");
     }
     for partition in [1, -1, i32::MAX, i32::MIN] {
-        let fault =
+        let error =
             wire::append(&mut log, wire::append_plain("small", partition, value())).await.expect_err("no partition");
-        assert_eq!(fault.code, ErrorCode::UnknownPartition, "{fault:?}");
-        assert!(fault.message.contains(&partition.to_string()), "{fault}");
+        assert_eq!(error.code, ErrorCode::UnknownPartition, "{error:?}");
+        assert!(error.message.contains(&partition.to_string()), "{error}");
     }
-    let fault = wire::append(&mut log, wire::append_plain("small", 0, vec![])).await.expect_err("no records");
-    assert_eq!(fault.code, ErrorCode::InvalidRequest, "{fault:?}");
+    let error = wire::append(&mut log, wire::append_plain("small", 0, vec![])).await.expect_err("no records");
+    assert_eq!(error.code, ErrorCode::InvalidRequest, "{error:?}");
     wire::append(&mut log, wire::append_plain("small", 0, value())).await.expect("one record");
     for offset in [2, i64::MAX - 1, -1, i64::MIN] {
-        let fault = wire::read_range(&mut log, "small", 0, offset, i64::MAX).await;
-        let fault = fault.expect_err("there is no such offset");
-        assert!(matches!(fault.code, ErrorCode::OffsetOutOfRange | ErrorCode::InvalidRequest), "{offset}: {fault:?}");
+        let error = wire::read_range(&mut log, "small", 0, offset, i64::MAX).await;
+        let error = error.expect_err("the offset does not exist");
+        assert!(matches!(error.code, ErrorCode::OffsetOutOfRange | ErrorCode::InvalidRequest), "{offset}: {error:?}");
         if offset == 2 {
             assert_eq!(
-                (fault.code, fault.number("start"), fault.number("end")),
+                (error.code, error.number("start"), error.number("end")),
                 (ErrorCode::OffsetOutOfRange, Some(0), Some(1))
             );
         }
@@ -259,63 +264,63 @@ async fn requests_for_what_is_not_there_are_refused_by_name() {
     assert_eq!(ApiError::from(&status).code, ErrorCode::InvalidRequest, "{status:?}");
     for (name, partitions) in [("", 1), ("a b", 1), ("..", 1), ("huge", limits::MAX_PARTITIONS + 1)] {
         let request = CreateTopicRequest { name: name.into(), partitions, ..Default::default() };
-        let status = wire::admin(home.grpc()).create_topic(request).await.expect_err("not possible");
-        let fault = ApiError::from(&status);
-        assert!(matches!(fault.code, ErrorCode::InvalidTopic | ErrorCode::InvalidRequest), "{name:?}: {fault:?}");
+        let status = wire::admin(instance.grpc()).create_topic(request).await.expect_err("not possible");
+        let error = ApiError::from(&status);
+        assert!(matches!(error.code, ErrorCode::InvalidTopic | ErrorCode::InvalidRequest), "{name:?}: {error:?}");
     }
-    serves(home.grpc(), "small").await;
+    serves(instance.grpc(), "small").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_too_large_is_refused_and_the_next_is_taken() {
-    let (home, mut broker) = running(&["calm"]).await;
-    wire::create_topic(home.grpc(), "narrow", 1, &[("max.message.bytes", "2000")]).await;
-    let mut log = wire::log(home.grpc());
+async fn too_large_request_is_refused_and_the_next_accepted() {
+    let (instance, mut broker) = running(&["calm"]).await;
+    wire::create_topic(instance.grpc(), "narrow", 1, &[("max.message.bytes", "2000")]).await;
+    let mut log = wire::log(instance.grpc());
     let large = vec![7_u8; 3000];
     let plain = wire::append_plain("narrow", 0, vec![large.clone().into()]);
     for request in [wire::append_batch("narrow", 0, wire::batch(&[&large])), plain] {
-        let fault = wire::append(&mut log, request).await.expect_err("too large");
-        assert_eq!(fault.code, ErrorCode::RecordTooLarge, "{fault:?}");
-        assert!(fault.message.contains("2000"), "says what is allowed: {fault}");
+        let error = wire::append(&mut log, request).await.expect_err("too large");
+        assert_eq!(error.code, ErrorCode::RecordTooLarge, "{error:?}");
+        assert!(error.message.contains("2000"), "the error contains the allowed values: {error}");
     }
     wire::append(&mut log, wire::append_batch("narrow", 0, wire::batch(&[b"fits"]))).await.expect("small enough");
     let over = wire::append_batch("calm", 0, vec![0; limits::MAX_MESSAGE_BYTES + 1]);
-    let fault = wire::append(&mut log, over).await.expect_err("over the message limit");
-    assert!(!matches!(fault.code, ErrorCode::Internal), "{fault:?}");
-    serves(home.grpc(), "calm").await;
+    let error = wire::append(&mut log, over).await.expect_err("over the message limit");
+    assert!(!matches!(error.code, ErrorCode::Internal), "{error:?}");
+    serves(instance.grpc(), "calm").await;
     assert!(broker.is_running());
 }
 
 /// Checks that a broker does not start: the process exits with code 1 and logs the reason.
-fn refuses(home: &Home, said: &[&str]) {
-    let before = home.log().len();
-    let status = home.spawn().wait();
-    let log = home.log().split_off(before);
+fn refuses(instance: &BrokerInstance, expected: &[&str]) {
+    let before = instance.log().len();
+    let status = instance.spawn().wait_for_exit();
+    let log = instance.log().split_off(before);
     assert_eq!(status.code(), Some(1), "{log}");
-    for word in said {
-        assert!(log.contains(word), "it says {word:?}: {log}");
+    for word in expected {
+        assert!(log.contains(word), "the log contains {word:?}: {log}");
     }
     assert!(!log.contains("panicked") && !log.contains("stack backtrace"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_data_directory_has_one_broker() {
-    let (home, broker) = running(&["calm"]).await;
-    let second = Home::new();
-    let output = start(second.path(), &config(&second, &home.data_dir(), ""));
+async fn data_directory_in_use_is_refused() {
+    let (instance, broker) = running(&["calm"]).await;
+    let second = BrokerInstance::new();
+    let output = start(second.path(), &config(&second, &instance.data_dir(), ""));
     assert_eq!(output.code, 1, "{output:?}");
-    let place = home.data_dir().display().to_string();
-    assert!(output.stderr.contains(&place) && output.stderr.contains("in use"), "{output:?}");
-    assert!(output.stderr.contains(&broker.pid().to_string()), "it says by whom: {output:?}");
-    serves(home.grpc(), "calm").await;
+    let directory = instance.data_dir().display().to_string();
+    assert!(output.stderr.contains(&directory) && output.stderr.contains("in use"), "{output:?}");
+    assert!(output.stderr.contains(&broker.pid().to_string()), "the error names the broker: {output:?}");
+    serves(instance.grpc(), "calm").await;
 }
 
 /// Returns a configuration for the ports of an instance, with another data directory, and more lines at its end.
-fn config(home: &Home, data: &Path, more: &str) -> String {
+fn config(instance: &BrokerInstance, data: &Path, more: &str) -> String {
     format!(
         "[broker]\nid = 1\ndata_dir = {data:?}\n[grpc]\nlisten = \"{}\"\n[http]\nlisten = \"{}\"\n{more}",
-        home.grpc(),
-        home.http()
+        instance.grpc(),
+        instance.http()
     )
 }
 
@@ -323,56 +328,61 @@ fn config(home: &Home, data: &Path, more: &str) -> String {
 fn start(folder: &Path, config: &str) -> Output {
     let file = folder.join("bad.toml");
     fs::write(&file, config).expect("written");
-    Cli::without_broker(folder).run(&["broker", "--config", file.to_str().expect("a path of ours")])
+    Cli::without_broker(folder).run(&["broker", "--config", file.to_str().expect("the path is UTF-8")])
 }
 
 /// A start checks the identity file of the data directory.
 #[test]
-fn a_data_directory_of_a_newer_version_or_of_another_broker_is_left_alone() {
-    let mut home = Home::new();
-    assert!(home.start().terminate().success(), "{}", home.log());
-    let other = start(home.path(), &config(&home, &home.data_dir(), "").replace("id = 1", "id = 2"));
+fn foreign_or_newer_data_directory_is_not_changed() {
+    let mut instance = BrokerInstance::new();
+    assert!(instance.start().terminate().success(), "{}", instance.log());
+    let other = start(instance.path(), &config(&instance, &instance.data_dir(), "").replace("id = 1", "id = 2"));
     assert_eq!(other.code, 1, "{other:?}");
-    assert!(other.stderr.contains(&home.data_dir().display().to_string()), "{other:?}");
-    let path = home.data_dir().join("strandline.json");
-    let mut card: serde_json::Value = serde_json::from_slice(&fs::read(&path).expect("a card")).expect("it is JSON");
-    card["format"] = 99.into();
-    let newer = card.to_string();
+    assert!(other.stderr.contains(&instance.data_dir().display().to_string()), "{other:?}");
+    let path = instance.data_dir().join("strandline.json");
+    let mut marker: serde_json::Value =
+        serde_json::from_slice(&fs::read(&path).expect("a cluster marker")).expect("the text is JSON");
+    marker["format"] = 99.into();
+    let newer = marker.to_string();
     fs::write(&path, &newer).expect("written");
-    refuses(&home, &[&home.data_dir().display().to_string(), "99"]);
-    assert_eq!(fs::read_to_string(&path).expect("a card"), newer, "it is as it was");
+    refuses(&instance, &[&instance.data_dir().display().to_string(), "99"]);
+    assert_eq!(fs::read_to_string(&path).expect("a cluster marker"), newer, "the state is unchanged");
 }
 
 #[test]
-fn a_data_directory_that_cannot_be_used_is_named() {
-    let home = Home::new();
-    let file = home.path().join("a-file");
+fn unusable_data_directory_is_named() {
+    let instance = BrokerInstance::new();
+    let file = instance.path().join("a-file");
     fs::write(&file, "not a folder").expect("written");
     // Not even root can create a folder in /proc.
-    for place in [file.as_path(), &file.join("below"), Path::new("/proc/strandline")] {
-        let output = start(home.path(), &config(&home, place, ""));
+    for path in [file.as_path(), &file.join("below"), Path::new("/proc/strandline")] {
+        let output = start(instance.path(), &config(&instance, path, ""));
         assert_eq!(output.code, 1, "{output:?}");
-        assert!(output.stderr.contains(&place.display().to_string()), "names {}: {output:?}", place.display());
+        assert!(
+            output.stderr.contains(&path.display().to_string()),
+            "the error names no {}: {output:?}",
+            path.display()
+        );
         assert!(!output.stderr.contains("panicked"), "{output:?}");
     }
 }
 
 #[test]
-fn a_port_in_use_is_named() {
-    let home = Home::new();
-    let taken = TcpListener::bind(home.grpc()).expect("free");
-    refuses(&home, &[&home.grpc().port().to_string(), "127.0.0.1", "in use"]);
+fn port_in_use_is_named() {
+    let instance = BrokerInstance::new();
+    let taken = TcpListener::bind(instance.grpc()).expect("free");
+    refuses(&instance, &[&instance.grpc().port().to_string(), "127.0.0.1", "in use"]);
     drop(taken);
-    let _taken = TcpListener::bind(home.http()).expect("free");
-    refuses(&home, &[&home.http().port().to_string(), "127.0.0.1", "in use"]);
+    let _taken = TcpListener::bind(instance.http()).expect("free");
+    refuses(&instance, &[&instance.http().port().to_string(), "127.0.0.1", "in use"]);
 }
 
 /// Every mistake is found before data is written, with its file, line and key.
 #[test]
-fn a_wrong_configuration_names_file_line_and_key() {
-    let home = Home::new();
-    let data = home.path().join("never-made");
-    for (more, line, said) in [
+fn invalid_configuration_names_file_line_and_key() {
+    let instance = BrokerInstance::new();
+    let data = instance.path().join("never-made");
+    for (more, line, expected) in [
         ("[object_stor]\nurl = \"memory://\"\n", 8, &["object_stor", "object_store"][..]),
         ("[object_store]\nurll = \"memory://\"\n", 9, &["urll", "url"]),
         ("[object_store]\nurl = 7\n", 9, &["url"]),
@@ -382,36 +392,36 @@ fn a_wrong_configuration_names_file_line_and_key() {
         ("[topic_defaults]\n\"durability\" = \"maybe\"\n", 9, &["durability", "maybe", "persisted"]),
         ("[metadata]\netcd = \"not a list\"\n", 9, &["etcd"]),
     ] {
-        let output = start(home.path(), &config(&home, &data, more));
+        let output = start(instance.path(), &config(&instance, &data, more));
         assert_eq!(output.code, 1, "{more}: {output:?}");
-        assert!(output.stderr.contains("bad.toml"), "names the file: {more}: {output:?}");
-        assert!(output.stderr.contains(&line.to_string()), "names line {line}: {more}: {output:?}");
-        for word in said {
-            assert!(output.stderr.contains(word), "says {word:?}: {more}: {output:?}");
+        assert!(output.stderr.contains("bad.toml"), "the error names the file: {more}: {output:?}");
+        assert!(output.stderr.contains(&line.to_string()), "the error names line {line}: {more}: {output:?}");
+        for word in expected {
+            assert!(output.stderr.contains(word), "the error contains {word:?}: {more}: {output:?}");
         }
-        assert!(!data.exists(), "nothing was made: {more}");
+        assert!(!data.exists(), "no directory was created: {more}");
     }
     // A command-line option gets the same error as the line of the file.
-    let dev = ["dev", "--data-dir", data.to_str().expect("a path of ours"), "--listen", "localhost:29464"];
-    let listen = Cli::without_broker(home.path()).run(&dev);
+    let dev = ["dev", "--data-dir", data.to_str().expect("the path is UTF-8"), "--listen", "localhost:29464"];
+    let listen = Cli::without_broker(instance.path()).run(&dev);
     assert_eq!(listen.code, 1, "{listen:?}");
     for word in ["grpc.listen", "localhost:29464", "an IP address and a port"] {
-        assert!(listen.stderr.contains(word), "says {word:?}: {listen:?}");
+        assert!(listen.stderr.contains(word), "the error contains {word:?}: {listen:?}");
     }
-    let missing = Cli::without_broker(home.path()).run(&["broker", "--config", "/nowhere/broker.toml"]);
+    let missing = Cli::without_broker(instance.path()).run(&["broker", "--config", "/nowhere/broker.toml"]);
     assert_eq!(missing.code, 1, "{missing:?}");
     assert!(missing.stderr.contains("/nowhere/broker.toml"), "{missing:?}");
-    let store = start(home.path(), &config(&home, &data, "[object_store]\nurl = \"ftp://host/x\"\n"));
+    let store = start(instance.path(), &config(&instance, &data, "[object_store]\nurl = \"ftp://host/x\"\n"));
     assert_eq!(store.code, 1, "{store:?}");
     assert!(store.stderr.contains("ftp://host/x"), "{store:?}");
 }
 
 #[test]
-fn the_bomb_is_one() {
+fn bomb_decompresses_to_its_size() {
     let bomb = bomb();
     assert!(bomb.len() < 100_000, "{} bytes", bomb.len());
     let mut grown: u64 = 0;
     let mut decoder = zstd::stream::Decoder::new(&bomb[..]).expect("a decoder");
-    grown += std::io::copy(&mut decoder, &mut std::io::sink()).expect("it decompresses");
+    grown += std::io::copy(&mut decoder, &mut std::io::sink()).expect("decompression succeeds");
     assert!(usize::try_from(grown).expect("64 bits") > limits::MAX_DECOMPRESSED_BYTES);
 }

@@ -6,57 +6,57 @@ use strandline::proto::error::ErrorCode;
 
 use super::connections::{Attacker, hold, runtime};
 use crate::{
-    broker::Home,
+    broker::BrokerInstance,
     cluster::{
         members::Cluster,
         network::{Network, inside},
     },
-    etcd::{Etcd, Place},
+    etcd::{Etcd, MemberHost},
     test_timeout::eventually,
 };
 
 /// Maximum number of open files of each broker: 16 connections for clients, 8 for brokers.
 const OPEN_FILES: u32 = 256;
-const GRPC_PLACES: usize = 16;
+const MAX_GRPC_CONNECTIONS: usize = 16;
 
 #[test]
-fn a_broker_alone_opens_no_port_for_brokers() {
-    let mut home = Home::new();
-    let broker = home.start();
-    TcpStream::connect(home.grpc()).expect("it serves clients");
-    assert!(TcpStream::connect(home.peer()).is_err(), "there are no others");
-    assert!(broker.terminate().success(), "{}", home.log());
+fn standalone_broker_opens_no_peer_port() {
+    let mut instance = BrokerInstance::new();
+    let broker = instance.start();
+    TcpStream::connect(instance.grpc()).expect("the broker serves clients");
+    assert!(TcpStream::connect(instance.peer()).is_err(), "no other uploads exist");
+    assert!(broker.terminate().success(), "{}", instance.log());
 }
 
 /// Regression: brokers used the port of clients. While one host held all connections of a leader, a restarted follower could not connect
 /// there.
 #[test]
-fn a_host_that_holds_all_client_connections_keeps_no_follower_out() {
-    if !inside("hostile::peers::a_host_that_holds_all_client_connections_keeps_no_follower_out") {
+fn host_with_all_client_connections_blocks_no_follower() {
+    if !inside("hostile::peers::host_with_all_client_connections_blocks_no_follower") {
         return;
     }
     let network = Network::make();
     network.add("a1", 11);
-    let member = Place { ip: network.add("e1", 101), namespace: Some("e1".to_owned()) };
-    let mut cluster = Cluster::over(Etcd::placed(vec![member]));
+    let member = MemberHost { ip: network.add("e1", 101), namespace: Some("e1".to_owned()) };
+    let mut cluster = Cluster::with_etcd(Etcd::on_hosts(vec![member]));
     for id in 1..=2 {
         let machine = format!("b{id}");
         let ip = network.add(&machine, u8::try_from(id).expect("few brokers"));
-        let home = cluster.new_home(id).in_namespace(&machine, ip).open_files(OPEN_FILES);
+        let instance = cluster.new_instance(id).in_namespace(&machine, ip).open_files(OPEN_FILES);
         // Clients whose machine has failed do not close their connections.
-        let home = home.setting("broker.shutdown_timeout", "\"2s\"");
-        cluster.add(id, home.setting("limits.connections_per_address", GRPC_PLACES));
+        let instance = instance.setting("broker.shutdown_timeout", "\"2s\"");
+        cluster.add(id, instance.setting("limits.connections_per_address", MAX_GRPC_CONNECTIONS));
     }
     cluster.ready();
     cluster.cli().ok(&["topic", "create", "t", "--replication-factor", "2"]);
     cluster.in_sync("t", 2);
     let leader = cluster.leader("t", 0);
-    let (follower, address) = (3 - leader, cluster.home(leader).grpc());
+    let (follower, address) = (3 - leader, cluster.instance(leader).grpc());
     cluster.kill(follower);
 
-    let attacker = Attacker::begin("a1", address, 2 * GRPC_PLACES);
-    assert_eq!(attacker.held, GRPC_PLACES, "{:?}", attacker.refusals);
-    let refused = || runtime().block_on(async { hold(address).await.err().map(|fault| fault.code) });
+    let attacker = Attacker::begin("a1", address, 2 * MAX_GRPC_CONNECTIONS);
+    assert_eq!(attacker.held, MAX_GRPC_CONNECTIONS, "{:?}", attacker.refusals);
+    let refused = || runtime().block_on(async { hold(address).await.err().map(|error| error.code) });
     assert_eq!(refused(), Some(ErrorCode::Overloaded));
 
     cluster.restart(follower);

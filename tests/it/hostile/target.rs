@@ -32,7 +32,7 @@ use tonic::{
 };
 
 use crate::{
-    broker::{Broker, Home},
+    broker::{Broker, BrokerInstance},
     test_timeout::eventually,
     wire,
 };
@@ -109,7 +109,7 @@ pub(super) async fn call_with(
 }
 
 /// Returns the beginning of a message of `announced` bytes, of which `sent` are sent. The rest is never sent.
-pub(super) fn withheld(announced: usize, sent: usize, gone: oneshot::Receiver<()>) -> Body {
+pub(super) fn withheld(announced: usize, sent: usize, closed: oneshot::Receiver<()>) -> Body {
     let prefix = [&[0][..], &u32::try_from(announced).expect("32 bits").to_be_bytes()].concat();
     let chunk = Bytes::from(vec![0; 1 << 18]);
     let mut pieces = vec![Bytes::from(prefix)];
@@ -119,12 +119,12 @@ pub(super) fn withheld(announced: usize, sent: usize, gone: oneshot::Receiver<()
         left -= piece.len();
         pieces.push(piece);
     }
-    open(pieces, gone)
+    open(pieces, closed)
 }
 
-/// Returns a body of these bytes, which does not end before the attacker drops the sender of `gone`.
-pub(super) fn open(pieces: Vec<Bytes>, gone: oneshot::Receiver<()>) -> Body {
-    let end = stream::once(gone).filter_map(|_| future::ready(None));
+/// Returns a body of these bytes, which does not end before the attacker drops the sender of `closed`.
+pub(super) fn open(pieces: Vec<Bytes>, closed: oneshot::Receiver<()>) -> Body {
+    let end = stream::once(closed).filter_map(|_| future::ready(None));
     let frames = stream::iter(pieces).chain(end).map(|piece| Ok::<_, tonic::Status>(Frame::data(piece)));
     Body::new(StreamBody::new(frames))
 }
@@ -135,14 +135,14 @@ pub(super) fn framed(message: &[u8]) -> Bytes {
     Bytes::from([&[0][..], &prefix, message].concat())
 }
 
-/// Returns a body of one whole message.
-pub(super) fn whole(message: &[u8]) -> Body {
+/// Returns a body of one complete message.
+pub(super) fn complete_body(message: &[u8]) -> Body {
     Body::new(http_body_util::Full::new(framed(message)))
 }
 
 /// Returns the error of a call with this message.
 pub(super) async fn refusal(address: SocketAddr, path: &str, message: &[u8]) -> ApiError {
-    let response = call(connect(address).await, path, whole(message)).await.expect("an answer");
+    let response = call(connect(address).await, path, complete_body(message)).await.expect("a response");
     let mut headers = response.headers().clone();
     if !headers.contains_key("grpc-status") {
         let body = response.into_body().collect().await.expect("a body");
@@ -152,7 +152,8 @@ pub(super) async fn refusal(address: SocketAddr, path: &str, message: &[u8]) -> 
 }
 
 pub(super) fn resident_bytes(pid: u32) -> u64 {
-    let statm = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("statm")).expect("it runs");
+    let statm =
+        fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("statm")).expect("the process is running");
     let pages: u64 = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("a number");
     pages * 4096
 }
@@ -160,32 +161,36 @@ pub(super) fn resident_bytes(pid: u32) -> u64 {
 /// A broker under attack, and the scale of the attacks.
 pub(super) struct Target {
     pub(super) broker: Broker,
-    pub(super) home: Home,
+    pub(super) instance: BrokerInstance,
     pub(super) scale: Scale,
 }
 
 impl Target {
     pub(super) async fn start(scale: Scale) -> Self {
-        Self::start_on(Home::new(), scale).await
+        Self::start_on(BrokerInstance::new(), scale).await
     }
 
-    pub(super) async fn start_on(home: Home, scale: Scale) -> Self {
-        let mut home = home.setting("limits.memory_bytes", MEMORY).topic_default("max.message.bytes", 1 << 26);
-        let broker = tokio::task::block_in_place(|| home.start());
-        wire::create_topic(home.grpc(), "honest", 1, &[]).await;
-        wire::create_topic(home.grpc(), "bombs", 1, &[("retention.ms", "-1")]).await;
-        wire::create_topic(home.grpc(), "empty", 1, &[]).await;
+    pub(super) async fn start_on(instance: BrokerInstance, scale: Scale) -> Self {
+        let mut instance = instance.setting("limits.memory_bytes", MEMORY).topic_default("max.message.bytes", 1 << 26);
+        let broker = tokio::task::block_in_place(|| instance.start());
+        wire::create_topic(instance.grpc(), "honest", 1, &[]).await;
+        wire::create_topic(instance.grpc(), "bombs", 1, &[("retention.ms", "-1")]).await;
+        wire::create_topic(instance.grpc(), "empty", 1, &[]).await;
         // The batches of these tests have old timestamps.
-        wire::create_topic(home.grpc(), "t", scale.partitions, &[("retention.ms", "-1")]).await;
-        Self { home, broker, scale }
+        wire::create_topic(instance.grpc(), "t", scale.partitions, &[("retention.ms", "-1")]).await;
+        Self { instance, broker, scale }
     }
 
     pub(super) fn address(&self) -> SocketAddr {
-        self.home.grpc()
+        self.instance.grpc()
     }
 
     /// Runs attacks for a while. Resident memory must stay below the limit, and the small appends of an honest client must always succeed.
-    pub(super) async fn withstands<F: Future<Output = ()> + Send + 'static>(&self, name: &str, attacks: Vec<F>) {
+    pub(super) async fn attack_for_a_while<F: Future<Output = ()> + Send + 'static>(
+        &self,
+        name: &str,
+        attacks: Vec<F>,
+    ) {
         if !name.contains(&std::env::var("STRANDLINE_HOSTILE_ONLY").unwrap_or_default()) {
             return;
         }
@@ -213,10 +218,10 @@ impl Target {
         attackers.shutdown().await;
         watch.shutdown().await;
         waits.sort();
-        let (p99, most) = (waits[waits.len() * 99 / 100], waits[waits.len() - 1]);
+        let (p99, max) = (waits[waits.len() * 99 / 100], waits[waits.len() - 1]);
         let peak = peak.load(Ordering::Relaxed);
         eprintln!(
-            "{name}: {} MiB resident at most; {} honest appends, p99 {p99:?}, slowest {most:?}",
+            "{name}: {} MiB resident at most; {} honest appends, p99 {p99:?}, slowest {max:?}",
             peak >> 20,
             waits.len()
         );
@@ -230,31 +235,33 @@ impl Target {
         for partition in 0..FILLED {
             for _ in 0..4 {
                 let batch = wire::batch(&[&vec![7; 4 << 20]]);
-                wire::append(&mut log, wire::append_batch("t", partition, batch)).await.expect("it takes records");
+                wire::append(&mut log, wire::append_batch("t", partition, batch))
+                    .await
+                    .expect("the broker accepts records");
             }
         }
     }
 
     /// Checks that memory held for clients is freed, and returned to the system too.
-    pub(super) fn gives_back(&self, before: u64) {
-        let (home, pid) = (&self.home, self.broker.pid());
-        let most = before + before / 5;
+    pub(super) fn check_freed(&self, before: u64) {
+        let (instance, pid) = (&self.instance, self.broker.pid());
+        let max = before + before / 5;
         eprintln!("{} MiB before, {} MiB after", before >> 20, resident_bytes(pid) >> 20);
-        let mut looked = None;
+        let mut last_print = None;
         tokio::task::block_in_place(|| {
             // The limit is `TEST_TIMEOUT`, one minute.
-            eventually("requests and responses hold nothing, and memory goes back to the system", || {
-                let held = home.metrics(["strandline_request_memory_bytes", "strandline_response_memory_bytes"]);
+            eventually("the memory of requests and responses is returned to the system", || {
+                let held = instance.metrics(["strandline_request_memory_bytes", "strandline_response_memory_bytes"]);
                 let resident = resident_bytes(pid);
                 let now = clock::monotonic();
-                if looked.is_none_or(|looked| now.duration_since(looked) > Duration::from_secs(10)) {
-                    looked = Some(now);
+                if last_print.is_none_or(|last_print| now.duration_since(last_print) > Duration::from_secs(10)) {
+                    last_print = Some(now);
                     eprintln!("{held:?} bytes of requests and responses, {} MiB", resident >> 20);
                 }
-                (held == [0.0, 0.0] && resident < most).then_some(())
+                (held == [0.0, 0.0] && resident < max).then_some(())
             });
         });
-        eprintln!("{} MiB in the end", resident_bytes(pid) >> 20);
+        eprintln!("{} MiB at the end", resident_bytes(pid) >> 20);
     }
 
     /// Returns one attack for each of this number of connections.
@@ -296,9 +303,9 @@ impl Target {
 /// Calls again and again, and reads no more of a response than its header.
 pub(super) async fn unread(channel: Channel, path: &str, body: impl Fn(oneshot::Receiver<()>) -> Body) {
     loop {
-        let (alive, gone) = oneshot::channel();
-        let answer = call(channel.clone(), path, body(gone)).await;
-        if answer.as_ref().is_some_and(|answer| !answer.headers().contains_key("grpc-status")) {
+        let (alive, closed) = oneshot::channel();
+        let response = call(channel.clone(), path, body(closed)).await;
+        if response.as_ref().is_some_and(|response| !response.headers().contains_key("grpc-status")) {
             future::pending::<()>().await;
         }
         drop(alive);
@@ -307,7 +314,7 @@ pub(super) async fn unread(channel: Channel, path: &str, body: impl Fn(oneshot::
 }
 
 /// Returns a partition of the topic `t`, from its start.
-pub(super) fn place(partition: i32) -> FetchPartition {
+pub(super) fn fetch_partition(partition: i32) -> FetchPartition {
     FetchPartition { topic: "t".to_owned(), partition, ..Default::default() }
 }
 

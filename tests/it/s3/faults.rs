@@ -56,15 +56,15 @@ pub(crate) enum Fault {
     /// The request is executed after this time.
     Delay(Duration),
     /// The request is executed. The connection closes before the response.
-    LostAnswer,
+    LostResponse,
     /// The request is executed twice. The second response is sent.
     Twice,
     /// One bit of the request body is flipped.
     CorruptRequest,
     /// One bit of the response body is flipped.
-    CorruptAnswer,
+    CorruptResponse,
     /// The response body ends half-way, with the connection.
-    CutAnswer,
+    CutResponse,
     /// The object is reported as missing.
     Vanished,
 }
@@ -79,17 +79,17 @@ struct Rule {
 }
 
 /// Faults of consecutive requests to an unreliable store. About every second request succeeds.
-const AILMENTS: [Option<Fault>; 11] = [
+const UNRELIABLE_FAULTS: [Option<Fault>; 11] = [
     Some(Fault::Status(500)),
     None,
-    Some(Fault::LostAnswer),
+    Some(Fault::LostResponse),
     None,
     Some(Fault::Status(503)),
     None,
     Some(Fault::Delay(Duration::from_secs(2))),
     Some(Fault::Refuse),
     None,
-    Some(Fault::CutAnswer),
+    Some(Fault::CutResponse),
     Some(Fault::Twice),
 ];
 
@@ -100,7 +100,7 @@ struct State {
     hits: usize,
     down: bool,
     /// Number of requests since the store became unreliable; `None` while it is reliable.
-    ailing: Option<usize>,
+    unreliable: Option<usize>,
     ignore_conditions: bool,
 }
 
@@ -127,7 +127,7 @@ impl Faults {
         let mut state = self.state.lock().unwrap();
         state.rules.clear();
         state.down = false;
-        state.ailing = None;
+        state.unreliable = None;
         state.ignore_conditions = false;
     }
 
@@ -137,8 +137,8 @@ impl Faults {
     }
 
     /// Sets whether the store is unreliable: about every second request fails, is delayed, is executed twice or loses its response.
-    pub(crate) fn set_ailing(&self, ailing: bool) {
-        self.state.lock().unwrap().ailing = ailing.then_some(0);
+    pub(crate) fn set_unreliable(&self, unreliable: bool) {
+        self.state.lock().unwrap().unreliable = unreliable.then_some(0);
     }
 
     /// Sets whether the store silently ignores `If-None-Match`, as some stores do.
@@ -179,19 +179,19 @@ impl Faults {
             rule.left -= 1;
             Some(rule.fault)
         });
-        let ailment = state.ailing.as_mut().and_then(|met| {
-            *met += 1;
-            AILMENTS[*met % AILMENTS.len()]
+        let background = state.unreliable.as_mut().and_then(|requests_seen| {
+            *requests_seen += 1;
+            UNRELIABLE_FAULTS[*requests_seen % UNRELIABLE_FAULTS.len()]
         });
-        let fault = fault.or(ailment);
+        let fault = fault.or(background);
         state.hits += usize::from(fault.is_some());
         fault
     }
 }
 
 /// Returns a body that breaks off half-way.
-pub(super) fn cut(whole: Bytes) -> Body {
-    let half = whole.slice(..whole.len() / 2);
+pub(super) fn cut(content: Bytes) -> Body {
+    let half = content.slice(..content.len() / 2);
     let pieces = futures::stream::iter([Ok(half), Err(std::io::Error::other("cut"))]);
     Body::http_body_unsync(http_body_util::StreamBody::new(pieces.map(|piece| piece.map(hyper::body::Frame::data))))
 }

@@ -23,12 +23,12 @@ pub(super) struct LongKeys {
 }
 
 /// Bucket, key and id of an upload.
-type Named = (String, String, String);
+type UploadName = (String, String, String);
 
 /// The multipart uploads that have not ended, with their start times. Clones share them.
 #[derive(Clone, Default)]
 pub(super) struct Uploads {
-    begun: Arc<Mutex<BTreeMap<Named, SystemTime>>>,
+    started: Arc<Mutex<BTreeMap<UploadName, SystemTime>>>,
 }
 
 impl Uploads {
@@ -36,55 +36,55 @@ impl Uploads {
         // A store has its own clock.
         #[allow(clippy::disallowed_methods, reason = "the server stands for another machine")]
         let now = SystemTime::now();
-        self.begun.lock().unwrap().insert((bucket.to_owned(), key.to_owned(), id.to_owned()), now);
+        self.started.lock().unwrap().insert((bucket.to_owned(), key.to_owned(), id.to_owned()), now);
     }
 
     fn end(&self, id: &str) {
-        self.begun.lock().unwrap().retain(|(_, _, known), _| known != id);
+        self.started.lock().unwrap().retain(|(_, _, upload_id), _| upload_id != id);
     }
 
-    fn knows(&self, id: &str) -> bool {
-        self.begun.lock().unwrap().keys().any(|(_, _, known)| known == id)
+    fn contains(&self, id: &str) -> bool {
+        self.started.lock().unwrap().keys().any(|(_, _, upload_id)| upload_id == id)
     }
 
     /// Returns the keys of all uploads.
     pub(super) fn keys(&self) -> Vec<String> {
-        self.begun.lock().unwrap().keys().map(|(_, key, _)| key.clone()).collect()
+        self.started.lock().unwrap().keys().map(|(_, key, _)| key.clone()).collect()
     }
 
     /// Makes all uploads older by this time.
     pub(super) fn age(&self, by: Duration) {
-        self.begun.lock().unwrap().values_mut().for_each(|begun| *begun -= by);
+        self.started.lock().unwrap().values_mut().for_each(|started| *started -= by);
     }
 
-    fn list(&self, asked: &ListMultipartUploadsInput) -> ListMultipartUploadsOutput {
-        let most = usize::try_from(asked.max_uploads.unwrap_or(1000)).unwrap();
-        let prefix = asked.prefix.clone().unwrap_or_default();
-        let after = asked.key_marker.clone().map(|key| (key, asked.upload_id_marker.clone()));
-        let begun = self.begun.lock().unwrap();
-        let mut all = begun.iter().filter(|((bucket, key, id), _)| {
+    fn list(&self, request: &ListMultipartUploadsInput) -> ListMultipartUploadsOutput {
+        let max = usize::try_from(request.max_uploads.unwrap_or(1000)).unwrap();
+        let prefix = request.prefix.clone().unwrap_or_default();
+        let after = request.key_marker.clone().map(|key| (key, request.upload_id_marker.clone()));
+        let started = self.started.lock().unwrap();
+        let mut all = started.iter().filter(|((bucket, key, id), _)| {
             let beyond = after.as_ref().is_none_or(|(marker, marked)| match marked {
                 Some(marked) => (key, id) > (marker, marked),
                 None => key > marker,
             });
-            *bucket == asked.bucket && key.starts_with(&prefix) && beyond
+            *bucket == request.bucket && key.starts_with(&prefix) && beyond
         });
         let page: Vec<MultipartUpload> = all
             .by_ref()
-            .take(most)
-            .map(|((_, key, id), begun)| MultipartUpload {
+            .take(max)
+            .map(|((_, key, id), started)| MultipartUpload {
                 key: Some(key.clone()),
                 upload_id: Some(id.clone()),
-                initiated: Some((*begun).into()),
+                initiated: Some((*started).into()),
                 ..MultipartUpload::default()
             })
             .collect();
         let truncated = all.next().is_some();
         let last = page.last().filter(|_| truncated);
         ListMultipartUploadsOutput {
-            bucket: Some(asked.bucket.clone()),
+            bucket: Some(request.bucket.clone()),
             is_truncated: Some(truncated),
-            max_uploads: asked.max_uploads,
+            max_uploads: request.max_uploads,
             next_key_marker: last.and_then(|last| last.key.clone()),
             next_upload_id_marker: last.and_then(|last| last.upload_id.clone()),
             uploads: Some(page),
@@ -93,7 +93,7 @@ impl Uploads {
     }
 }
 
-macro_rules! pass_on {
+macro_rules! use_next_member {
     ($($method:ident: $input:ty => $output:ty;)*) => {
         #[async_trait::async_trait]
         impl S3 for LongKeys {
@@ -126,7 +126,7 @@ macro_rules! pass_on {
             ) -> S3Result<S3Response<AbortMultipartUploadOutput>> {
                 let id = request.input.upload_id.clone();
                 // s3s-fs refuses an unknown upload like an upload of another user.
-                if !self.uploads.knows(&id) {
+                if !self.uploads.contains(&id) {
                     return Err(s3_error!(NoSuchUpload));
                 }
                 let response = self.files.abort_multipart_upload(request).await?;
@@ -140,7 +140,7 @@ macro_rules! pass_on {
             ) -> S3Result<S3Response<ListMultipartUploadsOutput>> {
                 let mut input = request.input;
                 // The pages are small enough that tests get several.
-                input.max_uploads = Some(input.max_uploads.map_or(PAGE, |asked| asked.min(PAGE)));
+                input.max_uploads = Some(input.max_uploads.map_or(PAGE, |uploads| uploads.min(PAGE)));
                 Ok(S3Response::new(self.uploads.list(&input)))
             }
 
@@ -161,7 +161,7 @@ macro_rules! pass_on {
         }
     };
 }
-pass_on! {
+use_next_member! {
     create_bucket: CreateBucketInput => CreateBucketOutput;
     head_bucket: HeadBucketInput => HeadBucketOutput;
     list_buckets: ListBucketsInput => ListBucketsOutput;

@@ -4,15 +4,18 @@ use std::{path::Path, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
 use strandline::{
-    log::{Identity, Log, Options, SimDisk},
+    log::{DataDir, DataDirIdentity, LogOptions, SimDisk},
     model::{BrokerId, Compression, LeaderEpoch, Offset, PartitionId, TopicId},
     record::BatchBuilder,
     telemetry::Metrics,
-    tier::{Cache, CacheOptions, PartitionTier, SegmentSource, Store, StoreOptions, TierState, Verdict},
+    tier::{
+        ChunkCache, ChunkCacheOptions, ObjectStoreOptions, PartitionTier, SegmentSource, SurveyVerdict, TierState,
+        TierStore,
+    },
 };
 
 use super::S3;
-use crate::damage::files;
+use crate::corruption::files;
 
 const EPOCH: LeaderEpoch = LeaderEpoch(0);
 
@@ -24,17 +27,17 @@ fn partition() -> PartitionId {
     PartitionId::new(TopicId::from_bytes([7; 16]), 0)
 }
 
-fn tier(options: &StoreOptions, state: TierState) -> PartitionTier {
-    let store = Store::open(options, "test").unwrap();
-    let cache = Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap();
+fn tier(options: &ObjectStoreOptions, state: TierState) -> PartitionTier {
+    let store = TierStore::open(options, "test").unwrap();
+    let cache = ChunkCache::open(&ChunkCacheOptions::default(), &Metrics::new()).unwrap();
     PartitionTier::new(store, cache, partition(), state)
 }
 
 /// Returns this number of segments of one small batch each, and the concatenated batches.
 fn segments(count: u64) -> (Vec<SegmentSource>, Bytes) {
-    let identity = Identity { cluster: "test".to_owned(), broker: BrokerId(1) };
-    let options = Options { journal_bytes: 1 << 20, reserve_bytes: 0, manual: true, ..Options::default() };
-    let log = Log::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
+    let identity = DataDirIdentity { cluster: "test".to_owned(), broker: BrokerId(1) };
+    let options = LogOptions { journal_bytes: 1 << 20, reserve_bytes: 0, step_mode: true, ..LogOptions::default() };
+    let log = DataDir::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
     let mut replica = log.open_replica(partition(), at(0)).unwrap();
     replica.set_journaled(false);
     let (mut sources, mut content) = (Vec::new(), BytesMut::new());
@@ -67,7 +70,7 @@ async fn manifest_lost_with_its_pages_is_rebuilt_as_committed() {
     let options = s3.options("rebuild");
     let (sources, content) = segments(1030);
     let writer = tier(&options, TierState::default());
-    let mut staging = writer.staging(EPOCH).await.unwrap();
+    let mut staging = writer.start_upload_batch(EPOCH).await.unwrap();
     for source in &sources {
         staging.add(source).await.unwrap();
     }
@@ -76,7 +79,7 @@ async fn manifest_lost_with_its_pages_is_rebuilt_as_committed() {
     let named = |suffix: &str| files(&s3.bucket(), suffix);
     let root = state.manifest.unwrap().to_string();
     let pages = named(".page");
-    assert_eq!(pages.len(), 1, "more than two pages' worth of segments make one");
+    assert_eq!(pages.len(), 1, "more segments than two pages hold");
 
     // Only the page is lost. The root still exists, which does not help.
     std::fs::remove_file(&pages[0]).unwrap();
@@ -84,22 +87,26 @@ async fn manifest_lost_with_its_pages_is_rebuilt_as_committed() {
     let error = reader.check_manifest().await.unwrap_err();
     assert!(error.lost_manifest().is_some_and(|object| object.ends_with(".page")), "{error}");
     reader.read(at(0), (1 << 20).into()).await.unwrap_err();
-    assert!(reader.lost_manifest().is_some(), "a reader that meets it leaves word for upkeep");
+    assert!(reader.lost_manifest().is_some(), "a reader that finds the corruption notifies maintenance");
 
     // The root is lost too.
     named("").iter().filter(|path| path.ends_with(&root)).for_each(|path| std::fs::remove_file(path).unwrap());
     let rebuilder = tier(&options, state.clone());
     let survey = rebuilder.survey().await.unwrap();
-    assert_eq!((survey.verdict, survey.chain.len(), survey.bytes()), (Verdict::Committed, 1030, state.bytes));
+    assert_eq!((survey.verdict, survey.chain.len(), survey.bytes()), (SurveyVerdict::Committed, 1030, state.bytes));
     let staged = rebuilder.stage_rebuilt(&survey.chain, survey.log_start, EPOCH).await.unwrap();
-    assert_eq!((staged.state().version(), staged.replaces()), (state.version() + 1, &state), "one chain of versions");
+    assert_eq!(
+        (staged.state().version(), staged.replaces()),
+        (state.version() + 1, &state),
+        "the versions are one chain"
+    );
     let same = TierState { manifest: staged.state().manifest, ..state.clone() };
-    assert_eq!(staged.state(), &same, "only the name is another");
+    assert_eq!(staged.state(), &same, "only the name differs");
     rebuilder.install(staged);
     let fresh = tier(&options, rebuilder.state());
     fresh.check_manifest().await.unwrap();
-    assert!(read_all(&fresh).await == content, "it reads back bit-exact");
-    assert_eq!(named(".page").len(), 1, "its page is there again");
+    assert!(read_all(&fresh).await == content, "the stored bytes are equal");
+    assert_eq!(named(".page").len(), 1, "the manifest page exists again");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -118,6 +125,6 @@ async fn object_with_a_corrupt_footer_is_named_and_not_used() {
     bytes[at_footer] ^= 1;
     std::fs::write(&objects[1], bytes).unwrap();
     let survey = tier(&options, writer.state()).survey().await.unwrap();
-    assert_eq!((survey.verdict, survey.chain.len(), survey.log_start), (Verdict::Incomplete, 1, at(2)));
+    assert_eq!((survey.verdict, survey.chain.len(), survey.log_start), (SurveyVerdict::Incomplete, 1, at(2)));
     assert_eq!((survey.missing, survey.unusable.len()), (vec![(at(1), at(2))], 1));
 }

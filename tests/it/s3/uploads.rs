@@ -6,11 +6,13 @@ use object_store::{MultipartUpload, ObjectStoreExt, PutPayload, aws::AmazonS3Bui
 use strandline::{
     model::{LeaderEpoch, Offset, PartitionId, TopicId},
     task::clock,
-    tier::{ClaimError, Store, StoreOptions, UploadsError, UploadsReport, doctor, end_abandoned_uploads, name},
+    tier::{
+        BindingError, ObjectStoreOptions, TierStore, UploadsError, UploadsReport, abort_abandoned_uploads, doctor, name,
+    },
 };
 
 use super::{ACCESS_KEY, BUCKET, Fault, Op, S3, SECRET_KEY};
-use crate::{broker::Home, test_timeout::eventually};
+use crate::{broker::BrokerInstance, test_timeout::eventually};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -19,7 +21,7 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 fn segment(base: u64) -> String {
     let at = |offset| Offset::new(offset).unwrap();
     let folder = name::partition_folder(PartitionId::new(TopicId::from_bytes([7; 16]), 3));
-    format!("{folder}/{}", name::Stamp::draw(at(base), at(base + 1), LeaderEpoch(0)).segment())
+    format!("{folder}/{}", name::ObjectId::draw(at(base), at(base + 1), LeaderEpoch(0)).segment())
 }
 
 /// Starts an upload as a broker does, and sends a first part.
@@ -40,14 +42,14 @@ async fn begin_with(client: AmazonS3Builder, key: &str) -> Box<dyn MultipartUplo
     upload
 }
 
-async fn sweep(store: &Store, grace: Duration) -> UploadsReport {
-    end_abandoned_uploads(store, grace, clock::wall_ms()).await.unwrap()
+async fn sweep(store: &TierStore, grace: Duration) -> UploadsReport {
+    abort_abandoned_uploads(store, grace, clock::wall_ms()).await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn old_uploads_of_our_segments_are_aborted_and_no_others() {
     let s3 = S3::start().await;
-    let store = Store::open(&s3.options("ours"), "test").unwrap();
+    let store = TierStore::open(&s3.options("ours"), "test").unwrap();
     assert_eq!(sweep(&store, HOUR).await, UploadsReport::default());
     let foreign = ["ours/topics/backup.tar".to_owned(), format!("ours/deeper/{}", segment(1))];
     let elsewhere = [format!("theirs/{}", segment(2)), format!("ours-too/{}", segment(3)), segment(4)];
@@ -63,7 +65,7 @@ async fn old_uploads_of_our_segments_are_aborted_and_no_others() {
     assert_eq!(s3.open_uploads().len(), 11);
 
     let patient = UploadsReport { young: 6, foreign: 2, ..UploadsReport::default() };
-    assert_eq!(sweep(&store, DAY).await, patient, "all are younger than this grace");
+    assert_eq!(sweep(&store, DAY).await, patient, "all objects are younger than the grace period");
     let ended = UploadsReport { ended: 5, young: 1, foreign: 2, ..UploadsReport::default() };
     assert_eq!(sweep(&store, HOUR).await, ended);
     assert_eq!(sweep(&store, HOUR).await, UploadsReport { ended: 0, ..ended });
@@ -77,7 +79,7 @@ async fn old_uploads_of_our_segments_are_aborted_and_no_others() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn failed_abort_is_reported_and_retried_the_next_time() {
     let s3 = S3::start().await;
-    let store = Store::open(&s3.options("ours"), "test").unwrap();
+    let store = TierStore::open(&s3.options("ours"), "test").unwrap();
     let (stubborn, other) = (segment(1), segment(2));
     for object in [&stubborn, &other] {
         drop(begin(&s3, &format!("ours/{object}")).await);
@@ -90,27 +92,27 @@ async fn failed_abort_is_reported_and_retried_the_next_time() {
     assert!(report.failed[0].0 == stubborn && report.failed[0].1.contains("403"), "{report:?}");
     s3.faults().clear();
     // The upload is aborted and the response is lost. The repeated request finds no upload, which is a success.
-    s3.faults().inject(Op::AbortUpload, Fault::LostAnswer, 1);
+    s3.faults().inject(Op::AbortUpload, Fault::LostResponse, 1);
     let report = sweep(&store, HOUR).await;
     assert_eq!((report.ended, report.failed.len()), (1, 0), "{report:?}");
     s3.faults().clear();
 
     s3.faults().inject(Op::ListUploads, Fault::Status(501), usize::MAX);
-    let error = end_abandoned_uploads(&store, HOUR, clock::wall_ms()).await.unwrap_err();
+    let error = abort_abandoned_uploads(&store, HOUR, clock::wall_ms()).await.unwrap_err();
     assert!(matches!(error, UploadsError::List { .. }) && error.to_string().contains("501"), "{error}");
     assert!(error.to_string().contains("life-cycle"), "{error}");
     s3.faults().clear();
-    let stranger = Store::open(&s3.options("ours"), "stranger").unwrap();
-    let error = end_abandoned_uploads(&stranger, HOUR, clock::wall_ms()).await.unwrap_err();
-    assert!(matches!(error, UploadsError::Claim(ClaimError::Foreign { .. })), "{error}");
+    let foreign = TierStore::open(&s3.options("ours"), "stranger").unwrap();
+    let error = abort_abandoned_uploads(&foreign, HOUR, clock::wall_ms()).await.unwrap_err();
+    assert!(matches!(error, UploadsError::Claim(BindingError::Foreign { .. })), "{error}");
 }
 
 #[test]
 fn uploads_of_a_killed_broker_are_aborted_by_the_next() {
     let s3 = S3::begin();
-    let mut home = Home::new().object_store(&s3).setting("tier.garbage_grace", "\"1s\"");
-    let broker = home.start();
-    let cli = home.cli();
+    let mut instance = BrokerInstance::new().object_store(&s3).setting("tier.garbage_grace", "\"1s\"");
+    let broker = instance.start();
+    let cli = instance.cli();
     let config = ["segment.bytes=18000000", "local.retention.bytes=0"].map(|one| ["--config", one]).concat();
     cli.ok(&[&["topic", "create", "t"][..], &config].concat());
     s3.faults().inject(Op::PutPart, Fault::Delay(DAY), usize::MAX);
@@ -120,35 +122,37 @@ fn uploads_of_a_killed_broker_are_aborted_by_the_next() {
     broker.kill9();
     s3.faults().clear();
     s3.age_uploads(2 * DAY);
-    let broker = home.start();
-    eventually("it is ended", || (!s3.open_uploads().contains(&abandoned)).then_some(()));
+    let broker = instance.start();
+    eventually("the upload is aborted", || (!s3.open_uploads().contains(&abandoned)).then_some(()));
     // The abort is counted after the store has responded.
-    eventually("it is counted", || (home.metric("strandline_tier_uploads_ended_total") >= 1.0).then_some(()));
-    assert_eq!(home.metric("strandline_tier_uploads_ended_total"), 1.0);
-    eventually("the segment is uploaded all the same", || {
-        (home.metric("strandline_tier_uploads_total") >= 1.0).then_some(())
+    eventually("the abort is counted", || {
+        (instance.metric("strandline_tier_uploads_ended_total") >= 1.0).then_some(())
+    });
+    assert_eq!(instance.metric("strandline_tier_uploads_ended_total"), 1.0);
+    eventually("the segment is uploaded nevertheless", || {
+        (instance.metric("strandline_tier_uploads_total") >= 1.0).then_some(())
     });
     assert!(cli.ok(&["consume", "t", "--until-end"]).stdout == text.as_bytes());
-    assert!(broker.terminate().success(), "{}", home.log());
-    assert!(home.log().contains("ended uploads that a killed broker had left"), "{}", home.log());
+    assert!(broker.terminate().success(), "{}", instance.log());
+    assert!(instance.log().contains("aborted abandoned uploads of killed brokers"), "{}", instance.log());
 }
 
 /// An external store has its own list of uploads, its own prefix matching and its own upload times. `S3_URL` names a bucket and a prefix.
 /// The endpoint and the keys are in the usual environment variables.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs a bucket: make real-s3 S3_URL=s3://bucket/prefix"]
-async fn a_real_store_gives_back_what_was_left_in_it() {
+async fn real_store_aborts_abandoned_uploads() {
     let url = std::env::var("S3_URL").expect("S3_URL names a bucket and a prefix");
     let (bucket, prefix) = url.strip_prefix("s3://").and_then(|rest| rest.split_once('/')).expect("s3://bucket/prefix");
     let prefix = format!("{prefix}/test-{}", strandline::task::random::uuid());
     let endpoint = std::env::var("AWS_ENDPOINT_URL").ok();
-    let options = StoreOptions { endpoint, ..StoreOptions::new(&format!("s3://{bucket}/{prefix}")) };
+    let options = ObjectStoreOptions { endpoint, ..ObjectStoreOptions::new(&format!("s3://{bucket}/{prefix}")) };
     for check in doctor::examine(&options).await.unwrap() {
         println!("{:28} {:?}: {}", check.name, check.outcome, check.detail);
-        assert_ne!(check.outcome, doctor::Outcome::Fail, "{check:?}");
+        assert_ne!(check.outcome, doctor::CheckOutcome::Fail, "{check:?}");
     }
     let client = || AmazonS3Builder::from_env().with_allow_http(true).with_bucket_name(bucket);
-    let store = Store::open(&options, "test").unwrap();
+    let store = TierStore::open(&options, "test").unwrap();
     for base in 0..3 {
         drop(begin_with(client(), &format!("{prefix}/{}", segment(base))).await);
     }
@@ -157,7 +161,7 @@ async fn a_real_store_gives_back_what_was_left_in_it() {
     assert_eq!(sweep(&store, DAY).await, young);
     let later = clock::wall_ms() + 2 * i64::try_from(DAY.as_millis()).unwrap();
     let ended = UploadsReport { ended: 3, foreign: 1, ..UploadsReport::default() };
-    assert_eq!(end_abandoned_uploads(&store, DAY, later).await.unwrap(), ended);
+    assert_eq!(abort_abandoned_uploads(&store, DAY, later).await.unwrap(), ended);
     assert_eq!(sweep(&store, DAY).await, UploadsReport { foreign: 1, ..UploadsReport::default() });
     foreign.abort().await.unwrap();
     store.delete(name::CLUSTER).await.unwrap();

@@ -4,39 +4,39 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use super::{
     super::{
-        super::{error::CallError, options::Pauses},
-        flight::Identity,
+        super::{error::CallError, options::Backoff},
         identity,
+        in_flight::ProducerIdAndEpoch,
     },
-    Driver, Event,
+    DriverEvent, ProducerDriver,
 };
 use crate::{
     proto::error::{ApiError, ErrorCode},
     task::clock,
 };
 
-impl Driver {
+impl ProducerDriver {
     /// Starts a metadata refresh unless one is running.
     pub(super) fn route(&mut self) {
         if self.routing {
             return;
         }
         self.routing = true;
-        let client = self.shared.client.clone();
-        let shared = self.shared.clone();
+        let client = self.inner.client.clone();
+        let inner = self.inner.clone();
         let events = self.events.clone();
         let tasks = self.tasks.clone();
         let seen = client.routing().generation();
-        let pause = self.route_pauses.as_mut().map_or(Duration::ZERO, Pauses::next);
+        let pause = self.route_pauses.as_mut().map_or(Duration::ZERO, Backoff::next);
         let wanted: BTreeSet<Arc<str>> =
-            self.unrouted.iter().map(|index| self.lanes[*index].lane.topic.clone()).collect();
-        let silent = self.silent(clock::monotonic());
+            self.unrouted.iter().map(|index| self.queues[*index].queue.topic.clone()).collect();
+        let unresponsive = self.silent(clock::monotonic());
         self.tasks.spawn("producer metadata", async move {
             tokio::select! {
                 biased;
                 () = tasks.cancelled() => {}
-                result = shared.refreshed(seen, &wanted, &silent, pause) => {
-                    let _ = events.send(Event::Routed(result)).await;
+                result = inner.refreshed(seen, &wanted, &unresponsive, pause) => {
+                    let _ = events.send(DriverEvent::Routed(result)).await;
                 }
             }
         });
@@ -45,36 +45,36 @@ impl Driver {
     pub(super) fn on_routed(&mut self, result: Result<(), CallError>) {
         self.routing = false;
         if let Err(error) = &result {
-            tracing::debug!(%error, "metadata could not be refreshed");
+            tracing::debug!(%error, "metadata refresh failed");
         }
         let now = clock::monotonic();
-        for index in 0..self.lanes.len() {
-            self.leave_silent(index, now);
+        for index in 0..self.queues.len() {
+            self.move_to_new_leader(index, now);
         }
-        self.leave_queues();
+        self.requeue_moved();
         let mut missing = false;
         for index in std::mem::take(&mut self.unrouted) {
-            let state = &mut self.lanes[index];
-            let trouble = if let Err(error) = &result {
+            let state = &mut self.queues[index];
+            let status = if let Err(error) = &result {
                 error.to_string()
-            } else if let Some(Err(fault)) = self.shared.client.routing().topic(&state.lane.topic) {
+            } else if let Some(Err(error)) = self.inner.client.routing().topic(&state.queue.topic) {
                 // The topic was deleted: none of its waiting batches can be sent.
-                self.refuse_all(index, &fault);
+                self.fail_all(index, &error);
                 continue;
-            } else if self.shared.client.routing().leader(&state.lane.topic, state.lane.partition).is_some() {
-                self.pump(index);
+            } else if self.inner.client.routing().leader(&state.queue.topic, state.queue.partition).is_some() {
+                self.send_ready(index);
                 continue;
             } else {
-                let topic = &state.lane.topic;
-                format!("the partition has no leader; `strandline topic describe {topic}` says who is waited for")
+                let topic = &state.queue.topic;
+                format!("the partition has no leader: `strandline topic describe {topic}` names the awaited brokers")
             };
-            self.trouble(index, trouble);
+            self.status(index, status);
             missing = true;
             self.unrouted.insert(index);
             self.set_next_timer(index);
         }
         if missing {
-            let options = self.shared.client.options();
+            let options = self.inner.client.options();
             self.route_pauses.get_or_insert_with(|| options.backoff());
             self.route();
         } else {
@@ -83,11 +83,11 @@ impl Driver {
     }
 
     pub(super) fn identify(&mut self, index: usize) {
-        let state = &mut self.lanes[index];
+        let state = &mut self.queues[index];
         if std::mem::replace(&mut state.identifying, true) {
             return;
         }
-        let client = self.shared.client.clone();
+        let client = self.inner.client.clone();
         let events = self.events.clone();
         let tasks = self.tasks.clone();
         self.tasks.spawn("producer id", async move {
@@ -95,26 +95,26 @@ impl Driver {
                 biased;
                 () = tasks.cancelled() => {}
                 identity = identity(&client) => {
-                    let _ = events.send(Event::Identified { lane: index, identity }).await;
+                    let _ = events.send(DriverEvent::Identified { queue: index, identity }).await;
                 }
             }
         });
     }
 
-    pub(super) fn on_identified(&mut self, index: usize, identity: Result<Identity, CallError>) {
-        let state = &mut self.lanes[index];
+    pub(super) fn on_identified(&mut self, index: usize, identity: Result<ProducerIdAndEpoch, CallError>) {
+        let state = &mut self.queues[index];
         state.identifying = false;
         match identity {
             Ok(identity) => {
-                tracing::debug!(topic = &*state.lane.topic, partition = state.lane.partition, "new producer id");
-                let given_up = state.flight.identify(identity);
-                self.give_up(index, given_up);
+                tracing::debug!(topic = &*state.queue.topic, partition = state.queue.partition, "new producer id");
+                let failed = state.flight.identify(identity);
+                self.fail_batches(index, failed);
             }
             Err(error) => {
-                let fault = ApiError::new(ErrorCode::NotReady, error.to_string());
-                self.pause(index, &fault);
+                let error = ApiError::new(ErrorCode::NotReady, error.to_string());
+                self.pause(index, &error);
             }
         }
-        self.pump(index);
+        self.send_ready(index);
     }
 }

@@ -27,13 +27,13 @@ struct Relay {
 impl Relay {
     async fn before(member: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let endpoint = format!("http://{}", listener.local_addr().expect("it is bound"));
+        let endpoint = format!("http://{}", listener.local_addr().expect("bound"));
         let member = member.strip_prefix("http://").expect("plain HTTP").to_owned();
         let (late_ms, tasks) = (Arc::new(AtomicU64::new(0)), Tasks::new());
         let (late, carried) = (Arc::clone(&late_ms), tasks.clone());
         tasks.spawn("relay", async move {
             loop {
-                let (client, _) = listener.accept().await.expect("it listens");
+                let (client, _) = listener.accept().await.expect("listening");
                 let member = TcpStream::connect(&member).await.expect("the member listens");
                 carried.spawn("carry", carry(client, member, Arc::clone(&late)));
             }
@@ -43,7 +43,7 @@ impl Relay {
 
     /// Delays the member's bytes from now on.
     fn late_by(&self, late: Duration) {
-        self.late_ms.store(u64::try_from(late.as_millis()).expect("a moment"), Relaxed);
+        self.late_ms.store(u64::try_from(late.as_millis()).expect("a short delay"), Relaxed);
     }
 }
 
@@ -51,25 +51,25 @@ impl Relay {
 async fn carry(client: TcpStream, member: TcpStream, late_ms: Arc<AtomicU64>) {
     let (mut from_client, to_client) = client.into_split();
     let (from_member, mut to_member) = member.into_split();
-    let (said, hears) = mpsc::channel(1024);
+    let (sender, receiver) = mpsc::channel(1024);
     tokio::select! {
         _ = tokio::io::copy(&mut from_client, &mut to_member) => {}
-        () = listen(from_member, said, &late_ms) => {}
-        () = tell(to_client, hears) => {}
+        () = listen(from_member, sender, &late_ms) => {}
+        () = send_delayed(to_client, receiver) => {}
     }
 }
 
 /// Records the member's bytes with the time at which to deliver them.
-async fn listen(mut member: OwnedReadHalf, said: mpsc::Sender<(Instant, Bytes)>, late_ms: &AtomicU64) {
+async fn listen(mut member: OwnedReadHalf, sender: mpsc::Sender<(Instant, Bytes)>, late_ms: &AtomicU64) {
     let mut bytes = vec![0; 64 << 10];
     while let Ok(read @ 1..) = member.read(&mut bytes).await {
         let due = clock::monotonic() + Duration::from_millis(late_ms.load(Relaxed));
-        let _gone = said.send((due, Bytes::copy_from_slice(&bytes[..read]))).await;
+        let _gone = sender.send((due, Bytes::copy_from_slice(&bytes[..read]))).await;
     }
 }
 
-async fn tell(mut client: OwnedWriteHalf, mut hears: mpsc::Receiver<(Instant, Bytes)>) {
-    while let Some((due, bytes)) = hears.recv().await {
+async fn send_delayed(mut client: OwnedWriteHalf, mut receiver: mpsc::Receiver<(Instant, Bytes)>) {
+    while let Some((due, bytes)) = receiver.recv().await {
         tokio::time::sleep_until(due).await;
         if client.write_all(&bytes).await.is_err() {
             return;
@@ -82,10 +82,10 @@ async fn behind_a_relay(etcd: &Etcd) -> (EtcdStore, Relay) {
     let mut endpoints = etcd.endpoints();
     let relay = Relay::before(&endpoints[0]).await;
     endpoints[0].clone_from(&relay.endpoint);
-    (EtcdStore::open(EtcdOptions::new(endpoints)).await.expect("good options"), relay)
+    (EtcdStore::open(EtcdOptions::new(endpoints)).await.expect("valid options"), relay)
 }
 
-fn first_asked(store: &EtcdStore) -> &str {
+fn first_member(store: &EtcdStore) -> &str {
     store.members.in_turn().next().expect("a member").endpoint()
 }
 
@@ -93,57 +93,57 @@ fn first_asked(store: &EtcdStore) -> &str {
 async fn slow_member_within_timeout_is_kept() {
     let etcd = Etcd::start(3).await;
     let (store, relay) = behind_a_relay(&etcd).await;
-    let start = put(&store, "n", "start").await.expect("etcd answers");
-    let mut watch = store.watch("n", start).await.expect("it begins");
+    let start = put(&store, "n", "start").await.expect("etcd responds");
+    let mut watch = store.watch("n", start).await.expect("the watch starts");
     relay.late_by(Duration::from_millis(400));
     // Changes from other clients arrive later than the time for which a watch tolerates newer revisions elsewhere.
     let elsewhere = etcd.store().await;
     for n in 0..8 {
-        put(&elsewhere, "n", &n.to_string()).await.expect("etcd answers");
-        let read = store.get("n").await.expect("late, and in time").entry.expect("it is there");
+        put(&elsewhere, "n", &n.to_string()).await.expect("etcd responds");
+        let read = store.get("n").await.expect("within the timeout").entry.expect("the key exists");
         assert_eq!(read.value, n.to_string());
     }
     let expected: Vec<_> = ["start".to_owned()].into_iter().chain((0..8).map(|n| n.to_string())).collect();
     assert_eq!(values_up_to(&mut watch, "7").await, expected, "each once, in order");
-    assert_eq!(first_asked(&store), relay.endpoint);
+    assert_eq!(first_member(&store), relay.endpoint);
 }
 
 #[tokio::test]
 async fn calls_and_watches_leave_too_slow_member() {
     let etcd = Etcd::start(3).await;
     let (store, relay) = behind_a_relay(&etcd).await;
-    let start = put(&store, "n", "start").await.expect("etcd answers");
-    let mut watch = store.watch("n", start).await.expect("it begins");
+    let start = put(&store, "n", "start").await.expect("etcd responds");
+    let mut watch = store.watch("n", start).await.expect("the watch starts");
     assert_eq!(values_up_to(&mut watch, "start").await, ["start"]);
-    let lease = store.grant(Duration::from_secs(30)).await.expect("etcd answers");
+    let lease = store.grant(Duration::from_secs(30)).await.expect("etcd responds");
     relay.late_by(Duration::from_secs(3));
     let mut known = start;
-    let began = clock::monotonic();
+    let started = clock::monotonic();
     for n in 0..5 {
         known = count(&store, n, known).await;
     }
     let expected: Vec<_> = (0..5).map(|n| n.to_string()).collect();
     assert_eq!(values_up_to(&mut watch, "4").await, expected, "each once, in order");
-    let took = began.elapsed();
+    let took = started.elapsed();
     // One call times out; then the watch is known to lag.
     assert!(took < Duration::from_secs(4), "{took:?}");
-    store.keep_alive(lease).await.expect("etcd answers");
-    assert_ne!(first_asked(&store), relay.endpoint);
+    store.keep_alive(lease).await.expect("etcd responds");
+    assert_ne!(first_member(&store), relay.endpoint);
 }
 
 #[tokio::test]
 async fn temporarily_slow_etcd_loses_nothing() {
     let etcd = Etcd::start(1).await;
     let (store, relay) = behind_a_relay(&etcd).await;
-    let start = put(&store, "n", "start").await.expect("etcd answers");
-    let mut watch = store.watch("n", start.next()).await.expect("it begins");
-    let lease = store.grant(Duration::from_secs(30)).await.expect("etcd answers");
+    let start = put(&store, "n", "start").await.expect("etcd responds");
+    let mut watch = store.watch("n", start.next()).await.expect("the watch starts");
+    let lease = store.grant(Duration::from_secs(30)).await.expect("etcd responds");
     relay.late_by(Duration::from_millis(1500));
-    let error = store.get("n").await.expect_err("nobody else is there");
-    assert!(error.retryable() && error.to_string().contains("no answer within 1000 ms"), "{error}");
-    put(&etcd.store().await, "n", "meanwhile").await.expect("etcd itself is well");
+    let error = store.get("n").await.expect_err("the only member is too slow");
+    assert!(error.retryable() && error.to_string().contains("no response within 1000 ms"), "{error}");
+    put(&etcd.store().await, "n", "meanwhile").await.expect("etcd itself responds");
     relay.late_by(Duration::ZERO);
     put_in_the_end(&store, "n", "end").await;
     assert_eq!(values_up_to(&mut watch, "end").await, ["meanwhile", "end"]);
-    store.keep_alive(lease).await.expect("etcd answers");
+    store.keep_alive(lease).await.expect("etcd responds");
 }

@@ -10,10 +10,10 @@ use self::process::Etcd;
 use super::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdStore, EtcdTls, MemberStatus};
 use crate::{
     cluster::{
-        conformance::{self, Subject},
+        conformance::{self, StoreUnderTest},
         keys::{BrokerValue, Keys, Value as _},
-        store::{Compare, Event, LeaseId, MetaStore, Outcome, Revision, StoreError, Transaction, Watch},
-        view::View,
+        metadata::MetadataCache,
+        store::{Compare, LeaseId, MetaStore, MetaStoreError, Revision, Transaction, TxnOutcome, Watch, WatchEvent},
     },
     model::BrokerId,
     task::{Tasks, clock},
@@ -27,15 +27,15 @@ mod secure;
 /// Far above the duration of any test here, so that a hang fails.
 const SOON: Duration = Duration::from_secs(30);
 
-async fn put(store: &EtcdStore, key: &str, value: &str) -> Result<Revision, StoreError> {
+async fn put(store: &EtcdStore, key: &str, value: &str) -> Result<Revision, MetaStoreError> {
     match store.transact(Transaction::new().put(key, value.to_owned())).await? {
-        Outcome::Done { revision } => Ok(revision),
-        Outcome::Refused { .. } => panic!("nothing was compared"),
+        TxnOutcome::Committed { revision } => Ok(revision),
+        TxnOutcome::CompareFailed { .. } => panic!("no compare"),
     }
 }
 
 async fn value(store: &EtcdStore, key: &str) -> Option<String> {
-    let entry = store.get(key).await.expect("etcd answers").entry;
+    let entry = store.get(key).await.expect("etcd responds").entry;
     entry.map(|entry| String::from_utf8(entry.value.to_vec()).expect("text"))
 }
 
@@ -51,22 +51,22 @@ async fn put_in_the_end(store: &EtcdStore, key: &str, value: &str) -> Revision {
 }
 
 /// Returns the next changes of a watch.
-async fn next(watch: &mut Watch) -> Result<Vec<Event>, StoreError> {
-    let changes = timeout(SOON, watch.next()).await.expect("the watch goes on").expect("the watch is open");
+async fn next(watch: &mut Watch) -> Result<Vec<WatchEvent>, MetaStoreError> {
+    let changes = timeout(SOON, watch.next()).await.expect("the watch continues").expect("the watch is open");
     changes.map(|changes| changes.events)
 }
 
 /// Returns a store with a key of its own, the revision of that key, and a watch that has returned it.
 async fn watched(etcd: &Etcd) -> (EtcdStore, Revision, Watch) {
     let store = etcd.store().await;
-    let start = put(&store, "n", "start").await.expect("etcd answers");
-    let mut watch = store.watch("n", start).await.expect("it begins");
+    let start = put(&store, "n", "start").await.expect("etcd responds");
+    let mut watch = store.watch("n", start).await.expect("the watch starts");
     assert_eq!(values_up_to(&mut watch, "start").await, ["start"]);
     (store, start, watch)
 }
 
 /// Returns the error that ends a watch, after any number of progress responses.
-async fn end(watch: &mut Watch) -> StoreError {
+async fn end(watch: &mut Watch) -> MetaStoreError {
     loop {
         match next(watch).await {
             Ok(events) => assert_eq!(events, [], "nothing was changed"),
@@ -79,8 +79,8 @@ async fn end(watch: &mut Watch) -> StoreError {
 async fn values_up_to(watch: &mut Watch, last: &str) -> Vec<String> {
     let mut values: Vec<String> = Vec::new();
     while values.last().is_none_or(|value| value != last) {
-        for event in next(watch).await.expect("nothing is wrong") {
-            let Event::Put(entry) = event else { panic!("nothing was deleted") };
+        for event in next(watch).await.expect("no error") {
+            let WatchEvent::Put(entry) = event else { panic!("nothing was deleted") };
             values.push(String::from_utf8(entry.value.to_vec()).expect("text"));
         }
     }
@@ -89,13 +89,13 @@ async fn values_up_to(watch: &mut Watch, last: &str) -> Vec<String> {
 
 /// Returns a separate client, for requests that the store never sends.
 async fn client(endpoint: String, options: ConnectOptions) -> Client {
-    Client::connect([endpoint], Some(options)).await.expect("etcd answers")
+    Client::connect([endpoint], Some(options)).await.expect("etcd responds")
 }
 
 #[tokio::test]
 async fn three_members_conform() {
     let etcd = Etcd::start(3).await;
-    let subject = Subject {
+    let subject = StoreUnderTest {
         store: Arc::new(etcd.store().await),
         pass: Box::new(|time| tokio::time::sleep(time).boxed()),
         prefix: "/conformance/".to_owned(),
@@ -110,15 +110,15 @@ async fn list_of_many_pages_has_one_revision() {
     let store = etcd.store().await;
     for hundred in 0..45 {
         let put = |transaction: Transaction, n: i32| transaction.put(format!("many/{hundred:03}/{n:03}"), "");
-        store.transact((0..100).fold(Transaction::new(), put)).await.expect("etcd answers");
+        store.transact((0..100).fold(Transaction::new(), put)).await.expect("etcd responds");
     }
-    let listing = store.list("many/").await.expect("etcd answers");
+    let listing = store.list("many/").await.expect("etcd responds");
     assert_eq!(listing.entries.len(), 4500);
     assert!(listing.entries.windows(2).all(|pair| pair[0].key < pair[1].key));
     // 72 MiB in 80 values: more than one response may contain.
     for n in 0..80 {
         let value = vec![0; 900 << 10];
-        store.transact(Transaction::new().put(format!("large/{n:03}"), value)).await.expect("etcd answers");
+        store.transact(Transaction::new().put(format!("large/{n:03}"), value)).await.expect("etcd responds");
     }
     let listing = store.list("large/").await.expect("pages that fit");
     assert_eq!(listing.entries.len(), 80);
@@ -129,10 +129,10 @@ async fn list_of_many_pages_has_one_revision() {
 async fn killed_leader_loses_no_changes_leases_or_watches() {
     let mut etcd = Etcd::start(3).await;
     let store = etcd.store().await;
-    let start = put(&store, "n", "start").await.expect("etcd answers");
-    let mut watch = store.watch("n", start).await.expect("it begins");
-    let lease = store.grant(Duration::from_secs(30)).await.expect("etcd answers");
-    store.transact(Transaction::new().put_leased("leased", "", lease)).await.expect("etcd answers");
+    let start = put(&store, "n", "start").await.expect("etcd responds");
+    let mut watch = store.watch("n", start).await.expect("the watch starts");
+    let lease = store.grant(Duration::from_secs(30)).await.expect("etcd responds");
+    store.transact(Transaction::new().put_leased("leased", "", lease)).await.expect("etcd responds");
     let mut known = start;
     for n in 0..60 {
         if n == 20 {
@@ -143,7 +143,7 @@ async fn killed_leader_loses_no_changes_leases_or_watches() {
     }
     let expected: Vec<_> = ["start".to_owned()].into_iter().chain((0..60).map(|n| n.to_string())).collect();
     assert_eq!(values_up_to(&mut watch, "59").await, expected, "each once, in order");
-    store.keep_alive(lease).await.expect("a lease outlives the leader");
+    store.keep_alive(lease).await.expect("the lease survives the leader");
     assert!(value(&store, "leased").await.is_some());
 }
 
@@ -154,10 +154,10 @@ async fn count(store: &EtcdStore, n: i32, known: Revision) -> Revision {
         Transaction::new().when(Compare::ModRevision("n".to_owned(), known)).put("n", n.to_string()).else_get("n");
     loop {
         match store.transact(transaction.clone()).await {
-            Ok(Outcome::Done { revision }) => return revision,
-            Ok(Outcome::Refused { found, .. }) => {
-                let entry = found.into_iter().next().flatten().expect("it is never deleted");
-                assert_eq!(entry.value, n.to_string(), "only the attempt before can have done it");
+            Ok(TxnOutcome::Committed { revision }) => return revision,
+            Ok(TxnOutcome::CompareFailed { found, .. }) => {
+                let entry = found.into_iter().next().flatten().expect("the key is never deleted");
+                assert_eq!(entry.value, n.to_string(), "the earlier attempt was applied");
                 return entry.mod_revision;
             }
             Err(error) => assert!(error.retryable() && clock::monotonic() < end, "{error}"),
@@ -169,14 +169,14 @@ async fn count(store: &EtcdStore, n: i32, known: Revision) -> Revision {
 async fn calls_and_watches_leave_frozen_member() {
     let etcd = Etcd::start(3).await;
     let (store, start, mut watch) = watched(&etcd).await;
-    let lease = store.grant(Duration::from_secs(30)).await.expect("etcd answers");
+    let lease = store.grant(Duration::from_secs(30)).await.expect("etcd responds");
     // The first member in the options has served everything so far.
     etcd.freeze(0);
-    let began = store.get("n").await.expect("another member answers").entry.expect("it is there");
-    assert_eq!(began.mod_revision, start);
+    let entry = store.get("n").await.expect("another member responds").entry.expect("the key exists");
+    assert_eq!(entry.mod_revision, start);
     put_in_the_end(&store, "n", "1").await;
-    assert_eq!(values_up_to(&mut watch, "1").await, ["1"], "the watch moved on by itself");
-    store.keep_alive(lease).await.expect("etcd answers");
+    assert_eq!(values_up_to(&mut watch, "1").await, ["1"], "the watch moved to another member");
+    store.keep_alive(lease).await.expect("etcd responds");
     etcd.thaw(0);
     etcd.answers(&store).await;
     put_in_the_end(&store, "n", "2").await;
@@ -195,12 +195,12 @@ async fn outrun_watch_moves_without_full_timeout() {
     // Calls use another member, so no call timeout reveals the stall.
     let watched = store.members.in_turn().next().expect("three members");
     assert_eq!(watched.endpoint(), etcd.endpoint(0));
-    store.members.pass_on(watched);
+    store.members.use_next_member(watched);
     etcd.freeze(0);
     put_in_the_end(&store, "n", "1").await;
-    let began = clock::monotonic();
+    let started = clock::monotonic();
     assert_eq!(values_up_to(&mut watch, "1").await, ["1"]);
-    let took = began.elapsed();
+    let took = started.elapsed();
     // Without other signals: two seconds until progress is requested, and two more.
     assert!(took < Duration::from_secs(3), "{took:?}");
     etcd.thaw(0);
@@ -213,12 +213,12 @@ async fn healthy_watch_gets_few_progress_requests() {
     let etcd = Etcd::start(1).await;
     let (store, _, mut watch) = watched(&etcd).await;
     let member = store.members.in_turn().next().expect("a member");
-    member.give_up().await;
-    put(&store, "other", "x").await.expect("etcd answers");
+    member.mark_timed_out().await;
+    put(&store, "other", "x").await.expect("etcd responds");
     let mut signs = 0;
     let _over = timeout(Duration::from_secs(3), async {
         loop {
-            assert_eq!(next(&mut watch).await.expect("a sign of life"), []);
+            assert_eq!(next(&mut watch).await.expect("progress"), []);
             signs += 1;
         }
     })
@@ -228,18 +228,18 @@ async fn healthy_watch_gets_few_progress_requests() {
 }
 
 #[tokio::test]
-async fn two_dead_members_cause_only_unavailability() {
+async fn two_stopped_members_cause_only_unavailability() {
     let mut etcd = Etcd::start(3).await;
     let store = etcd.store().await;
-    let start = put(&store, "n", "start").await.expect("etcd answers");
-    let mut watch = store.watch("n", start.next()).await.expect("it begins");
+    let start = put(&store, "n", "start").await.expect("etcd responds");
+    let mut watch = store.watch("n", start.next()).await.expect("the watch starts");
     etcd.kill(0);
     etcd.kill(1);
     let (read, wrote) = tokio::join!(store.get("n"), put(&store, "other", "x"));
-    let error = read.expect_err("a read is never answered by one of three");
-    assert!(matches!(error, StoreError::Unavailable { outcome_unknown: false, .. }), "{error}");
+    let error = read.expect_err("one of three members serves no read");
+    assert!(matches!(error, MetaStoreError::Unavailable { outcome_unknown: false, .. }), "{error}");
     assert!(error.to_string().contains(&etcd.endpoint(0)), "{error}");
-    assert!(matches!(wrote, Err(StoreError::Unavailable { .. })), "{wrote:?}");
+    assert!(matches!(wrote, Err(MetaStoreError::Unavailable { .. })), "{wrote:?}");
     etcd.run(0);
     etcd.run(1);
     etcd.answers(&store).await;
@@ -251,21 +251,21 @@ async fn two_dead_members_cause_only_unavailability() {
 async fn compacted_start_fails_and_present_can_be_watched() {
     let mut etcd = Etcd::start(3).await;
     let store = etcd.store().await;
-    let first = put(&store, "a/n", "0").await.expect("etcd answers");
-    let mut behind = store.watch("a/", first.next()).await.expect("it begins");
+    let first = put(&store, "a/n", "0").await.expect("etcd responds");
+    let mut behind = store.watch("a/", first.next()).await.expect("the watch starts");
     let mut last = first;
     for n in 0..10 {
-        last = put(&store, "b/n", &n.to_string()).await.expect("etcd answers");
+        last = put(&store, "b/n", &n.to_string()).await.expect("etcd responds");
     }
     let compact = i64::try_from(last.0).expect("small");
-    client(etcd.endpoint(2), ConnectOptions::new()).await.compact(compact, None).await.expect("etcd answers");
-    let mut from_past = store.watch("a/", first).await.expect("etcd tells later");
-    assert_eq!(end(&mut from_past).await, StoreError::Compacted { from: first, oldest: last });
-    assert!(timeout(SOON, from_past.next()).await.expect("it ended").is_none(), "it ends after its first error");
+    client(etcd.endpoint(2), ConnectOptions::new()).await.compact(compact, None).await.expect("etcd responds");
+    let mut from_past = store.watch("a/", first).await.expect("etcd reports the compaction later");
+    assert_eq!(end(&mut from_past).await, MetaStoreError::Compacted { from: first, oldest: last });
+    assert!(timeout(SOON, from_past.next()).await.expect("ended").is_none(), "the watch ends after its first error");
     // A continuous watch detects the compaction when it must resume: all changes that it received are compacted.
     etcd.kill(0);
-    assert_eq!(end(&mut behind).await, StoreError::Compacted { from: first.next(), oldest: last });
-    let listing = store.list("a/").await.expect("two members are enough");
+    assert_eq!(end(&mut behind).await, MetaStoreError::Compacted { from: first.next(), oldest: last });
+    let listing = store.list("a/").await.expect("two members suffice");
     let mut present = store.watch("a/", listing.revision.next()).await.expect("the present is never compacted");
     put_in_the_end(&store, "a/n", "1").await;
     assert_eq!(values_up_to(&mut present, "1").await.last().map(String::as_str), Some("1"));
@@ -277,16 +277,16 @@ async fn compacted_start_fails_and_present_can_be_watched() {
 async fn watch_of_present_gets_progress_from_idle_etcd() {
     let etcd = Etcd::start(3).await;
     let store = etcd.store().await;
-    let newest = put(&store, "n", "old").await.expect("etcd answers");
-    let mut watch = store.watch("n", newest.next()).await.expect("it begins");
+    let newest = put(&store, "n", "old").await.expect("etcd responds");
+    let mut watch = store.watch("n", newest.next()).await.expect("the watch starts");
     let first = store.members.in_turn().next().expect("three members").endpoint().to_owned();
     for _ in 0..3 {
-        let events = next(&mut watch).await.expect("a sign of life");
-        assert_eq!(events, [], "what is older than asked for is not given");
+        let events = next(&mut watch).await.expect("progress");
+        assert_eq!(events, [], "no change before the start revision");
     }
     let now = store.members.in_turn().next().expect("three members").endpoint().to_owned();
-    assert_eq!(now, first, "nobody was taken for silent");
-    put(&store, "n", "new").await.expect("etcd answers");
+    assert_eq!(now, first, "no member was replaced");
+    put(&store, "n", "new").await.expect("etcd responds");
     assert_eq!(values_up_to(&mut watch, "new").await, ["new"]);
 }
 
@@ -296,35 +296,35 @@ async fn watch_can_start_at_compacted_revision() {
     let store = etcd.store().await;
     let mut last = Revision::ZERO;
     for n in 0..3 {
-        last = put(&store, "n", &n.to_string()).await.expect("etcd answers");
+        last = put(&store, "n", &n.to_string()).await.expect("etcd responds");
     }
     let compact = i64::try_from(last.0).expect("small");
-    client(etcd.endpoint(0), ConnectOptions::new()).await.compact(compact, None).await.expect("etcd answers");
+    client(etcd.endpoint(0), ConnectOptions::new()).await.compact(compact, None).await.expect("etcd responds");
     let mut watch = store.watch("n", last).await.expect("this revision is kept");
-    assert_eq!(values_up_to(&mut watch, "2").await, ["2"], "though the one before is not");
+    assert_eq!(values_up_to(&mut watch, "2").await, ["2"], "the revision before is compacted");
 }
 
 #[tokio::test]
-async fn dead_endpoint_is_skipped_and_silent_one_is_left() {
+async fn closed_endpoint_is_skipped_and_silent_one_is_left() {
     let etcd = Etcd::start(1).await;
-    let nobody = {
+    let closed = {
         let bound = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-        format!("http://{}", bound.local_addr().expect("it is bound"))
+        format!("http://{}", bound.local_addr().expect("bound"))
     };
-    let store = EtcdStore::open(EtcdOptions::new([nobody.clone(), etcd.endpoint(0)])).await.expect("good options");
-    put(&store, "n", "1").await.expect("what was never sent goes on to the next member");
+    let store = EtcdStore::open(EtcdOptions::new([closed.clone(), etcd.endpoint(0)])).await.expect("valid options");
+    put(&store, "n", "1").await.expect("an unsent request is sent to the next member");
     // This endpoint accepts connections and never responds.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let endpoint = format!("http://{}", silent.local_addr().expect("it is bound"));
-    let store = EtcdStore::open(EtcdOptions::new([endpoint.clone(), etcd.endpoint(0)])).await.expect("good options");
-    let error = put(&store, "n", "2").await.expect_err("it may have been done");
+    let endpoint = format!("http://{}", silent.local_addr().expect("bound"));
+    let store = EtcdStore::open(EtcdOptions::new([endpoint.clone(), etcd.endpoint(0)])).await.expect("valid options");
+    let error = put(&store, "n", "2").await.expect_err("the outcome is unknown");
     assert!(error.outcome_unknown() && error.to_string().contains(&endpoint), "{error}");
-    put(&store, "n", "2").await.expect("the next attempt is made elsewhere");
-    let store = EtcdStore::open(EtcdOptions::new([endpoint, etcd.endpoint(0)])).await.expect("good options");
-    assert_eq!(value(&store, "n").await.as_deref(), Some("2"), "a read goes on by itself");
-    let alone = EtcdStore::open(EtcdOptions::new([nobody.clone()])).await.expect("good options");
-    let error = put(&alone, "n", "3").await.expect_err("nobody is there");
-    assert!(!error.outcome_unknown() && error.to_string().contains(&nobody), "{error}");
+    put(&store, "n", "2").await.expect("the next attempt uses another member");
+    let store = EtcdStore::open(EtcdOptions::new([endpoint, etcd.endpoint(0)])).await.expect("valid options");
+    assert_eq!(value(&store, "n").await.as_deref(), Some("2"), "a read is retried automatically");
+    let unreachable = EtcdStore::open(EtcdOptions::new([closed.clone()])).await.expect("valid options");
+    let error = put(&unreachable, "n", "3").await.expect_err("no member is reachable");
+    assert!(!error.outcome_unknown() && error.to_string().contains(&closed), "{error}");
     assert!(error.to_string().contains("refused"), "{error}");
 }
 
@@ -332,23 +332,23 @@ async fn dead_endpoint_is_skipped_and_silent_one_is_left() {
 async fn members_of_another_cluster_are_rejected() {
     let (ours, other) = tokio::join!(Etcd::start(1), Etcd::start(1));
     let endpoints = [ours.endpoint(0), other.endpoint(0)];
-    let store = EtcdStore::open(EtcdOptions::new(endpoints)).await.expect("good options");
-    put(&store, "n", "ours").await.expect("etcd answers");
+    let store = EtcdStore::open(EtcdOptions::new(endpoints)).await.expect("valid options");
+    put(&store, "n", "ours").await.expect("etcd responds");
     let status = store.status().await;
     assert!(status[0].1.is_ok(), "{status:?}");
-    let said = status[1].1.clone().expect_err("another cluster's");
-    assert!(said.contains("etcd cluster"), "{said}");
+    let error_text = status[1].1.clone().expect_err("another cluster");
+    assert!(error_text.contains("etcd cluster"), "{error_text}");
     drop(ours);
     let error = store.get("n").await.expect_err("the other cluster has another history");
-    assert!(error.to_string().contains("name the members of one cluster"), "{error}");
+    assert!(error.to_string().contains("members of one cluster"), "{error}");
 }
 
 #[tokio::test]
-async fn cache_follows_etcd_past_dead_member() {
+async fn cache_follows_etcd_past_stopped_member() {
     let mut etcd = Etcd::start(3).await;
     let (store, keys, tasks) = (etcd.store().await, Keys::new("test").expect("a name"), Tasks::new());
-    let view = View::start(Arc::new(store.clone()), keys.clone(), &tasks);
-    timeout(SOON, view.reached(Revision::ZERO)).await.expect("an empty prefix is listed too");
+    let metadata = MetadataCache::start(Arc::new(store.clone()), keys.clone(), &tasks);
+    timeout(SOON, metadata.wait_for_revision(Revision::ZERO)).await.expect("an empty prefix is listed too");
     let registration = BrokerValue::running_at("a:1".to_owned());
     for id in [1, 2] {
         if id == 2 {
@@ -357,8 +357,8 @@ async fn cache_follows_etcd_past_dead_member() {
         let key = keys.broker(BrokerId(id));
         let text = String::from_utf8(registration.encode().to_vec()).expect("JSON");
         let revision = put_in_the_end(&store, &key, &text).await;
-        timeout(SOON, view.reached(revision)).await.expect("the view sees it");
-        assert!(view.state().brokers().contains_key(&BrokerId(id)));
+        timeout(SOON, metadata.wait_for_revision(revision)).await.expect("the cache has the revision");
+        assert!(metadata.state().brokers().contains_key(&BrokerId(id)));
     }
     tasks.stop().await;
 }
@@ -367,13 +367,13 @@ async fn cache_follows_etcd_past_dead_member() {
 async fn lease_duration_is_rounded_up_and_its_end_is_reported() {
     let etcd = Etcd::start(1).await;
     let store = etcd.store().await;
-    let lease = store.grant(Duration::from_millis(2_500)).await.expect("etcd answers");
+    let lease = store.grant(Duration::from_millis(2_500)).await.expect("etcd responds");
     let mut client = client(etcd.endpoint(0), ConnectOptions::new()).await;
-    let granted = client.lease_time_to_live(lease.0, None).await.expect("etcd answers").granted_ttl();
+    let granted = client.lease_time_to_live(lease.0, None).await.expect("etcd responds").granted_ttl();
     assert_eq!(granted, 3, "rounded up to whole seconds");
     let never = LeaseId(lease.0 ^ 1);
-    assert_eq!(store.keep_alive(never).await, Err(StoreError::LeaseGone { lease: never }));
-    store.revoke(never).await.expect("no error when there is none");
+    assert_eq!(store.keep_alive(never).await, Err(MetaStoreError::LeaseGone { lease: never }));
+    store.revoke(never).await.expect("revoking an absent lease succeeds");
     let put = Transaction::new().put_leased("n", "", never);
-    assert_eq!(store.transact(put).await, Err(StoreError::LeaseGone { lease: never }));
+    assert_eq!(store.transact(put).await, Err(MetaStoreError::LeaseGone { lease: never }));
 }

@@ -41,7 +41,7 @@ impl Etcd {
 
     /// Returns a store of all members, which are called in their order at first.
     pub(super) async fn store(&self) -> EtcdStore {
-        EtcdStore::open(self.options()).await.expect("good options")
+        EtcdStore::open(self.options()).await.expect("valid options")
     }
 
     /// Waits until every member responds and one of them is etcd's leader.
@@ -49,8 +49,8 @@ impl Etcd {
         let end = clock::monotonic() + START;
         loop {
             let status = store.status().await;
-            let ready = status.iter().all(|(_, answer)| answer.is_ok());
-            if ready && status.iter().any(|(_, answer)| answer.as_ref().is_ok_and(|member| member.leader)) {
+            let ready = status.iter().all(|(_, result)| result.is_ok());
+            if ready && status.iter().any(|(_, result)| result.as_ref().is_ok_and(|member| member.leader)) {
                 return;
             }
             assert!(clock::monotonic() < end, "{status:?}\n{}", self.logs());
@@ -60,8 +60,8 @@ impl Etcd {
 
     /// Returns the index of etcd's leader.
     pub(super) async fn leader(&self, store: &EtcdStore) -> usize {
-        let leads = |(_, answer): &(String, Result<super::MemberStatus, String>)| {
-            answer.as_ref().is_ok_and(|member| member.leader)
+        let leads = |(_, result): &(String, Result<super::MemberStatus, String>)| {
+            result.as_ref().is_ok_and(|member| member.leader)
         };
         store.status().await.iter().position(leads).expect("one leads")
     }

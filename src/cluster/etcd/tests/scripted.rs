@@ -141,7 +141,7 @@ struct Scripted {
 impl Scripted {
     async fn start(script: impl Fn(&str, u32) -> Reply + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let endpoint = format!("http://{}", listener.local_addr().expect("it is bound"));
+        let endpoint = format!("http://{}", listener.local_addr().expect("bound"));
         let (requests, tasks, script) = (Arc::new(AtomicU32::new(0)), Tasks::new(), Arc::new(script));
         let (counted, group) = (requests.clone(), tasks.clone());
         tasks.spawn("scripted member", async move {
@@ -149,7 +149,7 @@ impl Scripted {
                 let (socket, _) = tokio::select! {
                     biased;
                     () = group.cancelled() => return,
-                    accepted = listener.accept() => accepted.expect("it listens"),
+                    accepted = listener.accept() => accepted.expect("listening"),
                 };
                 let (counted, script, stop) = (counted.clone(), script.clone(), group.clone());
                 group.spawn("scripted connection", async move {
@@ -174,7 +174,7 @@ impl Scripted {
     }
 
     async fn store(&self) -> EtcdStore {
-        EtcdStore::open(EtcdOptions::new([self.endpoint.as_str()])).await.expect("good options")
+        EtcdStore::open(EtcdOptions::new([self.endpoint.as_str()])).await.expect("valid options")
     }
 
     async fn stop(self) -> u32 {
@@ -189,7 +189,7 @@ async fn only_unexecuted_requests_are_sent_again() {
         "/etcdserverpb.KV/Txn" => Reply::of(&Transacted { header: HEADER, succeeded: true, responses: Vec::new() }),
         _ => Reply::of(&Ranged { header: HEADER, ..Ranged::default() }),
     };
-    for (code, message, again) in [
+    for (code, message, is_retried) in [
         (Code::Unavailable, "etcdserver: no leader", true),
         (Code::ResourceExhausted, "etcdserver: too many requests", true),
         (Code::Unavailable, "etcdserver: leader changed", false),
@@ -200,13 +200,13 @@ async fn only_unexecuted_requests_are_sent_again() {
         let first_fails = move |path: &str, before| if before == 0 { Reply::error(code, message) } else { done(path) };
         let member = Scripted::start(first_fails).await;
         let outcome = put(&member.store().await, "n", "1").await;
-        match again {
+        match is_retried {
             true => assert_eq!(outcome, Ok(Revision(9)), "{message}"),
             false => assert!(outcome.is_err_and(|error| error.outcome_unknown()), "{message}"),
         }
-        assert_eq!(member.stop().await, if again { 2 } else { 1 }, "{message}");
+        assert_eq!(member.stop().await, if is_retried { 2 } else { 1 }, "{message}");
         let member = Scripted::start(first_fails).await;
-        member.store().await.get("n").await.expect("a read is always repeated");
+        member.store().await.get("n").await.expect("reads are always retried");
         assert_eq!(member.stop().await, 2, "{message}");
     }
 }
@@ -215,7 +215,7 @@ async fn only_unexecuted_requests_are_sent_again() {
 async fn request_that_all_members_reject_is_sent_once() {
     let full = "etcdserver: mvcc: database space exceeded";
     let member = Scripted::start(move |_, _| Reply::error(Code::ResourceExhausted, full)).await;
-    let error = put(&member.store().await, "n", "1").await.expect_err("it is full");
+    let error = put(&member.store().await, "n", "1").await.expect_err("no space");
     assert!(!error.outcome_unknown() && error.to_string().contains(full), "{error}");
     assert_eq!(member.stop().await, 1);
 }
@@ -231,7 +231,7 @@ async fn missing_operation_responses_are_not_needed() {
     let member = Scripted::start(odd).await;
     let transaction = Transaction::new().when(Compare::Exists("a".to_owned())).else_get("a").else_get("b");
     let outcome = member.store().await.transact(transaction).await;
-    assert_eq!(outcome, Ok(Outcome::Refused { revision: Revision(9), found: vec![None, None] }));
+    assert_eq!(outcome, Ok(TxnOutcome::CompareFailed { revision: Revision(9), found: vec![None, None] }));
     member.stop().await;
 }
 
@@ -251,9 +251,13 @@ async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
                 Change { kind: 0, kv: Some(kv(b"\xFF", 1)) },
                 Change { kind: 1, kv: Some(kv(b"gone", 0)) },
             ];
-            let begun = Watched { header: HEADER, created: true, ..Watched::default() };
+            let created_response = Watched { header: HEADER, created: true, ..Watched::default() };
             let changed = Watched { header: HEADER, events, ..Watched::default() };
-            Reply { messages: vec![begun.encode_to_vec(), changed.encode_to_vec()], code: Code::Ok, message: "" }
+            Reply {
+                messages: vec![created_response.encode_to_vec(), changed.encode_to_vec()],
+                code: Code::Ok,
+                message: "",
+            }
         }
         _ => {
             let reason = "etcdserver: mvcc: required revision has been compacted".to_owned();
@@ -262,16 +266,16 @@ async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
     };
     let member = Scripted::start(odd).await;
     let store = member.store().await;
-    let listing = store.list("").await.expect("the others are there");
+    let listing = store.list("").await.expect("the other entries are returned");
     let keys: Vec<_> = listing.entries.iter().map(|entry| entry.key.as_str()).collect();
     assert_eq!(keys, ["", "text"]);
     assert_eq!(listing.entries[1].create_revision, Revision::ZERO);
-    let mut watch = store.watch("", Revision(9)).await.expect("it begins");
-    let events = next(&mut watch).await.expect("the others are there");
+    let mut watch = store.watch("", Revision(9)).await.expect("the watch starts");
+    let events = next(&mut watch).await.expect("the other entries are returned");
     assert_eq!(events.len(), 2, "{events:?}");
-    assert_eq!(events[1], Event::Delete { key: "gone".to_owned(), revision: Revision(9) });
-    let said = next(&mut watch).await.expect_err("refused where it would resume");
-    assert!(matches!(said, StoreError::Compacted { from: Revision(10), .. }), "{said:?}");
+    assert_eq!(events[1], WatchEvent::Delete { key: "gone".to_owned(), revision: Revision(9) });
+    let error = next(&mut watch).await.expect_err("the resumed watch is rejected");
+    assert!(matches!(error, MetaStoreError::Compacted { from: Revision(10), .. }), "{error:?}");
     member.stop().await;
 }
 
@@ -298,10 +302,10 @@ async fn invalid_response_is_an_error_of_every_call() {
             store.keep_alive(lease),
             store.revoke(lease),
         );
-        assert!(put.as_ref().is_err_and(StoreError::outcome_unknown), "{put:?}");
+        assert!(put.as_ref().is_err_and(MetaStoreError::outcome_unknown), "{put:?}");
         let all = [got.err(), listed.err(), put.err(), watched.err(), granted.err(), kept.err(), revoked.err()];
         for error in all {
-            assert!(error.as_ref().is_some_and(StoreError::retryable), "{error:?}");
+            assert!(error.as_ref().is_some_and(MetaStoreError::retryable), "{error:?}");
         }
         member.stop().await;
     }

@@ -14,8 +14,8 @@ fn unreachable_broker_is_skipped_by_every_rule() {
     assert_eq!((world.held(4), world.plan().waiting.len()), (0, 4));
 
     // A raised factor, a drain, balance.
-    let alone = || (0..4).map(|_| value(&[1], Some(1), &[1])).collect();
-    let mut world = World::of(&["", ""], 1, 1, alone());
+    let values = || (0..4).map(|_| value(&[1], Some(1), &[1])).collect();
+    let mut world = World::of(&["", ""], 1, 1, values());
     world.hide(2);
     world.topic(2, 1, 4);
     world.settle(1);
@@ -24,15 +24,15 @@ fn unreachable_broker_is_skipped_by_every_rule() {
     world.drain(1);
     world.settle(1);
     assert_eq!((world.held(1), world.held(2)), (4, 0));
-    let mut world = World::of(&["", ""], 1, 1, alone());
+    let mut world = World::of(&["", ""], 1, 1, values());
     world.hide(2);
     assert_eq!(world.plan().steps, []);
 
     // A queued reassignment waits until the broker is reachable.
-    let mut world = World::of(&["", ""], 1, 1, vec![value(&[1], Some(1), &[1]).order_move(&ids(&[2]))]);
+    let mut world = World::of(&["", ""], 1, 1, vec![value(&[1], Some(1), &[1]).queue_reassignment(&ids(&[2]))]);
     world.hide(2);
     world.settle(1);
-    assert_eq!((world.held(2), world.plan().waiting), (0, vec![(id(0), Waiting::ForOrdered)]));
+    assert_eq!((world.held(2), world.plan().waiting), (0, vec![(id(0), BlockedReason::QueuedTarget)]));
     world.come(2, "");
     world.settle(1);
     assert_eq!((world.held(2), world.plan().waiting), (1, vec![]));

@@ -53,7 +53,7 @@ fn links_below_a_configured_directory_are_refused() {
     refuses(dir.remove(Path::new("folder/file")), "symbolic link");
     refuses(dir.rename(Path::new("folder/file"), &dir, Path::new("taken")), "symbolic link");
     assert_eq!(fs::read(outside.join("file")).unwrap(), b"theirs");
-    assert_eq!(fs::read_dir(&outside).unwrap().count(), 1, "nothing was made");
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 1, "no file was created");
     // A link is listed as a link, and its name can be removed.
     assert!(dir.list(Path::new("")).unwrap().iter().all(|entry| !entry.is_dir));
     dir.remove(Path::new("link")).unwrap();
@@ -61,7 +61,7 @@ fn links_below_a_configured_directory_are_refused() {
 }
 
 #[test]
-fn a_name_that_leads_out_of_the_directory_is_refused() {
+fn name_outside_the_directory_is_refused() {
     let (_parent, inside, _outside) = folders();
     let dir = PrivateDir::open(&inside).unwrap();
     for name in ["../outside/file", "/etc/passwd", ""] {
@@ -76,11 +76,11 @@ fn pipe_in_place_of_a_file_does_not_block() {
     let pipe = inside.join("pipe");
     sys::mknodat(sys::CWD, &pipe, FileType::Fifo, FILE, 0).unwrap();
     let dir = PrivateDir::open(&inside).unwrap();
-    refuses(dir.open_file(Path::new("pipe"), OFlags::RDONLY), "no regular file");
+    refuses(dir.open_file(Path::new("pipe"), OFlags::RDONLY), "not a regular file");
 }
 
 #[test]
-fn the_configured_path_itself_may_be_a_link() {
+fn configured_path_may_be_a_link() {
     let (parent, inside, _outside) = folders();
     let link = parent.path().join("link");
     symlink(&inside, &link).unwrap();
@@ -104,7 +104,7 @@ fn new_files_are_private_and_wider_modes_are_corrected() {
         set_mode(&inside.join(name), 0o644);
     }
     let dir = PrivateDir::open(&inside).unwrap();
-    assert_eq!(mode(&inside), 0o2700, "the setgid bit of a volume stays");
+    assert_eq!(mode(&inside), 0o2700, "the setgid bit of a volume is kept");
     dir.correct_entries().unwrap();
     assert_eq!((mode(&inside.join("a")), mode(&inside.join("old"))), (0o700, 0o600));
     let mut text = String::new();
@@ -122,7 +122,7 @@ fn shared_directory_keeps_its_mode() {
     let (_parent, inside, _outside) = folders();
     set_mode(&inside, 0o1777);
     PrivateDir::open(&inside).unwrap();
-    assert_eq!(mode(&inside), 0o1777, "as /tmp has it");
+    assert_eq!(mode(&inside), 0o1777, "as in /tmp");
     assert!(is_shared(Path::new("/var/../var/lib"), &sys::stat("/var/lib").unwrap()));
     assert!(!is_shared(&inside, &sys::stat("/var/lib").unwrap()));
 }

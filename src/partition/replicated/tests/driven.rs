@@ -6,12 +6,12 @@ use futures::FutureExt as _;
 
 use crate::{
     cluster::{PartitionValue, Revision},
-    log::{Identity, Options, SimDisk},
+    log::{DataDirIdentity, LogOptions, SimDisk},
     model::{ConfigMap, TopicId},
     partition::{
         leader::{
-            insync::{Agreed, Departure, Ends, Peer, Proposal, Registration},
-            join::Claim,
+            divergence::LogPosition,
+            isr::{BrokerStatus, DisconnectCause, IsrProposal, PeerId, ProposalOutcome, ReplicaProgress},
         },
         replicated::tests::net::{append, at, batch, broker, send, tick},
         *,
@@ -24,101 +24,103 @@ use crate::{
 
 /// Request of a partition's task, in order.
 #[derive(Clone, Debug, PartialEq)]
-enum Asked {
+enum TaskRequest {
     Follow(BrokerId),
-    Join(LeaderEpoch, Claim, Ends),
-    Again,
-    Leave(LeaderEpoch, bool),
-    Propose(Proposal),
+    Subscribe(LeaderEpoch, LogPosition, ReplicaProgress),
+    RetryLater,
+    Unsubscribe(LeaderEpoch, bool),
+    Propose(IsrProposal),
     ReadBack,
     Resign(LeaderEpoch),
 }
 
 #[derive(Default)]
-struct Notes(Mutex<Vec<Asked>>);
+struct RequestLog(Mutex<Vec<TaskRequest>>);
 
-impl Notes {
-    fn add(&self, asked: Asked) {
-        self.0.lock().unwrap().push(asked);
+impl RequestLog {
+    fn add(&self, request: TaskRequest) {
+        self.0.lock().unwrap().push(request);
     }
 
     /// Takes the requests since the last call.
-    fn take(&self) -> Vec<Asked> {
+    fn take(&self) -> Vec<TaskRequest> {
         std::mem::take(&mut *self.0.lock().unwrap())
     }
 }
 
-impl Links for Notes {
-    fn follow(&self, _: PartitionId, leader: BrokerId) {
-        self.add(Asked::Follow(leader));
+impl ReplicationLinks for RequestLog {
+    fn start_following(&self, _: PartitionId, leader: BrokerId) {
+        self.add(TaskRequest::Follow(leader));
     }
 
-    fn join(&self, _: PartitionId, epoch: LeaderEpoch, claim: Claim, ends: Ends) {
-        self.add(Asked::Join(epoch, claim, ends));
+    fn subscribe(&self, _: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress) {
+        self.add(TaskRequest::Subscribe(epoch, position, progress));
     }
 
-    fn again(&self, _: PartitionId) {
-        self.add(Asked::Again);
+    fn retry_later(&self, _: PartitionId) {
+        self.add(TaskRequest::RetryLater);
     }
 
-    fn leave(&self, _: PartitionId, known: LeaderEpoch, stopping: bool) {
-        self.add(Asked::Leave(known, stopping));
+    fn unsubscribe(&self, _: PartitionId, known: LeaderEpoch, stopping: bool) {
+        self.add(TaskRequest::Unsubscribe(known, stopping));
     }
 }
 
-impl Agreement for Notes {
-    fn propose(&self, _: PartitionId, proposal: Proposal) {
-        self.add(Asked::Propose(proposal));
+impl IsrUpdater for RequestLog {
+    fn propose(&self, _: PartitionId, proposal: IsrProposal) {
+        self.add(TaskRequest::Propose(proposal));
     }
 
     fn read_back(&self, _: PartitionId) {
-        self.add(Asked::ReadBack);
+        self.add(TaskRequest::ReadBack);
     }
 
     fn resign(&self, _: PartitionId, epoch: LeaderEpoch) {
-        self.add(Asked::Resign(epoch));
+        self.add(TaskRequest::Resign(epoch));
     }
 }
 
 /// Opens broker 1's replica of three. The log is to be kept as long as it is written to.
-fn open() -> (Arc<Partition>, Arc<Notes>, Log) {
+fn open() -> (Arc<Partition>, Arc<RequestLog>, DataDir) {
     open_on(SimDisk::new())
 }
 
-fn open_on(disk: SimDisk) -> (Arc<Partition>, Arc<Notes>, Log) {
-    let identity = Identity { cluster: "test".to_owned(), broker: broker(1) };
-    let options = Options { journal_bytes: 1 << 20, reserve_bytes: 0, ..Options::default() };
-    let log = Log::open(Arc::new(disk), Path::new("/data"), &identity, options).unwrap();
-    let spec = Spec {
+fn open_on(disk: SimDisk) -> (Arc<Partition>, Arc<RequestLog>, DataDir) {
+    let identity = DataDirIdentity { cluster: "test".to_owned(), broker: broker(1) };
+    let options = LogOptions { journal_bytes: 1 << 20, reserve_bytes: 0, ..LogOptions::default() };
+    let log = DataDir::open(Arc::new(disk), Path::new("/data"), &identity, options).unwrap();
+    let spec = ReplicaSpec {
         id: PartitionId::new(TopicId::from_bytes([5; 16]), 0),
         topic: TopicName::new("events").unwrap(),
         config: Arc::new(TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).unwrap()),
         committed: None,
         tier: None,
-        alone: false,
-        anew: false,
-        lag_time: Duration::from_secs(10),
+        standalone: false,
+        discard_local: false,
+        max_lag_time: Duration::from_secs(10),
     };
-    let notes = Arc::new(Notes::default());
-    let around = Surroundings { links: notes.clone(), agreement: notes.clone(), ..Surroundings::alone() };
-    let queue = UpkeepQueue::default();
-    (Partition::open(broker(1), &log, spec, around, &queue, &Tasks::new()).unwrap(), notes, log)
+    let requests = Arc::new(RequestLog::default());
+    let ctx =
+        PartitionContext { links: requests.clone(), isr_updater: requests.clone(), ..PartitionContext::standalone() };
+    let queue = MaintenanceQueue::default();
+    (Partition::open(broker(1), &log, spec, ctx, &queue, &Tasks::new()).unwrap(), requests, log)
 }
 
 fn value(leader: Option<u32>, epoch: u32) -> PartitionValue {
-    let whole = PartitionValue::new([1, 2, 3].map(broker).to_vec(), LeaderEpoch(epoch));
-    PartitionValue { leader: leader.map(broker), ..whole }
+    let value = PartitionValue::new([1, 2, 3].map(broker).to_vec(), LeaderEpoch(epoch));
+    PartitionValue { leader: leader.map(broker), ..value }
 }
 
 async fn assign(partition: &Partition, value: PartitionValue, revision: u64) {
-    let running = |number| (broker(number), Registration::Running(Revision(100 + u64::from(number))));
+    let running = |number| (broker(number), BrokerStatus::Registered(Revision(100 + u64::from(number))));
     let registered = [running(2), running(3)].into();
-    let assignment = Assignment { value: Arc::new(value), revision: Revision(revision), committed: None, registered };
+    let assignment =
+        PartitionAssignment { value: Arc::new(value), revision: Revision(revision), committed: None, registered };
     partition.assign(assignment).await;
 }
 
-fn peer(number: u32) -> Peer {
-    Peer { broker: broker(number), epoch: Revision(100 + u64::from(number)) }
+fn peer(number: u32) -> PeerId {
+    PeerId { broker: broker(number), epoch: Revision(100 + u64::from(number)) }
 }
 
 /// Returns a batch as a leader of that epoch sends it.
@@ -128,21 +130,21 @@ fn sent(base: u64, epoch: u32) -> Batch {
     batch
 }
 
-fn pieces(epoch: u32, high_watermark: u64, batches: Vec<Batch>) -> FromLink {
-    FromLink::Pieces { epoch: LeaderEpoch(epoch), high_watermark: at(high_watermark), batches }
+fn batches_event(epoch: u32, high_watermark: u64, batches: Vec<Batch>) -> LinkEvent {
+    LinkEvent::Batches { epoch: LeaderEpoch(epoch), high_watermark: at(high_watermark), batches }
 }
 
-fn answer(epoch: u32, join: Joined) -> FromLink {
-    FromLink::Answer(Answered { epoch: LeaderEpoch(epoch), high_watermark: at(0), join, in_sync: false })
+fn response_event(epoch: u32, outcome: SubscribeOutcome) -> LinkEvent {
+    LinkEvent::Response(SubscribeResponse { epoch: LeaderEpoch(epoch), high_watermark: at(0), outcome, in_sync: false })
 }
 
 /// Delivers link events, and returns when the partition has handled them.
-async fn told(partition: &Partition, said: impl IntoIterator<Item = FromLink>) {
-    for said in said {
-        partition.from_link(said).unwrap();
+async fn deliver(partition: &Partition, events: impl IntoIterator<Item = LinkEvent>) {
+    for event in events {
+        partition.on_link_event(event).unwrap();
     }
-    // A control message behind the others is handled after them.
-    partition.seen(broker(9), Registration::None).await;
+    // A control message is handled after the earlier events in the queue.
+    partition.on_broker_status(broker(9), BrokerStatus::Unregistered).await;
     assign_again(partition).await;
 }
 
@@ -151,70 +153,79 @@ async fn assign_again(partition: &Partition) {
     assign(partition, value(None, 0), 0).await;
 }
 
-fn joined(epoch: u32, last: Option<u32>, end: u64) -> Asked {
-    let claim = Claim { last: last.map(LeaderEpoch), end: at(end), added: None };
-    Asked::Join(LeaderEpoch(epoch), claim, Ends { written: at(end), persisted: at(end) })
+fn subscribed(epoch: u32, last: Option<u32>, end: u64) -> TaskRequest {
+    let position = LogPosition { last_epoch: last.map(LeaderEpoch), log_end: at(end), removal_count: None };
+    TaskRequest::Subscribe(LeaderEpoch(epoch), position, ReplicaProgress { log_end: at(end), persisted_end: at(end) })
 }
 
 #[tokio::test]
 async fn follower_copies_and_rejects_batches_that_do_not_fit() {
-    let (partition, notes, _log) = open();
+    let (partition, requests, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
-    told(&partition, [FromLink::Up]).await;
-    assert_eq!(notes.take(), [Asked::Follow(broker(2)), joined(4, None, 0)]);
+    deliver(&partition, [LinkEvent::Connected]).await;
+    assert_eq!(requests.take(), [TaskRequest::Follow(broker(2)), subscribed(4, None, 0)]);
 
     // Before the response nothing is accepted, and that is no reason to subscribe again.
-    told(&partition, [pieces(4, 0, vec![sent(0, 4)])]).await;
-    told(&partition, [answer(4, Joined::At(at(0))), pieces(4, 1, vec![sent(0, 3), sent(1, 4)])]).await;
-    assert_eq!((partition.marks().log_end, partition.marks().high_watermark), (at(2), at(1)));
-    wait_until("it is durable", || partition.ends().persisted == at(2)).await;
-    assert_eq!(partition.standing().role, Role::Follower { leader: broker(2), in_sync: true });
-    assert_eq!(notes.take(), []);
+    deliver(&partition, [batches_event(4, 0, vec![sent(0, 4)])]).await;
+    deliver(
+        &partition,
+        [response_event(4, SubscribeOutcome::Accepted(at(0))), batches_event(4, 1, vec![sent(0, 3), sent(1, 4)])],
+    )
+    .await;
+    assert_eq!((partition.watermarks().log_end, partition.watermarks().high_watermark), (at(2), at(1)));
+    wait_until("the batches are durable", || partition.progress().persisted_end == at(2)).await;
+    assert_eq!(partition.status().role, ReplicaRole::Follower { leader: broker(2), in_sync: true });
+    assert_eq!(requests.take(), []);
 
     // Late, of an earlier epoch: the batch changes nothing.
-    told(&partition, [pieces(3, 2, vec![sent(2, 3)])]).await;
-    assert_eq!(notes.take(), []);
+    deliver(&partition, [batches_event(3, 2, vec![sent(2, 3)])]).await;
+    assert_eq!(requests.take(), []);
     let bad = [
         ("a gap", vec![sent(3, 4)]),
         ("an overlap", vec![sent(1, 4)]),
-        ("an epoch that falls", vec![sent(2, 3)]),
+        ("an epoch that decreases", vec![sent(2, 3)]),
         ("an epoch above its leader's", vec![sent(2, 5)]),
-        ("a good one before a gap", vec![sent(2, 4), sent(4, 4)]),
+        ("a valid batch before a gap", vec![sent(2, 4), sent(4, 4)]),
     ];
-    for (what, batches) in bad {
-        told(&partition, [pieces(4, 9, batches), pieces(4, 9, vec![sent(2, 4)])]).await;
-        assert_eq!(notes.take(), [Asked::Again], "{what}");
-        assert_eq!((partition.marks().log_end, partition.marks().high_watermark), (at(2), at(1)), "{what}");
-        assert_eq!(partition.standing().role, Role::Follower { leader: broker(2), in_sync: false }, "{what}");
-        told(&partition, [FromLink::Up, answer(4, Joined::At(at(2)))]).await;
-        assert_eq!(notes.take(), [joined(4, Some(4), 2)], "{what}");
+    for (case, batches) in bad {
+        deliver(&partition, [batches_event(4, 9, batches), batches_event(4, 9, vec![sent(2, 4)])]).await;
+        assert_eq!(requests.take(), [TaskRequest::RetryLater], "{case}");
+        assert_eq!((partition.watermarks().log_end, partition.watermarks().high_watermark), (at(2), at(1)), "{case}");
+        assert_eq!(partition.status().role, ReplicaRole::Follower { leader: broker(2), in_sync: false }, "{case}");
+        deliver(&partition, [LinkEvent::Connected, response_event(4, SubscribeOutcome::Accepted(at(2)))]).await;
+        assert_eq!(requests.take(), [subscribed(4, Some(4), 2)], "{case}");
     }
-    told(&partition, [pieces(4, 3, vec![sent(2, 4)])]).await;
-    assert_eq!(partition.marks().high_watermark, at(3));
+    deliver(&partition, [batches_event(4, 3, vec![sent(2, 4)])]).await;
+    assert_eq!(partition.watermarks().high_watermark, at(3));
 }
 
-/// A follower holds records that its leader has not committed yet. No reader gets them, however far the reader has read elsewhere.
+/// A follower holds records that its leader has not committed yet. No reader gets them, even if the reader has read
+/// further on another replica.
 #[tokio::test]
 async fn in_sync_follower_serves_only_committed_records() {
     let (partition, _notes, _log) = open();
     let reader = partition.reader().clone();
-    let serves = || (partition.standing().role.serves(false), partition.standing().role.serves(true));
+    let serves = || (partition.status().role.serves(false), partition.status().role.serves(true));
     let next = async |from| reader.read(at(from), (1 << 20).into()).await.unwrap().map(|fetched| fetched.next);
     assign(&partition, value(Some(2), 4), 10).await;
-    told(&partition, [FromLink::Up]).await;
-    assert_eq!(serves(), (false, false), "its leader has not answered");
+    deliver(&partition, [LinkEvent::Connected]).await;
+    assert_eq!(serves(), (false, false), "the leader has not responded");
     let four = (0..4).map(|n| sent(n, 4)).collect();
-    told(&partition, [answer(4, Joined::At(at(0))), pieces(4, 2, four)]).await;
+    deliver(&partition, [response_event(4, SubscribeOutcome::Accepted(at(0))), batches_event(4, 2, four)]).await;
     assert_eq!(serves(), (false, true));
     assert_eq!((next(0).await, next(1).await), (Some(at(2)), Some(at(2))));
-    let ready = Arc::new(Ready::default());
-    reader.follow(&ready, 7);
+    let ready = Arc::new(WakeSet::default());
+    reader.add_listener(&ready, 7);
     assert_eq!((ready.take(), ready.take()), (Some(7), None));
-    assert_eq!((next(2).await, next(3).await, next(9).await), (None, None, None), "to be waited for");
+    assert_eq!(
+        (next(2).await, next(3).await, next(9).await),
+        (None, None, None),
+        "the reader waits for the high watermark"
+    );
     let broken = mutation::with_mutation(Some(Mutation::FollowerServesUncommitted), || next(2).now_or_never());
-    assert_eq!(broken, Some(Some(at(4))), "it has them");
-    told(&partition, [pieces(4, 3, vec![])]).await;
-    assert_eq!((ready.take(), next(2).await), (Some(7), Some(at(3))), "the mark moved");
+    assert_eq!(broken, Some(Some(at(4))), "the follower has the uncommitted records");
+    deliver(&partition, [batches_event(4, 3, vec![])]).await;
+    assert_eq!((ready.take(), next(2).await), (Some(7), Some(at(3))), "the high watermark moved");
 
     // Removed from the ISR, and admitted again.
     let without = PartitionValue { isr: vec![broker(2), broker(3)], ..value(Some(2), 4) };
@@ -223,13 +234,13 @@ async fn in_sync_follower_serves_only_committed_records() {
     assign(&partition, value(Some(2), 4), 12).await;
     assert_eq!(serves(), (false, true));
     // The link is lost: later commits of the leader do not arrive.
-    told(&partition, [FromLink::Down]).await;
+    deliver(&partition, [LinkEvent::Disconnected]).await;
     assert_eq!(serves(), (false, false));
     // Another broker leads: no reads before it has found the two logs to agree.
     assign(&partition, value(Some(3), 5), 13).await;
-    told(&partition, [FromLink::Up]).await;
+    deliver(&partition, [LinkEvent::Connected]).await;
     assert_eq!(serves(), (false, false));
-    told(&partition, [answer(5, Joined::At(at(4)))]).await;
+    deliver(&partition, [response_event(5, SubscribeOutcome::Accepted(at(4)))]).await;
     assert_eq!((serves(), next(3).await), ((false, true), None));
     // The broker leads, and follows again.
     assign(&partition, value(Some(1), 6), 14).await;
@@ -240,178 +251,192 @@ async fn in_sync_follower_serves_only_committed_records() {
 
 #[tokio::test]
 async fn follower_truncates_bootstraps_and_retries_by_response() {
-    let (partition, notes, _log) = open();
+    let (partition, requests, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
-    let copied = pieces(4, 1, (0..6).map(|n| sent(n, if n < 3 { 1 } else { 2 })).collect());
-    told(&partition, [FromLink::Up, answer(4, Joined::At(at(0))), copied]).await;
-    wait_until("it is durable", || partition.ends().persisted == at(6)).await;
-    notes.take();
+    let copied = batches_event(4, 1, (0..6).map(|n| sent(n, if n < 3 { 1 } else { 2 })).collect());
+    deliver(&partition, [LinkEvent::Connected, response_event(4, SubscribeOutcome::Accepted(at(0))), copied]).await;
+    wait_until("the batches are durable", || partition.progress().persisted_end == at(6)).await;
+    requests.take();
 
     // Another broker leads, which has only some of the records.
     assign(&partition, value(Some(3), 5), 11).await;
-    told(&partition, [FromLink::Up]).await;
-    assert_eq!(notes.take(), [Asked::Leave(LeaderEpoch(5), false), Asked::Follow(broker(3)), joined(5, Some(2), 6)]);
-    told(&partition, [answer(5, Joined::Diverged { epoch: LeaderEpoch(1), end: at(7) })]).await;
-    assert_eq!(notes.take(), [joined(5, Some(1), 3)], "no further than its own part of that epoch");
-    assert_eq!(partition.marks().log_end, at(3));
+    deliver(&partition, [LinkEvent::Connected]).await;
+    assert_eq!(
+        requests.take(),
+        [TaskRequest::Unsubscribe(LeaderEpoch(5), false), TaskRequest::Follow(broker(3)), subscribed(5, Some(2), 6)]
+    );
+    deliver(&partition, [response_event(5, SubscribeOutcome::Diverged { epoch: LeaderEpoch(1), end: at(7) })]).await;
+    assert_eq!(
+        requests.take(),
+        [subscribed(5, Some(1), 3)],
+        "the log is truncated at the end of its own part of that epoch"
+    );
+    assert_eq!(partition.watermarks().log_end, at(3));
 
-    for refused in [
-        answer(5, Joined::Refused("not now".to_owned())),
-        answer(5, Joined::At(at(2))),
-        answer(5, Joined::Diverged { epoch: LeaderEpoch(1), end: at(3) }),
-        answer(6, Joined::At(at(3))),
-        answer(5, Joined::Begin(Box::new(Beginning { at: at(9), in_bucket: true, ..Beginning::default() }))),
-        answer(
+    for event in [
+        response_event(5, SubscribeOutcome::Rejected("not now".to_owned())),
+        response_event(5, SubscribeOutcome::Accepted(at(2))),
+        response_event(5, SubscribeOutcome::Diverged { epoch: LeaderEpoch(1), end: at(3) }),
+        response_event(6, SubscribeOutcome::Accepted(at(3))),
+        response_event(
             5,
-            Joined::Begin(Box::new(Beginning {
-                at: at(9),
-                in_bucket: false,
+            SubscribeOutcome::Bootstrap(Box::new(BootstrapTables {
+                start: at(9),
+                from_object_store: true,
+                ..BootstrapTables::default()
+            })),
+        ),
+        response_event(
+            5,
+            SubscribeOutcome::Bootstrap(Box::new(BootstrapTables {
+                start: at(9),
+                from_object_store: false,
                 epochs: vec![(LeaderEpoch(2), at(10))],
                 producers: bytes::Bytes::new(),
             })),
         ),
     ] {
-        told(&partition, [refused.clone()]).await;
-        wait_until("it asks again", || notes.0.lock().unwrap().contains(&Asked::Again)).await;
-        assert_eq!(partition.marks().log_end, at(3), "{refused:?}");
-        told(&partition, [FromLink::Up]).await;
-        assert_eq!(notes.take(), [Asked::Again, joined(5, Some(1), 3)], "{refused:?}");
+        deliver(&partition, [event.clone()]).await;
+        wait_until("the task requests a retry", || requests.0.lock().unwrap().contains(&TaskRequest::RetryLater)).await;
+        assert_eq!(partition.watermarks().log_end, at(3), "{event:?}");
+        deliver(&partition, [LinkEvent::Connected]).await;
+        assert_eq!(requests.take(), [TaskRequest::RetryLater, subscribed(5, Some(1), 3)], "{event:?}");
     }
-    // The follower does not truncate committed records, and does not retry for ever.
-    told(&partition, [answer(5, Joined::Diverged { epoch: LeaderEpoch(0), end: at(0) })]).await;
-    assert_eq!((notes.take(), partition.marks().log_end), (vec![], at(3)));
+    // The follower does not truncate committed records, and does not retry.
+    deliver(&partition, [response_event(5, SubscribeOutcome::Diverged { epoch: LeaderEpoch(0), end: at(0) })]).await;
+    assert_eq!((requests.take(), partition.watermarks().log_end), (vec![], at(3)));
 
-    told(&partition, [FromLink::Up]).await;
+    deliver(&partition, [LinkEvent::Connected]).await;
     let epochs = vec![(LeaderEpoch(1), at(0)), (LeaderEpoch(3), at(5))];
-    let beginning = Beginning { at: at(9), in_bucket: false, epochs, producers: bytes::Bytes::new() };
-    told(&partition, [answer(5, Joined::Begin(Box::new(beginning.clone())))]).await;
-    assert_eq!(notes.take(), [joined(5, Some(1), 3), joined(5, Some(3), 9)]);
-    // A leader that repeats its response is not asked as fast as it responds.
-    told(&partition, [answer(5, Joined::Begin(Box::new(beginning)))]).await;
-    wait_until("it asks again", || notes.0.lock().unwrap().contains(&Asked::Again)).await;
-    assert_eq!(notes.take(), [Asked::Again]);
-    let marks = partition.marks();
-    assert_eq!((marks.log_start, marks.local_start, marks.log_end), (at(9), at(9), at(9)));
+    let tables = BootstrapTables { start: at(9), from_object_store: false, epochs, producers: bytes::Bytes::new() };
+    deliver(&partition, [response_event(5, SubscribeOutcome::Bootstrap(Box::new(tables.clone())))]).await;
+    assert_eq!(requests.take(), [subscribed(5, Some(1), 3), subscribed(5, Some(3), 9)]);
+    // A leader that repeats its response does not get requests at the rate of its responses.
+    deliver(&partition, [response_event(5, SubscribeOutcome::Bootstrap(Box::new(tables)))]).await;
+    wait_until("the task requests a retry", || requests.0.lock().unwrap().contains(&TaskRequest::RetryLater)).await;
+    assert_eq!(requests.take(), [TaskRequest::RetryLater]);
+    let watermarks = partition.watermarks();
+    assert_eq!((watermarks.log_start, watermarks.local_start, watermarks.log_end), (at(9), at(9), at(9)));
     partition.stop().await;
-    assert_eq!(notes.take(), [Asked::Leave(LeaderEpoch(5), true)]);
+    assert_eq!(requests.take(), [TaskRequest::Unsubscribe(LeaderEpoch(5), true)]);
 }
 
 /// A leader has one request at a time. The outcome of a request in an earlier epoch is no outcome of the current request. Applied as
 /// such, it would drop a member from the maximal ISR whose admission may still come true.
 #[tokio::test]
 async fn late_outcome_does_not_count_for_another_proposal() {
-    let (partition, notes, _log) = open();
+    let (partition, requests, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
-    partition.left(peer(2), Departure::Gone).await;
+    partition.on_follower_disconnected(peer(2), DisconnectCause::ProcessGone).await;
     assign_again(&partition).await;
-    let [Asked::Propose(first)] = &notes.take()[..] else { panic!("one proposal") };
+    let [TaskRequest::Propose(first)] = &requests.take()[..] else { panic!("one proposal") };
     assert_eq!((first.expect, &first.value.isr), (Revision(10), &vec![broker(1), broker(3)]));
-    partition.left(peer(3), Departure::Gone).await;
+    partition.on_follower_disconnected(peer(3), DisconnectCause::ProcessGone).await;
     assign(&partition, value(None, 5), 20).await;
     assign(&partition, value(Some(1), 6), 21).await;
-    partition.left(peer(3), Departure::Gone).await;
+    partition.on_follower_disconnected(peer(3), DisconnectCause::ProcessGone).await;
     assign_again(&partition).await;
-    assert_eq!(notes.take(), [], "the first is not answered yet");
+    assert_eq!(requests.take(), [], "the first proposal has no outcome yet");
 
-    partition.agreed(Agreed::Done(Revision(11))).await;
+    partition.on_isr_outcome(ProposalOutcome::Committed(Revision(11))).await;
     assign_again(&partition).await;
-    let [Asked::Propose(second)] = &notes.take()[..] else { panic!("one proposal") };
+    let [TaskRequest::Propose(second)] = &requests.take()[..] else { panic!("one proposal") };
     assert_eq!((second.expect, &second.value.isr), (Revision(21), &vec![broker(1), broker(2)]));
 
     // The outcome is unknown: the key is read back, and nothing is proposed before.
-    partition.agreed(Agreed::Unknown).await;
-    partition.left(peer(2), Departure::Gone).await;
+    partition.on_isr_outcome(ProposalOutcome::Unknown).await;
+    partition.on_follower_disconnected(peer(2), DisconnectCause::ProcessGone).await;
     assign_again(&partition).await;
-    assert_eq!(notes.take(), [Asked::ReadBack]);
+    assert_eq!(requests.take(), [TaskRequest::ReadBack]);
     // The metadata is faster: the value that is read later is known by then.
     assign(&partition, second.value.clone(), 22).await;
-    assert_eq!(notes.take(), []);
-    partition.agreed(Agreed::Found(second.value.clone(), Revision(22))).await;
+    assert_eq!(requests.take(), []);
+    partition.on_isr_outcome(ProposalOutcome::CurrentValue(second.value.clone(), Revision(22))).await;
     assign_again(&partition).await;
-    let [Asked::Propose(third)] = &notes.take()[..] else { panic!("one proposal") };
+    let [TaskRequest::Propose(third)] = &requests.take()[..] else { panic!("one proposal") };
     assert_eq!((third.expect, &third.value.isr), (Revision(22), &vec![broker(1)]));
 }
 
 #[tokio::test]
 async fn broker_leads_at_most_once_in_an_epoch() {
-    let (partition, notes, _log) = open();
+    let (partition, requests, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
-    assert!(partition.standing().role.leads());
+    assert!(partition.status().role.leads());
     let waiting = send(&partition, batch(b"x", None), Acks::All).await;
-    wait_until("it is written", || partition.ends().written == at(1)).await;
-    partition.agreed(Agreed::Gone).await;
-    partition.left(peer(2), Departure::Gone).await;
+    wait_until("the batch is written", || partition.progress().log_end == at(1)).await;
+    partition.on_isr_outcome(ProposalOutcome::Deleted).await;
+    partition.on_follower_disconnected(peer(2), DisconnectCause::ProcessGone).await;
     assign_again(&partition).await;
-    let [Asked::Propose(_)] = &notes.take()[..] else { panic!("one proposal") };
-    partition.agreed(Agreed::Gone).await;
+    let [TaskRequest::Propose(_)] = &requests.take()[..] else { panic!("one proposal") };
+    partition.on_isr_outcome(ProposalOutcome::Deleted).await;
     assert_eq!(waiting.await.unwrap(), Err(AppendError::Deposed));
     assign(&partition, value(Some(1), 4), 10).await;
-    assert_eq!(partition.standing().role, Role::Waiting);
+    assert_eq!(partition.status().role, ReplicaRole::Idle);
     // An older revision changes nothing.
     assign(&partition, value(Some(1), 5), 9).await;
-    assert_eq!(partition.standing().role, Role::Waiting);
+    assert_eq!(partition.status().role, ReplicaRole::Idle);
     assign(&partition, value(Some(1), 6), 12).await;
-    assert!(partition.standing().role.leads());
+    assert!(partition.status().role.leads());
     // This broker is no longer a replica.
-    let gone = PartitionValue { replicas: vec![broker(2)], ..value(Some(2), 7) };
-    assign(&partition, gone, 13).await;
-    let refused = append(&partition, b"x", Acks::None).await;
-    assert_eq!(refused, Err(AppendError::NotLeader { leader: Some(broker(2)), epoch: LeaderEpoch(7) }));
+    let without_broker = PartitionValue { replicas: vec![broker(2)], ..value(Some(2), 7) };
+    assign(&partition, without_broker, 13).await;
+    let result = append(&partition, b"x", Acks::None).await;
+    assert_eq!(result, Err(AppendError::NotLeader { leader: Some(broker(2)), epoch: LeaderEpoch(7) }));
 }
 
 /// A follower's report of a newer epoch ends a leadership at once. Regression: a wrong report, by a broken follower or broken metadata,
-/// stopped the partition for ever. The metadata kept naming a leader that waited for newer metadata.
+/// stopped the partition. The metadata kept naming a leader that waited for newer metadata.
 #[tokio::test]
 async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
-    let (partition, notes, _log) = open();
+    let (partition, requests, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
     partition.deposed(LeaderEpoch(1_000_000)).await;
     assign_again(&partition).await;
-    assert_eq!((partition.standing().role, partition.is_behind()), (Role::Waiting, true));
+    assert_eq!((partition.status().role, partition.wants_ticks()), (ReplicaRole::Idle, true));
     let ticks = async |from_ms: u64| {
         for ms in [0, 250, 750] {
             tick(&partition, from_ms + ms).await;
         }
-        assert_eq!(notes.take(), [], "the metadata may bring it yet");
+        assert_eq!(requests.take(), [], "newer metadata may still arrive");
         tick(&partition, from_ms + 1000).await;
         tick(&partition, from_ms + 1250).await;
-        assert_eq!(notes.take(), [Asked::ReadBack]);
+        assert_eq!(requests.take(), [TaskRequest::ReadBack]);
     };
     ticks(5000).await;
-    partition.agreed(Agreed::Found(value(Some(1), 4), Revision(10))).await;
+    partition.on_isr_outcome(ProposalOutcome::CurrentValue(value(Some(1), 4), Revision(10))).await;
     assign_again(&partition).await;
-    let [Asked::Propose(first)] = &notes.take()[..] else { panic!("one proposal") };
+    let [TaskRequest::Propose(first)] = &requests.take()[..] else { panic!("one proposal") };
     assert_eq!((first.expect, &first.value), (Revision(10), &value(None, 5)));
     // The outcome of the proposal is unknown.
-    partition.agreed(Agreed::Unknown).await;
+    partition.on_isr_outcome(ProposalOutcome::Unknown).await;
     ticks(9000).await;
-    partition.agreed(Agreed::Found(value(None, 5), Revision(11))).await;
+    partition.on_isr_outcome(ProposalOutcome::CurrentValue(value(None, 5), Revision(11))).await;
     assign_again(&partition).await;
-    assert_eq!((notes.take(), partition.is_behind()), (vec![], false));
+    assert_eq!((requests.take(), partition.wants_ticks()), (vec![], false));
     assign(&partition, value(Some(1), 6), 12).await;
-    assert!(partition.standing().role.leads(), "what the follower said counts no more");
+    assert!(partition.status().role.leads(), "the follower's report no longer counts");
     // The report does not keep this broker from following another one.
     partition.deposed(LeaderEpoch(2_000_000)).await;
     assign(&partition, value(Some(3), 7), 13).await;
-    assert_eq!((partition.standing().role, notes.take()), (Role::Waiting, vec![]));
+    assert_eq!((partition.status().role, requests.take()), (ReplicaRole::Idle, vec![]));
     ticks(15_000).await;
-    partition.agreed(Agreed::Found(value(Some(3), 7), Revision(13))).await;
+    partition.on_isr_outcome(ProposalOutcome::CurrentValue(value(Some(3), 7), Revision(13))).await;
     assign_again(&partition).await;
-    assert_eq!(notes.take(), [Asked::Follow(broker(3))]);
+    assert_eq!(requests.take(), [TaskRequest::Follow(broker(3))]);
     assign(&partition, value(Some(1), 8), 14).await;
-    assert_eq!(notes.take(), [Asked::Leave(LeaderEpoch(8), false)]);
+    assert_eq!(requests.take(), [TaskRequest::Unsubscribe(LeaderEpoch(8), false)]);
     // If the report was true, the store names the new leader.
     partition.deposed(LeaderEpoch(9)).await;
     ticks(20_000).await;
-    partition.agreed(Agreed::Found(value(Some(2), 9), Revision(15))).await;
+    partition.on_isr_outcome(ProposalOutcome::CurrentValue(value(Some(2), 9), Revision(15))).await;
     assign_again(&partition).await;
-    assert_eq!(notes.take(), [Asked::Follow(broker(2))]);
+    assert_eq!(requests.take(), [TaskRequest::Follow(broker(2))]);
 }
 
 /// Regression: the second for the metadata was counted from the wait before, if that wait had ended before the next tick.
 #[tokio::test]
 async fn metadata_wait_counts_from_the_end_of_leadership() {
-    let (partition, notes, _log) = open();
+    let (partition, requests, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
     partition.deposed(LeaderEpoch(5)).await;
     tick(&partition, 5000).await;
@@ -419,75 +444,89 @@ async fn metadata_wait_counts_from_the_end_of_leadership() {
     assign(&partition, value(Some(1), 6), 11).await;
     partition.deposed(LeaderEpoch(7)).await;
     tick(&partition, 60_000).await;
-    assert_eq!(notes.take(), [], "the metadata may bring it yet");
+    assert_eq!(requests.take(), [], "newer metadata may still arrive");
     tick(&partition, 61_000).await;
-    assert_eq!(notes.take(), [Asked::ReadBack]);
+    assert_eq!(requests.take(), [TaskRequest::ReadBack]);
 }
 
 /// Regression: one clock serves all partitions of a broker. A task that was blocked at its disk for minutes had its queue filled with
 /// ticks, and then blocked the clock of all other partitions.
 #[tokio::test]
 async fn blocked_task_delays_no_clock_and_keeps_queue_space() {
-    let (partition, notes, _log) = open();
+    let (partition, requests, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
-    (0..2 * QUEUE as u64).for_each(|now_ms| partition.tick(now_ms));
-    assert_eq!(partition.from_link(FromLink::Up), Ok(()));
-    told(&partition, []).await;
-    assert_eq!(notes.take().len(), 2, "the link was asked for, and used");
+    (0..2 * COMMAND_QUEUE_LEN as u64).for_each(|now_ms| partition.tick(now_ms));
+    assert_eq!(partition.on_link_event(LinkEvent::Connected), Ok(()));
+    deliver(&partition, []).await;
+    assert_eq!(requests.take().len(), 2, "the task follows and subscribes");
 }
 
 /// The queue for link events is bounded, and no sender waits for it.
 #[tokio::test]
 async fn full_control_queue_rejects_link_events() {
-    let (partition, notes, _log) = open();
+    let (partition, requests, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
-    let all: Vec<_> = (0..2 * QUEUE).map(|_| partition.from_link(FromLink::Up)).collect();
-    assert_eq!(all.iter().filter(|taken| taken.is_err()).count(), QUEUE);
-    assert!(all[..QUEUE].iter().all(Result::is_ok));
-    told(&partition, []).await;
-    assert_eq!(notes.take().len(), 1 + QUEUE, "what was taken was carried out");
+    let all: Vec<_> = (0..2 * COMMAND_QUEUE_LEN).map(|_| partition.on_link_event(LinkEvent::Connected)).collect();
+    assert_eq!(all.iter().filter(|taken| taken.is_err()).count(), COMMAND_QUEUE_LEN);
+    assert!(all[..COMMAND_QUEUE_LEN].iter().all(Result::is_ok));
+    deliver(&partition, []).await;
+    assert_eq!(requests.take().len(), 1 + COMMAND_QUEUE_LEN, "accepted events are handled");
 }
 
-/// A subscription in an epoch that this broker has not received yet waits for it, and not for ever.
+/// A subscription in an epoch that this broker has not received yet waits for that epoch, for a limited time.
 #[tokio::test(start_paused = true)]
 async fn subscription_waits_for_its_epoch_to_begin() {
     let (partition, _notes, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
-    let claim = Claim { last: None, end: at(0), added: None };
-    let early = partition.join(peer(2), LeaderEpoch(5), claim, Ends::default());
-    let news = async {
+    let position = LogPosition { last_epoch: None, log_end: at(0), removal_count: None };
+    let early = partition.subscribe(peer(2), LeaderEpoch(5), position, ReplicaProgress::default());
+    let signals = async {
         tokio::time::sleep(Duration::from_millis(900)).await;
         assign(&partition, value(Some(1), 5), 11).await;
     };
-    let (answered, ()) = tokio::join!(early, news);
-    assert!(matches!(answered, Answered { epoch: LeaderEpoch(5), join: Joined::At(_), .. }), "{answered:?}");
+    let (response, ()) = tokio::join!(early, signals);
+    assert!(
+        matches!(response, SubscribeResponse { epoch: LeaderEpoch(5), outcome: SubscribeOutcome::Accepted(_), .. }),
+        "{response:?}"
+    );
     let began = crate::task::clock::monotonic();
-    let answered = partition.join(peer(3), LeaderEpoch(6), claim, Ends::default()).await;
-    assert!(matches!(&answered.join, Joined::Refused(why) if why.contains("epoch 5")), "{answered:?}");
+    let response = partition.subscribe(peer(3), LeaderEpoch(6), position, ReplicaProgress::default()).await;
+    assert!(
+        matches!(&response.outcome, SubscribeOutcome::Rejected(reason) if reason.contains("epoch 5")),
+        "{response:?}"
+    );
     assert_eq!(began.elapsed().as_millis(), 1000);
 }
 
 /// Regression: an etcd that was restored from a backup names epochs again, and the first append of such a leader panicked.
 #[tokio::test]
 async fn broker_does_not_lead_in_an_epoch_before_its_log() {
-    let (partition, notes, _log) = open();
+    let (partition, requests, _log) = open();
     assign(&partition, value(Some(2), 7), 10).await;
-    told(&partition, [FromLink::Up, answer(7, Joined::At(at(0))), pieces(7, 1, vec![sent(0, 7)])]).await;
+    deliver(
+        &partition,
+        [
+            LinkEvent::Connected,
+            response_event(7, SubscribeOutcome::Accepted(at(0))),
+            batches_event(7, 1, vec![sent(0, 7)]),
+        ],
+    )
+    .await;
     let older = value(Some(1), 5);
     assign(&partition, older.clone(), 11).await;
-    notes.take();
-    let refused = send(&partition, batch(b"y", None), Acks::Leader).await.await.unwrap();
-    assert!(matches!(refused, Err(AppendError::NotLeader { .. })), "{refused:?}");
-    assert_eq!((partition.standing().role, partition.is_behind()), (Role::Waiting, true));
+    requests.take();
+    let result = send(&partition, batch(b"y", None), Acks::Leader).await.await.unwrap();
+    assert!(matches!(result, Err(AppendError::NotLeader { .. })), "{result:?}");
+    assert_eq!((partition.status().role, partition.wants_ticks()), (ReplicaRole::Idle, true));
 
     // That epoch ends here, and an election in the next one follows.
     for ms in [0, 1000] {
         tick(&partition, ms).await;
     }
-    assert_eq!(notes.take(), [Asked::ReadBack]);
-    partition.agreed(Agreed::Found(older.clone(), Revision(11))).await;
+    assert_eq!(requests.take(), [TaskRequest::ReadBack]);
+    partition.on_isr_outcome(ProposalOutcome::CurrentValue(older.clone(), Revision(11))).await;
     assign_again(&partition).await;
-    let [Asked::Propose(ended)] = &notes.take()[..] else { panic!("one proposal") };
+    let [TaskRequest::Propose(ended)] = &requests.take()[..] else { panic!("one proposal") };
     assert_eq!(ended.value, older.leaderless());
 }
 
@@ -496,37 +535,37 @@ async fn broker_does_not_lead_in_an_epoch_before_its_log() {
 #[tokio::test]
 async fn failed_leader_resigns_when_a_successor_enters_isr() {
     let disk = SimDisk::new();
-    let (partition, notes, _log) = open_on(disk.clone());
-    let alone = PartitionValue { isr: vec![broker(1)], ..value(Some(1), 4) };
-    assign(&partition, alone.clone(), 10).await;
+    let (partition, requests, _log) = open_on(disk.clone());
+    let only_member = PartitionValue { isr: vec![broker(1)], ..value(Some(1), 4) };
+    assign(&partition, only_member.clone(), 10).await;
     disk.fail_writes_after(Some(0));
-    let refused = send(&partition, batch(b"x", None), Acks::Leader).await.await.unwrap();
-    assert!(matches!(refused, Err(AppendError::StorageFailed { .. })), "{refused:?}");
-    assert_eq!(notes.take(), [Asked::Resign(LeaderEpoch(4))]);
-    assign(&partition, PartitionValue { isr: vec![broker(1), broker(2)], ..alone }, 11).await;
-    assert_eq!(notes.take(), [Asked::Resign(LeaderEpoch(4))]);
+    let result = send(&partition, batch(b"x", None), Acks::Leader).await.await.unwrap();
+    assert!(matches!(result, Err(AppendError::StorageFailed { .. })), "{result:?}");
+    assert_eq!(requests.take(), [TaskRequest::Resign(LeaderEpoch(4))]);
+    assign(&partition, PartitionValue { isr: vec![broker(1), broker(2)], ..only_member }, 11).await;
+    assert_eq!(requests.take(), [TaskRequest::Resign(LeaderEpoch(4))]);
 }
 
 /// The outcome of a proposal names this broker id as the leader of a newer epoch: that may be another process, on a copy of the data
 /// directory.
 #[tokio::test]
 async fn only_the_metadata_cache_starts_a_leader() {
-    let (partition, notes, _log) = open();
+    let (partition, requests, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
-    partition.left(peer(2), Departure::Gone).await;
+    partition.on_follower_disconnected(peer(2), DisconnectCause::ProcessGone).await;
     assign_again(&partition).await;
-    assert!(matches!(&notes.take()[..], [Asked::Propose(_)]));
+    assert!(matches!(&requests.take()[..], [TaskRequest::Propose(_)]));
     let newer = value(Some(1), 6);
-    partition.agreed(Agreed::Found(newer.clone(), Revision(12))).await;
+    partition.on_isr_outcome(ProposalOutcome::CurrentValue(newer.clone(), Revision(12))).await;
     assign_again(&partition).await;
-    assert_eq!(partition.standing().role, Role::Waiting);
+    assert_eq!(partition.status().role, ReplicaRole::Idle);
     for ms in [0, 1000] {
         tick(&partition, ms).await;
     }
-    assert_eq!(notes.take(), [Asked::ReadBack]);
-    partition.agreed(Agreed::Found(newer.clone(), Revision(12))).await;
+    assert_eq!(requests.take(), [TaskRequest::ReadBack]);
+    partition.on_isr_outcome(ProposalOutcome::CurrentValue(newer.clone(), Revision(12))).await;
     assign_again(&partition).await;
-    assert_eq!((partition.standing().role, notes.take()), (Role::Waiting, vec![]));
+    assert_eq!((partition.status().role, requests.take()), (ReplicaRole::Idle, vec![]));
     assign(&partition, newer, 12).await;
-    assert!(matches!(partition.standing().role, Role::Leader { .. }));
+    assert!(matches!(partition.status().role, ReplicaRole::Leader { .. }));
 }

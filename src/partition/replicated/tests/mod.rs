@@ -9,7 +9,7 @@ use net::{Net, append, at, batch, broker, bytes_of, equal, in_sync, send, tick};
 use crate::{
     cluster::PartitionValue,
     model::{Acks, LeaderEpoch},
-    partition::{leader::insync::Departure, *},
+    partition::{leader::isr::DisconnectCause, *},
     record::ProducerSequence,
     task::test_timeout::wait_until,
 };
@@ -28,7 +28,7 @@ async fn trio() -> (Arc<Net>, [Arc<Partition>; 3]) {
 
 /// Returns the values that a consumer reads from this replica.
 async fn consumed(partition: &Partition) -> Vec<Vec<u8>> {
-    let (mut values, mut from) = (Vec::new(), partition.marks().log_start);
+    let (mut values, mut from) = (Vec::new(), partition.watermarks().log_start);
     while let Some(fetched) = partition.reader().read(from, (1 << 20).into()).await.unwrap() {
         let mut bytes = bytes::Bytes::from(fetched.chunks.concat());
         while !bytes.is_empty() {
@@ -50,22 +50,25 @@ async fn records_acknowledged_by_all_are_readable_everywhere() {
     let (net, [one, two, three]) = trio().await;
     for n in 0..20u8 {
         let acked = append(&one, &[n], Acks::All).await.unwrap();
-        assert_eq!((acked.base.get(), acked.held, acked.epoch), (u64::from(n), Held::Synced(3), LeaderEpoch(1)));
+        assert_eq!(
+            (acked.base.get(), acked.durability, acked.epoch),
+            (u64::from(n), AckDurability::Persisted(3), LeaderEpoch(1))
+        );
         // The write was acknowledged only when all three had it on their disks.
-        assert!(two.ends().persisted >= acked.end && three.ends().persisted >= acked.end);
+        assert!(two.progress().persisted_end >= acked.end && three.progress().persisted_end >= acked.end);
     }
     for follower in [&two, &three] {
-        wait_until("the mark arrives", || follower.marks().high_watermark == at(20)).await;
+        wait_until("the high watermark arrives", || follower.watermarks().high_watermark == at(20)).await;
         assert_eq!(consumed(follower).await, values(0..20));
         equal(&one, follower, 0).await;
         let refused = append(follower, b"x", Acks::Leader).await;
         assert_eq!(refused, Err(AppendError::NotLeader { leader: Some(broker(1)), epoch: LeaderEpoch(1) }));
     }
-    assert_eq!(one.standing().role, Role::Leader { settled: true });
+    assert_eq!(one.status().role, ReplicaRole::Leader { epoch_committed: true });
     // A consumer waits above a follower's high watermark; the leader rejects such an offset.
     assert!(two.reader().read(at(25), 100.into()).await.unwrap().is_none());
     assert!(matches!(one.reader().read(at(25), 100.into()).await, Err(ReadError::OutOfRange { .. })));
-    assert_eq!(net.proposals(), [], "nothing had to be agreed");
+    assert_eq!(net.proposals(), [], "no ISR change was proposed");
 }
 
 /// A leader writes records that no replica copies, and another broker is elected. When the first one returns, it truncates these records
@@ -81,15 +84,15 @@ async fn deposed_leader_truncates_uncopied_records_and_follows() {
     net.set_blind(1, true).await;
     assert_eq!(append(&one, &[100], Acks::Leader).await.unwrap().base.get(), 1);
     let waiting = send(&one, batch(&[101], None), Acks::All).await;
-    wait_until("it is written", || one.ends().persisted == at(3)).await;
+    wait_until("the batches are durable", || one.progress().persisted_end == at(3)).await;
 
     net.elect(2, &[1]).await;
     assert_eq!(net.value().await.0.isr, [broker(2), broker(3)]);
-    wait_until("3 follows 2", || three.standing().epoch == LeaderEpoch(2)).await;
+    wait_until("broker 3 has the metadata of epoch 2", || three.status().epoch == LeaderEpoch(2)).await;
     in_sync(&three).await;
     let acked = append(&two, &[1], Acks::All).await.unwrap();
-    assert_eq!((acked.base, acked.epoch, acked.held), (at(1), LeaderEpoch(2), Held::Synced(2)));
-    assert_eq!(one.marks().high_watermark, at(1), "the old leader commits nothing");
+    assert_eq!((acked.base, acked.epoch, acked.durability), (at(1), LeaderEpoch(2), AckDurability::Persisted(2)));
+    assert_eq!(one.watermarks().high_watermark, at(1), "the old leader commits nothing");
 
     // The old leader receives the metadata, and follows.
     net.set_blind(1, false).await;
@@ -101,7 +104,7 @@ async fn deposed_leader_truncates_uncopied_records_and_follows() {
     equal(&two, &one, 0).await;
     append(&two, &[2], Acks::All).await.unwrap();
     for partition in [&one, &two, &three] {
-        wait_until("the mark arrives", || partition.marks().high_watermark == at(3)).await;
+        wait_until("the high watermark arrives", || partition.watermarks().high_watermark == at(3)).await;
         assert_eq!(consumed(partition).await, values(0..3));
     }
     // A reader from before the change reads on.
@@ -128,11 +131,11 @@ async fn newer_tier_state_commits_nothing_on_deposed_leader() {
         append(&two, &[n; 4000], Acks::All).await.unwrap();
     }
     net.settle(2).await;
-    assert!(two.marks().tiered_end > at(5));
+    assert!(two.watermarks().tiered_end > at(5));
 
-    one.adopt(net.committed().await.unwrap()).await;
+    one.apply_tier_state(net.committed().await.unwrap()).await;
     assert_eq!(waiting.await.unwrap(), Err(AppendError::Deposed));
-    assert_eq!(one.marks().high_watermark, at(1), "it commits nothing of its own");
+    assert_eq!(one.watermarks().high_watermark, at(1), "the deposed leader commits no record");
     assert_eq!(consumed(&one).await, [vec![0; 4000]]);
     net.set_blind(1, false).await;
     net.heal(1, 2);
@@ -148,15 +151,11 @@ async fn leader_with_report_of_newer_epoch_admits_nothing() {
     assert!(tail.read(at(0), 100).await.unwrap().is_none());
     net.set_blind(1, true).await;
     net.elect(2, &[]).await;
-    wait_until("it is told", || one.standing().role == Role::Waiting).await;
-    assert_eq!(one.standing().leader, None, "who leads it does not know");
+    wait_until("the leader is deposed", || one.status().role == ReplicaRole::Idle).await;
+    assert_eq!(one.status().leader, None, "the deposed leader has no newer metadata");
     let refused = append(&one, &[7], Acks::Leader).await;
     assert_eq!(refused, Err(AppendError::NotLeader { leader: None, epoch: LeaderEpoch(1) }));
-    assert_eq!(
-        tail.read(at(0), 100).await.unwrap_err(),
-        ReadError::Closed,
-        "a reader of that epoch's log ends with it"
-    );
+    assert_eq!(tail.read(at(0), 100).await.unwrap_err(), ReadError::Closed, "a tail reader ends with its epoch");
     // Metadata of the epoch before, received again, does not make it lead.
     net.set_blind(1, false).await;
     in_sync(&one).await;
@@ -168,20 +167,20 @@ async fn lost_follower_leaves_the_isr_and_returns() {
     let (net, [one, two, three]) = trio().await;
     net.cut(1, 3);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
-    wait_until("2 has it", || two.ends().persisted == at(1)).await;
-    assert_eq!(one.marks().high_watermark, at(0), "it is in the ISR, so it is waited for");
-    assert!(one.is_behind());
-    let peer = net.node(3, |node| leader::insync::Peer { broker: broker(3), epoch: node.epoch });
-    one.left(peer, Departure::Gone).await;
-    assert_eq!(waiting.await.unwrap().unwrap().held, Held::Synced(2));
+    wait_until("broker 2 has the record", || two.progress().persisted_end == at(1)).await;
+    assert_eq!(one.watermarks().high_watermark, at(0), "commits wait for an ISR member");
+    assert!(one.wants_ticks());
+    let peer = net.node(3, |node| leader::isr::PeerId { broker: broker(3), epoch: node.epoch });
+    one.on_follower_disconnected(peer, DisconnectCause::ProcessGone).await;
+    assert_eq!(waiting.await.unwrap().unwrap().durability, AckDurability::Persisted(2));
     assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
-    wait_until("nobody is behind", || !one.is_behind()).await;
+    wait_until("no member is behind", || !one.wants_ticks()).await;
 
     append(&one, &[1], Acks::All).await.unwrap();
     net.heal(1, 3);
     in_sync(&three).await;
     equal(&one, &three, 0).await;
-    assert_eq!(append(&one, &[2], Acks::All).await.unwrap().held, Held::Synced(3));
+    assert_eq!(append(&one, &[2], Acks::All).await.unwrap().durability, AckDurability::Persisted(3));
     let isrs: Vec<usize> = net.proposals().iter().map(|proposal| proposal.value.isr.len()).collect();
     assert_eq!(isrs, [2, 3]);
 }
@@ -200,18 +199,19 @@ async fn replica_added_again_subscribes_again() {
     // The replica copies, and its leader is not to admit it yet: the leader receives neither the first reassignment nor its end.
     let target = [broker(1), broker(2), broker(3)];
     net.set_blind(1, true).await;
-    net.change(|value| value.begin_move(&target).unwrap()).await;
-    wait_until("it follows", || matches!(three.standing().role, Role::Follower { in_sync: false, .. })).await;
+    net.change(|value| value.start_reassignment(&target).unwrap()).await;
+    wait_until("broker 3 follows", || matches!(three.status().role, ReplicaRole::Follower { in_sync: false, .. }))
+        .await;
     net.set_blind(3, true).await;
-    net.change(|value| value.cancel_move().unwrap()).await;
-    net.change(|value| value.begin_move(&target).unwrap()).await;
+    net.change(|value| value.cancel_reassignment().unwrap()).await;
+    net.change(|value| value.start_reassignment(&target).unwrap()).await;
     net.set_blind(1, false).await;
     // The leader rejects an addition that it has not received; the new replica receives the second addition last.
     assert_eq!(net.value().await.0.isr, target[..2]);
     net.set_blind(3, false).await;
     in_sync(&three).await;
     equal(&one, &three, 0).await;
-    assert_eq!(net.value().await.0.removals, 1);
+    assert_eq!(net.value().await.0.removal_count, 1);
 }
 
 /// The same for a replica that followed already when it was removed: its link stays connected, and acknowledgements on the old
@@ -224,14 +224,14 @@ async fn repeated_addition_ends_the_old_subscription() {
     in_sync(&two).await;
     let three = net.start(3, PLAIN, false).await;
     let target = [broker(1), broker(2), broker(3)];
-    net.admit_nobody(true);
-    net.change(|value| value.begin_move(&target).unwrap()).await;
-    wait_until("its leader would admit it", || !net.proposals().is_empty()).await;
+    net.refuse_admissions(true);
+    net.change(|value| value.start_reassignment(&target).unwrap()).await;
+    wait_until("the leader proposes the admission", || !net.proposals().is_empty()).await;
     net.set_blind(1, true).await;
     net.set_blind(3, true).await;
-    net.change(|value| value.cancel_move().unwrap()).await;
-    let second = net.change(|value| value.begin_move(&target).unwrap()).await;
-    net.admit_nobody(false);
+    net.change(|value| value.cancel_reassignment().unwrap()).await;
+    let second = net.change(|value| value.start_reassignment(&target).unwrap()).await;
+    net.refuse_admissions(false);
     net.set_blind(1, false).await;
     net.set_blind(3, false).await;
     in_sync(&three).await;
@@ -249,12 +249,12 @@ async fn lagging_follower_is_removed_by_ticks_alone() {
     in_sync(&two).await;
     net.cut(1, 2);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
-    wait_until("it is behind what was written", || one.ends().persisted == at(1) && one.is_behind()).await;
+    wait_until("broker 2 is behind", || one.progress().persisted_end == at(1) && one.wants_ticks()).await;
     tick(&one, 1000).await;
     tick(&one, 10_999).await;
     assert_eq!(net.proposals(), []);
     tick(&one, 11_000).await;
-    assert_eq!(waiting.await.unwrap().unwrap().held, Held::Synced(1));
+    assert_eq!(waiting.await.unwrap().unwrap().durability, AckDurability::Persisted(1));
     assert_eq!(net.value().await.0.isr, [broker(1)]);
 }
 
@@ -267,9 +267,9 @@ async fn unknown_outcome_is_read_back() {
     in_sync(&two).await;
     net.lose_outcomes(1);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
-    let peer = net.node(3, |node| leader::insync::Peer { broker: broker(3), epoch: node.epoch });
-    one.left(peer, Departure::Gone).await;
-    assert_eq!(waiting.await.unwrap().unwrap().held, Held::Synced(2));
+    let peer = net.node(3, |node| leader::isr::PeerId { broker: broker(3), epoch: node.epoch });
+    one.on_follower_disconnected(peer, DisconnectCause::ProcessGone).await;
+    assert_eq!(waiting.await.unwrap().unwrap().durability, AckDurability::Persisted(2));
     assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
     let three = net.start(3, PLAIN, false).await;
     in_sync(&three).await;
@@ -283,19 +283,19 @@ async fn below_min_isr_commits_wait_for_the_eligible_replica() {
     in_sync(&two).await;
     append(&one, &[0], Acks::All).await.unwrap();
     net.cut(1, 2);
-    let peer = net.node(2, |node| leader::insync::Peer { broker: broker(2), epoch: node.epoch });
-    one.left(peer, Departure::Gone).await;
+    let peer = net.node(2, |node| leader::isr::PeerId { broker: broker(2), epoch: node.epoch });
+    one.on_follower_disconnected(peer, DisconnectCause::ProcessGone).await;
     while net.value().await.0.elr.is_empty() {
         tokio::task::yield_now().await;
     }
     net.spread().await;
     let refused = append(&one, &[1], Acks::All).await.unwrap_err();
-    assert_eq!(refused, AppendError::Refused(Refused::NotEnoughReplicas { in_sync: 1, needed: 2 }));
+    assert_eq!(refused, AppendError::Refused(AdmitError::NotEnoughReplicas { in_sync: 1, needed: 2 }));
     assert_eq!(append(&one, &[1], Acks::Leader).await.unwrap().base, at(1));
-    assert_eq!(one.marks().high_watermark, at(1));
+    assert_eq!(one.watermarks().high_watermark, at(1));
     net.heal(1, 2);
     in_sync(&two).await;
-    wait_until("all is committed", || one.marks().high_watermark == at(2)).await;
+    wait_until("all records are committed", || one.watermarks().high_watermark == at(2)).await;
     assert_eq!(net.value().await.0.elr, []);
 }
 
@@ -312,23 +312,23 @@ async fn new_replica_bootstraps_at_tiered_end_with_producers() {
         written.await.unwrap().unwrap();
     }
     net.settle(1).await;
-    let tiered_end = one.marks().tiered_end;
+    let tiered_end = one.watermarks().tiered_end;
     assert!(tiered_end > at(10) && tiered_end < at(20), "{tiered_end}");
 
-    net.change(|value| value.begin_move(&[broker(1), broker(2)]).unwrap()).await;
+    net.change(|value| value.start_reassignment(&[broker(1), broker(2)]).unwrap()).await;
     assert!(matches!(net.open(2, TIERED, false).await, Err(PartitionError::Lost { .. })));
     let two = net.start(2, TIERED, true).await;
     in_sync(&two).await;
-    let marks = two.marks();
-    assert_eq!((marks.log_start, marks.local_start, marks.tiered_end), (at(0), tiered_end, tiered_end));
+    let watermarks = two.watermarks();
+    assert_eq!((watermarks.log_start, watermarks.local_start, watermarks.tiered_end), (at(0), tiered_end, tiered_end));
     equal(&one, &two, tiered_end.get()).await;
-    wait_until("the mark arrives", || two.marks().high_watermark == at(20)).await;
-    assert_eq!(consumed(&two).await.len(), 20, "the history is read through it as well");
+    wait_until("the high watermark arrives", || two.watermarks().high_watermark == at(20)).await;
+    assert_eq!(consumed(&two).await.len(), 20, "readers of the new replica get the records before its start");
 
     // The new replica leads, and recognises a retry of a batch that is only in the object store.
     net.elect(2, &[1]).await;
     net.stop(1).await;
-    wait_until("it leads", || two.standing().role.leads()).await;
+    wait_until("broker 2 leads", || two.status().role.leads()).await;
     let again = send(&two, batch(&[7; 4000], stamp(i32::try_from(tiered_end.get()).unwrap() - 1)), Acks::Leader)
         .await
         .await
@@ -342,7 +342,7 @@ async fn new_replica_bootstraps_at_tiered_end_with_producers() {
         send(&two, batch(&[7; 4000], stamp(n)), Acks::All).await.await.unwrap().unwrap();
     }
     net.settle(2).await;
-    assert!(two.marks().tiered_end > tiered_end);
+    assert!(two.watermarks().tiered_end > tiered_end);
 }
 
 /// No object store: the older records were deleted, and only the leader has the state of their producers.
@@ -362,17 +362,17 @@ async fn new_replica_bootstraps_with_the_leaders_tables() {
         send(&one, batch(&[1; 4000], stamp(6, n)), Acks::All).await.await.unwrap().unwrap();
     }
     net.settle(1).await;
-    let start = one.marks().log_start;
-    assert!(start > at(4) && one.marks().local_start == start, "{:?}", one.marks());
-    net.change(|value| value.begin_move(&[broker(2), broker(1)]).unwrap()).await;
+    let start = one.watermarks().log_start;
+    assert!(start > at(4) && one.watermarks().local_start == start, "{:?}", one.watermarks());
+    net.change(|value| value.start_reassignment(&[broker(2), broker(1)]).unwrap()).await;
     let two = net.start(2, SHORT, true).await;
     in_sync(&two).await;
     equal(&one, &two, start.get()).await;
-    assert_eq!((two.marks().log_start, two.marks().local_start), (start, start));
+    assert_eq!((two.watermarks().log_start, two.watermarks().local_start), (start, start));
     net.elect(2, &[]).await;
-    wait_until("it leads", || two.standing().role.leads()).await;
+    wait_until("broker 2 leads", || two.status().role.leads()).await;
     let again = send(&two, batch(&[1; 4000], stamp(5, 0)), Acks::Leader).await.await.unwrap().unwrap();
-    assert_eq!((again.base, again.duplicate), (at(0), true), "what was deleted is remembered");
+    assert_eq!((again.base, again.duplicate), (at(0), true), "the producer state of deleted records is kept");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -383,11 +383,11 @@ async fn leader_with_failed_disk_resigns_and_serves_reads() {
     let failed = append(&one, &[1], Acks::All).await;
     assert!(matches!(failed, Err(AppendError::StorageFailed { .. })), "{failed:?}");
     assert_eq!(net.resigned(), [(broker(1), LeaderEpoch(1))]);
-    wait_until("nobody leads", || two.standing().epoch == LeaderEpoch(2)).await;
+    wait_until("the partition has no leader", || two.status().epoch == LeaderEpoch(2)).await;
     assert_eq!(net.value().await.0.isr, [broker(2), broker(3)]);
     net.elect(2, &[]).await;
     in_sync(&three).await;
-    assert_eq!(one.standing().role, Role::Waiting, "it cannot copy either");
+    assert_eq!(one.status().role, ReplicaRole::Idle, "a replica with a failed disk does not follow");
     append(&two, &[1], Acks::All).await.unwrap();
     assert_eq!(consumed(&one).await, values([0]));
     assert!(matches!(append(&one, &[2], Acks::All).await, Err(AppendError::NotLeader { .. })));
@@ -398,9 +398,9 @@ async fn commits_do_not_wait_for_follower_with_failed_disk() {
     let (net, [one, _two, three]) = trio().await;
     net.node(3, |node| node.disk.fail_writes_after(Some(0)));
     // No tick is needed: the follower reports it.
-    assert_eq!(append(&one, &[0], Acks::All).await.unwrap().held, Held::Synced(2));
-    assert!(three.fault().is_some());
-    assert_eq!(three.standing().role, Role::Waiting);
+    assert_eq!(append(&one, &[0], Acks::All).await.unwrap().durability, AckDurability::Persisted(2));
+    assert!(three.error().is_some());
+    assert_eq!(three.status().role, ReplicaRole::Idle);
     assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
 }
 
@@ -415,19 +415,22 @@ async fn unclean_leader_is_reset_to_the_tiered_end() {
     append(&one, &[0; 4000], Acks::All).await.unwrap();
     // Broker 2 falls behind; broker 1 writes on alone and uploads.
     net.cut(1, 2);
-    let peer = net.node(2, |node| leader::insync::Peer { broker: broker(2), epoch: node.epoch });
-    one.left(peer, Departure::Gone).await;
+    let peer = net.node(2, |node| leader::isr::PeerId { broker: broker(2), epoch: node.epoch });
+    one.on_follower_disconnected(peer, DisconnectCause::ProcessGone).await;
     for n in 1..20u8 {
         append(&one, &[n; 4000], Acks::All).await.unwrap();
     }
     net.settle(1).await;
-    let tiered_end = one.marks().tiered_end;
+    let tiered_end = one.watermarks().tiered_end;
     assert!(tiered_end > at(5));
     net.stop(1).await;
     net.change(|value| value.elect_unclean(broker(2), false).unwrap()).await;
-    wait_until("it leads", || two.standing().role.leads()).await;
-    let marks = two.marks();
-    assert_eq!((marks.log_end, marks.high_watermark, marks.local_start), (tiered_end, tiered_end, tiered_end));
+    wait_until("broker 2 leads", || two.status().role.leads()).await;
+    let watermarks = two.watermarks();
+    assert_eq!(
+        (watermarks.log_end, watermarks.high_watermark, watermarks.local_start),
+        (tiered_end, tiered_end, tiered_end)
+    );
     assert_eq!(append(&two, b"x", Acks::Leader).await.unwrap().base, tiered_end);
     assert_eq!(consumed(&two).await.len() as u64, tiered_end.get() + 1);
 
@@ -451,12 +454,12 @@ async fn unclean_leader_keeps_records_after_the_tiered_end() {
         append(&one, &[n; 4000], Acks::All).await.unwrap();
     }
     net.settle(1).await;
-    let tiered_end = one.marks().tiered_end;
+    let tiered_end = one.watermarks().tiered_end;
     assert!(tiered_end > at(5) && tiered_end < at(20));
     net.stop(1).await;
     net.change(|value| value.elect_unclean(broker(2), false).unwrap()).await;
-    wait_until("it leads", || two.standing().role.leads()).await;
-    assert_eq!(two.marks().log_end, at(20));
+    wait_until("broker 2 leads", || two.status().role.leads()).await;
+    assert_eq!(two.watermarks().log_end, at(20));
     let firsts: Vec<u8> = consumed(&two).await.iter().map(|value| value[0]).collect();
     assert_eq!(firsts, (0..20u8).collect::<Vec<_>>());
 }
@@ -477,28 +480,28 @@ async fn abandoned_tail_does_not_count_as_committed() {
     for _ in 1..20 {
         append(&one, &[100; 4000], Acks::Leader).await.unwrap();
     }
-    wait_until("3 has it", || three.ends().persisted == at(20)).await;
+    wait_until("broker 3 has the records", || three.progress().persisted_end == at(20)).await;
     net.stop(3).await;
     net.stop(1).await;
     net.elect(2, &[1, 3]).await;
     net.set_blind(2, false).await;
-    wait_until("2 leads", || two.standing().role == (Role::Leader { settled: true })).await;
+    wait_until("broker 2 leads", || two.status().role == (ReplicaRole::Leader { epoch_committed: true })).await;
     for n in 1..20u8 {
         append(&two, &[n; 4000], Acks::All).await.unwrap();
     }
     net.settle(2).await;
-    assert!(two.marks().tiered_end > at(5));
+    assert!(two.watermarks().tiered_end > at(5));
 
     net.cut(2, 3);
     let three = net.start(3, TIERED, false).await;
-    assert_eq!((three.marks().log_end, three.marks().high_watermark), (at(20), at(0)));
+    assert_eq!((three.watermarks().log_end, three.watermarks().high_watermark), (at(20), at(0)));
     assert!(three.reader().read(at(0), 100.into()).await.unwrap().is_none());
     net.heal(2, 3);
     in_sync(&three).await;
     equal(&two, &three, 0).await;
 }
 
-/// A clean leader has all committed records. A replica does not obey a leader that asks to truncate them.
+/// A clean leader has all committed records. A replica rejects a truncation of committed records.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replica_does_not_truncate_committed_records() {
     let net = Net::new(2, 2, 1, false).await;
@@ -508,7 +511,7 @@ async fn replica_does_not_truncate_committed_records() {
     for n in 0..5u8 {
         append(&one, &[n], Acks::All).await.unwrap();
     }
-    wait_until("the mark arrives", || two.marks().high_watermark == at(5)).await;
+    wait_until("the high watermark arrives", || two.watermarks().high_watermark == at(5)).await;
     let before = bytes_of(&two, at(0));
     net.stop(1).await;
     // The first broker's disk was emptied, and the broker leads all the same: an inconsistency that no protocol step allows.
@@ -517,20 +520,23 @@ async fn replica_does_not_truncate_committed_records() {
     let one = net.start(1, PLAIN, false).await;
     net.change(|value| PartitionValue { leader: Some(broker(1)), leader_epoch: LeaderEpoch(2), ..value.clone() }).await;
     append(&one, b"other", Acks::Leader).await.unwrap();
-    wait_until("it is asked to cut", || {
-        matches!(two.standing(), Standing { epoch: LeaderEpoch(2), role: Role::Follower { in_sync: false, .. }, .. })
+    wait_until("the follower receives the metadata", || {
+        matches!(
+            two.status(),
+            ReplicaStatus { epoch: LeaderEpoch(2), role: ReplicaRole::Follower { in_sync: false, .. }, .. }
+        )
     })
     .await;
     net.heal(1, 2);
     for _ in 0..100 {
         tokio::task::yield_now().await;
-        assert!(!matches!(two.standing().role, Role::Follower { in_sync: true, .. }));
+        assert!(!matches!(two.status().role, ReplicaRole::Follower { in_sync: true, .. }));
     }
-    assert_eq!(two.marks().log_end, at(5));
-    assert!(bytes_of(&two, at(0)) == before, "it keeps its bytes");
+    assert_eq!(two.watermarks().log_end, at(5));
+    assert!(bytes_of(&two, at(0)) == before, "the log is unchanged");
 }
 
-/// A follower that was away copies the records that it missed, wherever they are, and a restarted one continues at its end.
+/// A follower that was away copies the records that it missed, and a restarted follower continues at its end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn restarted_replica_copies_missed_records() {
     let net = Net::new(2, 2, 1, false).await;
@@ -547,7 +553,7 @@ async fn restarted_replica_copies_missed_records() {
     let two = net.start(2, PLAIN, false).await;
     in_sync(&two).await;
     equal(&one, &two, 0).await;
-    assert_eq!(append(&one, &[60; 3000], Acks::All).await.unwrap().held, Held::Synced(2));
+    assert_eq!(append(&one, &[60; 3000], Acks::All).await.unwrap().durability, AckDurability::Persisted(2));
 }
 
 /// Brokers lead in turn while an idempotent producer retries everything until it is acknowledged.
@@ -562,12 +568,12 @@ async fn sequence_is_stored_once_across_leader_changes() {
         for sequence in 0..120 {
             let stamp = Some(ProducerSequence { id: 9, epoch: 0, base_sequence: sequence });
             loop {
-                let Some(leader) = partitions.iter().find(|partition| partition.standing().role.leads()) else {
+                let Some(leader) = partitions.iter().find(|partition| partition.status().role.leads()) else {
                     tokio::task::yield_now().await;
                     continue;
                 };
-                let answer = send(leader, batch(&sequence.to_be_bytes(), stamp), Acks::All).await;
-                match answer.await.unwrap() {
+                let receiver = send(leader, batch(&sequence.to_be_bytes(), stamp), Acks::All).await;
+                match receiver.await.unwrap() {
                     Ok(_) => break,
                     Err(AppendError::Deposed | AppendError::NotLeader { .. } | AppendError::Refused(_)) => {
                         tokio::task::yield_now().await;
@@ -579,9 +585,10 @@ async fn sequence_is_stored_once_across_leader_changes() {
     };
     let turns = async {
         for turn in 0..30u32 {
-            wait_until("all are in sync", || {
-                let followers =
-                    partitions.iter().filter(|p| matches!(p.standing().role, Role::Follower { in_sync: true, .. }));
+            wait_until("all replicas are in sync", || {
+                let followers = partitions
+                    .iter()
+                    .filter(|p| matches!(p.status().role, ReplicaRole::Follower { in_sync: true, .. }));
                 followers.count() == 2
             })
             .await;
@@ -589,7 +596,7 @@ async fn sequence_is_stored_once_across_leader_changes() {
         }
     };
     tokio::join!(produce, turns);
-    let leader = partitions.iter().find(|partition| partition.standing().role.leads()).unwrap();
+    let leader = partitions.iter().find(|partition| partition.status().role.leads()).unwrap();
     let expected: Vec<Vec<u8>> = (0..120i32).map(|n| n.to_be_bytes().to_vec()).collect();
     assert_eq!(consumed(leader).await, expected);
     for partition in &partitions {

@@ -1,5 +1,5 @@
 //! Brokers of one partition in one process: each has its own disk, the metadata store is a real one, and the network between the brokers
-//! can be cut. Nothing is decided here: links carry messages, ISR updates compare and set.
+//! can be cut. This file makes no decision: links carry messages, and ISR updates are compare-and-sets.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,34 +13,34 @@ use tokio::sync::Semaphore;
 use crate::partition::*;
 use crate::{
     cluster::{
-        Compare, EmbeddedStore, Keys, MetaStore, Outcome, PartitionValue, Revision, TierCommits, Transaction,
+        Compare, EmbeddedStore, Keys, MetaStore, PartitionValue, Revision, TierCommits, Transaction, TxnOutcome,
         Value as _,
     },
-    log::{Identity, Options, SimDisk},
+    log::{DataDirIdentity, LogOptions, SimDisk},
     model::{Compression, ConfigMap, TopicId},
     partition::leader::{
-        insync::{Agreed, Departure, Ends, Peer, Proposal, Registration},
-        join::Claim,
+        divergence::LogPosition,
+        isr::{BrokerStatus, DisconnectCause, IsrProposal, PeerId, ProposalOutcome, ReplicaProgress},
     },
     record::{BatchBuilder, Fingerprint, ProducerSequence},
     task::test_timeout::wait_until,
     telemetry::Metrics,
-    tier::{Cache, CacheOptions, Store, StoreOptions},
+    tier::{ChunkCache, ChunkCacheOptions, ObjectStoreOptions, TierStore},
 };
 
 /// The brokers and the network between them.
 pub(super) struct Net {
-    world: Mutex<World>,
+    state: Mutex<NetState>,
     pub(super) store: EmbeddedStore,
     pub(super) keys: Keys,
     pub(super) id: PartitionId,
-    bucket: Option<Store>,
+    object_store: Option<TierStore>,
     pub(super) min_insync: usize,
     tasks: Tasks,
 }
 
 #[derive(Default)]
-struct World {
+struct NetState {
     nodes: BTreeMap<BrokerId, Node>,
     /// Pairs of brokers without a connection, in either direction.
     cut: BTreeSet<(BrokerId, BrokerId)>,
@@ -49,27 +49,27 @@ struct World {
     /// Number of outcomes of proposals that are still to be lost.
     lost_outcomes: usize,
     /// True if proposals that admit a member are refused.
-    admit_nobody: bool,
+    refuse_admissions: bool,
     /// Proposals that were made.
-    proposals: Vec<Proposal>,
+    proposals: Vec<IsrProposal>,
     resigned: Vec<(BrokerId, LeaderEpoch)>,
 }
 
 pub(super) struct Node {
     pub(super) disk: SimDisk,
-    pub(super) log: Log,
+    pub(super) log: DataDir,
     pub(super) epoch: Revision,
-    pub(super) queue: UpkeepQueue,
+    pub(super) queue: MaintenanceQueue,
     pub(super) tasks: Tasks,
     partition: Option<Arc<Partition>>,
     follows: Option<BrokerId>,
     /// Number of its link's last subscription, and the wake set of the task that serves it.
-    place: u64,
-    ready: Arc<Ready>,
+    subscription: u64,
+    ready: Arc<WakeSet>,
 }
 
 /// One broker's side of the links and of the ISR updates.
-struct Wire {
+struct BrokerContext {
     me: BrokerId,
     net: Arc<Net>,
 }
@@ -85,25 +85,26 @@ pub(super) fn at(offset: u64) -> Offset {
 impl Net {
     /// Creates brokers 1 to `brokers`; the first `replicas` of them are in-sync replicas, led by broker 1 in epoch 1. No replica is open
     /// yet.
-    pub(super) async fn new(brokers: u32, replicas: u32, min_insync: usize, bucket: bool) -> Arc<Self> {
+    pub(super) async fn new(brokers: u32, replicas: u32, min_insync: usize, object_store: bool) -> Arc<Self> {
         let id = PartitionId::new(TopicId::from_bytes([9; 16]), 3);
         let replicas: Vec<BrokerId> = (1..=replicas).map(BrokerId).collect();
         let value = PartitionValue::new(replicas, LeaderEpoch(1));
         let (store, keys) = (EmbeddedStore::in_memory(), Keys::new("test").unwrap());
         store.transact(Transaction::new().put(keys.partition(id), value.encode())).await.unwrap();
-        let bucket = bucket.then(|| Store::open(&StoreOptions::new("memory://"), "test").unwrap());
-        let net = Self { world: Mutex::default(), store, keys, id, bucket, min_insync, tasks: Tasks::new() };
+        let object_store =
+            object_store.then(|| TierStore::open(&ObjectStoreOptions::new("memory://"), "test").unwrap());
+        let net = Self { state: Mutex::default(), store, keys, id, object_store, min_insync, tasks: Tasks::new() };
         for number in 1..=brokers {
             let disk = SimDisk::new();
             let node = Node {
                 log: open_log(&disk, BrokerId(number)),
                 disk,
                 epoch: Revision(1000 + u64::from(number)),
-                queue: UpkeepQueue::default(),
+                queue: MaintenanceQueue::default(),
                 tasks: Tasks::new(),
                 partition: None,
                 follows: None,
-                place: 0,
+                subscription: 0,
                 ready: Arc::default(),
             };
             net.world().nodes.insert(BrokerId(number), node);
@@ -111,8 +112,8 @@ impl Net {
         Arc::new(net)
     }
 
-    fn world(&self) -> MutexGuard<'_, World> {
-        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    fn world(&self) -> MutexGuard<'_, NetState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads, or changes, one broker's state.
@@ -121,8 +122,13 @@ impl Net {
     }
 
     /// Opens the replica of a broker, and assigns the stored value.
-    pub(super) async fn start(self: &Arc<Self>, of: u32, config: &[(&str, &str)], anew: bool) -> Arc<Partition> {
-        let partition = self.open(of, config, anew).await.unwrap();
+    pub(super) async fn start(
+        self: &Arc<Self>,
+        of: u32,
+        config: &[(&str, &str)],
+        discard_local: bool,
+    ) -> Arc<Partition> {
+        let partition = self.open(of, config, discard_local).await.unwrap();
         self.spread().await;
         partition
     }
@@ -131,29 +137,29 @@ impl Net {
         self: &Arc<Self>,
         of: u32,
         config: &[(&str, &str)],
-        anew: bool,
+        discard_local: bool,
     ) -> Result<Arc<Partition>, PartitionError> {
         let overrides: ConfigMap = config.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         let minimum: ConfigMap = [("min.insync.replicas".to_owned(), self.min_insync.to_string())].into();
         let committed = self.committed().await;
-        let tier = self.bucket.clone().map(|store| {
-            let cache = Cache::open(&CacheOptions::default(), &Metrics::new()).unwrap();
+        let tier = self.object_store.clone().map(|store| {
+            let cache = ChunkCache::open(&ChunkCacheOptions::default(), &Metrics::new()).unwrap();
             PartitionTier::new(store, cache, self.id, committed.clone().unwrap_or_default())
         });
-        let spec = Spec {
+        let spec = ReplicaSpec {
             id: self.id,
             topic: TopicName::new("events").unwrap(),
             config: Arc::new(TopicConfig::resolve(&minimum, &overrides).unwrap()),
             committed,
             tier,
-            alone: false,
-            anew,
-            lag_time: Duration::from_secs(10),
+            standalone: false,
+            discard_local,
+            max_lag_time: Duration::from_secs(10),
         };
-        let wire = Arc::new(Wire { me: BrokerId(of), net: Arc::clone(self) });
-        let around = Surroundings { links: wire.clone(), agreement: wire, ..Surroundings::alone() };
+        let context = Arc::new(BrokerContext { me: BrokerId(of), net: Arc::clone(self) });
+        let ctx = PartitionContext { links: context.clone(), isr_updater: context, ..PartitionContext::standalone() };
         let (log, queue, tasks) = self.node(of, |node| (node.log.clone(), node.queue.clone(), node.tasks.clone()));
-        let partition = Partition::open(BrokerId(of), &log, spec, around, &queue, &tasks)?;
+        let partition = Partition::open(BrokerId(of), &log, spec, ctx, &queue, &tasks)?;
         self.node(of, |node| node.partition = Some(Arc::clone(&partition)));
         Ok(partition)
     }
@@ -163,7 +169,7 @@ impl Net {
         let (partition, followers) = {
             let mut world = self.world();
             let node = world.nodes.get_mut(&BrokerId(of)).unwrap();
-            node.place += 1;
+            node.subscription += 1;
             let partition = node.partition.take();
             (partition, world.nodes.values().map(|node| Arc::clone(&node.ready)).collect::<Vec<_>>())
         };
@@ -206,8 +212,8 @@ impl Net {
         let key = self.keys.partition(self.id);
         let when = Compare::ModRevision(key.clone(), expect);
         match self.store.transact(Transaction::new().when(when).put(key, value.encode())).await.unwrap() {
-            Outcome::Done { revision } => Ok(revision),
-            Outcome::Refused { .. } => Err(()),
+            TxnOutcome::Committed { revision } => Ok(revision),
+            TxnOutcome::CompareFailed { .. } => Err(()),
         }
     }
 
@@ -216,7 +222,7 @@ impl Net {
         let dead: BTreeSet<BrokerId> = dead.iter().map(|id| BrokerId(*id)).collect();
         let min_insync = self.min_insync;
         self.change(move |value| {
-            value.elect(BrokerId(to), |id| !dead.contains(&id), min_insync).expect("it may be elected")
+            value.elect(BrokerId(to), |id| !dead.contains(&id), min_insync).expect("the broker can be elected")
         })
         .await;
     }
@@ -225,19 +231,19 @@ impl Net {
     pub(super) async fn spread(&self) {
         let (value, revision) = self.value().await;
         let committed = self.committed().await;
-        let (value, mut hear) = (Arc::new(value), Vec::new());
+        let (value, mut receivers) = (Arc::new(value), Vec::new());
         let registered = {
             let world = self.world();
             for (id, node) in &world.nodes {
                 if let Some(partition) = node.partition.as_ref().filter(|_| !world.blind.contains(id)) {
-                    hear.push(Arc::clone(partition));
+                    receivers.push(Arc::clone(partition));
                 }
             }
-            world.nodes.iter().map(|(id, node)| (*id, Registration::Running(node.epoch))).collect::<BTreeMap<_, _>>()
+            world.nodes.iter().map(|(id, node)| (*id, BrokerStatus::Registered(node.epoch))).collect::<BTreeMap<_, _>>()
         };
-        for partition in hear {
+        for partition in receivers {
             let (value, committed, registered) = (Arc::clone(&value), committed.clone(), registered.clone());
-            partition.assign(Assignment { value, revision, committed, registered }).await;
+            partition.assign(PartitionAssignment { value, revision, committed, registered }).await;
         }
     }
 
@@ -265,7 +271,7 @@ impl Net {
     pub(super) fn heal(self: &Arc<Self>, one: u32, other: u32) {
         self.world().cut.remove(&pair(BrokerId(one), BrokerId(other)));
         for me in [one, other] {
-            self.say_up(BrokerId(me), Duration::ZERO);
+            self.notify_connected(BrokerId(me), Duration::ZERO);
         }
     }
 
@@ -274,12 +280,12 @@ impl Net {
         self.world().lost_outcomes = count;
     }
 
-    /// Refuses proposals that admit a member from now on, or accepts them again.
-    pub(super) fn admit_nobody(&self, nobody: bool) {
-        self.world().admit_nobody = nobody;
+    /// Refuses proposals that admit a member from now on, or accepts such proposals again.
+    pub(super) fn refuse_admissions(&self, refuse: bool) {
+        self.world().refuse_admissions = refuse;
     }
 
-    pub(super) fn proposals(&self) -> Vec<Proposal> {
+    pub(super) fn proposals(&self) -> Vec<IsrProposal> {
         self.world().proposals.clone()
     }
 
@@ -290,9 +296,9 @@ impl Net {
     /// Runs maintenance of one replica until no work is left, then assigns the stored value to all brokers.
     pub(super) async fn settle(&self, of: u32) {
         let partition = self.partition(BrokerId(of)).unwrap();
-        let upkeep = Upkeep::new(TierCommits::new(Arc::new(self.store.clone()), self.keys.clone()));
-        while upkeep.step(&partition).await.unwrap().more {}
-        crate::partition::upkeep::local(&partition).await.unwrap();
+        let maintenance = MaintenanceRunner::new(TierCommits::new(Arc::new(self.store.clone()), self.keys.clone()));
+        while maintenance.step(&partition).await.unwrap().more {}
+        crate::partition::maintenance::local(&partition).await.unwrap();
         self.spread().await;
     }
 
@@ -301,7 +307,7 @@ impl Net {
         !world.cut.contains(&pair(me, other)) && world.nodes[&other].partition.is_some()
     }
 
-    fn say_up(self: &Arc<Self>, me: BrokerId, after: Duration) {
+    fn notify_connected(self: &Arc<Self>, me: BrokerId, after: Duration) {
         let net = Arc::clone(self);
         self.tasks.spawn("up", async move {
             tokio::time::sleep(after).await;
@@ -309,56 +315,63 @@ impl Net {
             if let (Some(leader), Some(partition)) = (follows, partition)
                 && net.reach(me, leader)
             {
-                partition.from_link(FromLink::Up).unwrap();
+                partition.on_link_event(LinkEvent::Connected).unwrap();
             }
         });
     }
 
     /// Runs one subscription of `me` on its link to the leader: the request, its response, then batches one way and acknowledgements the
     /// other.
-    async fn serve(self: Arc<Self>, me: BrokerId, place: u64, ready: Arc<Ready>, join: (LeaderEpoch, Claim, Ends)) {
-        let (epoch, claim, ends) = join;
-        let (leader, here, broker_epoch) = self.node(me.0, |node| (node.follows, node.partition.clone(), node.epoch));
-        let (Some(leader), Some(here)) = (leader, here) else { return };
-        let Some(there) = self.partition(leader).filter(|_| self.reach(me, leader)) else { return };
-        let peer = Peer { broker: me, epoch: broker_epoch };
-        let answered = there.join(peer, epoch, claim, ends).await;
-        let stands = || self.node(me.0, |node| node.place == place) && self.reach(me, leader);
-        if !stands() {
+    async fn serve(
+        self: Arc<Self>,
+        me: BrokerId,
+        subscription: u64,
+        ready: Arc<WakeSet>,
+        request: (LeaderEpoch, LogPosition, ReplicaProgress),
+    ) {
+        let (epoch, position, progress) = request;
+        let (leader, follower, broker_epoch) =
+            self.node(me.0, |node| (node.follows, node.partition.clone(), node.epoch));
+        let (Some(leader), Some(follower)) = (leader, follower) else { return };
+        let Some(leading) = self.partition(leader).filter(|_| self.reach(me, leader)) else { return };
+        let peer = PeerId { broker: me, epoch: broker_epoch };
+        let response = leading.subscribe(peer, epoch, position, progress).await;
+        let is_current = || self.node(me.0, |node| node.subscription == subscription) && self.reach(me, leader);
+        if !is_current() {
             // A broker that stopped meanwhile reported that before this request arrived: the subscription must not be the last event.
             if self.partition(me).is_none() {
-                there.left(peer, Departure::Stopping).await;
+                leading.on_follower_disconnected(peer, DisconnectCause::ShuttingDown).await;
             }
             return;
         }
-        here.from_link(FromLink::Answer(answered.clone())).unwrap();
-        let Joined::At(mut from) = answered.join else { return };
-        let (tail, mut told) = (there.tail(), answered.high_watermark);
-        there.follow(&ready, 0, On::Written);
-        there.follow(&ready, 0, On::Committed);
-        here.follow(&ready, 1, On::Progress);
-        while stands() && tail.epoch() == answered.epoch {
-            ready.wait().await;
-            let what = ready.take();
-            if !stands() {
+        follower.on_link_event(LinkEvent::Response(response.clone())).unwrap();
+        let SubscribeOutcome::Accepted(mut from) = response.outcome else { return };
+        let (tail, mut sent_high_watermark) = (leading.tail(), response.high_watermark);
+        leading.follow(&ready, 0, WatermarkKind::LogEnd);
+        leading.follow(&ready, 0, WatermarkKind::HighWatermark);
+        follower.follow(&ready, 1, WatermarkKind::AnyEnd);
+        while is_current() && tail.epoch() == response.epoch {
+            ready.wait_for_index().await;
+            let index = ready.take();
+            if !is_current() {
                 break;
             }
-            if what == Some(1) {
-                there.acknowledged(peer, epoch, here.ends());
+            if index == Some(1) {
+                leading.acknowledged(peer, epoch, follower.progress());
                 continue;
             }
             let Ok(batches) = read(&tail, &mut from).await else { break };
-            let high_watermark = tail.ends().1;
-            if !batches.is_empty() || high_watermark != told {
-                told = high_watermark;
-                here.from_link(FromLink::Pieces { epoch: answered.epoch, high_watermark, batches }).unwrap();
+            let high_watermark = tail.progress().1;
+            if !batches.is_empty() || high_watermark != sent_high_watermark {
+                sent_high_watermark = high_watermark;
+                follower.on_link_event(LinkEvent::Batches { epoch: response.epoch, high_watermark, batches }).unwrap();
             }
         }
         // A replaced subscription was ended by its follower's own request.
-        if self.node(me.0, |node| node.place == place) {
-            there.left(peer, Departure::LinkLost).await;
-            here.from_link(FromLink::Down).unwrap();
-            self.say_up(me, Duration::from_millis(10));
+        if self.node(me.0, |node| node.subscription == subscription) {
+            leading.on_follower_disconnected(peer, DisconnectCause::LinkLost).await;
+            follower.on_link_event(LinkEvent::Disconnected).unwrap();
+            self.notify_connected(me, Duration::from_millis(10));
         }
     }
 }
@@ -380,59 +393,67 @@ fn pair(one: BrokerId, other: BrokerId) -> (BrokerId, BrokerId) {
     (one.min(other), one.max(other))
 }
 
-fn open_log(disk: &SimDisk, broker: BrokerId) -> Log {
-    let identity = Identity { cluster: "test".to_owned(), broker };
-    let options = Options { journal_bytes: 4 << 20, tail_bytes: 24 << 10, reserve_bytes: 0, ..Options::default() };
-    Log::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap()
+fn open_log(disk: &SimDisk, broker: BrokerId) -> DataDir {
+    let identity = DataDirIdentity { cluster: "test".to_owned(), broker };
+    let options =
+        LogOptions { journal_bytes: 4 << 20, tail_bytes: 24 << 10, reserve_bytes: 0, ..LogOptions::default() };
+    DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap()
 }
 
-impl Links for Wire {
-    fn follow(&self, _: PartitionId, leader: BrokerId) {
+impl ReplicationLinks for BrokerContext {
+    fn start_following(&self, _: PartitionId, leader: BrokerId) {
         self.net.node(self.me.0, |node| node.follows = Some(leader));
-        self.net.say_up(self.me, Duration::ZERO);
+        self.net.notify_connected(self.me, Duration::ZERO);
     }
 
-    fn join(&self, _: PartitionId, epoch: LeaderEpoch, claim: Claim, ends: Ends) {
-        let (place, ready) = self.net.node(self.me.0, |node| {
-            node.place += 1;
+    fn subscribe(&self, _: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress) {
+        let (subscription, ready) = self.net.node(self.me.0, |node| {
+            node.subscription += 1;
             // Ends the task of the subscription before.
             node.ready.mark(2);
             node.ready = Arc::default();
-            (node.place, Arc::clone(&node.ready))
+            (node.subscription, Arc::clone(&node.ready))
         });
-        self.net.tasks.spawn("link", Arc::clone(&self.net).serve(self.me, place, ready, (epoch, claim, ends)));
+        self.net
+            .tasks
+            .spawn("link", Arc::clone(&self.net).serve(self.me, subscription, ready, (epoch, position, progress)));
     }
 
-    fn again(&self, _: PartitionId) {
-        self.net.say_up(self.me, Duration::from_millis(5));
+    fn retry_later(&self, _: PartitionId) {
+        self.net.notify_connected(self.me, Duration::from_millis(5));
     }
 
-    fn leave(&self, _: PartitionId, known: LeaderEpoch, stopping: bool) {
+    fn unsubscribe(&self, _: PartitionId, known: LeaderEpoch, stopping: bool) {
         let (followed, epoch) = self.net.node(self.me.0, |node| {
-            node.place += 1;
+            node.subscription += 1;
             node.ready.mark(2);
             (node.follows.take(), node.epoch)
         });
         let Some(leader) = followed.filter(|leader| self.net.reach(self.me, *leader)) else { return };
-        let (net, peer) = (Arc::clone(&self.net), Peer { broker: self.me, epoch });
+        let (net, peer) = (Arc::clone(&self.net), PeerId { broker: self.me, epoch });
         self.net.tasks.spawn("leave", async move {
-            let Some(there) = net.partition(leader) else { return };
-            if known > there.epoch() {
-                there.deposed(known).await;
+            let Some(leading) = net.partition(leader) else { return };
+            if known > leading.epoch() {
+                leading.deposed(known).await;
             }
-            there.left(peer, if stopping { Departure::Stopping } else { Departure::LinkLost }).await;
+            leading
+                .on_follower_disconnected(
+                    peer,
+                    if stopping { DisconnectCause::ShuttingDown } else { DisconnectCause::LinkLost },
+                )
+                .await;
         });
     }
 }
 
-impl Agreement for Wire {
-    fn propose(&self, _: PartitionId, proposal: Proposal) {
+impl IsrUpdater for BrokerContext {
+    fn propose(&self, _: PartitionId, proposal: IsrProposal) {
         let (me, net) = (self.me, Arc::clone(&self.net));
         net.world().proposals.push(proposal.clone());
         self.net.tasks.spawn("propose", async move {
-            let known = |peer: &Peer| net.node(peer.broker.0, |node| node.epoch == peer.epoch);
-            let barred = net.world().admit_nobody && !proposal.added.is_empty();
-            let admitted = !barred && proposal.added.iter().all(known);
+            let is_current = |peer: &PeerId| net.node(peer.broker.0, |node| node.epoch == peer.epoch);
+            let is_refused = net.world().refuse_admissions && !proposal.added.is_empty();
+            let admitted = !is_refused && proposal.added.iter().all(is_current);
             let done = if admitted { net.set(proposal.expect, &proposal.value).await } else { Err(()) };
             let lost = {
                 let mut world = net.world();
@@ -441,15 +462,15 @@ impl Agreement for Wire {
                 lost
             };
             let outcome = match done {
-                _ if lost => Agreed::Unknown,
-                Ok(revision) => Agreed::Done(revision),
+                _ if lost => ProposalOutcome::Unknown,
+                Ok(revision) => ProposalOutcome::Committed(revision),
                 Err(()) => {
                     let (value, revision) = net.value().await;
-                    Agreed::Found(value, revision)
+                    ProposalOutcome::CurrentValue(value, revision)
                 }
             };
             if let Some(partition) = net.partition(me) {
-                partition.agreed(outcome).await;
+                partition.on_isr_outcome(outcome).await;
             }
             if !lost {
                 net.spread().await;
@@ -462,7 +483,7 @@ impl Agreement for Wire {
         self.net.tasks.spawn("read back", async move {
             let (value, revision) = net.value().await;
             if let Some(partition) = net.partition(me) {
-                partition.agreed(Agreed::Found(value, revision)).await;
+                partition.on_isr_outcome(ProposalOutcome::CurrentValue(value, revision)).await;
             }
         });
     }
@@ -510,7 +531,7 @@ pub(super) async fn tick(partition: &Partition, now_ms: u64) {
     // Older than every known value.
     let nothing = || {
         let (value, revision) = (Arc::new(PartitionValue::new(vec![broker(1)], LeaderEpoch(0))), Revision::ZERO);
-        Assignment { value, revision, committed: None, registered: BTreeMap::new() }
+        PartitionAssignment { value, revision, committed: None, registered: BTreeMap::new() }
     };
     partition.assign(nothing()).await;
     partition.tick(now_ms);
@@ -518,13 +539,13 @@ pub(super) async fn tick(partition: &Partition, now_ms: u64) {
 }
 
 pub(super) async fn append(partition: &Partition, value: &[u8], acks: Acks) -> AppendResult {
-    let answer = send(partition, batch(value, None), acks).await;
-    tokio::time::timeout(Duration::from_secs(20), answer).await.expect("it is answered").unwrap()
+    let receiver = send(partition, batch(value, None), acks).await;
+    tokio::time::timeout(Duration::from_secs(20), receiver).await.expect("the write gets a result in time").unwrap()
 }
 
 /// Returns the bytes of a replica's disk, from `from` on.
 pub(super) fn bytes_of(partition: &Partition, from: Offset) -> Vec<u8> {
-    let (end, mut at, mut bytes) = (partition.marks().log_end, from, Vec::new());
+    let (end, mut at, mut bytes) = (partition.watermarks().log_end, from, Vec::new());
     while at < end {
         let read = partition.tail.read_disk(at, end, 1 << 20).unwrap();
         read.chunks.iter().for_each(|chunk| bytes.extend_from_slice(chunk));
@@ -535,11 +556,14 @@ pub(super) fn bytes_of(partition: &Partition, from: Offset) -> Vec<u8> {
 
 /// Waits until both logs end at the same offset, and checks that they hold the same bytes from `from` on.
 pub(super) async fn equal(one: &Partition, other: &Partition, from: u64) {
-    wait_until("equal ends", || one.marks().log_end == other.marks().log_end).await;
+    wait_until("equal ends", || one.watermarks().log_end == other.watermarks().log_end).await;
     assert!(bytes_of(one, at(from)) == bytes_of(other, at(from)), "the logs differ");
 }
 
 /// Waits until the replica follows and is in sync.
 pub(super) async fn in_sync(partition: &Partition) {
-    wait_until("in sync", || matches!(partition.standing().role, Role::Follower { in_sync: true, .. })).await;
+    wait_until("the replica is in sync", || {
+        matches!(partition.status().role, ReplicaRole::Follower { in_sync: true, .. })
+    })
+    .await;
 }

@@ -1,7 +1,8 @@
-//! A retry is recognised whatever form the broker gave its batch, after a failover and after a change of the topic's configuration.
+//! A retry is recognised in each form that a broker gives its batch, after a failover and after a change of the topic's
+//! configuration.
 
 use super::{net::send_as, *};
-use crate::{model::Compression, partition::leader::Refused, record::BatchBuilder};
+use crate::{model::Compression, partition::leader::AdmitError, record::BatchBuilder};
 
 const APPEND_TIME: &[(&str, &str)] =
     &[("remote.storage.enable", "false"), ("retention.ms", "-1"), ("message.timestamp.type", "LogAppendTime")];
@@ -44,7 +45,7 @@ async fn retry_is_a_duplicate_after_failover_and_alter() {
             assert_eq!((again.base, again.duplicate), (stored.base, true), "{form:?}, {before:?}");
         }
         net.elect(2, &[]).await;
-        wait_until("it leads", || two.standing().role.leads()).await;
+        wait_until("broker 2 leads", || two.status().role.leads()).await;
         in_sync(&one).await;
         for (sequence, stored) in (0..).zip(FORMS) {
             let base = at(u64::try_from(sequence).unwrap());
@@ -61,7 +62,7 @@ async fn retry_is_a_duplicate_after_failover_and_alter() {
             }
             let other = offer(&two, retries[0], b"other", sequence).await;
             if stored == Form::AsSent && before == PLAIN {
-                let conflict = Refused::SequenceConflict { producer: 9, sent: sequence, base };
+                let conflict = AdmitError::SequenceConflict { producer: 9, sent: sequence, base };
                 assert_eq!(other, Err(AppendError::Refused(conflict)), "{before:?} to {after:?}");
             } else {
                 // Neither broker has the batch that the client sent.

@@ -1,0 +1,113 @@
+//! Mapping from errors of admin operations to API errors.
+
+use crate::{
+    cluster::{
+        CancelError, DrainError, ElectError, ReassignError, TargetError, UnknownBrokers, UnknownPartition, WriteError,
+    },
+    model::BrokerId,
+    proto::error::{ApiError, ErrorCode},
+};
+
+fn list(ids: &[BrokerId]) -> String {
+    ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+impl From<UnknownBrokers> for ApiError {
+    fn from(error: UnknownBrokers) -> Self {
+        let message = error.to_string();
+        Self::new(ErrorCode::UnknownBroker, message).with("brokers", list(&error.ids)).with("known", list(&error.known))
+    }
+}
+
+impl From<UnknownPartition> for ApiError {
+    fn from(error: UnknownPartition) -> Self {
+        Self::new(ErrorCode::UnknownPartition, error.to_string())
+            .with("topic", error.topic)
+            .with("partition", error.number)
+            .with("partitions", error.count)
+    }
+}
+
+impl From<TargetError> for ApiError {
+    fn from(error: TargetError) -> Self {
+        match error {
+            TargetError::Topic(unknown) => unknown.into(),
+            TargetError::Partition(unknown) => unknown.into(),
+        }
+    }
+}
+
+impl From<WriteError> for ApiError {
+    fn from(error: WriteError) -> Self {
+        let message = error.to_string();
+        match error {
+            WriteError::Unreadable { .. } => Self::new(ErrorCode::FailedPrecondition, message),
+            WriteError::Conflict { .. } => Self::new(ErrorCode::Conflict, message),
+            WriteError::Store { source, .. } => Self { message, ..source.into() },
+        }
+    }
+}
+
+impl From<DrainError> for ApiError {
+    fn from(error: DrainError) -> Self {
+        match error {
+            DrainError::Unknown(unknown) => unknown.into(),
+            DrainError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<ReassignError> for ApiError {
+    fn from(error: ReassignError) -> Self {
+        let message = error.to_string();
+        match error {
+            ReassignError::Unknown(unknown) => unknown.into(),
+            ReassignError::Brokers(unknown) => unknown.into(),
+            ReassignError::Repeated { id } => Self::new(ErrorCode::InvalidRequest, message).with("broker", id),
+            ReassignError::Factor { factor, asked, .. } => {
+                Self::new(ErrorCode::InvalidRequest, message).with("replication_factor", factor).with("brokers", asked)
+            }
+            ReassignError::Gone { ids, .. }
+            | ReassignError::Draining { ids }
+            | ReassignError::Full { ids, .. }
+            | ReassignError::Unreachable { ids, .. } => {
+                Self::new(ErrorCode::FailedPrecondition, message).with("brokers", list(&ids))
+            }
+            ReassignError::Bound(bound) => super::above_bound(message, bound),
+            ReassignError::Write(error) => error.into(),
+        }
+    }
+}
+
+impl From<CancelError> for ApiError {
+    fn from(error: CancelError) -> Self {
+        let message = error.to_string();
+        match error {
+            CancelError::Unknown(unknown) => unknown.into(),
+            CancelError::Nothing { .. } => Self::new(ErrorCode::NoReassignmentInProgress, message),
+            CancelError::OnlyNew { .. } => Self::new(ErrorCode::FailedPrecondition, message),
+            CancelError::Write(error) => error.into(),
+        }
+    }
+}
+
+impl From<ElectError> for ApiError {
+    fn from(error: ElectError) -> Self {
+        let message = error.to_string();
+        match error {
+            ElectError::Unknown(unknown) => unknown.into(),
+            ElectError::Unfit { .. }
+            | ElectError::Led { .. }
+            | ElectError::Clean { .. }
+            | ElectError::NoReplica { .. } => Self::new(ErrorCode::FailedPrecondition, message),
+            ElectError::Nobody { waited, .. } => {
+                Self::new(ErrorCode::NoLeader, message).with("waited_for", list(&waited))
+            }
+            ElectError::Silent { replicas, .. } => {
+                Self::new(ErrorCode::NoLeader, message).with("waited_for", list(&replicas))
+            }
+            ElectError::Changed { .. } | ElectError::Unusable { .. } => Self::new(ErrorCode::Conflict, message),
+            ElectError::Write(error) => error.into(),
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Checks that many callers request at the same time. All waiting callers of one key share one check and its outcome. No I/O of its own.
+
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use tokio::sync::Semaphore;
+
+/// Checks by key. One check per key runs at a time, and a bounded number in total.
+pub(super) struct SharedChecks<K, T> {
+    turns: Semaphore,
+    checks: Mutex<BTreeMap<K, Weak<Check<T>>>>,
+}
+
+/// Checks of one key, kept while a caller waits.
+struct Check<T> {
+    /// Number of checks that have started.
+    begun: AtomicU64,
+    /// Number and outcome of the last completed check. The caller that runs a check holds the lock, also while it waits for its turn.
+    last: tokio::sync::Mutex<Option<(u64, T)>>,
+}
+
+impl<K: Ord, T: Clone> SharedChecks<K, T> {
+    /// Allows at most `max` concurrent checks.
+    pub(super) fn new(max: usize) -> Self {
+        Self { turns: Semaphore::new(max), checks: Mutex::default() }
+    }
+
+    /// Returns the outcome of a check that starts after this call: a check in progress may have observed an older state than the caller.
+    /// The first of the waiting callers runs the check.
+    pub(super) async fn run<F>(&self, key: K, check: impl FnOnce() -> F) -> T
+    where
+        F: Future<Output = T>,
+    {
+        let checks = self.of(key);
+        let before = checks.begun.load(Ordering::SeqCst);
+        let mut last = checks.last.lock().await;
+        if let Some((number, outcome)) = &*last
+            && *number > before
+        {
+            return outcome.clone();
+        }
+        let _turn = self.turns.acquire().await.expect("the semaphore is never closed");
+        let number = checks.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        let outcome = check().await;
+        *last = Some((number, outcome.clone()));
+        outcome
+    }
+
+    /// Returns the checks of a key. Removes those of keys without waiting callers.
+    fn of(&self, key: K) -> Arc<Check<T>> {
+        let mut checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
+        checks.retain(|_, check| check.strong_count() > 0);
+        if let Some(check) = checks.get(&key).and_then(Weak::upgrade) {
+            return check;
+        }
+        let check = Arc::new(Check { begun: AtomicU64::new(0), last: tokio::sync::Mutex::default() });
+        checks.insert(key, Arc::downgrade(&check));
+        check
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::atomic::AtomicUsize, time::Duration};
+
+    use futures::{StreamExt as _, stream::FuturesUnordered};
+
+    use super::*;
+    use crate::task::clock;
+
+    /// Duration of one check.
+    const CHECK: Duration = Duration::from_secs(1);
+
+    /// Regression: a flood of reports about live brokers delayed a true report until all of their probes had ended.
+    #[tokio::test(start_paused = true)]
+    async fn callers_of_one_key_share_one_turn() {
+        let (checks, runs) = (SharedChecks::new(1), AtomicUsize::new(0));
+        let check = |key: u32| {
+            let runs = &runs;
+            checks.run(key, async move || {
+                runs.fetch_add(1, Ordering::Relaxed);
+                tokio::time::sleep(CHECK).await;
+                key
+            })
+        };
+        let began = clock::monotonic();
+        let flood: FuturesUnordered<_> = (0..1000).map(|_| check(1)).collect();
+        let (outcomes, late) = tokio::join!(flood.collect::<Vec<_>>(), async {
+            tokio::time::sleep(CHECK / 2).await;
+            let outcome = check(2).await;
+            (outcome, began.elapsed())
+        });
+        assert_eq!(outcomes, [1; 1000]);
+        // One check for the first caller, one for those that arrived meanwhile, and one for the other key, which waits for the first check
+        // only.
+        assert_eq!((late, runs.into_inner()), ((2, 2 * CHECK), 3));
+        assert_eq!(checks.checks.lock().unwrap().values().filter(|check| check.strong_count() > 0).count(), 0);
+    }
+
+    /// A process that exits during a probe may have responded to that probe. A report that arrives then concerns a later moment.
+    #[tokio::test(start_paused = true)]
+    async fn caller_during_check_gets_next_outcome() {
+        let (checks, runs) = (SharedChecks::new(4), AtomicUsize::new(0));
+        let check = async |after: Duration| {
+            tokio::time::sleep(after).await;
+            checks
+                .run((), async || {
+                    let number = runs.fetch_add(1, Ordering::Relaxed);
+                    tokio::time::sleep(CHECK).await;
+                    number
+                })
+                .await
+        };
+        let (first, second, third) = tokio::join!(check(Duration::ZERO), check(CHECK / 2), check(CHECK / 3));
+        assert_eq!((first, second, third), (0, 1, 1));
+    }
+
+    /// A dropped caller takes no outcome with it.
+    #[tokio::test(start_paused = true)]
+    async fn dropped_check_is_run_by_next_caller() {
+        let checks = SharedChecks::new(1);
+        let check = |number: u32| {
+            checks.run((), async move || {
+                tokio::time::sleep(CHECK).await;
+                number
+            })
+        };
+        let (dropped, outcome) = tokio::join!(tokio::time::timeout(CHECK / 2, check(1)), check(2));
+        assert!(dropped.is_err());
+        assert_eq!(outcome, 2);
+    }
+}

@@ -1,0 +1,332 @@
+//! Routing metadata: a cache of leaders, replicas and broker addresses.
+//!
+//! Callers read the cache without waiting. A caller that finds the cache outdated names the generation that it used and
+//! requests a newer one. Concurrent requests share one call to a broker. A leader is never replaced by one of a lower
+//! leader epoch, so a broker with old metadata cannot send a client back.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
+};
+
+use super::{connection::BrokerAddress, error::CallError, lock::lock, replica_selector::select_replica};
+use crate::{
+    model::{BrokerId, LeaderEpoch, TopicId},
+    proto::{
+        error::{ApiError, ErrorCode},
+        v1,
+    },
+};
+
+/// Routing metadata of one topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TopicRoute {
+    /// Topic id; a topic created later under the same name has another id.
+    pub id: TopicId,
+    /// Partitions by number.
+    pub partitions: Vec<PartitionRoute>,
+    /// Maximum size of a stored batch in bytes.
+    pub max_message_bytes: usize,
+    /// Configured `compression.type`.
+    pub compression_type: String,
+}
+
+/// Leader and replicas of one partition.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PartitionRoute {
+    /// Leader; `None` during an election.
+    pub leader: Option<BrokerId>,
+    /// Leader epoch.
+    pub epoch: LeaderEpoch,
+    /// Replicas, the preferred leader first.
+    pub replicas: Vec<BrokerId>,
+    /// In-sync replicas.
+    pub isr: Vec<BrokerId>,
+}
+
+/// Address and rack of a broker.
+#[derive(Clone, Debug)]
+struct BrokerEndpoint {
+    address: BrokerAddress,
+    /// Rack; empty if the broker has none.
+    rack: String,
+}
+
+/// Broker at which a consumer reads a partition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ReadTarget {
+    /// Address of the broker.
+    pub(super) address: BrokerAddress,
+    /// True if the broker is a follower.
+    pub(super) follows: bool,
+    /// Topic id.
+    pub(super) topic: TopicId,
+    /// Newest leader epoch of the partition in the cache.
+    pub(super) epoch: LeaderEpoch,
+}
+
+#[derive(Debug, Default)]
+struct RoutingSnapshot {
+    generation: u64,
+    brokers: BTreeMap<BrokerId, BrokerEndpoint>,
+    topics: BTreeMap<String, Result<Arc<TopicRoute>, ApiError>>,
+}
+
+/// Cache of routing metadata.
+#[derive(Debug, Default)]
+pub(super) struct RoutingTable {
+    snapshot: Mutex<RoutingSnapshot>,
+    /// Held by the one caller that requests metadata from a broker.
+    refreshing: tokio::sync::Mutex<()>,
+}
+
+impl RoutingTable {
+    /// Returns the generation, which grows with each refresh. Read it before a call, and pass it to
+    /// [`RoutingTable::refresh`] if the call fails.
+    pub(super) fn generation(&self) -> u64 {
+        lock(&self.snapshot).generation
+    }
+
+    /// Returns the topic if it is cached; an error if the last metadata had an error for it.
+    pub(super) fn topic(&self, name: &str) -> Option<Result<Arc<TopicRoute>, ApiError>> {
+        lock(&self.snapshot).topics.get(name).cloned()
+    }
+
+    /// Returns the address of a partition's leader.
+    pub(super) fn leader(&self, topic: &str, partition: u32) -> Option<BrokerAddress> {
+        let snapshot = lock(&self.snapshot);
+        let route = snapshot.topics.get(topic)?.as_ref().ok()?;
+        let leader = route.partitions.get(usize::try_from(partition).ok()?)?.leader?;
+        snapshot.brokers.get(&leader).map(|endpoint| endpoint.address.clone())
+    }
+
+    /// Returns the broker at which a consumer in `rack` reads a partition: an in-sync replica in the rack, else the
+    /// leader.
+    pub(super) fn source(&self, topic: &str, partition: u32, rack: Option<&str>) -> Option<ReadTarget> {
+        let snapshot = lock(&self.snapshot);
+        let topic_route = snapshot.topics.get(topic)?.as_ref().ok()?;
+        let route = topic_route.partitions.get(usize::try_from(partition).ok()?)?;
+        let rack_of = |broker| snapshot.brokers.get(&broker).map(|endpoint| endpoint.rack.as_str());
+        let broker = select_replica(rack, (topic, partition), route, rack_of)?;
+        let address = snapshot.brokers.get(&broker)?.address.clone();
+        Some(ReadTarget { address, follows: route.leader != Some(broker), topic: topic_route.id, epoch: route.epoch })
+    }
+
+    /// Returns the brokers of the last metadata.
+    pub(super) fn brokers(&self) -> Vec<BrokerAddress> {
+        lock(&self.snapshot).brokers.values().map(|endpoint| endpoint.address.clone()).collect()
+    }
+
+    /// Returns the broker that advertises an address.
+    pub(super) fn broker_at(&self, address: &BrokerAddress) -> Option<BrokerId> {
+        lock(&self.snapshot).brokers.iter().find(|(_, endpoint)| endpoint.address == *address).map(|(id, _)| *id)
+    }
+
+    /// Applies the leader hint of a broker that does not lead a partition (docs/errors.md). Returns true if the hint is
+    /// newer than the cache; no metadata request is needed then. A hint without a newer epoch is ignored, so that two
+    /// brokers that name each other cannot send a client back and forth.
+    pub(super) fn apply_leader_hint(&self, topic: &str, partition: u32, error: &ApiError) -> bool {
+        if !matches!(error.code, ErrorCode::NotLeader | ErrorCode::NotReady) {
+            return false;
+        }
+        let leader = error.number("leader").and_then(|id| u32::try_from(id).ok()).map(BrokerId);
+        let epoch = error.number("leader_epoch").and_then(|epoch| LeaderEpoch::from_i32(i32::try_from(epoch).ok()?));
+        let address = error.metadata.get("address").and_then(|address| BrokerAddress::parse(address).ok());
+        let (Some(leader), Some(epoch), Some(address)) = (leader, epoch, address) else { return false };
+        let mut snapshot = lock(&self.snapshot);
+        let Some(Ok(route)) = snapshot.topics.get_mut(topic) else { return false };
+        let Ok(number) = usize::try_from(partition) else { return false };
+        if route.partitions.get(number).is_none_or(|cached| cached.epoch >= epoch) {
+            return false;
+        }
+        let cached = &mut Arc::make_mut(route).partitions[number];
+        (cached.leader, cached.epoch) = (Some(leader), epoch);
+        let rack = snapshot.brokers.remove(&leader).map_or_else(String::new, |endpoint| endpoint.rack);
+        snapshot.brokers.insert(leader, BrokerEndpoint { address, rack });
+        true
+    }
+
+    /// Refreshes the cache if its generation is not above `seen` or a topic of `wanted` is missing, and adds these
+    /// topics. `request` requests metadata from a broker. `request` is not called if another caller has refreshed the
+    /// cache since.
+    pub(super) async fn refresh<F, R>(&self, seen: u64, wanted: &[&str], request: F) -> Result<(), CallError>
+    where
+        F: FnOnce(Vec<String>) -> R,
+        R: Future<Output = Result<v1::GetMetadataResponse, CallError>>,
+    {
+        let _one_at_a_time = self.refreshing.lock().await;
+        let topics: BTreeSet<String> = {
+            let snapshot = lock(&self.snapshot);
+            if snapshot.generation > seen && wanted.iter().all(|name| snapshot.topics.contains_key(*name)) {
+                return Ok(());
+            }
+            // Topics that do not exist are requested only while a caller needs them.
+            let cached = snapshot.topics.iter().filter(|(_, route)| route.is_ok()).map(|(name, _)| name.clone());
+            cached.chain(wanted.iter().map(|name| (*name).to_owned())).collect()
+        };
+        let response = request(topics.into_iter().collect()).await?;
+        lock(&self.snapshot).take(response)?;
+        Ok(())
+    }
+}
+
+impl RoutingSnapshot {
+    fn take(&mut self, response: v1::GetMetadataResponse) -> Result<(), ApiError> {
+        let mut brokers = BTreeMap::new();
+        for broker in response.brokers {
+            let address = BrokerAddress::parse(&broker.address).map_err(|error| {
+                let message = format!("broker {} advertises an unusable address: {error}", broker.id);
+                ApiError::new(ErrorCode::Internal, message)
+            })?;
+            brokers.insert(BrokerId(broker.id), BrokerEndpoint { address, rack: broker.rack });
+        }
+        self.brokers = brokers;
+        let mut topics = BTreeMap::new();
+        for topic in response.topics {
+            let name = topic.name.clone();
+            let old = self.topics.get(&name).and_then(|route| route.as_ref().ok());
+            let route = read_topic(topic, old.map(|route| &**route));
+            topics.insert(name, route.map(Arc::new));
+        }
+        self.topics = topics;
+        self.generation += 1;
+        Ok(())
+    }
+}
+
+fn read_topic(topic: v1::TopicMetadata, old: Option<&TopicRoute>) -> Result<TopicRoute, ApiError> {
+    if let Some(error) = topic.error {
+        return Err(error.into());
+    }
+    let odd = |what: &str| ApiError::new(ErrorCode::Internal, format!("metadata of topic {:?} has {what}", topic.name));
+    let id: TopicId = topic.topic_id.parse().map_err(|_| odd("no valid topic id"))?;
+    let old = old.filter(|old| old.id == id);
+    let mut partitions = Vec::new();
+    for (number, partition) in topic.partitions.iter().enumerate() {
+        if usize::try_from(partition.partition) != Ok(number) {
+            return Err(odd("partitions out of order"));
+        }
+        let received = PartitionRoute {
+            leader: partition.leader.map(BrokerId),
+            epoch: LeaderEpoch::from_i32(partition.leader_epoch).unwrap_or_default(),
+            replicas: partition.replicas.iter().copied().map(BrokerId).collect(),
+            isr: partition.isr.iter().copied().map(BrokerId).collect(),
+        };
+        let cached = old.and_then(|old| old.partitions.get(number));
+        partitions.push(cached.filter(|cached| cached.epoch > received.epoch).cloned().unwrap_or(received));
+    }
+    Ok(TopicRoute {
+        id,
+        partitions,
+        max_message_bytes: usize::try_from(topic.max_message_bytes).unwrap_or(usize::MAX),
+        compression_type: topic.compression_type,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn response(leader: u32, epoch: i32) -> v1::GetMetadataResponse {
+        v1::GetMetadataResponse {
+            cluster: "c".into(),
+            brokers: (1..=2).map(|id| v1::Broker { id, address: format!("b{id}:9460"), rack: String::new() }).collect(),
+            topics: vec![v1::TopicMetadata {
+                name: "t".into(),
+                topic_id: TopicId::from_bytes([7; 16]).to_string(),
+                partitions: vec![v1::PartitionMetadata {
+                    leader: Some(leader),
+                    leader_epoch: epoch,
+                    ..Default::default()
+                }],
+                max_message_bytes: 1000,
+                ..Default::default()
+            }],
+            ..Default::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn concurrent_refreshes_share_one_call() {
+        let routing = RoutingTable::default();
+        let calls = std::sync::atomic::AtomicU32::new(0);
+        let request = |_| async {
+            calls.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            tokio::task::yield_now().await;
+            Ok(response(1, 0))
+        };
+        let (a, b) = tokio::join!(routing.refresh(0, &["t"], request), routing.refresh(0, &["t"], request));
+        assert!(a.is_ok() && b.is_ok());
+        assert_eq!(calls.into_inner(), 1);
+        assert_eq!(routing.leader("t", 0).expect("cached").as_str(), "b1:9460");
+        assert_eq!(routing.leader("t", 1), None);
+    }
+
+    #[tokio::test]
+    async fn leader_hint_with_newer_epoch_is_applied() {
+        let routing = RoutingTable::default();
+        let error = |leader: u32, epoch: i32| {
+            ApiError::new(ErrorCode::NotLeader, "another leader")
+                .with("leader", leader)
+                .with("leader_epoch", epoch)
+                .with("address", format!("n{leader}:9460"))
+        };
+        assert!(!routing.apply_leader_hint("t", 0, &error(2, 9)), "the topic was not requested");
+        routing.refresh(0, &["t"], |_| async { Ok(response(1, 3)) }).await.expect("refreshed");
+        assert!(!routing.apply_leader_hint("t", 0, &error(2, 3)), "the hint has the cached epoch");
+        assert!(!routing.apply_leader_hint("t", 1, &error(2, 4)), "no such partition");
+        assert!(!routing.apply_leader_hint("t", 0, &ApiError::new(ErrorCode::NotLeader, "no leader")));
+        assert!(!routing.apply_leader_hint("t", 0, &ApiError { code: ErrorCode::StorageFailed, ..error(2, 4) }));
+        let odd =
+            ApiError::new(ErrorCode::NotLeader, "odd").with("leader", -1).with("leader_epoch", "x").with("address", "");
+        assert!(!routing.apply_leader_hint("t", 0, &odd));
+        assert_eq!(routing.leader("t", 0).expect("cached").as_str(), "b1:9460");
+        assert!(routing.apply_leader_hint("t", 0, &error(3, 4)), "the metadata did not contain the broker");
+        assert_eq!(routing.leader("t", 0).expect("cached").as_str(), "n3:9460");
+        routing.refresh(1, &["t"], |_| async { Ok(response(1, 3)) }).await.expect("refreshed");
+        assert_eq!(
+            routing.leader("t", 0),
+            None,
+            "the outdated broker does not list broker 3, and its leader is ignored"
+        );
+    }
+
+    #[tokio::test]
+    async fn consumer_reads_in_its_rack_else_at_the_leader() {
+        let routing = RoutingTable::default();
+        let mut metadata = response(1, 3);
+        for (broker, rack) in metadata.brokers.iter_mut().zip(["a", "b"]) {
+            broker.rack = rack.to_owned();
+        }
+        metadata.topics[0].partitions[0].replicas = vec![1, 2];
+        metadata.topics[0].partitions[0].isr = vec![2, 1];
+        routing.refresh(0, &["t"], |_| async { Ok(metadata) }).await.expect("refreshed");
+        let at = |rack| {
+            let source = routing.source("t", 0, rack).expect("cached");
+            (source.address.as_str().to_owned(), source.follows)
+        };
+        assert_eq!(at(None), ("b1:9460".to_owned(), false));
+        assert_eq!(at(Some("a")), ("b1:9460".to_owned(), false));
+        assert_eq!(at(Some("b")), ("b2:9460".to_owned(), true));
+        assert_eq!(at(Some("c")), ("b1:9460".to_owned(), false));
+        // A hint names broker 2 as the new leader; the cache keeps the rack of broker 2.
+        let hint = ApiError::new(ErrorCode::NotLeader, "another leader")
+            .with("leader", 2)
+            .with("leader_epoch", 4)
+            .with("address", "n2:9460");
+        assert!(routing.apply_leader_hint("t", 0, &hint));
+        assert_eq!(at(Some("b")), ("n2:9460".to_owned(), false));
+        assert_eq!(at(Some("a")), ("b1:9460".to_owned(), true));
+        assert_eq!(routing.source("t", 1, Some("a")), None);
+    }
+
+    #[tokio::test]
+    async fn leader_of_older_epoch_is_ignored() {
+        let routing = RoutingTable::default();
+        routing.refresh(0, &["t"], |_| async { Ok(response(2, 5)) }).await.expect("refreshed");
+        routing.refresh(1, &["t"], |_| async { Ok(response(1, 4)) }).await.expect("refreshed");
+        assert_eq!(routing.leader("t", 0).expect("cached").as_str(), "b2:9460");
+        routing.refresh(2, &["t"], |_| async { Ok(response(1, 6)) }).await.expect("refreshed");
+        assert_eq!(routing.leader("t", 0).expect("cached").as_str(), "b1:9460");
+    }
+}

@@ -1,0 +1,223 @@
+//! Delays of a producer's batches and their retry status: pauses after failures, and leaders that do not respond.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+
+use super::{
+    super::super::{Client, connection::BrokerAddress},
+    ProducerDriver, QueueState,
+};
+use crate::{
+    model::Acks,
+    proto::error::{ApiError, ErrorCode},
+    task::clock,
+};
+
+/// Time without a response to any batch of a partition after which the retry status reports the broker.
+pub(super) const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Time without a response to any batch of a partition after which another broker may lead it.
+pub(super) const LEADER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Interval of metadata refreshes while a leader does not respond.
+pub(super) const METADATA_RETRY_INTERVAL: Duration = Duration::from_millis(250);
+
+impl ProducerDriver {
+    /// Delays the sends of a queue by the next backoff pause.
+    pub(super) fn pause(&mut self, index: usize, error: &ApiError) {
+        // An out-of-order sequence is the effect of an earlier batch's failure: that batch's problem stays reported.
+        if error.code != ErrorCode::OutOfOrderSequence || !self.queues[index].has_problem {
+            self.status(index, error.message.clone());
+        }
+        let options = self.inner.client.options();
+        let state = &mut self.queues[index];
+        let pause = state.pauses.get_or_insert_with(|| options.backoff()).next();
+        let at = clock::monotonic() + pause;
+        state.not_before = Some(state.not_before.map_or(at, |old| old.max(at)));
+    }
+
+    /// Reports a problem that blocks a queue.
+    pub(super) fn status(&mut self, index: usize, problem: String) {
+        let state = &mut self.queues[index];
+        let until = state.flight.deadline().map(|(at, _)| at).or_else(|| state.queue.deadline());
+        let message = format!("{}/{}: {problem}", state.queue.topic, state.queue.partition);
+        state.status = problem;
+        state.has_problem = true;
+        self.retries.report(work(index), message, until);
+    }
+
+    /// Handles a broker's notice that an acknowledgement takes longer.
+    pub(super) fn on_notice(&mut self, stream: u64, index: usize, reason: String) {
+        let now = clock::monotonic();
+        if let Some(stream) = self.streams.get_mut(&stream) {
+            stream.heard = now;
+        }
+        let state = &mut self.queues[index];
+        if state.stream != Some(stream) || state.flight.under_way() == 0 {
+            return;
+        }
+        state.heard = now;
+        state.notice = Some(reason.clone());
+        self.status(index, reason);
+        self.set_next_timer(index);
+    }
+
+    /// Returns the reason for which a queue got no response on this stream within the delivery timeout.
+    pub(super) fn silence(&self, index: usize, stream: u64) -> String {
+        let leader = || self.streams.get(&stream).map_or("the leader", |stream| stream.address.as_str());
+        let notice = self.queues[index].notice.clone();
+        notice.unwrap_or_else(|| format!("{} has not responded within the delivery timeout", leader()))
+    }
+
+    /// Clears the problem of a queue.
+    pub(super) fn clear_problem(&mut self, index: usize) {
+        let state = &mut self.queues[index];
+        (state.notice, state.mismatched) = (None, false);
+        if std::mem::take(&mut self.queues[index].has_problem) {
+            self.retries.clear(work(index));
+        }
+    }
+
+    /// Refreshes the metadata at intervals while the leader of a queue does not respond, and moves to the new leader. A
+    /// host that disappears sends no error.
+    pub(super) fn check_leader_timeout(&mut self, index: usize, now: Instant) {
+        let state = &self.queues[index];
+        let is_unresponsive =
+            state.is_unresponsive(now) || self.queued_since(state).is_some_and(|since| since + LEADER_TIMEOUT <= now);
+        if !is_unresponsive || state.doubted + METADATA_RETRY_INTERVAL > now {
+            return;
+        }
+        self.queues[index].doubted = now;
+        self.move_to_new_leader(index, now);
+        self.route();
+    }
+
+    /// Returns the leaders that do not respond. Their metadata is used last: in a network partition a client may reach
+    /// brokers on both sides, and only one side has current metadata.
+    pub(super) fn silent(&self, now: Instant) -> BTreeSet<BrokerAddress> {
+        let unresponsive = self.queues.iter().filter(|state| state.is_unresponsive(now));
+        unresponsive.filter_map(|state| Some(self.streams.get(&state.stream?)?.address.clone())).collect()
+    }
+
+    /// Moves a queue from a leader that does not respond to the current leader. The in-flight batches may have been
+    /// appended, and are sent again as after a lost response. The queue does not wait for the old leader, which cannot
+    /// acknowledge any batch.
+    pub(super) fn move_to_new_leader(&mut self, index: usize, now: Instant) {
+        let state = &self.queues[index];
+        let Some(number) = state.stream.filter(|_| state.is_unresponsive(now)) else { return };
+        let Some(leader) = self.inner.client.routing().leader(&state.queue.topic, state.queue.partition) else {
+            return;
+        };
+        let Some(old) = self.streams.get(&number).map(|stream| &stream.address).filter(|old| **old != leader) else {
+            return;
+        };
+        let problem = format!("{} does not respond; the new leader is {}", old.as_str(), leader.as_str());
+        let state = &mut self.queues[index];
+        state.stream = None;
+        if let Some(stream) = state.waiting.take().and_then(|number| self.streams.get_mut(&number)) {
+            stream.waiting.retain(|queue| *queue != index);
+        }
+        let failed = self.queues[index].flight.on_stream_lost(number, true);
+        self.fail_batches(index, failed);
+        self.status(index, problem);
+        self.send_ready(index);
+    }
+
+    /// Returns the time of the last response on the stream in which a queue waits for capacity.
+    pub(super) fn queued_since(&self, state: &QueueState) -> Option<Instant> {
+        Some(self.streams.get(&state.waiting?)?.heard)
+    }
+
+    /// Restarts the wait of queues in the stream of a broker that no longer leads their partition. A broker that does
+    /// not respond never frees capacity.
+    pub(super) fn requeue_moved(&mut self) {
+        let routing = self.inner.client.routing();
+        let has_other_leader = |index: &usize, address: &BrokerAddress| {
+            let queue = &self.queues[*index].queue;
+            routing.leader(&queue.topic, queue.partition).as_ref() != Some(address)
+        };
+        let outdated = self
+            .streams
+            .iter()
+            .filter(|(_, stream)| stream.waiting.iter().any(|index| has_other_leader(index, &stream.address)));
+        for number in outdated.map(|(number, _)| *number).collect::<Vec<_>>() {
+            let stream = self.streams.get_mut(&number).expect("the stream was found above");
+            let waiting = std::mem::take(&mut stream.waiting);
+            for index in &waiting {
+                self.queues[*index].waiting = None;
+            }
+            // Queues that the broker still leads wait again, in the same order.
+            for index in waiting {
+                self.send_ready(index);
+            }
+        }
+    }
+
+    /// Reports a missing response, although nothing has failed.
+    pub(super) fn report_leader_timeout(&mut self, index: usize, now: Instant) {
+        let state = &self.queues[index];
+        if state.has_problem || state.flight.under_way() == 0 || state.heard + REPORT_TIMEOUT > now {
+            return;
+        }
+        let address = state.stream.and_then(|number| self.streams.get(&number)).map(|stream| stream.address.clone());
+        let leader = address.as_ref().map_or("the leader", BrokerAddress::as_str);
+        let reason = match self.inner.options.acks {
+            Acks::Tiered => " (acks=tiered waits until the record is in the object store)",
+            _ => "",
+        };
+        let problem = format!("{leader} has not responded for {REPORT_TIMEOUT:?}{reason}");
+        self.status(index, problem);
+    }
+}
+
+impl QueueState {
+    /// Returns the id of the topic that had the name when this queue sent its first batch.
+    pub(super) fn topic_id(&mut self, client: &Client) -> Arc<str> {
+        if self.topic_id.is_none()
+            && let Some(Ok(route)) = client.routing().topic(&self.queue.topic)
+        {
+            self.topic_id = Some(route.id.to_string().into());
+        }
+        self.topic_id.clone().unwrap_or_default()
+    }
+
+    /// Decides whether a broker's error is retryable. A topic id mismatch is retried once, after a metadata refresh.
+    /// The second mismatch is final, and later batches go to the topic that then has the name.
+    pub(super) fn leader_error(&mut self, error: ApiError) -> ApiError {
+        if error.code != ErrorCode::TopicIdMismatch {
+            return error;
+        }
+        let is_first = !self.mismatched;
+        // Before the first acknowledgement, the metadata behind the id may be older than the topic.
+        if !is_first || !self.proven {
+            (self.topic_id, self.proven) = (None, false);
+        }
+        self.mismatched = is_first;
+        ApiError { retryable: is_first, ..error }
+    }
+
+    /// Returns true if batches are in flight and the leader has not responded for `LEADER_TIMEOUT`.
+    fn is_unresponsive(&self, now: Instant) -> bool {
+        self.flight.under_way() > 0 && self.heard + LEADER_TIMEOUT <= now
+    }
+}
+
+/// Returns the key of a queue in the producer's retry status.
+fn work(index: usize) -> u64 {
+    u64::try_from(index).expect("a usize fits in 64 bits")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::super::super::HEDGE_DELAY_LEASE_EXPIRED, *};
+
+    /// Checks the sum in docs/replication.md, "Failover time of an unresponsive host", from the end of the lease on.
+    /// The sum assumes that etcd checks for expired leases twice a second, that an election takes 50 ms, and that the
+    /// first broker that is called does not respond.
+    #[test]
+    fn new_leader_is_found_within_a_second_of_lease_end() {
+        let elected = Duration::from_millis(500 + 50);
+        assert!(elected + METADATA_RETRY_INTERVAL + HEDGE_DELAY_LEASE_EXPIRED < Duration::from_secs(1));
+    }
+}

@@ -1,0 +1,421 @@
+//! In-flight batches of one partition: the batches that the task has taken, from the first send to the last response.
+//! Pure: it decides which batches are sent again, in which order and under which sequences. The task sends them.
+//!
+//! # The rules
+//!
+//! 1. At most `window` batches are taken, counted from the oldest batch without a final result. Acknowledged batches
+//!    behind it count as well. A broker remembers the last `window` batches that it appended
+//!    (`limits::MAX_BATCHES_PER_PRODUCER`; 16 if its memory for producers is used up), and detects a repetition of any
+//!    of them.
+//! 2. If a batch fails and may be repeated, nothing more is sent until each in-flight batch has a response or has lost
+//!    its stream. Then all unacknowledged batches are sent again, in their first order and with their first sequences.
+//!    The broker refuses batches behind a failed batch as out of order, or with the error of the failed batch. These
+//!    errors are expected.
+//! 3. A batch that fails leaves a gap in the sequence. If it was certainly not appended, and no attempt of a later
+//!    batch can still arrive, the later batches move up. Otherwise they continue under a new producer id. Those that
+//!    may have been appended, or may still be, fail as well, because no broker could detect their repetition.
+//! 4. A broker that has no state of the producer, or lacks a batch before the first in-flight batch, has lost state.
+//!    The batches then continue under a new producer id, as in rule 3.
+//! 5. Without idempotence one batch is in flight at a time, which preserves the order. After a lost response the batch
+//!    is repeated and may be duplicated. With `acks=0` a batch that may have been sent is never repeated.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use tokio::time::Instant;
+
+use super::{
+    completion::Completion,
+    partition_queue::{BatchBody, SealedBatch},
+};
+use crate::{
+    proto::error::{ApiError, ErrorCode},
+    record::{Batch, ProducerSequence},
+};
+
+/// Producer id and epoch that a broker assigned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ProducerIdAndEpoch {
+    pub(super) id: i64,
+    pub(super) epoch: i16,
+}
+
+/// Delivery guarantee: the permitted reaction to a lost response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DeliveryGuarantee {
+    /// Exactly once, in order.
+    Idempotent,
+    /// In order; duplicates are possible.
+    AtLeastOnce,
+    /// At most once; no repetition.
+    AtMostOnce,
+}
+
+#[derive(Debug)]
+struct InFlightBatch {
+    /// Encoded batch; `None` before the first send.
+    batch: Option<Batch>,
+    body: Option<BatchBody>,
+    /// Number of batches taken before this batch.
+    number: u64,
+    sequence: i32,
+    count: u32,
+    completion: Arc<Completion>,
+    permits: u32,
+    deadline: Instant,
+    /// Attempt in flight.
+    sent: Option<SentBatch>,
+    /// True if a response was lost: the broker may have appended the batch.
+    maybe_appended: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct SentBatch {
+    stream: u64,
+    correlation_id: u64,
+    /// Sequence of this attempt; the sequence of the entry may have changed since.
+    sequence: i32,
+}
+
+/// Batch that needs no more work.
+#[derive(Debug)]
+pub(super) struct CompletedBatch {
+    pub(super) completion: Arc<Completion>,
+    pub(super) permits: u32,
+    pub(super) count: u32,
+}
+
+/// Failed batch, with the reason.
+#[derive(Debug)]
+pub(super) struct FailedBatch {
+    pub(super) done: CompletedBatch,
+    pub(super) reason: FailureReason,
+}
+
+/// Reason for the failure of a batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum FailureReason {
+    Refused(ApiError),
+    Expired { maybe_appended: bool },
+    Unknown,
+    Build(crate::record::BuildError),
+}
+
+/// Outcome of a response.
+#[derive(Debug)]
+pub(super) enum ResponseOutcome {
+    /// The batch is acknowledged.
+    Completed(CompletedBatch),
+    /// The batch will be sent again; the leader may have changed.
+    Retry,
+    /// These batches failed.
+    Failed(Vec<FailedBatch>),
+    /// The response belongs to an attempt that is no longer in flight.
+    Stale,
+}
+
+/// Next action of the task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NextAction {
+    /// Send this entry.
+    Send(usize),
+    /// Take another batch: all taken batches are in flight, and the window is not full.
+    Take,
+    /// Wait for a response.
+    Wait,
+    /// Wait for the end of the pause, then call [`InFlightBatches::resume`].
+    Resume,
+    /// Request a new producer id from a broker, then call [`InFlightBatches::identify`].
+    Identify,
+}
+
+#[derive(Debug)]
+pub(super) struct InFlightBatches {
+    guarantee: DeliveryGuarantee,
+    window: usize,
+    identity: Option<ProducerIdAndEpoch>,
+    next_sequence: i32,
+    /// Number of batches taken so far.
+    taken: u64,
+    entries: VecDeque<InFlightBatch>,
+    /// True after a failure: nothing is sent until no batch is in flight.
+    draining: bool,
+    /// True if the sequence has a gap that only a new producer id can close.
+    reidentify: bool,
+}
+
+impl InFlightBatches {
+    pub(super) fn new(guarantee: DeliveryGuarantee, window: usize, identity: Option<ProducerIdAndEpoch>) -> Self {
+        let window = if guarantee == DeliveryGuarantee::AtLeastOnce { 1 } else { window };
+        Self {
+            guarantee,
+            window,
+            identity,
+            next_sequence: 0,
+            taken: 0,
+            entries: VecDeque::new(),
+            draining: false,
+            reidentify: false,
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    pub(super) fn under_way(&self) -> usize {
+        self.entries.iter().filter(|entry| entry.sent.is_some()).count()
+    }
+
+    pub(super) fn next(&self) -> NextAction {
+        if self.draining {
+            return match (self.under_way(), self.reidentify) {
+                (0, true) => NextAction::Identify,
+                (0, false) => NextAction::Resume,
+                _ => NextAction::Wait,
+            };
+        }
+        match self.entries.iter().position(|entry| entry.sent.is_none()) {
+            Some(index) => NextAction::Send(index),
+            None if self.has_room() => NextAction::Take,
+            None => NextAction::Wait,
+        }
+    }
+
+    /// Returns true if, after one more batch, the oldest batch without a result is still among the last `window`.
+    fn has_room(&self) -> bool {
+        self.entries.front().is_none_or(|oldest| self.taken - oldest.number < self.window as u64)
+    }
+
+    pub(super) fn take(&mut self, sealed: SealedBatch) {
+        let sequence = self.next_sequence;
+        self.next_sequence = after(sequence, sealed.count);
+        self.entries.push_back(InFlightBatch {
+            batch: None,
+            body: Some(sealed.body),
+            number: self.taken,
+            sequence,
+            count: sealed.count,
+            completion: sealed.completion,
+            permits: sealed.permits,
+            deadline: sealed.deadline,
+            sent: None,
+            maybe_appended: false,
+        });
+        self.taken += 1;
+    }
+
+    /// Returns the encoded batch of an entry. The entry is in flight from now on.
+    pub(super) fn send(&mut self, index: usize, stream: u64, correlation_id: u64) -> Result<Batch, FailedBatch> {
+        let sequence = self.stamp(self.entries[index].sequence);
+        let entry = &mut self.entries[index];
+        if let Some(body) = entry.body.take() {
+            match body.stamped(sequence) {
+                Ok(batch) => entry.batch = Some(batch),
+                Err(error) => {
+                    let entry = self.remove(index);
+                    self.close_gap(index, &entry);
+                    return Err(entry.failed(FailureReason::Build(error)));
+                }
+            }
+        }
+        let batch = entry.batch.as_mut().expect("encoded above or in an earlier send");
+        if batch.producer() != sequence {
+            batch.set_producer(sequence);
+        }
+        entry.sent = Some(SentBatch { stream, correlation_id, sequence: entry.sequence });
+        Ok(batch.clone())
+    }
+
+    /// Processes a response.
+    pub(super) fn on_response(
+        &mut self,
+        stream: u64,
+        correlation_id: u64,
+        result: Result<(), ApiError>,
+    ) -> ResponseOutcome {
+        let is_match = |sent: &SentBatch| sent.stream == stream && sent.correlation_id == correlation_id;
+        let found = self.entries.iter().position(|entry| entry.sent.as_ref().is_some_and(is_match));
+        let Some(index) = found else { return ResponseOutcome::Stale };
+        let error = match result {
+            Ok(()) => return ResponseOutcome::Completed(self.remove(index).done()),
+            Err(error) => error,
+        };
+        if self.repeatable(index, &error) {
+            self.reidentify |= self.entries[index].end_attempt(outcome_unknown(error.code));
+            self.draining = true;
+            return ResponseOutcome::Retry;
+        }
+        if error.code == ErrorCode::ProducerFenced && self.guarantee == DeliveryGuarantee::Idempotent {
+            return ResponseOutcome::Failed(
+                self.entries.drain(..).map(|entry| entry.failed(FailureReason::Refused(error.clone()))).collect(),
+            );
+        }
+        let entry = self.remove(index);
+        self.close_gap(index, &entry);
+        ResponseOutcome::Failed(vec![entry.failed(FailureReason::Refused(error))])
+    }
+
+    fn repeatable(&mut self, index: usize, error: &ApiError) -> bool {
+        match error.code {
+            ErrorCode::OutOfOrderSequence | ErrorCode::UnknownProducer
+                if self.guarantee == DeliveryGuarantee::Idempotent =>
+            {
+                // Behind another batch, the error is the effect of that batch's failure. While draining, the attempt
+                // may have used a sequence that has changed since. The batch is sent again in both cases. Otherwise the
+                // broker has lost earlier batches.
+                self.reidentify |= index == 0 && !self.draining;
+                true
+            }
+            code if self.guarantee == DeliveryGuarantee::AtMostOnce => error.retryable && !outcome_unknown(code),
+            _ => error.retryable,
+        }
+    }
+
+    /// Processes the end of a stream. `delivered`: the broker may have received the batches in flight on it.
+    pub(super) fn on_stream_lost(&mut self, stream: u64, delivered: bool) -> Vec<FailedBatch> {
+        let mut failed = Vec::new();
+        let lost = |entry: &InFlightBatch| entry.sent.is_some_and(|sent| sent.stream == stream);
+        if !self.entries.iter().any(lost) {
+            return failed;
+        }
+        self.draining = true;
+        if delivered && self.guarantee == DeliveryGuarantee::AtMostOnce {
+            let (removed, kept) = self.entries.drain(..).partition::<VecDeque<_>, _>(lost);
+            self.entries = kept;
+            failed.extend(removed.into_iter().map(|entry| entry.failed(FailureReason::Unknown)));
+            return failed;
+        }
+        for entry in self.entries.iter_mut().filter(|entry| lost(entry)) {
+            self.reidentify |= entry.end_attempt(delivered);
+        }
+        failed
+    }
+
+    /// Fails batches whose delivery timeout has passed. A batch in flight must lose its stream first.
+    pub(super) fn expire(&mut self, now: Instant) -> Vec<FailedBatch> {
+        let mut failed = Vec::new();
+        while self.entries.front().is_some_and(|entry| entry.deadline <= now && entry.sent.is_none()) {
+            let entry = self.remove(0);
+            self.close_gap(0, &entry);
+            let maybe_appended = entry.maybe_appended;
+            failed.push(entry.failed(FailureReason::Expired { maybe_appended }));
+        }
+        failed
+    }
+
+    /// Returns the time at which the oldest batch expires, and the stream of that batch if it is in flight.
+    pub(super) fn deadline(&self) -> Option<(Instant, Option<u64>)> {
+        let entry = self.entries.front()?;
+        Some((entry.deadline, entry.sent.map(|sent| sent.stream)))
+    }
+
+    /// Ends the drain after a failure, once the pause is over.
+    pub(super) fn resume(&mut self) {
+        debug_assert_eq!(self.next(), NextAction::Resume, "batches are in flight, or a new producer id is needed");
+        self.draining = false;
+    }
+
+    /// Sets a new producer id. Batches that were certainly not appended continue under it; batches that may have been
+    /// appended fail.
+    pub(super) fn identify(&mut self, identity: ProducerIdAndEpoch) -> Vec<FailedBatch> {
+        debug_assert_eq!(self.under_way(), 0, "a new producer id while batches are in flight");
+        self.identity = Some(identity);
+        self.reidentify = false;
+        let (maybe_appended, kept) = self.entries.drain(..).partition::<VecDeque<_>, _>(|entry| entry.maybe_appended);
+        self.entries = kept;
+        self.number_from(0, 0);
+        self.draining = false;
+        maybe_appended.into_iter().map(|entry| entry.failed(FailureReason::Unknown)).collect()
+    }
+
+    /// Removes and returns all batches, without a result.
+    pub(super) fn abandon(&mut self) -> Vec<CompletedBatch> {
+        self.entries.drain(..).map(InFlightBatch::done).collect()
+    }
+
+    pub(super) fn waiting(&self) -> impl Iterator<Item = &Arc<Completion>> {
+        self.entries.iter().map(|entry| &entry.completion)
+    }
+
+    fn stamp(&self, base_sequence: i32) -> Option<ProducerSequence> {
+        let identity = self.identity.filter(|_| self.guarantee == DeliveryGuarantee::Idempotent)?;
+        Some(ProducerSequence { id: identity.id, epoch: identity.epoch, base_sequence })
+    }
+
+    fn remove(&mut self, index: usize) -> InFlightBatch {
+        self.entries.remove(index).expect("the index belongs to an entry")
+    }
+
+    /// Applies rule 3 after the batch at `index` was removed.
+    fn close_gap(&mut self, index: usize, removed: &InFlightBatch) {
+        if self.guarantee != DeliveryGuarantee::Idempotent {
+            return;
+        }
+        let may_arrive = self.entries.iter().skip(index).any(|entry| entry.maybe_appended);
+        if removed.maybe_appended || may_arrive {
+            // This also holds without a later batch: the next batch must not use the sequence of a batch that may be in
+            // the log.
+            self.draining = true;
+            self.reidentify = true;
+        } else {
+            // The broker refuses later batches in flight as out of order; they are sent again under their new
+            // sequences.
+            self.draining |= self.under_way() > 0;
+            self.number_from(index, removed.sequence);
+        }
+    }
+
+    /// Assigns dense sequences to the entries from `index` on.
+    fn number_from(&mut self, index: usize, mut sequence: i32) {
+        for entry in self.entries.iter_mut().skip(index) {
+            entry.sequence = sequence;
+            sequence = after(sequence, entry.count);
+        }
+        self.next_sequence = sequence;
+    }
+}
+
+impl InFlightBatch {
+    /// Ends the attempt in flight without an acknowledgement. `unknown`: the batch may have been appended, or may still
+    /// be. Returns true if it may have been appended under a sequence that now belongs to another batch: only a new
+    /// producer id separates the two.
+    fn end_attempt(&mut self, unknown: bool) -> bool {
+        let sent = self.sent.take();
+        self.maybe_appended |= unknown;
+        unknown && sent.is_some_and(|sent| sent.sequence != self.sequence)
+    }
+
+    fn done(self) -> CompletedBatch {
+        CompletedBatch { completion: self.completion, permits: self.permits, count: self.count }
+    }
+
+    fn failed(self, reason: FailureReason) -> FailedBatch {
+        FailedBatch { done: self.done(), reason }
+    }
+}
+
+/// Returns the sequence `count` records after `sequence`; 2^31 - 1 is followed by 0 (KIP-98).
+fn after(sequence: i32, count: u32) -> i32 {
+    let next = (u64::from(sequence.cast_unsigned()) + u64::from(count)) & 0x7fff_ffff;
+    i32::try_from(next).expect("masked to 31 bits")
+}
+
+/// Returns true if a broker that responds with this error may have appended the batch, or may still append it.
+fn outcome_unknown(code: ErrorCode) -> bool {
+    !matches!(
+        code,
+        ErrorCode::NotLeader
+            | ErrorCode::OutOfOrderSequence
+            | ErrorCode::UnknownProducer
+            | ErrorCode::Overloaded
+            | ErrorCode::DiskFull
+            | ErrorCode::UnknownTopic
+            | ErrorCode::UnknownPartition
+            | ErrorCode::TopicIdMismatch
+            | ErrorCode::ObjectStoreUnavailable
+    )
+}
+
+#[cfg(test)]
+#[path = "flight_tests.rs"]
+mod tests;

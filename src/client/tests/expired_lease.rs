@@ -1,0 +1,95 @@
+//! Tests of brokers that report an expired lease: other brokers are called first, and expired metadata is the last
+//! resort.
+
+use super::*;
+
+/// Starts two replicas of "t". The client receives the addresses of both from the first.
+async fn two(first: u32, second: u32) -> (FakeBroker, FakeBroker, Client) {
+    let (one, other) = (filled(first).await.0, filled(second).await.0);
+    let neighbour = v1::Broker { id: 2, address: other.address.to_string(), rack: String::new() };
+    one.state().neighbours.push(neighbour);
+    let client = client(&one).await;
+    (one, other, client)
+}
+
+/// The leader is partitioned from its cluster, but not from its consumer: it sends no more records. Without a refresh
+/// the consumer would stay there until the partition ends.
+#[tokio::test]
+async fn consumer_leaves_a_leader_with_an_expired_lease() {
+    let (old, new, client) = two(3, 5).await;
+    let mut consumer = client.consumer(ConsumerOptions::default());
+    consumer.assign("t", 0, OffsetSpec::Earliest).await.expect("assigned");
+    let mut next = async || {
+        let next = tokio::time::timeout(Duration::from_secs(20), consumer.next()).await;
+        next.expect("in time").expect("read").offset.get()
+    };
+    for number in 0..3 {
+        assert_eq!(next().await, number);
+    }
+    let asked = new.state().asked;
+    let elect = async {
+        old.doubt();
+        // The first metadata response does not name the new leader yet.
+        wait_until("the metadata is requested", || new.state().asked > asked).await;
+        (new.state().epoch, new.state().advertised_epoch) = (1, 1);
+    };
+    let (read, ()) = tokio::join!(next(), elect);
+    assert_eq!((read, next().await), (3, 4));
+    assert!(new.state().asked >= asked + 2, "the consumer stays until a leader has a newer epoch");
+}
+
+/// The same for a lookup of the log end: the old end lacks records that the successor has acknowledged.
+#[tokio::test]
+async fn latest_offset_comes_from_successor_of_expired_leader() {
+    for (epoch, ends) in [(0, 3), (1, 5)] {
+        let (old, new, client) = two(3, 5).await;
+        let latest = async || client.admin().offset("t", 0, OffsetSpec::Latest).await.expect("known").get();
+        assert_eq!(latest().await, 3);
+        let asked = new.state().asked;
+        (new.state().epoch, new.state().advertised_epoch) = (epoch, epoch);
+        assert_eq!(latest().await, 3);
+        assert_eq!(new.state().asked, asked, "no metadata is requested while no lease has expired");
+        old.doubt();
+        assert_eq!(latest().await, ends, "another leader is used if its epoch is newer");
+        assert_eq!(new.state().asked, asked + 1);
+    }
+}
+
+/// Brokers that were partitioned together agree with each other, and the last broker that responded is called first.
+#[tokio::test]
+async fn expired_metadata_is_used_if_no_broker_has_better() {
+    let (old, new, client) = two(0, 0).await;
+    let leader = async || {
+        client.topic_now("t").await.expect("known");
+        client.routing().leader("t", 0).expect("known").as_str().to_owned()
+    };
+    assert_eq!(leader().await, old.address.to_string());
+    old.doubt();
+    new.state().advertised_epoch = 1;
+    assert_eq!(leader().await, new.address.to_string());
+    new.doubt();
+    let all_expired = tokio::time::timeout(Duration::from_secs(5), client.topic_now("t")).await;
+    all_expired.expect("in time").expect("expired metadata is used");
+}
+
+#[tokio::test]
+async fn change_that_was_not_started_is_made_by_another_broker() {
+    let (one, other, client) = two(0, 0).await;
+    let create = async || client.admin().create_topic(&NewTopic::new("t")).await.unwrap_err();
+    let code = |error: CallError| match error {
+        CallError::Api(error) => error.code,
+        CallError::Connect(error) => panic!("{error}"),
+    };
+    let unavailable = ApiError::new(ErrorCode::MetadataUnavailable, "no response");
+    one.state().refusal = unavailable.clone();
+    assert_eq!(code(create().await), ErrorCode::MetadataUnavailable, "the change may have been made");
+    one.state().refusal = unavailable.clone().with("not_started", true);
+    assert_eq!(code(create().await), ErrorCode::TopicExists, "response of the other broker");
+    other.state().refusal = unavailable.with("not_started", true);
+    assert_eq!(code(create().await), ErrorCode::MetadataUnavailable, "no broker reaches the metadata store");
+    // A read is repeated at another broker, whatever its outcome.
+    one.state().refusal = ApiError::new(ErrorCode::MetadataUnavailable, "no response");
+    other.state().refusal = ApiError::new(ErrorCode::TopicExists, "the other broker");
+    let error = client.admin().reassignments(None, None).await.unwrap_err();
+    assert_eq!(code(error), ErrorCode::TopicExists);
+}

@@ -1,0 +1,280 @@
+//! Errors of requests to etcd: their classification, and the conversion to errors of the metadata store. Pure.
+
+use etcd_client::Error;
+
+use crate::{
+    cluster::store::{LeaseId, MetaStoreError, Regression, Revision, Transaction, TxnOp},
+    proto::status::{Code, format_with_sources, never_sent},
+};
+
+/// Outcome of a failed request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ErrorClass {
+    /// Not executed; another member or a later attempt may execute it.
+    NotDone,
+    /// Possibly executed, or executed later.
+    Unknown,
+    /// Not executed, and every member would reject it.
+    Refused,
+    /// Not executed for lack of space; every member rejects it until an operator frees space.
+    NoSpace,
+    /// Not executed for lack of a valid token.
+    Token,
+    /// Not executed: etcd has authentication disabled.
+    NoLogins,
+    /// The lease of the request has ended.
+    LeaseGone,
+    /// The revision of the request is compacted.
+    Compacted,
+    /// The response exceeded the size limit.
+    TooLong,
+}
+
+/// Error of one attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct EtcdAttemptError {
+    pub(super) class: ErrorClass,
+    pub(super) reason: String,
+}
+
+/// Error of a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum EtcdCallError {
+    Unavailable {
+        reason: String,
+        unknown: bool,
+    },
+    Refused(String),
+    NoSpace(String),
+    /// A member of another etcd cluster responded.
+    Regressed(Regression),
+    LeaseGone,
+    Compacted,
+    TooLong(String),
+}
+
+/// Texts that identify etcd's errors, with their class. The codes alone are ambiguous: `UNAVAILABLE` is both a request
+/// that no leader accepted and one whose leader failed. Source: etcd's `api/v3rpc/rpctypes/error.go`, 3.4 to 3.6.
+const ERROR_CLASSES: &[(&str, ErrorClass)] = &[
+    // Sent before the request is processed. A proposal that no leader accepted in time returns "request timed out"
+    // instead.
+    ("etcdserver: no leader", ErrorClass::NotDone),
+    ("etcdserver: not capable", ErrorClass::NotDone),
+    ("etcdserver: too many requests", ErrorClass::NotDone),
+    ("etcdserver: rpc not supported for learner", ErrorClass::NotDone),
+    ("etcdserver: invalid auth token", ErrorClass::Token),
+    ("etcdserver: revision of auth store is old", ErrorClass::Token),
+    // A request without a token: authentication was enabled after this client connected.
+    ("etcdserver: user name is empty", ErrorClass::Token),
+    // etcd 3.4 sends this for a watch whose token has expired.
+    ("etcdserver: permission denied", ErrorClass::Token),
+    ("etcdserver: authentication is not enabled", ErrorClass::NoLogins),
+    ("etcdserver: mvcc: database space exceeded", ErrorClass::NoSpace),
+    ("etcdserver: requested lease not found", ErrorClass::LeaseGone),
+    ("etcdserver: mvcc: required revision has been compacted", ErrorClass::Compacted),
+    // From the transport on the client side.
+    ("decoded message length too large", ErrorClass::TooLong),
+];
+
+/// Classifies a failed request by its status. Without certainty the class is `Unknown`.
+pub(super) fn classify(code: Code, message: &str, never_sent: bool) -> ErrorClass {
+    if never_sent {
+        return ErrorClass::NotDone;
+    }
+    if let Some((_, class)) = ERROR_CLASSES.iter().find(|(text, _)| message.contains(text)) {
+        return *class;
+    }
+    match code {
+        // etcd checks these before a proposal. A server other than etcd returns `Unimplemented`.
+        Code::InvalidArgument | Code::FailedPrecondition | Code::PermissionDenied => ErrorClass::Refused,
+        Code::Unimplemented => ErrorClass::Refused,
+        Code::Unauthenticated => ErrorClass::Token,
+        _ => ErrorClass::Unknown,
+    }
+}
+
+impl EtcdAttemptError {
+    pub(super) fn unknown(reason: String) -> Self {
+        Self { class: ErrorClass::Unknown, reason }
+    }
+
+    pub(super) fn of(error: &Error) -> Self {
+        match error {
+            Error::GRpcStatus(status) => {
+                let class = classify(status.code(), status.message(), never_sent(status));
+                Self { class, reason: format_with_sources(status) }
+            }
+            // `etcd_client`'s error for a keepalive response with no time left.
+            Error::LeaseKeepAliveError(reason) if reason == "lease not found" => {
+                Self { class: ErrorClass::LeaseGone, reason: reason.clone() }
+            }
+            // A watch is rejected by a message on its stream.
+            Error::WatchError(reason) => Self { class: classify(Code::Unknown, reason, false), reason: reason.clone() },
+            other => Self::unknown(other.to_string()),
+        }
+    }
+
+    /// Converts a token error to a refusal, for an attempt after which no token is renewed.
+    pub(super) fn without_token(self) -> Self {
+        match self.class {
+            ErrorClass::Token | ErrorClass::NoLogins => {
+                let reason = format!("{}: check the etcd user and its permissions", self.reason);
+                Self { class: ErrorClass::Refused, reason }
+            }
+            _ => self,
+        }
+    }
+
+    /// Converts an error of a login: the request itself was not sent.
+    pub(super) fn at_login(self, user: &str) -> Self {
+        let class = if self.class == ErrorClass::Refused { ErrorClass::Refused } else { ErrorClass::NotDone };
+        Self { class, reason: format!("logging in as {user:?}: {}", self.reason) }
+    }
+}
+
+impl EtcdCallError {
+    /// Converts the error of a call that changes nothing.
+    pub(super) fn of_read(self) -> MetaStoreError {
+        match self {
+            Self::Unavailable { reason, .. } | Self::TooLong(reason) => MetaStoreError::unavailable(reason),
+            Self::Refused(reason) => MetaStoreError::Refused { reason },
+            Self::NoSpace(reason) => MetaStoreError::NoSpace { reason },
+            Self::Regressed(regression) => MetaStoreError::Regressed(regression),
+            Self::Compacted => MetaStoreError::unavailable("etcd compacted the revision of the list at every attempt"),
+            Self::LeaseGone => {
+                MetaStoreError::unavailable("etcd reported a missing lease for a request without a lease")
+            }
+        }
+    }
+
+    /// Converts the error of a transaction.
+    pub(super) fn of_transaction(self, transaction: &Transaction) -> MetaStoreError {
+        match self {
+            Self::Unavailable { reason, unknown } => MetaStoreError::Unavailable { reason, outcome_unknown: unknown },
+            Self::Refused(reason) => MetaStoreError::Refused { reason },
+            Self::NoSpace(reason) => MetaStoreError::NoSpace { reason },
+            Self::Regressed(regression) => MetaStoreError::Regressed(regression),
+            Self::LeaseGone => match transaction.ops.iter().find_map(lease_of) {
+                Some(lease) => MetaStoreError::LeaseGone { lease },
+                None => MetaStoreError::unavailable("etcd reported a missing lease for a request without a lease"),
+            },
+            // The response to a transaction is small and names no revision, so neither error can come from it.
+            Self::Compacted => MetaStoreError::unknown("etcd reported a compaction for a request without a revision"),
+            Self::TooLong(reason) => MetaStoreError::unknown(reason),
+        }
+    }
+
+    /// Converts the error of a revocation or keepalive, which may have been executed.
+    pub(super) fn of_lease(self, lease: LeaseId) -> MetaStoreError {
+        match self {
+            Self::LeaseGone => MetaStoreError::LeaseGone { lease },
+            Self::Refused(reason) => MetaStoreError::Refused { reason },
+            Self::NoSpace(reason) => MetaStoreError::NoSpace { reason },
+            Self::Regressed(regression) => MetaStoreError::Regressed(regression),
+            Self::Unavailable { reason, .. } | Self::TooLong(reason) => MetaStoreError::unknown(reason),
+            Self::Compacted => MetaStoreError::unknown("etcd reported a compaction for a request without a revision"),
+        }
+    }
+
+    /// Converts the error of a watch that was to start at `from`.
+    pub(super) fn of_watch(self, from: Revision) -> MetaStoreError {
+        match self {
+            Self::Compacted => MetaStoreError::Compacted { from, oldest: from.next() },
+            other => other.of_read(),
+        }
+    }
+}
+
+fn lease_of(op: &TxnOp) -> Option<LeaseId> {
+    match op {
+        TxnOp::Put { lease, .. } => *lease,
+        TxnOp::Delete { .. } => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_certainly_unexecuted_requests_are_retried() {
+        for (code, message, sent, class) in [
+            (Code::Unavailable, "tcp connect error", false, ErrorClass::NotDone),
+            // A server may send the same text.
+            (Code::Unavailable, "tcp connect error", true, ErrorClass::Unknown),
+            (Code::Unavailable, "etcdserver: no leader", true, ErrorClass::NotDone),
+            (Code::Unavailable, "etcdserver: not capable", true, ErrorClass::NotDone),
+            (Code::ResourceExhausted, "etcdserver: too many requests", true, ErrorClass::NotDone),
+            (Code::Unavailable, "etcdserver: leader changed", true, ErrorClass::Unknown),
+            (Code::Unavailable, "etcdserver: request timed out", true, ErrorClass::Unknown),
+            (
+                Code::Unavailable,
+                "etcdserver: request timed out, possibly due to previous leader failure",
+                true,
+                ErrorClass::Unknown,
+            ),
+            (
+                Code::Unavailable,
+                "etcdserver: request timed out, possibly due to connection lost",
+                true,
+                ErrorClass::Unknown,
+            ),
+            (Code::Unavailable, "etcdserver: server stopped", true, ErrorClass::Unknown),
+            (Code::DeadlineExceeded, "context deadline exceeded", true, ErrorClass::Unknown),
+            (Code::Cancelled, "operation was canceled", true, ErrorClass::Unknown),
+            (Code::Unknown, "h2 protocol error: http2 error", true, ErrorClass::Unknown),
+            (Code::Internal, "", true, ErrorClass::Unknown),
+            (Code::Unknown, "raft proposal dropped", true, ErrorClass::Unknown),
+            (Code::DataLoss, "etcdserver: corrupt cluster", true, ErrorClass::Unknown),
+            (Code::Unauthenticated, "etcdserver: invalid auth token", true, ErrorClass::Token),
+            (Code::InvalidArgument, "etcdserver: revision of auth store is old", true, ErrorClass::Token),
+            (Code::InvalidArgument, "etcdserver: user name is empty", true, ErrorClass::Token),
+            (Code::FailedPrecondition, "etcdserver: authentication is not enabled", true, ErrorClass::NoLogins),
+            (
+                Code::InvalidArgument,
+                "etcdserver: authentication failed, invalid user ID or password",
+                true,
+                ErrorClass::Refused,
+            ),
+            (Code::ResourceExhausted, "etcdserver: mvcc: database space exceeded", true, ErrorClass::NoSpace),
+            (Code::InvalidArgument, "etcdserver: too many operations in txn request", true, ErrorClass::Refused),
+            (Code::Unimplemented, "", true, ErrorClass::Refused),
+            (Code::NotFound, "etcdserver: requested lease not found", true, ErrorClass::LeaseGone),
+            (Code::OutOfRange, "etcdserver: mvcc: required revision has been compacted", true, ErrorClass::Compacted),
+            (
+                Code::OutOfRange,
+                "Error, decoded message length too large: found 9 bytes, the limit is: 8",
+                true,
+                ErrorClass::TooLong,
+            ),
+        ] {
+            assert_eq!(classify(code, message, !sent), class, "{code:?} {message:?}");
+        }
+    }
+
+    #[test]
+    fn rejected_watch_and_expired_lease_are_classified() {
+        let refused = "rpc error: code = PermissionDenied desc = etcdserver: permission denied";
+        assert_eq!(EtcdAttemptError::of(&Error::WatchError(refused.to_owned())).class, ErrorClass::Token);
+        assert_eq!(EtcdAttemptError::of(&Error::WatchError("closed".to_owned())).class, ErrorClass::Unknown);
+        assert_eq!(
+            EtcdAttemptError::of(&Error::LeaseKeepAliveError("lease not found".to_owned())).class,
+            ErrorClass::LeaseGone
+        );
+        assert_eq!(
+            EtcdAttemptError::of(&Error::LeaseKeepAliveError("channel closed".to_owned())).class,
+            ErrorClass::Unknown
+        );
+    }
+
+    #[test]
+    fn failed_login_means_request_was_not_executed() {
+        let login = |class| EtcdAttemptError { class, reason: "why".to_owned() }.at_login("broker");
+        assert_eq!(login(ErrorClass::Unknown).class, ErrorClass::NotDone);
+        assert_eq!(login(ErrorClass::Refused).class, ErrorClass::Refused);
+        assert!(login(ErrorClass::Refused).reason.contains("\"broker\": why"));
+        let twice = EtcdAttemptError { class: ErrorClass::Token, reason: "etcdserver: invalid auth token".to_owned() }
+            .without_token();
+        assert!(twice.class == ErrorClass::Refused && twice.reason.contains("check the etcd user"), "{twice:?}");
+    }
+}

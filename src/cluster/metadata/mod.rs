@@ -1,0 +1,269 @@
+//! The metadata cache: a broker's copy of the cluster's prefix, which serves lookups without requests to the store.
+//!
+//! # Overview
+//!
+//! One task lists the prefix, then watches it from the list's revision on. The task relists when the watch is compacted
+//! or breaks, and at intervals. Each change is published twice: as a whole snapshot ([`MetadataCache::state`],
+//! [`MetadataCache::watch`]) and as the changed keys ([`MetadataCache::feed`]). The cost of a change depends on the
+//! size of the change, not on the size of the metadata.
+//!
+//! # Invariants
+//!
+//! - The revision never falls: events and lists older than the snapshot change nothing.
+//! - A snapshot is consistent: it never contains half a transaction.
+//! - While the store does not respond, the snapshot stays as it is.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::{broadcast, watch},
+    time::Instant,
+};
+
+use super::{
+    keys::{Key, Keys},
+    store::{MetaStore, MetaStoreError, Revision, Watch},
+};
+use crate::{
+    model::PartitionId,
+    task::{Tasks, clock},
+    telemetry::Counter,
+};
+
+mod snapshot;
+
+pub use snapshot::{MetadataSnapshot, PartitionEntry, Versioned};
+
+/// Interval of lists without a detected problem.
+const RELIST_INTERVAL: Duration = Duration::from_secs(600);
+
+/// Pauses between attempts while the store does not respond or its watches end early: the first and the longest.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+/// Interval at which a continuing outage is logged.
+const REMIND_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Maximum number of changes that a feed may lag before it starts over.
+const MAX_QUEUED_CHANGES: usize = 1024;
+
+/// A handle of the metadata cache. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct MetadataCache {
+    state: Arc<watch::Sender<Arc<MetadataSnapshot>>>,
+    changes: broadcast::Sender<Arc<[Key]>>,
+    /// Time of the last response or event from the store.
+    last_contact: Arc<Mutex<Instant>>,
+}
+
+/// One change from a feed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MetadataChange {
+    /// Anything may have changed: read the whole snapshot. Every feed starts with this value, and repeats it after it
+    /// lagged too far.
+    Relisted,
+    /// These keys changed. The snapshot is at least as new; look up their current values there.
+    Keys(Arc<[Key]>),
+}
+
+/// A stream of changed keys.
+#[derive(Debug)]
+pub struct ChangeFeed {
+    changes: broadcast::Receiver<Arc<[Key]>>,
+    started: bool,
+}
+
+impl ChangeFeed {
+    /// Returns the next change; `None` when the cache was stopped. Cancel safe: dropping the future loses no change.
+    pub async fn next(&mut self) -> Option<MetadataChange> {
+        if !self.started {
+            self.started = true;
+            return Some(MetadataChange::Relisted);
+        }
+        match self.changes.recv().await {
+            Ok(keys) => Some(MetadataChange::Keys(keys)),
+            Err(broadcast::error::RecvError::Lagged(_)) => {
+                self.changes = self.changes.resubscribe();
+                Some(MetadataChange::Relisted)
+            }
+            Err(broadcast::error::RecvError::Closed) => None,
+        }
+    }
+}
+
+impl MetadataCache {
+    /// Starts the cache, which is empty at first: see [`MetadataCache::wait_for_revision`].
+    pub fn start(store: Arc<dyn MetaStore>, keys: Keys, tasks: &Tasks) -> Self {
+        Self::start_with_counter(store, keys, tasks, Counter::default())
+    }
+
+    /// Like [`MetadataCache::start`], with a counter of lists.
+    pub fn start_with_counter(store: Arc<dyn MetaStore>, keys: Keys, tasks: &Tasks, lists: Counter) -> Self {
+        let metadata = Self {
+            state: Arc::new(watch::Sender::default()),
+            changes: broadcast::Sender::new(MAX_QUEUED_CHANGES),
+            last_contact: Arc::new(Mutex::new(clock::monotonic())),
+        };
+        let reflector = Reflector { store, keys, metadata: metadata.clone(), lists };
+        let stop = tasks.clone();
+        tasks.spawn("metadata-cache", async move {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => {}
+                () = reflector.run() => {}
+            }
+        });
+        metadata
+    }
+
+    /// Returns the current snapshot. Drop it soon: while it is held, each change copies the tables that it touches.
+    pub fn state(&self) -> Arc<MetadataSnapshot> {
+        self.state.borrow().clone()
+    }
+
+    /// Returns a receiver of the snapshots.
+    pub fn watch(&self) -> watch::Receiver<Arc<MetadataSnapshot>> {
+        self.state.subscribe()
+    }
+
+    /// Returns a feed of the changed keys from now on, which starts with [`MetadataChange::Relisted`].
+    pub fn feed(&self) -> ChangeFeed {
+        ChangeFeed { changes: self.changes.subscribe(), started: false }
+    }
+
+    /// Returns the time since the store last sent anything, progress notifications included. It grows while the cache
+    /// is disconnected. The embedded store sends only changes.
+    pub fn silence(&self) -> Duration {
+        self.last_contact.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
+    fn record_contact(&self) {
+        *self.last_contact.lock().unwrap_or_else(PoisonError::into_inner) = clock::monotonic();
+    }
+
+    /// Returns the entry of a partition, if the partition counts.
+    pub fn partition(&self, id: PartitionId) -> Option<PartitionEntry> {
+        self.state.borrow().partition(id).cloned()
+    }
+
+    /// Waits until the snapshot has this revision, or for a revision of 1 or less until the first list. Does not return
+    /// while the store is unavailable: bound the wait.
+    pub async fn wait_for_revision(&self, revision: Revision) {
+        self.wait_until(|state| state.revision() >= revision.max(Revision(1))).await;
+    }
+
+    /// Waits until the snapshot satisfies a condition. Bound this wait too.
+    pub async fn wait_until(&self, holds: impl Fn(&MetadataSnapshot) -> bool) {
+        let mut states = self.state.subscribe();
+        // `self` owns the sender, so the channel cannot close.
+        let _state = states.wait_for(|state| holds(state)).await;
+    }
+
+    fn publish(&self, change: impl FnOnce(&mut MetadataSnapshot) -> Vec<Key>) {
+        let mut changed = Vec::new();
+        // In place unless a snapshot is held: so a change costs only what it changes.
+        self.state.send_modify(|state| changed = change(Arc::make_mut(state)));
+        if !changed.is_empty() {
+            // An error means that there are no receivers.
+            let _listeners = self.changes.send(changed.into());
+        }
+    }
+}
+
+struct Reflector {
+    store: Arc<dyn MetaStore>,
+    keys: Keys,
+    metadata: MetadataCache,
+    lists: Counter,
+}
+
+impl Reflector {
+    async fn run(self) {
+        let (mut wait, mut outage) = (BACKOFF.0, OutageLogger::default());
+        loop {
+            match self.list().await {
+                Ok(watch) => {
+                    outage.log_recovered();
+                    if self.apply_watch(watch).await {
+                        wait = BACKOFF.0;
+                    }
+                }
+                Err(error) => {
+                    outage.log_failure(&error);
+                }
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(BACKOFF.1);
+        }
+    }
+
+    async fn list(&self) -> Result<Watch, MetaStoreError> {
+        let list = self.store.list(self.keys.prefix()).await?;
+        let from = list.revision.next();
+        self.lists.inc();
+        self.metadata.record_contact();
+        self.metadata.publish(|state| state.replace(&self.keys, list));
+        self.store.watch(self.keys.prefix(), from).await
+    }
+
+    /// Applies the watch's changes until the watch ends or a relist is due. Returns false if the watch returned no
+    /// changes: the next watch may end the same way, and a full list is expensive.
+    async fn apply_watch(&self, mut watch: Watch) -> bool {
+        let relist = clock::monotonic() + RELIST_INTERVAL;
+        let mut received = false;
+        loop {
+            tokio::select! {
+                biased;
+                () = tokio::time::sleep_until(relist) => return true,
+                changes = watch.next() => match changes {
+                    Some(Ok(changes)) => {
+                        received = true;
+                        self.metadata.record_contact();
+                        if !changes.events.is_empty() || changes.revision > self.metadata.state().revision() {
+                            self.metadata.publish(|state| state.apply(&self.keys, changes));
+                        }
+                    }
+                    Some(Err(error)) => {
+                        tracing::info!(%error, "the metadata watch failed: relisting");
+                        return received;
+                    }
+                    None => return received,
+                },
+            }
+        }
+    }
+}
+
+/// Log of an outage of the store: at its start, at intervals and at its end.
+#[derive(Default)]
+struct OutageLogger {
+    started: Option<Instant>,
+    logged: Option<Instant>,
+}
+
+impl OutageLogger {
+    fn log_failure(&mut self, error: &MetaStoreError) {
+        let now = clock::monotonic();
+        let seconds = now.duration_since(*self.started.get_or_insert(now)).as_secs();
+        if self.logged.is_some_and(|logged| now.duration_since(logged) < REMIND_INTERVAL) {
+            tracing::debug!(%error, seconds, "the cluster's metadata still cannot be listed");
+            return;
+        }
+        self.logged = Some(now);
+        tracing::warn!(
+            %error, seconds,
+            "the cluster's metadata cannot be listed: the last snapshot stays in use; retrying"
+        );
+    }
+
+    fn log_recovered(&mut self) {
+        if let Some(started) = std::mem::take(self).started {
+            tracing::info!(seconds = started.elapsed().as_secs(), "the cluster's metadata was listed again");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,397 @@
+//! The content of the metadata cache, and how changes apply to it. Pure: no store, task or clock.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use crate::{
+    cluster::{
+        keys::{
+            BrokerValue, ControllerValue, DirectoryValue, DrainValue, GenerationValue, Key, Keys, ProducerIdsValue,
+            TopicValue, Value,
+        },
+        partition_value::PartitionValue,
+        producer_ids::ProducerIdKey,
+        store::{KeyValue, ListResult, Revision, WatchBatch, WatchEvent},
+    },
+    model::{BrokerId, PartitionId, TopicId, TopicName},
+    tier::{StoreBinding, TierState},
+};
+
+/// A value with the revisions of its key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Versioned<T> {
+    /// Decoded value.
+    pub value: T,
+    /// Create revision of the key. Of a broker's key it is the broker epoch.
+    pub create_revision: Revision,
+    /// Revision of the last write, for compare-and-set.
+    pub mod_revision: Revision,
+}
+
+/// Metadata of one partition.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PartitionEntry {
+    /// Replicas and leader of the partition.
+    pub partition: Option<Arc<Versioned<PartitionValue>>>,
+    /// Committed tier state of the partition; `None` before the first commit.
+    pub tier: Option<Arc<Versioned<TierState>>>,
+}
+
+/// The cluster's metadata at one revision.
+///
+/// Clones share everything. A change copies a table (of all topics, or of one topic's partitions) only if a clone is
+/// still held. So callers read a value and drop the snapshot.
+#[derive(Clone, Debug, Default)]
+pub struct MetadataSnapshot {
+    revision: Revision,
+    brokers: BTreeMap<BrokerId, Arc<Versioned<BrokerValue>>>,
+    drains: BTreeMap<BrokerId, Arc<Versioned<DrainValue>>>,
+    controller: Option<Arc<Versioned<ControllerValue>>>,
+    generation: Option<Arc<Versioned<GenerationValue>>>,
+    topics: BTreeMap<TopicName, Arc<Versioned<TopicValue>>>,
+    names: BTreeMap<TopicId, TopicName>,
+    /// By topic, then by number. Includes partitions without a topic: being created, or left over.
+    partitions: BTreeMap<TopicId, Arc<Vec<PartitionEntry>>>,
+    /// Created once per cluster. A key that was read stays: its later deletion or corruption makes no id invalid.
+    producer_id_key: Option<Arc<Versioned<ProducerIdKey>>>,
+    /// Keys with unusable values, and the errors.
+    unreadable: BTreeMap<Key, String>,
+}
+
+impl MetadataSnapshot {
+    /// Returns the revision of the snapshot; zero before the first list.
+    pub const fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// Returns the live brokers.
+    pub const fn brokers(&self) -> &BTreeMap<BrokerId, Arc<Versioned<BrokerValue>>> {
+        &self.brokers
+    }
+
+    /// Returns the brokers that are to be drained.
+    pub const fn drains(&self) -> &BTreeMap<BrokerId, Arc<Versioned<DrainValue>>> {
+        &self.drains
+    }
+
+    /// Returns the controller, if there is one.
+    pub fn controller(&self) -> Option<BrokerId> {
+        self.controller.as_ref().map(|versioned| versioned.value.broker)
+    }
+
+    /// Returns the revision of the last write to the controller key.
+    pub fn controller_revision(&self) -> Option<Revision> {
+        self.controller.as_ref().map(|versioned| versioned.mod_revision)
+    }
+
+    /// Returns the key that verifies producer ids; `None` until a broker of the cluster has created it.
+    pub fn producer_id_key(&self) -> Option<&ProducerIdKey> {
+        self.producer_id_key.as_ref().map(|versioned| &versioned.value)
+    }
+
+    /// Returns the cluster generation, if it can be read. Together with a key's create revision, it identifies every
+    /// holder of that key uniquely, also across restores of the store.
+    pub fn generation(&self) -> Option<u64> {
+        self.generation.as_ref().map(|versioned| versioned.value.generation)
+    }
+
+    /// Returns all topics by name.
+    pub const fn topics(&self) -> &BTreeMap<TopicName, Arc<Versioned<TopicValue>>> {
+        &self.topics
+    }
+
+    /// Returns the topic with this name.
+    pub fn topic(&self, name: &TopicName) -> Option<&Arc<Versioned<TopicValue>>> {
+        self.topics.get(name)
+    }
+
+    /// Returns the name of the topic with this id.
+    pub fn name(&self, id: TopicId) -> Option<&TopicName> {
+        self.names.get(&id)
+    }
+
+    /// Returns a topic's partitions by number, `0..topic.partitions`. An entry whose key is missing or unreadable has
+    /// no `partition`. Copies nothing.
+    pub fn partitions_of<'a>(
+        &'a self,
+        topic: &TopicValue,
+    ) -> impl Iterator<Item = (u32, &'a PartitionEntry)> + use<'a> {
+        static UNKNOWN: PartitionEntry = PartitionEntry { partition: None, tier: None };
+        let entries = self.partitions.get(&topic.id);
+        (0..topic.partitions).map(move |number| (number, nth(entries, number).unwrap_or(&UNKNOWN)))
+    }
+
+    /// Returns the brokers that hold a partition that counts, live or not.
+    pub fn holders(&self) -> BTreeSet<BrokerId> {
+        let entries = self.topics.values().flat_map(|topic| self.partitions_of(&topic.value));
+        let values = entries.filter_map(|(_, entry)| entry.partition.as_ref());
+        values.flat_map(|versioned| versioned.value.replicas.iter().copied()).collect()
+    }
+
+    /// Returns the entry of a partition that counts: its topic exists and its number is below the partition count.
+    pub fn partition(&self, id: PartitionId) -> Option<&PartitionEntry> {
+        let topic = self.topics.get(self.names.get(&id.topic)?)?;
+        (id.number < topic.value.partitions).then(|| nth(self.partitions.get(&id.topic), id.number)).flatten()
+    }
+
+    /// Returns the entry of a partition, even if its topic is missing or unreadable.
+    pub fn entry(&self, id: PartitionId) -> Option<&PartitionEntry> {
+        nth(self.partitions.get(&id.topic), id.number)
+    }
+
+    /// Returns every partition that counts and has a replica on this broker.
+    pub fn partitions_on(&self, broker: BrokerId) -> Vec<PartitionId> {
+        let mut found = Vec::new();
+        for topic in self.topics.values() {
+            for (number, entry) in self.partitions_of(&topic.value) {
+                if entry.partition.as_ref().is_some_and(|versioned| versioned.value.replicas.contains(&broker)) {
+                    found.push(PartitionId::new(topic.value.id, number));
+                }
+            }
+        }
+        found
+    }
+
+    /// Returns true if the metadata references segment objects.
+    pub fn has_tiered_data(&self) -> bool {
+        let mut entries = self.partitions.values().flat_map(|entries| entries.iter());
+        entries.any(|entry| entry.tier.as_ref().is_some_and(|versioned| versioned.value.manifest.is_some()))
+    }
+
+    /// Returns the keys with unusable values, and the errors.
+    pub const fn unreadable(&self) -> &BTreeMap<Key, String> {
+        &self.unreadable
+    }
+
+    /// Returns the difference from a list of the prefix, if there is any. For the simulator's checker.
+    #[cfg(feature = "sim")]
+    pub fn differs_from(&self, keys: &Keys, listing: ListResult) -> Option<String> {
+        let mut other = Self::default();
+        other.replace(keys, listing);
+        let (revision, listed) = (self.revision, other.revision);
+        // Keys outside the snapshot also advance the revision, without an event.
+        other.revision = revision;
+        let (mine, theirs) = (format!("{self:?}"), format!("{other:?}"));
+        (mine != theirs).then(|| format!("the cache at {revision} is {mine}, the list at {listed} is {theirs}"))
+    }
+
+    /// Returns the partition and tier keys that do not count, by topic.
+    pub(crate) fn strays(&self) -> BTreeMap<TopicId, Vec<(u32, PartitionEntry)>> {
+        let mut strays = BTreeMap::new();
+        for (id, entries) in &self.partitions {
+            let count = self.names.get(id).and_then(|name| self.topics.get(name)).map_or(0, |t| t.value.partitions);
+            let above: Vec<_> = (0..)
+                .zip(entries.iter())
+                .filter(|(number, entry)| *number >= count && **entry != PartitionEntry::default())
+                .map(|(number, entry)| (number, entry.clone()))
+                .collect();
+            if !above.is_empty() {
+                strays.insert(*id, above);
+            }
+        }
+        strays
+    }
+
+    /// Applies the changes of a watch. Returns the changed keys; events older than the snapshot change nothing.
+    pub(crate) fn apply(&mut self, keys: &Keys, changes: WatchBatch) -> Vec<Key> {
+        let before = self.revision;
+        let mut changed = Vec::new();
+        for event in changes.events {
+            if event.revision() <= before {
+                continue;
+            }
+            self.revision = self.revision.max(event.revision());
+            // Ignore kinds of keys that are not cached (groups, offsets, kinds of a newer version).
+            let Some(key) = keys.parse(event.key()) else { continue };
+            match event {
+                WatchEvent::Put(entry) => self.put(keys, &key, &entry),
+                WatchEvent::Delete { .. } => self.remove(&key),
+            }
+            changed.push(key);
+        }
+        self.revision = self.revision.max(changes.revision);
+        changed.retain(is_published);
+        changed
+    }
+
+    /// Replaces the content by a list of the whole prefix. Returns the changed keys; an older list changes nothing.
+    pub(crate) fn replace(&mut self, keys: &Keys, listing: ListResult) -> Vec<Key> {
+        if listing.revision < self.revision {
+            return Vec::new();
+        }
+        let mut removed: BTreeSet<Key> = self.keys();
+        let mut changed = Vec::new();
+        for entry in &listing.entries {
+            let Some(key) = keys.parse(&entry.key) else { continue };
+            removed.remove(&key);
+            if self.mod_revision(&key) != Some(entry.mod_revision) {
+                self.put(keys, &key, entry);
+                changed.push(key);
+            }
+        }
+        for key in removed {
+            self.remove(&key);
+            changed.push(key);
+        }
+        self.revision = listing.revision;
+        changed.retain(is_published);
+        changed
+    }
+
+    fn put(&mut self, keys: &Keys, key: &Key, entry: &KeyValue) {
+        let done = match key {
+            Key::Broker(id) => read(entry).map(|versioned| {
+                self.brokers.insert(*id, versioned);
+            }),
+            Key::Drain(id) => read(entry).map(|versioned| {
+                self.drains.insert(*id, versioned);
+            }),
+            Key::Controller => read(entry).map(|versioned| self.controller = Some(versioned)),
+            Key::Topic(name) => read(entry).map(|versioned| self.put_topic(name, versioned)),
+            Key::Partition(id) => read(entry).map(|versioned| self.slot(*id).partition = Some(versioned)),
+            Key::Tier(id) => read(entry).map(|versioned| self.slot(*id).tier = Some(versioned)),
+            Key::ProducerIdKey => read(entry).map(|versioned| self.producer_id_key = Some(versioned)),
+            Key::Directory(_) => read::<DirectoryValue>(entry).map(drop),
+            Key::ProducerIds => read::<ProducerIdsValue>(entry).map(drop),
+            Key::ObjectStore => read::<StoreBinding>(entry).map(drop),
+            Key::Generation => read(entry).map(|versioned| self.generation = Some(versioned)),
+            Key::Tombstone(_) => Ok(()),
+        };
+        match done {
+            Ok(()) => {
+                self.unreadable.remove(key);
+            }
+            Err(reason) => {
+                tracing::warn!(key = keys.path(key), %reason, "a value in the metadata store cannot be used: skipped");
+                // The previous value no longer holds either.
+                self.remove(key);
+                self.unreadable.insert(key.clone(), reason);
+            }
+        }
+    }
+
+    fn put_topic(&mut self, name: &TopicName, topic: Arc<Versioned<TopicValue>>) {
+        let id = topic.value.id;
+        if let Some(old) = self.topics.insert(name.clone(), topic)
+            && old.value.id != id
+        {
+            self.names.remove(&old.value.id);
+        }
+        self.names.insert(id, name.clone());
+    }
+
+    fn remove(&mut self, key: &Key) {
+        self.unreadable.remove(key);
+        match key {
+            Key::Broker(id) => {
+                self.brokers.remove(id);
+            }
+            Key::Drain(id) => {
+                self.drains.remove(id);
+            }
+            Key::Controller => self.controller = None,
+            Key::Generation => self.generation = None,
+            Key::Topic(name) => {
+                if let Some(old) = self.topics.remove(name) {
+                    self.names.remove(&old.value.id);
+                }
+            }
+            Key::Partition(id) => self.clear(*id, |entry| entry.partition = None),
+            Key::Tier(id) => self.clear(*id, |entry| entry.tier = None),
+            Key::Directory(_) | Key::Tombstone(_) | Key::ProducerIds | Key::ProducerIdKey | Key::ObjectStore => {}
+        }
+    }
+
+    fn slot(&mut self, id: PartitionId) -> &mut PartitionEntry {
+        let entries = Arc::make_mut(self.partitions.entry(id.topic).or_default());
+        let index = index(id.number);
+        if entries.len() <= index {
+            // The number is below `limits::MAX_PARTITIONS`, as `Keys::parse` ensures.
+            entries.resize_with(index + 1, PartitionEntry::default);
+        }
+        &mut entries[index]
+    }
+
+    fn clear(&mut self, id: PartitionId, function: impl FnOnce(&mut PartitionEntry)) {
+        let Some(entries) = self.partitions.get_mut(&id.topic) else { return };
+        let entries = Arc::make_mut(entries);
+        if let Some(entry) = entries.get_mut(index(id.number)) {
+            function(entry);
+        }
+        while entries.last().is_some_and(|entry| *entry == PartitionEntry::default()) {
+            entries.pop();
+        }
+        if entries.is_empty() {
+            self.partitions.remove(&id.topic);
+        }
+    }
+
+    fn mod_revision(&self, key: &Key) -> Option<Revision> {
+        match key {
+            Key::Broker(id) => self.brokers.get(id).map(|versioned| versioned.mod_revision),
+            Key::Drain(id) => self.drains.get(id).map(|versioned| versioned.mod_revision),
+            Key::Controller => self.controller.as_ref().map(|versioned| versioned.mod_revision),
+            Key::Generation => self.generation.as_ref().map(|versioned| versioned.mod_revision),
+            Key::Topic(name) => self.topics.get(name).map(|versioned| versioned.mod_revision),
+            Key::Partition(id) => nth(self.partitions.get(&id.topic), id.number)?
+                .partition
+                .as_ref()
+                .map(|versioned| versioned.mod_revision),
+            Key::Tier(id) => {
+                nth(self.partitions.get(&id.topic), id.number)?.tier.as_ref().map(|versioned| versioned.mod_revision)
+            }
+            Key::ProducerIdKey => self.producer_id_key.as_ref().map(|versioned| versioned.mod_revision),
+            Key::Directory(_) | Key::Tombstone(_) | Key::ProducerIds | Key::ObjectStore => None,
+        }
+    }
+
+    fn keys(&self) -> BTreeSet<Key> {
+        let mut keys: BTreeSet<Key> = self.unreadable.keys().cloned().collect();
+        keys.extend(self.brokers.keys().map(|id| Key::Broker(*id)));
+        keys.extend(self.drains.keys().map(|id| Key::Drain(*id)));
+        keys.extend(self.controller.as_ref().map(|_| Key::Controller));
+        keys.extend(self.generation.as_ref().map(|_| Key::Generation));
+        keys.extend(self.topics.keys().map(|name| Key::Topic(name.clone())));
+        for (topic, entries) in &self.partitions {
+            for (number, entry) in (0..).zip(entries.iter()) {
+                let id = PartitionId::new(*topic, number);
+                keys.extend(entry.partition.as_ref().map(|_| Key::Partition(id)));
+                keys.extend(entry.tier.as_ref().map(|_| Key::Tier(id)));
+            }
+        }
+        keys
+    }
+}
+
+/// Returns true if changes of the key are published. Producer ids, directories and the object store binding are not:
+/// the cache only records them while they are unreadable.
+fn is_published(key: &Key) -> bool {
+    !matches!(key, Key::Directory(_) | Key::ProducerIds | Key::ObjectStore)
+}
+
+fn index(number: u32) -> usize {
+    usize::try_from(number).expect("a partition number fits into usize")
+}
+
+fn nth(entries: Option<&Arc<Vec<PartitionEntry>>>, number: u32) -> Option<&PartitionEntry> {
+    entries?.get(index(number))
+}
+
+fn read<T: Value>(entry: &KeyValue) -> Result<Arc<Versioned<T>>, String> {
+    let value = T::decode(&entry.key, &entry.value).map_err(|error| error.reason)?;
+    let KeyValue { create_revision, mod_revision, .. } = *entry;
+    Ok(Arc::new(Versioned { value, create_revision, mod_revision }))
+}
+
+#[cfg(test)]
+impl MetadataSnapshot {
+    /// Returns the number of topic tables that two snapshots share.
+    pub(super) fn shared_tables(&self, other: &Self) -> usize {
+        let same = |(id, table): &(&TopicId, &Arc<Vec<PartitionEntry>>)| {
+            other.partitions.get(*id).is_some_and(|other| Arc::ptr_eq(table, other))
+        };
+        self.partitions.iter().filter(same).count()
+    }
+}

@@ -1,0 +1,90 @@
+//! Cancellation of reassignments.
+
+use super::{ClusterOperations, OperationResult, TargetError, WriteError};
+use crate::{
+    cluster::partition_value::PartitionValue,
+    model::{BrokerId, TopicName},
+};
+
+/// Error of a cancellation.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CancelError {
+    /// The topic or partition does not exist.
+    #[error(transparent)]
+    Unknown(#[from] TargetError),
+    /// No reassignment is in progress or queued.
+    #[error("nothing to cancel: {what}")]
+    Nothing {
+        /// Description of the partitions without a reassignment.
+        what: String,
+    },
+    /// Only replicas that the reassignment added are in sync.
+    #[error(
+        "the reassignment of partition {partition} cannot be cancelled, because none of the earlier replicas is in \
+         sync: let it complete, or reassign the partition"
+    )]
+    OnlyNew {
+        /// The partition, as `topic/number`.
+        partition: String,
+    },
+    /// The values could not be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+impl CancelError {
+    /// Returns true if the same operation may succeed later.
+    pub const fn retryable(&self) -> bool {
+        match self {
+            Self::Write(error) => error.retryable(),
+            _ => false,
+        }
+    }
+}
+
+impl ClusterOperations {
+    /// Restores the replicas from before the reassignment, for one topic, one partition, or all. If a new replica leads
+    /// already, an earlier replica is elected.
+    pub async fn cancel(
+        &self,
+        topic: Option<&TopicName>,
+        partition: Option<u32>,
+    ) -> Result<Vec<OperationResult>, CancelError> {
+        let reassigning = self.moving(topic, partition)?;
+        if reassigning.is_empty() {
+            let what = match (topic, partition) {
+                (None, _) => "no partition is being reassigned".to_owned(),
+                (Some(topic), None) => format!("no partition of topic {topic} is being reassigned"),
+                (Some(topic), Some(number)) => format!("partition {topic}/{number} is not being reassigned"),
+            };
+            return Err(CancelError::Nothing { what });
+        }
+        let ids: Vec<_> = reassigning.iter().map(|result| result.id).collect();
+        self.edit(&ids, |id, value, _| {
+            if !value.is_reassigning() {
+                return Ok(value.has_queued().then(|| value.clone().clear_queued()));
+            }
+            let state = self.metadata.state();
+            let cancelled =
+                without_reassignment(value, |id| state.brokers().contains_key(&id), self.min_insync(id.topic));
+            cancelled
+                .map(|cancelled| Some(cancelled.clear_queued()))
+                .ok_or_else(|| CancelError::OnlyNew { partition: self.display_name(id) })
+        })
+        .await
+    }
+}
+
+/// Returns the value without the reassignment. If an added replica leads, the same change elects another leader.
+fn without_reassignment(
+    value: &PartitionValue,
+    live: impl Fn(BrokerId) -> bool,
+    min_insync: usize,
+) -> Option<PartitionValue> {
+    if let Some(cancelled) = value.cancel_reassignment() {
+        return Some(cancelled);
+    }
+    let is_candidate = |id: &BrokerId| !value.adding.contains(id) && value.isr.contains(id) && live(*id);
+    let to = value.replicas.iter().copied().find(is_candidate)?;
+    value.elect(to, live, min_insync)?.cancel_reassignment()
+}

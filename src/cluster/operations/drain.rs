@@ -1,0 +1,148 @@
+//! Drains of brokers: the operation writes the key `drains/{id}`, and the controller moves the replicas.
+
+use super::{ClusterOperations, UnknownBrokers, registered_brokers};
+use crate::{
+    cluster::{
+        keys::{DrainValue, Value as _},
+        placement::Placement,
+        store::{Compare, MetaStoreError, Transaction, TxnOutcome},
+    },
+    model::{BrokerId, PartitionId},
+};
+
+/// Error of a drain, or of its cancellation.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DrainError {
+    /// The broker does not exist.
+    #[error(transparent)]
+    Unknown(#[from] UnknownBrokers),
+    /// The metadata store failed.
+    #[error(transparent)]
+    Store(#[from] MetaStoreError),
+}
+
+/// State of a broker's drain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BrokerDrain {
+    /// True if this operation started the drain.
+    pub changed: bool,
+    /// Wall-clock time of the request, in milliseconds.
+    pub since_ms: i64,
+    /// Number of partitions that the broker leads.
+    pub leaders: usize,
+    /// Number of partitions that the broker holds.
+    pub replicas: usize,
+    /// Partitions whose replica cannot move: too few eligible brokers, or a reassignment of the partition waits for an
+    /// offline broker.
+    pub stuck: Vec<PartitionId>,
+    /// Number of replicas that cannot move because their partition has no leader.
+    pub leaderless: usize,
+    /// Number of other brokers that can take replicas.
+    pub eligible_brokers: usize,
+}
+
+impl ClusterOperations {
+    /// Requests the drain of a broker. The broker may be offline: its replicas are then replaced without delay.
+    pub async fn drain(&self, broker: BrokerId, now_ms: i64) -> Result<BrokerDrain, DrainError> {
+        self.check_known(broker)?;
+        let key = self.keys.drain(broker);
+        let mut unchanged = Compare::Absent(key.clone());
+        let (changed, since_ms) = loop {
+            let put = Transaction::new()
+                .when(unchanged)
+                .put(key.as_str(), DrainValue { since_ms: now_ms }.encode())
+                .else_get(key.as_str());
+            let found = match self.store.transact(put).await? {
+                TxnOutcome::Committed { revision } => {
+                    self.reached(revision).await;
+                    break (true, now_ms);
+                }
+                TxnOutcome::CompareFailed { mut found, .. } => found.pop().flatten(),
+            };
+            unchanged = match found.map(|entry| (DrainValue::decode(&entry.key, &entry.value), entry)) {
+                Some((Ok(drain), _)) => break (false, drain.since_ms),
+                // An unreadable value drains no broker.
+                Some((Err(_), entry)) => Compare::ModRevision(key.clone(), entry.mod_revision),
+                None => Compare::Absent(key.clone()),
+            };
+        };
+        Ok(BrokerDrain { changed, since_ms, ..self.remaining(broker) })
+    }
+
+    /// Cancels the drain of a broker. Returns true if there was one.
+    pub async fn undrain(&self, broker: BrokerId) -> Result<bool, DrainError> {
+        self.check_known(broker)?;
+        let key = self.keys.drain(broker);
+        let delete = Transaction::new().when(Compare::Exists(key.clone())).delete(key);
+        match self.store.transact(delete).await? {
+            TxnOutcome::Committed { revision } => {
+                self.reached(revision).await;
+                Ok(true)
+            }
+            TxnOutcome::CompareFailed { .. } => Ok(false),
+        }
+    }
+
+    /// Returns the number of replicas of a drained broker that cannot move. Too few brokers can take them, their
+    /// reassignment waits for an offline broker, or their partition has no leader.
+    pub fn stuck(&self, broker: BrokerId) -> usize {
+        let remaining = self.remaining(broker);
+        remaining.stuck.len() + remaining.leaderless
+    }
+
+    fn check_known(&self, broker: BrokerId) -> Result<(), UnknownBrokers> {
+        let known = registered_brokers(&self.metadata.state());
+        if known.contains(&broker) {
+            return Ok(());
+        }
+        Err(UnknownBrokers { ids: vec![broker], known: known.into_iter().collect() })
+    }
+
+    /// Counts the replicas that remain on a broker, as the controller's plan moves them.
+    fn remaining(&self, broker: BrokerId) -> BrokerDrain {
+        let state = self.metadata.state();
+        let mut placement = Placement::of(&state);
+        placement.exclude(broker);
+        let eligible_brokers = placement.steady().filter(|(id, _)| placement.has_capacity(*id)).count();
+        let mut drained = BrokerDrain {
+            changed: false,
+            since_ms: 0,
+            leaders: 0,
+            replicas: 0,
+            stuck: Vec::new(),
+            leaderless: 0,
+            eligible_brokers,
+        };
+        for id in state.partitions_on(broker) {
+            let Some(partition) = state.partition(id).and_then(|entry| entry.partition.as_ref()) else { continue };
+            let value = &partition.value;
+            drained.replicas += 1;
+            drained.leaders += usize::from(value.leader == Some(broker));
+            // Only the leader of a partition copies its data, also during a reassignment.
+            if value.leader.is_none() {
+                drained.leaderless += 1;
+                continue;
+            }
+            // The next reassignment starts after the one in progress. That one may be blocked by offline brokers,
+            // except by drained ones, which are replaced at once.
+            let is_live = |id| state.brokers().contains_key(&id) || id == broker || state.drains().contains_key(&id);
+            if value.is_reassignment_blocked(self.min_insync(id.topic), is_live) {
+                drained.stuck.push(id);
+                continue;
+            }
+            if value.removing.contains(&broker) {
+                continue;
+            }
+            let stays =
+                |id: &BrokerId| *id != broker && !state.drains().contains_key(id) && !value.removing.contains(id);
+            let stay: Vec<BrokerId> = value.replicas.iter().copied().filter(stays).collect();
+            let kept = stay.len();
+            match placement.choose(id, stay, value.replicas.len() - value.removing.len()) {
+                // Each remaining broker may have capacity for one replica, but not for all.
+                Some(chosen) => placement.add_load(&chosen[kept..]),
+                None => drained.stuck.push(id),
+            }
+        }
+        drained
+    }
+}

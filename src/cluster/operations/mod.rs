@@ -1,0 +1,386 @@
+//! Operations of an operator: drains, reassignments and elections.
+//!
+//! # Overview
+//!
+//! An operation only writes the desired state where all brokers read it: `drain` a key of its own, `reassign` and
+//! `elect` the values of partitions. The controller applies that state step by step. The progress is visible in the
+//! same values.
+//!
+//! # Invariants
+//!
+//! - Every change is a compare-and-set of the value that it is based on. After a conflict it is decided again on the
+//!   new value.
+//! - An operation is checked completely before its first write. Writes to several partitions are not one transaction: a
+//!   failure reports the number of changed partitions, and the operation may be repeated.
+//! - New values come from [`PartitionValue`] alone: an operation cannot create a set that the protocol does not allow.
+//!
+//! # Crash
+//!
+//! An interrupted operation has changed its first partitions. Each change is valid by itself.
+
+mod cancel;
+mod drain;
+mod elect;
+mod reassign;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::Arc,
+    time::Duration,
+};
+
+pub use self::{
+    cancel::CancelError,
+    drain::{BrokerDrain, DrainError},
+    elect::{ElectError, LostOffsets, PreferredLeaderIssue, ReplicaPosition, UncleanCandidate, successor},
+    reassign::ReassignError,
+};
+use super::{
+    keys::{Keys, TopicValue},
+    metadata::{MetadataCache, MetadataSnapshot, Versioned},
+    partition_updates::{PartitionUpdate, PartitionUpdater, UpdateOutcome},
+    partition_value::PartitionValue,
+    stats::ClusterStats,
+    store::{Compare, MetaStore, MetaStoreError, Revision},
+    topics::UnknownTopic,
+};
+use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicId, TopicName};
+
+/// Maximum number of attempts of a compare-and-set while other writers come first.
+const MAX_ATTEMPTS: usize = 10;
+
+/// Number of partitions of one operation that are decided before the task yields.
+const MAX_DECISIONS_PER_BATCH: usize = 256;
+
+/// Maximum time to wait until the metadata cache shows a write.
+const CACHE_WAIT: Duration = Duration::from_secs(5);
+
+/// Operations of an operator. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ClusterOperations {
+    store: Arc<dyn MetaStore>,
+    keys: Keys,
+    metadata: MetadataCache,
+    defaults: Arc<ConfigMap>,
+    changes: PartitionUpdater,
+}
+
+/// A partition after an operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OperationResult {
+    /// Id of the partition.
+    pub id: PartitionId,
+    /// Value of the partition.
+    pub value: PartitionValue,
+    /// Revision of the value.
+    pub revision: Revision,
+    /// True if the operation changed the value.
+    pub changed: bool,
+}
+
+/// Error: the cluster does not have these brokers.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the cluster has no {}: it has {}", BrokerList(ids), IdList(known))]
+pub struct UnknownBrokers {
+    /// Unknown broker ids.
+    pub ids: Vec<BrokerId>,
+    /// Broker ids of the cluster.
+    pub known: Vec<BrokerId>,
+}
+
+/// Error: the topic has no partition with this number.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("topic {:?} has no partition {number}: it has {count}, numbered from 0", topic.as_str())]
+pub struct UnknownPartition {
+    /// Name of the topic.
+    pub topic: TopicName,
+    /// Requested partition number.
+    pub number: u32,
+    /// Number of partitions of the topic.
+    pub count: u32,
+}
+
+/// Error: the target of an operation does not exist.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TargetError {
+    /// The topic does not exist.
+    #[error(transparent)]
+    Topic(#[from] UnknownTopic),
+    /// The partition does not exist.
+    #[error(transparent)]
+    Partition(#[from] UnknownPartition),
+}
+
+/// Error of a write of partition values.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    /// A value is missing or unreadable.
+    #[error("the metadata of partition {partition} is missing or cannot be used: see `strandline cluster describe`")]
+    Unreadable {
+        /// The partition, as `topic/number`.
+        partition: String,
+    },
+    /// Other writers kept changing the partition.
+    #[error("other writers keep changing partition {partition}: try again{}", so_far(*.done))]
+    Conflict {
+        /// The partition, as `topic/number`.
+        partition: String,
+        /// Number of partitions that were changed before.
+        done: usize,
+    },
+    /// The metadata store failed.
+    #[error("{source}{}", so_far(*.done))]
+    Store {
+        /// The store's error.
+        source: MetaStoreError,
+        /// Number of partitions that were changed before.
+        done: usize,
+    },
+}
+
+impl WriteError {
+    /// Returns true if the same operation may succeed later.
+    pub const fn retryable(&self) -> bool {
+        match self {
+            Self::Unreadable { .. } => false,
+            Self::Conflict { .. } => true,
+            Self::Store { source, .. } => source.retryable(),
+        }
+    }
+}
+
+fn so_far(done: usize) -> String {
+    match done {
+        0 => String::new(),
+        1 => "; 1 partition was changed before: repeat the operation for the rest".to_owned(),
+        done => format!("; {done} partitions were changed before: repeat the operation for the rest"),
+    }
+}
+
+/// Broker ids in a sentence: `1, 2 and 3`.
+struct IdList<'a>(&'a [BrokerId]);
+
+impl fmt::Display for IdList<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            [] => f.write_str("none"),
+            [one] => one.fmt(f),
+            [most @ .., last] => {
+                let most: Vec<String> = most.iter().map(ToString::to_string).collect();
+                write!(f, "{} and {last}", most.join(", "))
+            }
+        }
+    }
+}
+
+/// Broker ids with their noun: `broker 1`, or `brokers 1 and 2`.
+struct BrokerList<'a>(&'a [BrokerId]);
+
+impl fmt::Display for BrokerList<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "broker{} {}", if self.0.len() == 1 { "" } else { "s" }, IdList(self.0))
+    }
+}
+
+/// Target topic of an operation.
+#[derive(Clone, Debug)]
+struct TargetTopic {
+    name: TopicName,
+    known: Arc<Versioned<TopicValue>>,
+}
+
+/// A partition whose value is being replaced.
+struct PartitionEdit {
+    id: PartitionId,
+    /// Value that the decision is based on.
+    value: PartitionValue,
+    revision: Revision,
+    /// True if an earlier attempt may have been applied.
+    tried: bool,
+}
+
+impl ClusterOperations {
+    /// Returns the operations on a cluster. `defaults` are the topic configuration defaults.
+    pub fn new(store: Arc<dyn MetaStore>, keys: Keys, metadata: MetadataCache, defaults: ConfigMap) -> Self {
+        let changes = PartitionUpdater::new(Arc::clone(&store), keys.clone());
+        Self { store, keys, metadata, defaults: Arc::new(defaults), changes }
+    }
+
+    /// Waits for a bounded time until this broker's metadata cache shows the written values.
+    pub async fn wait_until_cached(&self, results: &[OperationResult]) {
+        if let Some(newest) = results.iter().map(|result| result.revision).max() {
+            self.reached(newest).await;
+        }
+    }
+
+    async fn reached(&self, revision: Revision) {
+        let _late = tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(revision)).await;
+    }
+
+    /// Returns the counts of the cluster.
+    pub fn stats(&self) -> ClusterStats {
+        ClusterStats::of(&self.metadata.state(), &self.defaults)
+    }
+
+    /// Returns the paths with unusable values, and the errors.
+    pub fn unreadable(&self) -> Vec<(String, String)> {
+        let state = self.metadata.state();
+        state.unreadable().iter().map(|(key, reason)| (self.keys.path(key), reason.clone())).collect()
+    }
+
+    /// Returns one partition of a topic, or all.
+    fn find(&self, topic: &TopicName, partition: Option<u32>) -> Result<(TargetTopic, Vec<PartitionId>), TargetError> {
+        let topic = self.topic(topic)?;
+        let ids = topic.partitions(partition)?;
+        Ok((topic, ids))
+    }
+
+    fn topic(&self, name: &TopicName) -> Result<TargetTopic, UnknownTopic> {
+        let state = self.metadata.state();
+        match state.topic(name) {
+            Some(known) => Ok(TargetTopic { name: name.clone(), known: Arc::clone(known) }),
+            None => Err(UnknownTopic::of(&state, name.as_str())),
+        }
+    }
+
+    /// Returns the display name of a partition, as `topic/number`.
+    fn display_name(&self, id: PartitionId) -> String {
+        match self.metadata.state().name(id.topic) {
+            Some(name) => format!("{name}/{}", id.number),
+            None => id.to_string(),
+        }
+    }
+
+    /// Returns the min ISR of a topic as the controller computes it. If the configuration is unreadable, the result
+    /// exceeds any ISR.
+    fn min_insync(&self, topic: TopicId) -> usize {
+        let state = self.metadata.state();
+        let entry = state.name(topic).and_then(|name| state.topic(name));
+        let config = entry.and_then(|entry| TopicConfig::resolve(&self.defaults, &entry.value.config).ok());
+        config.map_or(usize::MAX, |config| config.min_insync_replicas)
+    }
+
+    /// Replaces the values of partitions by the result of `decide`; `None` leaves a value as it is. Writes nothing if
+    /// `decide` fails for a value in the metadata cache.
+    async fn edit<E: From<WriteError>>(
+        &self,
+        ids: &[PartitionId],
+        decide: impl Fn(PartitionId, &PartitionValue, Revision) -> Result<Option<PartitionValue>, E>,
+    ) -> Result<Vec<OperationResult>, E> {
+        self.edit_while(ids, |_| Vec::new(), decide).await
+    }
+
+    /// Like [`ClusterOperations::edit`], with further compares that must hold when a value is replaced.
+    async fn edit_while<E: From<WriteError>>(
+        &self,
+        ids: &[PartitionId],
+        guards: impl Fn(&PartitionValue) -> Vec<Compare>,
+        decide: impl Fn(PartitionId, &PartitionValue, Revision) -> Result<Option<PartitionValue>, E>,
+    ) -> Result<Vec<OperationResult>, E> {
+        let mut remaining = self.load_partitions(ids)?;
+        let mut done = Vec::with_capacity(remaining.len());
+        for _ in 0..MAX_ATTEMPTS {
+            let mut changes = Vec::new();
+            for (number, PartitionEdit { id, value, revision, tried }) in (1..).zip(remaining.drain(..)) {
+                if number % MAX_DECISIONS_PER_BATCH == 0 {
+                    tokio::task::yield_now().await;
+                }
+                match decide(id, &value, revision)? {
+                    None => done.push(OperationResult { id, value, revision, changed: tried }),
+                    Some(new) => changes.push(PartitionUpdate {
+                        id,
+                        expected_revision: revision,
+                        value: new,
+                        guards: guards(&value),
+                    }),
+                }
+            }
+            remaining = self.write(changes, &mut done).await?;
+            if remaining.is_empty() {
+                done.sort_by_key(|result| result.id);
+                return Ok(done);
+            }
+        }
+        Err(WriteError::Conflict { partition: self.display_name(remaining[0].id), done: changed(&done) }.into())
+    }
+
+    /// Returns the partitions as the metadata cache shows them.
+    fn load_partitions(&self, ids: &[PartitionId]) -> Result<Vec<PartitionEdit>, WriteError> {
+        let state = self.metadata.state();
+        let found = ids.iter().map(|id| {
+            let partition = state.partition(*id).and_then(|entry| entry.partition.as_ref());
+            let partition = partition.ok_or_else(|| WriteError::Unreadable { partition: self.display_name(*id) })?;
+            Ok(PartitionEdit {
+                id: *id,
+                value: partition.value.clone(),
+                revision: partition.mod_revision,
+                tried: false,
+            })
+        });
+        found.collect()
+    }
+
+    /// Writes changes. Returns the partitions with a conflict or an unknown outcome, with their stored values.
+    async fn write(
+        &self,
+        changes: Vec<PartitionUpdate>,
+        done: &mut Vec<OperationResult>,
+    ) -> Result<Vec<PartitionEdit>, WriteError> {
+        if changes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let values: BTreeMap<PartitionId, PartitionValue> =
+            changes.iter().map(|change| (change.id, change.value.clone())).collect();
+        let (mut remaining, mut failed) = (Vec::new(), None);
+        for (id, outcome) in self.changes.apply(changes, &[]).await {
+            let (stored, tried) = match outcome {
+                UpdateOutcome::Done(revision) => {
+                    done.push(OperationResult { id, value: values[&id].clone(), revision, changed: true });
+                    continue;
+                }
+                UpdateOutcome::Conflict(stored) => (Ok(stored), false),
+                UpdateOutcome::Unknown(_) => (self.changes.read_back(id).await, true),
+                UpdateOutcome::Failed(source) => (Err(source), false),
+                // Requires a compare that all changes share, and there is none.
+                UpdateOutcome::GuardFailed => (Ok(None), false),
+            };
+            match stored {
+                Ok(Some((value, revision))) => remaining.push(PartitionEdit { id, value, revision, tried }),
+                Ok(None) => failed = Some((id, None)),
+                Err(source) => failed = Some((id, Some(source))),
+            }
+        }
+        match failed {
+            None => Ok(remaining),
+            Some((id, None)) => Err(WriteError::Unreadable { partition: self.display_name(id) }),
+            Some((_, Some(source))) => Err(WriteError::Store { source, done: changed(done) }),
+        }
+    }
+}
+
+/// Returns the number of changed partitions.
+fn changed(done: &[OperationResult]) -> usize {
+    done.iter().filter(|result| result.changed).count()
+}
+
+impl TargetTopic {
+    /// Returns one partition of the topic, or all.
+    fn partitions(&self, partition: Option<u32>) -> Result<Vec<PartitionId>, UnknownPartition> {
+        let count = self.known.value.partitions;
+        let numbers = match partition {
+            None => 0..count,
+            Some(number) if number < count => number..number + 1,
+            Some(number) => return Err(UnknownPartition { topic: self.name.clone(), number, count }),
+        };
+        Ok(numbers.map(|number| PartitionId::new(self.known.value.id, number)).collect())
+    }
+}
+
+/// Returns every broker that the metadata names: live brokers, holders of replicas, and brokers to be drained.
+fn registered_brokers(state: &MetadataSnapshot) -> BTreeSet<BrokerId> {
+    state.brokers().keys().chain(state.drains().keys()).copied().chain(state.holders()).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,249 @@
+//! Startup verification for both durabilities, and the removal of unverified replicas.
+
+use super::*;
+use crate::{
+    cluster::{
+        embedded::EmbeddedStore,
+        faulty::{Fault, FaultyStore},
+        partition_updates,
+        store::Transaction,
+    },
+    model::{LeaderEpoch, TopicName},
+};
+
+const ME: BrokerId = BrokerId(1);
+const PERSISTED: u8 = 1;
+const REPLICATED: u8 = 2;
+/// A topic that the store does not have, or no longer has.
+const UNKNOWN: u8 = 3;
+
+struct World {
+    link: FaultyStore,
+    store: Arc<dyn MetaStore>,
+    keys: Keys,
+}
+
+fn id(topic: u8, number: u32) -> PartitionId {
+    PartitionId::new(TopicId::from_bytes([topic; 16]), number)
+}
+
+fn value(leader: Option<u32>, isr: &[u32], elr: &[u32]) -> PartitionValue {
+    let brokers = |ids: &[u32]| ids.iter().copied().map(BrokerId).collect();
+    let base = PartitionValue::new(brokers(&[1, 2, 3]), LeaderEpoch(5));
+    PartitionValue { leader: leader.map(BrokerId), isr: brokers(isr), elr: brokers(elr), ..base }
+}
+
+/// Returns an inventory with everything intact.
+fn inventory() -> LocalInventory {
+    let intact: BTreeSet<_> =
+        [PERSISTED, REPLICATED, UNKNOWN].iter().flat_map(|topic| (0..4).map(|n| id(*topic, n))).collect();
+    let incarnations = vec!["p0".to_owned(), "p1".to_owned()];
+    LocalInventory { directory_id: "d".to_owned(), incarnations, clean: true, on_disk: intact.clone(), intact }
+}
+
+impl World {
+    async fn new() -> Self {
+        let (link, keys) = (FaultyStore::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap());
+        let world = Self { store: Arc::new(link.clone()), link, keys };
+        for (topic, durability) in [(PERSISTED, "persisted"), (REPLICATED, "replicated")] {
+            let config = [("durability".to_owned(), durability.to_owned())].into();
+            let id = TopicId::from_bytes([topic; 16]);
+            let value = TopicValue { id, partitions: 4, replication_factor: 3, config };
+            let name = TopicName::new(durability).unwrap();
+            world.put(world.keys.topic(&name), value.encode()).await;
+        }
+        world.record("d", "p1").await;
+        world
+    }
+
+    async fn put(&self, key: String, value: bytes::Bytes) {
+        self.store.transact(Transaction::new().put(key, value)).await.unwrap();
+    }
+
+    async fn record(&self, directory: &str, incarnation: &str) {
+        let value = DirectoryValue { directory_id: directory.to_owned(), incarnation: incarnation.to_owned() };
+        self.put(self.keys.directory(ME), value.encode()).await;
+    }
+
+    /// Writes a partition whose value has changed since its creation.
+    async fn partition(&self, id: PartitionId, value: &PartitionValue) {
+        for _ in 0..2 {
+            self.put(self.keys.partition(id), value.encode()).await;
+        }
+    }
+
+    async fn verify(&self, inventory: &LocalInventory) -> Result<VerificationResult, MetaStoreError> {
+        verify_inventory(&self.store, &self.keys, ME, inventory, &ConfigMap::new()).await
+    }
+
+    async fn now(&self, id: PartitionId) -> PartitionValue {
+        let updater = PartitionUpdater::new(Arc::clone(&self.store), self.keys.clone());
+        updater.read_back(id).await.unwrap().unwrap().0
+    }
+}
+
+#[tokio::test]
+async fn verified_replicas_stay_and_others_are_removed() {
+    let all = |inventory: LocalInventory| inventory;
+    let unclean = |inventory: LocalInventory| LocalInventory { clean: false, ..inventory };
+    let other = |inventory: LocalInventory| LocalInventory { directory_id: "another".to_owned(), ..inventory };
+    let older = |inventory: LocalInventory| LocalInventory { incarnations: vec!["p0".to_owned()], ..inventory };
+    let corrupt = |inventory: LocalInventory| LocalInventory { intact: BTreeSet::new(), ..inventory };
+    // The inventory, and the result for persisted, replicated and unknown topics.
+    type Change = fn(LocalInventory) -> LocalInventory;
+    let cases: [(&str, Change, [bool; 3]); 5] = [
+        ("all", all, [true, true, true]),
+        ("not closed cleanly", unclean, [true, false, false]),
+        ("another directory", other, [false, false, false]),
+        ("an older copy", older, [false, false, false]),
+        ("lost replicas", corrupt, [false, false, false]),
+    ];
+    for (case, change, stays) in cases {
+        for (topic, stays) in [PERSISTED, REPLICATED, UNKNOWN].into_iter().zip(stays) {
+            let world = World::new().await;
+            let before = [value(Some(2), &[1, 2, 3], &[]), value(Some(2), &[2], &[1, 3]), value(None, &[3], &[])];
+            for (number, value) in (0..).zip(&before) {
+                world.partition(id(topic, number), value).await;
+            }
+            world.verify(&change(inventory())).await.unwrap();
+            for (number, value) in (0..).zip(&before) {
+                let expected = if stays { value.clone() } else { value.remove_from_sets(ME) };
+                assert_eq!(world.now(id(topic, number)).await, expected, "{case}, topic {topic}, partition {number}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn leadership_of_earlier_incarnation_is_resigned() {
+    let world = World::new().await;
+    world.partition(id(PERSISTED, 0), &value(Some(1), &[1, 2], &[])).await;
+    let result = world.verify(&inventory()).await.unwrap();
+    let now = world.now(id(PERSISTED, 0)).await;
+    assert_eq!((now.leader, now.leader_epoch, now.isr.len()), (None, LeaderEpoch(6), 2));
+    assert_eq!(result.changed, 1);
+    assert_eq!(world.verify(&inventory()).await.unwrap().changed, 0, "a second verification changes nothing");
+}
+
+#[tokio::test]
+async fn last_holder_of_replicated_topic_stays_as_unclean() {
+    let world = World::new().await;
+    let unclean = LocalInventory { clean: false, ..inventory() };
+    world.partition(id(REPLICATED, 0), &value(Some(1), &[1], &[])).await;
+    world.partition(id(REPLICATED, 1), &value(Some(1), &[1], &[2])).await;
+    world.verify(&unclean).await.unwrap();
+    let last = world.now(id(REPLICATED, 0)).await;
+    assert_eq!((last.leader, last.isr, last.unclean_epoch), (None, vec![ME], Some(LeaderEpoch(6))));
+    let not_last = world.now(id(REPLICATED, 1)).await;
+    assert_eq!((not_last.isr, not_last.elr, not_last.unclean_epoch), (vec![], vec![BrokerId(2)], None));
+}
+
+#[tokio::test]
+async fn partition_created_meanwhile_needs_no_replica() {
+    let world = World::new().await;
+    let created = value(Some(2), &[1, 2, 3], &[]);
+    world.put(world.keys.partition(id(PERSISTED, 0)), created.encode()).await;
+    let empty = LocalInventory { on_disk: BTreeSet::new(), intact: BTreeSet::new(), ..inventory() };
+    world.verify(&empty).await.unwrap();
+    assert_eq!(world.now(id(PERSISTED, 0)).await, created);
+    // Another directory verifies nothing: this broker may have held, and lost, the records that the other brokers have.
+    world.verify(&LocalInventory { directory_id: "another".to_owned(), ..empty }).await.unwrap();
+    assert_eq!(world.now(id(PERSISTED, 0)).await, created.remove_from_sets(ME));
+}
+
+/// Regression: the value of a partition without incidents may stay unchanged for years. After a power failure of all
+/// replicas, a corrupt copy was taken for one that held nothing yet: in sync, and elected.
+#[tokio::test]
+async fn corrupt_replica_of_unchanged_partition_is_removed() {
+    let world = World::new().await;
+    let created = value(Some(2), &[1, 2, 3], &[]);
+    world.put(world.keys.partition(id(PERSISTED, 0)), created.encode()).await;
+    let mut corrupt = inventory();
+    corrupt.intact.remove(&id(PERSISTED, 0));
+    world.verify(&corrupt).await.unwrap();
+    assert_eq!(world.now(id(PERSISTED, 0)).await, created.remove_from_sets(ME));
+}
+
+/// The value was restored after the start of the broker. The broker led in an epoch from before that start, and was a
+/// member of unverified sets.
+#[tokio::test]
+async fn unreadable_value_is_verified_when_readable() {
+    let before = value(Some(1), &[1, 2], &[]);
+    let (resigned, removed) = (before.leaderless(), before.remove_from_sets(ME));
+    let complete = inventory();
+    let other = LocalInventory { directory_id: "another".to_owned(), ..inventory() };
+    for (inventory, is_intact, after) in
+        [(&complete, true, &resigned), (&complete, false, &removed), (&other, true, &removed)]
+    {
+        let world = World::new().await;
+        let corrupt_id = id(PERSISTED, 1);
+        world.partition(id(PERSISTED, 0), &before).await;
+        world.put(world.keys.partition(corrupt_id), "{\"replicas\":[".into()).await;
+        let result = world.verify(inventory).await.unwrap();
+        assert_eq!((result.changed, result.unverified.partitions()), (1, &BTreeSet::from([corrupt_id])));
+        // The broker is registered: its directory record contains this incarnation now, whatever the inventory was.
+        world.record(&inventory.directory_id, "p1").await;
+        let late = async |is_intact| {
+            let unverified = &result.unverified;
+            unverified.prove(&world.store, &world.keys, ME, (corrupt_id, is_intact), &ConfigMap::new()).await
+        };
+        assert_eq!(late(is_intact).await, Ok(None), "the value is still unreadable");
+        world.partition(corrupt_id, &before).await;
+        world.link.transactions([Some(Fault::Refused)]);
+        assert!(late(is_intact).await.unwrap_err().retryable());
+        world.link.transactions([Some(Fault::ResponseLost)]);
+        let revision = late(is_intact).await.unwrap().unwrap();
+        assert_eq!(world.now(corrupt_id).await, *after);
+        assert_eq!(late(is_intact).await, Ok(Some(revision)), "a second verification changes nothing");
+    }
+}
+
+#[tokio::test]
+async fn verification_repeats_until_no_change_is_needed() {
+    for faults in [vec![Some(Fault::Lost)], vec![Some(Fault::ResponseLost)], vec![]] {
+        let world = World::new().await;
+        for number in 0..4 {
+            world.partition(id(PERSISTED, number), &value(Some(1), &[1, 2], &[])).await;
+        }
+        world.link.transactions(faults);
+        world.verify(&inventory()).await.unwrap();
+        for number in 0..4 {
+            let now = world.now(id(PERSISTED, number)).await;
+            assert_eq!((now.leader, now.leader_epoch), (None, LeaderEpoch(6)), "once each");
+        }
+    }
+    let world = World::new().await;
+    world.partition(id(PERSISTED, 0), &value(Some(1), &[1, 2], &[])).await;
+    world.link.transactions([Some(Fault::Refused)]);
+    assert!(world.verify(&inventory()).await.unwrap_err().retryable());
+    world.link.fail_lists(1);
+    assert!(world.verify(&inventory()).await.is_err());
+    world.verify(&inventory()).await.unwrap();
+    assert_eq!(world.now(id(PERSISTED, 0)).await.leader, None);
+}
+
+#[tokio::test]
+async fn verification_returns_revision_of_directory_record() {
+    let world = World::new().await;
+    let first = world.verify(&inventory()).await.unwrap().directory_revision;
+    world.record("d", "p2").await;
+    let second = world.verify(&inventory()).await.unwrap().directory_revision;
+    assert!(first.is_some() && second > first);
+    let key = world.keys.directory(ME);
+    world.store.transact(Transaction::new().delete(key)).await.unwrap();
+    assert_eq!(world.verify(&inventory()).await.unwrap().directory_revision, None);
+    // A value without this broker, and an unreadable value, are not changed.
+    let unreadable = id(PERSISTED, 3);
+    world.put(world.keys.partition(unreadable), "{".into()).await;
+    let others = PartitionValue { replicas: vec![BrokerId(2)], ..value(Some(2), &[2], &[]) };
+    world.partition(id(PERSISTED, 2), &others).await;
+    assert_eq!(world.verify(&inventory()).await.unwrap().changed, 0);
+    let change = partition_updates::PartitionUpdate {
+        id: unreadable,
+        expected_revision: Revision(1),
+        value: others,
+        guards: vec![],
+    };
+    let updater = PartitionUpdater::new(Arc::clone(&world.store), world.keys.clone());
+    assert_eq!(updater.apply(vec![change], &[]).await, [(unreadable, UpdateOutcome::Conflict(None))]);
+}

@@ -1,0 +1,216 @@
+//! The binding of the cluster to its object store, kept in the metadata store.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+
+use super::{Compare, KeyValue, Keys, MetaStore, MetadataCache, Transaction, TxnOutcome, Value as _};
+use crate::tier::{BindingStore, StoreBinding};
+
+/// Maximum number of attempts while other brokers write the key.
+const MAX_ATTEMPTS: usize = 10;
+
+/// Access to the key `object-store`.
+pub struct MetaBindingStore {
+    store: Arc<dyn MetaStore>,
+    keys: Keys,
+    metadata: MetadataCache,
+    /// True if the broker is standalone.
+    standalone: bool,
+}
+
+impl MetaBindingStore {
+    /// Returns access to the key in `store`. A standalone broker may switch to another object store while the metadata
+    /// references no objects. With several brokers, a single broker with a wrong URL could otherwise rebind the
+    /// cluster.
+    pub fn new(store: Arc<dyn MetaStore>, keys: Keys, metadata: MetadataCache, standalone: bool) -> Self {
+        Self { store, keys, metadata, standalone }
+    }
+
+    fn is_free(&self) -> bool {
+        self.standalone && !self.metadata.state().has_tiered_data()
+    }
+
+    /// Returns the entry of the key, and the binding that it contains if that binding is in force.
+    async fn read(&self) -> Result<(Option<KeyValue>, Option<StoreBinding>), String> {
+        let key = self.keys.object_store();
+        let entry = self.store.get(&key).await.map_err(|error| error.to_string())?.entry;
+        let binding = match &entry {
+            Some(entry) if !self.is_free() => {
+                Some(StoreBinding::decode(&key, &entry.value).map_err(|error| error.to_string())?)
+            }
+            _ => None,
+        };
+        Ok((entry, binding))
+    }
+
+    async fn write(&self, own: StoreBinding) -> Result<StoreBinding, String> {
+        let key = self.keys.object_store();
+        for _ in 0..MAX_ATTEMPTS {
+            let unchanged = match self.read().await? {
+                (_, Some(bound)) if bound.prevails_over(&own) => return Ok(bound),
+                (Some(entry), _) => Compare::ModRevision(key.clone(), entry.mod_revision),
+                (None, _) => Compare::Absent(key.clone()),
+            };
+            let transaction = Transaction::new().when(unchanged).put(key.as_str(), own.encode());
+            match self.store.transact(transaction).await.map_err(|error| error.to_string())? {
+                TxnOutcome::Committed { .. } => return Ok(own),
+                TxnOutcome::CompareFailed { .. } => {}
+            }
+        }
+        Err("other brokers write the store binding at the same time".to_owned())
+    }
+}
+
+impl BindingStore for MetaBindingStore {
+    fn binding(&self) -> BoxFuture<'_, Result<Option<StoreBinding>, String>> {
+        Box::pin(async { Ok(self.read().await?.1) })
+    }
+
+    fn bind(&self, own: StoreBinding) -> BoxFuture<'_, Result<StoreBinding, String>> {
+        Box::pin(self.write(own))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{
+        cluster::EmbeddedStore,
+        task::Tasks,
+        tier::{BindingError, ObjectStoreOptions, TierStore, name},
+    };
+
+    struct TestCluster {
+        meta: Arc<dyn MetaStore>,
+        metadata: MetadataCache,
+        folder: tempfile::TempDir,
+        _tasks: Tasks,
+    }
+
+    impl TestCluster {
+        fn new() -> Self {
+            let (meta, tasks) = (Arc::new(EmbeddedStore::in_memory()), Tasks::new());
+            let metadata = MetadataCache::start(Arc::clone(&meta) as _, keys(), &tasks);
+            Self { meta, metadata, folder: tempfile::tempdir().expect("a folder"), _tasks: tasks }
+        }
+
+        fn url(&self, path: &str) -> String {
+            format!("file://{}/{path}", self.folder.path().display())
+        }
+
+        /// Returns the client of a broker with this path in its URL.
+        fn broker(&self, path: &str, standalone: bool) -> TierStore {
+            let options = ObjectStoreOptions { retry_for: Duration::ZERO, ..ObjectStoreOptions::new(&self.url(path)) };
+            let store = TierStore::open(&options, "test").expect("valid options");
+            store.set_binding_store(Arc::new(MetaBindingStore::new(
+                Arc::clone(&self.meta),
+                keys(),
+                self.metadata.clone(),
+                standalone,
+            )));
+            store
+        }
+
+        async fn stored_binding(&self) -> StoreBinding {
+            let entry = self.meta.get(&keys().object_store()).await.expect("readable").entry.expect("bound");
+            StoreBinding::decode("key", &entry.value).expect("a binding")
+        }
+    }
+
+    fn keys() -> Keys {
+        Keys::new("test").expect("valid")
+    }
+
+    #[tokio::test]
+    async fn broker_with_wrong_store_url_neither_binds_nor_uses_it() {
+        let cluster = TestCluster::new();
+        cluster.broker("ours", false).claim().await.expect("not bound yet");
+        assert_eq!(cluster.stored_binding().await.url, cluster.url("ours"));
+        cluster.broker("ours", false).claim().await.expect("the same store");
+
+        let error = cluster.broker("empty", false).claim().await.expect_err("another store");
+        assert!(matches!(error, BindingError::OtherStore { .. }) && !error.retryable(), "{error}");
+        let text = error.to_string();
+        assert!(text.contains(&cluster.url("ours")) && text.contains(&cluster.url("empty")), "{text}");
+        assert!(!cluster.folder.path().join("empty").join(name::CLUSTER).exists(), "no marker was written");
+
+        // A store of another cluster with the same name.
+        let other = ObjectStoreOptions::new(&cluster.url("theirs"));
+        TierStore::open(&other, "test").expect("valid options").claim().await.expect("not bound yet");
+        let error = cluster.broker("theirs", false).claim().await.expect_err("another store");
+        assert!(matches!(error, BindingError::OtherStore { .. }) && error.is_fatal_at_start(), "{error}");
+        assert_eq!(cluster.stored_binding().await.url, cluster.url("ours"));
+    }
+
+    /// A recreated cluster marker, as docs/errors.md instructs after corruption while the broker ran. Regression: the
+    /// broker took the new marker for another store's.
+    #[tokio::test]
+    async fn recreated_cluster_marker_is_accepted_by_bound_broker() {
+        let cluster = TestCluster::new();
+        let broker = cluster.broker("ours", false);
+        broker.claim().await.expect("not bound yet");
+        let marker = cluster.folder.path().join("ours").join(name::CLUSTER);
+        std::fs::write(&marker, "rubbish").expect("written");
+        assert!(matches!(broker.claim().await, Err(BindingError::Unreadable { .. })));
+        std::fs::write(&marker, r#"{"format":1,"cluster":"test"}"#).expect("written");
+        broker.claim().await.expect("the marker names this cluster");
+        cluster.broker("ours", false).claim().await.expect("the marker names this cluster");
+    }
+
+    #[tokio::test]
+    async fn store_moved_with_its_cluster_marker_is_the_same() {
+        let cluster = TestCluster::new();
+        cluster.broker("ours", false).claim().await.expect("not bound yet");
+        let before = cluster.stored_binding().await;
+        std::fs::rename(cluster.folder.path().join("ours"), cluster.folder.path().join("moved")).expect("moved");
+        cluster.broker("moved", false).claim().await.expect("the same marker");
+        assert_eq!(cluster.stored_binding().await, StoreBinding { url: cluster.url("moved"), ..before });
+    }
+
+    #[tokio::test]
+    async fn standalone_broker_without_history_may_rebind() {
+        let cluster = TestCluster::new();
+        cluster.broker("first", true).claim().await.expect("not bound yet");
+        cluster.broker("second", true).claim().await.expect("the first store has no history");
+        assert_eq!(cluster.stored_binding().await.url, cluster.url("second"));
+    }
+
+    /// A broker that crashes before it has written the cluster marker leaves a binding that another broker can
+    /// complete.
+    #[tokio::test]
+    async fn pending_binding_is_completed_with_its_id() {
+        let write_pending = async |cluster: &TestCluster, path: &str| {
+            let binding = StoreBinding { id: uuid::Uuid::from_u128(7), url: cluster.url(path), pending: true };
+            let put = Transaction::new().put(keys().object_store(), binding.encode());
+            cluster.meta.transact(put).await.expect("written");
+            binding
+        };
+        let cluster = TestCluster::new();
+        let reserved = write_pending(&cluster, "ours").await;
+        cluster.broker("ours", false).claim().await.expect("not bound yet");
+        assert_eq!(cluster.stored_binding().await, StoreBinding { pending: false, ..reserved });
+
+        // The URL was corrected meanwhile.
+        let cluster = TestCluster::new();
+        let wrong = write_pending(&cluster, "wrong").await;
+        cluster.broker("right", false).claim().await.expect("the wrong store has no history");
+        let binding = cluster.stored_binding().await;
+        assert!(binding.url == cluster.url("right") && binding.id != wrong.id && !binding.pending, "{binding:?}");
+    }
+
+    #[tokio::test]
+    async fn unreadable_binding_is_not_overwritten() {
+        let cluster = TestCluster::new();
+        let put = Transaction::new().put(keys().object_store(), bytes::Bytes::from_static(b"{broken"));
+        cluster.meta.transact(put).await.expect("written");
+        let error = cluster.broker("ours", false).claim().await.expect_err("the binding is unreadable");
+        assert!(
+            matches!(&error, BindingError::Binding(reason) if reason.contains("object-store")) && error.retryable(),
+            "{error}"
+        );
+        assert!(!cluster.folder.path().join("ours").join(name::CLUSTER).exists(), "no marker was written");
+    }
+}

@@ -1,0 +1,561 @@
+//! One data directory: opening it, its registry of replicas, and closing it.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use tokio::sync::Semaphore;
+use uuid::Uuid;
+
+use super::{
+    budget,
+    checkpoint::{CheckpointKind, ReplicaCheckpoint},
+    context::{LogContext, LogOptions, MAX_DISK_READS, SyncQueue},
+    disk::{Disk, OpenMode, PIECE_BYTES},
+    error::{DataDirError, PersistError, ReplicaError, is_full},
+    file_cache::FileCache,
+    identity::{self, DataDirIdentity, io_error},
+    incarnations,
+    journal::{
+        FrameSpace, Journal,
+        entry::EntryKind,
+        ring::{self, Ring},
+    },
+    preallocate::{self, Growing},
+    producer_block,
+    producer_memory::ProducerMemory,
+    recovery::{UnopenedReplica, quarantine_segments, recover},
+    removed::RemovedFiles,
+    startup,
+    state::{ReplicaInner, replica_dir},
+    strays::StrayReplicas,
+    sync,
+    tail_cache::TailCache,
+    writer::{ReplicaLog, write_caches},
+};
+use crate::{
+    limits,
+    model::{Offset, PartitionId, TopicId},
+    task::{self, clock},
+};
+
+/// One data directory. Clones share it. Dropping the last clone stops it without a clean shutdown.
+#[derive(Clone)]
+pub struct DataDir {
+    pub(super) inner: Arc<DataDirInner>,
+    threads: Arc<LogThreads>,
+}
+
+pub(super) struct DataDirInner {
+    pub(super) ctx: Arc<LogContext>,
+    pub(super) directory_id: Uuid,
+    pub(super) growing: Growing,
+    registry: Mutex<ReplicaRegistry>,
+    /// Replicas on the disk that are not registered.
+    pub(super) strays: StrayReplicas,
+    was_clean_shutdown: bool,
+    _lock: Box<dyn Send + Sync>,
+}
+
+#[derive(Default)]
+pub(super) struct ReplicaRegistry {
+    pub(super) open: BTreeMap<PartitionId, Arc<ReplicaInner>>,
+    pub(super) unopened: BTreeMap<PartitionId, UnopenedReplica>,
+}
+
+struct LogThreads {
+    inner: Arc<DataDirInner>,
+    handles: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl DataDir {
+    /// Opens a data directory, or creates it. Reads the journal after a crash, and never the segments. Blocks.
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        identity: &DataDirIdentity,
+        options: LogOptions,
+    ) -> Result<Self, DataDirError> {
+        let lock = identity::lock(&*disk, dir)?;
+        let journal_dir = options.journal_in(dir);
+        if options.journal_dir.is_some() {
+            match disk.enter(&journal_dir) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(io_error(&journal_dir, "use the journal directory")(error));
+                }
+                _ => {}
+            }
+        }
+        check_journal_space(&*disk, &journal_dir, options.journal_bytes)?;
+        let directory_id = identity::check(&*disk, dir, identity)?;
+        if options.reserve_bytes > 0 && budget::release(&*disk, dir) {
+            tracing::warn!(
+                dir = %dir.display(),
+                "the disk is full, its reserve was released for this start: add space, or lower local.retention.* or \
+                 retention.*"
+            );
+        }
+        let loaded = startup::load(&disk, dir, directory_id, &options)?;
+        let strays = StrayReplicas::find(&*disk, dir, &loaded.replicas);
+        let (file_bytes, max_files) = ring::ring_layout(options.journal_bytes);
+        // Several frames must fit into one file.
+        let frame_bytes = options.max_frame_bytes.min(usize::try_from(file_bytes / 3).unwrap_or(usize::MAX));
+        let options = LogOptions { max_frame_bytes: frame_bytes, ..options };
+        let ring = Ring::open(disk.clone(), &journal_dir, file_bytes, max_files)
+            .map_err(io_error(&journal_dir, "open the journal"))?;
+        let ctx = Arc::new(LogContext {
+            files: FileCache::new(disk.clone()),
+            removed: RemovedFiles::new(if options.step_mode { 0 } else { disk.open_files() }),
+            disk,
+            dir: dir.to_owned(),
+            tail: TailCache::new(options.tail_bytes),
+            producer_memory: ProducerMemory::new(options.producer_bytes),
+            journal: Journal::new(directory_id, ring, loaded.first_frame, &options),
+            generation: AtomicU64::new(loaded.generation),
+            closed: AtomicBool::new(false),
+            disk_full: AtomicBool::new(false),
+            recycling: Mutex::default(),
+            checkpoint_error: Mutex::default(),
+            reserved: AtomicBool::new(options.reserve_bytes == 0),
+            append_allowance: AtomicU64::new(0),
+            piece_bytes: AtomicUsize::new(PIECE_BYTES),
+            disk_reads: Arc::new(Semaphore::new(MAX_DISK_READS)),
+            work: Mutex::new(SyncQueue::default()),
+            wake: std::sync::Condvar::new(),
+            step_driver: std::sync::OnceLock::new(),
+            options,
+        });
+        let registry = ReplicaRegistry { open: BTreeMap::new(), unopened: loaded.replicas };
+        let inner = Arc::new(DataDirInner {
+            ctx,
+            directory_id,
+            growing: Growing::default(),
+            registry: Mutex::new(registry),
+            strays,
+            was_clean_shutdown: loaded.clean,
+            _lock: lock,
+        });
+        drop(inner.ctx.step_driver.set(Arc::downgrade(&inner)));
+        inner.preallocate_now().map_err(io_error(&journal_dir, "create the journal"))?;
+        inner.write_first_frame(loaded.first_frame).map_err(io_error(dir, "write the first frame of the journal"))?;
+        inner.create_reserve();
+        let handles = if inner.ctx.options.step_mode { Vec::new() } else { inner.start() };
+        let threads = Arc::new(LogThreads { inner: inner.clone(), handles: Mutex::new(handles) });
+        Ok(Self { inner, threads })
+    }
+
+    /// Returns the random id that the directory received at its creation. A directory without that id is another one.
+    pub fn directory_id(&self) -> Uuid {
+        self.inner.directory_id
+    }
+
+    /// Returns true if the directory was closed cleanly before: all written data is present, also that of `replicated`
+    /// topics.
+    pub fn was_clean_shutdown(&self) -> bool {
+        self.inner.was_clean_shutdown
+    }
+
+    /// Returns the incarnations of this broker that the metadata may name if this directory took part in them, oldest
+    /// first. The list is empty in a new directory, and in one whose incarnations file is missing or corrupt. Blocks.
+    pub fn incarnations(&self) -> Result<Vec<Uuid>, DataDirError> {
+        incarnations::read(&*self.inner.ctx.disk, &self.inner.ctx.dir)
+    }
+
+    /// Records an incarnation durably. The id is added to the recorded ones before the metadata receives it. Once the
+    /// metadata holds it (`confirmed`), the id replaces them. Blocks.
+    pub fn record_incarnation(&self, now: Uuid, confirmed: bool) -> Result<(), DataDirError> {
+        incarnations::record(&*self.inner.ctx.disk, &self.inner.ctx.dir, now, confirmed)
+    }
+
+    /// Returns the end of the newest block of producer ids that this broker received; 0 in a directory that records
+    /// none. Blocks.
+    pub fn producer_ids_end(&self) -> io::Result<i64> {
+        producer_block::read(&*self.inner.ctx.disk, &self.inner.ctx.dir)
+    }
+
+    /// Records the end of a block of producer ids durably, before a client receives the first id of the block. Blocks.
+    pub fn record_producer_ids_end(&self, end: i64) -> io::Result<()> {
+        producer_block::write_end(&*self.inner.ctx.disk, &self.inner.ctx.dir, end)
+    }
+
+    /// Returns the highest cluster generation in which this directory took part; 0 before the first. Blocks.
+    pub fn generation(&self) -> Result<u64, DataDirError> {
+        identity::generation(&*self.inner.ctx.disk, &self.inner.ctx.dir)
+    }
+
+    /// Records durably that this directory takes part in a cluster generation. A lower generation changes nothing.
+    /// Blocks.
+    pub fn record_generation(&self, generation: u64) -> Result<(), DataDirError> {
+        identity::record_generation(&*self.inner.ctx.disk, &self.inner.ctx.dir, generation)
+    }
+
+    /// Returns the replicas of this directory, in order.
+    pub fn partitions(&self) -> Vec<PartitionId> {
+        let registry = self.inner.registry();
+        let mut ids: Vec<_> = registry.open.keys().chain(registry.unopened.keys()).copied().collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// Returns the replicas of a topic, in order.
+    pub fn partitions_of(&self, topic: TopicId) -> Vec<PartitionId> {
+        let (registry, all) = (self.inner.registry(), PartitionId::new(topic, 0)..=PartitionId::new(topic, u32::MAX));
+        let open = registry.open.range(all.clone()).map(|(id, _)| *id);
+        let mut ids: Vec<_> = open.chain(registry.unopened.range(all).map(|(id, _)| *id)).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// Returns true if this directory has the replica.
+    pub fn holds(&self, id: PartitionId) -> bool {
+        let registry = self.inner.registry();
+        registry.open.contains_key(&id) || registry.unopened.contains_key(&id)
+    }
+
+    /// Returns the stray replicas, in order: replicas that have segments on the disk and are not registered. A failed
+    /// or interrupted deletion leaves them.
+    pub fn stray_partitions(&self) -> Vec<PartitionId> {
+        self.inner.strays.ids()
+    }
+
+    /// Opens a replica, or creates it, empty, at `start`. Blocks. After a crash it scans the unsynced part of the
+    /// segments.
+    pub fn open_replica(&self, id: PartitionId, start: Offset) -> Result<ReplicaLog, ReplicaError> {
+        let inner = &self.inner;
+        if let Some(reason) = inner.ctx.refusal() {
+            return Err(ReplicaError::Failed { reason });
+        }
+        let (replica, unopened) = {
+            let registry = inner.registry();
+            (registry.open.get(&id).cloned(), registry.unopened.get(&id).cloned())
+        };
+        let replica = match (replica, unopened) {
+            (Some(replica), _) => replica,
+            (None, Some(unopened)) => {
+                let dir = replica_dir(&inner.ctx.dir, id);
+                let clean = unopened.clean;
+                let io = |source| ReplicaError::Io { id, path: dir.clone(), source };
+                // The journal may record a creation that preceded a power failure, while the file system lost the
+                // directory.
+                let is_empty = unopened.record.segments.iter().all(|segment| segment.bytes == 0);
+                let is_created = is_empty && inner.ensure_dir(&dir).map_err(io)?;
+                let record = recover(&inner.ctx, &dir, unopened)?;
+                let replica = inner.register_recovered(id, dir, record, clean);
+                replica.state().names_changed |= is_created;
+                replica
+            }
+            (None, None) => inner.create(id, start)?,
+        };
+        if replica.writer_open.swap(true, Ordering::AcqRel) {
+            return Err(ReplicaError::Open { id });
+        }
+        Ok(ReplicaLog::new(replica))
+    }
+
+    /// Announces that the log will be closed when its writers have stopped. Writers wait for the journal, which waits
+    /// for a free file of its ring. From now on that wait ends after some seconds, and then the journal fails. Entries
+    /// that are not written by then were never acknowledged.
+    pub fn begin_shutdown(&self) {
+        self.inner.ctx.journal.begin_shutdown();
+    }
+
+    /// Syncs everything, writes the last checkpoint and stops the threads. Appends are refused from now on. After an
+    /// error, the next start scans for unsynced data.
+    pub fn close(&self) -> Result<(), PersistError> {
+        if self.inner.ctx.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let closed = self.close_replicas();
+        // This step is the last one: a process that is ended during it has stopped cleanly.
+        self.inner.ctx.removed.close();
+        closed
+    }
+
+    fn close_replicas(&self) -> Result<(), PersistError> {
+        let inner = &self.inner;
+        for replica in inner.open_replicas() {
+            if replica.state().index.is_some() {
+                write_caches(&replica);
+            }
+        }
+        inner.sync_pass();
+        inner.ctx.journal.close();
+        while inner.ctx.options.step_mode && inner.journal_step() {}
+        self.threads.stop();
+        inner.sync_pass();
+        let failed = |reason: String| Err(PersistError::Failed { reason });
+        if let Some(reason) = inner.ctx.journal.failed() {
+            return failed(reason.to_owned());
+        }
+        // The record of a replica that was not opened since a crash does not yet describe its files.
+        let is_unscanned = inner.registry().unopened.values().any(|unopened| !unopened.clean);
+        let is_synced = inner.open_replicas().iter().all(|replica| {
+            let state = replica.state();
+            replica.failed.get().is_none() && state.recovery.segment.end == state.log_end()
+        });
+        if !is_synced {
+            return inner.recycle().or_else(|error| failed(format!("cannot write the checkpoint: {error}")));
+        }
+        let kind = if is_unscanned { CheckpointKind::Replayed } else { CheckpointKind::CleanShutdown };
+        let checkpoint = inner.checkpoint(inner.ctx.journal.next_frame(), kind);
+        let written = inner.write_checkpoint(&checkpoint);
+        written.or_else(|error| failed(format!("cannot write the checkpoint: {error}")))
+    }
+
+    /// Writes one frame of the journal, with `step_mode`. Returns false if nothing is queued, or if the journal has no
+    /// space.
+    pub fn journal_step(&self) -> bool {
+        self.inner.journal_step()
+    }
+
+    #[cfg(test)]
+    pub(super) fn recycle_now(&self) {
+        self.inner.recycle().expect("the disk works");
+    }
+
+    #[cfg(test)]
+    pub(super) fn unregister(&self, id: PartitionId) {
+        self.inner.registry().open.remove(&id);
+    }
+
+    /// Syncs all unsynced data and releases the journal files that are not needed, with `step_mode`.
+    pub fn sync_step(&self) {
+        self.inner.sync_pass();
+    }
+}
+
+impl DataDirInner {
+    pub(super) fn registry(&self) -> MutexGuard<'_, ReplicaRegistry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn ring(&self) -> MutexGuard<'_, Ring> {
+        self.ctx.journal.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn open_replicas(&self) -> Vec<Arc<ReplicaInner>> {
+        self.registry().open.values().cloned().collect()
+    }
+
+    /// Writes the frame at which replay would start, and then the checkpoint that names it.
+    fn write_first_frame(&self, first_frame: u64) -> io::Result<()> {
+        match self.ctx.journal.ensure_space(&mut || self.preallocate_now())? {
+            FrameSpace::NeedsFile => return Err(io::ErrorKind::StorageFull.into()),
+            FrameSpace::NewFile | FrameSpace::Available => self.ctx.journal.begin()?,
+        }
+        self.write_checkpoint(&self.checkpoint(first_frame, CheckpointKind::Running))
+    }
+
+    /// Registers a recovered replica as open.
+    fn register_recovered(
+        &self,
+        id: PartitionId,
+        dir: PathBuf,
+        mut record: ReplicaCheckpoint,
+        clean: bool,
+    ) -> Arc<ReplicaInner> {
+        let mut registry = self.registry();
+        if let Some(replica) = registry.open.get(&id) {
+            return replica.clone();
+        }
+        let synced = registry.unopened.remove(&id).map(|unopened| unopened.record);
+        if startup::needs_full_scan(&record) {
+            // The scan has read the replica, so from now on a record describes it.
+            record.generation = self.ctx.next_generation();
+        }
+        let replica = ReplicaInner::new(&self.ctx, dir, record);
+        registry.open.insert(id, replica.clone());
+        drop(registry);
+        if let Some(synced) = synced.filter(|_| !clean) {
+            // Data that the scan found above the old recovery point may be unsynced.
+            {
+                let mut state = replica.state();
+                let segment = *synced.segments.last().expect("a record has a segment");
+                state.persisted_end = synced.persisted.max(segment.end);
+                let producers = Arc::unwrap_or_clone(synced.producers).charged(&self.ctx.producer_memory);
+                let (epochs, producers) = (Arc::new(synced.epochs), Arc::new(producers));
+                state.recovery = super::state::RecoveryPoint { segment, epochs, producers };
+                state.names_changed = true;
+                for entry in &state.segments {
+                    entry.file.dirty.store(entry.info.base >= segment.base && entry.info.bytes > 0, Ordering::Release);
+                }
+            }
+            replica.mark_dirty(0);
+        }
+        replica
+    }
+
+    /// Creates the directory of a replica if it is absent. Returns true if it was created.
+    fn ensure_dir(&self, dir: &Path) -> io::Result<bool> {
+        match self.ctx.disk.list(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.ctx.disk.create_dir_all(dir).map(|()| true),
+            listed => listed.map(|_| false),
+        }
+    }
+
+    fn create(&self, id: PartitionId, start: Offset) -> Result<Arc<ReplicaInner>, ReplicaError> {
+        let dir = replica_dir(&self.ctx.dir, id);
+        let io = |source| ReplicaError::Io { id, path: dir.clone(), source };
+        let disk = &self.ctx.disk;
+        if !self.ensure_dir(&dir).map_err(io)? {
+            quarantine_segments(&self.ctx, &dir).map_err(io)?;
+            self.strays.remove(id);
+        }
+        let record = ReplicaCheckpoint::empty(id, self.ctx.next_generation(), start, clock::wall_ms());
+        let replica = ReplicaInner::new(&self.ctx, dir.clone(), record);
+        let file = replica.state().active().file.clone();
+        disk.open(&file.path, OpenMode::Write).map_err(io)?;
+        file.dirty.store(true, Ordering::Release);
+        let generation = {
+            let mut state = replica.state();
+            state.names_changed = true;
+            state.generation
+        };
+        self.registry().open.insert(id, replica.clone());
+        self.ctx.submit_unacked(&replica, replica.entry_header(EntryKind::Create, generation, start, start));
+        replica.mark_dirty(0);
+        Ok(replica)
+    }
+
+    /// Writes one frame of the journal after making space for it. Runs the sync itself, because no thread does.
+    pub(super) fn journal_step(&self) -> bool {
+        let journal = &self.ctx.journal;
+        if !journal.pending() {
+            return false;
+        }
+        for _ in 0..3 {
+            match self.ensure_space() {
+                Some(FrameSpace::Available | FrameSpace::NewFile) => {
+                    journal.write_frame();
+                    return true;
+                }
+                Some(FrameSpace::NeedsFile) => {
+                    self.sync_pass();
+                    self.fail_if_stalled();
+                }
+                None => return true,
+            }
+        }
+        false
+    }
+
+    /// Writes the queued entries and makes space for the two frames of a change, with `step_mode`. Returns false if
+    /// there is no space.
+    pub(super) fn ensure_change_space(&self) -> bool {
+        let journal = &self.ctx.journal;
+        while journal.pending() {
+            if !self.journal_step() {
+                return false;
+            }
+        }
+        for _ in 0..3 {
+            if journal.has_space_for_two_frames() || matches!(self.preallocate_now(), Ok(true)) {
+                return true;
+            }
+            self.sync_pass();
+        }
+        false
+    }
+
+    /// Makes space for the next frame. Returns `None` if the journal has failed.
+    fn ensure_space(&self) -> Option<FrameSpace> {
+        match self.ctx.journal.ensure_space(&mut || self.preallocate_now()) {
+            Ok(space) => Some(space),
+            Err(error) if is_full(&error) => Some(FrameSpace::NeedsFile),
+            Err(error) => {
+                self.ctx.journal.fail(&error);
+                None
+            }
+        }
+    }
+
+    fn start(self: &Arc<Self>) -> Vec<JoinHandle<()>> {
+        let (writer, syncer, preallocator, remover) = (self.clone(), self.clone(), self.clone(), self.clone());
+        vec![
+            task::spawn_thread("journal", move || writer.run_journal()),
+            task::spawn_thread("segment-sync", move || sync::run(&syncer)),
+            task::spawn_thread("journal-preallocate", move || preallocate::run(&preallocator)),
+            task::spawn_thread("removed-files", move || remover.ctx.removed.run()),
+        ]
+    }
+
+    /// Runs the journal thread.
+    fn run_journal(&self) {
+        const FILE_WAIT_INTERVAL: Duration = Duration::from_millis(100);
+        let journal = &self.ctx.journal;
+        while journal.wait_for_entries() {
+            let Some(space) = self.ensure_space() else { continue };
+            if !matches!(space, FrameSpace::NeedsFile) {
+                journal.write_frame();
+                let (is_low, wants_file) = {
+                    let ring = self.ring();
+                    (ring.is_low(), ring.wants_file())
+                };
+                if matches!(space, FrameSpace::NewFile) && (is_low || wants_file) {
+                    self.ctx.request_sync_now();
+                }
+            } else if self.ctx.work().stopping || journal.is_closed() {
+                if !self.sync_pass() || !self.ring().has_free() {
+                    journal.fail(&io::Error::other("the log is closing, and the journal has no free file"));
+                }
+            } else {
+                self.ctx.request_sync_now();
+                journal.wait_for_file(FILE_WAIT_INTERVAL);
+                self.fail_if_stalled();
+            }
+        }
+    }
+}
+
+/// Checks, before anything is written, that the disk has space for the configured journal. A ring grows on demand and
+/// works with fewer files on a full disk. A large ring that was never created is checked here, so that the failure does
+/// not appear under load.
+fn check_journal_space(disk: &dyn Disk, journal_dir: &Path, bytes: u64) -> Result<(), DataDirError> {
+    let exists =
+        disk.list(journal_dir).is_ok_and(|entries| entries.iter().any(|entry| entry.name.ends_with(".journal")));
+    // The directory may not exist yet. The nearest existing parent then reports the free space.
+    let free = journal_dir.ancestors().find_map(|dir| disk.free_bytes(dir).ok());
+    match free {
+        Some(free) if bytes > limits::JOURNAL_SPACE_CHECK_BYTES && !exists && free < bytes => {
+            Err(DataDirError::JournalTooLarge { journal_dir: journal_dir.to_owned(), bytes, free })
+        }
+        _ => Ok(()),
+    }
+}
+
+impl LogThreads {
+    /// Stops the threads. Entries that are queued for the journal are still written.
+    fn stop(&self) {
+        self.inner.ctx.journal.close();
+        self.inner.ctx.removed.stop();
+        let handles = std::mem::take(&mut *self.handles.lock().unwrap_or_else(PoisonError::into_inner));
+        {
+            self.inner.ctx.work().stopping = true;
+            self.inner.ctx.wake.notify_all();
+        }
+        for handle in handles {
+            if handle.join().is_err() {
+                tracing::error!("a log thread panicked");
+            }
+        }
+    }
+}
+
+impl Drop for LogThreads {
+    fn drop(&mut self) {
+        self.inner.ctx.closed.store(true, Ordering::Release);
+        self.stop();
+        self.inner.ctx.removed.close();
+        // Replicas and readers may outlive the log. They hold the context, so the context must not hold them.
+        drop(std::mem::take(&mut *self.inner.ctx.work()));
+        self.inner.ctx.journal.fail_queued();
+    }
+}

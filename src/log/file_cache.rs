@@ -1,0 +1,112 @@
+//! The table of open segment files. It is bounded, so that an idle replica holds no handle.
+
+use std::{
+    io,
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use lru::LruCache;
+
+use super::{
+    disk::{Disk, File, OpenMode},
+    index::Index,
+    removed,
+};
+
+/// Open files, with the indexes that were read for them.
+pub(super) struct FileCache {
+    disk: Arc<dyn Disk>,
+    capacity: usize,
+    /// Open files by serial, in order of last use. A use and an eviction have a constant cost.
+    open: Mutex<LruCache<u64, Arc<OpenFile>>>,
+    serial: AtomicU64,
+}
+
+/// An open segment.
+pub(super) struct OpenFile {
+    pub(super) file: Arc<dyn File>,
+    /// Index of a sealed segment, loaded at its first use.
+    pub(super) index: Mutex<Option<Arc<Index>>>,
+}
+
+impl FileCache {
+    pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
+        let capacity = disk.open_files() - disk.open_files() / removed::OPEN_FILES_SHARE;
+        Self { disk, capacity, open: Mutex::new(LruCache::unbounded()), serial: AtomicU64::new(0) }
+    }
+
+    /// Returns a number for one file that exists or will exist. A file that is created again at the same path has
+    /// another number.
+    pub(super) fn serial(&self) -> u64 {
+        self.serial.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, LruCache<u64, Arc<OpenFile>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn get(&self, serial: u64, path: &Path, mode: OpenMode) -> io::Result<Arc<OpenFile>> {
+        if let Some(file) = self.lock().get(&serial) {
+            return Ok(file.clone());
+        }
+        // An existing file is always opened for writing, since its next user may write. A reader never creates a file.
+        if mode == OpenMode::Read {
+            self.disk.open(path, OpenMode::Read)?;
+        }
+        let opened = Arc::new(OpenFile { file: self.disk.open(path, OpenMode::Write)?, index: Mutex::new(None) });
+        let mut open = self.lock();
+        // Two threads may have opened the file at once. Both use the first handle.
+        let file = open.get_or_insert(serial, || opened).clone();
+        let evicted = if open.len() > self.capacity { open.pop_lru() } else { None };
+        drop(open);
+        // Closing a file may take time, so it happens outside the lock.
+        drop(evicted);
+        Ok(file)
+    }
+
+    pub(super) fn remove(&self, serial: u64) {
+        drop(self.take(serial));
+    }
+
+    /// Takes a file out of the table. Its current users keep it open.
+    pub(super) fn take(&self, serial: u64) -> Option<Arc<OpenFile>> {
+        self.lock().pop(&serial)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::disk::SimDisk, *};
+
+    fn path(serial: u64) -> std::path::PathBuf {
+        format!("/d/{serial}").into()
+    }
+
+    #[test]
+    fn file_used_longest_ago_is_closed_first() {
+        let disk = SimDisk::new();
+        disk.create_dir_all(Path::new("/d")).expect("the disk works");
+        let files = FileCache::new(Arc::new(disk));
+        let capacity = u64::try_from(files.capacity).expect("few");
+        let serials: Vec<u64> = (0..=capacity).map(|_| files.serial()).collect();
+        let get = |serial: u64| files.get(serial, &path(serial), OpenMode::Write).expect("the file opens");
+        let first = get(serials[0]);
+        for serial in &serials[1..serials.len() - 1] {
+            get(*serial);
+            assert!(Arc::ptr_eq(&get(serials[0]), &first), "the file used last stays open");
+        }
+        let second = get(serials[1]);
+        get(serials[0]);
+        get(*serials.last().expect("some"));
+        assert_eq!(files.lock().len(), files.capacity);
+        assert!(!files.lock().contains(&serials[2]), "the file used longest ago is closed");
+        assert!(Arc::ptr_eq(&get(serials[1]), &second));
+        files.remove(serials[0]);
+        assert!(!Arc::ptr_eq(&get(serials[0]), &first), "a removed file is opened again");
+        assert!(files.get(files.serial(), Path::new("/d/none"), OpenMode::Read).is_err(), "a reader creates no file");
+    }
+}

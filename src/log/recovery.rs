@@ -1,0 +1,287 @@
+//! Opening a replica after a crash: its valid files, its log end, and the check of that end against the persisted end.
+//!
+//! The journal has been replayed before. The scan runs from the recovery point to the first invalid bytes. Bytes
+//! missing above the persisted end are a torn tail. Bytes missing below it are lost, and the files then stay unchanged.
+
+use std::{collections::BTreeMap, io, path::Path, sync::Arc};
+
+use super::{
+    checkpoint::ReplicaCheckpoint,
+    context::LogContext,
+    disk::OpenMode,
+    epochs::EpochHistory,
+    error::ReplicaError,
+    producers::ProducerTable,
+    segment::{self, SegmentInfo, base_of, name},
+    snapshot::{self, Snapshot},
+    startup,
+};
+use crate::{model::Offset, record::Batch, task::clock};
+
+/// A replica that was not opened yet.
+#[derive(Clone)]
+pub(super) struct UnopenedReplica {
+    pub(super) record: ReplicaCheckpoint,
+    /// True if the record describes the files exactly, because a clean shutdown wrote it.
+    pub(super) clean: bool,
+}
+
+/// Reconciles a replica's files with its record. The returned record ends at the log end.
+pub(super) fn recover(
+    ctx: &Arc<LogContext>,
+    dir: &Path,
+    unopened: UnopenedReplica,
+) -> Result<ReplicaCheckpoint, ReplicaError> {
+    let UnopenedReplica { record, clean } = unopened;
+    let unverified = startup::needs_full_scan(&record);
+    if clean && record.refusal.is_none() {
+        return Ok(record);
+    }
+    let id = record.id;
+    let refuse = |persisted, reason| ReplicaError::Lost { id, persisted, reason, dir: dir.to_owned() };
+    if let Some(reason) = record.refusal.clone() {
+        return Err(refuse(record.persisted, reason));
+    }
+    let io = |source| ReplicaError::Io { id, path: dir.to_owned(), source };
+    let persisted = record.persisted;
+    let files = list(ctx, dir, record.segments[0].base).map_err(io)?;
+    let recovery = ReplicaRecovery { ctx, dir, record, files, unverified };
+    match recovery.run() {
+        Ok(Ok(record)) => Ok(record),
+        Ok(Err(reason)) => Err(refuse(persisted, reason)),
+        Err(source) => Err(io(source)),
+    }
+}
+
+/// Returns the lengths of a replica's segment files from `start` on, by base offset. Files below `start` were evicted
+/// and are removed.
+fn list(ctx: &LogContext, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offset, u64>> {
+    let entries = match ctx.disk.list(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    let mut files = BTreeMap::new();
+    for entry in entries {
+        match base_of(&entry.name) {
+            Some(base) if base < start => remove_segment(ctx, dir, base)?,
+            Some(base) => drop(files.insert(base, entry.len)),
+            // Left by a reset that has no journal entry.
+            None if entry.name.ends_with(snapshot::RESET_EXTENSION) => ctx.disk.remove(&dir.join(&entry.name))?,
+            None => {}
+        }
+    }
+    Ok(files)
+}
+
+/// Removes the indexes and snapshots of a replica above `end`, and returns true if there were any. They describe a log
+/// that was truncated since. A log that grows to the same offset again would use their epochs and producers as its own.
+pub(super) fn remove_caches_above(ctx: &LogContext, dir: &Path, end: Offset) -> io::Result<bool> {
+    remove_caches(ctx, dir, |base| base > end)
+}
+
+/// Removes the indexes and snapshots below `start`: those of removed segments, and those at the log ends of earlier
+/// shutdowns.
+pub(super) fn remove_caches_below(ctx: &LogContext, dir: &Path, start: Offset) -> io::Result<bool> {
+    remove_caches(ctx, dir, |base| base < start)
+}
+
+fn remove_caches(ctx: &LogContext, dir: &Path, which: impl Fn(Offset) -> bool) -> io::Result<bool> {
+    let mut any = false;
+    for entry in ctx.disk.list(dir)? {
+        if segment::cache_base_of(&entry.name).is_some_and(&which) {
+            ctx.disk.remove(&dir.join(&entry.name))?;
+            any = true;
+        }
+    }
+    Ok(any)
+}
+
+/// Removes a segment and its caches.
+pub(super) fn remove_segment(ctx: &LogContext, dir: &Path, base: Offset) -> io::Result<()> {
+    for extension in ["log", "index", "timeindex", "snapshot"] {
+        match ctx.disk.remove(&dir.join(name(base, extension))) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Quarantines the segment files in the directory of a replica that is about to be created, under names that are never
+/// read. They belong to a replica that is not registered: its deletion was interrupted, or its creation was never
+/// acknowledged. The checkpoint does not list them, yet they may be wanted. Empty files and caches are removed.
+pub(super) fn quarantine_segments(ctx: &LogContext, dir: &Path) -> io::Result<()> {
+    let entries = ctx.disk.list(dir)?;
+    let mut kept = Vec::new();
+    for entry in &entries {
+        if entry.name.ends_with(snapshot::RESET_EXTENSION) {
+            ctx.disk.remove(&dir.join(&entry.name))?;
+        }
+        let Some(base) = base_of(&entry.name) else { continue };
+        if entry.len > 0 {
+            let taken = |name: &String| entries.iter().any(|other| other.name == *name);
+            let names = (1..).map(|n| format!("{}.quarantined-{n}", entry.name));
+            let quarantined = names.into_iter().find(|name| !taken(name)).expect("a directory is finite");
+            ctx.disk.rename(&dir.join(&entry.name), &dir.join(&quarantined))?;
+            kept.push(quarantined);
+        }
+        remove_segment(ctx, dir, base)?;
+    }
+    if !kept.is_empty() {
+        tracing::warn!(
+            dir = %dir.display(), files = kept.join(", "),
+            "the directory of a new replica held segments that the checkpoint does not list; they are renamed and not \
+             served: inspect them with `strandline segment dump`, and delete them if they are not needed"
+        );
+    }
+    remove_caches_above(ctx, dir, Offset::ZERO)?;
+    // A power failure must not restore the old records in place of the new ones. An earlier attempt may have renamed
+    // the files.
+    ctx.disk.sync_dir(dir)
+}
+
+struct ReplicaRecovery<'a> {
+    ctx: &'a LogContext,
+    dir: &'a Path,
+    record: ReplicaCheckpoint,
+    files: BTreeMap<Offset, u64>,
+    /// True if the persisted end is not recorded: a torn tail cannot be distinguished from a loss.
+    unverified: bool,
+}
+
+impl ReplicaRecovery<'_> {
+    /// Runs the recovery. The outer error is a disk error; the inner error describes the lost data.
+    fn run(mut self) -> io::Result<Result<ReplicaCheckpoint, String>> {
+        if let Some(reason) = self.missing() {
+            return Ok(Err(reason));
+        }
+        // Data before the recovery point is synced and is not read again.
+        let mut at = self.record.segments.pop().expect("a record has a segment");
+        let mut corruption = None;
+        loop {
+            let len = self.files.get(&at.base).copied().unwrap_or(0);
+            let from = at.bytes;
+            corruption = self.scan(&mut at, len)?.map(|reason| (at.base, at.bytes, reason)).or(corruption);
+            self.record.segments.push(at);
+            let following = self.files.contains_key(&at.end) && at.end > at.base;
+            if corruption.is_some() || !following {
+                break;
+            }
+            tracing::debug!(partition = %self.record.id, base = %at.base, from, to = at.bytes, "segment scanned");
+            at = SegmentInfo::empty(at.end, clock::wall_ms());
+        }
+        let end = at.end;
+        let persisted = self.record.persisted;
+        let beyond: u64 = self.files.range(at.base..).map(|(_, len)| *len).sum::<u64>().saturating_sub(at.bytes);
+        if end < persisted || (self.unverified && beyond > 0) {
+            let reason = corruption.map_or_else(
+                || format!("its files end at offset {end}"),
+                |(base, position, reason)| {
+                    format!("segment {base} is corrupt at byte {position}, offset {end}: {reason}")
+                },
+            );
+            return Ok(Err(reason));
+        }
+        self.truncate(&at, beyond)?;
+        Ok(Ok(self.record))
+    }
+
+    /// Returns an error text if a file is missing, or shorter than its synced length.
+    fn missing(&self) -> Option<String> {
+        for info in &self.record.segments {
+            let len = self.files.get(&info.base).copied();
+            if info.bytes > len.unwrap_or(0) {
+                let path = self.dir.join(name(info.base, "log"));
+                let found = len.map_or("is missing".to_owned(), |len| format!("has {len} of {} bytes", info.bytes));
+                return Some(format!("{} {found}", path.display()));
+            }
+        }
+        None
+    }
+
+    /// Reads a segment from the end of `info` on, and extends `info`. Returns the error in the first invalid bytes, if
+    /// any.
+    fn scan(&mut self, info: &mut SegmentInfo, len: u64) -> io::Result<Option<String>> {
+        if len <= info.bytes {
+            return Ok(None);
+        }
+        let file = self.ctx.disk.open(&self.dir.join(name(info.base, "log")), OpenMode::Read)?;
+        let ReplicaCheckpoint { epochs, producers, .. } = &mut self.record;
+        let producers = Arc::make_mut(producers);
+        let epoch = epochs.last().map(|(epoch, _)| epoch);
+        // No checkpoint describes these appends. A replay of the journal writes only missing bytes, so the file's time
+        // is that of the last append or later.
+        let modified_ms = file.modified_ms()?.min(clock::wall_ms());
+        let end = segment::scan(&*file, len, info.bytes, info.end, epoch, |_, batch| {
+            info.record_write(modified_ms);
+            record_batch(epochs, producers, batch);
+            info.extend(batch);
+        })?;
+        Ok(end.damage)
+    }
+
+    /// Truncates the files at the log end. The removed data was never acknowledged as durable.
+    fn truncate(&self, last: &SegmentInfo, beyond: u64) -> io::Result<()> {
+        if beyond > 0 {
+            tracing::warn!(partition = %self.record.id, bytes = beyond, end = %last.end, "truncated a torn tail");
+        }
+        for base in self.files.range(last.base..).map(|(base, _)| *base).filter(|base| *base > last.base) {
+            remove_segment(self.ctx, self.dir, base)?;
+        }
+        if self.files.get(&last.base).is_some_and(|len| *len > last.bytes) {
+            let file = self.ctx.disk.open(&self.dir.join(name(last.base, "log")), OpenMode::Write)?;
+            file.truncate(last.bytes)?;
+            // Later appends may become durable before this segment is synced again.
+            file.sync()?;
+        }
+        let caches = !self.files.is_empty() && remove_caches_above(self.ctx, self.dir, last.end)?;
+        if beyond > 0 || caches {
+            self.ctx.disk.sync_dir(self.dir)?;
+        }
+        Ok(())
+    }
+}
+
+fn record_batch(epochs: &mut EpochHistory, producers: &mut ProducerTable, batch: &Batch) {
+    if let Some(epoch) = batch.leader_epoch()
+        && !epochs.record(epoch, batch.base_offset())
+    {
+        debug_assert!(false, "the scan rejects epochs that decrease");
+    }
+    producers.record_batch(batch);
+}
+
+/// Returns the description of the segment that contains `to`, ending there, and the epoch history and producer state at
+/// `to`. Reads intact segments from a snapshot on: that of the segment that contains `to`, or of an earlier one.
+pub(super) fn tables_at(
+    ctx: &LogContext,
+    dir: &Path,
+    segments: &[SegmentInfo],
+    to: Offset,
+) -> io::Result<(SegmentInfo, Snapshot, Option<String>)> {
+    let holding = segments.iter().rposition(|info| info.base <= to).unwrap_or(0);
+    let bases: Vec<Offset> = segments[..=holding].iter().map(|info| info.base).collect();
+    let (start, mut tables) = Snapshot::read_last(&*ctx.disk, dir, &bases)?;
+    let mut last = segments[holding].emptied();
+    for info in &segments[start..=holding] {
+        last = info.emptied();
+        if info.bytes == 0 || last.base >= to {
+            continue;
+        }
+        let file = ctx.disk.open(&dir.join(name(info.base, "log")), OpenMode::Read)?;
+        let epoch = tables.epochs.last().map(|(epoch, _)| epoch);
+        let mut is_below = true;
+        let end = segment::scan(&*file, info.bytes, 0, info.base, epoch, |_, batch| {
+            is_below &= batch.end_offset() <= to;
+            if is_below {
+                record_batch(&mut tables.epochs, &mut tables.producers, batch);
+                last.extend(batch);
+            }
+        })?;
+        if end.damage.is_some() && last.end < to {
+            return Ok((last, tables, end.damage));
+        }
+    }
+    Ok((last, tables, None))
+}

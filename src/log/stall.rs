@@ -1,0 +1,74 @@
+//! Detection of a journal whose ring has stalled. Writing to the directory then ends, so that other brokers take over.
+
+use std::{io, time::Duration};
+
+use super::{data_dir::DataDirInner, error::is_full};
+use crate::model::Offset;
+
+/// Maximum time that a closing log waits for space in its journal.
+const STOP_WAIT: Duration = Duration::from_secs(5);
+
+/// Maximum time that writers wait for space in the journal while checkpoints fail.
+const CHECKPOINT_WAIT: Duration = Duration::from_secs(10);
+
+/// Maximum time, and maximum number of sync passes, that writers wait while passes do not help. A longer wait indicates
+/// an error in this code.
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+const STALL_SYNC_PASSES: u32 = 5;
+
+impl DataDirInner {
+    /// Fails the journal if its ring has stalled. Otherwise all writers would wait, and no other broker would take
+    /// over. A restart replays the content of the journal.
+    pub(super) fn fail_if_stalled(&self) {
+        if let Some(reason) = self.stall_reason() {
+            self.ctx.journal.fail(&io::Error::other(reason));
+        }
+    }
+
+    /// Returns the reason of a stall, if any.
+    ///
+    /// | stall | limit |
+    /// | --- | --- |
+    /// | a close waits for a free file | `STOP_WAIT` |
+    /// | checkpoints fail for another reason than a full disk, which may get space again | `CHECKPOINT_WAIT` |
+    /// | the oldest file holds acknowledged data that a replica cannot sync | none |
+    /// | the oldest file holds data that no sync pass releases | `STALL_TIMEOUT` and `STALL_SYNC_PASSES` |
+    fn stall_reason(&self) -> Option<String> {
+        let oldest = self.ring().oldest()?;
+        let journal = &self.ctx.journal;
+        if journal.closing_wait() >= STOP_WAIT {
+            return Some(format!("the log is closing, and no journal file was released for {} s", STOP_WAIT.as_secs()));
+        }
+        let waited = journal.space_wait();
+        if waited >= CHECKPOINT_WAIT
+            && let Some((since, error)) = &*self.ctx.checkpoint_error()
+            && since.elapsed() >= CHECKPOINT_WAIT
+            && !is_full(error)
+        {
+            let seconds = CHECKPOINT_WAIT.as_secs();
+            return Some(format!("no journal space for {seconds} s because the checkpoint cannot be written: {error}"));
+        }
+        let holding = self.open_replicas().into_iter().filter_map(|replica| {
+            let (file, end) = replica.state().journal_pins.front().copied()?;
+            (file <= oldest).then_some((replica, end))
+        });
+        let holding: Vec<_> = holding.collect();
+        if let Some((replica, _)) = holding.iter().find(|(replica, _)| replica.failed.get().is_some()) {
+            let id = replica.id;
+            return Some(format!("partition {id} cannot sync the data of the oldest journal file to its segments"));
+        }
+        let passes = self.ctx.work().passes_without_progress;
+        // A reset pins the file up to `Offset::MAX`. The reset of a long log takes time, but it ends.
+        let (replica, _) = holding.iter().find(|(_, end)| *end != Offset::MAX)?;
+        if waited < STALL_TIMEOUT || passes < STALL_SYNC_PASSES {
+            return None;
+        }
+        let reason =
+            format!("partition {} has unsynced data in the oldest journal file after {passes} sync passes", replica.id);
+        // A failing disk is repaired by its operator, but a violated invariant must be found.
+        if cfg!(feature = "sim") {
+            panic!("{reason}");
+        }
+        Some(reason)
+    }
+}

@@ -1,0 +1,119 @@
+//! Stray replicas: files on the disk of replicas that are not registered. Their deletion failed or was interrupted, or
+//! the journal never recorded their creation.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use super::{
+    context::LogContext,
+    disk::{DirEntry, Disk},
+    error::ReplicaError,
+    file_cache::OpenFile,
+    recovery::UnopenedReplica,
+    segment::base_of,
+    startup::remove_replicas,
+    state::replica_dir,
+};
+use crate::model::{PartitionId, TopicId};
+
+/// Origin of a stray replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StrayState {
+    /// Found by a start, which cannot identify the owner of the files.
+    Found,
+    /// Left by a deletion that has started.
+    Deleted,
+}
+
+/// Directories of a data directory that hold segments of stray replicas. Quarantined segments do not count, because
+/// they have names of their own.
+pub(super) struct StrayReplicas {
+    dir: PathBuf,
+    entries: Mutex<BTreeMap<PartitionId, StrayState>>,
+}
+
+impl StrayReplicas {
+    /// Finds the stray replicas and logs each at WARN.
+    pub(super) fn find(disk: &dyn Disk, dir: &Path, replicas: &BTreeMap<PartitionId, UnopenedReplica>) -> Self {
+        let mut found = BTreeMap::new();
+        for topic in folders(disk, dir) {
+            let Ok(id) = topic.parse::<TopicId>() else { continue };
+            for partition in folders(disk, &dir.join(&topic)) {
+                let Ok(number) = partition.parse::<u32>() else { continue };
+                let id = PartitionId::new(id, number);
+                if !replicas.contains_key(&id) && has_segments(disk, &replica_dir(dir, id)) {
+                    tracing::warn!(
+                        dir = %replica_dir(dir, id).display(),
+                        "these segments belong to no known replica, possibly because a deletion failed or was \
+                         interrupted; they are not served, and are deleted when the metadata shows that their topic \
+                         was deleted or that the partition is assigned to other brokers"
+                    );
+                    found.insert(id, StrayState::Found);
+                }
+            }
+        }
+        Self { dir: dir.to_owned(), entries: Mutex::new(found) }
+    }
+
+    pub(super) fn ids(&self) -> Vec<PartitionId> {
+        self.lock().keys().copied().collect()
+    }
+
+    /// Records that the deletion of a replica has started.
+    pub(super) fn add(&self, id: PartitionId) {
+        self.lock().insert(id, StrayState::Deleted);
+    }
+
+    /// Removes the entry of a replica that has no files left, or that is registered again.
+    pub(super) fn remove(&self, id: PartitionId) {
+        self.lock().remove(&id);
+    }
+
+    /// Returns true if the deletion of the replica has started and has left files.
+    pub(super) fn is_deleting(&self, id: PartitionId) -> bool {
+        self.lock().get(&id) == Some(&StrayState::Deleted)
+    }
+
+    /// Removes the files of stray replicas. Returns the replicas that still have files, each with the error.
+    pub(super) fn delete(&self, ctx: &LogContext, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
+        let present: Vec<_> = {
+            let entries = self.lock();
+            let present = ids.iter().filter(|id| entries.contains_key(id));
+            present.map(|id| (*id, replica_dir(&self.dir, *id))).collect()
+        };
+        let mut keep = |file| ctx.removed.keep(Arc::new(OpenFile { file, index: Mutex::default() }));
+        let outcomes = remove_replicas(&*ctx.disk, present.iter().map(|(_, dir)| dir.as_path()), &mut keep);
+        let mut left = Vec::new();
+        for ((id, path), outcome) in present.into_iter().zip(outcomes) {
+            match outcome {
+                Ok(()) => self.remove(id),
+                Err(source) => left.push((id, ReplicaError::Io { id, path, source })),
+            }
+        }
+        left
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<PartitionId, StrayState>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn has_segments(disk: &dyn Disk, dir: &Path) -> bool {
+    let files = list(disk, dir);
+    files.iter().any(|entry| entry.len > 0 && base_of(&entry.name).is_some())
+}
+
+fn folders(disk: &dyn Disk, dir: &Path) -> impl Iterator<Item = String> {
+    list(disk, dir).into_iter().filter(|entry| entry.is_dir).map(|entry| entry.name)
+}
+
+/// Lists a directory. An error is only logged, because the result is informational and must not prevent a start.
+fn list(disk: &dyn Disk, dir: &Path) -> Vec<DirEntry> {
+    disk.list(dir).unwrap_or_else(|error| {
+        tracing::warn!(dir = %dir.display(), %error, "cannot list this directory: its stray replicas are not found");
+        Vec::new()
+    })
+}

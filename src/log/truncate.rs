@@ -1,0 +1,324 @@
+//! Truncating a replica at either end, and resetting it.
+//!
+//! # Crash
+//!
+//! Eviction removes complete segments at the front: data that is in the object store or below the log start. A journal
+//! entry records the new local start before a file is removed. After a crash, the next open removes the remaining files
+//! below that start.
+//!
+//! A truncation writes one journal entry before it changes a file, and a completion entry after the files are truncated
+//! and synced. Between the two entries, replay repeats the truncation. After the second, replay skips all earlier
+//! entries of the replica. So truncated data does not reappear, and a replay never truncates later appends.
+
+use std::{
+    io,
+    sync::{Arc, atomic::Ordering},
+};
+
+use super::{
+    disk::OpenMode,
+    epochs::EpochHistory,
+    error::{ChangeError, is_full},
+    journal::entry::EntryKind,
+    producers::ProducerTable,
+    recovery::{remove_caches_above, remove_caches_below, remove_segment, tables_at},
+    segment::{Segment, SegmentFile, SegmentInfo},
+    snapshot::{self, Snapshot},
+    state::LogState,
+    writer::ReplicaLog,
+};
+use crate::{model::Offset, task::clock};
+
+/// Maximum disk bytes of new names and the end of a new file: two blocks.
+const NAMES_BYTES: u64 = 8192;
+
+impl ReplicaLog {
+    /// Truncates the log at `to`, or at the base of the batch that contains `to`, and returns the new log end. Waits
+    /// for two frames of the journal, and is durable on return. Persist calls for truncated batches fail with
+    /// [`PersistError::Truncated`](super::PersistError::Truncated).
+    pub fn truncate(&mut self, to: Offset) -> Result<Offset, ChangeError> {
+        self.writable()?;
+        let (segments, end) = {
+            let state = self.inner.state();
+            (state.segments.iter().map(|segment| segment.info).collect::<Vec<_>>(), state.log_end())
+        };
+        if to >= end {
+            return Ok(end);
+        }
+        if to < segments[0].base {
+            return self.reset(to).map(|()| to);
+        }
+        self.inner.ctx.check_change_space(0)?;
+        let found = tables_at(&self.inner.ctx, &self.inner.dir, &segments, to);
+        let (last, tables, corruption) = found.map_err(|error| self.failed_change(&error))?;
+        if let Some(reason) = corruption {
+            return Err(self.failed_change(&io::Error::other(reason)));
+        }
+        self.clear_unpersisted();
+        let inner = self.inner.clone();
+        sim_event!(LogChangeStarted { partition: inner.id, to: last.end, emptied: false });
+        let generation = inner.ctx.next_generation();
+        let removed = {
+            let mut state = inner.state();
+            let keep = segments.iter().filter(|info| info.base <= last.base).count();
+            let removed = state.segments.split_off(keep);
+            state.generation = generation;
+            state.active_mut().info = last;
+            state.epochs = Arc::new(tables.epochs);
+            state.producers = Arc::new(tables.producers.charged(&inner.ctx.producer_memory));
+            state.remove_expired_producers();
+            state.index = None;
+            state.persisted_end = state.persisted_end.min(last.end);
+            if state.recovery.segment.end > last.end {
+                state.recovery = state.recovery_point();
+            }
+            // Truncated batches are never synced, so the ring files that held them pin nothing above the new end.
+            for (_, end) in &mut state.journal_pins {
+                *end = (*end).min(last.end);
+            }
+            removed
+        };
+        // The truncation itself may wait for one of these files.
+        inner.mark_dirty(0);
+        inner.ctx.tail.truncate(&inner.tail, last.end);
+        if !mutant!(TruncateUnjournaled) {
+            inner.ctx.commit(&inner, inner.entry_header(EntryKind::Truncate, generation, last.end, last.end))?;
+        }
+        self.truncate_files(&last, &removed).map_err(|error| self.failed_change(&error))?;
+        if !mutant!(TruncateUnjournaled) {
+            inner.ctx.commit(&inner, inner.entry_header(EntryKind::Completed, generation, last.end, last.end))?;
+        }
+        sim_event!(LogChangeCompleted { partition: inner.id });
+        Ok(last.end)
+    }
+
+    /// Truncates the files. The last segments are removed first, so that a crash leaves a shorter log and no gap.
+    fn truncate_files(&self, last: &SegmentInfo, removed: &[Segment]) -> io::Result<()> {
+        let ctx = &self.inner.ctx;
+        for segment in removed.iter().rev() {
+            self.remove(segment)?;
+        }
+        remove_caches_above(ctx, &self.inner.dir, last.end)?;
+        let file = self.inner.state().active().file.clone();
+        let open = ctx.files.get(file.serial, &file.path, OpenMode::Write)?;
+        // The cached index describes the longer file.
+        drop(open.index.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take());
+        open.file.truncate(last.bytes)?;
+        file.written_out.fetch_min(last.bytes, Ordering::AcqRel);
+        file.dirty.store(true, Ordering::Release);
+        self.inner.state().names_changed = true;
+        self.inner.sync().map_err(io::Error::other)
+    }
+
+    /// Deletes all content and restarts the empty log at `at`. Durable on return. On a full disk nothing changes.
+    pub fn reset(&mut self, at: Offset) -> Result<(), ChangeError> {
+        self.reset_with(at, EpochHistory::new(), ProducerTable::new())
+    }
+
+    /// Resets the log as [`Self::reset`] does, with the epoch history and producer state of the offsets below `at`.
+    /// Both are durable before the first journal entry. Their file has its own name, because the old log may have a
+    /// snapshot at `at` too.
+    pub fn reset_with(
+        &mut self,
+        at: Offset,
+        epochs: EpochHistory,
+        producers: ProducerTable,
+    ) -> Result<(), ChangeError> {
+        self.writable()?;
+        let snapshot = Snapshot::encode(&epochs, &producers, at);
+        self.inner.ctx.check_change_space(snapshot.len() as u64 + NAMES_BYTES)?;
+        // The old log needs no journal entries after this sync. Checkpoints describe the old log until the reset is
+        // complete.
+        self.inner.sync().map_err(|error| ChangeError::Failed { reason: error.to_string() })?;
+        self.write_reset_snapshot(&snapshot, at)?;
+        self.clear_unpersisted();
+        let inner = self.inner.clone();
+        sim_event!(LogChangeStarted { partition: inner.id, to: at, emptied: true });
+        let old_record = Box::new(inner.checkpoint_record());
+        let generation = inner.ctx.next_generation();
+        let info = SegmentInfo::empty(at, clock::wall_ms());
+        let removed = {
+            let mut state = inner.state();
+            let file = Arc::new(SegmentFile::new(inner.ctx.files.serial(), &inner.dir, at));
+            let removed = std::mem::replace(&mut state.segments, vec![Segment { info, file }]);
+            state.pre_reset_record = Some(old_record);
+            (state.generation, state.persisted_end, state.log_start) = (generation, at, at);
+            (state.epochs, state.producers) =
+                (Arc::new(epochs), Arc::new(producers.charged(&inner.ctx.producer_memory)));
+            state.remove_expired_producers();
+            state.index = None;
+            state.recovery = state.recovery_point();
+            removed
+        };
+        inner.ctx.tail.truncate(&inner.tail, Offset::ZERO);
+        inner.ctx.commit(&inner, inner.entry_header(EntryKind::Reset, generation, at, at))?;
+        let emptied = || -> io::Result<()> {
+            for segment in removed.iter().rev() {
+                self.remove(segment)?;
+            }
+            remove_caches_above(&inner.ctx, &inner.dir, Offset::ZERO)?;
+            inner.ctx.disk.open(&inner.path(at, "log"), OpenMode::Write)?.sync()?;
+            inner.ctx.disk.rename(&inner.path(at, snapshot::RESET_EXTENSION), &inner.path(at, "snapshot"))?;
+            inner.sync_names()
+        };
+        emptied().map_err(|error| self.failed_change(&error))?;
+        {
+            let mut state = inner.state();
+            state.journal_pins.clear();
+            state.pre_reset_record = None;
+        }
+        inner.ctx.commit(&inner, inner.entry_header(EntryKind::Completed, generation, at, at))?;
+        sim_event!(LogChangeCompleted { partition: inner.id });
+        Ok(())
+    }
+
+    /// Writes the snapshot with which a reset log starts. On a full disk nothing changes.
+    fn write_reset_snapshot(&self, snapshot: &[u8], at: Offset) -> Result<(), ChangeError> {
+        let inner = &self.inner;
+        let path = inner.path(at, snapshot::RESET_EXTENSION);
+        let kept = || -> io::Result<()> {
+            inner.ctx.disk.write(&path, snapshot)?.sync()?;
+            inner.sync_names()
+        };
+        match kept() {
+            Err(error) if is_full(&error) => {
+                // Without this removal, the next start would remove the partial file.
+                let _left = inner.ctx.disk.remove(&path);
+                inner.ctx.log_disk_full();
+                Err(ChangeError::DiskFull)
+            }
+            kept => kept.map_err(|error| self.failed_change(&error)),
+        }
+    }
+
+    /// Advances the log start, at most to the log end. The log start never moves back. Offsets below it are no longer
+    /// readable, and [`Self::evict`] removes their segments.
+    pub fn advance_log_start(&mut self, to: Offset) {
+        let inner = &self.inner;
+        let generation = {
+            let mut state = inner.state();
+            let to = to.min(state.log_end());
+            if to <= state.log_start {
+                return;
+            }
+            state.log_start = to;
+            state.remove_epochs();
+            state.generation
+        };
+        inner.ctx.submit_unacked(inner, inner.entry_header(EntryKind::LogStart, generation, to, to));
+    }
+
+    /// Removes the sealed segments that end at or below `below`, and returns their bytes. Waits for one frame of the
+    /// journal. Current readers of a removed segment continue. On a full disk it may remove fewer segments, which makes
+    /// space for the next call. The disk space of large files is freed a little later, in steps.
+    pub fn evict(&mut self, below: Offset) -> Result<u64, ChangeError> {
+        self.writable()?;
+        let inner = self.inner.clone();
+        let sealed_below = |state: &LogState| {
+            let sealed = state.segments.len() - 1;
+            state.segments[..sealed].partition_point(|segment| segment.info.end <= below)
+        };
+        let unsynced = {
+            let state = inner.state();
+            let count = sealed_below(&state);
+            if count == 0 {
+                return Ok(0);
+            }
+            state.recovery.segment.base < state.segments[count].info.base
+        };
+        if unsynced && let Err(error) = inner.sync() {
+            // The recovery point must lie in the remaining segments.
+            return Err(ChangeError::Failed { reason: error.to_string() });
+        }
+        let kept =
+            self.write_start_snapshot(below).map_err(|error| ChangeError::Failed { reason: error.to_string() })?;
+        let (removed, generation, start) = {
+            let mut state = inner.state();
+            let count = state.segments.partition_point(|segment| segment.info.base < kept);
+            let removed: Vec<Segment> = state.segments.drain(..count).collect();
+            let start = state.local_start();
+            (removed, state.generation, start)
+        };
+        inner.ctx.tail.evict_below(&inner.tail, start);
+        if let Err(error) =
+            inner.ctx.commit(&inner, inner.entry_header(EntryKind::LocalStart, generation, start, start))
+        {
+            // The files still exist, and the next eviction removes them.
+            inner.state().segments.splice(0..0, removed);
+            return Err(error);
+        }
+        let mut bytes = 0;
+        for segment in &removed {
+            bytes += segment.info.bytes;
+            if let Err(error) = self.remove(segment) {
+                // The next start that lists the files removes this one.
+                tracing::warn!(partition = %inner.id, base = %segment.info.base, %error, "cannot remove a segment");
+            }
+        }
+        if let Err(error) = remove_caches_below(&inner.ctx, &inner.dir, start) {
+            tracing::debug!(partition = %inner.id, %error, "cannot remove indexes and snapshots below the log");
+        }
+        {
+            let mut state = inner.state();
+            state.remove_epochs();
+            state.names_changed = true;
+        }
+        inner.mark_dirty(0);
+        Ok(bytes)
+    }
+
+    /// Removes a segment and its caches.
+    fn remove(&self, segment: &Segment) -> io::Result<()> {
+        let (ctx, serial) = (&self.inner.ctx, segment.file.serial);
+        // The file is opened through the table, so that readers share the handle. It is taken out of the table below,
+        // when its name is gone and no reader can open it again.
+        let opened = ctx.files.get(serial, &segment.file.path, OpenMode::Read).ok();
+        let outcome = remove_segment(ctx, &self.inner.dir, segment.info.base);
+        // The table may have closed the file meanwhile, in favour of another one.
+        let file = ctx.files.take(serial).or(opened);
+        outcome?;
+        file.into_iter().for_each(|file| ctx.removed.keep(file));
+        Ok(())
+    }
+
+    /// Makes the snapshot at the future local start durable and returns that offset. Nothing below it can be read
+    /// again. On a disk without space for a snapshot, an earlier segment that has one becomes the start.
+    fn write_start_snapshot(&self, below: Offset) -> io::Result<Offset> {
+        let segments: Vec<SegmentInfo> = self.inner.state().segments.iter().map(|segment| segment.info).collect();
+        let removed = segments[..segments.len() - 1].partition_point(|info| info.end <= below);
+        let mut start = removed;
+        loop {
+            match self.write_snapshot_at(&segments, segments[start].base) {
+                Err(error) if is_full(&error) && start > 1 => start -= 1,
+                kept => return kept.map(|()| segments[start].base),
+            }
+        }
+    }
+
+    fn write_snapshot_at(&self, segments: &[SegmentInfo], start: Offset) -> io::Result<()> {
+        let inner = &self.inner;
+        let path = inner.path(start, "snapshot");
+        let disk = &inner.ctx.disk;
+        if !Snapshot::read(&**disk, &inner.dir, start).is_ok_and(|found| found.is_some()) {
+            let (_, tables, corruption) = tables_at(&inner.ctx, &inner.dir, segments, start)?;
+            if let Some(reason) = corruption {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+            }
+            disk.write(&path, &Snapshot::encode(&tables.epochs, &tables.producers, start))?;
+        }
+        disk.open(&path, OpenMode::Write)?.sync()?;
+        disk.sync_dir(&inner.dir)
+    }
+
+    fn writable(&self) -> Result<(), ChangeError> {
+        self.inner.refusal().map_or(Ok(()), |reason| Err(ChangeError::Failed { reason }))
+    }
+
+    /// Fails the replica, because its files are in an undefined state between two logs. Nothing more is written, and a
+    /// restart recovers the files.
+    fn failed_change(&self, error: &io::Error) -> ChangeError {
+        let reason = format!("cannot truncate or reset the log: {error}");
+        self.inner.fail(reason.clone());
+        ChangeError::Failed { reason }
+    }
+}

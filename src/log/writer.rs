@@ -1,0 +1,446 @@
+//! One partition's log on this disk, as its single writer uses it.
+
+use std::{
+    io::{self, IoSlice},
+    ops::Deref,
+    sync::{Arc, MutexGuard, atomic::Ordering},
+    time::Duration,
+};
+
+use super::{
+    context::SyncJob,
+    disk::OpenMode,
+    epochs::EpochHistory,
+    error::{LogAppendError, PersistError, is_full},
+    file_cache::OpenFile,
+    index::Index,
+    journal::{JournalEntry, PersistCallback, entry::EntryKind},
+    producers::ProducerTable,
+    reader::LogReader,
+    segment::{Segment, SegmentFile, SegmentInfo},
+    snapshot::Snapshot,
+    state::{LogState, ReplicaInner},
+};
+use crate::{
+    model::{LeaderEpoch, Offset, PartitionId},
+    record::Batch,
+    task::clock,
+};
+
+/// Maximum size of a segment in bytes: positions in it are 32 bits wide.
+const MAX_SEGMENT_BYTES: u64 = i32::MAX as u64;
+
+/// One partition's log on this disk. The holder of this value is the only writer. A method waits for a sync only if its
+/// comment states that.
+pub struct ReplicaLog {
+    pub(super) inner: Arc<ReplicaInner>,
+    /// Batches that were appended and not submitted to the journal.
+    pending: UnpersistedBatches,
+    /// Serial of the segment file whose length was verified.
+    checked: Option<u64>,
+    /// True if appended batches will be submitted to the journal.
+    journaled: bool,
+}
+
+#[derive(Default)]
+struct UnpersistedBatches {
+    payloads: Vec<EntryPayload>,
+    bytes: usize,
+    /// True if the bytes exceed the journal's limit. The next persist call then syncs the segments instead.
+    exceeds_journal: bool,
+}
+
+/// Consecutive batches of one segment that form one journal entry.
+struct EntryPayload {
+    segment: Offset,
+    position: u64,
+    bytes: usize,
+    batches: Vec<Batch>,
+}
+
+/// Reference to a table of a replica. Readers wait while it is held.
+pub struct StateRef<'a, T> {
+    state: MutexGuard<'a, LogState>,
+    pick: fn(&LogState) -> &T,
+}
+
+impl<T> Deref for StateRef<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        (self.pick)(&self.state)
+    }
+}
+
+impl ReplicaLog {
+    pub(super) fn new(inner: Arc<ReplicaInner>) -> Self {
+        // Batches that were found in the files, or appended by an earlier writer, may not be durable.
+        let exceeds_journal = {
+            let state = inner.state();
+            state.persisted_end < state.log_end()
+        };
+        Self {
+            inner,
+            pending: UnpersistedBatches { exceeds_journal, ..UnpersistedBatches::default() },
+            checked: None,
+            journaled: true,
+        }
+    }
+
+    /// Returns the partition of the log.
+    pub fn id(&self) -> PartitionId {
+        self.inner.id
+    }
+
+    /// Returns a handle for reading.
+    pub fn reader(&self) -> LogReader {
+        LogReader::new(self.inner.clone())
+    }
+
+    /// Returns the first offset that can be read from any tier.
+    pub fn log_start(&self) -> Offset {
+        self.inner.state().log_start
+    }
+
+    /// Returns the first offset on this disk.
+    pub fn local_start(&self) -> Offset {
+        self.inner.state().local_start()
+    }
+
+    /// Returns the first offset that is not written yet.
+    pub fn log_end(&self) -> Offset {
+        self.inner.state().log_end()
+    }
+
+    /// Returns the reason why nothing can be made durable any longer, if any. The reason is a failed write or sync,
+    /// possibly one without a waiting caller.
+    pub fn write_error(&self) -> Option<String> {
+        let inner = &self.inner;
+        inner.failed.get().cloned().or_else(|| inner.ctx.journal.failed().map(str::to_owned))
+    }
+
+    /// Returns the first offset that may not be on stable storage.
+    pub fn persisted_end(&self) -> Offset {
+        self.inner.state().persisted_end
+    }
+
+    /// Returns the bytes of the segments.
+    pub fn bytes(&self) -> u64 {
+        self.inner.state().bytes()
+    }
+
+    /// Returns the reason why the replica accepts no writes, if any.
+    pub fn failed(&self) -> Option<String> {
+        self.inner.refusal()
+    }
+
+    /// Returns the start offset of each leader epoch.
+    pub fn epochs(&self) -> StateRef<'_, EpochHistory> {
+        StateRef { state: self.inner.state(), pick: |state| &state.epochs }
+    }
+
+    /// Returns the producer state at the log end.
+    pub fn producers(&self) -> StateRef<'_, ProducerTable> {
+        StateRef { state: self.inner.state(), pick: |state| &state.producers }
+    }
+
+    /// Returns the sealed segments, oldest first.
+    pub fn sealed(&self) -> Vec<SegmentInfo> {
+        let state = self.inner.state();
+        state.segments[..state.segments.len() - 1].iter().map(|segment| segment.info).collect()
+    }
+
+    /// Sets write times that lie after `now_ms` to `now_ms`. The clock was ahead when such a segment was written, and
+    /// its age counts from now.
+    pub fn correct_written_times(&self, now_ms: i64) {
+        for segment in &mut self.inner.state().segments {
+            segment.info.written_ms = segment.info.written_ms.min(now_ms);
+        }
+    }
+
+    /// Returns the active segment.
+    pub fn active(&self) -> SegmentInfo {
+        self.inner.state().active().info
+    }
+
+    /// Appends stamped batches with one write to the page cache. They can be read at once, and are durable when
+    /// [`Self::persist`] reports it. After an error none of them is in the log.
+    ///
+    /// # Panics
+    /// The batches do not start at the log end, are not contiguous, or their epoch decreases.
+    pub fn append(&mut self, batches: &[Batch]) -> Result<(), LogAppendError> {
+        let Some(first) = batches.first() else { return Ok(()) };
+        if let Some(reason) = self.inner.refusal() {
+            return Err(LogAppendError::Failed { reason });
+        }
+        let bytes: usize = batches.iter().map(Batch::encoded_len).sum();
+        self.assert_contiguous(batches);
+        if !self.inner.ctx.reserve_append(bytes as u64) {
+            return Err(self.disk_is_full());
+        }
+        if self.active().bytes + bytes as u64 > MAX_SEGMENT_BYTES {
+            self.roll()?;
+        }
+        let (info, file) = {
+            let state = self.inner.state();
+            (state.active().info, state.active().file.clone())
+        };
+        self.write(&info, &file, batches)?;
+        let end = self.publish(batches);
+        let cached = self.inner.ctx.tail.push(&self.inner.tail, batches);
+        let max_bytes = if self.journaled { self.inner.ctx.options.max_journaled_bytes } else { 0 };
+        self.pending.push(&info, cached, bytes, max_bytes);
+        self.inner.mark_dirty(bytes as u64);
+        debug_assert_eq!(end.since(first.base_offset()), batches.iter().map(|b| u64::from(b.count())).sum::<u64>());
+        Ok(())
+    }
+
+    fn assert_contiguous(&self, batches: &[Batch]) {
+        let state = self.inner.state();
+        let (mut end, mut epoch) = (state.log_end(), state.epochs.last().map(|(epoch, _)| epoch));
+        drop(state);
+        for batch in batches {
+            assert_eq!(batch.base_offset(), end, "batches are contiguous from the log end");
+            let stamped = batch.leader_epoch().expect("batches are stamped before they are appended");
+            assert!(epoch.is_none_or(|epoch| epoch <= stamped), "leader epochs never decrease");
+            (end, epoch) = (batch.end_offset(), Some(stamped));
+        }
+    }
+
+    fn write(&mut self, info: &SegmentInfo, file: &SegmentFile, batches: &[Batch]) -> Result<(), LogAppendError> {
+        let written = self.prepare(info, file).and_then(|open| {
+            let mut slices = Vec::with_capacity(batches.len() * 2);
+            for batch in batches {
+                slices.push(IoSlice::new(batch.header()));
+                slices.push(IoSlice::new(batch.records_bytes()));
+            }
+            let written = open.file.write_at(&slices, info.bytes).inspect_err(|_| self.checked = None);
+            // The flag is set after the write and before its publication, so a sync that sees the batches also sees the
+            // flag.
+            file.dirty.store(true, Ordering::Release);
+            written
+        });
+        let Err(error) = written else {
+            let full = &self.inner.ctx.disk_full;
+            if full.load(Ordering::Relaxed) && full.swap(false, Ordering::Relaxed) {
+                tracing::info!(path = %self.inner.ctx.dir.display(), "the disk has space for appends again");
+            }
+            return Ok(());
+        };
+        let truncate_back = || -> io::Result<()> {
+            let open = self.inner.ctx.files.get(file.serial, &file.path, OpenMode::Write)?;
+            if open.file.size()? > info.bytes { open.file.truncate(info.bytes) } else { Ok(()) }
+        };
+        if is_full(&error) && (truncate_back().is_ok() || info.bytes == 0) {
+            return Err(self.disk_is_full());
+        }
+        let reason = format!("cannot write {}: {error}", file.path.display());
+        drop(truncate_back());
+        self.inner.fail(reason.clone());
+        Err(LogAppendError::Failed { reason })
+    }
+
+    fn disk_is_full(&self) -> LogAppendError {
+        self.inner.ctx.log_disk_full();
+        LogAppendError::DiskFull
+    }
+
+    /// Opens the active segment. On first use it truncates surplus bytes, fails if bytes are missing, and loads the
+    /// index.
+    fn prepare(&mut self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Arc<OpenFile>> {
+        if info.bytes == 0 && self.checked != Some(file.serial) {
+            self.inner.state().names_changed = true;
+        }
+        let open = self.inner.ctx.files.get(file.serial, &file.path, OpenMode::Write)?;
+        if self.checked == Some(file.serial) {
+            return Ok(open);
+        }
+        let len = open.file.size()?;
+        if len > info.bytes {
+            open.file.truncate(info.bytes)?;
+        } else if len < info.bytes {
+            let reason = format!("the file has {len} bytes and {} were written", info.bytes);
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, reason));
+        }
+        if self.inner.state().index.is_none() {
+            let index = if info.bytes == 0 { Index::default() } else { self.reader().active_index(info, file)? };
+            self.inner.state().index = Some(index);
+        }
+        self.checked = Some(file.serial);
+        Ok(open)
+    }
+
+    /// Adds written batches to the state of the log, and returns the new log end.
+    fn publish(&self, batches: &[Batch]) -> Offset {
+        let mut state = self.inner.state();
+        let LogState { segments, epochs, producers, index, .. } = &mut *state;
+        let info = &mut segments.last_mut().expect("a log has an active segment").info;
+        info.record_write(clock::wall_ms());
+        for batch in batches {
+            if let Some(index) = index {
+                index.add_batch(batch.base_offset(), info.bytes, info.max_timestamp);
+            }
+            info.extend(batch);
+            let epoch = batch.leader_epoch().unwrap_or(LeaderEpoch(0));
+            if epochs.last().is_none_or(|(last, _)| last < epoch) {
+                assert!(Arc::make_mut(epochs).record(epoch, batch.base_offset()), "leader epochs never decrease");
+            }
+            if producers.takes(batch) {
+                Arc::make_mut(producers).record_batch(batch);
+            }
+        }
+        let end = info.end;
+        state.remove_expired_producers();
+        state.unsynced_bytes += batches.iter().map(|batch| batch.encoded_len() as u64).sum::<u64>();
+        end
+    }
+
+    /// Makes all batches appended so far durable, and then calls `done` with the persisted end on the journal's thread.
+    /// These calls have the order of the persist calls. After an error, `done` may be called on another thread and out
+    /// of order.
+    pub fn persist(&mut self, done: PersistCallback) {
+        let pending = std::mem::take(&mut self.pending);
+        if let Some(reason) = self.inner.refusal() {
+            return done(Err(PersistError::Failed { reason }));
+        }
+        let ctx = &self.inner.ctx;
+        let max_frame_bytes = ctx.options.max_frame_bytes;
+        let mut state = self.inner.state();
+        let (generation, end) = (state.generation, state.log_end());
+        let marker = self.inner.entry_header(EntryKind::Synced, generation, end, end);
+        let large = pending.exceeds_journal || pending.payloads.iter().any(|payload| payload.bytes > max_frame_bytes);
+        if large || state.syncing > 0 {
+            state.syncing += 1;
+            drop(state);
+            ctx.work().jobs.push_back(SyncJob { replica: self.inner.clone(), head: marker, done });
+            ctx.wake_syncer();
+            return;
+        }
+        drop(state);
+        let mut done = Some(done);
+        let last = pending.payloads.len().saturating_sub(1);
+        for (i, payload) in pending.payloads.into_iter().enumerate() {
+            let mut head = self.inner.entry_header(EntryKind::Append, generation, payload.base(), payload.end());
+            (head.segment, head.position) = (payload.segment, payload.position);
+            head.epoch = payload.batches.last().and_then(Batch::leader_epoch);
+            let done = if i == last { done.take() } else { None };
+            let EntryPayload { bytes, batches, .. } = payload;
+            ctx.journal.submit(JournalEntry { head, batches, bytes, replica: self.inner.clone(), done });
+        }
+        if let Some(done) = done {
+            let replica = self.inner.clone();
+            ctx.journal.submit(JournalEntry { head: marker, batches: Vec::new(), bytes: 0, replica, done: Some(done) });
+        }
+    }
+
+    /// Returns true if `next_bytes` more would extend the active segment beyond `segment_bytes`, so that it should be
+    /// sealed first. An empty segment is never full.
+    pub fn is_full(&self, segment_bytes: u64, next_bytes: usize) -> bool {
+        let bytes = self.active().bytes;
+        bytes > 0 && bytes + next_bytes as u64 > segment_bytes.min(MAX_SEGMENT_BYTES)
+    }
+
+    /// Seals the active segment, so that the next append starts a new one. An empty segment stays active.
+    pub fn roll(&mut self) -> Result<(), LogAppendError> {
+        if let Some(reason) = self.inner.refusal() {
+            return Err(LogAppendError::Failed { reason });
+        }
+        let info = self.active();
+        if info.bytes == 0 {
+            return Ok(());
+        }
+        self.write_caches();
+        let file = SegmentFile::new(self.inner.ctx.files.serial(), &self.inner.dir, info.end);
+        let mut state = self.inner.state();
+        let segment = Segment { info: SegmentInfo::empty(info.end, clock::wall_ms()), file: Arc::new(file) };
+        state.segments.push(segment);
+        state.index = Some(Index::default());
+        Ok(())
+    }
+
+    /// Writes the index files of the active segment and the snapshot at its end. They are caches: a failure is ignored,
+    /// and missing files are rebuilt when needed.
+    pub(super) fn write_caches(&self) {
+        write_caches(&self.inner);
+    }
+
+    /// Sets whether appended batches are kept until [`Self::persist`] submits them to the journal; initially true.
+    /// False suits a topic that does not persist: a later persist call then syncs the segments.
+    pub fn set_journaled(&mut self, journaled: bool) {
+        self.journaled = journaled;
+    }
+
+    /// Sets `producer.id.expiration.ms`. `None` is the initial value, and that of a topic that limits producers by
+    /// number alone.
+    pub fn set_producer_expiration(&mut self, expiration: Option<Duration>) {
+        let mut state = self.inner.state();
+        state.producer_expiration_ms =
+            expiration.map(|expiration| i64::try_from(expiration.as_millis()).unwrap_or(i64::MAX));
+        state.remove_expired_producers();
+    }
+
+    /// Drops the batches that were not submitted to the journal.
+    pub(super) fn clear_unpersisted(&mut self) {
+        self.pending = UnpersistedBatches::default();
+        self.checked = None;
+    }
+}
+
+/// Writes the index files of a replica's active segment and the snapshot at its end.
+pub(super) fn write_caches(inner: &ReplicaInner) {
+    let (info, index, snapshot) = {
+        let state = inner.state();
+        let snapshot = Snapshot::encode(&state.epochs, &state.producers, state.log_end());
+        (state.active().info, state.index.clone(), snapshot)
+    };
+    if info.bytes == 0 {
+        // The snapshot at the base of an empty segment was written earlier. If nothing precedes that base on this disk,
+        // the snapshot is no cache, and a write that may fail half-way must not touch it.
+        return;
+    }
+    let disk = &inner.ctx.disk;
+    let mut written = disk.write(&inner.path(info.end, "snapshot"), &snapshot).map(drop);
+    if let Some(index) = index {
+        let (offsets, times) = index.encode(info.base, info.bytes);
+        written = written
+            .and_then(|()| disk.write(&inner.path(info.base, "index"), &offsets).map(drop))
+            .and_then(|()| disk.write(&inner.path(info.base, "timeindex"), &times).map(drop));
+    }
+    if let Err(error) = written {
+        tracing::debug!(partition = %inner.id, %error, "cannot write an index or snapshot: rebuilt when needed");
+    }
+}
+
+impl Drop for ReplicaLog {
+    fn drop(&mut self) {
+        self.inner.writer_open.store(false, Ordering::Release);
+    }
+}
+
+impl UnpersistedBatches {
+    fn push(&mut self, info: &SegmentInfo, batches: Vec<Batch>, bytes: usize, max_bytes: usize) {
+        if self.exceeds_journal || self.bytes + bytes > max_bytes {
+            // A replica that never calls persist (`replicated`) must not keep its batches in memory either.
+            *self = Self { exceeds_journal: true, ..Self::default() };
+            return;
+        }
+        self.bytes += bytes;
+        match self.payloads.last_mut() {
+            Some(payload) if payload.segment == info.base && payload.bytes + bytes <= 1 << 20 => {
+                payload.bytes += bytes;
+                payload.batches.extend(batches);
+            }
+            _ => self.payloads.push(EntryPayload { segment: info.base, position: info.bytes, bytes, batches }),
+        }
+    }
+}
+
+impl EntryPayload {
+    fn base(&self) -> Offset {
+        self.batches.first().map_or(self.segment, Batch::base_offset)
+    }
+
+    fn end(&self) -> Offset {
+        self.batches.last().map_or(self.segment, Batch::end_offset)
+    }
+}

@@ -1,0 +1,316 @@
+//! A leader's work for its followers: subscriptions, acknowledgements, and the ISR changes that follow from them.
+
+use super::{Actor, RoleState, signals::FollowerAck};
+use crate::{
+    cluster::{PartitionValue, Revision},
+    model::{BrokerId, LeaderEpoch, PartitionId, format_ids},
+    partition::{
+        leader::{
+            divergence::{LocalLogBounds, LogPosition, SubscribeDecision},
+            isr::{IsrProposal, IsrTracker, PeerId, ProposalOutcome, ReplicaProgress, ValueUpdate},
+        },
+        role::{BootstrapTables, SubscribeOutcome, SubscribeResponse},
+    },
+    task::clock,
+    telemetry::LogThrottle,
+};
+
+/// Request to the metadata store that has no outcome yet.
+#[derive(Clone, Copy)]
+pub(super) struct PendingStoreRequest {
+    /// Epoch of the leader that sent the request.
+    epoch: LeaderEpoch,
+    kind: StoreRequestKind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum StoreRequestKind {
+    /// Outcome of a proposal.
+    Proposal,
+    /// Value of the key, because the outcome of a proposal is unknown.
+    ReadBack,
+    /// Value of the key, because the metadata does not show how a leadership that ended here continues.
+    Stale,
+}
+
+/// ISR that was proposed last. While the metadata store accepts no change, the proposal is repeated every 250 ms.
+pub(super) struct LastProposal {
+    isr: Vec<BrokerId>,
+    log: LogThrottle,
+}
+
+impl LastProposal {
+    /// Counts a proposal of this ISR. Returns the number of proposals since the last line if a line is due.
+    fn occur(last: &mut Option<Box<Self>>, isr: &[BrokerId]) -> Option<u64> {
+        if last.as_ref().is_none_or(|proposed| proposed.isr != isr) {
+            *last = Some(Box::new(Self { isr: isr.to_vec(), log: LogThrottle::default() }));
+        }
+        last.as_mut()?.log.occur(clock::monotonic())
+    }
+}
+
+/// Maximum time, in milliseconds, that a task whose leadership ended waits for newer metadata.
+const METADATA_WAIT_MS: u64 = 1000;
+
+impl Actor {
+    /// Applies a report about followers to the leader, if this task leads, and sends the request that follows from it.
+    pub(super) fn update_isr_tracker(&mut self, update: impl FnOnce(&mut IsrTracker)) {
+        if let RoleState::Leading(leader) = &mut self.part {
+            update(leader.in_sync_mut());
+            self.propose();
+        }
+    }
+
+    /// Handles a subscription of a follower.
+    pub(super) async fn join(
+        &mut self,
+        peer: PeerId,
+        epoch: LeaderEpoch,
+        position: LogPosition,
+        progress: ReplicaProgress,
+    ) -> SubscribeResponse {
+        // Acknowledgements of this follower's earlier links do not count.
+        self.signals.drop_acks_of(peer.broker);
+        let has_tables = self.has_tiered_tables();
+        let local = LocalLogBounds {
+            local_start: self.replica.local_start(),
+            tiered_end: has_tables.then_some(self.tiered_end),
+        };
+        let RoleState::Leading(leader) = &mut self.part else {
+            return SubscribeResponse::rejected(
+                self.placed.epoch(),
+                "this broker does not lead the partition".to_owned(),
+            );
+        };
+        if let Some(reason) = self.published.error() {
+            return SubscribeResponse::rejected(leader.epoch(), format!("the leader's disk failed: {reason}"));
+        }
+        let decision = leader.in_sync_mut().join(peer, epoch, position, local, &self.replica.epochs());
+        if !matches!(decision, SubscribeDecision::Rejected(_)) {
+            sim_event!(FollowerSubscribed {
+                partition: self.id,
+                epoch: leader.epoch(),
+                follower: peer.broker,
+                registered: peer.epoch.0
+            });
+        }
+        let (epoch, high_watermark) = (leader.epoch(), leader.high_watermark());
+        let in_sync = leader.in_sync().value().isr.contains(&peer.broker);
+        let outcome = match decision {
+            SubscribeDecision::Accepted(at) => {
+                let progress = ReplicaProgress {
+                    log_end: progress.log_end.min(at),
+                    persisted_end: progress.persisted_end.min(at),
+                };
+                count(self.id, leader.in_sync_mut(), FollowerAck { peer, epoch, progress });
+                self.published.acknowledged(peer.broker, progress.log_end);
+                tracing::debug!(partition = %self.id, broker = %peer.broker, %epoch, %at, "follower subscribed");
+                SubscribeOutcome::Accepted(at)
+            }
+            SubscribeDecision::Diverged { epoch, end } => SubscribeOutcome::Diverged { epoch, end },
+            SubscribeDecision::Bootstrap(at) if Some(at) == local.tiered_end => {
+                SubscribeOutcome::Bootstrap(Box::new(BootstrapTables {
+                    start: at,
+                    from_object_store: true,
+                    ..BootstrapTables::default()
+                }))
+            }
+            SubscribeDecision::Bootstrap(_) => {
+                match self.replica.run_blocking(|replica| replica.tables_at_start()).await {
+                    Ok((at, epochs, producers)) => SubscribeOutcome::Bootstrap(Box::new(BootstrapTables {
+                        start: at,
+                        from_object_store: false,
+                        epochs: epochs.iter().collect(),
+                        producers: producers.to_bytes(),
+                    })),
+                    Err(error) => {
+                        if let Some(count) = self.published.count_unsendable() {
+                            tracing::warn!(
+                                topic = %self.topic, partition = %self.id, %error, count,
+                                "cannot read the tables for the bootstrap of a replica"
+                            );
+                        }
+                        SubscribeOutcome::Rejected(format!(
+                            "the leader cannot read the tables at the start of its log: {error}"
+                        ))
+                    }
+                }
+            }
+            SubscribeDecision::Rejected(reason) => {
+                tracing::debug!(partition = %self.id, broker = %peer.broker, %reason, "rejected a subscription");
+                SubscribeOutcome::Rejected(reason.to_string())
+            }
+        };
+        SubscribeResponse { epoch, high_watermark, outcome, in_sync }
+    }
+
+    /// Applies acknowledgements of followers.
+    pub(super) fn on_acknowledged(&mut self, acks: Vec<FollowerAck>) {
+        let RoleState::Leading(leader) = &mut self.part else { return };
+        let mut outside = false;
+        for ack in acks {
+            let follower = ack.peer.broker;
+            outside |= count(self.id, leader.in_sync_mut(), ack) && !leader.in_sync().value().isr.contains(&follower);
+        }
+        // An acknowledgement of an ISR member changes no set.
+        if outside {
+            self.propose();
+        }
+    }
+
+    /// Sends the ISR change that is due to the metadata store, or a read after an unknown outcome. One request at a time, so that an
+    /// outcome is never applied to another request.
+    pub(super) fn propose(&mut self) {
+        let RoleState::Leading(leader) = &mut self.part else { return };
+        if self.asked.is_some() {
+            return;
+        }
+        let epoch = leader.epoch();
+        if self.published.error().is_some() {
+            // A member that can take over may have entered the ISR since the last resignation.
+            if leader.in_sync().value().isr.iter().any(|member| *member != self.broker) {
+                self.ctx.isr_updater.resign(self.id, epoch);
+            }
+            return;
+        }
+        if leader.in_sync().needs_read_back() {
+            self.asked = Some(PendingStoreRequest { epoch, kind: StoreRequestKind::ReadBack });
+            self.ctx.isr_updater.read_back(self.id);
+        } else if let Some(proposal) = leader.in_sync_mut().proposal() {
+            if let Some(proposals) = LastProposal::occur(&mut self.proposed, &proposal.value.isr) {
+                tracing::info!(
+                    topic = %self.topic, partition = %self.id, %epoch, proposals, isr = %format_ids(&proposal.value.isr),
+                    elr = %format_ids(&proposal.value.elr), before = %format_ids(&leader.in_sync().value().isr),
+                    "proposing an ISR change"
+                );
+            }
+            #[cfg(feature = "sim")]
+            let added: Vec<_> = proposal.added.iter().map(|peer| (peer.broker, peer.epoch.0)).collect();
+            sim_event!(IsrProposed {
+                partition: self.id,
+                epoch,
+                expect: proposal.expect.0,
+                isr: &proposal.value.isr,
+                added: &added
+            });
+            self.asked = Some(PendingStoreRequest { epoch, kind: StoreRequestKind::Proposal });
+            self.ctx.isr_updater.propose(self.id, proposal);
+        }
+    }
+
+    /// Returns true if this broker waits for metadata: a follower reported a newer epoch, or the key was missing for a moment while this
+    /// broker led. If the report was true, newer metadata arrives soon.
+    pub(super) fn awaits_metadata(&self) -> bool {
+        matches!(self.part, RoleState::Idle) && self.placed.awaits_newer_value(self.broker)
+    }
+
+    /// Checks whether the metadata takes too long; called at intervals while [`Self::awaits_metadata`]. If so, reads
+    /// the key from the store.
+    pub(super) fn check_stale_metadata(&mut self, now_ms: u64) {
+        if !self.awaits_metadata() || self.asked.is_some() {
+            self.placed.waiting_since_ms = None;
+            return;
+        }
+        let since_ms = *self.placed.waiting_since_ms.get_or_insert(now_ms);
+        if now_ms.saturating_sub(since_ms) >= METADATA_WAIT_MS {
+            self.asked = Some(PendingStoreRequest { epoch: self.placed.epoch(), kind: StoreRequestKind::Stale });
+            self.ctx.isr_updater.read_back(self.id);
+        }
+    }
+
+    /// Applies the value that was read from the store. If the value still names this broker as leader of an epoch that
+    /// it already led, no election would follow. The broker clears the leader, which starts one.
+    fn on_read_back(&mut self, value: PartitionValue, revision: Revision) {
+        if !self.awaits_metadata() || self.placed.is_newer_than(revision) {
+            return;
+        }
+        // Only the metadata cache starts a leadership: it shows whether this broker id still belongs to this process.
+        if value.leader == Some(self.broker) && value.leader_epoch > self.placed.epoch() {
+            return;
+        }
+        if value.leader_epoch < self.placed.newest_seen_epoch {
+            tracing::warn!(
+                topic = %self.topic, partition = %self.id, reported = %self.placed.newest_seen_epoch, epoch = %value.leader_epoch,
+                "ignoring a report of a leader epoch that the metadata store does not have"
+            );
+            self.placed.newest_seen_epoch = value.leader_epoch;
+        }
+        let free = value.leaderless();
+        self.apply_partition_value(value.into(), revision);
+        if self.awaits_metadata() {
+            self.asked = Some(PendingStoreRequest { epoch: self.placed.epoch(), kind: StoreRequestKind::Proposal });
+            let proposal = IsrProposal { expect: revision, value: free, added: Vec::new() };
+            self.ctx.isr_updater.propose(self.id, proposal);
+        }
+    }
+
+    /// Applies an outcome of the metadata store.
+    pub(super) fn agreed(&mut self, outcome: ProposalOutcome) {
+        let request = self.asked.take();
+        let current = match &outcome {
+            ProposalOutcome::CurrentValue(value, revision) => Some((value.clone(), *revision)),
+            _ => None,
+        };
+        if request.is_some_and(|request| request.kind == StoreRequestKind::Stale)
+            && let Some((value, revision)) = current.clone()
+        {
+            self.on_read_back(value, revision);
+        }
+        let RoleState::Leading(leader) = &mut self.part else { return };
+        let (epoch, reading) = (leader.epoch(), leader.in_sync().needs_read_back());
+        let before = leader.in_sync().value().isr.clone();
+        let kind = if reading { StoreRequestKind::ReadBack } else { StoreRequestKind::Proposal };
+        let is_due = request.is_some_and(|request| request.epoch == epoch && request.kind == kind);
+        let observed = if is_due {
+            leader.in_sync_mut().agreed(outcome)
+        } else {
+            // The request is of an earlier epoch, or the metadata was faster. The outcome counts for nothing, but its value may be new.
+            current
+                .as_ref()
+                .map_or(ValueUpdate::Unchanged, |(value, revision)| leader.in_sync_mut().observed(value, *revision))
+        };
+        match observed {
+            ValueUpdate::Unchanged => {}
+            ValueUpdate::Adopted => {
+                self.ctx.counters.isr_changed(&before, &leader.in_sync().value().isr);
+                let (value, revision) = (leader.in_sync().value().clone(), leader.in_sync().revision());
+                self.apply_partition_value(value.into(), revision);
+            }
+            ValueUpdate::Deposed { .. } => match current {
+                Some((value, _)) if value.leader == Some(self.broker) => self.deposed(value.leader_epoch),
+                Some((value, revision)) => self.apply_partition_value(value.into(), revision),
+                None => {}
+            },
+            ValueUpdate::Deleted => {
+                tracing::info!(
+                    topic = %self.topic, partition = %self.id,
+                    "the partition's key does not exist: the topic is being deleted"
+                );
+                self.become_idle();
+            }
+        }
+        self.propose();
+    }
+}
+
+/// Counts one acknowledgement. Returns true if it counts.
+fn count(partition: PartitionId, in_sync: &mut IsrTracker, FollowerAck { peer, epoch, progress }: FollowerAck) -> bool {
+    match in_sync.acknowledged(peer, epoch, progress) {
+        Ok(()) => {
+            sim_event!(AckCounted {
+                partition,
+                epoch: in_sync.epoch(),
+                follower: peer.broker,
+                registered: peer.epoch.0,
+                acknowledged: epoch,
+                written: progress.log_end,
+                persisted: progress.persisted_end
+            });
+            true
+        }
+        Err(error) => {
+            tracing::debug!(%partition, broker = %peer.broker, %error, "ignored an acknowledgement");
+            false
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! Segments of a partition in its task: rolling, export for uploads, the log start, eviction.
+//!
+//! Work that waits for journal frames or reads segments runs outside the async threads. The task lends its replica to a thread that may
+//! block, and continues when the replica is back. Meanwhile the command queue fills, and nothing else happens to the log.
+
+use std::{
+    io,
+    ops::{Deref, DerefMut},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::{
+    Actor,
+    leading::{AppendError, append_error},
+    warnings::Condition,
+};
+use crate::{
+    log::{ChangeError, ReplicaLog, SegmentExport, SegmentInfo},
+    model::Offset,
+    task::{self, clock},
+};
+
+/// Cell of the task's replica. It is empty only during [`ReplicaCell::run_blocking`].
+pub(super) struct ReplicaCell(Option<ReplicaLog>);
+
+const REPLICA_LENT: &str = "the task waits until run_blocking has returned the replica";
+
+impl ReplicaCell {
+    pub(super) fn new(replica: ReplicaLog) -> Self {
+        Self(Some(replica))
+    }
+
+    /// Runs work on the replica that may block, on a thread that may block.
+    pub(super) async fn run_blocking<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut ReplicaLog) -> T + Send + 'static,
+    ) -> T {
+        let mut replica = self.0.take().expect(REPLICA_LENT);
+        let (replica, output) = task::run_blocking(move || {
+            let output = work(&mut replica);
+            (replica, output)
+        })
+        .await;
+        self.0 = Some(replica);
+        output
+    }
+}
+
+impl Deref for ReplicaCell {
+    type Target = ReplicaLog;
+
+    fn deref(&self) -> &ReplicaLog {
+        self.0.as_ref().expect(REPLICA_LENT)
+    }
+}
+
+impl DerefMut for ReplicaCell {
+    fn deref_mut(&mut self) -> &mut ReplicaLog {
+        self.0.as_mut().expect(REPLICA_LENT)
+    }
+}
+
+/// Returns the time of a segment's first batch by the monotonic clock; `None` while the segment is empty. The wall clock gives the age,
+/// only at an open and after a truncation. If the wall clock went back meanwhile, the age counts from now.
+pub(super) fn active_since(info: &SegmentInfo) -> Option<Instant> {
+    let age = u64::try_from(clock::wall_ms().saturating_sub(info.created_ms)).unwrap_or(0);
+    let now = clock::monotonic();
+    (info.bytes > 0).then(|| now.checked_sub(Duration::from_millis(age)).unwrap_or(now))
+}
+
+impl Actor {
+    /// Seals the active segment and starts the next one. Written records stay where they are.
+    pub(super) fn seal(&mut self) -> Result<(), AppendError> {
+        self.replica.roll().map_err(append_error)?;
+        self.active_since = None;
+        self.maintenance.push(self.id);
+        Ok(())
+    }
+
+    /// Seals a segment that maintenance found old enough. After a failure, maintenance tries again.
+    pub(super) fn roll_now(&mut self) {
+        if self.active_since.is_some()
+            && let Err(error) = self.seal()
+            && let Some(count) = self.warnings.occur(Condition::CannotRoll)
+        {
+            tracing::warn!(
+                topic = %self.topic, partition = %self.id, %error, count,
+                "cannot roll the segment; retrying"
+            );
+        }
+    }
+
+    /// Exports the sealed segment at `base`, which stays readable even if it is evicted meanwhile.
+    pub(super) async fn export(&mut self, base: Offset) -> io::Result<SegmentExport> {
+        self.replica.run_blocking(move |replica| replica.export(base)).await
+    }
+
+    /// Truncates or resets the log, and drops the state of the removed part. Returns false if the disk failed, which is final, or if it
+    /// is full: then nothing changed, and the change is to be tried again.
+    pub(super) async fn change_log(
+        &mut self,
+        change: impl FnOnce(&mut ReplicaLog) -> Result<(), ChangeError> + Send + 'static,
+    ) -> bool {
+        // Readers of a leader's log must see the end of its epoch before, and other readers a high watermark that falls.
+        self.publish();
+        let active = self.replica.active();
+        match self.replica.run_blocking(change).await {
+            Ok(()) => {
+                // The truncation synced the remaining records. The result of an earlier submission does not cover them.
+                self.submitted_end = self.replica.persisted_end();
+                let remaining = self.replica.active();
+                if remaining.base != active.base || remaining.bytes == 0 {
+                    self.active_since = active_since(&remaining);
+                }
+                self.publish();
+                true
+            }
+            Err(ChangeError::DiskFull) => false,
+            Err(error @ ChangeError::Failed { .. }) => {
+                self.fail(&error.to_string());
+                false
+            }
+        }
+    }
+
+    /// Moves the log's start, but never above the high watermark: records that may have to be truncated are not deleted at the front.
+    pub(super) fn keep_log_start(&mut self) {
+        let start = self.log_start.min(self.high_watermark());
+        self.replica.advance_log_start(start);
+    }
+
+    /// Evicts the segments below this offset.
+    pub(super) async fn evict(&mut self, below: Offset) {
+        let evictable_end = self.tiered_end.max(self.log_start);
+        let is_allowed = below <= evictable_end || mutant!(EvictBeforeCommit);
+        assert!(is_allowed, "only records in the object store or below the log start are evicted");
+        self.keep_log_start();
+        let has_failed = self.replica.write_error().is_some();
+        match self.replica.run_blocking(move |replica| replica.evict(below)).await {
+            Ok(bytes) => {
+                tracing::debug!(partition = %self.id, %below, bytes, "evicted segments");
+                sim_event!(Evicted { partition: self.id, start: self.replica.local_start() });
+            }
+            // The full disk was logged once for all partitions, and the error that stopped writes was logged too.
+            Err(error) if has_failed || error == ChangeError::DiskFull => {
+                tracing::debug!(topic = %self.topic, partition = %self.id, %error, "cannot evict segments; retrying");
+            }
+            Err(error) => {
+                if let Some(count) = self.warnings.occur(Condition::CannotEvict) {
+                    tracing::warn!(
+                        topic = %self.topic, partition = %self.id, %error, count,
+                        "cannot evict segments; retrying"
+                    );
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Signals to the task that never block the sender: journal results, acknowledgements of followers, clock ticks and dropped receivers.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+
+use crate::{
+    log::PersistError,
+    model::{BrokerId, LeaderEpoch, Offset},
+    partition::leader::isr::{PeerId, ReplicaProgress},
+};
+
+/// Latest signals. A sender overwrites and wakes: neither the journal, nor a link, nor the clock ever waits for a partition.
+#[derive(Default)]
+pub(in crate::partition) struct ActorSignals {
+    pending: Mutex<PendingSignals>,
+    notify: Notify,
+}
+
+/// Signals that the task has not taken. The journal's result has no offset: the replica has the persisted end, and an end from before a
+/// truncation would count removed records.
+#[derive(Default)]
+pub(super) struct PendingSignals {
+    pub(super) persisted: Option<Result<(), PersistError>>,
+    /// At most one for each follower.
+    pub(super) acks: Vec<FollowerAck>,
+    /// Time of the last tick, in milliseconds.
+    pub(super) now_ms: Option<u64>,
+    /// True if a writer dropped its receiver before the result.
+    pub(super) has_dropped_waiters: bool,
+}
+
+/// A follower's acknowledgement.
+pub(super) struct FollowerAck {
+    pub(super) peer: PeerId,
+    pub(super) epoch: LeaderEpoch,
+    pub(super) progress: ReplicaProgress,
+}
+
+impl ActorSignals {
+    pub(super) fn persisted(&self, outcome: Result<Offset, PersistError>) {
+        let outcome = match outcome {
+            // This very task truncated the submitted records: the disk did not fail.
+            Ok(_) | Err(PersistError::Truncated) => Ok(()),
+            Err(error) => Err(error),
+        };
+        let mut pending = self.lock();
+        // A failure is final; no success follows it.
+        if !matches!(pending.persisted, Some(Err(_))) {
+            pending.persisted = Some(outcome);
+        }
+        drop(pending);
+        self.notify.notify_one();
+    }
+
+    pub(in crate::partition) fn acknowledged(&self, peer: PeerId, epoch: LeaderEpoch, progress: ReplicaProgress) {
+        let ack = FollowerAck { peer, epoch, progress };
+        let mut pending = self.lock();
+        match pending.acks.iter_mut().find(|queued| queued.peer.broker == peer.broker) {
+            Some(queued) => *queued = ack,
+            None => pending.acks.push(ack),
+        }
+        drop(pending);
+        self.notify.notify_one();
+    }
+
+    pub(in crate::partition) fn tick(&self, now_ms: u64) {
+        self.lock().now_ms = Some(now_ms);
+        self.notify.notify_one();
+    }
+
+    pub(in crate::partition) fn on_waiter_dropped(&self) {
+        self.lock().has_dropped_waiters = true;
+        self.notify.notify_one();
+    }
+
+    /// Drops the pending acknowledgement of a follower whose link ended.
+    pub(super) fn drop_acks_of(&self, broker: BrokerId) {
+        self.lock().acks.retain(|ack| ack.peer.broker != broker);
+    }
+
+    pub(super) fn take(&self) -> Option<PendingSignals> {
+        let mut pending = self.lock();
+        let is_pending = pending.persisted.is_some()
+            || !pending.acks.is_empty()
+            || pending.now_ms.is_some()
+            || pending.has_dropped_waiters;
+        is_pending.then(|| std::mem::take(&mut *pending))
+    }
+
+    pub(super) async fn next(&self) -> PendingSignals {
+        loop {
+            let notified = self.notify.notified();
+            if let Some(pending) = self.take() {
+                return pending;
+            }
+            notified.await;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, PendingSignals> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,125 @@
+//! Requests of a partition's task to its broker. No call waits or blocks: the broker takes the request, and the outcome arrives through
+//! the partition's handle.
+
+use std::sync::Arc;
+
+use super::leader::{
+    divergence::LogPosition,
+    isr::{IsrProposal, ReplicaProgress},
+};
+use crate::{
+    model::{BrokerId, LeaderEpoch, PartitionId},
+    telemetry::{Counter, Metrics},
+};
+
+/// Replication links over which this broker follows other brokers.
+pub trait ReplicationLinks: Send + Sync + 'static {
+    /// Starts to follow `leader`, instead of any earlier leader. The link sends
+    /// [`LinkEvent::Connected`](super::LinkEvent::Connected) when it is connected, also if it is connected already.
+    fn start_following(&self, partition: PartitionId, leader: BrokerId);
+
+    /// Subscribes over the link over which the partition follows, with this log position. The subscription replaces an earlier one, whose
+    /// responses and batches are dropped.
+    fn subscribe(&self, partition: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress);
+
+    /// Sends [`LinkEvent::Connected`](super::LinkEvent::Connected) again after a pause. The pause grows with each call
+    /// until a leader serves the partition ([`SubscribeOutcome::Accepted`](super::SubscribeOutcome::Accepted)) for some time.
+    fn retry_later(&self, partition: PartitionId);
+
+    /// Unsubscribes the partition. The leader receives `known`, the newest epoch known here, which may be newer than the leader's own.
+    /// `stopping` is true if this replica will not return soon. After this has returned, nothing is acknowledged on that link.
+    fn unsubscribe(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool);
+}
+
+/// Requests of leaders to the metadata store. Each request has exactly one outcome, sent through
+/// [`Partition::on_isr_outcome`](super::Partition::on_isr_outcome); the partition sends no other request before that
+/// outcome.
+pub trait IsrUpdater: Send + Sync + 'static {
+    /// Writes an ISR change, by compare-and-set.
+    fn propose(&self, partition: PartitionId, proposal: IsrProposal);
+
+    /// Reads the partition's key: after a proposal with an unknown outcome, or if the metadata is late. The read is repeated until the
+    /// store returns a value or reports that the key does not exist.
+    fn read_back(&self, partition: PartitionId);
+
+    /// Resigns from the leadership of this epoch, because this broker can no longer write. The broker also leaves the ISR. Nothing
+    /// changes if the ISR has no other member. This request has no outcome.
+    fn resign(&self, partition: PartitionId, epoch: LeaderEpoch);
+}
+
+/// Counters over all partitions of a broker.
+#[derive(Clone, Debug, Default)]
+pub struct PartitionCounters {
+    /// Members that left the ISR of partitions led here.
+    pub isr_shrinks: Counter,
+    /// Members that entered the ISR of partitions led here.
+    pub isr_expands: Counter,
+    /// Leader epochs that began here.
+    pub leader_epochs: Counter,
+}
+
+impl PartitionCounters {
+    /// Returns the counters among a broker's metrics.
+    pub fn of(metrics: &Metrics) -> Self {
+        Self {
+            isr_shrinks: metrics.isr_shrinks.clone(),
+            isr_expands: metrics.isr_expands.clone(),
+            leader_epochs: metrics.leader_epochs.clone(),
+        }
+    }
+
+    /// Counts an ISR change of a partition that is led here.
+    pub(super) fn isr_changed(&self, before: &[BrokerId], after: &[BrokerId]) {
+        self.isr_shrinks.inc_by(before.iter().filter(|id| !after.contains(id)).count() as u64);
+        self.isr_expands.inc_by(after.iter().filter(|id| !before.contains(id)).count() as u64);
+    }
+}
+
+/// Interfaces of a partition's task to its broker.
+#[derive(Clone)]
+pub struct PartitionContext {
+    pub links: Arc<dyn ReplicationLinks>,
+    pub isr_updater: Arc<dyn IsrUpdater>,
+    pub counters: PartitionCounters,
+}
+
+impl PartitionContext {
+    /// Returns the interfaces of a standalone broker: it has no other leader to follow, and its ISR never changes.
+    pub fn standalone() -> Self {
+        Self {
+            links: Arc::new(StandaloneContext),
+            isr_updater: Arc::new(StandaloneContext),
+            counters: PartitionCounters::default(),
+        }
+    }
+}
+
+struct StandaloneContext;
+
+impl ReplicationLinks for StandaloneContext {
+    fn start_following(&self, partition: PartitionId, leader: BrokerId) {
+        tracing::error!(
+            %partition, %leader,
+            "the metadata names another leader, and this broker is standalone: set metadata.etcd"
+        );
+    }
+
+    fn subscribe(&self, _: PartitionId, _: LeaderEpoch, _: LogPosition, _: ReplicaProgress) {}
+
+    fn retry_later(&self, _: PartitionId) {}
+
+    fn unsubscribe(&self, _: PartitionId, _: LeaderEpoch, _: bool) {}
+}
+
+impl IsrUpdater for StandaloneContext {
+    fn propose(&self, partition: PartitionId, proposal: IsrProposal) {
+        tracing::error!(
+            %partition, ?proposal,
+            "the metadata names other replicas, and this broker is standalone: set metadata.etcd"
+        );
+    }
+
+    fn read_back(&self, _: PartitionId) {}
+
+    fn resign(&self, _: PartitionId, _: LeaderEpoch) {}
+}

@@ -1,0 +1,397 @@
+//! Decompression of batches from untrusted clients: their uncompressed size is known only afterwards. Large uncompressed batches take
+//! turns as well, but no memory.
+//!
+//! # Overview
+//!
+//! Memory is taken from a common budget before anything is decompressed. It is not taken for the worst case, which would admit one batch
+//! at a time. A batch first takes the size that it declares, or a usual one. If that is too little, the batch releases it and takes four
+//! times as much. So an honest batch is opened once, and a bomb costs a third more than its limit. A batch that declares too large a size
+//! costs nothing.
+//!
+//! ```text
+//! guess ─ take ─► decompress within it ─► done
+//!                          └ too small ─► release ─ take × 4 ─► … up to the limit: rejected
+//! ```
+
+use std::{num::NonZero, sync::Arc, thread};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::{Charge, MemoryBudget, undecodable::UndecodableBatches};
+use crate::{
+    limits,
+    model::{Compression, PartitionId},
+    record::{Batch, MalformedBatch},
+    task,
+};
+
+/// Maximum size of a batch that is opened on the caller's thread: another thread would cost more.
+pub const INLINE_BYTES: usize = 64 << 10;
+
+/// Maximum uncompressed size of a small batch. Small batches have their own memory and turns: they do not wait for larger ones.
+const SMALL_BYTES: usize = 1 << 20;
+
+/// Share of the memory for small batches, as a divisor.
+const SMALL_SHARE: u64 = 8;
+
+/// Setting that limits the memory.
+const SETTING: &str = "limits.decompression_memory_bytes";
+
+/// Purpose of an opened batch, which determines its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecompressPurpose {
+    /// The records are read and dropped. A buffer that grows holds its old content beside the new one.
+    Read,
+    /// The records are written in another codec: the result may be as large as they are.
+    Rewrite,
+}
+
+impl DecompressPurpose {
+    /// Returns the maximum memory for each uncompressed byte, in bytes.
+    const fn cost(self) -> usize {
+        match self {
+            Self::Read => 2,
+            Self::Rewrite => 3,
+        }
+    }
+}
+
+/// Resources for batches of one size class.
+#[derive(Clone, Debug)]
+struct Lane {
+    memory: MemoryBudget,
+    /// Limit of batches that are opened at the same time on other threads: one processor remains for other work.
+    turns: Arc<Semaphore>,
+}
+
+impl Lane {
+    fn new(bytes: u64) -> Self {
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        Self { memory: MemoryBudget::new(bytes), turns: Arc::new(Semaphore::new(processors.saturating_sub(1).max(1))) }
+    }
+}
+
+/// Opens batches within a memory budget. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Decompressor {
+    small: Lane,
+    large: Lane,
+    /// Turns of one caller.
+    caller: Option<Arc<Semaphore>>,
+    /// Turn that the caller holds.
+    _turn: Option<Arc<OwnedSemaphorePermit>>,
+    /// Memory that the caller holds for the batches.
+    _charge: Option<Charge>,
+    undecodable: Arc<UndecodableBatches>,
+}
+
+impl Decompressor {
+    /// Creates a decompressor with a budget of `bytes`.
+    pub fn new(bytes: u64) -> Self {
+        let small = bytes / SMALL_SHARE;
+        Self {
+            small: Lane::new(small),
+            large: Lane::new(bytes - small),
+            caller: None,
+            _turn: None,
+            _charge: None,
+            undecodable: Arc::default(),
+        }
+    }
+
+    /// Returns a decompressor with the same budget, for a caller with these turns.
+    pub fn for_caller(&self, turns: Arc<Semaphore>) -> Self {
+        Self { caller: Some(turns), ..self.clone() }
+    }
+
+    /// Returns a decompressor for a caller that holds this memory for batches: work on other threads holds it until the
+    /// work has ended.
+    pub fn charged(&self, charge: Charge) -> Self {
+        Self { _charge: Some(charge), ..self.clone() }
+    }
+
+    /// Waits for a turn of the caller. The returned decompressor holds the turn until it is dropped.
+    pub async fn in_turn(&self) -> Self {
+        let Some(turns) = &self.caller else { return self.clone() };
+        let turn = Arc::clone(turns).acquire_owned().await.expect("the semaphore is never closed");
+        Self { caller: None, _turn: Some(Arc::new(turn)), ..self.clone() }
+    }
+
+    /// Runs `work` with a stored batch, to read it, as [`Self::open`] does. A batch that could not be opened before is not opened again.
+    ///
+    /// # Errors
+    /// Those of [`Self::open`].
+    pub async fn open_stored<T, F>(&self, id: PartitionId, batch: &Batch, work: F) -> Result<T, MalformedBatch>
+    where
+        F: Fn(&Batch, usize) -> Result<T, MalformedBatch> + Clone + Send + 'static,
+        T: Send + 'static,
+    {
+        if let Some(error) = self.undecodable.find(id, batch) {
+            return Err(error);
+        }
+        let opened = self.open(batch, limits::MAX_DECOMPRESSED_BYTES, DecompressPurpose::Read, work).await;
+        opened.inspect_err(|error| self.undecodable.remember(id, batch, error.clone()))
+    }
+
+    /// Runs `work` with a batch. `work` receives the maximum uncompressed size of the records in bytes. It returns
+    /// [`MalformedBatch::Grows`] if they are larger, and may run again with a larger size, up to `max_bytes`. The
+    /// caller accounts for the memory of the result, which must not hold the decompressed records.
+    ///
+    /// # Errors
+    /// The error of `work`; [`MalformedBatch::NoMemory`] if the whole budget is less than the records need and
+    /// `max_bytes` allows.
+    pub async fn open<T, F>(
+        &self,
+        batch: &Batch,
+        max_bytes: usize,
+        purpose: DecompressPurpose,
+        work: F,
+    ) -> Result<T, MalformedBatch>
+    where
+        F: Fn(&Batch, usize) -> Result<T, MalformedBatch> + Clone + Send + 'static,
+        T: Send + 'static,
+    {
+        let codec = batch.compression();
+        let is_readable = codec == Compression::None && purpose == DecompressPurpose::Read;
+        if is_readable && batch.records_bytes().len() <= INLINE_BYTES {
+            return work(batch, max_bytes);
+        }
+        let in_turn = self.in_turn().await;
+        // An uncompressed batch is in memory already: a batch above the budget takes the whole budget.
+        let budget_bytes = match codec {
+            Compression::None => usize::MAX,
+            _ => self.large.memory.bytes() / purpose.cost(),
+        };
+        let (allowed, max_bytes) = (max_bytes, max_bytes.min(budget_bytes));
+        let too_large = move || {
+            if budget_bytes < allowed {
+                MalformedBatch::NoMemory { codec, max: max_bytes, setting: SETTING }
+            } else {
+                MalformedBatch::Grows { codec, max: max_bytes }
+            }
+        };
+        let guess = batch.estimated_len();
+        if guess > max_bytes {
+            return Err(too_large());
+        }
+        let mut limit = guess.max(INLINE_BYTES).min(max_bytes);
+        loop {
+            let bytes = limit * purpose.cost();
+            let is_small = limit <= SMALL_BYTES && bytes <= self.small.memory.bytes();
+            let lane = if is_small { &self.small } else { &self.large };
+            // Reading an uncompressed batch takes no memory.
+            let permit = if is_readable { None } else { Some(lane.memory.take(bytes).await) };
+            let opened = if limit <= INLINE_BYTES {
+                work(batch, limit)
+            } else {
+                let (batch, work) = (batch.clone(), work.clone());
+                let turn = Arc::clone(&lane.turns).acquire_owned().await.expect("the semaphore is never closed");
+                let in_turn = in_turn.clone();
+                // The permits, the turns and the charge move to the other thread: the caller may stop waiting while the work continues.
+                task::run_blocking(move || (work(&batch, limit), permit, turn, in_turn).0).await
+            };
+            match opened {
+                Err(MalformedBatch::Grows { .. }) if limit < max_bytes => {
+                    limit = limit.saturating_mul(4).min(max_bytes)
+                }
+                Err(MalformedBatch::Grows { .. }) => return Err(too_large()),
+                opened => return opened,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use futures::{FutureExt as _, future};
+
+    use super::*;
+    use crate::{model::TopicId, record::BatchBuilder};
+
+    /// Returns a batch of zeros, and the uncompressed bytes of its records.
+    fn zeros(codec: Compression, bytes: usize) -> (Batch, usize) {
+        let mut builder = BatchBuilder::new(Compression::None);
+        builder.push(0, None, Some(&vec![0; bytes]), &[]).expect("fits");
+        let uncompressed = builder.finish(None).expect("one record");
+        (
+            uncompressed.recompress(codec).expect("uncompressed batches are compressed"),
+            uncompressed.records_bytes().len(),
+        )
+    }
+
+    const CODECS: [Compression; 4] = [Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd];
+
+    #[tokio::test]
+    async fn batches_open_up_to_the_limit_and_not_above_it() {
+        let decompressor = Decompressor::new(64 << 20);
+        for codec in CODECS {
+            let (batch, uncompressed) = zeros(codec, 5 << 20);
+            let count = |batch: &Batch, max_bytes: usize| Ok(batch.records_within(max_bytes)?.count());
+            assert_eq!(decompressor.open(&batch, uncompressed, DecompressPurpose::Read, count).await, Ok(1), "{codec}");
+            let result = decompressor.open(&batch, uncompressed - 1, DecompressPurpose::Read, count).await;
+            assert_eq!(result, Err(MalformedBatch::Grows { codec, max: uncompressed - 1 }), "{codec}");
+        }
+    }
+
+    /// Regression: six batches of a quarter of a megabyte that grow to 250 MiB took 2.7 GB.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn memory_never_exceeds_the_budget() {
+        const BOUND: usize = 8 << 20;
+        let decompressor = Decompressor::new(BOUND as u64);
+        let (now, peak) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (batch, _) = zeros(Compression::Lz4, 2 << 20);
+        let work = {
+            let (now, peak, memory) = (Arc::clone(&now), Arc::clone(&peak), decompressor.large.memory.clone());
+            move |batch: &Batch, limit: usize| {
+                let in_use = now.fetch_add(limit * DecompressPurpose::Rewrite.cost(), Ordering::SeqCst)
+                    + limit * DecompressPurpose::Rewrite.cost();
+                peak.fetch_max(in_use.max(memory.taken()), Ordering::SeqCst);
+                let outcome = batch.recompress_within(Compression::Zstd, limit).map(drop);
+                now.fetch_sub(limit * DecompressPurpose::Rewrite.cost(), Ordering::SeqCst);
+                outcome
+            }
+        };
+        let all = (0..24).map(|_| decompressor.open(&batch, usize::MAX, DecompressPurpose::Rewrite, work.clone()));
+        assert!(future::join_all(all).await.iter().all(Result::is_ok));
+        let peak = peak.load(Ordering::SeqCst);
+        assert!(peak <= BOUND && peak > BOUND / 2, "{peak} of {BOUND}");
+        assert_eq!(decompressor.large.memory.taken(), 0, "all memory is released");
+        // A batch that can never fit the budget is rejected and waits for nothing.
+        let (large, _) = zeros(Compression::Lz4, 3 << 20);
+        let error = decompressor.open(&large, usize::MAX, DecompressPurpose::Rewrite, work).await;
+        let error = error.expect_err("three times 3 MiB exceed 8 MiB");
+        let max = decompressor.large.memory.bytes() / DecompressPurpose::Rewrite.cost();
+        assert_eq!(error, MalformedBatch::NoMemory { codec: Compression::Lz4, max, setting: SETTING });
+        assert!(error.to_string().contains(SETTING) && error.to_string().contains(&max.to_string()), "{error}");
+    }
+
+    #[tokio::test]
+    async fn bomb_with_declared_size_is_never_decompressed() {
+        let decompressor = Decompressor::new(64 << 20);
+        let calls = Arc::new(AtomicUsize::new(0));
+        for codec in [Compression::Gzip, Compression::Snappy, Compression::Zstd] {
+            let counted = Arc::clone(&calls);
+            let work = move |batch: &Batch, max_bytes: usize| {
+                counted.fetch_add(1, Ordering::SeqCst);
+                batch.records_within(max_bytes).map(drop)
+            };
+            let (batch, _) = zeros(codec, 20 << 20);
+            let result = decompressor.open(&batch, 4 << 20, DecompressPurpose::Read, work).await;
+            assert_eq!(result, Err(MalformedBatch::Grows { codec, max: 4 << 20 }));
+        }
+        assert_eq!(calls.load(Ordering::SeqCst), 0);
+    }
+
+    /// Regression: readers of small batches waited for every bomb that was being read.
+    #[tokio::test]
+    async fn small_batches_do_not_wait_for_large_ones() {
+        let decompressor = Decompressor::new(64 << 20);
+        let held = decompressor.large.memory.take(decompressor.large.memory.bytes()).await;
+        let turns = decompressor.large.turns.available_permits();
+        let turns = decompressor.large.turns.acquire_many(u32::try_from(turns).unwrap()).await.unwrap();
+        let (small, plain) = zeros(Compression::Gzip, 300_000);
+        let count = |batch: &Batch, most: usize| Ok(batch.records_within(most)?.count());
+        assert_eq!(decompressor.open(&small, plain, DecompressPurpose::Read, count).await, Ok(1));
+        drop((held, turns));
+    }
+
+    #[tokio::test]
+    async fn caller_opens_one_batch_at_a_time_beside_other_callers() {
+        let decompressor = Decompressor::new(64 << 20);
+        let [one, other] = [1, 1].map(|turns| decompressor.for_caller(Arc::new(Semaphore::new(turns))));
+        let (batch, plain) = zeros(Compression::Lz4, 1000);
+        let count = |batch: &Batch, most: usize| Ok(batch.records_within(most)?.count());
+        let turn = one.in_turn().await;
+        let mut waiting = std::pin::pin!(one.open(&batch, plain, DecompressPurpose::Read, count));
+        assert!(future::poll_fn(|cx| std::task::Poll::Ready(waiting.as_mut().poll(cx))).await.is_pending());
+        assert_eq!(other.open(&batch, plain, DecompressPurpose::Read, count).await, Ok(1));
+        assert_eq!(
+            turn.open(&batch, plain, DecompressPurpose::Read, count).await,
+            Ok(1),
+            "the holder of a turn waits for no other turn"
+        );
+        drop(turn);
+        assert_eq!(waiting.await, Ok(1));
+    }
+
+    /// Regression: reset calls released their turn at once, so a connection had as many batches opened as there were processors.
+    #[tokio::test]
+    async fn turn_of_a_caller_lasts_until_its_work_has_ended() {
+        let (decompressor, turns) = (Decompressor::new(64 << 20), Arc::new(Semaphore::new(1)));
+        let (batch, plain) = zeros(Compression::Zstd, INLINE_BYTES + 1);
+        let (end, ended) = std::sync::mpsc::sync_channel(1);
+        let ended = Arc::new(std::sync::Mutex::new(ended));
+        let work = move |_: &Batch, _: usize| Ok(ended.lock().unwrap().recv().is_ok());
+        for has_turn in [false, true] {
+            let caller = decompressor.for_caller(Arc::clone(&turns));
+            let caller = if has_turn { caller.in_turn().await } else { caller };
+            assert!(caller.open(&batch, plain, DecompressPurpose::Read, work.clone()).now_or_never().is_none());
+            drop(caller);
+            assert_eq!(turns.available_permits(), 0, "the work holds the turn after its caller was dropped");
+            end.send(()).unwrap();
+            drop(turns.acquire().await.unwrap());
+        }
+    }
+
+    /// Regression: a read of the last record of 1,000,000 walked all of them on the thread of the call.
+    #[tokio::test]
+    async fn large_batch_without_compression_is_read_on_another_thread() {
+        let decompressor = Decompressor::new(64 << 20);
+        let held = decompressor.large.memory.take(decompressor.large.memory.bytes()).await;
+        let here = thread::current().id();
+        let is_here = move |_: &Batch, _: usize| Ok(thread::current().id() == here);
+        for (bytes, expected) in [(INLINE_BYTES / 2, true), (4 << 20, false)] {
+            let (batch, plain) = zeros(Compression::None, bytes);
+            assert_eq!(
+                decompressor.open(&batch, plain, DecompressPurpose::Read, is_here).await,
+                Ok(expected),
+                "{bytes} bytes"
+            );
+        }
+        drop(held);
+    }
+
+    /// Uncompressed records of the maximum size are accepted on a broker with little memory too.
+    #[tokio::test]
+    async fn uncompressed_batch_of_any_size_is_rewritten() {
+        let decompressor = Decompressor::new(1 << 20);
+        let (batch, plain) = zeros(Compression::None, 2 << 20);
+        let work = |batch: &Batch, most: usize| batch.recompress_within(Compression::Zstd, most).map(drop);
+        assert_eq!(decompressor.open(&batch, plain, DecompressPurpose::Rewrite, work).await, Ok(()));
+        assert_eq!(decompressor.large.memory.taken(), 0);
+    }
+
+    /// Regression: each read of a bomb decompressed it again.
+    #[tokio::test]
+    async fn batch_that_cannot_be_opened_is_not_opened_again() {
+        let decompressor = Decompressor::new(64 << 20);
+        let calls = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&calls);
+        let work = move |_: &Batch, _: usize| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            Err::<(), _>(MalformedBatch::Record { index: 0, reason: "truncated" })
+        };
+        let (batch, _) = zeros(Compression::Zstd, 1000);
+        let id = |index| PartitionId::new(TopicId::from_bytes([7; 16]), index);
+        for caller in [decompressor.clone(), decompressor.for_caller(Arc::new(Semaphore::new(1))), decompressor.clone()]
+        {
+            assert!(matches!(
+                caller.open_stored(id(0), &batch, work.clone()).await,
+                Err(MalformedBatch::Record { .. })
+            ));
+        }
+        assert_eq!(calls.load(Ordering::SeqCst), 1);
+        // Another batch, and the same batch in another partition, may be decodable.
+        let (later, _) = zeros(Compression::Zstd, 1001);
+        drop((
+            decompressor.open_stored(id(0), &later, work.clone()).await,
+            decompressor.open_stored(id(1), &batch, work).await,
+        ));
+        assert_eq!(calls.load(Ordering::SeqCst), 3);
+    }
+}

@@ -1,0 +1,144 @@
+//! Start of a follower: its log is compared with the leader's by epoch history and nothing else (KIP-101, KIP-279). Pure.
+//!
+//! # Overview
+//!
+//! ```text
+//!   leader    epochs 1 1 1 3 3 5 5 5          a follower reports (last epoch, end)
+//!   follower  epochs 1 1 1 3 3 3 4            reports (4, 7): the leader's newest epoch not above 4 is 3, which ends at 5
+//!                             ╰─ truncate     so it truncates at 5 and reports (3, 5): that is in the leader's log, it continues at 5
+//! ```
+//!
+//! A follower whose log is a prefix of the leader's continues at its end. Otherwise the leader responds with the newest
+//! of its epochs that the follower may share, and with the end of that epoch. The follower truncates there and
+//! subscribes again. Each exchange removes at least the follower's last batch, and never a batch that both logs have;
+//! both have all committed batches. A truncation at the follower's high watermark would remove committed records,
+//! because that watermark lags behind.
+
+use crate::{
+    log::EpochHistory,
+    model::{LeaderEpoch, Offset},
+};
+
+/// Log position of a follower when it subscribes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LogPosition {
+    /// Epoch of the last batch; `None` if the log has none.
+    pub last_epoch: Option<LeaderEpoch>,
+    /// Log end.
+    pub log_end: Offset,
+    /// Addition of the replica while it is being added ([`PartitionValue::added_after`]), by the value that its broker applied.
+    ///
+    /// [`PartitionValue::added_after`]: crate::cluster::PartitionValue::added_after
+    pub removal_count: Option<u64>,
+}
+
+/// Bounds of a leader's log on its own disk and in the object store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LocalLogBounds {
+    /// First offset on its disk.
+    pub local_start: Offset,
+    /// First offset not committed to the object store; `None` if nothing is committed there.
+    pub tiered_end: Option<Offset>,
+}
+
+impl LocalLogBounds {
+    /// Returns the start of an empty or useless replica: the latest offset before which all records are committed, and are in the object
+    /// store or deleted.
+    pub fn bootstrap_start(&self) -> Offset {
+        self.tiered_end.map_or(self.local_start, |end| end.max(self.local_start))
+    }
+}
+
+/// Leader's decision about a subscription.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum SubscribeDecision {
+    /// The follower's log is a prefix of the leader's: continue at its end.
+    Accepted(Offset),
+    /// The follower's log is no prefix. The newest of the leader's epochs that is not above the follower's last one, and the end of that
+    /// epoch: truncate there and subscribe again.
+    Diverged {
+        epoch: LeaderEpoch,
+        /// First offset after the records of that epoch.
+        end: Offset,
+    },
+    /// The follower's log is useless: reset it to this offset, with the tables of the object store or the leader, and subscribe again.
+    Bootstrap(Offset),
+    /// The follower may not subscribe.
+    Rejected(SubscribeError),
+}
+
+/// Reason why a follower may not subscribe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum SubscribeError {
+    /// This broker does not lead in that epoch: one side has not received the newer epoch yet.
+    #[error("this broker leads in epoch {leads}, not in {asked}: wait for the newer of both epochs")]
+    OtherEpoch {
+        /// Epoch that the follower named.
+        asked: LeaderEpoch,
+        /// Epoch in which this broker leads.
+        leads: LeaderEpoch,
+    },
+    /// The broker is no replica by this leader's metadata.
+    #[error("this broker is no replica of the partition by its leader's metadata")]
+    NoReplica,
+    /// One side has received an addition of this replica, and the other side has not. The replica may have deleted the records that it
+    /// held before.
+    #[error(
+        "the replica has {}, and its leader's metadata has {}: wait for the newer of both",
+        addition(*.claimed), addition(*.known)
+    )]
+    OtherAddition {
+        /// Addition that the follower named: the number of removals before it.
+        claimed: Option<u64>,
+        /// Addition in the leader's metadata.
+        known: Option<u64>,
+    },
+    /// A newer incarnation of the same broker is known.
+    #[error("a newer incarnation of this broker is known: connect again with its broker epoch")]
+    OlderBroker,
+    /// The follower's log has batches of a newer epoch than the leader's.
+    #[error(
+        "the follower's log has epoch {claimed}, newer than the leader's {leads}: check whether the metadata was \
+         restored from a backup"
+    )]
+    NewerLog {
+        /// Epoch of the follower's last batch.
+        claimed: LeaderEpoch,
+        /// Epoch in which this broker leads.
+        leads: LeaderEpoch,
+    },
+}
+
+/// Formats an addition.
+fn addition(after: Option<u64>) -> String {
+    after.map_or_else(|| "no addition".to_owned(), |after| format!("an addition after {after} removals"))
+}
+
+/// Compares a log position with the leader's log, which has the epochs `history` and ends at `log_end`.
+pub fn resolve_divergence(
+    position: LogPosition,
+    history: &EpochHistory,
+    log_end: Offset,
+    local: LocalLogBounds,
+) -> SubscribeDecision {
+    let start = local.bootstrap_start();
+    let Some(last) = position.last_epoch else {
+        // An empty log has no epochs: it continues only at the bootstrap offset, for which it has the tables.
+        return if position.log_end == start {
+            SubscribeDecision::Accepted(start)
+        } else {
+            SubscribeDecision::Bootstrap(start)
+        };
+    };
+    match history.end_of(last, log_end) {
+        // Every record of the follower's log is older than the leader's first epoch.
+        None => SubscribeDecision::Bootstrap(start),
+        // After a truncation the follower's log would end below the start of this disk.
+        Some((_, end)) if position.log_end.min(end) < local.local_start => SubscribeDecision::Bootstrap(start),
+        Some((epoch, end)) if epoch == last && position.log_end <= end => SubscribeDecision::Accepted(position.log_end),
+        Some((epoch, end)) => SubscribeDecision::Diverged { epoch, end },
+    }
+}
+
+#[cfg(test)]
+mod tests;

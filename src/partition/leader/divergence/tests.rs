@@ -1,0 +1,116 @@
+//! Starts of followers: by table, and for any two logs.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    model::BrokerId,
+    partition::follower::{Follower, FollowerAction},
+};
+
+fn at(offset: usize) -> Offset {
+    Offset::new(offset.try_into().unwrap()).unwrap()
+}
+
+fn history(log: &[u32]) -> EpochHistory {
+    let mut history = EpochHistory::new();
+    for (offset, epoch) in log.iter().enumerate() {
+        assert!(history.record(LeaderEpoch(*epoch), at(offset)));
+    }
+    history
+}
+
+fn decide(leader: &[u32], local: LocalLogBounds, last: Option<u32>, end: usize) -> SubscribeDecision {
+    resolve_divergence(
+        LogPosition { last_epoch: last.map(LeaderEpoch), log_end: at(end), removal_count: None },
+        &history(leader),
+        at(leader.len()),
+        local,
+    )
+}
+
+const COMPLETE: LocalLogBounds = LocalLogBounds { local_start: Offset::ZERO, tiered_end: None };
+
+#[test]
+fn follower_continues_if_its_log_is_a_prefix() {
+    let leader = [1, 1, 1, 3, 3, 5, 5, 5];
+    let diverged = |epoch, end| SubscribeDecision::Diverged { epoch: LeaderEpoch(epoch), end: at(end) };
+    for (last, end, expected) in [
+        (Some(1), 2, SubscribeDecision::Accepted(at(2))),
+        (Some(5), 8, SubscribeDecision::Accepted(at(8))),
+        (Some(1), 4, diverged(1, 3)),
+        (Some(2), 5, diverged(1, 3)),
+        (Some(4), 7, diverged(3, 5)),
+        (Some(5), 9, diverged(5, 8)),
+        (None, 0, SubscribeDecision::Accepted(at(0))),
+        (None, 4, SubscribeDecision::Bootstrap(at(0))),
+    ] {
+        assert_eq!(decide(&leader, COMPLETE, last, end), expected, "{last:?} {end}");
+    }
+    assert_eq!(
+        decide(&[3, 3], COMPLETE, Some(2), 1),
+        SubscribeDecision::Bootstrap(at(0)),
+        "the leader has no epoch that old"
+    );
+    assert_eq!(decide(&[], COMPLETE, None, 0), SubscribeDecision::Accepted(at(0)));
+}
+
+#[test]
+fn log_below_local_start_bootstraps_at_tiered_end() {
+    let leader = [1, 1, 1, 3, 3, 5, 5, 5];
+    let tiered = LocalLogBounds { local_start: at(4), tiered_end: Some(at(6)) };
+    for (last, end, expected) in [
+        (Some(1), 2, SubscribeDecision::Bootstrap(at(6))),
+        (Some(2), 6, SubscribeDecision::Bootstrap(at(6))),
+        (Some(3), 5, SubscribeDecision::Accepted(at(5))),
+        (None, 0, SubscribeDecision::Bootstrap(at(6))),
+        (None, 6, SubscribeDecision::Accepted(at(6))),
+    ] {
+        assert_eq!(decide(&leader, tiered, last, end), expected, "{last:?} {end}");
+    }
+    // Deletion overtook the uploads.
+    let overtaken = LocalLogBounds { local_start: at(7), tiered_end: Some(at(6)) };
+    assert_eq!(decide(&leader, overtaken, None, 0), SubscribeDecision::Bootstrap(at(7)));
+}
+
+/// Returns two logs as replication makes them: leaders of growing epochs append, one after the other.
+fn logs() -> impl Strategy<Value = (Vec<u32>, Vec<u32>)> {
+    let common = prop::collection::vec(1u32..4, 0..6);
+    let tail = || prop::collection::vec(any::<bool>(), 0..6);
+    (common, tail(), tail()).prop_map(|(mut common, mine, theirs)| {
+        common.sort_unstable();
+        // An epoch has one leader: after the common part the logs share no epoch.
+        let grow = |kinds: &[bool], epochs: [u32; 2]| {
+            let mut tail: Vec<u32> = kinds.iter().map(|late| epochs[usize::from(*late)]).collect();
+            tail.sort_unstable();
+            common.iter().copied().chain(tail).collect()
+        };
+        (grow(&mine, [4, 7]), grow(&theirs, [5, 6]))
+    })
+}
+
+proptest! {
+    /// After a few exchanges the follower's log is a prefix of the leader's, and no common record was truncated.
+    #[test]
+    fn any_two_logs_agree_after_truncations((leader, mut follower) in logs()) {
+        let common = leader.iter().zip(&follower).take_while(|(a, b)| a == b).count();
+        let mut state = Follower::new(BrokerId(1), LeaderEpoch(9), at(common), None);
+        for _round in 0..8 {
+            let position = state.claim(&history(&follower), at(follower.len()));
+            let decision = resolve_divergence(position, &history(&leader), at(leader.len()), COMPLETE);
+            match state.on_response(LeaderEpoch(9), &decision, at(common), &history(&follower)) {
+                Ok(FollowerAction::Follow(end)) => {
+                    prop_assert_eq!(end, at(common));
+                    prop_assert!(leader.starts_with(&follower));
+                    return Ok(());
+                }
+                Ok(FollowerAction::Truncate(to) | FollowerAction::Bootstrap(to)) => {
+                    prop_assert!(to >= at(common) && to < at(follower.len()), "truncated at {}", to);
+                    follower.truncate(usize::try_from(to.get()).unwrap());
+                }
+                other => prop_assert!(false, "{:?}", other),
+            }
+        }
+        prop_assert!(false, "the logs do not agree after 8 exchanges");
+    }
+}

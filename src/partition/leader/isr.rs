@@ -1,0 +1,524 @@
+//! In-sync replicas of a partition, the high watermark that follows from them, and the next ISR change. Pure.
+//!
+//! # Overview
+//!
+//! One [`IsrTracker`] is one leader in one epoch. The actor reports the progress of its own log, acknowledgements of followers, statuses of
+//! brokers in the metadata cache, and outcomes of proposals. [`IsrTracker`] computes the high watermark, accepts or rejects subscriptions,
+//! and returns the ISR change to propose.
+//!
+//! ```text
+//!   own log, acknowledgements ──▶ minimum end over the maximal ISR ──▶ high watermark
+//!   subscriptions, statuses, disconnects ──▶ proposal ──▶ compare-and-set ──▶ outcome ──▶ the committed value
+//! ```
+//!
+//! # Rules
+//!
+//! - An acknowledgement counts only in this leader epoch and for the broker epoch of the link on which that replica subscribed. It has
+//!   both ends; the topic's durability decides here, and only here, which end counts.
+//! - The *maximal* ISR is the committed ISR and every ISR that was proposed since and may still come true. The high watermark is the
+//!   minimum acknowledged end over the maximal ISR: whichever of these sets is the current one, all its members hold the records below.
+//! - The high watermark moves only while the *committed* ISR has the minimum size and the committed ELR is empty. A larger ISR that is
+//!   only proposed may never come true; then an eligible replica, for which no commit waits, may be elected.
+//! - A proposal with an unknown outcome may come true until the key has another revision. The old value, read back,
+//!   does not show that the proposal failed. So its members stay in the maximal ISR until another revision is seen.
+//! - A replica is admitted when it has acknowledged, in this epoch, all committed records and all records below the epoch start. Before
+//!   the high watermark reaches the epoch start, records above it may be committed. The admission does not wait for the high watermark to
+//!   get there: below the min ISR, it moves only after an admission.
+//! - A replica that is being added subscribes with the addition of this leader's value
+//!   (`PartitionValue::removal_count`), and its acknowledgements count only for that addition. A removed replica
+//!   deletes its log. Added again it is another replica, although its link is the same.
+//!
+//! Other brokers change the value as well: a broker that fails its startup verification removes itself, and the controller completes
+//! reassignments. These changes only remove members, or change the leader and with it the epoch. So the ISR that is known here may be too
+//! large, and is never too small.
+
+mod member;
+mod proposal;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use self::member::MemberState;
+pub use self::{
+    member::{AckError, BrokerStatus, DisconnectCause, PeerId, ReplicaProgress},
+    proposal::{IsrProposal, ProposalOutcome, ValueUpdate},
+};
+use super::divergence::{self, LocalLogBounds, LogPosition, SubscribeDecision, SubscribeError};
+use crate::{
+    cluster::{PartitionValue, Revision},
+    log::EpochHistory,
+    model::{BrokerId, Durability, LeaderEpoch, Offset},
+};
+
+/// Requirements of the topic and the broker on a leader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct IsrRules {
+    /// Durability that a replica's acknowledgement stands for.
+    pub durability: Durability,
+    /// `min.insync.replicas`.
+    pub min_insync: usize,
+    /// Maximum time, in milliseconds, in which a member must reach the log end that was current when the time started.
+    pub lag_ms: u64,
+}
+
+/// Input of a new leader.
+#[derive(Clone, Debug)]
+pub struct LeaderStart {
+    /// This broker, which the value names as the leader.
+    pub me: BrokerId,
+    pub value: PartitionValue,
+    /// Revision of `value`.
+    pub revision: Revision,
+    /// Progress of its own log.
+    pub progress: ReplicaProgress,
+    /// All records below are known as committed: by this broker as a follower, or because they are in the object store or deleted.
+    pub committed_end: Offset,
+    pub rules: IsrRules,
+}
+
+impl LeaderStart {
+    /// Returns the input of the leader `me` of epoch `epoch` without other replicas. Such a leader commits all records of its log: no
+    /// other replica could have committed different ones.
+    pub fn standalone(
+        me: BrokerId,
+        epoch: LeaderEpoch,
+        rules: IsrRules,
+        progress: ReplicaProgress,
+        committed_end: Offset,
+    ) -> Self {
+        let value = PartitionValue::new(vec![me], epoch);
+        Self { me, value, revision: Revision::ZERO, progress, committed_end, rules }
+    }
+}
+
+/// State of a partition's replicas at their leader, in one epoch.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct IsrTracker {
+    me: BrokerId,
+    rules: IsrRules,
+    /// Log end when the epoch began.
+    epoch_start: Offset,
+    /// Committed value that is known here, and its revision.
+    value: PartitionValue,
+    revision: Revision,
+    /// Proposal at this revision that has no outcome yet.
+    in_flight: Option<IsrProposal>,
+    /// Members of ISRs that were proposed at this revision with an unknown outcome, and may come true until the revision moves on.
+    maybe_committed: BTreeSet<BrokerId>,
+    /// True if the outcome of the last proposal is unknown: nothing is proposed before the key was read.
+    needs_read_back: bool,
+    /// True if the last proposal was refused at this very revision. The metadata cache lags, so the next proposal waits for a newer value
+    /// or a tick.
+    awaits_metadata: bool,
+    /// True if another epoch has begun, or the partition is deleted: the leader proposes nothing.
+    epoch_ended: bool,
+    progress: ReplicaProgress,
+    members: BTreeMap<BrokerId, MemberState>,
+    /// First uncommitted offset. Never falls. It never passes an end that a member of the maximal ISR has not acknowledged. The one
+    /// exception is an offset that the metadata shows as committed.
+    high_watermark: Offset,
+}
+
+impl IsrTracker {
+    /// Creates the leader of the value's epoch; its followers have not subscribed yet. An ISR of one commits all records of its log at
+    /// once.
+    pub fn new(start: LeaderStart) -> Self {
+        let LeaderStart { me, value, revision, progress, committed_end, rules } = start;
+        assert_eq!(value.leader, Some(me), "the value names this broker as leader");
+        let mut tracker = Self {
+            me,
+            rules,
+            epoch_start: progress.log_end,
+            value,
+            revision,
+            in_flight: None,
+            maybe_committed: BTreeSet::new(),
+            needs_read_back: false,
+            awaits_metadata: false,
+            epoch_ended: false,
+            progress,
+            members: BTreeMap::new(),
+            high_watermark: committed_end,
+        };
+        tracker.advance();
+        tracker
+    }
+
+    pub fn epoch(&self) -> LeaderEpoch {
+        self.value.leader_epoch
+    }
+
+    /// Returns the committed value that is known here.
+    pub fn value(&self) -> &PartitionValue {
+        &self.value
+    }
+
+    /// Returns the revision of [`Self::value`].
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    pub fn rule(&self) -> IsrRules {
+        self.rules
+    }
+
+    /// Returns the first uncommitted offset.
+    pub fn high_watermark(&self) -> Offset {
+        self.high_watermark
+    }
+
+    /// Returns the offset up to which this broker's own log counts as acknowledged.
+    pub fn local_acked(&self) -> Offset {
+        self.progress.acked_for(self.rules.durability)
+    }
+
+    /// Returns true if all records that the log held when the epoch began are committed. Before, its predecessors may have committed
+    /// records above the high watermark: it serves no latest offset and uploads nothing.
+    pub fn is_epoch_committed(&self) -> bool {
+        self.high_watermark >= self.epoch_start
+    }
+
+    /// Returns the offset after the last committed record; `None` before the epoch is committed.
+    pub fn latest(&self) -> Option<Offset> {
+        self.is_epoch_committed().then_some(self.high_watermark)
+    }
+
+    /// Checks that the committed ISR has the minimum size. The error is the size that it has.
+    pub fn has_minimum(&self) -> Result<(), usize> {
+        let in_sync = self.value.isr.len();
+        if in_sync >= self.rules.min_insync { Ok(()) } else { Err(in_sync) }
+    }
+
+    /// Returns true if [`Self::tick`] has work: a member is behind, or a proposal waits.
+    pub fn wants_ticks(&self) -> bool {
+        let mut others = self.value.isr.iter().filter(|id| **id != self.me);
+        self.awaits_metadata || others.any(|id| self.members.get(id).is_none_or(|member| !self.has_all(member)))
+    }
+
+    /// Returns true if the key has to be read because the outcome of a proposal is unknown.
+    pub fn needs_read_back(&self) -> bool {
+        self.needs_read_back
+    }
+
+    /// Returns the broker epoch of the link on which this replica is subscribed; `None` while it is not.
+    pub fn follows(&self, broker: BrokerId) -> Option<Revision> {
+        self.members.get(&broker)?.link
+    }
+
+    /// Returns the progress that this replica acknowledged on its last link.
+    pub fn acknowledged_by(&self, broker: BrokerId) -> Option<ReplicaProgress> {
+        self.members.get(&broker)?.acked
+    }
+
+    /// Updates the progress of the own log after an append or a sync. It only grows within an epoch.
+    pub fn update_local(&mut self, progress: ReplicaProgress) {
+        self.progress.log_end = self.progress.log_end.max(progress.log_end);
+        self.progress.persisted_end = self.progress.persisted_end.max(progress.persisted_end);
+        self.advance();
+    }
+
+    /// Records that by the metadata all records below `end` are in the object store or deleted. This leader or an earlier one committed
+    /// them, so this log holds them.
+    pub fn committed(&mut self, end: Offset) {
+        self.high_watermark = self.high_watermark.max(end.min(self.progress.log_end));
+    }
+
+    /// Applies a changed configuration.
+    pub fn configure(&mut self, rules: IsrRules) {
+        self.rules = rules;
+        self.advance();
+    }
+
+    /// Processes a subscription: compares the follower's log with the leader's. After `SubscribeDecision::Accepted`,
+    /// acknowledgements on this link count.
+    pub fn join(
+        &mut self,
+        peer: PeerId,
+        epoch: LeaderEpoch,
+        position: LogPosition,
+        local: LocalLogBounds,
+        history: &EpochHistory,
+    ) -> SubscribeDecision {
+        if let Err(error) = self.check_subscription(peer, epoch, position) {
+            return SubscribeDecision::Rejected(error);
+        }
+        let decision = divergence::resolve_divergence(position, history, self.progress.log_end, local);
+        let kept = match decision {
+            SubscribeDecision::Accepted(end) => end,
+            SubscribeDecision::Bootstrap(at) => at.min(position.log_end),
+            SubscribeDecision::Diverged { .. } | SubscribeDecision::Rejected(_) => position.log_end,
+        };
+        let has_lost = kept < self.high_watermark && self.value.isr.contains(&peer.broker);
+        let member = self.members.entry(peer.broker).or_default();
+        // The earlier acknowledgement may be of another incarnation.
+        member.acked = None;
+        member.link = matches!(decision, SubscribeDecision::Accepted(_)).then_some(peer.epoch);
+        member.departed = false;
+        member.lost_data |= has_lost;
+        decision
+    }
+
+    fn check_subscription(
+        &self,
+        peer: PeerId,
+        epoch: LeaderEpoch,
+        position: LogPosition,
+    ) -> Result<(), SubscribeError> {
+        let leads = self.epoch();
+        if epoch != leads {
+            return Err(SubscribeError::OtherEpoch { asked: epoch, leads });
+        }
+        if peer.broker == self.me || !self.value.replicas.contains(&peer.broker) {
+            return Err(SubscribeError::NoReplica);
+        }
+        let (claimed, known) = (position.removal_count, self.value.added_after(peer.broker));
+        // An ISR member has subscribed since it was added. It may receive the end of the reassignment before its leader does.
+        let earlier = known.is_some() && claimed != known && !self.value.isr.contains(&peer.broker);
+        let later = claimed.is_some_and(|claimed| claimed > self.value.removal_count);
+        if earlier || later {
+            return Err(SubscribeError::OtherAddition { claimed, known });
+        }
+        let known = self.members.get(&peer.broker).and_then(|member| member.link.max(member.registered()));
+        if known.is_some_and(|known| known > peer.epoch) {
+            return Err(SubscribeError::OlderBroker);
+        }
+        match position.last_epoch {
+            Some(claimed) if claimed > leads => Err(SubscribeError::NewerLog { claimed, leads }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Processes an acknowledgement: the progress of a follower's log.
+    ///
+    /// # Errors
+    /// The acknowledgement does not count and changes nothing. The sender has to subscribe again.
+    pub fn acknowledged(
+        &mut self,
+        peer: PeerId,
+        epoch: LeaderEpoch,
+        progress: ReplicaProgress,
+    ) -> Result<(), AckError> {
+        let (leads, log_end) = (self.epoch(), self.progress.log_end);
+        let passes = epoch == leads || mutant!(AcceptOlderLeaderEpochAck);
+        if !passes && !mutant!(CountOlderEpochAcks) {
+            return Err(AckError::OtherEpoch { acknowledged: epoch, leads });
+        }
+        let is_subscribed = |member: &&mut MemberState| {
+            member.link == Some(peer.epoch)
+                || mutant!(AcceptOlderBrokerEpochAck) && member.link.is_some()
+                || mutant!(CountOlderEpochAcks) && epoch < leads
+        };
+        let Some(member) = self.members.get_mut(&peer.broker).filter(is_subscribed) else {
+            return Err(AckError::NotSubscribed { broker: peer.broker, epoch: peer.epoch });
+        };
+        let ReplicaProgress { log_end: written, persisted_end: persisted } = progress;
+        if persisted > written || written > log_end {
+            return Err(AckError::Impossible { written, persisted, log_end });
+        }
+        let acked = member.acked.get_or_insert_default();
+        acked.log_end = acked.log_end.max(written);
+        acked.persisted_end = acked.persisted_end.max(persisted);
+        let caught_up = acked.acked_for(self.rules.durability) >= self.progress.log_end;
+        member.is_lagging &= !caught_up;
+        self.advance();
+        Ok(())
+    }
+
+    /// Records that this incarnation of a follower is disconnected. A follower that exited or shuts down leaves the ISR with the next
+    /// proposal. A late report about an incarnation before the current one is ignored.
+    pub fn on_disconnected(&mut self, peer: PeerId, cause: DisconnectCause) {
+        if peer.broker == self.me || !self.value.replicas.contains(&peer.broker) {
+            return;
+        }
+        let member = self.members.entry(peer.broker).or_default();
+        if member.link.is_some_and(|link| link > peer.epoch) {
+            return;
+        }
+        member.link = None;
+        member.departed |= cause != DisconnectCause::LinkLost;
+    }
+
+    /// Applies a broker's status in the metadata cache. The broker's acknowledgements stay valid while it is in the ISR: before it takes
+    /// part again without those records, it removes itself from the ISR.
+    pub fn on_broker_status(&mut self, broker: BrokerId, status: BrokerStatus) {
+        if broker == self.me || !self.value.replicas.contains(&broker) {
+            return;
+        }
+        let member = self.members.entry(broker).or_default();
+        self.awaits_metadata = false;
+        member.registration = Some(status);
+        if let BrokerStatus::Registered(epoch) = status
+            && member.link.is_some_and(|link| link < epoch)
+        {
+            member.link = None;
+        }
+    }
+
+    /// Checks which members lag; called at intervals while [`Self::wants_ticks`]. `now_ms` is of a monotonic clock. A member lags if it
+    /// takes longer than the rule allows to reach its target, the log end of an earlier tick. A constant distance is no lag.
+    pub fn tick(&mut self, now_ms: u64) {
+        self.awaits_metadata = false;
+        let (log_end, lag_ms, durability) = (self.progress.log_end, self.rules.lag_ms, self.rules.durability);
+        for id in self.value.isr.iter().filter(|id| **id != self.me) {
+            let member = self.members.entry(*id).or_default();
+            let reached = member.acked.map_or(Offset::ZERO, |progress| progress.acked_for(durability));
+            let has_acked = member.acked.is_some();
+            member.target = match member.target {
+                _ if has_acked && reached >= log_end => None,
+                Some((target, since)) if !has_acked || reached < target => {
+                    member.is_lagging |= now_ms.saturating_sub(since) >= lag_ms;
+                    Some((target, since))
+                }
+                _ => Some((log_end, now_ms)),
+            };
+        }
+    }
+
+    /// Returns the next ISR change to propose. Only one proposal is pending: the next one follows [`Self::agreed`].
+    pub fn proposal(&mut self) -> Option<IsrProposal> {
+        if self.in_flight.is_some() || self.needs_read_back || self.awaits_metadata || self.epoch_ended {
+            return None;
+        }
+        let value = self.target_value();
+        if value == self.value {
+            return None;
+        }
+        let new = value.isr.iter().filter(|id| !self.value.isr.contains(id));
+        let link = |id: &BrokerId| Some(PeerId { broker: *id, epoch: self.members.get(id)?.link? });
+        let added = new.filter_map(link).collect();
+        let proposal = IsrProposal { expect: self.revision, value, added };
+        self.in_flight = Some(proposal.clone());
+        Some(proposal)
+    }
+
+    /// Returns the value with the ISR and ELR that follow from the current state.
+    fn target_value(&self) -> PartitionValue {
+        let (mut lost, mut out, mut add) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        for (id, member) in self.members.iter().filter(|(id, _)| self.value.replicas.contains(id)) {
+            let in_sync = self.value.isr.contains(id);
+            if in_sync && member.lost_data {
+                lost.insert(*id);
+            } else if in_sync && (member.is_leaving() || member.is_lagging) {
+                out.insert(*id);
+            } else if !in_sync && self.may_be_admitted(*id, member) {
+                add.insert(*id);
+            }
+        }
+        let kept = lost.into_iter().fold(self.value.clone(), |value, id| value.remove_from_sets(id));
+        // Without a member to add, `expand` still empties an ELR that a lowered min ISR no longer requires.
+        kept.shrink(&out, self.rules.min_insync).expand(&add, self.rules.min_insync)
+    }
+
+    fn may_be_admitted(&self, id: BrokerId, member: &MemberState) -> bool {
+        let is_here = member.link.is_some() && member.link == member.registered() && !member.departed;
+        let reached = member.acked.map(|progress| progress.acked_for(self.rules.durability));
+        let required =
+            if mutant!(AdmitBelowEpochStart) { self.high_watermark } else { self.high_watermark.max(self.epoch_start) };
+        let epoch_committed = self.is_epoch_committed() || !mutant!(AdmitAfterEpochCommitted);
+        epoch_committed && is_here && !self.value.removing.contains(&id) && reached.is_some_and(|end| end >= required)
+    }
+
+    /// Applies the outcome of the last proposal, or a value that was read back.
+    pub fn agreed(&mut self, outcome: ProposalOutcome) -> ValueUpdate {
+        let proposal = self.in_flight.take();
+        match outcome {
+            ProposalOutcome::Committed(revision) => match proposal {
+                Some(proposal) => self.observed(&proposal.value, revision),
+                None => ValueUpdate::Unchanged,
+            },
+            ProposalOutcome::CurrentValue(value, revision) => {
+                self.needs_read_back = false;
+                let observed = self.observed(&value, revision);
+                self.awaits_metadata = observed == ValueUpdate::Unchanged;
+                observed
+            }
+            ProposalOutcome::Deleted => {
+                self.epoch_ended = true;
+                ValueUpdate::Deleted
+            }
+            ProposalOutcome::Unknown => {
+                if let Some(proposal) = proposal.filter(|proposal| proposal.expect == self.revision) {
+                    if mutant!(TreatUnknownAsDone) {
+                        self.value = proposal.value;
+                        self.advance();
+                        return ValueUpdate::Adopted;
+                    }
+                    self.maybe_committed.extend(&proposal.value.isr);
+                    self.needs_read_back = true;
+                }
+                ValueUpdate::Unchanged
+            }
+        }
+    }
+
+    /// Applies a value of the partition from the metadata cache or from a read. Values older than the known one are dropped.
+    pub fn observed(&mut self, value: &PartitionValue, revision: Revision) -> ValueUpdate {
+        if revision <= self.revision {
+            return ValueUpdate::Unchanged;
+        }
+        if value.leader != Some(self.me) || value.leader_epoch != self.epoch() {
+            self.epoch_ended = true;
+            return ValueUpdate::Deposed { epoch: value.leader_epoch };
+        }
+        let before = std::mem::replace(&mut self.value, value.clone());
+        self.revision = revision;
+        // A proposal at an older revision can no longer come true.
+        self.maybe_committed.clear();
+        (self.needs_read_back, self.awaits_metadata) = (false, false);
+        for (id, member) in &mut self.members {
+            // A removed replica deletes its log. A replica with another addition was removed before it, even if no value here showed
+            // that.
+            let addition = self.value.added_after(*id);
+            let is_new_addition = addition.is_some() && addition != before.added_after(*id);
+            if is_new_addition || !self.value.replicas.contains(id) {
+                (member.link, member.acked) = (None, None);
+            }
+            member.lost_data &= self.value.isr.contains(id);
+            if !self.value.isr.contains(id) {
+                (member.target, member.is_lagging) = (None, false);
+            }
+        }
+        self.advance();
+        ValueUpdate::Adopted
+    }
+
+    fn has_all(&self, member: &MemberState) -> bool {
+        member.acked.is_some_and(|progress| progress.acked_for(self.rules.durability) >= self.progress.log_end)
+    }
+
+    /// Returns every member of the committed ISR and of proposed ISRs that may come true; some more than once.
+    fn maximal_isr(&self) -> impl Iterator<Item = BrokerId> + '_ {
+        let proposed = self.in_flight.iter().flat_map(|proposal| &proposal.value.isr).chain(&self.maybe_committed);
+        let proposed = proposed.filter(|_| !mutant!(HighWatermarkOverCommittedIsr));
+        self.value.isr.iter().chain(proposed).copied()
+    }
+
+    fn may_commit(&self) -> bool {
+        if mutant!(MinIsrOverMaximalIsr) {
+            return self.maximal_isr().collect::<BTreeSet<_>>().len() >= self.rules.min_insync;
+        }
+        self.has_minimum().is_ok() && (self.value.elr.is_empty() || mutant!(IgnoreElr))
+    }
+
+    fn advance(&mut self) {
+        if !self.may_commit() {
+            return;
+        }
+        let acknowledged = |id: BrokerId| {
+            if id == self.me {
+                return Some(self.local_acked());
+            }
+            self.members.get(&id)?.acked.map(|progress| progress.acked_for(self.rules.durability))
+        };
+        // A member without an acknowledgement holds the high watermark back.
+        let min_acked = self
+            .maximal_isr()
+            .map(acknowledged)
+            .try_fold(self.local_acked(), |min_acked, end| Some(min_acked.min(end?)));
+        if let Some(min_acked) = min_acked {
+            self.high_watermark = self.high_watermark.max(min_acked);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

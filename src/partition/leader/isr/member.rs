@@ -1,0 +1,124 @@
+//! A leader's state of another replica: its identity, acknowledgements, link and registration. Decides nothing.
+
+use crate::{
+    cluster::Revision,
+    model::{BrokerId, Durability, LeaderEpoch, Offset},
+};
+
+/// One incarnation of another broker: the other end of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PeerId {
+    pub broker: BrokerId,
+    /// Broker epoch: the create revision of the registration.
+    pub epoch: Revision,
+}
+
+/// Progress of a replica's log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ReplicaProgress {
+    /// First unwritten offset.
+    pub log_end: Offset,
+    /// First offset not known to be on stable storage; never above `log_end`.
+    pub persisted_end: Offset,
+}
+
+impl ReplicaProgress {
+    /// Returns the offset that counts as acknowledged with this durability.
+    pub(super) fn acked_for(self, durability: Durability) -> Offset {
+        match durability {
+            Durability::Persisted => self.persisted_end,
+            Durability::Replicated => self.log_end,
+        }
+    }
+}
+
+/// Reason why a follower is disconnected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DisconnectCause {
+    /// The link ended. The follower may return soon; its time to catch up keeps running.
+    LinkLost,
+    /// The process has exited.
+    ProcessGone,
+    /// The broker shuts down, or can no longer write.
+    ShuttingDown,
+}
+
+/// Status of a broker in the metadata cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BrokerStatus {
+    /// Registered, with this broker epoch.
+    Registered(Revision),
+    /// Registered and shutting down: the broker is not admitted to the ISR.
+    ShuttingDown,
+    /// Not registered.
+    Unregistered,
+}
+
+/// Error of an acknowledgement that does not count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum AckError {
+    /// The acknowledgement is of another leader epoch.
+    #[error("the acknowledgement has epoch {acknowledged}, and this broker leads in epoch {leads}")]
+    OtherEpoch {
+        /// Leader epoch of the acknowledgement.
+        acknowledged: LeaderEpoch,
+        /// Leader epoch of this leader.
+        leads: LeaderEpoch,
+    },
+    /// The replica has not subscribed in this epoch over that link: an older incarnation's link, or the link of an unknown broker.
+    #[error("broker {broker} has no subscription on a link with broker epoch {epoch}")]
+    NotSubscribed {
+        /// Sender of the acknowledgement.
+        broker: BrokerId,
+        /// Broker epoch of its link.
+        epoch: Revision,
+    },
+    /// The acknowledged ends are impossible.
+    #[error(
+        "the acknowledged log end {written} and persisted end {persisted} are impossible: the leader's log ends at \
+         {log_end}"
+    )]
+    Impossible {
+        /// Acknowledged log end.
+        written: Offset,
+        /// Acknowledged persisted end.
+        persisted: Offset,
+        /// The leader's log end.
+        log_end: Offset,
+    },
+}
+
+/// State of one other replica. An entry exists for each broker that the metadata cache or a link reported. Only the replicas of the
+/// partition's value count.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct MemberState {
+    /// Broker epoch of the link on which the replica is subscribed; `None` while it is not.
+    pub(super) link: Option<Revision>,
+    /// Progress acknowledged on the last link; `None` before the first acknowledgement there.
+    pub(super) acked: Option<ReplicaProgress>,
+    /// Last status in the metadata cache; `None` before the first.
+    pub(super) registration: Option<BrokerStatus>,
+    /// True if the link reported an exit or a shutdown, and the replica has not subscribed since.
+    pub(super) departed: bool,
+    /// True if the replica reported a log end below the high watermark: it lost records that it had acknowledged.
+    pub(super) lost_data: bool,
+    /// Log end that the replica has to reach, and the time in milliseconds at which the target was set.
+    pub(super) target: Option<(Offset, u64)>,
+    /// True if the replica did not reach the target in time, and has not caught up since.
+    pub(super) is_lagging: bool,
+}
+
+impl MemberState {
+    /// Returns the broker epoch with which the replica may be admitted.
+    pub(super) fn registered(&self) -> Option<Revision> {
+        match self.registration {
+            Some(BrokerStatus::Registered(epoch)) => Some(epoch),
+            _ => None,
+        }
+    }
+
+    /// Returns true if the replica must leave the ISR at once: it cannot be elected, or its process is known to have exited.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.departed || matches!(self.registration, Some(BrokerStatus::ShuttingDown | BrokerStatus::Unregistered))
+    }
+}

@@ -1,0 +1,277 @@
+//! One state of the model: three brokers, the metadata store, and the messages between them.
+
+use crate::{
+    cluster::{PartitionValue, ReplicaIntegrity, Revision},
+    log::EpochHistory,
+    model::{BrokerId, Durability, LeaderEpoch, Offset},
+    partition::{
+        follower::{BatchHeader, Follower},
+        leader::{
+            divergence::{LogPosition, SubscribeDecision},
+            isr::{BrokerStatus, IsrProposal, IsrRules, IsrTracker, LeaderStart, PeerId, ReplicaProgress},
+        },
+    },
+};
+
+/// Number of brokers.
+pub(super) const BROKERS: usize = 3;
+
+/// Maximum number of each event on the way from the beginning to a state: the bounds of the search.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Budget {
+    /// Batches that leaders append.
+    pub(super) appends: u8,
+    /// Leader epochs that begin, those without a leader included.
+    pub(super) epochs: u8,
+    /// Processes that exit and leave their page cache.
+    pub(super) kills: u8,
+    /// Machines that lose their power: unpersisted records are lost, or any part of them.
+    pub(super) losses: u8,
+    /// Disks that are replaced by empty ones.
+    pub(super) wipes: u8,
+    /// Leases that expire although the process runs.
+    pub(super) expiries: u8,
+    /// Elections while the leader runs and is registered.
+    pub(super) handovers: u8,
+    /// Proposals whose outcome the leader does not receive.
+    pub(super) unknowns: u8,
+    /// Messages and transactions that do not arrive at once.
+    pub(super) late: u8,
+    /// Links that break.
+    pub(super) breaks: u8,
+    /// Times that a leader finds its followers lagging.
+    pub(super) lags: u8,
+    /// Times that `min.insync.replicas` is lowered by one.
+    pub(super) lowerings: u8,
+}
+
+impl Budget {
+    /// No event at all.
+    pub(super) const NOTHING: Self = Self {
+        appends: 0,
+        epochs: 0,
+        kills: 0,
+        losses: 0,
+        wipes: 0,
+        expiries: 0,
+        handovers: 0,
+        unknowns: 0,
+        late: 0,
+        breaks: 0,
+        lags: 0,
+        lowerings: 0,
+    };
+}
+
+/// Input of a search.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Setup {
+    pub(super) durability: Durability,
+    pub(super) min_insync: usize,
+    /// Number of brokers that are in sync at first; all follow.
+    pub(super) in_sync: usize,
+    pub(super) budget: Budget,
+}
+
+/// Role of a broker's replica.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Role {
+    Dead(ReplicaIntegrity),
+    Waiting,
+    Leading(Box<IsrTracker>),
+    Following(Follower),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Broker {
+    pub(super) role: Role,
+    /// Broker epoch of its last registration.
+    pub(super) epoch: Revision,
+    /// Revision of the partition's value that the broker has applied.
+    pub(super) known: Revision,
+    /// Epochs of its batches, one record each. An epoch has one appender, so epoch and offset identify a record.
+    pub(super) log: Vec<LeaderEpoch>,
+    /// Number of these on stable storage; all of them if syncs make no difference.
+    pub(super) persisted: usize,
+    /// True if the broker ever lost acknowledged records.
+    pub(super) has_lost: bool,
+    /// High watermark of the roles before this one.
+    pub(super) high_watermark: Offset,
+}
+
+/// A message to a leader. Messages may arrive late and in any order.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct ToLeader {
+    pub(super) from: PeerId,
+    pub(super) epoch: LeaderEpoch,
+    pub(super) says: FollowerSends,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum FollowerSends {
+    Claims(LogPosition),
+    Holds(ReplicaProgress),
+}
+
+/// A message to a follower.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct ToFollower {
+    pub(super) epoch: LeaderEpoch,
+    pub(super) high_watermark: Offset,
+    pub(super) brings: LeaderSends,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum LeaderSends {
+    Answer(SubscribeDecision),
+    Batches(Vec<BatchHeader>),
+}
+
+/// A transaction of a leader that the store has not received yet.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct StoreCall {
+    pub(super) proposal: IsrProposal,
+    pub(super) owner: BrokerId,
+    /// Leader epoch of the owner that waits for the outcome; `None` if no leader waits.
+    pub(super) awaited: Option<LeaderEpoch>,
+}
+
+/// Messages between two brokers that did not arrive at once.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct LinkQueue {
+    pub(super) replicate_request: Vec<ToLeader>,
+    pub(super) replicate_response: Vec<ToFollower>,
+}
+
+/// One state.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct ModelState {
+    pub(super) budget: Budget,
+    pub(super) durability: Durability,
+    pub(super) min_insync: usize,
+    pub(super) value: PartitionValue,
+    pub(super) revision: Revision,
+    /// Broker epochs of the registrations.
+    pub(super) registered: [Option<Revision>; BROKERS],
+    pub(super) brokers: [Broker; BROKERS],
+    /// `wires[leader][follower]`
+    pub(super) wires: [[LinkQueue; BROKERS]; BROKERS],
+    pub(super) calls: Vec<StoreCall>,
+    /// All records that were ever committed, and the leader of each epoch: state of the checker only.
+    pub(super) committed: Vec<LeaderEpoch>,
+    pub(super) led: Vec<(LeaderEpoch, BrokerId, Revision)>,
+}
+
+pub(super) fn id(index: usize) -> BrokerId {
+    BrokerId(u32::try_from(index).expect("broker numbers are small") + 1)
+}
+
+pub(super) fn index(id: BrokerId) -> usize {
+    usize::try_from(id.0).expect("broker numbers are small") - 1
+}
+
+pub(super) fn at(records: usize) -> Offset {
+    Offset::ZERO.plus(u64::try_from(records).expect("logs are short"))
+}
+
+pub(super) fn count(offset: Offset) -> usize {
+    usize::try_from(offset.get()).expect("logs are short")
+}
+
+impl Broker {
+    pub(super) fn progress(&self) -> ReplicaProgress {
+        ReplicaProgress { log_end: at(self.log.len()), persisted_end: at(self.persisted) }
+    }
+
+    pub(super) fn history(&self) -> EpochHistory {
+        let mut history = EpochHistory::new();
+        for (offset, epoch) in self.log.iter().enumerate() {
+            assert!(history.record(*epoch, at(offset)), "the rules check the epochs after each step");
+        }
+        history
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        !matches!(self.role, Role::Dead(_))
+    }
+
+    /// Returns the broker's high watermark.
+    pub(super) fn committed_end(&self) -> Offset {
+        match &self.role {
+            Role::Dead(_) => Offset::ZERO,
+            Role::Waiting => self.high_watermark,
+            Role::Leading(leader) => leader.high_watermark(),
+            Role::Following(follower) => follower.high_watermark(),
+        }
+    }
+}
+
+impl ModelState {
+    /// Returns a state in which broker 1 leads in epoch 1, nothing is written yet, and no broker has the value.
+    pub(super) fn new(setup: Setup) -> Self {
+        let brokers: Vec<BrokerId> = (0..BROKERS).map(id).collect();
+        let isr = brokers[..setup.in_sync].to_vec();
+        let value = PartitionValue { isr, ..PartitionValue::new(brokers, LeaderEpoch(1)) };
+        let broker = || Broker {
+            role: Role::Waiting,
+            epoch: Revision(1),
+            known: Revision::ZERO,
+            log: Vec::new(),
+            persisted: 0,
+            has_lost: false,
+            high_watermark: Offset::ZERO,
+        };
+        Self {
+            budget: setup.budget,
+            durability: setup.durability,
+            min_insync: setup.min_insync,
+            value,
+            revision: Revision(1),
+            registered: [Some(Revision(1)); BROKERS],
+            brokers: std::array::from_fn(|_| broker()),
+            wires: Default::default(),
+            calls: Vec::new(),
+            committed: Vec::new(),
+            led: Vec::new(),
+        }
+    }
+
+    pub(super) fn rule(&self) -> IsrRules {
+        IsrRules { durability: self.durability, min_insync: self.min_insync, lag_ms: 1 }
+    }
+
+    pub(super) fn peer(&self, broker: usize) -> PeerId {
+        PeerId { broker: id(broker), epoch: self.brokers[broker].epoch }
+    }
+
+    pub(super) fn is_live(&self, broker: BrokerId) -> bool {
+        self.registered[index(broker)].is_some()
+    }
+
+    pub(super) fn registration(&self, broker: usize) -> BrokerStatus {
+        self.registered[broker].map_or(BrokerStatus::Unregistered, BrokerStatus::Registered)
+    }
+
+    /// Returns the role of a broker that receives the current value.
+    pub(super) fn role_of(&self, me: usize) -> Role {
+        let broker = &self.brokers[me];
+        match self.value.leader {
+            Some(leader) if leader == id(me) => {
+                let start = LeaderStart {
+                    me: leader,
+                    value: self.value.clone(),
+                    revision: self.revision,
+                    progress: broker.progress(),
+                    committed_end: broker.committed_end(),
+                    rules: self.rule(),
+                };
+                Role::Leading(Box::new(IsrTracker::new(start)))
+            }
+            Some(leader) => {
+                let (epoch, unclean) = (self.value.leader_epoch, self.value.unclean_epoch);
+                Role::Following(Follower::new(leader, epoch, broker.committed_end(), unclean))
+            }
+            None => Role::Waiting,
+        }
+    }
+}

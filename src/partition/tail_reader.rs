@@ -1,0 +1,98 @@
+//! Reads of a leader's log up to its end, for followers. The records may be uncommitted, and may be truncated when another broker leads.
+
+use std::sync::Arc;
+
+use super::{
+    ReadError,
+    published::PublishedState,
+    reader::{FetchedBatches, ReadSource, fetched},
+    role::ReplicaRole,
+};
+use crate::{
+    log,
+    model::{LeaderEpoch, Offset},
+    task,
+};
+
+/// Reader of one leader's log in one epoch. It ends with the epoch: records read afterwards may be another leader's. Clones are cheap.
+#[derive(Clone)]
+pub struct TailReader {
+    published: Arc<PublishedState>,
+    log: log::LogReader,
+    epoch: LeaderEpoch,
+}
+
+impl TailReader {
+    pub(super) fn new(published: Arc<PublishedState>, log: log::LogReader) -> Self {
+        let epoch = published.epoch();
+        Self { published, log, epoch }
+    }
+
+    pub fn epoch(&self) -> LeaderEpoch {
+        self.epoch
+    }
+
+    /// Returns the leader's log end and its high watermark.
+    pub fn progress(&self) -> (Offset, Offset) {
+        // The high watermark first: it is never above a log end that is read after it.
+        let high_watermark = self.published.watermarks().high_watermark;
+        (self.published.progress().log_end, high_watermark)
+    }
+
+    /// Reads from `from` on: at least one batch if there is one, beyond that up to `max_bytes`. Returns `None` at the log end. Reads
+    /// memory or disk, never the object store.
+    ///
+    /// # Errors
+    /// [`ReadError::Closed`] if this broker no longer leads in that epoch; [`ReadError::OutOfRange`] if `from` is not on this
+    /// disk: the follower has to subscribe again.
+    pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<FetchedBatches>, ReadError> {
+        self.leads()?;
+        let bound = self.published.progress().log_end;
+        if from == bound {
+            return Ok(None);
+        }
+        if from > bound {
+            return Err(ReadError::OutOfRange { offset: from, start: self.log.local_start(), end: bound });
+        }
+        let found = match self.log.read_memory(from, bound, max_bytes) {
+            Some(read) => fetched(read, ReadSource::Memory),
+            None => {
+                let log = self.log.clone();
+                let read = task::run_blocking(move || log.read_disk(from, bound, max_bytes)).await;
+                fetched(read.map_err(|error| self.failed(from, error))?, ReadSource::Disk)
+            }
+        };
+        // Before this broker follows another one it publishes that, and only then it truncates: so this was the log of that epoch.
+        self.leads()?;
+        Ok(Some(found))
+    }
+
+    /// Checks that this broker still leads in that epoch.
+    pub(super) fn leads(&self) -> Result<(), ReadError> {
+        let status = self.published.status();
+        if !self.published.is_closed()
+            && status.epoch == self.epoch
+            && matches!(status.role, ReplicaRole::Leader { .. })
+        {
+            Ok(())
+        } else {
+            Err(ReadError::Closed)
+        }
+    }
+
+    fn failed(&self, from: Offset, error: log::LogReadError) -> ReadError {
+        match error {
+            log::LogReadError::OutOfRange { start, end, .. } => ReadError::OutOfRange { offset: from, start, end },
+            log::LogReadError::Corrupt { offset, .. } => {
+                if let Some(count) = self.published.count_unsendable() {
+                    tracing::error!(
+                        partition = %self.log.id(), %offset, %error, count,
+                        "cannot read the local copy for a follower"
+                    );
+                }
+                ReadError::Corrupt { offset, reason: error.to_string() }
+            }
+            other => ReadError::Disk { reason: other.to_string() },
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! Maximum number of connections of each listener. A broker without free file descriptors can neither write its log nor respond, so
+//! connections must not take the last ones. Each connection also takes memory, even while it sends nothing.
+
+use rustix::process::{Resource, getrlimit};
+
+use super::places::{LOOPBACK_PLACES, PROBE_PLACES};
+use crate::{
+    limits,
+    log::{Disk as _, RealDisk},
+};
+
+/// Minimum number of file descriptors for everything except connections and segments: the journal, other brokers, etcd, the object store.
+const MIN_OTHER_FILES: u64 = 64;
+
+/// Number of places of each listener in addition to the common ones.
+const RESERVED_CONNECTIONS: u64 = (LOOPBACK_PLACES + PROBE_PLACES) as u64;
+
+/// Maximum number of places of the HTTP listener and of the peer listener.
+const MAX_HTTP: usize = 256;
+const MAX_PEER: usize = 1024;
+
+/// Minimum number of places of each listener.
+#[derive(Clone, Copy, Debug)]
+struct Minimum {
+    grpc: usize,
+    http: usize,
+    peer: usize,
+}
+
+const MIN_PLACES: Minimum = Minimum { grpc: 32, http: 8, peer: 32 };
+
+/// Minimum for a broker of a cluster with fewer than [`SMALL_FILE_LIMIT`] file descriptors. Together with the reserves of three listeners, these
+/// places fit beside the log from 256 file descriptors on.
+const MIN_PLACES_FEW_FILES: Minimum = Minimum { grpc: 16, http: 4, peer: 8 };
+const SMALL_FILE_LIMIT: u64 = 512;
+
+/// Minimum number of places of the peer listener per broker of this process. Another broker uses two connections, and one more for each
+/// probe.
+const MIN_PEER_PER_BROKER: usize = 4;
+
+/// Maximum number of places of a listener. No system has that many file descriptors.
+const MAX_PLACES: u64 = 1 << 30;
+
+/// Bytes of `limits.memory_bytes` per place of the gRPC listener. An idle connection takes 20 KiB, its window at least 80 KiB, and each of
+/// its first calls 7 KiB.
+const BYTES_PER_CONNECTION: u64 = 256 << 10;
+
+/// Share of `limits.memory_bytes` for connections of other brokers, as a divisor, and bytes of that share per place. A caller that has not
+/// been identified can send as much in incomplete requests.
+const PEER_SHARE: u64 = 8;
+const BYTES_PER_PEER: u64 = limits::MAX_PEER_REQUEST_BYTES as u64 * limits::MAX_STREAMS_PER_PEER as u64 + (256 << 10);
+
+/// Number of common places of one listener, and the limit that determines it. A smaller limit replaces both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Capacity {
+    pub(super) places: usize,
+    /// Setting or system limit that a rejection names.
+    pub(super) raised_by: &'static str,
+}
+
+/// Connection limits of each listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ConnectionLimits {
+    pub(super) grpc: Capacity,
+    pub(super) http: Capacity,
+    /// Limit of the peer listener; `None` for a standalone broker.
+    pub(super) peer: Option<Capacity>,
+}
+
+impl ConnectionLimits {
+    /// Returns the limits of one of `brokers` brokers in this process, with `memory_bytes` for its clients. A standalone broker has no peer
+    /// listener.
+    pub(super) fn of(brokers: usize, alone: bool, memory_bytes: u64) -> Self {
+        let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
+        let room = Self::with(files, RealDisk::default().open_files() as u64, brokers, alone);
+        room.within(memory_bytes, min_peer(Minimum::of(files, alone), brokers))
+    }
+
+    /// Limits the places to the available memory, with at least `min_peer` places for other brokers.
+    fn within(self, memory_bytes: u64, min_peer: usize) -> Self {
+        let bounded = |capacity: Capacity, places: u64| {
+            let places = usize::try_from(places).unwrap_or(usize::MAX);
+            if capacity.places <= places { capacity } else { Capacity { places, raised_by: "limits.memory_bytes" } }
+        };
+        let peers = (memory_bytes / PEER_SHARE / BYTES_PER_PEER).max(min_peer as u64);
+        Self {
+            grpc: bounded(self.grpc, memory_bytes / BYTES_PER_CONNECTION),
+            peer: self.peer.map(|peer| bounded(peer, peers)),
+            ..self
+        }
+    }
+
+    /// Returns the places for which the limit of open files leaves descriptors, beside the segments of each broker and the reserves of its
+    /// listeners.
+    fn with(files: u64, segments: u64, brokers: usize, alone: bool) -> Self {
+        let (brokers, listeners) = (brokers.max(1) as u64, if alone { 2 } else { 3 });
+        let taken = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES.max(files / 8);
+        let each = usize::try_from((files.saturating_sub(taken) / brokers).min(MAX_PLACES)).unwrap_or(usize::MAX);
+        let min = Minimum::of(files, alone);
+        let http = (each / 8).clamp(min.http, MAX_HTTP);
+        let min_peer = min_peer(min, usize::try_from(brokers).unwrap_or(MAX_PEER));
+        let peer = (!alone).then(|| (each / 8).min(MAX_PEER).max(min_peer));
+        let grpc = each.saturating_sub(http + peer.unwrap_or(0)).max(min.grpc);
+        let bound = |places| Capacity { places, raised_by: "the limit of open files (ulimit -n, LimitNOFILE)" };
+        Self { grpc: bound(grpc), http: bound(http), peer: peer.map(bound) }
+    }
+}
+
+/// Returns the minimum number of places for other brokers, with `brokers` brokers in this process.
+fn min_peer(min: Minimum, brokers: usize) -> usize {
+    min.peer.max(MIN_PEER_PER_BROKER * brokers)
+}
+
+impl Minimum {
+    const fn of(files: u64, alone: bool) -> Self {
+        if files < SMALL_FILE_LIMIT && !alone { MIN_PLACES_FEW_FILES } else { MIN_PLACES }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_limit_leaves_descriptors_for_log_and_peers() {
+        for (files, segments, brokers, alone) in [
+            (256, 128, 1, true),
+            (256, 128, 1, false),
+            (511, 255, 1, false),
+            (512, 256, 1, false),
+            (1024, 512, 1, true),
+            (1024, 512, 1, false),
+            (1024, 512, 3, false),
+            (1 << 20, 8192, 1, true),
+            (1 << 20, 8192, 32, false),
+            (65_536, 8192, 32, false),
+            (64, 64, 1, true),
+            (64, 64, 1, false),
+        ] {
+            let ConnectionLimits { grpc, http, peer } = ConnectionLimits::with(files, segments, brokers, alone);
+            let (grpc, http, peer) = (grpc.places, http.places, peer.map_or(0, |peer| peer.places));
+            let min = Minimum::of(files, alone);
+            assert!(grpc >= min.grpc && http >= min.http, "{files}: the minimum is always served");
+            let (min_peer, listeners) = if alone { (0, 2) } else { (min.peer.max(4 * brokers), 3) };
+            assert_eq!(peer == 0, alone);
+            assert!(alone || peer >= 2 * (brokers - 1), "{brokers} brokers: two connections of each other broker");
+            let brokers = brokers as u64;
+            let own = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES;
+            let taken = (grpc + http + peer) as u64 * brokers + own;
+            let least = own + (min.grpc + min.http + min_peer) as u64 * brokers;
+            // A single broker fits from 256 file descriptors on. The brokers of `dev --brokers` share the limit.
+            let bound = if brokers == 1 && files >= 256 { files } else { files.max(least) };
+            assert!(taken <= bound, "{files} files for {brokers}: {grpc}, {http} and {peer}");
+        }
+        let places = |files, segments, alone| {
+            let ConnectionLimits { grpc, http, peer } = ConnectionLimits::with(files, segments, 1, alone);
+            (grpc.places, http.places, peer.map(|peer| peer.places))
+        };
+        assert_eq!(places(1024, 512, true), (315, 45, None));
+        assert_eq!(places(1024, 512, false), (262, 43, Some(43)));
+        assert_eq!(places(1 << 20, 8192, false), (907_996, 256, Some(1024)));
+        assert_eq!(places(256, 128, true), (32, 8, None));
+        assert_eq!(places(256, 128, false), (16, 4, Some(8)));
+    }
+
+    /// Regression: 20,000 connections without a call took 400 MB, with 900,000 places available.
+    #[test]
+    fn client_connections_are_bounded_by_memory() {
+        let grpc = |files, memory_bytes| ConnectionLimits::with(files, 128, 1, true).within(memory_bytes, 32).grpc;
+        assert_eq!(grpc(1 << 20, 512 << 20), Capacity { places: 2048, raised_by: "limits.memory_bytes" });
+        assert_eq!(grpc(1 << 20, 64 << 20).places, 256);
+        assert_eq!(grpc(1024, 512 << 20), ConnectionLimits::with(1024, 128, 1, true).grpc, "files are fewer");
+    }
+
+    /// Regression: 1,024 connections whose callers had not been identified could hold 1.3 GB.
+    #[test]
+    fn peer_connections_are_bounded_by_memory() {
+        let peer = |memory_bytes| {
+            ConnectionLimits::with(1 << 20, 128, 1, false)
+                .within(memory_bytes, 32)
+                .peer
+                .expect("there are several brokers")
+        };
+        assert_eq!(peer(512 << 20), Capacity { places: 51, raised_by: "limits.memory_bytes" });
+        assert_eq!(peer(64 << 20).places, 32, "a cluster of some brokers works with little memory too");
+        assert_eq!(peer(16 << 30).places, 1024);
+    }
+
+    /// Regression: one address got half of the places, and the minimum was 32. Of 32 brokers on one machine, seven links were rejected
+    /// forever.
+    #[test]
+    fn brokers_of_one_process_have_enough_peer_places() {
+        let peer = ConnectionLimits::with(65_536, 8192, 32, false).peer.expect("there are several brokers").places;
+        assert!(peer >= 62, "two connections of 31 other brokers each: {peer}");
+    }
+}

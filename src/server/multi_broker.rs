@@ -1,0 +1,226 @@
+//! Several brokers in one process, for trials of a cluster. They share the process, the object store and, without etcd, a metadata store.
+//! Apart from that each is a normal broker, and they communicate only through their listeners.
+
+use std::{future::Future, path::PathBuf, pin::pin, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use futures::future;
+use tokio::net::TcpListener;
+use tracing::{Instrument as _, Span};
+
+use super::{
+    Listeners, Node, NodeDeps, ServingAddresses, StoreHandles, admission, connection_limits::ConnectionLimits,
+    endpoints, http::HttpState, listen, listen_for_peers, node, open_objects, outside,
+};
+use crate::{
+    client::{self, TcpConnector},
+    cluster::{EmbeddedStore, Endpoints, MetaStore},
+    config::Config,
+    log::RealDisk,
+    task::{Tasks, clock},
+    telemetry::Metrics,
+};
+
+/// Maximum time that started brokers wait until the metadata cache of each contains all of them.
+const MEETING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Bound listeners of a broker that does not serve yet.
+struct BoundPorts {
+    grpc: TcpListener,
+    http: TcpListener,
+    peer: TcpListener,
+    endpoints: Endpoints,
+}
+
+/// A broker that serves.
+struct RunningBroker {
+    node: Node,
+    listeners: Listeners,
+    state: ServingAddresses,
+    /// Span of the broker's log lines.
+    span: Span,
+    /// Timeout of the stop.
+    within: Duration,
+}
+
+/// State that brokers share during their start.
+struct SharedDeps {
+    /// Metadata store; `None` if each broker uses the etcd of its settings.
+    meta: Option<Arc<dyn MetaStore>>,
+    /// Tasks that expire leases.
+    time: Tasks,
+    /// Cancelled to end the waits of a start.
+    stop: Tasks,
+    /// Connection limits of each broker.
+    room: ConnectionLimits,
+}
+
+/// Runs brokers until `shutdown` resolves or one of them must stop. Returns when all have stopped. `metadata` is the directory of their
+/// shared metadata store; without it, each broker uses the etcd of its settings. A broker that fails to start stops the other brokers.
+pub async fn run_several(
+    configs: Vec<Config>,
+    metadata: Option<PathBuf>,
+    shutdown: impl Future<Output = ()>,
+    ready: impl FnOnce(&[ServingAddresses]),
+) -> anyhow::Result<()> {
+    let ports = take_ports(&configs).await?;
+    for config in &configs {
+        config.prepare_data_dir()?;
+    }
+    let memory_bytes = configs.iter().map(|config| config.limits.memory_bytes).min().unwrap_or_default();
+    let room = ConnectionLimits::of(configs.len(), false, memory_bytes);
+    let mut shared = SharedDeps { meta: None, time: Tasks::new(), stop: Tasks::new(), room };
+    if let Some(folder) = &metadata {
+        let store = EmbeddedStore::open(folder).await?;
+        store.keep_time(&shared.time);
+        shared.meta = Some(Arc::new(store));
+    }
+    let mut shutdown = pin!(shutdown);
+    let (members, failed, mut stop_requested) = start_all(&configs, ports, &shared, shutdown.as_mut()).await;
+    let mut outcome = failed.map_or(Ok(()), Err);
+    if outcome.is_ok() && !stop_requested {
+        // A client that creates a topic now must not get an error about too few brokers.
+        let meeting =
+            future::join_all(members.iter().map(|member| member.node.broker().wait_for_brokers(members.len())));
+        tokio::select! {
+            biased;
+            () = &mut shutdown => stop_requested = true,
+            _all_or_late = tokio::time::timeout(MEETING_TIMEOUT, meeting) => {}
+        }
+    }
+    if outcome.is_ok() && !stop_requested {
+        let states: Vec<ServingAddresses> = members.iter().map(|member| member.state.clone()).collect();
+        ready(&states);
+        let must_stop = future::select_all(members.iter().map(|member| Box::pin(member.node.must_stop())));
+        tokio::select! {
+            biased;
+            () = &mut shutdown => {}
+            (error, ..) = must_stop => outcome = Err(error),
+        }
+    }
+    tracing::info!("stopping");
+    let stopped: anyhow::Result<Vec<()>> = future::join_all(members.into_iter().map(stop)).await.into_iter().collect();
+    shared.time.stop().await;
+    tracing::info!("stopped");
+    outcome.and(stopped.map(|_| ()))
+}
+
+/// Binds the ports of all brokers. A port conflict is the most likely error, and is found before any data is touched.
+async fn take_ports(configs: &[Config]) -> anyhow::Result<Vec<BoundPorts>> {
+    let mut fixed = Vec::with_capacity(configs.len());
+    for config in configs {
+        let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
+        fixed.push((grpc, listen::listen(config.http.listen, "HTTP", "--http").await?));
+    }
+    // The system may choose these ports. They are bound after the fixed ports, so that the system chooses none of those.
+    let mut ports = Vec::with_capacity(configs.len());
+    for (config, (grpc, http)) in configs.iter().zip(fixed) {
+        let peer = listen_for_peers(config).await?;
+        let endpoints = endpoints(config, &grpc, &http, Some(&peer))?;
+        ports.push(BoundPorts { grpc, http, peer, endpoints });
+    }
+    Ok(ports)
+}
+
+/// Starts all brokers concurrently. Returns the started brokers, the error of a broker that failed, and true if a stop of the
+/// process was requested meanwhile.
+async fn start_all(
+    configs: &[Config],
+    ports: Vec<BoundPorts>,
+    shared: &SharedDeps,
+    shutdown: impl Future<Output = ()>,
+) -> (Vec<RunningBroker>, Option<anyhow::Error>, bool) {
+    let starting = configs.iter().zip(ports).map(async |(config, ports)| {
+        // Every task that a broker starts inherits this span.
+        let span = tracing::info_span!("broker", id = %config.broker.id);
+        let started = start(config, ports, shared, span.clone()).instrument(span).await;
+        if started.is_err() {
+            // Ends the waits of the other brokers.
+            shared.stop.cancel();
+        }
+        started.map_err(|error| (config.broker.id, error))
+    });
+    let mut starting = pin!(future::join_all(starting));
+    let mut stop_requested = false;
+    let started = tokio::select! {
+        biased;
+        started = &mut starting => started,
+        () = shutdown => {
+            tracing::info!("stopping before every broker has started");
+            stop_requested = true;
+            shared.stop.cancel();
+            starting.await
+        }
+    };
+    let (mut members, mut failed) = (Vec::with_capacity(configs.len()), None);
+    for outcome in started {
+        match outcome {
+            Ok(member) => members.push(member),
+            Err((_, error)) if error.is::<admission::StartCancelled>() => {}
+            Err((id, error)) => failed = failed.or(Some(error.context(format!("broker {id} cannot start")))),
+        }
+    }
+    (members, failed, stop_requested)
+}
+
+async fn start(config: &Config, ports: BoundPorts, shared: &SharedDeps, span: Span) -> anyhow::Result<RunningBroker> {
+    let began = clock::monotonic();
+    let metrics = Metrics::new();
+    let outside = match &shared.meta {
+        None => outside(config, &shared.time),
+        Some(meta) => around(config, Arc::clone(meta)),
+    };
+    let (within, http) = (config.broker.shutdown_timeout, ports.http.local_addr()?);
+    let pages = Arc::new(HttpState::new(metrics.clone()));
+    let listeners = Listeners::begin(Arc::clone(&pages), ports.http, shared.room, config, &metrics);
+    let node = async {
+        let log = node::open_log(config, &outside, metrics.clone()).await?;
+        let serve_peers = |routes| listeners.serve_peers(routes, Some(ports.peer), &metrics);
+        Node::from_log(config, log, outside, ports.endpoints, metrics.clone(), &shared.stop, serve_peers).await
+    };
+    let node = match node.await {
+        Ok(node) => node,
+        Err(error) => {
+            listeners.stop(within).await;
+            return Err(error);
+        }
+    };
+    pages.tell_of(node.broker());
+    let state = ServingAddresses {
+        grpc: ports.grpc.local_addr()?,
+        http,
+        data_dir: config.broker.data_dir.clone(),
+        object_store: config.object_store.url.clone(),
+        partitions: node.broker().partitions(),
+        took: began.elapsed(),
+    };
+    listeners.serve(&node, ports.grpc);
+    Ok(RunningBroker { node, listeners, state, span, within })
+}
+
+/// Returns the dependencies of a broker with a shared metadata store. That store is not part of the broker's data directory, so the startup
+/// verification is needed.
+fn around(config: &Config, meta: Arc<dyn MetaStore>) -> NodeDeps {
+    let of = config.clone();
+    NodeDeps {
+        disk: Arc::new(RealDisk::default()),
+        stores: Box::pin(async move {
+            let objects = of.object_store.url.as_deref().map(|url| open_objects(&of, url)).transpose()?;
+            Ok(StoreHandles { meta, objects })
+        }),
+        connect: Arc::new(TcpConnector::between_brokers(client::ClientOptions::default().connect_timeout)),
+        alone: false,
+        sim_hook: None,
+    }
+}
+
+async fn stop(member: RunningBroker) -> anyhow::Result<()> {
+    let RunningBroker { node, listeners, span, within, .. } = member;
+    let id = node.broker().id();
+    let stopped = async {
+        node.begin_stop(within).await;
+        listeners.stop(within).await;
+        node.close().await.with_context(|| format!("broker {id}"))
+    };
+    stopped.instrument(span).await
+}

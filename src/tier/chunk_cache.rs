@@ -1,0 +1,526 @@
+//! Cache of the object store for all partitions of a broker: parsed manifests, pages and footers, and aligned chunks of
+//! segment objects.
+//!
+//! # Overview
+//!
+//! Chunks are cached in memory and then in a folder. All readers that wait for a chunk share one fetch, which continues
+//! when they leave. A chunk is written to the folder when it is fetched for the second time. So a reader that reads
+//! history once does not write all of it to the disk that appends wait for. Nor does such a reader evict chunks that
+//! are read repeatedly.
+//!
+//! # Invariants
+//!
+//! - All objects here are immutable and their names unique, so nothing in the cache is ever stale.
+//! - A corrupt chunk is evicted and fetched again.
+//! - The folder is empty after each start. Its files carry a checksum, and losing them costs only requests.
+
+use std::{
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, Shared},
+};
+use moka::{future::Cache as Moka, notification::RemovalCause, policy::EvictionPolicy};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use uuid::Uuid;
+
+use super::{
+    files::{self, CacheFolder},
+    footer::Footer,
+    manifest::{ManifestPage, ManifestRoot, SegmentEntry},
+    read::TierReadError,
+    single_flight::SingleFlight,
+    store::{TierStore, TierStoreError},
+};
+use crate::{
+    limits,
+    task::{self, Tasks},
+    telemetry::{Counter, Metrics},
+};
+
+/// Size of a chunk. An object's last chunk is shorter.
+pub(super) const CHUNK_BYTES: u64 = 1 << 20;
+
+/// Divisor of the memory: this share of it is for manifests, pages and footers.
+const PARSED_SHARE: u64 = 4;
+
+/// Maximum number of concurrent fetches of single chunks. No budget counts their memory.
+const MAX_CONCURRENT_FETCHES: usize = 32;
+
+/// Maximum number of concurrent fetches of manifests, pages and footers. They have permits of their own, so that
+/// uploads and retention continue while reads of a slow object store hold all permits for chunks.
+const PARSES: usize = 16;
+
+/// Maximum number of chunks that one read-ahead request fetches. Each request costs the store, and its bill, more than
+/// its bytes do.
+const MAX_RUN_CHUNKS: u64 = 4;
+
+/// Maximum number of concurrent reads from the folder. A read that has started continues when its caller leaves.
+const FOLDER_READS: usize = 32;
+
+/// Maximum number of concurrent writes to the folder. No reader waits for them: if the object store is faster than the
+/// disk, some chunks are not kept.
+const MAX_CONCURRENT_DISK_WRITES: u32 = 4;
+
+/// Maximum number of chunks whose first fetch is recorded.
+const MAX_TRACKED_CHUNKS: u64 = 1 << 16;
+
+/// Location and limits of the cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChunkCacheOptions {
+    /// Memory limit in bytes.
+    pub memory_bytes: u64,
+    /// Folder for chunks alone, and its limit in bytes. Opening the cache deletes the chunks in the folder.
+    pub disk: Option<(PathBuf, u64)>,
+    /// Data directory, if the folder lies in it. The folder must then not be a symbolic link.
+    pub data_dir: Option<PathBuf>,
+    /// Maximum bytes that are fetched ahead of sequential readers, over all readers.
+    pub read_ahead_bytes: u64,
+}
+
+impl Default for ChunkCacheOptions {
+    fn default() -> Self {
+        Self { memory_bytes: 128 << 20, disk: None, data_dir: None, read_ahead_bytes: 32 << 20 }
+    }
+}
+
+/// One chunk of one segment object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct ChunkKey {
+    attempt: Uuid,
+    index: u64,
+}
+
+impl ChunkKey {
+    fn file(&self) -> String {
+        format!("{}-{}{}", self.attempt.simple(), self.index, files::CHUNK)
+    }
+}
+
+/// A request that fetches several chunks.
+type InFlightFetch = Shared<BoxFuture<'static, Result<Bytes, TierReadError>>>;
+
+/// The parsed form of an object.
+#[derive(Clone)]
+pub(super) enum CachedMetadata {
+    Root(Arc<ManifestRoot>),
+    Page(Arc<ManifestPage>),
+    Footer(Arc<Footer>),
+}
+
+impl CachedMetadata {
+    fn bytes(&self) -> usize {
+        64 + match self {
+            Self::Root(root) => (root.pages().len() + root.segments().len()) * size_of::<SegmentEntry>(),
+            Self::Page(page) => std::mem::size_of_val(page.segments()),
+            Self::Footer(footer) => footer.index.len() * 24 + footer.epochs.len() * 16 + footer.producers.len(),
+        }
+    }
+}
+
+/// The cache of a broker. Clones share it.
+#[derive(Clone)]
+pub struct ChunkCache {
+    inner: Arc<ChunkCacheInner>,
+}
+
+struct ChunkCacheInner {
+    chunks: Moka<ChunkKey, Bytes>,
+    chunk_flights: Arc<SingleFlight<ChunkKey, Bytes>>,
+    parsed: Moka<Uuid, CachedMetadata>,
+    parsed_flights: Arc<SingleFlight<Uuid, CachedMetadata>>,
+    disk: Option<Arc<DiskCache>>,
+    hits: Counter,
+    misses: Counter,
+    fetches: Semaphore,
+    parses: Semaphore,
+    ahead: Arc<Semaphore>,
+    run: u64,
+}
+
+struct DiskCache {
+    folder: Arc<CacheFolder>,
+    keeps: Arc<Semaphore>,
+    /// Permits to read a file. No budget counts the memory of chunks whose callers have left.
+    reads: Arc<Semaphore>,
+    /// Chunks that exist as files, with their sizes in bytes.
+    files: Moka<ChunkKey, u32>,
+    /// Chunks that were fetched before.
+    fetched: Moka<ChunkKey, ()>,
+}
+
+impl ChunkCache {
+    /// Opens the cache, which counts in `metrics`. Blocks on the file system.
+    ///
+    /// # Errors
+    /// The folder cannot be created, or its chunks cannot be deleted.
+    pub fn open(options: &ChunkCacheOptions, metrics: &Metrics) -> io::Result<Self> {
+        let parsed_bytes = options.memory_bytes / PARSED_SHARE;
+        // Without memory a prefetched chunk would be evicted before its reader needs it, and be fetched twice.
+        let ahead = if options.memory_bytes == 0 { 0 } else { options.read_ahead_bytes / CHUNK_BYTES };
+        let inner = ChunkCacheInner {
+            // Least recently used, not frequency: a prefetched chunk is new, and must remain until its reader needs it.
+            chunks: Moka::builder()
+                .eviction_policy(EvictionPolicy::lru())
+                .max_capacity(options.memory_bytes - parsed_bytes)
+                .weigher(|_, chunk: &Bytes| weight(chunk.len() + 128))
+                .build(),
+            chunk_flights: Arc::default(),
+            parsed: Moka::builder()
+                .eviction_policy(EvictionPolicy::lru())
+                .max_capacity(parsed_bytes)
+                .weigher(|_, parsed: &CachedMetadata| weight(parsed.bytes()))
+                .build(),
+            parsed_flights: Arc::default(),
+            disk: options
+                .disk
+                .as_ref()
+                .map(|(folder, bytes)| DiskCache::open(folder, options.data_dir.as_deref(), *bytes).map(Arc::new))
+                .transpose()?,
+            hits: metrics.cache_hits.clone(),
+            misses: metrics.cache_misses.clone(),
+            fetches: Semaphore::new(MAX_CONCURRENT_FETCHES),
+            parses: Semaphore::new(PARSES),
+            ahead: Arc::new(Semaphore::new(usize::try_from(ahead).unwrap_or(0))),
+            run: ahead.clamp(1, MAX_RUN_CHUNKS),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Returns a parsed object by the attempt in its name. The first caller loads the object.
+    pub(super) async fn parsed<F>(
+        &self,
+        store: &TierStore,
+        attempt: Uuid,
+        load: F,
+    ) -> Result<CachedMetadata, TierReadError>
+    where
+        F: Future<Output = Result<CachedMetadata, TierReadError>> + Send + 'static,
+    {
+        if let Some(parsed) = self.inner.parsed.get(&attempt).await {
+            return Ok(parsed);
+        }
+        let inner = Arc::clone(&self.inner);
+        let load = || async move {
+            let _permit = inner.parses.acquire().await.expect("the semaphore is never closed");
+            // All callers may have left while this fetch waited for its permit.
+            if inner.parsed_flights.is_abandoned(attempt) {
+                return Err(TierStoreError::Stopped.into());
+            }
+            if let Some(parsed) = inner.parsed.get(&attempt).await {
+                return Ok(parsed);
+            }
+            let parsed = load.await?;
+            inner.parsed.insert(attempt, parsed.clone()).await;
+            Ok(parsed)
+        };
+        self.inner.parsed_flights.join(store.tasks(), attempt, load).await.0
+    }
+
+    /// Inserts the parsed form of an object that this broker has written.
+    pub(super) async fn put_parsed(&self, attempt: Uuid, parsed: CachedMetadata) {
+        self.inner.parsed.insert(attempt, parsed).await;
+    }
+
+    /// Returns chunk `index` of a segment object, and true if the chunk was in memory or in flight.
+    pub(super) async fn chunk(
+        &self,
+        store: &TierStore,
+        object: &str,
+        entry: &SegmentEntry,
+        index: u64,
+    ) -> Result<(Bytes, bool), TierReadError> {
+        let key = ChunkKey { attempt: entry.stamp.attempt, index };
+        if let Some(chunk) = self.inner.chunks.get(&key).await {
+            self.inner.hits.inc();
+            return Ok((chunk, true));
+        }
+        let (chunk, joined) = self.piece(store, object, *entry, index, None).await;
+        let chunk = chunk?;
+        if joined {
+            self.inner.hits.inc();
+        }
+        Ok((chunk, joined))
+    }
+
+    /// Fetches a chunk that is not in memory, or waits for the fetch in flight.
+    fn fetch_once<F>(
+        &self,
+        store: &TierStore,
+        key: ChunkKey,
+        fetch: F,
+    ) -> impl Future<Output = (Result<Bytes, TierReadError>, bool)> + Send + use<F>
+    where
+        F: Future<Output = Result<Bytes, TierReadError>> + Send + 'static,
+    {
+        let inner = Arc::clone(&self.inner);
+        let load = move || async move {
+            if let Some(chunk) = inner.chunks.get(&key).await {
+                return Ok(chunk);
+            }
+            let chunk = fetch.await?;
+            inner.chunks.insert(key, chunk.clone()).await;
+            Ok(chunk)
+        };
+        self.inner.chunk_flights.join(store.tasks(), key, load)
+    }
+
+    /// Evicts corrupt chunks.
+    pub(super) async fn evict(&self, entry: &SegmentEntry, indexes: Range<u64>) {
+        // A write in progress would store its chunk after the eviction, so this waits for all writes first.
+        let _nothing_on_its_way = match &self.inner.disk {
+            Some(disk) => disk.keeps.acquire_many(MAX_CONCURRENT_DISK_WRITES).await.ok(),
+            None => None,
+        };
+        for index in indexes {
+            let key = ChunkKey { attempt: entry.stamp.attempt, index };
+            self.inner.chunks.invalidate(&key).await;
+            if let Some(disk) = &self.inner.disk {
+                disk.files.invalidate(&key).await;
+            }
+        }
+    }
+
+    /// Waits until no chunk is being written to the folder.
+    #[cfg(test)]
+    pub(super) async fn wait_for_writes(&self) {
+        let Some(disk) = &self.inner.disk else { return };
+        drop(disk.keeps.acquire_many(MAX_CONCURRENT_DISK_WRITES).await.unwrap());
+    }
+
+    /// Acquires all permits to read from the folder.
+    #[cfg(test)]
+    pub(super) async fn folder_permits(&self) -> OwnedSemaphorePermit {
+        let disk = self.inner.disk.as_ref().unwrap();
+        let permits = u32::try_from(FOLDER_READS).unwrap();
+        Arc::clone(&disk.reads).acquire_many_owned(permits).await.unwrap()
+    }
+
+    /// Acquires all permits to fetch manifests, pages and footers.
+    #[cfg(test)]
+    pub(super) async fn parse_permits(&self) -> tokio::sync::SemaphorePermit<'_> {
+        self.inner.parses.acquire_many(u32::try_from(PARSES).unwrap()).await.unwrap()
+    }
+
+    /// Returns the maximum number of chunks that one read-ahead request fetches.
+    pub(super) fn run_chunks(&self) -> u64 {
+        self.inner.run
+    }
+
+    /// Fetches the chunks that are not in memory before a reader needs them. Adjacent chunks share one request. Returns
+    /// false if the read-ahead budget is used up, or if the store is stopping.
+    pub(super) fn read_ahead(&self, store: &TierStore, object: &str, entry: SegmentEntry, indexes: Range<u64>) -> bool {
+        let attempt = entry.stamp.attempt;
+        let key = move |index| ChunkKey { attempt, index };
+        let absent: Vec<u64> = indexes.filter(|index| !self.inner.chunks.contains_key(&key(*index))).collect();
+        if absent.is_empty() {
+            return true;
+        }
+        let permits = u32::try_from(absent.len()).unwrap_or(u32::MAX);
+        let Ok(mut permits) = Arc::clone(&self.inner.ahead).try_acquire_many_owned(permits) else { return false };
+        let tasks = store.tasks().clone();
+        if tasks.is_cancelled() {
+            return false;
+        }
+        let is_adjacent =
+            |a: &u64, b: &u64| a + 1 == *b && !self.inner.is_on_disk(key(*a)) && !self.inner.is_on_disk(key(*b));
+        for run in absent.chunk_by(is_adjacent) {
+            let flight = self.fetch_request(store, object, &entry, run[0]..run[0] + run.len() as u64);
+            for (position, index) in run.iter().copied().enumerate() {
+                let (permit, flight) = (permits.split(1), (run.len() > 1).then(|| (flight.clone(), position)));
+                // The fetch is in flight before its reader arrives, so the reader waits for it instead of fetching the
+                // chunk again.
+                let fetched = self.piece(store, object, entry, index, flight);
+                let object = object.to_owned();
+                tasks.spawn("tier read-ahead", async move {
+                    // A reader that needs the chunk repeats the fetch and receives the error.
+                    if let (Err(error), _) = fetched.await {
+                        tracing::debug!(object, index, %error, "read-ahead failed");
+                    }
+                    drop(permit);
+                });
+            }
+        }
+        true
+    }
+
+    /// Returns a request for adjacent chunks. The fetches that wait for it drive it.
+    fn fetch_request(
+        &self,
+        store: &TierStore,
+        object: &str,
+        entry: &SegmentEntry,
+        indexes: Range<u64>,
+    ) -> InFlightFetch {
+        let (store, object) = (store.clone(), object.to_owned());
+        let range = indexes.start * CHUNK_BYTES..entry.object_bytes().min(indexes.end * CHUNK_BYTES);
+        let request = async move { store.unless_away(&object, store.get_range(&object, range)).await };
+        request.map(|outcome| outcome.map_err(TierReadError::from)).boxed().shared()
+    }
+
+    /// Fetches a chunk, from a shared request that contains the chunk at this place, or with a request of its own. If
+    /// the shared request fails, perhaps because of another chunk, the chunk is fetched with a request of its own as
+    /// well.
+    fn piece(
+        &self,
+        store: &TierStore,
+        object: &str,
+        entry: SegmentEntry,
+        index: u64,
+        flight: Option<(InFlightFetch, usize)>,
+    ) -> impl Future<Output = (Result<Bytes, TierReadError>, bool)> + Send + use<> {
+        let key = ChunkKey { attempt: entry.stamp.attempt, index };
+        let (inner, its_store, object) = (Arc::clone(&self.inner), store.clone(), object.to_owned());
+        let load = async move {
+            let response = match flight {
+                Some((flight, position)) => flight.await.ok().map(|response| (response, position)),
+                None => None,
+            };
+            let Some((response, position)) = response else {
+                return inner.fetch(&its_store, &object, &entry, key).await;
+            };
+            let chunk = usize::try_from(CHUNK_BYTES).expect("a usize holds 32 bits");
+            let start = response.len().min(position * chunk);
+            // The copy has memory of its own: a slice would keep the complete response in memory.
+            let chunk = Bytes::copy_from_slice(&response[start..response.len().min(start + chunk)]);
+            inner.fetched(&its_store, key, &chunk).await;
+            Ok(chunk)
+        };
+        self.fetch_once(store, key, load)
+    }
+}
+
+impl ChunkCacheInner {
+    async fn fetch(
+        &self,
+        store: &TierStore,
+        object: &str,
+        entry: &SegmentEntry,
+        key: ChunkKey,
+    ) -> Result<Bytes, TierReadError> {
+        if let Some(disk) = self.disk.as_ref().filter(|disk| disk.files.contains_key(&key)) {
+            let permit = Arc::clone(&disk.reads).acquire_owned().await.expect("the semaphore is never closed");
+            // All callers may have left while this fetch waited for its permit.
+            if self.chunk_flights.is_abandoned(key) {
+                return Err(TierStoreError::Stopped.into());
+            }
+            if let Some(chunk) = disk.get(key, permit).await {
+                self.hits.inc();
+                return Ok(chunk);
+            }
+        }
+        let start = key.index * CHUNK_BYTES;
+        let end = entry.object_bytes().min(start + CHUNK_BYTES);
+        let chunk = {
+            let _permit = self.fetches.acquire().await.expect("the semaphore is never closed");
+            // All callers may have left while this fetch waited for its permit.
+            if self.chunk_flights.is_abandoned(key) {
+                return Err(TierStoreError::Stopped.into());
+            }
+            store.unless_away(object, store.get_range(object, start..end)).await?
+        };
+        self.fetched(store, key, &chunk).await;
+        Ok(chunk)
+    }
+
+    /// Records that a chunk was fetched from the object store. Starts to write the chunk to the folder if it was
+    /// fetched before.
+    async fn fetched(&self, store: &TierStore, key: ChunkKey, chunk: &Bytes) {
+        self.misses.inc();
+        if let Some(disk) = &self.disk {
+            if disk.fetched.contains_key(&key) {
+                Arc::clone(disk).spawn_put(key, chunk.clone(), store.tasks());
+            }
+            disk.fetched.insert(key, ()).await;
+        }
+    }
+
+    fn is_on_disk(&self, key: ChunkKey) -> bool {
+        self.disk.as_ref().is_some_and(|disk| disk.files.contains_key(&key))
+    }
+}
+
+impl DiskCache {
+    fn open(folder: &Path, data_dir: Option<&Path>, bytes: u64) -> io::Result<Self> {
+        let folder = Arc::new(CacheFolder::open(folder, data_dir)?);
+        let of_evicted = Arc::clone(&folder);
+        let files = Moka::builder()
+            .eviction_policy(EvictionPolicy::lru())
+            .max_capacity(bytes)
+            .weigher(|_, bytes: &u32| *bytes)
+            .async_eviction_listener(move |key: Arc<ChunkKey>, _, cause| {
+                let folder = Arc::clone(&of_evicted);
+                Box::pin(async move {
+                    if cause != RemovalCause::Replaced {
+                        task::run_blocking(move || folder.delete(&key.file()).ok()).await;
+                    }
+                })
+            })
+            .build();
+        let fetched = Moka::builder().eviction_policy(EvictionPolicy::lru()).max_capacity(MAX_TRACKED_CHUNKS).build();
+        let [keeps, reads] =
+            [MAX_CONCURRENT_DISK_WRITES as usize, FOLDER_READS].map(|permits| Arc::new(Semaphore::new(permits)));
+        Ok(Self { folder, keeps, reads, files, fetched })
+    }
+
+    /// Returns a chunk from its file. If the file is missing or fails its checksum, removes it and returns `None`.
+    async fn get(&self, key: ChunkKey, permit: OwnedSemaphorePermit) -> Option<Bytes> {
+        self.files.get(&key).await?;
+        let folder = Arc::clone(&self.folder);
+        let read = task::run_blocking(move || (folder.read_whole(&key.file()), permit).0).await.ok();
+        let chunk = read.and_then(|mut bytes| {
+            let content = bytes.split_off(bytes.len().min(4));
+            (bytes.as_ref() == crc32c::crc32c(&content).to_be_bytes()).then_some(content)
+        });
+        if chunk.is_none() {
+            self.files.invalidate(&key).await;
+        }
+        chunk
+    }
+
+    /// Starts to write a chunk to the folder, unless too many writes are in progress.
+    fn spawn_put(self: Arc<Self>, key: ChunkKey, chunk: Bytes, tasks: &Tasks) {
+        let Ok(permit) = Arc::clone(&self.keeps).try_acquire_owned() else { return };
+        if tasks.is_cancelled() {
+            return;
+        }
+        tasks.spawn("tier cache write", async move {
+            self.put(key, chunk).await;
+            drop(permit);
+        });
+    }
+
+    /// Writes a chunk to the folder. A full or failing disk only makes the cache smaller.
+    async fn put(&self, key: ChunkKey, chunk: Bytes) {
+        let folder = Arc::clone(&self.folder);
+        let bytes = weight(chunk.len() + 4);
+        let written = task::run_blocking(move || {
+            // The log needs the last space of the disk: for its appends, and below `MIN_FREE_DISK_BYTES` for evictions.
+            if folder.free_bytes().is_ok_and(|free| free < 2 * limits::MIN_FREE_DISK_BYTES) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            let crc = crc32c::crc32c(&chunk).to_be_bytes();
+            folder.write_whole(&key.file(), &[&crc, &chunk])
+        });
+        match written.await {
+            Ok(()) => self.files.insert(key, bytes).await,
+            Err(error) => tracing::debug!(%error, "cannot write a chunk to the cache folder"),
+        }
+    }
+}
+
+fn weight(bytes: usize) -> u32 {
+    u32::try_from(bytes).unwrap_or(u32::MAX)
+}
+
+impl std::fmt::Debug for ChunkCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChunkCache").field("chunk_bytes", &self.inner.chunks.weighted_size()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,282 @@
+//! Detects outages of the object store. Every request reports its outcome here. While an outage is suspected, one probe
+//! at a time is sent.
+//!
+//! A failed or unanswered request only raises the suspicion: the store may refuse one object, or one kind of request,
+//! for other reasons. A failed probe then confirms the outage: the store is *away* until the next success. During a
+//! confirmed outage, reads fail at once, and uploads continue to retry. The log reports an outage once, for all
+//! affected partitions together.
+
+use std::{
+    fmt,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{sync::watch, time::Instant};
+
+use crate::task::clock;
+
+/// Time of failures without a success, after which a failed probe confirms the outage. Occasional failures are retried
+/// without a log line.
+const AWAY_AFTER: Duration = Duration::from_millis(300);
+
+/// Time of failures without a success, after which the outage is logged.
+const LOG_AFTER: Duration = Duration::from_secs(5);
+
+/// Time without a response after which a request raises the suspicion.
+pub(super) const SUSPECT_AFTER: Duration = Duration::from_secs(2);
+
+/// Time limit of a probe. With [`SUSPECT_AFTER`], the outage of a store that never responds is confirmed within 5 s.
+pub(super) const PROBE_TIMEOUT: Duration = Duration::from_millis(2500);
+
+/// Pauses before the first probes. The third probe is sent after [`AWAY_AFTER`], so the outage of a store that refuses
+/// requests is confirmed within a second.
+const FIRST_PAUSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(250)];
+
+/// Pause before each later probe. After the outage, operations that wait for the store continue at most this long
+/// later.
+const PROBE_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Outage state of one store.
+#[derive(Debug)]
+pub(super) struct OutageTracker {
+    failing: Mutex<Option<SuspectedOutage>>,
+    /// The confirmed outage. `None` if there is none.
+    away: watch::Sender<Option<ConfirmedOutage>>,
+}
+
+/// A suspected outage: requests fail, and none has succeeded since the first failure.
+#[derive(Clone, Debug)]
+struct SuspectedOutage {
+    /// Time when the first failed request was sent.
+    since: Instant,
+    reason: String,
+    logged: bool,
+    probes: usize,
+}
+
+#[derive(Clone, Debug)]
+struct ConfirmedOutage {
+    since: Instant,
+    /// Time when the outage was confirmed.
+    confirmed_at: Instant,
+    reason: String,
+}
+
+/// An outage: the object store does not respond, or refuses every request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outage {
+    /// Duration since the first failed request was sent.
+    pub lasted: Duration,
+    /// Error of the last failed request.
+    pub reason: String,
+}
+
+impl fmt::Display for Outage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "for {} s: {}", self.lasted.as_secs(), self.reason)
+    }
+}
+
+impl Default for OutageTracker {
+    fn default() -> Self {
+        Self { failing: Mutex::default(), away: watch::Sender::new(None) }
+    }
+}
+
+impl OutageTracker {
+    /// Records that a request sent at `sent` failed for a reason other than its content, or has had no response for
+    /// long. Returns true for the first failure: the caller then starts the probes.
+    #[must_use]
+    pub(super) fn failed(&self, url: &str, sent: Instant, reason: &str) -> bool {
+        let mut failing = self.lock();
+        let first = failing.is_none();
+        let suspected = failing.get_or_insert_with(|| SuspectedOutage {
+            since: sent,
+            reason: String::new(),
+            logged: false,
+            probes: 0,
+        });
+        reason.clone_into(&mut suspected.reason);
+        if !suspected.logged && suspected.since.elapsed() >= LOG_AFTER {
+            suspected.logged = true;
+            tracing::warn!(
+                url,
+                error = suspected.reason,
+                "the object store serves no request: until it recovers, segments stay on disk, and tiered records \
+                 cannot be read"
+            );
+        }
+        first
+    }
+
+    /// Records a failed probe. Confirms the outage after [`AWAY_AFTER`].
+    pub(super) fn probe_failed(&self, url: &str, sent: Instant, reason: &str) {
+        let _probing_already = self.failed(url, sent, reason);
+        let failing = self.lock();
+        let is_lasting = |suspected: &&SuspectedOutage| suspected.since.elapsed() >= AWAY_AFTER;
+        let Some(suspected) = failing.as_ref().filter(is_lasting) else { return };
+        // The lock is held, so that a success in the meantime cannot be overwritten.
+        self.away.send_if_modified(|away| {
+            let is_new = away.is_none();
+            let confirmed_at = away.as_ref().map_or_else(clock::monotonic, |away| away.confirmed_at);
+            *away = Some(ConfirmedOutage { since: suspected.since, confirmed_at, reason: suspected.reason.clone() });
+            is_new
+        });
+    }
+
+    /// Records that a request succeeded, or failed for its own content, such as a missing object. Ends the outage.
+    pub(super) fn on_reply(&self, url: &str) {
+        let mut failing = self.lock();
+        let Some(ended) = failing.take() else { return };
+        self.away.send_if_modified(|away| away.take().is_some());
+        if ended.logged {
+            let seconds = ended.since.elapsed().as_secs();
+            tracing::info!(url, seconds, "the object store has recovered");
+        }
+    }
+
+    /// Returns the pause before the next probe. Returns `None` if no outage is suspected.
+    pub(super) fn next_probe(&self) -> Option<Duration> {
+        let mut failing = self.lock();
+        let suspected = failing.as_mut()?;
+        suspected.probes += 1;
+        Some(FIRST_PAUSES.get(suspected.probes - 1).copied().unwrap_or(PROBE_INTERVAL))
+    }
+
+    /// Returns the outage that was logged and has not ended.
+    pub(super) fn outage(&self) -> Option<Outage> {
+        let failing = self.lock().clone().filter(|failing| failing.logged)?;
+        Some(Outage { lasted: clock::monotonic().duration_since(failing.since), reason: failing.reason })
+    }
+
+    /// Returns the outage if it is confirmed and has not ended.
+    pub(super) fn away(&self) -> Option<Outage> {
+        let away = self.away.borrow().clone()?;
+        Some(Outage { lasted: clock::monotonic().duration_since(away.since), reason: away.reason })
+    }
+
+    /// Waits until an outage is confirmed.
+    pub(super) async fn until_away(&self) -> Outage {
+        let mut away = self.away.subscribe();
+        let outage = away.wait_for(Option::is_some).await.expect("the sender is in self").clone();
+        let ConfirmedOutage { since, reason, .. } = outage.expect("`wait_for` returned an outage");
+        Outage { lasted: clock::monotonic().duration_since(since), reason }
+    }
+
+    /// Waits until an outage has been confirmed for `time`. Returns at once if that holds already.
+    pub(super) async fn until_away_for(&self, time: Duration) -> Outage {
+        loop {
+            let outage = self.until_away().await;
+            let confirmed_for = self.away.borrow().as_ref().map(|away| away.confirmed_at.elapsed());
+            // If the outage has ended meanwhile, this waits for the next one.
+            let left = confirmed_for.map_or(Duration::ZERO, |confirmed_for| time.saturating_sub(confirmed_for));
+            if left.is_zero() && confirmed_for.is_some() {
+                return outage;
+            }
+            tokio::select! {
+                biased;
+                () = self.until_back() => {}
+                () = tokio::time::sleep(left) => {}
+            }
+        }
+    }
+
+    /// Waits until there is no confirmed outage.
+    pub(super) async fn until_back(&self) {
+        let mut away = self.away.subscribe();
+        away.wait_for(Option::is_none).await.expect("the sender is in self");
+    }
+
+    /// Sleeps for `pause`. During a confirmed outage, returns as soon as the outage ends, so that waiting operations
+    /// continue at once.
+    pub(super) async fn pause(&self, pause: Duration) {
+        let sleep = tokio::time::sleep(pause);
+        if self.away.borrow().is_none() {
+            return sleep.await;
+        }
+        tokio::select! {
+            biased;
+            () = self.until_back() => {}
+            () = sleep => {}
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<SuspectedOutage>> {
+        self.failing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const URL: &str = "s3://bucket";
+
+    /// Sends probes as the store does, each with an immediate error. Returns the time until the outage is confirmed.
+    async fn probe_until_away(tracker: &OutageTracker) -> Duration {
+        let begin = clock::monotonic();
+        while tracker.away().is_none() {
+            tokio::time::advance(tracker.next_probe().expect("an outage is suspected")).await;
+            tracker.probe_failed(URL, clock::monotonic(), "refused");
+        }
+        begin.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn outage_starts_after_failed_probes_and_ends_with_success() {
+        let tracker = OutageTracker::default();
+        assert!(tracker.failed(URL, clock::monotonic(), "refused"), "the first failure starts the probes");
+        assert!(!tracker.failed(URL, clock::monotonic(), "refused"), "one probe at a time");
+        assert_eq!(tracker.away(), None, "one failure confirms no outage");
+        tracker.on_reply(URL);
+        assert_eq!(tracker.next_probe(), None, "no outage is suspected");
+
+        assert!(tracker.failed(URL, clock::monotonic(), "refused"));
+        tokio::time::advance(AWAY_AFTER * 3).await;
+        assert!(!tracker.failed(URL, clock::monotonic(), "refused"));
+        assert_eq!(tracker.away(), None, "requests of one kind may fail while probes succeed");
+        tracker.on_reply(URL);
+
+        assert!(tracker.failed(URL, clock::monotonic(), "refused"));
+        let took = probe_until_away(&tracker).await;
+        assert!(took < Duration::from_secs(1), "{took:?}");
+        assert_eq!(tracker.away().map(|outage| outage.reason).as_deref(), Some("refused"));
+        let begin = clock::monotonic();
+        tokio::join!(tracker.pause(Duration::from_secs(60)), async { tracker.on_reply(URL) });
+        assert_eq!(begin.elapsed(), Duration::ZERO, "pauses end with the outage");
+        assert_eq!(tracker.away(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn outage_of_unresponsive_store_is_confirmed_in_5_s() {
+        let (tracker, sent) = (OutageTracker::default(), clock::monotonic());
+        tokio::time::advance(SUSPECT_AFTER).await;
+        assert!(tracker.failed(URL, sent, "no response for 2 s"));
+        let pause = tracker.next_probe().expect("an outage is suspected");
+        tokio::time::advance(pause + PROBE_TIMEOUT).await;
+        tracker.probe_failed(URL, clock::monotonic() - PROBE_TIMEOUT, "no response within 2.5 s");
+        assert!(tracker.away().is_some_and(|outage| outage.lasted < Duration::from_secs(5)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn long_outage_is_logged() {
+        let tracker = OutageTracker::default();
+        let _first = tracker.failed(URL, clock::monotonic(), "first");
+        tokio::time::advance(LOG_AFTER / 2).await;
+        tracker.on_reply(URL);
+        tokio::time::advance(LOG_AFTER).await;
+        let _first = tracker.failed(URL, clock::monotonic(), "second");
+        assert_eq!(tracker.outage(), None, "the store responded in between");
+        tokio::time::advance(LOG_AFTER).await;
+        tracker.probe_failed(URL, clock::monotonic(), "refused");
+        let outage = tracker.outage().expect("every request failed for that time");
+        assert_eq!(outage, Outage { lasted: LOG_AFTER, reason: "refused".to_owned() });
+        tokio::time::advance(LOG_AFTER).await;
+        assert_eq!(tracker.outage().expect("the outage continues").to_string(), "for 10 s: refused");
+        tracker.on_reply(URL);
+        assert_eq!(tracker.outage(), None);
+        let _first = tracker.failed(URL, clock::monotonic() - LOG_AFTER, "no response within 5 s");
+        assert!(tracker.outage().is_some(), "one request without response is sufficient");
+    }
+}

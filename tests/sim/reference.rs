@@ -1,0 +1,347 @@
+//! Reference model of every partition, built from the events of the brokers and checked at each event (design.md §13).
+//!
+//! [`ReferenceModel`] is the observer of a run (`task::sim_event`). The model records the content of the metadata store, the log end and epochs of
+//! each replica, and all records that were ever committed. Each event is checked against the model. A violation therefore shows at the
+//! step that causes it, and not only if its effect lasts until the next check. An epoch has one appender. Logs with equal epochs at all
+//! offsets are therefore the same if each batch has the checksum that its epoch gave it. `checker` compares the bytes on the disks.
+//!
+//! | event | rule |
+//! | --- | --- |
+//! | a replica becomes leader | No other process led in that epoch, the store names this leader, and its log has all committed records |
+//! | a broker applies a partition value | The value is not older than the last one |
+//! | a replica is opened | All durable records are there, and no truncated ones |
+//! | an append | It continues the log; a leader appends in its own epoch; no other batch has this epoch and offset |
+//! | a truncation, a reset | No committed record is removed |
+//! | | A bootstrap starts no higher than the tiered end or the log start, with the producer state before it |
+//! | the high watermark moves | The min ISR is met, and the ELR is empty |
+//! | | Every member of the maximal ISR has acknowledged in this epoch, since it subscribed |
+//! | | No batch is split; no producer sequence is repeated or skipped |
+//! | an acknowledgement counts | It was sent, in the epoch of the counting leader, by the broker epoch that subscribed last |
+//! | a response | Its promise holds |
+//! | an ISR proposal, its outcome | An added replica has acknowledged all up to the epoch start and the high watermark in this epoch |
+//! | | The proposed ISR replaces the value that it was made for |
+//! | another partition value | Within an epoch only the leader removes a running replica from the ISR |
+//! | | A replica that leaves the ISR below the min ISR stays eligible |
+//! | an election | The epoch grows by one, and only a member of ISR or ELR is elected |
+//! | any event above | Every running member of ISR ∪ ELR holds all committed records |
+//! | a tier commit | It is made in the current leader epoch, never goes back, and has all committed batches of its range, unchanged |
+//! | an object is deleted or overwritten | No manifest references it |
+//! | a journal file is freed | All its entries are durable in the segments |
+//! | segments are evicted | They are in the object store, or below the log start |
+//! | a follower applies a leader's message | The message is from the leader of the epoch that the follower follows |
+//! | a read, a latest offset | Only committed batches are returned; a newer leader returns no older end |
+
+mod acks;
+mod bucket;
+mod content;
+mod journal;
+mod partition;
+mod replica;
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use strandline::{
+    cluster::{Key, Keys, PartitionValue, Revision, TopicValue, Value as _},
+    log::SimDisk,
+    model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicId},
+    task::sim_event::{self, SimEvent},
+    tier::TierState,
+};
+
+use self::{
+    acks::Ack,
+    bucket::Bucket,
+    content::Entry,
+    journal::{Disk, Journals},
+    partition::Partition,
+    replica::Ends,
+};
+use crate::{panics, trace::Trace, world::Simulation};
+
+/// Description of a rule violation.
+type Violation = String;
+
+/// A broker and its process.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct ProcessId {
+    broker: BrokerId,
+    /// Number of the process.
+    process: u32,
+}
+
+/// Observer of a run, until it is dropped.
+pub(crate) struct ReferenceModel(Rc<RefCell<ReferenceState>>);
+
+struct ReferenceState {
+    keys: Keys,
+    /// True for a standalone broker, which continues in the epoch in which it led.
+    alone: bool,
+    machines: Machines,
+    journals: Journals,
+    bucket: Bucket,
+    /// Registered brokers with their broker epochs.
+    brokers: Brokers,
+    /// Configuration of each topic.
+    topics: BTreeMap<TopicId, TopicConfig>,
+    partitions: BTreeMap<PartitionId, Partition>,
+    trace: Trace,
+}
+
+/// Broker epoch of each registered broker.
+type Brokers = BTreeMap<BrokerId, u64>;
+
+/// Machines of the brokers.
+type Machines = BTreeMap<BrokerId, Host>;
+
+struct Host {
+    /// Number of the broker's process while the broker is active, else 0.
+    process: Arc<AtomicU32>,
+    disk: SimDisk,
+    /// Number of earlier disks of this machine.
+    disks: Arc<AtomicU32>,
+}
+
+impl Host {
+    fn is_running(&self) -> bool {
+        self.process() != 0
+    }
+
+    fn process(&self) -> u32 {
+        self.process.load(Ordering::Relaxed)
+    }
+
+    fn disk_number(&self) -> u32 {
+        self.disks.load(Ordering::Relaxed)
+    }
+}
+
+impl ReferenceModel {
+    /// Observes a simulation from now on.
+    pub(crate) fn watch(world: &Simulation) -> Self {
+        let machines: Machines = world
+            .machines
+            .iter()
+            .map(|of| {
+                let (process, disks) = (Arc::clone(&of.process), Arc::clone(&of.disks));
+                (of.id, Host { process, disk: of.disk.clone(), disks })
+            })
+            .collect();
+        let state = Rc::new(RefCell::new(ReferenceState {
+            keys: Keys::new("strandline").unwrap(),
+            alone: machines.len() == 1,
+            machines,
+            journals: Journals::default(),
+            bucket: Bucket::new(world.shared.objects.clone()),
+            brokers: BTreeMap::new(),
+            topics: BTreeMap::new(),
+            partitions: BTreeMap::new(),
+            trace: world.shared.trace.clone(),
+        }));
+        let observed = Rc::clone(&state);
+        sim_event::set_observer(Some(Box::new(move |process, event| observed.borrow_mut().on_event(process, event))));
+        Self(state)
+    }
+
+    /// Checks the current state: every active member of ISR ∪ ELR must hold all committed records.
+    pub(crate) fn check_isr_and_elr(&self) {
+        let mut state = self.0.borrow_mut();
+        let state = &mut *state;
+        let violation = state.partitions.values().find_map(|partition| partition.members_hold(&state.machines).err());
+        state.report(violation);
+    }
+
+    /// Returns true if the broker's process has opened its replica. Until then the files are as the last process, or a power loss, left
+    /// them.
+    pub(crate) fn has_opened(&self, id: PartitionId, broker: BrokerId) -> bool {
+        let state = self.0.borrow();
+        let process = state.machines[&broker].process();
+        state.partitions.get(&id).is_some_and(|partition| partition.has_opened(ProcessId { broker, process }))
+    }
+}
+
+impl Drop for ReferenceModel {
+    fn drop(&mut self) {
+        sim_event::set_observer(None);
+    }
+}
+
+impl ReferenceState {
+    fn on_event(&mut self, process: u32, event: SimEvent<'_>) {
+        let who = ProcessId { broker: BrokerId(process / 1000), process };
+        let violation = match event {
+            SimEvent::Stored { key, value, revision } => self.stored(key, value, revision),
+            other => self.done(who, other),
+        };
+        self.report(violation.err());
+    }
+
+    fn report(&self, violation: Option<Violation>) {
+        if let Some(violation) = violation {
+            self.trace.record(format_args!("VIOLATION: {violation}"));
+            panics::report(violation);
+        }
+    }
+
+    fn stored(&mut self, key: &str, value: Option<(&[u8], u64)>, revision: u64) -> Result<(), Violation> {
+        let at = |id: PartitionId| move |violation| format!("{id}: {violation}");
+        match (self.keys.parse(key), value) {
+            (Some(Key::Partition(id)), Some((value, _))) => {
+                let Ok(value) = PartitionValue::decode(key, value) else { return Ok(()) };
+                let partition = self.partitions.entry(id).or_default();
+                if let Some(config) = self.topics.get(&id.topic) {
+                    partition.configured(config);
+                }
+                partition.stored(value, Revision(revision), &self.brokers, &self.machines).map_err(at(id))?;
+                partition.members_hold(&self.machines).map_err(at(id))
+            }
+            (Some(Key::Partition(id)), None) => {
+                self.partitions.remove(&id);
+                self.bucket.deleted(id);
+                Ok(())
+            }
+            (Some(Key::Topic(_)), Some((value, _))) => {
+                let Ok(TopicValue { id, config, .. }) = TopicValue::decode(key, value) else { return Ok(()) };
+                let config = TopicConfig::resolve(&ConfigMap::new(), &config).map_err(|error| error.to_string())?;
+                let of_topic = self.partitions.iter_mut().filter(|(partition, _)| partition.topic == id);
+                of_topic.for_each(|(_, partition)| partition.configured(&config));
+                self.topics.insert(id, config);
+                Ok(())
+            }
+            (Some(Key::Tier(id)), Some((value, _))) => {
+                let Ok(state) = TierState::decode(key, value) else { return Ok(()) };
+                let partition = self.partitions.entry(id).or_default();
+                let result = partition.tiered(state.clone());
+                result.and_then(|()| self.bucket.committed(id, &state, partition)).map_err(at(id))
+            }
+            (Some(Key::Tier(id)), None) => {
+                self.bucket.deleted(id);
+                Ok(())
+            }
+            (Some(Key::Broker(id)), Some((_, created))) => {
+                self.brokers.insert(id, created);
+                Ok(())
+            }
+            (Some(Key::Broker(id)), None) => {
+                self.brokers.remove(&id);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Applies an event to the journals.
+    fn journals(&mut self, who: ProcessId, event: &SimEvent<'_>) -> Result<(), Violation> {
+        let Some(host) = self.machines.get(&who.broker) else { return Ok(()) };
+        let disk = Disk { number: host.disk_number(), content: &host.disk };
+        if let SimEvent::EntryJournaled { .. } | SimEvent::LogChangeStarted { .. } | SimEvent::JournalFileFreed { .. } =
+            event
+        {
+            self.journals.begun(who, &disk)?;
+        }
+        match *event {
+            SimEvent::EntryJournaled { partition, file, end } => self.journals.journaled(who, partition, file, end),
+            SimEvent::LogChangeStarted { partition, to, emptied } => {
+                self.journals.changing(who, partition, to, emptied)
+            }
+            SimEvent::JournalFileFreed { file } => return self.journals.freed(who, file, &disk),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn done(&mut self, who: ProcessId, event: SimEvent<'_>) -> Result<(), Violation> {
+        self.journals(who, &event)?;
+        let Some(id) = partition_of(&event) else { return Ok(()) };
+        // Events of a partition that is being deleted are ignored.
+        let Some(partition) = self.partitions.get_mut(&id) else { return Ok(()) };
+        let by = |violation| format!("{id}: broker {}: {violation}", who.broker);
+        let moved = match event {
+            SimEvent::Stored { .. } | SimEvent::EntryJournaled { .. } | SimEvent::JournalFileFreed { .. } => false,
+            SimEvent::ReplicaOpened { epochs, end, .. } => {
+                let disk = self.machines.get(&who.broker).map_or(0, Host::disk_number);
+                partition.opened(who, (epochs, end), disk, self.alone).map_err(by)?
+            }
+            SimEvent::MetadataApplied { revision, .. } => {
+                partition.metadata_applied(who, Revision(revision)).map_err(by)?
+            }
+            SimEvent::LeadershipStarted { epoch, start, .. } => {
+                partition.leadership_started(who, epoch, start, self.alone).map_err(by)?
+            }
+            SimEvent::Appended { base, end, epoch, leads, crc, producer, .. } => {
+                partition.appended(who, base..end, (epoch, leads), Entry { end, crc, producer }).map_err(by)?
+            }
+            SimEvent::LogChangeStarted { to, emptied, .. } => partition.change_started(who.broker, to, emptied),
+            SimEvent::LogChangeCompleted { .. } => partition.change_completed(who.broker),
+            SimEvent::Truncated { epoch, to, .. } => partition.truncated(who.broker, epoch, to).map_err(by)?,
+            SimEvent::LogReset { at, epochs, producers, .. } => {
+                let producers: BTreeSet<i64> = producers.iter().copied().collect();
+                partition.log_reset(who.broker, at, epochs, &producers).map_err(by)?
+            }
+            SimEvent::LogPositionSent { epoch, persisted, .. } => {
+                partition.log_position_sent(who.broker, epoch, persisted)
+            }
+            SimEvent::WatermarksPublished { watermarks, role, .. } => {
+                partition.watermarks_published(who.broker, watermarks, role, &self.brokers).map_err(by)?
+            }
+            SimEvent::FollowerSubscribed { epoch, follower, registered, .. } => {
+                partition.follower_subscribed(epoch, follower, registered).map_err(by)?
+            }
+            SimEvent::AckCounted { epoch, follower, registered, acknowledged, written, persisted, .. } => {
+                let ends = Ends { written, persisted };
+                partition.ack_counted(epoch, &Ack { follower, registered, epoch: acknowledged, ends }).map_err(by)?
+            }
+            SimEvent::IsrProposed { epoch, expect, isr, added, .. } => {
+                partition.isr_proposed(who.broker, epoch, (Revision(expect), isr, added), &self.brokers).map_err(by)?
+            }
+            SimEvent::WriteAcked { end, by_all, .. } => {
+                partition.on_write_acked(who.broker, end, by_all).map_err(by)?
+            }
+            SimEvent::LeaderMessageApplied { epoch, .. } => partition.leader_message_applied(who, epoch).map_err(by)?,
+            SimEvent::BatchServed { base, end, epoch, crc, .. } => {
+                partition.batch_served(base, epoch, (end, crc)).map_err(by)?
+            }
+            SimEvent::ReadableEndMoved { end, .. } => partition.readable_end_moved(end).map_err(by)?,
+            SimEvent::LatestReturned { epoch, offset, .. } => partition.latest_returned(epoch, offset).map_err(by)?,
+            SimEvent::Evicted { start, .. } => partition.evicted(start).map_err(by)?,
+        };
+        // Only an event that moves a log or the committed end can remove what a member must hold.
+        if moved {
+            partition.members_hold(&self.machines).map_err(|violation| format!("{id}: {violation}"))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+fn partition_of(event: &SimEvent<'_>) -> Option<PartitionId> {
+    match event {
+        SimEvent::Stored { .. } | SimEvent::EntryJournaled { .. } | SimEvent::JournalFileFreed { .. } => None,
+        SimEvent::ReplicaOpened { partition, .. }
+        | SimEvent::MetadataApplied { partition, .. }
+        | SimEvent::FollowerSubscribed { partition, .. }
+        | SimEvent::LeaderMessageApplied { partition, .. }
+        | SimEvent::BatchServed { partition, .. }
+        | SimEvent::LogChangeStarted { partition, .. }
+        | SimEvent::LogChangeCompleted { partition, .. }
+        | SimEvent::LeadershipStarted { partition, .. }
+        | SimEvent::Appended { partition, .. }
+        | SimEvent::Truncated { partition, .. }
+        | SimEvent::LogReset { partition, .. }
+        | SimEvent::LogPositionSent { partition, .. }
+        | SimEvent::WatermarksPublished { partition, .. }
+        | SimEvent::AckCounted { partition, .. }
+        | SimEvent::IsrProposed { partition, .. }
+        | SimEvent::WriteAcked { partition, .. }
+        | SimEvent::ReadableEndMoved { partition, .. }
+        | SimEvent::LatestReturned { partition, .. }
+        | SimEvent::Evicted { partition, .. } => Some(*partition),
+    }
+}

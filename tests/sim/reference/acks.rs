@@ -1,0 +1,89 @@
+//! Acknowledgements of followers that leaders count.
+
+use std::collections::BTreeMap;
+
+use strandline::model::{BrokerId, LeaderEpoch};
+
+use super::{Violation, replica::Ends};
+
+/// One acknowledgement, as a leader receives it.
+pub(super) struct Ack {
+    pub(super) follower: BrokerId,
+    /// Broker epoch of the follower, as its link states it.
+    pub(super) registered: u64,
+    /// Leader epoch in which the follower subscribed.
+    pub(super) epoch: LeaderEpoch,
+    pub(super) ends: Ends,
+}
+
+/// Subscribed followers of each epoch's leader.
+#[derive(Default)]
+pub(super) struct Acks(BTreeMap<LeaderEpoch, BTreeMap<BrokerId, SubscribedFollower>>);
+
+#[derive(Default)]
+struct SubscribedFollower {
+    /// Broker epoch that subscribed last.
+    registered: u64,
+    /// Progress acknowledged since that subscription.
+    acked: Option<Ends>,
+    /// Progress acknowledged before that subscription. Watermarks that this progress moved may be published after the subscription.
+    before: Option<Ends>,
+}
+
+impl Acks {
+    /// Returns the progress that a follower has acknowledged in this epoch since its last subscription.
+    pub(super) fn of(&self, epoch: LeaderEpoch, follower: BrokerId) -> Option<Ends> {
+        self.0.get(&epoch)?.get(&follower)?.acked
+    }
+
+    /// Returns the progress that may have moved the watermarks that a leader publishes now.
+    pub(super) fn recent(&self, epoch: LeaderEpoch, follower: BrokerId) -> Option<Ends> {
+        let SubscribedFollower { acked, before, .. } = self.0.get(&epoch)?.get(&follower)?;
+        before.map(|before| before.max(acked.unwrap_or_default())).or(*acked)
+    }
+
+    /// Drops the progress before the last subscriptions, as the leader has published its watermarks.
+    pub(super) fn published(&mut self, epoch: LeaderEpoch) {
+        self.0.entry(epoch).or_default().values_mut().for_each(|subscribed| subscribed.before = None);
+    }
+
+    /// Records a subscription, whose broker epoch must not be older than the last one.
+    pub(super) fn follower_subscribed(
+        &mut self,
+        epoch: LeaderEpoch,
+        follower: BrokerId,
+        registered: u64,
+    ) -> Result<(), Violation> {
+        let subscribed = self.0.entry(epoch).or_default().entry(follower).or_default();
+        if subscribed.registered > registered {
+            return Err(format!(
+                "subscribed broker {follower} with broker epoch {registered} in leader epoch {epoch}, after broker epoch {}",
+                subscribed.registered
+            ));
+        }
+        let before = subscribed.acked.or(subscribed.before);
+        *subscribed = SubscribedFollower { registered, acked: None, before };
+        Ok(())
+    }
+
+    /// Checks and records an acknowledgement that the leader of epoch `leads` counts. `ever` is the maximum that the follower acknowledged
+    /// in the epoch of the acknowledgement. An acknowledgement of an older leader epoch or broker epoch is a violation even without harm,
+    /// as its records may have been truncated since.
+    pub(super) fn counted(&mut self, leads: LeaderEpoch, ack: &Ack, ever: Ends) -> Result<(), Violation> {
+        let Ack { follower, registered, epoch, ends } = ack;
+        if *epoch != leads {
+            return Err(format!("counts in epoch {leads} an acknowledgement of broker {follower} from epoch {epoch}"));
+        }
+        if ends.written > ever.written || ends.persisted > ever.persisted {
+            return Err(format!("counts {ends:?} of broker {follower}, which acknowledged at most {ever:?}"));
+        }
+        let subscribed_follower = self.0.entry(*epoch).or_default().get_mut(follower);
+        let Some(subscribed) = subscribed_follower.filter(|subscribed| subscribed.registered == *registered) else {
+            return Err(format!(
+                "counts an acknowledgement of broker {follower} with broker epoch {registered}, which did not subscribe last"
+            ));
+        };
+        subscribed.acked = Some(subscribed.acked.unwrap_or_default().max(*ends));
+        Ok(())
+    }
+}

@@ -1,0 +1,64 @@
+//! Content of the object store, checked at each tier commit of a leader. From then on no broker may change or delete a referenced object
+//! (`Objects::keep`).
+
+use std::collections::BTreeSet;
+
+use strandline::{
+    model::{LeaderEpoch, Offset, PartitionId},
+    record::Batch,
+    tier::TierState,
+};
+
+use super::{Violation, partition::Partition};
+use crate::{
+    manifest::{self, ReferencedObjects},
+    objects::Objects,
+};
+
+pub(super) struct Bucket {
+    objects: Objects,
+    /// Segment objects that were checked. Their names are never used again.
+    read: BTreeSet<String>,
+}
+
+impl Bucket {
+    pub(super) fn new(objects: Objects) -> Self {
+        Self { objects, read: BTreeSet::new() }
+    }
+
+    /// Checks a committed tier state. Its readable segments must exist and hold the committed batches.
+    pub(super) fn committed(&mut self, id: PartitionId, state: &TierState, model: &Partition) -> Result<(), Violation> {
+        let ReferencedObjects { objects, segments } = manifest::referenced_objects(&self.objects, id, state)?;
+        for (segment, entry) in segments {
+            if objects.contains(&segment) && self.read.insert(segment.clone()) {
+                let mut data = manifest::data_of(&self.objects, &segment, &entry)?;
+                let mut next = entry.stamp.base;
+                while !data.is_empty() {
+                    let batch = Batch::split_from(&mut data).map_err(|error| format!("{segment}: {error}"))?;
+                    next =
+                        check_committed(&batch, next, model).map_err(|violation| format!("{segment}: {violation}"))?;
+                }
+                if next != entry.stamp.end {
+                    return Err(format!("{segment} ends at {next}"));
+                }
+            }
+        }
+        self.objects.keep(id, objects);
+        Ok(())
+    }
+
+    /// Removes the references of a deleted partition.
+    pub(super) fn deleted(&self, id: PartitionId) {
+        self.objects.keep(id, BTreeSet::new());
+    }
+}
+
+/// Returns the base of the next batch. Fails unless this batch is the committed one at `next`.
+fn check_committed(batch: &Batch, next: Offset, model: &Partition) -> Result<Offset, Violation> {
+    let (base, end, epoch) = (batch.base_offset(), batch.end_offset(), batch.leader_epoch());
+    let found = (base, epoch, end, batch.crc());
+    let committed = model.committed_at(next);
+    let is: Option<(Offset, Option<LeaderEpoch>, Offset, u32)> =
+        committed.map(|(epoch, batch)| (next, Some(epoch), batch.end, batch.crc));
+    if is == Some(found) { Ok(end) } else { Err(format!("contains {found:?}, but the committed batch is {is:?}")) }
+}

@@ -1,0 +1,90 @@
+//! Content of each broker's journal, and the check that the segments hold the same durably before a journal file is reused.
+
+use std::collections::BTreeMap;
+
+use strandline::{
+    log::SimDisk,
+    model::{BrokerId, Offset, PartitionId},
+};
+
+use super::{ProcessId, Violation};
+use crate::logs;
+
+/// Disk of a broker.
+pub(super) struct Disk<'a> {
+    /// Number of earlier disks of the machine.
+    pub(super) number: u32,
+    pub(super) content: &'a SimDisk,
+}
+
+/// Journal of each broker, as the last process wrote it.
+#[derive(Default)]
+pub(super) struct Journals(BTreeMap<BrokerId, Journal>);
+
+#[derive(Default)]
+struct Journal {
+    process: u32,
+    /// Number of the disk.
+    disk: u32,
+    /// End of each log in each file, by the serial number of the file.
+    files: BTreeMap<u64, LogEnds>,
+}
+
+type LogEnds = BTreeMap<PartitionId, Offset>;
+
+impl Journals {
+    fn of(&mut self, who: ProcessId) -> &mut Journal {
+        self.0.entry(who.broker).or_default()
+    }
+
+    /// Records that a process writes its journal. A new process may reuse all files, as replay has applied their entries. So the segments
+    /// must hold these entries durably, unless the disk is another one.
+    pub(super) fn begun(&mut self, who: ProcessId, disk: &Disk<'_>) -> Result<(), Violation> {
+        let journal = self.of(who);
+        if journal.process == who.process {
+            return Ok(());
+        }
+        let fresh = Journal { process: who.process, disk: disk.number, files: BTreeMap::new() };
+        let before = std::mem::replace(journal, fresh);
+        if before.disk != disk.number {
+            return Ok(());
+        }
+        before.files.values().try_for_each(|held| check_durable(who, held, disk))
+    }
+
+    pub(super) fn journaled(&mut self, who: ProcessId, partition: PartitionId, file: u64, end: Offset) {
+        let held = self.of(who).files.entry(file).or_default().entry(partition).or_default();
+        *held = end.max(*held);
+    }
+
+    /// Limits the ends of a log that is truncated or reset: the segments need not hold more.
+    pub(super) fn changing(&mut self, who: ProcessId, partition: PartitionId, to: Offset, emptied: bool) {
+        for file in self.of(who).files.values_mut() {
+            if emptied {
+                file.remove(&partition);
+            } else if let Some(held) = file.get_mut(&partition) {
+                *held = to.min(*held);
+            }
+        }
+    }
+
+    /// Checks a file that is about to be reused.
+    pub(super) fn freed(&mut self, who: ProcessId, file: u64, disk: &Disk<'_>) -> Result<(), Violation> {
+        let held = self.of(who).files.remove(&file).unwrap_or_default();
+        check_durable(who, &held, disk)
+    }
+}
+
+/// Checks that all these entries are durable in their segments.
+fn check_durable(who: ProcessId, held: &LogEnds, disk: &Disk<'_>) -> Result<(), Violation> {
+    let lacking = held.iter().find_map(|(partition, end)| {
+        let durable = logs::durable_end(disk.content, *partition);
+        (durable < *end).then_some((partition, end, durable))
+    });
+    lacking.map_or(Ok(()), |(partition, end, durable)| {
+        Err(format!(
+            "broker {}: a freed journal file has entries of {partition} up to {end}, but the segments are durable only up to {durable}",
+            who.broker
+        ))
+    })
+}

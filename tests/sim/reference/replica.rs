@@ -1,0 +1,200 @@
+//! Model of one replica, built from the events of its broker.
+
+use std::collections::BTreeMap;
+
+use strandline::{
+    log::EpochHistory,
+    model::{Durability, LeaderEpoch, Offset},
+};
+
+/// Log end and persisted end of a log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Ends {
+    pub(super) written: Offset,
+    pub(super) persisted: Offset,
+}
+
+impl Ends {
+    pub(super) fn by(self, durability: Durability) -> Offset {
+        match durability {
+            Durability::Persisted => self.persisted,
+            Durability::Replicated => self.written,
+        }
+    }
+
+    /// Returns the larger value of each end.
+    pub(super) fn max(self, other: Self) -> Self {
+        Self { written: self.written.max(other.written), persisted: self.persisted.max(other.persisted) }
+    }
+}
+
+/// A log, and the progress that its broker reported to leaders.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Replica {
+    pub(super) epochs: EpochHistory,
+    pub(super) ends: Ends,
+    pub(super) high_watermark: Offset,
+    /// Durable end of earlier processes, limited to what is still there. The current process may report less: neither journal nor
+    /// checkpoint records every sync of a segment.
+    synced_before: Offset,
+    /// Progress acknowledged in each epoch, by this process and by earlier ones.
+    acked: BTreeMap<LeaderEpoch, Ends>,
+    acked_before: BTreeMap<LeaderEpoch, Ends>,
+    /// Number of the disk that the replica was found on; `None` while there are no files.
+    disk: Option<u32>,
+    /// Number of the process that opened the replica last.
+    process: u32,
+    changing: Option<Box<Change>>,
+}
+
+/// Unfinished truncation or reset of a log. A crash may leave the log before or after the change.
+#[derive(Clone, Debug)]
+struct Change {
+    before: Replica,
+    to: Offset,
+    emptied: bool,
+}
+
+impl Replica {
+    /// Records that a process opened the replica. The log must hold everything that was durable and not truncated, and nothing that was
+    /// truncated.
+    pub(super) fn opened(
+        &mut self,
+        process: u32,
+        (epochs, end): (&[(LeaderEpoch, Offset)], Offset),
+        disk: u32,
+    ) -> Result<(), String> {
+        let epochs = EpochHistory::from_starts(epochs.iter().copied()).unwrap();
+        let recovered = if self.disk == Some(disk) { self.check_recovered(&epochs, end) } else { Ok(()) };
+        if self.disk != Some(disk) {
+            (self.ends, self.synced_before) = (Ends::default(), Offset::ZERO);
+        }
+        (self.process, self.disk, self.changing) = (process, Some(disk), None);
+        let acked = std::mem::take(&mut self.acked);
+        for (epoch, ends) in acked {
+            let before = self.acked_before.entry(epoch).or_default();
+            *before = before.max(ends);
+        }
+        self.epochs = epochs;
+        self.synced_before = self.durable().min(end);
+        self.ends = Ends { written: end, persisted: Offset::ZERO };
+        self.high_watermark = Offset::ZERO;
+        recovered
+    }
+
+    /// Returns true if the replica was found on this disk of its machine.
+    pub(super) fn is_on(&self, disk: u32) -> bool {
+        self.disk == Some(disk)
+    }
+
+    /// Returns true if this process has opened the replica.
+    pub(super) fn is_open_in(&self, process: u32) -> bool {
+        self.process == process
+    }
+
+    /// Returns the highest end that was durable and was not truncated since.
+    fn durable(&self) -> Offset {
+        self.ends.persisted.max(self.synced_before)
+    }
+
+    /// Checks that a crash may have left a log with these epochs and this end.
+    fn check_recovered(&self, epochs: &EpochHistory, end: Offset) -> Result<(), String> {
+        let found = self.after_truncation(epochs, end);
+        let Some(Change { before, to, emptied }) = self.changing.as_deref().filter(|_| found.is_err()) else {
+            return found;
+        };
+        if *emptied && end == *to || before.after_truncation(epochs, end).is_ok() {
+            return Ok(());
+        }
+        let mut truncated = before.clone();
+        truncated.truncate(*to);
+        if *emptied { found } else { truncated.after_truncation(epochs, end) }
+    }
+
+    fn after_truncation(&self, epochs: &EpochHistory, end: Offset) -> Result<(), String> {
+        let (durable, written) = (self.durable(), self.ends.written);
+        if self.epochs.last().is_none() {
+            // The log never held a record, or all records were deleted. It may start at another offset, empty.
+            let found = epochs
+                .last()
+                .map(|last| format!("a deleted log was recovered, with last epoch {last:?} and end {end}"));
+            return found.map_or(Ok(()), Err);
+        }
+        if !(durable..=written).contains(&end) {
+            return Err(format!(
+                "the recovered log ends at {end}, but {durable} was durable and {written} was written"
+            ));
+        }
+        self.difference_from(epochs, end).map_or(Ok(()), |reason| Err(format!("the recovered log differs: {reason}")))
+    }
+
+    /// Records that the log is about to be truncated or reset.
+    pub(super) fn change_started(&mut self, to: Offset, emptied: bool) {
+        // After an unfinished earlier change, a crash may still leave the log before that change.
+        let before = self.changing.take().map_or_else(|| self.clone(), |change| change.before);
+        self.changing = Some(Box::new(Change { before, to, emptied }));
+    }
+
+    /// Records that the truncation or reset is complete.
+    pub(super) fn change_completed(&mut self) {
+        if let Some(change) = self.changing.take().filter(|change| change.emptied) {
+            self.begin(change.to, EpochHistory::new());
+        }
+    }
+
+    /// Records a log position that was sent in this epoch. Earlier acknowledgements in this epoch no longer count.
+    pub(super) fn log_position_sent(&mut self, epoch: LeaderEpoch, persisted: Offset) {
+        self.ends.persisted = persisted;
+        self.acked.insert(epoch, self.ends);
+    }
+
+    /// Records that the leader of this epoch may receive the current progress.
+    pub(super) fn progress_published(&mut self, epoch: LeaderEpoch) {
+        let acked = self.acked.entry(epoch).or_default();
+        *acked = acked.max(self.ends);
+    }
+
+    /// Returns the progress that this process acknowledged in this epoch.
+    pub(super) fn acked(&self, epoch: LeaderEpoch) -> Option<Ends> {
+        self.acked.get(&epoch).copied()
+    }
+
+    /// Returns the progress that this or an earlier process acknowledged in this epoch. A leader may not have detected yet that an earlier
+    /// process has exited.
+    pub(super) fn ever_acked(&self, epoch: LeaderEpoch) -> Option<Ends> {
+        let before = self.acked_before.get(&epoch).copied();
+        self.acked(epoch).map(|acked| acked.max(before.unwrap_or_default())).or(before)
+    }
+
+    pub(super) fn truncate(&mut self, to: Offset) {
+        self.epochs.truncate(to);
+        self.ends = Ends { written: to, persisted: to };
+        self.synced_before = self.synced_before.min(to);
+    }
+
+    /// Resets the log to start at `at`, with the epoch history before that offset.
+    pub(super) fn begin(&mut self, at: Offset, epochs: EpochHistory) {
+        self.epochs = epochs;
+        self.ends = Ends { written: at, persisted: at };
+        self.synced_before = Offset::ZERO;
+    }
+
+    /// Returns the end that counts under this durability.
+    pub(super) fn holds(&self, durability: Durability) -> Offset {
+        match durability {
+            Durability::Persisted => self.durable(),
+            Durability::Replicated => self.ends.written,
+        }
+    }
+
+    /// Returns a description of the difference from `epochs` below `end`; `None` if there is none.
+    pub(super) fn difference_from(&self, epochs: &EpochHistory, end: Offset) -> Option<String> {
+        let first = |history: &EpochHistory| history.iter().next().map(|(_, start)| start);
+        let from = first(&self.epochs)?.max(first(epochs)?);
+        if from >= end {
+            return None;
+        }
+        let (mine, theirs) = (self.epochs.between(from, end), epochs.between(from, end));
+        (mine != theirs).then(|| format!("the epochs are {mine:?}, but the committed ones are {theirs:?}"))
+    }
+}
