@@ -150,8 +150,8 @@ fn topic_with_unopenable_partitions_is_deleted() {
     instance.cli().ok(&["topic", "delete", "broken", "--yes"]);
     eventually("the files are deleted", || files_or_none(&folder).is_empty().then_some(()));
     instance.cli().ok(&["topic", "create", "broken"]);
-    instance.cli().ok_with(&["produce", "broken"], b"anew\n");
-    assert_eq!(instance.cli().ok(&["consume", "broken", "--from", "earliest", "--until-end"]).text(), "anew\n");
+    instance.cli().ok_with(&["produce", "broken"], b"again\n");
+    assert_eq!(instance.cli().ok(&["consume", "broken", "--from", "earliest", "--until-end"]).text(), "again\n");
     assert!(broker.terminate().success(), "{}", instance.log());
 }
 

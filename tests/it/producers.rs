@@ -70,11 +70,11 @@ async fn foreign_client_with_a_producers_sequence_hides_no_record() {
     let id = producer_id(&mut log).await;
     assert_eq!(append(&mut log, stamped(b"first", (id, 0, 0))).await.expect("stored").base_offset, 0);
     // The foreign client has read the producer id in a batch.
-    assert_eq!(append(&mut log, stamped(b"stranger", (id, 0, 1))).await.expect("stored").base_offset, 1);
+    assert_eq!(append(&mut log, stamped(b"from another producer", (id, 0, 1))).await.expect("stored").base_offset, 1);
     let victim = append(&mut log, stamped(b"second", (id, 0, 1))).await.expect_err("the record is not stored");
     assert_eq!(victim.code, ErrorCode::OutOfOrderSequence, "{victim:?}");
     assert!(victim.message.contains("stored at offset 1"), "{victim:?}");
-    let retry = append(&mut log, stamped(b"stranger", (id, 0, 1))).await.expect("a retry");
+    let retry = append(&mut log, stamped(b"from another producer", (id, 0, 1))).await.expect("a retry");
     assert!(retry.duplicate && retry.base_offset == 1);
 }
 

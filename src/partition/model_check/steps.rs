@@ -29,9 +29,10 @@ pub(super) enum DeliveryTime {
 /// End of a transaction, for the leader that requested it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StoreReply {
-    Told,
+    /// The leader receives the outcome at once.
+    Delivered,
     /// The outcome arrives later, and the leader waits for it.
-    ToldLater,
+    DeliveredLater,
     /// The transaction was applied or refused, and the leader does not receive the outcome.
     Lost,
     /// The leader receives nothing, and the transaction may still be applied.
@@ -97,9 +98,9 @@ impl ModelState {
                     steps.push(Step::ReadBack(me));
                 }
                 if leader.clone().proposal().is_some() {
-                    steps.push(Step::Propose { leader: me, outcome: StoreReply::Told });
+                    steps.push(Step::Propose { leader: me, outcome: StoreReply::Delivered });
                     if self.budget.late > 0 {
-                        steps.push(Step::Propose { leader: me, outcome: StoreReply::ToldLater });
+                        steps.push(Step::Propose { leader: me, outcome: StoreReply::DeliveredLater });
                     }
                     if self.budget.unknowns > 0 {
                         steps.push(Step::Propose { leader: me, outcome: StoreReply::Lost });
@@ -458,8 +459,8 @@ impl ModelState {
         let awaited = Some(leader.epoch());
         let call = StoreCall { proposal, owner: id(me), awaited };
         match outcome {
-            StoreReply::Told => self.store_does(call),
-            StoreReply::ToldLater => {
+            StoreReply::Delivered => self.store_does(call),
+            StoreReply::DeliveredLater => {
                 self.budget.late -= 1;
                 self.calls.push(call);
             }

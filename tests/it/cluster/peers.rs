@@ -49,8 +49,8 @@ impl Meta {
         let value = BrokerValue {
             listeners,
             rack: None,
-            directory_id: "a stranger's".to_owned(),
-            incarnation: "a stranger's".to_owned(),
+            directory_id: "another process's".to_owned(),
+            incarnation: "another process's".to_owned(),
             state: BrokerState::Running,
             disk_pressure: false,
             disk_full: false,
@@ -137,7 +137,7 @@ async fn unregistered_broker_reports_only_its_identity() {
     let mut peer = peer(instance.peer()).await;
     let identity = peer.get_identity(v1::GetIdentityRequest {}).await.expect("the broker responds").into_inner();
     assert_eq!((identity.broker_id, identity.broker_epoch), (FAKE_BROKER, None));
-    assert_ne!(identity.incarnation, "a stranger's");
+    assert_ne!(identity.incarnation, "another process's");
     let replicas = peer
         .describe_replicas(v1::DescribeReplicasRequest { replicas: Vec::new() })
         .await

@@ -102,7 +102,7 @@ async fn failed_abort_is_reported_and_retried_the_next_time() {
     assert!(matches!(error, UploadsError::List { .. }) && error.to_string().contains("501"), "{error}");
     assert!(error.to_string().contains("life-cycle"), "{error}");
     s3.faults().clear();
-    let foreign = TierStore::open(&s3.options("ours"), "stranger").unwrap();
+    let foreign = TierStore::open(&s3.options("ours"), "foreign").unwrap();
     let error = abort_abandoned_uploads(&foreign, HOUR, clock::wall_ms()).await.unwrap_err();
     assert!(matches!(error, UploadsError::Claim(BindingError::Foreign { .. })), "{error}");
 }
