@@ -25,11 +25,9 @@ mod grant;
 mod incomplete;
 mod queue;
 
-use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
@@ -251,10 +249,6 @@ impl CallMemory {
         Self { budgets, connection, call: Arc::default() }
     }
 
-    fn call(&self) -> MutexGuard<'_, Call> {
-        self.call.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Takes memory for a request of which only the length has arrived, without waiting. Most requests get their memory here.
     pub fn try_request(&self, bytes: usize) -> Option<Grant> {
         Pools::try_take(&self.connection.0.requests, &self.budgets.0.requests, bytes)
@@ -332,14 +326,14 @@ impl CallMemory {
 
     /// Stores the memory of a completely read request of `bytes` until its handler takes that memory.
     pub fn deliver(&self, bytes: usize, grants: impl IntoIterator<Item = Grant>) {
-        let mut call = self.call();
+        let mut call = self.call.lock();
         call.request.bytes = bytes;
         call.request.grants.extend(grants);
     }
 
     /// Takes over the memory of the request that was read last. Dropping the value frees the memory.
     pub fn take_request(&self) -> ReceivedRequest {
-        std::mem::take(&mut self.call().request)
+        std::mem::take(&mut self.call.lock().request)
     }
 
     /// Registers a request as incomplete until the returned guard is dropped.
@@ -408,7 +402,7 @@ impl CallMemory {
     /// `OVERLOADED`: there is not enough memory.
     pub(crate) fn reserve_more(&self, bytes: usize) -> Result<(), ApiError> {
         let more = self.take_more(bytes)?;
-        self.call().made.push(more);
+        self.call.lock().made.push(more);
         Ok(())
     }
 
@@ -447,7 +441,7 @@ impl CallMemory {
     /// Reduces the memory of a completed response to `bytes`. This memory stays charged until the response has been sent.
     pub(super) fn made(&self, mut response: ResponseGrant, bytes: usize) {
         response.shrink(bytes);
-        self.call().made.push(response.grant);
+        self.call.lock().made.push(response.grant);
     }
 
     /// Takes back memory that a response has freed, up to `bytes`. Returns true if there was enough.
@@ -458,7 +452,7 @@ impl CallMemory {
 
     /// Records that the client took a piece of the data that was passed to HTTP/2.
     pub fn on_piece_taken(&self) {
-        if let Some(unread) = &self.call().unread {
+        if let Some(unread) = &self.call.lock().unread {
             unread.renew();
         }
     }
@@ -469,13 +463,13 @@ impl CallMemory {
     /// # Errors
     /// `OVERLOADED`: there is not enough memory.
     pub fn hand(&self, bytes: usize) -> Result<SendingResponse, ApiError> {
-        let mut grants = std::mem::take(&mut self.call().made);
+        let mut grants = std::mem::take(&mut self.call.lock().made);
         let charged = grants.iter().map(Grant::bytes).sum::<usize>();
         if bytes > charged + UNCHARGED_BYTES {
             grants.push(self.take_more(bytes - charged)?);
         }
         let charged = grants.iter().map(Grant::bytes).sum();
-        let mut call = self.call();
+        let mut call = self.call.lock();
         call.handed += 1;
         // Until the client reads the response, the call cannot free any memory.
         call.unread.get_or_insert_with(|| UnreadResponse::new(&self.connection.0)).hand(charged);
@@ -515,7 +509,7 @@ pub struct SendingResponse {
 
 impl Drop for SendingResponse {
     fn drop(&mut self) {
-        let mut call = self.call.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut call = self.call.lock();
         call.handed -= 1;
         if call.handed > 0 {
             return call.unread.iter().for_each(UnreadResponse::renew);

@@ -4,10 +4,9 @@
 //! the claim. If the rate is exceeded or the store does not respond, the claim is ignored, and the metadata cache shows the stored value a
 //! moment later.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
 
 use super::producer_ids::Bucket;
 use crate::{
@@ -37,7 +36,7 @@ struct Rate(Mutex<Option<Bucket>>);
 
 impl Rate {
     fn take(&self) -> bool {
-        let mut bucket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bucket = self.0.lock();
         let left = Bucket::take(*bucket, MAX_LOOKUPS_PER_MINUTE, clock::monotonic());
         *bucket = left.or(*bucket);
         left.is_some()

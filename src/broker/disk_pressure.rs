@@ -59,10 +59,8 @@ pub(super) async fn run(broker: Arc<Broker>, session: Session) {
     let (mut under_pressure, mut full, mut published) = (session.is_under_disk_pressure(), false, true);
     for tick in 1u32.. {
         broker.metrics.disk_pressure.set(u64::from(under_pressure || broker.health.is_full()));
-        tokio::select! {
-            biased;
-            () = broker.tasks.cancelled() => return,
-            () = tokio::time::sleep(CHECK_INTERVAL) => {}
+        if broker.tasks.sleep_until_cancelled(CHECK_INTERVAL).await.is_none() {
+            return;
         }
         let refused = broker.log.is_full();
         let is_due = tick.is_multiple_of(TICKS_PER_DISK_CHECK) || refused != full;

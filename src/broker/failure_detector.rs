@@ -28,9 +28,11 @@ mod trust;
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
+
+use parking_lot::Mutex;
 
 use self::{shared_checks::SharedChecks, trust::RevokeCooldown};
 use super::{
@@ -43,7 +45,7 @@ use crate::{
     model::BrokerId,
     partition::leader::isr::{DisconnectCause, PeerId},
     proto::v1,
-    task::{Tasks, clock},
+    task::{Backoff, Tasks, clock},
     telemetry::LogThrottle,
 };
 use futures::{StreamExt as _, stream};
@@ -127,17 +129,14 @@ pub(super) struct FailureDetector {
 
 impl LinkLossListener for FailureDetector {
     fn link_lost(&self, broker: BrokerId, epoch: Revision, how: DisconnectReason) {
-        if how == DisconnectReason::TimedOut || self.tasks.is_cancelled() || !self.checks().insert((broker, epoch)) {
+        if how == DisconnectReason::TimedOut || self.tasks.is_cancelled() || !self.checks.lock().insert((broker, epoch))
+        {
             return;
         }
         let (Some(local), Some(detector)) = (self.broker.upgrade(), self.this.upgrade()) else { return };
         self.tasks.spawn("failure-detector", async move {
-            tokio::select! {
-                biased;
-                () = detector.tasks.cancelled() => {}
-                () = local.probe_peer(broker, epoch, &detector) => {}
-            }
-            detector.checks().remove(&(broker, epoch));
+            detector.tasks.run_until_cancelled(local.probe_peer(broker, epoch, &detector)).await;
+            detector.checks.lock().remove(&(broker, epoch));
         });
     }
 }
@@ -156,28 +155,19 @@ impl FailureDetector {
             false_reports: Mutex::default(),
         })
     }
-
-    fn checks(&self) -> MutexGuard<'_, BTreeSet<(BrokerId, Revision)>> {
-        self.checks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn cooldown(&self) -> MutexGuard<'_, RevokeCooldown> {
-        self.cooldown.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Broker {
     /// Probes the process of a lost link and handles its failure. Returns when the result is conclusive, or the registration is gone.
     async fn probe_peer(&self, broker: BrokerId, epoch: Revision, detector: &FailureDetector) {
-        let mut pause = MIN_CHECK_DELAY;
+        let mut backoff = Backoff::new(MIN_CHECK_DELAY, MAX_CHECK_DELAY);
         let result = loop {
             let Some(registration) = registered(&self.metadata.state(), broker, epoch) else { return };
             match self.probe(broker, &registration.value, detector).await {
                 ProbeResult::Alive => return,
-                ProbeResult::Inconclusive => tokio::time::sleep(pause).await,
+                ProbeResult::Inconclusive => backoff.pause().await,
                 gone => break gone,
             }
-            pause = (pause * 2).min(MAX_CHECK_DELAY);
         };
         tracing::info!(%broker, seen = result.describe(), "the process of a broker is gone");
         tokio::join!(self.remove_from_isrs(PeerId { broker, epoch }), self.report(broker, epoch, result, detector));
@@ -304,8 +294,7 @@ impl Broker {
                     return self.delete_registration(report, detector).await;
                 }
             }
-            let reports =
-                detector.false_reports.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic());
+            let reports = detector.false_reports.lock().occur(clock::monotonic());
             if let Some(reports) = reports {
                 let seen = report.seen;
                 tracing::info!(
@@ -329,13 +318,13 @@ impl Broker {
             return Ok(false);
         }
         let Some(entry) = registered(&self.metadata.state(), broker, epoch) else { return Ok(false) };
-        if detector.cooldown().is_revoked(broker, epoch) {
+        if detector.cooldown.lock().is_revoked(broker, epoch) {
             return Ok(true);
         }
         let now = clock::monotonic();
-        if !detector.cooldown().allows(broker, &entry.value.incarnation, now) {
+        if !detector.cooldown.lock().allows(broker, &entry.value.incarnation, now) {
             // The report is repeated while the registration exists.
-            if let Some(reports) = detector.cooldown().on_ignored_report(broker, now) {
+            if let Some(reports) = detector.cooldown.lock().on_ignored_report(broker, now) {
                 tracing::info!(
                     %broker, %reporter, seen, reports,
                     "ignoring failure report: an earlier report about this broker was false"
@@ -349,7 +338,7 @@ impl Broker {
         if revoked {
             tracing::warn!(%broker, %reporter, seen, "the process of a broker is gone: its registration was deleted");
             let now = clock::monotonic();
-            detector.cooldown().revoked(broker, &entry.value.incarnation, epoch, now);
+            detector.cooldown.lock().revoked(broker, &entry.value.incarnation, epoch, now);
         }
         Ok(revoked)
     }

@@ -39,10 +39,8 @@ async fn run(broker: Arc<Broker>) {
     let interval = interval(broker.settings.garbage_grace);
     let mut collection = GarbageRun::default();
     loop {
-        tokio::select! {
-            biased;
-            () = broker.tasks.cancelled() => return,
-            () = tokio::time::sleep(interval) => {}
+        if broker.tasks.sleep_until_cancelled(interval).await.is_none() {
+            return;
         }
         if !broker.is_controller() {
             // The controller collects for the whole cluster. The next controller starts without the state of this one.
@@ -50,11 +48,9 @@ async fn run(broker: Arc<Broker>) {
             broker.metrics.tier_garbage_bytes.set(0);
             continue;
         }
-        tokio::select! {
-            biased;
-            // The next run completes a cancelled one.
-            () = broker.tasks.cancelled() => return,
-            () = collection.run(&broker) => {}
+        // The next run completes a cancelled one.
+        if broker.tasks.run_until_cancelled(collection.run(&broker)).await.is_none() {
+            return;
         }
         broker.metrics.garbage_collections.inc();
     }

@@ -6,10 +6,11 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::Broker;
@@ -68,7 +69,7 @@ impl Health {
 
     /// Returns true if records do not fit on the disk.
     pub(super) fn is_full(&self) -> bool {
-        lock(&self.full).is_some()
+        self.full.lock().is_some()
     }
 
     /// Records that the registration is gone, or exists.
@@ -77,12 +78,8 @@ impl Health {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 fn update_since(since: &Mutex<Option<Instant>>, holds: bool) {
-    let mut since = lock(since);
+    let mut since = since.lock();
     *since = holds.then(|| since.unwrap_or_else(clock::monotonic));
 }
 
@@ -94,10 +91,8 @@ pub(super) async fn watch_start(broker: Arc<Broker>) {
             return;
         }
         let pause = CHECK_INTERVAL.max(began.elapsed() * MIN_PAUSE_PER_CHECK);
-        tokio::select! {
-            biased;
-            () = broker.tasks.cancelled() => return,
-            () = tokio::time::sleep(pause) => {}
+        if broker.tasks.sleep_until_cancelled(pause).await.is_none() {
+            return;
         }
     }
 }
@@ -133,7 +128,7 @@ impl Broker {
         let lines = [
             self.health().err(),
             (failed > 0).then(|| format!("replicas that accept no writes after an error: {failed}")),
-            lock(&self.health.full).map(|at| {
+            self.health.full.lock().map(|at| {
                 format!(
                     "disk full {}, appends are rejected: add space, or lower local.retention.* or retention.*",
                     since(at.elapsed())
@@ -142,7 +137,9 @@ impl Broker {
             self.tier.as_ref().and_then(|tier| tier.store.outage()).map(|outage| {
                 format!("object store unavailable {}: {}", since(outage.lasted), one_line(&outage.reason))
             }),
-            lock(&self.health.unregistered)
+            self.health
+                .unregistered
+                .lock()
                 .map(|at| format!("registration lost {}: {}", since(at.elapsed()), self.lease_expiry_reason())),
             self.store.regression().map(|reason| {
                 format!(
@@ -158,13 +155,13 @@ impl Broker {
 
     pub(super) fn is_started(&self) -> bool {
         self.catching_up();
-        matches!(*lock(&self.health.start), StartState::Over)
+        matches!(*self.health.start.lock(), StartState::Over)
     }
 
     /// Returns the number of local replicas that have not been in sync yet, and have a leader or may get one. Returns 0 once the start is
     /// over.
     pub(super) fn catching_up(&self) -> usize {
-        let mut start = lock(&self.health.start);
+        let mut start = self.health.start.lock();
         let StartState::CatchingUp(pending) = &mut *start else { return 0 };
         let Some(started) = self.begun.get() else { return 0 };
         let is_late = self.standalone || started.elapsed() >= self.settings.catch_up_timeout;
@@ -218,10 +215,10 @@ mod tests {
     async fn condition_keeps_its_start_time() {
         let health = Health::default();
         health.set_full(true);
-        let began = *lock(&health.full);
+        let began = *health.full.lock();
         tokio::time::advance(Duration::from_secs(5)).await;
         health.set_full(true);
-        assert_eq!(*lock(&health.full), began);
+        assert_eq!(*health.full.lock(), began);
         health.set_full(false);
         assert!(!health.is_full());
     }

@@ -17,13 +17,10 @@
 //!
 //! The tasks end at once. The next leader finds the result of requests in flight in the metadata store.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream};
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::table::PartitionTable;
@@ -34,11 +31,14 @@ use crate::{
         IsrUpdater,
         leader::isr::{IsrProposal, PeerId, ProposalOutcome},
     },
-    task::Tasks,
+    task::{Backoff, Tasks},
 };
 
-/// First and longest pause after the store did not respond.
-const RETRY_BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// First pause after the store did not respond.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
+
+/// Longest such pause.
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
 
 /// Maximum number of keys that are read concurrently.
 const MAX_CONCURRENT_OPS: usize = 16;
@@ -56,14 +56,14 @@ impl<T: Default> CoalescingQueue<T> {
 
     /// Updates the entry of a partition.
     fn put(&self, id: PartitionId, change: impl FnOnce(&mut T)) {
-        change(self.waiting.lock().unwrap_or_else(PoisonError::into_inner).entry(id).or_default());
+        change(self.waiting.lock().entry(id).or_default());
         self.added.notify_one();
     }
 
     /// Takes all entries, once there are any. Only one task calls this function.
     async fn take(&self) -> BTreeMap<PartitionId, T> {
         loop {
-            let taken = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+            let taken = std::mem::take(&mut *self.waiting.lock());
             if !taken.is_empty() {
                 return taken;
             }
@@ -124,19 +124,11 @@ impl IsrUpdateManager {
     pub(super) fn spawn(self: &Arc<Self>, tasks: &Tasks) {
         let (isr_updates, stop) = (Arc::clone(self), tasks.clone());
         tasks.spawn("isr-updates", async move {
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => {}
-                () = isr_updates.propose_all() => {}
-            }
+            stop.run_until_cancelled(isr_updates.propose_all()).await;
         });
         let (isr_updates, stop) = (Arc::clone(self), tasks.clone());
         tasks.spawn("isr-store-ops", async move {
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => {}
-                () = isr_updates.run_store_ops() => {}
-            }
+            stop.run_until_cancelled(isr_updates.run_store_ops()).await;
         });
     }
 
@@ -167,18 +159,17 @@ impl IsrUpdateManager {
     }
 
     async fn run_store_ops(&self) {
-        let mut pause = RETRY_BACKOFF.0;
+        let mut backoff = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
         loop {
             let ops = self.store_ops.take().await;
             let run = stream::iter(ops).map(|(id, op)| async move { (id, self.run_store_op(id, op).await) });
             let left: Vec<(PartitionId, PendingStoreOp)> = run.buffer_unordered(MAX_CONCURRENT_OPS).collect().await;
             let left: Vec<_> = left.into_iter().filter(|(_, op)| op.read_back || op.resign.is_some()).collect();
             if left.is_empty() {
-                pause = RETRY_BACKOFF.0;
+                backoff.reset();
                 continue;
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(RETRY_BACKOFF.1);
+            backoff.pause().await;
             for (id, left) in left {
                 self.store_ops.put(id, |op| {
                     op.read_back |= left.read_back;

@@ -4,11 +4,9 @@
 //! first partition names its broker, and reopened whenever it breaks: at once, then after pauses that grow to a second.
 //! A link lasts for one broker epoch of either side. The end of a link is reported to the [`LinkLossListener`].
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
 
 use super::peer::{LinkLossListener, LookUp, PeerInfo, PeerTable, Unconfirmed};
 use crate::{
@@ -112,13 +110,9 @@ impl LinkManager {
         self.peer_table.registered(epoch);
     }
 
-    fn state(&self) -> MutexGuard<'_, LinkTable> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Returns the link on which a partition follows.
     fn link(&self, partition: PartitionId) -> Option<Arc<LinkRequests>> {
-        let state = self.state();
+        let state = self.state.lock();
         state.links.get(state.leaders.get(&partition)?).cloned()
     }
 
@@ -145,7 +139,7 @@ impl LinkManager {
 
 impl ReplicationLinks for LinkManager {
     fn start_following(&self, partition: PartitionId, leader: BrokerId) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let before = state.leaders.insert(partition, leader).filter(|before| *before != leader);
         let before = before.and_then(|before| state.links.get(&before).cloned());
         let link = Arc::clone(state.links.entry(leader).or_insert_with(|| self.open(leader)));
@@ -170,7 +164,7 @@ impl ReplicationLinks for LinkManager {
 
     fn unsubscribe(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool) {
         let link = {
-            let mut state = self.state();
+            let mut state = self.state.lock();
             let leader = state.leaders.remove(&partition);
             leader.and_then(|leader| state.links.get(&leader).cloned())
         };
@@ -208,10 +202,8 @@ impl OutboundLink {
                 self.requests.followed().await;
                 self.peer_table.both(self.leader).await
             };
-            let (own, peer) = tokio::select! {
-                biased;
-                () = self.tasks.cancelled() => return,
-                wanted = wanted => wanted,
+            let Some((own, peer)) = self.tasks.run_until_cancelled(wanted).await else {
+                return;
             };
             let began = clock::monotonic();
             let mut epoch = peer.epoch;
@@ -226,10 +218,8 @@ impl OutboundLink {
             }
             let wait = pause.map_or(Duration::ZERO, |pause| (pause * 2).clamp(MIN_RETRY_DELAY, MAX_RETRY_DELAY));
             pause = Some(wait);
-            tokio::select! {
-                biased;
-                () = self.tasks.cancelled() => return,
-                () = tokio::time::sleep(wait) => {}
+            if self.tasks.sleep_until_cancelled(wait).await.is_none() {
+                return;
             }
         }
     }
@@ -284,7 +274,7 @@ impl OutboundLink {
 
     /// Counts a link event. Returns the number of events since the last log line if one is due.
     fn log(&self, epoch: Revision, throttle: impl FnOnce(&mut LinkLog) -> &mut LogThrottle) -> Option<u64> {
-        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut log = self.log.lock();
         if log.epoch != epoch {
             *log = LinkLog { epoch, ..LinkLog::default() };
         }
@@ -294,10 +284,8 @@ impl OutboundLink {
     /// Runs one link from its opening to its end. Sets `epoch` to that of the responding process, if one responds.
     async fn run_once(&self, own: Revision, peer: &PeerInfo, epoch: &mut Revision) -> LinkFailure {
         let link = self.tasks.child();
-        let opened = tokio::select! {
-            biased;
-            () = link.cancelled() => return LinkFailure::Stopped,
-            opened = self.open_stream(own, peer) => opened,
+        let Some(opened) = link.run_until_cancelled(self.open_stream(own, peer)).await else {
+            return LinkFailure::Stopped;
         };
         let ReplicationStream { sender, receiver } = match opened {
             Ok((stream, peer_epoch)) => {

@@ -3,13 +3,9 @@
 //! Retention must continue while the object store accepts nothing, so maintenance has its own workers. These workers put partitions with
 //! uploads into a second queue, whose workers may wait for the object store.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
 use super::Broker;
@@ -74,13 +70,13 @@ struct FailingPartition {
 impl MaintenanceFailures {
     /// Returns why the last step of this partition failed.
     fn reason(&self, id: PartitionId) -> Option<String> {
-        self.lock().get(&id)?.reason.clone()
+        self.partitions.lock().get(&id)?.reason.clone()
     }
 
     /// Returns why this partition has not been uploaded: its last step failed, or the partition waits behind failing uploads of other
     /// partitions.
     pub(super) fn why_not_uploaded(&self, id: PartitionId) -> Option<String> {
-        self.reason(id).or_else(|| Some(format!("uploads fail: {}", self.failing_uploads(&self.lock())?.1)))
+        self.reason(id).or_else(|| Some(format!("uploads fail: {}", self.failing_uploads(&self.partitions.lock())?.1)))
     }
 
     /// Waits until there is a reason why this partition has not been uploaded, and returns the reason.
@@ -97,11 +93,11 @@ impl MaintenanceFailures {
     /// Records the result of an upload. The failure of one partition for its own reason does not concern other partitions.
     fn record_upload(&self, outcome: Result<(), &MaintenanceError>) {
         match outcome {
-            Ok(()) => *self.uploads() = None,
+            Ok(()) => *self.uploads.lock() = None,
             Err(error @ MaintenanceError::Upload(UploadError::Store(tier::TierStoreError::Unavailable { .. }))) => {
-                let earlier = self.failing_uploads(&self.lock());
+                let earlier = self.failing_uploads(&self.partitions.lock());
                 let since = earlier.map_or_else(clock::monotonic, |(since, _)| since);
-                *self.uploads() = Some((since, error.to_string()));
+                *self.uploads.lock() = Some((since, error.to_string()));
             }
             Err(_) => {}
         }
@@ -110,15 +106,7 @@ impl MaintenanceFailures {
     /// Returns the time since which no upload has succeeded, and the error. Returns `None` if no partition fails any longer: the failing
     /// one was deleted, or another broker leads it.
     fn failing_uploads(&self, partitions: &BTreeMap<PartitionId, FailingPartition>) -> Option<(Instant, String)> {
-        self.uploads().clone().filter(|_| partitions.values().any(|failing| failing.steps > 0))
-    }
-
-    fn uploads(&self) -> MutexGuard<'_, Option<(Instant, String)>> {
-        self.uploads.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<PartitionId, FailingPartition>> {
-        self.partitions.lock().unwrap_or_else(PoisonError::into_inner)
+        self.uploads.lock().clone().filter(|_| partitions.values().any(|failing| failing.steps > 0))
     }
 }
 
@@ -126,7 +114,7 @@ impl MaintenanceFailures {
     /// Records a successful step of this partition. The failures of a partition are kept for a while, so that alternating failures and
     /// successes do not fill the log.
     fn recover(&self, partition: &Partition) {
-        let mut all = self.lock();
+        let mut all = self.partitions.lock();
         let Some(failing) = all.get_mut(&partition.id()) else { return };
         (failing.steps, failing.reason) = (0, None);
         if let Some(failures) = failing.log.recover() {
@@ -143,7 +131,7 @@ impl MaintenanceFailures {
 
 impl fmt::Display for MaintenanceFailures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let failing = self.lock();
+        let failing = self.partitions.lock();
         let reported = || {
             let lasting = failing.iter().filter(|(_, failing)| failing.steps >= FAILURES_BEFORE_REPORT);
             lasting.filter_map(|(id, failing)| Some((id.number, failing, failing.reason.as_ref()?)))
@@ -179,13 +167,11 @@ async fn work(broker: Arc<Broker>, kind: WorkerKind) {
         WorkerKind::Uploads => &broker.upload_queue,
     };
     loop {
-        let id = tokio::select! {
-            biased;
-            () = broker.tasks.cancelled() => return,
-            id = queue.next() => id,
+        let Some(id) = broker.tasks.run_until_cancelled(queue.next()).await else {
+            return;
         };
         let Some(partition) = broker.partitions.by_id(id) else {
-            failures.lock().remove(&id);
+            failures.partitions.lock().remove(&id);
             queue.done(id, false);
             continue;
         };
@@ -195,11 +181,9 @@ async fn work(broker: Arc<Broker>, kind: WorkerKind) {
                 WorkerKind::Uploads => broker.maintenance.step(&partition).await,
             }
         };
-        let outcome = tokio::select! {
-            biased;
-            // A step that is cancelled here leaves at most an orphan object.
-            () = broker.tasks.cancelled() => return,
-            outcome = step => outcome,
+        // A step that is cancelled here leaves at most an orphan object.
+        let Some(outcome) = broker.tasks.run_until_cancelled(Box::pin(step)).await else {
+            return;
         };
         match outcome {
             Ok(step) => {
@@ -217,11 +201,11 @@ async fn work(broker: Arc<Broker>, kind: WorkerKind) {
                 queue.done(id, step.more);
             }
             Err(MaintenanceError::Closed) => {
-                failures.lock().remove(&id);
+                failures.partitions.lock().remove(&id);
                 queue.done(id, false);
             }
             Err(error) => {
-                let mut failing = failures.lock().get(&id).cloned().unwrap_or_else(|| FailingPartition {
+                let mut failing = failures.partitions.lock().get(&id).cloned().unwrap_or_else(|| FailingPartition {
                     steps: 0,
                     log: LogThrottle::default(),
                     since: clock::monotonic(),
@@ -239,7 +223,7 @@ async fn work(broker: Arc<Broker>, kind: WorkerKind) {
                 failing.reason = (!is_reported_elsewhere(&broker, &error)).then(|| error.to_string());
                 let tries = failing.steps;
                 let has_reason = failing.reason.is_some();
-                failures.lock().insert(id, failing);
+                failures.partitions.lock().insert(id, failing);
                 if has_reason {
                     failures.failed.notify_waiters();
                 }
@@ -271,7 +255,7 @@ fn report(broker: &Broker, partition: &Partition, error: &MaintenanceError, fail
         );
     } else if refuses_commits(error) {
         let commits = &broker.maintenance_failures.commits;
-        if let Some(failures) = commits.lock().unwrap_or_else(PoisonError::into_inner).occur(now) {
+        if let Some(failures) = commits.lock().occur(now) {
             tracing::warn!(
                 %error, failures,
                 "the metadata store rejects the tier commits of all partitions: segments stay on disk, and maintenance \
@@ -310,14 +294,11 @@ impl Broker {
 /// Retries failed steps as soon as an outage of the object store is over.
 async fn resume_after_outages(broker: Arc<Broker>, store: TierStore) {
     loop {
-        tokio::select! {
-            biased;
-            () = broker.tasks.cancelled() => return,
-            () = outage(&store) => {
-                broker.maintenance_queue.retry_now();
-                broker.upload_queue.retry_now();
-            }
+        if broker.tasks.run_until_cancelled(outage(&store)).await.is_none() {
+            return;
         }
+        broker.maintenance_queue.retry_now();
+        broker.upload_queue.retry_now();
     }
 }
 
@@ -332,10 +313,8 @@ async fn tick(broker: Arc<Broker>) {
     let mut pause = min_pause;
     let mut retention_at = clock::monotonic();
     loop {
-        tokio::select! {
-            biased;
-            () = broker.tasks.cancelled() => return,
-            () = tokio::time::sleep(pause) => {}
+        if broker.tasks.sleep_until_cancelled(pause).await.is_none() {
+            return;
         }
         let began = clock::monotonic();
         let retention = began >= retention_at;
@@ -369,7 +348,7 @@ mod tests {
         let store = tier::TierStoreError::Unavailable { object: "segment".to_owned(), reason: "quota".to_owned() };
         let error = MaintenanceError::Upload(store.into());
         let other = PartitionId::new(TopicId::from_bytes([1; 16]), 1);
-        failures.lock().insert(id, failing(1));
+        failures.partitions.lock().insert(id, failing(1));
         failures.record_upload(Err(&error));
         assert!(failures.why_not_uploaded(other).expect("the partition waits for the failing one").contains("quota"));
         assert_eq!(failures.to_string(), "", "a short failure is not shown");
@@ -377,10 +356,10 @@ mod tests {
         failures.record_upload(Err(&error));
         assert!(failures.to_string().starts_with("no upload has succeeded for 30 s: "), "{failures}");
         // The topic was deleted.
-        failures.lock().remove(&id);
+        failures.partitions.lock().remove(&id);
         assert_eq!((failures.to_string().as_str(), failures.why_not_uploaded(other)), ("", None));
 
-        failures.lock().insert(id, failing(1));
+        failures.partitions.lock().insert(id, failing(1));
         failures.record_upload(Ok(()));
         assert_eq!(failures.why_not_uploaded(other), None);
     }

@@ -69,13 +69,14 @@ mod unverified;
 use std::{
     collections::BTreeSet,
     sync::{
-        Arc, Mutex, OnceLock,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
 use futures::{StreamExt as _, stream};
+use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 
 use self::{

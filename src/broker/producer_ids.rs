@@ -7,10 +7,11 @@ use std::{
     collections::VecDeque,
     io,
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
 use super::Broker;
@@ -80,7 +81,7 @@ impl Bucket {
 impl ProducerIdQuota {
     /// Counts one new producer.
     fn take(&self, per_minute: u32) -> Result<(), ApiError> {
-        let mut bucket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bucket = self.0.lock();
         let Some(left) = Bucket::take(*bucket, per_minute, clock::monotonic()) else {
             return Err(ApiError::new(
                 ErrorCode::Overloaded,
@@ -127,12 +128,8 @@ impl ProducerIds {
         Ok(self.key.get_or_init(|| key))
     }
 
-    fn blocks(&self) -> MutexGuard<'_, VecDeque<Range<i64>>> {
-        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn take(&self) -> Option<i64> {
-        let mut blocks = self.blocks();
+        let mut blocks = self.blocks.lock();
         let id = loop {
             match blocks.front_mut()?.next() {
                 Some(id) => break id,
@@ -148,7 +145,7 @@ impl ProducerIds {
     /// Reserves a block if fewer than `min_ids` ids are left.
     async fn fill(&self, topics: &Topics, log: &DataDir, min_ids: i64) -> Result<(), ProducerIdError> {
         let mut stored_end = self.filling.lock().await;
-        if remaining(&self.blocks()) >= min_ids {
+        if remaining(&self.blocks.lock()) >= min_ids {
             return Ok(());
         }
         let end = match *stored_end {
@@ -162,7 +159,7 @@ impl ProducerIds {
         let (log, end) = (log.clone(), block.end);
         task::run_blocking(move || log.record_producer_ids_end(end)).await?;
         *stored_end = Some(end);
-        self.blocks().push_back(block);
+        self.blocks.lock().push_back(block);
         Ok(())
     }
 }
@@ -224,11 +221,7 @@ pub(super) async fn keep(broker: Arc<Broker>) {
             }
         }
     };
-    tokio::select! {
-        biased;
-        () = broker.tasks.cancelled() => {}
-        () = kept => {}
-    }
+    broker.tasks.run_until_cancelled(kept).await;
 }
 
 #[cfg(test)]

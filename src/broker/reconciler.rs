@@ -25,7 +25,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, PoisonError},
+    sync::Arc,
 };
 
 use futures::{StreamExt as _, stream};
@@ -457,7 +457,7 @@ impl Broker {
                 biased;
                 () = tasks.cancelled() => {}
                 outcome = store.put_topic(&record) => if let Err(error) = outcome
-                    && let Some(failures) = failed.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic())
+                    && let Some(failures) = failed.lock().occur(clock::monotonic())
                 {
                     tracing::warn!(
                         topic = %record.name, %error, failures,

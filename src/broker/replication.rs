@@ -2,8 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Weak},
 };
+
+use parking_lot::Mutex;
 
 use super::{
     Broker, Readiness,
@@ -96,7 +98,7 @@ impl ReplicationManager {
         self.links.brokers(peers.collect::<BTreeMap<_, _>>());
         let unreachable = state.brokers().iter().filter(|(_, entry)| entry.value.listeners.peer().is_none());
         let unreachable: BTreeMap<_, _> = unreachable.map(|(id, entry)| (*id, entry.create_revision)).collect();
-        let mut logged = self.unreachable.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logged = self.unreachable.lock();
         for (broker, _) in unreachable.iter().filter(|(id, epoch)| logged.get(id) != Some(*epoch)) {
             tracing::warn!(
                 %broker,
@@ -118,10 +120,8 @@ impl ReplicationManager {
         links.registered(session.epoch());
         tasks.spawn("broker-epoch", async move {
             loop {
-                let changed = tokio::select! {
-                    biased;
-                    () = stop.cancelled() => return,
-                    changed = status.changed() => changed,
+                let Some(changed) = stop.run_until_cancelled(status.changed()).await else {
+                    return;
                 };
                 if changed.is_err() {
                     return;

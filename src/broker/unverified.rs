@@ -4,12 +4,9 @@
 //! opened without an assignment. Once the value is readable, the broker verifies its replica ([`UnverifiedPartitions::prove`]), releases
 //! roles that do not hold, and becomes active in the partition. If the store does not respond, the verification is retried.
 
-use std::{
-    collections::BTreeSet,
-    sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeSet, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::Broker;
@@ -44,24 +41,24 @@ struct UnverifiedState {
 impl UnverifiedReplicas {
     /// Takes over the partitions that the startup verification could not check.
     pub(super) fn take(&self, unverified: UnverifiedPartitions) {
-        *self.state() =
+        *self.state.lock() =
             UnverifiedState { remaining: unverified.partitions().clone(), unverified, ..UnverifiedState::default() };
     }
 
     /// Returns true if this broker must not be active in the partition yet.
     pub(super) fn is_unverified(&self, id: PartitionId) -> bool {
-        self.state().remaining.contains(&id)
+        self.state.lock().remaining.contains(&id)
     }
 
     /// Marks a partition as readable and opened, so that it is verified soon.
     pub(super) fn mark_readable(&self, id: PartitionId) {
-        self.state().readable.insert(id);
+        self.state.lock().readable.insert(id);
     }
 
     /// Resolves when there is something to verify.
     pub(super) async fn due(&self) {
         let not_before = {
-            let state = self.state();
+            let state = self.state.lock();
             (!state.readable.is_empty()).then_some(state.not_before)
         };
         match not_before {
@@ -74,7 +71,7 @@ impl UnverifiedReplicas {
     /// Verifies the readable partitions. Returns those in which this broker may be active from now on, as its metadata cache shows them.
     pub(super) async fn process(&self, broker: &Broker) -> Vec<PartitionId> {
         let (readable, unverified) = {
-            let mut state = self.state();
+            let mut state = self.state.lock();
             state.not_before = None;
             (std::mem::take(&mut state.readable), state.unverified.clone())
         };
@@ -103,14 +100,14 @@ impl UnverifiedReplicas {
                         partition = %id,
                         "the partition value is readable and verified: this broker is active in the partition"
                     );
-                    self.state().remaining.remove(&id);
+                    self.state.lock().remaining.remove(&id);
                     verified.push(id);
                 }
                 // The value was deleted or is unreadable again. The metadata cache reports its return.
                 Ok(Ok(None)) => {}
                 // The remaining partitions would wait as long.
                 Ok(Err(_)) | Err(_) => {
-                    let mut state = self.state();
+                    let mut state = self.state.lock();
                     state.readable.extend(std::iter::once(id).chain(readable));
                     state.not_before = Some(clock::monotonic() + RETRY_INTERVAL);
                     break;
@@ -118,9 +115,5 @@ impl UnverifiedReplicas {
             }
         }
         verified
-    }
-
-    fn state(&self) -> MutexGuard<'_, UnverifiedState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,17 +1,12 @@
 //! Connections: one per broker address, made once and shared by all callers.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 
 use super::{
     error::ConnectError,
-    lock::lock,
     options::DEFAULT_PORT,
     transport::{BrokerChannel, Connector},
 };
@@ -87,7 +82,7 @@ impl ConnectionPool {
     /// Returns the connection to `address`; makes it if there is none. A broken connection reconnects for the next
     /// call; the calls in progress fail.
     pub(super) async fn wire(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
-        let cell = lock(&self.channels).entry(address.clone()).or_default().clone();
+        let cell = self.channels.lock().entry(address.clone()).or_default().clone();
         let channel = cell.get_or_try_init(|| self.connect(address)).await?;
         Ok(channel.clone())
     }

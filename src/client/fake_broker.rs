@@ -5,11 +5,12 @@ use std::{
     collections::{BTreeMap, VecDeque},
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::Arc,
 };
 
 use bytes::Bytes;
 use futures::Stream;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
@@ -134,7 +135,7 @@ impl FakeBroker {
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, FakeState> {
-        self.state.lock().expect("not poisoned")
+        self.state.lock()
     }
 
     pub(super) fn script(&self, actions: &[FakeResponse]) {

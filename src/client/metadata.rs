@@ -6,10 +6,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
-use super::{connection::BrokerAddress, error::CallError, lock::lock, replica_selector::select_replica};
+use parking_lot::Mutex;
+
+use super::{connection::BrokerAddress, error::CallError, replica_selector::select_replica};
 use crate::{
     model::{BrokerId, LeaderEpoch, TopicId},
     proto::{
@@ -84,17 +86,17 @@ impl RoutingTable {
     /// Returns the generation, which grows with each refresh. Read it before a call, and pass it to
     /// [`RoutingTable::refresh`] if the call fails.
     pub(super) fn generation(&self) -> u64 {
-        lock(&self.snapshot).generation
+        self.snapshot.lock().generation
     }
 
     /// Returns the topic if it is cached; an error if the last metadata had an error for it.
     pub(super) fn topic(&self, name: &str) -> Option<Result<Arc<TopicRoute>, ApiError>> {
-        lock(&self.snapshot).topics.get(name).cloned()
+        self.snapshot.lock().topics.get(name).cloned()
     }
 
     /// Returns the address of a partition's leader.
     pub(super) fn leader(&self, topic: &str, partition: u32) -> Option<BrokerAddress> {
-        let snapshot = lock(&self.snapshot);
+        let snapshot = self.snapshot.lock();
         let route = snapshot.topics.get(topic)?.as_ref().ok()?;
         let leader = route.partitions.get(usize::try_from(partition).ok()?)?.leader?;
         snapshot.brokers.get(&leader).map(|endpoint| endpoint.address.clone())
@@ -103,7 +105,7 @@ impl RoutingTable {
     /// Returns the broker at which a consumer in `rack` reads a partition: an in-sync replica in the rack, else the
     /// leader.
     pub(super) fn source(&self, topic: &str, partition: u32, rack: Option<&str>) -> Option<ReadTarget> {
-        let snapshot = lock(&self.snapshot);
+        let snapshot = self.snapshot.lock();
         let topic_route = snapshot.topics.get(topic)?.as_ref().ok()?;
         let route = topic_route.partitions.get(usize::try_from(partition).ok()?)?;
         let rack_of = |broker| snapshot.brokers.get(&broker).map(|endpoint| endpoint.rack.as_str());
@@ -114,12 +116,12 @@ impl RoutingTable {
 
     /// Returns the brokers of the last metadata.
     pub(super) fn brokers(&self) -> Vec<BrokerAddress> {
-        lock(&self.snapshot).brokers.values().map(|endpoint| endpoint.address.clone()).collect()
+        self.snapshot.lock().brokers.values().map(|endpoint| endpoint.address.clone()).collect()
     }
 
     /// Returns the broker that advertises an address.
     pub(super) fn broker_at(&self, address: &BrokerAddress) -> Option<BrokerId> {
-        lock(&self.snapshot).brokers.iter().find(|(_, endpoint)| endpoint.address == *address).map(|(id, _)| *id)
+        self.snapshot.lock().brokers.iter().find(|(_, endpoint)| endpoint.address == *address).map(|(id, _)| *id)
     }
 
     /// Applies the leader hint of a broker that does not lead a partition (docs/errors.md). Returns true if the hint is
@@ -133,7 +135,7 @@ impl RoutingTable {
         let epoch = error.number("leader_epoch").and_then(|epoch| LeaderEpoch::from_i32(i32::try_from(epoch).ok()?));
         let address = error.metadata.get("address").and_then(|address| BrokerAddress::parse(address).ok());
         let (Some(leader), Some(epoch), Some(address)) = (leader, epoch, address) else { return false };
-        let mut snapshot = lock(&self.snapshot);
+        let mut snapshot = self.snapshot.lock();
         let Some(Ok(route)) = snapshot.topics.get_mut(topic) else { return false };
         let Ok(number) = usize::try_from(partition) else { return false };
         if route.partitions.get(number).is_none_or(|cached| cached.epoch >= epoch) {
@@ -156,7 +158,7 @@ impl RoutingTable {
     {
         let _one_at_a_time = self.refreshing.lock().await;
         let topics: BTreeSet<String> = {
-            let snapshot = lock(&self.snapshot);
+            let snapshot = self.snapshot.lock();
             if snapshot.generation > seen && wanted.iter().all(|name| snapshot.topics.contains_key(*name)) {
                 return Ok(());
             }
@@ -165,7 +167,7 @@ impl RoutingTable {
             cached.chain(wanted.iter().map(|name| (*name).to_owned())).collect()
         };
         let response = request(topics.into_iter().collect()).await?;
-        lock(&self.snapshot).take(response)?;
+        self.snapshot.lock().take(response)?;
         Ok(())
     }
 }

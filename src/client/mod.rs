@@ -29,7 +29,6 @@ pub mod consumer;
 mod error;
 #[cfg(all(test, feature = "server"))]
 mod fake_broker;
-mod lock;
 mod metadata;
 mod options;
 #[cfg(feature = "server")]
@@ -41,14 +40,10 @@ mod retry_status;
 mod tests;
 mod transport;
 
-use std::{
-    collections::BTreeSet,
-    future::Future,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream::FuturesUnordered};
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tonic::Status;
 
@@ -69,7 +64,6 @@ pub use self::{
 };
 use self::{
     connection::ConnectionPool,
-    lock::lock,
     metadata::RoutingTable,
     retry_status::{RetryRegistry, RetryReporter},
 };
@@ -270,12 +264,12 @@ impl Client {
                         if !response.get_ref().lease_expired {
                             return Ok(response);
                         }
-                        *lock(outdated) = Some(response.into_inner());
+                        *outdated.lock() = Some(response.into_inner());
                         Err(ApiError::new(ErrorCode::MetadataUnavailable, "the lease of the broker has expired").into())
                     }
                 };
                 let response = self.call_in_order(order, hedge, call).await;
-                response.or_else(|error| lock(&outdated).take().ok_or(error))
+                response.or_else(|error| outdated.lock().take().ok_or(error))
             }
         };
         self.inner.routing.refresh(seen, wanted, request).await
@@ -324,7 +318,7 @@ impl Client {
             };
             match completed {
                 Some((address, Ok(response))) => {
-                    *lock(&self.inner.preferred) = Some(address);
+                    *self.inner.preferred.lock() = Some(address);
                     return Ok(response);
                 }
                 Some((_, Err(AttemptError::Unanswered(NoResponse::Refused(error)))))
@@ -371,7 +365,7 @@ impl Client {
         for address in self.anybody() {
             match self.at(&address, timeout, &call).await {
                 Ok(response) => {
-                    *lock(&self.inner.preferred) = Some(address);
+                    *self.inner.preferred.lock() = Some(address);
                     return Ok(response);
                 }
                 Err(AttemptError::Unconnected(ConnectError::NoResponse { tried: more })) => tried.extend(more),
@@ -396,7 +390,7 @@ impl Client {
                 addresses.push(address.clone());
             }
         }
-        let preferred = lock(&self.inner.preferred).clone();
+        let preferred = self.inner.preferred.lock().clone();
         if let Some(first) = preferred.and_then(|preferred| addresses.iter().position(|address| *address == preferred))
         {
             addresses[..=first].rotate_right(1);
@@ -421,7 +415,7 @@ impl Client {
             };
             // The error for unreachable brokers is returned at once: a person waits for this result.
             let is_final = matches!(error, CallError::Connect(_)) || !error.retryable();
-            let pause = backoff.next();
+            let pause = backoff.next_pause();
             if is_final || clock::monotonic() + pause >= deadline {
                 return Err(error);
             }

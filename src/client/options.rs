@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
-
-use crate::task::random;
+use crate::task::Backoff;
 
 /// Default port of a broker.
 pub const DEFAULT_PORT: u16 = 9460;
@@ -40,26 +38,6 @@ impl Default for ClientOptions {
 impl ClientOptions {
     /// Returns an endless sequence of pauses between attempts.
     pub(super) fn backoff(&self) -> Backoff {
-        let exponential = ExponentialBuilder::new()
-            .with_min_delay(self.backoff_min)
-            .with_max_delay(self.backoff_max)
-            .with_jitter()
-            .with_jitter_seed(random::bits())
-            .without_max_times()
-            .build();
-        Backoff { exponential, max: self.backoff_max }
-    }
-}
-
-/// Sequence of pauses between attempts.
-#[derive(Debug)]
-pub(super) struct Backoff {
-    exponential: ExponentialBackoff,
-    max: Duration,
-}
-
-impl Backoff {
-    pub(super) fn next(&mut self) -> Duration {
-        self.exponential.next().unwrap_or(self.max)
+        Backoff::with_jitter(self.backoff_min, self.backoff_max)
     }
 }

@@ -4,14 +4,11 @@
 //! succeeds, fails or ends. [`super::Client::retries`] shows one problem at a time. A shown problem stays until it is
 //! cleared; newer problems are shown after it. No retry depends on this module.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
+use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
-use super::lock::lock;
 use crate::task::clock;
 
 /// Work that failed and is being retried.
@@ -54,13 +51,13 @@ impl RetryRegistry {
 
     /// Creates a reporter.
     pub(super) fn reporter(self: &Arc<Self>) -> RetryReporter {
-        let mut entries = lock(&self.entries);
+        let mut entries = self.entries.lock();
         entries.next_reporter += 1;
         RetryReporter { registry: self.clone(), number: entries.next_reporter }
     }
 
     fn change(&self, change: impl FnOnce(&mut BTreeMap<RetryKey, RetryStatus>)) {
-        let mut entries = lock(&self.entries);
+        let mut entries = self.entries.lock();
         change(&mut entries.all);
         if entries.shown.is_none_or(|shown| !entries.all.contains_key(&shown)) {
             entries.shown = entries.all.iter().min_by_key(|(_, status)| status.since).map(|(key, _)| *key);

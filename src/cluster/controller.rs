@@ -77,11 +77,7 @@ impl Controller {
     pub fn spawn(self, tasks: &Tasks) {
         let stop = tasks.clone();
         tasks.spawn("controller", async move {
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => {}
-                () = self.run() => {}
-            }
+            stop.run_until_cancelled(self.run()).await;
         });
     }
 

@@ -1,10 +1,8 @@
 //! The embedded store with injected faults, for tests: each requested fault occurs once.
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
 
 use super::{
     embedded::EmbeddedStore,
@@ -48,37 +46,33 @@ impl FaultyStore {
 
     /// Sets the faults of the next transactions, in order; `None` means no fault.
     pub(crate) fn transactions(&self, faults: impl IntoIterator<Item = Option<Fault>>) {
-        self.faults().transactions.extend(faults);
+        self.faults.lock().transactions.extend(faults);
     }
 
     /// Makes this number of the next reads fail.
     pub(crate) fn fail_gets(&self, count: usize) {
-        self.faults().gets = count;
+        self.faults.lock().gets = count;
     }
 
     /// Makes this number of the next lists fail.
     pub(crate) fn fail_lists(&self, count: usize) {
-        self.faults().lists = count;
+        self.faults.lock().lists = count;
     }
 
     /// Makes new watches return no changes and end after a second.
     pub(crate) fn break_watches(&self) {
-        self.faults().break_watches = true;
+        self.faults.lock().break_watches = true;
     }
 
     /// Returns the number of transactions so far.
     pub(crate) fn transacted(&self) -> usize {
-        self.faults().transacted
-    }
-
-    fn faults(&self) -> MutexGuard<'_, InjectedFaults> {
-        self.faults.lock().unwrap_or_else(PoisonError::into_inner)
+        self.faults.lock().transacted
     }
 }
 
 impl MetaStore for FaultyStore {
     fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
-        let mut faults = self.faults();
+        let mut faults = self.faults.lock();
         if faults.gets > 0 {
             faults.gets -= 1;
             return Box::pin(async { Err(MetaStoreError::unavailable("injected fault")) });
@@ -87,7 +81,7 @@ impl MetaStore for FaultyStore {
     }
 
     fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
-        let mut faults = self.faults();
+        let mut faults = self.faults.lock();
         if faults.lists > 0 {
             faults.lists -= 1;
             return Box::pin(async { Err(MetaStoreError::unavailable("injected fault")) });
@@ -96,7 +90,7 @@ impl MetaStore for FaultyStore {
     }
 
     fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
-        let mut faults = self.faults();
+        let mut faults = self.faults.lock();
         faults.transacted += 1;
         let fault = faults.transactions.pop_front().flatten();
         drop(faults);
@@ -114,7 +108,7 @@ impl MetaStore for FaultyStore {
     }
 
     fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
-        if !self.faults().break_watches {
+        if !self.faults.lock().break_watches {
             return self.store.watch(prefix, from);
         }
         let broken = futures::stream::once(async move {

@@ -219,7 +219,8 @@ impl MetaStore for MonotonicStore {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+
+    use parking_lot::Mutex;
 
     use super::*;
     use crate::{cluster::embedded::EmbeddedStore, task::test_timeout::wait_until};
@@ -230,11 +231,11 @@ mod tests {
 
     impl Restorable {
         fn now(&self) -> EmbeddedStore {
-            self.0.lock().expect("nothing panics").clone()
+            self.0.lock().clone()
         }
 
         fn restore(&self, to: &EmbeddedStore) {
-            *self.0.lock().expect("nothing panics") = to.clone();
+            *self.0.lock() = to.clone();
         }
     }
 

@@ -6,8 +6,11 @@ use backon::{ExponentialBuilder, Retryable as _};
 
 use super::store::{MetaStore, MetaStoreError, Transaction, TxnOutcome};
 
-/// Pauses between two attempts: the first and the longest.
-const RETRY_BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+/// Shortest pause between two attempts.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
+
+/// Longest such pause.
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// Maximum number of retries. One attempt at a slow store may take a second.
 const MAX_RETRIES: usize = 8;
@@ -23,8 +26,8 @@ pub(super) async fn known_outcome(
     transaction: &Transaction,
 ) -> Result<TxnOutcome, MetaStoreError> {
     let waits = ExponentialBuilder::new()
-        .with_min_delay(RETRY_BACKOFF.0)
-        .with_max_delay(RETRY_BACKOFF.1)
+        .with_min_delay(MIN_RETRY_DELAY)
+        .with_max_delay(MAX_RETRY_DELAY)
         .with_max_times(MAX_RETRIES);
     (|| store.transact(transaction.clone())).retry(waits).when(MetaStoreError::outcome_unknown).await
 }

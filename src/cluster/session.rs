@@ -25,12 +25,13 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
 use super::{
@@ -277,7 +278,7 @@ impl Session {
     /// Returns the minimum remaining lifetime of the lease without further renewals; zero while the broker is not
     /// registered. The value depends on this process's clock, so no invariant may rely on it.
     pub fn lease_remaining(&self) -> Duration {
-        let renewed = *self.renewed.lock().unwrap_or_else(PoisonError::into_inner);
+        let renewed = *self.renewed.lock();
         match *self.state.borrow() {
             SessionState::Registered { .. } => self.registration.time.saturating_sub(renewed.elapsed()),
             SessionState::Lost | SessionState::Superseded { .. } => Duration::ZERO,
@@ -459,7 +460,7 @@ impl LeaseKeeper {
     }
 
     fn renewed_at(&self, moment: Instant) {
-        *self.renewed.lock().unwrap_or_else(PoisonError::into_inner) = moment;
+        *self.renewed.lock() = moment;
     }
 
     async fn retry_registration(&mut self) -> Result<RegisterResult, MetaStoreError> {

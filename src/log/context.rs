@@ -4,11 +4,12 @@ use std::{
     fmt, io,
     path::{Path, PathBuf},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::{sync::Semaphore, time::Instant};
 
 use super::{
@@ -186,7 +187,7 @@ pub(super) struct SyncJob {
 
 impl LogContext {
     pub(super) fn work(&self) -> MutexGuard<'_, SyncQueue> {
-        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+        self.work.lock()
     }
 
     /// Returns true if enough bytes are unsynced for a sync pass. Many dirty replicas raise the threshold, because a
@@ -198,7 +199,7 @@ impl LogContext {
     }
 
     pub(super) fn checkpoint_error(&self) -> MutexGuard<'_, Option<(Instant, io::Error)>> {
-        self.checkpoint_error.lock().unwrap_or_else(PoisonError::into_inner)
+        self.checkpoint_error.lock()
     }
 
     /// Returns a generation larger than every earlier one of this data directory.
@@ -301,7 +302,7 @@ impl LogContext {
         }
         // A file system that does not report its free space is used until a write fails.
         let Ok(free) = self.disk.free_bytes(&self.dir) else { return true };
-        let unallocated = self.journal.ring.lock().unwrap_or_else(PoisonError::into_inner).unallocated_bytes();
+        let unallocated = self.journal.ring.lock().unallocated_bytes();
         let Some(left) = free.checked_sub(reserve_bytes + unallocated + bytes) else { return false };
         self.append_allowance.store(left.min(APPEND_ALLOWANCE_BYTES), Ordering::Release);
         true

@@ -5,13 +5,14 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
@@ -129,7 +130,7 @@ impl DataDir {
             piece_bytes: AtomicUsize::new(PIECE_BYTES),
             disk_reads: Arc::new(Semaphore::new(MAX_DISK_READS)),
             work: Mutex::new(SyncQueue::default()),
-            wake: std::sync::Condvar::new(),
+            wake: parking_lot::Condvar::new(),
             step_driver: std::sync::OnceLock::new(),
             options,
         });
@@ -334,11 +335,11 @@ impl DataDir {
 
 impl DataDirInner {
     pub(super) fn registry(&self) -> MutexGuard<'_, ReplicaRegistry> {
-        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+        self.registry.lock()
     }
 
     pub(super) fn ring(&self) -> MutexGuard<'_, Ring> {
-        self.ctx.journal.ring.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ctx.journal.ring.lock()
     }
 
     pub(super) fn open_replicas(&self) -> Vec<Arc<ReplicaInner>> {
@@ -536,7 +537,7 @@ impl LogThreads {
     fn stop(&self) {
         self.inner.ctx.journal.close();
         self.inner.ctx.removed.stop();
-        let handles = std::mem::take(&mut *self.handles.lock().unwrap_or_else(PoisonError::into_inner));
+        let handles = std::mem::take(&mut *self.handles.lock());
         {
             self.inner.ctx.work().stopping = true;
             self.inner.ctx.wake.notify_all();

@@ -4,12 +4,13 @@ use std::{
     io,
     path::Path,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
 
 use lru::LruCache;
+use parking_lot::Mutex;
 
 use super::{
     disk::{Disk, File, OpenMode},
@@ -45,12 +46,8 @@ impl FileCache {
         self.serial.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn lock(&self) -> MutexGuard<'_, LruCache<u64, Arc<OpenFile>>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(super) fn get(&self, serial: u64, path: &Path, mode: OpenMode) -> io::Result<Arc<OpenFile>> {
-        if let Some(file) = self.lock().get(&serial) {
+        if let Some(file) = self.open.lock().get(&serial) {
             return Ok(file.clone());
         }
         // An existing file is always opened for writing, since its next user may write. A reader never creates a file.
@@ -58,7 +55,7 @@ impl FileCache {
             self.disk.open(path, OpenMode::Read)?;
         }
         let opened = Arc::new(OpenFile { file: self.disk.open(path, OpenMode::Write)?, index: Mutex::new(None) });
-        let mut open = self.lock();
+        let mut open = self.open.lock();
         // Two threads may have opened the file at once. Both use the first handle.
         let file = open.get_or_insert(serial, || opened).clone();
         let evicted = if open.len() > self.capacity { open.pop_lru() } else { None };
@@ -74,7 +71,7 @@ impl FileCache {
 
     /// Takes a file out of the table. Its current users keep it open.
     pub(super) fn take(&self, serial: u64) -> Option<Arc<OpenFile>> {
-        self.lock().pop(&serial)
+        self.open.lock().pop(&serial)
     }
 }
 
@@ -102,8 +99,8 @@ mod tests {
         let second = get(serials[1]);
         get(serials[0]);
         get(*serials.last().expect("some"));
-        assert_eq!(files.lock().len(), files.capacity);
-        assert!(!files.lock().contains(&serials[2]), "the file used longest ago is closed");
+        assert_eq!(files.open.lock().len(), files.capacity);
+        assert!(!files.open.lock().contains(&serials[2]), "the file used longest ago is closed");
         assert!(Arc::ptr_eq(&get(serials[1]), &second));
         files.remove(serials[0]);
         assert!(!Arc::ptr_eq(&get(serials[0]), &first), "a removed file is opened again");

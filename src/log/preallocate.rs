@@ -4,12 +4,9 @@
 //! same device, so the zeros are written in small pieces with pauses. There is no pause while the active file fills
 //! faster than the next one, or while the journal waits for the next one.
 
-use std::{
-    io,
-    path::Path,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::{io, path::Path, time::Duration};
+
+use parking_lot::Mutex;
 
 use super::{data_dir::DataDirInner, journal::ring};
 
@@ -44,7 +41,7 @@ impl DataDirInner {
     /// Creates the next file of the ring, if none is free and the ring may grow. Returns true if a file is free
     /// afterwards.
     fn grow(&self, rest: &mut dyn FnMut(u64) -> io::Result<()>) -> io::Result<bool> {
-        let _one_at_a_time = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.growing.lock();
         let (next_slot, bytes) = {
             let ring = self.ring();
             if ring.has_free() {

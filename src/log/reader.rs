@@ -1,10 +1,6 @@
 //! Reading a replica: from memory, or from its files with a check of every batch.
 
-use std::{
-    io,
-    path::PathBuf,
-    sync::{Arc, PoisonError},
-};
+use std::{io, path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 
@@ -253,7 +249,7 @@ impl LogReader {
             }
         }
         let open = self.open(view)?;
-        let mut cached = open.index.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cached = open.index.lock();
         let index = match &*cached {
             Some(index) => index.clone(),
             None => {

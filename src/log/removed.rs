@@ -1,10 +1,9 @@
 //! Large files that were removed and are still open. A thread frees their disk space in steps, one file after the
 //! other. If they were closed at once, the file system would free all of it together and delay the journal's write.
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::VecDeque, sync::Arc};
+
+use parking_lot::{Condvar, Mutex};
 
 use super::file_cache::OpenFile;
 
@@ -32,7 +31,7 @@ impl RemovedFiles {
 
     /// Keeps a file without a name open until its disk space is freed. Above the limit the file is closed at once.
     pub(super) fn keep(&self, file: Arc<OpenFile>) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if state.files.len() < self.max && !state.is_stopped {
             state.files.push_back(file);
             self.wake.notify_one();
@@ -48,7 +47,7 @@ impl RemovedFiles {
                 continue;
             }
             if !self.free_in_steps(&file) {
-                self.lock().files.push_front(Arc::new(file));
+                self.state.lock().files.push_front(Arc::new(file));
             }
         }
     }
@@ -57,7 +56,7 @@ impl RemovedFiles {
     fn free_in_steps(&self, file: &OpenFile) -> bool {
         loop {
             let (is_stopped, waiting) = {
-                let state = self.lock();
+                let state = self.state.lock();
                 (state.is_stopped, state.files.len())
             };
             if is_stopped {
@@ -77,24 +76,21 @@ impl RemovedFiles {
 
     /// Ends [`Self::run`] after the current step; no more files are kept.
     pub(super) fn stop(&self) {
-        self.lock().is_stopped = true;
+        self.state.lock().is_stopped = true;
         self.wake.notify_one();
     }
 
     /// Closes the remaining files. The file system then frees the space of each, which takes 0.5 to 4 ms per MiB.
     pub(super) fn close(&self) {
-        let files = std::mem::take(&mut self.lock().files);
+        let files = std::mem::take(&mut self.state.lock().files);
         drop(files);
     }
 
     fn next(&self) -> Option<Arc<OpenFile>> {
         let idle = |state: &mut State| state.files.is_empty() && !state.is_stopped;
-        let mut state = self.wake.wait_while(self.lock(), idle).unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
+        self.wake.wait_while(&mut state, idle);
         if state.is_stopped { None } else { state.files.pop_front() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -138,8 +134,8 @@ mod tests {
         removed.stop();
         running.join().unwrap();
         assert!(len(0) > BYTES / 2 && len(1) == BYTES, "{} and {} bytes", len(0), len(1));
-        assert_eq!(removed.lock().files.len(), 2);
+        assert_eq!(removed.state.lock().files.len(), 2);
         removed.close();
-        assert_eq!(removed.lock().files.len(), 0);
+        assert_eq!(removed.state.lock().files.len(), 0);
     }
 }

@@ -4,8 +4,10 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
 };
+
+use parking_lot::Mutex;
 
 use super::{
     context::LogContext,
@@ -59,28 +61,28 @@ impl StrayReplicas {
     }
 
     pub(super) fn ids(&self) -> Vec<PartitionId> {
-        self.lock().keys().copied().collect()
+        self.entries.lock().keys().copied().collect()
     }
 
     /// Records that the deletion of a replica has started.
     pub(super) fn add(&self, id: PartitionId) {
-        self.lock().insert(id, StrayState::Deleted);
+        self.entries.lock().insert(id, StrayState::Deleted);
     }
 
     /// Removes the entry of a replica that has no files left, or that is registered again.
     pub(super) fn remove(&self, id: PartitionId) {
-        self.lock().remove(&id);
+        self.entries.lock().remove(&id);
     }
 
     /// Returns true if the deletion of the replica has started and has left files.
     pub(super) fn is_deleting(&self, id: PartitionId) -> bool {
-        self.lock().get(&id) == Some(&StrayState::Deleted)
+        self.entries.lock().get(&id) == Some(&StrayState::Deleted)
     }
 
     /// Removes the files of stray replicas. Returns the replicas that still have files, each with the error.
     pub(super) fn delete(&self, ctx: &LogContext, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let present: Vec<_> = {
-            let entries = self.lock();
+            let entries = self.entries.lock();
             let present = ids.iter().filter(|id| entries.contains_key(id));
             present.map(|id| (*id, replica_dir(&self.dir, *id))).collect()
         };
@@ -94,10 +96,6 @@ impl StrayReplicas {
             }
         }
         left
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<PartitionId, StrayState>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

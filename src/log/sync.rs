@@ -15,7 +15,7 @@
 use std::{
     io,
     sync::{
-        Arc, PoisonError,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -59,7 +59,7 @@ impl ReplicaInner {
             return Err(PersistError::Failed { reason: reason.clone() });
         }
         // Each of two concurrent syncs would rely on the unfinished sync of the other.
-        let _one_at_a_time = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.syncing.lock();
         let (point, generation, names, files) = {
             let mut state = self.state();
             state.unsynced_bytes = 0;
@@ -249,7 +249,7 @@ impl DataDirInner {
 
     /// Writes a checkpoint and releases the ring files that nothing needs any longer.
     pub(super) fn recycle(&self) -> io::Result<()> {
-        let _one_at_a_time = self.ctx.recycling.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.ctx.recycling.lock();
         let open = self.open_replicas();
         let oldest =
             open.iter().filter_map(|replica| replica.state().journal_pins.front().map(|(file, _)| *file)).min();
@@ -313,8 +313,7 @@ pub(super) fn run(inner: &Arc<DataDirInner>) {
             // The disk is probably full. The retry comes soon, but not in a tight loop.
             let mut work = inner.ctx.work();
             work.urgent = true;
-            let waited = inner.ctx.wake.wait_timeout_while(work, CHECKPOINT_RETRY_INTERVAL, |work| !work.stopping);
-            drop(waited.unwrap_or_else(PoisonError::into_inner));
+            inner.ctx.wake.wait_while_for(&mut work, |work| !work.stopping, CHECKPOINT_RETRY_INTERVAL);
         }
     }
 }
@@ -349,11 +348,11 @@ fn wait_for_work(ctx: &LogContext) -> Due {
             Some(since) => Some(after(since, ctx.options.sync_after)),
             None => None,
         };
-        work = match left {
+        match left {
             Some(left) if left.is_zero() => return Due::Pass,
             _ if !work.pieces.is_empty() => return Due::Pieces,
-            Some(left) => ctx.wake.wait_timeout(work, left).unwrap_or_else(PoisonError::into_inner).0,
-            None => ctx.wake.wait(work).unwrap_or_else(PoisonError::into_inner),
-        };
+            Some(left) => _ = ctx.wake.wait_for(&mut work, left),
+            None => ctx.wake.wait(&mut work),
+        }
     }
 }

@@ -5,12 +5,13 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Weak,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 use super::reader::ReadBatches;
 use crate::{
@@ -50,7 +51,7 @@ impl EvictionQueue {
         self.groups.push_back((Arc::downgrade(partition), group));
         if self.groups.len() >= MIN_PURGE_GROUPS.max(self.purged_len * 2) {
             let holds = |partition: &ReplicaTail, group| {
-                partition.lock().batches.front().is_some_and(|oldest| oldest.group <= group)
+                partition.0.lock().batches.front().is_some_and(|oldest| oldest.group <= group)
             };
             self.groups.retain(|(partition, group)| partition.upgrade().is_some_and(|tail| holds(&tail, *group)));
             self.purged_len = self.groups.len();
@@ -109,13 +110,9 @@ impl TailBatches {
 }
 
 impl ReplicaTail {
-    fn lock(&self) -> MutexGuard<'_, TailBatches> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Returns the batches of `from..bound`, or `None` if the first one is not cached.
     pub(super) fn read(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<ReadBatches> {
-        let tail = self.lock();
+        let tail = self.0.lock();
         let first = tail.batches.partition_point(|cached| cached.end <= from);
         if tail.batches.get(first)?.base > from {
             return None;
@@ -151,7 +148,7 @@ impl TailCache {
         let owned: Vec<(Bytes, Batch)> = batches.iter().map(own).collect();
         let mut added = 0;
         let group = {
-            let mut tail = partition.lock();
+            let mut tail = partition.0.lock();
             let (group, entry_bytes) = (tail.group, tail.entry_bytes());
             tail.group += 1;
             for (head, batch) in &owned {
@@ -168,19 +165,15 @@ impl TailCache {
             added += tail.entry_bytes() - entry_bytes;
             group
         };
-        self.order().push(partition, group);
+        self.order.lock().push(partition, group);
         self.used.fetch_add(added, Ordering::Relaxed);
         self.shrink();
         owned.into_iter().map(|(_, batch)| batch).collect()
     }
 
-    fn order(&self) -> MutexGuard<'_, EvictionQueue> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn shrink(&self) {
         while self.used() > self.budget {
-            let oldest = self.order().groups.pop_front();
+            let oldest = self.order.lock().groups.pop_front();
             let Some((partition, group)) = oldest else { return };
             let Some(partition) = partition.upgrade() else { continue };
             self.drop_while(&partition, |batches| match batches.front() {
@@ -211,7 +204,7 @@ impl TailCache {
         partition: &ReplicaTail,
         mut take: impl FnMut(&mut VecDeque<CachedBatch>) -> Option<CachedBatch>,
     ) {
-        let mut tail = partition.lock();
+        let mut tail = partition.0.lock();
         let (entry_bytes, mut freed) = (tail.entry_bytes(), 0);
         while let Some(cached) = take(&mut tail.batches) {
             freed += cached.cost();
@@ -247,16 +240,16 @@ mod tests {
             tail.push(&busy, &[batch(offset)]);
             tail.evict_below(&busy, Offset::new(offset).unwrap());
         }
-        assert!(tail.order().groups.len() <= MIN_PURGE_GROUPS, "{} groups", tail.order().groups.len());
+        assert!(tail.order.lock().groups.len() <= MIN_PURGE_GROUPS, "{} groups", tail.order.lock().groups.len());
         assert!(idle.read(Offset::ZERO, Offset::new(1).unwrap(), 1 << 20).is_some());
         drop(busy);
         for offset in 1..=2000 {
             tail.push(&idle, &[batch(offset)]);
         }
         assert!(
-            tail.used() <= 1 << 20 && tail.order().groups.len() <= 2 * 2001,
+            tail.used() <= 1 << 20 && tail.order.lock().groups.len() <= 2 * 2001,
             "{} groups",
-            tail.order().groups.len()
+            tail.order.lock().groups.len()
         );
     }
 
@@ -266,7 +259,7 @@ mod tests {
     fn queue_entries_are_counted_and_freed() {
         let tail = TailCache::new(1 << 20);
         let partitions: Vec<Arc<ReplicaTail>> = (0..20).map(|_| Arc::default()).collect();
-        let entry_bytes = || partitions.iter().map(|partition| partition.lock().entry_bytes()).sum::<usize>();
+        let entry_bytes = || partitions.iter().map(|partition| partition.0.lock().entry_bytes()).sum::<usize>();
         for busy in 0..partitions.len() {
             // Each of the other partitions keeps a batch, so that none is ever empty.
             for offset in 0..5_000 {

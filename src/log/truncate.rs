@@ -102,7 +102,7 @@ impl ReplicaLog {
         let file = self.inner.state().active().file.clone();
         let open = ctx.files.get(file.serial, &file.path, OpenMode::Write)?;
         // The cached index describes the longer file.
-        drop(open.index.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take());
+        drop(open.index.lock().take());
         open.file.truncate(last.bytes)?;
         file.written_out.fetch_min(last.bytes, Ordering::AcqRel);
         file.dirty.store(true, Ordering::Release);

@@ -3,9 +3,11 @@
 use std::{
     io::{self, IoSlice},
     ops::Deref,
-    sync::{Arc, MutexGuard, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
+
+use parking_lot::MutexGuard;
 
 use super::{
     context::SyncJob,

@@ -325,8 +325,8 @@ mod tests {
         let (decompressor, turns) = (Decompressor::new(64 << 20), Arc::new(Semaphore::new(1)));
         let (batch, plain) = zeros(Compression::Zstd, INLINE_BYTES + 1);
         let (end, ended) = std::sync::mpsc::sync_channel(1);
-        let ended = Arc::new(std::sync::Mutex::new(ended));
-        let work = move |_: &Batch, _: usize| Ok(ended.lock().unwrap().recv().is_ok());
+        let ended = Arc::new(parking_lot::Mutex::new(ended));
+        let work = move |_: &Batch, _: usize| Ok(ended.lock().recv().is_ok());
         for has_turn in [false, true] {
             let caller = decompressor.for_caller(Arc::clone(&turns));
             let caller = if has_turn { caller.in_turn().await } else { caller };

@@ -5,9 +5,11 @@
 //! at a time.
 
 use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError, Weak,
+    Arc, Weak,
     atomic::{AtomicBool, Ordering, fence},
 };
+
+use parking_lot::Mutex;
 
 use super::{WakeSet, WatermarkKind, published::PublishedState};
 use crate::task::Tasks;
@@ -77,7 +79,7 @@ struct List {
 
 impl WatermarkListeners {
     fn add(&self, listener: Arc<Listener>) {
-        let mut list = self.lock();
+        let mut list = self.list.lock();
         if list.waiting.len() >= list.sweep_at.max(MIN_SWEEP) {
             list.waiting.retain(|listener| !listener.is_gone());
             list.sweep_at = list.waiting.len() * 2;
@@ -95,7 +97,7 @@ impl WatermarkListeners {
             return;
         }
         let waiting = {
-            let mut list = self.lock();
+            let mut list = self.list.lock();
             self.some.store(false, Ordering::SeqCst);
             std::mem::take(&mut list.waiting)
         };
@@ -111,13 +113,9 @@ impl WatermarkListeners {
         });
     }
 
-    fn lock(&self) -> MutexGuard<'_, List> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
-        self.lock().waiting.len()
+        self.list.lock().waiting.len()
     }
 }
 

@@ -2,10 +2,11 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
 use crate::{model::PartitionId, task::clock};
@@ -42,7 +43,7 @@ enum QueueEntryState {
 impl MaintenanceQueue {
     /// Queues a partition. A partition that waits after a failure keeps waiting.
     pub fn push(&self, id: PartitionId) {
-        let mut state = self.lock();
+        let mut state = self.inner.state.lock();
         match state.entries.get(&id) {
             None => {
                 state.entries.insert(id, QueueEntryState::Queued);
@@ -76,7 +77,7 @@ impl MaintenanceQueue {
 
     /// Returns a partition that is due, or the time at which the next one will be.
     fn take(&self, now: Instant) -> Result<PartitionId, Option<Instant>> {
-        let mut state = self.lock();
+        let mut state = self.inner.state.lock();
         while let Some(((_, id), ())) = state.later.first_key_value().filter(|((at, _), ())| *at <= now) {
             let id = *id;
             state.later.pop_first();
@@ -95,7 +96,7 @@ impl MaintenanceQueue {
 
     /// Ends the work on a partition. It is queued again at once if `more` work is left or if it was pushed meanwhile.
     pub fn done(&self, id: PartitionId, more: bool) {
-        let again = self.lock().entries.remove(&id) == Some(QueueEntryState::WorkingAgain);
+        let again = self.inner.state.lock().entries.remove(&id) == Some(QueueEntryState::WorkingAgain);
         if again || more {
             self.push(id);
         }
@@ -104,7 +105,7 @@ impl MaintenanceQueue {
     /// Ends failed work on a partition, which is tried again after `delay`.
     pub fn failed(&self, id: PartitionId, delay: Duration) {
         let at = clock::monotonic() + delay;
-        let mut state = self.lock();
+        let mut state = self.inner.state.lock();
         state.entries.insert(id, QueueEntryState::Later(at));
         state.later.insert((at, id), ());
         drop(state);
@@ -113,17 +114,13 @@ impl MaintenanceQueue {
 
     /// Makes the partitions due that wait after a failure.
     pub fn retry_now(&self) {
-        let mut state = self.lock();
+        let mut state = self.inner.state.lock();
         while let Some(((_, id), ())) = state.later.pop_first() {
             state.entries.insert(id, QueueEntryState::Queued);
             state.due.push_back(id);
         }
         drop(state);
         self.inner.notify.notify_one();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, QueueEntries> {
-        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -78,11 +78,9 @@ mod tail_reader;
 mod undecodable;
 mod wake_set;
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc, oneshot},
     time::Instant,
@@ -371,7 +369,7 @@ impl Partition {
         if let Some(tier) = &self.tier {
             tier.apply_state(state.clone());
         }
-        let mut committed = self.committed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut committed = self.committed.lock();
         let age = |state: &TierState| (state.version(), state.log_start, state.epoch);
         if committed.as_ref().is_none_or(|known| age(known) <= age(state)) {
             *committed = Some(state.clone());
@@ -379,7 +377,7 @@ impl Partition {
     }
 
     fn committed(&self) -> Option<TierState> {
-        self.committed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.committed.lock().clone()
     }
 
     async fn command(&self, command: PartitionCommand) {

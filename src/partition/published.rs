@@ -3,13 +3,14 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
 use super::{
@@ -94,12 +95,12 @@ impl PublishedState {
 
     /// Counts a read that the local copy did not serve. Returns the number of such reads if a line is due.
     pub(super) fn count_unreadable(&self) -> Option<u64> {
-        self.unreadable.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic())
+        self.unreadable.lock().occur(clock::monotonic())
     }
 
     /// Counts a read for a follower, as [`Self::count_unreadable`] does.
     pub(super) fn count_unsendable(&self) -> Option<u64> {
-        self.unsendable.lock().unwrap_or_else(PoisonError::into_inner).occur(clock::monotonic())
+        self.unsendable.lock().occur(clock::monotonic())
     }
 
     /// Publishes the watermarks and wakes the listeners of moved watermarks. The ends are stored before the high watermark, so that a
@@ -207,7 +208,7 @@ impl PublishedState {
     }
 
     fn record_append(&self, before: u64) {
-        if let (Some(followers), Some(before)) = (&mut *self.followers(), Offset::new(before)) {
+        if let (Some(followers), Some(before)) = (&mut *self.followers.lock(), Offset::new(before)) {
             followers.appended(before, clock::monotonic());
         }
     }
@@ -215,12 +216,12 @@ impl PublishedState {
     /// Records that this broker leads from now on, or does not lead.
     pub(super) fn set_leading(&self, leads: bool) {
         self.followed.store(false, Ordering::Relaxed);
-        *self.followers() = leads.then(|| FollowerLagTracker::new(clock::monotonic()));
+        *self.followers.lock() = leads.then(|| FollowerLagTracker::new(clock::monotonic()));
     }
 
     /// Records an acknowledgement: a follower has everything below `end`.
     pub(super) fn acknowledged(&self, broker: BrokerId, end: Offset) {
-        if let Some(followers) = &mut *self.followers() {
+        if let Some(followers) = &mut *self.followers.lock() {
             followers.acknowledged(broker, end);
             self.followed.store(true, Ordering::Relaxed);
         }
@@ -234,16 +235,12 @@ impl PublishedState {
         mut report: impl FnMut(BrokerId, FollowerLag),
     ) {
         let watermarks = self.watermarks();
-        let mut followers = self.followers();
+        let mut followers = self.followers.lock();
         let Some(followers) = &mut *followers else { return };
         followers.keep(replicas);
         for id in replicas {
             report(*id, followers.lag(*id, watermarks.tiered_end.max(watermarks.log_start), watermarks.log_end, now));
         }
-    }
-
-    fn followers(&self) -> MutexGuard<'_, Option<FollowerLagTracker>> {
-        self.followers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn wants_ticks(&self) -> bool {
@@ -263,11 +260,11 @@ impl PublishedState {
     }
 
     pub(super) fn error(&self) -> Option<Arc<str>> {
-        self.error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.error.lock().clone()
     }
 
     pub(super) fn set_error(&self, reason: &str) {
-        *self.error.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.into());
+        *self.error.lock() = Some(reason.into());
     }
 
     pub(super) fn is_closed(&self) -> bool {

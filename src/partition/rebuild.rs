@@ -3,12 +3,9 @@
 //! Reading every footer of a long history is expensive. So a failed attempt is repeated only after [`RETRY_INTERVAL`], or when an
 //! operator requests it (`strandline partition rebuild-manifest`).
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
@@ -42,14 +39,14 @@ struct Failure {
 impl Rebuilds {
     /// Returns the error of the last attempt for this version, if it is too early for another.
     fn pending(&self, id: PartitionId, version: u64, now: Instant) -> Option<String> {
-        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = self.failed.lock();
         let failure = failed.get(&id)?;
         let is_recent = failure.version == version && now.duration_since(failure.at) < RETRY_INTERVAL;
         is_recent.then(|| failure.reason.clone())
     }
 
     fn record_outcome(&self, id: PartitionId, outcome: Option<Failure>) {
-        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failed = self.failed.lock();
         match outcome {
             Some(failure) => drop(failed.insert(id, failure)),
             None => drop(failed.remove(&id)),

@@ -1,10 +1,9 @@
 //! Batches that cannot be decoded, listed so that no batch is decompressed again and again. A batch with a single record that cannot be
 //! decoded counts as undecodable.
 
-use std::{
-    collections::VecDeque,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+use std::collections::VecDeque;
+
+use parking_lot::Mutex;
 
 use crate::{
     model::{Offset, PartitionId},
@@ -22,18 +21,14 @@ type BatchName = (PartitionId, Offset, u32);
 pub(super) struct UndecodableBatches(Mutex<VecDeque<(BatchName, MalformedBatch)>>);
 
 impl UndecodableBatches {
-    fn lock(&self) -> MutexGuard<'_, VecDeque<(BatchName, MalformedBatch)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Returns the error of a batch that is in the list.
     pub(super) fn find(&self, id: PartitionId, batch: &Batch) -> Option<MalformedBatch> {
         let name = name(id, batch);
-        self.lock().iter().find(|(known, _)| *known == name).map(|(_, error)| error.clone())
+        self.0.lock().iter().find(|(known, _)| *known == name).map(|(_, error)| error.clone())
     }
 
     pub(super) fn remember(&self, id: PartitionId, batch: &Batch, error: MalformedBatch) {
-        let mut batches = self.lock();
+        let mut batches = self.0.lock();
         if batches.len() >= MAX_REMEMBERED_BATCHES {
             batches.pop_front();
         }

@@ -2,9 +2,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
 };
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::listeners::Listener;
@@ -27,7 +28,7 @@ struct WokenIndexes {
 impl WakeSet {
     /// Marks a partition; a second mark changes nothing.
     pub fn mark(&self, index: usize) {
-        let mut marked = self.lock();
+        let mut marked = self.marked.lock();
         if marked.members.insert(index) {
             marked.order.push_back(index);
             drop(marked);
@@ -37,7 +38,7 @@ impl WakeSet {
 
     /// Marks a partition again that was taken in vain: it is the next one.
     pub fn put_back(&self, index: usize) {
-        let mut marked = self.lock();
+        let mut marked = self.marked.lock();
         if !marked.members.insert(index) {
             marked.order.retain(|other| *other != index);
         }
@@ -48,13 +49,13 @@ impl WakeSet {
 
     /// Adds a listener, which marks its index from the next [`Self::take`] of that index on.
     pub(super) fn listen(&self, index: usize, listener: Listener) {
-        self.lock().listeners.entry(index).or_default().push(Arc::new(listener));
+        self.marked.lock().listeners.entry(index).or_default().push(Arc::new(listener));
     }
 
     /// Takes the partition that was marked first. Its state is to be read after this: a later change marks the partition again.
     pub fn take(&self) -> Option<usize> {
         let (index, listeners) = {
-            let mut marked = self.lock();
+            let mut marked = self.marked.lock();
             let index = marked.order.pop_front()?;
             marked.members.remove(&index);
             (index, marked.listeners.get(&index).cloned().unwrap_or_default())
@@ -65,22 +66,18 @@ impl WakeSet {
 
     /// Returns true if some partition is marked.
     pub fn is_marked(&self) -> bool {
-        !self.lock().order.is_empty()
+        !self.marked.lock().order.is_empty()
     }
 
     /// Waits until some partition is marked.
     pub async fn wait_for_index(&self) {
         loop {
             let notified = self.notify.notified();
-            if !self.lock().order.is_empty() {
+            if !self.marked.lock().order.is_empty() {
                 return;
             }
             notified.await;
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, WokenIndexes> {
-        self.marked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -206,10 +206,8 @@ impl ClusterAdmission<'_> {
     async fn retry_until_reply<T>(&self, request: impl AsyncFn() -> Result<T, RegisterError>) -> anyhow::Result<T> {
         let (mut last_error, mut at): (String, Option<Instant>) = (String::new(), None);
         loop {
-            let result = tokio::select! {
-                biased;
-                () = self.stop.cancelled() => return Err(StartCancelled.into()),
-                result = request() => result,
+            let Some(result) = self.stop.run_until_cancelled(request()).await else {
+                return Err(StartCancelled.into());
             };
             let error = match result {
                 Ok(value) => {
@@ -227,10 +225,8 @@ impl ClusterAdmission<'_> {
                 tracing::warn!(error, "waiting for the metadata store: the start continues when the store responds");
                 (last_error, at) = (error, Some(clock::monotonic()));
             }
-            tokio::select! {
-                biased;
-                () = self.stop.cancelled() => return Err(StartCancelled.into()),
-                () = tokio::time::sleep(RETRY_INTERVAL) => {}
+            if self.stop.sleep_until_cancelled(RETRY_INTERVAL).await.is_none() {
+                return Err(StartCancelled.into());
             }
         }
     }

@@ -12,10 +12,8 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) fn check(address: &str, remedy: &'static str, tasks: &Tasks) {
     let (address, stop) = (address.to_owned(), tasks.clone());
     tasks.spawn("advertised address", async move {
-        let found = tokio::select! {
-            biased;
-            () = stop.cancelled() => return,
-            found = resolve(&address) => found,
+        let Some(found) = stop.run_until_cancelled(resolve(&address)).await else {
+            return;
         };
         if let Err(problem) = found {
             tracing::warn!(address, problem, "cannot resolve an advertised address on this machine: {remedy}");

@@ -8,7 +8,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     pin::{Pin, pin},
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, Waker, ready},
@@ -16,6 +16,7 @@ use std::{
 };
 
 use futures::{Stream, StreamExt as _, task::AtomicWaker};
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -119,16 +120,12 @@ impl ConnectionLimiter {
         }))
     }
 
-    fn places(&self) -> MutexGuard<'_, Places<Arc<CloseSignal>>> {
-        self.0.places.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Admits a connection. If no place is free, an idle connection is evicted. If none is idle, the new connection serves only probes.
     fn admit(&self, stream: TcpStream, peer: Option<SocketAddr>) -> CountedConnection {
         let peer = peer.map_or(IpAddr::from(Ipv4Addr::UNSPECIFIED), |peer| peer.ip());
         let origin = Origin::of(peer, stream.local_addr().ok().map(|own| own.ip()));
         let signal = Arc::new(CloseSignal::default());
-        let admitted = self.places().admit(origin, Arc::clone(&signal));
+        let admitted = self.0.places.lock().admit(origin, Arc::clone(&signal));
         if let Some(idle) = admitted.evicted {
             idle.close();
             if admitted.pool != Pool::Probe {
@@ -279,7 +276,7 @@ impl Reminder {
 }
 
 fn remind(reminder: &Mutex<Reminder>) -> Option<u64> {
-    reminder.lock().unwrap_or_else(PoisonError::into_inner).count(clock::monotonic())
+    reminder.lock().count(clock::monotonic())
 }
 
 /// Signal that ends a connection.
@@ -338,7 +335,7 @@ impl Caller {
     /// Counts a call as open until the returned value is dropped. On a connection without a common place, the call is rejected unless it is
     /// a probe or the common pool has space by now. A call without memory is rejected too.
     pub(super) fn begin_call(&self, is_probe: bool) -> Result<OpenCall, RefusedConnection> {
-        let mut places = self.limiter.places();
+        let mut places = self.limiter.0.places.lock();
         if !places.has_room_for_call(self.id) {
             drop(places);
             return Err(self.limiter.refuse_call(self.peer));
@@ -372,7 +369,7 @@ pub(super) struct OpenCall(Caller);
 
 impl Drop for OpenCall {
     fn drop(&mut self) {
-        self.0.limiter.places().end_call(self.0.id);
+        self.0.limiter.0.places.lock().end_call(self.0.id);
     }
 }
 
@@ -432,10 +429,8 @@ pub(super) async fn serve_each<F>(
 {
     let mut connections = pin!(connections);
     loop {
-        let connection = tokio::select! {
-            biased;
-            () = tasks.cancelled() => return,
-            connection = connections.next() => connection,
+        let Some(connection) = tasks.run_until_cancelled(connections.next()).await else {
+            return;
         };
         match connection {
             None => return,
@@ -465,7 +460,7 @@ impl CountedConnection {
 impl Drop for CountedConnection {
     fn drop(&mut self) {
         let limiter = &self.caller.limiter;
-        limiter.places().remove(self.caller.id);
+        limiter.0.places.lock().remove(self.caller.id);
         if let Some(open) = &limiter.0.open {
             open.dec();
         }

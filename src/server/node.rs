@@ -355,11 +355,7 @@ impl NodeStart<'_> {
     }
 
     async fn waited(&self, until: impl Future<Output = ()>) -> anyhow::Result<()> {
-        tokio::select! {
-            biased;
-            () = self.stop.cancelled() => Err(StartCancelled.into()),
-            () = until => Ok(()),
-        }
+        self.stop.run_until_cancelled(until).await.ok_or_else(|| StartCancelled.into())
     }
 }
 
@@ -433,11 +429,7 @@ async fn claim(store: &TierStore, tasks: &Tasks) -> Result<(), BindingError> {
         }
     };
     tasks.spawn("store-binding", async move {
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => {}
-            () = attempts => {}
-        }
+        stop.run_until_cancelled(attempts).await;
     });
     match tokio::time::timeout(BINDING_TIMEOUT, first_result).await {
         Ok(Ok(Err(error))) if error.is_fatal_at_start() => Err(error),

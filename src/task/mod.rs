@@ -1,7 +1,7 @@
 //! Task sets, threads, clocks and randomness. No other module spawns, reads a clock or draws a random number.
 //!
 //! A [`Tasks`] is a set of tasks with one cancellation token. The owner of a set ends it with [`Tasks::stop`], which cancels the token and
-//! joins every task. A long-running task selects on [`Tasks::cancelled`] first. Tasks and threads inherit the tracing span of their parent,
+//! joins every task. A long-running task runs each wait through [`Tasks::run_until_cancelled`]. Tasks and threads inherit the tracing span of their parent,
 //! so that brokers in one process have log lines of their own.
 
 use std::future::Future;
@@ -9,6 +9,7 @@ use std::future::Future;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, Span};
 
+mod backoff;
 pub mod clock;
 #[cfg(all(feature = "server", any(test, feature = "sim")))]
 pub mod mutation;
@@ -19,6 +20,8 @@ pub mod random;
 pub mod sim_event;
 #[cfg(all(feature = "server", test))]
 pub(crate) mod test_timeout;
+
+pub use backoff::Backoff;
 
 /// A set of tasks with one cancellation token. Clones share the set.
 #[derive(Clone, Debug, Default)]
@@ -93,6 +96,21 @@ impl Tasks {
     /// Waits until the set is cancelled.
     pub async fn cancelled(&self) {
         self.token.cancelled().await;
+    }
+
+    /// Runs a future until it completes or the set is cancelled. Returns `None` if the set is cancelled: the future is then dropped, even
+    /// if it could complete as well.
+    pub async fn run_until_cancelled<F: Future>(&self, future: F) -> Option<F::Output> {
+        tokio::select! {
+            biased;
+            () = self.cancelled() => None,
+            output = future => Some(output),
+        }
+    }
+
+    /// Sleeps. Returns `None` if the set is cancelled before the end.
+    pub async fn sleep_until_cancelled(&self, duration: std::time::Duration) -> Option<()> {
+        self.run_until_cancelled(tokio::time::sleep(duration)).await
     }
 
     /// Returns whether the set is cancelled.
@@ -182,8 +200,9 @@ pub fn run_scoped(name: &str, threads: usize, work: impl Fn(usize) + Sync) {
 
 #[cfg(all(feature = "server", test))]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
 
+    use parking_lot::Mutex;
     use tracing_subscriber::fmt::MakeWriter;
 
     use super::*;
@@ -194,13 +213,13 @@ mod tests {
 
     impl CapturedLog {
         fn text(&self) -> String {
-            String::from_utf8(self.0.lock().expect("nothing panics").clone()).expect("lines are UTF-8")
+            String::from_utf8(self.0.lock().clone()).expect("lines are UTF-8")
         }
     }
 
     impl std::io::Write for CapturedLog {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().expect("nothing panics").write(bytes)
+            self.0.lock().write(bytes)
         }
 
         fn flush(&mut self) -> std::io::Result<()> {

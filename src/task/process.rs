@@ -9,13 +9,14 @@ use std::{
     future::Future,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicI64, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use rand::{Rng, RngExt as _, SeedableRng as _, rngs::StdRng};
 use tokio::{task::AbortHandle, time::Instant};
 
@@ -74,7 +75,7 @@ impl SimProcess {
     /// Kills the process as signal 9 does: none of its tasks is polled again.
     pub fn kill(&self) {
         self.0.killed.store(true, Ordering::Release);
-        for task in std::mem::take(&mut *self.tasks()) {
+        for task in std::mem::take(&mut *self.0.tasks.lock()) {
             task.abort();
         }
     }
@@ -102,7 +103,7 @@ impl SimProcess {
     }
 
     pub(super) fn with_generator<T>(&self, draw: impl FnOnce(&mut dyn Rng) -> T) -> T {
-        draw(&mut *self.0.generator.lock().unwrap_or_else(PoisonError::into_inner))
+        draw(&mut *self.0.generator.lock())
     }
 
     /// Sleeps for a random time, as a blocking function would take.
@@ -116,15 +117,11 @@ impl SimProcess {
         if self.is_killed() {
             return task.abort();
         }
-        let mut tasks = self.tasks();
+        let mut tasks = self.0.tasks.lock();
         if tasks.len() == tasks.capacity() {
             tasks.retain(|task| !task.is_finished());
         }
         tasks.push(task);
-    }
-
-    fn tasks(&self) -> MutexGuard<'_, Vec<AbortHandle>> {
-        self.0.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -10,14 +10,12 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use rustix::fs::{Advice, OFlags, fadvise};
 
 use crate::log::{PrivateDir, disk::PIECE_BYTES, free_in_steps, write_out};
@@ -51,7 +49,7 @@ impl PieceWriter {
     ) -> io::Result<()> {
         let (mut parts, mut part, mut at) = (parts.into_iter(), [].as_slice(), at);
         loop {
-            let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+            let _turn = self.turn.lock();
             let (start, mut left) = (at, PIECE_BYTES);
             while left > 0 {
                 if part.is_empty() {

@@ -6,12 +6,9 @@
 //! confirmed outage, reads fail at once, and uploads continue to retry. The log reports an outage once, for all
 //! affected partitions together.
 
-use std::{
-    fmt,
-    sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{fmt, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
 use crate::task::clock;
@@ -89,7 +86,7 @@ impl OutageTracker {
     /// long. Returns true for the first failure: the caller then starts the probes.
     #[must_use]
     pub(super) fn failed(&self, url: &str, sent: Instant, reason: &str) -> bool {
-        let mut failing = self.lock();
+        let mut failing = self.failing.lock();
         let first = failing.is_none();
         let suspected = failing.get_or_insert_with(|| SuspectedOutage {
             since: sent,
@@ -113,7 +110,7 @@ impl OutageTracker {
     /// Records a failed probe. Confirms the outage after [`AWAY_AFTER`].
     pub(super) fn probe_failed(&self, url: &str, sent: Instant, reason: &str) {
         let _probing_already = self.failed(url, sent, reason);
-        let failing = self.lock();
+        let failing = self.failing.lock();
         let is_lasting = |suspected: &&SuspectedOutage| suspected.since.elapsed() >= AWAY_AFTER;
         let Some(suspected) = failing.as_ref().filter(is_lasting) else { return };
         // The lock is held, so that a success in the meantime cannot be overwritten.
@@ -127,7 +124,7 @@ impl OutageTracker {
 
     /// Records that a request succeeded, or failed for its own content, such as a missing object. Ends the outage.
     pub(super) fn on_reply(&self, url: &str) {
-        let mut failing = self.lock();
+        let mut failing = self.failing.lock();
         let Some(ended) = failing.take() else { return };
         self.away.send_if_modified(|away| away.take().is_some());
         if ended.logged {
@@ -138,7 +135,7 @@ impl OutageTracker {
 
     /// Returns the pause before the next probe. Returns `None` if no outage is suspected.
     pub(super) fn next_probe(&self) -> Option<Duration> {
-        let mut failing = self.lock();
+        let mut failing = self.failing.lock();
         let suspected = failing.as_mut()?;
         suspected.probes += 1;
         Some(FIRST_PAUSES.get(suspected.probes - 1).copied().unwrap_or(PROBE_INTERVAL))
@@ -146,7 +143,7 @@ impl OutageTracker {
 
     /// Returns the outage that was logged and has not ended.
     pub(super) fn outage(&self) -> Option<Outage> {
-        let failing = self.lock().clone().filter(|failing| failing.logged)?;
+        let failing = self.failing.lock().clone().filter(|failing| failing.logged)?;
         Some(Outage { lasted: clock::monotonic().duration_since(failing.since), reason: failing.reason })
     }
 
@@ -200,10 +197,6 @@ impl OutageTracker {
             () = self.until_back() => {}
             () = sleep => {}
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<SuspectedOutage>> {
-        self.failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -5,10 +5,9 @@
 //! [`StagedManifest::state`] by a compare-and-set over [`StagedManifest::replaces`], and then calls
 //! [`PartitionTier::install`]. Readers see no change before the last step.
 
-use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
 
 use super::{
     chunk_cache::{CachedMetadata, ChunkCache},
@@ -126,12 +125,12 @@ impl PartitionTier {
 
     /// Returns the newest committed state that this broker has received.
     pub fn state(&self) -> TierState {
-        self.view().state.clone()
+        self.inner.view.lock().state.clone()
     }
 
     /// Returns the bytes of batches in the object store.
     pub fn bytes(&self) -> u64 {
-        self.view().state.bytes
+        self.inner.view.lock().state.bytes
     }
 
     /// Returns the partition's id.
@@ -141,7 +140,7 @@ impl PartitionTier {
 
     /// Applies a state that was read from the metadata store, unless the current state is newer.
     pub fn apply_state(&self, state: TierState) {
-        let mut view = self.view();
+        let mut view = self.inner.view.lock();
         let age = |state: &TierState| (state.version(), state.log_start, state.epoch);
         if age(&state) > age(&view.state) {
             if state.manifest != view.state.manifest {
@@ -302,17 +301,13 @@ impl PartitionTier {
     }
 
     pub(super) fn with_readers<T>(&self, act: impl FnOnce(&mut ReadAheadTracker) -> T) -> T {
-        act(&mut self.view().readers)
+        act(&mut self.inner.view.lock().readers)
     }
 
     /// Counts a read of corrupt data. Returns `Some` if the caller must log it, with the number of such reads since the
     /// last line.
     pub(super) fn count_corruption(&self) -> Option<u64> {
-        self.view().corruption_log.occur(clock::monotonic())
-    }
-
-    fn view(&self) -> MutexGuard<'_, ManifestView> {
-        self.inner.view.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.view.lock().corruption_log.occur(clock::monotonic())
     }
 
     pub(super) fn object(&self, name: &str) -> String {
@@ -373,13 +368,13 @@ impl PartitionTier {
     /// rebuilds the manifest.
     fn record_lost_manifest(&self, error: &TierReadError) {
         if let Some(object) = error.lost_manifest() {
-            self.view().lost = Some(object.to_owned());
+            self.inner.view.lock().lost = Some(object.to_owned());
         }
     }
 
     /// Returns the manifest or page that was found missing or corrupt since the last commit.
     pub fn lost_manifest(&self) -> Option<String> {
-        self.view().lost.clone()
+        self.inner.view.lock().lost.clone()
     }
 
     /// Writes a manifest of these segments in place of a lost one. The segments have no gap: the first one contains

@@ -1,11 +1,9 @@
 //! In-flight requests that several callers wait for. A request that has started continues when its callers leave. Its
 //! result is cached, and the next caller finds it, even if the time limits of all callers are short.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{read::TierReadError, store::TierStoreError};
@@ -48,7 +46,7 @@ where
         F: Future<Output = Result<V, TierReadError>> + Send + 'static,
     {
         let started = (!tasks.is_cancelled()).then(|| {
-            let mut in_flight = self.lock();
+            let mut in_flight = self.in_flight.lock();
             if let Some(sender) = in_flight.get(&key) {
                 return (sender.subscribe(), true);
             }
@@ -85,7 +83,7 @@ where
 
     /// Returns true if every caller has left. The request is then removed, so the next caller starts another one.
     pub(super) fn is_abandoned(&self, key: K) -> bool {
-        let mut in_flight = self.lock();
+        let mut in_flight = self.in_flight.lock();
         let abandoned = in_flight.get(&key).is_none_or(|sender| sender.receiver_count() == 0);
         if abandoned {
             in_flight.remove(&key);
@@ -94,14 +92,10 @@ where
     }
 
     fn remove(&self, key: K, sender: &Arc<watch::Sender<Outcome<V>>>) {
-        let mut in_flight = self.lock();
+        let mut in_flight = self.in_flight.lock();
         if in_flight.get(&key).is_some_and(|current| Arc::ptr_eq(current, sender)) {
             in_flight.remove(&key);
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<K, Arc<watch::Sender<Outcome<V>>>>> {
-        self.in_flight.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -123,7 +117,7 @@ mod tests {
             land.send(7).expect("the request continues");
         });
         assert!(matches!(joined, (Ok(7), true)));
-        assert!(flights.lock().is_empty());
+        assert!(flights.in_flight.lock().is_empty());
         tasks.stop().await;
         assert!(matches!(flights.join(&tasks, 1, || async { Ok(1) }).await.0, Err(TierReadError::Store(_))));
     }

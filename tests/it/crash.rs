@@ -8,13 +8,14 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use strandline::{
     proto::{
@@ -101,7 +102,7 @@ impl Load {
     /// Returns the longest time without an acknowledgement in a log since `since`. Returns `None` until there are enough acknowledgements
     /// to show that the log continues.
     pub(crate) fn longest_silence(&self, log: Log, since: Instant) -> Option<Duration> {
-        let moments = self.moments.lock().expect("no thread panicked");
+        let moments = self.moments.lock();
         let moments_of_log: Vec<Instant> =
             moments.iter().filter(|(of, at)| *of == log && *at >= since).map(|(_, at)| *at).collect();
         let before = std::iter::once(&since).chain(&moments_of_log);
@@ -134,13 +135,13 @@ impl Load {
         let now = clock::monotonic();
         let acknowledged = (0..).zip(&attempts).filter(|(n, _)| matches!(outcome(*n), Outcome::Acknowledged { .. }));
         let moments: Vec<_> = acknowledged.map(|(_, attempt)| (attempt.log, now)).collect();
-        self.moments.lock().expect("no thread panicked").extend(moments);
+        self.moments.lock().extend(moments);
         let completed = (0..).zip(attempts).map(|(n, attempt)| Attempt { answered, outcome: outcome(n), ..attempt });
-        self.attempts.lock().expect("no thread panicked").extend(completed);
+        self.attempts.lock().extend(completed);
     }
 
     pub(crate) fn acknowledged(&self) -> usize {
-        let attempts = self.attempts.lock().expect("no thread panicked");
+        let attempts = self.attempts.lock();
         attempts.iter().filter(|attempt| matches!(attempt.outcome, Outcome::Acknowledged { .. })).count()
     }
 }
@@ -367,7 +368,7 @@ pub(crate) fn restart(instance: &mut BrokerInstance, broker: Broker, rng: &mut S
 }
 
 pub(crate) fn check_passes(load: &Load, passes: &[ReadPass]) {
-    let attempts = load.attempts.lock().expect("no thread panicked").clone();
+    let attempts = load.attempts.lock().clone();
     let violations = History { attempts, passes: passes.to_vec() }.check();
     let first = &violations[..violations.len().min(20)];
     assert!(violations.is_empty(), "{} violations, the first: {first:#?}", violations.len());

@@ -3,10 +3,11 @@
 use std::{
     io::{Read, Write as _},
     process::{Child, ChildStdin, Stdio},
-    sync::{Arc, Mutex},
+    sync::Arc,
     thread,
 };
 
+use parking_lot::Mutex;
 use rustix::process::{Pid, Signal};
 use strandline::task;
 
@@ -40,7 +41,7 @@ impl Running {
 
     /// Waits until the stream contains this text.
     pub(crate) fn wait_for_output(&self, stream: &Mutex<String>, text: &str) {
-        let output = || stream.lock().expect("no thread panicked").clone();
+        let output = || stream.lock().clone();
         eventually(&format!("the output contains {text:?}"), || output().contains(text).then_some(()));
     }
 
@@ -51,7 +52,7 @@ impl Running {
         for reader in self.readers.drain(..) {
             reader.join().expect("read to the end");
         }
-        (status.code(), self.stdout.lock().expect("no thread panicked").clone())
+        (status.code(), self.stdout.lock().clone())
     }
 }
 
@@ -66,7 +67,7 @@ fn gather(mut from: impl Read + Send + 'static, into: Arc<Mutex<String>>) -> thr
     task::spawn_thread("gather", move || {
         let mut bytes = [0; 4096];
         while let Ok(count @ 1..) = from.read(&mut bytes) {
-            into.lock().expect("no thread panicked").push_str(&String::from_utf8_lossy(&bytes[..count]));
+            into.lock().push_str(&String::from_utf8_lossy(&bytes[..count]));
         }
     })
 }

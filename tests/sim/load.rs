@@ -2,10 +2,11 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::Arc,
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use strandline::{
     client::{Client, ConsumerOptions, Delivery, NewRecord, OffsetSpec, ProducerOptions},
     model::{Acks, Offset},
@@ -72,19 +73,15 @@ struct ClientHistory {
 }
 
 impl Ledger {
-    fn book(&self) -> MutexGuard<'_, ClientHistory> {
-        self.0.lock().unwrap()
-    }
-
     /// Returns the next value of the logical clock.
     fn now(&self) -> u64 {
-        let mut book = self.book();
+        let mut book = self.0.lock();
         book.now += 1;
         book.now
     }
 
     fn attempt(&self, attempt: Attempt) {
-        let mut book = self.book();
+        let mut book = self.0.lock();
         if let Outcome::Acknowledged { offset } = attempt.outcome {
             book.acked.entry(attempt.log).or_default().insert(offset, attempt.payload);
         }
@@ -93,11 +90,11 @@ impl Ledger {
 
     /// Passes the records that every in-sync replica acknowledged, by offset, to `look`.
     pub(crate) fn with_acked(&self, log: Log, look: impl FnMut(&BTreeMap<i64, u64>)) {
-        self.book().acked.get(&log).into_iter().for_each(look);
+        self.0.lock().acked.get(&log).into_iter().for_each(look);
     }
 
     pub(crate) fn history(&self) -> History {
-        self.book().history.clone()
+        self.0.lock().history.clone()
     }
 }
 
@@ -267,7 +264,7 @@ impl Load {
         };
         let read = tokio::time::timeout(time, reading).await.unwrap_or_else(|late| Err(late.to_string()));
         consumer.close().await;
-        self.ledger.book().history.passes.push(pass);
+        self.ledger.0.lock().history.passes.push(pass);
         read
     }
 }

@@ -4,13 +4,10 @@
 //! The link keeps the contract of [`MetaStore`] and uses all freedom of that contract. A transaction with an unknown outcome was applied,
 //! was not applied, or is applied later. A watch lags, and at times the history after its revision is compacted.
 
-use std::{
-    fmt,
-    sync::{Arc, Mutex, MutexGuard},
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use futures::stream;
+use parking_lot::Mutex;
 use strandline::{
     cluster::{
         EmbeddedStore, GetResult, LeaseId, ListResult, MetaStore, MetaStoreError, Revision, StoreFuture, Transaction,
@@ -63,27 +60,27 @@ impl SimMeta {
 
     /// Blocks or opens the link in both directions.
     pub(crate) fn cut(&self, cut: bool) {
-        self.faults().cut = cut;
+        self.faults.lock().cut = cut;
     }
 
     /// Sets the percentage of transactions that fail from now on.
     pub(crate) fn fail(&self, percent: u32) {
-        self.faults().failing = percent;
+        self.faults.lock().failing = percent;
     }
 
     /// Sets the maximum additional delay of watches.
     pub(crate) fn lag(&self, us: u64) {
-        self.faults().lag_us = us;
+        self.faults.lock().lag_us = us;
     }
 
     /// Ends the open watches, as if the history after their revisions had been compacted.
     pub(crate) fn compact(&self) {
-        std::mem::take(&mut self.faults().compacted).cancel();
+        std::mem::take(&mut self.faults.lock().compacted).cancel();
     }
 
     /// Ends the lease that was granted last, as if it had expired.
     pub(crate) async fn end_lease(&self) {
-        let lease = self.faults().lease.take();
+        let lease = self.faults.lock().lease.take();
         if let Some(lease) = lease {
             self.store.revoke(lease).await.unwrap();
         }
@@ -94,15 +91,11 @@ impl SimMeta {
         &self.store
     }
 
-    fn faults(&self) -> MutexGuard<'_, StoreFaults> {
-        self.faults.lock().unwrap()
-    }
-
     /// Passes the link in one direction: waits for the delay, and while the link is blocked.
     async fn pass(&self) -> Result<(), MetaStoreError> {
         tokio::time::sleep(Duration::from_micros(random::in_range(200..2000))).await;
         let open = async {
-            while self.faults().cut {
+            while self.faults.lock().cut {
                 tokio::time::sleep(CHECK_INTERVAL).await;
             }
         };
@@ -130,7 +123,7 @@ impl MetaStore for SimMeta {
     fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
         Box::pin(async move {
             self.pass().await?;
-            let fails = random::in_range(0..100) < self.faults().failing;
+            let fails = random::in_range(0..100) < self.faults.lock().failing;
             match if fails { random::in_range(0..3) } else { 3 } {
                 0 => return Err(MetaStoreError::unknown("the request was lost")),
                 1 => {
@@ -157,15 +150,15 @@ impl MetaStore for SimMeta {
     fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
         Box::pin(async move {
             let watch = self.asked(self.store.watch(prefix, from)).await?;
-            let compacted = self.faults().compacted.clone();
+            let compacted = self.faults.lock().compacted.clone();
             let open = Some((self.clone(), watch, compacted));
             Ok(Watch::new(stream::unfold(open, move |open| async move {
                 let (meta, mut watch, compacted) = open?;
                 let next = async {
                     let changes = watch.next().await;
-                    let lag = meta.faults().lag_us;
+                    let lag = meta.faults.lock().lag_us;
                     tokio::time::sleep(Duration::from_micros(random::in_range(100..=1000 + lag))).await;
-                    while meta.faults().cut {
+                    while meta.faults.lock().cut {
                         tokio::time::sleep(CHECK_INTERVAL).await;
                     }
                     changes
@@ -184,7 +177,7 @@ impl MetaStore for SimMeta {
     fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
         Box::pin(async move {
             let lease = self.asked(self.store.grant(time)).await?;
-            self.faults().lease = Some(lease);
+            self.faults.lock().lease = Some(lease);
             Ok(lease)
         })
     }

@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -18,6 +18,7 @@ use bytes::Bytes;
 use futures::{StreamExt as _, future::BoxFuture, stream};
 use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
+use parking_lot::Mutex;
 use strandline::{
     client::{BrokerAddress, BrokerChannel, CallResult, ConnectError, Connector, NotSent, RpcTransport},
     task::{Tasks, random},
@@ -97,7 +98,7 @@ impl Net {
     }
 
     fn add_listener(&self, address: &str, add: impl FnOnce(&mut Listener)) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.dark.remove(address);
         let none = || Listener { routes: None, peer_routes: None, tasks: Tasks::new() };
         add(state.listening.entry(address.to_owned()).or_insert_with(none));
@@ -106,7 +107,7 @@ impl Net {
 
     /// Removes the listeners of a machine and breaks its connections. Without power, its peers receive no reset.
     pub(crate) fn hang_up(&self, address: &str, power: bool) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.listening.remove(address);
         if !power {
             state.dark.insert(address.to_owned());
@@ -119,13 +120,13 @@ impl Net {
     /// Removes all listeners. Brokers reference the network, and the network references their services, so without this call neither is
     /// ever freed.
     pub(crate) fn close(&self) {
-        let listening = std::mem::take(&mut self.state().listening);
+        let listening = std::mem::take(&mut self.state.lock().listening);
         drop(listening);
     }
 
     /// Restores the power of a machine, which then refuses connections to ports without a listener.
     pub(crate) fn power(&self, address: &str) {
-        self.state().dark.remove(address);
+        self.state.lock().dark.remove(address);
         self.healed.notify_waiters();
     }
 
@@ -138,16 +139,16 @@ impl Net {
     pub(crate) fn cut(&self, from: &str, to: &str, cut: bool) {
         let way = (from.to_owned(), to.to_owned());
         if cut {
-            self.state().cut.insert(way);
+            self.state.lock().cut.insert(way);
         } else {
-            self.state().cut.remove(&way);
+            self.state.lock().cut.remove(&way);
             self.healed.notify_waiters();
         }
     }
 
     /// Sets the maximum additional delay of frames in one direction.
     pub(crate) fn slow(&self, from: &str, to: &str, us: u64) {
-        self.state().slow_us.insert((from.to_owned(), to.to_owned()), us);
+        self.state.lock().slow_us.insert((from.to_owned(), to.to_owned()), us);
     }
 
     /// Breaks the connections between two machines by a timeout.
@@ -163,7 +164,7 @@ impl Net {
 
     fn break_where(&self, which: impl Fn(&str, &str) -> bool, silent: bool) {
         let mut broken = Vec::new();
-        self.state().links.retain(|(one, other), link| {
+        self.state.lock().links.retain(|(one, other), link| {
             let breaks = which(one, other);
             if breaks {
                 broken.push(link.clone());
@@ -176,12 +177,9 @@ impl Net {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap()
-    }
-
     fn link(&self, one: &str, other: &str) -> SimLink {
-        self.state()
+        self.state
+            .lock()
             .links
             .entry(pair(one, other))
             .or_insert_with(|| SimLink { up: Tasks::new(), ..SimLink::default() })
@@ -191,7 +189,7 @@ impl Net {
     /// Waits for the delay of one frame, and while the direction is blocked.
     async fn delay(&self, from: &str, to: &str) {
         let way = (from.to_owned(), to.to_owned());
-        let slow = self.state().slow_us.get(&way).copied().unwrap_or(0);
+        let slow = self.state.lock().slow_us.get(&way).copied().unwrap_or(0);
         tokio::time::sleep(Duration::from_micros(random::in_range(50..1500) + random::in_range(0..=slow))).await;
         while self.is_cut(&way) {
             // No other task runs between the check and this call, so no notification is lost.
@@ -201,7 +199,7 @@ impl Net {
     }
 
     fn is_cut(&self, way: &(String, String)) -> bool {
-        let state = self.state();
+        let state = self.state.lock();
         state.cut.contains(way) || state.dark.contains(&way.0) || state.dark.contains(&way.1)
     }
 
@@ -263,7 +261,7 @@ impl Connector for Socket {
             if tokio::time::timeout(CONNECT_TIMEOUT, shaken).await.is_err() {
                 return Err(no_answer("connection timed out"));
             }
-            if !self.net.state().listening.contains_key(&to) {
+            if !self.net.state.lock().listening.contains_key(&to) {
                 return Err(no_answer("connection refused"));
             }
             Ok(BrokerChannel::new(End { from: self.clone(), to, is_peer }))
@@ -290,7 +288,7 @@ impl RpcTransport for End {
                 () = link.up.cancelled() => return Err(link.broken().into()),
                 () = net.delay(&name, &to) => {}
             }
-            let listener = net.state().listening.get(&to).cloned();
+            let listener = net.state.lock().listening.get(&to).cloned();
             let routes = |listener: Listener| {
                 let routes = if is_peer { listener.peer_routes } else { listener.routes };
                 routes.map(|routes| (routes, listener.tasks))

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -17,6 +17,7 @@ use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt as _,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
 };
+use parking_lot::Mutex;
 use strandline::{
     model::PartitionId,
     task::{clock, random},
@@ -70,12 +71,12 @@ impl Objects {
 
     /// Replaces the referenced objects of a partition. From now on a deletion or change of one of these is a rule violation.
     pub(crate) fn keep(&self, partition: PartitionId, objects: BTreeSet<String>) {
-        self.kept_for.lock().unwrap().insert(partition, objects);
+        self.kept_for.lock().insert(partition, objects);
     }
 
     /// Returns the partition that references an object.
     fn is_kept_for(&self, location: &Path) -> Option<PartitionId> {
-        let kept_for = self.kept_for.lock().unwrap();
+        let kept_for = self.kept_for.lock();
         kept_for.iter().find_map(|(partition, objects)| objects.contains(location.as_ref()).then_some(*partition))
     }
 
@@ -97,11 +98,11 @@ impl Objects {
 
     fn write(&self, location: &Path) {
         let now = DateTime::UNIX_EPOCH + (clock::monotonic() - self.began);
-        self.written.lock().unwrap().insert(location.clone(), now);
+        self.written.lock().insert(location.clone(), now);
     }
 
     fn dated(&self, mut object: ObjectMeta) -> ObjectMeta {
-        let written = self.written.lock().unwrap().get(&object.location).copied();
+        let written = self.written.lock().get(&object.location).copied();
         object.last_modified = written.unwrap_or(object.last_modified);
         object
     }

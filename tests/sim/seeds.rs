@@ -5,14 +5,12 @@
 use std::{
     collections::BTreeMap,
     fmt, panic, process,
-    sync::{
-        Condvar, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicU64, Ordering},
     thread,
     time::Duration,
 };
 
+use parking_lot::{Condvar, Mutex};
 use strandline::task::{clock, run_scoped};
 use tokio::time::Instant;
 
@@ -106,19 +104,19 @@ pub(crate) fn run_all(shape: Topology) {
             return watch(shape, &progress, &ended, |progress| progress.through < threads);
         }
         while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)) {
-            progress.lock().unwrap().running.insert(seed, clock::monotonic());
+            progress.lock().running.insert(seed, clock::monotonic());
             let passed = run_one(shape, seed);
-            let mut progress = progress.lock().unwrap();
+            let mut progress = progress.lock();
             progress.running.remove(&seed);
             progress.done += 1;
             if !passed {
                 progress.failed.push(seed);
             }
         }
-        progress.lock().unwrap().through += 1;
+        progress.lock().through += 1;
         ended.notify_all();
     });
-    let progress = progress.into_inner().unwrap();
+    let progress = progress.into_inner();
     println!("{}", progress.so_far(shape, began));
     assert!(progress.failed.is_empty(), "{shape}: seeds {:?} failed", progress.failed);
 }
@@ -144,8 +142,8 @@ fn watch(
 ) {
     let began = clock::monotonic();
     loop {
-        let (now, waited) = ended.wait_timeout_while(progress.lock().unwrap(), REPORT_INTERVAL, &is_running).unwrap();
-        if !waited.timed_out() {
+        let mut now = progress.lock();
+        if !ended.wait_while_for(&mut now, &is_running, REPORT_INTERVAL).timed_out() {
             return;
         }
         println!("{}", now.so_far(shape, began));

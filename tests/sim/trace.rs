@@ -5,9 +5,10 @@ use std::{
     cell::RefCell,
     fmt::{self, Write as _},
     io,
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
+use parking_lot::Mutex;
 use strandline::task::{clock, process::SimProcess};
 use tokio::time::Instant;
 
@@ -82,10 +83,10 @@ impl Trace {
         if self.is_live {
             println!("{elapsed_us:>10} {what}");
         }
-        writeln!(self.lines.lock().unwrap(), "{elapsed_us:>10} {what}").unwrap();
+        writeln!(self.lines.lock(), "{elapsed_us:>10} {what}").unwrap();
     }
 
     fn text(&self) -> String {
-        self.lines.lock().unwrap().clone()
+        self.lines.lock().clone()
     }
 }

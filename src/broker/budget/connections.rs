@@ -6,10 +6,11 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use slab::Slab;
 use tokio::{sync::Semaphore, time::Instant};
 
@@ -61,7 +62,7 @@ impl fmt::Debug for Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        self.connections.state().open.remove(&self.id);
+        self.connections.0.lock().open.remove(&self.id);
     }
 }
 
@@ -83,13 +84,9 @@ pub(super) enum MemoryKind {
 }
 
 impl Account {
-    fn unread(&self) -> MutexGuard<'_, Slab<UnreadCall>> {
-        self.unread.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Returns true if a client has read nothing for too long while other calls wait for memory of this kind.
     fn is_unread(&self, kind: MemoryKind, now: Instant) -> bool {
-        self.unread().iter().any(|(_, call)| {
+        self.unread.lock().iter().any(|(_, call)| {
             let extra = if call.kind == kind { Duration::ZERO } else { OTHER_KIND_TIMEOUT };
             call.until.min(call.deadline) + extra <= now
         })
@@ -125,7 +122,7 @@ impl UnreadResponse {
     /// Registers a call that passes data to HTTP/2 now.
     pub(super) fn new(account: &Arc<Account>) -> Self {
         let until = clock::monotonic() + UNREAD_TIMEOUT;
-        let key = account.unread().insert(UnreadCall { until, deadline: until, kind: MemoryKind::Requests });
+        let key = account.unread.lock().insert(UnreadCall { until, deadline: until, kind: MemoryKind::Requests });
         Self { account: Arc::clone(account), key }
     }
 
@@ -133,7 +130,7 @@ impl UnreadResponse {
     /// something.
     pub(super) fn hand(&self, bytes: usize) {
         let until = clock::monotonic() + UNREAD_TIMEOUT;
-        if let Some(call) = self.account.unread().get_mut(self.key) {
+        if let Some(call) = self.account.unread.lock().get_mut(self.key) {
             call.until = until;
             call.deadline = until + Duration::from_secs((bytes / MIN_BYTES_PER_SECOND) as u64);
             if bytes > 0 {
@@ -144,7 +141,7 @@ impl UnreadResponse {
 
     /// Records that the client took a piece of the data.
     pub(super) fn renew(&self) {
-        if let Some(call) = self.account.unread().get_mut(self.key) {
+        if let Some(call) = self.account.unread.lock().get_mut(self.key) {
             call.until = clock::monotonic() + UNREAD_TIMEOUT;
         }
     }
@@ -152,7 +149,7 @@ impl UnreadResponse {
 
 impl Drop for UnreadResponse {
     fn drop(&mut self) {
-        self.account.unread().remove(self.key);
+        self.account.unread.lock().remove(self.key);
     }
 }
 
@@ -169,10 +166,6 @@ struct State {
 }
 
 impl Connections {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Registers a connection with these shares of the pools. `close` closes the connection.
     pub(super) fn open(
         self: &Arc<Self>,
@@ -181,7 +174,7 @@ impl Connections {
         sessions: MemoryBudget,
         close: impl Fn() + Send + Sync + 'static,
     ) -> ConnectionMemory {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         let id = state.next;
         state.next += 1;
         let account = Arc::new(Account {
@@ -206,7 +199,7 @@ impl Connections {
     /// Closes the connections that hold memory of this kind and whose clients do not read.
     pub(super) fn close_unread(&self, kind: MemoryKind) {
         let now = clock::monotonic();
-        let mut state = self.state();
+        let mut state = self.0.lock();
         let searched = &mut state.searched[kind as usize];
         if searched.is_some_and(|searched| now.saturating_duration_since(searched) < SEARCH_INTERVAL) {
             return;

@@ -3,13 +3,14 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     task::Waker,
 };
 
 use futures::task::AtomicWaker;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{LARGE_GRACE, SMALL_BYTES, SMALL_GRACE, connections::Account, grace};
@@ -52,13 +53,9 @@ impl IncompleteRequest {
 }
 
 impl IncompleteRequests {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Registers an incomplete request of a connection, which has held `bytes` since then.
     pub(super) fn add(&self, bytes: usize, since: Instant, account: &Arc<Account>) -> Arc<IncompleteRequest> {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         let number = state.next;
         state.next += 1;
         let (ended, waker, account) = (AtomicBool::new(false), AtomicWaker::new(), Arc::clone(account));
@@ -68,14 +65,14 @@ impl IncompleteRequests {
     }
 
     pub(super) fn remove(&self, request: &IncompleteRequest) {
-        self.state().of(request.bytes).remove(&(request.since, request.number));
+        self.0.lock().of(request.bytes).remove(&(request.since, request.number));
     }
 
     /// Ends stalled requests until `wanted` bytes of the pool for a request of `bytes` will be free.
     pub(super) fn end(&self, bytes: usize, wanted: usize, now: Instant) {
         let mut freed = 0;
         let min_age = if bytes <= SMALL_BYTES { SMALL_GRACE } else { LARGE_GRACE };
-        for request in self.state().of(bytes).values() {
+        for request in self.0.lock().of(bytes).values() {
             let age = now.saturating_duration_since(request.since);
             if age < min_age || freed >= wanted {
                 return;

@@ -1,13 +1,11 @@
 //! Queues of requests that wait for memory. The queues bound the rate at which incomplete requests are ended, in searches and in bytes.
 
 use std::{
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::SMALL_GRACE;
@@ -50,7 +48,7 @@ impl<'a> QueuedRequest<'a> {
 
     /// Returns the bytes that must become free now, or `None` if another request has just searched.
     pub(super) fn wanted(&self, now: Instant) -> Option<usize> {
-        let mut ended = self.queue.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ended = self.queue.ended.lock();
         if ended.is_some_and(|ended| now < ended + SMALL_GRACE) {
             return None;
         }

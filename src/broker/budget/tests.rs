@@ -124,7 +124,7 @@ async fn unread_connections_are_closed_when_others_wait() {
     let closed = Arc::new(Mutex::new(Vec::new()));
     let connection = |number: usize| {
         let closed = Arc::clone(&closed);
-        budgets.connection(move || closed.lock().unwrap().push(number))
+        budgets.connection(move || closed.lock().push(number))
     };
     let mut calls = Vec::new();
     for (number, bytes) in [12 * MIB, 11 * MIB, 10 * MIB, 12 * MIB].into_iter().enumerate() {
@@ -139,17 +139,17 @@ async fn unread_connections_are_closed_when_others_wait() {
     drop(handed);
     let held = first.response(12 * MIB, MIB).await;
     tokio::time::advance(UNREAD_TIMEOUT * 10).await;
-    assert!(closed.lock().unwrap().is_empty(), "no other call waits for memory");
+    assert!(closed.lock().is_empty(), "no other call waits for memory");
 
     let honest = CallMemory::new(budgets.clone(), connection(4));
     let ((_grant, bytes), ()) = tokio::join!(honest.response(12 * MIB, 12 * MIB), async {
-        while closed.lock().unwrap().is_empty() {
+        while closed.lock().is_empty() {
             tokio::time::sleep(SEARCH_INTERVAL).await;
         }
         calls[3] = None;
     });
     assert_eq!(bytes, 12 * MIB);
-    let closed: std::collections::BTreeSet<_> = closed.lock().unwrap().iter().copied().collect();
+    let closed: std::collections::BTreeSet<_> = closed.lock().iter().copied().collect();
     assert_eq!(closed, [1, 2, 3].into(), "the connections that do not read");
     drop(held);
 }

@@ -4,11 +4,12 @@ use std::{
     collections::BTreeMap,
     future::Future,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Weak,
         atomic::{AtomicU64, Ordering},
     },
 };
 
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
 /// Checks by key. One check per key runs at a time, and a bounded number in total.
@@ -54,7 +55,7 @@ impl<K: Ord, T: Clone> SharedChecks<K, T> {
 
     /// Returns the checks of a key. Removes those of keys without waiting callers.
     fn of(&self, key: K) -> Arc<Check<T>> {
-        let mut checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut checks = self.checks.lock();
         checks.retain(|_, check| check.strong_count() > 0);
         if let Some(check) = checks.get(&key).and_then(Weak::upgrade) {
             return check;
@@ -100,7 +101,7 @@ mod tests {
         // One check for the first caller, one for those that arrived meanwhile, and one for the other key, which waits for the first check
         // only.
         assert_eq!((late, runs.into_inner()), ((2, 2 * CHECK), 3));
-        assert_eq!(checks.checks.lock().unwrap().values().filter(|check| check.strong_count() > 0).count(), 0);
+        assert_eq!(checks.checks.lock().values().filter(|check| check.strong_count() > 0).count(), 0);
     }
 
     /// A process that exits during a probe may have responded to that probe. A report that arrives then concerns a later moment.

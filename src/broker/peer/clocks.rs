@@ -1,9 +1,8 @@
 //! Warnings about two brokers whose clocks differ by much. No decision between brokers depends on a clock.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Mutex, PoisonError},
-};
+use std::collections::BTreeMap;
+
+use parking_lot::Mutex;
 
 use crate::{model::BrokerId, task::clock, telemetry::LogThrottle};
 
@@ -20,7 +19,7 @@ impl ClockComparison {
     pub(in crate::broker) fn compare(&self, broker: BrokerId, theirs_ms: Option<i64>) {
         let skew = theirs_ms.and_then(|theirs| clock_skew_seconds(theirs, clock::wall_ms()));
         let Some(seconds_ahead) = skew else { return };
-        let mut logs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logs = self.0.lock();
         let Some(count) = logs.entry(broker).or_default().occur(clock::monotonic()) else { return };
         tracing::warn!(
             %broker, seconds_ahead, count,

@@ -12,12 +12,13 @@ mod tests;
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
 
 use futures::future::BoxFuture;
+use parking_lot::Mutex;
 use tonic::{Request, Response, Status, Streaming};
 
 pub(super) use self::peer_table::{LinkLossListener, LookUp, PeerInfo, PeerTable, Unconfirmed};

@@ -4,12 +4,7 @@
 //! to a ping. Brokers do not authenticate, so the second one may be foreign. The new link starts after every partition has processed the
 //! end of the previous link. Late messages of an old link therefore never undo a subscription on the new link.
 
-use std::{
-    collections::BTreeMap,
-    pin::Pin,
-    sync::{Arc, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::Stream;
 use tokio::sync::{mpsc, watch};
@@ -77,10 +72,9 @@ impl PeerServer {
         mut incoming: Streaming<v1::ReplicateRequest>,
         outgoing: &replication::ResponseSender,
     ) -> Result<(), ApiError> {
-        let first = tokio::select! {
-            biased;
-            () = self.tasks.cancelled() => return Err(stopping()),
-            first = tokio::time::timeout(HELLO_TIMEOUT, incoming.message()) => first,
+        let Some(first) = self.tasks.run_until_cancelled(tokio::time::timeout(HELLO_TIMEOUT, incoming.message())).await
+        else {
+            return Err(stopping());
         };
         let hello = match first {
             Ok(Ok(Some(v1::ReplicateRequest { message: Some(replicate_request::Message::Hello(hello)), .. }))) => hello,
@@ -99,7 +93,7 @@ impl PeerServer {
         self.replace_link(peer, inbound).await?;
         let served = self.run(peer, own, probe, incoming, outgoing, &link).await;
         drop(progress);
-        let mut links = self.links();
+        let mut links = self.links.lock();
         if links.get(&peer.broker).is_some_and(|link| link.ended.has_changed().is_err()) {
             links.remove(&peer.broker);
         }
@@ -147,7 +141,7 @@ impl PeerServer {
         let mut unresponsive: Option<Arc<LinkProbe>> = None;
         let before = loop {
             let (probe, mut ended) = {
-                let mut links = self.links();
+                let mut links = self.links.lock();
                 match links.get(&peer.broker) {
                     Some(existing) if existing.epoch > peer.epoch => {
                         let (broker, epoch) = (peer.broker, existing.epoch);
@@ -241,16 +235,12 @@ impl PeerServer {
 
     /// Applies `act` to the log throttle of a broker's links, because links may open and break many times a second.
     fn link_log<T>(&self, peer: PeerId, act: impl FnOnce(&mut LogThrottle) -> T) -> T {
-        let mut logs = self.link_logs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logs = self.link_logs.lock();
         let (epoch, log) = logs.entry(peer.broker).or_default();
         if *epoch != peer.epoch {
             (*epoch, *log) = (peer.epoch, LogThrottle::default());
         }
         act(log)
-    }
-
-    fn links(&self) -> MutexGuard<'_, BTreeMap<BrokerId, InboundLink>> {
-        self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

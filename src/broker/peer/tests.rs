@@ -1,13 +1,9 @@
 //! Replication between two brokers over TCP: partitions, links in both directions, and the service. There is no metadata store: each test
 //! assigns the leaders.
 
-use std::{
-    collections::BTreeMap,
-    path::Path,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, mpsc},
@@ -83,11 +79,11 @@ impl Node {
         let partitions = Partitions::default();
         let (recorder, lost) = mpsc::channel(64);
         let table = Arc::clone(&partitions);
-        let find: PartitionLookup = Arc::new(move |id| table.lock().unwrap().get(&id).cloned());
+        let find: PartitionLookup = Arc::new(move |id| table.lock().get(&id).cloned());
         let stored: Arc<Mutex<BTreeMap<BrokerId, Revision>>> = Arc::default();
         let registrations = Arc::clone(&stored);
         let look_up: LookUp = Arc::new(move |broker| {
-            let epoch = registrations.lock().unwrap().get(&broker).copied();
+            let epoch = registrations.lock().get(&broker).copied();
             Box::pin(async move { Ok(epoch) })
         });
         links.set_callbacks(find, Arc::new(LinkLossRecorder(recorder)), look_up);
@@ -123,7 +119,7 @@ impl Node {
     }
 
     fn partition(&self, number: u32) -> Arc<Partition> {
-        Arc::clone(&self.partitions.lock().unwrap()[&id(number)])
+        Arc::clone(&self.partitions.lock()[&id(number)])
     }
 
     fn open(&self, number: u32) {
@@ -140,7 +136,7 @@ impl Node {
         let ctx = PartitionContext { links: self.links.clone(), ..PartitionContext::standalone() };
         let partition =
             Partition::open(self.id, &self.log, spec, ctx, &MaintenanceQueue::default(), &self.tasks).unwrap();
-        self.partitions.lock().unwrap().insert(id(number), partition);
+        self.partitions.lock().insert(id(number), partition);
     }
 
     /// Assigns the partition to `leader` in this epoch, with both brokers in sync.
@@ -296,7 +292,7 @@ async fn invalid_hello_is_rejected_with_reason() {
     };
     assert!(status.message().contains("another link of the same broker replaced it"), "{status:?}");
     // A newer broker epoch that only the store contains yet replaces the link at once.
-    one.stored.lock().unwrap().insert(two.id, Revision(21));
+    one.stored.lock().insert(two.id, Revision(21));
     let mut newest = peers.replicate(&one.address, v1::Hello { broker_epoch: 21, ..good }).await.unwrap();
     assert!(newest.receiver.message().await.unwrap().is_some());
     assert!(next.receiver.message().await.is_err());

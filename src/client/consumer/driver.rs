@@ -18,7 +18,6 @@ use super::{
         connection::BrokerAddress,
         error::{CallError, ConsumeError},
         metadata,
-        options::Backoff,
         retry_status::RetryReporter,
     },
     ConsumerEvent, ConsumerOptions, OffsetResetPolicy, QueuedEvent,
@@ -35,7 +34,7 @@ use crate::{
         error::{ApiError, ErrorCode},
         v1,
     },
-    task::{Tasks, clock},
+    task::{Backoff, Tasks, clock},
 };
 
 /// Number of attempts to read corrupt bytes before the consumer gets an error. Corruption in transport may not recur;
@@ -72,7 +71,7 @@ pub(super) struct ConsumerDriver {
     routed: mpsc::Receiver<Result<(), CallError>>,
     route_done: mpsc::Sender<Result<(), CallError>>,
     routing: bool,
-    route_pauses: Option<Backoff>,
+    metadata_backoff: Option<Backoff>,
     /// Time of the last metadata refresh.
     refreshed: Instant,
     /// Time of the last metadata refresh because of an expired lease.
@@ -110,7 +109,7 @@ impl ConsumerDriver {
             routed,
             route_done,
             routing: false,
-            route_pauses: None,
+            metadata_backoff: None,
             refreshed: clock::monotonic(),
             last_lease_refresh: None,
             arrange_at: None,
@@ -493,7 +492,7 @@ impl ConsumerDriver {
         let Some(state) = self.topics.get_mut(topic).and_then(|partitions| partitions.get_mut(&partition)) else {
             return;
         };
-        let at = clock::monotonic() + state.backoff.get_or_insert_with(backoff).next();
+        let at = clock::monotonic() + state.backoff.get_or_insert_with(backoff).next_pause();
         state.not_before = Some(at);
         self.arrange_soon(at);
     }
@@ -530,7 +529,7 @@ impl ConsumerDriver {
         let done = self.route_done.clone();
         let tasks = self.tasks.clone();
         let seen = client.routing().generation();
-        let pause = self.route_pauses.as_mut().map_or(Duration::ZERO, Backoff::next);
+        let pause = self.metadata_backoff.as_mut().map_or(Duration::ZERO, Backoff::next_pause);
         let topics: Vec<Arc<str>> = self.topics.keys().cloned().collect();
         let expired = self.expired_leaders();
         self.tasks.spawn("consumer metadata", async move {
@@ -539,12 +538,8 @@ impl ConsumerDriver {
                 tokio::time::sleep(pause).await;
                 client.refresh_excluding(&expired, seen, &names).await
             };
-            tokio::select! {
-                biased;
-                () = tasks.cancelled() => {}
-                result = refresh => {
-                    let _ = done.send(result).await;
-                }
+            if let Some(result) = tasks.run_until_cancelled(refresh).await {
+                let _ = done.send(result).await;
             }
         });
     }
@@ -585,10 +580,10 @@ impl ConsumerDriver {
         }
         if unknown || result.is_err() {
             let backoff = || self.client.options().backoff();
-            self.route_pauses.get_or_insert_with(backoff);
+            self.metadata_backoff.get_or_insert_with(backoff);
             self.route();
         } else {
-            self.route_pauses = None;
+            self.metadata_backoff = None;
         }
         self.arrange_soon(clock::monotonic());
     }

@@ -5,12 +5,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    super::{metadata::ReadTarget, options::Backoff, retry_status::RetryReporter},
+    super::{metadata::ReadTarget, retry_status::RetryReporter},
     follower_backoff::FollowerBackoff,
 };
 use crate::{
     model::{LeaderEpoch, Offset, TopicId},
     proto::v1,
+    task::Backoff,
 };
 
 /// Time for which a stream must be open before a problem with the leader is cleared. At the end of a log no record

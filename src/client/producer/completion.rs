@@ -4,13 +4,14 @@
 use std::{
     future::Future,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::Arc,
     task::{Context, Poll, Waker},
 };
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::super::{error::SendError, lock::lock};
+use super::super::error::SendError;
 use crate::{
     model::{LeaderEpoch, Offset},
     proto::v1,
@@ -101,7 +102,7 @@ impl Completion {
     /// Sets the result and wakes all deliveries of the batch. Only the first call has an effect.
     pub(super) fn complete(&self, result: Result<Ack, SendError>) {
         let wakers = {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             if state.result.is_some() {
                 return;
             }
@@ -137,7 +138,7 @@ impl Future for Delivery {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
-        let mut state = lock(&this.completion.state);
+        let mut state = this.completion.state.lock();
         if let Some(result) = &state.result {
             let index = u64::from(this.index);
             return Poll::Ready(result.clone().map(|ack| Ack { offset: ack.offset.map(|o| o.plus(index)), ..ack }));

@@ -18,8 +18,6 @@ use super::{
     super::{
         connection::BrokerAddress,
         error::{CallError, SendError},
-        lock::lock,
-        options::Backoff,
         retry_status::RetryReporter,
     },
     ProducerInner,
@@ -37,7 +35,7 @@ use crate::{
         produce_request::ProduceRequestParts,
         v1,
     },
-    task::{Tasks, clock},
+    task::{Backoff, Tasks, clock},
 };
 
 /// Maximum number of in-flight batches on one stream. More batches wait in their queues, where later records still join
@@ -91,7 +89,7 @@ struct QueueState {
     /// Stream in which the queue waits for capacity.
     waiting: Option<u64>,
     /// Backoff; present while sends fail.
-    pauses: Option<Backoff>,
+    backoff: Option<Backoff>,
     /// Time before which nothing is sent.
     not_before: Option<Instant>,
     /// Time of the queue's entry in `timers`.
@@ -135,7 +133,7 @@ pub(super) struct ProducerDriver {
     routing: bool,
     /// Queues that wait for metadata.
     unrouted: BTreeSet<usize>,
-    route_pauses: Option<Backoff>,
+    metadata_backoff: Option<Backoff>,
     refresh_at: Instant,
 }
 
@@ -160,7 +158,7 @@ impl ProducerDriver {
             received,
             routing: false,
             unrouted: BTreeSet::new(),
-            route_pauses: None,
+            metadata_backoff: None,
             refresh_at,
         }
     }
@@ -211,7 +209,7 @@ impl ProducerDriver {
 
     fn on_wake(&mut self) {
         self.add_new_queues();
-        let dirty = std::mem::take(&mut *lock(&self.inner.dirty));
+        let dirty = std::mem::take(&mut *self.inner.dirty.lock());
         for index in dirty {
             self.queues[index].queue.clear_queued();
             self.send_ready(index);
@@ -247,7 +245,7 @@ impl ProducerDriver {
     }
 
     fn add_new_queues(&mut self) {
-        let all = lock(&self.inner.queues);
+        let all = self.inner.queues.lock();
         let options = &self.inner.options;
         for queue in all.iter().skip(self.queues.len()) {
             self.queues.push(QueueState {
@@ -255,7 +253,7 @@ impl ProducerDriver {
                 flight: InFlightBatches::new(options.guarantee(), options.window(), self.identity),
                 stream: None,
                 waiting: None,
-                pauses: None,
+                backoff: None,
                 not_before: None,
                 timer: None,
                 identifying: false,
@@ -373,13 +371,7 @@ impl ProducerDriver {
         let run = stream::run(self.inner.client.clone(), address.clone(), number, queue, self.events.clone());
         let call = self.tasks.child();
         let cancelled = call.clone();
-        self.tasks.spawn("producer stream", async move {
-            tokio::select! {
-                biased;
-                () = cancelled.cancelled() => {}
-                () = run => {}
-            }
-        });
+        self.tasks.spawn("producer stream", async move { cancelled.run_until_cancelled(run).await });
         let stream = ProduceStream {
             address: address.clone(),
             requests,
@@ -417,7 +409,7 @@ impl ProducerDriver {
         state.heard = clock::monotonic();
         match state.flight.on_response(number, response.correlation_id, result) {
             ResponseOutcome::Completed(done) => {
-                (state.pauses, state.proven) = (None, true);
+                (state.backoff, state.proven) = (None, true);
                 let partition = state.queue.partition;
                 self.acknowledge(partition, done, &appended.unwrap_or_default());
                 self.clear_problem(index);

@@ -39,12 +39,13 @@ mod stream;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
-        Arc, Mutex, RwLock,
+        Arc,
         atomic::{AtomicU32, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use self::{
@@ -61,7 +62,6 @@ use super::{
     Client, TopicRoute,
     connection::{BrokerAddress, log_client},
     error::{CallError, SendError},
-    lock::lock,
 };
 use crate::{
     limits,
@@ -390,7 +390,7 @@ impl ProducerInner {
     }
 
     fn topic_queues(&self, topic: &str) -> Option<Arc<TopicQueues>> {
-        self.topics.read().unwrap_or_else(std::sync::PoisonError::into_inner).get(topic).cloned()
+        self.topics.read().get(topic).cloned()
     }
 
     /// Creates queues for partitions that have none.
@@ -415,7 +415,7 @@ impl ProducerInner {
             delivery_timeout: self.options.delivery_timeout,
         };
         {
-            let mut all = lock(&self.queues);
+            let mut all = self.queues.lock();
             for partition in queues.len()..route.partitions.len() {
                 let partition = u32::try_from(partition).expect("partitions are few");
                 let queue = Arc::new(PartitionQueue::new(name.clone(), partition, all.len(), batch_limits));
@@ -430,7 +430,7 @@ impl ProducerInner {
             sticky_bytes: AtomicUsize::new(0),
             max_message_bytes: route.max_message_bytes,
         });
-        let mut topics = self.topics.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut topics = self.topics.write();
         topics.insert(topic.to_owned(), queues.clone());
         queues
     }
@@ -447,8 +447,7 @@ impl ProducerInner {
         tokio::time::sleep(pause).await;
         let wanted: Vec<&str> = wanted.iter().map(|name| &**name).collect();
         self.client.refresh_excluding(last, seen, &wanted).await?;
-        let topics: Vec<String> =
-            self.topics.read().unwrap_or_else(std::sync::PoisonError::into_inner).keys().cloned().collect();
+        let topics: Vec<String> = self.topics.read().keys().cloned().collect();
         for topic in topics {
             if let Some(Ok(route)) = self.client.routing().topic(&topic) {
                 self.add_queues(&topic, &route).await;
@@ -460,7 +459,7 @@ impl ProducerInner {
     /// Notifies the task that a queue has work.
     fn notify_driver(&self, queue: &PartitionQueue) {
         if queue.mark_queued() {
-            lock(&self.dirty).push(queue.index);
+            self.dirty.lock().push(queue.index);
             self.wake.notify_one();
         }
     }

@@ -4,16 +4,17 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
-    super::{error::SendError, lock::lock},
+    super::error::SendError,
     NewRecord,
     completion::{Completion, Delivery},
 };
@@ -129,7 +130,7 @@ impl PartitionQueue {
         permits: u32,
     ) -> Result<EnqueueResult, SendError> {
         let timestamp_ms = record.timestamp_ms.unwrap_or_else(clock::wall_ms);
-        let mut intake = lock(&self.intake);
+        let mut intake = self.intake.lock();
         if let Some(error) = &intake.closed {
             return Err(error.clone());
         }
@@ -166,7 +167,7 @@ impl PartitionQueue {
 
     /// Queues a complete batch after the open batch.
     pub(super) fn append_batch(&self, batch: Batch, permits: u32) -> Result<Delivery, SendError> {
-        let mut intake = lock(&self.intake);
+        let mut intake = self.intake.lock();
         if let Some(error) = &intake.closed {
             return Err(error.clone());
         }
@@ -208,13 +209,13 @@ impl PartitionQueue {
     /// Seals the open batch regardless of its age.
     pub(super) fn seal_now(&self) {
         // The records of the batch already have the error.
-        let _ = self.seal(&mut lock(&self.intake));
+        let _ = self.seal(&mut self.intake.lock());
     }
 
     /// Returns the next batch to send: a sealed batch, or the open batch if its linger is over. Otherwise returns the
     /// time of the next attempt.
     pub(super) fn take(&self, now: Instant) -> DequeueResult {
-        let mut intake = lock(&self.intake);
+        let mut intake = self.intake.lock();
         if intake.sealed.is_empty() {
             match &intake.open {
                 None => return DequeueResult::Nothing,
@@ -231,7 +232,7 @@ impl PartitionQueue {
 
     /// Removes and returns the sealed batches whose delivery timeout has passed.
     pub(super) fn take_expired(&self, now: Instant) -> Vec<SealedBatch> {
-        let mut intake = lock(&self.intake);
+        let mut intake = self.intake.lock();
         let mut expired = Vec::new();
         while intake.sealed.front().is_some_and(|sealed| sealed.deadline <= now) {
             expired.extend(intake.sealed.pop_front());
@@ -241,21 +242,21 @@ impl PartitionQueue {
 
     /// Returns the time at which the oldest batch in the queue expires.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        let intake = lock(&self.intake);
+        let intake = self.intake.lock();
         let open = || intake.open.as_ref().map(|open| open.since + self.limits.delivery_timeout);
         intake.sealed.front().map(|sealed| sealed.deadline).or_else(open)
     }
 
     /// Returns the completions of all batches in the queue.
     pub(super) fn waiting(&self) -> Vec<Arc<Completion>> {
-        let intake = lock(&self.intake);
+        let intake = self.intake.lock();
         let open = intake.open.iter().map(|open| open.completion.clone());
         intake.sealed.iter().map(|sealed| sealed.completion.clone()).chain(open).collect()
     }
 
     /// Closes the queue for new records and returns the batches in it.
     pub(super) fn close(&self, error: &SendError) -> Vec<SealedBatch> {
-        let mut intake = lock(&self.intake);
+        let mut intake = self.intake.lock();
         intake.closed.get_or_insert_with(|| error.clone());
         let _ = self.seal(&mut intake);
         intake.sealed.drain(..).collect()

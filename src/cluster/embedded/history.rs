@@ -7,7 +7,7 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::{EmbeddedInner, lock};
+use super::EmbeddedInner;
 use crate::cluster::store::{MetaStoreError, Revision, WatchBatch, WatchEvent};
 
 /// Maximum number of revisions that a watch may lag. Lower in tests, which exceed it.
@@ -83,7 +83,7 @@ impl WatchCursor {
     /// Returns the changes under the prefix from the cursor on; `None` if there is no new revision.
     fn read(&mut self) -> Result<Option<WatchBatch>, MetaStoreError> {
         let Some(inner) = self.inner.upgrade() else { return Ok(None) };
-        let history = lock(&inner.history);
+        let history = inner.history.lock();
         let first = self.next;
         let mut events = Vec::new();
         // Bounds one result; the rest follows in the next.

@@ -24,10 +24,11 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     fmt, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use redb::{Database, DatabaseError, StorageError, backends::FileBackend};
 use rustix::fs::OFlags;
 use tokio::{
@@ -200,7 +201,7 @@ impl EmbeddedStore {
     /// Ends every lease that has expired at `now`, and deletes the keys of these leases in one transaction.
     pub async fn tick(&self, now: Instant) -> Result<(), MetaStoreError> {
         let expired: Vec<LeaseId> = {
-            let leases = lock(&self.inner.leases);
+            let leases = self.inner.leases.lock();
             leases.by_id.iter().filter(|(_, lease)| lease.deadline <= now).map(|(id, _)| *id).collect()
         };
         if expired.is_empty() { Ok(()) } else { self.end_leases(expired, Some(now)).await }
@@ -232,10 +233,10 @@ impl EmbeddedStore {
 
     async fn end_leases(&self, leases: Vec<LeaseId>, expired_at: Option<Instant>) -> Result<(), MetaStoreError> {
         self.run(move |inner| {
-            let mut writer = lock(&inner.writer);
+            let mut writer = inner.writer.lock();
             let mut ended = BTreeSet::new();
             {
-                let mut table = lock(&inner.leases);
+                let mut table = inner.leases.lock();
                 for id in leases {
                     // Keep a lease that was renewed since the check.
                     let ends = table.by_id.get(&id).is_some_and(|l| expired_at.is_none_or(|now| l.deadline <= now));
@@ -282,7 +283,7 @@ impl MetaStore for EmbeddedStore {
         Box::pin(async move {
             transaction.check()?;
             let (sender, mut receiver) = oneshot::channel();
-            lock(&self.inner.queue).push_back(PendingTransaction { transaction, response: sender });
+            self.inner.queue.lock().push_back(PendingTransaction { transaction, response: sender });
             let permit = self.inner.turn.clone().acquire_owned().await.expect("the semaphore is never closed");
             // The previous holder of the permit may have applied this transaction.
             if let Ok(outcome) = receiver.try_recv() {
@@ -300,7 +301,7 @@ impl MetaStore for EmbeddedStore {
 
     fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
         Box::pin(async move {
-            lock(&self.inner.history).check(from)?;
+            self.inner.history.lock().check(from)?;
             let cursor = WatchCursor::new(&self.inner, prefix, from);
             Ok(Watch::new(futures::stream::unfold(Some(cursor), history::step)))
         })
@@ -309,7 +310,7 @@ impl MetaStore for EmbeddedStore {
     fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
         Box::pin(async move {
             self.inner.usable()?;
-            let mut leases = lock(&self.inner.leases);
+            let mut leases = self.inner.leases.lock();
             leases.last += 1;
             let id = LeaseId(leases.last);
             leases.by_id.insert(id, LeaseState { time, deadline: clock::monotonic() + time });
@@ -320,7 +321,7 @@ impl MetaStore for EmbeddedStore {
     fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         Box::pin(async move {
             self.inner.usable()?;
-            let mut leases = lock(&self.inner.leases);
+            let mut leases = self.inner.leases.lock();
             let state = leases.by_id.get_mut(&lease).ok_or(MetaStoreError::LeaseGone { lease })?;
             state.deadline = clock::monotonic() + state.time;
             Ok(())
@@ -351,11 +352,11 @@ impl EmbeddedInner {
 
     /// Applies all queued transactions in one commit and sends their results.
     fn commit_queued(&self) {
-        let mut writer = lock(&self.writer);
-        let queued = std::mem::take(&mut *lock(&self.queue));
+        let mut writer = self.writer.lock();
+        let queued = std::mem::take(&mut *self.queue.lock());
         // A transaction whose caller was dropped in the queue is not applied.
         let pending: Vec<_> = queued.into_iter().filter(|queued| !queued.response.is_closed()).collect();
-        let is_live = |id| lock(&self.leases).by_id.contains_key(&id);
+        let is_live = |id| self.leases.lock().by_id.contains_key(&id);
         let outcomes = self.commit(&mut writer, |batch| {
             pending.iter().map(|queued| batch.transact(&queued.transaction, is_live)).collect()
         });
@@ -404,7 +405,7 @@ impl EmbeddedInner {
                     #[cfg(feature = "sim")]
                     changes.iter().for_each(|changes| table::report_writes(changes));
                     *writer = last.revision;
-                    lock(&self.history).append(changes);
+                    self.history.lock().append(changes);
                     self.reached.send_replace(*writer);
                 }
                 Ok(output)
@@ -417,11 +418,6 @@ impl EmbeddedInner {
             }
         }
     }
-}
-
-/// Locks a mutex for a few statements. A panic in between leaves no partial state: values are set last.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn open_error(path: &Path, error: DatabaseError) -> EmbeddedStoreError {

@@ -8,13 +8,16 @@ use super::{
     error::{ErrorClass, EtcdAttemptError, EtcdCallError},
     members::{MemberChannel, Members},
 };
-use crate::task::clock;
+use crate::task::{Backoff, clock};
 
 /// Maximum time for which a call tries members.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Pauses after each pass in which no member responded: the first and the longest.
-const RETRY_BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(800));
+/// Pauses after each pass in which no member responded.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
+
+/// Longest such pause.
+const MAX_RETRY_DELAY: Duration = Duration::from_millis(800);
 
 /// Condition for another attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +41,7 @@ impl Members {
     {
         let end = clock::monotonic() + CALL_DEADLINE;
         let mut errors = BTreeMap::new();
-        let mut wait = RETRY_BACKOFF.0;
+        let mut backoff = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
         loop {
             for member in self.in_turn() {
                 let EtcdAttemptError { class, reason } = match member.call_member(&request).await {
@@ -75,11 +78,11 @@ impl Members {
                     return Err(EtcdCallError::Unavailable { reason: format_errors(&errors), unknown });
                 }
             }
-            if clock::monotonic() + wait >= end {
+            let pause = backoff.next_pause();
+            if clock::monotonic() + pause >= end {
                 return Err(EtcdCallError::Unavailable { reason: format_errors(&errors), unknown: false });
             }
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(RETRY_BACKOFF.1);
+            tokio::time::sleep(pause).await;
         }
     }
 }

@@ -6,13 +6,14 @@
 use std::{
     future::Future,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
 
 use etcd_client::{Client, Error, KvClient, LeaseClient, ResponseHeader, WatchClient};
+use parking_lot::Mutex;
 use tokio::sync::{OnceCell, watch};
 
 use super::{
@@ -188,7 +189,7 @@ impl Member {
     pub(super) async fn replace(&self, old: &MemberChannel) {
         match MemberChannel::new(self.index, &self.endpoint, &self.options, &self.header_state).await {
             Ok(channel) => {
-                let mut current = self.lock();
+                let mut current = self.channel.lock();
                 if Arc::ptr_eq(&current.0, &old.0) {
                     *current = channel;
                 }
@@ -229,11 +230,7 @@ impl Member {
     }
 
     fn channel(&self) -> MemberChannel {
-        self.lock().clone()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, MemberChannel> {
-        self.channel.lock().unwrap_or_else(PoisonError::into_inner)
+        self.channel.lock().clone()
     }
 }
 

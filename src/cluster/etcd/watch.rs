@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     cluster::store::{MetaStoreError, Revision, WatchBatch, WatchEvent},
-    task::clock,
+    task::{Backoff, clock},
 };
 
 /// Time without a message after which progress is requested.
@@ -42,8 +42,11 @@ const MAX_UNANSWERED: u32 = 32;
 /// Time without a working member after which the watch ends with an error.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Pauses between attempts to resume: the first and the longest.
-const RETRY_BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// Shortest pause between attempts to resume.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
+
+/// Longest such pause.
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// A watch and its position.
 pub(super) struct ResumableWatch {
@@ -55,7 +58,7 @@ pub(super) struct ResumableWatch {
     start: Revision,
     stream: MemberWatch,
     max_unanswered: u32,
-    wait: Duration,
+    backoff: Backoff,
 }
 
 /// The watch at one member.
@@ -106,7 +109,7 @@ impl ResumableWatch {
             start,
             stream,
             max_unanswered: MIN_UNANSWERED,
-            wait: RETRY_BACKOFF.0,
+            backoff: Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY),
         })
     }
 
@@ -142,7 +145,8 @@ impl ResumableWatch {
             }
             return Ok(Err(WatchEnd::Cancelled(error.to_string())));
         }
-        (self.max_unanswered, self.wait) = (MIN_UNANSWERED, RETRY_BACKOFF.0);
+        self.max_unanswered = MIN_UNANSWERED;
+        self.backoff.reset();
         let kvs = response.events().iter().filter_map(etcd_client::Event::kv);
         // Skip changes that were returned before: the stream started below `next`.
         let new = kvs.filter(|kv| convert::revision(kv.mod_revision()) >= self.next);
@@ -181,8 +185,7 @@ impl ResumableWatch {
         }
         let end = clock::monotonic() + WATCH_TIMEOUT;
         loop {
-            tokio::time::sleep(self.wait).await;
-            self.wait = (self.wait * 2).min(RETRY_BACKOFF.1);
+            self.backoff.pause().await;
             match open(&self.members, &self.prefix, begin).await {
                 Ok(stream) => {
                     (self.stream, self.start) = (stream, begin);

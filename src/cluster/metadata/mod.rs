@@ -13,11 +13,9 @@
 //! - A snapshot is consistent: it never contains half a transaction.
 //! - While the store does not respond, the snapshot stays as it is.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::{
     sync::{broadcast, watch},
     time::Instant,
@@ -29,7 +27,7 @@ use super::{
 };
 use crate::{
     model::PartitionId,
-    task::{Tasks, clock},
+    task::{Backoff, Tasks, clock},
     telemetry::Counter,
 };
 
@@ -40,8 +38,11 @@ pub use snapshot::{MetadataSnapshot, PartitionEntry, Versioned};
 /// Interval of lists without a detected problem.
 const RELIST_INTERVAL: Duration = Duration::from_secs(600);
 
-/// Pauses between attempts while the store does not respond or its watches end early: the first and the longest.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// Shortest pause between attempts while the store does not respond or its watches end early.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
+
+/// Longest such pause.
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
 
 /// Interval at which a continuing outage is logged.
 const REMIND_INTERVAL: Duration = Duration::from_secs(60);
@@ -109,11 +110,7 @@ impl MetadataCache {
         let reflector = Reflector { store, keys, metadata: metadata.clone(), lists };
         let stop = tasks.clone();
         tasks.spawn("metadata-cache", async move {
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => {}
-                () = reflector.run() => {}
-            }
+            stop.run_until_cancelled(reflector.run()).await;
         });
         metadata
     }
@@ -136,11 +133,11 @@ impl MetadataCache {
     /// Returns the time since the store last sent anything, progress notifications included. It grows while the cache
     /// is disconnected. The embedded store sends only changes.
     pub fn silence(&self) -> Duration {
-        self.last_contact.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+        self.last_contact.lock().elapsed()
     }
 
     fn record_contact(&self) {
-        *self.last_contact.lock().unwrap_or_else(PoisonError::into_inner) = clock::monotonic();
+        *self.last_contact.lock() = clock::monotonic();
     }
 
     /// Returns the entry of a partition, if the partition counts.
@@ -181,21 +178,20 @@ struct Reflector {
 
 impl Reflector {
     async fn run(self) {
-        let (mut wait, mut outage) = (BACKOFF.0, OutageLogger::default());
+        let (mut backoff, mut outage) = (Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY), OutageLogger::default());
         loop {
             match self.list().await {
                 Ok(watch) => {
                     outage.log_recovered();
                     if self.apply_watch(watch).await {
-                        wait = BACKOFF.0;
+                        backoff.reset();
                     }
                 }
                 Err(error) => {
                     outage.log_failure(&error);
                 }
             }
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(BACKOFF.1);
+            backoff.pause().await;
         }
     }
 

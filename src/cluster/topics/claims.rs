@@ -4,11 +4,9 @@
 //! Concurrent creations on several brokers are not coordinated: they may exceed a limit by the replicas that one of
 //! them places.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
 use crate::{
@@ -82,7 +80,7 @@ impl Claims {
     ) -> Result<(T, Claim), Option<ReplicaBound>> {
         let mut placement = Placement::of(snapshot);
         {
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             state.claimed.retain(|_, claimed| claimed.made.is_none_or(|made| snapshot.revision() < made));
             for (id, replicas) in state.claimed.values().flat_map(|claimed| &claimed.replicas) {
                 placement.add_loads(*id, *replicas);
@@ -92,22 +90,18 @@ impl Claims {
         let placed = placement.within_bounds(|placement| place(snapshot, placement))?;
         let added = placement.loads().into_iter().map(|(id, load)| (id, load.replicas - before[&id].replicas));
         let replicas = added.collect();
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let number = state.next;
         state.next += 1;
         state.claimed.insert(number, Claimed { replicas, made: None });
         Ok((placed, Claim { number, claims: self.clone() }))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Claim {
     /// Marks the replicas as written at this revision.
     pub(super) fn made(self, at: Revision) {
-        if let Some(claimed) = self.claims.lock().claimed.get_mut(&self.number) {
+        if let Some(claimed) = self.claims.state.lock().claimed.get_mut(&self.number) {
             claimed.made = Some(at);
         }
     }
@@ -115,7 +109,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let mut state = self.claims.lock();
+        let mut state = self.claims.state.lock();
         if state.claimed.get(&self.number).is_some_and(|claimed| claimed.made.is_none()) {
             state.claimed.remove(&self.number);
         }
@@ -141,7 +135,7 @@ mod tests {
     /// Returns a placement that runs until the test ends it, and returns true if the test did.
     fn until(ended: mpsc::Receiver<()>) -> impl Fn(&MetadataSnapshot, &mut Placement) -> Option<bool> + Send + 'static {
         let ended = Mutex::new(ended);
-        move |_, _| Some(ended.lock().unwrap().recv_timeout(Duration::from_secs(10)).is_ok())
+        move |_, _| Some(ended.lock().recv_timeout(Duration::from_secs(10)).is_ok())
     }
 
     /// Regression: a placement of 100,000 partitions held the lock, and claims that ended waited for it on async

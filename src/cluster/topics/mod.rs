@@ -20,12 +20,9 @@
 //! creation, the creation's last transaction fails with a retryable error. A deleted topic leaves a [`Tombstone`],
 //! until long after its last data is deleted.
 
-use std::{
-    ops::Range,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{ops::Range, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
@@ -134,7 +131,7 @@ impl Hints {
     /// Takes one permit. Returns false if the period has none left.
     fn take(&self) -> bool {
         let now = clock::monotonic();
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.0.lock();
         let (since, used) = state.filter(|(since, _)| now.duration_since(*since) < HINTS_INTERVAL).unwrap_or((now, 0));
         *state = Some((since, used + u32::from(used < MAX_HINTS_PER_PERIOD)));
         used < MAX_HINTS_PER_PERIOD

@@ -7,11 +7,12 @@ use std::{
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
     sync::{
-        Arc, PoisonError, RwLock,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
 
+use parking_lot::RwLock;
 use rustix::{
     fs::{FlockOperation, OFlags},
     io::{Errno, ReadWriteFlags},
@@ -34,7 +35,7 @@ impl RealDisk {
     fn admit(&self, root: PrivateDir) -> io::Result<Arc<PrivateDir>> {
         root.correct_entries()?;
         let root = Arc::new(root);
-        let mut roots = self.roots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut roots = self.roots.write();
         match roots.iter_mut().find(|existing| existing.path() == root.path()) {
             Some(existing) => *existing = Arc::clone(&root),
             None => {
@@ -47,7 +48,7 @@ impl RealDisk {
 
     /// Returns the innermost configured directory that contains a path, and the path below it.
     fn root_of(&self, path: &Path) -> Option<(Arc<PrivateDir>, PathBuf)> {
-        let roots = self.roots.read().unwrap_or_else(PoisonError::into_inner);
+        let roots = self.roots.read();
         let below = |root: &Arc<PrivateDir>| Some((Arc::clone(root), path.strip_prefix(root.path()).ok()?.to_owned()));
         roots.iter().filter_map(below).min_by_key(|(_, name)| name.as_os_str().len())
     }

@@ -13,8 +13,10 @@ use std::{
     io::{self, IoSlice},
     ops::{Bound, Range},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
 };
+
+use parking_lot::Mutex;
 
 use super::{DirEntry, Disk, File, OpenMode};
 use crate::task::clock;
@@ -111,14 +113,10 @@ impl SimDisk {
         Self::default()
     }
 
-    fn state(&self) -> MutexGuard<'_, SimDiskState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Cuts the power and restores it. Synced data stays, and `seed` decides about the rest. Locks and handles end,
     /// faults are cleared, the capacity stays.
     pub fn crash(&self, seed: u64) {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         let mut rng = SimRng(seed);
         state.boot += 1;
         state.locks.clear();
@@ -147,7 +145,7 @@ impl SimDisk {
 
     /// Ends every process that uses the disk, but not the machine: no data is lost (kill -9).
     pub fn kill(&self) {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         state.boot += 1;
         state.locks.clear();
         state.operations_left = None;
@@ -156,22 +154,22 @@ impl SimDisk {
 
     /// Makes every change fail with an I/O error after `operations` more; `None` ends that.
     pub fn fail_writes_after(&self, operations: Option<u64>) {
-        self.state().operations_left = operations;
+        self.0.lock().operations_left = operations;
     }
 
     /// Sets the number of bytes in files at which the disk is full.
     pub fn set_capacity(&self, bytes: Option<u64>) {
-        self.state().capacity = bytes;
+        self.0.lock().capacity = bytes;
     }
 
     /// Makes syncs fail for files whose path contains `part`, and may lose their unsynced data; `None` ends that.
     pub fn fail_syncs(&self, part: Option<&str>) {
-        self.state().failing_syncs = part.map(str::to_owned);
+        self.0.lock().failing_syncs = part.map(str::to_owned);
     }
 
     /// Flips one bit of a file, in memory and in the durable content. Returns false if the file has no such bit.
     pub fn flip(&self, path: &Path, bit: u64) -> bool {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         let Some(id) = state.names.get(path).copied() else { return false };
         let Some(content) = state.files.get_mut(&id) else { return false };
         let Ok(byte) = usize::try_from(bit / 8) else { return false };
@@ -189,12 +187,12 @@ impl SimDisk {
 
     /// Returns the number of changes made so far, which identifies a point of failure.
     pub fn operations(&self) -> u64 {
-        self.state().operations
+        self.0.lock().operations
     }
 
     /// Returns the stamp of a file, which shows whether the file has changed since.
     pub fn stamp(&self, path: &Path) -> Option<SyncStamp> {
-        let state = self.state();
+        let state = self.0.lock();
         let id = *state.names.get(path)?;
         let content = &state.files[&id];
         Some(SyncStamp { file: id, rewrites: content.rewrites, len: content.bytes.len() as u64 })
@@ -202,7 +200,7 @@ impl SimDisk {
 
     /// Returns the files in a directory that certainly survive a power failure, each with its durable content.
     pub fn durable(&self, dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
-        let state = self.state();
+        let state = self.0.lock();
         let here = state.durable_names.iter().filter(|(path, _)| path.parent() == Some(dir));
         here.filter_map(|(path, id)| Some((path.clone(), state.files.get(id)?.durable()))).collect()
     }
@@ -210,13 +208,13 @@ impl SimDisk {
     /// Returns the ranges of a file that were written out.
     #[cfg(test)]
     pub(in crate::log) fn write_outs(&self, path: &Path) -> Vec<Range<u64>> {
-        let state = self.state();
+        let state = self.0.lock();
         state.names.get(path).map(|id| state.files[id].write_outs.clone()).unwrap_or_default()
     }
 
     /// Returns every file with its length.
     pub fn files(&self) -> Vec<(PathBuf, u64)> {
-        let state = self.state();
+        let state = self.0.lock();
         state.names.iter().map(|(path, id)| (path.clone(), state.files[id].bytes.len() as u64)).collect()
     }
 }
@@ -366,7 +364,7 @@ impl Disk for SimDisk {
     }
 
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         let mut missing: Vec<_> = dir.ancestors().take_while(|dir| !state.dirs.contains(*dir)).collect();
         if missing.is_empty() {
             return Ok(());
@@ -385,7 +383,7 @@ impl Disk for SimDisk {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         state.change()?;
         let changes = std::mem::take(&mut state.changes);
         for change in changes {
@@ -395,7 +393,7 @@ impl Disk for SimDisk {
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<DirEntry>> {
-        let state = self.state();
+        let state = self.0.lock();
         if !state.dirs.contains(dir) {
             return Err(io::ErrorKind::NotFound.into());
         }
@@ -418,7 +416,7 @@ impl Disk for SimDisk {
     }
 
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn File>> {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         let id = match state.names.get(path) {
             Some(id) => *id,
             None if mode == OpenMode::Read => return Err(io::ErrorKind::NotFound.into()),
@@ -440,7 +438,7 @@ impl Disk for SimDisk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         state.change()?;
         let id = state.names.remove(from).ok_or(io::ErrorKind::NotFound)?;
         state.names.insert(to.to_owned(), id);
@@ -449,7 +447,7 @@ impl Disk for SimDisk {
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         state.change()?;
         state.names.remove(path).ok_or(io::ErrorKind::NotFound)?;
         state.record_change(path, NameChange::Unlink(path.to_owned()));
@@ -457,7 +455,7 @@ impl Disk for SimDisk {
     }
 
     fn remove_dir(&self, dir: &Path) -> io::Result<()> {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         state.change()?;
         if state.names.keys().chain(&state.dirs).any(|path| path.parent() == Some(dir)) {
             return Err(io::ErrorKind::DirectoryNotEmpty.into());
@@ -474,7 +472,7 @@ impl Disk for SimDisk {
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>> {
         self.open(path, OpenMode::Write)?;
-        let mut state = self.state();
+        let mut state = self.0.lock();
         if !state.locks.insert(path.to_owned()) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
@@ -482,18 +480,18 @@ impl Disk for SimDisk {
     }
 
     fn free_bytes(&self, _dir: &Path) -> io::Result<u64> {
-        let state = self.state();
+        let state = self.0.lock();
         Ok(state.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(state.used())))
     }
 
     fn total_bytes(&self, _dir: &Path) -> io::Result<u64> {
-        Ok(self.state().capacity.unwrap_or(u64::MAX))
+        Ok(self.0.lock().capacity.unwrap_or(u64::MAX))
     }
 
     fn write_out(&self, path: &Path, range: Range<u64>, _piece_bytes: usize) -> io::Result<()> {
         // Nothing is durable before a sync, and everything may survive without one. So a write-out makes no difference
         // to a crash.
-        let mut state = self.state();
+        let mut state = self.0.lock();
         let id = state.names.get(path).copied().filter(|_| cfg!(test));
         if let Some(content) = id.and_then(|id| state.files.get_mut(&id)) {
             content.write_outs.push(range);
@@ -515,7 +513,7 @@ struct SimLock {
 
 impl Drop for SimLock {
     fn drop(&mut self) {
-        let mut state = self.disk.state();
+        let mut state = self.disk.0.lock();
         if state.boot == self.boot {
             state.locks.remove(&self.path);
         }
@@ -531,15 +529,15 @@ struct SimFile {
 
 impl File for SimFile {
     fn size(&self) -> io::Result<u64> {
-        Ok(self.disk.state().content(self.id, self.boot)?.bytes.len() as u64)
+        Ok(self.disk.0.lock().content(self.id, self.boot)?.bytes.len() as u64)
     }
 
     fn modified_ms(&self) -> io::Result<i64> {
-        Ok(self.disk.state().content(self.id, self.boot)?.modified_ms)
+        Ok(self.disk.0.lock().content(self.id, self.boot)?.modified_ms)
     }
 
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
-        let mut state = self.disk.state();
+        let mut state = self.disk.0.lock();
         let bytes = &state.content(self.id, self.boot)?.bytes;
         let start = usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
         let len = buffer.len().min(bytes.len() - start);
@@ -548,7 +546,7 @@ impl File for SimFile {
     }
 
     fn write_at(&self, slices: &[IoSlice<'_>], at: u64) -> io::Result<()> {
-        let mut state = self.disk.state();
+        let mut state = self.disk.0.lock();
         state.change()?;
         state.content(self.id, self.boot)?.modified_ms = clock::wall_ms();
         let mut at = usize::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
@@ -569,7 +567,7 @@ impl File for SimFile {
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {
-        let mut state = self.disk.state();
+        let mut state = self.disk.0.lock();
         state.change()?;
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::FileTooLarge)?;
         state.grow(self.id, self.boot, len)?;
@@ -586,7 +584,7 @@ impl File for SimFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let mut state = self.disk.state();
+        let mut state = self.disk.0.lock();
         state.change()?;
         if state.failing_syncs.as_ref().is_some_and(|part| self.path.to_string_lossy().contains(part.as_str())) {
             let mut rng = SimRng(state.operations);

@@ -28,12 +28,13 @@ use std::{
     collections::VecDeque,
     io,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use parking_lot::{Condvar, Mutex};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -112,10 +113,6 @@ pub(super) enum FrameSpace {
     Available,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Journal {
     pub(super) fn new(directory: Uuid, ring: Ring, next_frame: u64, options: &LogOptions) -> Self {
         Self {
@@ -149,7 +146,7 @@ impl Journal {
 
     /// Queues an entry. The writer calls its `done`. If the journal has failed or is closed, `done` is called at once.
     pub(super) fn submit(&self, entry: JournalEntry) {
-        let mut queue = lock(&self.queue);
+        let mut queue = self.queue.lock();
         if !queue.closed && self.failed.get().is_none() {
             queue.entries.push_back(entry);
             drop(queue);
@@ -173,21 +170,18 @@ impl Journal {
 
     /// Waits until an entry is queued. Returns false if the journal is closed and the queue is empty.
     pub(super) fn wait_for_entries(&self) -> bool {
-        let queue = lock(&self.queue);
-        let queue = self
-            .queued
-            .wait_while(queue, |queue| queue.entries.is_empty() && !queue.closed)
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut queue = self.queue.lock();
+        self.queued.wait_while(&mut queue, |queue| queue.entries.is_empty() && !queue.closed);
         !queue.entries.is_empty()
     }
 
     /// Closes the journal: queued entries are still written, and new ones are refused.
     pub(super) fn close(&self) {
         self.begin_shutdown();
-        lock(&self.queue).closed = true;
+        self.queue.lock().closed = true;
         self.queued.notify_all();
         // A thread that checks the ring before it waits has seen the close, or is waiting by now.
-        drop(lock(&self.ring));
+        drop(self.ring.lock());
         self.released.notify_all();
         self.entered.notify_all();
     }
@@ -195,7 +189,7 @@ impl Journal {
     /// Fails all entries that are still queued, because no writer is left. The entries hold replicas, which hold the
     /// journal.
     pub(super) fn fail_queued(&self) {
-        let entries = std::mem::take(&mut lock(&self.queue).entries);
+        let entries = std::mem::take(&mut self.queue.lock().entries);
         entries.into_iter().for_each(|entry| entry.complete(Err(self.refusal())));
     }
 
@@ -206,7 +200,7 @@ impl Journal {
 
     /// Returns the time for which the next frame has had no space.
     pub(super) fn space_wait(&self) -> Duration {
-        lock(&self.writer).no_space_since.map_or(Duration::ZERO, |since| since.elapsed())
+        self.writer.lock().no_space_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// Returns the part of [`Self::space_wait`] that follows the announcement of a close.
@@ -215,24 +209,24 @@ impl Journal {
     }
 
     pub(super) fn is_closed(&self) -> bool {
-        lock(&self.queue).closed
+        self.queue.lock().closed
     }
 
     /// Returns true if an entry is queued.
     pub(super) fn pending(&self) -> bool {
-        !lock(&self.queue).entries.is_empty()
+        !self.queue.lock().entries.is_empty()
     }
 
     /// Makes space for the next frame in a file. Called by the writer only.
     pub(super) fn ensure_space(&self, prepare: &mut dyn FnMut() -> io::Result<bool>) -> io::Result<FrameSpace> {
         let needed = self.next_bytes() as u64;
-        let mut writer = lock(&self.writer);
-        let file_bytes = lock(&self.ring).file_bytes;
+        let mut writer = self.writer.lock();
+        let file_bytes = self.ring.lock().file_bytes;
         if writer.current.as_ref().is_some_and(|current| current.position + needed <= file_bytes) {
             writer.no_space_since = None;
             return Ok(FrameSpace::Available);
         }
-        if let Some(next) = lock(&self.ring).advance(self.next_frame())? {
+        if let Some(next) = self.ring.lock().advance(self.next_frame())? {
             (writer.current, writer.no_space_since) = (Some(next), None);
             self.position.store(0, Ordering::Relaxed);
             self.entered.notify_all();
@@ -245,24 +239,22 @@ impl Journal {
 
     /// Returns true if a frame of one entry and the next frame fit into the active file, or if a file is free.
     pub(super) fn has_space_for_two_frames(&self) -> bool {
-        let position = lock(&self.writer).current.as_ref().map(|current| current.position);
+        let position = self.writer.lock().current.as_ref().map(|current| current.position);
         let needed = (entry::max_frame_bytes(1, 0) + self.next_bytes()) as u64;
-        let ring = lock(&self.ring);
+        let ring = self.ring.lock();
         ring.has_free() || position.is_some_and(|position| position + needed <= ring.file_bytes)
     }
 
     /// Waits until a file may be free, at most `at_most`.
     pub(super) fn wait_for_file(&self, at_most: Duration) {
         let none = |ring: &mut Ring| !ring.has_free() && !self.is_closed();
-        let waited = self.released.wait_timeout_while(lock(&self.ring), at_most, none);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        self.released.wait_while_for(&mut self.ring.lock(), none, at_most);
     }
 
     /// Waits until the ring needs another file. Returns false if the journal is closed or has failed.
     pub(super) fn wait_until_file_wanted(&self) -> bool {
-        let ring = lock(&self.ring);
         let idle = |ring: &mut Ring| !ring.wants_file() && !self.has_ended();
-        drop(self.entered.wait_while(ring, idle).unwrap_or_else(PoisonError::into_inner));
+        self.entered.wait_while(&mut self.ring.lock(), idle);
         !self.has_ended()
     }
 
@@ -278,7 +270,7 @@ impl Journal {
     /// Sets whether the writer waits for the file that is being created.
     pub(super) fn set_writer_waiting(&self, awaited: bool) {
         self.writer_waiting.store(awaited, Ordering::Release);
-        drop(lock(&self.ring));
+        drop(self.ring.lock());
         self.entered.notify_all();
     }
 
@@ -289,9 +281,7 @@ impl Journal {
         if done < 2 * self.position.load(Ordering::Relaxed) {
             return;
         }
-        let ring = lock(&self.ring);
-        let waited = self.entered.wait_timeout_while(ring, at_most, |ring| !is_urgent(ring));
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        self.entered.wait_while_for(&mut self.ring.lock(), |ring| !is_urgent(ring), at_most);
     }
 
     /// Returns the number of entries in the next frame, and their payload in bytes.
@@ -309,7 +299,7 @@ impl Journal {
     }
 
     fn next_bytes(&self) -> usize {
-        let queue = lock(&self.queue);
+        let queue = self.queue.lock();
         let (entries, payload) = self.next_frame_entries(&queue);
         // Entries that are queued meanwhile lengthen the frame, at most to its limit.
         entry::max_frame_bytes(entries, payload).max(entry::max_frame_bytes(1, self.max_frame_bytes))
@@ -318,7 +308,7 @@ impl Journal {
     /// Writes an empty frame. The checkpoint that starts replay at this frame then names an existing one, so a journal
     /// without it is recognised as another journal. [`Self::ensure_space`] must just have made the space.
     pub(super) fn begin(&self) -> io::Result<()> {
-        let mut writer = lock(&self.writer);
+        let mut writer = self.writer.lock();
         let WriterState { current, buffer, .. } = &mut *writer;
         let current = current.as_mut().expect("`make_room` has entered a file");
         let frame = buffer.slice(entry::max_frame_bytes(0, 0));
@@ -333,9 +323,9 @@ impl Journal {
 
     /// Writes one frame of queued entries and completes them. [`Self::ensure_space`] must just have made the space.
     pub(super) fn write_frame(&self) {
-        let mut writer = lock(&self.writer);
+        let mut writer = self.writer.lock();
         let entries: Vec<JournalEntry> = {
-            let mut queue = lock(&self.queue);
+            let mut queue = self.queue.lock();
             let (count, _) = self.next_frame_entries(&queue);
             queue.entries.drain(..count).collect()
         };
@@ -386,12 +376,12 @@ impl Journal {
         if self.failed.set(reason).is_ok() {
             tracing::error!(%error, "cannot write the journal: this data directory accepts no more writes");
         }
-        let entries = std::mem::take(&mut lock(&self.queue).entries);
+        let entries = std::mem::take(&mut self.queue.lock().entries);
         for entry in entries {
             entry.complete(Err(self.refusal()));
         }
         // Threads that wait for a file end their wait.
-        drop(lock(&self.ring));
+        drop(self.ring.lock());
         self.entered.notify_all();
     }
 }

@@ -16,13 +16,14 @@ mod write_out;
 use std::{
     path::Path,
     sync::{
-        Arc, Mutex,
+        Arc,
         mpsc::{Receiver, sync_channel},
     },
     time::Duration,
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 use super::*;
 use crate::{
@@ -145,10 +146,10 @@ struct Answers(Arc<Mutex<Vec<Result<Offset, PersistError>>>>);
 impl Answers {
     fn done(&self) -> PersistCallback {
         let results = self.0.clone();
-        Box::new(move |result| results.lock().unwrap().push(result))
+        Box::new(move |result| results.lock().push(result))
     }
 
     fn taken(&self) -> Vec<Result<Offset, PersistError>> {
-        std::mem::take(&mut *self.0.lock().unwrap())
+        std::mem::take(&mut *self.0.lock())
     }
 }

@@ -392,18 +392,12 @@ impl Actor {
                 tokio::time::sleep(pause).await;
                 bootstrap::read_from_object_store(tier.as_ref(), at).await
             };
-            let tables = tokio::select! {
-                biased;
-                () = tasks.cancelled() => return,
-                tables = request => tables,
+            let Some(tables) = tasks.run_until_cancelled(request).await else {
+                return;
             };
             if let Some(control) = control.upgrade() {
                 let message = ControlMessage::BootstrapReady(request_id, tables.map(Box::new));
-                tokio::select! {
-                    biased;
-                    () = tasks.cancelled() => {}
-                    _stopped = control.send(message) => {}
-                }
+                tasks.run_until_cancelled(control.send(message)).await;
             }
         });
     }

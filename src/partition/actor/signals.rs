@@ -1,7 +1,6 @@
 //! Signals to the task that never block the sender: journal results, acknowledgements of followers, clock ticks and dropped receivers.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::{
@@ -44,7 +43,7 @@ impl ActorSignals {
             Ok(_) | Err(PersistError::Truncated) => Ok(()),
             Err(error) => Err(error),
         };
-        let mut pending = self.lock();
+        let mut pending = self.pending.lock();
         // A failure is final; no success follows it.
         if !matches!(pending.persisted, Some(Err(_))) {
             pending.persisted = Some(outcome);
@@ -55,7 +54,7 @@ impl ActorSignals {
 
     pub(in crate::partition) fn acknowledged(&self, peer: PeerId, epoch: LeaderEpoch, progress: ReplicaProgress) {
         let ack = FollowerAck { peer, epoch, progress };
-        let mut pending = self.lock();
+        let mut pending = self.pending.lock();
         match pending.acks.iter_mut().find(|queued| queued.peer.broker == peer.broker) {
             Some(queued) => *queued = ack,
             None => pending.acks.push(ack),
@@ -65,22 +64,22 @@ impl ActorSignals {
     }
 
     pub(in crate::partition) fn tick(&self, now_ms: u64) {
-        self.lock().now_ms = Some(now_ms);
+        self.pending.lock().now_ms = Some(now_ms);
         self.notify.notify_one();
     }
 
     pub(in crate::partition) fn on_waiter_dropped(&self) {
-        self.lock().has_dropped_waiters = true;
+        self.pending.lock().has_dropped_waiters = true;
         self.notify.notify_one();
     }
 
     /// Drops the pending acknowledgement of a follower whose link ended.
     pub(super) fn drop_acks_of(&self, broker: BrokerId) {
-        self.lock().acks.retain(|ack| ack.peer.broker != broker);
+        self.pending.lock().acks.retain(|ack| ack.peer.broker != broker);
     }
 
     pub(super) fn take(&self) -> Option<PendingSignals> {
-        let mut pending = self.lock();
+        let mut pending = self.pending.lock();
         let is_pending = pending.persisted.is_some()
             || !pending.acks.is_empty()
             || pending.now_ms.is_some()
@@ -96,9 +95,5 @@ impl ActorSignals {
             }
             notified.await;
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, PendingSignals> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,10 +1,8 @@
 //! The rate at which replicas catch up.
 
-use std::{
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::flow_control::RateLimiter;
@@ -27,11 +25,11 @@ impl CatchUpThrottle {
     pub(super) fn next_send_at(&self) -> Option<Instant> {
         let now = clock::monotonic();
         let now_ms = u64::try_from(now.saturating_duration_since(self.began).as_millis()).unwrap_or(u64::MAX);
-        let until_ms = self.throttle.lock().unwrap_or_else(PoisonError::into_inner).next_send_at(now_ms)?;
+        let until_ms = self.throttle.lock().next_send_at(now_ms)?;
         Some(now + Duration::from_millis(until_ms.saturating_sub(now_ms)))
     }
 
     pub(super) fn take(&self, bytes: usize) {
-        self.throttle.lock().unwrap_or_else(PoisonError::into_inner).take(bytes);
+        self.throttle.lock().take(bytes);
     }
 }

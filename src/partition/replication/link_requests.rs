@@ -3,11 +3,9 @@
 //! A later request of a partition replaces the requests that were not taken yet. So there is one entry for each partition that follows,
 //! however often its requests change.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+use std::collections::{BTreeMap, VecDeque};
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::messages::SubscribeRequest;
@@ -116,7 +114,7 @@ impl LinkRequests {
     pub async fn followed(&self) {
         loop {
             let followed = self.followed.notified();
-            if self.state().entries.values().any(|entry| entry.follows) {
+            if self.state.lock().entries.values().any(|entry| entry.follows) {
                 return;
             }
             followed.await;
@@ -127,7 +125,7 @@ impl LinkRequests {
     pub(super) async fn changed(&self) {
         loop {
             let changed = self.changed.notified();
-            if !self.state().order.is_empty() {
+            if !self.state.lock().order.is_empty() {
                 return;
             }
             changed.await;
@@ -135,7 +133,7 @@ impl LinkRequests {
     }
 
     fn change(&self, partition: PartitionId, change: impl FnOnce(&mut PartitionRequests, &mut RequestId)) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let LinkRequestState { entries, order, last_request } = &mut *state;
         let entry = entries.entry(partition).or_default();
         change(entry, last_request);
@@ -148,7 +146,7 @@ impl LinkRequests {
 
     /// Begins a link: every partition that follows is to be notified, and none is subscribed.
     pub(super) fn begin(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.order.clear();
         let LinkRequestState { entries, order, .. } = &mut *state;
         entries.retain(|_, entry| entry.follows);
@@ -165,7 +163,7 @@ impl LinkRequests {
 
     /// Ends the link: no partition stays subscribed. Returns the partitions that follow.
     pub(super) fn end(&self) -> Vec<PartitionId> {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.order.clear();
         state.entries.retain(|_, entry| entry.follows);
         for entry in state.entries.values_mut() {
@@ -176,7 +174,7 @@ impl LinkRequests {
 
     /// Takes the pending work of the partition whose request is the oldest.
     pub(super) fn take(&self) -> Option<(PartitionId, PendingLinkWork)> {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let partition = state.order.pop_front()?;
         let entry = state.entries.get_mut(&partition)?;
         entry.queued = false;
@@ -189,7 +187,7 @@ impl LinkRequests {
 
     /// Returns true if the partition follows on this link.
     pub(super) fn follows(&self, partition: PartitionId) -> bool {
-        self.state().entries.get(&partition).is_some_and(|entry| entry.follows)
+        self.state.lock().entries.get(&partition).is_some_and(|entry| entry.follows)
     }
 
     /// Runs `work` with a partition if that subscription holds. `work` must not wait, nor send a request to this link.
@@ -199,22 +197,18 @@ impl LinkRequests {
         request: RequestId,
         work: impl FnOnce(&Partition) -> T,
     ) -> Option<T> {
-        let state = self.state();
+        let state = self.state.lock();
         let holds = state.entries.get(&partition.id()).is_some_and(|entry| entry.subscription == Some(request));
         holds.then(|| work(partition))
     }
 
     /// Ends that subscription, if it holds.
     pub(super) fn end_subscription(&self, partition: PartitionId, request: RequestId) {
-        if let Some(entry) = self.state().entries.get_mut(&partition)
+        if let Some(entry) = self.state.lock().entries.get_mut(&partition)
             && entry.subscription == Some(request)
         {
             entry.subscription = None;
         }
-    }
-
-    fn state(&self) -> MutexGuard<'_, LinkRequestState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

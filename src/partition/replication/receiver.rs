@@ -22,7 +22,7 @@ use crate::{
         leader::isr::ReplicaProgress,
     },
     proto::{status::Status, v1},
-    task::{Tasks, clock},
+    task::{Backoff, Tasks, clock},
     telemetry::{Counter, LogThrottle},
 };
 
@@ -63,7 +63,7 @@ where
         ping: None,
         later: BTreeSet::new(),
         waiting: BTreeMap::new(),
-        pauses: BTreeMap::new(),
+        backoffs: BTreeMap::new(),
     };
     let ended = receiver.run(&mut incoming, &outgoing, tasks).await;
     if matches!(ended, LinkEnd::Stopped) {
@@ -128,8 +128,8 @@ struct ReplicationReceiver<'a> {
     later: BTreeSet<(Instant, PartitionId)>,
     /// The same by partition.
     waiting: BTreeMap<PartitionId, Instant>,
-    /// Next pause of each partition that has waited.
-    pauses: BTreeMap<PartitionId, Duration>,
+    /// Pauses of each partition that has waited.
+    backoffs: BTreeMap<PartitionId, Backoff>,
 }
 
 impl ReplicationReceiver<'_> {
@@ -208,7 +208,7 @@ impl ReplicationReceiver<'_> {
 
     fn process_requests(&mut self, id: PartitionId, work: PendingLinkWork) {
         if let Some(unsubscribe) = work.unsubscribe {
-            self.pauses.remove(&id);
+            self.backoffs.remove(&id);
             if let Some(due) = self.waiting.remove(&id) {
                 self.later.remove(&(due, id));
             }
@@ -242,11 +242,10 @@ impl ReplicationReceiver<'_> {
             return;
         }
         self.reset_pause(id);
-        let pause = self.pauses.entry(id).or_insert(MIN_RETRY_DELAY);
-        let due = clock::monotonic() + *pause;
+        let backoff = self.backoffs.entry(id).or_insert_with(|| Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY));
+        let due = clock::monotonic() + backoff.next_pause();
         self.later.insert((due, id));
         self.waiting.insert(id, due);
-        *pause = (*pause * 2).min(MAX_RETRY_DELAY);
     }
 
     /// Notifies the partitions whose pause is over.
@@ -307,7 +306,7 @@ impl ReplicationReceiver<'_> {
         if accepted_at
             .is_some_and(|accepted_at| clock::monotonic().saturating_duration_since(accepted_at) >= MAX_RETRY_DELAY)
         {
-            self.pauses.remove(&id);
+            self.backoffs.remove(&id);
         }
     }
 
@@ -515,7 +514,7 @@ mod tests {
             ping: None,
             later: BTreeSet::new(),
             waiting: BTreeMap::new(),
-            pauses: BTreeMap::new(),
+            backoffs: BTreeMap::new(),
         }
     }
 
@@ -528,8 +527,8 @@ mod tests {
         side.asked.begin();
         side.open(0, &[BrokerId(1)]).await;
         let mut receiver = receiver_without_subscriptions(&side, &find, &received);
-        let mut pauses = Vec::new();
-        for lasts in [false, false, false, true] {
+        // Each pause is twice the pause before.
+        for (lasts, times) in [(false, 1), (false, 2), (false, 4), (true, 1)] {
             let subscribed = async {
                 while receiver.subscriptions.is_empty() {
                     receiver.notify_due();
@@ -542,10 +541,12 @@ mod tests {
             tokio::time::timeout(Duration::from_secs(20), subscribed).await.expect("the partition subscribes again");
             let since = clock::monotonic() - if lasts { MAX_RETRY_DELAY } else { Duration::ZERO };
             receiver.slots[0].subscription.as_mut().expect("a subscription exists").accepted_at = Some(since);
+            let pause = MIN_RETRY_DELAY * times;
+            let earliest = clock::monotonic() + pause;
             receiver.dismissed(0, &"its disk is corrupt");
-            pauses.extend(receiver.pauses.values().copied());
+            let due = *receiver.waiting.values().next().expect("the partition waits");
+            assert!((earliest..=clock::monotonic() + pause).contains(&due), "a pause of {pause:?}");
         }
-        assert_eq!(pauses, [2, 4, 8, 2].map(|times| MIN_RETRY_DELAY * times), "each pause is twice the pause before");
         let slot = &mut receiver.slots[0];
         let now = clock::monotonic();
         assert_eq!(

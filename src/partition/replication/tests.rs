@@ -1,13 +1,9 @@
 //! Both sides of a link over channels: connected to each other, and each to a scripted peer that violates the protocol.
 
-use std::{
-    collections::BTreeMap,
-    path::Path,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream::BoxStream};
+use parking_lot::Mutex;
 use tokio::{
     sync::{Semaphore, mpsc},
     task::JoinHandle,
@@ -114,7 +110,7 @@ impl Side {
         let ctx = PartitionContext { links, ..PartitionContext::standalone() };
         let queue = MaintenanceQueue::default();
         let partition = Partition::open(self.me, &self.log, spec, ctx, &queue, &self.tasks).unwrap();
-        self.partitions.lock().unwrap().insert(id(number), Arc::clone(&partition));
+        self.partitions.lock().insert(id(number), Arc::clone(&partition));
         self.assign(number, value(EPOCH, LEADER, isr), Revision(1)).await;
         partition
     }
@@ -129,7 +125,7 @@ impl Side {
 
     pub(super) fn find(&self) -> PartitionLookup {
         let partitions = Arc::clone(&self.partitions);
-        Arc::new(move |id| partitions.lock().unwrap().get(&id).cloned())
+        Arc::new(move |id| partitions.lock().get(&id).cloned())
     }
 
     /// Runs the leader's side against a scripted peer.
@@ -152,7 +148,7 @@ impl Side {
         let (catch_up, probe, sent) = (Arc::new(catch_up), Arc::clone(&self.probe), Counter::default());
         let stored = Arc::clone(&self.stored);
         let stored_epoch: StoredEpoch = Arc::new(move |_| {
-            let stored = *stored.lock().unwrap();
+            let stored = *stored.lock();
             Box::pin(async move { stored })
         });
         SenderConfig { peer: FOLLOWER, find: self.find(), catch_up, probe, stored_epoch, sent }

@@ -1,8 +1,9 @@
 //! Streams of messages: content with any fragmentation, ends and errors, and the lifetime of buffers.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use futures::{FutureExt as _, future::poll_fn};
+use parking_lot::Mutex;
 
 use super::*;
 use crate::proto::v1::{ProduceRequest, ProduceResponse};
@@ -105,7 +106,7 @@ async fn idle_stream_keeps_no_message_buffers() {
     let mut response = serve(Request::new(body(&sent, 30_000, true)), move |requests| {
         requests.into_inner().map(move |request: Result<ProduceRequest, Status>| {
             let request = request?;
-            *took.lock().expect("no panic") = Some(request.clone());
+            *took.lock() = Some(request.clone());
             Ok(request)
         })
     });
@@ -114,7 +115,7 @@ async fn idle_stream_keeps_no_message_buffers() {
     let frame = frame.into_data().expect("data");
     assert_eq!(frame.len(), sent.len());
     assert!(frame.is_unique(), "the stream keeps the buffer of its last response");
-    let request = taken.lock().expect("no panic").take().expect("the request arrived");
+    let request = taken.lock().take().expect("the request arrived");
     let Some(crate::proto::v1::append_request::Payload::Batch(batch)) =
         request.append.and_then(|append| append.payload)
     else {

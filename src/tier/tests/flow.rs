@@ -3,13 +3,14 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use futures::FutureExt as _;
+use parking_lot::Mutex;
 
 use super::{chunk_cache::CachedMetadata, *};
 use crate::log::ReadLimits;
@@ -599,11 +600,11 @@ async fn stop_ends_retries_of_unreachable_store() {
     let (asked, answer) = (store.clone(), Arc::clone(&result));
     tasks.spawn("store-binding", async move {
         let claimed = asked.claim().await;
-        *answer.lock().unwrap() = Some(claimed);
+        *answer.lock() = Some(claimed);
     });
     tokio::task::yield_now().await;
     store.stop().await;
     tasks.stop().await;
-    let claimed = result.lock().unwrap().take();
+    let claimed = result.lock().take();
     assert!(matches!(claimed, Some(Err(BindingError::Store(TierStoreError::Stopped)))), "{claimed:?}");
 }

@@ -166,20 +166,20 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
             }
         }));
     }
-    let waits = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let waits = Arc::new(parking_lot::Mutex::new(Vec::new()));
     let (mut reader, seen, request) = (wire::log(target.address()), Arc::clone(&waits), plain("empty"));
     let mut reads = JoinSet::new();
     reads.spawn(async move {
         loop {
             let began = clock::monotonic();
             reader.read(request.clone()).await.expect("a response");
-            seen.lock().expect("no panic").push(began.elapsed());
+            seen.lock().push(began.elapsed());
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     });
     target.attack_for_a_while("readers of bombs", attacks).await;
     reads.shutdown().await;
-    let mut waits = waits.lock().expect("no panic").clone();
+    let mut waits = waits.lock().clone();
     waits.sort();
     let p99 = waits.get(waits.len() * 99 / 100).copied().unwrap_or_default();
     eprintln!("plain reads of an empty topic meanwhile: {}, p99 {p99:?}", waits.len());

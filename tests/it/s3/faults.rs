@@ -1,14 +1,11 @@
 //! Faults between a client and the S3 server, per operation, object and count.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::StreamExt;
 use hyper::Method;
+use parking_lot::Mutex;
 use s3s::Body;
 
 /// Operation of a request.
@@ -119,12 +116,12 @@ impl Faults {
     /// Applies a fault to requests of this kind whose path contains `path_part`: `pass` requests succeed, then `count` have the fault.
     pub(crate) fn inject_at(&self, op: Op, path_part: &str, pass: usize, fault: Fault, count: usize) {
         let rule = Rule { op, path_part: path_part.to_owned(), fault, pass, left: count };
-        self.state.lock().unwrap().rules.push(rule);
+        self.state.lock().rules.push(rule);
     }
 
     /// Removes all faults.
     pub(crate) fn clear(&self) {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state.lock();
         state.rules.clear();
         state.down = false;
         state.unreliable = None;
@@ -133,40 +130,40 @@ impl Faults {
 
     /// Sets whether the whole store is down, so that every connection is closed.
     pub(crate) fn set_down(&self, down: bool) {
-        self.state.lock().unwrap().down = down;
+        self.state.lock().down = down;
     }
 
     /// Sets whether the store is unreliable: about every second request fails, is delayed, is executed twice or loses its response.
     pub(crate) fn set_unreliable(&self, unreliable: bool) {
-        self.state.lock().unwrap().unreliable = unreliable.then_some(0);
+        self.state.lock().unreliable = unreliable.then_some(0);
     }
 
     /// Sets whether the store silently ignores `If-None-Match`, as some stores do.
     pub(crate) fn set_ignore_conditions(&self, ignore: bool) {
-        self.state.lock().unwrap().ignore_conditions = ignore;
+        self.state.lock().ignore_conditions = ignore;
     }
 
     pub(super) fn ignores_conditions(&self) -> bool {
-        self.state.lock().unwrap().ignore_conditions
+        self.state.lock().ignore_conditions
     }
 
     /// Returns the number of faults that have occurred.
     pub(crate) fn hits(&self) -> usize {
-        self.state.lock().unwrap().hits
+        self.state.lock().hits
     }
 
     /// Returns the number of requests of this kind that have arrived, including those with faults.
     pub(crate) fn requests(&self, op: Op) -> usize {
-        self.state.lock().unwrap().requests.get(&op).copied().unwrap_or(0)
+        self.state.lock().requests.get(&op).copied().unwrap_or(0)
     }
 
     pub(super) fn is_down(&self) -> bool {
-        self.state.lock().unwrap().down
+        self.state.lock().down
     }
 
     /// Counts a request. Returns its fault.
     pub(super) fn take(&self, op: Op, path: &str) -> Option<Fault> {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state.lock();
         *state.requests.entry(op).or_default() += 1;
         let fault = state.rules.iter_mut().find_map(|rule| {
             if rule.op != op || rule.left == 0 || !path.contains(&rule.path_part) {

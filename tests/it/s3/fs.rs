@@ -6,9 +6,11 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
+
+use parking_lot::Mutex;
 
 use s3s::{S3, S3Request, S3Response, S3Result, dto::*, s3_error};
 use s3s_fs::FileSystem;
@@ -36,32 +38,32 @@ impl Uploads {
         // A store has its own clock.
         #[allow(clippy::disallowed_methods, reason = "the server stands for another machine")]
         let now = SystemTime::now();
-        self.started.lock().unwrap().insert((bucket.to_owned(), key.to_owned(), id.to_owned()), now);
+        self.started.lock().insert((bucket.to_owned(), key.to_owned(), id.to_owned()), now);
     }
 
     fn end(&self, id: &str) {
-        self.started.lock().unwrap().retain(|(_, _, upload_id), _| upload_id != id);
+        self.started.lock().retain(|(_, _, upload_id), _| upload_id != id);
     }
 
     fn contains(&self, id: &str) -> bool {
-        self.started.lock().unwrap().keys().any(|(_, _, upload_id)| upload_id == id)
+        self.started.lock().keys().any(|(_, _, upload_id)| upload_id == id)
     }
 
     /// Returns the keys of all uploads.
     pub(super) fn keys(&self) -> Vec<String> {
-        self.started.lock().unwrap().keys().map(|(_, key, _)| key.clone()).collect()
+        self.started.lock().keys().map(|(_, key, _)| key.clone()).collect()
     }
 
     /// Makes all uploads older by this time.
     pub(super) fn age(&self, by: Duration) {
-        self.started.lock().unwrap().values_mut().for_each(|started| *started -= by);
+        self.started.lock().values_mut().for_each(|started| *started -= by);
     }
 
     fn list(&self, request: &ListMultipartUploadsInput) -> ListMultipartUploadsOutput {
         let max = usize::try_from(request.max_uploads.unwrap_or(1000)).unwrap();
         let prefix = request.prefix.clone().unwrap_or_default();
         let after = request.key_marker.clone().map(|key| (key, request.upload_id_marker.clone()));
-        let started = self.started.lock().unwrap();
+        let started = self.started.lock();
         let mut all = started.iter().filter(|((bucket, key, id), _)| {
             let beyond = after.as_ref().is_none_or(|(marker, marked)| match marked {
                 Some(marked) => (key, id) > (marker, marked),

@@ -125,12 +125,8 @@ impl ConsumerDriver {
         let (client, done, tasks) = (self.client.clone(), self.ends_done.clone(), self.tasks.clone());
         self.tasks.spawn("consumer ends", async move {
             let calls = by_leader.into_iter().map(|(leader, queries)| query_leader(&client, leader, queries));
-            tokio::select! {
-                biased;
-                () = tasks.cancelled() => {}
-                results = future::join_all(calls) => {
-                    let _ = done.send(results.into_iter().flatten().collect()).await;
-                }
+            if let Some(results) = tasks.run_until_cancelled(future::join_all(calls)).await {
+                let _ = done.send(results.into_iter().flatten().collect()).await;
             }
         });
     }

@@ -32,7 +32,7 @@ impl ProducerDriver {
         }
         let options = self.inner.client.options();
         let state = &mut self.queues[index];
-        let pause = state.pauses.get_or_insert_with(|| options.backoff()).next();
+        let pause = state.backoff.get_or_insert_with(|| options.backoff()).next_pause();
         let at = clock::monotonic() + pause;
         state.not_before = Some(state.not_before.map_or(at, |old| old.max(at)));
     }

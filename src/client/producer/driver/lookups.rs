@@ -3,16 +3,12 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use super::{
-    super::{
-        super::{error::CallError, options::Backoff},
-        identity,
-        in_flight::ProducerIdAndEpoch,
-    },
+    super::{super::error::CallError, identity, in_flight::ProducerIdAndEpoch},
     DriverEvent, ProducerDriver,
 };
 use crate::{
     proto::error::{ApiError, ErrorCode},
-    task::clock,
+    task::{Backoff, clock},
 };
 
 impl ProducerDriver {
@@ -27,17 +23,14 @@ impl ProducerDriver {
         let events = self.events.clone();
         let tasks = self.tasks.clone();
         let seen = client.routing().generation();
-        let pause = self.route_pauses.as_mut().map_or(Duration::ZERO, Backoff::next);
+        let pause = self.metadata_backoff.as_mut().map_or(Duration::ZERO, Backoff::next_pause);
         let wanted: BTreeSet<Arc<str>> =
             self.unrouted.iter().map(|index| self.queues[*index].queue.topic.clone()).collect();
         let unresponsive = self.silent(clock::monotonic());
         self.tasks.spawn("producer metadata", async move {
-            tokio::select! {
-                biased;
-                () = tasks.cancelled() => {}
-                result = inner.refreshed(seen, &wanted, &unresponsive, pause) => {
-                    let _ = events.send(DriverEvent::Routed(result)).await;
-                }
+            let refresh = inner.refreshed(seen, &wanted, &unresponsive, pause);
+            if let Some(result) = tasks.run_until_cancelled(refresh).await {
+                let _ = events.send(DriverEvent::Routed(result)).await;
             }
         });
     }
@@ -75,10 +68,10 @@ impl ProducerDriver {
         }
         if missing {
             let options = self.inner.client.options();
-            self.route_pauses.get_or_insert_with(|| options.backoff());
+            self.metadata_backoff.get_or_insert_with(|| options.backoff());
             self.route();
         } else {
-            self.route_pauses = None;
+            self.metadata_backoff = None;
         }
     }
 
@@ -91,12 +84,8 @@ impl ProducerDriver {
         let events = self.events.clone();
         let tasks = self.tasks.clone();
         self.tasks.spawn("producer id", async move {
-            tokio::select! {
-                biased;
-                () = tasks.cancelled() => {}
-                identity = identity(&client) => {
-                    let _ = events.send(DriverEvent::Identified { queue: index, identity }).await;
-                }
+            if let Some(identity) = tasks.run_until_cancelled(identity(&client)).await {
+                let _ = events.send(DriverEvent::Identified { queue: index, identity }).await;
             }
         });
     }

@@ -1,8 +1,9 @@
 //! One task, driven by the test: links and ISR updates only record their requests.
 
-use std::{path::Path, sync::Mutex};
+use std::path::Path;
 
 use futures::FutureExt as _;
+use parking_lot::Mutex;
 
 use crate::{
     cluster::{PartitionValue, Revision},
@@ -39,12 +40,12 @@ struct RequestLog(Mutex<Vec<TaskRequest>>);
 
 impl RequestLog {
     fn add(&self, request: TaskRequest) {
-        self.0.lock().unwrap().push(request);
+        self.0.lock().push(request);
     }
 
     /// Takes the requests since the last call.
     fn take(&self) -> Vec<TaskRequest> {
-        std::mem::take(&mut *self.0.lock().unwrap())
+        std::mem::take(&mut *self.0.lock())
     }
 }
 
@@ -297,7 +298,7 @@ async fn follower_truncates_bootstraps_and_retries_by_response() {
         ),
     ] {
         deliver(&partition, [event.clone()]).await;
-        wait_until("the task requests a retry", || requests.0.lock().unwrap().contains(&TaskRequest::RetryLater)).await;
+        wait_until("the task requests a retry", || requests.0.lock().contains(&TaskRequest::RetryLater)).await;
         assert_eq!(partition.watermarks().log_end, at(3), "{event:?}");
         deliver(&partition, [LinkEvent::Connected]).await;
         assert_eq!(requests.take(), [TaskRequest::RetryLater, subscribed(5, Some(1), 3)], "{event:?}");
@@ -313,7 +314,7 @@ async fn follower_truncates_bootstraps_and_retries_by_response() {
     assert_eq!(requests.take(), [subscribed(5, Some(1), 3), subscribed(5, Some(3), 9)]);
     // A leader that repeats its response does not get requests at the rate of its responses.
     deliver(&partition, [response_event(5, SubscribeOutcome::Bootstrap(Box::new(tables)))]).await;
-    wait_until("the task requests a retry", || requests.0.lock().unwrap().contains(&TaskRequest::RetryLater)).await;
+    wait_until("the task requests a retry", || requests.0.lock().contains(&TaskRequest::RetryLater)).await;
     assert_eq!(requests.take(), [TaskRequest::RetryLater]);
     let watermarks = partition.watermarks();
     assert_eq!((watermarks.log_start, watermarks.local_start, watermarks.log_end), (at(9), at(9), at(9)));

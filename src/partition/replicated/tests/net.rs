@@ -4,10 +4,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
 use crate::partition::*;
@@ -107,18 +108,14 @@ impl Net {
                 subscription: 0,
                 ready: Arc::default(),
             };
-            net.world().nodes.insert(BrokerId(number), node);
+            net.state.lock().nodes.insert(BrokerId(number), node);
         }
         Arc::new(net)
     }
 
-    fn world(&self) -> MutexGuard<'_, NetState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Reads, or changes, one broker's state.
     pub(super) fn node<T>(&self, of: u32, look: impl FnOnce(&mut Node) -> T) -> T {
-        look(self.world().nodes.get_mut(&BrokerId(of)).unwrap())
+        look(self.state.lock().nodes.get_mut(&BrokerId(of)).unwrap())
     }
 
     /// Opens the replica of a broker, and assigns the stored value.
@@ -167,7 +164,7 @@ impl Net {
     /// Stops the replica of a broker. Its followers find their links ended.
     pub(super) async fn stop(&self, of: u32) {
         let (partition, followers) = {
-            let mut world = self.world();
+            let mut world = self.state.lock();
             let node = world.nodes.get_mut(&BrokerId(of)).unwrap();
             node.subscription += 1;
             let partition = node.partition.take();
@@ -180,7 +177,7 @@ impl Net {
     }
 
     fn partition(&self, of: BrokerId) -> Option<Arc<Partition>> {
-        self.world().nodes[&of].partition.clone()
+        self.state.lock().nodes[&of].partition.clone()
     }
 
     /// Returns the stored value.
@@ -233,7 +230,7 @@ impl Net {
         let committed = self.committed().await;
         let (value, mut receivers) = (Arc::new(value), Vec::new());
         let registered = {
-            let world = self.world();
+            let world = self.state.lock();
             for (id, node) in &world.nodes {
                 if let Some(partition) = node.partition.as_ref().filter(|_| !world.blind.contains(id)) {
                     receivers.push(Arc::clone(partition));
@@ -250,7 +247,7 @@ impl Net {
     /// Stops the metadata of this broker, or resumes it.
     pub(super) async fn set_blind(&self, of: u32, blind: bool) {
         {
-            let mut world = self.world();
+            let mut world = self.state.lock();
             if blind {
                 world.blind.insert(BrokerId(of))
             } else {
@@ -262,14 +259,14 @@ impl Net {
 
     /// Cuts the connection between two brokers.
     pub(super) fn cut(&self, one: u32, other: u32) {
-        let mut world = self.world();
+        let mut world = self.state.lock();
         world.cut.insert(pair(BrokerId(one), BrokerId(other)));
         world.nodes.values().for_each(|node| node.ready.mark(2));
     }
 
     /// Restores the connection between two brokers; their links connect again.
     pub(super) fn heal(self: &Arc<Self>, one: u32, other: u32) {
-        self.world().cut.remove(&pair(BrokerId(one), BrokerId(other)));
+        self.state.lock().cut.remove(&pair(BrokerId(one), BrokerId(other)));
         for me in [one, other] {
             self.notify_connected(BrokerId(me), Duration::ZERO);
         }
@@ -277,20 +274,20 @@ impl Net {
 
     /// Loses the outcomes of the next proposals, which are written all the same.
     pub(super) fn lose_outcomes(&self, count: usize) {
-        self.world().lost_outcomes = count;
+        self.state.lock().lost_outcomes = count;
     }
 
     /// Refuses proposals that admit a member from now on, or accepts such proposals again.
     pub(super) fn refuse_admissions(&self, refuse: bool) {
-        self.world().refuse_admissions = refuse;
+        self.state.lock().refuse_admissions = refuse;
     }
 
     pub(super) fn proposals(&self) -> Vec<IsrProposal> {
-        self.world().proposals.clone()
+        self.state.lock().proposals.clone()
     }
 
     pub(super) fn resigned(&self) -> Vec<(BrokerId, LeaderEpoch)> {
-        self.world().resigned.clone()
+        self.state.lock().resigned.clone()
     }
 
     /// Runs maintenance of one replica until no work is left, then assigns the stored value to all brokers.
@@ -303,7 +300,7 @@ impl Net {
     }
 
     fn reach(&self, me: BrokerId, other: BrokerId) -> bool {
-        let world = self.world();
+        let world = self.state.lock();
         !world.cut.contains(&pair(me, other)) && world.nodes[&other].partition.is_some()
     }
 
@@ -449,14 +446,14 @@ impl ReplicationLinks for BrokerContext {
 impl IsrUpdater for BrokerContext {
     fn propose(&self, _: PartitionId, proposal: IsrProposal) {
         let (me, net) = (self.me, Arc::clone(&self.net));
-        net.world().proposals.push(proposal.clone());
+        net.state.lock().proposals.push(proposal.clone());
         self.net.tasks.spawn("propose", async move {
             let is_current = |peer: &PeerId| net.node(peer.broker.0, |node| node.epoch == peer.epoch);
-            let is_refused = net.world().refuse_admissions && !proposal.added.is_empty();
+            let is_refused = net.state.lock().refuse_admissions && !proposal.added.is_empty();
             let admitted = !is_refused && proposal.added.iter().all(is_current);
             let done = if admitted { net.set(proposal.expect, &proposal.value).await } else { Err(()) };
             let lost = {
-                let mut world = net.world();
+                let mut world = net.state.lock();
                 let lost = world.lost_outcomes > 0;
                 world.lost_outcomes = world.lost_outcomes.saturating_sub(1);
                 lost
@@ -490,7 +487,7 @@ impl IsrUpdater for BrokerContext {
 
     fn resign(&self, _: PartitionId, epoch: LeaderEpoch) {
         let (me, net) = (self.me, Arc::clone(&self.net));
-        net.world().resigned.push((me, epoch));
+        net.state.lock().resigned.push((me, epoch));
         self.net.tasks.spawn("resign", async move {
             let min_insync = net.min_insync;
             net.change(

@@ -22,7 +22,7 @@ async fn deposed_leader_ends_its_subscriptions() {
     assert_eq!(link.answer().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
     // The follower reports a newer epoch. Only the stored epoch deposes.
     for (number, stored) in (2..).zip([None, Some(LeaderEpoch(next.0 + 2)), Some(LeaderEpoch(next.0 + 3))]) {
-        *side.stored.lock().unwrap() = stored;
+        *side.stored.lock() = stored;
         link.send(messages::leave(number, LeaderEpoch(i32::MAX.cast_unsigned()), false)).await;
         if stored == Some(LeaderEpoch(next.0 + 3)) {
             wait_until("the leader is deposed", || !partition.status().role.leads()).await;
