@@ -1,5 +1,5 @@
-//! Generates the gRPC code from `proto/`, in pure Rust: nobody needs protoc to build this package. For `make etcd-protos`
-//! it also describes the files of `etcd-client`, whose own build script asks `tools/protoc` instead.
+//! Generates the gRPC code from `proto/`, in pure Rust: nobody needs protoc to build this package. For
+//! `make etcd-protos` it also describes the files of `etcd-client`, whose own build script asks `tools/protoc` instead.
 
 use std::{env, error::Error, fs, path::PathBuf};
 

@@ -1,9 +1,10 @@
 //! The reference of the throughput figures: a server with a broker's gRPC services and no storage.
 //!
-//! `Produce` acknowledges and discards every batch at once; `Fetch` sends prepared batches as fast as the client accepts them. Listener,
-//! codec, windows and message limits are the broker's (`server/grpc.rs`). So `strandline bench` measures the limit of transport, client and
-//! machine here, and a broker's loss against it is the broker's own cost. Every topic exists and has `--partitions` partitions. Read
-//! offsets are dense and have no other meaning. The first output line is the server's address. The server runs until it is killed.
+//! `Produce` acknowledges and discards every batch at once; `Fetch` sends prepared batches as fast as the client
+//! accepts them. Listener, codec, windows and message limits are the broker's (`server/grpc.rs`). So `strandline bench`
+//! measures the limit of transport, client and machine here, and a broker's loss against it is the broker's own cost.
+//! Every topic exists and has `--partitions` partitions. Read offsets are dense and have no other meaning. The first
+//! output line is the server's address. The server runs until it is killed.
 
 use std::{
     io::{self, Write as _},

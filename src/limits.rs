@@ -1,5 +1,5 @@
-//! The fixed limits of the system. A limit is not a setting: no user needs to tune it, and the system breaks without it.
-//! Settings are in `config` and in the topic configuration (`model`).
+//! The fixed limits of the system. A limit is not a setting: no user needs to tune it, and the system breaks without
+//! it. Settings are in `config` and in the topic configuration (`model`).
 
 /// Size of a batch header, and so of the smallest batch.
 pub const BATCH_HEADER_BYTES: usize = 61;
@@ -7,7 +7,8 @@ pub const BATCH_HEADER_BYTES: usize = 61;
 /// Upper bound of the topic setting `max.message.bytes`: the size of a batch as stored.
 pub const MAX_BATCH_BYTES: usize = 64 << 20;
 
-/// Maximum number of records in a batch. A record takes at least 7 bytes, so only compressed batches can reach this number.
+/// Maximum number of records in a batch. A record takes at least 7 bytes, so only compressed batches can reach this
+/// number.
 pub const MAX_BATCH_RECORDS: usize = 1 << 20;
 
 /// Maximum size of a batch's records after decompression.
@@ -23,15 +24,16 @@ pub const MAX_RECORD_HEADERS: usize = 10_000;
 /// Maximum size of a gRPC message in either direction: the largest batch and the fields around it.
 pub const MAX_MESSAGE_BYTES: usize = MAX_BATCH_BYTES + (1 << 20);
 
-/// Maximum size of a request to the peer service. No such request carries records; the largest name up to [`MAX_PEER_REPLICAS`] replicas.
-/// With [`MAX_STREAMS_PER_PEER`] streams, a connection holds at most 1 MiB of requests before the caller is identified.
+/// Maximum size of a request to the peer service. No such request carries records; the largest name up to
+/// [`MAX_PEER_REPLICAS`] replicas. With [`MAX_STREAMS_PER_PEER`] streams, a connection holds at most 1 MiB of requests
+/// before the caller is identified.
 pub const MAX_PEER_REQUEST_BYTES: usize = 64 << 10;
 
 /// Maximum number of replicas that one request to the peer service names.
 pub const MAX_PEER_REPLICAS: usize = 1_024;
 
-/// Maximum number of concurrent HTTP/2 streams on a connection from another broker: one replication link, or the unary calls that share a
-/// connection. The calling broker queues further calls.
+/// Maximum number of concurrent HTTP/2 streams on a connection from another broker: one replication link, or the unary
+/// calls that share a connection. The calling broker queues further calls.
 pub const MAX_STREAMS_PER_PEER: u32 = 16;
 
 /// Maximum size of a request without records.
@@ -40,8 +42,8 @@ pub const MAX_REQUEST_BYTES: usize = 4 << 20;
 /// Maximum number of elements of a request's repeated fields: records, headers, partitions, names.
 pub const MAX_REQUEST_PARTS: usize = 100_000;
 
-/// Disk space that appends leave free. Evicting segments needs space itself: for a journal entry, a checkpoint and indexes. A log that
-/// used the last byte could not free any.
+/// Disk space that appends leave free. Evicting segments needs space itself: for a journal entry, a checkpoint and
+/// indexes. A log that used the last byte could not free any.
 pub const MIN_FREE_DISK_BYTES: u64 = 32 << 20;
 
 /// Maximum number of partitions of a topic.
@@ -68,7 +70,8 @@ pub const MAX_FETCH_BYTES: usize = 16 << 20;
 /// Maximum timeout of an append, in milliseconds. An append that waits for its acknowledgement occupies memory.
 pub const MAX_APPEND_TIMEOUT_MS: u32 = 600_000;
 
-/// Maximum number of appends with `acks=tiered` that wait on a broker. Each takes up to 2 KiB that no memory budget counts.
+/// Maximum number of appends with `acks=tiered` that wait on a broker. Each takes up to 2 KiB that no memory budget
+/// counts.
 pub const MAX_TIERED_APPENDS: usize = 1 << 14;
 
 /// Maximum number of these appends from one connection.
@@ -77,26 +80,29 @@ pub const MAX_TIERED_APPENDS_PER_CONNECTION: usize = MAX_TIERED_APPENDS / 4;
 /// Maximum time that a fetch waits for data, in milliseconds.
 pub const MAX_FETCH_WAIT_MS: u32 = 60_000;
 
-/// Number of a producer's last batches that a partition remembers to detect duplicates, and so the maximum number in flight. Kafka remembers
-/// five, which limits a partition with synced writes to five batches per round trip.
+/// Number of a producer's last batches that a partition remembers to detect duplicates, and so the maximum number in
+/// flight. Kafka remembers five, which limits a partition with synced writes to five batches per round trip.
 pub const MAX_BATCHES_PER_PRODUCER: usize = 64;
 
-/// Maximum number of compares, and of operations, in a transaction of the metadata store (etcd's default `max-txn-ops`).
+/// Maximum number of compares, and of operations, in a transaction of the metadata store (etcd's default
+/// `max-txn-ops`).
 pub const MAX_TRANSACTION_OPS: usize = 128;
 
-/// Maximum number of partitions that a transaction changes. Each needs one compare for its value and one for each broker that it adds.
+/// Maximum number of partitions that a transaction changes. Each needs one compare for its value and one for each
+/// broker that it adds.
 pub const MAX_PARTITIONS_PER_TXN: usize = 40;
 
 /// Maximum size of the keys and values of a transaction of the metadata store, below etcd's request limit of 1.5 MiB.
 pub const MAX_TRANSACTION_BYTES: usize = 1 << 20;
 
-/// A journal up to this size grows as far as the disk allows. A larger one was configured on purpose, so the broker does not start if the
-/// disk can never hold it.
+/// A journal up to this size grows as far as the disk allows. A larger one was configured on purpose, so the broker
+/// does not start if the disk can never hold it.
 pub const JOURNAL_SPACE_CHECK_BYTES: u64 = 256 << 20;
 
-/// Maximum number of idempotent producers that a partition remembers. Beyond it, the one that wrote least recently is removed.
+/// Maximum number of idempotent producers that a partition remembers. Beyond it, the one that wrote least recently is
+/// removed.
 pub const MAX_PRODUCERS: usize = 16_384;
 
-/// Maximum number of concurrent HTTP/2 streams on a client connection, lower where there are many connections. The Rust client needs one for
-/// each producer and consumer, and one for each concurrent unary call.
+/// Maximum number of concurrent HTTP/2 streams on a client connection, lower where there are many connections. The Rust
+/// client needs one for each producer and consumer, and one for each concurrent unary call.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 1_000;

@@ -68,8 +68,8 @@ fn sealed(input: &[u8]) -> Vec<u8> {
     [content, &crc32c::crc32c(content).to_be_bytes()].concat()
 }
 
-/// Runs `recode`, which decodes the input and encodes the value. The output must give the same output again and must not
-/// be longer than the input. Returns false if `recode` rejects the input.
+/// Runs `recode`, which decodes the input and encodes the value. The output must give the same output again and must
+/// not be longer than the input. Returns false if `recode` rejects the input.
 fn check_recoding(input: &[u8], recode: impl Fn(&[u8]) -> Option<Vec<u8>>) -> bool {
     let Some(encoded) = recode(input) else { return false };
     assert!(encoded.len() <= input.len(), "{} bytes were encoded as {}", input.len(), encoded.len());

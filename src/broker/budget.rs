@@ -2,23 +2,26 @@
 //!
 //! # Overview
 //!
-//! Each budget has two pools. Small messages use a pool of their own, so large messages never delay them. Small requests that have arrived
-//! completely use a third pool, which no client can occupy by sending nothing.
+//! Each budget has two pools. Small messages use a pool of their own, so large messages never delay them. Small
+//! requests that have arrived completely use a third pool, which no client can occupy by sending nothing.
 //!
-//! A connection takes memory from its own share of a pool first, then from the pool. Requests of one connection can therefore queue at a
-//! pool for at most the share of that connection. Memory for all announced bytes is taken at once: no request holds a part of its memory
-//! while it waits for the rest.
+//! A connection takes memory from its own share of a pool first, then from the pool. Requests of one connection can
+//! therefore queue at a pool for at most the share of that connection. Memory for all announced bytes is taken at once:
+//! no request holds a part of its memory while it waits for the rest.
 //!
-//! The parts of a request (its repeated elements) have pools of their own. Their memory is also taken at once, when the request has arrived
-//! completely. Requests take from small pools, large pools and part pools in this order, so no two requests wait for each other.
+//! The parts of a request (its repeated elements) have pools of their own. Their memory is also taken at once, when the
+//! request has arrived completely. Requests take from small pools, large pools and part pools in this order, so no two
+//! requests wait for each other.
 //!
 //! # Invariants
 //!
-//! - A request whose bytes do not arrive holds no memory that other requests wait for. When a pool is exhausted, requests that are
-//!   incomplete for longer than [`SMALL_GRACE`] or [`grace`] fail with `OVERLOADED`, the oldest first.
-//! - A connection that holds memory which other connections wait for is closed (`connections`) if its client does not read.
-//! - A request is charged until its batch has produce memory. A response above 4 KiB is charged until HTTP/2 has written its last byte. A
-//!   client that takes one byte of a response has not taken the response.
+//! - A request whose bytes do not arrive holds no memory that other requests wait for. When a pool is exhausted,
+//!   requests that are incomplete for longer than [`SMALL_GRACE`] or [`grace`] fail with `OVERLOADED`, the oldest
+//!   first.
+//! - A connection that holds memory which other connections wait for is closed (`connections`) if its client does not
+//!   read.
+//! - A request is charged until its batch has produce memory. A response above 4 KiB is charged until HTTP/2 has
+//!   written its last byte. A client that takes one byte of a response has not taken the response.
 
 mod connections;
 mod grant;
@@ -73,10 +76,12 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum time that a small request may be incomplete while other requests wait.
 const SMALL_GRACE: Duration = Duration::from_millis(10);
 
-/// Maximum time that a large request may be incomplete while other requests wait, in addition to the time for its bytes.
+/// Maximum time that a large request may be incomplete while other requests wait, in addition to the time for its
+/// bytes.
 const LARGE_GRACE: Duration = Duration::from_secs(1);
 
-/// Minimum rate of a large request while other requests wait. The largest request gets less time than other requests wait.
+/// Minimum rate of a large request while other requests wait. The largest request gets less time than other requests
+/// wait.
 const MIN_BYTES_PER_SECOND: usize = 8 << 20;
 
 /// Share of a pool that one connection may hold, as a divisor.
@@ -194,7 +199,8 @@ impl Budgets {
         (requests + self.0.parts.taken(), self.0.responses.taken() + self.0.sessions.taken())
     }
 
-    /// Takes `bytes` from a pool. While the call waits, it closes connections that hold such memory and whose clients do not read.
+    /// Takes `bytes` from a pool. While the call waits, it closes connections that hold such memory and whose clients
+    /// do not read.
     async fn take(&self, pool: &MemoryBudget, bytes: usize, kind: MemoryKind) -> OwnedSemaphorePermit {
         let mut taken = std::pin::pin!(pool.take(bytes));
         loop {
@@ -249,12 +255,14 @@ impl CallMemory {
         Self { budgets, connection, call: Arc::default() }
     }
 
-    /// Takes memory for a request of which only the length has arrived, without waiting. Most requests get their memory here.
+    /// Takes memory for a request of which only the length has arrived, without waiting. Most requests get their memory
+    /// here.
     pub fn try_request(&self, bytes: usize) -> Option<Grant> {
         Pools::try_take(&self.connection.0.requests, &self.budgets.0.requests, bytes)
     }
 
-    /// Takes memory for a small request that has arrived completely, without waiting. Most requests get their memory here.
+    /// Takes memory for a small request that has arrived completely, without waiting. Most requests get their memory
+    /// here.
     pub fn try_whole_request(&self, bytes: usize) -> Option<Grant> {
         let taken = || {
             let own = self.connection.0.whole.try_take(bytes)?;
@@ -275,7 +283,8 @@ impl CallMemory {
         })
     }
 
-    /// Waits for memory for a request. Meanwhile the connection reads nothing of the request, so the HTTP/2 window stops the sender.
+    /// Waits for memory for a request. Meanwhile the connection reads nothing of the request, so the HTTP/2 window
+    /// stops the sender.
     ///
     /// # Errors
     /// `OVERLOADED`: no memory became free in time.
@@ -303,12 +312,14 @@ impl CallMemory {
         }
     }
 
-    /// Takes memory for the parts of a request that has arrived completely, without waiting. Most requests get their memory here.
+    /// Takes memory for the parts of a request that has arrived completely, without waiting. Most requests get their
+    /// memory here.
     pub fn try_parts(&self, parts: usize) -> Option<Grant> {
         Pools::try_take(&self.connection.0.parts, &self.budgets.0.parts, parts * PART_BYTES)
     }
 
-    /// Waits for memory for the parts of a request. Meanwhile the last bytes of the request are held back, so the request is not decoded.
+    /// Waits for memory for the parts of a request. Meanwhile the last bytes of the request are held back, so the
+    /// request is not decoded.
     ///
     /// # Errors
     /// `OVERLOADED`: no memory became free in time.
@@ -344,8 +355,8 @@ impl CallMemory {
         }
     }
 
-    /// Takes memory for a response of up to `bytes`, or of `min_bytes` if other responses hold too much for that. Returns the grant and its
-    /// bytes, or `None` if there is no memory now.
+    /// Takes memory for a response of up to `bytes`, or of `min_bytes` if other responses hold too much for that.
+    /// Returns the grant and its bytes, or `None` if there is no memory now.
     pub(super) fn try_response(&self, bytes: usize, min_bytes: usize) -> Option<(ResponseGrant, usize)> {
         let take = |bytes: usize, is_small| {
             let (own, all) = self.response_pools(is_small);
@@ -368,8 +379,8 @@ impl CallMemory {
         (ResponseGrant { grant: Grant::of_connection(own, all), is_small }, min_bytes)
     }
 
-    /// Returns true if the small pool serves a response of `min_bytes`. A response above the connection's small share waits for the large
-    /// pool.
+    /// Returns true if the small pool serves a response of `min_bytes`. A response above the connection's small share
+    /// waits for the large pool.
     fn is_small(&self, min_bytes: usize) -> bool {
         min_bytes <= self.connection.0.responses.small.bytes()
     }
@@ -438,7 +449,8 @@ impl CallMemory {
         })
     }
 
-    /// Reduces the memory of a completed response to `bytes`. This memory stays charged until the response has been sent.
+    /// Reduces the memory of a completed response to `bytes`. This memory stays charged until the response has been
+    /// sent.
     pub(super) fn made(&self, mut response: ResponseGrant, bytes: usize) {
         response.shrink(bytes);
         self.call.lock().made.push(response.grant);
@@ -457,8 +469,9 @@ impl CallMemory {
         }
     }
 
-    /// Charges `bytes` of a response that are passed to the connection. The connection has sent them when the returned value is dropped.
-    /// Memory taken for the response covers most of them. A response without records, such as metadata, takes its memory here.
+    /// Charges `bytes` of a response that are passed to the connection. The connection has sent them when the returned
+    /// value is dropped. Memory taken for the response covers most of them. A response without records, such as
+    /// metadata, takes its memory here.
     ///
     /// # Errors
     /// `OVERLOADED`: there is not enough memory.
@@ -482,8 +495,8 @@ impl CallMemory {
         decompressor.for_caller(Arc::clone(&self.connection.0.decompression))
     }
 
-    /// Returns a decompressor for recompression that processes one batch of this connection at a time. Reads of the connection do not wait
-    /// for it.
+    /// Returns a decompressor for recompression that processes one batch of this connection at a time. Reads of the
+    /// connection do not wait for it.
     pub(super) fn rewriter(&self, decompressor: &Decompressor) -> Decompressor {
         decompressor.for_caller(Arc::clone(&self.connection.0.recompression))
     }
@@ -493,7 +506,8 @@ impl CallMemory {
         Arc::clone(&self.connection.0.tiered_appends).try_acquire_owned().ok()
     }
 
-    /// Waits for a permit to build a response from metadata. The caller holds the permit until the response has been sent.
+    /// Waits for a permit to build a response from metadata. The caller holds the permit until the response has been
+    /// sent.
     pub async fn metadata_turn(&self) -> OwnedSemaphorePermit {
         let turn = Arc::clone(&self.connection.0.metadata_calls).acquire_owned().await;
         turn.expect("the semaphore is never closed")
@@ -553,7 +567,8 @@ pub struct IncompleteGuard {
 }
 
 impl IncompleteGuard {
-    /// Returns the error with which the request ends, if other requests need its memory. The task of `waker` is woken when that happens.
+    /// Returns the error with which the request ends, if other requests need its memory. The task of `waker` is woken
+    /// when that happens.
     pub fn check(&self, waker: &std::task::Waker) -> Result<(), ApiError> {
         if !self.request.is_ended(waker) {
             return Ok(());

@@ -1,8 +1,8 @@
 //! Verifies claims of other brokers about registrations and leader epochs in the metadata store, at a bounded rate.
 //!
-//! Brokers do not authenticate. A claim is therefore only a reason for a look-up: this broker changes its state only if the store confirms
-//! the claim. If the rate is exceeded or the store does not respond, the claim is ignored, and the metadata cache shows the stored value a
-//! moment later.
+//! Brokers do not authenticate. A claim is therefore only a reason for a look-up: this broker changes its state only if
+//! the store confirms the claim. If the rate is exceeded or the store does not respond, the claim is ignored, and the
+//! metadata cache shows the stored value a moment later.
 
 use std::{sync::Arc, time::Duration};
 

@@ -3,13 +3,13 @@
 //! # Overview
 //!
 //! 1. `/readyz` reports that the broker is not ready; requests are served as before.
-//! 2. The registration shows that this broker stops. From then on it wins no election, leaders remove it from their ISR, and the controller
-//!    transfers its leaderships.
-//! 3. The broker waits until no other replica could take over its leaderships, and until every ISR that can do without the broker has
-//!    removed it.
+//! 2. The registration shows that this broker stops. From then on it wins no election, leaders remove it from their
+//!    ISR, and the controller transfers its leaderships.
+//! 3. The broker waits until no other replica could take over its leaderships, and until every ISR that can do without
+//!    the broker has removed it.
 //!
-//! After a timeout, the shutdown continues as it is. Peers then detect its end like that of a failed broker, and no data is lost. A
-//! partition whose only in-sync replica is on this broker cannot be transferred.
+//! After a timeout, the shutdown continues as it is. Peers then detect its end like that of a failed broker, and no
+//! data is lost. A partition whose only in-sync replica is on this broker cannot be transferred.
 
 use std::{sync::Arc, time::Duration};
 
@@ -53,7 +53,8 @@ impl Broker {
         state.brokers().get(&self.settings.id).is_none_or(|entry| entry.value.state == BrokerState::Stopping)
     }
 
-    /// Returns the number of partitions that peers could take over from this broker, or that could do without this broker.
+    /// Returns the number of partitions that peers could take over from this broker, or that could do without this
+    /// broker.
     fn led_partitions_left(&self, state: &MetadataSnapshot) -> usize {
         let open = self.partitions.open();
         let needed = open.iter().filter(|partition| {
@@ -72,7 +73,8 @@ fn is_running(state: &MetadataSnapshot, id: BrokerId) -> bool {
     state.brokers().get(&id).is_some_and(|entry| entry.value.state == BrokerState::Running)
 }
 
-/// Returns true if another broker could lead the partition instead of this one, or if the ISR could do without this broker.
+/// Returns true if another broker could lead the partition instead of this one, or if the ISR could do without this
+/// broker.
 fn is_transferable(
     value: &PartitionValue,
     me: BrokerId,

@@ -1,7 +1,7 @@
 //! Description of a topic, as the leaders of its partitions report it.
 //!
-//! The metadata contains the replicas, and only the leader has the current end of its log. If a leader does not respond, the watermarks of
-//! its partitions are unknown, and the description contains the error.
+//! The metadata contains the replicas, and only the leader has the current end of its log. If a leader does not
+//! respond, the watermarks of its partitions are unknown, and the description contains the error.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -104,7 +104,8 @@ fn sources(defaults: &ConfigMap, own: &ConfigMap) -> HashMap<String, i32> {
     TOPIC_CONFIG_KEYS.iter().map(|key| (key.name.to_owned(), source(key.name).into())).collect()
 }
 
-/// Names the brokers that could lead a leaderless partition or, if there are none, the election that an operator can run.
+/// Names the brokers that could lead a leaderless partition or, if there are none, the election that an operator can
+/// run.
 fn candidates(topic: &TopicName, number: u32, value: &PartitionValue) -> String {
     let candidates: Vec<String> = value.isr.iter().chain(&value.elr).map(ToString::to_string).collect();
     if !candidates.is_empty() {

@@ -2,11 +2,13 @@
 //!
 //! # Overview
 //!
-//! Two states are published. Under disk pressure, above a threshold, the broker gets no new replicas. With a full disk, after a record did
-//! not fit, in-sync brokers with space take over its leaderships, because its partitions cannot be written.
+//! Two states are published. Under disk pressure, above a threshold, the broker gets no new replicas. With a full disk,
+//! after a record did not fit, in-sync brokers with space take over its leaderships, because its partitions cannot be
+//! written.
 //!
-//! Both states are in the registration, which placement and elections read anyway. The registration is written only when a state changes. A
-//! state ends well below its start, so that a disk at the threshold does not cause a write at each check.
+//! Both states are in the registration, which placement and elections read anyway. The registration is written only
+//! when a state changes. A state ends well below its start, so that a disk at the threshold does not cause a write at
+//! each check.
 
 use std::{sync::Arc, time::Duration};
 
@@ -43,7 +45,8 @@ const fn does_not_fit(refused: bool, space: DiskSpace) -> bool {
     refused && space.free_bytes < MIN_SPACE_BYTES
 }
 
-/// Returns true if other brokers are to lead this broker's partitions: after a record did not fit, until there is space for replicas again.
+/// Returns true if other brokers are to lead this broker's partitions: after a record did not fit, until there is space
+/// for replicas again.
 fn is_disk_full(was: bool, refused: bool, space: DiskSpace, percent: u64) -> bool {
     does_not_fit(refused, space) || (was && is_under_pressure(false, space, percent.min(100 - RELEASE_PERCENT)))
 }

@@ -284,8 +284,8 @@ fn above_bound(message: String, bound: ReplicaBound) -> ApiError {
         .with("setting", "broker.max_replicas")
 }
 
-/// Returns the status with which a stream ends whose requests can no longer be read. The status has a stable error code if the transport
-/// rejected a request.
+/// Returns the status with which a stream ends whose requests can no longer be read. The status has a stable error code
+/// if the transport rejected a request.
 pub(super) fn unreadable(status: Status) -> Status {
     from_transport(&status, "").map_or(status, Status::from)
 }

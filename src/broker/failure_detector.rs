@@ -2,26 +2,27 @@
 //!
 //! # Overview
 //!
-//! A broken link alone proves little. A refused connection proves that no process listens at the address: the host responded, and the
-//! process is gone. So a lost link is followed by probes. An inconclusive probe is repeated: an exiting process accepts connections until
-//! its last moment, its successor accepts them before it responds, and a busy host responds late.
+//! A broken link alone proves little. A refused connection proves that no process listens at the address: the host
+//! responded, and the process is gone. So a lost link is followed by probes. An inconclusive probe is repeated: an
+//! exiting process accepts connections until its last moment, its successor accepts them before it responds, and a busy
+//! host responds late.
 //!
 //! If two probes in a row are refused or reach another process of that broker, two things happen:
 //!
-//! - Leaders on this broker remove the peer from the ISR at once (`DisconnectCause::ProcessGone`), so that `acks=all` does not wait for the
-//!   lease.
-//! - The controller receives a failure report. The controller probes the peer itself, for any reporter, deletes the registration with a
-//!   compare on the broker epoch, and then elects other leaders. If the controller is the suspect, the other brokers delete its
-//!   registration, in the order of their ids, each a little later than the one before.
+//! - Leaders on this broker remove the peer from the ISR at once (`DisconnectCause::ProcessGone`), so that `acks=all`
+//!   does not wait for the lease.
+//! - The controller receives a failure report. The controller probes the peer itself, for any reporter, deletes the
+//!   registration with a compare on the broker epoch, and then elects other leaders. If the controller is the suspect,
+//!   the other brokers delete its registration, in the order of their ids, each a little later than the one before.
 //!
 //! A timeout is no failure here: a host that disappeared or is unreachable keeps its lease until the lease expires.
 //!
 //! # Invariants
 //!
-//! - A false report costs time, never correctness: the broker registers again under a new broker epoch, and every partition update is a
-//!   compare-and-set.
-//! - A process that returns after it was declared gone was running, so something between the brokers refuses connections. Reports about
-//!   that broker are then ignored, for a minute at first and twice as long each time.
+//! - A false report costs time, never correctness: the broker registers again under a new broker epoch, and every
+//!   partition update is a compare-and-set.
+//! - A process that returns after it was declared gone was running, so something between the brokers refuses
+//!   connections. Reports about that broker are then ignored, for a minute at first and twice as long each time.
 
 mod shared_checks;
 mod trust;
@@ -59,12 +60,13 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(50);
 /// Maximum time for which inconclusive probes are repeated.
 const INCONCLUSIVE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// First and longest pause before an inconclusive check is repeated. The pause doubles each time: the successor of an exited process may
-/// not respond yet.
+/// First and longest pause before an inconclusive check is repeated. The pause doubles each time: the successor of an
+/// exited process may not respond yet.
 const MIN_CHECK_DELAY: Duration = Duration::from_millis(500);
 const MAX_CHECK_DELAY: Duration = Duration::from_secs(2);
 
-/// Maximum time for the partitions to process the failure. A partition that is too busy receives the end of the registration instead.
+/// Maximum time for the partitions to process the failure. A partition that is too busy receives the end of the
+/// registration instead.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Timeout of a report, in which the controller probes the peer and deletes its registration.
@@ -158,7 +160,8 @@ impl FailureDetector {
 }
 
 impl Broker {
-    /// Probes the process of a lost link and handles its failure. Returns when the result is conclusive, or the registration is gone.
+    /// Probes the process of a lost link and handles its failure. Returns when the result is conclusive, or the
+    /// registration is gone.
     async fn probe_peer(&self, broker: BrokerId, epoch: Revision, detector: &FailureDetector) {
         let mut backoff = Backoff::new(MIN_CHECK_DELAY, MAX_CHECK_DELAY);
         let result = loop {
@@ -178,8 +181,8 @@ impl Broker {
         probe(&detector.peers, suspect).await
     }
 
-    /// Removes a broker from the ISR of all partitions led here. A partition that is blocked by its disk delays no other partition, and the
-    /// call does not wait for it longer than a bounded time.
+    /// Removes a broker from the ISR of all partitions led here. A partition that is blocked by its disk delays no
+    /// other partition, and the call does not wait for it longer than a bounded time.
     async fn remove_from_isrs(&self, peer: PeerId) {
         let led = self.partitions.open().into_iter().filter(|partition| partition.status().role.leads());
         let notified = stream::iter(led).for_each_concurrent(None, |partition| async move {
@@ -193,8 +196,8 @@ impl Broker {
         }
     }
 
-    /// Reports a failed process until its registration is deleted, or until no report was accepted for long. If the controller failed at
-    /// the same time, another controller is elected soon.
+    /// Reports a failed process until its registration is deleted, or until no report was accepted for long. If the
+    /// controller failed at the same time, another controller is elected soon.
     async fn report(&self, broker: BrokerId, epoch: Revision, seen: ProbeResult, detector: &FailureDetector) {
         for _ in 0..MAX_REPORT_ATTEMPTS {
             if registered(&self.metadata.state(), broker, epoch).is_none()
@@ -235,8 +238,8 @@ impl Broker {
             (Some(controller), _) if controller == me => {
                 self.delete_registration(report, detector).await.is_ok_and(|revoked| revoked)
             }
-            // Only the controller may delete the registration, and the controller is registered without a peer address. The lease will
-            // expire.
+            // Only the controller may delete the registration, and the controller is registered without a peer address.
+            // The lease will expire.
             (Some(_), Some(None)) => false,
             (Some(_), Some(Some(address))) => {
                 let request = v1::ReportFailureRequest {
@@ -260,16 +263,16 @@ impl Broker {
                 if let Err(error) = &revoked {
                     tracing::debug!(%broker, %error, "could not delete the registration");
                 }
-                // The compare failed because another broker was faster, or because the controller changed. The metadata cache will show
-                // which.
+                // The compare failed because another broker was faster, or because the controller changed. The metadata
+                // cache will show which.
                 revoked == Ok(true)
             }
         }
     }
 
-    /// Verifies a report that arrived over the network, as the controller: this broker probes the suspect itself, for any reporter. Waiting
-    /// reports about one registration share one probe, so reports about one live broker do not delay reports about other brokers.
-    /// Returns true if the registration was deleted.
+    /// Verifies a report that arrived over the network, as the controller: this broker probes the suspect itself, for
+    /// any reporter. Waiting reports about one registration share one probe, so reports about one live broker do not
+    /// delay reports about other brokers. Returns true if the registration was deleted.
     ///
     /// # Errors
     /// The metadata store did not apply the deletion: the reporter must report again.
@@ -307,7 +310,8 @@ impl Broker {
         detector.reports.run((broker, epoch), check).await
     }
 
-    /// Deletes the registration of a process that this broker found gone, if this broker is the controller. Returns true if it is deleted.
+    /// Deletes the registration of a process that this broker found gone, if this broker is the controller. Returns
+    /// true if it is deleted.
     async fn delete_registration(
         &self,
         report: FailureReport,
@@ -385,7 +389,8 @@ struct SuspectedPeer<'a> {
     registered: &'a BrokerValue,
 }
 
-/// Probes until the process responds, until two probes in a row found it gone, or until probes were inconclusive for too long.
+/// Probes until the process responds, until two probes in a row found it gone, or until probes were inconclusive for
+/// too long.
 async fn probe(peers: &PeerClient, suspect: SuspectedPeer<'_>) -> ProbeResult {
     let until = clock::monotonic() + INCONCLUSIVE_TIMEOUT;
     let mut gone = false;
@@ -439,8 +444,8 @@ mod tests {
         (PeerClient::new(Arc::new(TcpConnector::between_brokers(wait)), wait), listener, registered)
     }
 
-    /// A killed process accepts connections until its listener is closed, which may be after its other sockets. Regression: after one such
-    /// probe, the partitions of the process waited until its lease expired.
+    /// A killed process accepts connections until its listener is closed, which may be after its other sockets.
+    /// Regression: after one such probe, the partitions of the process waited until its lease expired.
     #[tokio::test]
     async fn process_exiting_during_probe_is_detected() {
         let (peers, listener, registered) = listening().await;

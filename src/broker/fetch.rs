@@ -2,16 +2,17 @@
 //!
 //! # Overview
 //!
-//! A [`FetchSession`] holds the partitions of one reader and its position in each. [`WakeSet`] reports the partitions with new records, so a
-//! reader of ten thousand idle partitions costs nothing. Reads of several partitions run concurrently: a read from the object store does
-//! not delay partitions whose records are in memory.
+//! A [`FetchSession`] holds the partitions of one reader and its position in each. [`WakeSet`] reports the partitions
+//! with new records, so a reader of ten thousand idle partitions costs nothing. Reads of several partitions run
+//! concurrently: a read from the object store does not delay partitions whose records are in memory.
 //!
-//! A reader that accepts any replica is also served by an in-sync follower, below the high watermark known to that follower. The role of a
-//! partition is checked after each read: a follower that was removed from the ISR sends its readers to the leader. Only a leader rejects an
-//! offset above the log end. An offset below the committed log start is out of range on every replica.
+//! A reader that accepts any replica is also served by an in-sync follower, below the high watermark known to that
+//! follower. The role of a partition is checked after each read: a follower that was removed from the ISR sends its
+//! readers to the leader. Only a leader rejects an offset above the log end. An offset below the committed log start is
+//! out of range on every replica.
 //!
-//! `max_wait_ms` bounds the wait for records that do not exist yet. A unary read waits for existing records, on disk or in the object
-//! store, within a separate bound.
+//! `max_wait_ms` bounds the wait for records that do not exist yet. A unary read waits for existing records, on disk or
+//! in the object store, within a separate bound.
 
 mod decode;
 mod memory;
@@ -51,8 +52,8 @@ use crate::{
 /// Maximum number of concurrent reads of one session.
 const MAX_CONCURRENT_READS: usize = 8;
 
-/// Maximum time that a response with enough bytes waits for reads in progress. These reads end with the call: without the wait, partitions
-/// in memory would keep partitions on disk out of every response.
+/// Maximum time that a response with enough bytes waits for reads in progress. These reads end with the call: without
+/// the wait, partitions in memory would keep partitions on disk out of every response.
 const OTHER_READS_DELAY: Duration = Duration::from_millis(100);
 
 /// Default for the maximum bytes of a response.
@@ -135,8 +136,8 @@ struct FetchSession {
     places: Vec<FetchPartitionState>,
     ready: Arc<WakeSet>,
     reading: FuturesUnordered<Pin<Box<dyn Future<Output = EndedRead> + Send>>>,
-    /// Read outcome that did not fit into the last response. The next response starts with this outcome, so small batches cannot delay a
-    /// large one for ever.
+    /// Read outcome that did not fit into the last response. The next response starts with this outcome, so small
+    /// batches cannot delay a large one for ever.
     held: Option<ReadOutcome>,
     terms: FetchLimits,
     memory: CallMemory,
@@ -177,7 +178,8 @@ impl FetchSession {
         }
     }
 
-    /// Replaces the partitions of the session. A partition that is already being read continues at its position, unless `restart`.
+    /// Replaces the partitions of the session. A partition that is already being read continues at its position, unless
+    /// `restart`.
     fn assign(&mut self, wanted: Vec<v1::FetchPartition>, restart: bool, any_replica: bool) -> Result<(), ApiError> {
         self.any_replica = any_replica;
         if wanted.len() > limits::MAX_FETCH_PARTITIONS {
@@ -383,7 +385,8 @@ impl FetchSession {
         }
     }
 
-    /// Marks the partitions with records, if the response has neither records nor errors. Returns true if it marked any.
+    /// Marks the partitions with records, if the response has neither records nor errors. Returns true if it marked
+    /// any.
     fn mark_unread(&self, gathered: &FetchResponseBuilder) -> bool {
         if gathered.bytes > 0 || gathered.failed {
             return false;

@@ -1,7 +1,8 @@
-//! Collects the garbage of crashes and deletions: objects and uploads in the object store, and keys in the metadata store.
+//! Collects the garbage of crashes and deletions: objects and uploads in the object store, and keys in the metadata
+//! store.
 //!
-//! One task processes each kind on its own, at intervals. A failure is logged, counted, and retried in the next run. `tier` decides about
-//! objects and uploads, and `cluster` about keys. Anything that may still be needed stays.
+//! One task processes each kind on its own, at intervals. A failure is logged, counted, and retried in the next run.
+//! `tier` decides about objects and uploads, and `cluster` about keys. Anything that may still be needed stays.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -16,7 +17,8 @@ use crate::{
 /// Maximum interval between two runs. A shorter grace period shortens the interval.
 const COLLECTION_INTERVAL: Duration = Duration::from_secs(3600);
 
-/// Time for which a tombstone outlives the last data of its topic. A broker that was offline for longer keeps its files of the topic.
+/// Time for which a tombstone outlives the last data of its topic. A broker that was offline for longer keeps its files
+/// of the topic.
 const TOMBSTONE_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 
 const UPLOADS_FAILED: &str = "could not list abandoned uploads";
@@ -60,8 +62,8 @@ async fn run(broker: Arc<Broker>) {
 #[derive(Default)]
 struct GarbageRun {
     sweep: StaleKeySweeper,
-    /// True if it was logged that uploads cannot be listed. A store or a policy that forbids the listing does so for ever, and must not
-    /// fill the log.
+    /// True if it was logged that uploads cannot be listed. A store or a policy that forbids the listing does so for
+    /// ever, and must not fill the log.
     list_failure_logged: bool,
 }
 
@@ -149,7 +151,8 @@ enum TombstoneError {
     Objects(#[from] tier::TierStoreError),
 }
 
-/// Deletes the tombstones of topics without any remaining data. Without an object store they stay, because one may be configured again.
+/// Deletes the tombstones of topics without any remaining data. Without an object store they stay, because one may be
+/// configured again.
 async fn expire_tombstones(broker: &Broker, tier: &TierHandle) -> Result<(), TombstoneError> {
     let tombstones = broker.topics.tombstones().await?;
     if tombstones.is_empty() {

@@ -1,8 +1,9 @@
-//! Health of this broker, for probes and `cluster health`. A broker that serves requests is ready even if it is impaired. An outage of the
-//! object store or of the metadata store affects all brokers, and must not take all of them out of service.
+//! Health of this broker, for probes and `cluster health`. A broker that serves requests is ready even if it is
+//! impaired. An outage of the object store or of the metadata store affects all brokers, and must not take all of them
+//! out of service.
 //!
-//! A start lasts until every local replica has been in sync once, or until `broker.catch_up_timeout` has passed. A rolling restart
-//! continues then.
+//! A start lasts until every local replica has been in sync once, or until `broker.catch_up_timeout` has passed. A
+//! rolling restart continues then.
 
 use std::{
     collections::BTreeMap,
@@ -25,7 +26,8 @@ use crate::{
 const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 const MIN_PAUSE_PER_CHECK: u32 = 20;
 
-/// Maximum time that a start waits for a leader of a leaderless partition. An election that waits for the end of a lease takes 7 s.
+/// Maximum time that a start waits for a leader of a leaderless partition. An election that waits for the end of a
+/// lease takes 7 s.
 const ELECTION_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Readiness of a broker for requests.
@@ -50,7 +52,8 @@ pub(super) struct Health {
 /// Progress of the start.
 #[derive(Debug)]
 enum StartState {
-    /// Replicas that have not been in sync yet, each with the time since which it has no leader. `None` before the first check.
+    /// Replicas that have not been in sync yet, each with the time since which it has no leader. `None` before the
+    /// first check.
     CatchingUp(Option<BTreeMap<PartitionId, Option<Instant>>>),
     Over,
 }
@@ -158,8 +161,8 @@ impl Broker {
         matches!(*self.health.start.lock(), StartState::Over)
     }
 
-    /// Returns the number of local replicas that have not been in sync yet, and have a leader or may get one. Returns 0 once the start is
-    /// over.
+    /// Returns the number of local replicas that have not been in sync yet, and have a leader or may get one. Returns 0
+    /// once the start is over.
     pub(super) fn catching_up(&self) -> usize {
         let mut start = self.health.start.lock();
         let StartState::CatchingUp(pending) = &mut *start else { return 0 };
@@ -173,7 +176,8 @@ impl Broker {
             return 0;
         }
         let (state, now) = (self.metadata.state(), clock::monotonic());
-        // After the time for an election, a replica without a leader does not count: there is no log that it could copy.
+        // After the time for an election, a replica without a leader does not count: there is no log that it could
+        // copy.
         let is_catching_up = |(id, unled): (&PartitionId, &mut Option<Instant>)| {
             *unled = if has_leader(&state, *id) { None } else { Some(unled.unwrap_or(now)) };
             unled.is_none_or(|since| now.saturating_duration_since(since) < ELECTION_TIMEOUT)

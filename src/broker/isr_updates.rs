@@ -2,16 +2,16 @@
 //!
 //! # Overview
 //!
-//! A leader continues while its proposal is open, and has at most one open request. The queue is therefore bounded by the number of
-//! partitions. Requests that queue up meanwhile are sent together, in as few transactions as possible: a failed follower is a member of
-//! hundreds of partitions at once. No other component batches these requests.
+//! A leader continues while its proposal is open, and has at most one open request. The queue is therefore bounded by
+//! the number of partitions. Requests that queue up meanwhile are sent together, in as few transactions as possible: a
+//! failed follower is a member of hundreds of partitions at once. No other component batches these requests.
 //!
 //! # Invariants
 //!
-//! - No proposal is sent twice. A proposal that may or may not be applied has the outcome unknown. The leader then requests a read-back of
-//!   the key, which is retried until the store responds.
-//! - A leader whose disk failed resigns in the metadata store, if another member is in sync. The resignation is retried until it is done or
-//!   another epoch has begun.
+//! - No proposal is sent twice. A proposal that may or may not be applied has the outcome unknown. The leader then
+//!   requests a read-back of the key, which is retried until the store responds.
+//! - A leader whose disk failed resigns in the metadata store, if another member is in sync. The resignation is retried
+//!   until it is done or another epoch has begun.
 //!
 //! # Shutdown
 //!
@@ -319,7 +319,8 @@ mod tests {
         assert_eq!((after.leader, after.leader_epoch, after.isr), (None, LeaderEpoch(4), vec![BrokerId(2)]));
     }
 
-    /// A broker that was removed from the sets after its acknowledgement, and registered again, may lack the acknowledged records.
+    /// A broker that was removed from the sets after its acknowledgement, and registered again, may lack the
+    /// acknowledged records.
     #[tokio::test]
     async fn isr_admission_requires_unchanged_broker_epoch() {
         let bench = Bench::new();

@@ -1,5 +1,5 @@
-//! One clock for all partitions that need ticks, because an in-sync replica is behind or the leader waits for metadata. A timer per
-//! partition would wake as many tasks continually.
+//! One clock for all partitions that need ticks, because an in-sync replica is behind or the leader waits for metadata.
+//! A timer per partition would wake as many tasks continually.
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,8 +1,9 @@
-//! Lease monitor: detects that this broker may have been replaced without notice, because its registration is gone or was not renewed in
-//! time.
+//! Lease monitor: detects that this broker may have been replaced without notice, because its registration is gone or
+//! was not renewed in time.
 //!
-//! The result depends on this process's clock, so no invariant relies on it. The broker continues to serve. Readers are notified, and can
-//! look for a new leader. Operations that need the metadata store are rejected before their start, so that clients can use another broker.
+//! The result depends on this process's clock, so no invariant relies on it. The broker continues to serve. Readers are
+//! notified, and can look for a new leader. Operations that need the metadata store are rejected before their start, so
+//! that clients can use another broker.
 
 use std::{sync::Arc, time::Duration};
 
@@ -66,7 +67,8 @@ impl Broker {
         }
     }
 
-    /// Rejects an operation that needs the metadata store while the store is unavailable, or has returned to an older state.
+    /// Rejects an operation that needs the metadata store while the store is unavailable, or has returned to an older
+    /// state.
     pub(super) fn check_metadata_available(&self) -> Result<(), ApiError> {
         if let Some(regression) = self.store.regression() {
             let error = ApiError::new(ErrorCode::MetadataRegressed, regression.to_string());

@@ -93,8 +93,8 @@ impl LinkManager {
         &self.peers
     }
 
-    /// Sets how local partitions are found, where lost links are reported, and how registrations are looked up. Called once, before the
-    /// first partition is assigned.
+    /// Sets how local partitions are found, where lost links are reported, and how registrations are looked up. Called
+    /// once, before the first partition is assigned.
     pub(super) fn set_callbacks(&self, find: PartitionLookup, lost: Arc<dyn LinkLossListener>, look_up: LookUp) {
         self.peer_table.serve(find, lost, look_up);
     }
@@ -120,7 +120,8 @@ impl LinkManager {
         self.peer_table.find()(partition).map_or(LeaderEpoch::default(), |partition| partition.epoch())
     }
 
-    /// Starts a task for the link to `leader`. The task owns the requests of the partitions, and may outlive the returned handle.
+    /// Starts a task for the link to `leader`. The task owns the requests of the partitions, and may outlive the
+    /// returned handle.
     fn open(&self, leader: BrokerId) -> Arc<LinkRequests> {
         let requests = Arc::new(LinkRequests::default());
         let link = OutboundLink {

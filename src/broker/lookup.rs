@@ -35,9 +35,9 @@ impl Broker {
         self.replica(topic, id, partition, |status| status.role.leads())
     }
 
-    /// Returns the partition for a reader, if it is led here or, for a reader that accepts any replica, followed in sync. The reader names
-    /// the newest leader epoch that it has received. A replica in an older epoch is rejected, because it may lack records that the reader
-    /// has read.
+    /// Returns the partition for a reader, if it is led here or, for a reader that accepts any replica, followed in
+    /// sync. The reader names the newest leader epoch that it has received. A replica in an older epoch is rejected,
+    /// because it may lack records that the reader has read.
     pub(super) fn readable(&self, want: &v1::FetchPartition, any_replica: bool) -> Result<Arc<Partition>, ApiError> {
         let min_epoch = LeaderEpoch::from_i32(want.leader_epoch).unwrap_or_default();
         let id = errors::topic_id(&want.topic_id)?;
@@ -45,7 +45,8 @@ impl Broker {
         self.replica(&want.topic, id, want.partition, serves)
     }
 
-    /// Returns the response entry of a partition that is not read here, with the watermarks of the replica if one is open.
+    /// Returns the response entry of a partition that is not read here, with the watermarks of the replica if one is
+    /// open.
     pub(super) fn refused_partition(&self, want: v1::FetchPartition, error: ApiError) -> v1::FetchedPartition {
         let replica = match self.partitions.find(&want.topic, want.partition) {
             Some(TableLookup::Held(id, replica))

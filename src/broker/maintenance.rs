@@ -1,7 +1,7 @@
 //! Schedules partitions for maintenance and for uploads.
 //!
-//! Retention must continue while the object store accepts nothing, so maintenance has its own workers. These workers put partitions with
-//! uploads into a second queue, whose workers may wait for the object store.
+//! Retention must continue while the object store accepts nothing, so maintenance has its own workers. These workers
+//! put partitions with uploads into a second queue, whose workers may wait for the object store.
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
@@ -21,8 +21,8 @@ use crate::{
 /// Minimum interval between two searches for old active segments.
 const ROLL_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Minimum ratio of the pause to the duration of a search over all partitions. Thousands of idle partitions must not cost a percent of a
-/// core.
+/// Minimum ratio of the pause to the duration of a search over all partitions. Thousands of idle partitions must not
+/// cost a percent of a core.
 const MIN_PAUSE_PER_CHECK: u32 = 500;
 
 /// Number of consecutive failures from which a partition is reported.
@@ -43,8 +43,8 @@ pub(super) fn spawn(broker: &Arc<Broker>) {
     }
 }
 
-/// Partitions whose last maintenance steps failed. `Display` writes their number and the partition that has failed for longest, or nothing
-/// if there are none.
+/// Partitions whose last maintenance steps failed. `Display` writes their number and the partition that has failed for
+/// longest, or nothing if there are none.
 #[derive(Default)]
 pub(super) struct MaintenanceFailures {
     partitions: Mutex<BTreeMap<PartitionId, FailingPartition>>,
@@ -52,7 +52,8 @@ pub(super) struct MaintenanceFailures {
     failed: Notify,
     /// Log throttle, shared by all partitions, for commits that the metadata store rejects.
     commits: Mutex<LogThrottle>,
-    /// Time since which the object store has accepted no upload of any partition, and the error; `None` after a successful upload.
+    /// Time since which the object store has accepted no upload of any partition, and the error; `None` after a
+    /// successful upload.
     uploads: Mutex<Option<(Instant, String)>>,
 }
 
@@ -73,8 +74,8 @@ impl MaintenanceFailures {
         self.partitions.lock().get(&id)?.reason.clone()
     }
 
-    /// Returns why this partition has not been uploaded: its last step failed, or the partition waits behind failing uploads of other
-    /// partitions.
+    /// Returns why this partition has not been uploaded: its last step failed, or the partition waits behind failing
+    /// uploads of other partitions.
     pub(super) fn why_not_uploaded(&self, id: PartitionId) -> Option<String> {
         self.reason(id).or_else(|| Some(format!("uploads fail: {}", self.failing_uploads(&self.partitions.lock())?.1)))
     }
@@ -90,7 +91,8 @@ impl MaintenanceFailures {
         }
     }
 
-    /// Records the result of an upload. The failure of one partition for its own reason does not concern other partitions.
+    /// Records the result of an upload. The failure of one partition for its own reason does not concern other
+    /// partitions.
     fn record_upload(&self, outcome: Result<(), &MaintenanceError>) {
         match outcome {
             Ok(()) => *self.uploads.lock() = None,
@@ -103,16 +105,16 @@ impl MaintenanceFailures {
         }
     }
 
-    /// Returns the time since which no upload has succeeded, and the error. Returns `None` if no partition fails any longer: the failing
-    /// one was deleted, or another broker leads it.
+    /// Returns the time since which no upload has succeeded, and the error. Returns `None` if no partition fails any
+    /// longer: the failing one was deleted, or another broker leads it.
     fn failing_uploads(&self, partitions: &BTreeMap<PartitionId, FailingPartition>) -> Option<(Instant, String)> {
         self.uploads.lock().clone().filter(|_| partitions.values().any(|failing| failing.steps > 0))
     }
 }
 
 impl MaintenanceFailures {
-    /// Records a successful step of this partition. The failures of a partition are kept for a while, so that alternating failures and
-    /// successes do not fill the log.
+    /// Records a successful step of this partition. The failures of a partition are kept for a while, so that
+    /// alternating failures and successes do not fill the log.
     fn recover(&self, partition: &Partition) {
         let mut all = self.partitions.lock();
         let Some(failing) = all.get_mut(&partition.id()) else { return };
@@ -243,8 +245,8 @@ const fn is_of_another_leader(error: &MaintenanceError) -> bool {
     matches!(error, MaintenanceError::Commit(TierCommitError::Deposed { .. }))
 }
 
-/// Logs a failure once, then reminders with a count: an outage of an hour must not fill the log. An outage is logged once for all
-/// partitions, by the clients of the stores, or here if the metadata store responds but rejects commits.
+/// Logs a failure once, then reminders with a count: an outage of an hour must not fill the log. An outage is logged
+/// once for all partitions, by the clients of the stores, or here if the metadata store responds but rejects commits.
 fn report(broker: &Broker, partition: &Partition, error: &MaintenanceError, failing: &mut FailingPartition) {
     broker.metrics.tier_upload_failures.inc();
     let (id, topic, now) = (partition.id(), partition.topic(), clock::monotonic());

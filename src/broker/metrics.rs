@@ -1,7 +1,7 @@
 //! Metrics: counters are updated where the events happen, and gauges are read for each scrape.
 //!
-//! A scrape costs one pass over the partitions of the metadata cache, and one over the partitions that are open here. Without scrapes there
-//! is no cost.
+//! A scrape costs one pass over the partitions of the metadata cache, and one over the partitions that are open here.
+//! Without scrapes there is no cost.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -14,8 +14,8 @@ use crate::{
 };
 
 impl Broker {
-    /// Updates the gauges. Only one call may run at a time, because per-broker gauges are set for some brokers and then removed for the
-    /// rest.
+    /// Updates the gauges. Only one call may run at a time, because per-broker gauges are set for some brokers and then
+    /// removed for the rest.
     pub fn observe(&self) {
         let open = self.partitions.open();
         let status = self.log.status();
@@ -59,7 +59,8 @@ impl Broker {
         metrics.partitions_reassigning.set(stats.moving);
     }
 
-    /// Updates the lag of each broker behind the partitions led here: the records of all partitions, and the longest time.
+    /// Updates the lag of each broker behind the partitions led here: the records of all partitions, and the longest
+    /// time.
     fn observe_followers(&self, state: &MetadataSnapshot, open: &[Arc<Partition>]) {
         let now = clock::monotonic();
         let mut lags: BTreeMap<BrokerId, (u64, Duration)> = BTreeMap::new();

@@ -17,7 +17,8 @@
 //! | `isr_updates` | ISR proposals of leaders to the metadata store |
 //! | `lag_ticker` | clock ticks for leaders |
 //!
-//! The controller (`cluster::Controller`) runs on one broker of the cluster. Garbage is collected only there, or on a standalone broker.
+//! The controller (`cluster::Controller`) runs on one broker of the cluster. Garbage is collected only there, or on a
+//! standalone broker.
 //!
 //! # Start
 //!
@@ -126,7 +127,8 @@ pub struct Settings {
     pub decompression_memory_bytes: u64,
     /// Maximum number of new producers per connection and minute.
     pub producer_ids_per_minute: u32,
-    /// Number of upload workers, and also of workers for all other maintenance. Each worker processes one partition at a time.
+    /// Number of upload workers, and also of workers for all other maintenance. Each worker processes one partition at
+    /// a time.
     pub maintenance_workers: usize,
     /// Interval at which retention checks every partition that holds records.
     pub retention_interval: Duration,
@@ -243,8 +245,8 @@ impl Broker {
         CallMemory::new(self.budgets.clone(), self.budgets.connection(|| {}))
     }
 
-    /// Opens every replica that the metadata assigns to this broker and that is on disk. A standalone broker also creates missing replicas.
-    /// All replicas stay idle until the broker is activated.
+    /// Opens every replica that the metadata assigns to this broker and that is on disk. A standalone broker also
+    /// creates missing replicas. All replicas stay idle until the broker is activated.
     pub async fn open(deps: BrokerDeps) -> Arc<Self> {
         let BrokerDeps { settings, log, store, keys, metadata, tier, connect, standalone, incarnation, metrics } = deps;
         let commits = TierCommits::new(Arc::clone(&store), keys.clone());
@@ -306,7 +308,8 @@ impl Broker {
         broker
     }
 
-    /// Returns the intact replicas. A replica whose topic value cannot be read is not hosted; that replica is opened only for this check.
+    /// Returns the intact replicas. A replica whose topic value cannot be read is not hosted; that replica is opened
+    /// only for this check.
     pub async fn intact_replicas(&self) -> BTreeSet<PartitionId> {
         let mut intact: BTreeSet<PartitionId> = self.partitions.open().iter().map(|partition| partition.id()).collect();
         let (state, me) = (self.metadata.state(), self.settings.id);
@@ -327,8 +330,8 @@ impl Broker {
 
     /// Activates the broker: every replica is assigned its role, and requests are served.
     ///
-    /// The metadata cache must contain the registration of `session`. An older state may name this broker as the leader of partitions that
-    /// it has released since. Partitions in `unverified` become active after their verification.
+    /// The metadata cache must contain the registration of `session`. An older state may name this broker as the leader
+    /// of partitions that it has released since. Partitions in `unverified` become active after their verification.
     pub async fn activate(self: &Arc<Self>, session: &Session, unverified: UnverifiedPartitions) {
         let state = self.metadata.state();
         self.begun.get_or_init(clock::monotonic);
@@ -374,7 +377,8 @@ impl Broker {
     /// Stops everything in order, and returns when no task of the broker runs.
     pub async fn stop(&self) {
         self.ready.store(false, Ordering::Release);
-        // Partitions end after the journal has completed their entries. From this call on, a full journal fails after a bounded wait.
+        // Partitions end after the journal has completed their entries. From this call on, a full journal fails after a
+        // bounded wait.
         self.log.begin_shutdown();
         self.readers.stop().await;
         self.tasks.stop().await;
@@ -438,7 +442,8 @@ impl Broker {
         self.begun.get().is_some()
     }
 
-    /// Returns true if this broker does the work that one broker does for the cluster: it is standalone, or the controller.
+    /// Returns true if this broker does the work that one broker does for the cluster: it is standalone, or the
+    /// controller.
     fn is_controller(&self) -> bool {
         self.standalone || self.metadata.state().controller() == Some(self.settings.id)
     }

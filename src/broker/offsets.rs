@@ -53,7 +53,8 @@ impl Broker {
             )));
         }
         self.wait_for_topics(request.queries.iter().map(|query| (query.topic.as_str(), ""))).await;
-        // One deadline for all queries: thousands of partitions below min ISR must not be waited for one after the other.
+        // One deadline for all queries: thousands of partitions below min ISR must not be waited for one after the
+        // other.
         let now = clock::monotonic();
         let out_of_memory = AtomicBool::new(false);
         let waits = Waits { epoch_deadline: now + EPOCH_COMMIT_TIMEOUT, out_of_memory: &out_of_memory };
@@ -99,8 +100,8 @@ impl Broker {
         Ok(v1::OffsetResult { error: None, offset: offset.as_i64(), timestamp_ms, leader_epoch: epoch.as_i32() })
     }
 
-    /// Returns the first record for a timestamp. Takes memory for batches of the usual size first, and for a larger batch once one was
-    /// found.
+    /// Returns the first record for a timestamp. Takes memory for batches of the usual size first, and for a larger
+    /// batch once one was found.
     async fn find_time(
         &self,
         partition: &Partition,
@@ -129,8 +130,8 @@ impl Broker {
     }
 }
 
-/// Waits until the epoch of the partition's leader is committed. Returns false if that does not happen in time, or if this broker does not
-/// lead.
+/// Waits until the epoch of the partition's leader is committed. Returns false if that does not happen in time, or if
+/// this broker does not lead.
 async fn wait_for_committed_epoch(partition: &Partition, deadline: Instant) -> bool {
     if partition.status().role == (ReplicaRole::Leader { epoch_committed: true }) || mutant!(LatestBeforeEpochCommitted)
     {

@@ -1,7 +1,7 @@
 //! Cluster description and admin operations: translates requests to `cluster::ClusterOperations`.
 //!
-//! The response to an operation is sent when the operation is committed and this broker's metadata cache contains it, so that the next
-//! request finds it.
+//! The response to an operation is sent when the operation is committed and this broker's metadata cache contains it,
+//! so that the next request finds it.
 
 use std::time::Duration;
 
@@ -81,8 +81,8 @@ impl Broker {
         }
     }
 
-    /// Returns the time for which this broker has been cut off from the metadata store; zero while it is connected. A broker whose
-    /// registration is renewed is connected, even if nothing has changed for a long time.
+    /// Returns the time for which this broker has been cut off from the metadata store; zero while it is connected. A
+    /// broker whose registration is renewed is connected, even if nothing has changed for a long time.
     pub(super) fn metadata_staleness(&self) -> Duration {
         let renewed = self.session.get().is_none_or(|session| !session.lease_remaining().is_zero());
         if renewed { Duration::ZERO } else { self.metadata.silence() }
@@ -203,8 +203,8 @@ impl Broker {
         Ok(v1::ElectLeaderResponse { replicas: reports.replicas, discard_local: discard, ..response })
     }
 
-    /// Rejects the election if the replica to be elected responded earlier and does not now. The operator did not agree to the loss of its
-    /// log.
+    /// Rejects the election if the replica to be elected responded earlier and does not now. The operator did not agree
+    /// to the loss of its log.
     async fn still_usable(
         &self,
         topic: &TopicName,
@@ -212,7 +212,8 @@ impl Broker {
         to: BrokerId,
         discard: bool,
     ) -> Result<(), ElectError> {
-        // An error here means that an earlier attempt of this operation succeeded, or the operation itself returns the error.
+        // An error here means that an earlier attempt of this operation succeeded, or the operation itself returns the
+        // error.
         let Ok(found) = self.operations.leaderless_partition(topic, partition) else { return Ok(()) };
         if discard || self.ask_replicas(&found).await.positions.iter().any(|position| position.broker == to) {
             return Ok(());

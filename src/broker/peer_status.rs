@@ -34,8 +34,8 @@ pub(super) struct ReplicaReport {
     pub(super) failed: Option<String>,
 }
 
-/// Reports of a broker about the requested replicas, or the reason why a replica is unusable. Replicas that the broker does not have are
-/// left out.
+/// Reports of a broker about the requested replicas, or the reason why a replica is unusable. Replicas that the broker
+/// does not have are left out.
 pub(super) type ReportResult = Result<BTreeMap<PartitionId, Result<ReplicaReport, String>>, ApiError>;
 
 impl Broker {

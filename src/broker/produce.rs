@@ -1,7 +1,7 @@
 //! Producing: unary append and the pipelined stream.
 //!
-//! The handler checks a batch before anything is stored, finds its partition, takes memory for the batch, and queues it. The partition's
-//! actor completes the append when the acknowledgement that the request asks for holds.
+//! The handler checks a batch before anything is stored, finds its partition, takes memory for the batch, and queues
+//! it. The partition's actor completes the append when the acknowledgement that the request asks for holds.
 
 mod incoming;
 
@@ -35,8 +35,8 @@ use crate::{
 /// Maximum number of requests of one stream in progress. Further requests wait in the HTTP/2 window.
 const MAX_STREAM_REQUESTS: usize = 4096;
 
-/// Maximum number of responses that are collected before HTTP/2 gets them. HTTP/2 takes as many as a reading client has window for, and
-/// then polls for more.
+/// Maximum number of responses that are collected before HTTP/2 gets them. HTTP/2 takes as many as a reading client has
+/// window for, and then polls for more.
 const MAX_RESPONSES_PER_TURN: usize = 16;
 
 /// Timeout of the acknowledgement if the request sets none.
@@ -62,8 +62,8 @@ struct TieredAck {
     _permits: [OwnedSemaphorePermit; 2],
 }
 
-/// Pending acknowledgement of a write. The partition is notified if the wait ends early, because of a timeout or because the client is
-/// gone.
+/// Pending acknowledgement of a write. The partition is notified if the wait ends early, because of a timeout or
+/// because the client is gone.
 struct PendingAck {
     result: Option<oneshot::Receiver<AppendResult>>,
     partition: Arc<Partition>,
@@ -147,8 +147,8 @@ impl Broker {
         let mut incoming = self.read_payload(request.payload, received.bytes, &partition, &config, quota).await?;
         incoming.refusal = incoming.refusal.or_else(|| self.refuse_without_store(tiered.as_ref()));
         self.recompress(&mut incoming, &partition, &config, memory, deadline).await?;
-        // A rejected batch of an idempotent producer still goes to the partition, which recognises retries. The batch may have been stored
-        // before the topic's configuration changed, or before the outage of the object store.
+        // A rejected batch of an idempotent producer still goes to the partition, which recognises retries. The batch
+        // may have been stored before the topic's configuration changed, or before the outage of the object store.
         if let Some(refused) = incoming.refusal.take_if(|_| incoming.batch.producer().is_none() || acks == Acks::None) {
             return Err(AppendError::Refused(refused).into());
         }
@@ -165,14 +165,16 @@ impl Broker {
         Ok(QueuedAppend { partition: id, ack, timeout, began, bytes, records, tiered })
     }
 
-    /// Returns the rejection of an append with `acks=tiered` that could only wait, because the object store is unavailable.
+    /// Returns the rejection of an append with `acks=tiered` that could only wait, because the object store is
+    /// unavailable.
     fn refuse_without_store(&self, tiered: Option<&TieredAck>) -> Option<AdmitError> {
         tiered
             .and_then(|_| self.store_outage())
             .map(|outage| AdmitError::StoreUnavailable { outage: outage.to_string() })
     }
 
-    /// Takes permits for an append with `acks=tiered`. Rejects the append if too many appends wait for the object store.
+    /// Takes permits for an append with `acks=tiered`. Rejects the append if too many appends wait for the object
+    /// store.
     fn admit_tiered(&self, memory: &CallMemory) -> Result<TieredAck, ApiError> {
         let overloaded = |scope: &str, max: usize| match self.store_outage() {
             // Those appends wait because of the outage, so their number is not the cause.
@@ -213,8 +215,8 @@ impl Broker {
 }
 
 impl Broker {
-    /// Returns the error for an acknowledgement that did not arrive in time. An append that is already stored here must not look as if it
-    /// were not, because the client would write it twice.
+    /// Returns the error for an acknowledgement that did not arrive in time. An append that is already stored here must
+    /// not look as if it were not, because the client would write it twice.
     fn timed_out(&self, id: PartitionId, timeout: Duration, tiered: Option<&TieredAck>) -> ApiError {
         let ms = timeout.as_millis();
         let Some(stored) = tiered.and_then(|tiered| tiered.stored.get()) else {
@@ -244,8 +246,8 @@ impl Broker {
             .with("end_offset", end)
     }
 
-    /// Waits for the outcome of an append of a stream. An append that waits only for the object store returns a notice first, once the
-    /// store is unavailable or does not accept uploads of the partition.
+    /// Waits for the outcome of an append of a stream. An append that waits only for the object store returns a notice
+    /// first, once the store is unavailable or does not accept uploads of the partition.
     async fn next_step(self: Arc<Self>, correlation_id: u64, queued: QueuedAppend) -> Step {
         let (stored, partition) = (queued.tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored)), queued.partition);
         let broker = Arc::clone(&self);
@@ -295,7 +297,8 @@ struct Pipeline {
     /// The last request, while it waits for memory. The next request is read after this one is queued.
     queueing: Option<AbortOnDropHandle<QueueResult>>,
     pending: FuturesUnordered<BoxFuture<'static, Step>>,
-    /// Set when no more requests arrive: the producer ended the stream, or its data cannot be read. The stream ends with this result.
+    /// Set when no more requests arrive: the producer ended the stream, or its data cannot be read. The stream ends
+    /// with this result.
     ended: Option<Result<(), Status>>,
 }
 
@@ -348,7 +351,8 @@ impl Pipeline {
         });
         match (&mut queueing).now_or_never() {
             Some(queued) => self.await_ack(queued),
-            // The request waits for memory in a task of its own, because the stream is not polled while its client reads no responses.
+            // The request waits for memory in a task of its own, because the stream is not polled while its client
+            // reads no responses.
             None => self.queueing = Some(AbortOnDropHandle::new(self.broker.tasks.spawn("append", queueing))),
         }
     }

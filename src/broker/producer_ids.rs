@@ -1,7 +1,8 @@
 //! Ids for idempotent producers: assigned from blocks that no other broker has, and checked when a batch names one.
 //!
-//! A broker reserves blocks in advance, so that a new producer gets its id while the metadata store is unavailable. The end of the newest
-//! block is in the data directory before an id of that block is assigned. At a start, the counter in the store is raised to that end.
+//! A broker reserves blocks in advance, so that a new producer gets its id while the metadata store is unavailable. The
+//! end of the newest block is in the data directory before an id of that block is assigned. At a start, the counter in
+//! the store is raised to that end.
 
 use std::{
     collections::VecDeque,
@@ -55,7 +56,8 @@ impl From<ProducerIdError> for ApiError {
     }
 }
 
-/// Quota of new producers per connection: requested ids, and ids in batches that the cluster never assigned. Clones share the quota.
+/// Quota of new producers per connection: requested ids, and ids in batches that the cluster never assigned. Clones
+/// share the quota.
 #[derive(Clone, Debug, Default)]
 pub struct ProducerIdQuota(Arc<Mutex<Option<Bucket>>>);
 
@@ -102,7 +104,8 @@ pub(super) struct ProducerIds {
     /// The cluster's key, once it was read. The key never changes.
     key: OnceLock<ProducerIdKey>,
     blocks: Mutex<VecDeque<Range<i64>>>,
-    /// Lock with which one of many callers reserves a block. Holds the end of the newest block, once the data directory was read.
+    /// Lock with which one of many callers reserves a block. Holds the end of the newest block, once the data directory
+    /// was read.
     filling: tokio::sync::Mutex<Option<i64>>,
     low: Notify,
 }
@@ -175,8 +178,8 @@ impl Broker {
         Ok(self.producer_ids.next(&self.topics, &self.log).await?)
     }
 
-    /// Rejects a batch whose producer id this cluster never assigned. No other broker is called. Until this broker has read the cluster's
-    /// key, no id can be verified, and such batches are rejected.
+    /// Rejects a batch whose producer id this cluster never assigned. No other broker is called. Until this broker has
+    /// read the cluster's key, no id can be verified, and such batches are rejected.
     pub(super) async fn check_producer_id(&self, id: i64, quota: &ProducerIdQuota) -> Result<(), ApiError> {
         let key = match self.producer_ids.key.get() {
             Some(key) => key,

@@ -1,5 +1,5 @@
-//! `RebuildManifest`: an operator decides about a lost manifest. Any broker serves the request, because the commit is a compare-and-set in
-//! the leader's epoch.
+//! `RebuildManifest`: an operator decides about a lost manifest. Any broker serves the request, because the commit is a
+//! compare-and-set in the leader's epoch.
 
 use super::{Broker, errors::invalid, topics::name};
 use crate::{
@@ -78,7 +78,8 @@ impl Broker {
     }
 }
 
-/// Returns an identifier of exactly this survey result, so that the operator's consent covers the displayed plan and no other.
+/// Returns an identifier of exactly this survey result, so that the operator's consent covers the displayed plan and no
+/// other.
 fn plan(survey: &Survey) -> String {
     let mut attempts = Vec::with_capacity(survey.chain.len() * 16);
     survey.chain.iter().for_each(|entry| attempts.extend_from_slice(entry.stamp.attempt.as_bytes()));

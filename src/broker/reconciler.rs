@@ -1,5 +1,5 @@
-//! Applies the cluster's metadata to the partitions of this broker: opens assigned replicas, assigns their roles, passes on changed
-//! configurations, and closes and deletes removed partitions.
+//! Applies the cluster's metadata to the partitions of this broker: opens assigned replicas, assigns their roles,
+//! passes on changed configurations, and closes and deletes removed partitions.
 //!
 //! # Overview
 //!
@@ -10,18 +10,19 @@
 //!   broker key     ─▶ status of followers' brokers, for leaders; address of the leader, for followers
 //! ```
 //!
-//! A starting broker opens the replicas on disk and assigns no roles, because the startup verification comes first. Every replica gets its
-//! assignment after the registration, from a metadata snapshot that contains the registration.
+//! A starting broker opens the replicas on disk and assigns no roles, because the startup verification comes first.
+//! Every replica gets its assignment after the registration, from a metadata snapshot that contains the registration.
 //!
 //! # Invariants
 //!
 //! - Metadata is a hint for the next action. Nothing here decides about leadership.
-//! - A missing entry in the metadata never causes the deletion of files. Deletion requires the tombstone of the topic, or the partition's
-//!   own key with other replicas, read from the metadata store at that moment. Partitions without topic and tombstone are kept and logged:
-//!   lost, corrupt or restored metadata must not cost data as well.
-//! - A local replica is discarded only when it is in neither ISR nor ELR, so no commit depends on its content. The exception is an unusable
-//!   replica that an operator elected in order to discard it.
-//! - A replica whose partition value was unreadable during the startup verification gets no assignment until it is verified (`unverified`).
+//! - A missing entry in the metadata never causes the deletion of files. Deletion requires the tombstone of the topic,
+//!   or the partition's own key with other replicas, read from the metadata store at that moment. Partitions without
+//!   topic and tombstone are kept and logged: lost, corrupt or restored metadata must not cost data as well.
+//! - A local replica is discarded only when it is in neither ISR nor ELR, so no commit depends on its content. The
+//!   exception is an unusable replica that an operator elected in order to discard it.
+//! - A replica whose partition value was unreadable during the startup verification gets no assignment until it is
+//!   verified (`unverified`).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -45,8 +46,8 @@ use crate::{
     tier::{PartitionTier, TopicRecord},
 };
 
-/// Number of partitions that one thread opens in sequence. One task per partition would start dozens of threads, which are not faster and
-/// whose memory is not returned.
+/// Number of partitions that one thread opens in sequence. One task per partition would start dozens of threads, which
+/// are not faster and whose memory is not returned.
 const MAX_OPENED_PER_BATCH: usize = 64;
 
 /// Maximum number of threads that open partitions concurrently. Each partition may have to recover its tail.
@@ -129,7 +130,8 @@ impl Broker {
         strays.process_deleted(self, gone).await;
     }
 
-    /// Applies topic values to the partition table. Returns the partitions to reconcile, and the revision that each topic reaches by that.
+    /// Applies topic values to the partition table. Returns the partitions to reconcile, and the revision that each
+    /// topic reaches by that.
     async fn apply_topics<'a>(
         &self,
         names: impl Iterator<Item = &'a TopicName> + Send,
@@ -154,7 +156,8 @@ impl Broker {
         (ids, revisions)
     }
 
-    /// Applies one topic value. Returns the new entry of the topic and its revision, or `None` if there is nothing to apply.
+    /// Applies one topic value. Returns the new entry of the topic and its revision, or `None` if there is nothing to
+    /// apply.
     async fn apply_topic(
         &self,
         name: &TopicName,
@@ -234,7 +237,8 @@ impl Broker {
         self.open_all(to_open).await;
         readable.into_iter().for_each(|id| self.unverified.mark_readable(id));
         if self.is_active() {
-            // An unusable replica that may be discarded is replaced by an empty one now, because no later metadata change may trigger that.
+            // An unusable replica that may be discarded is replaced by an empty one now, because no later metadata
+            // change may trigger that.
             let to_reopen = tried.into_iter().filter_map(|id| {
                 let replica = self.partitions.get(id)?;
                 let stored = state.partition(id)?.partition.as_ref()?;
@@ -336,7 +340,8 @@ impl Broker {
         stored.map(|stored| stored.value.leader_epoch).unwrap_or_default()
     }
 
-    /// Returns the entry of a replica that could not be opened. Logs each error once, although every metadata change retries the open.
+    /// Returns the entry of a replica that could not be opened. Logs each error once, although every metadata change
+    /// retries the open.
     fn offline_entry(&self, id: PartitionId, topic: &TopicName, error: &PartitionError) -> HostedPartition {
         let reason: Arc<str> = error.to_string().into();
         let earlier = self.partitions.get(id).and_then(|replica| match &*replica {
@@ -373,7 +378,8 @@ impl Broker {
         task::run_blocking(move || specs.into_iter().map(open).collect()).await
     }
 
-    /// Resigns from the leadership of a partition whose local replica is unusable, because another broker may have a usable replica.
+    /// Resigns from the leadership of a partition whose local replica is unusable, because another broker may have a
+    /// usable replica.
     fn resign_if_offline(&self, id: PartitionId, state: &MetadataSnapshot) {
         let is_offline = self.partitions.get(id).is_some_and(|replica| matches!(*replica, HostedPartition::Offline(_)));
         let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
@@ -384,8 +390,8 @@ impl Broker {
         }
     }
 
-    /// Returns true if another process is registered with this broker's id, on a copy of its data directory. That process leads the
-    /// partitions then.
+    /// Returns true if another process is registered with this broker's id, on a copy of its data directory. That
+    /// process leads the partitions then.
     fn is_replaced(&self, state: &MetadataSnapshot) -> bool {
         let registered = state.brokers().get(&self.settings.id);
         registered.is_some_and(|registration| registration.value.incarnation != self.incarnation)
@@ -410,8 +416,8 @@ impl Broker {
         partition.assign(assignment).await;
     }
 
-    /// Passes the committed tier state to a partition. A leader has applied its own commits, but not a value that was unreadable when the
-    /// replica was opened.
+    /// Passes the committed tier state to a partition. A leader has applied its own commits, but not a value that was
+    /// unreadable when the replica was opened.
     async fn pass_tier_state(&self, id: PartitionId, state: &MetadataSnapshot) {
         let Some(partition) = self.partitions.by_id(id) else { return };
         if let Some(stored) = state.partition(id).and_then(|entry| entry.tier.as_ref()) {
@@ -437,8 +443,8 @@ impl Broker {
             .await;
     }
 
-    /// Writes the topic record to the object store, for `undrain`. Best effort: the preferred leader of the first partition writes the
-    /// record again at each start.
+    /// Writes the topic record to the object store, for `undrain`. Best effort: the preferred leader of the first
+    /// partition writes the record again at each start.
     fn record_topic(&self, name: &TopicName, topic: &TopicValue, state: &MetadataSnapshot) {
         let Some(tier) = &self.tier else { return };
         let first = state.partition(PartitionId::new(topic.id, 0)).and_then(|entry| entry.partition.as_ref());
@@ -469,7 +475,8 @@ impl Broker {
         });
     }
 
-    /// Closes the partitions of a topic that the metadata no longer contains. Deletes their files if the topic was deleted on purpose.
+    /// Closes the partitions of a topic that the metadata no longer contains. Deletes their files if the topic was
+    /// deleted on purpose.
     async fn drop_topic(&self, name: &TopicName, partitions: &HostedTopic, strays: &mut StrayCleaner) {
         self.partitions.remove(name);
         let stop = async |replica: Arc<HostedPartition>| {
@@ -485,8 +492,8 @@ impl Broker {
     }
 }
 
-/// Splits replicas into chunks that are opened together. Each chunk has its own allocation: chunks split off one vector would keep capacity
-/// for all later replicas, which is quadratic.
+/// Splits replicas into chunks that are opened together. Each chunk has its own allocation: chunks split off one vector
+/// would keep capacity for all later replicas, which is quadratic.
 fn chunks<T>(all: Vec<T>) -> impl Iterator<Item = Vec<T>> {
     let mut rest = all.into_iter();
     std::iter::from_fn(move || {

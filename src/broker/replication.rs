@@ -46,8 +46,8 @@ pub(super) struct LocalBroker {
 }
 
 impl ReplicationManager {
-    /// Creates the links and the failure detector of a broker that is being opened. Before its registration, the broker only identifies
-    /// itself to peers.
+    /// Creates the links and the failure detector of a broker that is being opened. Before its registration, the broker
+    /// only identifies itself to peers.
     pub(super) fn new(local: LocalBroker, connect: Arc<dyn Connector>, broker: &Weak<Broker>) -> Self {
         let LocalBroker { id, cluster, incarnation, catchup_bytes_per_second, metrics, claims } = local;
         let tasks = Tasks::new();
@@ -196,7 +196,8 @@ impl Broker {
     }
 }
 
-/// Describes the segments with timestamps in the future: their number, and the partition with most of them. Empty if there are none.
+/// Describes the segments with timestamps in the future: their number, and the partition with most of them. Empty if
+/// there are none.
 fn future_timestamps(open: &[Arc<crate::partition::Partition>]) -> String {
     let with: Vec<_> = open.iter().filter(|partition| partition.future_segments() > 0).collect();
     let Some(largest) = with.iter().max_by_key(|partition| partition.future_segments()) else { return String::new() };

@@ -101,7 +101,8 @@ impl log_server::Log for LogService {
     async fn read(&self, request: Request<v1::ReadRequest>) -> Result<Response<v1::ReadResponse>, Status> {
         let memory = self.memory(&request);
         let request = request.into_inner();
-        // A read may wait for a minute, and keeps only the names of the partitions from its request. Longer lists are rejected.
+        // A read may wait for a minute, and keeps only the names of the partitions from its request. Longer lists are
+        // rejected.
         if request.partitions.len() <= limits::MAX_FETCH_PARTITIONS {
             drop(memory.take_request());
         }

@@ -1,7 +1,7 @@
-//! Stray replicas: files on disk that the metadata assigns to other brokers, or to none. The metadata store must confirm each deletion,
-//! because the metadata cache may be stale, or of a restored store. A partition's key is read at that moment, and only a readable key with
-//! other replicas permits the deletion. For a removed topic, only its tombstone does. If the store does not respond, the files stay, and
-//! the read is retried.
+//! Stray replicas: files on disk that the metadata assigns to other brokers, or to none. The metadata store must
+//! confirm each deletion, because the metadata cache may be stale, or of a restored store. A partition's key is read at
+//! that moment, and only a readable key with other replicas permits the deletion. For a removed topic, only its
+//! tombstone does. If the store does not respond, the files stay, and the read is retried.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -24,8 +24,9 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// Maximum number of replicas that are checked together.
 const MAX_CHECKED_PER_BATCH: usize = 64;
 
-/// Number of replicas deleted together, with two journal frames and one sync of the topic's directory, and number of such groups deleted
-/// concurrently. On a file system that discards freed blocks, each removed file waits for the device.
+/// Number of replicas deleted together, with two journal frames and one sync of the topic's directory, and number of
+/// such groups deleted concurrently. On a file system that discards freed blocks, each removed file waits for the
+/// device.
 const MAX_DELETED_PER_BATCH: usize = 64;
 const MAX_CONCURRENT_DELETIONS: usize = 16;
 
@@ -86,7 +87,8 @@ impl StrayCleaner {
                 }
             };
             self.waiting.remove(&id);
-            // A replica that was assigned again meanwhile is open, or will be opened when the metadata cache shows that.
+            // A replica that was assigned again meanwhile is open, or will be opened when the metadata cache shows
+            // that.
             let is_others = value.is_some_and(|value| !value.replicas.contains(&broker.settings.id));
             if is_others && broker.partitions.by_id(id).is_none() {
                 moved.push(id);
@@ -98,7 +100,8 @@ impl StrayCleaner {
         }
     }
 
-    /// Checks the replicas on disk that belong to no topic. Replicas of deleted topics are deleted, and all other topics are logged.
+    /// Checks the replicas on disk that belong to no topic. Replicas of deleted topics are deleted, and all other
+    /// topics are logged.
     pub(super) async fn check_strays(&mut self, broker: &Broker, state: &MetadataSnapshot) {
         let topics: BTreeSet<TopicId> =
             broker.log.partitions().into_iter().chain(broker.log.stray_partitions()).map(|id| id.topic).collect();
@@ -119,8 +122,8 @@ impl StrayCleaner {
         }
     }
 
-    /// Deletes the files of a removed topic if there is a tombstone. Logs a warning if the files are kept. Returns true if they are
-    /// deleted.
+    /// Deletes the files of a removed topic if there is a tombstone. Logs a warning if the files are kept. Returns true
+    /// if they are deleted.
     pub(super) async fn process_topic(&mut self, broker: &Broker, topic: TopicId) -> bool {
         let ids = partitions_on_disk(broker, topic);
         self.delete_if_deleted(broker, topic, ids).await

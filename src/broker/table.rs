@@ -1,7 +1,7 @@
 //! The partitions that this broker hosts, found by topic name without a lock.
 //!
-//! Each partition has its own cell, so opening or closing a partition copies no other entry. The role of a partition is published by the
-//! partition itself.
+//! Each partition has its own cell, so opening or closing a partition copies no other entry. The role of a partition is
+//! published by the partition itself.
 
 mod parts;
 
@@ -204,7 +204,8 @@ impl PartitionTable {
         }
     }
 
-    /// Records the applied revisions of these topics and wakes waiting tasks. All preceding changes of the table are visible by then.
+    /// Records the applied revisions of these topics and wakes waiting tasks. All preceding changes of the table are
+    /// visible by then.
     pub(super) fn set_revisions(&self, revisions: BTreeMap<TopicName, Revision>) {
         let applied = revisions.into_iter().filter_map(|(name, revision)| {
             let topic = HostedTopic { revision, ..self.topic(&name)? };

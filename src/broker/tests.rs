@@ -265,8 +265,8 @@ async fn request_for_foreign_partition_returns_leader() {
     bench.stop().await;
 }
 
-/// Regression: one check in a leaderless moment ended the start for good. The rolling restart continued before any replica here was in
-/// sync.
+/// Regression: one check in a leaderless moment ended the start for good. The rolling restart continued before any
+/// replica here was in sync.
 #[tokio::test]
 async fn start_continues_while_partition_is_leaderless() {
     let dir = tempfile::tempdir().unwrap();
@@ -360,8 +360,8 @@ async fn watermarks_of_unresponsive_leader_are_unknown() {
     bench.stop().await;
 }
 
-/// A suspended process resumes, and its broker id leads in a newer epoch. The leader is a process that was started on a copy of its
-/// directory.
+/// A suspended process resumes, and its broker id leads in a newer epoch. The leader is a process that was started on a
+/// copy of its directory.
 #[tokio::test]
 async fn superseded_broker_leads_no_partition() {
     let dir = tempfile::tempdir().unwrap();
@@ -385,8 +385,8 @@ async fn superseded_broker_leads_no_partition() {
     bench.stop().await;
 }
 
-/// Regression: appends may wait for hours for replicas that are offline. A producer that retried took all of the produce memory, and
-/// blocked all writes.
+/// Regression: appends may wait for hours for replicas that are offline. A producer that retried took all of the
+/// produce memory, and blocked all writes.
 #[tokio::test]
 async fn timed_out_append_holds_no_memory() {
     let dir = tempfile::tempdir().unwrap();
@@ -428,7 +428,8 @@ async fn timed_out_append_holds_no_memory() {
     bench.stop().await;
 }
 
-/// Regression: a batch without remaining time was written all the same. The client got a timeout and sent the batch again.
+/// Regression: a batch without remaining time was written all the same. The client got a timeout and sent the batch
+/// again.
 #[tokio::test]
 async fn append_past_its_deadline_is_not_written() {
     let dir = tempfile::tempdir().unwrap();
@@ -447,7 +448,8 @@ async fn append_past_its_deadline_is_not_written() {
     bench.stop().await;
 }
 
-/// Regression: the store was unavailable for a moment after the metadata cache showed the deletion. The files stayed until the next start.
+/// Regression: the store was unavailable for a moment after the metadata cache showed the deletion. The files stayed
+/// until the next start.
 #[tokio::test]
 async fn topic_deletion_is_completed_after_store_outage() {
     let dir = tempfile::tempdir().unwrap();
@@ -463,8 +465,8 @@ async fn topic_deletion_is_completed_after_store_outage() {
     bench.stop().await;
 }
 
-/// Regression: a process exited while the store had no leader. The partitions waited until the lease of that process expired, although all
-/// peers had detected the exit.
+/// Regression: a process exited while the store had no leader. The partitions waited until the lease of that process
+/// expired, although all peers had detected the exit.
 #[tokio::test]
 async fn failed_deletion_of_registration_is_retried() {
     let dir = tempfile::tempdir().unwrap();
@@ -513,8 +515,8 @@ async fn stored_value(store: &EmbeddedStore, keys: &Keys, id: PartitionId) -> Pa
     PartitionValue::decode(&entry.key, &entry.value).unwrap()
 }
 
-/// Regression: the value was unreadable at the start, so nothing was verified or released. Once the value was restored, the broker led in
-/// an epoch from before its process, and assigned the offsets of lost records again.
+/// Regression: the value was unreadable at the start, so nothing was verified or released. Once the value was restored,
+/// the broker led in an epoch from before its process, and assigned the offsets of lost records again.
 #[tokio::test]
 async fn restored_value_grants_no_leadership_of_old_epoch() {
     let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
@@ -535,8 +537,8 @@ async fn restored_value_grants_no_leadership_of_old_epoch() {
     bench.stop().await;
 }
 
-/// Regression: the broker could not open the replicas of a topic with an unreadable value, took them for lost, and left the ISR and ELR. If
-/// all brokers started so, no replica could lead without loss.
+/// Regression: the broker could not open the replicas of a topic with an unreadable value, took them for lost, and left
+/// the ISR and ELR. If all brokers started so, no replica could lead without loss.
 #[tokio::test]
 async fn unreadable_topic_at_start_keeps_isr_membership() {
     let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());

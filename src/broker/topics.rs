@@ -14,8 +14,8 @@ use crate::{
     },
 };
 
-/// Maximum time that a response waits for this broker to apply the change. The response is sent afterwards in any case, because the change
-/// is committed.
+/// Maximum time that a response waits for this broker to apply the change. The response is sent afterwards in any case,
+/// because the change is committed.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Broker {

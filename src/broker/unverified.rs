@@ -1,8 +1,9 @@
 //! Partitions that the startup verification could not check, because their values were unreadable.
 //!
-//! A restored value may name this broker as the leader of an epoch from before this process, or rely on lost records. So the replica is
-//! opened without an assignment. Once the value is readable, the broker verifies its replica ([`UnverifiedPartitions::prove`]), releases
-//! roles that do not hold, and becomes active in the partition. If the store does not respond, the verification is retried.
+//! A restored value may name this broker as the leader of an epoch from before this process, or rely on lost records.
+//! So the replica is opened without an assignment. Once the value is readable, the broker verifies its replica
+//! ([`UnverifiedPartitions::prove`]), releases roles that do not hold, and becomes active in the partition. If the
+//! store does not respond, the verification is retried.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -68,7 +69,8 @@ impl UnverifiedReplicas {
         }
     }
 
-    /// Verifies the readable partitions. Returns those in which this broker may be active from now on, as its metadata cache shows them.
+    /// Verifies the readable partitions. Returns those in which this broker may be active from now on, as its metadata
+    /// cache shows them.
     pub(super) async fn process(&self, broker: &Broker) -> Vec<PartitionId> {
         let (readable, unverified) = {
             let mut state = self.state.lock();

@@ -114,8 +114,8 @@ impl RetryMonitor {
     }
 }
 
-/// Returns the problem with the time at which the wait ends. Without a known problem, `SETTLE_INTERVAL` without progress counts
-/// as one.
+/// Returns the problem with the time at which the wait ends. Without a known problem, `SETTLE_INTERVAL` without
+/// progress counts as one.
 fn limited(
     expected: &ExpectedWork<'_>,
     status: Option<RetryStatus>,

@@ -9,8 +9,8 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use super::metadata::PartitionRoute;
 use crate::model::BrokerId;
 
-/// Returns the broker at which a consumer in `rack` reads `partition` (topic and number). `rack_of` returns the racks of
-/// registered brokers. Without an in-sync replica in the rack the broker is the leader; `None` if there is no leader
+/// Returns the broker at which a consumer in `rack` reads `partition` (topic and number). `rack_of` returns the racks
+/// of registered brokers. Without an in-sync replica in the rack the broker is the leader; `None` if there is no leader
 /// either.
 pub(super) fn select_replica<'a>(
     rack: Option<&str>,

@@ -15,8 +15,8 @@ use super::{
 /// Minimum default of the total, in bytes.
 const MIN_MEMORY_BYTES: u64 = 512 << 20;
 
-/// Memory of one replica, in bytes. The default of `broker.max_replicas` allows replicas that take as much memory again as the total. An
-/// idle replica takes 16 KiB, and a written one 20 KiB (docs/performance.md, `replicas`).
+/// Memory of one replica, in bytes. The default of `broker.max_replicas` allows replicas that take as much memory again
+/// as the total. An idle replica takes 16 KiB, and a written one 20 KiB (docs/performance.md, `replicas`).
 const REPLICA_BYTES: u64 = 16 << 10;
 
 /// Paths of the cgroup limits on Linux: version 2, version 2 beside version 1, and version 1.
@@ -114,7 +114,8 @@ pub(super) fn default_share(key: &str) -> Option<String> {
     Some(format!("{part} of `{MEMORY}`{most}"))
 }
 
-/// Returns the memory of the machine, or the limit of this process's cgroup if that is lower. `root` is `/` outside tests.
+/// Returns the memory of the machine, or the limit of this process's cgroup if that is lower. `root` is `/` outside
+/// tests.
 fn memory_bytes(root: &Path) -> Option<u64> {
     let number = |path: PathBuf| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let machine = fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|text| {
@@ -132,8 +133,8 @@ fn memory_bytes(root: &Path) -> Option<u64> {
             names if names.split(',').any(|name| name == "memory") => (&[LEGACY][..], "memory.limit_in_bytes"),
             _ => continue,
         };
-        // The limits of all parent groups apply too. In a container, the path may exist only on the host, and the mount point itself is the
-        // group. The mount point is the last ancestor.
+        // The limits of all parent groups apply too. In a container, the path may exist only on the host, and the mount
+        // point itself is the group. The mount point is the last ancestor.
         for folder in Path::new(path.trim_start_matches('/')).ancestors() {
             for mount in mounts {
                 least = least.into_iter().chain(number(root.join(mount).join(folder).join(file))).min();

@@ -1,8 +1,8 @@
 //! Topic configuration: Kafka's keys with Kafka's meanings, and the additional key `durability`.
 //!
-//! [`TopicConfig::resolve`] turns strings into typed values. A value of the topic has precedence over the broker's `[topic_defaults]`, and
-//! these over the built-in defaults. [`TOPIC_CONFIG_KEYS`] is the only list of keys: help texts, `docs/configuration.md` and validation
-//! are generated from it.
+//! [`TopicConfig::resolve`] turns strings into typed values. A value of the topic has precedence over the broker's
+//! `[topic_defaults]`, and these over the built-in defaults. [`TOPIC_CONFIG_KEYS`] is the only list of keys: help
+//! texts, `docs/configuration.md` and validation are generated from it.
 
 use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
 
@@ -246,7 +246,8 @@ pub enum InvalidConfig {
         /// The allowed values.
         allowed: String,
     },
-    /// The local retention exceeds the retention of the whole log. The error names both keys, because either may have changed.
+    /// The local retention exceeds the retention of the whole log. The error names both keys, because either may have
+    /// changed.
     #[error(
         "topic configuration {local}={local_value} keeps more on local disk than {whole}={whole_value} keeps at all: \
          lower {local} to at most {whole_value}, or set it to -2, which follows {whole}; or raise {whole}"
@@ -288,8 +289,8 @@ pub struct TopicConfig {
     pub max_message_bytes: usize,
     /// `min.insync.replicas`
     pub min_insync_replicas: usize,
-    /// `producer.id.expiration.ms`; `None` where producers are forgotten by number alone, because any record may move the partition's
-    /// time: `message.timestamp.after.max.ms` sets no limit.
+    /// `producer.id.expiration.ms`; `None` where producers are forgotten by number alone, because any record may move
+    /// the partition's time: `message.timestamp.after.max.ms` sets no limit.
     pub producer_expiration: Option<Duration>,
     /// `message.timestamp.before.max.ms`
     pub timestamp_before: Option<Duration>,
@@ -349,7 +350,8 @@ impl TopicConfig {
         })
     }
 
-    /// Checks that `min.insync.replicas` is at most the replication factor. Otherwise no append with `acks=all` could be acknowledged.
+    /// Checks that `min.insync.replicas` is at most the replication factor. Otherwise no append with `acks=all` could
+    /// be acknowledged.
     pub fn check_replicas(&self, replicas: u32) -> Result<(), InvalidConfig> {
         if u32::try_from(self.min_insync_replicas).is_ok_and(|needed| needed <= replicas) {
             return Ok(());
@@ -428,8 +430,8 @@ impl ConfigLayers<'_> {
         })
     }
 
-    /// Parses a local limit. -2 means the limit of the whole log, which a local limit never exceeds: a larger default is lowered to it, a
-    /// larger value of the topic is an error.
+    /// Parses a local limit. -2 means the limit of the whole log, which a local limit never exceeds: a larger default
+    /// is lowered to it, a larger value of the topic is an error.
     fn local_limit(&self, name: &'static str, whole: Option<u64>) -> Result<Option<u64>, InvalidConfig> {
         if self.text(name) == "-2" {
             return Ok(whole);

@@ -23,9 +23,9 @@ pub fn nearest<T>(wanted: &str, names: impl IntoIterator<Item = T>, text: impl F
     near.into_iter().take(most).map(|(_, name)| name).collect()
 }
 
-/// How alike two names are, from 0 to 1; the first in lower case. Jaro and Winkler's measure is made for longer names: in
-/// short ones a slip or two (a letter more, less, other, or two exchanged) are enough to look unlike anything, so they count
-/// by themselves.
+/// How alike two names are, from 0 to 1; the first in lower case. Jaro and Winkler's measure is made for longer names:
+/// in short ones a slip or two (a letter more, less, other, or two exchanged) are enough to look unlike anything, so
+/// they count by themselves.
 fn likeness(wanted: &str, name: &str) -> f64 {
     let name = name.to_lowercase();
     if wanted == name {

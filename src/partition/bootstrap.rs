@@ -1,8 +1,9 @@
-//! Bootstrap of an empty or useless replica, with the tables (epoch history, producer state) of the log before its start.
+//! Bootstrap of an empty or useless replica, with the tables (epoch history, producer state) of the log before its
+//! start.
 //!
-//! The records before the start are in the object store, whose last footer has the tables; the replica copies only the tail. Without an
-//! object store those records were deleted, and the leader sends its own tables. Without the epochs the log could not be compared with
-//! another leader's; without the producers a retry would be appended twice.
+//! The records before the start are in the object store, whose last footer has the tables; the replica copies only the
+//! tail. Without an object store those records were deleted, and the leader sends its own tables. Without the epochs
+//! the log could not be compared with another leader's; without the producers a retry would be appended twice.
 
 use super::role::BootstrapTables;
 use crate::{

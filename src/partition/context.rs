@@ -1,5 +1,5 @@
-//! Requests of a partition's task to its broker. No call waits or blocks: the broker takes the request, and the outcome arrives through
-//! the partition's handle.
+//! Requests of a partition's task to its broker. No call waits or blocks: the broker takes the request, and the outcome
+//! arrives through the partition's handle.
 
 use std::sync::Arc;
 
@@ -18,16 +18,18 @@ pub trait ReplicationLinks: Send + Sync + 'static {
     /// [`LinkEvent::Connected`](super::LinkEvent::Connected) when it is connected, also if it is connected already.
     fn start_following(&self, partition: PartitionId, leader: BrokerId);
 
-    /// Subscribes over the link over which the partition follows, with this log position. The subscription replaces an earlier one, whose
-    /// responses and batches are dropped.
+    /// Subscribes over the link over which the partition follows, with this log position. The subscription replaces an
+    /// earlier one, whose responses and batches are dropped.
     fn subscribe(&self, partition: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress);
 
     /// Sends [`LinkEvent::Connected`](super::LinkEvent::Connected) again after a pause. The pause grows with each call
-    /// until a leader serves the partition ([`SubscribeOutcome::Accepted`](super::SubscribeOutcome::Accepted)) for some time.
+    /// until a leader serves the partition ([`SubscribeOutcome::Accepted`](super::SubscribeOutcome::Accepted)) for some
+    /// time.
     fn retry_later(&self, partition: PartitionId);
 
-    /// Unsubscribes the partition. The leader receives `known`, the newest epoch known here, which may be newer than the leader's own.
-    /// `stopping` is true if this replica will not return soon. After this has returned, nothing is acknowledged on that link.
+    /// Unsubscribes the partition. The leader receives `known`, the newest epoch known here, which may be newer than
+    /// the leader's own. `stopping` is true if this replica will not return soon. After this has returned, nothing is
+    /// acknowledged on that link.
     fn unsubscribe(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool);
 }
 
@@ -38,12 +40,12 @@ pub trait IsrUpdater: Send + Sync + 'static {
     /// Writes an ISR change, by compare-and-set.
     fn propose(&self, partition: PartitionId, proposal: IsrProposal);
 
-    /// Reads the partition's key: after a proposal with an unknown outcome, or if the metadata is late. The read is repeated until the
-    /// store returns a value or reports that the key does not exist.
+    /// Reads the partition's key: after a proposal with an unknown outcome, or if the metadata is late. The read is
+    /// repeated until the store returns a value or reports that the key does not exist.
     fn read_back(&self, partition: PartitionId);
 
-    /// Resigns from the leadership of this epoch, because this broker can no longer write. The broker also leaves the ISR. Nothing
-    /// changes if the ISR has no other member. This request has no outcome.
+    /// Resigns from the leadership of this epoch, because this broker can no longer write. The broker also leaves the
+    /// ISR. Nothing changes if the ISR has no other member. This request has no outcome.
     fn resign(&self, partition: PartitionId, epoch: LeaderEpoch);
 }
 

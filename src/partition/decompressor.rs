@@ -1,12 +1,12 @@
-//! Decompression of batches from untrusted clients: their uncompressed size is known only afterwards. Large uncompressed batches take
-//! turns as well, but no memory.
+//! Decompression of batches from untrusted clients: their uncompressed size is known only afterwards. Large
+//! uncompressed batches take turns as well, but no memory.
 //!
 //! # Overview
 //!
-//! Memory is taken from a common budget before anything is decompressed. It is not taken for the worst case, which would admit one batch
-//! at a time. A batch first takes the size that it declares, or a usual one. If that is too little, the batch releases it and takes four
-//! times as much. So an honest batch is opened once, and a bomb costs a third more than its limit. A batch that declares too large a size
-//! costs nothing.
+//! Memory is taken from a common budget before anything is decompressed. It is not taken for the worst case, which
+//! would admit one batch at a time. A batch first takes the size that it declares, or a usual one. If that is too
+//! little, the batch releases it and takes four times as much. So an honest batch is opened once, and a bomb costs a
+//! third more than its limit. A batch that declares too large a size costs nothing.
 //!
 //! ```text
 //! guess ─ take ─► decompress within it ─► done
@@ -28,7 +28,8 @@ use crate::{
 /// Maximum size of a batch that is opened on the caller's thread: another thread would cost more.
 pub const INLINE_BYTES: usize = 64 << 10;
 
-/// Maximum uncompressed size of a small batch. Small batches have their own memory and turns: they do not wait for larger ones.
+/// Maximum uncompressed size of a small batch. Small batches have their own memory and turns: they do not wait for
+/// larger ones.
 const SMALL_BYTES: usize = 1 << 20;
 
 /// Share of the memory for small batches, as a divisor.
@@ -117,7 +118,8 @@ impl Decompressor {
         Self { caller: None, _turn: Some(Arc::new(turn)), ..self.clone() }
     }
 
-    /// Runs `work` with a stored batch, to read it, as [`Self::open`] does. A batch that could not be opened before is not opened again.
+    /// Runs `work` with a stored batch, to read it, as [`Self::open`] does. A batch that could not be opened before is
+    /// not opened again.
     ///
     /// # Errors
     /// Those of [`Self::open`].
@@ -187,7 +189,8 @@ impl Decompressor {
                 let (batch, work) = (batch.clone(), work.clone());
                 let turn = Arc::clone(&lane.turns).acquire_owned().await.expect("the semaphore is never closed");
                 let in_turn = in_turn.clone();
-                // The permits, the turns and the charge move to the other thread: the caller may stop waiting while the work continues.
+                // The permits, the turns and the charge move to the other thread: the caller may stop waiting while the
+                // work continues.
                 task::run_blocking(move || (work(&batch, limit), permit, turn, in_turn).0).await
             };
             match opened {
@@ -319,7 +322,8 @@ mod tests {
         assert_eq!(waiting.await, Ok(1));
     }
 
-    /// Regression: reset calls released their turn at once, so a connection had as many batches opened as there were processors.
+    /// Regression: reset calls released their turn at once, so a connection had as many batches opened as there were
+    /// processors.
     #[tokio::test]
     async fn turn_of_a_caller_lasts_until_its_work_has_ended() {
         let (decompressor, turns) = (Decompressor::new(64 << 20), Arc::new(Semaphore::new(1)));

@@ -18,10 +18,10 @@
 //! - The follower never truncates below its high watermark. Every clean leader has the records below it. So a response
 //!   that requires such a truncation is wrong, and the replica keeps its log and reports the error. Only an unclean
 //!   election in an epoch above the last epoch of the log may remove committed records.
-//! - The follower appends only batches that continue its log without gap, overlap or decreasing epoch, and no batch of another epoch's
-//!   link.
-//! - Its high watermark is the minimum of the leader's high watermark and its own log end. It moves only after the leader has found this
-//!   log to be a prefix of its own.
+//! - The follower appends only batches that continue its log without gap, overlap or decreasing epoch, and no batch of
+//!   another epoch's link.
+//! - Its high watermark is the minimum of the leader's high watermark and its own log end. It moves only after the
+//!   leader has found this log to be a prefix of its own.
 //!
 //! Messages of a leader are input. A message that does not fit is a [`ProtocolViolation`]: nothing changes, except that
 //! the follower may have to subscribe again.
@@ -50,8 +50,8 @@ pub enum FollowerAction {
     Follow(Offset),
     /// Truncate the log at this offset, then subscribe again.
     Truncate(Offset),
-    /// Reset the log to this offset, or to a later one where the object store ends, with the tables of that offset. Then call
-    /// [`Follower::on_reset`] and subscribe again.
+    /// Reset the log to this offset, or to a later one where the object store ends, with the tables of that offset.
+    /// Then call [`Follower::on_reset`] and subscribe again.
     Bootstrap(Offset),
     /// Append the batches, then call [`Follower::appended`].
     Append,
@@ -138,8 +138,8 @@ pub enum ProtocolViolation {
         /// High watermark of the replica.
         high_watermark: Offset,
     },
-    /// The log would be reset below the high watermark, because the leader's disk still holds segments below its log start. After their
-    /// removal the leader responds to the next subscription with a later offset.
+    /// The log would be reset below the high watermark, because the leader's disk still holds segments below its log
+    /// start. After their removal the leader responds to the next subscription with a later offset.
     #[error(
         "the leader requests a bootstrap at {at}, below the high watermark {high_watermark}: the subscription is \
          retried"
@@ -179,7 +179,8 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Creates a follower of `leader` in `epoch`. `high_watermark` is the replica's own; `unclean` is taken from the partition's value.
+    /// Creates a follower of `leader` in `epoch`. `high_watermark` is the replica's own; `unclean` is taken from the
+    /// partition's value.
     pub fn new(leader: BrokerId, epoch: LeaderEpoch, high_watermark: Offset, unclean: Option<LeaderEpoch>) -> Self {
         Self {
             leader,
@@ -215,16 +216,19 @@ impl Follower {
         matches!(self.stage, FollowerStage::Subscribing(_))
     }
 
-    /// Starts a subscription and returns the log position for it. Called when a link is connected, and after each truncation or reset.
+    /// Starts a subscription and returns the log position for it. Called when a link is connected, and after each
+    /// truncation or reset.
     pub fn claim(&mut self, history: &EpochHistory, log_end: Offset) -> LogPosition {
         let last = history.last().map(|(epoch, _)| epoch);
-        // The log counts as it was at the first subscription of this epoch: a truncation makes its last epoch look older.
+        // The log counts as it was at the first subscription of this epoch: a truncation makes its last epoch look
+        // older.
         self.may_lose.get_or_insert(self.unclean.is_some_and(|unclean| last.is_none_or(|last| unclean > last)));
         self.stage = FollowerStage::Subscribing(log_end);
         LogPosition { last_epoch: last, log_end, removal_count: None }
     }
 
-    /// Ends the subscription, because the link is lost or an append failed. No message counts before the next subscription.
+    /// Ends the subscription, because the link is lost or an append failed. No message counts before the next
+    /// subscription.
     pub fn on_disconnected(&mut self) {
         self.stage = FollowerStage::Idle;
     }
@@ -273,13 +277,14 @@ impl Follower {
         }
     }
 
-    /// Records a reset of the log to `at`. All records before `at` are in the object store or deleted, so they were committed.
+    /// Records a reset of the log to `at`. All records before `at` are in the object store or deleted, so they were
+    /// committed.
     pub fn on_reset(&mut self, at: Offset) {
         self.high_watermark = self.high_watermark.max(at);
     }
 
-    /// Checks that a truncation or reset to `to` removes no committed record, or that an unclean election allows it. In the latter case
-    /// the high watermark falls to `to`.
+    /// Checks that a truncation or reset to `to` removes no committed record, or that an unclean election allows it. In
+    /// the latter case the high watermark falls to `to`.
     fn check_truncation(&mut self, to: Offset) -> Result<(), ProtocolViolation> {
         let high_watermark = self.high_watermark;
         if to < high_watermark {
@@ -367,9 +372,9 @@ impl Follower {
     }
 }
 
-/// Returns the offset at which to truncate. In the leader's log, `epoch` is the newest epoch not above this log's last one, and ends at
-/// `end`. The result is the lower of `end` and the end of this log's own batches up to that epoch. It is the log's own start if the log
-/// has no such batches.
+/// Returns the offset at which to truncate. In the leader's log, `epoch` is the newest epoch not above this log's last
+/// one, and ends at `end`. The result is the lower of `end` and the end of this log's own batches up to that epoch. It
+/// is the log's own start if the log has no such batches.
 fn common_end(epoch: LeaderEpoch, end: Offset, history: &EpochHistory, log_end: Offset) -> Offset {
     let first = history.iter().next().map_or(log_end, |(_, start)| start);
     let own_end = history.end_of(epoch, log_end).map_or(first, |(_, end)| end);

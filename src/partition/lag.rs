@@ -1,7 +1,8 @@
 //! Lag of followers behind their leader, for monitoring. Decides nothing: `leader::isr` decides about the ISR. Pure.
 //!
-//! The lag needs the age of a record that is not acknowledged yet, and the log has no clock. So the log end is recorded with the time at
-//! intervals, while followers acknowledge. Entries that every follower has acknowledged are dropped, so an idle partition keeps none.
+//! The lag needs the age of a record that is not acknowledged yet, and the log has no clock. So the log end is recorded
+//! with the time at intervals, while followers acknowledge. Entries that every follower has acknowledged are dropped,
+//! so an idle partition keeps none.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -73,8 +74,8 @@ impl FollowerLagTracker {
         self.acknowledged.retain(|(id, _)| replicas.contains(id));
     }
 
-    /// Returns the lag of a broker behind a log that ends at `log_end`. A broker that has acknowledged nothing lacks all records from
-    /// `first` on, for as long as this broker leads.
+    /// Returns the lag of a broker behind a log that ends at `log_end`. A broker that has acknowledged nothing lacks
+    /// all records from `first` on, for as long as this broker leads.
     pub(super) fn lag(&self, broker: BrokerId, first: Offset, log_end: Offset, now: Instant) -> FollowerLag {
         let acked = self.acknowledged.iter().find(|(id, _)| *id == broker).map(|(_, end)| *end);
         let records = log_end.since(acked.unwrap_or(first));

@@ -1,8 +1,8 @@
 //! Listeners that are woken when a watermark of a partition moves.
 //!
-//! A listener is in the list only while it waits: a wake-up removes it, and it is added again when its reader has taken the mark. So a
-//! listener whose reader does not read on costs the partition's task nothing. A long list is woken by a task of its own, some listeners
-//! at a time.
+//! A listener is in the list only while it waits: a wake-up removes it, and it is added again when its reader has taken
+//! the mark. So a listener whose reader does not read on costs the partition's task nothing. A long list is woken by a
+//! task of its own, some listeners at a time.
 
 use std::sync::{
     Arc, Weak,
@@ -17,7 +17,8 @@ use crate::task::Tasks;
 /// Maximum number of listeners that the caller of a wake-up marks itself.
 const MAX_INLINE_WAKES: usize = 16;
 
-/// Number of listeners that are woken before other tasks get their turn: an acknowledgement waits for this many readers at most.
+/// Number of listeners that are woken before other tasks get their turn: an acknowledgement waits for this many readers
+/// at most.
 const WAKES_PER_TASK: usize = 32;
 
 /// Minimum length at which the list is searched for listeners whose readers were dropped.

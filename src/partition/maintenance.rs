@@ -2,19 +2,21 @@
 //!
 //! # Overview
 //!
-//! The log start moves in the metadata store first, which needs no object store. Then the segments below it are evicted, and the manifest
-//! follows. Uploads come last, and a step that cannot upload ends. So an unavailable object store keeps no deleted records on the disk.
+//! The log start moves in the metadata store first, which needs no object store. Then the segments below it are
+//! evicted, and the manifest follows. Uploads come last, and a step that cannot upload ends. So an unavailable object
+//! store keeps no deleted records on the disk.
 //!
-//! An upload may take long, and a failing one continues until its retries are used up. So a step may leave out uploads: workers of their
-//! own apply the retention of all partitions and never wait for an upload.
+//! An upload may take long, and a failing one continues until its retries are used up. So a step may leave out uploads:
+//! workers of their own apply the retention of all partitions and never wait for an upload.
 //!
-//! Only the leader uploads and moves the log start. A follower seals by age, and evicts what its leader committed to the object store.
+//! Only the leader uploads and moves the log start. A follower seals by age, and evicts what its leader committed to
+//! the object store.
 //!
 //! # Crash
 //!
-//! The order makes a crash harmless: object, manifest, commit in the metadata store, and only then local files. A crash between any two
-//! leaves an orphan object, or files below the log start. The next attempt starts again: every step is planned from the state that it
-//! finds.
+//! The order makes a crash harmless: object, manifest, commit in the metadata store, and only then local files. A crash
+//! between any two leaves an orphan object, or files below the log start. The next attempt starts again: every step is
+//! planned from the state that it finds.
 
 use std::{ops::Range, time::Duration};
 
@@ -37,7 +39,8 @@ use crate::{
 /// Maximum number of segments in the object store that one plan reads.
 const MAX_TIERED_SEGMENTS_PER_PLAN: usize = 256;
 
-/// Maximum time that an uploaded segment waits for later uploads of the same commit: `acks=tiered` waits for the commit.
+/// Maximum time that an uploaded segment waits for later uploads of the same commit: `acks=tiered` waits for the
+/// commit.
 const MAX_COMMIT_DELAY: Duration = Duration::from_secs(1);
 
 /// Maximum time of an upload once the object store is known to be unavailable, before the partition is planned again.
@@ -92,8 +95,8 @@ pub enum MaintenanceError {
 }
 
 impl MaintenanceError {
-    /// Returns true if the object store or the metadata store is unavailable. Such an outage is logged once for all partitions, by its
-    /// detector.
+    /// Returns true if the object store or the metadata store is unavailable. Such an outage is logged once for all
+    /// partitions, by its detector.
     pub fn is_outage(&self) -> bool {
         use tier::{BindingError, TierStoreError, UploadError};
         let away = |error: &TierStoreError| {
@@ -170,7 +173,8 @@ impl MaintenanceRunner {
         doubled.mul_f64(random::in_range(0.5..1.0))
     }
 
-    /// Plans and applies one step without uploads. If another step of this partition is under way, that one does the work.
+    /// Plans and applies one step without uploads. If another step of this partition is under way, that one does the
+    /// work.
     pub async fn step_without_uploads(&self, partition: &Partition) -> Result<MaintenanceResult, MaintenanceError> {
         match partition.maintenance.try_lock() {
             Ok(_turn) => self.step_of(partition, Scope::WithoutUploads).await,
@@ -251,7 +255,8 @@ impl MaintenanceRunner {
         }
     }
 
-    /// Moves the log start in the metadata store. `removed_bytes` are those of the object store's segments that lie wholly below it.
+    /// Moves the log start in the metadata store. `removed_bytes` are those of the object store's segments that lie
+    /// wholly below it.
     async fn move_log_start(
         &self,
         partition: &Partition,
@@ -274,8 +279,8 @@ impl MaintenanceRunner {
         Ok(())
     }
 
-    /// Uploads the segments that begin in `bases` and commits them together. It commits fewer of them if the uploads take long, or if one
-    /// after the first fails; the next step then starts with the failed one.
+    /// Uploads the segments that begin in `bases` and commits them together. It commits fewer of them if the uploads
+    /// take long, or if one after the first fails; the next step then starts with the failed one.
     async fn upload(
         &self,
         partition: &Partition,
@@ -337,7 +342,8 @@ impl MaintenanceRunner {
     }
 }
 
-/// Waits for an upload. Fails if the object store is known to be unavailable, or becomes unavailable and stays so for a while.
+/// Waits for an upload. Fails if the object store is known to be unavailable, or becomes unavailable and stays so for a
+/// while.
 async fn unless_away<T>(
     tier: &PartitionTier,
     upload: impl Future<Output = Result<T, MaintenanceError>>,
@@ -409,8 +415,8 @@ struct Planned {
     plan: RetentionPlan,
     /// Bytes of the object store's segments that lie wholly below the new log start.
     removed_bytes: u64,
-    /// True if the manifest has yet to follow the log start. An error if the manifest could not be read: then the plan was made without
-    /// it.
+    /// True if the manifest has yet to follow the log start. An error if the manifest could not be read: then the plan
+    /// was made without it.
     manifest: Result<bool, MaintenanceError>,
 }
 
@@ -471,8 +477,8 @@ async fn tiered(
             written_ms: if (1..=now_ms).contains(&entry.created_ms) { entry.created_ms } else { i64::MAX },
         })
         .collect();
-    // If the manifest has no time of a segment's creation, or one in the future, the object has one. Only the first segment is looked up:
-    // retention stops there until that segment is deleted.
+    // If the manifest has no time of a segment's creation, or one in the future, the object has one. Only the first
+    // segment is looked up: retention stops there until that segment is deleted.
     if let (Some(first), Some(entry)) = (segments.first_mut(), entries.first())
         && first.written_ms == i64::MAX
         && !(0..=now_ms).contains(&first.max_timestamp_ms)

@@ -36,8 +36,8 @@ impl MemoryBudget {
         Arc::clone(&self.semaphore).try_acquire_many_owned(u32::try_from(Self::units(bytes)).ok()?.min(self.units)).ok()
     }
 
-    /// Extends a permit of this budget to `bytes`, if as many are free and no request waits. Returns true if the permit covers `bytes`
-    /// now.
+    /// Extends a permit of this budget to `bytes`, if as many are free and no request waits. Returns true if the permit
+    /// covers `bytes` now.
     pub fn try_grow(&self, permit: &mut OwnedSemaphorePermit, bytes: usize) -> bool {
         let lacking = Self::units(bytes).min(self.units as usize).saturating_sub(permit.num_permits());
         let Ok(lacking) = u32::try_from(lacking) else { return false };

@@ -29,31 +29,32 @@
 //! # Invariants
 //!
 //! - `log_start ≤ high_watermark ≤ log_end` and `tiered_end ≤ high_watermark`.
-//! - `local_start` may lie below `log_start` until the files are evicted. It lies above `log_start` only if the object store has all
-//!   records between: then `log_start ≤ local_start ≤ tiered_end`.
-//! - `tiered_end` may lie below `log_start` if nothing is uploaded, or if deletion overtook the uploads. It describes the object store
-//!   and nothing else.
+//! - `local_start` may lie below `log_start` until the files are evicted. It lies above `log_start` only if the object
+//!   store has all records between: then `log_start ≤ local_start ≤ tiered_end`.
+//! - `tiered_end` may lie below `log_start` if nothing is uploaded, or if deletion overtook the uploads. It describes
+//!   the object store and nothing else.
 //! - Each write is acknowledged once, and not before its acks rule holds.
-//! - Only committed records are uploaded. Only records in the object store or below the log start are evicted. The metadata store commits
-//!   a new log start before any record is deleted.
-//! - A task appends writes only while it leads, and leads at most once in an epoch. It never applies the metadata store's response to a
-//!   request of one epoch as the response to a request of another epoch.
-//! - A follower's high watermark comes from a leader that found the two logs to agree; a leader's comes from its own commits. A commit by
-//!   other replicas up to an offset does not show that the records of this log below that offset are committed.
-//! - Before the log is truncated, the task publishes its role and ends its subscription. So a reader of a leader's log finds its epoch
-//!   ended, and nothing is acknowledged in an epoch whose records are being removed.
+//! - Only committed records are uploaded. Only records in the object store or below the log start are evicted. The
+//!   metadata store commits a new log start before any record is deleted.
+//! - A task appends writes only while it leads, and leads at most once in an epoch. It never applies the metadata
+//!   store's response to a request of one epoch as the response to a request of another epoch.
+//! - A follower's high watermark comes from a leader that found the two logs to agree; a leader's comes from its own
+//!   commits. A commit by other replicas up to an offset does not show that the records of this log below that offset
+//!   are committed.
+//! - Before the log is truncated, the task publishes its role and ends its subscription. So a reader of a leader's log
+//!   finds its epoch ended, and nothing is acknowledged in an epoch whose records are being removed.
 //!
 //! # Change of role
 //!
-//! Readers stay open. A writer whose records are in the log receives [`AppendError::Deposed`]: the outcome is unknown. A writer whose
-//! records were not appended receives [`AppendError::NotLeader`]. An idempotent producer may retry both.
+//! Readers stay open. A writer whose records are in the log receives [`AppendError::Deposed`]: the outcome is unknown.
+//! A writer whose records were not appended receives [`AppendError::NotLeader`]. An idempotent producer may retry both.
 //!
 //! # Crash and shutdown
 //!
-//! A crash loses only unacknowledged records, and leaks at most orphan objects. A crash between a truncation and the next subscription
-//! leaves a truncated log, which subscribes at its new end. On a stop the task unsubscribes from its leader, rejects queued writes, waits
-//! for the journal and completes the writes that the journal covers. A disk that accepts no writes ends leadership and copying; reads
-//! continue.
+//! A crash loses only unacknowledged records, and leaks at most orphan objects. A crash between a truncation and the
+//! next subscription leaves a truncated log, which subscribes at its new end. On a stop the task unsubscribes from its
+//! leader, rejects queued writes, waits for the journal and completes the writes that the journal covers. A disk that
+//! accepts no writes ends leadership and copying; reads continue.
 
 pub mod follower;
 pub mod leader;
@@ -115,8 +116,8 @@ use crate::{
     tier::{PartitionTier, TierState},
 };
 
-/// Capacity of a partition's command queue and of its control queue, in messages. The permits of appends and the send windows of links
-/// bound the bytes.
+/// Capacity of a partition's command queue and of its control queue, in messages. The permits of appends and the send
+/// windows of links bound the bytes.
 const COMMAND_QUEUE_LEN: usize = 1024;
 
 /// Parameters for opening a partition.
@@ -129,13 +130,16 @@ pub struct ReplicaSpec {
     pub committed: Option<TierState>,
     /// The partition's tier, if this broker has an object store.
     pub tier: Option<PartitionTier>,
-    /// True if this broker is standalone: the metadata is in the same data directory, and there is no other replica. A log that ends
-    /// below the committed end is then reset to that end. Otherwise the open fails with [`PartitionError::Lost`].
+    /// True if this broker is standalone: the metadata is in the same data directory, and there is no other replica. A
+    /// log that ends below the committed end is then reset to that end. Otherwise the open fails with
+    /// [`PartitionError::Lost`].
     pub standalone: bool,
-    /// True if the local replica, if any, is deleted before the open: the new replica starts empty and copies. Allowed only for a replica
-    /// outside ISR and ELR, and for an unusable replica that an operator elected: that one bootstraps at the end of the object store.
+    /// True if the local replica, if any, is deleted before the open: the new replica starts empty and copies. Allowed
+    /// only for a replica outside ISR and ELR, and for an unusable replica that an operator elected: that one
+    /// bootstraps at the end of the object store.
     pub discard_local: bool,
-    /// `replication.max_lag_time`: maximum time in which an ISR member must reach the log end that was current when the time started.
+    /// `replication.max_lag_time`: maximum time in which an ISR member must reach the log end that was current when the
+    /// time started.
     pub max_lag_time: Duration,
 }
 
@@ -181,8 +185,8 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// Opens the replica and starts the partition's task, which is idle until its first [assignment](Self::assign). Blocks on files: call
-    /// it from a thread that may block.
+    /// Opens the replica and starts the partition's task, which is idle until its first [assignment](Self::assign).
+    /// Blocks on files: call it from a thread that may block.
     pub fn open(
         broker: BrokerId,
         log: &DataDir,
@@ -194,8 +198,8 @@ impl Partition {
         let committed = spec.committed.clone().unwrap_or_default();
         let (log_start, tiered_end) = (committed.log_start, committed.tiered_end());
         let replica = open_replica(log, &spec, log_start.max(tiered_end))?;
-        // A replica among several may hold uncommitted records of a deposed leader, also below the committed end of its peers. Only
-        // evicted records are certain to have been committed.
+        // A replica among several may hold uncommitted records of a deposed leader, also below the committed end of its
+        // peers. Only evicted records are certain to have been committed.
         let committed_end = if spec.standalone { log_start.max(tiered_end) } else { replica.local_start() };
         let tasks = parent.child();
         let published = Arc::new(PublishedState::new(spec.config, tasks.clone()));
@@ -248,9 +252,10 @@ impl Partition {
         &self.topic
     }
 
-    /// Queues a write; waits only for space in the queue. `sent` is the fingerprint of the batch that the client sent, of which `batch`
-    /// may be a changed form; it is `None` if the client sent records. Writes are appended in the order in which calls of this function
-    /// return. The receiver gets the result when `acks` holds. Dropping the receiver does not cancel the write.
+    /// Queues a write; waits only for space in the queue. `sent` is the fingerprint of the batch that the client sent,
+    /// of which `batch` may be a changed form; it is `None` if the client sent records. Writes are appended in the
+    /// order in which calls of this function return. The receiver gets the result when `acks` holds. Dropping the
+    /// receiver does not cancel the write.
     pub async fn append(
         &self,
         batch: Batch,
@@ -262,8 +267,8 @@ impl Partition {
         self.append_tracked(batch, origin, acks, permit, None).await
     }
 
-    /// Queues a write as [`Self::append`] does, with the origin of its batch. With `acks=tiered` the task puts the offsets into `stored`
-    /// when the write is stored on this broker and waits only for the object store.
+    /// Queues a write as [`Self::append`] does, with the origin of its batch. With `acks=tiered` the task puts the
+    /// offsets into `stored` when the write is stored on this broker and waits only for the object store.
     pub async fn append_tracked(
         &self,
         batch: Batch,
@@ -282,13 +287,14 @@ impl Partition {
         receiver
     }
 
-    /// Notifies the task that a writer dropped its receiver before the result. The task releases the memory of that write as soon as the
-    /// write is safe on this broker. Never waits.
+    /// Notifies the task that a writer dropped its receiver before the result. The task releases the memory of that
+    /// write as soon as the write is safe on this broker. Never waits.
     pub fn on_waiter_dropped(&self) {
         self.signals.on_waiter_dropped();
     }
 
-    /// Returns the log start committed in the metadata store: all records below it are deleted. It is valid in every role.
+    /// Returns the log start committed in the metadata store: all records below it are deleted. It is valid in every
+    /// role.
     pub fn committed_log_start(&self) -> Offset {
         self.committed().map_or(Offset::ZERO, |state| state.log_start)
     }
@@ -332,7 +338,8 @@ impl Partition {
         self.tier.as_ref().map_or(0, PartitionTier::bytes)
     }
 
-    /// Returns the number of segments with timestamps in the future, by the last retention plan; 0 while this broker does not lead.
+    /// Returns the number of segments with timestamps in the future, by the last retention plan; 0 while this broker
+    /// does not lead.
     pub fn future_segments(&self) -> u64 {
         self.published.future_segments()
     }
@@ -353,13 +360,14 @@ impl Partition {
         watermarks.log_start.min(watermarks.local_start) < watermarks.log_end
     }
 
-    /// Stops the task. The task rejects queued writes, waits until written records are durable, and responds to their writers.
+    /// Stops the task. The task rejects queued writes, waits until written records are durable, and responds to their
+    /// writers.
     pub async fn stop(&self) {
         self.tasks.stop().await;
     }
 
-    /// Applies a tier state and log start that the metadata store committed, unless a newer state is known. Commands sent after this
-    /// returns find the state applied.
+    /// Applies a tier state and log start that the metadata store committed, unless a newer state is known. Commands
+    /// sent after this returns find the state applied.
     pub async fn apply_tier_state(&self, state: TierState) {
         self.record_tier_state(&state);
         self.command(PartitionCommand::ApplyTierState(Box::new(state))).await;
@@ -390,7 +398,8 @@ fn open_replica(log: &DataDir, spec: &ReplicaSpec, committed: Offset) -> Result<
     if spec.discard_local {
         log.delete_replica(spec.id)?;
     }
-    // A replica that copies starts empty. Its leader chooses the bootstrap offset, and the object store has the tables for that offset.
+    // A replica that copies starts empty. Its leader chooses the bootstrap offset, and the object store has the tables
+    // for that offset.
     let start = if spec.standalone { committed } else { Offset::ZERO };
     let mut replica = log.open_replica(spec.id, start)?;
     let log_end = replica.log_end();
@@ -400,7 +409,8 @@ fn open_replica(log: &DataDir, spec: &ReplicaSpec, committed: Offset) -> Result<
     if !spec.standalone {
         return Err(PartitionError::Lost { id: spec.id, log_end, committed });
     }
-    // This disk was lost or restored. The log restarts after the tiered and the deleted records, so that no offset is assigned twice.
+    // This disk was lost or restored. The log restarts after the tiered and the deleted records, so that no offset is
+    // assigned twice.
     tracing::warn!(
         partition = %spec.id, %log_end, %committed, "the local log ends below the committed end: resetting the log to the committed end"
     );

@@ -1,5 +1,5 @@
-//! State of a partition that is read without a request to its task: watermarks, status and error, which the task publishes, and the
-//! configuration.
+//! State of a partition that is read without a request to its task: watermarks, status and error, which the task
+//! publishes, and the configuration.
 
 use std::{
     sync::{
@@ -25,7 +25,8 @@ use crate::{
     telemetry::LogThrottle,
 };
 
-/// Published state of one partition. Only its task writes it, except the configuration: the broker sets that when it arrives.
+/// Published state of one partition. Only its task writes it, except the configuration: the broker sets that when it
+/// arrives.
 #[derive(Debug)]
 pub(super) struct PublishedState {
     log_start: AtomicU64,
@@ -103,8 +104,8 @@ impl PublishedState {
         self.unsendable.lock().occur(clock::monotonic())
     }
 
-    /// Publishes the watermarks and wakes the listeners of moved watermarks. The ends are stored before the high watermark, so that a
-    /// reader that sees a high watermark finds everything below it.
+    /// Publishes the watermarks and wakes the listeners of moved watermarks. The ends are stored before the high
+    /// watermark, so that a reader that sees a high watermark finds everything below it.
     pub(super) fn publish(&self, watermarks: Watermarks, local_bytes: u64) {
         let before = self.log_end.swap(watermarks.log_end.get(), Ordering::SeqCst);
         let written = before != watermarks.log_end.get();

@@ -110,7 +110,8 @@ impl PartitionReader {
         Self { id, published, log, tier, charge: None }
     }
 
-    /// Returns a reader for a caller that holds this memory for the result: reads of the log hold it until they have ended.
+    /// Returns a reader for a caller that holds this memory for the result: reads of the log hold it until they have
+    /// ended.
     pub fn charged(&self, charge: Charge) -> Self {
         Self { charge: Some(charge), ..self.clone() }
     }
@@ -124,9 +125,10 @@ impl PartitionReader {
         self.published.add_listener(ready, index, WatermarkKind::HighWatermark);
     }
 
-    /// Reads committed records from `from` on: at least one batch if there is one, beyond that as many as the limits allow. Batches in
-    /// memory are shared and take no memory of the caller: the first one may have any size. Returns `None` if there is nothing yet:
-    /// `from` is the high watermark, or lies above it and this broker is no leader with a committed epoch.
+    /// Reads committed records from `from` on: at least one batch if there is one, beyond that as many as the limits
+    /// allow. Batches in memory are shared and take no memory of the caller: the first one may have any size. Returns
+    /// `None` if there is nothing yet: `from` is the high watermark, or lies above it and this broker is no leader with
+    /// a committed epoch.
     pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<Option<FetchedBatches>, ReadError> {
         let read = self.read_tiers(from, limits).await;
         #[cfg(feature = "sim")]
@@ -265,7 +267,8 @@ impl PartitionReader {
 
     fn object_store_error(&self, offset: Offset, error: &tier::TierReadError) -> ReadError {
         match error {
-            // The tier state is newer than the watermarks: the log start has moved, and nothing is wrong with the object store.
+            // The tier state is newer than the watermarks: the log start has moved, and nothing is wrong with the
+            // object store.
             tier::TierReadError::OutOfRange { start, .. } if offset < *start => ReadError::OutOfRange {
                 offset,
                 start: *start,
@@ -279,12 +282,12 @@ impl PartitionReader {
         }
     }
 
-    /// Returns the offset, timestamp and epoch of the first committed record whose timestamp is at least `timestamp_ms`; `None` if there
-    /// is no such record.
+    /// Returns the offset, timestamp and epoch of the first committed record whose timestamp is at least
+    /// `timestamp_ms`; `None` if there is no such record.
     ///
-    /// Headers only lead to batches. The records in them count, because a producer may set any time in the header of a compressed batch.
-    /// After 64 batches without a record of the header's time, the search ends and returns its current offset with the timestamp -1. No
-    /// earlier record is that young, so a read from there misses none.
+    /// Headers only lead to batches. The records in them count, because a producer may set any time in the header of a
+    /// compressed batch. After 64 batches without a record of the header's time, the search ends and returns its
+    /// current offset with the timestamp -1. No earlier record is that young, so a read from there misses none.
     ///
     /// # Errors
     /// [`ReadError::BatchTooLarge`] if the search has to open a batch above `max_batch_bytes`.
@@ -378,7 +381,8 @@ pub(super) fn fetched(read: log::ReadBatches, source: ReadSource) -> FetchedBatc
     FetchedBatches { chunks: read.chunks, bytes: read.bytes, next: read.next, source }
 }
 
-/// Returns the batches that lie below `bound`. A follower may receive the tier state of records before its leader sends their commit.
+/// Returns the batches that lie below `bound`. A follower may receive the tier state of records before its leader sends
+/// their commit.
 fn below(fetched: FetchedBatches, bound: Offset) -> Option<FetchedBatches> {
     if fetched.next <= bound {
         return Some(fetched);

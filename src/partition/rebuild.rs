@@ -1,7 +1,7 @@
 //! Rebuild of a lost manifest by the partition's leader, if the remaining objects are the committed ones.
 //!
-//! Reading every footer of a long history is expensive. So a failed attempt is repeated only after [`RETRY_INTERVAL`], or when an
-//! operator requests it (`strandline partition rebuild-manifest`).
+//! Reading every footer of a long history is expensive. So a failed attempt is repeated only after [`RETRY_INTERVAL`],
+//! or when an operator requests it (`strandline partition rebuild-manifest`).
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -55,7 +55,8 @@ impl Rebuilds {
 }
 
 impl MaintenanceRunner {
-    /// Rebuilds the partition's lost manifest. Only a leader whose epoch is committed does so; on other replicas nothing happens.
+    /// Rebuilds the partition's lost manifest. Only a leader whose epoch is committed does so; on other replicas
+    /// nothing happens.
     pub(super) async fn rebuild(
         &self,
         partition: &Partition,

@@ -38,14 +38,14 @@ impl Partition {
         self.send_control(ControlMessage::BrokerStatusChanged(broker, status)).await;
     }
 
-    /// Returns true if the task needs ticks ([`Self::tick`]) at intervals: it leads and an ISR member is behind, or it waits for metadata
-    /// after its leadership ended.
+    /// Returns true if the task needs ticks ([`Self::tick`]) at intervals: it leads and an ISR member is behind, or it
+    /// waits for metadata after its leadership ended.
     pub fn wants_ticks(&self) -> bool {
         self.published.wants_ticks()
     }
 
-    /// Sends the time, so that the task checks for lagging members. Never waits; replaces an earlier time that the task has not taken.
-    /// `now_ms` is of one monotonic clock for all calls.
+    /// Sends the time, so that the task checks for lagging members. Never waits; replaces an earlier time that the task
+    /// has not taken. `now_ms` is of one monotonic clock for all calls.
     pub fn tick(&self, now_ms: u64) {
         self.signals.tick(now_ms);
     }
@@ -100,8 +100,8 @@ impl Partition {
         self.send_control(ControlMessage::Deposed(known)).await;
     }
 
-    /// Returns a reader of the log up to its end, in the epoch in which this broker leads now. Compare [`TailReader::epoch`] with the
-    /// epoch of the response to the follower.
+    /// Returns a reader of the log up to its end, in the epoch in which this broker leads now. Compare
+    /// [`TailReader::epoch`] with the epoch of the response to the follower.
     pub fn tail(&self) -> TailReader {
         TailReader::new(Arc::clone(&self.published), self.tail.clone())
     }

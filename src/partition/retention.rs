@@ -1,9 +1,10 @@
 //! Retention: which segments to roll, upload, evict and delete. A pure function of configuration, segments and time.
 //!
-//! `retention.*` limits the whole log, `local.retention.*` the part of it that stays on disk after its upload (KIP-405). Only whole
-//! segments are removed, and only from the front: the log is always one unbroken range. As in Kafka, the oldest segment is deleted by
-//! size only while the rest, the active segment included, is still at least `retention.bytes`. After a plan was applied the next plan is
-//! empty: records below the log start no longer count, and so cannot displace records above it.
+//! `retention.*` limits the whole log, `local.retention.*` the part of it that stays on disk after its upload
+//! (KIP-405). Only whole segments are removed, and only from the front: the log is always one unbroken range. As in
+//! Kafka, the oldest segment is deleted by size only while the rest, the active segment included, is still at least
+//! `retention.bytes`. After a plan was applied the next plan is empty: records below the log start no longer count, and
+//! so cannot displace records above it.
 
 use std::{ops::Range, time::Duration};
 
@@ -31,8 +32,8 @@ pub struct RetentionSegment {
 }
 
 impl RetentionSegment {
-    /// Returns the time from which `retention.ms` counts: the maximum record timestamp, or the time of the last append if that timestamp
-    /// is missing or in the future.
+    /// Returns the time from which `retention.ms` counts: the maximum record timestamp, or the time of the last append
+    /// if that timestamp is missing or in the future.
     fn counts_from(&self, now_ms: i64) -> i64 {
         if (0..=now_ms).contains(&self.max_timestamp_ms) { self.max_timestamp_ms } else { self.written_ms }
     }
@@ -61,13 +62,14 @@ pub struct RetentionInput<'a> {
     pub active: RetentionSegment,
     /// Time since the first batch in the active segment, by the monotonic clock; `None` while the segment is empty.
     pub active_age: Option<Duration>,
-    /// First segments in the object store, in order, from `log_start` on. The segments after them count only by their bytes; a later plan
-    /// includes them. Empty also if the object store cannot be read: then its segments are deleted together, or stay.
+    /// First segments in the object store, in order, from `log_start` on. The segments after them count only by their
+    /// bytes; a later plan includes them. Empty also if the object store cannot be read: then its segments are deleted
+    /// together, or stay.
     pub tiered: &'a [RetentionSegment],
     /// Bytes of all segments in the object store that reach above `log_start`.
     pub tiered_bytes: u64,
-    /// True if sealed segments are uploaded: the topic enables uploads, there is an object store, and this broker leads in a committed
-    /// epoch.
+    /// True if sealed segments are uploaded: the topic enables uploads, there is an object store, and this broker leads
+    /// in a committed epoch.
     pub uploads: bool,
     /// True if this broker leads. A follower moves no log start: it applies its leader's.
     pub leads: bool,
@@ -82,8 +84,8 @@ pub struct RetentionPlan {
     pub seal: bool,
     /// Move the log start here; segments wholly below it are then removed in both tiers.
     pub log_start: Option<Offset>,
-    /// Upload the sealed segments that begin in this range, in order, and commit them together: the next one, and those that are small
-    /// enough to go with it. The next plan names the segments after them.
+    /// Upload the sealed segments that begin in this range, in order, and commit them together: the next one, and those
+    /// that are small enough to go with it. The next plan names the segments after them.
     pub upload: Option<Range<Offset>>,
     /// Evict sealed segments that lie wholly below this: they are in the object store, or below the log start.
     pub evict_below: Option<Offset>,
@@ -109,8 +111,8 @@ fn roll(input: &RetentionInput<'_>) -> bool {
     old_enough || expired || (input.hurry && input.uploads)
 }
 
-/// Returns the segments that only the disk has. A segment that reaches into the object store is one of them, with 0 bytes. The object
-/// store's bytes count for a part of it, and the size of the rest is unknown.
+/// Returns the segments that only the disk has. A segment that reaches into the object store is one of them, with 0
+/// bytes. The object store's bytes count for a part of it, and the size of the rest is unknown.
 fn only_local<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegment> + use<'a> {
     let tiered_end = input.tiered_end;
     let held_from = tiered_end.max(input.log_start);
@@ -121,7 +123,8 @@ fn only_local<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionS
     })
 }
 
-/// Returns the number of the given segments with timestamps in the future. A segment that is given in both tiers counts once.
+/// Returns the number of the given segments with timestamps in the future. A segment that is given in both tiers counts
+/// once.
 pub fn in_future(input: &RetentionInput<'_>) -> u64 {
     let tiered = input.tiered.iter().filter(|segment| segment.end > input.log_start);
     let given_end = input.tiered.last().map_or(input.log_start, |last| last.end.max(input.log_start));
@@ -130,8 +133,8 @@ pub fn in_future(input: &RetentionInput<'_>) -> u64 {
     all.filter(|segment| segment.is_in_future(input.now_ms)).count() as u64
 }
 
-/// Returns the oldest segments of the log: those in the object store, then, if all of those are given, the segments that only the disk
-/// has.
+/// Returns the oldest segments of the log: those in the object store, then, if all of those are given, the segments
+/// that only the disk has.
 fn oldest<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegment> + use<'a> {
     let log_start = input.log_start;
     let unnamed = unnamed(input);
@@ -140,8 +143,8 @@ fn oldest<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegme
     tiered.copied().chain(unnamed).chain(only_local(input).filter(move |_| all_named))
 }
 
-/// Returns all segments in the object store as one, if they cannot be read. They were written before the segments that only the disk has,
-/// and no record in them may be further ahead of those than the topic allows.
+/// Returns all segments in the object store as one, if they cannot be read. They were written before the segments that
+/// only the disk has, and no record in them may be further ahead of those than the topic allows.
 fn unnamed(input: &RetentionInput<'_>) -> Option<RetentionSegment> {
     if !input.tiered.is_empty() || input.tiered_end <= input.log_start {
         return None;
@@ -198,8 +201,8 @@ fn upload(input: &RetentionInput<'_>, kept_from: Offset) -> Option<Range<Offset>
     Some(first.base..last.end)
 }
 
-/// Returns the offset at which the local log may start. Segments wholly below the log start are evicted, uploaded or not, and uploaded
-/// segments that exceed the local limits.
+/// Returns the offset at which the local log may start. Segments wholly below the log start are evicted, uploaded or
+/// not, and uploaded segments that exceed the local limits.
 fn evict_below(input: &RetentionInput<'_>, kept_from: Offset) -> Option<Offset> {
     let mut local: u64 = input.local.iter().map(|segment| segment.bytes).sum::<u64>() + input.active.bytes;
     let mut below = None;

@@ -18,8 +18,8 @@ use crate::{
     tier::TierState,
 };
 
-/// Metadata of a partition. An assignment with an older revision than the applied one is dropped; one with the same revision updates the
-/// tier state and the broker statuses.
+/// Metadata of a partition. An assignment with an older revision than the applied one is dropped; one with the same
+/// revision updates the tier state and the broker statuses.
 #[derive(Clone, Debug)]
 pub struct PartitionAssignment {
     pub value: Arc<PartitionValue>,
@@ -27,8 +27,8 @@ pub struct PartitionAssignment {
     pub revision: Revision,
     /// Value of the partition's tier key; `None` before the first commit.
     pub committed: Option<TierState>,
-    /// Statuses, from the metadata cache, of the brokers that the value names as replicas. A broker that is missing here is not
-    /// registered.
+    /// Statuses, from the metadata cache, of the brokers that the value names as replicas. A broker that is missing
+    /// here is not registered.
     pub registered: BTreeMap<BrokerId, BrokerStatus>,
 }
 
@@ -39,7 +39,8 @@ pub enum ReplicaRole {
     Idle,
     /// Orders the writes.
     Leader {
-        /// True if all records that the log held when the epoch began are committed. Before, the leader serves no latest offset.
+        /// True if all records that the log held when the epoch began are committed. Before, the leader serves no
+        /// latest offset.
         epoch_committed: bool,
     },
     /// Copies from the leader.
@@ -55,7 +56,8 @@ impl ReplicaRole {
         matches!(self, Self::Leader { .. })
     }
 
-    /// Returns true if this role serves reads. A leader serves all readers. An in-sync follower serves readers that accept any replica.
+    /// Returns true if this role serves reads. A leader serves all readers. An in-sync follower serves readers that
+    /// accept any replica.
     pub fn serves(self, any_replica: bool) -> bool {
         self.leads() || any_replica && matches!(self, Self::Follower { in_sync: true, .. })
     }
@@ -157,6 +159,7 @@ pub enum WatermarkKind {
     HighWatermark,
     /// The log end moved.
     LogEnd,
-    /// The log end or the persisted end moved, or a leader has just accepted the subscription: an acknowledgement is due.
+    /// The log end or the persisted end moved, or a leader has just accepted the subscription: an acknowledgement is
+    /// due.
     AnyEnd,
 }

@@ -1,4 +1,5 @@
-//! Reads of a leader's log up to its end, for followers. The records may be uncommitted, and may be truncated when another broker leads.
+//! Reads of a leader's log up to its end, for followers. The records may be uncommitted, and may be truncated when
+//! another broker leads.
 
 use std::sync::Arc;
 
@@ -14,7 +15,8 @@ use crate::{
     task,
 };
 
-/// Reader of one leader's log in one epoch. It ends with the epoch: records read afterwards may be another leader's. Clones are cheap.
+/// Reader of one leader's log in one epoch. It ends with the epoch: records read afterwards may be another leader's.
+/// Clones are cheap.
 #[derive(Clone)]
 pub struct TailReader {
     published: Arc<PublishedState>,
@@ -39,12 +41,12 @@ impl TailReader {
         (self.published.progress().log_end, high_watermark)
     }
 
-    /// Reads from `from` on: at least one batch if there is one, beyond that up to `max_bytes`. Returns `None` at the log end. Reads
-    /// memory or disk, never the object store.
+    /// Reads from `from` on: at least one batch if there is one, beyond that up to `max_bytes`. Returns `None` at the
+    /// log end. Reads memory or disk, never the object store.
     ///
     /// # Errors
-    /// [`ReadError::Closed`] if this broker no longer leads in that epoch; [`ReadError::OutOfRange`] if `from` is not on this
-    /// disk: the follower has to subscribe again.
+    /// [`ReadError::Closed`] if this broker no longer leads in that epoch; [`ReadError::OutOfRange`] if `from` is not
+    /// on this disk: the follower has to subscribe again.
     pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<FetchedBatches>, ReadError> {
         self.leads()?;
         let bound = self.published.progress().log_end;
@@ -62,7 +64,8 @@ impl TailReader {
                 fetched(read.map_err(|error| self.failed(from, error))?, ReadSource::Disk)
             }
         };
-        // Before this broker follows another one it publishes that, and only then it truncates: so this was the log of that epoch.
+        // Before this broker follows another one it publishes that, and only then it truncates: so this was the log of
+        // that epoch.
         self.leads()?;
         Ok(Some(found))
     }

@@ -226,7 +226,8 @@ async fn reader_crosses_object_store_disk_and_memory() {
     }
 }
 
-/// Regression: a follower gets a new log start with the metadata before its task applies it, and reads blamed the object store meanwhile.
+/// Regression: a follower gets a new log start with the metadata before its task applies it, and reads blamed the
+/// object store meanwhile.
 #[tokio::test(flavor = "multi_thread")]
 async fn read_below_a_log_start_that_has_just_moved_is_out_of_range() {
     let dir = tempfile::tempdir().unwrap();
@@ -263,8 +264,8 @@ async fn retention_moves_log_start_in_both_tiers() {
     assert_eq!(read_all(&partition, start.get()).await.0.len() as u64, end.since(start));
 }
 
-/// Regression, found by review: in the object store such records counted as older than any other, and were deleted right after their
-/// upload.
+/// Regression, found by review: in the object store such records counted as older than any other, and were deleted
+/// right after their upload.
 #[tokio::test(flavor = "multi_thread")]
 async fn records_without_timestamp_expire_by_time_of_append() {
     let dir = tempfile::tempdir().unwrap();
@@ -341,8 +342,8 @@ async fn durability_change_applies_to_open_partition() {
     assert_eq!(append(&partition, b"c", Acks::Leader).await.unwrap().durability, AckDurability::PageCache(1));
 }
 
-/// Regression: requests were checked against the configuration of before until the partition's task ran. A batch was not opened although
-/// the topic's new codec requires that.
+/// Regression: requests were checked against the configuration of before until the partition's task ran. A batch was
+/// not opened although the topic's new codec requires that.
 #[tokio::test]
 async fn changed_configuration_applies_before_the_task_runs() {
     let dir = tempfile::tempdir().unwrap();
@@ -375,8 +376,8 @@ fn with(limit: &'static str) -> Vec<(&'static str, &'static str)> {
     LOCAL.iter().copied().chain([("retention.bytes", limit)]).collect()
 }
 
-/// Regression: a lower limit deleted nearly the whole log, because records below the log start were counted again. It freed no space,
-/// because only segments in the object store were ever evicted.
+/// Regression: a lower limit deleted nearly the whole log, because records below the log start were counted again. It
+/// freed no space, because only segments in the object store were ever evicted.
 #[tokio::test(flavor = "multi_thread")]
 async fn size_retention_without_uploads_frees_disk_to_the_limit() {
     for object_store in [false, true] {
@@ -423,8 +424,8 @@ async fn size_retention_without_uploads_frees_disk_to_the_limit() {
     }
 }
 
-/// Regression: the leader did not apply its own commit whose response was lost. Every later attempt met an unknown state, and nothing was
-/// uploaded until another broker led.
+/// Regression: the leader did not apply its own commit whose response was lost. Every later attempt met an unknown
+/// state, and nothing was uploaded until another broker led.
 #[tokio::test(flavor = "multi_thread")]
 async fn uploads_continue_after_lost_commit_response() {
     let dir = tempfile::tempdir().unwrap();
@@ -501,7 +502,8 @@ async fn lost_log_without_object_store_restarts_at_log_start() {
     partition.stop().await;
 }
 
-/// The object store has records; uploads are turned off, deletion overtakes the tiered end, and uploads are turned on again.
+/// The object store has records; uploads are turned off, deletion overtakes the tiered end, and uploads are turned on
+/// again.
 #[tokio::test(flavor = "multi_thread")]
 async fn reenabled_uploads_continue_after_deleted_records() {
     let dir = tempfile::tempdir().unwrap();

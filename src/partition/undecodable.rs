@@ -1,5 +1,5 @@
-//! Batches that cannot be decoded, listed so that no batch is decompressed again and again. A batch with a single record that cannot be
-//! decoded counts as undecodable.
+//! Batches that cannot be decoded, listed so that no batch is decompressed again and again. A batch with a single
+//! record that cannot be decoded counts as undecodable.
 
 use std::collections::VecDeque;
 
@@ -13,7 +13,8 @@ use crate::{
 /// Maximum number of batches in the list. The oldest is dropped first.
 const MAX_REMEMBERED_BATCHES: usize = 256;
 
-/// Identity of a batch. Offsets are unique in a partition, and the checksum tells a truncated batch from a later one at its offset.
+/// Identity of a batch. Offsets are unique in a partition, and the checksum tells a truncated batch from a later one at
+/// its offset.
 type BatchName = (PartitionId, Offset, u32);
 
 /// The batches, with the error of each.

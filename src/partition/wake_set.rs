@@ -52,7 +52,8 @@ impl WakeSet {
         self.marked.lock().listeners.entry(index).or_default().push(Arc::new(listener));
     }
 
-    /// Takes the partition that was marked first. Its state is to be read after this: a later change marks the partition again.
+    /// Takes the partition that was marked first. Its state is to be read after this: a later change marks the
+    /// partition again.
     pub fn take(&self) -> Option<usize> {
         let (index, listeners) = {
             let mut marked = self.marked.lock();

@@ -32,7 +32,8 @@ pub struct ProducerSequence {
     pub base_sequence: i32,
 }
 
-/// CRC of a batch, with the encoding that the CRC belongs to. Base offset and leader epoch, which the broker sets, do not change it.
+/// CRC of a batch, with the encoding that the CRC belongs to. Base offset and leader epoch, which the broker sets, do
+/// not change it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fingerprint {
     /// The CRC-32C of byte 21 to the end.
@@ -44,9 +45,9 @@ pub struct Fingerprint {
 }
 
 impl Fingerprint {
-    /// Returns true if a stored batch with this fingerprint can be the batch that was sent with `sent`. Compares the CRCs only if codec and
-    /// timestamp type are equal: otherwise the broker rewrote the batch before it stored the batch. `None` stands for a request that had
-    /// records and no batch.
+    /// Returns true if a stored batch with this fingerprint can be the batch that was sent with `sent`. Compares the
+    /// CRCs only if codec and timestamp type are equal: otherwise the broker rewrote the batch before it stored the
+    /// batch. `None` stands for a request that had records and no batch.
     pub fn can_store(self, sent: Option<Self>) -> bool {
         let is_unchanged =
             |sent: Self| sent.compression == self.compression && sent.timestamp_type == self.timestamp_type;
@@ -113,7 +114,8 @@ impl Batch {
         Ok(batch)
     }
 
-    /// Returns the length of the batch at the start of `bytes`, as its header declares it. Reads the first 12 bytes only.
+    /// Returns the length of the batch at the start of `bytes`, as its header declares it. Reads the first 12 bytes
+    /// only.
     pub fn framed_len(bytes: &[u8]) -> Result<usize, MalformedBatch> {
         let Some(length) = bytes.get(layout::BATCH_LENGTH..layout::LENGTH_OVERHEAD) else {
             return Err(MalformedBatch::Truncated { needed: HEADER_BYTES, available: bytes.len() });
@@ -138,8 +140,9 @@ impl Batch {
         batch
     }
 
-    /// Returns the same records in another codec, for topics that set `compression.type`. Timestamps, producer and all other attributes stay
-    /// the same. `maxTimestamp` becomes the largest timestamp of the records. If the batch has this codec, the result is an equal batch.
+    /// Returns the same records in another codec, for topics that set `compression.type`. Timestamps, producer and all
+    /// other attributes stay the same. `maxTimestamp` becomes the largest timestamp of the records. If the batch has
+    /// this codec, the result is an equal batch.
     ///
     /// # Errors
     /// The batch cannot be decompressed, a record is malformed, or the batch exceeds the maximum size in the new codec.
@@ -147,8 +150,8 @@ impl Batch {
         Ok(self.recompress_within(codec, limits::MAX_DECOMPRESSED_BYTES)?.0)
     }
 
-    /// Recompresses as [`Batch::recompress`] does, if the decompressed records have at most `max` bytes. Returns the range of their timestamps
-    /// too.
+    /// Recompresses as [`Batch::recompress`] does, if the decompressed records have at most `max` bytes. Returns the
+    /// range of their timestamps too.
     ///
     /// # Errors
     /// As [`Batch::recompress`], and [`MalformedBatch::Grows`] if the records have more bytes.
@@ -173,8 +176,8 @@ impl Batch {
         Ok((Self::seal(header, records), range))
     }
 
-    /// Sets or removes the producer, and the CRC. Only a producer client calls this: the producer of a batch that a broker accepted never
-    /// changes.
+    /// Sets or removes the producer, and the CRC. Only a producer client calls this: the producer of a batch that a
+    /// broker accepted never changes.
     pub fn set_producer(&mut self, producer: Option<ProducerSequence>) {
         let producer = producer.unwrap_or(ProducerSequence { id: -1, epoch: -1, base_sequence: -1 });
         set(&mut self.header, layout::PRODUCER_ID, producer.id.to_be_bytes());
@@ -212,7 +215,8 @@ impl Batch {
         Ok(())
     }
 
-    /// Rejects well-formed batches that a client must not send: control batches, transactions, `LogAppendTime`, incomplete producer fields.
+    /// Rejects well-formed batches that a client must not send: control batches, transactions, `LogAppendTime`,
+    /// incomplete producer fields.
     pub fn check_client(&self) -> Result<(), MalformedBatch> {
         let attributes = self.attributes();
         let refuse = |reason| Err(MalformedBatch::Attributes { attributes, reason });
@@ -231,9 +235,10 @@ impl Batch {
         self.check_producer()
     }
 
-    /// Rejects producer fields that are neither complete nor absent. A batch with incomplete fields would count as a batch without a producer,
-    /// or it would start a producer with a sequence that the next batch does not continue. Clients without idempotence write these values as
-    /// epoch and sequence: Java and C (-1, -1), Sarama (-1, 0), KafkaJS (0, 0).
+    /// Rejects producer fields that are neither complete nor absent. A batch with incomplete fields would count as a
+    /// batch without a producer, or it would start a producer with a sequence that the next batch does not continue.
+    /// Clients without idempotence write these values as epoch and sequence: Java and C (-1, -1), Sarama (-1, 0),
+    /// KafkaJS (0, 0).
     fn check_producer(&self) -> Result<(), MalformedBatch> {
         let ProducerSequence { id, epoch, base_sequence } = self.producer_fields();
         let is_absent = id == -1 && matches!(epoch, -1 | 0) && matches!(base_sequence, -1 | 0);
@@ -251,7 +256,8 @@ impl Batch {
         set(&mut self.header, layout::LEADER_EPOCH, epoch.as_i32().to_be_bytes());
     }
 
-    /// Sets the timestamp of all records to the time of the broker (`message.timestamp.type=LogAppendTime`), and the CRC.
+    /// Sets the timestamp of all records to the time of the broker (`message.timestamp.type=LogAppendTime`), and the
+    /// CRC.
     pub fn set_append_time(&mut self, now_ms: i64) {
         let attributes = self.attributes() | layout::LOG_APPEND_TIME;
         set(&mut self.header, layout::ATTRIBUTES, attributes.to_be_bytes());
@@ -259,11 +265,11 @@ impl Batch {
         self.renew_checksum();
     }
 
-    /// Sets `maxTimestamp` to the largest timestamp of the records, on which retention and search by time rely. Returns the range of the
-    /// timestamps.
+    /// Sets `maxTimestamp` to the largest timestamp of the records, on which retention and search by time rely. Returns
+    /// the range of the timestamps.
     ///
-    /// Uncompressed records are checked in the same pass, as [`Batch::verify_records`] does. Of compressed records only the first timestamp
-    /// is known: `maxTimestamp` becomes that timestamp if it is lower.
+    /// Uncompressed records are checked in the same pass, as [`Batch::verify_records`] does. Of compressed records only
+    /// the first timestamp is known: `maxTimestamp` becomes that timestamp if it is lower.
     ///
     /// # Errors
     /// As [`Batch::verify_records`].
@@ -279,7 +285,8 @@ impl Batch {
         Ok(range)
     }
 
-    /// Returns the range of the timestamps by the header: that of the first record, and the largest, which is never below the first.
+    /// Returns the range of the timestamps by the header: that of the first record, and the largest, which is never
+    /// below the first.
     pub fn timestamp_range(&self) -> TimestampRange {
         let mut range = TimestampRange::EMPTY;
         range.extend(self.base_timestamp());
@@ -324,8 +331,8 @@ impl Batch {
         bytes.freeze()
     }
 
-    /// Copies the batch into one block of memory of its own, so that the batch does not hold the larger buffer that it was received in. Returns
-    /// all of its bytes.
+    /// Copies the batch into one block of memory of its own, so that the batch does not hold the larger buffer that it
+    /// was received in. Returns all of its bytes.
     pub fn detach(&mut self) -> Bytes {
         let bytes = self.to_bytes();
         self.records = bytes.slice(HEADER_BYTES..);

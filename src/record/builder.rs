@@ -43,7 +43,8 @@ pub enum BuildError {
 
 /// Encodes records into a new batch.
 ///
-/// The builder writes records into one buffer. Without compression this buffer becomes the batch, so that a payload is copied once.
+/// The builder writes records into one buffer. Without compression this buffer becomes the batch, so that a payload is
+/// copied once.
 #[derive(Debug)]
 pub struct BatchBuilder {
     compression: Compression,
@@ -54,7 +55,8 @@ pub struct BatchBuilder {
     max_timestamp: i64,
 }
 
-/// Maximum length of the fields of a record before its key: length, attributes, timestamp delta, offset delta, key length.
+/// Maximum length of the fields of a record before its key: length, attributes, timestamp delta, offset delta, key
+/// length.
 const MAX_PREFIX_BYTES: usize = 3 * varint::MAX_I32_BYTES + 1 + varint::MAX_I64_BYTES;
 
 impl BatchBuilder {
@@ -71,7 +73,8 @@ impl BatchBuilder {
     /// Adds a record. An error leaves the batch unchanged.
     ///
     /// # Errors
-    /// The batch or the record would exceed a fixed maximum (`limits`). The caller checks `max.message.bytes` of the topic.
+    /// The batch or the record would exceed a fixed maximum (`limits`). The caller checks `max.message.bytes` of the
+    /// topic.
     pub fn push(
         &mut self,
         timestamp_ms: i64,

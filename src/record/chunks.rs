@@ -4,8 +4,8 @@ use bytes::{Buf as _, Bytes, BytesMut};
 
 use super::{Batch, HEADER_BYTES, MalformedBatch, layout};
 
-/// Iterator over the batches of consecutive chunks. A chunk can end at any byte. An end between two batches, or between a header and its
-/// records, costs no copy. A batch that is split at another byte is copied once.
+/// Iterator over the batches of consecutive chunks. A chunk can end at any byte. An end between two batches, or between
+/// a header and its records, costs no copy. A batch that is split at another byte is copied once.
 ///
 /// The iterator ends after the first error.
 #[derive(Debug)]
@@ -48,7 +48,8 @@ impl ChunkedBatches {
         Ok(Some(batch))
     }
 
-    /// Copies one batch from the rest of this chunk and from the chunks after it. The buffer grows only by bytes that were received.
+    /// Copies one batch from the rest of this chunk and from the chunks after it. The buffer grows only by bytes that
+    /// were received.
     fn joined(&mut self) -> Result<Batch, MalformedBatch> {
         let mut batch = BytesMut::from(&self.rest[..]);
         self.rest = Bytes::new();

@@ -7,8 +7,9 @@
 //! | lz4 | LZ4 frame: independent blocks of 64 KiB, no dictionary, no content checksum; linked blocks are read too |
 //! | zstd | RFC 8878 |
 //!
-//! Compressed bytes come from clients, so their declared length is not trusted. An output buffer has at most the length of the bytes that
-//! were decoded, or the length that the input can have at the best ratio of its codec, and never more than the maximum of the caller.
+//! Compressed bytes come from clients, so their declared length is not trusted. An output buffer has at most the length
+//! of the bytes that were decoded, or the length that the input can have at the best ratio of its codec, and never more
+//! than the maximum of the caller.
 
 use std::io::{Read, Write};
 
@@ -23,7 +24,8 @@ const GZIP_MAGIC: &[u8] = b"\x1f\x8b";
 /// Maximum ratio of DEFLATE (zlib technical details), rounded up.
 const MAX_GZIP_RATIO: usize = 1033;
 
-/// First bytes of a snappy-java stream. Two big-endian `i32` follow: its version and the oldest version that can read the stream.
+/// First bytes of a snappy-java stream. Two big-endian `i32` follow: its version and the oldest version that can read
+/// the stream.
 const XERIAL_MAGIC: &[u8; 8] = b"\x82SNAPPY\0";
 const XERIAL_HEADER_BYTES: usize = 16;
 const XERIAL_VERSION: i32 = 1;
@@ -91,8 +93,8 @@ fn compress_snappy(plain: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Returns the uncompressed length that the frames declare, if they declare one. Correct bytes have this length or more, so bytes that
-/// declare more than the maximum are rejected without decompression.
+/// Returns the uncompressed length that the frames declare, if they declare one. Correct bytes have this length or
+/// more, so bytes that declare more than the maximum are rejected without decompression.
 pub(super) fn declared_len(codec: Compression, stored: &[u8]) -> Option<usize> {
     match codec {
         Compression::None => Some(stored.len()),
@@ -153,8 +155,8 @@ impl<T: Into<String>> From<T> for DecompressError {
 /// Decompresses `stored`, the records of one batch, to at most `max` bytes.
 ///
 /// # Errors
-/// [`MalformedBatch::Grows`] if the output would exceed `max`. [`MalformedBatch::Compression`] if the codec rejects the bytes, or if other
-/// bytes follow them.
+/// [`MalformedBatch::Grows`] if the output would exceed `max`. [`MalformedBatch::Compression`] if the codec rejects the
+/// bytes, or if other bytes follow them.
 pub fn decompress(codec: Compression, stored: &[u8], max: usize) -> Result<Bytes, MalformedBatch> {
     let plain = match codec {
         _ if declared_len(codec, stored).is_some_and(|declared| declared > max) => Err(DecompressError::Grows),
@@ -167,7 +169,8 @@ pub fn decompress(codec: Compression, stored: &[u8], max: usize) -> Result<Bytes
         Compression::Zstd => decompress_zstd(stored, max),
     };
     let mut plain = plain.map_err(|error| error.into_malformed(codec, max))?;
-    // Records are slices of this buffer, and an application can keep them. So the buffer must not be much larger than its content.
+    // Records are slices of this buffer, and an application can keep them. So the buffer must not be much larger than
+    // its content.
     if plain.capacity() / 2 > plain.len() {
         plain.shrink_to_fit();
     }
@@ -181,8 +184,8 @@ pub(super) struct Prefix {
     pub(super) is_complete: bool,
 }
 
-/// Decompresses at most the first `max` bytes of `stored`. The cost depends on `max` and not on the length of `stored`: a larger block of a
-/// codec that decodes only complete blocks is not decoded.
+/// Decompresses at most the first `max` bytes of `stored`. The cost depends on `max` and not on the length of `stored`:
+/// a larger block of a codec that decodes only complete blocks is not decoded.
 ///
 /// # Errors
 /// The codec rejects the bytes that were read.
@@ -236,8 +239,8 @@ fn max_zstd_len(mut stored: &[u8]) -> Result<usize, DecompressError> {
     Ok(max)
 }
 
-/// Returns the maximum uncompressed length of one frame, from the headers of its blocks (RFC 8878, 3.1.1). Returns `None` if a header is
-/// truncated or has an unknown block type.
+/// Returns the maximum uncompressed length of one frame, from the headers of its blocks (RFC 8878, 3.1.1). Returns
+/// `None` if a header is truncated or has an unknown block type.
 fn max_zstd_frame_len(frame: &[u8]) -> Option<usize> {
     let (magic, header) = frame.split_first_chunk::<4>()?;
     if u32::from_le_bytes(*magic) != ZSTD_MAGIC {
@@ -347,8 +350,9 @@ fn snappy_block(
     Ok(())
 }
 
-/// Decompresses into one buffer, without the streaming window of zstd: a frame can declare a window of 128 MiB, which zstd would allocate.
-/// If the buffer is too small, decompression starts again with a larger one. This costs at most a third more time.
+/// Decompresses into one buffer, without the streaming window of zstd: a frame can declare a window of 128 MiB, which
+/// zstd would allocate. If the buffer is too small, decompression starts again with a larger one. This costs at most a
+/// third more time.
 fn decompress_zstd(stored: &[u8], max: usize) -> Result<Vec<u8>, DecompressError> {
     use zstd::zstd_safe::{DCtx, get_error_name, get_frame_content_size};
     let mut room = stored.len().saturating_mul(4).max(ZSTD_BLOCK_BYTES).min(max);

@@ -4,8 +4,8 @@
 //! magic 0x184D2204 LE │ FLG │ BD │ content size u64, if FLG has its bit │ HC │ blocks … │ 0 u32 │ content checksum, if …
 //! block: length u32 LE, the high bit set when it is not compressed │ bytes │ block checksum u32, if …
 //! ```
-//! The frame decoder of `lz4_flex` accepts a frame that is truncated between two blocks, ends at an empty block without an error, and copies
-//! all bytes twice. This decoder rejects incomplete frames and decodes in place.
+//! The frame decoder of `lz4_flex` accepts a frame that is truncated between two blocks, ends at an empty block without
+//! an error, and copies all bytes twice. This decoder rejects incomplete frames and decodes in place.
 
 use lz4_flex::block::{DecompressError as BlockError, decompress_into, decompress_into_with_dict};
 use twox_hash::XxHash32;

@@ -25,7 +25,8 @@ use crate::{
 /// Maximum number of decompressed bytes that an append checks. A batch with fewer bytes is checked completely.
 const CHECKED_PREFIX_BYTES: usize = 4 << 10;
 
-/// Minimum length of a record: length, attributes, timestamp, offset, key length, value length and header count have one byte each.
+/// Minimum length of a record: length, attributes, timestamp, offset, key length, value length and header count have
+/// one byte each.
 const MIN_RECORD_BYTES: usize = 7;
 
 /// How often smaller compressed records usually are, where nothing says.
@@ -43,7 +44,8 @@ pub struct Header {
 /// One record.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Record {
-    /// Time in milliseconds since 1970-01-01 UTC. `message.timestamp.type` determines whether producer or broker sets it.
+    /// Time in milliseconds since 1970-01-01 UTC. `message.timestamp.type` determines whether producer or broker sets
+    /// it.
     pub timestamp_ms: i64,
     /// Optional key, which selects the partition. Several records can have the same key.
     pub key: Option<Bytes>,
@@ -71,7 +73,8 @@ impl Batch {
     /// Decodes the records. Keys and values are slices of the batch, or of one decompressed buffer.
     ///
     /// # Errors
-    /// The records cannot be decompressed to at most `limits::MAX_DECOMPRESSED_BYTES`. The iterator returns the errors of single records.
+    /// The records cannot be decompressed to at most `limits::MAX_DECOMPRESSED_BYTES`. The iterator returns the errors
+    /// of single records.
     pub fn records(&self) -> Result<Records, MalformedBatch> {
         self.records_within(limits::MAX_DECOMPRESSED_BYTES)
     }
@@ -100,9 +103,10 @@ impl Batch {
         self.records()?.timestamp_range().map(drop)
     }
 
-    /// Rejects compressed records that no consumer can decode. Checks the framing of the codec, the records in the first 4 KiB, and that the
-    /// bytes can contain the number of records. Of larger zstd frames it checks framing and number only, because zstd decodes complete blocks
-    /// of up to 128 KiB. [`Batch::correct_max_timestamp`] checks uncompressed records.
+    /// Rejects compressed records that no consumer can decode. Checks the framing of the codec, the records in the
+    /// first 4 KiB, and that the bytes can contain the number of records. Of larger zstd frames it checks framing and
+    /// number only, because zstd decodes complete blocks of up to 128 KiB. [`Batch::correct_max_timestamp`] checks
+    /// uncompressed records.
     ///
     /// # Errors
     /// [`MalformedBatch::Compression`] or [`MalformedBatch::Record`].
@@ -142,7 +146,8 @@ impl Batch {
         Ok((records.bytes.clone(), records.timestamp_range()?))
     }
 
-    /// Estimates the length of the records after decompression: the length that the frame declares, which can be wrong, or a typical ratio.
+    /// Estimates the length of the records after decompression: the length that the frame declares, which can be wrong,
+    /// or a typical ratio.
     pub fn estimated_len(&self) -> usize {
         let stored = self.records_bytes();
         match self.compression() {
@@ -270,7 +275,8 @@ const LENGTH_VARINT: &str = "its length is not a varint";
 const LENGTH_NEGATIVE: &str = "its length is negative";
 const KEY_LENGTH: &str = "the length of its key is not possible";
 
-/// Maximum length of the fields from record length to key length: three varints of 5 bytes, a varlong of 10, and the attributes.
+/// Maximum length of the fields from record length to key length: three varints of 5 bytes, a varlong of 10, and the
+/// attributes.
 const MAX_FIRST_FIELDS_BYTES: usize = 3 * 5 + 10 + 1;
 
 impl Cursor<'_> {

@@ -1,4 +1,5 @@
-//! Decodes the first bytes of a snappy block (google/snappy, format_description.txt). The `snap` crate decodes only complete blocks.
+//! Decodes the first bytes of a snappy block (google/snappy, format_description.txt). The `snap` crate decodes only
+//! complete blocks.
 //!
 //! ```text
 //! length varint u32 │ elements …

@@ -1,5 +1,5 @@
-//! Tests of the public functions of batches: round trips, golden files, each flipped bit, each truncation, invalid field values,
-//! decompression bombs.
+//! Tests of the public functions of batches: round trips, golden files, each flipped bit, each truncation, invalid
+//! field values, decompression bombs.
 
 mod first_records;
 
@@ -15,7 +15,8 @@ use crate::{
 const CODECS: [Compression; 5] =
     [Compression::None, Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd];
 
-/// Golden batches of this builder, then of the Kafka client (`golden/Golden.java`). They never change, and every version must read them.
+/// Golden batches of this builder, then of the Kafka client (`golden/Golden.java`). They never change, and every
+/// version must read them.
 const GOLDEN: [(Compression, &[u8]); 10] = [
     (Compression::None, include_bytes!("golden/none.batch")),
     (Compression::Gzip, include_bytes!("golden/gzip.batch")),

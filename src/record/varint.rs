@@ -1,5 +1,5 @@
-//! Zigzag varints, as Protocol Buffers' `sint32` and `sint64` and Kafka's `ByteUtils` write them: seven bits per byte, the lowest first. The
-//! high bit is set on every byte but the last.
+//! Zigzag varints, as Protocol Buffers' `sint32` and `sint64` and Kafka's `ByteUtils` write them: seven bits per byte,
+//! the lowest first. The high bit is set on every byte but the last.
 
 /// Maximum length of an encoded `i32`.
 pub(super) const MAX_I32_BYTES: usize = 5;

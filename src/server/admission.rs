@@ -3,13 +3,15 @@
 //! # Overview
 //!
 //! 1. [`ClusterAdmission::reach`] waits until the store responds, and rejects a store that is not this directory's.
-//! 2. [`ClusterAdmission::record_start`] draws an incarnation and records it in the data directory, before the store receives it.
-//! 3. [`ClusterAdmission::admit`] runs once the replicas are open. It deletes an earlier registration of this broker, releases everything that is
-//!    not verified, and registers the broker. Then it records in the data directory that the store holds this incarnation.
+//! 2. [`ClusterAdmission::record_start`] draws an incarnation and records it in the data directory, before the store
+//!    receives it.
+//! 3. [`ClusterAdmission::admit`] runs once the replicas are open. It deletes an earlier registration of this broker,
+//!    releases everything that is not verified, and registers the broker. Then it records in the data directory that
+//!    the store holds this incarnation.
 //!
-//! The start waits while the store does not respond. The reason is logged at once, when it changes, and every 30 s. An error that no retry
-//! corrects ends the start. Examples are a rejected login, a broker id that another broker has, and a store that never contained this
-//! directory.
+//! The start waits while the store does not respond. The reason is logged at once, when it changes, and every 30 s. An
+//! error that no retry corrects ends the start. Examples are a rejected login, a broker id that another broker has, and
+//! a store that never contained this directory.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -68,8 +70,8 @@ impl KnownCluster {
         self.directories.is_empty() && self.topics.is_empty() && !self.unreadable
     }
 
-    /// Returns true if a directory with these topics may belong to one of the cluster's brokers. A restored older directory contains at
-    /// least one of the topics.
+    /// Returns true if a directory with these topics may belong to one of the cluster's brokers. A restored older
+    /// directory contains at least one of the topics.
     fn is_of(&self, directory: &str, held: &BTreeSet<TopicId>) -> bool {
         self.unreadable || self.directories.contains(directory) || !self.topics.is_disjoint(held)
     }
@@ -84,8 +86,8 @@ pub(super) struct PendingStart {
 }
 
 impl ClusterAdmission<'_> {
-    /// Waits until the store responds, and rejects another cluster's store. A directory that took part in a cluster before must be in the
-    /// store, or one of its topics must be. A directory without replicas fits any store.
+    /// Waits until the store responds, and rejects another cluster's store. A directory that took part in a cluster
+    /// before must be in the store, or one of its topics must be. A directory without replicas fits any store.
     pub(super) async fn reach(&self) -> anyhow::Result<()> {
         let prefix = self.keys.prefix();
         let known = patiently(self.retry_until_reply(async || Ok(self.known_cluster().await?))).await?;
@@ -110,8 +112,8 @@ impl ClusterAdmission<'_> {
         )
     }
 
-    /// Returns the cluster generation of the metadata store. Fails if the directory took part in a later generation: the store is from an
-    /// older backup.
+    /// Returns the cluster generation of the metadata store. Fails if the directory took part in a later generation:
+    /// the store is from an older backup.
     pub(super) async fn generation(&self) -> anyhow::Result<u64> {
         let generations = Generations::new(Arc::clone(self.store), self.keys.clone());
         let generation = self.retry_until_reply(async || Ok(generations.begin().await?)).await?;
@@ -163,8 +165,8 @@ impl ClusterAdmission<'_> {
         Ok(PendingStart { incarnation, incarnations: incarnations.iter().map(Uuid::to_string).collect() })
     }
 
-    /// Verifies the local inventory and registers the broker. `intact` are the replicas without a detected loss on disk.
-    /// Also returns the partitions that could not be verified.
+    /// Verifies the local inventory and registers the broker. `intact` are the replicas without a detected loss on
+    /// disk. Also returns the partitions that could not be verified.
     pub(super) async fn admit(
         &self,
         registration: &RegistrationRequest,

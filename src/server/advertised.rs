@@ -7,8 +7,8 @@ use crate::task::Tasks;
 /// Maximum time of a name lookup.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Resolves the host of `address` in the background. Logs a warning with `remedy` if the lookup fails, because clients or peers connect to
-/// that address.
+/// Resolves the host of `address` in the background. Logs a warning with `remedy` if the lookup fails, because clients
+/// or peers connect to that address.
 pub(super) fn check(address: &str, remedy: &'static str, tasks: &Tasks) {
     let (address, stop) = (address.to_owned(), tasks.clone());
     tasks.spawn("advertised address", async move {

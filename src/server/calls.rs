@@ -1,5 +1,5 @@
-//! Counts the open calls of each connection. A call is open from the head of its request until HTTP/2 has written the body of the response,
-//! or has closed the stream. A connection without open calls is idle.
+//! Counts the open calls of each connection. A call is open from the head of its request until HTTP/2 has written the
+//! body of the response, or has closed the stream. A connection without open calls is idle.
 
 use std::{
     pin::Pin,
@@ -18,8 +18,8 @@ use tonic::{Status, codegen::http::HeaderMap};
 use super::connection::OpenCall;
 use crate::broker::{CallMemory, SendingResponse};
 
-/// Keeps the call open until the response has been sent. `memory` is the memory of a client's call, and `turn` the permit of a call whose
-/// response is built from metadata.
+/// Keeps the call open until the response has been sent. `memory` is the memory of a client's call, and `turn` the
+/// permit of a call whose response is built from metadata.
 pub(super) fn until_sent(
     response: Response,
     call: Option<OpenCall>,
@@ -30,9 +30,10 @@ pub(super) fn until_sent(
     response.map(|body| Body::new(CountedBody { body, rest: Bytes::new(), open }))
 }
 
-/// Maximum bytes of a response that are passed to HTTP/2 at once. HTTP/2 takes a whole frame of a body when it has space for one byte, and
-/// then polls for the next frame. So the frames show how fast a client reads: at the minimum rate, 256 KiB per second, a client takes one
-/// frame per second. Smaller frames would reduce throughput. Responses to other brokers are not charged, and are passed on unchanged.
+/// Maximum bytes of a response that are passed to HTTP/2 at once. HTTP/2 takes a whole frame of a body when it has
+/// space for one byte, and then polls for the next frame. So the frames show how fast a client reads: at the minimum
+/// rate, 256 KiB per second, a client takes one frame per second. Smaller frames would reduce throughput. Responses to
+/// other brokers are not charged, and are passed on unchanged.
 const PIECE_BYTES: usize = 256 << 10;
 
 /// Returns the trailers that end a response with a status.
@@ -50,8 +51,8 @@ struct OpenResponse {
     _turn: Option<OwnedSemaphorePermit>,
 }
 
-/// A frame that was passed to HTTP/2. HTTP/2 drops the bytes after it has written the last of them or closed the stream. Long before that,
-/// HTTP/2 polls for the next frame and takes the end of the body.
+/// A frame that was passed to HTTP/2. HTTP/2 drops the bytes after it has written the last of them or closed the
+/// stream. Long before that, HTTP/2 polls for the next frame and takes the end of the body.
 struct HandedFrame {
     data: Bytes,
     _memory: Option<SendingResponse>,
@@ -136,8 +137,8 @@ mod tests {
         proto::error::{ApiError, ErrorCode},
     };
 
-    /// Regression: the memory of responses was freed before the client had read them. HTTP/2 polled for the next frame, and took the end,
-    /// after one byte of the last frame had been sent.
+    /// Regression: the memory of responses was freed before the client had read them. HTTP/2 polled for the next frame,
+    /// and took the end, after one byte of the last frame had been sent.
     #[tokio::test]
     async fn response_is_charged_until_last_piece_is_sent() {
         let budgets = Budgets::new(8 << 20, 8 << 20);

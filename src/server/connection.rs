@@ -1,5 +1,5 @@
-//! The sockets of one listener and their limits. Each connection has a place (`places` decides), and an evicted connection is closed. Each
-//! listener has its own [`ConnectionLimiter`].
+//! The sockets of one listener and their limits. Each connection has a place (`places` decides), and an evicted
+//! connection is closed. Each listener has its own [`ConnectionLimiter`].
 //!
 //! A [`CloseSignal`] closes a connection: the next read or write fails, and the connection's task is woken for that.
 
@@ -34,16 +34,18 @@ use crate::{
     telemetry::{Counter, GaugeU64, Metrics},
 };
 
-/// Minimum bytes that a client sends first: the preface of HTTP/2, after which pings detect dead clients, or the shortest request line of
-/// HTTP/1.
+/// Minimum bytes that a client sends first: the preface of HTTP/2, after which pings detect dead clients, or the
+/// shortest request line of HTTP/1.
 const PREFACE_BYTES: usize = 24;
 const REQUEST_BYTES: usize = 16;
 
-/// Maximum time until these bytes have arrived, and maximum idle time of an HTTP/1 connection after that: HTTP/1 has no pings.
+/// Maximum time until these bytes have arrived, and maximum idle time of an HTTP/1 connection after that: HTTP/1 has no
+/// pings.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Bytes of `limits.memory_bytes` per open call or stream. A waiting call takes 7 KiB, and as much again for the partitions that it names.
+/// Bytes of `limits.memory_bytes` per open call or stream. A waiting call takes 7 KiB, and as much again for the
+/// partitions that it names.
 const BYTES_PER_CALL: u64 = 32 << 10;
 
 /// Pause of accepting after the system had no resources for another connection.
@@ -85,8 +87,8 @@ struct LimiterState {
 }
 
 impl ConnectionLimiter {
-    /// Creates a limiter with the places of `capacity`. One address gets at most `per_address` of them, or half if that is not set.
-    /// `memory_bytes` limits the number of open calls. `open` counts the open connections.
+    /// Creates a limiter with the places of `capacity`. One address gets at most `per_address` of them, or half if that
+    /// is not set. `memory_bytes` limits the number of open calls. `open` counts the open connections.
     pub(super) fn new(
         port: ListenerKind,
         capacity: Capacity,
@@ -120,7 +122,8 @@ impl ConnectionLimiter {
         }))
     }
 
-    /// Admits a connection. If no place is free, an idle connection is evicted. If none is idle, the new connection serves only probes.
+    /// Admits a connection. If no place is free, an idle connection is evicted. If none is idle, the new connection
+    /// serves only probes.
     fn admit(&self, stream: TcpStream, peer: Option<SocketAddr>) -> CountedConnection {
         let peer = peer.map_or(IpAddr::from(Ipv4Addr::UNSPECIFIED), |peer| peer.ip());
         let origin = Origin::of(peer, stream.local_addr().ok().map(|own| own.ip()));
@@ -332,8 +335,8 @@ impl Caller {
         self.producer_ids.clone()
     }
 
-    /// Counts a call as open until the returned value is dropped. On a connection without a common place, the call is rejected unless it is
-    /// a probe or the common pool has space by now. A call without memory is rejected too.
+    /// Counts a call as open until the returned value is dropped. On a connection without a common place, the call is
+    /// rejected unless it is a probe or the common pool has space by now. A call without memory is rejected too.
     pub(super) fn begin_call(&self, is_probe: bool) -> Result<OpenCall, RefusedConnection> {
         let mut places = self.limiter.0.places.lock();
         if !places.has_room_for_call(self.id) {
@@ -379,8 +382,9 @@ pub(super) struct CountedConnection {
     signal: Arc<CloseSignal>,
     /// Deadline for the next bytes from the client; `None` if there is no deadline any longer.
     patience: Option<Patience>,
-    /// True while the client does not take sent data and the socket has no space. Then each write that finds space again permits one read.
-    /// With more reads, HTTP/2 would respond on and on and buffer the heads of the responses, which flow control does not limit.
+    /// True while the client does not take sent data and the socket has no space. Then each write that finds space
+    /// again permits one read. With more reads, HTTP/2 would respond on and on and buffer the heads of the responses,
+    /// which flow control does not limit.
     is_full: bool,
     /// True if bytes were written since this flag last permitted a read.
     has_written: bool,
@@ -545,7 +549,8 @@ mod tests {
 
     const A_MOMENT: Duration = Duration::from_millis(100);
 
-    /// Regression: a client that sent requests and read nothing made HTTP/2 keep the heads of 1,000 responses on each connection.
+    /// Regression: a client that sent requests and read nothing made HTTP/2 keep the heads of 1,000 responses on each
+    /// connection.
     #[tokio::test]
     async fn client_that_reads_nothing_is_not_read_from() {
         let tasks = Tasks::new();
@@ -561,7 +566,8 @@ mod tests {
             let mut reading = tasks.spawn("reading", async move { incoming.read_u8().await });
             assert_eq!(timeout(A_MOMENT, &mut reading).await.is_ok(), reads_on, "{port:?}");
             if !reads_on {
-                // The client takes some of the data, and the writes continue. Its bytes arrive too, although the socket is full.
+                // The client takes some of the data, and the writes continue. Its bytes arrive too, although the socket
+                // is full.
                 let writing = async { while outgoing.write(&[7; 1 << 16]).await.is_ok() {} };
                 let mut taken = vec![0; 8 << 20];
                 let taking = client.read_exact(&mut taken);

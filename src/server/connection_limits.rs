@@ -1,5 +1,5 @@
-//! Maximum number of connections of each listener. A broker without free file descriptors can neither write its log nor respond, so
-//! connections must not take the last ones. Each connection also takes memory, even while it sends nothing.
+//! Maximum number of connections of each listener. A broker without free file descriptors can neither write its log nor
+//! respond, so connections must not take the last ones. Each connection also takes memory, even while it sends nothing.
 
 use rustix::process::{Resource, getrlimit};
 
@@ -9,7 +9,8 @@ use crate::{
     log::{Disk as _, RealDisk},
 };
 
-/// Minimum number of file descriptors for everything except connections and segments: the journal, other brokers, etcd, the object store.
+/// Minimum number of file descriptors for everything except connections and segments: the journal, other brokers, etcd,
+/// the object store.
 const MIN_OTHER_FILES: u64 = 64;
 
 /// Number of places of each listener in addition to the common ones.
@@ -29,24 +30,24 @@ struct Minimum {
 
 const MIN_PLACES: Minimum = Minimum { grpc: 32, http: 8, peer: 32 };
 
-/// Minimum for a broker of a cluster with fewer than [`SMALL_FILE_LIMIT`] file descriptors. Together with the reserves of three listeners, these
-/// places fit beside the log from 256 file descriptors on.
+/// Minimum for a broker of a cluster with fewer than [`SMALL_FILE_LIMIT`] file descriptors. Together with the reserves
+/// of three listeners, these places fit beside the log from 256 file descriptors on.
 const MIN_PLACES_FEW_FILES: Minimum = Minimum { grpc: 16, http: 4, peer: 8 };
 const SMALL_FILE_LIMIT: u64 = 512;
 
-/// Minimum number of places of the peer listener per broker of this process. Another broker uses two connections, and one more for each
-/// probe.
+/// Minimum number of places of the peer listener per broker of this process. Another broker uses two connections, and
+/// one more for each probe.
 const MIN_PEER_PER_BROKER: usize = 4;
 
 /// Maximum number of places of a listener. No system has that many file descriptors.
 const MAX_PLACES: u64 = 1 << 30;
 
-/// Bytes of `limits.memory_bytes` per place of the gRPC listener. An idle connection takes 20 KiB, its window at least 80 KiB, and each of
-/// its first calls 7 KiB.
+/// Bytes of `limits.memory_bytes` per place of the gRPC listener. An idle connection takes 20 KiB, its window at least
+/// 80 KiB, and each of its first calls 7 KiB.
 const BYTES_PER_CONNECTION: u64 = 256 << 10;
 
-/// Share of `limits.memory_bytes` for connections of other brokers, as a divisor, and bytes of that share per place. A caller that has not
-/// been identified can send as much in incomplete requests.
+/// Share of `limits.memory_bytes` for connections of other brokers, as a divisor, and bytes of that share per place. A
+/// caller that has not been identified can send as much in incomplete requests.
 const PEER_SHARE: u64 = 8;
 const BYTES_PER_PEER: u64 = limits::MAX_PEER_REQUEST_BYTES as u64 * limits::MAX_STREAMS_PER_PEER as u64 + (256 << 10);
 
@@ -68,8 +69,8 @@ pub(super) struct ConnectionLimits {
 }
 
 impl ConnectionLimits {
-    /// Returns the limits of one of `brokers` brokers in this process, with `memory_bytes` for its clients. A standalone broker has no peer
-    /// listener.
+    /// Returns the limits of one of `brokers` brokers in this process, with `memory_bytes` for its clients. A
+    /// standalone broker has no peer listener.
     pub(super) fn of(brokers: usize, alone: bool, memory_bytes: u64) -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
         let room = Self::with(files, RealDisk::default().open_files() as u64, brokers, alone);
@@ -90,8 +91,8 @@ impl ConnectionLimits {
         }
     }
 
-    /// Returns the places for which the limit of open files leaves descriptors, beside the segments of each broker and the reserves of its
-    /// listeners.
+    /// Returns the places for which the limit of open files leaves descriptors, beside the segments of each broker and
+    /// the reserves of its listeners.
     fn with(files: u64, segments: u64, brokers: usize, alone: bool) -> Self {
         let (brokers, listeners) = (brokers.max(1) as u64, if alone { 2 } else { 3 });
         let taken = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES.max(files / 8);
@@ -186,8 +187,8 @@ mod tests {
         assert_eq!(peer(16 << 30).places, 1024);
     }
 
-    /// Regression: one address got half of the places, and the minimum was 32. Of 32 brokers on one machine, seven links were rejected
-    /// forever.
+    /// Regression: one address got half of the places, and the minimum was 32. Of 32 brokers on one machine, seven
+    /// links were rejected forever.
     #[test]
     fn brokers_of_one_process_have_enough_peer_places() {
         let peer = ConnectionLimits::with(65_536, 8192, 32, false).peer.expect("there are several brokers").places;

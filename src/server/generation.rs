@@ -1,7 +1,7 @@
 //! Raises the cluster generation while no broker runs: `strandline cluster new-generation`.
 //!
-//! The metadata store is raised first, then the object store. After a crash in between, the metadata store is ahead. The next start of any
-//! broker raises the object store; a data directory follows when its broker starts.
+//! The metadata store is raised first, then the object store. After a crash in between, the metadata store is ahead.
+//! The next start of any broker raises the object store; a data directory follows when its broker starts.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +15,8 @@ use crate::{
     tier::TierStore,
 };
 
-/// Maximum time that registrations outlast `metadata.session_timeout`: etcd restarts all leases when it elects a leader.
+/// Maximum time that registrations outlast `metadata.session_timeout`: etcd restarts all leases when it elects a
+/// leader.
 const LEASE_GRACE: Duration = Duration::from_secs(5);
 
 /// Pause between two checks for registrations.
@@ -78,7 +79,8 @@ async fn metadata(config: &Config) -> anyhow::Result<Arc<dyn MetaStore>> {
     Ok(Arc::new(EmbeddedStore::open(&config.broker.data_dir).await?))
 }
 
-/// Waits until no broker is registered. A restored etcd contains the registrations of its backup, and restarts their leases.
+/// Waits until no broker is registered. A restored etcd contains the registrations of its backup, and restarts their
+/// leases.
 async fn without_brokers(meta: &dyn MetaStore, keys: &Keys, within: Duration) -> anyhow::Result<()> {
     let until = clock::monotonic() + within;
     loop {

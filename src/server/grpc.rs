@@ -1,7 +1,8 @@
 //! The gRPC listeners, for clients and for other brokers: services, health, reflection, and HTTP/2 tuned for batches.
 //!
-//! The transport itself rejects some calls before a service receives them: a message above the limit, invalid bytes, an unknown method.
-//! [`handle`] gives these responses the stable error codes that all other errors have, and counts calls per connection.
+//! The transport itself rejects some calls before a service receives them: a message above the limit, invalid bytes, an
+//! unknown method. [`handle`] gives these responses the stable error codes that all other errors have, and counts calls
+//! per connection.
 
 use std::{future::Future, io, pin::pin, sync::Arc, time::Duration};
 
@@ -48,8 +49,9 @@ use crate::{
 /// Names with a health status: the whole server, which has the empty name, and each service.
 const HEALTH_NAMES: [&str; 3] = ["", log_server::SERVICE_NAME, admin_server::SERVICE_NAME];
 
-/// Maximum and minimum window of one connection, in bytes, for the data that its streams may have in flight to this broker. Received data
-/// that no call reads stays in memory. One stream gets half of the window, and at least the minimum: a small request fits into it.
+/// Maximum and minimum window of one connection, in bytes, for the data that its streams may have in flight to this
+/// broker. Received data that no call reads stays in memory. One stream gets half of the window, and at least the
+/// minimum: a small request fits into it.
 const MAX_CONNECTION_WINDOW: u64 = 8 << 20;
 const MIN_CONNECTION_WINDOW: u32 = 80 << 10;
 
@@ -59,34 +61,35 @@ const WINDOW_SHARE: u64 = 512;
 /// Share of all memory for the windows of all connections above the minimum, as a divisor.
 const WINDOWS_SHARE: u64 = 16;
 
-/// Share of all memory for the streams of all connections above the minimum, as a divisor, and bytes per stream. HTTP/2 keeps memory for
-/// the highest number of concurrent streams until the connection ends.
+/// Share of all memory for the streams of all connections above the minimum, as a divisor, and bytes per stream. HTTP/2
+/// keeps memory for the highest number of concurrent streams until the connection ends.
 const STREAMS_SHARE: u64 = 16;
 const STREAM_BYTES: usize = 1536;
 
 /// Number of streams that each connection may have open, for any number of connections.
 const MIN_STREAMS: u32 = 100;
 
-/// Maximum share of the remaining memory for windows and for streams that a new connection gets, as a divisor. Later connections get less.
+/// Maximum share of the remaining memory for windows and for streams that a new connection gets, as a divisor. Later
+/// connections get less.
 const UNREAD_CALL_SHARE: usize = 8;
 
-/// Windows of a listener's connections: bytes that clients may send before they are read, and streams that clients may have open. Clones
-/// share the memory for both.
+/// Windows of a listener's connections: bytes that clients may send before they are read, and streams that clients may
+/// have open. Clones share the memory for both.
 #[derive(Clone, Debug)]
 pub(super) struct Windows {
     /// Maximum number of open streams of a connection.
     streams: u32,
     /// Maximum size of an HTTP/2 frame, in bytes.
     frame_bytes: u32,
-    /// Bytes of a stream's responses that HTTP/2 buffers. Below this number HTTP/2 polls the call for more, even if the client has read
-    /// nothing.
+    /// Bytes of a stream's responses that HTTP/2 buffers. Below this number HTTP/2 polls the call for more, even if the
+    /// client has read nothing.
     send_buffer_bytes: usize,
     /// Maximum window of one connection, in bytes.
     connection_bytes: u32,
     /// Share of the window for one stream, as a divisor. Each round trip transfers at most one such window.
     stream_share: u32,
-    /// Memory for windows above [`MIN_CONNECTION_WINDOW`] and for streams above [`MIN_STREAMS`]; `None` for a listener with few
-    /// connections.
+    /// Memory for windows above [`MIN_CONNECTION_WINDOW`] and for streams above [`MIN_STREAMS`]; `None` for a listener
+    /// with few connections.
     memory: Option<[MemoryBudget; 2]>,
 }
 
@@ -98,8 +101,8 @@ struct Window {
 }
 
 impl Windows {
-    /// Returns the windows for other brokers, which send small requests and their progress. This broker sends the batches of a link, and
-    /// the other end sets the window for them.
+    /// Returns the windows for other brokers, which send small requests and their progress. This broker sends the
+    /// batches of a link, and the other end sets the window for them.
     pub(super) const fn of_brokers() -> Self {
         Self {
             streams: limits::MAX_STREAMS_PER_PEER,
@@ -151,8 +154,8 @@ impl Windows {
     }
 }
 
-/// Takes memory for `most` units of `bytes` each, or for fewer if a new connection's share of the remaining memory is smaller. Returns the
-/// number of units and the memory.
+/// Takes memory for `most` units of `bytes` each, or for fewer if a new connection's share of the remaining memory is
+/// smaller. Returns the number of units and the memory.
 fn take_part(memory: &MemoryBudget, most: u32, bytes: usize) -> (u32, Option<OwnedSemaphorePermit>) {
     let left = (memory.bytes() - memory.taken()) / UNREAD_CALL_SHARE / bytes;
     let count = u32::try_from(left).unwrap_or(u32::MAX).min(most);
@@ -160,8 +163,8 @@ fn take_part(memory: &MemoryBudget, most: u32, bytes: usize) -> (u32, Option<Own
     (if taken.is_some() { count } else { 0 }, taken)
 }
 
-/// Paths of probes by clients and by other brokers. They are also served on connections without a common place. `Watch` is no probe,
-/// because it never ends.
+/// Paths of probes by clients and by other brokers. They are also served on connections without a common place. `Watch`
+/// is no probe, because it never ends.
 const PROBE_PATHS: [&str; 2] = ["/grpc.health.v1.Health/Check", "/strandline.v1.Peer/GetIdentity"];
 
 /// Paths of calls whose responses grow with the metadata, or are large for a small request.
@@ -198,8 +201,8 @@ pub(super) fn routes(
     Ok(layered(routes.into_axum_router().merge(streams::routes(&log)), Some(memory)))
 }
 
-/// Returns the services for other brokers; `None` for a standalone broker. The cluster limits the number of other brokers, so their calls
-/// take no memory from that for clients.
+/// Returns the services for other brokers; `None` for a standalone broker. The cluster limits the number of other
+/// brokers, so their calls take no memory from that for clients.
 pub(super) fn peer_routes(broker: &Arc<Broker>) -> Option<Routes> {
     peer_service(broker).map(|peer| layered(Routes::new(peer).into_axum_router(), None))
 }
@@ -208,7 +211,8 @@ fn layered(routes: Router, memory: Option<RequestMemory>) -> Routes {
     routes.layer(axum::middleware::from_fn_with_state(memory, handle)).into()
 }
 
-/// Serves connections until the tasks are stopped. Then accepts no further connections, and each connection ends after its open calls.
+/// Serves connections until the tasks are stopped. Then accepts no further connections, and each connection ends after
+/// its open calls.
 pub(super) async fn serve(
     routes: Routes,
     connections: impl Stream<Item = io::Result<CountedConnection>> + Send,
@@ -279,8 +283,8 @@ const HEADERS: [HeaderName; 4] =
     [CONTENT_TYPE, TE, HeaderName::from_static("grpc-encoding"), HeaderName::from_static("grpc-accept-encoding")];
 const MAX_HEADER_BYTES: usize = 256;
 
-/// Replaces the head of a request by copies of the parts that are read. A call keeps its head while it is open, and each original value
-/// would keep its whole frame.
+/// Replaces the head of a request by copies of the parts that are read. A call keeps its head while it is open, and
+/// each original value would keep its whole frame.
 fn trim_head<B>(request: &mut hyper::Request<B>) {
     let mut headers = HeaderMap::with_capacity(HEADERS.len());
     for name in HEADERS {
@@ -296,7 +300,8 @@ fn trim_head<B>(request: &mut hyper::Request<B>) {
     }
 }
 
-/// Serves a call and counts it on its connection. Gives a rejection by the transport a stable error code, a message and a matching status.
+/// Serves a call and counts it on its connection. Gives a rejection by the transport a stable error code, a message and
+/// a matching status.
 async fn handle(State(memory): State<Option<RequestMemory>>, mut request: Request, next: Next) -> Response {
     // A call that arrives by no listener, as in a simulation, has no connection.
     let caller = request.extensions().get::<Caller>().cloned();
@@ -405,7 +410,8 @@ mod tests {
         assert_eq!(request.uri(), "/strandline.v1.Log/Append");
     }
 
-    /// Regression: calls whose responses were not read held the memory of their requests. Four connections held all of it.
+    /// Regression: calls whose responses were not read held the memory of their requests. Four connections held all of
+    /// it.
     #[tokio::test]
     async fn request_memory_is_freed_before_response_is_read() {
         let budgets = Budgets::new(1 << 20, 1 << 20);

@@ -1,5 +1,5 @@
-//! The HTTP listener: `/metrics`, `/healthz`, `/readyz`. Probes do not wait. Metrics are rendered on a separate thread, one page at a time.
-//! An idle connection is closed if a new one needs its place (`connection`).
+//! The HTTP listener: `/metrics`, `/healthz`, `/readyz`. Probes do not wait. Metrics are rendered on a separate thread,
+//! one page at a time. An idle connection is closed if a new one needs its place (`connection`).
 
 use std::{
     io,
@@ -57,8 +57,8 @@ impl HttpState {
     }
 }
 
-/// Serves connections until the tasks are stopped. Then each connection ends after its current response. The listener supports only HTTP/1,
-/// so that a connection holds one response at a time.
+/// Serves connections until the tasks are stopped. Then each connection ends after its current response. The listener
+/// supports only HTTP/1, so that a connection holds one response at a time.
 pub(super) async fn serve(
     pages: Arc<HttpState>,
     connections: impl Stream<Item = io::Result<CountedConnection>> + Send,

@@ -2,30 +2,32 @@
 //!
 //! # Start
 //!
-//! 1. Bind the ports. A port conflict is the most likely error, and is found before any data is touched. The HTTP listener serves from here
-//!    on.
+//! 1. Bind the ports. A port conflict is the most likely error, and is found before any data is touched. The HTTP
+//!    listener serves from here on.
 //! 2. Open the data directory (lock, journal replay). A broker that cannot run must not reach the stores.
-//! 3. Open the metadata store. A broker of a cluster waits until the store responds, and records a new incarnation in its data directory
-//!    (`admission`).
-//! 4. Start the metadata cache. Verify the owner of the object store: another cluster's prefix ends the start. An object store that does
-//!    not respond at once delays uploads, not the start.
-//! 5. Open the partitions that the metadata assigns to this broker. They stay idle. A broker of a cluster serves its peer listener, through
-//!    which peers see that an earlier process is gone.
-//! 6. A broker of a cluster verifies its local inventory and releases everything that is not verified (`admission`). Register.
+//! 3. Open the metadata store. A broker of a cluster waits until the store responds, and records a new incarnation in
+//!    its data directory (`admission`).
+//! 4. Start the metadata cache. Verify the owner of the object store: another cluster's prefix ends the start. An
+//!    object store that does not respond at once delays uploads, not the start.
+//! 5. Open the partitions that the metadata assigns to this broker. They stay idle. A broker of a cluster serves its
+//!    peer listener, through which peers see that an earlier process is gone.
+//! 6. A broker of a cluster verifies its local inventory and releases everything that is not verified (`admission`).
+//!    Register.
 //! 7. Activate: lead, follow, serve. Report that the broker is ready.
 //!
 //! # Stop
 //!
-//! 1. `/readyz` and gRPC health report that the broker is not ready, so that no new clients connect. A broker of a cluster begins a
-//!    controlled shutdown. It waits until other brokers lead its partitions and no commit needs it, for at most half of
-//!    `broker.shutdown_timeout`.
-//! 2. The broker refuses new writes, ends the streams of readers, acknowledges written data and ends maintenance. A broker of a cluster
-//!    ends its registration.
+//! 1. `/readyz` and gRPC health report that the broker is not ready, so that no new clients connect. A broker of a
+//!    cluster begins a controlled shutdown. It waits until other brokers lead its partitions and no commit needs it,
+//!    for at most half of `broker.shutdown_timeout`.
+//! 2. The broker refuses new writes, ends the streams of readers, acknowledges written data and ends maintenance. A
+//!    broker of a cluster ends its registration.
 //! 3. The listeners end their connections within `broker.shutdown_timeout`.
 //! 4. The tasks of the object store end. The log is synced and marked as closed.
 //! 5. The registration of a standalone broker ends, and the metadata store closes.
 //!
-//! A second signal has no effect. If the process is killed during the stop, recovery completes the work at the next start.
+//! A second signal has no effect. If the process is killed during the stop, recovery completes the work at the next
+//! start.
 
 mod admission;
 mod advertised;
@@ -184,7 +186,8 @@ pub async fn run(
     outcome
 }
 
-/// Waits for a node. Also returns true if a stop of the process was requested meanwhile. Returns `None` if that request ended the start.
+/// Waits for a node. Also returns true if a stop of the process was requested meanwhile. Returns `None` if that request
+/// ended the start.
 async fn start_unless(
     starting: impl Future<Output = anyhow::Result<Node>>,
     cancel_start: impl FnOnce(),
@@ -205,8 +208,8 @@ async fn start_unless(
     }
 }
 
-/// Ends a start that is still opening the data directory. A clean directory opens in a moment and is closed cleanly. A long journal after a
-/// crash takes longer than this function waits; the next start reads that journal again.
+/// Ends a start that is still opening the data directory. A clean directory opens in a moment and is closed cleanly. A
+/// long journal after a crash takes longer than this function waits; the next start reads that journal again.
 async fn stop_opening(opening: impl Future<Output = anyhow::Result<DataDir>>) -> anyhow::Result<()> {
     tracing::info!("stopping before the data directory is open");
     if let Ok(Ok(log)) = tokio::time::timeout(OPEN_TIMEOUT, opening).await {
@@ -225,7 +228,8 @@ struct Listeners {
 }
 
 impl Listeners {
-    /// Starts the HTTP listener. It runs during the start, so that it reports a start that reads a long journal or waits for other brokers.
+    /// Starts the HTTP listener. It runs during the start, so that it reports a start that reads a long journal or
+    /// waits for other brokers.
     fn begin(
         pages: Arc<HttpState>,
         http: TcpListener,
@@ -278,8 +282,8 @@ impl Listeners {
     }
 }
 
-/// Returns the dependencies of a broker: the disk of this machine, the configured object store, and the metadata store beside the log or in
-/// etcd.
+/// Returns the dependencies of a broker: the disk of this machine, the configured object store, and the metadata store
+/// beside the log or in etcd.
 fn outside(config: &Config, time: &Tasks) -> NodeDeps {
     let (of, time) = (config.clone(), time.clone());
     NodeDeps {
@@ -339,8 +343,8 @@ mod tests {
     use super::*;
     use crate::config::ConfigSources;
 
-    /// Regression: an advertised port 0 was sent unchanged if the port of the listener was set. If that was 0 as well, clients received the
-    /// address of the listener.
+    /// Regression: an advertised port 0 was sent unchanged if the port of the listener was set. If that was 0 as well,
+    /// clients received the address of the listener.
     #[tokio::test]
     async fn advertised_port_0_becomes_bound_port() {
         let any = || async { TcpListener::bind("127.0.0.1:0").await.expect("a free port") };

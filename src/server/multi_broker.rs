@@ -1,5 +1,5 @@
-//! Several brokers in one process, for trials of a cluster. They share the process, the object store and, without etcd, a metadata store.
-//! Apart from that each is a normal broker, and they communicate only through their listeners.
+//! Several brokers in one process, for trials of a cluster. They share the process, the object store and, without etcd,
+//! a metadata store. Apart from that each is a normal broker, and they communicate only through their listeners.
 
 use std::{future::Future, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
@@ -55,8 +55,9 @@ struct SharedDeps {
     room: ConnectionLimits,
 }
 
-/// Runs brokers until `shutdown` resolves or one of them must stop. Returns when all have stopped. `metadata` is the directory of their
-/// shared metadata store; without it, each broker uses the etcd of its settings. A broker that fails to start stops the other brokers.
+/// Runs brokers until `shutdown` resolves or one of them must stop. Returns when all have stopped. `metadata` is the
+/// directory of their shared metadata store; without it, each broker uses the etcd of its settings. A broker that fails
+/// to start stops the other brokers.
 pub async fn run_several(
     configs: Vec<Config>,
     metadata: Option<PathBuf>,
@@ -112,7 +113,8 @@ async fn take_ports(configs: &[Config]) -> anyhow::Result<Vec<BoundPorts>> {
         let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
         fixed.push((grpc, listen::listen(config.http.listen, "HTTP", "--http").await?));
     }
-    // The system may choose these ports. They are bound after the fixed ports, so that the system chooses none of those.
+    // The system may choose these ports. They are bound after the fixed ports, so that the system chooses none of
+    // those.
     let mut ports = Vec::with_capacity(configs.len());
     for (config, (grpc, http)) in configs.iter().zip(fixed) {
         let peer = listen_for_peers(config).await?;
@@ -122,8 +124,8 @@ async fn take_ports(configs: &[Config]) -> anyhow::Result<Vec<BoundPorts>> {
     Ok(ports)
 }
 
-/// Starts all brokers concurrently. Returns the started brokers, the error of a broker that failed, and true if a stop of the
-/// process was requested meanwhile.
+/// Starts all brokers concurrently. Returns the started brokers, the error of a broker that failed, and true if a stop
+/// of the process was requested meanwhile.
 async fn start_all(
     configs: &[Config],
     ports: Vec<BoundPorts>,
@@ -198,8 +200,8 @@ async fn start(config: &Config, ports: BoundPorts, shared: &SharedDeps, span: Sp
     Ok(RunningBroker { node, listeners, state, span, within })
 }
 
-/// Returns the dependencies of a broker with a shared metadata store. That store is not part of the broker's data directory, so the startup
-/// verification is needed.
+/// Returns the dependencies of a broker with a shared metadata store. That store is not part of the broker's data
+/// directory, so the startup verification is needed.
 fn around(config: &Config, meta: Arc<dyn MetaStore>) -> NodeDeps {
     let of = config.clone();
     NodeDeps {

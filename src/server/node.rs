@@ -1,7 +1,8 @@
 //! One broker without its listeners: builds it in order from its dependencies, and stops it in order.
 //!
-//! All access to the world outside the process is in [`NodeDeps`]: the disk, the metadata store, the object store, the connections to other
-//! brokers. `server::run` provides the real ones. A simulation provides its own, with many nodes in one process.
+//! All access to the world outside the process is in [`NodeDeps`]: the disk, the metadata store, the object store, the
+//! connections to other brokers. `server::run` provides the real ones. A simulation provides its own, with many nodes
+//! in one process.
 
 use std::{sync::Arc, time::Duration};
 
@@ -34,7 +35,8 @@ use crate::{
 /// Default maximum time that a stop waits for the transfer of leadership.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Maximum time that a start waits for the owner of the object store, and pause before the object store is queried again.
+/// Maximum time that a start waits for the owner of the object store, and pause before the object store is queried
+/// again.
 const BINDING_TIMEOUT: Duration = Duration::from_millis(500);
 const BINDING_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -49,10 +51,11 @@ pub struct NodeDeps {
     pub stores: BoxFuture<'static, anyhow::Result<StoreHandles>>,
     /// Connector to other brokers.
     pub connect: Arc<dyn Connector>,
-    /// True for a standalone broker: the metadata lies beside the data, and is lost or restored together with it. Then there are no other
-    /// brokers, and there is nothing to verify.
+    /// True for a standalone broker: the metadata lies beside the data, and is lost or restored together with it. Then
+    /// there are no other brokers, and there is nothing to verify.
     pub alone: bool,
-    /// Callback to the driver of the log's steps ([`DataDir::journal_step`], [`DataDir::sync_step`]); `None` if threads run the steps.
+    /// Callback to the driver of the log's steps ([`DataDir::journal_step`], [`DataDir::sync_step`]); `None` if threads
+    /// run the steps.
     pub sim_hook: Option<SimHook>,
 }
 
@@ -79,15 +82,17 @@ pub struct Node {
 }
 
 impl Node {
-    /// Opens the data directory and its replicas, registers the broker with these endpoints, and activates it. From then on its routes
-    /// serve requests. Waits for a metadata store that does not respond.
+    /// Opens the data directory and its replicas, registers the broker with these endpoints, and activates it. From
+    /// then on its routes serve requests. Waits for a metadata store that does not respond.
     ///
-    /// `opened` is called with the open log first. From then on the driver of the log's steps must run them, because replicas may be closed
-    /// before the node is complete. `serve_peers` is called with the services for other brokers, if there are any, before the registration.
-    /// Through these services, peers see that an earlier process of this broker is gone.
+    /// `opened` is called with the open log first. From then on the driver of the log's steps must run them, because
+    /// replicas may be closed before the node is complete. `serve_peers` is called with the services for other brokers,
+    /// if there are any, before the registration. Through these services, peers see that an earlier process of this
+    /// broker is gone.
     ///
     /// # Errors
-    /// The directory or a store cannot be used, or another broker has the broker id. A directory that was closed cleanly stays clean.
+    /// The directory or a store cannot be used, or another broker has the broker id. A directory that was closed
+    /// cleanly stays clean.
     pub async fn open(
         config: &Config,
         outside: NodeDeps,
@@ -101,8 +106,8 @@ impl Node {
         Self::from_log(config, log, outside, endpoints, metrics, &Tasks::new(), serve_peers).await
     }
 
-    /// Opens a node as [`Node::open`] does, with a log that is already open. The log is closed on failure. Cancelling `stop` ends the waits
-    /// of the start.
+    /// Opens a node as [`Node::open`] does, with a log that is already open. The log is closed on failure. Cancelling
+    /// `stop` ends the waits of the start.
     pub(super) async fn from_log(
         config: &Config,
         log: DataDir,
@@ -143,8 +148,9 @@ impl Node {
         &self.metrics
     }
 
-    /// Resolves when this process must stop, with the reason. Either another process has superseded this broker, or the object store is
-    /// another cluster's or of a later generation. A wrong object store is found here only if it did not respond at the start.
+    /// Resolves when this process must stop, with the reason. Either another process has superseded this broker, or the
+    /// object store is another cluster's or of a later generation. A wrong object store is found here only if it did
+    /// not respond at the start.
     pub async fn must_stop(&self) -> anyhow::Error {
         let refused = async {
             match &self.tier {
@@ -173,8 +179,9 @@ impl Node {
         }
     }
 
-    /// Runs the first half of a stop. No new clients connect, other brokers take over the leaderships, written data is acknowledged, and
-    /// the streams of readers and maintenance end. The transfer of leadership takes at most half of `within`.
+    /// Runs the first half of a stop. No new clients connect, other brokers take over the leaderships, written data is
+    /// acknowledged, and the streams of readers and maintenance end. The transfer of leadership takes at most half of
+    /// `within`.
     pub async fn begin_stop(&self, within: Duration) {
         grpc::report(&self.health, ServingStatus::NotServing).await;
         if !self.alone {
@@ -182,7 +189,8 @@ impl Node {
         }
         self.broker.stop().await;
         if !self.alone {
-            // Ends the registration before the listeners close. Otherwise peers would take the closed listener for a crash.
+            // Ends the registration before the listeners close. Otherwise peers would take the closed listener for a
+            // crash.
             self.session.leave().await;
         }
     }
@@ -299,8 +307,8 @@ impl NodeStart<'_> {
         Ok(Node { log, tier, broker, session, connect, alone, routes, health, tasks, metrics })
     }
 
-    /// Registers the broker, and waits until its metadata cache contains the registration. The cache then also contains everything that was
-    /// released before. Also returns the partitions that could not be verified.
+    /// Registers the broker, and waits until its metadata cache contains the registration. The cache then also contains
+    /// everything that was released before. Also returns the partitions that could not be verified.
     async fn register(
         &self,
         admission: &ClusterAdmission<'_>,
@@ -396,8 +404,8 @@ fn with_cache(config: &Config, store: TierStore, metrics: &Metrics) -> anyhow::R
     Ok(TierHandle { store, cache })
 }
 
-/// Registers a standalone broker. Its metadata lies beside its data and is lost or restored together with it, so there is nothing to
-/// verify.
+/// Registers a standalone broker. Its metadata lies beside its data and is lost or restored together with it, so there
+/// is nothing to verify.
 async fn register_alone(
     registration: RegistrationRequest,
     metadata: &MetadataCache,
@@ -408,8 +416,8 @@ async fn register_alone(
     registration.register(record.map(|entry| entry.mod_revision), metadata, tasks).await
 }
 
-/// Verifies that the object store belongs to this cluster. Waits only for a moment: an object store that does not respond is queried again
-/// until it does, and a rejection then stops the broker.
+/// Verifies that the object store belongs to this cluster. Waits only for a moment: an object store that does not
+/// respond is queried again until it does, and a rejection then stops the broker.
 async fn claim(store: &TierStore, tasks: &Tasks) -> Result<(), BindingError> {
     let (asked, stop) = (store.clone(), tasks.clone());
     let (first, first_result) = oneshot::channel();

@@ -1,16 +1,17 @@
-//! Decides which connections of one listener get a place. This module handles only numbers and addresses; `connection` owns the sockets.
+//! Decides which connections of one listener get a place. This module handles only numbers and addresses; `connection`
+//! owns the sockets.
 //!
 //! # Invariants
 //!
 //! - A connection with an open call or stream is never evicted, except from the probe pool.
 //! - The common pool contains at most `places` connections, and at most `per_address` of them from one origin.
-//! - While `max_calls` calls are open, a connection may begin a call only below its equal share of `max_calls` or below [`MIN_CALLS`]. So
-//!   no connection can take all calls.
-//! - The places of the other two pools are additional: [`LOOPBACK_PLACES`] for this machine, and [`PROBE_PLACES`] for connections that
-//!   serve only probes.
-//! - In the probe pool, a new connection evicts the oldest connection of the address with the most connections. If several addresses have
-//!   the most, the new connection's own address is preferred. So a probe always gets a place, and a flood from one or two addresses does
-//!   not evict it.
+//! - While `max_calls` calls are open, a connection may begin a call only below its equal share of `max_calls` or below
+//!   [`MIN_CALLS`]. So no connection can take all calls.
+//! - The places of the other two pools are additional: [`LOOPBACK_PLACES`] for this machine, and [`PROBE_PLACES`] for
+//!   connections that serve only probes.
+//! - In the probe pool, a new connection evicts the oldest connection of the address with the most connections. If
+//!   several addresses have the most, the new connection's own address is preferred. So a probe always gets a place,
+//!   and a flood from one or two addresses does not evict it.
 
 use std::{
     collections::BTreeMap,
@@ -82,7 +83,8 @@ pub(super) struct Admitted<T> {
     pub(super) evicted: Option<T>,
 }
 
-/// Connections of a listener, each with a handle `T`. An evicted or removed connection's handle is returned to the caller.
+/// Connections of a listener, each with a handle `T`. An evicted or removed connection's handle is returned to the
+/// caller.
 #[derive(Debug)]
 pub(super) struct Places<T> {
     places: usize,
@@ -192,8 +194,8 @@ impl<T> Places<T> {
         }
     }
 
-    /// Moves a connection from the probe pool to the common pool, if the common pool has space by now. Returns the connection that was
-    /// evicted for it, or the limit that prevents the move.
+    /// Moves a connection from the probe pool to the common pool, if the common pool has space by now. Returns the
+    /// connection that was evicted for it, or the limit that prevents the move.
     pub(super) fn promote(&mut self, id: u64) -> Result<Option<T>, Bound> {
         let Some(occupant) = self.connections.get(&id).filter(|occupant| occupant.pool == Pool::Probe) else {
             return Ok(None);
@@ -217,8 +219,8 @@ impl<T> Places<T> {
         Some(occupant.handle)
     }
 
-    /// Returns the idle connection that one more connection from this origin evicts from the common pool; `None` if a place is free. Fails
-    /// with the limit if no connection can be evicted.
+    /// Returns the idle connection that one more connection from this origin evicts from the common pool; `None` if a
+    /// place is free. Fails with the limit if no connection can be evicted.
     fn room_in_common(&self, origin: Origin) -> Result<Option<u64>, Bound> {
         if let Some(share) = self.origins.get(&origin.address).filter(|share| share.connections >= self.per_address) {
             return share.idle.first_key_value().map(|(_, id)| Some(*id)).ok_or(Bound::Address);
@@ -229,15 +231,16 @@ impl<T> Places<T> {
         self.idle.first_key_value().map(|(_, id)| Some(*id)).ok_or(Bound::Places)
     }
 
-    /// Returns the connection that one more connection from this origin evicts from the probe pool; `None` if a place is free.
+    /// Returns the connection that one more connection from this origin evicts from the probe pool; `None` if a place
+    /// is free.
     fn room_among_probes(&self, origin: Origin) -> Option<u64> {
         if self.probes.len() < PROBE_PLACES {
             return None;
         }
         let addresses = || self.probes.values().filter_map(|id| Some((id, self.connections.get(id)?.origin.address)));
         let held = |address: IpAddr| addresses().filter(|(_, other)| *other == address).count();
-        // Among addresses with equally many connections, the new connection's own address ranks first. Among equals, `max_by_key` returns
-        // the last, which is the oldest because the order is reversed.
+        // Among addresses with equally many connections, the new connection's own address ranks first. Among equals,
+        // `max_by_key` returns the last, which is the oldest because the order is reversed.
         let ranked = addresses().map(|(id, address)| ((held(address), address == origin.address), *id));
         ranked.rev().max_by_key(|(rank, _)| *rank).map(|(_, id)| id)
     }

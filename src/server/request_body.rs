@@ -1,15 +1,15 @@
-//! The body of a request on its way to the codec. Memory is taken for each message before the message is read, its size and its parts are
-//! limited, and its bytes are passed on unchanged.
+//! The body of a request on its way to the codec. Memory is taken for each message before the message is read, its size
+//! and its parts are limited, and its bytes are passed on unchanged.
 //!
 //! ```text
 //! HTTP/2 ─► length ─► too large? ─► take memory ─► frames as they arrive, parts counted ─► take memory for parts ─► last frame ─► codec
 //!                                        └ none free: nothing is read, the window stops the sender ┘
 //! ```
 //!
-//! The codec allocates space for a message when it reads the length. The length of a large message is passed on after [`SMALL_BYTES`] of
-//! the message have arrived, so the length by itself costs nothing. The codec builds structs of the parts after the last byte, so their
-//! memory is taken before that byte is passed on. Messages are passed on one at a time, so that each memory grant belongs to the message
-//! that the handler has.
+//! The codec allocates space for a message when it reads the length. The length of a large message is passed on after
+//! [`SMALL_BYTES`] of the message have arrived, so the length by itself costs nothing. The codec builds structs of the
+//! parts after the last byte, so their memory is taken before that byte is passed on. Messages are passed on one at a
+//! time, so that each memory grant belongs to the message that the handler has.
 
 use std::{
     collections::VecDeque,
@@ -238,7 +238,8 @@ impl RequestBody {
         Ok(())
     }
 
-    /// Keeps the received bytes of a message that must wait for memory. Drops the bytes if other waiting requests hold too much.
+    /// Keeps the received bytes of a message that must wait for memory. Drops the bytes if other waiting requests hold
+    /// too much.
     fn hold_rest(&mut self) -> Result<Option<Grant>, ApiError> {
         if self.rest.len() <= WAITING_BYTES {
             // The bytes may be a slice of a larger buffer.
@@ -319,8 +320,8 @@ impl RequestBody {
         let message = self.message.take().expect("a message is being read");
         self.memory.deliver(message.bytes, message.grant.into_iter().chain(parts));
         if !self.is_stream {
-            // Otherwise the handler would start at the end of the body, which may never arrive, and would hold the message's memory until
-            // then.
+            // Otherwise the handler would start at the end of the body, which may never arrive, and would hold the
+            // message's memory until then.
             (self.is_over, self.rest, self.ahead) = (true, Bytes::new(), None);
             return;
         }
@@ -341,7 +342,8 @@ impl RequestBody {
                 return Poll::Ready(None);
             }
             if self.is_stream && self.message.is_none() {
-                // A handler that polls for more has the last message. The handler took the message's memory, or does not need it.
+                // A handler that polls for more has the last message. The handler took the message's memory, or does
+                // not need it.
                 drop(self.memory.take_request());
             }
             if self.message.is_none() && self.rest.len() >= PREFIX_BYTES {

@@ -1,7 +1,9 @@
-//! Client calls that are streams of messages: `Produce` and `Fetch`. Each message has its own buffer, which is freed with the message.
+//! Client calls that are streams of messages: `Produce` and `Fetch`. Each message has its own buffer, which is freed
+//! with the message.
 //!
-//! tonic keeps a buffer per direction for as long as a call is open, as large as the largest message of the call. With those buffers, an
-//! idle consumer held its last response and an idle producer its largest request after their memory was freed in the budgets.
+//! tonic keeps a buffer per direction for as long as a call is open, as large as the largest message of the call. With
+//! those buffers, an idle consumer held its last response and an idle producer its largest request after their memory
+//! was freed in the budgets.
 
 use std::{
     convert::Infallible,

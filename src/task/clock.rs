@@ -1,8 +1,10 @@
-//! The wall clock and the monotonic clock. Decisions take `now` as an argument; only tasks and request handlers read the clocks.
+//! The wall clock and the monotonic clock. Decisions take `now` as an argument; only tasks and request handlers read
+//! the clocks.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Returns the wall clock in milliseconds since 1970. It may jump in both directions. For timestamps of records and objects.
+/// Returns the wall clock in milliseconds since 1970. It may jump in both directions. For timestamps of records and
+/// objects.
 pub fn wall_ms() -> i64 {
     #[cfg(feature = "sim")]
     if let Some(process) = super::process::SimProcess::current() {

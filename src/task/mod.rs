@@ -1,8 +1,9 @@
 //! Task sets, threads, clocks and randomness. No other module spawns, reads a clock or draws a random number.
 //!
-//! A [`Tasks`] is a set of tasks with one cancellation token. The owner of a set ends it with [`Tasks::stop`], which cancels the token and
-//! joins every task. A long-running task runs each wait through [`Tasks::run_until_cancelled`]. Tasks and threads inherit the tracing span of their parent,
-//! so that brokers in one process have log lines of their own.
+//! A [`Tasks`] is a set of tasks with one cancellation token. The owner of a set ends it with [`Tasks::stop`], which
+//! cancels the token and joins every task. A long-running task runs each wait through [`Tasks::run_until_cancelled`].
+//! Tasks and threads inherit the tracing span of their parent, so that brokers in one process have log lines of their
+//! own.
 
 use std::future::Future;
 
@@ -98,8 +99,8 @@ impl Tasks {
         self.token.cancelled().await;
     }
 
-    /// Runs a future until it completes or the set is cancelled. Returns `None` if the set is cancelled: the future is then dropped, even
-    /// if it could complete as well.
+    /// Runs a future until it completes or the set is cancelled. Returns `None` if the set is cancelled: the future is
+    /// then dropped, even if it could complete as well.
     pub async fn run_until_cancelled<F: Future>(&self, future: F) -> Option<F::Output> {
         tokio::select! {
             biased;
@@ -172,8 +173,9 @@ fn in_span<T>(function: impl FnOnce() -> T) -> impl FnOnce() -> T {
     move || span.in_scope(function)
 }
 
-/// Runs blocking `work` on this many threads, the caller's thread included, and joins them. `work` receives the number of its thread, from 0.
-/// If the system cannot create all threads, fewer threads run, so `work` must not expect a fixed number.
+/// Runs blocking `work` on this many threads, the caller's thread included, and joins them. `work` receives the number
+/// of its thread, from 0. If the system cannot create all threads, fewer threads run, so `work` must not expect a fixed
+/// number.
 ///
 /// # Panics
 /// If `work` panics on a thread.

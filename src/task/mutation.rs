@@ -1,5 +1,5 @@
-//! Mutations: rules that a test breaks on purpose, to show that the checks detect it. Compiled in tests and with the feature `sim` only;
-//! otherwise `mutant!` is `false`.
+//! Mutations: rules that a test breaks on purpose, to show that the checks detect it. Compiled in tests and with the
+//! feature `sim` only; otherwise `mutant!` is `false`.
 //!
 //! A mutation is active in one thread. A simulation runs in one thread, and so does a model check.
 

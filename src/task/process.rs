@@ -1,7 +1,7 @@
 //! Simulated broker processes within one operating system process (feature `sim`).
 //!
-//! A [`SimProcess`] has its own wall clock and its own seeded random generator. Killing it drops all its tasks between two polls, as signal 9
-//! would. Tasks that are spawned by a task of the process belong to the process as well.
+//! A [`SimProcess`] has its own wall clock and its own seeded random generator. Killing it drops all its tasks between
+//! two polls, as signal 9 would. Tasks that are spawned by a task of the process belong to the process as well.
 
 use std::{
     cell::RefCell,
@@ -67,7 +67,8 @@ impl SimProcess {
         work()
     }
 
-    /// Runs a future inside the process. After the process is killed, the next poll drops the future, which then never completes.
+    /// Runs a future inside the process. After the process is killed, the next poll drops the future, which then never
+    /// completes.
     pub fn run<F: Future>(&self, future: F) -> ProcessFuture<F> {
         ProcessFuture { process: self.clone(), future: Some(Box::pin(future)) }
     }

@@ -1,5 +1,5 @@
-//! Random numbers, for UUIDs, jitter, partition choice and the key of producer ids. The generator is cryptographically secure (`rand::rng`),
-//! except in a simulated process.
+//! Random numbers, for UUIDs, jitter, partition choice and the key of producer ids. The generator is cryptographically
+//! secure (`rand::rng`), except in a simulated process.
 
 use rand::{
     Rng, RngExt as _,

@@ -1,8 +1,9 @@
-//! Events that a simulated broker reports while it runs (feature `sim`). Without the feature, `sim_event!` expands to nothing.
+//! Events that a simulated broker reports while it runs (feature `sim`). Without the feature, `sim_event!` expands to
+//! nothing.
 //!
-//! The simulator checks most rules at the event that could break them: an append, a truncation, a new high watermark. An event states what
-//! happened, not what is allowed. Each thread runs one simulation and has one observer. The observer is called from within the broker, so it
-//! must not call broker code.
+//! The simulator checks most rules at the event that could break them: an append, a truncation, a new high watermark.
+//! An event states what happened, not what is allowed. Each thread runs one simulation and has one observer. The
+//! observer is called from within the broker, so it must not call broker code.
 
 use std::cell::RefCell;
 
@@ -12,7 +13,8 @@ use crate::model::{BrokerId, LeaderEpoch, Offset, PartitionId, Watermarks};
 /// An event in a simulated process.
 #[derive(Clone, Copy, Debug)]
 pub enum SimEvent<'a> {
-    /// The metadata store changed or deleted a key. These events come in order of revisions, before any broker can see the change.
+    /// The metadata store changed or deleted a key. These events come in order of revisions, before any broker can see
+    /// the change.
     Stored {
         /// The changed key.
         key: &'a str,
@@ -108,7 +110,8 @@ pub enum SimEvent<'a> {
         /// The role of the replica.
         role: SimRole,
     },
-    /// A leader compared a follower's log position with its own log. Earlier acknowledgements of that follower no longer count.
+    /// A leader compared a follower's log position with its own log. Earlier acknowledgements of that follower no
+    /// longer count.
     FollowerSubscribed {
         /// The partition.
         partition: PartitionId,

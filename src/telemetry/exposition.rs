@@ -36,8 +36,8 @@ impl MetricsFormat {
     }
 }
 
-/// Converts OpenMetrics to the Prometheus text format. In that format, the name of a counter's family has the suffix of its samples, and
-/// there is no end marker.
+/// Converts OpenMetrics to the Prometheus text format. In that format, the name of a counter's family has the suffix of
+/// its samples, and there is no end marker.
 pub(super) fn to_prometheus(open_metrics: &str) -> String {
     let mut out = String::with_capacity(open_metrics.len());
     let mut help: Option<(&str, &str)> = None;

@@ -1,5 +1,5 @@
-//! Metric types and metric families with their labels. A label has few values: names of a fixed set, or the brokers of the cluster.
-//! There is no label for topics or partitions.
+//! Metric types and metric families with their labels. A label has few values: names of a fixed set, or the brokers of
+//! the cluster. There is no label for topics or partitions.
 
 use std::{sync::atomic::AtomicU64, time::Duration};
 

@@ -1,5 +1,5 @@
-//! The metrics registry. Each metric is declared once, with field, name, type and help; `docs/metrics.md` is generated from the
-//! declarations.
+//! The metrics registry. Each metric is declared once, with field, name, type and help; `docs/metrics.md` is generated
+//! from the declarations.
 
 use std::{fmt, fmt::Write as _, sync::Arc};
 

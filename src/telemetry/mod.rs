@@ -85,7 +85,8 @@ fn parse_filter(level: &str) -> Result<EnvFilter, InvalidLogLevel> {
     if let Some(unknown) = unknown {
         return Err(invalid(format!("{unknown:?} is not a level")));
     }
-    // The object_store crate logs each of its retries, which would fill the log during an outage. This project logs the outage once.
+    // The object_store crate logs each of its retries, which would fill the log during an outage. This project logs the
+    // outage once.
     let level = if level.contains("object_store") { level.to_owned() } else { format!("object_store=warn,{level}") };
     EnvFilter::try_new(&level).map_err(|error| invalid(error.to_string()))
 }

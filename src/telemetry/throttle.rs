@@ -1,4 +1,5 @@
-//! Throttling of log lines about a repeated condition: its start, a reminder with a count per interval, and its end are logged.
+//! Throttling of log lines about a repeated condition: its start, a reminder with a count per interval, and its end are
+//! logged.
 //!
 //! The throttle only decides; the caller logs. The time is an argument.
 
@@ -11,8 +12,8 @@ pub const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The throttle of one condition, which may start and end repeatedly.
 ///
-/// A condition that flaps causes at most one line about its start and one about its end per interval. The next line contains the number of
-/// occurrences that were not logged.
+/// A condition that flaps causes at most one line about its start and one about its end per interval. The next line
+/// contains the number of occurrences that were not logged.
 #[derive(Clone, Debug, Default)]
 pub struct LogThrottle {
     /// Time of the last line about an occurrence.
@@ -24,7 +25,8 @@ pub struct LogThrottle {
 }
 
 impl LogThrottle {
-    /// Counts an occurrence. Returns `Some` if the caller must log it, with the number of occurrences since the last line, this one included.
+    /// Counts an occurrence. Returns `Some` if the caller must log it, with the number of occurrences since the last
+    /// line, this one included.
     pub fn occur(&mut self, now: Instant) -> Option<u64> {
         self.unlogged += 1;
         if !self.is_quiet(now) {
@@ -34,7 +36,8 @@ impl LogThrottle {
         Some(std::mem::take(&mut self.unlogged))
     }
 
-    /// Ends the condition. Returns `Some` if the caller must log the end, with the number of occurrences since the last line.
+    /// Ends the condition. Returns `Some` if the caller must log the end, with the number of occurrences since the last
+    /// line.
     pub fn recover(&mut self) -> Option<u64> {
         std::mem::take(&mut self.announced).then(|| std::mem::take(&mut self.unlogged))
     }

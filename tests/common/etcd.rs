@@ -47,7 +47,8 @@ fn program() -> &'static Path {
     })
 }
 
-/// Returns a command that runs a program in a network namespace. The process id is that of the program, because `ip` executes it.
+/// Returns a command that runs a program in a network namespace. The process id is that of the program, because `ip`
+/// executes it.
 pub(crate) fn in_namespace(namespace: Option<&str>, program: &Path) -> Command {
     let Some(namespace) = namespace else { return Command::new(program) };
     let mut command = Command::new("ip");

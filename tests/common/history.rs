@@ -1,8 +1,8 @@
-//! Checks the results that clients received from real processes (`tests/it`) and from simulated ones (`tests/sim`): no acknowledged
-//! record may be lost, and no other record may be read.
+//! Checks the results that clients received from real processes (`tests/it`) and from simulated ones (`tests/sim`): no
+//! acknowledged record may be lost, and no other record may be read.
 //!
-//! A [`History`] holds the sent records with their outcomes, and the records that readers received. Each payload is sent once, so it
-//! identifies its record. [`History::check`] is a pure function. It finds these violations:
+//! A [`History`] holds the sent records with their outcomes, and the records that readers received. Each payload is
+//! sent once, so it identifies its record. [`History::check`] is a pure function. It finds these violations:
 //!
 //! | violation | meaning |
 //! | --- | --- |
@@ -63,8 +63,8 @@ pub(crate) struct ReadPass {
     pub(crate) end: i64,
     /// End of the read, excluded: `end`, or below it if the reader reads only a part.
     pub(crate) to: i64,
-    /// True if `end` had to be the newest end. A leader that was replaced without its knowledge reports an older end. In this case only
-    /// the received records are checked.
+    /// True if `end` had to be the newest end. A leader that was replaced without its knowledge reports an older end.
+    /// In this case only the received records are checked.
     pub(crate) current: bool,
     /// Received records, in the order of their arrival.
     pub(crate) records: Vec<(i64, u64)>,
@@ -178,8 +178,8 @@ fn identities(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, fou
     }
 }
 
-/// The acknowledged records of one log in the order of their offsets. With this order, a check of one reader does not scan the whole
-/// history.
+/// The acknowledged records of one log in the order of their offsets. With this order, a check of one reader does not
+/// scan the whole history.
 struct Acknowledged<'a> {
     attempts: Vec<(i64, &'a Attempt)>,
     /// For each record, the earliest acknowledgement of this record and all records above it.
@@ -272,7 +272,8 @@ mod tests {
         ReadPass { log: LOG, began, from, end, to: end, current: true, records }
     }
 
-    /// Returns a history without violations: records in order, one stored and one missing of unknown outcome, and a refused one.
+    /// Returns a history without violations: records in order, one stored and one missing of unknown outcome, and a
+    /// refused one.
     fn valid() -> History {
         let attempts = vec![
             acknowledged(1, 0),

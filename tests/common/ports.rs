@@ -1,12 +1,13 @@
-//! Ports for servers that tests start. All tests of a process use this one counter, because two counters would return equal ports.
+//! Ports for servers that tests start. All tests of a process use this one counter, because two counters would return
+//! equal ports.
 
 use std::{
     net::{Ipv4Addr, TcpListener},
     sync::atomic::{AtomicU32, Ordering::Relaxed},
 };
 
-/// Returns a free port of the loopback interface. The port is below the kernel's ephemeral ports, so that no client connection can take it
-/// while its server is down.
+/// Returns a free port of the loopback interface. The port is below the kernel's ephemeral ports, so that no client
+/// connection can take it while its server is down.
 pub(crate) fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {

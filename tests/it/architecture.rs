@@ -65,7 +65,8 @@ const KNOWLEDGE: &[RestrictedImport] = &[
     RestrictedImport {
         what: "an order of iteration that no two runs share (a BTreeMap has one of its own)",
         paths: &["std::collections::HashMap", "std::collections::HashSet"],
-        // The generated types need hash maps. The search of the model check holds millions of states and never iterates over them.
+        // The generated types need hash maps. The search of the model check holds millions of states and never iterates
+        // over them.
         allowed: &["proto", "broker/topics", "broker/describe", "partition/model_check"],
     },
     RestrictedImport { what: "command-line arguments", paths: &["clap"], allowed: &["config", "cli", "main"] },
@@ -329,7 +330,8 @@ fn file_without_module_doc_is_found() {
     assert_eq!(listed_out_of_order("pub mod model;\n#[cfg(feature = \"server\")]\npub mod log;"), None);
 }
 
-/// A program that embeds the client must not compile a server. The list is what the `server` and `aws-sdk` features add.
+/// A program that embeds the client must not compile a server. The list is what the `server` and `aws-sdk` features
+/// add.
 #[test]
 fn client_without_server_has_no_server_crates() {
     let root = env!("CARGO_MANIFEST_DIR");

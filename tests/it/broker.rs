@@ -1,7 +1,8 @@
 //! Real broker processes, and the command line as a user runs it.
 //!
-//! A [`BrokerInstance`] holds the folder and the ports of one broker. [`BrokerInstance::start`] returns a [`Broker`] that is ready. Dropping the [`Broker`]
-//! kills its process by process id. Its output goes to `broker.log` in that folder. A failed test prints the last lines of the output.
+//! A [`BrokerInstance`] holds the folder and the ports of one broker. [`BrokerInstance::start`] returns a [`Broker`]
+//! that is ready. Dropping the [`Broker`] kills its process by process id. Its output goes to `broker.log` in that
+//! folder. A failed test prints the last lines of the output.
 
 use std::{
     fmt::Write as _,
@@ -99,7 +100,8 @@ impl BrokerInstance {
         Self { grpc, http, ..Self::new() }
     }
 
-    /// Creates an instance of a cluster broker with this id, in one of three racks, with this etcd as the metadata store.
+    /// Creates an instance of a cluster broker with this id, in one of three racks, with this etcd as the metadata
+    /// store.
     pub(crate) fn member(id: u32, etcd: &Etcd) -> Self {
         let instance = Self { id, ..Self::new() }.setting("metadata.session_timeout", "\"2s\"");
         // The disk usage of this machine must not matter.
@@ -192,8 +194,8 @@ impl BrokerInstance {
         value
     }
 
-    /// Returns the values of several metrics of one `/metrics` page. Values of two pages cannot be compared, because the broker continues
-    /// between them.
+    /// Returns the values of several metrics of one `/metrics` page. Values of two pages cannot be compared, because
+    /// the broker continues between them.
     pub(crate) fn metrics<const N: usize>(&self, names: [&str; N]) -> [f64; N] {
         let (_, page) = http_get(self.http, "/metrics").expect("the metrics page responds");
         names.map(|name| {
@@ -267,7 +269,8 @@ impl BrokerInstance {
         path
     }
 
-    /// Starts `strandline broker` and waits until it is ready. Chooses new ports, up to five times, if one of the ports is in use.
+    /// Starts `strandline broker` and waits until it is ready. Chooses new ports, up to five times, if one of the ports
+    /// is in use.
     pub(crate) fn start(&mut self) -> Broker {
         for _ in 0..5 {
             let mut broker = self.spawn();
@@ -303,8 +306,8 @@ impl BrokerInstance {
         broker
     }
 
-    /// Starts `strandline dev` with this number of brokers, for an instance of [`BrokerInstance::cluster`]. Waits until the first broker is ready and
-    /// the greeting is printed.
+    /// Starts `strandline dev` with this number of brokers, for an instance of [`BrokerInstance::cluster`]. Waits until
+    /// the first broker is ready and the greeting is printed.
     pub(crate) fn start_dev_cluster(&self, brokers: usize) -> Broker {
         self.start_dev_cluster_with(brokers, &[])
     }
@@ -406,7 +409,8 @@ impl Broker {
         eventually("the broker has exited", || self.child.try_wait().expect("the child process exists"))
     }
 
-    /// Stops the process as a frozen machine would stop, or resumes it. A stopped process keeps its connections open and sends nothing.
+    /// Stops the process as a frozen machine would stop, or resumes it. A stopped process keeps its connections open
+    /// and sends nothing.
     pub(crate) fn freeze(&self, frozen: bool) {
         let signal = if frozen { Signal::STOP } else { Signal::CONT };
         rustix::process::kill_process(Pid::from_child(&self.child), signal).expect("the process is a child");

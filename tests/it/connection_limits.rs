@@ -12,7 +12,8 @@ use crate::{
     wire,
 };
 
-/// Calls over an open connection. Repeats the call if the connection was idle and was closed for a new one at that moment.
+/// Calls over an open connection. Repeats the call if the connection was idle and was closed for a new one at that
+/// moment.
 async fn call<T, F: Future<Output = Result<T, Status>>>(what: &str, attempt: impl Fn() -> F) {
     eventually_async(what, || async {
         match attempt().await {
@@ -44,8 +45,8 @@ async fn append(log: &LogClient<Channel>, topic: &str, partition: i32) {
     .await;
 }
 
-/// Without a free file descriptor, the switch to the next journal file fails, and with it the whole data directory. Connections therefore
-/// never get the last descriptors, and connections that send nothing are closed after a while.
+/// Without a free file descriptor, the switch to the next journal file fails, and with it the whole data directory.
+/// Connections therefore never get the last descriptors, and connections that send nothing are closed after a while.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn idle_connections_take_no_open_files_from_the_log() {
     let mut instance = BrokerInstance::new().open_files(256);
@@ -66,7 +67,8 @@ async fn idle_connections_take_no_open_files_from_the_log() {
             append(&log, &topic, partition).await;
         }
     }
-    // Accepted connections that send nothing are closed. New connections are served, although the idle clients keep their sockets open.
+    // Accepted connections that send nothing are closed. New connections are served, although the idle clients keep
+    // their sockets open.
     tokio::task::block_in_place(|| {
         let ready = || http_get(instance.http(), "/readyz").is_ok_and(|(code, _)| code == 200);
         eventually("a new client is served", || ready().then_some(()));

@@ -1,5 +1,5 @@
-//! Data on disk or in the object store is corrupt, missing or unreachable. Brokers never serve wrong data, lose no more than is corrupt,
-//! and resume without a restart.
+//! Data on disk or in the object store is corrupt, missing or unreachable. Brokers never serve wrong data, lose no more
+//! than is corrupt, and resume without a restart.
 
 use std::{
     fs,
@@ -66,7 +66,8 @@ fn fed(tiered: bool, text: &str) -> (BrokerInstance, Broker) {
     (instance, broker)
 }
 
-/// Checks that a read of the topic `victim` fails, that all output before the failure is right, and that another topic is served.
+/// Checks that a read of the topic `victim` fails, that all output before the failure is right, and that another topic
+/// is served.
 fn fails_without_a_wrong_byte(cli: &Cli, text: &str) {
     let read = cli.run(&["consume", "victim", "--from", "earliest", "--until-end"]);
     assert_eq!(read.code, 1, "a corrupt object is an error: {}", read.stderr);
@@ -130,8 +131,8 @@ fn missing_object_is_reported_and_served_when_restored() {
     assert!(whole == text.as_bytes(), "{} of {} bytes", whole.len(), text.len());
 }
 
-/// Uploads fail while the object store is away, appends do not. When the object store returns, the remaining uploads follow without a
-/// restart.
+/// Uploads fail while the object store is away, appends do not. When the object store returns, the remaining uploads
+/// follow without a restart.
 #[test]
 fn missing_object_store_loses_no_records() {
     let text = lines(20_000);

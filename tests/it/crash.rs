@@ -1,8 +1,9 @@
 //! A real broker process is killed with SIGKILL at random moments under load. Acknowledged records are kept.
 //!
-//! Several producers pipeline into several partitions of two topics, one for each durability. Segments are small and soon evicted, so that
-//! kills also hit rolls, uploads, tier commits and evictions. Some kills hit the recovery from the previous kill, and some are clean stops.
-//! `history` checks the results. Each payload follows from its own number, so that corruption is detected.
+//! Several producers pipeline into several partitions of two topics, one for each durability. Segments are small and
+//! soon evicted, so that kills also hit rolls, uploads, tier commits and evictions. Some kills hit the recovery from
+//! the previous kill, and some are clean stops. `history` checks the results. Each payload follows from its own number,
+//! so that corruption is detected.
 
 use std::{
     collections::HashMap,
@@ -53,8 +54,8 @@ const PIECE: i64 = 1000;
 /// Number of records of one log that are read before the leader is looked up again.
 const READ_AT_ONCE: i64 = 20_000;
 
-/// Number of kills between two checks of all results so far, each with a progress line. The first kills are each followed by a check,
-/// because most runs are short.
+/// Number of kills between two checks of all results so far, each with a progress line. The first kills are each
+/// followed by a check, because most runs are short.
 const ROUND: u64 = 20;
 
 /// Returns the number in an environment variable, or the default.
@@ -73,8 +74,8 @@ pub(crate) struct Load {
     attempts: Mutex<Vec<Attempt>>,
     /// Log and time of each acknowledgement.
     moments: Mutex<Vec<(Log, Instant)>>,
-    /// Number of requests that producers may send before the next kill. Without a bound, a slow machine would get more records during a
-    /// read than it can ever read.
+    /// Number of requests that producers may send before the next kill. Without a bound, a slow machine would get more
+    /// records during a read than it can ever read.
     budget: AtomicU64,
 }
 
@@ -99,8 +100,8 @@ impl Load {
         eventually_async("the log has a leader", find_leader).await
     }
 
-    /// Returns the longest time without an acknowledgement in a log since `since`. Returns `None` until there are enough acknowledgements
-    /// to show that the log continues.
+    /// Returns the longest time without an acknowledgement in a log since `since`. Returns `None` until there are
+    /// enough acknowledgements to show that the log continues.
     pub(crate) fn longest_silence(&self, log: Log, since: Instant) -> Option<Duration> {
         let moments = self.moments.lock();
         let moments_of_log: Vec<Instant> =
@@ -286,8 +287,8 @@ pub(crate) async fn read(load: &Load, from: impl Fn(Log) -> i64) -> Vec<ReadPass
 async fn read_part(load: &Load, log: Log, part: Part) -> ReadPass {
     let (name, partition) = (load.topics[log.0], log.1);
     let (began, from) = (load.tick(), part.from);
-    // With several brokers, leadership may change at any time, for example back to the preferred leader. After an outage of the object
-    // store, brokers without readers detect its return at their next probe.
+    // With several brokers, leadership may change at any time, for example back to the preferred leader. After an
+    // outage of the object store, brokers without readers detect its return at their next probe.
     let is_retried = |error: &ApiError| {
         load.addresses.len() > 1 && matches!(error.code, ErrorCode::NotLeader | ErrorCode::ObjectStoreUnavailable)
     };
@@ -319,10 +320,10 @@ async fn read_part(load: &Load, log: Log, part: Part) -> ReadPass {
 
 /// Results of all readers, and the offsets at which the next readers start.
 ///
-/// After each start of the broker, while the producers continue, a reader reads every partition from a little below the previous end.
-/// Another reader reads a randomly placed piece of old records. A kill therefore costs the same whether it is the first or the last. Every
-/// record is read soon after it was written, and old records are read again after later kills. At the end everything is read once more, and
-/// must equal the earlier results.
+/// After each start of the broker, while the producers continue, a reader reads every partition from a little below the
+/// previous end. Another reader reads a randomly placed piece of old records. A kill therefore costs the same whether
+/// it is the first or the last. Every record is read soon after it was written, and old records are read again after
+/// later kills. At the end everything is read once more, and must equal the earlier results.
 #[derive(Default)]
 struct Readers {
     passes: Vec<ReadPass>,
@@ -374,8 +375,8 @@ pub(crate) fn check_passes(load: &Load, passes: &[ReadPass]) {
     assert!(violations.is_empty(), "{} violations, the first: {first:#?}", violations.len());
 }
 
-/// `STRANDLINE_KILLS` is the number of kills (`make crash-test`: 200). `STRANDLINE_SEED` repeats the choices of a run, but not the
-/// scheduler's.
+/// `STRANDLINE_KILLS` is the number of kills (`make crash-test`: 200). `STRANDLINE_SEED` repeats the choices of a run,
+/// but not the scheduler's.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sigkill_loses_no_acknowledged_records() {
     let kills = setting("STRANDLINE_KILLS", 6);

@@ -1,8 +1,8 @@
 //! The Rust client, while its broker is killed again and again: the client delivers everything, once and in order.
 //!
-//! `crash` tests what the broker keeps. These tests check the client: retries of an idempotent producer across kills neither lose nor
-//! duplicate records, and a following consumer reads every record once, without an error. Faults are a quarter as frequent as kills in
-//! `crash`.
+//! `crash` tests what the broker keeps. These tests check the client: retries of an idempotent producer across kills
+//! neither lose nor duplicate records, and a following consumer reads every record once, without an error. Faults are a
+//! quarter as frequent as kills in `crash`.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -121,7 +121,8 @@ impl ClientLoad {
         Self::with_reader(bootstrap, direct, ConsumerOptions::default(), rng).await
     }
 
-    /// Starts as [`ClientLoad::on_topic`] does, with a consumer of these options. The consumer refreshes its metadata every second.
+    /// Starts as [`ClientLoad::on_topic`] does, with a consumer of these options. The consumer refreshes its metadata
+    /// every second.
     pub(crate) async fn with_reader(
         bootstrap: &str,
         direct: Vec<SocketAddr>,
@@ -146,8 +147,8 @@ impl ClientLoad {
         Self { load, tasks, producers, follower, tell }
     }
 
-    /// Ends the load after this number of faults. Everything sent must have been delivered once and consumed. Returns the number of
-    /// records.
+    /// Ends the load after this number of faults. Everything sent must have been delivered once and consumed. Returns
+    /// the number of records.
     pub(crate) async fn finish(self, blows: u64) -> i64 {
         self.tasks.cancel();
         for producer in self.producers {
@@ -197,8 +198,9 @@ async fn client_delivers_once_and_in_order_across_kills() {
     assert!(broker.terminate().success(), "{}", instance.log());
 }
 
-/// A kill seldom falls between an append and its response, so the proxy drops responses. Only the recognition of retries prevents duplicate
-/// records. A kill follows some losses, so that recovery must restore the producer state too.
+/// A kill seldom falls between an append and its response, so the proxy drops responses. Only the recognition of
+/// retries prevents duplicate records. A kill follows some losses, so that recovery must restore the producer state
+/// too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lost_responses_and_kills_duplicate_no_records() {
     let losses = setting("STRANDLINE_KILLS", 32).div_ceil(4);

@@ -1,5 +1,5 @@
-//! Remains of a deleted topic, their places and their lifetimes. All data of the topic is deleted, its tombstone last. Data without a
-//! tombstone stays.
+//! Remains of a deleted topic, their places and their lifetimes. All data of the topic is deleted, its tombstone last.
+//! Data without a tombstone stays.
 
 use std::{
     fs,
@@ -91,8 +91,8 @@ fn tombstone_is_deleted_last_and_data_without_one_stays() {
     let id: TopicId = described["id"].as_str().and_then(|id| id.parse().ok()).expect("an id");
     let folder = |id: TopicId| instance.bucket().join("topics").join(id.to_string());
     assert!(!files(&folder(id), "").is_empty());
-    // The first topic is unknown, and no operator deleted it: its metadata may have been lost. The second topic was deleted, and a foreign
-    // object remains in its folder.
+    // The first topic is unknown, and no operator deleted it: its metadata may have been lost. The second topic was
+    // deleted, and a foreign object remains in its folder.
     let (unknown, held) = (TopicId::from_bytes([1; 16]), TopicId::from_bytes([2; 16]));
     let at = |offset| Offset::new(offset).expect("small");
     let history = ObjectId::draw(at(0), at(9), LeaderEpoch(0)).segment();
@@ -183,8 +183,8 @@ fn files_or_none(folder: &Path) -> Vec<PathBuf> {
     }
 }
 
-/// Regression, found by a user of another system: a consumer that was away meanwhile continued at its old offset in the new topic. The
-/// consumer silently skipped the first records.
+/// Regression, found by a user of another system: a consumer that was away meanwhile continued at its old offset in the
+/// new topic. The consumer silently skipped the first records.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn consumer_of_a_recreated_topic_fails_and_skips_nothing() {
     let mut instance = BrokerInstance::new();

@@ -152,8 +152,8 @@ fn every_make_command_in_the_documentation_exists() {
     }
 }
 
-/// Regression: the configuration advertised a name that does not exist. The first record of a user who copied the configuration waited for
-/// a minute.
+/// Regression: the configuration advertised a name that does not exist. The first record of a user who copied the
+/// configuration waited for a minute.
 #[test]
 fn readme_configuration_works_as_copied() {
     let page = fs::read_to_string(root().join("README.md")).expect("the page exists");

@@ -36,8 +36,8 @@ fn write(correlation_id: u64, value: &[u8]) -> ProduceRequest {
     ProduceRequest { correlation_id, append: Some(append) }
 }
 
-/// Regression: a client that half-closes and continues to read, as Python's `for answer in stub.Produce(iter(requests))` does, waited
-/// forever.
+/// Regression: a client that half-closes and continues to read, as Python's
+/// `for answer in stub.Produce(iter(requests))` does, waited forever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn produce_stream_ends_after_all_responses() {
     let (instance, _broker) = running().await;
@@ -269,7 +269,8 @@ async fn undecodable_batch_fails_only_its_partition() {
     assert_eq!((parts[0].records.len(), parts[0].next_offset), (1, 5), "{parts:?}");
 }
 
-/// Regression: six batches of 255 KB, which decompress to 250 MiB, took 2.7 GB of memory in a topic that sets `compression.type`.
+/// Regression: six batches of 255 KB, which decompress to 250 MiB, took 2.7 GB of memory in a topic that sets
+/// `compression.type`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bombs_into_a_recompressing_topic_take_no_memory() {
     let (instance, broker) = running().await;
@@ -304,7 +305,8 @@ async fn bombs_into_a_recompressing_topic_take_no_memory() {
     assert!(grown < 600 << 20, "{} MiB more than before", grown >> 20);
 }
 
-/// A read of decoded records from such batches gets a response of bounded size. The next read continues at the end of the response.
+/// A read of decoded records from such batches gets a response of bounded size. The next read continues at the end of
+/// the response.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn decoded_reads_of_bombs_have_bounded_responses() {
     let (instance, broker) = running().await;
@@ -352,8 +354,8 @@ fn gzip_of_zeros(bytes: usize) -> Vec<u8> {
     encoder.finish().expect("writing to a vector succeeds")
 }
 
-/// Regression: `maxTimestamp` is set by the producer. A value of 1970 caused the deletion of a new record within seconds. A value of 2^62
-/// was found for any time.
+/// Regression: `maxTimestamp` is set by the producer. A value of 1970 caused the deletion of a new record within
+/// seconds. A value of 2^62 was found for any time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_max_timestamp_of_a_batch_is_corrected() {
     let (instance, _broker) = running().await;

@@ -1,4 +1,5 @@
-//! A user's way through the system: the commands of the binary, a real log file, old records in the object store, a restart.
+//! A user's way through the system: the commands of the binary, a real log file, old records in the object store, a
+//! restart.
 
 use std::{fs, path::PathBuf};
 

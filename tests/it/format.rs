@@ -1,8 +1,9 @@
-//! The batch format against the independent `kafka-protocol` crate (its LZ4 is the C library), in both directions and every codec.
+//! The batch format against the independent `kafka-protocol` crate (its LZ4 is the C library), in both directions and
+//! every codec.
 //!
-//! The limits of that crate bound the inputs. The crate stores headers in a map, so names are unique here. The crate splits a batch at a
-//! gap in the sequences, so sequences are consecutive. The crate does not check timestamps for overflow, so timestamps stay within
-//! centuries.
+//! The limits of that crate bound the inputs. The crate stores headers in a map, so names are unique here. The crate
+//! splits a batch at a gap in the sequences, so sequences are consecutive. The crate does not check timestamps for
+//! overflow, so timestamps stay within centuries.
 
 #![allow(clippy::unwrap_used, reason = "in a test it is an assertion")]
 
@@ -168,7 +169,8 @@ fn append_time_is_read_by_other_implementation() {
     assert!(decode(&batch).iter().all(|(_, record)| record.timestamp_ms == 1_700_000_000_000));
 }
 
-/// Runs Kafka's DumpLogSegments on a segment of batches in every codec. `KAFKA_DUMP` names the script that runs DumpLogSegments.
+/// Runs Kafka's DumpLogSegments on a segment of batches in every codec. `KAFKA_DUMP` names the script that runs
+/// DumpLogSegments.
 #[test]
 #[ignore = "needs a JDK and Kafka's jars: make kafka-reader KAFKA_DUMP=script"]
 fn kafkas_own_reader_accepts_every_codec() {

@@ -1,8 +1,8 @@
-//! A disk that is really full. Appends are refused and may be retried, and everything else continues. Free space is all that appends need
-//! to resume.
+//! A disk that is really full. Appends are refused and may be retried, and everything else continues. Free space is all
+//! that appends need to resume.
 //!
-//! The data directory is a file system of its own of 96 MiB, which only root can mount. Without root, the tests print a message and end.
-//! The tests of `log` on the simulated disk run everywhere.
+//! The data directory is a file system of its own of 96 MiB, which only root can mount. Without root, the tests print a
+//! message and end. The tests of `log` on the simulated disk run everywhere.
 
 use std::{
     fs,
@@ -149,8 +149,9 @@ async fn holds(log: &mut LogClient<Channel>, topic: &str, count: u64) {
     }
 }
 
-/// Regression: appends were refused, and `cluster describe`, the metric and `/readyz` reported no problem. A standalone broker did not
-/// check its disk. The log leaves a third of so small a disk free, so that disk usage is below `broker.disk_pressure_percent`.
+/// Regression: appends were refused, and `cluster describe`, the metric and `/readyz` reported no problem. A standalone
+/// broker did not check its disk. The log leaves a third of so small a disk free, so that disk usage is below
+/// `broker.disk_pressure_percent`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn full_disk_is_reported_everywhere_until_space_is_free() {
     let Some(full) = tokio::task::block_in_place(|| start(BrokerInstance::new())) else { return };
@@ -221,8 +222,8 @@ async fn full_disk_refuses_appends_until_space_is_free() {
     wire::append(&mut log, request("another", 0)).await.expect("the disk is not full");
 }
 
-/// The log leaves a reserve. A tier commit precedes the eviction of segments, a checkpoint precedes the reuse of journal files, and both
-/// may need space themselves.
+/// The log leaves a reserve. A tier commit precedes the eviction of segments, a checkpoint precedes the reuse of
+/// journal files, and both may need space themselves.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn disk_full_of_untiered_records_recovers_with_object_store() {
     let server = S3::start().await;
@@ -262,7 +263,8 @@ async fn disk_without_one_free_byte_needs_no_restart() {
     let (count, error) = until_full(&mut log, "t", 15).await;
     assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     let another = |n| CreateTopicRequest { name: format!("another{n}"), partitions: 1, ..Default::default() };
-    // The space that the log frees is taken as well: its reserve, once, and the four segments that the object store may receive meanwhile.
+    // The space that the log frees is taken as well: its reserve, once, and the four segments that the object store may
+    // receive meanwhile.
     let mut attempt = 0;
     let refused = loop {
         match wire::admin(address).create_topic(another(attempt)).await {

@@ -32,7 +32,8 @@ fn run(entry: &entries::Entry, input: &[u8]) -> bool {
     (entry.run)(input)
 }
 
-/// Returns the names and contents of a folder's files, sorted by name. Returns an empty list if the folder does not exist.
+/// Returns the names and contents of a folder's files, sorted by name. Returns an empty list if the folder does not
+/// exist.
 fn files(folder: &str) -> Vec<(String, Vec<u8>)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     if !folder.exists() {

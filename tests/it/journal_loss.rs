@@ -1,4 +1,5 @@
-//! Files of a data directory are lost. A broker that starts on the remaining files reports the loss, and loses nothing that is restored.
+//! Files of a data directory are lost. A broker that starts on the remaining files reports the loss, and loses nothing
+//! that is restored.
 
 use std::{fs, net::TcpStream, os::unix::process::ExitStatusExt as _, path::Path};
 
@@ -10,7 +11,8 @@ use crate::{
 
 const LINES: usize = 5000;
 
-/// Starts a broker that takes records, and kills the broker. Some records are then in its journal and nowhere else safely.
+/// Starts a broker that takes records, and kills the broker. Some records are then in its journal and nowhere else
+/// safely.
 fn killed(instance: BrokerInstance) -> BrokerInstance {
     let mut instance = instance;
     let broker = instance.start();
@@ -134,8 +136,8 @@ fn data_directory_is_checked_before_object_store_and_journal() {
     }
 }
 
-/// A signal may arrive at any moment of a start, before the signal handlers exist or in the middle of journal recovery. The process exits,
-/// and the next start finds all records.
+/// A signal may arrive at any moment of a start, before the signal handlers exist or in the middle of journal recovery.
+/// The process exits, and the next start finds all records.
 #[test]
 fn stop_at_any_moment_of_a_start_loses_nothing() {
     let anything = |_: &BrokerInstance| true;

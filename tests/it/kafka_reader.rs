@@ -1,8 +1,10 @@
-//! Kafka's own reader on whole data directories of a real broker. Every segment, sealed or active and in every codec, is a valid Kafka
-//! segment, and nothing follows its last batch. This holds after a clean stop, and after a kill with its recovery.
+//! Kafka's own reader on whole data directories of a real broker. Every segment, sealed or active and in every codec,
+//! is a valid Kafka segment, and nothing follows its last batch. This holds after a clean stop, and after a kill with
+//! its recovery.
 //!
-//! The test needs a JDK and Kafka's jars, and a second for each segment, so `make kafka-reader` runs this test. `KAFKA_DUMP` names the
-//! script that takes segment files, prints the output of DumpLogSegments, and fails if that reports an error.
+//! The test needs a JDK and Kafka's jars, and a second for each segment, so `make kafka-reader` runs this test.
+//! `KAFKA_DUMP` names the script that takes segment files, prints the output of DumpLogSegments, and fails if that
+//! reports an error.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,7 +30,8 @@ const TOPICS: [(&str, &[(&str, &str)]); 3] = [
     ("squeezed", &[("compression.type", "gzip")]),
 ];
 const PARTITIONS: u32 = 2;
-/// Above the size of most batches and below that of the large ones, so that some segments hold many batches and some hold one.
+/// Above the size of most batches and below that of the large ones, so that some segments hold many batches and some
+/// hold one.
 const SEGMENT_BYTES: &str = "100000";
 const BIG_BYTES: u64 = 300_000;
 const CODECS: [Compression; 5] =
@@ -36,7 +39,8 @@ const CODECS: [Compression; 5] =
 /// Number of records of each codec in each topic.
 const RECORDS: u64 = 300;
 
-/// Sends a record whose shape depends on its number: null keys and values, duplicate headers, text, noise, one large record.
+/// Sends a record whose shape depends on its number: null keys and values, duplicate headers, text, noise, one large
+/// record.
 async fn send(producer: &Producer, topic: &str, number: u64, big: &[u8]) -> Delivery {
     let header =
         |value: Option<&'static [u8]>| Header { key: "trace".to_owned(), value: value.map(Bytes::from_static) };
@@ -54,7 +58,8 @@ async fn send(producer: &Producer, topic: &str, number: u64, big: &[u8]) -> Deli
     producer.send(topic, record).await.expect("the record is queued")
 }
 
-/// Sends [`RECORDS`] records in one codec to each topic. Every record must be acknowledged, whatever happens to the broker.
+/// Sends [`RECORDS`] records in one codec to each topic. Every record must be acknowledged, whatever happens to the
+/// broker.
 async fn produce(client: Client, codec: Compression) {
     // Long enough for batches of many records.
     let linger = Duration::from_millis(5);
@@ -119,7 +124,8 @@ impl Batch {
     }
 }
 
-/// Returns every segment below a folder: by the folder of its partition, and sorted by name, which is the segment order.
+/// Returns every segment below a folder: by the folder of its partition, and sorted by name, which is the segment
+/// order.
 fn segments(folder: &Path) -> BTreeMap<PathBuf, Vec<PathBuf>> {
     let mut found: BTreeMap<PathBuf, Vec<PathBuf>> = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];

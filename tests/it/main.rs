@@ -1,7 +1,8 @@
 //! The one integration binary: real processes, real files, real HTTP.
 //!
-//! There is one binary because linking takes most of the build time. Each file is one subject. `broker` starts and kills processes,
-//! `test_timeout` waits for conditions, `wire` sends raw gRPC, and `history` checks what clients observed.
+//! There is one binary because linking takes most of the build time. Each file is one subject. `broker` starts and
+//! kills processes, `test_timeout` waits for conditions, `wire` sends raw gRPC, and `history` checks what clients
+//! observed.
 
 mod architecture;
 mod broker;

@@ -1,5 +1,5 @@
-//! The manifest of a partition is lost from a real object store behind a real broker. The manifest is rebuilt automatically if the
-//! remaining objects are the committed ones, and otherwise by an operator's command.
+//! The manifest of a partition is lost from a real object store behind a real broker. The manifest is rebuilt
+//! automatically if the remaining objects are the committed ones, and otherwise by an operator's command.
 
 use std::{
     fs,
@@ -19,7 +19,8 @@ const EAGER: &[&str] = &["segment.bytes=65536", "segment.ms=200", "local.retenti
 /// Number of records in each piece that a test starts with.
 const RECORDS: usize = 3000;
 
-/// Returns a stopped broker. Its topic `t` has this number of pieces in the object store, each of several segments, and no records on disk.
+/// Returns a stopped broker. Its topic `t` has this number of pieces in the object store, each of several segments, and
+/// no records on disk.
 fn stopped_with(pieces: usize) -> (S3, BrokerInstance) {
     let server = S3::begin();
     let mut instance = BrokerInstance::new().object_store(&server);

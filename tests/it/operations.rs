@@ -118,7 +118,8 @@ fn standalone_broker_runs_and_validates_operations() {
     broker.terminate();
 }
 
-/// Regression: 100,000 partitions took 6 GB of a broker's memory before the first directory was created, and as much at each start.
+/// Regression: 100,000 partitions took 6 GB of a broker's memory before the first directory was created, and as much at
+/// each start.
 #[test]
 fn standalone_broker_refuses_too_many_partitions() {
     let mut instance = BrokerInstance::new().setting("limits.memory_bytes", "\"64MiB\"");

@@ -1,5 +1,5 @@
-//! The object store is an S3 server that is down, refuses requests, loses responses, is slow, or loses an object. A real broker continues
-//! with its own data, loses nothing, and catches up by itself.
+//! The object store is an S3 server that is down, refuses requests, loses responses, is slow, or loses an object. A
+//! real broker continues with its own data, loses nothing, and catches up by itself.
 
 mod known;
 
@@ -107,7 +107,8 @@ fn object_store_outage_loses_no_record_and_needs_no_restart() {
     check_read(&cli, "t", "earliest", &text.repeat(4));
 }
 
-/// Regression, found by a user: a reader of old records printed nothing until the object store returned, however long that took.
+/// Regression, found by a user: a reader of old records printed nothing until the object store returned, however long
+/// that took.
 #[test]
 fn reader_of_tiered_records_reports_its_wait_and_timeout() {
     let (server, mut instance, broker) = start(|instance| instance);
@@ -190,8 +191,8 @@ fn slow_object_store_delays_no_acknowledgement() {
     check_read(&cli, "t", "earliest", &text.repeat(2));
 }
 
-/// Regression: a stream with a request that waited for memory processed none of its responses meanwhile. Appends that had timed out kept
-/// their memory, and no client could write to any topic before the object store returned.
+/// Regression: a stream with a request that waited for memory processed none of its responses meanwhile. Appends that
+/// had timed out kept their memory, and no client could write to any topic before the object store returned.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_that_wait_for_object_store_block_no_others() {
     const SOON: Duration = Duration::from_secs(20);
@@ -336,8 +337,8 @@ fn size_retention_covers_both_tiers_and_deletes_objects() {
     check_read(&cli, "t", "earliest", &rest);
 }
 
-/// The object store serves reads and accepts no object. Each upload retries for 20 s. Regression: with four workers and this number of
-/// partitions, retention ran once in three minutes.
+/// The object store serves reads and accepts no object. Each upload retries for 20 s. Regression: with four workers and
+/// this number of partitions, retention ran once in three minutes.
 #[test]
 fn retention_continues_while_uploads_fail() {
     const PARTITIONS: u32 = 40;
@@ -382,8 +383,8 @@ fn tiered(timeout_ms: u32) -> v1::AppendRequest {
     v1::AppendRequest { acks: Acks::Tiered.into(), timeout_ms, ..append }
 }
 
-/// Regression: after `mv bucket away`, as when a disk is unmounted, the folder was created again without its cluster marker. `acks=tiered`
-/// then reported records as tiered.
+/// Regression: after `mv bucket away`, as when a disk is unmounted, the folder was created again without its cluster
+/// marker. `acks=tiered` then reported records as tiered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn missing_folder_accepts_no_tiered_record() {
     let mut instance = BrokerInstance::new();
@@ -407,7 +408,8 @@ async fn missing_folder_accepts_no_tiered_record() {
     assert_eq!((appended.base_offset, appended.durability()), (3, strandline::proto::v1::AckDurability::Tiered));
 }
 
-/// Regression: at a restart, an empty folder was claimed as a new object store, and the tiered records in the metadata counted as corrupt.
+/// Regression: at a restart, an empty folder was claimed as a new object store, and the tiered records in the metadata
+/// counted as corrupt.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn empty_object_store_at_a_restart_is_not_claimed() {
     let mut instance = BrokerInstance::new();

@@ -1,5 +1,5 @@
-//! Permissions of a broker's files. Only its user has access. The broker follows no link inside its data directory, and refuses files of
-//! other users.
+//! Permissions of a broker's files. Only its user has access. The broker follows no link inside its data directory, and
+//! refuses files of other users.
 
 use std::{
     fs,

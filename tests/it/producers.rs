@@ -1,5 +1,5 @@
-//! Idempotent producers under foreign clients and restarts: the recognition of retries, the validity of producer ids, and the expiry of
-//! producers.
+//! Idempotent producers under foreign clients and restarts: the recognition of retries, the validity of producer ids,
+//! and the expiry of producers.
 
 use futures::StreamExt as _;
 use strandline::{
@@ -99,7 +99,8 @@ async fn retry_is_a_duplicate_after_alter_and_restart() {
     }
 }
 
-/// Regression: the response to a stored batch was lost, and the topic's maximum batch size was lowered. The producer's retry was refused.
+/// Regression: the response to a stored batch was lost, and the topic's maximum batch size was lowered. The producer's
+/// retry was refused.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn retry_of_a_batch_above_a_lowered_limit_is_a_duplicate() {
     let (instance, _broker) = running(&[]).await;

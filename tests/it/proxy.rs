@@ -1,8 +1,8 @@
-//! A network that loses or corrupts responses: a proxy in front of a broker, whose connections can be muted and then cut. Between brokers,
-//! the proxy can also corrupt responses: see [`Link::set_corrupting`].
+//! A network that loses or corrupts responses: a proxy in front of a broker, whose connections can be muted and then
+//! cut. Between brokers, the proxy can also corrupt responses: see [`Link::set_corrupting`].
 //!
-//! While a link is muted, requests reach the broker and its responses are dropped. A cut ends every connection. In this sequence, the
-//! client's request was executed, and its response never arrives.
+//! While a link is muted, requests reach the broker and its responses are dropped. A cut ends every connection. In this
+//! sequence, the client's request was executed, and its response never arrives.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -16,8 +16,8 @@ use tokio::{
     sync::watch,
 };
 
-/// Byte of which corruptible records are made. Bytes are changed only in long runs of this byte, so that the surrounding frames stay
-/// intact.
+/// Byte of which corruptible records are made. Bytes are changed only in long runs of this byte, so that the
+/// surrounding frames stay intact.
 pub(crate) const FILLER: u8 = b'#';
 
 /// Length of such a run in bytes.

@@ -1,7 +1,7 @@
 //! A client in another language, generated from the .proto files alone.
 //!
-//! Most machines have Python. Its gRPC tools are installed once, in a folder of the build. If Python or these tools are not available, the
-//! test prints a message and passes, except on CI (`CI=true`).
+//! Most machines have Python. Its gRPC tools are installed once, in a folder of the build. If Python or these tools are
+//! not available, the test prints a message and passes, except on CI (`CI=true`).
 
 use std::{
     fs,

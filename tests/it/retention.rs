@@ -1,5 +1,5 @@
-//! Retention of a log that is not uploaded. The newest records are kept, disk space is freed, and neither a kill nor a restart changes what
-//! can be read.
+//! Retention of a log that is not uploaded. The newest records are kept, disk space is freed, and neither a kill nor a
+//! restart changes what can be read.
 
 use std::{path::Path, time::Duration};
 
@@ -44,8 +44,8 @@ fn wait_until_freed(instance: &BrokerInstance) {
     });
 }
 
-/// Checks that the readable records are the end of `text` and at least as large as the limit, and that the log is complete on disk. Returns
-/// the log start.
+/// Checks that the readable records are the end of `text` and at least as large as the limit, and that the log is
+/// complete on disk. Returns the log start.
 fn check_newest_records(instance: &BrokerInstance, text: &str) -> u64 {
     let cli = instance.cli();
     let (state, read) = eventually("the log start and the end no longer move", || {
@@ -101,7 +101,8 @@ fn broker_without_object_store_keeps_limit_and_frees_disk() {
     check_retention(BrokerInstance::new().without_object_store());
 }
 
-/// The age of a segment that no checkpoint describes is taken from its file. Neither the restart nor the timestamps of its records count.
+/// The age of a segment that no checkpoint describes is taken from its file. Neither the restart nor the timestamps of
+/// its records count.
 #[test]
 fn segment_is_as_old_as_its_file_after_a_kill() {
     const DAY: Duration = Duration::from_secs(86_400);
@@ -213,7 +214,8 @@ async fn timestamps_beyond_topic_limits_are_refused() {
     append_at(&mut log, &[FUTURE], None).await.expect("the broker sets the timestamp");
 }
 
-/// Only the header of a compressed batch that is stored unchanged is checked. A batch that is decompressed anyway is checked completely.
+/// Only the header of a compressed batch that is stored unchanged is checked. A batch that is decompressed anyway is
+/// checked completely.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn compressed_batch_cannot_exceed_the_timestamp_limit() {
     let mut instance = BrokerInstance::new();
@@ -233,14 +235,15 @@ async fn compressed_batch_cannot_exceed_the_timestamp_limit() {
     assert_eq!(error.metadata["timestamp"], FUTURE.to_string());
 }
 
-/// Regression: an upload that started before a limit was exceeded was retried again and again, and the partition was not checked meanwhile.
-/// If the object store held segments, the log start waited for the manifest.
+/// Regression: an upload that started before a limit was exceeded was retried again and again, and the partition was
+/// not checked meanwhile. If the object store held segments, the log start waited for the manifest.
 #[test]
 fn retention_continues_during_an_object_store_outage() {
     check_retention_without_object_store(false);
 }
 
-/// Regression: the broker could not determine which segments the object store had, and deleted nothing until the object store returned.
+/// Regression: the broker could not determine which segments the object store had, and deleted nothing until the object
+/// store returned.
 #[test]
 fn retention_continues_after_a_start_during_an_outage() {
     check_retention_without_object_store(true);
@@ -302,8 +305,8 @@ async fn future_record_expires_by_creation_time_of_its_object() {
     .await;
 }
 
-/// Sets the creation time to 0 in the manifest entries of segments with these maximum timestamps, which precede that field. Returns the
-/// number of these entries.
+/// Sets the creation time to 0 in the manifest entries of segments with these maximum timestamps, which precede that
+/// field. Returns the number of these entries.
 fn forget_creation(manifest: &Path, largest: &[i64]) -> usize {
     let mut bytes = std::fs::read(manifest).expect("the manifest");
     let mut forgotten = 0;
@@ -322,8 +325,8 @@ fn forget_creation(manifest: &Path, largest: &[i64]) -> usize {
     forgotten
 }
 
-/// Stores records of the far future around a current one, and waits until the records expire from disk. Then calls `meanwhile`, and waits
-/// until the records expire from the object store.
+/// Stores records of the far future around a current one, and waits until the records expire from disk. Then calls
+/// `meanwhile`, and waits until the records expire from the object store.
 async fn records_from_the_future_expire(meanwhile: impl FnOnce(&mut BrokerInstance, &mut Option<Broker>)) {
     let mut instance = BrokerInstance::new();
     let mut broker = Some(tokio::task::block_in_place(|| instance.start()));

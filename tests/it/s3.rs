@@ -1,7 +1,7 @@
 //! A real S3 server over HTTP for the tests, with faults on demand, and the tests of `tier` against this server.
 //!
-//! The server is `s3s-fs` on a loopback port, on a thread of its own, so that a blocked test does not stop the server. [`Faults`] is
-//! between the socket and the service.
+//! The server is `s3s-fs` on a loopback port, on a thread of its own, so that a blocked test does not stop the server.
+//! [`Faults`] is between the socket and the service.
 
 mod faults;
 mod fs;
@@ -48,7 +48,8 @@ pub(crate) struct S3 {
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
-/// One service for all connections, with locks that make its conditional puts atomic. Without the locks they are not atomic.
+/// One service for all connections, with locks that make its conditional puts atomic. Without the locks they are not
+/// atomic.
 struct Shared {
     service: S3Service,
     stripes: [Mutex<()>; 64],

@@ -1,7 +1,7 @@
 //! Reads Rust source for the architecture test: without comments and literals, and with every path written out.
 //!
-//! This is not a parser. The module handles enough of the grammar to distinguish `crate::log` in code from the same text in a comment or
-//! string. The module also expands trees of imports.
+//! This is not a parser. The module handles enough of the grammar to distinguish `crate::log` in code from the same
+//! text in a comment or string. The module also expands trees of imports.
 
 /// A path in the code, such as `std::fs::File`, with the line where the path starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -180,7 +180,8 @@ fn plain(tokens: &[(usize, Token)], start: usize, out: &mut Vec<Path>) -> usize 
     at
 }
 
-/// Adds one tree of imports to `out`, up to the comma, brace or semicolon that ends the tree. Returns the index of the next token.
+/// Adds one tree of imports to `out`, up to the comma, brace or semicolon that ends the tree. Returns the index of the
+/// next token.
 fn import(tokens: &[(usize, Token)], start: usize, prefix: &[String], out: &mut Vec<Path>) -> usize {
     let (mut segments, mut at) = (prefix.to_vec(), start);
     let line = tokens.get(start).map_or(0, |(line, _)| *line);

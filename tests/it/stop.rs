@@ -30,8 +30,8 @@ fn full(instance: &BrokerInstance) -> f64 {
     })
 }
 
-/// Writers wait for the journal, and the journal waits until a checkpoint can be written. Regression: a broker whose disk prevented the
-/// checkpoint did not stop, and had to be killed.
+/// Writers wait for the journal, and the journal waits until a checkpoint can be written. Regression: a broker whose
+/// disk prevented the checkpoint did not stop, and had to be killed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn broker_that_cannot_write_its_checkpoint_stops() {
     let mut instance = BrokerInstance::new().setting("log.journal_bytes", 16 << 20);

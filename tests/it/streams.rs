@@ -15,7 +15,8 @@ use crate::{broker::BrokerInstance, wire};
 /// Number of streams on one connection.
 const PER_CONNECTION: usize = 100;
 
-/// Appends to one partition, one record after the other, with a pause before each. Returns the 99th percentile of the acknowledgement time.
+/// Appends to one partition, one record after the other, with a pause before each. Returns the 99th percentile of the
+/// acknowledgement time.
 async fn p99(log: &mut LogClient<Channel>, appends: usize, pause: Duration) -> Duration {
     let mut took = Vec::new();
     for _ in 0..appends {
@@ -28,8 +29,8 @@ async fn p99(log: &mut LogClient<Channel>, appends: usize, pause: Duration) -> D
     took[took.len() * 99 / 100]
 }
 
-/// Appends until no stream gets another response, so that later measurements have only streams that take nothing. Returns the number of
-/// appends.
+/// Appends until no stream gets another response, so that later measurements have only streams that take nothing.
+/// Returns the number of appends.
 async fn fill_windows(instance: &BrokerInstance, log: &mut LogClient<Channel>) -> usize {
     let responses = || tokio::task::block_in_place(|| instance.metric("strandline_fetch_requests_total"));
     let (begin, mut appends, mut made) = (clock::monotonic(), 0, responses());

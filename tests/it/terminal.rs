@@ -10,8 +10,8 @@ use crate::{
     skipped::skipped,
 };
 
-/// Runs a command at a terminal with this typed input. Returns true if the command succeeded, and the terminal output. Returns `None` if
-/// there is no `script`.
+/// Runs a command at a terminal with this typed input. Returns true if the command succeeded, and the terminal output.
+/// Returns `None` if there is no `script`.
 fn run_at_terminal(instance: &BrokerInstance, cli: &Cli, arguments: &str, typed: &str) -> Option<(bool, String)> {
     let program = cli.command(&[]).get_program().to_owned();
     let mut command = Command::new("script");

@@ -1,4 +1,5 @@
-//! Waiting for a condition: polled at short intervals, with a timeout. Only injected faults of a fixed duration wait otherwise.
+//! Waiting for a condition: polled at short intervals, with a timeout. Only injected faults of a fixed duration wait
+//! otherwise.
 
 use std::{future::Future, thread, time::Duration};
 

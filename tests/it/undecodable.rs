@@ -1,5 +1,5 @@
-//! Batches that cannot be decoded. An append refuses them as far as their beginning shows the corruption. Consumers stop at a stored one,
-//! or skip that batch if the user chose to.
+//! Batches that cannot be decoded. An append refuses them as far as their beginning shows the corruption. Consumers
+//! stop at a stored one, or skip that batch if the user chose to.
 
 use std::io::Write as _;
 

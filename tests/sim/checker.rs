@@ -1,4 +1,5 @@
-//! Checker of the rules that hold at every moment (design.md §13). It reads the disks, the metadata store and the client history.
+//! Checker of the rules that hold at every moment (design.md §13). It reads the disks, the metadata store and the
+//! client history.
 
 use std::{
     collections::BTreeMap,
@@ -100,8 +101,8 @@ impl StateChecker {
             let decreased = before.is_some_and(|before| before.leader_epoch > value.leader_epoch);
             assert!(!decreased, "{log:?}: the leader epoch decreased");
             let may_lead = |broker: &BrokerId| value.isr.contains(broker) || value.elr.contains(broker);
-            // A replica that was reassigned while its broker was down stays on the disk until the broker removes it. It is not read before
-            // it is opened.
+            // A replica that was reassigned while its broker was down stays on the disk until the broker removes it. It
+            // is not read before it is opened.
             let is_read = |broker: &BrokerId| value.replicas.contains(broker) && self.model.has_opened(id, *broker);
             let replicas: Vec<_> = self
                 .machines

@@ -1,8 +1,8 @@
 //! Disks that sync slowly or fail to sync.
 //!
-//! A failed sync is final for its caller (design.md §4): the unsynced data may be lost already, and a second sync would not report that.
-//! The broker gives up what it leads on that disk and serves what it still can. An operator restarts the broker, on the repaired disk or
-//! another.
+//! A failed sync is final for its caller (design.md §4): the unsynced data may be lost already, and a second sync would
+//! not report that. The broker gives up what it leads on that disk and serves what it still can. An operator restarts
+//! the broker, on the repaired disk or another.
 
 use std::time::Duration;
 
@@ -34,9 +34,9 @@ pub(crate) async fn are_slow(machine: &Machine) {
     machine.slow(0);
 }
 
-/// Makes syncs fail for up to `noticed_ms`, then ends the broker and repairs the disk. Without `pages` no page may be lost, so only syncs
-/// of the journal fail: the journal holds no acknowledged data that is not synced. For a `replicated` replica, lost pages equal a power
-/// loss.
+/// Makes syncs fail for up to `noticed_ms`, then ends the broker and repairs the disk. Without `pages` no page may be
+/// lost, so only syncs of the journal fail: the journal holds no acknowledged data that is not synced. For a
+/// `replicated` replica, lost pages equal a power loss.
 pub(crate) async fn fail(machine: &mut Machine, pages: bool, noticed_ms: u64) {
     let part = if pages { PARTS[random::in_range(0..PARTS.len())] } else { PARTS[0] };
     machine.record(format_args!("has failing syncs of {part:?}"));
@@ -50,8 +50,8 @@ pub(crate) async fn fail(machine: &mut Machine, pages: bool, noticed_ms: u64) {
     machine.mend();
 }
 
-/// Other brokers take over the broker's leadership, also of a partition without writes. No write fails. After a restart on a working disk
-/// the broker is in sync again.
+/// Other brokers take over the broker's leadership, also of a partition without writes. No write fails. After a restart
+/// on a working disk the broker is in sync again.
 #[test]
 fn broker_with_failing_journal_resigns() {
     for seed in 1..=4 {
@@ -71,7 +71,8 @@ fn broker_with_failing_checkpoint_resigns() {
     }
 }
 
-/// Makes syncs of a part of one broker's disk fail. Within `resigned_within` every partition must have a leader and an ISR without that broker.
+/// Makes syncs of a part of one broker's disk fail. Within `resigned_within` every partition must have a leader and an
+/// ISR without that broker.
 async fn check_resignation(world: &mut Simulation, part: &str, resigned_within: Duration) {
     join_all(world.machines.iter_mut().map(|machine| Box::pin(machine.start()))).await;
     let client = world.client().await;

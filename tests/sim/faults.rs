@@ -1,7 +1,7 @@
 //! Faults of a run and their durations. Each kind of component has its own loop of faults, so faults overlap.
 //!
-//! Most runs mix all faults. Some histories need one fault repeatedly, at the right moment, and no other fault that disturbs them. About a
-//! run in four therefore has another [`FaultProfile`].
+//! Most runs mix all faults. Some histories need one fault repeatedly, at the right moment, and no other fault that
+//! disturbs them. About a run in four therefore has another [`FaultProfile`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -30,10 +30,12 @@ pub(crate) const OUTSIDE: &str = "clients";
 pub(crate) enum FaultProfile {
     /// All faults, at random times.
     All,
-    /// Leases end, mostly those of leaders, and leadership moves between running brokers. One broker receives metadata changes late and its
-    /// links to peers are slow. A replaced leader may lead again before the acknowledgements of its first epoch arrive.
+    /// Leases end, mostly those of leaders, and leadership moves between running brokers. One broker receives metadata
+    /// changes late and its links to peers are slow. A replaced leader may lead again before the acknowledgements of
+    /// its first epoch arrive.
     Leases,
-    /// One broker is killed, restarts, and is killed again while a leader admits it, with transactions that are lost or late.
+    /// One broker is killed, restarts, and is killed again while a leader admits it, with transactions that are lost or
+    /// late.
     Admissions,
     /// One machine at a time loses power; the other replicas hold the records that its page cache lost.
     OneDown,
@@ -47,11 +49,12 @@ pub(crate) struct FaultPlan {
     victim: u32,
     /// True if acknowledged records survive a power loss on any machine at any time.
     power: bool,
-    /// Lock of [`FaultProfile::OneDown`], held for a machine that is down or may lose its lease until every replica is in sync again. Meanwhile
-    /// that machine may lose power, and no other replica fails its startup verification or leaves the ISR.
+    /// Lock of [`FaultProfile::OneDown`], held for a machine that is down or may lose its lease until every replica is
+    /// in sync again. Meanwhile that machine may lose power, and no other replica fails its startup verification or
+    /// leaves the ISR.
     down: Option<Arc<Mutex<()>>>,
-    /// Held from the check that a disk is spare until its broker has started without the data. Otherwise two brokers could each count on
-    /// the other's disk.
+    /// Held from the check that a disk is spare until its broker has started without the data. Otherwise two brokers
+    /// could each count on the other's disk.
     replacing: Mutex<()>,
 }
 
@@ -81,8 +84,8 @@ impl FaultPlan {
         clock::monotonic() >= self.until
     }
 
-    /// Waits until no other machine is down and every replica is in sync, or the fault phase is over. Returns `None` at once unless only
-    /// one machine may be down at a time.
+    /// Waits until no other machine is down and every replica is in sync, or the fault phase is over. Returns `None` at
+    /// once unless only one machine may be down at a time.
     async fn alone_down(&self, meta: &SimMeta) -> Option<OwnedMutexGuard<()>> {
         let alone = Arc::clone(self.down.as_ref()?).lock_owned().await;
         wait_until_in_sync(meta, self).await;
@@ -138,8 +141,8 @@ async fn all_of_machine(machine: &mut Machine, plan: &FaultPlan) {
             if random::in_range(0..4) == 0 {
                 // By then the broker's lease has expired, and the pending proposals of its peers have been applied.
                 pause(4000, 5000).await;
-                // Only with `power`. Otherwise a kill alone fails the startup verification of a `replicated` replica, and a lost disk may
-                // be one loss too many.
+                // Only with `power`. Otherwise a kill alone fails the startup verification of a `replicated` replica,
+                // and a lost disk may be one loss too many.
                 let only = plan.replacing.lock().await;
                 if plan.power && is_spare(machine).await {
                     machine.wipe();
@@ -155,8 +158,8 @@ async fn all_of_machine(machine: &mut Machine, plan: &FaultPlan) {
     }
 }
 
-/// Kills the broker until its peers may detect that, and restarts it. Kills it again when it may be about to enter the ISR, and restarts it
-/// at once.
+/// Kills the broker until its peers may detect that, and restarts it. Kills it again when it may be about to enter the
+/// ISR, and restarts it at once.
 async fn kill_during_admission(machine: &mut Machine, plan: &FaultPlan) {
     loop {
         pause(100, 1500).await;
@@ -280,7 +283,8 @@ async fn fail_transactions(metas: &[SimMeta], plan: &FaultPlan) {
     }
 }
 
-/// Makes one broker receive metadata changes and send frames late, while leaders lose their leases or their leadership one after the other.
+/// Makes one broker receive metadata changes and send frames late, while leaders lose their leases or their leadership
+/// one after the other.
 async fn end_leases(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
     while !plan.is_over() {
         let late = random::in_range(0..metas.len());

@@ -1,5 +1,5 @@
-//! Liveness after the faults (design.md §13, *live*): metadata caches equal the store, sealed segments are in the object store, and orphan
-//! objects are deleted.
+//! Liveness after the faults (design.md §13, *live*): metadata caches equal the store, sealed segments are in the
+//! object store, and orphan objects are deleted.
 //!
 //! `run` checks that every request has a response and that every replica is in sync.
 
@@ -36,8 +36,8 @@ pub(crate) async fn wait_for_caches_and_uploads(world: &Simulation, checker: &St
     .await;
 }
 
-/// Waits until the object store holds exactly the referenced objects. In that time garbage collection runs at least twice, as it may find
-/// an object too young once.
+/// Waits until the object store holds exactly the referenced objects. In that time garbage collection runs at least
+/// twice, as it may find an object too young once.
 pub(crate) async fn wait_for_garbage_collection(world: &Simulation, checker: &StateChecker) {
     until(3 * GRACE + SOON, async || garbage(&world.shared.objects, checker).await).await;
 }

@@ -28,8 +28,8 @@ const OUTSTANDING: u64 = 8;
 /// Maximum pause of a producer between two records of a burst, in microseconds.
 const PAUSE_US: u64 = 12_000;
 
-/// Maximum number of records in a burst, and the maximum pause after it in microseconds. Faults find errors through the records in flight;
-/// a stream without long pauses only makes runs longer.
+/// Maximum number of records in a burst, and the maximum pause after it in microseconds. Faults find errors through the
+/// records in flight; a stream without long pauses only makes runs longer.
 const BURST: u32 = 40;
 const REST_US: u64 = 600_000;
 
@@ -42,7 +42,8 @@ pub(crate) enum RetentionProfile {
 }
 
 impl RetentionProfile {
-    /// Returns the profile of a seed, without a draw from its random numbers. One seed in five has [`RetentionProfile::Last`].
+    /// Returns the profile of a seed, without a draw from its random numbers. One seed in five has
+    /// [`RetentionProfile::Last`].
     pub(crate) fn of(seed: u64) -> Self {
         if seed % 5 == 3 { Self::Last } else { Self::All }
     }
@@ -157,8 +158,8 @@ impl Load {
         sender.close().await.unwrap();
     }
 
-    /// Produces records one at a time without idempotence, so a missing response leaves the outcome unknown. The acks setting differs
-    /// between runs. An acknowledgement by the leader alone proves nothing and is not recorded.
+    /// Produces records one at a time without idempotence, so a missing response leaves the outcome unknown. The acks
+    /// setting differs between runs. An acknowledgement by the leader alone proves nothing and is not recorded.
     pub(crate) async fn produce_plainly(self, producer: u32) {
         let acks = [Acks::All, Acks::All, Acks::Leader, Acks::Tiered][random::in_range(0..4_usize)];
         let options = ProducerOptions {
@@ -173,7 +174,8 @@ impl Load {
         let (mut number, mut burst) = (0, 0);
         while !self.stop.is_cancelled() {
             let (mut attempt, value) = self.draw(producer, number);
-            // A record that timed out may be written twice, or after later records, so its order and uniqueness are not checked.
+            // A record that timed out may be written twice, or after later records, so its order and uniqueness are not
+            // checked.
             (attempt.producer, attempt.sequence) = (producer << 16 | u32::try_from(number).unwrap(), 0);
             attempt.once = false;
             let record = NewRecord::value(&value).partition(attempt.log.1.unsigned_abs());
@@ -221,7 +223,8 @@ impl Load {
         (attempt, value)
     }
 
-    /// Reads parts of logs until the load ends. In a cluster, a deposed leader may return an older log end than the newest.
+    /// Reads parts of logs until the load ends. In a cluster, a deposed leader may return an older log end than the
+    /// newest.
     pub(crate) async fn read(self, alone: bool) {
         while !self.stop.is_cancelled() {
             tokio::time::sleep(Duration::from_micros(random::in_range(0..1_000_000))).await;

@@ -1,7 +1,7 @@
 //! Content of the brokers' segment files, batch by batch, read from the disks without the brokers.
 //!
-//! The checker reads the page cache, which is the state that a process finds after signal 9. Checks are frequent and changes are small, so
-//! the content of a file is cached until the file is rewritten.
+//! The checker reads the page cache, which is the state that a process finds after signal 9. Checks are frequent and
+//! changes are small, so the content of a file is cached until the file is rewritten.
 
 use std::{
     cell::RefCell,
@@ -64,7 +64,8 @@ impl Replica {
         self.segments.iter().flat_map(|segment| &segment.batches)
     }
 
-    /// Returns the end of the segments that are certainly sealed. The last segment with records may be sealed too, with an empty successor.
+    /// Returns the end of the segments that are certainly sealed. The last segment with records may be sealed too, with
+    /// an empty successor.
     pub(crate) fn sealed_end(&self) -> Offset {
         self.segments.last().map_or(self.end, |last| last.base)
     }
@@ -114,8 +115,8 @@ impl DiskLogs {
             }
             let segment = self.segment(&file);
             let Segment { base, end, .. } = *segment;
-            // A roll on a full disk may leave an empty segment. Evicted segments that could not be removed do not count; the next start
-            // removes them.
+            // A roll on a full disk may leave an empty segment. Evicted segments that could not be removed do not
+            // count; the next start removes them.
             if replica.segments.is_empty() || base < end {
                 assert!(base >= replica.end, "{}: the previous segment ends at {}", file.display(), replica.end);
                 if base > replica.end {
@@ -195,8 +196,8 @@ fn base_of(file: &Path) -> Offset {
     Offset::new(base).unwrap()
 }
 
-/// Returns a contradiction between two logs. Up to the last batch that both logs have at one offset with one epoch, all their batches must
-/// be equal.
+/// Returns a contradiction between two logs. Up to the last batch that both logs have at one offset with one epoch, all
+/// their batches must be equal.
 pub(crate) fn contradiction(one: &Replica, other: &Replica) -> Option<String> {
     let first = |replica: &Replica| replica.batches().next().map(|held| held.base);
     let from = first(one)?.max(first(other)?);

@@ -1,4 +1,5 @@
-//! One machine: its disk, its links to peers and to the metadata store, and its broker, which is started, stopped, killed or loses power.
+//! One machine: its disk, its links to peers and to the metadata store, and its broker, which is started, stopped,
+//! killed or loses power.
 
 use std::{
     path::Path,
@@ -169,8 +170,9 @@ impl Machine {
         self.record(format_args!("{}", if power.is_some() { "lost power" } else { "was killed" }));
     }
 
-    /// Stops the broker as an operator does. The connections of a clustered broker stay open until it has transferred leadership. A power
-    /// loss follows every other successful stop, which must not affect data that was closed cleanly.
+    /// Stops the broker as an operator does. The connections of a clustered broker stay open until it has transferred
+    /// leadership. A power loss follows every other successful stop, which must not affect data that was closed
+    /// cleanly.
     pub(crate) async fn stop(&mut self) {
         let Some((process, node)) = self.broker.take() else { return };
         self.process.store(0, Ordering::Relaxed);

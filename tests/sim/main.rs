@@ -1,8 +1,8 @@
 //! Simulation: brokers and clients in one process and one thread, driven by one seed.
 //!
-//! The brokers (`server::Node`) and the client are the real code. Disks, network, object store, links to the metadata store, clocks,
-//! randomness and crashes are simulated. Time jumps to the next timer when nothing can run. `make sim SEEDS=N SEED=first` runs more seeds;
-//! `STRANDLINE_TRACE=1` prints the trace.
+//! The brokers (`server::Node`) and the client are the real code. Disks, network, object store, links to the metadata
+//! store, clocks, randomness and crashes are simulated. Time jumps to the next timer when nothing can run.
+//! `make sim SEEDS=N SEED=first` runs more seeds; `STRANDLINE_TRACE=1` prints the trace.
 //!
 //! | modules | content |
 //! | --- | --- |
@@ -48,16 +48,16 @@ use strandline::task::run_scoped;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Every acknowledged record is stored once and in order, and repeated reads return the same records. Faults: power loss, kill, broken and
-/// stalled links, a full disk, and an object store that fails or loses responses.
+/// Every acknowledged record is stored once and in order, and repeated reads return the same records. Faults: power
+/// loss, kill, broken and stalled links, a full disk, and an object store that fails or loses responses.
 #[test]
 fn one_broker_keeps_acknowledged_records() {
     run_all(Topology::ONE);
 }
 
-/// The same rules for three to five brokers, which also lose each other and the metadata store. In some runs an operator reassigns
-/// partitions. Every member of ISR and ELR holds the acknowledged records, logs never contradict each other, and after the faults all
-/// replicas become equal.
+/// The same rules for three to five brokers, which also lose each other and the metadata store. In some runs an
+/// operator reassigns partitions. Every member of ISR and ELR holds the acknowledged records, logs never contradict
+/// each other, and after the faults all replicas become equal.
 #[test]
 fn three_brokers_keep_acknowledged_records() {
     run_all(Topology::THREE);
@@ -66,8 +66,8 @@ fn three_brokers_keep_acknowledged_records() {
 /// Number of seeds that are run twice.
 const TWICE: usize = 5;
 
-/// A failing seed can only be analysed if its run is reproducible. Both runs are concurrent, so the test also shows that runs share no
-/// state. It needs `--cfg tokio_unstable`: only then the seed determines tokio's own choices.
+/// A failing seed can only be analysed if its run is reproducible. Both runs are concurrent, so the test also shows
+/// that runs share no state. It needs `--cfg tokio_unstable`: only then the seed determines tokio's own choices.
 #[test]
 #[cfg_attr(not(tokio_unstable), ignore = "needs RUSTFLAGS=--cfg tokio_unstable: make sim")]
 fn seed_run_twice_gives_same_trace() {

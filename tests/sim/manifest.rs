@@ -1,4 +1,5 @@
-//! The objects that a partition's manifest references, read from the object store without the brokers and without faults.
+//! The objects that a partition's manifest references, read from the object store without the brokers and without
+//! faults.
 
 use std::collections::BTreeSet;
 
@@ -23,8 +24,8 @@ pub(crate) struct ReferencedObjects {
     pub(crate) segments: Vec<(String, SegmentEntry)>,
 }
 
-/// Reads the manifest that a state references. The manifest must match the state, and its segments must be contiguous from its first offset
-/// to its end.
+/// Reads the manifest that a state references. The manifest must match the state, and its segments must be contiguous
+/// from its first offset to its end.
 ///
 /// # Errors
 /// The manifest is missing or invalid, or does not match the state.

@@ -1,8 +1,9 @@
-//! One broker's link to the metadata store. The store is in memory and shared; the link is slow, can be cut, and loses requests and
-//! responses.
+//! One broker's link to the metadata store. The store is in memory and shared; the link is slow, can be cut, and loses
+//! requests and responses.
 //!
-//! The link keeps the contract of [`MetaStore`] and uses all freedom of that contract. A transaction with an unknown outcome was applied,
-//! was not applied, or is applied later. A watch lags, and at times the history after its revision is compacted.
+//! The link keeps the contract of [`MetaStore`] and uses all freedom of that contract. A transaction with an unknown
+//! outcome was applied, was not applied, or is applied later. A watch lags, and at times the history after its revision
+//! is compacted.
 
 use std::{fmt, sync::Arc, time::Duration};
 

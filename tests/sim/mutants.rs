@@ -19,8 +19,9 @@ use crate::{
     run::{self, Topology},
 };
 
-/// Mutations with the topology of their runs and a number of seeds. One of these seeds, from 1 on, must detect the mutation. The number was
-/// at least three times the needed one when this list was written. docs/replication.md describes what shows each mutation.
+/// Mutations with the topology of their runs and a number of seeds. One of these seeds, from 1 on, must detect the
+/// mutation. The number was at least three times the needed one when this list was written. docs/replication.md
+/// describes what shows each mutation.
 const MUTANTS: &[(Mutation, Topology, u64)] = &[
     (Mutation::AcknowledgeBeforeSync, Topology::ONE, 10),
     (Mutation::ReuseJournalFileBeforeSync, Topology::ONE, 20),
@@ -47,7 +48,8 @@ const MUTANTS: &[(Mutation, Topology, u64)] = &[
     (Mutation::CountOlderEpochAcks, Topology::THREE.about(FaultProfile::Leases), 40),
 ];
 
-/// Mutations without a stated number of seeds. The model check (`partition/check`) detects those of `partition/leader` in every test run.
+/// Mutations without a stated number of seeds. The model check (`partition/check`) detects those of `partition/leader`
+/// in every test run.
 ///
 /// | mutation | why it is rare |
 /// | --- | --- |

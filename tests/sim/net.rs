@@ -1,8 +1,9 @@
-//! A network in memory: calls go directly to a broker's services, and bodies go frame by frame through links that delay, stall and break.
+//! A network in memory: calls go directly to a broker's services, and bodies go frame by frame through links that
+//! delay, stall and break.
 //!
-//! Tasks of the caller's process move the request body; tasks of the broker's process move the response. If a process is killed, its unsent
-//! frames are lost and the peer receives a broken connection. Each direction between two machines can be blocked alone. As with TCP, a
-//! blocked direction rejects and loses nothing until one side times out.
+//! Tasks of the caller's process move the request body; tasks of the broker's process move the response. If a process
+//! is killed, its unsent frames are lost and the peer receives a broken connection. Each direction between two machines
+//! can be blocked alone. As with TCP, a blocked direction rejects and loses nothing until one side times out.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -92,7 +93,8 @@ impl Net {
         self.add_listener(address, |listener| listener.routes = Some(routes));
     }
 
-    /// Makes calls to the [`peer_address`] of `address` reach these services from now on. Called inside the broker's process.
+    /// Makes calls to the [`peer_address`] of `address` reach these services from now on. Called inside the broker's
+    /// process.
     pub(crate) fn listen_for_peers(&self, address: &str, routes: Routes) {
         self.add_listener(address, |listener| listener.peer_routes = Some(routes));
     }
@@ -117,8 +119,8 @@ impl Net {
         self.break_where(|one, other| one == address || other == address, !power);
     }
 
-    /// Removes all listeners. Brokers reference the network, and the network references their services, so without this call neither is
-    /// ever freed.
+    /// Removes all listeners. Brokers reference the network, and the network references their services, so without this
+    /// call neither is ever freed.
     pub(crate) fn close(&self) {
         let listening = std::mem::take(&mut self.state.lock().listening);
         drop(listening);

@@ -1,4 +1,5 @@
-//! An object store in memory that is slow, rejects requests and loses responses. A failed request may have been applied.
+//! An object store in memory that is slow, rejects requests and loses responses. A failed request may have been
+//! applied.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -69,7 +70,8 @@ impl Objects {
         read.now_or_never().flatten()
     }
 
-    /// Replaces the referenced objects of a partition. From now on a deletion or change of one of these is a rule violation.
+    /// Replaces the referenced objects of a partition. From now on a deletion or change of one of these is a rule
+    /// violation.
     pub(crate) fn keep(&self, partition: PartitionId, objects: BTreeSet<String>) {
         self.kept_for.lock().insert(partition, objects);
     }

@@ -1,7 +1,8 @@
-//! An operator that works during the faults: reassigns partitions, drains and undrains brokers, and changes, creates and deletes topics.
+//! An operator that works during the faults: reassigns partitions, drains and undrains brokers, and changes, creates
+//! and deletes topics.
 //!
-//! The result of an operation without a response is unknown, and nothing here checks it: the checker and the clients detect lost records.
-//! At the end no broker stays drained.
+//! The result of an operation without a response is unknown, and nothing here checks it: the checker and the clients
+//! detect lost records. At the end no broker stays drained.
 
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! Panics of simulated tasks. A broken invariant would abort a broker; here it ends the run.
 //!
-//! Panics are printed in short, as the trace shows the events before them. A task's panic reaches only the task that joins it, so the hook
-//! stores the panic for the thread, which runs one simulation.
+//! Panics are printed in short, as the trace shows the events before them. A task's panic reaches only the task that
+//! joins it, so the hook stores the panic for the thread, which runs one simulation.
 
 use std::{cell::RefCell, panic, sync::Once};
 

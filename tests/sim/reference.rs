@@ -1,9 +1,10 @@
 //! Reference model of every partition, built from the events of the brokers and checked at each event (design.md §13).
 //!
-//! [`ReferenceModel`] is the observer of a run (`task::sim_event`). The model records the content of the metadata store, the log end and epochs of
-//! each replica, and all records that were ever committed. Each event is checked against the model. A violation therefore shows at the
-//! step that causes it, and not only if its effect lasts until the next check. An epoch has one appender. Logs with equal epochs at all
-//! offsets are therefore the same if each batch has the checksum that its epoch gave it. `checker` compares the bytes on the disks.
+//! [`ReferenceModel`] is the observer of a run (`task::sim_event`). The model records the content of the metadata
+//! store, the log end and epochs of each replica, and all records that were ever committed. Each event is checked
+//! against the model. A violation therefore shows at the step that causes it, and not only if its effect lasts until
+//! the next check. An epoch has one appender. Logs with equal epochs at all offsets are therefore the same if each
+//! batch has the checksum that its epoch gave it. `checker` compares the bytes on the disks.
 //!
 //! | event | rule |
 //! | --- | --- |
@@ -158,8 +159,8 @@ impl ReferenceModel {
         state.report(violation);
     }
 
-    /// Returns true if the broker's process has opened its replica. Until then the files are as the last process, or a power loss, left
-    /// them.
+    /// Returns true if the broker's process has opened its replica. Until then the files are as the last process, or a
+    /// power loss, left them.
     pub(crate) fn has_opened(&self, id: PartitionId, broker: BrokerId) -> bool {
         let state = self.0.borrow();
         let process = state.machines[&broker].process();

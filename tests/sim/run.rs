@@ -48,7 +48,8 @@ impl Topology {
         Self { theme: Some(theme), ..self }
     }
 
-    /// Returns the topology of a seed. One seed in six has more brokers than a partition has replicas, up to `max_brokers`.
+    /// Returns the topology of a seed. One seed in six has more brokers than a partition has replicas, up to
+    /// `max_brokers`.
     fn of(self, seed: u64) -> Self {
         let more = if seed.is_multiple_of(6) { u32::try_from(seed / 6 % 2).unwrap_or(0) + 1 } else { 0 };
         Self { brokers: (self.brokers + more).min(self.max_brokers), ..self }
@@ -69,7 +70,8 @@ impl fmt::Display for Topology {
 /// Interval between checks during the fault phase.
 const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Maximum number of retries of a read whose start offset was removed by retention meanwhile. No client writes at that time.
+/// Maximum number of retries of a read whose start offset was removed by retention meanwhile. No client writes at that
+/// time.
 const MAX_RUNNING: u32 = 10;
 
 /// Timeout after the faults until every replica is in sync.
@@ -165,7 +167,8 @@ async fn run_cluster(world: &mut Simulation, shape: Topology) {
     tasks.stop().await;
 }
 
-/// Creates the topics. Returns the number of partitions of each, and true if acknowledged records survive a power loss on any machine.
+/// Creates the topics. Returns the number of partitions of each, and true if acknowledged records survive a power loss
+/// on any machine.
 async fn topics(client: &Client, shape: Topology, keeps: RetentionProfile) -> (Vec<u32>, bool) {
     let power = shape.brokers == 1 || random::in_range(0..3) > 0 && shape.theme != Some(FaultProfile::OneDown);
     let mut partitions = Vec::new();
@@ -239,7 +242,8 @@ async fn wait_until_in_sync(checker: &StateChecker, shape: Topology) {
     }
 }
 
-/// Returns an error with the reason unless the partition has a leader and all its replicas are in sync with the same log end.
+/// Returns an error with the reason unless the partition has a leader and all its replicas are in sync with the same
+/// log end.
 fn check_in_sync(checker: &StateChecker, id: PartitionId, value: &PartitionValue) -> Result<(), String> {
     let moving = value.adding.len() + value.removing.len() + value.elr.len();
     if value.leader.is_none() || value.isr.len() < value.replicas.len() || moving > 0 {

@@ -49,8 +49,8 @@ pub(crate) fn first() -> u64 {
 }
 
 impl Seeds {
-    /// Returns the seeds of the environment: `STRANDLINE_SEEDS` seeds from `STRANDLINE_SEED` on, or new ones for `STRANDLINE_SIM_SECONDS`.
-    /// Three brokers get four fifths of that time.
+    /// Returns the seeds of the environment: `STRANDLINE_SEEDS` seeds from `STRANDLINE_SEED` on, or new ones for
+    /// `STRANDLINE_SIM_SECONDS`. Three brokers get four fifths of that time.
     fn from_environment(shape: Topology) -> Self {
         let Some(seconds) = env_number("STRANDLINE_SIM_SECONDS") else {
             return Self { first: first(), count: env_number("STRANDLINE_SEEDS").unwrap_or(SEEDS), until: None };
@@ -133,7 +133,8 @@ fn run_one(shape: Topology, seed: u64) -> bool {
     passed
 }
 
-/// Prints progress and slow seeds at intervals. Exits the process if a run does not end, because its thread cannot be ended.
+/// Prints progress and slow seeds at intervals. Exits the process if a run does not end, because its thread cannot be
+/// ended.
 fn watch(
     shape: Topology,
     progress: &Mutex<SeedProgress>,

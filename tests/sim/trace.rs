@@ -1,5 +1,6 @@
-//! Trace of a run, line by line. Two runs of a seed must write the same lines. `STRANDLINE_LOG=strandline=debug`, or another filter of this
-//! form, adds the log of the brokers. `STRANDLINE_TRACE=live` prints each line at once, for runs that do not end.
+//! Trace of a run, line by line. Two runs of a seed must write the same lines. `STRANDLINE_LOG=strandline=debug`, or
+//! another filter of this form, adds the log of the brokers. `STRANDLINE_TRACE=live` prints each line at once, for runs
+//! that do not end.
 
 use std::{
     cell::RefCell,

@@ -1,4 +1,5 @@
-//! The environment of the broker processes: machines, network, object store, metadata store, and the process of the clients.
+//! The environment of the broker processes: machines, network, object store, metadata store, and the process of the
+//! clients.
 
 use std::{sync::Arc, time::Duration};
 

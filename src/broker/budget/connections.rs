@@ -1,7 +1,8 @@
 //! Memory of each connection, and the search for connections to close because their clients read nothing.
 //!
-//! HTTP/2 polls a call for more data only after its client has taken most of the previous data. Until then no code of the call runs, so it
-//! frees neither its responses nor its requests. If other calls wait for that memory, the connection is closed.
+//! HTTP/2 polls a call for more data only after its client has taken most of the previous data. Until then no code of
+//! the call runs, so it frees neither its responses nor its requests. If other calls wait for that memory, the
+//! connection is closed.
 
 use std::{
     collections::BTreeMap,
@@ -17,15 +18,15 @@ use tokio::{sync::Semaphore, time::Instant};
 use super::{METADATA_CALLS, Pools};
 use crate::{limits, partition::MemoryBudget, task::clock};
 
-/// Maximum time that a client may take nothing of its responses while other calls wait for memory. A consumer that pauses for longer
-/// connects again.
+/// Maximum time that a client may take nothing of its responses while other calls wait for memory. A consumer that
+/// pauses for longer connects again.
 pub(super) const UNREAD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Minimum rate of a client that takes its responses in small pieces while other calls wait, in bytes per second.
 const MIN_BYTES_PER_SECOND: usize = 256 << 10;
 
-/// Additional time that a call may stay unread while other calls wait for memory of the other kind, of which the call holds little or
-/// nothing.
+/// Additional time that a call may stay unread while other calls wait for memory of the other kind, of which the call
+/// holds little or nothing.
 const OTHER_KIND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Minimum time between two searches for connections to close, for any number of waiting calls.
@@ -126,8 +127,8 @@ impl UnreadResponse {
         Self { account: Arc::clone(account), key }
     }
 
-    /// Records that more data was passed to HTTP/2, of which `bytes` are charged. HTTP/2 polls when it has space, so the client took
-    /// something.
+    /// Records that more data was passed to HTTP/2, of which `bytes` are charged. HTTP/2 polls when it has space, so
+    /// the client took something.
     pub(super) fn hand(&self, bytes: usize) {
         let until = clock::monotonic() + UNREAD_TIMEOUT;
         if let Some(call) = self.account.unread.lock().get_mut(self.key) {

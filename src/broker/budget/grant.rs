@@ -1,4 +1,5 @@
-//! Memory that one message or read has taken from its connection's share and from the budget. Dropping the value frees the memory.
+//! Memory that one message or read has taken from its connection's share and from the budget. Dropping the value frees
+//! the memory.
 
 use tokio::sync::OwnedSemaphorePermit;
 

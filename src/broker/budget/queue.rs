@@ -1,4 +1,5 @@
-//! Queues of requests that wait for memory. The queues bound the rate at which incomplete requests are ended, in searches and in bytes.
+//! Queues of requests that wait for memory. The queues bound the rate at which incomplete requests are ended, in
+//! searches and in bytes.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -10,8 +11,8 @@ use tokio::time::Instant;
 
 use super::SMALL_GRACE;
 
-/// Maximum bytes of incomplete requests that end at once, unless a larger request waits. Repeated sends of these requests then take little
-/// CPU.
+/// Maximum bytes of incomplete requests that end at once, unless a larger request waits. Repeated sends of these
+/// requests then take little CPU.
 pub(super) const MAX_ENDED_BYTES: usize = 1 << 20;
 
 /// Maximum interval between two searches of a waiting request for incomplete requests.
@@ -39,8 +40,8 @@ impl<'a> QueuedRequest<'a> {
         Self { queue, bytes }
     }
 
-    /// Returns the interval between two searches for incomplete requests. The interval grows with the queue, so that many waiting requests
-    /// search as often as one.
+    /// Returns the interval between two searches for incomplete requests. The interval grows with the queue, so that
+    /// many waiting requests search as often as one.
     pub(super) fn interval(&self) -> Duration {
         let requests = u32::try_from(self.queue.requests.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
         SMALL_GRACE.saturating_mul(requests).min(MAX_LOOK_INTERVAL)

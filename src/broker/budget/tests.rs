@@ -53,7 +53,8 @@ async fn stalled_requests_end_when_others_wait_for_memory() {
     }
 }
 
-/// Regression: each of many waiting requests ended as much as it needed. Clients that sent the ended requests again took all of the CPU.
+/// Regression: each of many waiting requests ended as much as it needed. Clients that sent the ended requests again
+/// took all of the CPU.
 #[tokio::test(start_paused = true)]
 async fn incomplete_requests_end_at_bounded_rate() {
     let budgets = Budgets::new(96 * MIB as u64, MIB as u64);

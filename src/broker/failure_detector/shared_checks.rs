@@ -1,4 +1,5 @@
-//! Checks that many callers request at the same time. All waiting callers of one key share one check and its outcome. No I/O of its own.
+//! Checks that many callers request at the same time. All waiting callers of one key share one check and its outcome.
+//! No I/O of its own.
 
 use std::{
     collections::BTreeMap,
@@ -22,7 +23,8 @@ pub(super) struct SharedChecks<K, T> {
 struct Check<T> {
     /// Number of checks that have started.
     begun: AtomicU64,
-    /// Number and outcome of the last completed check. The caller that runs a check holds the lock, also while it waits for its turn.
+    /// Number and outcome of the last completed check. The caller that runs a check holds the lock, also while it waits
+    /// for its turn.
     last: tokio::sync::Mutex<Option<(u64, T)>>,
 }
 
@@ -32,8 +34,8 @@ impl<K: Ord, T: Clone> SharedChecks<K, T> {
         Self { turns: Semaphore::new(max), checks: Mutex::default() }
     }
 
-    /// Returns the outcome of a check that starts after this call: a check in progress may have observed an older state than the caller.
-    /// The first of the waiting callers runs the check.
+    /// Returns the outcome of a check that starts after this call: a check in progress may have observed an older state
+    /// than the caller. The first of the waiting callers runs the check.
     pub(super) async fn run<F>(&self, key: K, check: impl FnOnce() -> F) -> T
     where
         F: Future<Output = T>,
@@ -98,13 +100,14 @@ mod tests {
             (outcome, began.elapsed())
         });
         assert_eq!(outcomes, [1; 1000]);
-        // One check for the first caller, one for those that arrived meanwhile, and one for the other key, which waits for the first check
-        // only.
+        // One check for the first caller, one for those that arrived meanwhile, and one for the other key, which waits
+        // for the first check only.
         assert_eq!((late, runs.into_inner()), ((2, 2 * CHECK), 3));
         assert_eq!(checks.checks.lock().values().filter(|check| check.strong_count() > 0).count(), 0);
     }
 
-    /// A process that exits during a probe may have responded to that probe. A report that arrives then concerns a later moment.
+    /// A process that exits during a probe may have responded to that probe. A report that arrives then concerns a
+    /// later moment.
     #[tokio::test(start_paused = true)]
     async fn caller_during_check_gets_next_outcome() {
         let (checks, runs) = (SharedChecks::new(4), AtomicUsize::new(0));

@@ -1,7 +1,7 @@
 //! Cooldown for failure reports: after a false report about a broker, further reports are ignored for some time. Pure.
 //!
-//! A process that returns after it was declared gone was running. Something between the brokers refused connections: a proxy, or a full
-//! connection table. Another process with the same broker id starts without a cooldown.
+//! A process that returns after it was declared gone was running. Something between the brokers refused connections: a
+//! proxy, or a full connection table. Another process with the same broker id starts without a cooldown.
 
 use std::{collections::BTreeMap, time::Duration};
 

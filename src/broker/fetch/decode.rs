@@ -17,8 +17,8 @@ use crate::{
     record::{Batch, MalformedBatch, Record},
 };
 
-/// Bytes of records after which a decoded response takes no more. Compressed records can grow a thousandfold, but a response must fit into
-/// one message, and into memory until it is sent.
+/// Bytes of records after which a decoded response takes no more. Compressed records can grow a thousandfold, but a
+/// response must fit into one message, and into memory until it is sent.
 pub(super) const DECODED_BYTES: usize = limits::MAX_FETCH_BYTES;
 
 /// The same limit for a response with little memory, in bytes.
@@ -99,10 +99,11 @@ struct Decoder<'a> {
 }
 
 impl Decoder<'_> {
-    /// Replaces the batches of a partition by their records from an offset on, while there is space. `used` is the total of all partitions.
+    /// Replaces the batches of a partition by their records from an offset on, while there is space. `used` is the
+    /// total of all partitions.
     ///
-    /// An error means that the partition has no records in the response. If records precede a corrupt batch, the next read returns the
-    /// error.
+    /// An error means that the partition has no records in the response. If records precede a corrupt batch, the next
+    /// read returns the error.
     async fn decode(
         &mut self,
         fetched: &mut v1::FetchedPartition,
@@ -163,8 +164,8 @@ impl Decoder<'_> {
             return Ok(());
         }
         match self.memory.reserve_more(2 * bytes) {
-            // A record larger than all before is read again, after its memory was reserved in turn. Memory of smaller records is already in
-            // the response.
+            // A record larger than all before is read again, after its memory was reserved in turn. Memory of smaller
+            // records is already in the response.
             Err(_) if bytes > self.record_bytes => Err(Undecoded::TooLarge(RecordTooLarge { bytes })),
             reserved => Ok(reserved?),
         }
@@ -227,8 +228,8 @@ fn record_bytes(record: &Record) -> usize {
     length(&record.key) + length(&record.value) + headers.sum::<usize>() + 64
 }
 
-/// Returns the error for a partition whose records do not fit, because those of other partitions fill the response. A retry of the same
-/// request fails again, unless the response was small.
+/// Returns the error for a partition whose records do not fit, because those of other partitions fill the response. A
+/// retry of the same request fails again, unless the response was small.
 fn response_full(fetched: &v1::FetchedPartition, is_small: bool) -> ApiError {
     let message = format!(
         "the response is full before the records of topic {}, partition {}: read this partition again, alone or first",
@@ -246,8 +247,8 @@ fn record_too_large(fetched: &v1::FetchedPartition, size: usize) -> ApiError {
     ApiError::new(ErrorCode::RecordTooLarge, message).with("offset", fetched.next_offset)
 }
 
-/// Returns the error for a batch whose records cannot be decoded. The broker stores batches without decoding all of their records, so a
-/// reader may be the first to find such records.
+/// Returns the error for a batch whose records cannot be decoded. The broker stores batches without decoding all of
+/// their records, so a reader may be the first to find such records.
 fn undecodable(fetched: &v1::FetchedPartition, batch: &Batch, error: &MalformedBatch) -> ApiError {
     let (base, end) = (batch.base_offset(), batch.end_offset());
     if let MalformedBatch::NoMemory { max, setting, .. } = error {

@@ -1,4 +1,5 @@
-//! Memory of a reader's responses: taken before anything is read for a response, and freed when the response has been sent.
+//! Memory of a reader's responses: taken before anything is read for a response, and freed when the response has been
+//! sent.
 
 use futures::stream::FuturesUnordered;
 
@@ -37,13 +38,14 @@ pub(super) struct Granted {
 }
 
 impl Granted {
-    /// Splits off the memory of one read. The read holds this memory until it ends, which may be after the response is built or the call
-    /// has ended.
+    /// Splits off the memory of one read. The read holds this memory until it ends, which may be after the response is
+    /// built or the call has ended.
     pub(super) fn begin_read(&mut self) -> Grant {
         self.grant.split(self.batch_bytes)
     }
 
-    /// Merges the memory of an ended read and frees the excess. A read for an earlier response returns memory of that response.
+    /// Merges the memory of an ended read and frees the excess. A read for an earlier response returns memory of that
+    /// response.
     pub(super) fn end_read(&mut self, charge: Grant) {
         self.grant.merge(charge);
         self.grant.shrink(self.bytes + self.records);
@@ -61,9 +63,9 @@ impl FetchSession {
         self.grant.is_none() && (self.held.is_some() || !self.reading.is_empty() || self.ready.is_marked())
     }
 
-    /// Takes memory for a response before any read: for the batches, and for the message that is built from them. Decoded records take as
-    /// much again. The response is small if other responses hold too much memory. The size of a larger batch is known after a read failed
-    /// for lack of memory.
+    /// Takes memory for a response before any read: for the batches, and for the message that is built from them.
+    /// Decoded records take as much again. The response is small if other responses hold too much memory. The size of a
+    /// larger batch is known after a read failed for lack of memory.
     pub(super) async fn reserve(&mut self, decode: bool) {
         let max_bytes = self.terms.max_bytes;
         let reads = self.places.len().clamp(1, MAX_CONCURRENT_READS);
@@ -171,8 +173,8 @@ impl FetchSession {
         }
     }
 
-    /// Reads a partition again once there is memory for a batch of `batch_bytes`. An empty response frees its memory and restarts its reads
-    /// in progress.
+    /// Reads a partition again once there is memory for a batch of `batch_bytes`. An empty response frees its memory
+    /// and restarts its reads in progress.
     pub(super) fn read_later(&mut self, index: usize, batch_bytes: usize, gathered: &mut FetchResponseBuilder) {
         // Rounded up: batches that grow byte by byte would restart the reads each time.
         self.max_batch_bytes = self.max_batch_bytes.max(batch_bytes.next_power_of_two());
@@ -205,7 +207,8 @@ impl FetchSession {
         }
     }
 
-    /// Returns true if there is memory for a batch that was read, reserving more if needed. A batch may be larger than expected.
+    /// Returns true if there is memory for a batch that was read, reserving more if needed. A batch may be larger than
+    /// expected.
     fn has_memory_for(&self, batch_bytes: usize, gathered: &FetchResponseBuilder) -> bool {
         let Some(Granted { bytes, .. }) = self.grant else { return true };
         let needed = 2 * (gathered.bytes + batch_bytes);
@@ -217,8 +220,9 @@ impl FetchSession {
         (left / self.places.len().clamp(1, MAX_CONCURRENT_READS)).max(left.min(MIN_READ_BYTES))
     }
 
-    /// Passes the memory of a built response to its call, which frees the memory when the response has been sent. Reads in progress have
-    /// their own memory. An outcome that is held for the next response keeps a part of the memory of this response.
+    /// Passes the memory of a built response to its call, which frees the memory when the response has been sent. Reads
+    /// in progress have their own memory. An outcome that is held for the next response keeps a part of the memory of
+    /// this response.
     pub(super) fn on_made(&mut self, batch_bytes: usize, partitions: usize) {
         if let Some(granted) = self.grant.take() {
             let held = match &self.held {

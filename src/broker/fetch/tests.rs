@@ -51,7 +51,8 @@ async fn batch_that_does_not_fit_opens_next_response() {
     bench.stop().await;
 }
 
-/// Regression: clients that checked the error first lost the records of the same response. The records before corrupt data were unreadable.
+/// Regression: clients that checked the error first lost the records of the same response. The records before corrupt
+/// data were unreadable.
 #[tokio::test]
 async fn records_before_error_form_separate_response() {
     let dir = tempfile::tempdir().unwrap();
@@ -121,7 +122,8 @@ async fn duplicate_partition_in_fetch_is_rejected() {
     bench.stop().await;
 }
 
-/// Regression: the partition in memory was always ready first, and the read of the partition on disk ended with each call.
+/// Regression: the partition in memory was always ready first, and the read of the partition on disk ended with each
+/// call.
 #[tokio::test]
 async fn read_of_memory_and_disk_returns_both_partitions() {
     let dir = tempfile::tempdir().unwrap();
@@ -167,7 +169,8 @@ async fn read_returns_watermarks_of_every_partition() {
     bench.stop().await;
 }
 
-/// Regression: a consumer continued at its old offset in a recreated topic, and skipped the first records of the new topic.
+/// Regression: a consumer continued at its old offset in a recreated topic, and skipped the first records of the new
+/// topic.
 #[tokio::test]
 async fn request_with_id_of_deleted_topic_is_rejected() {
     let dir = tempfile::tempdir().unwrap();
@@ -202,7 +205,8 @@ async fn request_with_id_of_deleted_topic_is_rejected() {
     bench.stop().await;
 }
 
-/// Regression: a new set continued at the position of the old topic's reader, if the end of that reader had not been noticed.
+/// Regression: a new set continued at the position of the old topic's reader, if the end of that reader had not been
+/// noticed.
 #[tokio::test]
 async fn recreated_topic_starts_at_requested_offset() {
     let dir = tempfile::tempdir().unwrap();
@@ -229,7 +233,8 @@ fn decoded_read() -> v1::ReadRequest {
     v1::ReadRequest { partitions: vec![want], decode: true, ..Default::default() }
 }
 
-/// Regression: a record above 16 MiB needed more than its response had left of the connection's share, and was rejected on every retry.
+/// Regression: a record above 16 MiB needed more than its response had left of the connection's share, and was rejected
+/// on every retry.
 #[tokio::test]
 async fn decoded_record_above_connection_share_is_read() {
     const BYTES: usize = 17 << 20;
@@ -312,7 +317,8 @@ fn reset_call_is_charged_until_blocking_work_ends() {
     });
 }
 
-/// Regression: a stream started reads again and again, by naming its partitions again, within the memory of one response.
+/// Regression: a stream started reads again and again, by naming its partitions again, within the memory of one
+/// response.
 #[test]
 fn dropped_reads_stay_charged_until_they_end() {
     with_one_blocking_thread(async {
@@ -522,7 +528,8 @@ async fn large_batch_on_disk_waits_for_memory() {
     bench.stop().await;
 }
 
-/// Regression: the records of one partition and the first record of the next exceeded one message, so the call failed on each retry.
+/// Regression: the records of one partition and the first record of the next exceeded one message, so the call failed
+/// on each retry.
 #[tokio::test]
 async fn decoded_response_ends_before_record_that_does_not_fit() {
     let dir = tempfile::tempdir().unwrap();

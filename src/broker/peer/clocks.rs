@@ -6,7 +6,8 @@ use parking_lot::Mutex;
 
 use crate::{model::BrokerId, task::clock, telemetry::LogThrottle};
 
-/// Difference from which a warning is logged, in milliseconds. The value is far above the effect of a link's delay on equal clocks.
+/// Difference from which a warning is logged, in milliseconds. The value is far above the effect of a link's delay on
+/// equal clocks.
 const MAX_CLOCK_SKEW_MS: u64 = 10_000;
 
 /// Comparison of other brokers' clocks with the local clock.
@@ -14,8 +15,8 @@ const MAX_CLOCK_SKEW_MS: u64 = 10_000;
 pub(in crate::broker) struct ClockComparison(Mutex<BTreeMap<BrokerId, LogThrottle>>);
 
 impl ClockComparison {
-    /// Logs a warning if the clock of `broker`, as sent in its Hello or Welcome, differs by much from the local clock. Older versions send
-    /// no clock.
+    /// Logs a warning if the clock of `broker`, as sent in its Hello or Welcome, differs by much from the local clock.
+    /// Older versions send no clock.
     pub(in crate::broker) fn compare(&self, broker: BrokerId, theirs_ms: Option<i64>) {
         let skew = theirs_ms.and_then(|theirs| clock_skew_seconds(theirs, clock::wall_ms()));
         let Some(seconds_ahead) = skew else { return };

@@ -1,7 +1,7 @@
 //! The `Peer` service, which other brokers call.
 //!
-//! `replicate` serves the replication streams. `peers` holds the state about peers for both directions. This file serves the other
-//! requests. No part of the service is for clients.
+//! `replicate` serves the replication streams. `peers` holds the state about peers for both directions. This file
+//! serves the other requests. No part of the service is for clients.
 
 mod clocks;
 mod peer_table;
@@ -79,8 +79,8 @@ pub(super) struct PeerServer {
 }
 
 impl PeerServer {
-    /// Creates the server of the process with this incarnation. Replicas that catch up share the rate limit, if there is one. Sent bytes
-    /// are counted in `sent`. Links run as tasks of `tasks`.
+    /// Creates the server of the process with this incarnation. Replicas that catch up share the rate limit, if there
+    /// is one. Sent bytes are counted in `sent`. Links run as tasks of `tasks`.
     pub(super) fn new(
         peers: Arc<PeerTable>,
         incarnation: String,
@@ -103,8 +103,8 @@ impl PeerServer {
         })
     }
 
-    /// Serves all requests from now on. Before this call, the broker only identifies itself, so that peers can see that its earlier process
-    /// is gone.
+    /// Serves all requests from now on. Before this call, the broker only identifies itself, so that peers can see that
+    /// its earlier process is gone.
     pub(super) fn begin(&self) {
         self.is_started.store(true, Ordering::Release);
     }

@@ -1,4 +1,5 @@
-//! State about other brokers for both directions of replication: their addresses and broker epochs, and this broker's own epoch.
+//! State about other brokers for both directions of replication: their addresses and broker epochs, and this broker's
+//! own epoch.
 
 use std::{
     collections::BTreeMap,
@@ -45,7 +46,8 @@ pub(in crate::broker) struct PeerTable {
     pub(in crate::broker) clocks: ClockComparison,
 }
 
-/// Look-up of a broker's registration in the metadata store, at a bounded rate. Fails if the registration cannot be looked up now.
+/// Look-up of a broker's registration in the metadata store, at a bounded rate. Fails if the registration cannot be
+/// looked up now.
 pub(in crate::broker) type LookUp =
     Arc<dyn Fn(BrokerId) -> BoxFuture<'static, Result<Option<Revision>, ApiError>> + Send + Sync>;
 
@@ -111,7 +113,8 @@ impl PeerTable {
         Arc::new(Self { me, cluster, state, find, lost, look_up, clocks: ClockComparison::default() })
     }
 
-    /// Sets how local partitions are found, where lost links are reported, and how registrations are looked up. Called once.
+    /// Sets how local partitions are found, where lost links are reported, and how registrations are looked up. Called
+    /// once.
     pub(in crate::broker) fn serve(&self, find: PartitionLookup, lost: Arc<dyn LinkLossListener>, look_up: LookUp) {
         let first = self.find.set(find).is_ok() && self.lost.set(lost).is_ok() && self.look_up.set(look_up).is_ok();
         assert!(first, "the callbacks are set once");
@@ -126,9 +129,9 @@ impl PeerTable {
         });
     }
 
-    /// Updates this broker's own broker epoch; `None` while this broker is not registered. Links continue meanwhile, and new links use the
-    /// last epoch: a lost lease does not affect the content of a log, and the store may be unavailable. A broker epoch ends when the next
-    /// one begins.
+    /// Updates this broker's own broker epoch; `None` while this broker is not registered. Links continue meanwhile,
+    /// and new links use the last epoch: a lost lease does not affect the content of a log, and the store may be
+    /// unavailable. A broker epoch ends when the next one begins.
     pub(in crate::broker) fn registered(&self, epoch: Option<Revision>) {
         self.state.send_if_modified(|state| {
             state.is_registered = epoch.is_some();
@@ -145,7 +148,8 @@ impl PeerTable {
         &self.cluster
     }
 
-    /// Returns this broker's own broker epoch, or the last one while this broker is not registered; `None` before the first.
+    /// Returns this broker's own broker epoch, or the last one while this broker is not registered; `None` before the
+    /// first.
     pub(super) fn own(&self) -> Option<Revision> {
         self.state.borrow().own
     }
@@ -161,8 +165,8 @@ impl PeerTable {
         self.state.borrow().peers.get(&broker).cloned()
     }
 
-    /// Verifies that a broker is registered under the broker epoch that it claims. Reads the metadata store if the metadata cache is older
-    /// than the claim.
+    /// Verifies that a broker is registered under the broker epoch that it claims. Reads the metadata store if the
+    /// metadata cache is older than the claim.
     pub(in crate::broker) async fn confirm(&self, broker: BrokerId, claimed: Revision) -> Result<(), Unconfirmed> {
         match self.get(broker).map(|peer| peer.epoch) {
             Some(registered) if registered == claimed => return Ok(()),

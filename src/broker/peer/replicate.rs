@@ -1,8 +1,9 @@
 //! Inbound replication streams: admission of the follower's broker, and at most one link per broker.
 //!
-//! A link with a newer broker epoch ends the previous link. A link with the same epoch does that only if the previous link does not respond
-//! to a ping. Brokers do not authenticate, so the second one may be foreign. The new link starts after every partition has processed the
-//! end of the previous link. Late messages of an old link therefore never undo a subscription on the new link.
+//! A link with a newer broker epoch ends the previous link. A link with the same epoch does that only if the previous
+//! link does not respond to a ping. Brokers do not authenticate, so the second one may be foreign. The new link starts
+//! after every partition has processed the end of the previous link. Late messages of an old link therefore never undo
+//! a subscription on the new link.
 
 use std::{pin::Pin, sync::Arc, time::Duration};
 

@@ -1,5 +1,5 @@
-//! Replication between two brokers over TCP: partitions, links in both directions, and the service. There is no metadata store: each test
-//! assigns the leaders.
+//! Replication between two brokers over TCP: partitions, links in both directions, and the service. There is no
+//! metadata store: each test assigns the leaders.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
@@ -165,7 +165,8 @@ async fn acked(response: tokio::sync::oneshot::Receiver<AppendResult>) {
     tokio::time::timeout(WAIT, response).await.expect("in time").expect("a response").expect("an acknowledgement");
 }
 
-/// Starts two brokers that are registered with each other and hold this number of partitions, led by the first broker in epoch 1.
+/// Starts two brokers that are registered with each other and hold this number of partitions, led by the first broker
+/// in epoch 1.
 async fn pair(partitions: u32) -> (Node, Node) {
     let (one, two) = (Node::start(1).await, Node::start(2).await);
     one.update_peers(&[&one, &two]);
@@ -272,7 +273,8 @@ async fn invalid_hello_is_rejected_with_reason() {
         let mut next = next.unwrap();
         match next.receiver.message().await {
             Err(status) => break status,
-            // The response took more than a second. Other work on this machine may be the cause, so the test tries again.
+            // The response took more than a second. Other work on this machine may be the cause, so the test tries
+            // again.
             Ok(_welcome) => (stream, tries) = (next, tries + 1),
         }
         assert!(began.elapsed() >= Duration::from_secs(1) && tries < 3, "the first link stays");

@@ -118,7 +118,8 @@ impl Broker {
         if incoming.refusal.is_none() {
             return self.produce_permit(partition, bytes, deadline).await;
         }
-        // The partition drops a rejected batch after it has checked the producer's sequence, so the append does not wait for memory.
+        // The partition drops a rejected batch after it has checked the producer's sequence, so the append does not
+        // wait for memory.
         let memory = self.produce_memory.of(bytes);
         memory.try_take(bytes).ok_or_else(|| match &incoming.refusal {
             Some(refused @ AdmitError::StoreUnavailable { .. }) => AppendError::Refused(refused.clone()).into(),
@@ -134,7 +135,8 @@ impl Broker {
         deadline: Instant,
     ) -> Result<OwnedSemaphorePermit, ApiError> {
         let memory = self.produce_memory.of(bytes);
-        // After the deadline no client waits for the response. The client sends the batch again, which would then be stored twice.
+        // After the deadline no client waits for the response. The client sends the batch again, which would then be
+        // stored twice.
         let over = || clock::monotonic() >= deadline;
         let permit = tokio::select! {
             biased;
@@ -171,9 +173,9 @@ fn no_produce_memory(bytes: usize, memory: &MemoryBudget) -> ApiError {
     ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", max)
 }
 
-/// Parses and checks a batch that a client built. Uncompressed records are checked too: invalid framing would break consumers of other
-/// clients, and wrong timestamps in the header would break retention and search by time. Of compressed records only the beginning is
-/// decoded; readers decode the rest.
+/// Parses and checks a batch that a client built. Uncompressed records are checked too: invalid framing would break
+/// consumers of other clients, and wrong timestamps in the header would break retention and search by time. Of
+/// compressed records only the beginning is decoded; readers decode the rest.
 fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), ApiError> {
     let mut batch = Batch::parse(bytes)?;
     batch.check_client()?;
@@ -182,8 +184,8 @@ fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), ApiError> {
     Ok((batch, timestamps))
 }
 
-/// Recompresses a batch with the topic's codec, within the memory for decompression. The batch is rejected as soon as it proves larger than
-/// the topic allows.
+/// Recompresses a batch with the topic's codec, within the memory for decompression. The batch is rejected as soon as
+/// it proves larger than the topic allows.
 async fn recompressed(
     decompressor: &Decompressor,
     batch: &Batch,

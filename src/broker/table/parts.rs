@@ -1,5 +1,5 @@
-//! A map that is read without a lock and changed by copying. The map consists of parts, so that a change of one entry copies few other
-//! entries.
+//! A map that is read without a lock and changed by copying. The map consists of parts, so that a change of one entry
+//! copies few other entries.
 
 use std::{borrow::Borrow, collections::BTreeMap, sync::Arc};
 
@@ -92,7 +92,8 @@ mod tests {
         format!("topic-{number}").parse().expect("the name is valid")
     }
 
-    /// Regression: each added or removed topic copied the table of all topics, which took hours for 100,000 topics one by one.
+    /// Regression: each added or removed topic copied the table of all topics, which took hours for 100,000 topics one
+    /// by one.
     #[test]
     fn change_of_one_entry_copies_one_part() {
         let parts = Parts::<TopicName, u32>::default();

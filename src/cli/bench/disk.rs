@@ -23,8 +23,8 @@ const MEASURE_TIME: Duration = Duration::from_secs(3);
 /// Alignment in bytes that direct I/O needs for memory and sizes.
 const ALIGNMENT: usize = 4096;
 
-/// Writes a file in `folder` in pieces of `piece` bytes for `MEASURE_TIME`, with a sync after each piece. The writes overwrite
-/// blocks that exist. Blocks the thread, and removes the file at the end.
+/// Writes a file in `folder` in pieces of `piece` bytes for `MEASURE_TIME`, with a sync after each piece. The writes
+/// overwrite blocks that exist. Blocks the thread, and removes the file at the end.
 pub(super) fn measure(folder: &Path, piece: usize) -> io::Result<Value> {
     let piece = piece.max(1).next_multiple_of(ALIGNMENT).min(FILE_BYTES);
     let path = folder.join(format!(".strandline-bench-{}", std::process::id()));

@@ -15,12 +15,12 @@
 //!
 //! # Retries
 //!
-//! An attempt ends after `request_timeout`. The pure function `error::classify` decides the outcome of a failed request:
-//! *not done* (no connection, no leader), *refused* (every member would reject it), or *unknown*. Reads, keepalives,
-//! revocations and grants continue at the next member after anything but a refusal, until `call::CALL_DEADLINE` is
-//! over. A grant whose response was lost expires by itself. Transactions continue only after *not done*. An unknown
-//! outcome is never retried here; the caller reads back, since the retry of an applied transaction would fail its
-//! compares.
+//! An attempt ends after `request_timeout`. The pure function `error::classify` decides the outcome of a failed
+//! request: *not done* (no connection, no leader), *refused* (every member would reject it), or *unknown*. Reads,
+//! keepalives, revocations and grants continue at the next member after anything but a refusal, until
+//! `call::CALL_DEADLINE` is over. A grant whose response was lost expires by itself. Transactions continue only after
+//! *not done*. An unknown outcome is never retried here; the caller reads back, since the retry of an applied
+//! transaction would fail its compares.
 //!
 //! # Unresponsive members
 //!

@@ -65,8 +65,8 @@ pub fn free_in_steps(file: &fs::File) -> io::Result<()> {
     Ok(())
 }
 
-/// Runs one step of [`free_in_steps`], and the pause after it. The step is larger if space is needed soon or if `hurry` is
-/// set. Returns false if the rest may be freed at once.
+/// Runs one step of [`free_in_steps`], and the pause after it. The step is larger if space is needed soon or if `hurry`
+/// is set. Returns false if the rest may be freed at once.
 pub(super) fn free_step(file: &fs::File, hurry: bool) -> io::Result<bool> {
     let metadata = file.metadata()?;
     if metadata.nlink() > 0 || metadata.len() <= STEP_BYTES {

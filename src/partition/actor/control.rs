@@ -15,11 +15,13 @@
 //!
 //! # Invariants
 //!
-//! Readers stay open in every case: committed records stay where they are. A writer whose records are in the log when the epoch ends gets
-//! `AppendError::Deposed`: the outcome is unknown. A writer whose records were never appended gets `AppendError::NotLeader`.
+//! Readers stay open in every case: committed records stay where they are. A writer whose records are in the log when
+//! the epoch ends gets `AppendError::Deposed`: the outcome is unknown. A writer whose records were never appended gets
+//! `AppendError::NotLeader`.
 //!
-//! A new leader must have all committed records. Elections ensure that, except an unclean one: then the log may end before the object
-//! store does, or hold other records than the object store. The object store is right in that case, and the log is reset to its end.
+//! A new leader must have all committed records. Elections ensure that, except an unclean one: then the log may end
+//! before the object store does, or hold other records than the object store. The object store is right in that case,
+//! and the log is reset to its end.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -293,7 +295,8 @@ impl Actor {
         self.replica.epochs().last().map(|(epoch, _)| epoch)
     }
 
-    /// Returns true if the object store must be read before this log can lead: only after an election that may have lost records.
+    /// Returns true if the object store must be read before this log can lead: only after an election that may have
+    /// lost records.
     fn needs_object_store(&self, value: &PartitionValue) -> bool {
         let committed = self.tiered_end.max(self.log_start);
         let reaches = self.replica.log_end() >= committed;
@@ -349,7 +352,8 @@ impl Actor {
         }
     }
 
-    /// Handles a report of a newer epoch: a leader of an older epoch admits nothing more until the metadata contains the newer one.
+    /// Handles a report of a newer epoch: a leader of an older epoch admits nothing more until the metadata contains
+    /// the newer one.
     pub(super) fn deposed(&mut self, known: LeaderEpoch) {
         self.placed.newest_seen_epoch = self.placed.newest_seen_epoch.max(known);
         if let RoleState::Leading(leader) = &self.part
@@ -363,8 +367,9 @@ impl Actor {
         }
     }
 
-    /// Applies the tiered end and the log start of the metadata. All records below both were committed, by a leader of the state's epoch
-    /// or an earlier one. If that epoch is newer than the one in which this broker leads, this log may hold other records there.
+    /// Applies the tiered end and the log start of the metadata. All records below both were committed, by a leader of
+    /// the state's epoch or an earlier one. If that epoch is newer than the one in which this broker leads, this log
+    /// may hold other records there.
     pub(super) fn committed(&mut self, state: &TierState) {
         if !mutant!(AdoptNewerTieredEnd) {
             self.deposed(state.epoch);
@@ -416,12 +421,13 @@ impl Actor {
         }
     }
 
-    /// Continues the start of a leader after an election that may have lost records. The tables show which records certainly were
-    /// committed.
+    /// Continues the start of a leader after an election that may have lost records. The tables show which records
+    /// certainly were committed.
     async fn start_leading_with_tables(&mut self, tables: Result<Tables, BootstrapError>, waited: Duration) {
         let committed = self.tiered_end.max(self.log_start);
         let tables = match tables {
-            // Deletion overtook the object store, or the topic no longer has one: there are no tables of the records before.
+            // Deletion overtook the object store, or the topic no longer has one: there are no tables of the records
+            // before.
             Err(BootstrapError::NoObjectStore) => Tables::empty(committed),
             Err(_) if !self.has_tiered_tables() => Tables::empty(committed),
             Ok(tables) if tables.start < committed => Tables::empty(committed),

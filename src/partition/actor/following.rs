@@ -1,4 +1,5 @@
-//! Following: messages of the leader are checked, copied and submitted to the journal. The link acknowledges the published progress.
+//! Following: messages of the leader are checked, copied and submitted to the journal. The link acknowledges the
+//! published progress.
 
 use super::{Actor, AppendError, MAX_GROUP_BYTES, RoleState, warnings::Condition};
 use crate::{
@@ -200,8 +201,8 @@ impl Actor {
         }
     }
 
-    /// Handles a wrong or late message of the leader, as the follower classified it. If the replica no longer follows, it
-    /// subscribes again, unless the outcome would never change.
+    /// Handles a wrong or late message of the leader, as the follower classified it. If the replica no longer follows,
+    /// it subscribes again, unless the outcome would never change.
     fn violated(&mut self, violation: ProtocolViolation) {
         let RoleState::Following(follower) = &mut self.part else { return };
         let (leader, epoch) = (follower.leader(), follower.epoch());

@@ -158,8 +158,8 @@ impl Actor {
         }
     }
 
-    /// Sends the ISR change that is due to the metadata store, or a read after an unknown outcome. One request at a time, so that an
-    /// outcome is never applied to another request.
+    /// Sends the ISR change that is due to the metadata store, or a read after an unknown outcome. One request at a
+    /// time, so that an outcome is never applied to another request.
     pub(super) fn propose(&mut self) {
         let RoleState::Leading(leader) = &mut self.part else { return };
         if self.asked.is_some() {
@@ -198,8 +198,8 @@ impl Actor {
         }
     }
 
-    /// Returns true if this broker waits for metadata: a follower reported a newer epoch, or the key was missing for a moment while this
-    /// broker led. If the report was true, newer metadata arrives soon.
+    /// Returns true if this broker waits for metadata: a follower reported a newer epoch, or the key was missing for a
+    /// moment while this broker led. If the report was true, newer metadata arrives soon.
     pub(super) fn awaits_metadata(&self) -> bool {
         matches!(self.part, RoleState::Idle) && self.placed.awaits_newer_value(self.broker)
     }
@@ -264,7 +264,8 @@ impl Actor {
         let observed = if is_due {
             leader.in_sync_mut().agreed(outcome)
         } else {
-            // The request is of an earlier epoch, or the metadata was faster. The outcome counts for nothing, but its value may be new.
+            // The request is of an earlier epoch, or the metadata was faster. The outcome counts for nothing, but its
+            // value may be new.
             current
                 .as_ref()
                 .map_or(ValueUpdate::Unchanged, |(value, revision)| leader.in_sync_mut().observed(value, *revision))

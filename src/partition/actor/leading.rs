@@ -75,7 +75,8 @@ pub(in crate::partition) struct Append {
     pub(in crate::partition) batch: Batch,
     pub(in crate::partition) origin: BatchOrigin,
     pub(in crate::partition) acks: Acks,
-    /// Memory of the batch. It is released with the result, or when the write is safe here and its receiver was dropped.
+    /// Memory of the batch. It is released with the result, or when the write is safe here and its receiver was
+    /// dropped.
     pub(in crate::partition) permit: OwnedSemaphorePermit,
     pub(in crate::partition) answer: oneshot::Sender<AppendResult>,
     /// With `acks=tiered`: shows the caller that the write is stored here and waits for the object store.
@@ -110,8 +111,8 @@ impl PendingWriter {
         self.responder.is_closed()
     }
 
-    /// Returns true if the receiver was dropped before other replicas or the object store were involved. Writes without acks never have a
-    /// receiver and do not count.
+    /// Returns true if the receiver was dropped before other replicas or the object store were involved. Writes without
+    /// acks never have a receiver and do not count.
     fn left_early(&self, acks: Acks) -> bool {
         matches!(acks, Acks::All | Acks::Tiered) && self.is_gone()
     }

@@ -1,7 +1,8 @@
 //! Segments of a partition in its task: rolling, export for uploads, the log start, eviction.
 //!
-//! Work that waits for journal frames or reads segments runs outside the async threads. The task lends its replica to a thread that may
-//! block, and continues when the replica is back. Meanwhile the command queue fills, and nothing else happens to the log.
+//! Work that waits for journal frames or reads segments runs outside the async threads. The task lends its replica to a
+//! thread that may block, and continues when the replica is back. Meanwhile the command queue fills, and nothing else
+//! happens to the log.
 
 use std::{
     io,
@@ -62,8 +63,9 @@ impl DerefMut for ReplicaCell {
     }
 }
 
-/// Returns the time of a segment's first batch by the monotonic clock; `None` while the segment is empty. The wall clock gives the age,
-/// only at an open and after a truncation. If the wall clock went back meanwhile, the age counts from now.
+/// Returns the time of a segment's first batch by the monotonic clock; `None` while the segment is empty. The wall
+/// clock gives the age, only at an open and after a truncation. If the wall clock went back meanwhile, the age counts
+/// from now.
 pub(super) fn active_since(info: &SegmentInfo) -> Option<Instant> {
     let age = u64::try_from(clock::wall_ms().saturating_sub(info.created_ms)).unwrap_or(0);
     let now = clock::monotonic();
@@ -97,13 +99,14 @@ impl Actor {
         self.replica.run_blocking(move |replica| replica.export(base)).await
     }
 
-    /// Truncates or resets the log, and drops the state of the removed part. Returns false if the disk failed, which is final, or if it
-    /// is full: then nothing changed, and the change is to be tried again.
+    /// Truncates or resets the log, and drops the state of the removed part. Returns false if the disk failed, which is
+    /// final, or if it is full: then nothing changed, and the change is to be tried again.
     pub(super) async fn change_log(
         &mut self,
         change: impl FnOnce(&mut ReplicaLog) -> Result<(), ChangeError> + Send + 'static,
     ) -> bool {
-        // Readers of a leader's log must see the end of its epoch before, and other readers a high watermark that falls.
+        // Readers of a leader's log must see the end of its epoch before, and other readers a high watermark that
+        // falls.
         self.publish();
         let active = self.replica.active();
         match self.replica.run_blocking(change).await {
@@ -125,7 +128,8 @@ impl Actor {
         }
     }
 
-    /// Moves the log's start, but never above the high watermark: records that may have to be truncated are not deleted at the front.
+    /// Moves the log's start, but never above the high watermark: records that may have to be truncated are not deleted
+    /// at the front.
     pub(super) fn keep_log_start(&mut self) {
         let start = self.log_start.min(self.high_watermark());
         self.replica.advance_log_start(start);

@@ -1,4 +1,5 @@
-//! The one task that owns a partition: it appends queued writes in groups, syncs them and responds, or it copies from its leader.
+//! The one task that owns a partition: it appends queued writes in groups, syncs them and responds, or it copies from
+//! its leader.
 //!
 //! # Overview
 //!
@@ -19,8 +20,8 @@
 //!   writers, maintenance ─▶ commands ─────────╯
 //! ```
 //!
-//! Between any two groups the task polls the three in that order. So neither a flood of writes nor a flood of batches from a leader
-//! delays the other inputs for long.
+//! Between any two groups the task polls the three in that order. So neither a flood of writes nor a flood of batches
+//! from a leader delays the other inputs for long.
 
 mod control;
 mod following;
@@ -72,11 +73,12 @@ use crate::{
 /// Maximum number of commands that one turn takes from the queue.
 const MAX_COMMANDS_PER_TURN: usize = 512;
 
-/// Number of commands whose memory a partition keeps between its turns. A broker has many partitions, so the number is small.
+/// Number of commands whose memory a partition keeps between its turns. A broker has many partitions, so the number is
+/// small.
 pub(super) const SPARE_COMMANDS: usize = 64;
 
-/// Maximum bytes of batches in one group. A larger write gains nothing, and in a larger group batches would wait for each other. While
-/// one group is made durable, the next one is written and the one after that arrives.
+/// Maximum bytes of batches in one group. A larger write gains nothing, and in a larger group batches would wait for
+/// each other. While one group is made durable, the next one is written and the one after that arrives.
 const MAX_GROUP_BYTES: usize = 512 << 10;
 
 /// Maximum number of control messages that are handled before their effects are submitted to the journal and published.
@@ -173,7 +175,8 @@ impl Actor {
         replica.set_producer_expiration(config.producer_expiration);
         // A crash between the commit and the change of this disk leaves an older start on the disk.
         replica.advance_log_start(parts.log_start.min(parts.committed_end));
-        // A replica that bootstrapped at the tiered end has no earlier start. The records before it can be read from the object store.
+        // A replica that bootstrapped at the tiered end has no earlier start. The records before it can be read from
+        // the object store.
         let replica_start = replica.log_start();
         let log_start =
             if replica_start <= parts.tiered_end { parts.log_start } else { replica_start.max(parts.log_start) };
@@ -397,7 +400,8 @@ impl Actor {
         let (before, sealed_end) = (self.published.watermarks().high_watermark, self.replica.active().base);
         let has_moved = before < watermarks.high_watermark && before < sealed_end;
         if has_moved && (sealed_end <= watermarks.high_watermark || self.awaits_tier()) {
-            // A sealed segment has just become uploadable: the last segment, or perhaps a segment that a writer waits for.
+            // A sealed segment has just become uploadable: the last segment, or perhaps a segment that a writer waits
+            // for.
             self.maintenance.push(self.id);
         }
         self.published.publish(watermarks, self.replica.bytes());

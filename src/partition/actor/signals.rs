@@ -1,4 +1,5 @@
-//! Signals to the task that never block the sender: journal results, acknowledgements of followers, clock ticks and dropped receivers.
+//! Signals to the task that never block the sender: journal results, acknowledgements of followers, clock ticks and
+//! dropped receivers.
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -9,15 +10,16 @@ use crate::{
     partition::leader::isr::{PeerId, ReplicaProgress},
 };
 
-/// Latest signals. A sender overwrites and wakes: neither the journal, nor a link, nor the clock ever waits for a partition.
+/// Latest signals. A sender overwrites and wakes: neither the journal, nor a link, nor the clock ever waits for a
+/// partition.
 #[derive(Default)]
 pub(in crate::partition) struct ActorSignals {
     pending: Mutex<PendingSignals>,
     notify: Notify,
 }
 
-/// Signals that the task has not taken. The journal's result has no offset: the replica has the persisted end, and an end from before a
-/// truncation would count removed records.
+/// Signals that the task has not taken. The journal's result has no offset: the replica has the persisted end, and an
+/// end from before a truncation would count removed records.
 #[derive(Default)]
 pub(super) struct PendingSignals {
     pub(super) persisted: Option<Result<(), PersistError>>,

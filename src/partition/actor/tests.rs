@@ -118,7 +118,8 @@ async fn maintenance_is_queued_when_epoch_is_committed() {
     assert!(is_queued(&actor));
 }
 
-/// Regression: only the last sealed segment was checked. The writers of the one before waited for a follower that lacked the last one.
+/// Regression: only the last sealed segment was checked. The writers of the one before waited for a follower that
+/// lacked the last one.
 #[tokio::test]
 async fn maintenance_is_queued_when_awaited_segment_is_committed() {
     let log = open_log();
@@ -157,8 +158,8 @@ async fn failed_segment_sync_is_detected_without_writes() {
     assert!(reason.contains("segment"), "{reason}");
 }
 
-/// Regression: a crash left records that the journal had not taken, and the replica was assigned elsewhere at the next start. Its close
-/// waited for a journal result that was never requested, and the broker never became active.
+/// Regression: a crash left records that the journal had not taken, and the replica was assigned elsewhere at the next
+/// start. Its close waited for a journal result that was never requested, and the broker never became active.
 #[tokio::test(start_paused = true)]
 async fn unassigned_replica_with_unsynced_records_closes() {
     let disk = SimDisk::new();

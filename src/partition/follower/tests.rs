@@ -181,8 +181,9 @@ fn committed_records_are_lost_only_by_unclean_election() {
     }
 }
 
-/// Regression: if retention has deleted all records of the object store, a leader responds with its local start. That lies below its log
-/// start until the segments there are removed. A replica that had just bootstrapped at the tiered end then stopped following for ever.
+/// Regression: if retention has deleted all records of the object store, a leader responds with its local start. That
+/// lies below its log start until the segments there are removed. A replica that had just bootstrapped at the tiered
+/// end then stopped following for ever.
 #[test]
 fn bootstrap_below_the_high_watermark_is_retried() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
@@ -263,8 +264,8 @@ fn decision() -> impl Strategy<Value = SubscribeDecision> {
 }
 
 proptest! {
-    /// For any messages of a leader: nothing panics, and the log stays contiguous with epochs that do not decrease. No record that is
-    /// known as committed is removed without an unclean election.
+    /// For any messages of a leader: nothing panics, and the log stays contiguous with epochs that do not decrease. No
+    /// record that is known as committed is removed without an unclean election.
     #[test]
     fn no_leader_message_breaks_the_log(
         steps in prop::collection::vec((decision(), any::<bool>(), 4u32..7, prop::collection::vec((0u64..12, 0u64..4, 0u32..7), 0..3), 0u64..12), 1..40),

@@ -1,4 +1,5 @@
-//! Start of a follower: its log is compared with the leader's by epoch history and nothing else (KIP-101, KIP-279). Pure.
+//! Start of a follower: its log is compared with the leader's by epoch history and nothing else (KIP-101, KIP-279).
+//! Pure.
 //!
 //! # Overview
 //!
@@ -26,7 +27,8 @@ pub struct LogPosition {
     pub last_epoch: Option<LeaderEpoch>,
     /// Log end.
     pub log_end: Offset,
-    /// Addition of the replica while it is being added ([`PartitionValue::added_after`]), by the value that its broker applied.
+    /// Addition of the replica while it is being added ([`PartitionValue::added_after`]), by the value that its broker
+    /// applied.
     ///
     /// [`PartitionValue::added_after`]: crate::cluster::PartitionValue::added_after
     pub removal_count: Option<u64>,
@@ -42,8 +44,8 @@ pub struct LocalLogBounds {
 }
 
 impl LocalLogBounds {
-    /// Returns the start of an empty or useless replica: the latest offset before which all records are committed, and are in the object
-    /// store or deleted.
+    /// Returns the start of an empty or useless replica: the latest offset before which all records are committed, and
+    /// are in the object store or deleted.
     pub fn bootstrap_start(&self) -> Offset {
         self.tiered_end.map_or(self.local_start, |end| end.max(self.local_start))
     }
@@ -54,14 +56,15 @@ impl LocalLogBounds {
 pub enum SubscribeDecision {
     /// The follower's log is a prefix of the leader's: continue at its end.
     Accepted(Offset),
-    /// The follower's log is no prefix. The newest of the leader's epochs that is not above the follower's last one, and the end of that
-    /// epoch: truncate there and subscribe again.
+    /// The follower's log is no prefix. The newest of the leader's epochs that is not above the follower's last one,
+    /// and the end of that epoch: truncate there and subscribe again.
     Diverged {
         epoch: LeaderEpoch,
         /// First offset after the records of that epoch.
         end: Offset,
     },
-    /// The follower's log is useless: reset it to this offset, with the tables of the object store or the leader, and subscribe again.
+    /// The follower's log is useless: reset it to this offset, with the tables of the object store or the leader, and
+    /// subscribe again.
     Bootstrap(Offset),
     /// The follower may not subscribe.
     Rejected(SubscribeError),
@@ -81,8 +84,8 @@ pub enum SubscribeError {
     /// The broker is no replica by this leader's metadata.
     #[error("this broker is no replica of the partition by its leader's metadata")]
     NoReplica,
-    /// One side has received an addition of this replica, and the other side has not. The replica may have deleted the records that it
-    /// held before.
+    /// One side has received an addition of this replica, and the other side has not. The replica may have deleted the
+    /// records that it held before.
     #[error(
         "the replica has {}, and its leader's metadata has {}: wait for the newer of both",
         addition(*.claimed), addition(*.known)

@@ -2,9 +2,9 @@
 //!
 //! # Overview
 //!
-//! One [`IsrTracker`] is one leader in one epoch. The actor reports the progress of its own log, acknowledgements of followers, statuses of
-//! brokers in the metadata cache, and outcomes of proposals. [`IsrTracker`] computes the high watermark, accepts or rejects subscriptions,
-//! and returns the ISR change to propose.
+//! One [`IsrTracker`] is one leader in one epoch. The actor reports the progress of its own log, acknowledgements of
+//! followers, statuses of brokers in the metadata cache, and outcomes of proposals. [`IsrTracker`] computes the high
+//! watermark, accepts or rejects subscriptions, and returns the ISR change to propose.
 //!
 //! ```text
 //!   own log, acknowledgements ──▶ minimum end over the maximal ISR ──▶ high watermark
@@ -13,24 +13,26 @@
 //!
 //! # Rules
 //!
-//! - An acknowledgement counts only in this leader epoch and for the broker epoch of the link on which that replica subscribed. It has
-//!   both ends; the topic's durability decides here, and only here, which end counts.
-//! - The *maximal* ISR is the committed ISR and every ISR that was proposed since and may still come true. The high watermark is the
-//!   minimum acknowledged end over the maximal ISR: whichever of these sets is the current one, all its members hold the records below.
-//! - The high watermark moves only while the *committed* ISR has the minimum size and the committed ELR is empty. A larger ISR that is
-//!   only proposed may never come true; then an eligible replica, for which no commit waits, may be elected.
+//! - An acknowledgement counts only in this leader epoch and for the broker epoch of the link on which that replica
+//!   subscribed. It has both ends; the topic's durability decides here, and only here, which end counts.
+//! - The *maximal* ISR is the committed ISR and every ISR that was proposed since and may still come true. The high
+//!   watermark is the minimum acknowledged end over the maximal ISR: whichever of these sets is the current one, all
+//!   its members hold the records below.
+//! - The high watermark moves only while the *committed* ISR has the minimum size and the committed ELR is empty. A
+//!   larger ISR that is only proposed may never come true; then an eligible replica, for which no commit waits, may be
+//!   elected.
 //! - A proposal with an unknown outcome may come true until the key has another revision. The old value, read back,
 //!   does not show that the proposal failed. So its members stay in the maximal ISR until another revision is seen.
-//! - A replica is admitted when it has acknowledged, in this epoch, all committed records and all records below the epoch start. Before
-//!   the high watermark reaches the epoch start, records above it may be committed. The admission does not wait for the high watermark to
-//!   get there: below the min ISR, it moves only after an admission.
+//! - A replica is admitted when it has acknowledged, in this epoch, all committed records and all records below the
+//!   epoch start. Before the high watermark reaches the epoch start, records above it may be committed. The admission
+//!   does not wait for the high watermark to get there: below the min ISR, it moves only after an admission.
 //! - A replica that is being added subscribes with the addition of this leader's value
 //!   (`PartitionValue::removal_count`), and its acknowledgements count only for that addition. A removed replica
 //!   deletes its log. Added again it is another replica, although its link is the same.
 //!
-//! Other brokers change the value as well: a broker that fails its startup verification removes itself, and the controller completes
-//! reassignments. These changes only remove members, or change the leader and with it the epoch. So the ISR that is known here may be too
-//! large, and is never too small.
+//! Other brokers change the value as well: a broker that fails its startup verification removes itself, and the
+//! controller completes reassignments. These changes only remove members, or change the leader and with it the epoch.
+//! So the ISR that is known here may be too large, and is never too small.
 
 mod member;
 mod proposal;
@@ -70,14 +72,15 @@ pub struct LeaderStart {
     pub revision: Revision,
     /// Progress of its own log.
     pub progress: ReplicaProgress,
-    /// All records below are known as committed: by this broker as a follower, or because they are in the object store or deleted.
+    /// All records below are known as committed: by this broker as a follower, or because they are in the object store
+    /// or deleted.
     pub committed_end: Offset,
     pub rules: IsrRules,
 }
 
 impl LeaderStart {
-    /// Returns the input of the leader `me` of epoch `epoch` without other replicas. Such a leader commits all records of its log: no
-    /// other replica could have committed different ones.
+    /// Returns the input of the leader `me` of epoch `epoch` without other replicas. Such a leader commits all records
+    /// of its log: no other replica could have committed different ones.
     pub fn standalone(
         me: BrokerId,
         epoch: LeaderEpoch,
@@ -102,25 +105,26 @@ pub struct IsrTracker {
     revision: Revision,
     /// Proposal at this revision that has no outcome yet.
     in_flight: Option<IsrProposal>,
-    /// Members of ISRs that were proposed at this revision with an unknown outcome, and may come true until the revision moves on.
+    /// Members of ISRs that were proposed at this revision with an unknown outcome, and may come true until the
+    /// revision moves on.
     maybe_committed: BTreeSet<BrokerId>,
     /// True if the outcome of the last proposal is unknown: nothing is proposed before the key was read.
     needs_read_back: bool,
-    /// True if the last proposal was refused at this very revision. The metadata cache lags, so the next proposal waits for a newer value
-    /// or a tick.
+    /// True if the last proposal was refused at this very revision. The metadata cache lags, so the next proposal waits
+    /// for a newer value or a tick.
     awaits_metadata: bool,
     /// True if another epoch has begun, or the partition is deleted: the leader proposes nothing.
     epoch_ended: bool,
     progress: ReplicaProgress,
     members: BTreeMap<BrokerId, MemberState>,
-    /// First uncommitted offset. Never falls. It never passes an end that a member of the maximal ISR has not acknowledged. The one
-    /// exception is an offset that the metadata shows as committed.
+    /// First uncommitted offset. Never falls. It never passes an end that a member of the maximal ISR has not
+    /// acknowledged. The one exception is an offset that the metadata shows as committed.
     high_watermark: Offset,
 }
 
 impl IsrTracker {
-    /// Creates the leader of the value's epoch; its followers have not subscribed yet. An ISR of one commits all records of its log at
-    /// once.
+    /// Creates the leader of the value's epoch; its followers have not subscribed yet. An ISR of one commits all
+    /// records of its log at once.
     pub fn new(start: LeaderStart) -> Self {
         let LeaderStart { me, value, revision, progress, committed_end, rules } = start;
         assert_eq!(value.leader, Some(me), "the value names this broker as leader");
@@ -171,8 +175,8 @@ impl IsrTracker {
         self.progress.acked_for(self.rules.durability)
     }
 
-    /// Returns true if all records that the log held when the epoch began are committed. Before, its predecessors may have committed
-    /// records above the high watermark: it serves no latest offset and uploads nothing.
+    /// Returns true if all records that the log held when the epoch began are committed. Before, its predecessors may
+    /// have committed records above the high watermark: it serves no latest offset and uploads nothing.
     pub fn is_epoch_committed(&self) -> bool {
         self.high_watermark >= self.epoch_start
     }
@@ -216,8 +220,8 @@ impl IsrTracker {
         self.advance();
     }
 
-    /// Records that by the metadata all records below `end` are in the object store or deleted. This leader or an earlier one committed
-    /// them, so this log holds them.
+    /// Records that by the metadata all records below `end` are in the object store or deleted. This leader or an
+    /// earlier one committed them, so this log holds them.
     pub fn committed(&mut self, end: Offset) {
         self.high_watermark = self.high_watermark.max(end.min(self.progress.log_end));
     }
@@ -271,7 +275,8 @@ impl IsrTracker {
             return Err(SubscribeError::NoReplica);
         }
         let (claimed, known) = (position.removal_count, self.value.added_after(peer.broker));
-        // An ISR member has subscribed since it was added. It may receive the end of the reassignment before its leader does.
+        // An ISR member has subscribed since it was added. It may receive the end of the reassignment before its leader
+        // does.
         let earlier = known.is_some() && claimed != known && !self.value.isr.contains(&peer.broker);
         let later = claimed.is_some_and(|claimed| claimed > self.value.removal_count);
         if earlier || later {
@@ -323,8 +328,8 @@ impl IsrTracker {
         Ok(())
     }
 
-    /// Records that this incarnation of a follower is disconnected. A follower that exited or shuts down leaves the ISR with the next
-    /// proposal. A late report about an incarnation before the current one is ignored.
+    /// Records that this incarnation of a follower is disconnected. A follower that exited or shuts down leaves the ISR
+    /// with the next proposal. A late report about an incarnation before the current one is ignored.
     pub fn on_disconnected(&mut self, peer: PeerId, cause: DisconnectCause) {
         if peer.broker == self.me || !self.value.replicas.contains(&peer.broker) {
             return;
@@ -337,8 +342,8 @@ impl IsrTracker {
         member.departed |= cause != DisconnectCause::LinkLost;
     }
 
-    /// Applies a broker's status in the metadata cache. The broker's acknowledgements stay valid while it is in the ISR: before it takes
-    /// part again without those records, it removes itself from the ISR.
+    /// Applies a broker's status in the metadata cache. The broker's acknowledgements stay valid while it is in the
+    /// ISR: before it takes part again without those records, it removes itself from the ISR.
     pub fn on_broker_status(&mut self, broker: BrokerId, status: BrokerStatus) {
         if broker == self.me || !self.value.replicas.contains(&broker) {
             return;
@@ -353,8 +358,9 @@ impl IsrTracker {
         }
     }
 
-    /// Checks which members lag; called at intervals while [`Self::wants_ticks`]. `now_ms` is of a monotonic clock. A member lags if it
-    /// takes longer than the rule allows to reach its target, the log end of an earlier tick. A constant distance is no lag.
+    /// Checks which members lag; called at intervals while [`Self::wants_ticks`]. `now_ms` is of a monotonic clock. A
+    /// member lags if it takes longer than the rule allows to reach its target, the log end of an earlier tick. A
+    /// constant distance is no lag.
     pub fn tick(&mut self, now_ms: u64) {
         self.awaits_metadata = false;
         let (log_end, lag_ms, durability) = (self.progress.log_end, self.rules.lag_ms, self.rules.durability);
@@ -450,7 +456,8 @@ impl IsrTracker {
         }
     }
 
-    /// Applies a value of the partition from the metadata cache or from a read. Values older than the known one are dropped.
+    /// Applies a value of the partition from the metadata cache or from a read. Values older than the known one are
+    /// dropped.
     pub fn observed(&mut self, value: &PartitionValue, revision: Revision) -> ValueUpdate {
         if revision <= self.revision {
             return ValueUpdate::Unchanged;
@@ -465,8 +472,8 @@ impl IsrTracker {
         self.maybe_committed.clear();
         (self.needs_read_back, self.awaits_metadata) = (false, false);
         for (id, member) in &mut self.members {
-            // A removed replica deletes its log. A replica with another addition was removed before it, even if no value here showed
-            // that.
+            // A removed replica deletes its log. A replica with another addition was removed before it, even if no
+            // value here showed that.
             let addition = self.value.added_after(*id);
             let is_new_addition = addition.is_some() && addition != before.added_after(*id);
             if is_new_addition || !self.value.replicas.contains(id) {

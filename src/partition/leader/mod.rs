@@ -109,8 +109,8 @@ pub enum AdmitError {
         /// Expected sequence.
         expected: i32,
     },
-    /// Another batch has the producer's sequence: a different producer uses the same id, or one producer made two batches for one
-    /// sequence.
+    /// Another batch has the producer's sequence: a different producer uses the same id, or one producer made two
+    /// batches for one sequence.
     #[error(
         "producer {producer} sent sequence {sent}, and another batch with that sequence is stored at offset {base}: \
          this batch is not a retry and was not appended"
@@ -196,14 +196,16 @@ pub struct Leader<W> {
     log_end: Offset,
     persisted_end: Offset,
     tiered_end: Offset,
-    /// Waiting writers by acks rule, in the order of arrival. That is the order of their end offsets, except for duplicates.
+    /// Waiting writers by acks rule, in the order of arrival. That is the order of their end offsets, except for
+    /// duplicates.
     for_leader: VecDeque<WaitingWriter<W>>,
     for_all: VecDeque<WaitingWriter<W>>,
-    /// Writers with `acks=tiered`, in two steps: until the write is safe on this broker, and then until it is in the object store.
+    /// Writers with `acks=tiered`, in two steps: until the write is safe on this broker, and then until it is in the
+    /// object store.
     for_tier_here: VecDeque<WaitingWriter<W>>,
     for_tier: VecDeque<WaitingWriter<W>>,
-    /// Producers with batches in the group that is being admitted, because the producer table lacks that group. By id, with the next
-    /// epoch and sequence.
+    /// Producers with batches in the group that is being admitted, because the producer table lacks that group. By id,
+    /// with the next epoch and sequence.
     in_group: BTreeMap<i64, (i16, i32)>,
     next_base: Offset,
 }
@@ -255,10 +257,10 @@ impl<W> Leader<W> {
         self.in_sync.configure(rules);
     }
 
-    /// Decides about one write. Admitted writes form a group until [`Self::appended`] or [`Self::not_appended`] ends it. `sent` is the
-    /// fingerprint of the batch that the client sent, if the request held one. `refusal` is a reason against the append; a retry of a
-    /// batch in the log gets its result all the same. A gap is refused with that reason too, because a refused batch most likely caused
-    /// the gap.
+    /// Decides about one write. Admitted writes form a group until [`Self::appended`] or [`Self::not_appended`] ends
+    /// it. `sent` is the fingerprint of the batch that the client sent, if the request held one. `refusal` is a reason
+    /// against the append; a retry of a batch in the log gets its result all the same. A gap is refused with that
+    /// reason too, because a refused batch most likely caused the gap.
     pub fn admit(
         &mut self,
         batch: &Batch,
@@ -288,8 +290,8 @@ impl<W> Leader<W> {
         Ok(Admission::Append(base))
     }
 
-    /// Returns true if `batch` can be checked only after the pending group is in the log. Its producer has batches in the group, whose
-    /// sequence it does not continue, and the producer table lacks the group.
+    /// Returns true if `batch` can be checked only after the pending group is in the log. Its producer has batches in
+    /// the group, whose sequence it does not continue, and the producer table lacks the group.
     pub fn must_flush_before(&self, batch: &Batch) -> bool {
         let Some(stamp) = batch.producer() else { return false };
         self.in_group.get(&stamp.id).is_some_and(|next| *next != (stamp.epoch, stamp.base_sequence))
@@ -365,8 +367,8 @@ impl<W> Leader<W> {
         self.tiered_end = self.tiered_end.max(end);
     }
 
-    /// Calls `stored` for each writer with `acks=tiered` whose write has just reached the topic's durability on this broker. The caller
-    /// can release the memory of the write: only the object store is outstanding.
+    /// Calls `stored` for each writer with `acks=tiered` whose write has just reached the topic's durability on this
+    /// broker. The caller can release the memory of the write: only the object store is outstanding.
     pub fn take_stored(&mut self, mut stored: impl FnMut(&mut W, &WriteAck)) {
         let local_acked = self.in_sync.local_acked();
         while let Some(mut waiting) = self.for_tier_here.pop_front_if(|waiting| waiting.acked.end <= local_acked) {

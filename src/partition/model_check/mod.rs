@@ -2,21 +2,23 @@
 //!
 //! # Overview
 //!
-//! A state (`world`) is three brokers with their logs and their [`IsrTracker`] or [`Follower`], the partition's value in the metadata store,
-//! and the messages between them. `steps` lists the possible next events: appends, syncs, late and reordered messages, broken links,
-//! process exits with or without loss, expired leases, elections, transactions with a lost outcome. `rules` checks the state after each
-//! step. [`explore`] visits every state that can be reached, nearest first, so that a counterexample is a shortest one.
+//! A state (`world`) is three brokers with their logs and their [`IsrTracker`] or [`Follower`], the partition's value
+//! in the metadata store, and the messages between them. `steps` lists the possible next events: appends, syncs, late
+//! and reordered messages, broken links, process exits with or without loss, expired leases, elections, transactions
+//! with a lost outcome. `rules` checks the state after each step. [`explore`] visits every state that can be reached,
+//! nearest first, so that a counterexample is a shortest one.
 //!
-//! There is no second description of the protocol: the explored structs are those that brokers run, and the same functions make the
-//! values in the store.
+//! There is no second description of the protocol: the explored structs are those that brokers run, and the same
+//! functions make the values in the store.
 //!
 //! From one state in [`CALM`] no further fault follows (`liveness`). Then a leader must commit its epoch, every replica
 //! must be in sync again, and all records in the log must be committed.
 //!
-//! The [`Budget`](world::Budget) limits the search: how often each event may happen on the way to a state. A hash of 128 bits identifies
-//! a state.
+//! The [`Budget`](world::Budget) limits the search: how often each event may happen on the way to a state. A hash of
+//! 128 bits identifies a state.
 //!
-//! Mutations (`task::mutation`) show that the search finds violations: each rule that is broken on purpose gives a counterexample.
+//! Mutations (`task::mutation`) show that the search finds violations: each rule that is broken on purpose gives a
+//! counterexample.
 //!
 //! [`IsrTracker`]: super::leader::isr::IsrTracker
 //! [`Follower`]: super::follower::Follower

@@ -1,5 +1,5 @@
-//! Possible next events of a state, and their effects. The brokers' decisions are the real ones; this file has only the actor's part, and
-//! the faults.
+//! Possible next events of a state, and their effects. The brokers' decisions are the real ones; this file has only the
+//! actor's part, and the faults.
 
 use super::{
     rules::{RuleViolation, learned_role},
@@ -19,7 +19,8 @@ use crate::{
     },
 };
 
-/// Time of an arrival. Most messages arrive at once. The number of later arrivals is limited, and each may happen at any time.
+/// Time of an arrival. Most messages arrive at once. The number of later arrivals is limited, and each may happen at
+/// any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DeliveryTime {
     Now,
@@ -476,7 +477,8 @@ impl ModelState {
         }
     }
 
-    /// Applies a transaction in the store: all its compares hold, or nothing changes. A leader that waits for the outcome receives it.
+    /// Applies a transaction in the store: all its compares hold, or nothing changes. A leader that waits for the
+    /// outcome receives it.
     fn store_does(&mut self, call: StoreCall) {
         let StoreCall { proposal, owner, awaited } = call;
         let holds = proposal.expect == self.revision
@@ -551,8 +553,8 @@ impl ModelState {
         }
     }
 
-    /// Starts a process. It ends the older registration, removes itself from the sets that it cannot verify, releases its leadership, and
-    /// registers.
+    /// Starts a process. It ends the older registration, removes itself from the sets that it cannot verify, releases
+    /// its leadership, and registers.
     fn restart(&mut self, me: usize) {
         let Role::Dead(holds) = self.brokers[me].role else { return };
         self.registered[me] = None;

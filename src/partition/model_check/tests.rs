@@ -1,4 +1,5 @@
-//! The searches: small ones in every test run, large ones by `make model`, and one for each rule that is broken on purpose.
+//! The searches: small ones in every test run, large ones by `make model`, and one for each rule that is broken on
+//! purpose.
 
 use super::{
     CheckResult, explore,
@@ -107,7 +108,8 @@ fn bounds_of_each_mutation_are_sound_without_it() {
     }
 }
 
-/// `STRANDLINE_MODEL_STATES` limits the states of each search; `STRANDLINE_MODEL_ONLY` selects searches by a part of their name.
+/// `STRANDLINE_MODEL_STATES` limits the states of each search; `STRANDLINE_MODEL_ONLY` selects searches by a part of
+/// their name.
 #[test]
 #[ignore = "takes minutes in an optimised build: make model"]
 fn a_large_search_finds_nothing() {
@@ -120,8 +122,8 @@ fn a_large_search_finds_nothing() {
     );
     for (name, budget) in LARGE.iter().filter(|(name, _)| name.contains(&only)) {
         for (durability, min) in [(Persisted, 1), (Persisted, 2), (Replicated, 1), (Replicated, 2)] {
-            // Without an exit or a loss both durabilities are the same. With a min ISR of 1, the topic's own rule allows the loss of a
-            // page cache.
+            // Without an exit or a loss both durabilities are the same. With a min ISR of 1, the topic's own rule
+            // allows the loss of a page cache.
             let deaths = budget.kills + budget.losses + budget.wipes;
             if durability == Replicated && (deaths == 0 || budget.losses > 0 && min == 1) {
                 continue;

@@ -4,8 +4,9 @@
 //!   leader: sent ─▶ … link … ─▶ follower's queue ─▶ written ─▶ acknowledged
 //!           ╰──────────────── in flight ─────────────────────────────╯
 //! ```
-//! Bytes are in flight from their read until the follower has acknowledged them as written. The bytes in flight of one subscription fit
-//! the queue of the follower's partition. So a follower takes messages without waiting, and a slow partition takes no space from others.
+//! Bytes are in flight from their read until the follower has acknowledged them as written. The bytes in flight of one
+//! subscription fit the queue of the follower's partition. So a follower takes messages without waiting, and a slow
+//! partition takes no space from others.
 
 use std::collections::VecDeque;
 
@@ -63,8 +64,8 @@ impl SendWindow {
         self.bytes
     }
 
-    /// Returns the maximum bytes of the next read, if a read is allowed. A read returns one batch at least, so a batch that is larger
-    /// than any window is sent too.
+    /// Returns the maximum bytes of the next read, if a read is allowed. A read returns one batch at least, so a batch
+    /// that is larger than any window is sent too.
     pub(super) fn room(&self, link_bytes: usize) -> Option<usize> {
         if self.in_flight.is_empty() {
             return Some(MAX_LINK_BYTES.saturating_sub(link_bytes).clamp(MIN_SEND_BYTES, READ_BYTES));
@@ -81,7 +82,8 @@ impl SendWindow {
         self.sent = end;
     }
 
-    /// Applies an acknowledgement: the follower has written all records below `written`. Returns the bytes that this frees.
+    /// Applies an acknowledgement: the follower has written all records below `written`. Returns the bytes that this
+    /// frees.
     pub(super) fn acknowledge(&mut self, written: Offset) -> Result<usize, AckBeyondSent> {
         if written > self.sent {
             return Err(AckBeyondSent { acknowledged: written, sent: self.sent });
@@ -117,7 +119,8 @@ impl RateLimiter {
         Self { bytes_per_second, available, filled_ms: 0 }
     }
 
-    /// Returns the time at which the next read may begin, in milliseconds of the monotonic clock of `now_ms`. `None`: now.
+    /// Returns the time at which the next read may begin, in milliseconds of the monotonic clock of `now_ms`. `None`:
+    /// now.
     pub(super) fn next_send_at(&mut self, now_ms: u64) -> Option<u64> {
         let rate = self.bytes_per_second?.max(1);
         let passed = now_ms.saturating_sub(self.filled_ms).min(60_000);

@@ -1,7 +1,8 @@
-//! Requests of partitions to one link. Partitions call from their own tasks and never wait; the link's task takes requests when it can.
+//! Requests of partitions to one link. Partitions call from their own tasks and never wait; the link's task takes
+//! requests when it can.
 //!
-//! A later request of a partition replaces the requests that were not taken yet. So there is one entry for each partition that follows,
-//! however often its requests change.
+//! A later request of a partition replaces the requests that were not taken yet. So there is one entry for each
+//! partition that follows, however often its requests change.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -78,8 +79,8 @@ impl LinkRequests {
         self.followed.notify_one();
     }
 
-    /// Requests a subscription. Once this has returned, nothing of an earlier subscription is acknowledged, or delivered to the
-    /// partition.
+    /// Requests a subscription. Once this has returned, nothing of an earlier subscription is acknowledged, or
+    /// delivered to the partition.
     pub fn join(&self, partition: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress) {
         self.change(partition, |entry, last_request| {
             if !entry.follows {

@@ -27,14 +27,15 @@
 //! - Acknowledged progress was read from the partition while its last subscription on this link held. Once
 //!   `ReplicationLinks::unsubscribe` or `ReplicationLinks::subscribe` has returned, nothing is acknowledged, or
 //!   delivered to the partition, for an earlier subscription ([`LinkRequests`]).
-//! - A subscription is served only while this broker leads in the epoch of the subscription: its reader checks that before and after each
-//!   read.
-//! - No subscription waits for another. Windows limit the bytes in flight of each to what the follower's partition can queue. Subscribing
-//!   and unsubscribing wait for a partition's task outside the loop. Disk reads run in parallel.
+//! - A subscription is served only while this broker leads in the epoch of the subscription: its reader checks that
+//!   before and after each read.
+//! - No subscription waits for another. Windows limit the bytes in flight of each to what the follower's partition can
+//!   queue. Subscribing and unsubscribing wait for a partition's task outside the loop. Disk reads run in parallel.
 //! - A follower's report of a newer leader epoch has no effect by itself: it causes a read of the metadata store, and
 //!   only the stored epoch deposes.
-//! - Messages are input. An error in one subscription ends that subscription; the follower subscribes again with growing pauses. Only
-//!   other errors end the link: a malformed message, a number in use, or the response to a ping that was never sent.
+//! - Messages are input. An error in one subscription ends that subscription; the follower subscribes again with
+//!   growing pauses. Only other errors end the link: a malformed message, a number in use, or the response to a ping
+//!   that was never sent.
 //!
 //! # Disconnect and shutdown
 //!

@@ -26,13 +26,15 @@ use crate::{
     telemetry::{Counter, LogThrottle},
 };
 
-/// First pause before a partition subscribes again. It doubles each time, until a leader has served the partition for [`MAX_RETRY_DELAY`].
+/// First pause before a partition subscribes again. It doubles each time, until a leader has served the partition for
+/// [`MAX_RETRY_DELAY`].
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
 
 /// Longest such pause.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Maximum time that the end of a link waits for the last message of the other side, or for the delivery of this side's.
+/// Maximum time that the end of a link waits for the last message of the other side, or for the delivery of this
+/// side's.
 const UNSUBSCRIBE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Serves the partitions that send their requests to `requests` over one link, until the link ends. Each of these
@@ -299,7 +301,8 @@ impl ReplicationReceiver<'_> {
         Some((index, partition))
     }
 
-    /// Resets the pause if the subscription lasted. A subscription that ended at once may do so again: its pauses keep growing.
+    /// Resets the pause if the subscription lasted. A subscription that ended at once may do so again: its pauses keep
+    /// growing.
     fn reset_pause(&mut self, id: PartitionId) {
         let subscription = self.slot_of.get(&id).and_then(|index| self.slots[*index].subscription.as_ref());
         let accepted_at = subscription.and_then(|subscription| subscription.accepted_at);
@@ -333,7 +336,8 @@ impl ReplicationReceiver<'_> {
         );
     }
 
-    /// Ends a subscription that the leader ended, as at each change of leader; the partition subscribes again after a pause.
+    /// Ends a subscription that the leader ended, as at each change of leader; the partition subscribes again after a
+    /// pause.
     fn dismissed(&mut self, index: usize, reason: &dyn std::fmt::Display) {
         let Some(subscription) = self.end_and_wait(index) else { return };
         let Some(count) = self.slots[index].dismissed.occur(clock::monotonic()) else {
@@ -368,7 +372,8 @@ impl ReplicationReceiver<'_> {
             if subscription.accepted_at.is_none() {
                 continue;
             }
-            // Read while the subscription holds: a partition that unsubscribes, or subscribes again, changes its log only after that.
+            // Read while the subscription holds: a partition that unsubscribes, or subscribes again, changes its log
+            // only after that.
             let progress =
                 self.requests.while_subscribed(&subscription.partition, subscription.request, Partition::progress);
             if let Some(progress) = progress.filter(|progress| subscription.acknowledged != Some(*progress)) {

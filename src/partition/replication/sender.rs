@@ -1,4 +1,5 @@
-//! The leader's side of a link: followers subscribe, batches are sent as they are appended, and acknowledgements go to the partitions.
+//! The leader's side of a link: followers subscribe, batches are sent as they are appended, and acknowledgements go to
+//! the partitions.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -40,8 +41,8 @@ const MESSAGE_BYTES: usize = 1 << 20;
 /// Maximum reads of one link at the same time.
 const MAX_CONCURRENT_READS: usize = 8;
 
-/// Number of queued responses from which on no message is received until some are sent: a follower that reads no responses must not fill
-/// the memory.
+/// Number of queued responses from which on no message is received until some are sent: a follower that reads no
+/// responses must not fill the memory.
 pub(super) const MAX_QUEUED_RESPONSES: usize = 1024;
 
 /// Maximum time that a moved high watermark waits for batches that carry it.
@@ -51,8 +52,8 @@ const WATERMARK_DELAY: Duration = Duration::from_millis(5);
 /// nothing would otherwise fill the memory.
 const MAX_QUEUED_WATERMARKS: usize = 4096;
 
-/// Maximum time that the end of a link waits for its partitions to be notified. A partition whose queue stays full gets the next
-/// subscription instead.
+/// Maximum time that the end of a link waits for its partitions to be notified. A partition whose queue stays full gets
+/// the next subscription instead.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Maximum number of partitions that are notified of a lost follower at the same time.
@@ -205,7 +206,8 @@ impl ReplicationSender {
         }
     }
 
-    /// Returns the next subscription to read: current subscriptions before catching-up ones, each in the order of signals.
+    /// Returns the next subscription to read: current subscriptions before catching-up ones, each in the order of
+    /// signals.
     fn next_to_read(&mut self) -> Option<usize> {
         while let Some(index) = self.written.take() {
             let Some(subscription) = &mut self.slots[index].subscription else { continue };

@@ -546,8 +546,8 @@ async fn unexpected_responses_change_nothing() {
     side.tasks.stop().await;
 }
 
-/// The leader counts an acknowledgement for the epoch of the subscription. The progress of a replica under another leader must not be
-/// sent to the first leader.
+/// The leader counts an acknowledgement for the epoch of the subscription. The progress of a replica under another
+/// leader must not be sent to the first leader.
 #[tokio::test(flavor = "multi_thread")]
 async fn unsubscribed_partition_acknowledges_nothing() {
     let side = Side::new(FOLLOWER.broker);
@@ -603,7 +603,8 @@ async fn moved_high_watermark_is_sent_without_batches() {
     side.tasks.stop().await;
 }
 
-/// After a change of leader all replicas subscribe again, beside replicas that copy a history: writers wait for none but those in sync.
+/// After a change of leader all replicas subscribe again, beside replicas that copy a history: writers wait for none
+/// but those in sync.
 #[tokio::test(start_paused = true)]
 async fn in_sync_follower_is_not_throttled_by_catch_up_limit() {
     for (isr, waits) in [(&[LEADER, FOLLOWER.broker][..], false), (&[LEADER], true)] {

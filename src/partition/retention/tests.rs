@@ -126,8 +126,8 @@ fn only_segments_wholly_below_log_start_are_evicted() {
     }
 }
 
-/// The object store's segments count as one if they cannot be read, and may have younger records: segments after them must not be deleted
-/// first.
+/// The object store's segments count as one if they cannot be read, and may have younger records: segments after them
+/// must not be deleted first.
 #[test]
 fn local_segments_wait_for_unreadable_tiered_segments() {
     let config = config(&[("retention.ms", "1")]);
@@ -317,7 +317,8 @@ impl RetentionState {
         }
     }
 
-    /// Returns a lower bound of the bytes that can be read: a segment in both tiers or partly below the log start counts as 0.
+    /// Returns a lower bound of the bytes that can be read: a segment in both tiers or partly below the log start
+    /// counts as 0.
     fn readable(&self) -> u64 {
         let whole = |segment: &&RetentionSegment| segment.base >= self.log_start;
         let tiered: u64 = self.tiered.iter().filter(whole).map(|segment| segment.bytes).sum();
@@ -388,8 +389,8 @@ proptest! {
         prop_assert!(after.local.iter().all(|segment| segment.end > after.log_start));
     }
 
-    /// By size alone: the readable bytes are at least the limit, or all that were readable before. The oldest whole segment is needed for
-    /// that.
+    /// By size alone: the readable bytes are at least the limit, or all that were readable before. The oldest whole
+    /// segment is needed for that.
     #[test]
     fn size_retention_keeps_no_surplus_segment(world in worlds()) {
         let mut world = world;
@@ -407,8 +408,8 @@ proptest! {
 }
 
 proptest! {
-    /// For any input: the log start never passes the high watermark and never falls, and no readable record leaves the disk without being
-    /// in the object store.
+    /// For any input: the log start never passes the high watermark and never falls, and no readable record leaves the
+    /// disk without being in the object store.
     #[test]
     fn plans_are_safe(
         sizes in prop::collection::vec((1u64..20, 0u64..200, 0i64..20_000), 0..12),

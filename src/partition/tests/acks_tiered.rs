@@ -44,8 +44,8 @@ async fn step_without_uploads_leaves_tiered_writes_to_another() {
     assert!(watermarks.log_start.get() > 20 && watermarks.tiered_end < watermarks.log_start, "{watermarks:?}");
 }
 
-/// Regression: no segment was sealed for the retry. The first attempt had fewer acks, and the retry waited until retention checked the
-/// partition.
+/// Regression: no segment was sealed for the retry. The first attempt had fewer acks, and the retry waited until
+/// retention checked the partition.
 #[tokio::test]
 async fn tiered_retry_of_a_local_batch_starts_an_upload() {
     let dir = tempfile::tempdir().unwrap();

@@ -35,8 +35,8 @@ async fn search_by_time_finds_the_record_in_every_tier() {
     }
 }
 
-/// Regression: the producer sets the header of a compressed batch. A search by time returned the header's time of 2^62 for a record of
-/// 1970.
+/// Regression: the producer sets the header of a compressed batch. A search by time returned the header's time of 2^62
+/// for a record of 1970.
 #[tokio::test]
 async fn time_without_a_record_in_the_batch_is_not_found() {
     let dir = tempfile::tempdir().unwrap();

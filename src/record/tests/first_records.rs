@@ -1,4 +1,5 @@
-//! Tests of the check of compressed records at an append: it accepts all correct batches, and the prefix equals the decompressed bytes.
+//! Tests of the check of compressed records at an append: it accepts all correct batches, and the prefix equals the
+//! decompressed bytes.
 
 use super::*;
 

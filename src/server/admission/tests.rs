@@ -42,8 +42,8 @@ async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &DataDir, tasks: &T
     admission.admit(&registration, noted, BTreeSet::from([partition()]), &metadata, tasks).await.unwrap().0
 }
 
-/// In another cluster of the same name, a directory that took part in its own cluster would be bootstrapped again. From then on its
-/// replicas would be older copies in their own cluster.
+/// In another cluster of the same name, a directory that took part in its own cluster would be bootstrapped again. From
+/// then on its replicas would be older copies in their own cluster.
 #[tokio::test(start_paused = true)]
 async fn other_cluster_with_same_name_is_rejected() {
     let (keys, tasks) = (Keys::new("test").unwrap(), Tasks::new());
@@ -74,8 +74,8 @@ async fn other_cluster_with_same_name_is_rejected() {
     assert!(reason.contains("has no keys below /strandline/test/"), "{reason}");
     reach(&home).await.expect("the directory belongs to the cluster");
 
-    // The directory was restored after another disk had the broker id. An existing or deleted topic identifies the cluster, and an
-    // unreadable one may.
+    // The directory was restored after another disk had the broker id. An existing or deleted topic identifies the
+    // cluster, and an unreadable one may.
     for (path, value) in [
         (path.clone(), topic(7).encode()),
         (keys.deleted(partition().topic), Bytes::from_static(b"{}")),
@@ -91,9 +91,9 @@ async fn other_cluster_with_same_name_is_rejected() {
     tasks.stop().await;
 }
 
-/// Regression, found by the simulator: the store had registered this incarnation, and the response was lost. The next attempt compared the
-/// directory with the earlier incarnations only, took it for another directory, and released every membership. With the last in-sync
-/// replica released, the partition stayed offline forever.
+/// Regression, found by the simulator: the store had registered this incarnation, and the response was lost. The next
+/// attempt compared the directory with the earlier incarnations only, took it for another directory, and released every
+/// membership. With the last in-sync replica released, the partition stayed offline forever.
 #[tokio::test(start_paused = true)]
 async fn lost_registration_response_releases_no_membership() {
     let (link, keys, tasks) = (FaultyStore::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), Tasks::new());

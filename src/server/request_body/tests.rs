@@ -47,7 +47,8 @@ async fn messages_are_unchanged_by_fragmentation() {
         let mut stream = body(cut(&messages.concat()), false, PRODUCE, &memory);
         assert!(all_of(&mut stream).await == messages.concat(), "in pieces of {size}");
         for message in &messages {
-            // A unary call takes one message. It waits neither for the bytes after the message nor for an end that never arrives.
+            // A unary call takes one message. It waits neither for the bytes after the message nor for an end that
+            // never arrives.
             let mut call = body(cut(&[&message[..], &framed(&batch(80_000))].concat()), true, APPEND, &memory);
             assert!(all_of(&mut call).await == *message && call.is_end_stream(), "in pieces of {size}");
             assert!(budgets.taken().0 > message.len() / 2, "read bytes stay charged until the handler takes them");
@@ -73,7 +74,8 @@ fn prost_len(bytes: usize) -> Vec<u8> {
     len
 }
 
-/// Regression: 60 MiB announced on each of many streams took 6 GB. Five bytes that announced 65 MiB on each of 10,000 streams took 1.8 GB.
+/// Regression: 60 MiB announced on each of many streams took 6 GB. Five bytes that announced 65 MiB on each of 10,000
+/// streams took 1.8 GB.
 #[tokio::test(start_paused = true)]
 async fn announced_bytes_are_charged_on_arrival_and_yield() {
     let budgets = Budgets::new(96 << 20, 1 << 20);
@@ -324,8 +326,8 @@ async fn requests_sent_ahead_are_charged() {
     assert!(stream.rest.is_empty() && stream.ahead.is_none());
 }
 
-/// Regression: trailers were kept for as long as their call was open. The response to a reflection request of 4 MB contained that request
-/// twice.
+/// Regression: trailers were kept for as long as their call was open. The response to a reflection request of 4 MB
+/// contained that request twice.
 #[tokio::test]
 async fn trailers_end_a_body_and_requests_for_names_are_small() {
     use http_body_util::{BodyExt as _, Full};

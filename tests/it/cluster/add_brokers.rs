@@ -1,5 +1,5 @@
-//! A cluster gets a new broker and loses another one permanently. Replicas move to the new broker, and the lost replicas are created again.
-//! No operator command is involved.
+//! A cluster gets a new broker and loses another one permanently. Replicas move to the new broker, and the lost
+//! replicas are created again. No operator command is involved.
 
 use serde_json::Value;
 
@@ -54,8 +54,8 @@ fn is_whole(cli: &Cli, sent: u32) {
     }
 }
 
-/// Returns the replicas of each partition. Returns `None` while a partition is being reassigned, has no leader, or has a replica that is
-/// not in sync.
+/// Returns the replicas of each partition. Returns `None` while a partition is being reassigned, has no leader, or has
+/// a replica that is not in sync.
 fn holders(cluster: &Cluster) -> Option<Vec<Vec<u64>>> {
     let mut holders = Vec::new();
     for (topic, factor, _) in TOPICS {
@@ -105,13 +105,15 @@ fn replicas_move_to_new_broker_and_replace_lost_ones() {
     let new = hasty(cluster.new_instance(4));
     cluster.add(4, new);
     cluster.ready();
-    // Broker 4 is in the rack of broker 1. It therefore replaces broker 1 among three replicas until it holds almost as many.
+    // Broker 4 is in the rack of broker 1. It therefore replaces broker 1 among three replicas until it holds almost as
+    // many.
     eventually("replicas move to the new broker", || (held(&holders(&cluster)?, 4) >= 2).then_some(()));
     assert!(steps(&cluster, &[1, 2, 3, 4], "balanced") >= 1.0, "to balance the replicas of the brokers");
     let sent = send(&cluster.cli(), sent);
 
     cluster.kill(2);
-    // With three replicas, two remain, which is the min ISR. With two replicas, writes wait until two are in sync again.
+    // With three replicas, two remain, which is the min ISR. With two replicas, writes wait until two are in sync
+    // again.
     let sent = send(&cluster.cli(), sent);
     eventually("no partition has a replica on the removed broker", || {
         (held(&holders(&cluster)?, 2) == 0).then_some(())

@@ -1,5 +1,5 @@
-//! A leader that is cut off from its cluster, but not from its clients. The leader signals to its readers that other brokers may lead. Its
-//! writers get no response. Both continue at the new leader while the cut lasts.
+//! A leader that is cut off from its cluster, but not from its clients. The leader signals to its readers that other
+//! brokers may lead. Its writers get no response. Both continue at the new leader while the cut lasts.
 
 use strandline::task::clock;
 

@@ -1,8 +1,9 @@
-//! Random faults on brokers and etcd members on machines of their own, with an object store over the network. Acknowledged records are
-//! kept, once and in order. The test prints how long clients waited after each kind of fault.
+//! Random faults on brokers and etcd members on machines of their own, with an object store over the network.
+//! Acknowledged records are kept, once and in order. The test prints how long clients waited after each kind of fault.
 //!
-//! `STRANDLINE_CHAOS_MINUTES` is the duration (`make chaos MINUTES=N`). `STRANDLINE_CHAOS_ONLY` selects faults by parts of their names
-//! (`ONLY="broker killed, etcd member cut off"`). `STRANDLINE_SEED` repeats the choices of a run, but not the scheduler's.
+//! `STRANDLINE_CHAOS_MINUTES` is the duration (`make chaos MINUTES=N`). `STRANDLINE_CHAOS_ONLY` selects faults by parts
+//! of their names (`ONLY="broker killed, etcd member cut off"`). `STRANDLINE_SEED` repeats the choices of a run, but
+//! not the scheduler's.
 
 use std::{collections::BTreeMap, fmt, thread, time::Duration};
 
@@ -70,8 +71,8 @@ impl fmt::Display for InjectedFault {
     }
 }
 
-/// Starts a fault, waits while the fault lasts, and ends it. `wait_for_clients` waits until clients are served again. Returns how long clients
-/// waited.
+/// Starts a fault, waits while the fault lasts, and ends it. `wait_for_clients` waits until clients are served again.
+/// Returns how long clients waited.
 fn strike(
     on: &mut Machines,
     fault: InjectedFault,
@@ -146,7 +147,8 @@ fn strike(
     }
 }
 
-/// Lets the fault last for `time`. Clients must then be served again while the fault still lasts, however long they take.
+/// Lets the fault last for `time`. Clients must then be served again while the fault still lasts, however long they
+/// take.
 fn lasting(time: Duration, wait_for_clients: &mut dyn FnMut() -> Duration) -> Duration {
     thread::sleep(time);
     wait_for_clients()
@@ -168,8 +170,8 @@ async fn random_faults_lose_duplicate_or_reorder_no_records() {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut machines = tokio::task::block_in_place(|| {
         let machines = Machines::make();
-        // The segments are so large that uploads keep up with the load for hours. A broker with a lost disk copies all records that are not
-        // in the object store.
+        // The segments are so large that uploads keep up with the load for hours. A broker with a lost disk copies all
+        // records that are not in the object store.
         create_with(&machines.cluster, 1 << 20, 2000);
         machines
     });

@@ -1,5 +1,5 @@
-//! A broker loses its disk and returns under its old id. Its replicas count as lost and are copied again, from the object store as far as
-//! that reaches. Records that retention deletes are removed from every disk.
+//! A broker loses its disk and returns under its old id. Its replicas count as lost and are copied again, from the
+//! object store as far as that reaches. Records that retention deletes are removed from every disk.
 
 use strandline::proto::v1::ElectLeaderRequest;
 
@@ -81,7 +81,8 @@ fn new_replica_copies_no_tiered_records_from_peers() {
     assert!(tail * 20.0 < before, "{tail} bytes of {before} came from peers, but all were in the object store");
 }
 
-/// Uploads, the bootstrap of a new replica and reads of old records continue with an object store that serves about every second request.
+/// Uploads, the bootstrap of a new replica and reads of old records continue with an object store that serves about
+/// every second request.
 #[test]
 fn unreliable_object_store_loses_no_records() {
     let s3 = S3::begin();
@@ -107,7 +108,8 @@ fn unreliable_object_store_loses_no_records() {
     assert!(s3.faults().hits() > 5 && gets > 0, "the object store had faults");
 }
 
-/// Regression: the log start moves with the leader's files. A follower whose log was empty by then was not checked again.
+/// Regression: the log start moves with the leader's files. A follower whose log was empty by then was not checked
+/// again.
 #[test]
 fn expired_records_are_deleted_on_followers_without_writes() {
     let cluster = Cluster::with(3, |instance| instance.setting("tier.check_interval", "\"1s\""));
@@ -127,8 +129,9 @@ fn expired_records_are_deleted_on_followers_without_writes() {
     }
 }
 
-/// The only remaining replica ends below the tiered end, as after a power failure. The other replicas are lost. No election may accept this
-/// replica as the log. After an operator's unclean election the log continues at the tiered end, and no offset is assigned twice.
+/// The only remaining replica ends below the tiered end, as after a power failure. The other replicas are lost. No
+/// election may accept this replica as the log. After an operator's unclean election the log continues at the tiered
+/// end, and no offset is assigned twice.
 #[test]
 fn replica_below_tiered_end_needs_unclean_election() {
     for durability in ["replicated", "persisted"] {
@@ -146,7 +149,8 @@ fn continue_at_tiered_end(durability: &str) {
     cli.ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
     tiered(&cluster);
     cluster.kill(1);
-    // The segments and the effect of the checkpoint are lost, as if nothing had been written since the directory was created.
+    // The segments and the effect of the checkpoint are lost, as if nothing had been written since the directory was
+    // created.
     let segments = files(&cluster.instance(1).data_dir(), ".log");
     let replica = segments[0].parent().expect("a folder").to_owned();
     for segment in segments {

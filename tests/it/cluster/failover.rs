@@ -1,4 +1,5 @@
-//! Brokers are killed under load. Acknowledged records are kept, clients continue by themselves, and restarted brokers catch up.
+//! Brokers are killed under load. Acknowledged records are kept, clients continue by themselves, and restarted brokers
+//! catch up.
 
 use std::{net::TcpListener, thread, time::Duration};
 
@@ -64,7 +65,8 @@ fn three_brokers_hold_the_same_bytes() {
     assert_eq!(read, format!("{text}without one of three\n"));
 }
 
-/// Maximum time to replace a broker: less than the remaining lease of [`with_long_leases`], which is at least two thirds of the lease.
+/// Maximum time to replace a broker: less than the remaining lease of [`with_long_leases`], which is at least two
+/// thirds of the lease.
 const SOON: Duration = Duration::from_secs(38);
 
 /// Starts three brokers with a lease and a follower lag time of a minute.
@@ -75,8 +77,8 @@ fn with_long_leases() -> Cluster {
     })
 }
 
-/// Waits until peers lead the partitions that a killed broker led, and its ISR memberships are gone. The wait is shorter than a lease, so
-/// the failure must be detected earlier.
+/// Waits until peers lead the partitions that a killed broker led, and its ISR memberships are gone. The wait is
+/// shorter than a lease, so the failure must be detected earlier.
 fn replaced(cluster: &Cluster, topic: &str, gone: u32) {
     let without = |one: &Value| {
         let counts = |broker: &Value| *broker != gone;
@@ -104,8 +106,9 @@ fn killed_broker_is_replaced_before_its_lease_expires() {
     }
 }
 
-/// Regression: the new process binds the port before the peers have probed it twice. A new process that did not respond there kept its own
-/// id from itself until the lease of the old process expired. The start may be slow, and the port unresponsive for long.
+/// Regression: the new process binds the port before the peers have probed it twice. A new process that did not respond
+/// there kept its own id from itself until the lease of the old process expired. The start may be slow, and the port
+/// unresponsive for long.
 #[test]
 fn wiped_broker_gets_its_id_before_the_old_lease_expires() {
     let mut cluster = with_long_leases();
@@ -143,8 +146,8 @@ fn controller_without_links_gets_a_failure_report() {
     cli.ok_with(&["produce", "pair"], b"one\n");
 }
 
-/// Leaders and followers are killed under idempotent producers and a consumer. Each record is delivered once and in order. The test prints
-/// how long clients waited.
+/// Leaders and followers are killed under idempotent producers and a consumer. Each record is delivered once and in
+/// order. The test prints how long clients waited.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn broker_kills_lose_or_duplicate_no_records() {
     let kills = setting("STRANDLINE_KILLS", 6);

@@ -1,4 +1,5 @@
-//! Brokers under disk pressure get no new replicas. Brokers with a full disk lead no partition that another broker can lead.
+//! Brokers under disk pressure get no new replicas. Brokers with a full disk lead no partition that another broker can
+//! lead.
 
 use std::fs;
 
@@ -41,8 +42,8 @@ fn broker_under_disk_pressure_gets_no_new_replicas() {
     eventually("the replica has moved", || moved().then_some(()));
 }
 
-/// Regression, found by an operator: the leader's disk was full. Its two followers were in sync and had space, and no record could be
-/// written.
+/// Regression, found by an operator: the leader's disk was full. Its two followers were in sync and had space, and no
+/// record could be written.
 #[test]
 fn leader_with_full_disk_transfers_leadership_until_space() {
     let mut cluster = Cluster::with(3, |instance| instance.setting("log.journal_bytes", "\"16MiB\""));
@@ -64,7 +65,8 @@ fn leader_with_full_disk_transfers_leadership_until_space() {
     assert_ne!(cluster.leader("t", 0), 1, "another broker leads");
     let described = cli.ok(&["cluster", "describe"]).text();
     assert!(described.contains("the disk of broker 1 is full: leadership moves to other brokers"), "{described}");
-    // All other places show the state too, although disk usage is below `broker.disk_pressure_percent`. The broker serves.
+    // All other places show the state too, although disk usage is below `broker.disk_pressure_percent`. The broker
+    // serves.
     eventually("the metric reports disk pressure", || {
         (cluster.instance(1).metric("strandline_disk_pressure") == 1.0).then_some(())
     });

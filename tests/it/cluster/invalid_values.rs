@@ -1,5 +1,5 @@
-//! Invalid values in etcd that no broker wrote. Brokers report and skip them, and no process exits because of them. Affected partitions
-//! continue when the values are restored.
+//! Invalid values in etcd that no broker wrote. Brokers report and skip them, and no process exits because of them.
+//! Affected partitions continue when the values are restored.
 
 use etcd_client::Client;
 use serde_json::Value;
@@ -127,7 +127,8 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     cluster.in_sync("new", 3);
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("before\nmeanwhile\n"));
 
-    // As docs/operations.md describes: the old value is restored, although the leader in that value was restarted meanwhile.
+    // As docs/operations.md describes: the old value is restored, although the leader in that value was restarted
+    // meanwhile.
     api.put(&spoiled, &partition);
     api.put("topics/other", &other);
     for key in ["topics/x", "brokers/9"] {
@@ -151,8 +152,8 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     all_run(&mut cluster);
 }
 
-/// Records that only the object store has cannot be located for a while. No other records are read in their place, and appends continue.
-/// The restored value makes all records readable again.
+/// Records that only the object store has cannot be located for a while. No other records are read in their place, and
+/// appends continue. The restored value makes all records readable again.
 #[test]
 fn tiered_records_with_invalid_state_are_not_skipped() {
     let mut cluster = Cluster::start(3);
@@ -248,8 +249,8 @@ fn new_producers_use_up_reserve_without_producer_ids_key() {
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("one\ntwo\nthree\n"));
 }
 
-/// A broker that cannot verify whether an id was assigned makes the producer wait. A broker that has read the key does not need the key
-/// again.
+/// A broker that cannot verify whether an id was assigned makes the producer wait. A broker that has read the key does
+/// not need the key again.
 #[test]
 fn producers_wait_without_the_key_of_check_values() {
     let mut cluster = Cluster::start(1);
@@ -282,7 +283,8 @@ fn producers_wait_without_the_key_of_check_values() {
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("one\ntwo\nthree\n"));
 }
 
-/// The controller's key belongs to a lease. A broker that finds an invalid value there deletes the key, and a controller is elected.
+/// The controller's key belongs to a lease. A broker that finds an invalid value there deletes the key, and a
+/// controller is elected.
 #[test]
 fn cluster_replaces_invalid_controller_key() {
     let mut cluster = Cluster::start(3);

@@ -1,4 +1,5 @@
-//! Three brokers and three etcd members on machines of their own, joined by links that can be cut, and an object store over the network.
+//! Three brokers and three etcd members on machines of their own, joined by links that can be cut, and an object store
+//! over the network.
 
 use std::net::Ipv4Addr;
 
@@ -36,7 +37,8 @@ fn member_ip(member: u8) -> Ipv4Addr {
 }
 
 impl Machines {
-    /// Starts all machines and waits until they are ready. Requires a process for which [`inside`](super::network::inside) returns true.
+    /// Starts all machines and waits until they are ready. Requires a process for which
+    /// [`inside`](super::network::inside) returns true.
     pub(crate) fn make() -> Self {
         let network = Network::make();
         let s3 = S3::at(Network::HUB);

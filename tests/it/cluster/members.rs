@@ -28,7 +28,8 @@ pub(crate) fn wait_for_leader(etcd: &Etcd) {
 
 /// A cluster of broker processes. Broker ids start at 1. Dropping the value ends all processes.
 pub(crate) struct Cluster {
-    /// First field, and so dropped first. On a failed test, each broker prints the end of its log, which is in the folder of its [`BrokerInstance`].
+    /// First field, and so dropped first. On a failed test, each broker prints the end of its log, which is in the
+    /// folder of its [`BrokerInstance`].
     brokers: BTreeMap<u32, Broker>,
     pub(crate) etcd: Etcd,
     folder: tempfile::TempDir,

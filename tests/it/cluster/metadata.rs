@@ -40,7 +40,8 @@ fn restored_etcd_blocks_operations_until_brokers_restart() {
     cli.ok(&["topic", "create", "t", "--replication-factor", "2"]);
     cluster.in_sync("t", 2);
     back_up(&mut cluster, "before");
-    // Several revisions. The brokers' own writes after the restore must stay below the revision that the brokers have seen.
+    // Several revisions. The brokers' own writes after the restore must stay below the revision that the brokers have
+    // seen.
     for number in 0..8 {
         cli.create_when_possible(&format!("later-{number}"));
     }

@@ -1,4 +1,5 @@
-//! `/metrics` of a cluster. The metrics that operators watch change when a broker is killed, and recover when the broker returns.
+//! `/metrics` of a cluster. The metrics that operators watch change when a broker is killed, and recover when the
+//! broker returns.
 
 use super::members::Cluster;
 use crate::test_timeout::eventually;

@@ -1,7 +1,9 @@
-//! A network of machines within one machine: a namespace for each, joined by a bridge, with links that can be cut in one direction.
+//! A network of machines within one machine: a namespace for each, joined by a bridge, with links that can be cut in
+//! one direction.
 //!
-//! The network and the tests that use it run in a namespace of their own: [`inside`] runs the test again there. The namespace ends with the
-//! process. The network requires root and the programs `ip` and `unshare`. Without them the test is skipped with a message.
+//! The network and the tests that use it run in a namespace of their own: [`inside`] runs the test again there. The
+//! namespace ends with the process. The network requires root and the programs `ip` and `unshare`. Without them the
+//! test is skipped with a message.
 
 use std::{net::Ipv4Addr, os::fd::AsFd as _, path::Path, process::Command};
 
@@ -12,8 +14,8 @@ use crate::skipped::skipped;
 
 const INSIDE: &str = "STRANDLINE_TEST_INSIDE";
 
-/// Returns true if this process is in a network of its own. Otherwise runs the test of this name again in such a network, which must pass,
-/// and returns false. Skips the test if the machine does not support this.
+/// Returns true if this process is in a network of its own. Otherwise runs the test of this name again in such a
+/// network, which must pass, and returns false. Skips the test if the machine does not support this.
 pub(crate) fn inside(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
@@ -88,8 +90,8 @@ impl Network {
     }
 }
 
-/// Runs a function in the network of a machine. Sockets created by the function belong to that machine. The function has a thread of its
-/// own, because a thread does not return to its first network.
+/// Runs a function in the network of a machine. Sockets created by the function belong to that machine. The function
+/// has a thread of its own, because a thread does not return to its first network.
 pub(crate) fn within<T: Send + 'static>(machine: &str, act: impl FnOnce() -> T + Send + 'static) -> T {
     let namespace = std::fs::File::open(format!("/run/netns/{machine}")).expect("the namespace exists");
     let thread = task::spawn_thread("machine", move || {

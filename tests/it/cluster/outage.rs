@@ -1,5 +1,5 @@
-//! Outages of the services that brokers depend on: etcd members and the object store. No acknowledged record is lost, and waiting work
-//! continues afterwards.
+//! Outages of the services that brokers depend on: etcd members and the object store. No acknowledged record is lost,
+//! and waiting work continues afterwards.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -36,8 +36,8 @@ pub(super) fn lines(from: u32, to: u32) -> String {
     (from..to).map(|line| format!("line {line}\n")).collect()
 }
 
-/// The outage is longer than a lease: by the lease alone every broker would count as failed. `STRANDLINE_ETCD_GONE_SECONDS=600` extends the
-/// outage to ten minutes, as `make outage` does.
+/// The outage is longer than a lease: by the lease alone every broker would count as failed.
+/// `STRANDLINE_ETCD_GONE_SECONDS=600` extends the outage to ten minutes, as `make outage` does.
 #[test]
 fn records_are_appended_and_read_during_an_etcd_outage() {
     let mut cluster = cluster_with_topic(&["--partitions", "6"]);
@@ -85,7 +85,8 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
     eventually("every broker reports the outage", || pages().all(lost).then_some(()));
     let health = cli.run(&["cluster", "health"]);
     assert!(health.code == 1 && health.text().contains("cluster: the metadata store has not responded"), "{health:?}");
-    // The description shows the cluster as of the start of the outage. The output must state how old the description is.
+    // The description shows the cluster as of the start of the outage. The output must state how old the description
+    // is.
     let is_old = || cli.ok(&["cluster", "describe"]).text().contains("the metadata store has not responded to broker");
     eventually("the description reports its age", || is_old().then_some(()));
     // A new leader and a new ISR require etcd.
@@ -113,8 +114,8 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
     is_whole(sent);
 }
 
-/// Readers get no other signal from a broker that peers have replaced, and another broker may be able to do operations that need etcd. The
-/// broker reports both itself while the outage lasts.
+/// Readers get no other signal from a broker that peers have replaced, and another broker may be able to do operations
+/// that need etcd. The broker reports both itself while the outage lasts.
 #[test]
 fn broker_without_etcd_notifies_readers_and_refuses_creates() {
     let mut cluster = cluster_with_topic(&[]);
@@ -148,7 +149,8 @@ fn broker_without_etcd_notifies_readers_and_refuses_creates() {
     eventually("a topic can be created", || create().ok());
 }
 
-/// Stops one etcd member after the other for a while, and so also the etcd leader. No client waits for a stopped member.
+/// Stops one etcd member after the other for a while, and so also the etcd leader. No client waits for a stopped
+/// member.
 fn one_after_the_other(away: impl Fn(&mut Etcd, usize), back: impl Fn(&mut Etcd, usize)) {
     let mut cluster = cluster_with_topic(&[]);
     let cli = cluster.cli();
@@ -212,8 +214,8 @@ fn brokers_serve_without_etcd_and_object_store() {
     assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
 }
 
-/// A broker that was frozen while its connections to etcd broke requests revisions that etcd has compacted since. The broker then lists
-/// everything again.
+/// A broker that was frozen while its connections to etcd broke requests revisions that etcd has compacted since. The
+/// broker then lists everything again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn broker_that_missed_compacted_revisions_relists() {
     let mut cluster = tokio::task::block_in_place(|| Cluster::start(2));

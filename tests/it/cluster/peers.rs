@@ -1,6 +1,7 @@
-//! Fake brokers at the ports of real ones. Brokers refuse invalid messages of an unauthenticated or faulty peer with an error. Such
-//! messages change nothing, and the real brokers continue. In `follows` a fake broker calls a real one, in `leads` a real broker calls a
-//! fake one. This file holds their common parts, and the corruption of bytes between two real brokers.
+//! Fake brokers at the ports of real ones. Brokers refuse invalid messages of an unauthenticated or faulty peer with an
+//! error. Such messages change nothing, and the real brokers continue. In `follows` a fake broker calls a real one, in
+//! `leads` a real broker calls a fake one. This file holds their common parts, and the corruption of bytes between two
+//! real brokers.
 
 mod follows;
 mod leads;
@@ -81,7 +82,8 @@ impl Meta {
         PartitionValue::decode(&entry.key, &entry.value).expect("a value")
     }
 
-    /// Makes the fake broker the leader of a topic's first partition, in a new epoch. The other ISR members stay in the ISR.
+    /// Makes the fake broker the leader of a topic's first partition, in a new epoch. The other ISR members stay in the
+    /// ISR.
     async fn take_leadership(&self, topic: &str) -> LeaderEpoch {
         let id = self.first_partition(topic).await;
         let topic = self.keys.topic(&TopicName::new(topic).expect("a name"));
@@ -120,7 +122,8 @@ fn append_succeeds(cli: &Cli, topic: &str) {
     cli.ok_with(&["produce", topic], b"still here\n");
 }
 
-/// Its identity shows peers that an earlier process at its address has exited. The broker has no other data to report yet.
+/// Its identity shows peers that an earlier process at its address has exited. The broker has no other data to report
+/// yet.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unregistered_broker_reports_only_its_identity() {
     let etcd = tokio::task::block_in_place(|| etcd(1));

@@ -1,5 +1,5 @@
-//! Consumers that name their rack: the replica that serves them, and the responses of that replica. No record is lost or duplicated when
-//! this replica stops, when a leader stops, and when they return.
+//! Consumers that name their rack: the replica that serves them, and the responses of that replica. No record is lost
+//! or duplicated when this replica stops, when a leader stops, and when they return.
 
 use rand::{SeedableRng as _, rngs::StdRng};
 use strandline::{
@@ -149,8 +149,8 @@ async fn follower_serves_only_reads_of_any_replica() {
     let response = read(&cluster, leader, middle, epoch, true).await.expect("data");
     assert!(!response.from_follower && response.leader_epoch == epoch && response.error.is_none(), "{response:?}");
 
-    // Above the follower's high watermark the leader may have more records, so the read waits. Below the committed log start the follower
-    // decides as its leader does.
+    // Above the follower's high watermark the leader may have more records, so the read waits. Below the committed log
+    // start the follower decides as its leader does.
     let response = read(&cluster, follower, end + 5, 0, true).await.expect("the follower responds");
     assert!(response.error.is_none() && response.chunks.is_empty() && response.next_offset == end + 5, "{response:?}");
     assert_eq!(refused(&cluster, leader, end + 5, 0, true).await.code, ErrorCode::OffsetOutOfRange);

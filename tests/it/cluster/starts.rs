@@ -37,7 +37,8 @@ fn broker_without_the_partition_names_its_leader() {
     assert_eq!(cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
 }
 
-/// Starts a cluster of two with a topic. Returns the cluster, the leader, and the other broker, which is down and has missed a record.
+/// Starts a cluster of two with a topic. Returns the cluster, the leader, and the other broker, which is down and has
+/// missed a record.
 fn with_a_late_replica(set: impl Fn(BrokerInstance) -> BrokerInstance) -> (Cluster, u32, u32) {
     // The lease is so long that a frozen leader keeps it during this test.
     let mut cluster = Cluster::with(2, |instance| set(instance.setting("metadata.session_timeout", "\"60s\"")));
@@ -52,7 +53,8 @@ fn with_a_late_replica(set: impl Fn(BrokerInstance) -> BrokerInstance) -> (Clust
     (cluster, leader, late)
 }
 
-/// A rolling restart that follows `/readyz` stops the next broker when this broker is ready. Its replicas must be in sync by then.
+/// A rolling restart that follows `/readyz` stops the next broker when this broker is ready. Its replicas must be in
+/// sync by then.
 #[test]
 fn broker_is_ready_when_its_replicas_are_in_sync() {
     let (mut cluster, leader, late) = with_a_late_replica(|instance| instance);
@@ -200,7 +202,8 @@ async fn broker_connects_to_etcd_with_certificate_and_password() {
     });
 }
 
-/// A typing error in one broker's URL, or a bucket of that name at another service. No other broker would find the uploads there.
+/// A typing error in one broker's URL, or a bucket of that name at another service. No other broker would find the
+/// uploads there.
 #[test]
 fn broker_with_another_object_store_is_refused() {
     let mut cluster = Cluster::start(2);
@@ -239,7 +242,8 @@ fn copied_data_directory_makes_one_process_exit() {
     let second = BrokerInstance::member(1, &etcd).bucket_of(&first.bucket());
     copy(&first.data_dir(), &second.data_dir());
     let mut later = second.spawn();
-    // Usually the first process stays. It registers again within milliseconds, while the later process still runs its startup verification.
+    // Usually the first process stays. It registers again within milliseconds, while the later process still runs its
+    // startup verification.
     let log = eventually("one of the processes exits", || match (running.is_running(), later.is_running()) {
         (false, true) => Some(first.log()),
         (true, false) => Some(second.log()),

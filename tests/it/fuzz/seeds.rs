@@ -1,5 +1,5 @@
-//! Valid inputs of every fuzz target, made by the broker's own writers. `fuzz/seeds` keeps them, so that a fuzzer needs nothing else, and
-//! so that files of earlier versions stay readable.
+//! Valid inputs of every fuzz target, made by the broker's own writers. `fuzz/seeds` keeps them, so that a fuzzer needs
+//! nothing else, and so that files of earlier versions stay readable.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -94,7 +94,8 @@ fn directory(close: bool) -> SimDisk {
     disk
 }
 
-/// Returns the files of a directory in the input format of the target: one byte for the kind, two for the length, the content.
+/// Returns the files of a directory in the input format of the target: one byte for the kind, two for the length, the
+/// content.
 fn packed(disk: &SimDisk, wanted: impl Fn(&str) -> bool) -> Vec<u8> {
     let mut packed = Vec::new();
     for (path, _) in disk.files() {
@@ -194,7 +195,8 @@ fn tier(seeds: &mut Vec<Seed>) {
         root = root.extend(line(base, base + 10), LeaderEpoch(1), uuid::Uuid::nil()).0;
     }
     let root = root.trim(at(5), None, LeaderEpoch(2)).encode();
-    // Pages start at 512 segments. A small page is assembled from entries, whose form is the same in a root and in a page.
+    // Pages start at 512 segments. A small page is assembled from entries, whose form is the same in a root and in a
+    // page.
     let (head, lines) = root[..root.len() - 4].split_at(root.len() - 4 - 3 * 72);
     let mut page = BytesMut::from(&b"STMP\x00\x01"[..]);
     page.put_slice(&head[6..26]);

@@ -1,5 +1,5 @@
-//! Attackers that hold connections: idle ones, and ones with an open stream each. Attackers with streams are on machines of their own
-//! (network namespaces), because each address has a share.
+//! Attackers that hold connections: idle ones, and ones with an open stream each. Attackers with streams are on
+//! machines of their own (network namespaces), because each address has a share.
 
 use std::{
     io::{Read as _, Write as _},
@@ -47,7 +47,8 @@ pub(super) async fn hold(address: SocketAddr) -> Result<(LogClient<Channel>, imp
     Ok((client, (requests, responses)))
 }
 
-/// An attacker on a machine of its own. It holds as many connections as it gets, with a stream on each, until the value is dropped.
+/// An attacker on a machine of its own. It holds as many connections as it gets, with a stream on each, until the value
+/// is dropped.
 pub(super) struct Attacker {
     pub(super) refusals: Vec<ApiError>,
     pub(super) held: usize,
@@ -90,7 +91,8 @@ impl Drop for Attacker {
     }
 }
 
-/// Regression: one host held every connection of a broker. No other client, probe or broker was served until that host closed them.
+/// Regression: one host held every connection of a broker. No other client, probe or broker was served until that host
+/// closed them.
 #[test]
 fn open_streams_leave_connections_for_others_and_probes() {
     let test = "hostile::connections::open_streams_leave_connections_for_others_and_probes";
@@ -160,8 +162,8 @@ fn open_streams_leave_connections_for_others_and_probes() {
     assert!(broker.terminate().success());
 }
 
-/// Regression: no idle connection was closed for a new one. New connections were closed until the idle ones had sent nothing for ten
-/// seconds.
+/// Regression: no idle connection was closed for a new one. New connections were closed until the idle ones had sent
+/// nothing for ten seconds.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn longest_idle_connection_is_closed_first() {
     let mut instance =

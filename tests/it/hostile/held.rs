@@ -1,5 +1,5 @@
-//! Attackers that hold many small things: connections, calls, request headers, metadata. Also batches that are large although little was
-//! requested. Resident memory stays bounded meanwhile, and honest clients are served.
+//! Attackers that hold many small things: connections, calls, request headers, metadata. Also batches that are large
+//! although little was requested. Resident memory stays bounded meanwhile, and honest clients are served.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -42,8 +42,8 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
-/// Calls again and again on a connection of which nothing is read, not even response headers, which have no flow-control window. Each call
-/// requests a topic whose name the error repeats in its header.
+/// Calls again and again on a connection of which nothing is read, not even response headers, which have no
+/// flow-control window. Each call requests a topic whose name the error repeats in its header.
 async fn ask_and_read_nothing(address: SocketAddr) {
     const DATA: u8 = 0;
     const HEADERS: u8 = 1;

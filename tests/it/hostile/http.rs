@@ -81,8 +81,8 @@ fn probes_are_served_beside_stalled_connections() {
     assert!(broker.is_running());
 }
 
-/// Regression: the page was empty, with the type of OpenMetrics and without its end marker, which is invalid. The page was never text,
-/// whatever the client requested.
+/// Regression: the page was empty, with the type of OpenMetrics and without its end marker, which is invalid. The page
+/// was never text, whatever the client requested.
 #[test]
 fn metrics_before_readiness_have_both_formats() {
     let mut etcd = Etcd::begin(1, "http", &[]);

@@ -1,8 +1,8 @@
-//! Attackers of a broker's memory: messages that are announced and not sent, responses that are requested and not read, and small messages
-//! that become large. Resident memory stays bounded meanwhile, and honest clients are served.
+//! Attackers of a broker's memory: messages that are announced and not sent, responses that are requested and not read,
+//! and small messages that become large. Resident memory stays bounded meanwhile, and honest clients are served.
 //!
-//! The short form has fewer partitions and streams. `make hostile` runs the full form on an optimised broker, and measures the latency of
-//! honest appends. `make hostile ONLY=text` selects attacks on memory by parts of their names.
+//! The short form has fewer partitions and streams. `make hostile` runs the full form on an optimised broker, and
+//! measures the latency of honest appends. `make hostile ONLY=text` selects attacks on memory by parts of their names.
 
 use std::{sync::Arc, time::Duration};
 
@@ -63,7 +63,8 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
     };
     target.attack_for_a_while("60 KB without an end", target.on_streams(streams, attack).await).await;
 
-    // Requests of 20 bytes with responses of 200, on streams that buffer requests sent ahead. Then descriptors of the interface.
+    // Requests of 20 bytes with responses of 200, on streams that buffer requests sent ahead. Then descriptors of the
+    // interface.
     let nameless = ProduceRequest { append: Some(AppendRequest::default()), ..Default::default() }.encode_to_vec();
     let ahead = Bytes::from(framed(&nameless).repeat(250_000 / (nameless.len() + 5)));
     let symbol = [&[0x22, 17][..], b"strandline.v1.Log"].concat();
@@ -125,7 +126,8 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
         target.attack_for_a_while(&format!("{name} but for a byte, 900 streams"), attacks).await;
     }
 
-    // Regression: HTTP/2 polled for the end of a small response when one byte of it was accepted. Nothing was charged from then on: 850 MB.
+    // Regression: HTTP/2 polled for the end of a small response when one byte of it was accepted. Nothing was charged
+    // from then on: 850 MB.
     let mut log = wire::log(target.address());
     let small = wire::batch(&[&[7; 30_000]]);
     wire::append(&mut log, wire::append_batch("t", SMALL, small)).await.expect("the broker accepts records");
@@ -226,8 +228,8 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
     target.check_freed(before);
 }
 
-/// Regression: four connections that read nothing held all memory of responses. Four that did not read their append responses held all
-/// memory in which batches wait. No other client got a response while they stayed.
+/// Regression: four connections that read nothing held all memory of responses. Four that did not read their append
+/// responses held all memory in which batches wait. No other client got a response while they stayed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_read_nothing_yield_to_other_clients() {
     let target = Target::start(Scale { is_full: false, ..Scale::of_environment() }).await;

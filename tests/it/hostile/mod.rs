@@ -171,8 +171,8 @@ async fn malformed_batch_is_refused_and_not_stored() {
     assert!(broker.is_running());
 }
 
-/// The header and the CRC are right. Only a decoder of the records finds the error. The decoder must survive the records, and other topics
-/// must not be affected.
+/// The header and the CRC are right. Only a decoder of the records finds the error. The decoder must survive the
+/// records, and other topics must not be affected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn invalid_records_behind_a_valid_header_are_survived() {
     let (instance, mut broker) = running(&["plain", "calm"]).await;

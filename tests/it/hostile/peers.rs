@@ -28,8 +28,8 @@ fn standalone_broker_opens_no_peer_port() {
     assert!(broker.terminate().success(), "{}", instance.log());
 }
 
-/// Regression: brokers used the port of clients. While one host held all connections of a leader, a restarted follower could not connect
-/// there.
+/// Regression: brokers used the port of clients. While one host held all connections of a leader, a restarted follower
+/// could not connect there.
 #[test]
 fn host_with_all_client_connections_blocks_no_follower() {
     if !inside("hostile::peers::host_with_all_client_connections_blocks_no_follower") {

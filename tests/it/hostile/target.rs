@@ -185,7 +185,8 @@ impl Target {
         self.instance.grpc()
     }
 
-    /// Runs attacks for a while. Resident memory must stay below the limit, and the small appends of an honest client must always succeed.
+    /// Runs attacks for a while. Resident memory must stay below the limit, and the small appends of an honest client
+    /// must always succeed.
     pub(super) async fn attack_for_a_while<F: Future<Output = ()> + Send + 'static>(
         &self,
         name: &str,

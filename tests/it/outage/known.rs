@@ -2,7 +2,8 @@
 
 use super::*;
 
-/// Creates topic `t` with this number of records, which only the object store has. Restarts the broker, so that its caches are empty.
+/// Creates topic `t` with this number of records, which only the object store has. Restarts the broker, so that its
+/// caches are empty.
 fn history(with: impl FnOnce(BrokerInstance) -> BrokerInstance, records: usize) -> (S3, BrokerInstance, Broker) {
     let (server, mut instance, broker) = start(with);
     create(&instance.cli(), "t", EAGER);
@@ -25,8 +26,8 @@ async fn read_once(
     response.partitions.remove(0)
 }
 
-/// Regression: `max_wait_ms` also ended reads of the object store, and their data was dropped. 433 of 433 reads were empty, as at the end
-/// of the log.
+/// Regression: `max_wait_ms` also ended reads of the object store, and their data was dropped. 433 of 433 reads were
+/// empty, as at the end of the log.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn short_reads_are_served_by_a_slow_object_store() {
     const RECORDS: i64 = 20_000;
@@ -74,9 +75,9 @@ async fn read_reports_its_timeout_and_keeps_fetched_data() {
     assert!(end.error.is_none() && end.next_offset == end.high_watermark, "the end is plausible: {end:?}");
 }
 
-/// Starts outages of the object store until one is detected within `most`, so that other load on this machine does not count. One read of
-/// old records from one of these offsets observes each outage. Each offset is in another object, of which no earlier read has left data in
-/// memory.
+/// Starts outages of the object store until one is detected within `most`, so that other load on this machine does not
+/// count. One read of old records from one of these offsets observes each outage. Each offset is in another object, of
+/// which no earlier read has left data in memory.
 async fn is_known_within(
     max: Duration,
     server: &S3,
@@ -129,7 +130,8 @@ async fn tiered_reads_fail_at_once_until_object_store_returns() {
         assert!(refusal.message.contains("has been unavailable"), "{refusal}");
         assert_eq!(read.high_watermark, 2_000);
     }
-    // The first read returns when the outage is certain, and nineteen return at once. Otherwise each would take five seconds.
+    // The first read returns when the outage is certain, and nineteen return at once. Otherwise each would take five
+    // seconds.
     assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
     let partition = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
     let request = v1::FetchRequest { partitions: vec![partition], ..Default::default() };
@@ -169,7 +171,8 @@ async fn silent_object_store_is_detected_before_a_read_times_out() {
     assert!(begin.elapsed() < Duration::from_secs(20), "all appends concurrently: {:?}", begin.elapsed());
 }
 
-/// Appends with `acks=tiered` in a stream. Returns the stream of responses, and the cause of the wait in the first response.
+/// Appends with `acks=tiered` in a stream. Returns the stream of responses, and the cause of the wait in the first
+/// response.
 async fn cause_of_the_wait(
     log: &mut v1::log_client::LogClient<Channel>,
     timeout_ms: u32,
@@ -235,7 +238,8 @@ async fn tiered_appends_report_outage_and_later_ones_are_refused() {
     assert!(output.code == 1 && output.stderr.contains("has been unavailable"), "{output:?}");
 }
 
-/// Regression: the object store served reads, so no problem was detected, and the cause was reported only with the timeout.
+/// Regression: the object store served reads, so no problem was detected, and the cause was reported only with the
+/// timeout.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tiered_append_reports_why_uploads_fail() {
     let (server, instance, _broker) = tokio::task::block_in_place(|| start(|instance| instance));

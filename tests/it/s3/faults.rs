@@ -113,7 +113,8 @@ impl Faults {
         self.inject_at(op, "", 0, fault, count);
     }
 
-    /// Applies a fault to requests of this kind whose path contains `path_part`: `pass` requests succeed, then `count` have the fault.
+    /// Applies a fault to requests of this kind whose path contains `path_part`: `pass` requests succeed, then `count`
+    /// have the fault.
     pub(crate) fn inject_at(&self, op: Op, path_part: &str, pass: usize, fault: Fault, count: usize) {
         let rule = Rule { op, path_part: path_part.to_owned(), fault, pass, left: count };
         self.state.lock().rules.push(rule);
@@ -133,7 +134,8 @@ impl Faults {
         self.state.lock().down = down;
     }
 
-    /// Sets whether the store is unreliable: about every second request fails, is delayed, is executed twice or loses its response.
+    /// Sets whether the store is unreliable: about every second request fails, is delayed, is executed twice or loses
+    /// its response.
     pub(crate) fn set_unreliable(&self, unreliable: bool) {
         self.state.lock().unreliable = unreliable.then_some(0);
     }

@@ -1,8 +1,9 @@
 //! `s3s-fs` with keys as long as ours.
 //!
-//! `s3s-fs` stores the attributes of a multipart upload in a file whose name holds the whole key in base64. For segment names, this exceeds
-//! the 255 bytes of a file name. The attributes are not used here, so each upload starts under a short key, and later requests use its
-//! upload id. `s3s-fs` also has no list of uploads. [`Uploads`] has one, in the order and pages of S3.
+//! `s3s-fs` stores the attributes of a multipart upload in a file whose name holds the whole key in base64. For segment
+//! names, this exceeds the 255 bytes of a file name. The attributes are not used here, so each upload starts under a
+//! short key, and later requests use its upload id. `s3s-fs` also has no list of uploads. [`Uploads`] has one, in the
+//! order and pages of S3.
 
 use std::{
     collections::BTreeMap,

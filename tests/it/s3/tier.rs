@@ -1,4 +1,5 @@
-//! Tiering over real HTTP. Whatever the store does, installed data reads back bit-exact, and failed uploads become garbage.
+//! Tiering over real HTTP. Whatever the store does, installed data reads back bit-exact, and failed uploads become
+//! garbage.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -251,8 +252,8 @@ async fn sequential_reads_are_read_ahead_with_few_requests() {
     let before = s3.faults().requests(Op::Get);
     let chunks = content.len().div_ceil(1 << 20);
     let (mut next, mut out) = (at(0), BytesMut::new());
-    // The read-ahead window doubles with each sequential read, and at least half of the window is fetched behind that read. The test waits
-    // for these chunks, so that the reader never arrives before them.
+    // The read-ahead window doubles with each sequential read, and at least half of the window is fetched behind that
+    // read. The test waits for these chunks, so that the reader never arrives before them.
     for window in [0, 1, 2, 4, 8].into_iter().chain(std::iter::repeat(16)) {
         let read = fresh.read(next, (1 << 20).into()).await.unwrap();
         read.chunks.iter().for_each(|chunk| out.extend_from_slice(chunk));
@@ -270,7 +271,8 @@ async fn sequential_reads_are_read_ahead_with_few_requests() {
     assert!(requests < chunks * 4 / 5, "{requests} requests for {chunks} chunks, without manifest and footer");
 }
 
-/// A cache full of chunks that were read once must still accept read-ahead chunks. Otherwise all of these would be fetched twice.
+/// A cache full of chunks that were read once must still accept read-ahead chunks. Otherwise all of these would be
+/// fetched twice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn full_cache_keeps_read_ahead_chunks_for_their_reader() {
     let s3 = S3::start().await;
@@ -311,7 +313,8 @@ async fn concurrent_clusters_do_not_share_a_prefix() {
     assert!(claims.iter().any(|claim| matches!(claim, Err(BindingError::Foreign { .. }))));
 }
 
-/// On a store without conditional puts, the last writer of the cluster marker is its writer. All brokers write the same content.
+/// On a store without conditional puts, the last writer of the cluster marker is its writer. All brokers write the same
+/// content.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn concurrent_brokers_of_one_cluster_share_a_prefix() {
     let s3 = S3::start().await;

@@ -137,8 +137,8 @@ fn uploads_of_a_killed_broker_are_aborted_by_the_next() {
     assert!(instance.log().contains("aborted abandoned uploads of killed brokers"), "{}", instance.log());
 }
 
-/// An external store has its own list of uploads, its own prefix matching and its own upload times. `S3_URL` names a bucket and a prefix.
-/// The endpoint and the keys are in the usual environment variables.
+/// An external store has its own list of uploads, its own prefix matching and its own upload times. `S3_URL` names a
+/// bucket and a prefix. The endpoint and the keys are in the usual environment variables.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs a bucket: make real-s3 S3_URL=s3://bucket/prefix"]
 async fn real_store_aborts_abandoned_uploads() {

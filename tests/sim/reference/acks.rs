@@ -26,7 +26,8 @@ struct SubscribedFollower {
     registered: u64,
     /// Progress acknowledged since that subscription.
     acked: Option<Ends>,
-    /// Progress acknowledged before that subscription. Watermarks that this progress moved may be published after the subscription.
+    /// Progress acknowledged before that subscription. Watermarks that this progress moved may be published after the
+    /// subscription.
     before: Option<Ends>,
 }
 
@@ -66,9 +67,9 @@ impl Acks {
         Ok(())
     }
 
-    /// Checks and records an acknowledgement that the leader of epoch `leads` counts. `ever` is the maximum that the follower acknowledged
-    /// in the epoch of the acknowledgement. An acknowledgement of an older leader epoch or broker epoch is a violation even without harm,
-    /// as its records may have been truncated since.
+    /// Checks and records an acknowledgement that the leader of epoch `leads` counts. `ever` is the maximum that the
+    /// follower acknowledged in the epoch of the acknowledgement. An acknowledgement of an older leader epoch or broker
+    /// epoch is a violation even without harm, as its records may have been truncated since.
     pub(super) fn counted(&mut self, leads: LeaderEpoch, ack: &Ack, ever: Ends) -> Result<(), Violation> {
         let Ack { follower, registered, epoch, ends } = ack;
         if *epoch != leads {

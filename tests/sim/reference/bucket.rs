@@ -1,5 +1,5 @@
-//! Content of the object store, checked at each tier commit of a leader. From then on no broker may change or delete a referenced object
-//! (`Objects::keep`).
+//! Content of the object store, checked at each tier commit of a leader. From then on no broker may change or delete a
+//! referenced object (`Objects::keep`).
 
 use std::collections::BTreeSet;
 

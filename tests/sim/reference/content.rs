@@ -67,8 +67,8 @@ impl Content {
         self.batches.get(&(base, epoch)).copied()
     }
 
-    /// Records a range, written in these epochs, as committed. The range must consist of entire batches, and each batch of a producer must
-    /// follow the producer's last one.
+    /// Records a range, written in these epochs, as committed. The range must consist of entire batches, and each batch
+    /// of a producer must follow the producer's last one.
     pub(super) fn commit(&mut self, epochs: &EpochHistory, range: Range<Offset>) -> Result<(), Violation> {
         let mut next = range.start;
         while next < range.end {

@@ -1,4 +1,5 @@
-//! Content of each broker's journal, and the check that the segments hold the same durably before a journal file is reused.
+//! Content of each broker's journal, and the check that the segments hold the same durably before a journal file is
+//! reused.
 
 use std::collections::BTreeMap;
 
@@ -37,8 +38,8 @@ impl Journals {
         self.0.entry(who.broker).or_default()
     }
 
-    /// Records that a process writes its journal. A new process may reuse all files, as replay has applied their entries. So the segments
-    /// must hold these entries durably, unless the disk is another one.
+    /// Records that a process writes its journal. A new process may reuse all files, as replay has applied their
+    /// entries. So the segments must hold these entries durably, unless the disk is another one.
     pub(super) fn begun(&mut self, who: ProcessId, disk: &Disk<'_>) -> Result<(), Violation> {
         let journal = self.of(who);
         if journal.process == who.process {

@@ -212,8 +212,8 @@ impl Partition {
             return Err(format!("leads in epoch {epoch}, but the store names another leader"));
         }
         if self.value().is_some_and(|(value, _)| value.leader_epoch > epoch) {
-            // The process received its election late. A newer leader exists and may have committed more. No replica that counts follows
-            // this leader.
+            // The process received its election late. A newer leader exists and may have committed more. No replica
+            // that counts follows this leader.
             return Ok(false);
         }
         let replica = self.replica(who.broker).clone();
@@ -247,8 +247,9 @@ impl Partition {
         self.content.appended(range.start, epoch, batch).map(|()| false)
     }
 
-    /// Records a truncation, which must not remove committed records. Exception: a replica outside ISR and ELR may still follow the leader
-    /// of an older epoch, which received its election late. Such a follower truncates records that this leader lacks.
+    /// Records a truncation, which must not remove committed records. Exception: a replica outside ISR and ELR may
+    /// still follow the leader of an older epoch, which received its election late. Such a follower truncates records
+    /// that this leader lacks.
     pub(super) fn truncated(&mut self, broker: BrokerId, epoch: LeaderEpoch, to: Offset) -> Moved {
         let (epochs, end) = self.committed.clone();
         let is_checked = self.value().is_none_or(|(value, _)| {
@@ -396,7 +397,8 @@ impl Partition {
         Ok(())
     }
 
-    /// Returns true if the store has applied this proposal: the value after the expected one has the proposed ISR in the same epoch.
+    /// Returns true if the store has applied this proposal: the value after the expected one has the proposed ISR in
+    /// the same epoch.
     fn was_applied(&self, proposal: &Proposal) -> bool {
         let after = self.values.range((Bound::Excluded(proposal.expect), Bound::Unbounded)).next();
         after.is_some_and(|(_, value)| {

@@ -34,8 +34,8 @@ pub(super) struct Replica {
     pub(super) epochs: EpochHistory,
     pub(super) ends: Ends,
     pub(super) high_watermark: Offset,
-    /// Durable end of earlier processes, limited to what is still there. The current process may report less: neither journal nor
-    /// checkpoint records every sync of a segment.
+    /// Durable end of earlier processes, limited to what is still there. The current process may report less: neither
+    /// journal nor checkpoint records every sync of a segment.
     synced_before: Offset,
     /// Progress acknowledged in each epoch, by this process and by earlier ones.
     acked: BTreeMap<LeaderEpoch, Ends>,
@@ -56,8 +56,8 @@ struct Change {
 }
 
 impl Replica {
-    /// Records that a process opened the replica. The log must hold everything that was durable and not truncated, and nothing that was
-    /// truncated.
+    /// Records that a process opened the replica. The log must hold everything that was durable and not truncated, and
+    /// nothing that was truncated.
     pub(super) fn opened(
         &mut self,
         process: u32,
@@ -159,8 +159,8 @@ impl Replica {
         self.acked.get(&epoch).copied()
     }
 
-    /// Returns the progress that this or an earlier process acknowledged in this epoch. A leader may not have detected yet that an earlier
-    /// process has exited.
+    /// Returns the progress that this or an earlier process acknowledged in this epoch. A leader may not have detected
+    /// yet that an earlier process has exited.
     pub(super) fn ever_acked(&self, epoch: LeaderEpoch) -> Option<Ends> {
         let before = self.acked_before.get(&epoch).copied();
         self.acked(epoch).map(|acked| acked.max(before.unwrap_or_default())).or(before)

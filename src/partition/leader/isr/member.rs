@@ -65,7 +65,8 @@ pub enum AckError {
         /// Leader epoch of this leader.
         leads: LeaderEpoch,
     },
-    /// The replica has not subscribed in this epoch over that link: an older incarnation's link, or the link of an unknown broker.
+    /// The replica has not subscribed in this epoch over that link: an older incarnation's link, or the link of an
+    /// unknown broker.
     #[error("broker {broker} has no subscription on a link with broker epoch {epoch}")]
     NotSubscribed {
         /// Sender of the acknowledgement.
@@ -88,8 +89,8 @@ pub enum AckError {
     },
 }
 
-/// State of one other replica. An entry exists for each broker that the metadata cache or a link reported. Only the replicas of the
-/// partition's value count.
+/// State of one other replica. An entry exists for each broker that the metadata cache or a link reported. Only the
+/// replicas of the partition's value count.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct MemberState {
     /// Broker epoch of the link on which the replica is subscribed; `None` while it is not.
@@ -117,7 +118,8 @@ impl MemberState {
         }
     }
 
-    /// Returns true if the replica must leave the ISR at once: it cannot be elected, or its process is known to have exited.
+    /// Returns true if the replica must leave the ISR at once: it cannot be elected, or its process is known to have
+    /// exited.
     pub(super) fn is_leaving(&self) -> bool {
         self.departed || matches!(self.registration, Some(BrokerStatus::ShuttingDown | BrokerStatus::Unregistered))
     }

@@ -30,7 +30,8 @@ fn rule(min_insync: usize) -> IsrRules {
     IsrRules { durability: Durability::Persisted, min_insync, lag_ms: 100 }
 }
 
-/// Returns broker 1 as leader of epoch 4, which starts at offset 5. The high watermark is 3, and all brokers are registered.
+/// Returns broker 1 as leader of epoch 4, which starts at offset 5. The high watermark is 3, and all brokers are
+/// registered.
 fn leader(isr: &[u32], elr: &[u32], min: usize) -> IsrTracker {
     let start = LeaderStart {
         me: BrokerId(1),
@@ -143,9 +144,9 @@ fn readded_replica_is_admitted_by_new_acknowledgements() {
     }
 }
 
-/// Regression: a reassignment was cancelled and started again, and this leader received neither change. The values before and after
-/// differ only in the removal count. The leader counted the acknowledgements of the earlier replica, and proposed a replica without
-/// records.
+/// Regression: a reassignment was cancelled and started again, and this leader received neither change. The values
+/// before and after differ only in the removal count. The leader counted the acknowledgements of the earlier replica,
+/// and proposed a replica without records.
 #[test]
 fn repeated_addition_resets_acknowledgements() {
     let moving = PartitionValue { adding: brokers(&[2]), ..value(&[1, 3], &[]) };
@@ -295,8 +296,8 @@ fn commits_need_the_committed_isr_and_an_empty_elr() {
     assert_eq!(short.high_watermark(), at(5));
 }
 
-/// Below the min ISR only an admission can move the high watermark. A leader that admits no member before its epoch is committed would
-/// never commit.
+/// Below the min ISR only an admission can move the high watermark. A leader that admits no member before its epoch is
+/// committed would never commit.
 #[test]
 fn leader_below_min_isr_admits_a_complete_replica() {
     let mut short = leader(&[1], &[], 2);
@@ -385,7 +386,8 @@ fn member_that_lost_records_is_removed_and_not_eligible() {
     follow(&mut leader, 2, 5);
     follow(&mut leader, 3, 5);
     assert_eq!(leader.latest(), Some(at(5)));
-    // The replica returns with an older copy of its disk, in an incarnation that the leader cannot distinguish from the last one.
+    // The replica returns with an older copy of its disk, in an incarnation that the leader cannot distinguish from the
+    // last one.
     assert_eq!(
         claim(&mut leader, peer(2), 4),
         SubscribeDecision::Accepted(at(4)),
@@ -505,8 +507,9 @@ fn apply(leader: &mut IsrTracker, event: Event) {
 }
 
 proptest! {
-    /// For any reports in any order, right or wrong: nothing panics, and the high watermark only moves forward. It moves never past the
-    /// own log nor past the acknowledgement of a committed member, and only with the min ISR and without ELR.
+    /// For any reports in any order, right or wrong: nothing panics, and the high watermark only moves forward. It
+    /// moves never past the own log nor past the acknowledgement of a committed member, and only with the min ISR and
+    /// without ELR.
     #[test]
     fn high_watermark_keeps_its_rules(events in prop::collection::vec(event(), 1..60)) {
         use crate::cluster::Value as _;

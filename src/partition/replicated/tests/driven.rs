@@ -322,8 +322,8 @@ async fn follower_truncates_bootstraps_and_retries_by_response() {
     assert_eq!(requests.take(), [TaskRequest::Unsubscribe(LeaderEpoch(5), true)]);
 }
 
-/// A leader has one request at a time. The outcome of a request in an earlier epoch is no outcome of the current request. Applied as
-/// such, it would drop a member from the maximal ISR whose admission may still come true.
+/// A leader has one request at a time. The outcome of a request in an earlier epoch is no outcome of the current
+/// request. Applied as such, it would drop a member from the maximal ISR whose admission may still come true.
 #[tokio::test]
 async fn late_outcome_does_not_count_for_another_proposal() {
     let (partition, requests, _log) = open();
@@ -385,8 +385,8 @@ async fn broker_leads_at_most_once_in_an_epoch() {
     assert_eq!(result, Err(AppendError::NotLeader { leader: Some(broker(2)), epoch: LeaderEpoch(7) }));
 }
 
-/// A follower's report of a newer epoch ends a leadership at once. Regression: a wrong report, by a broken follower or broken metadata,
-/// stopped the partition. The metadata kept naming a leader that waited for newer metadata.
+/// A follower's report of a newer epoch ends a leadership at once. Regression: a wrong report, by a broken follower or
+/// broken metadata, stopped the partition. The metadata kept naming a leader that waited for newer metadata.
 #[tokio::test]
 async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     let (partition, requests, _log) = open();
@@ -434,7 +434,8 @@ async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     assert_eq!(requests.take(), [TaskRequest::Follow(broker(2))]);
 }
 
-/// Regression: the second for the metadata was counted from the wait before, if that wait had ended before the next tick.
+/// Regression: the second for the metadata was counted from the wait before, if that wait had ended before the next
+/// tick.
 #[tokio::test]
 async fn metadata_wait_counts_from_the_end_of_leadership() {
     let (partition, requests, _log) = open();
@@ -450,8 +451,8 @@ async fn metadata_wait_counts_from_the_end_of_leadership() {
     assert_eq!(requests.take(), [TaskRequest::ReadBack]);
 }
 
-/// Regression: one clock serves all partitions of a broker. A task that was blocked at its disk for minutes had its queue filled with
-/// ticks, and then blocked the clock of all other partitions.
+/// Regression: one clock serves all partitions of a broker. A task that was blocked at its disk for minutes had its
+/// queue filled with ticks, and then blocked the clock of all other partitions.
 #[tokio::test]
 async fn blocked_task_delays_no_clock_and_keeps_queue_space() {
     let (partition, requests, _log) = open();
@@ -499,7 +500,8 @@ async fn subscription_waits_for_its_epoch_to_begin() {
     assert_eq!(began.elapsed().as_millis(), 1000);
 }
 
-/// Regression: an etcd that was restored from a backup names epochs again, and the first append of such a leader panicked.
+/// Regression: an etcd that was restored from a backup names epochs again, and the first append of such a leader
+/// panicked.
 #[tokio::test]
 async fn broker_does_not_lead_in_an_epoch_before_its_log() {
     let (partition, requests, _log) = open();
@@ -531,8 +533,8 @@ async fn broker_does_not_lead_in_an_epoch_before_its_log() {
     assert_eq!(ended.value, older.leaderless());
 }
 
-/// Regression: the admission of the only possible successor was pending when the disk failed, and the partition accepted no writes until
-/// the broker was stopped.
+/// Regression: the admission of the only possible successor was pending when the disk failed, and the partition
+/// accepted no writes until the broker was stopped.
 #[tokio::test]
 async fn failed_leader_resigns_when_a_successor_enters_isr() {
     let disk = SimDisk::new();
@@ -547,8 +549,8 @@ async fn failed_leader_resigns_when_a_successor_enters_isr() {
     assert_eq!(requests.take(), [TaskRequest::Resign(LeaderEpoch(4))]);
 }
 
-/// The outcome of a proposal names this broker id as the leader of a newer epoch: that may be another process, on a copy of the data
-/// directory.
+/// The outcome of a proposal names this broker id as the leader of a newer epoch: that may be another process, on a
+/// copy of the data directory.
 #[tokio::test]
 async fn only_the_metadata_cache_starts_a_leader() {
     let (partition, requests, _log) = open();

@@ -1,4 +1,5 @@
-//! Several replicas of one partition, over a network and a metadata store that the test controls: leaders, followers, results of writes.
+//! Several replicas of one partition, over a network and a metadata store that the test controls: leaders, followers,
+//! results of writes.
 
 mod driven;
 mod net;
@@ -71,8 +72,8 @@ async fn records_acknowledged_by_all_are_readable_everywhere() {
     assert_eq!(net.proposals(), [], "no ISR change was proposed");
 }
 
-/// A leader writes records that no replica copies, and another broker is elected. When the first one returns, it truncates these records
-/// by epochs; their writers never got an acknowledgement of all replicas.
+/// A leader writes records that no replica copies, and another broker is elected. When the first one returns, it
+/// truncates these records by epochs; their writers never got an acknowledgement of all replicas.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn deposed_leader_truncates_uncopied_records_and_follows() {
     let (net, [one, two, three]) = trio().await;
@@ -111,8 +112,8 @@ async fn deposed_leader_truncates_uncopied_records_and_follows() {
     assert!(reader.read(at(1), 100.into()).await.unwrap().is_some());
 }
 
-/// The first message of a successor to a deposed leader may be a tier state. The deposed leader's own log may reach as far, with other
-/// records.
+/// The first message of a successor to a deposed leader may be a tier state. The deposed leader's own log may reach as
+/// far, with other records.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn newer_tier_state_commits_nothing_on_deposed_leader() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
@@ -185,9 +186,9 @@ async fn lost_follower_leaves_the_isr_and_returns() {
     assert_eq!(isrs, [2, 3]);
 }
 
-/// An operator cancels a reassignment and starts it again, and neither the leader nor the new replica receives the values in between. The
-/// leader drops the acknowledgements of before. So the replica subscribes again by itself, although its link stays connected and nothing
-/// is written.
+/// An operator cancels a reassignment and starts it again, and neither the leader nor the new replica receives the
+/// values in between. The leader drops the acknowledgements of before. So the replica subscribes again by itself,
+/// although its link stays connected and nothing is written.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replica_added_again_subscribes_again() {
     let net = Net::new(3, 2, 1, false).await;
@@ -196,7 +197,8 @@ async fn replica_added_again_subscribes_again() {
     in_sync(&two).await;
     append(&one, &[0], Acks::All).await.unwrap();
     let three = net.start(3, PLAIN, false).await;
-    // The replica copies, and its leader is not to admit it yet: the leader receives neither the first reassignment nor its end.
+    // The replica copies, and its leader is not to admit it yet: the leader receives neither the first reassignment nor
+    // its end.
     let target = [broker(1), broker(2), broker(3)];
     net.set_blind(1, true).await;
     net.change(|value| value.start_reassignment(&target).unwrap()).await;
@@ -214,8 +216,8 @@ async fn replica_added_again_subscribes_again() {
     assert_eq!(net.value().await.0.removal_count, 1);
 }
 
-/// The same for a replica that followed already when it was removed: its link stays connected, and acknowledgements on the old
-/// subscription do not count.
+/// The same for a replica that followed already when it was removed: its link stays connected, and acknowledgements on
+/// the old subscription do not count.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn repeated_addition_ends_the_old_subscription() {
     let net = Net::new(3, 2, 2, false).await;
@@ -299,7 +301,8 @@ async fn below_min_isr_commits_wait_for_the_eligible_replica() {
     assert_eq!(net.value().await.0.elr, []);
 }
 
-/// The older records are in the object store; a bootstrapping replica copies the tail alone, and gets the producer state from the footer.
+/// The older records are in the object store; a bootstrapping replica copies the tail alone, and gets the producer
+/// state from the footer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_replica_bootstraps_at_tiered_end_with_producers() {
     const TIERED: &[(&str, &str)] =
@@ -404,7 +407,8 @@ async fn commits_do_not_wait_for_follower_with_failed_disk() {
     assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
 }
 
-/// An operator elected a replica whose log ends before the object store does, and holds other records than the object store.
+/// An operator elected a replica whose log ends before the object store does, and holds other records than the object
+/// store.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unclean_leader_is_reset_to_the_tiered_end() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
@@ -441,8 +445,8 @@ async fn unclean_leader_is_reset_to_the_tiered_end() {
     equal(&two, &one, tiered_end.get()).await;
 }
 
-/// Regression: the elected replica held the object store's records, and more that no other replica may have. It was reset, because the
-/// last footer has the epochs of its own segment only.
+/// Regression: the elected replica held the object store's records, and more that no other replica may have. It was
+/// reset, because the last footer has the epochs of its own segment only.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unclean_leader_keeps_records_after_the_tiered_end() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
@@ -464,8 +468,8 @@ async fn unclean_leader_keeps_records_after_the_tiered_end() {
     assert_eq!(firsts, (0..20u8).collect::<Vec<_>>());
 }
 
-/// The replica copied records that were never committed, and was away while another leader filled those offsets, up to the tiered end.
-/// The committed records at those offsets are not those of the replica.
+/// The replica copied records that were never committed, and was away while another leader filled those offsets, up to
+/// the tiered end. The committed records at those offsets are not those of the replica.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn abandoned_tail_does_not_count_as_committed() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
@@ -514,7 +518,8 @@ async fn replica_does_not_truncate_committed_records() {
     wait_until("the high watermark arrives", || two.watermarks().high_watermark == at(5)).await;
     let before = bytes_of(&two, at(0));
     net.stop(1).await;
-    // The first broker's disk was emptied, and the broker leads all the same: an inconsistency that no protocol step allows.
+    // The first broker's disk was emptied, and the broker leads all the same: an inconsistency that no protocol step
+    // allows.
     let log = net.node(1, |node| node.log.clone());
     log.delete_replica(net.id).unwrap();
     let one = net.start(1, PLAIN, false).await;

@@ -1,5 +1,6 @@
-//! Brokers of one partition in one process: each has its own disk, the metadata store is a real one, and the network between the brokers
-//! can be cut. This file makes no decision: links carry messages, and ISR updates are compare-and-sets.
+//! Brokers of one partition in one process: each has its own disk, the metadata store is a real one, and the network
+//! between the brokers can be cut. This file makes no decision: links carry messages, and ISR updates are
+//! compare-and-sets.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -84,8 +85,8 @@ pub(super) fn at(offset: u64) -> Offset {
 }
 
 impl Net {
-    /// Creates brokers 1 to `brokers`; the first `replicas` of them are in-sync replicas, led by broker 1 in epoch 1. No replica is open
-    /// yet.
+    /// Creates brokers 1 to `brokers`; the first `replicas` of them are in-sync replicas, led by broker 1 in epoch 1.
+    /// No replica is open yet.
     pub(super) async fn new(brokers: u32, replicas: u32, min_insync: usize, object_store: bool) -> Arc<Self> {
         let id = PartitionId::new(TopicId::from_bytes([9; 16]), 3);
         let replicas: Vec<BrokerId> = (1..=replicas).map(BrokerId).collect();
@@ -317,8 +318,8 @@ impl Net {
         });
     }
 
-    /// Runs one subscription of `me` on its link to the leader: the request, its response, then batches one way and acknowledgements the
-    /// other.
+    /// Runs one subscription of `me` on its link to the leader: the request, its response, then batches one way and
+    /// acknowledgements the other.
     async fn serve(
         self: Arc<Self>,
         me: BrokerId,
@@ -335,7 +336,8 @@ impl Net {
         let response = leading.subscribe(peer, epoch, position, progress).await;
         let is_current = || self.node(me.0, |node| node.subscription == subscription) && self.reach(me, leader);
         if !is_current() {
-            // A broker that stopped meanwhile reported that before this request arrived: the subscription must not be the last event.
+            // A broker that stopped meanwhile reported that before this request arrived: the subscription must not be
+            // the last event.
             if self.partition(me).is_none() {
                 leading.on_follower_disconnected(peer, DisconnectCause::ShuttingDown).await;
             }

@@ -143,8 +143,8 @@ impl QuietCluster {
         }
     }
 
-    /// Checks that the leader refuses an invalid `Hello`, a `Hello` in the name of another or of an unregistered broker, and a stream
-    /// without one.
+    /// Checks that the leader refuses an invalid `Hello`, a `Hello` in the name of another or of an unregistered
+    /// broker, and a stream without one.
     async fn refuses_hellos(&self) {
         let (leader, follower) = (self.leader, self.follower);
         let epoch = broker_epoch(self.cluster.instance(follower).peer()).await;
@@ -184,7 +184,8 @@ impl QuietCluster {
         }
     }
 
-    /// Checks that a broker without an address for peers is reported. A broker of another version may register in this way.
+    /// Checks that a broker without an address for peers is reported. A broker of another version may register in this
+    /// way.
     async fn reports_unreachable_broker(&self) {
         self.meta.register_at(Endpoints::new("127.0.0.1:9".to_owned())).await;
         let cli = self.cluster.cli();
@@ -308,8 +309,9 @@ async fn fake_follower_is_refused_and_real_follower_continues() {
     assert_eq!(read.text(), "still here\n".repeat(2));
 }
 
-/// Regression: two fake brokers in the names of followers made a leader acknowledge records that only they had, or took over the followers'
-/// links and acknowledged nothing. A broker epoch of 2^63 counted as the newest, and the last caller as the real follower.
+/// Regression: two fake brokers in the names of followers made a leader acknowledge records that only they had, or took
+/// over the followers' links and acknowledged nothing. A broker epoch of 2^63 counted as the newest, and the last
+/// caller as the real follower.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fake_follower_takes_over_no_responsive_link() {
     let quiet = QuietCluster::begin().await;
@@ -355,8 +357,8 @@ async fn fake_follower_takes_over_no_responsive_link() {
     assert_eq!((now.leader, now.leader_epoch), (value.leader, value.leader_epoch));
 }
 
-/// Regression: one fake broker deposed a leader 26 times in 12 s. Its failure reports in the controller's own name revoked live
-/// registrations.
+/// Regression: one fake broker deposed a leader 26 times in 12 s. Its failure reports in the controller's own name
+/// revoked live registrations.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unconfirmed_epochs_and_failure_reports_change_nothing() {
     let quiet = QuietCluster::begin().await;

@@ -248,7 +248,8 @@ impl Follower {
         self.wait_for_log("the accepted offset is 3 instead of 5").await;
     }
 
-    /// Sends a valid batch, which is appended. Then sends a batch of an older epoch and a truncation, which are refused.
+    /// Sends a valid batch, which is appended. Then sends a batch of an older epoch and a truncation, which are
+    /// refused.
     async fn accepts_valid_batch(&self, stream: &mut LeaderStream) {
         let epoch = self.epoch;
         let subscription = stream.subscription().await;

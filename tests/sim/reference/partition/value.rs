@@ -84,7 +84,8 @@ impl Partition {
         self.check_elr(&change, machines)
     }
 
-    /// Checks that a replica that enters the ISR was proposed for the replaced value and has not registered again since.
+    /// Checks that a replica that enters the ISR was proposed for the replaced value and has not registered again
+    /// since.
     fn check_admitted(&self, broker: BrokerId, change: &Change<'_>, brokers: &Brokers) -> Result<(), Violation> {
         let Some(proposal) = self.proposed_as(change) else {
             return change.wrong(format_args!(
@@ -120,8 +121,9 @@ impl Partition {
         }
     }
 
-    /// Checks the ELR. A replica that leaves the ISR below the min ISR stays eligible until the min ISR is met again. A broker that is down
-    /// or starts, or that lacks committed records, need not stay eligible. Only a member becomes eligible.
+    /// Checks the ELR. A replica that leaves the ISR below the min ISR stays eligible until the min ISR is met again. A
+    /// broker that is down or starts, or that lacks committed records, need not stay eligible. Only a member becomes
+    /// eligible.
     fn check_elr(&self, change: &Change<'_>, machines: &Machines) -> Result<(), Violation> {
         let (old, new) = (change.old, change.new);
         if let Some(broker) = new.elr.iter().find(|id| !old.elr.contains(id) && !old.isr.contains(id)) {
@@ -138,7 +140,8 @@ impl Partition {
     }
 }
 
-/// Checks an election: the leader is a member, and no other replica enters the ISR. A leader from the ELR is alone in the ISR.
+/// Checks an election: the leader is a member, and no other replica enters the ISR. A leader from the ELR is alone in
+/// the ISR.
 fn check_elected(leader: BrokerId, change: &Change<'_>) -> Result<(), Violation> {
     let old = change.old;
     if !old.isr.contains(&leader) && !old.elr.contains(&leader) {
