@@ -11,7 +11,6 @@ use std::{
 
 use tokio::{sync::mpsc, time::Instant};
 
-use self::read_replica::LatestResult;
 use super::{
     super::{
         Client,
@@ -22,7 +21,6 @@ use super::{
     },
     ConsumerEvent, ConsumerOptions, OffsetResetPolicy, QueuedEvent,
     fetch_state::{FetchProblem, PartitionFetchState, STABLE_AFTER},
-    follower_backoff::QUERY_LEADER_AFTER,
     position::{self, InvalidResponse},
     stream::{ResponseStream, StreamEvent, responses},
     streams::FairStreams,
@@ -78,12 +76,6 @@ pub(super) struct ConsumerDriver {
     last_lease_refresh: Option<Instant>,
     /// Time at which partitions are next assigned to streams.
     arrange_at: Option<Instant>,
-    /// True while leaders are being queried for log ends.
-    asking: bool,
-    ends: mpsc::Receiver<Vec<LatestResult>>,
-    ends_done: mpsc::Sender<Vec<LatestResult>>,
-    /// Time since which batches wait for the consumer.
-    queue_full_since: Option<Instant>,
 }
 
 impl ConsumerDriver {
@@ -94,7 +86,6 @@ impl ConsumerDriver {
         output: mpsc::Sender<QueuedEvent>,
     ) -> Self {
         let (route_done, routed) = mpsc::channel(1);
-        let (ends_done, ends) = mpsc::channel(1);
         Self {
             retries: client.party(),
             client,
@@ -113,10 +104,6 @@ impl ConsumerDriver {
             refreshed: clock::monotonic(),
             last_lease_refresh: None,
             arrange_at: None,
-            asking: false,
-            ends,
-            ends_done,
-            queue_full_since: None,
         }
     }
 
@@ -136,13 +123,9 @@ impl ConsumerDriver {
                 () = tasks.cancelled() => break,
                 Some(command) = commands.recv() => self.on_command(command),
                 Some(result) = self.routed.recv() => self.on_routed(result),
-                Some(results) = self.ends.recv() => self.on_latest_results(results),
                 () = arrange => self.assign_streams(),
                 permit = output.reserve(), if !self.outbox.is_empty() => match (permit, self.outbox.pop_front()) {
-                    (Ok(permit), Some(event)) => {
-                        permit.send(event);
-                        self.on_batch_taken();
-                    }
+                    (Ok(permit), Some(event)) => permit.send(event),
                     _ => break,
                 },
                 Some((stream, response)) = self.streams.next(), if self.outbox.is_empty() => {
@@ -157,7 +140,7 @@ impl ConsumerDriver {
             ConsumerCommand::Assign { topic, topic_id, partition, generation, position } => {
                 let now = clock::monotonic();
                 let earlier = self.drop_partition(&topic, partition);
-                let state = PartitionFetchState::new(generation, topic_id, position, now, earlier.as_ref());
+                let state = PartitionFetchState::new(generation, topic_id, position, now, earlier);
                 self.topics.entry(topic).or_default().insert(partition, state);
                 self.arrange_soon(now);
             }
@@ -220,9 +203,6 @@ impl ConsumerDriver {
                 }
             }
         }
-        if !addresses.is_empty() && self.options.rack.is_some() {
-            later = sooner(later, Some(now + QUERY_LEADER_AFTER));
-        }
         for address in addresses {
             self.open(&address, now);
         }
@@ -263,21 +243,16 @@ impl ConsumerDriver {
         let found = self.unread(now).filter(|(.., source)| source.address == *address);
         let found: Vec<_> = found.map(|(topic, partition, source)| (topic.clone(), partition, source)).collect();
         for partitions in found.chunks(limits::MAX_FETCH_PARTITIONS) {
-            self.open_one(address, partitions, now);
+            self.open_one(address, partitions);
         }
     }
 
-    fn open_one(
-        &mut self,
-        address: &BrokerAddress,
-        partitions: &[(Arc<str>, u32, metadata::ReadTarget)],
-        now: Instant,
-    ) {
+    fn open_one(&mut self, address: &BrokerAddress, partitions: &[(Arc<str>, u32, metadata::ReadTarget)]) {
         let number = self.next_stream;
         self.next_stream += 1;
         let wanted = partitions.iter().map(|(topic, partition, source)| {
             let state = self.state(topic, *partition).expect("the partition was found above");
-            let (offset, leader_epoch) = state.attach(number, source, now);
+            let (offset, leader_epoch) = state.attach(number, source);
             let partition = i32::try_from(*partition).expect("partitions are few");
             let (topic, topic_id) = (topic.to_string(), state.topic.to_string());
             v1::FetchPartition { topic, partition, offset, leader_epoch, topic_id }
@@ -305,7 +280,6 @@ impl ConsumerDriver {
                 for fetched in response.partitions {
                     self.on_fetched(number, fetched);
                 }
-                self.hold();
             }
             Err(error) => self.on_ended(number, &error),
         }
@@ -370,7 +344,6 @@ impl ConsumerDriver {
         if !batches.is_empty() {
             state.backoff = None;
             (state.corrupt_reads, state.mismatched) = (0, false);
-            state.follower_backoff.on_data(clock::monotonic());
             state.clear_problem(&self.retries);
         }
         state.position = position;

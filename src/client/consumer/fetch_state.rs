@@ -55,7 +55,9 @@ pub(super) struct PartitionFetchState {
 impl PartitionFetchState {
     /// Creates the state of a partition that is read from `position` on. The follower state and, for the same topic id,
     /// the leader epoch of an earlier assignment remain valid.
-    pub(super) fn new(generation: u64, topic: TopicId, position: Offset, now: Instant, earlier: Option<&Self>) -> Self {
+    pub(super) fn new(generation: u64, topic: TopicId, position: Offset, now: Instant, earlier: Option<Self>) -> Self {
+        let leader_epoch =
+            earlier.as_ref().filter(|earlier| earlier.topic == topic).map(|earlier| earlier.leader_epoch);
         Self {
             topic,
             mismatched: false,
@@ -64,10 +66,7 @@ impl PartitionFetchState {
             stream: None,
             follows: false,
             follower_backoff: earlier.map_or_else(|| FollowerBackoff::new(now), |earlier| earlier.follower_backoff),
-            leader_epoch: earlier
-                .filter(|earlier| earlier.topic == topic)
-                .map(|earlier| earlier.leader_epoch)
-                .unwrap_or_default(),
+            leader_epoch: leader_epoch.unwrap_or_default(),
             failed: false,
             backoff: None,
             not_before: None,
@@ -78,10 +77,9 @@ impl PartitionFetchState {
     }
 
     /// Attaches the partition to a stream. Returns the offset and the leader epoch to request.
-    pub(super) fn attach(&mut self, stream: u64, source: &ReadTarget, now: Instant) -> (i64, i32) {
+    pub(super) fn attach(&mut self, stream: u64, source: &ReadTarget) -> (i64, i32) {
         self.stream = Some(stream);
         self.follows = source.follows;
-        self.follower_backoff.on_data(now);
         if source.topic == self.topic {
             self.leader_epoch = self.leader_epoch.max(source.epoch);
         }

@@ -11,10 +11,12 @@
 //!
 //! A partition is read at its leader. If the consumer names its [rack](ConsumerOptions::rack), the partition is read at
 //! an in-sync replica in that rack if there is one (`replica_selector`). The leader has the newest state, so a problem
-//! with a follower moves the partition to its leader (`follower_backoff`). If the follower returns an error or its
-//! stream breaks, the partition moves at once. If the follower sends nothing while the log grows, the partition moves
-//! after about five seconds. Metadata later decides where the partition is read: after a first stay of five seconds,
-//! and every [`metadata_age`](super::ClientOptions::metadata_age).
+//! with a follower moves the partition to its leader at once (`follower_backoff`): an error that the follower returns,
+//! or a broken stream. Metadata later decides where the partition is read: after a first stay of five seconds, and every
+//! [`metadata_age`](super::ClientOptions::metadata_age).
+//!
+//! A follower that is behind does not serve reads: it ends its reads when it loses its leader or leaves the ISR. If its
+//! lease expires, the consumer refreshes metadata from other brokers.
 //!
 //! An out-of-range error is accepted only from a leader. Each request carries the newest leader epoch from metadata or
 //! from a response. A deposed leader that does not have this epoch yet refuses the request. Without the refusal it

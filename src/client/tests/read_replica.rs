@@ -59,11 +59,17 @@ async fn follower_error_moves_the_read_to_the_leader() {
     read_in_rack(&client, 8, 10).await;
 }
 
-/// The follower is partitioned from its leader and from the metadata store: it cannot detect that the log grows.
+/// The follower is partitioned from its leader and from the metadata store: it cannot detect that the log grows. Its
+/// expired lease makes the consumer request metadata from the leader, which has removed the follower from the ISR.
 #[tokio::test]
-async fn follower_without_data_is_left_while_the_log_grows() {
+async fn follower_with_expired_lease_is_left_when_it_is_out_of_the_isr() {
     let (leader, follower, client) = pair(10, 5).await;
-    read_in_rack(&client, 0, 10).await;
+    let out_of_isr = async {
+        wait_until("the consumer has read all records of the follower", || follower.state().fetches == 5).await;
+        leader.state().neighbours.clear();
+        follower.doubt();
+    };
+    tokio::join!(read_in_rack(&client, 0, 10), out_of_isr);
     assert_eq!((leader.state().fetches, follower.state().fetches), (5, 5));
 }
 
