@@ -211,7 +211,7 @@ impl Client {
     }
 
     /// Creates a reporter for the retries of one producer, consumer or call.
-    fn party(&self) -> RetryReporter {
+    fn retry_reporter(&self) -> RetryReporter {
         self.inner.retries.reporter()
     }
 
@@ -420,7 +420,7 @@ impl Client {
                 return Err(error);
             }
             tracing::debug!(%error, ?pause, "call failed, retrying");
-            reporter.get_or_insert_with(|| self.party()).report(0, error.to_string(), Some(deadline));
+            reporter.get_or_insert_with(|| self.retry_reporter()).report(0, error.to_string(), Some(deadline));
             tokio::time::sleep(pause).await;
         }
     }

@@ -1,10 +1,13 @@
-//! The consumer's task. It owns all positions and all streams.
-
-mod expired_lease;
-mod read_replica;
+//! The consumer's task. It owns all positions and all streams. Its loop waits for a command, a metadata refresh, a timer,
+//! capacity in the consumer's queue or a response, and calls one method for each.
+//!
+//! A leader that is partitioned from its cluster, but not from its consumers, sends no more records and resembles the
+//! leader of an idle log. It reports its expired lease (`FetchResponse.lease_expired`). The consumer then refreshes
+//! metadata from other brokers and moves to the new leaders. A consumer of an idle log with a healthy leader needs no
+//! metadata requests.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -16,14 +19,12 @@ use super::{
         Client,
         connection::BrokerAddress,
         error::{CallError, ConsumeError},
-        metadata,
+        metadata::ReadTarget,
         retry_status::RetryReporter,
     },
     ConsumerEvent, ConsumerOptions, OffsetResetPolicy, QueuedEvent,
-    fetch_state::{FetchProblem, PartitionFetchState, STABLE_AFTER},
-    position::{self, InvalidResponse},
-    stream::{ResponseStream, StreamEvent, responses},
-    streams::FairStreams,
+    fetch_state::{self, FetchProblem, FetchStates, InvalidResponse, PartitionFetchState, STABLE_AFTER},
+    streams::{FetchStreams, StreamEvent},
 };
 use crate::{
     limits,
@@ -34,6 +35,9 @@ use crate::{
     },
     task::{Backoff, Tasks, clock},
 };
+
+/// Interval of metadata refreshes while a broker that serves this consumer reports an expired lease.
+const LEASE_REFRESH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Number of attempts to read corrupt bytes before the consumer gets an error. Corruption in transport may not recur;
 /// corruption on disk stays.
@@ -46,36 +50,28 @@ pub(super) enum ConsumerCommand {
     Unassign { topic: Arc<str>, partition: u32 },
 }
 
-struct FetchStream {
-    address: BrokerAddress,
-    /// True if the broker reports an expired lease: other brokers may lead its partitions.
-    doubts: bool,
-    /// Sender that keeps the request half of the stream open.
-    _requests: mpsc::Sender<v1::FetchRequest>,
-}
-
 pub(super) struct ConsumerDriver {
     client: Client,
     retries: RetryReporter,
     options: ConsumerOptions,
     tasks: Tasks,
     output: mpsc::Sender<QueuedEvent>,
-    /// Events for the consumer's queue; the streams are not read before it is empty.
+    /// Events for the consumer's queue. The streams are read only while it is empty, which bounds the consumer's memory.
     outbox: VecDeque<QueuedEvent>,
-    topics: BTreeMap<Arc<str>, BTreeMap<u32, PartitionFetchState>>,
-    sources: BTreeMap<u64, FetchStream>,
-    streams: FairStreams<ResponseStream>,
-    next_stream: u64,
-    routed: mpsc::Receiver<Result<(), CallError>>,
-    route_done: mpsc::Sender<Result<(), CallError>>,
-    routing: bool,
+    partitions: FetchStates,
+    streams: FetchStreams,
+    /// Time at which partitions are next assigned to streams.
+    assign_at: Option<Instant>,
+    /// True while a metadata refresh is running.
+    refreshing: bool,
+    refreshed: mpsc::Receiver<Result<(), CallError>>,
+    refresh_done: mpsc::Sender<Result<(), CallError>>,
+    /// Backoff; present while metadata refreshes fail or do not name all leaders.
     metadata_backoff: Option<Backoff>,
-    /// Time of the last metadata refresh.
-    refreshed: Instant,
+    /// Time of the last successful metadata refresh.
+    refreshed_at: Instant,
     /// Time of the last metadata refresh because of an expired lease.
     last_lease_refresh: Option<Instant>,
-    /// Time at which partitions are next assigned to streams.
-    arrange_at: Option<Instant>,
 }
 
 impl ConsumerDriver {
@@ -85,25 +81,23 @@ impl ConsumerDriver {
         tasks: Tasks,
         output: mpsc::Sender<QueuedEvent>,
     ) -> Self {
-        let (route_done, routed) = mpsc::channel(1);
+        let (refresh_done, refreshed) = mpsc::channel(1);
         Self {
-            retries: client.party(),
+            retries: client.retry_reporter(),
             client,
             options,
             tasks,
             output,
             outbox: VecDeque::new(),
-            topics: BTreeMap::new(),
-            sources: BTreeMap::new(),
-            streams: FairStreams::new(),
-            next_stream: 0,
-            routed,
-            route_done,
-            routing: false,
+            partitions: FetchStates::default(),
+            streams: FetchStreams::new(),
+            assign_at: None,
+            refreshing: false,
+            refreshed,
+            refresh_done,
             metadata_backoff: None,
-            refreshed: clock::monotonic(),
+            refreshed_at: clock::monotonic(),
             last_lease_refresh: None,
-            arrange_at: None,
         }
     }
 
@@ -111,9 +105,9 @@ impl ConsumerDriver {
         let tasks = self.tasks.clone();
         let output = self.output.clone();
         loop {
-            let arrange_at = self.arrange_at;
-            let arrange = async move {
-                match arrange_at {
+            let assign_at = self.assign_at;
+            let assignment_due = async move {
+                match assign_at {
                     Some(at) => tokio::time::sleep_until(at).await,
                     None => std::future::pending().await,
                 }
@@ -122,14 +116,14 @@ impl ConsumerDriver {
                 biased;
                 () = tasks.cancelled() => break,
                 Some(command) = commands.recv() => self.on_command(command),
-                Some(result) = self.routed.recv() => self.on_routed(result),
-                () = arrange => self.assign_streams(),
+                Some(result) = self.refreshed.recv() => self.on_metadata(result),
+                () = assignment_due => self.assign_streams(),
                 permit = output.reserve(), if !self.outbox.is_empty() => match (permit, self.outbox.pop_front()) {
                     (Ok(permit), Some(event)) => permit.send(event),
                     _ => break,
                 },
-                Some((stream, response)) = self.streams.next(), if self.outbox.is_empty() => {
-                    self.on_response(stream, response);
+                Some((stream, event)) = self.streams.next(), if self.outbox.is_empty() => {
+                    self.on_stream_event(stream, event);
                 }
             }
         }
@@ -141,8 +135,8 @@ impl ConsumerDriver {
                 let now = clock::monotonic();
                 let earlier = self.drop_partition(&topic, partition);
                 let state = PartitionFetchState::new(generation, topic_id, position, now, earlier);
-                self.topics.entry(topic).or_default().insert(partition, state);
-                self.arrange_soon(now);
+                self.partitions.insert(topic, partition, state);
+                self.schedule_assignment(now);
             }
             ConsumerCommand::Unassign { topic, partition } => {
                 self.drop_partition(&topic, partition);
@@ -153,130 +147,111 @@ impl ConsumerDriver {
     /// Removes a partition. Its stream ends too, because data in flight there belongs to the old position. The other
     /// partitions of the stream continue on the next stream.
     fn drop_partition(&mut self, topic: &str, partition: u32) -> Option<PartitionFetchState> {
-        let removed = self.topics.get_mut(topic)?.remove(&partition)?;
+        let removed = self.partitions.remove(topic, partition)?;
         self.retries.clear(removed.generation);
         if let Some(stream) = removed.stream {
             self.drop_stream(stream);
-            self.arrange_soon(clock::monotonic());
+            self.schedule_assignment(clock::monotonic());
         }
         self.outbox.retain(|event| &*event.topic != topic || event.partition != partition);
         Some(removed)
     }
 
     fn drop_stream(&mut self, number: u64) {
-        self.streams.remove(number);
-        self.sources.remove(&number);
-        for state in self.topics.values_mut().flat_map(BTreeMap::values_mut) {
-            if state.stream == Some(number) {
-                state.detach();
-            }
-        }
+        self.streams.close(number);
+        self.partitions.iter_mut().filter(|state| state.stream == Some(number)).for_each(PartitionFetchState::detach);
     }
 
-    fn arrange_soon(&mut self, at: Instant) {
-        self.arrange_at = Some(self.arrange_at.map_or(at, |old| old.min(at)));
+    fn schedule_assignment(&mut self, at: Instant) {
+        self.assign_at = Some(self.assign_at.map_or(at, |old| old.min(at)));
     }
 
     /// Gives every readable partition a stream to its broker. A broker's stream is reopened to add partitions.
     fn assign_streams(&mut self) {
-        self.arrange_at = None;
+        self.assign_at = None;
         let now = clock::monotonic();
-        let mut later = sooner(self.check_read_replicas(now), self.refresh_if_lease_expired(now));
-        for state in self.topics.values_mut().flat_map(BTreeMap::values_mut).filter(|state| !state.failed) {
-            if state.stream.is_some() {
-                later = sooner(later, state.after_stable_stream(now, &self.retries));
+        let checks =
+            [self.check_read_replicas(now), self.refresh_if_lease_expired(now), self.clear_stable_problems(now)];
+        checks.into_iter().flatten().for_each(|at| self.schedule_assignment(at));
+        let mut addresses = BTreeSet::new();
+        let mut has_unknown = false;
+        for (topic, number, state) in self.partitions.iter().filter(|(.., state)| state.is_free(now)) {
+            match self.read_target(topic, number, state) {
+                Some(target) => {
+                    addresses.insert(target.address);
+                }
+                None => has_unknown = true,
             }
         }
-        let mut addresses = BTreeSet::new();
-        let mut unknown = false;
-        for (topic, partitions) in &self.topics {
-            for (number, state) in partitions.iter().filter(|(_, state)| !state.failed && state.stream.is_none()) {
-                if let Some(at) = state.not_before.filter(|at| *at > now) {
-                    later = sooner(later, Some(at));
-                    continue;
-                }
-                match self.source(topic, *number, state) {
-                    Some(source) => {
-                        addresses.insert(source.address);
-                    }
-                    None => unknown = true,
-                }
-            }
+        let paused = self.partitions.iter().filter(|(.., state)| !state.failed && state.stream.is_none());
+        if let Some(at) = paused.filter_map(|(.., state)| state.not_before).filter(|at| *at > now).min() {
+            self.schedule_assignment(at);
         }
         for address in addresses {
             self.open(&address, now);
         }
         // Partitions of a reopened stream may have another broker by now.
-        if self.has_unassigned(now) {
-            later = Some(now);
+        if self.unread(now).next().is_some() {
+            self.schedule_assignment(now);
         }
-        if unknown {
-            self.route();
+        if has_unknown {
+            self.refresh_metadata();
         }
-        if let Some(at) = later {
-            self.arrange_soon(at);
-        }
+    }
+
+    /// Returns the broker that should serve a partition.
+    fn read_target(&self, topic: &str, partition: u32, state: &PartitionFetchState) -> Option<ReadTarget> {
+        state.follower_backoff.read_target(self.client.routing(), self.options.rack.as_deref(), topic, partition)
     }
 
     /// Returns every readable partition without a stream, and its read target.
-    fn unread(&self, now: Instant) -> impl Iterator<Item = (&Arc<str>, u32, metadata::ReadTarget)> {
-        let all = self
-            .topics
-            .iter()
-            .flat_map(|(topic, partitions)| partitions.iter().map(move |(number, state)| (topic, *number, state)));
-        all.filter(move |(.., state)| state.is_free(now))
-            .filter_map(|(topic, number, state)| Some((topic, number, self.source(topic, number, state)?)))
-    }
-
-    fn has_unassigned(&self, now: Instant) -> bool {
-        self.unread(now).next().is_some()
+    fn unread(&self, now: Instant) -> impl Iterator<Item = (&Arc<str>, u32, ReadTarget)> {
+        let free = self.partitions.iter().filter(move |(.., state)| state.is_free(now));
+        free.filter_map(|(topic, number, state)| Some((topic, number, self.read_target(topic, number, state)?)))
     }
 
     /// Opens streams for all partitions that are or should be read from this broker, with at most
     /// `MAX_FETCH_PARTITIONS` on each.
     fn open(&mut self, address: &BrokerAddress, now: Instant) {
-        let old: Vec<u64> =
-            self.sources.iter().filter(|(_, source)| source.address == *address).map(|(number, _)| *number).collect();
-        for old in old {
+        for old in self.streams.numbers_to(address) {
             self.drop_stream(old);
         }
-        let found = self.unread(now).filter(|(.., source)| source.address == *address);
-        let found: Vec<_> = found.map(|(topic, partition, source)| (topic.clone(), partition, source)).collect();
-        for partitions in found.chunks(limits::MAX_FETCH_PARTITIONS) {
+        let unread = self.unread(now).filter(|(.., target)| target.address == *address);
+        let unread: Vec<_> = unread.map(|(topic, partition, target)| (topic.clone(), partition, target)).collect();
+        for partitions in unread.chunks(limits::MAX_FETCH_PARTITIONS) {
             self.open_one(address, partitions);
         }
     }
 
-    fn open_one(&mut self, address: &BrokerAddress, partitions: &[(Arc<str>, u32, metadata::ReadTarget)]) {
-        let number = self.next_stream;
-        self.next_stream += 1;
-        let wanted = partitions.iter().map(|(topic, partition, source)| {
-            let state = self.state(topic, *partition).expect("the partition was found above");
-            let (offset, leader_epoch) = state.attach(number, source);
+    fn open_one(&mut self, address: &BrokerAddress, partitions: &[(Arc<str>, u32, ReadTarget)]) {
+        let stream = self.streams.next_number();
+        let partitions = partitions.iter().map(|(topic, partition, target)| {
+            let state = self.partitions.get_mut(topic, *partition).expect("the partition was found above");
+            let (offset, leader_epoch) = state.attach(stream, target);
             let partition = i32::try_from(*partition).expect("partitions are few");
             let (topic, topic_id) = (topic.to_string(), state.topic.to_string());
             v1::FetchPartition { topic, partition, offset, leader_epoch, topic_id }
         });
-        let wanted = wanted.collect();
         let request = v1::FetchRequest {
-            partitions: wanted,
+            partitions: partitions.collect(),
             restart: false,
             min_bytes: self.options.min_bytes,
             max_bytes: self.options.max_bytes,
             max_wait_ms: u32::try_from(self.options.max_wait.as_millis()).unwrap_or(u32::MAX),
             any_replica: self.options.rack.is_some(),
         };
-        let (requests, queue) = mpsc::channel(1);
-        requests.try_send(request).expect("the queue is new");
-        self.streams.insert(number, responses(self.client.clone(), address.clone(), queue));
-        self.sources.insert(number, FetchStream { address: address.clone(), doubts: false, _requests: requests });
+        self.streams.open(self.client.clone(), address.clone(), request);
     }
 
-    fn on_response(&mut self, number: u64, event: Result<StreamEvent, ApiError>) {
+    fn on_stream_event(&mut self, number: u64, event: Result<StreamEvent, ApiError>) {
         match event {
             Ok(StreamEvent::Opened) => self.on_opened(number),
             Ok(StreamEvent::Response(response)) => {
-                self.set_lease_expired(number, response.lease_expired);
+                if self.streams.set_lease_expired(number, response.lease_expired) {
+                    let address = self.streams.address(number).map(BrokerAddress::as_str);
+                    tracing::debug!(address, "broker reports an expired lease, refreshing metadata from other brokers");
+                    self.schedule_assignment(clock::monotonic());
+                }
                 for fetched in response.partitions {
                     self.on_fetched(number, fetched);
                 }
@@ -288,63 +263,53 @@ impl ConsumerDriver {
     fn on_opened(&mut self, number: u64) {
         let now = clock::monotonic();
         let mut has_problem = false;
-        for state in self.topics.values_mut().flat_map(BTreeMap::values_mut) {
-            if state.stream == Some(number) {
-                state.open_since = Some(now);
-                has_problem |= state.problem.is_some();
-            }
+        for state in self.partitions.iter_mut().filter(|state| state.stream == Some(number)) {
+            state.open_since = Some(now);
+            has_problem |= state.problem.is_some();
         }
         if has_problem {
-            self.arrange_soon(now + STABLE_AFTER);
+            self.schedule_assignment(now + STABLE_AFTER);
         }
     }
 
     fn on_ended(&mut self, number: u64, error: &ApiError) {
         tracing::debug!(%error, "fetch stream ended");
         let now = clock::monotonic();
-        let mut from_leader = Vec::new();
-        for (topic, partitions) in &mut self.topics {
-            for (partition, state) in partitions.iter_mut().filter(|(_, state)| state.stream == Some(number)) {
-                if state.follows {
-                    state.follower_backoff.leave_follower(now);
-                } else {
-                    from_leader.push((topic.clone(), *partition));
-                }
-            }
+        for state in self.partitions.iter_mut().filter(|state| state.stream == Some(number) && state.follows) {
+            state.follower_backoff.leave_follower(now);
         }
+        let from_leader = self.partitions.iter().filter(|(.., state)| state.stream == Some(number) && !state.follows);
+        let from_leader: Vec<_> = from_leader.map(|(topic, partition, _)| (topic.clone(), partition)).collect();
         self.drop_stream(number);
         // Partitions that a follower served move to their leader at once.
-        self.arrange_soon(now);
+        self.schedule_assignment(now);
         for (topic, partition) in from_leader {
-            self.status(&topic, partition, FetchProblem::Leader, &error.message);
+            self.report_problem(&topic, partition, FetchProblem::Leader, &error.message);
             self.pause(&topic, partition);
         }
-        self.route();
+        self.refresh_metadata();
     }
 
     fn on_fetched(&mut self, number: u64, fetched: v1::FetchedPartition) {
         let Ok(partition) = u32::try_from(fetched.partition) else { return };
-        let assigned = self.topics.get_key_value(fetched.topic.as_str()).map(|(topic, _)| topic.clone());
-        let Some(topic) = assigned else { return };
-        let Some(state) = self.topics.get_mut(&topic).and_then(|partitions| partitions.get_mut(&partition)) else {
-            return;
-        };
+        let Some(topic) = self.partitions.topic(&fetched.topic) else { return };
+        let Some(state) = self.partitions.get_mut(&topic, partition) else { return };
         if state.stream != Some(number) {
             return;
         }
         if let Some(error) = fetched.error {
             // The broker has already removed the partition from the stream.
             state.detach();
-            return self.on_fault(&topic, partition, error.into());
+            return self.on_partition_error(&topic, partition, error.into());
         }
         let is_newer_epoch = state.on_response(&fetched);
-        let (batches, position, result) = position::advance(state.position, fetched.chunks);
+        let (batches, position, result) = fetch_state::advance(state.position, fetched.chunks);
         let generation = state.generation;
         let high_watermark = Offset::from_i64(fetched.high_watermark).unwrap_or_default();
         if !batches.is_empty() {
             state.backoff = None;
             (state.corrupt_reads, state.mismatched) = (0, false);
-            state.clear_problem(&self.retries);
+            clear_problem(state, &self.retries);
         }
         state.position = position;
         for (from, batch) in batches {
@@ -352,7 +317,7 @@ impl ConsumerDriver {
             self.outbox.push_back(QueuedEvent { topic: topic.clone(), partition, generation, event });
         }
         if is_newer_epoch {
-            self.route();
+            self.refresh_metadata();
         }
         if let Err(invalid) = result {
             self.on_invalid_response(number, &topic, partition, invalid);
@@ -364,8 +329,8 @@ impl ConsumerDriver {
     fn on_invalid_response(&mut self, stream: u64, topic: &Arc<str>, partition: u32, invalid: InvalidResponse) {
         self.drop_stream(stream);
         let now = clock::monotonic();
-        self.arrange_soon(now);
-        let Some(state) = self.state(topic, partition) else { return };
+        self.schedule_assignment(now);
+        let Some(state) = self.partitions.get_mut(topic, partition) else { return };
         if state.follows {
             // The leader has another copy.
             state.follower_backoff.leave_follower(now);
@@ -381,11 +346,11 @@ impl ConsumerDriver {
             InvalidResponse::Malformed(source) => ConsumeError::Damaged { topic: name, partition, offset, source },
             InvalidResponse::Gap(found) => ConsumeError::Gap { topic: name, partition, expected: offset, found },
         };
-        self.park(topic, partition, error);
+        self.fail(topic, partition, error);
     }
 
-    fn on_fault(&mut self, topic: &Arc<str>, partition: u32, error: ApiError) {
-        let Some(state) = self.state(topic, partition) else { return };
+    fn on_partition_error(&mut self, topic: &Arc<str>, partition: u32, error: ApiError) {
+        let Some(state) = self.partitions.get_mut(topic, partition) else { return };
         if state.follows {
             // After any error of a follower the leader decides.
             let now = clock::monotonic();
@@ -393,8 +358,8 @@ impl ConsumerDriver {
             tracing::debug!(topic = &**topic, partition, %error, %position, "follower error, reading at the leader");
             state.follower_backoff.leave_follower(now);
             self.client.routing().apply_leader_hint(topic, partition, &error);
-            self.arrange_soon(now);
-            return self.route();
+            self.schedule_assignment(now);
+            return self.refresh_metadata();
         }
         if error.code == ErrorCode::OffsetOutOfRange {
             return self.on_out_of_range(topic, partition, &error);
@@ -402,28 +367,28 @@ impl ConsumerDriver {
         if error.retryable || error.code == ErrorCode::TopicIdMismatch && state.retries_mismatch() {
             let position = state.position;
             tracing::debug!(topic = &**topic, partition, %error, %position, "read failed, retrying");
-            let status = match error.code {
+            let problem = match error.code {
                 ErrorCode::NotLeader | ErrorCode::NotReady => FetchProblem::Leader,
                 _ => FetchProblem::Records,
             };
-            self.status(topic, partition, status, &error.message);
+            self.report_problem(topic, partition, problem, &error.message);
             if self.client.routing().apply_leader_hint(topic, partition, &error) {
-                return self.arrange_soon(clock::monotonic());
+                return self.schedule_assignment(clock::monotonic());
             }
             self.pause(topic, partition);
-            return self.route();
+            return self.refresh_metadata();
         }
         let error = ConsumeError::Refused { topic: topic.to_string(), partition, error };
-        self.park(topic, partition, error);
+        self.fail(topic, partition, error);
     }
 
     fn on_out_of_range(&mut self, topic: &Arc<str>, partition: u32, error: &ApiError) {
         let bound = |name| error.number(name).and_then(Offset::from_i64);
         let policy = self.options.on_out_of_range;
-        let Some(state) = self.state(topic, partition) else { return };
+        let Some(state) = self.partitions.get_mut(topic, partition) else { return };
         let (Some(start), Some(end)) = (bound("start"), bound("end")) else {
             let error = ConsumeError::Refused { topic: topic.to_string(), partition, error: error.clone() };
-            return self.park(topic, partition, error);
+            return self.fail(topic, partition, error);
         };
         let position = match policy {
             OffsetResetPolicy::Earliest => start,
@@ -431,80 +396,65 @@ impl ConsumerDriver {
             OffsetResetPolicy::Fail => {
                 let offset = state.position;
                 let error = ConsumeError::OutOfRange { topic: topic.to_string(), partition, offset, start, end };
-                return self.park(topic, partition, error);
+                return self.fail(topic, partition, error);
             }
         };
         let from = state.position;
         tracing::warn!(topic = &**topic, partition, %from, to = %position, "position was out of range and is reset");
         state.position = position;
         let generation = state.generation;
-        self.outbox.push_back(QueuedEvent {
-            topic: topic.clone(),
-            partition,
-            generation,
-            event: ConsumerEvent::PositionReset(position),
-        });
+        let event = ConsumerEvent::PositionReset(position);
+        self.outbox.push_back(QueuedEvent { topic: topic.clone(), partition, generation, event });
         self.pause(topic, partition);
     }
 
     /// Reports a problem that blocks a partition.
-    fn status(&mut self, topic: &str, partition: u32, status: FetchProblem, problem: &str) {
-        let Some(state) = self.topics.get_mut(topic).and_then(|partitions| partitions.get_mut(&partition)) else {
-            return;
-        };
+    fn report_problem(&mut self, topic: &str, partition: u32, problem: FetchProblem, message: &str) {
+        let Some(state) = self.partitions.get_mut(topic, partition) else { return };
         // If records cannot be read, a reachable leader does not clear the problem.
         if state.problem != Some(FetchProblem::Records) {
-            state.problem = Some(status);
+            state.problem = Some(problem);
         }
-        self.retries.report(state.generation, format!("{topic}/{partition}: {problem}"), None);
+        self.retries.report(state.generation, format!("{topic}/{partition}: {message}"), None);
     }
 
     /// Delays the next read of the partition by a backoff pause.
     fn pause(&mut self, topic: &str, partition: u32) {
         let backoff = || self.client.options().backoff();
-        let Some(state) = self.topics.get_mut(topic).and_then(|partitions| partitions.get_mut(&partition)) else {
-            return;
-        };
+        let Some(state) = self.partitions.get_mut(topic, partition) else { return };
         let at = clock::monotonic() + state.backoff.get_or_insert_with(backoff).next_pause();
         state.not_before = Some(at);
-        self.arrange_soon(at);
+        self.schedule_assignment(at);
     }
 
     /// Stops the partition at its position and sends the error to the consumer.
-    fn park(&mut self, topic: &Arc<str>, partition: u32, error: ConsumeError) {
-        let Some(state) = self.state(topic, partition) else { return };
+    fn fail(&mut self, topic: &Arc<str>, partition: u32, error: ConsumeError) {
+        let Some(state) = self.partitions.get_mut(topic, partition) else { return };
         state.failed = true;
         let generation = state.generation;
         self.retries.clear(generation);
-        self.outbox.push_back(QueuedEvent {
-            topic: topic.clone(),
-            partition,
-            generation,
-            event: ConsumerEvent::Failed(error),
-        });
+        let event = ConsumerEvent::Failed(error);
+        self.outbox.push_back(QueuedEvent { topic: topic.clone(), partition, generation, event });
     }
 
     /// Returns true if no broker is known that could serve the partition.
     fn has_no_target(&self, topic: &str, partition: u32) -> bool {
-        let state = self.topics.get(topic).and_then(|partitions| partitions.get(&partition));
-        state.is_some_and(|state| self.source(topic, partition, state).is_none())
+        let state = self.partitions.get(topic, partition);
+        state.is_some_and(|state| self.read_target(topic, partition, state).is_none())
     }
 
-    fn state(&mut self, topic: &str, partition: u32) -> Option<&mut PartitionFetchState> {
-        self.topics.get_mut(topic)?.get_mut(&partition)
-    }
-
-    fn route(&mut self) {
-        if std::mem::replace(&mut self.routing, true) {
+    /// Starts a metadata refresh unless one is running. Brokers with an expired lease are called last.
+    fn refresh_metadata(&mut self) {
+        if std::mem::replace(&mut self.refreshing, true) {
             return;
         }
         let client = self.client.clone();
-        let done = self.route_done.clone();
+        let done = self.refresh_done.clone();
         let tasks = self.tasks.clone();
         let seen = client.routing().generation();
         let pause = self.metadata_backoff.as_mut().map_or(Duration::ZERO, Backoff::next_pause);
-        let topics: Vec<Arc<str>> = self.topics.keys().cloned().collect();
-        let expired = self.expired_leaders();
+        let topics: Vec<Arc<str>> = self.partitions.topics().cloned().collect();
+        let expired = self.streams.expired_brokers();
         self.tasks.spawn("consumer metadata", async move {
             let names: Vec<&str> = topics.iter().map(|name| &**name).collect();
             let refresh = async {
@@ -517,52 +467,113 @@ impl ConsumerDriver {
         });
     }
 
-    fn on_routed(&mut self, result: Result<(), CallError>) {
-        self.routing = false;
+    fn on_metadata(&mut self, result: Result<(), CallError>) {
+        self.refreshing = false;
         match &result {
             Ok(()) => {
-                self.refreshed = clock::monotonic();
-                let states = self.topics.values_mut().flat_map(BTreeMap::values_mut);
-                states.for_each(|state| state.follower_backoff.on_metadata(self.refreshed));
+                self.refreshed_at = clock::monotonic();
+                let received = self.refreshed_at;
+                self.partitions.iter_mut().for_each(|state| state.follower_backoff.on_metadata(received));
                 self.leave_expired_leaders();
             }
             Err(error) => tracing::debug!(%error, "metadata refresh failed"),
         }
-        let mut missing = Vec::new();
-        for (topic, partitions) in &self.topics {
-            let without_stream = partitions.iter().filter(|(_, state)| !state.failed && state.stream.is_none());
-            missing.extend(without_stream.map(|(number, _)| (topic.clone(), *number)));
-        }
-        let mut unknown = false;
+        let missing = self.partitions.iter().filter(|(.., state)| !state.failed && state.stream.is_none());
+        let missing: Vec<_> = missing.map(|(topic, partition, _)| (topic.clone(), partition)).collect();
+        let mut has_unknown = false;
         for (topic, partition) in missing {
             if let Some(Err(error)) = self.client.routing().topic(&topic) {
                 let error = ConsumeError::Refused { topic: topic.to_string(), partition, error };
-                self.park(&topic, partition, error);
+                self.fail(&topic, partition, error);
             } else if let Err(error) = &result {
                 // The partition's own problem is more specific.
-                if self.state(&topic, partition).is_some_and(|state| state.problem.is_none()) {
-                    self.status(&topic, partition, FetchProblem::Leader, &error.to_string());
+                if self.partitions.get(&topic, partition).is_some_and(|state| state.problem.is_none()) {
+                    self.report_problem(&topic, partition, FetchProblem::Leader, &error.to_string());
                 }
             } else if self.has_no_target(&topic, partition) {
-                unknown = true;
-                let problem = format!(
+                has_unknown = true;
+                let message = format!(
                     "the partition has no leader: `strandline topic describe {topic}` names the awaited brokers"
                 );
-                self.status(&topic, partition, FetchProblem::Leader, &problem);
+                self.report_problem(&topic, partition, FetchProblem::Leader, &message);
             }
         }
-        if unknown || result.is_err() {
+        if has_unknown || result.is_err() {
             let backoff = || self.client.options().backoff();
             self.metadata_backoff.get_or_insert_with(backoff);
-            self.route();
+            self.refresh_metadata();
         } else {
             self.metadata_backoff = None;
         }
-        self.arrange_soon(clock::monotonic());
+        self.schedule_assignment(clock::monotonic());
+    }
+
+    /// Refreshes metadata at intervals while a broker reports an expired lease. Returns the time of the next refresh.
+    fn refresh_if_lease_expired(&mut self, now: Instant) -> Option<Instant> {
+        if self.streams.expired_brokers().is_empty() {
+            return None;
+        }
+        let due = self.last_lease_refresh.map_or(now, |last| last + LEASE_REFRESH_INTERVAL);
+        if due > now {
+            return Some(due);
+        }
+        self.last_lease_refresh = Some(now);
+        self.refresh_metadata();
+        Some(now + LEASE_REFRESH_INTERVAL)
+    }
+
+    /// Leaves brokers with an expired lease if new metadata names another broker in a newer epoch.
+    fn leave_expired_leaders(&mut self) {
+        self.move_partitions(|driver, stream, state, target| {
+            driver.streams.is_lease_expired(stream) && target.epoch > state.epoch()
+        });
+    }
+
+    /// Refreshes metadata that is too old or precedes the end of a stay at a leader, and moves partitions to the
+    /// replicas that should serve them. Returns the time of the next check.
+    fn check_read_replicas(&mut self, now: Instant) -> Option<Instant> {
+        self.options.rack.as_ref()?;
+        let stay_ends = self.partitions.iter().filter(|(.., state)| !state.failed);
+        let stay_ends = stay_ends.filter_map(|(.., state)| state.follower_backoff.leader_until());
+        let refresh_at = self.refreshed_at + self.client.options().metadata_age;
+        let (due, later): (Vec<Instant>, Vec<Instant>) = stay_ends.chain([refresh_at]).partition(|at| *at <= now);
+        if !due.is_empty() {
+            self.refresh_metadata();
+        }
+        self.move_partitions(|_, _, _, _| true);
+        later.into_iter().min()
+    }
+
+    /// Ends each stream with a partition that another broker should serve, if `moves` accepts the stream, the state and
+    /// the target of the partition. All partitions of these streams get new streams.
+    fn move_partitions(&mut self, moves: impl Fn(&Self, u64, &PartitionFetchState, &ReadTarget) -> bool) {
+        let mut outdated = BTreeSet::new();
+        for (topic, partition, state) in self.partitions.iter().filter(|(.., state)| !state.failed) {
+            let Some(stream) = state.stream.filter(|stream| !outdated.contains(stream)) else { continue };
+            let Some(target) = self.read_target(topic, partition, state) else { continue };
+            if self.streams.address(stream) != Some(&target.address) && moves(self, stream, state, &target) {
+                outdated.insert(stream);
+            }
+        }
+        outdated.into_iter().for_each(|stream| self.drop_stream(stream));
+    }
+
+    /// Clears problems with leaders whose streams stayed open. Returns the time of the next check.
+    fn clear_stable_problems(&mut self, now: Instant) -> Option<Instant> {
+        let mut next_check = None;
+        for state in self.partitions.iter_mut().filter(|state| !state.failed && state.stream.is_some()) {
+            match state.stable_at() {
+                Some(at) if at > now => next_check = next_check.into_iter().chain([at]).min(),
+                Some(_) => clear_problem(state, &self.retries),
+                None => {}
+            }
+        }
+        next_check
     }
 }
 
-/// Returns the earlier of two times.
-fn sooner(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
-    one.into_iter().chain(other).min()
+fn clear_problem(state: &mut PartitionFetchState, retries: &RetryReporter) {
+    if state.problem.take().is_some() {
+        retries.clear(state.generation);
+    }
 }

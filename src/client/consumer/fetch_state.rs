@@ -1,16 +1,15 @@
-//! State of one partition in the consumer's task.
+//! States of the partitions in the consumer's task, and the advance of a position by a response. Pure.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::{
-    super::{metadata::ReadTarget, retry_status::RetryReporter},
-    follower_backoff::FollowerBackoff,
-};
+use super::{super::metadata::ReadTarget, read_replica::FollowerBackoff};
 use crate::{
     model::{LeaderEpoch, Offset, TopicId},
     proto::v1,
+    record::{Batch, ChunkedBatches, MalformedBatch},
     task::Backoff,
 };
 
@@ -116,23 +115,147 @@ impl PartitionFetchState {
         self.leader_epoch
     }
 
-    /// Clears a problem with the leader once the stream has been open for [`STABLE_AFTER`]. Returns the time of the
-    /// next check if it is too early.
-    pub(super) fn after_stable_stream(&mut self, now: Instant, retries: &RetryReporter) -> Option<Instant> {
-        let stable_at = self.open_since? + STABLE_AFTER;
-        if self.problem != Some(FetchProblem::Leader) {
-            return None;
-        }
-        if stable_at > now {
-            return Some(stable_at);
-        }
-        self.clear_problem(retries);
-        None
+    /// Returns the time at which a problem with the leader is cleared if the stream stays open.
+    pub(super) fn stable_at(&self) -> Option<Instant> {
+        let open_since = self.open_since.filter(|_| self.problem == Some(FetchProblem::Leader))?;
+        Some(open_since + STABLE_AFTER)
+    }
+}
+
+/// States of all assigned partitions, by topic and number.
+#[derive(Default)]
+pub(super) struct FetchStates(BTreeMap<Arc<str>, BTreeMap<u32, PartitionFetchState>>);
+
+impl FetchStates {
+    pub(super) fn insert(&mut self, topic: Arc<str>, partition: u32, state: PartitionFetchState) {
+        self.0.entry(topic).or_default().insert(partition, state);
     }
 
-    pub(super) fn clear_problem(&mut self, retries: &RetryReporter) {
-        if self.problem.take().is_some() {
-            retries.clear(self.generation);
+    pub(super) fn remove(&mut self, topic: &str, partition: u32) -> Option<PartitionFetchState> {
+        self.0.get_mut(topic)?.remove(&partition)
+    }
+
+    pub(super) fn get(&self, topic: &str, partition: u32) -> Option<&PartitionFetchState> {
+        self.0.get(topic)?.get(&partition)
+    }
+
+    pub(super) fn get_mut(&mut self, topic: &str, partition: u32) -> Option<&mut PartitionFetchState> {
+        self.0.get_mut(topic)?.get_mut(&partition)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&Arc<str>, u32, &PartitionFetchState)> {
+        self.0.iter().flat_map(|(topic, states)| states.iter().map(move |(number, state)| (topic, *number, state)))
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut PartitionFetchState> {
+        self.0.values_mut().flat_map(BTreeMap::values_mut)
+    }
+
+    /// Returns the shared name of an assigned topic.
+    pub(super) fn topic(&self, name: &str) -> Option<Arc<str>> {
+        self.0.get_key_value(name).map(|(topic, _)| topic.clone())
+    }
+
+    pub(super) fn topics(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.0.keys()
+    }
+}
+
+/// Error of a response.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum InvalidResponse {
+    /// The bytes are no complete batches.
+    Malformed(MalformedBatch),
+    /// Records are missing before this offset.
+    Gap(Offset),
+}
+
+/// Verifies the chunks of a response. Returns the batches with records at or above `position`, each with the position
+/// at which its records start. Also returns the new position, and the error if the scan ended early.
+pub(super) fn advance(
+    mut position: Offset,
+    chunks: Vec<Bytes>,
+) -> (Vec<(Offset, Batch)>, Offset, Result<(), InvalidResponse>) {
+    let mut accepted = Vec::new();
+    for batch in ChunkedBatches::new(chunks) {
+        match batch {
+            Err(malformed) => return (accepted, position, Err(InvalidResponse::Malformed(malformed))),
+            Ok(batch) if batch.end_offset() <= position => {}
+            Ok(batch) if batch.base_offset() > position => {
+                return (accepted, position, Err(InvalidResponse::Gap(batch.base_offset())));
+            }
+            Ok(batch) => {
+                let end = batch.end_offset();
+                accepted.push((position, batch));
+                position = end;
+            }
         }
+    }
+    (accepted, position, Ok(()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{model::Compression, record::BatchBuilder};
+
+    fn batch(base: u64, count: u64) -> Batch {
+        let mut builder = BatchBuilder::new(Compression::None);
+        for n in 0..count {
+            builder.push(0, None, Some(format!("record {}", base + n).as_bytes()), &[]).expect("fits");
+        }
+        let mut batch = builder.finish(None).expect("not empty");
+        batch.set_offset_and_epoch(Offset::new(base).expect("small"), LeaderEpoch(0));
+        batch
+    }
+
+    fn at(offset: u64) -> Offset {
+        Offset::new(offset).expect("small")
+    }
+
+    #[test]
+    fn batches_are_complete_for_any_chunk_boundaries() {
+        let all: Vec<u8> = [batch(0, 3), batch(3, 1), batch(4, 2)].iter().flat_map(|b| b.to_bytes()).collect();
+        for cut in 0..=all.len() {
+            for second in (cut..=all.len()).step_by(7) {
+                let chunks = [&all[..cut], &all[cut..second], &all[second..]];
+                let chunks = chunks.into_iter().map(Bytes::copy_from_slice).collect();
+                let (accepted, position, result) = advance(Offset::ZERO, chunks);
+                assert_eq!((accepted.len(), position, result), (3, at(6), Ok(())), "cut at {cut} and {second}");
+            }
+        }
+    }
+
+    #[test]
+    fn batches_below_position_are_skipped_and_one_around_it_kept() {
+        let chunks = vec![batch(0, 3).to_bytes(), batch(3, 3).to_bytes()];
+        let (accepted, position, result) = advance(at(4), chunks);
+        assert_eq!(result, Ok(()));
+        assert_eq!(position, at(6));
+        assert_eq!(accepted.len(), 1);
+        assert_eq!((accepted[0].0, accepted[0].1.base_offset()), (at(4), at(3)));
+    }
+
+    #[test]
+    fn gap_is_reported_and_batches_before_it_are_kept() {
+        let (accepted, position, result) = advance(at(0), vec![batch(0, 2).to_bytes(), batch(3, 1).to_bytes()]);
+        assert_eq!((accepted.len(), position, result), (1, at(2), Err(InvalidResponse::Gap(at(3)))));
+    }
+
+    #[test]
+    fn flipped_bit_or_truncated_end_is_rejected() {
+        let good = batch(0, 2).to_bytes();
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.to_vec();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            let (accepted, ..) = advance(Offset::ZERO, vec![bad.into()]);
+            // The broker sets bytes 0..8 and 12..16; the CRC does not cover them.
+            let unchecked = bit / 8 < 8 || (12..16).contains(&(bit / 8));
+            assert!(unchecked || accepted.is_empty(), "bit {bit}");
+        }
+        let (accepted, _, result) = advance(Offset::ZERO, vec![good.slice(..good.len() - 1)]);
+        assert!(
+            accepted.is_empty() && matches!(result, Err(InvalidResponse::Malformed(MalformedBatch::Truncated { .. })))
+        );
     }
 }

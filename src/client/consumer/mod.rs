@@ -11,7 +11,7 @@
 //!
 //! A partition is read at its leader. If the consumer names its [rack](ConsumerOptions::rack), the partition is read at
 //! an in-sync replica in that rack if there is one (`replica_selector`). The leader has the newest state, so a problem
-//! with a follower moves the partition to its leader at once (`follower_backoff`): an error that the follower returns,
+//! with a follower moves the partition to its leader at once (`read_replica`): an error that the follower returns,
 //! or a broken stream. Metadata later decides where the partition is read: after a first stay of five seconds, and every
 //! [`metadata_age`](super::ClientOptions::metadata_age).
 //!
@@ -37,9 +37,7 @@
 
 mod driver;
 mod fetch_state;
-mod follower_backoff;
-mod position;
-mod stream;
+mod read_replica;
 mod streams;
 
 use std::{collections::BTreeMap, ops::Range, sync::Arc, time::Duration};

@@ -1,32 +1,147 @@
-//! Streams of a consumer, polled in turns: a stream that is always ready does not starve the other streams.
+//! Fetch streams of a consumer, each to one broker. They are polled in turns: a stream that is always ready does not
+//! starve the other streams.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     future::poll_fn,
     pin::Pin,
     task::{Context, Poll},
 };
 
-use futures::Stream;
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
+use tokio::sync::mpsc;
 
-/// Streams by number.
-pub(super) struct FairStreams<S> {
+use super::super::{
+    Client,
+    connection::{BrokerAddress, log_client},
+};
+use crate::proto::{
+    error::{ApiError, ErrorCode},
+    v1,
+};
+
+/// Event of a stream.
+pub(super) enum StreamEvent {
+    /// The broker accepted the request.
+    Opened,
+    Response(v1::FetchResponse),
+}
+
+type ResponseStream = Pin<Box<dyn Stream<Item = Result<StreamEvent, ApiError>> + Send>>;
+
+struct FetchStream {
+    address: BrokerAddress,
+    /// True if the broker reports an expired lease: other brokers may lead its partitions.
+    lease_expired: bool,
+    /// Sender that keeps the request half of the stream open.
+    _requests: mpsc::Sender<v1::FetchRequest>,
+}
+
+/// Open streams by number. A number is never reused.
+pub(super) struct FetchStreams {
+    streams: BTreeMap<u64, FetchStream>,
+    responses: FairStreams<ResponseStream>,
+    next_number: u64,
+}
+
+impl FetchStreams {
+    pub(super) fn new() -> Self {
+        Self { streams: BTreeMap::new(), responses: FairStreams::new(), next_number: 0 }
+    }
+
+    /// Returns the number of the next stream.
+    pub(super) fn next_number(&self) -> u64 {
+        self.next_number
+    }
+
+    /// Opens the next stream with its only request.
+    pub(super) fn open(&mut self, client: Client, address: BrokerAddress, request: v1::FetchRequest) {
+        let number = self.next_number;
+        self.next_number += 1;
+        let (requests, queue) = mpsc::channel(1);
+        requests.try_send(request).expect("the queue is new");
+        self.responses.insert(number, responses(client, address.clone(), queue));
+        self.streams.insert(number, FetchStream { address, lease_expired: false, _requests: requests });
+    }
+
+    /// Closes a stream if it is open.
+    pub(super) fn close(&mut self, number: u64) {
+        self.responses.remove(number);
+        self.streams.remove(&number);
+    }
+
+    /// Returns the next event of any stream, and the number of that stream; `None` if no stream is open. An error is
+    /// the last event of its stream. Dropping the future loses no event.
+    pub(super) async fn next(&mut self) -> Option<(u64, Result<StreamEvent, ApiError>)> {
+        self.responses.next().await
+    }
+
+    /// Returns the address of the broker of a stream.
+    pub(super) fn address(&self, number: u64) -> Option<&BrokerAddress> {
+        self.streams.get(&number).map(|stream| &stream.address)
+    }
+
+    /// Returns the numbers of the streams to a broker.
+    pub(super) fn numbers_to(&self, address: &BrokerAddress) -> Vec<u64> {
+        let streams = self.streams.iter().filter(|(_, stream)| stream.address == *address);
+        streams.map(|(number, _)| *number).collect()
+    }
+
+    /// Records whether the broker of a stream reports an expired lease. Returns true if the report is new.
+    pub(super) fn set_lease_expired(&mut self, number: u64, lease_expired: bool) -> bool {
+        let Some(stream) = self.streams.get_mut(&number) else { return false };
+        let was_expired = std::mem::replace(&mut stream.lease_expired, lease_expired);
+        lease_expired && !was_expired
+    }
+
+    /// Returns true if the broker of a stream reports an expired lease.
+    pub(super) fn is_lease_expired(&self, number: u64) -> bool {
+        self.streams.get(&number).is_some_and(|stream| stream.lease_expired)
+    }
+
+    /// Returns the brokers that report an expired lease.
+    pub(super) fn expired_brokers(&self) -> BTreeSet<BrokerAddress> {
+        let expired = self.streams.values().filter(|stream| stream.lease_expired);
+        expired.map(|stream| stream.address.clone()).collect()
+    }
+}
+
+/// Returns the events of one stream to one broker. The last item is the error that ended the stream.
+fn responses(client: Client, address: BrokerAddress, requests: mpsc::Receiver<v1::FetchRequest>) -> ResponseStream {
+    let name = address.clone();
+    let open = async move {
+        let channel =
+            client.wire(&address).await.map_err(|error| ApiError::new(ErrorCode::NotReady, error.problem()))?;
+        let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
+        let response = log_client(channel).fetch(requests).await.map_err(|status| ApiError::from(&status))?;
+        let responses = response.into_inner().map_ok(StreamEvent::Response).map_err(|status| ApiError::from(&status));
+        Ok::<_, ApiError>(futures::stream::once(async { Ok(StreamEvent::Opened) }).chain(responses))
+    };
+    let ended = futures::stream::once(async { Err(ApiError::new(ErrorCode::NotReady, "the broker ended the stream")) });
+    let stream = futures::stream::once(open).try_flatten().chain(ended);
+    let named = move |error: ApiError| ApiError { message: format!("{}: {}", name.as_str(), error.message), ..error };
+    Box::pin(stream.map_err(named))
+}
+
+/// Streams by number, polled in turns.
+struct FairStreams<S> {
     streams: Vec<(u64, S)>,
     /// Index of the stream that is polled next.
     turn: usize,
 }
 
 impl<S: Stream + Unpin> FairStreams<S> {
-    pub(super) fn new() -> Self {
+    fn new() -> Self {
         Self { streams: Vec::new(), turn: 0 }
     }
 
     /// Adds a stream under an unused number.
-    pub(super) fn insert(&mut self, number: u64, stream: S) {
+    fn insert(&mut self, number: u64, stream: S) {
         self.streams.push((number, stream));
     }
 
     /// Removes a stream if it exists.
-    pub(super) fn remove(&mut self, number: u64) {
+    fn remove(&mut self, number: u64) {
         if let Some(at) = self.streams.iter().position(|(existing, _)| *existing == number) {
             self.take_out(at);
         }
@@ -34,7 +149,7 @@ impl<S: Stream + Unpin> FairStreams<S> {
 
     /// Returns the next item of any stream, and the number of that stream; `None` if there is no stream. Removes
     /// streams that have ended. Dropping the future loses no item.
-    pub(super) async fn next(&mut self) -> Option<(u64, S::Item)> {
+    async fn next(&mut self) -> Option<(u64, S::Item)> {
         poll_fn(|context| self.poll_next(context)).await
     }
 

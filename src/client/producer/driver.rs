@@ -143,7 +143,7 @@ impl ProducerDriver {
         let (events, received) = mpsc::channel(STREAM_WINDOW);
         let refresh_at = clock::monotonic() + inner.client.options().metadata_age;
         Self {
-            retries: inner.client.party(),
+            retries: inner.client.retry_reporter(),
             inner,
             tasks,
             identity,

@@ -1,12 +1,13 @@
-//! Decides whether a partition is read in the consumer's rack or at its leader. Pure.
+//! Decides at which replica a consumer reads a partition: in the consumer's rack or at the leader. Pure.
 //!
-//! A problem with the follower moves the partition to its leader for a stay. Each stay is twice as long as the one
-//! before, until the follower has served for a minute.
+//! A problem with a follower moves the partition to its leader for a stay. Each stay is twice as long as the one
+//! before, until the rack has served the partition for a minute.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::super::metadata::{ReadTarget, RoutingTable};
 use crate::task::Backoff;
 
 /// First stay at the leader.
@@ -43,6 +44,17 @@ impl FollowerBackoff {
     /// it is read next.
     pub(super) fn leader_until(&self) -> Option<Instant> {
         self.leader_until
+    }
+
+    /// Returns the broker that should serve a partition: a replica in `rack`, or the leader during a stay.
+    pub(super) fn read_target(
+        &self,
+        routing: &RoutingTable,
+        rack: Option<&str>,
+        topic: &str,
+        partition: u32,
+    ) -> Option<ReadTarget> {
+        routing.source(topic, partition, rack.filter(|_| self.leader_until.is_none()))
     }
 
     /// Ends the stay at the leader if it was over when metadata was received at `received`.
