@@ -4,9 +4,9 @@
 use bytes::Bytes;
 use prost::Message;
 use strandline::{
+    client::producer::produce_request::ProduceRequestParts,
     proto::{
         error::ApiError,
-        produce_request::ProduceRequestParts,
         v1::{self, append_request::Payload},
     },
     record::Batch,

@@ -4,7 +4,6 @@ pub mod codec;
 pub mod error;
 #[cfg(feature = "server")]
 pub mod parts;
-pub mod produce_request;
 pub mod status;
 
 /// Generated messages, clients and (with the feature `server`) service traits of `proto/strandline/v1`.

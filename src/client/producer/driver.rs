@@ -26,13 +26,13 @@ use super::{
         CompletedBatch, FailedBatch, FailureReason, InFlightBatches, NextAction, ProducerIdAndEpoch, ResponseOutcome,
     },
     partition_queue::{DequeueResult, PartitionQueue},
+    produce_request::ProduceRequestParts,
     stream,
 };
 use crate::{
     model::{Acks, LeaderEpoch, Offset},
     proto::{
         error::{ApiError, ErrorCode},
-        produce_request::ProduceRequestParts,
         v1,
     },
     task::{Backoff, Tasks, clock},

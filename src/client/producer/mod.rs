@@ -34,6 +34,7 @@ mod driver;
 mod in_flight;
 mod partition_queue;
 mod partitioner;
+pub mod produce_request;
 mod stream;
 
 use std::{

@@ -7,13 +7,13 @@ use tonic::{IntoStreamingRequest as _, Status, client::Grpc, codegen::http::uri:
 use super::{
     super::{Client, connection::BrokerAddress, error::ConnectError, transport::BrokerChannel},
     driver::DriverEvent,
+    produce_request::ProduceRequestParts,
 };
 use crate::{
     limits,
     proto::{
         codec::LargeBufferCodec,
         error::{ApiError, ErrorCode},
-        produce_request::ProduceRequestParts,
         v1,
     },
 };

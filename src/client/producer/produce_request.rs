@@ -1,7 +1,8 @@
 //! `ProduceRequestParts`: a produce request that encodes header and records of its batch from two buffers.
 //!
-//! The generated [`v1::ProduceRequest`](super::v1::ProduceRequest) has the batch in one buffer, which costs one more
-//! copy of each payload. Both types encode to the same bytes. A test compares them.
+//! The generated [`v1::ProduceRequest`](crate::proto::v1::ProduceRequest) has the batch in one buffer. Joining header
+//! and records in that buffer would copy each payload once more. Both types encode to the same bytes. A test compares
+//! them.
 
 use std::sync::Arc;
 
@@ -32,7 +33,7 @@ pub struct ProduceRequestParts {
     pub topic: Arc<str>,
     /// Number of the partition.
     pub partition: i32,
-    /// Value of [`v1::Acks`](super::v1::Acks).
+    /// Value of [`v1::Acks`](crate::proto::v1::Acks).
     pub acks: i32,
     /// Maximum time in milliseconds that the broker waits for the acknowledgement.
     pub timeout_ms: u32,
