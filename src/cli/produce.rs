@@ -401,10 +401,7 @@ fn object(command: &ProduceArgs, summary: &ProduceSummary, failure: Option<&anyh
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        client::Held,
-        model::{LeaderEpoch, Offset},
-    };
+    use crate::model::{AckDurability, LeaderEpoch, Offset};
 
     fn ack(partition: u32, offset: u64) -> Result<Ack, SendError> {
         let offset = Offset::new(offset);
@@ -415,8 +412,7 @@ mod tests {
             count: 1,
             leader_epoch: LeaderEpoch(0),
             append_time_ms: None,
-            held: Held::Synced,
-            replicas: 1,
+            durability: AckDurability::Persisted(1),
             duplicate: false,
             received: crate::task::clock::monotonic(),
         })

@@ -58,7 +58,7 @@ pub use self::{
     error::{CallError, ConnectError, ConsumeError, SendError},
     metadata::{PartitionRoute, TopicRoute},
     options::{ClientOptions, DEFAULT_PORT},
-    producer::{Ack, Delivery, Held, NewRecord, Producer, ProducerOptions},
+    producer::{Ack, Delivery, NewRecord, Producer, ProducerOptions},
     retry_status::RetryStatus,
     transport::{BrokerChannel, CallResult, Connector, NotSent, RpcTransport, TcpConnector, TransportError},
 };

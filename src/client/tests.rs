@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use super::{
-    CallError, Client, ClientOptions, ConsumeError, ConsumerOptions, Held, NewRecord, NewTopic, OffsetResetPolicy,
+    CallError, Client, ClientOptions, ConsumeError, ConsumerOptions, NewRecord, NewTopic, OffsetResetPolicy,
     OffsetSpec, Producer, ProducerOptions, SendError,
     fake_broker::{FakeBroker, FakeResponse},
     retry_status::RetryStatus,
 };
 use crate::{
-    model::{Acks, Compression, Offset},
+    model::{AckDurability, Acks, Compression, Offset},
     proto::{
         error::{ApiError, ErrorCode},
         v1,
@@ -54,7 +54,7 @@ async fn survives(actions: &[FakeResponse]) {
     for (number, delivery) in deliveries.into_iter().enumerate() {
         let ack = delivery.await.unwrap_or_else(|error| panic!("{number} under {actions:?}: {error}"));
         assert_eq!(ack.offset, Offset::new(u64::try_from(number).expect("small")), "under {actions:?}");
-        assert_eq!(ack.held, Held::Synced);
+        assert_eq!(ack.durability, AckDurability::Persisted(1));
     }
     assert_eq!(fake.values(0), numbers(0..20), "under {actions:?}");
 }

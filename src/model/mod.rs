@@ -2,12 +2,14 @@
 //!
 //! This module does no I/O, reads no clock and imports no other module.
 
+mod ack_durability;
 mod config;
 mod ids;
 #[cfg(feature = "server")]
 pub mod near;
 mod offset;
 
+pub use ack_durability::AckDurability;
 pub use config::{
     Acks, Compression, ConfigKey, ConfigMap, Durability, InvalidConfig, TOPIC_CONFIG_KEYS, TimestampType, TopicConfig,
     UnknownName,

@@ -338,8 +338,8 @@ async fn collect(mut deliveries: mpsc::Receiver<Vec<SentRecord>>, record_bytes: 
                     seen.latency(ack.received.saturating_duration_since(at));
                     last = last.max(ack.received);
                     // A run has one or two meanings; the text of each is formatted once.
-                    if !meanings.contains(&(ack.held, ack.replicas)) {
-                        meanings.push((ack.held, ack.replicas));
+                    if !meanings.contains(&ack.durability) {
+                        meanings.push(ack.durability);
                         seen.meanings.insert(ack.meaning());
                     }
                 }

@@ -13,43 +13,17 @@ use tokio::time::Instant;
 
 use super::super::error::SendError;
 use crate::{
-    model::{LeaderEpoch, Offset},
+    model::{AckDurability, LeaderEpoch, Offset},
     proto::v1,
 };
 
-/// Storage of an acknowledged record at the time of the acknowledgement.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Held {
-    /// In the memory of the leader.
-    Memory,
-    /// In the page cache of [`Ack::replicas`] replicas.
-    PageCache,
-    /// On stable storage of [`Ack::replicas`] replicas.
-    Synced,
-    /// Also in the object store.
-    Tiered,
-}
-
-impl Held {
-    pub(super) fn from_wire(durability: i32) -> Self {
-        match v1::AckDurability::try_from(durability) {
-            Ok(v1::AckDurability::PageCache) => Self::PageCache,
-            Ok(v1::AckDurability::Persisted) => Self::Synced,
-            Ok(v1::AckDurability::Tiered) => Self::Tiered,
-            // An unknown value promises nothing.
-            _ => Self::Memory,
-        }
-    }
-
-    /// Returns a description of the storage on that many replicas.
-    pub fn describe(self, replicas: u32) -> String {
-        let s = if replicas == 1 { "" } else { "s" };
-        match self {
-            Self::Memory => "in the leader's memory".to_owned(),
-            Self::PageCache => format!("in the page cache of {replicas} replica{s}"),
-            Self::Synced => format!("persisted on {replicas} replica{s}"),
-            Self::Tiered => "in the object store".to_owned(),
-        }
+/// Returns the durability in a response. An unknown value of a newer broker promises nothing.
+pub(super) fn durability(durability: i32, replicas: u32) -> AckDurability {
+    match v1::AckDurability::try_from(durability) {
+        Ok(v1::AckDurability::PageCache) => AckDurability::PageCache(replicas),
+        Ok(v1::AckDurability::Persisted) => AckDurability::Persisted(replicas),
+        Ok(v1::AckDurability::Tiered) => AckDurability::Tiered(replicas),
+        _ => AckDurability::Memory,
     }
 }
 
@@ -69,9 +43,7 @@ pub struct Ack {
     /// Timestamp that the broker assigned, in milliseconds since 1970; `None` unless the topic uses LogAppendTime.
     pub append_time_ms: Option<i64>,
     /// Storage of the record at the time of the acknowledgement.
-    pub held: Held,
-    /// Number of replicas that stored the record.
-    pub replicas: u32,
+    pub durability: AckDurability,
     /// True if an earlier attempt had already been appended.
     pub duplicate: bool,
     /// Arrival time of the response, not the time at which the [`Delivery`] was awaited.
@@ -81,7 +53,7 @@ pub struct Ack {
 impl Ack {
     /// Returns a description of the record's storage.
     pub fn meaning(&self) -> String {
-        self.held.describe(self.replicas)
+        self.durability.to_string()
     }
 }
 
@@ -169,8 +141,7 @@ mod tests {
             count: 3,
             leader_epoch: LeaderEpoch(2),
             append_time_ms: None,
-            held: Held::Synced,
-            replicas: 1,
+            durability: AckDurability::Persisted(1),
             duplicate: false,
             received: crate::task::clock::monotonic(),
         };
@@ -184,11 +155,8 @@ mod tests {
     }
 
     #[test]
-    fn acknowledgement_is_described_by_its_storage() {
-        assert_eq!(Held::Memory.describe(1), "in the leader's memory");
-        assert_eq!(Held::PageCache.describe(2), "in the page cache of 2 replicas");
-        assert_eq!(Held::Synced.describe(1), "persisted on 1 replica");
-        assert_eq!(Held::Tiered.describe(3), "in the object store");
-        assert_eq!(Held::from_wire(99), Held::Memory);
+    fn unknown_durability_promises_nothing() {
+        assert_eq!(durability(v1::AckDurability::Persisted.into(), 2), AckDurability::Persisted(2));
+        assert_eq!(durability(99, 2), AckDurability::Memory);
     }
 }

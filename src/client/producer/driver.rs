@@ -21,7 +21,7 @@ use super::{
         retry_status::RetryReporter,
     },
     ProducerInner,
-    completion::{Ack, Completion, Held},
+    completion::{Ack, Completion, durability},
     in_flight::{
         CompletedBatch, FailedBatch, FailureReason, InFlightBatches, NextAction, ProducerIdAndEpoch, ResponseOutcome,
     },
@@ -515,8 +515,7 @@ impl ProducerDriver {
             count: done.count,
             leader_epoch: LeaderEpoch::from_i32(appended.leader_epoch).unwrap_or_default(),
             append_time_ms: (appended.append_time_ms >= 0).then_some(appended.append_time_ms),
-            held: Held::from_wire(appended.durability),
-            replicas: appended.replicas,
+            durability: durability(appended.durability, appended.replicas),
             duplicate: appended.duplicate,
             received: clock::monotonic(),
         }));

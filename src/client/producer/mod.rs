@@ -56,7 +56,7 @@ use self::{
     partition_queue::{BatchLimits, PartitionQueue},
 };
 pub use self::{
-    completion::{Ack, Delivery, Held},
+    completion::{Ack, Delivery},
     partitioner::{HashPartitioner, PartitionChoice, Partitioner, StickyPartitioner, murmur2},
 };
 use super::{

@@ -16,25 +16,13 @@ pub mod isr;
 use std::collections::{BTreeMap, VecDeque};
 
 use self::isr::{IsrRules, IsrTracker, LeaderStart, ReplicaProgress};
+pub use crate::model::AckDurability;
 use crate::{
     limits,
     log::{ProducerTable, SequenceCheck},
     model::{Acks, Durability, LeaderEpoch, Offset, TopicName},
     record::{Batch, Fingerprint, ProducerSequence},
 };
-
-/// Location of an acknowledged write's records.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AckDurability {
-    /// In the leader's memory.
-    Memory,
-    /// In the page cache of this number of replicas.
-    PageCache(u32),
-    /// On stable storage of this number of replicas.
-    Persisted(u32),
-    /// In the object store, and on this number of replicas.
-    Tiered(u32),
-}
 
 /// Result of an acknowledged write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
