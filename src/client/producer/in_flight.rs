@@ -124,8 +124,8 @@ pub(super) enum NextAction {
     Wait,
     /// Wait for the end of the pause, then call [`InFlightBatches::resume`].
     Resume,
-    /// Request a new producer id from a broker, then call [`InFlightBatches::identify`].
-    Identify,
+    /// Request a new producer id from a broker, then call [`InFlightBatches::set_producer_id`].
+    RequestId,
 }
 
 #[derive(Debug)]
@@ -140,7 +140,7 @@ pub(super) struct InFlightBatches {
     /// True after a failure: nothing is sent until no batch is in flight.
     draining: bool,
     /// True if the sequence has a gap that only a new producer id can close.
-    reidentify: bool,
+    needs_new_id: bool,
 }
 
 impl InFlightBatches {
@@ -154,7 +154,7 @@ impl InFlightBatches {
             taken: 0,
             entries: VecDeque::new(),
             draining: false,
-            reidentify: false,
+            needs_new_id: false,
         }
     }
 
@@ -162,14 +162,14 @@ impl InFlightBatches {
         self.entries.is_empty()
     }
 
-    pub(super) fn under_way(&self) -> usize {
+    pub(super) fn in_flight_count(&self) -> usize {
         self.entries.iter().filter(|entry| entry.sent.is_some()).count()
     }
 
     pub(super) fn next(&self) -> NextAction {
         if self.draining {
-            return match (self.under_way(), self.reidentify) {
-                (0, true) => NextAction::Identify,
+            return match (self.in_flight_count(), self.needs_new_id) {
+                (0, true) => NextAction::RequestId,
                 (0, false) => NextAction::Resume,
                 _ => NextAction::Wait,
             };
@@ -206,10 +206,10 @@ impl InFlightBatches {
 
     /// Returns the encoded batch of an entry. The entry is in flight from now on.
     pub(super) fn send(&mut self, index: usize, stream: u64, correlation_id: u64) -> Result<Batch, FailedBatch> {
-        let sequence = self.stamp(self.entries[index].sequence);
+        let sequence = self.producer_sequence(self.entries[index].sequence);
         let entry = &mut self.entries[index];
         if let Some(body) = entry.body.take() {
-            match body.stamped(sequence) {
+            match body.into_batch(sequence) {
                 Ok(batch) => entry.batch = Some(batch),
                 Err(error) => {
                     let entry = self.remove(index);
@@ -241,7 +241,7 @@ impl InFlightBatches {
             Err(error) => error,
         };
         if self.repeatable(index, &error) {
-            self.reidentify |= self.entries[index].end_attempt(outcome_unknown(error.code));
+            self.needs_new_id |= self.entries[index].end_attempt(outcome_unknown(error.code));
             self.draining = true;
             return ResponseOutcome::Retry;
         }
@@ -263,7 +263,7 @@ impl InFlightBatches {
                 // Behind another batch, the error is the effect of that batch's failure. While draining, the attempt
                 // may have used a sequence that has changed since. The batch is sent again in both cases. Otherwise the
                 // broker has lost earlier batches.
-                self.reidentify |= index == 0 && !self.draining;
+                self.needs_new_id |= index == 0 && !self.draining;
                 true
             }
             code if self.guarantee == DeliveryGuarantee::AtMostOnce => error.retryable && !outcome_unknown(code),
@@ -286,7 +286,7 @@ impl InFlightBatches {
             return failed;
         }
         for entry in self.entries.iter_mut().filter(|entry| lost(entry)) {
-            self.reidentify |= entry.end_attempt(delivered);
+            self.needs_new_id |= entry.end_attempt(delivered);
         }
         failed
     }
@@ -317,13 +317,13 @@ impl InFlightBatches {
 
     /// Sets a new producer id. Batches that were certainly not appended continue under it; batches that may have been
     /// appended fail.
-    pub(super) fn identify(&mut self, identity: ProducerIdAndEpoch) -> Vec<FailedBatch> {
-        debug_assert_eq!(self.under_way(), 0, "a new producer id while batches are in flight");
+    pub(super) fn set_producer_id(&mut self, identity: ProducerIdAndEpoch) -> Vec<FailedBatch> {
+        debug_assert_eq!(self.in_flight_count(), 0, "a new producer id while batches are in flight");
         self.identity = Some(identity);
-        self.reidentify = false;
+        self.needs_new_id = false;
         let (maybe_appended, kept) = self.entries.drain(..).partition::<VecDeque<_>, _>(|entry| entry.maybe_appended);
         self.entries = kept;
-        self.number_from(0, 0);
+        self.renumber_from(0, 0);
         self.draining = false;
         maybe_appended.into_iter().map(|entry| entry.failed(FailureReason::Unknown)).collect()
     }
@@ -333,11 +333,11 @@ impl InFlightBatches {
         self.entries.drain(..).map(InFlightBatch::done).collect()
     }
 
-    pub(super) fn waiting(&self) -> impl Iterator<Item = &Arc<Completion>> {
+    pub(super) fn completions(&self) -> impl Iterator<Item = &Arc<Completion>> {
         self.entries.iter().map(|entry| &entry.completion)
     }
 
-    fn stamp(&self, base_sequence: i32) -> Option<ProducerSequence> {
+    fn producer_sequence(&self, base_sequence: i32) -> Option<ProducerSequence> {
         let identity = self.identity.filter(|_| self.guarantee == DeliveryGuarantee::Idempotent)?;
         Some(ProducerSequence { id: identity.id, epoch: identity.epoch, base_sequence })
     }
@@ -356,17 +356,17 @@ impl InFlightBatches {
             // This also holds without a later batch: the next batch must not use the sequence of a batch that may be in
             // the log.
             self.draining = true;
-            self.reidentify = true;
+            self.needs_new_id = true;
         } else {
             // The broker refuses later batches in flight as out of order; they are sent again under their new
             // sequences.
-            self.draining |= self.under_way() > 0;
-            self.number_from(index, removed.sequence);
+            self.draining |= self.in_flight_count() > 0;
+            self.renumber_from(index, removed.sequence);
         }
     }
 
     /// Assigns dense sequences to the entries from `index` on.
-    fn number_from(&mut self, index: usize, mut sequence: i32) {
+    fn renumber_from(&mut self, index: usize, mut sequence: i32) {
         for entry in self.entries.iter_mut().skip(index) {
             entry.sequence = sequence;
             sequence = after(sequence, entry.count);
@@ -417,5 +417,4 @@ fn outcome_unknown(code: ErrorCode) -> bool {
 }
 
 #[cfg(test)]
-#[path = "flight_tests.rs"]
 mod tests;

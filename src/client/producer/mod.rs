@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! send ─► partitioner ─► partition queue: open batch ─► sealed batches        (sender's thread, one short lock)
-//!                                                            │ wake
+//!                                                            │ notification
 //!             task: in-flight batches (bounded per partition) ─► stream to the leader ─► broker
 //!                                         ▲ responses, lost streams, new leaders, ended pauses
 //! ```
@@ -31,6 +31,7 @@
 
 mod completion;
 mod driver;
+mod driver_event;
 mod in_flight;
 mod partition_queue;
 mod partitioner;
@@ -197,7 +198,8 @@ struct ProducerInner {
     queues: Mutex<Vec<Arc<PartitionQueue>>>,
     /// Indexes of the queues that the task must process.
     dirty: Mutex<Vec<usize>>,
-    wake: Notify,
+    /// Notified when `dirty` has an entry.
+    has_work: Notify,
     memory: Semaphore,
 }
 
@@ -250,7 +252,7 @@ impl Drop for StopTasksOnDrop {
 impl Producer {
     pub(super) async fn start(client: Client, options: ProducerOptions) -> Result<Self, CallError> {
         let identity = match options.guarantee() {
-            DeliveryGuarantee::Idempotent => Some(identity(&client).await?),
+            DeliveryGuarantee::Idempotent => Some(request_producer_id(&client).await?),
             _ => None,
         };
         let memory = usize::try_from(options.memory()).expect("a usize holds 32 bits");
@@ -261,7 +263,7 @@ impl Producer {
             adding: tokio::sync::Mutex::default(),
             queues: Mutex::default(),
             dirty: Mutex::default(),
-            wake: Notify::new(),
+            has_work: Notify::new(),
             memory: Semaphore::new(memory),
         });
         let (commands, received) = mpsc::channel(16);
@@ -285,7 +287,7 @@ impl Producer {
         let (queue, sticky) = queues.choose(&record, &*self.inner.options.partitioner);
         match queue.append(&record, bytes, permits) {
             Ok(appended) => {
-                if appended.wake {
+                if appended.notify_task {
                     self.inner.notify_driver(queue);
                 }
                 if sticky {
@@ -438,7 +440,7 @@ impl ProducerInner {
 
     /// Waits for `pause`, refreshes the metadata if it is not newer than `seen`, and creates queues for new partitions.
     /// The brokers in `last` are called after all other brokers.
-    async fn refreshed(
+    async fn refresh_metadata(
         &self,
         seen: u64,
         wanted: &BTreeSet<Arc<str>>,
@@ -461,7 +463,7 @@ impl ProducerInner {
     fn notify_driver(&self, queue: &PartitionQueue) {
         if queue.mark_queued() {
             self.dirty.lock().push(queue.index);
-            self.wake.notify_one();
+            self.has_work.notify_one();
         }
     }
 
@@ -516,7 +518,7 @@ impl TopicQueues {
 }
 
 /// Requests a new producer id from any broker.
-async fn identity(client: &Client) -> Result<ProducerIdAndEpoch, CallError> {
+async fn request_producer_id(client: &Client) -> Result<ProducerIdAndEpoch, CallError> {
     let call = |channel| async move { log_client(channel).init_producer_id(v1::InitProducerIdRequest {}).await };
     let response = client.retried(|| client.call_any(call)).await?;
     let epoch = i16::try_from(response.producer_epoch).unwrap_or(0);

@@ -34,7 +34,7 @@ pub(super) enum BatchBody {
 }
 
 impl BatchBody {
-    pub(super) fn stamped(self, sequence: Option<ProducerSequence>) -> Result<Batch, BuildError> {
+    pub(super) fn into_batch(self, sequence: Option<ProducerSequence>) -> Result<Batch, BuildError> {
         match self {
             Self::Built(builder) => builder.finish(sequence),
             Self::Whole(mut batch) => {
@@ -91,7 +91,7 @@ pub(super) struct BatchLimits {
 pub(super) struct EnqueueResult {
     pub(super) delivery: Delivery,
     /// True if the task must process the queue.
-    pub(super) wake: bool,
+    pub(super) notify_task: bool,
     /// True if a batch was sealed: the sticky partition then changes.
     pub(super) sealed: bool,
 }
@@ -162,7 +162,7 @@ impl PartitionQueue {
             self.seal(&mut intake)?;
             sealed = true;
         }
-        Ok(EnqueueResult { delivery, wake: opened || sealed, sealed })
+        Ok(EnqueueResult { delivery, notify_task: opened || sealed, sealed })
     }
 
     /// Queues a complete batch after the open batch.
@@ -248,7 +248,7 @@ impl PartitionQueue {
     }
 
     /// Returns the completions of all batches in the queue.
-    pub(super) fn waiting(&self) -> Vec<Arc<Completion>> {
+    pub(super) fn completions(&self) -> Vec<Arc<Completion>> {
         let intake = self.intake.lock();
         let open = intake.open.iter().map(|open| open.completion.clone());
         intake.sealed.iter().map(|sealed| sealed.completion.clone()).chain(open).collect()

@@ -6,7 +6,7 @@ use tonic::{IntoStreamingRequest as _, Status, client::Grpc, codegen::http::uri:
 
 use super::{
     super::{Client, connection::BrokerAddress, error::ConnectError, transport::BrokerChannel},
-    driver::DriverEvent,
+    driver_event::DriverEvent,
     produce_request::ProduceRequestParts,
 };
 use crate::{
@@ -34,7 +34,7 @@ pub(super) async fn run(
                 other => format!("{}: {other}", address.as_str()),
             };
             let error = ApiError::new(ErrorCode::NotReady, problem);
-            let _ = events.send(DriverEvent::Ended { stream: number, delivered: false, fault: error }).await;
+            let _ = events.send(DriverEvent::StreamEnded { stream: number, delivered: false, error }).await;
             return;
         }
     };
@@ -43,7 +43,7 @@ pub(super) async fn run(
         Err(status) => ApiError::from(&status),
     };
     let error = ApiError { message: format!("{}: {}", address.as_str(), error.message), ..error };
-    let _ = events.send(DriverEvent::Ended { stream: number, delivered: true, fault: error }).await;
+    let _ = events.send(DriverEvent::StreamEnded { stream: number, delivered: true, error }).await;
 }
 
 /// Calls `Produce` as the generated client does, but with [`ProduceRequestParts`] as the request type.
@@ -68,7 +68,7 @@ async fn forward(
     loop {
         match responses.message().await {
             Ok(Some(response)) => {
-                if events.send(DriverEvent::Answer { stream, answer: response }).await.is_err() {
+                if events.send(DriverEvent::Response { stream, response }).await.is_err() {
                     return ApiError::new(ErrorCode::NotReady, "the producer has ended");
                 }
             }

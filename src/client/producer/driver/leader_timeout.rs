@@ -28,7 +28,7 @@ impl ProducerDriver {
     pub(super) fn pause(&mut self, index: usize, error: &ApiError) {
         // An out-of-order sequence is the effect of an earlier batch's failure: that batch's problem stays reported.
         if error.code != ErrorCode::OutOfOrderSequence || !self.queues[index].has_problem {
-            self.status(index, error.message.clone());
+            self.report_problem(index, error.message.clone());
         }
         let options = self.inner.client.options();
         let state = &mut self.queues[index];
@@ -38,11 +38,11 @@ impl ProducerDriver {
     }
 
     /// Reports a problem that blocks a queue.
-    pub(super) fn status(&mut self, index: usize, problem: String) {
+    pub(super) fn report_problem(&mut self, index: usize, problem: String) {
         let state = &mut self.queues[index];
         let until = state.flight.deadline().map(|(at, _)| at).or_else(|| state.queue.deadline());
         let message = format!("{}/{}: {problem}", state.queue.topic, state.queue.partition);
-        state.status = problem;
+        state.last_problem = problem;
         state.has_problem = true;
         self.retries.report(work(index), message, until);
     }
@@ -51,20 +51,20 @@ impl ProducerDriver {
     pub(super) fn on_notice(&mut self, stream: u64, index: usize, reason: String) {
         let now = clock::monotonic();
         if let Some(stream) = self.streams.get_mut(&stream) {
-            stream.heard = now;
+            stream.last_response = now;
         }
         let state = &mut self.queues[index];
-        if state.stream != Some(stream) || state.flight.under_way() == 0 {
+        if state.stream != Some(stream) || state.flight.in_flight_count() == 0 {
             return;
         }
-        state.heard = now;
+        state.last_response = now;
         state.notice = Some(reason.clone());
-        self.status(index, reason);
+        self.report_problem(index, reason);
         self.set_next_timer(index);
     }
 
     /// Returns the reason for which a queue got no response on this stream within the delivery timeout.
-    pub(super) fn silence(&self, index: usize, stream: u64) -> String {
+    pub(super) fn no_response_reason(&self, index: usize, stream: u64) -> String {
         let leader = || self.streams.get(&stream).map_or("the leader", |stream| stream.address.as_str());
         let notice = self.queues[index].notice.clone();
         notice.unwrap_or_else(|| format!("{} has not responded within the delivery timeout", leader()))
@@ -85,17 +85,17 @@ impl ProducerDriver {
         let state = &self.queues[index];
         let is_unresponsive =
             state.is_unresponsive(now) || self.queued_since(state).is_some_and(|since| since + LEADER_TIMEOUT <= now);
-        if !is_unresponsive || state.doubted + METADATA_RETRY_INTERVAL > now {
+        if !is_unresponsive || state.last_leader_check + METADATA_RETRY_INTERVAL > now {
             return;
         }
-        self.queues[index].doubted = now;
+        self.queues[index].last_leader_check = now;
         self.move_to_new_leader(index, now);
-        self.route();
+        self.refresh_metadata();
     }
 
     /// Returns the leaders that do not respond. Their metadata is used last: in a network partition a client may reach
     /// brokers on both sides, and only one side has current metadata.
-    pub(super) fn silent(&self, now: Instant) -> BTreeSet<BrokerAddress> {
+    pub(super) fn unresponsive_leaders(&self, now: Instant) -> BTreeSet<BrokerAddress> {
         let unresponsive = self.queues.iter().filter(|state| state.is_unresponsive(now));
         unresponsive.filter_map(|state| Some(self.streams.get(&state.stream?)?.address.clone())).collect()
     }
@@ -120,13 +120,13 @@ impl ProducerDriver {
         }
         let failed = self.queues[index].flight.on_stream_lost(number, true);
         self.fail_batches(index, failed);
-        self.status(index, problem);
+        self.report_problem(index, problem);
         self.send_ready(index);
     }
 
     /// Returns the time of the last response on the stream in which a queue waits for capacity.
     pub(super) fn queued_since(&self, state: &QueueState) -> Option<Instant> {
-        Some(self.streams.get(&state.waiting?)?.heard)
+        Some(self.streams.get(&state.waiting?)?.last_response)
     }
 
     /// Restarts the wait of queues in the stream of a broker that no longer leads their partition. A broker that does
@@ -157,7 +157,7 @@ impl ProducerDriver {
     /// Reports a missing response, although nothing has failed.
     pub(super) fn report_leader_timeout(&mut self, index: usize, now: Instant) {
         let state = &self.queues[index];
-        if state.has_problem || state.flight.under_way() == 0 || state.heard + REPORT_TIMEOUT > now {
+        if state.has_problem || state.flight.in_flight_count() == 0 || state.last_response + REPORT_TIMEOUT > now {
             return;
         }
         let address = state.stream.and_then(|number| self.streams.get(&number)).map(|stream| stream.address.clone());
@@ -167,7 +167,7 @@ impl ProducerDriver {
             _ => "",
         };
         let problem = format!("{leader} has not responded for {REPORT_TIMEOUT:?}{reason}");
-        self.status(index, problem);
+        self.report_problem(index, problem);
     }
 }
 
@@ -190,8 +190,8 @@ impl QueueState {
         }
         let is_first = !self.mismatched;
         // Before the first acknowledgement, the metadata behind the id may be older than the topic.
-        if !is_first || !self.proven {
-            (self.topic_id, self.proven) = (None, false);
+        if !is_first || !self.topic_id_confirmed {
+            (self.topic_id, self.topic_id_confirmed) = (None, false);
         }
         self.mismatched = is_first;
         ApiError { retryable: is_first, ..error }
@@ -199,7 +199,7 @@ impl QueueState {
 
     /// Returns true if batches are in flight and the leader has not responded for `LEADER_TIMEOUT`.
     fn is_unresponsive(&self, now: Instant) -> bool {
-        self.flight.under_way() > 0 && self.heard + LEADER_TIMEOUT <= now
+        self.flight.in_flight_count() > 0 && self.last_response + LEADER_TIMEOUT <= now
     }
 }
 

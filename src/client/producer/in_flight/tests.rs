@@ -103,10 +103,10 @@ impl ProducerModel {
             NextAction::Take if !more => return false,
             NextAction::Take => self.take(),
             NextAction::Resume => self.in_flight.resume(),
-            NextAction::Identify => {
+            NextAction::RequestId => {
                 let identity = ProducerIdAndEpoch { id: self.next_producer, epoch: 0 };
                 self.next_producer += 1;
-                let failed = self.in_flight.identify(identity);
+                let failed = self.in_flight.set_producer_id(identity);
                 self.fail_batches(failed);
             }
             NextAction::Send(index) => {

@@ -2,7 +2,7 @@
 //! notification or a timer, and calls one method for each.
 
 mod leader_timeout;
-mod lookups;
+mod metadata;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -15,13 +15,10 @@ use tokio::{
 };
 
 use super::{
-    super::{
-        connection::BrokerAddress,
-        error::{CallError, SendError},
-        retry_status::RetryReporter,
-    },
+    super::{connection::BrokerAddress, error::SendError, retry_status::RetryReporter},
     ProducerInner,
     completion::{Ack, Completion, durability},
+    driver_event::DriverEvent,
     in_flight::{
         CompletedBatch, FailedBatch, FailureReason, InFlightBatches, NextAction, ProducerIdAndEpoch, ResponseOutcome,
     },
@@ -50,18 +47,6 @@ pub(super) enum ProducerCommand {
     FlushLingering,
 }
 
-/// Event from a child task to the task.
-pub(super) enum DriverEvent {
-    /// A broker responded.
-    Answer { stream: u64, answer: v1::ProduceResponse },
-    /// A stream ended. `delivered`: the broker may have received the batches.
-    Ended { stream: u64, delivered: bool, fault: ApiError },
-    /// A metadata refresh ended.
-    Routed(Result<(), CallError>),
-    /// A request for a new producer id, made for one queue, ended.
-    Identified { queue: usize, identity: Result<ProducerIdAndEpoch, CallError> },
-}
-
 struct ProduceStream {
     address: BrokerAddress,
     requests: mpsc::Sender<ProduceRequestParts>,
@@ -69,7 +54,7 @@ struct ProduceStream {
     /// Queues that wait for capacity in the stream, each once, the longest wait first.
     waiting: VecDeque<usize>,
     /// Time of the last response, or of the first send after the stream was empty.
-    heard: Instant,
+    last_response: Instant,
     /// The call and its requests; cancelled when the stream ends.
     call: Tasks,
 }
@@ -94,13 +79,13 @@ struct QueueState {
     not_before: Option<Instant>,
     /// Time of the queue's entry in `timers`.
     timer: Option<Instant>,
-    identifying: bool,
+    requesting_id: bool,
     /// Time of the leader's last response, or of the first send after nothing was in flight.
-    heard: Instant,
+    last_response: Instant,
     /// Time of the last metadata refresh because the leader did not respond.
-    doubted: Instant,
+    last_leader_check: Instant,
     /// Last problem, for the error of an expired record.
-    status: String,
+    last_problem: String,
     /// True while the client's retry status holds this problem.
     has_problem: bool,
     /// The broker's reason for a late acknowledgement.
@@ -108,7 +93,7 @@ struct QueueState {
     /// Id of the topic that the batches belong to; `None` before the first batch.
     topic_id: Option<Arc<str>>,
     /// True once a batch was acknowledged under this id.
-    proven: bool,
+    topic_id_confirmed: bool,
     /// True once a broker rejected this id. The broker's metadata may be older than the client's, so the batch is sent
     /// once more.
     mismatched: bool,
@@ -130,9 +115,9 @@ pub(super) struct ProducerDriver {
     lingering: BTreeSet<usize>,
     events: mpsc::Sender<DriverEvent>,
     received: mpsc::Receiver<DriverEvent>,
-    routing: bool,
+    refreshing: bool,
     /// Queues that wait for metadata.
-    unrouted: BTreeSet<usize>,
+    without_leader: BTreeSet<usize>,
     metadata_backoff: Option<Backoff>,
     refresh_at: Instant,
 }
@@ -156,8 +141,8 @@ impl ProducerDriver {
             lingering: BTreeSet::new(),
             events,
             received,
-            routing: false,
-            unrouted: BTreeSet::new(),
+            refreshing: false,
+            without_leader: BTreeSet::new(),
             metadata_backoff: None,
             refresh_at,
         }
@@ -173,7 +158,7 @@ impl ProducerDriver {
                 () = tasks.cancelled() => break,
                 Some(command) = commands.recv() => self.on_command(command),
                 Some(event) = self.received.recv() => self.on_event(event),
-                () = inner.wake.notified() => self.on_wake(),
+                () = inner.has_work.notified() => self.process_dirty_queues(),
                 () = tokio::time::sleep_until(timer) => self.on_timer(),
             }
         }
@@ -182,12 +167,14 @@ impl ProducerDriver {
 
     fn on_command(&mut self, command: ProducerCommand) {
         // A queue that the task has not processed yet may have an open batch too.
-        self.on_wake();
+        self.process_dirty_queues();
         match command {
             ProducerCommand::Flush(reply) => {
                 self.seal(0..self.queues.len());
-                let outstanding =
-                    self.queues.iter().flat_map(|state| state.flight.waiting().cloned().chain(state.queue.waiting()));
+                let outstanding = self
+                    .queues
+                    .iter()
+                    .flat_map(|state| state.flight.completions().cloned().chain(state.queue.completions()));
                 // The caller may have stopped waiting; the reply is then dropped.
                 let _ = reply.send(outstanding.collect());
             }
@@ -207,7 +194,7 @@ impl ProducerDriver {
         }
     }
 
-    fn on_wake(&mut self) {
+    fn process_dirty_queues(&mut self) {
         self.add_new_queues();
         let dirty = std::mem::take(&mut *self.inner.dirty.lock());
         for index in dirty {
@@ -218,10 +205,10 @@ impl ProducerDriver {
 
     fn on_event(&mut self, event: DriverEvent) {
         match event {
-            DriverEvent::Answer { stream, answer: response } => self.on_answer(stream, response),
-            DriverEvent::Ended { stream, delivered, fault: error } => self.on_ended(stream, delivered, &error),
-            DriverEvent::Routed(result) => self.on_routed(result),
-            DriverEvent::Identified { queue, identity } => self.on_identified(queue, identity),
+            DriverEvent::Response { stream, response } => self.on_response(stream, response),
+            DriverEvent::StreamEnded { stream, delivered, error } => self.on_stream_ended(stream, delivered, &error),
+            DriverEvent::MetadataRefreshed(result) => self.on_metadata(result),
+            DriverEvent::ProducerIdReceived { queue, result } => self.on_producer_id(queue, result),
         }
     }
 
@@ -229,7 +216,7 @@ impl ProducerDriver {
         let now = clock::monotonic();
         if self.refresh_at <= now {
             self.refresh_at = now + self.inner.client.options().metadata_age;
-            self.route();
+            self.refresh_metadata();
         }
         while let Some((at, index)) = self.timers.first().copied() {
             if at > now {
@@ -256,14 +243,14 @@ impl ProducerDriver {
                 backoff: None,
                 not_before: None,
                 timer: None,
-                identifying: false,
-                heard: clock::monotonic(),
-                doubted: clock::monotonic(),
-                status: "none".to_owned(),
+                requesting_id: false,
+                last_response: clock::monotonic(),
+                last_leader_check: clock::monotonic(),
+                last_problem: "none".to_owned(),
                 has_problem: false,
                 notice: None,
                 topic_id: None,
-                proven: false,
+                topic_id_confirmed: false,
                 mismatched: false,
             });
         }
@@ -285,8 +272,8 @@ impl ProducerDriver {
             match state.flight.next() {
                 NextAction::Wait => break,
                 NextAction::Resume => state.flight.resume(),
-                NextAction::Identify => {
-                    self.identify(index);
+                NextAction::RequestId => {
+                    self.request_producer_id(index);
                     break;
                 }
                 NextAction::Send(entry) => {
@@ -312,14 +299,14 @@ impl ProducerDriver {
     fn send(&mut self, index: usize, entry: usize) -> bool {
         let state = &self.queues[index];
         let Some(address) = self.inner.client.routing().leader(&state.queue.topic, state.queue.partition) else {
-            self.unrouted.insert(index);
-            self.route();
+            self.without_leader.insert(index);
+            self.refresh_metadata();
             return false;
         };
         let number = self.stream_to(&address);
         let state = &mut self.queues[index];
         // The leader changed while batches are in flight to the old leader: wait for their responses.
-        if state.stream.is_some_and(|old| old != number) && state.flight.under_way() > 0 {
+        if state.stream.is_some_and(|old| old != number) && state.flight.in_flight_count() > 0 {
             return false;
         }
         let stream = self.streams.get_mut(&number).expect("stream_to returned its number");
@@ -330,8 +317,8 @@ impl ProducerDriver {
         }
         state.stream = Some(number);
         let topic_id = state.topic_id(&self.inner.client);
-        if state.flight.under_way() == 0 {
-            state.heard = clock::monotonic();
+        if state.flight.in_flight_count() == 0 {
+            state.last_response = clock::monotonic();
         }
         let high_bits = u64::try_from(index).expect("a usize fits in 64 bits") << 32;
         let correlation_id = high_bits | self.next_correlation & 0xffff_ffff;
@@ -349,7 +336,7 @@ impl ProducerDriver {
                     topic_id,
                 };
                 if stream.in_flight == 0 {
-                    stream.heard = clock::monotonic();
+                    stream.last_response = clock::monotonic();
                 }
                 stream.in_flight += 1;
                 // The channel is never full, because it holds `STREAM_WINDOW` requests. If it is closed, the event of
@@ -377,7 +364,7 @@ impl ProducerDriver {
             requests,
             in_flight: 0,
             waiting: VecDeque::new(),
-            heard: clock::monotonic(),
+            last_response: clock::monotonic(),
             call,
         };
         self.streams.insert(number, stream);
@@ -385,7 +372,7 @@ impl ProducerDriver {
         number
     }
 
-    fn on_answer(&mut self, number: u64, response: v1::ProduceResponse) {
+    fn on_response(&mut self, number: u64, response: v1::ProduceResponse) {
         let index = usize::try_from(response.correlation_id >> 32).unwrap_or(usize::MAX);
         if index >= self.queues.len() {
             return;
@@ -395,7 +382,7 @@ impl ProducerDriver {
         }
         if let Some(stream) = self.streams.get_mut(&number) {
             stream.in_flight = stream.in_flight.saturating_sub(1);
-            stream.heard = clock::monotonic();
+            stream.last_response = clock::monotonic();
         }
         let (appended, result) = match response.result {
             Some(v1::produce_response::Result::Appended(appended)) => (Some(appended), Ok(())),
@@ -406,10 +393,10 @@ impl ProducerDriver {
         };
         let error = result.clone().err();
         let state = &mut self.queues[index];
-        state.heard = clock::monotonic();
+        state.last_response = clock::monotonic();
         match state.flight.on_response(number, response.correlation_id, result) {
             ResponseOutcome::Completed(done) => {
-                (state.backoff, state.proven) = (None, true);
+                (state.backoff, state.topic_id_confirmed) = (None, true);
                 let partition = state.queue.partition;
                 self.acknowledge(partition, done, &appended.unwrap_or_default());
                 self.clear_problem(index);
@@ -418,11 +405,11 @@ impl ProducerDriver {
                 let error = error.expect("only a failed attempt is repeated");
                 let queue = &self.queues[index].queue;
                 if self.inner.client.routing().apply_leader_hint(&queue.topic, queue.partition, &error) {
-                    self.status(index, error.message);
+                    self.report_problem(index, error.message);
                 } else {
                     self.pause(index, &error);
-                    if moved(error.code) {
-                        self.route();
+                    if may_have_moved(error.code) {
+                        self.refresh_metadata();
                     }
                 }
             }
@@ -445,7 +432,7 @@ impl ProducerDriver {
         }
     }
 
-    fn on_ended(&mut self, number: u64, delivered: bool, error: &ApiError) {
+    fn on_stream_ended(&mut self, number: u64, delivered: bool, error: &ApiError) {
         let Some(stream) = self.streams.remove(&number) else { return };
         tracing::debug!(address = stream.address.as_str(), %error, "produce stream ended");
         stream.call.cancel();
@@ -459,7 +446,7 @@ impl ProducerDriver {
                 continue;
             }
             state.stream = None;
-            if state.flight.under_way() > 0 {
+            if state.flight.in_flight_count() > 0 {
                 let failed = state.flight.on_stream_lost(number, delivered);
                 self.fail_batches(index, failed);
                 self.pause(index, error);
@@ -469,7 +456,7 @@ impl ProducerDriver {
         for index in stream.waiting {
             self.send_ready(index);
         }
-        self.route();
+        self.refresh_metadata();
     }
 
     fn expire(&mut self, index: usize, now: Instant) {
@@ -479,8 +466,8 @@ impl ProducerDriver {
         {
             // A broker that did not respond within the delivery timeout will not respond: its stream ends for all
             // partitions.
-            let error = ApiError::new(ErrorCode::Timeout, self.silence(index, stream));
-            self.on_ended(stream, true, &error);
+            let error = ApiError::new(ErrorCode::Timeout, self.no_response_reason(index, stream));
+            self.on_stream_ended(stream, true, &error);
         }
         let state = &mut self.queues[index];
         let mut failed = state.flight.expire(now);
@@ -529,7 +516,7 @@ impl ProducerDriver {
             let error = match reason {
                 FailureReason::Refused(error) => SendError::Refused { topic, partition, error },
                 FailureReason::Expired { maybe_appended } => {
-                    SendError::Expired { topic, partition, maybe_appended, status: state.status.clone() }
+                    SendError::Expired { topic, partition, maybe_appended, status: state.last_problem.clone() }
                 }
                 FailureReason::Unknown => SendError::Unknown { topic, partition },
                 FailureReason::Build(error) => SendError::Build(error),
@@ -546,12 +533,14 @@ impl ProducerDriver {
     fn set_next_timer(&mut self, index: usize) {
         let state = &self.queues[index];
         let deadline = state.flight.deadline().map(|(at, _)| at).or_else(|| state.queue.deadline());
-        let has_in_flight = state.flight.under_way() > 0;
-        let report_at = (!state.has_problem && has_in_flight).then_some(state.heard + leader_timeout::REPORT_TIMEOUT);
-        let last_response = has_in_flight.then_some(state.heard).into_iter().chain(self.queued_since(state)).min();
+        let has_in_flight = state.flight.in_flight_count() > 0;
+        let report_at =
+            (!state.has_problem && has_in_flight).then_some(state.last_response + leader_timeout::REPORT_TIMEOUT);
+        let last_response =
+            has_in_flight.then_some(state.last_response).into_iter().chain(self.queued_since(state)).min();
         let refresh_at = last_response.map(|last_response| {
             let timeout_at = last_response + leader_timeout::LEADER_TIMEOUT;
-            timeout_at.max(state.doubted + leader_timeout::METADATA_RETRY_INTERVAL)
+            timeout_at.max(state.last_leader_check + leader_timeout::METADATA_RETRY_INTERVAL)
         });
         if let Some(at) = [state.not_before, deadline, report_at, refresh_at].into_iter().flatten().min() {
             self.set_timer(index, at);
@@ -587,7 +576,7 @@ impl ProducerDriver {
 }
 
 /// Returns true if another broker may lead the partition now.
-fn moved(code: ErrorCode) -> bool {
+fn may_have_moved(code: ErrorCode) -> bool {
     matches!(code, ErrorCode::NotLeader | ErrorCode::NotReady | ErrorCode::StorageFailed | ErrorCode::TopicIdMismatch)
 }
 

@@ -1,10 +1,10 @@
-//! Lookups of the producer's task: metadata and new producer ids.
+//! Metadata refreshes of the producer's task, and its requests for new producer ids.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use super::{
-    super::{super::error::CallError, identity, in_flight::ProducerIdAndEpoch},
-    DriverEvent, ProducerDriver,
+    super::{super::error::CallError, driver_event::DriverEvent, in_flight::ProducerIdAndEpoch, request_producer_id},
+    ProducerDriver,
 };
 use crate::{
     proto::error::{ApiError, ErrorCode},
@@ -13,11 +13,11 @@ use crate::{
 
 impl ProducerDriver {
     /// Starts a metadata refresh unless one is running.
-    pub(super) fn route(&mut self) {
-        if self.routing {
+    pub(super) fn refresh_metadata(&mut self) {
+        if self.refreshing {
             return;
         }
-        self.routing = true;
+        self.refreshing = true;
         let client = self.inner.client.clone();
         let inner = self.inner.clone();
         let events = self.events.clone();
@@ -25,18 +25,18 @@ impl ProducerDriver {
         let seen = client.routing().generation();
         let pause = self.metadata_backoff.as_mut().map_or(Duration::ZERO, Backoff::next_pause);
         let wanted: BTreeSet<Arc<str>> =
-            self.unrouted.iter().map(|index| self.queues[*index].queue.topic.clone()).collect();
-        let unresponsive = self.silent(clock::monotonic());
+            self.without_leader.iter().map(|index| self.queues[*index].queue.topic.clone()).collect();
+        let unresponsive = self.unresponsive_leaders(clock::monotonic());
         self.tasks.spawn("producer metadata", async move {
-            let refresh = inner.refreshed(seen, &wanted, &unresponsive, pause);
+            let refresh = inner.refresh_metadata(seen, &wanted, &unresponsive, pause);
             if let Some(result) = tasks.run_until_cancelled(refresh).await {
-                let _ = events.send(DriverEvent::Routed(result)).await;
+                let _ = events.send(DriverEvent::MetadataRefreshed(result)).await;
             }
         });
     }
 
-    pub(super) fn on_routed(&mut self, result: Result<(), CallError>) {
-        self.routing = false;
+    pub(super) fn on_metadata(&mut self, result: Result<(), CallError>) {
+        self.refreshing = false;
         if let Err(error) = &result {
             tracing::debug!(%error, "metadata refresh failed");
         }
@@ -46,9 +46,9 @@ impl ProducerDriver {
         }
         self.requeue_moved();
         let mut missing = false;
-        for index in std::mem::take(&mut self.unrouted) {
+        for index in std::mem::take(&mut self.without_leader) {
             let state = &mut self.queues[index];
-            let status = if let Err(error) = &result {
+            let problem = if let Err(error) = &result {
                 error.to_string()
             } else if let Some(Err(error)) = self.inner.client.routing().topic(&state.queue.topic) {
                 // The topic was deleted: none of its waiting batches can be sent.
@@ -61,42 +61,42 @@ impl ProducerDriver {
                 let topic = &state.queue.topic;
                 format!("the partition has no leader: `strandline topic describe {topic}` names the awaited brokers")
             };
-            self.status(index, status);
+            self.report_problem(index, problem);
             missing = true;
-            self.unrouted.insert(index);
+            self.without_leader.insert(index);
             self.set_next_timer(index);
         }
         if missing {
             let options = self.inner.client.options();
             self.metadata_backoff.get_or_insert_with(|| options.backoff());
-            self.route();
+            self.refresh_metadata();
         } else {
             self.metadata_backoff = None;
         }
     }
 
-    pub(super) fn identify(&mut self, index: usize) {
+    pub(super) fn request_producer_id(&mut self, index: usize) {
         let state = &mut self.queues[index];
-        if std::mem::replace(&mut state.identifying, true) {
+        if std::mem::replace(&mut state.requesting_id, true) {
             return;
         }
         let client = self.inner.client.clone();
         let events = self.events.clone();
         let tasks = self.tasks.clone();
         self.tasks.spawn("producer id", async move {
-            if let Some(identity) = tasks.run_until_cancelled(identity(&client)).await {
-                let _ = events.send(DriverEvent::Identified { queue: index, identity }).await;
+            if let Some(result) = tasks.run_until_cancelled(request_producer_id(&client)).await {
+                let _ = events.send(DriverEvent::ProducerIdReceived { queue: index, result }).await;
             }
         });
     }
 
-    pub(super) fn on_identified(&mut self, index: usize, identity: Result<ProducerIdAndEpoch, CallError>) {
+    pub(super) fn on_producer_id(&mut self, index: usize, result: Result<ProducerIdAndEpoch, CallError>) {
         let state = &mut self.queues[index];
-        state.identifying = false;
-        match identity {
+        state.requesting_id = false;
+        match result {
             Ok(identity) => {
                 tracing::debug!(topic = &*state.queue.topic, partition = state.queue.partition, "new producer id");
-                let failed = state.flight.identify(identity);
+                let failed = state.flight.set_producer_id(identity);
                 self.fail_batches(index, failed);
             }
             Err(error) => {
