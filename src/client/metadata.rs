@@ -11,7 +11,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{connection::BrokerAddress, error::CallError, replica_selector::select_replica};
+use super::{address::BrokerAddress, error::CallError, replica_selector::select_replica, route::TopicRoute};
 use crate::{
     model::{BrokerId, LeaderEpoch, TopicId},
     proto::{
@@ -19,32 +19,6 @@ use crate::{
         v1,
     },
 };
-
-/// Routing metadata of one topic.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TopicRoute {
-    /// Topic id; a topic created later under the same name has another id.
-    pub id: TopicId,
-    /// Partitions by number.
-    pub partitions: Vec<PartitionRoute>,
-    /// Maximum size of a stored batch in bytes.
-    pub max_message_bytes: usize,
-    /// Configured `compression.type`.
-    pub compression_type: String,
-}
-
-/// Leader and replicas of one partition.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PartitionRoute {
-    /// Leader; `None` during an election.
-    pub leader: Option<BrokerId>,
-    /// Leader epoch.
-    pub epoch: LeaderEpoch,
-    /// Replicas, the preferred leader first.
-    pub replicas: Vec<BrokerId>,
-    /// In-sync replicas.
-    pub isr: Vec<BrokerId>,
-}
 
 /// Address and rack of a broker.
 #[derive(Clone, Debug)]
@@ -187,42 +161,13 @@ impl RoutingSnapshot {
         for topic in response.topics {
             let name = topic.name.clone();
             let old = self.topics.get(&name).and_then(|route| route.as_ref().ok());
-            let route = read_topic(topic, old.map(|route| &**route));
+            let route = TopicRoute::from_metadata(topic, old.map(|route| &**route));
             topics.insert(name, route.map(Arc::new));
         }
         self.topics = topics;
         self.generation += 1;
         Ok(())
     }
-}
-
-fn read_topic(topic: v1::TopicMetadata, old: Option<&TopicRoute>) -> Result<TopicRoute, ApiError> {
-    if let Some(error) = topic.error {
-        return Err(error.into());
-    }
-    let odd = |what: &str| ApiError::new(ErrorCode::Internal, format!("metadata of topic {:?} has {what}", topic.name));
-    let id: TopicId = topic.topic_id.parse().map_err(|_| odd("no valid topic id"))?;
-    let old = old.filter(|old| old.id == id);
-    let mut partitions = Vec::new();
-    for (number, partition) in topic.partitions.iter().enumerate() {
-        if usize::try_from(partition.partition) != Ok(number) {
-            return Err(odd("partitions out of order"));
-        }
-        let received = PartitionRoute {
-            leader: partition.leader.map(BrokerId),
-            epoch: LeaderEpoch::from_i32(partition.leader_epoch).unwrap_or_default(),
-            replicas: partition.replicas.iter().copied().map(BrokerId).collect(),
-            isr: partition.isr.iter().copied().map(BrokerId).collect(),
-        };
-        let cached = old.and_then(|old| old.partitions.get(number));
-        partitions.push(cached.filter(|cached| cached.epoch > received.epoch).cloned().unwrap_or(received));
-    }
-    Ok(TopicRoute {
-        id,
-        partitions,
-        max_message_bytes: usize::try_from(topic.max_message_bytes).unwrap_or(usize::MAX),
-        compression_type: topic.compression_type,
-    })
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@
 //! [`Producer::close`] delivers all queued records and joins its task. Dropping the last handle ends the task at once
 //! and fails unacknowledged records. A [`Consumer`] ends when its value is dropped.
 
+mod address;
 mod admin;
 mod connection;
 pub mod consumer;
@@ -36,6 +37,7 @@ pub mod peers;
 pub mod producer;
 mod replica_selector;
 mod retry_status;
+mod route;
 #[cfg(all(test, feature = "server"))]
 mod tests;
 mod transport;
@@ -48,18 +50,18 @@ use tokio::sync::watch;
 use tonic::Status;
 
 pub use self::{
+    address::BrokerAddress,
     admin::{
         Admin, BrokerDescription, BrokerInfo, BrokerStats, ClusterDescription, ClusterInfo, ConfigSource, DrainStatus,
         ElectionResult, ManifestRebuild, NewTopic, OffsetSpec, PartitionDescription, Reassignment, ReplicaDescription,
         TopicAlteration, TopicDescription, TopicSummary, UnreadableKey,
     },
-    connection::BrokerAddress,
     consumer::{ConsumedBatch, ConsumedRecord, Consumer, ConsumerOptions, OffsetResetPolicy, OnUndecodable},
     error::{CallError, ConnectError, ConsumeError, SendError},
-    metadata::{PartitionRoute, TopicRoute},
     options::{ClientOptions, DEFAULT_PORT},
     producer::{Ack, Delivery, NewRecord, Producer, ProducerOptions},
     retry_status::RetryStatus,
+    route::{PartitionRoute, TopicRoute},
     transport::{BrokerChannel, CallResult, Connector, NotSent, RpcTransport, TcpConnector, TransportError},
 };
 use self::{

@@ -6,7 +6,7 @@
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use super::metadata::PartitionRoute;
+use super::route::PartitionRoute;
 use crate::model::BrokerId;
 
 /// Returns the broker at which a consumer in `rack` reads `partition` (topic and number). `rack_of` returns the racks

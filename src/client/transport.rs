@@ -20,7 +20,7 @@ use tonic::{
 };
 
 use super::{
-    connection::BrokerAddress,
+    address::BrokerAddress,
     error::{ConnectError, root_cause},
 };
 

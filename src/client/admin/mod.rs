@@ -18,7 +18,8 @@ use std::{
 
 use super::{
     Client,
-    connection::{BrokerAddress, admin_client, log_client},
+    address::BrokerAddress,
+    connection::{admin_client, log_client},
     error::CallError,
     metadata::ReadTarget,
 };

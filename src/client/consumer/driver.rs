@@ -17,7 +17,7 @@ use tokio::{sync::mpsc, time::Instant};
 use super::{
     super::{
         Client,
-        connection::BrokerAddress,
+        address::BrokerAddress,
         error::{CallError, ConsumeError},
         metadata::ReadTarget,
         retry_status::RetryReporter,

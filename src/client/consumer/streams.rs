@@ -11,10 +11,7 @@ use std::{
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use tokio::sync::mpsc;
 
-use super::super::{
-    Client,
-    connection::{BrokerAddress, log_client},
-};
+use super::super::{Client, address::BrokerAddress, connection::log_client};
 use crate::proto::{
     error::{ApiError, ErrorCode},
     v1,

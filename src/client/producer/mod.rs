@@ -62,7 +62,8 @@ pub use self::{
 };
 use super::{
     Client, TopicRoute,
-    connection::{BrokerAddress, log_client},
+    address::BrokerAddress,
+    connection::log_client,
     error::{CallError, SendError},
 };
 use crate::{

@@ -5,7 +5,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{IntoStreamingRequest as _, Status, client::Grpc, codegen::http::uri::PathAndQuery};
 
 use super::{
-    super::{Client, connection::BrokerAddress, error::ConnectError, transport::BrokerChannel},
+    super::{Client, address::BrokerAddress, error::ConnectError, transport::BrokerChannel},
     driver_event::DriverEvent,
     produce_request::ProduceRequestParts,
 };

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use super::{
-    super::super::{Client, connection::BrokerAddress},
+    super::super::{Client, address::BrokerAddress},
     ProducerDriver, QueueState,
 };
 use crate::{

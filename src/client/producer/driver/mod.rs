@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use super::{
-    super::{connection::BrokerAddress, error::SendError, retry_status::RetryReporter},
+    super::{address::BrokerAddress, error::SendError, retry_status::RetryReporter},
     ProducerInner,
     completion::{Ack, Completion, durability},
     driver_event::DriverEvent,
