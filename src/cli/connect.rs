@@ -47,7 +47,7 @@ pub(super) fn explain_order(error: &CallError) -> anyhow::Error {
 
 /// Returns the error message for a request about a topic. For an unknown topic, the message lists similar names.
 pub(super) async fn explain(admin: &Admin, topic: &str, error: CallError) -> anyhow::Error {
-    if error.reason() != Some(ErrorCode::UnknownTopic) {
+    if error.code() != Some(ErrorCode::UnknownTopic) {
         return without_cluster(&error);
     }
     let names = match admin.list_topics().await {

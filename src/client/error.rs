@@ -89,7 +89,7 @@ impl CallError {
     }
 
     /// Returns the broker's error code if a broker returned an error.
-    pub fn reason(&self) -> Option<ErrorCode> {
+    pub fn code(&self) -> Option<ErrorCode> {
         match self {
             Self::Connect(_) => None,
             Self::Api(error) => Some(error.code),
@@ -228,7 +228,7 @@ pub enum ConsumeError {
     },
     /// The broker repeatedly sent invalid batches.
     #[error("{topic}/{partition}: the broker sent a corrupt batch at offset {offset}: {source}")]
-    Damaged {
+    Corrupt {
         /// Topic name.
         topic: String,
         /// Partition number.

@@ -65,25 +65,25 @@ pub(super) struct FakeState {
     /// Number of fetch responses until the stream breaks; `None` if it does not break.
     pub(super) fetches_until_break: Option<u32>,
     /// Number of fetch responses to corrupt.
-    pub(super) damage: u32,
+    pub(super) corrupt_fetches: u32,
     pub(super) requests: u32,
     /// Address in the fake's metadata.
     pub(super) advertised: String,
     /// Error of every read; `None` if partitions can be read.
     pub(super) unreadable: Option<ErrorCode>,
     /// Other brokers, all in sync with the fake.
-    pub(super) neighbours: Vec<v1::Broker>,
+    pub(super) other_brokers: Vec<v1::Broker>,
     /// True if the fake is a follower: it serves only requests with `any_replica`.
-    pub(super) follows: bool,
+    pub(super) is_follower: bool,
     /// Number of fetch responses sent.
     pub(super) fetches: u32,
     /// Leader epoch of the fake; `advertised_epoch` is the one in its metadata.
     pub(super) epoch: i32,
     pub(super) advertised_epoch: i32,
     /// True if the fake reports an expired lease.
-    pub(super) doubts: bool,
+    pub(super) lease_expired: bool,
     /// Number of metadata requests received.
-    pub(super) asked: u32,
+    pub(super) metadata_requests: u32,
     /// Error of every admin call except for metadata.
     pub(super) refusal: ApiError,
 }
@@ -105,17 +105,17 @@ impl FakeBroker {
             next_producer: 100,
             script: VecDeque::new(),
             fetches_until_break: None,
-            damage: 0,
+            corrupt_fetches: 0,
             requests: 0,
             advertised: address.to_string(),
             unreadable: None,
-            neighbours: Vec::new(),
-            follows: false,
+            other_brokers: Vec::new(),
+            is_follower: false,
             fetches: 0,
             epoch: 0,
             advertised_epoch: 0,
-            doubts: false,
-            asked: 0,
+            lease_expired: false,
+            metadata_requests: 0,
             refusal: ApiError::new(ErrorCode::TopicExists, "the topic exists already"),
         };
         let tasks = Tasks::new();
@@ -155,13 +155,13 @@ impl FakeBroker {
     }
 
     /// Makes the fake report an expired lease from now on.
-    pub(super) fn doubt(&self) {
-        self.state().doubts = true;
+    pub(super) fn expire_lease(&self) {
+        self.state().lease_expired = true;
         self.grown.send_replace(());
     }
 
     /// Makes the records of a stored batch undecodable, with a valid checksum.
-    pub(super) fn garble(&self, partition: usize, batch: usize) {
+    pub(super) fn make_undecodable(&self, partition: usize, batch: usize) {
         const CRC: std::ops::Range<usize> = 17..21;
         const CODEC: usize = 22;
         let mut state = self.state();
@@ -286,11 +286,11 @@ impl FakeBroker {
             partition: want.partition,
             log_start: start.cast_signed(),
             high_watermark: end.cast_signed(),
-            from_follower: state.follows,
+            from_follower: state.is_follower,
             leader_epoch: state.epoch,
             ..Default::default()
         };
-        if state.follows && !any_replica || want.leader_epoch > state.epoch {
+        if state.is_follower && !any_replica || want.leader_epoch > state.epoch {
             fetched.error = Some(ApiError::new(ErrorCode::NotLeader, "a follower, or an older epoch").into());
             return Some(fetched);
         }
@@ -307,8 +307,8 @@ impl FakeBroker {
         // One batch at a time, with its header in a separate chunk, so that streams are long.
         let batch = state.partitions[number].batches.iter().find(|batch| batch.end_offset().get() > offset)?.clone();
         let mut records = batch.records_bytes().to_vec();
-        if state.damage > 0 {
-            state.damage -= 1;
+        if state.corrupt_fetches > 0 {
+            state.corrupt_fetches -= 1;
             records[0] ^= 1;
         }
         fetched.next_offset = batch.end_offset().as_i64();
@@ -357,9 +357,9 @@ impl FakeBroker {
                     return;
                 }
             }
-            let doubts = self.state().doubts;
-            if idle && std::mem::replace(&mut reported, doubts) != doubts {
-                let response = v1::FetchResponse { partitions: Vec::new(), lease_expired: doubts };
+            let lease_expired = self.state().lease_expired;
+            if idle && std::mem::replace(&mut reported, lease_expired) != lease_expired {
+                let response = v1::FetchResponse { partitions: Vec::new(), lease_expired };
                 if responses.send(Ok(response)).await.is_err() {
                     return;
                 }
@@ -427,7 +427,7 @@ impl log_server::Log for FakeBroker {
             let leader_epoch = state.epoch;
             v1::OffsetResult { offset: offset.cast_signed(), timestamp_ms: -1, leader_epoch, error: None }
         });
-        Ok(Response::new(v1::ListOffsetsResponse { results: results.collect(), lease_expired: state.doubts }))
+        Ok(Response::new(v1::ListOffsetsResponse { results: results.collect(), lease_expired: state.lease_expired }))
     }
 
     async fn init_producer_id(
@@ -477,9 +477,9 @@ unimplemented_calls! {
 impl FakeBroker {
     fn metadata(&self, request: &v1::GetMetadataRequest) -> v1::GetMetadataResponse {
         let mut state = self.state();
-        state.asked += 1;
+        state.metadata_requests += 1;
         let own = v1::Broker { id: 1, address: state.advertised.clone(), rack: "a".to_owned() };
-        let brokers: Vec<_> = std::iter::once(own).chain(state.neighbours.iter().cloned()).collect();
+        let brokers: Vec<_> = std::iter::once(own).chain(state.other_brokers.iter().cloned()).collect();
         let replicas: Vec<u32> = brokers.iter().map(|broker| broker.id).collect();
         let topics = request.topics.iter().map(|name| {
             if name != "t" {
@@ -507,7 +507,7 @@ impl FakeBroker {
             cluster: "double".into(),
             brokers,
             topics: topics.collect(),
-            lease_expired: state.doubts,
+            lease_expired: state.lease_expired,
             ..Default::default()
         }
     }

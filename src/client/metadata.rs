@@ -34,7 +34,7 @@ pub(super) struct ReadTarget {
     /// Address of the broker.
     pub(super) address: BrokerAddress,
     /// True if the broker is a follower.
-    pub(super) follows: bool,
+    pub(super) is_follower: bool,
     /// Topic id.
     pub(super) topic: TopicId,
     /// Newest leader epoch of the partition in the cache.
@@ -78,14 +78,19 @@ impl RoutingTable {
 
     /// Returns the broker at which a consumer in `rack` reads a partition: an in-sync replica in the rack, else the
     /// leader.
-    pub(super) fn source(&self, topic: &str, partition: u32, rack: Option<&str>) -> Option<ReadTarget> {
+    pub(super) fn read_target(&self, topic: &str, partition: u32, rack: Option<&str>) -> Option<ReadTarget> {
         let snapshot = self.snapshot.lock();
         let topic_route = snapshot.topics.get(topic)?.as_ref().ok()?;
         let route = topic_route.partitions.get(usize::try_from(partition).ok()?)?;
         let rack_of = |broker| snapshot.brokers.get(&broker).map(|endpoint| endpoint.rack.as_str());
         let broker = select_replica(rack, (topic, partition), route, rack_of)?;
         let address = snapshot.brokers.get(&broker)?.address.clone();
-        Some(ReadTarget { address, follows: route.leader != Some(broker), topic: topic_route.id, epoch: route.epoch })
+        Some(ReadTarget {
+            address,
+            is_follower: route.leader != Some(broker),
+            topic: topic_route.id,
+            epoch: route.epoch,
+        })
     }
 
     /// Returns the brokers of the last metadata.
@@ -249,8 +254,8 @@ mod tests {
         metadata.topics[0].partitions[0].isr = vec![2, 1];
         routing.refresh(0, &["t"], |_| async { Ok(metadata) }).await.expect("refreshed");
         let at = |rack| {
-            let source = routing.source("t", 0, rack).expect("cached");
-            (source.address.as_str().to_owned(), source.follows)
+            let target = routing.read_target("t", 0, rack).expect("cached");
+            (target.address.as_str().to_owned(), target.is_follower)
         };
         assert_eq!(at(None), ("b1:9460".to_owned(), false));
         assert_eq!(at(Some("a")), ("b1:9460".to_owned(), false));
@@ -264,7 +269,7 @@ mod tests {
         assert!(routing.apply_leader_hint("t", 0, &hint));
         assert_eq!(at(Some("b")), ("n2:9460".to_owned(), false));
         assert_eq!(at(Some("a")), ("b1:9460".to_owned(), true));
-        assert_eq!(routing.source("t", 1, Some("a")), None);
+        assert_eq!(routing.read_target("t", 1, Some("a")), None);
     }
 
     #[tokio::test]

@@ -221,7 +221,7 @@ impl Client {
         &self.inner.routing
     }
 
-    async fn wire(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
+    async fn channel(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         let connected = self.inner.pool.wire(address).await;
         connected.map_err(|error| match error {
             // The user gave other addresses, so the error names the source of this address.
@@ -251,7 +251,7 @@ impl Client {
         wanted: &[&str],
     ) -> Result<(), CallError> {
         let request = |topics: Vec<String>| {
-            let mut order = self.anybody();
+            let mut order = self.brokers_in_call_order();
             order.sort_by_key(|address| last.contains(address));
             let hedge = if last.is_empty() { HEDGE_DELAY } else { HEDGE_DELAY_LEASE_EXPIRED };
             async move {
@@ -284,7 +284,7 @@ impl Client {
         F: Fn(BrokerChannel) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
-        self.call_in_order(self.anybody(), HEDGE_DELAY, call).await
+        self.call_in_order(self.brokers_in_call_order(), HEDGE_DELAY, call).await
     }
 
     /// Calls brokers in this order. Returns the first response, or the first error that a broker itself returned. Calls
@@ -299,7 +299,7 @@ impl Client {
         let mut remaining = order.into_iter();
         let call = &call;
         let attempt = |address: BrokerAddress| async move {
-            let result = self.at(&address, timeout, call).await;
+            let result = self.call_broker(&address, timeout, call).await;
             (address, result)
         };
         let (mut attempts, mut tried, mut received) = (FuturesUnordered::new(), Vec::new(), false);
@@ -308,7 +308,9 @@ impl Client {
             if attempts.is_empty() {
                 match remaining.next() {
                     Some(address) => attempts.push(attempt(address)),
-                    None => return Err(metadata_error.map_or_else(|| nobody(tried, received), CallError::from)),
+                    None => {
+                        return Err(metadata_error.map_or_else(|| no_response_error(tried, received), CallError::from));
+                    }
                 }
             }
             let completed = match tokio::time::timeout(hedge, attempts.next()).await {
@@ -323,35 +325,35 @@ impl Client {
                     *self.inner.preferred.lock() = Some(address);
                     return Ok(response);
                 }
-                Some((_, Err(AttemptError::Unanswered(NoResponse::Refused(error)))))
+                Some((_, Err(AttemptError::CallFailed(NoResponse::Refused(error)))))
                     if error.code == ErrorCode::MetadataUnavailable =>
                 {
                     metadata_error = Some(error);
                 }
-                Some((address, Err(AttemptError::Unanswered(refused @ NoResponse::Refused(_))))) => {
-                    return Err(refused.at(&address).into());
+                Some((address, Err(AttemptError::CallFailed(refused @ NoResponse::Refused(_))))) => {
+                    return Err(refused.with_address(&address).into());
                 }
-                Some((address, Err(AttemptError::Unanswered(no_response)))) => {
+                Some((address, Err(AttemptError::CallFailed(no_response)))) => {
                     received |= no_response.may_have_arrived();
                     tried.push((address.as_str().to_owned(), no_response.into_error().message));
                 }
-                Some((_, Err(AttemptError::Unconnected(ConnectError::NoResponse { tried: more })))) => {
+                Some((_, Err(AttemptError::NoConnection(ConnectError::NoResponse { tried: more })))) => {
                     tried.extend(more)
                 }
-                Some((_, Err(AttemptError::Unconnected(error)))) => return Err(error.into()),
+                Some((_, Err(AttemptError::NoConnection(error)))) => return Err(error.into()),
                 None => {}
             }
         }
     }
 
     /// Makes one call to one broker.
-    async fn at<F, R, T>(&self, address: &BrokerAddress, timeout: Duration, call: F) -> Result<T, AttemptError>
+    async fn call_broker<F, R, T>(&self, address: &BrokerAddress, timeout: Duration, call: F) -> Result<T, AttemptError>
     where
         F: Fn(BrokerChannel) -> R,
         R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
-        let channel = self.wire(address).await.map_err(AttemptError::Unconnected)?;
-        bounded(timeout, call(channel)).await.map_err(AttemptError::Unanswered)
+        let channel = self.channel(address).await.map_err(AttemptError::NoConnection)?;
+        with_timeout(timeout, call(channel)).await.map_err(AttemptError::CallFailed)
     }
 
     /// Calls any broker for a change. Calls the next broker if no broker received the call, or if the broker does not
@@ -364,28 +366,28 @@ impl Client {
     {
         let timeout = self.options().request_timeout;
         let (mut tried, mut metadata_error) = (Vec::new(), None);
-        for address in self.anybody() {
-            match self.at(&address, timeout, &call).await {
+        for address in self.brokers_in_call_order() {
+            match self.call_broker(&address, timeout, &call).await {
                 Ok(response) => {
                     *self.inner.preferred.lock() = Some(address);
                     return Ok(response);
                 }
-                Err(AttemptError::Unconnected(ConnectError::NoResponse { tried: more })) => tried.extend(more),
-                Err(AttemptError::Unconnected(error)) => return Err(error.into()),
-                Err(AttemptError::Unanswered(not_done @ (NoResponse::NotSent(_) | NoResponse::NoBroker(_)))) => {
+                Err(AttemptError::NoConnection(ConnectError::NoResponse { tried: more })) => tried.extend(more),
+                Err(AttemptError::NoConnection(error)) => return Err(error.into()),
+                Err(AttemptError::CallFailed(not_done @ (NoResponse::NotSent(_) | NoResponse::NoBroker(_)))) => {
                     tried.push((address.as_str().to_owned(), not_done.into_error().message));
                 }
-                Err(AttemptError::Unanswered(NoResponse::Refused(error))) if is_not_started(&error) => {
+                Err(AttemptError::CallFailed(NoResponse::Refused(error))) if is_not_started(&error) => {
                     metadata_error = Some(error)
                 }
-                Err(AttemptError::Unanswered(no_response)) => return Err(no_response.at(&address).into()),
+                Err(AttemptError::CallFailed(no_response)) => return Err(no_response.with_address(&address).into()),
             }
         }
-        Err(metadata_error.map_or_else(|| nobody(tried, false), CallError::from))
+        Err(metadata_error.map_or_else(|| no_response_error(tried, false), CallError::from))
     }
 
     /// Returns all known brokers in the order in which they are called.
-    fn anybody(&self) -> Vec<BrokerAddress> {
+    fn brokers_in_call_order(&self) -> Vec<BrokerAddress> {
         let mut addresses = self.inner.routing.brokers();
         for address in &self.inner.bootstrap {
             if !addresses.contains(address) {
@@ -435,7 +437,7 @@ fn is_not_started(error: &ApiError) -> bool {
 
 /// Returns the error of a call that got no response. The error is retryable if a broker may have `received` the call,
 /// because that broker may respond to the next call.
-fn nobody(tried: Vec<(String, String)>, received: bool) -> CallError {
+fn no_response_error(tried: Vec<(String, String)>, received: bool) -> CallError {
     let error = ConnectError::NoResponse { tried };
     if received { ApiError::new(ErrorCode::NotReady, error.to_string()).into() } else { error.into() }
 }
@@ -443,19 +445,19 @@ fn nobody(tried: Vec<(String, String)>, received: bool) -> CallError {
 /// A call to one broker that failed.
 enum AttemptError {
     /// No connection to the broker.
-    Unconnected(ConnectError),
+    NoConnection(ConnectError),
     /// The connection exists, and the call failed.
-    Unanswered(NoResponse),
+    CallFailed(NoResponse),
 }
 
 /// Makes one unary call with a timeout.
-async fn bounded<R, T>(timeout: Duration, call: R) -> Result<T, NoResponse>
+async fn with_timeout<R, T>(timeout: Duration, call: R) -> Result<T, NoResponse>
 where
     R: Future<Output = Result<tonic::Response<T>, Status>>,
 {
     match tokio::time::timeout(timeout, call).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
-        Ok(Err(status)) => Err(unanswered(&status)),
+        Ok(Err(status)) => Err(classify_status(&status)),
         Err(_) => Err(NoResponse::TimedOut(timeout)),
     }
 }
@@ -491,7 +493,7 @@ impl NoResponse {
     }
 
     /// Converts into an [`ApiError`] whose message starts with the address. The broker's own errors need no address.
-    fn at(self, address: &BrokerAddress) -> ApiError {
+    fn with_address(self, address: &BrokerAddress) -> ApiError {
         match self {
             Self::Refused(error) => error,
             other => {
@@ -502,7 +504,7 @@ impl NoResponse {
     }
 }
 
-fn unanswered(status: &Status) -> NoResponse {
+fn classify_status(status: &Status) -> NoResponse {
     if let Some(problem) = transport::unsent(status) {
         return NoResponse::NotSent(problem);
     }

@@ -271,7 +271,7 @@ async fn filled(records: u32) -> (FakeBroker, Client) {
 async fn broken_stream_neither_skips_nor_repeats_records() {
     let (fake, client) = filled(30).await;
     fake.state().fetches_until_break = Some(7);
-    fake.state().damage = 2;
+    fake.state().corrupt_fetches = 2;
     let mut consumer = client.consumer(ConsumerOptions::default());
     consumer.assign("t", 0, OffsetSpec::Earliest).await.expect("assigned");
     for number in 0..30_u64 {
@@ -329,11 +329,11 @@ async fn out_of_range_position_fails_or_is_reset() {
 #[tokio::test]
 async fn permanent_corruption_is_reported_and_not_returned() {
     let (fake, client) = filled(3).await;
-    fake.state().damage = u32::MAX;
+    fake.state().corrupt_fetches = u32::MAX;
     let mut consumer = client.consumer(ConsumerOptions::default());
     consumer.assign("t", 0, OffsetSpec::Earliest).await.expect("assigned");
     let error = consumer.next().await.expect_err("corrupt");
-    assert!(matches!(error, ConsumeError::Damaged { .. }), "{error}");
+    assert!(matches!(error, ConsumeError::Corrupt { .. }), "{error}");
 }
 
 /// Waits until the client's retry status satisfies `is`, and returns it.
@@ -555,7 +555,7 @@ async fn queues_that_only_wait_refresh_metadata() {
         assert!(client.routing().apply_leader_hint("t", partition, &moved.with("address", new.address)));
     }
     wait_until("the busy queues have moved", || (0..16).all(|partition| new.batches(partition) == 16)).await;
-    let requests = || old.state().asked + new.state().asked;
+    let requests = || old.state().metadata_requests + new.state().metadata_requests;
     let before = requests();
     wait_until("the waiting queues refresh metadata", || requests() > before + 5).await;
     for fake in [&old, &new] {

@@ -32,7 +32,7 @@ pub(super) async fn run(admin: &Admin, command: &RebuildManifestArgs, output: Ou
         Err(error) => return Err(refused(admin, Some(&command.name), error).await),
     };
     let prospect = prospect(topic, number, &found);
-    if !command.yes && found.doubt.is_some() {
+    if !command.yes && found.obstacle.is_some() {
         confirm(&prospect, "rebuild the manifest from the remaining objects?")?;
     }
     let done = match admin.rebuild_manifest(topic, number, &found).await {
@@ -71,9 +71,9 @@ fn prospect(topic: &str, number: u32, found: &ManifestRebuild) -> String {
     if found.left_over > 0 {
         lines.push(format!("{} not used", output::count(found.left_over.into(), "other object")));
     }
-    match &found.doubt {
+    match &found.obstacle {
         None => lines.push("the remaining segments are the committed ones".to_owned()),
-        Some(doubt) => lines.push(format!("the remaining segments may differ from the committed ones: {doubt}")),
+        Some(obstacle) => lines.push(format!("the remaining segments may differ from the committed ones: {obstacle}")),
     }
     if found.log_start > found.range.start {
         lines.push(format!(
@@ -96,7 +96,7 @@ fn described(topic: &str, number: u32, found: &ManifestRebuild) -> Value {
         "log_start": found.log_start,
         "segments": found.segments,
         "bytes": found.bytes,
-        "obstacle": found.doubt,
+        "obstacle": found.obstacle,
         "missing": missing.collect::<Vec<_>>(),
         "unusable": found.unusable,
         "unused": found.left_over,

@@ -131,7 +131,7 @@ pub(super) async fn run(admin: &Admin, command: &DeleteArgs, output: OutputForma
     let content = match admin.describe_topic(name).await {
         Ok(topic) => TopicContent::of(&topic),
         // A deletion with `--yes` does not need the description.
-        Err(error) if command.yes && error.reason() != Some(ErrorCode::UnknownTopic) => TopicContent::unknown(name),
+        Err(error) if command.yes && error.code() != Some(ErrorCode::UnknownTopic) => TopicContent::unknown(name),
         Err(error) => return Err(explain(admin, name, error).await),
     };
     if command.dry_run {

@@ -4,7 +4,7 @@
 
 use std::{ops::Range, time::Duration};
 
-use super::{Admin, brokers, odd, offset};
+use super::{Admin, brokers, invalid_response, offset};
 use crate::{
     client::{connection::admin_client, error::CallError},
     model::{BrokerId, LeaderEpoch, Offset},
@@ -436,12 +436,13 @@ fn broker(state: v1::BrokerDescription) -> BrokerDescription {
 }
 
 fn named(name: v1::TopicPartition) -> Result<(String, u32), CallError> {
-    let number = u32::try_from(name.partition).map_err(|_| odd("a negative partition"))?;
+    let number = u32::try_from(name.partition).map_err(|_| invalid_response("a negative partition"))?;
     Ok((name.topic, number))
 }
 
 fn reassignment(response: v1::Reassignment) -> Result<Reassignment, CallError> {
-    let (topic, partition) = named(response.partition.ok_or_else(|| odd("a reassignment without a partition"))?)?;
+    let (topic, partition) =
+        named(response.partition.ok_or_else(|| invalid_response("a reassignment without a partition"))?)?;
     Ok(Reassignment {
         topic,
         partition,

@@ -25,7 +25,7 @@ pub struct ManifestRebuild {
     /// Bytes of batches in the remaining segments.
     pub bytes: u64,
     /// Reason for which the remains cannot be verified against the committed state; `None` if they match.
-    pub doubt: Option<String>,
+    pub obstacle: Option<String>,
     /// Offset ranges that no object covers.
     pub missing: Vec<Range<Offset>>,
     /// Names of objects that cannot be used.
@@ -77,7 +77,7 @@ impl Admin {
             log_start: offset(response.new_log_start)?,
             segments: response.segments,
             bytes: response.bytes,
-            doubt: Some(response.obstacle).filter(|obstacle| !obstacle.is_empty()),
+            obstacle: Some(response.obstacle).filter(|obstacle| !obstacle.is_empty()),
             missing: response.missing.into_iter().map(range).collect::<Result<_, _>>()?,
             unusable: response.unusable,
             left_over: response.unused,

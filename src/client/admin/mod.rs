@@ -374,7 +374,7 @@ impl Admin {
     async fn has_newer_leader(&self, topic: &str, partition: u32, found: &LeaderOffset, seen: u64) -> bool {
         let Some(expired) = &found.lease_expired else { return false };
         let refreshed = self.client.refresh_excluding(&BTreeSet::from([expired.clone()]), seen, &[topic]).await;
-        let leader = self.client.routing().source(topic, partition, None).filter(|_| refreshed.is_ok());
+        let leader = self.client.routing().read_target(topic, partition, None).filter(|_| refreshed.is_ok());
         leader.is_some_and(|leader| leader.address != *expired && leader.epoch > found.epoch)
     }
 
@@ -390,7 +390,7 @@ impl Admin {
             let message = format!("topic {topic:?} has no partition {partition}: it has {count}, numbered from 0");
             return Err(ApiError::new(ErrorCode::UnknownPartition, message).into());
         }
-        let Some(ReadTarget { address, epoch, .. }) = self.client.routing().source(topic, partition, None) else {
+        let Some(ReadTarget { address, epoch, .. }) = self.client.routing().read_target(topic, partition, None) else {
             let message = format!("partition {topic}/{partition} has no leader");
             return Err(ApiError::new(ErrorCode::NotLeader, message).into());
         };
@@ -398,7 +398,7 @@ impl Admin {
             let message = format!("the leader of {topic}/{partition}, {}: {problem}", address.as_str());
             CallError::from(ApiError::new(ErrorCode::NotReady, message))
         };
-        let channel = self.client.wire(&address).await.map_err(|error| unreachable(error.problem()))?;
+        let channel = self.client.channel(&address).await.map_err(|error| unreachable(error.problem()))?;
         let timeout = match query.at {
             // A lookup by time may read the object store.
             Some(v1::offset_query::At::TimestampMs(_)) => self.client.options().request_timeout,
@@ -406,7 +406,7 @@ impl Admin {
         };
         let is_start = matches!(query.at, Some(v1::offset_query::At::Earliest(_)));
         let request = v1::ListOffsetsRequest { queries: vec![query.clone()] };
-        let response = match super::bounded(timeout, log_client(channel).list_offsets(request)).await {
+        let response = match super::with_timeout(timeout, log_client(channel).list_offsets(request)).await {
             Ok(response) => response,
             Err(super::NoResponse::Refused(error)) => return Err(error.into()),
             Err(no_response) => return Err(unreachable(no_response.into_error().message)),
@@ -414,7 +414,7 @@ impl Admin {
         // The log start of an expired leader is accepted: no other broker has a better one.
         let lease_expired = (response.lease_expired && !is_start).then_some(address);
         let Some(result) = response.results.into_iter().next() else {
-            return Err(odd("an empty response to an offset query").into());
+            return Err(invalid_response("an empty response to an offset query").into());
         };
         match result.error {
             Some(error) => Err(ApiError::from(error).into()),
@@ -432,18 +432,18 @@ struct LeaderOffset {
     lease_expired: Option<BrokerAddress>,
 }
 
-fn odd(what: &str) -> ApiError {
+fn invalid_response(what: &str) -> ApiError {
     ApiError::new(ErrorCode::Internal, format!("the broker sent {what}"))
 }
 
 fn offset(value: i64) -> Result<Offset, ApiError> {
-    Offset::from_i64(value).ok_or_else(|| odd("a negative offset"))
+    Offset::from_i64(value).ok_or_else(|| invalid_response("a negative offset"))
 }
 
 fn summary(topic: Option<v1::TopicSummary>) -> Result<TopicSummary, CallError> {
-    let topic = topic.ok_or_else(|| odd("a response without a topic"))?;
+    let topic = topic.ok_or_else(|| invalid_response("a response without a topic"))?;
     Ok(TopicSummary {
-        id: topic.topic_id.parse().map_err(|_| odd("a topic id that is not a UUID"))?,
+        id: topic.topic_id.parse().map_err(|_| invalid_response("a topic id that is not a UUID"))?,
         name: topic.name,
         partitions: topic.partitions,
         replication_factor: topic.replication_factor,
@@ -453,7 +453,7 @@ fn summary(topic: Option<v1::TopicSummary>) -> Result<TopicSummary, CallError> {
 
 fn describe(state: v1::PartitionDescription) -> Result<PartitionDescription, CallError> {
     Ok(PartitionDescription {
-        partition: u32::try_from(state.partition).map_err(|_| odd("a negative partition"))?,
+        partition: u32::try_from(state.partition).map_err(|_| invalid_response("a negative partition"))?,
         leader: state.leader.map(BrokerId),
         leader_epoch: LeaderEpoch::from_i32(state.leader_epoch).unwrap_or_default(),
         replicas: brokers(state.replicas),

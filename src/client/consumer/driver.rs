@@ -275,10 +275,11 @@ impl ConsumerDriver {
     fn on_ended(&mut self, number: u64, error: &ApiError) {
         tracing::debug!(%error, "fetch stream ended");
         let now = clock::monotonic();
-        for state in self.partitions.iter_mut().filter(|state| state.stream == Some(number) && state.follows) {
+        for state in self.partitions.iter_mut().filter(|state| state.stream == Some(number) && state.is_follower) {
             state.follower_backoff.leave_follower(now);
         }
-        let from_leader = self.partitions.iter().filter(|(.., state)| state.stream == Some(number) && !state.follows);
+        let from_leader =
+            self.partitions.iter().filter(|(.., state)| state.stream == Some(number) && !state.is_follower);
         let from_leader: Vec<_> = from_leader.map(|(topic, partition, _)| (topic.clone(), partition)).collect();
         self.drop_stream(number);
         // Partitions that a follower served move to their leader at once.
@@ -331,7 +332,7 @@ impl ConsumerDriver {
         let now = clock::monotonic();
         self.schedule_assignment(now);
         let Some(state) = self.partitions.get_mut(topic, partition) else { return };
-        if state.follows {
+        if state.is_follower {
             // The leader has another copy.
             state.follower_backoff.leave_follower(now);
         } else {
@@ -343,7 +344,7 @@ impl ConsumerDriver {
             return self.pause(topic, partition);
         }
         let error = match invalid {
-            InvalidResponse::Malformed(source) => ConsumeError::Damaged { topic: name, partition, offset, source },
+            InvalidResponse::Malformed(source) => ConsumeError::Corrupt { topic: name, partition, offset, source },
             InvalidResponse::Gap(found) => ConsumeError::Gap { topic: name, partition, expected: offset, found },
         };
         self.fail(topic, partition, error);
@@ -351,7 +352,7 @@ impl ConsumerDriver {
 
     fn on_partition_error(&mut self, topic: &Arc<str>, partition: u32, error: ApiError) {
         let Some(state) = self.partitions.get_mut(topic, partition) else { return };
-        if state.follows {
+        if state.is_follower {
             // After any error of a follower the leader decides.
             let now = clock::monotonic();
             let position = state.position;

@@ -32,7 +32,7 @@ pub(super) struct PartitionFetchState {
     /// Stream of the partition.
     pub(super) stream: Option<u64>,
     /// True if a follower serves the partition on that stream.
-    pub(super) follows: bool,
+    pub(super) is_follower: bool,
     pub(super) follower_backoff: FollowerBackoff,
     /// Id of the topic that is read: the position is invalid in another topic of the same name.
     pub(super) topic: TopicId,
@@ -63,7 +63,7 @@ impl PartitionFetchState {
             generation,
             position,
             stream: None,
-            follows: false,
+            is_follower: false,
             follower_backoff: earlier.map_or_else(|| FollowerBackoff::new(now), |earlier| earlier.follower_backoff),
             leader_epoch: leader_epoch.unwrap_or_default(),
             failed: false,
@@ -76,11 +76,11 @@ impl PartitionFetchState {
     }
 
     /// Attaches the partition to a stream. Returns the offset and the leader epoch to request.
-    pub(super) fn attach(&mut self, stream: u64, source: &ReadTarget) -> (i64, i32) {
+    pub(super) fn attach(&mut self, stream: u64, target: &ReadTarget) -> (i64, i32) {
         self.stream = Some(stream);
-        self.follows = source.follows;
-        if source.topic == self.topic {
-            self.leader_epoch = self.leader_epoch.max(source.epoch);
+        self.is_follower = target.is_follower;
+        if target.topic == self.topic {
+            self.leader_epoch = self.leader_epoch.max(target.epoch);
         }
         (self.position.as_i64(), self.leader_epoch.as_i32())
     }
@@ -104,7 +104,7 @@ impl PartitionFetchState {
     /// Records the role and the leader epoch of the broker that responded. Returns true if the epoch is newer than the
     /// epoch before.
     pub(super) fn on_response(&mut self, fetched: &v1::FetchedPartition) -> bool {
-        self.follows = fetched.from_follower;
+        self.is_follower = fetched.from_follower;
         let epoch = LeaderEpoch::from_i32(fetched.leader_epoch).filter(|epoch| *epoch > self.leader_epoch);
         self.leader_epoch = epoch.unwrap_or(self.leader_epoch);
         epoch.is_some()

@@ -268,7 +268,7 @@ impl Consumer {
         let generation = self.next_generation;
         self.next_generation += 1;
         let topic: Arc<str> = topic.into();
-        self.forget_current(&topic, partition);
+        self.drop_current(&topic, partition);
         self.assigned.insert((topic.clone(), partition), AssignedPartition { generation, position });
         let command = ConsumerCommand::Assign { topic, topic_id: route.id, partition, generation, position };
         self.commands.send(command).await.map_err(|_| ConsumeError::Closed)
@@ -283,7 +283,7 @@ impl Consumer {
         if self.assigned.remove(&key).is_none() {
             return Err(not_assigned(topic, partition));
         }
-        self.forget_current(topic, partition);
+        self.drop_current(topic, partition);
         let command = ConsumerCommand::Unassign { topic: key.0, partition };
         self.commands.send(command).await.map_err(|_| ConsumeError::Closed)
     }
@@ -333,8 +333,8 @@ impl Consumer {
             if let Some(record) = self.next_of_current()? {
                 return Ok(record);
             }
-            let batch = self.fetch().await?;
-            self.begin(batch)?;
+            let batch = self.receive_batch().await?;
+            self.start_batch(batch)?;
         }
     }
 
@@ -349,7 +349,7 @@ impl Consumer {
             }
             let Ok(event) = self.events.try_recv() else { return Ok(None) };
             let Some(batch) = self.accept(event)? else { continue };
-            self.begin(batch)?;
+            self.start_batch(batch)?;
         }
     }
 
@@ -360,7 +360,7 @@ impl Consumer {
     /// See [`Consumer::next`].
     pub async fn next_batch(&mut self) -> Result<ConsumedBatch, ConsumeError> {
         self.end_current();
-        let batch = self.fetch().await?;
+        let batch = self.receive_batch().await?;
         self.set_position(&batch.topic, batch.partition, batch.batch.end_offset());
         Ok(batch)
     }
@@ -376,7 +376,7 @@ impl Consumer {
     }
 
     /// Starts to return the records of a batch.
-    fn begin(&mut self, batch: ConsumedBatch) -> Result<(), ConsumeError> {
+    fn start_batch(&mut self, batch: ConsumedBatch) -> Result<(), ConsumeError> {
         let ConsumedBatch { topic, partition, batch, from: position, .. } = batch;
         let (base, end) = (batch.base_offset(), batch.end_offset());
         let records =
@@ -399,7 +399,7 @@ impl Consumer {
             self.skipped_records += lost.end.since(lost.start);
             self.set_position(topic, partition, lost.end);
         } else {
-            self.halt(topic, partition, lost.start);
+            self.stop_partition(topic, partition, lost.start);
         }
         ConsumeError::Undecodable {
             topic: topic.to_string(),
@@ -413,7 +413,7 @@ impl Consumer {
     }
 
     /// Stops a partition at this position until it is assigned or sought again.
-    fn halt(&mut self, topic: &Arc<str>, partition: u32, position: Offset) {
+    fn stop_partition(&mut self, topic: &Arc<str>, partition: u32, position: Offset) {
         if let Some(assigned) = self.assigned.get_mut(&(topic.clone(), partition)) {
             // The new generation invalidates the events in the queue.
             *assigned = AssignedPartition { generation: self.next_generation, position };
@@ -445,7 +445,7 @@ impl Consumer {
         Ok(None)
     }
 
-    async fn fetch(&mut self) -> Result<ConsumedBatch, ConsumeError> {
+    async fn receive_batch(&mut self) -> Result<ConsumedBatch, ConsumeError> {
         loop {
             let event = self.events.recv().await.ok_or(ConsumeError::Closed)?;
             if let Some(batch) = self.accept(event)? {
@@ -480,7 +480,7 @@ impl Consumer {
         }
     }
 
-    fn forget_current(&mut self, topic: &str, partition: u32) {
+    fn drop_current(&mut self, topic: &str, partition: u32) {
         if self.current.as_ref().is_some_and(|current| &*current.topic == topic && current.partition == partition) {
             self.current = None;
         }

@@ -54,7 +54,7 @@ impl FollowerBackoff {
         topic: &str,
         partition: u32,
     ) -> Option<ReadTarget> {
-        routing.source(topic, partition, rack.filter(|_| self.leader_until.is_none()))
+        routing.read_target(topic, partition, rack.filter(|_| self.leader_until.is_none()))
     }
 
     /// Ends the stay at the leader if it was over when metadata was received at `received`.

@@ -108,7 +108,7 @@ fn responses(client: Client, address: BrokerAddress, requests: mpsc::Receiver<v1
     let name = address.clone();
     let open = async move {
         let channel =
-            client.wire(&address).await.map_err(|error| ApiError::new(ErrorCode::NotReady, error.problem()))?;
+            client.channel(&address).await.map_err(|error| ApiError::new(ErrorCode::NotReady, error.problem()))?;
         let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
         let response = log_client(channel).fetch(requests).await.map_err(|status| ApiError::from(&status))?;
         let responses = response.into_inner().map_ok(StreamEvent::Response).map_err(|status| ApiError::from(&status));
@@ -140,7 +140,7 @@ impl<S: Stream + Unpin> FairStreams<S> {
     /// Removes a stream if it exists.
     fn remove(&mut self, number: u64) {
         if let Some(at) = self.streams.iter().position(|(existing, _)| *existing == number) {
-            self.take_out(at);
+            self.remove_at(at);
         }
     }
 
@@ -163,14 +163,14 @@ impl<S: Stream + Unpin> FairStreams<S> {
                     self.turn += 1;
                     return Poll::Ready(Some((*number, item)));
                 }
-                Poll::Ready(None) => self.take_out(self.turn),
+                Poll::Ready(None) => self.remove_at(self.turn),
                 Poll::Pending => self.turn += 1,
             }
         }
         if self.streams.is_empty() { Poll::Ready(None) } else { Poll::Pending }
     }
 
-    fn take_out(&mut self, at: usize) {
+    fn remove_at(&mut self, at: usize) {
         self.streams.remove(at);
         if at < self.turn {
             self.turn -= 1;

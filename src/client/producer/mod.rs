@@ -292,7 +292,7 @@ impl Producer {
                     self.inner.notify_driver(queue);
                 }
                 if sticky {
-                    queues.filled(queue.partition, bytes, appended.sealed, self.inner.options.batch_bytes);
+                    queues.count_sticky(queue.partition, bytes, appended.sealed, self.inner.options.batch_bytes);
                 }
                 Ok(appended.delivery)
             }
@@ -500,15 +500,15 @@ impl TopicQueues {
 
     /// Counts a record that was appended to the sticky partition. Selects another partition when the batch was sealed
     /// or after `batch_bytes`: a batch that is sent as soon as possible may never be full (KIP-794).
-    fn filled(&self, partition: u32, bytes: usize, sealed: bool, batch_bytes: usize) {
+    fn count_sticky(&self, partition: u32, bytes: usize, sealed: bool, batch_bytes: usize) {
         let sticky_bytes = self.sticky_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
         if sealed || sticky_bytes >= batch_bytes {
             self.sticky_bytes.store(0, Ordering::Relaxed);
-            self.move_on(partition);
+            self.change_sticky(partition);
         }
     }
 
-    fn move_on(&self, from: u32) {
+    fn change_sticky(&self, from: u32) {
         let partitions = u32::try_from(self.queues.len()).expect("partitions are few");
         if partitions > 1 {
             let next = (from + random::in_range(1..partitions)) % partitions;

@@ -26,7 +26,7 @@ pub(super) async fn run(
     requests: mpsc::Receiver<ProduceRequestParts>,
     events: mpsc::Sender<DriverEvent>,
 ) {
-    let channel = match client.wire(&address).await {
+    let channel = match client.channel(&address).await {
         Ok(channel) => channel,
         Err(error) => {
             let problem = match error {

@@ -6,8 +6,8 @@ use super::*;
 /// Starts two replicas of "t". The client receives the addresses of both from the first.
 async fn two(first: u32, second: u32) -> (FakeBroker, FakeBroker, Client) {
     let (one, other) = (filled(first).await.0, filled(second).await.0);
-    let neighbour = v1::Broker { id: 2, address: other.address.to_string(), rack: String::new() };
-    one.state().neighbours.push(neighbour);
+    let broker = v1::Broker { id: 2, address: other.address.to_string(), rack: String::new() };
+    one.state().other_brokers.push(broker);
     let client = client(&one).await;
     (one, other, client)
 }
@@ -26,16 +26,19 @@ async fn consumer_leaves_a_leader_with_an_expired_lease() {
     for number in 0..3 {
         assert_eq!(next().await, number);
     }
-    let asked = new.state().asked;
+    let metadata_requests = new.state().metadata_requests;
     let elect = async {
-        old.doubt();
+        old.expire_lease();
         // The first metadata response does not name the new leader yet.
-        wait_until("the metadata is requested", || new.state().asked > asked).await;
+        wait_until("the metadata is requested", || new.state().metadata_requests > metadata_requests).await;
         (new.state().epoch, new.state().advertised_epoch) = (1, 1);
     };
     let (read, ()) = tokio::join!(next(), elect);
     assert_eq!((read, next().await), (3, 4));
-    assert!(new.state().asked >= asked + 2, "the consumer stays until a leader has a newer epoch");
+    assert!(
+        new.state().metadata_requests >= metadata_requests + 2,
+        "the consumer stays until a leader has a newer epoch"
+    );
 }
 
 /// The same for a lookup of the log end: the old end lacks records that the successor has acknowledged.
@@ -45,13 +48,17 @@ async fn latest_offset_comes_from_successor_of_expired_leader() {
         let (old, new, client) = two(3, 5).await;
         let latest = async || client.admin().offset("t", 0, OffsetSpec::Latest).await.expect("known").get();
         assert_eq!(latest().await, 3);
-        let asked = new.state().asked;
+        let metadata_requests = new.state().metadata_requests;
         (new.state().epoch, new.state().advertised_epoch) = (epoch, epoch);
         assert_eq!(latest().await, 3);
-        assert_eq!(new.state().asked, asked, "no metadata is requested while no lease has expired");
-        old.doubt();
+        assert_eq!(
+            new.state().metadata_requests,
+            metadata_requests,
+            "no metadata is requested while no lease has expired"
+        );
+        old.expire_lease();
         assert_eq!(latest().await, ends, "another leader is used if its epoch is newer");
-        assert_eq!(new.state().asked, asked + 1);
+        assert_eq!(new.state().metadata_requests, metadata_requests + 1);
     }
 }
 
@@ -64,10 +71,10 @@ async fn expired_metadata_is_used_if_no_broker_has_better() {
         client.routing().leader("t", 0).expect("known").as_str().to_owned()
     };
     assert_eq!(leader().await, old.address.to_string());
-    old.doubt();
+    old.expire_lease();
     new.state().advertised_epoch = 1;
     assert_eq!(leader().await, new.address.to_string());
-    new.doubt();
+    new.expire_lease();
     let all_expired = tokio::time::timeout(Duration::from_secs(5), client.topic_now("t")).await;
     all_expired.expect("in time").expect("expired metadata is used");
 }

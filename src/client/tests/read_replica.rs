@@ -6,9 +6,9 @@ use super::*;
 /// metadata.
 async fn pair(led: u32, followed: u32) -> (FakeBroker, FakeBroker, Client) {
     let (leader, follower) = (filled(led).await.0, filled(followed).await.0);
-    follower.state().follows = true;
-    let neighbour = v1::Broker { id: 2, address: follower.address.to_string(), rack: "b".to_owned() };
-    leader.state().neighbours.push(neighbour);
+    follower.state().is_follower = true;
+    let broker = v1::Broker { id: 2, address: follower.address.to_string(), rack: "b".to_owned() };
+    leader.state().other_brokers.push(broker);
     let client = client(&leader).await;
     (leader, follower, client)
 }
@@ -48,9 +48,9 @@ async fn follower_error_moves_the_read_to_the_leader() {
     read_in_rack(&client, 0, 10).await;
     assert_eq!(follower.state().fetches, 2, "one refusal each");
     follower.state().unreadable = None;
-    follower.state().damage = u32::MAX;
+    follower.state().corrupt_fetches = u32::MAX;
     read_in_rack(&client, 0, 10).await;
-    follower.state().damage = 0;
+    follower.state().corrupt_fetches = 0;
     follower.state().fetches_until_break = Some(4);
     let before = leader.state().fetches;
     read_in_rack(&client, 0, 10).await;
@@ -66,8 +66,8 @@ async fn follower_with_expired_lease_is_left_when_it_is_out_of_the_isr() {
     let (leader, follower, client) = pair(10, 5).await;
     let out_of_isr = async {
         wait_until("the consumer has read all records of the follower", || follower.state().fetches == 5).await;
-        leader.state().neighbours.clear();
-        follower.doubt();
+        leader.state().other_brokers.clear();
+        follower.expire_lease();
     };
     tokio::join!(read_in_rack(&client, 0, 10), out_of_isr);
     assert_eq!((leader.state().fetches, follower.state().fetches), (5, 5));

@@ -48,7 +48,7 @@ async fn moved_partition_is_read_after_another_assignment() {
 #[tokio::test]
 async fn records_after_an_undecodable_batch_are_not_returned() {
     let (fake, client) = filled(4).await;
-    fake.garble(0, 1);
+    fake.make_undecodable(0, 1);
     let mut consumer = client.consumer(ConsumerOptions::default());
     consumer.assign_at("t", 0, at(0)).await.expect("assigned");
     assert_eq!(next(&mut consumer).await, Ok((0, at(0))));
@@ -68,8 +68,8 @@ async fn records_after_an_undecodable_batch_are_not_returned() {
 #[tokio::test]
 async fn undecodable_batch_is_skipped_and_counted() {
     let (fake, client) = filled(4).await;
-    fake.garble(0, 1);
-    fake.garble(0, 3);
+    fake.make_undecodable(0, 1);
+    fake.make_undecodable(0, 3);
     let options = ConsumerOptions { on_undecodable: OnUndecodable::Skip, ..ConsumerOptions::default() };
     let mut consumer = client.consumer(options);
     consumer.assign_at("t", 0, at(0)).await.expect("assigned");
