@@ -55,14 +55,12 @@ impl ConnectionPool {
     }
 }
 
-/// Creates a client of the Log service on a connection.
 pub(super) fn log_client(channel: BrokerChannel) -> LogClient<BrokerChannel> {
     LogClient::new(channel)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
-/// Creates a client of the Admin service on a connection.
 pub(super) fn admin_client(channel: BrokerChannel) -> AdminClient<BrokerChannel> {
     AdminClient::new(channel)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)

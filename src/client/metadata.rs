@@ -31,11 +31,8 @@ struct BrokerEndpoint {
 /// Broker at which a consumer reads a partition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ReadTarget {
-    /// Address of the broker.
     pub(super) address: BrokerAddress,
-    /// True if the broker is a follower.
     pub(super) is_follower: bool,
-    /// Topic id.
     pub(super) topic: TopicId,
     /// Newest leader epoch of the partition in the cache.
     pub(super) epoch: LeaderEpoch,
@@ -68,7 +65,6 @@ impl RoutingTable {
         self.snapshot.lock().topics.get(name).cloned()
     }
 
-    /// Returns the address of a partition's leader.
     pub(super) fn leader(&self, topic: &str, partition: u32) -> Option<BrokerAddress> {
         let snapshot = self.snapshot.lock();
         let route = snapshot.topics.get(topic)?.as_ref().ok()?;

@@ -346,7 +346,6 @@ impl Client {
         }
     }
 
-    /// Makes one call to one broker.
     async fn call_broker<F, R, T>(&self, address: &BrokerAddress, timeout: Duration, call: F) -> Result<T, AttemptError>
     where
         F: Fn(BrokerChannel) -> R,
@@ -450,7 +449,6 @@ enum AttemptError {
     CallFailed(NoResponse),
 }
 
-/// Makes one unary call with a timeout.
 async fn with_timeout<R, T>(timeout: Duration, call: R) -> Result<T, NoResponse>
 where
     R: Future<Output = Result<tonic::Response<T>, Status>>,

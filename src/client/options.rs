@@ -36,7 +36,6 @@ impl Default for ClientOptions {
 }
 
 impl ClientOptions {
-    /// Returns an endless sequence of pauses between attempts.
     pub(super) fn backoff(&self) -> Backoff {
         Backoff::with_jitter(self.backoff_min, self.backoff_max)
     }

@@ -49,7 +49,6 @@ impl RetryRegistry {
         self.shown.subscribe()
     }
 
-    /// Creates a reporter.
     pub(super) fn reporter(self: &Arc<Self>) -> RetryReporter {
         let mut entries = self.entries.lock();
         entries.next_reporter += 1;

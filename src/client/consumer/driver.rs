@@ -1,10 +1,5 @@
-//! The consumer's task. It owns all positions and all streams. Its loop waits for a command, a metadata refresh, a timer,
-//! capacity in the consumer's queue or a response, and calls one method for each.
-//!
-//! A leader that is partitioned from its cluster, but not from its consumers, sends no more records and resembles the
-//! leader of an idle log. It reports its expired lease (`FetchResponse.lease_expired`). The consumer then refreshes
-//! metadata from other brokers and moves to the new leaders. A consumer of an idle log with a healthy leader needs no
-//! metadata requests.
+//! The consumer's task. It owns all positions and all streams. Its loop waits for a command, a metadata refresh, a
+//! timer, capacity in the consumer's queue or a response, and calls one method for each. It decodes no records.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -56,7 +51,8 @@ pub(super) struct ConsumerDriver {
     options: ConsumerOptions,
     tasks: Tasks,
     output: mpsc::Sender<QueuedEvent>,
-    /// Events for the consumer's queue. The streams are read only while it is empty, which bounds the consumer's memory.
+    /// Events for the consumer's queue. The streams are read only while the outbox is empty, which bounds the
+    /// consumer's memory.
     outbox: VecDeque<QueuedEvent>,
     partitions: FetchStates,
     streams: FetchStreams,
@@ -199,7 +195,6 @@ impl ConsumerDriver {
         }
     }
 
-    /// Returns the broker that should serve a partition.
     fn read_target(&self, topic: &str, partition: u32, state: &PartitionFetchState) -> Option<ReadTarget> {
         state.follower_backoff.read_target(self.client.routing(), self.options.rack.as_deref(), topic, partition)
     }
@@ -409,7 +404,6 @@ impl ConsumerDriver {
         self.pause(topic, partition);
     }
 
-    /// Reports a problem that blocks a partition.
     fn report_problem(&mut self, topic: &str, partition: u32, problem: FetchProblem, message: &str) {
         let Some(state) = self.partitions.get_mut(topic, partition) else { return };
         // If records cannot be read, a reachable leader does not clear the problem.
@@ -510,6 +504,9 @@ impl ConsumerDriver {
     }
 
     /// Refreshes metadata at intervals while a broker reports an expired lease. Returns the time of the next refresh.
+    ///
+    /// A leader that is partitioned from its cluster, but not from its consumers, sends no more records and resembles
+    /// the leader of an idle log. Only its report distinguishes the two, so consumers of idle logs request no metadata.
     fn refresh_if_lease_expired(&mut self, now: Instant) -> Option<Instant> {
         if self.streams.expired_brokers().is_empty() {
             return None;

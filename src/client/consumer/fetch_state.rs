@@ -29,7 +29,6 @@ pub(super) enum FetchProblem {
 pub(super) struct PartitionFetchState {
     pub(super) generation: u64,
     pub(super) position: Offset,
-    /// Stream of the partition.
     pub(super) stream: Option<u64>,
     /// True if a follower serves the partition on that stream.
     pub(super) is_follower: bool,
@@ -47,7 +46,6 @@ pub(super) struct PartitionFetchState {
     pub(super) not_before: Option<Instant>,
     pub(super) corrupt_reads: u32,
     pub(super) problem: Option<FetchProblem>,
-    /// Time since which the stream is open.
     pub(super) open_since: Option<Instant>,
 }
 
@@ -95,7 +93,6 @@ impl PartitionFetchState {
         !self.failed && self.stream.is_none() && self.not_before.is_none_or(|at| at <= now)
     }
 
-    /// Detaches the partition from its stream.
     pub(super) fn detach(&mut self) {
         self.stream = None;
         self.open_since = None;

@@ -12,8 +12,8 @@
 //! A partition is read at its leader. If the consumer names its [rack](ConsumerOptions::rack), the partition is read at
 //! an in-sync replica in that rack if there is one (`replica_selector`). The leader has the newest state, so a problem
 //! with a follower moves the partition to its leader at once (`read_replica`): an error that the follower returns,
-//! or a broken stream. Metadata later decides where the partition is read: after a first stay of five seconds, and every
-//! [`metadata_age`](super::ClientOptions::metadata_age).
+//! or a broken stream. Metadata later decides where the partition is read: after a first stay of five seconds, and
+//! every [`metadata_age`](super::ClientOptions::metadata_age).
 //!
 //! A follower that is behind does not serve reads: it ends its reads when it loses its leader or leaves the ISR. If its
 //! lease expires, the consumer refreshes metadata from other brokers.

@@ -46,7 +46,6 @@ impl FetchStreams {
         Self { streams: BTreeMap::new(), responses: FairStreams::new(), next_number: 0 }
     }
 
-    /// Returns the number of the next stream.
     pub(super) fn next_number(&self) -> u64 {
         self.next_number
     }
@@ -73,12 +72,10 @@ impl FetchStreams {
         self.responses.next().await
     }
 
-    /// Returns the address of the broker of a stream.
     pub(super) fn address(&self, number: u64) -> Option<&BrokerAddress> {
         self.streams.get(&number).map(|stream| &stream.address)
     }
 
-    /// Returns the numbers of the streams to a broker.
     pub(super) fn numbers_to(&self, address: &BrokerAddress) -> Vec<u64> {
         let streams = self.streams.iter().filter(|(_, stream)| stream.address == *address);
         streams.map(|(number, _)| *number).collect()
@@ -91,12 +88,10 @@ impl FetchStreams {
         lease_expired && !was_expired
     }
 
-    /// Returns true if the broker of a stream reports an expired lease.
     pub(super) fn is_lease_expired(&self, number: u64) -> bool {
         self.streams.get(&number).is_some_and(|stream| stream.lease_expired)
     }
 
-    /// Returns the brokers that report an expired lease.
     pub(super) fn expired_brokers(&self) -> BTreeSet<BrokerAddress> {
         let expired = self.streams.values().filter(|stream| stream.lease_expired);
         expired.map(|stream| stream.address.clone()).collect()
@@ -137,7 +132,6 @@ impl<S: Stream + Unpin> FairStreams<S> {
         self.streams.push((number, stream));
     }
 
-    /// Removes a stream if it exists.
     fn remove(&mut self, number: u64) {
         if let Some(at) = self.streams.iter().position(|(existing, _)| *existing == number) {
             self.remove_at(at);

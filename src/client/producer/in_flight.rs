@@ -84,6 +84,12 @@ pub(super) struct CompletedBatch {
     pub(super) count: u32,
 }
 
+impl From<SealedBatch> for CompletedBatch {
+    fn from(sealed: SealedBatch) -> Self {
+        Self { completion: sealed.completion, permits: sealed.permits, count: sealed.count }
+    }
+}
+
 /// Failed batch, with the reason.
 #[derive(Debug)]
 pub(super) struct FailedBatch {

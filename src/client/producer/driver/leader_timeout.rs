@@ -37,7 +37,6 @@ impl ProducerDriver {
         state.not_before = Some(state.not_before.map_or(at, |old| old.max(at)));
     }
 
-    /// Reports a problem that blocks a queue.
     pub(super) fn report_problem(&mut self, index: usize, problem: String) {
         let state = &mut self.queues[index];
         let until = state.flight.deadline().map(|(at, _)| at).or_else(|| state.queue.deadline());
@@ -70,7 +69,6 @@ impl ProducerDriver {
         notice.unwrap_or_else(|| format!("{} has not responded within the delivery timeout", leader()))
     }
 
-    /// Clears the problem of a queue.
     pub(super) fn clear_problem(&mut self, index: usize) {
         let state = &mut self.queues[index];
         (state.notice, state.mismatched) = (None, false);

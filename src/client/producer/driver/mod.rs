@@ -472,10 +472,9 @@ impl ProducerDriver {
         let state = &mut self.queues[index];
         let mut failed = state.flight.expire(now);
         if state.flight.is_empty() {
-            failed.extend(state.queue.take_expired(now).into_iter().map(|sealed| FailedBatch {
-                done: CompletedBatch { completion: sealed.completion, permits: sealed.permits, count: sealed.count },
-                reason: FailureReason::Expired { maybe_appended: false },
-            }));
+            let reason = FailureReason::Expired { maybe_appended: false };
+            let expired = state.queue.take_expired(now).into_iter();
+            failed.extend(expired.map(|sealed| FailedBatch { done: sealed.into(), reason: reason.clone() }));
         }
         self.fail_batches(index, failed);
     }
@@ -487,7 +486,7 @@ impl ProducerDriver {
             state.queue.seal_now();
             state.queue.take(clock::monotonic())
         } {
-            done.push(CompletedBatch { completion: sealed.completion, permits: sealed.permits, count: sealed.count });
+            done.push(sealed.into());
         }
         let refused = done.into_iter().map(|done| FailedBatch { done, reason: FailureReason::Refused(error.clone()) });
         self.fail_batches(index, refused.collect());
