@@ -25,6 +25,7 @@
 
 mod address;
 mod admin;
+mod call;
 mod connection;
 pub mod consumer;
 mod error;
@@ -65,13 +66,14 @@ pub use self::{
     transport::{BrokerChannel, CallResult, Connector, NotSent, RpcTransport, TcpConnector, TransportError},
 };
 use self::{
+    call::{AttemptError, NoResponse, with_timeout},
     connection::ConnectionPool,
     metadata::RoutingTable,
     retry_status::{RetryRegistry, RetryReporter},
 };
 use crate::{
     proto::{
-        error::{ApiError, ErrorCode, is_broker_status},
+        error::{ApiError, ErrorCode},
         v1,
     },
     task::clock,
@@ -439,77 +441,4 @@ fn is_not_started(error: &ApiError) -> bool {
 fn no_response_error(tried: Vec<(String, String)>, received: bool) -> CallError {
     let error = ConnectError::NoResponse { tried };
     if received { ApiError::new(ErrorCode::NotReady, error.to_string()).into() } else { error.into() }
-}
-
-/// A call to one broker that failed.
-enum AttemptError {
-    /// No connection to the broker.
-    NoConnection(ConnectError),
-    /// The connection exists, and the call failed.
-    CallFailed(NoResponse),
-}
-
-async fn with_timeout<R, T>(timeout: Duration, call: R) -> Result<T, NoResponse>
-where
-    R: Future<Output = Result<tonic::Response<T>, Status>>,
-{
-    match tokio::time::timeout(timeout, call).await {
-        Ok(Ok(response)) => Ok(response.into_inner()),
-        Ok(Err(status)) => Err(classify_status(&status)),
-        Err(_) => Err(NoResponse::TimedOut(timeout)),
-    }
-}
-
-/// A unary call without a successful response.
-#[derive(Debug)]
-enum NoResponse {
-    /// The connection could not be made: the broker never received the call.
-    NotSent(String),
-    /// The other end is no broker, or a broker that does not implement the call: nothing was done.
-    NoBroker(ApiError),
-    /// The connection broke, or an intermediary responded: the broker may have received the call.
-    Broken(ApiError),
-    /// No response arrived within this time.
-    TimedOut(Duration),
-    /// The broker's own error.
-    Refused(ApiError),
-}
-
-impl NoResponse {
-    /// Returns true if a broker may have received the call.
-    const fn may_have_arrived(&self) -> bool {
-        matches!(self, Self::Broken(_) | Self::TimedOut(_))
-    }
-
-    /// Converts into an [`ApiError`] without the address.
-    fn into_error(self) -> ApiError {
-        match self {
-            Self::NotSent(problem) => ApiError::new(ErrorCode::NotReady, problem),
-            Self::TimedOut(timeout) => ApiError::new(ErrorCode::Timeout, format!("no response in {timeout:?}")),
-            Self::NoBroker(error) | Self::Broken(error) | Self::Refused(error) => error,
-        }
-    }
-
-    /// Converts into an [`ApiError`] whose message starts with the address. The broker's own errors need no address.
-    fn with_address(self, address: &BrokerAddress) -> ApiError {
-        match self {
-            Self::Refused(error) => error,
-            other => {
-                let error = other.into_error();
-                ApiError { message: format!("{}: {}", address.as_str(), error.message), ..error }
-            }
-        }
-    }
-}
-
-fn classify_status(status: &Status) -> NoResponse {
-    if let Some(problem) = transport::unsent(status) {
-        return NoResponse::NotSent(problem);
-    }
-    let error = ApiError::from(status);
-    match (is_broker_status(status), status.code()) {
-        (true, _) => NoResponse::Refused(error),
-        (false, tonic::Code::Unimplemented) => NoResponse::NoBroker(error),
-        (false, _) => NoResponse::Broken(error),
-    }
 }

@@ -17,8 +17,9 @@ use std::{
 };
 
 use super::{
-    Client,
+    Client, FIRST_RESPONSE_TIMEOUT,
     address::BrokerAddress,
+    call::{NoResponse, with_timeout},
     connection::{admin_client, log_client},
     error::CallError,
     metadata::ReadTarget,
@@ -402,13 +403,13 @@ impl Admin {
         let timeout = match query.at {
             // A lookup by time may read the object store.
             Some(v1::offset_query::At::TimestampMs(_)) => self.client.options().request_timeout,
-            _ => self.client.options().request_timeout.min(super::FIRST_RESPONSE_TIMEOUT),
+            _ => self.client.options().request_timeout.min(FIRST_RESPONSE_TIMEOUT),
         };
         let is_start = matches!(query.at, Some(v1::offset_query::At::Earliest(_)));
         let request = v1::ListOffsetsRequest { queries: vec![query.clone()] };
-        let response = match super::with_timeout(timeout, log_client(channel).list_offsets(request)).await {
+        let response = match with_timeout(timeout, log_client(channel).list_offsets(request)).await {
             Ok(response) => response,
-            Err(super::NoResponse::Refused(error)) => return Err(error.into()),
+            Err(NoResponse::Refused(error)) => return Err(error.into()),
             Err(no_response) => return Err(unreachable(no_response.into_error().message)),
         };
         // The log start of an expired leader is accepted: no other broker has a better one.
