@@ -37,13 +37,11 @@ mod partition_queue;
 mod partitioner;
 pub mod produce_request;
 mod stream;
+mod topic_queues;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{
-        Arc,
-        atomic::{AtomicU32, AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -55,6 +53,7 @@ use self::{
     driver::{ProducerCommand, ProducerDriver},
     in_flight::{DeliveryGuarantee, ProducerIdAndEpoch},
     partition_queue::{BatchLimits, PartitionQueue},
+    topic_queues::TopicQueues,
 };
 pub use self::{
     completion::{Ack, Delivery},
@@ -71,7 +70,7 @@ use crate::{
     model::{Acks, Compression},
     proto::v1,
     record::{Batch, BatchBuilder, HEADER_BYTES, Header},
-    task::{Tasks, random},
+    task::Tasks,
 };
 
 /// Settings of a producer.
@@ -202,18 +201,6 @@ struct ProducerInner {
     /// Notified when `dirty` has an entry.
     has_work: Notify,
     memory: Semaphore,
-}
-
-/// Partition queues of one topic.
-#[derive(Debug)]
-struct TopicQueues {
-    queues: Vec<Arc<PartitionQueue>>,
-    /// Partition that currently receives the records with [`PartitionChoice::Sticky`].
-    sticky: AtomicU32,
-    /// Bytes of records that this partition received since it was chosen.
-    sticky_bytes: AtomicUsize,
-    /// Maximum batch size of the topic in bytes.
-    max_message_bytes: usize,
 }
 
 /// Sends records. Clones share memory, producer id and batches.
@@ -427,13 +414,7 @@ impl ProducerInner {
                 queues.push(queue);
             }
         }
-        let sticky = random::in_range(0..u32::try_from(queues.len().max(1)).expect("partitions are few"));
-        let queues = Arc::new(TopicQueues {
-            queues,
-            sticky: AtomicU32::new(sticky),
-            sticky_bytes: AtomicUsize::new(0),
-            max_message_bytes: route.max_message_bytes,
-        });
+        let queues = Arc::new(TopicQueues::new(queues, route.max_message_bytes));
         let mut topics = self.topics.write();
         topics.insert(topic.to_owned(), queues.clone());
         queues
@@ -470,51 +451,6 @@ impl ProducerInner {
 
     fn release(&self, permits: u32) {
         self.memory.add_permits(index(permits));
-    }
-}
-
-impl TopicQueues {
-    fn check_size(&self, topic: &str, bytes: usize) -> Result<(), SendError> {
-        let limit = self.max_message_bytes.min(limits::MAX_BATCH_BYTES);
-        if bytes > limit {
-            return Err(SendError::TooLarge { topic: topic.to_owned(), bytes, limit });
-        }
-        Ok(())
-    }
-
-    fn queue(&self, partition: u32) -> &Arc<PartitionQueue> {
-        &self.queues[index(partition)]
-    }
-
-    /// Returns the queue for a record, and true if it is that of the sticky partition.
-    fn choose(&self, record: &NewRecord<'_>, partitioner: &dyn Partitioner) -> (&Arc<PartitionQueue>, bool) {
-        if let Some(partition) = record.partition {
-            return (self.queue(partition), false);
-        }
-        let partitions = u32::try_from(self.queues.len()).expect("partitions are few");
-        match partitioner.choose(record.key, record.value, partitions) {
-            PartitionChoice::Partition(partition) => (self.queue(partition % partitions), false),
-            PartitionChoice::Sticky => (self.queue(self.sticky.load(Ordering::Relaxed)), true),
-        }
-    }
-
-    /// Counts a record that was appended to the sticky partition. Selects another partition when the batch was sealed
-    /// or after `batch_bytes`: a batch that is sent as soon as possible may never be full (KIP-794).
-    fn count_sticky(&self, partition: u32, bytes: usize, sealed: bool, batch_bytes: usize) {
-        let sticky_bytes = self.sticky_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
-        if sealed || sticky_bytes >= batch_bytes {
-            self.sticky_bytes.store(0, Ordering::Relaxed);
-            self.change_sticky(partition);
-        }
-    }
-
-    fn change_sticky(&self, from: u32) {
-        let partitions = u32::try_from(self.queues.len()).expect("partitions are few");
-        if partitions > 1 {
-            let next = (from + random::in_range(1..partitions)) % partitions;
-            // If several senders saw the full batch, one of them changes the partition.
-            let _ = self.sticky.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
-        }
     }
 }
 
