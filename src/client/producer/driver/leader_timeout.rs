@@ -1,12 +1,13 @@
 //! Delays of a producer's batches and their retry status: pauses after failures, and leaders that do not respond.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use tokio::time::Instant;
 
 use super::{
-    super::super::{Client, address::BrokerAddress},
-    ProducerDriver, QueueState,
+    super::super::address::BrokerAddress,
+    ProducerDriver,
+    queue_state::{LEADER_TIMEOUT, QueueState},
 };
 use crate::{
     model::Acks,
@@ -16,9 +17,6 @@ use crate::{
 
 /// Time without a response to any batch of a partition after which the retry status reports the broker.
 pub(super) const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Time without a response to any batch of a partition after which another broker may lead it.
-pub(super) const LEADER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Interval of metadata refreshes while a leader does not respond.
 pub(super) const METADATA_RETRY_INTERVAL: Duration = Duration::from_millis(250);
@@ -166,38 +164,6 @@ impl ProducerDriver {
         };
         let problem = format!("{leader} has not responded for {REPORT_TIMEOUT:?}{reason}");
         self.report_problem(index, problem);
-    }
-}
-
-impl QueueState {
-    /// Returns the id of the topic that had the name when this queue sent its first batch.
-    pub(super) fn topic_id(&mut self, client: &Client) -> Arc<str> {
-        if self.topic_id.is_none()
-            && let Some(Ok(route)) = client.routing().topic(&self.queue.topic)
-        {
-            self.topic_id = Some(route.id.to_string().into());
-        }
-        self.topic_id.clone().unwrap_or_default()
-    }
-
-    /// Decides whether a broker's error is retryable. A topic id mismatch is retried once, after a metadata refresh.
-    /// The second mismatch is final, and later batches go to the topic that then has the name.
-    pub(super) fn leader_error(&mut self, error: ApiError) -> ApiError {
-        if error.code != ErrorCode::TopicIdMismatch {
-            return error;
-        }
-        let is_first = !self.mismatched;
-        // Before the first acknowledgement, the metadata behind the id may be older than the topic.
-        if !is_first || !self.topic_id_confirmed {
-            (self.topic_id, self.topic_id_confirmed) = (None, false);
-        }
-        self.mismatched = is_first;
-        ApiError { retryable: is_first, ..error }
-    }
-
-    /// Returns true if batches are in flight and the leader has not responded for `LEADER_TIMEOUT`.
-    fn is_unresponsive(&self, now: Instant) -> bool {
-        self.flight.in_flight_count() > 0 && self.last_response + LEADER_TIMEOUT <= now
     }
 }
 

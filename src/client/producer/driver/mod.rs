@@ -3,6 +3,7 @@
 
 mod leader_timeout;
 mod metadata;
+mod queue_state;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -14,15 +15,14 @@ use tokio::{
     time::Instant,
 };
 
+use self::queue_state::{LEADER_TIMEOUT, QueueState};
 use super::{
     super::{address::BrokerAddress, error::SendError, retry_status::RetryReporter},
     ProducerInner,
     completion::{Ack, Completion, durability},
     driver_event::DriverEvent,
-    in_flight::{
-        CompletedBatch, FailedBatch, FailureReason, InFlightBatches, NextAction, ProducerIdAndEpoch, ResponseOutcome,
-    },
-    partition_queue::{DequeueResult, PartitionQueue},
+    in_flight::{CompletedBatch, FailedBatch, FailureReason, NextAction, ProducerIdAndEpoch, ResponseOutcome},
+    partition_queue::DequeueResult,
     produce_request::ProduceRequestParts,
     stream,
 };
@@ -63,40 +63,6 @@ impl ProduceStream {
     fn is_full(&self) -> bool {
         self.in_flight >= STREAM_WINDOW
     }
-}
-
-/// State of one queue that only the task accesses.
-struct QueueState {
-    queue: Arc<PartitionQueue>,
-    flight: InFlightBatches,
-    /// Stream of the in-flight batches.
-    stream: Option<u64>,
-    /// Stream in which the queue waits for capacity.
-    waiting: Option<u64>,
-    /// Backoff; present while sends fail.
-    backoff: Option<Backoff>,
-    /// Time before which nothing is sent.
-    not_before: Option<Instant>,
-    /// Time of the queue's entry in `timers`.
-    timer: Option<Instant>,
-    requesting_id: bool,
-    /// Time of the leader's last response, or of the first send after nothing was in flight.
-    last_response: Instant,
-    /// Time of the last metadata refresh because the leader did not respond.
-    last_leader_check: Instant,
-    /// Last problem, for the error of an expired record.
-    last_problem: String,
-    /// True while the client's retry status holds this problem.
-    has_problem: bool,
-    /// The broker's reason for a late acknowledgement.
-    notice: Option<String>,
-    /// Id of the topic that the batches belong to; `None` before the first batch.
-    topic_id: Option<Arc<str>>,
-    /// True once a batch was acknowledged under this id.
-    topic_id_confirmed: bool,
-    /// True once a broker rejected this id. The broker's metadata may be older than the client's, so the batch is sent
-    /// once more.
-    mismatched: bool,
 }
 
 pub(super) struct ProducerDriver {
@@ -233,26 +199,8 @@ impl ProducerDriver {
 
     fn add_new_queues(&mut self) {
         let all = self.inner.queues.lock();
-        let options = &self.inner.options;
         for queue in all.iter().skip(self.queues.len()) {
-            self.queues.push(QueueState {
-                queue: queue.clone(),
-                flight: InFlightBatches::new(options.guarantee(), options.window(), self.identity),
-                stream: None,
-                waiting: None,
-                backoff: None,
-                not_before: None,
-                timer: None,
-                requesting_id: false,
-                last_response: clock::monotonic(),
-                last_leader_check: clock::monotonic(),
-                last_problem: "none".to_owned(),
-                has_problem: false,
-                notice: None,
-                topic_id: None,
-                topic_id_confirmed: false,
-                mismatched: false,
-            });
+            self.queues.push(QueueState::new(queue.clone(), &self.inner.options, self.identity));
         }
     }
 
@@ -538,7 +486,7 @@ impl ProducerDriver {
         let last_response =
             has_in_flight.then_some(state.last_response).into_iter().chain(self.queued_since(state)).min();
         let refresh_at = last_response.map(|last_response| {
-            let timeout_at = last_response + leader_timeout::LEADER_TIMEOUT;
+            let timeout_at = last_response + LEADER_TIMEOUT;
             timeout_at.max(state.last_leader_check + leader_timeout::METADATA_RETRY_INTERVAL)
         });
         if let Some(at) = [state.not_before, deadline, report_at, refresh_at].into_iter().flatten().min() {

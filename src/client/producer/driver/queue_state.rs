@@ -1,0 +1,110 @@
+//! State of one partition queue in the producer's task.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+
+use super::super::{
+    super::Client,
+    ProducerOptions,
+    in_flight::{InFlightBatches, ProducerIdAndEpoch},
+    partition_queue::PartitionQueue,
+};
+use crate::{
+    proto::error::{ApiError, ErrorCode},
+    task::{Backoff, clock},
+};
+
+/// Time without a response to any batch of a partition after which another broker may lead it.
+pub(super) const LEADER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// State of one queue that only the task accesses.
+pub(super) struct QueueState {
+    pub(super) queue: Arc<PartitionQueue>,
+    pub(super) flight: InFlightBatches,
+    /// Stream of the in-flight batches.
+    pub(super) stream: Option<u64>,
+    /// Stream in which the queue waits for capacity.
+    pub(super) waiting: Option<u64>,
+    /// Backoff; present while sends fail.
+    pub(super) backoff: Option<Backoff>,
+    /// Time before which nothing is sent.
+    pub(super) not_before: Option<Instant>,
+    /// Time of the queue's entry in `timers`.
+    pub(super) timer: Option<Instant>,
+    pub(super) requesting_id: bool,
+    /// Time of the leader's last response, or of the first send after nothing was in flight.
+    pub(super) last_response: Instant,
+    /// Time of the last metadata refresh because the leader did not respond.
+    pub(super) last_leader_check: Instant,
+    /// Last problem, for the error of an expired record.
+    pub(super) last_problem: String,
+    /// True while the client's retry status holds this problem.
+    pub(super) has_problem: bool,
+    /// The broker's reason for a late acknowledgement.
+    pub(super) notice: Option<String>,
+    /// Id of the topic that the batches belong to; `None` before the first batch.
+    pub(super) topic_id: Option<Arc<str>>,
+    /// True once a batch was acknowledged under this id.
+    pub(super) topic_id_confirmed: bool,
+    /// True once a broker rejected this id. The broker's metadata may be older than the client's, so the batch is sent
+    /// once more.
+    pub(super) mismatched: bool,
+}
+
+impl QueueState {
+    pub(super) fn new(
+        queue: Arc<PartitionQueue>,
+        options: &ProducerOptions,
+        identity: Option<ProducerIdAndEpoch>,
+    ) -> Self {
+        Self {
+            queue,
+            flight: InFlightBatches::new(options.guarantee(), options.window(), identity),
+            stream: None,
+            waiting: None,
+            backoff: None,
+            not_before: None,
+            timer: None,
+            requesting_id: false,
+            last_response: clock::monotonic(),
+            last_leader_check: clock::monotonic(),
+            last_problem: "none".to_owned(),
+            has_problem: false,
+            notice: None,
+            topic_id: None,
+            topic_id_confirmed: false,
+            mismatched: false,
+        }
+    }
+
+    /// Returns the id of the topic that had the name when this queue sent its first batch.
+    pub(super) fn topic_id(&mut self, client: &Client) -> Arc<str> {
+        if self.topic_id.is_none()
+            && let Some(Ok(route)) = client.routing().topic(&self.queue.topic)
+        {
+            self.topic_id = Some(route.id.to_string().into());
+        }
+        self.topic_id.clone().unwrap_or_default()
+    }
+
+    /// Decides whether a broker's error is retryable. A topic id mismatch is retried once, after a metadata refresh.
+    /// The second mismatch is final, and later batches go to the topic that then has the name.
+    pub(super) fn leader_error(&mut self, error: ApiError) -> ApiError {
+        if error.code != ErrorCode::TopicIdMismatch {
+            return error;
+        }
+        let is_first = !self.mismatched;
+        // Before the first acknowledgement, the metadata behind the id may be older than the topic.
+        if !is_first || !self.topic_id_confirmed {
+            (self.topic_id, self.topic_id_confirmed) = (None, false);
+        }
+        self.mismatched = is_first;
+        ApiError { retryable: is_first, ..error }
+    }
+
+    /// Returns true if batches are in flight and the leader has not responded for `LEADER_TIMEOUT`.
+    pub(super) fn is_unresponsive(&self, now: Instant) -> bool {
+        self.flight.in_flight_count() > 0 && self.last_response + LEADER_TIMEOUT <= now
+    }
+}
