@@ -126,9 +126,8 @@ impl FakeBroker {
             .serve_with_incoming(TcpListenerStream::new(listener));
         let tasks = fake.tasks.clone();
         fake.tasks.spawn("fake broker", async move {
-            tokio::select! {
-                () = tasks.cancelled() => {}
-                result = server => result.expect("served"),
+            if let Some(result) = tasks.run_until_cancelled(server).await {
+                result.expect("served");
             }
         });
         fake
