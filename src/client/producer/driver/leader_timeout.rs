@@ -41,7 +41,7 @@ impl ProducerDriver {
         let message = format!("{}/{}: {problem}", state.queue.topic, state.queue.partition);
         state.last_problem = problem;
         state.has_problem = true;
-        self.retries.report(work(index), message, until);
+        self.retries.report(retry_key(index), message, until);
     }
 
     /// Handles a broker's notice that an acknowledgement takes longer.
@@ -71,7 +71,7 @@ impl ProducerDriver {
         let state = &mut self.queues[index];
         (state.notice, state.mismatched) = (None, false);
         if std::mem::take(&mut self.queues[index].has_problem) {
-            self.retries.clear(work(index));
+            self.retries.clear(retry_key(index));
         }
     }
 
@@ -168,7 +168,7 @@ impl ProducerDriver {
 }
 
 /// Returns the key of a queue in the producer's retry status.
-fn work(index: usize) -> u64 {
+fn retry_key(index: usize) -> u64 {
     u64::try_from(index).expect("a usize fits in 64 bits")
 }
 
