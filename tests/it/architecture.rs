@@ -1,14 +1,16 @@
-//! Tests of the architecture: which room may import which, and which files may use external interfaces.
+//! Tests of the architecture: which room may import which, no import cycles between files, unique names of types, and
+//! which files may use external interfaces.
 //!
 //! `docs/architecture.md` has the reasons and the same rules. A new room needs an entry in [`ROOMS`] first.
 
 use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
 };
 
-use crate::source::{self, paths, strip};
+use crate::source::{Definition, Kind, SourceFile, Sources, Use, read_folder};
 
 /// The rooms in import order. Each room may import only earlier rooms.
 const ROOMS: &[&str] = &[
@@ -22,10 +24,11 @@ const ROOMS: &[&str] = &[
     "proto",
     "client",
     "cluster",
+    "config",
     "partition",
     "group",
+    "auth",
     "broker",
-    "config",
     "server",
     "cli",
     "main",
@@ -40,7 +43,7 @@ struct RestrictedImport {
     allowed: &'static [&'static str],
 }
 
-const KNOWLEDGE: &[RestrictedImport] = &[
+const RESTRICTED: &[RestrictedImport] = &[
     RestrictedImport {
         what: "the file system",
         paths: &["std::fs", "tokio::fs", "rustix::fs", "std::os::unix::fs"],
@@ -78,7 +81,6 @@ const PURE: &[&str] = &[
     "partition/leader",
     "partition/follower",
     "partition/retention",
-    "group/assign",
     "cluster/partition_value",
     "cluster/placement",
     "cluster/planner",
@@ -89,113 +91,157 @@ const PURE: &[&str] = &[
 const IMPURE: &[&str] =
     &["async", "await", "tokio", "crate::task", "std::time::SystemTime", "std::time::Instant", "SystemTime"];
 
-/// A file as the rules see it.
-struct File {
-    /// Path below `src/`, with `/`.
-    name: String,
-    text: String,
-}
-
-impl File {
-    fn room(&self) -> &str {
-        let first = self.name.split('/').next().expect("a path has a first part");
-        first.trim_end_matches(".rs")
-    }
-
-    /// Returns the number of segments of the module path: one for a room's own file.
-    fn depth(&self) -> usize {
-        let path = self.name.trim_end_matches(".rs").trim_end_matches("/mod");
-        path.split('/').count()
-    }
-
-    fn is_in(&self, places: &[&str]) -> bool {
-        let name = self.name.trim_end_matches(".rs");
-        places.iter().any(|place| name.strip_prefix(place).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
-    }
-
-    fn is_test(&self) -> bool {
-        self.name.ends_with("tests.rs") || self.name.contains("/tests/")
-    }
-}
-
-/// Returns every rule violation in `files`, as text.
-fn violations(files: &[File]) -> Vec<String> {
+/// Returns every rule violation in `sources`, as text.
+fn violations(sources: &Sources) -> Vec<String> {
     let mut found = Vec::new();
-    for file in files {
-        shape(file, &mut found);
-        if file.name == "lib.rs" {
-            continue;
+    for file in &sources.files {
+        if !file.text.starts_with("//!") {
+            found.push(format!("{}: opens without `//!`: say what the file owns and what it never does", file.name));
         }
-        let Some(place) = ROOMS.iter().position(|room| *room == file.room()) else {
-            found.push(format!("{}: no room has this name; give it a place in ROOMS and in the design", file.name));
+        let Some(place) = ROOMS.iter().position(|known| *known == room(file)) else {
+            if file.name != "lib.rs" {
+                found.push(format!("{}: no room has this name; give it a place in ROOMS and in the design", file.name));
+            }
             continue;
         };
-        order(file, place, &mut found);
-        if !file.is_test() {
-            knowledge(file, &mut found);
-        }
+        check_order(file, place, &mut found);
+        check_restricted_imports(file, &mut found);
     }
+    check_cycles(sources, &mut found);
+    check_type_names(sources, &mut found);
     found
 }
 
-fn shape(file: &File, found: &mut Vec<String>) {
-    if !file.text.starts_with("//!") {
-        found.push(format!("{}: opens without `//!`: say what the file owns and what it never does", file.name));
-    }
+fn room(file: &SourceFile) -> &str {
+    file.name.split('/').next().expect("a path has a first part").trim_end_matches(".rs")
 }
 
-fn order(file: &File, place: usize, found: &mut Vec<String>) {
-    for path in paths(&strip(&file.text)) {
+fn is_in(file: &SourceFile, places: &[&str]) -> bool {
+    let name = file.name.trim_end_matches(".rs");
+    places.iter().any(|place| name.strip_prefix(place).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
+}
+
+fn check_order(file: &SourceFile, place: usize, found: &mut Vec<String>) {
+    for path in &file.paths {
+        let depth = path.module.split("::").count();
         let supers = path.segments.iter().take_while(|segment| *segment == "super").count();
-        let root = match path.segments[0].as_str() {
-            "crate" => 1,
+        let root = match path.segments.first().map(String::as_str) {
+            Some("crate") => 1,
             // In the main file, the library has its crate name.
-            "strandline" if file.room() == "main" => 1,
-            "super" if supers >= file.depth() => supers,
+            Some("strandline") if room(file) == "main" => 1,
+            Some("super") if supers >= depth => supers,
             _ => continue,
         };
         let Some(target) = path.segments.get(root) else { continue };
-        let Some(theirs) = ROOMS.iter().position(|room| room == target) else { continue };
-        if theirs > place {
-            found.push(format!(
-                "{}:{}: `{}` knows `{target}`, which is to its right",
-                file.name,
-                path.line,
-                file.room()
-            ));
+        if ROOMS.iter().position(|room| room == target).is_some_and(|theirs| theirs > place) {
+            found.push(format!("{}:{}: `{}` imports the later room `{target}`", file.name, path.line, room(file)));
         }
     }
 }
 
-fn knowledge(file: &File, found: &mut Vec<String>) {
-    let paths = paths(&source::without_tests(&strip(&file.text)));
-    for rule in KNOWLEDGE.iter().filter(|rule| !file.is_in(rule.allowed)) {
-        // A single word is only a name, such as the setting `object_store`. A use of a crate is a path into the crate.
-        let into = paths.iter().filter(|path| path.segments.len() > 1);
-        for path in into.filter(|path| rule.paths.iter().any(|prefix| path.begins(prefix))) {
-            let written = path.segments.join("::");
-            found.push(format!(
-                "{}:{}: `{written}`: {} is known only in {:?}",
-                file.name, path.line, rule.what, rule.allowed
-            ));
+fn check_restricted_imports(file: &SourceFile, found: &mut Vec<String>) {
+    for path in file.paths.iter().filter(|path| !path.in_test) {
+        let mut report = |reason: String| {
+            found.push(format!("{}:{}: `{}`: {reason}", file.name, path.line, path.segments.join("::")));
+        };
+        for rule in RESTRICTED.iter().filter(|rule| !is_in(file, rule.allowed)) {
+            // A single word is only a name, such as the setting `object_store`. A use of a crate is a path into the crate.
+            if path.segments.len() > 1 && rule.paths.iter().any(|prefix| path.starts_with(prefix)) {
+                report(format!("only {:?} may use {}", rule.allowed, rule.what));
+            }
+        }
+        if is_in(file, PURE) && IMPURE.iter().any(|prefix| path.starts_with(prefix)) {
+            report("not allowed in a file of pure decisions".to_owned());
         }
     }
-    if file.is_in(PURE) {
-        for path in paths.iter().filter(|path| IMPURE.iter().any(|prefix| path.begins(prefix))) {
-            found.push(format!(
-                "{}:{}: `{}` in a file of pure decisions",
-                file.name,
-                path.line,
-                path.segments.join("::")
-            ));
+}
+
+/// A file and the files whose items it names: for each the line and the path.
+type Graph = Vec<BTreeMap<usize, (usize, String)>>;
+
+fn import_graph(sources: &Sources) -> Graph {
+    let mut graph = vec![BTreeMap::new(); sources.files.len()];
+    for (index, file) in sources.files.iter().enumerate() {
+        for path in file.paths.iter().filter(|path| !path.in_test && path.usage != Use::Reexport) {
+            let Some(target) = sources.defining_file(path).filter(|target| *target != index) else { continue };
+            let other = &sources.files[target];
+            if !is_module_root_of(&other.name, &file.name) && !is_module_root_of(&file.name, &other.name) {
+                graph[index].entry(target).or_insert((path.line, path.segments.join("::")));
+            }
+        }
+    }
+    graph
+}
+
+/// Returns true if `root` is the `mod.rs` of the folder of `name` or of a folder above.
+fn is_module_root_of(root: &str, name: &str) -> bool {
+    root == "lib.rs" || root.strip_suffix("mod.rs").is_some_and(|folder| name.starts_with(folder))
+}
+
+/// Returns the shortest chain from `start` back to `start`, without the last step.
+fn shortest_cycle(graph: &Graph, start: usize) -> Option<Vec<usize>> {
+    let (mut from, mut queue) = (BTreeMap::new(), VecDeque::from([start]));
+    while let Some(at) = queue.pop_front() {
+        for next in graph[at].keys() {
+            if *next == start {
+                let mut chain = vec![at];
+                while chain[0] != start {
+                    chain.insert(0, from[&chain[0]]);
+                }
+                return Some(chain);
+            }
+            from.entry(*next).or_insert_with(|| {
+                queue.push_back(*next);
+                at
+            });
+        }
+    }
+    None
+}
+
+/// Reports for every file in a cycle the shortest one through it, each once.
+fn check_cycles(sources: &Sources, found: &mut Vec<String>) {
+    let graph = import_graph(sources);
+    let mut reported = BTreeSet::new();
+    for start in 0..graph.len() {
+        let Some(chain) = shortest_cycle(&graph, start) else { continue };
+        let mut files = chain.clone();
+        files.sort_unstable();
+        if !reported.insert(files) {
+            continue;
+        }
+        let steps = chain.iter().enumerate().map(|(at, file)| {
+            let next = chain[(at + 1) % chain.len()];
+            let (line, path) = &graph[*file][&next];
+            format!("\n    {}:{line}: `{path}` is defined in {}", sources.files[*file].name, sources.files[next].name)
+        });
+        found.push(format!("{}: import cycle:{}", sources.files[start].name, steps.collect::<String>()));
+    }
+}
+
+/// A public type name is defined once, and a private one once per file. Tests may repeat a name.
+fn check_type_names(sources: &Sources, found: &mut Vec<String>) {
+    let mut types: BTreeMap<&str, Vec<(&str, &Definition)>> = BTreeMap::new();
+    for file in &sources.files {
+        for definition in file.definitions.iter().filter(|definition| definition.kind == Kind::Type) {
+            if !definition.in_test {
+                types.entry(&definition.name).or_default().push((&file.name, definition));
+            }
+        }
+    }
+    for (name, places) in types {
+        let files: BTreeSet<&str> = places.iter().map(|(file, _)| *file).collect();
+        let is_public = places.iter().any(|(_, definition)| definition.is_public);
+        if places.len() > 1 && (is_public || files.len() < places.len()) {
+            let places = places.iter().map(|(file, definition)| format!("{file}:{}", definition.line));
+            found.push(format!("the type `{name}` has several definitions: {}", places.collect::<Vec<_>>().join(", ")));
         }
     }
 }
 
 /// Returns the first pair of rooms that the library lists out of order.
 fn listed_out_of_order(lib: &str) -> Option<String> {
-    let stripped = strip(lib);
-    let places: Vec<(usize, String)> = stripped
+    let places: Vec<(usize, String)> = lib
         .lines()
         .filter_map(|line| line.trim().strip_prefix("pub mod ")?.strip_suffix(';').map(str::to_owned))
         .map(|room| (ROOMS.iter().position(|known| *known == room).unwrap_or(usize::MAX), room))
@@ -206,37 +252,28 @@ fn listed_out_of_order(lib: &str) -> Option<String> {
         .map(|pair| format!("`{}` stands after `{}`", pair[1].1, pair[0].1))
 }
 
-fn sources() -> Vec<File> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let (mut folders, mut files) = (vec![root.clone()], Vec::new());
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).expect("the source can be listed") {
-            let path: PathBuf = entry.expect("the source can be listed").path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                let name = path.strip_prefix(&root).expect("below the root").to_string_lossy().into_owned();
-                files.push(File { name, text: fs::read_to_string(&path).expect("the source can be read") });
-            }
-        }
-    }
-    files
+fn sources() -> Sources {
+    Sources::parse(read_folder(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &["rs"]))
 }
 
 #[test]
-fn every_room_follows_the_import_order() {
-    let files = sources();
-    assert!(files.len() > 10, "sources exist");
-    let mut found = violations(&files);
-    let has = |name: String| files.iter().any(|file| file.name == name);
-    for room in ROOMS.iter().filter(|room| files.iter().any(|file| file.room() == **room)) {
-        if !has(format!("{room}.rs")) && !has(format!("{room}/mod.rs")) {
-            found.push(format!("{room}: a room has one face, {room}.rs or {room}/mod.rs"));
+fn sources_follow_the_architecture() {
+    let sources = sources();
+    assert!(sources.files.len() > 10, "sources exist");
+    let mut found = violations(&sources);
+    let has = |name: String| sources.files.iter().any(|file| file.name == name);
+    for name in ROOMS.iter().filter(|name| sources.files.iter().any(|file| room(file) == **name)) {
+        if !has(format!("{name}.rs")) && !has(format!("{name}/mod.rs")) {
+            found.push(format!("{name}: a room has one face, {name}.rs or {name}/mod.rs"));
         }
     }
-    let lib = files.iter().find(|file| file.name == "lib.rs").expect("the library");
+    let places = RESTRICTED.iter().flat_map(|rule| rule.allowed).chain(PURE);
+    for place in places.filter(|place| !sources.files.iter().any(|file| is_in(file, &[place]))) {
+        found.push(format!("a rule names {place}, which is not in src/"));
+    }
+    let lib = sources.files.iter().find(|file| file.name == "lib.rs").expect("the library");
     found.extend(listed_out_of_order(&lib.text));
-    assert!(found.is_empty(), "\n{}\n", found.join("\n"));
+    assert!(found.is_empty(), "{} violations:\n{}\n", found.len(), found.join("\n"));
 }
 
 /// The documented map has the existing rooms, in their order.
@@ -248,14 +285,15 @@ fn documented_map_of_rooms_matches_the_import_order() {
     let mapped: Vec<&str> = rooms.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
     let places: Vec<Option<usize>> = mapped.iter().map(|name| ROOMS.iter().position(|room| room == name)).collect();
     assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{mapped:?}");
-    for file in sources().iter().filter(|file| file.name != "lib.rs" && file.name != "main.rs") {
-        assert!(mapped.contains(&file.room()), "docs/architecture.md has no row for `{}`", file.room());
+    for file in sources().files.iter().filter(|file| file.name != "lib.rs" && file.name != "main.rs") {
+        assert!(mapped.contains(&room(file)), "docs/architecture.md has no row for `{}`", room(file));
     }
 }
 
-/// Returns the violations in one planted file.
-fn planted(name: &str, code: &str) -> Vec<String> {
-    violations(&[File { name: name.to_owned(), text: format!("//! Planted.\n{code}\n") }])
+/// Returns the violations in these files, given as name and code.
+fn planted(files: &[(&str, &str)]) -> Vec<String> {
+    let text = |(name, code): &(&str, &str)| ((*name).to_owned(), format!("//! Planted.\n{code}\n"));
+    violations(&Sources::parse(files.iter().map(text).collect()))
 }
 
 #[test]
@@ -269,11 +307,11 @@ fn import_of_a_later_room_is_found_in_every_form() {
         "macro_rules! m { () => { $crate::broker::start() } }",
         "#[cfg(test)]\nmod tests { use crate::broker::Node; }",
     ] {
-        let found = planted("log/segment.rs", code);
+        let found = planted(&[("log/segment.rs", code)]);
         assert_eq!(found.len(), 1, "{code}: {found:?}");
-        assert!(found[0].contains("`log` knows `broker`"), "{found:?}");
+        assert!(found[0].contains("`log` imports the later room `broker`"), "{found:?}");
     }
-    assert_eq!(planted("limits.rs", "use super::log::Segment;").len(), 1);
+    assert_eq!(planted(&[("limits.rs", "use super::log::Segment;")]).len(), 1);
 }
 
 #[test]
@@ -289,7 +327,7 @@ fn allowed_imports_are_not_reported() {
         ("main.rs", "use strandline::cli;"),
         ("record/batch.rs", "use std::time::Duration;"),
     ] {
-        assert_eq!(planted(name, code), Vec::<String>::new(), "{name}: {code}");
+        assert_eq!(planted(&[(name, code)]), Vec::<String>::new(), "{name}: {code}");
     }
 }
 
@@ -312,17 +350,74 @@ fn restricted_import_is_found() {
         ("broker/hosted.rs", "use std::{collections::HashMap, sync::Arc};", "an order of iteration"),
         ("cluster/planner.rs", "fn f() { x.await }", "pure"),
     ] {
-        let found = planted(name, code);
+        let found = planted(&[(name, code)]);
         assert_eq!(found.len(), 1, "{name}: {code}: {found:?}");
         assert!(found[0].contains(what), "{found:?}");
     }
 }
 
 #[test]
+fn import_cycle_is_found_with_its_chain() {
+    let pair = [("log/a.rs", "use super::b::B;\npub struct A;"), ("log/b.rs", "pub struct B;\nfn f() { super::a::A }")];
+    let found = planted(&pair);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].contains("log/a.rs:2: `super::b::B` is defined in log/b.rs"), "{found:?}");
+    assert!(found[0].contains("log/b.rs:3: `super::a::A` is defined in log/a.rs"), "{found:?}");
+    let reexport = ("log/mod.rs", "mod a;\nmod b;\nmod c;\npub use {a::A, c::*};");
+    for files in [
+        // Through a re-export, an import that a glob brings, and the tokens of a macro.
+        [
+            ("log/a.rs", "pub struct A;\nfn f(b: super::b::B) {}"),
+            ("log/b.rs", "use super::A;\npub struct B;"),
+            reexport,
+        ],
+        [
+            ("log/a.rs", "use super::*;\npub struct A;\nfn f(c: C) {}"),
+            ("log/c.rs", "use super::A;\npub struct C;"),
+            reexport,
+        ],
+        [
+            ("log/a.rs", "pub struct A;\nfn f() { vec![super::c::g()] }"),
+            ("log/c.rs", "use super::A;\npub fn g() {}"),
+            reexport,
+        ],
+    ] {
+        assert_eq!(planted(&files).len(), 1, "{files:?}: {:?}", planted(&files));
+    }
+    for files in [
+        // `mod.rs`, test code, re-exports, methods and names of fields.
+        [("log/mod.rs", "mod a;\nuse a::A;\npub struct M;"), ("log/a.rs", "pub struct A;\nfn f(m: super::M) {}")],
+        [
+            ("log/a.rs", "use super::b::B;\npub struct A;"),
+            ("log/b.rs", "pub struct B;\n#[test]\nfn f() { super::a::A }"),
+        ],
+        [("log/a.rs", "pub use super::b::B;\npub struct A;"), ("log/b.rs", "use super::a::A;\npub struct B;")],
+        [
+            ("log/a.rs", "use super::b::B;\npub fn g() {}"),
+            ("log/b.rs", "use super::a;\npub struct B;\nfn f() { b!(x.g()) }"),
+        ],
+    ] {
+        assert_eq!(planted(&files), Vec::<String>::new(), "{files:?}");
+    }
+}
+
+#[test]
+fn repeated_type_name_is_found() {
+    for (first, second) in [("pub struct A;", "pub(crate) enum A {}"), ("pub trait A {}", "struct A;")] {
+        let found = planted(&[("log/a.rs", first), ("tier/b.rs", second)]);
+        assert_eq!(found, ["the type `A` has several definitions: log/a.rs:2, tier/b.rs:2"]);
+    }
+    assert_eq!(planted(&[("log/a.rs", "struct A;\nmod m { struct A; }")]).len(), 1);
+    for second in ["struct A;", "#[cfg(test)]\nmod tests { pub struct A; }"] {
+        assert_eq!(planted(&[("log/a.rs", "struct A;"), ("tier/b.rs", second)]), Vec::<String>::new());
+    }
+}
+
+#[test]
 fn file_without_module_doc_is_found() {
-    let bare = [File { name: "log/mod.rs".to_owned(), text: "fn f() {}\n".to_owned() }];
+    let bare = Sources::parse(vec![("log/mod.rs".to_owned(), "fn f() {}\n".to_owned())]);
     assert!(violations(&bare)[0].contains("opens without"));
-    assert!(planted("utils.rs", "")[0].contains("no room has this name"));
+    assert!(planted(&[("utils.rs", "")])[0].contains("no room has this name"));
     assert_eq!(
         listed_out_of_order("pub mod model;\n\npub mod log;\npub mod record;"),
         Some("`record` stands after `log`".to_owned())

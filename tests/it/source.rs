@@ -1,298 +1,451 @@
-//! Reads Rust source for the architecture test: without comments and literals, and with every path written out.
+//! Reads Rust sources with `syn`: which items a file defines, which paths it names, and which file defines the item of
+//! a path.
 //!
-//! This is not a parser. The module handles enough of the grammar to distinguish `crate::log` in code from the same
-//! text in a comment or string. The module also expands trees of imports.
+//! Tokens of a macro call have no grammar, so every path in them counts. An item that only a macro defines belongs to
+//! the file of its module.
 
-/// A path in the code, such as `std::fs::File`, with the line where the path starts.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Path {
-    /// Line number, from 1.
-    pub(crate) line: usize,
-    pub(crate) segments: Vec<String>,
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
+
+use proc_macro2::{Spacing, Span, TokenStream, TokenTree};
+use syn::{
+    Attribute, ExprAwait, Field, ImplItem, Item, ItemUse, Macro, Meta, Signature, TraitItem, UseTree, Variant,
+    Visibility,
+    visit::{self, Visit},
+};
+
+/// Kind of a definition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    Type,
+    Variant,
+    /// A function, a field or a constant.
+    Value,
 }
 
-impl Path {
+/// A named item, variant or field.
+#[derive(Debug)]
+pub(crate) struct Definition {
+    pub(crate) kind: Kind,
+    pub(crate) name: String,
+    pub(crate) line: usize,
+    pub(crate) is_public: bool,
+    pub(crate) in_test: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    Import,
+    Reexport,
+    Code,
+}
+
+/// A path in the code, such as `std::fs::File`.
+#[derive(Debug)]
+pub(crate) struct NamedPath {
+    pub(crate) segments: Vec<String>,
+    /// Line number, from 1.
+    pub(crate) line: usize,
+    /// Module that contains the path.
+    pub(crate) module: String,
+    pub(crate) usage: Use,
+    pub(crate) in_test: bool,
+}
+
+impl NamedPath {
     /// Returns true if the path starts with these segments, given as `a::b`.
-    pub(crate) fn begins(&self, prefix: &str) -> bool {
+    pub(crate) fn starts_with(&self, prefix: &str) -> bool {
         let mut segments = self.segments.iter();
         prefix.split("::").all(|wanted| segments.next().is_some_and(|segment| segment == wanted))
     }
 }
 
-/// Returns the source with comments and literals blanked, line for line.
-pub(crate) fn strip(source: &str) -> String {
-    let chars: Vec<char> = source.chars().collect();
-    let mut out = String::with_capacity(source.len());
-    let mut at = 0;
-    while at < chars.len() {
-        let end = literal_end(&chars, at);
-        if end == at {
-            out.push(chars[at]);
-            at += 1;
-        } else {
-            out.push(' ');
-            out.extend(chars[at..end].iter().filter(|c| **c == '\n'));
-            at = end;
-        }
-    }
-    out
+/// A parsed file.
+pub(crate) struct SourceFile {
+    /// Path below the root of the sources, with `/`.
+    pub(crate) name: String,
+    pub(crate) text: String,
+    pub(crate) is_test: bool,
+    pub(crate) definitions: Vec<Definition>,
+    pub(crate) paths: Vec<NamedPath>,
 }
 
-/// Returns the end of the comment or literal that starts at `at`, or `at` if none starts there.
-fn literal_end(chars: &[char], at: usize) -> usize {
-    let next = |n: usize| chars.get(at + n).copied().unwrap_or('\0');
-    let after_word = at > 0 && is_word(chars[at - 1]);
-    match chars[at] {
-        '/' if next(1) == '/' => chars[at..].iter().position(|c| *c == '\n').map_or(chars.len(), |n| at + n),
-        '/' if next(1) == '*' => block_comment_end(chars, at),
-        '"' => string_end(chars, at + 1),
-        'r' | 'b' | 'c' if !after_word => {
-            let quote = at + chars[at..].iter().take_while(|c| matches!(c, 'r' | 'b' | 'c')).count().min(2);
-            let hashes = chars[quote.min(chars.len())..].iter().take_while(|c| **c == '#').count();
-            let raw = chars[at..quote].contains(&'r');
-            match chars.get(quote + hashes) {
-                Some('"') if raw => raw_string_end(chars, quote + hashes + 1, hashes),
-                Some('"') if hashes == 0 => string_end(chars, quote + 1),
-                Some('\'') if hashes == 0 && chars[at] == 'b' => char_end(chars, quote).unwrap_or(at),
-                _ => at,
+/// Names that a module has in scope.
+#[derive(Default)]
+struct Module {
+    file: usize,
+    items: BTreeSet<String>,
+    imports: BTreeMap<String, Vec<String>>,
+    globs: Vec<Vec<String>>,
+}
+
+#[derive(Clone)]
+enum Target {
+    Module(String),
+    /// An item of the file with this index.
+    Item(usize),
+}
+
+/// The files of one crate, with their modules.
+pub(crate) struct Sources {
+    pub(crate) files: Vec<SourceFile>,
+    modules: BTreeMap<String, Module>,
+}
+
+/// Returns name and text of every file below `folder` with one of these extensions.
+pub(crate) fn read_folder(folder: &Path, extensions: &[&str]) -> Vec<(String, String)> {
+    let (mut folders, mut files) = (vec![folder.to_owned()], Vec::new());
+    while let Some(next) = folders.pop() {
+        for entry in fs::read_dir(&next).expect("the folder can be listed") {
+            let path = entry.expect("the folder can be listed").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|found| extensions.iter().any(|wanted| found == *wanted)) {
+                let name = path.strip_prefix(folder).expect("below the folder").to_string_lossy().into_owned();
+                files.push((name, fs::read_to_string(&path).expect("the file can be read")));
             }
         }
-        '\'' => char_end(chars, at).unwrap_or(at),
-        _ => at,
+    }
+    files.sort();
+    files
+}
+
+impl Sources {
+    pub(crate) fn parse(texts: Vec<(String, String)>) -> Self {
+        let mut sources = Self { files: Vec::new(), modules: BTreeMap::new() };
+        let mut test_modules = Vec::new();
+        for (index, (name, text)) in texts.into_iter().enumerate() {
+            let syntax = syn::parse_file(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let mut reader = FileReader::new(index, &name);
+            reader.visit_file(&syntax);
+            test_modules.append(&mut reader.test_modules);
+            sources.modules.append(&mut reader.modules);
+            let (definitions, paths) = (reader.definitions, reader.paths);
+            sources.files.push(SourceFile { name, text, is_test: false, definitions, paths });
+        }
+        for file in &mut sources.files {
+            let module = module_of(&file.name);
+            file.is_test = file.name.ends_with("tests.rs") || test_modules.iter().any(|test| is_within(&module, test));
+            file.paths.iter_mut().for_each(|path| path.in_test |= file.is_test);
+            file.definitions.iter_mut().for_each(|definition| definition.in_test |= file.is_test);
+        }
+        sources
+    }
+
+    /// Returns the index of the file that defines the item that `path` names. A module is not an item.
+    pub(crate) fn defining_file(&self, path: &NamedPath) -> Option<usize> {
+        match self.resolve(&path.module, &path.segments, 0)? {
+            Target::Item(file) => Some(file),
+            Target::Module(_) => None,
+        }
+    }
+
+    fn resolve(&self, module: &str, path: &[String], depth: usize) -> Option<Target> {
+        let (first, mut rest) = path.split_first().filter(|_| depth < 20)?;
+        let mut target = match first.as_str() {
+            "crate" => Target::Module(String::new()),
+            "strandline" if module == "main" => Target::Module(String::new()),
+            "self" => Target::Module(module.to_owned()),
+            "super" => Target::Module(parent(module).to_owned()),
+            name => self.find(module, name, rest.is_empty(), depth)?,
+        };
+        while let Some((name, after)) = rest.split_first() {
+            let Target::Module(at) = &target else { break };
+            target = match name.as_str() {
+                "super" => Target::Module(parent(at).to_owned()),
+                "self" => target,
+                name => match self.find(at, name, after.is_empty(), depth) {
+                    Some(found) => found,
+                    None => Target::Item(self.modules.get(at)?.file),
+                },
+            };
+            rest = after;
+        }
+        Some(target)
+    }
+
+    /// Looks a name up in a module. `is_last` prefers items to modules of the same name.
+    fn find(&self, module: &str, name: &str, is_last: bool, depth: usize) -> Option<Target> {
+        let child = join(module, name);
+        let child = self.modules.contains_key(&child).then_some(Target::Module(child));
+        let Some(scope) = self.modules.get(module) else { return child };
+        let item = scope.items.contains(name).then_some(Target::Item(scope.file));
+        let own = if is_last { item.or(child) } else { child.or(item) };
+        let imported = || self.resolve(module, scope.imports.get(name)?, depth + 1);
+        own.or_else(imported).or_else(|| {
+            scope.globs.iter().find_map(|glob| match self.resolve(module, glob, depth + 1)? {
+                Target::Module(from) if from != module => self.find(&from, name, is_last, depth + 1),
+                _ => None,
+            })
+        })
     }
 }
 
-fn block_comment_end(chars: &[char], start: usize) -> usize {
-    let (mut at, mut depth) = (start, 0);
-    while at < chars.len() {
-        let pair = (chars[at], chars.get(at + 1).copied().unwrap_or('\0'));
-        match pair {
-            ('/', '*') => depth += 1,
-            ('*', '/') => depth -= 1,
-            _ => {
-                at += 1;
-                continue;
+/// Returns the path of the module in this file: `log::disk` for `log/disk/mod.rs`.
+fn module_of(name: &str) -> String {
+    let path = name.trim_end_matches(".rs");
+    if path == "lib" || path == "mod" {
+        return String::new();
+    }
+    path.trim_end_matches("/mod").replace('/', "::")
+}
+
+fn join(module: &str, name: &str) -> String {
+    if module.is_empty() { name.to_owned() } else { format!("{module}::{name}") }
+}
+
+fn parent(module: &str) -> &str {
+    module.rsplit_once("::").map_or("", |(parent, _)| parent)
+}
+
+fn is_within(module: &str, outer: &str) -> bool {
+    module.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
+}
+
+/// Returns true for `#[test]` and for a `#[cfg]` that only holds in tests.
+fn is_test(attributes: &[Attribute]) -> bool {
+    attributes.iter().any(|attribute| match &attribute.meta {
+        Meta::Path(path) => path.is_ident("test"),
+        Meta::List(list) if list.path.is_ident("cfg") => {
+            let condition = list.tokens.to_string();
+            condition == "test" || condition.starts_with("all") && condition.contains("test")
+        }
+        _ => false,
+    })
+}
+
+/// Collects what one file defines and names.
+struct FileReader {
+    file: usize,
+    module: String,
+    in_test: bool,
+    modules: BTreeMap<String, Module>,
+    test_modules: Vec<String>,
+    definitions: Vec<Definition>,
+    paths: Vec<NamedPath>,
+}
+
+impl FileReader {
+    fn new(file: usize, name: &str) -> Self {
+        let module = module_of(name);
+        let scope = Module { file, ..Module::default() };
+        Self {
+            file,
+            modules: BTreeMap::from([(module.clone(), scope)]),
+            module,
+            in_test: false,
+            test_modules: Vec::new(),
+            definitions: Vec::new(),
+            paths: Vec::new(),
+        }
+    }
+
+    fn scope(&mut self) -> &mut Module {
+        let module = Module { file: self.file, ..Module::default() };
+        self.modules.entry(self.module.clone()).or_insert(module)
+    }
+
+    fn define(&mut self, kind: Kind, name: &proc_macro2::Ident, is_public: bool) {
+        let (line, in_test) = (name.span().start().line, self.in_test);
+        let name = name.to_string();
+        self.definitions.push(Definition { kind, name, line, is_public, in_test });
+    }
+
+    fn define_item(&mut self, kind: Kind, name: &proc_macro2::Ident, visibility: &Visibility) {
+        self.define(kind, name, !matches!(visibility, Visibility::Inherited));
+        self.scope().items.insert(name.to_string());
+    }
+
+    fn add_path(&mut self, segments: Vec<String>, span: Span, usage: Use) {
+        let (module, in_test) = (self.module.clone(), self.in_test);
+        self.paths.push(NamedPath { segments, line: span.start().line, module, usage, in_test });
+    }
+
+    fn add_import(&mut self, tree: &UseTree, prefix: &[String], usage: Use) {
+        let (name, alias) = match tree {
+            UseTree::Path(path) => {
+                let prefix = [prefix, &[path.ident.to_string()]].concat();
+                return self.add_import(&path.tree, &prefix, usage);
             }
-        }
-        at += 2;
-        if depth == 0 {
-            return at;
-        }
-    }
-    chars.len()
-}
-
-fn string_end(chars: &[char], mut at: usize) -> usize {
-    while at < chars.len() {
-        match chars[at] {
-            '\\' => at += 2,
-            '"' => return at + 1,
-            _ => at += 1,
-        }
-    }
-    chars.len()
-}
-
-fn raw_string_end(chars: &[char], start: usize, hashes: usize) -> usize {
-    (start..chars.len())
-        .find(|at| chars[*at] == '"' && chars[at + 1..].iter().take(hashes).filter(|c| **c == '#').count() == hashes)
-        .map_or(chars.len(), |at| at + 1 + hashes)
-}
-
-/// Returns the end of a character literal; `None` for a lifetime.
-fn char_end(chars: &[char], quote: usize) -> Option<usize> {
-    if chars.get(quote + 1) == Some(&'\\') {
-        let close = chars.iter().skip(quote + 3).position(|c| *c == '\'')?;
-        return Some(quote + 3 + close + 1);
-    }
-    (chars.get(quote + 2) == Some(&'\'')).then_some(quote + 3)
-}
-
-fn is_word(c: char) -> bool {
-    c.is_alphanumeric() || c == '_'
-}
-
-#[derive(Clone, Debug, PartialEq)]
-enum Token {
-    Word(String),
-    Sep,
-    Mark(char),
-}
-
-fn tokens(stripped: &str) -> Vec<(usize, Token)> {
-    let chars: Vec<char> = stripped.chars().collect();
-    let (mut out, mut at, mut line) = (Vec::new(), 0, 1);
-    while at < chars.len() {
-        let c = chars[at];
-        if c == '\n' {
-            line += 1;
-        }
-        if is_word(c) {
-            let word: String = chars[at..].iter().take_while(|c| is_word(**c)).collect();
-            at += word.chars().count();
-            out.push((line, Token::Word(word)));
-            continue;
-        }
-        if c == ':' && chars.get(at + 1) == Some(&':') {
-            out.push((line, Token::Sep));
-            at += 2;
-            continue;
-        }
-        if !c.is_whitespace() {
-            out.push((line, Token::Mark(c)));
-        }
-        at += 1;
-    }
-    out
-}
-
-/// Returns every path of stripped source: expanded imports, and paths in the code. Single words count too.
-pub(crate) fn paths(stripped: &str) -> Vec<Path> {
-    let tokens = tokens(stripped);
-    let (mut out, mut at) = (Vec::new(), 0);
-    while at < tokens.len() {
-        let follows = |n: usize| tokens.get(at + n).map(|(_, token)| token);
-        match &tokens[at].1 {
-            Token::Word(word) if word == "use" && follows(1) != Some(&Token::Mark('<')) => {
-                at = import(&tokens, at + 1, &[], &mut out);
+            UseTree::Group(group) => return group.items.iter().for_each(|item| self.add_import(item, prefix, usage)),
+            UseTree::Glob(glob) => {
+                self.add_path(prefix.to_vec(), glob.star_token.spans[0], usage);
+                return self.scope().globs.push(prefix.to_vec());
             }
-            Token::Word(_) => at = plain(&tokens, at, &mut out),
-            _ => at += 1,
-        }
+            UseTree::Name(name) => (&name.ident, &name.ident),
+            UseTree::Rename(name) => (&name.ident, &name.rename),
+        };
+        let last = (name != "self").then(|| name.to_string());
+        let path: Vec<String> = prefix.iter().cloned().chain(last).collect();
+        let alias = if alias == "self" { path.last().cloned().unwrap_or_default() } else { alias.to_string() };
+        self.add_path(path.clone(), name.span(), usage);
+        self.scope().imports.entry(alias).or_insert(path);
     }
-    out
-}
 
-/// Adds one path of the code to `out`. Returns the index of the next token.
-fn plain(tokens: &[(usize, Token)], start: usize, out: &mut Vec<Path>) -> usize {
-    let (mut segments, mut at) = (Vec::new(), start);
-    while let Some((_, Token::Word(word))) = tokens.get(at) {
-        segments.push(word.clone());
-        at += 1;
-        let more =
-            matches!(tokens.get(at), Some((_, Token::Sep))) && matches!(tokens.get(at + 1), Some((_, Token::Word(_))));
-        if !more {
-            break;
-        }
-        at += 1;
-    }
-    out.push(Path { line: tokens[start].0, segments });
-    at
-}
-
-/// Adds one tree of imports to `out`, up to the comma, brace or semicolon that ends the tree. Returns the index of the
-/// next token.
-fn import(tokens: &[(usize, Token)], start: usize, prefix: &[String], out: &mut Vec<Path>) -> usize {
-    let (mut segments, mut at) = (prefix.to_vec(), start);
-    let line = tokens.get(start).map_or(0, |(line, _)| *line);
-    let mut renamed = false;
-    loop {
-        match tokens.get(at).map(|(_, token)| token) {
-            Some(Token::Word(word)) if word == "as" => renamed = true,
-            Some(Token::Word(word)) if !renamed => segments.push(word.clone()),
-            Some(Token::Word(_) | Token::Sep) => {}
-            Some(Token::Mark('*')) => segments.push("*".to_owned()),
-            Some(Token::Mark('{')) => return group(tokens, at + 1, &segments, out),
-            _ => {
-                if segments.len() > prefix.len() {
-                    out.push(Path { line, segments });
+    /// Adds the paths in the tokens of a macro. Names of fields and methods are not paths.
+    fn add_tokens(&mut self, tokens: TokenStream) {
+        let tokens: Vec<TokenTree> = tokens.into_iter().collect();
+        let punct = |at: usize, c: char| matches!(tokens.get(at), Some(TokenTree::Punct(p)) if p.as_char() == c);
+        let separator = |at: usize| {
+            punct(at, ':')
+                && punct(at + 1, ':')
+                && matches!(&tokens[at], TokenTree::Punct(p) if p.spacing() == Spacing::Joint)
+        };
+        let mut at = 0;
+        while at < tokens.len() {
+            match &tokens[at] {
+                TokenTree::Group(group) => self.add_tokens(group.stream()),
+                TokenTree::Ident(first) => {
+                    let (is_member, mut segments) = (at > 0 && punct(at - 1, '.'), vec![first.to_string()]);
+                    while let Some(TokenTree::Ident(next)) = tokens.get(at + 3).filter(|_| separator(at + 1)) {
+                        segments.push(next.to_string());
+                        at += 3;
+                    }
+                    let is_field_name = segments.len() == 1 && punct(at + 1, ':');
+                    if !is_member && !is_field_name {
+                        self.add_path(segments, first.span(), Use::Code);
+                    }
                 }
-                return at;
+                _ => {}
+            }
+            at += 1;
+        }
+    }
+
+    /// Adds the items that the tokens of a macro call at the level of items define.
+    fn add_macro_items(&mut self, tokens: TokenStream) {
+        let tokens: Vec<TokenTree> = tokens.into_iter().collect();
+        for pair in tokens.windows(2) {
+            let [TokenTree::Ident(keyword), TokenTree::Ident(name)] = pair else { continue };
+            match keyword.to_string().as_str() {
+                "struct" | "enum" | "trait" | "type" => self.define_item(Kind::Type, name, &Visibility::Inherited),
+                "fn" | "const" | "static" => self.define_item(Kind::Value, name, &Visibility::Inherited),
+                _ => {}
             }
         }
-        at += 1;
+    }
+
+    /// Runs `read` on an item with these attributes.
+    fn within(&mut self, attributes: &[Attribute], read: impl FnOnce(&mut Self)) {
+        let outer = self.in_test;
+        self.in_test |= is_test(attributes);
+        read(self);
+        self.in_test = outer;
     }
 }
 
-fn group(tokens: &[(usize, Token)], start: usize, prefix: &[String], out: &mut Vec<Path>) -> usize {
-    let mut at = start;
-    loop {
-        match tokens.get(at).map(|(_, token)| token) {
-            Some(Token::Mark(',')) => at += 1,
-            Some(Token::Mark('}')) => return at + 1,
-            None | Some(Token::Mark(_)) => return at,
-            _ => at = import(tokens, at, prefix, out),
+fn attributes(item: &Item) -> &[Attribute] {
+    match item {
+        Item::Const(item) => &item.attrs,
+        Item::Enum(item) => &item.attrs,
+        Item::Fn(item) => &item.attrs,
+        Item::Impl(item) => &item.attrs,
+        Item::Macro(item) => &item.attrs,
+        Item::Mod(item) => &item.attrs,
+        Item::Static(item) => &item.attrs,
+        Item::Struct(item) => &item.attrs,
+        Item::Trait(item) => &item.attrs,
+        Item::Type(item) => &item.attrs,
+        Item::Use(item) => &item.attrs,
+        _ => &[],
+    }
+}
+
+impl<'ast> Visit<'ast> for FileReader {
+    fn visit_item(&mut self, item: &'ast Item) {
+        self.within(attributes(item), |reader| {
+            let outer = reader.module.clone();
+            match item {
+                Item::Struct(item) => reader.define_item(Kind::Type, &item.ident, &item.vis),
+                Item::Enum(item) => reader.define_item(Kind::Type, &item.ident, &item.vis),
+                Item::Union(item) => reader.define_item(Kind::Type, &item.ident, &item.vis),
+                Item::Trait(item) => reader.define_item(Kind::Type, &item.ident, &item.vis),
+                Item::Type(item) => reader.define_item(Kind::Type, &item.ident, &item.vis),
+                Item::Fn(item) => reader.define_item(Kind::Value, &item.sig.ident, &item.vis),
+                Item::Const(item) => reader.define_item(Kind::Value, &item.ident, &item.vis),
+                Item::Static(item) => reader.define_item(Kind::Value, &item.ident, &item.vis),
+                Item::Macro(item) if item.ident.is_none() => reader.add_macro_items(item.mac.tokens.clone()),
+                Item::Mod(item) => {
+                    let inner = join(&outer, &item.ident.to_string());
+                    if reader.in_test {
+                        reader.test_modules.push(inner.clone());
+                    }
+                    if item.content.is_some() {
+                        reader.module = inner;
+                        reader.scope();
+                    }
+                }
+                _ => {}
+            }
+            visit::visit_item(reader, item);
+            reader.module = outer;
+        });
+    }
+
+    fn visit_impl_item(&mut self, item: &'ast ImplItem) {
+        let (attributes, name, visibility) = match item {
+            ImplItem::Fn(item) => (&item.attrs, &item.sig.ident, &item.vis),
+            ImplItem::Const(item) => (&item.attrs, &item.ident, &item.vis),
+            _ => return visit::visit_impl_item(self, item),
+        };
+        self.within(attributes, |reader| {
+            reader.define(Kind::Value, name, !matches!(visibility, Visibility::Inherited));
+            visit::visit_impl_item(reader, item);
+        });
+    }
+
+    fn visit_trait_item(&mut self, item: &'ast TraitItem) {
+        if let TraitItem::Fn(function) = item {
+            self.define(Kind::Value, &function.sig.ident, true);
         }
+        visit::visit_trait_item(self, item);
     }
-}
 
-/// Returns stripped source without its `#[cfg(test)]` items, line for line.
-pub(crate) fn without_tests(stripped: &str) -> String {
-    const GATE: &str = "#[cfg(test)]";
-    let mut out = String::with_capacity(stripped.len());
-    let mut rest = stripped;
-    while let Some(found) = rest.find(GATE) {
-        out.push_str(&rest[..found]);
-        let item = &rest[found + GATE.len()..];
-        let end = item_end(item);
-        out.extend(item[..end].chars().filter(|c| *c == '\n'));
-        rest = &item[end..];
+    fn visit_field(&mut self, field: &'ast Field) {
+        self.within(&field.attrs, |reader| {
+            if let Some(name) = &field.ident {
+                reader.define(Kind::Value, name, !matches!(field.vis, Visibility::Inherited));
+            }
+            visit::visit_field(reader, field);
+        });
     }
-    out.push_str(rest);
-    out
-}
 
-/// Returns the end of the first item: its semicolon, or the brace that closes its first brace.
-fn item_end(item: &str) -> usize {
-    let mut depth = 0;
-    for (at, c) in item.char_indices() {
-        match c {
-            '{' => depth += 1,
-            '}' if depth == 1 => return at + 1,
-            '}' => depth -= 1,
-            ';' if depth == 0 => return at + 1,
-            _ => {}
+    fn visit_variant(&mut self, variant: &'ast Variant) {
+        self.define(Kind::Variant, &variant.ident, true);
+        visit::visit_variant(self, variant);
+    }
+
+    fn visit_item_use(&mut self, item: &'ast ItemUse) {
+        let usage = if matches!(item.vis, Visibility::Inherited) { Use::Import } else { Use::Reexport };
+        self.add_import(&item.tree, &[], usage);
+    }
+
+    fn visit_path(&mut self, path: &'ast syn::Path) {
+        let segments: Vec<String> = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
+        self.add_path(segments, path.segments[0].ident.span(), Use::Code);
+        visit::visit_path(self, path);
+    }
+
+    fn visit_signature(&mut self, signature: &'ast Signature) {
+        if let Some(word) = &signature.asyncness {
+            self.add_path(vec!["async".to_owned()], word.span, Use::Code);
         }
+        visit::visit_signature(self, signature);
     }
-    item.len()
-}
 
-#[test]
-fn comments_and_literals_are_blanked_line_for_line() {
-    let source =
-        "a // crate::x\nb /* crate::y /* z */ \n */ c \"crate::\\\"s\" r#\"crate::\"r\"# b\"q\" 'x' '\\n' &'a d b'e' f";
-    let stripped = strip(source);
-    assert_eq!(stripped.lines().count(), source.lines().count());
-    assert!(!stripped.contains("crate"), "{stripped}");
-    let words: Vec<String> = paths(&stripped).into_iter().flat_map(|path| path.segments).collect();
-    assert_eq!(words, ["a", "b", "c", "a", "d", "f"]);
-}
+    fn visit_expr_await(&mut self, expression: &'ast ExprAwait) {
+        self.add_path(vec!["await".to_owned()], expression.await_token.span, Use::Code);
+        visit::visit_expr_await(self, expression);
+    }
 
-#[test]
-fn imports_are_expanded() {
-    let found: Vec<String> =
-        paths("use crate::{limits, model::{self, Offset as O}, log::*};\nfn f() { std::fs::read(x) }")
-            .into_iter()
-            .map(|path| format!("{}:{}", path.line, path.segments.join("::")))
-            .collect();
-    assert_eq!(
-        found,
-        [
-            "1:crate::limits",
-            "1:crate::model::self",
-            "1:crate::model::Offset",
-            "1:crate::log::*",
-            "2:fn",
-            "2:f",
-            "2:std::fs::read",
-            "2:x"
-        ]
-    );
-}
+    fn visit_macro(&mut self, call: &'ast Macro) {
+        self.add_tokens(call.tokens.clone());
+        visit::visit_macro(self, call);
+    }
 
-#[test]
-fn captured_lifetime_is_not_an_import() {
-    let found = paths("fn f<'a>() -> impl Sized + use<'a> { crate::log::x }");
-    assert!(found.iter().any(|path| path.begins("crate::log")), "{found:?}");
-}
-
-#[test]
-fn test_modules_are_removed() {
-    let source = "fn a() {}\n#[cfg(test)]\nmod tests { fn b() { if x { y } } }\n#[cfg(test)] mod more;\nfn c() {}";
-    let left = without_tests(source);
-    assert!(
-        left.contains("fn a") && left.contains("fn c") && !left.contains("fn b") && !left.contains("more"),
-        "{left}"
-    );
-    assert_eq!(left.lines().count(), source.lines().count());
+    // The paths of attributes are not code of this crate.
+    fn visit_attribute(&mut self, _: &'ast Attribute) {}
 }
