@@ -15,7 +15,10 @@ use std::io::{Read, Write};
 
 use bytes::Bytes;
 
-use super::{error::MalformedBatch, lz4, snappy};
+use super::{
+    error::{DecompressError, MalformedBatch},
+    lz4, snappy,
+};
 use crate::model::Compression;
 
 /// First bytes of a gzip member.
@@ -127,29 +130,6 @@ fn snappy_declared_len(stored: &[u8]) -> Option<usize> {
         rest = following;
     }
     Some(total)
-}
-
-/// Error of a decompression.
-pub(super) enum DecompressError {
-    /// The decompressed bytes exceed the maximum.
-    Grows,
-    /// The codec rejects the bytes.
-    Codec(String),
-}
-
-impl DecompressError {
-    fn into_malformed(self, codec: Compression, max: usize) -> MalformedBatch {
-        match self {
-            Self::Grows => MalformedBatch::Grows { codec, max },
-            Self::Codec(reason) => MalformedBatch::Compression { codec, reason },
-        }
-    }
-}
-
-impl<T: Into<String>> From<T> for DecompressError {
-    fn from(reason: T) -> Self {
-        Self::Codec(reason.into())
-    }
 }
 
 /// Decompresses `stored`, the records of one batch, to at most `max` bytes.

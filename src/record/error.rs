@@ -1,4 +1,4 @@
-//! The error of a batch that fails a check.
+//! The errors of a batch that fails a check, and of its decompression.
 
 use crate::model::Compression;
 
@@ -119,4 +119,27 @@ pub enum MalformedBatch {
         /// Error of the codec.
         reason: String,
     },
+}
+
+/// Error of a decompression.
+pub(super) enum DecompressError {
+    /// The decompressed bytes exceed the maximum.
+    Grows,
+    /// The codec rejects the bytes.
+    Codec(String),
+}
+
+impl DecompressError {
+    pub(super) fn into_malformed(self, codec: Compression, max: usize) -> MalformedBatch {
+        match self {
+            Self::Grows => MalformedBatch::Grows { codec, max },
+            Self::Codec(reason) => MalformedBatch::Compression { codec, reason },
+        }
+    }
+}
+
+impl<T: Into<String>> From<T> for DecompressError {
+    fn from(reason: T) -> Self {
+        Self::Codec(reason.into())
+    }
 }

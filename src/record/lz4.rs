@@ -10,7 +10,7 @@
 use lz4_flex::block::{DecompressError as BlockError, decompress_into, decompress_into_with_dict};
 use twox_hash::XxHash32;
 
-use super::compression::DecompressError;
+use super::error::DecompressError;
 
 const MAGIC: u32 = 0x184d_2204;
 const VERSION_MASK: u8 = 0b1100_0000;

@@ -524,7 +524,7 @@ fn streams_of_other_encoders_are_readable() {
     let mut streamed = zstd::stream::Encoder::new(Vec::new(), 19).unwrap();
     std::io::Write::write_all(&mut streamed, &plain).unwrap();
     let stored = streamed.finish().unwrap();
-    assert_eq!(decompress(Compression::Zstd, &stored, plain.len()).unwrap(), plain, "zstd that says no size");
+    assert_eq!(decompress(Compression::Zstd, &stored, plain.len()).unwrap(), plain, "zstd without a declared size");
 }
 
 /// The frame has a wrong content size, a correct header checksum and no content checksum.
