@@ -236,15 +236,15 @@ async fn until_empty(
         if standstill.is_over(broker.replica_count, broker.blocked, clock::monotonic()) && !wait_for_brokers {
             return Err(PollError::Fatal(anyhow!("{}", stuck(id))));
         }
-        let said = format!("{} still on broker {id}", output::count(broker.replica_count.into(), "replica"));
+        let text = format!("{} still on broker {id}", output::count(broker.replica_count.into(), "replica"));
         let obstacle = (broker.blocked > 0).then(|| {
             format!(
-                "{said}, {} of them blocked: too few other brokers are eligible, a broker that the moves need is \
+                "{text}, {} of them blocked: too few other brokers are eligible, a broker that the moves need is \
                  offline, or the partitions have no leader",
                 broker.blocked
             )
         });
-        Ok(RemainingWork { count: broker.replica_count.into(), said, obstacle })
+        Ok(RemainingWork { count: broker.replica_count.into(), text, obstacle })
     });
     let time = time.await?;
     let done = DrainStatus { leader_count: 0, replica_count: 0, blocked: Vec::new(), leaderless: 0, ..drain };

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::{
     CommonArgs,
     connect::{connect, explain_order},
-    health::ClusterHealth,
+    health::{ClusterHealth, state},
     output::{self, OutputFormat},
     retry_output::RetryMonitor,
     serve::environment,
@@ -162,15 +162,6 @@ fn problems(cluster: &ClusterDescription) -> String {
     let problems: Vec<String> =
         named.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
     if problems.is_empty() { String::new() } else { format!("\n{}", problems.join(", ")) }
-}
-
-pub(super) fn state(broker: &BrokerDescription) -> &'static str {
-    match (broker.alive, broker.stopping, broker.draining_since_ms) {
-        (false, ..) => "offline",
-        (true, true, _) => "stopping",
-        (true, false, Some(_)) => "draining",
-        (true, false, None) => "running",
-    }
 }
 
 fn row(broker: &BrokerDescription) -> Vec<String> {

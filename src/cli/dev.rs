@@ -63,15 +63,15 @@ pub(super) async fn run(command: DevArgs) -> anyhow::Result<ExitCode> {
     let data_dir = std::path::absolute(&command.data_dir)
         .with_context(|| format!("{} is not a path for a data directory", command.data_dir.display()))?;
     if command.brokers == 1 && command.etcd.is_none() {
-        alone_may(&data_dir)?;
-        let settings = command.alone(&data_dir)?;
+        check_standalone_dir(&data_dir)?;
+        let settings = command.standalone_config(&data_dir)?;
         return serve(settings, |ready| print_line(&welcome(std::slice::from_ref(ready), &program()))).await;
     }
-    together_may(&data_dir)?;
+    check_cluster_dir(&data_dir)?;
     if let Some(warning) = left_out(&data_dir, command.brokers) {
         eprintln!("{warning}");
     }
-    let configs = command.together(&data_dir)?;
+    let configs = command.cluster_configs(&data_dir)?;
     telemetry::start(&configs[0].telemetry.level, configs[0].telemetry.format)?;
     let signal = stop_signal()?;
     keep_files_private();
@@ -82,7 +82,7 @@ pub(super) async fn run(command: DevArgs) -> anyhow::Result<ExitCode> {
 
 impl DevArgs {
     /// Returns the settings of a standalone broker.
-    fn alone(self, data_dir: &Path) -> anyhow::Result<LoadedConfig> {
+    fn standalone_config(self, data_dir: &Path) -> anyhow::Result<LoadedConfig> {
         let sources = base(data_dir)
             .environment(environment())
             .flag("broker.data_dir", data_dir.display().to_string())
@@ -92,7 +92,7 @@ impl DevArgs {
     }
 
     /// Returns the configuration of each broker of a cluster.
-    fn together(&self, data_dir: &Path) -> anyhow::Result<Vec<Config>> {
+    fn cluster_configs(&self, data_dir: &Path) -> anyhow::Result<Vec<Config>> {
         let (grpc, http) = (ports(&self.listen, self.brokers, "--listen")?, ports(&self.http, self.brokers, "--http")?);
         if let Some(both) = grpc.iter().find(|address| address.port() != 0 && http.contains(address)) {
             bail!(
@@ -177,7 +177,7 @@ fn ports(first: &str, count: u32, flag: &str) -> anyhow::Result<Vec<SocketAddr>>
 
 /// Rejects a directory with brokers of a cluster or of a run with `--etcd`: a standalone broker would use the cluster's
 /// metadata as its own.
-fn alone_may(data_dir: &Path) -> anyhow::Result<()> {
+fn check_standalone_dir(data_dir: &Path) -> anyhow::Result<()> {
     match brokers_in(data_dir).len() {
         0 => Ok(()),
         1 => bail!(
@@ -192,7 +192,7 @@ fn alone_may(data_dir: &Path) -> anyhow::Result<()> {
 }
 
 /// Rejects the directory of a standalone broker: a cluster would use that broker's metadata as its own.
-fn together_may(data_dir: &Path) -> anyhow::Result<()> {
+fn check_cluster_dir(data_dir: &Path) -> anyhow::Result<()> {
     if is_data_directory(data_dir) {
         bail!(
             "{} contains a standalone broker: start it without --brokers and --etcd, or choose another --data-dir",
@@ -297,7 +297,7 @@ mod tests {
 
     #[test]
     fn cluster_brokers_have_own_directories_and_ports() {
-        let configs = dev(&["--brokers", "3"]).together(Path::new("/d")).expect("valid");
+        let configs = dev(&["--brokers", "3"]).cluster_configs(Path::new("/d")).expect("valid");
         let shown: Vec<String> = configs
             .iter()
             .map(|config| {
@@ -317,10 +317,11 @@ mod tests {
         assert_eq!(configs[0].replication.default_factor, 3);
         assert_eq!(configs[0].topic_defaults.get("min.insync.replicas").map(String::as_str), Some("2"));
         assert_eq!(configs[0].object_store, configs[2].object_store);
-        let two = dev(&["--brokers", "2", "--set", "broker.rack=a"]).together(Path::new("/d")).expect("valid");
+        let two = dev(&["--brokers", "2", "--set", "broker.rack=a"]).cluster_configs(Path::new("/d")).expect("valid");
         assert_eq!((two[0].replication.default_factor, two[0].topic_defaults.len()), (2, 0));
         assert_eq!(two[1].broker.rack.as_deref(), Some("a"));
-        let etcd = dev(&["--etcd", "http://127.0.0.1:1,http://127.0.0.1:2"]).together(Path::new("/d")).expect("valid");
+        let etcd =
+            dev(&["--etcd", "http://127.0.0.1:1,http://127.0.0.1:2"]).cluster_configs(Path::new("/d")).expect("valid");
         assert_eq!((etcd.len(), etcd[0].metadata.etcd.len()), (1, 2));
     }
 
@@ -329,45 +330,52 @@ mod tests {
     #[test]
     fn address_of_one_broker_is_refused_for_several() {
         for (key, host) in [("grpc.advertise", "h"), ("peer.advertise", "h"), ("peer.listen", "127.0.0.1")] {
-            let together = |brokers: &str, port: u16| {
+            let configs_of = |brokers: &str, port: u16| {
                 let set = format!("{key}={host}:{port}");
-                dev(&["--brokers", brokers, "--etcd", "http://a:1", "--set", &set]).together(Path::new("/d"))
+                dev(&["--brokers", brokers, "--etcd", "http://a:1", "--set", &set]).cluster_configs(Path::new("/d"))
             };
-            let error = together("2", 9480).expect_err(key).to_string();
+            let error = configs_of("2", 9480).expect_err(key).to_string();
             assert!(error.contains(&format!("command line ({key}): {key} {host}:9480")), "{error}");
-            together("2", 0).expect("each broker has its own port");
-            together("1", 9480).expect("there is one broker");
+            configs_of("2", 0).expect("each broker has its own port");
+            configs_of("1", 9480).expect("there is one broker");
         }
     }
 
     #[test]
     fn colliding_or_out_of_range_ports_are_refused() {
-        let error = dev(&["--brokers", "2", "--http", "127.0.0.1:9462"]).together(Path::new("/d")).expect_err("meet");
+        let error =
+            dev(&["--brokers", "2", "--http", "127.0.0.1:9462"]).cluster_configs(Path::new("/d")).expect_err("meet");
         assert!(error.to_string().contains("127.0.0.1:9462"), "{error}");
-        let error = dev(&["--brokers", "3", "--listen", "127.0.0.1:65532"]).together(Path::new("/d")).expect_err("end");
+        let error =
+            dev(&["--brokers", "3", "--listen", "127.0.0.1:65532"]).cluster_configs(Path::new("/d")).expect_err("end");
         assert!(error.to_string().contains("65532") && error.to_string().contains('3'), "{error}");
         let any = dev(&["--brokers", "3", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
-        assert!(any.together(Path::new("/d")).expect("valid").iter().all(|config| config.grpc.listen.port() == 0));
+        assert!(
+            any.cluster_configs(Path::new("/d")).expect("valid").iter().all(|config| config.grpc.listen.port() == 0)
+        );
     }
 
     #[test]
     fn standalone_and_cluster_directories_are_not_mixed() {
         let dir = tempfile::tempdir().expect("a folder");
-        assert!(alone_may(dir.path()).is_ok() && together_may(dir.path()).is_ok(), "both accept an empty directory");
+        assert!(
+            check_standalone_dir(dir.path()).is_ok() && check_cluster_dir(dir.path()).is_ok(),
+            "both accept an empty directory"
+        );
         let mark = |folder: &Path| {
             std::fs::create_dir_all(folder).expect("made");
             std::fs::write(folder.join(log::IDENTITY), "{}").expect("written");
         };
         mark(&dir.path().join("1"));
-        assert!(alone_may(dir.path()).expect_err("etcd").to_string().contains("--etcd"));
+        assert!(check_standalone_dir(dir.path()).expect_err("etcd").to_string().contains("--etcd"));
         mark(&dir.path().join("2"));
-        let error = alone_may(dir.path()).expect_err("a cluster").to_string();
+        let error = check_standalone_dir(dir.path()).expect_err("a cluster").to_string();
         assert!(error.contains("--brokers 2"), "{error}");
-        assert!(together_may(dir.path()).is_ok());
+        assert!(check_cluster_dir(dir.path()).is_ok());
         assert_eq!(left_out(dir.path(), 2), None);
         let warning = left_out(dir.path(), 1).expect("broker 2 is left out");
         assert!(warning.contains("only broker 2 has") && warning.contains("--brokers is 2"), "{warning}");
         mark(dir.path());
-        assert!(together_may(dir.path()).is_err());
+        assert!(check_cluster_dir(dir.path()).is_err());
     }
 }

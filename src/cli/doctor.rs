@@ -71,18 +71,19 @@ fn print(url: &str, location: &str, checks: &[StoreCheck], output: OutputFormat)
     if output == OutputFormat::Json {
         return Ok(output::json(&json!({ "object_store": url, "fit": fit(checks), "checks": checks }))?);
     }
-    let row = |check: &StoreCheck| vec![check.name.to_owned(), word(check.outcome).to_owned(), check.detail.clone()];
+    let row =
+        |check: &StoreCheck| vec![check.name.to_owned(), outcome_text(check.outcome).to_owned(), check.detail.clone()];
     output::table(&["CHECK", "RESULT", "DETAIL"], &[], checks.iter().map(row).collect())?;
     output::line("")?;
     for check in checks.iter().filter(|check| matches!(check.outcome, CheckOutcome::Fail | CheckOutcome::Unsupported)) {
-        output::line(&format!("{} {}: {}", check.name, word(check.outcome), check.meaning))?;
+        output::line(&format!("{} {}: {}", check.name, outcome_text(check.outcome), check.meaning))?;
     }
     let verdict =
         if fit(checks) { "a broker can use this object store" } else { "a broker cannot use this object store" };
     Ok(output::line(&format!("{location}: {verdict}"))?)
 }
 
-fn word(outcome: CheckOutcome) -> &'static str {
+fn outcome_text(outcome: CheckOutcome) -> &'static str {
     match outcome {
         CheckOutcome::Pass => "passed",
         CheckOutcome::Fail => "FAILED",

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
-use super::{cluster::state, output};
+use super::output;
 use crate::client::{BrokerDescription, ClusterDescription};
 
 /// Impairments of a cluster.
@@ -75,6 +75,15 @@ fn of_cluster(cluster: &ClusterDescription) -> Vec<String> {
     ];
     let unreadable = cluster.unreadable.iter().map(|one| format!("the value of {} is invalid: {}", one.key, one.error));
     counted.into_iter().flatten().chain(unreadable).collect()
+}
+
+pub(super) fn state(broker: &BrokerDescription) -> &'static str {
+    match (broker.alive, broker.stopping, broker.draining_since_ms) {
+        (false, ..) => "offline",
+        (true, true, _) => "stopping",
+        (true, false, Some(_)) => "draining",
+        (true, false, None) => "running",
+    }
 }
 
 fn of_broker(broker: &BrokerDescription) -> BrokerHealth {

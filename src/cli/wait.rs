@@ -36,7 +36,7 @@ pub(super) struct RemainingWork {
     /// Number of remaining replicas or partitions.
     pub(super) count: u64,
     /// The remaining work as text, for the progress bar and the timeout error.
-    pub(super) said: String,
+    pub(super) text: String,
     /// Reason why part of the work cannot proceed, as text for the user.
     pub(super) obstacle: Option<String>,
 }
@@ -108,7 +108,7 @@ impl WaitArgs {
         let (mut total, mut last_response, mut reminder) = (0, began, Reminder { at: Some(began) });
         bar.enable_steady_tick(Duration::from_millis(200));
         let outcome = loop {
-            let said = match poll().await {
+            let text = match poll().await {
                 Ok(RemainingWork { count: 0, .. }) => break Ok(began.elapsed()),
                 Ok(left) => {
                     last_response = clock::monotonic();
@@ -121,17 +121,17 @@ impl WaitArgs {
                         let obstacle = left.obstacle.unwrap_or_default();
                         bar.suspend(|| eprintln!("still waiting: {obstacle}"));
                     }
-                    left.said
+                    left.text
                 }
                 Err(PollError::Retryable(error)) if last_response.elapsed() < MAX_SILENCE_INTERVAL => {
                     format!("{error:#}")
                 }
                 Err(PollError::Retryable(error) | PollError::Fatal(error)) => break Err(error),
             };
-            bar.set_message(said.clone());
+            bar.set_message(text.clone());
             if let Some(timeout) = self.timeout.filter(|timeout| began.elapsed() >= Duration::from_secs(*timeout)) {
                 break Err(anyhow!(
-                    "timed out after {timeout} s: {said}; the operation continues, and {progress} shows its progress"
+                    "timed out after {timeout} s: {text}; the operation continues, and {progress} shows its progress"
                 ));
             }
             tokio::time::sleep(POLL_INTERVAL).await;
@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     fn remaining(count: u64) -> RemainingWork {
-        RemainingWork { count, said: format!("{count} to go"), obstacle: None }
+        RemainingWork { count, text: format!("{count} to go"), obstacle: None }
     }
 
     #[tokio::test(start_paused = true)]

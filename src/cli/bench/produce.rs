@@ -355,14 +355,14 @@ mod tests {
     use super::*;
 
     #[derive(clap::Parser)]
-    struct Line {
+    struct CommandLine {
         #[command(flatten)]
         produce: BenchProduceArgs,
     }
 
     fn parsed(arguments: &str) -> BenchProduceArgs {
         let words = ["bench", "--topic", "t"].into_iter().chain(arguments.split_whitespace());
-        <Line as clap::Parser>::try_parse_from(words).expect("valid").produce
+        <CommandLine as clap::Parser>::try_parse_from(words).expect("valid").produce
     }
 
     #[test]

@@ -280,7 +280,7 @@ fn remaining(ordered: &[Reassignment], under_way: &[Reassignment]) -> RemainingW
     let turn = if waiting == 0 { String::new() } else { format!(", {waiting} of them queued") };
     RemainingWork {
         count,
-        said: format!("{} to move{turn}", output::count(count, "partition")),
+        text: format!("{} to move{turn}", output::count(count, "partition")),
         ..RemainingWork::default()
     }
 }

@@ -57,8 +57,8 @@ fn wait_counts_only_ordered_reassignments() {
     let left = |under_way: &[Reassignment]| remaining(&ordered, under_way);
     assert_eq!(left(std::slice::from_ref(&others)).count, 0);
     let two = left(&[moving(), others, Reassignment { queued: true, partition: 4, ..moving() }]);
-    assert_eq!((two.count, &*two.said), (2, "2 partitions to move, 1 of them queued"));
-    assert_eq!(left(&[moving()]).said, "1 partition to move");
+    assert_eq!((two.count, &*two.text), (2, "2 partitions to move, 1 of them queued"));
+    assert_eq!(left(&[moving()]).text, "1 partition to move");
 }
 
 fn held(broker: u32, in_sync: bool, ends: Option<(u64, u64)>) -> ReplicaDescription {

@@ -114,14 +114,14 @@ fn corrupt_first_offset_is_detected_by_the_file_name() {
 #[test]
 fn epoch_decrease_is_reported_at_the_outlier() {
     let bytes = log(&[3]).len() as u64;
-    for (epochs, at, says) in [
+    for (epochs, at, message) in [
         (&[65536, 0][..], 0, "decreases from 65536 to 0 at offset 2"),
         (&[3, 259, 3, 3], bytes, "decreases from 259 to 3 at offset 4"),
         (&[3, 3, 1, 3], 2 * bytes, "decreases from 3 to 1 at offset 4"),
     ] {
         let (text, result) = dumped_as(LOG, &log(epochs));
         let error = result.expect_err("corrupt");
-        assert!(error.contains(&format!("corrupt at byte {at}: ")) && error.contains(says), "{epochs:?}: {error}");
+        assert!(error.contains(&format!("corrupt at byte {at}: ")) && error.contains(message), "{epochs:?}: {error}");
         assert_eq!(text.lines().count() as u64 * bytes, at, "{epochs:?}: batches before the outlier are printed");
     }
 }
@@ -144,14 +144,14 @@ fn any_flipped_byte_of_a_segment_object_is_detected() {
 
 #[test]
 fn other_file_is_not_reported_as_corrupt() {
-    for (name, bytes, says) in [
+    for (name, bytes, message) in [
         ("README.md", &b"# Strandline\n"[..], "is not a segment file"),
         ("long.txt", &[b'x'; 500], "is not a segment file"),
         ("checkpoint", b"STRLCKP3 and more", "is a checkpoint, not a segment file"),
         ("00000000000000000000.index", b"STRLOIX1", "is an index, not a segment file"),
     ] {
         let error = dumped_as(name, bytes).1.expect_err("refused");
-        assert!(error.contains(says) && !error.contains("corrupt"), "{error}");
+        assert!(error.contains(message) && !error.contains("corrupt"), "{error}");
     }
     let error = dumped_as(LOG, &[b'x'; 500]).1.expect_err("corrupt");
     assert!(error.contains("corrupt at byte 0"), "the name is that of a segment: {error}");
