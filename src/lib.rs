@@ -60,13 +60,13 @@ pub mod client;
 pub mod cluster;
 
 #[cfg(feature = "server")]
+pub mod config;
+
+#[cfg(feature = "server")]
 pub mod partition;
 
 #[cfg(feature = "server")]
 pub mod broker;
-
-#[cfg(feature = "server")]
-pub mod config;
 
 #[cfg(feature = "server")]
 pub mod server;

@@ -153,7 +153,7 @@ mod tests {
         let broker = cluster.broker("ours", false);
         broker.claim().await.expect("not bound yet");
         let marker = cluster.folder.path().join("ours").join(name::CLUSTER);
-        std::fs::write(&marker, "rubbish").expect("written");
+        std::fs::write(&marker, "invalid").expect("written");
         assert!(matches!(broker.claim().await, Err(BindingError::Unreadable { .. })));
         std::fs::write(&marker, r#"{"format":1,"cluster":"test"}"#).expect("written");
         broker.claim().await.expect("the marker names this cluster");

@@ -106,7 +106,7 @@ pub(crate) struct ClientLoad {
     tasks: Tasks,
     producers: Vec<JoinHandle<()>>,
     follower: JoinHandle<HashMap<Log, Vec<(i64, u64)>>>,
-    tell: watch::Sender<Option<HashMap<Log, i64>>>,
+    end_offsets: watch::Sender<Option<HashMap<Log, i64>>>,
 }
 
 impl ClientLoad {
@@ -142,9 +142,9 @@ impl ClientLoad {
         for partition in 0..PARTITIONS.unsigned_abs() {
             consumer.assign(TOPIC, partition, OffsetSpec::Earliest).await.expect("the partition is there");
         }
-        let (tell, ends) = watch::channel(None);
+        let (end_offsets, ends) = watch::channel(None);
         let follower = tasks.spawn("consumer", run(consumer, ends));
-        Self { load, tasks, producers, follower, tell }
+        Self { load, tasks, producers, follower, end_offsets }
     }
 
     /// Ends the load after this number of faults. Everything sent must have been delivered once and consumed. Returns
@@ -156,7 +156,7 @@ impl ClientLoad {
         }
         let mut passes = read(&self.load, |_| 0).await;
         let ends: HashMap<Log, i64> = passes.iter().map(|pass| (pass.log, pass.end)).collect();
-        self.tell.send(Some(ends.clone())).expect("the consumer still follows");
+        self.end_offsets.send(Some(ends.clone())).expect("the consumer still follows");
         // The consumer may lag by a part of the delay that each fault caused.
         let seen = tokio::time::timeout(Duration::from_secs(60 + blows), self.follower).await;
         for (log, records) in seen.expect("the consumer reaches the ends").expect("the consumer followed") {

@@ -29,13 +29,13 @@ fn stopped_with(pieces: usize) -> (S3, BrokerInstance) {
     instance.cli().ok(&[&["topic", "create", "t"][..], &config].concat());
     for piece in 1..=pieces {
         instance.cli().ok_with(&["produce", "t"], lines(RECORDS).as_bytes());
-        settled(&instance.cli(), (piece * RECORDS) as i64);
+        wait_until_evicted(&instance.cli(), (piece * RECORDS) as i64);
     }
     assert!(broker.terminate().success());
     (server, instance)
 }
 
-fn settled(cli: &Cli, end: i64) {
+fn wait_until_evicted(cli: &Cli, end: i64) {
     eventually("all records are only in the object store", || {
         let state = partition(cli, "t");
         (state["high_watermark"] == end && state["tiered_end"] == end && state["local_start"] == end).then_some(())
@@ -83,7 +83,7 @@ fn lost_manifest_is_rebuilt_despite_a_duplicate_segment() {
     lose(&objects(&server, "manifest-"));
     let (cli, _broker) = start(&mut instance);
     cli.ok_with(&["produce", "t"], lines(RECORDS).as_bytes());
-    settled(&cli, 4 * RECORDS as i64);
+    wait_until_evicted(&cli, 4 * RECORDS as i64);
     let read = cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]);
     assert!(read.stdout == lines(RECORDS).repeat(4).as_bytes(), "every record is stored");
     assert_eq!(instance.log().matches("rebuilt the lost manifest from the segment footers").count(), 1);
@@ -110,7 +110,7 @@ fn manifest_with_a_missing_segment_waits_for_an_operator() {
     let done = cli.ok(&["partition", "rebuild-manifest", "t/0", "--yes"]).text();
     assert!(done.contains(&missing) && done.contains("rebuilt the manifest of t/0"), "{done}");
     let end = 3 * RECORDS as i64 + 10;
-    settled(&cli, end);
+    wait_until_evicted(&cli, end);
     let start = partition(&cli, "t")["log_start"].as_i64().expect("a number");
     assert_eq!(start, to, "behind the missing segment");
     let read = cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).text();

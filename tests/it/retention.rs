@@ -336,12 +336,12 @@ async fn records_from_the_future_expire(meanwhile: impl FnOnce(&mut BrokerInstan
     for timestamp_ms in [FUTURE, clock::wall_ms(), i64::MAX] {
         append_at(&mut log, &[timestamp_ms], None).await.expect("stored");
     }
-    let settled = |cli: &Cli, name: &str| {
+    let wait_for_end = |cli: &Cli, name: &str| {
         let what = format!("{name} reaches the end");
         tokio::task::block_in_place(|| eventually(&what, || (partition(cli, "t")[name] == 3).then_some(())));
     };
     let cli = instance.cli();
-    settled(&cli, "tiered_end");
+    wait_for_end(&cli, "tiered_end");
     assert_eq!(partition(&cli, "t")["local_start"], 0);
     tokio::task::block_in_place(|| {
         eventually("the metric counts them", || {
@@ -354,10 +354,10 @@ async fn records_from_the_future_expire(meanwhile: impl FnOnce(&mut BrokerInstan
         );
     });
     alter(&instance, "local.retention.ms", "1").await;
-    settled(&cli, "local_start");
+    wait_for_end(&cli, "local_start");
     assert_eq!(partition(&cli, "t")["log_start"], 0);
     // Only the object store has the records now.
     tokio::task::block_in_place(|| meanwhile(&mut instance, &mut broker));
     alter(&instance, "retention.ms", "1").await;
-    settled(&instance.cli(), "log_start");
+    wait_for_end(&instance.cli(), "log_start");
 }

@@ -40,7 +40,7 @@ async fn batches_with_an_undecodable_beginning_are_refused() {
     let mut log = wire::log(instance.grpc());
     let noise: Vec<u8> = (0..200_u32).map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
     for (what, count, stored) in [
-        ("one record, and a header that says 10^6", 1_000_000, gzip(&framed(1, false))),
+        ("one record, and a header that declares 10^6", 1_000_000, gzip(&framed(1, false))),
         ("noise", 1, noise),
         ("a broken record", 3, gzip(&framed(3, true))),
     ] {

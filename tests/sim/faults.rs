@@ -108,7 +108,7 @@ pub(crate) async fn of_machine(machine: &mut Machine, plan: &FaultPlan) {
 
 /// Injects kills, power losses, stops, a full disk, slow syncs, failing syncs and clock jumps.
 async fn all_of_machine(machine: &mut Machine, plan: &FaultPlan) {
-    let calm_ms = if machine.alone { 1200 } else { 5000 };
+    let calm_ms = if machine.standalone { 1200 } else { 5000 };
     loop {
         pause(50, calm_ms).await;
         if plan.is_over() {

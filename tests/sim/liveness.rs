@@ -56,8 +56,8 @@ async fn until(within: Duration, mut wrong: impl AsyncFnMut() -> Option<String>)
 async fn check_metadata_caches(machines: &[Machine], checker: &StateChecker) -> Option<String> {
     for machine in machines {
         let listing = checker.store.list(checker.keys.prefix()).await.unwrap();
-        let Some(mirror) = machine.mirror() else { continue };
-        if let Some(differs) = mirror.differs_from(&checker.keys, listing) {
+        let Some(snapshot) = machine.metadata_snapshot() else { continue };
+        if let Some(differs) = snapshot.differs_from(&checker.keys, listing) {
             return Some(format!("the metadata cache of broker {}: {differs}", machine.id));
         }
     }

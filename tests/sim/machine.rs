@@ -52,7 +52,7 @@ pub(crate) struct Machine {
     pub(crate) meta: SimMeta,
     config: Config,
     /// True for a standalone broker.
-    pub(crate) alone: bool,
+    pub(crate) standalone: bool,
     shared: Shared,
     starts: u32,
     /// Offset of the wall clock from simulated time, in milliseconds.
@@ -70,7 +70,7 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Creates a machine in a rack, for a standalone broker or for one broker of several.
-    pub(crate) fn new(id: u32, rack: u32, alone: bool, meta: SimMeta, shared: Shared) -> Self {
+    pub(crate) fn new(id: u32, rack: u32, standalone: bool, meta: SimMeta, shared: Shared) -> Self {
         let settings = ConfigSources::new()
             .flag("broker.id", id.to_string())
             .flag("broker.rack", format!("r{rack}"))
@@ -91,7 +91,7 @@ impl Machine {
             disk: SimDisk::new(),
             meta,
             config,
-            alone,
+            standalone,
             shared,
             starts: 0,
             wall_offset_ms: 0,
@@ -142,7 +142,7 @@ impl Machine {
             disk: Arc::new(self.disk.clone()),
             stores: Box::pin(async { Ok(StoreHandles { meta, objects: Some(objects) }) }),
             connect: Arc::new(self.shared.net.from(&self.address)),
-            alone: self.alone,
+            standalone: self.standalone,
             sim_hook: Some(SimHook::new(move || wake.notify_one())),
         };
         let endpoints = Endpoints::new(self.address.clone()).with_peer(net::peer_address(&self.address));
@@ -176,7 +176,7 @@ impl Machine {
     pub(crate) async fn stop(&mut self) {
         let Some((process, node)) = self.broker.take() else { return };
         self.process.store(0, Ordering::Relaxed);
-        if self.alone {
+        if self.standalone {
             self.shared.net.hang_up(&self.address, true);
         }
         let stopped = process.run(Box::pin(node.stop())).await;
@@ -228,7 +228,7 @@ impl Machine {
     }
 
     /// Returns the metadata snapshot of the broker, if one is running.
-    pub(crate) fn mirror(&self) -> Option<Arc<MetadataSnapshot>> {
+    pub(crate) fn metadata_snapshot(&self) -> Option<Arc<MetadataSnapshot>> {
         self.broker.as_ref().map(|(_, node)| node.broker().mirror())
     }
 

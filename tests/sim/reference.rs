@@ -84,7 +84,7 @@ pub(crate) struct ReferenceModel(Rc<RefCell<ReferenceState>>);
 struct ReferenceState {
     keys: Keys,
     /// True for a standalone broker, which continues in the epoch in which it led.
-    alone: bool,
+    standalone: bool,
     machines: Machines,
     journals: Journals,
     bucket: Bucket,
@@ -137,7 +137,7 @@ impl ReferenceModel {
             .collect();
         let state = Rc::new(RefCell::new(ReferenceState {
             keys: Keys::new("strandline").unwrap(),
-            alone: machines.len() == 1,
+            standalone: machines.len() == 1,
             machines,
             journals: Journals::default(),
             bucket: Bucket::new(world.shared.objects.clone()),
@@ -268,13 +268,13 @@ impl ReferenceState {
             SimEvent::Stored { .. } | SimEvent::EntryJournaled { .. } | SimEvent::JournalFileFreed { .. } => false,
             SimEvent::ReplicaOpened { epochs, end, .. } => {
                 let disk = self.machines.get(&who.broker).map_or(0, Host::disk_number);
-                partition.opened(who, (epochs, end), disk, self.alone).map_err(by)?
+                partition.opened(who, (epochs, end), disk, self.standalone).map_err(by)?
             }
             SimEvent::MetadataApplied { revision, .. } => {
                 partition.metadata_applied(who, Revision(revision)).map_err(by)?
             }
             SimEvent::LeadershipStarted { epoch, start, .. } => {
-                partition.leadership_started(who, epoch, start, self.alone).map_err(by)?
+                partition.leadership_started(who, epoch, start, self.standalone).map_err(by)?
             }
             SimEvent::Appended { base, end, epoch, leads, crc, producer, .. } => {
                 partition.appended(who, base..end, (epoch, leads), Entry { end, crc, producer }).map_err(by)?

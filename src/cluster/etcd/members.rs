@@ -48,7 +48,7 @@ struct HeaderState {
     cluster: Arc<OnceLock<u64>>,
     /// Newest revision in any response.
     newest: Arc<watch::Sender<Revision>>,
-    /// Evidence that a member of another cluster responded to a call.
+    /// Set when a member of another cluster responds to a call.
     foreign: Arc<OnceLock<Regression>>,
 }
 

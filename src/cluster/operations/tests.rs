@@ -19,7 +19,7 @@ use crate::{
 
 const TOPIC: &str = "orders";
 
-struct Cluster {
+struct TestCluster {
     store: EmbeddedStore,
     keys: Keys,
     operations: ClusterOperations,
@@ -47,7 +47,7 @@ fn registered(broker: u32, state: BrokerState) -> BrokerValue {
     BrokerValue { state, ..BrokerValue::running_at(format!("b{broker}:9460")) }
 }
 
-impl Cluster {
+impl TestCluster {
     /// Returns a cluster with brokers `1..=brokers` and one topic.
     async fn of(brokers: u32, factor: u32, values: Vec<PartitionValue>) -> Self {
         let store = EmbeddedStore::in_memory();
@@ -105,7 +105,7 @@ impl Cluster {
 #[tokio::test]
 async fn large_operation_yields_to_other_tasks() {
     let values = (0..MAX_DECISIONS_PER_BATCH).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
-    let cluster = Cluster::of(2, 2, values).await;
+    let cluster = TestCluster::of(2, 2, values).await;
     let (topic, reversed) = (name(), ids(&[2, 1]));
     let one = cluster.operations.reassign(&topic, Some(0), &reversed).now_or_never();
     assert!(one.is_some_and(|results| results.is_ok()), "the in-memory store never waits");
@@ -117,7 +117,7 @@ async fn large_operation_yields_to_other_tasks() {
 #[tokio::test]
 async fn reassignment_of_all_partitions_rotates_the_list() {
     let values = (0..3).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
-    let cluster = Cluster::of(3, 2, values).await;
+    let cluster = TestCluster::of(3, 2, values).await;
     let one = cluster.operations.reassign(&name(), Some(1), &ids(&[3, 2])).await.expect("accepted");
     assert_eq!((one.len(), one[0].id, one[0].changed), (1, id(1), true));
     let stored = cluster.stored(1).await;
@@ -144,7 +144,7 @@ async fn reassignment_without_copy_or_in_progress_is_not_queued() {
     let mut moving = value(&[3, 2, 1], Some(1), &[1, 2]);
     (moving.adding, moving.removing) = (ids(&[3]), ids(&[1]));
     let waiting = value(&[1, 2], Some(1), &[1, 2]).queue_reassignment(&ids(&[3, 2]));
-    let cluster = Cluster::of(4, 2, vec![value(&[1, 2], Some(1), &[1, 2]), moving, waiting.clone(), waiting]).await;
+    let cluster = TestCluster::of(4, 2, vec![value(&[1, 2], Some(1), &[1, 2]), moving, waiting.clone(), waiting]).await;
     let reassign = async |number, to: &[u32]| {
         cluster.operations.reassign(&name(), Some(number), &ids(to)).await.expect("accepted")
     };
@@ -167,7 +167,7 @@ async fn reassignment_without_copy_or_in_progress_is_not_queued() {
 
 #[tokio::test]
 async fn broker_under_disk_pressure_gets_no_new_replicas() {
-    let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])]).await;
+    let cluster = TestCluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])]).await;
     cluster.set_disk_pressure(3).await;
     let full = cluster.operations.reassign(&name(), Some(0), &ids(&[3, 2])).await.expect_err("under disk pressure");
     assert_eq!(full, ReassignError::Full { ids: ids(&[3]), partition: format!("{TOPIC}/0") });
@@ -177,7 +177,7 @@ async fn broker_under_disk_pressure_gets_no_new_replicas() {
 
 #[tokio::test]
 async fn unreachable_broker_gets_no_new_replicas() {
-    let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])]).await;
+    let cluster = TestCluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])]).await;
     let listeners = Endpoints::new("b3:9460".to_owned());
     let hidden = BrokerValue { listeners, ..registered(3, BrokerState::Running) };
     cluster.put(&Key::Broker(BrokerId(3)), &hidden).await;
@@ -196,7 +196,7 @@ async fn unreachable_broker_gets_no_new_replicas() {
 async fn broker_at_replica_limit_gets_no_new_replicas() {
     let values =
         vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 3], Some(2), &[2, 3]), value(&[1, 2], Some(1), &[1, 2])];
-    let cluster = Cluster::of(3, 2, values).await;
+    let cluster = TestCluster::of(3, 2, values).await;
     let bounded = BrokerValue { max_replicas: Some(2), ..registered(3, BrokerState::Running) };
     cluster.put(&Key::Broker(BrokerId(3)), &bounded).await;
     let reassign = async |partition, to: &[u32]| cluster.operations.reassign(&name(), partition, &ids(to)).await;
@@ -214,7 +214,7 @@ async fn broker_at_replica_limit_gets_no_new_replicas() {
 #[tokio::test]
 async fn drain_counts_replicas_above_other_brokers_limits() {
     let values = (0..5).map(|_| value(&[1], Some(1), &[1])).collect();
-    let cluster = Cluster::of(2, 1, values).await;
+    let cluster = TestCluster::of(2, 1, values).await;
     let bounded = BrokerValue { max_replicas: Some(3), ..registered(2, BrokerState::Running) };
     cluster.put(&Key::Broker(BrokerId(2)), &bounded).await;
     let drained = cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
@@ -223,7 +223,7 @@ async fn drain_counts_replicas_above_other_brokers_limits() {
 
 #[tokio::test]
 async fn invalid_reassignment_is_rejected_and_changes_nothing() {
-    let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 4], Some(2), &[2])]).await;
+    let cluster = TestCluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 4], Some(2), &[2])]).await;
     cluster.put(&Key::Drain(BrokerId(3)), &DrainValue { since_ms: 1 }).await;
     let reassign = async |partition, replicas: &[u32]| {
         cluster.operations.reassign(&name(), partition, &ids(replicas)).await.expect_err("rejected")
@@ -257,7 +257,7 @@ async fn cancelled_reassignment_elects_an_earlier_replica() {
     let led = PartitionValue { leader: Some(BrokerId(3)), isr: ids(&[1, 2, 3]), ..moving.clone() };
     let only_new = PartitionValue { leader: Some(BrokerId(3)), isr: ids(&[3]), ..moving.clone() };
     let still = value(&[1, 2], Some(1), &[1, 2]);
-    let cluster = Cluster::of(3, 2, vec![moving, led, only_new, still]).await;
+    let cluster = TestCluster::of(3, 2, vec![moving, led, only_new, still]).await;
 
     let cancelled = cluster.operations.cancel(Some(&name()), Some(0)).await.expect("cancelled");
     assert_eq!((cancelled.len(), cancelled[0].changed), (1, true));
@@ -287,7 +287,7 @@ async fn cancelled_reassignment_elects_an_earlier_replica() {
 async fn drain_reports_movable_and_blocked_replicas() {
     let values =
         vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 1], Some(2), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])];
-    let cluster = Cluster::of(3, 2, values).await;
+    let cluster = TestCluster::of(3, 2, values).await;
     let drained = cluster.operations.drain(BrokerId(1), 77).await.expect("accepted");
     let wanted = BrokerDrain {
         changed: true,
@@ -322,7 +322,7 @@ async fn drain_reports_movable_and_blocked_replicas() {
 async fn drain_counts_leaderless_partitions_as_blocked() {
     let lost = value(&[1], None, &[1]);
     let moving = PartitionValue { replicas: ids(&[1, 3]), adding: ids(&[3]), removing: ids(&[1]), ..lost.clone() };
-    let cluster = Cluster::of(3, 1, vec![lost, moving, value(&[2], Some(2), &[2])]).await;
+    let cluster = TestCluster::of(3, 1, vec![lost, moving, value(&[2], Some(2), &[2])]).await;
     cluster.unregister(1).await;
     let drained = cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
     assert_eq!((drained.replicas, drained.stuck, drained.leaderless), (2, vec![], 2), "no leader to copy from");
@@ -334,7 +334,7 @@ async fn drain_counts_leaderless_partitions_as_blocked() {
 #[tokio::test]
 async fn drain_is_blocked_while_needed_broker_is_offline() {
     let moving = PartitionValue { adding: ids(&[3]), removing: ids(&[1]), ..value(&[1, 2, 3], Some(1), &[1, 2]) };
-    let cluster = Cluster::of(3, 2, vec![moving]).await;
+    let cluster = TestCluster::of(3, 2, vec![moving]).await;
     let drained = cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
     assert_eq!((drained.replicas, drained.stuck), (1, vec![]), "the reassignment is in progress");
     cluster.unregister(3).await;
@@ -351,7 +351,7 @@ async fn drain_is_blocked_while_needed_broker_is_offline() {
     // Broker 3 has copied everything. Until broker 2 is in sync again, broker 1 is one of the two that the min ISR
     // needs.
     let needed = PartitionValue { adding: ids(&[3]), removing: ids(&[1]), ..value(&[1, 2, 3], Some(1), &[1, 3]) };
-    let cluster = Cluster::of(3, 2, vec![needed]).await;
+    let cluster = TestCluster::of(3, 2, vec![needed]).await;
     cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
     assert_eq!(cluster.operations.stuck(BrokerId(1)), 0, "broker 2 catches up");
     cluster.unregister(2).await;
@@ -362,7 +362,7 @@ async fn drain_is_blocked_while_needed_broker_is_offline() {
 #[tokio::test]
 async fn drain_is_not_blocked_by_dispensable_offline_replica() {
     let moving = PartitionValue { adding: ids(&[4]), removing: ids(&[1]), ..value(&[4, 2, 3, 1], Some(1), &[1, 3]) };
-    let cluster = Cluster::of(4, 2, vec![moving]).await;
+    let cluster = TestCluster::of(4, 2, vec![moving]).await;
     cluster.unregister(2).await;
     let drained = cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
     assert_eq!((drained.replicas, drained.stuck), (1, vec![]), "brokers 3 and 4 satisfy the min ISR");
@@ -372,7 +372,7 @@ async fn drain_is_not_blocked_by_dispensable_offline_replica() {
 #[tokio::test]
 async fn drain_is_blocked_by_earlier_blocked_reassignment() {
     let moving = PartitionValue { adding: ids(&[3]), removing: ids(&[2]), ..value(&[1, 3, 2], Some(1), &[1, 2]) };
-    let cluster = Cluster::of(4, 1, vec![moving]).await;
+    let cluster = TestCluster::of(4, 1, vec![moving]).await;
     cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
     assert_eq!(cluster.operations.stuck(BrokerId(1)), 0, "broker 1 moves its replica to broker 4 afterwards");
     cluster.unregister(3).await;
@@ -385,9 +385,9 @@ async fn drain_is_blocked_by_earlier_blocked_reassignment() {
 /// Regression: the drain seemed to exist already, and no replica moved.
 #[tokio::test]
 async fn unreadable_drain_is_overwritten() {
-    let cluster = Cluster::of(2, 1, vec![value(&[1], Some(1), &[1])]).await;
+    let cluster = TestCluster::of(2, 1, vec![value(&[1], Some(1), &[1])]).await;
     let key = cluster.keys.drain(BrokerId(1));
-    cluster.store.transact(Transaction::new().put(key.as_str(), "rubbish")).await.expect("the store responds");
+    cluster.store.transact(Transaction::new().put(key.as_str(), "invalid")).await.expect("the store responds");
     let drained = cluster.operations.drain(BrokerId(1), 77).await.expect("accepted");
     assert_eq!((drained.changed, drained.since_ms), (true, 77));
     let entry = cluster.store.get(&key).await.expect("the store responds").entry.expect("the key exists");
@@ -397,7 +397,7 @@ async fn unreadable_drain_is_overwritten() {
 #[tokio::test]
 async fn preferred_leader_is_elected_if_it_may_lead() {
     let cluster =
-        Cluster::of(3, 3, vec![value(&[1, 2, 3], Some(2), &[2, 1]), value(&[3, 2, 1], Some(2), &[2, 1])]).await;
+        TestCluster::of(3, 3, vec![value(&[1, 2, 3], Some(2), &[2, 1]), value(&[3, 2, 1], Some(2), &[2, 1])]).await;
     let elected = cluster.operations.elect(&name(), 0).await.expect("elected");
     assert_eq!((elected.value.leader, elected.value.leader_epoch), (Some(BrokerId(1)), LeaderEpoch(6)));
     assert_eq!(cluster.stored(0).await, elected.value);
@@ -422,7 +422,7 @@ async fn preferred_leader_is_elected_if_it_may_lead() {
 async fn unclean_election_requires_need_and_unchanged_value() {
     let mut waiting = value(&[1, 2, 3], None, &[1]);
     waiting.elr = ids(&[2]);
-    let cluster = Cluster::of(3, 3, vec![waiting.clone(), value(&[1, 2, 3], Some(2), &[2])]).await;
+    let cluster = TestCluster::of(3, 3, vec![waiting.clone(), value(&[1, 2, 3], Some(2), &[2])]).await;
     let led = cluster.operations.leaderless_partition(&name(), 1).expect_err("it has a leader");
     assert_eq!(led, ElectError::Led { partition: format!("{TOPIC}/1"), leader: BrokerId(2) });
     let clean = cluster.operations.leaderless_partition(&name(), 0).expect_err("1 can lead");
@@ -453,7 +453,7 @@ async fn unclean_election_requires_need_and_unchanged_value() {
 /// The only replica's disk was replaced: its broker left ISR and ELR, so there is no broker to wait for.
 #[tokio::test]
 async fn election_without_complete_replica_names_no_broker() {
-    let cluster = Cluster::of(2, 1, vec![value(&[1], None, &[])]).await;
+    let cluster = TestCluster::of(2, 1, vec![value(&[1], None, &[])]).await;
     let nobody = cluster.operations.elect(&name(), 0).await.expect_err("no eligible replica");
     assert_eq!(nobody, ElectError::Nobody { partition: format!("{TOPIC}/0"), waited: vec![] });
     let text = nobody.to_string();
@@ -478,7 +478,7 @@ fn error_texts_use_singular_for_one_broker() {
 /// The metadata cache may not show yet that an in-sync replica is back.
 #[tokio::test]
 async fn unclean_election_fails_after_return_of_in_sync_replica() {
-    let cluster = Cluster::of(2, 2, vec![value(&[1, 2], None, &[1])]).await;
+    let cluster = TestCluster::of(2, 2, vec![value(&[1, 2], None, &[1])]).await;
     cluster.unregister(1).await;
     let faulty = FaultyStore::new(cluster.store.clone());
     faulty.break_watches();
@@ -498,7 +498,7 @@ async fn unclean_election_fails_after_return_of_in_sync_replica() {
 
 #[tokio::test]
 async fn conflicting_write_is_read_back() {
-    let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2])]).await;
+    let cluster = TestCluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2])]).await;
     let edits = cluster.operations.load_partitions(&[id(0)]).expect("the partition exists");
     let elected = PartitionValue { leader: Some(BrokerId(2)), leader_epoch: LeaderEpoch(6), ..cluster.stored(0).await };
     cluster.put(&Key::Partition(id(0)), &elected).await;
@@ -517,7 +517,7 @@ async fn conflicting_write_is_read_back() {
 #[tokio::test]
 async fn unknown_outcome_is_read_back() {
     for (fault, done) in [(Fault::ResponseLost, true), (Fault::Lost, true), (Fault::Refused, false)] {
-        let cluster = Cluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2])]).await;
+        let cluster = TestCluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2])]).await;
         let faulty = FaultyStore::new(cluster.store.clone());
         let store: Arc<dyn MetaStore> = Arc::new(faulty.clone());
         let operations =
@@ -560,7 +560,7 @@ async fn stats_count_partitions_that_need_attention() {
     (moving.adding, moving.removing) = (ids(&[3]), ids(&[1]));
     let values =
         vec![value(&[1, 2], Some(1), &[1, 2]), moving, value(&[4, 2], Some(4), &[4]), value(&[2, 1], None, &[2])];
-    let cluster = Cluster::of(3, 2, values).await;
+    let cluster = TestCluster::of(3, 2, values).await;
     let key = cluster.keys.path(&Key::Topic("broken".parse().expect("valid")));
     cluster.write(Transaction::new().put(key.clone(), "{")).await;
     let stats = cluster.operations.stats();

@@ -185,7 +185,7 @@ fn dropped_replica_returns_as_another_addition() {
 }
 
 #[derive(Clone, Debug)]
-enum Change {
+enum ValueChange {
     Shrink(BTreeSet<BrokerId>),
     Expand(BTreeSet<BrokerId>),
     Elect(BrokerId, BTreeSet<BrokerId>),
@@ -206,38 +206,38 @@ fn integrity() -> impl Strategy<Value = ReplicaIntegrity> {
     ]
 }
 
-fn change() -> impl Strategy<Value = Change> {
+fn change() -> impl Strategy<Value = ValueChange> {
     let broker = || (1u32..6).prop_map(BrokerId);
     let some = || prop::collection::btree_set(broker(), 0..4);
     prop_oneof![
-        some().prop_map(Change::Shrink),
-        some().prop_map(Change::Expand),
-        (broker(), some()).prop_map(|(to, live)| Change::Elect(to, live)),
-        broker().prop_map(Change::Unclean),
-        Just(Change::Leaderless),
-        broker().prop_map(Change::Resign),
-        (broker(), integrity()).prop_map(|(broker, integrity)| Change::Restart(broker, integrity)),
-        prop::collection::vec(broker(), 0..4).prop_map(Change::StartReassignment),
-        Just(Change::CompleteReassignment),
-        Just(Change::CancelReassignment),
+        some().prop_map(ValueChange::Shrink),
+        some().prop_map(ValueChange::Expand),
+        (broker(), some()).prop_map(|(to, live)| ValueChange::Elect(to, live)),
+        broker().prop_map(ValueChange::Unclean),
+        Just(ValueChange::Leaderless),
+        broker().prop_map(ValueChange::Resign),
+        (broker(), integrity()).prop_map(|(broker, integrity)| ValueChange::Restart(broker, integrity)),
+        prop::collection::vec(broker(), 0..4).prop_map(ValueChange::StartReassignment),
+        Just(ValueChange::CompleteReassignment),
+        Just(ValueChange::CancelReassignment),
     ]
 }
 
-fn apply(value: &PartitionValue, change: &Change, min: usize) -> PartitionValue {
+fn apply(value: &PartitionValue, change: &ValueChange, min: usize) -> PartitionValue {
     let same = || value.clone();
     match change {
         // Only a leader changes the ISR.
-        Change::Shrink(_) | Change::Expand(_) if value.leader.is_none() => same(),
-        Change::Shrink(out) => value.shrink(out, min),
-        Change::Expand(add) => value.expand(add, min),
-        Change::Elect(to, live) => value.elect(*to, |id| live.contains(&id), min).unwrap_or_else(same),
-        Change::Unclean(to) => value.elect_unclean(*to, false).unwrap_or_else(same),
-        Change::Leaderless => value.leaderless(),
-        Change::Resign(me) => value.resign(*me, min),
-        Change::Restart(broker, integrity) => value.after_restart(*broker, *integrity).unwrap_or_else(same),
-        Change::StartReassignment(target) => value.start_reassignment(target).unwrap_or_else(same),
-        Change::CompleteReassignment => value.complete_reassignment().unwrap_or_else(same),
-        Change::CancelReassignment => value.cancel_reassignment().unwrap_or_else(same),
+        ValueChange::Shrink(_) | ValueChange::Expand(_) if value.leader.is_none() => same(),
+        ValueChange::Shrink(out) => value.shrink(out, min),
+        ValueChange::Expand(add) => value.expand(add, min),
+        ValueChange::Elect(to, live) => value.elect(*to, |id| live.contains(&id), min).unwrap_or_else(same),
+        ValueChange::Unclean(to) => value.elect_unclean(*to, false).unwrap_or_else(same),
+        ValueChange::Leaderless => value.leaderless(),
+        ValueChange::Resign(me) => value.resign(*me, min),
+        ValueChange::Restart(broker, integrity) => value.after_restart(*broker, *integrity).unwrap_or_else(same),
+        ValueChange::StartReassignment(target) => value.start_reassignment(target).unwrap_or_else(same),
+        ValueChange::CompleteReassignment => value.complete_reassignment().unwrap_or_else(same),
+        ValueChange::CancelReassignment => value.cancel_reassignment().unwrap_or_else(same),
     }
 }
 
@@ -251,14 +251,14 @@ proptest! {
             prop_assert_eq!(next.contradiction(), None, "{:?}: {:?} became {:?}", change, value, next);
             let all = |value: &PartitionValue| -> BTreeSet<_> { value.isr.iter().chain(&value.elr).copied().collect() };
             prop_assert_eq!(all(&next).len(), next.isr.len() + next.elr.len(), "disjoint, without duplicates");
-            let epochs = u32::from(next.leader != value.leader || matches!(change, Change::Unclean(_)) && next != value);
+            let epochs = u32::from(next.leader != value.leader || matches!(change, ValueChange::Unclean(_)) && next != value);
             prop_assert_eq!(next.leader_epoch.0, value.leader_epoch.0 + epochs, "{:?}", change);
             let grows = next.elr.iter().any(|id| !value.elr.contains(id));
-            let may = matches!(change, Change::Shrink(_) | Change::Elect(..) | Change::Resign(_));
+            let may = matches!(change, ValueChange::Shrink(_) | ValueChange::Elect(..) | ValueChange::Resign(_));
             prop_assert!(may || !grows, "{:?}", change);
             prop_assert!(!grows || next.isr.len() < min, "only below the min ISR: {:?}", change);
             // A clean election keeps every replica that may have committed records in ISR or ELR, or keeps the min ISR.
-            if let Change::Elect(..) = change {
+            if let ValueChange::Elect(..) = change {
                 prop_assert!(next.isr.len() >= min || all(&next).is_superset(&all(&value)), "{:?}", change);
             }
             value = next;

@@ -90,8 +90,8 @@ async fn verified_replicas_stay_and_others_are_removed() {
     let older = |inventory: LocalInventory| LocalInventory { incarnations: vec!["p0".to_owned()], ..inventory };
     let corrupt = |inventory: LocalInventory| LocalInventory { intact: BTreeSet::new(), ..inventory };
     // The inventory, and the result for persisted, replicated and unknown topics.
-    type Change = fn(LocalInventory) -> LocalInventory;
-    let cases: [(&str, Change, [bool; 3]); 5] = [
+    type AlterInventory = fn(LocalInventory) -> LocalInventory;
+    let cases: [(&str, AlterInventory, [bool; 3]); 5] = [
         ("all", all, [true, true, true]),
         ("not closed cleanly", unclean, [true, false, false]),
         ("another directory", other, [false, false, false]),

@@ -16,7 +16,7 @@ use crate::{
     task::{Tasks, random},
 };
 
-struct Cluster {
+struct TestCluster {
     store: EmbeddedStore,
     /// The store that `topics` uses, with injected faults.
     link: FaultyStore,
@@ -26,7 +26,7 @@ struct Cluster {
     _tasks: Tasks,
 }
 
-impl Cluster {
+impl TestCluster {
     async fn of(brokers: u32) -> Self {
         let store = EmbeddedStore::in_memory();
         let keys = Keys::new("test").expect("valid");
@@ -103,7 +103,7 @@ fn map(key: &str, value: &str) -> ConfigMap {
 
 #[tokio::test]
 async fn topic_is_created_with_leaders_at_epoch_zero() {
-    let cluster = Cluster::of(3).await;
+    let cluster = TestCluster::of(3).await;
     let created = cluster.create("orders", 250, 2).await.expect("created");
     let state = cluster.metadata.state();
     let topic = state.topic(&name("orders")).expect("the topic exists");
@@ -120,7 +120,7 @@ async fn topic_is_created_with_leaders_at_epoch_zero() {
 
 #[tokio::test]
 async fn invalid_creation_fails_with_numbers_and_writes_nothing() {
-    let cluster = Cluster::of(2).await;
+    let cluster = TestCluster::of(2).await;
     let error = cluster.create("a", 1, 3).await.expect_err("three replicas on two brokers");
     assert_eq!(
         error,
@@ -142,7 +142,7 @@ async fn invalid_creation_fails_with_numbers_and_writes_nothing() {
 /// Regression: a topic of 100,000 partitions took 6 GB of a standalone broker, and as much again at each start.
 #[tokio::test]
 async fn replica_limit_rejects_creation_with_both_numbers() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     cluster.bound(1, 500).await;
     let bound = ReplicaBound { broker: BrokerId(1), replicas: 100_000, max: 500 };
     let error = cluster.create("a", 100_000, 1).await.expect_err("above the replica limit");
@@ -168,7 +168,7 @@ async fn replica_limit_rejects_creation_with_both_numbers() {
 /// Regression: replicas on such brokers were never in sync, and `acks=all` waited forever if two of three were there.
 #[tokio::test]
 async fn brokers_without_peer_address_get_no_replicas() {
-    let cluster = Cluster::of(3).await;
+    let cluster = TestCluster::of(3).await;
     let hidden =
         BrokerValue { listeners: Endpoints::new("b3:9460".to_owned()), ..BrokerValue::running_at(String::new()) };
     cluster.put(&Key::Broker(BrokerId(3)), hidden.encode()).await;
@@ -180,7 +180,7 @@ async fn brokers_without_peer_address_get_no_replicas() {
     let text = error.to_string();
     assert!(text.contains("3 are online, of which 1 is registered without an address for other brokers"), "{text}");
 
-    let single = Cluster::of(1).await;
+    let single = TestCluster::of(1).await;
     let hidden = BrokerValue { listeners: Endpoints::new("b1:9460".to_owned()), ..hidden };
     single.put(&Key::Broker(BrokerId(1)), hidden.encode()).await;
     single.create("a", 1, 1).await.expect("a single broker needs no such address");
@@ -188,7 +188,7 @@ async fn brokers_without_peer_address_get_no_replicas() {
 
 #[tokio::test]
 async fn factor_above_replica_limits_is_rejected() {
-    let cluster = Cluster::of(3).await;
+    let cluster = TestCluster::of(3).await;
     cluster.create("a", 12, 1).await.expect("created");
     for broker in 1..=3 {
         cluster.bound(broker, 9).await;
@@ -201,7 +201,7 @@ async fn factor_above_replica_limits_is_rejected() {
 /// Regression: concurrent creations each used the cache from before all of them.
 #[tokio::test]
 async fn concurrent_creations_respect_replica_limits() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     cluster.bound(1, 1000).await;
     let names: Vec<String> = (0..20).map(|number| format!("t{number}")).collect();
     let created = futures::future::join_all(names.iter().map(|name| cluster.topics.create(new(name, 300, 1)))).await;
@@ -214,7 +214,7 @@ async fn concurrent_creations_respect_replica_limits() {
 
 #[tokio::test]
 async fn concurrent_creations_of_one_name_create_one_topic() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     let attempts = (0..8).map(|_| cluster.topics.create(new("same", 3, 1)));
     let created = futures::future::join_all(attempts).await;
     assert_eq!(created.iter().filter(|created| created.is_ok()).count(), 1);
@@ -231,7 +231,7 @@ async fn concurrent_creations_of_one_name_create_one_topic() {
 
 #[tokio::test]
 async fn configuration_is_set_unset_and_checked() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     cluster.create("a", 1, 1).await.expect("created");
     let altered = cluster.topics.alter(&name("a"), map("retention.ms", "1000"), vec![], None).await.expect("altered");
     assert_eq!(altered.value.config, map("retention.ms", "1000"));
@@ -250,7 +250,7 @@ async fn configuration_is_set_unset_and_checked() {
 
 #[tokio::test]
 async fn concurrent_alterations_are_all_applied() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     cluster.create("a", 1, 1).await.expect("created");
     let keys =
         [("retention.ms", "-1"), ("retention.bytes", "5000"), ("segment.ms", "777"), ("durability", "replicated")];
@@ -263,7 +263,7 @@ async fn concurrent_alterations_are_all_applied() {
 
 #[tokio::test]
 async fn added_partitions_leave_existing_ones_unchanged() {
-    let cluster = Cluster::of(3).await;
+    let cluster = TestCluster::of(3).await;
     cluster.create("a", 2, 3).await.expect("created");
     let before: Vec<_> =
         cluster.store.list(&format!("{}partitions/", cluster.keys.prefix())).await.expect("the store responds").entries;
@@ -291,7 +291,7 @@ async fn added_partitions_leave_existing_ones_unchanged() {
 
 #[tokio::test]
 async fn concurrent_additions_never_rewrite_counted_partitions() {
-    let cluster = Cluster::of(3).await;
+    let cluster = TestCluster::of(3).await;
     cluster.create("a", 1, 1).await.expect("created");
     let topic = name("a");
     let (small, large) =
@@ -309,7 +309,7 @@ async fn concurrent_additions_never_rewrite_counted_partitions() {
 
 #[tokio::test]
 async fn deleted_topic_leaves_no_partitions_and_frees_its_name() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     let first = cluster.create("a", 130, 1).await.expect("created").value.id;
     let tier = r#"{"manifest":null,"tiered_end":0,"log_start":0,"epoch":0}"#;
     cluster.put(&Key::Tier(PartitionId::new(first, 7)), tier).await;
@@ -326,7 +326,7 @@ async fn unknown_outcomes_are_resolved_by_retries() {
     let outcomes = [None, Some(Fault::Lost), Some(Fault::ResponseLost)];
     let two = outcomes.map(|first| outcomes.map(|second| [first, second])).into_iter().flatten();
     for [first, second] in two {
-        let cluster = Cluster::of(3).await;
+        let cluster = TestCluster::of(3).await;
         let faults = [first, second, Some(Fault::ResponseLost), None, first, second];
         cluster.link.transactions(faults);
         let created = cluster.create("a", 230, 3).await.unwrap_or_else(|error| panic!("{faults:?}: {error}"));
@@ -353,7 +353,7 @@ async fn unknown_outcomes_are_resolved_by_retries() {
 
 #[tokio::test(start_paused = true)]
 async fn permanently_unknown_outcome_is_returned() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     cluster.link.transactions([Some(Fault::Lost); 100]);
     let created = cluster.create("a", 1, 1).await;
     assert!(matches!(&created, Err(CreateError::Store(error)) if error.outcome_unknown()), "{created:?}");
@@ -361,7 +361,7 @@ async fn permanently_unknown_outcome_is_returned() {
 
 #[tokio::test]
 async fn unknown_topic_error_lists_similar_names() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     for topic in ["orders", "orders-dead", "payments"] {
         cluster.create(topic, 1, 1).await.expect("created");
     }
@@ -375,7 +375,7 @@ async fn unknown_topic_error_lists_similar_names() {
 /// Regression: a request with thousands of unknown names compared each with thousands of topics.
 #[tokio::test(start_paused = true)]
 async fn similar_names_are_rate_limited() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     cluster.create("orders", 1, 1).await.expect("created");
     let count_hints = || (0..1000).filter(|_| !cluster.topics.unknown("order").near.is_empty()).count();
     assert_eq!(count_hints(), MAX_HINTS_PER_PERIOD as usize);
@@ -385,7 +385,7 @@ async fn similar_names_are_rate_limited() {
 
 #[tokio::test]
 async fn sweep_deletes_only_interrupted_creation() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     cluster.create("whole", 3, 1).await.expect("created");
     let interrupted = TopicId::new(random::uuid());
     let (puts, _claim) = cluster.topics.first_values(interrupted, 1..150, 1).await.expect("enough brokers");
@@ -397,7 +397,7 @@ async fn sweep_deletes_only_interrupted_creation() {
 
 #[tokio::test]
 async fn sweep_deletes_interrupted_addition_and_deletion() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     let id = cluster.create("a", 2, 1).await.expect("created").value.id;
     let value = r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1]}"#;
     cluster.put(&Key::Partition(PartitionId::new(id, 2)), value).await;
@@ -416,7 +416,7 @@ async fn sweep_deletes_interrupted_addition_and_deletion() {
 
 #[tokio::test]
 async fn sweep_keeps_partitions_of_unreadable_topic() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     cluster.create("a", 150, 1).await.expect("created");
     cluster.put(&Key::Topic(name("a")), "{broken").await;
     assert_eq!(cluster.sweep().await, []);
@@ -425,7 +425,7 @@ async fn sweep_keeps_partitions_of_unreadable_topic() {
 
 #[tokio::test]
 async fn sweep_keeps_topic_created_meanwhile() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     let created = cluster.create("a", 5, 1).await.expect("created").value.id;
     let state = cluster.metadata.state();
     // The input of the sweep, from before the last transaction of the creation.
@@ -448,7 +448,7 @@ async fn sweep_keeps_topic_created_meanwhile() {
 /// An interrupted addition is requested again while the sweep processes its remains.
 #[tokio::test]
 async fn sweep_keeps_partitions_that_count_meanwhile() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     let id = cluster.create("a", 2, 1).await.expect("created").value.id;
     let value = r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1]}"#;
     cluster.put(&Key::Partition(PartitionId::new(id, 2)), value).await;
@@ -461,7 +461,7 @@ async fn sweep_keeps_partitions_that_count_meanwhile() {
 
 #[tokio::test]
 async fn producer_ids_are_issued_once() {
-    let cluster = Cluster::of(0).await;
+    let cluster = TestCluster::of(0).await;
     let blocks = futures::future::join_all((0..5).map(|_| cluster.topics.producer_ids(0))).await;
     let mut starts: Vec<_> =
         blocks.into_iter().map(|block| block.expect("the store responds")).map(|ids| ids.start).collect();
@@ -475,14 +475,14 @@ async fn producer_ids_are_issued_once() {
 
 #[tokio::test]
 async fn producer_id_key_is_created_once() {
-    let cluster = Cluster::of(0).await;
+    let cluster = TestCluster::of(0).await;
     let keys = futures::future::join_all((0..5).map(|_| cluster.topics.producer_id_key())).await;
     let first = keys[0].clone().expect("the store responds");
     assert!(keys.iter().all(|key| key.as_ref() == Ok(&first)));
     cluster.catch_up().await;
     assert_eq!(cluster.metadata.state().producer_id_key(), Some(&first), "every broker caches the key");
     // Ids stay valid if the stored key is corrupted.
-    cluster.put(&Key::ProducerIdKey, "rubbish").await;
+    cluster.put(&Key::ProducerIdKey, "invalid").await;
     cluster.catch_up().await;
     assert_eq!(cluster.topics.producer_id_key().await.as_ref(), Ok(&first));
 }
@@ -490,7 +490,7 @@ async fn producer_id_key_is_created_once() {
 #[tokio::test]
 async fn tombstone_is_deleted_only_long_after_last_remains() {
     const KEPT: Duration = Duration::from_millis(1000);
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     let id = cluster.create("gone", 3, 1).await.expect("created").value.id;
     assert_eq!(cluster.topics.tombstones().await, Ok(vec![]));
     cluster.topics.delete(&name("gone")).await.expect("deleted");
@@ -526,7 +526,7 @@ async fn tombstone_is_deleted_only_long_after_last_remains() {
 
 #[tokio::test]
 async fn tombstone_without_new_fields_is_read_and_invalid_is_kept() {
-    let cluster = Cluster::of(1).await;
+    let cluster = TestCluster::of(1).await;
     let (old, torn) = (TopicId::from_bytes([1; 16]), TopicId::from_bytes([2; 16]));
     cluster.put(&Key::Tombstone(old), &b"{\"name\":\"old\"}"[..]).await;
     cluster.put(&Key::Tombstone(torn), &b"{"[..]).await;

@@ -79,7 +79,7 @@ async fn other_cluster_with_same_name_is_rejected() {
     for (path, value) in [
         (path.clone(), topic(7).encode()),
         (keys.deleted(partition().topic), Bytes::from_static(b"{}")),
-        (path, Bytes::from_static(b"rubbish")),
+        (path, Bytes::from_static(b"invalid")),
     ] {
         let store = fresh();
         let another = DirectoryValue { directory_id: "another".into(), incarnation: "x".into() };

@@ -32,9 +32,9 @@ impl Api {
     }
 
     /// Overwrites a value with an invalid one. Returns the old value.
-    fn spoil(&mut self, key: &str, rubbish: &str) -> Vec<u8> {
+    fn invalidate(&mut self, key: &str, value: &str) -> Vec<u8> {
         let before = self.get(key);
-        self.put(key, rubbish.as_bytes());
+        self.put(key, value.as_bytes());
         before
     }
 
@@ -89,18 +89,18 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     cli.ok_with(&["produce", "other"], b"before\n");
     let topic = cli.ok(&["topic", "describe", "orders", "--output", "json"]).json();
     let id = topic["id"].as_str().expect("an id").to_owned();
-    let spoiled = format!("partitions/{id}/1");
+    let invalid_key = format!("partitions/{id}/1");
 
     let mut api = Api::of(&cluster);
-    let partition = api.spoil(&spoiled, "{\"replicas\":[");
-    let other = api.spoil("topics/other", "[1, 2]");
-    api.put("topics/x", b"rubbish");
+    let partition = api.invalidate(&invalid_key, "{\"replicas\":[");
+    let other = api.invalidate("topics/other", "[1, 2]");
+    api.put("topics/x", b"invalid");
     // A broker without an address, and a partition value that is not UTF-8.
     api.put("brokers/9", b"{}");
     api.put(&format!("partitions/{id}/7"), b"\xff\xfe");
     let mut wanted = vec![
         "brokers/9".to_owned(),
-        spoiled.clone(),
+        invalid_key.clone(),
         format!("partitions/{id}/7"),
         "topics/other".into(),
         "topics/x".into(),
@@ -129,7 +129,7 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
 
     // As docs/operations.md describes: the old value is restored, although the leader in that value was restarted
     // meanwhile.
-    api.put(&spoiled, &partition);
+    api.put(&invalid_key, &partition);
     api.put("topics/other", &other);
     for key in ["topics/x", "brokers/9"] {
         api.delete(key);
@@ -146,8 +146,8 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
         (cli.run_with(&["produce", "orders", "--partition", "1"], b"after\n").code == 0).then_some(())
     });
     let epoch = |value: &Value| value["leader_epoch"].as_u64().expect("a number");
-    let mended: Value = serde_json::from_slice(&api.get(&spoiled)).expect("JSON");
-    assert!(epoch(&mended) > epoch(&named), "the leader started after the epoch: {mended}");
+    let repaired: Value = serde_json::from_slice(&api.get(&invalid_key)).expect("JSON");
+    assert!(epoch(&repaired) > epoch(&named), "the leader started after the epoch: {repaired}");
     assert_eq!(read(&cluster, "other", "0").as_deref(), Some("before\n"));
     all_run(&mut cluster);
 }
@@ -170,7 +170,7 @@ fn tiered_records_with_invalid_state_are_not_skipped() {
     let key = format!("tier/{}/0", topic["id"].as_str().expect("an id"));
 
     let mut api = Api::of(&cluster);
-    let value = api.spoil(&key, "{\"manifest\":7}");
+    let value = api.invalidate(&key, "{\"manifest\":7}");
     eventually("the key is reported", || (unusable(&cluster) == [key.clone()]).then_some(()));
     assert!(read(&cluster, "history", "0").as_deref() == Some(&*before), "brokers have the topic from before");
     for id in 1..=3 {
@@ -202,7 +202,7 @@ fn broker_with_unreadable_directory_key_copies_its_replicas() {
     }
     let mut api = Api::of(&cluster);
     cluster.stop(2);
-    api.spoil("directories/2", "{}");
+    api.invalidate("directories/2", "{}");
     cluster.restart(2);
     cluster.in_sync("orders", 3);
     let log = cluster.log(2);
@@ -224,7 +224,7 @@ fn new_producers_use_up_reserve_without_producer_ids_key() {
     cli.ok(&["topic", "create", "orders"]);
     cli.ok_with(&["produce", "orders"], b"one\n");
     let mut api = Api::of(&cluster);
-    let value = api.spoil("producer-ids", "1000");
+    let value = api.invalidate("producer-ids", "1000");
     eventually("the key is reported", || (unusable(&cluster) == ["producer-ids"]).then_some(()));
     cli.ok_with(&["produce", "orders"], b"two\n");
     let address = cluster.addresses()[0];
@@ -258,7 +258,7 @@ fn producers_wait_without_the_key_of_check_values() {
     cli.ok(&["topic", "create", "orders"]);
     cli.ok_with(&["produce", "orders"], b"one\n");
     let mut api = Api::of(&cluster);
-    let value = api.spoil("producer-id-key", "1000");
+    let value = api.invalidate("producer-id-key", "1000");
     eventually("the key is reported", || (unusable(&cluster) == ["producer-id-key"]).then_some(()));
     cli.ok_with(&["produce", "orders"], b"two\n");
     cluster.kill(1);

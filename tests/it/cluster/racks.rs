@@ -32,17 +32,17 @@ fn total(cluster: &Cluster, broker: u32) -> f64 {
 }
 
 /// Waits until a broker has sent more than `more` additional bytes.
-fn serves(cluster: &Cluster, broker: u32, more: f64) {
+fn wait_until_serving(cluster: &Cluster, broker: u32, more: f64) {
     let before = total(cluster, broker);
     eventually("the broker serves the consumer", || (total(cluster, broker) > before + more).then_some(()));
 }
 
 /// Waits until one of three brokers serves the consumer and the other two do not.
-fn alone(cluster: &Cluster, broker: u32) {
+fn wait_until_sole_server(cluster: &Cluster, broker: u32) {
     let others = || (1..=3).filter(|other| *other != broker).map(|other| total(cluster, other)).sum::<f64>();
     eventually("all records are read from this broker", || {
         let before = others();
-        serves(cluster, broker, 10.0 * SOME);
+        wait_until_serving(cluster, broker, 10.0 * SOME);
         (others() == before).then_some(())
     });
 }
@@ -68,27 +68,27 @@ async fn consumer_is_served_in_its_rack_and_loses_no_records() {
             (0..PARTITIONS).any(|n| cluster.leader(TOPIC, usize::try_from(n).expect("the number is small")) == broker)
         };
         assert!(leads(1) && leads(2), "most of what is read is led elsewhere");
-        alone(&cluster, 3);
+        wait_until_sole_server(&cluster, 3);
         assert!(served(&cluster, 3)[1] > 0.0, "also as a follower");
 
         cluster.kill(3);
-        serves(&cluster, 1, SOME);
+        wait_until_serving(&cluster, 1, SOME);
         cluster.restart(3);
         cluster.in_sync(TOPIC, 3);
-        serves(&cluster, 3, SOME);
+        wait_until_serving(&cluster, 3, SOME);
 
         // A leader is killed. The same follower serves its partitions, or leads them.
         cluster.kill(1);
-        serves(&cluster, 3, SOME);
+        wait_until_serving(&cluster, 3, SOME);
         cluster.restart(1);
         cluster.in_sync(TOPIC, 3);
 
         // Broker 3 is stopped as an operator does, and restarted.
         cluster.stop(3);
-        serves(&cluster, 2, SOME);
+        wait_until_serving(&cluster, 2, SOME);
         cluster.restart(3);
         cluster.in_sync(TOPIC, 3);
-        alone(&cluster, 3);
+        wait_until_sole_server(&cluster, 3);
     });
     let total = work.finish(3).await;
     println!("racks: {total} records followed once");

@@ -195,10 +195,10 @@ async fn broker_connects_to_etcd_with_certificate_and_password() {
         has_the_record(&instance);
         assert!(broker.terminate().success(), "{}", instance.log());
         // A wrong password ends the start and is not printed.
-        fs::write(&password, "somebody's\n").expect("written");
+        fs::write(&password, "another user's\n").expect("written");
         assert!(!instance.spawn().wait_for_exit().success());
         let log = instance.log();
-        assert!(log.contains("logging in as \"root\"") && !log.contains("somebody's"), "{log}");
+        assert!(log.contains("logging in as \"root\"") && !log.contains("another user's"), "{log}");
     });
 }
 

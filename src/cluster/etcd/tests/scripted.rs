@@ -65,7 +65,7 @@ struct Transacted {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct Change {
+struct EventMessage {
     #[prost(int32, tag = "1")]
     kind: i32,
     #[prost(message, optional, tag = "2")]
@@ -83,7 +83,7 @@ struct Watched {
     #[prost(string, tag = "6")]
     reason: String,
     #[prost(message, repeated, tag = "11")]
-    events: Vec<Change>,
+    events: Vec<EventMessage>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -246,10 +246,10 @@ async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
         // Once. Afterwards every new watch is rejected, which ends the watch.
         _ if before <= 1 => {
             let events = vec![
-                Change { kind: 7, kv: None },
-                Change { kind: 7, kv: Some(kv(b"unknown", 1)) },
-                Change { kind: 0, kv: Some(kv(b"\xFF", 1)) },
-                Change { kind: 1, kv: Some(kv(b"gone", 0)) },
+                EventMessage { kind: 7, kv: None },
+                EventMessage { kind: 7, kv: Some(kv(b"unknown", 1)) },
+                EventMessage { kind: 0, kv: Some(kv(b"\xFF", 1)) },
+                EventMessage { kind: 1, kv: Some(kv(b"gone", 0)) },
             ];
             let created_response = Watched { header: HEADER, created: true, ..Watched::default() };
             let changed = Watched { header: HEADER, events, ..Watched::default() };

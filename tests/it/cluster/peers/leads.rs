@@ -118,7 +118,7 @@ impl peer_server::Peer for ScriptedLeader {
         &self,
         _: Request<v1::GetIdentityRequest>,
     ) -> Result<Response<v1::GetIdentityResponse>, Status> {
-        let incarnation = "a stranger's".to_owned();
+        let incarnation = "a scripted leader's".to_owned();
         Ok(Response::new(v1::GetIdentityResponse {
             cluster: "it".to_owned(),
             broker_id: FAKE_BROKER,
@@ -131,21 +131,21 @@ impl peer_server::Peer for ScriptedLeader {
         &self,
         _: Request<v1::ReportFailureRequest>,
     ) -> Result<Response<v1::ReportFailureResponse>, Status> {
-        Err(Status::unimplemented("a stranger"))
+        Err(Status::unimplemented("a scripted leader"))
     }
 
     async fn describe_replicas(
         &self,
         _: Request<v1::DescribeReplicasRequest>,
     ) -> Result<Response<v1::DescribeReplicasResponse>, Status> {
-        Err(Status::unimplemented("a stranger"))
+        Err(Status::unimplemented("a scripted leader"))
     }
 
     async fn get_broker_stats(
         &self,
         _: Request<v1::GetBrokerStatsRequest>,
     ) -> Result<Response<v1::GetBrokerStatsResponse>, Status> {
-        Err(Status::unimplemented("a stranger"))
+        Err(Status::unimplemented("a scripted leader"))
     }
 }
 
@@ -176,7 +176,7 @@ async fn next_stream(streams: &mut mpsc::Receiver<LeaderStream>) -> LeaderStream
 
 /// Returns a batch of one record at this offset, in this epoch.
 fn batch_at(base: i64, epoch: i32) -> Vec<u8> {
-    let mut batch = wire::batch(&[b"from a stranger"]);
+    let mut batch = wire::batch(&[b"from a scripted leader"]);
     batch[..8].copy_from_slice(&base.to_be_bytes());
     batch[12..16].copy_from_slice(&epoch.to_be_bytes());
     batch
