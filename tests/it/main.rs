@@ -27,6 +27,7 @@ mod journal_loss;
 mod kafka_reader;
 mod manifest;
 mod metrics;
+mod names;
 mod operations;
 mod outage;
 #[path = "../common/ports.rs"]

@@ -12,8 +12,7 @@ use std::{
 
 use proc_macro2::{Spacing, Span, TokenStream, TokenTree};
 use syn::{
-    Attribute, ExprAwait, Field, ImplItem, Item, ItemUse, Macro, Meta, Signature, TraitItem, UseTree, Variant,
-    Visibility,
+    Attribute, ExprAwait, Field, ImplItem, Item, ItemUse, Macro, Meta, Signature, TraitItem, UseTree, Visibility,
     visit::{self, Visit},
 };
 
@@ -21,12 +20,12 @@ use syn::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
     Type,
-    Variant,
-    /// A function, a field or a constant.
-    Value,
+    Function,
+    Field,
+    Constant,
 }
 
-/// A named item, variant or field.
+/// A named item or field.
 #[derive(Debug)]
 pub(crate) struct Definition {
     pub(crate) kind: Kind,
@@ -322,7 +321,8 @@ impl FileReader {
             let [TokenTree::Ident(keyword), TokenTree::Ident(name)] = pair else { continue };
             match keyword.to_string().as_str() {
                 "struct" | "enum" | "trait" | "type" => self.define_item(Kind::Type, name, &Visibility::Inherited),
-                "fn" | "const" | "static" => self.define_item(Kind::Value, name, &Visibility::Inherited),
+                "fn" => self.define_item(Kind::Function, name, &Visibility::Inherited),
+                "const" | "static" => self.define_item(Kind::Constant, name, &Visibility::Inherited),
                 _ => {}
             }
         }
@@ -364,9 +364,9 @@ impl<'ast> Visit<'ast> for FileReader {
                 Item::Union(item) => reader.define_item(Kind::Type, &item.ident, &item.vis),
                 Item::Trait(item) => reader.define_item(Kind::Type, &item.ident, &item.vis),
                 Item::Type(item) => reader.define_item(Kind::Type, &item.ident, &item.vis),
-                Item::Fn(item) => reader.define_item(Kind::Value, &item.sig.ident, &item.vis),
-                Item::Const(item) => reader.define_item(Kind::Value, &item.ident, &item.vis),
-                Item::Static(item) => reader.define_item(Kind::Value, &item.ident, &item.vis),
+                Item::Fn(item) => reader.define_item(Kind::Function, &item.sig.ident, &item.vis),
+                Item::Const(item) => reader.define_item(Kind::Constant, &item.ident, &item.vis),
+                Item::Static(item) => reader.define_item(Kind::Constant, &item.ident, &item.vis),
                 Item::Macro(item) if item.ident.is_none() => reader.add_macro_items(item.mac.tokens.clone()),
                 Item::Mod(item) => {
                     let inner = join(&outer, &item.ident.to_string());
@@ -386,20 +386,20 @@ impl<'ast> Visit<'ast> for FileReader {
     }
 
     fn visit_impl_item(&mut self, item: &'ast ImplItem) {
-        let (attributes, name, visibility) = match item {
-            ImplItem::Fn(item) => (&item.attrs, &item.sig.ident, &item.vis),
-            ImplItem::Const(item) => (&item.attrs, &item.ident, &item.vis),
+        let (attributes, kind, name, visibility) = match item {
+            ImplItem::Fn(item) => (&item.attrs, Kind::Function, &item.sig.ident, &item.vis),
+            ImplItem::Const(item) => (&item.attrs, Kind::Constant, &item.ident, &item.vis),
             _ => return visit::visit_impl_item(self, item),
         };
         self.within(attributes, |reader| {
-            reader.define(Kind::Value, name, !matches!(visibility, Visibility::Inherited));
+            reader.define(kind, name, !matches!(visibility, Visibility::Inherited));
             visit::visit_impl_item(reader, item);
         });
     }
 
     fn visit_trait_item(&mut self, item: &'ast TraitItem) {
         if let TraitItem::Fn(function) = item {
-            self.define(Kind::Value, &function.sig.ident, true);
+            self.define(Kind::Function, &function.sig.ident, true);
         }
         visit::visit_trait_item(self, item);
     }
@@ -407,15 +407,10 @@ impl<'ast> Visit<'ast> for FileReader {
     fn visit_field(&mut self, field: &'ast Field) {
         self.within(&field.attrs, |reader| {
             if let Some(name) = &field.ident {
-                reader.define(Kind::Value, name, !matches!(field.vis, Visibility::Inherited));
+                reader.define(Kind::Field, name, !matches!(field.vis, Visibility::Inherited));
             }
             visit::visit_field(reader, field);
         });
-    }
-
-    fn visit_variant(&mut self, variant: &'ast Variant) {
-        self.define(Kind::Variant, &variant.ident, true);
-        visit::visit_variant(self, variant);
     }
 
     fn visit_item_use(&mut self, item: &'ast ItemUse) {

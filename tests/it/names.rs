@@ -1,0 +1,196 @@
+//! Tests of names and words: none that the project gave up comes back.
+//!
+//! `names.txt` lists given-up names of types, functions, fields, constants and files, and texts such as metric names,
+//! settings and flags. `words.txt` lists phrases and coined words that have no ordinary use in this project.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use crate::source::{Kind, Sources, read_folder};
+
+/// Folders with Rust sources.
+const CODE: &[&str] = &["src", "tests", "benches", "fuzz/entries", "fuzz/fuzz_targets"];
+
+/// Folders with other text, and their extensions. The changelog and the decision records name the past.
+const TEXTS: &[(&str, &[&str])] = &[("proto", &["proto"]), ("docs", &["md"]), ("src", &["json", "txt", "toml"])];
+
+const PAGES: &[&str] = &["README.md", "CONTRIBUTING.md", "Makefile", "Cargo.toml"];
+
+/// A line of `names.txt`: a kind, a name, and the files and folders in which the name is given up (none: everywhere).
+struct GivenUp<'a> {
+    kind: &'a str,
+    name: &'a str,
+    places: Vec<&'a str>,
+}
+
+impl GivenUp<'_> {
+    fn holds_in(&self, file: &str) -> bool {
+        self.places.is_empty() || self.places.iter().any(|place| is_below(file, place))
+    }
+}
+
+/// Returns true if `place` is this file, with or without its extension, or a folder above.
+fn is_below(file: &str, place: &str) -> bool {
+    file.strip_prefix(place).is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '.']))
+}
+
+fn given_up(list: &str) -> Vec<GivenUp<'_>> {
+    list.lines()
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .map(|line| {
+            let mut columns = line.split_whitespace();
+            let kind = columns.next().expect("a kind");
+            assert!(["type", "fn", "value", "file", "text"].contains(&kind), "unknown kind: {line}");
+            GivenUp { kind, name: columns.next().expect("a name"), places: columns.collect() }
+        })
+        .collect()
+}
+
+/// Returns each use of a given-up name in these files, as text.
+fn names_used(list: &[GivenUp], sources: &Sources, texts: &[(String, String)]) -> Vec<String> {
+    let mut used = Vec::new();
+    for file in &sources.files {
+        let files = list.iter().filter(|entry| entry.kind == "file" && is_below(&file.name, entry.name));
+        used.extend(files.map(|entry| ("file", entry.name, &file.name, 1)));
+        for definition in &file.definitions {
+            let kinds: &[&str] = match definition.kind {
+                Kind::Type => &["type"],
+                Kind::Function => &["fn", "value"],
+                Kind::Field | Kind::Constant => &["value"],
+            };
+            used.extend(kinds.iter().map(|kind| (*kind, definition.name.as_str(), &file.name, definition.line)));
+        }
+    }
+    for (file, text) in texts {
+        for (line, content) in text.lines().enumerate().map(|(index, content)| (index + 1, content)) {
+            if file.ends_with(".proto") {
+                used.extend(proto_definition(content).map(|(kind, name)| (kind, name, file, line)));
+            }
+            let is_part = |c: char| c.is_alphanumeric() || "_-".contains(c);
+            for entry in list.iter().filter(|entry| entry.kind == "text") {
+                let is_whole = |(at, _): (usize, &str)| {
+                    !content[..at].ends_with(is_part) && !content[at + entry.name.len()..].starts_with(is_part)
+                };
+                used.extend(
+                    content.match_indices(entry.name).any(is_whole).then_some(("text", entry.name, file, line)),
+                );
+            }
+        }
+    }
+    let is_given_up = |(kind, name, file, _): &(&str, &str, &String, usize)| {
+        list.iter().any(|entry| entry.kind == *kind && entry.name == *name && entry.holds_in(file))
+    };
+    let report = |(kind, name, file, line)| format!("{file}:{line}: the {kind} `{name}` has another name now");
+    used.into_iter().filter(is_given_up).map(report).collect()
+}
+
+/// Returns kind and name of what this line of a .proto file defines.
+fn proto_definition(line: &str) -> Option<(&'static str, &str)> {
+    let words: Vec<&str> = line.split_whitespace().take_while(|word| !word.starts_with("//")).collect();
+    match words[..] {
+        ["message" | "enum", name, ..] => Some(("type", name)),
+        [_, .., name, "=", _] => Some(("value", name)),
+        _ => None,
+    }
+}
+
+/// Returns each use of a phrase in a text, with its line. Line breaks, comment marks and underscores count as spaces.
+fn words_used<'a>(phrases: &[&'a str], text: &str) -> Vec<(usize, &'a str)> {
+    let mut by_first: BTreeMap<&str, Vec<&'a str>> = BTreeMap::new();
+    for phrase in phrases {
+        by_first.entry(phrase.split(' ').next().unwrap_or_default()).or_default().push(phrase);
+    }
+    let mut words: Vec<(usize, String)> = Vec::new();
+    for (line, content) in text.lines().enumerate() {
+        let content = content.trim_start().trim_start_matches(['/', '!', '#', '*']).to_lowercase();
+        for part in content.split_inclusive(|c: char| !c.is_alphanumeric()) {
+            let word = part.trim_end_matches(|c: char| !c.is_alphanumeric());
+            // A mark between two words ends a phrase.
+            let marks = [word, &part[word.len()..]].into_iter().filter(|mark| !["", "_", " "].contains(mark));
+            words.extend(marks.map(|mark| (line + 1, mark.to_owned())));
+        }
+    }
+    let mut found = Vec::new();
+    for (at, (line, word)) in words.iter().enumerate() {
+        let is_at = |phrase: &&&str| {
+            phrase.split(' ').zip(at..).all(|(wanted, at)| words.get(at).is_some_and(|(_, word)| word == wanted))
+        };
+        let here = by_first.get(word.as_str()).into_iter().flatten().filter(is_at);
+        found.extend(here.map(|phrase| (*line, *phrase)));
+    }
+    found
+}
+
+/// Returns name and text of the files of these folders, without the lists of this test.
+fn files(folders: &[(&str, &[&str])]) -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let below = |(folder, extensions): &(&str, &[&str])| {
+        let files = read_folder(&root.join(folder), extensions);
+        files.into_iter().map(|(name, text)| (format!("{folder}/{name}"), text)).collect::<Vec<_>>()
+    };
+    let own = ["tests/it/names.rs", "tests/it/names.txt", "tests/it/words.txt"];
+    folders.iter().flat_map(below).filter(|(name, _)| !own.contains(&name.as_str())).collect()
+}
+
+fn code() -> Vec<(String, String)> {
+    files(&CODE.iter().map(|folder| (*folder, ["rs"].as_slice())).collect::<Vec<_>>())
+}
+
+fn texts() -> Vec<(String, String)> {
+    let page = |name: &&str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+        ((*name).to_owned(), fs::read_to_string(path).expect("the page exists"))
+    };
+    let texts = files(TEXTS).into_iter().filter(|(name, _)| !name.starts_with("docs/adr/"));
+    code().into_iter().chain(texts).chain(PAGES.iter().map(page)).collect()
+}
+
+#[test]
+fn given_up_names_are_not_used() {
+    let found = names_used(&given_up(include_str!("names.txt")), &Sources::parse(code()), &texts());
+    assert!(found.is_empty(), "{} names:\n{}\n", found.len(), found.join("\n"));
+}
+
+#[test]
+fn given_up_words_are_not_used() {
+    let phrases: Vec<&str> = include_str!("words.txt").lines().filter(|line| !line.starts_with('#')).collect();
+    let report = |(name, text): &(String, String)| {
+        let used = words_used(&phrases, text).into_iter();
+        used.map(|(line, phrase)| format!("{name}:{line}: `{phrase}`")).collect::<Vec<_>>()
+    };
+    let found: Vec<String> = texts().iter().flat_map(report).collect();
+    assert!(found.is_empty(), "{} uses:\n{}\n", found.len(), found.join("\n"));
+}
+
+#[test]
+fn given_up_name_is_found_by_kind_and_place() {
+    let list = given_up("type Told\nfn hear\nvalue doubt src/log\nfile src/log/tail\ntext old_total\n# type Kept\n");
+    let used = |file: &str, code: &str| {
+        let files = vec![(file.to_owned(), code.to_owned())];
+        names_used(&list, &Sources::parse(if file.ends_with(".rs") { files.clone() } else { Vec::new() }), &files)
+    };
+    for (file, code) in [
+        ("src/a.rs", "enum Told {}"),
+        ("src/a.rs", "trait Store { fn hear(&self); }"),
+        ("src/log/a.rs", "struct A { doubt: u8 }"),
+        ("src/log/tail.rs", ""),
+        ("docs/metrics.md", "`strandline old_total`"),
+        ("proto/log.proto", "message Told {"),
+    ] {
+        assert_eq!(used(file, code).len(), 1, "{file}: {code}: {:?}", used(file, code));
+    }
+    for (file, code) in [
+        ("src/a.rs", "enum Kept {}\nstruct A { hear: u8, doubt: u8 }\n// Told"),
+        ("src/log/tail_cache.rs", ""),
+        ("docs/metrics.md", "`very_old_total`"),
+    ] {
+        assert_eq!(used(file, code), Vec::<String>::new(), "{file}: {code}");
+    }
+}
+
+#[test]
+fn given_up_phrase_is_found_across_line_breaks() {
+    let phrases = ["give way", "anew"];
+    assert_eq!(words_used(&phrases, "/// They give\n/// way. Anew!"), [(1, "give way"), (2, "anew")]);
+    assert_eq!(words_used(&phrases, "fn give_way() {}"), [(1, "give way")]);
+    assert_eq!(words_used(&phrases, "give. way, a renewed gateway"), []);
+}
