@@ -145,7 +145,7 @@ fn check_restricted_imports(file: &SourceFile, found: &mut Vec<String>) {
             found.push(format!("{}:{}: `{}`: {reason}", file.name, path.line, path.segments.join("::")));
         };
         for rule in RESTRICTED.iter().filter(|rule| !is_in(file, rule.allowed)) {
-            // A single word is only a name, such as the setting `object_store`. A use of a crate is a path into the crate.
+            // A single word is only a name, such as the setting `object_store`. A use of a crate is a path into it.
             if path.segments.len() > 1 && rule.paths.iter().any(|prefix| path.starts_with(prefix)) {
                 report(format!("only {:?} may use {}", rule.allowed, rule.what));
             }
@@ -253,7 +253,11 @@ fn listed_out_of_order(lib: &str) -> Option<String> {
 }
 
 fn sources() -> Sources {
-    Sources::parse(read_folder(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &["rs"]))
+    sources_in("src")
+}
+
+fn sources_in(folder: &str) -> Sources {
+    Sources::parse(read_folder(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder), &["rs"]))
 }
 
 #[test]
@@ -274,6 +278,16 @@ fn sources_follow_the_architecture() {
     let lib = sources.files.iter().find(|file| file.name == "lib.rs").expect("the library");
     found.extend(listed_out_of_order(&lib.text));
     assert!(found.is_empty(), "{} violations:\n{}\n", found.len(), found.join("\n"));
+}
+
+/// Test packages have no rooms.
+#[test]
+fn public_type_names_of_test_packages_are_unique() {
+    let mut found = Vec::new();
+    for package in ["tests/sim", "tests/it"] {
+        check_type_names(&sources_in(package), &mut found);
+    }
+    assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
 /// The documented map has the existing rooms, in their order.

@@ -16,9 +16,9 @@ mod seeds;
 const ITERATIONS: u64 = 20_000;
 
 /// Guard that prints the input if the entry panics.
-struct Running<'a>(&'a str, &'a [u8]);
+struct PanicReport<'a>(&'a str, &'a [u8]);
 
-impl Drop for Running<'_> {
+impl Drop for PanicReport<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let hex: String = self.1.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -28,7 +28,7 @@ impl Drop for Running<'_> {
 }
 
 fn run(entry: &entries::Entry, input: &[u8]) -> bool {
-    let _running = Running(entry.name, input);
+    let _report = PanicReport(entry.name, input);
     (entry.run)(input)
 }
 

@@ -82,7 +82,7 @@ struct Module {
 }
 
 #[derive(Clone)]
-enum Target {
+enum Resolved {
     Module(String),
     /// An item of the file with this index.
     Item(usize),
@@ -137,28 +137,28 @@ impl Sources {
     /// Returns the index of the file that defines the item that `path` names. A module is not an item.
     pub(crate) fn defining_file(&self, path: &NamedPath) -> Option<usize> {
         match self.resolve(&path.module, &path.segments, 0)? {
-            Target::Item(file) => Some(file),
-            Target::Module(_) => None,
+            Resolved::Item(file) => Some(file),
+            Resolved::Module(_) => None,
         }
     }
 
-    fn resolve(&self, module: &str, path: &[String], depth: usize) -> Option<Target> {
+    fn resolve(&self, module: &str, path: &[String], depth: usize) -> Option<Resolved> {
         let (first, mut rest) = path.split_first().filter(|_| depth < 20)?;
         let mut target = match first.as_str() {
-            "crate" => Target::Module(String::new()),
-            "strandline" if module == "main" => Target::Module(String::new()),
-            "self" => Target::Module(module.to_owned()),
-            "super" => Target::Module(parent(module).to_owned()),
+            "crate" => Resolved::Module(String::new()),
+            "strandline" if module == "main" => Resolved::Module(String::new()),
+            "self" => Resolved::Module(module.to_owned()),
+            "super" => Resolved::Module(parent(module).to_owned()),
             name => self.find(module, name, rest.is_empty(), depth)?,
         };
         while let Some((name, after)) = rest.split_first() {
-            let Target::Module(at) = &target else { break };
+            let Resolved::Module(at) = &target else { break };
             target = match name.as_str() {
-                "super" => Target::Module(parent(at).to_owned()),
+                "super" => Resolved::Module(parent(at).to_owned()),
                 "self" => target,
                 name => match self.find(at, name, after.is_empty(), depth) {
                     Some(found) => found,
-                    None => Target::Item(self.modules.get(at)?.file),
+                    None => Resolved::Item(self.modules.get(at)?.file),
                 },
             };
             rest = after;
@@ -167,16 +167,16 @@ impl Sources {
     }
 
     /// Looks a name up in a module. `is_last` prefers items to modules of the same name.
-    fn find(&self, module: &str, name: &str, is_last: bool, depth: usize) -> Option<Target> {
+    fn find(&self, module: &str, name: &str, is_last: bool, depth: usize) -> Option<Resolved> {
         let child = join(module, name);
-        let child = self.modules.contains_key(&child).then_some(Target::Module(child));
+        let child = self.modules.contains_key(&child).then_some(Resolved::Module(child));
         let Some(scope) = self.modules.get(module) else { return child };
-        let item = scope.items.contains(name).then_some(Target::Item(scope.file));
+        let item = scope.items.contains(name).then_some(Resolved::Item(scope.file));
         let own = if is_last { item.or(child) } else { child.or(item) };
         let imported = || self.resolve(module, scope.imports.get(name)?, depth + 1);
         own.or_else(imported).or_else(|| {
             scope.globs.iter().find_map(|glob| match self.resolve(module, glob, depth + 1)? {
-                Target::Module(from) if from != module => self.find(&from, name, is_last, depth + 1),
+                Resolved::Module(from) if from != module => self.find(&from, name, is_last, depth + 1),
                 _ => None,
             })
         })

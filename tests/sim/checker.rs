@@ -17,7 +17,7 @@ use strandline::{
 use crate::{
     history::Log,
     load::{Ledger, TOPICS},
-    logs::{self, DiskLogs, Replica},
+    logs::{self, DiskLogs, DiskReplica},
     reference::ReferenceModel,
     trace::Trace,
 };
@@ -119,7 +119,7 @@ impl StateChecker {
     }
 
     /// Checks that two logs with an equal offset and epoch are the same up to there.
-    fn check_agreement(&self, log: Log, replicas: &[(BrokerId, Replica)]) {
+    fn check_agreement(&self, log: Log, replicas: &[(BrokerId, DiskReplica)]) {
         for (at, (one, mine)) in replicas.iter().enumerate() {
             for (other, theirs) in &replicas[at + 1..] {
                 let differs = logs::contradiction(mine, theirs);
@@ -129,7 +129,7 @@ impl StateChecker {
     }
 
     /// Checks that a member of ISR or ELR holds the acknowledged records.
-    fn check_member(&self, log: Log, member: BrokerId, replica: &Replica, value: &PartitionValue) {
+    fn check_member(&self, log: Log, member: BrokerId, replica: &DiskReplica, value: &PartitionValue) {
         self.ledger.with_acked(log, |acked| {
             if let Some((offset, sent)) = acked.range(replica.end.as_i64()..).next() {
                 panic!("{log:?}: broker {member} may lead but lacks {sent:x} at {offset}: {value:?}");

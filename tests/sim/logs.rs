@@ -52,13 +52,13 @@ pub(crate) fn payload(value: &[u8]) -> u64 {
 
 /// Log of one replica.
 #[derive(Debug, Default)]
-pub(crate) struct Replica {
+pub(crate) struct DiskReplica {
     segments: Vec<Rc<Segment>>,
     /// Log end.
     pub(crate) end: Offset,
 }
 
-impl Replica {
+impl DiskReplica {
     /// Returns all batches in order.
     pub(crate) fn batches(&self) -> impl DoubleEndedIterator<Item = &StoredBatch> {
         self.segments.iter().flat_map(|segment| &segment.batches)
@@ -99,9 +99,9 @@ impl DiskLogs {
     }
 
     /// Reads the log of a partition. Panics if its files contradict each other.
-    pub(crate) fn replica(&self, id: PartitionId) -> Replica {
+    pub(crate) fn replica(&self, id: PartitionId) -> DiskReplica {
         let dir = folder(id);
-        let (mut replica, mut begins, mut has_log) = (Replica::default(), Offset::ZERO, false);
+        let (mut replica, mut begins, mut has_log) = (DiskReplica::default(), Offset::ZERO, false);
         for entry in self.disk.list(&dir).unwrap_or_default() {
             let file = dir.join(entry.name);
             match file.extension().and_then(OsStr::to_str) {
@@ -120,7 +120,7 @@ impl DiskLogs {
             if replica.segments.is_empty() || base < end {
                 assert!(base >= replica.end, "{}: the previous segment ends at {}", file.display(), replica.end);
                 if base > replica.end {
-                    replica = Replica { end: base, ..Replica::default() };
+                    replica = DiskReplica { end: base, ..DiskReplica::default() };
                 }
             }
             if let (Some(last), Some(first)) = (replica.batches().next_back(), segment.batches.first()) {
@@ -198,8 +198,8 @@ fn base_of(file: &Path) -> Offset {
 
 /// Returns a contradiction between two logs. Up to the last batch that both logs have at one offset with one epoch, all
 /// their batches must be equal.
-pub(crate) fn contradiction(one: &Replica, other: &Replica) -> Option<String> {
-    let first = |replica: &Replica| replica.batches().next().map(|held| held.base);
+pub(crate) fn contradiction(one: &DiskReplica, other: &DiskReplica) -> Option<String> {
+    let first = |replica: &DiskReplica| replica.batches().next().map(|held| held.base);
     let from = first(one)?.max(first(other)?);
     let theirs: BTreeMap<_, _> = other.batches_from(from).map(|held| (held.base, held)).collect();
     let shared = |held: &StoredBatch| theirs.get(&held.base).is_some_and(|other| other.epoch == held.epoch);
