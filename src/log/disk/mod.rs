@@ -162,9 +162,9 @@ pub trait File: Send + Sync {
     /// Truncates the file, or extends it with zeros.
     fn truncate(&self, len: u64) -> io::Result<()>;
 
-    /// Frees part of the disk space of a removed file without readers, and pauses briefly. `hurry` frees a larger part,
-    /// because space is needed soon. Returns false if the rest may be freed at once. Blocks.
-    fn free_step(&self, hurry: bool) -> io::Result<bool>;
+    /// Frees part of the disk space of a removed file without readers, and pauses briefly. `urgent` frees a larger
+    /// part, because space is needed soon. Returns false if the rest may be freed at once. Blocks.
+    fn free_step(&self, urgent: bool) -> io::Result<bool>;
 
     /// Makes content and length durable.
     fn sync(&self) -> io::Result<()>;

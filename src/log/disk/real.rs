@@ -235,8 +235,8 @@ impl File for RealFile {
         self.file.set_len(len)
     }
 
-    fn free_step(&self, hurry: bool) -> io::Result<bool> {
-        writeback::free_step(&self.file, hurry)
+    fn free_step(&self, urgent: bool) -> io::Result<bool> {
+        writeback::free_step(&self.file, urgent)
     }
 
     fn sync(&self) -> io::Result<()> {

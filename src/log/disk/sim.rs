@@ -578,7 +578,7 @@ impl File for SimFile {
         Ok(())
     }
 
-    fn free_step(&self, _hurry: bool) -> io::Result<bool> {
+    fn free_step(&self, _urgent: bool) -> io::Result<bool> {
         // A file without a name uses no space on this disk.
         Ok(false)
     }

@@ -41,7 +41,7 @@ pub fn write_out(file: &fs::File, range: Range<u64>, piece_bytes: usize) -> io::
 pub const STEP_BYTES: u64 = 1 << 20;
 
 /// The same when space is needed soon.
-const HURRIED_STEP_BYTES: u64 = 4 << 20;
+const URGENT_STEP_BYTES: u64 = 4 << 20;
 
 /// Pause after a step, as a multiple of the duration of the step: other I/O has two thirds of the device's time.
 const PAUSE_FACTOR: u32 = 2;
@@ -53,7 +53,7 @@ const MIN_PAUSE: Duration = Duration::from_micros(1250);
 const MAX_PAUSE: Duration = Duration::from_millis(100);
 
 /// Pause after a step when space is needed soon.
-const HURRIED_PAUSE: Duration = Duration::from_millis(5);
+const URGENT_PAUSE: Duration = Duration::from_millis(5);
 
 /// Divisor of a file system's size: space is needed soon if less than that share is free.
 const SHORT_SHARE: u64 = 5;
@@ -65,29 +65,29 @@ pub fn free_in_steps(file: &fs::File) -> io::Result<()> {
     Ok(())
 }
 
-/// Runs one step of [`free_in_steps`], and the pause after it. The step is larger if space is needed soon or if `hurry`
-/// is set. Returns false if the rest may be freed at once.
-pub(super) fn free_step(file: &fs::File, hurry: bool) -> io::Result<bool> {
+/// Runs one step of [`free_in_steps`], and the pause after it. The step is larger if space is needed soon or if
+/// `urgent` is set. Returns false if the rest may be freed at once.
+pub(super) fn free_step(file: &fs::File, urgent: bool) -> io::Result<bool> {
     let metadata = file.metadata()?;
     if metadata.nlink() > 0 || metadata.len() <= STEP_BYTES {
         return Ok(false);
     }
-    let hurry = hurry || is_short(file);
+    let urgent = urgent || is_short(file);
     let began = clock::monotonic();
-    file.set_len(len_after_step(metadata.len(), hurry))?;
-    std::thread::sleep(pause_after_step(began.elapsed(), hurry));
+    file.set_len(len_after_step(metadata.len(), urgent))?;
+    std::thread::sleep(pause_after_step(began.elapsed(), urgent));
     Ok(true)
 }
 
 /// Returns the length of a file after a step. Steps are complete, because the file system would read and rewrite a
 /// partial block.
-fn len_after_step(len: u64, hurry: bool) -> u64 {
-    let step = if hurry { HURRIED_STEP_BYTES } else { STEP_BYTES };
+fn len_after_step(len: u64, urgent: bool) -> u64 {
+    let step = if urgent { URGENT_STEP_BYTES } else { STEP_BYTES };
     len.saturating_sub(1) / step * step
 }
 
-fn pause_after_step(took: Duration, hurry: bool) -> Duration {
-    if hurry { HURRIED_PAUSE } else { (took * PAUSE_FACTOR).clamp(MIN_PAUSE, MAX_PAUSE) }
+fn pause_after_step(took: Duration, urgent: bool) -> Duration {
+    if urgent { URGENT_PAUSE } else { (took * PAUSE_FACTOR).clamp(MIN_PAUSE, MAX_PAUSE) }
 }
 
 /// Returns true if the file's file system has little free space; false if it does not report its space.
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn steps_are_complete_and_pauses_follow_their_duration() {
         const MIB: u64 = 1 << 20;
-        for (len, hurry, after) in [
+        for (len, urgent, after) in [
             (64 * MIB + 7, false, 64 * MIB),
             (64 * MIB, false, 63 * MIB),
             (MIB + 1, false, MIB),
@@ -160,13 +160,13 @@ mod tests {
             (64 * MIB, true, 60 * MIB),
             (3 * MIB, true, 0),
         ] {
-            assert_eq!(len_after_step(len, hurry), after, "{len} {hurry}");
+            assert_eq!(len_after_step(len, urgent), after, "{len} {urgent}");
         }
         let ms = Duration::from_millis;
-        for (took, hurry, pause) in
+        for (took, urgent, pause) in
             [(ms(0), false, MIN_PAUSE), (ms(4), false, ms(8)), (ms(4), true, ms(5)), (ms(9_000), false, MAX_PAUSE)]
         {
-            assert_eq!(pause_after_step(took, hurry), pause, "{took:?} {hurry}");
+            assert_eq!(pause_after_step(took, urgent), pause, "{took:?} {urgent}");
         }
     }
 
