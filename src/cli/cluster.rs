@@ -389,7 +389,7 @@ pub(super) mod tests {
     }
 
     pub(in crate::cli) fn troubled() -> ClusterDescription {
-        let silent = ApiError::new(ErrorCode::NotReady, "broker 2 did not answer within 1s");
+        let silent = ApiError::new(ErrorCode::NotReady, "broker 2 did not respond within 1s");
         let two = BrokerDescription { stopping: true, stats: Some(Err(silent)), in_sync_count: 18, ..running(2, "") };
         let draining = Some(1_790_000_000_000);
         let three =

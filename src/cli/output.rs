@@ -99,17 +99,17 @@ pub(super) mod golden {
     }
 
     /// Asserts that JSON output equals its golden file. Programs rely on its fields.
-    pub(in crate::cli) fn json(name: &str, answer: &Value) {
-        let shown = serde_json::to_string_pretty(answer).expect("JSON") + "\n";
+    pub(in crate::cli) fn json(name: &str, value: &Value) {
+        let shown = serde_json::to_string_pretty(value).expect("JSON") + "\n";
         assert_eq!(text(name, &shown), shown, "{name}");
     }
 
     /// Asserts that text output equals its golden file and is at most `WIDTH` wide.
-    pub(in crate::cli) fn lines(name: &str, answer: &str) {
-        for line in answer.lines() {
+    pub(in crate::cli) fn lines(name: &str, output: &str) {
+        for line in output.lines() {
             assert!(line.chars().count() <= WIDTH, "{} columns: {line}", line.chars().count());
         }
-        let shown = format!("{}\n", answer.trim_end());
+        let shown = format!("{}\n", output.trim_end());
         assert_eq!(text(name, &shown), shown, "{name}");
     }
 }

@@ -81,7 +81,7 @@ pub(super) fn compression(text: &str) -> Result<Compression, String> {
 struct ProduceSummary {
     sent: u64,
     /// Acknowledged records; with `acks=0`, accepted records.
-    answered: u64,
+    acknowledged: u64,
     failed: u64,
     /// Lines that contain the separator.
     keyed: u64,
@@ -101,8 +101,8 @@ struct PartitionAcks {
 }
 
 impl ProduceSummary {
-    fn count(&mut self, answer: Result<Ack, SendError>) {
-        let ack = match answer {
+    fn count(&mut self, result: Result<Ack, SendError>) {
+        let ack = match result {
             Ok(ack) => ack,
             Err(error) => {
                 self.failed += 1;
@@ -110,7 +110,7 @@ impl ProduceSummary {
                 return;
             }
         };
-        self.answered += 1;
+        self.acknowledged += 1;
         *self.meanings.entry(ack.meaning()).or_default() += 1;
         let partition_acks = self.partitions.entry(ack.partition).or_default();
         partition_acks.records += 1;
@@ -156,26 +156,26 @@ impl Outstanding {
         self.deliveries.push_back(delivery);
         // Polling a delivery has a small cost, so it happens once per 64 records.
         if self.summary.sent.is_multiple_of(64) {
-            while let Some(answer) = self.deliveries.front_mut().and_then(FutureExt::now_or_never) {
+            while let Some(result) = self.deliveries.front_mut().and_then(FutureExt::now_or_never) {
                 self.deliveries.pop_front();
-                self.summary.count(answer);
+                self.summary.count(result);
             }
         }
         while self.deliveries.len() > MAX_OUTSTANDING
             && let Some(delivery) = self.deliveries.front_mut()
         {
-            let answer = delivery.await;
+            let result = delivery.await;
             self.deliveries.pop_front();
-            self.summary.count(answer);
+            self.summary.count(result);
         }
     }
 
     /// Waits for every delivery and counts its result. Dropping the future loses no result.
     async fn finish(&mut self) {
         while let Some(delivery) = self.deliveries.front_mut() {
-            let answer = delivery.await;
+            let result = delivery.await;
             self.deliveries.pop_front();
-            self.summary.count(answer);
+            self.summary.count(result);
         }
     }
 
@@ -361,10 +361,13 @@ fn report(
         (0, None) => return Ok(output::line(&format!("no records were sent to {}", command.topic))?),
         _ => {}
     }
-    let meaning = if summary.answered == 0 { String::new() } else { format!(": {}", summary.meaning()) };
+    let meaning = if summary.acknowledged == 0 { String::new() } else { format!(": {}", summary.meaning()) };
     let records = if summary.sent == 1 { "record" } else { "records" };
     let verb = verb(command.acks);
-    output::line(&format!("{verb} {} of {} {records} in {}{meaning}", summary.answered, summary.sent, command.topic))?;
+    output::line(&format!(
+        "{verb} {} of {} {records} in {}{meaning}",
+        summary.acknowledged, summary.sent, command.topic
+    ))?;
     for (partition, partition_acks) in &summary.partitions {
         let records = if partition_acks.records == 1 { "record" } else { "records" };
         output::line(&format!(
@@ -389,7 +392,7 @@ fn object(command: &ProduceArgs, summary: &ProduceSummary, failure: Option<&anyh
     json!({
         "topic": command.topic,
         "sent": summary.sent,
-        (verb(command.acks)): summary.answered,
+        (verb(command.acks)): summary.acknowledged,
         "failed": summary.failed,
         "acks": command.acks.as_str(),
         "meaning": summary.meaning(),
@@ -425,7 +428,7 @@ mod tests {
             summary.count(ack(partition, offset));
         }
         summary.count(Err(SendError::Closed));
-        assert_eq!((summary.answered, summary.failed), (4, 1));
+        assert_eq!((summary.acknowledged, summary.failed), (4, 1));
         assert_eq!(summary.partitions[&0].describe(), "5..7, 9..10");
         assert_eq!(summary.partitions[&1].describe(), "0..1");
         assert_eq!(summary.meaning(), "persisted on 1 replica");

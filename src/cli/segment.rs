@@ -53,18 +53,18 @@ fn dump_all(
     output: OutputFormat,
     out: &mut impl Write,
 ) -> anyhow::Result<()> {
-    let damage = |damage: SegmentError| damage.into_error(&dump.file);
+    let with_file = |error: SegmentError| error.into_error(&dump.file);
     let mut epochs = FileEpochs::default();
-    let mut current = batches.next().map_err(damage)?;
+    let mut current = batches.next().map_err(with_file)?;
     while let Some((position, batch)) = current {
         let next = batches.next();
         // A corrupt next batch does not affect the check of this batch.
         let after = next.as_ref().ok().and_then(|next| next.as_ref()).map(|(_, next)| next);
-        epochs.check(&batch, after, footer).map_err(|problem| file::damaged(&dump.file, position, &problem))?;
+        epochs.check(&batch, after, footer).map_err(|problem| file::corrupt_error(&dump.file, position, &problem))?;
         print_all(position, &batch, dump, output, out)?;
-        current = next.map_err(damage)?;
+        current = next.map_err(with_file)?;
     }
-    footer.map_or(Ok(()), |footer| batches.check(footer).map_err(damage))
+    footer.map_or(Ok(()), |footer| batches.check(footer).map_err(with_file))
 }
 
 fn print_all(
@@ -74,14 +74,14 @@ fn print_all(
     output: OutputFormat,
     out: &mut impl Write,
 ) -> anyhow::Result<()> {
-    let damaged = |error: MalformedBatch| file::damaged(&dump.file, position, &error);
+    let corrupt = |error: MalformedBatch| file::corrupt_error(&dump.file, position, &error);
     if !dump.records {
-        batch.verify_records().map_err(damaged)?;
+        batch.verify_records().map_err(corrupt)?;
         return Ok(print_batch(position, batch, output, out)?);
     }
     print_batch(position, batch, output, out)?;
-    for record in batch.records().map_err(damaged)? {
-        let (offset, record) = record.map_err(damaged)?;
+    for record in batch.records().map_err(corrupt)? {
+        let (offset, record) = record.map_err(corrupt)?;
         print_record(offset, &record, output, out)?;
     }
     Ok(())

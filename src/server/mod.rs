@@ -301,7 +301,7 @@ fn outside(config: &Config, time: &Tasks) -> NodeDeps {
             Ok(StoreHandles { meta, objects })
         }),
         connect: Arc::new(TcpConnector::between_brokers(client::ClientOptions::default().connect_timeout)),
-        alone: config.metadata.etcd.is_empty(),
+        standalone: config.metadata.etcd.is_empty(),
         sim_hook: None,
     }
 }

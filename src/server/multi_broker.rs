@@ -211,7 +211,7 @@ fn around(config: &Config, meta: Arc<dyn MetaStore>) -> NodeDeps {
             Ok(StoreHandles { meta, objects })
         }),
         connect: Arc::new(TcpConnector::between_brokers(client::ClientOptions::default().connect_timeout)),
-        alone: false,
+        standalone: false,
         sim_hook: None,
     }
 }

@@ -53,7 +53,7 @@ pub struct NodeDeps {
     pub connect: Arc<dyn Connector>,
     /// True for a standalone broker: the metadata lies beside the data, and is lost or restored together with it. Then
     /// there are no other brokers, and there is nothing to verify.
-    pub alone: bool,
+    pub standalone: bool,
     /// Callback to the driver of the log's steps ([`DataDir::journal_step`], [`DataDir::sync_step`]); `None` if threads
     /// run the steps.
     pub sim_hook: Option<SimHook>,
@@ -74,7 +74,7 @@ pub struct Node {
     broker: Arc<Broker>,
     session: Session,
     connect: Arc<dyn Connector>,
-    alone: bool,
+    standalone: bool,
     routes: Routes,
     health: HealthReporter,
     tasks: Tasks,
@@ -184,11 +184,11 @@ impl Node {
     /// `within`.
     pub async fn begin_stop(&self, within: Duration) {
         grpc::report(&self.health, ServingStatus::NotServing).await;
-        if !self.alone {
+        if !self.standalone {
             self.broker.transfer_leadership(&self.session, within / 2).await;
         }
         self.broker.stop().await;
-        if !self.alone {
+        if !self.standalone {
             // Ends the registration before the listeners close. Otherwise peers would take the closed listener for a
             // crash.
             self.session.leave().await;
@@ -234,7 +234,7 @@ struct NodeStart<'a> {
 
 impl NodeStart<'_> {
     async fn run(self, outside: NodeDeps, serve_peers: impl FnOnce(Routes)) -> anyhow::Result<Node> {
-        let (config, alone) = (self.config, outside.alone);
+        let (config, alone) = (self.config, outside.standalone);
         let StoreHandles { meta, objects } = outside.stores.await?;
         // A store inside the data directory cannot be set back without the directory, so its revisions need no check.
         let meta: Arc<dyn MetaStore> = if alone { meta } else { Arc::new(MonotonicStore::new(meta)) };
@@ -304,7 +304,7 @@ impl NodeStart<'_> {
         grpc::report(&health, ServingStatus::Serving).await;
         let Self { log, tasks, metrics, .. } = self;
         let connect = outside.connect;
-        Ok(Node { log, tier, broker, session, connect, alone, routes, health, tasks, metrics })
+        Ok(Node { log, tier, broker, session, connect, standalone: alone, routes, health, tasks, metrics })
     }
 
     /// Registers the broker, and waits until its metadata cache contains the registration. The cache then also contains

@@ -178,7 +178,7 @@ mod tests {
     use crate::task::{Tasks, clock, random, run_blocking};
 
     #[tokio::test(start_paused = true)]
-    async fn killed_process_runs_no_task_and_has_its_own_clock_and_generator() {
+    async fn killed_process_runs_no_task_and_leaves_clocks_of_others() {
         #[expect(clippy::disallowed_methods, reason = "the start of the simulated process")]
         let began = Instant::now();
         let [one, other] = [1, 2].map(|id| SimProcess::new(id, 7, began));
@@ -198,7 +198,7 @@ mod tests {
         one.kill();
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(steps.load(Ordering::Relaxed), before);
-        assert_eq!(Arc::strong_count(&steps), 1, "what the task held is gone");
+        assert_eq!(Arc::strong_count(&steps), 1, "the task was dropped");
 
         other.set_wall_offset(-5);
         assert_eq!(other.enter(clock::wall_ms), SIM_START_MS + 2000 - 5);

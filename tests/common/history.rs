@@ -47,7 +47,7 @@ pub(crate) struct Attempt {
     /// Time of sending.
     pub(crate) sent: u64,
     /// Time of the outcome.
-    pub(crate) answered: u64,
+    pub(crate) responded: u64,
     pub(crate) outcome: Outcome,
 }
 
@@ -194,7 +194,7 @@ impl<'a> Acknowledged<'a> {
         };
         let mut attempts: Vec<_> = attempts.iter().filter_map(offset).collect();
         attempts.sort_by_key(|&(offset, _)| offset);
-        let mut earliest: Vec<u64> = attempts.iter().map(|(_, attempt)| attempt.answered).collect();
+        let mut earliest: Vec<u64> = attempts.iter().map(|(_, attempt)| attempt.responded).collect();
         for at in (1..earliest.len()).rev() {
             earliest[at - 1] = earliest[at - 1].min(earliest[at]);
         }
@@ -209,7 +209,7 @@ impl<'a> Acknowledged<'a> {
         let required = self.attempts[first..].iter().zip(&self.earliest[first..]);
         for (&(offset, attempt), _) in required.take_while(|&(_, &earliest)| earliest < pass.began) {
             let covered = offset < pass.to || pass.current && offset >= pass.end;
-            if covered && attempt.answered < pass.began && !seen.contains(&attempt.payload) {
+            if covered && attempt.responded < pass.began && !seen.contains(&attempt.payload) {
                 found.push(Violation::Lost { log: pass.log, offset, payload: attempt.payload });
             }
         }
@@ -233,17 +233,17 @@ fn producer_order(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>,
 /// Checks that a record is below each record that was sent after its acknowledgement.
 fn time_order(log: Log, attempts: &[&Attempt], found: &mut Vec<Violation>) {
     let acknowledged = |attempt: &&Attempt| match attempt.outcome {
-        Outcome::Acknowledged { offset } => Some((offset, attempt.sent, attempt.answered, attempt.payload)),
+        Outcome::Acknowledged { offset } => Some((offset, attempt.sent, attempt.responded, attempt.payload)),
         _ => None,
     };
     let mut by_sent: Vec<_> = attempts.iter().filter_map(acknowledged).collect();
-    let mut by_answered = by_sent.clone();
+    let mut by_response = by_sent.clone();
     by_sent.sort_by_key(|&(_, sent, _, _)| sent);
-    by_answered.sort_by_key(|&(_, _, answered, _)| answered);
-    let mut acknowledgements = by_answered.into_iter().peekable();
+    by_response.sort_by_key(|&(_, _, responded, _)| responded);
+    let mut acknowledgements = by_response.into_iter().peekable();
     let mut highest: Option<(i64, u64)> = None;
     for (offset, sent, _, payload) in by_sent {
-        while let Some((offset, _, _, payload)) = acknowledgements.next_if(|&(_, _, answered, _)| answered < sent) {
+        while let Some((offset, _, _, payload)) = acknowledgements.next_if(|&(_, _, responded, _)| responded < sent) {
             highest = highest.max(Some((offset, payload)));
         }
         if let Some((_, earlier)) = highest.filter(|&(highest, _)| highest >= offset) {
@@ -258,8 +258,8 @@ mod tests {
 
     const LOG: Log = (0, 3);
 
-    fn attempt(payload: u64, sent: u64, answered: u64, outcome: Outcome) -> Attempt {
-        Attempt { log: LOG, payload, once: true, producer: 1, sequence: payload, sent, answered, outcome }
+    fn attempt(payload: u64, sent: u64, responded: u64, outcome: Outcome) -> Attempt {
+        Attempt { log: LOG, payload, once: true, producer: 1, sequence: payload, sent, responded, outcome }
     }
 
     fn acknowledged(payload: u64, offset: i64) -> Attempt {
@@ -400,10 +400,10 @@ mod tests {
 
     #[test]
     fn producers_may_overlap_but_not_reverse_time() {
-        let other = |sent, answered| Attempt {
+        let other = |sent, responded| Attempt {
             producer: 2,
             sequence: 0,
-            ..attempt(2, sent, answered, Outcome::Acknowledged { offset: 0 })
+            ..attempt(2, sent, responded, Outcome::Acknowledged { offset: 0 })
         };
         let first = attempt(1, 1, 5, Outcome::Acknowledged { offset: 1 });
         let overlapping = History { attempts: vec![first, other(3, 7)], passes: vec![pass(10, 0, &[2, 1])] };

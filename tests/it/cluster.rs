@@ -1,13 +1,13 @@
 //! Tests of several real brokers with a real etcd.
 
 mod add_brokers;
-mod alone;
 mod chaos;
 mod dev;
 mod disks;
 mod failover;
 mod full;
 mod invalid_values;
+mod isolated_leader;
 mod machines;
 pub(crate) mod members;
 mod metadata;

@@ -21,7 +21,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use strandline::{
     proto::{
         error::{ApiError, ErrorCode},
-        v1::{ProduceRequest, ProduceResponse, produce_response::Result as Answer},
+        v1::{ProduceRequest, ProduceResponse, produce_response::Result as ProduceResult},
     },
     task::{Tasks, clock},
 };
@@ -132,12 +132,12 @@ impl Load {
     }
 
     pub(crate) fn complete(&self, attempts: Vec<Attempt>, outcome: impl Fn(i64) -> Outcome) {
-        let answered = self.tick();
+        let responded = self.tick();
         let now = clock::monotonic();
         let acknowledged = (0..).zip(&attempts).filter(|(n, _)| matches!(outcome(*n), Outcome::Acknowledged { .. }));
         let moments: Vec<_> = acknowledged.map(|(_, attempt)| (attempt.log, now)).collect();
         self.moments.lock().extend(moments);
-        let completed = (0..).zip(attempts).map(|(n, attempt)| Attempt { answered, outcome: outcome(n), ..attempt });
+        let completed = (0..).zip(attempts).map(|(n, attempt)| Attempt { responded, outcome: outcome(n), ..attempt });
         self.attempts.lock().extend(completed);
     }
 
@@ -236,7 +236,7 @@ fn next_request(load: &Load, producer: u32, rng: &mut StdRng) -> (ProduceRequest
                 producer,
                 sequence: payload,
                 sent: payload,
-                answered: 0,
+                responded: 0,
                 outcome: Outcome::Unknown,
             }
         })
@@ -249,19 +249,19 @@ fn next_request(load: &Load, producer: u32, rng: &mut StdRng) -> (ProduceRequest
 fn settle(load: &Load, pending: &mut HashMap<u64, Vec<Attempt>>, response: ProduceResponse) {
     let attempts = pending.remove(&response.correlation_id).expect("one response per request");
     match response.result.expect("the response has a result") {
-        Answer::Appended(appended) => {
+        ProduceResult::Appended(appended) => {
             let end = appended.base_offset + i64::try_from(attempts.len()).expect("few records");
             assert_eq!(appended.end_offset, end, "an acknowledgement has one offset per record");
             load.complete(attempts, |n| Outcome::Acknowledged { offset: appended.base_offset + n });
         }
-        Answer::Error(error) => {
+        ProduceResult::Error(error) => {
             let failure = ApiError::from(error);
             assert!(failure.retryable, "the request is valid: {failure}");
             // Only a request that is refused on arrival is certainly not in the log.
             let refused = matches!(failure.code, ErrorCode::Overloaded | ErrorCode::DiskFull);
             load.complete(attempts, |_| if refused { Outcome::Refused } else { Outcome::Unknown });
         }
-        Answer::Waiting(reason) => panic!("unexpected wait for the object store: {reason:?}"),
+        ProduceResult::Waiting(reason) => panic!("unexpected wait for the object store: {reason:?}"),
     }
 }
 
@@ -423,9 +423,9 @@ fn payload_is_identified_by_all_its_bytes() {
     for id in [1, 2, 997, u64::MAX] {
         let bytes = value(id);
         assert_eq!(identify(&bytes), Some(id));
-        let mut damaged = bytes.to_vec();
-        *damaged.last_mut().expect("bytes") ^= 1;
-        assert_eq!(identify(&damaged), None);
+        let mut corrupt = bytes.to_vec();
+        *corrupt.last_mut().expect("bytes") ^= 1;
+        assert_eq!(identify(&corrupt), None);
         assert_eq!(identify(&bytes.slice(..bytes.len() - 1)), None);
     }
 }

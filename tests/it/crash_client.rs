@@ -49,7 +49,7 @@ async fn produce(load: Arc<Load>, number: u32, producer: Producer, seed: u64, ta
             producer: number,
             sequence: payload,
             sent: payload,
-            answered: 0,
+            responded: 0,
             outcome: Outcome::Unknown,
         };
         let bytes = value(payload);

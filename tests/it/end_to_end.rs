@@ -368,9 +368,9 @@ fn bench_runs_its_full_time_or_fails_without_records() {
     let cli = instance.cli();
     cli.ok(&["topic", "create", "t", "--config", "max.message.bytes=1024"]);
     let rated = ["bench", "produce", "--topic", "t", "--rate", "0.000001", "--seconds", "1", "--record-size", "100"];
-    let figures = cli.ok(&[&rated[..], &["--output", "json"]].concat()).json();
-    assert_eq!(figures["records"], 1);
-    assert!(figures["seconds"].as_f64().is_some_and(|seconds| seconds >= 1.0), "{figures}");
+    let result = cli.ok(&[&rated[..], &["--output", "json"]].concat()).json();
+    assert_eq!(result["records"], 1);
+    assert!(result["seconds"].as_f64().is_some_and(|seconds| seconds >= 1.0), "{result}");
     let output = cli.run(&["bench", "produce", "--topic", "t", "--records", "5", "--record-size", "5000"]);
     assert_eq!(output.code, 1, "{output:?}");
     assert!(output.text().contains("no record was acknowledged"), "{output:?}");

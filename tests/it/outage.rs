@@ -226,13 +226,13 @@ async fn final_answer(
     responses: &mut tonic::Streaming<v1::ProduceResponse>,
     within: Duration,
 ) -> Result<v1::AppendResponse, ApiError> {
-    use v1::produce_response::Result as Answer;
+    use v1::produce_response::Result as ProduceResult;
     loop {
         let response = tokio::time::timeout(within, responses.message()).await.expect("in time").expect("a response");
         match response.and_then(|response| response.result).expect("the stream continues") {
-            Answer::Appended(appended) => return Ok(appended),
-            Answer::Error(error) => return Err(error.into()),
-            Answer::Waiting(_) => {}
+            ProduceResult::Appended(appended) => return Ok(appended),
+            ProduceResult::Error(error) => return Err(error.into()),
+            ProduceResult::Waiting(_) => {}
         }
     }
 }

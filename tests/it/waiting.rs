@@ -29,7 +29,7 @@ fn unreachable_leader_is_reported_until_the_timeout() {
     assert!(output.code == 1 && output.stderr.contains(&expected), "{output:?}");
 }
 
-/// Regression, found by a user: a reader of a killed broker was as silent as a reader of a quiet topic.
+/// Regression, found by a user: a reader of a killed broker was as silent as a reader of an idle topic.
 #[test]
 fn consumer_reports_a_killed_broker_and_resumes() {
     let mut instance = BrokerInstance::new();

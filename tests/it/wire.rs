@@ -45,8 +45,8 @@ pub(crate) async fn create_topic(address: SocketAddr, name: &str, partitions: u3
     admin(address).create_topic(request).await.expect("the topic is created");
 }
 
-/// Returns the address of a partition's leader, from the broker with the newest leader epoch. A broker that was cut off
-/// reports an older leader for a moment.
+/// Returns the address of a partition's leader, from the broker with the newest leader epoch. A broker that was
+/// isolated reports an older leader for a moment.
 pub(crate) async fn leader(brokers: &[SocketAddr], topic: &str, partition: i32) -> Option<SocketAddr> {
     let mut newest = None;
     for address in brokers {

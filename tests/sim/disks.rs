@@ -1,8 +1,8 @@
 //! Disks that sync slowly or fail to sync.
 //!
 //! A failed sync is final for its caller (design.md §4): the unsynced data may be lost already, and a second sync would
-//! not report that. The broker gives up what it leads on that disk and serves what it still can. An operator restarts
-//! the broker, on the repaired disk or another.
+//! not report that. The broker resigns as leader of the partitions on that disk and still serves reads. An operator
+//! restarts the broker, on the repaired disk or another.
 
 use std::time::Duration;
 
@@ -83,9 +83,9 @@ async fn check_resignation(world: &mut Simulation, part: &str, resigned_within: 
         }
     }
     // A partition with a record that receives no more writes.
-    let quiet = client.producer(ProducerOptions::default()).await.unwrap();
-    quiet.send(TOPICS[1], NewRecord::value(&[0; 8])).await.unwrap().await.unwrap();
-    quiet.close().await.unwrap();
+    let idle = client.producer(ProducerOptions::default()).await.unwrap();
+    idle.send(TOPICS[1], NewRecord::value(&[0; 8])).await.unwrap().await.unwrap();
+    idle.close().await.unwrap();
     let (tasks, stop) = (Tasks::new(), Tasks::new());
     let (ledger, trace) = (Ledger::default(), world.shared.trace.clone());
     let admin = client.clone();

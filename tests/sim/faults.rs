@@ -231,7 +231,7 @@ pub(crate) async fn of_network(shared: &Shared, names: &[String], plan: &FaultPl
                 cut(net, &[(one, other), (other, one)]).await;
             }
             4 => {
-                shared.trace.record(format_args!("{one} is cut off"));
+                shared.trace.record(format_args!("{one} is isolated"));
                 let others = names.iter().filter(|name| *name != one);
                 let ways: Vec<_> = others.flat_map(|name| [(one, name), (name, one)]).collect();
                 cut(net, &ways).await;

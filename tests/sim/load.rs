@@ -129,7 +129,7 @@ impl Load {
             let ack = delivery.await.unwrap_or_else(|error| panic!("{producer} {number}: {error}"));
             let offset = ack.offset.expect("acknowledged by all").as_i64();
             self.trace.record(format_args!("{producer}: {number} is at {offset} of {log:?}"));
-            (attempt.answered, attempt.outcome) = (self.ledger.now(), Outcome::Acknowledged { offset });
+            (attempt.responded, attempt.outcome) = (self.ledger.now(), Outcome::Acknowledged { offset });
             self.ledger.attempt(attempt);
         };
         let mut outstanding = VecDeque::new();
@@ -183,7 +183,7 @@ impl Load {
                 Ok(delivery) => delivery.await,
                 Err(error) => Err(error),
             };
-            attempt.answered = self.ledger.now();
+            attempt.responded = self.ledger.now();
             match delivered {
                 Ok(ack) => {
                     let offset = ack.offset.expect("the producer waits for acknowledgements").as_i64();
@@ -217,7 +217,7 @@ impl Load {
             producer,
             sequence: number,
             sent: self.ledger.now(),
-            answered: 0,
+            responded: 0,
             outcome: Outcome::Unknown,
         };
         (attempt, value)

@@ -100,15 +100,15 @@ impl SimMeta {
                 tokio::time::sleep(CHECK_INTERVAL).await;
             }
         };
-        tokio::time::timeout(CALL, open).await.map_err(|_| MetaStoreError::unavailable("cut off"))
+        tokio::time::timeout(CALL, open).await.map_err(|_| MetaStoreError::unavailable("isolated"))
     }
 
     /// Sends a call that changes nothing or may be applied twice.
     async fn asked<T>(&self, call: impl Future<Output = Result<T, MetaStoreError>>) -> Result<T, MetaStoreError> {
         self.pass().await?;
-        let answer = call.await;
+        let result = call.await;
         self.pass().await?;
-        answer
+        result
     }
 }
 
@@ -137,13 +137,13 @@ impl MetaStore for SimMeta {
                 }
                 2 => {
                     self.store.transact(transaction).await?;
-                    return Err(MetaStoreError::unknown("the answer was lost"));
+                    return Err(MetaStoreError::unknown("the response was lost"));
                 }
                 _ => {}
             }
             let outcome = self.store.transact(transaction).await;
             // From here on the transaction may have been applied.
-            self.pass().await.map_err(|_| MetaStoreError::unknown("cut off"))?;
+            self.pass().await.map_err(|_| MetaStoreError::unknown("isolated"))?;
             outcome
         })
     }

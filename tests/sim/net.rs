@@ -303,13 +303,13 @@ impl RpcTransport for End {
             let (pipe, request_body) = pipe(&link);
             here.spawn("request", net.clone().pump(body, there, link.clone(), pipe));
             let request = http::Request::from_parts(head, request_body);
-            let (mut answer, answered) = oneshot::channel();
+            let (mut response_sender, response) = oneshot::channel();
             let reply = link.clone();
             tasks.spawn("call", async move {
                 let response = tokio::select! {
                     biased;
                     () = reply.up.cancelled() => return,
-                    () = answer.closed() => return,
+                    () = response_sender.closed() => return,
                     response = routes.call(request) => response.unwrap(),
                 };
                 tokio::select! {
@@ -319,11 +319,11 @@ impl RpcTransport for End {
                 }
                 let (head, body) = response.into_parts();
                 let (pipe, response_body) = self::pipe(&reply);
-                if answer.send(http::Response::from_parts(head, response_body)).is_ok() {
+                if response_sender.send(http::Response::from_parts(head, response_body)).is_ok() {
                     net.pump(body, back, reply, pipe).await;
                 }
             });
-            answered.await.map_err(|_| link.broken().into())
+            response.await.map_err(|_| link.broken().into())
         })
     }
 }

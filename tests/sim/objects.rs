@@ -116,8 +116,8 @@ impl Objects {
         if fails && random::in_range(0..2) == 0 {
             return Err(failed("refused"));
         }
-        let answer = request.await;
-        if fails { Err(failed("response lost")) } else { answer }
+        let result = request.await;
+        if fails { Err(failed("response lost")) } else { result }
     }
 }
 

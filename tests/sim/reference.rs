@@ -245,7 +245,7 @@ impl ReferenceState {
         if let SimEvent::EntryJournaled { .. } | SimEvent::LogChangeStarted { .. } | SimEvent::JournalFileFreed { .. } =
             event
         {
-            self.journals.begun(who, &disk)?;
+            self.journals.opened(who, &disk)?;
         }
         match *event {
             SimEvent::EntryJournaled { partition, file, end } => self.journals.journaled(who, partition, file, end),

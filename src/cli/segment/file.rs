@@ -92,22 +92,22 @@ fn footer(file: &mut File, len: u64, path: &Path) -> io::Result<anyhow::Result<O
     if !end.ends_with(b"STRNDSEG") {
         return Ok(Ok(None));
     }
-    let damaged = |reason: &dyn std::fmt::Display| Ok(Err(anyhow!("{} is corrupt: footer: {reason}", path.display())));
+    let corrupt = |reason: &dyn std::fmt::Display| Ok(Err(anyhow!("{} is corrupt: footer: {reason}", path.display())));
     let trailer = match Trailer::parse(&end) {
         Ok(trailer) => trailer,
-        Err(error) => return damaged(&error),
+        Err(error) => return corrupt(&error),
     };
     let bytes = trailer.footer_bytes();
     if bytes > MAX_FOOTER_BYTES || trailer.data_bytes.checked_add(bytes) != Some(len) {
         let data = trailer.data_bytes;
-        return damaged(&format!("{data} bytes of batches and {bytes} bytes of footer, but the file has {len} bytes"));
+        return corrupt(&format!("{data} bytes of batches and {bytes} bytes of footer, but the file has {len} bytes"));
     }
     file.seek(SeekFrom::Start(trailer.data_bytes))?;
     let mut tail = Vec::new();
     file.take(bytes).read_to_end(&mut tail)?;
     match Footer::parse(&tail) {
         Ok(footer) => Ok(Ok(Some(footer))),
-        Err(error) => damaged(&error),
+        Err(error) => corrupt(&error),
     }
 }
 
@@ -130,12 +130,12 @@ impl SegmentError {
     pub(super) fn into_error(self, file: &Path) -> anyhow::Error {
         match self {
             Self::Read(error) => anyhow::Error::new(error).context(format!("cannot read {}", file.display())),
-            Self::At { position, problem } => damaged(file, position, &problem),
+            Self::At { position, problem } => corrupt_error(file, position, &problem),
         }
     }
 }
 
-pub(super) fn damaged(file: &Path, position: u64, problem: &dyn std::fmt::Display) -> anyhow::Error {
+pub(super) fn corrupt_error(file: &Path, position: u64, problem: &dyn std::fmt::Display) -> anyhow::Error {
     anyhow!("{} is corrupt at byte {position}: {problem}", file.display())
 }
 
@@ -157,21 +157,21 @@ impl<R: Read> FileBatches<R> {
     /// Returns the next batch with its position in bytes, after a check of its checksum and offset.
     pub(super) fn next(&mut self) -> Result<Option<(u64, Batch)>, SegmentError> {
         let position = self.position;
-        let damage = |problem: &MalformedBatch| SegmentError::At { position, problem: problem.to_string() };
+        let corrupt = |problem: &MalformedBatch| SegmentError::At { position, problem: problem.to_string() };
         let mut head = [0; HEADER_BYTES];
         let got = read_full(&mut self.input, &mut head).map_err(SegmentError::Read)?;
         if got == 0 {
             return Ok(None);
         }
         if got < HEADER_BYTES {
-            return Err(damage(&MalformedBatch::Truncated { needed: HEADER_BYTES, available: got }));
+            return Err(corrupt(&MalformedBatch::Truncated { needed: HEADER_BYTES, available: got }));
         }
         // `framed_len` rejects a length above that of the largest batch.
-        let size = Batch::framed_len(&head).map_err(|problem| damage(&problem))?;
+        let size = Batch::framed_len(&head).map_err(|problem| corrupt(&problem))?;
         let mut records = Vec::new();
         let wanted = u64::try_from(size - HEADER_BYTES).expect("64 bits");
         self.input.by_ref().take(wanted).read_to_end(&mut records).map_err(SegmentError::Read)?;
-        let batch = Batch::from_parts(head, Bytes::from(records)).map_err(|problem| damage(&problem))?;
+        let batch = Batch::from_parts(head, Bytes::from(records)).map_err(|problem| corrupt(&problem))?;
         if let Some(end) = self.end.filter(|end| *end != batch.base_offset()) {
             let problem = format!("the batch starts at offset {} instead of {end}", batch.base_offset());
             return Err(SegmentError::At { position, problem });

@@ -2,7 +2,7 @@
 //! Acknowledged records are kept, once and in order. The test prints how long clients waited after each kind of fault.
 //!
 //! `STRANDLINE_CHAOS_MINUTES` is the duration (`make chaos MINUTES=N`). `STRANDLINE_CHAOS_ONLY` selects faults by parts
-//! of their names (`ONLY="broker killed, etcd member cut off"`). `STRANDLINE_SEED` repeats the choices of a run, but
+//! of their names (`ONLY="broker killed, etcd member isolated"`). `STRANDLINE_SEED` repeats the choices of a run, but
 //! not the scheduler's.
 
 use std::{collections::BTreeMap, fmt, thread, time::Duration};
@@ -28,12 +28,12 @@ const LONG: Duration = Duration::from_secs(9);
 enum InjectedFault {
     Kill,
     Freeze,
-    CutOff,
+    Isolated,
     ReceiveCut,
     SendCut,
-    CutFromEtcd,
+    IsolatedFromEtcd,
     EtcdKilled,
-    EtcdCutOff,
+    EtcdIsolated,
     DiskLost,
     ObjectStoreDown,
     ObjectStoreUnreliable,
@@ -42,12 +42,12 @@ enum InjectedFault {
 const FAULTS: [InjectedFault; 11] = [
     InjectedFault::Kill,
     InjectedFault::Freeze,
-    InjectedFault::CutOff,
+    InjectedFault::Isolated,
     InjectedFault::ReceiveCut,
     InjectedFault::SendCut,
-    InjectedFault::CutFromEtcd,
+    InjectedFault::IsolatedFromEtcd,
     InjectedFault::EtcdKilled,
-    InjectedFault::EtcdCutOff,
+    InjectedFault::EtcdIsolated,
     InjectedFault::DiskLost,
     InjectedFault::ObjectStoreDown,
     InjectedFault::ObjectStoreUnreliable,
@@ -58,12 +58,12 @@ impl fmt::Display for InjectedFault {
         f.write_str(match self {
             Self::Kill => "broker killed",
             Self::Freeze => "broker frozen for longer than its lease",
-            Self::CutOff => "broker cut off from the other brokers and from etcd",
+            Self::Isolated => "broker isolated from the other brokers and from etcd",
             Self::ReceiveCut => "broker receives no packets from another broker",
             Self::SendCut => "broker sends no packets to another broker",
-            Self::CutFromEtcd => "broker cut off from etcd",
+            Self::IsolatedFromEtcd => "broker isolated from etcd",
             Self::EtcdKilled => "etcd member killed",
-            Self::EtcdCutOff => "etcd member cut off",
+            Self::EtcdIsolated => "etcd member isolated",
             Self::DiskLost => "broker killed, its disk lost",
             Self::ObjectStoreDown => "object store down",
             Self::ObjectStoreUnreliable => "object store fails, stalls or loses responses",
@@ -73,7 +73,7 @@ impl fmt::Display for InjectedFault {
 
 /// Starts a fault, waits while the fault lasts, and ends it. `wait_for_clients` waits until clients are served again.
 /// Returns how long clients waited.
-fn strike(
+fn inject(
     on: &mut Machines,
     fault: InjectedFault,
     rng: &mut StdRng,
@@ -99,7 +99,7 @@ fn strike(
             on.cluster.broker(broker).freeze(false);
             waited
         }
-        InjectedFault::CutOff => {
+        InjectedFault::Isolated => {
             on.part_from_brokers(broker, true);
             on.part_from_etcd(broker, true);
             let waited = lasting(LONG, wait_for_clients);
@@ -114,7 +114,7 @@ fn strike(
             on.network.mend(&broker_name(from), broker_ip(to));
             waited
         }
-        InjectedFault::CutFromEtcd => {
+        InjectedFault::IsolatedFromEtcd => {
             on.part_from_etcd(broker, true);
             let waited = lasting(LONG, wait_for_clients);
             on.part_from_etcd(broker, false);
@@ -126,7 +126,7 @@ fn strike(
             on.cluster.etcd.run(usize::from(member));
             waited
         }
-        InjectedFault::EtcdCutOff => {
+        InjectedFault::EtcdIsolated => {
             on.part_member(member, true);
             let waited = lasting(LONG, wait_for_clients);
             on.part_member(member, false);
@@ -193,7 +193,7 @@ async fn random_faults_lose_duplicate_or_reorder_no_records() {
             waited.max().unwrap_or_default()
         };
         let waited = tokio::task::block_in_place(|| {
-            let waited = strike(&mut machines, fault, &mut rng, &mut wait_for_clients);
+            let waited = inject(&mut machines, fault, &mut rng, &mut wait_for_clients);
             machines.cluster.in_sync(TOPIC, BROKERS as usize);
             waited
         });

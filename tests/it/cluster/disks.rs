@@ -37,8 +37,8 @@ fn tiered(cluster: &Cluster) {
 fn received(cluster: &Cluster, broker: u32) -> f64 {
     let (_, page) = http_get(cluster.instance(broker).http(), "/metrics").expect("a page");
     let name = "strandline_replication_received_bytes_total{";
-    let figures = page.lines().filter(|line| line.starts_with(name)).filter_map(|line| line.rsplit_once(' '));
-    figures.map(|(_, value)| value.parse::<f64>().expect("a number")).sum()
+    let samples = page.lines().filter(|line| line.starts_with(name)).filter_map(|line| line.rsplit_once(' '));
+    samples.map(|(_, value)| value.parse::<f64>().expect("a number")).sum()
 }
 
 /// Checks that the cluster serves the whole topic.

@@ -230,11 +230,11 @@ fn new_producers_use_up_reserve_without_producer_ids_key() {
     let address = cluster.addresses()[0];
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let _inside = runtime.enter();
-    let (mut log, mut begun) = (wire::log(address), 0);
+    let (mut log, mut count) = (wire::log(address), 0);
     let mut begin = || {
-        begun += 1;
+        count += 1;
         // The quota of a connection is smaller than the reserve.
-        if begun % 500 == 0 {
+        if count % 500 == 0 {
             log = wire::log(address);
         }
         runtime.block_on(log.init_producer_id(InitProducerIdRequest::default()))

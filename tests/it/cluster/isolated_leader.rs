@@ -1,5 +1,5 @@
-//! A leader that is cut off from its cluster, but not from its clients. The leader signals to its readers that other
-//! brokers may lead. Its writers get no response. Both continue at the new leader while the cut lasts.
+//! A leader that is isolated from its cluster, but not from its clients. The leader signals to its readers that other
+//! brokers may lead. Its writers get no response. Both continue at the new leader while the isolation lasts.
 
 use strandline::task::clock;
 
@@ -11,7 +11,7 @@ use crate::{running::Running, test_timeout::eventually};
 
 #[test]
 fn clients_of_isolated_leader_continue_at_its_successor() {
-    if !inside("cluster::alone::clients_of_isolated_leader_continue_at_its_successor") {
+    if !inside("cluster::isolated_leader::clients_of_isolated_leader_continue_at_its_successor") {
         return;
     }
     let machines = Machines::make();

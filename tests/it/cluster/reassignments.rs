@@ -84,9 +84,9 @@ fn reassignments_are_queued_and_can_be_waited_for() {
     eventually("all possible reassignments have completed", only_stuck);
     // `--wait` ends after a minute in which no replica could move.
     for order in [&["broker", "drain", "2"][..], &["broker", "drain", "2", "--wait"]] {
-        let stuck = cli.run(order);
-        assert!(stuck.code == 1 && stuck.text().contains("2 replicas cannot move"), "{stuck:?}");
-        assert!(stuck.stderr.contains("no replica on broker 2 can move"), "{stuck:?}");
+        let blocked = cli.run(order);
+        assert!(blocked.code == 1 && blocked.text().contains("2 replicas cannot move"), "{blocked:?}");
+        assert!(blocked.stderr.contains("no replica on broker 2 can move"), "{blocked:?}");
     }
     let waits = cli.run(&["broker", "drain", "2", "--wait", "--wait-for-brokers", "--timeout", "1"]);
     assert!(waits.code == 1 && waits.stderr.contains("timed out after 1 s"), "{waits:?}");

@@ -117,10 +117,10 @@ async fn memory_is_bounded_under_open_connections_and_calls() {
             }
         }
     };
-    target.attack_for_a_while("metadata that nobody reads", target.on_connections(connections, 0, attack)).await;
+    target.attack_for_a_while("metadata that no client reads", target.on_connections(connections, 0, attack)).await;
 
     let attack = (0..connections).map(|_| ask_and_read_nothing(target.address())).collect();
-    target.attack_for_a_while("heads of answers that nobody reads", attack).await;
+    target.attack_for_a_while("headers of responses that no client reads", attack).await;
 
     // Each stream takes 26 KiB.
     let head = "a".repeat(12_000);

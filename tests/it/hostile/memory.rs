@@ -72,8 +72,8 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
     let produce = "/strandline.v1.Log/Produce";
     let reflection = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
     for (name, path, sent) in [
-        ("acknowledgements that nobody reads", produce, ahead),
-        ("reflection that nobody reads", reflection, reflected),
+        ("acknowledgements that no client reads", produce, ahead),
+        ("reflection that no client reads", reflection, reflected),
     ] {
         let attack = |channel: Channel| {
             let sent = sent.clone();
@@ -104,7 +104,7 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
         let fetch = fetch.clone();
         async move { unread(channel, "/strandline.v1.Log/Fetch", |closed| open(vec![framed(&fetch)], closed)).await }
     };
-    target.attack_for_a_while("fetches that nobody reads, 100 streams", target.on_streams(100, attack).await).await;
+    target.attack_for_a_while("fetches that no client reads, 100 streams", target.on_streams(100, attack).await).await;
     for plain in [false, true] {
         let request = ReadRequest {
             partitions: (0..FILLED).map(fetch_partition).collect(),
@@ -117,7 +117,7 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
             let request = request.clone();
             async move { unread(channel, READ, |_| complete_body(&request)).await }
         };
-        let name = if plain { "plain reads that nobody reads" } else { "reads that nobody reads" };
+        let name = if plain { "plain reads that no client reads" } else { "reads that no client reads" };
         target.attack_for_a_while(name, target.on_streams(100, attack).await).await;
         // Regression: HTTP/2 buffered a whole response when the client accepted one byte of it.
         let by_bytes = endpoint(target.address()).initial_stream_window_size(1).initial_connection_window_size(1 << 30);
@@ -141,7 +141,7 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
         }
     };
     target
-        .attack_for_a_while("small reads that nobody reads but for a byte", target.on_connections(30, 1, attack))
+        .attack_for_a_while("small reads that no client reads but for a byte", target.on_connections(30, 1, attack))
         .await;
 
     // Batches of 100 KB whose records have 60 MiB. Regression: readers of an empty topic waited 1.6 s.
@@ -285,13 +285,13 @@ async fn clients_that_read_nothing_yield_to_other_clients() {
         let began = clock::monotonic();
         let streamed = log.fetch(stream::iter([request.clone()])).await.expect("a stream");
         let mut responses = streamed.into_inner();
-        let answered = async {
+        let responded = async {
             while responses.message().await.expect("the stream is open").expect("the stream continues").partitions[0]
                 .chunks
                 .is_empty()
             {}
         };
-        tokio::time::timeout(Duration::from_secs(30), answered).await.expect("a read has a response");
+        tokio::time::timeout(Duration::from_secs(30), responded).await.expect("a read has a response");
         drop(responses);
         (reads, slowest) = (reads + 1, slowest.max(began.elapsed()));
         let batch = wire::append_batch("t", 2, wire::batch(&[&vec![7; 1 << 20]]));

@@ -112,7 +112,7 @@ async fn manifest_lost_with_its_pages_is_rebuilt_as_committed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn object_with_a_corrupt_footer_is_named_and_not_used() {
     let s3 = S3::start().await;
-    let options = s3.options("damaged");
+    let options = s3.options("corrupt");
     let (sources, _) = segments(3);
     let writer = tier(&options, TierState::default());
     for source in &sources {

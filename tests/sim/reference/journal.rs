@@ -40,7 +40,7 @@ impl Journals {
 
     /// Records that a process writes its journal. A new process may reuse all files, as replay has applied their
     /// entries. So the segments must hold these entries durably, unless the disk is another one.
-    pub(super) fn begun(&mut self, who: ProcessId, disk: &Disk<'_>) -> Result<(), Violation> {
+    pub(super) fn opened(&mut self, who: ProcessId, disk: &Disk<'_>) -> Result<(), Violation> {
         let journal = self.of(who);
         if journal.process == who.process {
             return Ok(());

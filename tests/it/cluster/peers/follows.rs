@@ -81,7 +81,7 @@ fn refusal(response: &v1::SubscribeResponse) -> &str {
 }
 
 /// Two brokers with one partition in sync. Its epoch is not the first, so that an older epoch exists.
-struct QuietCluster {
+struct IdleCluster {
     cluster: Cluster,
     meta: Meta,
     id: PartitionId,
@@ -90,7 +90,7 @@ struct QuietCluster {
     epoch: i32,
 }
 
-impl QuietCluster {
+impl IdleCluster {
     async fn begin() -> Self {
         // Longer than a broker stays frozen.
         let settings = |instance: BrokerInstance| instance.setting("metadata.session_timeout", "\"15s\"");
@@ -266,42 +266,42 @@ impl QuietCluster {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fake_follower_is_refused_and_real_follower_continues() {
-    let quiet = QuietCluster::begin().await;
-    quiet.refuses_wrong_port().await;
-    quiet.refuses_hellos().await;
-    quiet.reports_unreachable_broker().await;
-    quiet.append();
+    let idle = IdleCluster::begin().await;
+    idle.refuses_wrong_port().await;
+    idle.refuses_hellos().await;
+    idle.reports_unreachable_broker().await;
+    idle.append();
 
     // From here on the fake broker is registered.
-    let fake_epoch = quiet.meta.register("127.0.0.1:9".parse().expect("an address")).await;
+    let fake_epoch = idle.meta.register("127.0.0.1:9".parse().expect("an address")).await;
     let wall_ms = Some(clock::wall_ms() - 605_000);
     let hello = Some(replicate_request::Message::Hello(v1::Hello {
         wall_clock_ms: wall_ms,
-        ..quiet.hello(FAKE_BROKER, fake_epoch)
+        ..idle.hello(FAKE_BROKER, fake_epoch)
     }));
     let mut link = eventually_async("the leader accepts the fake broker", async || {
-        let mut link = FollowerStream::begin(quiet.address(), hello.clone()).await;
+        let mut link = FollowerStream::begin(idle.address(), hello.clone()).await;
         link.next().await.is_ok().then_some(link)
     })
     .await;
-    let log = quiet.cluster.log(quiet.leader);
+    let log = idle.cluster.log(idle.leader);
     let is_logged = log.lines().any(|line| line.contains("broker=9") && line.contains("seconds_ahead=-60"));
     assert!(is_logged, "a clock difference of ten minutes is logged: {log}");
-    quiet.refuses_subscriptions(&mut link).await;
+    idle.refuses_subscriptions(&mut link).await;
 
     // An operator adds the fake broker as a replica.
-    let (cli, before) = (quiet.cluster.cli(), quiet.meta.value(quiet.id).await);
-    let target = format!("{},{FAKE_BROKER}", quiet.leader);
+    let (cli, before) = (idle.cluster.cli(), idle.meta.value(idle.id).await);
+    let target = format!("{},{FAKE_BROKER}", idle.leader);
     block_in_place(|| cli.ok(&["partition", "reassign", "calm/0", "--replicas", &target]));
-    quiet.refuses_false_progress(&mut link).await;
-    let mut link = FollowerStream::begin(quiet.address(), hello).await;
+    idle.refuses_false_progress(&mut link).await;
+    let mut link = FollowerStream::begin(idle.address(), hello).await;
     link.welcomed().await;
     link.send(None).await;
     let output = link.refused().await;
     assert!(output.contains("message of an unexpected kind"), "{output}");
 
-    quiet.append();
-    let now = quiet.meta.value(quiet.id).await;
+    idle.append();
+    let now = idle.meta.value(idle.id).await;
     assert_eq!((now.leader, now.leader_epoch, &now.isr), (before.leader, before.leader_epoch, &before.isr));
     assert_eq!(now.adding, [BrokerId(FAKE_BROKER)], "the fake broker was never in sync");
     block_in_place(|| cli.ok(&["partition", "reassign", "cancel", "calm/0"]));
@@ -314,16 +314,16 @@ async fn fake_follower_is_refused_and_real_follower_continues() {
 /// caller as the real follower.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fake_follower_takes_over_no_responsive_link() {
-    let quiet = QuietCluster::begin().await;
-    let epoch = broker_epoch(quiet.cluster.instance(quiet.follower).peer()).await;
-    let hello = |epoch| Some(replicate_request::Message::Hello(quiet.hello(quiet.follower, epoch)));
+    let idle = IdleCluster::begin().await;
+    let epoch = broker_epoch(idle.cluster.instance(idle.follower).peer()).await;
+    let hello = |epoch| Some(replicate_request::Message::Hello(idle.hello(idle.follower, epoch)));
     for round in 0..10 {
         let mut tries = 0;
         let output = loop {
             let began = clock::monotonic();
-            let mut second = FollowerStream::begin(quiet.address(), hello(epoch)).await;
+            let mut second = FollowerStream::begin(idle.address(), hello(epoch)).await;
             // The real follower acknowledges records that are written while the leader compares the two links.
-            quiet.append();
+            idle.append();
             match second.next().await {
                 Err(status) => break status.message().to_owned(),
                 // The real follower must respond within a second. The retry allows for other load on this machine.
@@ -335,25 +335,25 @@ async fn fake_follower_takes_over_no_responsive_link() {
             );
         };
         assert!(output.contains("already has a link to this broker, and that link responds"), "{round}: {output}");
-        let output = FollowerStream::begin(quiet.address(), hello(1 << 63)).await.refused().await;
+        let output = FollowerStream::begin(idle.address(), hello(1 << 63)).await.refused().await;
         assert!(output.contains("is not registered with broker epoch"), "{round}: {output}");
     }
-    let value = quiet.meta.value(quiet.id).await;
+    let value = idle.meta.value(idle.id).await;
     assert_eq!(value.isr.len(), 2, "the real follower stayed in sync: {value:?}");
 
     // A follower that cannot respond loses its link. It takes the link back from a caller that does not respond.
-    quiet.cluster.broker(quiet.follower).freeze(true);
+    idle.cluster.broker(idle.follower).freeze(true);
     // A response from before the freeze may still be under way.
     let mut silent = eventually_async("the link of the frozen follower is replaced", async || {
-        let mut link = FollowerStream::begin(quiet.address(), hello(epoch)).await;
+        let mut link = FollowerStream::begin(idle.address(), hello(epoch)).await;
         link.next().await.is_ok().then_some(link)
     })
     .await;
-    quiet.cluster.broker(quiet.follower).freeze(false);
+    idle.cluster.broker(idle.follower).freeze(false);
     let output = silent.refused().await;
     assert!(output.contains("another link of the same broker replaced it"), "{output}");
-    quiet.append();
-    let now = quiet.meta.value(quiet.id).await;
+    idle.append();
+    let now = idle.meta.value(idle.id).await;
     assert_eq!((now.leader, now.leader_epoch), (value.leader, value.leader_epoch));
 }
 
@@ -361,18 +361,17 @@ async fn fake_follower_takes_over_no_responsive_link() {
 /// revoked live registrations.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unconfirmed_epochs_and_failure_reports_change_nothing() {
-    let quiet = QuietCluster::begin().await;
-    let before = quiet.meta.value(quiet.id).await;
-    let fake_epoch = quiet.meta.register("127.0.0.1:9".parse().expect("an address")).await;
-    let hello = Some(replicate_request::Message::Hello(quiet.hello(FAKE_BROKER, fake_epoch)));
+    let idle = IdleCluster::begin().await;
+    let before = idle.meta.value(idle.id).await;
+    let fake_epoch = idle.meta.register("127.0.0.1:9".parse().expect("an address")).await;
+    let hello = Some(replicate_request::Message::Hello(idle.hello(FAKE_BROKER, fake_epoch)));
     let mut link = eventually_async("the leader accepts the fake broker", async || {
-        let mut link = FollowerStream::begin(quiet.address(), hello.clone()).await;
+        let mut link = FollowerStream::begin(idle.address(), hello.clone()).await;
         link.next().await.is_ok().then_some(link)
     })
     .await;
     for subscription_id in 0..100 {
-        link.send(Some(replicate_request::Message::Subscribe(quiet.subscription(subscription_id, quiet.epoch, 0))))
-            .await;
+        link.send(Some(replicate_request::Message::Subscribe(idle.subscription(subscription_id, idle.epoch, 0)))).await;
         link.send(Some(replicate_request::Message::Unsubscribe(v1::Unsubscribe {
             subscription_id,
             known_epoch: i32::MAX,
@@ -380,25 +379,25 @@ async fn unconfirmed_epochs_and_failure_reports_change_nothing() {
         })))
         .await;
         if subscription_id % 10 == 0 {
-            quiet.append();
+            idle.append();
         }
     }
     // The last message gets a response, so all earlier messages were processed.
     link.send(Some(replicate_request::Message::Subscribe(v1::Subscribe {
         partition: 7,
-        ..quiet.subscription(100, quiet.epoch, 0)
+        ..idle.subscription(100, idle.epoch, 0)
     })))
     .await;
     while link.subscribe_response().await.subscription_id != 100 {}
-    quiet.append();
-    let log = quiet.cluster.log(quiet.leader);
+    idle.append();
+    let log = idle.cluster.log(idle.leader);
     assert!(!log.contains("deposed by a newer leader epoch"), "the leader was deposed: {log}");
-    let now = quiet.meta.value(quiet.id).await;
+    let now = idle.meta.value(idle.id).await;
     assert_eq!((now.leader, now.leader_epoch, &now.isr), (before.leader, before.leader_epoch, &before.isr));
 
     // Either broker may be the controller. Each gets failure reports about the other in its own name.
     for (reporter, broker) in [(1, 2), (2, 1)] {
-        let epoch = broker_epoch(quiet.cluster.instance(broker).peer()).await;
+        let epoch = broker_epoch(idle.cluster.instance(broker).peer()).await;
         for _ in 0..20 {
             let report = v1::ReportFailureRequest {
                 cluster: "it".to_owned(),
@@ -407,14 +406,14 @@ async fn unconfirmed_epochs_and_failure_reports_change_nothing() {
                 broker_epoch: epoch,
                 observation: "connections are refused".to_owned(),
             };
-            let response = peer(quiet.cluster.instance(reporter).peer())
+            let response = peer(idle.cluster.instance(reporter).peer())
                 .await
                 .report_failure(report)
                 .await
                 .expect("the broker responds");
             assert!(!response.into_inner().revoked, "broker {broker} is running");
         }
-        assert_eq!(broker_epoch(quiet.cluster.instance(broker).peer()).await, epoch);
+        assert_eq!(broker_epoch(idle.cluster.instance(broker).peer()).await, epoch);
     }
-    quiet.append();
+    idle.append();
 }
