@@ -96,7 +96,7 @@ fn violations(sources: &Sources) -> Vec<String> {
     let mut found = Vec::new();
     for file in &sources.files {
         if !file.text.starts_with("//!") {
-            found.push(format!("{}: opens without `//!`: say what the file owns and what it never does", file.name));
+            found.push(format!("{}: opens without `//!`: state what the file owns and what it never does", file.name));
         }
         let Some(place) = ROOMS.iter().position(|known| *known == room(file)) else {
             if file.name != "lib.rs" {
