@@ -21,12 +21,12 @@ use crate::{log::disk::PIECE_BYTES, task};
 
 /// Extension of a get that verifies an upload. The bytes were written just now, and no other read is expected soon.
 #[derive(Clone, Copy, Debug)]
-struct ReadBack;
+struct VerifyingRead;
 
 /// Returns the options of a get that verifies an upload.
 pub(super) fn read_back_options() -> GetOptions {
     let mut extensions = Extensions::new();
-    extensions.insert(ReadBack);
+    extensions.insert(VerifyingRead);
     GetOptions::new().with_extensions(extensions)
 }
 
@@ -80,7 +80,7 @@ impl ObjectStore for Folder {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        let is_read_back = options.extensions.get::<ReadBack>().is_some();
+        let is_read_back = options.extensions.get::<VerifyingRead>().is_some();
         let mut found = self.files.get_opts(location, options).await?;
         if is_read_back && let GetResultPayload::File(file, _) = found.payload {
             let range = found.range.clone();

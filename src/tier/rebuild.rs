@@ -48,7 +48,7 @@ const MAX_CHAINS: usize = 32;
 
 /// A segment object as its footer describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Candidate {
+pub(super) struct SegmentCandidate {
     entry: SegmentEntry,
     data_crc: u32,
     /// Epoch and start offset of each leader up to the object's end.
@@ -170,7 +170,7 @@ impl PartitionTier {
     }
 
     /// Reads the footer of one object.
-    async fn candidate(&self, stamp: ObjectId, object: ObjectInfo) -> Result<Candidate, TierReadError> {
+    async fn candidate(&self, stamp: ObjectId, object: ObjectInfo) -> Result<SegmentCandidate, TierReadError> {
         let corrupt = |reason: String| TierReadError::Damaged { object: object.object.clone(), reason };
         let tail = self.tail(&object, TAIL_BYTES).await?;
         let trailer = Trailer::parse(&tail).map_err(|error| corrupt(error.to_string()))?;
@@ -194,7 +194,7 @@ impl PartitionTier {
             // so no segment expires too early.
             created_ms: object.modified_ms,
         };
-        Ok(Candidate { entry, data_crc: footer.data_crc, epochs: footer.epochs })
+        Ok(SegmentCandidate { entry, data_crc: footer.data_crc, epochs: footer.epochs })
     }
 
     async fn tail(&self, object: &ObjectInfo, bytes: u64) -> Result<Bytes, TierStoreError> {
@@ -206,7 +206,7 @@ impl PartitionTier {
 }
 
 /// Returns the chain that was committed, or the longest part of it that remains.
-fn choose(state: TierState, candidates: Vec<Candidate>, unusable: Vec<(String, String)>) -> Survey {
+fn choose(state: TierState, candidates: Vec<SegmentCandidate>, unusable: Vec<(String, String)>) -> Survey {
     let (start, end) = (state.log_start.min(state.tiered_end), state.tiered_end);
     let count = candidates.len();
     let missing = uncovered(start, end, &candidates);
@@ -242,7 +242,7 @@ struct Chain {
 }
 
 impl Chain {
-    fn entries(&self, chains: &BTreeMap<Offset, Vec<Self>>, candidates: &[Candidate]) -> Vec<SegmentEntry> {
+    fn entries(&self, chains: &BTreeMap<Offset, Vec<Self>>, candidates: &[SegmentCandidate]) -> Vec<SegmentEntry> {
         let (mut entries, mut at) = (Vec::new(), *self);
         while let Some(first) = at.first {
             entries.push(candidates[first].entry);
@@ -254,7 +254,7 @@ impl Chain {
 
 /// Returns every chain that ends at `end`, by its start offset. Among the chains of one offset, newer epochs come
 /// first.
-fn chains(end: Offset, candidates: &[Candidate]) -> BTreeMap<Offset, Vec<Chain>> {
+fn chains(end: Offset, candidates: &[SegmentCandidate]) -> BTreeMap<Offset, Vec<Chain>> {
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     let key = |at: &usize| {
         let stamp = candidates[*at].entry.stamp;
@@ -282,8 +282,8 @@ fn chains(end: Offset, candidates: &[Candidate]) -> BTreeMap<Offset, Vec<Chain>>
 
 /// Returns one object for each set of objects with the same records. Leaves out objects of an epoch above the committed
 /// one.
-fn distinct(candidates: Vec<Candidate>, committed: LeaderEpoch) -> Vec<Candidate> {
-    let mut distinct: Vec<Candidate> = Vec::with_capacity(candidates.len());
+fn distinct(candidates: Vec<SegmentCandidate>, committed: LeaderEpoch) -> Vec<SegmentCandidate> {
+    let mut distinct: Vec<SegmentCandidate> = Vec::with_capacity(candidates.len());
     let mut sorted = candidates;
     sorted.sort_by_key(|candidate| {
         let stamp = candidate.entry.stamp;
@@ -299,7 +299,7 @@ fn distinct(candidates: Vec<Candidate>, committed: LeaderEpoch) -> Vec<Candidate
     distinct
 }
 
-fn is_same(one: &Candidate, other: &Candidate) -> bool {
+fn is_same(one: &SegmentCandidate, other: &SegmentCandidate) -> bool {
     one.entry.stamp.end == other.entry.stamp.end
         && (one.entry.data_bytes, one.data_crc) == (other.entry.data_bytes, other.data_crc)
         && one.epochs == other.epochs
@@ -307,7 +307,7 @@ fn is_same(one: &Candidate, other: &Candidate) -> bool {
 
 /// Returns true if both footers contain the same leader epochs for the offsets of `before` that the epochs of `after`
 /// reach back to.
-fn agree(before: &Candidate, after: &Candidate) -> bool {
+fn agree(before: &SegmentCandidate, after: &SegmentCandidate) -> bool {
     let (base, end) = (before.entry.stamp.base, before.entry.stamp.end);
     let known_from = after.epochs.first().map_or(end, |(_, first)| *first).max(base);
     if known_from >= end {
@@ -319,7 +319,7 @@ fn agree(before: &Candidate, after: &Candidate) -> bool {
 }
 
 /// Returns the parts of a range that no object covers.
-fn uncovered(start: Offset, end: Offset, candidates: &[Candidate]) -> Vec<(Offset, Offset)> {
+fn uncovered(start: Offset, end: Offset, candidates: &[SegmentCandidate]) -> Vec<(Offset, Offset)> {
     let mut stamps: Vec<&ObjectId> = candidates.iter().map(|one| &one.entry.stamp).collect();
     stamps.sort_by_key(|stamp| stamp.base);
     let (mut missing, mut reached) = (Vec::new(), start);
@@ -355,7 +355,7 @@ mod tests {
     }
 
     /// Returns an object `base..end` with ten bytes per offset, written in `epoch`. `crc` identifies its records.
-    fn object(base: u64, end: u64, epoch: u32, crc: u32) -> Candidate {
+    fn object(base: u64, end: u64, epoch: u32, crc: u32) -> SegmentCandidate {
         let attempt =
             Uuid::from_u128(u128::from(base) << 64 | u128::from(end) << 32 | u128::from(epoch) << 16 | u128::from(crc));
         let entry = SegmentEntry {
@@ -366,10 +366,10 @@ mod tests {
             max_timestamp_ms: 1,
             created_ms: 1,
         };
-        Candidate { entry, data_crc: crc, epochs: vec![(LeaderEpoch(0), at(0))] }
+        SegmentCandidate { entry, data_crc: crc, epochs: vec![(LeaderEpoch(0), at(0))] }
     }
 
-    fn with_epochs(mut one: Candidate, epochs: &[(u32, u64)]) -> Candidate {
+    fn with_epochs(mut one: SegmentCandidate, epochs: &[(u32, u64)]) -> SegmentCandidate {
         one.epochs = epochs.iter().map(|(epoch, first)| (LeaderEpoch(*epoch), at(*first))).collect();
         one
     }
