@@ -70,7 +70,7 @@ const RESTRICTED: &[RestrictedImport] = &[
         paths: &["std::collections::HashMap", "std::collections::HashSet"],
         // The generated types need hash maps. The search of the model check holds millions of states and never iterates
         // over them.
-        allowed: &["proto", "broker/topics", "broker/describe", "partition/model_check"],
+        allowed: &["proto", "broker/api/topics", "broker/api/describe", "partition/model_check"],
     },
     RestrictedImport { what: "command-line arguments", paths: &["clap"], allowed: &["config", "cli", "main"] },
 ];
