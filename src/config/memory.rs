@@ -1,4 +1,4 @@
-//! Memory that clients can make a broker hold: the default of the total, and its shares.
+//! Memory that clients can make a broker use: the default of the total, and the defaults that depend on it.
 
 use std::{
     fs,
@@ -6,112 +6,92 @@ use std::{
 };
 
 use super::{
-    ConfigError, ValueSource,
-    setting::{MEMORY, MEMORY_DEFAULT, MEMORY_SHARES, REPLICAS, Setting, ValueKind},
-    sources::{ProvidedValue, ResolvedValues},
-    value::{bytes, size},
+    settings::{self, DefaultValue, MEMORY, MIN_MEMORY_BYTES, REPLICA_BYTES, Setting},
+    sources::ResolvedValues,
+    value::{ValueKind, format_bytes, parse_bytes},
 };
-
-/// Minimum default of the total, in bytes.
-const MIN_MEMORY_BYTES: u64 = 512 << 20;
-
-/// Memory of one replica, in bytes. The default of `broker.max_replicas` allows replicas that take as much memory again
-/// as the total. An idle replica takes 16 KiB, and a written one 20 KiB (docs/performance.md, `replicas`).
-const REPLICA_BYTES: u64 = 16 << 10;
 
 /// Paths of the cgroup limits on Linux: version 2, version 2 beside version 1, and version 1.
 const UNIFIED: [&str; 2] = ["sys/fs/cgroup", "sys/fs/cgroup/unified"];
 const LEGACY: &str = "sys/fs/cgroup/memory";
 
+/// A setting whose default is a share of [`MEMORY`].
+struct Share {
+    setting: &'static Setting,
+    sixteenths: u64,
+    max_bytes: u64,
+}
+
+/// Returns all shares. They sum to the total.
+fn shares() -> impl Iterator<Item = Share> {
+    settings::all().filter_map(|setting| match setting.default {
+        DefaultValue::MemoryShare { sixteenths, max_bytes } => {
+            Some(Share { setting, sixteenths, max_bytes: max_bytes.unwrap_or(u64::MAX) })
+        }
+        _ => None,
+    })
+}
+
 impl ResolvedValues {
-    /// Sets the defaults of the total and of its shares, and checks that the configured shares fit.
-    pub(super) fn share_memory(&mut self, errors: &mut Vec<ConfigError>) {
-        let whole = self.bytes_of(MEMORY).unwrap_or_else(|| default_memory_bytes(1));
-        self.default_bytes(MEMORY, whole);
-        self.default_text(REPLICAS, default_replicas(whole).to_string());
-        let set: Vec<_> =
-            MEMORY_SHARES.iter().filter_map(|share| Some((share.key, self.bytes_of(share.key)?))).collect();
-        let taken = set.iter().fold(0_u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
-        if taken > whole {
-            let keys: Vec<_> = set.iter().map(|(key, bytes)| format!("{key} {}", size(*bytes))).collect();
-            let reason = format!(
-                "{} together are {}, more than {MEMORY}, which is {}: lower them, or raise {MEMORY}",
-                keys.join(", "),
-                size(taken),
-                size(whole)
-            );
-            errors.push(ConfigError::Wrong { place: self.place_of(&set), reason });
-        }
-        let mut is_reported = taken > whole;
-        let left = whole.saturating_sub(taken);
-        let unset = MEMORY_SHARES.iter().filter(|share| set.iter().all(|(key, _)| *key != share.key));
-        let parts: u64 = unset.clone().map(|share| share.sixteenths).sum();
-        for share in unset {
-            let part = (whole / 16 * share.sixteenths).min(left / parts * share.sixteenths);
-            // Memory permits count whole KiB.
-            let part = part.min(share.most.unwrap_or(u64::MAX)) >> 10 << 10;
-            if let Some(ValueKind::Bytes { least, .. }) = Setting::find(share.key).map(|setting| setting.kind)
-                && part < least
-                && !std::mem::replace(&mut is_reported, true)
-            {
-                let (key, left, least) = (share.key, size(left), size(least));
-                let reason = format!(
-                    "the configured parts leave {left} of {MEMORY}, which is {}, and {key} would be less than \
-                     {least}: lower these parts, or raise {MEMORY}",
-                    size(whole)
-                );
-                errors.push(ConfigError::Wrong { place: self.place_of(&set), reason });
+    /// Sets the defaults that depend on memory, and checks that the configured shares fit into the total.
+    pub(super) fn apply_memory_defaults(&mut self) {
+        let total = self.bytes(MEMORY).unwrap_or_else(|| default_memory_bytes(1));
+        for setting in settings::all() {
+            match setting.default {
+                DefaultValue::MachineMemory => self.set_default(setting, format_bytes(total)),
+                DefaultValue::ReplicasInMemory => self.set_default(setting, default_replicas(total).to_string()),
+                _ => {}
             }
-            self.default_bytes(share.key, part);
+        }
+        let configured: Vec<(&str, u64)> =
+            shares().filter_map(|share| Some((share.setting.key, self.bytes(share.setting.key)?))).collect();
+        let others: Vec<Share> = shares().filter(|share| self.bytes(share.setting.key).is_none()).collect();
+        let taken = configured.iter().fold(0_u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
+        let mut conflict = (taken > total).then(|| {
+            let keys: Vec<_> =
+                configured.iter().map(|(key, bytes)| format!("{key} {}", format_bytes(*bytes))).collect();
+            let (keys, taken, total) = (keys.join(", "), format_bytes(taken), format_bytes(total));
+            format!("{keys} together are {taken}, more than {MEMORY}, which is {total}: lower them, or raise {MEMORY}")
+        });
+        let left = total.saturating_sub(taken);
+        let parts: u64 = others.iter().map(|share| share.sixteenths).sum();
+        for Share { setting, sixteenths, max_bytes } in others {
+            let bytes = (total / 16 * sixteenths).min(left / parts * sixteenths).min(max_bytes);
+            // Memory permits count whole KiB.
+            let bytes = bytes >> 10 << 10;
+            if let ValueKind::Bytes(range) = &setting.kind
+                && bytes < *range.start()
+            {
+                conflict.get_or_insert_with(|| {
+                    let (left, total, min) = (format_bytes(left), format_bytes(total), format_bytes(*range.start()));
+                    format!(
+                        "the configured parts leave {left} of {MEMORY}, which is {total}, and {} would be less than \
+                         {min}: lower these parts, or raise {MEMORY}",
+                        setting.key
+                    )
+                });
+            }
+            self.set_default(setting, format_bytes(bytes));
+        }
+        if let (Some(reason), Some((key, _))) = (conflict, configured.first()) {
+            self.reject(key, reason);
         }
     }
 
-    /// Returns the place of the first configured share.
-    fn place_of(&self, set: &[(&str, u64)]) -> ValueSource {
-        set.first().map_or(ValueSource::Default, |(key, _)| self.set[*key].source.clone())
-    }
-
-    fn bytes_of(&self, key: &str) -> Option<u64> {
-        self.set.get(key).and_then(|given| bytes(&given.text))
-    }
-
-    fn default_bytes(&mut self, key: &str, bytes: u64) {
-        self.default_text(key, size(bytes));
-    }
-
-    fn default_text(&mut self, key: &str, text: String) {
-        self.set.entry(key.to_owned()).or_insert(ProvidedValue { text, source: ValueSource::Default });
+    fn bytes(&self, key: &str) -> Option<u64> {
+        self.text(key).and_then(parse_bytes)
     }
 }
 
 /// Returns the default of `broker.max_replicas` for this total. Replicas may take as much memory again as clients.
-fn default_replicas(whole: u64) -> u64 {
-    (whole / REPLICA_BYTES).min(10_000_000)
+fn default_replicas(total: u64) -> u64 {
+    (total / REPLICA_BYTES).min(10_000_000)
 }
 
 /// Returns the default of the total for each of `brokers` brokers on this machine.
 pub fn default_memory_bytes(brokers: u64) -> u64 {
     let quarter = memory_bytes(Path::new("/")).unwrap_or_default() / 4 / brokers.max(1);
     (quarter >> 20 << 20).max(MIN_MEMORY_BYTES)
-}
-
-/// Describes the default of the total, of a share, or of `broker.max_replicas`.
-pub(super) fn default_share(key: &str) -> Option<String> {
-    if key == MEMORY {
-        return Some(MEMORY_DEFAULT.to_owned());
-    }
-    if key == REPLICAS {
-        return Some(format!("one for each {} of `{MEMORY}`", size(REPLICA_BYTES)));
-    }
-    let share = MEMORY_SHARES.iter().find(|share| share.key == key)?;
-    let part = match share.sixteenths {
-        1 => "a sixteenth".to_owned(),
-        2 => "an eighth".to_owned(),
-        4 => "a quarter".to_owned(),
-        other => format!("{other} sixteenths"),
-    };
-    let most = share.most.map(|most| format!(", at most {}", size(most))).unwrap_or_default();
-    Some(format!("{part} of `{MEMORY}`{most}"))
 }
 
 /// Returns the memory of the machine, or the limit of this process's cgroup if that is lower. `root` is `/` outside
@@ -123,7 +103,7 @@ fn memory_bytes(root: &Path) -> Option<u64> {
         line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1 << 10)
     });
     let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
-    let mut least = machine;
+    let mut min = machine;
     for line in groups.lines() {
         // `number:controllers:path`; the line of version 2 names no controllers.
         let mut fields = line.splitn(3, ':').skip(1);
@@ -137,11 +117,11 @@ fn memory_bytes(root: &Path) -> Option<u64> {
         // point itself is the group. The mount point is the last ancestor.
         for folder in Path::new(path.trim_start_matches('/')).ancestors() {
             for mount in mounts {
-                least = least.into_iter().chain(number(root.join(mount).join(folder).join(file))).min();
+                min = min.into_iter().chain(number(root.join(mount).join(folder).join(file))).min();
             }
         }
     }
-    least
+    min
 }
 
 #[cfg(test)]
@@ -183,6 +163,6 @@ mod tests {
 
     #[test]
     fn memory_shares_sum_to_total() {
-        assert_eq!(MEMORY_SHARES.iter().map(|share| share.sixteenths).sum::<u64>(), 16);
+        assert_eq!(shares().map(|share| share.sixteenths).sum::<u64>(), 16);
     }
 }

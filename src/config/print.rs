@@ -3,11 +3,10 @@
 use std::fmt::Write as _;
 
 use super::{
-    LoadedConfig, ValueSource,
-    build::PEER_PORT,
-    memory::default_share,
-    setting::{SECTIONS, SETTINGS, Setting, TOPIC_DEFAULTS, ValueKind, variable},
-    value::{masked, urls},
+    LoadedConfig,
+    error::ValueSource,
+    settings::{SECTIONS, Setting, TOPIC_DEFAULTS, variable},
+    value::quote,
 };
 use crate::model::TOPIC_CONFIG_KEYS;
 
@@ -16,28 +15,28 @@ impl LoadedConfig {
     /// are masked.
     pub fn print(&self) -> String {
         let mut out = String::new();
-        for (section, about) in SECTIONS {
-            let _ = match *section {
-                "" => writeln!(out, "# {about}"),
-                section => writeln!(out, "\n# {about}\n[{section}]"),
+        for section in SECTIONS {
+            let _ = match section.name {
+                "" => writeln!(out, "# {}", section.doc),
+                name => writeln!(out, "\n# {}\n[{name}]", section.doc),
             };
-            for setting in SETTINGS.iter().filter(|setting| setting.section == *section) {
-                let _ = match self.values().set.get(&setting.key()) {
-                    Some(given) => {
-                        let line = format!("{} = {}", setting.name, literal(setting.kind, &given.text));
-                        writeln!(out, "{line:<50} # {}", short(&given.source))
+            for setting in section.settings {
+                let (line, source) = match self.values.get(setting.key) {
+                    Some(value) => {
+                        (format!("{} = {}", setting.name(), setting.kind.to_toml(&value.text)), short(&value.source))
                     }
-                    None => writeln!(out, "{:<50} # unset", format!("# {} =", setting.name)),
+                    None => (format!("# {} =", setting.name()), "unset".to_owned()),
                 };
+                let _ = writeln!(out, "{line:<50} # {source}");
             }
         }
-        let _ = writeln!(out, "\n# What topics take that do not set it themselves.\n[{TOPIC_DEFAULTS}]");
+        let _ = writeln!(out, "\n# Topic configuration of topics that do not set it themselves.\n[{TOPIC_DEFAULTS}]");
         for key in TOPIC_CONFIG_KEYS {
-            let (text, source) = match self.values().topic.get(key.name) {
-                Some(given) => (given.text.as_str(), short(&given.source)),
+            let (text, source) = match self.values.topic.get(key.name) {
+                Some(value) => (value.text.as_str(), short(&value.source)),
                 None => (key.default, "default".to_owned()),
             };
-            let line = format!("{} = {}", quoted(key.name), quoted(text));
+            let line = format!("{} = {}", quote(key.name), quote(text));
             let _ = writeln!(out, "{line:<50} # {source}");
         }
         out
@@ -53,39 +52,25 @@ fn short(source: &ValueSource) -> String {
     }
 }
 
-fn literal(kind: ValueKind, text: &str) -> String {
-    match kind {
-        ValueKind::Urls => {
-            let urls: Vec<_> = urls(&masked(text)).iter().map(|url| quoted(url)).collect();
-            format!("[{}]", urls.join(", "))
-        }
-        // The environment accepts spellings that TOML rejects, such as `007`.
-        ValueKind::Number { .. } => text.parse::<u64>().map_or_else(|_| text.to_owned(), |number| number.to_string()),
-        kind if kind.quoted() => quoted(&masked(text)),
-        _ => text.to_owned(),
-    }
-}
-
-fn quoted(text: &str) -> String {
-    toml::Value::String(text.to_owned()).to_string()
-}
-
 /// Returns the content of `docs/configuration.md`.
 pub fn docs() -> String {
     let mut out = String::from(HEAD);
-    for (section, about) in SECTIONS {
-        let title = if section.is_empty() { "Top of the file".to_owned() } else { format!("`[{section}]`") };
-        let _ =
-            write!(out, "\n## {title}\n\n{about}\n\n| key | default | environment | |\n| --- | --- | --- | --- |\n");
-        for setting in SETTINGS.iter().filter(|setting| setting.section == *section) {
+    for section in SECTIONS {
+        let title =
+            if section.name.is_empty() { "Top of the file".to_owned() } else { format!("`[{}]`", section.name) };
+        let head = "| key | default | environment | |\n| --- | --- | --- | --- |";
+        let _ = writeln!(out, "\n## {title}\n\n{}\n\n{head}", section.doc);
+        for setting in section.settings {
             let _ = writeln!(out, "{}", row(setting));
         }
     }
     let _ = write!(
         out,
-        "\n## `[{TOPIC_DEFAULTS}]`\n\nWhat topics take that do not set it themselves: any topic configuration. The names hold \
-         dots, so the file quotes them: `\"segment.bytes\" = 67108864`. The environment form of all of them is \
-         `{}`, a list like `segment.bytes=1048576,retention.ms=-1`.\n\n| key | default | allowed | |\n| --- | --- | --- | --- |\n",
+        "\n## `[{TOPIC_DEFAULTS}]`\n\n\
+         Topic configuration of topics that do not set it themselves. The keys contain dots, so the file quotes them: \
+         `\"segment.bytes\" = 67108864`. The environment variable of the section is `{}`, a list like \
+         `segment.bytes=1048576,retention.ms=-1`.\n\n\
+         | key | default | allowed | |\n| --- | --- | --- | --- |\n",
         variable(TOPIC_DEFAULTS)
     );
     for key in TOPIC_CONFIG_KEYS {
@@ -95,33 +80,22 @@ pub fn docs() -> String {
 }
 
 fn row(setting: &Setting) -> String {
-    let default = match setting.default {
-        Some(default) => format!("`{default}`"),
-        None => default_words(&setting.key()).unwrap_or_else(|| "unset".to_owned()),
-    };
-    let doc = format!("{} Takes {}.", setting.doc, setting.kind.allowed());
-    format!("| `{}` | {default} | `{}` | {} |", setting.name, setting.variable(), doc.replace('|', "\\|"))
-}
-
-/// Describes a default that depends on other settings or on the machine.
-pub(super) fn default_words(key: &str) -> Option<String> {
-    match key {
-        "peer.listen" => Some(format!("the IP address of `grpc.listen`, port {PEER_PORT}")),
-        key => default_share(key),
-    }
+    let doc = format!("{} Takes {}.", setting.doc, setting.kind.describe()).replace('|', "\\|");
+    format!("| `{}` | {} | `{}` | {doc} |", setting.name(), setting.default.describe(), setting.variable())
 }
 
 const HEAD: &str = "\
 # Configuration
 
-<!-- Made from src/config/setting.rs: `strandline config print --docs > docs/configuration.md`. A test compares them. -->
+<!-- Generated from src/config/settings.rs; a test compares them and names the command that generates it. -->
 
-`strandline broker --config FILE` reads a TOML file. Every setting has an environment variable too, which wins over the \
-file; a flag of the command line wins over both. An environment variable that is set and empty counts as not set. \
-Settings that do not exist, and values that are not allowed, are errors that name the place; so is a variable that begins \
-with `STRANDLINE_` and names no setting. `--set KEY=VALUE` sets any, a topic default as `topic_defaults.retention.ms`. \
-`strandline config print` prints what is in effect, and where each value comes from.
+`strandline broker --config FILE` reads a TOML file. Every setting also has an environment variable, which has \
+precedence over the file. A flag of the command line has precedence over both. An environment variable that is set and \
+empty counts as not set. A setting that does not exist, and a value that is not allowed, are errors that name the \
+place. A variable that begins with `STRANDLINE_` and names no setting is an error too. `--set KEY=VALUE` sets any \
+setting, and a topic default as `topic_defaults.retention.ms`. `strandline config print` prints the effective values \
+and their sources.
 
-Sizes are bytes, or text with `KiB`, `MiB`, `GiB` or `TiB`. Times are text with their unit: `500ms`, `30s`, `5m`, `1h`, \
-`7d`.
+Sizes are bytes, or text with `KiB`, `MiB`, `GiB` or `TiB`. Times are text with their unit: `500ms`, `30s`, `5m`, \
+`1h`, `7d`.
 ";

@@ -1,4 +1,6 @@
 //! Layers of a configuration: defaults, file, environment, command line. A later layer overrides an earlier one.
+//!
+//! [`ResolvedValues`] checks each value by itself when a layer sets it. Checks against other values follow later.
 
 use std::{
     collections::BTreeMap,
@@ -11,16 +13,19 @@ use toml::de::{DeTable, DeValue};
 use super::{
     LoadedConfig,
     error::{ConfigError, ConfigErrors, ValueSource},
-    setting::{SECTIONS, SETTINGS, Setting, TOPIC_DEFAULTS, ValueKind, variable},
-    value::{masked, valid},
+    settings::{self, DefaultValue, SECTIONS, Setting, TOPIC_DEFAULTS, variable},
+    value::{format_toml, mask_passwords},
 };
-use crate::model::{TOPIC_CONFIG_KEYS, near};
+use crate::model::{ConfigMap, TOPIC_CONFIG_KEYS, near};
 
 /// Prefix of Strandline's environment variables.
 const PREFIX: &str = "STRANDLINE_";
 
 /// Variables with the prefix that are not settings: the client commands read them.
 const CLIENT_VARIABLES: [&str; 2] = ["STRANDLINE_BOOTSTRAP", "STRANDLINE_RACK"];
+
+/// Maximum length, in characters, of an invalid value in a message.
+const MAX_SHOWN_CHARS: usize = 200;
 
 /// Sources of a configuration. After all sources are collected, [`ConfigSources::load`] checks them together.
 #[derive(Clone, Debug, Default)]
@@ -29,24 +34,6 @@ pub struct ConfigSources {
     environment: Vec<(String, String)>,
     flags: Vec<(String, String)>,
     defaults: Vec<(String, String)>,
-}
-
-/// One value with its source.
-#[derive(Clone, Debug)]
-pub(super) struct ProvidedValue {
-    pub(super) text: String,
-    pub(super) source: ValueSource,
-}
-
-/// Values after layering.
-#[derive(Debug, Default)]
-pub(super) struct ResolvedValues {
-    /// Values by key of the setting.
-    pub(super) set: BTreeMap<String, ProvidedValue>,
-    /// Values by topic configuration key.
-    pub(super) topic: BTreeMap<String, ProvidedValue>,
-    /// Errors found so far.
-    pub(super) errors: Vec<ConfigError>,
 }
 
 impl ConfigSources {
@@ -73,18 +60,18 @@ impl ConfigSources {
     /// Adds the variables that begin with `STRANDLINE_`. An empty variable counts as not set.
     #[must_use]
     pub fn environment(mut self, variables: impl IntoIterator<Item = (String, String)>) -> Self {
-        let ours = |(name, text): &(String, String)| name.starts_with(PREFIX) && !text.is_empty();
-        self.environment.extend(variables.into_iter().filter(ours));
+        let is_ours = |(name, text): &(String, String)| name.starts_with(PREFIX) && !text.is_empty();
+        self.environment.extend(variables.into_iter().filter(is_ours));
         self
     }
 
     /// Checks the names of the variables that begin with `STRANDLINE_`, for any command. Their values are not checked.
     pub fn check_names(variables: impl IntoIterator<Item = (String, String)>) -> Result<(), ConfigErrors> {
         let mut values = ResolvedValues::default();
-        for (name, _) in
-            Self::new().environment(variables).environment.iter().filter(|(name, text)| !is_known(name, text))
-        {
-            values.unknown_variable(name);
+        for (name, text) in Self::new().environment(variables).environment {
+            if setting_of_variable(&name).is_none() {
+                values.reject_variable(&name, &text);
+            }
         }
         if values.errors.is_empty() { Ok(()) } else { Err(ConfigErrors(values.errors)) }
     }
@@ -107,102 +94,146 @@ impl ConfigSources {
     /// Layers and checks all values. Returns the settings, or all errors.
     pub fn load(self) -> Result<LoadedConfig, ConfigErrors> {
         let mut values = ResolvedValues::default();
-        for setting in SETTINGS {
-            if let Some(default) = setting.default {
-                values.give(&setting.key(), default.to_owned(), ValueSource::Default);
+        for setting in settings::all() {
+            if let DefaultValue::Fixed(text) = setting.default {
+                values.set_default(setting, text.to_owned());
             }
         }
         for (key, text) in self.defaults {
-            values.give(&key, text, ValueSource::Default);
+            values.set(&key, text, ValueSource::Default);
         }
         if let Some((path, text)) = &self.file {
-            values.read(path, text);
+            values.read_file(path, text);
         }
         for (name, text) in self.environment {
-            values.variable(name, text);
+            match setting_of_variable(&name) {
+                Some(key) => values.set(key, text, ValueSource::Environment { name }),
+                None => values.reject_variable(&name, &text),
+            }
         }
         for (key, text) in self.flags {
-            values.give(&key, text, ValueSource::Flag { key: key.clone() });
+            values.set(&key, text, ValueSource::Flag { key: key.clone() });
         }
         LoadedConfig::build(values)
     }
 }
 
+/// One value with its source.
+#[derive(Clone, Debug)]
+pub(super) struct ProvidedValue {
+    pub(super) text: String,
+    pub(super) source: ValueSource,
+}
+
+/// Values after layering.
+#[derive(Debug, Default)]
+pub(super) struct ResolvedValues {
+    /// Values by key of the setting.
+    settings: BTreeMap<&'static str, ProvidedValue>,
+    /// Values by topic configuration key.
+    pub(super) topic: BTreeMap<String, ProvidedValue>,
+    /// Errors found so far.
+    pub(super) errors: Vec<ConfigError>,
+}
+
 impl ResolvedValues {
-    fn give(&mut self, key: &str, text: String, source: ValueSource) {
-        if key == TOPIC_DEFAULTS {
-            return self.topic_list(&text, &source);
-        }
-        if let Some(key) = key.strip_prefix(TOPIC_DEFAULTS).and_then(|key| key.strip_prefix('.')) {
-            return self.topic(key, text, source);
-        }
-        let Some(setting) = Setting::find(key) else { return self.unknown(key, source) };
-        if valid(setting.kind, &text) {
-            self.set.insert(key.to_owned(), ProvidedValue { text, source });
-        } else {
-            self.invalid(key, &text, setting.kind, source);
-        }
+    /// Returns the value of a setting; `None` if it is unset.
+    pub(super) fn get(&self, key: &str) -> Option<&ProvidedValue> {
+        self.settings.get(key)
     }
 
-    fn invalid(&mut self, key: &str, text: &str, kind: ValueKind, place: ValueSource) {
-        let value = masked(text).chars().take(200).collect();
-        self.errors.push(ConfigError::Value { place, key: key.to_owned(), value, allowed: kind.allowed() });
+    /// Returns the text of a setting; `None` if it is unset.
+    pub(super) fn text(&self, key: &str) -> Option<&str> {
+        self.get(key).map(|value| value.text.as_str())
     }
 
-    fn unknown(&mut self, key: &str, place: ValueSource) {
-        let near = nearest(key);
+    pub(super) fn source(&self, key: &str) -> ValueSource {
+        self.get(key).map_or(ValueSource::Default, |value| value.source.clone())
+    }
+
+    pub(super) fn topic_defaults(&self) -> ConfigMap {
+        self.topic.iter().map(|(key, value)| (key.clone(), value.text.clone())).collect()
+    }
+
+    /// Sets the value of a setting that no source sets.
+    pub(super) fn set_default(&mut self, setting: &Setting, text: String) {
+        let default = || ProvidedValue { text, source: ValueSource::Default };
+        self.settings.entry(setting.key).or_insert_with(default);
+    }
+
+    /// Adds an error about the value of a setting, at the place of the value.
+    pub(super) fn reject(&mut self, key: &str, reason: String) {
+        self.errors.push(ConfigError::Wrong { place: self.source(key), reason });
+    }
+
+    /// Adds the error that a setting does not accept its value.
+    pub(super) fn reject_value(&mut self, key: &str, allowed: impl Into<String>) {
+        let (text, place) = (self.text(key).unwrap_or_default().to_owned(), self.source(key));
+        self.reject_text(key, &text, allowed, place);
+    }
+
+    fn reject_text(&mut self, key: &str, text: &str, allowed: impl Into<String>, place: ValueSource) {
+        let value = mask_passwords(text).chars().take(MAX_SHOWN_CHARS).collect();
+        self.errors.push(ConfigError::Value { place, key: key.to_owned(), value, allowed: allowed.into() });
+    }
+
+    fn reject_key(&mut self, key: &str, near: Option<String>, place: ValueSource) {
         self.errors.push(ConfigError::Unknown { place, key: key.to_owned(), near });
     }
 
-    fn topic(&mut self, key: &str, text: String, source: ValueSource) {
-        if TOPIC_CONFIG_KEYS.iter().any(|known| known.name == key) {
-            self.topic.insert(key.to_owned(), ProvidedValue { text, source });
+    /// Adds the error that a variable is no setting, unless the client commands or Kubernetes use it.
+    fn reject_variable(&mut self, name: &str, text: &str) {
+        if CLIENT_VARIABLES.contains(&name) || is_from_kubernetes(name, text) {
+            return;
+        }
+        let known = settings::all().map(Setting::variable).chain([variable(TOPIC_DEFAULTS)]);
+        let known = known.chain(CLIENT_VARIABLES.iter().map(|other| (*other).to_owned()));
+        // The common prefix would make all names similar.
+        let without_prefix = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
+        let near = closest(&without_prefix(name), known.map(|name| (without_prefix(&name), name)));
+        self.reject_key(name, near, ValueSource::Environment { name: name.to_owned() });
+    }
+
+    /// Checks and sets one value of a layer.
+    fn set(&mut self, key: &str, text: String, source: ValueSource) {
+        if key == TOPIC_DEFAULTS {
+            return self.set_topic_list(&text, &source);
+        }
+        if let Some(key) = key.strip_prefix(TOPIC_DEFAULTS).and_then(|key| key.strip_prefix('.')) {
+            return self.set_topic(key, text, source);
+        }
+        let Some(setting) = Setting::find(key) else { return self.reject_key(key, closest_setting(key), source) };
+        if setting.kind.accepts(&text) {
+            self.settings.insert(setting.key, ProvidedValue { text, source });
         } else {
-            let near = best(key, TOPIC_CONFIG_KEYS.iter().map(|known| (known.name.to_owned(), known.name.to_owned())));
-            let key = format!("{TOPIC_DEFAULTS}.{key}");
-            self.errors.push(ConfigError::Unknown { place: source, key, near });
+            self.reject_text(key, &text, setting.kind.describe(), source);
         }
     }
 
-    fn topic_list(&mut self, text: &str, source: &ValueSource) {
+    fn set_topic(&mut self, key: &str, text: String, source: ValueSource) {
+        if TOPIC_CONFIG_KEYS.iter().any(|known| known.name == key) {
+            self.topic.insert(key.to_owned(), ProvidedValue { text, source });
+        } else {
+            let near =
+                closest(key, TOPIC_CONFIG_KEYS.iter().map(|known| (known.name.to_owned(), known.name.to_owned())));
+            self.reject_key(&format!("{TOPIC_DEFAULTS}.{key}"), near, source);
+        }
+    }
+
+    fn set_topic_list(&mut self, text: &str, source: &ValueSource) {
         for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
             match pair.split_once('=') {
-                Some((key, value)) => self.topic(key.trim(), value.trim().to_owned(), source.clone()),
+                Some((key, value)) => self.set_topic(key.trim(), value.trim().to_owned(), source.clone()),
                 None => {
-                    let allowed = "topic configuration as key=value,key=value".to_owned();
-                    let (place, key) = (source.clone(), TOPIC_DEFAULTS.to_owned());
-                    self.errors.push(ConfigError::Value { place, key, value: pair.to_owned(), allowed });
+                    let allowed = "topic configuration as key=value,key=value";
+                    self.reject_text(TOPIC_DEFAULTS, pair, allowed, source.clone());
                 }
             }
         }
     }
 
-    fn variable(&mut self, name: String, text: String) {
-        let source = ValueSource::Environment { name: name.clone() };
-        if name == variable(TOPIC_DEFAULTS) {
-            return self.topic_list(&text, &source);
-        }
-        if let Some(setting) = SETTINGS.iter().find(|setting| setting.variable() == name) {
-            return self.give(&setting.key(), text, source);
-        }
-        if !is_known(&name, &text) {
-            self.unknown_variable(&name);
-        }
-    }
-
-    fn unknown_variable(&mut self, name: &str) {
-        let known = SETTINGS.iter().map(Setting::variable).chain([variable(TOPIC_DEFAULTS)]);
-        let known = known.chain(CLIENT_VARIABLES.iter().map(|other| (*other).to_owned()));
-        // The common prefix would make all names similar.
-        let rest = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
-        let candidates: Vec<_> = known.map(|name| (rest(&name), name)).collect();
-        let near = best(&rest(name), candidates);
-        let place = ValueSource::Environment { name: name.to_owned() };
-        self.errors.push(ConfigError::Unknown { place, key: name.to_owned(), near });
-    }
-
-    fn read(&mut self, path: &Path, text: &str) {
-        let place = |offset: usize| place(path, text, offset);
+    fn read_file(&mut self, path: &Path, text: &str) {
+        let place = |offset: usize| file_place(path, text, offset);
         let table = match DeTable::parse(text) {
             Ok(table) => table.into_inner(),
             Err(error) => {
@@ -213,94 +244,53 @@ impl ResolvedValues {
         for (name, value) in &table {
             let (section, at) = (name.get_ref().as_ref(), place(name.span().start));
             match value.get_ref() {
-                DeValue::Table(entries) if section == TOPIC_DEFAULTS => self.topics("", entries, &place),
-                DeValue::Table(entries) if SECTIONS.iter().any(|(known, _)| *known == section) => {
+                DeValue::Table(entries) if section == TOPIC_DEFAULTS => self.read_topics("", entries, &place),
+                DeValue::Table(entries) if SECTIONS.iter().any(|known| known.name == section) => {
                     for (name, value) in entries {
                         let key = format!("{section}.{}", name.get_ref());
-                        self.entry(&key, value.get_ref(), place(name.span().start));
+                        self.read_entry(&key, value.get_ref(), place(name.span().start));
                     }
                 }
                 DeValue::Table(_) => {
-                    let known = SECTIONS.iter().map(|(known, _)| *known).chain([TOPIC_DEFAULTS]);
-                    let near = best(section, known.map(|known| (known.to_owned(), format!("[{known}]"))));
-                    self.errors.push(ConfigError::Unknown { place: at, key: format!("[{section}]"), near });
+                    let known = SECTIONS.iter().map(|known| known.name).chain([TOPIC_DEFAULTS]);
+                    let near = closest(section, known.map(|known| (known.to_owned(), format!("[{known}]"))));
+                    self.reject_key(&format!("[{section}]"), near, at);
                 }
-                value => self.entry(section, value, at),
+                value => self.read_entry(section, value, at),
             }
         }
     }
 
-    fn entry(&mut self, key: &str, value: &DeValue<'_>, source: ValueSource) {
-        let Some(setting) = Setting::find(key) else { return self.unknown(key, source) };
-        match text_of(setting.kind, value) {
-            Some(text) => self.give(key, text, source),
-            None => self.invalid(key, &shown(value), setting.kind, source),
+    fn read_entry(&mut self, key: &str, value: &DeValue<'_>, source: ValueSource) {
+        let Some(setting) = Setting::find(key) else { return self.reject_key(key, closest_setting(key), source) };
+        match setting.kind.text_of(value) {
+            Some(text) => self.set(key, text, source),
+            None => self.reject_text(key, &format_toml(value), setting.kind.describe(), source),
         }
     }
 
     /// Reads topic configuration. Its keys contain dots: in TOML, a quoted key is one key, and a bare key means nested
     /// tables.
-    fn topics(&mut self, prefix: &str, entries: &DeTable<'_>, place: &impl Fn(usize) -> ValueSource) {
+    fn read_topics(&mut self, prefix: &str, entries: &DeTable<'_>, place: &impl Fn(usize) -> ValueSource) {
         for (name, value) in entries {
             let key = format!("{prefix}{}", name.get_ref());
             let source = place(name.span().start);
             match value.get_ref() {
-                DeValue::Table(inner) => self.topics(&format!("{key}."), inner, place),
-                DeValue::String(_) | DeValue::Integer(_) | DeValue::Boolean(_) => {
-                    self.topic(&key, shown(value.get_ref()), source);
+                DeValue::Table(inner) => self.read_topics(&format!("{key}."), inner, place),
+                value @ (DeValue::String(_) | DeValue::Integer(_) | DeValue::Boolean(_)) => {
+                    self.set_topic(&key, format_toml(value), source);
                 }
                 other => {
-                    let allowed = "a text, a number, true or false".to_owned();
-                    let (key, value) = (format!("{TOPIC_DEFAULTS}.{key}"), shown(other));
-                    self.errors.push(ConfigError::Value { place: source, key, value, allowed });
+                    let key = format!("{TOPIC_DEFAULTS}.{key}");
+                    self.reject_text(&key, &format_toml(other), "a text, a number, true or false", source);
                 }
             }
         }
     }
 }
 
-/// Returns the text of a TOML value if the setting accepts values of that type.
-fn text_of(kind: ValueKind, value: &DeValue<'_>) -> Option<String> {
-    match (kind, value) {
-        (ValueKind::Number { .. } | ValueKind::Bytes { .. }, DeValue::Integer(number)) => {
-            decimal(number.as_str(), number.radix())
-        }
-        (ValueKind::Number { .. }, _) => None,
-        (ValueKind::Flag, DeValue::Boolean(flag)) => Some(flag.to_string()),
-        (ValueKind::Flag, _) => None,
-        (ValueKind::Urls, DeValue::Array(urls)) => {
-            let url = |value: &DeValue<'_>| value.as_str().filter(|url| !url.contains(',')).map(str::to_owned);
-            let urls = urls.iter().map(|value| url(value.get_ref())).collect::<Option<Vec<_>>>()?;
-            Some(urls.join(","))
-        }
-        (_, DeValue::String(text)) => Some(text.to_string()),
-        _ => None,
-    }
-}
-
-fn decimal(digits: &str, radix: u32) -> Option<String> {
-    i64::from_str_radix(digits, radix).ok().map(|number| number.to_string())
-}
-
-/// Formats a value for a message or for a topic configuration.
-fn shown(value: &DeValue<'_>) -> String {
-    match value {
-        DeValue::String(text) => text.to_string(),
-        DeValue::Integer(number) => {
-            decimal(number.as_str(), number.radix()).unwrap_or_else(|| number.as_str().to_owned())
-        }
-        DeValue::Float(number) => number.as_str().to_owned(),
-        DeValue::Boolean(flag) => flag.to_string(),
-        DeValue::Datetime(time) => time.to_string(),
-        DeValue::Array(values) => {
-            let values: Vec<_> = values.iter().map(|value| shown(value.get_ref())).collect();
-            format!("[{}]", values.join(", "))
-        }
-        DeValue::Table(_) => "a table".to_owned(),
-    }
-}
-
-fn place(path: &Path, text: &str, offset: usize) -> ValueSource {
+/// Returns the place of a byte in a file.
+fn file_place(path: &Path, text: &str, offset: usize) -> ValueSource {
     let before = &text[..text.floor_char_boundary(offset)];
     let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
     let line = before.bytes().filter(|byte| *byte == b'\n').count() + 1;
@@ -309,30 +299,29 @@ fn place(path: &Path, text: &str, offset: usize) -> ValueSource {
 
 /// Returns the setting that is most similar to a key. Names are compared first, so a right name in a wrong section is
 /// found.
-fn nearest(key: &str) -> Option<String> {
+fn closest_setting(key: &str) -> Option<String> {
     let (section, name) = key.rsplit_once('.').unwrap_or(("", key));
-    let near = near::nearest(name, SETTINGS, |setting| setting.name, SETTINGS.len());
+    let near = near::nearest(name, settings::all(), |setting| setting.name(), usize::MAX);
     // Of the settings with the most similar name, the one in the given section is returned, else the first declared
     // one. The sort is stable.
-    let best = near.first().map(|setting| setting.name)?;
-    let alike = || near.iter().filter(|setting| setting.name == best);
-    let found = alike().find(|setting| setting.section == section).or_else(|| alike().next())?;
-    Some(found.key())
+    let best = near.first()?.name();
+    let alike = || near.iter().filter(|setting| setting.name() == best);
+    let in_section = alike().find(|setting| setting.section() == section);
+    in_section.or_else(|| alike().next()).map(|setting| setting.key.to_owned())
 }
 
 /// Returns the second text of the candidate whose first text is most similar to this one; `None` if none is similar.
-fn best(text: &str, candidates: impl IntoIterator<Item = (String, String)>) -> Option<String> {
+fn closest(text: &str, candidates: impl IntoIterator<Item = (String, String)>) -> Option<String> {
     near::nearest(text, candidates, |(short, _)| short, 1).pop().map(|(_, long)| long)
 }
 
-/// Returns true if the variable is a setting, belongs to the client commands, or is set by Kubernetes.
-fn is_known(name: &str, text: &str) -> bool {
-    let is_setting = name == variable(TOPIC_DEFAULTS) || SETTINGS.iter().any(|setting| setting.variable() == name);
-    is_setting || CLIENT_VARIABLES.contains(&name) || of_kubernetes(name, text)
+/// Returns the key that an environment variable sets.
+fn setting_of_variable(name: &str) -> Option<&'static str> {
+    settings::all().map(|setting| setting.key).chain([TOPIC_DEFAULTS]).find(|key| variable(key) == name)
 }
 
 /// Returns true if Kubernetes sets the variable, for a service whose name begins with `strandline`.
-fn of_kubernetes(name: &str, text: &str) -> bool {
+fn is_from_kubernetes(name: &str, text: &str) -> bool {
     let port = name.ends_with("_PORT") && text.contains("://");
     name.ends_with("_SERVICE_HOST") || name.contains("_SERVICE_PORT") || port || {
         let port = name.split_once("_PORT_").map(|(_, rest)| rest);

@@ -1,0 +1,134 @@
+//! Addresses of the listeners: the default of `peer.listen`, advertised addresses, and checks against each other.
+
+use std::net::{IpAddr, SocketAddr};
+
+use super::{
+    error::ValueSource,
+    settings::{Config, GrpcConfig, PEER_PORT, PeerListenerConfig, Setting},
+    sources::ResolvedValues,
+    value::host_port,
+};
+
+impl GrpcConfig {
+    /// Returns the address for clients, for a listener that is bound to `bound`. Port 0 becomes the bound port.
+    pub fn advertised(&self, bound: SocketAddr) -> String {
+        self.advertise.as_ref().map_or_else(|| bound.to_string(), |advertise| with_port_of(advertise, bound))
+    }
+}
+
+impl PeerListenerConfig {
+    /// Returns the address for other brokers, for a peer listener that is bound to `bound`. Port 0 becomes the bound
+    /// port. Without `advertise`, the host is that of `grpc.advertise`. If `grpc.advertise` is unset or does not apply,
+    /// the host is that of `bound`, or that of `grpc.listen` if `bound` stands for all addresses.
+    pub fn advertised(&self, bound: SocketAddr, grpc: &GrpcConfig) -> String {
+        if let Some(advertise) = &self.advertise {
+            return with_port_of(advertise, bound);
+        }
+        let everywhere = bound.ip().is_unspecified();
+        // A port that the system chose cannot be configured outside this machine. Such a listener is as local as its
+        // address, so `grpc.advertise` applies only if the listener is bound to all addresses.
+        let clients = grpc.advertise.as_deref().filter(|_| everywhere || self.listen.port() != 0);
+        match clients.and_then(host_port) {
+            Some((host, _)) => format!("{host}:{}", bound.port()),
+            None if everywhere => {
+                // The copy keeps the scope id of an IPv6 address.
+                let mut address = grpc.listen;
+                address.set_port(bound.port());
+                address.to_string()
+            }
+            None => bound.to_string(),
+        }
+    }
+}
+
+impl ResolvedValues {
+    /// Sets the default of `peer.listen`: the IP address of `grpc.listen` with [`PEER_PORT`].
+    pub(super) fn apply_peer_default(&mut self) {
+        let listen = self.text("grpc.listen").and_then(|text| text.parse::<SocketAddr>().ok());
+        if let Some((mut listen, setting)) = listen.zip(Setting::find("peer.listen")) {
+            listen.set_port(PEER_PORT);
+            self.set_default(setting, listen.to_string());
+        }
+    }
+
+    pub(super) fn check_addresses(&mut self, config: &Config) {
+        self.check_ports(config);
+        if let Some(advertise) = config.peer.advertise.as_ref().filter(|advertise| is_everywhere(advertise)) {
+            let reason =
+                format!("peer.advertise {advertise} is not an address that brokers can connect to: name a host");
+            self.reject("peer.advertise", reason);
+        }
+        if config.peer.advertise.is_none() && !config.metadata.etcd.is_empty() {
+            self.check_derived_peer_address(config);
+        }
+        let listen = config.grpc.listen;
+        match &config.grpc.advertise {
+            None if listen.ip().is_unspecified() => {
+                let reason = format!(
+                    "grpc.listen {listen} stands for all addresses of this machine, which is not an address that \
+                     clients can connect to: set grpc.advertise to the host:port for clients"
+                );
+                self.reject("grpc.listen", reason);
+            }
+            Some(advertise) if is_everywhere(advertise) => {
+                let reason =
+                    format!("grpc.advertise {advertise} is not an address that clients can connect to: name a host");
+                self.reject("grpc.advertise", reason);
+            }
+            _ => {}
+        }
+    }
+
+    /// Checks that no two listeners use the same port. A standalone broker opens no peer listener.
+    fn check_ports(&mut self, config: &Config) {
+        let (grpc, http) = (("grpc.listen", config.grpc.listen), ("http.listen", config.http.listen));
+        let peer = ("peer.listen", config.peer.listen);
+        let pairs = [(grpc, http), (grpc, peer), (http, peer)];
+        let opened = if config.metadata.etcd.is_empty() { &pairs[..1] } else { &pairs[..] };
+        for &((one, at), (other, other_at)) in opened {
+            let meet = at.ip() == other_at.ip() || at.ip().is_unspecified() || other_at.ip().is_unspecified();
+            if meet && at.port() == other_at.port() && at.port() != 0 {
+                let reason = format!("{one} {at} and {other} {other_at} are the same port: choose two ports");
+                self.reject(if self.source(other) == ValueSource::Default { one } else { other }, reason);
+            }
+        }
+    }
+
+    /// Checks a peer address that no setting names: the peer listener must be reachable at the derived address.
+    fn check_derived_peer_address(&mut self, config: &Config) {
+        let listen = config.peer.listen;
+        let advertised = config.peer.advertised(listen, &config.grpc);
+        let Some((host, _)) = host_port(&advertised) else { return };
+        let ip = advertised.parse::<SocketAddr>().ok().map(|address| address.ip());
+        let is_loopback = ip.map_or(host == "localhost", |ip| ip.is_loopback());
+        let is_missed = match (listen.ip(), ip) {
+            (IpAddr::V4(_), Some(IpAddr::V6(_))) => true,
+            // `[::]` accepts IPv4 as well.
+            (IpAddr::V6(own), Some(IpAddr::V4(_))) => !own.is_unspecified(),
+            _ => false,
+        };
+        let what = match listen.ip() {
+            own if own.is_loopback() && !is_loopback => "loopback",
+            IpAddr::V4(_) if is_missed => "IPv4",
+            IpAddr::V6(_) if is_missed => "IPv6",
+            _ => return,
+        };
+        let reason =
+            format!("peer.listen {listen} is {what}, but brokers would connect to {advertised}: set peer.advertise");
+        let is_default = self.source("peer.listen") == ValueSource::Default;
+        self.reject(if is_default { "grpc.listen" } else { "peer.listen" }, reason);
+    }
+}
+
+/// Returns an advertised address in which the port of `bound` replaces port 0.
+fn with_port_of(advertise: &str, bound: SocketAddr) -> String {
+    match host_port(advertise) {
+        Some((host, 0)) => format!("{host}:{}", bound.port()),
+        _ => advertise.to_owned(),
+    }
+}
+
+/// Returns true if the host stands for all addresses of a machine.
+fn is_everywhere(advertise: &str) -> bool {
+    host_port(advertise).is_some_and(|(host, _)| matches!(host, "0.0.0.0" | "[::]"))
+}

@@ -1,0 +1,117 @@
+//! Checks of values against each other, and of values against the rules of the rooms that use them.
+
+use super::{
+    error::{ConfigError, ValueSource},
+    settings::{Config, MetadataConfig, ObjectStoreConfig, TOPIC_DEFAULTS},
+    sources::ResolvedValues,
+    value::{has_password, is_web_url, mask_passwords},
+};
+use crate::{
+    model::{ConfigMap, InvalidConfig, TopicConfig},
+    telemetry,
+};
+
+/// Prefixes of object store URLs.
+const SCHEMES: &[&str] =
+    &["s3://", "s3a://", "gs://", "az://", "azure://", "abfs://", "abfss://", "adl://", "file://", "memory://"];
+
+/// Settings that have an effect only together with `metadata.etcd`.
+const ETCD_SETTINGS: [&str; 5] = [
+    "metadata.etcd_ca",
+    "metadata.etcd_cert",
+    "metadata.etcd_key",
+    "metadata.etcd_user",
+    "metadata.etcd_password_file",
+];
+
+impl ResolvedValues {
+    pub(super) fn check(&mut self, config: &Config) {
+        self.check_addresses(config);
+        self.check_metadata(&config.metadata);
+        self.check_object_store(&config.object_store);
+        if let Err(error) = TopicConfig::resolve(&config.topic_defaults, &ConfigMap::new()) {
+            self.reject_topic(error);
+        }
+        if let Err(error) = telemetry::check_level(&config.telemetry.level) {
+            self.reject("telemetry.level", format!("telemetry.level: {error}"));
+        }
+    }
+
+    fn check_metadata(&mut self, metadata: &MetadataConfig) {
+        for (one, other) in
+            [("metadata.etcd_cert", "metadata.etcd_key"), ("metadata.etcd_user", "metadata.etcd_password_file")]
+        {
+            match (self.text(one), self.text(other)) {
+                (Some(_), None) => self.reject(one, format!("{one} requires {other}: set both")),
+                (None, Some(_)) => self.reject(other, format!("{other} requires {one}: set both")),
+                _ => {}
+            }
+        }
+        if metadata.etcd.is_empty() {
+            for key in ETCD_SETTINGS {
+                if self.text(key).is_some() {
+                    let reason =
+                        format!("{key} is set and metadata.etcd is not: set metadata.etcd to the members of etcd");
+                    self.reject(key, reason);
+                }
+            }
+        } else if let Some(url) = metadata.etcd.iter().find(|url| has_password(url)) {
+            let reason = format!(
+                "metadata.etcd: {} contains a user or password: set metadata.etcd_user and \
+                 metadata.etcd_password_file instead",
+                mask_passwords(url)
+            );
+            self.reject("metadata.etcd", reason);
+        } else if let Err(error) = metadata.endpoints().check() {
+            self.reject("metadata.etcd", format!("metadata.etcd: {error}"));
+        }
+    }
+
+    fn check_object_store(&mut self, store: &ObjectStoreConfig) {
+        let key = "object_store.url";
+        if let Some(url) = &store.url {
+            let Some(scheme) = SCHEMES.iter().find(|scheme| url.starts_with(**scheme)) else {
+                return self.reject_value(key, format!("a URL that begins with {}", SCHEMES.join(", ")));
+            };
+            let rest = &url[scheme.len()..];
+            match *scheme {
+                "file://" if rest.len() < 2 || !rest.starts_with('/') || rest.split('/').any(|part| part == "..") => {
+                    self.reject_value(key, "file:// and an absolute path, like file:///var/lib/strandline/bucket");
+                }
+                "memory://" | "file://" => {}
+                scheme if rest.is_empty() || rest.starts_with('/') => {
+                    self.reject_value(key, format!("{scheme} and a bucket's name, like {scheme}bucket/prefix"));
+                }
+                _ => {}
+            }
+            if has_password(url) {
+                let allowed = "a URL with no user or password: credentials come from the vendor's usual environment";
+                self.reject_value(key, allowed);
+            }
+            if store.endpoint.is_some() && !scheme.starts_with("s3") {
+                let url = mask_passwords(url);
+                let reason = format!("object_store.endpoint is for s3:// URLs only, and the URL is {url}");
+                self.reject("object_store.endpoint", reason);
+            }
+        }
+        if store.endpoint.as_ref().is_some_and(|endpoint| !is_web_url(endpoint) || has_password(endpoint)) {
+            self.reject_value("object_store.endpoint", "a URL like http://127.0.0.1:9000");
+        }
+    }
+
+    fn reject_topic(&mut self, error: InvalidConfig) {
+        let key = match &error {
+            InvalidConfig::UnknownKey { key } | InvalidConfig::Value { key, .. } => key.as_str(),
+            InvalidConfig::LocalAboveWhole { local, .. } => local,
+        };
+        let place = self.topic.get(key).map_or(ValueSource::Default, |value| value.source.clone());
+        self.errors.push(match error {
+            InvalidConfig::Value { key, value, allowed } => {
+                ConfigError::Value { place, key: format!("{TOPIC_DEFAULTS}.{key}"), value, allowed }
+            }
+            other @ (InvalidConfig::UnknownKey { .. } | InvalidConfig::LocalAboveWhole { .. }) => {
+                ConfigError::Wrong { place, reason: other.to_string() }
+            }
+        });
+    }
+}
