@@ -15,8 +15,9 @@ use super::{
     serve::environment,
 };
 use crate::{
-    client::{BrokerDescription, ClusterDescription},
+    client::{BrokerDescription, BrokerStats, ClusterDescription},
     config::ConfigSources,
+    model::BrokerId,
     server::raise_generation,
 };
 
@@ -233,32 +234,26 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
         ));
     }
     match &broker.stats {
-        Some(Ok(stats)) => {
-            notes.extend(
-                stats
-                    .metadata_regressed
-                    .iter()
-                    .map(|reason| format!("broker {id} rejects admin operations (METADATA_REGRESSED): {reason}")),
-            );
-            notes.extend(stats.failed.iter().map(|reason| format!("broker {id} accepts no writes: {reason}")));
-            notes.extend(
-                stats
-                    .object_store
-                    .iter()
-                    .map(|reason| format!("no object store request of broker {id} has succeeded {reason}")),
-            );
-            notes.extend(stats.maintenance.iter().map(|reason| format!("maintenance fails on broker {id}: {reason}")));
-            notes.extend(
-                stats
-                    .future_timestamps
-                    .iter()
-                    .map(|segments| format!("broker {id} has records with future timestamps: {segments}")),
-            );
-        }
+        Some(Ok(stats)) => notes.extend(stats_notes(id, stats)),
         Some(Err(error)) => notes.push(format!("the statistics of broker {id} are unavailable: {error}")),
         None => {}
     }
     notes
+}
+
+/// Returns notes about the problems that a broker reports itself.
+fn stats_notes(id: BrokerId, stats: &BrokerStats) -> impl Iterator<Item = String> {
+    let regressed = stats.metadata_regressed.as_ref();
+    let regressed =
+        regressed.map(|reason| format!("broker {id} rejects admin operations (METADATA_REGRESSED): {reason}"));
+    let failed = stats.failed.as_ref().map(|reason| format!("broker {id} accepts no writes: {reason}"));
+    let store = stats.object_store.as_ref();
+    let store = store.map(|reason| format!("no object store request of broker {id} has succeeded {reason}"));
+    let maintenance = stats.maintenance.as_ref();
+    let maintenance = maintenance.map(|reason| format!("maintenance fails on broker {id}: {reason}"));
+    let future = stats.future_timestamps.as_ref();
+    let future = future.map(|segments| format!("broker {id} has records with future timestamps: {segments}"));
+    [regressed, failed, store, maintenance, future].into_iter().flatten()
 }
 
 /// Returns the key of an unusable value of a topic or partition. The replicas in such a value are not counted.
@@ -336,8 +331,7 @@ pub(super) mod tests {
 
     use super::*;
     use crate::{
-        client::{BrokerStats, UnreadableKey},
-        model::BrokerId,
+        client::UnreadableKey,
         proto::error::{ApiError, ErrorCode},
     };
 

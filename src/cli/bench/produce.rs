@@ -101,14 +101,7 @@ pub(super) async fn run(common: &CommonArgs, command: BenchProduceArgs) -> anyho
             command.topic
         );
     }
-    let disk = match command.with_disk {
-        true => {
-            let (folder, piece) = (command.disk_dir.clone(), command.batch_bytes());
-            let measured = task::run_blocking(move || disk::measure(&folder, piece)).await;
-            Some(measured.with_context(|| format!("cannot measure the disk at {}", command.disk_dir.display()))?)
-        }
-        false => None,
-    };
+    let disk = if command.with_disk { Some(command.measure_disk().await?) } else { None };
     let tasks = Tasks::new();
     let mut monitor = RetryMonitor::new(&client);
     let mut running = Vec::new();
@@ -164,6 +157,13 @@ impl BenchProduceArgs {
     /// Returns the duration of a run without a record count.
     fn period(&self) -> Duration {
         Duration::from_secs(self.seconds.unwrap_or(10))
+    }
+
+    /// Measures the disk alone, with synced writes of the batch size.
+    async fn measure_disk(&self) -> anyhow::Result<Value> {
+        let (folder, piece) = (self.disk_dir.clone(), self.batch_bytes());
+        let measured = task::run_blocking(move || disk::measure(&folder, piece)).await;
+        measured.with_context(|| format!("cannot measure the disk at {}", self.disk_dir.display()))
     }
 
     fn batch_bytes(&self) -> usize {
