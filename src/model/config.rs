@@ -88,7 +88,7 @@ macro_rules! names {
             /// The names of all values.
             pub const NAMES: &'static [&'static str] = &[$($name),*];
 
-            /// The value's name.
+            /// Returns the name of the value.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $name),* }
             }
@@ -117,7 +117,7 @@ names!(Acks { None = "0", Leader = "1", All = "all", Tiered = "tiered" });
 /// A key of the topic configuration.
 #[derive(Clone, Copy, Debug)]
 pub struct ConfigKey {
-    /// The key itself.
+    /// Name of the key.
     pub name: &'static str,
     /// The built-in default.
     pub default: &'static str,
@@ -255,7 +255,7 @@ pub enum InvalidConfig {
     LocalAboveWhole {
         /// The key of the local limit.
         local: &'static str,
-        /// Its value.
+        /// Value of that key.
         local_value: String,
         /// The key of the limit for the whole log.
         whole: &'static str,
@@ -289,8 +289,8 @@ pub struct TopicConfig {
     pub max_message_bytes: usize,
     /// `min.insync.replicas`
     pub min_insync_replicas: usize,
-    /// `producer.id.expiration.ms`; `None` where producers are forgotten by number alone, because any record may move
-    /// the partition's time: `message.timestamp.after.max.ms` sets no limit.
+    /// `producer.id.expiration.ms`; `None` if `message.timestamp.after.max.ms` sets no limit. Any record may then move the
+    /// partition's time, so only the number of producers limits how many are kept.
     pub producer_expiration: Option<Duration>,
     /// `message.timestamp.before.max.ms`
     pub timestamp_before: Option<Duration>,
@@ -468,13 +468,13 @@ mod tests {
     }
 
     #[test]
-    fn every_listed_default_is_valid_and_the_list_is_sorted() {
+    fn every_default_is_valid_and_keys_are_sorted() {
         TopicConfig::default();
         assert!(TOPIC_CONFIG_KEYS.is_sorted_by_key(|key| key.name));
     }
 
     #[test]
-    fn a_wrong_value_names_the_key_the_value_and_what_is_allowed() {
+    fn invalid_value_error_names_key_value_and_allowed_values() {
         for key in TOPIC_CONFIG_KEYS {
             let error = resolve(&[(key.name, "nonsense")]).expect_err(key.name).to_string();
             assert!(error.contains(key.name) && error.contains("nonsense") && error.contains(key.allowed), "{error}");
@@ -482,13 +482,13 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_is_refused_with_the_known_ones() {
+    fn unknown_key_error_lists_known_keys() {
         let error = resolve(&[("retention.mss", "1")]).expect_err("unknown").to_string();
         assert!(error.contains("retention.mss") && error.contains("retention.ms,"), "{error}");
     }
 
     #[test]
-    fn a_topics_value_wins_over_the_brokers_default() {
+    fn topic_value_overrides_broker_default() {
         let defaults = map(&[("segment.bytes", "1000000")]);
         let broker = TopicConfig::resolve(&defaults, &ConfigMap::new()).expect("valid");
         assert_eq!(broker.segment_bytes, 1_000_000);
@@ -497,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn for_ever_is_written_as_kafkas_users_write_it_and_the_bound_is_named() {
+    fn no_limit_takes_spellings_of_kafka_users() {
         for text in ["-1", "9223372036854775807"] {
             let config = resolve(&[("retention.ms", text), ("retention.bytes", text)]).expect(text);
             assert_eq!((config.retention, config.retention_bytes), (None, None));
@@ -512,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn topic_that_takes_any_timestamp_forgets_producers_by_number_alone() {
+    fn producers_do_not_expire_without_timestamp_limit() {
         let expiration = |pairs: &[(&str, &str)]| resolve(pairs).expect("valid").producer_expiration;
         assert_eq!(expiration(&[]), Some(Duration::from_secs(86_400)));
         let bound = [("message.timestamp.after.max.ms", "0"), ("producer.id.expiration.ms", "5")];
@@ -524,14 +524,14 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_kept_as_they_are_usually_written() {
+    fn numbers_are_normalized() {
         let given = map(&[("retention.ms", "+5"), ("segment.bytes", "0020000"), ("durability", "persisted")]);
         let kept = TopicConfig::normalize(given);
         assert_eq!(kept, map(&[("retention.ms", "5"), ("segment.bytes", "20000"), ("durability", "persisted")]));
     }
 
     #[test]
-    fn more_replicas_in_sync_than_there_are_is_refused_with_both_numbers() {
+    fn min_insync_replicas_above_factor_is_rejected() {
         let config = resolve(&[("min.insync.replicas", "3")]).expect("valid in itself");
         assert_eq!(config.check_replicas(3), Ok(()));
         let error = config.check_replicas(2).expect_err("one too few").to_string();
