@@ -5,25 +5,17 @@ use std::{fmt, io, path::PathBuf};
 /// Source of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ValueSource {
-    /// Built-in default.
     Default,
-    /// Configuration file.
     File {
-        /// Path of the file.
         path: PathBuf,
-        /// Line, counted from 1.
         line: usize,
-        /// Column in characters, counted from 1.
+        /// Counted in characters from 1.
         column: usize,
     },
-    /// Environment variable.
     Environment {
-        /// Name of the variable.
         name: String,
     },
-    /// Command line.
     Flag {
-        /// Key of the setting.
         key: String,
     },
 }
@@ -44,77 +36,39 @@ impl fmt::Display for ValueSource {
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("configuration file {} cannot be read: {source}", path.display())]
-    Unreadable {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error of the operating system.
-        source: io::Error,
-    },
-    /// The file is not valid TOML.
-    #[error("{place}: {reason}")]
-    Syntax {
-        /// Place of the error.
-        place: ValueSource,
-        /// Message of the parser.
-        reason: String,
-    },
-    /// The setting does not exist.
+    Unreadable { path: PathBuf, source: io::Error },
     #[error("{place}: there is no setting {key:?}{}", suggestion(near.as_deref()))]
     Unknown {
-        /// Place of the error.
         place: ValueSource,
-        /// Given key.
         key: String,
         /// Most similar existing key; `None` if no key is similar.
         near: Option<String>,
     },
-    /// The setting does not accept the value.
     #[error("{place}: {key} = {value:?} is not valid: use {allowed}")]
     Value {
-        /// Place of the error.
         place: ValueSource,
-        /// Key of the setting.
         key: String,
         /// Given value, without passwords.
         value: String,
-        /// Description of the allowed values.
         allowed: String,
     },
-    /// The value conflicts with other values, or fails a check beyond its own syntax.
+    /// The file is not valid TOML, or a value conflicts with other values.
     #[error("{place}: {reason}")]
     Wrong {
-        /// Place of the error.
         place: ValueSource,
         /// Description of the error and its remedy.
         reason: String,
     },
     /// A file that a setting names cannot be used.
     #[error("{key}: the file {} cannot be used: {reason}", path.display())]
-    Unusable {
-        /// Key of the setting.
-        key: &'static str,
-        /// Path of the file.
-        path: PathBuf,
-        /// Reason why the file cannot be used.
-        reason: String,
-    },
+    Unusable { key: &'static str, path: PathBuf, reason: String },
     /// The data directory, or a parent of it, is a file.
     #[error("data directory {} cannot be used: {} is a file: set broker.data_dir (--data-dir) to a directory, which \
         is created if it does not exist", path.display(), file.display())]
-    DataDirIsFile {
-        /// Path of the data directory.
-        path: PathBuf,
-        /// Path of that file.
-        file: PathBuf,
-    },
+    DataDirIsFile { path: PathBuf, file: PathBuf },
     /// The data directory cannot be used.
     #[error("data directory {} cannot be used: {source}: set broker.data_dir to a writable directory", path.display())]
-    DataDir {
-        /// Path of the data directory.
-        path: PathBuf,
-        /// Error of the operating system.
-        source: io::Error,
-    },
+    DataDir { path: PathBuf, source: io::Error },
 }
 
 fn suggestion(near: Option<&str>) -> String {
@@ -122,22 +76,13 @@ fn suggestion(near: Option<&str>) -> String {
 }
 
 /// All errors of a configuration, so that they can be corrected together.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{}", lines(.0))]
 pub struct ConfigErrors(pub Vec<ConfigError>);
 
-impl fmt::Display for ConfigErrors {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (n, error) in self.0.iter().enumerate() {
-            if n > 0 {
-                f.write_str("\n")?;
-            }
-            error.fmt(f)?;
-        }
-        Ok(())
-    }
+fn lines(errors: &[ConfigError]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }
-
-impl std::error::Error for ConfigErrors {}
 
 impl From<ConfigError> for ConfigErrors {
     fn from(error: ConfigError) -> Self {

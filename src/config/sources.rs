@@ -238,7 +238,7 @@ impl ResolvedValues {
             Ok(table) => table.into_inner(),
             Err(error) => {
                 let place = place(error.span().map_or(0, |span| span.start));
-                return self.errors.push(ConfigError::Syntax { place, reason: error.message().to_owned() });
+                return self.errors.push(ConfigError::Wrong { place, reason: error.message().to_owned() });
             }
         };
         for (name, value) in &table {
