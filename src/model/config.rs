@@ -4,115 +4,12 @@
 //! `[topic_defaults]`, and these over the built-in defaults. [`TOPIC_CONFIG_KEYS`] is the only list of keys: help
 //! texts, `docs/configuration.md` and validation are generated from it.
 
-use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
+
+use super::named_values::{Compression, Durability, TimestampType};
 
 /// Topic configuration as strings, by key.
 pub type ConfigMap = BTreeMap<String, String>;
-
-/// When a replica may acknowledge a record.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Durability {
-    /// After the record is synced to stable storage.
-    #[default]
-    Persisted,
-    /// After the record is written to the page cache (as in Kafka).
-    Replicated,
-}
-
-/// Source of a record's timestamp.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum TimestampType {
-    /// The producer.
-    #[default]
-    CreateTime,
-    /// The leader, at the append.
-    LogAppendTime,
-}
-
-/// Codec of a batch's records. The discriminant is stored in the low three bits of the batch's attributes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Compression {
-    /// No compression.
-    #[default]
-    None = 0,
-    /// RFC 1952.
-    Gzip = 1,
-    /// Snappy in the framing of snappy-java.
-    Snappy = 2,
-    /// LZ4 frame format.
-    Lz4 = 3,
-    /// RFC 8878.
-    Zstd = 4,
-}
-
-impl Compression {
-    /// Returns the codec with this discriminant.
-    pub const fn from_bits(bits: u8) -> Option<Self> {
-        match bits {
-            0 => Some(Self::None),
-            1 => Some(Self::Gzip),
-            2 => Some(Self::Snappy),
-            3 => Some(Self::Lz4),
-            4 => Some(Self::Zstd),
-            _ => None,
-        }
-    }
-}
-
-/// When an append is acknowledged.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Acks {
-    /// Never: the producer gets no response.
-    None,
-    /// When it is durable on the leader, by the topic's [`Durability`].
-    Leader,
-    /// When it is durable on every in-sync replica, and these are at least `min.insync.replicas`.
-    #[default]
-    All,
-    /// As `All`, and when it is in the object store.
-    Tiered,
-}
-
-/// Error for a string that names no value of an enum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("write one of {}", .names.join(", "))]
-pub struct UnknownName {
-    /// The names of all values.
-    pub names: &'static [&'static str],
-}
-
-macro_rules! names {
-    ($kind:ty { $($variant:ident = $name:literal),* $(,)? }) => {
-        impl $kind {
-            /// The names of all values.
-            pub const NAMES: &'static [&'static str] = &[$($name),*];
-
-            /// Returns the name of the value.
-            pub const fn as_str(self) -> &'static str {
-                match self { $(Self::$variant => $name),* }
-            }
-        }
-
-        impl FromStr for $kind {
-            type Err = UnknownName;
-
-            fn from_str(name: &str) -> Result<Self, UnknownName> {
-                match name { $($name => Ok(Self::$variant),)* _ => Err(UnknownName { names: Self::NAMES }) }
-            }
-        }
-
-        impl fmt::Display for $kind {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.pad(self.as_str())
-            }
-        }
-    };
-}
-names!(Durability { Persisted = "persisted", Replicated = "replicated" });
-names!(TimestampType { CreateTime = "CreateTime", LogAppendTime = "LogAppendTime" });
-names!(Compression { None = "none", Gzip = "gzip", Snappy = "snappy", Lz4 = "lz4", Zstd = "zstd" });
-names!(Acks { None = "0", Leader = "1", All = "all", Tiered = "tiered" });
 
 /// A key of the topic configuration.
 #[derive(Clone, Copy, Debug)]
@@ -259,7 +156,7 @@ pub enum InvalidConfig {
         local_value: String,
         /// The key of the limit for the whole log.
         whole: &'static str,
-        /// Its value.
+        /// Value of that key.
         whole_value: String,
     },
 }

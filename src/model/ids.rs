@@ -178,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_that_would_leave_its_folder_or_its_line_is_refused() {
+    fn topic_name_rejects_path_and_line_characters() {
         for bad in ["", ".", "..", "a/b", "a b", "a\n", "é", &"x".repeat(250)] {
             assert!(TopicName::new(bad).is_err(), "{bad:?}");
         }

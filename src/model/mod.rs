@@ -5,14 +5,13 @@
 mod ack_durability;
 mod config;
 mod ids;
+mod named_values;
 #[cfg(feature = "server")]
 pub mod near;
 mod offset;
 
 pub use ack_durability::AckDurability;
-pub use config::{
-    Acks, Compression, ConfigKey, ConfigMap, Durability, InvalidConfig, TOPIC_CONFIG_KEYS, TimestampType, TopicConfig,
-    UnknownName,
-};
+pub use config::{ConfigKey, ConfigMap, InvalidConfig, TOPIC_CONFIG_KEYS, TopicConfig};
 pub use ids::{BrokerId, InvalidTopicName, PartitionId, TopicId, TopicName, format_ids};
+pub use named_values::{Acks, Compression, Durability, TimestampType, UnknownName};
 pub use offset::{LeaderEpoch, Offset, Watermarks};
