@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    time::{Instant, Sleep},
+    time::Sleep,
 };
 use tonic::transport::server::TcpIncoming;
 
@@ -31,7 +31,7 @@ use super::{
 use crate::{
     broker::{Budgets, ConnectionMemory, ProducerIdQuota},
     task::{Tasks, clock},
-    telemetry::{Counter, GaugeU64, Metrics},
+    telemetry::{Counter, GaugeU64, LogThrottle, Metrics},
 };
 
 /// Minimum bytes that a client sends first: the preface of HTTP/2, after which pings detect dead clients, or the
@@ -41,7 +41,7 @@ const REQUEST_BYTES: usize = 16;
 
 /// Maximum time until these bytes have arrived, and maximum idle time of an HTTP/1 connection after that: HTTP/1 has no
 /// pings.
-const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
+const FIRST_BYTES_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Bytes of `limits.memory_bytes` per open call or stream. A waiting call takes 7 KiB, and as much again for the
@@ -50,9 +50,6 @@ const BYTES_PER_CALL: u64 = 32 << 10;
 
 /// Pause of accepting after the system had no resources for another connection.
 const ACCEPT_DELAY: Duration = Duration::from_millis(100);
-
-/// Interval at which a lasting condition is logged.
-const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Kind of listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,16 +71,21 @@ struct LimiterState {
     address_raised_by: &'static str,
     max_calls: usize,
     places: Mutex<Places<Arc<CloseSignal>>>,
-    /// Log throttle for `Bound::Places`; `crowded` is that for `Bound::Address`.
-    full: Mutex<Reminder>,
-    crowded: Mutex<Reminder>,
-    evictions: Mutex<Reminder>,
-    unread: Mutex<Reminder>,
-    calls: Mutex<Reminder>,
+    throttles: Throttles,
     open: Option<GaugeU64>,
     refused: Counter,
     evicted: Counter,
     unread_closed: Counter,
+}
+
+/// Log throttles of the conditions that a listener reports.
+#[derive(Default)]
+struct Throttles {
+    full: Mutex<LogThrottle>,
+    full_for_address: Mutex<LogThrottle>,
+    evictions: Mutex<LogThrottle>,
+    unread: Mutex<LogThrottle>,
+    calls: Mutex<LogThrottle>,
 }
 
 impl ConnectionLimiter {
@@ -110,11 +112,7 @@ impl ConnectionLimiter {
             address_raised_by,
             max_calls,
             places: Mutex::new(Places::new(capacity.places, per_address, max_calls)),
-            full: Mutex::default(),
-            crowded: Mutex::default(),
-            evictions: Mutex::default(),
-            unread: Mutex::default(),
-            calls: Mutex::default(),
+            throttles: Throttles::default(),
             open,
             refused: metrics.connections_refused.clone(),
             evicted: metrics.connections_evicted.clone(),
@@ -145,14 +143,14 @@ impl ConnectionLimiter {
             ListenerKind::Grpc | ListenerKind::Peer => (PREFACE_BYTES, None),
             ListenerKind::Http => (REQUEST_BYTES, Some(IDLE_TIMEOUT)),
         };
-        let patience = Patience { left, until: Box::pin(tokio::time::sleep(GREETING_TIMEOUT)), idle };
+        let read_deadline = ReadDeadline { left, until: Box::pin(tokio::time::sleep(FIRST_BYTES_TIMEOUT)), idle };
         let (producer_ids, memory) = (ProducerIdQuota::default(), Arc::default());
         let caller =
             Caller { limiter: self.clone(), signal: Arc::clone(&signal), id: admitted.id, peer, producer_ids, memory };
         CountedConnection {
             stream,
             signal,
-            patience: Some(patience),
+            read_deadline: Some(read_deadline),
             is_full: false,
             has_written: false,
             reader: None,
@@ -162,11 +160,11 @@ impl ConnectionLimiter {
 
     fn report_refusal(&self, bound: Bound, peer: IpAddr) {
         self.0.refused.inc();
-        let reminder = match bound {
-            Bound::Places => &self.0.full,
-            Bound::Address => &self.0.crowded,
+        let throttle = match bound {
+            Bound::Places => &self.0.throttles.full,
+            Bound::Address => &self.0.throttles.full_for_address,
         };
-        let Some(count) = remind(reminder) else { return };
+        let Some(count) = occur(throttle) else { return };
         let (listener, places, raised_by) = (self.0.port, self.0.capacity.places, self.0.capacity.raised_by);
         let (per_address, address_raised_by) = (self.0.per_address, self.0.address_raised_by);
         match bound {
@@ -192,7 +190,7 @@ impl ConnectionLimiter {
 
     fn report_eviction(&self) {
         self.0.evicted.inc();
-        let Some(count) = remind(&self.0.evictions) else { return };
+        let Some(count) = occur(&self.0.throttles.evictions) else { return };
         tracing::warn!(
             listener = ?self.0.port,
             places = self.0.capacity.places,
@@ -210,7 +208,7 @@ impl ConnectionLimiter {
             return;
         }
         self.0.unread_closed.inc();
-        let Some(count) = remind(&self.0.unread) else { return };
+        let Some(count) = occur(&self.0.throttles.unread) else { return };
         tracing::warn!(
             listener = ?self.0.port,
             closed = count,
@@ -222,7 +220,7 @@ impl ConnectionLimiter {
     /// Returns the error for a call above the limit, on a connection that already has its share of the open calls.
     fn refuse_call(&self, peer: IpAddr) -> RefusedConnection {
         let max = self.0.max_calls;
-        if let Some(count) = remind(&self.0.calls) {
+        if let Some(count) = occur(&self.0.throttles.calls) {
             tracing::warn!(
                 listener = ?self.0.port,
                 calls = max,
@@ -259,27 +257,9 @@ impl ConnectionLimiter {
 #[derive(Debug)]
 pub(super) struct RefusedConnection(pub(super) String);
 
-/// Log throttle: counts a condition, which is logged at its start and at intervals.
-#[derive(Debug, Default)]
-struct Reminder {
-    last: Option<Instant>,
-    count: u64,
-}
-
-impl Reminder {
-    /// Counts one occurrence. If a log line is due, returns the number of occurrences since the last line.
-    fn count(&mut self, now: Instant) -> Option<u64> {
-        self.count += 1;
-        let due = self.last.is_none_or(|last| now.duration_since(last) >= REMINDER_INTERVAL);
-        due.then(|| {
-            self.last = Some(now);
-            std::mem::take(&mut self.count)
-        })
-    }
-}
-
-fn remind(reminder: &Mutex<Reminder>) -> Option<u64> {
-    reminder.lock().count(clock::monotonic())
+/// Counts an occurrence now. Returns the number of occurrences to log, if a log line is due.
+fn occur(throttle: &Mutex<LogThrottle>) -> Option<u64> {
+    throttle.lock().occur(clock::monotonic())
 }
 
 /// Signal that ends a connection.
@@ -380,8 +360,8 @@ impl Drop for OpenCall {
 pub(super) struct CountedConnection {
     stream: TcpStream,
     signal: Arc<CloseSignal>,
-    /// Deadline for the next bytes from the client; `None` if there is no deadline any longer.
-    patience: Option<Patience>,
+    /// Deadline for the next bytes from the client; `None` once the client may stay idle.
+    read_deadline: Option<ReadDeadline>,
     /// True while the client does not take sent data and the socket has no space. Then each write that finds space
     /// again permits one read. With more reads, HTTP/2 would respond on and on and buffer the heads of the responses,
     /// which flow control does not limit.
@@ -393,7 +373,7 @@ pub(super) struct CountedConnection {
     caller: Caller,
 }
 
-struct Patience {
+struct ReadDeadline {
     /// Remaining bytes of the first request that must arrive by `until`.
     left: usize,
     until: Pin<Box<Sleep>>,
@@ -481,16 +461,16 @@ impl AsyncRead for CountedConnection {
         } else {
             Pin::new(&mut self.stream).poll_read(cx, buffer)
         };
-        let Some(patience) = &mut self.patience else { return read };
+        let Some(deadline) = &mut self.read_deadline else { return read };
         if read.is_pending() {
-            ready!(patience.until.as_mut().poll(cx));
+            ready!(deadline.until.as_mut().poll(cx));
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
-        patience.left = patience.left.saturating_sub(buffer.filled().len() - before);
-        match patience.idle {
-            _ if patience.left > 0 => {}
-            Some(idle) => patience.until.as_mut().reset(clock::monotonic() + idle),
-            None => self.patience = None,
+        deadline.left = deadline.left.saturating_sub(buffer.filled().len() - before);
+        match deadline.idle {
+            _ if deadline.left > 0 => {}
+            Some(idle) => deadline.until.as_mut().reset(clock::monotonic() + idle),
+            None => self.read_deadline = None,
         }
         read
     }
@@ -579,16 +559,5 @@ mod tests {
                 assert_eq!(came.0.expect("no panic").expect("no error"), b'2');
             }
         }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn lasting_condition_is_logged_at_start_and_intervals() {
-        let mut reminder = Reminder::default();
-        assert_eq!(reminder.count(clock::monotonic()), Some(1));
-        for _ in 0..9 {
-            assert_eq!(reminder.count(clock::monotonic()), None);
-        }
-        tokio::time::advance(REMINDER_INTERVAL).await;
-        assert_eq!(reminder.count(clock::monotonic()), Some(10));
     }
 }
