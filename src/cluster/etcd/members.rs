@@ -14,7 +14,7 @@ use std::{
 
 use etcd_client::{Client, Error, KvClient, LeaseClient, ResponseHeader, WatchClient};
 use parking_lot::Mutex;
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::OnceCell;
 
 use super::{
     MemberStatus, convert,
@@ -46,9 +46,7 @@ pub(super) struct Members {
 struct HeaderState {
     /// Id of the etcd cluster, from the first response.
     cluster: Arc<OnceLock<u64>>,
-    /// Newest revision in any response.
-    newest: Arc<watch::Sender<Revision>>,
-    /// Set when a member of another cluster responds to a call.
+    /// Evidence that a member of another cluster responded to a call.
     foreign: Arc<OnceLock<Regression>>,
 }
 
@@ -72,8 +70,6 @@ struct MemberConnection {
     login: OnceCell<()>,
     /// Number of responses so far; distinguishes a slow member from an unreachable one.
     response_count: AtomicU64,
-    /// True if a call timed out without any response meanwhile; later calls use a new connection.
-    timed_out: watch::Sender<bool>,
     header_state: HeaderState,
 }
 
@@ -177,7 +173,6 @@ impl Member {
             }
             Err(_) => {
                 if channel.0.response_count.load(Relaxed) == response_count {
-                    channel.0.timed_out.send_replace(true);
                     self.replace(&channel).await;
                 }
                 Err((EtcdAttemptError::unknown(format!("no response within {} ms", time.as_millis())), channel))
@@ -221,14 +216,6 @@ impl Member {
         result.await.map_err(|error| error.reason)
     }
 
-    /// Acts as after a call that timed out.
-    #[cfg(test)]
-    pub(super) async fn mark_timed_out(&self) {
-        let channel = self.channel();
-        channel.0.timed_out.send_replace(true);
-        self.replace(&channel).await;
-    }
-
     fn channel(&self) -> MemberChannel {
         self.channel.lock().clone()
     }
@@ -243,15 +230,8 @@ impl MemberChannel {
         header_state: &HeaderState,
     ) -> Result<Self, Error> {
         let client = Client::connect([endpoint], Some(options.connect(endpoint))).await?;
-        let (login, response_count, timed_out) = (OnceCell::new(), AtomicU64::new(0), watch::Sender::new(false));
-        Ok(Self(Arc::new(MemberConnection {
-            index,
-            client,
-            login,
-            response_count,
-            timed_out,
-            header_state: header_state.clone(),
-        })))
+        let (login, response_count, header_state) = (OnceCell::new(), AtomicU64::new(0), header_state.clone());
+        Ok(Self(Arc::new(MemberConnection { index, client, login, response_count, header_state })))
     }
 
     pub(super) fn kv(&self) -> KvClient {
@@ -279,35 +259,12 @@ impl MemberChannel {
     /// Like [`Self::revision`], but a response of another cluster is returned and not recorded.
     fn check(&self, header: Option<&ResponseHeader>) -> Result<Result<Revision, Regression>, Error> {
         let header = header.ok_or_else(|| convert::invalid_response("a response without a header"))?;
-        let HeaderState { cluster, newest, .. } = &self.0.header_state;
-        let (known, answered) = (*cluster.get_or_init(|| header.cluster_id()), header.cluster_id());
+        let answered = header.cluster_id();
+        let known = *self.0.header_state.cluster.get_or_init(|| answered);
         if known != answered {
             return Ok(Err(Regression::Cluster { known, answered }));
         }
-        let revision = convert::revision(header.revision());
-        newest.send_if_modified(|newest| {
-            let is_newer = revision > *newest;
-            *newest = revision.max(*newest);
-            is_newer
-        });
-        Ok(Ok(revision))
-    }
-
-    /// Returns the newest revision in any response.
-    pub(super) fn newest(&self) -> Revision {
-        *self.0.header_state.newest.borrow()
-    }
-
-    /// Resolves when a call on this connection has timed out.
-    pub(super) async fn wait_until_timed_out(&self) {
-        // `self` owns the sender.
-        drop(self.0.timed_out.subscribe().wait_for(|timed_out| *timed_out).await);
-    }
-
-    /// Resolves `lag` after a response contained a revision newer than `known`.
-    pub(super) async fn wait_until_outrun(&self, known: Revision, lag: Duration) {
-        drop(self.0.header_state.newest.subscribe().wait_for(|newest| *newest > known).await);
-        tokio::time::sleep(lag).await;
+        Ok(Ok(convert::revision(header.revision())))
     }
 
     /// Logs in once per connection; concurrent callers wait for the same login.

@@ -26,10 +26,7 @@
 //!
 //! A member whose host disappears does not close its connections. A call that times out on a connection without any
 //! response meanwhile replaces the connection. A watch requests progress after two seconds without a message, and moves
-//! to another member after two more. It requests progress at once, and waits only one second, if its connection may
-//! have stalled. Signs of that are a call on the connection that timed out, and a newer revision in another response a
-//! quarter of a second ago. Writes of other users of the same etcd advance the revision too, so a watch may request
-//! progress four times a second.
+//! to another member after two more.
 //!
 //! HTTP/2 pings are not used: etcd permits one per five seconds, and none without active streams, and closes
 //! connections of clients that send more. Observed with one ping every two seconds: each connection ended after eight,

@@ -28,16 +28,8 @@ use crate::{
 /// Time without a message after which progress is requested.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Age of a newer revision in another response after which progress is requested at once, and the timeout of that
-/// request. A connection over a briefly interrupted network stalls for seconds afterwards, until the system
-/// retransmits.
-const MAX_LAG: Duration = Duration::from_millis(250);
-const EARLY_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Number of unanswered progress requests in a row that are tolerated. Doubled after each timeout up to
-/// [`MAX_UNANSWERED`]: a member that must catch up responds late and needs that time.
-const MIN_UNANSWERED: u32 = 1;
-const MAX_UNANSWERED: u32 = 32;
+/// Number of such intervals in a row after which the watch moves to another member.
+const MAX_MISSED_INTERVALS: u32 = 2;
 
 /// Time without a working member after which the watch ends with an error.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(30);
@@ -57,19 +49,12 @@ pub(super) struct ResumableWatch {
     /// Start revision of the stream: the value of `next` at that time, or one below.
     start: Revision,
     stream: MemberWatch,
-    max_unanswered: u32,
     backoff: Backoff,
 }
 
 /// The watch at one member.
 struct MemberWatch {
     channel: MemberChannel,
-    /// Newest known revision at the last progress request that got a response.
-    confirmed: Revision,
-    /// True if the stream has received a response since its start.
-    has_responded: bool,
-    /// True if progress was requested because a call on the connection timed out: one request is enough.
-    timeout_checked: bool,
     requests: WatchRequestSender,
     responses: WatchResponseStream,
 }
@@ -108,14 +93,13 @@ impl ResumableWatch {
             next,
             start,
             stream,
-            max_unanswered: MIN_UNANSWERED,
             backoff: Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY),
         })
     }
 
     async fn changes(&mut self) -> Result<WatchBatch, MetaStoreError> {
         loop {
-            let end = match self.stream.next(self.max_unanswered, Revision(self.next.0 - 1)).await {
+            let end = match self.stream.next().await {
                 Ok(response) => match self.convert_response(&response)? {
                     Ok(changes) => return Ok(changes),
                     Err(end) => end,
@@ -145,7 +129,6 @@ impl ResumableWatch {
             }
             return Ok(Err(WatchEnd::Cancelled(error.to_string())));
         }
-        self.max_unanswered = MIN_UNANSWERED;
         self.backoff.reset();
         let kvs = response.events().iter().filter_map(etcd_client::Event::kv);
         // Skip changes that were returned before: the stream started below `next`.
@@ -177,7 +160,6 @@ impl ResumableWatch {
                     endpoint = member.endpoint(),
                     "an etcd member does not respond: the metadata watch moves to another member"
                 );
-                self.max_unanswered = (self.max_unanswered * 2).min(MAX_UNANSWERED);
                 member.replace(&self.stream.channel).await;
                 self.members.use_next_member(member);
             }
@@ -219,61 +201,27 @@ async fn open(members: &Members, prefix: &str, begin: Revision) -> Result<Member
                 return Err(Error::WatchError(created.cancel_reason().to_owned()));
             }
             channel.revision(created.header())?;
-            Ok(MemberWatch {
-                channel,
-                confirmed: Revision::ZERO,
-                has_responded: false,
-                timeout_checked: false,
-                requests,
-                responses,
-            })
+            Ok(MemberWatch { channel, requests, responses })
         })
         .await
 }
 
 impl MemberWatch {
-    /// Returns the next response; everything up to `returned` was returned. Cancel safe: dropping the future loses no
-    /// response.
-    async fn next(&mut self, max_unanswered: u32, returned: Revision) -> Result<WatchResponse, WatchEnd> {
-        let (mut requested_at, mut is_early_request, mut unanswered) = (None, false, 0);
-        let mut until = clock::monotonic() + PROGRESS_INTERVAL;
-        loop {
-            // A new stream, or a member that was too slow before, gets the full time.
-            let may_check_early = self.has_responded && !is_early_request && max_unanswered == MIN_UNANSWERED;
-            let Self { channel, responses, confirmed, has_responded, timeout_checked, .. } = &mut *self;
-            let is_early = tokio::select! {
-                biased;
-                response = responses.message() => {
-                    let response = match response {
-                        Ok(Some(response)) => response,
-                        Ok(None) => return Err(WatchEnd::Cancelled("the stream ended".to_owned())),
-                        Err(error) => return Err(WatchEnd::Cancelled(EtcdAttemptError::of(&error).reason)),
-                    };
-                    // Changes may have been in transit before the request.
-                    if let Some(requested_at) = requested_at.filter(|_| response.events().is_empty()) {
-                        *confirmed = requested_at;
-                    }
-                    *has_responded = true;
-                    return Ok(response);
+    /// Returns the next response. Cancel safe: dropping the future loses no response.
+    async fn next(&mut self) -> Result<WatchResponse, WatchEnd> {
+        for missed in 1..=MAX_MISSED_INTERVALS {
+            match tokio::time::timeout(PROGRESS_INTERVAL, self.responses.message()).await {
+                Ok(Ok(Some(response))) => return Ok(response),
+                Ok(Ok(None)) => return Err(WatchEnd::Cancelled("the stream ended".to_owned())),
+                Ok(Err(error)) => return Err(WatchEnd::Cancelled(EtcdAttemptError::of(&error).reason)),
+                Err(_elapsed) if missed == MAX_MISSED_INTERVALS => {}
+                Err(_elapsed) => {
+                    // The channel holds a hundred requests, so this never waits.
+                    let requested = self.requests.request_progress().await;
+                    requested.map_err(|error| WatchEnd::Cancelled(error.to_string()))?;
                 }
-                () = channel.wait_until_timed_out(), if may_check_early && !*timeout_checked => {
-                    *timeout_checked = true;
-                    true
-                }
-                () = channel.wait_until_outrun(returned.max(*confirmed), MAX_LAG), if may_check_early => true,
-                () = tokio::time::sleep_until(until) => false,
-            };
-            if !is_early && (is_early_request || unanswered == max_unanswered) {
-                return Err(WatchEnd::TimedOut);
             }
-            let timeout = clock::monotonic() + if is_early { EARLY_TIMEOUT } else { PROGRESS_INTERVAL };
-            until = if is_early && unanswered > 0 { timeout.min(until) } else { timeout };
-            unanswered += 1;
-            is_early_request = is_early;
-            requested_at = Some(self.channel.newest());
-            // The channel holds a hundred requests, so this never waits.
-            let requested = self.requests.request_progress().await;
-            requested.map_err(|error| WatchEnd::Cancelled(error.to_string()))?;
         }
+        Err(WatchEnd::TimedOut)
     }
 }

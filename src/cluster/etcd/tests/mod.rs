@@ -186,47 +186,6 @@ async fn calls_and_watches_leave_frozen_member() {
     assert_eq!(values, ["2"]);
 }
 
-/// Regression: a connection stalls for seconds after an interruption of the network. An elected broker waited for its
-/// watch meanwhile, and the clients waited for that broker.
-#[tokio::test]
-async fn outrun_watch_moves_without_full_timeout() {
-    let etcd = Etcd::start(3).await;
-    let (store, _, mut watch) = watched(&etcd).await;
-    // Calls use another member, so no call timeout reveals the stall.
-    let watched = store.members.in_turn().next().expect("three members");
-    assert_eq!(watched.endpoint(), etcd.endpoint(0));
-    store.members.use_next_member(watched);
-    etcd.freeze(0);
-    put_in_the_end(&store, "n", "1").await;
-    let started = clock::monotonic();
-    assert_eq!(values_up_to(&mut watch, "1").await, ["1"]);
-    let took = started.elapsed();
-    // Without other signals: two seconds until progress is requested, and two more.
-    assert!(took < Duration::from_secs(3), "{took:?}");
-    etcd.thaw(0);
-}
-
-/// A trigger of an immediate progress request must not repeat it endlessly. Tokens are renewed with a new connection,
-/// and a call may be too slow on a healthy one.
-#[tokio::test]
-async fn healthy_watch_gets_few_progress_requests() {
-    let etcd = Etcd::start(1).await;
-    let (store, _, mut watch) = watched(&etcd).await;
-    let member = store.members.in_turn().next().expect("a member");
-    member.mark_timed_out().await;
-    put(&store, "other", "x").await.expect("etcd responds");
-    let mut signs = 0;
-    let _over = timeout(Duration::from_secs(3), async {
-        loop {
-            assert_eq!(next(&mut watch).await.expect("progress"), []);
-            signs += 1;
-        }
-    })
-    .await;
-    // One per trigger, and one per two seconds.
-    assert!((1..=4).contains(&signs), "{signs}");
-}
-
 #[tokio::test]
 async fn two_stopped_members_cause_only_unavailability() {
     let mut etcd = Etcd::start(3).await;
