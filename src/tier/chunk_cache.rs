@@ -31,12 +31,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use uuid::Uuid;
 
 use super::{
+    error::{TierReadError, TierStoreError},
     files::{self, CacheFolder},
     footer::Footer,
     manifest::{ManifestPage, ManifestRoot, SegmentEntry},
-    read::TierReadError,
     single_flight::SingleFlight,
-    store::{TierStore, TierStoreError},
+    store::TierStore,
 };
 use crate::{
     limits,

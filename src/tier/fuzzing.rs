@@ -3,7 +3,7 @@
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{store::TopicRecord, store_binding::ClusterMarker};
+use super::{cluster_marker::ClusterMarker, store::TopicRecord};
 
 /// Decodes and encodes `cluster.json`.
 pub fn owner(content: &[u8]) -> Option<Vec<u8>> {

@@ -15,10 +15,11 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use super::{
+    error::{BindingError, TierStoreError},
     manifest::{ManifestPage, ManifestRoot},
     name::{self, ManifestName, ObjectId, partition_folder},
     state::TierState,
-    store::{ObjectInfo, TierStore, TierStoreError},
+    store::{ObjectInfo, TierStore},
 };
 use crate::model::{PartitionId, TopicId};
 
@@ -60,7 +61,7 @@ pub async fn collect_garbage<F, Fut>(
     live: F,
     grace: Duration,
     now_ms: i64,
-) -> Result<GarbageReport, super::store_binding::BindingError>
+) -> Result<GarbageReport, BindingError>
 where
     F: Fn(PartitionId) -> Fut,
     Fut: Future<Output = PartitionLiveness>,

@@ -43,8 +43,10 @@
 //! objects are garbage.
 
 mod chunk_cache;
+mod cluster_marker;
 mod codec;
 pub mod doctor;
+mod error;
 mod files;
 mod folder;
 pub mod footer;
@@ -73,6 +75,7 @@ mod uploads;
 
 pub use chunk_cache::{ChunkCache, ChunkCacheOptions};
 pub use codec::InvalidObject;
+pub use error::{BindingError, TierReadError, TierStoreError};
 pub use footer::Footer;
 pub use garbage::{GarbageReport, PartitionLiveness, collect_garbage};
 pub use manifest::SegmentEntry;
@@ -80,11 +83,11 @@ pub use name::ManifestName;
 pub use open::{AccessKeys, ObjectStoreOptions, ObjectStoreOptionsError};
 pub use outage::Outage;
 pub use partition::{PartitionTier, StagedManifest, UploadBatch};
-pub use read::{TierRead, TierReadError};
+pub use read::TierRead;
 pub use rebuild::{Survey, SurveyVerdict};
 pub use segment::{SegmentSource, SegmentSourceError};
 pub use state::TierState;
-pub use store::{ObjectInfo, TierStore, TierStoreError, TopicRecord};
-pub use store_binding::{BindingError, BindingStore, StoreBinding};
+pub use store::{ObjectInfo, TierStore, TopicRecord};
+pub use store_binding::{BindingStore, StoreBinding};
 pub use upload::UploadError;
 pub use uploads::{UploadsError, UploadsReport, abort_abandoned_uploads};

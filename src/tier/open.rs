@@ -105,7 +105,7 @@ pub(super) fn open(options: &ObjectStoreOptions) -> Result<(Arc<dyn ObjectStore>
     let url = options.url.as_str();
     let unknown = || ObjectStoreOptionsError::Url { url: url.to_owned() };
     let refuse = |reason: String| ObjectStoreOptionsError::Client { url: url.to_owned(), reason };
-    let client = |error: object_store::Error| refuse(super::store::reason(&error));
+    let client = |error: object_store::Error| refuse(super::error::reason(&error));
     let (scheme, rest) = url.split_once("://").ok_or_else(unknown)?;
     if scheme == "memory" {
         return Ok((Arc::new(InMemory::new()), Path::from(rest)));
@@ -194,7 +194,7 @@ fn directory(path: &str) -> Result<Folder, String> {
         return Err("a file URL needs an absolute path: file:///dir".to_owned());
     }
     super::files::create_folder(std::path::Path::new(path)).map_err(|error| format!("folder {path}: {error}"))?;
-    let store = LocalFileSystem::new_with_prefix(path).map_err(|error| super::store::reason(&error))?;
+    let store = LocalFileSystem::new_with_prefix(path).map_err(|error| super::error::reason(&error))?;
     Ok(Folder::new(store.with_fsync(true)))
 }
 
@@ -255,7 +255,7 @@ mod tests {
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (objects, prefix) = open(&at(&format!("http://{address}"), None)).unwrap();
         let error = objects.get(&prefix.join("object")).await.unwrap_err();
-        assert_eq!(super::super::store::reason(&error), format!("http://{address}: connection refused"));
+        assert_eq!(super::super::error::reason(&error), format!("http://{address}: connection refused"));
     }
 
     #[test]

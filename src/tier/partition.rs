@@ -12,14 +12,14 @@ use parking_lot::Mutex;
 use super::{
     chunk_cache::{CachedMetadata, ChunkCache},
     codec::InvalidObject,
+    error::{TierReadError, TierStoreError},
     footer::Footer,
     manifest::{ManifestLookup, ManifestPage, ManifestRoot, PageEntry, SegmentEntry},
     name::{ManifestName, partition_folder},
-    read::TierReadError,
     read_ahead::ReadAheadTracker,
     segment::{SegmentSource, SkippedPrefix},
     state::TierState,
-    store::{TierStore, TierStoreError},
+    store::TierStore,
     upload::{self, UploadError},
 };
 use crate::{

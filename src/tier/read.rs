@@ -11,75 +11,16 @@ use futures::{StreamExt, TryStreamExt, stream};
 
 use super::{
     chunk_cache::CHUNK_BYTES,
+    error::TierReadError,
     footer::Footer,
     manifest::{ManifestRoot, SegmentEntry},
     partition::{CORRUPTION_RETRIES, PartitionTier},
     read_ahead,
-    store::TierStoreError,
 };
 use crate::{limits, log::ReadLimits, model::Offset, record::Batch};
 
 /// Maximum number of chunks that one read fetches at the same time.
 const CHUNKS_AT_ONCE: usize = 8;
-
-/// Error of a read from the object store.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum TierReadError {
-    /// The object store does not contain the offset.
-    #[error("offset {offset} is not in the object store, which holds {start}..{end}")]
-    OutOfRange {
-        /// Requested offset.
-        offset: Offset,
-        /// Log start.
-        start: Offset,
-        /// Tiered end.
-        end: Offset,
-    },
-    /// An object that the manifest references does not exist.
-    #[error("object {object} is missing from the object store, although the manifest references it")]
-    Missing {
-        /// Name of the object, below the prefix.
-        object: String,
-    },
-    /// The content of an object is corrupt. The read returns none of it.
-    #[error("object {object} is corrupt: {reason}")]
-    Damaged {
-        /// Name of the object, below the prefix.
-        object: String,
-        /// Check that failed.
-        reason: String,
-    },
-    /// The batch is larger than the reader's memory budget.
-    #[error("the batch has {bytes} bytes, which exceeds the memory of the reader")]
-    BatchTooLarge {
-        /// Size of the batch.
-        bytes: usize,
-    },
-    /// The request to the store failed.
-    #[error(transparent)]
-    Store(TierStoreError),
-}
-
-impl TierReadError {
-    /// Returns the manifest or manifest page that is missing or corrupt. Returns `None` for every other error.
-    pub fn lost_manifest(&self) -> Option<&str> {
-        super::rebuild::lost_manifest(self)
-    }
-
-    /// Returns true if the same read may succeed later without intervention.
-    pub fn retryable(&self) -> bool {
-        matches!(self, Self::Store(error) if error.retryable())
-    }
-}
-
-impl From<TierStoreError> for TierReadError {
-    fn from(error: TierStoreError) -> Self {
-        match error {
-            TierStoreError::NotFound { object } => Self::Missing { object },
-            other => Self::Store(other),
-        }
-    }
-}
 
 /// Result of one read.
 #[derive(Clone, Debug)]

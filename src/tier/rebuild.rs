@@ -25,13 +25,13 @@ use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 
 use super::{
+    error::{TierReadError, TierStoreError},
     footer::{Footer, TRAILER_BYTES, Trailer, epoch_of},
     manifest::SegmentEntry,
     name::{ObjectId, partition_folder},
     partition::PartitionTier,
-    read::TierReadError,
     state::TierState,
-    store::{ObjectInfo, TierStoreError},
+    store::ObjectInfo,
     upload::UploadError,
 };
 use crate::model::{LeaderEpoch, Offset};
@@ -335,14 +335,6 @@ fn uncovered(start: Offset, end: Offset, candidates: &[SegmentCandidate]) -> Vec
     missing
 }
 
-/// Returns the object of a failed read if it is a missing or corrupt manifest or manifest page.
-pub(super) fn lost_manifest(error: &TierReadError) -> Option<&str> {
-    let (TierReadError::Missing { object } | TierReadError::Damaged { object, .. }) = error else { return None };
-    let file = object.rsplit('/').next().unwrap_or(object);
-    let is_manifest = file.parse::<super::name::ManifestName>().is_ok() || ObjectId::from_page(file).is_ok();
-    is_manifest.then_some(object)
-}
-
 #[cfg(test)]
 mod tests {
     use uuid::Uuid;
@@ -464,17 +456,5 @@ mod tests {
         }
         let survey = choose(state(0, 200, 2000), objects, Vec::new());
         assert_eq!(survey.verdict, SurveyVerdict::Ambiguous);
-    }
-
-    #[test]
-    fn only_manifests_and_pages_are_lost_manifests() {
-        let stamp = ObjectId { base: at(0), end: at(9), epoch: LeaderEpoch(1), attempt: Uuid::from_u128(7) };
-        let missing = |object: String| TierReadError::Missing { object };
-        let root = format!("topics/x/0/{}", state(0, 1, 1).manifest.expect("set"));
-        assert_eq!(lost_manifest(&missing(root.clone())), Some(&*root));
-        assert!(lost_manifest(&missing(format!("topics/x/0/{}", stamp.page()))).is_some());
-        assert!(lost_manifest(&missing(format!("topics/x/0/{}", stamp.segment()))).is_none());
-        let away = TierStoreError::Unavailable { object: root, reason: "away".to_owned() };
-        assert!(lost_manifest(&TierReadError::Store(away)).is_none());
     }
 }

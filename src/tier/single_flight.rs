@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use super::{read::TierReadError, store::TierStoreError};
+use super::error::{TierReadError, TierStoreError};
 use crate::task::Tasks;
 
 type Outcome<V> = Option<Result<V, TierReadError>>;

@@ -27,10 +27,11 @@ use tokio::{
 use uuid::Uuid;
 
 use super::{
+    error::{BindingError, TierStoreError},
     folder, name,
     open::{self, ObjectStoreOptions, ObjectStoreOptionsError},
     outage::{Outage, OutageTracker, PROBE_TIMEOUT, SUSPECT_AFTER},
-    store_binding::{BindingError, BindingStore},
+    store_binding::BindingStore,
 };
 use crate::{
     model::{ConfigMap, TopicId, TopicName},
@@ -68,98 +69,6 @@ pub(super) struct TierStoreInner {
     parts: Arc<Semaphore>,
     outages: OutageTracker,
     tasks: Tasks,
-}
-
-/// Error of a request to the object store.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum TierStoreError {
-    /// The object does not exist.
-    #[error("object {object} does not exist")]
-    NotFound {
-        /// Name of the object, below the prefix.
-        object: String,
-    },
-    /// The store rejects the credentials, or the credentials do not allow the request.
-    #[error("the object store denies access to {object} ({reason}): check the credentials and the bucket's policy")]
-    Denied {
-        /// Name of the object, below the prefix.
-        object: String,
-        /// Error of the store.
-        reason: String,
-    },
-    /// The store did not respond, or cannot serve the request now.
-    #[error("the object store cannot serve {object}: {reason}")]
-    Unavailable {
-        /// Name of the object, below the prefix.
-        object: String,
-        /// Last error.
-        reason: String,
-    },
-    /// The store does not support the operation.
-    #[error("the object store does not support the operation on {object}: {reason}")]
-    Unsupported {
-        /// Name of the object, below the prefix.
-        object: String,
-        /// Error of the store.
-        reason: String,
-    },
-    /// The client was stopped.
-    #[error("the object store's client is stopping")]
-    Stopped,
-}
-
-impl TierStoreError {
-    /// Returns true if the same request may succeed later without intervention.
-    pub fn retryable(&self) -> bool {
-        matches!(self, Self::Unavailable { .. })
-    }
-
-    pub(super) fn new(object: &str, error: &object_store::Error) -> Self {
-        use object_store::Error as E;
-        let (object, reason) = (object.to_owned(), reason(error));
-        match error {
-            E::NotFound { .. } => Self::NotFound { object },
-            E::PermissionDenied { .. } | E::Unauthenticated { .. } => Self::Denied { object, reason },
-            E::NotImplemented { .. }
-            | E::NotSupported { .. }
-            | E::InvalidPath { .. }
-            | E::UnknownConfigurationKey { .. } => Self::Unsupported { object, reason },
-            _ => Self::Unavailable { object, reason },
-        }
-    }
-}
-
-/// Returns an error with its causes in one line, each once, of at most 500 characters. For a refused connection,
-/// returns only the address and that fact.
-pub(super) fn reason(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut innermost = error;
-    while let Some(cause) = innermost.source() {
-        innermost = cause;
-    }
-    if innermost.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused) {
-        let text = error.to_string();
-        return address(&text).map_or_else(String::new, |address| format!("{address}: ")) + "connection refused";
-    }
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        cause = error.source();
-    }
-    text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(500).collect()
-}
-
-/// Returns scheme, host and port of the first URL in a text.
-fn address(text: &str) -> Option<&str> {
-    let colon = text.find("://")?;
-    let start = text[..colon].rfind(|c: char| !c.is_ascii_alphanumeric()).map_or(0, |before| before + 1);
-    let host = colon + "://".len();
-    let end = text[host..].find(['/', ' ', '"', ')']).map_or(text.len(), |length| host + length);
-    Some(&text[start..end])
 }
 
 /// Content of `topic.json`, from which a restore can create the topic again.

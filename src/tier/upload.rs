@@ -20,12 +20,11 @@ use futures::{StreamExt, stream::FuturesUnordered};
 use object_store::{ObjectStoreExt, PutPayload};
 
 use super::{
+    error::{BindingError, TierReadError, TierStoreError},
     manifest::SegmentEntry,
     name::{ObjectId, partition_folder},
-    read::TierReadError,
     segment::{SegmentBatches, SegmentSource, SegmentSourceError, SkippedPrefix},
-    store::{TierStore, TierStoreError},
-    store_binding::BindingError,
+    store::TierStore,
 };
 use crate::{
     model::LeaderEpoch,

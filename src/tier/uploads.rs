@@ -19,7 +19,7 @@
 
 use std::time::Duration;
 
-use super::{store::TierStore, store_binding::BindingError};
+use super::{error::BindingError, store::TierStore};
 
 /// Result of one run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

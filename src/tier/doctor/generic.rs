@@ -8,8 +8,8 @@ use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutPay
 
 use super::{ConditionalPutResult, StoreProbe};
 use crate::tier::{
+    error::reason,
     open::{self, ObjectStoreOptions, ObjectStoreOptionsError},
-    store::reason,
 };
 
 pub(super) struct GenericProbe {

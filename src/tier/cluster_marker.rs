@@ -1,0 +1,194 @@
+//! Owner of a prefix: the cluster marker in it, `cluster.json`, and the store binding of the cluster.
+//!
+//! The marker contains its cluster's name and an id. The cluster stores the id in the binding ([`BindingStore`]) before
+//! anything relies on an object. So a broker with a wrong URL fails: an empty store is not taken, and a marker with
+//! another id is rejected. A broker reserves a prefix in the binding before taking it. So brokers of one cluster that
+//! start together write the same marker, and need no conditional put.
+
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{
+    error::{BindingError, TierStoreError},
+    name,
+    store::TierStore,
+    store_binding::StoreBinding,
+};
+use crate::task::random;
+
+/// Content of `cluster.json`. An operator may write a marker without id to start with this store again; a broker
+/// accepts it. Only the generation ever changes, and it only increases.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct ClusterMarker {
+    format: u32,
+    cluster: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    id: Option<Uuid>,
+    /// Cluster generation. 0 if an operator wrote the marker.
+    #[serde(default)]
+    generation: u64,
+}
+
+impl TierStore {
+    /// Makes sure that the prefix belongs to this cluster. Takes a prefix without marker. Fails if the prefix belongs
+    /// to another cluster, or if this cluster uses another store. Sends requests until it has succeeded once. The
+    /// operations that write history call it first, so their callers need not.
+    ///
+    /// A folder is checked at each call. A missing bucket causes errors by itself. If a disk is unmounted, its folder
+    /// remains or the next write creates it, and the objects would be written to the wrong disk.
+    pub async fn claim(&self) -> Result<(), BindingError> {
+        let Some(id) = self.inner.claimed.get().filter(|_| self.inner.folder) else {
+            let claimed = self.inner.claimed.get_or_try_init(|| self.verify_owner()).await.map(drop);
+            return claimed.inspect_err(|error| {
+                if error.is_fatal_at_start() {
+                    self.inner.refused.send_replace(Some(error.to_string()));
+                }
+            });
+        };
+        match self.read_marker().await? {
+            // A marker that an operator wrote meanwhile is accepted here as well.
+            Some(marker) if marker.id.is_none() || marker.id == *id => Ok(()),
+            Some(_) => {
+                let url = self.location();
+                Err(BindingError::OtherStore {
+                    bound_url: url.clone(),
+                    url,
+                    found: "its cluster.json was replaced by another one",
+                })
+            }
+            None => Err(self.missing_store()),
+        }
+    }
+
+    /// Reads or writes the marker and the binding, and compares them. Returns the id of the marker.
+    async fn verify_owner(&self) -> Result<Option<Uuid>, BindingError> {
+        let bound = match self.inner.notes.get() {
+            Some(bindings) => bindings.binding().await.map_err(BindingError::Binding)?,
+            None => None,
+        };
+        let marker = match self.read_marker().await? {
+            Some(marker) => marker,
+            None => self.take_prefix(bound.filter(|bound| !bound.pending)).await?,
+        };
+        if let Some(id) = marker.id {
+            let mine = StoreBinding { id, url: self.location(), pending: false };
+            let bound = self.bind_store(mine.clone()).await?;
+            if bound.id != id {
+                let found = "its cluster.json has another id";
+                return Err(BindingError::OtherStore { url: mine.url, bound_url: bound.url, found });
+            }
+        }
+        let id = marker.id;
+        self.check_generation(marker).await?;
+        tracing::info!(url = self.inner.url, cluster = self.inner.cluster, "the object store belongs to this cluster");
+        Ok(id)
+    }
+
+    /// Takes a prefix without marker, unless the cluster's store is another one.
+    async fn take_prefix(&self, bound: Option<StoreBinding>) -> Result<ClusterMarker, BindingError> {
+        let url = self.location();
+        let other_store = |bound: StoreBinding| BindingError::OtherStore {
+            url: url.clone(),
+            bound_url: bound.url,
+            found: "its cluster.json is missing",
+        };
+        let is_bound = bound.is_some();
+        if let Some(bound) = bound.filter(|bound| bound.url != url) {
+            return Err(other_store(bound));
+        }
+        if is_bound || self.is_expected() {
+            return Err(self.missing_store());
+        }
+        let reserved = self.bind_store(StoreBinding { id: random::uuid(), url: url.clone(), pending: true }).await?;
+        if reserved.url != url {
+            return Err(other_store(reserved));
+        }
+        // If the generation is not known, the cluster is new.
+        let generation = self.inner.generation.load(Ordering::Acquire).max(1);
+        let cluster = self.inner.cluster.clone();
+        let marker = ClusterMarker { format: 1, cluster, id: Some(reserved.id), generation };
+        let content = Bytes::from(serde_json::to_vec(&marker).expect("a plain struct is valid JSON"));
+        // If the store has conditional puts, only one of two clusters that take the prefix at the same time succeeds.
+        // If not, the last one succeeds, and the first one detects this here or at its next start.
+        match self.put_if_absent(name::CLUSTER, content.clone()).await {
+            Ok(()) => {}
+            Err(TierStoreError::Unsupported { .. }) => self.put(name::CLUSTER, content).await?,
+            Err(TierStoreError::NotFound { .. }) => {
+                return Err(BindingError::NoBucket { url: self.inner.url.clone() });
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let reason = "the file is missing after its write".to_owned();
+        self.read_marker().await?.ok_or_else(|| BindingError::Unreadable { url: self.inner.url.clone(), reason })
+    }
+
+    /// Rejects a marker of a later generation than the metadata store's. Replaces a marker of an earlier generation.
+    /// All brokers write the same content, so the order of their writes does not matter.
+    async fn check_generation(&self, marker: ClusterMarker) -> Result<(), BindingError> {
+        let (ours, theirs) = (self.inner.generation.load(Ordering::Acquire), marker.generation);
+        if ours == 0 || ours == theirs {
+            return Ok(());
+        }
+        if ours < theirs {
+            return Err(BindingError::Generation { url: self.inner.url.clone(), ours, theirs });
+        }
+        let marker = ClusterMarker { generation: ours, ..marker };
+        let content = serde_json::to_vec(&marker).expect("a plain struct is valid JSON");
+        Ok(self.put(name::CLUSTER, content.into()).await?)
+    }
+
+    /// Returns the cluster generation of the prefix. Returns `None` if the prefix has no marker.
+    ///
+    /// # Errors
+    /// The store does not respond, or the prefix belongs to another cluster.
+    pub async fn generation(&self) -> Result<Option<u64>, BindingError> {
+        Ok(self.read_marker().await?.map(|marker| marker.generation))
+    }
+
+    /// Stores a binding if there is a storage for it. Returns the binding that remains.
+    async fn bind_store(&self, mine: StoreBinding) -> Result<StoreBinding, BindingError> {
+        match self.inner.notes.get() {
+            Some(bindings) => bindings.bind(mine).await.map_err(BindingError::Binding),
+            None => Ok(mine),
+        }
+    }
+
+    /// Returns the marker, if there is one. Fails if it belongs to another cluster.
+    async fn read_marker(&self) -> Result<Option<ClusterMarker>, BindingError> {
+        let url = self.inner.url.clone();
+        let content = match self.fetch(name::CLUSTER).await {
+            Ok(content) => content,
+            Err(TierStoreError::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let marker: ClusterMarker = match serde_json::from_slice(&content) {
+            Ok(marker) => marker,
+            Err(error) => return Err(BindingError::Unreadable { url, reason: error.to_string() }),
+        };
+        if marker.format != 1 {
+            let reason = format!("format {} is newer than this release: upgrade", marker.format);
+            return Err(BindingError::Unreadable { url, reason });
+        }
+        if marker.cluster != self.inner.cluster {
+            let ours = self.inner.cluster.clone();
+            return Err(BindingError::Foreign { url, ours, theirs: marker.cluster });
+        }
+        Ok(Some(marker))
+    }
+
+    fn missing_store(&self) -> BindingError {
+        BindingError::Missing { url: self.inner.url.clone() }
+    }
+
+    /// Returns the URL, with the endpoint if there is one: two services may each have a bucket of this name.
+    fn location(&self) -> String {
+        let url = &self.inner.url;
+        match self.options().named_endpoint().filter(|_| self.options().is_s3()) {
+            Some(endpoint) => format!("{url} at {endpoint}"),
+            None => url.clone(),
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! Errors of the object store: of its requests, of the owner of its prefix, and of cold reads.
+
+use super::name::{ManifestName, ObjectId};
+use crate::model::Offset;
+
+/// Error of a request to the object store.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum TierStoreError {
+    /// The object does not exist.
+    #[error("object {object} does not exist")]
+    NotFound {
+        /// Name of the object, below the prefix.
+        object: String,
+    },
+    /// The store rejects the credentials, or the credentials do not allow the request.
+    #[error("the object store denies access to {object} ({reason}): check the credentials and the bucket's policy")]
+    Denied {
+        /// Name of the object, below the prefix.
+        object: String,
+        /// Error of the store.
+        reason: String,
+    },
+    /// The store did not respond, or cannot serve the request now.
+    #[error("the object store cannot serve {object}: {reason}")]
+    Unavailable {
+        /// Name of the object, below the prefix.
+        object: String,
+        /// Last error.
+        reason: String,
+    },
+    /// The store does not support the operation.
+    #[error("the object store does not support the operation on {object}: {reason}")]
+    Unsupported {
+        /// Name of the object, below the prefix.
+        object: String,
+        /// Error of the store.
+        reason: String,
+    },
+    /// The client was stopped.
+    #[error("the object store's client is stopping")]
+    Stopped,
+}
+
+impl TierStoreError {
+    /// Returns true if the same request may succeed later without intervention.
+    pub fn retryable(&self) -> bool {
+        matches!(self, Self::Unavailable { .. })
+    }
+
+    pub(super) fn new(object: &str, error: &object_store::Error) -> Self {
+        use object_store::Error as E;
+        let (object, reason) = (object.to_owned(), reason(error));
+        match error {
+            E::NotFound { .. } => Self::NotFound { object },
+            E::PermissionDenied { .. } | E::Unauthenticated { .. } => Self::Denied { object, reason },
+            E::NotImplemented { .. }
+            | E::NotSupported { .. }
+            | E::InvalidPath { .. }
+            | E::UnknownConfigurationKey { .. } => Self::Unsupported { object, reason },
+            _ => Self::Unavailable { object, reason },
+        }
+    }
+}
+
+/// Error for a prefix that this cluster cannot use, or cannot verify yet.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum BindingError {
+    /// The prefix contains another cluster's history.
+    #[error(
+        "{url} belongs to cluster {theirs:?}, and this is cluster {ours:?}: give each cluster a bucket or prefix of \
+         its own"
+    )]
+    Foreign {
+        /// URL of the store.
+        url: String,
+        /// Name of this cluster.
+        ours: String,
+        /// Name of the owner.
+        theirs: String,
+    },
+    /// The store is not the one that this cluster uses: it is empty, or belongs to another cluster of the same name.
+    #[error(
+        "{url} is not the object store of this cluster, which is {bound_url} ({found}): correct object_store.url and \
+         object_store.endpoint; to move the store, copy all of its objects, including cluster.json"
+    )]
+    OtherStore {
+        /// Location of this store.
+        url: String,
+        /// Location of the cluster's store.
+        bound_url: String,
+        /// Difference of this store.
+        found: &'static str,
+    },
+    /// `cluster.json` is missing after its write, invalid, or of a newer format.
+    #[error("{url}/cluster.json, which names the owner of the prefix, cannot be read: {reason}")]
+    Unreadable {
+        /// URL of the store.
+        url: String,
+        /// Cause of the failure.
+        reason: String,
+    },
+    /// The cluster's store is missing: an unmounted disk, a folder that was moved, or a changed URL.
+    #[error(
+        "{url} has no cluster.json, although this cluster has objects in its store, so nothing is written to it: \
+         mount the store, move it back, or correct object_store.url"
+    )]
+    Missing {
+        /// URL of the store.
+        url: String,
+    },
+    /// The metadata store has an older cluster generation than the objects: it was restored from a backup that is older
+    /// than the objects.
+    #[error(
+        "the metadata store is at cluster generation {ours}, and {url}/cluster.json at the later generation \
+         {theirs}: restore a newer backup of etcd, or stop all brokers and run `strandline cluster new-generation`, \
+         which sets a generation above both"
+    )]
+    Generation {
+        /// URL of the store.
+        url: String,
+        /// Generation of the metadata store.
+        ours: u64,
+        /// Generation of the object store.
+        theirs: u64,
+    },
+    /// The bucket does not exist.
+    #[error("the bucket of {url} does not exist: create it, or correct object_store.url")]
+    NoBucket {
+        /// URL of the store.
+        url: String,
+    },
+    /// The request to the store failed.
+    #[error(transparent)]
+    Store(#[from] TierStoreError),
+    /// The store binding cannot be read or written.
+    #[error("cannot read or write the store binding of the cluster: {0}")]
+    Binding(String),
+}
+
+impl BindingError {
+    /// Returns true if a later attempt may succeed.
+    pub fn retryable(&self) -> bool {
+        match self {
+            Self::Missing { .. } | Self::Binding(_) => true,
+            Self::Store(error) => error.retryable(),
+            Self::Foreign { .. }
+            | Self::OtherStore { .. }
+            | Self::Unreadable { .. }
+            | Self::Generation { .. }
+            | Self::NoBucket { .. } => false,
+        }
+    }
+
+    /// Returns true if this is not the cluster's store, or has a later generation: a broker does not start with it.
+    pub fn is_fatal_at_start(&self) -> bool {
+        matches!(self, Self::Foreign { .. } | Self::OtherStore { .. } | Self::Generation { .. })
+    }
+}
+
+/// Error of a read from the object store.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum TierReadError {
+    /// The object store does not contain the offset.
+    #[error("offset {offset} is not in the object store, which holds {start}..{end}")]
+    OutOfRange {
+        /// Requested offset.
+        offset: Offset,
+        /// Log start.
+        start: Offset,
+        /// Tiered end.
+        end: Offset,
+    },
+    /// An object that the manifest references does not exist.
+    #[error("object {object} is missing from the object store, although the manifest references it")]
+    Missing {
+        /// Name of the object, below the prefix.
+        object: String,
+    },
+    /// The content of an object is corrupt. The read returns none of it.
+    #[error("object {object} is corrupt: {reason}")]
+    Damaged {
+        /// Name of the object, below the prefix.
+        object: String,
+        /// Check that failed.
+        reason: String,
+    },
+    /// The batch is larger than the reader's memory budget.
+    #[error("the batch has {bytes} bytes, which exceeds the memory of the reader")]
+    BatchTooLarge {
+        /// Size of the batch.
+        bytes: usize,
+    },
+    /// The request to the store failed.
+    #[error(transparent)]
+    Store(TierStoreError),
+}
+
+impl TierReadError {
+    /// Returns the manifest or manifest page that is missing or corrupt. Returns `None` for every other error.
+    pub fn lost_manifest(&self) -> Option<&str> {
+        let (Self::Missing { object } | Self::Damaged { object, .. }) = self else { return None };
+        let file = object.rsplit('/').next().unwrap_or(object);
+        let is_manifest = file.parse::<ManifestName>().is_ok() || ObjectId::from_page(file).is_ok();
+        is_manifest.then_some(object)
+    }
+
+    /// Returns true if the same read may succeed later without intervention.
+    pub fn retryable(&self) -> bool {
+        matches!(self, Self::Store(error) if error.retryable())
+    }
+}
+
+impl From<TierStoreError> for TierReadError {
+    fn from(error: TierStoreError) -> Self {
+        match error {
+            TierStoreError::NotFound { object } => Self::Missing { object },
+            other => Self::Store(other),
+        }
+    }
+}
+
+/// Returns an error with its causes in one line, each once, of at most 500 characters. For a refused connection,
+/// returns only the address and that fact.
+pub(super) fn reason(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut innermost = error;
+    while let Some(cause) = innermost.source() {
+        innermost = cause;
+    }
+    if innermost.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused) {
+        let text = error.to_string();
+        return address(&text).map_or_else(String::new, |address| format!("{address}: ")) + "connection refused";
+    }
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(500).collect()
+}
+
+/// Returns scheme, host and port of the first URL in a text.
+fn address(text: &str) -> Option<&str> {
+    let colon = text.find("://")?;
+    let start = text[..colon].rfind(|c: char| !c.is_ascii_alphanumeric()).map_or(0, |before| before + 1);
+    let host = colon + "://".len();
+    let end = text[host..].find(['/', ' ', '"', ')']).map_or(text.len(), |length| host + length);
+    Some(&text[start..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::model::LeaderEpoch;
+
+    #[test]
+    fn only_manifests_and_pages_are_lost_manifests() {
+        let end = Offset::new(9).expect("valid");
+        let stamp = ObjectId { base: Offset::ZERO, end, epoch: LeaderEpoch(1), attempt: Uuid::from_u128(7) };
+        let manifest = ManifestName { version: 7, epoch: LeaderEpoch(5), attempt: Uuid::from_u128(1) };
+        let object = |file: String| format!("topics/x/0/{file}");
+        let missing = |file| TierReadError::Missing { object: object(file) };
+        assert_eq!(missing(manifest.to_string()).lost_manifest(), Some(&*object(manifest.to_string())));
+        assert!(missing(stamp.page()).lost_manifest().is_some());
+        assert!(missing(stamp.segment()).lost_manifest().is_none());
+        let away = TierStoreError::Unavailable { object: object(manifest.to_string()), reason: "away".to_owned() };
+        assert!(TierReadError::Store(away).lost_manifest().is_none());
+    }
+}
