@@ -123,7 +123,7 @@ fn read_error(error: &TierReadError) -> ApiError {
 fn upload_error(error: &UploadError) -> ApiError {
     let code = match error {
         UploadError::Deposed { .. } => ErrorCode::Conflict,
-        UploadError::Store(TierStoreError::Denied { .. }) | UploadError::Claim(BindingError::Foreign { .. }) => {
+        UploadError::Store(TierStoreError::Denied { .. }) | UploadError::Binding(BindingError::Foreign { .. }) => {
             ErrorCode::FailedPrecondition
         }
         _ => ErrorCode::ObjectStoreUnavailable,

@@ -3,9 +3,13 @@
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
+use uuid::Uuid;
 
-use super::{Compare, KeyValue, Keys, MetaStore, MetadataCache, Transaction, TxnOutcome, Value as _};
-use crate::tier::{BindingStore, StoreBinding};
+use super::{Compare, Keys, MetaStore, MetadataCache, Transaction, TxnOutcome, Value as _};
+use crate::{
+    task::random,
+    tier::{BindingStore, StoreBinding},
+};
 
 /// Maximum number of attempts while other brokers write the key.
 const MAX_ATTEMPTS: usize = 10;
@@ -31,30 +35,32 @@ impl MetaBindingStore {
         self.standalone && !self.metadata.state().has_tiered_data()
     }
 
-    /// Returns the entry of the key, and the binding that it contains if that binding is in force.
-    async fn read(&self) -> Result<(Option<KeyValue>, Option<StoreBinding>), String> {
-        let key = self.keys.object_store();
-        let entry = self.store.get(&key).await.map_err(|error| error.to_string())?.entry;
-        let binding = match &entry {
-            Some(entry) if !self.is_free() => {
-                Some(StoreBinding::decode(&key, &entry.value).map_err(|error| error.to_string())?)
-            }
-            _ => None,
-        };
-        Ok((entry, binding))
-    }
-
-    async fn write(&self, own: StoreBinding) -> Result<StoreBinding, String> {
+    async fn compare_and_set(&self, url: &str, id: Option<Uuid>) -> Result<StoreBinding, String> {
         let key = self.keys.object_store();
         for _ in 0..MAX_ATTEMPTS {
-            let unchanged = match self.read().await? {
-                (_, Some(bound)) if bound.prevails_over(&own) => return Ok(bound),
-                (Some(entry), _) => Compare::ModRevision(key.clone(), entry.mod_revision),
-                (None, _) => Compare::Absent(key.clone()),
+            let entry = self.store.get(&key).await.map_err(|error| error.to_string())?.entry;
+            let stored = match &entry {
+                Some(entry) if !self.is_free() => {
+                    Some(StoreBinding::decode(&key, &entry.value).map_err(|error| error.to_string())?)
+                }
+                _ => None,
             };
-            let transaction = Transaction::new().when(unchanged).put(key.as_str(), own.encode());
+            let binding = match (stored, id) {
+                // The marker of the bound store at another URL means that the store was moved.
+                (Some(bound), Some(id)) if !bound.pending && (bound.id != id || bound.url == url) => return Ok(bound),
+                // A pending binding is adopted for its URL only. Two brokers with different URLs must not write the
+                // same id into two stores.
+                (Some(bound), None) if !bound.pending || bound.url == url => return Ok(bound),
+                (_, Some(id)) => StoreBinding { id, url: url.to_owned(), pending: false },
+                (_, None) => StoreBinding { id: random::uuid(), url: url.to_owned(), pending: true },
+            };
+            let unchanged = match entry {
+                Some(entry) => Compare::ModRevision(key.clone(), entry.mod_revision),
+                None => Compare::Absent(key.clone()),
+            };
+            let transaction = Transaction::new().when(unchanged).put(key.as_str(), binding.encode());
             match self.store.transact(transaction).await.map_err(|error| error.to_string())? {
-                TxnOutcome::Committed { .. } => return Ok(own),
+                TxnOutcome::Committed { .. } => return Ok(binding),
                 TxnOutcome::CompareFailed { .. } => {}
             }
         }
@@ -63,12 +69,8 @@ impl MetaBindingStore {
 }
 
 impl BindingStore for MetaBindingStore {
-    fn binding(&self) -> BoxFuture<'_, Result<Option<StoreBinding>, String>> {
-        Box::pin(async { Ok(self.read().await?.1) })
-    }
-
-    fn bind(&self, own: StoreBinding) -> BoxFuture<'_, Result<StoreBinding, String>> {
-        Box::pin(self.write(own))
+    fn bind<'a>(&'a self, url: &'a str, id: Option<Uuid>) -> BoxFuture<'a, Result<StoreBinding, String>> {
+        Box::pin(self.compare_and_set(url, id))
     }
 }
 
@@ -127,11 +129,11 @@ mod tests {
     #[tokio::test]
     async fn broker_with_wrong_store_url_neither_binds_nor_uses_it() {
         let cluster = TestCluster::new();
-        cluster.broker("ours", false).claim().await.expect("not bound yet");
+        cluster.broker("ours", false).bind().await.expect("not bound yet");
         assert_eq!(cluster.stored_binding().await.url, cluster.url("ours"));
-        cluster.broker("ours", false).claim().await.expect("the same store");
+        cluster.broker("ours", false).bind().await.expect("the same store");
 
-        let error = cluster.broker("empty", false).claim().await.expect_err("another store");
+        let error = cluster.broker("empty", false).bind().await.expect_err("another store");
         assert!(matches!(error, BindingError::OtherStore { .. }) && !error.retryable(), "{error}");
         let text = error.to_string();
         assert!(text.contains(&cluster.url("ours")) && text.contains(&cluster.url("empty")), "{text}");
@@ -139,8 +141,8 @@ mod tests {
 
         // A store of another cluster with the same name.
         let other = ObjectStoreOptions::new(&cluster.url("theirs"));
-        TierStore::open(&other, "test").expect("valid options").claim().await.expect("not bound yet");
-        let error = cluster.broker("theirs", false).claim().await.expect_err("another store");
+        TierStore::open(&other, "test").expect("valid options").bind().await.expect("not bound yet");
+        let error = cluster.broker("theirs", false).bind().await.expect_err("another store");
         assert!(matches!(error, BindingError::OtherStore { .. }) && error.is_fatal_at_start(), "{error}");
         assert_eq!(cluster.stored_binding().await.url, cluster.url("ours"));
     }
@@ -151,30 +153,30 @@ mod tests {
     async fn recreated_cluster_marker_is_accepted_by_bound_broker() {
         let cluster = TestCluster::new();
         let broker = cluster.broker("ours", false);
-        broker.claim().await.expect("not bound yet");
+        broker.bind().await.expect("not bound yet");
         let marker = cluster.folder.path().join("ours").join(name::CLUSTER);
         std::fs::write(&marker, "invalid").expect("written");
-        assert!(matches!(broker.claim().await, Err(BindingError::Unreadable { .. })));
+        assert!(matches!(broker.bind().await, Err(BindingError::Unreadable { .. })));
         std::fs::write(&marker, r#"{"format":1,"cluster":"test"}"#).expect("written");
-        broker.claim().await.expect("the marker names this cluster");
-        cluster.broker("ours", false).claim().await.expect("the marker names this cluster");
+        broker.bind().await.expect("the marker names this cluster");
+        cluster.broker("ours", false).bind().await.expect("the marker names this cluster");
     }
 
     #[tokio::test]
     async fn store_moved_with_its_cluster_marker_is_the_same() {
         let cluster = TestCluster::new();
-        cluster.broker("ours", false).claim().await.expect("not bound yet");
+        cluster.broker("ours", false).bind().await.expect("not bound yet");
         let before = cluster.stored_binding().await;
         std::fs::rename(cluster.folder.path().join("ours"), cluster.folder.path().join("moved")).expect("moved");
-        cluster.broker("moved", false).claim().await.expect("the same marker");
+        cluster.broker("moved", false).bind().await.expect("the same marker");
         assert_eq!(cluster.stored_binding().await, StoreBinding { url: cluster.url("moved"), ..before });
     }
 
     #[tokio::test]
     async fn standalone_broker_without_history_may_rebind() {
         let cluster = TestCluster::new();
-        cluster.broker("first", true).claim().await.expect("not bound yet");
-        cluster.broker("second", true).claim().await.expect("the first store has no history");
+        cluster.broker("first", true).bind().await.expect("not bound yet");
+        cluster.broker("second", true).bind().await.expect("the first store has no history");
         assert_eq!(cluster.stored_binding().await.url, cluster.url("second"));
     }
 
@@ -190,13 +192,13 @@ mod tests {
         };
         let cluster = TestCluster::new();
         let reserved = write_pending(&cluster, "ours").await;
-        cluster.broker("ours", false).claim().await.expect("not bound yet");
+        cluster.broker("ours", false).bind().await.expect("not bound yet");
         assert_eq!(cluster.stored_binding().await, StoreBinding { pending: false, ..reserved });
 
         // The URL was corrected meanwhile.
         let cluster = TestCluster::new();
         let wrong = write_pending(&cluster, "wrong").await;
-        cluster.broker("right", false).claim().await.expect("the wrong store has no history");
+        cluster.broker("right", false).bind().await.expect("the wrong store has no history");
         let binding = cluster.stored_binding().await;
         assert!(binding.url == cluster.url("right") && binding.id != wrong.id && !binding.pending, "{binding:?}");
     }
@@ -206,7 +208,7 @@ mod tests {
         let cluster = TestCluster::new();
         let put = Transaction::new().put(keys().object_store(), bytes::Bytes::from_static(b"{broken"));
         cluster.meta.transact(put).await.expect("written");
-        let error = cluster.broker("ours", false).claim().await.expect_err("the binding is unreadable");
+        let error = cluster.broker("ours", false).bind().await.expect_err("the binding is unreadable");
         assert!(
             matches!(&error, BindingError::Binding(reason) if reason.contains("object-store")) && error.retryable(),
             "{error}"

@@ -103,7 +103,7 @@ impl MaintenanceError {
             matches!(error, TierStoreError::Unavailable { .. } | TierStoreError::Denied { .. })
         };
         match self {
-            Self::Upload(UploadError::Store(error) | UploadError::Claim(BindingError::Store(error))) => away(error),
+            Self::Upload(UploadError::Store(error) | UploadError::Binding(BindingError::Store(error))) => away(error),
             Self::Upload(UploadError::Manifest(TierReadError::Store(error)))
             | Self::Manifest(TierReadError::Store(error)) => away(error),
             Self::Commit(crate::cluster::TierCommitError::Store(error)) => error.retryable(),

@@ -63,7 +63,7 @@ pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Rai
 
 async fn raise_bucket(objects: &TierStore, generation: u64) -> Result<(), String> {
     objects.set_generation(generation);
-    objects.claim().await.map_err(|error| error.to_string())
+    objects.bind().await.map_err(|error| error.to_string())
 }
 
 async fn metadata(config: &Config) -> anyhow::Result<Arc<dyn MetaStore>> {

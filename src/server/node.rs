@@ -424,7 +424,7 @@ async fn claim(store: &TierStore, tasks: &Tasks) -> Result<(), BindingError> {
     let attempts = async move {
         let mut first = Some(first);
         loop {
-            let bound = asked.claim().await;
+            let bound = asked.bind().await;
             let is_over = bound.as_ref().map_or_else(BindingError::is_fatal_at_start, |()| true);
             if let Some(first) = first.take() {
                 // After `BINDING_TIMEOUT`, the receiver is dropped.

@@ -1,9 +1,8 @@
-//! Owner of a prefix: the cluster marker in it, `cluster.json`, and the store binding of the cluster.
+//! Cluster marker: `cluster.json`, which contains the cluster's name and the id of the [`StoreBinding`].
 //!
-//! The marker contains its cluster's name and an id. The cluster stores the id in the binding ([`BindingStore`]) before
-//! anything relies on an object. So a broker with a wrong URL fails: an empty store is not taken, and a marker with
-//! another id is rejected. A broker reserves a prefix in the binding before taking it. So brokers of one cluster that
-//! start together write the same marker, and need no conditional put.
+//! The metadata store draws the id before the marker is written. So brokers that start together write the same marker,
+//! and need no conditional put. A broker with a wrong URL fails: an empty store is not taken once the binding is
+//! complete, and a marker with another id is rejected.
 
 use std::sync::atomic::Ordering;
 
@@ -39,10 +38,10 @@ impl TierStore {
     ///
     /// A folder is checked at each call. A missing bucket causes errors by itself. If a disk is unmounted, its folder
     /// remains or the next write creates it, and the objects would be written to the wrong disk.
-    pub async fn claim(&self) -> Result<(), BindingError> {
-        let Some(id) = self.inner.claimed.get().filter(|_| self.inner.folder) else {
-            let claimed = self.inner.claimed.get_or_try_init(|| self.verify_owner()).await.map(drop);
-            return claimed.inspect_err(|error| {
+    pub async fn bind(&self) -> Result<(), BindingError> {
+        let Some(id) = self.inner.bound.get().filter(|_| self.inner.folder) else {
+            let bound = self.inner.bound.get_or_try_init(|| self.verify_owner()).await.map(drop);
+            return bound.inspect_err(|error| {
                 if error.is_fatal_at_start() {
                     self.inner.refused.send_replace(Some(error.to_string()));
                 }
@@ -65,51 +64,39 @@ impl TierStore {
 
     /// Reads or writes the marker and the binding, and compares them. Returns the id of the marker.
     async fn verify_owner(&self) -> Result<Option<Uuid>, BindingError> {
-        let bound = match self.inner.notes.get() {
-            Some(bindings) => bindings.binding().await.map_err(BindingError::Binding)?,
-            None => None,
-        };
         let marker = match self.read_marker().await? {
             Some(marker) => marker,
-            None => self.take_prefix(bound.filter(|bound| !bound.pending)).await?,
+            None => self.take_prefix().await?,
         };
-        if let Some(id) = marker.id {
-            let mine = StoreBinding { id, url: self.location(), pending: false };
-            let bound = self.bind_store(mine.clone()).await?;
-            if bound.id != id {
-                let found = "its cluster.json has another id";
-                return Err(BindingError::OtherStore { url: mine.url, bound_url: bound.url, found });
+        let id = marker.id;
+        if id.is_some() {
+            let binding = self.binding(id).await?;
+            if Some(binding.id) != id {
+                return Err(self.other_store(binding, "its cluster.json has another id"));
             }
         }
-        let id = marker.id;
         self.check_generation(marker).await?;
         tracing::info!(url = self.inner.url, cluster = self.inner.cluster, "the object store belongs to this cluster");
         Ok(id)
     }
 
     /// Takes a prefix without marker, unless the cluster's store is another one.
-    async fn take_prefix(&self, bound: Option<StoreBinding>) -> Result<ClusterMarker, BindingError> {
-        let url = self.location();
-        let other_store = |bound: StoreBinding| BindingError::OtherStore {
-            url: url.clone(),
-            bound_url: bound.url,
-            found: "its cluster.json is missing",
-        };
-        let is_bound = bound.is_some();
-        if let Some(bound) = bound.filter(|bound| bound.url != url) {
-            return Err(other_store(bound));
+    async fn take_prefix(&self) -> Result<ClusterMarker, BindingError> {
+        let binding = self.binding(None).await?;
+        if binding.url != self.location() {
+            return Err(self.other_store(binding, "its cluster.json is missing"));
         }
-        if is_bound || self.is_expected() {
+        if !binding.pending {
+            // Another broker may have written the marker meanwhile.
+            return self.read_marker().await?.ok_or_else(|| self.missing_store());
+        }
+        if self.is_expected() {
             return Err(self.missing_store());
-        }
-        let reserved = self.bind_store(StoreBinding { id: random::uuid(), url: url.clone(), pending: true }).await?;
-        if reserved.url != url {
-            return Err(other_store(reserved));
         }
         // If the generation is not known, the cluster is new.
         let generation = self.inner.generation.load(Ordering::Acquire).max(1);
         let cluster = self.inner.cluster.clone();
-        let marker = ClusterMarker { format: 1, cluster, id: Some(reserved.id), generation };
+        let marker = ClusterMarker { format: 1, cluster, id: Some(binding.id), generation };
         let content = Bytes::from(serde_json::to_vec(&marker).expect("a plain struct is valid JSON"));
         // If the store has conditional puts, only one of two clusters that take the prefix at the same time succeeds.
         // If not, the last one succeeds, and the first one detects this here or at its next start.
@@ -148,11 +135,13 @@ impl TierStore {
         Ok(self.read_marker().await?.map(|marker| marker.generation))
     }
 
-    /// Stores a binding if there is a storage for it. Returns the binding that remains.
-    async fn bind_store(&self, mine: StoreBinding) -> Result<StoreBinding, BindingError> {
-        match self.inner.notes.get() {
-            Some(bindings) => bindings.bind(mine).await.map_err(BindingError::Binding),
-            None => Ok(mine),
+    /// Returns the binding of the cluster, see [`BindingStore::bind`](super::BindingStore::bind). Without a storage, the
+    /// cluster may use any store.
+    async fn binding(&self, id: Option<Uuid>) -> Result<StoreBinding, BindingError> {
+        let url = self.location();
+        match self.inner.binding_store.get() {
+            Some(bindings) => bindings.bind(&url, id).await.map_err(BindingError::Binding),
+            None => Ok(StoreBinding { id: id.unwrap_or_else(random::uuid), url, pending: id.is_none() }),
         }
     }
 
@@ -181,6 +170,10 @@ impl TierStore {
 
     fn missing_store(&self) -> BindingError {
         BindingError::Missing { url: self.inner.url.clone() }
+    }
+
+    fn other_store(&self, bound: StoreBinding, found: &'static str) -> BindingError {
+        BindingError::OtherStore { url: self.location(), bound_url: bound.url, found }
     }
 
     /// Returns the URL, with the endpoint if there is one: two services may each have a bucket of this name.

@@ -66,7 +66,7 @@ where
     F: Fn(PartitionId) -> Fut,
     Fut: Future<Output = PartitionLiveness>,
 {
-    store.claim().await?;
+    store.bind().await?;
     let grace_ms = i64::try_from(grace.as_millis()).unwrap_or(i64::MAX);
     let mut collection =
         GarbageCollector { store, oldest_young_ms: now_ms.saturating_sub(grace_ms), report: GarbageReport::default() };

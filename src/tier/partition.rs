@@ -240,7 +240,7 @@ impl PartitionTier {
     }
 
     async fn begin(&self, epoch: LeaderEpoch) -> Result<(TierState, Arc<ManifestRoot>), UploadError> {
-        self.inner.store.claim().await?;
+        self.inner.store.bind().await?;
         let state = self.state();
         if epoch < state.epoch {
             return Err(UploadError::Deposed { epoch, current: state.epoch });
@@ -254,7 +254,7 @@ impl PartitionTier {
         upload::small(&self.inner.store, &self.object(&name.to_string()), next.encode()).await?;
         // Last check before the commit: all objects went to the cluster's store, and not to a folder that was created
         // in its place.
-        self.inner.store.claim().await?;
+        self.inner.store.bind().await?;
         let state = TierState::of(&next, name);
         self.inner.cache.put_parsed(name.attempt, CachedMetadata::Root(Arc::new(next))).await;
         Ok(StagedManifest { state, replaces })
@@ -389,7 +389,7 @@ impl PartitionTier {
         log_start: Offset,
         epoch: LeaderEpoch,
     ) -> Result<StagedManifest, UploadError> {
-        self.inner.store.claim().await?;
+        self.inner.store.bind().await?;
         let state = self.state();
         if epoch < state.epoch {
             return Err(UploadError::Deposed { epoch, current: state.epoch });

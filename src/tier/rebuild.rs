@@ -141,7 +141,7 @@ impl PartitionTier {
     pub async fn survey(&self) -> Result<Survey, UploadError> {
         let (store, id, state) = (self.store(), self.id(), self.state());
         // The list of an unmounted folder is empty, so the owner of the prefix is checked first.
-        store.claim().await?;
+        store.bind().await?;
         let folder = format!("{}/", partition_folder(id));
         let listed = store.list(folder.trim_end_matches('/')).await?;
         let named = listed.into_iter().filter_map(|object| {

@@ -57,7 +57,7 @@ pub(super) struct TierStoreInner {
     /// True if the store is a folder of this machine, which may disappear or change while the broker runs.
     pub(super) folder: bool,
     /// Set when the prefix is known to belong to this cluster: the id in its cluster marker, if the marker has one.
-    pub(super) claimed: OnceCell<Option<Uuid>>,
+    pub(super) bound: OnceCell<Option<Uuid>>,
     /// Reason why a broker must not run with this store. `None` while no reason is known.
     pub(super) refused: watch::Sender<Option<String>>,
     /// True if the cluster has objects in its store, so that an empty prefix cannot be its store.
@@ -65,7 +65,7 @@ pub(super) struct TierStoreInner {
     /// Cluster generation. 0 while it is not known.
     pub(super) generation: AtomicU64,
     /// Storage of the binding that names the cluster's store.
-    pub(super) notes: OnceLock<Arc<dyn BindingStore>>,
+    pub(super) binding_store: OnceLock<Arc<dyn BindingStore>>,
     parts: Arc<Semaphore>,
     outages: OutageTracker,
     tasks: Tasks,
@@ -120,11 +120,11 @@ impl TierStore {
             cluster: cluster.to_owned(),
             options: options.clone(),
             folder: options.url.starts_with("file:"),
-            claimed: OnceCell::new(),
+            bound: OnceCell::new(),
             refused: watch::Sender::new(None),
             has_data: AtomicBool::new(false),
             generation: AtomicU64::new(0),
-            notes: OnceLock::new(),
+            binding_store: OnceLock::new(),
             parts: Arc::new(Semaphore::new(MAX_CONCURRENT_PARTS)),
             outages: OutageTracker::default(),
             tasks: Tasks::new(),
@@ -196,25 +196,25 @@ impl TierStore {
         self.inner.has_data.store(true, Ordering::Release);
     }
 
-    /// Sets the storage of the store binding. From now on, [`TierStore::claim`] fails for a store other than the bound
+    /// Sets the storage of the store binding. From now on, [`TierStore::bind`] fails for a store other than the bound
     /// one. If no store is bound, it binds this one.
-    pub fn set_binding_store(&self, notes: Arc<dyn BindingStore>) {
-        drop(self.inner.notes.set(notes));
+    pub fn set_binding_store(&self, bindings: Arc<dyn BindingStore>) {
+        drop(self.inner.binding_store.set(bindings));
     }
 
-    /// Sets the cluster generation. From now on, [`TierStore::claim`] rejects a prefix of a later generation, and
+    /// Sets the cluster generation. From now on, [`TierStore::bind`] rejects a prefix of a later generation, and
     /// writes this generation into a cluster marker of an earlier one.
     pub fn set_generation(&self, generation: u64) {
         self.inner.generation.store(generation, Ordering::Release);
     }
 
     pub(super) fn is_expected(&self) -> bool {
-        self.inner.claimed.initialized() || self.inner.has_data.load(Ordering::Acquire)
+        self.inner.bound.initialized() || self.inner.has_data.load(Ordering::Acquire)
     }
 
     /// Writes or replaces a topic's description.
     pub async fn put_topic(&self, topic: &TopicRecord) -> Result<(), BindingError> {
-        self.claim().await?;
+        self.bind().await?;
         let content = serde_json::to_vec_pretty(topic).expect("a plain struct is valid JSON");
         Ok(self.put(&name::topic_object(topic.id), content.into()).await?)
     }
@@ -268,7 +268,7 @@ impl TierStore {
         if !self.is_expected() {
             return missing;
         }
-        match self.claim().await {
+        match self.bind().await {
             Ok(()) => missing,
             Err(BindingError::Store(error)) => error,
             Err(error) => TierStoreError::Unavailable { object: object.to_owned(), reason: error.to_string() },
@@ -322,7 +322,7 @@ impl TierStore {
     /// # Errors
     /// The prefix does not belong to this cluster, or the store does not respond.
     pub async fn clock_ms(&self) -> Result<i64, BindingError> {
-        self.claim().await?;
+        self.bind().await?;
         self.put(name::CLOCK, Bytes::from_static(b"{}")).await?;
         Ok(self.modified_ms(name::CLOCK).await?)
     }

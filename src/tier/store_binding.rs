@@ -11,29 +11,16 @@ pub struct StoreBinding {
     pub id: Uuid,
     /// URL of the store, with the endpoint if there is one.
     pub url: String,
-    /// True before the marker is written. The binding does not bind any broker yet, but a broker that takes this store
-    /// writes this id.
+    /// True before `cluster.json` is written. The binding does not bind any broker yet, but a broker that takes this
+    /// store writes this id.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pending: bool,
 }
 
-impl StoreBinding {
-    /// Returns true if this binding remains when a broker submits `mine`.
-    pub fn prevails_over(&self, mine: &Self) -> bool {
-        match (self.pending, mine.pending) {
-            (false, _) => self.id != mine.id || self.url == mine.url,
-            (true, true) => self.url == mine.url,
-            (true, false) => false,
-        }
-    }
-}
-
 /// Storage of the store binding, outside of the object store. Errors are texts for people; a later attempt may succeed.
 pub trait BindingStore: Send + Sync {
-    /// Returns the binding. Returns `None` if the cluster may use any store.
-    fn binding(&self) -> BoxFuture<'_, Result<Option<StoreBinding>, String>>;
-
-    /// Stores a binding, unless the present binding [remains](StoreBinding::prevails_over). Returns the binding that
-    /// remains.
-    fn bind(&self, mine: StoreBinding) -> BoxFuture<'_, Result<StoreBinding, String>>;
+    /// Returns the binding after a broker has found the store at `url`, with this id in its cluster marker. Creates or
+    /// completes the binding with a compare-and-set, so all brokers get the same one. Without an id a new binding is
+    /// pending.
+    fn bind<'a>(&'a self, url: &'a str, id: Option<Uuid>) -> BoxFuture<'a, Result<StoreBinding, String>>;
 }

@@ -59,7 +59,7 @@ pub enum UploadError {
     },
     /// The prefix does not belong to this cluster, or its owner is not known yet.
     #[error(transparent)]
-    Claim(#[from] BindingError),
+    Binding(#[from] BindingError),
     /// The request to the store failed.
     #[error(transparent)]
     Store(#[from] TierStoreError),
@@ -81,7 +81,7 @@ impl UploadError {
     pub fn retryable(&self) -> bool {
         match self {
             Self::Source(_) | Self::Deposed { .. } => false,
-            Self::Claim(error) => error.retryable(),
+            Self::Binding(error) => error.retryable(),
             Self::Store(error) => error.retryable(),
             Self::Mismatch { .. } => true,
             Self::Manifest(error) => error.retryable(),

@@ -39,7 +39,7 @@ pub struct UploadsReport {
 pub enum UploadsError {
     /// The prefix does not belong to this cluster, or its owner is not known yet.
     #[error(transparent)]
-    Claim(#[from] BindingError),
+    Binding(#[from] BindingError),
     /// The uploads cannot be listed: the store does not support it, or the credentials do not allow it
     /// (`s3:ListBucketMultipartUploads`).
     #[error(
@@ -67,7 +67,7 @@ pub async fn abort_abandoned_uploads(
     if !store.options().is_s3() {
         return Ok(UploadsReport::default());
     }
-    store.claim().await?;
+    store.bind().await?;
     let grace_ms = i64::try_from(grace.as_millis()).unwrap_or(i64::MAX);
     sweep(store, now_ms.saturating_sub(grace_ms)).await
 }

@@ -425,16 +425,16 @@ async fn prefix_of_another_cluster_is_rejected_with_both_names() {
     let folder = tempfile::tempdir().unwrap();
     let segments = Segments::new();
     let options = ObjectStoreOptions::new(&format!("file://{}/objects", folder.path().display()));
-    TierStore::open(&options, "red").unwrap().claim().await.unwrap();
-    TierStore::open(&options, "red").unwrap().claim().await.unwrap();
+    TierStore::open(&options, "red").unwrap().bind().await.unwrap();
+    TierStore::open(&options, "red").unwrap().bind().await.unwrap();
     let blue = TierStore::open(&options, "blue").unwrap();
-    let error = blue.claim().await.unwrap_err();
+    let error = blue.bind().await.unwrap_err();
     assert!(!error.retryable());
     let text = error.to_string();
     assert!(text.contains("\"red\"") && text.contains("\"blue\"") && text.contains("file:///"), "{text}");
     let (source, _) = segments.source(0, 1, 1, 0);
     let refused = tier_over(blue, TierState::default()).stage(&source, LeaderEpoch(0)).await;
-    assert!(matches!(refused, Err(UploadError::Claim(BindingError::Foreign { .. }))));
+    assert!(matches!(refused, Err(UploadError::Binding(BindingError::Foreign { .. }))));
 }
 
 /// Regression: an unmounted disk leaves an empty folder, or none. A write then created a new store there, on the wrong
@@ -460,7 +460,7 @@ async fn missing_or_empty_folder_rejects_writes_until_it_returns() {
         }
         let refused = tier.stage(&second, LeaderEpoch(0)).await.unwrap_err();
         assert!(
-            matches!(refused, UploadError::Claim(BindingError::Missing { .. })) && refused.retryable(),
+            matches!(refused, UploadError::Binding(BindingError::Missing { .. })) && refused.retryable(),
             "{refused}"
         );
         assert!(refused.to_string().contains(&options.url), "{refused}");
@@ -599,12 +599,12 @@ async fn stop_ends_retries_of_unreachable_store() {
     let tasks = crate::task::Tasks::new();
     let (asked, answer) = (store.clone(), Arc::clone(&result));
     tasks.spawn("store-binding", async move {
-        let claimed = asked.claim().await;
-        *answer.lock() = Some(claimed);
+        let bound = asked.bind().await;
+        *answer.lock() = Some(bound);
     });
     tokio::task::yield_now().await;
     store.stop().await;
     tasks.stop().await;
-    let claimed = result.lock().take();
-    assert!(matches!(claimed, Some(Err(BindingError::Store(TierStoreError::Stopped)))), "{claimed:?}");
+    let bound = result.lock().take();
+    assert!(matches!(bound, Some(Err(BindingError::Store(TierStoreError::Stopped)))), "{bound:?}");
 }

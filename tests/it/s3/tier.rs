@@ -181,7 +181,7 @@ async fn upload_fails_while_the_store_is_down_and_then_succeeds() {
     let tier = tier(&options, TierState::default());
     s3.faults().set_down(true);
     let error = tier.stage(&source, EPOCH).await.unwrap_err();
-    assert!(matches!(error, UploadError::Claim(BindingError::Store(_))) && error.retryable(), "{error}");
+    assert!(matches!(error, UploadError::Binding(BindingError::Store(_))) && error.retryable(), "{error}");
     s3.faults().set_down(false);
     // Down in the middle: the segment object exists, its manifest does not.
     s3.faults().inject_at(Op::Put, "manifest-", 0, Fault::Status(503), usize::MAX);
@@ -308,7 +308,7 @@ async fn concurrent_clusters_do_not_share_a_prefix() {
     let s3 = S3::start().await;
     let options = s3.options("claimed");
     let stores: Vec<_> = ["red", "blue"].map(|cluster| TierStore::open(&options, cluster).unwrap()).into();
-    let claims = futures::future::join_all(stores.iter().map(TierStore::claim)).await;
+    let claims = futures::future::join_all(stores.iter().map(TierStore::bind)).await;
     assert_eq!(claims.iter().filter(|claim| claim.is_ok()).count(), 1, "{claims:?}");
     assert!(claims.iter().any(|claim| matches!(claim, Err(BindingError::Foreign { .. }))));
 }
@@ -334,7 +334,7 @@ async fn concurrent_brokers_of_one_cluster_share_a_prefix() {
         };
         for start in ["the first", "the second"] {
             let brokers = brokers();
-            for claim in futures::future::join_all(brokers.iter().map(TierStore::claim)).await {
+            for claim in futures::future::join_all(brokers.iter().map(TierStore::bind)).await {
                 claim.unwrap_or_else(|error| panic!("round {round}, {start} start: {error}"));
             }
         }
@@ -346,13 +346,13 @@ async fn wrong_keys_fail_at_once_and_are_never_printed() {
     let s3 = S3::start().await;
     let mut options = s3.options("keys");
     options.keys.as_mut().unwrap().secret_access_key = "wrong".to_owned();
-    let error = TierStore::open(&options, "test").unwrap().claim().await.unwrap_err();
+    let error = TierStore::open(&options, "test").unwrap().bind().await.unwrap_err();
     assert!(!error.retryable() && error.to_string().contains("credentials"), "{error}");
     assert!(!format!("{options:?}").contains("wrong"), "a secret is never printed");
     s3.create_bucket("other");
     let mut options = s3.options("x");
     options.url = "s3://other/x".to_owned();
-    TierStore::open(&options, "test").unwrap().claim().await.unwrap();
+    TierStore::open(&options, "test").unwrap().bind().await.unwrap();
     assert_eq!(s3.environment()[0].0, "AWS_ACCESS_KEY_ID");
 }
 

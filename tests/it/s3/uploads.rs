@@ -104,7 +104,7 @@ async fn failed_abort_is_reported_and_retried_the_next_time() {
     s3.faults().clear();
     let foreign = TierStore::open(&s3.options("ours"), "foreign").unwrap();
     let error = abort_abandoned_uploads(&foreign, HOUR, clock::wall_ms()).await.unwrap_err();
-    assert!(matches!(error, UploadsError::Claim(BindingError::Foreign { .. })), "{error}");
+    assert!(matches!(error, UploadsError::Binding(BindingError::Foreign { .. })), "{error}");
 }
 
 #[test]
