@@ -178,14 +178,6 @@ impl PartitionTier {
         Ok(root.trim(trim_at, cut.as_deref(), epoch))
     }
 
-    /// Uploads one segment and writes the manifest that lists it: a [`PartitionTier::start_upload_batch`] of one
-    /// segment.
-    pub async fn stage(&self, source: &SegmentSource, epoch: LeaderEpoch) -> Result<StagedManifest, UploadError> {
-        let mut batch = self.start_upload_batch(epoch).await?;
-        batch.add(source).await?;
-        batch.finish().await
-    }
-
     /// Returns the state of a log that starts at `log_start`, with the current manifest. Sends no request, so the log
     /// start can move during an outage of the store. `removed_bytes` are the bytes of the segments that end above the
     /// current log start, and not above the new one.

@@ -24,8 +24,9 @@ use s3s::{
     service::{S3Service, S3ServiceBuilder},
 };
 use strandline::{
+    model::LeaderEpoch,
     task::{self, Tasks},
-    tier::{AccessKeys, ObjectStoreOptions},
+    tier::{AccessKeys, ObjectStoreOptions, PartitionTier, SegmentSource, StagedManifest, UploadError},
 };
 use tokio::{net::TcpListener, sync::Mutex};
 
@@ -150,6 +151,17 @@ impl Drop for S3 {
             let _panicked = thread.join();
         }
     }
+}
+
+/// Uploads one segment and writes the manifest that lists it.
+pub(crate) async fn stage(
+    tier: &PartitionTier,
+    source: &SegmentSource,
+    epoch: LeaderEpoch,
+) -> Result<StagedManifest, UploadError> {
+    let mut batch = tier.start_upload_batch(epoch).await?;
+    batch.add(source).await?;
+    batch.finish().await
 }
 
 async fn serve(listener: std::net::TcpListener, shared: Arc<Shared>, tasks: Tasks) {

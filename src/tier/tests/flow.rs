@@ -25,7 +25,7 @@ async fn three(options: &ObjectStoreOptions, size: usize) -> (PartitionTier, Seg
     let mut all = BytesMut::new();
     for (number, epoch) in [0, 0, 2].into_iter().enumerate() {
         let (source, content) = segments.source(number as u64 * 300, 100, size, epoch);
-        let staged = tier.stage(&source, LeaderEpoch(epoch)).await.unwrap();
+        let staged = stage(&tier, &source, LeaderEpoch(epoch)).await.unwrap();
         assert_eq!(staged.replaces(), &tier.state());
         tier.install(staged);
         all.extend_from_slice(&content);
@@ -60,7 +60,7 @@ async fn large_segment_is_uploaded_in_parts_and_reads_back() {
     let tier = open(&ObjectStoreOptions::new(&format!("file://{}", store.path().join("objects").display())));
     // 26 MB with batches of 900 KB, so that batches cross the ends of parts and chunks.
     let (source, content) = segments.source(0, 29, 300_000, 0);
-    let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
+    let staged = stage(&tier, &source, LeaderEpoch(0)).await.unwrap();
     tier.install(staged);
     assert_eq!(read_all(&tier, 0, 87, 2 << 20).await, content);
 }
@@ -72,7 +72,7 @@ async fn uploaded_segment_leaves_the_page_cache() {
     let segments = Segments::new();
     let tier = open(&ObjectStoreOptions::new(&format!("file://{}", store.path().display())));
     let (source, content) = segments.source(0, 29, 300_000, 0);
-    let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
+    let staged = stage(&tier, &source, LeaderEpoch(0)).await.unwrap();
     tier.install(staged);
     let segment = tier.segments(at(0), 1).await.unwrap()[0].stamp.segment();
     let object = store.path().join(super::name::partition_folder(partition())).join(segment);
@@ -101,11 +101,11 @@ async fn staged_manifest_changes_nothing_before_install() {
     let segments = Segments::new();
     let tier = open(&ObjectStoreOptions::new("memory://"));
     let (source, _) = segments.source(0, 5, 10, 0);
-    let staged = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
+    let staged = stage(&tier, &source, LeaderEpoch(0)).await.unwrap();
     assert_eq!(tier.state(), TierState::default());
     assert!(tier.read(at(0), 10.into()).await.is_err());
     // The commit fails. The same segment is staged again under other names, and that state is committed.
-    let again = tier.stage(&source, LeaderEpoch(0)).await.unwrap();
+    let again = stage(&tier, &source, LeaderEpoch(0)).await.unwrap();
     assert_ne!(staged.state().manifest, again.state().manifest);
     tier.install(again.clone());
     let json = serde_json::to_string(again.state()).unwrap();
@@ -160,20 +160,20 @@ async fn overlapping_source_uploads_only_the_rest() {
     let segments = Segments::new();
     let tier = open(&ObjectStoreOptions::new("memory://"));
     let (first, _) = segments.source(0, 10, 100, 0);
-    tier.install(tier.stage(&first, LeaderEpoch(0)).await.unwrap());
+    tier.install(stage(&tier, &first, LeaderEpoch(0)).await.unwrap());
     let (wide, content) = segments.source(0, 25, 100, 0);
-    tier.install(tier.stage(&wide, LeaderEpoch(0)).await.unwrap());
+    tier.install(stage(&tier, &wide, LeaderEpoch(0)).await.unwrap());
     assert_eq!(read_all(&tier, 0, 75, 1 << 20).await, content);
     let entries = tier.segments(at(0), 10).await.unwrap();
     assert_eq!(entries.iter().map(|entry| entry.stamp.base.get()).collect::<Vec<_>>(), [0, 30]);
     // A segment that ends at or below the tiered end is rejected, and so is one that leaves a gap.
     assert!(matches!(
-        tier.stage(&wide, LeaderEpoch(0)).await,
+        stage(&tier, &wide, LeaderEpoch(0)).await,
         Err(UploadError::Source(SegmentSourceError::NotContiguous { .. }))
     ));
     let (gap, _) = segments.source(90, 5, 100, 0);
     assert!(matches!(
-        tier.stage(&gap, LeaderEpoch(0)).await,
+        stage(&tier, &gap, LeaderEpoch(0)).await,
         Err(UploadError::Source(SegmentSourceError::NotContiguous { .. }))
     ));
 }
@@ -187,15 +187,15 @@ async fn flipped_bit_in_segment_file_is_never_uploaded() {
         let mut bytes = content.to_vec();
         bytes[bit / 8] ^= 1 << (bit % 8);
         segments.damage(&source, &bytes);
-        let error = tier.stage(&source, LeaderEpoch(0)).await.expect_err(&format!("bit {bit}"));
+        let error = stage(&tier, &source, LeaderEpoch(0)).await.expect_err(&format!("bit {bit}"));
         assert!(matches!(error, UploadError::Source(SegmentSourceError::Damaged { .. })), "bit {bit}: {error}");
     }
     for len in 0..content.len() {
         segments.damage(&source, &content[..len]);
-        assert!(tier.stage(&source, LeaderEpoch(0)).await.is_err(), "truncated at {len}");
+        assert!(stage(&tier, &source, LeaderEpoch(0)).await.is_err(), "truncated at {len}");
     }
     segments.damage(&source, &[&content[..], b"x"].concat());
-    assert!(tier.stage(&source, LeaderEpoch(0)).await.is_err(), "the file is too long");
+    assert!(stage(&tier, &source, LeaderEpoch(0)).await.is_err(), "the file is too long");
     assert!(tier.store().list("topics").await.unwrap().is_empty(), "no object was written");
 }
 
@@ -208,7 +208,7 @@ async fn upload_survives_removal_of_segment_file() {
     let (source, content) = segments.source(0, 29, 300_000, 0);
     segments.disk.remove(source.path()).unwrap();
     assert!(segments.disk.read(source.path()).is_err());
-    tier.install(tier.stage(&source, LeaderEpoch(0)).await.unwrap());
+    tier.install(stage(&tier, &source, LeaderEpoch(0)).await.unwrap());
     assert_eq!(read_all(&tier, 0, 87, 2 << 20).await, content);
 }
 
@@ -217,7 +217,7 @@ async fn flipped_bit_in_segment_object_is_detected() {
     let segments = Segments::new();
     let tier = open(&ObjectStoreOptions::new("memory://"));
     let (source, content) = segments.source(0, 2, 20, 0);
-    tier.install(tier.stage(&source, LeaderEpoch(0)).await.unwrap());
+    tier.install(stage(&tier, &source, LeaderEpoch(0)).await.unwrap());
     let entry = tier.segments(at(0), 1).await.unwrap()[0];
     let object = tier.object(&entry.stamp.segment());
     let whole = tier.store().get(&object).await.unwrap();
@@ -341,7 +341,7 @@ async fn log_start_moves_without_store_and_manifest_follows() {
         let removed = bytes_below(&fresh, at(to)).await;
         fresh.install(fresh.stage_log_start(at(to), removed, LeaderEpoch(2)).unwrap());
         assert!(fresh.manifest_lags().await.unwrap());
-        fresh.install(fresh.stage(&segments.source(base, 5, 10, 2).0, LeaderEpoch(2)).await.unwrap());
+        fresh.install(stage(&fresh, &segments.source(base, 5, 10, 2).0, LeaderEpoch(2)).await.unwrap());
         assert!(!fresh.manifest_lags().await.unwrap());
         let again = tier_over(store.clone(), fresh.state());
         let found = again.segments(at(0), 9).await.unwrap();
@@ -361,7 +361,7 @@ async fn trim_moves_log_start_and_its_garbage_is_collected() {
     let kept = read_all(&tier, 450, 900, 1 << 20).await;
     assert!(all.ends_with(&kept));
 
-    let orphan = tier.stage(&segments.source(900, 5, 10, 2).0, LeaderEpoch(2)).await.unwrap();
+    let orphan = stage(&tier, &segments.source(900, 5, 10, 2).0, LeaderEpoch(2)).await.unwrap();
     drop(orphan);
     let live = |_| std::future::ready(PartitionLiveness::Current(tier.state()));
     let now = crate::task::clock::wall_ms();
@@ -387,7 +387,7 @@ async fn trim_moves_log_start_and_its_garbage_is_collected() {
     assert!(!tier.manifest_lags().await.unwrap());
     assert_eq!((tier.state().log_start, tier.state().manifest), (at(905), emptied.manifest));
     let (inside, _) = segments.source(900, 5, 10, 2);
-    tier.install(tier.stage(&inside, LeaderEpoch(2)).await.unwrap());
+    tier.install(stage(&tier, &inside, LeaderEpoch(2)).await.unwrap());
     assert_eq!((tier.state().log_start, tier.state().tiered_end), (at(905), at(915)));
     assert_eq!(tier.read(at(905), 1.into()).await.unwrap().next, at(906));
 }
@@ -433,7 +433,7 @@ async fn prefix_of_another_cluster_is_rejected_with_both_names() {
     let text = error.to_string();
     assert!(text.contains("\"red\"") && text.contains("\"blue\"") && text.contains("file:///"), "{text}");
     let (source, _) = segments.source(0, 1, 1, 0);
-    let refused = tier_over(blue, TierState::default()).stage(&source, LeaderEpoch(0)).await;
+    let refused = stage(&tier_over(blue, TierState::default()), &source, LeaderEpoch(0)).await;
     assert!(matches!(refused, Err(UploadError::Binding(BindingError::Foreign { .. }))));
 }
 
@@ -450,7 +450,7 @@ async fn missing_or_empty_folder_rejects_writes_until_it_returns() {
     };
     let tier = open(&options);
     let (first, content) = segments.source(0, 1, 10, 0);
-    let staged = tier.stage(&first, LeaderEpoch(0)).await.unwrap();
+    let staged = stage(&tier, &first, LeaderEpoch(0)).await.unwrap();
     tier.install(staged);
     let (second, more) = segments.source(3, 1, 10, 0);
     std::fs::rename(&place, &away).unwrap();
@@ -458,7 +458,7 @@ async fn missing_or_empty_folder_rejects_writes_until_it_returns() {
         if mounted {
             std::fs::create_dir(&place).unwrap();
         }
-        let refused = tier.stage(&second, LeaderEpoch(0)).await.unwrap_err();
+        let refused = stage(&tier, &second, LeaderEpoch(0)).await.unwrap_err();
         assert!(
             matches!(refused, UploadError::Binding(BindingError::Missing { .. })) && refused.retryable(),
             "{refused}"
@@ -473,7 +473,7 @@ async fn missing_or_empty_folder_rejects_writes_until_it_returns() {
     }
     std::fs::remove_dir(&place).unwrap();
     std::fs::rename(&away, &place).unwrap();
-    let staged = tier.stage(&second, LeaderEpoch(0)).await.unwrap();
+    let staged = stage(&tier, &second, LeaderEpoch(0)).await.unwrap();
     tier.install(staged);
     assert_eq!(read_all(&tier, 0, 6, 1 << 20).await, [content, more].concat());
 }
@@ -490,7 +490,7 @@ fn url_without_store_is_rejected() {
 async fn older_leader_cannot_stage() {
     let (tier, segments, _all) = three(&ObjectStoreOptions::new("memory://"), 10).await;
     let (source, _) = segments.source(900, 1, 10, 1);
-    assert!(matches!(tier.stage(&source, LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
+    assert!(matches!(stage(&tier, &source, LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
     assert!(matches!(tier.stage_trim(LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
     assert!(matches!(tier.stage_log_start(at(1), 0, LeaderEpoch(1)), Err(UploadError::Deposed { .. })));
 }

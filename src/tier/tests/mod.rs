@@ -120,3 +120,14 @@ async fn read_all(tier: &PartitionTier, from: u64, end: u64, max: usize) -> Byte
     }
     out.freeze()
 }
+
+/// Uploads one segment and writes the manifest that lists it.
+async fn stage(
+    tier: &PartitionTier,
+    source: &SegmentSource,
+    epoch: LeaderEpoch,
+) -> Result<StagedManifest, UploadError> {
+    let mut batch = tier.start_upload_batch(epoch).await?;
+    batch.add(source).await?;
+    batch.finish().await
+}

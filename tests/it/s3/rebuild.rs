@@ -14,7 +14,7 @@ use strandline::{
     },
 };
 
-use super::S3;
+use super::{S3, stage};
 use crate::corruption::files;
 
 const EPOCH: LeaderEpoch = LeaderEpoch(0);
@@ -116,7 +116,7 @@ async fn object_with_a_corrupt_footer_is_named_and_not_used() {
     let (sources, _) = segments(3);
     let writer = tier(&options, TierState::default());
     for source in &sources {
-        writer.install(writer.stage(source, EPOCH).await.unwrap());
+        writer.install(stage(&writer, source, EPOCH).await.unwrap());
     }
     let mut objects = files(&s3.bucket(), ".segment");
     objects.sort();

@@ -17,7 +17,7 @@ use strandline::{
     },
 };
 
-use super::{Fault, Op, S3};
+use super::{Fault, Op, S3, stage};
 use crate::test_timeout::eventually_async;
 
 const EPOCH: LeaderEpoch = LeaderEpoch(0);
@@ -85,7 +85,7 @@ async fn read_all(tier: &PartitionTier, end: u64) -> Result<Bytes, TierReadError
 async fn uploaded(options: &ObjectStoreOptions, count: u64, size: usize) -> (TierState, Bytes) {
     let (source, content) = segment(count, size);
     let writer = tier(options, TierState::default());
-    writer.install(writer.stage(&source, EPOCH).await.unwrap());
+    writer.install(stage(&writer, &source, EPOCH).await.unwrap());
     (writer.state(), content)
 }
 
@@ -137,7 +137,7 @@ async fn single_request_uploads_survive_every_fault() {
         drop(tier.stage_trim(EPOCH).await.unwrap());
         let before = s3.faults().hits();
         s3.faults().inject(op, fault, 2);
-        let staged = tier.stage(&source, EPOCH).await.unwrap_or_else(|error| panic!("{op:?} {fault:?}: {error}"));
+        let staged = stage(&tier, &source, EPOCH).await.unwrap_or_else(|error| panic!("{op:?} {fault:?}: {error}"));
         assert_eq!(s3.faults().hits(), before + 2, "{op:?} {fault:?} happened");
         install_and_compare(&tier, &options, staged, &content).await;
         s3.faults().clear();
@@ -166,7 +166,7 @@ async fn multipart_uploads_survive_every_fault() {
         let tier = tier(&options, TierState::default());
         let before = s3.faults().hits();
         s3.faults().inject(op, fault, 1);
-        let staged = tier.stage(&source, EPOCH).await.unwrap_or_else(|error| panic!("{op:?} {fault:?}: {error}"));
+        let staged = stage(&tier, &source, EPOCH).await.unwrap_or_else(|error| panic!("{op:?} {fault:?}: {error}"));
         assert_eq!(s3.faults().hits(), before + 1, "{op:?} {fault:?} happened");
         install_and_compare(&tier, &options, staged, &content).await;
         s3.faults().clear();
@@ -180,15 +180,15 @@ async fn upload_fails_while_the_store_is_down_and_then_succeeds() {
     let (source, content) = segment(10, 1000);
     let tier = tier(&options, TierState::default());
     s3.faults().set_down(true);
-    let error = tier.stage(&source, EPOCH).await.unwrap_err();
+    let error = stage(&tier, &source, EPOCH).await.unwrap_err();
     assert!(matches!(error, UploadError::Binding(BindingError::Store(_))) && error.retryable(), "{error}");
     s3.faults().set_down(false);
     // Down in the middle: the segment object exists, its manifest does not.
     s3.faults().inject_at(Op::Put, "manifest-", 0, Fault::Status(503), usize::MAX);
-    let error = tier.stage(&source, EPOCH).await.unwrap_err();
+    let error = stage(&tier, &source, EPOCH).await.unwrap_err();
     assert!(matches!(error, UploadError::Store(_)) && error.retryable(), "{error}");
     s3.faults().clear();
-    let staged = tier.stage(&source, EPOCH).await.unwrap();
+    let staged = stage(&tier, &source, EPOCH).await.unwrap();
     install_and_compare(&tier, &options, staged, &content).await;
     assert_eq!(collect(&options, &tier.state()).await, 1, "the object of the first attempt");
     assert_eq!(collect(&options, &tier.state()).await, 0);
