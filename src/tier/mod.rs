@@ -35,7 +35,7 @@
 //!
 //! A crash leaves objects that no manifest references, and possibly an incomplete multipart upload. A manifest never
 //! references a missing object: it is written after its objects are verified, and becomes current after that. Garbage
-//! collection deletes the orphan objects, and `uploads` aborts the multipart uploads if the store is S3.
+//! collection deletes the orphan objects, and aborts the multipart uploads if the store is S3.
 //!
 //! # Shutdown
 //!
@@ -61,8 +61,8 @@ mod partition;
 mod read;
 mod read_ahead;
 mod rebuild;
-#[cfg(feature = "aws-sdk")]
-mod s3;
+#[cfg(feature = "s3-admin")]
+mod s3_admin;
 mod segment;
 mod single_flight;
 mod state;
@@ -71,13 +71,14 @@ mod store_binding;
 #[cfg(test)]
 mod tests;
 mod upload;
-mod uploads;
 
 pub use chunk_cache::{ChunkCache, ChunkCacheOptions};
 pub use codec::InvalidObject;
 pub use error::{BindingError, TierReadError, TierStoreError};
 pub use footer::Footer;
-pub use garbage::{GarbageReport, PartitionLiveness, collect_garbage};
+pub use garbage::{
+    GarbageReport, PartitionLiveness, UploadsError, UploadsReport, abort_abandoned_uploads, collect_garbage,
+};
 pub use manifest::SegmentEntry;
 pub use name::ManifestName;
 pub use open::{AccessKeys, ObjectStoreOptions, ObjectStoreOptionsError};
@@ -90,4 +91,3 @@ pub use state::TierState;
 pub use store::{ObjectInfo, TierStore, TopicRecord};
 pub use store_binding::{BindingStore, StoreBinding};
 pub use upload::UploadError;
-pub use uploads::{UploadsError, UploadsReport, abort_abandoned_uploads};

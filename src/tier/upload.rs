@@ -10,7 +10,7 @@
 //! # Crash
 //!
 //! A crash or an error leaves at most objects that no manifest references, and multipart uploads that are incomplete.
-//! Garbage collection deletes the objects. `uploads` aborts the multipart uploads if the store is S3.
+//! Garbage collection deletes the objects, and aborts the multipart uploads if the store is S3.
 
 use std::collections::VecDeque;
 

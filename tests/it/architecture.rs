@@ -439,14 +439,14 @@ fn file_without_module_doc_is_found() {
     assert_eq!(listed_out_of_order("pub mod model;\n#[cfg(feature = \"server\")]\npub mod log;"), None);
 }
 
-/// A program that embeds the client must not compile a server. The list is what the `server` and `aws-sdk` features
+/// A program that embeds the client must not compile a server. The list is what the `server` and `s3-admin` features
 /// add.
 #[test]
 fn client_without_server_has_no_server_crates() {
     let root = env!("CARGO_MANIFEST_DIR");
     let manifest = fs::read_to_string(Path::new(root).join("Cargo.toml")).expect("the manifest");
     let manifest: toml::Table = manifest.parse().expect("the manifest is TOML");
-    let added: Vec<String> = ["server", "aws-sdk"]
+    let added: Vec<String> = ["server", "s3-admin"]
         .iter()
         .flat_map(|feature| manifest["features"][*feature].as_array().expect("a list of features"))
         .filter_map(|entry| entry.as_str()?.strip_prefix("dep:").map(str::to_owned))

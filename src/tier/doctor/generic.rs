@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutPayload, path::Path};
 
-use super::{ConditionalPutResult, StoreProbe};
+use super::probe::{ConditionalPutResult, StoreProbe};
 use crate::tier::{
     error::reason,
     open::{self, ObjectStoreOptions, ObjectStoreOptionsError},

@@ -4,15 +4,15 @@
 //! broker can do without is unsupported. For `s3://` the checks use the vendor's client, so that a finding concerns the
 //! store and not the client of the broker.
 
-use std::ops::Range;
-
 use bytes::Bytes;
 
-#[cfg(feature = "aws-sdk")]
-mod aws;
 mod generic;
+pub(super) mod probe;
 
+use self::probe::{ConditionalPutResult, StoreProbe};
 use super::open::{ObjectStoreOptions, ObjectStoreOptionsError};
+#[cfg(feature = "s3-admin")]
+use super::s3_admin::S3Admin;
 use crate::task::{clock, random};
 
 /// Size of the first part in the multipart check: the minimum that S3 allows for every part but the last.
@@ -52,38 +52,22 @@ pub struct StoreCheck {
     pub meaning: &'static str,
 }
 
-/// Result of a conditional put.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum ConditionalPutResult {
-    Yes,
-    Exists,
-    NotKnown(String),
-}
-
-/// Requests that the checks send to an object store. Errors are texts for the report.
-trait StoreProbe {
-    async fn put(&self, key: &str, body: Bytes) -> Result<(), String>;
-    async fn put_new(&self, key: &str, body: Bytes) -> Result<ConditionalPutResult, String>;
-    async fn get(&self, key: &str, range: Range<u64>) -> Result<Bytes, String>;
-    /// Returns the object's length and its modification time by the store's clock, in milliseconds since 1970.
-    async fn head(&self, key: &str) -> Result<(u64, i64), String>;
-    async fn list(&self, folder: &str) -> Result<Vec<String>, String>;
-    async fn delete(&self, key: &str) -> Result<(), String>;
-    async fn multipart(&self, key: &str, parts: Vec<Bytes>) -> Result<(), String>;
-}
-
 /// Checks every capability of the store in `options` that a broker uses. The options bound all waits.
 ///
 /// # Errors
 /// The options name no store. A missing capability is not an error but the outcome of a check.
 pub async fn examine(options: &ObjectStoreOptions) -> Result<Vec<StoreCheck>, ObjectStoreOptionsError> {
     let folder = format!(".strandline-doctor-{}", random::uuid());
-    #[cfg(feature = "aws-sdk")]
+    #[cfg(feature = "s3-admin")]
     if options.is_s3() {
-        let probe = super::s3::S3::connect(options).await?;
+        let probe = S3Admin::connect(options).await?;
         let mut checks = Box::pin(run(&probe, &folder)).await;
         let works = works(&checks);
-        checks.extend(if works { aws::own_checks(&probe, &folder).await } else { aws::untried_checks() });
+        if works {
+            checks.extend(s3_checks(&probe, &folder).await);
+        } else {
+            checks.extend([CHECKSUM, UPLOADS].map(|(name, meaning)| untried(name, meaning)));
+        }
         clean(&probe, &folder, works).await;
         return Ok(checks);
     }
@@ -240,6 +224,33 @@ async fn conditional(probe: &impl StoreProbe, folder: &str) -> (StoreCheck, Stor
     (named("conditional put", sequential), named("conditional puts at once", concurrent))
 }
 
+#[cfg(feature = "s3-admin")]
+const CHECKSUM: (&str, &str) =
+    ("content checksum", "Uploads are read back and compared, so a store without checksums is equally safe.");
+
+#[cfg(feature = "s3-admin")]
+const UPLOADS: (&str, &str) = (
+    "list multipart uploads",
+    "A crash can leave an incomplete upload, which costs storage. Brokers abort old ones; if that is not possible, \
+     give the bucket a life-cycle rule that aborts them.",
+);
+
+/// Checks content checksums and the listing of incomplete multipart uploads.
+#[cfg(feature = "s3-admin")]
+async fn s3_checks(s3: &S3Admin, folder: &str) -> [StoreCheck; 2] {
+    let (outcome, detail) = match s3.keeps_checksum(&format!("{folder}/checksum"), pattern(1000)).await {
+        Ok(true) => (CheckOutcome::Pass, "the store keeps the CRC-32C of an object".to_owned()),
+        Ok(false) => (CheckOutcome::Unsupported, "the store keeps no checksum".to_owned()),
+        Err(error) => (CheckOutcome::Unsupported, error),
+    };
+    let checksum = StoreCheck { name: CHECKSUM.0, outcome, detail, meaning: CHECKSUM.1 };
+    let (outcome, detail) = match s3.uploads().await {
+        Ok(uploads) => (CheckOutcome::Pass, format!("{} incomplete uploads below this prefix", uploads.len())),
+        Err(error) => (CheckOutcome::Unsupported, error),
+    };
+    [checksum, StoreCheck { name: UPLOADS.0, outcome, detail, meaning: UPLOADS.1 }]
+}
+
 /// Returns true if the check of puts passed.
 fn works(checks: &[StoreCheck]) -> bool {
     checks.iter().all(|check| check.name != PUT || check.outcome == CheckOutcome::Pass)
@@ -284,7 +295,7 @@ mod tests {
 
     /// Regression: the checks reported capabilities of an unreachable store as unsupported, although no request had
     /// tried them.
-    #[cfg(feature = "aws-sdk")]
+    #[cfg(feature = "s3-admin")]
     #[tokio::test]
     async fn unreachable_store_leaves_checks_untried() {
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
