@@ -42,6 +42,7 @@ use super::{
 use crate::{
     model::BrokerId,
     task::{Tasks, clock},
+    telemetry::LogThrottle,
 };
 
 /// Maximum time that a stop waits for the revocation of the lease.
@@ -175,7 +176,7 @@ impl RegistrationRequest {
             lease,
             epoch,
             directory,
-            failing: false,
+            failing: LogThrottle::default(),
         };
         session_tasks.spawn("broker session", keeper.run(metadata.watch(), session_tasks.clone()));
         Ok(Session { registration, state, flags, renewed, tasks: session_tasks })
@@ -361,7 +362,7 @@ struct LeaseKeeper {
     epoch: Revision,
     /// Revision of the last write to the directory record.
     directory: Revision,
-    failing: bool,
+    failing: LogThrottle,
 }
 
 impl LeaseKeeper {
@@ -415,14 +416,14 @@ impl LeaseKeeper {
         match self.registration.store.keep_alive(self.lease).await {
             Ok(()) => {
                 self.renewed_at(started);
-                if std::mem::take(&mut self.failing) {
+                if self.failing.recover().is_some() {
                     tracing::info!("the broker's lease is renewed again");
                 }
                 true
             }
             Err(MetaStoreError::LeaseGone { .. }) => self.reregister().await,
             Err(error) => {
-                if !std::mem::replace(&mut self.failing, true) {
+                if self.failing.occur(clock::monotonic()).is_some() {
                     tracing::warn!(%error, "the broker's lease could not be renewed: retrying");
                 }
                 false
@@ -436,7 +437,8 @@ impl LeaseKeeper {
         match self.retry_registration().await {
             Ok(RegisterResult::Registered { epoch, directory }) => {
                 tracing::warn!(%epoch, "the broker's registration was lost: the broker is registered again");
-                (self.epoch, self.directory, self.failing) = (epoch, directory, false);
+                (self.epoch, self.directory) = (epoch, directory);
+                self.failing.recover();
                 self.publish.send_replace(SessionState::Registered { epoch, lease: self.lease });
                 true
             }
@@ -451,7 +453,7 @@ impl LeaseKeeper {
                 true
             }
             Err(error) => {
-                if !std::mem::replace(&mut self.failing, true) {
+                if self.failing.occur(clock::monotonic()).is_some() {
                     tracing::error!(%error, "the broker's registration was lost and cannot be created again: retrying");
                 }
                 false

@@ -71,11 +71,7 @@ where
     {
         let (flights, stop) = (Arc::clone(self), tasks.clone());
         tasks.spawn("tier fetch", async move {
-            let outcome = tokio::select! {
-                biased;
-                () = stop.cancelled() => Err(TierStoreError::Stopped.into()),
-                outcome = load => outcome,
-            };
+            let outcome = stop.run_until_cancelled(load).await.unwrap_or_else(|| Err(TierStoreError::Stopped.into()));
             flights.remove(key, &sender);
             sender.send_replace(Some(outcome));
         });

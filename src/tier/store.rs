@@ -441,6 +441,7 @@ impl TierStore {
             attempt.retry(self.pauses()).sleep(pause).when(TierStoreError::retryable).notify(|error, pause| {
                 tracing::debug!(object, %error, ?pause, "object store request failed, retrying");
             });
+        // Not `run_until_cancelled`: the compiler cannot prove that a generic future around this one is `Send`.
         tokio::select! {
             biased;
             () = self.inner.tasks.cancelled() => Err(TierStoreError::Stopped),
@@ -453,11 +454,7 @@ impl TierStore {
         if self.inner.outages.failed(&self.inner.url, sent, reason) && !self.inner.tasks.is_cancelled() {
             let store = self.clone();
             self.inner.tasks.spawn("object store probe", async move {
-                tokio::select! {
-                    biased;
-                    () = store.inner.tasks.cancelled() => {}
-                    () = store.probe() => {}
-                }
+                store.inner.tasks.run_until_cancelled(store.probe()).await;
             });
         }
     }

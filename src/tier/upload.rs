@@ -100,12 +100,8 @@ pub(super) async fn segment(
     let mut pauses = backon::BackoffBuilder::build(store.pauses());
     let (began, retry_for) = (clock::monotonic(), store.options().retry_for);
     loop {
-        let tried = tokio::select! {
-            biased;
-            () = store.tasks().cancelled() => return Err(TierStoreError::Stopped.into()),
-            tried = attempt.run(&mut last_try) => tried,
-        };
-        let error = match tried {
+        let tried = store.tasks().run_until_cancelled(attempt.run(&mut last_try)).await;
+        let error = match tried.ok_or(TierStoreError::Stopped)? {
             Ok(entry) => return Ok(entry),
             Err(error) => error,
         };
@@ -114,11 +110,7 @@ pub(super) async fn segment(
         let may_retry = error.retryable() && began.elapsed() < retry_for;
         let Some(pause) = pauses.next().filter(|_| may_retry) else { return Err(error) };
         tracing::debug!(path = %source.path().display(), %error, ?pause, "segment upload failed, retrying");
-        tokio::select! {
-            biased;
-            () = store.tasks().cancelled() => return Err(TierStoreError::Stopped.into()),
-            () = store.pause(pause) => {}
-        }
+        store.tasks().run_until_cancelled(store.pause(pause)).await.ok_or(TierStoreError::Stopped)?;
     }
 }
 

@@ -211,15 +211,9 @@ impl EmbeddedStore {
     pub fn keep_time(&self, tasks: &Tasks) {
         let (store, stop) = (self.clone(), tasks.clone());
         tasks.spawn("metadata leases", async move {
-            loop {
-                tokio::select! {
-                    biased;
-                    () = stop.cancelled() => return,
-                    () = tokio::time::sleep(LEASE_TICK) => {
-                        if let Err(error) = store.tick(clock::monotonic()).await {
-                            tracing::error!(%error, "expired leases could not be ended");
-                        }
-                    }
+            while stop.sleep_until_cancelled(LEASE_TICK).await.is_some() {
+                if let Err(error) = store.tick(clock::monotonic()).await {
+                    tracing::error!(%error, "expired leases could not be ended");
                 }
             }
         });

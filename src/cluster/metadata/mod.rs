@@ -28,7 +28,7 @@ use super::{
 use crate::{
     model::PartitionId,
     task::{Backoff, Tasks, clock},
-    telemetry::Counter,
+    telemetry::{Counter, LogThrottle},
 };
 
 mod snapshot;
@@ -43,9 +43,6 @@ const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 
 /// Longest such pause.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
-
-/// Interval at which a continuing outage is logged.
-const REMIND_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Maximum number of changes that a feed may lag before it starts over.
 const MAX_QUEUED_CHANGES: usize = 1024;
@@ -178,17 +175,30 @@ struct Reflector {
 
 impl Reflector {
     async fn run(self) {
-        let (mut backoff, mut outage) = (Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY), OutageLogger::default());
+        let (mut backoff, mut outage) = (Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY), LogThrottle::default());
+        let mut watched_until = clock::monotonic();
         loop {
             match self.list().await {
                 Ok(watch) => {
-                    outage.log_recovered();
+                    if outage.recover().is_some() {
+                        let seconds = watched_until.elapsed().as_secs();
+                        tracing::info!(seconds, "the cluster's metadata was listed again");
+                    }
                     if self.apply_watch(watch).await {
                         backoff.reset();
                     }
+                    watched_until = clock::monotonic();
                 }
                 Err(error) => {
-                    outage.log_failure(&error);
+                    let seconds = watched_until.elapsed().as_secs();
+                    if outage.occur(clock::monotonic()).is_some() {
+                        tracing::warn!(
+                            %error, seconds,
+                            "the cluster's metadata cannot be listed: the last snapshot stays in use; retrying"
+                        );
+                    } else {
+                        tracing::debug!(%error, seconds, "the cluster's metadata still cannot be listed");
+                    }
                 }
             }
             backoff.pause().await;
@@ -228,35 +238,6 @@ impl Reflector {
                     None => return received,
                 },
             }
-        }
-    }
-}
-
-/// Log of an outage of the store: at its start, at intervals and at its end.
-#[derive(Default)]
-struct OutageLogger {
-    started: Option<Instant>,
-    logged: Option<Instant>,
-}
-
-impl OutageLogger {
-    fn log_failure(&mut self, error: &MetaStoreError) {
-        let now = clock::monotonic();
-        let seconds = now.duration_since(*self.started.get_or_insert(now)).as_secs();
-        if self.logged.is_some_and(|logged| now.duration_since(logged) < REMIND_INTERVAL) {
-            tracing::debug!(%error, seconds, "the cluster's metadata still cannot be listed");
-            return;
-        }
-        self.logged = Some(now);
-        tracing::warn!(
-            %error, seconds,
-            "the cluster's metadata cannot be listed: the last snapshot stays in use; retrying"
-        );
-    }
-
-    fn log_recovered(&mut self) {
-        if let Some(started) = std::mem::take(self).started {
-            tracing::info!(seconds = started.elapsed().as_secs(), "the cluster's metadata was listed again");
         }
     }
 }
