@@ -60,7 +60,7 @@ impl Generations {
     ///
     /// # Errors
     /// As [`Generations::current`].
-    pub async fn begin(&self) -> Result<u64, MetaStoreError> {
+    pub async fn get_or_create(&self) -> Result<u64, MetaStoreError> {
         loop {
             if let Some((_, generation)) = self.read().await? {
                 return Ok(generation);
@@ -118,8 +118,8 @@ mod tests {
         let store = Arc::new(EmbeddedStore::in_memory());
         let generations = Generations::new(Arc::clone(&store) as _, Keys::new("test").expect("valid"));
         assert_eq!(generations.current().await, Ok(None));
-        assert_eq!(generations.begin().await, Ok(1));
-        assert_eq!(generations.begin().await, Ok(1), "the generation is created once");
+        assert_eq!(generations.get_or_create().await, Ok(1));
+        assert_eq!(generations.get_or_create().await, Ok(1), "the generation is created once");
         assert_eq!(generations.raise(0).await, Ok(2));
         assert_eq!(generations.raise(6).await, Ok(7), "the object store was ahead");
         assert_eq!(generations.current().await, Ok(Some(7)));
@@ -135,7 +135,7 @@ mod tests {
             ProducerIdsValue::decode(&entry.key, &entry.value).expect("valid").next
         };
         let backup = ProducerIdsValue { next: 3000 }.encode();
-        generations.begin().await.expect("the store responds");
+        generations.get_or_create().await.expect("the store responds");
         let mut expected = 0;
         // The same backup twice: the object store has the generation of the first restore.
         for above in [1, 2] {
@@ -155,7 +155,7 @@ mod tests {
         let (store, keys) = (Arc::new(EmbeddedStore::in_memory()), Keys::new("test").expect("valid"));
         store.transact(Transaction::new().put(keys.generation(), "seven")).await.expect("written");
         let generations = Generations::new(Arc::clone(&store) as _, keys.clone());
-        let error = generations.begin().await.expect_err("the generation is unreadable");
+        let error = generations.get_or_create().await.expect_err("the generation is unreadable");
         assert!(error.retryable() && error.to_string().contains(&keys.generation()), "{error}");
     }
 }

@@ -155,7 +155,7 @@ mod tests {
         let broker = cluster.broker("ours", false);
         broker.bind().await.expect("not bound yet");
         let marker = cluster.folder.path().join("ours").join(name::CLUSTER);
-        std::fs::write(&marker, "invalid").expect("written");
+        std::fs::write(&marker, "not JSON").expect("written");
         assert!(matches!(broker.bind().await, Err(BindingError::Unreadable { .. })));
         std::fs::write(&marker, r#"{"format":1,"cluster":"test"}"#).expect("written");
         broker.bind().await.expect("the marker names this cluster");

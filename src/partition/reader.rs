@@ -274,7 +274,7 @@ impl PartitionReader {
                 start: *start,
                 end: self.published.watermarks().high_watermark.max(*start),
             },
-            tier::TierReadError::Damaged { .. } | tier::TierReadError::Missing { .. } => {
+            tier::TierReadError::Corrupt { .. } | tier::TierReadError::Missing { .. } => {
                 ReadError::Corrupt { offset, reason: error.to_string() }
             }
             tier::TierReadError::BatchTooLarge { bytes } => ReadError::BatchTooLarge { bytes: *bytes },

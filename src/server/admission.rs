@@ -116,7 +116,7 @@ impl ClusterAdmission<'_> {
     /// the store is from an older backup.
     pub(super) async fn generation(&self) -> anyhow::Result<u64> {
         let generations = Generations::new(Arc::clone(self.store), self.keys.clone());
-        let generation = self.retry_until_reply(async || Ok(generations.begin().await?)).await?;
+        let generation = self.retry_until_reply(async || Ok(generations.get_or_create().await?)).await?;
         let log = self.log.clone();
         let recorded = task::run_blocking(move || log.generation()).await?;
         anyhow::ensure!(

@@ -474,7 +474,7 @@ fn settings(config: &Config) -> broker::Settings {
         disk_pressure_percent: config.broker.disk_pressure_percent,
         catch_up_timeout: config.broker.catch_up_timeout,
         controller: PlannerLimits {
-            moves: config.controller.max_concurrent_reassignments,
+            max_reassignments: config.controller.max_concurrent_reassignments,
             replace_after_ms: config
                 .controller
                 .replace_after

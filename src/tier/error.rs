@@ -178,7 +178,7 @@ pub enum TierReadError {
     },
     /// The content of an object is corrupt. The read returns none of it.
     #[error("object {object} is corrupt: {reason}")]
-    Damaged {
+    Corrupt {
         /// Name of the object, below the prefix.
         object: String,
         /// Check that failed.
@@ -198,7 +198,7 @@ pub enum TierReadError {
 impl TierReadError {
     /// Returns the manifest or manifest page that is missing or corrupt. Returns `None` for every other error.
     pub fn lost_manifest(&self) -> Option<&str> {
-        let (Self::Missing { object } | Self::Damaged { object, .. }) = self else { return None };
+        let (Self::Missing { object } | Self::Corrupt { object, .. }) = self else { return None };
         let file = object.rsplit('/').next().unwrap_or(object);
         let is_manifest = file.parse::<ManifestName>().is_ok() || ObjectId::from_page(file).is_ok();
         is_manifest.then_some(object)

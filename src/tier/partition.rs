@@ -353,7 +353,7 @@ impl PartitionTier {
     }
 
     fn misnamed(&self, name: &str) -> TierReadError {
-        TierReadError::Damaged { object: self.object(name), reason: "the name belongs to another object".to_owned() }
+        TierReadError::Corrupt { object: self.object(name), reason: "the name belongs to another object".to_owned() }
     }
 
     /// Records that the current manifest or one of its pages is lost. A read detects the loss first; maintenance
@@ -477,7 +477,7 @@ impl PartitionTier {
                 Ok(parsed) => return Ok(parsed),
                 Err(_) if tries < CORRUPTION_RETRIES => tries += 1,
                 Err(error) => {
-                    return Err(TierReadError::Damaged { object: object.to_owned(), reason: error.to_string() });
+                    return Err(TierReadError::Corrupt { object: object.to_owned(), reason: error.to_string() });
                 }
             }
         }

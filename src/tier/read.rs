@@ -79,12 +79,12 @@ impl PartitionTier {
             self.with_readers(|readers| readers.leave(reader, from));
         }
         let (read, at) = read?;
-        if at.fetched.is_some_and(|first| (entry.stamp.base, first + 1) <= reader.settled) {
+        if at.fetched.is_some_and(|first| (entry.stamp.base, first + 1) <= reader.completed) {
             reader.crowded((entry.stamp.base, at.position.div_ceil(CHUNK_BYTES)));
         }
-        reader.settled = reader.asked;
+        reader.completed = reader.requested;
         if reader.window > 0 {
-            reader.asked = self.fetch_ahead(&root, entry, at.position, &reader).await;
+            reader.requested = self.fetch_ahead(&root, entry, at.position, &reader).await;
         }
         self.with_readers(|readers| readers.leave(reader, read.next));
         Ok(read)
@@ -147,7 +147,7 @@ impl PartitionTier {
                                 "an object in the object store is corrupt"
                             );
                         }
-                        return Err(TierReadError::Damaged { object, reason: corruption.reason });
+                        return Err(TierReadError::Corrupt { object, reason: corruption.reason });
                     }
                     tries += 1;
                 }
@@ -164,7 +164,7 @@ impl PartitionTier {
         position: u64,
         reader: &read_ahead::SequentialReader,
     ) -> read_ahead::ReadPosition {
-        let mut asked = reader.asked;
+        let mut requested = reader.requested;
         let (mut entry, mut index, mut left) = (entry, position.div_ceil(CHUNK_BYTES), reader.window);
         // Half of the window is in flight while the reader reads the other half.
         let run = (reader.window / 2).clamp(1, self.cache().run_chunks());
@@ -177,7 +177,7 @@ impl PartitionTier {
                 continue;
             }
             let mut end = index + 1;
-            if (entry.stamp.base, end) > asked {
+            if (entry.stamp.base, end) > requested {
                 // Runs end at the same positions for all readers, so that two readers request the same runs.
                 end = chunks.min((index / run + 1) * run).min(index + left);
                 let is_full_run = end % run == 0 || end == chunks;
@@ -186,11 +186,11 @@ impl PartitionTier {
                 if !is_full_run || !self.cache().read_ahead(self.store(), &object, entry, index..end) {
                     break;
                 }
-                asked = (entry.stamp.base, end);
+                requested = (entry.stamp.base, end);
             }
             (index, left) = (end, left - (end - index));
         }
-        asked
+        requested
     }
 }
 

@@ -23,9 +23,9 @@ pub(super) struct SequentialReader {
     /// one ended.
     pub(super) window: u64,
     /// Chunks before this position were requested already.
-    pub(super) asked: ReadPosition,
+    pub(super) requested: ReadPosition,
     /// Chunks before this position were requested before the reader's last read: they have arrived, or are in flight.
-    pub(super) settled: ReadPosition,
+    pub(super) completed: ReadPosition,
 }
 
 impl SequentialReader {
@@ -33,7 +33,7 @@ impl SequentialReader {
     /// is too small for all readers, or the store fails. The chunks from `place` on are requested again.
     pub(super) fn crowded(&mut self, position: ReadPosition) {
         self.window /= 4;
-        self.asked = position;
+        self.requested = position;
     }
 }
 
@@ -50,7 +50,7 @@ impl ReadAheadTracker {
         let at = self.recent.iter().position(|reader| reader.next == from);
         match at.and_then(|at| self.recent.remove(at)) {
             Some(reader) => SequentialReader { window: (reader.window * 2).clamp(1, MAX_CHUNKS), ..reader },
-            None => SequentialReader { next: from, window: 0, asked: NO_POSITION, settled: NO_POSITION },
+            None => SequentialReader { next: from, window: 0, requested: NO_POSITION, completed: NO_POSITION },
         }
     }
 

@@ -159,7 +159,7 @@ impl PartitionTier {
         while let Some((name, read)) = reads.next().await {
             match read {
                 Ok(candidate) => candidates.push(candidate),
-                Err(error @ (TierReadError::Missing { .. } | TierReadError::Damaged { .. })) => {
+                Err(error @ (TierReadError::Missing { .. } | TierReadError::Corrupt { .. })) => {
                     unusable.push((name, error.to_string()));
                 }
                 Err(error) => return Err(error.into()),
@@ -171,7 +171,7 @@ impl PartitionTier {
 
     /// Reads the footer of one object.
     async fn candidate(&self, stamp: ObjectId, object: ObjectInfo) -> Result<SegmentCandidate, TierReadError> {
-        let corrupt = |reason: String| TierReadError::Damaged { object: object.object.clone(), reason };
+        let corrupt = |reason: String| TierReadError::Corrupt { object: object.object.clone(), reason };
         let tail = self.tail(&object, TAIL_BYTES).await?;
         let trailer = Trailer::parse(&tail).map_err(|error| corrupt(error.to_string()))?;
         let footer_bytes = trailer.footer_bytes();

@@ -84,7 +84,7 @@ pub enum SegmentSourceError {
     },
     /// The content of the file is corrupt. The segment is not uploaded.
     #[error("segment {} is corrupt at byte {position} and is not uploaded: {reason}", path.display())]
-    Damaged {
+    Corrupt {
         /// Path of the file.
         path: PathBuf,
         /// Position of the corrupt batch in the file.
@@ -280,6 +280,6 @@ impl SegmentBatches {
     }
 
     fn corrupt(&self, reason: String) -> SegmentSourceError {
-        SegmentSourceError::Damaged { path: self.source.path().to_owned(), position: self.position, reason }
+        SegmentSourceError::Corrupt { path: self.source.path().to_owned(), position: self.position, reason }
     }
 }

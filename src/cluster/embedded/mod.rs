@@ -87,7 +87,7 @@ pub enum EmbeddedStoreError {
     },
     /// The file is corrupt or no metadata file.
     #[error("{} is corrupt or no metadata file ({reason}): restore it, or use another data directory", path.display())]
-    Damaged {
+    Corrupt {
         /// Path of the file.
         path: PathBuf,
         /// Description of the problem.
@@ -177,7 +177,7 @@ impl EmbeddedStore {
     fn load(database: Database, folder: Option<PathBuf>, path: &Path) -> Result<Self, EmbeddedStoreError> {
         let corrupt = |error: redb::Error| match error {
             redb::Error::Io(source) => EmbeddedStoreError::Io { path: path.to_owned(), source },
-            other => EmbeddedStoreError::Damaged { path: path.to_owned(), reason: other.to_string() },
+            other => EmbeddedStoreError::Corrupt { path: path.to_owned(), reason: other.to_string() },
         };
         if let Some(found) = table::format(&database).map_err(corrupt)?.filter(|found| *found > table::FORMAT) {
             return Err(EmbeddedStoreError::Newer { path: path.to_owned(), found, known: table::FORMAT });
@@ -419,10 +419,10 @@ fn open_error(path: &Path, error: DatabaseError) -> EmbeddedStoreError {
     match error {
         DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => EmbeddedStoreError::InUse { path },
         DatabaseError::Storage(StorageError::Io(source)) if source.kind() == io::ErrorKind::InvalidData => {
-            EmbeddedStoreError::Damaged { path, reason: source.to_string() }
+            EmbeddedStoreError::Corrupt { path, reason: source.to_string() }
         }
         DatabaseError::Storage(StorageError::Io(source)) => EmbeddedStoreError::Io { path, source },
-        other => EmbeddedStoreError::Damaged { path, reason: other.to_string() },
+        other => EmbeddedStoreError::Corrupt { path, reason: other.to_string() },
     }
 }
 

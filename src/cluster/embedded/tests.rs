@@ -107,7 +107,7 @@ async fn foreign_file_is_rejected_and_not_changed() {
     for bytes in [&b"not a database at all"[..], &[0x55; 100_000]] {
         std::fs::write(&path, bytes).expect("writes");
         let error = EmbeddedStore::open(dir.path()).await.expect_err("no database");
-        assert!(matches!(error, EmbeddedStoreError::Damaged { .. }), "{error:?}");
+        assert!(matches!(error, EmbeddedStoreError::Corrupt { .. }), "{error:?}");
         assert_eq!(std::fs::read(&path).expect("reads"), bytes);
     }
     let error = EmbeddedStore::open(&dir.path().join("missing")).await.expect_err("no directory");

@@ -208,7 +208,7 @@ impl MetaStore for EtcdStore {
 
     fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
         Box::pin(async move {
-            let resuming = ResumableWatch::begin(self.members.clone(), prefix, from).await?;
+            let resuming = ResumableWatch::start(self.members.clone(), prefix, from).await?;
             Ok(Watch::new(futures::stream::unfold(Some(resuming), watch::step)))
         })
     }

@@ -82,7 +82,7 @@ pub(super) async fn step(
 
 impl ResumableWatch {
     /// Starts a watch at a revision, at any member that responds.
-    pub(super) async fn begin(members: Arc<Members>, prefix: &str, from: Revision) -> Result<Self, MetaStoreError> {
+    pub(super) async fn start(members: Arc<Members>, prefix: &str, from: Revision) -> Result<Self, MetaStoreError> {
         // In etcd, 0 means from now on.
         let next = from.max(Revision(1));
         let start = one_before(next);
@@ -149,7 +149,7 @@ impl ResumableWatch {
 
     async fn resume(&mut self, end: WatchEnd) -> Result<(), MetaStoreError> {
         let member = self.members.of(&self.stream.channel);
-        let mut begin = one_before(self.next);
+        let mut start_at = one_before(self.next);
         match end {
             WatchEnd::Cancelled(reason) => {
                 tracing::debug!(endpoint = member.endpoint(), reason, next = %self.next, "resuming a metadata watch");
@@ -163,14 +163,14 @@ impl ResumableWatch {
                 member.replace(&self.stream.channel).await;
                 self.members.use_next_member(member);
             }
-            WatchEnd::StartCompacted => begin = self.next,
+            WatchEnd::StartCompacted => start_at = self.next,
         }
         let end = clock::monotonic() + WATCH_TIMEOUT;
         loop {
             self.backoff.pause().await;
-            match open(&self.members, &self.prefix, begin).await {
+            match open(&self.members, &self.prefix, start_at).await {
                 Ok(stream) => {
-                    (self.stream, self.start) = (stream, begin);
+                    (self.stream, self.start) = (stream, start_at);
                     return Ok(());
                 }
                 Err(error @ EtcdCallError::Unavailable { .. }) if clock::monotonic() < end => {
@@ -188,8 +188,8 @@ fn one_before(next: Revision) -> Revision {
 }
 
 /// Starts a watch at any member that responds, and waits until etcd has created it.
-async fn open(members: &Members, prefix: &str, begin: Revision) -> Result<MemberWatch, EtcdCallError> {
-    let from = convert::number(begin).unwrap_or(i64::MAX);
+async fn open(members: &Members, prefix: &str, start_at: Revision) -> Result<MemberWatch, EtcdCallError> {
+    let from = convert::number(start_at).unwrap_or(i64::MAX);
     let options = &WatchOptions::new().with_range(convert::end(prefix)).with_start_revision(from);
     members
         .call(RetryPolicy::Always, |channel: MemberChannel| async move {

@@ -48,7 +48,7 @@ use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlannerLimits {
     /// Maximum number of partitions under reassignment in the cluster.
-    pub moves: usize,
+    pub max_reassignments: usize,
     /// Maximum number of new replicas per broker in these reassignments.
     pub max_moves_per_broker: usize,
     /// Maximum number of leaderships that return to preferred leaders in one plan.
@@ -61,7 +61,13 @@ pub struct PlannerLimits {
 
 impl Default for PlannerLimits {
     fn default() -> Self {
-        Self { moves: 8, max_moves_per_broker: 2, leaders: 50, replace_after_ms: Some(30 * 60 * 1000), balance: true }
+        Self {
+            max_reassignments: 8,
+            max_moves_per_broker: 2,
+            leaders: 50,
+            replace_after_ms: Some(30 * 60 * 1000),
+            balance: true,
+        }
     }
 }
 

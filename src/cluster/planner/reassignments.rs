@@ -55,7 +55,7 @@ impl MoveBudget {
         for id in in_progress.clone().flat_map(|case| &case.value.adding) {
             *receiving.entry(*id).or_default() += 1;
         }
-        let moves = input.limits.moves.saturating_sub(in_progress.count());
+        let moves = input.limits.max_reassignments.saturating_sub(in_progress.count());
         Self { moves, per_broker: input.limits.max_moves_per_broker, receiving }
     }
 

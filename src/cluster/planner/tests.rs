@@ -364,7 +364,7 @@ fn queued_reassignments_start_first_and_within_limits() {
         assert_eq!((reason, value.adding.as_slice()), (ChangeReason::ReassignmentStarted, &*ids(&[4])));
         assert!(!value.has_queued(), "a started reassignment is no longer queued");
     }
-    world.limits.moves = 1;
+    world.limits.max_reassignments = 1;
     assert_eq!(only(&world).0, ChangeReason::ReassignmentStarted, "the drained broker waits longer");
     world.settle(1);
     assert!((0..5).all(|number| world.partition(number).replicas == ids(&[1, 4])));

@@ -205,7 +205,7 @@ impl Topics {
         };
         // The controller places the replicas and applies the limits again. With too few brokers it places as many as
         // possible.
-        match self.claims.place(&self.metadata, place).await {
+        match self.reservations.place(&self.metadata, place).await {
             Err(Some(bound)) => Err(bound.into()),
             Ok(_) | Err(None) => Ok(()),
         }
@@ -228,7 +228,7 @@ impl Topics {
                 return Err(AddPartitionsError::NotMore { name: name.clone(), has: value.partitions, to });
             }
             let placed = self.first_values(value.id, value.partitions..to, value.replication_factor).await;
-            let (puts, claim) = placed.map_err(|bound| match bound {
+            let (puts, reservation) = placed.map_err(|bound| match bound {
                 Some(bound) => bound.into(),
                 None => {
                     let there = BrokerCounts::of(&self.metadata.state());
@@ -244,7 +244,7 @@ impl Topics {
             let value = TopicValue { partitions: to, ..value };
             let transaction = Transaction::new().when(same).when(Compare::Exists(first)).put(entry.key, value.encode());
             if let TxnOutcome::Committed { revision } = known_outcome(&*self.store, &transaction).await? {
-                claim.made(revision);
+                reservation.made(revision);
                 return Ok(TopicInfo { name: name.clone(), value, revision });
             }
             tried = Some(value);

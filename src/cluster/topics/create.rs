@@ -155,7 +155,7 @@ impl Topics {
         let id = TopicId::new(random::uuid());
         let value = TopicValue { id, partitions, replication_factor, config: TopicConfig::normalize(config) };
         let placed = self.first_values(id, 0..partitions, replication_factor).await;
-        let (mut puts, claim) = placed.map_err(|bound| match bound {
+        let (mut puts, reservation) = placed.map_err(|bound| match bound {
             Some(bound) => bound.into(),
             None => CreateError::Brokers { asked: replication_factor, there: BrokerCounts::of(&self.metadata.state()) },
         })?;
@@ -188,7 +188,7 @@ impl Topics {
                 entry.mod_revision
             }
         };
-        claim.made(revision);
+        reservation.made(revision);
         Ok(TopicInfo { name, value, revision })
     }
 

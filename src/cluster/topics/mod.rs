@@ -40,12 +40,12 @@ use crate::{
 };
 
 mod change;
-mod claims;
 mod create;
+mod reservations;
 mod sweep;
 mod tombstones;
 
-use self::claims::{Claim, Claims};
+use self::reservations::{ReplicaReservation, ReplicaReservations};
 pub use change::{AddPartitionsError, AlterError, DeleteError};
 pub use create::{BrokerCounts, CreateError, TopicSpec};
 pub use sweep::StaleKeySweeper;
@@ -76,7 +76,7 @@ pub struct Topics {
     metadata: MetadataCache,
     defaults: Arc<ConfigMap>,
     hints: Arc<Hints>,
-    claims: Claims,
+    reservations: ReplicaReservations,
 }
 
 /// A topic as stored.
@@ -141,7 +141,14 @@ impl Hints {
 impl Topics {
     /// Returns the administration of a cluster's topics. `defaults` are the broker's `[topic_defaults]`.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys, metadata: MetadataCache, defaults: ConfigMap) -> Self {
-        Self { store, keys, metadata, defaults: Arc::new(defaults), hints: Arc::default(), claims: Claims::default() }
+        Self {
+            store,
+            keys,
+            metadata,
+            defaults: Arc::new(defaults),
+            hints: Arc::default(),
+            reservations: ReplicaReservations::default(),
+        }
     }
 
     /// Returns the topic with this name from the metadata cache.
@@ -238,14 +245,14 @@ impl Topics {
         }
     }
 
-    /// Returns the first values of new partitions, and a claim on the replica limits for them. The error is `None` if
+    /// Returns the first values of new partitions, and a reservation of their replicas. The error is `None` if
     /// there are too few brokers for the replicas.
     async fn first_values(
         &self,
         topic: TopicId,
         numbers: Range<u32>,
         replicas: u32,
-    ) -> Result<(Vec<TxnOp>, Claim), Option<ReplicaBound>> {
+    ) -> Result<(Vec<TxnOp>, ReplicaReservation), Option<ReplicaBound>> {
         let replicas = usize::try_from(replicas).map_err(|_| None)?;
         let keys = self.keys.clone();
         let place = move |_: &MetadataSnapshot, placement: &mut Placement| {
@@ -256,7 +263,7 @@ impl Topics {
             });
             puts.collect()
         };
-        self.claims.place(&self.metadata, place).await
+        self.reservations.place(&self.metadata, place).await
     }
 }
 

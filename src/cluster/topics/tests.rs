@@ -208,7 +208,7 @@ async fn concurrent_creations_respect_replica_limits() {
     assert_eq!(created.iter().filter(|created| created.is_ok()).count(), 3, "{created:?}");
     cluster.catch_up().await;
     assert_eq!(cluster.paths("partitions/").await.len(), 900, "rejected creations wrote nothing");
-    cluster.create("small", 100, 1).await.expect("rejected creations hold no claim");
+    cluster.create("small", 100, 1).await.expect("rejected creations hold no reservation");
     assert!(matches!(cluster.create("more", 1, 1).await, Err(CreateError::Bound(_))));
 }
 
@@ -388,7 +388,7 @@ async fn sweep_deletes_only_interrupted_creation() {
     let cluster = TestCluster::of(1).await;
     cluster.create("whole", 3, 1).await.expect("created");
     let interrupted = TopicId::new(random::uuid());
-    let (puts, _claim) = cluster.topics.first_values(interrupted, 1..150, 1).await.expect("enough brokers");
+    let (puts, _reservation) = cluster.topics.first_values(interrupted, 1..150, 1).await.expect("enough brokers");
     assert_eq!(cluster.topics.in_chunks(&[], puts).await, Ok(true));
     assert_eq!(cluster.sweep().await, [interrupted]);
     assert_eq!(cluster.paths("partitions/").await.len(), 3);

@@ -127,8 +127,8 @@ async fn one_manifest_lists_several_segments_without_failed_one() {
         all.extend_from_slice(&content);
     }
     let (corrupt, content) = segments.source(90, 10, 100, 0);
-    segments.damage(&corrupt, &content[1..]);
-    assert!(matches!(batch.add(&corrupt).await, Err(UploadError::Source(SegmentSourceError::Damaged { .. }))));
+    segments.corrupt(&corrupt, &content[1..]);
+    assert!(matches!(batch.add(&corrupt).await, Err(UploadError::Source(SegmentSourceError::Corrupt { .. }))));
     assert_eq!(tier.state(), TierState::default(), "no manifest lists the segments yet");
     tier.install(batch.finish().await.unwrap());
     assert_eq!((tier.state().version(), tier.state().tiered_end), (1, at(90)));
@@ -186,15 +186,15 @@ async fn flipped_bit_in_segment_file_is_never_uploaded() {
     for bit in 0..content.len() * 8 {
         let mut bytes = content.to_vec();
         bytes[bit / 8] ^= 1 << (bit % 8);
-        segments.damage(&source, &bytes);
+        segments.corrupt(&source, &bytes);
         let error = stage(&tier, &source, LeaderEpoch(0)).await.expect_err(&format!("bit {bit}"));
-        assert!(matches!(error, UploadError::Source(SegmentSourceError::Damaged { .. })), "bit {bit}: {error}");
+        assert!(matches!(error, UploadError::Source(SegmentSourceError::Corrupt { .. })), "bit {bit}: {error}");
     }
     for len in 0..content.len() {
-        segments.damage(&source, &content[..len]);
+        segments.corrupt(&source, &content[..len]);
         assert!(stage(&tier, &source, LeaderEpoch(0)).await.is_err(), "truncated at {len}");
     }
-    segments.damage(&source, &[&content[..], b"x"].concat());
+    segments.corrupt(&source, &[&content[..], b"x"].concat());
     assert!(stage(&tier, &source, LeaderEpoch(0)).await.is_err(), "the file is too long");
     assert!(tier.store().list("topics").await.unwrap().is_empty(), "no object was written");
 }
@@ -240,7 +240,7 @@ async fn flipped_bit_in_segment_object_is_detected() {
             }
         };
         assert!(
-            matches!(error, TierReadError::Damaged { object: ref named, .. } if *named == object),
+            matches!(error, TierReadError::Corrupt { object: ref named, .. } if *named == object),
             "bit {bit}: {error}"
         );
     }
@@ -597,10 +597,10 @@ async fn stop_ends_retries_of_unreachable_store() {
     let store = TierStore::open(&options, "c").unwrap();
     let result = Arc::new(Mutex::new(None));
     let tasks = crate::task::Tasks::new();
-    let (asked, answer) = (store.clone(), Arc::clone(&result));
+    let (client, response) = (store.clone(), Arc::clone(&result));
     tasks.spawn("store-binding", async move {
-        let bound = asked.bind().await;
-        *answer.lock() = Some(bound);
+        let bound = client.bind().await;
+        *response.lock() = Some(bound);
     });
     tokio::task::yield_now().await;
     store.stop().await;

@@ -80,7 +80,7 @@ impl Segments {
     }
 
     /// Replaces the bytes of a segment while the source holds the file open.
-    fn damage(&self, source: &SegmentSource, bytes: &[u8]) {
+    fn corrupt(&self, source: &SegmentSource, bytes: &[u8]) {
         self.disk.write(source.path(), bytes).unwrap();
     }
 }

@@ -16,7 +16,7 @@ fn reassignment_to_gone_broker_is_retargeted() {
     assert_eq!((plan.steps.len(), plan.next_plan_ms), (0, Some(1000)), "the broker may return");
     world.go(4, FOR_GOOD_MS);
     // The reassignment holds its slot already.
-    world.limits.moves = 1;
+    world.limits.max_reassignments = 1;
     let (reason, value) = only(&world);
     assert_eq!(
         (reason, &value.adding, &value.removing),
@@ -189,7 +189,7 @@ proptest! {
         (mut world, min_insync) in worlds(),
         offline in prop::collection::vec(1_u32..7, 1..4),
     ) {
-        (world.limits.moves, world.limits.max_moves_per_broker) = (100, 100);
+        (world.limits.max_reassignments, world.limits.max_moves_per_broker) = (100, 100);
         for _ in 0..3 {
             let plan = world.plan();
             world.apply_plan(&plan);

@@ -21,14 +21,14 @@ use crate::{
 
 /// Replicas that are being placed. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(super) struct Claims {
+pub(super) struct ReplicaReservations {
     /// Held only briefly: async tasks lock it.
     state: Arc<Mutex<State>>,
-    /// Permit to place: each placement counts the claims before it.
+    /// Permit to place: each placement counts the reservations before it.
     turn: Arc<Semaphore>,
 }
 
-impl Default for Claims {
+impl Default for ReplicaReservations {
     fn default() -> Self {
         Self { state: Arc::default(), turn: Arc::new(Semaphore::new(1)) }
     }
@@ -37,52 +37,53 @@ impl Default for Claims {
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    claimed: BTreeMap<u64, Claimed>,
+    reserved: BTreeMap<u64, ReservedReplicas>,
 }
 
 #[derive(Debug)]
-struct Claimed {
+struct ReservedReplicas {
     replicas: BTreeMap<BrokerId, usize>,
     /// Revision since which the metadata contains the replicas; `None` before the write. A snapshot of that revision
     /// shows them.
     made: Option<Revision>,
 }
 
-/// A claim on replicas that are being placed. Released when dropped, unless [`Claim::made`] was called.
+/// A reservation of replicas that are being placed. Released when dropped, unless [`ReplicaReservation::made`] was
+/// called.
 #[derive(Debug)]
-pub(super) struct Claim {
+pub(super) struct ReplicaReservation {
     number: u64,
-    claims: Claims,
+    reservations: ReplicaReservations,
 }
 
-impl Claims {
+impl ReplicaReservations {
     /// Places replicas within the limits, counting the replicas in the metadata cache and those being placed. One
     /// placement runs at a time, on a blocking thread: 100,000 partitions take from 15 ms to seconds.
     pub(super) async fn place<T, F>(
         &self,
         metadata: &MetadataCache,
         place: F,
-    ) -> Result<(T, Claim), Option<ReplicaBound>>
+    ) -> Result<(T, ReplicaReservation), Option<ReplicaBound>>
     where
         F: Fn(&MetadataSnapshot, &mut Placement) -> Option<T> + Send + 'static,
         T: Send + 'static,
     {
         let turn = Arc::clone(&self.turn).acquire_owned().await.expect("the semaphore is never closed");
-        let (claims, metadata) = (self.clone(), metadata.clone());
+        let (reservations, metadata) = (self.clone(), metadata.clone());
         // The permit moves along: a placement also ends if its caller was dropped.
-        task::run_blocking(move || (claims.place_now(&metadata.state(), place), turn).0).await
+        task::run_blocking(move || (reservations.place_now(&metadata.state(), place), turn).0).await
     }
 
     fn place_now<T>(
         &self,
         snapshot: &MetadataSnapshot,
         place: impl Fn(&MetadataSnapshot, &mut Placement) -> Option<T>,
-    ) -> Result<(T, Claim), Option<ReplicaBound>> {
+    ) -> Result<(T, ReplicaReservation), Option<ReplicaBound>> {
         let mut placement = Placement::of(snapshot);
         {
             let mut state = self.state.lock();
-            state.claimed.retain(|_, claimed| claimed.made.is_none_or(|made| snapshot.revision() < made));
-            for (id, replicas) in state.claimed.values().flat_map(|claimed| &claimed.replicas) {
+            state.reserved.retain(|_, reserved| reserved.made.is_none_or(|made| snapshot.revision() < made));
+            for (id, replicas) in state.reserved.values().flat_map(|reserved| &reserved.replicas) {
                 placement.add_loads(*id, *replicas);
             }
         }
@@ -93,25 +94,25 @@ impl Claims {
         let mut state = self.state.lock();
         let number = state.next;
         state.next += 1;
-        state.claimed.insert(number, Claimed { replicas, made: None });
-        Ok((placed, Claim { number, claims: self.clone() }))
+        state.reserved.insert(number, ReservedReplicas { replicas, made: None });
+        Ok((placed, ReplicaReservation { number, reservations: self.clone() }))
     }
 }
 
-impl Claim {
+impl ReplicaReservation {
     /// Marks the replicas as written at this revision.
     pub(super) fn made(self, at: Revision) {
-        if let Some(claimed) = self.claims.state.lock().claimed.get_mut(&self.number) {
-            claimed.made = Some(at);
+        if let Some(reserved) = self.reservations.state.lock().reserved.get_mut(&self.number) {
+            reserved.made = Some(at);
         }
     }
 }
 
-impl Drop for Claim {
+impl Drop for ReplicaReservation {
     fn drop(&mut self) {
-        let mut state = self.claims.state.lock();
-        if state.claimed.get(&self.number).is_some_and(|claimed| claimed.made.is_none()) {
-            state.claimed.remove(&self.number);
+        let mut state = self.reservations.state.lock();
+        if state.reserved.get(&self.number).is_some_and(|reserved| reserved.made.is_none()) {
+            state.reserved.remove(&self.number);
         }
     }
 }
@@ -138,28 +139,28 @@ mod tests {
         move |_, _| Some(ended.lock().recv_timeout(Duration::from_secs(10)).is_ok())
     }
 
-    /// Regression: a placement of 100,000 partitions held the lock, and claims that ended waited for it on async
+    /// Regression: a placement of 100,000 partitions held the lock, and reservations that ended waited for it on async
     /// threads.
     #[tokio::test]
-    async fn claim_ends_during_another_placement() {
-        let (tasks, claims) = (Tasks::new(), Claims::default());
+    async fn reservation_ends_during_another_placement() {
+        let (tasks, reservations) = (Tasks::new(), ReplicaReservations::default());
         let (metadata, (end, ended)) = (metadata(&tasks), mpsc::sync_channel(1));
-        let ((), claim) = claims.place(&metadata, |_, _| Some(())).await.unwrap();
-        let (placed, ()) = tokio::join!(claims.place(&metadata, until(ended)), async {
-            drop(claim);
+        let ((), reservation) = reservations.place(&metadata, |_, _| Some(())).await.unwrap();
+        let (placed, ()) = tokio::join!(reservations.place(&metadata, until(ended)), async {
+            drop(reservation);
             end.send(()).unwrap();
         });
-        assert!(placed.unwrap().0, "the claim ended first");
+        assert!(placed.unwrap().0, "the reservation ended first");
         tasks.stop().await;
     }
 
     #[tokio::test]
     async fn placement_of_dropped_caller_frees_permit_and_thread() {
-        let (tasks, claims) = (Tasks::new(), Claims::default());
+        let (tasks, reservations) = (Tasks::new(), ReplicaReservations::default());
         let (metadata, (end, ended)) = (metadata(&tasks), mpsc::sync_channel(1));
-        assert!(claims.place(&metadata, until(ended)).now_or_never().is_none(), "it runs on another thread");
+        assert!(reservations.place(&metadata, until(ended)).now_or_never().is_none(), "it runs on another thread");
         end.send(()).unwrap();
-        let ((), _claim) = claims.place(&metadata, |_, _| Some(())).await.unwrap();
+        let ((), _reservation) = reservations.place(&metadata, |_, _| Some(())).await.unwrap();
         tasks.stop().await;
     }
 }
