@@ -54,15 +54,11 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 /// Dependencies and settings of the controller.
 #[derive(Clone, Debug)]
 pub struct Controller {
-    /// The metadata store.
     pub store: Arc<dyn MetaStore>,
-    /// Paths of the cluster.
     pub keys: Keys,
-    /// The metadata cache.
     pub metadata: MetadataCache,
     /// Registration of this broker.
     pub session: Session,
-    /// Id of this broker.
     pub id: BrokerId,
     /// Topic configuration defaults.
     pub defaults: ConfigMap,

@@ -286,7 +286,6 @@ pub struct GenerationValue {
 /// The value of `topics/{name}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TopicValue {
-    /// Id of the topic.
     pub id: TopicId,
     /// Number of partitions, at least 1. Partition keys with this number or a higher one do not count (yet).
     pub partitions: u32,

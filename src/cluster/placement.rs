@@ -24,7 +24,6 @@ use crate::{
 pub struct BrokerLoad {
     /// Number of partitions with the broker as preferred leader.
     pub leaders: usize,
-    /// Number of replicas on the broker.
     pub replicas: usize,
 }
 
@@ -35,7 +34,6 @@ pub struct BrokerLoad {
      brokers, or raise the setting there"
 )]
 pub struct ReplicaBound {
-    /// Id of the broker.
     pub broker: BrokerId,
     /// Number of replicas that the broker would hold.
     pub replicas: usize,

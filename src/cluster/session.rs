@@ -54,9 +54,7 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 /// State of a broker's registration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionState {
-    /// The broker is registered.
     Registered {
-        /// The broker epoch.
         epoch: Revision,
         /// Lease of the registration.
         lease: LeaseId,
@@ -80,18 +78,13 @@ pub enum RegisterError {
          broker.data_dir to a new folder, because this folder is now recorded as that of broker {id}"
     )]
     Taken {
-        /// Id of the broker.
         id: BrokerId,
         /// Client address of the other broker.
         address: String,
     },
     /// Another process registered under this broker id since the startup verification.
     #[error("another process runs as broker {id} with a copy of this data directory: stop one of the two")]
-    Superseded {
-        /// Id of the broker.
-        id: BrokerId,
-    },
-    /// The metadata store failed.
+    Superseded { id: BrokerId },
     #[error(transparent)]
     Store(#[from] MetaStoreError),
 }
@@ -109,13 +102,9 @@ impl RegisterError {
 /// Content and destination of a registration.
 #[derive(Clone, Debug)]
 pub struct RegistrationRequest {
-    /// The metadata store.
     pub store: Arc<dyn MetaStore>,
-    /// Paths of the cluster.
     pub keys: Keys,
-    /// Id of this broker.
     pub id: BrokerId,
-    /// Value of the registration.
     pub value: BrokerValue,
     /// Duration of the lease: time after a crash until other brokers detect it by the lease alone.
     pub time: Duration,

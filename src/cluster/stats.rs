@@ -22,9 +22,7 @@ pub struct ReplicaCounts {
 pub struct ClusterStats {
     /// Brokers that are live, hold replicas or are to be drained.
     pub brokers: BTreeMap<BrokerId, ReplicaCounts>,
-    /// Number of topics.
     pub topics: u32,
-    /// Number of partitions.
     pub partitions: u32,
     /// Number of partitions without a live leader.
     pub leaderless: u32,

@@ -92,9 +92,7 @@ pub enum Compare {
     Value(String, Bytes),
     /// The key exists under this lease.
     Lease(String, LeaseId),
-    /// The key exists.
     Exists(String),
-    /// The key does not exist.
     Absent(String),
 }
 

@@ -18,7 +18,6 @@ pub enum InvalidObject {
     Truncated {
         /// Field that does not fit.
         field: &'static str,
-        /// Number of missing bytes.
         missing: usize,
     },
     /// A checksum does not match.

@@ -6,7 +6,6 @@ use crate::model::Offset;
 /// Error of a request to the object store.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum TierStoreError {
-    /// The object does not exist.
     #[error("object {object} does not exist")]
     NotFound {
         /// Name of the object, below the prefix.
@@ -17,7 +16,6 @@ pub enum TierStoreError {
     Denied {
         /// Name of the object, below the prefix.
         object: String,
-        /// Error of the store.
         reason: String,
     },
     /// The store did not respond, or cannot serve the request now.
@@ -25,7 +23,6 @@ pub enum TierStoreError {
     Unavailable {
         /// Name of the object, below the prefix.
         object: String,
-        /// Last error.
         reason: String,
     },
     /// The store does not support the operation.
@@ -33,10 +30,8 @@ pub enum TierStoreError {
     Unsupported {
         /// Name of the object, below the prefix.
         object: String,
-        /// Error of the store.
         reason: String,
     },
-    /// The client was stopped.
     #[error("the object store's client is stopping")]
     Stopped,
 }
@@ -70,14 +65,7 @@ pub enum BindingError {
         "{url} belongs to cluster {theirs:?}, and this is cluster {ours:?}: give each cluster a bucket or prefix of \
          its own"
     )]
-    Foreign {
-        /// URL of the store.
-        url: String,
-        /// Name of this cluster.
-        ours: String,
-        /// Name of the owner.
-        theirs: String,
-    },
+    Foreign { url: String, ours: String, theirs: String },
     /// The store is not the one that this cluster uses: it is empty, or belongs to another cluster of the same name.
     #[error(
         "{url} is not the object store of this cluster, which is {bound_url} ({found}): correct object_store.url and \
@@ -93,21 +81,13 @@ pub enum BindingError {
     },
     /// `cluster.json` is missing after its write, invalid, or of a newer format.
     #[error("{url}/cluster.json, which names the owner of the prefix, cannot be read: {reason}")]
-    Unreadable {
-        /// URL of the store.
-        url: String,
-        /// Cause of the failure.
-        reason: String,
-    },
+    Unreadable { url: String, reason: String },
     /// The cluster's store is missing: an unmounted disk, a folder that was moved, or a changed URL.
     #[error(
         "{url} has no cluster.json, although this cluster has objects in its store, so nothing is written to it: \
          mount the store, move it back, or correct object_store.url"
     )]
-    Missing {
-        /// URL of the store.
-        url: String,
-    },
+    Missing { url: String },
     /// The metadata store has an older cluster generation than the objects: it was restored from a backup that is older
     /// than the objects.
     #[error(
@@ -115,21 +95,9 @@ pub enum BindingError {
          {theirs}: restore a newer backup of etcd, or stop all brokers and run `strandline cluster new-generation`, \
          which sets a generation above both"
     )]
-    Generation {
-        /// URL of the store.
-        url: String,
-        /// Generation of the metadata store.
-        ours: u64,
-        /// Generation of the object store.
-        theirs: u64,
-    },
-    /// The bucket does not exist.
+    Generation { url: String, ours: u64, theirs: u64 },
     #[error("the bucket of {url} does not exist: create it, or correct object_store.url")]
-    NoBucket {
-        /// URL of the store.
-        url: String,
-    },
-    /// The request to the store failed.
+    NoBucket { url: String },
     #[error(transparent)]
     Store(#[from] TierStoreError),
     /// The store binding cannot be read or written.
@@ -162,14 +130,7 @@ impl BindingError {
 pub enum TierReadError {
     /// The object store does not contain the offset.
     #[error("offset {offset} is not in the object store, which holds {start}..{end}")]
-    OutOfRange {
-        /// Requested offset.
-        offset: Offset,
-        /// Log start.
-        start: Offset,
-        /// Tiered end.
-        end: Offset,
-    },
+    OutOfRange { offset: Offset, start: Offset, end: Offset },
     /// An object that the manifest references does not exist.
     #[error("object {object} is missing from the object store, although the manifest references it")]
     Missing {
@@ -186,11 +147,7 @@ pub enum TierReadError {
     },
     /// The batch is larger than the reader's memory budget.
     #[error("the batch has {bytes} bytes, which exceeds the memory of the reader")]
-    BatchTooLarge {
-        /// Size of the batch.
-        bytes: usize,
-    },
-    /// The request to the store failed.
+    BatchTooLarge { bytes: usize },
     #[error(transparent)]
     Store(TierStoreError),
 }

@@ -44,7 +44,6 @@ pub enum PartitionLiveness {
 /// Result of one garbage collection.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GarbageReport {
-    /// Number of deleted objects.
     pub deleted: u64,
     /// Bytes of the deleted objects.
     pub deleted_bytes: u64,
@@ -61,7 +60,6 @@ pub struct GarbageReport {
 /// Result of one run of [`abort_abandoned_uploads`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UploadsReport {
-    /// Number of aborted uploads.
     pub ended: u64,
     /// Number of segment uploads that are younger than the grace period, or whose age the store does not return.
     pub young: u64,
@@ -82,12 +80,7 @@ pub enum UploadsError {
     #[error(
         "cannot list the incomplete uploads in {url} ({reason}): give the bucket a life-cycle rule that aborts them"
     )]
-    List {
-        /// URL of the store.
-        url: String,
-        /// Error of the store.
-        reason: String,
-    },
+    List { url: String, reason: String },
 }
 
 /// Deletes the garbage of all topics in the object store once. `now_ms` is the store's clock ([`TierStore::clock_ms`]).

@@ -90,7 +90,6 @@ pub struct PageEntry {
     pub stamp: ObjectId,
     /// Bytes of the batches of the page's segments.
     pub data_bytes: u64,
-    /// Number of segments in the page.
     pub segments: u32,
     /// CRC-32C of the page object.
     pub crc: u32,

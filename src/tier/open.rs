@@ -95,7 +95,6 @@ pub enum ObjectStoreOptionsError {
     Client {
         /// URL in the options.
         url: String,
-        /// Cause of the failure.
         reason: String,
     },
 }

@@ -74,10 +74,8 @@ impl SegmentSource {
 /// Error for a segment file that cannot be uploaded.
 #[derive(Debug, thiserror::Error)]
 pub enum SegmentSourceError {
-    /// The file cannot be read.
     #[error("segment {} cannot be read: {error}", path.display())]
     Io {
-        /// Path of the file.
         path: PathBuf,
         /// Error of the operating system.
         error: io::Error,
@@ -85,7 +83,6 @@ pub enum SegmentSourceError {
     /// The content of the file is corrupt. The segment is not uploaded.
     #[error("segment {} is corrupt at byte {position} and is not uploaded: {reason}", path.display())]
     Corrupt {
-        /// Path of the file.
         path: PathBuf,
         /// Position of the corrupt batch in the file.
         position: u64,
@@ -95,7 +92,6 @@ pub enum SegmentSourceError {
     /// The segment does not continue the history in the object store.
     #[error("segment {base}..{end} does not continue the history in the object store, which ends at {expected}")]
     NotContiguous {
-        /// Tiered end.
         expected: Offset,
         /// Base offset of the segment.
         base: Offset,

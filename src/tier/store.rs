@@ -74,11 +74,8 @@ pub(super) struct TierStoreInner {
 /// Content of `topic.json`, from which a restore can create the topic again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TopicRecord {
-    /// Name of the topic.
     pub name: TopicName,
-    /// Id of the topic.
     pub id: TopicId,
-    /// Number of partitions.
     pub partitions: u32,
     /// Configuration that is set for the topic.
     #[serde(default)]

@@ -52,7 +52,6 @@ pub enum UploadError {
     /// A newer leader has committed to the object store.
     #[error("leader epoch {epoch} may not write: epoch {current} has committed to the object store")]
     Deposed {
-        /// Leader epoch of the caller.
         epoch: LeaderEpoch,
         /// Leader epoch of the committed state.
         current: LeaderEpoch,
@@ -60,7 +59,6 @@ pub enum UploadError {
     /// The prefix does not belong to this cluster, or its owner is not known yet.
     #[error(transparent)]
     Binding(#[from] BindingError),
-    /// The request to the store failed.
     #[error(transparent)]
     Store(#[from] TierStoreError),
     /// The store returns other bytes than were written.

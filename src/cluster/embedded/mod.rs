@@ -68,17 +68,13 @@ const LEASE_TICK: Duration = Duration::from_millis(500);
 pub enum EmbeddedStoreError {
     /// Another process has the file open.
     #[error("{} is in use by another process: stop that broker, or use another data directory", path.display())]
-    InUse {
-        /// Path of the file.
-        path: PathBuf,
-    },
+    InUse { path: PathBuf },
     /// A newer version of this program wrote the file.
     #[error(
         "{} was written by a newer version (format {found}; this version reads up to {known}): run that version",
         path.display()
     )]
     Newer {
-        /// Path of the file.
         path: PathBuf,
         /// Format of the file.
         found: u64,
@@ -88,7 +84,6 @@ pub enum EmbeddedStoreError {
     /// The file is corrupt or no metadata file.
     #[error("{} is corrupt or no metadata file ({reason}): restore it, or use another data directory", path.display())]
     Corrupt {
-        /// Path of the file.
         path: PathBuf,
         /// Description of the problem.
         reason: String,
@@ -96,7 +91,6 @@ pub enum EmbeddedStoreError {
     /// The file cannot be read or written.
     #[error("{} cannot be opened: {source}", path.display())]
     Io {
-        /// Path of the file.
         path: PathBuf,
         /// The system's error.
         source: io::Error,

@@ -33,7 +33,6 @@ const WATCH_BYTES: usize = 256 << 20;
 /// Minimum timeout of a login: etcd's password hash is slow on purpose.
 const LOGIN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// All members.
 pub(super) struct Members {
     list: Vec<Member>,
     header_state: HeaderState,

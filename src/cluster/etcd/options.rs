@@ -87,18 +87,12 @@ pub enum EtcdOptionsError {
     },
     /// An endpoint is given twice: it would be called twice instead of another member.
     #[error("the etcd endpoint {endpoint} is named twice: name each member once")]
-    Twice {
-        /// The endpoint.
-        endpoint: String,
-    },
+    Twice { endpoint: String },
     /// TLS is set and an endpoint does not use it.
     #[error(
         "TLS is set for etcd and the endpoint {endpoint} does not use it: write https://, or leave the TLS settings out"
     )]
-    PlainEndpoint {
-        /// The endpoint.
-        endpoint: String,
-    },
+    PlainEndpoint { endpoint: String },
     /// The certificates are unusable.
     #[error("the TLS settings for etcd cannot be used: {reason}")]
     Tls {
@@ -107,10 +101,7 @@ pub enum EtcdOptionsError {
     },
     /// The call timeout is too short for any attempt.
     #[error("a request timeout of {} ms for etcd is too short: set at least 1 ms", request_timeout.as_millis())]
-    CallTimeout {
-        /// The timeout.
-        request_timeout: Duration,
-    },
+    CallTimeout { request_timeout: Duration },
 }
 
 impl EtcdOptions {

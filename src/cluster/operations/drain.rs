@@ -13,10 +13,8 @@ use crate::{
 /// Error of a drain, or of its cancellation.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DrainError {
-    /// The broker does not exist.
     #[error(transparent)]
     Unknown(#[from] UnknownBrokers),
-    /// The metadata store failed.
     #[error(transparent)]
     Store(#[from] MetaStoreError),
 }

@@ -73,7 +73,6 @@ pub enum ElectError {
     Silent {
         /// The partition, as `topic/number`.
         partition: String,
-        /// All replicas.
         replicas: Vec<BrokerId>,
     },
     /// The partition changed since the operator confirmed the election.
@@ -156,7 +155,6 @@ fn any_of(replicas: &[BrokerId]) -> String {
 /// Position of a replica, as its broker reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReplicaPosition {
-    /// Id of the broker.
     pub broker: BrokerId,
     /// Epoch of the last batch; `None` for an empty log.
     pub last_epoch: Option<LeaderEpoch>,
@@ -169,7 +167,6 @@ pub struct ReplicaPosition {
 /// Leader that an unclean election would choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UncleanCandidate {
-    /// Id of the broker.
     pub broker: BrokerId,
     /// Committed offsets that would be lost, as far as the replicas report them; `None` for no loss.
     pub loss: Option<LostOffsets>,

@@ -93,7 +93,6 @@ pub struct UnknownBrokers {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("topic {:?} has no partition {number}: it has {count}, numbered from 0", topic.as_str())]
 pub struct UnknownPartition {
-    /// Name of the topic.
     pub topic: TopicName,
     /// Requested partition number.
     pub number: u32,
@@ -104,7 +103,6 @@ pub struct UnknownPartition {
 /// Error: the target of an operation does not exist.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TargetError {
-    /// The topic does not exist.
     #[error(transparent)]
     Topic(#[from] UnknownTopic),
     /// The partition does not exist.
@@ -129,7 +127,6 @@ pub enum WriteError {
         /// Number of partitions that were changed before.
         done: usize,
     },
-    /// The metadata store failed.
     #[error("{source}{}", so_far(*.done))]
     Store {
         /// The store's error.

@@ -27,17 +27,13 @@ pub enum ReassignError {
     Brokers(#[from] UnknownBrokers),
     /// A broker is named twice.
     #[error("broker {id} is named twice: a partition has one replica on a broker")]
-    Repeated {
-        /// Id of the broker.
-        id: BrokerId,
-    },
+    Repeated { id: BrokerId },
     /// The number of brokers differs from the topic's replication factor.
     #[error(
         "topic {:?} has a replication factor of {factor}, and {} named: name {factor}, or change it first \
          with `strandline topic alter {} --replication-factor {asked}`", topic.as_str(), named(*.asked), topic
     )]
     Factor {
-        /// Name of the topic.
         topic: TopicName,
         /// Replication factor of the topic.
         factor: u32,

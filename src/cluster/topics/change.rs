@@ -16,7 +16,6 @@ use crate::{
 /// Error of a topic change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AlterError {
-    /// The topic does not exist.
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
     /// A configuration key or value is not allowed.
@@ -24,10 +23,7 @@ pub enum AlterError {
     Config(#[from] InvalidConfig),
     /// A key is both set and unset.
     #[error("topic configuration {key:?} is both set and unset: choose one")]
-    Both {
-        /// The configuration key.
-        key: String,
-    },
+    Both { key: String },
     /// The replication factor exceeds the limit of any cluster.
     #[error("a topic cannot have a replication factor of {asked}: 1 to {}", limits::MAX_REPLICAS)]
     Replicas {
@@ -47,11 +43,7 @@ pub enum AlterError {
     Bound(#[from] ReplicaBound),
     /// Other writers kept changing the topic.
     #[error("other writers keep changing topic {:?}: try again", name.as_str())]
-    Conflict {
-        /// Name of the topic.
-        name: TopicName,
-    },
-    /// The metadata store failed.
+    Conflict { name: TopicName },
     #[error(transparent)]
     Store(#[from] MetaStoreError),
 }
@@ -59,13 +51,11 @@ pub enum AlterError {
 /// Error of an addition of partitions.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddPartitionsError {
-    /// The topic does not exist.
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
     /// The topic already has as many partitions or more.
     #[error("topic {:?} has {} and cannot have {to}: partitions can only be added", name.as_str(), partitions(*.has))]
     NotMore {
-        /// Name of the topic.
         name: TopicName,
         /// Current number of partitions.
         has: u32,
@@ -91,11 +81,7 @@ pub enum AddPartitionsError {
     Bound(#[from] ReplicaBound),
     /// Other writers kept changing the topic.
     #[error("other writers keep changing topic {:?}: try again", name.as_str())]
-    Conflict {
-        /// Name of the topic.
-        name: TopicName,
-    },
-    /// The metadata store failed.
+    Conflict { name: TopicName },
     #[error(transparent)]
     Store(#[from] MetaStoreError),
 }
@@ -103,16 +89,11 @@ pub enum AddPartitionsError {
 /// Error of a topic deletion.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeleteError {
-    /// The topic does not exist.
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
     /// Other writers kept changing the topic.
     #[error("other writers keep changing topic {:?}: try again", name.as_str())]
-    Conflict {
-        /// Name of the topic.
-        name: TopicName,
-    },
-    /// The metadata store failed.
+    Conflict { name: TopicName },
     #[error(transparent)]
     Store(#[from] MetaStoreError),
 }

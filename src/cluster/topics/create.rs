@@ -19,7 +19,6 @@ use crate::{
 /// Specification of a new topic.
 #[derive(Clone, Debug)]
 pub struct TopicSpec {
-    /// Name of the topic.
     pub name: TopicName,
     /// Number of partitions, at least 1.
     pub partitions: u32,
@@ -34,12 +33,8 @@ pub struct TopicSpec {
 /// Error of a topic creation.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CreateError {
-    /// The name is taken.
     #[error("topic {:?} exists already", name.as_str())]
-    Exists {
-        /// Name of the topic.
-        name: TopicName,
-    },
+    Exists { name: TopicName },
     /// Too few or too many partitions.
     #[error("a topic cannot have {asked} partitions: 1 to {}", limits::MAX_PARTITIONS)]
     Partitions {
@@ -71,11 +66,7 @@ pub enum CreateError {
     Config(#[from] InvalidConfig),
     /// A sweep deleted a part of the new keys meanwhile.
     #[error("topic {:?} could not be created because of a concurrent change: try again", name.as_str())]
-    Conflict {
-        /// Name of the topic.
-        name: TopicName,
-    },
-    /// The metadata store failed.
+    Conflict { name: TopicName },
     #[error(transparent)]
     Store(#[from] MetaStoreError),
 }

@@ -82,7 +82,6 @@ pub struct Topics {
 /// A topic as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopicInfo {
-    /// Name of the topic.
     pub name: TopicName,
     /// Stored value.
     pub value: TopicValue,

@@ -27,7 +27,6 @@ use crate::{
 /// The tombstone of one deleted topic, as read from the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tombstone {
-    /// Id of the topic.
     pub id: TopicId,
     value: TombstoneValue,
     mod_revision: Revision,

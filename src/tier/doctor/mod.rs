@@ -42,9 +42,7 @@ pub enum CheckOutcome {
 /// One check and its outcome.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct StoreCheck {
-    /// Name of the check.
     pub name: &'static str,
-    /// Outcome of the check.
     pub outcome: CheckOutcome,
     /// Observation of the check, for people.
     pub detail: String,
