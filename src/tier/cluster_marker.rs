@@ -4,7 +4,7 @@
 //! and need no conditional put. A broker with a wrong URL fails: an empty store is not taken once the binding is
 //! complete, and a marker with another id is rejected.
 
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, atomic::Ordering};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use super::{
     error::{BindingError, TierStoreError},
     name,
     store::TierStore,
-    store_binding::StoreBinding,
+    store_binding::{BindingStore, StoreBinding},
 };
 use crate::task::random;
 
@@ -32,6 +32,24 @@ pub(super) struct ClusterMarker {
 }
 
 impl TierStore {
+    /// Rejects a prefix without cluster marker from now on: the metadata references objects, so the cluster's objects
+    /// must be in another store.
+    pub fn require_existing_data(&self) {
+        self.inner.owner.has_data.store(true, Ordering::Release);
+    }
+
+    /// Sets the storage of the store binding. From now on, [`TierStore::bind`] fails for a store other than the bound
+    /// one. If no store is bound, it binds this one.
+    pub fn set_binding_store(&self, bindings: Arc<dyn BindingStore>) {
+        drop(self.inner.owner.binding_store.set(bindings));
+    }
+
+    /// Sets the cluster generation. From now on, [`TierStore::bind`] rejects a prefix of a later generation, and
+    /// writes this generation into a cluster marker of an earlier one.
+    pub fn set_generation(&self, generation: u64) {
+        self.inner.owner.generation.store(generation, Ordering::Release);
+    }
+
     /// Makes sure that the prefix belongs to this cluster. Takes a prefix without marker. Fails if the prefix belongs
     /// to another cluster, or if this cluster uses another store. Sends requests until it has succeeded once. The
     /// operations that write history call it first, so their callers need not.
@@ -39,11 +57,11 @@ impl TierStore {
     /// A folder is checked at each call. A missing bucket causes errors by itself. If a disk is unmounted, its folder
     /// remains or the next write creates it, and the objects would be written to the wrong disk.
     pub async fn bind(&self) -> Result<(), BindingError> {
-        let Some(id) = self.inner.bound.get().filter(|_| self.inner.folder) else {
-            let bound = self.inner.bound.get_or_try_init(|| self.verify_owner()).await.map(drop);
+        let Some(id) = self.inner.owner.bound.get().filter(|_| self.inner.folder) else {
+            let bound = self.inner.owner.bound.get_or_try_init(|| self.verify_owner()).await.map(drop);
             return bound.inspect_err(|error| {
                 if error.is_fatal_at_start() {
-                    self.inner.refused.send_replace(Some(error.to_string()));
+                    self.inner.owner.refused.send_replace(Some(error.to_string()));
                 }
             });
         };
@@ -60,6 +78,18 @@ impl TierStore {
             }
             None => Err(self.missing_store()),
         }
+    }
+
+    /// Waits until a reason is known why a broker must not run with this store. Returns the reason.
+    pub async fn until_refused(&self) -> String {
+        let mut refused = self.inner.owner.refused.subscribe();
+        let reason = refused.wait_for(Option::is_some).await.expect("the sender is in self").clone();
+        reason.expect("`wait_for` returned a reason")
+    }
+
+    /// Returns true if the cluster has objects in its store, as far as this process knows.
+    pub(super) fn is_expected(&self) -> bool {
+        self.inner.owner.bound.initialized() || self.inner.owner.has_data.load(Ordering::Acquire)
     }
 
     /// Reads or writes the marker and the binding, and compares them. Returns the id of the marker.
@@ -94,7 +124,7 @@ impl TierStore {
             return Err(self.missing_store());
         }
         // If the generation is not known, the cluster is new.
-        let generation = self.inner.generation.load(Ordering::Acquire).max(1);
+        let generation = self.inner.owner.generation.load(Ordering::Acquire).max(1);
         let cluster = self.inner.cluster.clone();
         let marker = ClusterMarker { format: 1, cluster, id: Some(binding.id), generation };
         let content = Bytes::from(serde_json::to_vec(&marker).expect("a plain struct is valid JSON"));
@@ -115,7 +145,7 @@ impl TierStore {
     /// Rejects a marker of a later generation than the metadata store's. Replaces a marker of an earlier generation.
     /// All brokers write the same content, so the order of their writes does not matter.
     async fn check_generation(&self, marker: ClusterMarker) -> Result<(), BindingError> {
-        let (ours, theirs) = (self.inner.generation.load(Ordering::Acquire), marker.generation);
+        let (ours, theirs) = (self.inner.owner.generation.load(Ordering::Acquire), marker.generation);
         if ours == 0 || ours == theirs {
             return Ok(());
         }
@@ -135,11 +165,11 @@ impl TierStore {
         Ok(self.read_marker().await?.map(|marker| marker.generation))
     }
 
-    /// Returns the binding of the cluster, see [`BindingStore::bind`](super::BindingStore::bind). Without a storage, the
+    /// Returns the binding of the cluster, see [`BindingStore::bind`]. Without a storage, the
     /// cluster may use any store.
     async fn binding(&self, id: Option<Uuid>) -> Result<StoreBinding, BindingError> {
         let url = self.location();
-        match self.inner.binding_store.get() {
+        match self.inner.owner.binding_store.get() {
             Some(bindings) => bindings.bind(&url, id).await.map_err(BindingError::Binding),
             None => Ok(StoreBinding { id: id.unwrap_or_else(random::uuid), url, pending: id.is_none() }),
         }

@@ -155,7 +155,7 @@ impl PartitionTier {
     /// A partition may stage one manifest at a time. Its state must be committed well within the grace period of
     /// garbage collection.
     pub async fn start_upload_batch(&self, epoch: LeaderEpoch) -> Result<UploadBatch<'_>, UploadError> {
-        let (state, root) = self.begin(epoch).await?;
+        let (state, root) = self.load_for_epoch(epoch).await?;
         let next = self.following(&state, &root, epoch).await?;
         Ok(UploadBatch { tier: self, next, replaces: state })
     }
@@ -203,7 +203,7 @@ impl PartitionTier {
     /// with the commit. The tiered end does not change, even if the log start lies above it: the next segment then
     /// begins after the gap.
     pub async fn stage_trim(&self, epoch: LeaderEpoch) -> Result<StagedManifest, UploadError> {
-        let (state, root) = self.begin(epoch).await?;
+        let (state, root) = self.load_for_epoch(epoch).await?;
         let (log_start, next) = (state.log_start, self.following(&state, &root, epoch).await?);
         let mut staged = self.write(state, next).await?;
         staged.state.log_start = log_start;
@@ -231,7 +231,7 @@ impl PartitionTier {
         TierStoreError::Unavailable { object: partition_folder(self.inner.id), reason }
     }
 
-    async fn begin(&self, epoch: LeaderEpoch) -> Result<(TierState, Arc<ManifestRoot>), UploadError> {
+    async fn load_for_epoch(&self, epoch: LeaderEpoch) -> Result<(TierState, Arc<ManifestRoot>), UploadError> {
         self.inner.store.bind().await?;
         let state = self.state();
         if epoch < state.epoch {

@@ -4,34 +4,21 @@
 //! [`ObjectStoreOptions::retry_for`] has passed. A permanent error (missing, refused, unsupported) is returned at once.
 //! [`TierStore::stop`] ends every wait.
 
-use std::{
-    collections::BTreeSet,
-    fmt,
-    ops::Range,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::BTreeSet, fmt, ops::Range, sync::Arc, time::Duration};
 
 use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutPayload, path::Path};
 use serde::{Deserialize, Serialize};
-use tokio::{
-    sync::{OnceCell, Semaphore, watch},
-    time::Instant,
-};
-use uuid::Uuid;
+use tokio::{sync::Semaphore, time::Instant};
 
 use super::{
     error::{BindingError, TierStoreError},
     folder, name,
     open::{self, ObjectStoreOptions, ObjectStoreOptionsError},
     outage::{Outage, OutageTracker, PROBE_TIMEOUT, SUSPECT_AFTER},
-    store_binding::BindingStore,
+    store_binding::PrefixOwner,
 };
 use crate::{
     model::{ConfigMap, TopicId, TopicName},
@@ -56,16 +43,7 @@ pub(super) struct TierStoreInner {
     options: ObjectStoreOptions,
     /// True if the store is a folder of this machine, which may disappear or change while the broker runs.
     pub(super) folder: bool,
-    /// Set when the prefix is known to belong to this cluster: the id in its cluster marker, if the marker has one.
-    pub(super) bound: OnceCell<Option<Uuid>>,
-    /// Reason why a broker must not run with this store. `None` while no reason is known.
-    pub(super) refused: watch::Sender<Option<String>>,
-    /// True if the cluster has objects in its store, so that an empty prefix cannot be its store.
-    has_data: AtomicBool,
-    /// Cluster generation. 0 while it is not known.
-    pub(super) generation: AtomicU64,
-    /// Storage of the binding that names the cluster's store.
-    pub(super) binding_store: OnceLock<Arc<dyn BindingStore>>,
+    pub(super) owner: PrefixOwner,
     parts: Arc<Semaphore>,
     outages: OutageTracker,
     tasks: Tasks,
@@ -117,11 +95,7 @@ impl TierStore {
             cluster: cluster.to_owned(),
             options: options.clone(),
             folder: options.url.starts_with("file:"),
-            bound: OnceCell::new(),
-            refused: watch::Sender::new(None),
-            has_data: AtomicBool::new(false),
-            generation: AtomicU64::new(0),
-            binding_store: OnceLock::new(),
+            owner: PrefixOwner::default(),
             parts: Arc::new(Semaphore::new(MAX_CONCURRENT_PARTS)),
             outages: OutageTracker::default(),
             tasks: Tasks::new(),
@@ -142,13 +116,6 @@ impl TierStore {
     /// Returns the outage if it is confirmed. Reads of history then fail at once until the store responds.
     pub fn away(&self) -> Option<Outage> {
         self.inner.outages.away()
-    }
-
-    /// Waits until a reason is known why a broker must not run with this store. Returns the reason.
-    pub async fn until_refused(&self) -> String {
-        let mut refused = self.inner.refused.subscribe();
-        let reason = refused.wait_for(Option::is_some).await.expect("the sender is in self").clone();
-        reason.expect("`wait_for` returned a reason")
     }
 
     /// Waits until an outage is confirmed.
@@ -185,28 +152,6 @@ impl TierStore {
             }
             response = request => response,
         }
-    }
-
-    /// Rejects a prefix without cluster marker from now on: the metadata references objects, so the cluster's objects
-    /// must be in another store.
-    pub fn require_existing_data(&self) {
-        self.inner.has_data.store(true, Ordering::Release);
-    }
-
-    /// Sets the storage of the store binding. From now on, [`TierStore::bind`] fails for a store other than the bound
-    /// one. If no store is bound, it binds this one.
-    pub fn set_binding_store(&self, bindings: Arc<dyn BindingStore>) {
-        drop(self.inner.binding_store.set(bindings));
-    }
-
-    /// Sets the cluster generation. From now on, [`TierStore::bind`] rejects a prefix of a later generation, and
-    /// writes this generation into a cluster marker of an earlier one.
-    pub fn set_generation(&self, generation: u64) {
-        self.inner.generation.store(generation, Ordering::Release);
-    }
-
-    pub(super) fn is_expected(&self) -> bool {
-        self.inner.bound.initialized() || self.inner.has_data.load(Ordering::Acquire)
     }
 
     /// Writes or replaces a topic's description.

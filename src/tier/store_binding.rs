@@ -1,7 +1,14 @@
-//! Store binding: the object store that a cluster uses, and the interface to the storage of the binding.
+//! Store binding: the object store that a cluster uses, the interface to the storage of the binding, and what one
+//! process knows about both.
+
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicBool, AtomicU64},
+};
 
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
+use tokio::sync::{OnceCell, watch};
 use uuid::Uuid;
 
 /// Store binding: the object store that a cluster uses.
@@ -23,4 +30,19 @@ pub trait BindingStore: Send + Sync {
     /// completes the binding with a compare-and-set, so all brokers get the same one. Without an id a new binding is
     /// pending.
     fn bind<'a>(&'a self, url: &'a str, id: Option<Uuid>) -> BoxFuture<'a, Result<StoreBinding, String>>;
+}
+
+/// Knowledge of one process about the owner of its prefix.
+#[derive(Default)]
+pub(super) struct PrefixOwner {
+    /// Set when the prefix is known to belong to this cluster: the id in its cluster marker, if the marker has one.
+    pub(super) bound: OnceCell<Option<Uuid>>,
+    /// Reason why a broker must not run with this store. `None` while no reason is known.
+    pub(super) refused: watch::Sender<Option<String>>,
+    /// True if the cluster has objects in its store, so that an empty prefix cannot be its store.
+    pub(super) has_data: AtomicBool,
+    /// Cluster generation. 0 while it is not known.
+    pub(super) generation: AtomicU64,
+    /// Storage of the binding that names the cluster's store.
+    pub(super) binding_store: OnceLock<Arc<dyn BindingStore>>,
 }
