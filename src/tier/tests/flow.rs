@@ -437,6 +437,35 @@ async fn prefix_of_another_cluster_is_rejected_with_both_names() {
     assert!(matches!(refused, Err(UploadError::Binding(BindingError::Foreign { .. }))));
 }
 
+/// Another broker, which completes the binding while this one requests it.
+struct FasterBroker {
+    marker: std::path::PathBuf,
+    id: uuid::Uuid,
+}
+
+impl BindingStore for FasterBroker {
+    fn bind<'a>(
+        &'a self,
+        url: &'a str,
+        _: Option<uuid::Uuid>,
+    ) -> futures::future::BoxFuture<'a, Result<StoreBinding, String>> {
+        let binding = StoreBinding { id: self.id, url: url.to_owned(), pending: false };
+        let marker = format!(r#"{{"format":1,"cluster":"test","id":"{}"}}"#, self.id);
+        std::fs::write(&self.marker, marker).unwrap();
+        Box::pin(std::future::ready(Ok(binding)))
+    }
+}
+
+#[tokio::test]
+async fn marker_that_another_broker_writes_meanwhile_is_accepted() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = ObjectStoreOptions::new(&format!("file://{}", folder.path().display()));
+    let store = TierStore::open(&options, "test").unwrap();
+    let marker = folder.path().join(name::CLUSTER);
+    store.set_binding_store(Arc::new(FasterBroker { marker, id: uuid::Uuid::from_u128(7) }));
+    store.bind().await.unwrap();
+}
+
 /// Regression: an unmounted disk leaves an empty folder, or none. A write then created a new store there, on the wrong
 /// disk.
 #[tokio::test]
