@@ -64,8 +64,8 @@ clippy: ## Runs clippy; a warning is an error.
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) clippy --locked --workspace --lib --test sim -- -D warnings
 
-client: ## Checks that the Rust client compiles without the server's crates.
-	$(CARGO) clippy --locked --no-default-features --lib -- -D warnings
+client: ## Checks that the client compiles alone, with none of the server's features.
+	$(CARGO) clippy --locked --package strandline-client --lib -- -D warnings
 
 docs: ## Builds the API documentation; a broken link is an error.
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
@@ -93,7 +93,7 @@ etcd-protos: ## Writes the descriptors of etcd-client's .proto files, after a ch
 	folder=$$($(ETCD_CLIENT)); \
 	(cd "$$folder" && find proto -name '*.proto' | LC_ALL=C sort | xargs cksum) >$(PROTOS_TO)/etcd-client.sums; \
 	STRANDLINE_ETCD_PROTOS="$$folder/proto" STRANDLINE_ETCD_SET=$(PROTOS_TO)/etcd-client.fds \
-	  $(CARGO) check --locked --no-default-features --lib
+	  $(CARGO) check --locked --package strandline-proto
 
 crash-test: ## Kills a broker KILLS times (200) under load, and a quarter as often under the client; no acknowledged record may be lost.
 	STRANDLINE_KILLS=$(KILLS) $(CARGO) test --locked --test it -- --nocapture --test-threads 1 crash:: crash_client::

@@ -1,20 +1,17 @@
 //! Strandline: a log service that tiers its log to object storage.
 //!
-//! Default features build the complete system, and `default-features = false` only the Rust client. The modules are in
-//! import order: each may import only the modules above it.
-
-// The crate without `server` is the client, whose public items are documented.
-#![cfg_attr(not(feature = "server"), warn(missing_docs))]
+//! The modules are in import order: each may import only the modules above it. The first ones are packages of their own
+//! and re-exported here.
 
 /// Returns true if a test breaks this rule on purpose (`task::mutation`). The value is always `false` outside tests and
 /// the simulator.
-#[cfg(all(feature = "server", any(test, feature = "sim")))]
+#[cfg(any(test, feature = "sim"))]
 macro_rules! mutant {
     ($rule:ident) => {
         crate::task::mutation::is_active(crate::task::mutation::Mutation::$rule)
     };
 }
-#[cfg(all(feature = "server", not(any(test, feature = "sim"))))]
+#[cfg(not(any(test, feature = "sim")))]
 macro_rules! mutant {
     ($rule:ident) => {
         false
@@ -30,46 +27,29 @@ macro_rules! sim_event {
         }
     };
 }
-#[cfg(all(feature = "server", not(feature = "sim")))]
+#[cfg(not(feature = "sim"))]
 macro_rules! sim_event {
     ($($event:tt)*) => {};
 }
 
-pub mod model;
+pub use strandline_client as client;
+pub use strandline_core::{limits, model, record, task};
+pub use strandline_proto as proto;
 
-pub mod limits;
-
-pub mod task;
-
-#[cfg(feature = "server")]
 pub mod telemetry;
 
-pub mod record;
-
-#[cfg(feature = "server")]
 pub mod log;
 
-#[cfg(feature = "server")]
 pub mod tier;
 
-pub mod proto;
-
-pub mod client;
-
-#[cfg(feature = "server")]
 pub mod cluster;
 
-#[cfg(feature = "server")]
 pub mod config;
 
-#[cfg(feature = "server")]
 pub mod partition;
 
-#[cfg(feature = "server")]
 pub mod broker;
 
-#[cfg(feature = "server")]
 pub mod server;
 
-#[cfg(feature = "server")]
 pub mod cli;

@@ -182,14 +182,13 @@ impl From<ReadError> for ApiError {
     }
 }
 
-impl From<MalformedBatch> for ApiError {
-    fn from(error: MalformedBatch) -> Self {
-        let code = match error {
-            MalformedBatch::NoMemory { .. } => ErrorCode::RecordTooLarge,
-            _ => ErrorCode::MalformedBatch,
-        };
-        Self::new(code, error.to_string())
-    }
+/// Converts the error of a batch. (A `From` cannot be implemented here: both types are of other packages.)
+pub(super) fn malformed_batch(error: MalformedBatch) -> ApiError {
+    let code = match error {
+        MalformedBatch::NoMemory { .. } => ErrorCode::RecordTooLarge,
+        _ => ErrorCode::MalformedBatch,
+    };
+    ApiError::new(code, error.to_string())
 }
 
 impl From<MetaStoreError> for ApiError {

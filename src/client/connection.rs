@@ -42,7 +42,6 @@ impl ConnectionPool {
     }
 
     /// Makes a separate connection to `address`, so that a refusal by the host is detected now.
-    #[cfg(feature = "server")]
     pub(super) async fn fresh(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         self.connect(address).await
     }

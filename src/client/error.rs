@@ -43,7 +43,6 @@ impl ConnectError {
     }
 }
 
-#[cfg(feature = "server")]
 impl ConnectError {
     /// Returns true if the host at every address refused the connection. The text is that of [`root_cause`].
     pub(super) fn is_refused(&self) -> bool {

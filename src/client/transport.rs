@@ -34,7 +34,6 @@ const FRAME_BYTES: u32 = 256 << 10;
 const PING_INTERVAL: Duration = Duration::from_secs(3);
 
 /// Ping interval and time limit between brokers: a broker without data for twice this time is disconnected.
-#[cfg(feature = "server")]
 const BROKER_PING_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Error of a call without a response. A [`Status`] in it, or in its sources, is the outcome of the call. A [`NotSent`]
@@ -148,7 +147,6 @@ impl TcpConnector {
     }
 
     /// Creates a factory for calls between brokers, which detects a broker that does not respond sooner.
-    #[cfg(feature = "server")]
     pub fn between_brokers(connect_timeout: Duration) -> Self {
         Self { connect_timeout, ping: BROKER_PING_INTERVAL }
     }

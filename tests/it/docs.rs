@@ -107,7 +107,7 @@ fn every_decision_is_listed() {
     }
 }
 
-/// Returns the code that a page names as `room/file::function`: the file below `src/`, and the function.
+/// Returns the code that a page names as `room/file::function`: the file below a source folder, and the function.
 fn named(page: &str) -> Vec<(&str, &str)> {
     let quoted = page.split('`').skip(1).step_by(2);
     let code = quoted.filter(|text| text.chars().all(|c| c.is_ascii_lowercase() || "_/:".contains(c)));
@@ -120,7 +120,9 @@ fn architecture_page_names_existing_functions() {
     let named = named(&page);
     assert!(named.len() > 20, "names exist: {named:?}");
     for (file, function) in named {
-        let paths = [format!("src/{file}.rs"), format!("src/{file}/mod.rs")];
+        let folders = ["src", "src/core"].map(|folder| format!("{folder}/{file}"));
+        let folders = folders.into_iter().chain(file.strip_prefix("proto/").map(|file| format!("proto/src/{file}")));
+        let paths: Vec<_> = folders.flat_map(|path| [format!("{path}.rs"), format!("{path}/mod.rs")]).collect();
         let text = paths.iter().find_map(|path| fs::read_to_string(root().join(path)).ok());
         let text = text.unwrap_or_else(|| panic!("docs/architecture.md names `{file}`, which is none of {paths:?}"));
         let begins = format!("fn {function}");

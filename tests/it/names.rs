@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 use crate::source::{Kind, Sources, read_folder};
 
 /// Folders with Rust sources.
-const CODE: &[&str] = &["src", "tests", "benches", "fuzz/entries", "fuzz/fuzz_targets"];
+const CODE: &[&str] = &["src", "proto", "tests", "benches", "fuzz/entries", "fuzz/fuzz_targets"];
 
 /// Folders with other text, and their extensions.
 const TEXTS: &[(&str, &[&str])] = &[("proto", &["proto"]), ("docs", &["md"]), ("src", &["json", "txt", "toml"])];

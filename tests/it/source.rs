@@ -88,7 +88,7 @@ enum Resolved {
     Item(usize),
 }
 
-/// The files of one crate, with their modules.
+/// The files of a tree of modules. The packages that the root package re-exports are modules of the tree.
 pub(crate) struct Sources {
     pub(crate) files: Vec<SourceFile>,
     modules: BTreeMap<String, Module>,
@@ -145,8 +145,10 @@ impl Sources {
     fn resolve(&self, module: &str, path: &[String], depth: usize) -> Option<Resolved> {
         let (first, mut rest) = path.split_first().filter(|_| depth < 20)?;
         let mut target = match first.as_str() {
-            "crate" => Resolved::Module(String::new()),
+            "crate" => Resolved::Module(crate_root(module).to_owned()),
             "strandline" if module == "main" => Resolved::Module(String::new()),
+            "strandline_core" => Resolved::Module(String::new()),
+            "strandline_client" | "strandline_proto" => Resolved::Module(first["strandline_".len()..].to_owned()),
             "self" => Resolved::Module(module.to_owned()),
             "super" => Resolved::Module(parent(module).to_owned()),
             name => self.find(module, name, rest.is_empty(), depth)?,
@@ -190,6 +192,11 @@ fn module_of(name: &str) -> String {
         return String::new();
     }
     path.trim_end_matches("/mod").replace('/', "::")
+}
+
+/// Returns the module that `crate` names in `module`: the rooms `client` and `proto` are packages of their own.
+fn crate_root(module: &str) -> &str {
+    ["client", "proto"].into_iter().find(|package| is_within(module, package)).unwrap_or_default()
 }
 
 fn join(module: &str, name: &str) -> String {

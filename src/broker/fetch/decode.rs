@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::{FetchResponseBuilder, FetchSession, Granted};
 use crate::{
-    broker::{CallMemory, Grant},
+    broker::{CallMemory, Grant, errors},
     limits,
     model::{Compression, Offset, PartitionId},
     partition::{Decompressor, INLINE_BYTES},
@@ -112,7 +112,7 @@ impl Decoder<'_> {
     ) -> Result<(), Undecoded> {
         let mut bytes = Bytes::from(std::mem::take(&mut fetched.chunks).concat());
         while !bytes.is_empty() {
-            let batch = Batch::split_from(&mut bytes)?;
+            let batch = Batch::split_from(&mut bytes).map_err(errors::malformed_batch)?;
             let first = fetched.records.is_empty();
             if *used >= self.room && !(first && batch.compression() == Compression::None) {
                 // The space is used up, so the following batches need not be decompressed.

@@ -44,7 +44,7 @@ impl Broker {
     ) -> Result<Incoming, ApiError> {
         let (batch, fingerprint, timestamps) = match payload {
             Some(Payload::Batch(bytes)) => {
-                let (mut batch, timestamps) = received(bytes)?;
+                let (mut batch, timestamps) = received(bytes).map_err(errors::malformed_batch)?;
                 if message_bytes > batch.encoded_len() + MAX_SURPLUS_BYTES {
                     // The batch would keep its entire message in memory.
                     batch.detach();
@@ -176,7 +176,7 @@ fn no_produce_memory(bytes: usize, memory: &MemoryBudget) -> ApiError {
 /// Parses and checks a batch that a client built. Uncompressed records are checked too: invalid framing would break
 /// consumers of other clients, and wrong timestamps in the header would break retention and search by time. Of
 /// compressed records only the beginning is decoded; readers decode the rest.
-fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), ApiError> {
+fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), MalformedBatch> {
     let mut batch = Batch::parse(bytes)?;
     batch.check_client()?;
     batch.check_first_records()?;
@@ -201,7 +201,7 @@ async fn recompressed(
         Err(MalformedBatch::Grows { .. }) if bound == uncompressed => {
             Ok(Err(AdmitError::Grows { topic: partition.topic().clone(), max_bytes }))
         }
-        outcome => Ok(Ok(outcome?)),
+        outcome => Ok(Ok(outcome.map_err(errors::malformed_batch)?)),
     }
 }
 

@@ -6,7 +6,8 @@ use std::{ops::Range, time::Duration};
 
 use super::{Admin, brokers, invalid_response, offset};
 use crate::{
-    client::{connection::admin_client, error::CallError},
+    connection::admin_client,
+    error::CallError,
     model::{BrokerId, LeaderEpoch, Offset},
     proto::{error::ApiError, v1},
 };

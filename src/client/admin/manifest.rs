@@ -3,11 +3,7 @@
 use std::ops::Range;
 
 use super::{Admin, offset};
-use crate::{
-    client::{connection::admin_client, error::CallError},
-    model::Offset,
-    proto::v1,
-};
+use crate::{connection::admin_client, error::CallError, model::Offset, proto::v1};
 
 /// Remains of a partition in the object store, and the manifest that they allow.
 #[derive(Clone, Debug, PartialEq, Eq)]

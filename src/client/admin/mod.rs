@@ -35,8 +35,8 @@ use crate::{
 /// Creates, changes, describes and deletes topics. Any broker can serve these calls.
 ///
 /// ```no_run
-/// # async fn example(client: strandline::client::Client) -> Result<(), Box<dyn std::error::Error>> {
-/// use strandline::client::NewTopic;
+/// # async fn example(client: strandline_client::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// use strandline_client::NewTopic;
 ///
 /// let admin = client.admin();
 /// admin.create_topic(&NewTopic::new("orders").partitions(3).config("retention.ms", "86400000")).await?;

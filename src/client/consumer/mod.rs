@@ -200,8 +200,8 @@ struct CurrentBatch {
 /// Reads records from its assigned partitions.
 ///
 /// ```no_run
-/// # async fn example(client: strandline::client::Client) -> Result<(), Box<dyn std::error::Error>> {
-/// use strandline::client::{ConsumerOptions, OffsetSpec};
+/// # async fn example(client: strandline_client::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// use strandline_client::{ConsumerOptions, OffsetSpec};
 ///
 /// let mut consumer = client.consumer(ConsumerOptions::default());
 /// consumer.assign("orders", 0, OffsetSpec::Earliest).await?;

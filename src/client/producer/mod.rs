@@ -206,8 +206,8 @@ struct ProducerInner {
 /// Sends records. Clones share memory, producer id and batches.
 ///
 /// ```no_run
-/// # async fn example(client: strandline::client::Client) -> Result<(), Box<dyn std::error::Error>> {
-/// use strandline::client::{NewRecord, ProducerOptions};
+/// # async fn example(client: strandline_client::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// use strandline_client::{NewRecord, ProducerOptions};
 ///
 /// let producer = client.producer(ProducerOptions::default()).await?;
 /// for order in 0..1000_u32 {

@@ -1,11 +1,7 @@
 //! Tests of reads: no partition is skipped, and none is read past records that cannot be decoded.
 
 use super::*;
-use crate::{
-    client::{Consumer, OnUndecodable},
-    limits,
-    proto::error::ErrorCode,
-};
+use crate::{Consumer, OnUndecodable, limits, proto::error::ErrorCode};
 
 const SOON: Duration = Duration::from_secs(20);
 

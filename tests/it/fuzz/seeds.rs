@@ -50,7 +50,7 @@ fn batch(number: u32, epoch: u32) -> Batch {
 }
 
 fn record(seeds: &mut Vec<Seed>) {
-    for folder in ["src/record/golden", "src/record/golden/kafka"] {
+    for folder in ["src/core/record/golden", "src/core/record/golden/kafka"] {
         for (name, batch) in super::files(folder).into_iter().filter(|(name, _)| name.ends_with(".batch")) {
             let name = format!("{}-{name}", if folder.ends_with("kafka") { "kafka" } else { "ours" });
             let (codec, count) = (batch[22], &batch[59..61]);

@@ -47,7 +47,7 @@ impl Backoff {
     }
 }
 
-#[cfg(all(feature = "server", test))]
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -23,23 +23,24 @@
 //! [`Producer::close`] delivers all queued records and joins its task. Dropping the last handle ends the task at once
 //! and fails unacknowledged records. A [`Consumer`] ends when its value is dropped.
 
+#![warn(missing_docs)]
+
 mod address;
 mod admin;
 mod call;
 mod connection;
 pub mod consumer;
 mod error;
-#[cfg(all(test, feature = "server"))]
+#[cfg(test)]
 mod fake_broker;
 mod metadata;
 mod options;
-#[cfg(feature = "server")]
 pub mod peers;
 pub mod producer;
 mod replica_selector;
 mod retry_status;
 mod route;
-#[cfg(all(test, feature = "server"))]
+#[cfg(test)]
 mod tests;
 mod transport;
 
@@ -65,6 +66,10 @@ pub use self::{
     route::{PartitionRoute, TopicRoute},
     transport::{BrokerChannel, CallResult, Connector, NotSent, RpcTransport, TcpConnector, TransportError},
 };
+use strandline_core::{limits, task};
+pub use strandline_core::{model, record};
+use strandline_proto as proto;
+
 use self::{
     call::{AttemptError, NoResponse, with_timeout},
     connection::ConnectionPool,
@@ -83,7 +88,7 @@ use crate::{
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-/// use strandline::client::{Client, ClientOptions, NewRecord, NewTopic, ProducerOptions};
+/// use strandline_client::{Client, ClientOptions, NewRecord, NewTopic, ProducerOptions};
 ///
 /// let client = Client::connect("127.0.0.1:9460", ClientOptions::default()).await?;
 /// client.admin().create_topic(&NewTopic::new("greetings")).await?;

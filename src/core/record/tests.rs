@@ -126,7 +126,7 @@ fn builder_writes_the_golden_bytes() {
 #[ignore = "writes into the source tree: make golden"]
 fn write_missing_golden_files() {
     for codec in CODECS {
-        let path = format!("{}/src/record/golden/{codec}.batch", env!("CARGO_MANIFEST_DIR"));
+        let path = format!("{}/record/golden/{codec}.batch", env!("CARGO_MANIFEST_DIR"));
         let mut batch = build(codec, &golden_records(), Some(PRODUCER));
         batch.set_offset_and_epoch(Offset::new(1 << 40).unwrap(), LeaderEpoch(3));
         if std::fs::metadata(&path).is_ok_and(|file| file.len() > 0) {

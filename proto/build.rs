@@ -1,4 +1,4 @@
-//! Generates the gRPC code from `proto/`, in pure Rust: nobody needs protoc to build this package. For
+//! Generates the gRPC code from the .proto files, in pure Rust: nobody needs protoc to build this package. For
 //! `make etcd-protos` it also describes the files of `etcd-client`, whose own build script asks `tools/protoc` instead.
 
 use std::{env, error::Error, fs, path::PathBuf};
@@ -21,13 +21,13 @@ const ETCD_FILES: [&str; 5] = [
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    println!("cargo:rerun-if-changed=proto");
-    let descriptors = protox::compile(CLIENT_FILES.iter().chain(&PEER_FILES), ["proto"])?;
+    println!("cargo:rerun-if-changed=strandline");
+    let descriptors = protox::compile(CLIENT_FILES.iter().chain(&PEER_FILES), ["."])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
-    fs::write(out.join("client-descriptors.bin"), protox::compile(CLIENT_FILES, ["proto"])?.encode_to_vec())?;
+    fs::write(out.join("client-descriptors.bin"), protox::compile(CLIENT_FILES, ["."])?.encode_to_vec())?;
     tonic_prost_build::configure()
         .bytes(".")
-        .codec_path("crate::proto::codec::LargeBufferCodec")
+        .codec_path("crate::codec::LargeBufferCodec")
         .build_server(env::var_os("CARGO_FEATURE_SERVER").is_some())
         .compile_fds(descriptors)?;
     describe_etcd()

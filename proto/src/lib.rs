@@ -1,4 +1,4 @@
-//! The gRPC interface: the types generated from `proto/`, the message codec, and API errors.
+//! The gRPC interface: the types generated from `strandline/v1/*.proto`, the message codec, and API errors.
 
 pub mod codec;
 pub mod error;
@@ -6,7 +6,7 @@ pub mod error;
 pub mod parts;
 pub mod status;
 
-/// Generated messages, clients and (with the feature `server`) service traits of `proto/strandline/v1`.
+/// Generated messages, clients and (with the feature `server`) service traits of `strandline/v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::disallowed_methods, reason = "generated")]
 pub mod v1 {
     tonic::include_proto!("strandline.v1");

@@ -226,7 +226,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::proto::v1::{self, append_request::Payload};
+    use crate::v1::{self, append_request::Payload};
 
     /// Counts a request at once, and in chunks of some small sizes.
     fn parts(path: &str, request: &impl prost::Message) -> usize {

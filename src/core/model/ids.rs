@@ -137,7 +137,7 @@ pub fn format_ids(brokers: &[BrokerId]) -> String {
     brokers.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-#[cfg(feature = "server")]
+#[cfg(feature = "serde")]
 mod serde_impls {
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 

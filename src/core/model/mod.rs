@@ -6,7 +6,6 @@ mod ack_durability;
 mod config;
 mod ids;
 mod named_values;
-#[cfg(feature = "server")]
 pub mod near;
 mod offset;
 

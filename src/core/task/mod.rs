@@ -12,15 +12,15 @@ use tracing::{Instrument as _, Span};
 
 mod backoff;
 pub mod clock;
-#[cfg(all(feature = "server", any(test, feature = "sim")))]
+#[cfg(any(test, feature = "test-util"))]
 pub mod mutation;
 #[cfg(feature = "sim")]
 pub mod process;
 pub mod random;
 #[cfg(feature = "sim")]
 pub mod sim_event;
-#[cfg(all(feature = "server", test))]
-pub(crate) mod test_timeout;
+#[cfg(any(test, feature = "test-util"))]
+pub mod test_timeout;
 
 pub use backoff::Backoff;
 
@@ -200,7 +200,7 @@ pub fn run_scoped(name: &str, threads: usize, work: impl Fn(usize) + Sync) {
     });
 }
 
-#[cfg(all(feature = "server", test))]
+#[cfg(test)]
 mod tests {
     use std::sync::Arc;
 

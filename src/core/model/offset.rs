@@ -4,7 +4,7 @@ use std::fmt;
 
 /// A record's number in its partition, from 0. It is below 2^63, because a batch stores it as an `i64`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[cfg_attr(feature = "server", derive(serde::Serialize, serde::Deserialize), serde(transparent))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(transparent))]
 pub struct Offset(u64);
 
 impl Offset {
@@ -59,7 +59,7 @@ impl fmt::Display for Offset {
 
 /// Number of a leader change of a partition: each change increments it, and every batch is stamped with it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[cfg_attr(feature = "server", derive(serde::Serialize, serde::Deserialize), serde(transparent))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(transparent))]
 pub struct LeaderEpoch(pub u32);
 
 impl LeaderEpoch {

@@ -6,12 +6,12 @@ use std::time::Duration;
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Waits until `holds` returns true. `what` names the condition in the panic message.
-pub(crate) async fn wait_until(what: &str, holds: impl Fn() -> bool) {
+pub async fn wait_until(what: &str, holds: impl Fn() -> bool) {
     wait_for(what, async || holds().then_some(())).await;
 }
 
 /// Calls `attempt` until it returns a value. `what` names the value in the panic message.
-pub(crate) async fn wait_for<T>(what: &str, attempt: impl AsyncFn() -> Option<T>) -> T {
+pub async fn wait_for<T>(what: &str, attempt: impl AsyncFn() -> Option<T>) -> T {
     let value = async {
         loop {
             if let Some(value) = attempt().await {

@@ -1,0 +1,11 @@
+//! What the client and the server of Strandline share: plain types, limits, tasks, and record batches.
+//!
+//! The modules are in import order: each may import only the modules above it.
+
+pub mod model;
+
+pub mod limits;
+
+pub mod task;
+
+pub mod record;
