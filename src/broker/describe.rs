@@ -12,7 +12,7 @@ use super::{
     topics::{name, summary, texts},
 };
 use crate::{
-    cluster::{PartitionEntry, PartitionValue},
+    cluster::{PartitionEntry, PartitionValue, UnknownTopic},
     model::{BrokerId, ConfigMap, Offset, PartitionId, TOPIC_CONFIG_KEYS, TopicConfig, TopicId, TopicName, Watermarks},
     proto::{
         error::{ApiError, ErrorCode},
@@ -24,7 +24,7 @@ impl Broker {
     pub(super) async fn describe_topic(&self, topic: &str) -> Result<v1::DescribeTopicResponse, ApiError> {
         let name = name(topic)?;
         let state = self.metadata.state();
-        let Some(stored) = state.topic(&name).cloned() else { return Err(self.topics.unknown(topic).into()) };
+        let Some(stored) = state.topic(&name).cloned() else { return Err(UnknownTopic::new(topic).into()) };
         let entries = state.partitions_of(&stored.value).map(|(number, entry)| (number, entry.clone()));
         let entries: Vec<(u32, PartitionEntry)> = entries.collect();
         drop(state);

@@ -9,7 +9,7 @@ use crate::{
         AddPartitionsError, AlterError, BrokerCounts, CreateError, DeleteError, MetaStoreError, ReplicaBound,
         UnknownTopic,
     },
-    model::{BrokerId, LeaderEpoch, Offset, TopicId, TopicName},
+    model::{BrokerId, LeaderEpoch, Offset, TopicId},
     partition::{AdmitError, AppendError, ReadError},
     proto::error::{ApiError, ErrorCode, from_transport},
     record::MalformedBatch,
@@ -203,8 +203,7 @@ impl From<MetaStoreError> for ApiError {
 
 impl From<UnknownTopic> for ApiError {
     fn from(error: UnknownTopic) -> Self {
-        let near: Vec<&str> = error.near.iter().map(TopicName::as_str).collect();
-        Self::new(ErrorCode::UnknownTopic, error.to_string()).with("topic", &error.name).with("near", near.join(","))
+        Self::new(ErrorCode::UnknownTopic, error.to_string()).with("topic", &error.name)
     }
 }
 

@@ -8,6 +8,7 @@ use super::{
     table::{HostedPartition, OfflineReplica, PartitionTable, TableLookup},
 };
 use crate::{
+    cluster::UnknownTopic,
     model::{LeaderEpoch, PartitionId, TopicId, TopicName},
     partition::{AppendError, Partition, ReadError, ReplicaStatus},
     proto::{
@@ -91,7 +92,7 @@ impl Broker {
             Some(TableLookup::NoPartition(count)) => {
                 return lookup(LookupError::UnknownPartition { topic, partition, count });
             }
-            None => return Err(self.topics.unknown(&topic).into()),
+            None => return Err(UnknownTopic::new(&topic).into()),
         };
         if let HostedPartition::Online(open) = &*replica
             && serves(open.status())

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{Broker, errors};
 use crate::{
-    cluster::{BrokerState, MetadataSnapshot, TopicValue},
+    cluster::{BrokerState, MetadataSnapshot, TopicValue, UnknownTopic},
     limits,
     model::{BrokerId, TopicConfig, TopicName},
     proto::{error::ApiError, v1},
@@ -55,7 +55,7 @@ impl Broker {
             Some((topic, name)) => self.describe_routes(state, &name, &topic.value),
             None => v1::TopicMetadata {
                 name: topic.to_owned(),
-                error: Some(ApiError::from(self.topics.unknown(topic)).into()),
+                error: Some(ApiError::from(UnknownTopic::new(topic)).into()),
                 ..Default::default()
             },
         }

@@ -3,7 +3,7 @@
 
 use super::{Broker, errors::invalid, topics::name};
 use crate::{
-    cluster::TierCommitError,
+    cluster::{TierCommitError, UnknownTopic},
     model::{Offset, PartitionId},
     proto::{
         error::{ApiError, ErrorCode},
@@ -21,7 +21,7 @@ impl Broker {
         let number = u32::try_from(request.partition)
             .map_err(|_| invalid(format!("partition {} is negative: use 0 or more", request.partition)))?;
         let state = self.metadata.state();
-        let Some(stored) = state.topic(&topic) else { return Err(self.topics.unknown(&request.topic).into()) };
+        let Some(stored) = state.topic(&topic) else { return Err(UnknownTopic::new(&request.topic).into()) };
         if number >= stored.value.partitions {
             let count = stored.value.partitions;
             let message =

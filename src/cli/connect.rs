@@ -7,7 +7,7 @@ use anyhow::anyhow;
 use super::{CommonArgs, DEFAULT_BOOTSTRAP};
 use crate::{
     client::{Admin, CallError, Client, ClientOptions, ConnectError, ConsumeError, SendError},
-    model::near,
+    config::suggest::closest_names,
     proto::error::ErrorCode,
 };
 
@@ -82,7 +82,7 @@ pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError
 }
 
 fn unknown_topic(topic: &str, names: &[String]) -> String {
-    let near = near::nearest(topic, names, |name| name.as_str(), MAX_NAMES);
+    let near = closest_names(topic, names, |name| name.as_str(), MAX_NAMES);
     let list = |names: Vec<&String>| {
         let mut text = names.iter().take(MAX_NAMES).map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
         if names.len() > MAX_NAMES {

@@ -4,7 +4,7 @@ use clap::Args;
 
 use crate::{
     client::{Client, ConsumerOptions},
-    model::near,
+    config::suggest::closest_names,
 };
 
 /// Environment variable with the rack. The option has precedence.
@@ -48,7 +48,7 @@ fn unknown_rack_warning(rack: &str, racks: &[String]) -> Option<String> {
     if named.contains(&rack) {
         return None;
     }
-    let near = near::nearest(rack, named.iter().copied(), |name| name, MAX_RACKS);
+    let near = closest_names(rack, named.iter().copied(), |name| name, MAX_RACKS);
     let hint = match (near.is_empty(), named.is_empty()) {
         (false, _) => format!("did you mean {}?", near.join(", ")),
         (true, false) => format!("racks of the brokers: {}", named[..named.len().min(MAX_RACKS)].join(", ")),

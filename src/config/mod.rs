@@ -25,6 +25,7 @@ mod memory;
 mod print;
 mod settings;
 mod sources;
+pub mod suggest;
 mod value;
 
 pub use error::{ConfigError, ConfigErrors, ValueSource};

@@ -14,9 +14,10 @@ use super::{
     LoadedConfig,
     error::{ConfigError, ConfigErrors, ValueSource},
     settings::{self, DefaultValue, SECTIONS, Setting, TOPIC_DEFAULTS, variable},
+    suggest::closest_names,
     value::{format_toml, mask_passwords},
 };
-use crate::model::{ConfigMap, TOPIC_CONFIG_KEYS, near};
+use crate::model::{ConfigMap, TOPIC_CONFIG_KEYS};
 
 /// Prefix of Strandline's environment variables.
 const PREFIX: &str = "STRANDLINE_";
@@ -301,7 +302,7 @@ fn file_place(path: &Path, text: &str, offset: usize) -> ValueSource {
 /// found.
 fn closest_setting(key: &str) -> Option<String> {
     let (section, name) = key.rsplit_once('.').unwrap_or(("", key));
-    let near = near::nearest(name, settings::all(), |setting| setting.name(), usize::MAX);
+    let near = closest_names(name, settings::all(), |setting| setting.name(), usize::MAX);
     // Of the settings with the most similar name, the one in the given section is returned, else the first declared
     // one. The sort is stable.
     let best = near.first()?.name();
@@ -312,7 +313,7 @@ fn closest_setting(key: &str) -> Option<String> {
 
 /// Returns the second text of the candidate whose first text is most similar to this one; `None` if none is similar.
 fn closest(text: &str, candidates: impl IntoIterator<Item = (String, String)>) -> Option<String> {
-    near::nearest(text, candidates, |(short, _)| short, 1).pop().map(|(_, long)| long)
+    closest_names(text, candidates, |(short, _)| short, 1).pop().map(|(_, long)| long)
 }
 
 /// Returns the key that an environment variable sets.

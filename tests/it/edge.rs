@@ -407,16 +407,3 @@ async fn every_refused_request_counts_as_request_and_error() {
         }
     });
 }
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn unknown_topic_error_names_similar_topics() {
-    let (instance, _broker) = running().await;
-    for topic in ["log", "p1"] {
-        wire::create_topic(instance.grpc(), topic, 1, &[]).await;
-    }
-    let stream = ["lgo", "pp1", "LOG", "zzzzz"].map(str::to_owned).to_vec();
-    let request = v1::GetMetadataRequest { topics: stream, ..Default::default() };
-    let topics = wire::admin(instance.grpc()).get_metadata(request).await.expect("a response").into_inner().topics;
-    let near: Vec<_> = topics.iter().map(|topic| &topic.error.as_ref().expect("unknown").metadata["near"]).collect();
-    assert_eq!(near, ["log", "p1", "log", ""]);
-}

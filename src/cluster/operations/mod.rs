@@ -237,7 +237,7 @@ impl ClusterOperations {
         let state = self.metadata.state();
         match state.topic(name) {
             Some(known) => Ok(TargetTopic { name: name.clone(), known: Arc::clone(known) }),
-            None => Err(UnknownTopic::of(&state, name.as_str())),
+            None => Err(UnknownTopic::new(name.as_str())),
         }
     }
 

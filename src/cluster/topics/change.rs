@@ -139,7 +139,7 @@ impl Topics {
         }
         for _ in 0..MAX_ATTEMPTS {
             let Some((entry, mut value)) = self.read(name).await? else {
-                return Err(self.unknown(name.as_str()).into());
+                return Err(UnknownTopic::new(name.as_str()).into());
             };
             value.config.extend(TopicConfig::normalize(set.clone()));
             value.config.retain(|key, _| !unset.contains(key));
@@ -200,7 +200,7 @@ impl Topics {
         let mut tried = None;
         for _ in 0..MAX_ATTEMPTS {
             let Some((entry, value)) = self.read(name).await? else {
-                return Err(self.unknown(name.as_str()).into());
+                return Err(UnknownTopic::new(name.as_str()).into());
             };
             if tried.as_ref() == Some(&value) {
                 return Ok(TopicInfo { name: name.clone(), value, revision: entry.mod_revision });
@@ -245,7 +245,7 @@ impl Topics {
                 return Ok(value.id);
             }
             let Some((entry, value)) = stored else {
-                return Err(self.unknown(name.as_str()).into());
+                return Err(UnknownTopic::new(name.as_str()).into());
             };
             let transaction = Transaction::new()
                 .when(Compare::ModRevision(entry.key.clone(), entry.mod_revision))

@@ -20,10 +20,7 @@
 //! creation, the creation's last transaction fails with a retryable error. A deleted topic leaves a [`Tombstone`],
 //! until long after its last data is deleted.
 
-use std::{ops::Range, sync::Arc, time::Duration};
-
-use parking_lot::Mutex;
-use tokio::time::Instant;
+use std::{ops::Range, sync::Arc};
 
 use super::{
     keys::{Keys, PRODUCER_ID_COUNTER_END, ProducerIdsValue, TopicValue, Value},
@@ -34,10 +31,7 @@ use super::{
     producer_ids::ProducerIdKey,
     store::{Compare, KeyValue, MetaStore, MetaStoreError, Revision, Transaction, TxnOp, TxnOutcome},
 };
-use crate::{
-    model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicId, TopicName, near},
-    task::clock,
-};
+use crate::model::{ConfigMap, InvalidConfig, LeaderEpoch, PartitionId, TopicConfig, TopicId, TopicName};
 
 mod change;
 mod create;
@@ -61,13 +55,6 @@ const MAX_ATTEMPTS: usize = 10;
 /// Number of producer id counters per reserved block.
 const PRODUCER_ID_BLOCK: i64 = 1000;
 
-/// Maximum number of similar names in an error.
-const MAX_SUGGESTIONS: usize = 3;
-
-/// Maximum number of errors with similar names per period.
-const MAX_HINTS_PER_PERIOD: u32 = 20;
-const HINTS_INTERVAL: Duration = Duration::from_secs(1);
-
 /// Topic administration. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Topics {
@@ -75,7 +62,6 @@ pub struct Topics {
     keys: Keys,
     metadata: MetadataCache,
     defaults: Arc<ConfigMap>,
-    hints: Arc<Hints>,
     reservations: ReplicaReservations,
 }
 
@@ -91,78 +77,27 @@ pub struct TopicInfo {
 
 /// Error: no topic has this name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("topic {name:?} does not exist{}", hint(near))]
+#[error("topic {name:?} does not exist")]
 pub struct UnknownTopic {
     /// The requested name, shortened to the maximum length.
     pub name: String,
-    /// Similar names, the nearest first.
-    pub near: Vec<TopicName>,
-}
-
-fn hint(near: &[TopicName]) -> String {
-    if near.is_empty() {
-        return String::new();
-    }
-    let names: Vec<_> = near.iter().map(|name| format!("{:?}", name.as_str())).collect();
-    format!("; did you mean {}?", names.join(" or "))
 }
 
 impl UnknownTopic {
-    /// Returns the error with similar names from this metadata snapshot.
-    pub(super) fn of(state: &MetadataSnapshot, name: &str) -> Self {
-        let Self { name, .. } = Self::without_suggestions(name);
-        let near = near::nearest(&name, state.topics().keys(), |name| name.as_str(), MAX_SUGGESTIONS);
-        let near = near.into_iter().cloned().collect();
-        Self { name, near }
-    }
-
-    /// Returns the error without similar names.
-    fn without_suggestions(name: &str) -> Self {
-        Self { name: name.chars().take(TopicName::MAX_BYTES).collect(), near: Vec::new() }
-    }
-}
-
-/// Rate limit of errors with similar names: start of the period and number of errors in it.
-#[derive(Debug, Default)]
-struct Hints(Mutex<Option<(Instant, u32)>>);
-
-impl Hints {
-    /// Takes one permit. Returns false if the period has none left.
-    fn take(&self) -> bool {
-        let now = clock::monotonic();
-        let mut state = self.0.lock();
-        let (since, used) = state.filter(|(since, _)| now.duration_since(*since) < HINTS_INTERVAL).unwrap_or((now, 0));
-        *state = Some((since, used + u32::from(used < MAX_HINTS_PER_PERIOD)));
-        used < MAX_HINTS_PER_PERIOD
+    pub fn new(name: &str) -> Self {
+        Self { name: name.chars().take(TopicName::MAX_BYTES).collect() }
     }
 }
 
 impl Topics {
     /// Returns the administration of a cluster's topics. `defaults` are the broker's `[topic_defaults]`.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys, metadata: MetadataCache, defaults: ConfigMap) -> Self {
-        Self {
-            store,
-            keys,
-            metadata,
-            defaults: Arc::new(defaults),
-            hints: Arc::default(),
-            reservations: ReplicaReservations::default(),
-        }
+        Self { store, keys, metadata, defaults: Arc::new(defaults), reservations: ReplicaReservations::default() }
     }
 
     /// Returns the topic with this name from the metadata cache.
     pub fn find(&self, name: &TopicName) -> Result<Arc<Versioned<TopicValue>>, UnknownTopic> {
-        self.metadata.state().topic(name).cloned().ok_or_else(|| self.unknown(name.as_str()))
-    }
-
-    /// Returns the error for an unknown name. Similar names are included only at a limited rate: their search costs
-    /// more than the rest of the request, and a retry loop ignores them.
-    pub fn unknown(&self, name: &str) -> UnknownTopic {
-        if self.hints.take() {
-            UnknownTopic::of(&self.metadata.state(), name)
-        } else {
-            UnknownTopic::without_suggestions(name)
-        }
+        self.metadata.state().topic(name).cloned().ok_or_else(|| UnknownTopic::new(name.as_str()))
     }
 
     /// Returns the key that signs the cluster's producer ids; the first broker that needs the key creates it.

@@ -360,30 +360,6 @@ async fn permanently_unknown_outcome_is_returned() {
 }
 
 #[tokio::test]
-async fn unknown_topic_error_lists_similar_names() {
-    let cluster = TestCluster::of(1).await;
-    for topic in ["orders", "orders-dead", "payments"] {
-        cluster.create(topic, 1, 1).await.expect("created");
-    }
-    let error = cluster.topics.find(&name("order")).expect_err("unknown");
-    assert_eq!(error.near, [name("orders"), name("orders-dead")]);
-    assert_eq!(error.to_string(), "topic \"order\" does not exist; did you mean \"orders\" or \"orders-dead\"?");
-    let error = cluster.topics.delete(&name("zzz")).await.expect_err("unknown");
-    assert_eq!(error.to_string(), "topic \"zzz\" does not exist");
-}
-
-/// Regression: a request with thousands of unknown names compared each with thousands of topics.
-#[tokio::test(start_paused = true)]
-async fn similar_names_are_rate_limited() {
-    let cluster = TestCluster::of(1).await;
-    cluster.create("orders", 1, 1).await.expect("created");
-    let count_hints = || (0..1000).filter(|_| !cluster.topics.unknown("order").near.is_empty()).count();
-    assert_eq!(count_hints(), MAX_HINTS_PER_PERIOD as usize);
-    tokio::time::advance(HINTS_INTERVAL).await;
-    assert_eq!(count_hints(), MAX_HINTS_PER_PERIOD as usize);
-}
-
-#[tokio::test]
 async fn sweep_deletes_only_interrupted_creation() {
     let cluster = TestCluster::of(1).await;
     cluster.create("whole", 3, 1).await.expect("created");

@@ -6,7 +6,6 @@ mod ack_durability;
 mod config;
 mod ids;
 mod named_values;
-pub mod near;
 mod offset;
 
 pub use ack_durability::AckDurability;
