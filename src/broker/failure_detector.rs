@@ -21,21 +21,22 @@
 //!
 //! - A false report costs time, never correctness: the broker registers again under a new broker epoch, and every
 //!   partition update is a compare-and-set.
-//! - A process that returns after it was declared gone was running, so something between the brokers refuses
-//!   connections. Reports about that broker are then ignored, for a minute at first and twice as long each time.
+//! - A process that registers again after it was declared gone was running, so something between the brokers refuses
+//!   connections. After a deletion, reports about the same incarnation are ignored for [`REVOKE_COOLDOWN`].
 
 mod shared_checks;
-mod trust;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Weak},
     time::Duration,
 };
 
+use futures::{StreamExt as _, stream};
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
-use self::{shared_checks::SharedChecks, trust::RevokeCooldown};
+use self::shared_checks::SharedChecks;
 use super::{
     Broker,
     peer::{FailureReport, LinkLossListener},
@@ -49,7 +50,6 @@ use crate::{
     task::{Backoff, Tasks, clock},
     telemetry::LogThrottle,
 };
-use futures::{StreamExt as _, stream};
 
 /// Timeout of a probe.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(200);
@@ -85,6 +85,9 @@ const MAX_REVOKE_ATTEMPTS: u32 = 3;
 /// Delay between two successive brokers that act when the controller itself is gone.
 const FALLBACK_DELAY: Duration = Duration::from_millis(30);
 
+/// Time after the deletion of a registration for which reports about the same incarnation are ignored.
+const REVOKE_COOLDOWN: Duration = Duration::from_secs(60);
+
 /// Result of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ProbeResult {
@@ -114,6 +117,30 @@ impl ProbeResult {
     }
 }
 
+/// Registrations that this broker deleted, the last one of each broker id.
+#[derive(Default)]
+struct RevokeCooldown(BTreeMap<BrokerId, RevokedRegistration>);
+
+struct RevokedRegistration {
+    incarnation: String,
+    epoch: Revision,
+    at: Instant,
+}
+
+impl RevokeCooldown {
+    /// Returns true if this registration was deleted. The metadata cache may contain it a moment longer.
+    fn is_revoked(&self, broker: BrokerId, epoch: Revision) -> bool {
+        self.0.get(&broker).is_some_and(|revoked| revoked.epoch == epoch)
+    }
+
+    /// Returns true if a registration of this incarnation may be deleted now.
+    fn allows(&self, broker: BrokerId, incarnation: &str, now: Instant) -> bool {
+        self.0.get(&broker).is_none_or(|revoked| {
+            revoked.incarnation != incarnation || now.duration_since(revoked.at) >= REVOKE_COOLDOWN
+        })
+    }
+}
+
 /// Failure detector of one broker.
 pub(super) struct FailureDetector {
     this: Weak<Self>,
@@ -125,8 +152,9 @@ pub(super) struct FailureDetector {
     cooldown: Mutex<RevokeCooldown>,
     /// Reports of other brokers that are being verified.
     reports: SharedChecks<(BrokerId, Revision), Result<bool, MetaStoreError>>,
-    /// Log throttle for reports about brokers that were running.
+    /// Log throttles for reports about brokers that respond, and for reports during a cooldown.
     false_reports: Mutex<LogThrottle>,
+    ignored_reports: Mutex<LogThrottle>,
 }
 
 impl LinkLossListener for FailureDetector {
@@ -155,6 +183,7 @@ impl FailureDetector {
             cooldown: Mutex::default(),
             reports: SharedChecks::new(MAX_CONCURRENT_REPORT_PROBES),
             false_reports: Mutex::default(),
+            ignored_reports: Mutex::default(),
         })
     }
 }
@@ -328,7 +357,7 @@ impl Broker {
         let now = clock::monotonic();
         if !detector.cooldown.lock().allows(broker, &entry.value.incarnation, now) {
             // The report is repeated while the registration exists.
-            if let Some(reports) = detector.cooldown.lock().on_ignored_report(broker, now) {
+            if let Some(reports) = detector.ignored_reports.lock().occur(now) {
                 tracing::info!(
                     %broker, %reporter, seen, reports,
                     "ignoring failure report: an earlier report about this broker was false"
@@ -341,8 +370,9 @@ impl Broker {
         })?;
         if revoked {
             tracing::warn!(%broker, %reporter, seen, "the process of a broker is gone: its registration was deleted");
-            let now = clock::monotonic();
-            detector.cooldown.lock().revoked(broker, &entry.value.incarnation, epoch, now);
+            let incarnation = entry.value.incarnation.clone();
+            let revoked = RevokedRegistration { incarnation, epoch, at: clock::monotonic() };
+            detector.cooldown.lock().0.insert(broker, revoked);
         }
         Ok(revoked)
     }
@@ -475,6 +505,19 @@ mod tests {
         assert_eq!(evaluate("test", 1, "another"), ProbeResult::Replaced);
         assert_eq!(evaluate("other", 1, "another"), ProbeResult::Inconclusive, "an address that two clusters use");
         assert_eq!(evaluate("test", 2, "another"), ProbeResult::Inconclusive, "an address that two brokers use");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn cooldown_applies_to_one_incarnation_for_fixed_time() {
+        let (mut cooldown, broker, now) = (RevokeCooldown::default(), BrokerId(2), clock::monotonic());
+        assert!(cooldown.allows(broker, "a", now));
+        let revoked = RevokedRegistration { incarnation: "a".to_owned(), epoch: Revision(7), at: now };
+        cooldown.0.insert(broker, revoked);
+        assert!(cooldown.is_revoked(broker, Revision(7)), "a second report about the same registration");
+        assert!(!cooldown.is_revoked(broker, Revision(9)), "the process has registered again");
+        assert!(!cooldown.allows(broker, "a", now + REVOKE_COOLDOWN - Duration::from_secs(1)));
+        assert!(cooldown.allows(broker, "a", now + REVOKE_COOLDOWN));
+        assert!(cooldown.allows(broker, "b", now), "another process starts without a cooldown");
     }
 
     #[tokio::test]
