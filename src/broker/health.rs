@@ -6,7 +6,7 @@
 //! rolling restart continues then.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
@@ -127,10 +127,17 @@ impl Broker {
     /// Returns the impairments of this broker, one line each.
     fn impairments(&self) -> Vec<String> {
         let failed = self.partitions.open().iter().filter(|partition| partition.error().is_some()).count();
+        let unverified = self.unverified.get().map_or(0, BTreeSet::len);
         let maintenance = self.maintenance_failures.to_string();
         let lines = [
             self.health().err(),
             (failed > 0).then(|| format!("replicas that accept no writes after an error: {failed}")),
+            (unverified > 0).then(|| {
+                format!(
+                    "replicas offline, because their partition values were unreadable at the start: {unverified}; \
+                     repair the values, and restart this broker"
+                )
+            }),
             self.health.full.lock().map(|at| {
                 format!(
                     "disk full {}, appends are rejected: add space, or lower local.retention.* or retention.*",

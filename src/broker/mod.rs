@@ -65,7 +65,6 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod topics;
-mod unverified;
 
 use std::{
     collections::BTreeSet,
@@ -83,7 +82,6 @@ use tokio::sync::{Semaphore, watch};
 use self::{
     budget::Pools, claims::Claims, isr_updates::IsrUpdateManager, producer_ids::ProducerIds,
     replication::ReplicationManager, stray_cleaner::StrayCleaner, table::PartitionTable,
-    unverified::UnverifiedReplicas,
 };
 pub use self::{
     budget::{
@@ -98,7 +96,7 @@ use crate::{
     client::Connector,
     cluster::{
         ClusterOperations, Controller, Keys, MetaStore, MetadataCache, PartitionUpdater, Session, TierCommits, Topics,
-        UnverifiedPartitions, planner::PlannerLimits,
+        planner::PlannerLimits,
     },
     limits,
     log::DataDir,
@@ -201,7 +199,9 @@ pub struct Broker {
     producer_ids: ProducerIds,
     tier: Option<TierHandle>,
     partitions: Arc<PartitionTable>,
-    unverified: UnverifiedReplicas,
+    /// Partitions whose values were unreadable at the startup verification. Their replicas stay offline until the next
+    /// start.
+    unverified: OnceLock<BTreeSet<PartitionId>>,
     budgets: Budgets,
     produce_memory: Pools,
     /// Permits for appends that wait for the object store.
@@ -280,7 +280,7 @@ impl Broker {
             isr_updates: IsrUpdateManager::new(settings.id, keys.clone(), updater.clone(), Arc::clone(&partitions)),
             updater,
             partitions,
-            unverified: UnverifiedReplicas::default(),
+            unverified: OnceLock::new(),
             maintenance_queue: MaintenanceQueue::default(),
             upload_queue: MaintenanceQueue::default(),
             maintenance_failures: maintenance::MaintenanceFailures::default(),
@@ -331,13 +331,13 @@ impl Broker {
     /// Activates the broker: every replica is assigned its role, and requests are served.
     ///
     /// The metadata cache must contain the registration of `session`. An older state may name this broker as the leader
-    /// of partitions that it has released since. Partitions in `unverified` become active after their verification.
-    pub async fn activate(self: &Arc<Self>, session: &Session, unverified: UnverifiedPartitions) {
+    /// of partitions that it has released since. Partitions in `unverified` stay offline.
+    pub async fn activate(self: &Arc<Self>, session: &Session, unverified: BTreeSet<PartitionId>) {
         let state = self.metadata.state();
         self.begun.get_or_init(clock::monotonic);
         self.session.get_or_init(|| session.clone());
         let mut strays = StrayCleaner::default();
-        self.unverified.take(unverified);
+        self.unverified.get_or_init(|| unverified);
         strays.check_strays(self, &state).await;
         self.log.stray_partitions().into_iter().for_each(|id| strays.add(id));
         if let Some(replication) = &self.replication {

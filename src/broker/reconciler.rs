@@ -21,8 +21,9 @@
 //!   topic and tombstone are kept and logged: lost, corrupt or restored metadata must not cost data as well.
 //! - A local replica is discarded only when it is in neither ISR nor ELR, so no commit depends on its content. The
 //!   exception is an unusable replica that an operator elected in order to discard it.
-//! - A replica whose partition value was unreadable during the startup verification gets no assignment until it is
-//!   verified (`unverified`).
+//! - A replica whose partition value was unreadable at the startup verification is unverified. The value may be restored
+//!   as it was, and name this broker as the leader of an epoch from before this process. So the replica stays offline
+//!   until the next start.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -56,6 +57,9 @@ const MAX_CONCURRENT_OPENS: usize = 4;
 /// Maximum number of partitions that are notified of a change concurrently.
 const MAX_CONCURRENT_ASSIGNMENTS: usize = 256;
 
+/// Reason for which an unverified replica is offline.
+const UNVERIFIED: &str = "its partition value was unreadable when this broker started: restart the broker";
+
 /// Applies every metadata change until the broker stops.
 pub(super) async fn run(broker: Arc<Broker>, mut strays: StrayCleaner) {
     let mut feed = broker.metadata.feed();
@@ -64,11 +68,6 @@ pub(super) async fn run(broker: Arc<Broker>, mut strays: StrayCleaner) {
             biased;
             () = broker.tasks.cancelled() => return,
             change = feed.next() => change,
-            () = broker.unverified.due() => {
-                let verified = broker.unverified.process(&broker).await;
-                broker.reconcile_partitions(verified, &broker.metadata.state(), &mut strays).await;
-                continue;
-            }
             () = strays.due() => {
                 strays.process(&broker).await;
                 continue;
@@ -206,22 +205,19 @@ impl Broker {
     /// Applies the metadata to these partitions.
     async fn reconcile_partitions(&self, ids: Vec<PartitionId>, state: &MetadataSnapshot, strays: &mut StrayCleaner) {
         let is_on_disk = |id: &PartitionId| self.log.holds(*id);
-        let (mut to_open, mut to_assign, mut readable) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut to_open, mut to_assign) = (Vec::new(), Vec::new());
         for id in ids {
             // Partitions of a topic that is not hosted are skipped.
             let Some(replica) = self.partitions.get(id) else { continue };
             let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
             match stored {
                 Some(stored) if stored.value.replicas.contains(&self.settings.id) => {
-                    let is_unverified = self.unverified.is_unverified(id);
-                    if !matches!(&*replica, HostedPartition::Online(_)) && (!is_unverified || is_on_disk(&id)) {
+                    if self.is_unverified(id) {
+                        self.hold_back(id, stored.value.leader_epoch);
+                    } else if !matches!(&*replica, HostedPartition::Online(_)) {
                         to_open.extend(self.spec(id, state, &stored.value, &replica, is_on_disk(&id)));
                     }
-                    if is_unverified {
-                        readable.push(id);
-                    } else {
-                        to_assign.push(id);
-                    }
+                    to_assign.push(id);
                 }
                 Some(_) => {
                     self.close(id, &replica).await;
@@ -235,7 +231,6 @@ impl Broker {
         }
         let tried: Vec<_> = to_open.iter().map(|spec| spec.id).collect();
         self.open_all(to_open).await;
-        readable.into_iter().for_each(|id| self.unverified.mark_readable(id));
         if self.is_active() {
             // An unusable replica that may be discarded is replaced by an empty one now, because no later metadata
             // change may trigger that.
@@ -254,12 +249,20 @@ impl Broker {
         }
     }
 
-    /// Returns true if the local replica is intact, and `None` if it is on disk and was not opened.
-    pub(super) fn is_intact(&self, id: PartitionId) -> Option<bool> {
-        match self.partitions.get(id).as_deref() {
-            Some(HostedPartition::Online(_)) => Some(true),
-            Some(HostedPartition::Offline(_)) => Some(false),
-            Some(HostedPartition::None) | None => (!self.log.holds(id)).then_some(false),
+    /// Returns true if the value of the partition was unreadable at the startup verification.
+    pub(super) fn is_unverified(&self, id: PartitionId) -> bool {
+        self.unverified.get().is_some_and(|unverified| unverified.contains(&id))
+    }
+
+    /// Takes an unverified replica offline.
+    fn hold_back(&self, id: PartitionId, since: LeaderEpoch) {
+        if let Some(HostedPartition::None) = self.partitions.get(id).as_deref() {
+            tracing::error!(
+                partition = %id,
+                "the partition value was unreadable when this broker started: the replica stays offline until this \
+                 broker is restarted"
+            );
+            self.partitions.set(id, HostedPartition::Offline(OfflineReplica { reason: UNVERIFIED.into(), since }));
         }
     }
 

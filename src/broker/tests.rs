@@ -518,14 +518,22 @@ async fn stored_value(store: &EmbeddedStore, keys: &Keys, id: PartitionId) -> Pa
 /// Regression: the value was unreadable at the start, so nothing was verified or released. Once the value was restored,
 /// the broker led in an epoch from before its process, and assigned the offsets of lost records again.
 #[tokio::test]
-async fn restored_value_grants_no_leadership_of_old_epoch() {
+async fn restored_value_grants_no_leadership_until_restart() {
     let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
     let (_, id, before) = led_before(dir.path(), &store).await;
     let key = Keys::new("test").unwrap().partition(id);
     store.transact(Transaction::new().put(key.clone(), "{\"replicas\":[")).await.unwrap();
     let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
-    assert!(bench.broker.unverified.is_unverified(id));
-    store.transact(Transaction::new().put(key, before.encode())).await.unwrap();
+    bench.change(Transaction::new().put(key, before.encode())).await;
+    let error = bench.broker.partition("t", 0).err().expect("the replica is held back");
+    assert_eq!(error.code, ErrorCode::StorageFailed);
+    assert!(error.message.contains("restart the broker"), "{error}");
+    assert!(bench.broker.partitions.by_id(id).is_none(), "the replica is not open");
+    let Readiness::Ready(impaired) = bench.broker.readiness() else { panic!("the broker is ready") };
+    assert!(impaired.iter().any(|line| line.contains("unreadable at the start: 1")), "{impaired:?}");
+    bench.stop().await;
+
+    let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
     wait_until("the broker leads again", || {
         bench.broker.partitions.by_id(id).is_some_and(|partition| partition.status().role.leads())
     })

@@ -86,7 +86,7 @@ pub use partition_value::{PartitionValue, ReplicaIntegrity};
 pub use placement::{BrokerLoad, Placement, ReplicaBound};
 pub use producer_ids::{ANONYMOUS, ProducerIdKey};
 pub use session::{RegisterError, RegistrationRequest, Session, SessionState};
-pub use startup_verification::{LocalInventory, UnverifiedPartitions, VerificationResult, verify_inventory};
+pub use startup_verification::{LocalInventory, VerificationResult, verify_inventory};
 pub use stats::{ClusterStats, LeaderStats, ReplicaCounts};
 pub use store::{
     Compare, GetResult, KeyValue, LeaseId, ListResult, MetaStore, MetaStoreError, Regression, Revision, StoreFuture,

@@ -23,8 +23,7 @@
 //! - The verification ends only when the store needs no further changes. A crash in between leaves fewer memberships
 //!   and no wrong one.
 //! - A value that cannot be read cannot be compared. It may be restored as it was: with this broker in its sets, or as
-//!   its leader in an epoch before this process. So the broker is not active in such a partition until
-//!   [`UnverifiedPartitions::prove`] has verified it.
+//!   its leader in an epoch before this process. So the broker is not active in such a partition until its next start.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -62,21 +61,13 @@ pub struct VerificationResult {
     pub directory_revision: Option<Revision>,
     /// Number of partition values that were changed.
     pub changed: usize,
-    /// Partitions that could not be compared.
-    pub unverified: UnverifiedPartitions,
-}
-
-/// Partitions whose values could not be read at the startup verification, with the inventory of that moment.
-#[derive(Clone, Debug, Default)]
-pub struct UnverifiedPartitions {
-    verifier: InventoryVerifier,
-    partitions: BTreeSet<PartitionId>,
+    /// Partitions whose values could not be read.
+    pub unverified: BTreeSet<PartitionId>,
 }
 
 /// Local inventory, and whether its directory is the one that was registered last.
-#[derive(Clone, Debug, Default)]
-struct InventoryVerifier {
-    inventory: LocalInventory,
+struct InventoryVerifier<'a> {
+    inventory: &'a LocalInventory,
     is_registered_directory: bool,
 }
 
@@ -109,13 +100,13 @@ pub async fn verify_inventory(
              again"
         );
     }
-    let verifier = InventoryVerifier { inventory: inventory.clone(), is_registered_directory: same };
+    let verifier = InventoryVerifier { inventory, is_registered_directory: same };
     let updater = PartitionUpdater::new(Arc::clone(store), keys.clone());
     let mut changed = 0;
     loop {
         let durabilities = durabilities(store, keys, defaults).await?;
         let list = store.list(&format!("{}partitions/", keys.prefix())).await?;
-        let (mut needed, mut partitions) = (Vec::new(), BTreeSet::new());
+        let (mut needed, mut unverified) = (Vec::new(), BTreeSet::new());
         for entry in &list.entries {
             let Some(Key::Partition(partition)) = keys.parse(&entry.key) else { continue };
             let durability = durabilities.get(&partition.topic).copied();
@@ -124,19 +115,15 @@ pub async fn verify_inventory(
                 Err(error) => {
                     tracing::warn!(
                         %partition, %error,
-                        "the value of a partition cannot be read: the local replica is unverified until the value is \
-                         repaired"
+                        "the value of a partition cannot be read: the local replica stays offline until the value is \
+                         repaired and this broker is restarted"
                     );
-                    partitions.insert(partition);
+                    unverified.insert(partition);
                 }
             }
         }
         if needed.is_empty() {
-            return Ok(VerificationResult {
-                directory_revision,
-                changed,
-                unverified: UnverifiedPartitions { verifier, partitions },
-            });
+            return Ok(VerificationResult { directory_revision, changed, unverified });
         }
         for (partition, outcome) in updater.apply(needed, &[]).await {
             match outcome {
@@ -154,7 +141,7 @@ pub async fn verify_inventory(
     }
 }
 
-impl InventoryVerifier {
+impl InventoryVerifier<'_> {
     /// Returns the change to this value that must precede the broker's activity in the partition; `None` if no change
     /// is needed.
     ///
@@ -209,43 +196,6 @@ impl InventoryVerifier {
             Some(Durability::Replicated) if mutant!(TreatUncleanAsClean) => ReplicaIntegrity::Intact,
             // The durability of a topic that cannot be read is unknown: assume the weaker one.
             Some(Durability::Replicated) | None => ReplicaIntegrity::UncleanShutdown,
-        }
-    }
-}
-
-impl UnverifiedPartitions {
-    /// Returns the partitions.
-    pub fn partitions(&self) -> &BTreeSet<PartitionId> {
-        &self.partitions
-    }
-
-    /// Verifies one of these partitions with the same inventory; `is_intact` is true if its replica is intact. Returns
-    /// the revision from which on the value needs no change by this broker; `None` if the value does not exist or still
-    /// cannot be read.
-    ///
-    /// # Errors
-    /// The store does not respond: the same call may be repeated.
-    pub async fn prove(
-        &self,
-        store: &Arc<dyn MetaStore>,
-        keys: &Keys,
-        id: BrokerId,
-        (partition, is_intact): (PartitionId, bool),
-        defaults: &ConfigMap,
-    ) -> Result<Option<Revision>, MetaStoreError> {
-        let updater = PartitionUpdater::new(Arc::clone(store), keys.clone());
-        loop {
-            let durability = durabilities(store, keys, defaults).await?.get(&partition.topic).copied();
-            let Some(entry) = store.get(&keys.partition(partition)).await?.entry else { return Ok(None) };
-            let change = match self.verifier.change(id, partition, &entry, is_intact, durability) {
-                Ok(Some(change)) => change,
-                Ok(None) => return Ok(Some(entry.mod_revision)),
-                Err(_) => return Ok(None),
-            };
-            // The next read shows the result, after a failure too.
-            if let Some((_, UpdateOutcome::Failed(error))) = updater.apply(vec![change], &[]).await.pop() {
-                return Err(error);
-            }
         }
     }
 }

@@ -22,7 +22,7 @@ use uuid::Uuid;
 use crate::{
     cluster::{
         DirectoryValue, Generations, Key, Keys, LocalInventory, MetaStore, MetaStoreError, MetadataCache,
-        RegisterError, RegistrationRequest, Session, TopicValue, UnverifiedPartitions, Value as _, verify_inventory,
+        RegisterError, RegistrationRequest, Session, TopicValue, Value as _, verify_inventory,
     },
     log::DataDir,
     model::{ConfigMap, PartitionId, TopicId},
@@ -166,7 +166,7 @@ impl ClusterAdmission<'_> {
     }
 
     /// Verifies the local inventory and registers the broker. `intact` are the replicas without a detected loss on
-    /// disk. Also returns the partitions that could not be verified.
+    /// disk. Also returns the partitions whose values could not be read.
     pub(super) async fn admit(
         &self,
         registration: &RegistrationRequest,
@@ -174,7 +174,7 @@ impl ClusterAdmission<'_> {
         intact: BTreeSet<PartitionId>,
         metadata: &MetadataCache,
         tasks: &Tasks,
-    ) -> anyhow::Result<(Session, UnverifiedPartitions)> {
+    ) -> anyhow::Result<(Session, BTreeSet<PartitionId>)> {
         let inventory = LocalInventory {
             directory_id: self.log.directory_id().to_string(),
             incarnations: pending_start.incarnations,

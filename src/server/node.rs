@@ -4,7 +4,7 @@
 //! connections to other brokers. `server::run` provides the real ones. A simulation provides its own, with many nodes
 //! in one process.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use futures::future::BoxFuture;
@@ -22,11 +22,11 @@ use crate::{
     client::Connector,
     cluster::{
         BrokerState, BrokerValue, Endpoints, Keys, MetaBindingStore, MetaStore, MetadataCache, MeteredStore,
-        MonotonicStore, RegisterError, RegistrationRequest, Revision, Session, SessionState, UnverifiedPartitions,
-        planner::PlannerLimits,
+        MonotonicStore, RegisterError, RegistrationRequest, Revision, Session, SessionState, planner::PlannerLimits,
     },
     config::Config,
     log::{DataDir, DataDirIdentity, Disk, LogOptions, SimHook},
+    model::PartitionId,
     task::{self, Tasks, random},
     telemetry::Metrics,
     tier::{BindingError, ChunkCache, ChunkCacheOptions, TierStore},
@@ -291,14 +291,14 @@ impl NodeStart<'_> {
             serve_peers(routes);
         }
         let registered = self.register(&admission, pending_start, incarnation, &broker, &metadata).await;
-        let (session, unread) = match registered {
+        let (session, unverified) = match registered {
             Ok(registered) => registered,
             Err(error) => {
                 broker.stop().await;
                 return Err(error);
             }
         };
-        broker.activate(&session, unread).await;
+        broker.activate(&session, unverified).await;
         let (health, service) = grpc::health();
         let routes = grpc::routes(&broker, service, config.grpc.reflection)?;
         grpc::report(&health, ServingStatus::Serving).await;
@@ -308,7 +308,7 @@ impl NodeStart<'_> {
     }
 
     /// Registers the broker, and waits until its metadata cache contains the registration. The cache then also contains
-    /// everything that was released before. Also returns the partitions that could not be verified.
+    /// everything that was released before. Also returns the partitions whose values could not be read.
     async fn register(
         &self,
         admission: &ClusterAdmission<'_>,
@@ -316,7 +316,7 @@ impl NodeStart<'_> {
         incarnation: Uuid,
         broker: &Arc<Broker>,
         metadata: &MetadataCache,
-    ) -> anyhow::Result<(Session, UnverifiedPartitions)> {
+    ) -> anyhow::Result<(Session, BTreeSet<PartitionId>)> {
         let (log, percent) = (self.log.clone(), self.config.broker.disk_pressure_percent);
         // A standalone broker has no peer that could get new replicas instead.
         let disk_full =
@@ -338,7 +338,7 @@ impl NodeStart<'_> {
             },
             time: self.config.metadata.session_timeout,
         };
-        let (session, unread) = match pending_start {
+        let (session, unverified) = match pending_start {
             Some(pending_start) => {
                 admission
                     .admit(&registration, pending_start, broker.intact_replicas().await, metadata, &self.tasks)
@@ -346,15 +346,12 @@ impl NodeStart<'_> {
             }
             None => {
                 let registered = register_alone(registration, metadata, &self.tasks).await;
-                (
-                    registered.context("cannot register the broker in the metadata store")?,
-                    UnverifiedPartitions::default(),
-                )
+                (registered.context("cannot register the broker in the metadata store")?, BTreeSet::new())
             }
         };
         let inventory = session.epoch().unwrap_or(Revision::ZERO);
         match self.waited(metadata.wait_for_revision(inventory)).await {
-            Ok(()) => Ok((session, unread)),
+            Ok(()) => Ok((session, unverified)),
             Err(stopped) => {
                 session.leave().await;
                 Err(stopped)

@@ -127,8 +127,8 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     cluster.in_sync("new", 3);
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("before\nmeanwhile\n"));
 
-    // As docs/operations.md describes: the old value is restored, although the leader in that value was restarted
-    // meanwhile.
+    // As docs/operations.md describes: the old value is restored. Its leader was restarted meanwhile, so that
+    // replica stays offline until the next restart.
     api.put(&invalid_key, &partition);
     api.put("topics/other", &other);
     for key in ["topics/x", "brokers/9"] {
@@ -136,6 +136,10 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     }
     api.delete(&format!("partitions/{id}/7"));
     eventually("no key is reported as invalid", || unusable(&cluster).is_empty().then_some(()));
+    let held_back = "the replica stays offline until this broker is restarted";
+    eventually("the replica is held back", || cluster.log(leader).contains(held_back).then_some(()));
+    cluster.kill(leader);
+    cluster.restart(leader);
     for topic in ["orders", "other"] {
         cluster.in_sync(topic, 3);
     }
