@@ -27,7 +27,7 @@ impl Broker {
     pub async fn transfer_leadership(self: &Arc<Self>, session: &Session, within: Duration) {
         self.begin_shutdown();
         if tokio::time::timeout(within, self.transfer_all(session)).await.is_err() {
-            let state = self.metadata.state();
+            let state = self.ctx.metadata.state();
             let left = self.led_partitions_left(&state);
             tracing::warn!(
                 partitions = left,
@@ -41,7 +41,7 @@ impl Broker {
             tracing::info!(%error, "could not mark this broker as stopping in the metadata store: retrying");
             tokio::time::sleep(RETRY_INTERVAL).await;
         }
-        let mut states = self.metadata.watch();
+        let mut states = self.ctx.metadata.watch();
         // The metadata cache ends with the broker.
         let _gone =
             states.wait_for(|state| self.is_stop_published(state) && self.led_partitions_left(state) == 0).await;
@@ -50,7 +50,7 @@ impl Broker {
 
     /// Returns true if the metadata shows that this broker stops, or does not contain its registration.
     fn is_stop_published(&self, state: &MetadataSnapshot) -> bool {
-        state.brokers().get(&self.settings.id).is_none_or(|entry| entry.value.state == BrokerState::Stopping)
+        state.brokers().get(&self.ctx.id).is_none_or(|entry| entry.value.state == BrokerState::Stopping)
     }
 
     /// Returns the number of partitions that peers could take over from this broker, or that could do without this
@@ -61,7 +61,7 @@ impl Broker {
             let stored = state.partition(partition.id()).and_then(|entry| entry.partition.as_ref());
             let min_insync = partition.config().min_insync_replicas;
             stored.is_some_and(|stored| {
-                is_transferable(&stored.value, self.settings.id, min_insync, |id| is_running(state, id))
+                is_transferable(&stored.value, self.ctx.id, min_insync, |id| is_running(state, id))
             })
         });
         needed.count()

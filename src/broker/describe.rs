@@ -23,7 +23,7 @@ use crate::{
 impl Broker {
     pub(super) async fn describe_topic(&self, topic: &str) -> Result<v1::DescribeTopicResponse, ApiError> {
         let name = name(topic)?;
-        let state = self.metadata.state();
+        let state = self.ctx.metadata.state();
         let Some(stored) = state.topic(&name).cloned() else { return Err(UnknownTopic::new(topic).into()) };
         let entries = state.partitions_of(&stored.value).map(|(number, entry)| (number, entry.clone()));
         let entries: Vec<(u32, PartitionEntry)> = entries.collect();
@@ -49,8 +49,11 @@ impl Broker {
         Ok(v1::DescribeTopicResponse {
             partitions: partitions.collect(),
             topic: Some(summary(&name, &stored.value)),
-            effective_config: texts(TopicConfig::effective_values(&self.settings.topic_defaults, &stored.value.config)),
-            config_source: sources(&self.settings.topic_defaults, &stored.value.config),
+            effective_config: texts(TopicConfig::effective_values(
+                &self.ctx.config.topic_defaults,
+                &stored.value.config,
+            )),
+            config_source: sources(&self.ctx.config.topic_defaults, &stored.value.config),
         })
     }
 

@@ -58,29 +58,29 @@ pub fn starts_under_pressure(log: &DataDir, percent: u64) -> bool {
 
 /// Checks the disk and publishes changed states, until the broker stops.
 pub(super) async fn run(broker: Arc<Broker>, session: Session) {
-    let percent = broker.settings.disk_pressure_percent;
+    let percent = broker.ctx.config.broker.disk_pressure_percent;
     let (mut under_pressure, mut full, mut published) = (session.is_under_disk_pressure(), false, true);
     for tick in 1u32.. {
-        broker.metrics.disk_pressure.set(u64::from(under_pressure || broker.health.is_full()));
-        if broker.tasks.sleep_until_cancelled(CHECK_INTERVAL).await.is_none() {
+        broker.ctx.metrics.disk_pressure.set(u64::from(under_pressure || broker.health.is_full()));
+        if broker.ctx.tasks.sleep_until_cancelled(CHECK_INTERVAL).await.is_none() {
             return;
         }
-        let refused = broker.log.is_full();
+        let refused = broker.ctx.log.is_full();
         let is_due = tick.is_multiple_of(TICKS_PER_DISK_CHECK) || refused != full;
         if is_due && let Some(space) = space(&broker).await {
             let now = is_under_pressure(under_pressure, space, percent);
-            if std::mem::replace(&mut under_pressure, now) != now && !broker.standalone {
+            if std::mem::replace(&mut under_pressure, now) != now && !broker.ctx.standalone {
                 published = false;
                 log_disk_pressure(now, percent);
             }
             broker.health.set_full(does_not_fit(refused, space));
-            let now = is_disk_full(full && !broker.standalone, refused, space, percent);
-            if std::mem::replace(&mut full, now) != now && !broker.standalone {
+            let now = is_disk_full(full && !broker.ctx.standalone, refused, space, percent);
+            if std::mem::replace(&mut full, now) != now && !broker.ctx.standalone {
                 published = false;
                 log_disk_full(now);
             }
         }
-        if !published && !broker.standalone {
+        if !published && !broker.ctx.standalone {
             match session.set_disk_pressure(under_pressure).await.and(session.set_disk_full(full).await) {
                 Ok(()) => published = true,
                 Err(error) => {
@@ -92,7 +92,7 @@ pub(super) async fn run(broker: Arc<Broker>, session: Session) {
 }
 
 async fn space(broker: &Broker) -> Option<DiskSpace> {
-    let log = broker.log.clone();
+    let log = broker.ctx.log.clone();
     let space = task::run_blocking(move || log.space()).await;
     space.inspect_err(|error| tracing::debug!(%error, "could not read the disk space from the file system")).ok()
 }

@@ -194,7 +194,7 @@ impl Broker {
     async fn probe_peer(&self, broker: BrokerId, epoch: Revision, detector: &FailureDetector) {
         let mut backoff = Backoff::new(MIN_CHECK_DELAY, MAX_CHECK_DELAY);
         let result = loop {
-            let Some(registration) = registered(&self.metadata.state(), broker, epoch) else { return };
+            let Some(registration) = registered(&self.ctx.metadata.state(), broker, epoch) else { return };
             match self.probe(broker, &registration.value, detector).await {
                 ProbeResult::Alive => return,
                 ProbeResult::Inconclusive => backoff.pause().await,
@@ -206,7 +206,7 @@ impl Broker {
     }
 
     async fn probe(&self, broker: BrokerId, registered: &BrokerValue, detector: &FailureDetector) -> ProbeResult {
-        let suspect = SuspectedPeer { cluster: &self.settings.cluster, broker, registered };
+        let suspect = SuspectedPeer { cluster: &self.ctx.config.cluster, broker, registered };
         probe(&detector.peers, suspect).await
     }
 
@@ -229,13 +229,13 @@ impl Broker {
     /// controller failed at the same time, another controller is elected soon.
     async fn report(&self, broker: BrokerId, epoch: Revision, seen: ProbeResult, detector: &FailureDetector) {
         for _ in 0..MAX_REPORT_ATTEMPTS {
-            if registered(&self.metadata.state(), broker, epoch).is_none()
+            if registered(&self.ctx.metadata.state(), broker, epoch).is_none()
                 || self.report_once(broker, epoch, seen, detector).await
             {
                 return;
             }
             tokio::time::sleep(REPORT_RETRY_INTERVAL).await;
-            let Some(registration) = registered(&self.metadata.state(), broker, epoch) else { return };
+            let Some(registration) = registered(&self.ctx.metadata.state(), broker, epoch) else { return };
             if self.probe(broker, &registration.value, detector).await == ProbeResult::Alive {
                 return;
             }
@@ -254,8 +254,8 @@ impl Broker {
         seen: ProbeResult,
         detector: &FailureDetector,
     ) -> bool {
-        let me = self.settings.id;
-        let state = self.metadata.state();
+        let me = self.ctx.id;
+        let state = self.ctx.metadata.state();
         let controller = state.controller().filter(|controller| *controller != broker);
         let registration = controller.and_then(|id| state.brokers().get(&id));
         let address = registration.map(|registration| registration.value.listeners.peer().map(str::to_owned));
@@ -272,7 +272,7 @@ impl Broker {
             (Some(_), Some(None)) => false,
             (Some(_), Some(Some(address))) => {
                 let request = v1::ReportFailureRequest {
-                    cluster: self.settings.cluster.clone(),
+                    cluster: self.ctx.config.cluster.clone(),
                     reporter: me.0,
                     broker_id: broker.0,
                     broker_epoch: epoch.0,
@@ -311,14 +311,14 @@ impl Broker {
         detector: &FailureDetector,
     ) -> Result<bool, MetaStoreError> {
         let FailureReport { reporter, broker, epoch, .. } = report;
-        if self.metadata.state().controller() != Some(self.settings.id) {
+        if self.ctx.metadata.state().controller() != Some(self.ctx.id) {
             return Ok(false);
         }
-        if registered(&self.metadata.state(), broker, epoch).is_none() {
+        if registered(&self.ctx.metadata.state(), broker, epoch).is_none() {
             return Ok(false);
         }
         let check = async move || {
-            let Some(entry) = registered(&self.metadata.state(), broker, epoch) else { return Ok(false) };
+            let Some(entry) = registered(&self.ctx.metadata.state(), broker, epoch) else { return Ok(false) };
             match self.probe(broker, &entry.value, detector).await {
                 ProbeResult::Alive => {}
                 ProbeResult::Inconclusive => return Ok(false),
@@ -347,10 +347,10 @@ impl Broker {
         detector: &FailureDetector,
     ) -> Result<bool, MetaStoreError> {
         let FailureReport { reporter, broker, epoch, seen } = report;
-        if self.metadata.state().controller() != Some(self.settings.id) {
+        if self.ctx.metadata.state().controller() != Some(self.ctx.id) {
             return Ok(false);
         }
-        let Some(entry) = registered(&self.metadata.state(), broker, epoch) else { return Ok(false) };
+        let Some(entry) = registered(&self.ctx.metadata.state(), broker, epoch) else { return Ok(false) };
         if detector.cooldown.lock().is_revoked(broker, epoch) {
             return Ok(true);
         }
@@ -394,15 +394,15 @@ impl Broker {
 
     /// Makes one attempt. Also deletes the controller key, if the same broker holds it.
     async fn revoke_once(&self, broker: BrokerId, epoch: Revision) -> Result<bool, MetaStoreError> {
-        let key = self.keys.broker(broker);
+        let key = self.ctx.keys.broker(broker);
         let mut transaction = Transaction::new().when(Compare::CreateRevision(key.clone(), epoch)).delete(key);
-        let state = self.metadata.state();
+        let state = self.ctx.metadata.state();
         if let Some(revision) = state.controller_revision().filter(|_| state.controller() == Some(broker)) {
-            let controller = self.keys.controller();
+            let controller = self.ctx.keys.controller();
             transaction = transaction.when(Compare::ModRevision(controller.clone(), revision)).delete(controller);
         }
         drop(state);
-        Ok(matches!(self.store.transact(transaction).await?, TxnOutcome::Committed { .. }))
+        Ok(matches!(self.ctx.store.transact(transaction).await?, TxnOutcome::Committed { .. }))
     }
 }
 

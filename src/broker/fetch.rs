@@ -232,7 +232,7 @@ impl FetchSession {
                     });
                 }
                 Err(error) => {
-                    self.broker.metrics.fetch_errors.count(error.code.as_str());
+                    self.broker.ctx.metrics.fetch_errors.count(error.code.as_str());
                     self.refused.push(self.broker.refused_partition(want, error));
                 }
             }
@@ -309,7 +309,7 @@ impl FetchSession {
             place.reader = None;
             gathered.failed = true;
             let error = self.broker.not_leader(&place.topic, place.partition, place.served.id());
-            self.broker.metrics.fetch_errors.count(error.code.as_str());
+            self.broker.ctx.metrics.fetch_errors.count(error.code.as_str());
             return gathered.entry(index, place).error = Some(error.into());
         }
         match outcome {
@@ -318,14 +318,14 @@ impl FetchSession {
             Ok(Some(fetched)) => {
                 let high_watermark = reader.watermarks().high_watermark;
                 place.position = fetched.next;
-                let by_source = &self.broker.metrics.fetch_bytes;
+                let by_source = &self.broker.ctx.metrics.fetch_bytes;
                 let counter = match fetched.source {
                     ReadSource::Memory => &by_source.memory,
                     ReadSource::Disk => &by_source.disk,
                     ReadSource::ObjectStore => &by_source.bucket,
                 };
                 counter.inc_by(fetched.bytes as u64);
-                let by_role = &self.broker.metrics.fetch_role_bytes;
+                let by_role = &self.broker.ctx.metrics.fetch_role_bytes;
                 let counter = if status.role.leads() { &by_role.leader } else { &by_role.follower };
                 counter.inc_by(fetched.bytes as u64);
                 let next = fetched.next;
@@ -338,7 +338,7 @@ impl FetchSession {
                 place.reader = None;
                 gathered.failed = true;
                 let error = self.broker.read_refused(place.served.id(), error);
-                self.broker.metrics.fetch_errors.count(error.code.as_str());
+                self.broker.ctx.metrics.fetch_errors.count(error.code.as_str());
                 gathered.entry(index, place).error = Some(error.into());
             }
         }
@@ -370,7 +370,7 @@ impl FetchSession {
     fn time_out_reads(&self, gathered: &mut FetchResponseBuilder) {
         let reading = self.places.iter().enumerate().filter(|(_, place)| place.reading && place.reader.is_some());
         for (index, place) in reading {
-            let (offset, bound) = (place.position, self.broker.settings.fetch_max_wait);
+            let (offset, bound) = (place.position, self.broker.ctx.config.tier.fetch_max_wait);
             let (code, source) = if offset < place.served.watermarks().local_start {
                 (ErrorCode::ObjectStoreUnavailable, "the object store")
             } else {
@@ -380,7 +380,7 @@ impl FetchSession {
                 "{source} has not served offset {offset} within {bound:?} (tier.fetch_max_wait), and the read \
                  continues: retry"
             );
-            self.broker.metrics.fetch_errors.count(code.as_str());
+            self.broker.ctx.metrics.fetch_errors.count(code.as_str());
             gathered.entry(index, place).error = Some(ApiError::new(code, message).with("offset", offset).into());
         }
     }
@@ -406,7 +406,7 @@ impl FetchSession {
 
     /// Gathers the response of a unary read.
     async fn gather(&mut self, decode: bool, deadline: Instant) -> Result<FetchResponseBuilder, ApiError> {
-        let max_wait = self.broker.settings.fetch_max_wait;
+        let max_wait = self.broker.ctx.config.tier.fetch_max_wait;
         let mut gathered = FetchResponseBuilder::default();
         let (mut reading_since, mut enough_since, mut looked_again) = (None, None, false);
         loop {

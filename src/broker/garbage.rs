@@ -34,27 +34,27 @@ pub(super) fn max_retention(grace: Duration) -> Duration {
 }
 
 pub(super) fn spawn(broker: &Arc<Broker>) {
-    broker.tasks.spawn("garbage", run(Arc::clone(broker)));
+    broker.ctx.tasks.spawn("garbage", run(Arc::clone(broker)));
 }
 
 async fn run(broker: Arc<Broker>) {
-    let interval = interval(broker.settings.garbage_grace);
+    let interval = interval(broker.ctx.config.tier.garbage_grace);
     let mut collection = GarbageRun::default();
     loop {
-        if broker.tasks.sleep_until_cancelled(interval).await.is_none() {
+        if broker.ctx.tasks.sleep_until_cancelled(interval).await.is_none() {
             return;
         }
-        if !broker.is_controller() {
+        if !broker.ctx.is_controller() {
             // The controller collects for the whole cluster. The next controller starts without the state of this one.
             collection = GarbageRun::default();
-            broker.metrics.tier_garbage_bytes.set(0);
+            broker.ctx.metrics.tier_garbage_bytes.set(0);
             continue;
         }
         // The next run completes a cancelled one.
-        if broker.tasks.run_until_cancelled(collection.run(&broker)).await.is_none() {
+        if broker.ctx.tasks.run_until_cancelled(collection.run(&broker)).await.is_none() {
             return;
         }
-        broker.metrics.garbage_collections.inc();
+        broker.ctx.metrics.garbage_collections.inc();
     }
 }
 
@@ -72,7 +72,7 @@ impl GarbageRun {
         if let Err(error) = self.sweep.run(&broker.topics).await {
             failed(broker, &error, "could not delete the stale keys of unfinished topic changes");
         }
-        let Some(tier) = &broker.tier else { return };
+        let Some(tier) = &broker.ctx.tier else { return };
         match tier.store.clock_ms().await {
             Ok(now_ms) => {
                 objects(broker, tier, now_ms).await;
@@ -90,12 +90,12 @@ impl GarbageRun {
     /// Ends multipart uploads that a killed broker left.
     async fn uploads(&mut self, broker: &Broker, tier: &TierHandle, now_ms: i64) {
         // Boxed, because the futures of the SDK are large.
-        let swept = Box::pin(abort_abandoned_uploads(&tier.store, broker.settings.upload_grace, now_ms)).await;
+        let swept = Box::pin(abort_abandoned_uploads(&tier.store, broker.ctx.config.tier.upload_grace, now_ms)).await;
         match swept {
             Ok(report) => {
                 self.list_failure_logged = false;
-                broker.metrics.tier_uploads_ended.inc_by(report.ended);
-                broker.metrics.garbage_collection_failures.inc_by(report.failed.len() as u64);
+                broker.ctx.metrics.tier_uploads_ended.inc_by(report.ended);
+                broker.ctx.metrics.garbage_collection_failures.inc_by(report.failed.len() as u64);
                 for (object, reason) in &report.failed {
                     tracing::warn!(object, reason, "could not abort an abandoned upload: retrying in the next run");
                 }
@@ -107,7 +107,7 @@ impl GarbageRun {
                 failed(broker, &error, UPLOADS_FAILED)
             }
             Err(error) => {
-                broker.metrics.garbage_collection_failures.inc();
+                broker.ctx.metrics.garbage_collection_failures.inc();
                 tracing::debug!(%error, "{UPLOADS_FAILED}");
             }
         }
@@ -115,18 +115,18 @@ impl GarbageRun {
 }
 
 fn failed(broker: &Broker, error: &dyn std::fmt::Display, action: &str) {
-    broker.metrics.garbage_collection_failures.inc();
+    broker.ctx.metrics.garbage_collection_failures.inc();
     tracing::warn!(%error, "{action}; retrying in the next run");
 }
 
 /// Deletes orphan objects.
 async fn objects(broker: &Broker, tier: &TierHandle, now_ms: i64) {
-    let grace = broker.settings.garbage_grace;
+    let grace = broker.ctx.config.tier.garbage_grace;
     match collect_garbage(&tier.store, |id| broker.live(id), grace, now_ms).await {
         Ok(report) => {
-            broker.metrics.tier_objects_deleted.inc_by(report.deleted);
-            broker.metrics.tier_garbage_bytes.set(report.young_bytes);
-            broker.metrics.garbage_collection_failures.inc_by(report.skipped.len() as u64);
+            broker.ctx.metrics.tier_objects_deleted.inc_by(report.deleted);
+            broker.ctx.metrics.tier_garbage_bytes.set(report.young_bytes);
+            broker.ctx.metrics.garbage_collection_failures.inc_by(report.skipped.len() as u64);
             for (partition, reason) in &report.skipped {
                 tracing::warn!(
                     %partition, reason,
@@ -160,7 +160,7 @@ async fn expire_tombstones(broker: &Broker, tier: &TierHandle) -> Result<(), Tom
     }
     let deleted: BTreeSet<TopicId> = tombstones.iter().map(|tombstone| tombstone.id).collect();
     let mut with_data = tier.store.topics_with_objects(&deleted).await?;
-    with_data.extend(broker.log.partitions().iter().map(|id| id.topic));
+    with_data.extend(broker.ctx.log.partitions().iter().map(|id| id.topic));
     for tombstone in tombstones {
         let has_data = with_data.contains(&tombstone.id);
         if broker.topics.expire(&tombstone, has_data, clock::wall_ms(), TOMBSTONE_RETENTION).await? {

@@ -94,7 +94,7 @@ pub(super) async fn watch_start(broker: Arc<Broker>) {
             return;
         }
         let pause = CHECK_INTERVAL.max(began.elapsed() * MIN_PAUSE_PER_CHECK);
-        if broker.tasks.sleep_until_cancelled(pause).await.is_none() {
+        if broker.ctx.tasks.sleep_until_cancelled(pause).await.is_none() {
             return;
         }
     }
@@ -103,7 +103,7 @@ pub(super) async fn watch_start(broker: Arc<Broker>) {
 impl Broker {
     /// Returns the reason why this process should be restarted, if there is one.
     pub fn health(&self) -> Result<(), String> {
-        self.log.failure().map_or(Ok(()), |reason| Err(accepts_no_writes(&reason)))
+        self.ctx.log.failure().map_or(Ok(()), |reason| Err(accepts_no_writes(&reason)))
     }
 
     /// Returns the readiness of the broker and its impairments.
@@ -144,14 +144,14 @@ impl Broker {
                     since(at.elapsed())
                 )
             }),
-            self.tier.as_ref().and_then(|tier| tier.store.outage()).map(|outage| {
+            self.ctx.tier.as_ref().and_then(|tier| tier.store.outage()).map(|outage| {
                 format!("object store unavailable {}: {}", since(outage.lasted), one_line(&outage.reason))
             }),
             self.health
                 .unregistered
                 .lock()
                 .map(|at| format!("registration lost {}: {}", since(at.elapsed()), self.lease_expiry_reason())),
-            self.store.regression().map(|reason| {
+            self.ctx.store.regression().map(|reason| {
                 format!(
                     "the metadata store returned to an older state: {}; follow `Restoring etcd`, and restart this \
                      broker",
@@ -174,7 +174,7 @@ impl Broker {
         let mut start = self.health.start.lock();
         let StartState::CatchingUp(pending) = &mut *start else { return 0 };
         let Some(started) = self.begun.get() else { return 0 };
-        let is_late = self.standalone || started.elapsed() >= self.settings.catch_up_timeout;
+        let is_late = self.ctx.standalone || started.elapsed() >= self.ctx.config.broker.catch_up_timeout;
         let all = || self.partitions.open().iter().map(|partition| (partition.id(), None)).collect();
         let pending = pending.get_or_insert_with(all);
         pending.retain(|id, _| self.partitions.by_id(*id).is_some_and(|partition| !is_in_sync(&partition)));
@@ -182,7 +182,7 @@ impl Broker {
             *start = StartState::Over;
             return 0;
         }
-        let (state, now) = (self.metadata.state(), clock::monotonic());
+        let (state, now) = (self.ctx.metadata.state(), clock::monotonic());
         // After the time for an election, a replica without a leader does not count: there is no log that it could
         // copy.
         let is_catching_up = |(id, unled): (&PartitionId, &mut Option<Instant>)| {

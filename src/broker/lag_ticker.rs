@@ -13,7 +13,7 @@ const TICK_INTERVAL: Duration = Duration::from_millis(250);
 pub(super) async fn run(broker: Arc<Broker>) {
     let began = clock::monotonic();
     loop {
-        if broker.tasks.sleep_until_cancelled(TICK_INTERVAL).await.is_none() {
+        if broker.ctx.tasks.sleep_until_cancelled(TICK_INTERVAL).await.is_none() {
             return;
         }
         let now_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);

@@ -37,7 +37,7 @@ pub(super) async fn run(broker: Arc<Broker>, session: Session) {
         let pause = if expired { CHECK_INTERVAL } else { left };
         tokio::select! {
             biased;
-            () = broker.tasks.cancelled() => return,
+            () = broker.ctx.tasks.cancelled() => return,
             Ok(()) = status.changed() => {}
             () = tokio::time::sleep(pause) => {}
         }
@@ -70,9 +70,9 @@ impl Broker {
     /// Rejects an operation that needs the metadata store while the store is unavailable, or has returned to an older
     /// state.
     pub(super) fn check_metadata_available(&self) -> Result<(), ApiError> {
-        if let Some(regression) = self.store.regression() {
+        if let Some(regression) = self.ctx.store.regression() {
             let error = ApiError::new(ErrorCode::MetadataRegressed, regression.to_string());
-            return Err(error.with("not_started", true).with("broker", self.settings.id));
+            return Err(error.with("not_started", true).with("broker", self.ctx.id));
         }
         if !self.is_lease_expired() {
             return Ok(());
@@ -84,7 +84,7 @@ impl Broker {
         let message = format!(
             "broker {} starts no operation that needs the metadata store, because {reason}; this operation was not \
              started: retry later, or on another broker",
-            self.settings.id
+            self.ctx.id
         );
         Err(ApiError::new(ErrorCode::MetadataUnavailable, message).with("not_started", true))
     }

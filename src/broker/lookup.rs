@@ -102,7 +102,7 @@ impl Broker {
         let leader = self.leader(id);
         match &*replica {
             HostedPartition::Offline(OfflineReplica { reason, .. })
-                if leader.as_ref().is_none_or(|leader| leader.broker == self.settings.id) =>
+                if leader.as_ref().is_none_or(|leader| leader.broker == self.ctx.id) =>
             {
                 lookup(LookupError::Unusable { topic, partition, reason: reason.as_ref().to_owned() })
             }
@@ -112,7 +112,7 @@ impl Broker {
 
     /// Waits a moment for topics, by name and id, that are unknown here: another broker may have created them just now.
     pub(super) async fn wait_for_topics(&self, topics: impl Iterator<Item = (&str, &str)>) {
-        if self.standalone {
+        if self.ctx.standalone {
             return;
         }
         let unknown = |(name, id): &(&str, &str)| match self.partitions.find(name, 0) {
@@ -138,7 +138,7 @@ impl Broker {
 
     /// Returns the leader of a partition according to the metadata.
     pub(super) fn leader(&self, id: PartitionId) -> Option<LeaderHint> {
-        let state = self.metadata.state();
+        let state = self.ctx.metadata.state();
         let value = &state.partition(id)?.partition.as_ref()?.value;
         let broker = value.leader?;
         let address = state.brokers().get(&broker).map(|entry| entry.value.listeners.client().to_owned());
@@ -148,7 +148,7 @@ impl Broker {
     /// Returns the error for a write while this broker stops, with the new leader if there is one.
     pub(super) fn stopping_refusal(&self, partition: &Partition) -> ApiError {
         let id = partition.id();
-        match self.leader(id).filter(|leader| leader.broker != self.settings.id) {
+        match self.leader(id).filter(|leader| leader.broker != self.ctx.id) {
             Some(leader) => {
                 let (topic, partition) = (partition.topic().to_string(), id.number.cast_signed());
                 LookupError::NotLeader { topic, partition, leader: Some(leader) }.into()
@@ -180,7 +180,7 @@ impl Broker {
     /// Adds the leader to an error, if it is another broker.
     fn with_leader_hint(&self, id: PartitionId, error: ApiError) -> ApiError {
         match self.leader(id) {
-            Some(leader) if leader.broker != self.settings.id => leader.add_to(error),
+            Some(leader) if leader.broker != self.ctx.id => leader.add_to(error),
             _ => error,
         }
     }

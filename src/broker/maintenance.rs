@@ -33,13 +33,13 @@ const UPLOADS_IMPAIRED_AFTER: Duration = Duration::from_secs(30);
 
 /// Starts the workers and the scheduler.
 pub(super) fn spawn(broker: &Arc<Broker>) {
-    for _ in 0..broker.settings.maintenance_workers.max(1) {
-        broker.tasks.spawn("maintenance", work(Arc::clone(broker), WorkerKind::Maintenance));
-        broker.tasks.spawn("uploads", work(Arc::clone(broker), WorkerKind::Uploads));
+    for _ in 0..broker.ctx.config.tier.upload_concurrency.max(1) {
+        broker.ctx.tasks.spawn("maintenance", work(Arc::clone(broker), WorkerKind::Maintenance));
+        broker.ctx.tasks.spawn("uploads", work(Arc::clone(broker), WorkerKind::Uploads));
     }
-    broker.tasks.spawn("maintenance-clock", tick(Arc::clone(broker)));
-    if let Some(tier) = &broker.tier {
-        broker.tasks.spawn("maintenance-outages", resume_after_outages(Arc::clone(broker), tier.store.clone()));
+    broker.ctx.tasks.spawn("maintenance-clock", tick(Arc::clone(broker)));
+    if let Some(tier) = &broker.ctx.tier {
+        broker.ctx.tasks.spawn("maintenance-outages", resume_after_outages(Arc::clone(broker), tier.store.clone()));
     }
 }
 
@@ -169,7 +169,7 @@ async fn work(broker: Arc<Broker>, kind: WorkerKind) {
         WorkerKind::Uploads => &broker.upload_queue,
     };
     loop {
-        let Some(id) = broker.tasks.run_until_cancelled(queue.next()).await else {
+        let Some(id) = broker.ctx.tasks.run_until_cancelled(queue.next()).await else {
             return;
         };
         let Some(partition) = broker.partitions.by_id(id) else {
@@ -184,13 +184,13 @@ async fn work(broker: Arc<Broker>, kind: WorkerKind) {
             }
         };
         // A step that is cancelled here leaves at most an orphan object.
-        let Some(outcome) = broker.tasks.run_until_cancelled(Box::pin(step)).await else {
+        let Some(outcome) = broker.ctx.tasks.run_until_cancelled(Box::pin(step)).await else {
             return;
         };
         match outcome {
             Ok(step) => {
-                broker.metrics.tier_uploads.inc_by(step.uploaded.segments);
-                broker.metrics.tier_upload_bytes.inc_by(step.uploaded.bytes);
+                broker.ctx.metrics.tier_uploads.inc_by(step.uploaded.segments);
+                broker.ctx.metrics.tier_upload_bytes.inc_by(step.uploaded.bytes);
                 if step.uploaded.segments > 0 {
                     failures.record_upload(Ok(()));
                 }
@@ -248,7 +248,7 @@ const fn is_of_another_leader(error: &MaintenanceError) -> bool {
 /// Logs a failure once, then reminders with a count: an outage of an hour must not fill the log. An outage is logged
 /// once for all partitions, by the clients of the stores, or here if the metadata store responds but rejects commits.
 fn report(broker: &Broker, partition: &Partition, error: &MaintenanceError, failing: &mut FailingPartition) {
-    broker.metrics.tier_upload_failures.inc();
+    broker.ctx.metrics.tier_upload_failures.inc();
     let (id, topic, now) = (partition.id(), partition.topic(), clock::monotonic());
     if is_of_another_leader(error) {
         tracing::debug!(
@@ -288,7 +288,7 @@ const fn refuses_commits(error: &MaintenanceError) -> bool {
 impl Broker {
     /// Returns true during a reported outage of the object store or of the metadata store.
     fn is_cut_off(&self) -> bool {
-        let has_store_outage = self.tier.as_ref().is_some_and(|tier| tier.store.outage().is_some());
+        let has_store_outage = self.ctx.tier.as_ref().is_some_and(|tier| tier.store.outage().is_some());
         has_store_outage || !self.metadata_staleness().is_zero()
     }
 }
@@ -296,7 +296,7 @@ impl Broker {
 /// Retries failed steps as soon as an outage of the object store is over.
 async fn resume_after_outages(broker: Arc<Broker>, store: TierStore) {
     loop {
-        if broker.tasks.run_until_cancelled(outage(&store)).await.is_none() {
+        if broker.ctx.tasks.run_until_cancelled(outage(&store)).await.is_none() {
             return;
         }
         broker.maintenance_queue.retry_now();
@@ -311,17 +311,17 @@ async fn outage(store: &TierStore) {
 }
 
 async fn tick(broker: Arc<Broker>) {
-    let min_pause = ROLL_CHECK_INTERVAL.min(broker.settings.retention_interval);
+    let min_pause = ROLL_CHECK_INTERVAL.min(broker.ctx.config.tier.check_interval);
     let mut pause = min_pause;
     let mut retention_at = clock::monotonic();
     loop {
-        if broker.tasks.sleep_until_cancelled(pause).await.is_none() {
+        if broker.ctx.tasks.sleep_until_cancelled(pause).await.is_none() {
             return;
         }
         let began = clock::monotonic();
         let retention = began >= retention_at;
         if retention {
-            retention_at = began + broker.settings.retention_interval;
+            retention_at = began + broker.ctx.config.tier.check_interval;
         }
         for partition in broker.partitions.open() {
             if partition.roll_is_due(began) || (retention && partition.holds_any()) {

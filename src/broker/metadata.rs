@@ -26,7 +26,7 @@ impl Broker {
                 "topic {twice:?} is named twice in one request: name each topic once"
             )));
         }
-        let state = self.metadata.state();
+        let state = self.ctx.metadata.state();
         // Clients contact brokers in the order of this list, so brokers that shut down come last.
         let (running, stopping): (Vec<_>, Vec<_>) =
             state.brokers().iter().partition(|(_, entry)| entry.value.state == BrokerState::Running);
@@ -41,7 +41,7 @@ impl Broker {
             request.topics.iter().map(|topic| self.routes(&state, topic)).collect()
         };
         Ok(v1::GetMetadataResponse {
-            cluster: self.settings.cluster.clone(),
+            cluster: self.ctx.config.cluster.clone(),
             brokers: brokers.collect(),
             topics,
             controller: state.controller().map(|id| id.0),
@@ -62,7 +62,7 @@ impl Broker {
     }
 
     fn describe_routes(&self, state: &MetadataSnapshot, name: &TopicName, topic: &TopicValue) -> v1::TopicMetadata {
-        let config = TopicConfig::resolve(&self.settings.topic_defaults, &topic.config).unwrap_or_default();
+        let config = TopicConfig::resolve(&self.ctx.config.topic_defaults, &topic.config).unwrap_or_default();
         let partitions = state.partitions_of(topic).map(|(number, entry)| {
             let value = entry.partition.as_ref().map(|stored| &stored.value);
             let ids = |set: &[BrokerId]| set.iter().map(|id| id.0).collect::<Vec<_>>();

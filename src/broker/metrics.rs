@@ -18,8 +18,8 @@ impl Broker {
     /// removed for the rest.
     pub fn observe(&self) {
         let open = self.partitions.open();
-        let status = self.log.status();
-        let metrics = &self.metrics;
+        let status = self.ctx.log.status();
+        let metrics = &self.ctx.metrics;
         metrics.partitions.set(open.len() as u64);
         metrics.partitions_failed.set(open.iter().filter(|partition| partition.error().is_some()).count() as u64);
         metrics.tier_lag_records.set(open.iter().map(|partition| self.tier_lag(partition)).sum());
@@ -33,12 +33,12 @@ impl Broker {
         metrics.request_memory_bytes.set(requests as u64);
         metrics.response_memory_bytes.set(responses as u64);
         metrics.produce_memory_bytes.set(self.produce_memory.taken() as u64);
-        let state = self.metadata.state();
+        let state = self.ctx.metadata.state();
         self.observe_leadership(&state);
         self.observe_followers(&state, &open);
-        metrics.metadata_regressed.set(self.store.regression().is_some().into());
+        metrics.metadata_regressed.set(self.ctx.store.regression().is_some().into());
         metrics.metadata_revision.set(state.revision().0);
-        metrics.metadata_staleness_seconds.set(self.metadata.silence().as_secs_f64());
+        metrics.metadata_staleness_seconds.set(self.ctx.metadata.silence().as_secs_f64());
         let lease_remaining = self.session.get().map_or(Duration::ZERO, |session| session.lease_remaining());
         metrics.lease_remaining_seconds.set(lease_remaining.as_secs_f64());
     }
@@ -49,8 +49,8 @@ impl Broker {
             let config = state.name(topic).and_then(|name| self.partitions.topic(name)).map(|topic| topic.config);
             config.map_or(1, |config| config.min_insync_replicas)
         };
-        let stats = LeaderStats::of(state, self.settings.id, self.is_controller(), min_isr);
-        let metrics = &self.metrics;
+        let stats = LeaderStats::of(state, self.ctx.id, self.ctx.is_controller(), min_isr);
+        let metrics = &self.ctx.metrics;
         metrics.partitions_led.set(stats.led);
         metrics.partitions_under_replicated.set(stats.under_replicated);
         metrics.partitions_under_min_isr.set(stats.under_min_isr);
@@ -66,16 +66,16 @@ impl Broker {
         let mut lags: BTreeMap<BrokerId, (u64, Duration)> = BTreeMap::new();
         for partition in open {
             let stored = state.partition(partition.id()).and_then(|entry| entry.partition.as_ref());
-            let Some(stored) = stored.filter(|stored| stored.value.leader == Some(self.settings.id)) else { continue };
+            let Some(stored) = stored.filter(|stored| stored.value.leader == Some(self.ctx.id)) else { continue };
             partition.for_each_lag(&stored.value.replicas, now, |id, lag| {
-                if id != self.settings.id {
+                if id != self.ctx.id {
                     let (records, time) = lags.entry(id).or_default();
                     *records += lag.records;
                     *time = lag.time.max(*time);
                 }
             });
         }
-        self.metrics.follower_lag_records.set_all(lags.iter().map(|(id, (records, _))| (id.0, *records)));
-        self.metrics.follower_lag_seconds.set_all(lags.iter().map(|(id, (_, time))| (id.0, *time)));
+        self.ctx.metrics.follower_lag_records.set_all(lags.iter().map(|(id, (records, _))| (id.0, *records)));
+        self.ctx.metrics.follower_lag_seconds.set_all(lags.iter().map(|(id, (_, time))| (id.0, *time)));
     }
 }

@@ -50,6 +50,7 @@ mod lookup;
 mod maintenance;
 mod metadata;
 mod metrics;
+mod node_context;
 mod offsets;
 mod operations;
 mod peer;
@@ -72,7 +73,6 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
 use futures::{StreamExt as _, stream};
@@ -89,107 +89,25 @@ pub use self::{
     },
     disk_pressure::starts_under_pressure,
     health::Readiness,
+    node_context::{NodeContext, TierHandle},
     producer_ids::ProducerIdQuota,
     service::{LogService, Requests, admin_service, peer_service},
 };
 use crate::{
     client::Connector,
-    cluster::{
-        ClusterOperations, Controller, Keys, MetaStore, MetadataCache, PartitionUpdater, Session, TierCommits, Topics,
-        planner::PlannerLimits,
-    },
+    cluster::{ClusterOperations, Controller, PartitionUpdater, Session, TierCommits, Topics, planner::PlannerLimits},
+    config::ControllerConfig,
     limits,
-    log::DataDir,
-    model::{BrokerId, ConfigMap, Offset, PartitionId},
+    model::{BrokerId, Offset, PartitionId},
     partition::{Decompressor, MaintenanceQueue, MaintenanceRunner, Partition, PartitionContext, PartitionCounters},
     task::{self, Tasks, clock},
-    telemetry::{LogThrottle, Metrics},
-    tier::{ChunkCache, Outage, TierStore},
+    telemetry::LogThrottle,
+    tier::Outage,
 };
-
-/// Configuration of one broker.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    pub id: BrokerId,
-    /// Name of the cluster.
-    pub cluster: String,
-    /// Values of topic configuration keys that a topic does not set.
-    pub topic_defaults: ConfigMap,
-    /// Maximum bytes of unacknowledged writes.
-    pub produce_memory_bytes: u64,
-    /// Maximum bytes of requests until their batches have produce memory.
-    pub request_memory_bytes: u64,
-    /// Maximum bytes of responses until they have been sent.
-    pub response_memory_bytes: u64,
-    /// Maximum bytes of decompressed batches.
-    pub decompression_memory_bytes: u64,
-    /// Maximum number of new producers per connection and minute.
-    pub producer_ids_per_minute: u32,
-    /// Number of upload workers, and also of workers for all other maintenance. Each worker processes one partition at
-    /// a time.
-    pub maintenance_workers: usize,
-    /// Interval at which retention checks every partition that holds records.
-    pub retention_interval: Duration,
-    /// Maximum time that a unary read waits for records that exist.
-    pub fetch_max_wait: Duration,
-    /// Age from which an object that no manifest references is deleted.
-    pub garbage_grace: Duration,
-    /// Age from which an unfinished multipart upload counts as abandoned.
-    pub upload_grace: Duration,
-    /// Replication factor of a topic whose creation request names none.
-    pub default_factor: u32,
-    /// Time after which an in-sync replica that has not caught up counts as lagging.
-    pub max_lag_time: Duration,
-    /// Rate limit for copying to replicas outside the ISR, in bytes per second; `None` means no limit.
-    pub catchup_bytes_per_second: Option<u64>,
-    /// Disk usage, in percent, above which this broker gets no new replicas.
-    pub disk_pressure_percent: u64,
-    /// Maximum time that a start waits for its replicas to be in sync.
-    pub catch_up_timeout: Duration,
-    /// Limits of the planner while this broker is the controller.
-    pub controller: PlannerLimits,
-}
-
-/// The object store and the chunk cache in front of it.
-#[derive(Clone)]
-pub struct TierHandle {
-    pub store: TierStore,
-    /// Chunk cache shared by all partitions.
-    pub cache: ChunkCache,
-}
-
-/// Dependencies of a broker.
-pub struct BrokerDeps {
-    pub settings: Settings,
-    /// Data directory.
-    pub log: DataDir,
-    /// Metadata store.
-    pub store: Arc<dyn MetaStore>,
-    /// Keys of the cluster in the metadata store.
-    pub keys: Keys,
-    /// Metadata cache.
-    pub metadata: MetadataCache,
-    /// Object store; `None` for a broker without one.
-    pub tier: Option<TierHandle>,
-    /// Connector to other brokers.
-    pub connect: Arc<dyn Connector>,
-    /// True for a standalone broker, whose metadata lies beside its data.
-    pub standalone: bool,
-    /// Incarnation of this process, as it is or will be registered.
-    pub incarnation: String,
-    pub metrics: Metrics,
-}
 
 /// One running broker.
 pub struct Broker {
-    settings: Settings,
-    log: DataDir,
-    store: Arc<dyn MetaStore>,
-    keys: Keys,
-    metadata: MetadataCache,
-    standalone: bool,
-    /// Incarnation of this process, as it is registered.
-    incarnation: String,
+    ctx: NodeContext,
     /// Replication links and failure detection; `None` for a standalone broker.
     replication: Option<ReplicationManager>,
     topics: Topics,
@@ -197,7 +115,6 @@ pub struct Broker {
     updater: PartitionUpdater,
     isr_updates: Arc<IsrUpdateManager>,
     producer_ids: ProducerIds,
-    tier: Option<TierHandle>,
     partitions: Arc<PartitionTable>,
     /// Partitions whose values were unreadable at the startup verification. Their replicas stay offline until the next
     /// start.
@@ -216,15 +133,12 @@ pub struct Broker {
     maintenance_failures: maintenance::MaintenanceFailures,
     /// Log throttle, shared by all topics, for failed writes of topic records to the object store.
     failed_topic_records: Arc<Mutex<LogThrottle>>,
-    metrics: Metrics,
     session: OnceLock<Session>,
     health: health::Health,
     /// True while the lease has expired: other brokers may lead the partitions that this broker leads.
     doubt: watch::Sender<bool>,
     /// Tasks of the partitions.
     partition_tasks: Tasks,
-    /// Tasks of the broker itself.
-    tasks: Tasks,
     /// Cancels the streams of clients.
     readers: Tasks,
     /// Time of activation.
@@ -247,37 +161,36 @@ impl Broker {
 
     /// Opens every replica that the metadata assigns to this broker and that is on disk. A standalone broker also
     /// creates missing replicas. All replicas stay idle until the broker is activated.
-    pub async fn open(deps: BrokerDeps) -> Arc<Self> {
-        let BrokerDeps { settings, log, store, keys, metadata, tier, connect, standalone, incarnation, metrics } = deps;
-        let commits = TierCommits::new(Arc::clone(&store), keys.clone());
-        let updater = PartitionUpdater::new(Arc::clone(&store), keys.clone());
+    pub async fn open(ctx: NodeContext, connect: Arc<dyn Connector>) -> Arc<Self> {
+        let NodeContext { store, keys, config, .. } = &ctx.clone();
+        let commits = TierCommits::new(Arc::clone(store), keys.clone());
+        let updater = PartitionUpdater::new(Arc::clone(store), keys.clone());
         let partitions: Arc<PartitionTable> = Arc::default();
         let local = replication::LocalBroker {
-            id: settings.id,
-            cluster: settings.cluster.clone(),
-            incarnation: incarnation.clone(),
-            catchup_bytes_per_second: settings.catchup_bytes_per_second,
-            metrics: metrics.clone(),
-            claims: Arc::new(Claims::new(Arc::clone(&store), keys.clone())),
+            id: ctx.id,
+            cluster: config.cluster.clone(),
+            incarnation: ctx.incarnation.to_string(),
+            catchup_bytes_per_second: config.replication.catchup_bytes_per_second,
+            metrics: ctx.metrics.clone(),
+            claims: Arc::new(Claims::new(Arc::clone(store), keys.clone())),
         };
         let broker = Arc::new_cyclic(|broker| Self {
-            incarnation,
-            replication: (!standalone).then(|| ReplicationManager::new(local, connect, broker)),
+            replication: (!ctx.standalone).then(|| ReplicationManager::new(local, connect, broker)),
             operations: ClusterOperations::new(
-                Arc::clone(&store),
+                Arc::clone(store),
                 keys.clone(),
-                metadata.clone(),
-                settings.topic_defaults.clone(),
+                ctx.metadata.clone(),
+                config.topic_defaults.clone(),
             ),
-            topics: Topics::new(Arc::clone(&store), keys.clone(), metadata.clone(), settings.topic_defaults.clone()),
+            topics: Topics::new(Arc::clone(store), keys.clone(), ctx.metadata.clone(), config.topic_defaults.clone()),
             producer_ids: ProducerIds::default(),
-            budgets: Budgets::new(settings.request_memory_bytes, settings.response_memory_bytes),
-            produce_memory: Pools::halves(settings.produce_memory_bytes),
+            budgets: Budgets::new(config.limits.request_memory_bytes, config.limits.response_memory_bytes),
+            produce_memory: Pools::halves(config.limits.produce_memory_bytes),
             tiered_appends: Arc::new(Semaphore::new(limits::MAX_TIERED_APPENDS)),
-            decompressor: Decompressor::new(settings.decompression_memory_bytes),
+            decompressor: Decompressor::new(config.limits.decompression_memory_bytes),
             maintenance: MaintenanceRunner::new(commits.clone()),
             commits,
-            isr_updates: IsrUpdateManager::new(settings.id, keys.clone(), updater.clone(), Arc::clone(&partitions)),
+            isr_updates: IsrUpdateManager::new(ctx.id, keys.clone(), updater.clone(), Arc::clone(&partitions)),
             updater,
             partitions,
             unverified: OnceLock::new(),
@@ -286,7 +199,6 @@ impl Broker {
             maintenance_failures: maintenance::MaintenanceFailures::default(),
             failed_topic_records: Arc::default(),
             partition_tasks: Tasks::new(),
-            tasks: Tasks::new(),
             readers: Tasks::new(),
             session: OnceLock::new(),
             health: health::Health::default(),
@@ -294,16 +206,9 @@ impl Broker {
             begun: OnceLock::new(),
             ready: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
-            settings,
-            log,
-            store,
-            keys,
-            metadata,
-            standalone,
-            tier,
-            metrics,
+            ctx,
         });
-        let state = broker.metadata.state();
+        let state = broker.ctx.metadata.state();
         broker.reconcile(&state, &mut StrayCleaner::default()).await;
         broker
     }
@@ -312,14 +217,14 @@ impl Broker {
     /// only for this check.
     pub async fn intact_replicas(&self) -> BTreeSet<PartitionId> {
         let mut intact: BTreeSet<PartitionId> = self.partitions.open().iter().map(|partition| partition.id()).collect();
-        let (state, me) = (self.metadata.state(), self.settings.id);
-        let unhosted = self.log.partitions().into_iter().filter_map(|id| {
+        let (state, me) = (self.ctx.metadata.state(), self.ctx.id);
+        let unhosted = self.ctx.log.partitions().into_iter().filter_map(|id| {
             let entry = state.entry(id).filter(|_| self.partitions.get(id).is_none())?;
             entry.partition.as_ref().filter(|stored| stored.value.replicas.contains(&me))?;
             let tier = entry.tier.as_ref().map(|stored| &stored.value);
             Some((id, tier.map_or(Offset::ZERO, |tier| tier.log_start.max(tier.tiered_end()))))
         });
-        let (log, unhosted) = (self.log.clone(), unhosted.collect::<Vec<_>>());
+        let (log, unhosted) = (self.ctx.log.clone(), unhosted.collect::<Vec<_>>());
         let is_intact = move |(id, committed): &(PartitionId, Offset)| {
             log.open_replica(*id, Offset::ZERO).is_ok_and(|replica| replica.log_end() >= *committed)
         };
@@ -333,44 +238,44 @@ impl Broker {
     /// The metadata cache must contain the registration of `session`. An older state may name this broker as the leader
     /// of partitions that it has released since. Partitions in `unverified` stay offline.
     pub async fn activate(self: &Arc<Self>, session: &Session, unverified: BTreeSet<PartitionId>) {
-        let state = self.metadata.state();
+        let state = self.ctx.metadata.state();
         self.begun.get_or_init(clock::monotonic);
         self.session.get_or_init(|| session.clone());
         let mut strays = StrayCleaner::default();
         self.unverified.get_or_init(|| unverified);
         strays.check_strays(self, &state).await;
-        self.log.stray_partitions().into_iter().for_each(|id| strays.add(id));
+        self.ctx.log.stray_partitions().into_iter().for_each(|id| strays.add(id));
         if let Some(replication) = &self.replication {
             replication.update_peers(&state);
-            replication.track_own_registration(session, &self.tasks);
-            self.isr_updates.spawn(&self.tasks);
-            self.tasks.spawn("lag-ticker", lag_ticker::run(Arc::clone(self)));
-            self.tasks.spawn("lease-monitor", lease_monitor::run(Arc::clone(self), session.clone()));
+            replication.track_own_registration(session, &self.ctx.tasks);
+            self.isr_updates.spawn(&self.ctx.tasks);
+            self.ctx.tasks.spawn("lag-ticker", lag_ticker::run(Arc::clone(self)));
+            self.ctx.tasks.spawn("lease-monitor", lease_monitor::run(Arc::clone(self), session.clone()));
         }
-        self.tasks.spawn("producer ids", producer_ids::keep(Arc::clone(self)));
+        self.ctx.tasks.spawn("producer ids", producer_ids::keep(Arc::clone(self)));
         self.reconcile(&state, &mut strays).await;
         drop(state);
         self.ready.store(true, Ordering::Release);
         if let Some(replication) = &self.replication {
             replication.begin();
         }
-        self.tasks.spawn("reconcile", reconciler::run(Arc::clone(self), strays));
+        self.ctx.tasks.spawn("reconcile", reconciler::run(Arc::clone(self), strays));
         maintenance::spawn(self);
         garbage::spawn(self);
-        self.tasks.spawn("start", health::watch_start(Arc::clone(self)));
-        self.tasks.spawn("disk-pressure", disk_pressure::run(Arc::clone(self), session.clone()));
-        if !self.standalone {
+        self.ctx.tasks.spawn("start", health::watch_start(Arc::clone(self)));
+        self.ctx.tasks.spawn("disk-pressure", disk_pressure::run(Arc::clone(self), session.clone()));
+        if !self.ctx.standalone {
             let controller = Controller {
-                store: Arc::clone(&self.store),
-                keys: self.keys.clone(),
-                metadata: self.metadata.clone(),
+                store: Arc::clone(&self.ctx.store),
+                keys: self.ctx.keys.clone(),
+                metadata: self.ctx.metadata.clone(),
                 session: session.clone(),
-                id: self.settings.id,
-                defaults: self.settings.topic_defaults.clone(),
-                limits: self.settings.controller,
-                metrics: self.metrics.clone(),
+                id: self.ctx.id,
+                defaults: self.ctx.config.topic_defaults.clone(),
+                limits: planner_limits(&self.ctx.config.controller),
+                metrics: self.ctx.metrics.clone(),
             };
-            controller.spawn(&self.tasks);
+            controller.spawn(&self.ctx.tasks);
         }
     }
 
@@ -379,9 +284,9 @@ impl Broker {
         self.ready.store(false, Ordering::Release);
         // Partitions end after the journal has completed their entries. From this call on, a full journal fails after a
         // bounded wait.
-        self.log.begin_shutdown();
+        self.ctx.log.begin_shutdown();
         self.readers.stop().await;
-        self.tasks.stop().await;
+        self.ctx.tasks.stop().await;
         self.partition_tasks.stop().await;
         stream::iter(self.partitions.open())
             .for_each_concurrent(64, |partition| async move { partition.stop().await })
@@ -394,16 +299,16 @@ impl Broker {
     /// Returns the current metadata snapshot, for the simulator's checker.
     #[cfg(feature = "sim")]
     pub fn mirror(&self) -> Arc<crate::cluster::MetadataSnapshot> {
-        self.metadata.state()
+        self.ctx.metadata.state()
     }
 
     pub fn id(&self) -> BrokerId {
-        self.settings.id
+        self.ctx.id
     }
 
     /// Waits until the metadata cache contains at least this number of registered brokers.
     pub async fn wait_for_brokers(&self, brokers: usize) {
-        self.metadata.wait_until(|state| state.brokers().len() >= brokers).await;
+        self.ctx.metadata.wait_until(|state| state.brokers().len() >= brokers).await;
     }
 
     /// Returns the number of open partitions.
@@ -421,17 +326,17 @@ impl Broker {
     }
 
     fn has_object_store(&self) -> bool {
-        self.tier.is_some()
+        self.ctx.tier.is_some()
     }
 
     /// Returns the outage of the object store, if there is one.
     fn store_outage(&self) -> Option<Outage> {
-        self.tier.as_ref()?.store.away()
+        self.ctx.tier.as_ref()?.store.away()
     }
 
     /// Waits until the object store is unavailable.
     async fn until_store_outage(&self) -> Outage {
-        match &self.tier {
+        match &self.ctx.tier {
             Some(tier) => tier.store.until_away().await,
             None => std::future::pending().await,
         }
@@ -442,15 +347,9 @@ impl Broker {
         self.begun.get().is_some()
     }
 
-    /// Returns true if this broker does the work that one broker does for the cluster: it is standalone, or the
-    /// controller.
-    fn is_controller(&self) -> bool {
-        self.standalone || self.metadata.state().controller() == Some(self.settings.id)
-    }
-
     /// Returns the context through which partitions reach other brokers.
     fn ctx(&self) -> PartitionContext {
-        let counters = PartitionCounters::of(&self.metrics);
+        let counters = PartitionCounters::of(&self.ctx.metrics);
         match &self.replication {
             None => PartitionContext { counters, ..PartitionContext::standalone() },
             Some(replication) => PartitionContext {
@@ -473,5 +372,14 @@ impl Broker {
     /// Resolves when the streams of clients must end.
     async fn stopping(&self) {
         self.readers.cancelled().await;
+    }
+}
+
+fn planner_limits(config: &ControllerConfig) -> PlannerLimits {
+    PlannerLimits {
+        moves: config.max_concurrent_reassignments,
+        replace_after_ms: config.replace_after.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+        balance: config.balance,
+        ..PlannerLimits::default()
     }
 }

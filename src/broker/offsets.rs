@@ -113,7 +113,7 @@ impl Broker {
         loop {
             // Memory for chunks from the object store, and for the batch that is assembled from them.
             let is_out = waits.out_of_memory.load(Ordering::Relaxed);
-            let timeout = if is_out { Duration::ZERO } else { self.settings.fetch_max_wait };
+            let timeout = if is_out { Duration::ZERO } else { self.ctx.config.tier.fetch_max_wait };
             let granted = tokio::time::timeout(timeout, memory.read(2 * batch_bytes)).await;
             let granted = granted.map_err(|_| {
                 waits.out_of_memory.store(true, Ordering::Relaxed);

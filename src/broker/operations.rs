@@ -30,9 +30,9 @@ const MAX_CONCURRENT_REASSIGNMENTS: usize = 256;
 
 impl Broker {
     pub(super) async fn describe_cluster(&self) -> v1::DescribeClusterResponse {
-        let alive = self.metadata.state().brokers().keys().copied().collect();
+        let alive = self.ctx.metadata.state().brokers().keys().copied().collect();
         let mut broker_stats = self.request_stats(alive).await;
-        let (state, census) = (self.metadata.state(), self.operations.stats());
+        let (state, census) = (self.ctx.metadata.state(), self.operations.stats());
         let brokers = census.brokers.iter().map(|(id, load)| {
             let draining = state.drains().get(id).map(|drain| drain.value.since_ms);
             let mut broker = v1::BrokerDescription {
@@ -46,9 +46,9 @@ impl Broker {
             };
             if let Some(registration) = state.brokers().get(id) {
                 describe_registration(&mut broker, registration);
-                if *id == self.settings.id {
+                if *id == self.ctx.id {
                     // The registration shows this state late, and on a standalone broker never.
-                    broker.disk_pressure |= self.metrics.disk_pressure.get() > 0;
+                    broker.disk_pressure |= self.ctx.metrics.disk_pressure.get() > 0;
                     broker.disk_full |= self.health.is_full();
                 }
                 match broker_stats.remove(id) {
@@ -62,7 +62,7 @@ impl Broker {
         let unreadable = self.operations.unreadable().into_iter();
         v1::DescribeClusterResponse {
             brokers: brokers.collect(),
-            cluster: self.settings.cluster.clone(),
+            cluster: self.ctx.config.cluster.clone(),
             controller: state.controller().map(|id| id.0),
             topics: census.topics,
             partitions: census.partitions,
@@ -72,7 +72,7 @@ impl Broker {
             reassigning: census.moving,
             unreadable: unreadable.map(|(key, error)| v1::UnreadableKey { key, error }).collect(),
             metadata_staleness_ms: u64::try_from(self.metadata_staleness().as_millis()).unwrap_or(u64::MAX),
-            responder: self.settings.id.0,
+            responder: self.ctx.id.0,
             unavailable: census
                 .unavailable
                 .iter()
@@ -85,7 +85,7 @@ impl Broker {
     /// broker whose registration is renewed is connected, even if nothing has changed for a long time.
     pub(super) fn metadata_staleness(&self) -> Duration {
         let renewed = self.session.get().is_none_or(|session| !session.lease_remaining().is_zero());
-        if renewed { Duration::ZERO } else { self.metadata.silence() }
+        if renewed { Duration::ZERO } else { self.ctx.metadata.silence() }
     }
 
     pub(super) async fn drain_broker(&self, broker: u32) -> Result<v1::DrainBrokerResponse, ApiError> {
@@ -176,7 +176,7 @@ impl Broker {
         }
         let found = self.operations.leaderless_partition(topic, partition)?;
         let reports = self.ask_replicas(&found).await;
-        let tiered_end = self.metadata.partition(found.id).as_ref().map_or(Offset::ZERO, committed_tiered_end);
+        let tiered_end = self.ctx.metadata.partition(found.id).as_ref().map_or(Offset::ZERO, committed_tiered_end);
         // Last resort: an offline replica that restarts at the tiered end. The lost offsets are unknown then.
         let restarted = || {
             let broker = reports.offline.filter(|_| tiered_end > Offset::ZERO && !reports.is_incomplete)?;
@@ -224,7 +224,7 @@ impl Broker {
     /// Counts an election, waits until this broker's metadata cache contains it, and returns the response.
     async fn operation_result(&self, cause: &'static str, ordered: &OperationResult) -> v1::ElectLeaderResponse {
         if ordered.changed {
-            self.metrics.elections.count(cause);
+            self.ctx.metrics.elections.count(cause);
         }
         self.operations.wait_until_cached(std::slice::from_ref(ordered)).await;
         election_result(ordered)
@@ -233,7 +233,7 @@ impl Broker {
     /// Requests the reports of a partition's replicas.
     async fn ask_replicas(&self, found: &OperationResult) -> ReplicaReports {
         let (id, value) = (found.id, &found.value);
-        let state = self.metadata.state();
+        let state = self.ctx.metadata.state();
         let alive = value.replicas.iter().filter(|id| state.brokers().contains_key(id));
         let wanted = alive.map(|broker| (*broker, vec![id])).collect();
         drop(state);
@@ -306,7 +306,7 @@ impl Broker {
 
     /// Returns a partition with the name of its topic, or with the topic id if the topic was deleted meanwhile.
     fn named(&self, id: PartitionId) -> v1::TopicPartition {
-        let state = self.metadata.state();
+        let state = self.ctx.metadata.state();
         let topic = state.name(id.topic).map_or_else(|| id.topic.to_string(), ToString::to_string);
         v1::TopicPartition { topic, partition: id.number.cast_signed() }
     }

@@ -49,7 +49,7 @@ impl Broker {
     }
 
     async fn reports_of(&self, broker: BrokerId, ids: &[PartitionId]) -> ReportResult {
-        if broker == self.settings.id {
+        if broker == self.ctx.id {
             let report = |id| match self.partitions.by_id(id) {
                 Some(partition) => Some(Ok(replica_report(&partition))),
                 None => self.unusable(id).map(Err),
@@ -82,7 +82,7 @@ impl Broker {
     }
 
     async fn stats_of(&self, broker: BrokerId) -> Result<v1::BrokerStats, ApiError> {
-        let status = if broker == self.settings.id {
+        let status = if broker == self.ctx.id {
             self.status()
         } else {
             let (peers, address) = self.route_to(broker)?;
@@ -103,7 +103,7 @@ impl Broker {
     }
 
     fn route_to(&self, broker: BrokerId) -> Result<(&PeerClient, String), ApiError> {
-        let state = self.metadata.state();
+        let state = self.ctx.metadata.state();
         let entry = state.brokers().get(&broker);
         let address = entry.and_then(|entry| entry.value.listeners.peer().map(str::to_owned));
         let route = self.replication.as_ref().map(ReplicationManager::peers).zip(address);

@@ -97,7 +97,7 @@ impl Broker {
         let queued = self
             .queue(request, quota, memory)
             .await
-            .inspect_err(|error| self.metrics.produce_errors.count(error.code.as_str()))?;
+            .inspect_err(|error| self.ctx.metrics.produce_errors.count(error.code.as_str()))?;
         self.outcome(queued).await
     }
 
@@ -128,7 +128,7 @@ impl Broker {
         // Freed when the batch has produce memory.
         let received = memory.take_request();
         let began = clock::monotonic();
-        self.metrics.produce_requests.inc();
+        self.ctx.metrics.produce_requests.inc();
         let acks = acks(request.acks)?;
         let timeout = timeout(request.timeout_ms)?;
         let id = errors::topic_id(&request.topic_id)?;
@@ -204,11 +204,11 @@ impl Broker {
         };
         match &outcome {
             Ok(_) => {
-                self.metrics.produce_records.inc_by(queued.records);
-                self.metrics.produce_bytes.inc_by(queued.bytes);
-                self.metrics.produce_ack_seconds.observe(queued.began.elapsed().as_secs_f64());
+                self.ctx.metrics.produce_records.inc_by(queued.records);
+                self.ctx.metrics.produce_bytes.inc_by(queued.bytes);
+                self.ctx.metrics.produce_ack_seconds.observe(queued.began.elapsed().as_secs_f64());
             }
-            Err(error) => self.metrics.produce_errors.count(error.code.as_str()),
+            Err(error) => self.ctx.metrics.produce_errors.count(error.code.as_str()),
         }
         outcome
     }
@@ -343,7 +343,7 @@ impl Pipeline {
             let queued = match request.append {
                 Some(append) => broker.queue(append, &quota, &memory).await,
                 None => {
-                    broker.metrics.produce_requests.inc();
+                    broker.ctx.metrics.produce_requests.inc();
                     Err(errors::invalid("the request has no append: set it"))
                 }
             };
@@ -353,7 +353,7 @@ impl Pipeline {
             Some(queued) => self.await_ack(queued),
             // The request waits for memory in a task of its own, because the stream is not polled while its client
             // reads no responses.
-            None => self.queueing = Some(AbortOnDropHandle::new(self.broker.tasks.spawn("append", queueing))),
+            None => self.queueing = Some(AbortOnDropHandle::new(self.broker.ctx.tasks.spawn("append", queueing))),
         }
     }
 
@@ -363,7 +363,7 @@ impl Pipeline {
             match queued {
                 Ok(queued) => broker.next_step(correlation_id, queued).await,
                 Err(error) => {
-                    broker.metrics.produce_errors.count(error.code.as_str());
+                    broker.ctx.metrics.produce_errors.count(error.code.as_str());
                     Step::Response(append_response(correlation_id, Err(error)))
                 }
             }

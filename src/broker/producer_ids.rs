@@ -174,8 +174,8 @@ fn remaining(blocks: &VecDeque<Range<i64>>) -> i64 {
 impl Broker {
     /// Assigns a producer id.
     pub(super) async fn next_producer_id(&self, quota: &ProducerIdQuota) -> Result<i64, ApiError> {
-        quota.take(self.settings.producer_ids_per_minute)?;
-        Ok(self.producer_ids.next(&self.topics, &self.log).await?)
+        quota.take(self.ctx.config.limits.producer_ids_per_minute)?;
+        Ok(self.producer_ids.next(&self.topics, &self.ctx.log).await?)
     }
 
     /// Rejects a batch whose producer id this cluster never assigned. No other broker is called. Until this broker has
@@ -188,15 +188,15 @@ impl Broker {
         if key.made(id, ANONYMOUS) {
             return Ok(());
         }
-        quota.take(self.settings.producer_ids_per_minute)?;
+        quota.take(self.ctx.config.limits.producer_ids_per_minute)?;
         let message = format!("producer id {id} was not assigned by this cluster: request an id with InitProducerId");
         Err(ApiError::new(ErrorCode::UnknownProducer, message).with("producer", id))
     }
 
     async fn read_producer_id_key(&self) -> Result<&ProducerIdKey, ApiError> {
-        let read = self.metadata.wait_until(|state| state.producer_id_key().is_some());
+        let read = self.ctx.metadata.wait_until(|state| state.producer_id_key().is_some());
         let _late = tokio::time::timeout(STORE_TIMEOUT, read).await;
-        let key = self.metadata.state().producer_id_key().cloned().ok_or_else(|| {
+        let key = self.ctx.metadata.state().producer_id_key().cloned().ok_or_else(|| {
             let message =
                 "this broker has not read the key of the cluster's producer ids yet, and the batch was not appended: \
                  retry";
@@ -212,7 +212,7 @@ pub(super) async fn keep(broker: Arc<Broker>) {
     let kept = async {
         loop {
             let kept = match ids.key(&broker.topics).await {
-                Ok(_) => ids.fill(&broker.topics, &broker.log, REFILL_BELOW).await,
+                Ok(_) => ids.fill(&broker.topics, &broker.ctx.log, REFILL_BELOW).await,
                 Err(error) => Err(error.into()),
             };
             match kept {
@@ -224,7 +224,7 @@ pub(super) async fn keep(broker: Arc<Broker>) {
             }
         }
     };
-    broker.tasks.run_until_cancelled(kept).await;
+    broker.ctx.tasks.run_until_cancelled(kept).await;
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ impl Broker {
         let topic = name(&request.topic)?;
         let number = u32::try_from(request.partition)
             .map_err(|_| invalid(format!("partition {} is negative: use 0 or more", request.partition)))?;
-        let state = self.metadata.state();
+        let state = self.ctx.metadata.state();
         let Some(stored) = state.topic(&topic) else { return Err(UnknownTopic::new(&request.topic).into()) };
         if number >= stored.value.partitions {
             let count = stored.value.partitions;
@@ -31,7 +31,7 @@ impl Broker {
         let id = PartitionId::new(stored.value.id, number);
         drop(state);
         let failed_precondition = |message: String| ApiError::new(ErrorCode::FailedPrecondition, message);
-        let Some(objects) = &self.tier else {
+        let Some(objects) = &self.ctx.tier else {
             let message = "this broker has no object store: send the request to a broker with one";
             return Err(failed_precondition(message.to_owned()));
         };

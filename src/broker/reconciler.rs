@@ -62,11 +62,11 @@ const UNVERIFIED: &str = "its partition value was unreadable when this broker st
 
 /// Applies every metadata change until the broker stops.
 pub(super) async fn run(broker: Arc<Broker>, mut strays: StrayCleaner) {
-    let mut feed = broker.metadata.feed();
+    let mut feed = broker.ctx.metadata.feed();
     loop {
         let change = tokio::select! {
             biased;
-            () = broker.tasks.cancelled() => return,
+            () = broker.ctx.tasks.cancelled() => return,
             change = feed.next() => change,
             () = strays.due() => {
                 strays.process(&broker).await;
@@ -74,7 +74,7 @@ pub(super) async fn run(broker: Arc<Broker>, mut strays: StrayCleaner) {
             }
         };
         let Some(change) = change else { return };
-        let state = broker.metadata.state();
+        let state = broker.ctx.metadata.state();
         match change {
             MetadataChange::Relisted => broker.reconcile(&state, &mut strays).await,
             MetadataChange::Keys(keys) => broker.reconcile_keys(&keys, &state, &mut strays).await,
@@ -177,7 +177,7 @@ impl Broker {
         let wanted = wanted?;
         let topic = &wanted.value;
         let before = partitions.filter(|partitions| partitions.id == topic.id);
-        let config = match TopicConfig::resolve(&self.settings.topic_defaults, &topic.config) {
+        let config = match TopicConfig::resolve(&self.ctx.config.topic_defaults, &topic.config) {
             Ok(config) => Arc::new(config),
             Err(error) => {
                 tracing::error!(
@@ -204,14 +204,14 @@ impl Broker {
 
     /// Applies the metadata to these partitions.
     async fn reconcile_partitions(&self, ids: Vec<PartitionId>, state: &MetadataSnapshot, strays: &mut StrayCleaner) {
-        let is_on_disk = |id: &PartitionId| self.log.holds(*id);
+        let is_on_disk = |id: &PartitionId| self.ctx.log.holds(*id);
         let (mut to_open, mut to_assign) = (Vec::new(), Vec::new());
         for id in ids {
             // Partitions of a topic that is not hosted are skipped.
             let Some(replica) = self.partitions.get(id) else { continue };
             let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
             match stored {
-                Some(stored) if stored.value.replicas.contains(&self.settings.id) => {
+                Some(stored) if stored.value.replicas.contains(&self.ctx.id) => {
                     if self.is_unverified(id) {
                         self.hold_back(id, stored.value.leader_epoch);
                     } else if !matches!(&*replica, HostedPartition::Online(_)) {
@@ -285,7 +285,7 @@ impl Broker {
         replica: &HostedPartition,
         on_disk: bool,
     ) -> Option<ReplicaSpec> {
-        let (standalone, me) = (self.standalone, self.settings.id);
+        let (standalone, me) = (self.ctx.standalone, self.ctx.id);
         if !on_disk && !standalone && !self.is_active() {
             // There is nothing to verify. The replica is created after the activation.
             return None;
@@ -310,12 +310,12 @@ impl Broker {
         let discard_local = discard_local && !standalone;
         let name = state.name(id.topic)?;
         let committed = state.partition(id)?.tier.as_ref().map(|stored| stored.value.clone());
-        let tier = self.tier.as_ref().map(|tier| {
+        let tier = self.ctx.tier.as_ref().map(|tier| {
             let state = committed.clone().unwrap_or_default();
             PartitionTier::new(tier.store.clone(), tier.cache.clone(), id, state)
         });
         let config = self.partitions.topic(name)?.config;
-        let max_lag_time = self.settings.max_lag_time;
+        let max_lag_time = self.ctx.config.replication.max_lag_time;
         Some(ReplicaSpec { id, topic: name.clone(), config, committed, tier, standalone, discard_local, max_lag_time })
     }
 
@@ -338,7 +338,7 @@ impl Broker {
     }
 
     fn leader_epoch(&self, id: PartitionId) -> LeaderEpoch {
-        let state = self.metadata.state();
+        let state = self.ctx.metadata.state();
         let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
         stored.map(|stored| stored.value.leader_epoch).unwrap_or_default()
     }
@@ -368,8 +368,8 @@ impl Broker {
         &self,
         specs: Vec<ReplicaSpec>,
     ) -> Vec<(PartitionId, TopicName, Result<Arc<Partition>, PartitionError>)> {
-        let (log, queue, tasks) = (self.log.clone(), self.maintenance_queue.clone(), self.partition_tasks.clone());
-        let (broker, ctx) = (self.settings.id, self.ctx());
+        let (log, queue, tasks) = (self.ctx.log.clone(), self.maintenance_queue.clone(), self.partition_tasks.clone());
+        let (broker, ctx) = (self.ctx.id, self.ctx());
         let open = move |spec: ReplicaSpec| {
             let (id, topic) = (spec.id, spec.topic.clone());
             let opened = Partition::open(broker, &log, spec, ctx.clone(), &queue, &tasks);
@@ -387,7 +387,7 @@ impl Broker {
         let is_offline = self.partitions.get(id).is_some_and(|replica| matches!(*replica, HostedPartition::Offline(_)));
         let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
         if let Some(stored) =
-            stored.filter(|stored| is_offline && !self.standalone && stored.value.leader == Some(self.settings.id))
+            stored.filter(|stored| is_offline && !self.ctx.standalone && stored.value.leader == Some(self.ctx.id))
         {
             self.isr_updates.resign(id, stored.value.leader_epoch);
         }
@@ -396,8 +396,8 @@ impl Broker {
     /// Returns true if another process is registered with this broker's id, on a copy of its data directory. That
     /// process leads the partitions then.
     fn is_replaced(&self, state: &MetadataSnapshot) -> bool {
-        let registered = state.brokers().get(&self.settings.id);
-        registered.is_some_and(|registration| registration.value.incarnation != self.incarnation)
+        let registered = state.brokers().get(&self.ctx.id);
+        registered.is_some_and(|registration| registration.value.incarnation != *self.ctx.incarnation)
     }
 
     /// Sends a replica its assignment.
@@ -407,7 +407,7 @@ impl Broker {
         let Some(stored) = &entry.partition else { return };
         let registered = stored.value.replicas.iter().map(|broker| (*broker, registration(state, *broker)));
         let mut value = stored.value.clone();
-        if value.leader == Some(self.settings.id) && self.is_replaced(state) {
+        if value.leader == Some(self.ctx.id) && self.is_replaced(state) {
             value.leader = None;
         }
         let assignment = PartitionAssignment {
@@ -430,7 +430,7 @@ impl Broker {
 
     /// Sends the status of these brokers to the partitions that this broker leads according to the metadata.
     async fn notify_leaders(&self, brokers: &[BrokerId], state: &MetadataSnapshot) {
-        let me = self.settings.id;
+        let me = self.ctx.id;
         let led = self.partitions.open().into_iter().filter_map(|partition| {
             let stored = state.partition(partition.id())?.partition.as_ref()?;
             let concerned = |broker: &&BrokerId| stored.value.replicas.contains(broker);
@@ -449,19 +449,20 @@ impl Broker {
     /// Writes the topic record to the object store, for `undrain`. Best effort: the preferred leader of the first
     /// partition writes the record again at each start.
     fn record_topic(&self, name: &TopicName, topic: &TopicValue, state: &MetadataSnapshot) {
-        let Some(tier) = &self.tier else { return };
+        let Some(tier) = &self.ctx.tier else { return };
         let first = state.partition(PartitionId::new(topic.id, 0)).and_then(|entry| entry.partition.as_ref());
-        if !self.standalone && first.is_none_or(|first| first.value.replicas.first() != Some(&self.settings.id)) {
+        if !self.ctx.standalone && first.is_none_or(|first| first.value.replicas.first() != Some(&self.ctx.id)) {
             return;
         }
-        let (store, tasks, failed) = (tier.store.clone(), self.tasks.clone(), Arc::clone(&self.failed_topic_records));
+        let (store, tasks, failed) =
+            (tier.store.clone(), self.ctx.tasks.clone(), Arc::clone(&self.failed_topic_records));
         let record = TopicRecord {
             name: name.clone(),
             id: topic.id,
             partitions: topic.partitions,
             config: topic.config.clone(),
         };
-        self.tasks.spawn("topic record", async move {
+        self.ctx.tasks.spawn("topic record", async move {
             tokio::select! {
                 biased;
                 () = tasks.cancelled() => {}

@@ -166,7 +166,7 @@ fn callbacks(broker: &Weak<Broker>, detector: Arc<FailureDetector>, claims: Arc<
 impl Broker {
     /// Returns the state of this broker, for peers that place partitions or describe the cluster.
     pub(super) fn status(&self) -> v1::GetBrokerStatsResponse {
-        let (open, log) = (self.partitions.open(), self.log.status());
+        let (open, log) = (self.partitions.open(), self.ctx.log.status());
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         let led = || open.iter().filter(|partition| partition.status().role.leads());
         let segment_bytes = open.iter().map(|partition| partition.local_bytes()).sum();
@@ -183,6 +183,7 @@ impl Broker {
             tier_lag_records: led().map(|partition| self.tier_lag(partition)).sum(),
             failed: log.failed.unwrap_or_default(),
             object_store: self
+                .ctx
                 .tier
                 .as_ref()
                 .and_then(|tier| tier.store.outage())
@@ -191,7 +192,11 @@ impl Broker {
             impaired,
             not_ready,
             future_timestamps: future_timestamps(&open),
-            metadata_regressed: self.store.regression().map_or_else(String::new, |regression| regression.to_string()),
+            metadata_regressed: self
+                .ctx
+                .store
+                .regression()
+                .map_or_else(String::new, |regression| regression.to_string()),
         }
     }
 }

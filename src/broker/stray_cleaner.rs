@@ -61,7 +61,7 @@ impl StrayCleaner {
         self.not_before = None;
         for topic in std::mem::take(&mut self.topics) {
             // A topic that reappeared meanwhile is served, or will be.
-            if broker.metadata.state().name(topic).is_none() && self.process_topic(broker, topic).await {
+            if broker.ctx.metadata.state().name(topic).is_none() && self.process_topic(broker, topic).await {
                 tracing::info!(
                     %topic,
                     "deleted the files of a topic that was deleted during an outage of the metadata store"
@@ -89,7 +89,7 @@ impl StrayCleaner {
             self.waiting.remove(&id);
             // A replica that was assigned again meanwhile is open, or will be opened when the metadata cache shows
             // that.
-            let is_others = value.is_some_and(|value| !value.replicas.contains(&broker.settings.id));
+            let is_others = value.is_some_and(|value| !value.replicas.contains(&broker.ctx.id));
             if is_others && broker.partitions.by_id(id).is_none() {
                 moved.push(id);
             }
@@ -103,8 +103,14 @@ impl StrayCleaner {
     /// Checks the replicas on disk that belong to no topic. Replicas of deleted topics are deleted, and all other
     /// topics are logged.
     pub(super) async fn check_strays(&mut self, broker: &Broker, state: &MetadataSnapshot) {
-        let topics: BTreeSet<TopicId> =
-            broker.log.partitions().into_iter().chain(broker.log.stray_partitions()).map(|id| id.topic).collect();
+        let topics: BTreeSet<TopicId> = broker
+            .ctx
+            .log
+            .partitions()
+            .into_iter()
+            .chain(broker.ctx.log.stray_partitions())
+            .map(|id| id.topic)
+            .collect();
         for topic in topics.into_iter().filter(|topic| state.name(*topic).is_none()) {
             if self.process_topic(broker, topic).await {
                 tracing::info!(%topic, "deleted the remaining files of a deleted topic");
@@ -152,8 +158,8 @@ impl StrayCleaner {
 
 /// Returns all partitions of a topic that have files in the data directory.
 fn partitions_on_disk(broker: &Broker, topic: TopicId) -> Vec<PartitionId> {
-    let strays = broker.log.stray_partitions().into_iter().filter(|id| id.topic == topic);
-    broker.log.partitions_of(topic).into_iter().chain(strays).collect()
+    let strays = broker.ctx.log.stray_partitions().into_iter().filter(|id| id.topic == topic);
+    broker.ctx.log.partitions_of(topic).into_iter().chain(strays).collect()
 }
 
 impl Broker {
@@ -161,7 +167,7 @@ impl Broker {
         if ids.is_empty() {
             return;
         }
-        let log = self.log.clone();
+        let log = self.ctx.log.clone();
         let delete = move || {
             let mut failures = log.delete_replicas(&ids);
             let failed = |id: &PartitionId| failures.iter().any(|(failed, _)| failed == id);

@@ -9,13 +9,14 @@ use crate::{
         peers::{DisconnectReason, PeerClient},
     },
     cluster::{
-        BrokerValue, EmbeddedStore, Endpoints, Key, LocalInventory, PartitionValue, RegistrationRequest, Revision,
-        TombstoneValue, TopicSpec, TopicValue, Transaction, Value as _,
+        BrokerValue, EmbeddedStore, Endpoints, Key, Keys, LocalInventory, MetaStore, MetadataCache, PartitionValue,
+        RegistrationRequest, Revision, TombstoneValue, TopicSpec, TopicValue, Transaction, Value as _,
         faulty::{self, FaultyStore},
         verify_inventory,
     },
-    log::{DataDirError, DataDirIdentity, LogOptions, RealDisk},
-    model::{Compression, LeaderEpoch, TopicId, TopicName},
+    config::ConfigSources,
+    log::{DataDir, DataDirError, DataDirIdentity, LogOptions, RealDisk},
+    model::{Compression, ConfigMap, LeaderEpoch, TopicId, TopicName},
     proto::{
         error::{ApiError, ErrorCode},
         v1,
@@ -25,6 +26,7 @@ use crate::{
         random,
         test_timeout::{wait_for, wait_until},
     },
+    telemetry::Metrics,
 };
 
 pub(super) struct TestBroker {
@@ -64,27 +66,17 @@ impl TestBroker {
         let meta_store: Arc<dyn MetaStore> = Arc::new(faulty_store.clone());
         let metadata = MetadataCache::start(Arc::clone(&meta_store), keys.clone(), &tasks);
         metadata.wait_for_revision(Revision::ZERO).await;
-        let settings = Settings {
-            disk_pressure_percent: 100,
-            catch_up_timeout: Duration::from_secs(60),
-            id,
-            cluster: "test".to_owned(),
-            topic_defaults: ConfigMap::new(),
-            produce_memory_bytes: 1 << 20,
-            request_memory_bytes: 64 << 20,
-            response_memory_bytes: 64 << 20,
-            decompression_memory_bytes: 256 << 20,
-            producer_ids_per_minute: 1000,
-            maintenance_workers: 1,
-            retention_interval: Duration::from_secs(3600),
-            fetch_max_wait: Duration::from_secs(5),
-            garbage_grace: Duration::from_secs(3600),
-            upload_grace: Duration::from_secs(3600),
-            default_factor: 1,
-            max_lag_time: Duration::from_secs(10),
-            catchup_bytes_per_second: None,
-            controller: PlannerLimits::default(),
-        };
+        let mut config = ConfigSources::new().load().expect("the defaults are valid").config;
+        config.cluster = "test".to_owned();
+        config.broker.id = id;
+        config.broker.disk_pressure_percent = 100;
+        config.broker.catch_up_timeout = Duration::from_secs(60);
+        config.replication.default_factor = 1;
+        config.tier.upload_concurrency = 1;
+        config.limits.produce_memory_bytes = 1 << 20;
+        config.limits.request_memory_bytes = 64 << 20;
+        config.limits.response_memory_bytes = 64 << 20;
+        config.limits.decompression_memory_bytes = 256 << 20;
         let registration = RegistrationRequest {
             store: Arc::clone(&meta_store),
             keys: keys.clone(),
@@ -92,28 +84,29 @@ impl TestBroker {
             value,
             time: Duration::from_secs(60),
         };
-        let broker = Broker::open(BrokerDeps {
-            settings,
+        let ctx = NodeContext {
+            config: Arc::new(config),
+            id,
             log,
             store: meta_store,
             keys: keys.clone(),
             metadata: metadata.clone(),
             tier: None,
-            connect: Arc::new(TcpConnector::new(Duration::from_secs(1))),
-            standalone,
-            incarnation: "p".to_owned(),
             metrics: Metrics::new(),
-        })
-        .await;
+            incarnation: "p".into(),
+            standalone,
+            tasks: Tasks::new(),
+        };
+        let broker = Broker::open(ctx, Arc::new(TcpConnector::new(Duration::from_secs(1)))).await;
         let inventory = LocalInventory {
             directory_id: registration.value.directory_id.clone(),
             incarnations: vec!["p".to_owned()],
             clean: true,
-            on_disk: broker.log.partitions().into_iter().collect(),
+            on_disk: broker.ctx.log.partitions().into_iter().collect(),
             intact: broker.intact_replicas().await,
         };
         registration.clear().await.unwrap();
-        let verified = verify_inventory(&broker.store, &keys, id, &inventory, &ConfigMap::new()).await.unwrap();
+        let verified = verify_inventory(&broker.ctx.store, &keys, id, &inventory, &ConfigMap::new()).await.unwrap();
         let session = registration.register(verified.directory_revision, &metadata, &tasks).await.unwrap();
         metadata.wait_for_revision(session.epoch().unwrap()).await;
         broker.activate(&session, verified.unverified).await;
@@ -162,7 +155,7 @@ impl TestBroker {
     /// Returns the number of open partitions of a topic, and of its replicas on the disk.
     fn holds(&self, topic: TopicId) -> (usize, usize) {
         let open = self.broker.partitions.open().iter().filter(|partition| partition.id().topic == topic).count();
-        (open, self.broker.log.partitions().iter().filter(|id| id.topic == topic).count())
+        (open, self.broker.ctx.log.partitions().iter().filter(|id| id.topic == topic).count())
     }
 
     pub(super) async fn stop(self) {
@@ -310,7 +303,7 @@ async fn broker_with_failed_directory_is_ready_while_serving() {
         }
         assert!(bench.broker.health().is_ok());
         assert_eq!(bench.broker.readiness(), Readiness::Ready(Vec::new()));
-        bench.broker.log.fail_journal();
+        bench.broker.ctx.log.fail_journal();
         let reason = bench.broker.health().expect_err("the journal failed");
         assert!(reason.starts_with(REASON), "{reason}");
         match bench.broker.readiness() {
@@ -471,13 +464,13 @@ async fn topic_deletion_is_completed_after_store_outage() {
 async fn failed_deletion_of_registration_is_retried() {
     let dir = tempfile::tempdir().unwrap();
     let bench = TestBroker::start(dir.path(), false).await;
-    bench.broker.metadata.wait_until(|state| state.controller() == Some(BrokerId(1))).await;
+    bench.broker.ctx.metadata.wait_until(|state| state.controller() == Some(BrokerId(1))).await;
     let key = bench.keys.broker(BrokerId(2));
     // No process listens at that port.
     let gone = BrokerValue::running_at("127.0.0.1:1".to_owned());
     bench.store.transact(Transaction::new().put(key.clone(), gone.encode())).await.unwrap();
     let epoch = bench.store.get(&key).await.unwrap().entry.unwrap().create_revision;
-    bench.broker.metadata.wait_for_revision(epoch).await;
+    bench.broker.ctx.metadata.wait_for_revision(epoch).await;
     let wait = Duration::from_secs(1);
     let peers = PeerClient::new(Arc::new(TcpConnector::between_brokers(wait)), wait);
     let detector = FailureDetector::new(Arc::downgrade(&bench.broker), peers, bench.tasks.clone());

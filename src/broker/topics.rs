@@ -27,7 +27,7 @@ impl Broker {
             name: name(&request.name)?,
             partitions: request.partitions.max(1),
             replication_factor: match request.replication_factor {
-                0 => self.settings.default_factor,
+                0 => self.ctx.config.replication.default_factor,
                 factor => factor,
             },
             config: request.config.into_iter().collect(),
@@ -41,7 +41,7 @@ impl Broker {
     }
 
     pub(super) fn list_topics(&self) -> v1::ListTopicsResponse {
-        let state = self.metadata.state();
+        let state = self.ctx.metadata.state();
         let topics = state.topics().iter().map(|(name, topic)| summary(name, &topic.value)).collect();
         v1::ListTopicsResponse { topics }
     }
@@ -69,7 +69,7 @@ impl Broker {
         let removed =
             self.partitions.until(|partitions| partitions.topic(&topic).is_none_or(|partitions| partitions.id != id));
         let _late = tokio::time::timeout(APPLY_TIMEOUT, removed).await;
-        let kept = self.tier.as_ref().map(|_| garbage::max_retention(self.settings.garbage_grace));
+        let kept = self.ctx.tier.as_ref().map(|_| garbage::max_retention(self.ctx.config.tier.garbage_grace));
         Ok(v1::DeleteTopicResponse {
             object_grace_ms: kept.map(|kept| u64::try_from(kept.as_millis()).unwrap_or(u64::MAX)),
         })

@@ -18,11 +18,11 @@ use super::{
     grpc,
 };
 use crate::{
-    broker::{self, Broker, TierHandle},
+    broker::{self, Broker, NodeContext, TierHandle},
     client::Connector,
     cluster::{
         BrokerState, BrokerValue, Endpoints, Keys, MetaBindingStore, MetaStore, MetadataCache, MeteredStore,
-        MonotonicStore, RegisterError, RegistrationRequest, Revision, Session, SessionState, planner::PlannerLimits,
+        MonotonicStore, RegisterError, RegistrationRequest, Revision, Session, SessionState,
     },
     config::Config,
     log::{DataDir, DataDirIdentity, Disk, LogOptions, SimHook},
@@ -274,19 +274,20 @@ impl NodeStart<'_> {
         let log = self.log.clone();
         let recorded = task::run_blocking(move || log.record_generation(generation)).await;
         recorded.context("cannot record the cluster generation in the data directory")?;
-        let broker = Broker::open(broker::BrokerDeps {
-            settings: settings(config),
+        let ctx = NodeContext {
+            config: Arc::new(config.clone()),
+            id: config.broker.id,
             log: self.log.clone(),
             store: Arc::clone(&meta),
             keys: keys.clone(),
             metadata: metadata.clone(),
             tier: tier.clone(),
-            connect: Arc::clone(&outside.connect),
-            standalone: alone,
-            incarnation: incarnation.to_string(),
             metrics: self.metrics.clone(),
-        })
-        .await;
+            incarnation: incarnation.to_string().into(),
+            standalone: alone,
+            tasks: Tasks::new(),
+        };
+        let broker = Broker::open(ctx, Arc::clone(&outside.connect)).await;
         if let Some(routes) = grpc::peer_routes(&broker) {
             serve_peers(routes);
         }
@@ -447,37 +448,5 @@ async fn claim(store: &TierStore, tasks: &Tasks) -> Result<(), BindingError> {
             tracing::warn!("the object store does not respond yet: segments stay on disk until then");
             Ok(())
         }
-    }
-}
-
-fn settings(config: &Config) -> broker::Settings {
-    broker::Settings {
-        id: config.broker.id,
-        cluster: config.cluster.clone(),
-        topic_defaults: config.topic_defaults.clone(),
-        produce_memory_bytes: config.limits.produce_memory_bytes,
-        request_memory_bytes: config.limits.request_memory_bytes,
-        response_memory_bytes: config.limits.response_memory_bytes,
-        decompression_memory_bytes: config.limits.decompression_memory_bytes,
-        producer_ids_per_minute: config.limits.producer_ids_per_minute,
-        maintenance_workers: config.tier.upload_concurrency,
-        retention_interval: config.tier.check_interval,
-        fetch_max_wait: config.tier.fetch_max_wait,
-        garbage_grace: config.tier.garbage_grace,
-        upload_grace: config.tier.upload_grace,
-        default_factor: config.replication.default_factor,
-        max_lag_time: config.replication.max_lag_time,
-        catchup_bytes_per_second: config.replication.catchup_bytes_per_second,
-        disk_pressure_percent: config.broker.disk_pressure_percent,
-        catch_up_timeout: config.broker.catch_up_timeout,
-        controller: PlannerLimits {
-            max_reassignments: config.controller.max_concurrent_reassignments,
-            replace_after_ms: config
-                .controller
-                .replace_after
-                .map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
-            balance: config.controller.balance,
-            ..PlannerLimits::default()
-        },
     }
 }

@@ -59,7 +59,7 @@ impl FetchSession {
                 Ok(()) => {}
                 Err(Undecoded::TooLarge(record)) => return Err(record),
                 Err(Undecoded::Refused(error)) => {
-                    self.broker.metrics.fetch_errors.count(error.code.as_str());
+                    self.broker.ctx.metrics.fetch_errors.count(error.code.as_str());
                     fetched.error = Some(error.into());
                 }
             }

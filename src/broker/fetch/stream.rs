@@ -85,7 +85,7 @@ impl FetchStreamState {
             }
         }
         self.session.on_made(gathered.bytes, gathered.partitions.len());
-        self.session.broker.metrics.fetch_requests.inc();
+        self.session.broker.ctx.metrics.fetch_requests.inc();
         let lease_expired = *self.lease_expiry.borrow_and_update();
         Some(Ok(v1::FetchResponse { partitions: gathered.partitions, lease_expired }))
     }

@@ -1,0 +1,56 @@
+//! The context of one node: its configuration, its stores, and what all parts of a broker share. Cheap to clone.
+//!
+//! A part that needs only one or two of these values takes them instead of the context.
+
+use std::sync::Arc;
+
+use crate::{
+    cluster::{Keys, MetaStore, MetadataCache},
+    config::Config,
+    log::DataDir,
+    model::BrokerId,
+    task::Tasks,
+    telemetry::Metrics,
+    tier::{ChunkCache, TierStore},
+};
+
+/// The object store and the chunk cache in front of it.
+#[derive(Clone)]
+pub struct TierHandle {
+    pub store: TierStore,
+    /// Chunk cache shared by all partitions.
+    pub cache: ChunkCache,
+}
+
+/// Dependencies that the parts of a broker share.
+#[derive(Clone)]
+pub struct NodeContext {
+    pub config: Arc<Config>,
+    /// Broker id of the configuration.
+    pub id: BrokerId,
+    /// Data directory.
+    pub log: DataDir,
+    /// Metadata store.
+    pub store: Arc<dyn MetaStore>,
+    /// Keys of the cluster in the metadata store.
+    pub keys: Keys,
+    /// Metadata cache.
+    pub metadata: MetadataCache,
+    /// Object store; `None` for a broker without one.
+    pub tier: Option<TierHandle>,
+    pub metrics: Metrics,
+    /// Incarnation of this process, as it is or will be registered.
+    pub incarnation: Arc<str>,
+    /// True for a standalone broker, whose metadata lies beside its data.
+    pub standalone: bool,
+    /// Tasks of the broker, except those of partitions and links.
+    pub tasks: Tasks,
+}
+
+impl NodeContext {
+    /// Returns true if this broker does the work that one broker does for the cluster: it is standalone, or the
+    /// controller.
+    pub(super) fn is_controller(&self) -> bool {
+        self.standalone || self.metadata.state().controller() == Some(self.id)
+    }
+}
