@@ -7,18 +7,22 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::Broker;
+use super::{
+    node_context::NodeContext,
+    partitions::{maintenance_failures::MaintenanceFailures, table::PartitionTable},
+};
 use crate::{
     cluster::MetadataSnapshot,
     model::PartitionId,
     partition::{Partition, ReplicaRole},
+    proto::v1,
     task::clock,
 };
 
@@ -39,32 +43,74 @@ pub enum Readiness {
     Ready(Vec<String>),
 }
 
-/// State that is kept between two queries.
-#[derive(Debug)]
+/// Health of one broker.
 pub(super) struct Health {
+    ctx: NodeContext,
+    partitions: Arc<PartitionTable>,
+    failures: Arc<MaintenanceFailures>,
+    phase: Mutex<Phase>,
     start: Mutex<StartState>,
+    /// Partitions whose values were unreadable at the start. Their local replicas stay offline.
+    unverified: Mutex<BTreeSet<PartitionId>>,
     /// Time since which the registration is gone.
     unregistered: Mutex<Option<Instant>>,
     /// Time since which records do not fit on the disk.
     full: Mutex<Option<Instant>>,
 }
 
+/// Phase of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Starting,
+    Serving,
+    /// From the begin of a controlled shutdown on. Requests are still served at first.
+    Stopping,
+}
+
 /// Progress of the start.
 #[derive(Debug)]
 enum StartState {
+    /// The replicas are idle.
+    Opening,
     /// Replicas that have not been in sync yet, each with the time since which it has no leader. `None` before the
     /// first check.
-    CatchingUp(Option<BTreeMap<PartitionId, Option<Instant>>>),
+    CatchingUp {
+        since: Instant,
+        pending: Option<BTreeMap<PartitionId, Option<Instant>>>,
+    },
     Over,
 }
 
-impl Default for Health {
-    fn default() -> Self {
-        Self { start: Mutex::new(StartState::CatchingUp(None)), unregistered: Mutex::default(), full: Mutex::default() }
-    }
-}
-
 impl Health {
+    pub(super) fn new(ctx: NodeContext, partitions: Arc<PartitionTable>, failures: Arc<MaintenanceFailures>) -> Self {
+        Self {
+            ctx,
+            partitions,
+            failures,
+            phase: Mutex::new(Phase::Starting),
+            start: Mutex::new(StartState::Opening),
+            unverified: Mutex::default(),
+            unregistered: Mutex::default(),
+            full: Mutex::default(),
+        }
+    }
+
+    /// Starts to wait for replicas that catch up. Replicas of `unverified` partitions stay offline.
+    pub(super) fn begin_catching_up(&self, unverified: BTreeSet<PartitionId>) {
+        *self.unverified.lock() = unverified;
+        *self.start.lock() = StartState::CatchingUp { since: clock::monotonic(), pending: None };
+    }
+
+    /// Records that requests are served from now on.
+    pub(super) fn begin_serving(&self) {
+        *self.phase.lock() = Phase::Serving;
+    }
+
+    /// Records that the broker stops, and is not ready from now on.
+    pub(super) fn begin_shutdown(&self) {
+        *self.phase.lock() = Phase::Stopping;
+    }
+
     /// Sets the disk-full state.
     pub(super) fn set_full(&self, full: bool) {
         update_since(&self.full, full);
@@ -79,43 +125,22 @@ impl Health {
     pub(super) fn set_unregistered(&self, unregistered: bool) {
         update_since(&self.unregistered, unregistered);
     }
-}
 
-fn update_since(since: &Mutex<Option<Instant>>, holds: bool) {
-    let mut since = since.lock();
-    *since = holds.then(|| since.unwrap_or_else(clock::monotonic));
-}
-
-/// Checks the replicas until every one has been in sync once, so that a start also ends without queries.
-pub(super) async fn watch_start(broker: Arc<Broker>) {
-    loop {
-        let began = clock::monotonic();
-        if broker.is_started() {
-            return;
-        }
-        let pause = CHECK_INTERVAL.max(began.elapsed() * MIN_PAUSE_PER_CHECK);
-        if broker.ctx.tasks.sleep_until_cancelled(pause).await.is_none() {
-            return;
-        }
-    }
-}
-
-impl Broker {
     /// Returns the reason why this process should be restarted, if there is one.
-    pub fn health(&self) -> Result<(), String> {
+    pub(super) fn health(&self) -> Result<(), String> {
         self.ctx.log.failure().map_or(Ok(()), |reason| Err(accepts_no_writes(&reason)))
     }
 
     /// Returns the readiness of the broker and its impairments.
-    pub fn readiness(&self) -> Readiness {
+    pub(super) fn readiness(&self) -> Readiness {
         let not_ready = |reason: String| Readiness::NotReady(reason);
-        if self.leaving.load(Ordering::Acquire) || self.readers.is_cancelled() {
-            return not_ready("stopping".to_owned());
+        let phase = *self.phase.lock();
+        match phase {
+            Phase::Starting => return not_ready("starting".to_owned()),
+            Phase::Serving => {}
+            Phase::Stopping => return not_ready("stopping".to_owned()),
         }
-        if self.is_stopping() {
-            return not_ready("starting".to_owned());
-        }
-        if let (Err(reason), 0) = (self.health(), self.partitions()) {
+        if let (Err(reason), 0) = (self.health(), self.partitions.open().len()) {
             return not_ready(format!("no partition can be served: {reason}"));
         }
         match self.catching_up() {
@@ -127,8 +152,8 @@ impl Broker {
     /// Returns the impairments of this broker, one line each.
     fn impairments(&self) -> Vec<String> {
         let failed = self.partitions.open().iter().filter(|partition| partition.error().is_some()).count();
-        let unverified = self.unverified.get().map_or(0, BTreeSet::len);
-        let maintenance = self.maintenance_failures.to_string();
+        let unverified = self.unverified.lock().iter().filter(|id| self.ctx.log.holds(**id)).count();
+        let maintenance = self.failures.to_string();
         let lines = [
             self.health().err(),
             (failed > 0).then(|| format!("replicas that accept no writes after an error: {failed}")),
@@ -138,7 +163,7 @@ impl Broker {
                      repair the values, and restart this broker"
                 )
             }),
-            self.health.full.lock().map(|at| {
+            self.full.lock().map(|at| {
                 format!(
                     "disk full {}, appends are rejected: add space, or lower local.retention.* or retention.*",
                     since(at.elapsed())
@@ -147,10 +172,10 @@ impl Broker {
             self.ctx.tier.as_ref().and_then(|tier| tier.store.outage()).map(|outage| {
                 format!("object store unavailable {}: {}", since(outage.lasted), one_line(&outage.reason))
             }),
-            self.health
-                .unregistered
-                .lock()
-                .map(|at| format!("registration lost {}: {}", since(at.elapsed()), self.lease_expiry_reason())),
+            self.unregistered.lock().map(|at| {
+                let reason = lease_expiry_reason(self.ctx.metadata.silence());
+                format!("registration lost {}: {reason}", since(at.elapsed()))
+            }),
             self.ctx.store.regression().map(|reason| {
                 format!(
                     "the metadata store returned to an older state: {}; follow `Restoring etcd`, and restart this \
@@ -163,18 +188,28 @@ impl Broker {
         lines.into_iter().flatten().collect()
     }
 
+    /// Checks the replicas until every one has been in sync once, so that a start also ends without queries.
+    pub(super) async fn watch_start(&self) {
+        loop {
+            let began = clock::monotonic();
+            if self.is_started() {
+                return;
+            }
+            tokio::time::sleep(CHECK_INTERVAL.max(began.elapsed() * MIN_PAUSE_PER_CHECK)).await;
+        }
+    }
+
     pub(super) fn is_started(&self) -> bool {
         self.catching_up();
-        matches!(*self.health.start.lock(), StartState::Over)
+        matches!(*self.start.lock(), StartState::Over)
     }
 
     /// Returns the number of local replicas that have not been in sync yet, and have a leader or may get one. Returns 0
     /// once the start is over.
     pub(super) fn catching_up(&self) -> usize {
-        let mut start = self.health.start.lock();
-        let StartState::CatchingUp(pending) = &mut *start else { return 0 };
-        let Some(started) = self.begun.get() else { return 0 };
-        let is_late = self.ctx.standalone || started.elapsed() >= self.ctx.config.broker.catch_up_timeout;
+        let mut start = self.start.lock();
+        let StartState::CatchingUp { since, pending } = &mut *start else { return 0 };
+        let is_late = self.ctx.standalone || since.elapsed() >= self.ctx.config.broker.catch_up_timeout;
         let all = || self.partitions.open().iter().map(|partition| (partition.id(), None)).collect();
         let pending = pending.get_or_insert_with(all);
         pending.retain(|id, _| self.partitions.by_id(*id).is_some_and(|partition| !is_in_sync(&partition)));
@@ -190,6 +225,48 @@ impl Broker {
             unled.is_none_or(|since| now.saturating_duration_since(since) < ELECTION_TIMEOUT)
         };
         pending.iter_mut().map(is_catching_up).filter(|catching_up| *catching_up).count()
+    }
+
+    /// Returns the stats of this broker, for peers that place partitions or describe the cluster.
+    pub(super) fn stats(&self) -> v1::GetBrokerStatsResponse {
+        let (open, log) = (self.partitions.open(), self.ctx.log.status());
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        let led = || open.iter().filter(|partition| partition.status().role.leads());
+        let segment_bytes = open.iter().map(|partition| partition.local_bytes()).sum();
+        let (impaired, not_ready) = match self.readiness() {
+            Readiness::Ready(impaired) => (impaired, String::new()),
+            Readiness::NotReady(reason) => (Vec::new(), reason),
+        };
+        let outage = self.ctx.tier.as_ref().and_then(|tier| tier.store.outage());
+        let regression = self.ctx.store.regression();
+        v1::GetBrokerStatsResponse {
+            leader_count: count(led().count()),
+            replica_count: count(open.len()),
+            segment_bytes,
+            free_bytes: log.free_bytes,
+            disk_bytes: log.free_bytes.saturating_add(segment_bytes),
+            tier_lag_records: led().map(|partition| self.ctx.tier_lag(partition)).sum(),
+            failed: log.failed.unwrap_or_default(),
+            object_store: outage.map_or_else(String::new, |outage| outage.to_string()),
+            maintenance: self.failures.to_string(),
+            impaired,
+            not_ready,
+            future_timestamps: future_timestamps(&open),
+            metadata_regressed: regression.map_or_else(String::new, |regression| regression.to_string()),
+        }
+    }
+}
+
+fn update_since(since: &Mutex<Option<Instant>>, holds: bool) {
+    let mut since = since.lock();
+    *since = holds.then(|| since.unwrap_or_else(clock::monotonic));
+}
+
+/// Returns the reason for a lost registration. `silence` is the time for which the metadata store has not responded.
+fn lease_expiry_reason(silence: Duration) -> String {
+    match silence {
+        Duration::ZERO => "the registration was deleted from the metadata store".to_owned(),
+        silence => format!("the metadata store has not responded for {} s", silence.as_secs()),
     }
 }
 
@@ -218,20 +295,36 @@ fn since(lasted: Duration) -> String {
     format!("since {} ({} s)", humantime::format_rfc3339_seconds(at), lasted.as_secs())
 }
 
+/// Describes the segments with timestamps in the future: their number, and the partition with most of them. Empty if
+/// there are none.
+fn future_timestamps(open: &[Arc<Partition>]) -> String {
+    let with: Vec<_> = open.iter().filter(|partition| partition.future_segments() > 0).collect();
+    let Some(largest) = with.iter().max_by_key(|partition| partition.future_segments()) else { return String::new() };
+    let segments: u64 = with.iter().map(|partition| partition.future_segments()).sum();
+    let ending = |count: usize| if count == 1 { "" } else { "s" };
+    let (s, partitions) = (ending(usize::try_from(segments).unwrap_or(2)), with.len());
+    format!(
+        "{segments} segment{s} of {partitions} partition{}, most in {}/{}",
+        ending(partitions),
+        largest.topic(),
+        largest.id().number
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
     async fn condition_keeps_its_start_time() {
-        let health = Health::default();
-        health.set_full(true);
-        let began = *health.full.lock();
+        let full = Mutex::default();
+        update_since(&full, true);
+        let began = *full.lock();
         tokio::time::advance(Duration::from_secs(5)).await;
-        health.set_full(true);
-        assert_eq!(*health.full.lock(), began);
-        health.set_full(false);
-        assert!(!health.is_full());
+        update_since(&full, true);
+        assert_eq!(*full.lock(), began);
+        update_since(&full, false);
+        assert!(full.lock().is_none());
     }
 
     #[test]

@@ -1,216 +1,133 @@
-//! One broker: the partitions that it hosts, and one file per family of requests.
+//! One broker: the partitions that it hosts, the requests that it serves, and its background tasks.
 //!
 //! # Overview
 //!
-//! Every request takes the same steps: validate, look up the partition (or reject with the leader), serve.
+//! [`Broker`] composes parts, and each part has only what it needs. Imports go down only:
 //!
-//! | files | content |
+//! ```text
+//!   api ─▶ background ─▶ replication ─▶ partitions ─▶ node_context
+//! ```
+//!
+//! | folder or file | content |
 //! | --- | --- |
-//! | `service` | gRPC services |
-//! | `produce`, `fetch`, `offsets`, `metadata`, `topics`, `describe`, `operations`, `rebuild` | request handlers |
-//! | `lookup`, `peer_status` | partition lookup; requests to other brokers |
-//! | `errors` | the one mapping from errors to responses |
-//! | `reconciler`, `stray_cleaner` | opening, configuring and closing partitions by the metadata; deleting stray replicas |
-//! | `maintenance`, `garbage` | maintenance (rolling, uploading, deleting); garbage of crashes and deletions in object store and metadata |
-//! | `replication`, `links`, `peer` | replication links between brokers |
-//! | `failure_detector` | failure detection after a lost link |
-//! | `isr_updates` | ISR proposals of leaders to the metadata store |
-//! | `lag_ticker` | clock ticks for leaders |
+//! | `api` | requests of clients and operators, the gRPC services, the mapping from errors to responses |
+//! | `background` | maintenance, garbage collection, producer ids, lease, disk, shutdown, metrics |
+//! | `replication` | links between brokers, failure detection, ISR updates, requests to peers |
+//! | `partitions` | the partition table, its only writer (the reconciler), and the look-ups |
+//! | `health` | readiness and impairments |
+//! | `budget` | memory of requests and responses in progress |
+//! | `node_context` | configuration, stores and tasks that all parts share |
 //!
 //! The controller (`cluster::Controller`) runs on one broker of the cluster. Garbage is collected only there, or on a
 //! standalone broker.
 //!
 //! # Start
 //!
-//! [`Broker::open`] opens the replicas on disk and leaves them idle. [`Broker::intact_replicas`] returns the intact
-//! replicas for the startup verification. [`Broker::activate`] assigns every replica its role and serves requests. The
-//! broker is registered by then, and its metadata cache contains the registration.
+//! 1. [`OpenedBroker::open`] opens the replicas on disk and leaves them idle. Peers can identify the process.
+//! 2. [`OpenedBroker::intact_replicas`] returns the intact replicas for the startup verification.
+//! 3. [`OpenedBroker::activate`] assigns every replica its role and returns the serving [`Broker`]. The broker is
+//!    registered by then, and its metadata cache contains the registration.
 //!
 //! # Shutdown
 //!
 //! A broker of a cluster first calls [`Broker::transfer_leadership`], which transfers leadership while requests are
-//! still served. [`Broker::stop`] refuses new writes, ends the fetch streams, completes the queued writes and ends
-//! maintenance. `server` closes the log and the metadata store after that.
+//! still served. [`Broker::stop`] ends the streams of clients, the tasks, the partitions and the links, in this order:
+//! partitions unsubscribe over the links. `server` closes the log and the metadata store after that.
 
+mod api;
+mod background;
 mod budget;
-mod claims;
-mod controlled_shutdown;
-mod describe;
-mod disk_pressure;
-mod errors;
-mod failure_detector;
-mod fetch;
-mod garbage;
 mod health;
-mod isr_updates;
-mod lag_ticker;
-mod lease_monitor;
-mod links;
-mod lookup;
-mod maintenance;
-mod metadata;
-mod metrics;
 mod node_context;
-mod offsets;
-mod operations;
-mod peer;
-mod peer_status;
-mod produce;
-mod producer_ids;
-mod rebuild;
-mod reconciler;
+mod partitions;
 mod replication;
-mod service;
-mod stray_cleaner;
-mod table;
 #[cfg(test)]
 mod tests;
-mod topics;
+mod token_bucket;
 
-use std::{
-    collections::BTreeSet,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use futures::{StreamExt as _, stream};
-use parking_lot::Mutex;
-use tokio::sync::{Semaphore, watch};
-
-use self::{
-    budget::Pools, claims::Claims, isr_updates::IsrUpdateManager, producer_ids::ProducerIds,
-    replication::ReplicationManager, stray_cleaner::StrayCleaner, table::PartitionTable,
-};
 pub use self::{
+    api::{AdminService, LogService, Requests},
+    background::{producer_ids::ProducerIdQuota, starts_under_pressure},
     budget::{
         Budgets, CallMemory, ConnectionMemory, Grant, IncompleteGuard, SMALL_BYTES, SendingResponse, WAITING_BYTES,
     },
-    disk_pressure::starts_under_pressure,
     health::Readiness,
     node_context::{NodeContext, TierHandle},
-    producer_ids::ProducerIdQuota,
-    service::{LogService, Requests, admin_service, peer_service},
+};
+use self::{
+    api::{Api, ApiDeps},
+    background::{Background, BackgroundDeps},
+    budget::Pools,
+    health::Health,
+    partitions::{
+        maintenance_failures::MaintenanceFailures,
+        reconciler::{PeersUpdate, Reconciler},
+        stray_cleaner::StrayCleaner,
+        table::PartitionTable,
+    },
+    replication::{BrokerStatsSource, PeerService, ReplicationManager, peer_status::PeerStatus},
 };
 use crate::{
     client::Connector,
-    cluster::{ClusterOperations, Controller, PartitionUpdater, Session, TierCommits, Topics, planner::PlannerLimits},
-    config::ControllerConfig,
-    limits,
+    cluster::{Session, Topics},
     model::{BrokerId, Offset, PartitionId},
-    partition::{Decompressor, MaintenanceQueue, MaintenanceRunner, Partition, PartitionContext, PartitionCounters},
-    task::{self, Tasks, clock},
-    telemetry::LogThrottle,
-    tier::Outage,
+    partition::{MaintenanceQueue, PartitionContext, PartitionCounters},
+    proto::v1::{admin_server::AdminServer, peer_server::PeerServer},
+    task,
 };
 
-/// One running broker.
-pub struct Broker {
+/// A broker whose replicas are open and idle.
+pub struct OpenedBroker {
     ctx: NodeContext,
-    /// Replication links and failure detection; `None` for a standalone broker.
-    replication: Option<ReplicationManager>,
-    topics: Topics,
-    operations: ClusterOperations,
-    updater: PartitionUpdater,
-    isr_updates: Arc<IsrUpdateManager>,
-    producer_ids: ProducerIds,
     partitions: Arc<PartitionTable>,
-    /// Partitions whose values were unreadable at the startup verification. Their replicas stay offline until the next
-    /// start.
-    unverified: OnceLock<BTreeSet<PartitionId>>,
-    budgets: Budgets,
-    produce_memory: Pools,
-    /// Permits for appends that wait for the object store.
-    tiered_appends: Arc<Semaphore>,
-    /// Decompressor for all compressed batches; bounds their memory.
-    decompressor: Decompressor,
-    commits: TierCommits,
-    maintenance: MaintenanceRunner,
-    maintenance_queue: MaintenanceQueue,
-    /// Partitions with segments to upload.
-    upload_queue: MaintenanceQueue,
-    maintenance_failures: maintenance::MaintenanceFailures,
-    /// Log throttle, shared by all topics, for failed writes of topic records to the object store.
-    failed_topic_records: Arc<Mutex<LogThrottle>>,
-    session: OnceLock<Session>,
-    health: health::Health,
-    /// True while the lease has expired: other brokers may lead the partitions that this broker leads.
-    doubt: watch::Sender<bool>,
-    /// Tasks of the partitions.
-    partition_tasks: Tasks,
-    /// Cancels the streams of clients.
-    readers: Tasks,
-    /// Time of activation.
-    begun: OnceLock<tokio::time::Instant>,
-    ready: AtomicBool,
-    /// True during a controlled shutdown: the broker still serves requests, but reports that it is not ready.
-    leaving: AtomicBool,
+    reconciler: Reconciler,
+    topics: Topics,
+    queue: MaintenanceQueue,
+    failures: Arc<MaintenanceFailures>,
+    health: Arc<Health>,
+    stats: BrokerStatsSource,
+    replication: Option<Arc<ReplicationManager>>,
 }
 
-impl Broker {
-    /// Returns the memory budgets of requests and responses.
-    pub fn budgets(&self) -> &Budgets {
-        &self.budgets
-    }
-
-    /// Returns the memory of a call that arrived on no connection.
-    fn call_memory(&self) -> CallMemory {
-        CallMemory::new(self.budgets.clone(), self.budgets.connection(|| {}))
-    }
-
+impl OpenedBroker {
     /// Opens every replica that the metadata assigns to this broker and that is on disk. A standalone broker also
     /// creates missing replicas. All replicas stay idle until the broker is activated.
-    pub async fn open(ctx: NodeContext, connect: Arc<dyn Connector>) -> Arc<Self> {
-        let NodeContext { store, keys, config, .. } = &ctx.clone();
-        let commits = TierCommits::new(Arc::clone(store), keys.clone());
-        let updater = PartitionUpdater::new(Arc::clone(store), keys.clone());
-        let partitions: Arc<PartitionTable> = Arc::default();
-        let local = replication::LocalBroker {
-            id: ctx.id,
-            cluster: config.cluster.clone(),
-            incarnation: ctx.incarnation.to_string(),
-            catchup_bytes_per_second: config.replication.catchup_bytes_per_second,
-            metrics: ctx.metrics.clone(),
-            claims: Arc::new(Claims::new(Arc::clone(store), keys.clone())),
+    pub async fn open(ctx: NodeContext, connect: Arc<dyn Connector>) -> Self {
+        let (partitions, failures): (Arc<PartitionTable>, Arc<MaintenanceFailures>) = Default::default();
+        let health = Arc::new(Health::new(ctx.clone(), Arc::clone(&partitions), Arc::clone(&failures)));
+        let source = Arc::clone(&health);
+        let stats: BrokerStatsSource = Arc::new(move || source.stats());
+        let replication = (!ctx.standalone)
+            .then(|| Arc::new(ReplicationManager::new(&ctx, connect, &partitions, Arc::clone(&stats))));
+        let counters = PartitionCounters::of(&ctx.metrics);
+        let (partition_ctx, update_peers): (_, PeersUpdate) = match &replication {
+            None => (PartitionContext { counters, ..PartitionContext::standalone() }, Box::new(|_| {})),
+            Some(replication) => {
+                let peers = Arc::clone(replication);
+                (replication.partition_context(counters), Box::new(move |state| peers.update_peers(state)))
+            }
         };
-        let broker = Arc::new_cyclic(|broker| Self {
-            replication: (!ctx.standalone).then(|| ReplicationManager::new(local, connect, broker)),
-            operations: ClusterOperations::new(
-                Arc::clone(store),
-                keys.clone(),
-                ctx.metadata.clone(),
-                config.topic_defaults.clone(),
-            ),
-            topics: Topics::new(Arc::clone(store), keys.clone(), ctx.metadata.clone(), config.topic_defaults.clone()),
-            producer_ids: ProducerIds::default(),
-            budgets: Budgets::new(config.limits.request_memory_bytes, config.limits.response_memory_bytes),
-            produce_memory: Pools::halves(config.limits.produce_memory_bytes),
-            tiered_appends: Arc::new(Semaphore::new(limits::MAX_TIERED_APPENDS)),
-            decompressor: Decompressor::new(config.limits.decompression_memory_bytes),
-            maintenance: MaintenanceRunner::new(commits.clone()),
-            commits,
-            isr_updates: IsrUpdateManager::new(ctx.id, keys.clone(), updater.clone(), Arc::clone(&partitions)),
-            updater,
-            partitions,
-            unverified: OnceLock::new(),
-            maintenance_queue: MaintenanceQueue::default(),
-            upload_queue: MaintenanceQueue::default(),
-            maintenance_failures: maintenance::MaintenanceFailures::default(),
-            failed_topic_records: Arc::default(),
-            partition_tasks: Tasks::new(),
-            readers: Tasks::new(),
-            session: OnceLock::new(),
-            health: health::Health::default(),
-            doubt: watch::Sender::new(false),
-            begun: OnceLock::new(),
-            ready: AtomicBool::new(false),
-            leaving: AtomicBool::new(false),
-            ctx,
-        });
-        let state = broker.ctx.metadata.state();
-        broker.reconcile(&state, &mut StrayCleaner::default()).await;
-        broker
+        let topics = Topics::new(
+            Arc::clone(&ctx.store),
+            ctx.keys.clone(),
+            ctx.metadata.clone(),
+            ctx.config.topic_defaults.clone(),
+        );
+        let queue = MaintenanceQueue::default();
+        let strays = StrayCleaner::new(&ctx, topics.clone(), Arc::clone(&partitions));
+        let mut reconciler =
+            Reconciler::new(ctx.clone(), Arc::clone(&partitions), strays, partition_ctx, queue.clone(), update_peers);
+        let state = ctx.metadata.state();
+        reconciler.reconcile(&state).await;
+        Self { ctx, partitions, reconciler, topics, queue, failures, health, stats, replication }
+    }
+
+    /// Returns the service that other brokers call; `None` for a standalone broker. Until the activation, the service
+    /// only identifies the process.
+    pub fn peer_service(&self) -> Option<PeerServer<PeerService>> {
+        self.replication.as_ref().map(|replication| replication.service())
     }
 
     /// Returns the intact replicas. A replica whose topic value cannot be read is not hosted; that replica is opened
@@ -237,73 +154,119 @@ impl Broker {
     ///
     /// The metadata cache must contain the registration of `session`. An older state may name this broker as the leader
     /// of partitions that it has released since. Partitions in `unverified` stay offline.
-    pub async fn activate(self: &Arc<Self>, session: &Session, unverified: BTreeSet<PartitionId>) {
-        let state = self.ctx.metadata.state();
-        self.begun.get_or_init(clock::monotonic);
-        self.session.get_or_init(|| session.clone());
-        let mut strays = StrayCleaner::default();
-        self.unverified.get_or_init(|| unverified);
-        strays.check_strays(self, &state).await;
-        self.ctx.log.stray_partitions().into_iter().for_each(|id| strays.add(id));
-        if let Some(replication) = &self.replication {
-            replication.update_peers(&state);
-            replication.track_own_registration(session, &self.ctx.tasks);
-            self.isr_updates.spawn(&self.ctx.tasks);
-            self.ctx.tasks.spawn("lag-ticker", lag_ticker::run(Arc::clone(self)));
-            self.ctx.tasks.spawn("lease-monitor", lease_monitor::run(Arc::clone(self), session.clone()));
-        }
-        self.ctx.tasks.spawn("producer ids", producer_ids::keep(Arc::clone(self)));
-        self.reconcile(&state, &mut strays).await;
-        drop(state);
-        self.ready.store(true, Ordering::Release);
-        if let Some(replication) = &self.replication {
-            replication.begin();
-        }
-        self.ctx.tasks.spawn("reconcile", reconciler::run(Arc::clone(self), strays));
-        maintenance::spawn(self);
-        garbage::spawn(self);
-        self.ctx.tasks.spawn("start", health::watch_start(Arc::clone(self)));
-        self.ctx.tasks.spawn("disk-pressure", disk_pressure::run(Arc::clone(self), session.clone()));
-        if !self.ctx.standalone {
-            let controller = Controller {
-                store: Arc::clone(&self.ctx.store),
-                keys: self.ctx.keys.clone(),
-                metadata: self.ctx.metadata.clone(),
+    pub async fn activate(self, session: Session, unverified: BTreeSet<PartitionId>) -> Arc<Broker> {
+        let Self { ctx, partitions, mut reconciler, topics, queue, failures, health, stats, replication } = self;
+        let limits = &ctx.config.limits;
+        let budgets = Budgets::new(limits.request_memory_bytes, limits.response_memory_bytes);
+        let produce_memory = Pools::halves(limits.produce_memory_bytes);
+        let background = Background::new(
+            ctx.clone(),
+            BackgroundDeps {
+                partitions: Arc::clone(&partitions),
+                health: Arc::clone(&health),
+                failures: Arc::clone(&failures),
+                queue,
+                topics: topics.clone(),
                 session: session.clone(),
-                id: self.ctx.id,
-                defaults: self.ctx.config.topic_defaults.clone(),
-                limits: planner_limits(&self.ctx.config.controller),
-                metrics: self.ctx.metrics.clone(),
-            };
-            controller.spawn(&self.ctx.tasks);
+                budgets: budgets.clone(),
+                produce_memory: produce_memory.clone(),
+            },
+        );
+        let peers = replication.as_ref().map(|replication| replication.peers().clone());
+        let api = Api::new(
+            &ctx,
+            &background,
+            ApiDeps {
+                partitions: Arc::clone(&partitions),
+                failures,
+                health: Arc::clone(&health),
+                topics,
+                peer_status: PeerStatus::new(&ctx, Arc::clone(&partitions), peers, stats),
+                budgets,
+                produce_memory,
+            },
+        );
+        let state = ctx.metadata.state();
+        health.begin_catching_up(unverified.clone());
+        reconciler.activate(unverified, &state).await;
+        if let Some(replication) = &replication {
+            replication.update_peers(&state);
+            replication.activate(&session, &ctx.tasks);
         }
+        background.spawn_monitors();
+        reconciler.reconcile(&state).await;
+        drop(state);
+        health.begin_serving();
+        if let Some(replication) = &replication {
+            replication.begin_serving();
+        }
+        ctx.tasks.spawn("reconcile", reconciler.run());
+        background.spawn_workers();
+        Arc::new(Broker { ctx, api: Arc::new(api), partitions, replication, background, health })
     }
 
-    /// Stops everything in order, and returns when no task of the broker runs.
-    pub async fn stop(&self) {
-        self.ready.store(false, Ordering::Release);
-        // Partitions end after the journal has completed their entries. From this call on, a full journal fails after a
-        // bounded wait.
+    /// Stops a broker that was not activated.
+    pub async fn stop(self) {
         self.ctx.log.begin_shutdown();
-        self.readers.stop().await;
         self.ctx.tasks.stop().await;
-        self.partition_tasks.stop().await;
-        stream::iter(self.partitions.open())
-            .for_each_concurrent(64, |partition| async move { partition.stop().await })
-            .await;
+        self.partitions.stop().await;
         if let Some(replication) = &self.replication {
             replication.stop().await;
         }
+    }
+}
+
+/// One running broker.
+pub struct Broker {
+    ctx: NodeContext,
+    api: Arc<Api>,
+    partitions: Arc<PartitionTable>,
+    /// Replication links and failure detection; `None` for a standalone broker.
+    replication: Option<Arc<ReplicationManager>>,
+    background: Background,
+    health: Arc<Health>,
+}
+
+impl Broker {
+    pub fn id(&self) -> BrokerId {
+        self.ctx.id
+    }
+
+    /// Returns the `Log` service.
+    pub fn log_service(&self) -> LogService {
+        LogService::new(Arc::clone(&self.api))
+    }
+
+    /// Returns the `Admin` service.
+    pub fn admin_service(&self) -> AdminServer<AdminService> {
+        AdminService::new(Arc::clone(&self.api), Arc::clone(&self.background.lease)).server()
+    }
+
+    /// Returns the memory budgets of requests and responses.
+    pub fn budgets(&self) -> &Budgets {
+        self.api.budgets()
+    }
+
+    /// Returns the reason why this process should be restarted, if there is one.
+    pub fn health(&self) -> Result<(), String> {
+        self.health.health()
+    }
+
+    /// Returns the readiness of the broker and its impairments.
+    pub fn readiness(&self) -> Readiness {
+        self.health.readiness()
+    }
+
+    /// Updates the gauges. Only one call may run at a time, because per-broker gauges are set for some brokers and then
+    /// removed for the rest.
+    pub fn observe(&self) {
+        self.background.observe();
     }
 
     /// Returns the current metadata snapshot, for the simulator's checker.
     #[cfg(feature = "sim")]
     pub fn mirror(&self) -> Arc<crate::cluster::MetadataSnapshot> {
         self.ctx.metadata.state()
-    }
-
-    pub fn id(&self) -> BrokerId {
-        self.ctx.id
     }
 
     /// Waits until the metadata cache contains at least this number of registered brokers.
@@ -316,70 +279,23 @@ impl Broker {
         self.partitions.open().len()
     }
 
-    /// Returns the number of records that are due for the object store and not there yet.
-    fn tier_lag(&self, partition: &Partition) -> u64 {
-        if !partition.config().tiered || !self.has_object_store() {
-            return 0;
+    /// Transfers leaderships and ISR memberships, within a time. From this call on, the broker is not ready.
+    pub async fn transfer_leadership(&self, within: Duration) {
+        self.health.begin_shutdown();
+        self.background.transfer_leadership(within).await;
+    }
+
+    /// Stops everything in order, and returns when no task of the broker runs.
+    pub async fn stop(&self) {
+        self.health.begin_shutdown();
+        // Partitions end after the journal has completed their entries. From this call on, a full journal fails after a
+        // bounded wait.
+        self.ctx.log.begin_shutdown();
+        self.api.stop().await;
+        self.ctx.tasks.stop().await;
+        self.partitions.stop().await;
+        if let Some(replication) = &self.replication {
+            replication.stop().await;
         }
-        let watermarks = partition.watermarks();
-        watermarks.log_end.since(watermarks.tiered_end.max(watermarks.log_start))
-    }
-
-    fn has_object_store(&self) -> bool {
-        self.ctx.tier.is_some()
-    }
-
-    /// Returns the outage of the object store, if there is one.
-    fn store_outage(&self) -> Option<Outage> {
-        self.ctx.tier.as_ref()?.store.away()
-    }
-
-    /// Waits until the object store is unavailable.
-    async fn until_store_outage(&self) -> Outage {
-        match &self.ctx.tier {
-            Some(tier) => tier.store.until_away().await,
-            None => std::future::pending().await,
-        }
-    }
-
-    /// Returns true once replicas receive their assignments.
-    fn is_active(&self) -> bool {
-        self.begun.get().is_some()
-    }
-
-    /// Returns the context through which partitions reach other brokers.
-    fn ctx(&self) -> PartitionContext {
-        let counters = PartitionCounters::of(&self.ctx.metrics);
-        match &self.replication {
-            None => PartitionContext { counters, ..PartitionContext::standalone() },
-            Some(replication) => PartitionContext {
-                links: replication.links(),
-                isr_updater: Arc::clone(&self.isr_updates) as _,
-                counters,
-            },
-        }
-    }
-
-    /// Begins the controlled shutdown: from now on the broker reports that it is not ready.
-    fn begin_shutdown(&self) {
-        self.leaving.store(true, Ordering::Release);
-    }
-
-    fn is_stopping(&self) -> bool {
-        !self.ready.load(Ordering::Acquire)
-    }
-
-    /// Resolves when the streams of clients must end.
-    async fn stopping(&self) {
-        self.readers.cancelled().await;
-    }
-}
-
-fn planner_limits(config: &ControllerConfig) -> PlannerLimits {
-    PlannerLimits {
-        moves: config.max_concurrent_reassignments,
-        replace_after_ms: config.replace_after.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
-        balance: config.balance,
-        ..PlannerLimits::default()
     }
 }

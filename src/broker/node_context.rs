@@ -9,6 +9,7 @@ use crate::{
     config::Config,
     log::DataDir,
     model::BrokerId,
+    partition::Partition,
     task::Tasks,
     telemetry::Metrics,
     tier::{ChunkCache, TierStore},
@@ -52,5 +53,14 @@ impl NodeContext {
     /// controller.
     pub(super) fn is_controller(&self) -> bool {
         self.standalone || self.metadata.state().controller() == Some(self.id)
+    }
+
+    /// Returns the number of records of a partition that are due for the object store and not there yet.
+    pub(super) fn tier_lag(&self, partition: &Partition) -> u64 {
+        if !partition.config().tiered || self.tier.is_none() {
+            return 0;
+        }
+        let watermarks = partition.watermarks();
+        watermarks.log_end.since(watermarks.tiered_end.max(watermarks.log_start))
     }
 }

@@ -2,12 +2,9 @@
 
 use std::{path::Path, time::Duration};
 
-use super::{failure_detector::FailureDetector, peer::LinkLossListener as _, *};
+use super::*;
 use crate::{
-    client::{
-        TcpConnector,
-        peers::{DisconnectReason, PeerClient},
-    },
+    client::TcpConnector,
     cluster::{
         BrokerValue, EmbeddedStore, Endpoints, Key, Keys, LocalInventory, MetaStore, MetadataCache, PartitionValue,
         RegistrationRequest, Revision, TombstoneValue, TopicSpec, TopicValue, Transaction, Value as _,
@@ -17,13 +14,14 @@ use crate::{
     config::ConfigSources,
     log::{DataDir, DataDirError, DataDirIdentity, LogOptions, RealDisk},
     model::{Compression, ConfigMap, LeaderEpoch, TopicId, TopicName},
+    partition::Partition,
     proto::{
         error::{ApiError, ErrorCode},
         v1,
     },
     record::BatchBuilder,
     task::{
-        random,
+        Tasks, clock, random,
         test_timeout::{wait_for, wait_until},
     },
     telemetry::Metrics,
@@ -31,11 +29,11 @@ use crate::{
 
 pub(super) struct TestBroker {
     pub(super) broker: Arc<Broker>,
-    store: EmbeddedStore,
+    pub(super) store: EmbeddedStore,
     /// The store as the broker reaches it, with injected faults.
-    faulty_store: FaultyStore,
-    keys: Keys,
-    tasks: Tasks,
+    pub(super) faulty_store: FaultyStore,
+    pub(super) keys: Keys,
+    pub(super) tasks: Tasks,
 }
 
 impl TestBroker {
@@ -97,19 +95,19 @@ impl TestBroker {
             standalone,
             tasks: Tasks::new(),
         };
-        let broker = Broker::open(ctx, Arc::new(TcpConnector::new(Duration::from_secs(1)))).await;
+        let opened = OpenedBroker::open(ctx, Arc::new(TcpConnector::new(Duration::from_secs(1)))).await;
         let inventory = LocalInventory {
             directory_id: registration.value.directory_id.clone(),
             incarnations: vec!["p".to_owned()],
             clean: true,
-            on_disk: broker.ctx.log.partitions().into_iter().collect(),
-            intact: broker.intact_replicas().await,
+            on_disk: opened.ctx.log.partitions().into_iter().collect(),
+            intact: opened.intact_replicas().await,
         };
         registration.clear().await.unwrap();
-        let verified = verify_inventory(&broker.ctx.store, &keys, id, &inventory, &ConfigMap::new()).await.unwrap();
+        let verified = verify_inventory(&opened.ctx.store, &keys, id, &inventory, &ConfigMap::new()).await.unwrap();
         let session = registration.register(verified.directory_revision, &metadata, &tasks).await.unwrap();
         metadata.wait_for_revision(session.epoch().unwrap()).await;
-        broker.activate(&session, verified.unverified).await;
+        let broker = opened.activate(session, verified.unverified).await;
         Self { broker, store, faulty_store, keys, tasks }
     }
 
@@ -120,7 +118,7 @@ impl TestBroker {
     pub(super) async fn create_with(&self, name: &TopicName, partitions: u32, config: ConfigMap) -> TopicId {
         let replication_factor = 1;
         let spec = TopicSpec { name: name.clone(), partitions, replication_factor, config, validate_only: false };
-        let created = self.broker.topics.create(spec).await.unwrap();
+        let created = self.broker.api.topics.topics.create(spec).await.unwrap();
         self.broker
             .partitions
             .until(|hosted| hosted.topic(name).is_some_and(|topic| topic.revision >= created.revision))
@@ -129,12 +127,12 @@ impl TestBroker {
     }
 
     /// Changes the metadata directly in the store, and returns when the broker has applied that.
-    async fn change(&self, transaction: Transaction) {
+    pub(super) async fn change(&self, transaction: Transaction) {
         self.store.transact(transaction).await.unwrap();
         // A later change is applied later, so its end shows that this change is applied.
         let later = TopicName::new("later").unwrap();
         self.create(&later, 1).await;
-        self.broker.topics.delete(&later).await.unwrap();
+        self.broker.api.topics.topics.delete(&later).await.unwrap();
         self.broker.partitions.until(|hosted| hosted.topic(&later).is_none()).await;
     }
 
@@ -149,7 +147,12 @@ impl TestBroker {
         let payload = Some(v1::append_request::Payload::Records(v1::RecordList { records }));
         let topic = "t".to_owned();
         let request = v1::AppendRequest { topic, partition, timeout_ms, payload, ..Default::default() };
-        self.broker.append(request, &ProducerIdQuota::default(), &self.broker.call_memory()).await
+        self.broker.api.produce.append(request, &ProducerIdQuota::default(), &self.broker.api.call_memory()).await
+    }
+
+    /// Returns partition 0 of topic `t`, if it is led here.
+    fn partition_0(&self) -> Result<Arc<Partition>, ApiError> {
+        self.broker.api.fetch.lookup.partition("t", 0)
     }
 
     /// Returns the number of open partitions of a topic, and of its replicas on the disk.
@@ -229,7 +232,7 @@ async fn request_for_foreign_partition_returns_leader() {
     let bench = TestBroker::start(dir.path(), false).await;
     let name = TopicName::new("t").unwrap();
     let id = bench.create(&name, 1).await;
-    assert!(bench.broker.partition("t", 0).is_ok());
+    assert!(bench.partition_0().is_ok());
     let key = bench.keys.partition(PartitionId::new(id, 0));
     let before = bench.store.get(&key).await.unwrap().entry.unwrap().value;
     let before = PartitionValue::decode(&key, &before).unwrap();
@@ -245,7 +248,7 @@ async fn request_for_foreign_partition_returns_leader() {
     let put = Transaction::new().put(bench.keys.broker(other), theirs.encode()).put(key.clone(), led.encode());
     bench.change(put).await;
 
-    let error = bench.broker.partition("t", 0).err().unwrap();
+    let error = bench.partition_0().err().unwrap();
     assert_eq!((error.code, error.number("leader")), (ErrorCode::NotLeader, Some(2)));
     assert_eq!(error.number("leader_epoch"), Some(i64::from(led.leader_epoch.as_i32())));
     assert_eq!(error.metadata.get("address").map(String::as_str), Some("broker-2:9460"));
@@ -253,7 +256,7 @@ async fn request_for_foreign_partition_returns_leader() {
     // Broker 2 is gone, and no other replica is in sync, so the controller elects no leader.
     let leaderless = PartitionValue { isr: vec![other], ..led.leaderless() };
     bench.change(Transaction::new().delete(bench.keys.broker(other)).put(key, leaderless.encode())).await;
-    let error = bench.broker.partition("t", 0).err().unwrap();
+    let error = bench.partition_0().err().unwrap();
     assert_eq!((error.code, error.metadata.get("leader")), (ErrorCode::NotLeader, None), "{error}");
     bench.stop().await;
 }
@@ -267,7 +270,7 @@ async fn start_continues_while_partition_is_leaderless() {
     let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
     let name = TopicName::new("t").unwrap();
     let id = PartitionId::new(bench.create(&name, 1).await, 0);
-    wait_for("the broker leads the partition", async || bench.broker.partition("t", 0).ok()).await;
+    wait_for("the broker leads the partition", async || bench.partition_0().ok()).await;
     let (key, topic, other) = (bench.keys.partition(id), bench.keys.topic(&name), BrokerId(2));
     let value = async |key: &str| store.get(key).await.unwrap().entry.unwrap().value;
     let before = PartitionValue::decode(&key, &value(&key).await).unwrap();
@@ -280,13 +283,13 @@ async fn start_continues_while_partition_is_leaderless() {
     bench.stop().await;
 
     let bench = TestBroker::with_store(dir.path(), false, store).await;
-    assert_eq!(bench.broker.catching_up(), 1, "a leader may be elected");
-    assert!(!bench.broker.is_started());
+    assert_eq!(bench.broker.health.catching_up(), 1, "a leader may be elected");
+    assert!(!bench.broker.health.is_started());
     // The listener accepts connections and sends nothing, so the broker is not declared gone.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let theirs = BrokerValue::running_at(silent.local_addr().unwrap().to_string());
     bench.change(Transaction::new().put(bench.keys.broker(other), theirs.encode()).put(key, led.encode())).await;
-    wait_for("the replica is catching up", async || (bench.broker.catching_up() == 1).then_some(())).await;
+    wait_for("the replica is catching up", async || (bench.broker.health.catching_up() == 1).then_some(())).await;
     let Readiness::NotReady(reason) = bench.broker.readiness() else { panic!("the replica is not in sync") };
     assert!(reason.contains("local replicas that have not been in sync yet: 1"), "{reason}");
     bench.stop().await;
@@ -338,7 +341,7 @@ async fn watermarks_of_unresponsive_leader_are_unknown() {
 
     // Partition 0 is led here as soon as it is open.
     let described = wait_for("partition 0 is served", async || {
-        let described = bench.broker.describe_topic("t").await.unwrap().partitions;
+        let described = bench.broker.api.describe.describe_topic("t").await.unwrap().partitions;
         described[0].leader_error.is_none().then_some(described)
     })
     .await;
@@ -346,7 +349,7 @@ async fn watermarks_of_unresponsive_leader_are_unknown() {
     let unknown = described[1].leader_error.as_ref().unwrap();
     assert!(unknown.message.contains("broker 2 does not respond: 127.0.0.1:1"), "{unknown:?}");
     assert_eq!((described[1].leader, &described[1].isr), (Some(2), &vec![2]), "the leader is in the metadata");
-    let cluster = bench.broker.describe_cluster().await;
+    let cluster = bench.broker.api.operations.describe_cluster().await;
     let [mine, silent] = cluster.brokers.as_slice() else { panic!("two brokers expected: {cluster:?}") };
     assert!(mine.stats.is_some() && silent.stats.is_none() && silent.error.is_some(), "{cluster:?}");
     assert_eq!((mine.leader_count, silent.leader_count, cluster.partitions), (1, 1, 2));
@@ -361,7 +364,7 @@ async fn superseded_broker_leads_no_partition() {
     let bench = TestBroker::start(dir.path(), false).await;
     let id = bench.create(&TopicName::new("t").unwrap(), 1).await;
     let (key, me) = (bench.keys.partition(PartitionId::new(id, 0)), bench.keys.broker(BrokerId(1)));
-    wait_for("the broker leads the partition", async || bench.broker.partition("t", 0).ok()).await;
+    wait_for("the broker leads the partition", async || bench.partition_0().ok()).await;
     let before = PartitionValue::decode(&key, &bench.store.get(&key).await.unwrap().entry.unwrap().value).unwrap();
     let registered = bench.store.get(&me).await.unwrap().entry.unwrap();
     let mine = BrokerValue::decode(&me, &registered.value).unwrap();
@@ -369,12 +372,12 @@ async fn superseded_broker_leads_no_partition() {
     let given = PartitionValue { leader_epoch: LeaderEpoch(before.leader_epoch.0 + 1), ..before };
     let put = Transaction::new().put(me, theirs.encode()).put(key, given.encode());
     bench.store.transact(put).await.unwrap();
-    let refused = wait_for("the broker no longer leads", async || bench.broker.partition("t", 0).err()).await;
+    let refused = wait_for("the broker no longer leads", async || bench.partition_0().err()).await;
     assert_eq!(refused.code, ErrorCode::NotLeader);
     let epoch = bench.broker.partitions.by_id(PartitionId::new(id, 0)).unwrap().epoch();
     assert_eq!(epoch, given.leader_epoch, "the epoch is that of the new assignment");
     bench.change(Transaction::new()).await;
-    assert!(bench.broker.partition("t", 0).is_err(), "the broker stays without leadership");
+    assert!(bench.partition_0().is_err(), "the broker stays without leadership");
     bench.stop().await;
 }
 
@@ -409,7 +412,7 @@ async fn timed_out_append_holds_no_memory() {
         assert_eq!(append(0, 50).await.expect_err("broker 2 does not run").code, ErrorCode::Timeout);
     }
     append(1, 30_000).await.expect("the ISR is this broker alone");
-    wait_for("all memory is freed", async || (bench.broker.produce_memory.taken() == 0).then_some(())).await;
+    wait_for("all memory is freed", async || (bench.broker.api.produce.memory.taken() == 0).then_some(())).await;
 
     // The wait for memory counts: only the rest of the time is for the acknowledgement.
     let since = clock::monotonic();
@@ -458,36 +461,6 @@ async fn topic_deletion_is_completed_after_store_outage() {
     bench.stop().await;
 }
 
-/// Regression: a process exited while the store had no leader. The partitions waited until the lease of that process
-/// expired, although all peers had detected the exit.
-#[tokio::test]
-async fn failed_deletion_of_registration_is_retried() {
-    let dir = tempfile::tempdir().unwrap();
-    let bench = TestBroker::start(dir.path(), false).await;
-    bench.broker.ctx.metadata.wait_until(|state| state.controller() == Some(BrokerId(1))).await;
-    let key = bench.keys.broker(BrokerId(2));
-    // No process listens at that port.
-    let gone = BrokerValue::running_at("127.0.0.1:1".to_owned());
-    bench.store.transact(Transaction::new().put(key.clone(), gone.encode())).await.unwrap();
-    let epoch = bench.store.get(&key).await.unwrap().entry.unwrap().create_revision;
-    bench.broker.ctx.metadata.wait_for_revision(epoch).await;
-    let wait = Duration::from_secs(1);
-    let peers = PeerClient::new(Arc::new(TcpConnector::between_brokers(wait)), wait);
-    let detector = FailureDetector::new(Arc::downgrade(&bench.broker), peers, bench.tasks.clone());
-    bench.faulty_store.transactions([Some(faulty::Fault::Refused); 4]);
-    detector.link_lost(BrokerId(2), epoch, DisconnectReason::Refused);
-    wait_for("the registration is deleted", async || {
-        bench.store.get(&key).await.unwrap().entry.is_none().then_some(())
-    })
-    .await;
-    // The same process is registered again, so the report was false, and further reports are ignored.
-    bench.change(Transaction::new().put(key.clone(), gone.encode())).await;
-    let epoch = bench.store.get(&key).await.unwrap().entry.unwrap().create_revision;
-    let report = peer::FailureReport { reporter: BrokerId(1), broker: BrokerId(2), epoch, seen: String::new() };
-    assert_eq!(bench.broker.confirm_failure(report, &detector).await, Ok(false));
-    bench.stop().await;
-}
-
 /// Creates one topic of one partition, which was led in an incarnation that has ended.
 async fn led_before(dir: &Path, store: &EmbeddedStore) -> (TopicName, PartitionId, PartitionValue) {
     let bench = TestBroker::with_store(dir, false, store.clone()).await;
@@ -518,7 +491,7 @@ async fn restored_value_grants_no_leadership_until_restart() {
     store.transact(Transaction::new().put(key.clone(), "{\"replicas\":[")).await.unwrap();
     let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
     bench.change(Transaction::new().put(key, before.encode())).await;
-    let error = bench.broker.partition("t", 0).err().expect("the replica is held back");
+    let error = bench.partition_0().err().expect("the replica is held back");
     assert_eq!(error.code, ErrorCode::StorageFailed);
     assert!(error.message.contains("restart the broker"), "{error}");
     assert!(bench.broker.partitions.by_id(id).is_none(), "the replica is not open");
@@ -569,9 +542,9 @@ async fn recompression_takes_memory_before_decompression() {
         batch.push(clock::wall_ms(), None, Some(&[7; 100]), &[]).unwrap();
         let payload = Some(v1::append_request::Payload::Batch(batch.finish(None).unwrap().to_bytes()));
         let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms, payload, ..Default::default() };
-        bench.broker.append(request, &ProducerIdQuota::default(), &bench.broker.call_memory()).await
+        bench.broker.api.produce.append(request, &ProducerIdQuota::default(), &bench.broker.api.call_memory()).await
     };
-    let memory = bench.broker.produce_memory.of(1 << 20);
+    let memory = bench.broker.api.produce.memory.of(1 << 20);
     let taken = memory.take(memory.bytes() - (8 << 10)).await;
     let error = append(300).await.expect_err("there is memory for the batch, but not for the recompressed batch");
     assert_eq!((error.code, error.retryable), (ErrorCode::Overloaded, true));
@@ -589,14 +562,14 @@ async fn large_record_list_waits_for_its_compression_turn() {
     let bench = TestBroker::start(dir.path(), true).await;
     let config = ConfigMap::from([("compression.type".to_owned(), "gzip".to_owned())]);
     bench.create_with(&TopicName::new("t").unwrap(), 1, config).await;
-    let memory = bench.broker.call_memory();
+    let memory = bench.broker.api.call_memory();
     let append = async |value: Vec<u8>, timeout_ms| {
         let records = vec![v1::Record { value: Some(value.into()), ..Default::default() }];
         let payload = Some(v1::append_request::Payload::Records(v1::RecordList { records }));
         let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms, payload, ..Default::default() };
-        bench.broker.append(request, &ProducerIdQuota::default(), &memory).await
+        bench.broker.api.produce.append(request, &ProducerIdQuota::default(), &memory).await
     };
-    let turn = memory.rewriter(&bench.broker.decompressor).in_turn().await;
+    let turn = memory.rewriter(&bench.broker.api.produce.decompressor).in_turn().await;
     append(vec![7; 1000], 20_000).await.expect("a small list is compressed at once");
     let error = append(vec![7; 2 << 20], 300).await.expect_err("another batch of the connection has the turn");
     assert_eq!((error.code, error.retryable), (ErrorCode::Overloaded, true));

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Connections of one client.
-pub(super) struct ConnectionPool {
+pub(crate) struct ConnectionPool {
     connect: Arc<dyn Connector>,
     connect_timeout: Duration,
     channels: Mutex<BTreeMap<BrokerAddress, Arc<OnceCell<BrokerChannel>>>>,
@@ -29,20 +29,20 @@ impl fmt::Debug for ConnectionPool {
 }
 
 impl ConnectionPool {
-    pub(super) fn new(connect: Arc<dyn Connector>, connect_timeout: Duration) -> Self {
+    pub(crate) fn new(connect: Arc<dyn Connector>, connect_timeout: Duration) -> Self {
         Self { connect, connect_timeout, channels: Mutex::default() }
     }
 
     /// Returns the connection to `address`; makes it if there is none. A broken connection reconnects for the next
     /// call; the calls in progress fail.
-    pub(super) async fn wire(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
+    pub(crate) async fn wire(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         let cell = self.channels.lock().entry(address.clone()).or_default().clone();
         let channel = cell.get_or_try_init(|| self.connect(address)).await?;
         Ok(channel.clone())
     }
 
     /// Makes a separate connection to `address`, so that a refusal by the host is detected now.
-    pub(super) async fn fresh(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
+    pub(crate) async fn fresh(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         self.connect(address).await
     }
 

@@ -35,7 +35,6 @@ mod error;
 mod fake_broker;
 mod metadata;
 mod options;
-pub mod peers;
 pub mod producer;
 mod replica_selector;
 mod retry_status;

@@ -34,7 +34,7 @@ use super::{
     streams,
 };
 use crate::{
-    broker::{Broker, Budgets, CallMemory, LogService, admin_service, peer_service},
+    broker::{Broker, Budgets, CallMemory, OpenedBroker},
     limits,
     partition::MemoryBudget,
     proto::{
@@ -182,12 +182,12 @@ struct RequestMemory {
 
 /// Returns the services for clients, which reflection lists. The peer service is on another listener.
 pub(super) fn routes(
-    broker: &Arc<Broker>,
+    broker: &Broker,
     health: tonic_health::pb::health_server::HealthServer<impl tonic_health::pb::health_server::Health>,
     reflection: bool,
 ) -> anyhow::Result<Routes> {
-    let log = LogService::new(broker);
-    let mut routes = Routes::new(log.clone().server()).add_service(admin_service(broker)).add_service(health);
+    let log = broker.log_service();
+    let mut routes = Routes::new(log.clone().server()).add_service(broker.admin_service()).add_service(health);
     if reflection {
         // Most tools request v1 first; grpcio-reflection and older tools support only v1alpha.
         let inventory = || {
@@ -203,8 +203,8 @@ pub(super) fn routes(
 
 /// Returns the services for other brokers; `None` for a standalone broker. The cluster limits the number of other
 /// brokers, so their calls take no memory from that for clients.
-pub(super) fn peer_routes(broker: &Arc<Broker>) -> Option<Routes> {
-    peer_service(broker).map(|peer| layered(Routes::new(peer).into_axum_router(), None))
+pub(super) fn peer_routes(broker: &OpenedBroker) -> Option<Routes> {
+    broker.peer_service().map(|peer| layered(Routes::new(peer).into_axum_router(), None))
 }
 
 fn layered(routes: Router, memory: Option<RequestMemory>) -> Routes {

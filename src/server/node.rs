@@ -18,7 +18,7 @@ use super::{
     grpc,
 };
 use crate::{
-    broker::{self, Broker, NodeContext, TierHandle},
+    broker::{self, Broker, NodeContext, OpenedBroker, TierHandle},
     client::Connector,
     cluster::{
         BrokerState, BrokerValue, Endpoints, Keys, MetaBindingStore, MetaStore, MetadataCache, MeteredStore,
@@ -185,7 +185,7 @@ impl Node {
     pub async fn begin_stop(&self, within: Duration) {
         grpc::report(&self.health, ServingStatus::NotServing).await;
         if !self.standalone {
-            self.broker.transfer_leadership(&self.session, within / 2).await;
+            self.broker.transfer_leadership(within / 2).await;
         }
         self.broker.stop().await;
         if !self.standalone {
@@ -287,19 +287,19 @@ impl NodeStart<'_> {
             standalone: alone,
             tasks: Tasks::new(),
         };
-        let broker = Broker::open(ctx, Arc::clone(&outside.connect)).await;
-        if let Some(routes) = grpc::peer_routes(&broker) {
+        let opened = OpenedBroker::open(ctx, Arc::clone(&outside.connect)).await;
+        if let Some(routes) = grpc::peer_routes(&opened) {
             serve_peers(routes);
         }
-        let registered = self.register(&admission, pending_start, incarnation, &broker, &metadata).await;
+        let registered = self.register(&admission, pending_start, incarnation, &opened, &metadata).await;
         let (session, unverified) = match registered {
             Ok(registered) => registered,
             Err(error) => {
-                broker.stop().await;
+                opened.stop().await;
                 return Err(error);
             }
         };
-        broker.activate(&session, unverified).await;
+        let broker = opened.activate(session.clone(), unverified).await;
         let (health, service) = grpc::health();
         let routes = grpc::routes(&broker, service, config.grpc.reflection)?;
         grpc::report(&health, ServingStatus::Serving).await;
@@ -315,7 +315,7 @@ impl NodeStart<'_> {
         admission: &ClusterAdmission<'_>,
         pending_start: Option<PendingStart>,
         incarnation: Uuid,
-        broker: &Arc<Broker>,
+        broker: &OpenedBroker,
         metadata: &MetadataCache,
     ) -> anyhow::Result<(Session, BTreeSet<PartitionId>)> {
         let (log, percent) = (self.log.clone(), self.config.broker.disk_pressure_percent);

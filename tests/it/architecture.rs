@@ -361,7 +361,7 @@ fn restricted_import_is_found() {
         ("log/segment.rs", "use std::{fs, io};", "the file system"),
         ("log/diskette.rs", "use std::fs;", "the file system"),
         ("tier/cache.rs", "fn f() { tokio::fs::read(x) }", "the file system"),
-        ("broker/fetch.rs", "use object_store::path::Path;", "object stores"),
+        ("broker/api/fetch/mod.rs", "use object_store::path::Path;", "object stores"),
         ("cluster/embedded.rs", "use etcd_client::Client;", "etcd"),
         ("partition/actor.rs", "use tonic::Status;", "gRPC"),
         ("partition/actor.rs", "use tonic_types::StatusExt;", "gRPC"),

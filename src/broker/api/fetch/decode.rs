@@ -1,0 +1,268 @@
+//! Decoded responses: batches are replaced by their records, for clients that do not decode batches.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{FetchResponseBuilder, FetchSession, Granted};
+use crate::{
+    broker::{CallMemory, Grant, errors},
+    limits,
+    model::{Compression, Offset, PartitionId},
+    partition::{Decompressor, INLINE_BYTES},
+    proto::{
+        error::{ApiError, ErrorCode},
+        v1,
+    },
+    record::{Batch, MalformedBatch, Record},
+};
+
+/// Bytes of records after which a decoded response takes no more. Compressed records can grow a thousandfold, but a
+/// response must fit into one message, and into memory until it is sent.
+pub(super) const DECODED_BYTES: usize = limits::MAX_FETCH_BYTES;
+
+/// The same limit for a response with little memory, in bytes.
+pub(super) const SMALL_DECODED_BYTES: usize = DECODED_BYTES / 16;
+
+/// Maximum bytes of records in a decoded response. A first record is accepted up to this size.
+const MAX_DECODED_BYTES: usize = limits::MAX_MESSAGE_BYTES - (4 << 20);
+
+/// A first record needs more memory than was reserved for one.
+pub(super) struct RecordTooLarge {
+    pub(super) bytes: usize,
+}
+
+impl FetchSession {
+    /// Replaces the batches of a response by their records. Returns the bytes of the records.
+    ///
+    /// # Errors
+    /// `RecordTooLarge`: the response must be read again with more memory.
+    pub(super) async fn decode(&mut self, gathered: &mut FetchResponseBuilder) -> Result<usize, RecordTooLarge> {
+        self.restore_now();
+        // A batch that is being decompressed stays charged after its call has ended.
+        let charge = Arc::new(self.grant.as_mut().map(Granted::split));
+        let mut decoder = Decoder {
+            decompressor: self
+                .memory
+                .decompressor(&self.fetch.decompressor)
+                .charged(Arc::<Option<Grant>>::clone(&charge)),
+            memory: &self.memory,
+            room: self.grant.as_ref().map_or(DECODED_BYTES, |granted| granted.records / 2 - self.record_bytes),
+            record_bytes: self.record_bytes,
+            has_record: false,
+            decoded_bytes: 0,
+        };
+        let mut used = 0;
+        for (fetched, place) in gathered.partitions.iter_mut().zip(&gathered.places) {
+            let Some(place) = place.map(|index| &self.places[index]) else { continue };
+            match decoder.decode(fetched, (place.served.id(), place.from), &mut used).await {
+                Ok(()) => {}
+                Err(Undecoded::TooLarge(record)) => return Err(record),
+                Err(Undecoded::Refused(error)) => {
+                    self.fetch.ctx.metrics.fetch_errors.count(error.code.as_str());
+                    fetched.error = Some(error.into());
+                }
+            }
+        }
+        drop(decoder);
+        if let (Some(granted), Some(charge)) = (&mut self.grant, Arc::into_inner(charge).flatten()) {
+            granted.end_read(charge);
+        }
+        Ok(used)
+    }
+}
+
+/// Reason why a response has no records of a partition.
+enum Undecoded {
+    Refused(ApiError),
+    TooLarge(RecordTooLarge),
+}
+
+impl<E: Into<ApiError>> From<E> for Undecoded {
+    fn from(error: E) -> Self {
+        Self::Refused(error.into())
+    }
+}
+
+/// Decoder for the batches of one response.
+struct Decoder<'a> {
+    decompressor: Decompressor,
+    memory: &'a CallMemory,
+    /// Bytes of records after which the response takes no more.
+    room: usize,
+    /// Bytes reserved for one first record.
+    record_bytes: usize,
+    /// True once a record used this reservation.
+    has_record: bool,
+    /// Bytes of batches and records decoded since the last yield to other tasks.
+    decoded_bytes: usize,
+}
+
+impl Decoder<'_> {
+    /// Replaces the batches of a partition by their records from an offset on, while there is space. `used` is the
+    /// total of all partitions.
+    ///
+    /// An error means that the partition has no records in the response. If records precede a corrupt batch, the next
+    /// read returns the error.
+    async fn decode(
+        &mut self,
+        fetched: &mut v1::FetchedPartition,
+        (id, from): (PartitionId, Offset),
+        used: &mut usize,
+    ) -> Result<(), Undecoded> {
+        let mut bytes = Bytes::from(std::mem::take(&mut fetched.chunks).concat());
+        while !bytes.is_empty() {
+            let batch = Batch::split_from(&mut bytes).map_err(errors::malformed_batch)?;
+            let first = fetched.records.is_empty();
+            if *used >= self.room && !(first && batch.compression() == Compression::None) {
+                // The space is used up, so the following batches need not be decompressed.
+                fetched.next_offset = from.max(batch.base_offset()).as_i64();
+                return if first { Err(response_full(fetched, self.room < DECODED_BYTES).into()) } else { Ok(()) };
+            }
+            let mut opened = self.open((id, &batch), from, *used, self.room).await;
+            if let Ok(DecodedRecords { records, left: Some((_, size)), .. }) = &opened
+                && first
+                && records.is_empty()
+                && *used + *size <= MAX_DECODED_BYTES
+            {
+                // The first record is returned at any size for which there is memory.
+                let size = *size;
+                self.reserve_record(size)?;
+                opened = self.open((id, &batch), from, 0, size).await;
+            }
+            self.decoded_bytes += batch.encoded_len() + opened.as_ref().map_or(0, |taken| taken.used);
+            if self.decoded_bytes > INLINE_BYTES {
+                self.decoded_bytes = 0;
+                tokio::task::yield_now().await;
+            }
+            match opened {
+                Ok(taken) => {
+                    *used += taken.used;
+                    fetched.records.extend(taken.records);
+                    let Some((offset, size)) = taken.left else { continue };
+                    fetched.next_offset = offset.as_i64();
+                    return match fetched.records.is_empty() {
+                        true if size > MAX_DECODED_BYTES => Err(record_too_large(fetched, size).into()),
+                        // One message cannot hold this record together with those of other partitions.
+                        true => Err(response_full(fetched, self.room < DECODED_BYTES).into()),
+                        false => Ok(()),
+                    };
+                }
+                Err(error) => {
+                    fetched.next_offset = from.max(batch.base_offset()).as_i64();
+                    let first = fetched.records.is_empty();
+                    return if first { Err(undecodable(fetched, &batch, &error).into()) } else { Ok(()) };
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reserves memory for a first record that exceeds the space of the response.
+    fn reserve_record(&mut self, bytes: usize) -> Result<(), Undecoded> {
+        if bytes <= self.record_bytes && !std::mem::replace(&mut self.has_record, true) {
+            return Ok(());
+        }
+        match self.memory.reserve_more(2 * bytes) {
+            // A record larger than all before is read again, after its memory was reserved in turn. Memory of smaller
+            // records is already in the response.
+            Err(_) if bytes > self.record_bytes => Err(Undecoded::TooLarge(RecordTooLarge { bytes })),
+            reserved => Ok(reserved?),
+        }
+    }
+
+    /// Decompresses a batch. A connection decompresses one batch at a time.
+    async fn open(
+        &self,
+        (id, batch): (PartitionId, &Batch),
+        from: Offset,
+        used: usize,
+        room: usize,
+    ) -> Result<DecodedRecords, MalformedBatch> {
+        let room = room.saturating_sub(used);
+        let work = move |batch: &Batch, max_bytes: usize| take_records(batch, max_bytes, from, room);
+        self.decompressor.open_stored(id, batch, work).await
+    }
+}
+
+/// Records taken from a batch.
+struct DecodedRecords {
+    records: Vec<v1::Record>,
+    /// Bytes of the records.
+    used: usize,
+    /// Offset and size of the first record that does not fit.
+    left: Option<(Offset, usize)>,
+}
+
+fn take_records(batch: &Batch, max_bytes: usize, from: Offset, room: usize) -> Result<DecodedRecords, MalformedBatch> {
+    // A slice would keep all decompressed bytes in memory until the response is sent.
+    let copies = batch.compression() != Compression::None;
+    let keep = |bytes: Bytes| if copies { Bytes::copy_from_slice(&bytes) } else { bytes };
+    let mut taken = DecodedRecords { records: Vec::new(), used: 0, left: None };
+    let mut records = batch.records_within(max_bytes)?;
+    records.skip_below(from)?;
+    for entry in records {
+        let (offset, record) = entry?;
+        let size = record_bytes(&record);
+        if taken.used + size > room {
+            taken.left = Some((offset, size));
+            break;
+        }
+        taken.used += size;
+        let headers = record.headers.into_iter().map(|h| v1::Header { key: h.key, value: h.value.map(keep) }).collect();
+        taken.records.push(v1::Record {
+            key: record.key.map(keep),
+            value: record.value.map(keep),
+            headers,
+            timestamp_ms: Some(record.timestamp_ms),
+            offset: offset.as_i64(),
+        });
+    }
+    Ok(taken)
+}
+
+/// Returns the maximum bytes of a record in a response.
+fn record_bytes(record: &Record) -> usize {
+    let length = |bytes: &Option<Bytes>| bytes.as_ref().map_or(0, Bytes::len);
+    let headers = record.headers.iter().map(|header| header.key.len() + length(&header.value) + 32);
+    length(&record.key) + length(&record.value) + headers.sum::<usize>() + 64
+}
+
+/// Returns the error for a partition whose records do not fit, because those of other partitions fill the response. A
+/// retry of the same request fails again, unless the response was small.
+fn response_full(fetched: &v1::FetchedPartition, is_small: bool) -> ApiError {
+    let message = format!(
+        "the response is full before the records of topic {}, partition {}: read this partition again, alone or first",
+        fetched.topic, fetched.partition
+    );
+    ApiError { retryable: is_small, ..ApiError::new(ErrorCode::Overloaded, message) }
+}
+
+/// Returns the error for a record that fits into no decoded response, and must be read as a batch.
+fn record_too_large(fetched: &v1::FetchedPartition, size: usize) -> ApiError {
+    let message = format!(
+        "the record at offset {} has {size} bytes, more than a decoded response holds: read its batch without decode",
+        fetched.next_offset
+    );
+    ApiError::new(ErrorCode::RecordTooLarge, message).with("offset", fetched.next_offset)
+}
+
+/// Returns the error for a batch whose records cannot be decoded. The broker stores batches without decoding all of
+/// their records, so a reader may be the first to find such records.
+fn undecodable(fetched: &v1::FetchedPartition, batch: &Batch, error: &MalformedBatch) -> ApiError {
+    let (base, end) = (batch.base_offset(), batch.end_offset());
+    if let MalformedBatch::NoMemory { max, setting, .. } = error {
+        let message = format!(
+            "topic {}, partition {}: the batch at offset {base} has more than {max} bytes of records: read the batch \
+             without decode, or raise {setting}",
+            fetched.topic, fetched.partition
+        );
+        return ApiError::new(ErrorCode::RecordTooLarge, message).with("offset", base);
+    }
+    let message = format!(
+        "topic {}, partition {}: the records of the batch at offset {base} cannot be decoded: {error}; read the batch \
+         without decode, or continue at offset {end}",
+        fetched.topic, fetched.partition
+    );
+    ApiError::new(ErrorCode::DataCorrupt, message).with("offset", base).with("next", end)
+}

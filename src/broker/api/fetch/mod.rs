@@ -1,0 +1,597 @@
+//! Fetching: the fetch stream and the unary read.
+//!
+//! # Overview
+//!
+//! A [`FetchSession`] holds the partitions of one reader and its position in each. [`WakeSet`] reports the partitions
+//! with new records, so a reader of ten thousand idle partitions costs nothing. Reads of several partitions run
+//! concurrently: a read from the object store does not delay partitions whose records are in memory.
+//!
+//! A reader that accepts any replica is also served by an in-sync follower, below the high watermark known to that
+//! follower. The role of a partition is checked after each read: a follower that was removed from the ISR sends its
+//! readers to the leader. Only a leader rejects an offset above the log end. An offset below the committed log start is
+//! out of range on every replica.
+//!
+//! `max_wait_ms` bounds the wait for records that do not exist yet. A unary read waits for existing records, on disk or
+//! in the object store, within a separate bound.
+
+mod decode;
+mod memory;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::{FutureExt as _, Stream, StreamExt as _, stream::FuturesUnordered};
+use tokio::{sync::watch, time::Instant};
+use tonic::Status;
+
+use self::{
+    decode::RecordTooLarge,
+    memory::{Granted, MIN_READ_BYTES},
+    stream::FetchStreamState,
+};
+use super::{errors, service::Requests};
+use crate::{
+    broker::{CallMemory, Grant, node_context::NodeContext, partitions::lookup::ReplicaLookup},
+    limits,
+    log::ReadLimits,
+    model::{Offset, PartitionId},
+    partition::{Decompressor, FetchedBatches, Partition, PartitionReader, ReadError, ReadSource, WakeSet},
+    proto::{
+        error::{ApiError, ErrorCode},
+        v1,
+    },
+    task::{Tasks, clock},
+};
+
+/// Maximum number of concurrent reads of one session.
+const MAX_CONCURRENT_READS: usize = 8;
+
+/// Maximum time that a response with enough bytes waits for reads in progress. These reads end with the call: without
+/// the wait, partitions in memory would keep partitions on disk out of every response.
+const OTHER_READS_DELAY: Duration = Duration::from_millis(100);
+
+/// Default for the maximum bytes of a response.
+const DEFAULT_BYTES: usize = 1 << 20;
+
+/// Maximum number of partitions of a fetch or read that is not charged for them.
+const FEW_PARTITIONS: usize = 16;
+
+/// Memory of one partition of a fetch or read, with its entry in a response and without the topic name, in bytes.
+const PARTITION_STATE_BYTES: usize = 512;
+
+/// Handler of reads.
+pub(in crate::broker) struct Fetch {
+    pub(super) ctx: NodeContext,
+    pub(in crate::broker) lookup: ReplicaLookup,
+    pub(super) decompressor: Decompressor,
+    /// True while the lease has expired.
+    pub(super) lease: watch::Receiver<bool>,
+    /// Cancelled when the streams of clients must end.
+    pub(super) stop: Tasks,
+}
+
+type ReadOutcome = (usize, Result<Option<FetchedBatches>, ReadError>);
+
+/// Outcome of a read, with the memory that the read held.
+type EndedRead = (ReadOutcome, Option<Grant>);
+
+/// One partition of a session.
+struct FetchPartitionState {
+    served: Arc<Partition>,
+    topic: String,
+    partition: i32,
+    /// `None` after a failure: the session skips the partition from then on.
+    reader: Option<PartitionReader>,
+    /// Offset that the client requested.
+    from: Offset,
+    position: Offset,
+    /// True while a read from `position` is in progress. A second read would return the same records again.
+    reading: bool,
+    /// True if the partition became ready again during that read.
+    again: bool,
+}
+
+impl FetchPartitionState {
+    /// Returns true if this broker has committed records at or above the position.
+    fn has_more(&self) -> bool {
+        self.reader.as_ref().is_some_and(|reader| self.position < reader.watermarks().high_watermark)
+    }
+}
+
+/// Limits on the size and delay of one response.
+#[derive(Clone, Copy)]
+struct FetchLimits {
+    min_bytes: usize,
+    max_bytes: usize,
+    max_wait: Duration,
+    /// Maximum bytes of several reads together: the size of one message.
+    message_bytes: usize,
+}
+
+impl FetchLimits {
+    fn new(min_bytes: u32, max_bytes: u32, max_wait_ms: u32) -> Self {
+        let max_bytes = if max_bytes == 0 { DEFAULT_BYTES } else { max_bytes as usize };
+        let max_bytes = max_bytes.min(limits::MAX_FETCH_BYTES);
+        Self {
+            min_bytes: (min_bytes as usize).clamp(1, max_bytes),
+            max_bytes,
+            max_wait: Duration::from_millis(max_wait_ms.min(limits::MAX_FETCH_WAIT_MS).into()),
+            message_bytes: limits::MAX_BATCH_BYTES,
+        }
+    }
+}
+
+/// A response being built.
+#[derive(Default)]
+struct FetchResponseBuilder {
+    partitions: Vec<v1::FetchedPartition>,
+    /// Index in the session of each of `partitions`; `None` for rejected partitions.
+    places: Vec<Option<usize>>,
+    /// Index in `partitions`, by index in the session.
+    entries: BTreeMap<usize, usize>,
+    bytes: usize,
+    failed: bool,
+    /// True if the next read outcome does not fit.
+    full: bool,
+}
+
+/// The partitions of one reader.
+struct FetchSession {
+    fetch: Arc<Fetch>,
+    places: Vec<FetchPartitionState>,
+    ready: Arc<WakeSet>,
+    reading: FuturesUnordered<Pin<Box<dyn Future<Output = EndedRead> + Send>>>,
+    /// Read outcome that did not fit into the last response. The next response starts with this outcome, so small
+    /// batches cannot delay a large one for ever.
+    held: Option<ReadOutcome>,
+    terms: FetchLimits,
+    memory: CallMemory,
+    /// Memory for the partitions, if there are many.
+    named: Option<Grant>,
+    /// Memory for the response being built.
+    grant: Option<Granted>,
+    /// Size of the largest expected batch, in bytes.
+    expected_batch_bytes: usize,
+    /// Size of the largest batch for which a read had not enough memory, in bytes.
+    max_batch_bytes: usize,
+    /// Size of a first decoded record with a separate reservation, in bytes.
+    record_bytes: usize,
+    /// True if in-sync followers may serve this session.
+    any_replica: bool,
+    /// Rejected partitions, to be reported in the next response.
+    refused: Vec<v1::FetchedPartition>,
+}
+
+impl FetchSession {
+    fn new(fetch: Arc<Fetch>, terms: FetchLimits, memory: CallMemory) -> Self {
+        let (ready, reading) = (Arc::default(), FuturesUnordered::new());
+        Self {
+            fetch,
+            places: Vec::new(),
+            ready,
+            reading,
+            held: None,
+            terms,
+            memory,
+            named: None,
+            grant: None,
+            expected_batch_bytes: 0,
+            max_batch_bytes: 0,
+            record_bytes: 0,
+            any_replica: false,
+            refused: Vec::new(),
+        }
+    }
+
+    /// Replaces the partitions of the session. A partition that is already being read continues at its position, unless
+    /// `restart`.
+    fn assign(&mut self, wanted: Vec<v1::FetchPartition>, restart: bool, any_replica: bool) -> Result<(), ApiError> {
+        self.any_replica = any_replica;
+        if wanted.len() > limits::MAX_FETCH_PARTITIONS {
+            return Err(errors::invalid(format!(
+                "{} partitions in one fetch, at most {} are allowed: send several requests",
+                wanted.len(),
+                limits::MAX_FETCH_PARTITIONS
+            )));
+        }
+        let mut named = BTreeSet::new();
+        if let Some(twice) = wanted.iter().find(|want| !named.insert((want.topic.as_str(), want.partition))) {
+            let shown: String = twice.topic.chars().take(100).collect();
+            return Err(errors::invalid(format!(
+                "topic {shown:?}, partition {} is named twice in one fetch: name each partition once",
+                twice.partition
+            )));
+        }
+        self.named = None;
+        if wanted.len() > FEW_PARTITIONS {
+            let names = wanted.iter().map(|want| want.topic.len()).sum::<usize>();
+            self.named = Some(self.memory.session(wanted.len() * PARTITION_STATE_BYTES + 4 * names)?);
+        }
+        self.drop_reads();
+        let before = std::mem::take(&mut self.places);
+        (self.ready, self.held) = (Arc::default(), None);
+        let kept = before.iter().filter(|place| !restart && place.reader.is_some());
+        let positions: BTreeMap<PartitionId, Offset> = kept.map(|place| (place.served.id(), place.position)).collect();
+        (self.expected_batch_bytes, self.max_batch_bytes) = (0, 0);
+        for want in wanted {
+            match self.fetch.readable(&want, any_replica) {
+                Ok(partition) => {
+                    // Matched by id, not by name: a recreated topic is another topic.
+                    let from = match positions.get(&partition.id()) {
+                        Some(position) => *position,
+                        None => errors::offset(want.offset)?,
+                    };
+                    let max_batch_bytes = partition.config().max_message_bytes.min(MIN_READ_BYTES);
+                    self.expected_batch_bytes = self.expected_batch_bytes.max(max_batch_bytes);
+                    let reader = partition.reader().clone();
+                    reader.add_listener(&self.ready, self.places.len());
+                    self.places.push(FetchPartitionState {
+                        served: partition,
+                        topic: want.topic,
+                        partition: want.partition,
+                        reader: Some(reader),
+                        from,
+                        position: from,
+                        reading: false,
+                        again: false,
+                    });
+                }
+                Err(error) => {
+                    self.fetch.ctx.metrics.fetch_errors.count(error.code.as_str());
+                    self.refused.push(self.fetch.refused_partition(want, error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts reads of ready partitions.
+    fn begin_reads(&mut self, max_bytes: usize) {
+        while self.may_begin_read()
+            && let Some(granted) = &mut self.grant
+            && let Some(index) = self.ready.take()
+        {
+            let place = &mut self.places[index];
+            if place.reading {
+                place.again = true;
+                continue;
+            }
+            let Some(reader) = &place.reader else { continue };
+            place.reading = true;
+            let (position, limits) = (place.position, ReadLimits { max_bytes, max_batch_bytes: granted.batch_bytes });
+            let charge = Arc::new(granted.begin_read());
+            let reader = reader.charged(Arc::<Grant>::clone(&charge));
+            self.reading.push(Box::pin(async move {
+                let outcome = reader.read(position, limits).await;
+                drop(reader);
+                ((index, outcome), Arc::into_inner(charge))
+            }));
+        }
+    }
+
+    /// Adds the outcome of a read to the response, and the memory of the read to that of the response.
+    fn absorb_ended(&mut self, (outcome, charge): EndedRead, gathered: &mut FetchResponseBuilder) {
+        if let (Some(granted), Some(charge)) = (&mut self.grant, charge) {
+            granted.end_read(charge);
+        }
+        self.absorb(outcome, gathered);
+    }
+
+    /// Adds the outcome of a read to the response.
+    fn absorb(&mut self, (index, outcome): ReadOutcome, gathered: &mut FetchResponseBuilder) {
+        if let Ok(Some(fetched)) = &outcome
+            && gathered.bytes > 0
+            && gathered.bytes + fetched.bytes > self.terms.message_bytes
+        {
+            // One message cannot hold both.
+            gathered.full = true;
+            self.held = Some((index, outcome));
+            return;
+        }
+        if let Some(bytes) = self.lacks_memory_for(&outcome, gathered) {
+            return self.read_later(index, bytes, gathered);
+        }
+        let place = &mut self.places[index];
+        let status = place.served.status();
+        let is_not_served = match &outcome {
+            // The records are committed in any case, and the client reads them again from a replica that serves it.
+            Ok(_) => !status.role.serves(self.any_replica),
+            Err(ReadError::OutOfRange { offset, .. }) => {
+                !status.role.leads() && *offset >= place.served.committed_log_start()
+            }
+            Err(_) => false,
+        };
+        if (is_not_served || outcome.is_err()) && gathered.has_records(index) {
+            // The records before the error form a response of their own.
+            gathered.full = true;
+            self.held = Some((index, outcome));
+            return;
+        }
+        place.reading = false;
+        let again = std::mem::take(&mut place.again);
+        let Some(reader) = &place.reader else { return };
+        if is_not_served {
+            place.reader = None;
+            gathered.failed = true;
+            let error = self.fetch.lookup.not_leader(&place.topic, place.partition, place.served.id());
+            self.fetch.ctx.metrics.fetch_errors.count(error.code.as_str());
+            return gathered.entry(index, place).error = Some(error.into());
+        }
+        match outcome {
+            Ok(None) if again => self.ready.mark(index),
+            Ok(None) => {}
+            Ok(Some(fetched)) => {
+                let high_watermark = reader.watermarks().high_watermark;
+                place.position = fetched.next;
+                let by_source = &self.fetch.ctx.metrics.fetch_bytes;
+                let counter = match fetched.source {
+                    ReadSource::Memory => &by_source.memory,
+                    ReadSource::Disk => &by_source.disk,
+                    ReadSource::ObjectStore => &by_source.bucket,
+                };
+                counter.inc_by(fetched.bytes as u64);
+                let by_role = &self.fetch.ctx.metrics.fetch_role_bytes;
+                let counter = if status.role.leads() { &by_role.leader } else { &by_role.follower };
+                counter.inc_by(fetched.bytes as u64);
+                let next = fetched.next;
+                gathered.add(index, place, fetched);
+                if next < high_watermark {
+                    self.ready.mark(index);
+                }
+            }
+            Err(error) => {
+                place.reader = None;
+                gathered.failed = true;
+                let error = self.fetch.read_refused(place.served.id(), error);
+                self.fetch.ctx.metrics.fetch_errors.count(error.code.as_str());
+                gathered.entry(index, place).error = Some(error.into());
+            }
+        }
+    }
+
+    /// Gathers everything that is available without waiting.
+    fn gather_now(&mut self, gathered: &mut FetchResponseBuilder) {
+        gathered.failed |= !self.refused.is_empty();
+        self.refused.drain(..).for_each(|refused| gathered.refuse(refused));
+        if let Some(held) = self.held.take() {
+            self.absorb(held, gathered);
+        }
+        self.undrain(gathered);
+        let Some(max_bytes) = self.grant.as_ref().map(|granted| granted.max_bytes) else { return };
+        while gathered.bytes < max_bytes && !gathered.full && self.grant.is_some() {
+            self.begin_reads(self.read_bytes(max_bytes - gathered.bytes));
+            match self.reading.next().now_or_never() {
+                Some(Some(ended)) => self.absorb_ended(ended, gathered),
+                Some(None) | None => break,
+            }
+        }
+        if gathered.bytes == 0 && self.reading.is_empty() {
+            // Nothing was found. A response that waits for records holds no memory.
+            self.grant = None;
+        }
+    }
+
+    /// Adds an error to the response for each partition that is still being read.
+    fn time_out_reads(&self, gathered: &mut FetchResponseBuilder) {
+        let reading = self.places.iter().enumerate().filter(|(_, place)| place.reading && place.reader.is_some());
+        for (index, place) in reading {
+            let (offset, bound) = (place.position, self.fetch.ctx.config.tier.fetch_max_wait);
+            let (code, source) = if offset < place.served.watermarks().local_start {
+                (ErrorCode::ObjectStoreUnavailable, "the object store")
+            } else {
+                (ErrorCode::Timeout, "this broker's disk")
+            };
+            let message = format!(
+                "{source} has not served offset {offset} within {bound:?} (tier.fetch_max_wait), and the read \
+                 continues: retry"
+            );
+            self.fetch.ctx.metrics.fetch_errors.count(code.as_str());
+            gathered.entry(index, place).error = Some(ApiError::new(code, message).with("offset", offset).into());
+        }
+    }
+
+    /// Marks the partitions with records, if the response has neither records nor errors. Returns true if it marked
+    /// any.
+    fn mark_unread(&self, gathered: &FetchResponseBuilder) -> bool {
+        if gathered.bytes > 0 || gathered.failed {
+            return false;
+        }
+        let unread = self.places.iter().enumerate().filter(|(_, place)| place.has_more());
+        unread.map(|(index, _)| self.ready.mark(index)).count() > 0
+    }
+
+    /// Adds an entry with watermarks for each partition that has no entry in the response.
+    fn complete(&self, gathered: &mut FetchResponseBuilder) {
+        for (index, place) in self.places.iter().enumerate() {
+            if !gathered.entries.contains_key(&index) {
+                gathered.entry(index, place);
+            }
+        }
+    }
+
+    /// Gathers the response of a unary read.
+    async fn gather(&mut self, decode: bool, deadline: Instant) -> Result<FetchResponseBuilder, ApiError> {
+        let max_wait = self.fetch.ctx.config.tier.fetch_max_wait;
+        let mut gathered = FetchResponseBuilder::default();
+        let (mut reading_since, mut enough_since, mut looked_again) = (None, None, false);
+        loop {
+            if self.needs_memory() {
+                let reserved = tokio::time::timeout(max_wait, self.reserve(decode)).await;
+                reserved.map_err(|_| self.memory.no_response_memory())?;
+                // The time until here was spent on memory, not on the disk.
+                reading_since = None;
+            }
+            self.gather_now(&mut gathered);
+            if gathered.is_enough(self.min_bytes()) {
+                let until = *enough_since.get_or_insert_with(clock::monotonic) + OTHER_READS_DELAY;
+                let has_room = !gathered.failed && !gathered.full && gathered.bytes < self.terms.max_bytes;
+                if !has_room || tokio::time::timeout_at(until, self.next_read(&mut gathered)).await != Ok(true) {
+                    break;
+                }
+                continue;
+            }
+            // Records that are being read exist, so the wait for them has a separate bound.
+            let awaits_records = gathered.bytes == 0 && !self.reading.is_empty();
+            let until = if awaits_records {
+                *reading_since.get_or_insert_with(clock::monotonic) + max_wait
+            } else {
+                reading_since = None;
+                deadline
+            };
+            if tokio::time::timeout_at(until, self.wait_for_data(&mut gathered)).await.is_ok() {
+                continue;
+            }
+            if awaits_records {
+                self.time_out_reads(&mut gathered);
+            }
+            // Records that arrived since the last check still go into this response.
+            if awaits_records || std::mem::replace(&mut looked_again, true) || !self.mark_unread(&gathered) {
+                break;
+            }
+        }
+        self.complete(&mut gathered);
+        Ok(gathered)
+    }
+
+    /// Waits for one more read outcome. Returns false if no read is in progress.
+    async fn next_read(&mut self, gathered: &mut FetchResponseBuilder) -> bool {
+        let ended = self.reading.next().await;
+        ended.map(|ended| self.absorb_ended(ended, gathered)).is_some()
+    }
+
+    /// Waits for one more read outcome, or until a partition becomes ready.
+    async fn wait_for_data(&mut self, gathered: &mut FetchResponseBuilder) {
+        self.release_unused(gathered);
+        let (ready, more) = (Arc::clone(&self.ready), self.awaits_marks());
+        let ended = tokio::select! {
+            biased;
+            Some(ended) = self.reading.next(), if !self.reading.is_empty() => Some(ended),
+            () = ready.wait_for_index(), if more => None,
+        };
+        if let Some(ended) = ended {
+            self.absorb_ended(ended, gathered);
+        }
+    }
+}
+
+impl Fetch {
+    /// Returns the partition for a reader, if this broker serves it.
+    fn readable(&self, want: &v1::FetchPartition, any_replica: bool) -> Result<Arc<Partition>, ApiError> {
+        self.lookup.readable(want, errors::topic_id(&want.topic_id)?, any_replica)
+    }
+
+    /// Returns the response entry of a partition that is not read here, with the watermarks of the replica if one is
+    /// open.
+    fn refused_partition(&self, want: v1::FetchPartition, error: ApiError) -> v1::FetchedPartition {
+        let id = errors::topic_id(&want.topic_id).ok();
+        let replica = id.and_then(|id| self.lookup.open_replica(&want.topic, id, want.partition));
+        let mut refused =
+            v1::FetchedPartition { next_offset: want.offset, error: Some(error.into()), ..Default::default() };
+        if let Some(replica) = replica {
+            let watermarks = replica.watermarks();
+            (refused.log_start, refused.high_watermark) =
+                (watermarks.log_start.as_i64(), watermarks.high_watermark.as_i64());
+        }
+        (refused.topic, refused.partition) = (want.topic, want.partition);
+        refused
+    }
+
+    /// Returns the error for a rejected read, with the leader to contact instead.
+    fn read_refused(&self, id: PartitionId, error: ReadError) -> ApiError {
+        let is_led_elsewhere = matches!(error, ReadError::Closed);
+        let error = ApiError::from(error);
+        if is_led_elsewhere { self.lookup.with_leader_hint(id, error) } else { error }
+    }
+
+    /// Returns a receiver of lease expiry and its end. A lease that has already expired counts as a change.
+    fn lease_expiry(&self) -> watch::Receiver<bool> {
+        let mut expiry = self.lease.clone();
+        if *expiry.borrow_and_update() {
+            expiry.mark_changed();
+        }
+        expiry
+    }
+
+    /// Serves a unary read.
+    pub(in crate::broker) async fn read(
+        self: &Arc<Self>,
+        request: v1::ReadRequest,
+        memory: CallMemory,
+    ) -> Result<v1::ReadResponse, ApiError> {
+        let terms = FetchLimits::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
+        self.lookup
+            .wait_for_topics(request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str())))
+            .await;
+        let mut session = FetchSession::new(Arc::clone(self), terms, memory);
+        session.assign(request.partitions, true, request.any_replica)?;
+        let deadline = clock::monotonic() + terms.max_wait;
+        loop {
+            let mut gathered = session.gather(request.decode, deadline).await?;
+            let decoded = if request.decode { session.decode(&mut gathered).await } else { Ok(0) };
+            match decoded {
+                Ok(record_bytes) => {
+                    session.on_made(gathered.bytes + record_bytes, gathered.partitions.len());
+                    let lease_expired = *session.fetch.lease.borrow();
+                    return Ok(v1::ReadResponse { partitions: gathered.partitions, lease_expired });
+                }
+                Err(RecordTooLarge { bytes }) => session.read_again(bytes, gathered),
+            }
+        }
+    }
+
+    /// Serves a fetch stream.
+    pub(super) fn fetch(
+        self: &Arc<Self>,
+        requests: Requests<v1::FetchRequest>,
+        memory: CallMemory,
+    ) -> impl Stream<Item = Result<v1::FetchResponse, Status>> + Send + use<> {
+        let state = FetchStreamState::new(Arc::clone(self), requests, memory);
+        futures::stream::unfold(state, |mut state| async move { Some((state.next().await?, state)) })
+    }
+}
+
+impl FetchResponseBuilder {
+    /// Adds the records of a read to the entry of a partition.
+    fn add(&mut self, index: usize, place: &FetchPartitionState, fetched: FetchedBatches) {
+        self.bytes += fetched.bytes;
+        self.entry(index, place).chunks.extend(fetched.chunks);
+    }
+
+    /// Returns the entry of a partition in the response, with its current watermarks.
+    fn entry(&mut self, index: usize, place: &FetchPartitionState) -> &mut v1::FetchedPartition {
+        let at = *self.entries.entry(index).or_insert_with(|| {
+            let (topic, partition) = (place.topic.clone(), place.partition);
+            self.partitions.push(v1::FetchedPartition { topic, partition, ..Default::default() });
+            self.places.push(Some(index));
+            self.partitions.len() - 1
+        });
+        let (status, watermarks) = (place.served.status(), place.served.watermarks());
+        let entry = &mut self.partitions[at];
+        entry.log_start = watermarks.log_start.as_i64();
+        entry.high_watermark = watermarks.high_watermark.as_i64();
+        entry.next_offset = place.position.as_i64();
+        entry.from_follower = !status.role.leads();
+        entry.leader_epoch = status.epoch.as_i32();
+        entry
+    }
+
+    fn has_records(&self, index: usize) -> bool {
+        self.entries.get(&index).is_some_and(|at| !self.partitions[*at].chunks.is_empty())
+    }
+
+    fn refuse(&mut self, refused: v1::FetchedPartition) {
+        self.partitions.push(refused);
+        self.places.push(None);
+    }
+
+    fn is_enough(&self, min_bytes: usize) -> bool {
+        self.failed || self.full || self.bytes >= min_bytes
+    }
+}

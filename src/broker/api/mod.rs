@@ -1,0 +1,116 @@
+//! The requests of clients and operators: one part per family of requests, and the one mapping from errors to responses.
+//!
+//! Every request takes the same steps: validate, look up the partition (or reject with the leader), serve.
+
+mod describe;
+mod errors;
+mod fetch;
+mod offsets;
+mod operations;
+mod produce;
+mod rebuild;
+mod service;
+mod topics;
+
+use std::sync::Arc;
+
+pub use self::service::{AdminService, LogService, Requests};
+use self::{
+    describe::Describe, fetch::Fetch, offsets::OffsetFinder, operations::Operations, produce::Produce,
+    rebuild::ManifestRebuilder, topics::TopicAdmin,
+};
+use super::{
+    background::Background,
+    budget::{Budgets, CallMemory, Pools},
+    health::Health,
+    node_context::NodeContext,
+    partitions::{lookup::ReplicaLookup, maintenance_failures::MaintenanceFailures, table::PartitionTable},
+    replication::peer_status::PeerStatus,
+};
+use crate::{cluster::Topics, partition::Decompressor, task::Tasks};
+
+/// Handlers of all requests.
+pub(super) struct Api {
+    pub(super) produce: Arc<Produce>,
+    pub(super) fetch: Arc<Fetch>,
+    pub(super) offsets: OffsetFinder,
+    pub(super) topics: TopicAdmin,
+    pub(super) describe: Describe,
+    pub(super) operations: Operations,
+    rebuilder: ManifestRebuilder,
+    budgets: Budgets,
+    /// Cancels the streams of clients.
+    streams: Tasks,
+}
+
+/// Parts of a broker that its requests use.
+pub(super) struct ApiDeps {
+    pub(super) partitions: Arc<PartitionTable>,
+    pub(super) failures: Arc<MaintenanceFailures>,
+    pub(super) health: Arc<Health>,
+    pub(super) topics: Topics,
+    pub(super) peer_status: PeerStatus,
+    pub(super) budgets: Budgets,
+    pub(super) produce_memory: Pools,
+}
+
+impl Api {
+    pub(super) fn new(ctx: &NodeContext, background: &Background, deps: ApiDeps) -> Self {
+        let ApiDeps { partitions, failures, health, topics, peer_status, budgets, produce_memory } = deps;
+        let (streams, peer_status) = (Tasks::new(), Arc::new(peer_status));
+        let lookup = ReplicaLookup::new(ctx, Arc::clone(&partitions));
+        // One decompressor for all compressed batches bounds their memory.
+        let decompressor = Decompressor::new(ctx.config.limits.decompression_memory_bytes);
+        let lease = &background.lease;
+        Self {
+            produce: Arc::new(Produce::new(
+                ctx.clone(),
+                lookup.clone(),
+                produce_memory,
+                decompressor.clone(),
+                Arc::clone(&background.producer_ids),
+                failures,
+                streams.clone(),
+            )),
+            fetch: Arc::new(Fetch {
+                ctx: ctx.clone(),
+                lookup: lookup.clone(),
+                decompressor: decompressor.clone(),
+                lease: lease.subscribe(),
+                stop: streams.clone(),
+            }),
+            offsets: OffsetFinder {
+                lookup,
+                decompressor,
+                lease: lease.subscribe(),
+                max_wait: ctx.config.tier.fetch_max_wait,
+            },
+            topics: TopicAdmin { ctx: ctx.clone(), topics, partitions: Arc::clone(&partitions) },
+            describe: Describe {
+                ctx: ctx.clone(),
+                partitions,
+                peers: Arc::clone(&peer_status),
+                lease: lease.subscribe(),
+            },
+            operations: Operations::new(ctx.clone(), peer_status, Arc::clone(lease), health),
+            rebuilder: ManifestRebuilder::new(ctx.clone()),
+            budgets,
+            streams,
+        }
+    }
+
+    /// Returns the memory budgets of requests and responses.
+    pub(super) fn budgets(&self) -> &Budgets {
+        &self.budgets
+    }
+
+    /// Returns the memory of a call that arrived on no connection.
+    pub(super) fn call_memory(&self) -> CallMemory {
+        CallMemory::new(self.budgets.clone(), self.budgets.connection(|| {}))
+    }
+
+    /// Ends the streams of clients.
+    pub(super) async fn stop(&self) {
+        self.streams.stop().await;
+    }
+}

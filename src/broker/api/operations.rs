@@ -1,0 +1,390 @@
+//! Cluster description and admin operations: translates requests to `cluster::ClusterOperations`.
+//!
+//! The response to an operation is sent when the operation is committed and this broker's metadata cache contains it,
+//! so that the next request finds it.
+
+use std::sync::Arc;
+
+use super::{describe::numbers, errors::invalid, topics::name};
+use crate::{
+    broker::{
+        background::lease_monitor::LeaseMonitor,
+        health::Health,
+        node_context::NodeContext,
+        replication::peer_status::{PeerStatus, ReplicaReport, useless},
+    },
+    cluster::{
+        self, BrokerValue, ClusterOperations, ElectError, OperationResult, PartitionEntry, ReplicaPosition, Revision,
+        UncleanCandidate, Versioned, successor,
+    },
+    model::{BrokerId, Offset, PartitionId, TopicName},
+    proto::{
+        error::{ApiError, ErrorCode},
+        v1,
+    },
+    task::clock,
+};
+
+/// Number of reassignments that are described before a yield to other tasks.
+const MAX_CONCURRENT_REASSIGNMENTS: usize = 256;
+
+/// Handler of the cluster description and of admin operations.
+pub(in crate::broker) struct Operations {
+    ctx: NodeContext,
+    operations: ClusterOperations,
+    peers: Arc<PeerStatus>,
+    lease: Arc<LeaseMonitor>,
+    health: Arc<Health>,
+}
+
+impl Operations {
+    pub(super) fn new(ctx: NodeContext, peers: Arc<PeerStatus>, lease: Arc<LeaseMonitor>, health: Arc<Health>) -> Self {
+        let (store, keys, metadata) = (Arc::clone(&ctx.store), ctx.keys.clone(), ctx.metadata.clone());
+        let operations = ClusterOperations::new(store, keys, metadata, ctx.config.topic_defaults.clone());
+        Self { ctx, operations, peers, lease, health }
+    }
+
+    pub(in crate::broker) async fn describe_cluster(&self) -> v1::DescribeClusterResponse {
+        let alive = self.ctx.metadata.state().brokers().keys().copied().collect();
+        let mut broker_stats = self.peers.request_stats(alive).await;
+        let (state, census) = (self.ctx.metadata.state(), self.operations.stats());
+        let brokers = census.brokers.iter().map(|(id, load)| {
+            let draining = state.drains().get(id).map(|drain| drain.value.since_ms);
+            let mut broker = v1::BrokerDescription {
+                id: id.0,
+                draining_since_ms: draining,
+                blocked: draining.map_or(0, |_| u32::try_from(self.operations.stuck(*id)).unwrap_or(u32::MAX)),
+                leader_count: load.leaders,
+                replica_count: load.replicas,
+                in_sync_count: load.in_sync,
+                ..Default::default()
+            };
+            if let Some(registration) = state.brokers().get(id) {
+                describe_registration(&mut broker, registration);
+                if *id == self.ctx.id {
+                    // The registration shows this state late, and on a standalone broker never.
+                    broker.disk_pressure |= self.ctx.metrics.disk_pressure.get() > 0;
+                    broker.disk_full |= self.health.is_full();
+                }
+                match broker_stats.remove(id) {
+                    Some(Ok(stats)) => broker.stats = Some(stats),
+                    Some(Err(error)) => broker.error = Some(error.into()),
+                    None => {}
+                }
+            }
+            broker
+        });
+        let unreadable = self.operations.unreadable().into_iter();
+        v1::DescribeClusterResponse {
+            brokers: brokers.collect(),
+            cluster: self.ctx.config.cluster.clone(),
+            controller: state.controller().map(|id| id.0),
+            topics: census.topics,
+            partitions: census.partitions,
+            leaderless: census.leaderless,
+            under_replicated: census.under_replicated,
+            under_min_isr: census.under_min_isr,
+            reassigning: census.moving,
+            unreadable: unreadable.map(|(key, error)| v1::UnreadableKey { key, error }).collect(),
+            metadata_staleness_ms: u64::try_from(self.lease.metadata_staleness().as_millis()).unwrap_or(u64::MAX),
+            responder: self.ctx.id.0,
+            unavailable: census
+                .unavailable
+                .iter()
+                .map(|(topic, number)| v1::TopicPartition { topic: topic.to_string(), partition: number.cast_signed() })
+                .collect(),
+        }
+    }
+
+    pub(super) async fn drain_broker(&self, broker: u32) -> Result<v1::DrainBrokerResponse, ApiError> {
+        let drained = self.operations.drain(BrokerId(broker), clock::wall_ms()).await?;
+        let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        Ok(v1::DrainBrokerResponse {
+            changed: drained.changed,
+            since_ms: drained.since_ms,
+            leader_count: count(drained.leaders),
+            replica_count: count(drained.replicas),
+            blocked: drained.stuck.iter().map(|id| self.named(*id)).collect(),
+            eligible_brokers: count(drained.eligible_brokers),
+            leaderless: count(drained.leaderless),
+        })
+    }
+
+    pub(super) async fn undrain_broker(&self, broker: u32) -> Result<v1::UndrainBrokerResponse, ApiError> {
+        Ok(v1::UndrainBrokerResponse { changed: self.operations.undrain(BrokerId(broker)).await? })
+    }
+
+    pub(super) async fn reassign(
+        &self,
+        request: v1::ReassignPartitionsRequest,
+    ) -> Result<v1::ReassignPartitionsResponse, ApiError> {
+        let (topic, partition) = (name(&request.topic)?, number(request.partition)?);
+        if request.replicas.is_empty() {
+            return Err(invalid("replicas is empty: name as many brokers as the topic's replication factor"));
+        }
+        let replicas: Vec<BrokerId> = request.replicas.iter().copied().map(BrokerId).collect();
+        let ordered = self.operations.reassign(&topic, partition, &replicas).await?;
+        Ok(v1::ReassignPartitionsResponse { partitions: self.reassignments(&ordered).await })
+    }
+
+    pub(super) async fn list_reassignments(
+        &self,
+        request: &v1::ListReassignmentsRequest,
+    ) -> Result<v1::ListReassignmentsResponse, ApiError> {
+        let (topic, partition) = filter(&request.topic, request.partition)?;
+        let moving = self.operations.moving(topic.as_ref(), partition)?;
+        Ok(v1::ListReassignmentsResponse { partitions: self.reassignments(&moving).await })
+    }
+
+    pub(super) async fn cancel_reassignment(
+        &self,
+        request: &v1::CancelReassignmentRequest,
+    ) -> Result<v1::CancelReassignmentResponse, ApiError> {
+        let (topic, partition) = filter(&request.topic, request.partition)?;
+        let ordered = self.operations.cancel(topic.as_ref(), partition).await?;
+        Ok(v1::CancelReassignmentResponse { partitions: self.reassignments(&ordered).await })
+    }
+
+    pub(super) async fn elect_leader(
+        &self,
+        request: v1::ElectLeaderRequest,
+    ) -> Result<v1::ElectLeaderResponse, ApiError> {
+        let topic = name(&request.topic)?;
+        let partition = number(Some(request.partition))?.unwrap_or_default();
+        if request.unclean {
+            return self.elect_unclean(&topic, partition, &request).await;
+        }
+        if request.validate_only || request.leader.is_some() || request.revision.is_some() || request.discard_local {
+            return Err(invalid(
+                "validate_only, leader, revision and discard_local require unclean: set unclean or leave them out",
+            ));
+        }
+        let ordered = self.operations.elect(&topic, partition).await?;
+        Ok(self.operation_result("preferred", &ordered).await)
+    }
+
+    async fn elect_unclean(
+        &self,
+        topic: &TopicName,
+        partition: u32,
+        request: &v1::ElectLeaderRequest,
+    ) -> Result<v1::ElectLeaderResponse, ApiError> {
+        let expect = request.revision.map(Revision);
+        if let (Some(to), Some(_)) = (request.leader, expect) {
+            self.still_usable(topic, partition, BrokerId(to), request.discard_local).await?;
+            let ordered =
+                self.operations.elect_unclean(topic, partition, BrokerId(to), expect, request.discard_local).await?;
+            return Ok(self.operation_result("unclean", &ordered).await);
+        }
+        if request.leader.is_some() || expect.is_some() || request.discard_local {
+            return Err(invalid(
+                "leader and revision must be set together, and discard_local requires both: copy them from the \
+                 response to validate_only",
+            ));
+        }
+        let found = self.operations.leaderless_partition(topic, partition)?;
+        let reports = self.ask_replicas(&found).await;
+        let tiered_end = self.ctx.metadata.partition(found.id).as_ref().map_or(Offset::ZERO, committed_tiered_end);
+        // Last resort: an offline replica that restarts at the tiered end. The lost offsets are unknown then.
+        let restarted = || {
+            let broker = reports.offline.filter(|_| tiered_end > Offset::ZERO && !reports.is_incomplete)?;
+            Some(UncleanCandidate { broker, loss: None })
+        };
+        let usable = successor(&found.value.replicas, &reports.positions, tiered_end);
+        let discard = usable.is_none();
+        let best = usable.or_else(restarted);
+        let Some(best) = best else {
+            let partition = format!("{topic}/{partition}");
+            return Err(ElectError::Silent { partition, replicas: found.value.replicas }.into());
+        };
+        let mut response = election_result(&found);
+        if request.validate_only {
+            response.leader = best.broker.0;
+        } else {
+            let revision = Some(found.revision);
+            let ordered = self.operations.elect_unclean(topic, partition, best.broker, revision, discard).await?;
+            response = self.operation_result("unclean", &ordered).await;
+        }
+        if let Some(loss) = best.loss {
+            (response.lost_start, response.lost_end) = (loss.from.as_i64(), loss.to.as_i64());
+        }
+        Ok(v1::ElectLeaderResponse { replicas: reports.replicas, discard_local: discard, ..response })
+    }
+
+    /// Rejects the election if the replica to be elected responded earlier and does not now. The operator did not agree
+    /// to the loss of its log.
+    async fn still_usable(
+        &self,
+        topic: &TopicName,
+        partition: u32,
+        to: BrokerId,
+        discard: bool,
+    ) -> Result<(), ElectError> {
+        // An error here means that an earlier attempt of this operation succeeded, or the operation itself returns the
+        // error.
+        let Ok(found) = self.operations.leaderless_partition(topic, partition) else { return Ok(()) };
+        if discard || self.ask_replicas(&found).await.positions.iter().any(|position| position.broker == to) {
+            return Ok(());
+        }
+        Err(ElectError::Unusable { partition: format!("{topic}/{partition}"), id: to })
+    }
+
+    /// Counts an election, waits until this broker's metadata cache contains it, and returns the response.
+    async fn operation_result(&self, cause: &'static str, ordered: &OperationResult) -> v1::ElectLeaderResponse {
+        if ordered.changed {
+            self.ctx.metrics.elections.count(cause);
+        }
+        self.operations.wait_until_cached(std::slice::from_ref(ordered)).await;
+        election_result(ordered)
+    }
+
+    /// Requests the reports of a partition's replicas.
+    async fn ask_replicas(&self, found: &OperationResult) -> ReplicaReports {
+        let (id, value) = (found.id, &found.value);
+        let state = self.ctx.metadata.state();
+        let alive = value.replicas.iter().filter(|id| state.brokers().contains_key(id));
+        let wanted = alive.map(|broker| (*broker, vec![id])).collect();
+        drop(state);
+        let mut responses = self.peers.request_reports(wanted).await;
+        let mut reports = ReplicaReports::default();
+        for broker in &value.replicas {
+            let mut replica = v1::ReplicaDescription {
+                broker: broker.0,
+                in_sync: value.isr.contains(broker),
+                eligible: value.elr.contains(broker),
+                ..Default::default()
+            };
+            match responses.remove(broker).map(|response| response.map(|mut replicas| replicas.remove(&id))) {
+                Some(Ok(Some(Ok(ReplicaReport { watermarks, last_epoch, .. })))) => {
+                    replica.high_watermark = watermarks.high_watermark.as_i64();
+                    replica.log_end = watermarks.log_end.as_i64();
+                    replica.last_epoch = last_epoch.map(|epoch| epoch.as_i32());
+                    replica.empty = watermarks.local_start >= watermarks.log_end;
+                    let (broker, log_end, high_watermark) = (*broker, watermarks.log_end, watermarks.high_watermark);
+                    reports.positions.push(ReplicaPosition { broker, last_epoch, log_end, high_watermark });
+                }
+                Some(Ok(Some(Err(reason)))) => {
+                    replica.error = Some(useless(*broker, &reason).into());
+                    reports.offline = reports.offline.or(Some(*broker));
+                }
+                Some(Ok(None)) => {
+                    replica.error = Some(not_open(*broker).into());
+                    reports.is_incomplete = true;
+                }
+                Some(Err(error)) => {
+                    replica.error = Some(error.into());
+                    reports.is_incomplete = true;
+                }
+                None => replica.error = Some(not_registered(*broker).into()),
+            }
+            reports.replicas.push(replica);
+        }
+        reports
+    }
+
+    async fn reassignments(&self, ordered: &[OperationResult]) -> Vec<v1::Reassignment> {
+        self.operations.wait_until_cached(ordered).await;
+        let mut reassignments = Vec::with_capacity(ordered.len());
+        for chunk in ordered.chunks(MAX_CONCURRENT_REASSIGNMENTS) {
+            reassignments.extend(chunk.iter().map(|result| self.reassignment(result)));
+            tokio::task::yield_now().await;
+        }
+        reassignments
+    }
+
+    fn reassignment(&self, ordered: &OperationResult) -> v1::Reassignment {
+        let value = &ordered.value;
+        let queued = value.has_queued() && !value.is_reassigning();
+        // A queued reassignment is shown as it will be.
+        let started = value.start_queued().filter(|_| queued);
+        let shown = started.as_ref().unwrap_or(value);
+        let stays = |id: &BrokerId| !shown.removing.contains(id);
+        let target: Vec<BrokerId> = shown.replicas.iter().copied().filter(stays).collect();
+        v1::Reassignment {
+            partition: Some(self.named(ordered.id)),
+            replicas: numbers(&target),
+            adding: numbers(&shown.adding),
+            removing: numbers(&shown.removing),
+            queued,
+            isr: numbers(&value.isr),
+            leader: value.leader.map(|leader| leader.0),
+            changed: ordered.changed,
+        }
+    }
+
+    /// Returns a partition with the name of its topic, or with the topic id if the topic was deleted meanwhile.
+    fn named(&self, id: PartitionId) -> v1::TopicPartition {
+        let state = self.ctx.metadata.state();
+        let topic = state.name(id.topic).map_or_else(|| id.topic.to_string(), ToString::to_string);
+        v1::TopicPartition { topic, partition: id.number.cast_signed() }
+    }
+}
+
+/// Adds the content of a broker's registration.
+fn describe_registration(broker: &mut v1::BrokerDescription, registration: &Versioned<BrokerValue>) {
+    let value = &registration.value;
+    broker.alive = true;
+    broker.address = value.listeners.client().to_owned();
+    broker.http_address = value.listeners.http().unwrap_or_default().to_owned();
+    broker.peer_address = value.listeners.peer().unwrap_or_default().to_owned();
+    broker.rack = value.rack.clone().unwrap_or_default();
+    broker.broker_epoch = registration.create_revision.0;
+    broker.version.clone_from(&value.version);
+    broker.stopping = value.state == cluster::BrokerState::Stopping;
+    broker.disk_pressure = value.disk_pressure;
+    broker.disk_full = value.disk_full;
+    broker.max_replicas = value.max_replicas.unwrap_or_default();
+}
+
+fn election_result(ordered: &OperationResult) -> v1::ElectLeaderResponse {
+    v1::ElectLeaderResponse {
+        leader: ordered.value.leader.map(|leader| leader.0).unwrap_or_default(),
+        leader_epoch: ordered.value.leader_epoch.as_i32(),
+        changed: ordered.changed,
+        revision: ordered.revision.0,
+        ..Default::default()
+    }
+}
+
+fn committed_tiered_end(entry: &PartitionEntry) -> Offset {
+    entry.tier.as_ref().map_or(Offset::ZERO, |tier| tier.value.tiered_end())
+}
+
+/// Reports of a partition's replicas.
+#[derive(Default)]
+struct ReplicaReports {
+    /// Entries for the response, in the order of the replicas.
+    replicas: Vec<v1::ReplicaDescription>,
+    /// Log positions of the replicas whose brokers responded.
+    positions: Vec<ReplicaPosition>,
+    /// First registered broker whose replica is offline.
+    offline: Option<BrokerId>,
+    /// True if a registered broker has not responded, or has not opened its replica yet.
+    is_incomplete: bool,
+}
+
+fn not_registered(broker: BrokerId) -> ApiError {
+    ApiError::new(ErrorCode::NotReady, format!("broker {broker} is not registered"))
+}
+
+fn not_open(broker: BrokerId) -> ApiError {
+    let message = format!("broker {broker} has not opened its replica yet");
+    ApiError::new(ErrorCode::NotReady, message)
+}
+
+fn number(partition: Option<i32>) -> Result<Option<u32>, ApiError> {
+    let Some(number) = partition else { return Ok(None) };
+    u32::try_from(number).map(Some).map_err(|_| invalid(format!("partition {number} is negative: use 0 or more")))
+}
+
+/// Parses the scope of a request: all topics, one topic, or one partition.
+fn filter(topic: &str, partition: Option<i32>) -> Result<(Option<TopicName>, Option<u32>), ApiError> {
+    let partition = number(partition)?;
+    if topic.is_empty() {
+        return match partition {
+            None => Ok((None, None)),
+            Some(number) => Err(invalid(format!("partition {number} has no topic: name the topic"))),
+        };
+    }
+    Ok((Some(name(topic)?), partition))
+}

@@ -1,0 +1,232 @@
+//! The batch of a write before it is queued: checked, in the codec of its topic, and with its produce memory.
+
+use prost::Message as _;
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
+
+use super::{super::errors, Produce};
+use crate::{
+    broker::{CallMemory, ProducerIdQuota},
+    limits,
+    model::{Compression, TopicConfig},
+    partition::{AdmitError, AppendError, DecompressPurpose, Decompressor, INLINE_BYTES, MemoryBudget, Partition},
+    proto::{
+        error::{ApiError, ErrorCode},
+        v1::{self, append_request::Payload},
+    },
+    record::{Batch, BatchBuilder, BuildError, Fingerprint, HEADER_BYTES, Header, MalformedBatch, TimestampRange},
+    task::clock,
+};
+
+/// Maximum bytes of a message besides its batch with which the batch shares the memory of the message.
+const MAX_SURPLUS_BYTES: usize = 4 << 10;
+
+/// A checked batch of a write, and its properties.
+pub(super) struct Incoming {
+    pub(super) batch: Batch,
+    /// Fingerprint of the batch that the client sent; `None` if the client sent records.
+    pub(super) fingerprint: Option<Fingerprint>,
+    /// Range of the timestamps that the client set.
+    pub(super) timestamps: TimestampRange,
+    /// Reason why the topic rejects the batch.
+    pub(super) refusal: Option<AdmitError>,
+    /// Produce memory, if it was taken before the batch was built.
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Produce {
+    /// Checks the payload of a message of `message_bytes`.
+    pub(super) async fn read_payload(
+        &self,
+        payload: Option<Payload>,
+        message_bytes: usize,
+        partition: &Partition,
+        config: &TopicConfig,
+        quota: &ProducerIdQuota,
+    ) -> Result<Incoming, ApiError> {
+        let (batch, fingerprint, timestamps) = match payload {
+            Some(Payload::Batch(bytes)) => {
+                let (mut batch, timestamps) = received(bytes).map_err(errors::malformed_batch)?;
+                if message_bytes > batch.encoded_len() + MAX_SURPLUS_BYTES {
+                    // The batch would keep its entire message in memory.
+                    batch.detach();
+                }
+                if let Some(stamp) = batch.producer() {
+                    self.producer_ids.check(stamp.id, quota).await?;
+                }
+                let fingerprint = batch.fingerprint();
+                (batch, Some(fingerprint), timestamps)
+            }
+            Some(Payload::Records(records)) => {
+                // Larger record lists are compressed in the connection's turn, as batches are.
+                let codec = config.compression.filter(|_| records.encoded_len() <= INLINE_BYTES);
+                let (batch, timestamps) = build(&records, codec.unwrap_or_default())?;
+                (batch, None, timestamps)
+            }
+            None => return Err(errors::invalid("the request has neither a batch nor records: set one of them")),
+        };
+        let bytes = batch.encoded_len();
+        // Records that are not compressed yet may still become small enough.
+        let counts = fingerprint.is_some() || config.compression.is_none_or(|codec| codec == batch.compression());
+        let refusal = (counts && bytes > config.max_message_bytes).then(|| too_large(partition, config, bytes));
+        Ok(Incoming { batch, fingerprint, timestamps, refusal, permit: None })
+    }
+
+    /// Recompresses the batch with the topic's codec, if the batch has another one.
+    pub(super) async fn recompress(
+        &self,
+        incoming: &mut Incoming,
+        partition: &Partition,
+        config: &TopicConfig,
+        memory: &CallMemory,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
+        let codec = match config.compression {
+            Some(codec) if codec != incoming.batch.compression() && incoming.refusal.is_none() => codec,
+            _ => return Ok(()),
+        };
+        // The connection's turn comes first: an append that waits for the turn holds no memory that other appends need.
+        let turn = tokio::time::timeout_at(deadline, memory.rewriter(&self.decompressor).in_turn()).await;
+        let decompressor = turn.map_err(|_| out_of_time())?;
+        // The size is known after recompression, so memory for the largest batch is taken before.
+        let max_bytes = config.max_message_bytes;
+        let mut permit = self.produce_permit(partition, max_bytes, deadline).await?;
+        match recompressed(&decompressor, &incoming.batch, codec, partition, max_bytes).await? {
+            Ok((batch, timestamps)) if batch.encoded_len() <= max_bytes => {
+                incoming.batch = batch;
+                if incoming.fingerprint.is_some() {
+                    incoming.timestamps = timestamps;
+                }
+            }
+            Ok((batch, _)) => incoming.refusal = Some(too_large(partition, config, batch.encoded_len())),
+            Err(grows) => incoming.refusal = Some(grows),
+        }
+        MemoryBudget::shrink(&mut permit, incoming.batch.encoded_len());
+        incoming.permit = Some(permit);
+        Ok(())
+    }
+
+    /// Takes the produce memory of the batch.
+    pub(super) async fn produce_memory_of(
+        &self,
+        incoming: &mut Incoming,
+        partition: &Partition,
+        deadline: Instant,
+    ) -> Result<OwnedSemaphorePermit, ApiError> {
+        if let Some(permit) = incoming.permit.take() {
+            return Ok(permit);
+        }
+        let bytes = incoming.batch.encoded_len();
+        if incoming.refusal.is_none() {
+            return self.produce_permit(partition, bytes, deadline).await;
+        }
+        // The partition drops a rejected batch after it has checked the producer's sequence, so the append does not
+        // wait for memory.
+        let memory = self.memory.of(bytes);
+        memory.try_take(bytes).ok_or_else(|| match &incoming.refusal {
+            Some(refused @ AdmitError::StoreUnavailable { .. }) => AppendError::Refused(refused.clone()).into(),
+            _ => no_produce_memory(bytes, memory),
+        })
+    }
+
+    /// Takes memory for a batch, and waits for it until the deadline.
+    async fn produce_permit(
+        &self,
+        partition: &Partition,
+        bytes: usize,
+        deadline: Instant,
+    ) -> Result<OwnedSemaphorePermit, ApiError> {
+        let memory = self.memory.of(bytes);
+        // After the deadline no client waits for the response. The client sends the batch again, which would then be
+        // stored twice.
+        let over = || clock::monotonic() >= deadline;
+        let permit = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(self.lookup.stopping_refusal(partition)),
+            permit = memory.take(bytes) => permit,
+            () = tokio::time::sleep_until(deadline) => {
+                return Err(no_produce_memory(bytes, memory));
+            }
+        };
+        if over() {
+            return Err(out_of_time());
+        }
+        Ok(permit)
+    }
+}
+
+fn too_large(partition: &Partition, config: &TopicConfig, bytes: usize) -> AdmitError {
+    AdmitError::TooLarge { topic: partition.topic().clone(), bytes, max_bytes: config.max_message_bytes }
+}
+
+fn out_of_time() -> ApiError {
+    let message =
+        "the timeout of the request passed before its batch could be appended: the batch was not written; retry";
+    ApiError::new(ErrorCode::Overloaded, message)
+}
+
+fn no_produce_memory(bytes: usize, memory: &MemoryBudget) -> ApiError {
+    let max = memory.bytes();
+    let message = format!(
+        "no memory for a batch of up to {bytes} bytes became free within the timeout of the request: batches of its \
+         size share {max} bytes (half of limits.produce_memory_bytes), which writes without acknowledgement hold; \
+         retry later"
+    );
+    ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", max)
+}
+
+/// Parses and checks a batch that a client built. Uncompressed records are checked too: invalid framing would break
+/// consumers of other clients, and wrong timestamps in the header would break retention and search by time. Of
+/// compressed records only the beginning is decoded; readers decode the rest.
+fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), MalformedBatch> {
+    let mut batch = Batch::parse(bytes)?;
+    batch.check_client()?;
+    batch.check_first_records()?;
+    let timestamps = batch.correct_max_timestamp()?;
+    Ok((batch, timestamps))
+}
+
+/// Recompresses a batch with the topic's codec, within the memory for decompression. The batch is rejected as soon as
+/// it proves larger than the topic allows.
+async fn recompressed(
+    decompressor: &Decompressor,
+    batch: &Batch,
+    codec: Compression,
+    partition: &Partition,
+    max_bytes: usize,
+) -> Result<Result<(Batch, TimestampRange), AdmitError>, ApiError> {
+    // Without a codec, the stored batch is as large as its records.
+    let uncompressed = max_bytes.saturating_sub(HEADER_BYTES);
+    let bound = limits::MAX_RECOMPRESSED_BYTES.min(if codec == Compression::None { uncompressed } else { usize::MAX });
+    let work = move |batch: &Batch, limit: usize| batch.recompress_within(codec, limit);
+    match decompressor.open(batch, bound, DecompressPurpose::Rewrite, work).await {
+        Err(MalformedBatch::Grows { .. }) if bound == uncompressed => {
+            Ok(Err(AdmitError::Grows { topic: partition.topic().clone(), max_bytes }))
+        }
+        outcome => Ok(Ok(outcome.map_err(errors::malformed_batch)?)),
+    }
+}
+
+/// Builds a batch from the records of a request.
+fn build(records: &v1::RecordList, codec: Compression) -> Result<(Batch, TimestampRange), ApiError> {
+    if records.records.is_empty() {
+        return Err(errors::invalid("the request has no records: send at least one"));
+    }
+    let now_ms = clock::wall_ms();
+    let (mut builder, mut timestamps) = (BatchBuilder::new(codec), TimestampRange::EMPTY);
+    for record in &records.records {
+        let headers: Vec<Header> = record
+            .headers
+            .iter()
+            .map(|header| Header { key: header.key.clone(), value: header.value.clone() })
+            .collect();
+        // The broker's own clock needs no check.
+        record.timestamp_ms.into_iter().for_each(|timestamp_ms| timestamps.extend(timestamp_ms));
+        let timestamp_ms = record.timestamp_ms.unwrap_or(now_ms);
+        builder.push(timestamp_ms, record.key.as_deref(), record.value.as_deref(), &headers).map_err(unbuildable)?;
+    }
+    Ok((builder.finish(None).map_err(unbuildable)?, timestamps))
+}
+
+fn unbuildable(error: BuildError) -> ApiError {
+    errors::invalid(format!("the records cannot be encoded as a batch: {error}"))
+}

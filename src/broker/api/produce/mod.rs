@@ -1,0 +1,508 @@
+//! Producing: unary append and the pipelined stream.
+//!
+//! The handler checks a batch before anything is stored, finds its partition, takes memory for the batch, and queues
+//! it. The partition's actor completes the append when the acknowledgement that the request asks for holds.
+
+mod incoming;
+
+use std::{sync::Arc, time::Duration};
+
+use futures::{
+    FutureExt as _, Stream, StreamExt as _, TryStreamExt as _,
+    future::BoxFuture,
+    stream::{self, FuturesUnordered},
+};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    time::Instant,
+};
+use tokio_util::task::AbortOnDropHandle;
+use tonic::Status;
+
+use self::incoming::Incoming;
+use super::{errors, service::Requests};
+use crate::{
+    broker::{
+        CallMemory, ProducerIdQuota,
+        background::producer_ids::ProducerIds,
+        budget::Pools,
+        node_context::NodeContext,
+        partitions::{lookup::ReplicaLookup, maintenance_failures::MaintenanceFailures},
+    },
+    limits,
+    model::{Acks, PartitionId},
+    partition::{
+        AckDurability, AdmitError, AppendError, AppendResult, BatchOrigin, Decompressor, Partition, Stored, WriteAck,
+    },
+    proto::{
+        error::{ApiError, ErrorCode},
+        v1::{self, produce_response},
+    },
+    task::{Tasks, clock},
+    tier::Outage,
+};
+
+/// Maximum number of requests of one stream in progress. Further requests wait in the HTTP/2 window.
+const MAX_STREAM_REQUESTS: usize = 4096;
+
+/// Maximum number of responses that are collected before HTTP/2 gets them. HTTP/2 takes as many as a reading client has
+/// window for, and then polls for more.
+const MAX_RESPONSES_PER_TURN: usize = 16;
+
+/// Timeout of the acknowledgement if the request sets none.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A write in the queue of its partition, whose outcome is pending.
+struct QueuedAppend {
+    partition: PartitionId,
+    ack: Option<PendingAck>,
+    timeout: Duration,
+    began: Instant,
+    bytes: u64,
+    records: u64,
+    /// Set with `acks=tiered`.
+    tiered: Option<TieredAck>,
+}
+
+/// State of an append that waits for the object store.
+struct TieredAck {
+    /// Offsets of the append, once it is stored here.
+    stored: Stored,
+    /// Permits for appends that wait for the object store: of the connection, and of the broker.
+    _permits: [OwnedSemaphorePermit; 2],
+}
+
+/// Pending acknowledgement of a write. The partition is notified if the wait ends early, because of a timeout or
+/// because the client is gone.
+struct PendingAck {
+    result: Option<oneshot::Receiver<AppendResult>>,
+    partition: Arc<Partition>,
+}
+
+impl PendingAck {
+    async fn get(mut self) -> Result<AppendResult, oneshot::error::RecvError> {
+        let outcome = self.result.as_mut().expect("only a drop takes the receiver").await;
+        self.result = None;
+        outcome
+    }
+}
+
+impl Drop for PendingAck {
+    fn drop(&mut self) {
+        if let Some(result) = self.result.take() {
+            drop(result);
+            self.partition.on_waiter_dropped();
+        }
+    }
+}
+
+/// Handler of appends.
+pub(in crate::broker) struct Produce {
+    ctx: NodeContext,
+    lookup: ReplicaLookup,
+    /// Memory of unacknowledged writes.
+    pub(in crate::broker) memory: Pools,
+    /// Permits for appends that wait for the object store.
+    tiered_appends: Arc<Semaphore>,
+    pub(in crate::broker) decompressor: Decompressor,
+    producer_ids: Arc<ProducerIds>,
+    failures: Arc<MaintenanceFailures>,
+    /// Cancelled when the streams of clients must end.
+    stop: Tasks,
+}
+
+impl Produce {
+    pub(super) fn new(
+        ctx: NodeContext,
+        lookup: ReplicaLookup,
+        memory: Pools,
+        decompressor: Decompressor,
+        producer_ids: Arc<ProducerIds>,
+        failures: Arc<MaintenanceFailures>,
+        stop: Tasks,
+    ) -> Self {
+        let tiered_appends = Arc::new(Semaphore::new(limits::MAX_TIERED_APPENDS));
+        Self { ctx, lookup, memory, tiered_appends, decompressor, producer_ids, failures, stop }
+    }
+
+    pub(super) async fn init_producer_id(
+        &self,
+        quota: &ProducerIdQuota,
+    ) -> Result<v1::InitProducerIdResponse, ApiError> {
+        Ok(v1::InitProducerIdResponse { producer_id: self.producer_ids.assign(quota).await?, producer_epoch: 0 })
+    }
+
+    /// Appends a batch and waits for the acknowledgement.
+    pub(in crate::broker) async fn append(
+        &self,
+        request: v1::AppendRequest,
+        quota: &ProducerIdQuota,
+        memory: &CallMemory,
+    ) -> Result<v1::AppendResponse, ApiError> {
+        let queued = self
+            .queue(request, quota, memory)
+            .await
+            .inspect_err(|error| self.ctx.metrics.produce_errors.count(error.code.as_str()))?;
+        self.outcome(queued).await
+    }
+
+    /// Serves a stream of writes. Requests are queued in the order of their arrival.
+    pub(super) fn produce(
+        self: &Arc<Self>,
+        requests: Requests<v1::ProduceRequest>,
+        quota: ProducerIdQuota,
+        memory: CallMemory,
+    ) -> impl Stream<Item = Result<v1::ProduceResponse, Status>> + Send + use<> {
+        let pending = FuturesUnordered::new();
+        let state = ProducePipeline {
+            produce: Arc::clone(self),
+            requests,
+            quota,
+            memory,
+            queueing: None,
+            pending,
+            ended: None,
+        };
+        stream::unfold((state, 0_usize), |(mut pipeline, responses)| async move {
+            if responses > 0 && responses.is_multiple_of(MAX_RESPONSES_PER_TURN) {
+                tokio::task::yield_now().await;
+            }
+            Some((pipeline.next().await?, (pipeline, responses + 1)))
+        })
+    }
+
+    /// Checks a write and puts it into the queue of its partition.
+    async fn queue(
+        &self,
+        request: v1::AppendRequest,
+        quota: &ProducerIdQuota,
+        memory: &CallMemory,
+    ) -> Result<QueuedAppend, ApiError> {
+        // Freed when the batch has produce memory.
+        let received = memory.take_request();
+        let began = clock::monotonic();
+        self.ctx.metrics.produce_requests.inc();
+        let acks = acks(request.acks)?;
+        let timeout = timeout(request.timeout_ms)?;
+        let id = errors::topic_id(&request.topic_id)?;
+        self.lookup.wait_for_topics([(request.topic.as_str(), request.topic_id.as_str())].into_iter()).await;
+        let partition = self.lookup.partition_of(&request.topic, id, request.partition)?;
+        let config = partition.config();
+        if acks == Acks::Tiered && !(config.tiered && self.ctx.tier.is_some()) {
+            return Err(errors::invalid(format!(
+                "acks=tiered needs the object store, and topic {} does not use one: set remote.storage.enable=true on \
+                 the topic and an object store on the broker",
+                partition.topic()
+            )));
+        }
+        let tiered = if acks == Acks::Tiered { Some(self.admit_tiered(memory)?) } else { None };
+        let deadline = began + timeout;
+        let mut incoming = self.read_payload(request.payload, received.bytes, &partition, &config, quota).await?;
+        incoming.refusal = incoming.refusal.or_else(|| self.refuse_without_store(tiered.as_ref()));
+        self.recompress(&mut incoming, &partition, &config, memory, deadline).await?;
+        // A rejected batch of an idempotent producer still goes to the partition, which recognises retries. The batch
+        // may have been stored before the topic's configuration changed, or before the outage of the object store.
+        if let Some(refused) = incoming.refusal.take_if(|_| incoming.batch.producer().is_none() || acks == Acks::None) {
+            return Err(AppendError::Refused(refused).into());
+        }
+        let permit = self.produce_memory_of(&mut incoming, &partition, deadline).await?;
+        let Incoming { batch, fingerprint, timestamps, refusal, .. } = incoming;
+        let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
+        let stored = tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored));
+        // The object store may have become unavailable while the append waited for memory.
+        let refusal = refusal.or_else(|| self.refuse_without_store(tiered.as_ref()));
+        let origin = BatchOrigin { fingerprint, timestamps, refusal };
+        let result = Some(partition.append_tracked(batch, origin, acks, permit, stored).await);
+        let id = partition.id();
+        let ack = (acks != Acks::None).then(|| PendingAck { result, partition });
+        Ok(QueuedAppend { partition: id, ack, timeout, began, bytes, records, tiered })
+    }
+
+    /// Returns the rejection of an append with `acks=tiered` that could only wait, because the object store is
+    /// unavailable.
+    fn refuse_without_store(&self, tiered: Option<&TieredAck>) -> Option<AdmitError> {
+        tiered
+            .and_then(|_| self.store_outage())
+            .map(|outage| AdmitError::StoreUnavailable { outage: outage.to_string() })
+    }
+
+    /// Takes permits for an append with `acks=tiered`. Rejects the append if too many appends wait for the object
+    /// store.
+    fn admit_tiered(&self, memory: &CallMemory) -> Result<TieredAck, ApiError> {
+        let overloaded = |scope: &str, max: usize| match self.store_outage() {
+            // Those appends wait because of the outage, so their number is not the cause.
+            Some(outage) => AppendError::Refused(AdmitError::StoreUnavailable { outage: outage.to_string() }).into(),
+            None => {
+                let message =
+                    format!("the limit of {max} appends {scope}that wait for the object store is reached: retry later");
+                ApiError::new(ErrorCode::Overloaded, message).with("max", max)
+            }
+        };
+        let own = memory.tiered_append();
+        let own = own.ok_or_else(|| overloaded("of this connection ", limits::MAX_TIERED_APPENDS_PER_CONNECTION))?;
+        let all = Arc::clone(&self.tiered_appends).try_acquire_owned();
+        let all = all.map_err(|_| overloaded("", limits::MAX_TIERED_APPENDS))?;
+        Ok(TieredAck { stored: Stored::default(), _permits: [own, all] })
+    }
+
+    /// Returns the error for a rejected write, with the leader to contact instead.
+    fn append_refused(&self, id: PartitionId, error: AppendError) -> ApiError {
+        let is_led_elsewhere =
+            matches!(error, AppendError::NotLeader { .. } | AppendError::Deposed | AppendError::Closing);
+        let error = ApiError::from(error);
+        if is_led_elsewhere { self.lookup.with_leader_hint(id, error) } else { error }
+    }
+
+    /// Returns the outage of the object store, if there is one.
+    fn store_outage(&self) -> Option<Outage> {
+        self.ctx.tier.as_ref()?.store.away()
+    }
+
+    /// Waits until the object store is unavailable.
+    async fn until_store_outage(&self) -> Outage {
+        match &self.ctx.tier {
+            Some(tier) => tier.store.until_away().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn outcome(&self, queued: QueuedAppend) -> Result<v1::AppendResponse, ApiError> {
+        let Some(ack) = queued.ack else { return Ok(unacknowledged()) };
+        // A part of the time is used up: the append may have waited for memory.
+        let left = queued.timeout.saturating_sub(queued.began.elapsed());
+        let outcome = match tokio::time::timeout(left, ack.get()).await {
+            Ok(Ok(Ok(acked))) => Ok(response(&acked)),
+            Ok(Ok(Err(error))) => Err(self.append_refused(queued.partition, error)),
+            Ok(Err(_dropped)) => Err(self.append_refused(queued.partition, AppendError::Closing)),
+            Err(_elapsed) => Err(self.timed_out(queued.partition, queued.timeout, queued.tiered.as_ref())),
+        };
+        match &outcome {
+            Ok(_) => {
+                self.ctx.metrics.produce_records.inc_by(queued.records);
+                self.ctx.metrics.produce_bytes.inc_by(queued.bytes);
+                self.ctx.metrics.produce_ack_seconds.observe(queued.began.elapsed().as_secs_f64());
+            }
+            Err(error) => self.ctx.metrics.produce_errors.count(error.code.as_str()),
+        }
+        outcome
+    }
+
+    /// Returns the error for an acknowledgement that did not arrive in time. An append that is already stored here must
+    /// not look as if it were not, because the client would write it twice.
+    fn timed_out(&self, id: PartitionId, timeout: Duration, tiered: Option<&TieredAck>) -> ApiError {
+        let ms = timeout.as_millis();
+        let Some(stored) = tiered.and_then(|tiered| tiered.stored.get()) else {
+            return ApiError::new(
+                ErrorCode::Timeout,
+                format!(
+                    "no acknowledgement within {ms} ms: the batch may still be appended; retry with an idempotent \
+                     producer"
+                ),
+            );
+        };
+        let cause = match self.store_outage() {
+            Some(outage) => format!("the object store has been unavailable {outage}"),
+            None => self
+                .failures
+                .why_not_uploaded(id)
+                .unwrap_or_else(|| "the upload is not complete, or followers do not have the records yet".to_owned()),
+        };
+        let (base, end) = (stored.start, stored.end);
+        let message = format!(
+            "no acknowledgement within {ms} ms: the leader stored the records at offsets {base}..{end} (the end \
+             excluded), but they are not in the object store yet: {cause}"
+        );
+        ApiError::new(ErrorCode::Timeout, message)
+            .with("cause", cause)
+            .with("base_offset", base)
+            .with("end_offset", end)
+    }
+
+    /// Waits for the outcome of an append of a stream. An append that waits only for the object store returns a notice
+    /// first, once the store is unavailable or does not accept uploads of the partition.
+    async fn next_step(self: Arc<Self>, correlation_id: u64, queued: QueuedAppend) -> Step {
+        let (stored, partition) = (queued.tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored)), queued.partition);
+        let produce = Arc::clone(&self);
+        let response = async move { Step::Response(append_response(correlation_id, produce.outcome(queued).await)) };
+        let Some(stored) = stored else { return response.await };
+        let mut response = Box::pin(response);
+        let cause = async {
+            // Before that, the append may still be rejected, or waits for other brokers.
+            stored.wait().await;
+            tokio::select! {
+                biased;
+                outage = self.until_store_outage() => {
+                    format!("the append waits for the object store, which has been unavailable {outage}")
+                }
+                reason = self.failures.until_not_uploaded(partition) => {
+                    format!("the append is not in the object store yet: {reason}")
+                }
+            }
+        };
+        let message = tokio::select! {
+            biased;
+            step = &mut response => return step,
+            message = cause => message,
+        };
+        let waiting = ApiError::new(ErrorCode::ObjectStoreUnavailable, message).into();
+        let result = Some(produce_response::Result::Waiting(waiting));
+        Step::Notice(v1::ProduceResponse { correlation_id, result }, response)
+    }
+}
+
+/// Event of an append of a stream.
+enum Step {
+    Response(v1::ProduceResponse),
+    /// Reason why there is no response yet, and the future of the next event.
+    Notice(v1::ProduceResponse, BoxFuture<'static, Step>),
+}
+
+/// Correlation id of a request, and the result of queueing that request.
+type QueueResult = (u64, Result<QueuedAppend, ApiError>);
+
+/// One produce stream: requests are read, and responses are sent as they complete.
+struct ProducePipeline {
+    produce: Arc<Produce>,
+    requests: Requests<v1::ProduceRequest>,
+    quota: ProducerIdQuota,
+    memory: CallMemory,
+    /// The last request, while it waits for memory. The next request is read after this one is queued.
+    queueing: Option<AbortOnDropHandle<QueueResult>>,
+    pending: FuturesUnordered<BoxFuture<'static, Step>>,
+    /// Set when no more requests arrive: the producer ended the stream, or its data cannot be read. The stream ends
+    /// with this result.
+    ended: Option<Result<(), Status>>,
+}
+
+impl ProducePipeline {
+    async fn next(&mut self) -> Option<Result<v1::ProduceResponse, Status>> {
+        loop {
+            // Queued requests are completed before anything that arrived later.
+            let is_idle = self.pending.is_empty() && self.queueing.is_none();
+            if is_idle && let Some(ended) = &mut self.ended {
+                return std::mem::replace(ended, Ok(())).err().map(Err);
+            }
+            tokio::select! {
+                biased;
+                Some(step) = self.pending.next(), if !self.pending.is_empty() => match step {
+                    Step::Response(response) => return Some(Ok(response)),
+                    Step::Notice(notice, rest) => {
+                        self.pending.push(rest);
+                        return Some(Ok(notice));
+                    }
+                },
+                // Every received write has its response, so a stop need not wait for an idle producer.
+                () = self.produce.stop.cancelled(), if is_idle => return None,
+                queued = until_queued(&mut self.queueing), if self.queueing.is_some() => self.await_ack(queued),
+                request = self.requests.try_next(), if self.takes_more() => {
+                    match request {
+                        Ok(Some(request)) => self.begin(request),
+                        Ok(None) => self.ended = Some(Ok(())),
+                        Err(status) => self.ended = Some(Err(errors::unreadable(status))),
+                    }
+                }
+            }
+        }
+    }
+
+    fn takes_more(&self) -> bool {
+        self.ended.is_none() && self.queueing.is_none() && self.pending.len() < MAX_STREAM_REQUESTS
+    }
+
+    fn begin(&mut self, request: v1::ProduceRequest) {
+        let (produce, quota, memory) = (Arc::clone(&self.produce), self.quota.clone(), self.memory.clone());
+        let mut queueing = Box::pin(async move {
+            let queued = match request.append {
+                Some(append) => produce.queue(append, &quota, &memory).await,
+                None => {
+                    produce.ctx.metrics.produce_requests.inc();
+                    Err(errors::invalid("the request has no append: set it"))
+                }
+            };
+            (request.correlation_id, queued)
+        });
+        match (&mut queueing).now_or_never() {
+            Some(queued) => self.await_ack(queued),
+            // The request waits for memory in a task of its own, because the stream is not polled while its client
+            // reads no responses.
+            None => self.queueing = Some(AbortOnDropHandle::new(self.produce.ctx.tasks.spawn("append", queueing))),
+        }
+    }
+
+    fn await_ack(&mut self, (correlation_id, queued): QueueResult) {
+        let produce = Arc::clone(&self.produce);
+        self.pending.push(Box::pin(async move {
+            match queued {
+                Ok(queued) => produce.next_step(correlation_id, queued).await,
+                Err(error) => {
+                    produce.ctx.metrics.produce_errors.count(error.code.as_str());
+                    Step::Response(append_response(correlation_id, Err(error)))
+                }
+            }
+        }));
+    }
+}
+
+fn append_response(correlation_id: u64, outcome: Result<v1::AppendResponse, ApiError>) -> v1::ProduceResponse {
+    let result = match outcome {
+        Ok(appended) => produce_response::Result::Appended(appended),
+        Err(error) => produce_response::Result::Error(error.into()),
+    };
+    v1::ProduceResponse { correlation_id, result: Some(result) }
+}
+
+/// Waits until the last request is queued or rejected.
+async fn until_queued(queueing: &mut Option<AbortOnDropHandle<QueueResult>>) -> QueueResult {
+    let queued = queueing.as_mut().expect("a request is being queued").await;
+    *queueing = None;
+    queued.expect("the task is not aborted while it is awaited")
+}
+
+/// Returns the maximum time that an append waits for its acknowledgement.
+fn timeout(ms: u32) -> Result<Duration, ApiError> {
+    if ms > limits::MAX_APPEND_TIMEOUT_MS {
+        let max = limits::MAX_APPEND_TIMEOUT_MS;
+        return Err(errors::invalid(format!("timeout_ms {ms} is above the maximum of {max}: use a lower value")));
+    }
+    Ok(if ms == 0 { DEFAULT_TIMEOUT } else { Duration::from_millis(ms.into()) })
+}
+
+fn acks(value: i32) -> Result<Acks, ApiError> {
+    match v1::Acks::try_from(value) {
+        Ok(v1::Acks::Unspecified | v1::Acks::All) => Ok(Acks::All),
+        Ok(v1::Acks::None) => Ok(Acks::None),
+        Ok(v1::Acks::Leader) => Ok(Acks::Leader),
+        Ok(v1::Acks::Tiered) => Ok(Acks::Tiered),
+        Err(_) => Err(errors::invalid(format!("acks {value} is unknown: use a value of the Acks enum"))),
+    }
+}
+
+fn unacknowledged() -> v1::AppendResponse {
+    v1::AppendResponse {
+        base_offset: -1,
+        end_offset: -1,
+        leader_epoch: -1,
+        append_time_ms: -1,
+        durability: v1::AckDurability::Memory.into(),
+        replicas: 1,
+        duplicate: false,
+    }
+}
+
+fn response(acked: &WriteAck) -> v1::AppendResponse {
+    let (durability, replicas) = match acked.durability {
+        AckDurability::Memory => (v1::AckDurability::Memory, 1),
+        AckDurability::PageCache(replicas) => (v1::AckDurability::PageCache, replicas),
+        AckDurability::Persisted(replicas) => (v1::AckDurability::Persisted, replicas),
+        AckDurability::Tiered(replicas) => (v1::AckDurability::Tiered, replicas),
+    };
+    v1::AppendResponse {
+        base_offset: acked.base.as_i64(),
+        end_offset: acked.end.as_i64(),
+        leader_epoch: acked.epoch.as_i32(),
+        append_time_ms: acked.append_time_ms.unwrap_or(-1),
+        durability: durability.into(),
+        replicas,
+        duplicate: acked.duplicate,
+    }
+}

@@ -1,0 +1,148 @@
+//! `RebuildManifest`: an operator decides about a lost manifest. Any broker serves the request, because the commit is a
+//! compare-and-set in the leader's epoch.
+
+use std::sync::Arc;
+
+use super::{errors::invalid, topics::name};
+use crate::{
+    broker::node_context::NodeContext,
+    cluster::{PartitionUpdater, TierCommitError, TierCommits, UnknownTopic},
+    model::{Offset, PartitionId},
+    proto::{
+        error::{ApiError, ErrorCode},
+        v1,
+    },
+    tier::{BindingError, PartitionTier, Survey, TierReadError, TierStoreError, UploadError},
+};
+
+/// Handler of manifest rebuilds.
+pub(super) struct ManifestRebuilder {
+    ctx: NodeContext,
+    commits: TierCommits,
+    updater: PartitionUpdater,
+}
+
+impl ManifestRebuilder {
+    pub(super) fn new(ctx: NodeContext) -> Self {
+        let commits = TierCommits::new(Arc::clone(&ctx.store), ctx.keys.clone());
+        let updater = PartitionUpdater::new(Arc::clone(&ctx.store), ctx.keys.clone());
+        Self { ctx, commits, updater }
+    }
+
+    pub(super) async fn rebuild_manifest(
+        &self,
+        request: v1::RebuildManifestRequest,
+    ) -> Result<v1::RebuildManifestResponse, ApiError> {
+        let topic = name(&request.topic)?;
+        let number = u32::try_from(request.partition)
+            .map_err(|_| invalid(format!("partition {} is negative: use 0 or more", request.partition)))?;
+        let state = self.ctx.metadata.state();
+        let Some(stored) = state.topic(&topic) else { return Err(UnknownTopic::new(&request.topic).into()) };
+        if number >= stored.value.partitions {
+            let count = stored.value.partitions;
+            let message =
+                format!("topic {topic} has no partition {number}: it has {count} partitions, numbered from 0");
+            return Err(ApiError::new(ErrorCode::UnknownPartition, message));
+        }
+        let id = PartitionId::new(stored.value.id, number);
+        drop(state);
+        let failed_precondition = |message: String| ApiError::new(ErrorCode::FailedPrecondition, message);
+        let Some(objects) = &self.ctx.tier else {
+            let message = "this broker has no object store: send the request to a broker with one";
+            return Err(failed_precondition(message.to_owned()));
+        };
+        let committed = self.commits.current(id).await.map_err(commit_error)?;
+        let Some(committed) = committed else { return Err(being_deleted()) };
+        let tier = PartitionTier::new(objects.store.clone(), objects.cache.clone(), id, committed);
+        let lost = match tier.check_manifest().await {
+            Ok(()) => {
+                let message = format!("the manifest of {topic}/{number} exists: there is nothing to rebuild");
+                return Err(failed_precondition(message));
+            }
+            Err(error) => match error.lost_manifest() {
+                Some(object) => object.to_owned(),
+                None => return Err(read_error(&error)),
+            },
+        };
+        let survey = tier.survey().await.map_err(|error| upload_error(&error))?;
+        let plan = plan(&survey);
+        let commits = request.plan.is_some();
+        if request.plan.is_some_and(|agreed| agreed != plan) {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                "the objects of the partition changed since the plan was shown: request a new plan",
+            ));
+        }
+        if commits {
+            self.commit_rebuilt(&tier, &survey).await?;
+        }
+        Ok(response(survey, lost, plan, commits))
+    }
+
+    async fn commit_rebuilt(&self, tier: &PartitionTier, survey: &Survey) -> Result<(), ApiError> {
+        let id = tier.id();
+        let Some((value, _)) = self.updater.read_back(id).await? else { return Err(being_deleted()) };
+        let staged = tier.stage_rebuilt(&survey.chain, survey.log_start, value.leader_epoch).await;
+        let staged = staged.map_err(|error| upload_error(&error))?;
+        let (before, after) = (staged.replaces().clone(), staged.state().clone());
+        self.commits.commit(id, value.leader_epoch, Some(&before), &after).await.map_err(commit_error)?;
+        tracing::warn!(
+            partition = %id, segments = survey.chain.len(), log_start = %after.log_start, obstacle = survey.obstacle(),
+            "rebuilt a lost manifest on request of an operator"
+        );
+        Ok(())
+    }
+}
+
+/// Returns an identifier of exactly this survey result, so that the operator's consent covers the displayed plan and no
+/// other.
+fn plan(survey: &Survey) -> String {
+    let mut attempts = Vec::with_capacity(survey.chain.len() * 16);
+    survey.chain.iter().for_each(|entry| attempts.extend_from_slice(entry.stamp.attempt.as_bytes()));
+    format!("{}-{}-{:08x}", survey.state.version(), survey.log_start, crc32c::crc32c(&attempts))
+}
+
+fn response(survey: Survey, lost: String, plan: String, committed: bool) -> v1::RebuildManifestResponse {
+    let range = |(from, to): &(Offset, Offset)| v1::OffsetRange { start: from.as_i64(), end: to.as_i64() };
+    v1::RebuildManifestResponse {
+        lost,
+        log_start: survey.state.log_start.as_i64(),
+        tiered_end: survey.state.tiered_end.as_i64(),
+        committed_bytes: survey.state.bytes,
+        new_log_start: survey.log_start.max(survey.state.log_start).as_i64(),
+        segments: u32::try_from(survey.chain.len()).unwrap_or(u32::MAX),
+        bytes: survey.bytes(),
+        obstacle: survey.obstacle().unwrap_or_default(),
+        missing: survey.missing.iter().map(range).collect(),
+        unused: u32::try_from(survey.left_over).unwrap_or(u32::MAX),
+        unusable: survey.unusable.into_iter().map(|(_, reason)| reason).collect(),
+        plan,
+        committed,
+    }
+}
+
+fn being_deleted() -> ApiError {
+    ApiError::new(ErrorCode::Conflict, "the partition is being deleted: its manifest cannot be rebuilt")
+}
+
+fn commit_error(error: TierCommitError) -> ApiError {
+    match error {
+        TierCommitError::Store(error) => error.into(),
+        other => ApiError::new(ErrorCode::Conflict, other.to_string()),
+    }
+}
+
+fn read_error(error: &TierReadError) -> ApiError {
+    ApiError::new(ErrorCode::ObjectStoreUnavailable, error.to_string())
+}
+
+fn upload_error(error: &UploadError) -> ApiError {
+    let code = match error {
+        UploadError::Deposed { .. } => ErrorCode::Conflict,
+        UploadError::Store(TierStoreError::Denied { .. }) | UploadError::Binding(BindingError::Foreign { .. }) => {
+            ErrorCode::FailedPrecondition
+        }
+        _ => ErrorCode::ObjectStoreUnavailable,
+    };
+    ApiError::new(code, error.to_string())
+}

@@ -1,0 +1,113 @@
+//! Topic administration: translates requests to `cluster::Topics`.
+//!
+//! The response to a change is sent after this broker has applied the change: a created topic accepts records at once.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use crate::{
+    broker::{background::garbage, node_context::NodeContext, partitions::table::PartitionTable},
+    cluster::{TopicInfo, TopicSpec, TopicValue, Topics},
+    model::{ConfigMap, TopicId, TopicName},
+    proto::{
+        error::{ApiError, ErrorCode},
+        v1,
+    },
+};
+
+/// Maximum time that a response waits for this broker to apply the change. The response is sent afterwards in any case,
+/// because the change is committed.
+const APPLY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Handler of topic administration.
+pub(in crate::broker) struct TopicAdmin {
+    pub(super) ctx: NodeContext,
+    pub(in crate::broker) topics: Topics,
+    pub(super) partitions: Arc<PartitionTable>,
+}
+
+impl TopicAdmin {
+    pub(super) async fn create_topic(
+        &self,
+        request: v1::CreateTopicRequest,
+    ) -> Result<v1::CreateTopicResponse, ApiError> {
+        let topic = TopicSpec {
+            name: name(&request.name)?,
+            partitions: request.partitions.max(1),
+            replication_factor: match request.replication_factor {
+                0 => self.ctx.config.replication.default_factor,
+                factor => factor,
+            },
+            config: request.config.into_iter().collect(),
+            validate_only: request.validate_only,
+        };
+        let info = self.topics.create(topic).await?;
+        if !request.validate_only {
+            self.wait_until_applied(&info).await;
+        }
+        Ok(v1::CreateTopicResponse { topic: Some(summary(&info.name, &info.value)) })
+    }
+
+    pub(super) fn list_topics(&self) -> v1::ListTopicsResponse {
+        let state = self.ctx.metadata.state();
+        let topics = state.topics().iter().map(|(name, topic)| summary(name, &topic.value)).collect();
+        v1::ListTopicsResponse { topics }
+    }
+
+    pub(super) async fn alter_topic(&self, request: v1::AlterTopicRequest) -> Result<v1::AlterTopicResponse, ApiError> {
+        let topic = name(&request.name)?;
+        let factor = Some(request.replication_factor).filter(|factor| *factor > 0);
+        let info = self.topics.alter(&topic, request.set.into_iter().collect(), request.unset, factor).await?;
+        self.wait_until_applied(&info).await;
+        Ok(v1::AlterTopicResponse { topic: Some(summary(&info.name, &info.value)) })
+    }
+
+    pub(super) async fn add_partitions(
+        &self,
+        request: v1::AddPartitionsRequest,
+    ) -> Result<v1::AddPartitionsResponse, ApiError> {
+        let info = self.topics.add_partitions(&name(&request.name)?, request.partition_count).await?;
+        self.wait_until_applied(&info).await;
+        Ok(v1::AddPartitionsResponse { topic: Some(summary(&info.name, &info.value)) })
+    }
+
+    pub(super) async fn delete_topic(&self, topic: &str) -> Result<v1::DeleteTopicResponse, ApiError> {
+        let topic = name(topic)?;
+        let id: TopicId = self.topics.delete(&topic).await?;
+        let removed =
+            self.partitions.until(|partitions| partitions.topic(&topic).is_none_or(|partitions| partitions.id != id));
+        let _late = tokio::time::timeout(APPLY_TIMEOUT, removed).await;
+        let kept = self.ctx.tier.as_ref().map(|_| garbage::max_retention(self.ctx.config.tier.garbage_grace));
+        Ok(v1::DeleteTopicResponse {
+            object_grace_ms: kept.map(|kept| u64::try_from(kept.as_millis()).unwrap_or(u64::MAX)),
+        })
+    }
+
+    /// Waits until this broker has applied a change, for a bounded time.
+    async fn wait_until_applied(&self, info: &TopicInfo) {
+        let (name, value) = (&info.name, &info.value);
+        let applied = self.partitions.until(|partitions| {
+            partitions.topic(name).is_some_and(|topic| {
+                topic.id == value.id && topic.count() >= value.partitions as usize && topic.revision >= info.revision
+            })
+        });
+        let _late = tokio::time::timeout(APPLY_TIMEOUT, applied).await;
+    }
+}
+
+pub(super) fn name(text: &str) -> Result<TopicName, ApiError> {
+    TopicName::new(text).map_err(|error| ApiError::new(ErrorCode::InvalidTopic, error.to_string()))
+}
+
+pub(super) fn texts(config: ConfigMap) -> HashMap<String, String> {
+    config.into_iter().collect()
+}
+
+pub(super) fn summary(name: &TopicName, value: &TopicValue) -> v1::TopicSummary {
+    v1::TopicSummary {
+        name: name.to_string(),
+        topic_id: value.id.to_string(),
+        partitions: value.partitions,
+        replication_factor: value.replication_factor,
+        config: texts(value.config.clone()),
+    }
+}

@@ -1,0 +1,178 @@
+//! Collects the garbage of crashes and deletions: objects and uploads in the object store, and keys in the metadata
+//! store.
+//!
+//! One task processes each kind on its own, at intervals. A failure is logged, counted, and retried in the next run.
+//! `tier` decides about objects and uploads, and `cluster` about keys. Anything that may still be needed stays.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use crate::{
+    broker::node_context::{NodeContext, TierHandle},
+    cluster::{MetaStoreError as MetaError, StaleKeySweeper, TierCommits, Topics},
+    model::{PartitionId, TopicId},
+    task::clock,
+    tier::{self, PartitionLiveness, abort_abandoned_uploads, collect_garbage},
+};
+
+/// Maximum interval between two runs. A shorter grace period shortens the interval.
+const COLLECTION_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// Time for which a tombstone outlives the last data of its topic. A broker that was offline for longer keeps its files
+/// of the topic.
+const TOMBSTONE_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
+
+const UPLOADS_FAILED: &str = "could not list abandoned uploads";
+
+/// Returns the interval between two runs.
+fn interval(grace: Duration) -> Duration {
+    COLLECTION_INTERVAL.min(grace.max(Duration::from_secs(1)))
+}
+
+/// Returns the maximum time that an orphan object stays in the object store: the grace period, and then one interval.
+pub(in crate::broker) fn max_retention(grace: Duration) -> Duration {
+    grace.saturating_add(interval(grace))
+}
+
+/// Garbage collection of one broker, with the state that one run keeps for the next.
+pub(super) struct GarbageRun {
+    ctx: NodeContext,
+    topics: Topics,
+    commits: TierCommits,
+    sweep: StaleKeySweeper,
+    /// True if it was logged that uploads cannot be listed. A store or a policy that forbids the listing does so for
+    /// ever, and must not fill the log.
+    list_failure_logged: bool,
+}
+
+impl GarbageRun {
+    pub(super) fn new(ctx: NodeContext, topics: Topics, commits: TierCommits) -> Self {
+        Self { ctx, topics, commits, sweep: StaleKeySweeper::default(), list_failure_logged: false }
+    }
+
+    /// Collects garbage at intervals. The next run completes a cancelled one.
+    pub(super) async fn run(mut self) {
+        let interval = interval(self.ctx.config.tier.garbage_grace);
+        loop {
+            tokio::time::sleep(interval).await;
+            if self.ctx.is_controller() {
+                self.run_once().await;
+                self.ctx.metrics.garbage_collections.inc();
+            } else {
+                // The controller collects for the whole cluster. The next controller starts without the state of this
+                // one.
+                (self.sweep, self.list_failure_logged) = (StaleKeySweeper::default(), false);
+                self.ctx.metrics.tier_garbage_bytes.set(0);
+            }
+        }
+    }
+
+    async fn run_once(&mut self) {
+        if let Err(error) = self.sweep.run(&self.topics).await {
+            self.log_failure(&error, "could not delete the stale keys of unfinished topic changes");
+        }
+        let Some(tier) = self.ctx.tier.clone() else { return };
+        match tier.store.clock_ms().await {
+            Ok(now_ms) => {
+                self.delete_orphans(&tier, now_ms).await;
+                self.end_uploads(&tier, now_ms).await;
+            }
+            Err(error) => {
+                self.log_failure(&error, "could not read the clock of the object store: no object counts as old")
+            }
+        }
+        if let Err(error) = self.expire_tombstones(&tier).await {
+            self.log_failure(&error, "could not process the tombstones of deleted topics");
+        }
+    }
+
+    /// Ends multipart uploads that a killed broker left.
+    async fn end_uploads(&mut self, tier: &TierHandle, now_ms: i64) {
+        // Boxed, because the futures of the SDK are large.
+        let swept = Box::pin(abort_abandoned_uploads(&tier.store, self.ctx.config.tier.upload_grace, now_ms)).await;
+        match swept {
+            Ok(report) => {
+                self.list_failure_logged = false;
+                self.ctx.metrics.tier_uploads_ended.inc_by(report.ended);
+                self.ctx.metrics.garbage_collection_failures.inc_by(report.failed.len() as u64);
+                for (object, reason) in &report.failed {
+                    tracing::warn!(object, reason, "could not abort an abandoned upload: retrying in the next run");
+                }
+                if report.ended > 0 {
+                    tracing::info!(uploads = report.ended, "aborted abandoned uploads of killed brokers");
+                }
+            }
+            Err(error) if !std::mem::replace(&mut self.list_failure_logged, true) => {
+                self.log_failure(&error, UPLOADS_FAILED)
+            }
+            Err(error) => {
+                self.ctx.metrics.garbage_collection_failures.inc();
+                tracing::debug!(%error, "{UPLOADS_FAILED}");
+            }
+        }
+    }
+
+    fn log_failure(&self, error: &dyn std::fmt::Display, action: &str) {
+        self.ctx.metrics.garbage_collection_failures.inc();
+        tracing::warn!(%error, "{action}; retrying in the next run");
+    }
+
+    /// Deletes orphan objects.
+    async fn delete_orphans(&self, tier: &TierHandle, now_ms: i64) {
+        let grace = self.ctx.config.tier.garbage_grace;
+        match collect_garbage(&tier.store, |id| self.live(id), grace, now_ms).await {
+            Ok(report) => {
+                self.ctx.metrics.tier_objects_deleted.inc_by(report.deleted);
+                self.ctx.metrics.tier_garbage_bytes.set(report.young_bytes);
+                self.ctx.metrics.garbage_collection_failures.inc_by(report.skipped.len() as u64);
+                for (partition, reason) in &report.skipped {
+                    tracing::warn!(
+                        %partition, reason,
+                        "could not collect the garbage of a partition: retrying in the next run"
+                    );
+                }
+                if report.deleted > 0 {
+                    let (objects, bytes) = (report.deleted, report.deleted_bytes);
+                    tracing::info!(objects, bytes, "deleted orphan objects from the object store");
+                }
+            }
+            Err(error) => self.log_failure(&error, "could not collect garbage in the object store"),
+        }
+    }
+
+    /// Deletes the tombstones of topics without any remaining data. Without an object store they stay, because one may be
+    /// configured again.
+    async fn expire_tombstones(&self, tier: &TierHandle) -> Result<(), TombstoneError> {
+        let tombstones = self.topics.tombstones().await?;
+        if tombstones.is_empty() {
+            return Ok(());
+        }
+        let deleted: BTreeSet<TopicId> = tombstones.iter().map(|tombstone| tombstone.id).collect();
+        let mut with_data = tier.store.topics_with_objects(&deleted).await?;
+        with_data.extend(self.ctx.log.partitions().iter().map(|id| id.topic));
+        for tombstone in tombstones {
+            let has_data = with_data.contains(&tombstone.id);
+            if self.topics.expire(&tombstone, has_data, clock::wall_ms(), TOMBSTONE_RETENTION).await? {
+                tracing::info!(topic = %tombstone.id, "deleted the tombstone of a topic without remaining data");
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the state of a partition in the metadata store at this moment, before objects are deleted.
+    async fn live(&self, id: PartitionId) -> PartitionLiveness {
+        match (self.topics.was_deleted(id.topic).await, self.commits.current(id).await) {
+            (Ok(true), _) => PartitionLiveness::Deleted,
+            (Ok(false), Ok(Some(state))) => PartitionLiveness::Current(state),
+            _ => PartitionLiveness::Unknown,
+        }
+    }
+}
+
+/// Error of processing tombstones.
+#[derive(Debug, thiserror::Error)]
+enum TombstoneError {
+    #[error(transparent)]
+    Meta(#[from] MetaError),
+    #[error(transparent)]
+    Objects(#[from] tier::TierStoreError),
+}

@@ -1,0 +1,107 @@
+//! Lease monitor: detects that this broker may have been replaced without notice, because its registration is gone or
+//! was not renewed in time.
+//!
+//! The result depends on this process's clock, so no invariant relies on it. The broker continues to serve. Readers are
+//! notified, and can look for a new leader. Operations that need the metadata store are rejected before their start, so
+//! that clients can use another broker.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::watch;
+
+use crate::{
+    broker::{health::Health, node_context::NodeContext},
+    cluster::{MetaStore, MetadataCache, Session},
+    model::BrokerId,
+    proto::error::{ApiError, ErrorCode},
+};
+
+/// Interval between checks while the lease has expired.
+const CHECK_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Monitor of this broker's lease.
+pub(in crate::broker) struct LeaseMonitor {
+    id: BrokerId,
+    store: Arc<dyn MetaStore>,
+    metadata: MetadataCache,
+    session: Session,
+    health: Arc<Health>,
+    /// True while the lease has expired: other brokers may lead the partitions that this broker leads.
+    expired: watch::Sender<bool>,
+}
+
+impl LeaseMonitor {
+    pub(super) fn new(ctx: &NodeContext, session: Session, health: Arc<Health>) -> Self {
+        Self {
+            id: ctx.id,
+            store: Arc::clone(&ctx.store),
+            metadata: ctx.metadata.clone(),
+            session,
+            health,
+            expired: watch::Sender::new(false),
+        }
+    }
+
+    /// Monitors the lease.
+    pub(super) async fn run(&self) {
+        let mut status = self.session.state();
+        loop {
+            let left = self.session.lease_remaining();
+            let expired = left.is_zero();
+            self.health.set_unregistered(expired);
+            let changed = self.expired.send_if_modified(|before| std::mem::replace(before, expired) != expired);
+            match (changed, expired) {
+                (true, true) => tracing::warn!(
+                    "the registration of this broker was deleted or its lease expired: other brokers may lead its \
+                     partitions, and its readers are notified"
+                ),
+                (true, false) => tracing::info!("this broker is registered again: its readers are notified"),
+                (false, _) => {}
+            }
+            let pause = if expired { CHECK_INTERVAL } else { left };
+            tokio::select! {
+                biased;
+                Ok(()) = status.changed() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    /// Returns true if the lease has expired.
+    pub(in crate::broker) fn is_expired(&self) -> bool {
+        *self.expired.borrow()
+    }
+
+    /// Returns a receiver that holds true while the lease has expired.
+    pub(in crate::broker) fn subscribe(&self) -> watch::Receiver<bool> {
+        self.expired.subscribe()
+    }
+
+    /// Returns the time for which this broker has been cut off from the metadata store; zero while it is connected. A
+    /// broker whose registration is renewed is connected, even if nothing has changed for a long time.
+    pub(in crate::broker) fn metadata_staleness(&self) -> Duration {
+        if self.session.lease_remaining().is_zero() { self.metadata.silence() } else { Duration::ZERO }
+    }
+
+    /// Rejects an operation that needs the metadata store while the store is unavailable, or has returned to an older
+    /// state.
+    pub(in crate::broker) fn check_metadata_available(&self) -> Result<(), ApiError> {
+        if let Some(regression) = self.store.regression() {
+            let error = ApiError::new(ErrorCode::MetadataRegressed, regression.to_string());
+            return Err(error.with("not_started", true).with("broker", self.id));
+        }
+        if !self.is_expired() {
+            return Ok(());
+        }
+        let reason = match self.metadata_staleness() {
+            Duration::ZERO => "its registration was deleted".to_owned(),
+            silence => format!("the store has not responded to it for {} s", silence.as_secs()),
+        };
+        let message = format!(
+            "broker {} starts no operation that needs the metadata store, because {reason}; this operation was not \
+             started: retry later, or on another broker",
+            self.id
+        );
+        Err(ApiError::new(ErrorCode::MetadataUnavailable, message).with("not_started", true))
+    }
+}

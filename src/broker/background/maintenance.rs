@@ -1,0 +1,162 @@
+//! Schedules partitions for maintenance and for uploads.
+//!
+//! Retention must continue while the object store accepts nothing, so maintenance has its own workers. These workers
+//! put partitions with uploads into a second queue, whose workers may wait for the object store.
+
+use std::{sync::Arc, time::Duration};
+
+use super::lease_monitor::LeaseMonitor;
+use crate::{
+    broker::{
+        node_context::NodeContext,
+        partitions::{maintenance_failures::MaintenanceFailures, table::PartitionTable},
+    },
+    cluster::TierCommits,
+    partition::{MaintenanceError, MaintenanceQueue, MaintenanceRunner},
+    task::clock,
+    tier::TierStore,
+};
+
+/// Minimum interval between two searches for old active segments.
+const ROLL_CHECK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Minimum ratio of the pause to the duration of a search over all partitions. Thousands of idle partitions must not
+/// cost a percent of a core.
+const MIN_PAUSE_PER_CHECK: u32 = 500;
+
+/// Queue that a worker serves, and the work on its partitions.
+#[derive(Clone, Copy, Debug)]
+enum WorkerKind {
+    /// Everything except uploads.
+    Maintenance,
+    /// Everything, including uploads.
+    Uploads,
+}
+
+/// Workers and scheduler of one broker.
+pub(super) struct Maintenance {
+    ctx: NodeContext,
+    partitions: Arc<PartitionTable>,
+    failures: Arc<MaintenanceFailures>,
+    lease: Arc<LeaseMonitor>,
+    runner: MaintenanceRunner,
+    queue: MaintenanceQueue,
+    /// Partitions with segments to upload.
+    upload_queue: MaintenanceQueue,
+}
+
+impl Maintenance {
+    pub(super) fn new(
+        ctx: NodeContext,
+        partitions: Arc<PartitionTable>,
+        failures: Arc<MaintenanceFailures>,
+        queue: MaintenanceQueue,
+        lease: Arc<LeaseMonitor>,
+    ) -> Self {
+        let runner = MaintenanceRunner::new(TierCommits::new(Arc::clone(&ctx.store), ctx.keys.clone()));
+        Self { ctx, partitions, failures, lease, runner, queue, upload_queue: MaintenanceQueue::default() }
+    }
+
+    /// Starts the workers and the scheduler.
+    pub(super) fn spawn(self: &Arc<Self>) {
+        for _ in 0..self.ctx.config.tier.upload_concurrency.max(1) {
+            for (name, kind) in [("maintenance", WorkerKind::Maintenance), ("uploads", WorkerKind::Uploads)] {
+                let (this, tasks) = (Arc::clone(self), self.ctx.tasks.clone());
+                self.ctx.tasks.spawn(name, async move { tasks.run_until_cancelled(this.work(kind)).await });
+            }
+        }
+        let (this, tasks) = (Arc::clone(self), self.ctx.tasks.clone());
+        self.ctx.tasks.spawn("maintenance-clock", async move { tasks.run_until_cancelled(this.tick()).await });
+        if let Some(tier) = &self.ctx.tier {
+            let (this, tasks, store) = (Arc::clone(self), self.ctx.tasks.clone(), tier.store.clone());
+            let resume = async move { tasks.run_until_cancelled(this.resume_after_outages(&store)).await };
+            self.ctx.tasks.spawn("maintenance-outages", resume);
+        }
+    }
+
+    /// Serves one queue. A step that is cancelled leaves at most an orphan object.
+    async fn work(&self, kind: WorkerKind) {
+        let failures = &self.failures;
+        let queue = match kind {
+            WorkerKind::Maintenance => &self.queue,
+            WorkerKind::Uploads => &self.upload_queue,
+        };
+        loop {
+            let id = queue.next().await;
+            let Some(partition) = self.partitions.by_id(id) else {
+                failures.remove(id);
+                queue.done(id, false);
+                continue;
+            };
+            let step = async {
+                match kind {
+                    WorkerKind::Maintenance => self.runner.step_without_uploads(&partition).await,
+                    WorkerKind::Uploads => self.runner.step(&partition).await,
+                }
+            };
+            match Box::pin(step).await {
+                Ok(step) => {
+                    self.ctx.metrics.tier_uploads.inc_by(step.uploaded.segments);
+                    self.ctx.metrics.tier_upload_bytes.inc_by(step.uploaded.bytes);
+                    if step.uploaded.segments > 0 {
+                        failures.record_upload(Ok(()));
+                    }
+                    if !step.is_partial {
+                        failures.recover(&partition);
+                    }
+                    if step.is_upload_due {
+                        self.upload_queue.push(id);
+                    }
+                    queue.done(id, step.more);
+                }
+                Err(MaintenanceError::Closed) => {
+                    failures.remove(id);
+                    queue.done(id, false);
+                }
+                Err(error) => {
+                    self.ctx.metrics.tier_upload_failures.inc();
+                    let failed_steps = failures.record_failure(&partition, &error, self.is_cut_off());
+                    queue.failed(id, self.runner.delay(failed_steps));
+                }
+            }
+        }
+    }
+
+    /// Returns true during a reported outage of the object store or of the metadata store.
+    fn is_cut_off(&self) -> bool {
+        let has_store_outage = self.ctx.tier.as_ref().is_some_and(|tier| tier.store.outage().is_some());
+        has_store_outage || !self.lease.metadata_staleness().is_zero()
+    }
+
+    /// Retries failed steps as soon as an outage of the object store is over.
+    async fn resume_after_outages(&self, store: &TierStore) {
+        loop {
+            store.until_away().await;
+            store.until_back().await;
+            self.queue.retry_now();
+            self.upload_queue.retry_now();
+        }
+    }
+
+    /// Queues the partitions whose active segment is old, and at intervals all that hold records.
+    async fn tick(&self) {
+        let interval = self.ctx.config.tier.check_interval;
+        let min_pause = ROLL_CHECK_INTERVAL.min(interval);
+        let mut pause = min_pause;
+        let mut retention_at = clock::monotonic();
+        loop {
+            tokio::time::sleep(pause).await;
+            let began = clock::monotonic();
+            let retention = began >= retention_at;
+            if retention {
+                retention_at = began + interval;
+            }
+            for partition in self.partitions.open() {
+                if partition.roll_is_due(began) || (retention && partition.holds_any()) {
+                    self.queue.push(partition.id());
+                }
+            }
+            pause = min_pause.max(began.elapsed() * MIN_PAUSE_PER_CHECK);
+        }
+    }
+}

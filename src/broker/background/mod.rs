@@ -1,0 +1,142 @@
+//! The tasks that a broker runs besides its requests, each with the state that it owns.
+
+mod controlled_shutdown;
+mod disk_pressure;
+pub(super) mod garbage;
+mod lag_ticker;
+pub(super) mod lease_monitor;
+mod maintenance;
+mod metrics;
+pub(super) mod producer_ids;
+
+use std::{sync::Arc, time::Duration};
+
+pub use self::disk_pressure::starts_under_pressure;
+use self::{
+    controlled_shutdown::ControlledShutdown, disk_pressure::DiskPressure, garbage::GarbageRun,
+    lease_monitor::LeaseMonitor, maintenance::Maintenance, metrics::BrokerGauges, producer_ids::ProducerIds,
+};
+use super::{
+    budget::{Budgets, Pools},
+    health::Health,
+    node_context::NodeContext,
+    partitions::{maintenance_failures::MaintenanceFailures, table::PartitionTable},
+};
+use crate::{
+    cluster::{Controller, Session, TierCommits, Topics, planner::PlannerLimits},
+    config::ControllerConfig,
+    partition::MaintenanceQueue,
+};
+
+/// Background tasks of one broker.
+pub(super) struct Background {
+    ctx: NodeContext,
+    partitions: Arc<PartitionTable>,
+    health: Arc<Health>,
+    topics: Topics,
+    session: Session,
+    pub(super) lease: Arc<LeaseMonitor>,
+    pub(super) producer_ids: Arc<ProducerIds>,
+    maintenance: Arc<Maintenance>,
+    shutdown: ControlledShutdown,
+    gauges: BrokerGauges,
+}
+
+/// Parts of a broker that its background tasks use.
+pub(super) struct BackgroundDeps {
+    pub(super) partitions: Arc<PartitionTable>,
+    pub(super) health: Arc<Health>,
+    pub(super) failures: Arc<MaintenanceFailures>,
+    pub(super) queue: MaintenanceQueue,
+    pub(super) topics: Topics,
+    pub(super) session: Session,
+    pub(super) budgets: Budgets,
+    pub(super) produce_memory: Pools,
+}
+
+impl Background {
+    pub(super) fn new(ctx: NodeContext, deps: BackgroundDeps) -> Self {
+        let BackgroundDeps { partitions, health, failures, queue, topics, session, budgets, produce_memory } = deps;
+        let lease = Arc::new(LeaseMonitor::new(&ctx, session.clone(), Arc::clone(&health)));
+        let maintenance =
+            Arc::new(Maintenance::new(ctx.clone(), Arc::clone(&partitions), failures, queue, Arc::clone(&lease)));
+        let gauges = BrokerGauges::new(ctx.clone(), Arc::clone(&partitions), session.clone(), budgets, produce_memory);
+        Self {
+            lease,
+            producer_ids: Arc::new(ProducerIds::new(&ctx, topics.clone())),
+            maintenance,
+            shutdown: ControlledShutdown::new(&ctx, Arc::clone(&partitions), session.clone()),
+            gauges,
+            ctx,
+            partitions,
+            health,
+            topics,
+            session,
+        }
+    }
+
+    /// Starts the tasks that must run before the first assignment.
+    pub(super) fn spawn_monitors(&self) {
+        if !self.ctx.standalone {
+            let partitions = Arc::clone(&self.partitions);
+            self.spawn("lag-ticker", async move { lag_ticker::run(&partitions).await });
+            let lease = Arc::clone(&self.lease);
+            self.spawn("lease-monitor", async move { lease.run().await });
+        }
+        let producer_ids = Arc::clone(&self.producer_ids);
+        self.spawn("producer ids", async move { producer_ids.keep_filled().await });
+    }
+
+    /// Starts the tasks of an active broker.
+    pub(super) fn spawn_workers(&self) {
+        let ctx = &self.ctx;
+        self.maintenance.spawn();
+        let garbage = GarbageRun::new(
+            ctx.clone(),
+            self.topics.clone(),
+            TierCommits::new(Arc::clone(&ctx.store), ctx.keys.clone()),
+        );
+        self.spawn("garbage", garbage.run());
+        let health = Arc::clone(&self.health);
+        self.spawn("start", async move { health.watch_start().await });
+        let disk_pressure = DiskPressure::new(ctx.clone(), Arc::clone(&self.health), self.session.clone());
+        self.spawn("disk-pressure", disk_pressure.run());
+        if !ctx.standalone {
+            let controller = Controller {
+                store: Arc::clone(&ctx.store),
+                keys: ctx.keys.clone(),
+                metadata: ctx.metadata.clone(),
+                session: self.session.clone(),
+                id: ctx.id,
+                defaults: ctx.config.topic_defaults.clone(),
+                limits: planner_limits(&ctx.config.controller),
+                metrics: ctx.metrics.clone(),
+            };
+            controller.spawn(&ctx.tasks);
+        }
+    }
+
+    fn spawn(&self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
+        let tasks = self.ctx.tasks.clone();
+        self.ctx.tasks.spawn(name, async move { tasks.run_until_cancelled(work).await });
+    }
+
+    /// Updates the gauges. Only one call may run at a time.
+    pub(super) fn observe(&self) {
+        self.gauges.observe();
+    }
+
+    /// Transfers leaderships and ISR memberships, within a time.
+    pub(super) async fn transfer_leadership(&self, within: Duration) {
+        self.shutdown.transfer_leadership(within).await;
+    }
+}
+
+fn planner_limits(config: &ControllerConfig) -> PlannerLimits {
+    PlannerLimits {
+        moves: config.max_concurrent_reassignments,
+        replace_after_ms: config.replace_after.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+        balance: config.balance,
+        ..PlannerLimits::default()
+    }
+}

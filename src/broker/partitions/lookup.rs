@@ -1,0 +1,275 @@
+//! Finds the broker that serves a partition: this broker, or the leader in the metadata.
+
+use std::{sync::Arc, time::Duration};
+
+use super::table::{HostedPartition, OfflineReplica, PartitionTable, TableLookup};
+use crate::{
+    broker::node_context::NodeContext,
+    cluster::{MetadataCache, UnknownTopic},
+    model::{BrokerId, LeaderEpoch, PartitionId, TopicId, TopicName},
+    partition::{Partition, ReplicaStatus},
+    proto::{
+        error::{ApiError, ErrorCode},
+        v1,
+    },
+};
+
+/// Maximum time to wait for an unknown topic: another broker may have created the topic a moment ago.
+const TOPIC_WAIT: Duration = Duration::from_millis(300);
+
+/// Leader of a partition, for a client that contacted another broker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::broker) struct LeaderHint {
+    pub(in crate::broker) broker: BrokerId,
+    pub(in crate::broker) epoch: LeaderEpoch,
+    /// Address for clients; `None` while the leader is not registered.
+    pub(in crate::broker) address: Option<String>,
+}
+
+impl LeaderHint {
+    /// Returns the error with the leader in its details, as docs/errors.md specifies.
+    pub(in crate::broker) fn add_to(&self, error: ApiError) -> ApiError {
+        let error = error.with("leader", self.broker).with("leader_epoch", self.epoch);
+        match &self.address {
+            Some(address) => error.with("address", address),
+            None => error,
+        }
+    }
+}
+
+/// Describes what a client does after a `NOT_LEADER` error.
+fn describe_retry(leader: Option<&LeaderHint>) -> String {
+    match leader {
+        Some(LeaderHint { broker, address: Some(address), .. }) => {
+            format!("send the request to broker {broker} at {address}")
+        }
+        Some(LeaderHint { broker, address: None, .. }) => {
+            format!("its leader, broker {broker}, is not registered; retry after the next election")
+        }
+        None => "the partition has no leader; refresh the metadata and retry".to_owned(),
+    }
+}
+
+/// Error for a topic or partition that this broker cannot serve.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(in crate::broker) enum LookupError {
+    /// Another topic has this name by now.
+    #[error(
+        "topic {topic:?} has id {id}, not {asked}: the topic was deleted and recreated; refresh the metadata and retry"
+    )]
+    Replaced {
+        topic: String,
+        id: TopicId,
+        /// Requested id.
+        asked: TopicId,
+    },
+    /// The topic has fewer partitions.
+    #[error("topic {topic:?} has no partition {partition}: it has {count} partitions, numbered from 0")]
+    UnknownPartition {
+        topic: String,
+        /// Requested partition number.
+        partition: i32,
+        /// Number of partitions of the topic.
+        count: usize,
+    },
+    /// Another broker leads the partition, or the partition is not open here yet.
+    #[error("this broker does not lead partition {partition} of topic {topic:?}: {}", describe_retry(leader.as_ref()))]
+    NotLeader {
+        topic: String,
+        partition: i32,
+        /// Leader according to the metadata; `None` during an election.
+        leader: Option<LeaderHint>,
+    },
+    /// The local replica could not be opened.
+    #[error("partition {partition} of topic {topic:?} is offline on this broker: {reason}")]
+    Unusable {
+        topic: String,
+        partition: i32,
+        /// Error of the open.
+        reason: String,
+    },
+}
+
+impl From<LookupError> for ApiError {
+    fn from(error: LookupError) -> Self {
+        let message = error.to_string();
+        match error {
+            LookupError::Replaced { topic, id, asked } => Self::new(ErrorCode::TopicIdMismatch, message)
+                .with("topic", topic)
+                .with("topic_id", id)
+                .with("asked", asked),
+            LookupError::UnknownPartition { topic, partition, count } => {
+                Self::new(ErrorCode::UnknownPartition, message)
+                    .with("topic", topic)
+                    .with("partition", partition)
+                    .with("partitions", count)
+            }
+            LookupError::NotLeader { topic, partition, leader } => {
+                let error = Self::new(ErrorCode::NotLeader, message).with("topic", topic).with("partition", partition);
+                leader.map_or(error.clone(), |leader| leader.add_to(error))
+            }
+            LookupError::Unusable { topic, partition, .. } => {
+                Self::new(ErrorCode::StorageFailed, message).with("topic", topic).with("partition", partition)
+            }
+        }
+    }
+}
+
+/// Finds partitions and their leaders.
+#[derive(Clone)]
+pub(in crate::broker) struct ReplicaLookup {
+    id: BrokerId,
+    standalone: bool,
+    metadata: MetadataCache,
+    partitions: Arc<PartitionTable>,
+}
+
+impl ReplicaLookup {
+    pub(in crate::broker) fn new(ctx: &NodeContext, partitions: Arc<PartitionTable>) -> Self {
+        Self { id: ctx.id, standalone: ctx.standalone, metadata: ctx.metadata.clone(), partitions }
+    }
+
+    /// Returns the partition with this name and number, if it is led here.
+    pub(in crate::broker) fn partition(&self, topic: &str, partition: i32) -> Result<Arc<Partition>, ApiError> {
+        self.partition_of(topic, None, partition)
+    }
+
+    /// Returns a partition as [`Self::partition`] does. Requires this topic id, if one is given.
+    pub(in crate::broker) fn partition_of(
+        &self,
+        topic: &str,
+        id: Option<TopicId>,
+        partition: i32,
+    ) -> Result<Arc<Partition>, ApiError> {
+        self.replica(topic, id, partition, |status| status.role.leads())
+    }
+
+    /// Returns the partition for a reader, if it is led here or, for a reader that accepts any replica, followed in
+    /// sync. The reader names the newest leader epoch that it has received. A replica in an older epoch is rejected,
+    /// because it may lack records that the reader has read.
+    pub(in crate::broker) fn readable(
+        &self,
+        want: &v1::FetchPartition,
+        id: Option<TopicId>,
+        any_replica: bool,
+    ) -> Result<Arc<Partition>, ApiError> {
+        let min_epoch = LeaderEpoch::from_i32(want.leader_epoch).unwrap_or_default();
+        let serves = |status: ReplicaStatus| status.epoch >= min_epoch && status.role.serves(any_replica);
+        self.replica(&want.topic, id, want.partition, serves)
+    }
+
+    /// Returns the open replica with this name and number, in any role. Requires this topic id, if one is given.
+    pub(in crate::broker) fn open_replica(
+        &self,
+        topic: &str,
+        requested: Option<TopicId>,
+        partition: i32,
+    ) -> Option<Arc<Partition>> {
+        let Some(TableLookup::Held(id, replica)) = self.partitions.find(topic, partition) else { return None };
+        match &*replica {
+            HostedPartition::Online(open) if requested.is_none_or(|requested| requested == id.topic) => {
+                Some(Arc::clone(open))
+            }
+            _ => None,
+        }
+    }
+
+    /// Returns the partition with this name and number, if `serves` accepts its role and epoch.
+    fn replica(
+        &self,
+        topic: &str,
+        requested: Option<TopicId>,
+        partition: i32,
+        serves: impl FnOnce(ReplicaStatus) -> bool,
+    ) -> Result<Arc<Partition>, ApiError> {
+        let lookup = |error: LookupError| Err(ApiError::from(error));
+        let topic = topic.to_owned();
+        let (id, replica) = match self.partitions.find(&topic, partition) {
+            Some(TableLookup::Held(id, _))
+                if let Some(requested) = requested
+                    && requested != id.topic =>
+            {
+                return lookup(LookupError::Replaced { topic, id: id.topic, asked: requested });
+            }
+            Some(TableLookup::Held(id, replica)) => (id, replica),
+            Some(TableLookup::NoPartition(count)) => {
+                return lookup(LookupError::UnknownPartition { topic, partition, count });
+            }
+            None => return Err(UnknownTopic::new(&topic).into()),
+        };
+        if let HostedPartition::Online(open) = &*replica
+            && serves(open.status())
+        {
+            return Ok(Arc::clone(open));
+        }
+        let leader = self.leader(id);
+        match &*replica {
+            HostedPartition::Offline(OfflineReplica { reason, .. })
+                if leader.as_ref().is_none_or(|leader| leader.broker == self.id) =>
+            {
+                lookup(LookupError::Unusable { topic, partition, reason: reason.as_ref().to_owned() })
+            }
+            _ => lookup(LookupError::NotLeader { topic, partition, leader }),
+        }
+    }
+
+    /// Waits a moment for topics, by name and id, that are unknown here: another broker may have created them just now.
+    pub(in crate::broker) async fn wait_for_topics(&self, topics: impl Iterator<Item = (&str, &str)>) {
+        if self.standalone {
+            return;
+        }
+        let unknown = |(name, id): &(&str, &str)| match self.partitions.find(name, 0) {
+            Some(TableLookup::Held(found, _)) => {
+                !id.is_empty() && id.parse::<TopicId>().is_ok_and(|id| id != found.topic)
+            }
+            Some(TableLookup::NoPartition(_)) => false,
+            None => true,
+        };
+        let missing: Vec<(TopicName, Option<TopicId>)> = topics
+            .filter(unknown)
+            .filter_map(|(name, id)| Some((TopicName::new(name).ok()?, id.parse::<TopicId>().ok())))
+            .collect();
+        if missing.is_empty() {
+            return;
+        }
+        let is_known = |partitions: &PartitionTable, (name, id): &(TopicName, Option<TopicId>)| {
+            partitions.topic(name).is_some_and(|topic| id.is_none_or(|id| id == topic.id))
+        };
+        let found = self.partitions.until(|partitions| missing.iter().all(|topic| is_known(partitions, topic)));
+        let _late = tokio::time::timeout(TOPIC_WAIT, found).await;
+    }
+
+    /// Returns the leader of a partition according to the metadata.
+    pub(in crate::broker) fn leader(&self, id: PartitionId) -> Option<LeaderHint> {
+        let state = self.metadata.state();
+        let value = &state.partition(id)?.partition.as_ref()?.value;
+        let broker = value.leader?;
+        let address = state.brokers().get(&broker).map(|entry| entry.value.listeners.client().to_owned());
+        Some(LeaderHint { broker, epoch: value.leader_epoch, address })
+    }
+
+    /// Returns the error for a write while this broker stops, with the new leader if there is one.
+    pub(in crate::broker) fn stopping_refusal(&self, partition: &Partition) -> ApiError {
+        let id = partition.id();
+        match self.leader(id).filter(|leader| leader.broker != self.id) {
+            Some(leader) => {
+                let (topic, partition) = (partition.topic().to_string(), id.number.cast_signed());
+                LookupError::NotLeader { topic, partition, leader: Some(leader) }.into()
+            }
+            None => ApiError::new(ErrorCode::NotReady, "this broker is stopping: retry on another broker, or later"),
+        }
+    }
+
+    /// Returns the error for a read of a partition that this broker no longer leads.
+    pub(in crate::broker) fn not_leader(&self, topic: &str, partition: i32, id: PartitionId) -> ApiError {
+        LookupError::NotLeader { topic: topic.to_owned(), partition, leader: self.leader(id) }.into()
+    }
+
+    /// Adds the leader to an error, if it is another broker.
+    pub(in crate::broker) fn with_leader_hint(&self, id: PartitionId, error: ApiError) -> ApiError {
+        match self.leader(id) {
+            Some(leader) if leader.broker != self.id => leader.add_to(error),
+            _ => error,
+        }
+    }
+}

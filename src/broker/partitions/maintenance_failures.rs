@@ -1,0 +1,249 @@
+//! Failures of maintenance: why a partition is not uploaded, and one log line per lasting failure.
+//!
+//! The workers record the result of each step here. Health, appends and the description of the cluster read it.
+
+use std::{collections::BTreeMap, fmt};
+
+use parking_lot::Mutex;
+use tokio::{
+    sync::Notify,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    cluster::{MetaStoreError, TierCommitError},
+    model::{PartitionId, TopicName},
+    partition::{MaintenanceError, Partition},
+    task::clock,
+    telemetry::LogThrottle,
+    tier::{self, UploadError},
+};
+
+/// Number of consecutive failures from which a partition is reported.
+const FAILURES_BEFORE_REPORT: u32 = 3;
+
+/// Time without a successful upload after which the status shows that, for failures of any partition.
+const UPLOADS_IMPAIRED_AFTER: Duration = Duration::from_secs(30);
+
+/// Partitions whose last maintenance steps failed. `Display` writes their number and the partition that has failed for
+/// longest, or nothing if there are none.
+#[derive(Default)]
+pub(in crate::broker) struct MaintenanceFailures {
+    partitions: Mutex<BTreeMap<PartitionId, FailingPartition>>,
+    /// Notified when a step fails for a reason of its partition.
+    failed: Notify,
+    /// Log throttle, shared by all partitions, for commits that the metadata store rejects.
+    commits: Mutex<LogThrottle>,
+    /// Time since which the object store has accepted no upload of any partition, and the error; `None` after a
+    /// successful upload.
+    uploads: Mutex<Option<(Instant, String)>>,
+}
+
+struct FailingPartition {
+    /// Number of consecutive failures; 0 after a successful step.
+    steps: u32,
+    log: LogThrottle,
+    since: Instant,
+    name: TopicName,
+    /// Error of this partition; `None` for a failure that is reported elsewhere, such as an outage of a store.
+    reason: Option<String>,
+}
+
+impl MaintenanceFailures {
+    /// Removes a partition that is closed.
+    pub(in crate::broker) fn remove(&self, id: PartitionId) {
+        self.partitions.lock().remove(&id);
+    }
+
+    /// Returns why the last step of this partition failed.
+    fn reason(&self, id: PartitionId) -> Option<String> {
+        self.partitions.lock().get(&id)?.reason.clone()
+    }
+
+    /// Returns why this partition has not been uploaded: its last step failed, or the partition waits behind failing
+    /// uploads of other partitions.
+    pub(in crate::broker) fn why_not_uploaded(&self, id: PartitionId) -> Option<String> {
+        self.reason(id).or_else(|| Some(format!("uploads fail: {}", self.failing_uploads(&self.partitions.lock())?.1)))
+    }
+
+    /// Waits until there is a reason why this partition has not been uploaded, and returns the reason.
+    pub(in crate::broker) async fn until_not_uploaded(&self, id: PartitionId) -> String {
+        loop {
+            let failed = self.failed.notified();
+            if let Some(reason) = self.why_not_uploaded(id) {
+                return reason;
+            }
+            failed.await;
+        }
+    }
+
+    /// Records the result of an upload. The failure of one partition for its own reason does not concern other
+    /// partitions.
+    pub(in crate::broker) fn record_upload(&self, outcome: Result<(), &MaintenanceError>) {
+        match outcome {
+            Ok(()) => *self.uploads.lock() = None,
+            Err(error @ MaintenanceError::Upload(UploadError::Store(tier::TierStoreError::Unavailable { .. }))) => {
+                let earlier = self.failing_uploads(&self.partitions.lock());
+                let since = earlier.map_or_else(clock::monotonic, |(since, _)| since);
+                *self.uploads.lock() = Some((since, error.to_string()));
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// Returns the time since which no upload has succeeded, and the error. Returns `None` if no partition fails any
+    /// longer: the failing one was deleted, or another broker leads it.
+    fn failing_uploads(&self, partitions: &BTreeMap<PartitionId, FailingPartition>) -> Option<(Instant, String)> {
+        self.uploads.lock().clone().filter(|_| partitions.values().any(|failing| failing.steps > 0))
+    }
+
+    /// Records and logs a failed step. `is_cut_off` is true during a reported outage of a store. Returns the number of
+    /// consecutive failures.
+    pub(in crate::broker) fn record_failure(
+        &self,
+        partition: &Partition,
+        error: &MaintenanceError,
+        is_cut_off: bool,
+    ) -> u32 {
+        let (id, now) = (partition.id(), clock::monotonic());
+        let is_reported_elsewhere =
+            is_of_another_leader(error) || refuses_commits(error) || error.is_outage() && is_cut_off;
+        if !is_reported_elsewhere {
+            self.record_upload(Err(error));
+        }
+        let mut partitions = self.partitions.lock();
+        let failing = partitions.entry(id).or_insert_with(|| FailingPartition {
+            steps: 0,
+            log: LogThrottle::default(),
+            since: now,
+            name: partition.topic().clone(),
+            reason: None,
+        });
+        if failing.steps == 0 {
+            failing.since = now;
+        }
+        failing.steps = failing.steps.saturating_add(1);
+        failing.reason = (!is_reported_elsewhere).then(|| error.to_string());
+        let steps = failing.steps;
+        let failures = if is_reported_elsewhere { None } else { failing.log.occur(now) };
+        drop(partitions);
+        self.log_failure(partition, error, failures, steps);
+        if !is_reported_elsewhere {
+            self.failed.notify_waiters();
+        }
+        steps
+    }
+
+    /// Logs a failure once, then reminders with a count: an outage of an hour must not fill the log. An outage is logged
+    /// once for all partitions, by the clients of the stores, or here if the metadata store responds but rejects
+    /// commits.
+    fn log_failure(&self, partition: &Partition, error: &MaintenanceError, failures: Option<u64>, steps: u32) {
+        let (id, topic) = (partition.id(), partition.topic());
+        if is_of_another_leader(error) {
+            tracing::debug!(
+                partition = %id, %topic, %error,
+                "another broker leads the partition and continues its uploads"
+            );
+        } else if refuses_commits(error) {
+            if let Some(failures) = self.commits.lock().occur(clock::monotonic()) {
+                tracing::warn!(
+                    %error, failures,
+                    "the metadata store rejects the tier commits of all partitions: segments stay on disk, and \
+                     maintenance is retried"
+                );
+            }
+        } else if let Some(failures) = failures {
+            tracing::warn!(
+                partition = %id, %topic, %error, failures,
+                "maintenance of the partition failed: segments stay on disk, and maintenance is retried"
+            );
+        } else {
+            tracing::debug!(partition = %id, %topic, %error, tries = steps, "maintenance of the partition failed again");
+        }
+    }
+
+    /// Records a successful step of this partition. The failures of a partition are kept for a while, so that
+    /// alternating failures and successes do not fill the log.
+    pub(in crate::broker) fn recover(&self, partition: &Partition) {
+        let mut all = self.partitions.lock();
+        let Some(failing) = all.get_mut(&partition.id()) else { return };
+        (failing.steps, failing.reason) = (0, None);
+        if let Some(failures) = failing.log.recover() {
+            tracing::info!(
+                partition = %partition.id(), topic = %partition.topic(), failures,
+                "maintenance succeeds again"
+            );
+        }
+        if failing.log.is_quiet(clock::monotonic()) {
+            all.remove(&partition.id());
+        }
+    }
+}
+
+impl fmt::Display for MaintenanceFailures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let failing = self.partitions.lock();
+        let reported = || {
+            let lasting = failing.iter().filter(|(_, failing)| failing.steps >= FAILURES_BEFORE_REPORT);
+            lasting.filter_map(|(id, failing)| Some((id.number, failing, failing.reason.as_ref()?)))
+        };
+        let Some((number, first, reason)) = reported().min_by_key(|(_, failing, _)| failing.since) else {
+            // With many partitions, it takes long until one of them has failed that often.
+            return match self.failing_uploads(&failing) {
+                Some((since, reason)) if since.elapsed() >= UPLOADS_IMPAIRED_AFTER => {
+                    write!(f, "no upload has succeeded for {} s: {reason}", since.elapsed().as_secs())
+                }
+                _ => Ok(()),
+            };
+        };
+        let count = reported().count();
+        let (s, seconds) = (if count == 1 { "" } else { "s" }, first.since.elapsed().as_secs());
+        write!(f, "{count} partition{s}, {}/{number} for {seconds} s: {reason}", first.name)
+    }
+}
+
+/// Returns true if a change of leader interrupted the step. The new leader continues the maintenance.
+const fn is_of_another_leader(error: &MaintenanceError) -> bool {
+    matches!(error, MaintenanceError::Commit(TierCommitError::Deposed { .. }))
+}
+
+/// Returns true if the metadata store responds but rejects the commits of all partitions.
+const fn refuses_commits(error: &MaintenanceError) -> bool {
+    let MaintenanceError::Commit(TierCommitError::Store(error)) = error else { return false };
+    matches!(error, MetaStoreError::NoSpace { .. } | MetaStoreError::Regressed(_))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::TopicId;
+
+    #[tokio::test(start_paused = true)]
+    async fn upload_failures_are_reported_until_one_succeeds() {
+        let (failures, id) = (MaintenanceFailures::default(), PartitionId::new(TopicId::from_bytes([1; 16]), 0));
+        let failing = |steps| FailingPartition {
+            steps,
+            log: LogThrottle::default(),
+            since: clock::monotonic(),
+            name: TopicName::new("t").expect("the name is valid"),
+            reason: None,
+        };
+        let store = tier::TierStoreError::Unavailable { object: "segment".to_owned(), reason: "quota".to_owned() };
+        let error = MaintenanceError::Upload(store.into());
+        let other = PartitionId::new(TopicId::from_bytes([1; 16]), 1);
+        failures.partitions.lock().insert(id, failing(1));
+        failures.record_upload(Err(&error));
+        assert!(failures.why_not_uploaded(other).expect("the partition waits for the failing one").contains("quota"));
+        assert_eq!(failures.to_string(), "", "a short failure is not shown");
+        tokio::time::advance(UPLOADS_IMPAIRED_AFTER).await;
+        failures.record_upload(Err(&error));
+        assert!(failures.to_string().starts_with("no upload has succeeded for 30 s: "), "{failures}");
+        // The topic was deleted.
+        failures.partitions.lock().remove(&id);
+        assert_eq!((failures.to_string().as_str(), failures.why_not_uploaded(other)), ("", None));
+
+        failures.partitions.lock().insert(id, failing(1));
+        failures.record_upload(Ok(()));
+        assert_eq!(failures.why_not_uploaded(other), None);
+    }
+}

@@ -1,0 +1,162 @@
+//! Opens the replicas that the metadata assigns to this broker. The reconciler decides which and when.
+
+use std::sync::Arc;
+
+use futures::{StreamExt as _, stream};
+
+use super::table::{HostedPartition, OfflineReplica, PartitionTable};
+use crate::{
+    broker::node_context::NodeContext,
+    cluster::{MetadataSnapshot, PartitionValue},
+    model::{LeaderEpoch, PartitionId, TopicName},
+    partition::{MaintenanceQueue, Partition, PartitionContext, PartitionError, ReplicaSpec},
+    task,
+    tier::PartitionTier,
+};
+
+/// Number of partitions that one thread opens in sequence. One task per partition would start dozens of threads, which
+/// are not faster and whose memory is not returned.
+const MAX_OPENED_PER_BATCH: usize = 64;
+
+/// Maximum number of threads that open partitions concurrently. Each partition may have to recover its tail.
+const MAX_CONCURRENT_OPENS: usize = 4;
+
+/// Opens replicas with the context of this broker.
+pub(super) struct PartitionOpener {
+    pub(super) ctx: NodeContext,
+    pub(super) partitions: Arc<PartitionTable>,
+    /// Context through which partitions reach other brokers.
+    pub(super) partition_ctx: PartitionContext,
+    pub(super) queue: MaintenanceQueue,
+}
+
+impl PartitionOpener {
+    /// Returns the parameters for opening a replica, or `None` if it must not be opened now.
+    pub(super) fn spec(
+        &self,
+        id: PartitionId,
+        state: &MetadataSnapshot,
+        value: &PartitionValue,
+        replica: &HostedPartition,
+        is_on_disk: bool,
+        is_active: bool,
+    ) -> Option<ReplicaSpec> {
+        let (standalone, me) = (self.ctx.standalone, self.ctx.id);
+        if !is_on_disk && !standalone && !is_active {
+            // There is nothing to verify. The replica is created after the activation.
+            return None;
+        }
+        let start_with_counter = value.isr.contains(&me) || value.elr.contains(&me);
+        let offline = match replica {
+            HostedPartition::Offline(offline) => Some(offline),
+            HostedPartition::Online(_) | HostedPartition::None => None,
+        };
+        let discard_local = !is_on_disk
+            || offline.is_some_and(|offline| match value.leader {
+                // An operator elected this replica after the report that it is offline and will be discarded.
+                Some(leader) if leader == me => {
+                    value.isr == [me]
+                        && value.discard_local
+                        && value.unclean_epoch.is_some_and(|epoch| epoch > offline.since)
+                }
+                Some(_) => !start_with_counter,
+                // There is no leader to copy from, so the files stay even if the replica cannot be opened.
+                None => false,
+            });
+        let discard_local = discard_local && !standalone;
+        let name = state.name(id.topic)?;
+        let committed = state.partition(id)?.tier.as_ref().map(|stored| stored.value.clone());
+        let tier = self.ctx.tier.as_ref().map(|tier| {
+            let state = committed.clone().unwrap_or_default();
+            PartitionTier::new(tier.store.clone(), tier.cache.clone(), id, state)
+        });
+        let config = self.partitions.topic(name)?.config;
+        let max_lag_time = self.ctx.config.replication.max_lag_time;
+        Some(ReplicaSpec { id, topic: name.clone(), config, committed, tier, standalone, discard_local, max_lag_time })
+    }
+
+    /// Opens replicas concurrently.
+    pub(super) async fn open_all(&self, specs: Vec<ReplicaSpec>) {
+        let opened =
+            stream::iter(chunks(specs)).map(|specs| self.open_batch(specs)).buffer_unordered(MAX_CONCURRENT_OPENS);
+        opened
+            .for_each(|results| {
+                for (id, topic, opened) in results {
+                    let replica = match opened {
+                        Ok(partition) => HostedPartition::Online(partition),
+                        Err(error) => self.offline_entry(id, &topic, &error),
+                    };
+                    self.partitions.set(id, replica);
+                }
+                std::future::ready(())
+            })
+            .await;
+    }
+
+    fn leader_epoch(&self, id: PartitionId) -> LeaderEpoch {
+        let state = self.ctx.metadata.state();
+        let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
+        stored.map(|stored| stored.value.leader_epoch).unwrap_or_default()
+    }
+
+    /// Returns the entry of a replica that could not be opened. Logs each error once, although every metadata change
+    /// retries the open.
+    fn offline_entry(&self, id: PartitionId, topic: &TopicName, error: &PartitionError) -> HostedPartition {
+        let reason: Arc<str> = error.to_string().into();
+        let earlier = self.partitions.get(id).and_then(|replica| match &*replica {
+            HostedPartition::Offline(offline) => Some(offline.clone()),
+            HostedPartition::Online(_) | HostedPartition::None => None,
+        });
+        let since = earlier.as_ref().map_or_else(|| self.leader_epoch(id), |earlier| earlier.since);
+        match error {
+            _ if earlier.is_some_and(|earlier| earlier.reason == reason) => {}
+            PartitionError::Lost { .. } => tracing::warn!(
+                partition = %id, %topic, %error,
+                "the replica lacks committed records and is offline: it is copied again once another replica leads"
+            ),
+            _ => tracing::error!(partition = %id, %topic, %error, "could not open the partition on this broker"),
+        }
+        HostedPartition::Offline(OfflineReplica { reason, since })
+    }
+
+    /// Opens replicas in sequence, on a blocking thread.
+    async fn open_batch(
+        &self,
+        specs: Vec<ReplicaSpec>,
+    ) -> Vec<(PartitionId, TopicName, Result<Arc<Partition>, PartitionError>)> {
+        let (log, queue, tasks) = (self.ctx.log.clone(), self.queue.clone(), self.partitions.tasks().clone());
+        let (broker, ctx) = (self.ctx.id, self.partition_ctx.clone());
+        let open = move |spec: ReplicaSpec| {
+            let (id, topic) = (spec.id, spec.topic.clone());
+            let opened = Partition::open(broker, &log, spec, ctx.clone(), &queue, &tasks);
+            if opened.is_ok() {
+                queue.push(id);
+            }
+            (id, topic, opened)
+        };
+        task::run_blocking(move || specs.into_iter().map(open).collect()).await
+    }
+}
+
+/// Splits replicas into chunks that are opened together. Each chunk has its own allocation: chunks split off one vector
+/// would keep capacity for all later replicas, which is quadratic.
+fn chunks<T>(all: Vec<T>) -> impl Iterator<Item = Vec<T>> {
+    let mut rest = all.into_iter();
+    std::iter::from_fn(move || {
+        let chunk: Vec<T> = rest.by_ref().take(MAX_OPENED_PER_BATCH).collect();
+        (!chunk.is_empty()).then_some(chunk)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replica_chunks_keep_no_excess_capacity() {
+        let chunks: Vec<Vec<u64>> = chunks((0..10_000).collect()).collect();
+        assert!(chunks.iter().flatten().copied().eq(0..10_000), "all replicas, in order");
+        let kept: usize = chunks.iter().map(Vec::capacity).sum();
+        assert!(kept <= 2 * 10_000, "capacity for {kept} of 10,000 numbers");
+    }
+}

@@ -1,0 +1,440 @@
+//! Applies the cluster's metadata to the partitions of this broker: opens assigned replicas, assigns their roles,
+//! passes on changed configurations, and closes and deletes removed partitions.
+//!
+//! # Overview
+//!
+//! ```text
+//!   topic key      ─▶ number of partitions and configuration; key removed: closed, and deleted if there is a tombstone
+//!   partition key  ─▶ replica here: opened and assigned (`Partition::assign`); none here: closed, then a stray replica
+//!   tier key       ─▶ tier state that followers take as committed
+//!   broker key     ─▶ status of followers' brokers, for leaders; address of the leader, for followers
+//! ```
+//!
+//! A starting broker opens the replicas on disk and assigns no roles, because the startup verification comes first.
+//! Every replica gets its assignment after the registration, from a metadata snapshot that contains the registration.
+//!
+//! # Invariants
+//!
+//! - Metadata is a hint for the next action. Nothing here decides about leadership.
+//! - A missing entry in the metadata never causes the deletion of files. Deletion requires the tombstone of the topic,
+//!   or the partition's own key with other replicas, read from the metadata store at that moment. Partitions without
+//!   topic and tombstone are kept and logged: lost, corrupt or restored metadata must not cost data as well.
+//! - A local replica is discarded only when it is in neither ISR nor ELR, so no commit depends on its content. The
+//!   exception is an unusable replica that an operator elected in order to discard it.
+//! - A replica whose partition value was unreadable at the startup verification is unverified. The value may be restored
+//!   as it was, and name this broker as the leader of an epoch from before this process. So the replica stays offline
+//!   until the next start.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use futures::{StreamExt as _, stream};
+use parking_lot::Mutex;
+
+use super::{
+    opener::PartitionOpener,
+    stray_cleaner::StrayCleaner,
+    table::{HostedPartition, HostedTopic, OfflineReplica, PartitionTable},
+};
+use crate::{
+    broker::node_context::NodeContext,
+    cluster::{BrokerState, Key, MetadataChange, MetadataSnapshot, Revision, TopicValue},
+    model::{BrokerId, LeaderEpoch, PartitionId, TopicConfig, TopicName},
+    partition::{IsrUpdater, MaintenanceQueue, PartitionAssignment, PartitionContext, leader::isr::BrokerStatus},
+    task::clock,
+    telemetry::LogThrottle,
+    tier::TopicRecord,
+};
+
+/// Maximum number of partitions that are notified of a change concurrently.
+const MAX_CONCURRENT_ASSIGNMENTS: usize = 256;
+
+/// Reason for which an unverified replica is offline.
+const UNVERIFIED: &str = "its partition value was unreadable when this broker started: restart the broker";
+
+/// Updates the peers from a metadata snapshot.
+pub(in crate::broker) type PeersUpdate = Box<dyn Fn(&MetadataSnapshot) + Send + Sync>;
+
+/// The one writer of the partition table.
+pub(in crate::broker) struct Reconciler {
+    ctx: NodeContext,
+    partitions: Arc<PartitionTable>,
+    opener: PartitionOpener,
+    strays: StrayCleaner,
+    isr_updater: Arc<dyn IsrUpdater>,
+    update_peers: PeersUpdate,
+    /// True once replicas receive their assignments.
+    is_active: bool,
+    /// Partitions whose values were unreadable at the startup verification.
+    unverified: BTreeSet<PartitionId>,
+    /// Log throttle, shared by all topics, for failed writes of topic records to the object store.
+    failed_topic_records: Arc<Mutex<LogThrottle>>,
+}
+
+impl Reconciler {
+    /// Creates the reconciler of a broker that is being opened. Opened partitions get `partition_ctx`, and are put into
+    /// `queue`.
+    pub(in crate::broker) fn new(
+        ctx: NodeContext,
+        partitions: Arc<PartitionTable>,
+        strays: StrayCleaner,
+        partition_ctx: PartitionContext,
+        queue: MaintenanceQueue,
+        update_peers: PeersUpdate,
+    ) -> Self {
+        let isr_updater = Arc::clone(&partition_ctx.isr_updater);
+        let opener = PartitionOpener { ctx: ctx.clone(), partitions: Arc::clone(&partitions), partition_ctx, queue };
+        Self {
+            ctx,
+            partitions,
+            opener,
+            strays,
+            isr_updater,
+            update_peers,
+            is_active: false,
+            unverified: BTreeSet::new(),
+            failed_topic_records: Arc::default(),
+        }
+    }
+
+    /// Assigns roles from now on, except to `unverified` partitions. Checks the stray replicas on disk.
+    pub(in crate::broker) async fn activate(&mut self, unverified: BTreeSet<PartitionId>, state: &MetadataSnapshot) {
+        (self.is_active, self.unverified) = (true, unverified);
+        self.strays.check_strays(state).await;
+        self.ctx.log.stray_partitions().into_iter().for_each(|id| self.strays.add(id));
+    }
+
+    /// Applies every metadata change until the broker stops. A change that is being applied is completed first.
+    pub(in crate::broker) async fn run(mut self) {
+        let mut feed = self.ctx.metadata.feed();
+        let tasks = self.ctx.tasks.clone();
+        loop {
+            let next = async {
+                tokio::select! {
+                    biased;
+                    change = feed.next() => Some(change),
+                    () = self.strays.due() => None,
+                }
+            };
+            match tasks.run_until_cancelled(next).await {
+                None | Some(Some(None)) => return,
+                Some(None) => self.strays.process().await,
+                Some(Some(Some(change))) => {
+                    let state = self.ctx.metadata.state();
+                    match change {
+                        MetadataChange::Relisted => self.reconcile(&state).await,
+                        MetadataChange::Keys(keys) => self.reconcile_keys(&keys, &state).await,
+                    }
+                }
+            }
+        }
+    }
+
+    /// Applies all of the metadata.
+    pub(in crate::broker) async fn reconcile(&mut self, state: &MetadataSnapshot) {
+        let mut names: BTreeSet<TopicName> = state.topics().keys().cloned().collect();
+        names.extend(self.partitions.names());
+        let (ids, revisions) = self.apply_topics(names.iter(), state).await;
+        (self.update_peers)(state);
+        self.reconcile_partitions(ids, state).await;
+        self.partitions.set_revisions(revisions);
+    }
+
+    async fn reconcile_keys(&mut self, keys: &[Key], state: &MetadataSnapshot) {
+        let topics = keys.iter().filter_map(|key| match key {
+            Key::Topic(name) => Some(name),
+            _ => None,
+        });
+        let (ids, revisions) = self.apply_topics(topics, state).await;
+        let mut ids: BTreeSet<PartitionId> = ids.into_iter().collect();
+        let (mut brokers, mut gone) = (Vec::new(), Vec::new());
+        for key in keys {
+            match key {
+                Key::Partition(id) => {
+                    ids.insert(*id);
+                }
+                Key::Tier(id) => self.pass_tier_state(*id, state).await,
+                Key::Broker(id) => brokers.push(*id),
+                // A topic that was never hosted, because its configuration was unreadable, is deleted too.
+                Key::Tombstone(id) if state.name(*id).is_none() => gone.push(*id),
+                _ => {}
+            }
+        }
+        if !brokers.is_empty() {
+            (self.update_peers)(state);
+            self.notify_leaders(&brokers, state).await;
+        }
+        self.reconcile_partitions(ids.into_iter().collect(), state).await;
+        self.partitions.set_revisions(revisions);
+        // Last, because deletion may take long, and leadership changes are more urgent.
+        self.strays.process_deleted(gone).await;
+    }
+
+    /// Applies topic values to the partition table. Returns the partitions to reconcile, and the revision that each
+    /// topic reaches by that.
+    async fn apply_topics<'a>(
+        &mut self,
+        names: impl Iterator<Item = &'a TopicName> + Send,
+        state: &MetadataSnapshot,
+    ) -> (Vec<PartitionId>, BTreeMap<TopicName, Revision>) {
+        let (mut topics, mut ids, mut revisions) = (Vec::new(), Vec::new(), BTreeMap::new());
+        for name in names {
+            if let Some((topic, revision)) = self.apply_topic(name, state).await {
+                let count = u32::try_from(topic.count()).unwrap_or(u32::MAX);
+                ids.extend((0..count).map(|number| PartitionId::new(topic.id, number)));
+                if topic.revision != revision {
+                    revisions.insert(name.clone(), revision);
+                }
+                topics.push((name.clone(), topic));
+            }
+        }
+        // In one call, because each change copies a part of the topic table.
+        if !topics.is_empty() {
+            self.partitions.put(topics);
+        }
+        (ids, revisions)
+    }
+
+    /// Applies one topic value. Returns the new entry of the topic and its revision, or `None` if there is nothing to
+    /// apply.
+    async fn apply_topic(&mut self, name: &TopicName, state: &MetadataSnapshot) -> Option<(HostedTopic, Revision)> {
+        let partitions = self.partitions.topic(name);
+        let wanted = state.topic(name);
+        if wanted.is_none() && state.unreadable().contains_key(&Key::Topic(name.clone())) {
+            // The new value is unreadable, so nothing changes.
+            return None;
+        }
+        if let Some(partitions) = &partitions
+            && wanted.is_none_or(|topic| topic.value.id != partitions.id)
+        {
+            self.drop_topic(name, partitions).await;
+        }
+        let wanted = wanted?;
+        let topic = &wanted.value;
+        let before = partitions.filter(|partitions| partitions.id == topic.id);
+        let config = match TopicConfig::resolve(&self.ctx.config.topic_defaults, &topic.config) {
+            Ok(config) => Arc::new(config),
+            Err(error) => {
+                tracing::error!(
+                    topic = %name, %error,
+                    "the stored configuration of the topic is invalid: alter the topic"
+                );
+                return None;
+            }
+        };
+        let changed = before.as_ref().is_some_and(|before| *before.config != *config);
+        let after = HostedTopic::new(topic.id, Arc::clone(&config), topic.partitions, before.as_ref());
+        if changed {
+            for replica in after.holdings() {
+                if let HostedPartition::Online(partition) = &*replica {
+                    partition.update_config(Arc::clone(&config)).await;
+                }
+            }
+        }
+        if before.is_none() {
+            self.record_topic(name, topic, state);
+        }
+        Some((after, wanted.mod_revision))
+    }
+
+    /// Applies the metadata to these partitions.
+    async fn reconcile_partitions(&mut self, ids: Vec<PartitionId>, state: &MetadataSnapshot) {
+        let is_on_disk = |id: &PartitionId| self.ctx.log.holds(*id);
+        let (mut to_open, mut to_assign) = (Vec::new(), Vec::new());
+        for id in ids {
+            // Partitions of a topic that is not hosted are skipped.
+            let Some(replica) = self.partitions.get(id) else { continue };
+            let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
+            match stored {
+                Some(stored) if stored.value.replicas.contains(&self.ctx.id) => {
+                    if self.unverified.contains(&id) {
+                        self.hold_back(id, &replica, stored.value.leader_epoch).await;
+                    } else if !matches!(&*replica, HostedPartition::Online(_)) {
+                        to_open.extend(self.opener.spec(
+                            id,
+                            state,
+                            &stored.value,
+                            &replica,
+                            is_on_disk(&id),
+                            self.is_active,
+                        ));
+                    }
+                    to_assign.push(id);
+                }
+                Some(_) => {
+                    self.close(id, &replica).await;
+                    if is_on_disk(&id) {
+                        self.strays.add(id);
+                    }
+                }
+                // The value has not arrived, was deleted or is unreadable, so the leader is unknown.
+                None => self.close(id, &replica).await,
+            }
+        }
+        let tried: Vec<_> = to_open.iter().map(|spec| spec.id).collect();
+        self.opener.open_all(to_open).await;
+        if self.is_active {
+            // An unusable replica that may be discarded is replaced by an empty one now, because no later metadata
+            // change may trigger that.
+            let to_reopen = tried.into_iter().filter_map(|id| {
+                let replica = self.partitions.get(id)?;
+                let stored = state.partition(id)?.partition.as_ref()?;
+                let is_offline = matches!(*replica, HostedPartition::Offline(_));
+                is_offline
+                    .then(|| self.opener.spec(id, state, &stored.value, &replica, true, self.is_active))
+                    .flatten()
+                    .filter(|spec| spec.discard_local)
+            });
+            self.opener.open_all(to_reopen.collect()).await;
+            to_assign.iter().for_each(|id| self.resign_if_offline(*id, state));
+            let this = &*self;
+            stream::iter(to_assign).for_each_concurrent(MAX_CONCURRENT_ASSIGNMENTS, |id| this.assign(id, state)).await;
+        }
+    }
+
+    /// Takes an unverified replica offline. A replica may be open if its value was readable before the verification.
+    async fn hold_back(&self, id: PartitionId, replica: &HostedPartition, since: LeaderEpoch) {
+        if matches!(replica, HostedPartition::Offline(_)) {
+            return;
+        }
+        self.close(id, replica).await;
+        tracing::error!(
+            partition = %id,
+            "the partition value was unreadable when this broker started: the replica stays offline until this broker \
+             is restarted"
+        );
+        self.partitions.set(id, HostedPartition::Offline(OfflineReplica { reason: UNVERIFIED.into(), since }));
+    }
+
+    /// Stops the local replica, if there is one. The files stay.
+    async fn close(&self, id: PartitionId, replica: &HostedPartition) {
+        if let HostedPartition::Online(partition) = replica {
+            partition.stop().await;
+        }
+        if !matches!(replica, HostedPartition::None) {
+            self.partitions.set(id, HostedPartition::None);
+        }
+    }
+
+    /// Resigns from the leadership of a partition whose local replica is unusable, because another broker may have a
+    /// usable replica.
+    fn resign_if_offline(&self, id: PartitionId, state: &MetadataSnapshot) {
+        let is_offline = self.partitions.get(id).is_some_and(|replica| matches!(*replica, HostedPartition::Offline(_)));
+        let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
+        if let Some(stored) =
+            stored.filter(|stored| is_offline && !self.ctx.standalone && stored.value.leader == Some(self.ctx.id))
+        {
+            self.isr_updater.resign(id, stored.value.leader_epoch);
+        }
+    }
+
+    /// Returns true if another process is registered with this broker's id, on a copy of its data directory. That
+    /// process leads the partitions then.
+    fn is_replaced(&self, state: &MetadataSnapshot) -> bool {
+        let registered = state.brokers().get(&self.ctx.id);
+        registered.is_some_and(|registration| registration.value.incarnation != *self.ctx.incarnation)
+    }
+
+    /// Sends a replica its assignment.
+    async fn assign(&self, id: PartitionId, state: &MetadataSnapshot) {
+        let Some(partition) = self.partitions.by_id(id) else { return };
+        let Some(entry) = state.partition(id) else { return };
+        let Some(stored) = &entry.partition else { return };
+        let registered = stored.value.replicas.iter().map(|broker| (*broker, registration(state, *broker)));
+        let mut value = stored.value.clone();
+        if value.leader == Some(self.ctx.id) && self.is_replaced(state) {
+            value.leader = None;
+        }
+        let assignment = PartitionAssignment {
+            value: Arc::new(value),
+            revision: stored.mod_revision,
+            committed: entry.tier.as_ref().map(|stored| stored.value.clone()),
+            registered: registered.collect(),
+        };
+        partition.assign(assignment).await;
+    }
+
+    /// Passes the committed tier state to a partition. A leader has applied its own commits, but not a value that was
+    /// unreadable when the replica was opened.
+    async fn pass_tier_state(&self, id: PartitionId, state: &MetadataSnapshot) {
+        let Some(partition) = self.partitions.by_id(id) else { return };
+        if let Some(stored) = state.partition(id).and_then(|entry| entry.tier.as_ref()) {
+            partition.apply_tier_state(stored.value.clone()).await;
+        }
+    }
+
+    /// Sends the status of these brokers to the partitions that this broker leads according to the metadata.
+    async fn notify_leaders(&self, brokers: &[BrokerId], state: &MetadataSnapshot) {
+        let me = self.ctx.id;
+        let led = self.partitions.open().into_iter().filter_map(|partition| {
+            let stored = state.partition(partition.id())?.partition.as_ref()?;
+            let concerned = |broker: &&BrokerId| stored.value.replicas.contains(broker);
+            let concerned: Vec<BrokerId> = brokers.iter().filter(concerned).copied().collect();
+            (stored.value.leader == Some(me) && !concerned.is_empty()).then_some((partition, concerned))
+        });
+        stream::iter(led)
+            .for_each_concurrent(MAX_CONCURRENT_ASSIGNMENTS, |(partition, concerned)| async move {
+                for broker in concerned {
+                    partition.on_broker_status(broker, registration(state, broker)).await;
+                }
+            })
+            .await;
+    }
+
+    /// Writes the topic record to the object store, for `undrain`. Best effort: the preferred leader of the first
+    /// partition writes the record again at each start.
+    fn record_topic(&self, name: &TopicName, topic: &TopicValue, state: &MetadataSnapshot) {
+        let Some(tier) = &self.ctx.tier else { return };
+        let first = state.partition(PartitionId::new(topic.id, 0)).and_then(|entry| entry.partition.as_ref());
+        if !self.ctx.standalone && first.is_none_or(|first| first.value.replicas.first() != Some(&self.ctx.id)) {
+            return;
+        }
+        let (store, tasks, failed) =
+            (tier.store.clone(), self.ctx.tasks.clone(), Arc::clone(&self.failed_topic_records));
+        let record = TopicRecord {
+            name: name.clone(),
+            id: topic.id,
+            partitions: topic.partitions,
+            config: topic.config.clone(),
+        };
+        let write = async move {
+            if let Err(error) = store.put_topic(&record).await
+                && let Some(failures) = failed.lock().occur(clock::monotonic())
+            {
+                tracing::warn!(
+                    topic = %record.name, %error, failures,
+                    "could not write topic records to the object store, this topic's included: they are written at the \
+                     next start"
+                );
+            }
+        };
+        self.ctx.tasks.spawn("topic record", async move { tasks.run_until_cancelled(write).await });
+    }
+
+    /// Closes the partitions of a topic that the metadata no longer contains. Deletes their files if the topic was
+    /// deleted on purpose.
+    async fn drop_topic(&mut self, name: &TopicName, partitions: &HostedTopic) {
+        self.partitions.remove(name);
+        let stop = async |replica: Arc<HostedPartition>| {
+            if let HostedPartition::Online(partition) = &*replica {
+                partition.stop().await;
+            }
+        };
+        stream::iter(partitions.holdings()).for_each_concurrent(MAX_CONCURRENT_ASSIGNMENTS, stop).await;
+        if self.strays.process_topic(partitions.id).await {
+            tracing::info!(topic = %name, id = %partitions.id, "deleted the topic from this broker");
+        }
+        self.partitions.notify_changed();
+    }
+}
+
+/// Returns the status of a broker according to the metadata.
+fn registration(state: &MetadataSnapshot, broker: BrokerId) -> BrokerStatus {
+    match state.brokers().get(&broker).map(|entry| (entry.value.state, entry.create_revision)) {
+        Some((BrokerState::Running, epoch)) => BrokerStatus::Registered(epoch),
+        Some((BrokerState::Stopping, _)) => BrokerStatus::ShuttingDown,
+        None => BrokerStatus::Unregistered,
+    }
+}

@@ -1,0 +1,202 @@
+//! Stray replicas: files on disk that the metadata assigns to other brokers, or to none. The metadata store must
+//! confirm each deletion, because the metadata cache may be stale, or of a restored store. A partition's key is read at
+//! that moment, and only a readable key with other replicas permits the deletion. For a removed topic, only its
+//! tombstone does. If the store does not respond, the files stay, and the read is retried.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use futures::{StreamExt as _, stream};
+use tokio::time::Instant;
+
+use super::table::PartitionTable;
+use crate::{
+    broker::node_context::NodeContext,
+    cluster::{MetadataCache, MetadataSnapshot, PartitionUpdater, Topics},
+    log::DataDir,
+    model::{BrokerId, PartitionId, TopicId},
+    task::{self, clock},
+};
+
+/// Pause before the metadata store is read again.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Timeout of a read from the metadata store. The waiting task has other work.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Maximum number of replicas that are checked together.
+const MAX_CHECKED_PER_BATCH: usize = 64;
+
+/// Number of replicas deleted together, with two journal frames and one sync of the topic's directory, and number of
+/// such groups deleted concurrently. On a file system that discards freed blocks, each removed file waits for the
+/// device.
+const MAX_DELETED_PER_BATCH: usize = 64;
+const MAX_CONCURRENT_DELETIONS: usize = 16;
+
+/// Stray replicas that are to be checked.
+pub(in crate::broker) struct StrayCleaner {
+    id: BrokerId,
+    log: DataDir,
+    metadata: MetadataCache,
+    updater: PartitionUpdater,
+    tombstones: Topics,
+    partitions: Arc<PartitionTable>,
+    waiting: BTreeSet<PartitionId>,
+    /// Removed topics whose tombstone could not be looked up yet.
+    topics: BTreeSet<TopicId>,
+    /// Earliest time of the next check, set when the store did not respond.
+    not_before: Option<Instant>,
+}
+
+impl StrayCleaner {
+    /// Creates a cleaner without work. `topics` reads the tombstones.
+    pub(in crate::broker) fn new(ctx: &NodeContext, topics: Topics, partitions: Arc<PartitionTable>) -> Self {
+        Self {
+            id: ctx.id,
+            log: ctx.log.clone(),
+            metadata: ctx.metadata.clone(),
+            updater: PartitionUpdater::new(Arc::clone(&ctx.store), ctx.keys.clone()),
+            tombstones: topics,
+            partitions,
+            waiting: BTreeSet::new(),
+            topics: BTreeSet::new(),
+            not_before: None,
+        }
+    }
+
+    /// Adds a replica that the metadata does not assign to this broker.
+    pub(super) fn add(&mut self, id: PartitionId) {
+        self.waiting.insert(id);
+    }
+
+    /// Resolves when there is something to check.
+    pub(super) async fn due(&self) {
+        if self.waiting.is_empty() && self.topics.is_empty() {
+            return std::future::pending().await;
+        }
+        if let Some(moment) = self.not_before {
+            tokio::time::sleep_until(moment).await;
+        }
+    }
+
+    /// Deletes the waiting replicas that the metadata store assigns to other brokers, and those of deleted topics.
+    pub(super) async fn process(&mut self) {
+        self.not_before = None;
+        for topic in std::mem::take(&mut self.topics) {
+            // A topic that reappeared meanwhile is served, or will be.
+            if self.metadata.state().name(topic).is_none() && self.process_topic(topic).await {
+                tracing::info!(
+                    %topic,
+                    "deleted the files of a topic that was deleted during an outage of the metadata store"
+                );
+            }
+        }
+        if !self.topics.is_empty() {
+            self.not_before = Some(clock::monotonic() + RETRY_INTERVAL);
+        }
+        let some: Vec<PartitionId> = self.waiting.iter().take(MAX_CHECKED_PER_BATCH).copied().collect();
+        let updater = &self.updater;
+        let reads = stream::iter(some).map(|id| async move {
+            let response = tokio::time::timeout(REQUEST_TIMEOUT, updater.read_back(id)).await;
+            (id, response)
+        });
+        let responses: Vec<_> = reads.buffer_unordered(MAX_CHECKED_PER_BATCH).collect().await;
+        let mut moved = Vec::new();
+        for (id, response) in responses {
+            let value = match response {
+                Ok(Ok(found)) => found.map(|(value, _)| value),
+                Ok(Err(_)) | Err(_) => {
+                    self.not_before = Some(clock::monotonic() + RETRY_INTERVAL);
+                    continue;
+                }
+            };
+            self.waiting.remove(&id);
+            // A replica that was assigned again meanwhile is open, or will be opened when the metadata cache shows
+            // that.
+            let is_others = value.is_some_and(|value| !value.replicas.contains(&self.id));
+            if is_others && self.partitions.by_id(id).is_none() {
+                moved.push(id);
+            }
+        }
+        self.delete_replicas(moved.clone()).await;
+        for id in moved {
+            tracing::info!(partition = %id, "deleted the files of a replica that moved to other brokers");
+        }
+    }
+
+    /// Checks the replicas on disk that belong to no topic. Replicas of deleted topics are deleted, and all other
+    /// topics are logged.
+    pub(super) async fn check_strays(&mut self, state: &MetadataSnapshot) {
+        let topics: BTreeSet<TopicId> =
+            self.log.partitions().into_iter().chain(self.log.stray_partitions()).map(|id| id.topic).collect();
+        for topic in topics.into_iter().filter(|topic| state.name(*topic).is_none()) {
+            if self.process_topic(topic).await {
+                tracing::info!(%topic, "deleted the remaining files of a deleted topic");
+            }
+        }
+    }
+
+    /// Deletes the files of topics whose tombstone has just appeared.
+    pub(super) async fn process_deleted(&mut self, topics: Vec<TopicId>) {
+        for topic in topics {
+            let ids = self.partitions_on_disk(topic);
+            if !ids.is_empty() && self.delete_if_deleted(topic, ids).await {
+                tracing::info!(%topic, "deleted the files of a deleted topic that this broker did not serve");
+            }
+        }
+    }
+
+    /// Deletes the files of a removed topic if there is a tombstone. Logs a warning if the files are kept. Returns true
+    /// if they are deleted.
+    pub(super) async fn process_topic(&mut self, topic: TopicId) -> bool {
+        let ids = self.partitions_on_disk(topic);
+        self.delete_if_deleted(topic, ids).await
+    }
+
+    async fn delete_if_deleted(&mut self, topic: TopicId, ids: Vec<PartitionId>) -> bool {
+        match tokio::time::timeout(REQUEST_TIMEOUT, self.tombstones.was_deleted(topic)).await {
+            Ok(Ok(true)) => {
+                let batches = stream::iter(ids.chunks(MAX_DELETED_PER_BATCH));
+                let this = &*self;
+                batches.for_each_concurrent(MAX_CONCURRENT_DELETIONS, |ids| this.delete_replicas(ids.to_vec())).await;
+                return true;
+            }
+            Ok(Ok(false)) if ids.is_empty() => {}
+            Ok(Ok(false)) => tracing::warn!(
+                %topic,
+                "the data directory contains partitions of a topic that is not in the metadata; they are kept and not \
+                 served: if the topic was deleted, remove its folder while the broker is stopped"
+            ),
+            Ok(Err(_)) | Err(_) => {
+                self.topics.insert(topic);
+            }
+        }
+        false
+    }
+
+    /// Returns all partitions of a topic that have files in the data directory.
+    fn partitions_on_disk(&self, topic: TopicId) -> Vec<PartitionId> {
+        let strays = self.log.stray_partitions().into_iter().filter(|id| id.topic == topic);
+        self.log.partitions_of(topic).into_iter().chain(strays).collect()
+    }
+
+    async fn delete_replicas(&self, ids: Vec<PartitionId>) {
+        if ids.is_empty() {
+            return;
+        }
+        let log = self.log.clone();
+        let delete = move || {
+            let mut failures = log.delete_replicas(&ids);
+            let failed = |id: &PartitionId| failures.iter().any(|(failed, _)| failed == id);
+            let strays: Vec<_> = ids.iter().copied().filter(|id| !failed(id)).collect();
+            failures.extend(log.delete_stray(&strays));
+            failures
+        };
+        let failures = task::run_blocking(delete).await;
+        for (id, error) in failures {
+            tracing::warn!(
+                partition = %id, %error,
+                "could not delete all files of the partition: the remaining files are checked at the next start"
+            );
+        }
+    }
+}

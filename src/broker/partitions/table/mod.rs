@@ -1,0 +1,255 @@
+//! The partitions that this broker hosts, found by topic name without a lock.
+//!
+//! Each partition has its own cell, so opening or closing a partition copies no other entry. The role of a partition is
+//! published by the partition itself.
+
+mod parts;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use arc_swap::ArcSwap;
+use futures::{StreamExt as _, stream};
+use tokio::sync::watch;
+
+use self::parts::Parts;
+use crate::{
+    cluster::Revision,
+    model::{LeaderEpoch, PartitionId, TopicConfig, TopicId, TopicName},
+    partition::Partition,
+    task::Tasks,
+};
+
+/// Maximum number of partitions that are stopped concurrently.
+const MAX_CONCURRENT_STOPS: usize = 64;
+
+/// State of one partition on this broker.
+#[derive(Clone)]
+pub(in crate::broker) enum HostedPartition {
+    /// A replica that leads, follows or is idle.
+    Online(Arc<Partition>),
+    /// No replica, or one that is being opened.
+    None,
+    /// The local replica is unusable.
+    Offline(OfflineReplica),
+}
+
+/// A replica that cannot be opened.
+#[derive(Clone)]
+pub(in crate::broker) struct OfflineReplica {
+    /// Error of the open.
+    pub(in crate::broker) reason: Arc<str>,
+    /// Leader epoch in which the replica was found unusable. A later unclean election takes that into account.
+    pub(in crate::broker) since: LeaderEpoch,
+}
+
+/// State of one topic on this broker.
+#[derive(Clone)]
+pub(in crate::broker) struct HostedTopic {
+    pub(in crate::broker) id: TopicId,
+    /// Revision of the topic key that has been applied to all of its partitions; zero before the first one.
+    pub(in crate::broker) revision: Revision,
+    pub(in crate::broker) config: Arc<TopicConfig>,
+    cells: Arc<[ArcSwap<HostedPartition>]>,
+}
+
+impl HostedTopic {
+    /// Creates a topic with this number of partitions. Keeps the partitions and the applied revision of `before`.
+    pub(in crate::broker) fn new(
+        id: TopicId,
+        config: Arc<TopicConfig>,
+        partitions: u32,
+        before: Option<&Self>,
+    ) -> Self {
+        let cells = match before {
+            Some(before) if before.count() == partitions as usize => Arc::clone(&before.cells),
+            before => (0..partitions)
+                .map(|number| {
+                    let cell = before.and_then(|before| before.cells.get(number as usize));
+                    cell.map_or_else(
+                        || ArcSwap::from_pointee(HostedPartition::None),
+                        |cell| ArcSwap::new(cell.load_full()),
+                    )
+                })
+                .collect(),
+        };
+        let revision = before.map_or(Revision::ZERO, |before| before.revision);
+        Self { id, revision, config, cells }
+    }
+
+    /// Returns the number of partitions.
+    pub(in crate::broker) fn count(&self) -> usize {
+        self.cells.len()
+    }
+
+    /// Returns the state of a partition, or `None` if the topic has no such partition.
+    pub(in crate::broker) fn holding(&self, number: u32) -> Option<Arc<HostedPartition>> {
+        Some(self.cells.get(usize::try_from(number).ok()?)?.load_full())
+    }
+
+    /// Returns the states of all partitions, by partition number.
+    pub(in crate::broker) fn holdings(&self) -> impl Iterator<Item = Arc<HostedPartition>> + '_ {
+        self.cells.iter().map(ArcSwap::load_full)
+    }
+}
+
+/// Table of all hosted topics. Readers get a consistent entry of each topic.
+pub(in crate::broker) struct PartitionTable {
+    topics: Parts<TopicName, HostedTopic>,
+    ids: Parts<TopicId, TopicName>,
+    changed: watch::Sender<()>,
+    /// Tasks of the partitions.
+    tasks: Tasks,
+}
+
+impl Default for PartitionTable {
+    fn default() -> Self {
+        Self { topics: Parts::default(), ids: Parts::default(), changed: watch::Sender::new(()), tasks: Tasks::new() }
+    }
+}
+
+/// Result of a lookup by topic name and partition number.
+pub(in crate::broker) enum TableLookup {
+    /// State of the partition.
+    Held(PartitionId, Arc<HostedPartition>),
+    /// The topic has no such partition. Holds the number of its partitions.
+    NoPartition(usize),
+}
+
+impl PartitionTable {
+    /// Looks up a partition by topic name and number. Returns `None` if no topic has the name.
+    pub(in crate::broker) fn find(&self, topic: &str, partition: i32) -> Option<TableLookup> {
+        let topics = self.topics.of_name(topic);
+        let partitions = topics.get(topic)?;
+        let number = u32::try_from(partition).ok();
+        let found =
+            number.and_then(|number| Some((PartitionId::new(partitions.id, number), partitions.holding(number)?)));
+        Some(found.map_or_else(
+            || TableLookup::NoPartition(partitions.count()),
+            |(id, replica)| TableLookup::Held(id, replica),
+        ))
+    }
+
+    /// Returns the entry of a topic.
+    pub(in crate::broker) fn topic(&self, name: &TopicName) -> Option<HostedTopic> {
+        self.topics.of(name).get(name).cloned()
+    }
+
+    /// Returns the names of all topics.
+    pub(in crate::broker) fn names(&self) -> Vec<TopicName> {
+        self.topics.all().flat_map(|part| part.keys().cloned().collect::<Vec<_>>()).collect()
+    }
+
+    /// Returns the open replica of a partition, in any role.
+    pub(in crate::broker) fn by_id(&self, id: PartitionId) -> Option<Arc<Partition>> {
+        match &*self.get(id)? {
+            HostedPartition::Online(partition) => Some(Arc::clone(partition)),
+            _ => None,
+        }
+    }
+
+    /// Returns the state of a partition.
+    pub(in crate::broker) fn get(&self, id: PartitionId) -> Option<Arc<HostedPartition>> {
+        let ids = self.ids.of(&id.topic);
+        let name = ids.get(&id.topic)?;
+        self.topics.of(name).get(name).filter(|topic| topic.id == id.topic)?.holding(id.number)
+    }
+
+    /// Returns why the local replica is offline.
+    pub(in crate::broker) fn offline_reason(&self, id: PartitionId) -> Option<String> {
+        match &*self.get(id)? {
+            HostedPartition::Offline(replica) => Some(replica.reason.as_ref().to_owned()),
+            HostedPartition::Online(_) | HostedPartition::None => None,
+        }
+    }
+
+    /// Returns the configuration that is applied to a partition.
+    pub(in crate::broker) fn config(&self, id: PartitionId) -> Option<Arc<TopicConfig>> {
+        let ids = self.ids.of(&id.topic);
+        let name = ids.get(&id.topic)?;
+        Some(Arc::clone(&self.topics.of(name).get(name)?.config))
+    }
+
+    /// Waits until `holds` returns true for the table.
+    pub(in crate::broker) async fn until(&self, holds: impl Fn(&Self) -> bool) {
+        let mut changed = self.changed.subscribe();
+        while !holds(self) {
+            if changed.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Returns all open replicas.
+    pub(in crate::broker) fn open(&self) -> Vec<Arc<Partition>> {
+        let mut open = Vec::new();
+        for part in self.topics.all() {
+            for replica in part.values().flat_map(HostedTopic::holdings) {
+                if let HostedPartition::Online(partition) = &*replica {
+                    open.push(Arc::clone(partition));
+                }
+            }
+        }
+        open
+    }
+
+    /// Adds or replaces topics. Only the task that applies the metadata changes the table, so no change is lost.
+    pub(in crate::broker) fn put(&self, some: impl IntoIterator<Item = (TopicName, HostedTopic)>) {
+        let mut ids = BTreeMap::new();
+        let topics = some.into_iter().map(|(name, topic)| {
+            // A recreated topic has the same name and another id.
+            ids.extend(self.topic(&name).map(|before| (before.id, None)));
+            ids.insert(topic.id, Some(name.clone()));
+            (name, Some(topic))
+        });
+        self.topics.apply(topics);
+        self.ids.apply(ids);
+    }
+
+    /// Removes a topic.
+    pub(in crate::broker) fn remove(&self, name: &TopicName) {
+        if let Some(topic) = self.topic(name) {
+            self.ids.apply([(topic.id, None)]);
+            self.topics.apply([(name.clone(), None)]);
+        }
+    }
+
+    /// Sets the state of a partition.
+    pub(in crate::broker) fn set(&self, id: PartitionId, replica: HostedPartition) {
+        let ids = self.ids.of(&id.topic);
+        let Some(name) = ids.get(&id.topic) else { return };
+        let topics = self.topics.of(name);
+        let partitions = topics.get(name).filter(|topic| topic.id == id.topic);
+        if let Some(cell) = partitions.and_then(|topic| topic.cells.get(id.number as usize)) {
+            cell.store(Arc::new(replica));
+        }
+    }
+
+    /// Records the applied revisions of these topics and wakes waiting tasks. All preceding changes of the table are
+    /// visible by then.
+    pub(in crate::broker) fn set_revisions(&self, revisions: BTreeMap<TopicName, Revision>) {
+        let applied = revisions.into_iter().filter_map(|(name, revision)| {
+            let topic = HostedTopic { revision, ..self.topic(&name)? };
+            Some((name, Some(topic)))
+        });
+        self.topics.apply(applied);
+        self.notify_changed();
+    }
+
+    /// Returns the tasks of the partitions.
+    pub(in crate::broker) fn tasks(&self) -> &Tasks {
+        &self.tasks
+    }
+
+    /// Stops the partitions.
+    pub(in crate::broker) async fn stop(&self) {
+        self.tasks.stop().await;
+        stream::iter(self.open())
+            .for_each_concurrent(MAX_CONCURRENT_STOPS, |partition| async move { partition.stop().await })
+            .await;
+    }
+
+    /// Wakes the tasks that wait for a change of the table.
+    pub(in crate::broker) fn notify_changed(&self) {
+        self.changed.send_replace(());
+    }
+}

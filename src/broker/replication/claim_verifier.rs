@@ -1,0 +1,131 @@
+//! Verifies claims of other brokers about registrations and leader epochs in the metadata store, at a bounded rate.
+//!
+//! Brokers do not authenticate. A claim is therefore only a reason for a look-up: this broker changes its state only if
+//! the store confirms the claim. If the rate is exceeded or the store does not respond, the claim is ignored, and the
+//! metadata cache shows the stored value a moment later.
+
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+
+use crate::{
+    broker::token_bucket::TokenBucket,
+    cluster::{Keys, MetaStore, PartitionValue, Revision, Value as _},
+    model::{BrokerId, LeaderEpoch, PartitionId},
+    proto::error::{ApiError, ErrorCode},
+    task::clock,
+};
+
+/// Maximum number of look-ups of one kind per minute.
+const MAX_LOOKUPS_PER_MINUTE: u32 = 600;
+
+/// Timeout of a look-up. The claiming broker waits no longer for a response.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Verifier of other brokers' verifier.
+pub(super) struct ClaimVerifier {
+    store: Arc<dyn MetaStore>,
+    keys: Keys,
+    registrations: Rate,
+    partitions: Rate,
+}
+
+/// Rate limit of look-ups.
+#[derive(Default)]
+struct Rate(Mutex<Option<TokenBucket>>);
+
+impl Rate {
+    fn take(&self) -> bool {
+        let mut bucket = self.0.lock();
+        let left = TokenBucket::take(*bucket, MAX_LOOKUPS_PER_MINUTE, clock::monotonic());
+        *bucket = left.or(*bucket);
+        left.is_some()
+    }
+}
+
+impl ClaimVerifier {
+    pub(super) fn new(store: Arc<dyn MetaStore>, keys: Keys) -> Self {
+        Self { store, keys, registrations: Rate::default(), partitions: Rate::default() }
+    }
+
+    /// Returns the broker epoch under which a broker is registered; `None` if the broker is not registered.
+    ///
+    /// # Errors
+    /// The epoch cannot be looked up now.
+    pub(super) async fn broker_epoch(&self, broker: BrokerId) -> Result<Option<Revision>, ApiError> {
+        if !self.registrations.take() {
+            let message =
+                format!("more than {MAX_LOOKUPS_PER_MINUTE} registrations were looked up in a minute: retry later");
+            return Err(not_ready(message));
+        }
+        let key = self.keys.broker(broker);
+        match tokio::time::timeout(LOOKUP_TIMEOUT, self.store.get(&key)).await {
+            Ok(Ok(reading)) => Ok(reading.entry.map(|entry| entry.create_revision)),
+            Ok(Err(error)) => {
+                Err(not_ready(format!("could not read the registration from the metadata store: {error}")))
+            }
+            Err(_) => {
+                Err(not_ready(format!("the metadata store did not respond within {LOOKUP_TIMEOUT:?}: retry later")))
+            }
+        }
+    }
+
+    /// Returns the leader epoch of a partition; `None` if the epoch cannot be looked up now.
+    pub(super) async fn leader_epoch(&self, id: PartitionId) -> Option<LeaderEpoch> {
+        if !self.partitions.take() {
+            return None;
+        }
+        let key = self.keys.partition(id);
+        let reading = tokio::time::timeout(LOOKUP_TIMEOUT, self.store.get(&key)).await.ok()?.ok()?;
+        let entry = reading.entry?;
+        PartitionValue::decode(&entry.key, &entry.value).ok().map(|value| value.leader_epoch)
+    }
+}
+
+fn not_ready(message: String) -> ApiError {
+    ApiError::new(ErrorCode::NotReady, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cluster::{BrokerValue, EmbeddedStore, Transaction},
+        model::TopicId,
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn registrations_are_looked_up_at_bounded_rate() {
+        let store = EmbeddedStore::in_memory();
+        let keys = Keys::new("it").unwrap();
+        let put = Transaction::new().put(keys.broker(BrokerId(2)), BrokerValue::running_at("a:1".to_owned()).encode());
+        store.transact(put).await.unwrap();
+        let created = store.get(&keys.broker(BrokerId(2))).await.unwrap().entry.unwrap().create_revision;
+        let verifier = ClaimVerifier::new(Arc::new(store), keys);
+        assert_eq!(verifier.broker_epoch(BrokerId(2)).await.unwrap(), Some(created));
+        assert_eq!(verifier.broker_epoch(BrokerId(3)).await.unwrap(), None);
+        for _ in 2..MAX_LOOKUPS_PER_MINUTE {
+            verifier.broker_epoch(BrokerId(3)).await.unwrap();
+        }
+        assert_eq!(verifier.broker_epoch(BrokerId(2)).await.unwrap_err().code, ErrorCode::NotReady);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(verifier.broker_epoch(BrokerId(2)).await.unwrap(), Some(created), "tokens return");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn leader_epochs_are_looked_up_at_bounded_rate() {
+        let store = EmbeddedStore::in_memory();
+        let keys = Keys::new("it").unwrap();
+        let id = |number| PartitionId::new(TopicId::from_bytes([7; 16]), number);
+        let value = PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(5));
+        store.transact(Transaction::new().put(keys.partition(id(0)), value.encode())).await.unwrap();
+        let verifier = ClaimVerifier::new(Arc::new(store), keys);
+        assert_eq!(verifier.leader_epoch(id(0)).await, Some(LeaderEpoch(5)));
+        for _ in 1..MAX_LOOKUPS_PER_MINUTE {
+            assert_eq!(verifier.leader_epoch(id(1)).await, None, "the partition does not exist");
+        }
+        assert_eq!(verifier.leader_epoch(id(0)).await, None, "the rate is exceeded");
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(verifier.leader_epoch(id(0)).await, Some(LeaderEpoch(5)));
+    }
+}

@@ -1,0 +1,385 @@
+//! Sends ISR proposals of partitions to the metadata store, and the outcomes back.
+//!
+//! # Overview
+//!
+//! A leader continues while its proposal is open, and has at most one open request. The queue is therefore bounded by
+//! the number of partitions. Requests that queue up meanwhile are sent together, in as few transactions as possible: a
+//! failed follower is a member of hundreds of partitions at once. No other component batches these requests.
+//!
+//! # Invariants
+//!
+//! - No proposal is sent twice. A proposal that may or may not be applied has the outcome unknown. The leader then
+//!   requests a read-back of the key, which is retried until the store responds.
+//! - A leader whose disk failed resigns in the metadata store, if another member is in sync. The resignation is retried
+//!   until it is done or another epoch has begun.
+//!
+//! # Shutdown
+//!
+//! The tasks end at once. The next leader finds the result of requests in flight in the metadata store.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use futures::{StreamExt as _, stream};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use crate::{
+    broker::partitions::table::PartitionTable,
+    cluster::{Compare, Keys, PartitionUpdate, PartitionUpdater, PartitionValue, Revision, UpdateOutcome},
+    model::{BrokerId, LeaderEpoch, PartitionId},
+    partition::{
+        IsrUpdater,
+        leader::isr::{IsrProposal, PeerId, ProposalOutcome},
+    },
+    task::{Backoff, Tasks},
+};
+
+/// First pause after the store did not respond.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
+
+/// Longest such pause.
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
+
+/// Maximum number of keys that are read concurrently.
+const MAX_CONCURRENT_OPS: usize = 16;
+
+/// Queue with at most one entry per partition.
+struct CoalescingQueue<T> {
+    waiting: Mutex<BTreeMap<PartitionId, T>>,
+    added: Notify,
+}
+
+impl<T: Default> CoalescingQueue<T> {
+    fn new() -> Self {
+        Self { waiting: Mutex::default(), added: Notify::new() }
+    }
+
+    /// Updates the entry of a partition.
+    fn put(&self, id: PartitionId, change: impl FnOnce(&mut T)) {
+        change(self.waiting.lock().entry(id).or_default());
+        self.added.notify_one();
+    }
+
+    /// Takes all entries, once there are any. Only one task calls this function.
+    async fn take(&self) -> BTreeMap<PartitionId, T> {
+        loop {
+            let taken = std::mem::take(&mut *self.waiting.lock());
+            if !taken.is_empty() {
+                return taken;
+            }
+            self.added.notified().await;
+        }
+    }
+}
+
+/// Store operations of one partition, other than its proposals.
+#[derive(Clone, Copy, Debug, Default)]
+struct PendingStoreOp {
+    read_back: bool,
+    resign: Option<LeaderEpoch>,
+}
+
+/// Requests of one broker's partitions to the metadata store.
+pub(super) struct IsrUpdateManager {
+    me: BrokerId,
+    keys: Keys,
+    updater: PartitionUpdater,
+    partitions: Arc<PartitionTable>,
+    proposals: CoalescingQueue<Option<IsrProposal>>,
+    store_ops: CoalescingQueue<PendingStoreOp>,
+}
+
+impl IsrUpdater for IsrUpdateManager {
+    fn propose(&self, partition: PartitionId, proposal: IsrProposal) {
+        self.proposals.put(partition, |waiting| *waiting = Some(proposal));
+    }
+
+    fn read_back(&self, partition: PartitionId) {
+        self.store_ops.put(partition, |op| op.read_back = true);
+    }
+
+    fn resign(&self, partition: PartitionId, epoch: LeaderEpoch) {
+        self.store_ops.put(partition, |op| op.resign = Some(epoch));
+    }
+}
+
+impl IsrUpdateManager {
+    pub(super) fn new(
+        me: BrokerId,
+        keys: Keys,
+        updater: PartitionUpdater,
+        partitions: Arc<PartitionTable>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            me,
+            keys,
+            updater,
+            partitions,
+            proposals: CoalescingQueue::new(),
+            store_ops: CoalescingQueue::new(),
+        })
+    }
+
+    /// Starts the tasks. Proposals do not wait for read-backs.
+    pub(super) fn spawn(self: &Arc<Self>, tasks: &Tasks) {
+        let (isr_updates, stop) = (Arc::clone(self), tasks.clone());
+        tasks.spawn("isr-updates", async move {
+            stop.run_until_cancelled(isr_updates.propose_all()).await;
+        });
+        let (isr_updates, stop) = (Arc::clone(self), tasks.clone());
+        tasks.spawn("isr-store-ops", async move {
+            stop.run_until_cancelled(isr_updates.run_store_ops()).await;
+        });
+    }
+
+    async fn propose_all(&self) {
+        loop {
+            let proposals = self.proposals.take().await;
+            let proposed = proposals.into_iter().filter_map(|(id, proposal)| Some((id, proposal?)));
+            let changes = proposed.map(|(id, proposal)| self.change(id, proposal)).collect();
+            for (id, changed) in self.updater.apply(changes, &[]).await {
+                self.respond(id, outcome(id, changed)).await;
+            }
+        }
+    }
+
+    fn change(&self, id: PartitionId, proposal: IsrProposal) -> PartitionUpdate {
+        let IsrProposal { expect, value, added } = proposal;
+        let registered = |peer: PeerId| Compare::CreateRevision(self.keys.broker(peer.broker), peer.epoch);
+        let added = if mutant!(AdmitStaleBrokerEpoch) { Vec::new() } else { added };
+        let guards = added.into_iter().map(registered).collect();
+        PartitionUpdate { id, expected_revision: expect, value, guards }
+    }
+
+    async fn respond(&self, id: PartitionId, outcome: ProposalOutcome) {
+        // The outcome for a partition that is no longer open is dropped.
+        if let Some(partition) = self.partitions.by_id(id) {
+            partition.on_isr_outcome(outcome).await;
+        }
+    }
+
+    async fn run_store_ops(&self) {
+        let mut backoff = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+        loop {
+            let ops = self.store_ops.take().await;
+            let run = stream::iter(ops).map(|(id, op)| async move { (id, self.run_store_op(id, op).await) });
+            let left: Vec<(PartitionId, PendingStoreOp)> = run.buffer_unordered(MAX_CONCURRENT_OPS).collect().await;
+            let left: Vec<_> = left.into_iter().filter(|(_, op)| op.read_back || op.resign.is_some()).collect();
+            if left.is_empty() {
+                backoff.reset();
+                continue;
+            }
+            backoff.pause().await;
+            for (id, left) in left {
+                self.store_ops.put(id, |op| {
+                    op.read_back |= left.read_back;
+                    op.resign = op.resign.max(left.resign);
+                });
+            }
+        }
+    }
+
+    /// Reads the key and runs the requested operations. Returns the remaining operations.
+    async fn run_store_op(&self, id: PartitionId, op: PendingStoreOp) -> PendingStoreOp {
+        let found = match self.updater.read_back(id).await {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::debug!(partition = %id, %error, "could not read the key of the partition: retrying");
+                return op;
+            }
+        };
+        if op.read_back {
+            let outcome = found
+                .clone()
+                .map_or(ProposalOutcome::Deleted, |(value, revision)| ProposalOutcome::CurrentValue(value, revision));
+            self.respond(id, outcome).await;
+        }
+        let Some((epoch, (value, revision))) = op.resign.zip(found) else { return PendingStoreOp::default() };
+        let resigned = self.resign_from(id, epoch, value, revision).await;
+        PendingStoreOp { read_back: false, resign: (!resigned).then_some(epoch) }
+    }
+
+    /// Resigns from the leadership of this epoch. Returns false if that must be retried.
+    async fn resign_from(
+        &self,
+        id: PartitionId,
+        epoch: LeaderEpoch,
+        value: PartitionValue,
+        revision: Revision,
+    ) -> bool {
+        let leads = value.leader == Some(self.me) && value.leader_epoch == epoch;
+        let has_successor = value.isr.iter().any(|member| *member != self.me);
+        if !leads || !has_successor {
+            // The only in-sync replica would be elected again. As the leader, it still serves its records.
+            return true;
+        }
+        let Some(config) = self.partitions.config(id) else { return true };
+        let value = value.resign(self.me, config.min_insync_replicas);
+        let change = PartitionUpdate { id, expected_revision: revision, value, guards: Vec::new() };
+        match self.updater.apply(vec![change], &[]).await.pop() {
+            Some((_, UpdateOutcome::Done(_))) => {
+                tracing::error!(
+                    partition = %id,
+                    "resigned as leader because the partition cannot be written on this broker: another replica leads"
+                );
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Translates the result of the store to the outcome for the proposing leader.
+fn outcome(id: PartitionId, changed: UpdateOutcome) -> ProposalOutcome {
+    match changed {
+        UpdateOutcome::Done(revision) => ProposalOutcome::Committed(revision),
+        UpdateOutcome::Conflict(Some((value, revision))) => ProposalOutcome::CurrentValue(value, revision),
+        // There is no readable value, so the leader must not continue as if the old value were stored.
+        UpdateOutcome::Conflict(None) => ProposalOutcome::Deleted,
+        UpdateOutcome::GuardFailed => unreachable!("the update has no guard for all changes"),
+        // The change was not applied, or may have been applied: a read-back shows the stored value.
+        UpdateOutcome::Unknown(error) | UpdateOutcome::Failed(error) => {
+            tracing::debug!(partition = %id, %error, "the outcome of an ISR proposal is unknown: reading the key back");
+            ProposalOutcome::Unknown
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        broker::partitions::table::HostedTopic,
+        cluster::{BrokerValue, EmbeddedStore, MetaStore as _, Transaction, Value as _},
+        model::{TopicConfig, TopicId, TopicName},
+        task::random,
+    };
+
+    const ME: BrokerId = BrokerId(1);
+
+    struct Bench {
+        store: EmbeddedStore,
+        keys: Keys,
+        isr_updates: Arc<IsrUpdateManager>,
+        id: PartitionId,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let (store, keys) = (EmbeddedStore::in_memory(), Keys::new("test").expect("the name is valid"));
+            let (partitions, topic) = (Arc::new(PartitionTable::default()), TopicId::new(random::uuid()));
+            let hosted = HostedTopic::new(topic, Arc::new(TopicConfig::default()), 1, None);
+            partitions.put([(TopicName::new("t").expect("the name is valid"), hosted)]);
+            let updater = PartitionUpdater::new(Arc::new(store.clone()), keys.clone());
+            let isr_updates = IsrUpdateManager::new(ME, keys.clone(), updater, partitions);
+            Self { store, keys, isr_updates, id: PartitionId::new(topic, 0) }
+        }
+
+        async fn put(&self, value: &PartitionValue) {
+            let put = Transaction::new().put(self.keys.partition(self.id), value.encode());
+            self.store.transact(put).await.expect("the store responds");
+        }
+
+        async fn stored(&self) -> PartitionValue {
+            let key = self.keys.partition(self.id);
+            let entry = self.store.get(&key).await.expect("the store responds").entry.expect("the key exists");
+            PartitionValue::decode(&key, &entry.value).expect("the value is valid")
+        }
+
+        /// Resigns from an epoch. Returns true if nothing is left to do.
+        async fn resign(&self, epoch: u32) -> bool {
+            let op = PendingStoreOp { read_back: false, resign: Some(LeaderEpoch(epoch)) };
+            self.isr_updates.run_store_op(self.id, op).await.resign.is_none()
+        }
+    }
+
+    fn value(leader: u32, isr: &[u32]) -> PartitionValue {
+        PartitionValue {
+            leader: Some(BrokerId(leader)),
+            isr: isr.iter().copied().map(BrokerId).collect(),
+            ..PartitionValue::new(vec![ME, BrokerId(2)], LeaderEpoch(3))
+        }
+    }
+
+    #[tokio::test]
+    async fn failed_leader_resigns_only_for_another_isr_member() {
+        let bench = Bench::new();
+        for (before, epoch, reason) in [
+            (value(1, &[1]), 3, "no other replica is in sync"),
+            (value(2, &[1, 2]), 3, "another broker leads"),
+            (value(1, &[1, 2]), 2, "the broker leads in a later epoch"),
+        ] {
+            bench.put(&before).await;
+            assert!(bench.resign(epoch).await, "{reason}");
+            assert_eq!(bench.stored().await, before, "{reason}");
+        }
+        bench.put(&value(1, &[1, 2])).await;
+        assert!(bench.resign(3).await);
+        let after = bench.stored().await;
+        assert_eq!((after.leader, after.leader_epoch, after.isr), (None, LeaderEpoch(4), vec![BrokerId(2)]));
+    }
+
+    /// A broker that was removed from the sets after its acknowledgement, and registered again, may lack the
+    /// acknowledged records.
+    #[tokio::test]
+    async fn isr_admission_requires_unchanged_broker_epoch() {
+        let bench = Bench::new();
+        let peer = BrokerId(2);
+        let key = bench.keys.broker(peer);
+        let register = async || {
+            let delete = Transaction::new().delete(key.clone());
+            bench.store.transact(delete).await.expect("the store responds");
+            let put = Transaction::new().put(key.clone(), BrokerValue::running_at("there:1".to_owned()).encode());
+            bench.store.transact(put).await.expect("the store responds");
+            bench.store.get(&key).await.expect("the store responds").entry.expect("the key exists").create_revision
+        };
+        let (before, after) = (value(1, &[1]), value(1, &[1, 2]));
+        let (older, newer) = (register().await, register().await);
+        for (epoch, expected) in [(older, &before), (newer, &after)] {
+            bench.put(&before).await;
+            let read = bench.store.get(&bench.keys.partition(bench.id)).await.expect("the store responds");
+            let expect = read.entry.expect("the key exists");
+            let added = vec![PeerId { broker: peer, epoch }];
+            let proposal = IsrProposal { expect: expect.mod_revision, value: after.clone(), added };
+            let change = bench.isr_updates.change(bench.id, proposal);
+            bench.isr_updates.updater.apply(vec![change], &[]).await;
+            assert_eq!(&bench.stored().await, expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn queued_operations_of_one_partition_are_merged() {
+        let queue: CoalescingQueue<PendingStoreOp> = CoalescingQueue::new();
+        let topic = TopicId::new(random::uuid());
+        for number in [0, 1, 0] {
+            queue.put(PartitionId::new(topic, number), |op| {
+                op.resign = op.resign.max(Some(LeaderEpoch(number)));
+            });
+        }
+        queue.put(PartitionId::new(topic, 0), |op| op.read_back = true);
+        let taken = queue.take().await;
+        let op = |number| taken[&PartitionId::new(topic, number)];
+        assert_eq!((taken.len(), op(0).read_back, op(1).read_back), (2, true, false));
+        let again = tokio::time::timeout(Duration::from_millis(20), queue.take()).await;
+        assert!(again.is_err(), "the queue is empty");
+    }
+
+    #[test]
+    fn store_results_map_to_proposal_outcomes() {
+        let id = PartitionId::new(TopicId::new(random::uuid()), 0);
+        let (found, at) = (value(2, &[2]), Revision(7));
+        let lost = || crate::cluster::MetaStoreError::unknown("no response");
+        assert_eq!(outcome(id, UpdateOutcome::Done(at)), ProposalOutcome::Committed(at));
+        assert_eq!(
+            outcome(id, UpdateOutcome::Conflict(Some((found.clone(), at)))),
+            ProposalOutcome::CurrentValue(found, at)
+        );
+        assert_eq!(outcome(id, UpdateOutcome::Conflict(None)), ProposalOutcome::Deleted);
+        assert_eq!(outcome(id, UpdateOutcome::Unknown(lost())), ProposalOutcome::Unknown);
+        assert_eq!(
+            outcome(id, UpdateOutcome::Failed(lost())),
+            ProposalOutcome::Unknown,
+            "the leader must not continue as if it had proposed nothing"
+        );
+    }
+}

@@ -1,0 +1,327 @@
+//! Outbound links: one for each broker that leads a partition which this broker follows.
+//!
+//! Partitions name their leaders ([`ReplicationLinks`]). A link is opened when the
+//! first partition names its broker, and reopened whenever it breaks: at once, then after pauses that grow to a second.
+//! A link lasts for one broker epoch of either side. The end of a link is reported to the peer table.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+
+use super::{
+    peer_client::{DisconnectReason, PeerClient, PeerError, ReplicationStream, error_from_status},
+    peer_table::{PeerInfo, PeerTable, Unconfirmed},
+};
+use crate::{
+    cluster::Revision,
+    model::{BrokerId, LeaderEpoch, PartitionId},
+    partition::{
+        ReplicationLinks,
+        leader::{divergence::LogPosition, isr::ReplicaProgress},
+        replication::{self, LinkEnd, LinkRequests},
+    },
+    proto::v1,
+    task::{Tasks, clock},
+    telemetry::{Counter, LogThrottle, PeerCounters},
+};
+
+/// Version of the protocol between brokers.
+pub(super) const PROTOCOL_VERSION: u32 = 1;
+
+/// Timeout for a connection, and for the peer's welcome.
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// First pause before a link is reopened.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
+
+/// Longest pause before a link is reopened.
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(1);
+
+/// Outbound links of this broker.
+pub(super) struct LinkManager {
+    peer_table: Arc<PeerTable>,
+    peers: PeerClient,
+    state: Mutex<LinkTable>,
+    /// Bytes of received batches, by leader.
+    received: PeerCounters,
+    tasks: Tasks,
+}
+
+#[derive(Default)]
+struct LinkTable {
+    /// Leader that each partition follows.
+    leaders: BTreeMap<PartitionId, BrokerId>,
+    links: BTreeMap<BrokerId, Arc<LinkRequests>>,
+}
+
+/// Reason why a link ended, or was not opened.
+#[derive(Debug, thiserror::Error)]
+enum LinkFailure {
+    #[error("the link was stopped by this broker")]
+    Stopped,
+    #[error("the peer closed the connection")]
+    Closed,
+    #[error(transparent)]
+    Call(#[from] PeerError),
+    #[error("the peer sent no Welcome within {CONNECT_TIMEOUT:?}")]
+    TimedOut,
+    #[error("broker {responder} responds at this address: give each broker a peer address of its own")]
+    WrongBroker { responder: u32 },
+    #[error("the first message of the peer is not Welcome")]
+    NoWelcome,
+    #[error(transparent)]
+    Unconfirmed(#[from] Unconfirmed),
+    #[error("the peer sent an invalid message: {0}")]
+    InvalidMessage(String),
+}
+
+impl LinkManager {
+    /// Creates links that run as tasks of `tasks`. Received bytes are counted in `received`.
+    pub(super) fn new(
+        peer_table: Arc<PeerTable>,
+        peers: PeerClient,
+        received: PeerCounters,
+        tasks: Tasks,
+    ) -> Arc<Self> {
+        Arc::new(Self { peer_table, peers, state: Mutex::default(), received, tasks })
+    }
+
+    /// Returns the link on which a partition follows.
+    fn link(&self, partition: PartitionId) -> Option<Arc<LinkRequests>> {
+        let state = self.state.lock();
+        state.links.get(state.leaders.get(&partition)?).cloned()
+    }
+
+    fn known_epoch(&self, partition: PartitionId) -> LeaderEpoch {
+        self.peer_table.find()(partition).map_or(LeaderEpoch::default(), |partition| partition.epoch())
+    }
+
+    /// Starts a task for the link to `leader`. The task owns the requests of the partitions, and may outlive the
+    /// returned handle.
+    fn open(&self, leader: BrokerId) -> Arc<LinkRequests> {
+        let requests = Arc::new(LinkRequests::default());
+        let link = OutboundLink {
+            leader,
+            requests: Arc::clone(&requests),
+            peer_table: Arc::clone(&self.peer_table),
+            peers: self.peers.clone(),
+            received: self.received.of(leader.0),
+            log: Mutex::default(),
+            tasks: self.tasks.clone(),
+        };
+        self.tasks.spawn("link", async move { link.run().await });
+        requests
+    }
+}
+
+impl ReplicationLinks for LinkManager {
+    fn start_following(&self, partition: PartitionId, leader: BrokerId) {
+        let mut state = self.state.lock();
+        let before = state.leaders.insert(partition, leader).filter(|before| *before != leader);
+        let before = before.and_then(|before| state.links.get(&before).cloned());
+        let link = Arc::clone(state.links.entry(leader).or_insert_with(|| self.open(leader)));
+        drop(state);
+        if let Some(before) = before {
+            before.leave(partition, self.known_epoch(partition), false);
+        }
+        link.start_following(partition);
+    }
+
+    fn subscribe(&self, partition: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress) {
+        if let Some(link) = self.link(partition) {
+            link.join(partition, epoch, position, progress);
+        }
+    }
+
+    fn retry_later(&self, partition: PartitionId) {
+        if let Some(link) = self.link(partition) {
+            link.retry_later(partition);
+        }
+    }
+
+    fn unsubscribe(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool) {
+        let link = {
+            let mut state = self.state.lock();
+            let leader = state.leaders.remove(&partition);
+            leader.and_then(|leader| state.links.get(&leader).cloned())
+        };
+        if let Some(link) = link {
+            link.leave(partition, known, stopping);
+        }
+    }
+}
+
+/// Link to one broker.
+struct OutboundLink {
+    leader: BrokerId,
+    requests: Arc<LinkRequests>,
+    peer_table: Arc<PeerTable>,
+    peers: PeerClient,
+    received: Counter,
+    log: Mutex<LinkLog>,
+    tasks: Tasks,
+}
+
+/// Log throttles for the links to one registration of a broker, because links may break and reopen without a pause.
+#[derive(Default)]
+struct LinkLog {
+    epoch: Revision,
+    opened: LogThrottle,
+    ended: LogThrottle,
+}
+
+impl OutboundLink {
+    /// Opens the link whenever a partition follows on it, until the broker stops.
+    async fn run(self) {
+        let mut pause: Option<Duration> = None;
+        loop {
+            let wanted = async {
+                self.requests.followed().await;
+                self.peer_table.both(self.leader).await
+            };
+            let Some((own, peer)) = self.tasks.run_until_cancelled(wanted).await else {
+                return;
+            };
+            let began = clock::monotonic();
+            let mut epoch = peer.epoch;
+            let failure = self.run_once(own, &peer, &mut epoch).await;
+            if self.tasks.is_cancelled() {
+                return;
+            }
+            self.report_link_end(&peer.address, epoch, &failure);
+            // A link that was up for some time is reopened at once.
+            if matches!(failure, LinkFailure::Stopped) || began.elapsed() > CONNECT_TIMEOUT + MAX_RETRY_DELAY {
+                pause = None;
+            }
+            let wait = pause.map_or(Duration::ZERO, |pause| (pause * 2).clamp(MIN_RETRY_DELAY, MAX_RETRY_DELAY));
+            pause = Some(wait);
+            if self.tasks.sleep_until_cancelled(wait).await.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// Logs how a link ended, and reports a lost link.
+    fn report_link_end(&self, address: &str, epoch: Revision, failure: &LinkFailure) {
+        let reason = match failure {
+            LinkFailure::Call(PeerError::Lost { reason, .. }) => Some(*reason),
+            LinkFailure::Closed => Some(DisconnectReason::Closed),
+            LinkFailure::TimedOut => Some(DisconnectReason::TimedOut),
+            _ => None,
+        };
+        let leader = self.leader;
+        let links = match failure {
+            LinkFailure::Stopped => Some(1),
+            _ => self.log(epoch, |log| &mut log.ended),
+        };
+        match failure {
+            _ if links.is_none() => {
+                tracing::debug!(%leader, address, reason = %failure, "the link to the leader's broker ended again");
+            }
+            LinkFailure::Stopped => tracing::debug!(%leader, "reopening the link to the leader's broker"),
+            // One of the two brokers may not have received the registration of the other yet.
+            LinkFailure::Unconfirmed(Unconfirmed::Unsure { .. }) => {
+                tracing::info!(
+                    %leader, address, links, reason = %failure,
+                    "could not open the link to the leader's broker yet: retrying"
+                );
+            }
+            LinkFailure::Call(PeerError::Refused(error)) if error.retryable => {
+                tracing::info!(
+                    %leader, address, links, reason = %error,
+                    "could not open the link to the leader's broker yet: retrying"
+                );
+            }
+            _ if reason.is_some() => {
+                tracing::info!(
+                    %leader, address, links, reason = %failure,
+                    "lost the link to the leader's broker: reopening it"
+                )
+            }
+            // Repeats until one of the two brokers is repaired.
+            _ => tracing::warn!(
+                %leader, address, links, reason = %failure,
+                "could not open the link to the leader's broker: retrying"
+            ),
+        }
+        if let Some(reason) = reason {
+            self.peer_table.on_link_lost(leader, epoch, reason);
+        }
+    }
+
+    /// Counts a link event. Returns the number of events since the last log line if one is due.
+    fn log(&self, epoch: Revision, throttle: impl FnOnce(&mut LinkLog) -> &mut LogThrottle) -> Option<u64> {
+        let mut log = self.log.lock();
+        if log.epoch != epoch {
+            *log = LinkLog { epoch, ..LinkLog::default() };
+        }
+        throttle(&mut log).occur(clock::monotonic())
+    }
+
+    /// Runs one link from its opening to its end. Sets `epoch` to that of the responding process, if one responds.
+    async fn run_once(&self, own: Revision, peer: &PeerInfo, epoch: &mut Revision) -> LinkFailure {
+        let link = self.tasks.child();
+        let Some(opened) = link.run_until_cancelled(self.open_stream(own, peer)).await else {
+            return LinkFailure::Stopped;
+        };
+        let ReplicationStream { sender, receiver } = match opened {
+            Ok((stream, peer_epoch)) => {
+                *epoch = peer_epoch;
+                stream
+            }
+            Err(failure) => return failure,
+        };
+        if let Some(links) = self.log(*epoch, |log| &mut log.opened) {
+            tracing::info!(
+                leader = %self.leader, address = peer.address, links,
+                "opened the link to the leader's broker"
+            );
+        }
+        let find = self.peer_table.find();
+        let following = replication::run_receiver(&self.requests, &find, receiver, sender, &self.received, &link);
+        let ended = tokio::select! {
+            biased;
+            // Pending for ever after it has cancelled the link.
+            () = async {
+                self.peer_table.cancel_at_change(own, self.leader, *epoch, &link).await;
+                std::future::pending().await
+            } => LinkEnd::Stopped,
+            ended = following => ended,
+        };
+        match ended {
+            LinkEnd::Stopped => LinkFailure::Stopped,
+            LinkEnd::Closed => LinkFailure::Closed,
+            LinkEnd::Broken(status) => error_from_status(&peer.address, &status).into(),
+            LinkEnd::Bad(error) => LinkFailure::InvalidMessage(error.message),
+        }
+    }
+
+    /// Opens the stream and waits for the peer's welcome.
+    async fn open_stream(&self, own: Revision, peer: &PeerInfo) -> Result<(ReplicationStream, Revision), LinkFailure> {
+        let hello = v1::Hello {
+            cluster: self.peer_table.cluster().to_owned(),
+            broker_id: self.peer_table.me().0,
+            broker_epoch: own.0,
+            target_broker: self.leader.0,
+            version: PROTOCOL_VERSION,
+            wall_clock_ms: Some(clock::wall_ms()),
+        };
+        let mut stream = self.peers.replicate(&peer.address, hello).await?;
+        let first = match tokio::time::timeout(CONNECT_TIMEOUT, stream.receiver.message()).await {
+            Ok(Ok(Some(first))) => first,
+            Ok(Ok(None)) => return Err(LinkFailure::Closed),
+            Ok(Err(status)) => return Err(error_from_status(&peer.address, &status).into()),
+            Err(_) => return Err(LinkFailure::TimedOut),
+        };
+        let Some(v1::replicate_response::Message::Welcome(welcome)) = first.message else {
+            return Err(LinkFailure::NoWelcome);
+        };
+        if welcome.broker_id != self.leader.0 {
+            return Err(LinkFailure::WrongBroker { responder: welcome.broker_id });
+        }
+        let epoch = Revision(welcome.broker_epoch);
+        self.peer_table.confirm(self.leader, epoch).await?;
+        self.peer_table.clocks.compare(self.leader, welcome.wall_clock_ms);
+        Ok((stream, epoch))
+    }
+}

@@ -1,0 +1,173 @@
+//! Replication between this broker and its peers: links in both directions, failure detection, and ISR updates.
+//!
+//! [`ReplicationManager`] composes the parts. Nothing here opens, closes or assigns a partition.
+
+mod claim_verifier;
+mod failure_detector;
+mod isr_updates;
+mod links;
+mod peer_client;
+mod peer_server;
+pub(super) mod peer_status;
+mod peer_table;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use parking_lot::Mutex;
+
+use self::{
+    claim_verifier::ClaimVerifier,
+    failure_detector::FailureDetector,
+    isr_updates::IsrUpdateManager,
+    links::LinkManager,
+    peer_server::{PeerCallbacks, PeerServer},
+    peer_table::{LookUp, PeerTable},
+};
+pub(super) use self::{peer_client::PeerClient, peer_server::PeerService, peer_status::BrokerStatsSource};
+use super::{node_context::NodeContext, partitions::table::PartitionTable};
+use crate::{
+    client::Connector,
+    cluster::{MetadataSnapshot, PartitionUpdater, Revision, Session, SessionState},
+    model::BrokerId,
+    partition::{PartitionContext, PartitionCounters, replication::PartitionLookup},
+    proto::v1::peer_server as peer_service,
+    task::Tasks,
+};
+
+/// Links, failure detection and ISR updates of one broker.
+pub(super) struct ReplicationManager {
+    peer_table: Arc<PeerTable>,
+    peers: PeerClient,
+    links: Arc<LinkManager>,
+    server: Arc<PeerServer>,
+    isr_updates: Arc<IsrUpdateManager>,
+    /// Registrations without a peer address, each of which was logged.
+    unreachable: Mutex<BTreeMap<BrokerId, Revision>>,
+    /// Tasks of links and probes. These tasks end after the partitions, which unsubscribe over the links.
+    tasks: Tasks,
+}
+
+impl ReplicationManager {
+    /// Creates the links and the failure detector of a broker that is being opened. Before its registration, the broker
+    /// only identifies itself to peers.
+    pub(super) fn new(
+        ctx: &NodeContext,
+        connect: Arc<dyn Connector>,
+        partitions: &Arc<PartitionTable>,
+        stats: BrokerStatsSource,
+    ) -> Self {
+        let tasks = Tasks::new();
+        let peers = PeerClient::new(connect, links::CONNECT_TIMEOUT);
+        let detector = Arc::new(FailureDetector::new(ctx, Arc::clone(partitions), peers.clone(), tasks.clone()));
+        let verifier = Arc::new(ClaimVerifier::new(Arc::clone(&ctx.store), ctx.keys.clone()));
+        let (table, registrations) = (Arc::clone(partitions), Arc::clone(&verifier));
+        let find: PartitionLookup = Arc::new(move |id| table.by_id(id));
+        let look_up: LookUp = Arc::new(move |broker| {
+            let verifier = Arc::clone(&registrations);
+            Box::pin(async move { verifier.broker_epoch(broker).await })
+        });
+        let cluster = ctx.config.cluster.clone();
+        let peer_table = PeerTable::new(ctx.id, cluster, find, Arc::clone(&detector) as _, look_up);
+        let received = ctx.metrics.replication_received_bytes.clone();
+        let links = LinkManager::new(Arc::clone(&peer_table), peers.clone(), received, tasks.clone());
+        let server = PeerServer::new(
+            Arc::clone(&peer_table),
+            ctx.incarnation.to_string(),
+            callbacks(partitions, stats, detector, verifier),
+            ctx.config.replication.catchup_bytes_per_second,
+            ctx.metrics.replication_sent_bytes.clone(),
+            tasks.clone(),
+        );
+        let updater = PartitionUpdater::new(Arc::clone(&ctx.store), ctx.keys.clone());
+        let isr_updates = IsrUpdateManager::new(ctx.id, ctx.keys.clone(), updater, Arc::clone(partitions));
+        Self { peer_table, peers, links, server, isr_updates, unreachable: Mutex::default(), tasks }
+    }
+
+    /// Returns the context through which partitions reach other brokers.
+    pub(super) fn partition_context(&self, counters: PartitionCounters) -> PartitionContext {
+        PartitionContext {
+            links: Arc::clone(&self.links) as _,
+            isr_updater: Arc::clone(&self.isr_updates) as _,
+            counters,
+        }
+    }
+
+    /// Returns the client for requests to peers.
+    pub(super) fn peers(&self) -> &PeerClient {
+        &self.peers
+    }
+
+    /// Returns the service that peers call.
+    pub(super) fn service(&self) -> peer_service::PeerServer<PeerService> {
+        peer_server::service(&self.server)
+    }
+
+    /// Updates the peers from the registrations.
+    pub(super) fn update_peers(&self, state: &MetadataSnapshot) {
+        let peers = state
+            .brokers()
+            .iter()
+            .filter_map(|(id, entry)| Some((*id, (entry.value.listeners.peer()?.to_owned(), entry.create_revision))));
+        self.peer_table.update_peers(peers.collect());
+        let unreachable = state.brokers().iter().filter(|(_, entry)| entry.value.listeners.peer().is_none());
+        let unreachable: BTreeMap<_, _> = unreachable.map(|(id, entry)| (*id, entry.create_revision)).collect();
+        let mut logged = self.unreachable.lock();
+        for (broker, _) in unreachable.iter().filter(|(id, epoch)| logged.get(id) != Some(*epoch)) {
+            tracing::warn!(
+                %broker,
+                "a broker is registered without a peer address that this version supports: its replicas cannot be in \
+                 sync"
+            );
+        }
+        *logged = unreachable;
+    }
+
+    /// Starts to track this broker's own registration, and to send ISR updates, as tasks of `tasks`.
+    pub(super) fn activate(&self, session: &Session, tasks: &Tasks) {
+        let (mut status, peer_table, stop) = (session.state(), Arc::clone(&self.peer_table), tasks.clone());
+        peer_table.registered(session.epoch());
+        let track = async move {
+            while status.changed().await.is_ok() {
+                peer_table.registered(match *status.borrow_and_update() {
+                    SessionState::Registered { epoch, .. } => Some(epoch),
+                    SessionState::Lost | SessionState::Superseded { .. } => None,
+                });
+            }
+        };
+        tasks.spawn("broker-epoch", async move { stop.run_until_cancelled(track).await });
+        self.isr_updates.spawn(tasks);
+    }
+
+    /// Serves all requests of peers from now on. Before this call, the broker only identifies itself.
+    pub(super) fn begin_serving(&self) {
+        self.server.begin();
+    }
+
+    /// Ends all links.
+    pub(super) async fn stop(&self) {
+        self.tasks.stop().await;
+    }
+}
+
+fn callbacks(
+    partitions: &Arc<PartitionTable>,
+    stats: BrokerStatsSource,
+    detector: Arc<FailureDetector>,
+    verifier: Arc<ClaimVerifier>,
+) -> PeerCallbacks {
+    let partitions = Arc::clone(partitions);
+    PeerCallbacks {
+        unusable: Box::new(move |id| partitions.offline_reason(id)),
+        stats,
+        stored_epoch: Arc::new(move |id| {
+            let verifier = Arc::clone(&verifier);
+            Box::pin(async move { verifier.leader_epoch(id).await })
+        }),
+        report: Box::new(move |report| {
+            let detector = Arc::clone(&detector);
+            Box::pin(async move { Ok(detector.confirm_failure(report).await?) })
+        }),
+    }
+}

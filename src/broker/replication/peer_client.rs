@@ -1,0 +1,282 @@
+//! Calls between brokers: the replication stream, and requests from one broker to another.
+//!
+//! Each call names its address and its time limit. Nothing is retried here; the caller decides what a missing response
+//! means.
+
+use std::{error::Error, sync::Arc, time::Duration};
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming};
+
+use crate::{
+    client::{BrokerAddress, BrokerChannel, ConnectError, ConnectionPool, Connector, unsent},
+    limits,
+    proto::{
+        error::{ApiError, is_broker_status},
+        v1::{self, peer_client},
+    },
+};
+
+/// Messages of a replication stream that wait for the connection. Data in flight on a link is bounded by its windows; a
+/// longer queue would only delay acknowledgements.
+const QUEUE_LEN: usize = 1;
+
+/// Reason for the end of a connection or of a call on it. Conclusions about the peer's process depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum DisconnectReason {
+    /// The host refused the connection: no process listens at the address.
+    Refused,
+    /// The connection broke.
+    Reset,
+    /// The peer ended the stream normally.
+    Closed,
+    /// No data arrived for too long: the process, host or network may be down, slow or partitioned.
+    TimedOut,
+}
+
+/// Error of a call to another broker.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum PeerError {
+    /// The address in the metadata is invalid.
+    #[error(transparent)]
+    Address(ConnectError),
+    /// The connection could not be made, broke, or timed out.
+    #[error("{address}: {problem}")]
+    Lost {
+        /// Address of the broker.
+        address: String,
+        /// Reason for the end of the connection.
+        reason: DisconnectReason,
+        /// Error text of the connection.
+        problem: String,
+    },
+    /// Error returned by the broker.
+    #[error("{0}")]
+    Refused(ApiError),
+}
+
+/// Client for calls to other brokers. Clones share connections.
+#[derive(Clone, Debug)]
+pub(in crate::broker) struct PeerClient {
+    pool: Arc<ConnectionPool>,
+    connect_timeout: Duration,
+}
+
+/// Open replication stream of the follower's broker.
+#[derive(Debug)]
+pub(super) struct ReplicationStream {
+    /// Messages to the leader's broker.
+    pub(super) sender: mpsc::Sender<v1::ReplicateRequest>,
+    /// Messages from the leader's broker.
+    pub(super) receiver: Streaming<v1::ReplicateResponse>,
+}
+
+impl PeerClient {
+    /// Creates a client over these connections. An attempt to connect fails after `connect_timeout`.
+    pub(super) fn new(connect: Arc<dyn Connector>, connect_timeout: Duration) -> Self {
+        Self { pool: Arc::new(ConnectionPool::new(connect, connect_timeout)), connect_timeout }
+    }
+
+    /// Opens a replication stream on a separate connection and sends `hello`. The first message from the peer is its
+    /// response to `hello`.
+    ///
+    /// # Errors
+    /// The connection cannot be made, or the response does not start within the connect timeout.
+    pub(super) async fn replicate(&self, address: &str, hello: v1::Hello) -> Result<ReplicationStream, PeerError> {
+        let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
+        let channel = self.pool.fresh(&address).await.map_err(|error| unmade(&address, &error))?;
+        let (sender, messages) = mpsc::channel(QUEUE_LEN);
+        let hello =
+            v1::ReplicateRequest { message: Some(v1::replicate_request::Message::Hello(hello)), ..Default::default() };
+        sender.try_send(hello).expect("the queue is new and has space for one message");
+        let mut client = client(channel);
+        let call = client.replicate(ReceiverStream::new(messages));
+        let receiver = within(&address, self.connect_timeout, call).await?;
+        Ok(ReplicationStream { sender, receiver })
+    }
+
+    /// Requests the identity of the broker at an address, on a separate connection: a probe.
+    ///
+    /// # Errors
+    /// No broker responds within `timeout`, or the process at the address is no broker.
+    pub(super) async fn get_identity(
+        &self,
+        address: &str,
+        timeout: Duration,
+    ) -> Result<v1::GetIdentityResponse, PeerError> {
+        let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
+        let channel = within_connecting(&address, timeout, self.pool.fresh(&address)).await?;
+        within(&address, timeout, client(channel).get_identity(v1::GetIdentityRequest {})).await
+    }
+
+    /// Reports to the controller that a process has exited.
+    ///
+    /// # Errors
+    /// No response arrives within `timeout`; the controller may have acted.
+    pub(super) async fn report_failure(
+        &self,
+        address: &str,
+        report: v1::ReportFailureRequest,
+        timeout: Duration,
+    ) -> Result<v1::ReportFailureResponse, PeerError> {
+        let (address, channel) = self.wire(address, timeout).await?;
+        within(&address, timeout, client(channel).report_failure(report)).await
+    }
+
+    /// Requests the progress of replicas from the broker at an address.
+    ///
+    /// # Errors
+    /// No response arrives within `wait`.
+    pub(super) async fn watermarks(
+        &self,
+        address: &str,
+        request: v1::DescribeReplicasRequest,
+        timeout: Duration,
+    ) -> Result<v1::DescribeReplicasResponse, PeerError> {
+        let (address, channel) = self.wire(address, timeout).await?;
+        within(&address, timeout, client(channel).describe_replicas(request)).await
+    }
+
+    /// Requests the stats of the broker at an address.
+    ///
+    /// # Errors
+    /// No response arrives within `wait`.
+    pub(super) async fn status(
+        &self,
+        address: &str,
+        timeout: Duration,
+    ) -> Result<v1::GetBrokerStatsResponse, PeerError> {
+        let (address, channel) = self.wire(address, timeout).await?;
+        within(&address, timeout, client(channel).get_broker_stats(v1::GetBrokerStatsRequest {})).await
+    }
+
+    /// Returns the connection that all requests to one address share.
+    async fn wire(&self, address: &str, timeout: Duration) -> Result<(BrokerAddress, BrokerChannel), PeerError> {
+        let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
+        let channel = within_connecting(&address, timeout, self.pool.wire(&address)).await?;
+        Ok((address, channel))
+    }
+}
+
+fn client(channel: BrokerChannel) -> peer_client::PeerClient<BrokerChannel> {
+    peer_client::PeerClient::new(channel)
+        .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
+}
+
+async fn within_connecting(
+    address: &BrokerAddress,
+    timeout: Duration,
+    connecting: impl Future<Output = Result<BrokerChannel, ConnectError>>,
+) -> Result<BrokerChannel, PeerError> {
+    match tokio::time::timeout(timeout, connecting).await {
+        Ok(connected) => connected.map_err(|error| unmade(address, &error)),
+        Err(_) => Err(silent(address, timeout)),
+    }
+}
+
+async fn within<T>(
+    address: &BrokerAddress,
+    timeout: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, PeerError> {
+    match tokio::time::timeout(timeout, call).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(error_from_status(address.as_str(), &status)),
+        Err(_) => Err(silent(address, timeout)),
+    }
+}
+
+fn silent(address: &BrokerAddress, timeout: Duration) -> PeerError {
+    PeerError::Lost {
+        address: address.as_str().to_owned(),
+        reason: DisconnectReason::TimedOut,
+        problem: format!("no response in {timeout:?}"),
+    }
+}
+
+fn unmade(address: &BrokerAddress, error: &ConnectError) -> PeerError {
+    let reason = if error.is_refused() { DisconnectReason::Refused } else { DisconnectReason::TimedOut };
+    PeerError::Lost { address: address.as_str().to_owned(), reason, problem: error.problem() }
+}
+
+/// Converts the status that ended a call to `address`, or a stream, into an error.
+pub(super) fn error_from_status(address: &str, status: &Status) -> PeerError {
+    if is_broker_status(status) {
+        return PeerError::Refused(ApiError::from(status));
+    }
+    let (reason, problem) = match unsent(status) {
+        Some(problem) => (DisconnectReason::Refused, problem),
+        None => (broken(status), ApiError::from(status).message),
+    };
+    PeerError::Lost { address: address.to_owned(), reason, problem }
+}
+
+/// Returns the reason for a broken connection. A peer that does not respond to pings is
+/// [`DisconnectReason::TimedOut`]. Every other break was signalled by the peer's host or by an intermediary.
+fn broken(status: &Status) -> DisconnectReason {
+    let mut next = status.source();
+    while let Some(error) = next {
+        let timed_out = |io: &std::io::Error| io.kind() == std::io::ErrorKind::TimedOut;
+        if error.downcast_ref::<std::io::Error>().is_some_and(timed_out) || error.to_string().contains("timed out") {
+            return DisconnectReason::TimedOut;
+        }
+        next = error.source();
+    }
+    if status.code() == Code::DeadlineExceeded { DisconnectReason::TimedOut } else { DisconnectReason::Reset }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{TcpConnector, proto::error::ErrorCode};
+
+    const WAIT: Duration = Duration::from_secs(5);
+
+    #[tokio::test]
+    async fn refused_port_differs_from_unresponsive_port() {
+        let peers = PeerClient::new(Arc::new(TcpConnector::new(WAIT)), WAIT);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let short = Duration::from_millis(50);
+        let timed_out = peers.get_identity(&address, short).await.unwrap_err();
+        assert!(matches!(&timed_out, PeerError::Lost { reason: DisconnectReason::TimedOut, .. }), "{timed_out:?}");
+        drop(listener);
+        let refused = peers.get_identity(&address, WAIT).await.unwrap_err();
+        assert!(matches!(&refused, PeerError::Lost { reason: DisconnectReason::Refused, .. }), "{refused:?}");
+        assert_eq!(refused.to_string(), format!("{address}: connection refused"));
+        let refused = peers.replicate(&address, v1::Hello::default()).await.unwrap_err();
+        assert!(matches!(&refused, PeerError::Lost { reason: DisconnectReason::Refused, .. }), "{refused:?}");
+        assert!(matches!(peers.status("no port:x", WAIT).await, Err(PeerError::Address(_))));
+    }
+
+    #[tokio::test]
+    async fn process_exit_during_call_is_no_timeout() {
+        let peers = PeerClient::new(Arc::new(TcpConnector::new(WAIT)), WAIT);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (result, ()) = tokio::join!(peers.get_identity(&address, WAIT), async {
+            let (stream, _) = listener.accept().await.unwrap();
+            stream.readable().await.unwrap();
+            drop((listener, stream));
+        });
+        let error = result.unwrap_err();
+        // The transport may have repeated a request that was not sent.
+        assert!(
+            matches!(&error, PeerError::Lost { reason: DisconnectReason::Reset | DisconnectReason::Refused, .. }),
+            "{error:?}"
+        );
+    }
+
+    #[test]
+    fn broker_error_is_no_lost_connection() {
+        let error = ApiError::new(ErrorCode::NotReady, "not yet");
+        assert_eq!(error_from_status("a:1", &error.clone().into()), PeerError::Refused(error));
+        let timeout = Status::deadline_exceeded("late");
+        assert!(matches!(
+            error_from_status("a:1", &timeout),
+            PeerError::Lost { reason: DisconnectReason::TimedOut, .. }
+        ));
+    }
+}

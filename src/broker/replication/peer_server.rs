@@ -1,0 +1,436 @@
+//! The `Peer` service, which other brokers call.
+//!
+//! At most one inbound replication stream per broker is open. A link with a newer broker epoch ends the previous link.
+//! A link with the same epoch does so only if the previous link does not respond to a ping: brokers do not authenticate.
+//! The new link starts after every partition has processed the end of the previous one, so late messages undo nothing.
+
+use std::{
+    collections::BTreeMap,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::{Stream, future::BoxFuture};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{
+    failure_detector::FailureReport,
+    links::PROTOCOL_VERSION,
+    peer_client::{DisconnectReason, PeerError, error_from_status},
+    peer_status::BrokerStatsSource,
+    peer_table::PeerTable,
+};
+use crate::{
+    cluster::Revision,
+    limits,
+    model::{BrokerId, LeaderEpoch, PartitionId},
+    partition::{
+        leader::isr::PeerId,
+        replication::{self, CatchUpThrottle, LinkEnd, LinkProbe, SenderConfig, StoredEpoch},
+    },
+    proto::{
+        error::{ApiError, ErrorCode},
+        v1::{self, peer_server, replicate_request, replicate_response},
+    },
+    task::{Tasks, clock},
+    telemetry::{LogThrottle, PeerCounters},
+};
+
+/// Timeout for the Hello of a new stream.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Maximum time for the follower's broker to take the error with which its stream ends.
+const LAST_RESPONSE_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Timeout of a ping on the existing link, sent when another link with the same broker epoch arrives.
+const PING_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Maximum number of messages that wait for the connection. The session does the batching.
+const QUEUE: usize = 1;
+
+type ReplicateStream = Pin<Box<dyn Stream<Item = Result<v1::ReplicateResponse, Status>> + Send>>;
+
+/// Inbound link of one broker.
+struct InboundLink {
+    epoch: Revision,
+    probe: Arc<LinkProbe>,
+    /// Cancels the link.
+    link: Tasks,
+    /// Closed when the link has ended and every partition has processed that.
+    ended: watch::Receiver<()>,
+}
+
+/// Callbacks that serve requests of peers.
+pub(super) struct PeerCallbacks {
+    pub(super) stats: BrokerStatsSource,
+    /// Returns why a local replica is unusable; `None` if there is no replica or it is usable.
+    pub(super) unusable: Box<dyn Fn(PartitionId) -> Option<String> + Send + Sync>,
+    /// Returns the leader epoch of a partition in the metadata store.
+    pub(super) stored_epoch: StoredEpoch,
+    /// Verifies a report. Returns true if the registration was deleted, and an error if the report must be repeated.
+    pub(super) report: Box<dyn Fn(FailureReport) -> BoxFuture<'static, Result<bool, ApiError>> + Send + Sync>,
+}
+
+/// Server side of the connections between brokers.
+pub(super) struct PeerServer {
+    peers: Arc<PeerTable>,
+    incarnation: String,
+    callbacks: PeerCallbacks,
+    catch_up: Arc<CatchUpThrottle>,
+    /// False while this broker serves only `GetIdentity`.
+    is_started: AtomicBool,
+    /// Bytes of sent batches, by follower.
+    sent: PeerCounters,
+    /// Inbound link of each following broker.
+    links: Mutex<BTreeMap<BrokerId, InboundLink>>,
+    /// Log throttle for the links of each broker's registration.
+    link_logs: Mutex<BTreeMap<BrokerId, (Revision, LogThrottle)>>,
+    tasks: Tasks,
+}
+
+impl PeerServer {
+    /// Creates the server of the process with this incarnation. Replicas that catch up share the rate limit, if there
+    /// is one. Sent bytes are counted in `sent`. Links run as tasks of `tasks`.
+    pub(super) fn new(
+        peers: Arc<PeerTable>,
+        incarnation: String,
+        callbacks: PeerCallbacks,
+        catchup_bytes_per_second: Option<u64>,
+        sent: PeerCounters,
+        tasks: Tasks,
+    ) -> Arc<Self> {
+        let catch_up = Arc::new(CatchUpThrottle::new(catchup_bytes_per_second));
+        Arc::new(Self {
+            peers,
+            incarnation,
+            callbacks,
+            catch_up,
+            is_started: AtomicBool::new(false),
+            sent,
+            links: Mutex::default(),
+            link_logs: Mutex::default(),
+            tasks,
+        })
+    }
+
+    /// Serves all requests from now on. Before this call, the broker only identifies itself, so that peers can see that
+    /// its earlier process is gone.
+    pub(super) fn begin(&self) {
+        self.is_started.store(true, Ordering::Release);
+    }
+
+    fn started(&self) -> Result<&Self, ApiError> {
+        let is_started = self.is_started.load(Ordering::Acquire);
+        is_started.then_some(self).ok_or_else(|| ApiError::new(ErrorCode::NotReady, "this broker is starting: retry"))
+    }
+
+    fn replica_report(&self, name: &v1::TopicIdPartition) -> v1::ReplicaReport {
+        let topic = name.topic_id.parse().ok();
+        let id = topic.zip(u32::try_from(name.partition).ok()).map(|(topic, number)| PartitionId::new(topic, number));
+        let Some(partition) = id.and_then(|id| self.peers.partition(id)) else {
+            let failed = id.and_then(&self.callbacks.unusable).unwrap_or_default();
+            return v1::ReplicaReport { failed, ..v1::ReplicaReport::default() };
+        };
+        let (watermarks, status) = (partition.watermarks(), partition.status());
+        v1::ReplicaReport {
+            exists: true,
+            leader_epoch: status.epoch.as_i32(),
+            is_leader: status.role.leads(),
+            log_start: watermarks.log_start.as_i64(),
+            local_start: watermarks.local_start.as_i64(),
+            tiered_end: watermarks.tiered_end.as_i64(),
+            high_watermark: watermarks.high_watermark.as_i64(),
+            persisted_end: watermarks.persisted_end.as_i64(),
+            log_end: watermarks.log_end.as_i64(),
+            last_epoch: partition.last_epoch().map(LeaderEpoch::as_i32),
+            failed: partition.error().map(|reason| reason.to_string()).unwrap_or_default(),
+            local_bytes: partition.local_bytes(),
+            tiered_bytes: partition.tiered_bytes(),
+        }
+    }
+}
+
+impl PeerServer {
+    /// Serves the stream of a follower's broker in its own task, until the stream ends.
+    fn replicate(self: &Arc<Self>, incoming: Streaming<v1::ReplicateRequest>) -> ReplicateStream {
+        let (outgoing, messages) = mpsc::channel(QUEUE);
+        let server = Arc::clone(self);
+        self.tasks.spawn("replicate", async move {
+            if let Err(error) = server.serve(incoming, &outgoing).await {
+                // The stream ends with the error. A peer that is gone does not receive the error.
+                let _gone = tokio::time::timeout(LAST_RESPONSE_TIMEOUT, outgoing.send(Err(error.into()))).await;
+            }
+        });
+        Box::pin(ReceiverStream::new(messages))
+    }
+
+    async fn serve(
+        &self,
+        mut incoming: Streaming<v1::ReplicateRequest>,
+        outgoing: &replication::ResponseSender,
+    ) -> Result<(), ApiError> {
+        let Some(first) = self.tasks.run_until_cancelled(tokio::time::timeout(HELLO_TIMEOUT, incoming.message())).await
+        else {
+            return Err(stopping());
+        };
+        let hello = match first {
+            Ok(Ok(Some(v1::ReplicateRequest { message: Some(replicate_request::Message::Hello(hello)), .. }))) => hello,
+            Ok(Ok(_)) => {
+                return Err(invalid("the first message of the stream is not Hello: send Hello first".to_owned()));
+            }
+            Ok(Err(status)) => return Err(ApiError::from(&status)),
+            Err(_) => return Err(invalid(format!("no Hello arrived within {HELLO_TIMEOUT:?}: send Hello first"))),
+        };
+        let (peer, own) = self.admit(&hello).await?;
+        self.peers.clocks.compare(peer.broker, hello.wall_clock_ms);
+        let link = self.tasks.child();
+        let (progress, ended) = watch::channel(());
+        let probe = Arc::new(LinkProbe::default());
+        let inbound = InboundLink { epoch: peer.epoch, probe: Arc::clone(&probe), link: link.clone(), ended };
+        self.replace_link(peer, inbound).await?;
+        let served = self.run(peer, own, probe, incoming, outgoing, &link).await;
+        drop(progress);
+        let mut links = self.links.lock();
+        if links.get(&peer.broker).is_some_and(|link| link.ended.has_changed().is_err()) {
+            links.remove(&peer.broker);
+        }
+        served
+    }
+
+    /// Verifies a Hello. Returns the follower's broker and this broker's own broker epoch.
+    async fn admit(&self, hello: &v1::Hello) -> Result<(PeerId, Revision), ApiError> {
+        let (me, broker) = (self.peers.me(), BrokerId(hello.broker_id));
+        if hello.version != PROTOCOL_VERSION {
+            return Err(invalid(format!(
+                "protocol version {} is not supported: use version {PROTOCOL_VERSION}",
+                hello.version
+            )));
+        }
+        self.is_of_this_cluster(&hello.cluster)?;
+        if hello.target_broker != me.0 {
+            let target = hello.target_broker;
+            return Err(invalid(format!("this is broker {me}, not broker {target}: correct the peer address")));
+        }
+        if broker == me {
+            return Err(invalid(format!("broker {broker} connects to itself: give each process its own broker.id")));
+        }
+        let Some(own) = self.peers.own() else {
+            return Err(ApiError::new(ErrorCode::NotReady, format!("broker {me} is not registered yet: retry")));
+        };
+        let epoch = Revision(hello.broker_epoch);
+        self.peers.confirm(broker, epoch).await?;
+        Ok((PeerId { broker, epoch }, own))
+    }
+
+    fn is_of_this_cluster(&self, cluster: &str) -> Result<(), ApiError> {
+        let ours = self.peers.cluster();
+        if cluster == ours {
+            return Ok(());
+        }
+        let theirs: String = cluster.chars().take(200).collect();
+        Err(invalid(format!(
+            "this broker belongs to cluster {ours:?}, not to {theirs:?}: correct the peer address or the cluster name"
+        )))
+    }
+
+    /// Replaces the broker's previous link, once that link has ended.
+    async fn replace_link(&self, peer: PeerId, link: InboundLink) -> Result<(), ApiError> {
+        let mut unresponsive: Option<Arc<LinkProbe>> = None;
+        let before = loop {
+            let (probe, mut ended) = {
+                let mut links = self.links.lock();
+                match links.get(&peer.broker) {
+                    Some(existing) if existing.epoch > peer.epoch => {
+                        let (broker, epoch) = (peer.broker, existing.epoch);
+                        let message = format!("broker {broker} has a link with the later broker epoch {epoch}");
+                        return Err(invalid(message));
+                    }
+                    Some(existing)
+                        if existing.epoch == peer.epoch
+                            && !unresponsive.as_ref().is_some_and(|probe| Arc::ptr_eq(probe, &existing.probe)) =>
+                    {
+                        (Arc::clone(&existing.probe), existing.ended.clone())
+                    }
+                    _ => break links.insert(peer.broker, link),
+                }
+            };
+            tokio::select! {
+                biased;
+                // The value never changes: this resolves when the channel is closed.
+                _closed = ended.changed() => {}
+                () = probe.ping_and_wait() => {
+                    let broker = peer.broker;
+                    let message = format!("broker {broker} already has a link to this broker, and that link responds");
+                    return Err(ApiError::new(ErrorCode::NotReady, message));
+                }
+                () = tokio::time::sleep(PING_TIMEOUT) => {}
+            }
+            unresponsive = Some(probe);
+        };
+        if let Some(mut before) = before {
+            before.link.cancel();
+            while before.ended.changed().await.is_ok() {}
+        }
+        Ok(())
+    }
+
+    async fn run(
+        &self,
+        peer: PeerId,
+        own: Revision,
+        probe: Arc<LinkProbe>,
+        incoming: Streaming<v1::ReplicateRequest>,
+        outgoing: &replication::ResponseSender,
+        link: &Tasks,
+    ) -> Result<(), ApiError> {
+        let welcome =
+            v1::Welcome { broker_id: self.peers.me().0, broker_epoch: own.0, wall_clock_ms: Some(clock::wall_ms()) };
+        let welcome = v1::ReplicateResponse {
+            message: Some(replicate_response::Message::Welcome(welcome)),
+            ..Default::default()
+        };
+        let _gone = outgoing.try_send(Ok(welcome));
+        if let Some(links) = self.link_log(peer, |log| log.occur(clock::monotonic())) {
+            tracing::info!(
+                follower = %peer.broker, epoch = %peer.epoch, links,
+                "opened the link of a follower's broker"
+            );
+        }
+        let (find, sent) = (self.peers.find(), self.sent.of(peer.broker.0));
+        let stored_epoch = Arc::clone(&self.callbacks.stored_epoch);
+        let config = SenderConfig { peer, find, catch_up: Arc::clone(&self.catch_up), probe, stored_epoch, sent };
+        let ended = tokio::select! {
+            biased;
+            // Pending for ever after it has cancelled the link.
+            () = async {
+                self.peers.cancel_at_change(own, peer.broker, peer.epoch, link).await;
+                std::future::pending().await
+            } => LinkEnd::Stopped,
+            ended = replication::run_sender(config, incoming, outgoing.clone(), link) => ended,
+        };
+        if self.link_log(peer, LogThrottle::recover).is_some() {
+            tracing::info!(
+                follower = %peer.broker, epoch = %peer.epoch, reason = %ended,
+                "the link of a follower's broker ended"
+            );
+        }
+        match ended {
+            LinkEnd::Stopped => Err(stopping()),
+            LinkEnd::Bad(error) => Err(error),
+            LinkEnd::Closed => {
+                self.peers.on_link_lost(peer.broker, peer.epoch, DisconnectReason::Closed);
+                Ok(())
+            }
+            LinkEnd::Broken(status) => {
+                if let PeerError::Lost { reason, .. } = error_from_status("", &status) {
+                    self.peers.on_link_lost(peer.broker, peer.epoch, reason);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Applies `act` to the log throttle of a broker's links, because links may open and break many times a second.
+    fn link_log<T>(&self, peer: PeerId, act: impl FnOnce(&mut LogThrottle) -> T) -> T {
+        let mut logs = self.link_logs.lock();
+        let (epoch, log) = logs.entry(peer.broker).or_default();
+        if *epoch != peer.epoch {
+            (*epoch, *log) = (peer.epoch, LogThrottle::default());
+        }
+        act(log)
+    }
+}
+
+/// The `Peer` service of a broker.
+#[derive(Clone)]
+pub struct PeerService(Arc<PeerServer>);
+
+/// Returns the service with its message limits.
+pub(super) fn service(server: &Arc<PeerServer>) -> peer_server::PeerServer<PeerService> {
+    peer_server::PeerServer::new(PeerService(Arc::clone(server)))
+        .max_decoding_message_size(limits::MAX_PEER_REQUEST_BYTES)
+        .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
+}
+
+#[tonic::async_trait]
+impl peer_server::Peer for PeerService {
+    type ReplicateStream = ReplicateStream;
+
+    async fn replicate(
+        &self,
+        request: Request<Streaming<v1::ReplicateRequest>>,
+    ) -> Result<Response<ReplicateStream>, Status> {
+        self.0.started()?;
+        Ok(Response::new(self.0.replicate(request.into_inner())))
+    }
+
+    async fn get_identity(
+        &self,
+        _request: Request<v1::GetIdentityRequest>,
+    ) -> Result<Response<v1::GetIdentityResponse>, Status> {
+        let peers = &self.0.peers;
+        Ok(Response::new(v1::GetIdentityResponse {
+            cluster: peers.cluster().to_owned(),
+            broker_id: peers.me().0,
+            broker_epoch: peers.own_registration().map(|epoch| epoch.0),
+            incarnation: self.0.incarnation.clone(),
+        }))
+    }
+
+    async fn report_failure(
+        &self,
+        request: Request<v1::ReportFailureRequest>,
+    ) -> Result<Response<v1::ReportFailureResponse>, Status> {
+        let request = request.into_inner();
+        self.0.started()?.is_of_this_cluster(&request.cluster)?;
+        let report = FailureReport {
+            reporter: BrokerId(request.reporter),
+            broker: BrokerId(request.broker_id),
+            epoch: Revision(request.broker_epoch),
+            seen: request.observation.chars().take(200).collect(),
+        };
+        let revoked = (self.0.callbacks.report)(report).await?;
+        Ok(Response::new(v1::ReportFailureResponse { revoked }))
+    }
+
+    async fn describe_replicas(
+        &self,
+        request: Request<v1::DescribeReplicasRequest>,
+    ) -> Result<Response<v1::DescribeReplicasResponse>, Status> {
+        let replicas = request.into_inner().replicas;
+        if replicas.len() > limits::MAX_PEER_REPLICAS {
+            let message = format!(
+                "{} replicas in one request, at most {} are allowed: send several requests",
+                replicas.len(),
+                limits::MAX_PEER_REPLICAS
+            );
+            return Err(ApiError::new(ErrorCode::InvalidRequest, message).into());
+        }
+        let server = self.0.started()?;
+        let replicas = replicas.iter().map(|name| server.replica_report(name)).collect();
+        Ok(Response::new(v1::DescribeReplicasResponse { replicas }))
+    }
+
+    async fn get_broker_stats(
+        &self,
+        _request: Request<v1::GetBrokerStatsRequest>,
+    ) -> Result<Response<v1::GetBrokerStatsResponse>, Status> {
+        Ok(Response::new((self.0.started()?.callbacks.stats)()))
+    }
+}
+
+fn invalid(message: String) -> ApiError {
+    ApiError::new(ErrorCode::InvalidRequest, message)
+}
+
+fn stopping() -> ApiError {
+    let message = "the link ended: this broker is stopping, or another link of the same broker replaced it";
+    ApiError::new(ErrorCode::NotReady, message)
+}

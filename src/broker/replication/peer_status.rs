@@ -1,0 +1,181 @@
+//! Reports of brokers about themselves and about their replicas: the local ones at once, those of peers by a request.
+//!
+//! A broker that does not respond in time delays a description by that time once, for any number of partitions.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use futures::future;
+
+use super::peer_client::{PeerClient, PeerError};
+use crate::{
+    broker::{node_context::NodeContext, partitions::table::PartitionTable},
+    cluster::MetadataCache,
+    limits,
+    model::{BrokerId, LeaderEpoch, Offset, PartitionId, Watermarks},
+    partition::Partition,
+    proto::{
+        error::{ApiError, ErrorCode},
+        v1,
+    },
+};
+
+/// Timeout of a request to a peer.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Report of a broker about one replica.
+#[derive(Clone, Debug)]
+pub(in crate::broker) struct ReplicaReport {
+    pub(in crate::broker) watermarks: Watermarks,
+    /// Epoch of the last batch; `None` for an empty log.
+    pub(in crate::broker) last_epoch: Option<LeaderEpoch>,
+    /// Bytes on the disk and in the object store.
+    pub(in crate::broker) local_bytes: u64,
+    pub(in crate::broker) tiered_bytes: u64,
+    /// Reason why the replica accepts no writes.
+    pub(in crate::broker) failed: Option<String>,
+}
+
+/// Reports of a broker about the requested replicas, or the reason why a replica is unusable. Replicas that the broker
+/// does not have are left out.
+pub(in crate::broker) type ReportResult = Result<BTreeMap<PartitionId, Result<ReplicaReport, String>>, ApiError>;
+
+/// Source of this broker's own stats.
+pub(in crate::broker) type BrokerStatsSource = Arc<dyn Fn() -> v1::GetBrokerStatsResponse + Send + Sync>;
+
+/// Requests for the reports of all brokers.
+pub(in crate::broker) struct PeerStatus {
+    id: BrokerId,
+    metadata: MetadataCache,
+    partitions: Arc<PartitionTable>,
+    /// `None` for a standalone broker.
+    peers: Option<PeerClient>,
+    stats: BrokerStatsSource,
+}
+
+impl PeerStatus {
+    pub(in crate::broker) fn new(
+        ctx: &NodeContext,
+        partitions: Arc<PartitionTable>,
+        peers: Option<PeerClient>,
+        stats: BrokerStatsSource,
+    ) -> Self {
+        Self { id: ctx.id, metadata: ctx.metadata.clone(), partitions, peers, stats }
+    }
+
+    /// Requests replica reports from brokers, concurrently.
+    pub(in crate::broker) async fn request_reports(
+        &self,
+        wanted: BTreeMap<BrokerId, Vec<PartitionId>>,
+    ) -> BTreeMap<BrokerId, ReportResult> {
+        let requests = wanted.into_iter().map(async |(broker, ids)| (broker, self.reports_of(broker, &ids).await));
+        future::join_all(requests).await.into_iter().collect()
+    }
+
+    async fn reports_of(&self, broker: BrokerId, ids: &[PartitionId]) -> ReportResult {
+        if broker == self.id {
+            let report = |id| match self.partitions.by_id(id) {
+                Some(partition) => Some(Ok(replica_report(&partition))),
+                None => self.partitions.offline_reason(id).map(Err),
+            };
+            return Ok(ids.iter().filter_map(|id| Some((*id, report(*id)?))).collect());
+        }
+        let (peers, address) = self.route_to(broker)?;
+        let mut reports = BTreeMap::new();
+        for ids in ids.chunks(limits::MAX_PEER_REPLICAS) {
+            let names = ids
+                .iter()
+                .map(|id| v1::TopicIdPartition { topic_id: id.topic.to_string(), partition: id.number.cast_signed() });
+            let request = v1::DescribeReplicasRequest { replicas: names.collect() };
+            let response = peers.watermarks(&address, request, REQUEST_TIMEOUT).await;
+            let response = response.map_err(|error| unresponsive(broker, error))?;
+            let parsed =
+                ids.iter().zip(response.replicas).filter_map(|(id, report)| Some((*id, parse_report(report)?)));
+            reports.extend(parsed);
+        }
+        Ok(reports)
+    }
+
+    /// Requests stats from brokers, concurrently.
+    pub(in crate::broker) async fn request_stats(
+        &self,
+        brokers: Vec<BrokerId>,
+    ) -> BTreeMap<BrokerId, Result<v1::BrokerStats, ApiError>> {
+        let requests = brokers.into_iter().map(async |broker| (broker, self.stats_of(broker).await));
+        future::join_all(requests).await.into_iter().collect()
+    }
+
+    async fn stats_of(&self, broker: BrokerId) -> Result<v1::BrokerStats, ApiError> {
+        let status = if broker == self.id {
+            (self.stats)()
+        } else {
+            let (peers, address) = self.route_to(broker)?;
+            peers.status(&address, REQUEST_TIMEOUT).await.map_err(|error| unresponsive(broker, error))?
+        };
+        Ok(v1::BrokerStats {
+            segment_bytes: status.segment_bytes,
+            free_bytes: status.free_bytes,
+            tier_lag_records: status.tier_lag_records,
+            failed: status.failed,
+            object_store: status.object_store,
+            maintenance: status.maintenance,
+            impaired: status.impaired,
+            not_ready: status.not_ready,
+            metadata_regressed: status.metadata_regressed,
+            future_timestamps: status.future_timestamps,
+        })
+    }
+
+    fn route_to(&self, broker: BrokerId) -> Result<(&PeerClient, String), ApiError> {
+        let state = self.metadata.state();
+        let entry = state.brokers().get(&broker);
+        let address = entry.and_then(|entry| entry.value.listeners.peer().map(str::to_owned));
+        let route = self.peers.as_ref().zip(address);
+        route.ok_or_else(|| {
+            let reason = if entry.is_some() { "registered without a peer address" } else { "not registered" };
+            ApiError::new(ErrorCode::NotReady, format!("broker {broker} is {reason}"))
+        })
+    }
+}
+
+/// Returns the report about a local replica.
+fn replica_report(partition: &Arc<Partition>) -> ReplicaReport {
+    ReplicaReport {
+        watermarks: partition.watermarks(),
+        last_epoch: partition.last_epoch(),
+        local_bytes: partition.local_bytes(),
+        tiered_bytes: partition.tiered_bytes(),
+        failed: partition.error().map(|reason| reason.to_string()),
+    }
+}
+
+/// Parses a peer's report about its replica. Returns `None` if the peer has none.
+fn parse_report(report: v1::ReplicaReport) -> Option<Result<ReplicaReport, String>> {
+    let failed = Some(report.failed).filter(|reason| !reason.is_empty());
+    if !report.exists {
+        return failed.map(Err);
+    }
+    let offset = |value| Offset::from_i64(value).unwrap_or(Offset::ZERO);
+    Some(Ok(ReplicaReport {
+        watermarks: Watermarks {
+            log_start: offset(report.log_start),
+            local_start: offset(report.local_start),
+            tiered_end: offset(report.tiered_end),
+            high_watermark: offset(report.high_watermark),
+            persisted_end: offset(report.persisted_end),
+            log_end: offset(report.log_end),
+        },
+        last_epoch: report.last_epoch.and_then(LeaderEpoch::from_i32),
+        local_bytes: report.local_bytes,
+        tiered_bytes: report.tiered_bytes,
+        failed,
+    }))
+}
+
+/// Returns the error for a replica that its broker cannot open.
+pub(in crate::broker) fn useless(broker: BrokerId, reason: &str) -> ApiError {
+    ApiError::new(ErrorCode::StorageFailed, format!("the replica on broker {broker} is offline: {reason}"))
+}
+
+fn unresponsive(broker: BrokerId, error: PeerError) -> ApiError {
+    ApiError::new(ErrorCode::NotReady, format!("broker {broker} does not respond: {error}"))
+}

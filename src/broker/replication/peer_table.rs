@@ -1,0 +1,279 @@
+//! State about other brokers for both directions of replication: their addresses and broker epochs, and this broker's
+//! own epoch. Warns about two brokers whose clocks differ by much; no decision between brokers depends on a clock.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use futures::future::BoxFuture;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use super::peer_client::DisconnectReason;
+use crate::{
+    cluster::Revision,
+    model::{BrokerId, PartitionId},
+    partition::{Partition, replication::PartitionLookup},
+    proto::error::{ApiError, ErrorCode},
+    task::{Tasks, clock},
+    telemetry::LogThrottle,
+};
+
+/// Registration of a peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct PeerInfo {
+    /// Address for connections between brokers.
+    pub(super) address: String,
+    /// Broker epoch of the registration.
+    pub(super) epoch: Revision,
+}
+
+/// Receiver of lost links, which may mean that a process is gone.
+pub(super) trait LinkLossListener: Send + Sync + 'static {
+    /// Handles a link to or from this registration of a broker that ended, or that could not be opened. Must not block.
+    fn link_lost(self: Arc<Self>, broker: BrokerId, epoch: Revision, how: DisconnectReason);
+}
+
+/// Table of registered peers.
+pub(super) struct PeerTable {
+    me: BrokerId,
+    cluster: String,
+    state: watch::Sender<PeerTableState>,
+    find: PartitionLookup,
+    lost: Arc<dyn LinkLossListener>,
+    look_up: LookUp,
+    /// Comparison of the peers' clocks with the local clock.
+    pub(super) clocks: ClockComparison,
+}
+
+/// Look-up of a broker's registration in the metadata store, at a bounded rate. Fails if the registration cannot be
+/// looked up now.
+pub(super) type LookUp = Arc<dyn Fn(BrokerId) -> BoxFuture<'static, Result<Option<Revision>, ApiError>> + Send + Sync>;
+
+/// Reason for rejecting a broker whose claimed broker epoch is not confirmed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Unconfirmed {
+    /// The broker has registered again since.
+    #[error(
+        "broker {broker} has broker epoch {claimed}, and is registered with the later epoch {registered}: reconnect"
+    )]
+    Older {
+        broker: BrokerId,
+        /// Claimed broker epoch.
+        claimed: Revision,
+        /// Registered broker epoch.
+        registered: Revision,
+    },
+    /// The metadata store has no such registration.
+    #[error("broker {broker} is not registered with broker epoch {claimed}")]
+    Unknown {
+        broker: BrokerId,
+        /// Claimed broker epoch.
+        claimed: Revision,
+    },
+    /// The metadata cache has no such registration, and the metadata store could not be read.
+    #[error(
+        "broker {broker} is not registered with broker epoch {claimed} in the metadata cache, and could not be \
+         verified: {reason}"
+    )]
+    Unsure {
+        broker: BrokerId,
+        /// Claimed broker epoch.
+        claimed: Revision,
+        /// Reason why the store could not be read.
+        reason: String,
+    },
+}
+
+impl From<Unconfirmed> for ApiError {
+    fn from(error: Unconfirmed) -> Self {
+        let code = match error {
+            Unconfirmed::Older { .. } => ErrorCode::InvalidRequest,
+            // The broker may be about to register.
+            Unconfirmed::Unknown { .. } | Unconfirmed::Unsure { .. } => ErrorCode::NotReady,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+#[derive(Clone, Default)]
+struct PeerTableState {
+    /// Own broker epoch of this broker; the last one while this broker is not registered.
+    own: Option<Revision>,
+    is_registered: bool,
+    peers: Arc<BTreeMap<BrokerId, PeerInfo>>,
+}
+
+impl PeerTable {
+    /// Creates an empty table for this broker. `find` finds local partitions, `lost` receives lost links, and `look_up`
+    /// reads registrations.
+    pub(super) fn new(
+        me: BrokerId,
+        cluster: String,
+        find: PartitionLookup,
+        lost: Arc<dyn LinkLossListener>,
+        look_up: LookUp,
+    ) -> Arc<Self> {
+        let state = watch::Sender::default();
+        Arc::new(Self { me, cluster, state, find, lost, look_up, clocks: ClockComparison::default() })
+    }
+
+    /// Replaces the registered brokers with their peer addresses and broker epochs. Called at every change.
+    pub(super) fn update_peers(&self, registered: BTreeMap<BrokerId, (String, Revision)>) {
+        let peers = registered.into_iter().map(|(id, (address, epoch))| (id, PeerInfo { address, epoch }));
+        let peers: BTreeMap<_, _> = peers.collect();
+        self.state.send_if_modified(|state| {
+            let changed = *state.peers != peers;
+            state.peers = Arc::new(peers);
+            changed
+        });
+    }
+
+    /// Updates this broker's own broker epoch; `None` while this broker is not registered. Links continue meanwhile,
+    /// and new links use the last epoch: a lost lease does not affect the content of a log, and the store may be
+    /// unavailable. A broker epoch ends when the next one begins.
+    pub(super) fn registered(&self, epoch: Option<Revision>) {
+        self.state.send_if_modified(|state| {
+            state.is_registered = epoch.is_some();
+            let own = epoch.or(state.own);
+            std::mem::replace(&mut state.own, own) != own
+        });
+    }
+
+    pub(super) fn me(&self) -> BrokerId {
+        self.me
+    }
+
+    pub(super) fn cluster(&self) -> &str {
+        &self.cluster
+    }
+
+    /// Returns this broker's own broker epoch, or the last one while this broker is not registered; `None` before the
+    /// first.
+    pub(super) fn own(&self) -> Option<Revision> {
+        self.state.borrow().own
+    }
+
+    /// Returns this broker's own broker epoch; `None` while this broker is not registered.
+    pub(super) fn own_registration(&self) -> Option<Revision> {
+        let state = self.state.borrow();
+        state.own.filter(|_| state.is_registered)
+    }
+
+    /// Returns the registration of a broker.
+    pub(super) fn get(&self, broker: BrokerId) -> Option<PeerInfo> {
+        self.state.borrow().peers.get(&broker).cloned()
+    }
+
+    /// Verifies that a broker is registered under the broker epoch that it claims. Reads the metadata store if the
+    /// metadata cache is older than the claim.
+    pub(super) async fn confirm(&self, broker: BrokerId, claimed: Revision) -> Result<(), Unconfirmed> {
+        match self.get(broker).map(|peer| peer.epoch) {
+            Some(registered) if registered == claimed => return Ok(()),
+            Some(registered) if registered > claimed => return Err(Unconfirmed::Older { broker, claimed, registered }),
+            Some(_) | None => {}
+        }
+        let unsure = |reason: String| Unconfirmed::Unsure { broker, claimed, reason };
+        match (self.look_up)(broker).await.map_err(|error| unsure(error.message))? {
+            Some(registered) if registered == claimed => Ok(()),
+            Some(registered) if registered > claimed => Err(Unconfirmed::Older { broker, claimed, registered }),
+            Some(_) | None => Err(Unconfirmed::Unknown { broker, claimed }),
+        }
+    }
+
+    /// Returns the local partition with this id.
+    pub(super) fn partition(&self, id: PartitionId) -> Option<Arc<Partition>> {
+        (self.find)(id)
+    }
+
+    /// Returns the function that finds local partitions.
+    pub(super) fn find(&self) -> PartitionLookup {
+        Arc::clone(&self.find)
+    }
+
+    /// Reports a lost link to or from this registration.
+    pub(super) fn on_link_lost(&self, broker: BrokerId, epoch: Revision, how: DisconnectReason) {
+        Arc::clone(&self.lost).link_lost(broker, epoch, how);
+    }
+
+    /// Waits until that broker is registered and this broker has been registered once.
+    pub(super) async fn both(&self, broker: BrokerId) -> (Revision, PeerInfo) {
+        let mut state = self.state.subscribe();
+        loop {
+            let found = {
+                let state = state.borrow_and_update();
+                state.own.zip(state.peers.get(&broker).cloned())
+            };
+            if let Some(found) = found {
+                return found;
+            }
+            state.changed().await.expect("the table owns the sender");
+        }
+    }
+
+    /// Cancels the tasks of a link when another broker epoch begins, here or there.
+    pub(super) async fn cancel_at_change(&self, own: Revision, broker: BrokerId, epoch: Revision, link: &Tasks) {
+        let mut state = self.state.subscribe();
+        loop {
+            let has_ended = {
+                let state = state.borrow_and_update();
+                let newer = state.peers.get(&broker).is_some_and(|peer| peer.epoch > epoch);
+                newer || state.own.is_some_and(|now| now != own)
+            };
+            if has_ended {
+                link.cancel();
+                return;
+            }
+            state.changed().await.expect("the table owns the sender");
+        }
+    }
+}
+
+/// Difference from which a warning is logged, in milliseconds. The value is far above the effect of a link's delay on
+/// equal clocks.
+const MAX_CLOCK_SKEW_MS: u64 = 10_000;
+
+/// Comparison of other brokers' clocks with the local clock.
+#[derive(Debug, Default)]
+pub(super) struct ClockComparison(Mutex<BTreeMap<BrokerId, LogThrottle>>);
+
+impl ClockComparison {
+    /// Logs a warning if the clock of `broker`, as sent in its Hello or Welcome, differs by much from the local clock.
+    /// Older versions send no clock.
+    pub(super) fn compare(&self, broker: BrokerId, theirs_ms: Option<i64>) {
+        let skew = theirs_ms.and_then(|theirs| clock_skew_seconds(theirs, clock::wall_ms()));
+        let Some(seconds_ahead) = skew else { return };
+        let mut logs = self.0.lock();
+        let Some(count) = logs.entry(broker).or_default().occur(clock::monotonic()) else { return };
+        tracing::warn!(
+            %broker, seconds_ahead, count,
+            "the clocks of this broker and of another broker differ: retention by time and the timestamps that brokers \
+             set use the leader's clock; synchronize both clocks with one source (NTP)"
+        );
+    }
+}
+
+/// Returns the seconds by which the first clock is ahead, if the difference is large. Negative if that clock is behind.
+fn clock_skew_seconds(theirs_ms: i64, ours_ms: i64) -> Option<i64> {
+    let ahead_ms = theirs_ms.saturating_sub(ours_ms);
+    (ahead_ms.unsigned_abs() >= MAX_CLOCK_SKEW_MS).then_some(ahead_ms / 1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_large_clock_differences_are_reported() {
+        let now = 1_700_000_000_000;
+        for (theirs, expected) in [
+            (now, None),
+            (now + 9_999, None),
+            (now - 9_999, None),
+            (now + 10_000, Some(10)),
+            (now - 600_000, Some(-600)),
+            (i64::MIN, Some(i64::MIN / 1000)),
+            (i64::MAX, Some((i64::MAX - now) / 1000)),
+        ] {
+            assert_eq!(clock_skew_seconds(theirs, now), expected, "{theirs}");
+        }
+    }
+}
