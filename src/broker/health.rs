@@ -1,9 +1,7 @@
 //! Health of this broker, for probes and `cluster health`. A broker that serves requests is ready even if it is
-//! impaired. An outage of the object store or of the metadata store affects all brokers, and must not take all of them
-//! out of service.
-//!
-//! A start lasts until every local replica has been in sync once, or until `broker.catch_up_timeout` has passed. A
-//! rolling restart continues then.
+//! impaired: an outage of a store affects all brokers, and must not take all of them out of service. A start lasts
+//! until every local replica has been in sync once, or until `broker.catch_up_timeout` has passed. A rolling restart
+//! continues then.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

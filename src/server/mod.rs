@@ -54,7 +54,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, time::Instant};
 use tonic::service::Routes;
 
 use self::{
@@ -94,6 +94,19 @@ pub struct ServingAddresses {
     pub took: Duration,
 }
 
+impl ServingAddresses {
+    fn new(config: &Config, grpc: SocketAddr, http: SocketAddr, node: &Node, began: Instant) -> Self {
+        Self {
+            grpc,
+            http,
+            data_dir: config.broker.data_dir.clone(),
+            object_store: config.object_store.url.clone(),
+            partitions: node.broker().partitions(),
+            took: began.elapsed(),
+        }
+    }
+}
+
 /// Maximum time that a stop waits for a data directory that is being opened.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -120,14 +133,7 @@ pub async fn run(
     let pages = Arc::new(HttpState::new(metrics.clone()));
     let room = ConnectionLimits::of(1, alone, config.limits.memory_bytes);
     let listeners = Listeners::begin(Arc::clone(&pages), http, room, &config, &metrics);
-    let opened = {
-        let mut opening = pin!(node::open_log(&config, &outside, metrics.clone()));
-        tokio::select! {
-            biased;
-            log = &mut opening => log.map(Some),
-            () = &mut shutdown => stop_opening(opening).await.map(|()| None),
-        }
-    };
+    let opened = open_unless(node::open_log(&config, &outside, metrics.clone()), shutdown.as_mut()).await;
     let log = match opened {
         Ok(Some(log)) => log,
         ended => {
@@ -150,24 +156,9 @@ pub async fn run(
         }
     };
     pages.tell_of(node.broker());
-    let state = ServingAddresses {
-        grpc: grpc.local_addr()?,
-        http: http_at,
-        data_dir: config.broker.data_dir.clone(),
-        object_store: config.object_store.url.clone(),
-        partitions: node.broker().partitions(),
-        took: began.elapsed(),
-    };
+    let state = ServingAddresses::new(&config, grpc.local_addr()?, http_at, &node, began);
     listeners.serve(&node, grpc);
-    advertised::check(
-        &client_address,
-        "correct grpc.advertise, or leave it out if clients connect to grpc.listen",
-        &time,
-    );
-    if let Some(peer_address) = peer_address.filter(|_| config.peer.advertise.is_some()) {
-        let remedy = "correct peer.advertise, or leave it out if other brokers connect to the host of grpc.advertise";
-        advertised::check(&peer_address, remedy, &time);
-    }
+    check_advertised(&config, &client_address, peer_address.as_deref(), &time);
     let mut outcome = Ok(());
     if !stop_requested {
         ready(&state);
@@ -184,6 +175,32 @@ pub async fn run(
     time.stop().await;
     tracing::info!("stopped");
     outcome
+}
+
+/// Warns about advertised names that do not resolve.
+fn check_advertised(config: &Config, client_address: &str, peer_address: Option<&str>, tasks: &Tasks) {
+    advertised::check(
+        client_address,
+        "correct grpc.advertise, or leave it out if clients connect to grpc.listen",
+        tasks,
+    );
+    if let Some(peer_address) = peer_address.filter(|_| config.peer.advertise.is_some()) {
+        let remedy = "correct peer.advertise, or leave it out if other brokers connect to the host of grpc.advertise";
+        advertised::check(peer_address, remedy, tasks);
+    }
+}
+
+/// Waits for a data directory that is being opened. Returns `None` if a stop of the process was requested meanwhile.
+async fn open_unless(
+    opening: impl Future<Output = anyhow::Result<DataDir>>,
+    shutdown: Pin<&mut impl Future<Output = ()>>,
+) -> anyhow::Result<Option<DataDir>> {
+    let mut opening = pin!(opening);
+    tokio::select! {
+        biased;
+        log = &mut opening => log.map(Some),
+        () = shutdown => stop_opening(opening).await.map(|()| None),
+    }
 }
 
 /// Waits for a node. Also returns true if a stop of the process was requested meanwhile. Returns `None` if that request

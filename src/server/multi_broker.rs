@@ -188,14 +188,7 @@ async fn start(config: &Config, ports: BoundPorts, shared: &SharedDeps, span: Sp
         }
     };
     pages.tell_of(node.broker());
-    let state = ServingAddresses {
-        grpc: ports.grpc.local_addr()?,
-        http,
-        data_dir: config.broker.data_dir.clone(),
-        object_store: config.object_store.url.clone(),
-        partitions: node.broker().partitions(),
-        took: began.elapsed(),
-    };
+    let state = ServingAddresses::new(config, ports.grpc.local_addr()?, http, &node, began);
     listeners.serve(&node, ports.grpc);
     Ok(RunningBroker { node, listeners, state, span, within })
 }

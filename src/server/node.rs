@@ -262,18 +262,10 @@ impl NodeStart<'_> {
         );
         self.waited(metadata.wait_for_revision(Revision::ZERO)).await?;
         if let Some(tier) = &tier {
-            if metadata.state().has_tiered_data() {
-                tier.store.require_existing_data();
-            }
             let binding = MetaBindingStore::new(Arc::clone(&meta), keys.clone(), metadata.clone(), alone);
-            tier.store.set_binding_store(Arc::new(binding));
-            tier.store.set_generation(generation);
-            claim(&tier.store, &self.tasks).await?;
+            self.bind_object_store(&tier.store, binding, metadata.state().has_tiered_data(), generation).await?;
         }
-        // The generation is recorded only now, so that a mismatch of directory and stores changes nothing.
-        let log = self.log.clone();
-        let recorded = task::run_blocking(move || log.record_generation(generation)).await;
-        recorded.context("cannot record the cluster generation in the data directory")?;
+        self.record_generation(generation).await?;
         let ctx = NodeContext {
             config: Arc::new(config.clone()),
             id: config.broker.id,
@@ -306,6 +298,29 @@ impl NodeStart<'_> {
         let Self { log, tasks, metrics, .. } = self;
         let connect = outside.connect;
         Ok(Node { log, tier, broker, session, connect, standalone: alone, routes, health, tasks, metrics })
+    }
+
+    /// Verifies the owner of the object store.
+    async fn bind_object_store(
+        &self,
+        store: &TierStore,
+        binding: MetaBindingStore,
+        has_tiered_data: bool,
+        generation: u64,
+    ) -> anyhow::Result<()> {
+        if has_tiered_data {
+            store.require_existing_data();
+        }
+        store.set_binding_store(Arc::new(binding));
+        store.set_generation(generation);
+        Ok(claim(store, &self.tasks).await?)
+    }
+
+    /// Records the cluster generation. Called late, so that a mismatch of directory and stores changes nothing.
+    async fn record_generation(&self, generation: u64) -> anyhow::Result<()> {
+        let log = self.log.clone();
+        let recorded = task::run_blocking(move || log.record_generation(generation)).await;
+        recorded.context("cannot record the cluster generation in the data directory")
     }
 
     /// Registers the broker, and waits until its metadata cache contains the registration. The cache then also contains

@@ -1,9 +1,7 @@
 //! Lease monitor: detects that this broker may have been replaced without notice, because its registration is gone or
-//! was not renewed in time.
-//!
-//! The result depends on this process's clock, so no invariant relies on it. The broker continues to serve. Readers are
-//! notified, and can look for a new leader. Operations that need the metadata store are rejected before their start, so
-//! that clients can use another broker.
+//! was not renewed in time. The result depends on this process's clock, so no invariant relies on it. The broker
+//! continues to serve. Readers are notified, and can look for a new leader. Operations that need the metadata store are
+//! rejected before their start, so that clients can use another broker.
 
 use std::{sync::Arc, time::Duration};
 

@@ -330,16 +330,7 @@ impl FetchSession {
             Ok(Some(fetched)) => {
                 let high_watermark = reader.watermarks().high_watermark;
                 place.position = fetched.next;
-                let by_source = &self.fetch.ctx.metrics.fetch_bytes;
-                let counter = match fetched.source {
-                    ReadSource::Memory => &by_source.memory,
-                    ReadSource::Disk => &by_source.disk,
-                    ReadSource::ObjectStore => &by_source.bucket,
-                };
-                counter.inc_by(fetched.bytes as u64);
-                let by_role = &self.fetch.ctx.metrics.fetch_role_bytes;
-                let counter = if status.role.leads() { &by_role.leader } else { &by_role.follower };
-                counter.inc_by(fetched.bytes as u64);
+                self.fetch.count_bytes(fetched.source, fetched.bytes, status.role.leads());
                 let next = fetched.next;
                 gathered.add(index, place, fetched);
                 if next < high_watermark {
@@ -508,6 +499,19 @@ impl Fetch {
         let is_led_elsewhere = matches!(error, ReadError::Closed);
         let error = ApiError::from(error);
         if is_led_elsewhere { self.lookup.with_leader_hint(id, error) } else { error }
+    }
+
+    /// Counts the bytes of a read by their source, and by the role of the replica.
+    fn count_bytes(&self, source: ReadSource, bytes: usize, leads: bool) {
+        let (by_source, by_role) = (&self.ctx.metrics.fetch_bytes, &self.ctx.metrics.fetch_role_bytes);
+        let counter = match source {
+            ReadSource::Memory => &by_source.memory,
+            ReadSource::Disk => &by_source.disk,
+            ReadSource::ObjectStore => &by_source.bucket,
+        };
+        counter.inc_by(bytes as u64);
+        let counter = if leads { &by_role.leader } else { &by_role.follower };
+        counter.inc_by(bytes as u64);
     }
 
     /// Returns a receiver of lease expiry and its end. A lease that has already expired counts as a change.

@@ -24,6 +24,7 @@
 //! - A process that registers again after it was declared gone was running, so something between the brokers refuses
 //!   connections. After a deletion, reports about the same incarnation are ignored for [`REVOKE_COOLDOWN`].
 
+mod probe;
 mod shared_checks;
 
 use std::{
@@ -36,9 +37,12 @@ use futures::{StreamExt as _, stream};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use self::shared_checks::SharedChecks;
+use self::{
+    probe::{PROBE_INTERVAL, ProbeResult, SuspectedPeer, probe},
+    shared_checks::SharedChecks,
+};
 use super::{
-    peer_client::{DisconnectReason, PeerClient, PeerError},
+    peer_client::{DisconnectReason, PeerClient},
     peer_table::LinkLossListener,
 };
 use crate::{
@@ -53,15 +57,6 @@ use crate::{
     task::{Backoff, Tasks, clock},
     telemetry::LogThrottle,
 };
-
-/// Timeout of a probe.
-const PROBE_TIMEOUT: Duration = Duration::from_millis(200);
-
-/// Pause between two probes. A port that refuses connections for a shorter time is being taken over by another process.
-const PROBE_INTERVAL: Duration = Duration::from_millis(50);
-
-/// Maximum time for which inconclusive probes are repeated.
-const INCONCLUSIVE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// First and longest pause before an inconclusive check is repeated. The pause doubles each time: the successor of an
 /// exited process may not respond yet.
@@ -90,35 +85,6 @@ const FALLBACK_DELAY: Duration = Duration::from_millis(30);
 
 /// Time after the deletion of a registration for which reports about the same incarnation are ignored.
 const REVOKE_COOLDOWN: Duration = Duration::from_secs(60);
-
-/// Result of a probe.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ProbeResult {
-    /// No process listens at the address.
-    Refused,
-    /// Another process responds.
-    Replaced,
-    /// The process responds.
-    Alive,
-    /// Inconclusive: the connection broke, or no response arrived in time.
-    Inconclusive,
-}
-
-impl ProbeResult {
-    fn describe(self) -> &'static str {
-        match self {
-            Self::Refused => "connections are refused",
-            Self::Replaced => "another process responds",
-            Self::Alive => "the process responds",
-            Self::Inconclusive => "no conclusive response",
-        }
-    }
-
-    /// Returns true if the process is gone.
-    fn is_gone(self) -> bool {
-        matches!(self, Self::Refused | Self::Replaced)
-    }
-}
 
 /// Registrations that this broker deleted, the last one of each broker id.
 #[derive(Default)]
@@ -419,109 +385,15 @@ fn registered(state: &MetadataSnapshot, broker: BrokerId, epoch: Revision) -> Op
     state.brokers().get(&broker).filter(|entry| entry.create_revision == epoch).cloned()
 }
 
-/// A broker whose process may be gone.
-#[derive(Clone, Copy)]
-struct SuspectedPeer<'a> {
-    cluster: &'a str,
-    broker: BrokerId,
-    registered: &'a BrokerValue,
-}
-
-/// Probes until the process responds, until two probes in a row found it gone, or until probes were inconclusive for
-/// too long.
-async fn probe(peers: &PeerClient, suspect: SuspectedPeer<'_>) -> ProbeResult {
-    let until = clock::monotonic() + INCONCLUSIVE_TIMEOUT;
-    let mut gone = false;
-    loop {
-        let seen = probe_once(peers, suspect).await;
-        let twice = gone && seen.is_gone();
-        if twice || seen == ProbeResult::Alive || seen == ProbeResult::Inconclusive && clock::monotonic() >= until {
-            return seen;
-        }
-        gone = seen.is_gone();
-        tokio::time::sleep(PROBE_INTERVAL).await;
-    }
-}
-
-async fn probe_once(peers: &PeerClient, suspect: SuspectedPeer<'_>) -> ProbeResult {
-    let Some(address) = suspect.registered.listeners.peer() else { return ProbeResult::Inconclusive };
-    suspect.evaluate(&peers.get_identity(address, PROBE_TIMEOUT).await)
-}
-
-impl SuspectedPeer<'_> {
-    /// Derives the state of the process from the response at its address.
-    fn evaluate(self, response: &Result<v1::GetIdentityResponse, PeerError>) -> ProbeResult {
-        let Self { cluster, broker, registered } = self;
-        match response {
-            // A wrong address, or one that is used twice, proves nothing about the process.
-            Ok(identity) if identity.cluster != cluster || identity.broker_id != broker.0 => ProbeResult::Inconclusive,
-            Ok(identity) if identity.incarnation != registered.incarnation => ProbeResult::Replaced,
-            Ok(_) | Err(PeerError::Refused(_)) => ProbeResult::Alive,
-            Err(PeerError::Lost { reason: DisconnectReason::Refused, .. }) => ProbeResult::Refused,
-            Err(PeerError::Lost { .. } | PeerError::Address(_)) => ProbeResult::Inconclusive,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
-
     use super::*;
     use crate::{
         broker::tests::TestBroker,
         client::TcpConnector,
-        cluster::{
-            Value as _,
-            faulty::{self},
-        },
+        cluster::{Value as _, faulty},
         task::test_timeout::wait_for,
     };
-
-    fn suspect(registered: &BrokerValue) -> SuspectedPeer<'_> {
-        SuspectedPeer { cluster: "test", broker: BrokerId(1), registered }
-    }
-
-    /// Returns a listener and a broker that is registered at its address.
-    async fn listening() -> (PeerClient, TcpListener, BrokerValue) {
-        let wait = Duration::from_secs(5);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let registered = BrokerValue::running_at(listener.local_addr().unwrap().to_string());
-        (PeerClient::new(Arc::new(TcpConnector::between_brokers(wait)), wait), listener, registered)
-    }
-
-    /// A killed process accepts connections until its listener is closed, which may be after its other sockets.
-    /// Regression: after one such probe, the partitions of the process waited until its lease expired.
-    #[tokio::test]
-    async fn process_exiting_during_probe_is_detected() {
-        let (peers, listener, registered) = listening().await;
-        let (seen, ()) = tokio::join!(probe(&peers, suspect(&registered)), async {
-            // One connection breaks, one gets no response, then the listener is closed.
-            drop(listener.accept().await.unwrap());
-            let silent = listener.accept().await.unwrap();
-            tokio::time::sleep(PROBE_TIMEOUT).await;
-            drop((listener, silent));
-        });
-        assert_eq!(seen, ProbeResult::Refused);
-    }
-
-    #[test]
-    fn response_of_other_broker_or_cluster_is_inconclusive() {
-        let registered = BrokerValue::running_at("127.0.0.1:9470".to_owned());
-        let evaluate = |cluster: &str, broker, incarnation: &str| {
-            let response = v1::GetIdentityResponse {
-                cluster: cluster.to_owned(),
-                broker_id: broker,
-                incarnation: incarnation.to_owned(),
-                ..Default::default()
-            };
-            suspect(&registered).evaluate(&Ok(response))
-        };
-        assert_eq!(evaluate("test", 1, &registered.incarnation), ProbeResult::Alive);
-        assert_eq!(evaluate("test", 1, "another"), ProbeResult::Replaced);
-        assert_eq!(evaluate("other", 1, "another"), ProbeResult::Inconclusive, "an address that two clusters use");
-        assert_eq!(evaluate("test", 2, "another"), ProbeResult::Inconclusive, "an address that two brokers use");
-    }
 
     #[tokio::test(start_paused = true)]
     async fn cooldown_applies_to_one_incarnation_for_fixed_time() {
@@ -534,12 +406,6 @@ mod tests {
         assert!(!cooldown.allows(broker, "a", now + REVOKE_COOLDOWN - Duration::from_secs(1)));
         assert!(cooldown.allows(broker, "a", now + REVOKE_COOLDOWN));
         assert!(cooldown.allows(broker, "b", now), "another process starts without a cooldown");
-    }
-
-    #[tokio::test]
-    async fn unresponsive_process_is_not_declared_gone() {
-        let (peers, _listener, registered) = listening().await;
-        assert_eq!(probe(&peers, suspect(&registered)).await, ProbeResult::Inconclusive);
     }
 
     /// Regression: a process exited while the store had no leader. The partitions waited until the lease of that process
