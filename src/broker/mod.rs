@@ -47,18 +47,9 @@ mod token_bucket;
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-pub use self::{
-    api::{AdminService, LogService, Requests},
-    background::{producer_ids::ProducerIdQuota, starts_under_pressure},
-    budget::{
-        Budgets, CallMemory, ConnectionMemory, Grant, IncompleteGuard, SMALL_BYTES, SendingResponse, WAITING_BYTES,
-    },
-    health::Readiness,
-    node_context::{NodeContext, TierHandle},
-};
 use self::{
-    api::{Api, ApiDeps},
-    background::{Background, BackgroundDeps},
+    api::Api,
+    background::Background,
     budget::Pools,
     health::Health,
     partitions::{
@@ -69,6 +60,15 @@ use self::{
     },
     replication::{BrokerStatsSource, PeerService, ReplicationManager, peer_status::PeerStatus},
 };
+pub use self::{
+    api::{AdminService, LogService, Requests},
+    background::{producer_ids::ProducerIdQuota, starts_under_pressure},
+    budget::{
+        Budgets, CallMemory, ConnectionMemory, Grant, IncompleteGuard, SMALL_BYTES, SendingResponse, WAITING_BYTES,
+    },
+    health::Readiness,
+    node_context::{NodeContext, TierHandle},
+};
 use crate::{
     client::Connector,
     cluster::{Session, Topics},
@@ -78,15 +78,23 @@ use crate::{
     task,
 };
 
+/// State that requests and background tasks share. Cheap to clone.
+#[derive(Clone)]
+struct SharedState {
+    partitions: Arc<PartitionTable>,
+    failures: Arc<MaintenanceFailures>,
+    health: Arc<Health>,
+    topics: Topics,
+    budgets: Budgets,
+    produce_memory: Pools,
+}
+
 /// A broker whose replicas are open and idle.
 pub struct OpenedBroker {
     ctx: NodeContext,
-    partitions: Arc<PartitionTable>,
+    shared: SharedState,
     reconciler: Reconciler,
-    topics: Topics,
     queue: MaintenanceQueue,
-    failures: Arc<MaintenanceFailures>,
-    health: Arc<Health>,
     stats: BrokerStatsSource,
     replication: Option<Arc<ReplicationManager>>,
 }
@@ -121,7 +129,11 @@ impl OpenedBroker {
             Reconciler::new(ctx.clone(), Arc::clone(&partitions), strays, partition_ctx, queue.clone(), update_peers);
         let state = ctx.metadata.state();
         reconciler.reconcile(&state).await;
-        Self { ctx, partitions, reconciler, topics, queue, failures, health, stats, replication }
+        let limits = &ctx.config.limits;
+        let budgets = Budgets::new(limits.request_memory_bytes, limits.response_memory_bytes);
+        let produce_memory = Pools::halves(limits.produce_memory_bytes);
+        let shared = SharedState { partitions, failures, health, topics, budgets, produce_memory };
+        Self { ctx, shared, reconciler, queue, stats, replication }
     }
 
     /// Returns the service that other brokers call; `None` for a standalone broker. Until the activation, the service
@@ -133,10 +145,11 @@ impl OpenedBroker {
     /// Returns the intact replicas. A replica whose topic value cannot be read is not hosted; that replica is opened
     /// only for this check.
     pub async fn intact_replicas(&self) -> BTreeSet<PartitionId> {
-        let mut intact: BTreeSet<PartitionId> = self.partitions.open().iter().map(|partition| partition.id()).collect();
+        let mut intact: BTreeSet<PartitionId> =
+            self.shared.partitions.open().iter().map(|partition| partition.id()).collect();
         let (state, me) = (self.ctx.metadata.state(), self.ctx.id);
         let unhosted = self.ctx.log.partitions().into_iter().filter_map(|id| {
-            let entry = state.entry(id).filter(|_| self.partitions.get(id).is_none())?;
+            let entry = state.entry(id).filter(|_| self.shared.partitions.get(id).is_none())?;
             entry.partition.as_ref().filter(|stored| stored.value.replicas.contains(&me))?;
             let tier = entry.tier.as_ref().map(|stored| &stored.value);
             Some((id, tier.map_or(Offset::ZERO, |tier| tier.log_start.max(tier.tiered_end()))))
@@ -155,37 +168,12 @@ impl OpenedBroker {
     /// The metadata cache must contain the registration of `session`. An older state may name this broker as the leader
     /// of partitions that it has released since. Partitions in `unverified` stay offline.
     pub async fn activate(self, session: Session, unverified: BTreeSet<PartitionId>) -> Arc<Broker> {
-        let Self { ctx, partitions, mut reconciler, topics, queue, failures, health, stats, replication } = self;
-        let limits = &ctx.config.limits;
-        let budgets = Budgets::new(limits.request_memory_bytes, limits.response_memory_bytes);
-        let produce_memory = Pools::halves(limits.produce_memory_bytes);
-        let background = Background::new(
-            ctx.clone(),
-            BackgroundDeps {
-                partitions: Arc::clone(&partitions),
-                health: Arc::clone(&health),
-                failures: Arc::clone(&failures),
-                queue,
-                topics: topics.clone(),
-                session: session.clone(),
-                budgets: budgets.clone(),
-                produce_memory: produce_memory.clone(),
-            },
-        );
+        let Self { ctx, shared, mut reconciler, queue, stats, replication } = self;
+        let background = Background::new(ctx.clone(), &shared, queue, session.clone());
         let peers = replication.as_ref().map(|replication| replication.peers().clone());
-        let api = Api::new(
-            &ctx,
-            &background,
-            ApiDeps {
-                partitions: Arc::clone(&partitions),
-                failures,
-                health: Arc::clone(&health),
-                topics,
-                peer_status: PeerStatus::new(&ctx, Arc::clone(&partitions), peers, stats),
-                budgets,
-                produce_memory,
-            },
-        );
+        let peer_status = PeerStatus::new(&ctx, Arc::clone(&shared.partitions), peers, stats);
+        let api = Api::new(&ctx, &background, &shared, peer_status);
+        let SharedState { partitions, health, .. } = shared;
         let state = ctx.metadata.state();
         health.begin_catching_up(unverified.clone());
         reconciler.activate(unverified, &state).await;
@@ -207,12 +195,19 @@ impl OpenedBroker {
 
     /// Stops a broker that was not activated.
     pub async fn stop(self) {
-        self.ctx.log.begin_shutdown();
-        self.ctx.tasks.stop().await;
-        self.partitions.stop().await;
-        if let Some(replication) = &self.replication {
-            replication.stop().await;
-        }
+        stop(&self.ctx, &self.shared.partitions, self.replication.as_deref()).await;
+    }
+}
+
+/// Stops the tasks, the partitions and the links, in this order.
+async fn stop(ctx: &NodeContext, partitions: &PartitionTable, replication: Option<&ReplicationManager>) {
+    // Partitions end after the journal has completed their entries. From this call on, a full journal fails after a
+    // bounded wait.
+    ctx.log.begin_shutdown();
+    ctx.tasks.stop().await;
+    partitions.stop().await;
+    if let Some(replication) = replication {
+        replication.stop().await;
     }
 }
 
@@ -288,14 +283,8 @@ impl Broker {
     /// Stops everything in order, and returns when no task of the broker runs.
     pub async fn stop(&self) {
         self.health.begin_shutdown();
-        // Partitions end after the journal has completed their entries. From this call on, a full journal fails after a
-        // bounded wait.
         self.ctx.log.begin_shutdown();
         self.api.stop().await;
-        self.ctx.tasks.stop().await;
-        self.partitions.stop().await;
-        if let Some(replication) = &self.replication {
-            replication.stop().await;
-        }
+        stop(&self.ctx, &self.partitions, self.replication.as_deref()).await;
     }
 }

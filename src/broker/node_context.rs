@@ -39,7 +39,7 @@ pub struct NodeContext {
     pub metadata: MetadataCache,
     /// Object store; `None` for a broker without one.
     pub tier: Option<TierHandle>,
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
     /// Incarnation of this process, as it is or will be registered.
     pub incarnation: Arc<str>,
     /// True for a standalone broker, whose metadata lies beside its data.

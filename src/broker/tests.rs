@@ -90,7 +90,7 @@ impl TestBroker {
             keys: keys.clone(),
             metadata: metadata.clone(),
             tier: None,
-            metrics: Metrics::new(),
+            metrics: Arc::new(Metrics::new()),
             incarnation: "p".into(),
             standalone,
             tasks: Tasks::new(),

@@ -119,7 +119,8 @@ impl Node {
     ) -> anyhow::Result<Self> {
         let tasks = Tasks::new();
         let start = NodeStart { config, log: log.clone(), endpoints, metrics, tasks: tasks.clone(), stop };
-        let opened = start.run(outside, serve_peers).await;
+        // Boxed, because the future is large.
+        let opened = Box::pin(start.run(outside, serve_peers)).await;
         if opened.is_err() {
             tasks.stop().await;
             // The caller needs the error of the start, not that of the close.
@@ -274,7 +275,7 @@ impl NodeStart<'_> {
             keys: keys.clone(),
             metadata: metadata.clone(),
             tier: tier.clone(),
-            metrics: self.metrics.clone(),
+            metrics: Arc::new(self.metrics.clone()),
             incarnation: incarnation.to_string().into(),
             standalone: alone,
             tasks: Tasks::new(),

@@ -20,14 +20,14 @@ use self::{
     rebuild::ManifestRebuilder, topics::TopicAdmin,
 };
 use super::{
+    SharedState,
     background::Background,
-    budget::{Budgets, CallMemory, Pools},
-    health::Health,
+    budget::{Budgets, CallMemory},
     node_context::NodeContext,
-    partitions::{lookup::ReplicaLookup, maintenance_failures::MaintenanceFailures, table::PartitionTable},
+    partitions::lookup::ReplicaLookup,
     replication::peer_status::PeerStatus,
 };
-use crate::{cluster::Topics, partition::Decompressor, task::Tasks};
+use crate::{partition::Decompressor, task::Tasks};
 
 /// Handlers of all requests.
 pub(super) struct Api {
@@ -43,20 +43,14 @@ pub(super) struct Api {
     streams: Tasks,
 }
 
-/// Parts of a broker that its requests use.
-pub(super) struct ApiDeps {
-    pub(super) partitions: Arc<PartitionTable>,
-    pub(super) failures: Arc<MaintenanceFailures>,
-    pub(super) health: Arc<Health>,
-    pub(super) topics: Topics,
-    pub(super) peer_status: PeerStatus,
-    pub(super) budgets: Budgets,
-    pub(super) produce_memory: Pools,
-}
-
 impl Api {
-    pub(super) fn new(ctx: &NodeContext, background: &Background, deps: ApiDeps) -> Self {
-        let ApiDeps { partitions, failures, health, topics, peer_status, budgets, produce_memory } = deps;
+    pub(super) fn new(
+        ctx: &NodeContext,
+        background: &Background,
+        shared: &SharedState,
+        peer_status: PeerStatus,
+    ) -> Self {
+        let SharedState { partitions, failures, health, topics, budgets, produce_memory } = shared.clone();
         let (streams, peer_status) = (Tasks::new(), Arc::new(peer_status));
         let lookup = ReplicaLookup::new(ctx, Arc::clone(&partitions));
         // One decompressor for all compressed batches bounds their memory.

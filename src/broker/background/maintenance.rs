@@ -8,6 +8,7 @@ use std::{sync::Arc, time::Duration};
 use super::lease_monitor::LeaseMonitor;
 use crate::{
     broker::{
+        SharedState,
         node_context::NodeContext,
         partitions::{maintenance_failures::MaintenanceFailures, table::PartitionTable},
     },
@@ -48,12 +49,12 @@ pub(super) struct Maintenance {
 impl Maintenance {
     pub(super) fn new(
         ctx: NodeContext,
-        partitions: Arc<PartitionTable>,
-        failures: Arc<MaintenanceFailures>,
+        shared: &SharedState,
         queue: MaintenanceQueue,
         lease: Arc<LeaseMonitor>,
     ) -> Self {
         let runner = MaintenanceRunner::new(TierCommits::new(Arc::clone(&ctx.store), ctx.keys.clone()));
+        let (partitions, failures) = (Arc::clone(&shared.partitions), Arc::clone(&shared.failures));
         Self { ctx, partitions, failures, lease, runner, queue, upload_queue: MaintenanceQueue::default() }
     }
 

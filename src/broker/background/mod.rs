@@ -16,14 +16,9 @@ use self::{
     controlled_shutdown::ControlledShutdown, disk_pressure::DiskPressure, garbage::GarbageRun,
     lease_monitor::LeaseMonitor, maintenance::Maintenance, metrics::BrokerGauges, producer_ids::ProducerIds,
 };
-use super::{
-    budget::{Budgets, Pools},
-    health::Health,
-    node_context::NodeContext,
-    partitions::{maintenance_failures::MaintenanceFailures, table::PartitionTable},
-};
+use super::{SharedState, node_context::NodeContext};
 use crate::{
-    cluster::{Controller, Session, TierCommits, Topics, planner::PlannerLimits},
+    cluster::{Controller, Session, TierCommits, planner::PlannerLimits},
     config::ControllerConfig,
     partition::MaintenanceQueue,
 };
@@ -31,9 +26,7 @@ use crate::{
 /// Background tasks of one broker.
 pub(super) struct Background {
     ctx: NodeContext,
-    partitions: Arc<PartitionTable>,
-    health: Arc<Health>,
-    topics: Topics,
+    shared: SharedState,
     session: Session,
     pub(super) lease: Arc<LeaseMonitor>,
     pub(super) producer_ids: Arc<ProducerIds>,
@@ -42,43 +35,25 @@ pub(super) struct Background {
     gauges: BrokerGauges,
 }
 
-/// Parts of a broker that its background tasks use.
-pub(super) struct BackgroundDeps {
-    pub(super) partitions: Arc<PartitionTable>,
-    pub(super) health: Arc<Health>,
-    pub(super) failures: Arc<MaintenanceFailures>,
-    pub(super) queue: MaintenanceQueue,
-    pub(super) topics: Topics,
-    pub(super) session: Session,
-    pub(super) budgets: Budgets,
-    pub(super) produce_memory: Pools,
-}
-
 impl Background {
-    pub(super) fn new(ctx: NodeContext, deps: BackgroundDeps) -> Self {
-        let BackgroundDeps { partitions, health, failures, queue, topics, session, budgets, produce_memory } = deps;
-        let lease = Arc::new(LeaseMonitor::new(&ctx, session.clone(), Arc::clone(&health)));
-        let maintenance =
-            Arc::new(Maintenance::new(ctx.clone(), Arc::clone(&partitions), failures, queue, Arc::clone(&lease)));
-        let gauges = BrokerGauges::new(ctx.clone(), Arc::clone(&partitions), session.clone(), budgets, produce_memory);
+    pub(super) fn new(ctx: NodeContext, shared: &SharedState, queue: MaintenanceQueue, session: Session) -> Self {
+        let lease = Arc::new(LeaseMonitor::new(&ctx, session.clone(), Arc::clone(&shared.health)));
         Self {
-            lease,
-            producer_ids: Arc::new(ProducerIds::new(&ctx, topics.clone())),
-            maintenance,
-            shutdown: ControlledShutdown::new(&ctx, Arc::clone(&partitions), session.clone()),
-            gauges,
+            producer_ids: Arc::new(ProducerIds::new(&ctx, shared.topics.clone())),
+            maintenance: Arc::new(Maintenance::new(ctx.clone(), shared, queue, Arc::clone(&lease))),
+            shutdown: ControlledShutdown::new(&ctx, Arc::clone(&shared.partitions), session.clone()),
+            gauges: BrokerGauges::new(ctx.clone(), shared, session.clone()),
+            shared: shared.clone(),
             ctx,
-            partitions,
-            health,
-            topics,
             session,
+            lease,
         }
     }
 
     /// Starts the tasks that must run before the first assignment.
     pub(super) fn spawn_monitors(&self) {
         if !self.ctx.standalone {
-            let partitions = Arc::clone(&self.partitions);
+            let partitions = Arc::clone(&self.shared.partitions);
             self.spawn("lag-ticker", async move { lag_ticker::run(&partitions).await });
             let lease = Arc::clone(&self.lease);
             self.spawn("lease-monitor", async move { lease.run().await });
@@ -93,13 +68,13 @@ impl Background {
         self.maintenance.spawn();
         let garbage = GarbageRun::new(
             ctx.clone(),
-            self.topics.clone(),
+            self.shared.topics.clone(),
             TierCommits::new(Arc::clone(&ctx.store), ctx.keys.clone()),
         );
         self.spawn("garbage", garbage.run());
-        let health = Arc::clone(&self.health);
+        let health = Arc::clone(&self.shared.health);
         self.spawn("start", async move { health.watch_start().await });
-        let disk_pressure = DiskPressure::new(ctx.clone(), Arc::clone(&self.health), self.session.clone());
+        let disk_pressure = DiskPressure::new(ctx.clone(), Arc::clone(&self.shared.health), self.session.clone());
         self.spawn("disk-pressure", disk_pressure.run());
         if !ctx.standalone {
             let controller = Controller {
@@ -110,7 +85,7 @@ impl Background {
                 id: ctx.id,
                 defaults: ctx.config.topic_defaults.clone(),
                 limits: planner_limits(&ctx.config.controller),
-                metrics: ctx.metrics.clone(),
+                metrics: (*ctx.metrics).clone(),
             };
             controller.spawn(&ctx.tasks);
         }
