@@ -14,6 +14,8 @@ mod topics;
 
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
+
 pub use self::service::{AdminService, LogService, Requests};
 use self::{
     describe::Describe, fetch::Fetch, offsets::OffsetFinder, operations::Operations, produce::Produce,
@@ -27,7 +29,7 @@ use super::{
     partitions::lookup::ReplicaLookup,
     replication::peer_status::PeerStatus,
 };
-use crate::{partition::Decompressor, task::Tasks};
+use crate::{limits, partition::Decompressor, task::Tasks};
 
 /// Handlers of all requests.
 pub(super) struct Api {
@@ -57,15 +59,16 @@ impl Api {
         let decompressor = Decompressor::new(ctx.config.limits.decompression_memory_bytes);
         let lease = &background.lease;
         Self {
-            produce: Arc::new(Produce::new(
-                ctx.clone(),
-                lookup.clone(),
-                produce_memory,
-                decompressor.clone(),
-                Arc::clone(&background.producer_ids),
+            produce: Arc::new(Produce {
+                ctx: ctx.clone(),
+                lookup: lookup.clone(),
+                memory: produce_memory,
+                tiered_appends: Arc::new(Semaphore::new(limits::MAX_TIERED_APPENDS)),
+                decompressor: decompressor.clone(),
+                producer_ids: Arc::clone(&background.producer_ids),
                 failures,
-                streams.clone(),
-            )),
+                stop: streams.clone(),
+            }),
             fetch: Arc::new(Fetch {
                 ctx: ctx.clone(),
                 lookup: lookup.clone(),

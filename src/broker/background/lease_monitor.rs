@@ -9,8 +9,7 @@ use tokio::sync::watch;
 
 use crate::{
     broker::{health::Health, node_context::NodeContext},
-    cluster::{MetaStore, MetadataCache, Session},
-    model::BrokerId,
+    cluster::Session,
     proto::error::{ApiError, ErrorCode},
 };
 
@@ -19,9 +18,7 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Monitor of this broker's lease.
 pub(in crate::broker) struct LeaseMonitor {
-    id: BrokerId,
-    store: Arc<dyn MetaStore>,
-    metadata: MetadataCache,
+    ctx: NodeContext,
     session: Session,
     health: Arc<Health>,
     /// True while the lease has expired: other brokers may lead the partitions that this broker leads.
@@ -29,15 +26,8 @@ pub(in crate::broker) struct LeaseMonitor {
 }
 
 impl LeaseMonitor {
-    pub(super) fn new(ctx: &NodeContext, session: Session, health: Arc<Health>) -> Self {
-        Self {
-            id: ctx.id,
-            store: Arc::clone(&ctx.store),
-            metadata: ctx.metadata.clone(),
-            session,
-            health,
-            expired: watch::Sender::new(false),
-        }
+    pub(super) fn new(ctx: NodeContext, session: Session, health: Arc<Health>) -> Self {
+        Self { ctx, session, health, expired: watch::Sender::new(false) }
     }
 
     /// Monitors the lease.
@@ -78,15 +68,15 @@ impl LeaseMonitor {
     /// Returns the time for which this broker has been cut off from the metadata store; zero while it is connected. A
     /// broker whose registration is renewed is connected, even if nothing has changed for a long time.
     pub(in crate::broker) fn metadata_staleness(&self) -> Duration {
-        if self.session.lease_remaining().is_zero() { self.metadata.silence() } else { Duration::ZERO }
+        if self.session.lease_remaining().is_zero() { self.ctx.metadata.silence() } else { Duration::ZERO }
     }
 
     /// Rejects an operation that needs the metadata store while the store is unavailable, or has returned to an older
     /// state.
     pub(in crate::broker) fn check_metadata_available(&self) -> Result<(), ApiError> {
-        if let Some(regression) = self.store.regression() {
+        if let Some(regression) = self.ctx.store.regression() {
             let error = ApiError::new(ErrorCode::MetadataRegressed, regression.to_string());
-            return Err(error.with("not_started", true).with("broker", self.id));
+            return Err(error.with("not_started", true).with("broker", self.ctx.id));
         }
         if !self.is_expired() {
             return Ok(());
@@ -98,7 +88,7 @@ impl LeaseMonitor {
         let message = format!(
             "broker {} starts no operation that needs the metadata store, because {reason}; this operation was not \
              started: retry later, or on another broker",
-            self.id
+            self.ctx.id
         );
         Err(ApiError::new(ErrorCode::MetadataUnavailable, message).with("not_started", true))
     }

@@ -37,7 +37,7 @@ pub(super) struct Background {
 
 impl Background {
     pub(super) fn new(ctx: NodeContext, shared: &SharedState, queue: MaintenanceQueue, session: Session) -> Self {
-        let lease = Arc::new(LeaseMonitor::new(&ctx, session.clone(), Arc::clone(&shared.health)));
+        let lease = Arc::new(LeaseMonitor::new(ctx.clone(), session.clone(), Arc::clone(&shared.health)));
         Self {
             producer_ids: Arc::new(ProducerIds::new(&ctx, shared.topics.clone())),
             maintenance: Arc::new(Maintenance::new(ctx.clone(), shared, queue, Arc::clone(&lease))),

@@ -98,33 +98,20 @@ impl Drop for PendingAck {
 
 /// Handler of appends.
 pub(in crate::broker) struct Produce {
-    ctx: NodeContext,
-    lookup: ReplicaLookup,
+    pub(super) ctx: NodeContext,
+    pub(super) lookup: ReplicaLookup,
     /// Memory of unacknowledged writes.
     pub(in crate::broker) memory: Pools,
     /// Permits for appends that wait for the object store.
-    tiered_appends: Arc<Semaphore>,
+    pub(super) tiered_appends: Arc<Semaphore>,
     pub(in crate::broker) decompressor: Decompressor,
-    producer_ids: Arc<ProducerIds>,
-    failures: Arc<MaintenanceFailures>,
+    pub(super) producer_ids: Arc<ProducerIds>,
+    pub(super) failures: Arc<MaintenanceFailures>,
     /// Cancelled when the streams of clients must end.
-    stop: Tasks,
+    pub(super) stop: Tasks,
 }
 
 impl Produce {
-    pub(super) fn new(
-        ctx: NodeContext,
-        lookup: ReplicaLookup,
-        memory: Pools,
-        decompressor: Decompressor,
-        producer_ids: Arc<ProducerIds>,
-        failures: Arc<MaintenanceFailures>,
-        stop: Tasks,
-    ) -> Self {
-        let tiered_appends = Arc::new(Semaphore::new(limits::MAX_TIERED_APPENDS));
-        Self { ctx, lookup, memory, tiered_appends, decompressor, producer_ids, failures, stop }
-    }
-
     pub(super) async fn init_producer_id(
         &self,
         quota: &ProducerIdQuota,
