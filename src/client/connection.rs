@@ -15,8 +15,8 @@ use crate::{
     proto::v1::{admin_client::AdminClient, log_client::LogClient},
 };
 
-/// Connections of one client.
-pub(crate) struct ConnectionPool {
+/// Connections of one client, or of one broker to the others.
+pub struct ConnectionPool {
     connect: Arc<dyn Connector>,
     connect_timeout: Duration,
     channels: Mutex<BTreeMap<BrokerAddress, Arc<OnceCell<BrokerChannel>>>>,
@@ -29,20 +29,27 @@ impl fmt::Debug for ConnectionPool {
 }
 
 impl ConnectionPool {
-    pub(crate) fn new(connect: Arc<dyn Connector>, connect_timeout: Duration) -> Self {
+    /// Creates an empty pool. `connect_timeout` bounds the time for making one connection.
+    pub fn new(connect: Arc<dyn Connector>, connect_timeout: Duration) -> Self {
         Self { connect, connect_timeout, channels: Mutex::default() }
     }
 
     /// Returns the connection to `address`; makes it if there is none. A broken connection reconnects for the next
     /// call; the calls in progress fail.
-    pub(crate) async fn wire(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
+    ///
+    /// # Errors
+    /// No connection could be made in time.
+    pub async fn wire(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         let cell = self.channels.lock().entry(address.clone()).or_default().clone();
         let channel = cell.get_or_try_init(|| self.connect(address)).await?;
         Ok(channel.clone())
     }
 
     /// Makes a separate connection to `address`, so that a refusal by the host is detected now.
-    pub(crate) async fn fresh(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
+    ///
+    /// # Errors
+    /// No connection could be made in time.
+    pub async fn fresh(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         self.connect(address).await
     }
 

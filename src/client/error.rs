@@ -33,7 +33,7 @@ pub enum ConnectError {
 
 impl ConnectError {
     /// Returns the error for a message that names the address itself.
-    pub(crate) fn problem(&self) -> String {
+    pub fn problem(&self) -> String {
         match self {
             Self::NoResponse { tried } => {
                 tried.iter().map(|(_, problem)| problem.as_str()).collect::<Vec<_>>().join(", ")
@@ -41,11 +41,9 @@ impl ConnectError {
             other => other.to_string(),
         }
     }
-}
 
-impl ConnectError {
-    /// Returns true if the host at every address refused the connection. The text is that of [`root_cause`].
-    pub(crate) fn is_refused(&self) -> bool {
+    /// Returns true if the host at every address refused the connection.
+    pub fn is_refused(&self) -> bool {
         match self {
             Self::NoResponse { tried } => {
                 !tried.is_empty() && tried.iter().all(|(_, problem)| problem == "connection refused")

@@ -57,13 +57,14 @@ pub use self::{
         ElectionResult, ManifestRebuild, NewTopic, OffsetSpec, PartitionDescription, Reassignment, ReplicaDescription,
         TopicAlteration, TopicDescription, TopicSummary, UnreadableKey,
     },
+    connection::ConnectionPool,
     consumer::{ConsumedBatch, ConsumedRecord, Consumer, ConsumerOptions, OffsetResetPolicy, OnUndecodable},
     error::{CallError, ConnectError, ConsumeError, SendError},
     options::{ClientOptions, DEFAULT_PORT},
     producer::{Ack, Delivery, NewRecord, Producer, ProducerOptions},
     retry_status::RetryStatus,
     route::{PartitionRoute, TopicRoute},
-    transport::{BrokerChannel, CallResult, Connector, NotSent, RpcTransport, TcpConnector, TransportError},
+    transport::{BrokerChannel, CallResult, Connector, NotSent, RpcTransport, TcpConnector, TransportError, unsent},
 };
 use strandline_core::{limits, task};
 pub use strandline_core::{model, record};
@@ -71,7 +72,6 @@ use strandline_proto as proto;
 
 use self::{
     call::{AttemptError, NoResponse, with_timeout},
-    connection::ConnectionPool,
     metadata::RoutingTable,
     retry_status::{RetryRegistry, RetryReporter},
 };

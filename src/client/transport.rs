@@ -112,7 +112,7 @@ impl Error for NotSent {
 }
 
 /// Returns the reason for which the broker never received the call; `None` if the broker may have received it.
-pub(crate) fn unsent(status: &Status) -> Option<String> {
+pub fn unsent(status: &Status) -> Option<String> {
     let source = Error::source(status)?;
     if let Some(unsent) = source.downcast_ref::<NotSent>() {
         return Some(unsent.to_string());

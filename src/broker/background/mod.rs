@@ -109,7 +109,7 @@ impl Background {
 
 fn planner_limits(config: &ControllerConfig) -> PlannerLimits {
     PlannerLimits {
-        moves: config.max_concurrent_reassignments,
+        max_reassignments: config.max_concurrent_reassignments,
         replace_after_ms: config.replace_after.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
         balance: config.balance,
         ..PlannerLimits::default()

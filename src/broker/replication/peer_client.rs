@@ -230,7 +230,7 @@ fn broken(status: &Status) -> DisconnectReason {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{TcpConnector, proto::error::ErrorCode};
+    use crate::{client::TcpConnector, proto::error::ErrorCode};
 
     const WAIT: Duration = Duration::from_secs(5);
 

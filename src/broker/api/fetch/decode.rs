@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::{FetchResponseBuilder, FetchSession, Granted};
 use crate::{
-    broker::{CallMemory, Grant, errors},
+    broker::{CallMemory, Grant, api::errors},
     limits,
     model::{Compression, Offset, PartitionId},
     partition::{Decompressor, INLINE_BYTES},
