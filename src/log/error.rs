@@ -1,6 +1,9 @@
 //! Errors of the log, one enum per operation.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use crate::model::{BrokerId, Offset, PartitionId};
 
@@ -252,4 +255,10 @@ pub enum LogReadError {
 /// Returns true if an error means that the disk is full.
 pub(super) fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Returns a conversion of a file system error of the operation `what`.
+pub(super) fn io_error(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> DataDirError {
+    let path = path.to_owned();
+    move |source| DataDirError::Io { path, what, source }
 }

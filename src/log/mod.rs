@@ -69,55 +69,32 @@
 //! checkpoint of a clean shutdown. Dropping a [`DataDir`] only stops the threads: the next start recovers as after a
 //! crash.
 
-mod budget;
-mod checkpoint;
-mod context;
 mod data_dir;
-mod delete;
 pub mod disk;
-mod epochs;
 mod error;
-mod export;
-mod file_cache;
+mod format;
 #[doc(hidden)]
 pub mod fuzzing;
-mod identity;
-mod incarnations;
-mod index;
 mod journal;
-mod preallocate;
-mod producer_block;
-mod producer_memory;
-mod producers;
-mod reader;
-mod recovery;
-mod removed;
-mod segment;
-mod snapshot;
-mod stall;
-mod startup;
-mod state;
-mod status;
-mod strays;
-mod sync;
-mod tail_cache;
-mod truncate;
-mod writer;
+mod options;
+mod replica;
 
 #[cfg(test)]
 mod tests;
 
-pub use self::context::{LogOptions, SimHook};
-pub use data_dir::DataDir;
+pub use data_dir::{DataDir, DataDirIdentity, DataDirStatus, DiskSpace, FORMAT, IDENTITY, METADATA};
 pub use disk::{Disk, OpenMode, PrivateDir, RealDisk, SimDisk, SyncStamp, free_in_steps, write_out};
-pub use epochs::EpochHistory;
 pub use error::{ChangeError, DataDirError, LogAppendError, LogReadError, PersistError, ReplicaError};
-pub use export::SegmentExport;
-pub use identity::{DataDirIdentity, FORMAT, METADATA, NAME as IDENTITY};
-pub use index::IndexEntry;
+pub use format::{
+    epochs::EpochHistory,
+    index::IndexEntry,
+    producers::{ProducerTable, SequenceCheck},
+    segment::SegmentInfo,
+};
 pub use journal::PersistCallback;
-pub use producers::{ProducerTable, SequenceCheck};
-pub use reader::{LogReader, ReadBatches, ReadLimits};
-pub use segment::SegmentInfo;
-pub use status::{DataDirStatus, DiskSpace};
-pub use writer::{ReplicaLog, StateRef};
+pub use options::{LogOptions, SimHook};
+pub use replica::{
+    export::SegmentExport,
+    reader::{LogReader, ReadBatches, ReadLimits},
+    writer::{ReplicaLog, StateRef},
+};

@@ -6,6 +6,7 @@
 //! Both implementations allow the same effects of a crash. Unsynced bytes may be present, missing, or partly present,
 //! by sectors. A name that was created, removed or renamed may be as before until its directory is synced.
 
+pub(super) mod budget;
 mod private;
 mod real;
 mod sim;

@@ -20,7 +20,7 @@
 //! valid one is corruption, not a torn end: replay reports the replicas whose data it held.
 
 pub(super) mod buffer;
-pub(super) mod entry;
+pub(super) mod preallocate;
 pub(super) mod replay;
 pub(super) mod ring;
 
@@ -40,15 +40,20 @@ use uuid::Uuid;
 
 use self::{
     buffer::AlignedBuffer,
-    entry::EntryHeader,
     ring::{ActiveFile, Ring},
 };
-use super::{
-    context::{LogOptions, SimHook},
-    error::PersistError,
-    state::ReplicaInner,
+use crate::{
+    log::{
+        error::PersistError,
+        format::entry::{self, EntryHeader},
+        options::{LogOptions, SimHook},
+        replica::state::ReplicaInner,
+    },
+    model::Offset,
+    record::Batch,
+    task::clock,
+    telemetry::Metrics,
 };
-use crate::{model::Offset, record::Batch, task::clock, telemetry::Metrics};
 
 /// Target size of a frame in bytes. Larger frames add latency but hardly any throughput. Every entry waits for
 /// its entire frame: a producer with all its batches in one frame sends nothing meanwhile.

@@ -10,12 +10,13 @@ use std::{
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::entry::{self, DecodedEntry, EntryHeader, EntryKind};
 use crate::{
     log::{
         disk::{BLOCK, Disk, OpenMode, PIECE_BYTES},
-        segment::name,
-        state::replica_dir,
+        format::{
+            entry::{self, DecodedEntry, EntryHeader, EntryKind},
+            segment::{name, replica_dir},
+        },
     },
     model::{Offset, PartitionId},
 };

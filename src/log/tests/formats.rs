@@ -4,11 +4,11 @@ use bytes::{BufMut, BytesMut};
 use uuid::Uuid;
 
 use super::*;
-use crate::log::{
+use crate::log::format::{
     checkpoint::{Checkpoint, CheckpointKind, ReplicaCheckpoint},
+    entry::{self, EntryHeader, EntryKind},
     epochs::EpochHistory,
     index::Index,
-    journal::entry::{self, EntryHeader, EntryKind},
     producers::ProducerTable,
     segment::SegmentInfo,
     snapshot::Snapshot,

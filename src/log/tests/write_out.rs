@@ -3,9 +3,9 @@
 use super::*;
 use crate::{
     log::{
-        context::{LogOptions, SyncQueue},
         disk::{LARGE_PIECE_BYTES, PIECE_BYTES},
-        state::replica_dir,
+        format::segment::replica_dir,
+        replica::context::SyncQueue,
     },
     task::clock,
 };

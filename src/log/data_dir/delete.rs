@@ -9,14 +9,15 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use super::{
-    DataDir,
-    data_dir::DataDirInner,
-    error::ReplicaError,
-    journal::entry::EntryKind,
-    state::{ReplicaInner, replica_dir},
+use super::{DataDir, DataDirInner};
+use crate::{
+    log::{
+        error::ReplicaError,
+        format::{entry::EntryKind, segment::replica_dir},
+        replica::state::ReplicaInner,
+    },
+    model::{Offset, PartitionId},
 };
-use crate::model::{Offset, PartitionId};
 
 /// Replicas that could not be deleted, each with the error.
 type Failures = Vec<(PartitionId, ReplicaError)>;
@@ -28,7 +29,7 @@ impl DataDir {
     }
 
     /// Deletes replicas and their files, or the files that an earlier attempt of this process left. An unknown replica
-    /// is ignored. The [`ReplicaLog`](super::ReplicaLog)s must have been dropped before. Waits for two frames of the
+    /// is ignored. The [`ReplicaLog`](crate::log::ReplicaLog)s must have been dropped before. Waits for two frames of the
     /// journal. A replica without an error in the result never reappears.
     pub fn delete_replicas(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let inner = &self.inner;

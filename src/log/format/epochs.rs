@@ -94,7 +94,7 @@ impl EpochHistory {
         part
     }
 
-    pub(super) fn encode(&self, out: &mut impl BufMut) {
+    pub(in crate::log) fn encode(&self, out: &mut impl BufMut) {
         out.put_u32(u32::try_from(self.starts.len()).unwrap_or(u32::MAX));
         for (epoch, start) in &self.starts {
             out.put_u32(epoch.0);
@@ -102,7 +102,7 @@ impl EpochHistory {
         }
     }
 
-    pub(super) fn decode(from: &mut impl Buf) -> Option<Self> {
+    pub(in crate::log) fn decode(from: &mut impl Buf) -> Option<Self> {
         let count = usize::try_from(from.try_get_u32().ok()?).ok()?;
         if from.remaining() / 12 < count {
             return None;

@@ -11,19 +11,24 @@ use parking_lot::MutexGuard;
 
 use super::{
     context::SyncJob,
-    disk::OpenMode,
-    epochs::EpochHistory,
-    error::{LogAppendError, PersistError, is_full},
     file_cache::OpenFile,
-    index::Index,
-    journal::{JournalEntry, PersistCallback, entry::EntryKind},
-    producers::ProducerTable,
     reader::LogReader,
-    segment::{Segment, SegmentFile, SegmentInfo},
-    snapshot::Snapshot,
     state::{LogState, ReplicaInner},
 };
 use crate::{
+    log::{
+        disk::OpenMode,
+        error::{LogAppendError, PersistError, is_full},
+        format::{
+            entry::EntryKind,
+            epochs::EpochHistory,
+            index::Index,
+            producers::ProducerTable,
+            segment::{Segment, SegmentFile, SegmentInfo},
+            snapshot::Snapshot,
+        },
+        journal::{JournalEntry, PersistCallback},
+    },
     model::{LeaderEpoch, Offset, PartitionId},
     record::Batch,
     task::clock,
@@ -35,7 +40,7 @@ const MAX_SEGMENT_BYTES: u64 = i32::MAX as u64;
 /// One partition's log on this disk. The holder of this value is the only writer. A method waits for a sync only if its
 /// comment states that.
 pub struct ReplicaLog {
-    pub(super) inner: Arc<ReplicaInner>,
+    pub(in crate::log) inner: Arc<ReplicaInner>,
     /// Batches that were appended and not submitted to the journal.
     pending: UnpersistedBatches,
     /// Serial of the segment file whose length was verified.
@@ -75,7 +80,7 @@ impl<T> Deref for StateRef<'_, T> {
 }
 
 impl ReplicaLog {
-    pub(super) fn new(inner: Arc<ReplicaInner>) -> Self {
+    pub(in crate::log) fn new(inner: Arc<ReplicaInner>) -> Self {
         // Batches that were found in the files, or appended by an earlier writer, may not be durable.
         let exceeds_journal = {
             let state = inner.state();
@@ -362,7 +367,7 @@ impl ReplicaLog {
 
     /// Writes the index files of the active segment and the snapshot at its end. They are caches: a failure is ignored,
     /// and missing files are rebuilt when needed.
-    pub(super) fn write_caches(&self) {
+    pub(in crate::log) fn write_caches(&self) {
         write_caches(&self.inner);
     }
 
@@ -382,14 +387,14 @@ impl ReplicaLog {
     }
 
     /// Drops the batches that were not submitted to the journal.
-    pub(super) fn clear_unpersisted(&mut self) {
+    pub(in crate::log) fn clear_unpersisted(&mut self) {
         self.pending = UnpersistedBatches::default();
         self.checked = None;
     }
 }
 
 /// Writes the index files of a replica's active segment and the snapshot at its end.
-pub(super) fn write_caches(inner: &ReplicaInner) {
+pub(in crate::log) fn write_caches(inner: &ReplicaInner) {
     let (info, index, snapshot) = {
         let state = inner.state();
         let snapshot = Snapshot::encode(&state.epochs, &state.producers, state.log_end());

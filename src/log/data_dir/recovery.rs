@@ -5,30 +5,32 @@
 
 use std::{collections::BTreeMap, io, path::Path, sync::Arc};
 
-use super::{
-    checkpoint::ReplicaCheckpoint,
-    context::LogContext,
-    disk::OpenMode,
-    epochs::EpochHistory,
-    error::ReplicaError,
-    producers::ProducerTable,
-    segment::{self, SegmentInfo, base_of, name},
-    snapshot::{self, Snapshot},
-    startup,
+use super::startup;
+use crate::{
+    log::{
+        disk::{Disk, OpenMode},
+        error::ReplicaError,
+        format::{
+            checkpoint::ReplicaCheckpoint,
+            segment::{self, SegmentInfo, base_of, name, remove_caches_above, remove_segment},
+            snapshot::{self, record_batch},
+        },
+    },
+    model::Offset,
+    task::clock,
 };
-use crate::{model::Offset, record::Batch, task::clock};
 
 /// A replica that was not opened yet.
 #[derive(Clone)]
-pub(super) struct UnopenedReplica {
-    pub(super) record: ReplicaCheckpoint,
+pub(in crate::log) struct UnopenedReplica {
+    pub(in crate::log) record: ReplicaCheckpoint,
     /// True if the record describes the files exactly, because a clean shutdown wrote it.
-    pub(super) clean: bool,
+    pub(in crate::log) clean: bool,
 }
 
 /// Reconciles a replica's files with its record. The returned record ends at the log end.
-pub(super) fn recover(
-    ctx: &Arc<LogContext>,
+pub(in crate::log) fn recover(
+    disk: &dyn Disk,
     dir: &Path,
     unopened: UnopenedReplica,
 ) -> Result<ReplicaCheckpoint, ReplicaError> {
@@ -44,8 +46,8 @@ pub(super) fn recover(
     }
     let io = |source| ReplicaError::Io { id, path: dir.to_owned(), source };
     let persisted = record.persisted;
-    let files = list(ctx, dir, record.segments[0].base).map_err(io)?;
-    let recovery = ReplicaRecovery { ctx, dir, record, files, unverified };
+    let files = list(disk, dir, record.segments[0].base).map_err(io)?;
+    let recovery = ReplicaRecovery { disk, dir, record, files, unverified };
     match recovery.run() {
         Ok(Ok(record)) => Ok(record),
         Ok(Err(reason)) => Err(refuse(persisted, reason)),
@@ -55,8 +57,8 @@ pub(super) fn recover(
 
 /// Returns the lengths of a replica's segment files from `start` on, by base offset. Files below `start` were evicted
 /// and are removed.
-fn list(ctx: &LogContext, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offset, u64>> {
-    let entries = match ctx.disk.list(dir) {
+fn list(disk: &dyn Disk, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offset, u64>> {
+    let entries = match disk.list(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         Err(error) => return Err(error),
@@ -64,69 +66,35 @@ fn list(ctx: &LogContext, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offs
     let mut files = BTreeMap::new();
     for entry in entries {
         match base_of(&entry.name) {
-            Some(base) if base < start => remove_segment(ctx, dir, base)?,
+            Some(base) if base < start => remove_segment(disk, dir, base)?,
             Some(base) => drop(files.insert(base, entry.len)),
             // Left by a reset that has no journal entry.
-            None if entry.name.ends_with(snapshot::RESET_EXTENSION) => ctx.disk.remove(&dir.join(&entry.name))?,
+            None if entry.name.ends_with(snapshot::RESET_EXTENSION) => disk.remove(&dir.join(&entry.name))?,
             None => {}
         }
     }
     Ok(files)
 }
 
-/// Removes the indexes and snapshots of a replica above `end`, and returns true if there were any. They describe a log
-/// that was truncated since. A log that grows to the same offset again would use their epochs and producers as its own.
-pub(super) fn remove_caches_above(ctx: &LogContext, dir: &Path, end: Offset) -> io::Result<bool> {
-    remove_caches(ctx, dir, |base| base > end)
-}
-
-/// Removes the indexes and snapshots below `start`: those of removed segments, and those at the log ends of earlier
-/// shutdowns.
-pub(super) fn remove_caches_below(ctx: &LogContext, dir: &Path, start: Offset) -> io::Result<bool> {
-    remove_caches(ctx, dir, |base| base < start)
-}
-
-fn remove_caches(ctx: &LogContext, dir: &Path, which: impl Fn(Offset) -> bool) -> io::Result<bool> {
-    let mut any = false;
-    for entry in ctx.disk.list(dir)? {
-        if segment::cache_base_of(&entry.name).is_some_and(&which) {
-            ctx.disk.remove(&dir.join(&entry.name))?;
-            any = true;
-        }
-    }
-    Ok(any)
-}
-
-/// Removes a segment and its caches.
-pub(super) fn remove_segment(ctx: &LogContext, dir: &Path, base: Offset) -> io::Result<()> {
-    for extension in ["log", "index", "timeindex", "snapshot"] {
-        match ctx.disk.remove(&dir.join(name(base, extension))) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
 /// Quarantines the segment files in the directory of a replica that is about to be created, under names that are never
 /// read. They belong to a replica that is not registered: its deletion was interrupted, or its creation was never
 /// acknowledged. The checkpoint does not list them, yet they may be wanted. Empty files and caches are removed.
-pub(super) fn quarantine_segments(ctx: &LogContext, dir: &Path) -> io::Result<()> {
-    let entries = ctx.disk.list(dir)?;
+pub(in crate::log) fn quarantine_segments(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+    let entries = disk.list(dir)?;
     let mut kept = Vec::new();
     for entry in &entries {
         if entry.name.ends_with(snapshot::RESET_EXTENSION) {
-            ctx.disk.remove(&dir.join(&entry.name))?;
+            disk.remove(&dir.join(&entry.name))?;
         }
         let Some(base) = base_of(&entry.name) else { continue };
         if entry.len > 0 {
             let taken = |name: &String| entries.iter().any(|other| other.name == *name);
             let names = (1..).map(|n| format!("{}.quarantined-{n}", entry.name));
             let quarantined = names.into_iter().find(|name| !taken(name)).expect("a directory is finite");
-            ctx.disk.rename(&dir.join(&entry.name), &dir.join(&quarantined))?;
+            disk.rename(&dir.join(&entry.name), &dir.join(&quarantined))?;
             kept.push(quarantined);
         }
-        remove_segment(ctx, dir, base)?;
+        remove_segment(disk, dir, base)?;
     }
     if !kept.is_empty() {
         tracing::warn!(
@@ -135,14 +103,14 @@ pub(super) fn quarantine_segments(ctx: &LogContext, dir: &Path) -> io::Result<()
              served: inspect them with `strandline segment dump`, and delete them if they are not needed"
         );
     }
-    remove_caches_above(ctx, dir, Offset::ZERO)?;
+    remove_caches_above(disk, dir, Offset::ZERO)?;
     // A power failure must not restore the old records in place of the new ones. An earlier attempt may have renamed
     // the files.
-    ctx.disk.sync_dir(dir)
+    disk.sync_dir(dir)
 }
 
 struct ReplicaRecovery<'a> {
-    ctx: &'a LogContext,
+    disk: &'a dyn Disk,
     dir: &'a Path,
     record: ReplicaCheckpoint,
     files: BTreeMap<Offset, u64>,
@@ -206,7 +174,7 @@ impl ReplicaRecovery<'_> {
         if len <= info.bytes {
             return Ok(None);
         }
-        let file = self.ctx.disk.open(&self.dir.join(name(info.base, "log")), OpenMode::Read)?;
+        let file = self.disk.open(&self.dir.join(name(info.base, "log")), OpenMode::Read)?;
         let ReplicaCheckpoint { epochs, producers, .. } = &mut self.record;
         let producers = Arc::make_mut(producers);
         let epoch = epochs.last().map(|(epoch, _)| epoch);
@@ -227,61 +195,18 @@ impl ReplicaRecovery<'_> {
             tracing::warn!(partition = %self.record.id, bytes = beyond, end = %last.end, "truncated a torn tail");
         }
         for base in self.files.range(last.base..).map(|(base, _)| *base).filter(|base| *base > last.base) {
-            remove_segment(self.ctx, self.dir, base)?;
+            remove_segment(self.disk, self.dir, base)?;
         }
         if self.files.get(&last.base).is_some_and(|len| *len > last.bytes) {
-            let file = self.ctx.disk.open(&self.dir.join(name(last.base, "log")), OpenMode::Write)?;
+            let file = self.disk.open(&self.dir.join(name(last.base, "log")), OpenMode::Write)?;
             file.truncate(last.bytes)?;
             // Later appends may become durable before this segment is synced again.
             file.sync()?;
         }
-        let caches = !self.files.is_empty() && remove_caches_above(self.ctx, self.dir, last.end)?;
+        let caches = !self.files.is_empty() && remove_caches_above(self.disk, self.dir, last.end)?;
         if beyond > 0 || caches {
-            self.ctx.disk.sync_dir(self.dir)?;
+            self.disk.sync_dir(self.dir)?;
         }
         Ok(())
     }
-}
-
-fn record_batch(epochs: &mut EpochHistory, producers: &mut ProducerTable, batch: &Batch) {
-    if let Some(epoch) = batch.leader_epoch()
-        && !epochs.record(epoch, batch.base_offset())
-    {
-        debug_assert!(false, "the scan rejects epochs that decrease");
-    }
-    producers.record_batch(batch);
-}
-
-/// Returns the description of the segment that contains `to`, ending there, and the epoch history and producer state at
-/// `to`. Reads intact segments from a snapshot on: that of the segment that contains `to`, or of an earlier one.
-pub(super) fn tables_at(
-    ctx: &LogContext,
-    dir: &Path,
-    segments: &[SegmentInfo],
-    to: Offset,
-) -> io::Result<(SegmentInfo, Snapshot, Option<String>)> {
-    let holding = segments.iter().rposition(|info| info.base <= to).unwrap_or(0);
-    let bases: Vec<Offset> = segments[..=holding].iter().map(|info| info.base).collect();
-    let (start, mut tables) = Snapshot::read_last(&*ctx.disk, dir, &bases)?;
-    let mut last = segments[holding].emptied();
-    for info in &segments[start..=holding] {
-        last = info.emptied();
-        if info.bytes == 0 || last.base >= to {
-            continue;
-        }
-        let file = ctx.disk.open(&dir.join(name(info.base, "log")), OpenMode::Read)?;
-        let epoch = tables.epochs.last().map(|(epoch, _)| epoch);
-        let mut is_below = true;
-        let end = segment::scan(&*file, info.bytes, 0, info.base, epoch, |_, batch| {
-            is_below &= batch.end_offset() <= to;
-            if is_below {
-                record_batch(&mut tables.epochs, &mut tables.producers, batch);
-                last.extend(batch);
-            }
-        })?;
-        if end.damage.is_some() && last.end < to {
-            return Ok((last, tables, end.damage));
-        }
-    }
-    Ok((last, tables, None))
 }

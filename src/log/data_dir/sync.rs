@@ -21,17 +21,20 @@ use std::{
     time::Duration,
 };
 
-use super::{
-    budget,
-    checkpoint::{Checkpoint, CheckpointKind},
-    context::{LogContext, SyncJob},
-    data_dir::DataDirInner,
-    disk::{BLOCK, LARGE_PIECE_BYTES, OpenMode, PIECE_BYTES},
-    error::{PersistError, is_full},
-    journal::JournalEntry,
-    state::ReplicaInner,
+use super::DataDirInner;
+use crate::{
+    log::{
+        disk::{BLOCK, LARGE_PIECE_BYTES, OpenMode, PIECE_BYTES, budget},
+        error::{PersistError, is_full},
+        format::checkpoint::{Checkpoint, CheckpointKind},
+        journal::JournalEntry,
+        replica::{
+            context::{LogContext, SyncJob},
+            state::ReplicaInner,
+        },
+    },
+    task::{self, clock},
 };
-use crate::task::{self, clock};
 
 /// Maximum number of replicas that are synced concurrently. The file system makes concurrent syncs durable with one
 /// commit of its own journal, which is the cost of syncing a small file.
@@ -52,7 +55,7 @@ const CHECKPOINT_RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
 impl ReplicaInner {
     /// Syncs all data appended so far and moves the recovery point to its end. An error is final for this replica.
-    pub(super) fn sync(&self) -> Result<(), PersistError> {
+    pub(in crate::log) fn sync(&self) -> Result<(), PersistError> {
         // Outside the lock below, because it takes time.
         self.write_out();
         if let Some(reason) = self.failed.get() {
@@ -136,7 +139,7 @@ impl ReplicaInner {
     }
 
     /// Makes the names of this replica's files and directories durable.
-    pub(super) fn sync_names(&self) -> io::Result<()> {
+    pub(in crate::log) fn sync_names(&self) -> io::Result<()> {
         for dir in self.dir.ancestors().take(3) {
             self.ctx.disk.sync_dir(dir)?;
         }
@@ -147,7 +150,7 @@ impl ReplicaInner {
 impl DataDirInner {
     /// Runs one pass: first the persist calls that exceed the journal's limit, then all dirty replicas, then the ring.
     /// Returns false if the ring could not be recycled.
-    pub(super) fn sync_pass(&self) -> bool {
+    pub(in crate::log) fn sync_pass(&self) -> bool {
         self.write_out_pieces();
         self.sync_jobs();
         let (dirty, urgent) = {
@@ -209,7 +212,7 @@ impl DataDirInner {
     }
 
     /// Sets the size of a piece by the use of the journal, and writes out every replica with a full piece.
-    pub(super) fn write_out_pieces(&self) {
+    pub(in crate::log) fn write_out_pieces(&self) {
         let (frame, now) = (self.ctx.journal.next_frame(), clock::monotonic());
         let mut work = self.ctx.work();
         let since = match work.journal_use {
@@ -248,7 +251,7 @@ impl DataDirInner {
     }
 
     /// Writes a checkpoint and releases the ring files that nothing needs any longer.
-    pub(super) fn recycle(&self) -> io::Result<()> {
+    pub(in crate::log) fn recycle(&self) -> io::Result<()> {
         let _one_at_a_time = self.ctx.recycling.lock();
         let open = self.open_replicas();
         let oldest =
@@ -263,7 +266,7 @@ impl DataDirInner {
 
     /// Replaces the checkpoint. On a full disk it uses the space of the reserve. An eviction that would make space
     /// waits for the journal, and the journal waits for this checkpoint.
-    pub(super) fn write_checkpoint(&self, checkpoint: &Checkpoint) -> io::Result<()> {
+    pub(in crate::log) fn write_checkpoint(&self, checkpoint: &Checkpoint) -> io::Result<()> {
         let ctx = &self.ctx;
         let write = || checkpoint.write(&*ctx.disk, &ctx.dir, self.directory_id);
         match write() {
@@ -276,7 +279,7 @@ impl DataDirInner {
     }
 
     /// Returns the checkpoint of the current state, for replay from `first_frame` on.
-    pub(super) fn checkpoint(&self, first_frame: u64, kind: CheckpointKind) -> Checkpoint {
+    pub(in crate::log) fn checkpoint(&self, first_frame: u64, kind: CheckpointKind) -> Checkpoint {
         let registry = self.registry();
         let mut replicas: Vec<_> = registry.unopened.values().map(|unopened| unopened.record.clone()).collect();
         replicas.extend(registry.open.values().map(|replica| replica.checkpoint_record()));
@@ -285,7 +288,7 @@ impl DataDirInner {
     }
 
     /// Creates the reserve if it does not exist and the disk has plenty of space.
-    pub(super) fn create_reserve(&self) {
+    pub(in crate::log) fn create_reserve(&self) {
         let ctx = &self.ctx;
         if ctx.reserved.load(Ordering::Acquire) {
             return;
@@ -299,7 +302,7 @@ impl DataDirInner {
 }
 
 /// Runs the sync thread: waits for work and does it.
-pub(super) fn run(inner: &Arc<DataDirInner>) {
+pub(in crate::log) fn run(inner: &Arc<DataDirInner>) {
     loop {
         match wait_for_work(&inner.ctx) {
             Due::Pass => {}

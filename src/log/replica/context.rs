@@ -1,8 +1,8 @@
 //! State shared by all replicas of a data directory: disk, options, open files, tail cache, journal and sync queue.
 
 use std::{
-    fmt, io,
-    path::{Path, PathBuf},
+    io,
+    path::PathBuf,
     sync::{
         Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -12,25 +12,22 @@ use std::{
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::{sync::Semaphore, time::Instant};
 
-use super::{
+use super::{file_cache::FileCache, removed::RemovedFiles, state::ReplicaInner, tail_cache::TailCache};
+use crate::log::{
     data_dir::DataDirInner,
     disk::Disk,
     error::{ChangeError, PersistError},
-    file_cache::FileCache,
-    journal::{Journal, JournalEntry, PersistCallback, entry::EntryHeader},
-    producer_memory::ProducerMemory,
-    removed::RemovedFiles,
-    state::ReplicaInner,
-    tail_cache::TailCache,
+    format::{ProducerMemory, entry::EntryHeader},
+    journal::{Journal, JournalEntry, PersistCallback},
+    options::LogOptions,
 };
-use crate::{limits, telemetry::Metrics};
 
 /// Bytes that may be appended before the free space of the file system is queried again.
 const APPEND_ALLOWANCE_BYTES: u64 = 4 << 20;
 
 /// Maximum number of concurrent reads of segments. A started read completes and keeps its result in memory, even if its
 /// caller was cancelled.
-pub(super) const MAX_DISK_READS: usize = 32;
+pub(in crate::log) const MAX_DISK_READS: usize = 32;
 
 /// Minimum unsynced bytes of a replica that justify a sync of its own.
 const MIN_SYNC_BYTES_PER_REPLICA: u64 = 512 << 10;
@@ -39,176 +36,90 @@ const MIN_SYNC_BYTES_PER_REPLICA: u64 = 512 << 10;
 /// unsynced data.
 const RING_SHARE: u64 = 8;
 
-/// Options of a data directory.
-#[derive(Clone, Debug)]
-pub struct LogOptions {
-    /// Size of all journal files together, in bytes. The files are created on demand.
-    pub journal_bytes: u64,
-    /// Directory of the journal, possibly on another device. `None` places the journal in the data directory.
-    pub journal_dir: Option<PathBuf>,
-    /// True to open a directory whose journal is missing after an unclean stop. Data that was only in that journal is
-    /// lost.
-    pub accept_journal_loss: bool,
-    /// Maximum size of a frame in bytes: one write and one sync.
-    pub max_frame_bytes: usize,
-    /// Maximum bytes of one persist call that go to the journal. Above the limit the segments are synced instead, which
-    /// avoids writing the bytes twice.
-    pub max_journaled_bytes: usize,
-    /// Size of the tail cache of all partitions, in bytes.
-    pub tail_bytes: usize,
-    /// Intended maximum of the producer state of all replicas, in bytes.
-    pub producer_bytes: usize,
-    /// Unsynced bytes of all segments after which a background sync starts; at most an eighth of the journal's ring.
-    /// The value is large because each sync is a commit of the file system, which the journal's write waits for. The
-    /// bytes themselves are written out long before.
-    pub sync_bytes: u64,
-    /// Approximate maximum time that a segment stays unsynced.
-    pub sync_after: std::time::Duration,
-    /// Disk bytes that appends leave free. Other files must be written before anything can be deleted: checkpoints,
-    /// indexes, and the metadata store beside the log.
-    pub reserve_bytes: u64,
-    /// Metrics that count the journal's frames.
-    pub metrics: Metrics,
-    /// True to run without threads: [`DataDir::journal_step`](super::DataDir::journal_step) and
-    /// [`DataDir::sync_step`](super::DataDir::sync_step) do their work. Used by the simulator.
-    pub step_mode: bool,
-    /// With `step_mode`: callback that signals possible work.
-    pub sim_hook: Option<SimHook>,
-}
-
-/// Callback that signals possible work in the journal or the segments when no threads run.
-#[derive(Clone)]
-pub struct SimHook(Arc<dyn Fn() + Send + Sync>);
-
-impl SimHook {
-    /// Creates the callback. `wake` is called from any thread with locks held, so it must only wake the driver of the
-    /// steps.
-    pub fn new(wake: impl Fn() + Send + Sync + 'static) -> Self {
-        Self(Arc::new(wake))
-    }
-
-    pub(super) fn wake(&self) {
-        (self.0)();
-    }
-}
-
-impl fmt::Debug for SimHook {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("SimHook")
-    }
-}
-
-impl LogOptions {
-    /// Returns the directory of the journal for a data directory.
-    pub(super) fn journal_in(&self, dir: &Path) -> PathBuf {
-        self.journal_dir.clone().unwrap_or_else(|| dir.join("journal"))
-    }
-}
-
-impl Default for LogOptions {
-    fn default() -> Self {
-        Self {
-            journal_bytes: 512 << 20,
-            journal_dir: None,
-            accept_journal_loss: false,
-            max_frame_bytes: 4 << 20,
-            max_journaled_bytes: 8 << 20,
-            tail_bytes: 128 << 20,
-            producer_bytes: 64 << 20,
-            sync_bytes: 64 << 20,
-            sync_after: std::time::Duration::from_secs(10),
-            reserve_bytes: limits::MIN_FREE_DISK_BYTES,
-            metrics: Metrics::new(),
-            step_mode: false,
-            sim_hook: None,
-        }
-    }
-}
-
-pub(super) struct LogContext {
-    pub(super) disk: Arc<dyn Disk>,
-    pub(super) dir: PathBuf,
-    pub(super) options: LogOptions,
-    pub(super) files: FileCache,
-    pub(super) removed: RemovedFiles,
-    pub(super) tail: TailCache,
-    pub(super) producer_memory: ProducerMemory,
-    pub(super) journal: Journal,
-    pub(super) generation: AtomicU64,
-    pub(super) closed: AtomicBool,
-    pub(super) disk_full: AtomicBool,
+pub(in crate::log) struct LogContext {
+    pub(in crate::log) disk: Arc<dyn Disk>,
+    pub(in crate::log) dir: PathBuf,
+    pub(in crate::log) options: LogOptions,
+    pub(in crate::log) files: FileCache,
+    pub(in crate::log) removed: RemovedFiles,
+    pub(in crate::log) tail: TailCache,
+    pub(in crate::log) producer_memory: ProducerMemory,
+    pub(in crate::log) journal: Journal,
+    pub(in crate::log) generation: AtomicU64,
+    pub(in crate::log) closed: AtomicBool,
+    pub(in crate::log) disk_full: AtomicBool,
     /// Held while a checkpoint is written and the ring files that it makes unnecessary are released. It keeps an older
     /// checkpoint from replacing a newer one.
-    pub(super) recycling: Mutex<()>,
+    pub(in crate::log) recycling: Mutex<()>,
     /// Start of the current series of failed checkpoints, and the last error; `None` while checkpoints succeed.
-    pub(super) checkpoint_error: Mutex<Option<(Instant, io::Error)>>,
+    pub(in crate::log) checkpoint_error: Mutex<Option<(Instant, io::Error)>>,
     /// True if the reserve file exists or none is configured. A missing file is created when there is space.
-    pub(super) reserved: AtomicBool,
+    pub(in crate::log) reserved: AtomicBool,
     /// Bytes that may be appended without a query of the free space.
-    pub(super) append_allowance: AtomicU64,
+    pub(in crate::log) append_allowance: AtomicU64,
     /// Size of one write-out of a segment, in bytes.
-    pub(super) piece_bytes: AtomicUsize,
+    pub(in crate::log) piece_bytes: AtomicUsize,
     /// Permits for reads of segments on other threads.
-    pub(super) disk_reads: Arc<Semaphore>,
-    pub(super) work: Mutex<SyncQueue>,
-    pub(super) wake: Condvar,
+    pub(in crate::log) disk_reads: Arc<Semaphore>,
+    pub(in crate::log) work: Mutex<SyncQueue>,
+    pub(in crate::log) wake: Condvar,
     /// With `step_mode`: the data directory that runs steps while a caller waits.
-    pub(super) step_driver: OnceLock<Weak<DataDirInner>>,
+    pub(in crate::log) step_driver: OnceLock<Weak<DataDirInner>>,
 }
 
 /// Queue of the sync thread.
 #[derive(Default)]
-pub(super) struct SyncQueue {
-    pub(super) dirty: Vec<Arc<ReplicaInner>>,
+pub(in crate::log) struct SyncQueue {
+    pub(in crate::log) dirty: Vec<Arc<ReplicaInner>>,
     /// Replicas with a full piece to write out.
-    pub(super) pieces: Vec<Arc<ReplicaInner>>,
+    pub(in crate::log) pieces: Vec<Arc<ReplicaInner>>,
     /// Sequence of the journal's next frame at the last check, and the time at which that sequence was last seen to
     /// change.
-    pub(super) journal_use: Option<(u64, tokio::time::Instant)>,
-    pub(super) dirty_bytes: u64,
-    pub(super) since: Option<tokio::time::Instant>,
+    pub(in crate::log) journal_use: Option<(u64, tokio::time::Instant)>,
+    pub(in crate::log) dirty_bytes: u64,
+    pub(in crate::log) since: Option<tokio::time::Instant>,
     /// Start of the last sync pass.
-    pub(super) last_pass: Option<tokio::time::Instant>,
-    pub(super) jobs: std::collections::VecDeque<SyncJob>,
+    pub(in crate::log) last_pass: Option<tokio::time::Instant>,
+    pub(in crate::log) jobs: std::collections::VecDeque<SyncJob>,
     /// True if a pass must run now, because the ring has few free files.
-    pub(super) urgent: bool,
+    pub(in crate::log) urgent: bool,
     /// Number of completed passes since the ring last had a free file.
-    pub(super) passes_without_progress: u32,
-    pub(super) stopping: bool,
+    pub(in crate::log) passes_without_progress: u32,
+    pub(in crate::log) stopping: bool,
 }
 
 /// A persist call that is served by a sync of the segments. Its bytes exceed the journal's limit, or an earlier call of
 /// the replica waits for such a sync.
-pub(super) struct SyncJob {
-    pub(super) replica: Arc<ReplicaInner>,
-    pub(super) head: EntryHeader,
-    pub(super) done: PersistCallback,
+pub(in crate::log) struct SyncJob {
+    pub(in crate::log) replica: Arc<ReplicaInner>,
+    pub(in crate::log) head: EntryHeader,
+    pub(in crate::log) done: PersistCallback,
 }
 
 impl LogContext {
-    pub(super) fn work(&self) -> MutexGuard<'_, SyncQueue> {
+    pub(in crate::log) fn work(&self) -> MutexGuard<'_, SyncQueue> {
         self.work.lock()
     }
 
     /// Returns true if enough bytes are unsynced for a sync pass. Many dirty replicas raise the threshold, because a
     /// sync costs per file. The threshold never exceeds a quarter of the journal's ring, so that the ring keeps free
     /// files.
-    pub(super) fn sync_is_due(&self, work: &SyncQueue) -> bool {
+    pub(in crate::log) fn sync_is_due(&self, work: &SyncQueue) -> bool {
         let of_all = (work.dirty.len() as u64 * MIN_SYNC_BYTES_PER_REPLICA).min(self.options.journal_bytes / 4);
         work.dirty_bytes >= self.options.sync_bytes.min(self.options.journal_bytes / RING_SHARE).max(of_all)
     }
 
-    pub(super) fn checkpoint_error(&self) -> MutexGuard<'_, Option<(Instant, io::Error)>> {
+    pub(in crate::log) fn checkpoint_error(&self) -> MutexGuard<'_, Option<(Instant, io::Error)>> {
         self.checkpoint_error.lock()
     }
 
     /// Returns a generation larger than every earlier one of this data directory.
-    pub(super) fn next_generation(&self) -> u64 {
+    pub(in crate::log) fn next_generation(&self) -> u64 {
         self.generation.fetch_add(1, Ordering::AcqRel) + 1
     }
 
     /// Returns the reason why this data directory accepts no writes, if any.
-    pub(super) fn refusal(&self) -> Option<String> {
+    pub(in crate::log) fn refusal(&self) -> Option<String> {
         if let Some(reason) = self.journal.failed() {
             return Some(reason.to_owned());
         }
@@ -216,13 +127,13 @@ impl LogContext {
     }
 
     /// Submits an entry to the journal without waiting for the result.
-    pub(super) fn submit_unacked(&self, replica: &Arc<ReplicaInner>, head: EntryHeader) {
+    pub(in crate::log) fn submit_unacked(&self, replica: &Arc<ReplicaInner>, head: EntryHeader) {
         self.journal.submit(JournalEntry { head, batches: Vec::new(), bytes: 0, replica: replica.clone(), done: None });
     }
 
     /// Checks that a change of a replica has space for `bytes` of files and for its two frames of the journal. The
     /// check precedes every modification, because a partial change cannot be undone.
-    pub(super) fn check_change_space(&self, bytes: u64) -> Result<(), ChangeError> {
+    pub(in crate::log) fn check_change_space(&self, bytes: u64) -> Result<(), ChangeError> {
         // A file system that does not report its free space is used until a write fails.
         let fits = self.disk.free_bytes(&self.dir).map_or(true, |free| free >= bytes);
         if fits && self.has_space_for_two_frames() {
@@ -240,7 +151,7 @@ impl LogContext {
     }
 
     /// Logs the disk-full error once, until an append finds space again.
-    pub(super) fn log_disk_full(&self) {
+    pub(in crate::log) fn log_disk_full(&self) {
         if !self.disk_full.swap(true, Ordering::Relaxed) {
             tracing::error!(
                 path = %self.dir.display(),
@@ -251,13 +162,13 @@ impl LogContext {
     }
 
     /// Submits an entry to the journal and waits until the entry is durable: one sync.
-    pub(super) fn commit(&self, replica: &Arc<ReplicaInner>, head: EntryHeader) -> Result<(), ChangeError> {
+    pub(in crate::log) fn commit(&self, replica: &Arc<ReplicaInner>, head: EntryHeader) -> Result<(), ChangeError> {
         self.commit_all([(replica, head)]).pop().expect("one entry has one outcome")
     }
 
     /// Submits entries to the journal and waits until each of them is durable or failed. The journal takes many entries
     /// in one frame.
-    pub(super) fn commit_all<'a>(
+    pub(in crate::log) fn commit_all<'a>(
         &self,
         entries: impl IntoIterator<Item = (&'a Arc<ReplicaInner>, EntryHeader)>,
     ) -> Vec<Result<(), ChangeError>> {
@@ -294,7 +205,7 @@ impl LogContext {
     /// Returns true if `bytes` may be appended without touching the reserved space, and deducts them from the append
     /// allowance. A log that filled its disk could not recover: the metadata commit that precedes the deletion of
     /// segments needs space itself.
-    pub(super) fn reserve_append(&self, bytes: u64) -> bool {
+    pub(in crate::log) fn reserve_append(&self, bytes: u64) -> bool {
         let LogOptions { reserve_bytes, .. } = self.options;
         let take = |allowance: u64| allowance.checked_sub(bytes);
         if reserve_bytes == 0 || self.append_allowance.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok() {
@@ -309,7 +220,7 @@ impl LogContext {
     }
 
     /// Wakes the sync thread, or the driver of the steps.
-    pub(super) fn wake_syncer(&self) {
+    pub(in crate::log) fn wake_syncer(&self) {
         self.wake.notify_all();
         if let Some(sim_hook) = &self.options.sim_hook {
             sim_hook.wake();
@@ -317,7 +228,7 @@ impl LogContext {
     }
 
     /// Requests a sync of the segments now, because the journal's ring has few free files.
-    pub(super) fn request_sync_now(&self) {
+    pub(in crate::log) fn request_sync_now(&self) {
         self.work().urgent = true;
         self.wake_syncer();
     }

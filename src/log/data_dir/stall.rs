@@ -2,8 +2,8 @@
 
 use std::{io, time::Duration};
 
-use super::{data_dir::DataDirInner, error::is_full};
-use crate::model::Offset;
+use super::DataDirInner;
+use crate::{log::error::is_full, model::Offset};
 
 /// Maximum time that a closing log waits for space in its journal.
 const STOP_WAIT: Duration = Duration::from_secs(5);
@@ -19,7 +19,7 @@ const STALL_SYNC_PASSES: u32 = 5;
 impl DataDirInner {
     /// Fails the journal if its ring has stalled. Otherwise all writers would wait, and no other broker would take
     /// over. A restart replays the content of the journal.
-    pub(super) fn fail_if_stalled(&self) {
+    pub(in crate::log) fn fail_if_stalled(&self) {
         if let Some(reason) = self.stall_reason() {
             self.ctx.journal.fail(&io::Error::other(reason));
         }

@@ -8,9 +8,9 @@ use parking_lot::{Condvar, Mutex};
 use super::file_cache::OpenFile;
 
 /// Divisor of the log's open files: removed files are at most that share.
-pub(super) const OPEN_FILES_SHARE: usize = 4;
+pub(in crate::log) const OPEN_FILES_SHARE: usize = 4;
 
-pub(super) struct RemovedFiles {
+pub(in crate::log) struct RemovedFiles {
     /// Maximum number of files that are kept, because handles are scarce.
     max: usize,
     state: Mutex<State>,
@@ -25,12 +25,12 @@ struct State {
 
 impl RemovedFiles {
     /// Returns a queue for a share of `open_files`.
-    pub(super) fn new(open_files: usize) -> Self {
+    pub(in crate::log) fn new(open_files: usize) -> Self {
         Self { max: open_files / OPEN_FILES_SHARE, state: Mutex::default(), wake: Condvar::new() }
     }
 
     /// Keeps a file without a name open until its disk space is freed. Above the limit the file is closed at once.
-    pub(super) fn keep(&self, file: Arc<OpenFile>) {
+    pub(in crate::log) fn keep(&self, file: Arc<OpenFile>) {
         let mut state = self.state.lock();
         if state.files.len() < self.max && !state.is_stopped {
             state.files.push_back(file);
@@ -39,7 +39,7 @@ impl RemovedFiles {
     }
 
     /// Frees disk space until [`Self::stop`].
-    pub(super) fn run(&self) {
+    pub(in crate::log) fn run(&self) {
         while let Some(file) = self.next() {
             // A file that another thread still reads is freed when its last reader closes it.
             let Some(mut file) = Arc::into_inner(file) else { continue };
@@ -75,13 +75,13 @@ impl RemovedFiles {
     }
 
     /// Ends [`Self::run`] after the current step; no more files are kept.
-    pub(super) fn stop(&self) {
+    pub(in crate::log) fn stop(&self) {
         self.state.lock().is_stopped = true;
         self.wake.notify_one();
     }
 
     /// Closes the remaining files. The file system then frees the space of each, which takes 0.5 to 4 ms per MiB.
-    pub(super) fn close(&self) {
+    pub(in crate::log) fn close(&self) {
         let files = std::mem::take(&mut self.state.lock().files);
         drop(files);
     }

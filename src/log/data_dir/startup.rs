@@ -9,37 +9,35 @@ use std::{
 
 use uuid::Uuid;
 
-use super::{
-    checkpoint::{Checkpoint, CheckpointKind, ReplicaCheckpoint},
-    context::LogOptions,
-    disk::{Disk, File, OpenMode, STEP_BYTES},
-    error::DataDirError,
-    identity::io_error,
-    journal::{
-        entry::{EntryKind, MAX_NUMBER},
-        replay::{self, ReplayResult, ReplicaReplayState},
-    },
-    recovery::UnopenedReplica,
-    segment::{SegmentInfo, base_of, name},
-    snapshot::{self, Snapshot},
-    state::replica_dir,
-};
+use super::recovery::UnopenedReplica;
 use crate::{
+    log::{
+        disk::{Disk, File, OpenMode, STEP_BYTES},
+        error::{DataDirError, io_error},
+        format::{
+            checkpoint::{Checkpoint, CheckpointKind, ReplicaCheckpoint},
+            entry::{EntryKind, MAX_NUMBER},
+            segment::{SegmentInfo, base_of, name, replica_dir},
+            snapshot::{self, Snapshot},
+        },
+        journal::replay::{self, ReplayResult, ReplicaReplayState},
+        options::LogOptions,
+    },
     model::{Offset, PartitionId, TopicId},
     task::clock,
 };
 
 /// State found at the opening.
-pub(super) struct LoadedState {
-    pub(super) first_frame: u64,
-    pub(super) generation: u64,
-    pub(super) clean: bool,
-    pub(super) replicas: BTreeMap<PartitionId, UnopenedReplica>,
+pub(in crate::log) struct LoadedState {
+    pub(in crate::log) first_frame: u64,
+    pub(in crate::log) generation: u64,
+    pub(in crate::log) clean: bool,
+    pub(in crate::log) replicas: BTreeMap<PartitionId, UnopenedReplica>,
 }
 
 /// Reads the checkpoint and replays the journal into the segments. Afterwards nothing in the journal is needed, and a
 /// checkpoint records that, so the caller may write to the journal's files.
-pub(super) fn load(
+pub(in crate::log) fn load(
     disk: &Arc<dyn Disk>,
     dir: &Path,
     directory: Uuid,
@@ -136,7 +134,7 @@ fn recover_without_journal(
 
 /// Returns true if the replica was not read since its record was lost. A torn tail cannot be distinguished from a loss
 /// then.
-pub(super) fn needs_full_scan(record: &ReplicaCheckpoint) -> bool {
+pub(in crate::log) fn needs_full_scan(record: &ReplicaCheckpoint) -> bool {
     record.generation == 0
 }
 
@@ -317,7 +315,7 @@ fn remove_files(disk: &dyn Disk, dir: &Path, keep: &mut dyn FnMut(Arc<dyn File>)
 
 /// Removes the directories of replicas, and topic directories that become empty. The removal is durable and costs one
 /// sync per topic. Returns one result per replica.
-pub(super) fn remove_replicas<'a>(
+pub(in crate::log) fn remove_replicas<'a>(
     disk: &dyn Disk,
     dirs: impl Iterator<Item = &'a Path>,
     keep: &mut dyn FnMut(Arc<dyn File>),

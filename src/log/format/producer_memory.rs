@@ -7,7 +7,7 @@ use std::sync::{
 
 /// Memory of all producer tables of a log. Clones share it.
 #[derive(Clone, Debug)]
-pub(super) struct ProducerMemory(Arc<Inner>);
+pub(in crate::log) struct ProducerMemory(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -17,31 +17,31 @@ struct Inner {
 
 impl ProducerMemory {
     /// Returns a counter for tables that should use at most `max_bytes` together.
-    pub(super) fn new(max_bytes: usize) -> Self {
+    pub(in crate::log) fn new(max_bytes: usize) -> Self {
         Self(Arc::new(Inner { max_bytes, taken: AtomicUsize::new(0) }))
     }
 
-    pub(super) fn taken(&self) -> usize {
+    pub(in crate::log) fn taken(&self) -> usize {
         self.0.taken.load(Ordering::Relaxed)
     }
 }
 
 /// Share of one table, until it is dropped. A table outside a log has an empty share.
 #[derive(Debug, Default)]
-pub(super) struct TableMemory {
+pub(in crate::log) struct TableMemory {
     of: Option<ProducerMemory>,
     bytes: usize,
 }
 
 impl TableMemory {
-    pub(super) fn new(of: ProducerMemory, bytes: usize) -> Self {
+    pub(in crate::log) fn new(of: ProducerMemory, bytes: usize) -> Self {
         let mut memory = Self { of: Some(of), bytes: 0 };
         memory.set(bytes);
         memory
     }
 
     /// Sets the memory of the table to `bytes`.
-    pub(super) fn set(&mut self, bytes: usize) {
+    pub(in crate::log) fn set(&mut self, bytes: usize) {
         let Some(of) = &self.of else { return };
         match bytes.checked_sub(self.bytes) {
             Some(more) => of.0.taken.fetch_add(more, Ordering::Relaxed),
@@ -51,7 +51,7 @@ impl TableMemory {
     }
 
     /// Returns the limit, if all tables together exceed it.
-    pub(super) fn exceeded(&self) -> Option<usize> {
+    pub(in crate::log) fn exceeded(&self) -> Option<usize> {
         self.of.as_ref().filter(|of| of.taken() > of.0.max_bytes).map(|of| of.0.max_bytes)
     }
 }

@@ -15,19 +15,22 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use super::{
-    disk::OpenMode,
-    epochs::EpochHistory,
-    error::{ChangeError, is_full},
-    journal::entry::EntryKind,
-    producers::ProducerTable,
-    recovery::{remove_caches_above, remove_caches_below, remove_segment, tables_at},
-    segment::{Segment, SegmentFile, SegmentInfo},
-    snapshot::{self, Snapshot},
-    state::LogState,
-    writer::ReplicaLog,
+use super::{state::LogState, writer::ReplicaLog};
+use crate::{
+    log::{
+        disk::OpenMode,
+        error::{ChangeError, is_full},
+        format::{
+            entry::EntryKind,
+            epochs::EpochHistory,
+            producers::ProducerTable,
+            segment::{Segment, SegmentFile, SegmentInfo, remove_caches_above, remove_caches_below, remove_segment},
+            snapshot::{self, Snapshot, tables_at},
+        },
+    },
+    model::Offset,
+    task::clock,
 };
-use crate::{model::Offset, task::clock};
 
 /// Maximum disk bytes of new names and the end of a new file: two blocks.
 const NAMES_BYTES: u64 = 8192;
@@ -35,7 +38,7 @@ const NAMES_BYTES: u64 = 8192;
 impl ReplicaLog {
     /// Truncates the log at `to`, or at the base of the batch that contains `to`, and returns the new log end. Waits
     /// for two frames of the journal, and is durable on return. Persist calls for truncated batches fail with
-    /// [`PersistError::Truncated`](super::PersistError::Truncated).
+    /// [`PersistError::Truncated`](crate::log::PersistError::Truncated).
     pub fn truncate(&mut self, to: Offset) -> Result<Offset, ChangeError> {
         self.writable()?;
         let (segments, end) = {
@@ -49,7 +52,7 @@ impl ReplicaLog {
             return self.reset(to).map(|()| to);
         }
         self.inner.ctx.check_change_space(0)?;
-        let found = tables_at(&self.inner.ctx, &self.inner.dir, &segments, to);
+        let found = tables_at(&*self.inner.ctx.disk, &self.inner.dir, &segments, to);
         let (last, tables, corruption) = found.map_err(|error| self.failed_change(&error))?;
         if let Some(reason) = corruption {
             return Err(self.failed_change(&io::Error::other(reason)));
@@ -98,7 +101,7 @@ impl ReplicaLog {
         for segment in removed.iter().rev() {
             self.remove(segment)?;
         }
-        remove_caches_above(ctx, &self.inner.dir, last.end)?;
+        remove_caches_above(&*ctx.disk, &self.inner.dir, last.end)?;
         let file = self.inner.state().active().file.clone();
         let open = ctx.files.get(file.serial, &file.path, OpenMode::Write)?;
         // The cached index describes the longer file.
@@ -156,7 +159,7 @@ impl ReplicaLog {
             for segment in removed.iter().rev() {
                 self.remove(segment)?;
             }
-            remove_caches_above(&inner.ctx, &inner.dir, Offset::ZERO)?;
+            remove_caches_above(&*inner.ctx.disk, &inner.dir, Offset::ZERO)?;
             inner.ctx.disk.open(&inner.path(at, "log"), OpenMode::Write)?.sync()?;
             inner.ctx.disk.rename(&inner.path(at, snapshot::RESET_EXTENSION), &inner.path(at, "snapshot"))?;
             inner.sync_names()
@@ -255,7 +258,7 @@ impl ReplicaLog {
                 tracing::warn!(partition = %inner.id, base = %segment.info.base, %error, "cannot remove a segment");
             }
         }
-        if let Err(error) = remove_caches_below(&inner.ctx, &inner.dir, start) {
+        if let Err(error) = remove_caches_below(&*inner.ctx.disk, &inner.dir, start) {
             tracing::debug!(partition = %inner.id, %error, "cannot remove indexes and snapshots below the log");
         }
         {
@@ -273,7 +276,7 @@ impl ReplicaLog {
         // The file is opened through the table, so that readers share the handle. It is taken out of the table below,
         // when its name is gone and no reader can open it again.
         let opened = ctx.files.get(serial, &segment.file.path, OpenMode::Read).ok();
-        let outcome = remove_segment(ctx, &self.inner.dir, segment.info.base);
+        let outcome = remove_segment(&*ctx.disk, &self.inner.dir, segment.info.base);
         // The table may have closed the file meanwhile, in favour of another one.
         let file = ctx.files.take(serial).or(opened);
         outcome?;
@@ -300,7 +303,7 @@ impl ReplicaLog {
         let path = inner.path(start, "snapshot");
         let disk = &inner.ctx.disk;
         if !Snapshot::read(&**disk, &inner.dir, start).is_ok_and(|found| found.is_some()) {
-            let (_, tables, corruption) = tables_at(&inner.ctx, &inner.dir, segments, start)?;
+            let (_, tables, corruption) = tables_at(&*inner.ctx.disk, &inner.dir, segments, start)?;
             if let Some(reason) = corruption {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
             }

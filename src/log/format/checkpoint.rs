@@ -6,29 +6,30 @@ use std::{io, path::Path, sync::Arc};
 use bytes::{Buf, BufMut, BytesMut};
 use uuid::Uuid;
 
-use super::{
-    disk::Disk, epochs::EpochHistory, journal::entry::MAX_NUMBER, producers::ProducerTable, segment::SegmentInfo,
+use super::{epochs::EpochHistory, producers::ProducerTable, segment::SegmentInfo};
+use crate::{
+    log::{disk::Disk, format::entry::MAX_NUMBER},
+    model::{Offset, PartitionId, TopicId},
 };
-use crate::model::{Offset, PartitionId, TopicId};
 
 const MAGIC: &[u8; 8] = b"STRLCKP3";
-pub(super) const NAME: &str = "checkpoint";
+pub(in crate::log) const NAME: &str = "checkpoint";
 
 /// State of a data directory at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Checkpoint {
+pub(in crate::log) struct Checkpoint {
     /// Sequence of the frame at which replay starts.
-    pub(super) first_frame: u64,
+    pub(in crate::log) first_frame: u64,
     /// Largest generation assigned so far.
-    pub(super) generation: u64,
+    pub(in crate::log) generation: u64,
     /// Relation of the records and the journal to the segments.
-    pub(super) standing: CheckpointKind,
-    pub(super) replicas: Vec<ReplicaCheckpoint>,
+    pub(in crate::log) standing: CheckpointKind,
+    pub(in crate::log) replicas: Vec<ReplicaCheckpoint>,
 }
 
 /// Work of a start before the records are valid.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum CheckpointKind {
+pub(in crate::log) enum CheckpointKind {
     /// Replay starts at the first frame, which is certainly in the journal. A journal without that frame is another
     /// one, or was lost.
     #[default]
@@ -48,28 +49,28 @@ impl CheckpointKind {
 
 /// Record of one replica.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ReplicaCheckpoint {
-    pub(super) id: PartitionId,
+pub(in crate::log) struct ReplicaCheckpoint {
+    pub(in crate::log) id: PartitionId,
     /// Number that grows with each creation, truncation and reset; 0 if a checkpoint was lost and the replica was not
     /// read since.
-    pub(super) generation: u64,
-    pub(super) log_start: Offset,
+    pub(in crate::log) generation: u64,
+    pub(in crate::log) log_start: Offset,
     /// Persisted end: all earlier data was durable, in a segment or in the journal.
-    pub(super) persisted: Offset,
+    pub(in crate::log) persisted: Offset,
     /// Segments, at least one; the last ends at the recovery point.
-    pub(super) segments: Vec<SegmentInfo>,
+    pub(in crate::log) segments: Vec<SegmentInfo>,
     /// Epoch history at the recovery point.
-    pub(super) epochs: EpochHistory,
+    pub(in crate::log) epochs: EpochHistory,
     /// Producer state at the recovery point.
-    pub(super) producers: Arc<ProducerTable>,
+    pub(in crate::log) producers: Arc<ProducerTable>,
     /// Reason why the replica is not served: according to the journal, durable data is missing. Kept until the replica
     /// is deleted.
-    pub(super) refusal: Option<String>,
+    pub(in crate::log) refusal: Option<String>,
 }
 
 impl ReplicaCheckpoint {
     /// Returns the record of an empty replica.
-    pub(super) fn empty(id: PartitionId, generation: u64, start: Offset, now_ms: i64) -> Self {
+    pub(in crate::log) fn empty(id: PartitionId, generation: u64, start: Offset, now_ms: i64) -> Self {
         Self {
             id,
             generation,
@@ -128,7 +129,7 @@ impl ReplicaCheckpoint {
 }
 
 impl Checkpoint {
-    pub(super) fn encode(&self, directory: Uuid) -> BytesMut {
+    pub(in crate::log) fn encode(&self, directory: Uuid) -> BytesMut {
         let mut out = BytesMut::with_capacity(64 + self.replicas.len() * 192);
         out.put_slice(MAGIC);
         out.put_slice(directory.as_bytes());
@@ -144,7 +145,7 @@ impl Checkpoint {
         out
     }
 
-    pub(super) fn decode(file: &[u8], directory: Uuid) -> Option<Self> {
+    pub(in crate::log) fn decode(file: &[u8], directory: Uuid) -> Option<Self> {
         let (mut content, crc) = file.split_at_checked(file.len().checked_sub(4)?)?;
         if crc32c::crc32c(content).to_be_bytes() != crc || content.get(..8)? != MAGIC {
             return None;
@@ -168,14 +169,14 @@ impl Checkpoint {
     }
 
     /// Returns the id of the data directory that a checkpoint itself names.
-    pub(super) fn owner(disk: &dyn Disk, dir: &Path) -> Option<Uuid> {
+    pub(in crate::log) fn owner(disk: &dyn Disk, dir: &Path) -> Option<Uuid> {
         let file = disk.read(&dir.join(NAME)).ok()?;
         let id = Uuid::from_slice(file.get(8..24)?).ok()?;
         Self::decode(&file, id).map(|_| id)
     }
 
     /// Reads the checkpoint of a data directory; `None` if it is missing or corrupt.
-    pub(super) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid) -> io::Result<Option<Self>> {
+    pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid) -> io::Result<Option<Self>> {
         match disk.read(&dir.join(NAME)) {
             Ok(file) => Ok(Self::decode(&file, directory)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -184,7 +185,7 @@ impl Checkpoint {
     }
 
     /// Replaces the checkpoint, durably.
-    pub(super) fn write(&self, disk: &dyn Disk, dir: &Path, directory: Uuid) -> io::Result<()> {
+    pub(in crate::log) fn write(&self, disk: &dyn Disk, dir: &Path, directory: Uuid) -> io::Result<()> {
         disk.replace(&dir.join(NAME), &self.encode(directory))
     }
 }

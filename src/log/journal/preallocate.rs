@@ -8,7 +8,7 @@ use std::{io, path::Path, time::Duration};
 
 use parking_lot::Mutex;
 
-use super::{data_dir::DataDirInner, journal::ring};
+use crate::log::{data_dir::DataDirInner, journal::ring};
 
 /// Maximum pause in favour of appends after each piece.
 const YIELD_INTERVAL: Duration = Duration::from_millis(20);
@@ -17,11 +17,11 @@ const YIELD_INTERVAL: Duration = Duration::from_millis(20);
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Held while a file is being created: one at a time.
-pub(super) type Growing = Mutex<()>;
+pub(in crate::log) type Growing = Mutex<()>;
 
 impl DataDirInner {
     /// Creates a file now, because the journal has no free one. Returns false if the ring may not grow.
-    pub(super) fn preallocate_now(&self) -> io::Result<bool> {
+    pub(in crate::log) fn preallocate_now(&self) -> io::Result<bool> {
         let journal = &self.ctx.journal;
         journal.set_writer_waiting(true);
         let grown = self.grow(&mut |_| Ok(()));
@@ -66,7 +66,7 @@ impl DataDirInner {
 }
 
 /// Runs the growth thread: creates the next file when the last one is entered.
-pub(super) fn run(inner: &DataDirInner) {
+pub(in crate::log) fn run(inner: &DataDirInner) {
     let journal = &inner.ctx.journal;
     let mut logged = false;
     while journal.wait_until_file_wanted() {

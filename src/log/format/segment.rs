@@ -8,9 +8,9 @@ use std::{
 
 use bytes::{Buf, BufMut, Bytes};
 
-use super::disk::File;
 use crate::{
-    model::{LeaderEpoch, Offset},
+    log::disk::{Disk, File},
+    model::{LeaderEpoch, Offset, PartitionId},
     record::{Batch, HEADER_BYTES},
 };
 
@@ -37,7 +37,7 @@ pub struct SegmentInfo {
 }
 
 impl SegmentInfo {
-    pub(super) fn empty(base: Offset, now_ms: i64) -> Self {
+    pub(in crate::log) fn empty(base: Offset, now_ms: i64) -> Self {
         let (created_ms, written_ms) = (now_ms, now_ms);
         Self {
             base,
@@ -52,12 +52,12 @@ impl SegmentInfo {
     }
 
     /// Returns the description of the same segment before its first batch.
-    pub(super) fn emptied(&self) -> Self {
+    pub(in crate::log) fn emptied(&self) -> Self {
         Self { written_ms: self.written_ms, ..Self::empty(self.base, self.created_ms) }
     }
 
     /// Records the time of a write, before its batches are recorded.
-    pub(super) fn record_write(&mut self, now_ms: i64) {
+    pub(in crate::log) fn record_write(&mut self, now_ms: i64) {
         if self.bytes == 0 {
             self.created_ms = now_ms;
         }
@@ -65,7 +65,7 @@ impl SegmentInfo {
         self.written_ms = if self.bytes == 0 { now_ms } else { self.written_ms.max(now_ms) };
     }
 
-    pub(super) fn extend(&mut self, batch: &Batch) {
+    pub(in crate::log) fn extend(&mut self, batch: &Batch) {
         self.end = batch.end_offset();
         self.bytes += batch.encoded_len() as u64;
         self.max_timestamp = self.max_timestamp.max(batch.max_timestamp());
@@ -73,7 +73,7 @@ impl SegmentInfo {
         self.first_epoch = self.first_epoch.or(self.last_epoch);
     }
 
-    pub(super) fn encode(&self, out: &mut impl BufMut) {
+    pub(in crate::log) fn encode(&self, out: &mut impl BufMut) {
         let epoch = |epoch: Option<LeaderEpoch>| epoch.map_or(-1, LeaderEpoch::as_i32);
         out.put_u64(self.base.get());
         out.put_u64(self.end.get());
@@ -86,7 +86,7 @@ impl SegmentInfo {
     }
 
     /// Decodes the output of [`Self::encode`]; `None` for a range or a length that no segment has.
-    pub(super) fn decode(from: &mut impl Buf) -> Option<Self> {
+    pub(in crate::log) fn decode(from: &mut impl Buf) -> Option<Self> {
         let info = Self {
             base: Offset::new(from.try_get_u64().ok()?)?,
             end: Offset::new(from.try_get_u64().ok()?)?,
@@ -106,26 +106,26 @@ impl SegmentInfo {
 
 /// One segment of a replica: its description and its file.
 #[derive(Debug)]
-pub(super) struct Segment {
-    pub(super) info: SegmentInfo,
-    pub(super) file: std::sync::Arc<SegmentFile>,
+pub(in crate::log) struct Segment {
+    pub(in crate::log) info: SegmentInfo,
+    pub(in crate::log) file: std::sync::Arc<SegmentFile>,
 }
 
 /// The file of a segment.
 #[derive(Debug)]
-pub(super) struct SegmentFile {
+pub(in crate::log) struct SegmentFile {
     /// Key of the file in the table of open files.
-    pub(super) serial: u64,
-    pub(super) path: PathBuf,
+    pub(in crate::log) serial: u64,
+    pub(in crate::log) path: PathBuf,
     /// True if bytes were written since the last sync.
-    pub(super) dirty: AtomicBool,
+    pub(in crate::log) dirty: AtomicBool,
     /// Number of bytes from the start that were written out, possibly unsynced. Write-out advances it; a truncation
     /// lowers it.
-    pub(super) written_out: AtomicU64,
+    pub(in crate::log) written_out: AtomicU64,
 }
 
 impl SegmentFile {
-    pub(super) fn new(serial: u64, dir: &Path, base: Offset) -> Self {
+    pub(in crate::log) fn new(serial: u64, dir: &Path, base: Offset) -> Self {
         Self {
             serial,
             path: dir.join(name(base, "log")),
@@ -136,17 +136,17 @@ impl SegmentFile {
 }
 
 /// Returns the name of a file of the segment at `base`.
-pub(super) fn name(base: Offset, extension: &str) -> String {
+pub(in crate::log) fn name(base: Offset, extension: &str) -> String {
     format!("{:020}.{extension}", base.get())
 }
 
 /// Returns the base offset in the name of a segment file.
-pub(super) fn base_of(name: &str) -> Option<Offset> {
+pub(in crate::log) fn base_of(name: &str) -> Option<Offset> {
     base_in(name.strip_suffix(".log")?)
 }
 
 /// Returns the base offset in the name of an index or a snapshot.
-pub(super) fn cache_base_of(name: &str) -> Option<Offset> {
+pub(in crate::log) fn cache_base_of(name: &str) -> Option<Offset> {
     let (digits, extension) = name.split_once('.')?;
     if matches!(extension, "index" | "timeindex" | "snapshot") { base_in(digits) } else { None }
 }
@@ -156,21 +156,60 @@ fn base_in(digits: &str) -> Option<Offset> {
         .then(|| digits.parse().ok().and_then(Offset::new))?
 }
 
+/// Returns the directory of a replica's files.
+pub(in crate::log) fn replica_dir(data: &Path, id: PartitionId) -> PathBuf {
+    data.join(id.topic.to_string()).join(id.number.to_string())
+}
+
+/// Removes the indexes and snapshots of a replica above `end`, and returns true if there were any. They describe a log
+/// that was truncated since. A log that grows to the same offset again would use their epochs and producers as its own.
+pub(in crate::log) fn remove_caches_above(disk: &dyn Disk, dir: &Path, end: Offset) -> io::Result<bool> {
+    remove_caches(disk, dir, |base| base > end)
+}
+
+/// Removes the indexes and snapshots below `start`: those of removed segments, and those at the log ends of earlier
+/// shutdowns.
+pub(in crate::log) fn remove_caches_below(disk: &dyn Disk, dir: &Path, start: Offset) -> io::Result<bool> {
+    remove_caches(disk, dir, |base| base < start)
+}
+
+fn remove_caches(disk: &dyn Disk, dir: &Path, which: impl Fn(Offset) -> bool) -> io::Result<bool> {
+    let mut any = false;
+    for entry in disk.list(dir)? {
+        if cache_base_of(&entry.name).is_some_and(&which) {
+            disk.remove(&dir.join(&entry.name))?;
+            any = true;
+        }
+    }
+    Ok(any)
+}
+
+/// Removes a segment and its caches.
+pub(in crate::log) fn remove_segment(disk: &dyn Disk, dir: &Path, base: Offset) -> io::Result<()> {
+    for extension in ["log", "index", "timeindex", "snapshot"] {
+        match disk.remove(&dir.join(name(base, extension))) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Result of a scan.
 #[derive(Debug)]
-pub(super) struct ScanEnd {
+pub(in crate::log) struct ScanEnd {
     /// Offset after the last intact batch.
-    pub(super) end: Offset,
+    pub(in crate::log) end: Offset,
     /// Position in the file after that batch.
-    pub(super) position: u64,
+    pub(in crate::log) position: u64,
     /// Error in the bytes at that position; `None` at the end of the file.
-    pub(super) damage: Option<String>,
+    pub(in crate::log) damage: Option<String>,
 }
 
 /// Reads the batches of a file from `position` to `len`. The first batch must start at `from`, and each later one at
 /// the end of the previous one, with epochs that never decrease. The scan stops at the first bytes that are no such
 /// batch.
-pub(super) fn scan(
+pub(in crate::log) fn scan(
     file: &dyn File,
     len: u64,
     position: u64,
@@ -223,7 +262,7 @@ pub(super) fn scan(
 }
 
 /// Returns the next batch of `window`, which must start at `expected` with an epoch not below `epoch`.
-pub(super) fn next(window: &mut Bytes, expected: Offset, epoch: Option<LeaderEpoch>) -> Result<Batch, String> {
+pub(in crate::log) fn next(window: &mut Bytes, expected: Offset, epoch: Option<LeaderEpoch>) -> Result<Batch, String> {
     let batch = Batch::split_from(window).map_err(|error| error.to_string())?;
     if batch.base_offset() != expected {
         return Err(format!("a batch starts at offset {}, not at {expected}", batch.base_offset()));

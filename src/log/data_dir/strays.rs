@@ -9,17 +9,16 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{
-    context::LogContext,
-    disk::{DirEntry, Disk},
-    error::ReplicaError,
-    file_cache::OpenFile,
-    recovery::UnopenedReplica,
-    segment::base_of,
-    startup::remove_replicas,
-    state::replica_dir,
+use super::{recovery::UnopenedReplica, startup::remove_replicas};
+use crate::{
+    log::{
+        disk::{DirEntry, Disk},
+        error::ReplicaError,
+        format::segment::{base_of, replica_dir},
+        replica::{context::LogContext, file_cache::OpenFile},
+    },
+    model::{PartitionId, TopicId},
 };
-use crate::model::{PartitionId, TopicId};
 
 /// Origin of a stray replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,14 +31,14 @@ enum StrayState {
 
 /// Directories of a data directory that hold segments of stray replicas. Quarantined segments do not count, because
 /// they have names of their own.
-pub(super) struct StrayReplicas {
+pub(in crate::log) struct StrayReplicas {
     dir: PathBuf,
     entries: Mutex<BTreeMap<PartitionId, StrayState>>,
 }
 
 impl StrayReplicas {
     /// Finds the stray replicas and logs each at WARN.
-    pub(super) fn find(disk: &dyn Disk, dir: &Path, replicas: &BTreeMap<PartitionId, UnopenedReplica>) -> Self {
+    pub(in crate::log) fn find(disk: &dyn Disk, dir: &Path, replicas: &BTreeMap<PartitionId, UnopenedReplica>) -> Self {
         let mut found = BTreeMap::new();
         for topic in folders(disk, dir) {
             let Ok(id) = topic.parse::<TopicId>() else { continue };
@@ -60,27 +59,27 @@ impl StrayReplicas {
         Self { dir: dir.to_owned(), entries: Mutex::new(found) }
     }
 
-    pub(super) fn ids(&self) -> Vec<PartitionId> {
+    pub(in crate::log) fn ids(&self) -> Vec<PartitionId> {
         self.entries.lock().keys().copied().collect()
     }
 
     /// Records that the deletion of a replica has started.
-    pub(super) fn add(&self, id: PartitionId) {
+    pub(in crate::log) fn add(&self, id: PartitionId) {
         self.entries.lock().insert(id, StrayState::Deleted);
     }
 
     /// Removes the entry of a replica that has no files left, or that is registered again.
-    pub(super) fn remove(&self, id: PartitionId) {
+    pub(in crate::log) fn remove(&self, id: PartitionId) {
         self.entries.lock().remove(&id);
     }
 
     /// Returns true if the deletion of the replica has started and has left files.
-    pub(super) fn is_deleting(&self, id: PartitionId) -> bool {
+    pub(in crate::log) fn is_deleting(&self, id: PartitionId) -> bool {
         self.entries.lock().get(&id) == Some(&StrayState::Deleted)
     }
 
     /// Removes the files of stray replicas. Returns the replicas that still have files, each with the error.
-    pub(super) fn delete(&self, ctx: &LogContext, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
+    pub(in crate::log) fn delete(&self, ctx: &LogContext, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let present: Vec<_> = {
             let entries = self.entries.lock();
             let present = ids.iter().filter(|id| entries.contains_key(id));

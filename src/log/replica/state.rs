@@ -3,7 +3,7 @@
 
 use std::{
     collections::VecDeque,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -12,105 +12,106 @@ use std::{
 
 use parking_lot::{Mutex, MutexGuard};
 
-use super::{
-    checkpoint::ReplicaCheckpoint,
-    context::LogContext,
-    disk::PIECE_BYTES,
-    epochs::EpochHistory,
-    error::PersistError,
-    index::Index,
-    journal::entry::{EntryHeader, EntryKind},
-    producers::ProducerTable,
-    segment::{Segment, SegmentFile, SegmentInfo, name},
-    tail_cache::ReplicaTail,
-};
+use super::{context::LogContext, tail_cache::ReplicaTail};
 use crate::{
+    log::{
+        disk::PIECE_BYTES,
+        error::PersistError,
+        format::{
+            checkpoint::ReplicaCheckpoint,
+            entry::{EntryHeader, EntryKind},
+            epochs::EpochHistory,
+            index::Index,
+            producers::ProducerTable,
+            segment::{Segment, SegmentFile, SegmentInfo, name},
+        },
+    },
     model::{Offset, PartitionId},
     task::clock,
 };
 
-pub(super) struct ReplicaInner {
-    pub(super) id: PartitionId,
-    pub(super) dir: PathBuf,
-    pub(super) ctx: Arc<LogContext>,
-    pub(super) tail: Arc<ReplicaTail>,
+pub(in crate::log) struct ReplicaInner {
+    pub(in crate::log) id: PartitionId,
+    pub(in crate::log) dir: PathBuf,
+    pub(in crate::log) ctx: Arc<LogContext>,
+    pub(in crate::log) tail: Arc<ReplicaTail>,
     /// Reason why this replica accepts no writes.
-    pub(super) failed: OnceLock<String>,
+    pub(in crate::log) failed: OnceLock<String>,
     /// True if a writer holds the replica.
-    pub(super) writer_open: AtomicBool,
+    pub(in crate::log) writer_open: AtomicBool,
     /// True if the replica is in the sync queue.
-    pub(super) dirty: AtomicBool,
+    pub(in crate::log) dirty: AtomicBool,
     /// Bytes appended since the last write-out.
-    pub(super) unwritten_bytes: AtomicU64,
+    pub(in crate::log) unwritten_bytes: AtomicU64,
     /// Held while the files are being synced.
-    pub(super) syncing: Mutex<()>,
-    pub(super) state: Mutex<LogState>,
+    pub(in crate::log) syncing: Mutex<()>,
+    pub(in crate::log) state: Mutex<LogState>,
 }
 
-pub(super) struct LogState {
+pub(in crate::log) struct LogState {
     /// Segments, never empty. Each starts at the end of the previous one; the last is active.
-    pub(super) segments: Vec<Segment>,
+    pub(in crate::log) segments: Vec<Segment>,
     /// First offset that can be read from any tier. The leader of the partition advances it.
-    pub(super) log_start: Offset,
+    pub(in crate::log) log_start: Offset,
     /// First offset that may not be durable. The journal and the sync thread advance it; a truncation lowers it.
-    pub(super) persisted_end: Offset,
-    pub(super) epochs: Arc<EpochHistory>,
-    pub(super) producers: Arc<ProducerTable>,
+    pub(in crate::log) persisted_end: Offset,
+    pub(in crate::log) epochs: Arc<EpochHistory>,
+    pub(in crate::log) producers: Arc<ProducerTable>,
     /// Partition time after which an idle producer is removed, in milliseconds; `None` until the topic's configuration
     /// is known.
-    pub(super) producer_expiration_ms: Option<i64>,
+    pub(in crate::log) producer_expiration_ms: Option<i64>,
     /// Index of the active segment; `None` until it is needed.
-    pub(super) index: Option<Index>,
+    pub(in crate::log) index: Option<Index>,
     /// Number that grows with each truncation and reset, which identifies operations from before such a change.
-    pub(super) generation: u64,
+    pub(in crate::log) generation: u64,
     /// Start of the scan after a crash: all earlier data is synced in the segments.
-    pub(super) recovery: RecoveryPoint,
+    pub(in crate::log) recovery: RecoveryPoint,
     /// End of the last entry of this replica in each journal file that holds one, until that end is synced.
-    pub(super) journal_pins: VecDeque<(u64, Offset)>,
+    pub(in crate::log) journal_pins: VecDeque<(u64, Offset)>,
     /// Bytes appended since the start of the last sync.
-    pub(super) unsynced_bytes: u64,
+    pub(in crate::log) unsynced_bytes: u64,
     /// True if files were created or removed since the last sync of the directory.
-    pub(super) names_changed: bool,
+    pub(in crate::log) names_changed: bool,
     /// Record of the log before a reset. Checkpoints hold it until the old files are removed and the new ones are
     /// synced.
-    pub(super) pre_reset_record: Option<Box<ReplicaCheckpoint>>,
+    pub(in crate::log) pre_reset_record: Option<Box<ReplicaCheckpoint>>,
     /// Number of persist calls that wait for a sync of the segments. Later calls queue behind them.
-    pub(super) syncing: u32,
+    pub(in crate::log) syncing: u32,
 }
 
 /// Recovery point: all earlier data is synced. Includes the epoch history and producer state at that offset.
 #[derive(Clone)]
-pub(super) struct RecoveryPoint {
+pub(in crate::log) struct RecoveryPoint {
     /// Segment that contains the point, as it was at the point.
-    pub(super) segment: SegmentInfo,
-    pub(super) epochs: Arc<EpochHistory>,
-    pub(super) producers: Arc<ProducerTable>,
+    pub(in crate::log) segment: SegmentInfo,
+    pub(in crate::log) epochs: Arc<EpochHistory>,
+    pub(in crate::log) producers: Arc<ProducerTable>,
 }
 
 impl LogState {
-    pub(super) fn active(&self) -> &Segment {
+    pub(in crate::log) fn active(&self) -> &Segment {
         self.segments.last().expect("a log has an active segment")
     }
 
-    pub(super) fn active_mut(&mut self) -> &mut Segment {
+    pub(in crate::log) fn active_mut(&mut self) -> &mut Segment {
         self.segments.last_mut().expect("a log has an active segment")
     }
 
-    pub(super) fn log_end(&self) -> Offset {
+    pub(in crate::log) fn log_end(&self) -> Offset {
         self.active().info.end
     }
 
-    pub(super) fn local_start(&self) -> Offset {
+    pub(in crate::log) fn local_start(&self) -> Offset {
         self.segments.first().expect("a log has a segment").info.base
     }
 
-    pub(super) fn bytes(&self) -> u64 {
+    pub(in crate::log) fn bytes(&self) -> u64 {
         self.segments.iter().map(|segment| segment.info.bytes).sum()
     }
 
     /// Removes the epochs of offsets that are neither on this disk nor in the object store, except the last of them. A
     /// replica that starts at this offset reports that epoch in its log position.
-    pub(super) fn remove_epochs(&mut self) {
+    pub(in crate::log) fn remove_epochs(&mut self) {
         let first = self.log_start.min(self.local_start());
         if let Some(before) = first.get().checked_sub(1).and_then(Offset::new) {
             Arc::make_mut(&mut self.epochs).forget_below(before);
@@ -119,21 +120,21 @@ impl LogState {
 
     /// Removes producers by the topic's rule. Needed after every change of the log end, and after a replacement of the
     /// table.
-    pub(super) fn remove_expired_producers(&mut self) {
+    pub(in crate::log) fn remove_expired_producers(&mut self) {
         if self.producers.has_expired(self.producer_expiration_ms) {
             Arc::make_mut(&mut self.producers).remove_expired(self.producer_expiration_ms);
         }
     }
 
     /// Returns the recovery point at the log end.
-    pub(super) fn recovery_point(&self) -> RecoveryPoint {
+    pub(in crate::log) fn recovery_point(&self) -> RecoveryPoint {
         RecoveryPoint { segment: self.active().info, epochs: self.epochs.clone(), producers: self.producers.clone() }
     }
 }
 
 impl ReplicaInner {
     /// Creates the state of a replica from its record.
-    pub(super) fn new(ctx: &Arc<LogContext>, dir: PathBuf, record: ReplicaCheckpoint) -> Arc<Self> {
+    pub(in crate::log) fn new(ctx: &Arc<LogContext>, dir: PathBuf, record: ReplicaCheckpoint) -> Arc<Self> {
         let segments = record.segments.iter().map(|info| {
             let file = SegmentFile::new(ctx.files.serial(), &dir, info.base);
             // The creator of the record has synced these bytes, or syncs all of them next.
@@ -173,23 +174,23 @@ impl ReplicaInner {
         })
     }
 
-    pub(super) fn state(&self) -> MutexGuard<'_, LogState> {
+    pub(in crate::log) fn state(&self) -> MutexGuard<'_, LogState> {
         self.state.lock()
     }
 
     /// Returns the reason why this replica accepts no writes, if any.
-    pub(super) fn refusal(&self) -> Option<String> {
+    pub(in crate::log) fn refusal(&self) -> Option<String> {
         self.failed.get().cloned().or_else(|| self.ctx.refusal())
     }
 
     /// Ends writing to this replica permanently.
-    pub(super) fn fail(&self, reason: String) {
+    pub(in crate::log) fn fail(&self, reason: String) {
         tracing::error!(partition = %self.id, reason, "this replica accepts no more writes");
         drop(self.failed.set(reason));
     }
 
     /// Puts the replica into the sync queue, and into the write-out queue if it has a full piece.
-    pub(super) fn mark_dirty(self: &Arc<Self>, bytes: u64) {
+    pub(in crate::log) fn mark_dirty(self: &Arc<Self>, bytes: u64) {
         let listed = self.dirty.swap(true, Ordering::AcqRel);
         let unwritten_bytes = self.unwritten_bytes.fetch_add(bytes, Ordering::AcqRel);
         let (piece_bytes, after) = (self.ctx.piece_bytes.load(Ordering::Relaxed) as u64, unwritten_bytes + bytes);
@@ -216,12 +217,18 @@ impl ReplicaInner {
         }
     }
 
-    pub(super) fn entry_header(&self, kind: EntryKind, generation: u64, base: Offset, end: Offset) -> EntryHeader {
+    pub(in crate::log) fn entry_header(
+        &self,
+        kind: EntryKind,
+        generation: u64,
+        base: Offset,
+        end: Offset,
+    ) -> EntryHeader {
         EntryHeader { kind, id: self.id, generation, base, end, segment: Offset::ZERO, position: 0, epoch: None }
     }
 
     /// Records that an entry of this replica is durable in the journal file with the use number `file`.
-    pub(super) fn on_journaled(self: &Arc<Self>, head: &EntryHeader, file: u64) {
+    pub(in crate::log) fn on_journaled(self: &Arc<Self>, head: &EntryHeader, file: u64) {
         let mut state = self.state();
         if head.generation != state.generation {
             return;
@@ -254,13 +261,13 @@ impl ReplicaInner {
     }
 
     /// Returns the result for the caller that submitted this entry.
-    pub(super) fn persist_result(&self, head: &EntryHeader) -> Result<Offset, PersistError> {
+    pub(in crate::log) fn persist_result(&self, head: &EntryHeader) -> Result<Offset, PersistError> {
         let state = self.state();
         if head.generation == state.generation { Ok(state.persisted_end) } else { Err(PersistError::Truncated) }
     }
 
     /// Returns the record of the replica for a checkpoint.
-    pub(super) fn checkpoint_record(&self) -> ReplicaCheckpoint {
+    pub(in crate::log) fn checkpoint_record(&self) -> ReplicaCheckpoint {
         let state = self.state();
         if let Some(record) = &state.pre_reset_record {
             return (**record).clone();
@@ -281,12 +288,7 @@ impl ReplicaInner {
         }
     }
 
-    pub(super) fn path(&self, base: Offset, extension: &str) -> PathBuf {
+    pub(in crate::log) fn path(&self, base: Offset, extension: &str) -> PathBuf {
         self.dir.join(name(base, extension))
     }
-}
-
-/// Returns the directory of a replica's files.
-pub(super) fn replica_dir(data: &Path, id: PartitionId) -> PathBuf {
-    data.join(id.topic.to_string()).join(id.number.to_string())
 }

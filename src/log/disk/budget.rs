@@ -13,26 +13,26 @@ use std::{
     path::Path,
 };
 
-use super::disk::{Disk, OpenMode, PIECE_BYTES};
+use crate::log::disk::{Disk, OpenMode, PIECE_BYTES};
 
 /// Name of the file in the data directory.
-pub(super) const NAME: &str = "reserve";
+pub(in crate::log) const NAME: &str = "reserve";
 
 /// Size of the file in bytes. A checkpoint of a large broker fits into it, and so does twice the free space that a
 /// metadata commit requires.
-pub(super) const BYTES: u64 = 8 << 20;
+pub(in crate::log) const BYTES: u64 = 8 << 20;
 
 /// Bytes of zeros per write.
 const ZEROS: usize = 1 << 20;
 
 /// Removes the file if the disk has less free space than its size. Returns true if a file was removed.
-pub(super) fn release(disk: &dyn Disk, dir: &Path) -> bool {
+pub(in crate::log) fn release(disk: &dyn Disk, dir: &Path) -> bool {
     let is_low = disk.free_bytes(dir).is_ok_and(|free| free < BYTES);
     is_low && disk.remove(&dir.join(NAME)).is_ok()
 }
 
 /// Creates the file if its size is free beyond `keep`. Returns true if the file is complete.
-pub(super) fn take(disk: &dyn Disk, dir: &Path, keep: u64) -> io::Result<bool> {
+pub(in crate::log) fn take(disk: &dyn Disk, dir: &Path, keep: u64) -> io::Result<bool> {
     let path = dir.join(NAME);
     let existing = match disk.open(&path, OpenMode::Read) {
         Ok(file) => file.size()?,

@@ -2,17 +2,20 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use super::{
-    disk::{File, OpenMode},
-    epochs::EpochHistory,
-    index::{Index, IndexEntry},
-    producers::ProducerTable,
-    recovery::tables_at,
-    segment::SegmentInfo,
-    snapshot::Snapshot,
-    writer::ReplicaLog,
+use super::writer::ReplicaLog;
+use crate::{
+    log::{
+        disk::{File, OpenMode},
+        format::{
+            epochs::EpochHistory,
+            index::{Index, IndexEntry},
+            producers::ProducerTable,
+            segment::SegmentInfo,
+            snapshot::{Snapshot, tables_at},
+        },
+    },
+    model::Offset,
 };
-use crate::model::Offset;
 
 /// A sealed segment with its metadata. It can be read to its end, even during an eviction.
 pub struct SegmentExport {
@@ -58,7 +61,7 @@ impl ReplicaLog {
         let snapshot = Snapshot::read(&*inner.ctx.disk, &inner.dir, info.end);
         let producers = match snapshot.ok().flatten() {
             Some(snapshot) => snapshot.producers,
-            None => match tables_at(&inner.ctx, &inner.dir, &segments, info.end)? {
+            None => match tables_at(&*inner.ctx.disk, &inner.dir, &segments, info.end)? {
                 (_, tables, None) => tables.producers,
                 (.., Some(reason)) => return Err(io::Error::new(io::ErrorKind::InvalidData, reason)),
             },

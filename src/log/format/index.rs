@@ -6,7 +6,7 @@ use bytes::{Buf, BufMut, BytesMut};
 use crate::model::Offset;
 
 /// Minimum distance between two index entries, in bytes of the segment.
-pub(super) const INTERVAL: u64 = 4096;
+pub(in crate::log) const INTERVAL: u64 = 4096;
 
 const OFFSETS: &[u8; 8] = b"STRLOIX1";
 const TIMES: &[u8; 8] = b"STRLTIX1";
@@ -27,37 +27,37 @@ pub struct IndexEntry {
 
 /// Entries of one segment, the first batch first. Positions, offsets and times never decrease.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Index {
+pub(in crate::log) struct Index {
     entries: Vec<IndexEntry>,
 }
 
 impl Index {
     /// Adds a batch. The first batch gets an entry, and so does one at least an interval after the last entry.
-    pub(super) fn add_batch(&mut self, offset: Offset, position: u64, max_before: i64) {
+    pub(in crate::log) fn add_batch(&mut self, offset: Offset, position: u64, max_before: i64) {
         let due = self.entries.last().is_none_or(|last| position >= u64::from(last.position) + INTERVAL);
         if let (true, Ok(position)) = (due, u32::try_from(position)) {
             self.entries.push(IndexEntry { offset, position, max_before });
         }
     }
 
-    pub(super) fn entries(&self) -> &[IndexEntry] {
+    pub(in crate::log) fn entries(&self) -> &[IndexEntry] {
         &self.entries
     }
 
     /// Returns the last entry at or before `offset`.
-    pub(super) fn at(&self, offset: Offset) -> Option<IndexEntry> {
+    pub(in crate::log) fn at(&self, offset: Offset) -> Option<IndexEntry> {
         let after = self.entries.partition_point(|entry| entry.offset <= offset);
         after.checked_sub(1).map(|i| self.entries[i])
     }
 
     /// Returns the last entry before which every timestamp is below `timestamp`.
-    pub(super) fn before_time(&self, timestamp: i64) -> Option<IndexEntry> {
+    pub(in crate::log) fn before_time(&self, timestamp: i64) -> Option<IndexEntry> {
         let after = self.entries.partition_point(|entry| entry.max_before < timestamp);
         after.checked_sub(1).map(|i| self.entries[i])
     }
 
     /// Returns the content of the two files, for a segment of `segment_bytes`.
-    pub(super) fn encode(&self, base: Offset, segment_bytes: u64) -> (BytesMut, BytesMut) {
+    pub(in crate::log) fn encode(&self, base: Offset, segment_bytes: u64) -> (BytesMut, BytesMut) {
         let head = |magic: &[u8; 8]| {
             let mut out = BytesMut::with_capacity(HEAD + self.entries.len() * ENTRY + 4);
             out.put_slice(magic);
@@ -81,7 +81,7 @@ impl Index {
     }
 
     /// Decodes an index from its two files, if both are intact and describe this segment at its current length.
-    pub(super) fn decode(offsets: &[u8], times: &[u8], base: Offset, segment_bytes: u64) -> Option<Self> {
+    pub(in crate::log) fn decode(offsets: &[u8], times: &[u8], base: Offset, segment_bytes: u64) -> Option<Self> {
         let mut offsets = body(offsets, OFFSETS, base, segment_bytes)?;
         let mut times = body(times, TIMES, base, segment_bytes)?;
         if offsets.len() != times.len() {

@@ -1,5 +1,16 @@
 //! One data directory: opening it, its registry of replicas, and closing it.
 
+mod delete;
+mod identity;
+mod incarnations;
+mod producer_block;
+mod recovery;
+mod stall;
+mod startup;
+mod status;
+mod strays;
+mod sync;
+
 use std::{
     collections::BTreeMap,
     io,
@@ -16,60 +27,64 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
-use super::{
-    budget,
-    checkpoint::{CheckpointKind, ReplicaCheckpoint},
-    context::{LogContext, LogOptions, MAX_DISK_READS, SyncQueue},
-    disk::{Disk, OpenMode, PIECE_BYTES},
-    error::{DataDirError, PersistError, ReplicaError, is_full},
-    file_cache::FileCache,
-    identity::{self, DataDirIdentity, io_error},
-    incarnations,
-    journal::{
-        FrameSpace, Journal,
-        entry::EntryKind,
-        ring::{self, Ring},
-    },
-    preallocate::{self, Growing},
-    producer_block,
-    producer_memory::ProducerMemory,
+pub use self::identity::{DataDirIdentity, FORMAT, METADATA, NAME as IDENTITY};
+use self::{
     recovery::{UnopenedReplica, quarantine_segments, recover},
-    removed::RemovedFiles,
-    startup,
-    state::{ReplicaInner, replica_dir},
     strays::StrayReplicas,
-    sync,
-    tail_cache::TailCache,
-    writer::{ReplicaLog, write_caches},
 };
 use crate::{
     limits,
+    log::{
+        disk::{Disk, OpenMode, PIECE_BYTES, budget},
+        error::{DataDirError, PersistError, ReplicaError, io_error, is_full},
+        format::{
+            ProducerMemory,
+            checkpoint::{CheckpointKind, ReplicaCheckpoint},
+            entry::EntryKind,
+            segment::replica_dir,
+        },
+        journal::{
+            FrameSpace, Journal,
+            preallocate::{self, Growing},
+            ring::{self, Ring},
+        },
+        options::LogOptions,
+        replica::{
+            context::{LogContext, MAX_DISK_READS, SyncQueue},
+            file_cache::FileCache,
+            removed::RemovedFiles,
+            state::{RecoveryPoint, ReplicaInner},
+            tail_cache::TailCache,
+            writer::{ReplicaLog, write_caches},
+        },
+    },
     model::{Offset, PartitionId, TopicId},
     task::{self, clock},
 };
+pub use status::{DataDirStatus, DiskSpace};
 
 /// One data directory. Clones share it. Dropping the last clone stops it without a clean shutdown.
 #[derive(Clone)]
 pub struct DataDir {
-    pub(super) inner: Arc<DataDirInner>,
+    pub(in crate::log) inner: Arc<DataDirInner>,
     threads: Arc<LogThreads>,
 }
 
-pub(super) struct DataDirInner {
-    pub(super) ctx: Arc<LogContext>,
-    pub(super) directory_id: Uuid,
-    pub(super) growing: Growing,
+pub(in crate::log) struct DataDirInner {
+    pub(in crate::log) ctx: Arc<LogContext>,
+    pub(in crate::log) directory_id: Uuid,
+    pub(in crate::log) growing: Growing,
     registry: Mutex<ReplicaRegistry>,
     /// Replicas on the disk that are not registered.
-    pub(super) strays: StrayReplicas,
+    pub(in crate::log) strays: StrayReplicas,
     was_clean_shutdown: bool,
     _lock: Box<dyn Send + Sync>,
 }
 
 #[derive(Default)]
-pub(super) struct ReplicaRegistry {
-    pub(super) open: BTreeMap<PartitionId, Arc<ReplicaInner>>,
-    pub(super) unopened: BTreeMap<PartitionId, UnopenedReplica>,
+pub(in crate::log) struct ReplicaRegistry {
+    pub(in crate::log) open: BTreeMap<PartitionId, Arc<ReplicaInner>>,
+    pub(in crate::log) unopened: BTreeMap<PartitionId, UnopenedReplica>,
 }
 
 struct LogThreads {
@@ -248,7 +263,7 @@ impl DataDir {
                 // directory.
                 let is_empty = unopened.record.segments.iter().all(|segment| segment.bytes == 0);
                 let is_created = is_empty && inner.ensure_dir(&dir).map_err(io)?;
-                let record = recover(&inner.ctx, &dir, unopened)?;
+                let record = recover(&*inner.ctx.disk, &dir, unopened)?;
                 let replica = inner.register_recovered(id, dir, record, clean);
                 replica.state().names_changed |= is_created;
                 replica
@@ -318,12 +333,12 @@ impl DataDir {
     }
 
     #[cfg(test)]
-    pub(super) fn recycle_now(&self) {
+    pub(in crate::log) fn recycle_now(&self) {
         self.inner.recycle().expect("the disk works");
     }
 
     #[cfg(test)]
-    pub(super) fn unregister(&self, id: PartitionId) {
+    pub(in crate::log) fn unregister(&self, id: PartitionId) {
         self.inner.registry().open.remove(&id);
     }
 
@@ -334,15 +349,15 @@ impl DataDir {
 }
 
 impl DataDirInner {
-    pub(super) fn registry(&self) -> MutexGuard<'_, ReplicaRegistry> {
+    pub(in crate::log) fn registry(&self) -> MutexGuard<'_, ReplicaRegistry> {
         self.registry.lock()
     }
 
-    pub(super) fn ring(&self) -> MutexGuard<'_, Ring> {
+    pub(in crate::log) fn ring(&self) -> MutexGuard<'_, Ring> {
         self.ctx.journal.ring.lock()
     }
 
-    pub(super) fn open_replicas(&self) -> Vec<Arc<ReplicaInner>> {
+    pub(in crate::log) fn open_replicas(&self) -> Vec<Arc<ReplicaInner>> {
         self.registry().open.values().cloned().collect()
     }
 
@@ -383,7 +398,7 @@ impl DataDirInner {
                 state.persisted_end = synced.persisted.max(segment.end);
                 let producers = Arc::unwrap_or_clone(synced.producers).charged(&self.ctx.producer_memory);
                 let (epochs, producers) = (Arc::new(synced.epochs), Arc::new(producers));
-                state.recovery = super::state::RecoveryPoint { segment, epochs, producers };
+                state.recovery = RecoveryPoint { segment, epochs, producers };
                 state.names_changed = true;
                 for entry in &state.segments {
                     entry.file.dirty.store(entry.info.base >= segment.base && entry.info.bytes > 0, Ordering::Release);
@@ -407,7 +422,7 @@ impl DataDirInner {
         let io = |source| ReplicaError::Io { id, path: dir.clone(), source };
         let disk = &self.ctx.disk;
         if !self.ensure_dir(&dir).map_err(io)? {
-            quarantine_segments(&self.ctx, &dir).map_err(io)?;
+            quarantine_segments(&*self.ctx.disk, &dir).map_err(io)?;
             self.strays.remove(id);
         }
         let record = ReplicaCheckpoint::empty(id, self.ctx.next_generation(), start, clock::wall_ms());
@@ -427,7 +442,7 @@ impl DataDirInner {
     }
 
     /// Writes one frame of the journal after making space for it. Runs the sync itself, because no thread does.
-    pub(super) fn journal_step(&self) -> bool {
+    pub(in crate::log) fn journal_step(&self) -> bool {
         let journal = &self.ctx.journal;
         if !journal.pending() {
             return false;
@@ -450,7 +465,7 @@ impl DataDirInner {
 
     /// Writes the queued entries and makes space for the two frames of a change, with `step_mode`. Returns false if
     /// there is no space.
-    pub(super) fn ensure_change_space(&self) -> bool {
+    pub(in crate::log) fn ensure_change_space(&self) -> bool {
         let journal = &self.ctx.journal;
         while journal.pending() {
             if !self.journal_step() {

@@ -6,16 +6,18 @@ use bytes::Bytes;
 
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{
-    disk::{File, OpenMode},
-    epochs::EpochHistory,
-    error::LogReadError,
-    index::{Index, IndexEntry},
-    segment::{self, SegmentFile, SegmentInfo},
-    state::ReplicaInner,
-};
+use super::{file_cache::OpenFile, state::ReplicaInner};
 use crate::{
     limits,
+    log::{
+        disk::{File, OpenMode},
+        error::LogReadError,
+        format::{
+            epochs::EpochHistory,
+            index::{self, Index, IndexEntry},
+            segment::{self, SegmentFile, SegmentInfo},
+        },
+    },
     model::{LeaderEpoch, Offset, PartitionId},
     record::{Batch, HEADER_BYTES},
 };
@@ -35,7 +37,7 @@ pub struct ReadBatches {
 }
 
 impl ReadBatches {
-    pub(super) fn empty(from: Offset) -> Self {
+    pub(in crate::log) fn empty(from: Offset) -> Self {
         Self { chunks: Vec::new(), next: from, bytes: 0 }
     }
 }
@@ -74,7 +76,7 @@ struct SegmentView {
 }
 
 impl LogReader {
-    pub(super) fn new(inner: Arc<ReplicaInner>) -> Self {
+    pub(in crate::log) fn new(inner: Arc<ReplicaInner>) -> Self {
         Self { inner }
     }
 
@@ -260,19 +262,19 @@ impl LogReader {
         Ok(pick(&index).unwrap_or(first))
     }
 
-    fn open(&self, view: &SegmentView) -> Result<Arc<super::file_cache::OpenFile>, LogReadError> {
+    fn open(&self, view: &SegmentView) -> Result<Arc<OpenFile>, LogReadError> {
         let files = &self.inner.ctx.files;
         files.get(view.file.serial, &view.file.path, OpenMode::Read).map_err(|error| io_error(view, error))
     }
 
     /// Returns the index of the active segment at the length in `info`.
-    pub(super) fn active_index(&self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Index> {
+    pub(in crate::log) fn active_index(&self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Index> {
         let open = self.inner.ctx.files.get(file.serial, &file.path, OpenMode::Read)?;
         self.load_index(info, &*open.file)
     }
 
     /// Returns the index of a segment from its files, or rebuilds it from the segment.
-    pub(super) fn load_index(&self, info: &SegmentInfo, file: &dyn File) -> io::Result<Index> {
+    pub(in crate::log) fn load_index(&self, info: &SegmentInfo, file: &dyn File) -> io::Result<Index> {
         let disk = &self.inner.ctx.disk;
         let read = |extension| disk.read(&self.inner.path(info.base, extension));
         if let (Ok(offsets), Ok(times)) = (read("index"), read("timeindex"))
@@ -305,7 +307,7 @@ impl LogReader {
     ) -> Result<ReadBatches, LogReadError> {
         let open = self.open(view)?;
         let mut position = u64::from(start.position);
-        let gap = usize::try_from(super::index::INTERVAL).unwrap_or(4096);
+        let gap = usize::try_from(index::INTERVAL).unwrap_or(4096);
         let mut read_bytes = max_bytes.clamp(HEADER_BYTES, limits::MAX_FETCH_BYTES) + gap;
         let (mut expected, mut epoch) = (start.offset, None);
         loop {

@@ -130,7 +130,7 @@ impl ProducerTable {
     }
 
     /// Counts the bytes of the table in `memory` until the table is dropped.
-    pub(super) fn charged(mut self, memory: &ProducerMemory) -> Self {
+    pub(in crate::log) fn charged(mut self, memory: &ProducerMemory) -> Self {
         self.memory = TableMemory::new(memory.clone(), self.bytes());
         self
     }
@@ -186,7 +186,7 @@ impl ProducerTable {
     }
 
     /// Returns true if [`Self::record_batch`] of this batch would change the table.
-    pub(super) fn takes(&self, batch: &Batch) -> bool {
+    pub(in crate::log) fn takes(&self, batch: &Batch) -> bool {
         batch.producer().is_some() || batch.max_timestamp() > self.time_ms
     }
 
@@ -233,7 +233,7 @@ impl ProducerTable {
     }
 
     /// Returns true if [`Self::remove_expired`] would remove a producer.
-    pub(super) fn has_expired(&self, expiration_ms: Option<i64>) -> bool {
+    pub(in crate::log) fn has_expired(&self, expiration_ms: Option<i64>) -> bool {
         let Some((expiration_ms, (_, id))) = expiration_ms.zip(self.by_last.first_key_value()) else { return false };
         self.time_ms.saturating_sub(self.producers[id].last_ms) > expiration_ms
     }
@@ -264,7 +264,7 @@ impl ProducerTable {
         self.memory.set(self.bytes());
     }
 
-    pub(super) fn encode(&self, out: &mut impl BufMut) {
+    pub(in crate::log) fn encode(&self, out: &mut impl BufMut) {
         out.put_i64(self.time_ms);
         out.put_u32(u32::try_from(self.producers.len()).unwrap_or(u32::MAX));
         for (id, producer) in &self.producers {
@@ -278,7 +278,7 @@ impl ProducerTable {
         }
     }
 
-    pub(super) fn decode(from: &mut impl Buf) -> Option<Self> {
+    pub(in crate::log) fn decode(from: &mut impl Buf) -> Option<Self> {
         let mut table = Self { time_ms: from.try_get_i64().ok()?, ..Self::new() };
         for _ in 0..from.try_get_u32().ok()? {
             let id = from.try_get_i64().ok()?;
