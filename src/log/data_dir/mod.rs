@@ -33,9 +33,8 @@ use self::{
     strays::StrayReplicas,
 };
 use crate::{
-    limits,
     log::{
-        disk::{Disk, OpenMode, PIECE_BYTES, budget},
+        disk::{Disk, OpenMode, PIECE_BYTES, budget::DiskBudget},
         error::{DataDirError, PersistError, ReplicaError, io_error, is_full},
         format::{
             ProducerMemory,
@@ -110,15 +109,10 @@ impl DataDir {
                 _ => {}
             }
         }
-        check_journal_space(&*disk, &journal_dir, options.journal_bytes)?;
+        let budget = Arc::new(DiskBudget::new(disk.clone(), dir, options.reserve_bytes));
+        budget.check_journal_space(&journal_dir, options.journal_bytes)?;
         let directory_id = identity::check(&*disk, dir, identity)?;
-        if options.reserve_bytes > 0 && budget::release(&*disk, dir) {
-            tracing::warn!(
-                dir = %dir.display(),
-                "the disk is full, its reserve was released for this start: add space, or lower local.retention.* or \
-                 retention.*"
-            );
-        }
+        budget.release_reserve_for_start();
         let loaded = startup::load(&disk, dir, directory_id, &options)?;
         let strays = StrayReplicas::find(&*disk, dir, &loaded.replicas);
         let (file_bytes, max_files) = ring::ring_layout(options.journal_bytes);
@@ -137,11 +131,9 @@ impl DataDir {
             journal: Journal::new(directory_id, ring, loaded.first_frame, &options),
             generation: AtomicU64::new(loaded.generation),
             closed: AtomicBool::new(false),
-            disk_full: AtomicBool::new(false),
+            budget,
             recycling: Mutex::default(),
             checkpoint_error: Mutex::default(),
-            reserved: AtomicBool::new(options.reserve_bytes == 0),
-            append_allowance: AtomicU64::new(0),
             piece_bytes: AtomicUsize::new(PIECE_BYTES),
             disk_reads: Arc::new(Semaphore::new(MAX_DISK_READS)),
             work: Mutex::new(SyncQueue::default()),
@@ -162,7 +154,7 @@ impl DataDir {
         drop(inner.ctx.step_driver.set(Arc::downgrade(&inner)));
         inner.preallocate_now().map_err(io_error(&journal_dir, "create the journal"))?;
         inner.write_first_frame(loaded.first_frame).map_err(io_error(dir, "write the first frame of the journal"))?;
-        inner.create_reserve();
+        inner.ctx.budget.create_reserve();
         let handles = if inner.ctx.options.step_mode { Vec::new() } else { inner.start() };
         let threads = Arc::new(LogThreads { inner: inner.clone(), handles: Mutex::new(handles) });
         Ok(Self { inner, threads })
@@ -528,22 +520,6 @@ impl DataDirInner {
                 self.fail_if_stalled();
             }
         }
-    }
-}
-
-/// Checks, before anything is written, that the disk has space for the configured journal. A ring grows on demand and
-/// works with fewer files on a full disk. A large ring that was never created is checked here, so that the failure does
-/// not appear under load.
-fn check_journal_space(disk: &dyn Disk, journal_dir: &Path, bytes: u64) -> Result<(), DataDirError> {
-    let exists =
-        disk.list(journal_dir).is_ok_and(|entries| entries.iter().any(|entry| entry.name.ends_with(".journal")));
-    // The directory may not exist yet. The nearest existing parent then reports the free space.
-    let free = journal_dir.ancestors().find_map(|dir| disk.free_bytes(dir).ok());
-    match free {
-        Some(free) if bytes > limits::JOURNAL_SPACE_CHECK_BYTES && !exists && free < bytes => {
-            Err(DataDirError::JournalTooLarge { journal_dir: journal_dir.to_owned(), bytes, free })
-        }
-        _ => Ok(()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Read-only status of a data directory.
 
-use std::{io, sync::atomic::Ordering};
+use std::io;
 
 use super::DataDir;
 use crate::model::PartitionId;
@@ -45,7 +45,7 @@ impl DataDir {
         let failed = open.iter().filter_map(|replica| Some((replica.id, replica.failed.get()?.clone())));
         DataDirStatus {
             failed: ctx.refusal(),
-            disk_full: ctx.disk_full.load(Ordering::Relaxed),
+            disk_full: ctx.budget.is_full(),
             replicas: open.len() + self.inner.registry().unopened.len(),
             failed_replicas: failed.collect(),
             segment_bytes: open.iter().map(|replica| replica.state().bytes()).sum(),
@@ -69,7 +69,7 @@ impl DataDir {
 
     /// Returns true if the last append did not fit on the disk. Accesses no file.
     pub fn is_full(&self) -> bool {
-        self.inner.ctx.disk_full.load(Ordering::Relaxed)
+        self.inner.ctx.budget.is_full()
     }
 
     /// Returns the space of the file system that holds the directory.

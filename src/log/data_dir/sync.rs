@@ -24,7 +24,7 @@ use std::{
 use super::DataDirInner;
 use crate::{
     log::{
-        disk::{BLOCK, LARGE_PIECE_BYTES, OpenMode, PIECE_BYTES, budget},
+        disk::{BLOCK, LARGE_PIECE_BYTES, OpenMode, PIECE_BYTES},
         error::{PersistError, is_full},
         format::checkpoint::{Checkpoint, CheckpointKind},
         journal::JournalEntry,
@@ -160,7 +160,7 @@ impl DataDirInner {
             work.last_pass = Some(clock::monotonic());
             (std::mem::take(&mut work.dirty), std::mem::take(&mut work.urgent))
         };
-        self.create_reserve();
+        self.ctx.budget.create_reserve();
         if !mutant!(ReuseJournalFileBeforeSync) {
             self.sync_dirty(&dirty);
         }
@@ -270,10 +270,7 @@ impl DataDirInner {
         let ctx = &self.ctx;
         let write = || checkpoint.write(&*ctx.disk, &ctx.dir, self.directory_id);
         match write() {
-            Err(error) if is_full(&error) && budget::release(&*ctx.disk, &ctx.dir) => {
-                ctx.reserved.store(ctx.options.reserve_bytes == 0, Ordering::Release);
-                write()
-            }
+            Err(error) if is_full(&error) && ctx.budget.release_reserve() => write(),
             written => written,
         }
     }
@@ -285,19 +282,6 @@ impl DataDirInner {
         replicas.extend(registry.open.values().map(|replica| replica.checkpoint_record()));
         replicas.sort_by_key(|record| record.id);
         Checkpoint { first_frame, generation: self.ctx.generation.load(Ordering::Acquire), standing: kind, replicas }
-    }
-
-    /// Creates the reserve if it does not exist and the disk has plenty of space.
-    pub(in crate::log) fn create_reserve(&self) {
-        let ctx = &self.ctx;
-        if ctx.reserved.load(Ordering::Acquire) {
-            return;
-        }
-        match budget::take(&*ctx.disk, &ctx.dir, ctx.options.reserve_bytes) {
-            Ok(taken) => ctx.reserved.store(taken, Ordering::Release),
-            // The reserve serves only starts and checkpoints on a full disk.
-            Err(error) => tracing::debug!(%error, "cannot create the reserve, retrying later"),
-        }
     }
 }
 

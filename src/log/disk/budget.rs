@@ -1,57 +1,193 @@
-//! The reserve: allocated disk space that is released when the disk has none.
+//! The free space of a data directory's disk: the only place that compares it with a threshold.
 //!
 //! # Overview
 //!
-//! Appends leave [`LogOptions::reserve_bytes`](super::LogOptions::reserve_bytes) free, so a log never fills its own
-//! disk. Other programs can still fill it. A broker could then not even start: the checkpoint needs space, and so does
-//! the metadata commit that precedes the deletion of segments. Part of the space is therefore a file, created when the
-//! disk has plenty of space. A start with less free space than the size of the file removes the file first, and so does
-//! a checkpoint that finds no space. The file is created again when the disk has plenty of space.
+//! Appends leave [`LogOptions::reserve_bytes`](crate::log::LogOptions::reserve_bytes) free, so a log never fills its
+//! own disk. Other programs can still fill it. A broker could then not even start: the checkpoint needs space, and so
+//! does the metadata commit that precedes the deletion of segments. Part of the space is therefore a file, the reserve.
+//!
+//! | use of the disk | free bytes that it needs |
+//! | --- | --- |
+//! | append | its own, the kept ones, and those of journal files that are required and do not exist yet |
+//! | new journal file | its own and the kept ones |
+//! | truncation, reset | its own |
+//! | checkpoint | its own; the reserve is removed if they are missing |
+//! | start | the size of the reserve, which is removed if they are missing |
+//! | reserve | its own and the kept ones |
 
 use std::{
     io::{self, IoSlice},
-    path::Path,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
-use crate::log::disk::{Disk, OpenMode, PIECE_BYTES};
+use super::{Disk, OpenMode, PIECE_BYTES};
+use crate::{limits, log::error::DataDirError};
 
-/// Name of the file in the data directory.
-pub(in crate::log) const NAME: &str = "reserve";
+/// Name of the reserve in the data directory.
+const RESERVE_NAME: &str = "reserve";
 
-/// Size of the file in bytes. A checkpoint of a large broker fits into it, and so does twice the free space that a
-/// metadata commit requires.
-pub(in crate::log) const BYTES: u64 = 8 << 20;
+/// Size of the reserve. A checkpoint of a large broker fits into it, and so does twice the free space that a metadata
+/// commit requires.
+const RESERVE_BYTES: u64 = 8 << 20;
 
-/// Bytes of zeros per write.
-const ZEROS: usize = 1 << 20;
+/// Bytes of zeros per write to the reserve.
+const ZERO_FILL_BYTES: usize = 1 << 20;
 
-/// Removes the file if the disk has less free space than its size. Returns true if a file was removed.
-pub(in crate::log) fn release(disk: &dyn Disk, dir: &Path) -> bool {
-    let is_low = disk.free_bytes(dir).is_ok_and(|free| free < BYTES);
-    is_low && disk.remove(&dir.join(NAME)).is_ok()
+/// Bytes that may be appended before the free space of the file system is queried again.
+const APPEND_ALLOWANCE_BYTES: u64 = 4 << 20;
+
+/// Free space of the disk that holds a data directory.
+pub(in crate::log) struct DiskBudget {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    /// Bytes that appends and journal files leave free. With 0 there is no reserve, and appends are not limited.
+    kept_bytes: u64,
+    /// True if the last append found the disk full.
+    is_full: AtomicBool,
+    /// True if the reserve exists or none is configured. A missing file is created when there is space.
+    has_reserve: AtomicBool,
+    /// Bytes that may be appended without a query of the free space.
+    append_allowance: AtomicU64,
 }
 
-/// Creates the file if its size is free beyond `keep`. Returns true if the file is complete.
-pub(in crate::log) fn take(disk: &dyn Disk, dir: &Path, keep: u64) -> io::Result<bool> {
-    let path = dir.join(NAME);
-    let existing = match disk.open(&path, OpenMode::Read) {
-        Ok(file) => file.size()?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
-        Err(error) => return Err(error),
-    };
-    if existing >= BYTES {
-        return Ok(true);
+impl DiskBudget {
+    pub(in crate::log) fn new(disk: Arc<dyn Disk>, dir: &Path, kept_bytes: u64) -> Self {
+        Self {
+            disk,
+            dir: dir.to_owned(),
+            kept_bytes,
+            is_full: AtomicBool::new(false),
+            has_reserve: AtomicBool::new(kept_bytes == 0),
+            append_allowance: AtomicU64::new(0),
+        }
     }
-    if disk.free_bytes(dir)? < keep + BYTES {
-        return Ok(false);
+
+    /// Checks, before anything is written, that the disk has space for the configured journal. A ring grows on demand
+    /// and works with fewer files on a full disk. A large ring that was never created is checked here, so that the
+    /// failure does not appear under load.
+    pub(in crate::log) fn check_journal_space(&self, journal_dir: &Path, bytes: u64) -> Result<(), DataDirError> {
+        let entries = self.disk.list(journal_dir);
+        let exists = entries.is_ok_and(|entries| entries.iter().any(|entry| entry.name.ends_with(".journal")));
+        // The directory may not exist yet. The nearest existing parent then reports the free space.
+        let free = journal_dir.ancestors().find_map(|dir| self.disk.free_bytes(dir).ok());
+        match free {
+            Some(free) if bytes > limits::JOURNAL_SPACE_CHECK_BYTES && !exists && free < bytes => {
+                Err(DataDirError::JournalTooLarge { journal_dir: journal_dir.to_owned(), bytes, free })
+            }
+            _ => Ok(()),
+        }
     }
-    let file = disk.open(&path, OpenMode::Write)?;
-    let zeros = vec![0; ZEROS];
-    for at in (existing..BYTES).step_by(ZEROS) {
-        file.write_at(&[IoSlice::new(&zeros)], at)?;
+
+    /// Removes the reserve before a start if the disk has less free space than its size.
+    pub(in crate::log) fn release_reserve_for_start(&self) {
+        if self.kept_bytes > 0 && self.release_reserve() {
+            tracing::warn!(
+                dir = %self.dir.display(),
+                "the disk is full, its reserve was released for this start: add space, or lower local.retention.* or \
+                 retention.*"
+            );
+        }
     }
-    disk.write_out(&path, existing..BYTES, PIECE_BYTES)?;
-    // Without the sync the file system may only have promised the space.
-    file.sync()?;
-    Ok(true)
+
+    /// Removes the reserve if the disk has less free space than its size. Returns true if a file was removed.
+    pub(in crate::log) fn release_reserve(&self) -> bool {
+        let is_low = self.disk.free_bytes(&self.dir).is_ok_and(|free| free < RESERVE_BYTES);
+        let released = is_low && self.disk.remove(&self.dir.join(RESERVE_NAME)).is_ok();
+        if released {
+            self.has_reserve.store(self.kept_bytes == 0, Ordering::Release);
+        }
+        released
+    }
+
+    /// Creates the reserve if it does not exist and its size is free beyond the kept bytes.
+    pub(in crate::log) fn create_reserve(&self) {
+        if self.has_reserve.load(Ordering::Acquire) {
+            return;
+        }
+        match self.write_reserve() {
+            Ok(complete) => self.has_reserve.store(complete, Ordering::Release),
+            // The reserve serves only starts and checkpoints on a full disk.
+            Err(error) => tracing::debug!(%error, "cannot create the reserve, retrying later"),
+        }
+    }
+
+    /// Writes the missing part of the reserve. Returns true if the file is complete.
+    fn write_reserve(&self) -> io::Result<bool> {
+        let (disk, path) = (&self.disk, self.dir.join(RESERVE_NAME));
+        let existing = match disk.open(&path, OpenMode::Read) {
+            Ok(file) => file.size()?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error),
+        };
+        if existing >= RESERVE_BYTES {
+            return Ok(true);
+        }
+        if disk.free_bytes(&self.dir)? < self.kept_bytes + RESERVE_BYTES {
+            return Ok(false);
+        }
+        let file = disk.open(&path, OpenMode::Write)?;
+        let zeros = vec![0; ZERO_FILL_BYTES];
+        for at in (existing..RESERVE_BYTES).step_by(ZERO_FILL_BYTES) {
+            file.write_at(&[IoSlice::new(&zeros)], at)?;
+        }
+        disk.write_out(&path, existing..RESERVE_BYTES, PIECE_BYTES)?;
+        // Without the sync the file system may only have promised the space.
+        file.sync()?;
+        Ok(true)
+    }
+
+    /// Returns true if `bytes` may be appended, and deducts them from the append allowance. `unallocated` returns the
+    /// bytes of the journal files that do not exist yet. A log that filled its disk could not recover: the metadata
+    /// commit that precedes the deletion of segments needs space itself.
+    pub(in crate::log) fn reserve_append(&self, bytes: u64, unallocated: impl FnOnce() -> u64) -> bool {
+        let take = |allowance: u64| allowance.checked_sub(bytes);
+        if self.kept_bytes == 0 || self.append_allowance.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok()
+        {
+            return true;
+        }
+        // A file system that does not report its free space is used until a write fails.
+        let Ok(free) = self.disk.free_bytes(&self.dir) else { return true };
+        let Some(left) = free.checked_sub(self.kept_bytes + unallocated() + bytes) else { return false };
+        self.append_allowance.store(left.min(APPEND_ALLOWANCE_BYTES), Ordering::Release);
+        true
+    }
+
+    /// Returns true if a truncation or a reset may write `bytes`.
+    pub(in crate::log) fn has_change_space(&self, bytes: u64) -> bool {
+        // A file system that does not report its free space is used until a write fails.
+        self.disk.free_bytes(&self.dir).map_or(true, |free| free >= bytes)
+    }
+
+    /// Returns true if `bytes` of a new journal file may be written in `dir`, which may be on another device. A disk
+    /// that is full, if only for a moment, would fail all its writers, including this broker.
+    pub(in crate::log) fn has_journal_space(&self, dir: &Path, bytes: u64) -> bool {
+        self.disk.free_bytes(dir).map_or(true, |free| free >= bytes + self.kept_bytes)
+    }
+
+    /// Returns true if the last append found the disk full.
+    pub(in crate::log) fn is_full(&self) -> bool {
+        self.is_full.load(Ordering::Relaxed)
+    }
+
+    /// Records that a write found the disk full. Logs the error once, until an append finds space again.
+    pub(in crate::log) fn on_full(&self) {
+        if !self.is_full.swap(true, Ordering::Relaxed) {
+            tracing::error!(
+                path = %self.dir.display(),
+                "the disk is full, appends are refused until it has space: add space, or lower local.retention.* or \
+                 retention.*"
+            );
+        }
+    }
+
+    /// Records that an append was written.
+    pub(in crate::log) fn on_append(&self) {
+        if self.is_full() && self.is_full.swap(false, Ordering::Relaxed) {
+            tracing::info!(path = %self.dir.display(), "the disk has space for appends again");
+        }
+    }
 }

@@ -51,11 +51,9 @@ impl DataDirInner {
         };
         let Some((path, slot)) = next_slot else { return Ok(false) };
         let dir = path.parent().unwrap_or(Path::new("."));
-        // A disk that is full, if only for a moment, would fail all its writers, including this broker.
         let check_space = |bytes: u64| {
-            let is_short = |free: u64| free < bytes + self.ctx.options.reserve_bytes;
-            let full = self.ring().unallocated_bytes() == 0 && self.ctx.disk.free_bytes(dir).is_ok_and(is_short);
-            if full { Err(io::Error::from(io::ErrorKind::StorageFull)) } else { Ok(()) }
+            let is_full = self.ring().unallocated_bytes() == 0 && !self.ctx.budget.has_journal_space(dir, bytes);
+            if is_full { Err(io::Error::from(io::ErrorKind::StorageFull)) } else { Ok(()) }
         };
         check_space(bytes)?;
         ring::prepare(&*self.ctx.disk, &path, bytes, &mut |done| check_space(bytes - done).and_then(|()| rest(done)))?;

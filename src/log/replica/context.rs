@@ -15,15 +15,12 @@ use tokio::{sync::Semaphore, time::Instant};
 use super::{file_cache::FileCache, removed::RemovedFiles, state::ReplicaInner, tail_cache::TailCache};
 use crate::log::{
     data_dir::DataDirInner,
-    disk::Disk,
+    disk::{Disk, budget::DiskBudget},
     error::{ChangeError, PersistError},
     format::{ProducerMemory, entry::EntryHeader},
     journal::{Journal, JournalEntry, PersistCallback},
     options::LogOptions,
 };
-
-/// Bytes that may be appended before the free space of the file system is queried again.
-const APPEND_ALLOWANCE_BYTES: u64 = 4 << 20;
 
 /// Maximum number of concurrent reads of segments. A started read completes and keeps its result in memory, even if its
 /// caller was cancelled.
@@ -47,16 +44,12 @@ pub(in crate::log) struct LogContext {
     pub(in crate::log) journal: Journal,
     pub(in crate::log) generation: AtomicU64,
     pub(in crate::log) closed: AtomicBool,
-    pub(in crate::log) disk_full: AtomicBool,
+    pub(in crate::log) budget: Arc<DiskBudget>,
     /// Held while a checkpoint is written and the ring files that it makes unnecessary are released. It keeps an older
     /// checkpoint from replacing a newer one.
     pub(in crate::log) recycling: Mutex<()>,
     /// Start of the current series of failed checkpoints, and the last error; `None` while checkpoints succeed.
     pub(in crate::log) checkpoint_error: Mutex<Option<(Instant, io::Error)>>,
-    /// True if the reserve file exists or none is configured. A missing file is created when there is space.
-    pub(in crate::log) reserved: AtomicBool,
-    /// Bytes that may be appended without a query of the free space.
-    pub(in crate::log) append_allowance: AtomicU64,
     /// Size of one write-out of a segment, in bytes.
     pub(in crate::log) piece_bytes: AtomicUsize,
     /// Permits for reads of segments on other threads.
@@ -134,12 +127,10 @@ impl LogContext {
     /// Checks that a change of a replica has space for `bytes` of files and for its two frames of the journal. The
     /// check precedes every modification, because a partial change cannot be undone.
     pub(in crate::log) fn check_change_space(&self, bytes: u64) -> Result<(), ChangeError> {
-        // A file system that does not report its free space is used until a write fails.
-        let fits = self.disk.free_bytes(&self.dir).map_or(true, |free| free >= bytes);
-        if fits && self.has_space_for_two_frames() {
+        if self.budget.has_change_space(bytes) && self.has_space_for_two_frames() {
             return Ok(());
         }
-        self.log_disk_full();
+        self.budget.on_full();
         Err(ChangeError::DiskFull)
     }
 
@@ -148,17 +139,6 @@ impl LogContext {
     fn has_space_for_two_frames(&self) -> bool {
         let inner = self.step_driver.get().and_then(Weak::upgrade).filter(|_| self.options.step_mode);
         inner.is_none_or(|inner| inner.ensure_change_space())
-    }
-
-    /// Logs the disk-full error once, until an append finds space again.
-    pub(in crate::log) fn log_disk_full(&self) {
-        if !self.disk_full.swap(true, Ordering::Relaxed) {
-            tracing::error!(
-                path = %self.dir.display(),
-                "the disk is full, appends are refused until it has space: add space, or lower local.retention.* or \
-                 retention.*"
-            );
-        }
     }
 
     /// Submits an entry to the journal and waits until the entry is durable: one sync.
@@ -202,21 +182,9 @@ impl LogContext {
         receivers.into_iter().map(outcome).collect()
     }
 
-    /// Returns true if `bytes` may be appended without touching the reserved space, and deducts them from the append
-    /// allowance. A log that filled its disk could not recover: the metadata commit that precedes the deletion of
-    /// segments needs space itself.
+    /// Returns true if `bytes` may be appended, and deducts them from the append allowance.
     pub(in crate::log) fn reserve_append(&self, bytes: u64) -> bool {
-        let LogOptions { reserve_bytes, .. } = self.options;
-        let take = |allowance: u64| allowance.checked_sub(bytes);
-        if reserve_bytes == 0 || self.append_allowance.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok() {
-            return true;
-        }
-        // A file system that does not report its free space is used until a write fails.
-        let Ok(free) = self.disk.free_bytes(&self.dir) else { return true };
-        let unallocated = self.journal.ring.lock().unallocated_bytes();
-        let Some(left) = free.checked_sub(reserve_bytes + unallocated + bytes) else { return false };
-        self.append_allowance.store(left.min(APPEND_ALLOWANCE_BYTES), Ordering::Release);
-        true
+        self.budget.reserve_append(bytes, || self.journal.ring.lock().unallocated_bytes())
     }
 
     /// Wakes the sync thread, or the driver of the steps.

@@ -187,7 +187,7 @@ impl ReplicaLog {
             Err(error) if is_full(&error) => {
                 // Without this removal, the next start would remove the partial file.
                 let _left = inner.ctx.disk.remove(&path);
-                inner.ctx.log_disk_full();
+                inner.ctx.budget.on_full();
                 Err(ChangeError::DiskFull)
             }
             kept => kept.map_err(|error| self.failed_change(&error)),

@@ -228,10 +228,7 @@ impl ReplicaLog {
             written
         });
         let Err(error) = written else {
-            let full = &self.inner.ctx.disk_full;
-            if full.load(Ordering::Relaxed) && full.swap(false, Ordering::Relaxed) {
-                tracing::info!(path = %self.inner.ctx.dir.display(), "the disk has space for appends again");
-            }
+            self.inner.ctx.budget.on_append();
             return Ok(());
         };
         let truncate_back = || -> io::Result<()> {
@@ -248,7 +245,7 @@ impl ReplicaLog {
     }
 
     fn disk_is_full(&self) -> LogAppendError {
-        self.inner.ctx.log_disk_full();
+        self.inner.ctx.budget.on_full();
         LogAppendError::DiskFull
     }
 
