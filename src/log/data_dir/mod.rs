@@ -16,11 +16,10 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
 };
 
 use parking_lot::{Mutex, MutexGuard};
@@ -35,7 +34,7 @@ use self::{
 use crate::{
     log::{
         disk::{Disk, OpenMode, PIECE_BYTES, budget::DiskBudget},
-        error::{DataDirError, PersistError, ReplicaError, io_error, is_full},
+        error::{DataDirError, PersistError, ReplicaError, io_error},
         format::{
             ProducerMemory,
             checkpoint::{CheckpointKind, ReplicaCheckpoint},
@@ -43,8 +42,7 @@ use crate::{
             segment::replica_dir,
         },
         journal::{
-            FrameSpace, Journal,
-            preallocate::{self, Growing},
+            Journal, JournalHost, StepDriver,
             ring::{self, Ring},
         },
         options::LogOptions,
@@ -72,7 +70,6 @@ pub struct DataDir {
 pub(in crate::log) struct DataDirInner {
     pub(in crate::log) ctx: Arc<LogContext>,
     pub(in crate::log) directory_id: Uuid,
-    pub(in crate::log) growing: Growing,
     registry: Mutex<ReplicaRegistry>,
     /// Replicas on the disk that are not registered.
     pub(in crate::log) strays: StrayReplicas,
@@ -128,7 +125,7 @@ impl DataDir {
             dir: dir.to_owned(),
             tail: TailCache::new(options.tail_bytes),
             producer_memory: ProducerMemory::new(options.producer_bytes),
-            journal: Journal::new(directory_id, ring, loaded.first_frame, &options),
+            journal: Journal::new(directory_id, ring, loaded.first_frame, budget.clone(), &options),
             generation: AtomicU64::new(loaded.generation),
             closed: AtomicBool::new(false),
             budget,
@@ -145,14 +142,16 @@ impl DataDir {
         let inner = Arc::new(DataDirInner {
             ctx,
             directory_id,
-            growing: Growing::default(),
             registry: Mutex::new(registry),
             strays,
             was_clean_shutdown: loaded.clean,
             _lock: lock,
         });
-        drop(inner.ctx.step_driver.set(Arc::downgrade(&inner)));
-        inner.preallocate_now().map_err(io_error(&journal_dir, "create the journal"))?;
+        if inner.ctx.options.step_mode {
+            let driver: Weak<dyn StepDriver> = Arc::<DataDirInner>::downgrade(&inner);
+            drop(inner.ctx.step_driver.set(driver));
+        }
+        inner.ctx.journal.preallocate_now().map_err(io_error(&journal_dir, "create the journal"))?;
         inner.write_first_frame(loaded.first_frame).map_err(io_error(dir, "write the first frame of the journal"))?;
         inner.ctx.budget.create_reserve();
         let handles = if inner.ctx.options.step_mode { Vec::new() } else { inner.start() };
@@ -296,7 +295,7 @@ impl DataDir {
         }
         inner.sync_pass();
         inner.ctx.journal.close();
-        while inner.ctx.options.step_mode && inner.journal_step() {}
+        while inner.ctx.options.step_mode && inner.write_frame() {}
         self.threads.stop();
         inner.sync_pass();
         let failed = |reason: String| Err(PersistError::Failed { reason });
@@ -321,7 +320,7 @@ impl DataDir {
     /// Writes one frame of the journal, with `step_mode`. Returns false if nothing is queued, or if the journal has no
     /// space.
     pub fn journal_step(&self) -> bool {
-        self.inner.journal_step()
+        self.inner.write_frame()
     }
 
     #[cfg(test)]
@@ -345,20 +344,13 @@ impl DataDirInner {
         self.registry.lock()
     }
 
-    pub(in crate::log) fn ring(&self) -> MutexGuard<'_, Ring> {
-        self.ctx.journal.ring.lock()
-    }
-
     pub(in crate::log) fn open_replicas(&self) -> Vec<Arc<ReplicaInner>> {
         self.registry().open.values().cloned().collect()
     }
 
     /// Writes the frame at which replay would start, and then the checkpoint that names it.
     fn write_first_frame(&self, first_frame: u64) -> io::Result<()> {
-        match self.ctx.journal.ensure_space(&mut || self.preallocate_now())? {
-            FrameSpace::NeedsFile => return Err(io::ErrorKind::StorageFull.into()),
-            FrameSpace::NewFile | FrameSpace::Available => self.ctx.journal.begin()?,
-        }
+        self.ctx.journal.begin()?;
         self.write_checkpoint(&self.checkpoint(first_frame, CheckpointKind::Running))
     }
 
@@ -433,93 +425,38 @@ impl DataDirInner {
         Ok(replica)
     }
 
-    /// Writes one frame of the journal after making space for it. Runs the sync itself, because no thread does.
-    pub(in crate::log) fn journal_step(&self) -> bool {
-        let journal = &self.ctx.journal;
-        if !journal.pending() {
-            return false;
-        }
-        for _ in 0..3 {
-            match self.ensure_space() {
-                Some(FrameSpace::Available | FrameSpace::NewFile) => {
-                    journal.write_frame();
-                    return true;
-                }
-                Some(FrameSpace::NeedsFile) => {
-                    self.sync_pass();
-                    self.fail_if_stalled();
-                }
-                None => return true,
-            }
-        }
-        false
-    }
-
-    /// Writes the queued entries and makes space for the two frames of a change, with `step_mode`. Returns false if
-    /// there is no space.
-    pub(in crate::log) fn ensure_change_space(&self) -> bool {
-        let journal = &self.ctx.journal;
-        while journal.pending() {
-            if !self.journal_step() {
-                return false;
-            }
-        }
-        for _ in 0..3 {
-            if journal.has_space_for_two_frames() || matches!(self.preallocate_now(), Ok(true)) {
-                return true;
-            }
-            self.sync_pass();
-        }
-        false
-    }
-
-    /// Makes space for the next frame. Returns `None` if the journal has failed.
-    fn ensure_space(&self) -> Option<FrameSpace> {
-        match self.ctx.journal.ensure_space(&mut || self.preallocate_now()) {
-            Ok(space) => Some(space),
-            Err(error) if is_full(&error) => Some(FrameSpace::NeedsFile),
-            Err(error) => {
-                self.ctx.journal.fail(&error);
-                None
-            }
-        }
-    }
-
     fn start(self: &Arc<Self>) -> Vec<JoinHandle<()>> {
         let (writer, syncer, preallocator, remover) = (self.clone(), self.clone(), self.clone(), self.clone());
         vec![
-            task::spawn_thread("journal", move || writer.run_journal()),
+            task::spawn_thread("journal", move || writer.ctx.journal.run(&*writer)),
             task::spawn_thread("segment-sync", move || sync::run(&syncer)),
-            task::spawn_thread("journal-preallocate", move || preallocate::run(&preallocator)),
+            task::spawn_thread("journal-preallocate", move || preallocator.ctx.journal.run_preallocation()),
             task::spawn_thread("removed-files", move || remover.ctx.removed.run()),
         ]
     }
+}
 
-    /// Runs the journal thread.
-    fn run_journal(&self) {
-        const FILE_WAIT_INTERVAL: Duration = Duration::from_millis(100);
-        let journal = &self.ctx.journal;
-        while journal.wait_for_entries() {
-            let Some(space) = self.ensure_space() else { continue };
-            if !matches!(space, FrameSpace::NeedsFile) {
-                journal.write_frame();
-                let (is_low, wants_file) = {
-                    let ring = self.ring();
-                    (ring.is_low(), ring.wants_file())
-                };
-                if matches!(space, FrameSpace::NewFile) && (is_low || wants_file) {
-                    self.ctx.request_sync_now();
-                }
-            } else if self.ctx.work().stopping || journal.is_closed() {
-                if !self.sync_pass() || !self.ring().has_free() {
-                    journal.fail(&io::Error::other("the log is closing, and the journal has no free file"));
-                }
-            } else {
-                self.ctx.request_sync_now();
-                journal.wait_for_file(FILE_WAIT_INTERVAL);
-                self.fail_if_stalled();
-            }
-        }
+impl JournalHost for DataDirInner {
+    fn request_sync(&self) {
+        self.ctx.request_sync_now();
+    }
+
+    fn sync_pass(&self) -> bool {
+        self.sync_pass()
+    }
+
+    fn stall_reason(&self) -> Option<String> {
+        self.stall_reason()
+    }
+}
+
+impl StepDriver for DataDirInner {
+    fn write_frame(&self) -> bool {
+        self.ctx.journal.step(self)
+    }
+
+    fn ensure_change_space(&self) -> bool {
+        self.ctx.journal.ensure_change_space(self)
     }
 }
 

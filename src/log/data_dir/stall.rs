@@ -1,6 +1,6 @@
 //! Detection of a journal whose ring has stalled. Writing to the directory then ends, so that other brokers take over.
 
-use std::{io, time::Duration};
+use std::time::Duration;
 
 use super::DataDirInner;
 use crate::{log::error::is_full, model::Offset};
@@ -17,14 +17,6 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 const STALL_SYNC_PASSES: u32 = 5;
 
 impl DataDirInner {
-    /// Fails the journal if its ring has stalled. Otherwise all writers would wait, and no other broker would take
-    /// over. A restart replays the content of the journal.
-    pub(in crate::log) fn fail_if_stalled(&self) {
-        if let Some(reason) = self.stall_reason() {
-            self.ctx.journal.fail(&io::Error::other(reason));
-        }
-    }
-
     /// Returns the reason of a stall, if any.
     ///
     /// | stall | limit |
@@ -33,8 +25,8 @@ impl DataDirInner {
     /// | checkpoints fail for another reason than a full disk, which may get space again | `CHECKPOINT_WAIT` |
     /// | the oldest file holds acknowledged data that a replica cannot sync | none |
     /// | the oldest file holds data that no sync pass releases | `STALL_TIMEOUT` and `STALL_SYNC_PASSES` |
-    fn stall_reason(&self) -> Option<String> {
-        let oldest = self.ring().oldest()?;
+    pub(super) fn stall_reason(&self) -> Option<String> {
+        let oldest = self.ctx.journal.oldest_file()?;
         let journal = &self.ctx.journal;
         if journal.closing_wait() >= STOP_WAIT {
             return Some(format!("the log is closing, and no journal file was released for {} s", STOP_WAIT.as_secs()));

@@ -49,7 +49,7 @@ impl DataDir {
             replicas: open.len() + self.inner.registry().unopened.len(),
             failed_replicas: failed.collect(),
             segment_bytes: open.iter().map(|replica| replica.state().bytes()).sum(),
-            journal_bytes: self.inner.ring().bytes(),
+            journal_bytes: ctx.journal.bytes(),
             tail_bytes: ctx.tail.used(),
             producer_bytes: ctx.producer_memory.taken(),
             free_bytes: ctx.disk.free_bytes(&ctx.dir).unwrap_or(0),

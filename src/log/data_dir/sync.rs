@@ -164,14 +164,14 @@ impl DataDirInner {
         if !mutant!(ReuseJournalFileBeforeSync) {
             self.sync_dirty(&dirty);
         }
-        let is_low = self.ring().is_low();
+        let is_low = self.ctx.journal.is_low();
         if !urgent && !is_low {
             return true;
         }
         let recycled = self.recycle();
         let is_recycled = recycled.is_ok();
         self.record_checkpoint_result(recycled.err());
-        let has_free = self.ring().has_free();
+        let has_free = self.ctx.journal.has_free_file();
         let mut work = self.ctx.work();
         work.passes_without_progress =
             if has_free || !is_recycled { 0 } else { work.passes_without_progress.saturating_add(1) };
@@ -234,13 +234,8 @@ impl DataDirInner {
                 || if replica.state().generation == head.generation { Ok(()) } else { Err(PersistError::Truncated) };
             match replica.sync().and_then(|()| check_generation()) {
                 Ok(()) => {
-                    let entry = JournalEntry {
-                        head,
-                        batches: Vec::new(),
-                        bytes: 0,
-                        replica: replica.clone(),
-                        done: Some(done),
-                    };
+                    let entry =
+                        JournalEntry { head, batches: Vec::new(), bytes: 0, client: replica.clone(), done: Some(done) };
                     self.ctx.journal.submit(entry);
                 }
                 Err(error) => done(Err(error)),
@@ -257,10 +252,9 @@ impl DataDirInner {
         let oldest =
             open.iter().filter_map(|replica| replica.state().journal_pins.front().map(|(file, _)| *file)).min();
         let oldest = oldest.filter(|_| !mutant!(ReuseJournalFileBeforeSync));
-        let first_frame = self.ring().start_after(oldest.unwrap_or(u64::MAX), self.ctx.journal.next_frame());
+        let first_frame = self.ctx.journal.start_after(oldest.unwrap_or(u64::MAX));
         self.write_checkpoint(&self.checkpoint(first_frame, CheckpointKind::Running))?;
-        self.ring().release(first_frame);
-        self.ctx.journal.released.notify_all();
+        self.ctx.journal.release(first_frame);
         Ok(())
     }
 

@@ -19,10 +19,10 @@
 //! The last frame may be torn. None of its entries was completed, and replay drops the frame. An invalid frame before a
 //! valid one is corruption, not a torn end: replay reports the replicas whose data it held.
 
-pub(super) mod buffer;
-pub(super) mod preallocate;
+mod preallocate;
 pub(super) mod replay;
 pub(super) mod ring;
+mod thread;
 
 use std::{
     collections::VecDeque,
@@ -39,15 +39,15 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use self::{
-    buffer::AlignedBuffer,
-    ring::{ActiveFile, Ring},
+    ring::{ActiveFile, AlignedBuffer, Ring},
+    thread::FrameSpace,
 };
 use crate::{
     log::{
+        disk::budget::DiskBudget,
         error::PersistError,
         format::entry::{self, EntryHeader},
         options::{LogOptions, SimHook},
-        replica::state::ReplicaInner,
     },
     model::Offset,
     record::Batch,
@@ -67,8 +67,39 @@ pub(super) struct JournalEntry {
     pub(super) head: EntryHeader,
     pub(super) batches: Vec<Batch>,
     pub(super) bytes: usize,
-    pub(super) replica: Arc<ReplicaInner>,
+    pub(super) client: Arc<dyn JournalClient>,
     pub(super) done: Option<PersistCallback>,
+}
+
+/// The replica whose operation an entry records.
+pub(super) trait JournalClient: Send + Sync {
+    /// Records that an entry is durable in the journal file with the use number `file`. Called with the writer's lock
+    /// held, for all entries of a frame before the first result.
+    fn on_journaled(&self, entry: &EntryHeader, file: u64);
+
+    /// Returns the result for the caller that submitted the entry. Called without a lock of the journal.
+    fn persist_result(&self, entry: &EntryHeader) -> Result<Offset, PersistError>;
+}
+
+/// The data directory, which syncs the segments so that journal files can be reused.
+pub(super) trait JournalHost {
+    /// Requests a sync pass soon, on another thread.
+    fn request_sync(&self);
+
+    /// Runs a sync pass, and returns false if no file could be released.
+    fn sync_pass(&self) -> bool;
+
+    /// Returns the reason why no sync pass will release a file, if any.
+    fn stall_reason(&self) -> Option<String>;
+}
+
+/// Driver of the journal while a caller waits for it, in step mode only: no thread runs then.
+pub(super) trait StepDriver: Send + Sync {
+    /// Writes one frame. Returns false if nothing is queued, or if the journal has no space.
+    fn write_frame(&self) -> bool;
+
+    /// Writes the queued entries and makes space for the two frames of a change. Returns false if there is no space.
+    fn ensure_change_space(&self) -> bool;
 }
 
 pub(super) struct Journal {
@@ -78,9 +109,12 @@ pub(super) struct Journal {
     queue: Mutex<EntryQueue>,
     queued: Condvar,
     writer: Mutex<WriterState>,
-    pub(super) ring: Mutex<Ring>,
+    ring: Mutex<Ring>,
+    /// Held while a file is being created: one at a time.
+    preallocating: Mutex<()>,
+    budget: Arc<DiskBudget>,
     /// Signalled when a ring file is released or created, or when the journal ends.
-    pub(super) released: Condvar,
+    released: Condvar,
     /// Signalled when a ring file is entered, when the writer starts or stops waiting for one, and when the journal
     /// ends.
     entered: Condvar,
@@ -108,18 +142,14 @@ struct WriterState {
     no_space_since: Option<Instant>,
 }
 
-/// Space for the next frame.
-pub(super) enum FrameSpace {
-    /// No free file: segments must be synced first.
-    NeedsFile,
-    /// Space in the next file, which was entered.
-    NewFile,
-    /// Space in the active file.
-    Available,
-}
-
 impl Journal {
-    pub(super) fn new(directory: Uuid, ring: Ring, next_frame: u64, options: &LogOptions) -> Self {
+    pub(super) fn new(
+        directory: Uuid,
+        ring: Ring,
+        next_frame: u64,
+        budget: Arc<DiskBudget>,
+        options: &LogOptions,
+    ) -> Self {
         Self {
             directory,
             max_frame_bytes: options.max_frame_bytes,
@@ -128,6 +158,8 @@ impl Journal {
             queued: Condvar::new(),
             writer: Mutex::new(WriterState { current: None, buffer: AlignedBuffer::default(), no_space_since: None }),
             ring: Mutex::new(ring),
+            preallocating: Mutex::default(),
+            budget,
             released: Condvar::new(),
             entered: Condvar::new(),
             position: AtomicU64::new(0),
@@ -174,7 +206,7 @@ impl Journal {
     }
 
     /// Waits until an entry is queued. Returns false if the journal is closed and the queue is empty.
-    pub(super) fn wait_for_entries(&self) -> bool {
+    fn wait_for_entries(&self) -> bool {
         let mut queue = self.queue.lock();
         self.queued.wait_while(&mut queue, |queue| queue.entries.is_empty() && !queue.closed);
         !queue.entries.is_empty()
@@ -213,7 +245,7 @@ impl Journal {
         self.closing.get().map_or(Duration::ZERO, Instant::elapsed).min(self.space_wait())
     }
 
-    pub(super) fn is_closed(&self) -> bool {
+    fn is_closed(&self) -> bool {
         self.queue.lock().closed
     }
 
@@ -222,71 +254,44 @@ impl Journal {
         !self.queue.lock().entries.is_empty()
     }
 
-    /// Makes space for the next frame in a file. Called by the writer only.
-    pub(super) fn ensure_space(&self, prepare: &mut dyn FnMut() -> io::Result<bool>) -> io::Result<FrameSpace> {
-        let needed = self.next_bytes() as u64;
-        let mut writer = self.writer.lock();
-        let file_bytes = self.ring.lock().file_bytes;
-        if writer.current.as_ref().is_some_and(|current| current.position + needed <= file_bytes) {
-            writer.no_space_since = None;
-            return Ok(FrameSpace::Available);
-        }
-        if let Some(next) = self.ring.lock().advance(self.next_frame())? {
-            (writer.current, writer.no_space_since) = (Some(next), None);
-            self.position.store(0, Ordering::Relaxed);
-            self.entered.notify_all();
-            return Ok(FrameSpace::NewFile);
-        }
-        writer.no_space_since.get_or_insert_with(clock::monotonic);
-        drop(writer);
-        if prepare()? { self.ensure_space(&mut || Ok(false)) } else { Ok(FrameSpace::NeedsFile) }
+    /// Returns the bytes of all files.
+    pub(super) fn bytes(&self) -> u64 {
+        self.ring.lock().bytes()
     }
 
-    /// Returns true if a frame of one entry and the next frame fit into the active file, or if a file is free.
-    pub(super) fn has_space_for_two_frames(&self) -> bool {
-        let position = self.writer.lock().current.as_ref().map(|current| current.position);
-        let needed = (entry::max_frame_bytes(1, 0) + self.next_bytes()) as u64;
-        let ring = self.ring.lock();
-        ring.has_free() || position.is_some_and(|position| position + needed <= ring.file_bytes)
+    /// Returns the bytes of the files that the ring requires and that do not exist yet.
+    pub(super) fn unallocated_bytes(&self) -> u64 {
+        self.ring.lock().unallocated_bytes()
     }
 
-    /// Waits until a file may be free, at most `at_most`.
-    pub(super) fn wait_for_file(&self, at_most: Duration) {
-        let none = |ring: &mut Ring| !ring.has_free() && !self.is_closed();
-        self.released.wait_while_for(&mut self.ring.lock(), none, at_most);
+    /// Returns true if few files are free, so that segments should be synced now.
+    pub(super) fn is_low(&self) -> bool {
+        self.ring.lock().is_low()
     }
 
-    /// Waits until the ring needs another file. Returns false if the journal is closed or has failed.
-    pub(super) fn wait_until_file_wanted(&self) -> bool {
-        let idle = |ring: &mut Ring| !ring.wants_file() && !self.has_ended();
-        self.entered.wait_while(&mut self.ring.lock(), idle);
-        !self.has_ended()
+    /// Returns true if a file is free.
+    pub(super) fn has_free_file(&self) -> bool {
+        self.ring.lock().has_free()
+    }
+
+    /// Returns the number of the oldest use, if no file is free.
+    pub(super) fn oldest_file(&self) -> Option<u64> {
+        self.ring.lock().oldest()
+    }
+
+    /// Returns the frame at which replay would start if the files before use `keep` were released.
+    pub(super) fn start_after(&self, keep: u64) -> u64 {
+        self.ring.lock().start_after(keep, self.next_frame())
+    }
+
+    /// Releases the files that hold only frames below `first_frame`.
+    pub(super) fn release(&self, first_frame: u64) {
+        self.ring.lock().release(first_frame);
+        self.released.notify_all();
     }
 
     fn has_ended(&self) -> bool {
         self.is_closed() || self.failed().is_some()
-    }
-
-    /// Returns true if a file that is being created is not needed any longer.
-    pub(super) fn is_prealloc_cancelled(&self) -> bool {
-        self.has_ended() && !self.writer_waiting.load(Ordering::Acquire)
-    }
-
-    /// Sets whether the writer waits for the file that is being created.
-    pub(super) fn set_writer_waiting(&self, awaited: bool) {
-        self.writer_waiting.store(awaited, Ordering::Release);
-        drop(self.ring.lock());
-        self.entered.notify_all();
-    }
-
-    /// Lets appends go first while the next file is created; `done` is the number of bytes created so far. Returns at
-    /// once if the writer waits for the file, or if the active file fills faster than the next one is created.
-    pub(super) fn yield_to_appends(&self, done: u64, at_most: Duration) {
-        let is_urgent = |_: &mut Ring| self.has_ended() || self.writer_waiting.load(Ordering::Acquire);
-        if done < 2 * self.position.load(Ordering::Relaxed) {
-            return;
-        }
-        self.entered.wait_while_for(&mut self.ring.lock(), |ring| !is_urgent(ring), at_most);
     }
 
     /// Returns the number of entries in the next frame, and their payload in bytes.
@@ -310,12 +315,15 @@ impl Journal {
         entry::max_frame_bytes(entries, payload).max(entry::max_frame_bytes(1, self.max_frame_bytes))
     }
 
-    /// Writes an empty frame. The checkpoint that starts replay at this frame then names an existing one, so a journal
-    /// without it is recognised as another journal. [`Self::ensure_space`] must just have made the space.
+    /// Creates the first file if there is none, and writes an empty frame. The checkpoint that starts replay at this
+    /// frame then names an existing one, so a journal without it is recognised as another journal.
     pub(super) fn begin(&self) -> io::Result<()> {
+        if matches!(self.ensure_space()?, FrameSpace::NeedsFile) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         let mut writer = self.writer.lock();
         let WriterState { current, buffer, .. } = &mut *writer;
-        let current = current.as_mut().expect("`make_room` has entered a file");
+        let current = current.as_mut().expect("`ensure_space` has entered a file");
         let frame = buffer.slice(entry::max_frame_bytes(0, 0));
         let sequence = self.next_frame();
         entry::encode(frame, self.directory, sequence, std::iter::empty());
@@ -327,7 +335,7 @@ impl Journal {
     }
 
     /// Writes one frame of queued entries and completes them. [`Self::ensure_space`] must just have made the space.
-    pub(super) fn write_frame(&self) {
+    fn write_frame(&self) {
         let mut writer = self.writer.lock();
         let entries: Vec<JournalEntry> = {
             let mut queue = self.queue.lock();
@@ -338,7 +346,7 @@ impl Journal {
             return;
         }
         let WriterState { current, buffer, .. } = &mut *writer;
-        let current = current.as_mut().expect("`make_room` has entered a file");
+        let current = current.as_mut().expect("`ensure_space` has entered a file");
         let payload = entries.iter().map(|entry| entry.bytes).sum();
         let frame = buffer.slice(entry::max_frame_bytes(entries.len(), payload));
         let sequence = self.next_frame();
@@ -356,11 +364,11 @@ impl Journal {
                 self.metrics.journal_sync_seconds.observe(began.elapsed().as_secs_f64());
                 self.next_frame.store(sequence + 1, Ordering::Release);
                 for entry in &entries {
-                    entry.replica.on_journaled(&entry.head, serial);
+                    entry.client.on_journaled(&entry.head, serial);
                 }
                 drop(writer);
                 for entry in entries {
-                    let result = entry.replica.persist_result(&entry.head);
+                    let result = entry.client.persist_result(&entry.head);
                     entry.complete(result);
                 }
             }

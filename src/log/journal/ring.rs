@@ -8,8 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use super::buffer::AlignedBuffer;
-use crate::log::disk::{Disk, File, OpenMode};
+use crate::log::disk::{BLOCK, Disk, File, OpenMode};
 
 /// Bytes of zeros per write to a new file. A concurrent append waits for one such write at most, if the file system
 /// supports direct I/O.
@@ -35,7 +34,7 @@ pub(in crate::log) fn ring_layout(bytes: u64) -> (u64, usize) {
 pub(in crate::log) struct Ring {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
-    pub(in crate::log) file_bytes: u64,
+    pub(super) file_bytes: u64,
     max_files: usize,
     /// Slots of the files that may be written from their start.
     free: Vec<usize>,
@@ -54,10 +53,10 @@ struct RingFile {
 }
 
 /// The active file.
-pub(in crate::log) struct ActiveFile {
-    pub(in crate::log) file: Arc<dyn File>,
-    pub(in crate::log) serial: u64,
-    pub(in crate::log) position: u64,
+pub(super) struct ActiveFile {
+    pub(super) file: Arc<dyn File>,
+    pub(super) serial: u64,
+    pub(super) position: u64,
 }
 
 impl Ring {
@@ -90,12 +89,16 @@ impl Ring {
         Ok(ring)
     }
 
+    pub(super) fn disk(&self) -> Arc<dyn Disk> {
+        self.disk.clone()
+    }
+
     fn path(&self, slot: usize) -> PathBuf {
         self.dir.join(format!("{slot:05}.journal"))
     }
 
     /// Returns the path and number of an unused slot, if the ring may still grow.
-    pub(in crate::log) fn next_slot(&self) -> Option<(PathBuf, usize)> {
+    pub(super) fn next_slot(&self) -> Option<(PathBuf, usize)> {
         if self.file_count >= self.max_files {
             return None;
         }
@@ -104,13 +107,13 @@ impl Ring {
     }
 
     /// Adds a file that [`prepare`] created.
-    pub(in crate::log) fn add(&mut self, slot: usize) {
+    pub(super) fn add(&mut self, slot: usize) {
         self.file_count += 1;
         self.free.push(slot);
     }
 
     /// Enters the next file, if one is free. `sequence` is that of the first frame in the file.
-    pub(in crate::log) fn advance(&mut self, sequence: u64) -> io::Result<Option<ActiveFile>> {
+    pub(super) fn advance(&mut self, sequence: u64) -> io::Result<Option<ActiveFile>> {
         let Some(slot) = self.free.pop() else { return Ok(None) };
         let file = match self.disk.open(&self.path(slot), OpenMode::Direct) {
             Ok(file) => file,
@@ -126,7 +129,7 @@ impl Ring {
 
     /// Returns the sequence at which replay would start if the files before use `keep` were released. A frame with that
     /// sequence was written: the file entered last may not hold one yet.
-    pub(in crate::log) fn start_after(&self, keep: u64, next_frame: u64) -> u64 {
+    pub(super) fn start_after(&self, keep: u64, next_frame: u64) -> u64 {
         let written = self.used.iter().take_while(|used| used.first_frame < next_frame);
         let last = written.clone().last();
         let kept = written.clone().find(|used| used.serial >= keep).or(last);
@@ -134,7 +137,7 @@ impl Ring {
     }
 
     /// Releases the files that hold only frames below `first_frame`. The active file stays.
-    pub(in crate::log) fn release(&mut self, first_frame: u64) {
+    pub(super) fn release(&mut self, first_frame: u64) {
         while self.used.len() > 1 && self.used[1].first_frame <= first_frame {
             let used = self.used.pop_front().expect("more than one file is in use");
             sim_event!(JournalFileFreed { file: used.serial });
@@ -143,33 +146,33 @@ impl Ring {
     }
 
     /// Returns true if few files are free, so that segments should be synced now.
-    pub(in crate::log) fn is_low(&self) -> bool {
+    pub(super) fn is_low(&self) -> bool {
         self.free.len() + (self.max_files - self.file_count) < self.max_files.div_ceil(2)
     }
 
     /// Returns true if the next file should be created now, before it is needed.
-    pub(in crate::log) fn wants_file(&self) -> bool {
+    pub(super) fn wants_file(&self) -> bool {
         self.free.is_empty() && self.file_count < self.max_files
     }
 
     /// Returns the number of the oldest use, if no file is free.
-    pub(in crate::log) fn oldest(&self) -> Option<u64> {
+    pub(super) fn oldest(&self) -> Option<u64> {
         self.used.front().map(|used| used.serial).filter(|_| self.free.is_empty())
     }
 
     /// Returns true if a file is free.
-    pub(in crate::log) fn has_free(&self) -> bool {
+    pub(super) fn has_free(&self) -> bool {
         !self.free.is_empty()
     }
 
     /// Returns the bytes of the files that the ring requires and that do not exist yet. A ring of one file could never
     /// release it.
-    pub(in crate::log) fn unallocated_bytes(&self) -> u64 {
+    pub(super) fn unallocated_bytes(&self) -> u64 {
         (MIN_FILES.saturating_sub(self.file_count)) as u64 * self.file_bytes
     }
 
     /// Returns the bytes of all files.
-    pub(in crate::log) fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         self.file_count as u64 * self.file_bytes
     }
 }
@@ -180,7 +183,7 @@ fn slot_of(name: &str) -> Option<usize> {
 
 /// Creates a file of zeros, durable with its name, so that later writes allocate nothing. `rest` is called after each
 /// piece with the number of bytes written; its error ends the work. After an error the partial file is removed.
-pub(in crate::log) fn prepare(
+pub(super) fn prepare(
     disk: &dyn Disk,
     path: &Path,
     bytes: u64,
@@ -202,6 +205,26 @@ pub(in crate::log) fn prepare(
         disk.sync_dir(path.parent().unwrap_or(Path::new(".")))
     };
     create().inspect_err(|_| drop(disk.remove(path)))
+}
+
+/// Memory for direct I/O, without unsafe code: it starts at a block boundary and grows on demand. The allocation is
+/// slightly larger, and a slice of it starts at the boundary.
+#[derive(Default)]
+pub(super) struct AlignedBuffer {
+    memory: Vec<u8>,
+}
+
+impl AlignedBuffer {
+    /// Returns `len` bytes at a block boundary, with their previous content.
+    pub(super) fn slice(&mut self, len: usize) -> &mut [u8] {
+        if self.memory.len() < len + BLOCK {
+            self.memory = vec![0; len.next_power_of_two() + BLOCK];
+        }
+        let start = self.memory.as_ptr().align_offset(BLOCK);
+        // In theory `align_offset` may return `usize::MAX`. The slice then starts off the boundary.
+        let start = if start < BLOCK { start } else { 0 };
+        &mut self.memory[start..start + len]
+    }
 }
 
 #[cfg(test)]

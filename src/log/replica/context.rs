@@ -14,11 +14,10 @@ use tokio::{sync::Semaphore, time::Instant};
 
 use super::{file_cache::FileCache, removed::RemovedFiles, state::ReplicaInner, tail_cache::TailCache};
 use crate::log::{
-    data_dir::DataDirInner,
     disk::{Disk, budget::DiskBudget},
     error::{ChangeError, PersistError},
     format::{ProducerMemory, entry::EntryHeader},
-    journal::{Journal, JournalEntry, PersistCallback},
+    journal::{Journal, JournalEntry, PersistCallback, StepDriver},
     options::LogOptions,
 };
 
@@ -56,8 +55,8 @@ pub(in crate::log) struct LogContext {
     pub(in crate::log) disk_reads: Arc<Semaphore>,
     pub(in crate::log) work: Mutex<SyncQueue>,
     pub(in crate::log) wake: Condvar,
-    /// With `step_mode`: the data directory that runs steps while a caller waits.
-    pub(in crate::log) step_driver: OnceLock<Weak<DataDirInner>>,
+    /// In step mode: the driver that runs steps while a caller waits.
+    pub(in crate::log) step_driver: OnceLock<Weak<dyn StepDriver>>,
 }
 
 /// Queue of the sync thread.
@@ -121,7 +120,7 @@ impl LogContext {
 
     /// Submits an entry to the journal without waiting for the result.
     pub(in crate::log) fn submit_unacked(&self, replica: &Arc<ReplicaInner>, head: EntryHeader) {
-        self.journal.submit(JournalEntry { head, batches: Vec::new(), bytes: 0, replica: replica.clone(), done: None });
+        self.journal.submit(JournalEntry { head, batches: Vec::new(), bytes: 0, client: replica.clone(), done: None });
     }
 
     /// Checks that a change of a replica has space for `bytes` of files and for its two frames of the journal. The
@@ -137,8 +136,12 @@ impl LogContext {
     /// Returns true if the journal accepts two more frames. With threads the result is always true, because a thread
     /// waits until a journal file is free. In step mode nothing else runs a step while the caller waits.
     fn has_space_for_two_frames(&self) -> bool {
-        let inner = self.step_driver.get().and_then(Weak::upgrade).filter(|_| self.options.step_mode);
-        inner.is_none_or(|inner| inner.ensure_change_space())
+        self.step_driver().is_none_or(|driver| driver.ensure_change_space())
+    }
+
+    /// Returns the driver of the journal's steps; `None` with threads.
+    fn step_driver(&self) -> Option<Arc<dyn StepDriver>> {
+        self.step_driver.get().and_then(Weak::upgrade)
     }
 
     /// Submits an entry to the journal and waits until the entry is durable: one sync.
@@ -155,16 +158,15 @@ impl LogContext {
         let submit = |(replica, head): (&Arc<ReplicaInner>, EntryHeader)| {
             let (sender, receiver) = std::sync::mpsc::sync_channel(1);
             let done: PersistCallback = Box::new(move |result| drop(sender.send(result)));
-            let replica = replica.clone();
-            self.journal.submit(JournalEntry { head, batches: Vec::new(), bytes: 0, replica, done: Some(done) });
+            let client = replica.clone();
+            self.journal.submit(JournalEntry { head, batches: Vec::new(), bytes: 0, client, done: Some(done) });
             receiver
         };
         let receivers: Vec<_> = entries.into_iter().map(submit).collect();
         let failed = |reason: &str| Err(ChangeError::Failed { reason: reason.to_owned() });
-        let inner = self.step_driver.get().and_then(Weak::upgrade).filter(|_| self.options.step_mode);
-        let has_space = inner.is_none_or(|inner| {
+        let has_space = self.step_driver().is_none_or(|driver| {
             while self.journal.pending() {
-                if !inner.journal_step() {
+                if !driver.write_frame() {
                     return false;
                 }
             }
@@ -184,7 +186,7 @@ impl LogContext {
 
     /// Returns true if `bytes` may be appended, and deducts them from the append allowance.
     pub(in crate::log) fn reserve_append(&self, bytes: u64) -> bool {
-        self.budget.reserve_append(bytes, || self.journal.ring.lock().unallocated_bytes())
+        self.budget.reserve_append(bytes, || self.journal.unallocated_bytes())
     }
 
     /// Wakes the sync thread, or the driver of the steps.

@@ -5,7 +5,7 @@ use std::{
     collections::VecDeque,
     path::PathBuf,
     sync::{
-        Arc, OnceLock,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -25,6 +25,7 @@ use crate::{
             producers::ProducerTable,
             segment::{Segment, SegmentFile, SegmentInfo, name},
         },
+        journal::JournalClient,
     },
     model::{Offset, PartitionId},
     task::clock,
@@ -34,6 +35,8 @@ pub(in crate::log) struct ReplicaInner {
     pub(in crate::log) id: PartitionId,
     pub(in crate::log) dir: PathBuf,
     pub(in crate::log) ctx: Arc<LogContext>,
+    /// The journal holds the replica as a trait object, from which no `Arc` of the replica follows.
+    weak_self: Weak<Self>,
     pub(in crate::log) tail: Arc<ReplicaTail>,
     /// Reason why this replica accepts no writes.
     pub(in crate::log) failed: OnceLock<String>,
@@ -145,10 +148,11 @@ impl ReplicaInner {
         let (epochs, producers) =
             (Arc::new(record.epochs), Arc::new(Arc::unwrap_or_clone(record.producers).charged(&ctx.producer_memory)));
         let segment = segments.last().expect("a record has a segment").info;
-        Arc::new(Self {
+        Arc::new_cyclic(|weak_self| Self {
             id: record.id,
             dir,
             ctx: ctx.clone(),
+            weak_self: weak_self.clone(),
             tail: Arc::default(),
             failed: OnceLock::new(),
             writer_open: AtomicBool::new(false),
@@ -227,8 +231,35 @@ impl ReplicaInner {
         EntryHeader { kind, id: self.id, generation, base, end, segment: Offset::ZERO, position: 0, epoch: None }
     }
 
-    /// Records that an entry of this replica is durable in the journal file with the use number `file`.
-    pub(in crate::log) fn on_journaled(self: &Arc<Self>, head: &EntryHeader, file: u64) {
+    /// Returns the record of the replica for a checkpoint.
+    pub(in crate::log) fn checkpoint_record(&self) -> ReplicaCheckpoint {
+        let state = self.state();
+        if let Some(record) = &state.pre_reset_record {
+            return (**record).clone();
+        }
+        let recovery = &state.recovery;
+        let sealed = state.segments.iter().map(|segment| segment.info);
+        let mut segments: Vec<_> = sealed.take_while(|info| info.base < recovery.segment.base).collect();
+        segments.push(recovery.segment);
+        ReplicaCheckpoint {
+            id: self.id,
+            generation: state.generation,
+            log_start: state.log_start,
+            persisted: state.persisted_end.max(recovery.segment.end),
+            segments,
+            epochs: (*recovery.epochs).clone(),
+            producers: recovery.producers.clone(),
+            refusal: None,
+        }
+    }
+
+    pub(in crate::log) fn path(&self, base: Offset, extension: &str) -> PathBuf {
+        self.dir.join(name(base, extension))
+    }
+}
+
+impl JournalClient for ReplicaInner {
+    fn on_journaled(&self, head: &EntryHeader, file: u64) {
         let mut state = self.state();
         if head.generation != state.generation {
             return;
@@ -254,41 +285,17 @@ impl ReplicaInner {
         }
         let pins = state.journal_pins.len() > pinned;
         drop(state);
-        if pins && !self.dirty.load(Ordering::Acquire) {
+        if pins
+            && !self.dirty.load(Ordering::Acquire)
+            && let Some(replica) = self.weak_self.upgrade()
+        {
             // The sync pass that the entry requested has already run. Only another pass releases the journal file.
-            self.mark_dirty(0);
+            replica.mark_dirty(0);
         }
     }
 
-    /// Returns the result for the caller that submitted this entry.
-    pub(in crate::log) fn persist_result(&self, head: &EntryHeader) -> Result<Offset, PersistError> {
+    fn persist_result(&self, head: &EntryHeader) -> Result<Offset, PersistError> {
         let state = self.state();
         if head.generation == state.generation { Ok(state.persisted_end) } else { Err(PersistError::Truncated) }
-    }
-
-    /// Returns the record of the replica for a checkpoint.
-    pub(in crate::log) fn checkpoint_record(&self) -> ReplicaCheckpoint {
-        let state = self.state();
-        if let Some(record) = &state.pre_reset_record {
-            return (**record).clone();
-        }
-        let recovery = &state.recovery;
-        let sealed = state.segments.iter().map(|segment| segment.info);
-        let mut segments: Vec<_> = sealed.take_while(|info| info.base < recovery.segment.base).collect();
-        segments.push(recovery.segment);
-        ReplicaCheckpoint {
-            id: self.id,
-            generation: state.generation,
-            log_start: state.log_start,
-            persisted: state.persisted_end.max(recovery.segment.end),
-            segments,
-            epochs: (*recovery.epochs).clone(),
-            producers: recovery.producers.clone(),
-            refusal: None,
-        }
-    }
-
-    pub(in crate::log) fn path(&self, base: Offset, extension: &str) -> PathBuf {
-        self.dir.join(name(base, extension))
     }
 }

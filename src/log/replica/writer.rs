@@ -329,11 +329,11 @@ impl ReplicaLog {
             head.epoch = payload.batches.last().and_then(Batch::leader_epoch);
             let done = if i == last { done.take() } else { None };
             let EntryPayload { bytes, batches, .. } = payload;
-            ctx.journal.submit(JournalEntry { head, batches, bytes, replica: self.inner.clone(), done });
+            ctx.journal.submit(JournalEntry { head, batches, bytes, client: self.inner.clone(), done });
         }
         if let Some(done) = done {
-            let replica = self.inner.clone();
-            ctx.journal.submit(JournalEntry { head: marker, batches: Vec::new(), bytes: 0, replica, done: Some(done) });
+            let client = self.inner.clone();
+            ctx.journal.submit(JournalEntry { head: marker, batches: Vec::new(), bytes: 0, client, done: Some(done) });
         }
     }
 
