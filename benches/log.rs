@@ -215,14 +215,14 @@ fn finding(group: &mut BenchmarkGroup<'_, WallTime>) {
         append(&mut replica, &small);
     }
     replica.roll().expect("the disk is not full");
-    let (reader, end) = (replica.reader(), replica.log_end());
+    let (reader, start, end) = (replica.reader(), replica.log_start(), replica.log_end());
     let mut times = StdRng::seed_from_u64(3);
     group.throughput(Throughput::Elements(1));
     group.bench_function("find a timestamp in 64 MiB of 4 KiB batches", |b| {
         b.iter(|| {
             let time = (times.next_u64() % batches).cast_signed();
-            let found = reader.offset_for_time(time, end).expect("the file is intact").expect("every timestamp exists");
-            assert_eq!(found.1, time);
+            let found = reader.batch_for_time(time, start, end, usize::MAX).expect("the file is intact");
+            assert_eq!(found.expect("every timestamp exists").max_timestamp(), time);
         });
     });
 }

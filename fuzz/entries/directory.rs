@@ -87,8 +87,8 @@ fn open(disk: &SimDisk) -> Result<DataDir, strandline::log::DataDirError> {
 fn read_all(reader: &LogReader) -> Vec<u8> {
     let (mut next, end) = (reader.local_start(), reader.log_end());
     for time in [i64::MIN, 0, i64::MAX] {
-        if let Ok(Some((offset, timestamp, _))) = reader.offset_for_time(time, end) {
-            assert!(offset < end && timestamp >= time);
+        if let Ok(Some(batch)) = reader.batch_for_time(time, reader.log_start(), end, usize::MAX) {
+            assert!(batch.base_offset() < end && batch.max_timestamp() >= time);
         }
     }
     let mut all = Vec::new();

@@ -93,8 +93,4 @@ pub use format::{
 };
 pub use journal::PersistCallback;
 pub use options::{LogOptions, SimHook};
-pub use replica::{
-    export::SegmentExport,
-    reader::{LogReader, ReadBatches, ReadLimits},
-    writer::{ReplicaLog, StateRef},
-};
+pub use replica::{LogReader, ReadBatches, ReadLimits, ReplicaLog, SegmentExport, StateRef};

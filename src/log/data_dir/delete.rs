@@ -7,15 +7,11 @@
 //! of the directory is durable. A crash between the two leaves the first entry, and the next start continues the
 //! deletion.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 use super::{DataDir, DataDirInner};
 use crate::{
-    log::{
-        error::ReplicaError,
-        format::{entry::EntryKind, segment::replica_dir},
-        replica::state::ReplicaInner,
-    },
+    log::{error::ReplicaError, format::entry::EntryKind, replica::ReplicaInner},
     model::{Offset, PartitionId},
 };
 
@@ -35,7 +31,7 @@ impl DataDir {
         let inner = &self.inner;
         let (mut failures, mut replicas, mut with_files) = (Failures::new(), Vec::new(), Vec::new());
         for id in ids {
-            match inner.take_known(*id) {
+            match inner.take_replica(*id) {
                 Ok(Some(replica)) => replicas.push(replica),
                 Ok(None) if inner.strays.is_deleting(*id) => with_files.push(*id),
                 Ok(None) => {}
@@ -43,25 +39,20 @@ impl DataDir {
             }
         }
         for replica in &replicas {
-            drop(replica.failed.set("the replica was deleted".to_owned()));
-            replica.ctx.tail.truncate(&replica.tail, Offset::ZERO);
-            sim_event!(LogChangeStarted { partition: replica.id, to: Offset::ZERO, emptied: true });
-            replica.state().generation = inner.ctx.next_generation();
+            replica.begin_delete();
         }
         let mut started = inner.commit_all(replicas, EntryKind::Delete, &mut failures);
         for replica in &started {
-            for segment in &replica.state().segments {
-                inner.ctx.files.remove(segment.file.serial);
-            }
-            inner.strays.add(replica.id);
-            with_files.push(replica.id);
+            replica.close_files();
+            inner.strays.add(replica.id());
+            with_files.push(replica.id());
         }
         let kept = inner.strays.delete(&inner.ctx, &with_files);
-        started.retain(|replica| kept.iter().all(|(id, _)| *id != replica.id));
+        started.retain(|replica| kept.iter().all(|(id, _)| *id != replica.id()));
         failures.extend(kept);
         let completed = inner.commit_all(started, EntryKind::Completed, &mut failures);
         for _replica in &completed {
-            sim_event!(LogChangeCompleted { partition: _replica.id });
+            sim_event!(LogChangeCompleted { partition: _replica.id() });
         }
         failures
     }
@@ -75,17 +66,6 @@ impl DataDir {
 }
 
 impl DataDirInner {
-    /// Removes a replica without a writer from the registry, and returns it.
-    fn take_known(&self, id: PartitionId) -> Result<Option<Arc<ReplicaInner>>, ReplicaError> {
-        let mut registry = self.registry();
-        if registry.open.get(&id).is_some_and(|open| open.writer_open.load(Ordering::Acquire)) {
-            return Err(ReplicaError::Open { id });
-        }
-        let (open, unopened) = (registry.open.remove(&id), registry.unopened.remove(&id));
-        let replica = |record| ReplicaInner::new(&self.ctx, replica_dir(&self.ctx.dir, id), record);
-        Ok(open.or_else(|| unopened.map(|unopened| replica(unopened.record))))
-    }
-
     /// Submits an entry of each replica to the journal and waits for the results. Returns the replicas whose entry is
     /// durable.
     fn commit_all(
@@ -94,16 +74,13 @@ impl DataDirInner {
         kind: EntryKind,
         failures: &mut Failures,
     ) -> Vec<Arc<ReplicaInner>> {
-        let heads = replicas.iter().map(|replica| {
-            let generation = replica.state().generation;
-            (replica, replica.entry_header(kind, generation, Offset::ZERO, Offset::ZERO))
-        });
+        let heads = replicas.iter().map(|replica| (replica, replica.marker(kind, Offset::ZERO)));
         let outcomes = self.ctx.commit_all(heads);
         let mut done = Vec::new();
         for (replica, outcome) in replicas.into_iter().zip(outcomes) {
             match outcome {
                 Ok(()) => done.push(replica),
-                Err(error) => failures.push((replica.id, ReplicaError::Failed { reason: error.to_string() })),
+                Err(error) => failures.push((replica.id(), ReplicaError::Failed { reason: error.to_string() })),
             }
         }
         done

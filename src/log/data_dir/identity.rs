@@ -61,7 +61,7 @@ impl IdentityFile {
 }
 
 /// Creates the directory if it is absent, and locks it for this process.
-pub(in crate::log) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, DataDirError> {
+pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, DataDirError> {
     disk.create_dir_all(dir).map_err(io_error(dir, "create the directory"))?;
     let path = dir.join("lock");
     match disk.lock(&path) {
@@ -75,7 +75,7 @@ pub(in crate::log) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send +
 }
 
 /// Returns the directory's id. A new directory is assigned to `identity`; a directory that holds data is not new.
-pub(in crate::log) fn check(disk: &dyn Disk, dir: &Path, identity: &DataDirIdentity) -> Result<Uuid, DataDirError> {
+pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &DataDirIdentity) -> Result<Uuid, DataDirError> {
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         // The directory may be new. A process that may not read the parent did not create the directory.
         match disk.sync_dir(parent) {
@@ -121,12 +121,12 @@ pub(in crate::log) fn check(disk: &dyn Disk, dir: &Path, identity: &DataDirIdent
 }
 
 /// Returns the highest cluster generation that the directory records; 0 if it records none.
-pub(in crate::log) fn generation(disk: &dyn Disk, dir: &Path) -> Result<u64, DataDirError> {
+pub(super) fn generation(disk: &dyn Disk, dir: &Path) -> Result<u64, DataDirError> {
     Ok(read(disk, dir)?.generation)
 }
 
 /// Records a cluster generation durably if it is higher than the recorded one.
-pub(in crate::log) fn record_generation(disk: &dyn Disk, dir: &Path, generation: u64) -> Result<(), DataDirError> {
+pub(super) fn record_generation(disk: &dyn Disk, dir: &Path, generation: u64) -> Result<(), DataDirError> {
     let file = read(disk, dir)?;
     if file.generation >= generation {
         return Ok(());

@@ -38,7 +38,7 @@ struct IncarnationsFile {
 }
 
 /// Returns the incarnations that the metadata may name, oldest first; none if the file is missing or corrupt.
-pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path) -> Result<Vec<Uuid>, DataDirError> {
+pub(super) fn read(disk: &dyn Disk, dir: &Path) -> Result<Vec<Uuid>, DataDirError> {
     let path = dir.join(NAME);
     let text = match disk.read(&path) {
         Ok(text) => text,
@@ -65,7 +65,7 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path) -> Result<Vec<Uuid>, Dat
 
 /// Records an incarnation durably. The id is added to the file, or replaces its content if the metadata is known to
 /// hold the id.
-pub(in crate::log) fn record(disk: &dyn Disk, dir: &Path, now: Uuid, confirmed: bool) -> Result<(), DataDirError> {
+pub(super) fn record(disk: &dyn Disk, dir: &Path, now: Uuid, confirmed: bool) -> Result<(), DataDirError> {
     let mut incarnations = if confirmed { Vec::new() } else { read(disk, dir)? };
     if !incarnations.contains(&now) {
         // The first id always stays: it was confirmed, and the metadata most likely names it.

@@ -22,7 +22,7 @@ struct ProducerIdsFile {
 }
 
 /// Returns the end of the newest block; 0 if the file is missing or corrupt.
-pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path) -> io::Result<i64> {
+pub(super) fn read(disk: &dyn Disk, dir: &Path) -> io::Result<i64> {
     let path = dir.join(NAME);
     let text = match disk.read(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
@@ -41,7 +41,7 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path) -> io::Result<i64> {
 }
 
 /// Records the end of a block, durably.
-pub(in crate::log) fn write_end(disk: &dyn Disk, dir: &Path, end: i64) -> io::Result<()> {
+pub(super) fn write_end(disk: &dyn Disk, dir: &Path, end: i64) -> io::Result<()> {
     let text = serde_json::to_vec_pretty(&ProducerIdsFile { format: FORMAT, end }).expect("numbers are valid JSON");
     disk.replace(&dir.join(NAME), &text)
 }

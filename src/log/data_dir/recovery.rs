@@ -5,7 +5,6 @@
 
 use std::{collections::BTreeMap, io, path::Path, sync::Arc};
 
-use super::startup;
 use crate::{
     log::{
         disk::{Disk, OpenMode},
@@ -20,25 +19,13 @@ use crate::{
     task::clock,
 };
 
-/// A replica that was not opened yet.
-#[derive(Clone)]
-pub(in crate::log) struct UnopenedReplica {
-    pub(in crate::log) record: ReplicaCheckpoint,
-    /// True if the record describes the files exactly, because a clean shutdown wrote it.
-    pub(in crate::log) clean: bool,
-}
-
 /// Reconciles a replica's files with its record. The returned record ends at the log end.
-pub(in crate::log) fn recover(
+pub(super) fn recover(
     disk: &dyn Disk,
     dir: &Path,
-    unopened: UnopenedReplica,
+    record: ReplicaCheckpoint,
 ) -> Result<ReplicaCheckpoint, ReplicaError> {
-    let UnopenedReplica { record, clean } = unopened;
-    let unverified = startup::needs_full_scan(&record);
-    if clean && record.refusal.is_none() {
-        return Ok(record);
-    }
+    let unverified = record.needs_full_scan();
     let id = record.id;
     let refuse = |persisted, reason| ReplicaError::Lost { id, persisted, reason, dir: dir.to_owned() };
     if let Some(reason) = record.refusal.clone() {
@@ -79,7 +66,7 @@ fn list(disk: &dyn Disk, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offse
 /// Quarantines the segment files in the directory of a replica that is about to be created, under names that are never
 /// read. They belong to a replica that is not registered: its deletion was interrupted, or its creation was never
 /// acknowledged. The checkpoint does not list them, yet they may be wanted. Empty files and caches are removed.
-pub(in crate::log) fn quarantine_segments(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+pub(super) fn quarantine_segments(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
     let entries = disk.list(dir)?;
     let mut kept = Vec::new();
     for entry in &entries {

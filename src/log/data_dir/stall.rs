@@ -33,30 +33,33 @@ impl DataDirInner {
         }
         let waited = journal.space_wait();
         if waited >= CHECKPOINT_WAIT
-            && let Some((since, error)) = &*self.ctx.checkpoint_error()
+            && let Some((since, error)) = &*self.checkpoint_error.lock()
             && since.elapsed() >= CHECKPOINT_WAIT
             && !is_full(error)
         {
             let seconds = CHECKPOINT_WAIT.as_secs();
             return Some(format!("no journal space for {seconds} s because the checkpoint cannot be written: {error}"));
         }
-        let holding = self.open_replicas().into_iter().filter_map(|replica| {
-            let (file, end) = replica.state().journal_pins.front().copied()?;
+        let replicas = self.registry.lock().open_replicas();
+        let holding = replicas.iter().filter_map(|replica| {
+            let (file, end) = replica.oldest_pin()?;
             (file <= oldest).then_some((replica, end))
         });
         let holding: Vec<_> = holding.collect();
-        if let Some((replica, _)) = holding.iter().find(|(replica, _)| replica.failed.get().is_some()) {
-            let id = replica.id;
+        if let Some((replica, _)) = holding.iter().find(|(replica, _)| replica.failure().is_some()) {
+            let id = replica.id();
             return Some(format!("partition {id} cannot sync the data of the oldest journal file to its segments"));
         }
-        let passes = self.ctx.work().passes_without_progress;
+        let passes = self.ctx.sync_queue.passes_without_progress();
         // A reset pins the file up to `Offset::MAX`. The reset of a long log takes time, but it ends.
         let (replica, _) = holding.iter().find(|(_, end)| *end != Offset::MAX)?;
         if waited < STALL_TIMEOUT || passes < STALL_SYNC_PASSES {
             return None;
         }
-        let reason =
-            format!("partition {} has unsynced data in the oldest journal file after {passes} sync passes", replica.id);
+        let reason = format!(
+            "partition {} has unsynced data in the oldest journal file after {passes} sync passes",
+            replica.id()
+        );
         // A failing disk is repaired by its operator, but a violated invariant must be found.
         if cfg!(feature = "sim") {
             panic!("{reason}");

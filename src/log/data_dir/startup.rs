@@ -9,7 +9,7 @@ use std::{
 
 use uuid::Uuid;
 
-use super::recovery::UnopenedReplica;
+use super::registry::UnopenedReplica;
 use crate::{
     log::{
         disk::{Disk, File, OpenMode, STEP_BYTES},
@@ -28,16 +28,16 @@ use crate::{
 };
 
 /// State found at the opening.
-pub(in crate::log) struct LoadedState {
-    pub(in crate::log) first_frame: u64,
-    pub(in crate::log) generation: u64,
-    pub(in crate::log) clean: bool,
-    pub(in crate::log) replicas: BTreeMap<PartitionId, UnopenedReplica>,
+pub(super) struct LoadedState {
+    pub(super) first_frame: u64,
+    pub(super) generation: u64,
+    pub(super) clean: bool,
+    pub(super) replicas: BTreeMap<PartitionId, UnopenedReplica>,
 }
 
 /// Reads the checkpoint and replays the journal into the segments. Afterwards nothing in the journal is needed, and a
 /// checkpoint records that, so the caller may write to the journal's files.
-pub(in crate::log) fn load(
+pub(super) fn load(
     disk: &Arc<dyn Disk>,
     dir: &Path,
     directory: Uuid,
@@ -132,12 +132,6 @@ fn recover_without_journal(
     Ok((journaled, records))
 }
 
-/// Returns true if the replica was not read since its record was lost. A torn tail cannot be distinguished from a loss
-/// then.
-pub(in crate::log) fn needs_full_scan(record: &ReplicaCheckpoint) -> bool {
-    record.generation == 0
-}
-
 /// Merges the records of the checkpoint with the state in the journal.
 fn merge(
     disk: &dyn Disk,
@@ -184,7 +178,7 @@ fn merge(
     }
     let mut replicas = BTreeMap::new();
     for (id, mut record) in by_id {
-        let needs_scan = needs_full_scan(&record);
+        let needs_scan = record.needs_full_scan();
         if let Some(state) = journaled.replicas.get(&id) {
             apply(disk, dir, &mut record, state)?;
             record.refusal = record.refusal.or_else(|| state.lost.clone());
@@ -315,7 +309,7 @@ fn remove_files(disk: &dyn Disk, dir: &Path, keep: &mut dyn FnMut(Arc<dyn File>)
 
 /// Removes the directories of replicas, and topic directories that become empty. The removal is durable and costs one
 /// sync per topic. Returns one result per replica.
-pub(in crate::log) fn remove_replicas<'a>(
+pub(super) fn remove_replicas<'a>(
     disk: &dyn Disk,
     dirs: impl Iterator<Item = &'a Path>,
     keep: &mut dyn FnMut(Arc<dyn File>),

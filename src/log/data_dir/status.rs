@@ -41,14 +41,14 @@ impl DataDir {
     /// Returns the status of the directory.
     pub fn status(&self) -> DataDirStatus {
         let ctx = &self.inner.ctx;
-        let open = self.inner.open_replicas();
-        let failed = open.iter().filter_map(|replica| Some((replica.id, replica.failed.get()?.clone())));
+        let open = self.inner.registry.lock().open_replicas();
+        let failed = open.iter().filter_map(|replica| Some((replica.id(), replica.failure()?.to_owned())));
         DataDirStatus {
             failed: ctx.refusal(),
             disk_full: ctx.budget.is_full(),
-            replicas: open.len() + self.inner.registry().unopened.len(),
+            replicas: self.inner.registry.lock().len(),
             failed_replicas: failed.collect(),
-            segment_bytes: open.iter().map(|replica| replica.state().bytes()).sum(),
+            segment_bytes: open.iter().map(|replica| replica.bytes()).sum(),
             journal_bytes: ctx.journal.bytes(),
             tail_bytes: ctx.tail.used(),
             producer_bytes: ctx.producer_memory.taken(),

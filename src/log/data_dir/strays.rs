@@ -4,18 +4,17 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
 use parking_lot::Mutex;
 
-use super::{recovery::UnopenedReplica, startup::remove_replicas};
+use super::{registry::UnopenedReplica, startup::remove_replicas};
 use crate::{
     log::{
         disk::{DirEntry, Disk},
         error::ReplicaError,
         format::segment::{base_of, replica_dir},
-        replica::{context::LogContext, file_cache::OpenFile},
+        replica::context::LogContext,
     },
     model::{PartitionId, TopicId},
 };
@@ -31,14 +30,14 @@ enum StrayState {
 
 /// Directories of a data directory that hold segments of stray replicas. Quarantined segments do not count, because
 /// they have names of their own.
-pub(in crate::log) struct StrayReplicas {
+pub(super) struct StrayReplicas {
     dir: PathBuf,
     entries: Mutex<BTreeMap<PartitionId, StrayState>>,
 }
 
 impl StrayReplicas {
     /// Finds the stray replicas and logs each at WARN.
-    pub(in crate::log) fn find(disk: &dyn Disk, dir: &Path, replicas: &BTreeMap<PartitionId, UnopenedReplica>) -> Self {
+    pub(super) fn find(disk: &dyn Disk, dir: &Path, replicas: &BTreeMap<PartitionId, UnopenedReplica>) -> Self {
         let mut found = BTreeMap::new();
         for topic in folders(disk, dir) {
             let Ok(id) = topic.parse::<TopicId>() else { continue };
@@ -59,33 +58,33 @@ impl StrayReplicas {
         Self { dir: dir.to_owned(), entries: Mutex::new(found) }
     }
 
-    pub(in crate::log) fn ids(&self) -> Vec<PartitionId> {
+    pub(super) fn ids(&self) -> Vec<PartitionId> {
         self.entries.lock().keys().copied().collect()
     }
 
     /// Records that the deletion of a replica has started.
-    pub(in crate::log) fn add(&self, id: PartitionId) {
+    pub(super) fn add(&self, id: PartitionId) {
         self.entries.lock().insert(id, StrayState::Deleted);
     }
 
     /// Removes the entry of a replica that has no files left, or that is registered again.
-    pub(in crate::log) fn remove(&self, id: PartitionId) {
+    pub(super) fn remove(&self, id: PartitionId) {
         self.entries.lock().remove(&id);
     }
 
     /// Returns true if the deletion of the replica has started and has left files.
-    pub(in crate::log) fn is_deleting(&self, id: PartitionId) -> bool {
+    pub(super) fn is_deleting(&self, id: PartitionId) -> bool {
         self.entries.lock().get(&id) == Some(&StrayState::Deleted)
     }
 
     /// Removes the files of stray replicas. Returns the replicas that still have files, each with the error.
-    pub(in crate::log) fn delete(&self, ctx: &LogContext, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
+    pub(super) fn delete(&self, ctx: &LogContext, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let present: Vec<_> = {
             let entries = self.entries.lock();
             let present = ids.iter().filter(|id| entries.contains_key(id));
             present.map(|id| (*id, replica_dir(&self.dir, *id))).collect()
         };
-        let mut keep = |file| ctx.removed.keep(Arc::new(OpenFile { file, index: Mutex::default() }));
+        let mut keep = |file| ctx.removed.keep_file(file);
         let outcomes = remove_replicas(&*ctx.disk, present.iter().map(|(_, dir)| dir.as_path()), &mut keep);
         let mut left = Vec::new();
         for ((id, path), outcome) in present.into_iter().zip(outcomes) {

@@ -83,6 +83,12 @@ impl ReplicaCheckpoint {
         }
     }
 
+    /// Returns true if the replica was not read since its record was lost. A torn tail cannot be distinguished from a
+    /// loss then.
+    pub(in crate::log) fn needs_full_scan(&self) -> bool {
+        self.generation == 0
+    }
+
     fn encode(&self, out: &mut BytesMut) {
         out.put_slice(self.id.topic.as_bytes());
         out.put_u32(self.id.number);

@@ -12,14 +12,16 @@ use std::{
 use lru::LruCache;
 use parking_lot::Mutex;
 
-use super::removed;
 use crate::log::{
     disk::{Disk, File, OpenMode},
     format::index::Index,
 };
 
+/// Divisor of the log's open files: removed files that are still open are at most that share.
+pub(super) const REMOVED_FILES_SHARE: usize = 4;
+
 /// Open files, with the indexes that were read for them.
-pub(in crate::log) struct FileCache {
+pub(super) struct FileCache {
     disk: Arc<dyn Disk>,
     capacity: usize,
     /// Open files by serial, in order of last use. A use and an eviction have a constant cost.
@@ -28,25 +30,25 @@ pub(in crate::log) struct FileCache {
 }
 
 /// An open segment.
-pub(in crate::log) struct OpenFile {
-    pub(in crate::log) file: Arc<dyn File>,
+pub(super) struct OpenFile {
+    pub(super) file: Arc<dyn File>,
     /// Index of a sealed segment, loaded at its first use.
-    pub(in crate::log) index: Mutex<Option<Arc<Index>>>,
+    pub(super) index: Mutex<Option<Arc<Index>>>,
 }
 
 impl FileCache {
-    pub(in crate::log) fn new(disk: Arc<dyn Disk>) -> Self {
-        let capacity = disk.open_files() - disk.open_files() / removed::OPEN_FILES_SHARE;
+    pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
+        let capacity = disk.open_files() - disk.open_files() / REMOVED_FILES_SHARE;
         Self { disk, capacity, open: Mutex::new(LruCache::unbounded()), serial: AtomicU64::new(0) }
     }
 
     /// Returns a number for one file that exists or will exist. A file that is created again at the same path has
     /// another number.
-    pub(in crate::log) fn serial(&self) -> u64 {
+    pub(super) fn serial(&self) -> u64 {
         self.serial.fetch_add(1, Ordering::Relaxed)
     }
 
-    pub(in crate::log) fn get(&self, serial: u64, path: &Path, mode: OpenMode) -> io::Result<Arc<OpenFile>> {
+    pub(super) fn get(&self, serial: u64, path: &Path, mode: OpenMode) -> io::Result<Arc<OpenFile>> {
         if let Some(file) = self.open.lock().get(&serial) {
             return Ok(file.clone());
         }
@@ -65,12 +67,12 @@ impl FileCache {
         Ok(file)
     }
 
-    pub(in crate::log) fn remove(&self, serial: u64) {
+    pub(super) fn remove(&self, serial: u64) {
         drop(self.take(serial));
     }
 
     /// Takes a file out of the table. Its current users keep it open.
-    pub(in crate::log) fn take(&self, serial: u64) -> Option<Arc<OpenFile>> {
+    pub(super) fn take(&self, serial: u64) -> Option<Arc<OpenFile>> {
         self.open.lock().pop(&serial)
     }
 }

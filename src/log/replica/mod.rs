@@ -1,12 +1,388 @@
-//! The replicas of a data directory: their state, their single writers, their readers and their syncs. A replica knows
-//! the journal and the disk, and neither the registry nor the threads.
+//! The replicas of a data directory: their state, single writers, readers and syncs. A replica knows the journal and the
+//! disk, and neither the registry nor the threads.
+//!
+//! [`ReplicaInner`] is shared by a replica's writer, its readers, the journal and the sync thread. The lock of its
+//! [`LogState`] is held briefly, never across a call to the disk.
 
 pub(super) mod context;
-pub(super) mod export;
-pub(super) mod file_cache;
-pub(super) mod reader;
-pub(super) mod removed;
-pub(super) mod state;
-pub(super) mod tail_cache;
+mod export;
+mod file_cache;
+mod reader;
+mod removed;
+mod sync;
+mod sync_queue;
+mod tail_cache;
 mod truncate;
-pub(super) mod writer;
+mod writer;
+
+use std::{
+    collections::VecDeque,
+    io,
+    path::PathBuf,
+    sync::{
+        Arc, OnceLock, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
+
+pub use export::SegmentExport;
+pub use reader::{LogReader, ReadLimits};
+pub use writer::{ReplicaLog, StateRef};
+
+pub(super) use sync_queue::SyncAction;
+
+use self::{context::LogContext, tail_cache::ReplicaTail};
+use crate::{
+    log::{
+        disk::OpenMode,
+        error::PersistError,
+        format::{
+            checkpoint::ReplicaCheckpoint,
+            entry::{EntryHeader, EntryKind},
+            epochs::EpochHistory,
+            index::Index,
+            producers::ProducerTable,
+            segment::{Segment, SegmentFile, SegmentInfo, name},
+        },
+        journal::JournalClient,
+    },
+    model::{Offset, PartitionId},
+};
+
+/// Complete batches. The concatenated chunks are their bytes. The first batch may start before the requested offset.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ReadBatches {
+    /// Bytes of the batches, in order.
+    pub chunks: Vec<Bytes>,
+    /// Offset after the last batch; the requested offset if there is none.
+    pub next: Offset,
+    /// Bytes in all chunks.
+    pub bytes: usize,
+}
+
+impl ReadBatches {
+    fn empty(from: Offset) -> Self {
+        Self { chunks: Vec::new(), next: from, bytes: 0 }
+    }
+}
+
+pub(super) struct ReplicaInner {
+    id: PartitionId,
+    dir: PathBuf,
+    ctx: Arc<LogContext>,
+    /// The journal holds the replica as a trait object, from which no `Arc` of the replica follows.
+    weak_self: Weak<Self>,
+    tail: Arc<ReplicaTail>,
+    /// Reason why this replica accepts no writes.
+    failed: OnceLock<String>,
+    /// True if a writer holds the replica.
+    writer_open: AtomicBool,
+    /// True if the replica is in the sync queue.
+    dirty: AtomicBool,
+    /// Bytes appended since the last write-out.
+    unwritten_bytes: AtomicU64,
+    /// Held while the files are being synced.
+    syncing: Mutex<()>,
+    state: Mutex<LogState>,
+}
+
+struct LogState {
+    /// Segments, never empty. Each starts at the end of the previous one; the last is active.
+    segments: Vec<Segment>,
+    /// First offset that can be read from any tier. The leader of the partition advances it.
+    log_start: Offset,
+    /// First offset that may not be durable. The journal and the sync thread advance it; a truncation lowers it.
+    persisted_end: Offset,
+    epochs: Arc<EpochHistory>,
+    producers: Arc<ProducerTable>,
+    /// Partition time after which an idle producer is removed, in milliseconds; `None` until the topic's configuration
+    /// is known.
+    producer_expiration_ms: Option<i64>,
+    /// Index of the active segment; `None` until it is needed.
+    index: Option<Index>,
+    /// Number that grows with each truncation and reset, which identifies operations from before such a change.
+    generation: u64,
+    /// Start of the scan after a crash: all earlier data is synced in the segments.
+    recovery: RecoveryPoint,
+    /// End of the last entry of this replica in each journal file that holds one, until that end is synced.
+    journal_pins: VecDeque<(u64, Offset)>,
+    /// Bytes appended since the start of the last sync.
+    unsynced_bytes: u64,
+    /// True if files were created or removed since the last sync of the directory.
+    names_changed: bool,
+    /// Record of the log before a reset. Checkpoints hold it until the old files are removed and the new ones are
+    /// synced.
+    pre_reset_record: Option<Box<ReplicaCheckpoint>>,
+    /// Number of persist calls that wait for a sync of the segments. Later calls queue behind them.
+    syncing: u32,
+}
+
+/// Recovery point: all earlier data is synced. Includes the epoch history and producer state at that offset.
+#[derive(Clone)]
+struct RecoveryPoint {
+    /// Segment that contains the point, as it was at the point.
+    segment: SegmentInfo,
+    epochs: Arc<EpochHistory>,
+    producers: Arc<ProducerTable>,
+}
+
+impl LogState {
+    fn active(&self) -> &Segment {
+        self.segments.last().expect("a log has an active segment")
+    }
+
+    fn active_mut(&mut self) -> &mut Segment {
+        self.segments.last_mut().expect("a log has an active segment")
+    }
+
+    fn log_end(&self) -> Offset {
+        self.active().info.end
+    }
+
+    fn local_start(&self) -> Offset {
+        self.segments.first().expect("a log has a segment").info.base
+    }
+
+    fn bytes(&self) -> u64 {
+        self.segments.iter().map(|segment| segment.info.bytes).sum()
+    }
+
+    /// Removes the epochs of offsets that are neither on this disk nor in the object store, except the last of them. A
+    /// replica that starts at this offset reports that epoch in its log position.
+    fn remove_epochs(&mut self) {
+        let first = self.log_start.min(self.local_start());
+        if let Some(before) = first.get().checked_sub(1).and_then(Offset::new) {
+            Arc::make_mut(&mut self.epochs).forget_below(before);
+        }
+    }
+
+    /// Removes producers by the topic's rule. Needed after every change of the log end, and after a replacement of the
+    /// table.
+    fn remove_expired_producers(&mut self) {
+        if self.producers.has_expired(self.producer_expiration_ms) {
+            Arc::make_mut(&mut self.producers).remove_expired(self.producer_expiration_ms);
+        }
+    }
+
+    /// Returns the recovery point at the log end.
+    fn recovery_point(&self) -> RecoveryPoint {
+        RecoveryPoint { segment: self.active().info, epochs: self.epochs.clone(), producers: self.producers.clone() }
+    }
+}
+
+impl ReplicaInner {
+    /// Creates the state of a replica from its record.
+    pub(super) fn new(ctx: &Arc<LogContext>, dir: PathBuf, record: ReplicaCheckpoint) -> Arc<Self> {
+        let segments = record.segments.iter().map(|info| {
+            let file = SegmentFile::new(ctx.files.serial(), &dir, info.base);
+            // The creator of the record has synced these bytes, or syncs all of them next.
+            file.written_out.store(info.bytes, Ordering::Relaxed);
+            Segment { info: *info, file: Arc::new(file) }
+        });
+        let segments: Vec<_> = segments.collect();
+        let (epochs, producers) =
+            (Arc::new(record.epochs), Arc::new(Arc::unwrap_or_clone(record.producers).charged(&ctx.producer_memory)));
+        let segment = segments.last().expect("a record has a segment").info;
+        Arc::new_cyclic(|weak_self| Self {
+            id: record.id,
+            dir,
+            ctx: ctx.clone(),
+            weak_self: weak_self.clone(),
+            tail: Arc::default(),
+            failed: OnceLock::new(),
+            writer_open: AtomicBool::new(false),
+            dirty: AtomicBool::new(false),
+            unwritten_bytes: AtomicU64::new(0),
+            syncing: Mutex::new(()),
+            state: Mutex::new(LogState {
+                log_start: record.log_start,
+                persisted_end: record.persisted.max(segment.end),
+                epochs: epochs.clone(),
+                producers: producers.clone(),
+                producer_expiration_ms: None,
+                index: None,
+                generation: record.generation,
+                recovery: RecoveryPoint { segment, epochs, producers },
+                segments,
+                journal_pins: VecDeque::new(),
+                unsynced_bytes: 0,
+                names_changed: false,
+                pre_reset_record: None,
+                syncing: 0,
+            }),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, LogState> {
+        self.state.lock()
+    }
+
+    /// Returns the reason why this replica accepts no writes, if any.
+    fn refusal(&self) -> Option<String> {
+        self.failed.get().cloned().or_else(|| self.ctx.refusal())
+    }
+
+    /// Ends writing to this replica permanently.
+    fn fail(&self, reason: String) {
+        tracing::error!(partition = %self.id, reason, "this replica accepts no more writes");
+        drop(self.failed.set(reason));
+    }
+
+    /// Puts the replica into the sync queue, after `bytes` were appended.
+    pub(super) fn mark_dirty(self: &Arc<Self>, bytes: u64) {
+        self.ctx.sync_queue.push_dirty(self, bytes);
+    }
+
+    /// Returns an entry of the current generation that has no data.
+    pub(super) fn marker(&self, kind: EntryKind, at: Offset) -> EntryHeader {
+        self.entry_header(kind, self.state().generation, at, at)
+    }
+
+    fn entry_header(&self, kind: EntryKind, generation: u64, base: Offset, end: Offset) -> EntryHeader {
+        EntryHeader { kind, id: self.id, generation, base, end, segment: Offset::ZERO, position: 0, epoch: None }
+    }
+
+    /// Returns the record of the replica for a checkpoint.
+    pub(super) fn checkpoint_record(&self) -> ReplicaCheckpoint {
+        let state = self.state();
+        if let Some(record) = &state.pre_reset_record {
+            return (**record).clone();
+        }
+        let recovery = &state.recovery;
+        let sealed = state.segments.iter().map(|segment| segment.info);
+        let mut segments: Vec<_> = sealed.take_while(|info| info.base < recovery.segment.base).collect();
+        segments.push(recovery.segment);
+        ReplicaCheckpoint {
+            id: self.id,
+            generation: state.generation,
+            log_start: state.log_start,
+            persisted: state.persisted_end.max(recovery.segment.end),
+            segments,
+            epochs: (*recovery.epochs).clone(),
+            producers: recovery.producers.clone(),
+            refusal: None,
+        }
+    }
+
+    pub(super) fn id(&self) -> PartitionId {
+        self.id
+    }
+
+    /// Returns the reason of a failed write or sync of this replica, if any.
+    pub(super) fn failure(&self) -> Option<&str> {
+        self.failed.get().map(String::as_str)
+    }
+
+    /// Returns true if a writer holds the replica.
+    pub(super) fn has_writer(&self) -> bool {
+        self.writer_open.load(Ordering::Acquire)
+    }
+
+    /// Returns the bytes of the segments.
+    pub(super) fn bytes(&self) -> u64 {
+        self.state().bytes()
+    }
+
+    /// Returns true if all data is synced in the segments.
+    pub(super) fn is_synced(&self) -> bool {
+        let state = self.state();
+        self.failed.get().is_none() && state.recovery.segment.end == state.log_end()
+    }
+
+    /// Returns the oldest journal file that this replica needs, and the offset whose sync releases the file.
+    pub(super) fn oldest_pin(&self) -> Option<(u64, Offset)> {
+        self.state().journal_pins.front().copied()
+    }
+
+    /// Creates the file of the first segment.
+    pub(super) fn create_file(&self) -> io::Result<()> {
+        let file = self.state().active().file.clone();
+        self.ctx.disk.open(&file.path, OpenMode::Write)?;
+        file.dirty.store(true, Ordering::Release);
+        self.on_names_changed();
+        Ok(())
+    }
+
+    /// Records that files were created or removed, so that the next sync covers their directory.
+    pub(super) fn on_names_changed(&self) {
+        self.state().names_changed = true;
+    }
+
+    /// Moves the recovery point back to that of `synced`. Data that a scan found above it may be unsynced.
+    pub(super) fn move_recovery_point(&self, synced: ReplicaCheckpoint) {
+        let segment = *synced.segments.last().expect("a record has a segment");
+        let producers = Arc::unwrap_or_clone(synced.producers).charged(&self.ctx.producer_memory);
+        let mut state = self.state();
+        state.persisted_end = synced.persisted.max(segment.end);
+        state.recovery = RecoveryPoint { segment, epochs: Arc::new(synced.epochs), producers: Arc::new(producers) };
+        state.names_changed = true;
+        for Segment { info, file } in &state.segments {
+            file.dirty.store(info.base >= segment.base && info.bytes > 0, Ordering::Release);
+        }
+    }
+
+    /// Refuses writes and removes the cached batches, because the replica is about to be deleted. Earlier entries of the
+    /// journal no longer apply.
+    pub(super) fn begin_delete(&self) {
+        drop(self.failed.set("the replica was deleted".to_owned()));
+        self.ctx.tail.truncate(&self.tail, Offset::ZERO);
+        sim_event!(LogChangeStarted { partition: self.id, to: Offset::ZERO, emptied: true });
+        self.state().generation = self.ctx.next_generation();
+    }
+
+    /// Closes the segment files, except for their current readers.
+    pub(super) fn close_files(&self) {
+        for segment in &self.state().segments {
+            self.ctx.files.remove(segment.file.serial);
+        }
+    }
+
+    fn path(&self, base: Offset, extension: &str) -> PathBuf {
+        self.dir.join(name(base, extension))
+    }
+}
+
+impl JournalClient for ReplicaInner {
+    fn on_journaled(&self, head: &EntryHeader, file: u64) {
+        let mut state = self.state();
+        if head.generation != state.generation {
+            return;
+        }
+        let pinned = state.journal_pins.len();
+        if head.kind == EntryKind::Append {
+            sim_event!(EntryJournaled { partition: self.id, file, end: head.end });
+        }
+        match head.kind {
+            EntryKind::Append | EntryKind::Create => {
+                if head.kind == EntryKind::Create || head.end > state.recovery.segment.end {
+                    match state.journal_pins.back_mut() {
+                        Some((last, end)) if *last == file => *end = head.end,
+                        _ => state.journal_pins.push_back((file, head.end)),
+                    }
+                }
+                state.persisted_end = state.persisted_end.max(head.end);
+            }
+            EntryKind::Synced => state.persisted_end = state.persisted_end.max(head.end),
+            // No sync releases this file, only the completion of the reset.
+            EntryKind::Reset => state.journal_pins.push_back((file, Offset::MAX)),
+            _ => {}
+        }
+        let pins = state.journal_pins.len() > pinned;
+        drop(state);
+        if pins
+            && !self.dirty.load(Ordering::Acquire)
+            && let Some(replica) = self.weak_self.upgrade()
+        {
+            // The sync pass that the entry requested has already run. Only another pass releases the journal file.
+            replica.mark_dirty(0);
+        }
+    }
+
+    fn persist_result(&self, head: &EntryHeader) -> Result<Offset, PersistError> {
+        let state = self.state();
+        if head.generation == state.generation { Ok(state.persisted_end) } else { Err(PersistError::Truncated) }
+    }
+}

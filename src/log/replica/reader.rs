@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{file_cache::OpenFile, state::ReplicaInner};
+use super::{ReadBatches, ReplicaInner, file_cache::OpenFile};
 use crate::{
     limits,
     log::{
@@ -24,23 +24,6 @@ use crate::{
 
 /// Number of times that a read is repeated if the log was truncated meanwhile.
 const RETRIES: usize = 8;
-
-/// Complete batches. The concatenated chunks are their bytes. The first batch may start before the requested offset.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ReadBatches {
-    /// Bytes of the batches, in order.
-    pub chunks: Vec<Bytes>,
-    /// Offset after the last batch; the requested offset if there is none.
-    pub next: Offset,
-    /// Bytes in all chunks.
-    pub bytes: usize,
-}
-
-impl ReadBatches {
-    pub(in crate::log) fn empty(from: Offset) -> Self {
-        Self { chunks: Vec::new(), next: from, bytes: 0 }
-    }
-}
 
 /// Limits of one read, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +59,7 @@ struct SegmentView {
 }
 
 impl LogReader {
-    pub(in crate::log) fn new(inner: Arc<ReplicaInner>) -> Self {
+    pub(super) fn new(inner: Arc<ReplicaInner>) -> Self {
         Self { inner }
     }
 
@@ -140,21 +123,9 @@ impl LogReader {
         })
     }
 
-    /// Returns base offset, largest timestamp and leader epoch of the first batch below `bound` that reaches
-    /// `timestamp_ms`. The batch must end above the log start. Blocks. The record itself is in that batch, or in none
-    /// if the producer's header is wrong.
-    pub fn offset_for_time(
-        &self,
-        timestamp_ms: i64,
-        bound: Offset,
-    ) -> Result<Option<(Offset, i64, LeaderEpoch)>, LogReadError> {
-        let found = self.batch_for_time(timestamp_ms, self.log_start(), bound, usize::MAX)?;
-        Ok(found.map(|batch| (batch.base_offset(), batch.max_timestamp(), batch.leader_epoch().unwrap_or_default())))
-    }
-
-    /// Returns the batch that [`Self::offset_for_time`] describes, among those that end above `from`. The caller finds
-    /// the record in it. If the header of the batch is wrong, the caller repeats the search from the end of the batch.
-    /// Batches above `max_batch_bytes` are not read. Blocks.
+    /// Returns the first batch below `bound` whose largest timestamp reaches `timestamp_ms`, among those that end above
+    /// `from`. The caller finds the record in it. If the header of the batch is wrong, the caller repeats the search
+    /// from the end of the batch. Batches above `max_batch_bytes` are not read. Blocks.
     pub fn batch_for_time(
         &self,
         timestamp_ms: i64,
@@ -268,13 +239,13 @@ impl LogReader {
     }
 
     /// Returns the index of the active segment at the length in `info`.
-    pub(in crate::log) fn active_index(&self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Index> {
+    pub(super) fn active_index(&self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Index> {
         let open = self.inner.ctx.files.get(file.serial, &file.path, OpenMode::Read)?;
         self.load_index(info, &*open.file)
     }
 
     /// Returns the index of a segment from its files, or rebuilds it from the segment.
-    pub(in crate::log) fn load_index(&self, info: &SegmentInfo, file: &dyn File) -> io::Result<Index> {
+    pub(super) fn load_index(&self, info: &SegmentInfo, file: &dyn File) -> io::Result<Index> {
         let disk = &self.inner.ctx.disk;
         let read = |extension| disk.read(&self.inner.path(info.base, extension));
         if let (Ok(offsets), Ok(times)) = (read("index"), read("timeindex"))

@@ -5,10 +5,8 @@ use std::{collections::VecDeque, sync::Arc};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::file_cache::OpenFile;
-
-/// Divisor of the log's open files: removed files are at most that share.
-pub(in crate::log) const OPEN_FILES_SHARE: usize = 4;
+use super::file_cache::{OpenFile, REMOVED_FILES_SHARE};
+use crate::log::disk::File;
 
 pub(in crate::log) struct RemovedFiles {
     /// Maximum number of files that are kept, because handles are scarce.
@@ -25,17 +23,22 @@ struct State {
 
 impl RemovedFiles {
     /// Returns a queue for a share of `open_files`.
-    pub(in crate::log) fn new(open_files: usize) -> Self {
-        Self { max: open_files / OPEN_FILES_SHARE, state: Mutex::default(), wake: Condvar::new() }
+    pub(super) fn new(open_files: usize) -> Self {
+        Self { max: open_files / REMOVED_FILES_SHARE, state: Mutex::default(), wake: Condvar::new() }
     }
 
     /// Keeps a file without a name open until its disk space is freed. Above the limit the file is closed at once.
-    pub(in crate::log) fn keep(&self, file: Arc<OpenFile>) {
+    pub(super) fn keep(&self, file: Arc<OpenFile>) {
         let mut state = self.state.lock();
         if state.files.len() < self.max && !state.is_stopped {
             state.files.push_back(file);
             self.wake.notify_one();
         }
+    }
+
+    /// Keeps a file that is in no table, as [`Self::keep`] does.
+    pub(in crate::log) fn keep_file(&self, file: Arc<dyn File>) {
+        self.keep(Arc::new(OpenFile { file, index: Mutex::default() }));
     }
 
     /// Frees disk space until [`Self::stop`].
@@ -112,7 +115,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let disk = RealDisk::default();
         disk.create_dir_all(folder.path()).unwrap();
-        let removed = RemovedFiles::new(8 * OPEN_FILES_SHARE);
+        let removed = RemovedFiles::new(8 * REMOVED_FILES_SHARE);
         let mut handles = Vec::new();
         for name in ["first", "second"] {
             let path = folder.path().join(name);

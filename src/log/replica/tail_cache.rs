@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::reader::ReadBatches;
+use super::ReadBatches;
 use crate::{
     model::Offset,
     record::{Batch, HEADER_BYTES},
@@ -61,7 +61,7 @@ impl EvictionQueue {
 
 /// Batches of one partition: contiguous, the last one ending at the log end.
 #[derive(Default)]
-pub(in crate::log) struct ReplicaTail(Mutex<TailBatches>);
+pub(super) struct ReplicaTail(Mutex<TailBatches>);
 
 #[derive(Default)]
 struct TailBatches {
@@ -111,7 +111,7 @@ impl TailBatches {
 
 impl ReplicaTail {
     /// Returns the batches of `from..bound`, or `None` if the first one is not cached.
-    pub(in crate::log) fn read(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<ReadBatches> {
+    pub(super) fn read(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<ReadBatches> {
         let tail = self.0.lock();
         let first = tail.batches.partition_point(|cached| cached.end <= from);
         if tail.batches.get(first)?.base > from {
@@ -133,7 +133,7 @@ impl ReplicaTail {
 }
 
 impl TailCache {
-    pub(in crate::log) fn new(budget: usize) -> Self {
+    pub(super) fn new(budget: usize) -> Self {
         Self { budget, used: AtomicUsize::new(0), order: Mutex::default() }
     }
 
@@ -144,7 +144,7 @@ impl TailCache {
 
     /// Adds the batches of one append. Returns them as they are cached: their records share the memory of the tail
     /// cache.
-    pub(in crate::log) fn push(&self, partition: &Arc<ReplicaTail>, batches: &[Batch]) -> Vec<Batch> {
+    pub(super) fn push(&self, partition: &Arc<ReplicaTail>, batches: &[Batch]) -> Vec<Batch> {
         let owned: Vec<(Bytes, Batch)> = batches.iter().map(own).collect();
         let mut added = 0;
         let group = {
@@ -184,7 +184,7 @@ impl TailCache {
     }
 
     /// Removes the batches that end above `to`.
-    pub(in crate::log) fn truncate(&self, partition: &ReplicaTail, to: Offset) {
+    pub(super) fn truncate(&self, partition: &ReplicaTail, to: Offset) {
         self.drop_while(partition, |batches| match batches.back() {
             Some(cached) if cached.end > to => batches.pop_back(),
             _ => None,
@@ -192,7 +192,7 @@ impl TailCache {
     }
 
     /// Removes the batches that end at or below `below`.
-    pub(in crate::log) fn evict_below(&self, partition: &ReplicaTail, below: Offset) {
+    pub(super) fn evict_below(&self, partition: &ReplicaTail, below: Offset) {
         self.drop_while(partition, |batches| match batches.front() {
             Some(cached) if cached.end <= below => batches.pop_front(),
             _ => None,

@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use super::{state::LogState, writer::ReplicaLog};
+use super::{LogState, writer::ReplicaLog};
 use crate::{
     log::{
         disk::OpenMode,

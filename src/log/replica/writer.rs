@@ -9,12 +9,7 @@ use std::{
 
 use parking_lot::MutexGuard;
 
-use super::{
-    context::SyncJob,
-    file_cache::OpenFile,
-    reader::LogReader,
-    state::{LogState, ReplicaInner},
-};
+use super::{LogState, ReplicaInner, file_cache::OpenFile, reader::LogReader, sync_queue::SyncJob};
 use crate::{
     log::{
         disk::OpenMode,
@@ -40,7 +35,7 @@ const MAX_SEGMENT_BYTES: u64 = i32::MAX as u64;
 /// One partition's log on this disk. The holder of this value is the only writer. A method waits for a sync only if its
 /// comment states that.
 pub struct ReplicaLog {
-    pub(in crate::log) inner: Arc<ReplicaInner>,
+    pub(super) inner: Arc<ReplicaInner>,
     /// Batches that were appended and not submitted to the journal.
     pending: UnpersistedBatches,
     /// Serial of the segment file whose length was verified.
@@ -80,18 +75,27 @@ impl<T> Deref for StateRef<'_, T> {
 }
 
 impl ReplicaLog {
-    pub(in crate::log) fn new(inner: Arc<ReplicaInner>) -> Self {
+    /// Returns the writer of a replica; `None` if the replica has one.
+    pub(in crate::log) fn open(inner: Arc<ReplicaInner>) -> Option<Self> {
+        if inner.writer_open.swap(true, Ordering::AcqRel) {
+            return None;
+        }
         // Batches that were found in the files, or appended by an earlier writer, may not be durable.
         let exceeds_journal = {
             let state = inner.state();
             state.persisted_end < state.log_end()
         };
-        Self {
+        Some(Self {
             inner,
             pending: UnpersistedBatches { exceeds_journal, ..UnpersistedBatches::default() },
             checked: None,
             journaled: true,
-        }
+        })
+    }
+
+    #[cfg(test)]
+    pub(in crate::log) fn inner(&self) -> &ReplicaInner {
+        &self.inner
     }
 
     /// Returns the partition of the log.
@@ -316,8 +320,7 @@ impl ReplicaLog {
         if large || state.syncing > 0 {
             state.syncing += 1;
             drop(state);
-            ctx.work().jobs.push_back(SyncJob { replica: self.inner.clone(), head: marker, done });
-            ctx.wake_syncer();
+            ctx.sync_queue.push_job(SyncJob { replica: self.inner.clone(), head: marker, done });
             return;
         }
         drop(state);
@@ -353,19 +356,13 @@ impl ReplicaLog {
         if info.bytes == 0 {
             return Ok(());
         }
-        self.write_caches();
+        self.inner.write_caches();
         let file = SegmentFile::new(self.inner.ctx.files.serial(), &self.inner.dir, info.end);
         let mut state = self.inner.state();
         let segment = Segment { info: SegmentInfo::empty(info.end, clock::wall_ms()), file: Arc::new(file) };
         state.segments.push(segment);
         state.index = Some(Index::default());
         Ok(())
-    }
-
-    /// Writes the index files of the active segment and the snapshot at its end. They are caches: a failure is ignored,
-    /// and missing files are rebuilt when needed.
-    pub(in crate::log) fn write_caches(&self) {
-        write_caches(&self.inner);
     }
 
     /// Sets whether appended batches are kept until [`Self::persist`] submits them to the journal; initially true.
@@ -384,34 +381,9 @@ impl ReplicaLog {
     }
 
     /// Drops the batches that were not submitted to the journal.
-    pub(in crate::log) fn clear_unpersisted(&mut self) {
+    pub(super) fn clear_unpersisted(&mut self) {
         self.pending = UnpersistedBatches::default();
         self.checked = None;
-    }
-}
-
-/// Writes the index files of a replica's active segment and the snapshot at its end.
-pub(in crate::log) fn write_caches(inner: &ReplicaInner) {
-    let (info, index, snapshot) = {
-        let state = inner.state();
-        let snapshot = Snapshot::encode(&state.epochs, &state.producers, state.log_end());
-        (state.active().info, state.index.clone(), snapshot)
-    };
-    if info.bytes == 0 {
-        // The snapshot at the base of an empty segment was written earlier. If nothing precedes that base on this disk,
-        // the snapshot is no cache, and a write that may fail half-way must not touch it.
-        return;
-    }
-    let disk = &inner.ctx.disk;
-    let mut written = disk.write(&inner.path(info.end, "snapshot"), &snapshot).map(drop);
-    if let Some(index) = index {
-        let (offsets, times) = index.encode(info.base, info.bytes);
-        written = written
-            .and_then(|()| disk.write(&inner.path(info.base, "index"), &offsets).map(drop))
-            .and_then(|()| disk.write(&inner.path(info.base, "timeindex"), &times).map(drop));
-    }
-    if let Err(error) = written {
-        tracing::debug!(partition = %inner.id, %error, "cannot write an index or snapshot: rebuilt when needed");
     }
 }
 
@@ -446,5 +418,40 @@ impl EntryPayload {
 
     fn end(&self) -> Offset {
         self.batches.last().map_or(self.segment, Batch::end_offset)
+    }
+}
+
+impl ReplicaInner {
+    /// Writes the caches of the active segment before a clean shutdown, unless the index was never needed.
+    pub(in crate::log) fn write_caches_for_close(&self) {
+        if self.state().index.is_some() {
+            self.write_caches();
+        }
+    }
+
+    /// Writes the index files of the active segment and the snapshot at its end. They are caches: a failure is ignored,
+    /// and missing files are rebuilt when needed.
+    fn write_caches(&self) {
+        let (info, index, snapshot) = {
+            let state = self.state();
+            let snapshot = Snapshot::encode(&state.epochs, &state.producers, state.log_end());
+            (state.active().info, state.index.clone(), snapshot)
+        };
+        if info.bytes == 0 {
+            // The snapshot at the base of an empty segment was written earlier. If nothing precedes that base on this disk,
+            // the snapshot is no cache, and a write that may fail half-way must not touch it.
+            return;
+        }
+        let disk = &self.ctx.disk;
+        let mut written = disk.write(&self.path(info.end, "snapshot"), &snapshot).map(drop);
+        if let Some(index) = index {
+            let (offsets, times) = index.encode(info.base, info.bytes);
+            written = written
+                .and_then(|()| disk.write(&self.path(info.base, "index"), &offsets).map(drop))
+                .and_then(|()| disk.write(&self.path(info.base, "timeindex"), &times).map(drop));
+        }
+        if let Err(error) = written {
+            tracing::debug!(partition = %self.id, %error, "cannot write an index or snapshot: rebuilt when needed");
+        }
     }
 }

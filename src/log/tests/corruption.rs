@@ -181,7 +181,7 @@ fn recreated_replica_has_no_records_of_a_lost_one() {
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
         replica.append(&[batch(0, 7, 1, 1, 300)]).unwrap();
         // The file is synced and the creation is not, so the journal never recorded it.
-        replica.inner.sync().unwrap();
+        replica.inner().sync().unwrap();
         drop((replica, log));
         disk.kill();
         let log = open(&disk);

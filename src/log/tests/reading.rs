@@ -24,11 +24,11 @@ fn memory_and_disk_give_the_same_batches_and_end_at_the_bound() {
     assert_eq!(reader.read_disk(at(10), at(110), 1 << 20).unwrap().next, at(60), "up to the end of the segment");
     assert!(matches!(reader.read_disk(at(9), at(110), 1), Err(LogReadError::OutOfRange { .. })));
     for (time, base) in [(0, 10), (1000, 10), (1001, 15), (1010, 60), (1019, 105)] {
-        let (offset, _, epoch) = reader.offset_for_time(time, at(110)).unwrap().unwrap();
-        assert_eq!((offset, epoch), (at(base), LeaderEpoch(1)), "{time}");
+        let batch = reader.batch_for_time(time, at(10), at(110), usize::MAX).unwrap().unwrap();
+        assert_eq!((batch.base_offset(), batch.leader_epoch()), (at(base), Some(LeaderEpoch(1))), "{time}");
     }
-    assert_eq!(reader.offset_for_time(1020, at(110)).unwrap(), None);
-    assert_eq!(reader.offset_for_time(1019, at(105)).unwrap(), None, "beyond the bound");
+    assert_eq!(reader.batch_for_time(1020, at(10), at(110), usize::MAX).unwrap(), None);
+    assert_eq!(reader.batch_for_time(1019, at(10), at(105), usize::MAX).unwrap(), None, "beyond the bound");
     let export = replica.export(at(10)).unwrap();
     let mut buffer = vec![0; 8000];
     assert_eq!(export.read_at(&mut buffer, 0).unwrap(), 7000);

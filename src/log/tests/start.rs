@@ -4,7 +4,10 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::task::clock;
+use crate::{
+    log::format::segment::{name, replica_dir},
+    task::clock,
+};
 
 /// Creates three sealed segments of three batches each, of two epochs and two producers. Returns the tables at the end
 /// of each segment.
@@ -130,7 +133,7 @@ fn corrupt_snapshot_of_the_first_segment_is_an_error() {
         let log = open(&disk);
         let (mut replica, _) = three(&log);
         replica.evict(at(3)).unwrap();
-        let snapshot = replica.inner.path(at(3), "snapshot");
+        let snapshot = replica_dir(Path::new("/data"), partition(0)).join(name(at(3), "snapshot"));
         if live {
             assert!(disk.flip(&snapshot, 100));
             return replica.truncate(at(4)).unwrap_err().to_string();

@@ -5,7 +5,6 @@ use crate::{
     log::{
         disk::{LARGE_PIECE_BYTES, PIECE_BYTES},
         format::segment::replica_dir,
-        replica::context::SyncQueue,
     },
     task::clock,
 };
@@ -24,7 +23,7 @@ fn append(log: &DataDir, replica: &mut ReplicaLog, batches: u64) {
         let base = replica.log_end().get();
         replica.append(&[batch(base, 1, 1, 0, LARGE)]).unwrap();
     }
-    log.inner.write_out_pieces();
+    log.write_out_pieces();
 }
 
 #[test]
@@ -76,16 +75,6 @@ async fn pieces_are_large_while_nothing_is_written_to_the_journal() {
     let before = write_outs(&disk, 0).len();
     append(&log, &mut replica, 3);
     assert_eq!(write_outs(&disk, 0).len(), before + 1, "pieces are small while acknowledgements wait");
-}
-
-#[test]
-fn segments_are_synced_by_a_share_of_the_ring() {
-    for (journal_bytes, due) in [(512 << 20, 64 << 20), (16 << 20, 2 << 20), (1 << 30, 64 << 20)] {
-        let options = LogOptions { journal_bytes, step_mode: true, reserve_bytes: 0, ..LogOptions::default() };
-        let log = DataDir::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity(), options).unwrap();
-        let work = |dirty_bytes| SyncQueue { dirty_bytes, ..SyncQueue::default() };
-        assert!(!log.inner.ctx.sync_is_due(&work(due - 1)) && log.inner.ctx.sync_is_due(&work(due)));
-    }
 }
 
 #[test]

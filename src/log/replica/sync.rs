@@ -1,0 +1,112 @@
+//! Syncing the segments of one replica, and writing them out before that.
+//!
+//! Appended data is written out in pieces and without a flush. The sync then finds little to write, and the journal's
+//! next write never waits behind many megabytes.
+
+use std::{io, sync::atomic::Ordering};
+
+use super::ReplicaInner;
+use crate::log::{
+    disk::{BLOCK, OpenMode},
+    error::PersistError,
+};
+
+impl ReplicaInner {
+    /// Syncs a replica that the sync queue has returned.
+    pub(in crate::log) fn sync_queued(&self) {
+        self.dirty.store(false, Ordering::Release);
+        drop(self.sync());
+    }
+
+    /// Syncs all data appended so far and moves the recovery point to its end. An error is final for this replica.
+    pub(in crate::log) fn sync(&self) -> Result<(), PersistError> {
+        // Outside the lock below, because it takes time.
+        self.write_out();
+        if let Some(reason) = self.failed.get() {
+            return Err(PersistError::Failed { reason: reason.clone() });
+        }
+        // Each of two concurrent syncs would rely on the unfinished sync of the other.
+        let _one_at_a_time = self.syncing.lock();
+        let (point, generation, names, files) = {
+            let mut state = self.state();
+            state.unsynced_bytes = 0;
+            // All data before the recovery point is synced.
+            let first = state.segments.partition_point(|segment| segment.info.base < state.recovery.segment.base);
+            let files: Vec<_> = state.segments[first..].iter().map(|segment| segment.file.clone()).collect();
+            (state.recovery_point(), state.generation, std::mem::take(&mut state.names_changed), files)
+        };
+        let synced = || -> io::Result<()> {
+            for file in files {
+                if file.dirty.swap(false, Ordering::AcqRel) {
+                    match self.ctx.files.get(file.serial, &file.path, OpenMode::Read) {
+                        Ok(open) => open.file.sync()?,
+                        // The segment was evicted or truncated meanwhile.
+                        Err(error) if error.kind() == io::ErrorKind::NotFound && !self.holds(file.serial) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+            if names {
+                self.sync_names()?;
+            }
+            Ok(())
+        };
+        if let Err(error) = synced() {
+            let reason = format!("cannot sync a segment: {error}");
+            self.fail(reason.clone());
+            return Err(PersistError::Failed { reason });
+        }
+        let mut state = self.state();
+        if state.generation != generation {
+            return Err(PersistError::Truncated);
+        }
+        let end = point.segment.end;
+        state.recovery = point;
+        state.persisted_end = state.persisted_end.max(end);
+        while state.journal_pins.front().is_some_and(|(_, last)| *last <= end) {
+            state.journal_pins.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Writes out the data appended since the last call, except the page that the next append writes to. Waits for the
+    /// device. An error is final for this replica.
+    pub(in crate::log) fn write_out(&self) {
+        self.unwritten_bytes.store(0, Ordering::Release);
+        let mut ranges = Vec::new();
+        {
+            let state = self.state();
+            let active = state.segments.len() - 1;
+            for (number, segment) in state.segments.iter().enumerate().rev() {
+                let bytes = segment.info.bytes;
+                let end = if number == active { bytes - bytes % BLOCK as u64 } else { bytes };
+                let start = segment.file.written_out.load(Ordering::Acquire);
+                if start < end {
+                    ranges.push((segment.file.clone(), start..end));
+                } else if number < active {
+                    // Earlier segments were written out no later than this one.
+                    break;
+                }
+            }
+        }
+        for (file, range) in ranges.into_iter().rev() {
+            file.written_out.store(range.end, Ordering::Release);
+            let piece_bytes = self.ctx.sync_queue.piece_bytes();
+            if let Err(error) = self.ctx.disk.write_out(&file.path, range, piece_bytes) {
+                self.fail(format!("cannot write out a segment: {error}"));
+            }
+        }
+    }
+
+    fn holds(&self, serial: u64) -> bool {
+        self.state().segments.iter().any(|segment| segment.file.serial == serial)
+    }
+
+    /// Makes the names of this replica's files and directories durable.
+    pub(super) fn sync_names(&self) -> io::Result<()> {
+        for dir in self.dir.ancestors().take(3) {
+            self.ctx.disk.sync_dir(dir)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,286 @@
+//! The queue of the sync thread: dirty replicas, full pieces and persist calls that need a sync. It decides when work is
+//! due and runs none of it. Its lock is a leaf.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::{Condvar, Mutex};
+use tokio::time::Instant;
+
+use super::ReplicaInner;
+use crate::{
+    log::{
+        disk::{LARGE_PIECE_BYTES, PIECE_BYTES},
+        format::entry::EntryHeader,
+        journal::{JournalClient, JournalEntry, PersistCallback},
+        options::{LogOptions, SimHook},
+    },
+    task::clock,
+};
+
+/// Minimum unsynced bytes of a replica that justify a sync of its own.
+const MIN_SYNC_BYTES_PER_REPLICA: u64 = 512 << 10;
+
+/// Divisor of the journal's ring size: a segment sync is due after that share. Few ring files are then pinned by
+/// unsynced data.
+const RING_SHARE: u64 = 8;
+
+/// Minimum interval between two passes. Under load each pass covers more data for the same number of file system
+/// commits.
+const MIN_PASS_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Time without a write to the journal after which pieces become large: no acknowledgement waits for the device then.
+const JOURNAL_QUIET: Duration = Duration::from_secs(5);
+
+/// Time until a failed checkpoint is retried.
+const CHECKPOINT_RETRY_INTERVAL: Duration = Duration::from_millis(200);
+
+pub(in crate::log) struct SyncQueue {
+    /// Unsynced bytes after which a pass is due, for a few replicas.
+    due_bytes: u64,
+    /// The same for any number of replicas.
+    max_due_bytes: u64,
+    sync_after: Duration,
+    step_mode: bool,
+    sim_hook: Option<SimHook>,
+    /// Size of one write-out of a segment, in bytes.
+    piece_bytes: AtomicUsize,
+    state: Mutex<QueueState>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct QueueState {
+    dirty: Vec<Arc<ReplicaInner>>,
+    dirty_bytes: u64,
+    /// Time of the first entry in `dirty`.
+    dirty_since: Option<Instant>,
+    /// Replicas with a full piece to write out.
+    pieces: Vec<Arc<ReplicaInner>>,
+    jobs: VecDeque<SyncJob>,
+    /// True if a pass must run now, because the ring has few free files.
+    urgent: bool,
+    /// Start of the last sync pass.
+    last_pass: Option<Instant>,
+    /// Number of completed passes since the ring last had a free file.
+    passes_without_progress: u32,
+    /// Sequence of the journal's next frame at the last check, and the time at which that sequence was last seen to
+    /// change.
+    journal_use: Option<(u64, Instant)>,
+    is_stopped: bool,
+}
+
+/// A persist call that is served by a sync of the segments. Its bytes exceed the journal's limit, or an earlier call of
+/// the replica waits for such a sync.
+pub(in crate::log) struct SyncJob {
+    pub(super) replica: Arc<ReplicaInner>,
+    pub(super) head: EntryHeader,
+    pub(super) done: PersistCallback,
+}
+
+/// Next action of the sync thread.
+pub(in crate::log) enum SyncAction {
+    /// A pass of syncs.
+    Pass,
+    /// A write-out of the queued pieces.
+    WriteOut,
+    /// The end, because the log stops.
+    Stop,
+}
+
+impl SyncJob {
+    /// Syncs the segments, and submits an entry that records the sync.
+    pub(in crate::log) fn run(self) {
+        let Self { replica, head, done } = self;
+        match replica.sync().and_then(|()| replica.persist_result(&head)) {
+            Ok(_) => {
+                let client = replica.clone();
+                let entry = JournalEntry { head, batches: Vec::new(), bytes: 0, client, done: Some(done) };
+                replica.ctx.journal.submit(entry);
+            }
+            Err(error) => done(Err(error)),
+        }
+        let mut state = replica.state();
+        state.syncing = state.syncing.saturating_sub(1);
+    }
+}
+
+impl SyncQueue {
+    pub(super) fn new(options: &LogOptions) -> Self {
+        Self {
+            due_bytes: options.sync_bytes.min(options.journal_bytes / RING_SHARE),
+            max_due_bytes: options.journal_bytes / 4,
+            sync_after: options.sync_after,
+            step_mode: options.step_mode,
+            sim_hook: options.sim_hook.clone(),
+            piece_bytes: AtomicUsize::new(PIECE_BYTES),
+            state: Mutex::default(),
+            wake: Condvar::new(),
+        }
+    }
+
+    /// Adds a replica after an append of `bytes`, unless it is in the queue, and a piece if the replica has a full one.
+    pub(super) fn push_dirty(&self, replica: &Arc<ReplicaInner>, bytes: u64) {
+        let listed = replica.dirty.swap(true, Ordering::AcqRel);
+        let unwritten_bytes = replica.unwritten_bytes.fetch_add(bytes, Ordering::AcqRel);
+        let (piece_bytes, after) = (self.piece_bytes() as u64, unwritten_bytes + bytes);
+        // The check repeats with each small piece, because the size of a piece changes.
+        let is_piece = after >= piece_bytes && unwritten_bytes / PIECE_BYTES as u64 != after / PIECE_BYTES as u64;
+        let mut state = self.state.lock();
+        if is_piece {
+            state.pieces.push(replica.clone());
+        }
+        let was_due = self.is_due(&state);
+        if !listed {
+            state.dirty.push(replica.clone());
+        }
+        let is_first = state.dirty_since.is_none();
+        if is_first {
+            state.dirty_since = Some(clock::monotonic());
+        }
+        state.dirty_bytes += bytes;
+        let is_due = self.is_due(&state);
+        drop(state);
+        // In step mode a step is a full pass, which a piece alone does not justify.
+        if is_first || (is_piece && !self.step_mode) || (is_due && !was_due) {
+            self.wake();
+        }
+    }
+
+    /// Returns true if enough bytes are unsynced for a sync pass. Many dirty replicas raise the threshold, because a
+    /// sync costs per file. The threshold never exceeds a quarter of the journal's ring, so that the ring keeps free
+    /// files.
+    fn is_due(&self, state: &QueueState) -> bool {
+        let of_all = (state.dirty.len() as u64 * MIN_SYNC_BYTES_PER_REPLICA).min(self.max_due_bytes);
+        state.dirty_bytes >= self.due_bytes.max(of_all)
+    }
+
+    pub(super) fn push_job(&self, job: SyncJob) {
+        self.state.lock().jobs.push_back(job);
+        self.wake();
+    }
+
+    pub(in crate::log) fn pop_job(&self) -> Option<SyncJob> {
+        self.state.lock().jobs.pop_front()
+    }
+
+    /// Requests a pass now, because the journal's ring has few free files.
+    pub(in crate::log) fn request_pass(&self) {
+        self.state.lock().urgent = true;
+        self.wake();
+    }
+
+    /// Starts a pass: returns the dirty replicas, and true if the pass was requested.
+    pub(in crate::log) fn begin_pass(&self) -> (Vec<Arc<ReplicaInner>>, bool) {
+        let mut state = self.state.lock();
+        state.dirty_bytes = 0;
+        state.dirty_since = None;
+        state.last_pass = Some(clock::monotonic());
+        (std::mem::take(&mut state.dirty), std::mem::take(&mut state.urgent))
+    }
+
+    /// Counts a pass that tried to release a file of the ring.
+    pub(in crate::log) fn end_pass(&self, has_progress: bool) {
+        let mut state = self.state.lock();
+        state.passes_without_progress = if has_progress { 0 } else { state.passes_without_progress.saturating_add(1) };
+    }
+
+    pub(in crate::log) fn passes_without_progress(&self) -> u32 {
+        self.state.lock().passes_without_progress
+    }
+
+    /// Returns the replicas with a full piece. Sets the size of later pieces by the use of the journal, whose next frame
+    /// is `next_frame`.
+    pub(in crate::log) fn take_pieces(&self, next_frame: u64) -> Vec<Arc<ReplicaInner>> {
+        let now = clock::monotonic();
+        let mut state = self.state.lock();
+        let since = match state.journal_use {
+            Some((last, since)) if last == next_frame => since,
+            _ => now,
+        };
+        state.journal_use = Some((next_frame, since));
+        let is_quiet = now.saturating_duration_since(since) >= JOURNAL_QUIET;
+        self.piece_bytes.store(if is_quiet { LARGE_PIECE_BYTES } else { PIECE_BYTES }, Ordering::Relaxed);
+        std::mem::take(&mut state.pieces)
+    }
+
+    pub(super) fn piece_bytes(&self) -> usize {
+        self.piece_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Waits until an action is due, and returns it.
+    pub(in crate::log) fn wait(&self) -> SyncAction {
+        let mut state = self.state.lock();
+        loop {
+            if state.is_stopped {
+                return SyncAction::Stop;
+            }
+            if state.urgent || !state.jobs.is_empty() {
+                return SyncAction::Pass;
+            }
+            let now = clock::monotonic();
+            let after = |since: Instant, wait: Duration| wait.saturating_sub(now.saturating_duration_since(since));
+            let left = match state.dirty_since {
+                Some(_) if self.is_due(&state) => {
+                    Some(state.last_pass.map_or(Duration::ZERO, |last| after(last, MIN_PASS_INTERVAL)))
+                }
+                Some(since) => Some(after(since, self.sync_after)),
+                None => None,
+            };
+            match left {
+                Some(left) if left.is_zero() => return SyncAction::Pass,
+                _ if !state.pieces.is_empty() => return SyncAction::WriteOut,
+                Some(left) => _ = self.wake.wait_for(&mut state, left),
+                None => self.wake.wait(&mut state),
+            }
+        }
+    }
+
+    /// Waits before a failed pass is repeated. The disk is probably full, so the retry comes soon, but not in a tight
+    /// loop.
+    pub(in crate::log) fn wait_for_retry(&self) {
+        let mut state = self.state.lock();
+        state.urgent = true;
+        self.wake.wait_while_for(&mut state, |state| !state.is_stopped, CHECKPOINT_RETRY_INTERVAL);
+    }
+
+    /// Ends the sync thread after its current action.
+    pub(in crate::log) fn stop(&self) {
+        self.state.lock().is_stopped = true;
+        self.wake.notify_all();
+    }
+
+    /// Drops the queued work. The queue holds replicas, which hold the context of this queue.
+    pub(in crate::log) fn clear(&self) {
+        let queued = std::mem::take(&mut *self.state.lock());
+        drop(queued);
+    }
+
+    /// Wakes the sync thread, or the driver of the steps.
+    fn wake(&self) {
+        self.wake.notify_all();
+        if let Some(sim_hook) = &self.sim_hook {
+            sim_hook.wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_are_synced_by_a_share_of_the_ring() {
+        for (journal_bytes, due) in [(512 << 20, 64 << 20), (16 << 20, 2 << 20), (1 << 30, 64 << 20)] {
+            let queue = SyncQueue::new(&LogOptions { journal_bytes, ..LogOptions::default() });
+            let state = |dirty_bytes| QueueState { dirty_bytes, ..QueueState::default() };
+            assert!(!queue.is_due(&state(due - 1)) && queue.is_due(&state(due)));
+        }
+    }
+}
