@@ -26,6 +26,37 @@
 //! preallocated blocks, and completes them. Another thread syncs the segments in the background. A [`LogReader`] reads
 //! from the tail cache, else from a file. A read from a file checks every batch before it returns the batch.
 //!
+//! # Layers
+//!
+//! Imports go down only. All layers may use `error` and `options`.
+//!
+//! | folder | content |
+//! | --- | --- |
+//! | `data_dir` | opening and closing; the registry of replicas; start, recovery, sync passes, checkpoints |
+//! | `replica` | state of one replica; its writer, readers, syncs and caches; the context that all replicas share |
+//! | `journal` | queue, frames, writer thread, ring of files, replay |
+//! | `format` | bytes of entries, checkpoints, segments and their indexes; epoch history and producer state |
+//! | `disk` | the only access to files, real and simulated; the budget of free space |
+//!
+//! The journal calls upper layers through three traits. `JournalClient` is a replica, `JournalHost` the data directory
+//! that syncs segments for it. In step mode no thread runs: the simulator calls [`DataDir::journal_step`] and
+//! [`DataDir::sync_step`], and a call that waits for the journal drives the frames itself through `StepDriver`.
+//!
+//! # Locks
+//!
+//! A thread that holds a lock takes only locks after it:
+//!
+//! ```text
+//! recycling, preallocating ▸ registry ▸ writer ▸ ring ▸ queue ▸ syncing ▸ state ▸ files
+//! ```
+//!
+//! `recycling` and `registry` belong to the data directory, `preallocating`, `writer`, `ring` and `queue` to the
+//! journal, `syncing` and `state` to a replica, and `files` is the cache of open files.
+//!
+//! The locks of the sync queue, of stray and removed files, and of the tail cache (`EvictionQueue` ▸ `ReplicaTail`)
+//! come last: a thread that holds one of them takes no other. No file is accessed under `state`. [`SimHook`] is called
+//! with locks held, so it only wakes the driver of the steps.
+//!
 //! # Invariants
 //!
 //! - A segment holds complete, contiguous batches whose epochs never decrease, and nothing after them.
