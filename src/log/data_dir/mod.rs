@@ -20,14 +20,13 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::time::Instant;
 use uuid::Uuid;
 
 pub use self::{
     identity::{DataDirIdentity, FORMAT, METADATA, NAME as IDENTITY},
     status::{DataDirStatus, DiskSpace},
 };
-use self::{registry::ReplicaRegistry, strays::StrayReplicas};
+use self::{registry::ReplicaRegistry, strays::StrayReplicas, sync::CheckpointFailures};
 use crate::{
     log::{
         disk::{Disk, budget::DiskBudget},
@@ -57,8 +56,7 @@ struct DataDirInner {
     /// Held while a checkpoint is written and the ring files that it makes unnecessary are released. It keeps an older
     /// checkpoint from replacing a newer one.
     recycling: Mutex<()>,
-    /// Start of the current series of failed checkpoints, and the last error; `None` while checkpoints succeed.
-    checkpoint_error: Mutex<Option<(Instant, io::Error)>>,
+    checkpoint_failures: Mutex<CheckpointFailures>,
     /// Replicas on the disk that are not registered.
     strays: StrayReplicas,
     was_clean_shutdown: bool,
@@ -106,7 +104,7 @@ impl DataDir {
             directory_id,
             registry: Mutex::new(ReplicaRegistry::new(loaded.replicas)),
             recycling: Mutex::default(),
-            checkpoint_error: Mutex::default(),
+            checkpoint_failures: Mutex::default(),
             strays,
             was_clean_shutdown: loaded.clean,
             _lock: lock,

@@ -33,8 +33,7 @@ impl DataDirInner {
         }
         let waited = journal.space_wait();
         if waited >= CHECKPOINT_WAIT
-            && let Some((since, error)) = &*self.checkpoint_error.lock()
-            && since.elapsed() >= CHECKPOINT_WAIT
+            && let Some(error) = self.checkpoint_failures.lock().lasting(CHECKPOINT_WAIT)
             && !is_full(error)
         {
             let seconds = CHECKPOINT_WAIT.as_secs();

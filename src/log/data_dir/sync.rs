@@ -1,10 +1,5 @@
-//! Syncing segments in the background: by bytes, by time, and when the journal's ring has few free files. One thread
-//! runs the passes.
-//!
-//! # Overview
-//!
-//! Appended data is written out before its sync, in pieces and without a flush. The sync then finds little to write,
-//! and the journal's next write never waits behind many megabytes.
+//! Sync passes over all replicas, checkpoints, and the release of journal files. One thread runs the passes: by bytes, by
+//! time, and when the journal's ring has few free files.
 //!
 //! # Invariants
 //!
@@ -14,11 +9,15 @@
 
 use std::{
     io,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
+
+use tokio::time::Instant;
 
 use super::DataDirInner;
 use crate::{
@@ -28,6 +27,7 @@ use crate::{
         replica::{ReplicaInner, SyncAction},
     },
     task::{self, clock},
+    telemetry::LogThrottle,
 };
 
 /// Maximum number of replicas that are synced concurrently. The file system makes concurrent syncs durable with one
@@ -36,6 +36,35 @@ const MAX_SYNC_THREADS: usize = 4;
 
 /// Number of dirty replicas per sync thread.
 const FILES_PER_SYNC_THREAD: usize = 16;
+
+/// Failures of checkpoints. A failed checkpoint is retried several times a second.
+#[derive(Default)]
+pub(super) struct CheckpointFailures {
+    /// Start of the current series of failures, and the last error; `None` while checkpoints succeed.
+    current: Option<(Instant, io::Error)>,
+    throttle: LogThrottle,
+}
+
+impl CheckpointFailures {
+    fn record(&mut self, dir: &Path, error: Option<io::Error>) {
+        let (path, now) = (dir.display(), clock::monotonic());
+        if let Some(error) = &error
+            && self.throttle.occur(now).is_some()
+        {
+            tracing::warn!(%path, %error, "cannot write the checkpoint, retrying: acknowledgements may wait");
+        }
+        if error.is_none() && self.throttle.recover().is_some() {
+            tracing::info!(%path, "the checkpoint is written again");
+        }
+        let since = self.current.as_ref().map_or(now, |(since, _)| *since);
+        self.current = error.map(|error| (since, error));
+    }
+
+    /// Returns the last error, if checkpoints have failed for at least `min`.
+    pub(super) fn lasting(&self, min: Duration) -> Option<&io::Error> {
+        self.current.as_ref().filter(|(since, _)| since.elapsed() >= min).map(|(_, error)| error)
+    }
+}
 
 impl DataDirInner {
     /// Runs one pass: first the persist calls that exceed the journal's limit, then all dirty replicas, then the ring.
@@ -54,25 +83,9 @@ impl DataDirInner {
         }
         let recycled = self.recycle();
         let is_recycled = recycled.is_ok();
-        self.record_checkpoint_result(recycled.err());
+        self.checkpoint_failures.lock().record(&self.ctx.dir, recycled.err());
         queue.end_pass(!is_recycled || journal.has_free_file());
         is_recycled
-    }
-
-    /// Logs the first failure of a series of checkpoints, and its end. A failed checkpoint is retried several times a
-    /// second.
-    fn record_checkpoint_result(&self, error: Option<io::Error>) {
-        let path = self.ctx.dir.display();
-        let mut current = self.checkpoint_error.lock();
-        match &error {
-            Some(error) if current.is_none() => {
-                tracing::warn!(%path, %error, "cannot write the checkpoint, retrying: acknowledgements may wait");
-            }
-            None if current.is_some() => tracing::info!(%path, "the checkpoint is written again"),
-            _ => {}
-        }
-        let since = current.as_ref().map_or_else(clock::monotonic, |(since, _)| *since);
-        *current = error.map(|error| (since, error));
     }
 
     fn sync_dirty(&self, dirty: &[Arc<ReplicaInner>]) {

@@ -10,6 +10,7 @@ use super::{
     Journal,
     ring::{self, Ring},
 };
+use crate::{task::clock, telemetry::LogThrottle};
 
 /// Maximum pause in favour of appends after each piece.
 const YIELD_INTERVAL: Duration = Duration::from_millis(20);
@@ -20,13 +21,13 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 impl Journal {
     /// Creates the next file when the last free one is entered, until the journal is closed or fails.
     pub(in crate::log) fn run_preallocation(&self) {
-        let mut logged = false;
+        let mut throttle = LogThrottle::default();
         while self.wait_until_file_wanted() {
             match self.preallocate_ahead() {
-                Ok(_) => logged = false,
+                Ok(_) => _ = throttle.recover(),
                 Err(_) if self.is_prealloc_cancelled() => return,
                 Err(error) => {
-                    if !std::mem::replace(&mut logged, true) {
+                    if throttle.occur(clock::monotonic()).is_some() {
                         tracing::warn!(%error, "cannot create a journal file: existing files are reused sooner");
                     }
                     self.wait_for_file(RETRY_INTERVAL);

@@ -109,8 +109,6 @@ struct LogState {
     recovery: RecoveryPoint,
     /// End of the last entry of this replica in each journal file that holds one, until that end is synced.
     journal_pins: VecDeque<(u64, Offset)>,
-    /// Bytes appended since the start of the last sync.
-    unsynced_bytes: u64,
     /// True if files were created or removed since the last sync of the directory.
     names_changed: bool,
     /// Record of the log before a reset. Checkpoints hold it until the old files are removed and the new ones are
@@ -208,7 +206,6 @@ impl ReplicaInner {
                 recovery: RecoveryPoint { segment, epochs, producers },
                 segments,
                 journal_pins: VecDeque::new(),
-                unsynced_bytes: 0,
                 names_changed: false,
                 pre_reset_record: None,
                 syncing: 0,
@@ -335,9 +332,8 @@ impl ReplicaInner {
 
     /// Closes the segment files, except for their current readers.
     pub(super) fn close_files(&self) {
-        for segment in &self.state().segments {
-            self.ctx.files.remove(segment.file.serial);
-        }
+        let serials: Vec<u64> = self.state().segments.iter().map(|segment| segment.file.serial).collect();
+        serials.into_iter().for_each(|serial| self.ctx.files.remove(serial));
     }
 
     fn path(&self, base: Offset, extension: &str) -> PathBuf {

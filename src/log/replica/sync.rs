@@ -29,7 +29,6 @@ impl ReplicaInner {
         let _one_at_a_time = self.syncing.lock();
         let (point, generation, names, files) = {
             let mut state = self.state();
-            state.unsynced_bytes = 0;
             // All data before the recovery point is synced.
             let first = state.segments.partition_point(|segment| segment.info.base < state.recovery.segment.base);
             let files: Vec<_> = state.segments[first..].iter().map(|segment| segment.file.clone()).collect();

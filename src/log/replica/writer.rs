@@ -299,7 +299,6 @@ impl ReplicaLog {
         }
         let end = info.end;
         state.remove_expired_producers();
-        state.unsynced_bytes += batches.iter().map(|batch| batch.encoded_len() as u64).sum::<u64>();
         end
     }
 
