@@ -1,5 +1,5 @@
-//! The registry of a data directory: its replicas, opened or not, by partition. It opens and creates them; their content
-//! is none of its business.
+//! The registry of a data directory: its replicas, opened or not, by partition. It opens and creates them, and leaves
+//! their content to `recovery` and to the replicas.
 
 use std::{
     collections::BTreeMap,

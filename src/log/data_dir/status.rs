@@ -41,12 +41,15 @@ impl DataDir {
     /// Returns the status of the directory.
     pub fn status(&self) -> DataDirStatus {
         let ctx = &self.inner.ctx;
-        let open = self.inner.registry.lock().open_replicas();
+        let (open, replicas) = {
+            let registry = self.inner.registry.lock();
+            (registry.open_replicas(), registry.len())
+        };
         let failed = open.iter().filter_map(|replica| Some((replica.id(), replica.failure()?.to_owned())));
         DataDirStatus {
             failed: ctx.refusal(),
             disk_full: ctx.budget.is_full(),
-            replicas: self.inner.registry.lock().len(),
+            replicas,
             failed_replicas: failed.collect(),
             segment_bytes: open.iter().map(|replica| replica.bytes()).sum(),
             journal_bytes: ctx.journal.bytes(),

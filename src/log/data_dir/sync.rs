@@ -151,8 +151,11 @@ impl DataDirInner {
         let queue = &self.ctx.sync_queue;
         loop {
             match queue.wait() {
-                SyncAction::Pass if self.sync_pass() => {}
-                SyncAction::Pass => queue.wait_for_retry(),
+                SyncAction::Pass => {
+                    if !self.sync_pass() {
+                        queue.wait_for_retry();
+                    }
+                }
                 SyncAction::WriteOut => self.write_out_pieces(),
                 SyncAction::Stop => return,
             }

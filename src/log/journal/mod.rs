@@ -11,7 +11,7 @@
 //! - The first frame that the checkpoint of a running directory names is in the journal: [`Journal::begin`] writes one
 //!   before the first of these checkpoints. So a lost journal, and one of another directory, is detected.
 //! - A file is reused only after all its entries are synced in their segments and a checkpoint starts replay after it
-//!   (`sync`).
+//!   (`data_dir/sync`).
 //! - A failed write is final: every later entry fails with the same reason, and appends are refused.
 //!
 //! # Crash
@@ -254,7 +254,6 @@ impl Journal {
         !self.queue.lock().entries.is_empty()
     }
 
-    /// Returns the bytes of all files.
     pub(super) fn bytes(&self) -> u64 {
         self.ring.lock().bytes()
     }
@@ -269,7 +268,6 @@ impl Journal {
         self.ring.lock().is_low()
     }
 
-    /// Returns true if a file is free.
     pub(super) fn has_free_file(&self) -> bool {
         self.ring.lock().has_free()
     }
