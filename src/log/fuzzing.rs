@@ -7,7 +7,7 @@
 use bytes::{Buf, Bytes};
 use uuid::Uuid;
 
-use super::format::{checkpoint::Checkpoint, entry, index::Index, snapshot::Snapshot};
+use super::format::{Checkpoint, Index, Snapshot, entry};
 use crate::{model::Offset, record::Batch};
 
 /// Decodes the journal frame at the front of `bytes`. A payload that does not match its entry is refused as well.

@@ -116,12 +116,7 @@ mod tests;
 pub use data_dir::{DataDir, DataDirIdentity, DataDirStatus, DiskSpace, FORMAT, IDENTITY, METADATA};
 pub use disk::{Disk, OpenMode, PrivateDir, RealDisk, SimDisk, SyncStamp, free_in_steps, write_out};
 pub use error::{ChangeError, DataDirError, LogAppendError, LogReadError, PersistError, ReplicaError};
-pub use format::{
-    epochs::EpochHistory,
-    index::IndexEntry,
-    producers::{ProducerTable, SequenceCheck},
-    segment::SegmentInfo,
-};
+pub use format::{EpochHistory, IndexEntry, ProducerTable, SegmentInfo, SequenceCheck};
 pub use journal::PersistCallback;
 pub use options::{LogOptions, SimHook};
 pub use replica::{LogReader, ReadBatches, ReadLimits, ReplicaLog, SegmentExport, StateRef};

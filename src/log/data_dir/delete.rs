@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::{DataDir, DataDirInner};
 use crate::{
-    log::{error::ReplicaError, format::entry::EntryKind, replica::ReplicaInner},
+    log::{error::ReplicaError, format::EntryKind, replica::ReplicaInner},
     model::{Offset, PartitionId},
 };
 

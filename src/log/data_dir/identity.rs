@@ -9,10 +9,7 @@ use crate::{
     log::{
         disk::Disk,
         error::{DataDirError, io_error},
-        format::{
-            checkpoint::{self, Checkpoint},
-            segment::base_of,
-        },
+        format::{CHECKPOINT, Checkpoint, segment::base_of},
         journal::replay,
     },
     model::{BrokerId, TopicId},
@@ -149,7 +146,7 @@ fn remains(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in disk.list(dir)? {
         let path = dir.join(&entry.name);
-        if entry.name == checkpoint::NAME || (entry.name == METADATA && entry.len > 0) {
+        if entry.name == CHECKPOINT || (entry.name == METADATA && entry.len > 0) {
             found.push(entry.name);
         } else if entry.is_dir && entry.name == "journal" {
             if replay::was_written(disk, &path)? {

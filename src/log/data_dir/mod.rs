@@ -31,7 +31,7 @@ use crate::{
     log::{
         disk::{Disk, budget::DiskBudget},
         error::{DataDirError, PersistError, io_error},
-        format::checkpoint::CheckpointKind,
+        format::CheckpointKind,
         journal::{
             Journal, JournalHost, StepDriver,
             ring::{self, Ring},

@@ -10,8 +10,8 @@ use crate::{
         disk::{Disk, OpenMode},
         error::ReplicaError,
         format::{
-            checkpoint::ReplicaCheckpoint,
-            segment::{self, SegmentInfo, base_of, name, remove_caches_above, remove_segment},
+            ReplicaCheckpoint, SegmentInfo,
+            segment::{self, base_of, name, remove_caches_above, remove_segment},
             snapshot::{self, record_batch},
         },
     },

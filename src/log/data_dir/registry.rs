@@ -15,7 +15,7 @@ use super::{
 use crate::{
     log::{
         error::ReplicaError,
-        format::{checkpoint::ReplicaCheckpoint, entry::EntryKind, segment::replica_dir},
+        format::{EntryKind, ReplicaCheckpoint, replica_dir},
         replica::{ReplicaInner, ReplicaLog},
     },
     model::{Offset, PartitionId, TopicId},

@@ -15,10 +15,9 @@ use crate::{
         disk::{Disk, File, OpenMode, STEP_BYTES},
         error::{DataDirError, io_error},
         format::{
-            checkpoint::{Checkpoint, CheckpointKind, ReplicaCheckpoint},
-            entry::{EntryKind, MAX_NUMBER},
-            segment::{SegmentInfo, base_of, name, replica_dir},
-            snapshot::{self, Snapshot},
+            Checkpoint, CheckpointKind, EntryKind, MAX_NUMBER, ReplicaCheckpoint, SegmentInfo, Snapshot, replica_dir,
+            segment::{base_of, name},
+            snapshot,
         },
         journal::replay::{self, ReplayResult, ReplicaReplayState},
         options::LogOptions,

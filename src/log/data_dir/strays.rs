@@ -13,7 +13,7 @@ use crate::{
     log::{
         disk::{DirEntry, Disk},
         error::ReplicaError,
-        format::segment::{base_of, replica_dir},
+        format::{replica_dir, segment::base_of},
         replica::context::LogContext,
     },
     model::{PartitionId, TopicId},

@@ -23,7 +23,7 @@ use super::DataDirInner;
 use crate::{
     log::{
         error::is_full,
-        format::checkpoint::{Checkpoint, CheckpointKind},
+        format::{Checkpoint, CheckpointKind},
         replica::{ReplicaInner, SyncAction},
     },
     task::{self, clock},

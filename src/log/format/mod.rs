@@ -1,13 +1,23 @@
 //! Byte formats and tables of the log: entries, checkpoints, snapshots, indexes, segments, epoch history and producer
 //! state. Nothing here holds a lock or starts a thread; a function that accesses files receives the disk.
 
-pub(super) mod checkpoint;
+mod checkpoint;
 pub(super) mod entry;
-pub(super) mod epochs;
+mod epochs;
 pub(super) mod index;
 mod producer_memory;
-pub(super) mod producers;
+mod producers;
 pub(super) mod segment;
 pub(super) mod snapshot;
 
+pub use epochs::EpochHistory;
+pub use index::IndexEntry;
+pub use producers::{ProducerTable, SequenceCheck};
+pub use segment::SegmentInfo;
+
+pub(super) use checkpoint::{Checkpoint, CheckpointKind, NAME as CHECKPOINT, ReplicaCheckpoint};
+pub(super) use entry::{DecodedEntry, EntryHeader, EntryKind, MAX_NUMBER};
+pub(super) use index::Index;
 pub(super) use producer_memory::ProducerMemory;
+pub(super) use segment::{Segment, SegmentFile, replica_dir};
+pub(super) use snapshot::{Snapshot, tables_at};

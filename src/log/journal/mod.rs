@@ -46,7 +46,7 @@ use crate::{
     log::{
         disk::budget::DiskBudget,
         error::PersistError,
-        format::entry::{self, EntryHeader},
+        format::{EntryHeader, entry},
         options::{LogOptions, SimHook},
     },
     model::Offset,

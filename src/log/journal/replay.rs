@@ -13,10 +13,7 @@ use uuid::Uuid;
 use crate::{
     log::{
         disk::{BLOCK, Disk, OpenMode, PIECE_BYTES},
-        format::{
-            entry::{self, DecodedEntry, EntryHeader, EntryKind},
-            segment::{name, replica_dir},
-        },
+        format::{DecodedEntry, EntryHeader, EntryKind, entry, replica_dir, segment::name},
     },
     model::{Offset, PartitionId},
 };

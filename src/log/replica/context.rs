@@ -14,7 +14,7 @@ use super::{ReplicaInner, file_cache::FileCache, removed::RemovedFiles, sync_que
 use crate::log::{
     disk::{Disk, budget::DiskBudget},
     error::{ChangeError, PersistError},
-    format::{ProducerMemory, entry::EntryHeader},
+    format::{EntryHeader, ProducerMemory},
     journal::{Journal, JournalEntry, PersistCallback, StepDriver},
     options::LogOptions,
 };

@@ -6,13 +6,7 @@ use super::writer::ReplicaLog;
 use crate::{
     log::{
         disk::{File, OpenMode},
-        format::{
-            epochs::EpochHistory,
-            index::{Index, IndexEntry},
-            producers::ProducerTable,
-            segment::SegmentInfo,
-            snapshot::{Snapshot, tables_at},
-        },
+        format::{EpochHistory, Index, IndexEntry, ProducerTable, SegmentInfo, Snapshot, tables_at},
     },
     model::Offset,
 };

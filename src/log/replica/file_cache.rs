@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 
 use crate::log::{
     disk::{Disk, File, OpenMode},
-    format::index::Index,
+    format::Index,
 };
 
 /// Divisor of the log's open files: removed files that are still open are at most that share.

@@ -12,11 +12,7 @@ use crate::{
     log::{
         disk::{File, OpenMode},
         error::LogReadError,
-        format::{
-            epochs::EpochHistory,
-            index::{self, Index, IndexEntry},
-            segment::{self, SegmentFile, SegmentInfo},
-        },
+        format::{EpochHistory, Index, IndexEntry, SegmentFile, SegmentInfo, index, segment},
     },
     model::{LeaderEpoch, Offset, PartitionId},
     record::{Batch, HEADER_BYTES},

@@ -17,7 +17,7 @@ use super::ReplicaInner;
 use crate::{
     log::{
         disk::{LARGE_PIECE_BYTES, PIECE_BYTES},
-        format::entry::EntryHeader,
+        format::EntryHeader,
         journal::{JournalClient, JournalEntry, PersistCallback},
         options::{LogOptions, SimHook},
     },

@@ -14,14 +14,7 @@ use crate::{
     log::{
         disk::OpenMode,
         error::{LogAppendError, PersistError, is_full},
-        format::{
-            entry::EntryKind,
-            epochs::EpochHistory,
-            index::Index,
-            producers::ProducerTable,
-            segment::{Segment, SegmentFile, SegmentInfo},
-            snapshot::Snapshot,
-        },
+        format::{EntryKind, EpochHistory, Index, ProducerTable, Segment, SegmentFile, SegmentInfo, Snapshot},
         journal::{JournalEntry, PersistCallback},
     },
     model::{LeaderEpoch, Offset, PartitionId},

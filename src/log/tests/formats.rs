@@ -5,13 +5,8 @@ use uuid::Uuid;
 
 use super::*;
 use crate::log::format::{
-    checkpoint::{Checkpoint, CheckpointKind, ReplicaCheckpoint},
-    entry::{self, EntryHeader, EntryKind},
-    epochs::EpochHistory,
-    index::Index,
-    producers::ProducerTable,
-    segment::SegmentInfo,
-    snapshot::Snapshot,
+    Checkpoint, CheckpointKind, EntryHeader, EntryKind, EpochHistory, Index, ProducerTable, ReplicaCheckpoint,
+    SegmentInfo, Snapshot, entry,
 };
 
 const DIRECTORY: Uuid = Uuid::from_u128(7);

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use super::*;
 use crate::{
-    log::format::segment::{name, replica_dir},
+    log::format::{replica_dir, segment::name},
     task::clock,
 };
 

@@ -4,7 +4,7 @@ use super::*;
 use crate::{
     log::{
         disk::{LARGE_PIECE_BYTES, PIECE_BYTES},
-        format::segment::replica_dir,
+        format::replica_dir,
     },
     task::clock,
 };
