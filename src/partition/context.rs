@@ -3,10 +3,7 @@
 
 use std::sync::Arc;
 
-use super::leader::{
-    divergence::LogPosition,
-    isr::{IsrProposal, ReplicaProgress},
-};
+use super::leader::{divergence::LogPosition, isr::IsrProposal, member::ReplicaProgress};
 use crate::{
     model::{BrokerId, LeaderEpoch, PartitionId},
     telemetry::{Counter, Metrics},

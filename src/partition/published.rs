@@ -14,10 +14,10 @@ use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
 use super::{
-    ReplicaRole, ReplicaStatus, WakeSet, WatermarkKind,
     lag::{FollowerLag, FollowerLagTracker},
-    leader::isr::ReplicaProgress,
-    listeners::{Listener, WatermarkListeners},
+    leader::member::ReplicaProgress,
+    role::{ReplicaRole, ReplicaStatus, WatermarkKind},
+    wake::{PartitionListeners, WakeSet},
 };
 use crate::{
     model::{BrokerId, LeaderEpoch, Offset, TopicConfig, Watermarks},
@@ -57,9 +57,7 @@ pub(super) struct PublishedState {
     followers: Mutex<Option<FollowerLagTracker>>,
     /// True if a follower acknowledges: otherwise appends record no lag entry.
     followed: AtomicBool,
-    committed: WatermarkListeners,
-    written: WatermarkListeners,
-    progress: WatermarkListeners,
+    listeners: Arc<PartitionListeners>,
     /// Tasks in which long lists of listeners are woken.
     tasks: Tasks,
 }
@@ -87,9 +85,7 @@ impl PublishedState {
             unsendable: Mutex::default(),
             followers: Mutex::new(None),
             followed: AtomicBool::new(false),
-            committed: WatermarkListeners::default(),
-            written: WatermarkListeners::default(),
-            progress: WatermarkListeners::default(),
+            listeners: Arc::default(),
             tasks,
         }
     }
@@ -192,7 +188,7 @@ impl PublishedState {
     pub(super) fn publish_status(&self, status: ReplicaStatus) {
         self.status.store(Arc::new(status));
         self.status_changed.notify_waiters();
-        self.wake_all();
+        self.listeners.wake_all(&self.tasks);
     }
 
     /// Waits until this broker leads in `epoch`, has received a newer epoch, or has closed the partition.
@@ -276,31 +272,16 @@ impl PublishedState {
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.status_changed.notify_waiters();
-        self.wake_all();
+        self.listeners.wake_all(&self.tasks);
     }
 
     /// Marks `index` in `ready` from now on whenever that watermark moves, and once at first.
-    pub(super) fn add_listener(self: &Arc<Self>, ready: &Arc<WakeSet>, index: usize, on: WatermarkKind) {
-        ready.listen(index, Listener::new(ready, index, self, on));
-        ready.mark(index);
+    pub(super) fn add_listener(&self, ready: &Arc<WakeSet>, index: usize, on: WatermarkKind) {
+        self.listeners.add(ready, index, on);
     }
 
     /// Wakes the listeners of this watermark, whether it moved or not.
     pub(super) fn wake(&self, on: WatermarkKind) {
-        self.listeners(on).wake(&self.tasks);
-    }
-
-    pub(super) fn listeners(&self, on: WatermarkKind) -> &WatermarkListeners {
-        match on {
-            WatermarkKind::HighWatermark => &self.committed,
-            WatermarkKind::LogEnd => &self.written,
-            WatermarkKind::AnyEnd => &self.progress,
-        }
-    }
-
-    fn wake_all(&self) {
-        [WatermarkKind::HighWatermark, WatermarkKind::LogEnd, WatermarkKind::AnyEnd]
-            .into_iter()
-            .for_each(|on| self.wake(on));
+        self.listeners.wake(on, &self.tasks);
     }
 }

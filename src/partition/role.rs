@@ -1,4 +1,5 @@
-//! Assignment, role and link events of a replica. Plain values: the task decides by them and publishes its role.
+//! Assignment, role, link events and segments of a replica. Plain values: the task decides by them and publishes its
+//! role.
 //!
 //! ```text
 //!   assign ─▶ Idle ◀──────────▶ Follower { leader } ◀──────────▶ Leader { epoch_committed }
@@ -6,13 +7,14 @@
 //!             broker is no replica
 //! ```
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
-use super::leader::isr::BrokerStatus;
+use super::leader::member::BrokerStatus;
 use crate::{
     cluster::{PartitionValue, Revision},
+    log::SegmentInfo,
     model::{BrokerId, LeaderEpoch, Offset},
     record::Batch,
     tier::TierState,
@@ -162,4 +164,15 @@ pub enum WatermarkKind {
     /// The log end or the persisted end moved, or a leader has just accepted the subscription: an acknowledgement is
     /// due.
     AnyEnd,
+}
+
+/// Segments of a replica on this broker's disk, as its task sees them.
+pub(super) struct LocalSegments {
+    pub(super) sealed: Vec<SegmentInfo>,
+    pub(super) active: SegmentInfo,
+    /// Time since the first batch in the active segment; `None` while the segment is empty.
+    pub(super) active_age: Option<Duration>,
+    pub(super) awaits_tier: bool,
+    /// Epoch in which this broker leads, and true if that epoch is committed; `None` while it does not lead.
+    pub(super) leads: Option<(LeaderEpoch, bool)>,
 }

@@ -3,7 +3,7 @@
 mod acks_tiered;
 mod by_time;
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use tokio::sync::Semaphore;
 
@@ -14,11 +14,14 @@ use crate::{
         Value as _,
         faulty::{Fault, FaultyStore},
     },
-    log::{DataDirIdentity, LogOptions, RealDisk},
-    model::{Compression, ConfigMap, Offset, TopicId},
-    record::BatchBuilder,
+    log::{DataDir, DataDirIdentity, LogOptions, RealDisk},
+    model::{
+        Acks, BrokerId, Compression, ConfigMap, LeaderEpoch, Offset, PartitionId, TopicConfig, TopicId, TopicName,
+    },
+    record::{Batch, BatchBuilder},
+    task::Tasks,
     telemetry::Metrics,
-    tier::{ChunkCache, ChunkCacheOptions, ObjectStoreOptions, TierStore},
+    tier::{ChunkCache, ChunkCacheOptions, ObjectStoreOptions, PartitionTier, TierState, TierStore},
 };
 
 /// A broker of one partition.
@@ -90,7 +93,7 @@ impl Bench {
     async fn settle(&self, partition: &Partition) {
         while self.maintenance.step(partition).await.unwrap().more {}
         // The last command was only queued: a request behind it returns after it.
-        maintenance::local(partition).await.unwrap();
+        partition.describe_segments().await.unwrap();
     }
 
     /// Serves the queue as a broker's worker does, until `result` is ready.

@@ -25,51 +25,21 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use tokio::sync::oneshot;
-
-use super::{Actor, AppendError, MAX_CONTROL_BATCH, RoleState, rule, warnings::Condition};
+use super::{Actor, ControlMessage, MAX_CONTROL_BATCH, RoleState, SubscribeMessage, leading::AppendError, rule};
 use crate::{
     cluster::{PartitionValue, Revision},
-    log::{EpochHistory, ProducerTable},
-    model::{BrokerId, LeaderEpoch, Offset},
+    model::{BrokerId, LeaderEpoch},
     partition::{
-        LinkEvent, PartitionAssignment, ReplicaRole, ReplicaStatus,
-        bootstrap::{self, BootstrapError, Tables},
         follower::Follower,
         leader::{
             Leader,
-            divergence::LogPosition,
-            isr::{BrokerStatus, DisconnectCause, LeaderStart, PeerId, ProposalOutcome, ReplicaProgress},
+            isr::LeaderStart,
+            member::{BrokerStatus, ReplicaProgress},
         },
-        role::SubscribeResponse,
+        role::{PartitionAssignment, ReplicaRole, ReplicaStatus},
     },
     tier::TierState,
 };
-
-/// First and longest pause before another read of the tables that a leader needs from the object store.
-const BOOTSTRAP_BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-
-/// Control message of the metadata, the links or the metadata store. It never waits behind writes.
-pub(in crate::partition) enum ControlMessage {
-    Assign(Box<PartitionAssignment>, oneshot::Sender<()>),
-    Subscribe(Box<SubscribeMessage>),
-    FollowerDisconnected(PeerId, DisconnectCause),
-    BrokerStatusChanged(BrokerId, BrokerStatus),
-    IsrOutcome(Box<ProposalOutcome>),
-    Deposed(LeaderEpoch),
-    Link(LinkEvent),
-    /// Tables that the task requested from the object store, with the number of that request.
-    BootstrapReady(u64, Result<Box<Tables>, BootstrapError>),
-}
-
-/// Subscription of a follower, with the channel for its response.
-pub(in crate::partition) struct SubscribeMessage {
-    pub(in crate::partition) peer: PeerId,
-    pub(in crate::partition) epoch: LeaderEpoch,
-    pub(in crate::partition) position: LogPosition,
-    pub(in crate::partition) progress: ReplicaProgress,
-    pub(in crate::partition) responder: oneshot::Sender<SubscribeResponse>,
-}
 
 /// Metadata that the task has applied.
 #[derive(Default)]
@@ -295,21 +265,7 @@ impl Actor {
         self.replica.epochs().last().map(|(epoch, _)| epoch)
     }
 
-    /// Returns true if the object store must be read before this log can lead: only after an election that may have
-    /// lost records.
-    fn needs_object_store(&self, value: &PartitionValue) -> bool {
-        let committed = self.tiered_end.max(self.log_start);
-        let reaches = self.replica.log_end() >= committed;
-        let unclean = value.unclean_epoch == Some(value.leader_epoch) && self.has_tiered_tables();
-        !reaches || unclean
-    }
-
-    /// Returns true if the object store has a segment whose footer holds the tables of the tiered end.
-    pub(super) fn has_tiered_tables(&self) -> bool {
-        self.tiered_end > self.log_start
-    }
-
-    fn start_leading(&mut self) {
+    pub(super) fn start_leading(&mut self) {
         let Some((value, revision)) = self.placed.value.clone() else { return };
         let progress = ReplicaProgress { log_end: self.replica.log_end(), persisted_end: self.replica.persisted_end() };
         let committed_end = self.committed_end.max(self.tiered_end).max(self.log_start).min(progress.log_end);
@@ -383,104 +339,5 @@ impl Actor {
         // Readers must see the new log start before the files are removed.
         self.publish();
         self.keep_log_start();
-    }
-
-    /// Requests the tables at the end of the object store, which must not be before `at`. `leadership_pause` is `Some`
-    /// if this broker leads after the response: the pause before the request.
-    pub(super) fn request_tables(&mut self, at: Offset, leadership_pause: Option<Duration>) {
-        self.placed.request_id += 1;
-        self.placed.pending_leadership = leadership_pause;
-        let (request_id, pause) = (self.placed.request_id, leadership_pause.unwrap_or_default());
-        let (tier, control, tasks) = (self.tier.clone(), self.orders.clone(), self.tasks.clone());
-        self.tasks.spawn("bootstrap", async move {
-            let request = async {
-                tokio::time::sleep(pause).await;
-                bootstrap::read_from_object_store(tier.as_ref(), at).await
-            };
-            let Some(tables) = tasks.run_until_cancelled(request).await else {
-                return;
-            };
-            if let Some(control) = control.upgrade() {
-                let message = ControlMessage::BootstrapReady(request_id, tables.map(Box::new));
-                tasks.run_until_cancelled(control.send(message)).await;
-            }
-        });
-    }
-
-    async fn on_tables(&mut self, request_id: u64, tables: Result<Box<Tables>, BootstrapError>) {
-        if request_id != self.placed.request_id {
-            return;
-        }
-        if let Ok(tables) = &tables {
-            // A committed manifest has this end, perhaps before the metadata arrived at this task.
-            self.tiered_end = self.tiered_end.max(tables.start);
-        }
-        match self.placed.pending_leadership {
-            None => self.bootstrap_with(tables.map(|tables| *tables)).await,
-            Some(waited) => self.start_leading_with_tables(tables.map(|tables| *tables), waited).await,
-        }
-    }
-
-    /// Continues the start of a leader after an election that may have lost records. The tables show which records
-    /// certainly were committed.
-    async fn start_leading_with_tables(&mut self, tables: Result<Tables, BootstrapError>, waited: Duration) {
-        let committed = self.tiered_end.max(self.log_start);
-        let tables = match tables {
-            // Deletion overtook the object store, or the topic no longer has one: there are no tables of the records
-            // before.
-            Err(BootstrapError::NoObjectStore) => Tables::empty(committed),
-            Err(_) if !self.has_tiered_tables() => Tables::empty(committed),
-            Ok(tables) if tables.start < committed => Tables::empty(committed),
-            Ok(tables) => tables,
-            Err(error) => {
-                if let Some(count) = self.warnings.occur(Condition::CannotLead) {
-                    tracing::warn!(
-                        topic = %self.topic, partition = %self.id, %error, count,
-                        "cannot lead before the object store is read; retrying"
-                    );
-                }
-                return self.lead_later(waited);
-            }
-        };
-        let (start, log_end) = (self.replica.local_start().max(self.replica.log_start()), self.replica.log_end());
-        let agrees = tables.agree(&self.replica.epochs(), start, log_end);
-        if log_end < committed || !agrees {
-            tracing::warn!(
-                topic = %self.topic, partition = %self.id, %log_end, at = %tables.start,
-                "the log of the unclean leader differs from the object store: resetting the log to the end of the \
-                 object store"
-            );
-            if !self.reset(tables).await {
-                return match self.published.error() {
-                    Some(_) => self.ctx.isr_updater.resign(self.id, self.placed.epoch()),
-                    None => self.lead_later(waited),
-                };
-            }
-        }
-        self.start_leading();
-    }
-
-    /// Repeats the request to the object store, after a longer pause.
-    fn lead_later(&mut self, waited: Duration) {
-        let (min, max) = BOOTSTRAP_BACKOFF;
-        self.request_tables(self.tiered_end, Some((waited * 2).clamp(min, max)));
-    }
-
-    /// Resets the log with these tables. Returns false if the disk failed or is full.
-    pub(super) async fn reset(&mut self, tables: Tables) -> bool {
-        let Tables { start: at, epochs, producers } = tables;
-        #[cfg(feature = "sim")]
-        let contents = (epochs.iter().collect::<Vec<_>>(), producers.ids().collect::<Vec<_>>());
-        let done = self.change_log(move |replica| replica.reset_with(at, epochs, producers)).await;
-        #[cfg(feature = "sim")]
-        if done {
-            sim_event!(LogReset { partition: self.id, at, epochs: &contents.0, producers: &contents.1 });
-        }
-        done
-    }
-
-    /// Resets the log to offset 0, without tables.
-    pub(super) async fn empty(&mut self) -> bool {
-        self.reset(Tables { start: Offset::ZERO, epochs: EpochHistory::new(), producers: ProducerTable::new() }).await
     }
 }

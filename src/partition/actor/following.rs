@@ -1,18 +1,16 @@
 //! Following: messages of the leader are checked, copied and submitted to the journal. The link acknowledges the
 //! published progress.
 
-use super::{Actor, AppendError, MAX_GROUP_BYTES, RoleState, warnings::Condition};
+use super::{Actor, MAX_GROUP_BYTES, RoleState, bootstrap::Tables, leading::AppendError, warnings::Condition};
 use crate::{
     model::{LeaderEpoch, Offset},
     partition::{
-        WatermarkKind,
-        bootstrap::{BootstrapError, Tables},
         follower::{BatchHeader, FollowerAction, ProtocolViolation},
         leader::{
             divergence::{LogPosition, SubscribeDecision},
-            isr::ReplicaProgress,
+            member::ReplicaProgress,
         },
-        role::{LinkEvent, SubscribeOutcome, SubscribeResponse},
+        role::{LinkEvent, SubscribeOutcome, SubscribeResponse, WatermarkKind},
     },
     record::Batch,
 };
@@ -49,7 +47,7 @@ impl Actor {
     }
 
     /// Requests from the link another [`LinkEvent::Connected`] after a pause.
-    fn resubscribe_later(&mut self) {
+    pub(super) fn resubscribe_later(&mut self) {
         if let RoleState::Following(follower) = &mut self.part {
             follower.on_disconnected();
             self.ctx.links.retry_later(self.id);
@@ -112,43 +110,8 @@ impl Actor {
     }
 
     /// Subscribes at once if the log changed, otherwise after a pause.
-    fn subscribe_or_retry(&mut self, changed: bool) {
+    pub(super) fn subscribe_or_retry(&mut self, changed: bool) {
         if changed { self.subscribe() } else { self.resubscribe_later() }
-    }
-
-    /// Bootstraps with these tables.
-    pub(super) async fn bootstrap_with(&mut self, tables: Result<Tables, BootstrapError>) {
-        if !matches!(self.part, RoleState::Following(_)) {
-            return;
-        }
-        match tables {
-            Ok(tables) => {
-                let at = tables.start;
-                let old_end = self.replica.log_end();
-                // The reset would change nothing, so the subscription is retried after a pause.
-                let is_same = old_end == at && self.replica.local_start() == at;
-                let done = self.reset(tables).await;
-                if let RoleState::Following(follower) = &mut self.part
-                    && done
-                {
-                    tracing::info!(
-                        topic = %self.topic, partition = %self.id, %at, log_end = %old_end,
-                        "reset the log for a bootstrap; copying from its new start"
-                    );
-                    follower.on_reset(at);
-                }
-                self.subscribe_or_retry(done && !is_same);
-            }
-            Err(error) => {
-                if let Some(count) = self.warnings.occur(Condition::CannotBootstrap) {
-                    tracing::warn!(
-                        topic = %self.topic, partition = %self.id, %error, count,
-                        "cannot bootstrap the replica; retrying"
-                    );
-                }
-                self.resubscribe_later();
-            }
-        }
     }
 
     /// Handles batches from the leader.

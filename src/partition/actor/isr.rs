@@ -7,7 +7,8 @@ use crate::{
     partition::{
         leader::{
             divergence::{LocalLogBounds, LogPosition, SubscribeDecision},
-            isr::{IsrProposal, IsrTracker, PeerId, ProposalOutcome, ReplicaProgress, ValueUpdate},
+            isr::{IsrProposal, IsrTracker, ProposalOutcome, ValueUpdate},
+            member::{PeerId, ReplicaProgress},
         },
         role::{BootstrapTables, SubscribeOutcome, SubscribeResponse},
     },

@@ -9,8 +9,8 @@ use crate::{
     log::{self, PersistError},
     model::{Acks, BrokerId, LeaderEpoch, Offset, TimestampType},
     partition::{
-        ReplicaStatus,
         leader::{AckDurability, Admission, AdmitError, WriteAck},
+        role::ReplicaStatus,
     },
     record::{Batch, Fingerprint, TimestampRange},
     task::clock,

@@ -9,6 +9,7 @@
 //! | module | work |
 //! | --- | --- |
 //! | `control` | changes of the role |
+//! | `bootstrap` | tables for a log that starts above offset 0 |
 //! | `leading` | writes |
 //! | `isr` | followers and the ISR |
 //! | `following` | messages of the leader |
@@ -23,6 +24,7 @@
 //! Between any two groups the task polls the three in that order. So neither a flood of writes nor a flood of batches
 //! from a leader delays the other inputs for long.
 
+mod bootstrap;
 mod control;
 mod following;
 mod isr;
@@ -40,31 +42,34 @@ use tokio::{
 };
 
 pub use self::leading::{AppendError, AppendResult, BatchOrigin, Stored};
-pub(super) use self::{
-    control::{AppliedMetadata, ControlMessage, SubscribeMessage},
-    leading::Append,
-    signals::ActorSignals,
-};
 use self::{
+    bootstrap::{BootstrapError, Tables},
+    control::AppliedMetadata,
     isr::{LastProposal, PendingStoreRequest},
     leading::PendingWriter,
     log_ops::ReplicaCell,
     signals::PendingSignals,
     warnings::Warnings,
 };
+pub(super) use self::{leading::Append, signals::ActorSignals};
 use super::{
-    PartitionContext, ReplicaRole, ReplicaStatus,
+    context::PartitionContext,
     follower::Follower,
-    leader::{Leader, WriteAck, isr::IsrRules},
-    maintenance::LocalSegments,
-    maintenance_queue::MaintenanceQueue,
+    leader::{
+        Leader, WriteAck,
+        divergence::LogPosition,
+        isr::{IsrRules, ProposalOutcome},
+        member::{BrokerStatus, DisconnectCause, PeerId, ReplicaProgress},
+    },
+    maintenance::MaintenanceQueue,
     published::PublishedState,
+    role::{LinkEvent, LocalSegments, PartitionAssignment, ReplicaRole, ReplicaStatus, SubscribeResponse},
 };
 #[cfg(feature = "sim")]
 use crate::task::sim_event::SimRole;
 use crate::{
     log::{ReplicaLog, SegmentExport},
-    model::{Acks, BrokerId, Durability, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
+    model::{Acks, BrokerId, Durability, LeaderEpoch, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
     record::Batch,
     task::{Tasks, clock},
     tier::{PartitionTier, TierState},
@@ -85,7 +90,7 @@ const MAX_GROUP_BYTES: usize = 512 << 10;
 const MAX_CONTROL_BATCH: usize = 64;
 
 /// Command for the task.
-pub(super) enum PartitionCommand {
+pub(super) enum ActorCommand {
     Append(Box<Append>),
     UpdateConfig(Arc<TopicConfig>),
     DescribeSegments(oneshot::Sender<LocalSegments>),
@@ -94,6 +99,28 @@ pub(super) enum PartitionCommand {
     /// Value of the tier key.
     ApplyTierState(Box<TierState>),
     Evict(Offset),
+}
+
+/// Control message of the metadata, the links or the metadata store. It never waits behind writes.
+pub(super) enum ControlMessage {
+    Assign(Box<PartitionAssignment>, oneshot::Sender<()>),
+    Subscribe(Box<SubscribeMessage>),
+    FollowerDisconnected(PeerId, DisconnectCause),
+    BrokerStatusChanged(BrokerId, BrokerStatus),
+    IsrOutcome(Box<ProposalOutcome>),
+    Deposed(LeaderEpoch),
+    Link(LinkEvent),
+    /// Tables that the task requested from the object store, with the number of that request.
+    BootstrapReady(u64, Result<Box<Tables>, BootstrapError>),
+}
+
+/// Subscription of a follower, with the channel for its response.
+pub(super) struct SubscribeMessage {
+    pub(super) peer: PeerId,
+    pub(super) epoch: LeaderEpoch,
+    pub(super) position: LogPosition,
+    pub(super) progress: ReplicaProgress,
+    pub(super) responder: oneshot::Sender<SubscribeResponse>,
 }
 
 /// Parts of a new task.
@@ -219,7 +246,7 @@ impl Actor {
     /// Runs until the task is stopped, then finishes what can be finished.
     pub(super) async fn run(
         mut self,
-        mut mailbox: mpsc::Receiver<PartitionCommand>,
+        mut mailbox: mpsc::Receiver<ActorCommand>,
         mut control: mpsc::Receiver<ControlMessage>,
     ) {
         let tasks = self.tasks.clone();
@@ -266,10 +293,10 @@ impl Actor {
     }
 
     /// Waits until written records are durable and completes their writes; rejects queued writes.
-    async fn stop(&mut self, mailbox: &mut mpsc::Receiver<PartitionCommand>) {
+    async fn stop(&mut self, mailbox: &mut mpsc::Receiver<ActorCommand>) {
         mailbox.close();
         while let Ok(command) = mailbox.try_recv() {
-            if let PartitionCommand::Append(append) = command {
+            if let ActorCommand::Append(append) = command {
                 let _gone = append.answer.send(Err(AppendError::Closing));
             }
         }
@@ -301,13 +328,13 @@ impl Actor {
     }
 
     /// Processes commands, the last element first, until a group is full.
-    async fn process_commands(&mut self, turn: &mut Vec<PartitionCommand>) {
+    async fn process_commands(&mut self, turn: &mut Vec<ActorCommand>) {
         let mut now_ms = clock::wall_ms();
         while self.group_bytes < MAX_GROUP_BYTES
             && let Some(command) = turn.pop()
         {
             match command {
-                PartitionCommand::Append(append) => self.append(*append, now_ms),
+                ActorCommand::Append(append) => self.append(*append, now_ms),
                 other => {
                     // The command may take long: earlier writes do not wait for it.
                     self.finish_group();
@@ -327,11 +354,11 @@ impl Actor {
         self.answer();
     }
 
-    async fn administer(&mut self, command: PartitionCommand) {
+    async fn administer(&mut self, command: ActorCommand) {
         match command {
-            PartitionCommand::Append(_) => unreachable!("process_commands handles appends"),
-            PartitionCommand::UpdateConfig(config) => self.configure(config),
-            PartitionCommand::DescribeSegments(responder) => {
+            ActorCommand::Append(_) => unreachable!("process_commands handles appends"),
+            ActorCommand::UpdateConfig(config) => self.configure(config),
+            ActorCommand::DescribeSegments(responder) => {
                 // Without writes, nothing else reports a segment sync that failed after the journal write.
                 if let Some(reason) = self.replica.write_error() {
                     self.fail(&reason);
@@ -350,12 +377,12 @@ impl Actor {
                     },
                 });
             }
-            PartitionCommand::ExportSegment(base, responder) => {
+            ActorCommand::ExportSegment(base, responder) => {
                 let _gone = responder.send(self.export(base).await);
             }
-            PartitionCommand::Roll => self.roll_now(),
-            PartitionCommand::ApplyTierState(state) => self.committed(&state),
-            PartitionCommand::Evict(below) => self.evict(below).await,
+            ActorCommand::Roll => self.roll_now(),
+            ActorCommand::ApplyTierState(state) => self.committed(&state),
+            ActorCommand::Evict(below) => self.evict(below).await,
         }
     }
 

@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 use crate::{
     log::PersistError,
     model::{BrokerId, LeaderEpoch, Offset},
-    partition::leader::isr::{PeerId, ReplicaProgress},
+    partition::leader::member::{PeerId, ReplicaProgress},
 };
 
 /// Latest signals. A sender overwrites and wakes: neither the journal, nor a link, nor the clock ever waits for a

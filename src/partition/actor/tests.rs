@@ -147,7 +147,7 @@ async fn failed_segment_sync_is_detected_without_writes() {
     written.await.unwrap().unwrap();
     let describe = async |actor: &mut Actor| {
         let (responder, local) = oneshot::channel();
-        actor.administer(PartitionCommand::DescribeSegments(responder)).await;
+        actor.administer(ActorCommand::DescribeSegments(responder)).await;
         local.await.unwrap();
         actor.published.error()
     };

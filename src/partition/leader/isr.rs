@@ -34,17 +34,13 @@
 //! controller completes reassignments. These changes only remove members, or change the leader and with it the epoch.
 //! So the ISR that is known here may be too large, and is never too small.
 
-mod member;
-mod proposal;
-
 use std::collections::{BTreeMap, BTreeSet};
 
-use self::member::MemberState;
-pub use self::{
-    member::{AckError, BrokerStatus, DisconnectCause, PeerId, ReplicaProgress},
-    proposal::{IsrProposal, ProposalOutcome, ValueUpdate},
+pub use super::member::{AckError, BrokerStatus, DisconnectCause, PeerId, ReplicaProgress};
+use super::{
+    divergence::{self, LocalLogBounds, LogPosition, SubscribeDecision, SubscribeError},
+    member::MemberState,
 };
-use super::divergence::{self, LocalLogBounds, LogPosition, SubscribeDecision, SubscribeError};
 use crate::{
     cluster::{PartitionValue, Revision},
     log::EpochHistory,
@@ -91,6 +87,44 @@ impl LeaderStart {
         let value = PartitionValue::new(vec![me], epoch);
         Self { me, value, revision: Revision::ZERO, progress, committed_end, rules }
     }
+}
+
+/// An ISR change, to be written by compare-and-set.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct IsrProposal {
+    /// Revision that the partition's key must still have.
+    pub expect: Revision,
+    pub value: PartitionValue,
+    /// New ISR members. The create revisions of their registrations must still be these broker epochs.
+    pub added: Vec<PeerId>,
+}
+
+/// Known outcome of a proposal.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum ProposalOutcome {
+    /// The proposed value was written at this revision.
+    Committed(Revision),
+    /// The proposal was refused, or the key was read back after [`ProposalOutcome::Unknown`]: the current value and its
+    /// revision.
+    CurrentValue(PartitionValue, Revision),
+    /// The key does not exist: the topic is being deleted.
+    Deleted,
+    /// The outcome is unknown. The key has to be read back, and its value reported as
+    /// [`ProposalOutcome::CurrentValue`].
+    Unknown,
+}
+
+/// Effect of a partition's value on its leader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ValueUpdate {
+    /// No effect: the value is known, or older than the known value.
+    Unchanged,
+    /// The value is now the committed value.
+    Adopted,
+    /// Another epoch has begun: this leader is deposed.
+    Deposed { epoch: LeaderEpoch },
+    /// The partition is being deleted.
+    Deleted,
 }
 
 /// State of a partition's replicas at their leader, in one epoch.

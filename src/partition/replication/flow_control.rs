@@ -1,4 +1,4 @@
-//! Bytes in flight on a link, and the rate at which replicas catch up. Pure.
+//! Bytes in flight on a link, and the rate at which replicas catch up.
 //!
 //! ```text
 //!   leader: sent ─▶ … link … ─▶ follower's queue ─▶ written ─▶ acknowledged
@@ -8,9 +8,12 @@
 //! subscription fit the queue of the follower's partition. So a follower takes messages without waiting, and a slow
 //! partition takes no space from others.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
-use crate::model::Offset;
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::{model::Offset, task::clock};
 
 /// Maximum bytes in flight of one subscription, except for one batch that is larger.
 pub(super) const MAX_SUBSCRIPTION_BYTES: usize = 4 << 20;
@@ -137,6 +140,32 @@ impl RateLimiter {
         if self.bytes_per_second.is_some() {
             self.available = self.available.saturating_sub(i64::try_from(bytes).unwrap_or(i64::MAX));
         }
+    }
+}
+
+/// Limit on the bytes that catching-up replicas read from this broker, over all links together.
+#[derive(Debug)]
+pub struct CatchUpThrottle {
+    began: Instant,
+    throttle: Mutex<RateLimiter>,
+}
+
+impl CatchUpThrottle {
+    /// Creates a limit in bytes per second; `None` is no limit.
+    pub fn new(bytes_per_second: Option<u64>) -> Self {
+        Self { began: clock::monotonic(), throttle: Mutex::new(RateLimiter::new(bytes_per_second)) }
+    }
+
+    /// Returns the time at which the next read may begin; `None` if it may begin now.
+    pub(super) fn next_send_at(&self) -> Option<Instant> {
+        let now = clock::monotonic();
+        let now_ms = u64::try_from(now.saturating_duration_since(self.began).as_millis()).unwrap_or(u64::MAX);
+        let until_ms = self.throttle.lock().next_send_at(now_ms)?;
+        Some(now + Duration::from_millis(until_ms.saturating_sub(now_ms)))
+    }
+
+    pub(super) fn take(&self, bytes: usize) {
+        self.throttle.lock().take(bytes);
     }
 }
 

@@ -13,8 +13,8 @@ use super::messages::SubscribeRequest;
 use crate::{
     model::{LeaderEpoch, PartitionId},
     partition::{
-        Partition,
-        leader::{divergence::LogPosition, isr::ReplicaProgress},
+        handle::Partition,
+        leader::{divergence::LogPosition, member::ReplicaProgress},
     },
 };
 

@@ -10,7 +10,7 @@ use prost::Message;
 use crate::{
     model::{LeaderEpoch, Offset, PartitionId},
     partition::{
-        leader::{divergence::LogPosition, isr::ReplicaProgress},
+        leader::{divergence::LogPosition, member::ReplicaProgress},
         role::{BootstrapTables, SubscribeOutcome, SubscribeResponse},
     },
     proto::{

@@ -44,7 +44,6 @@
 //! the next link. On a stop the leader's side ends at once. The follower's side ends when the other side has received
 //! its unsubscriptions, or does not respond. Messages in flight are lost as on a broken link.
 
-mod catch_up;
 mod flow_control;
 mod link_requests;
 mod messages;
@@ -61,28 +60,17 @@ use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
 pub use self::{
-    catch_up::CatchUpThrottle,
+    flow_control::CatchUpThrottle,
     link_requests::LinkRequests,
     probe::LinkProbe,
     receiver::run_receiver,
     sender::{SenderConfig, run_sender},
 };
-use super::Partition;
+use super::handle::Partition;
 use crate::{
     model::{LeaderEpoch, PartitionId},
     proto::{error::ApiError, status::Status, v1},
 };
-
-impl fmt::Display for LinkEnd {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Stopped => f.write_str("closed by this broker"),
-            Self::Closed => f.write_str("closed by the other broker"),
-            Self::Broken(status) => f.write_str(status.message()),
-            Self::Bad(error) => write!(f, "invalid message: {error}"),
-        }
-    }
-}
 
 /// Finds a partition of this broker, in any role.
 pub type PartitionLookup = Arc<dyn Fn(PartitionId) -> Option<Arc<Partition>> + Send + Sync>;
@@ -104,4 +92,15 @@ pub enum LinkEnd {
     Broken(Status),
     /// The other side sent an invalid message.
     Bad(ApiError),
+}
+
+impl fmt::Display for LinkEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stopped => f.write_str("closed by this broker"),
+            Self::Closed => f.write_str("closed by the other broker"),
+            Self::Broken(status) => f.write_str(status.message()),
+            Self::Bad(error) => write!(f, "invalid message: {error}"),
+        }
+    }
 }

@@ -18,8 +18,10 @@ use crate::{
     limits,
     model::{LeaderEpoch, Offset, PartitionId},
     partition::{
-        LinkEvent, Partition, QueueFull, SubscribeOutcome, SubscribeResponse, WakeSet, WatermarkKind,
-        leader::isr::ReplicaProgress,
+        handle::Partition,
+        leader::member::ReplicaProgress,
+        role::{LinkEvent, QueueFull, SubscribeOutcome, SubscribeResponse, WatermarkKind},
+        wake::WakeSet,
     },
     proto::{status::Status, v1},
     task::{Backoff, Tasks, clock},

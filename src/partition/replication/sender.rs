@@ -15,16 +15,20 @@ use futures::{
 use tokio::time::Instant;
 
 use super::{
-    CatchUpThrottle, LinkEnd, LinkProbe, PartitionLookup, ResponseSender, StoredEpoch,
+    LinkEnd, PartitionLookup, ResponseSender, StoredEpoch,
+    flow_control::CatchUpThrottle,
     messages::{self, FollowerMessage, InvalidMessage, Padded as _, SubscribeRequest},
-    probe::UnsentPing,
+    probe::{LinkProbe, UnsentPing},
     subscription::{NotificationResult, PendingNotifications, SenderSlot, SenderSubscription, not_here, unreadable},
 };
 use crate::{
     model::{LeaderEpoch, PartitionId},
     partition::{
-        FetchedBatches, Partition, ReadError, SubscribeOutcome, WakeSet, WatermarkKind,
-        leader::isr::{DisconnectCause, PeerId, ReplicaProgress},
+        handle::Partition,
+        leader::member::{DisconnectCause, PeerId, ReplicaProgress},
+        read::{FetchedBatches, ReadError},
+        role::{SubscribeOutcome, WatermarkKind},
+        wake::WakeSet,
     },
     proto::{
         error::{ApiError, ErrorCode},

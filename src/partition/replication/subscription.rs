@@ -5,7 +5,12 @@ use std::sync::{Arc, Weak};
 use super::{flow_control::SendWindow, messages::SubscribeRequest};
 use crate::{
     model::{LeaderEpoch, Offset, PartitionId},
-    partition::{Partition, ReadError, SubscribeResponse, TailReader, leader::isr::DisconnectCause},
+    partition::{
+        handle::Partition,
+        leader::member::DisconnectCause,
+        read::{ReadError, TailReader},
+        role::SubscribeResponse,
+    },
     proto::error::{ApiError, ErrorCode},
 };
 

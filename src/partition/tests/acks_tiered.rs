@@ -28,7 +28,7 @@ async fn step_without_uploads_leaves_tiered_writes_to_another() {
         _ = &mut written => unreachable!("no step uploads"),
         () = due => {}
     }
-    assert!(maintenance::local(&partition).await.unwrap().sealed.is_empty());
+    assert!(partition.describe_segments().await.unwrap().sealed.is_empty());
     assert_eq!(bench.serve_until(&partition, written).await.unwrap().durability, AckDurability::Tiered(1));
 
     // Retention continues without uploads, but not during a step that uploads.

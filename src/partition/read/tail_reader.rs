@@ -3,15 +3,11 @@
 
 use std::sync::Arc;
 
-use super::{
-    ReadError,
-    published::PublishedState,
-    reader::{FetchedBatches, ReadSource, fetched},
-    role::ReplicaRole,
-};
+use super::reader::{FetchedBatches, ReadError, ReadSource, fetched};
 use crate::{
     log,
     model::{LeaderEpoch, Offset},
+    partition::{published::PublishedState, role::ReplicaRole},
     task,
 };
 
@@ -25,7 +21,7 @@ pub struct TailReader {
 }
 
 impl TailReader {
-    pub(super) fn new(published: Arc<PublishedState>, log: log::LogReader) -> Self {
+    pub(in crate::partition) fn new(published: Arc<PublishedState>, log: log::LogReader) -> Self {
         let epoch = published.epoch();
         Self { published, log, epoch }
     }
@@ -71,7 +67,7 @@ impl TailReader {
     }
 
     /// Checks that this broker still leads in that epoch.
-    pub(super) fn leads(&self) -> Result<(), ReadError> {
+    pub(in crate::partition) fn leads(&self) -> Result<(), ReadError> {
         let status = self.published.status();
         if !self.published.is_closed()
             && status.epoch == self.epoch

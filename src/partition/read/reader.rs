@@ -9,10 +9,15 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Charge, Decompressor, ReplicaRole, WakeSet, WatermarkKind, published::PublishedState};
+use super::{decompressor::Decompressor, memory_budget::Charge};
 use crate::{
     log::{self, ReadLimits},
     model::{LeaderEpoch, Offset, PartitionId, Watermarks},
+    partition::{
+        published::PublishedState,
+        role::{ReplicaRole, WatermarkKind},
+        wake::WakeSet,
+    },
     record::{Batch, ChunkedBatches, MalformedBatch},
     task,
     tier::{self, PartitionTier},
@@ -101,7 +106,7 @@ const MAX_SEARCHED_BATCHES: usize = 64;
 const MAX_READ_ATTEMPTS: usize = 8;
 
 impl PartitionReader {
-    pub(super) fn new(
+    pub(in crate::partition) fn new(
         id: PartitionId,
         published: Arc<PublishedState>,
         log: log::LogReader,

@@ -6,12 +6,13 @@ mod net;
 mod retries;
 
 use net::{Net, append, at, batch, broker, bytes_of, equal, in_sync, send, tick};
+use std::sync::Arc;
 
 use crate::{
     cluster::PartitionValue,
     model::{Acks, LeaderEpoch},
     partition::{leader::isr::DisconnectCause, *},
-    record::ProducerSequence,
+    record::{Batch, ProducerSequence},
     task::test_timeout::wait_until,
 };
 

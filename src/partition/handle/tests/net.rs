@@ -8,6 +8,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
+use tokio::sync::oneshot;
 
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
@@ -18,16 +19,18 @@ use crate::{
         Compare, EmbeddedStore, Keys, MetaStore, PartitionValue, Revision, TierCommits, Transaction, TxnOutcome,
         Value as _,
     },
-    log::{DataDirIdentity, LogOptions, SimDisk},
-    model::{Compression, ConfigMap, TopicId},
+    log::{DataDir, DataDirIdentity, LogOptions, SimDisk},
+    model::{
+        Acks, BrokerId, Compression, ConfigMap, LeaderEpoch, Offset, PartitionId, TopicConfig, TopicId, TopicName,
+    },
     partition::leader::{
         divergence::LogPosition,
         isr::{BrokerStatus, DisconnectCause, IsrProposal, PeerId, ProposalOutcome, ReplicaProgress},
     },
-    record::{BatchBuilder, Fingerprint, ProducerSequence},
-    task::test_timeout::wait_until,
+    record::{Batch, BatchBuilder, Fingerprint, ProducerSequence},
+    task::{Tasks, test_timeout::wait_until},
     telemetry::Metrics,
-    tier::{ChunkCache, ChunkCacheOptions, ObjectStoreOptions, TierStore},
+    tier::{ChunkCache, ChunkCacheOptions, ObjectStoreOptions, PartitionTier, TierState, TierStore},
 };
 
 /// The brokers and the network between them.
@@ -296,7 +299,7 @@ impl Net {
         let partition = self.partition(BrokerId(of)).unwrap();
         let maintenance = MaintenanceRunner::new(TierCommits::new(Arc::new(self.store.clone()), self.keys.clone()));
         while maintenance.step(&partition).await.unwrap().more {}
-        crate::partition::maintenance::local(&partition).await.unwrap();
+        partition.describe_segments().await.unwrap();
         self.spread().await;
     }
 

@@ -1,23 +1,28 @@
 //! One task, driven by the test: links and ISR updates only record their requests.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use futures::FutureExt as _;
 use parking_lot::Mutex;
 
 use crate::{
     cluster::{PartitionValue, Revision},
-    log::{DataDirIdentity, LogOptions, SimDisk},
-    model::{ConfigMap, TopicId},
+    log::{DataDir, DataDirIdentity, LogOptions, SimDisk},
+    model::{Acks, BrokerId, ConfigMap, LeaderEpoch, PartitionId, TopicConfig, TopicId, TopicName},
     partition::{
+        handle::COMMAND_QUEUE_LEN,
+        handle::tests::net::{append, at, batch, broker, send, tick},
         leader::{
             divergence::LogPosition,
             isr::{BrokerStatus, DisconnectCause, IsrProposal, PeerId, ProposalOutcome, ReplicaProgress},
         },
-        replicated::tests::net::{append, at, batch, broker, send, tick},
         *,
     },
+    record::Batch,
     task::{
+        Tasks,
         mutation::{self, Mutation},
         test_timeout::wait_until,
     },

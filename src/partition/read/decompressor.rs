@@ -13,14 +13,15 @@
 //!                          └ too small ─► release ─ take × 4 ─► … up to the limit: rejected
 //! ```
 
-use std::{num::NonZero, sync::Arc, thread};
+use std::{collections::VecDeque, num::NonZero, sync::Arc, thread};
 
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{Charge, MemoryBudget, undecodable::UndecodableBatches};
+use super::memory_budget::{Charge, MemoryBudget};
 use crate::{
     limits,
-    model::{Compression, PartitionId},
+    model::{Compression, Offset, PartitionId},
     record::{Batch, MalformedBatch},
     task,
 };
@@ -34,6 +35,9 @@ const SMALL_BYTES: usize = 1 << 20;
 
 /// Share of the memory for small batches, as a divisor.
 const SMALL_SHARE: u64 = 8;
+
+/// Maximum number of batches in the list of undecodable batches. The oldest is dropped first.
+const MAX_REMEMBERED_BATCHES: usize = 256;
 
 /// Setting that limits the memory.
 const SETTING: &str = "limits.decompression_memory_bytes";
@@ -202,6 +206,35 @@ impl Decompressor {
             }
         }
     }
+}
+
+/// Identity of a batch. Offsets are unique in a partition, and the checksum tells a truncated batch from a later one at
+/// its offset.
+type BatchName = (PartitionId, Offset, u32);
+
+/// Batches that could not be opened, with the error of each, so that no batch is decompressed again and again. A batch
+/// with a single record that cannot be decoded counts.
+#[derive(Debug, Default)]
+struct UndecodableBatches(Mutex<VecDeque<(BatchName, MalformedBatch)>>);
+
+impl UndecodableBatches {
+    /// Returns the error of a batch that is in the list.
+    fn find(&self, id: PartitionId, batch: &Batch) -> Option<MalformedBatch> {
+        let name = name(id, batch);
+        self.0.lock().iter().find(|(known, _)| *known == name).map(|(_, error)| error.clone())
+    }
+
+    fn remember(&self, id: PartitionId, batch: &Batch, error: MalformedBatch) {
+        let mut batches = self.0.lock();
+        if batches.len() >= MAX_REMEMBERED_BATCHES {
+            batches.pop_front();
+        }
+        batches.push_back((name(id, batch), error));
+    }
+}
+
+fn name(id: PartitionId, batch: &Batch) -> BatchName {
+    (id, batch.base_offset(), batch.crc())
 }
 
 #[cfg(test)]

@@ -1,0 +1,471 @@
+//! The handle of one replica: the interface of a partition for the broker, its links and the metadata.
+//!
+//! Requests go to the partition's task by its queues, or to the published state. The handle decides nothing.
+
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::{
+    sync::{
+        OwnedSemaphorePermit,
+        mpsc::{self, error::TrySendError},
+        oneshot,
+    },
+    time::Instant,
+};
+
+use super::{
+    actor::{
+        Actor, ActorCommand, ActorConfig, ActorSignals, Append, AppendError, AppendResult, BatchOrigin, ControlMessage,
+        Stored, SubscribeMessage,
+    },
+    context::PartitionContext,
+    lag::FollowerLag,
+    leader::{
+        divergence::LogPosition,
+        isr::ProposalOutcome,
+        member::{BrokerStatus, DisconnectCause, PeerId, ReplicaProgress},
+    },
+    maintenance::MaintenanceQueue,
+    published::PublishedState,
+    read::{PartitionReader, TailReader},
+    role::{LinkEvent, LocalSegments, PartitionAssignment, QueueFull, ReplicaStatus, SubscribeResponse, WatermarkKind},
+    wake::WakeSet,
+};
+use crate::{
+    log::{ChangeError, DataDir, LogReader, ReplicaError, ReplicaLog},
+    model::{Acks, BrokerId, LeaderEpoch, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
+    record::{Batch, Fingerprint},
+    task::Tasks,
+    tier::{PartitionTier, TierState},
+};
+
+/// Capacity of a partition's command queue and of its control queue, in messages. The permits of appends and the send
+/// windows of links bound the bytes.
+const COMMAND_QUEUE_LEN: usize = 1024;
+
+/// Maximum time that a subscription waits for an epoch that this broker has not received yet.
+const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Parameters for opening a partition.
+#[derive(Clone)]
+pub struct ReplicaSpec {
+    pub id: PartitionId,
+    pub topic: TopicName,
+    pub config: Arc<TopicConfig>,
+    /// Log start and tier state committed in the metadata store; `None` before the first commit.
+    pub committed: Option<TierState>,
+    /// The partition's tier, if this broker has an object store.
+    pub tier: Option<PartitionTier>,
+    /// True if this broker is standalone: the metadata is in the same data directory, and there is no other replica. A
+    /// log that ends below the committed end is then reset to that end. Otherwise the open fails with
+    /// [`PartitionError::Lost`].
+    pub standalone: bool,
+    /// True if the local replica, if any, is deleted before the open: the new replica starts empty and copies. Allowed
+    /// only for a replica outside ISR and ELR, and for an unusable replica that an operator elected: that one
+    /// bootstraps at the end of the object store.
+    pub discard_local: bool,
+    /// `replication.max_lag_time`: maximum time in which an ISR member must reach the log end that was current when the
+    /// time started.
+    pub max_lag_time: Duration,
+}
+
+/// Error of [`Partition::open`].
+#[derive(Debug, thiserror::Error)]
+pub enum PartitionError {
+    /// The local replica is unusable.
+    #[error(transparent)]
+    Replica(#[from] ReplicaError),
+    /// The replica could not be reset to the committed end.
+    #[error("cannot reset the replica to the committed end: {0}")]
+    Reset(#[from] ChangeError),
+    /// The local log ends below the tiered end or the log start. The log lacks committed records at its end.
+    #[error(
+        "the replica of partition {id} ends at {log_end}, below {committed}, the end of the object store or the log \
+         start: the replica must copy its log again"
+    )]
+    Lost {
+        id: PartitionId,
+        /// Log end of the local replica.
+        log_end: Offset,
+        /// The later of tiered end and log start: all records below it were committed.
+        committed: Offset,
+    },
+}
+
+/// Handle of one partition's task.
+pub struct Partition {
+    id: PartitionId,
+    topic: TopicName,
+    mailbox: mpsc::Sender<ActorCommand>,
+    control: mpsc::Sender<ControlMessage>,
+    signals: Arc<ActorSignals>,
+    pub(super) published: Arc<PublishedState>,
+    reader: PartitionReader,
+    tail: LogReader,
+    pub(super) tier: Option<PartitionTier>,
+    /// Newest tier state that this broker received as committed in the metadata store.
+    committed: Mutex<Option<TierState>>,
+    /// Held during a maintenance step, so that one step runs at a time.
+    pub(super) maintenance: tokio::sync::Mutex<()>,
+    tasks: Tasks,
+}
+
+impl Partition {
+    /// Opens the replica and starts the partition's task, which is idle until its first [assignment](Self::assign).
+    /// Blocks on files: call it from a thread that may block.
+    pub fn open(
+        broker: BrokerId,
+        log: &DataDir,
+        spec: ReplicaSpec,
+        ctx: PartitionContext,
+        maintenance: &MaintenanceQueue,
+        parent: &Tasks,
+    ) -> Result<Arc<Self>, PartitionError> {
+        let committed = spec.committed.clone().unwrap_or_default();
+        let (log_start, tiered_end) = (committed.log_start, committed.tiered_end());
+        let replica = open_replica(log, &spec, log_start.max(tiered_end))?;
+        // A replica among several may hold uncommitted records of a deposed leader, also below the committed end of its
+        // peers. Only evicted records are certain to have been committed.
+        let committed_end = if spec.standalone { log_start.max(tiered_end) } else { replica.local_start() };
+        let tasks = parent.child();
+        let published = Arc::new(PublishedState::new(spec.config, tasks.clone()));
+        let tail = replica.reader();
+        let reader = PartitionReader::new(spec.id, Arc::clone(&published), tail.clone(), spec.tier.clone());
+        let (mailbox, commands) = mpsc::channel(COMMAND_QUEUE_LEN);
+        let (control, control_messages) = mpsc::channel(COMMAND_QUEUE_LEN);
+        let signals = Arc::new(ActorSignals::default());
+        let actor = Actor::new(ActorConfig {
+            broker,
+            id: spec.id,
+            topic: spec.topic.clone(),
+            replica,
+            published: Arc::clone(&published),
+            signals: Arc::clone(&signals),
+            ctx,
+            maintenance: maintenance.clone(),
+            tier: spec.tier.clone(),
+            log_start,
+            tiered_end,
+            committed_end,
+            lag_ms: u64::try_from(spec.max_lag_time.as_millis()).unwrap_or(u64::MAX),
+            orders: control.downgrade(),
+            tasks: tasks.clone(),
+        });
+        tasks.spawn("partition", actor.run(commands, control_messages));
+        let (id, topic, tier, committed) = (spec.id, spec.topic, spec.tier, Mutex::new(spec.committed));
+        let maintenance = tokio::sync::Mutex::default();
+        Ok(Arc::new(Self {
+            id,
+            topic,
+            mailbox,
+            control,
+            signals,
+            published,
+            reader,
+            tail,
+            tier,
+            committed,
+            maintenance,
+            tasks,
+        }))
+    }
+
+    pub fn id(&self) -> PartitionId {
+        self.id
+    }
+
+    pub fn topic(&self) -> &TopicName {
+        &self.topic
+    }
+
+    /// Queues a write; waits only for space in the queue. `sent` is the fingerprint of the batch that the client sent,
+    /// of which `batch` may be a changed form; it is `None` if the client sent records. Writes are appended in the
+    /// order in which calls of this function return. The receiver gets the result when `acks` holds. Dropping the
+    /// receiver does not cancel the write.
+    pub async fn append(
+        &self,
+        batch: Batch,
+        sent: Option<Fingerprint>,
+        acks: Acks,
+        permit: OwnedSemaphorePermit,
+    ) -> oneshot::Receiver<AppendResult> {
+        let origin = BatchOrigin { fingerprint: sent, timestamps: batch.timestamp_range(), refusal: None };
+        self.append_tracked(batch, origin, acks, permit, None).await
+    }
+
+    /// Queues a write as [`Self::append`] does, with the origin of its batch. With `acks=tiered` the task puts the
+    /// offsets into `stored` when the write is stored on this broker and waits only for the object store.
+    pub async fn append_tracked(
+        &self,
+        batch: Batch,
+        origin: BatchOrigin,
+        acks: Acks,
+        permit: OwnedSemaphorePermit,
+        stored: Option<Stored>,
+    ) -> oneshot::Receiver<AppendResult> {
+        let (responder, receiver) = oneshot::channel();
+        let append = Box::new(Append { batch, origin, acks, permit, answer: responder, stored });
+        if let Err(mpsc::error::SendError(ActorCommand::Append(append))) =
+            self.mailbox.send(ActorCommand::Append(append)).await
+        {
+            let _gone = append.answer.send(Err(AppendError::Closing));
+        }
+        receiver
+    }
+
+    /// Notifies the task that a writer dropped its receiver before the result. The task releases the memory of that
+    /// write as soon as the write is safe on this broker. Never waits.
+    pub fn on_waiter_dropped(&self) {
+        self.signals.on_waiter_dropped();
+    }
+
+    /// Returns the log start committed in the metadata store: all records below it are deleted. It is valid in every
+    /// role.
+    pub fn committed_log_start(&self) -> Offset {
+        self.committed().map_or(Offset::ZERO, |state| state.log_start)
+    }
+
+    pub fn reader(&self) -> &PartitionReader {
+        &self.reader
+    }
+
+    pub fn watermarks(&self) -> Watermarks {
+        self.published.watermarks()
+    }
+
+    /// Returns the replica's role, leader epoch and leader.
+    pub fn status(&self) -> ReplicaStatus {
+        self.published.status()
+    }
+
+    /// Returns the newest leader epoch in the metadata that this partition received.
+    pub fn epoch(&self) -> LeaderEpoch {
+        self.published.epoch()
+    }
+
+    pub fn config(&self) -> Arc<TopicConfig> {
+        self.published.config()
+    }
+
+    /// Applies a changed configuration. It holds for every write that is queued after this returns.
+    pub async fn update_config(&self, config: Arc<TopicConfig>) {
+        // Requests are checked against the published configuration before they reach the task.
+        self.published.configure(Arc::clone(&config));
+        let _stopped = self.mailbox.send(ActorCommand::UpdateConfig(config)).await;
+    }
+
+    /// Returns the bytes of the replica on this broker's disk.
+    pub fn local_bytes(&self) -> u64 {
+        self.published.local_bytes()
+    }
+
+    /// Returns the bytes of the partition in the object store.
+    pub fn tiered_bytes(&self) -> u64 {
+        self.tier.as_ref().map_or(0, PartitionTier::bytes)
+    }
+
+    /// Returns the number of segments with timestamps in the future, by the last retention plan; 0 while this broker
+    /// does not lead.
+    pub fn future_segments(&self) -> u64 {
+        self.published.future_segments()
+    }
+
+    /// Returns the error that stopped writes to the replica, if any.
+    pub fn error(&self) -> Option<Arc<str>> {
+        self.published.error()
+    }
+
+    /// Returns true if the active segment is old enough to be sealed.
+    pub fn roll_is_due(&self, now: Instant) -> bool {
+        self.published.active_age(now).is_some_and(|age| age >= self.published.config().segment_age)
+    }
+
+    /// Returns true if retention may have work: records in either tier, or local files of deleted records.
+    pub fn holds_any(&self) -> bool {
+        let watermarks = self.watermarks();
+        watermarks.log_start.min(watermarks.local_start) < watermarks.log_end
+    }
+
+    /// Applies metadata. Returns when the task has applied it: later requests to the partition find the new role. Calls
+    /// are in the order of the metadata.
+    pub async fn assign(&self, assignment: PartitionAssignment) {
+        if let Some(state) = &assignment.committed {
+            self.record_tier_state(state);
+        }
+        let (done, taken) = oneshot::channel();
+        self.send_control(ControlMessage::Assign(Box::new(assignment), done)).await;
+        let _stopped = taken.await;
+    }
+
+    /// Applies a changed status of a broker in the metadata cache.
+    pub async fn on_broker_status(&self, broker: BrokerId, status: BrokerStatus) {
+        self.send_control(ControlMessage::BrokerStatusChanged(broker, status)).await;
+    }
+
+    /// Returns true if the task needs ticks ([`Self::tick`]) at intervals: it leads and an ISR member is behind, or it
+    /// waits for metadata after its leadership ended.
+    pub fn wants_ticks(&self) -> bool {
+        self.published.wants_ticks()
+    }
+
+    /// Sends the time, so that the task checks for lagging members. Never waits; replaces an earlier time that the task
+    /// has not taken. `now_ms` is of one monotonic clock for all calls.
+    pub fn tick(&self, now_ms: u64) {
+        self.signals.tick(now_ms);
+    }
+
+    /// Delivers the outcome of a request to [`IsrUpdater`](super::context::IsrUpdater).
+    pub async fn on_isr_outcome(&self, outcome: ProposalOutcome) {
+        self.send_control(ControlMessage::IsrOutcome(Box::new(outcome))).await;
+    }
+
+    /// Handles a subscription of a follower in `epoch`. Waits up to a second for that epoch to begin here: its metadata
+    /// may arrive late.
+    pub async fn subscribe(
+        &self,
+        peer: PeerId,
+        epoch: LeaderEpoch,
+        position: LogPosition,
+        progress: ReplicaProgress,
+    ) -> SubscribeResponse {
+        let _late = tokio::time::timeout(SUBSCRIBE_TIMEOUT, self.published.until_led(epoch)).await;
+        let (responder, response) = oneshot::channel();
+        self.send_control(ControlMessage::Subscribe(Box::new(SubscribeMessage {
+            peer,
+            epoch,
+            position,
+            progress,
+            responder,
+        })))
+        .await;
+        let closing =
+            |_stopped| SubscribeResponse::rejected(self.epoch(), "the partition is closing on this broker".to_owned());
+        response.await.unwrap_or_else(closing)
+    }
+
+    /// Handles an acknowledgement of a follower. Never waits; replaces an earlier one that the task has not taken.
+    pub fn acknowledged(&self, peer: PeerId, epoch: LeaderEpoch, progress: ReplicaProgress) {
+        self.published.acknowledged(peer.broker, progress.log_end);
+        self.signals.acknowledged(peer, epoch, progress);
+    }
+
+    /// Calls `report` with the lag of each of these replicas; makes no call while this broker does not lead.
+    pub fn for_each_lag(&self, replicas: &[BrokerId], now: Instant, report: impl FnMut(BrokerId, FollowerLag)) {
+        self.published.for_each_lag(replicas, now, report);
+    }
+
+    /// Reports that a follower is disconnected.
+    pub async fn on_follower_disconnected(&self, peer: PeerId, cause: DisconnectCause) {
+        self.send_control(ControlMessage::FollowerDisconnected(peer, cause)).await;
+    }
+
+    /// Reports a newer epoch: a leader of an older epoch admits nothing more until its metadata contains the newer one.
+    pub async fn deposed(&self, known: LeaderEpoch) {
+        self.send_control(ControlMessage::Deposed(known)).await;
+    }
+
+    /// Returns a reader of the log up to its end, in the epoch in which this broker leads now. Compare
+    /// [`TailReader::epoch`] with the epoch of the response to the follower.
+    pub fn tail(&self) -> TailReader {
+        TailReader::new(Arc::clone(&self.published), self.tail.clone())
+    }
+
+    /// Delivers an event of the link to the leader, in order. Never waits.
+    ///
+    /// # Errors
+    /// The control queue is full. The event is dropped, so later events would not fit.
+    pub fn on_link_event(&self, event: LinkEvent) -> Result<(), QueueFull> {
+        match self.control.try_send(ControlMessage::Link(event)) {
+            // An event for a task that has ended changes nothing.
+            Ok(()) | Err(TrySendError::Closed(_)) => Ok(()),
+            Err(TrySendError::Full(_)) => Err(QueueFull),
+        }
+    }
+
+    /// Returns the progress of the log, which a follower acknowledges.
+    pub fn progress(&self) -> ReplicaProgress {
+        self.published.progress()
+    }
+
+    /// Returns the epoch of the log's last batch; `None` for a log that never had one.
+    pub fn last_epoch(&self) -> Option<LeaderEpoch> {
+        self.tail.last_epoch()
+    }
+
+    /// Marks `index` in `ready` whenever that watermark moves or the replica status changes, and once at first.
+    pub fn follow(&self, ready: &Arc<WakeSet>, index: usize, on: WatermarkKind) {
+        self.published.add_listener(ready, index, on);
+    }
+
+    /// Applies a tier state and log start that the metadata store committed, unless a newer state is known. Commands
+    /// sent after this returns find the state applied.
+    pub async fn apply_tier_state(&self, state: TierState) {
+        self.record_tier_state(&state);
+        self.command(ActorCommand::ApplyTierState(Box::new(state))).await;
+    }
+
+    /// Stops the task. The task rejects queued writes, waits until written records are durable, and responds to their
+    /// writers.
+    pub async fn stop(&self) {
+        self.tasks.stop().await;
+    }
+
+    fn record_tier_state(&self, state: &TierState) {
+        if let Some(tier) = &self.tier {
+            tier.apply_state(state.clone());
+        }
+        let mut committed = self.committed.lock();
+        let age = |state: &TierState| (state.version(), state.log_start, state.epoch);
+        if committed.as_ref().is_none_or(|known| age(known) <= age(state)) {
+            *committed = Some(state.clone());
+        }
+    }
+
+    pub(super) fn committed(&self) -> Option<TierState> {
+        self.committed.lock().clone()
+    }
+
+    pub(super) async fn command(&self, command: ActorCommand) {
+        let _stopped = self.mailbox.send(command).await;
+    }
+
+    /// Returns the segments on this broker's disk; `None` if the task has ended.
+    pub(super) async fn describe_segments(&self) -> Option<LocalSegments> {
+        let (responder, segments) = oneshot::channel();
+        self.command(ActorCommand::DescribeSegments(responder)).await;
+        segments.await.ok()
+    }
+
+    async fn send_control(&self, message: ControlMessage) {
+        let _stopped = self.control.send(message).await;
+    }
+}
+
+/// Opens the replica of `spec`. All records below `committed` were committed.
+fn open_replica(log: &DataDir, spec: &ReplicaSpec, committed: Offset) -> Result<ReplicaLog, PartitionError> {
+    if spec.discard_local {
+        log.delete_replica(spec.id)?;
+    }
+    // A replica that copies starts empty. Its leader chooses the bootstrap offset, and the object store has the tables
+    // for that offset.
+    let start = if spec.standalone { committed } else { Offset::ZERO };
+    let mut replica = log.open_replica(spec.id, start)?;
+    let log_end = replica.log_end();
+    if log_end >= committed || spec.discard_local {
+        return Ok(replica);
+    }
+    if !spec.standalone {
+        return Err(PartitionError::Lost { id: spec.id, log_end, committed });
+    }
+    // This disk was lost or restored. The log restarts after the tiered and the deleted records, so that no offset is
+    // assigned twice.
+    tracing::warn!(
+        partition = %spec.id, %log_end, %committed, "the local log ends below the committed end: resetting the log to the committed end"
+    );
+    replica.reset(committed)?;
+    Ok(replica)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,49 @@
+//! Failed attempts to rebuild a lost manifest.
+//!
+//! Reading every footer of a long history is expensive. So a failed attempt is repeated only after [`RETRY_INTERVAL`],
+//! or when an operator requests it (`strandline partition rebuild-manifest`).
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::model::PartitionId;
+
+/// Pause before another attempt to rebuild a manifest.
+const RETRY_INTERVAL: Duration = Duration::from_secs(600);
+
+/// Failed attempts.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Rebuilds {
+    failed: Arc<Mutex<BTreeMap<PartitionId, Failure>>>,
+}
+
+/// A failed attempt.
+#[derive(Clone, Debug)]
+struct Failure {
+    /// Version of the lost manifest.
+    version: u64,
+    at: Instant,
+    reason: String,
+}
+
+impl Rebuilds {
+    /// Returns the error of the last attempt for this version, if it is too early for another.
+    pub(super) fn pending(&self, id: PartitionId, version: u64, now: Instant) -> Option<String> {
+        let failed = self.failed.lock();
+        let failure = failed.get(&id)?;
+        let is_recent = failure.version == version && now.duration_since(failure.at) < RETRY_INTERVAL;
+        is_recent.then(|| failure.reason.clone())
+    }
+
+    /// Records a failed attempt for this version of the manifest.
+    pub(super) fn record_failure(&self, id: PartitionId, version: u64, at: Instant, reason: String) {
+        self.failed.lock().insert(id, Failure { version, at, reason });
+    }
+
+    /// Removes the failure of a partition whose manifest was rebuilt.
+    pub(super) fn remove(&self, id: PartitionId) {
+        self.failed.lock().remove(&id);
+    }
+}
