@@ -59,6 +59,7 @@
 
 pub mod follower;
 pub mod leader;
+pub mod metadata;
 pub mod replication;
 pub mod retention;
 

@@ -79,6 +79,7 @@ const PURE: &[&str] = &[
     "record",
     "partition/leader",
     "partition/follower",
+    "partition/metadata",
     "partition/retention",
     "cluster/partition_value",
     "cluster/placement",

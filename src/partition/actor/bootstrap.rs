@@ -13,11 +13,34 @@ use crate::{
     log::{EpochHistory, ProducerTable},
     model::{LeaderEpoch, Offset},
     partition::role::BootstrapTables,
+    task::Backoff,
     tier::{self, PartitionTier},
 };
 
-/// First and longest pause before another read of the tables that a leader needs from the object store.
-const BOOTSTRAP_BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// First pause before another read of the tables that a leader needs from the object store. It doubles each time, up to
+/// [`MAX_RETRY_DELAY`].
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
+
+/// Longest pause before another read of the tables.
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
+
+/// Last request for the tables at the end of the object store.
+#[derive(Debug, Default)]
+pub(super) struct BootstrapRequest {
+    /// Number of the request; a response to another one is dropped. It grows with each request, change of role,
+    /// subscription and disconnect.
+    id: u64,
+    /// `Some` if this broker leads after the response: the pauses before further requests.
+    leads_after: Option<Box<Backoff>>,
+}
+
+impl BootstrapRequest {
+    /// Drops the response to the pending request, if there is one.
+    pub(super) fn cancel(&mut self) {
+        self.id += 1;
+        self.leads_after = None;
+    }
+}
 
 /// Tables of a log at the start of a replica.
 pub(in crate::partition) struct Tables {
@@ -117,12 +140,16 @@ impl Actor {
         self.tiered_end > self.log_start
     }
 
-    /// Requests the tables at the end of the object store, which must not be before `at`. `leadership_pause` is `Some`
-    /// if this broker leads after the response: the pause before the request.
-    pub(super) fn request_tables(&mut self, at: Offset, leadership_pause: Option<Duration>) {
-        self.placed.request_id += 1;
-        self.placed.pending_leadership = leadership_pause;
-        let (request_id, pause) = (self.placed.request_id, leadership_pause.unwrap_or_default());
+    /// Requests the tables that this broker needs before it leads.
+    pub(super) fn request_tables_to_lead(&mut self) {
+        self.bootstrap_request.leads_after = Some(Box::new(Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY)));
+        self.request_tables(self.tiered_end, Duration::ZERO);
+    }
+
+    /// Requests, after a pause, the tables at the end of the object store, which must not be before `at`.
+    pub(super) fn request_tables(&mut self, at: Offset, pause: Duration) {
+        self.bootstrap_request.id += 1;
+        let request_id = self.bootstrap_request.id;
         let (tier, control, tasks) = (self.tier.clone(), self.orders.clone(), self.tasks.clone());
         self.tasks.spawn("bootstrap", async move {
             let request = async {
@@ -140,22 +167,24 @@ impl Actor {
     }
 
     pub(super) async fn on_tables(&mut self, request_id: u64, tables: Result<Box<Tables>, BootstrapError>) {
-        if request_id != self.placed.request_id {
+        if request_id != self.bootstrap_request.id {
             return;
         }
         if let Ok(tables) = &tables {
             // A committed manifest has this end, perhaps before the metadata arrived at this task.
             self.tiered_end = self.tiered_end.max(tables.start);
         }
-        match self.placed.pending_leadership {
-            None => self.bootstrap_with(tables.map(|tables| *tables)).await,
-            Some(waited) => self.start_leading_with_tables(tables.map(|tables| *tables), waited).await,
+        let tables = tables.map(|tables| *tables);
+        if self.bootstrap_request.leads_after.is_some() {
+            self.start_leading_with_tables(tables).await;
+        } else {
+            self.bootstrap_with(tables).await;
         }
     }
 
     /// Continues the start of a leader after an election that may have lost records. The tables show which records
     /// certainly were committed.
-    async fn start_leading_with_tables(&mut self, tables: Result<Tables, BootstrapError>, waited: Duration) {
+    async fn start_leading_with_tables(&mut self, tables: Result<Tables, BootstrapError>) {
         let committed = self.tiered_end.max(self.log_start);
         let tables = match tables {
             // Deletion overtook the object store, or the topic no longer has one: there are no tables of the records
@@ -171,7 +200,7 @@ impl Actor {
                         "cannot lead before the object store is read; retrying"
                     );
                 }
-                return self.lead_later(waited);
+                return self.lead_later();
             }
         };
         let (start, log_end) = (self.replica.local_start().max(self.replica.log_start()), self.replica.log_end());
@@ -184,8 +213,8 @@ impl Actor {
             );
             if !self.reset(tables).await {
                 return match self.published.error() {
-                    Some(_) => self.ctx.isr_updater.resign(self.id, self.placed.epoch()),
-                    None => self.lead_later(waited),
+                    Some(_) => self.ctx.isr_updater.resign(self.id, self.metadata.epoch()),
+                    None => self.lead_later(),
                 };
             }
         }
@@ -193,9 +222,11 @@ impl Actor {
     }
 
     /// Repeats the request to the object store, after a longer pause.
-    fn lead_later(&mut self, waited: Duration) {
-        let (min, max) = BOOTSTRAP_BACKOFF;
-        self.request_tables(self.tiered_end, Some((waited * 2).clamp(min, max)));
+    fn lead_later(&mut self) {
+        if let Some(backoff) = &mut self.bootstrap_request.leads_after {
+            let pause = backoff.next_pause();
+            self.request_tables(self.tiered_end, pause);
+        }
     }
 
     /// Resets the log with these tables. Returns false if the disk failed or is full.

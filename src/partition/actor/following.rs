@@ -1,6 +1,8 @@
 //! Following: messages of the leader are checked, copied and submitted to the journal. The link acknowledges the
 //! published progress.
 
+use std::time::Duration;
+
 use super::{Actor, MAX_GROUP_BYTES, RoleState, bootstrap::Tables, leading::AppendError, warnings::Condition};
 use crate::{
     model::{LeaderEpoch, Offset},
@@ -24,7 +26,7 @@ impl Actor {
             LinkEvent::Disconnected => {
                 follower.on_disconnected();
                 // The object store's response is no longer needed: the next subscription may have another outcome.
-                self.placed.request_id += 1;
+                self.bootstrap_request.cancel();
             }
             LinkEvent::Response(response) => self.on_subscribe_response(response).await,
             LinkEvent::Batches { epoch, high_watermark, batches } => {
@@ -36,9 +38,9 @@ impl Actor {
     /// Subscribes with the position of this log.
     fn subscribe(&mut self) {
         let RoleState::Following(follower) = &mut self.part else { return };
-        self.placed.request_id += 1;
+        self.bootstrap_request.cancel();
         let log_end = self.replica.log_end();
-        let added = self.placed.added_after(self.broker);
+        let added = self.metadata.added_after(self.broker);
         let position = LogPosition { removal_count: added, ..follower.claim(&self.replica.epochs(), log_end) };
         let epoch = follower.epoch();
         sim_event!(LogPositionSent { partition: self.id, epoch, persisted: self.replica.persisted_end() });
@@ -81,7 +83,7 @@ impl Actor {
                     self.log_start = self.log_start.max(at);
                     self.bootstrap_with(Tables::sent(&tables)).await;
                 }
-                _ => self.request_tables(at, None),
+                _ => self.request_tables(at, Duration::ZERO),
             },
             Ok(FollowerAction::Follow(_)) => {
                 // The link acknowledges the current progress, although nothing moved.
@@ -105,7 +107,7 @@ impl Actor {
         } else {
             self.change_log(move |replica| replica.truncate(to).map(drop)).await
         };
-        sim_event!(Truncated { partition: self.id, epoch: self.placed.epoch(), to: self.replica.log_end() });
+        sim_event!(Truncated { partition: self.id, epoch: self.metadata.epoch(), to: self.replica.log_end() });
         self.subscribe_or_retry(done);
     }
 

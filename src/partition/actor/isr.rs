@@ -10,6 +10,7 @@ use crate::{
             isr::{IsrProposal, IsrTracker, ProposalOutcome, ValueUpdate},
             member::{PeerId, ReplicaProgress},
         },
+        metadata::ReadBack,
         role::{BootstrapTables, SubscribeOutcome, SubscribeResponse},
     },
     task::clock,
@@ -50,9 +51,6 @@ impl LastProposal {
     }
 }
 
-/// Maximum time, in milliseconds, that a task whose leadership ended waits for newer metadata.
-const METADATA_WAIT_MS: u64 = 1000;
-
 impl Actor {
     /// Applies a report about followers to the leader, if this task leads, and sends the request that follows from it.
     pub(super) fn update_isr_tracker(&mut self, update: impl FnOnce(&mut IsrTracker)) {
@@ -79,7 +77,7 @@ impl Actor {
         };
         let RoleState::Leading(leader) = &mut self.part else {
             return SubscribeResponse::rejected(
-                self.placed.epoch(),
+                self.metadata.epoch(),
                 "this broker does not lead the partition".to_owned(),
             );
         };
@@ -202,19 +200,15 @@ impl Actor {
     /// Returns true if this broker waits for metadata: a follower reported a newer epoch, or the key was missing for a
     /// moment while this broker led. If the report was true, newer metadata arrives soon.
     pub(super) fn awaits_metadata(&self) -> bool {
-        matches!(self.part, RoleState::Idle) && self.placed.awaits_newer_value(self.broker)
+        matches!(self.part, RoleState::Idle) && self.metadata.is_late(self.broker)
     }
 
     /// Checks whether the metadata takes too long; called at intervals while [`Self::awaits_metadata`]. If so, reads
     /// the key from the store.
     pub(super) fn check_stale_metadata(&mut self, now_ms: u64) {
-        if !self.awaits_metadata() || self.asked.is_some() {
-            self.placed.waiting_since_ms = None;
-            return;
-        }
-        let since_ms = *self.placed.waiting_since_ms.get_or_insert(now_ms);
-        if now_ms.saturating_sub(since_ms) >= METADATA_WAIT_MS {
-            self.asked = Some(PendingStoreRequest { epoch: self.placed.epoch(), kind: StoreRequestKind::Stale });
+        let waits = self.awaits_metadata() && self.asked.is_none();
+        if self.metadata.is_read_due(waits, now_ms) {
+            self.asked = Some(PendingStoreRequest { epoch: self.metadata.epoch(), kind: StoreRequestKind::Stale });
             self.ctx.isr_updater.read_back(self.id);
         }
     }
@@ -222,24 +216,21 @@ impl Actor {
     /// Applies the value that was read from the store. If the value still names this broker as leader of an epoch that
     /// it already led, no election would follow. The broker clears the leader, which starts one.
     fn on_read_back(&mut self, value: PartitionValue, revision: Revision) {
-        if !self.awaits_metadata() || self.placed.is_newer_than(revision) {
+        if !self.awaits_metadata() {
             return;
         }
-        // Only the metadata cache starts a leadership: it shows whether this broker id still belongs to this process.
-        if value.leader == Some(self.broker) && value.leader_epoch > self.placed.epoch() {
-            return;
-        }
-        if value.leader_epoch < self.placed.newest_seen_epoch {
-            tracing::warn!(
-                topic = %self.topic, partition = %self.id, reported = %self.placed.newest_seen_epoch, epoch = %value.leader_epoch,
+        match self.metadata.check_read_back(&value, revision, self.broker) {
+            ReadBack::Ignored => return,
+            ReadBack::Confirmed => {}
+            ReadBack::Disproved(reported) => tracing::warn!(
+                topic = %self.topic, partition = %self.id, %reported, epoch = %value.leader_epoch,
                 "ignoring a report of a leader epoch that the metadata store does not have"
-            );
-            self.placed.newest_seen_epoch = value.leader_epoch;
+            ),
         }
         let free = value.leaderless();
         self.apply_partition_value(value.into(), revision);
         if self.awaits_metadata() {
-            self.asked = Some(PendingStoreRequest { epoch: self.placed.epoch(), kind: StoreRequestKind::Proposal });
+            self.asked = Some(PendingStoreRequest { epoch: self.metadata.epoch(), kind: StoreRequestKind::Proposal });
             let proposal = IsrProposal { expect: revision, value: free, added: Vec::new() };
             self.ctx.isr_updater.propose(self.id, proposal);
         }

@@ -292,7 +292,7 @@ impl Actor {
             RoleState::Following(_) => {
                 self.committed_end = self.high_watermark();
                 self.part = RoleState::Idle;
-                self.ctx.links.unsubscribe(self.id, self.placed.epoch(), true);
+                self.ctx.links.unsubscribe(self.id, self.metadata.epoch(), true);
             }
             RoleState::Idle => {}
         }

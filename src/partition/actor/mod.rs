@@ -43,8 +43,7 @@ use tokio::{
 
 pub use self::leading::{AppendError, AppendResult, BatchOrigin, Stored};
 use self::{
-    bootstrap::{BootstrapError, Tables},
-    control::AppliedMetadata,
+    bootstrap::{BootstrapError, BootstrapRequest, Tables},
     isr::{LastProposal, PendingStoreRequest},
     leading::PendingWriter,
     log_ops::ReplicaCell,
@@ -62,6 +61,7 @@ use super::{
         member::{BrokerStatus, DisconnectCause, PeerId, ReplicaProgress},
     },
     maintenance::MaintenanceQueue,
+    metadata::AppliedMetadata,
     published::PublishedState,
     role::{LinkEvent, LocalSegments, PartitionAssignment, ReplicaRole, ReplicaStatus, SubscribeResponse},
 };
@@ -163,7 +163,8 @@ pub(super) struct Actor {
     part: RoleState,
     /// Status that was last published.
     status: ReplicaStatus,
-    placed: AppliedMetadata,
+    metadata: AppliedMetadata,
+    bootstrap_request: BootstrapRequest,
     config: Arc<TopicConfig>,
     lag_ms: u64,
     published: Arc<PublishedState>,
@@ -213,7 +214,8 @@ impl Actor {
             topic: parts.topic,
             part: RoleState::Idle,
             status: ReplicaStatus::UNKNOWN,
-            placed: AppliedMetadata::default(),
+            metadata: AppliedMetadata::default(),
+            bootstrap_request: BootstrapRequest::default(),
             config,
             lag_ms: parts.lag_ms,
             published: parts.published,
@@ -301,7 +303,7 @@ impl Actor {
             }
         }
         if let RoleState::Following(_) = self.part {
-            self.ctx.links.unsubscribe(self.id, self.placed.epoch(), true);
+            self.ctx.links.unsubscribe(self.id, self.metadata.epoch(), true);
         }
         // A replica without an assignment since its start has not yet submitted the records that a crash left in it.
         self.submit_to_journal();
@@ -437,7 +439,7 @@ impl Actor {
         let awaits_metadata = self.awaits_metadata();
         self.published.set_wants_ticks(behind || awaits_metadata);
         if !awaits_metadata {
-            self.placed.waiting_since_ms = None;
+            self.metadata.stop_waiting();
         }
         let status = self.current_status();
         if status != self.status {

@@ -2,8 +2,8 @@
 //!
 //! # Overview
 //!
-//! A state (`world`) is three brokers with their logs and their [`IsrTracker`] or [`Follower`], the partition's value
-//! in the metadata store, and the messages between them. `steps` lists the possible next events: appends, syncs, late
+//! A state (`world`) is three brokers with their logs, their [`AppliedMetadata`] and their [`IsrTracker`] or
+//! [`Follower`], the partition's value in the metadata store, and the messages between them. `steps` lists the possible next events: appends, syncs, late
 //! and reordered messages, broken links, process exits with or without loss, expired leases, elections, transactions
 //! with a lost outcome. `rules` checks the state after each step. [`explore`] visits every state that can be reached,
 //! nearest first, so that a counterexample is a shortest one.
@@ -22,6 +22,7 @@
 //!
 //! [`IsrTracker`]: super::leader::isr::IsrTracker
 //! [`Follower`]: super::follower::Follower
+//! [`AppliedMetadata`]: super::metadata::AppliedMetadata
 
 mod liveness;
 mod rules;
@@ -35,7 +36,7 @@ use std::{
 };
 
 use self::{
-    rules::{RuleViolation, learned_role},
+    rules::{RuleViolation, apply_value},
     steps::{DeliveryTime, Step},
     world::{BROKERS, ModelState, Setup},
 };
@@ -62,8 +63,7 @@ struct CheckResult {
 fn beginning(setup: Setup) -> ModelState {
     let mut world = ModelState::new(setup);
     for me in 0..BROKERS {
-        world.brokers[me].known = world.revision;
-        learned_role(&mut world, me);
+        apply_value(&mut world, me);
     }
     let mut step_without_fault =
         |step: Step| world = world.after(step).expect("no step before a fault violates a rule");

@@ -1,5 +1,7 @@
 //! Rules that must hold after every step: design.md section 13, as far as one partition's replication can show them.
 
+use std::sync::Arc;
+
 use super::world::{BROKERS, ModelState, Role, at, count, id, index};
 use crate::{
     cluster::{ReplicaIntegrity, Value as _},
@@ -38,12 +40,15 @@ pub(super) enum RuleViolation {
     NeverWhole(String),
 }
 
-/// Takes the role that the value gives. A new leader is recorded, to check that it is the only one of its epoch, ever.
-pub(super) fn learned_role(world: &mut ModelState, me: usize) {
-    let role = world.role_of(me);
+/// Applies the current value to a broker, which may take another role. A new leader is recorded, to check that it is the
+/// only one of its epoch, ever.
+pub(super) fn apply_value(world: &mut ModelState, me: usize) {
+    let transition = world.brokers[me].metadata.apply(Arc::new(world.value.clone()), world.revision, id(me));
+    let Some(role) = world.role_after(me, transition) else { return };
     let broker = &mut world.brokers[me];
     broker.high_watermark = broker.committed_end();
     if let Role::Leading(leader) = &role {
+        broker.metadata.start_leading();
         world.led.push((leader.epoch(), id(me), broker.epoch));
     }
     broker.role = role;

@@ -2,13 +2,13 @@
 //! actor's part, and the faults.
 
 use super::{
-    rules::{RuleViolation, learned_role},
+    rules::{RuleViolation, apply_value},
     world::{
         BROKERS, FollowerSends, LeaderSends, ModelState, Role, StoreCall, ToFollower, ToLeader, at, count, id, index,
     },
 };
 use crate::{
-    cluster::{ReplicaIntegrity, Revision},
+    cluster::ReplicaIntegrity,
     model::{Durability, Offset},
     partition::{
         follower::{BatchHeader, Follower, FollowerAction, ProtocolViolation},
@@ -16,6 +16,7 @@ use crate::{
             divergence::LocalLogBounds,
             isr::{DisconnectCause, ProposalOutcome, ValueUpdate},
         },
+        metadata::AppliedMetadata,
     },
 };
 
@@ -114,7 +115,7 @@ impl ModelState {
         if broker.persisted < broker.log.len() {
             steps.push(Step::Persist(me));
         }
-        if broker.known < self.revision || matches!(broker.role, Role::Leading(_)) {
+        if broker.metadata.revision() < self.revision || matches!(broker.role, Role::Leading(_)) {
             steps.push(Step::Learn(me));
         }
     }
@@ -499,9 +500,14 @@ impl ModelState {
     }
 
     fn on_proposal_outcome(&mut self, me: usize, outcome: ProposalOutcome) {
-        let Role::Leading(leader) = &mut self.brokers[me].role else { return };
-        if let ValueUpdate::Deposed { .. } = leader.agreed(outcome) {
-            self.learn(me);
+        let broker = &mut self.brokers[me];
+        let Role::Leading(leader) = &mut broker.role else { return };
+        match leader.agreed(outcome) {
+            ValueUpdate::Deposed { .. } => self.learn(me),
+            ValueUpdate::Adopted => {
+                let _stays = broker.metadata.apply(leader.value().clone().into(), leader.revision(), id(me));
+            }
+            ValueUpdate::Unchanged | ValueUpdate::Deleted => {}
         }
     }
 
@@ -509,17 +515,9 @@ impl ModelState {
     fn learn(&mut self, me: usize) {
         let (value, revision, rule) = (self.value.clone(), self.revision, self.rule());
         let seen: Vec<_> = (0..BROKERS).map(|other| (id(other), self.registration(other))).collect();
-        let broker = &mut self.brokers[me];
-        let stays = match &mut broker.role {
-            Role::Leading(leader) => !matches!(leader.observed(&value, revision), ValueUpdate::Deposed { .. }),
-            Role::Following(follower) => follower.epoch() == value.leader_epoch,
-            Role::Waiting | Role::Dead(_) => value.leader.is_none(),
-        };
-        broker.known = revision;
-        if !stays {
-            learned_role(self, me);
-        }
+        apply_value(self, me);
         if let Role::Leading(leader) = &mut self.brokers[me].role {
+            leader.observed(&value, revision);
             leader.configure(rule);
             for (other, registration) in seen {
                 leader.on_broker_status(other, registration);
@@ -538,7 +536,8 @@ impl ModelState {
         broker.has_lost |= holds == ReplicaIntegrity::Unverified
             || holds == ReplicaIntegrity::UncleanShutdown && left < broker.log.len();
         broker.log.truncate(left);
-        (broker.persisted, broker.high_watermark, broker.known) = (left, Offset::ZERO, Revision::ZERO);
+        (broker.persisted, broker.high_watermark) = (left, Offset::ZERO);
+        broker.metadata = AppliedMetadata::default();
         broker.role = Role::Dead(holds);
         for other in 0..BROKERS {
             // Messages to the broker are lost; messages from it to a leader may still arrive.

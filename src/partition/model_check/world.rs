@@ -10,6 +10,7 @@ use crate::{
             divergence::{LogPosition, SubscribeDecision},
             isr::{BrokerStatus, IsrProposal, IsrRules, IsrTracker, LeaderStart, PeerId, ReplicaProgress},
         },
+        metadata::{AppliedMetadata, Transition},
     },
 };
 
@@ -83,12 +84,12 @@ pub(super) enum Role {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Broker {
+pub(super) struct ModelBroker {
     pub(super) role: Role,
     /// Broker epoch of its last registration.
     pub(super) epoch: Revision,
-    /// Revision of the partition's value that the broker has applied.
-    pub(super) known: Revision,
+    /// Values of the partition that the broker has applied.
+    pub(super) metadata: AppliedMetadata,
     /// Epochs of its batches, one record each. An epoch has one appender, so epoch and offset identify a record.
     pub(super) log: Vec<LeaderEpoch>,
     /// Number of these on stable storage; all of them if syncs make no difference.
@@ -153,7 +154,7 @@ pub(super) struct ModelState {
     pub(super) revision: Revision,
     /// Broker epochs of the registrations.
     pub(super) registered: [Option<Revision>; BROKERS],
-    pub(super) brokers: [Broker; BROKERS],
+    pub(super) brokers: [ModelBroker; BROKERS],
     /// `wires[leader][follower]`
     pub(super) wires: [[LinkQueue; BROKERS]; BROKERS],
     pub(super) calls: Vec<StoreCall>,
@@ -178,7 +179,7 @@ pub(super) fn count(offset: Offset) -> usize {
     usize::try_from(offset.get()).expect("logs are short")
 }
 
-impl Broker {
+impl ModelBroker {
     pub(super) fn progress(&self) -> ReplicaProgress {
         ReplicaProgress { log_end: at(self.log.len()), persisted_end: at(self.persisted) }
     }
@@ -212,10 +213,10 @@ impl ModelState {
         let brokers: Vec<BrokerId> = (0..BROKERS).map(id).collect();
         let isr = brokers[..setup.in_sync].to_vec();
         let value = PartitionValue { isr, ..PartitionValue::new(brokers, LeaderEpoch(1)) };
-        let broker = || Broker {
+        let broker = || ModelBroker {
             role: Role::Waiting,
             epoch: Revision(1),
-            known: Revision::ZERO,
+            metadata: AppliedMetadata::default(),
             log: Vec::new(),
             persisted: 0,
             has_lost: false,
@@ -252,26 +253,27 @@ impl ModelState {
         self.registered[broker].map_or(BrokerStatus::Unregistered, BrokerStatus::Registered)
     }
 
-    /// Returns the role of a broker that receives the current value.
-    pub(super) fn role_of(&self, me: usize) -> Role {
+    /// Returns the role of a broker that receives the current value; `None` if it keeps its role.
+    pub(super) fn role_after(&self, me: usize, transition: Transition) -> Option<Role> {
         let broker = &self.brokers[me];
-        match self.value.leader {
-            Some(leader) if leader == id(me) => {
+        match transition {
+            Transition::Stale | Transition::Same | Transition::SetsChanged => None,
+            Transition::Lead => {
                 let start = LeaderStart {
-                    me: leader,
+                    me: id(me),
                     value: self.value.clone(),
                     revision: self.revision,
                     progress: broker.progress(),
                     committed_end: broker.committed_end(),
                     rules: self.rule(),
                 };
-                Role::Leading(Box::new(IsrTracker::new(start)))
+                Some(Role::Leading(Box::new(IsrTracker::new(start))))
             }
-            Some(leader) => {
+            Transition::Follow(leader) => {
                 let (epoch, unclean) = (self.value.leader_epoch, self.value.unclean_epoch);
-                Role::Following(Follower::new(leader, epoch, broker.committed_end(), unclean))
+                Some(Role::Following(Follower::new(leader, epoch, broker.committed_end(), unclean)))
             }
-            None => Role::Waiting,
+            Transition::Idle | Transition::GiveUpOldEpoch => Some(Role::Waiting),
         }
     }
 }
