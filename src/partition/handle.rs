@@ -17,7 +17,7 @@ use tokio::{
 use super::{
     actor::{
         Actor, ActorCommand, ActorConfig, ActorSignals, Append, AppendError, AppendResult, BatchOrigin, ControlMessage,
-        Stored, SubscribeMessage,
+        Inbox, Stored, SubscribeMessage,
     },
     context::PartitionContext,
     lag::FollowerLag,
@@ -149,10 +149,11 @@ impl Partition {
             tiered_end,
             committed_end,
             lag_ms: u64::try_from(spec.max_lag_time.as_millis()).unwrap_or(u64::MAX),
-            orders: control.downgrade(),
+            control: control.downgrade(),
+            inbox: Inbox::new(Arc::clone(&signals), control_messages, commands, tasks.clone()),
             tasks: tasks.clone(),
         });
-        tasks.spawn("partition", actor.run(commands, control_messages));
+        tasks.spawn("partition", actor.run());
         let (id, topic, tier, committed) = (spec.id, spec.topic, spec.tier, Mutex::new(spec.committed));
         let maintenance = tokio::sync::Mutex::default();
         Ok(Arc::new(Self {

@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
@@ -48,7 +48,8 @@ pub(super) struct PublishedState {
     /// Notified when the status changed.
     status_changed: Notify,
     config: ArcSwap<TopicConfig>,
-    error: Mutex<Option<Arc<str>>>,
+    /// Error that stopped writes; it is final.
+    error: OnceLock<Arc<str>>,
     /// Throttles log lines about reads that the local copy did not serve.
     unreadable: Mutex<LogThrottle>,
     /// Throttles log lines about reads for followers that the local copy did not serve.
@@ -80,7 +81,7 @@ impl PublishedState {
             status: ArcSwap::from_pointee(ReplicaStatus::UNKNOWN),
             status_changed: Notify::new(),
             config: ArcSwap::new(config),
-            error: Mutex::new(None),
+            error: OnceLock::new(),
             unreadable: Mutex::default(),
             unsendable: Mutex::default(),
             followers: Mutex::new(None),
@@ -257,11 +258,15 @@ impl PublishedState {
     }
 
     pub(super) fn error(&self) -> Option<Arc<str>> {
-        self.error.lock().clone()
+        self.error.get().cloned()
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        self.error.get().is_some()
     }
 
     pub(super) fn set_error(&self, reason: &str) {
-        *self.error.lock() = Some(reason.into());
+        let _first = self.error.set(reason.into());
     }
 
     pub(super) fn is_closed(&self) -> bool {

@@ -130,7 +130,7 @@ impl Actor {
     /// lost records.
     pub(super) fn needs_object_store(&self, value: &PartitionValue) -> bool {
         let committed = self.tiered_end.max(self.log_start);
-        let reaches = self.replica.log_end() >= committed;
+        let reaches = self.log.log_end() >= committed;
         let unclean = value.unclean_epoch == Some(value.leader_epoch) && self.has_tiered_tables();
         !reaches || unclean
     }
@@ -150,7 +150,7 @@ impl Actor {
     pub(super) fn request_tables(&mut self, at: Offset, pause: Duration) {
         self.bootstrap_request.id += 1;
         let request_id = self.bootstrap_request.id;
-        let (tier, control, tasks) = (self.tier.clone(), self.orders.clone(), self.tasks.clone());
+        let (tier, control, tasks) = (self.tier.clone(), self.control.clone(), self.tasks.clone());
         self.tasks.spawn("bootstrap", async move {
             let request = async {
                 tokio::time::sleep(pause).await;
@@ -203,8 +203,8 @@ impl Actor {
                 return self.lead_later();
             }
         };
-        let (start, log_end) = (self.replica.local_start().max(self.replica.log_start()), self.replica.log_end());
-        let agrees = tables.agree(&self.replica.epochs(), start, log_end);
+        let (start, log_end) = (self.log.local_start().max(self.log.log_start()), self.log.log_end());
+        let agrees = tables.agree(&self.log.epochs(), start, log_end);
         if log_end < committed || !agrees {
             tracing::warn!(
                 topic = %self.topic, partition = %self.id, %log_end, at = %tables.start,
@@ -249,17 +249,17 @@ impl Actor {
 
     /// Bootstraps with these tables.
     pub(super) async fn bootstrap_with(&mut self, tables: Result<Tables, BootstrapError>) {
-        if !matches!(self.part, RoleState::Following(_)) {
+        if !matches!(self.role, RoleState::Following(_)) {
             return;
         }
         match tables {
             Ok(tables) => {
                 let at = tables.start;
-                let old_end = self.replica.log_end();
+                let old_end = self.log.log_end();
                 // The reset would change nothing, so the subscription is retried after a pause.
-                let is_same = old_end == at && self.replica.local_start() == at;
+                let is_same = old_end == at && self.log.local_start() == at;
                 let done = self.reset(tables).await;
-                if let RoleState::Following(follower) = &mut self.part
+                if let RoleState::Following(follower) = &mut self.role
                     && done
                 {
                     tracing::info!(

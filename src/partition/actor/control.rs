@@ -25,7 +25,11 @@
 
 use std::sync::Arc;
 
-use super::{Actor, ControlMessage, MAX_CONTROL_BATCH, RoleState, SubscribeMessage, leading::AppendError, rule};
+use super::{
+    Actor, ControlMessage, MAX_CONTROL_BATCH, RoleState, SubscribeMessage,
+    leading::{AppendError, LeaderRole},
+    rule,
+};
 use crate::{
     cluster::{PartitionValue, Revision},
     model::{BrokerId, LeaderEpoch},
@@ -39,37 +43,30 @@ use crate::{
 };
 
 impl Actor {
-    /// Handles control messages, then submits their effects to the journal and publishes them.
-    pub(super) async fn handle_control(
-        &mut self,
-        first: ControlMessage,
-        control: &mut tokio::sync::mpsc::Receiver<ControlMessage>,
-    ) {
+    /// Handles this control message and those that are queued behind it.
+    pub(super) async fn handle_control(&mut self, first: ControlMessage) {
         self.handle_control_message(first).await;
         for _ in 1..MAX_CONTROL_BATCH {
-            let Ok(message) = control.try_recv() else { break };
+            let Some(message) = self.inbox.next_control() else { break };
             self.handle_control_message(message).await;
         }
-        self.submit_to_journal();
-        self.publish();
-        self.answer();
     }
 
     async fn handle_control_message(&mut self, message: ControlMessage) {
         if let ControlMessage::Assign(..) | ControlMessage::IsrOutcome(_) | ControlMessage::Deposed(_) = message {
-            // Commits of earlier control messages belong to the role and the value that may end now.
+            // Barrier: commits of earlier control messages belong to the role and the value that may end now.
             self.publish();
         }
         match message {
             ControlMessage::Assign(assignment, done) => {
                 self.assign(*assignment);
-                self.publish();
+                // The caller finds the new role.
+                self.finish_turn();
                 let _gone = done.send(());
             }
             ControlMessage::Subscribe(subscribe) => {
                 let SubscribeMessage { peer, epoch, position, progress, responder } = *subscribe;
                 let response = self.join(peer, epoch, position, progress).await;
-                self.propose();
                 let _gone = responder.send(response);
             }
             ControlMessage::FollowerDisconnected(peer, cause) => {
@@ -89,8 +86,8 @@ impl Actor {
     /// Returns the current replica status.
     pub(super) fn current_status(&self) -> ReplicaStatus {
         let (epoch, leader) = (self.metadata.epoch(), self.metadata.leader());
-        let role = match &self.part {
-            RoleState::Leading(leader) => {
+        let role = match &self.role {
+            RoleState::Leading(LeaderRole { leader, .. }) => {
                 ReplicaRole::Leader { epoch_committed: leader.in_sync().is_epoch_committed() }
             }
             RoleState::Following(follower) => ReplicaRole::Follower {
@@ -129,12 +126,11 @@ impl Actor {
             Transition::Follow(leader) => self.become_follower(leader, epoch, unclean_epoch),
             Transition::Idle | Transition::GiveUpOldEpoch => self.become_idle(),
         }
-        self.propose();
     }
 
     /// Applies a newer value of the epoch in which this broker leads.
     fn adopt_sets(&mut self, value: &PartitionValue, revision: Revision) {
-        let RoleState::Leading(leader) = &mut self.part else { return };
+        let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else { return };
         let before = leader.in_sync().value().isr.clone();
         leader.in_sync_mut().observed(value, revision);
         self.ctx.counters.isr_changed(&before, &leader.in_sync().value().isr);
@@ -145,10 +141,10 @@ impl Actor {
     fn leave_role(&mut self) {
         self.committed_end = self.high_watermark();
         self.bootstrap_request.cancel();
-        match std::mem::replace(&mut self.part, RoleState::Idle) {
+        match std::mem::replace(&mut self.role, RoleState::Idle) {
             RoleState::Idle => {}
             RoleState::Following(_) => self.ctx.links.unsubscribe(self.id, self.metadata.epoch(), false),
-            RoleState::Leading(mut leader) => {
+            RoleState::Leading(LeaderRole { mut leader, .. }) => {
                 self.published.set_leading(false);
                 // Writers whose rule holds get their acknowledgement first.
                 leader.take_due(|writer, acked| writer.respond(Ok(acked)));
@@ -166,17 +162,17 @@ impl Actor {
 
     fn become_follower(&mut self, leader: BrokerId, epoch: LeaderEpoch, unclean: Option<LeaderEpoch>) {
         self.leave_role();
-        if self.published.error().is_some() {
+        if self.published.has_failed() {
             // The replica cannot copy: no leader may wait for it.
             return;
         }
         tracing::debug!(partition = %self.id, %leader, %epoch, "became a follower");
-        self.part = RoleState::Following(Box::new(Follower::new(leader, epoch, self.high_watermark(), unclean)));
+        self.role = RoleState::Following(Follower::new(leader, epoch, self.high_watermark(), unclean));
         self.ctx.links.start_following(self.id, leader);
     }
 
     fn become_leader(&mut self, value: &PartitionValue) {
-        let (epoch, last) = (value.leader_epoch, self.replica.epochs().last().map(|(last, _)| last));
+        let (epoch, last) = (value.leader_epoch, self.log.epochs().last().map(|(last, _)| last));
         if let Some(last) = last.filter(|last| *last > epoch) {
             tracing::error!(
                 topic = %self.topic, partition = %self.id, %epoch, %last,
@@ -196,7 +192,7 @@ impl Actor {
 
     pub(super) fn start_leading(&mut self) {
         let Some(value) = self.metadata.value().cloned() else { return };
-        let progress = ReplicaProgress { log_end: self.replica.log_end(), persisted_end: self.replica.persisted_end() };
+        let progress = ReplicaProgress { log_end: self.log.log_end(), persisted_end: self.log.persisted_end() };
         let committed_end = self.committed_end.max(self.tiered_end).max(self.log_start).min(progress.log_end);
         let (epoch, in_sync) = (value.leader_epoch, value.isr.len());
         let rules = rule(&self.config, self.lag_ms);
@@ -211,7 +207,7 @@ impl Actor {
         self.bootstrap_request.cancel();
         self.metadata.start_leading();
         sim_event!(LeadershipStarted { partition: self.id, epoch, start: progress.log_end });
-        self.part = RoleState::Leading(Box::new(Leader::new(start, self.tiered_end)));
+        self.role = RoleState::Leading(LeaderRole::new(Leader::new(start, self.tiered_end)));
         self.published.set_leading(true);
         self.ctx.counters.leader_epochs.inc();
         tracing::debug!(
@@ -219,17 +215,13 @@ impl Actor {
             "became the leader"
         );
         self.apply_broker_statuses();
-        if self.published.error().is_some() {
-            self.ctx.isr_updater.resign(self.id, epoch);
-        }
-        self.propose();
         // Segments may be due that could not be uploaded while another broker led.
         self.maintenance.push(self.id);
     }
 
     /// Applies the status of every replica's broker to the leader. A proposal that was refused may then be repeated.
     fn apply_broker_statuses(&mut self) {
-        let RoleState::Leading(leader) = &mut self.part else { return };
+        let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else { return };
         let replicas = leader.in_sync().value().replicas.clone();
         for broker in replicas {
             leader.in_sync_mut().on_broker_status(broker, self.metadata.broker_status(broker));
@@ -240,7 +232,7 @@ impl Actor {
     /// the newer one.
     pub(super) fn deposed(&mut self, known: LeaderEpoch) {
         self.metadata.on_reported_epoch(known);
-        if let RoleState::Leading(leader) = &self.part
+        if let RoleState::Leading(LeaderRole { leader, .. }) = &self.role
             && leader.epoch() < known
         {
             tracing::info!(
@@ -260,11 +252,11 @@ impl Actor {
         }
         self.tiered_end = self.tiered_end.max(state.tiered_end());
         self.log_start = self.log_start.max(state.log_start);
-        if let RoleState::Leading(leader) = &mut self.part {
+        if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
             leader.in_sync_mut().committed(self.tiered_end.max(self.log_start));
             leader.tiered(self.tiered_end);
         }
-        // Readers must see the new log start before the files are removed.
+        // Barrier: readers must see the new log start before the files are removed.
         self.publish();
         self.keep_log_start();
     }

@@ -20,7 +20,7 @@ use crate::{
 impl Actor {
     /// Handles an event of the link. Events in another role are late: they belong to an earlier subscription.
     pub(super) async fn on_link_event(&mut self, event: LinkEvent) {
-        let RoleState::Following(follower) = &mut self.part else { return };
+        let RoleState::Following(follower) = &mut self.role else { return };
         match event {
             LinkEvent::Connected => self.subscribe(),
             LinkEvent::Disconnected => {
@@ -37,27 +37,27 @@ impl Actor {
 
     /// Subscribes with the position of this log.
     fn subscribe(&mut self) {
-        let RoleState::Following(follower) = &mut self.part else { return };
+        let RoleState::Following(follower) = &mut self.role else { return };
         self.bootstrap_request.cancel();
-        let log_end = self.replica.log_end();
+        let log_end = self.log.log_end();
         let added = self.metadata.added_after(self.broker);
-        let position = LogPosition { removal_count: added, ..follower.claim(&self.replica.epochs(), log_end) };
+        let position = LogPosition { removal_count: added, ..follower.claim(&self.log.epochs(), log_end) };
         let epoch = follower.epoch();
-        sim_event!(LogPositionSent { partition: self.id, epoch, persisted: self.replica.persisted_end() });
-        let progress = ReplicaProgress { log_end, persisted_end: self.replica.persisted_end() };
+        sim_event!(LogPositionSent { partition: self.id, epoch, persisted: self.log.persisted_end() });
+        let progress = ReplicaProgress { log_end, persisted_end: self.log.persisted_end() };
         self.ctx.links.subscribe(self.id, epoch, position, progress);
     }
 
     /// Requests from the link another [`LinkEvent::Connected`] after a pause.
     pub(super) fn resubscribe_later(&mut self) {
-        if let RoleState::Following(follower) = &mut self.part {
+        if let RoleState::Following(follower) = &mut self.role {
             follower.on_disconnected();
             self.ctx.links.retry_later(self.id);
         }
     }
 
     async fn on_subscribe_response(&mut self, response: SubscribeResponse) {
-        let RoleState::Following(follower) = &mut self.part else { return };
+        let RoleState::Following(follower) = &mut self.role else { return };
         let SubscribeResponse { epoch, high_watermark, outcome, in_sync: _ } = response;
         let (decision, tables) = match outcome {
             SubscribeOutcome::Accepted(at) => (SubscribeDecision::Accepted(at), None),
@@ -71,7 +71,7 @@ impl Actor {
                 return self.resubscribe_later();
             }
         };
-        let action = follower.on_response(epoch, &decision, high_watermark, &self.replica.epochs());
+        let action = follower.on_response(epoch, &decision, high_watermark, &self.log.epochs());
         match action {
             Ok(FollowerAction::Truncate(to)) => {
                 sim_event!(LeaderMessageApplied { partition: self.id, epoch });
@@ -87,7 +87,6 @@ impl Actor {
             },
             Ok(FollowerAction::Follow(_)) => {
                 // The link acknowledges the current progress, although nothing moved.
-                self.publish();
                 self.published.wake(WatermarkKind::AnyEnd);
             }
             Ok(FollowerAction::Append | FollowerAction::Ignore | FollowerAction::RetryLater(_)) => {}
@@ -98,16 +97,16 @@ impl Actor {
     /// Truncates where this log and the leader's diverge.
     async fn truncate_diverged(&mut self, to: Offset) {
         tracing::info!(
-            topic = %self.topic, partition = %self.id, %to, log_end = %self.replica.log_end(),
+            topic = %self.topic, partition = %self.id, %to, log_end = %self.log.log_end(),
             "truncating records that the leader lacks"
         );
         // Below the start of this disk there are no tables of the records before: then the log is emptied.
-        let done = if to < self.replica.local_start().max(self.replica.log_start()) {
+        let done = if to < self.log.local_start().max(self.log.log_start()) {
             self.empty().await
         } else {
             self.change_log(move |replica| replica.truncate(to).map(drop)).await
         };
-        sim_event!(Truncated { partition: self.id, epoch: self.metadata.epoch(), to: self.replica.log_end() });
+        sim_event!(Truncated { partition: self.id, epoch: self.metadata.epoch(), to: self.log.log_end() });
         self.subscribe_or_retry(done);
     }
 
@@ -118,7 +117,7 @@ impl Actor {
 
     /// Handles batches from the leader.
     fn on_batches_received(&mut self, epoch: LeaderEpoch, high_watermark: Offset, batches: &[Batch]) {
-        let RoleState::Following(follower) = &mut self.part else { return };
+        let RoleState::Following(follower) = &mut self.role else { return };
         let headers: Option<Vec<BatchHeader>> = batches.iter().map(header).collect();
         let Some(headers) = headers else {
             if let Some(count) = self.warnings.occur(Condition::BadBatches) {
@@ -159,8 +158,8 @@ impl Actor {
                     return self.resubscribe_later();
                 }
             }
-            let log_end = self.replica.log_end();
-            if let RoleState::Following(follower) = &mut self.part {
+            let log_end = self.log.log_end();
+            if let RoleState::Following(follower) = &mut self.role {
                 follower.appended(log_end);
             }
         }
@@ -169,7 +168,7 @@ impl Actor {
     /// Handles a wrong or late message of the leader, as the follower classified it. If the replica no longer follows,
     /// it subscribes again, unless the outcome would never change.
     fn violated(&mut self, violation: ProtocolViolation) {
-        let RoleState::Following(follower) = &mut self.part else { return };
+        let RoleState::Following(follower) = &mut self.role else { return };
         let (leader, epoch) = (follower.leader(), follower.epoch());
         match violation {
             // From an earlier link or epoch: the response to the current subscription is still due.

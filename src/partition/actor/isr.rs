@@ -1,6 +1,6 @@
 //! A leader's work for its followers: subscriptions, acknowledgements, and the ISR changes that follow from them.
 
-use super::{Actor, RoleState, signals::FollowerAck};
+use super::{Actor, RoleState, leading::LeaderRole, signals::FollowerAck};
 use crate::{
     cluster::{PartitionValue, Revision},
     model::{BrokerId, LeaderEpoch, PartitionId, format_ids},
@@ -52,11 +52,10 @@ impl LastProposal {
 }
 
 impl Actor {
-    /// Applies a report about followers to the leader, if this task leads, and sends the request that follows from it.
+    /// Applies a report about followers to the leader, if this task leads.
     pub(super) fn update_isr_tracker(&mut self, update: impl FnOnce(&mut IsrTracker)) {
-        if let RoleState::Leading(leader) = &mut self.part {
+        if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
             update(leader.in_sync_mut());
-            self.propose();
         }
     }
 
@@ -71,11 +70,9 @@ impl Actor {
         // Acknowledgements of this follower's earlier links do not count.
         self.signals.drop_acks_of(peer.broker);
         let has_tables = self.has_tiered_tables();
-        let local = LocalLogBounds {
-            local_start: self.replica.local_start(),
-            tiered_end: has_tables.then_some(self.tiered_end),
-        };
-        let RoleState::Leading(leader) = &mut self.part else {
+        let local =
+            LocalLogBounds { local_start: self.log.local_start(), tiered_end: has_tables.then_some(self.tiered_end) };
+        let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else {
             return SubscribeResponse::rejected(
                 self.metadata.epoch(),
                 "this broker does not lead the partition".to_owned(),
@@ -84,7 +81,7 @@ impl Actor {
         if let Some(reason) = self.published.error() {
             return SubscribeResponse::rejected(leader.epoch(), format!("the leader's disk failed: {reason}"));
         }
-        let decision = leader.in_sync_mut().join(peer, epoch, position, local, &self.replica.epochs());
+        let decision = leader.in_sync_mut().join(peer, epoch, position, local, &self.log.epochs());
         if !matches!(decision, SubscribeDecision::Rejected(_)) {
             sim_event!(FollowerSubscribed {
                 partition: self.id,
@@ -114,27 +111,25 @@ impl Actor {
                     ..BootstrapTables::default()
                 }))
             }
-            SubscribeDecision::Bootstrap(_) => {
-                match self.replica.run_blocking(|replica| replica.tables_at_start()).await {
-                    Ok((at, epochs, producers)) => SubscribeOutcome::Bootstrap(Box::new(BootstrapTables {
-                        start: at,
-                        from_object_store: false,
-                        epochs: epochs.iter().collect(),
-                        producers: producers.to_bytes(),
-                    })),
-                    Err(error) => {
-                        if let Some(count) = self.published.count_unsendable() {
-                            tracing::warn!(
-                                topic = %self.topic, partition = %self.id, %error, count,
-                                "cannot read the tables for the bootstrap of a replica"
-                            );
-                        }
-                        SubscribeOutcome::Rejected(format!(
-                            "the leader cannot read the tables at the start of its log: {error}"
-                        ))
+            SubscribeDecision::Bootstrap(_) => match self.log.run_blocking(|replica| replica.tables_at_start()).await {
+                Ok((at, epochs, producers)) => SubscribeOutcome::Bootstrap(Box::new(BootstrapTables {
+                    start: at,
+                    from_object_store: false,
+                    epochs: epochs.iter().collect(),
+                    producers: producers.to_bytes(),
+                })),
+                Err(error) => {
+                    if let Some(count) = self.published.count_unsendable() {
+                        tracing::warn!(
+                            topic = %self.topic, partition = %self.id, %error, count,
+                            "cannot read the tables for the bootstrap of a replica"
+                        );
                     }
+                    SubscribeOutcome::Rejected(format!(
+                        "the leader cannot read the tables at the start of its log: {error}"
+                    ))
                 }
-            }
+            },
             SubscribeDecision::Rejected(reason) => {
                 tracing::debug!(partition = %self.id, broker = %peer.broker, %reason, "rejected a subscription");
                 SubscribeOutcome::Rejected(reason.to_string())
@@ -145,35 +140,25 @@ impl Actor {
 
     /// Applies acknowledgements of followers.
     pub(super) fn on_acknowledged(&mut self, acks: Vec<FollowerAck>) {
-        let RoleState::Leading(leader) = &mut self.part else { return };
-        let mut outside = false;
+        let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else { return };
         for ack in acks {
-            let follower = ack.peer.broker;
-            outside |= count(self.id, leader.in_sync_mut(), ack) && !leader.in_sync().value().isr.contains(&follower);
-        }
-        // An acknowledgement of an ISR member changes no set.
-        if outside {
-            self.propose();
+            count(self.id, leader.in_sync_mut(), ack);
         }
     }
 
     /// Sends the ISR change that is due to the metadata store, or a read after an unknown outcome. One request at a
     /// time, so that an outcome is never applied to another request.
     pub(super) fn propose(&mut self) {
-        let RoleState::Leading(leader) = &mut self.part else { return };
-        if self.asked.is_some() {
+        if self.published.has_failed() {
+            return self.resign();
+        }
+        let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else { return };
+        if self.pending_request.is_some() {
             return;
         }
         let epoch = leader.epoch();
-        if self.published.error().is_some() {
-            // A member that can take over may have entered the ISR since the last resignation.
-            if leader.in_sync().value().isr.iter().any(|member| *member != self.broker) {
-                self.ctx.isr_updater.resign(self.id, epoch);
-            }
-            return;
-        }
         if leader.in_sync().needs_read_back() {
-            self.asked = Some(PendingStoreRequest { epoch, kind: StoreRequestKind::ReadBack });
+            self.pending_request = Some(PendingStoreRequest { epoch, kind: StoreRequestKind::ReadBack });
             self.ctx.isr_updater.read_back(self.id);
         } else if let Some(proposal) = leader.in_sync_mut().proposal() {
             if let Some(proposals) = LastProposal::occur(&mut self.proposed, &proposal.value.isr) {
@@ -192,7 +177,7 @@ impl Actor {
                 isr: &proposal.value.isr,
                 added: &added
             });
-            self.asked = Some(PendingStoreRequest { epoch, kind: StoreRequestKind::Proposal });
+            self.pending_request = Some(PendingStoreRequest { epoch, kind: StoreRequestKind::Proposal });
             self.ctx.isr_updater.propose(self.id, proposal);
         }
     }
@@ -200,15 +185,16 @@ impl Actor {
     /// Returns true if this broker waits for metadata: a follower reported a newer epoch, or the key was missing for a
     /// moment while this broker led. If the report was true, newer metadata arrives soon.
     pub(super) fn awaits_metadata(&self) -> bool {
-        matches!(self.part, RoleState::Idle) && self.metadata.is_late(self.broker)
+        matches!(self.role, RoleState::Idle) && self.metadata.is_late(self.broker)
     }
 
     /// Checks whether the metadata takes too long; called at intervals while [`Self::awaits_metadata`]. If so, reads
     /// the key from the store.
     pub(super) fn check_stale_metadata(&mut self, now_ms: u64) {
-        let waits = self.awaits_metadata() && self.asked.is_none();
+        let waits = self.awaits_metadata() && self.pending_request.is_none();
         if self.metadata.is_read_due(waits, now_ms) {
-            self.asked = Some(PendingStoreRequest { epoch: self.metadata.epoch(), kind: StoreRequestKind::Stale });
+            self.pending_request =
+                Some(PendingStoreRequest { epoch: self.metadata.epoch(), kind: StoreRequestKind::Stale });
             self.ctx.isr_updater.read_back(self.id);
         }
     }
@@ -230,7 +216,8 @@ impl Actor {
         let free = value.leaderless();
         self.apply_partition_value(value.into(), revision);
         if self.awaits_metadata() {
-            self.asked = Some(PendingStoreRequest { epoch: self.metadata.epoch(), kind: StoreRequestKind::Proposal });
+            self.pending_request =
+                Some(PendingStoreRequest { epoch: self.metadata.epoch(), kind: StoreRequestKind::Proposal });
             let proposal = IsrProposal { expect: revision, value: free, added: Vec::new() };
             self.ctx.isr_updater.propose(self.id, proposal);
         }
@@ -238,7 +225,7 @@ impl Actor {
 
     /// Applies an outcome of the metadata store.
     pub(super) fn agreed(&mut self, outcome: ProposalOutcome) {
-        let request = self.asked.take();
+        let request = self.pending_request.take();
         let current = match &outcome {
             ProposalOutcome::CurrentValue(value, revision) => Some((value.clone(), *revision)),
             _ => None,
@@ -248,7 +235,7 @@ impl Actor {
         {
             self.on_read_back(value, revision);
         }
-        let RoleState::Leading(leader) = &mut self.part else { return };
+        let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else { return };
         let (epoch, reading) = (leader.epoch(), leader.in_sync().needs_read_back());
         let before = leader.in_sync().value().isr.clone();
         let kind = if reading { StoreRequestKind::ReadBack } else { StoreRequestKind::Proposal };
@@ -282,12 +269,11 @@ impl Actor {
                 self.become_idle();
             }
         }
-        self.propose();
     }
 }
 
-/// Counts one acknowledgement. Returns true if it counts.
-fn count(partition: PartitionId, in_sync: &mut IsrTracker, FollowerAck { peer, epoch, progress }: FollowerAck) -> bool {
+/// Counts one acknowledgement, if it is valid.
+fn count(partition: PartitionId, in_sync: &mut IsrTracker, FollowerAck { peer, epoch, progress }: FollowerAck) {
     match in_sync.acknowledged(peer, epoch, progress) {
         Ok(()) => {
             sim_event!(AckCounted {
@@ -299,11 +285,9 @@ fn count(partition: PartitionId, in_sync: &mut IsrTracker, FollowerAck { peer, e
                 written: progress.log_end,
                 persisted: progress.persisted_end
             });
-            true
         }
         Err(error) => {
             tracing::debug!(%partition, broker = %peer.broker, %error, "ignored an acknowledgement");
-            false
         }
     }
 }

@@ -6,10 +6,11 @@ use tokio::sync::{OwnedSemaphorePermit, SetOnce, oneshot};
 
 use super::{Actor, MAX_GROUP_BYTES, RoleState, SPARE_COMMANDS, timestamps};
 use crate::{
+    cluster::Revision,
     log::{self, PersistError},
     model::{Acks, BrokerId, LeaderEpoch, Offset, TimestampType},
     partition::{
-        leader::{AckDurability, Admission, AdmitError, WriteAck},
+        leader::{AckDurability, Admission, AdmitError, Leader, WriteAck},
         role::ReplicaStatus,
     },
     record::{Batch, Fingerprint, TimestampRange},
@@ -118,11 +119,38 @@ impl PendingWriter {
     }
 }
 
+/// State of the task while it leads.
+pub(super) struct LeaderRole {
+    pub(super) leader: Box<Leader<PendingWriter>>,
+    /// Admitted batches that are not appended yet. Empty between two turns.
+    group: Vec<Batch>,
+    pub(super) group_bytes: usize,
+    group_writers: Vec<(Acks, WriteAck, PendingWriter)>,
+    /// True if writers that wait for other replicas or the object store may have dropped their receivers.
+    pub(super) has_dropped_waiters: bool,
+    /// Revision of the value with which this broker resigned last. With a newer value, a member that can take over may
+    /// have entered the ISR.
+    resigned_at: Option<Revision>,
+}
+
+impl LeaderRole {
+    pub(super) fn new(leader: Leader<PendingWriter>) -> Self {
+        Self {
+            leader: Box::new(leader),
+            group: Vec::new(),
+            group_bytes: 0,
+            group_writers: Vec::new(),
+            has_dropped_waiters: false,
+            resigned_at: None,
+        }
+    }
+}
+
 impl Actor {
     /// Admits one write into the group, or sends its result.
     pub(super) fn append(&mut self, append: Append, now_ms: i64) {
         let Append { mut batch, origin, acks, permit, answer: responder, stored } = append;
-        let RoleState::Leading(leader) = &self.part else {
+        let RoleState::Leading(role) = &self.role else {
             let ReplicaStatus { leader, epoch, .. } = self.status;
             let _gone = responder.send(Err(AppendError::NotLeader { leader, epoch }));
             return;
@@ -134,12 +162,12 @@ impl Actor {
         // A group lies in one segment, so it must not be larger than a segment may be.
         let max_bytes =
             usize::try_from(self.config.segment_bytes).map_or(MAX_GROUP_BYTES, |bytes| bytes.min(MAX_GROUP_BYTES));
-        if leader.must_flush_before(&batch) || self.group_bytes + batch.encoded_len() > max_bytes {
+        if role.leader.must_flush_before(&batch) || role.group_bytes + batch.encoded_len() > max_bytes {
             self.finish_group();
         }
         let writer = PendingWriter { responder, permit: Some(permit), stored };
-        let RoleState::Leading(leader) = &mut self.part else { unreachable!("an append does not change the role") };
-        let epoch = leader.epoch();
+        let RoleState::Leading(role) = &mut self.role else { unreachable!("an append does not change the role") };
+        let epoch = role.leader.epoch();
         let mut acked = WriteAck {
             base: Offset::ZERO,
             end: Offset::ZERO,
@@ -149,7 +177,7 @@ impl Actor {
             duplicate: false,
         };
         let refusal = origin.refusal.or_else(|| timestamps::check(&self.config, origin.timestamps, now_ms).err());
-        let admission = leader.admit(&batch, origin.fingerprint, acks, &self.replica.producers(), refusal);
+        let admission = role.leader.admit(&batch, origin.fingerprint, acks, &self.log.producers(), refusal);
         match admission {
             Ok(Admission::Append(base)) => {
                 if self.config.timestamp_type == TimestampType::LogAppendTime {
@@ -160,14 +188,14 @@ impl Actor {
                 }
                 batch.set_offset_and_epoch(base, epoch);
                 (acked.base, acked.end) = (base, batch.end_offset());
-                self.group_bytes += batch.encoded_len();
-                self.group.push(batch);
-                self.group_writers.push((acks, acked, writer));
+                role.group_bytes += batch.encoded_len();
+                role.group.push(batch);
+                role.group_writers.push((acks, acked, writer));
             }
             Ok(Admission::Duplicate(base, end)) => {
                 (acked.base, acked.end, acked.duplicate) = (base, end, true);
-                self.has_dropped_waiters |= writer.left_early(acks);
-                leader.add_waiter(acks, acked, writer);
+                role.has_dropped_waiters |= writer.left_early(acks);
+                role.leader.add_waiter(acks, acked, writer);
                 if acks == Acks::Tiered && end > self.tiered_end {
                     // The first attempt requested no upload, if it had fewer acks or its receiver was dropped.
                     self.maintenance.push(self.id);
@@ -181,48 +209,48 @@ impl Actor {
 
     /// Appends the group. In every case the group is empty afterwards, and its writers wait or have their results.
     pub(super) fn flush(&mut self) {
-        if self.group.is_empty() {
+        let RoleState::Leading(role) = &mut self.role else { return };
+        if role.group.is_empty() {
             return;
         }
-        let group = std::mem::take(&mut self.group);
-        let written = self.write(&group, self.group_bytes);
-        self.group = group;
+        let (mut group, bytes) = (std::mem::take(&mut role.group), std::mem::take(&mut role.group_bytes));
+        let written = self.write(&group, bytes);
         if let Err(AppendError::StorageFailed { reason }) = &written {
             self.fail(reason);
         }
-        let RoleState::Leading(leader) = &mut self.part else { unreachable!("only a leader has a group") };
+        let RoleState::Leading(role) = &mut self.role else { unreachable!("a write does not end a leadership") };
         match written {
             Ok(()) => {
-                leader.appended();
-                for (acks, acked, writer) in self.group_writers.drain(..) {
-                    self.has_dropped_waiters |= writer.left_early(acks);
-                    leader.add_waiter(acks, acked, writer);
+                role.leader.appended();
+                for (acks, acked, writer) in role.group_writers.drain(..) {
+                    role.has_dropped_waiters |= writer.left_early(acks);
+                    role.leader.add_waiter(acks, acked, writer);
                 }
-                if leader.awaits_tier() {
+                if role.leader.awaits_tier() {
                     self.maintenance.push(self.id);
                 }
             }
             Err(error) => {
-                leader.not_appended();
-                for (_, _, writer) in self.group_writers.drain(..) {
+                role.leader.not_appended();
+                for (_, _, writer) in role.group_writers.drain(..) {
                     writer.respond(Err(error.clone()));
                 }
             }
         }
-        self.group.clear();
-        self.group.shrink_to(SPARE_COMMANDS);
-        self.group_writers.shrink_to(SPARE_COMMANDS);
-        self.group_bytes = 0;
+        group.clear();
+        group.shrink_to(SPARE_COMMANDS);
+        role.group = group;
+        role.group_writers.shrink_to(SPARE_COMMANDS);
     }
 
     /// Appends batches of `bytes` in total, in a new segment if the active one is full or old.
     pub(super) fn write(&mut self, batches: &[Batch], bytes: usize) -> Result<(), AppendError> {
         let now = clock::monotonic();
         let is_old = self.active_since.is_some_and(|since| now.duration_since(since) >= self.config.segment_age);
-        if is_old || self.replica.is_full(self.config.segment_bytes, bytes) {
+        if is_old || self.log.is_full(self.config.segment_bytes, bytes) {
             self.seal()?;
         }
-        self.replica.append(batches).map_err(append_error)?;
+        self.log.append(batches).map_err(append_error)?;
         #[cfg(feature = "sim")]
         batches.iter().for_each(|batch| self.report_appended(batch));
         self.active_since.get_or_insert(now);
@@ -237,8 +265,8 @@ impl Actor {
             base: batch.base_offset(),
             end: batch.end_offset(),
             epoch: batch.leader_epoch().unwrap_or_default(),
-            leads: match &self.part {
-                RoleState::Leading(leader) => Some(leader.epoch()),
+            leads: match &self.role {
+                RoleState::Leading(LeaderRole { leader, .. }) => Some(leader.epoch()),
                 _ => None,
             },
             crc: batch.crc(),
@@ -248,10 +276,10 @@ impl Actor {
 
     /// Submits all appended records to the journal, if the topic requires that.
     pub(super) fn submit_to_journal(&mut self) {
-        if self.syncs() && self.submitted_end < self.replica.log_end() {
+        if self.syncs() && self.persisted_submit_end < self.log.log_end() {
             let signals = Arc::clone(&self.signals);
-            self.submitted_end = self.replica.log_end();
-            self.replica.persist(Box::new(move |outcome| signals.persisted(outcome)));
+            self.persisted_submit_end = self.log.log_end();
+            self.log.persist(Box::new(move |outcome| signals.persisted(outcome)));
         }
     }
 
@@ -259,15 +287,15 @@ impl Actor {
     pub(super) fn on_persisted(&mut self, outcome: Result<(), PersistError>) {
         match outcome {
             Ok(()) => {
-                let end = self.replica.persisted_end();
-                if let RoleState::Leading(leader) = &mut self.part {
+                let end = self.log.persisted_end();
+                if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
                     leader.persisted(end);
                 }
             }
             Err(error) => {
                 let reason: Arc<str> = error.to_string().into();
                 self.fail(&reason);
-                if let RoleState::Leading(leader) = &mut self.part {
+                if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
                     for writer in leader.abandon() {
                         writer.respond(Err(AppendError::StorageFailed { reason: Arc::clone(&reason) }));
                     }
@@ -279,7 +307,7 @@ impl Actor {
     /// Handles a disk that no longer accepts writes. A leader resigns if it may, a follower unsubscribes; committed
     /// records stay readable.
     pub(super) fn fail(&mut self, reason: &str) {
-        if self.published.error().is_some() {
+        if self.published.has_failed() {
             return;
         }
         tracing::error!(
@@ -287,21 +315,30 @@ impl Actor {
             "the partition accepts no writes on this broker: repair or replace the disk, then restart the broker"
         );
         self.published.set_error(reason);
-        match &self.part {
-            RoleState::Leading(leader) => self.ctx.isr_updater.resign(self.id, leader.epoch()),
+        match &self.role {
+            RoleState::Leading(_) => self.resign(),
             RoleState::Following(_) => {
                 self.committed_end = self.high_watermark();
-                self.part = RoleState::Idle;
+                self.role = RoleState::Idle;
                 self.ctx.links.unsubscribe(self.id, self.metadata.epoch(), true);
             }
             RoleState::Idle => {}
         }
     }
 
+    /// Resigns because the disk accepts no writes, once for each value.
+    pub(super) fn resign(&mut self) {
+        let RoleState::Leading(role) = &mut self.role else { return };
+        let revision = role.leader.in_sync().revision();
+        if role.resigned_at.replace(revision) != Some(revision) {
+            self.ctx.isr_updater.resign(self.id, role.leader.epoch());
+        }
+    }
+
     /// Sends results to the writers whose rule holds now, and releases the memory of writers whose receivers were
     /// dropped.
-    pub(super) fn answer(&mut self) {
-        if let RoleState::Leading(leader) = &mut self.part {
+    pub(super) fn respond_due(&mut self) {
+        if let RoleState::Leading(LeaderRole { leader, has_dropped_waiters, .. }) = &mut self.role {
             let due = |writer: PendingWriter, acked: WriteAck| {
                 sim_event!(WriteAcked {
                     partition: self.id,
@@ -316,7 +353,7 @@ impl Actor {
             leader.take_stored(PendingWriter::on_stored);
             leader.take_due(due);
             // The other replicas or the object store may never respond, and a retry has its own batch.
-            self.has_dropped_waiters = self.has_dropped_waiters && leader.release_dropped(PendingWriter::is_gone);
+            *has_dropped_waiters = *has_dropped_waiters && leader.release_dropped(PendingWriter::is_gone);
         }
     }
 }

@@ -75,7 +75,7 @@ pub(super) fn active_since(info: &SegmentInfo) -> Option<Instant> {
 impl Actor {
     /// Seals the active segment and starts the next one. Written records stay where they are.
     pub(super) fn seal(&mut self) -> Result<(), AppendError> {
-        self.replica.roll().map_err(append_error)?;
+        self.log.roll().map_err(append_error)?;
         self.active_since = None;
         self.maintenance.push(self.id);
         Ok(())
@@ -96,7 +96,7 @@ impl Actor {
 
     /// Exports the sealed segment at `base`, which stays readable even if it is evicted meanwhile.
     pub(super) async fn export(&mut self, base: Offset) -> io::Result<SegmentExport> {
-        self.replica.run_blocking(move |replica| replica.export(base)).await
+        self.log.run_blocking(move |replica| replica.export(base)).await
     }
 
     /// Truncates or resets the log, and drops the state of the removed part. Returns false if the disk failed, which is
@@ -105,19 +105,20 @@ impl Actor {
         &mut self,
         change: impl FnOnce(&mut ReplicaLog) -> Result<(), ChangeError> + Send + 'static,
     ) -> bool {
-        // Readers of a leader's log must see the end of its epoch before, and other readers a high watermark that
-        // falls.
+        // Barrier: readers of a leader's log must see the end of its epoch before the change, and other readers a high
+        // watermark that falls.
         self.publish();
-        let active = self.replica.active();
-        match self.replica.run_blocking(change).await {
+        let active = self.log.active();
+        match self.log.run_blocking(change).await {
             Ok(()) => {
                 // The truncation synced the remaining records. The result of an earlier submission does not cover them.
-                self.submitted_end = self.replica.persisted_end();
-                let remaining = self.replica.active();
+                self.persisted_submit_end = self.log.persisted_end();
+                let remaining = self.log.active();
                 if remaining.base != active.base || remaining.bytes == 0 {
                     self.active_since = active_since(&remaining);
                 }
-                self.publish();
+                // The next subscription acknowledges the published ends.
+                self.finish_turn();
                 true
             }
             Err(ChangeError::DiskFull) => false,
@@ -132,7 +133,7 @@ impl Actor {
     /// at the front.
     pub(super) fn keep_log_start(&mut self) {
         let start = self.log_start.min(self.high_watermark());
-        self.replica.advance_log_start(start);
+        self.log.advance_log_start(start);
     }
 
     /// Evicts the segments below this offset.
@@ -141,11 +142,11 @@ impl Actor {
         let is_allowed = below <= evictable_end || mutant!(EvictBeforeCommit);
         assert!(is_allowed, "only records in the object store or below the log start are evicted");
         self.keep_log_start();
-        let has_failed = self.replica.write_error().is_some();
-        match self.replica.run_blocking(move |replica| replica.evict(below)).await {
+        let has_failed = self.log.write_error().is_some();
+        match self.log.run_blocking(move |replica| replica.evict(below)).await {
             Ok(bytes) => {
                 tracing::debug!(partition = %self.id, %below, bytes, "evicted segments");
-                sim_event!(Evicted { partition: self.id, start: self.replica.local_start() });
+                sim_event!(Evicted { partition: self.id, start: self.log.local_start() });
             }
             // The full disk was logged once for all partitions, and the error that stopped writes was logged too.
             Err(error) if has_failed || error == ChangeError::DiskFull => {

@@ -14,19 +14,25 @@
 //! | `isr` | followers and the ISR |
 //! | `following` | messages of the leader |
 //! | `log_ops` | all other changes of the log |
+//! | `inbox`, `signals` | queues of the task |
 //!
-//! ```text
-//!   journal, followers, clock ─▶ signals ─────╮
-//!   metadata, links, ISR updates ─▶ control ──┼─▶ task
-//!   writers, maintenance ─▶ commands ─────────╯
-//! ```
+//! # Turn
 //!
-//! Between any two groups the task polls the three in that order. So neither a flood of writes nor a flood of batches
-//! from a leader delays the other inputs for long.
+//! The task takes one [`Input`] after the other (`inbox`). Each handler changes only the state of the task; then
+//! [`Actor::finish_turn`] lets the effects leave the task: it submits records to the journal, publishes, proposes an
+//! ISR change, and sends due results. Three events publish earlier, because the old state must be seen before the next
+//! change:
+//!
+//! | event | reason |
+//! | --- | --- |
+//! | a message that may end the role or replace the value | earlier commits belong to the old role and value |
+//! | a truncation, reset or bootstrap of the log | readers and links of the old epoch must fail first |
+//! | a new log start | readers must see it before the files are evicted |
 
 mod bootstrap;
 mod control;
 mod following;
+mod inbox;
 mod isr;
 mod leading;
 mod log_ops;
@@ -44,18 +50,18 @@ use tokio::{
 pub use self::leading::{AppendError, AppendResult, BatchOrigin, Stored};
 use self::{
     bootstrap::{BootstrapError, BootstrapRequest, Tables},
+    inbox::Input,
     isr::{LastProposal, PendingStoreRequest},
-    leading::PendingWriter,
+    leading::LeaderRole,
     log_ops::ReplicaCell,
     signals::PendingSignals,
     warnings::Warnings,
 };
-pub(super) use self::{leading::Append, signals::ActorSignals};
+pub(super) use self::{inbox::Inbox, leading::Append, signals::ActorSignals};
 use super::{
     context::PartitionContext,
     follower::Follower,
     leader::{
-        Leader, WriteAck,
         divergence::LogPosition,
         isr::{IsrRules, ProposalOutcome},
         member::{BrokerStatus, DisconnectCause, PeerId, ReplicaProgress},
@@ -69,14 +75,10 @@ use super::{
 use crate::task::sim_event::SimRole;
 use crate::{
     log::{ReplicaLog, SegmentExport},
-    model::{Acks, BrokerId, Durability, LeaderEpoch, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
-    record::Batch,
+    model::{BrokerId, Durability, LeaderEpoch, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
     task::{Tasks, clock},
     tier::{PartitionTier, TierState},
 };
-
-/// Maximum number of commands that one turn takes from the queue.
-const MAX_COMMANDS_PER_TURN: usize = 512;
 
 /// Number of commands whose memory a partition keeps between its turns. A broker has many partitions, so the number is
 /// small.
@@ -141,7 +143,8 @@ pub(super) struct ActorConfig {
     /// `replication.max_lag_time`, in milliseconds.
     pub(super) lag_ms: u64,
     /// Control queue, for the results of the task's background requests.
-    pub(super) orders: mpsc::WeakSender<ControlMessage>,
+    pub(super) control: mpsc::WeakSender<ControlMessage>,
+    pub(super) inbox: Inbox,
     pub(super) tasks: Tasks,
 }
 
@@ -149,8 +152,8 @@ pub(super) struct ActorConfig {
 enum RoleState {
     /// Neither accepts writes nor copies.
     Idle,
-    Following(Box<Follower>),
-    Leading(Box<Leader<PendingWriter>>),
+    Following(Follower),
+    Leading(LeaderRole),
 }
 
 /// State of the task.
@@ -159,20 +162,23 @@ pub(super) struct Actor {
     id: PartitionId,
     /// Topic name, for log lines.
     topic: TopicName,
-    replica: ReplicaCell,
-    part: RoleState,
+    log: ReplicaCell,
+    role: RoleState,
+    metadata: AppliedMetadata,
+    /// Request to the metadata store that has no outcome yet: one request at a time. It outlives the role.
+    pending_request: Option<PendingStoreRequest>,
+    bootstrap_request: BootstrapRequest,
     /// Status that was last published.
     status: ReplicaStatus,
-    metadata: AppliedMetadata,
-    bootstrap_request: BootstrapRequest,
     config: Arc<TopicConfig>,
     lag_ms: u64,
     published: Arc<PublishedState>,
     ctx: PartitionContext,
     maintenance: MaintenanceQueue,
+    inbox: Inbox,
     signals: Arc<ActorSignals>,
     tier: Option<PartitionTier>,
-    orders: mpsc::WeakSender<ControlMessage>,
+    control: mpsc::WeakSender<ControlMessage>,
     log_start: Offset,
     tiered_end: Offset,
     /// High watermark while the task is idle: that of the last role at its end.
@@ -180,14 +186,7 @@ pub(super) struct Actor {
     /// Time of the first batch in the active segment; `None` while the segment is empty.
     active_since: Option<Instant>,
     /// All records below are submitted to the journal, or durable. Never above the log end.
-    submitted_end: Offset,
-    group: Vec<Batch>,
-    group_bytes: usize,
-    group_writers: Vec<(Acks, WriteAck, PendingWriter)>,
-    /// True if writers that wait for other replicas or the object store may have dropped their receivers.
-    has_dropped_waiters: bool,
-    /// Request to the metadata store that has no outcome yet. One request at a time.
-    asked: Option<PendingStoreRequest>,
+    persisted_submit_end: Offset,
     /// Last proposed ISR, for log lines.
     proposed: Option<Box<LastProposal>>,
     warnings: Warnings,
@@ -212,97 +211,75 @@ impl Actor {
             broker: parts.broker,
             id: parts.id,
             topic: parts.topic,
-            part: RoleState::Idle,
-            status: ReplicaStatus::UNKNOWN,
+            role: RoleState::Idle,
             metadata: AppliedMetadata::default(),
+            pending_request: None,
             bootstrap_request: BootstrapRequest::default(),
+            status: ReplicaStatus::UNKNOWN,
             config,
             lag_ms: parts.lag_ms,
             published: parts.published,
             ctx: parts.ctx,
             maintenance: parts.maintenance,
+            inbox: parts.inbox,
             signals: parts.signals,
             tier: parts.tier,
-            orders: parts.orders,
+            control: parts.control,
             log_start,
             tiered_end: parts.tiered_end,
             committed_end: parts.committed_end,
             active_since: log_ops::active_since(&active),
-            submitted_end: replica.persisted_end(),
-            replica: ReplicaCell::new(replica),
-            group: Vec::new(),
-            group_bytes: 0,
-            group_writers: Vec::new(),
-            has_dropped_waiters: false,
-            asked: None,
+            persisted_submit_end: replica.persisted_end(),
+            log: ReplicaCell::new(replica),
             proposed: None,
             warnings: Warnings::default(),
             tasks: parts.tasks,
         };
         #[cfg(feature = "sim")]
         actor.report_opened();
+        // The handle's readers find the state of the disk.
         actor.publish();
         actor
     }
 
     /// Runs until the task is stopped, then finishes what can be finished.
-    pub(super) async fn run(
-        mut self,
-        mut mailbox: mpsc::Receiver<ActorCommand>,
-        mut control: mpsc::Receiver<ControlMessage>,
-    ) {
-        let tasks = self.tasks.clone();
-        let signals = Arc::clone(&self.signals);
-        // In reverse order: the next command is the last element.
-        let mut turn = Vec::with_capacity(16);
+    pub(super) async fn run(mut self) {
         loop {
-            tokio::select! {
-                biased;
-                () = tasks.cancelled() => break,
-                pending = signals.next() => self.on_signals(pending),
-                Some(message) = control.recv() => {
-                    self.handle_control(message, &mut control).await;
-                    // A stream of control messages does not block the command queue.
-                    while turn.len() < MAX_COMMANDS_PER_TURN && let Ok(command) = mailbox.try_recv() {
-                        turn.push(command);
-                    }
-                    turn.reverse();
-                }
-                taken = mailbox.recv_many(&mut turn, MAX_COMMANDS_PER_TURN) => {
-                    if taken == 0 {
-                        break;
-                    }
-                    turn.reverse();
-                    self.process_commands(&mut turn).await;
-                }
+            match self.inbox.next_input().await {
+                Input::Stop => break,
+                input => self.handle(input).await,
             }
-            while !turn.is_empty() {
-                // The woken writers run first.
-                tokio::task::yield_now().await;
-                if let Some(pending) = signals.take() {
-                    self.on_signals(pending);
-                }
-                if let Ok(message) = control.try_recv() {
-                    self.handle_control(message, &mut control).await;
-                }
-                self.process_commands(&mut turn).await;
-            }
-            turn.shrink_to(SPARE_COMMANDS);
         }
-        // Drops the queued control messages, so that their senders do not wait.
-        drop(control);
-        self.stop(&mut mailbox).await;
+        self.stop().await;
+    }
+
+    async fn handle(&mut self, input: Input) {
+        match input {
+            Input::Stop => {}
+            Input::Signals(pending) => self.on_signals(pending),
+            Input::Control(first) => self.handle_control(first).await,
+            Input::Commands => self.process_commands().await,
+        }
+        self.finish_turn();
+    }
+
+    /// Ends a turn: submits appended records to the journal, publishes the state, proposes the ISR change that is due,
+    /// and responds to the writers whose result is due.
+    fn finish_turn(&mut self) {
+        self.submit_to_journal();
+        self.publish();
+        self.propose();
+        self.respond_due();
     }
 
     /// Waits until written records are durable and completes their writes; rejects queued writes.
-    async fn stop(&mut self, mailbox: &mut mpsc::Receiver<ActorCommand>) {
-        mailbox.close();
-        while let Ok(command) = mailbox.try_recv() {
+    async fn stop(&mut self) {
+        for command in self.inbox.close() {
             if let ActorCommand::Append(append) = command {
                 let _gone = append.answer.send(Err(AppendError::Closing));
             }
         }
-        if let RoleState::Following(_) = self.part {
+        if let RoleState::Following(_) = self.role {
             self.ctx.links.unsubscribe(self.id, self.metadata.epoch(), true);
         }
         // A replica without an assignment since its start has not yet submitted the records that a crash left in it.
@@ -310,9 +287,9 @@ impl Actor {
         let signals = Arc::clone(&self.signals);
         while self.awaits_journal() {
             let pending = signals.next().await;
-            self.on_signals(pending);
+            self.handle(Input::Signals(pending)).await;
         }
-        if let RoleState::Leading(leader) = &mut self.part {
+        if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
             for writer in leader.abandon() {
                 writer.respond(Err(AppendError::Closing));
             }
@@ -321,7 +298,7 @@ impl Actor {
     }
 
     fn awaits_journal(&self) -> bool {
-        self.published.error().is_none() && self.syncs() && self.replica.persisted_end() < self.replica.log_end()
+        !self.published.has_failed() && self.syncs() && self.log.persisted_end() < self.log.log_end()
     }
 
     /// Returns true if the topic's durability requires that appends are submitted to the journal.
@@ -329,11 +306,11 @@ impl Actor {
         self.config.durability == Durability::Persisted
     }
 
-    /// Processes commands, the last element first, until a group is full.
-    async fn process_commands(&mut self, turn: &mut Vec<ActorCommand>) {
+    /// Processes commands until a group is full, and appends the group.
+    async fn process_commands(&mut self) {
         let mut now_ms = clock::wall_ms();
-        while self.group_bytes < MAX_GROUP_BYTES
-            && let Some(command) = turn.pop()
+        while self.group_bytes() < MAX_GROUP_BYTES
+            && let Some(command) = self.inbox.next_command()
         {
             match command {
                 ActorCommand::Append(append) => self.append(*append, now_ms),
@@ -345,15 +322,20 @@ impl Actor {
                 }
             }
         }
-        self.finish_group();
+        self.flush();
     }
 
-    /// Appends the group, submits it to the journal, and responds to the writers whose result is due.
+    fn group_bytes(&self) -> usize {
+        match &self.role {
+            RoleState::Leading(role) => role.group_bytes,
+            _ => 0,
+        }
+    }
+
+    /// Appends the group in the middle of a turn, and lets its effects leave the task.
     fn finish_group(&mut self) {
         self.flush();
-        self.submit_to_journal();
-        self.publish();
-        self.answer();
+        self.finish_turn();
     }
 
     async fn administer(&mut self, command: ActorCommand) {
@@ -362,19 +344,19 @@ impl Actor {
             ActorCommand::UpdateConfig(config) => self.configure(config),
             ActorCommand::DescribeSegments(responder) => {
                 // Without writes, nothing else reports a segment sync that failed after the journal write.
-                if let Some(reason) = self.replica.write_error() {
+                if let Some(reason) = self.log.write_error() {
                     self.fail(&reason);
                 }
-                self.replica.correct_written_times(clock::wall_ms());
-                // The caller reads the watermarks next: they must contain the effects of the commands before this one.
-                self.publish();
+                self.log.correct_written_times(clock::wall_ms());
                 let _gone = responder.send(LocalSegments {
-                    sealed: self.replica.sealed(),
-                    active: self.replica.active(),
+                    sealed: self.log.sealed(),
+                    active: self.log.active(),
                     active_age: self.active_since.map(|since| since.elapsed()),
                     awaits_tier: self.awaits_tier(),
-                    leads: match &self.part {
-                        RoleState::Leading(leader) => Some((leader.epoch(), leader.in_sync().is_epoch_committed())),
+                    leads: match &self.role {
+                        RoleState::Leading(LeaderRole { leader, .. }) => {
+                            Some((leader.epoch(), leader.in_sync().is_epoch_committed()))
+                        }
                         _ => None,
                     },
                 });
@@ -389,53 +371,54 @@ impl Actor {
     }
 
     fn configure(&mut self, config: Arc<TopicConfig>) {
-        self.replica.set_journaled(config.durability == Durability::Persisted);
-        self.replica.set_producer_expiration(config.producer_expiration);
-        if let RoleState::Leading(leader) = &mut self.part {
+        self.log.set_journaled(config.durability == Durability::Persisted);
+        self.log.set_producer_expiration(config.producer_expiration);
+        if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
             leader.configure(rule(&config, self.lag_ms));
         }
         self.config = config;
-        self.propose();
         self.maintenance.push(self.id);
     }
 
     /// Returns true if a writer waits for the object store.
     fn awaits_tier(&self) -> bool {
-        matches!(&self.part, RoleState::Leading(leader) if leader.awaits_tier())
+        matches!(&self.role, RoleState::Leading(LeaderRole { leader, .. }) if leader.awaits_tier())
     }
 
     /// Returns the end of the records that are known as committed and are in this log.
     fn high_watermark(&self) -> Offset {
-        match &self.part {
-            RoleState::Leading(leader) => leader.high_watermark(),
-            RoleState::Following(follower) => follower.high_watermark().min(self.replica.log_end()),
-            RoleState::Idle => self.committed_end.min(self.replica.log_end()),
+        match &self.role {
+            RoleState::Leading(LeaderRole { leader, .. }) => leader.high_watermark(),
+            RoleState::Following(follower) => follower.high_watermark().min(self.log.log_end()),
+            RoleState::Idle => self.committed_end.min(self.log.log_end()),
         }
     }
 
-    /// Publishes the watermarks and the replica status.
+    /// Publishes the watermarks and the replica status. Outside of [`Self::finish_turn`] it is called only before the
+    /// events that the module lists.
     fn publish(&mut self) {
         let high_watermark = self.high_watermark();
         let watermarks = Watermarks {
             // A replica that is behind may have received a log start or a tiered end that it has not reached.
             log_start: self.log_start.min(high_watermark),
-            local_start: self.replica.local_start(),
+            local_start: self.log.local_start(),
             tiered_end: self.tiered_end.min(high_watermark),
             high_watermark,
-            persisted_end: self.replica.persisted_end(),
-            log_end: self.replica.log_end(),
+            persisted_end: self.log.persisted_end(),
+            log_end: self.log.log_end(),
         };
         sim_event!(WatermarksPublished { partition: self.id, watermarks, role: self.sim_role() });
-        let (before, sealed_end) = (self.published.watermarks().high_watermark, self.replica.active().base);
+        let (before, sealed_end) = (self.published.watermarks().high_watermark, self.log.active().base);
         let has_moved = before < watermarks.high_watermark && before < sealed_end;
         if has_moved && (sealed_end <= watermarks.high_watermark || self.awaits_tier()) {
             // A sealed segment has just become uploadable: the last segment, or perhaps a segment that a writer waits
             // for.
             self.maintenance.push(self.id);
         }
-        self.published.publish(watermarks, self.replica.bytes());
+        self.published.publish(watermarks, self.log.bytes());
         self.published.set_active_since(self.active_since);
-        let behind = matches!(&self.part, RoleState::Leading(leader) if leader.in_sync().wants_ticks());
+        let behind =
+            matches!(&self.role, RoleState::Leading(LeaderRole { leader, .. }) if leader.in_sync().wants_ticks());
         let awaits_metadata = self.awaits_metadata();
         self.published.set_wants_ticks(behind || awaits_metadata);
         if !awaits_metadata {
@@ -455,17 +438,17 @@ impl Actor {
     /// Reports the log that was found on the disk to the simulator's checker.
     #[cfg(feature = "sim")]
     fn report_opened(&self) {
-        let epochs: Vec<_> = self.replica.epochs().iter().collect();
-        sim_event!(ReplicaOpened { partition: self.id, epochs: &epochs, end: self.replica.log_end() });
+        let epochs: Vec<_> = self.log.epochs().iter().collect();
+        sim_event!(ReplicaOpened { partition: self.id, epochs: &epochs, end: self.log.log_end() });
     }
 
     /// Returns the role, for the simulator's checker.
     #[cfg(feature = "sim")]
     fn sim_role(&self) -> SimRole {
-        match &self.part {
+        match &self.role {
             RoleState::Idle => SimRole::Waiting,
             RoleState::Following(follower) => SimRole::Following(follower.epoch()),
-            RoleState::Leading(leader) => {
+            RoleState::Leading(LeaderRole { leader, .. }) => {
                 let (revision, min_insync) = (leader.in_sync().revision().0, leader.in_sync().rule().min_insync);
                 SimRole::Leading { epoch: leader.epoch(), revision, min_insync }
             }
@@ -484,9 +467,9 @@ impl Actor {
             self.update_isr_tracker(|in_sync| in_sync.tick(now_ms));
             self.check_stale_metadata(now_ms);
         }
-        self.has_dropped_waiters |= pending.has_dropped_waiters;
-        self.publish();
-        self.answer();
+        if let RoleState::Leading(role) = &mut self.role {
+            role.has_dropped_waiters |= pending.has_dropped_waiters;
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use super::*;
 use crate::{
     cluster::{PartitionValue, Revision},
     log::{DataDir, DataDirIdentity, LogOptions, SimDisk},
-    model::{Compression, ConfigMap, LeaderEpoch, TopicId},
+    model::{Acks, Compression, ConfigMap, LeaderEpoch, TopicId},
     partition::{AckDurability, BatchOrigin},
     record::BatchBuilder,
 };
@@ -49,7 +49,8 @@ fn open_unassigned(log: &DataDir) -> Actor {
         tiered_end: Offset::ZERO,
         committed_end: Offset::ZERO,
         lag_ms: u64::MAX,
-        orders: mpsc::channel(1).0.downgrade(),
+        control: mpsc::channel(1).0.downgrade(),
+        inbox: Inbox::new(Arc::default(), mpsc::channel(1).1, mpsc::channel(1).1, Tasks::new()),
         tasks: Tasks::new(),
     })
 }
@@ -58,7 +59,7 @@ fn open_unassigned(log: &DataDir) -> Actor {
 fn lead(actor: &mut Actor, epoch: u32) {
     let value = PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(epoch));
     actor.apply_partition_value(Arc::new(value), Revision(u64::from(epoch)));
-    actor.publish();
+    actor.finish_turn();
 }
 
 /// Appends one record and submits it to the journal.
@@ -82,13 +83,14 @@ fn write_with(actor: &mut Actor, acks: Acks) -> Receiver<AppendResult> {
 fn take_signals(actor: &mut Actor) {
     if let Some(pending) = actor.signals.take() {
         actor.on_signals(pending);
+        actor.finish_turn();
     }
 }
 
 /// Truncates the log, as a replica with records that its leader lacks does, and then leads.
 fn truncate_and_lead(actor: &mut Actor, to: u64) {
-    let log_end = actor.replica.truncate(Offset::new(to).unwrap()).unwrap();
-    actor.submitted_end = log_end;
+    let log_end = actor.log.truncate(Offset::new(to).unwrap()).unwrap();
+    actor.persisted_submit_end = log_end;
     lead(actor, 5);
 }
 
@@ -131,7 +133,7 @@ async fn maintenance_is_queued_when_awaited_segment_is_committed() {
     actor.roll_now();
     assert!(is_queued(&actor) && !is_queued(&actor));
     take_signals(&mut actor);
-    assert_eq!((actor.high_watermark().get(), actor.replica.active().base.get()), (1, 2));
+    assert_eq!((actor.high_watermark().get(), actor.log.active().base.get()), (1, 2));
     assert!(is_queued(&actor));
 }
 
@@ -172,8 +174,7 @@ async fn unassigned_replica_with_unsynced_records_closes() {
     disk.kill();
     let log = open_log_on(disk);
     let mut actor = open_unassigned(&log);
-    assert!(actor.replica.persisted_end() < actor.replica.log_end());
-    let (_open, mut mailbox) = mpsc::channel(1);
+    assert!(actor.log.persisted_end() < actor.log.log_end());
     let steps = async {
         for _ in 0..100 {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -183,10 +184,10 @@ async fn unassigned_replica_with_unsynced_records_closes() {
     };
     tokio::select! {
         biased;
-        () = actor.stop(&mut mailbox) => {}
+        () = actor.stop() => {}
         () = steps => panic!("the task did not stop"),
     }
-    assert_eq!(actor.replica.persisted_end(), actor.replica.log_end());
+    assert_eq!(actor.log.persisted_end(), actor.log.log_end());
 }
 
 /// Regression: the journal's result for truncated records is `Truncated`, which counted as a failed disk.
@@ -246,5 +247,5 @@ async fn open_segment_ages_by_the_monotonic_clock() {
     tokio::time::advance(actor.config.segment_age).await;
     assert!(is_due(&actor));
     drop(write(&mut actor));
-    assert_eq!((actor.replica.sealed().len(), is_due(&actor)), (1, false), "the next append started another segment");
+    assert_eq!((actor.log.sealed().len(), is_due(&actor)), (1, false), "the next append started another segment");
 }

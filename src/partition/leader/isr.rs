@@ -127,6 +127,14 @@ pub enum ValueUpdate {
     Deleted,
 }
 
+/// Change of a replica's membership in the ISR.
+enum MemberChange {
+    /// The replica leaves ISR and ELR, because it lost committed records.
+    Lost,
+    Leaves,
+    Enters,
+}
+
 /// State of a partition's replicas at their leader, in one epoch.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct IsrTracker {
@@ -413,9 +421,14 @@ impl IsrTracker {
         }
     }
 
-    /// Returns the next ISR change to propose. Only one proposal is pending: the next one follows [`Self::agreed`].
+    /// Returns the next ISR change to propose. Only one proposal is pending: the next one follows [`Self::agreed`]. The
+    /// leader calls this after every turn, so nothing is allocated while no replica's membership changes.
     pub fn proposal(&mut self) -> Option<IsrProposal> {
         if self.in_flight.is_some() || self.needs_read_back || self.awaits_metadata || self.epoch_ended {
+            return None;
+        }
+        let may_empty_elr = !self.value.elr.is_empty() && self.has_minimum().is_ok();
+        if !may_empty_elr && !self.members.iter().any(|(id, member)| self.change_of(*id, member).is_some()) {
             return None;
         }
         let value = self.target_value();
@@ -433,19 +446,27 @@ impl IsrTracker {
     /// Returns the value with the ISR and ELR that follow from the current state.
     fn target_value(&self) -> PartitionValue {
         let (mut lost, mut out, mut add) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-        for (id, member) in self.members.iter().filter(|(id, _)| self.value.replicas.contains(id)) {
-            let in_sync = self.value.isr.contains(id);
-            if in_sync && member.lost_data {
-                lost.insert(*id);
-            } else if in_sync && (member.is_leaving() || member.is_lagging) {
-                out.insert(*id);
-            } else if !in_sync && self.may_be_admitted(*id, member) {
-                add.insert(*id);
-            }
+        for (id, member) in &self.members {
+            match self.change_of(*id, member) {
+                Some(MemberChange::Lost) => lost.insert(*id),
+                Some(MemberChange::Leaves) => out.insert(*id),
+                Some(MemberChange::Enters) => add.insert(*id),
+                None => continue,
+            };
         }
         let kept = lost.into_iter().fold(self.value.clone(), |value, id| value.remove_from_sets(id));
         // Without a member to add, `expand` still empties an ELR that a lowered min ISR no longer requires.
         kept.shrink(&out, self.rules.min_insync).expand(&add, self.rules.min_insync)
+    }
+
+    /// Returns the change of a replica's membership that follows from its state.
+    fn change_of(&self, id: BrokerId, member: &MemberState) -> Option<MemberChange> {
+        match self.value.isr.contains(&id) {
+            _ if !self.value.replicas.contains(&id) => None,
+            true if member.lost_data => Some(MemberChange::Lost),
+            true => (member.is_leaving() || member.is_lagging).then_some(MemberChange::Leaves),
+            false => self.may_be_admitted(id, member).then_some(MemberChange::Enters),
+        }
     }
 
     fn may_be_admitted(&self, id: BrokerId, member: &MemberState) -> bool {
