@@ -179,7 +179,9 @@ impl AppliedMetadata {
     /// lacks an epoch that was reported here.
     pub fn is_late(&self, me: BrokerId) -> bool {
         let epoch = self.epoch();
-        let is_given_up = self.leader() == Some(me) && self.last_led_epoch.is_some_and(|led| led >= epoch);
+        let is_given_up = self.role == AssignedRole::Idle
+            && self.leader() == Some(me)
+            && self.last_led_epoch.is_some_and(|led| led >= epoch);
         self.value.is_some() && (self.newest_seen_epoch > epoch || is_given_up)
     }
 

@@ -10,7 +10,10 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use super::{ActorCommand, ControlMessage, SPARE_COMMANDS, signals::ActorSignals, signals::PendingSignals};
+use super::{
+    ActorCommand, ControlMessage, SPARE_COMMANDS,
+    signals::{ActorSignals, PendingSignals},
+};
 use crate::task::Tasks;
 
 /// Maximum number of commands that one turn takes from the queue.
