@@ -26,7 +26,7 @@
 //! Messages of a leader are input. A message that does not fit is a [`ProtocolViolation`]: nothing changes, except that
 //! the follower may have to subscribe again.
 
-use super::leader::divergence::{LogPosition, SubscribeDecision, SubscribeError};
+use super::leader::divergence::{LogPosition, SubscribeOutcome};
 use crate::{
     log::EpochHistory,
     model::{BrokerId, LeaderEpoch, Offset},
@@ -58,7 +58,7 @@ pub enum FollowerAction {
     /// Nothing to append.
     Ignore,
     /// The leader rejected the subscription: subscribe again after a pause.
-    RetryLater(SubscribeError),
+    RetryLater,
 }
 
 /// A message that a correct leader does not send. The follower has to subscribe again.
@@ -240,22 +240,22 @@ impl Follower {
     pub fn on_response(
         &mut self,
         epoch: LeaderEpoch,
-        decision: &SubscribeDecision,
+        outcome: &SubscribeOutcome,
         high_watermark: Offset,
         history: &EpochHistory,
     ) -> Result<FollowerAction, ProtocolViolation> {
         self.is_current(epoch)?;
         let FollowerStage::Subscribing(log_end) = self.stage else { return Err(ProtocolViolation::Unexpected) };
         self.stage = FollowerStage::Idle;
-        match decision {
-            SubscribeDecision::Accepted(at) if *at == log_end => {
+        match outcome {
+            SubscribeOutcome::Accepted(at) if *at == log_end => {
                 let last = history.last().map(|(epoch, _)| epoch);
                 self.stage = FollowerStage::Following { next: log_end, appended_end: log_end, last };
                 self.advance_high_watermark(high_watermark);
                 Ok(FollowerAction::Follow(log_end))
             }
-            SubscribeDecision::Accepted(got) => Err(ProtocolViolation::InvalidResponse { got: *got, log_end }),
-            SubscribeDecision::Diverged { epoch, end } => {
+            SubscribeOutcome::Accepted(got) => Err(ProtocolViolation::InvalidResponse { got: *got, log_end }),
+            SubscribeOutcome::Diverged { epoch, end } => {
                 let to = if mutant!(TruncateToHighWatermark) {
                     self.high_watermark
                 } else {
@@ -267,13 +267,13 @@ impl Follower {
                 self.check_truncation(to)?;
                 Ok(FollowerAction::Truncate(to))
             }
-            SubscribeDecision::Bootstrap(at) => {
-                let high_watermark = self.high_watermark;
-                self.check_truncation(*at)
-                    .map_err(|_| ProtocolViolation::BootstrapBelowCommitted { at: *at, high_watermark })?;
-                Ok(FollowerAction::Bootstrap(*at))
+            SubscribeOutcome::Bootstrap(tables) => {
+                let (at, high_watermark) = (tables.start, self.high_watermark);
+                self.check_truncation(at)
+                    .map_err(|_| ProtocolViolation::BootstrapBelowCommitted { at, high_watermark })?;
+                Ok(FollowerAction::Bootstrap(at))
             }
-            SubscribeDecision::Rejected(error) => Ok(FollowerAction::RetryLater(*error)),
+            SubscribeOutcome::Rejected(_) => Ok(FollowerAction::RetryLater),
         }
     }
 

@@ -20,7 +20,7 @@
 //!
 //! [`Partition`] is the handle of one replica; it exists as long as this broker holds the replica. Its task (`actor`)
 //! owns the log. By its [role](ReplicaRole) the task applies the decisions of [`leader`], applies those of
-//! [`follower`], or is idle. Only the metadata sets the role ([`Partition::assign`]). The task sends its requests to
+//! [`follower`], or is idle. Only the metadata sets the role ([`Partition::assign`], [`metadata`]). The task sends its requests to
 //! links and to the metadata store through [`PartitionContext`] and never waits for an outcome. Readers send no request
 //! to the task: they read the watermarks that the task publishes. Maintenance (`maintenance`) uploads sealed segments
 //! and removes old ones, by the plan of [`retention`]. Its order makes a crash harmless: object, manifest, commit in
@@ -78,16 +78,16 @@ pub use self::{
     context::{IsrUpdater, PartitionContext, PartitionCounters, ReplicationLinks},
     handle::{Partition, PartitionError, ReplicaSpec},
     lag::FollowerLag,
-    leader::{AckDurability, AdmitError, WriteAck},
+    leader::{
+        AckDurability, AdmitError, WriteAck,
+        divergence::{BootstrapTables, SubscribeOutcome},
+    },
     maintenance::{MaintenanceError, MaintenanceQueue, MaintenanceResult, MaintenanceRunner},
     read::{
         Charge, DecompressPurpose, Decompressor, FetchedBatches, INLINE_BYTES, MemoryBudget, PartitionReader,
         ReadError, ReadSource, TailReader,
     },
-    role::{
-        BootstrapTables, LinkEvent, PartitionAssignment, QueueFull, ReplicaRole, ReplicaStatus, SubscribeOutcome,
-        SubscribeResponse, WatermarkKind,
-    },
+    role::{LinkEvent, PartitionAssignment, QueueFull, ReplicaRole, ReplicaStatus, SubscribeResponse, WatermarkKind},
     wake::WakeSet,
 };
 

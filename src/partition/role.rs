@@ -9,9 +9,10 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-
-use super::leader::member::BrokerStatus;
+use super::leader::{
+    divergence::{SubscribeError, SubscribeOutcome},
+    member::BrokerStatus,
+};
 use crate::{
     cluster::{PartitionValue, Revision},
     log::SegmentInfo,
@@ -95,39 +96,9 @@ pub struct SubscribeResponse {
 impl SubscribeResponse {
     /// Returns a response that rejects the subscription.
     pub(super) fn rejected(epoch: LeaderEpoch, reason: String) -> Self {
-        Self { epoch, high_watermark: Offset::ZERO, outcome: SubscribeOutcome::Rejected(reason), in_sync: false }
+        let outcome = SubscribeOutcome::Rejected(SubscribeError::Unavailable { reason });
+        Self { epoch, high_watermark: Offset::ZERO, outcome, in_sync: false }
     }
-}
-
-/// Outcome of a subscription.
-#[derive(Clone, Debug)]
-pub enum SubscribeOutcome {
-    /// Continue at the log end that the follower reported.
-    Accepted(Offset),
-    /// The logs differ: the newest of the leader's epochs that the follower may share, and the end of that epoch.
-    Diverged {
-        epoch: LeaderEpoch,
-        /// First offset after the records of that epoch.
-        end: Offset,
-    },
-    /// The follower's log is useless: bootstrap.
-    Bootstrap(Box<BootstrapTables>),
-    /// Rejected, with the reason. The follower subscribes again after a pause.
-    Rejected(String),
-}
-
-/// Start of an empty or useless replica, with the tables of the log before it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct BootstrapTables {
-    /// First offset of the replica.
-    pub start: Offset,
-    /// True if the object store holds all records before `start`, and the footer of its last segment holds the tables.
-    pub from_object_store: bool,
-    /// Epochs before `start` with their first offsets, both ascending; only if not `from_object_store`.
-    pub epochs: Vec<(LeaderEpoch, Offset)>,
-    /// Producer state before `start`, as [`ProducerTable::to_bytes`](crate::log::ProducerTable::to_bytes) writes it;
-    /// only if not `from_object_store`.
-    pub producers: Bytes,
 }
 
 /// Event of the replication link to the leader.

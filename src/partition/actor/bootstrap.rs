@@ -12,7 +12,7 @@ use crate::{
     cluster::PartitionValue,
     log::{EpochHistory, ProducerTable},
     model::{LeaderEpoch, Offset},
-    partition::role::BootstrapTables,
+    partition::leader::divergence::BootstrapTables,
     task::Backoff,
     tier::{self, PartitionTier},
 };

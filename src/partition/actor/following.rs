@@ -9,10 +9,10 @@ use crate::{
     partition::{
         follower::{BatchHeader, FollowerAction, ProtocolViolation},
         leader::{
-            divergence::{LogPosition, SubscribeDecision},
+            divergence::{LogPosition, SubscribeOutcome},
             member::ReplicaProgress,
         },
-        role::{LinkEvent, SubscribeOutcome, SubscribeResponse, WatermarkKind},
+        role::{LinkEvent, SubscribeResponse, WatermarkKind},
     },
     record::Batch,
 };
@@ -59,26 +59,21 @@ impl Actor {
     async fn on_subscribe_response(&mut self, response: SubscribeResponse) {
         let RoleState::Following(follower) = &mut self.role else { return };
         let SubscribeResponse { epoch, high_watermark, outcome, in_sync: _ } = response;
-        let (decision, tables) = match outcome {
-            SubscribeOutcome::Accepted(at) => (SubscribeDecision::Accepted(at), None),
-            SubscribeOutcome::Diverged { epoch, end } => (SubscribeDecision::Diverged { epoch, end }, None),
-            SubscribeOutcome::Bootstrap(tables) => (SubscribeDecision::Bootstrap(tables.start), Some(tables)),
-            SubscribeOutcome::Rejected(reason) => {
-                tracing::debug!(
-                    partition = %self.id, leader = %follower.leader(), %epoch, reason,
-                    "subscription rejected; retrying"
-                );
-                return self.resubscribe_later();
-            }
-        };
-        let action = follower.on_response(epoch, &decision, high_watermark, &self.log.epochs());
+        if let SubscribeOutcome::Rejected(reason) = outcome {
+            tracing::debug!(
+                partition = %self.id, leader = %follower.leader(), %epoch, %reason,
+                "subscription rejected; retrying"
+            );
+            return self.resubscribe_later();
+        }
+        let action = follower.on_response(epoch, &outcome, high_watermark, &self.log.epochs());
         match action {
             Ok(FollowerAction::Truncate(to)) => {
                 sim_event!(LeaderMessageApplied { partition: self.id, epoch });
                 self.truncate_diverged(to).await;
             }
-            Ok(FollowerAction::Bootstrap(at)) => match tables {
-                Some(tables) if !tables.from_object_store => {
+            Ok(FollowerAction::Bootstrap(at)) => match outcome {
+                SubscribeOutcome::Bootstrap(tables) if !tables.from_object_store => {
                     // No tier has the records before.
                     self.log_start = self.log_start.max(at);
                     self.bootstrap_with(Tables::sent(&tables)).await;
@@ -89,7 +84,7 @@ impl Actor {
                 // The link acknowledges the current progress, although nothing moved.
                 self.published.wake(WatermarkKind::AnyEnd);
             }
-            Ok(FollowerAction::Append | FollowerAction::Ignore | FollowerAction::RetryLater(_)) => {}
+            Ok(FollowerAction::Append | FollowerAction::Ignore | FollowerAction::RetryLater) => {}
             Err(violation) => self.violated(violation),
         }
     }

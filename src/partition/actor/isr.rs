@@ -6,12 +6,12 @@ use crate::{
     model::{BrokerId, LeaderEpoch, PartitionId, format_ids},
     partition::{
         leader::{
-            divergence::{LocalLogBounds, LogPosition, SubscribeDecision},
+            divergence::{BootstrapTables, LocalLogBounds, LogPosition, SubscribeError, SubscribeOutcome},
             isr::{IsrProposal, IsrTracker, ProposalOutcome, ValueUpdate},
             member::{PeerId, ReplicaProgress},
         },
         metadata::ReadBack,
-        role::{BootstrapTables, SubscribeOutcome, SubscribeResponse},
+        role::SubscribeResponse,
     },
     task::clock,
     telemetry::LogThrottle,
@@ -81,61 +81,58 @@ impl Actor {
         if let Some(reason) = self.published.error() {
             return SubscribeResponse::rejected(leader.epoch(), format!("the leader's disk failed: {reason}"));
         }
-        let decision = leader.in_sync_mut().join(peer, epoch, position, local, &self.log.epochs());
-        if !matches!(decision, SubscribeDecision::Rejected(_)) {
+        let mut outcome = leader.in_sync_mut().join(peer, epoch, position, local, &self.log.epochs());
+        let (epoch, high_watermark) = (leader.epoch(), leader.high_watermark());
+        let in_sync = leader.in_sync().value().isr.contains(&peer.broker);
+        if !matches!(outcome, SubscribeOutcome::Rejected(_)) {
             sim_event!(FollowerSubscribed {
                 partition: self.id,
-                epoch: leader.epoch(),
+                epoch,
                 follower: peer.broker,
                 registered: peer.epoch.0
             });
         }
-        let (epoch, high_watermark) = (leader.epoch(), leader.high_watermark());
-        let in_sync = leader.in_sync().value().isr.contains(&peer.broker);
-        let outcome = match decision {
-            SubscribeDecision::Accepted(at) => {
+        match &mut outcome {
+            SubscribeOutcome::Accepted(at) => {
                 let progress = ReplicaProgress {
-                    log_end: progress.log_end.min(at),
-                    persisted_end: progress.persisted_end.min(at),
+                    log_end: progress.log_end.min(*at),
+                    persisted_end: progress.persisted_end.min(*at),
                 };
                 count(self.id, leader.in_sync_mut(), FollowerAck { peer, epoch, progress });
                 self.published.acknowledged(peer.broker, progress.log_end);
                 tracing::debug!(partition = %self.id, broker = %peer.broker, %epoch, %at, "follower subscribed");
-                SubscribeOutcome::Accepted(at)
             }
-            SubscribeDecision::Diverged { epoch, end } => SubscribeOutcome::Diverged { epoch, end },
-            SubscribeDecision::Bootstrap(at) if Some(at) == local.tiered_end => {
-                SubscribeOutcome::Bootstrap(Box::new(BootstrapTables {
-                    start: at,
-                    from_object_store: true,
-                    ..BootstrapTables::default()
-                }))
-            }
-            SubscribeDecision::Bootstrap(_) => match self.log.run_blocking(|replica| replica.tables_at_start()).await {
-                Ok((at, epochs, producers)) => SubscribeOutcome::Bootstrap(Box::new(BootstrapTables {
-                    start: at,
-                    from_object_store: false,
-                    epochs: epochs.iter().collect(),
-                    producers: producers.to_bytes(),
-                })),
-                Err(error) => {
-                    if let Some(count) = self.published.count_unsendable() {
-                        tracing::warn!(
-                            topic = %self.topic, partition = %self.id, %error, count,
-                            "cannot read the tables for the bootstrap of a replica"
-                        );
-                    }
-                    SubscribeOutcome::Rejected(format!(
-                        "the leader cannot read the tables at the start of its log: {error}"
-                    ))
-                }
+            SubscribeOutcome::Bootstrap(tables) if !tables.from_object_store => match self.tables_at_start().await {
+                Ok(at_start) => **tables = at_start,
+                Err(reason) => outcome = SubscribeOutcome::Rejected(SubscribeError::Unavailable { reason }),
             },
-            SubscribeDecision::Rejected(reason) => {
+            SubscribeOutcome::Diverged { .. } | SubscribeOutcome::Bootstrap(_) => {}
+            SubscribeOutcome::Rejected(reason) => {
                 tracing::debug!(partition = %self.id, broker = %peer.broker, %reason, "rejected a subscription");
-                SubscribeOutcome::Rejected(reason.to_string())
             }
-        };
+        }
         SubscribeResponse { epoch, high_watermark, outcome, in_sync }
+    }
+
+    /// Returns the tables of the log before its start on this disk, for a replica that bootstraps there.
+    async fn tables_at_start(&mut self) -> Result<BootstrapTables, String> {
+        match self.log.run_blocking(|replica| replica.tables_at_start()).await {
+            Ok((start, epochs, producers)) => Ok(BootstrapTables {
+                start,
+                from_object_store: false,
+                epochs: epochs.iter().collect(),
+                producers: producers.to_bytes(),
+            }),
+            Err(error) => {
+                if let Some(count) = self.published.count_unsendable() {
+                    tracing::warn!(
+                        topic = %self.topic, partition = %self.id, %error, count,
+                        "cannot read the tables for the bootstrap of a replica"
+                    );
+                }
+                Err(format!("the leader cannot read the tables at the start of its log: {error}"))
+            }
+        }
     }
 
     /// Applies acknowledgements of followers.

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::partition::leader::divergence::{BootstrapTables, SubscribeError};
 
 const EPOCH: LeaderEpoch = LeaderEpoch(5);
 
@@ -35,14 +36,18 @@ fn following() -> Follower {
         LogPosition { last_epoch: Some(LeaderEpoch(3)), log_end: at(6), removal_count: None }
     );
     assert_eq!(
-        follower.on_response(EPOCH, &SubscribeDecision::Accepted(at(6)), at(4), &two_epochs()),
+        follower.on_response(EPOCH, &SubscribeOutcome::Accepted(at(6)), at(4), &two_epochs()),
         Ok(FollowerAction::Follow(at(6)))
     );
     follower
 }
 
-fn diverged(epoch: u32, end: u64) -> SubscribeDecision {
-    SubscribeDecision::Diverged { epoch: LeaderEpoch(epoch), end: at(end) }
+fn bootstrap(start: Offset) -> SubscribeOutcome {
+    SubscribeOutcome::Bootstrap(Box::new(BootstrapTables { start, ..BootstrapTables::default() }))
+}
+
+fn diverged(epoch: u32, end: u64) -> SubscribeOutcome {
+    SubscribeOutcome::Diverged { epoch: LeaderEpoch(epoch), end: at(end) }
 }
 
 #[test]
@@ -85,7 +90,7 @@ fn batches_that_do_not_continue_the_log_are_rejected() {
         );
         follower.claim(&two_epochs(), at(6));
         assert_eq!(
-            follower.on_response(EPOCH, &SubscribeDecision::Accepted(at(6)), at(4), &two_epochs()),
+            follower.on_response(EPOCH, &SubscribeOutcome::Accepted(at(6)), at(4), &two_epochs()),
             Ok(FollowerAction::Follow(at(6)))
         );
     }
@@ -148,14 +153,14 @@ fn follower_truncates_where_the_epochs_diverge() {
 #[test]
 fn wrong_response_leaves_the_log_unchanged() {
     for decision in
-        [SubscribeDecision::Accepted(at(5)), SubscribeDecision::Accepted(at(7)), diverged(3, 6), diverged(9, 9)]
+        [SubscribeOutcome::Accepted(at(5)), SubscribeOutcome::Accepted(at(7)), diverged(3, 6), diverged(9, 9)]
     {
         let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
         follower.claim(&two_epochs(), at(6));
         let result = follower.on_response(EPOCH, &decision, at(9), &two_epochs());
         assert!(matches!(result, Err(ProtocolViolation::InvalidResponse { .. })), "{decision:?}: {result:?}");
         assert_eq!(
-            follower.on_response(EPOCH, &SubscribeDecision::Accepted(at(6)), at(9), &two_epochs()),
+            follower.on_response(EPOCH, &SubscribeOutcome::Accepted(at(6)), at(9), &two_epochs()),
             Err(ProtocolViolation::Unexpected)
         );
     }
@@ -167,10 +172,8 @@ fn committed_records_are_lost_only_by_unclean_election() {
     for (unclean, may) in [(None, false), (Some(3), false), (Some(4), true), (Some(5), true)] {
         let high_watermark = at(5);
         let truncation = ProtocolViolation::TruncateBelowCommitted { to: at(3), high_watermark };
-        let bootstrap = ProtocolViolation::BootstrapBelowCommitted { at: at(1), high_watermark };
-        for (decision, to, error) in
-            [(diverged(1, 3), 3, truncation), (SubscribeDecision::Bootstrap(at(1)), 1, bootstrap)]
-        {
+        let below_committed = ProtocolViolation::BootstrapBelowCommitted { at: at(1), high_watermark };
+        for (decision, to, error) in [(diverged(1, 3), 3, truncation), (bootstrap(at(1)), 1, below_committed)] {
             let mut follower = Follower::new(BrokerId(1), EPOCH, at(5), unclean.map(LeaderEpoch));
             follower.claim(&two_epochs(), at(6));
             let result = follower.on_response(EPOCH, &decision, at(1), &two_epochs());
@@ -189,16 +192,16 @@ fn bootstrap_below_the_high_watermark_is_retried() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
     follower.claim(&EpochHistory::new(), at(0));
     assert_eq!(
-        follower.on_response(EPOCH, &SubscribeDecision::Bootstrap(at(351)), at(400), &EpochHistory::new()),
+        follower.on_response(EPOCH, &bootstrap(at(351)), at(400), &EpochHistory::new()),
         Ok(FollowerAction::Bootstrap(at(351)))
     );
     follower.on_reset(at(351));
     follower.claim(&two_epochs(), at(351));
-    let early = follower.on_response(EPOCH, &SubscribeDecision::Bootstrap(at(315)), at(410), &two_epochs());
+    let early = follower.on_response(EPOCH, &bootstrap(at(315)), at(410), &two_epochs());
     assert_eq!(early, Err(ProtocolViolation::BootstrapBelowCommitted { at: at(315), high_watermark: at(351) }));
     follower.on_disconnected();
     follower.claim(&two_epochs(), at(351));
-    let later = follower.on_response(EPOCH, &SubscribeDecision::Bootstrap(at(406)), at(410), &two_epochs());
+    let later = follower.on_response(EPOCH, &bootstrap(at(406)), at(410), &two_epochs());
     assert_eq!(later, Ok(FollowerAction::Bootstrap(at(406))));
 }
 
@@ -221,7 +224,7 @@ fn reset_replica_subscribes_again_at_its_start() {
         follower.claim(&EpochHistory::new(), at(0)),
         LogPosition { last_epoch: None, log_end: at(0), removal_count: None }
     );
-    let bootstraps = follower.on_response(EPOCH, &SubscribeDecision::Bootstrap(at(20)), at(25), &EpochHistory::new());
+    let bootstraps = follower.on_response(EPOCH, &bootstrap(at(20)), at(25), &EpochHistory::new());
     assert_eq!(
         (bootstraps, follower.high_watermark()),
         (Ok(FollowerAction::Bootstrap(at(20))), at(0)),
@@ -230,7 +233,7 @@ fn reset_replica_subscribes_again_at_its_start() {
     follower.on_reset(at(20));
     assert_eq!(follower.high_watermark(), at(20));
     follower.claim(&history(&[(3, 12)]), at(20));
-    let follows = follower.on_response(EPOCH, &SubscribeDecision::Accepted(at(20)), at(25), &history(&[(3, 12)]));
+    let follows = follower.on_response(EPOCH, &SubscribeOutcome::Accepted(at(20)), at(25), &history(&[(3, 12)]));
     assert_eq!((follows, follower.is_following()), (Ok(FollowerAction::Follow(at(20))), true));
 }
 
@@ -238,11 +241,8 @@ fn reset_replica_subscribes_again_at_its_start() {
 fn rejected_subscription_is_retried() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
     follower.claim(&two_epochs(), at(6));
-    let rejected = SubscribeDecision::Rejected(SubscribeError::NoReplica);
-    assert_eq!(
-        follower.on_response(EPOCH, &rejected, at(0), &two_epochs()),
-        Ok(FollowerAction::RetryLater(SubscribeError::NoReplica))
-    );
+    let rejected = SubscribeOutcome::Rejected(SubscribeError::NoReplica);
+    assert_eq!(follower.on_response(EPOCH, &rejected, at(0), &two_epochs()), Ok(FollowerAction::RetryLater));
     assert!(!follower.is_subscribing());
     follower.claim(&two_epochs(), at(6));
     assert_eq!(
@@ -253,13 +253,13 @@ fn rejected_subscription_is_retried() {
     assert!(follower.is_subscribing(), "the response is still due");
 }
 
-fn decision() -> impl Strategy<Value = SubscribeDecision> {
+fn decision() -> impl Strategy<Value = SubscribeOutcome> {
     let offset = || (0u64..12).prop_map(at);
     prop_oneof![
-        offset().prop_map(SubscribeDecision::Accepted),
-        offset().prop_map(SubscribeDecision::Bootstrap),
-        (0u32..7, offset()).prop_map(|(epoch, end)| SubscribeDecision::Diverged { epoch: LeaderEpoch(epoch), end }),
-        Just(SubscribeDecision::Rejected(SubscribeError::NoReplica)),
+        offset().prop_map(SubscribeOutcome::Accepted),
+        offset().prop_map(bootstrap),
+        (0u32..7, offset()).prop_map(|(epoch, end)| SubscribeOutcome::Diverged { epoch: LeaderEpoch(epoch), end }),
+        Just(SubscribeOutcome::Rejected(SubscribeError::NoReplica)),
     ]
 }
 

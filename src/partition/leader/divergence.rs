@@ -15,6 +15,8 @@
 //! both have all committed batches. A truncation at the follower's high watermark would remove committed records,
 //! because that watermark lags behind.
 
+use bytes::Bytes;
+
 use crate::{
     log::EpochHistory,
     model::{LeaderEpoch, Offset},
@@ -51,9 +53,9 @@ impl LocalLogBounds {
     }
 }
 
-/// Leader's decision about a subscription.
+/// Outcome of a subscription, as the leader decides it and as its response carries it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum SubscribeDecision {
+pub enum SubscribeOutcome {
     /// The follower's log is a prefix of the leader's: continue at its end.
     Accepted(Offset),
     /// The follower's log is no prefix. The newest of the leader's epochs that is not above the follower's last one,
@@ -63,15 +65,37 @@ pub enum SubscribeDecision {
         /// First offset after the records of that epoch.
         end: Offset,
     },
-    /// The follower's log is useless: reset it to this offset, with the tables of the object store or the leader, and
-    /// subscribe again.
-    Bootstrap(Offset),
-    /// The follower may not subscribe.
+    /// The follower's log is useless: reset it to the start of these tables, and subscribe again. The decision has the
+    /// start only; the actor adds the tables that are not in the object store.
+    Bootstrap(Box<BootstrapTables>),
+    /// The follower may not subscribe now. It subscribes again after a pause.
     Rejected(SubscribeError),
 }
 
+impl SubscribeOutcome {
+    fn bootstrap(local: LocalLogBounds) -> Self {
+        let start = local.bootstrap_start();
+        let from_object_store = local.tiered_end == Some(start);
+        Self::Bootstrap(Box::new(BootstrapTables { start, from_object_store, ..BootstrapTables::default() }))
+    }
+}
+
+/// Start of an empty or useless replica, with the tables of the log before it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct BootstrapTables {
+    /// First offset of the replica.
+    pub start: Offset,
+    /// True if the object store holds all records before `start`, and the footer of its last segment holds the tables.
+    pub from_object_store: bool,
+    /// Epochs before `start` with their first offsets, both ascending; only if not `from_object_store`.
+    pub epochs: Vec<(LeaderEpoch, Offset)>,
+    /// Producer state before `start`, as [`ProducerTable::to_bytes`](crate::log::ProducerTable::to_bytes) writes it;
+    /// only if not `from_object_store`.
+    pub producers: Bytes,
+}
+
 /// Reason why a follower may not subscribe.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum SubscribeError {
     /// This broker does not lead in that epoch: one side has not received the newer epoch yet.
     #[error("this broker leads in epoch {leads}, not in {asked}: wait for the newer of both epochs")]
@@ -110,6 +134,9 @@ pub enum SubscribeError {
         /// Epoch in which this broker leads.
         leads: LeaderEpoch,
     },
+    /// The broker cannot serve the follower now; also every reason that a follower receives.
+    #[error("{reason}")]
+    Unavailable { reason: String },
 }
 
 /// Formats an addition.
@@ -123,23 +150,22 @@ pub fn resolve_divergence(
     history: &EpochHistory,
     log_end: Offset,
     local: LocalLogBounds,
-) -> SubscribeDecision {
-    let start = local.bootstrap_start();
+) -> SubscribeOutcome {
     let Some(last) = position.last_epoch else {
         // An empty log has no epochs: it continues only at the bootstrap offset, for which it has the tables.
-        return if position.log_end == start {
-            SubscribeDecision::Accepted(start)
+        return if position.log_end == local.bootstrap_start() {
+            SubscribeOutcome::Accepted(position.log_end)
         } else {
-            SubscribeDecision::Bootstrap(start)
+            SubscribeOutcome::bootstrap(local)
         };
     };
     match history.end_of(last, log_end) {
         // Every record of the follower's log is older than the leader's first epoch.
-        None => SubscribeDecision::Bootstrap(start),
+        None => SubscribeOutcome::bootstrap(local),
         // After a truncation the follower's log would end below the start of this disk.
-        Some((_, end)) if position.log_end.min(end) < local.local_start => SubscribeDecision::Bootstrap(start),
-        Some((epoch, end)) if epoch == last && position.log_end <= end => SubscribeDecision::Accepted(position.log_end),
-        Some((epoch, end)) => SubscribeDecision::Diverged { epoch, end },
+        Some((_, end)) if position.log_end.min(end) < local.local_start => SubscribeOutcome::bootstrap(local),
+        Some((epoch, end)) if epoch == last && position.log_end <= end => SubscribeOutcome::Accepted(position.log_end),
+        Some((epoch, end)) => SubscribeOutcome::Diverged { epoch, end },
     }
 }
 

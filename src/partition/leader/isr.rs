@@ -38,7 +38,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 pub use super::member::{AckError, BrokerStatus, DisconnectCause, PeerId, ReplicaProgress};
 use super::{
-    divergence::{self, LocalLogBounds, LogPosition, SubscribeDecision, SubscribeError},
+    divergence::{self, LocalLogBounds, LogPosition, SubscribeError, SubscribeOutcome},
     member::MemberState,
 };
 use crate::{
@@ -77,6 +77,7 @@ pub struct LeaderStart {
 impl LeaderStart {
     /// Returns the input of the leader `me` of epoch `epoch` without other replicas. Such a leader commits all records
     /// of its log: no other replica could have committed different ones.
+    #[cfg(test)]
     pub fn standalone(
         me: BrokerId,
         epoch: LeaderEpoch,
@@ -224,6 +225,7 @@ impl IsrTracker {
     }
 
     /// Returns the offset after the last committed record; `None` before the epoch is committed.
+    #[cfg(test)]
     pub fn latest(&self) -> Option<Offset> {
         self.is_epoch_committed().then_some(self.high_watermark)
     }
@@ -246,11 +248,13 @@ impl IsrTracker {
     }
 
     /// Returns the broker epoch of the link on which this replica is subscribed; `None` while it is not.
+    #[cfg(test)]
     pub fn follows(&self, broker: BrokerId) -> Option<Revision> {
         self.members.get(&broker)?.link
     }
 
     /// Returns the progress that this replica acknowledged on its last link.
+    #[cfg(test)]
     pub fn acknowledged_by(&self, broker: BrokerId) -> Option<ReplicaProgress> {
         self.members.get(&broker)?.acked
     }
@@ -274,7 +278,7 @@ impl IsrTracker {
         self.advance();
     }
 
-    /// Processes a subscription: compares the follower's log with the leader's. After `SubscribeDecision::Accepted`,
+    /// Processes a subscription: compares the follower's log with the leader's. After `SubscribeOutcome::Accepted`,
     /// acknowledgements on this link count.
     pub fn join(
         &mut self,
@@ -283,24 +287,24 @@ impl IsrTracker {
         position: LogPosition,
         local: LocalLogBounds,
         history: &EpochHistory,
-    ) -> SubscribeDecision {
+    ) -> SubscribeOutcome {
         if let Err(error) = self.check_subscription(peer, epoch, position) {
-            return SubscribeDecision::Rejected(error);
+            return SubscribeOutcome::Rejected(error);
         }
-        let decision = divergence::resolve_divergence(position, history, self.progress.log_end, local);
-        let kept = match decision {
-            SubscribeDecision::Accepted(end) => end,
-            SubscribeDecision::Bootstrap(at) => at.min(position.log_end),
-            SubscribeDecision::Diverged { .. } | SubscribeDecision::Rejected(_) => position.log_end,
+        let outcome = divergence::resolve_divergence(position, history, self.progress.log_end, local);
+        let kept = match &outcome {
+            SubscribeOutcome::Accepted(end) => *end,
+            SubscribeOutcome::Bootstrap(tables) => tables.start.min(position.log_end),
+            SubscribeOutcome::Diverged { .. } | SubscribeOutcome::Rejected(_) => position.log_end,
         };
         let has_lost = kept < self.high_watermark && self.value.isr.contains(&peer.broker);
         let member = self.members.entry(peer.broker).or_default();
         // The earlier acknowledgement may be of another incarnation.
         member.acked = None;
-        member.link = matches!(decision, SubscribeDecision::Accepted(_)).then_some(peer.epoch);
+        member.link = matches!(outcome, SubscribeOutcome::Accepted(_)).then_some(peer.epoch);
         member.departed = false;
         member.lost_data |= has_lost;
-        decision
+        outcome
     }
 
     fn check_subscription(

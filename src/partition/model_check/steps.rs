@@ -429,7 +429,7 @@ impl ModelState {
                 }
                 self.log_grew(me);
             }
-            Ok(FollowerAction::Follow(_) | FollowerAction::Ignore | FollowerAction::RetryLater(_)) => {}
+            Ok(FollowerAction::Follow(_) | FollowerAction::Ignore | FollowerAction::RetryLater) => {}
             // No record is ever deleted here.
             Err(
                 ProtocolViolation::TruncateBelowCommitted { to, .. }

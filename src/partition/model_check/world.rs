@@ -7,7 +7,7 @@ use crate::{
     partition::{
         follower::{BatchHeader, Follower},
         leader::{
-            divergence::{LogPosition, SubscribeDecision},
+            divergence::{LogPosition, SubscribeOutcome},
             isr::{BrokerStatus, IsrProposal, IsrRules, IsrTracker, LeaderStart, PeerId, ReplicaProgress},
         },
         metadata::{AppliedMetadata, Transition},
@@ -124,7 +124,7 @@ pub(super) struct ToFollower {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum LeaderSends {
-    Answer(SubscribeDecision),
+    Answer(SubscribeOutcome),
     Batches(Vec<BatchHeader>),
 }
 

@@ -10,8 +10,11 @@ use prost::Message;
 use crate::{
     model::{LeaderEpoch, Offset, PartitionId},
     partition::{
-        leader::{divergence::LogPosition, member::ReplicaProgress},
-        role::{BootstrapTables, SubscribeOutcome, SubscribeResponse},
+        leader::{
+            divergence::{BootstrapTables, LogPosition, SubscribeError, SubscribeOutcome},
+            member::ReplicaProgress,
+        },
+        role::SubscribeResponse,
     },
     proto::{
         error::{ApiError, ErrorCode},
@@ -216,7 +219,9 @@ fn parse_response(response: v1::SubscribeResponse) -> Result<SubscribeResponse, 
             end: offset("the end of a divergence", diverged.end)?,
         },
         subscribe_response::Outcome::Bootstrap(tables) => SubscribeOutcome::Bootstrap(Box::new(parse_tables(tables)?)),
-        subscribe_response::Outcome::Error(error) => SubscribeOutcome::Rejected(error.message),
+        subscribe_response::Outcome::Error(error) => {
+            SubscribeOutcome::Rejected(SubscribeError::Unavailable { reason: error.message })
+        }
     };
     Ok(SubscribeResponse {
         epoch: epoch("a leader epoch", response.leader_epoch)?,
@@ -305,7 +310,7 @@ pub(super) fn subscribe_response(subscription_id: u32, response: SubscribeRespon
             from_object_store: tables.from_object_store,
         }),
         SubscribeOutcome::Rejected(reason) => {
-            subscribe_response::Outcome::Error(ApiError::new(ErrorCode::NotLeader, reason).into())
+            subscribe_response::Outcome::Error(ApiError::new(ErrorCode::NotLeader, reason.to_string()).into())
         }
     };
     let response = v1::SubscribeResponse {

@@ -19,8 +19,8 @@ use crate::{
     model::{LeaderEpoch, Offset, PartitionId},
     partition::{
         handle::Partition,
-        leader::member::ReplicaProgress,
-        role::{LinkEvent, QueueFull, SubscribeOutcome, SubscribeResponse, WatermarkKind},
+        leader::{divergence::SubscribeOutcome, member::ReplicaProgress},
+        role::{LinkEvent, QueueFull, SubscribeResponse, WatermarkKind},
         wake::WakeSet,
     },
     proto::{status::Status, v1},

@@ -25,9 +25,12 @@ use crate::{
     model::{LeaderEpoch, PartitionId},
     partition::{
         handle::Partition,
-        leader::member::{DisconnectCause, PeerId, ReplicaProgress},
+        leader::{
+            divergence::SubscribeOutcome,
+            member::{DisconnectCause, PeerId, ReplicaProgress},
+        },
         read::{FetchedBatches, ReadError},
-        role::{SubscribeOutcome, WatermarkKind},
+        role::WatermarkKind,
         wake::WakeSet,
     },
     proto::{

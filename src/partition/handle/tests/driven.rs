@@ -15,7 +15,7 @@ use crate::{
         handle::COMMAND_QUEUE_LEN,
         handle::tests::net::{append, at, batch, broker, send, tick},
         leader::{
-            divergence::LogPosition,
+            divergence::{LogPosition, SubscribeError},
             isr::{BrokerStatus, DisconnectCause, IsrProposal, PeerId, ProposalOutcome, ReplicaProgress},
         },
         *,
@@ -280,7 +280,7 @@ async fn follower_truncates_bootstraps_and_retries_by_response() {
     assert_eq!(partition.watermarks().log_end, at(3));
 
     for event in [
-        response_event(5, SubscribeOutcome::Rejected("not now".to_owned())),
+        response_event(5, SubscribeOutcome::Rejected(SubscribeError::Unavailable { reason: "not now".to_owned() })),
         response_event(5, SubscribeOutcome::Accepted(at(2))),
         response_event(5, SubscribeOutcome::Diverged { epoch: LeaderEpoch(1), end: at(3) }),
         response_event(6, SubscribeOutcome::Accepted(at(3))),
@@ -499,7 +499,7 @@ async fn subscription_waits_for_its_epoch_to_begin() {
     let began = crate::task::clock::monotonic();
     let response = partition.subscribe(peer(3), LeaderEpoch(6), position, ReplicaProgress::default()).await;
     assert!(
-        matches!(&response.outcome, SubscribeOutcome::Rejected(reason) if reason.contains("epoch 5")),
+        matches!(&response.outcome, SubscribeOutcome::Rejected(reason) if reason.to_string().contains("epoch 5")),
         "{response:?}"
     );
     assert_eq!(began.elapsed().as_millis(), 1000);

@@ -20,7 +20,7 @@ fn history(log: &[u32]) -> EpochHistory {
     history
 }
 
-fn decide(leader: &[u32], local: LocalLogBounds, last: Option<u32>, end: usize) -> SubscribeDecision {
+fn decide(leader: &[u32], local: LocalLogBounds, last: Option<u32>, end: usize) -> SubscribeOutcome {
     resolve_divergence(
         LogPosition { last_epoch: last.map(LeaderEpoch), log_end: at(end), removal_count: None },
         &history(leader),
@@ -29,30 +29,31 @@ fn decide(leader: &[u32], local: LocalLogBounds, last: Option<u32>, end: usize) 
     )
 }
 
+fn bootstrap(start: usize, from_object_store: bool) -> SubscribeOutcome {
+    let tables = BootstrapTables { start: at(start), from_object_store, ..BootstrapTables::default() };
+    SubscribeOutcome::Bootstrap(Box::new(tables))
+}
+
 const COMPLETE: LocalLogBounds = LocalLogBounds { local_start: Offset::ZERO, tiered_end: None };
 
 #[test]
 fn follower_continues_if_its_log_is_a_prefix() {
     let leader = [1, 1, 1, 3, 3, 5, 5, 5];
-    let diverged = |epoch, end| SubscribeDecision::Diverged { epoch: LeaderEpoch(epoch), end: at(end) };
+    let diverged = |epoch, end| SubscribeOutcome::Diverged { epoch: LeaderEpoch(epoch), end: at(end) };
     for (last, end, expected) in [
-        (Some(1), 2, SubscribeDecision::Accepted(at(2))),
-        (Some(5), 8, SubscribeDecision::Accepted(at(8))),
+        (Some(1), 2, SubscribeOutcome::Accepted(at(2))),
+        (Some(5), 8, SubscribeOutcome::Accepted(at(8))),
         (Some(1), 4, diverged(1, 3)),
         (Some(2), 5, diverged(1, 3)),
         (Some(4), 7, diverged(3, 5)),
         (Some(5), 9, diverged(5, 8)),
-        (None, 0, SubscribeDecision::Accepted(at(0))),
-        (None, 4, SubscribeDecision::Bootstrap(at(0))),
+        (None, 0, SubscribeOutcome::Accepted(at(0))),
+        (None, 4, bootstrap(0, false)),
     ] {
         assert_eq!(decide(&leader, COMPLETE, last, end), expected, "{last:?} {end}");
     }
-    assert_eq!(
-        decide(&[3, 3], COMPLETE, Some(2), 1),
-        SubscribeDecision::Bootstrap(at(0)),
-        "the leader has no epoch that old"
-    );
-    assert_eq!(decide(&[], COMPLETE, None, 0), SubscribeDecision::Accepted(at(0)));
+    assert_eq!(decide(&[3, 3], COMPLETE, Some(2), 1), bootstrap(0, false), "the leader has no epoch that old");
+    assert_eq!(decide(&[], COMPLETE, None, 0), SubscribeOutcome::Accepted(at(0)));
 }
 
 #[test]
@@ -60,17 +61,17 @@ fn log_below_local_start_bootstraps_at_tiered_end() {
     let leader = [1, 1, 1, 3, 3, 5, 5, 5];
     let tiered = LocalLogBounds { local_start: at(4), tiered_end: Some(at(6)) };
     for (last, end, expected) in [
-        (Some(1), 2, SubscribeDecision::Bootstrap(at(6))),
-        (Some(2), 6, SubscribeDecision::Bootstrap(at(6))),
-        (Some(3), 5, SubscribeDecision::Accepted(at(5))),
-        (None, 0, SubscribeDecision::Bootstrap(at(6))),
-        (None, 6, SubscribeDecision::Accepted(at(6))),
+        (Some(1), 2, bootstrap(6, true)),
+        (Some(2), 6, bootstrap(6, true)),
+        (Some(3), 5, SubscribeOutcome::Accepted(at(5))),
+        (None, 0, bootstrap(6, true)),
+        (None, 6, SubscribeOutcome::Accepted(at(6))),
     ] {
         assert_eq!(decide(&leader, tiered, last, end), expected, "{last:?} {end}");
     }
     // Deletion overtook the uploads.
     let overtaken = LocalLogBounds { local_start: at(7), tiered_end: Some(at(6)) };
-    assert_eq!(decide(&leader, overtaken, None, 0), SubscribeDecision::Bootstrap(at(7)));
+    assert_eq!(decide(&leader, overtaken, None, 0), bootstrap(7, false));
 }
 
 /// Returns two logs as replication makes them: leaders of growing epochs append, one after the other.

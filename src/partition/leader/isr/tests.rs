@@ -54,7 +54,7 @@ fn history() -> EpochHistory {
     history
 }
 
-fn claim(leader: &mut IsrTracker, peer: PeerId, end: u64) -> SubscribeDecision {
+fn claim(leader: &mut IsrTracker, peer: PeerId, end: u64) -> SubscribeOutcome {
     let local = LocalLogBounds { local_start: at(0), tiered_end: None };
     leader.join(
         peer,
@@ -66,7 +66,7 @@ fn claim(leader: &mut IsrTracker, peer: PeerId, end: u64) -> SubscribeDecision {
 }
 
 /// Subscribes a replica that is being added.
-fn claim_added(leader: &mut IsrTracker, broker: u32, end: u64, added: Option<u64>) -> SubscribeDecision {
+fn claim_added(leader: &mut IsrTracker, broker: u32, end: u64, added: Option<u64>) -> SubscribeOutcome {
     let local = LocalLogBounds { local_start: at(0), tiered_end: None };
     let position =
         LogPosition { last_epoch: (end > 0).then_some(LeaderEpoch(3)), log_end: at(end), removal_count: added };
@@ -75,7 +75,7 @@ fn claim_added(leader: &mut IsrTracker, broker: u32, end: u64, added: Option<u64
 
 /// Subscribes a replica and acknowledges.
 fn follow(leader: &mut IsrTracker, broker: u32, end: u64) {
-    assert_eq!(claim(leader, peer(broker), end.min(5)), SubscribeDecision::Accepted(at(end.min(5))));
+    assert_eq!(claim(leader, peer(broker), end.min(5)), SubscribeOutcome::Accepted(at(end.min(5))));
     leader.acknowledged(peer(broker), EPOCH, both(end)).unwrap();
 }
 
@@ -133,10 +133,10 @@ fn readded_replica_is_admitted_by_new_acknowledgements() {
         let refused = SubscribeError::OtherAddition { claimed: None, known: Some(1) };
         assert_eq!(
             claim(&mut leader, peer(2), 5),
-            SubscribeDecision::Rejected(refused),
+            SubscribeOutcome::Rejected(refused),
             "the request was sent before the removal"
         );
-        assert_eq!(claim_added(&mut leader, 2, 0, Some(1)), SubscribeDecision::Accepted(at(0)));
+        assert_eq!(claim_added(&mut leader, 2, 0, Some(1)), SubscribeOutcome::Accepted(at(0)));
         leader.acknowledged(peer(2), EPOCH, both(4)).unwrap();
         assert_eq!(isr(leader.proposal()), None, "the replica lacks committed records");
         leader.acknowledged(peer(2), EPOCH, both(5)).unwrap();
@@ -155,11 +155,11 @@ fn repeated_addition_resets_acknowledgements() {
     let mut leader = leader(&[1, 3], &[], 1);
     leader.observed(&moving, Revision(21));
     follow(&mut leader, 3, 5);
-    assert_eq!(claim_added(&mut leader, 2, 5, Some(0)), SubscribeDecision::Accepted(at(5)));
+    assert_eq!(claim_added(&mut leader, 2, 5, Some(0)), SubscribeOutcome::Accepted(at(5)));
     let refused = SubscribeError::OtherAddition { claimed: Some(1), known: Some(0) };
     assert_eq!(
         claim_added(&mut leader, 2, 0, Some(1)),
-        SubscribeDecision::Rejected(refused),
+        SubscribeOutcome::Rejected(refused),
         "the leader has not received the addition"
     );
     leader.acknowledged(peer(2), EPOCH, both(4)).unwrap();
@@ -172,11 +172,11 @@ fn repeated_addition_resets_acknowledgements() {
     let refused = SubscribeError::OtherAddition { claimed: Some(0), known: Some(1) };
     assert_eq!(
         claim_added(&mut leader, 2, 5, Some(0)),
-        SubscribeDecision::Rejected(refused),
+        SubscribeOutcome::Rejected(refused),
         "the request was sent before the removal"
     );
     assert_eq!(isr(leader.proposal()), None);
-    assert_eq!(claim_added(&mut leader, 2, 0, Some(1)), SubscribeDecision::Accepted(at(0)));
+    assert_eq!(claim_added(&mut leader, 2, 0, Some(1)), SubscribeOutcome::Accepted(at(0)));
     leader.acknowledged(peer(2), EPOCH, both(5)).unwrap();
     assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
 }
@@ -189,13 +189,13 @@ fn isr_member_subscribes_around_end_of_reassignment() {
     for (known, claimed) in [(&moving, None), (&moving, Some(0)), (&ended, None), (&ended, Some(0))] {
         let mut leader = leader(&[1, 2, 3], &[], 1);
         leader.observed(known, Revision(21));
-        assert_eq!(claim_added(&mut leader, 2, 5, claimed), SubscribeDecision::Accepted(at(5)), "{claimed:?}");
+        assert_eq!(claim_added(&mut leader, 2, 5, claimed), SubscribeOutcome::Accepted(at(5)), "{claimed:?}");
     }
     // The replica was removed and added again after that end, which this leader has received.
     let mut leader = leader(&[1, 2, 3], &[], 1);
     leader.observed(&ended, Revision(21));
     let refused = SubscribeError::OtherAddition { claimed: Some(2), known: None };
-    assert_eq!(claim_added(&mut leader, 2, 0, Some(2)), SubscribeDecision::Rejected(refused));
+    assert_eq!(claim_added(&mut leader, 2, 0, Some(2)), SubscribeOutcome::Rejected(refused));
 }
 
 #[test]
@@ -221,7 +221,7 @@ fn acknowledgement_counts_for_its_epoch_and_link_only() {
     // A newer incarnation is known: messages on the old link may be of a process that has exited.
     leader.on_broker_status(BrokerId(2), BrokerStatus::Registered(Revision(12)));
     assert_eq!(leader.acknowledged(peer(2), EPOCH, both(5)), Err(not_subscribed));
-    assert_eq!(claim(&mut leader, peer(2), 5), SubscribeDecision::Rejected(SubscribeError::OlderBroker));
+    assert_eq!(claim(&mut leader, peer(2), 5), SubscribeOutcome::Rejected(SubscribeError::OlderBroker));
 }
 
 #[test]
@@ -373,7 +373,7 @@ fn member_may_be_behind_by_a_constant_distance() {
     leader.update_local(both(20));
     leader.tick(1000);
     leader.on_disconnected(peer(2), DisconnectCause::LinkLost);
-    assert_eq!(claim(&mut leader, peer(2), 8), SubscribeDecision::Accepted(at(8)));
+    assert_eq!(claim(&mut leader, peer(2), 8), SubscribeOutcome::Accepted(at(8)));
     leader.tick(1099);
     assert_eq!(leader.proposal(), None);
     leader.tick(1100);
@@ -390,7 +390,7 @@ fn member_that_lost_records_is_removed_and_not_eligible() {
     // last one.
     assert_eq!(
         claim(&mut leader, peer(2), 4),
-        SubscribeDecision::Accepted(at(4)),
+        SubscribeOutcome::Accepted(at(4)),
         "the replica may copy the lost records"
     );
     assert_eq!(isr(leader.proposal()), Some((vec![1, 3], vec![])));
@@ -430,14 +430,14 @@ fn subscription_is_rejected_with_the_reason() {
             &history(),
         )
     };
-    let rejected = |asked| SubscribeDecision::Rejected(SubscribeError::OtherEpoch { asked, leads: EPOCH });
+    let rejected = |asked| SubscribeOutcome::Rejected(SubscribeError::OtherEpoch { asked, leads: EPOCH });
     assert_eq!(join(peer(2), LeaderEpoch(3), None), rejected(LeaderEpoch(3)));
     assert_eq!(join(peer(2), LeaderEpoch(5), None), rejected(LeaderEpoch(5)));
     for broker in [1, 9] {
-        assert_eq!(join(peer(broker), EPOCH, None), SubscribeDecision::Rejected(SubscribeError::NoReplica));
+        assert_eq!(join(peer(broker), EPOCH, None), SubscribeOutcome::Rejected(SubscribeError::NoReplica));
     }
     let newer = SubscribeError::NewerLog { claimed: LeaderEpoch(7), leads: EPOCH };
-    assert_eq!(join(peer(2), EPOCH, Some(LeaderEpoch(7))), SubscribeDecision::Rejected(newer));
+    assert_eq!(join(peer(2), EPOCH, Some(LeaderEpoch(7))), SubscribeOutcome::Rejected(newer));
 }
 
 #[derive(Clone, Debug)]
