@@ -462,7 +462,8 @@ fn open_replica(log: &DataDir, spec: &ReplicaSpec, committed: Offset) -> Result<
     // This disk was lost or restored. The log restarts after the tiered and the deleted records, so that no offset is
     // assigned twice.
     tracing::warn!(
-        partition = %spec.id, %log_end, %committed, "the local log ends below the committed end: resetting the log to the committed end"
+        partition = %spec.id, %log_end, %committed,
+        "the local log ends below the committed end: resetting the log to the committed end"
     );
     replica.reset(committed)?;
     Ok(replica)

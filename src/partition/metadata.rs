@@ -1,8 +1,8 @@
 //! Metadata of a partition that its task has applied, and the role that it gives this broker. Pure.
 //!
 //! Values of the partition reach the task from the metadata cache, from outcomes of proposals, and from reads of the
-//! store. [`AppliedMetadata::apply`] decides about each of them; the task carries out the [`Transition`]. The model check
-//! drives the same decisions.
+//! store. [`AppliedMetadata::apply`] decides about each of them; the task carries out the [`Transition`]. The model
+//! check drives the same decisions.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -63,8 +63,8 @@ pub struct AppliedMetadata {
     /// Statuses of the replicas' brokers; a missing broker is not registered.
     broker_status: BTreeMap<BrokerId, BrokerStatus>,
     role: AssignedRole,
-    /// Newest epoch that a follower reported, or in which a tier state was committed. A value of an older epoch gives no
-    /// role. It falls only if the store does not have that epoch.
+    /// Newest epoch that a follower reported, or in which a tier state was committed. A value of an older epoch gives
+    /// no role. It falls only if the store does not have that epoch.
     newest_seen_epoch: LeaderEpoch,
     /// Newest epoch in which this task led. It never leads twice in one epoch, because it has no state of its earlier
     /// proposals.
@@ -152,8 +152,8 @@ impl AppliedMetadata {
         }
     }
 
-    /// Records that the task leads in the epoch of the applied value. After [`Transition::Lead`] the task may first have
-    /// to read the object store.
+    /// Records that the task leads in the epoch of the applied value. After [`Transition::Lead`] the task may first
+    /// have to read the object store.
     pub fn start_leading(&mut self) {
         self.last_led_epoch = Some(self.epoch());
     }

@@ -20,18 +20,18 @@
 //!
 //! [`Partition`] is the handle of one replica; it exists as long as this broker holds the replica. Its task (`actor`)
 //! owns the log. By its [role](ReplicaRole) the task applies the decisions of [`leader`], applies those of
-//! [`follower`], or is idle. Only the metadata sets the role ([`Partition::assign`], [`metadata`]). The task sends its requests to
-//! links and to the metadata store through [`PartitionContext`] and never waits for an outcome. Readers send no request
-//! to the task: they read the watermarks that the task publishes. Maintenance (`maintenance`) uploads sealed segments
-//! and removes old ones, by the plan of [`retention`]. Its order makes a crash harmless: object, manifest, commit in
-//! the metadata store, and only then local files.
+//! [`follower`], or is idle. Only the metadata sets the role ([`Partition::assign`], [`metadata`]). The task sends its
+//! requests to links and to the metadata store through [`PartitionContext`] and never waits for an outcome. Readers
+//! send no request to the task: they read the watermarks that the task publishes. Maintenance (`maintenance`) uploads
+//! sealed segments and removes old ones, by the plan of [`retention`]. Its order makes a crash harmless: object,
+//! manifest, commit in the metadata store, and only then local files.
 //!
 //! # Invariants
 //!
 //! - `log_start ≤ high_watermark ≤ log_end` and `tiered_end ≤ high_watermark`.
 //! - `local_start` is the first offset of a segment, and `log_start` may lie inside that segment. `local_start` also
-//!   lies below `log_start` until the files of deleted records are evicted. It lies above `log_start` only if the object
-//!   store has all records between: then `log_start ≤ local_start ≤ tiered_end`.
+//!   lies below `log_start` until the files of deleted records are evicted. It lies above `log_start` only if the
+//!   object store has all records between: then `log_start ≤ local_start ≤ tiered_end`.
 //! - `tiered_end` may lie below `log_start` if nothing is uploaded, or if deletion overtook the uploads. It describes
 //!   the object store and nothing else.
 //! - Each write is acknowledged once, and not before its acks rule holds.

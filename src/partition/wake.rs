@@ -1,5 +1,5 @@
-//! Wake-ups of readers that wait for watermarks of partitions: their cost is per event, not per partition that is waited
-//! for.
+//! Wake-ups of readers that wait for watermarks of partitions: their cost is per event, not per partition that is
+//! waited for.
 //!
 //! A listener is in a partition's list only while it waits: a wake-up removes it, and it is added again when its reader
 //! has taken the mark. So a listener whose reader does not read on costs the partition's task nothing.

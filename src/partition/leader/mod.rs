@@ -2,7 +2,8 @@
 //!
 //! A plain struct. The actor appends and syncs, and reports the outcome to the leader; the leader returns the writers
 //! whose result is due. `W` is the actor's state of a writer, which the leader only stores. [`isr`] decides about the
-//! ISR and about commits, from the states of other replicas ([`member`]); [`divergence`] decides where a follower starts.
+//! ISR and about commits, from the states of other replicas ([`member`]); [`divergence`] decides where a follower
+//! starts.
 //!
 //! # Invariants
 //!

@@ -231,7 +231,8 @@ impl MaintenanceRunner {
         let staged = tier.stage_rebuilt(&survey.chain, survey.log_start, epoch).await?;
         self.commit(partition, tier, staged, epoch).await?;
         tracing::warn!(
-            partition = %partition.id(), topic = %partition.topic(), segments = survey.chain.len(), bytes = survey.bytes(),
+            partition = %partition.id(), topic = %partition.topic(), segments = survey.chain.len(),
+            bytes = survey.bytes(),
             left_over = survey.left_over,
             "rebuilt the lost manifest from the segment footers: its segments are the committed ones"
         );

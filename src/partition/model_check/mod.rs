@@ -3,10 +3,10 @@
 //! # Overview
 //!
 //! A state (`world`) is three brokers with their logs, their [`AppliedMetadata`] and their [`IsrTracker`] or
-//! [`Follower`], the partition's value in the metadata store, and the messages between them. `steps` lists the possible next events: appends, syncs, late
-//! and reordered messages, broken links, process exits with or without loss, expired leases, elections, transactions
-//! with a lost outcome. `rules` checks the state after each step. [`explore`] visits every state that can be reached,
-//! nearest first, so that a counterexample is a shortest one.
+//! [`Follower`], the partition's value in the metadata store, and the messages between them. `steps` lists the possible
+//! next events: appends, syncs, late and reordered messages, broken links, process exits with or without loss, expired
+//! leases, elections, transactions with a lost outcome. `rules` checks the state after each step. [`explore`] visits
+//! every state that can be reached, nearest first, so that a counterexample is a shortest one.
 //!
 //! There is no second description of the protocol: the explored structs are those that brokers run, and the same
 //! functions make the values in the store.

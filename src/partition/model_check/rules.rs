@@ -40,8 +40,8 @@ pub(super) enum RuleViolation {
     NeverWhole(String),
 }
 
-/// Applies the current value to a broker, which may take another role. A new leader is recorded, to check that it is the
-/// only one of its epoch, ever.
+/// Applies the current value to a broker, which may take another role. A new leader is recorded, to check that it is
+/// the only one of its epoch, ever.
 pub(super) fn apply_value(world: &mut ModelState, me: usize) {
     let transition = world.brokers[me].metadata.apply(Arc::new(world.value.clone()), world.revision, id(me));
     let Some(role) = world.role_after(me, transition) else { return };
