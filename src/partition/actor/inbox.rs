@@ -130,3 +130,48 @@ impl Inbox {
         std::iter::from_fn(|| self.commands.try_recv().ok())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::LeaderEpoch;
+
+    /// Takes the next input and returns its kind; one command of a turn is taken.
+    async fn next(inbox: &mut Inbox) -> &'static str {
+        match inbox.next_input().await {
+            Input::Stop => "stop",
+            Input::Signals(_) => "signals",
+            Input::Control(_) => "control",
+            Input::Commands => {
+                assert!(inbox.next_command().is_some(), "a turn has commands");
+                "command"
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn signals_and_control_messages_come_once_between_commands() {
+        let (signals, tasks) = (Arc::<ActorSignals>::default(), Tasks::new());
+        let (control, control_messages) = mpsc::channel(8);
+        let (commands, queued) = mpsc::channel(8);
+        let mut inbox = Inbox::new(Arc::clone(&signals), control_messages, queued, tasks.clone());
+        for _ in 0..3 {
+            control.try_send(ControlMessage::Deposed(LeaderEpoch(1))).expect("the queue has space");
+            commands.try_send(ActorCommand::Roll).expect("the queue has space");
+        }
+        signals.tick(1);
+        assert_eq!(next(&mut inbox).await, "signals");
+        assert_eq!(next(&mut inbox).await, "control");
+        for now_ms in 2..4 {
+            signals.tick(now_ms);
+            let inputs = [next(&mut inbox).await, next(&mut inbox).await, next(&mut inbox).await];
+            assert_eq!(inputs, ["signals", "control", "command"]);
+        }
+        assert_eq!(next(&mut inbox).await, "command");
+        commands.try_send(ActorCommand::Roll).expect("the queue has space");
+        tasks.cancel();
+        assert_eq!(next(&mut inbox).await, "stop");
+        assert_eq!(inbox.close().count(), 1);
+        assert!(commands.try_send(ActorCommand::Roll).is_err() && control.is_closed());
+    }
+}
