@@ -3,8 +3,9 @@
 //!
 //! # Overview
 //!
-//! [`Leader`] and [`Follower`] make all decisions; the task applies them. While one group waits for the journal, the
-//! next is being written. Batching results from the queue; there is no timer.
+//! [`AppliedMetadata`] decides about the role, [`Leader`](super::leader::Leader) and [`Follower`] about all else; the
+//! task applies their decisions. While one group waits for the journal, the next is being written. Batching results
+//! from the queue; there is no timer.
 //!
 //! | module | work |
 //! | --- | --- |

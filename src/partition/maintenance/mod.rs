@@ -1,4 +1,4 @@
-//! Maintenance of one partition: it applies the plans of [`retention`], one step at a time.
+//! Maintenance of one partition: it applies the plans of [`retention`](super::retention), one step at a time.
 //!
 //! # Overview
 //!
