@@ -260,7 +260,7 @@ impl Broker {
 
     /// Returns the current metadata snapshot, for the simulator's checker.
     #[cfg(feature = "sim")]
-    pub fn mirror(&self) -> Arc<crate::cluster::MetadataSnapshot> {
+    pub fn metadata_snapshot(&self) -> Arc<crate::cluster::MetadataSnapshot> {
         self.ctx.metadata.state()
     }
 

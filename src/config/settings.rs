@@ -327,9 +327,6 @@ settings! {
         garbage_grace: Duration = Time(0..=3650 * DAY), Fixed("1h"),
             "Time after which an orphan object is deleted. An object that is uploaded and not committed yet is an \
              orphan too: a value below a few minutes is for trials, and may delete the objects of a slow upload.";
-        upload_grace: Duration = Time(HOUR..=3650 * DAY), Fixed("1d"),
-            "Age at which an unfinished multipart upload counts as abandoned and is aborted (s3 only). Must exceed the \
-             duration of any segment upload.";
         check_interval: Duration = Time(SECOND..=DAY), Fixed("5s"),
             "Interval between two checks of retention and uploads of each partition.";
         fetch_max_wait: Duration = Time(SECOND..=60 * SECOND), Fixed("5s"),

@@ -395,7 +395,7 @@ impl Partition {
     }
 
     /// Marks `index` in `ready` whenever that watermark moves or the replica status changes, and once at first.
-    pub fn follow(&self, ready: &Arc<WakeSet>, index: usize, on: WatermarkKind) {
+    pub fn add_listener(&self, ready: &Arc<WakeSet>, index: usize, on: WatermarkKind) {
         self.published.add_listener(ready, index, on);
     }
 

@@ -179,10 +179,10 @@ impl AppliedMetadata {
     /// lacks an epoch that was reported here.
     pub fn is_late(&self, me: BrokerId) -> bool {
         let epoch = self.epoch();
-        let is_given_up = self.role == AssignedRole::Idle
+        let is_ended = self.role == AssignedRole::Idle
             && self.leader() == Some(me)
             && self.last_led_epoch.is_some_and(|led| led >= epoch);
-        self.value.is_some() && (self.newest_seen_epoch > epoch || is_given_up)
+        self.value.is_some() && (self.newest_seen_epoch > epoch || is_ended)
     }
 
     /// Returns true if the task has waited so long for late metadata that the store is to be read. `waits` is false

@@ -74,14 +74,14 @@ pub struct RetentionInput<'a> {
     /// True if this broker leads. A follower moves no log start: it applies its leader's.
     pub leads: bool,
     /// True if a writer waits for the upload of the active segment (`acks=tiered`).
-    pub hurry: bool,
+    pub urgent: bool,
 }
 
 /// Planned actions, in the order of the fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RetentionPlan {
-    /// Seal the active segment.
-    pub seal: bool,
+    /// Roll: seal the active segment and start the next one.
+    pub roll: bool,
     /// Move the log start here; segments wholly below it are then removed in both tiers.
     pub log_start: Option<Offset>,
     /// Upload the sealed segments that begin in this range, in order, and commit them together: the next one, and those
@@ -96,19 +96,19 @@ pub fn plan(input: &RetentionInput<'_>) -> RetentionPlan {
     let log_start = if input.leads { log_start(input) } else { None };
     let kept_from = log_start.unwrap_or(input.log_start);
     RetentionPlan {
-        seal: roll(input),
+        roll: is_roll_due(input),
         log_start,
         upload: upload(input, kept_from),
         evict_below: evict_below(input, kept_from),
     }
 }
 
-fn roll(input: &RetentionInput<'_>) -> bool {
+fn is_roll_due(input: &RetentionInput<'_>) -> bool {
     let Some(age) = input.active_age else { return false };
     let old_enough = age >= input.config.segment_age;
     let expired =
         input.config.retention.is_some_and(|limit| expired(input, input.active.counts_from(input.now_ms), limit));
-    old_enough || expired || (input.hurry && input.uploads)
+    old_enough || expired || (input.urgent && input.uploads)
 }
 
 /// Returns the segments that only the disk has. A segment that reaches into the object store is one of them, with 0

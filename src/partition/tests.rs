@@ -44,7 +44,7 @@ impl Bench {
         let id = PartitionId::new(TopicId::from_bytes([7; 16]), 0);
         let store = EmbeddedStore::in_memory();
         let keys = Keys::new("test").unwrap();
-        store.transact(Transaction::new().put(keys.partition(id), alone().encode())).await.unwrap();
+        store.transact(Transaction::new().put(keys.partition(id), standalone_value().encode())).await.unwrap();
         let tier = object_store.then(|| {
             let store = TierStore::open(&ObjectStoreOptions::new("memory://"), "test").unwrap();
             let cache = ChunkCache::open(&ChunkCacheOptions::default(), &Metrics::new()).unwrap();
@@ -80,7 +80,7 @@ impl Bench {
         let ctx = PartitionContext::standalone();
         let partition = Partition::open(BrokerId(1), &self.log, spec, ctx, &self.queue, &self.tasks).unwrap();
         let assignment = PartitionAssignment {
-            value: Arc::new(alone()),
+            value: Arc::new(standalone_value()),
             revision: Revision::ZERO,
             committed,
             registered: std::collections::BTreeMap::new(),
@@ -114,7 +114,7 @@ impl Bench {
 }
 
 /// Returns the value of a partition whose only replica is on this broker.
-fn alone() -> PartitionValue {
+fn standalone_value() -> PartitionValue {
     PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(4))
 }
 

@@ -52,7 +52,7 @@ impl HttpState {
     }
 
     /// Sets the broker that the handlers report on.
-    pub(super) fn tell_of(&self, broker: &Arc<Broker>) {
+    pub(super) fn set_broker(&self, broker: &Arc<Broker>) {
         self.broker.get_or_init(|| Arc::clone(broker));
     }
 }

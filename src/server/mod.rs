@@ -155,7 +155,7 @@ pub async fn run(
             return ended.map(drop);
         }
     };
-    pages.tell_of(node.broker());
+    pages.set_broker(node.broker());
     let state = ServingAddresses::new(&config, grpc.local_addr()?, http_at, &node, began);
     listeners.serve(&node, grpc);
     check_advertised(&config, &client_address, peer_address.as_deref(), &time);

@@ -187,7 +187,7 @@ async fn start(config: &Config, ports: BoundPorts, shared: &SharedDeps, span: Sp
             return Err(error);
         }
     };
-    pages.tell_of(node.broker());
+    pages.set_broker(node.broker());
     let state = ServingAddresses::new(config, ports.grpc.local_addr()?, http, &node, began);
     listeners.serve(&node, ports.grpc);
     Ok(RunningBroker { node, listeners, state, span, within })

@@ -73,7 +73,6 @@ metrics! {
     tier_upload_failures: Counter = "strandline_tier_upload_failures", "Failed uploads; each is retried.";
     tier_objects_deleted: Counter = "strandline_tier_objects_deleted", "Objects deleted by retention and garbage collection.";
     garbage_collections: Counter = "strandline_garbage_collections", "Garbage collection runs.";
-    tier_uploads_ended: Counter = "strandline_tier_uploads_ended", "Abandoned multipart uploads that were aborted.";
     tier_garbage_bytes: GaugeU64 = "strandline_tier_garbage_bytes", "Bytes of orphan objects younger than tier.garbage_grace, as of the last garbage collection run; 0 on brokers other than the controller.";
     garbage_collection_failures: Counter = "strandline_garbage_collection_failures", "Operations of garbage collection that failed; each is retried in the next run.";
     cache_hits: Counter = "strandline_cache_hits", "Object chunks read from the chunk cache.";

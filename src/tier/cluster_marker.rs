@@ -87,7 +87,7 @@ impl TierStore {
         reason.expect("`wait_for` returned a reason")
     }
 
-    /// Returns true if the cluster has objects in its store, as far as this process knows.
+    /// Returns true if the cluster has objects in its store, by what this process has read.
     pub(super) fn is_expected(&self) -> bool {
         self.inner.owner.bound.initialized() || self.inner.owner.has_data.load(Ordering::Acquire)
     }

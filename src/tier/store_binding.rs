@@ -1,5 +1,5 @@
-//! Store binding: the object store that a cluster uses, the interface to the storage of the binding, and what one
-//! process knows about both.
+//! Store binding: the object store that a cluster uses, the interface to the storage of the binding, and the state
+//! of both in one process.
 
 use std::sync::{
     Arc, OnceLock,

@@ -229,7 +229,7 @@ impl Machine {
 
     /// Returns the metadata snapshot of the broker, if one is running.
     pub(crate) fn metadata_snapshot(&self) -> Option<Arc<MetadataSnapshot>> {
-        self.broker.as_ref().map(|(_, node)| node.broker().mirror())
+        self.broker.as_ref().map(|(_, node)| node.broker().metadata_snapshot())
     }
 
     /// Returns true if the broker reports that it should be restarted.

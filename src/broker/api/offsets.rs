@@ -149,7 +149,7 @@ async fn wait_for_committed_epoch(partition: &Partition, deadline: Instant) -> b
         return true;
     }
     let ready = Arc::new(WakeSet::default());
-    partition.follow(&ready, 0, WatermarkKind::HighWatermark);
+    partition.add_listener(&ready, 0, WatermarkKind::HighWatermark);
     let committed = async {
         loop {
             match partition.status().role {

@@ -47,8 +47,8 @@ impl Operations {
     pub(in crate::broker) async fn describe_cluster(&self) -> v1::DescribeClusterResponse {
         let alive = self.ctx.metadata.state().brokers().keys().copied().collect();
         let mut broker_stats = self.peers.request_stats(alive).await;
-        let (state, census) = (self.ctx.metadata.state(), self.operations.stats());
-        let brokers = census.brokers.iter().map(|(id, load)| {
+        let (state, stats) = (self.ctx.metadata.state(), self.operations.stats());
+        let brokers = stats.brokers.iter().map(|(id, load)| {
             let draining = state.drains().get(id).map(|drain| drain.value.since_ms);
             let mut broker = v1::BrokerDescription {
                 id: id.0,
@@ -79,16 +79,16 @@ impl Operations {
             brokers: brokers.collect(),
             cluster: self.ctx.config.cluster.clone(),
             controller: state.controller().map(|id| id.0),
-            topics: census.topics,
-            partitions: census.partitions,
-            leaderless: census.leaderless,
-            under_replicated: census.under_replicated,
-            under_min_isr: census.under_min_isr,
-            reassigning: census.moving,
+            topics: stats.topics,
+            partitions: stats.partitions,
+            leaderless: stats.leaderless,
+            under_replicated: stats.under_replicated,
+            under_min_isr: stats.under_min_isr,
+            reassigning: stats.moving,
             unreadable: unreadable.map(|(key, error)| v1::UnreadableKey { key, error }).collect(),
             metadata_staleness_ms: u64::try_from(self.lease.metadata_staleness().as_millis()).unwrap_or(u64::MAX),
             responder: self.ctx.id.0,
-            unavailable: census
+            unavailable: stats
                 .unavailable
                 .iter()
                 .map(|(topic, number)| v1::TopicPartition { topic: topic.to_string(), partition: number.cast_signed() })

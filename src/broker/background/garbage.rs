@@ -21,6 +21,9 @@ const COLLECTION_INTERVAL: Duration = Duration::from_secs(3600);
 /// of the topic.
 const TOMBSTONE_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 
+/// Age at which an unfinished multipart upload counts as abandoned. It exceeds the duration of any segment upload.
+const ABANDONED_UPLOAD_AGE: Duration = Duration::from_secs(24 * 3600);
+
 const UPLOADS_FAILED: &str = "could not list abandoned uploads";
 
 /// Returns the interval between two runs.
@@ -88,11 +91,10 @@ impl GarbageRun {
     /// Ends multipart uploads that a killed broker left.
     async fn end_uploads(&mut self, tier: &TierHandle, now_ms: i64) {
         // Boxed, because the futures of the SDK are large.
-        let swept = Box::pin(abort_abandoned_uploads(&tier.store, self.ctx.config.tier.upload_grace, now_ms)).await;
+        let swept = Box::pin(abort_abandoned_uploads(&tier.store, ABANDONED_UPLOAD_AGE, now_ms)).await;
         match swept {
             Ok(report) => {
                 self.list_failure_logged = false;
-                self.ctx.metrics.tier_uploads_ended.inc_by(report.ended);
                 self.ctx.metrics.garbage_collection_failures.inc_by(report.failed.len() as u64);
                 for (object, reason) in &report.failed {
                     tracing::warn!(object, reason, "could not abort an abandoned upload: retrying in the next run");

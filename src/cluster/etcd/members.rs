@@ -45,7 +45,7 @@ pub(super) struct Members {
 struct HeaderState {
     /// Id of the etcd cluster, from the first response.
     cluster: Arc<OnceLock<u64>>,
-    /// Evidence that a member of another cluster responded to a call.
+    /// Proof that a member of another cluster responded to a call.
     foreign: Arc<OnceLock<Regression>>,
 }
 

@@ -277,7 +277,7 @@ impl JournalHost for DataDirInner {
 
 impl StepDriver for DataDirInner {
     fn write_frame(&self) -> bool {
-        self.ctx.journal.step(self)
+        self.ctx.journal.write_next_frame(self)
     }
 
     fn ensure_change_space(&self) -> bool {

@@ -150,7 +150,7 @@ impl DataDirInner {
     pub(super) fn run_syncs(&self) {
         let queue = &self.ctx.sync_queue;
         loop {
-            match queue.wait() {
+            match queue.next_action() {
                 SyncAction::Pass => {
                     if !self.sync_pass() {
                         queue.wait_for_retry();

@@ -49,7 +49,7 @@ impl Journal {
 
     /// Writes one frame after making space for it, in step mode. Returns false if nothing is queued, or if the journal
     /// has no space.
-    pub(in crate::log) fn step(&self, host: &dyn JournalHost) -> bool {
+    pub(in crate::log) fn write_next_frame(&self, host: &dyn JournalHost) -> bool {
         if !self.pending() {
             return false;
         }
@@ -73,7 +73,7 @@ impl Journal {
     /// is no space.
     pub(in crate::log) fn ensure_change_space(&self, host: &dyn JournalHost) -> bool {
         while self.pending() {
-            if !self.step(host) {
+            if !self.write_next_frame(host) {
                 return false;
             }
         }

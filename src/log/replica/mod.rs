@@ -1,5 +1,5 @@
-//! The replicas of a data directory: their state, single writers, readers and syncs. A replica knows the journal and the
-//! disk, and neither the registry nor the threads.
+//! The replicas of a data directory: their state, single writers, readers and syncs. A replica names the journal and
+//! the disk, and neither the registry nor the threads.
 //!
 //! [`ReplicaInner`] is shared by a replica's writer, its readers, the journal and the sync thread. The lock of its
 //! [`LogState`] is held briefly, never across a call to the disk.

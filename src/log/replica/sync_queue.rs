@@ -51,12 +51,12 @@ pub(in crate::log) struct SyncQueue {
     sim_hook: Option<SimHook>,
     /// Size of one write-out of a segment, in bytes.
     piece_bytes: AtomicUsize,
-    state: Mutex<QueueState>,
+    state: Mutex<SyncQueueState>,
     wake: Condvar,
 }
 
 #[derive(Default)]
-struct QueueState {
+struct SyncQueueState {
     dirty: Vec<Arc<ReplicaInner>>,
     dirty_bytes: u64,
     /// Time of the first entry in `dirty`.
@@ -156,7 +156,7 @@ impl SyncQueue {
     /// Returns true if enough bytes are unsynced for a sync pass. Many dirty replicas raise the threshold, because a
     /// sync costs per file. The threshold never exceeds a quarter of the journal's ring, so that the ring keeps free
     /// files.
-    fn is_due(&self, state: &QueueState) -> bool {
+    fn is_due(&self, state: &SyncQueueState) -> bool {
         let of_all = (state.dirty.len() as u64 * MIN_SYNC_BYTES_PER_REPLICA).min(self.max_due_bytes);
         state.dirty_bytes >= self.due_bytes.max(of_all)
     }
@@ -215,7 +215,7 @@ impl SyncQueue {
     }
 
     /// Waits until an action is due, and returns it.
-    pub(in crate::log) fn wait(&self) -> SyncAction {
+    pub(in crate::log) fn next_action(&self) -> SyncAction {
         let mut state = self.state.lock();
         loop {
             if state.is_stopped {
@@ -279,7 +279,7 @@ mod tests {
     fn segments_are_synced_by_a_share_of_the_ring() {
         for (journal_bytes, due) in [(512 << 20, 64 << 20), (16 << 20, 2 << 20), (1 << 30, 64 << 20)] {
             let queue = SyncQueue::new(&LogOptions { journal_bytes, ..LogOptions::default() });
-            let state = |dirty_bytes| QueueState { dirty_bytes, ..QueueState::default() };
+            let state = |dirty_bytes| SyncQueueState { dirty_bytes, ..SyncQueueState::default() };
             assert!(!queue.is_due(&state(due - 1)) && queue.is_due(&state(due)));
         }
     }

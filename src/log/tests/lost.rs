@@ -78,7 +78,7 @@ fn directory_without_identity_is_refused_and_unchanged() {
 
 #[test]
 fn any_data_refuses_a_directory_without_identity() {
-    for (keep, says) in [("checkpoint", "checkpoint"), ("journal", "a journal"), (".log", "segments of topic")] {
+    for (keep, message) in [("checkpoint", "checkpoint"), ("journal", "a journal"), (".log", "segments of topic")] {
         let disk = fed(false);
         for (path, _) in disk.files() {
             if !path.to_string_lossy().contains(keep) {
@@ -86,7 +86,7 @@ fn any_data_refuses_a_directory_without_identity() {
             }
         }
         let text = refused(&disk, small()).to_string();
-        assert!(text.contains(says), "{keep}: {text}");
+        assert!(text.contains(message), "{keep}: {text}");
     }
     let disk = SimDisk::new();
     disk.create_dir_all(Path::new("/data")).unwrap();

@@ -31,19 +31,19 @@ pub(super) struct BootstrapRequest {
     /// subscription and disconnect.
     id: u64,
     /// `Some` if this broker leads after the response: the pauses before further requests.
-    leads_after: Option<Box<Backoff>>,
+    pending_leadership: Option<Box<Backoff>>,
 }
 
 impl BootstrapRequest {
     /// Drops the response to the pending request, if there is one.
     pub(super) fn cancel(&mut self) {
         self.id += 1;
-        self.leads_after = None;
+        self.pending_leadership = None;
     }
 }
 
-/// Tables of a log at the start of a replica.
-pub(in crate::partition) struct Tables {
+/// ParsedTables of a log at the start of a replica.
+pub(in crate::partition) struct ParsedTables {
     pub(super) start: Offset,
     pub(super) epochs: EpochHistory,
     pub(super) producers: ProducerTable,
@@ -79,7 +79,7 @@ pub(in crate::partition) enum BootstrapError {
     NoObjectStore,
 }
 
-impl Tables {
+impl ParsedTables {
     /// Returns the tables of an empty log that starts at `at`.
     fn empty(at: Offset) -> Self {
         Self { start: at, epochs: EpochHistory::new(), producers: ProducerTable::new() }
@@ -112,13 +112,13 @@ impl Tables {
 }
 
 /// Returns the tables at the end of the object store, which must be at `at` or later.
-async fn read_from_object_store(tier: Option<&PartitionTier>, at: Offset) -> Result<Tables, BootstrapError> {
+async fn read_from_object_store(tier: Option<&PartitionTier>, at: Offset) -> Result<ParsedTables, BootstrapError> {
     let tier = tier.ok_or(BootstrapError::NoObjectStore)?;
     let end = tier.state().tiered_end();
     match tier.last_footer().await? {
         Some(footer) if footer.end >= at => {
             let producers: &[u8] = if mutant!(BootstrapWithoutProducers) { &[] } else { &footer.producers };
-            Tables::checked(footer.end, &footer.epochs, producers)
+            ParsedTables::checked(footer.end, &footer.epochs, producers)
         }
         Some(footer) => Err(BootstrapError::Behind { end: footer.end, at }),
         None => Err(BootstrapError::Behind { end, at }),
@@ -142,7 +142,7 @@ impl Actor {
 
     /// Requests the tables that this broker needs before it leads.
     pub(super) fn request_tables_to_lead(&mut self) {
-        self.bootstrap_request.leads_after = Some(Box::new(Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY)));
+        self.bootstrap_request.pending_leadership = Some(Box::new(Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY)));
         self.request_tables(self.tiered_end, Duration::ZERO);
     }
 
@@ -166,7 +166,7 @@ impl Actor {
         });
     }
 
-    pub(super) async fn on_tables(&mut self, request_id: u64, tables: Result<Box<Tables>, BootstrapError>) {
+    pub(super) async fn on_tables(&mut self, request_id: u64, tables: Result<Box<ParsedTables>, BootstrapError>) {
         if request_id != self.bootstrap_request.id {
             return;
         }
@@ -175,7 +175,7 @@ impl Actor {
             self.tiered_end = self.tiered_end.max(tables.start);
         }
         let tables = tables.map(|tables| *tables);
-        if self.bootstrap_request.leads_after.is_some() {
+        if self.bootstrap_request.pending_leadership.is_some() {
             self.start_leading_with_tables(tables).await;
         } else {
             self.bootstrap_with(tables).await;
@@ -184,14 +184,14 @@ impl Actor {
 
     /// Continues the start of a leader after an election that may have lost records. The tables show which records
     /// certainly were committed.
-    async fn start_leading_with_tables(&mut self, tables: Result<Tables, BootstrapError>) {
+    async fn start_leading_with_tables(&mut self, tables: Result<ParsedTables, BootstrapError>) {
         let committed = self.tiered_end.max(self.log_start);
         let tables = match tables {
             // Deletion overtook the object store, or the topic no longer has one: there are no tables of the records
             // before.
-            Err(BootstrapError::NoObjectStore) => Tables::empty(committed),
-            Err(_) if !self.has_tiered_tables() => Tables::empty(committed),
-            Ok(tables) if tables.start < committed => Tables::empty(committed),
+            Err(BootstrapError::NoObjectStore) => ParsedTables::empty(committed),
+            Err(_) if !self.has_tiered_tables() => ParsedTables::empty(committed),
+            Ok(tables) if tables.start < committed => ParsedTables::empty(committed),
             Ok(tables) => tables,
             Err(error) => {
                 if let Some(count) = self.warnings.occur(Condition::CannotLead) {
@@ -223,15 +223,15 @@ impl Actor {
 
     /// Repeats the request to the object store, after a longer pause.
     fn lead_later(&mut self) {
-        if let Some(backoff) = &mut self.bootstrap_request.leads_after {
+        if let Some(backoff) = &mut self.bootstrap_request.pending_leadership {
             let pause = backoff.next_pause();
             self.request_tables(self.tiered_end, pause);
         }
     }
 
     /// Resets the log with these tables. Returns false if the disk failed or is full.
-    pub(super) async fn reset(&mut self, tables: Tables) -> bool {
-        let Tables { start: at, epochs, producers } = tables;
+    pub(super) async fn reset(&mut self, tables: ParsedTables) -> bool {
+        let ParsedTables { start: at, epochs, producers } = tables;
         #[cfg(feature = "sim")]
         let contents = (epochs.iter().collect::<Vec<_>>(), producers.ids().collect::<Vec<_>>());
         let done = self.change_log(move |replica| replica.reset_with(at, epochs, producers)).await;
@@ -244,11 +244,11 @@ impl Actor {
 
     /// Resets the log to offset 0, without tables.
     pub(super) async fn empty(&mut self) -> bool {
-        self.reset(Tables::empty(Offset::ZERO)).await
+        self.reset(ParsedTables::empty(Offset::ZERO)).await
     }
 
     /// Bootstraps with these tables.
-    pub(super) async fn bootstrap_with(&mut self, tables: Result<Tables, BootstrapError>) {
+    pub(super) async fn bootstrap_with(&mut self, tables: Result<ParsedTables, BootstrapError>) {
         if !matches!(self.role, RoleState::Following(_)) {
             return;
         }
@@ -295,9 +295,14 @@ mod tests {
         of.iter().map(|(epoch, start)| (LeaderEpoch(*epoch), at(*start))).collect()
     }
 
-    fn sent(epochs: &[(u32, u64)], producers: &'static [u8]) -> Result<Tables, BootstrapError> {
+    fn sent(epochs: &[(u32, u64)], producers: &'static [u8]) -> Result<ParsedTables, BootstrapError> {
         let producers = bytes::Bytes::from_static(producers);
-        Tables::sent(&BootstrapTables { start: at(10), from_object_store: false, epochs: pairs(epochs), producers })
+        ParsedTables::sent(&BootstrapTables {
+            start: at(10),
+            from_object_store: false,
+            epochs: pairs(epochs),
+            producers,
+        })
     }
 
     #[test]

@@ -76,7 +76,7 @@ impl Actor {
                 self.metadata.set_broker_status(broker, status);
                 self.update_isr_tracker(|tracker| tracker.on_broker_status(broker, status));
             }
-            ControlMessage::IsrOutcome(outcome) => self.agreed(*outcome),
+            ControlMessage::IsrOutcome(outcome) => self.on_isr_outcome(*outcome),
             ControlMessage::Deposed(epoch) => self.deposed(epoch),
             ControlMessage::Link(event) => self.on_link_event(event).await,
             ControlMessage::BootstrapReady(request_id, tables) => self.on_tables(request_id, tables).await,

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::{Actor, MAX_GROUP_BYTES, RoleState, bootstrap::Tables, leading::AppendError, warnings::Condition};
+use super::{Actor, MAX_GROUP_BYTES, RoleState, bootstrap::ParsedTables, leading::AppendError, warnings::Condition};
 use crate::{
     model::{LeaderEpoch, Offset},
     partition::{
@@ -76,7 +76,7 @@ impl Actor {
                 SubscribeOutcome::Bootstrap(tables) if !tables.from_object_store => {
                     // No tier has the records before.
                     self.log_start = self.log_start.max(at);
-                    self.bootstrap_with(Tables::sent(&tables)).await;
+                    self.bootstrap_with(ParsedTables::sent(&tables)).await;
                 }
                 _ => self.request_tables(at, Duration::ZERO),
             },

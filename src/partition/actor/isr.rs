@@ -221,7 +221,7 @@ impl Actor {
     }
 
     /// Applies an outcome of the metadata store.
-    pub(super) fn agreed(&mut self, outcome: ProposalOutcome) {
+    pub(super) fn on_isr_outcome(&mut self, outcome: ProposalOutcome) {
         let request = self.pending_request.take();
         let current = match &outcome {
             ProposalOutcome::CurrentValue(value, revision) => Some((value.clone(), *revision)),
@@ -238,7 +238,7 @@ impl Actor {
         let kind = if reading { StoreRequestKind::ReadBack } else { StoreRequestKind::Proposal };
         let is_due = request.is_some_and(|request| request.epoch == epoch && request.kind == kind);
         let observed = if is_due {
-            leader.in_sync_mut().agreed(outcome)
+            leader.in_sync_mut().on_outcome(outcome)
         } else {
             // The request is of an earlier epoch, or the metadata was faster. The outcome counts for nothing, but its
             // value may be new.

@@ -248,7 +248,7 @@ impl Actor {
         let now = clock::monotonic();
         let is_old = self.active_since.is_some_and(|since| now.duration_since(since) >= self.config.segment_age);
         if is_old || self.log.is_full(self.config.segment_bytes, bytes) {
-            self.seal()?;
+            self.roll()?;
         }
         self.log.append(batches).map_err(append_error)?;
         #[cfg(feature = "sim")]

@@ -74,7 +74,7 @@ pub(super) fn active_since(info: &SegmentInfo) -> Option<Instant> {
 
 impl Actor {
     /// Seals the active segment and starts the next one. Written records stay where they are.
-    pub(super) fn seal(&mut self) -> Result<(), AppendError> {
+    pub(super) fn roll(&mut self) -> Result<(), AppendError> {
         self.log.roll().map_err(append_error)?;
         self.active_since = None;
         self.maintenance.push(self.id);
@@ -84,7 +84,7 @@ impl Actor {
     /// Seals a segment that maintenance found old enough. After a failure, maintenance tries again.
     pub(super) fn roll_now(&mut self) {
         if self.active_since.is_some()
-            && let Err(error) = self.seal()
+            && let Err(error) = self.roll()
             && let Some(count) = self.warnings.occur(Condition::CannotRoll)
         {
             tracing::warn!(

@@ -50,7 +50,7 @@ use tokio::{
 
 pub use self::leading::{AppendError, AppendResult, BatchOrigin, Stored};
 use self::{
-    bootstrap::{BootstrapError, BootstrapRequest, Tables},
+    bootstrap::{BootstrapError, BootstrapRequest, ParsedTables},
     inbox::Input,
     isr::{LastProposal, PendingStoreRequest},
     leading::LeaderRole,
@@ -113,8 +113,8 @@ pub(super) enum ControlMessage {
     IsrOutcome(Box<ProposalOutcome>),
     Deposed(LeaderEpoch),
     Link(LinkEvent),
-    /// Tables that the task requested from the object store, with the number of that request.
-    BootstrapReady(u64, Result<Box<Tables>, BootstrapError>),
+    /// ParsedTables that the task requested from the object store, with the number of that request.
+    BootstrapReady(u64, Result<Box<ParsedTables>, BootstrapError>),
 }
 
 /// Subscription of a follower, with the channel for its response.

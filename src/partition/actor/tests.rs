@@ -27,7 +27,7 @@ fn open_log_on(disk: SimDisk) -> DataDir {
 
 fn open(log: &DataDir) -> Actor {
     let mut actor = open_unassigned(log);
-    lead(&mut actor, 4);
+    start_leading(&mut actor, 4);
     actor
 }
 
@@ -56,7 +56,7 @@ fn open_unassigned(log: &DataDir) -> Actor {
 }
 
 /// Applies metadata that names this broker as the leader of an epoch.
-fn lead(actor: &mut Actor, epoch: u32) {
+fn start_leading(actor: &mut Actor, epoch: u32) {
     let value = PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(epoch));
     actor.apply_partition_value(Arc::new(value), Revision(u64::from(epoch)));
     actor.finish_turn();
@@ -91,7 +91,7 @@ fn take_signals(actor: &mut Actor) {
 fn truncate_and_lead(actor: &mut Actor, to: u64) {
     let log_end = actor.log.truncate(Offset::new(to).unwrap()).unwrap();
     actor.persisted_submit_end = log_end;
-    lead(actor, 5);
+    start_leading(actor, 5);
 }
 
 /// Returns true if maintenance was queued since the last call.
@@ -111,7 +111,7 @@ async fn maintenance_is_queued_when_epoch_is_committed() {
     let log = open_log();
     let mut actor = open(&log);
     let _written = write(&mut actor);
-    lead(&mut actor, 5);
+    start_leading(&mut actor, 5);
     assert_eq!(actor.status.role, ReplicaRole::Leader { epoch_committed: false });
     assert!(is_queued(&actor) && !is_queued(&actor));
     assert!(log.journal_step());

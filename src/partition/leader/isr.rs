@@ -425,7 +425,7 @@ impl IsrTracker {
         }
     }
 
-    /// Returns the next ISR change to propose. Only one proposal is pending: the next one follows [`Self::agreed`]. The
+    /// Returns the next ISR change to propose. Only one proposal is pending: the next one follows [`Self::on_outcome`]. The
     /// leader calls this after every turn, so nothing is allocated while no replica's membership changes.
     pub fn proposal(&mut self) -> Option<IsrProposal> {
         if self.in_flight.is_some() || self.needs_read_back || self.awaits_metadata || self.epoch_ended {
@@ -483,7 +483,7 @@ impl IsrTracker {
     }
 
     /// Applies the outcome of the last proposal, or a value that was read back.
-    pub fn agreed(&mut self, outcome: ProposalOutcome) -> ValueUpdate {
+    pub fn on_outcome(&mut self, outcome: ProposalOutcome) -> ValueUpdate {
         let proposal = self.in_flight.take();
         match outcome {
             ProposalOutcome::Committed(revision) => match proposal {

@@ -58,7 +58,7 @@ pub(super) async fn plan(partition: &Partition, local: &LocalSegments, scope: St
             && local.leads.is_some_and(|(_, epoch_committed)| epoch_committed),
         leads: local.leads.is_some(),
         // A segment that is sealed but not uploaded at once would hold no more than one waiting append.
-        hurry: local.awaits_tier && scope == StepScope::All,
+        urgent: local.awaits_tier && scope == StepScope::All,
     };
     partition.published.set_future_segments(if input.leads { retention::in_future(&input) } else { 0 });
     let plan = retention::plan(&input);

@@ -85,7 +85,7 @@ impl MaintenanceRunner {
     ) -> Result<MaintenanceResult, MaintenanceError> {
         let mut local = local(partition).await?;
         let mut planned = plan(partition, &local, scope).await;
-        let sealed = planned.plan.seal;
+        let sealed = planned.plan.roll;
         if sealed {
             partition.command(ActorCommand::Roll).await;
             if partition.error().is_some() {

@@ -55,7 +55,7 @@ fn leadership_that_has_not_begun_is_decided_once() {
 }
 
 #[test]
-fn epoch_whose_leadership_ended_is_given_up() {
+fn value_with_an_ended_leadership_is_late() {
     let mut metadata = leading();
     metadata.end_role();
     for revision in [10, 11] {
@@ -68,7 +68,7 @@ fn epoch_whose_leadership_ended_is_given_up() {
 }
 
 #[test]
-fn refused_leadership_is_given_up() {
+fn refused_leadership_makes_the_value_late() {
     let mut metadata = AppliedMetadata::default();
     assert_eq!(apply(&mut metadata, 10, value(4, Some(ME))), Transition::Lead);
     metadata.refuse_leadership();

@@ -136,7 +136,8 @@ impl ModelState {
             // An acknowledgement that the leader has already, or that is on its way, is not sent again.
             let progress = self.brokers[me].progress();
             let is_known = leading.acknowledged_by(id(me)) == Some(progress) || leading.follows(id(me)).is_none();
-            if !is_known && !link.replicate_request.iter().any(|message| message.says == FollowerSends::Holds(progress))
+            if !is_known
+                && !link.replicate_request.iter().any(|message| message.content == FollowerSends::Holds(progress))
             {
                 steps.push(Step::Acknowledge { follower: me, arrives: DeliveryTime::Now });
                 if may_be_late {
@@ -234,11 +235,11 @@ impl ModelState {
             Step::Push { leader, follower, arrives } => world.push(leader, follower, arrives)?,
             Step::LeaderHears { leader, follower, message } => {
                 let message = world.wires[leader][follower].replicate_request.remove(message);
-                world.leader_hears(leader, follower, message, DeliveryTime::Now)?;
+                world.leader_receives(leader, follower, message, DeliveryTime::Now)?;
             }
             Step::FollowerHears { leader, follower } => {
                 let message = world.wires[leader][follower].replicate_response.remove(0);
-                world.follower_hears(follower, message)?;
+                world.follower_receives(follower, message)?;
             }
             Step::Break { leader, follower } => world.break_link(leader, follower),
             Step::Lag(me) => {
@@ -315,15 +316,15 @@ impl ModelState {
     fn join(&mut self, me: usize, claim: DeliveryTime, answer: DeliveryTime) -> Result<(), RuleViolation> {
         let (history, end, from) = (self.brokers[me].history(), at(self.brokers[me].log.len()), self.peer(me));
         let Role::Following(follower) = &mut self.brokers[me].role else { return Ok(()) };
-        let says = FollowerSends::Claims(follower.claim(&history, end));
+        let content = FollowerSends::Claims(follower.claim(&history, end));
         let (leader, epoch) = (index(follower.leader()), follower.epoch());
-        self.send_to_leader(leader, me, ToLeader { from, epoch, says }, claim, answer)
+        self.send_to_leader(leader, me, ToLeader { from, epoch, content }, claim, answer)
     }
 
     fn acknowledge(&mut self, me: usize, arrives: DeliveryTime) -> Result<(), RuleViolation> {
-        let (from, says) = (self.peer(me), FollowerSends::Holds(self.brokers[me].progress()));
+        let (from, content) = (self.peer(me), FollowerSends::Holds(self.brokers[me].progress()));
         let Role::Following(follower) = &self.brokers[me].role else { return Ok(()) };
-        let message = ToLeader { from, epoch: follower.epoch(), says };
+        let message = ToLeader { from, epoch: follower.epoch(), content };
         self.send_to_leader(index(follower.leader()), me, message, arrives, DeliveryTime::Now)
     }
 
@@ -336,7 +337,7 @@ impl ModelState {
         answer: DeliveryTime,
     ) -> Result<(), RuleViolation> {
         if arrives == DeliveryTime::Now {
-            return self.leader_hears(leader, follower, message, answer);
+            return self.leader_receives(leader, follower, message, answer);
         }
         self.budget.late -= 1;
         self.wires[leader][follower].replicate_request.push(message);
@@ -365,25 +366,25 @@ impl ModelState {
         arrives: DeliveryTime,
     ) -> Result<(), RuleViolation> {
         if arrives == DeliveryTime::Now {
-            return self.follower_hears(follower, message);
+            return self.follower_receives(follower, message);
         }
         self.budget.late -= 1;
         self.wires[leader][follower].replicate_response.push(message);
         Ok(())
     }
 
-    fn leader_hears(
+    fn leader_receives(
         &mut self,
         leader: usize,
         follower: usize,
         message: ToLeader,
         arrives: DeliveryTime,
     ) -> Result<(), RuleViolation> {
-        let ToLeader { from, epoch, says } = message;
+        let ToLeader { from, epoch, content } = message;
         let (history, local) =
             (self.brokers[leader].history(), LocalLogBounds { local_start: Offset::ZERO, tiered_end: None });
         let Role::Leading(leading) = &mut self.brokers[leader].role else { return Ok(()) };
-        match says {
+        match content {
             FollowerSends::Claims(position) => {
                 let decision = leading.join(from, epoch, position, local, &history);
                 let message = ToFollower {
@@ -404,7 +405,7 @@ impl ModelState {
         Ok(())
     }
 
-    fn follower_hears(&mut self, me: usize, message: ToFollower) -> Result<(), RuleViolation> {
+    fn follower_receives(&mut self, me: usize, message: ToFollower) -> Result<(), RuleViolation> {
         let ToFollower { epoch, high_watermark, brings } = message;
         let history = self.brokers[me].history();
         let Role::Following(follower) = &mut self.brokers[me].role else { return Ok(()) };
@@ -502,7 +503,7 @@ impl ModelState {
     fn on_proposal_outcome(&mut self, me: usize, outcome: ProposalOutcome) {
         let broker = &mut self.brokers[me];
         let Role::Leading(leader) = &mut broker.role else { return };
-        match leader.agreed(outcome) {
+        match leader.on_outcome(outcome) {
             ValueUpdate::Deposed { .. } => self.learn(me),
             ValueUpdate::Adopted => {
                 let _stays = broker.metadata.apply(leader.value().clone().into(), leader.revision(), id(me));

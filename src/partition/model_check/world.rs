@@ -105,7 +105,7 @@ pub(super) struct ModelBroker {
 pub(super) struct ToLeader {
     pub(super) from: PeerId,
     pub(super) epoch: LeaderEpoch,
-    pub(super) says: FollowerSends,
+    pub(super) content: FollowerSends,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

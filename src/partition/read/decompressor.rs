@@ -208,7 +208,7 @@ impl Decompressor {
     }
 }
 
-/// Identity of a batch. Offsets are unique in a partition, and the checksum tells a truncated batch from a later one at
+/// Identity of a batch. Offsets are unique in a partition, and the checksum distinguishes a truncated batch from a later one at
 /// its offset.
 type BatchName = (PartitionId, Offset, u32);
 

@@ -85,9 +85,9 @@ impl From<InvalidMessage> for ApiError {
 #[derive(Debug)]
 pub(super) enum FollowerMessage {
     /// Start of a subscription.
-    Subscribe { place: u32, join: Result<SubscribeRequest, InvalidMessage> },
+    Subscribe { subscription_id: u32, join: Result<SubscribeRequest, InvalidMessage> },
     /// End of a subscription.
-    Unsubscribe { place: u32, known: Option<LeaderEpoch>, stopping: bool },
+    Unsubscribe { subscription_id: u32, known: Option<LeaderEpoch>, stopping: bool },
     /// Progress of these subscriptions.
     Progress(Vec<(u32, ReplicaProgress)>),
     /// Response to a ping.
@@ -107,7 +107,7 @@ pub(super) struct SubscribeRequest {
 #[derive(Debug)]
 pub(super) enum LeaderMessage {
     /// Response to a subscription.
-    Response { place: u32, answered: Result<SubscribeResponse, InvalidMessage> },
+    Response { subscription_id: u32, answered: Result<SubscribeResponse, InvalidMessage> },
     /// Batches of subscriptions.
     Batches(Vec<v1::PartitionBatches>),
     /// Request for a response, which shows that the follower's process runs.
@@ -147,10 +147,10 @@ impl TryFrom<v1::ReplicateRequest> for FollowerMessage {
     fn try_from(message: v1::ReplicateRequest) -> Result<Self, InvalidMessage> {
         match message.message {
             Some(replicate_request::Message::Subscribe(subscribe)) => {
-                Ok(Self::Subscribe { place: subscribe.subscription_id, join: subscribe.try_into() })
+                Ok(Self::Subscribe { subscription_id: subscribe.subscription_id, join: subscribe.try_into() })
             }
             Some(replicate_request::Message::Unsubscribe(unsubscribe)) => Ok(Self::Unsubscribe {
-                place: unsubscribe.subscription_id,
+                subscription_id: unsubscribe.subscription_id,
                 known: LeaderEpoch::from_i32(unsubscribe.known_epoch),
                 stopping: unsubscribe.stopping,
             }),
@@ -202,7 +202,7 @@ impl TryFrom<v1::ReplicateResponse> for LeaderMessage {
     fn try_from(message: v1::ReplicateResponse) -> Result<Self, InvalidMessage> {
         match message.message {
             Some(replicate_response::Message::SubscribeResponse(response)) => {
-                Ok(Self::Response { place: response.subscription_id, answered: parse_response(response) })
+                Ok(Self::Response { subscription_id: response.subscription_id, answered: parse_response(response) })
             }
             Some(replicate_response::Message::Batches(batches)) => Ok(Self::Batches(batches.partitions)),
             Some(replicate_response::Message::Ping(ping)) => Ok(Self::Ping(ping.number)),
@@ -446,24 +446,24 @@ mod tests {
         #[test]
         fn valid_response_is_encoded_as_it_was_received(response in responses()) {
             let message = replicate_response(replicate_response::Message::SubscribeResponse(response));
-            let Ok(LeaderMessage::Response { place, answered }) = message.clone().try_into() else { panic!("a response") };
+            let Ok(LeaderMessage::Response { subscription_id, answered }) = message.clone().try_into() else { panic!("a response") };
             if let Ok(answered) = answered {
-                prop_assert_eq!(subscribe_response(place, answered), message);
+                prop_assert_eq!(subscribe_response(subscription_id, answered), message);
             }
         }
 
         #[test]
         fn subscription_is_rejected_or_encoded_as_received(
-            place: u32, partition in epochs(), leader_epoch in epochs(), last in prop::option::of(epochs()),
+            subscription_id: u32, partition in epochs(), leader_epoch in epochs(), last in prop::option::of(epochs()),
             end in numbers(), persisted in numbers(), added_after: Option<u64>, id in "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
         ) {
             let message =
-                v1::Subscribe { subscription_id: place, topic_id: id, partition, leader_epoch, last_epoch: last, log_end: end, persisted_end: persisted, removal_count: added_after };
+                v1::Subscribe { subscription_id, topic_id: id, partition, leader_epoch, last_epoch: last, log_end: end, persisted_end: persisted, removal_count: added_after };
             let can_be = partition >= 0 && leader_epoch >= 0 && last.is_none_or(|last| last >= 0) && 0 <= persisted && persisted <= end;
             let parsed = SubscribeRequest::try_from(message.clone());
             prop_assert_eq!(parsed.is_ok(), can_be);
             if let Ok(parsed) = parsed {
-                prop_assert_eq!(join(place, &parsed).message, Some(replicate_request::Message::Subscribe(message)));
+                prop_assert_eq!(join(subscription_id, &parsed).message, Some(replicate_request::Message::Subscribe(message)));
             }
         }
 

@@ -298,7 +298,7 @@ impl ReplicationReceiver<'_> {
         let (slot, weak) = (&mut self.slots[index], Arc::downgrade(&partition));
         if !Weak::ptr_eq(&slot.partition, &weak) {
             slot.partition = weak;
-            partition.follow(&self.ready, index, WatermarkKind::AnyEnd);
+            partition.add_listener(&self.ready, index, WatermarkKind::AnyEnd);
         }
         Some((index, partition))
     }
@@ -390,7 +390,7 @@ impl ReplicationReceiver<'_> {
 
     fn received(&mut self, message: v1::ReplicateResponse) -> Result<(), InvalidMessage> {
         match message.try_into()? {
-            LeaderMessage::Response { place: number, answered } => {
+            LeaderMessage::Response { subscription_id: number, answered } => {
                 if let Some(index) = self.subscriptions.get(&number).copied() {
                     match answered {
                         Ok(answered) => self.on_response(index, answered),

@@ -340,11 +340,13 @@ impl ReplicationSender {
 
     fn received(&mut self, message: v1::ReplicateRequest) -> Result<(), ApiError> {
         match message.try_into()? {
-            FollowerMessage::Subscribe { place: number, join: Ok(request) } => self.subscribe(number, request)?,
-            FollowerMessage::Subscribe { place: number, join: Err(error) } => {
+            FollowerMessage::Subscribe { subscription_id: number, join: Ok(request) } => {
+                self.subscribe(number, request)?
+            }
+            FollowerMessage::Subscribe { subscription_id: number, join: Err(error) } => {
                 self.responses.push_back(messages::refused(number, LeaderEpoch::default(), error.into()));
             }
-            FollowerMessage::Unsubscribe { place: number, known, stopping } => {
+            FollowerMessage::Unsubscribe { subscription_id: number, known, stopping } => {
                 self.unsubscribe(number, known, stopping)
             }
             FollowerMessage::Pong(number) => self.config.probe.on_pong(number).map_err(|UnsentPing| {
@@ -405,8 +407,8 @@ impl ReplicationSender {
                 index
             }
         };
-        partition.follow(&self.written, index, WatermarkKind::LogEnd);
-        partition.follow(&self.committed, index, WatermarkKind::HighWatermark);
+        partition.add_listener(&self.written, index, WatermarkKind::LogEnd);
+        partition.add_listener(&self.committed, index, WatermarkKind::HighWatermark);
         Some(index)
     }
 

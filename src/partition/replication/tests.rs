@@ -129,7 +129,7 @@ impl Side {
     }
 
     /// Runs the leader's side against a scripted peer.
-    fn lead(&self) -> ScriptedPeer<v1::ReplicateRequest, v1::ReplicateResponse> {
+    fn start_leading(&self) -> ScriptedPeer<v1::ReplicateRequest, v1::ReplicateResponse> {
         self.lead_at(CatchUpThrottle::new(None))
     }
 
@@ -155,7 +155,7 @@ impl Side {
     }
 
     /// Runs the follower's side against a scripted peer.
-    fn follow(&self) -> ScriptedPeer<v1::ReplicateResponse, v1::ReplicateRequest> {
+    fn start_following(&self) -> ScriptedPeer<v1::ReplicateResponse, v1::ReplicateRequest> {
         let ((to, incoming), (outgoing, from)) = (mpsc::channel(1), mpsc::channel(1));
         let (asked, find, tasks) = (Arc::clone(&self.asked), self.find(), self.tasks.clone());
         let ended = self.tasks.spawn("follow", async move {
@@ -184,13 +184,13 @@ impl<T, F> ScriptedPeer<T, F> {
 }
 
 impl ScriptedPeer<v1::ReplicateRequest, v1::ReplicateResponse> {
-    async fn join(&self, place: u32, partition: PartitionId, epoch: LeaderEpoch) {
+    async fn join(&self, subscription_id: u32, partition: PartitionId, epoch: LeaderEpoch) {
         let (position, progress) =
             (LogPosition { last_epoch: None, log_end: Offset::ZERO, removal_count: None }, ReplicaProgress::default());
-        self.send(messages::join(place, &SubscribeRequest { partition, epoch, position, progress })).await;
+        self.send(messages::join(subscription_id, &SubscribeRequest { partition, epoch, position, progress })).await;
     }
 
-    async fn answer(&mut self) -> v1::SubscribeResponse {
+    async fn next_response(&mut self) -> v1::SubscribeResponse {
         match self.receive().await.message {
             Some(replicate_response::Message::SubscribeResponse(response)) => response,
             other => panic!("a response is due: {other:?}"),
@@ -215,10 +215,10 @@ impl ScriptedPeer<v1::ReplicateResponse, v1::ReplicateRequest> {
     }
 
     async fn accept(&self, subscribe: &v1::Subscribe) {
-        self.answer(subscribe.subscription_id, subscribe_response::Outcome::AcceptedAt(subscribe.log_end)).await;
+        self.respond(subscribe.subscription_id, subscribe_response::Outcome::AcceptedAt(subscribe.log_end)).await;
     }
 
-    async fn answer(&self, subscription_id: u32, outcome: subscribe_response::Outcome) {
+    async fn respond(&self, subscription_id: u32, outcome: subscribe_response::Outcome) {
         let response = v1::SubscribeResponse {
             subscription_id,
             leader_epoch: EPOCH.as_i32(),
@@ -310,12 +310,12 @@ async fn thousand_partitions_follow_over_one_link_and_the_next() {
 async fn blocked_subscription_keeps_its_window_and_delays_no_other() {
     const BYTES: usize = 256 << 10;
     let side = Side::new(LEADER);
-    let mut link = side.lead();
+    let mut link = side.start_leading();
     let mut partitions = Vec::new();
     for number in 0..10 {
         partitions.push(side.open(number, &[LEADER]).await);
         link.join(100 + number, id(number), EPOCH).await;
-        let response = link.answer().await;
+        let response = link.next_response().await;
         assert_eq!(
             (response.subscription_id, response.outcome),
             (100 + number, Some(subscribe_response::Outcome::AcceptedAt(0)))
@@ -341,8 +341,9 @@ async fn blocked_subscription_keeps_its_window_and_delays_no_other() {
                 }
             }
         }
-        let ends =
-            ends.into_iter().map(|(place, log_end)| (place, ReplicaProgress { log_end, persisted_end: log_end }));
+        let ends = ends
+            .into_iter()
+            .map(|(subscription_id, log_end)| (subscription_id, ReplicaProgress { log_end, persisted_end: log_end }));
         link.send(messages::progress(ends)).await;
     }
     assert!(
@@ -393,17 +394,17 @@ async fn invalid_follower_message_gets_an_error() {
     for (message, text) in rejected {
         let side = Side::new(LEADER);
         side.open(0, &[LEADER]).await;
-        let mut link = side.lead();
+        let mut link = side.start_leading();
         link.send(v1::ReplicateRequest { message: Some(message), ..Default::default() }).await;
-        let response = link.answer().await;
+        let response = link.next_response().await;
         let Some(subscribe_response::Outcome::Error(error)) = response.outcome else { panic!("{text}: {response:?}") };
         assert!(error.message.contains(text), "{text}: {}", error.message);
         // The link continues.
         link.join(2, id(0), EPOCH).await;
-        assert_eq!(link.answer().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)), "{text}");
+        assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)), "{text}");
         // An acknowledgement of records that were never sent ends that subscription, and only it.
         link.send(messages::progress([(2, ReplicaProgress { log_end: at(7), persisted_end: at(0) })])).await;
-        let response = link.answer().await;
+        let response = link.next_response().await;
         assert!(matches!(response.outcome, Some(subscribe_response::Outcome::Error(_))), "{response:?}");
         side.tasks.stop().await;
     }
@@ -422,9 +423,9 @@ async fn invalid_follower_message_gets_an_error() {
     for (message, text) in link_errors {
         let side = Side::new(LEADER);
         side.open(0, &[LEADER]).await;
-        let mut link = side.lead();
+        let mut link = side.start_leading();
         link.join(1, id(0), EPOCH).await;
-        link.answer().await;
+        link.next_response().await;
         link.send(v1::ReplicateRequest { message, ..Default::default() }).await;
         let ended = link.ended.await.unwrap();
         let LinkEnd::Bad(error) = ended else { panic!("{text}: {ended:?}") };
@@ -434,12 +435,12 @@ async fn invalid_follower_message_gets_an_error() {
 }
 
 /// Returns a batch as the leader of the epoch sends it.
-fn piece(place: u32, base: u64) -> v1::PartitionBatches {
+fn piece(subscription_id: u32, base: u64) -> v1::PartitionBatches {
     let mut batch = batch(10);
     batch.set_offset_and_epoch(at(base), EPOCH);
     let chunks = vec![batch.header().to_vec().into(), batch.records_bytes().clone()];
     v1::PartitionBatches {
-        subscription_id: place,
+        subscription_id,
         leader_epoch: EPOCH.as_i32(),
         base: at(base).as_i64(),
         high_watermark: 0,
@@ -457,20 +458,29 @@ async fn invalid_leader_message_causes_a_new_subscription() {
     };
     type Bad = Box<dyn Fn(u32) -> v1::PartitionBatches>;
     let bad: [(&str, Bad); 5] = [
-        ("corrupt", Box::new(move |place| corrupt(piece(place, 1)))),
+        ("corrupt", Box::new(move |subscription_id| corrupt(piece(subscription_id, 1)))),
         (
             "truncated",
-            Box::new(|place| v1::PartitionBatches { chunks: piece(place, 1).chunks[..1].to_vec(), ..piece(place, 1) }),
+            Box::new(|subscription_id| v1::PartitionBatches {
+                chunks: piece(subscription_id, 1).chunks[..1].to_vec(),
+                ..piece(subscription_id, 1)
+            }),
         ),
-        ("another epoch", Box::new(|place| v1::PartitionBatches { leader_epoch: 4, ..piece(place, 1) })),
-        ("an invalid high watermark", Box::new(|place| v1::PartitionBatches { high_watermark: -1, ..piece(place, 1) })),
+        (
+            "another epoch",
+            Box::new(|subscription_id| v1::PartitionBatches { leader_epoch: 4, ..piece(subscription_id, 1) }),
+        ),
+        (
+            "an invalid high watermark",
+            Box::new(|subscription_id| v1::PartitionBatches { high_watermark: -1, ..piece(subscription_id, 1) }),
+        ),
         // Detected by the partition, not by the link.
-        ("a gap", Box::new(|place| piece(place, 5))),
+        ("a gap", Box::new(|subscription_id| piece(subscription_id, 5))),
     ];
     for (case, bad) in bad {
         let side = Side::new(FOLLOWER.broker);
         let [copy, other] = [side.open(0, &[LEADER]).await, side.open(1, &[LEADER]).await];
-        let mut link = side.follow();
+        let mut link = side.start_following();
         let mut subscriptions = [link.asked().await, link.asked().await];
         // Each partition subscribes from its own task.
         subscriptions.sort_by_key(|subscription| subscription.partition);
@@ -511,7 +521,7 @@ async fn invalid_leader_message_causes_a_new_subscription() {
 async fn unexpected_responses_change_nothing() {
     let side = Side::new(FOLLOWER.broker);
     let copy = side.open(0, &[LEADER]).await;
-    let mut link = side.follow();
+    let mut link = side.start_following();
     let mut subscribe = link.asked().await;
     let rejected = || v1::Error { message: "not now".to_owned(), ..v1::Error::default() };
     for outcome in [
@@ -529,7 +539,7 @@ async fn unexpected_responses_change_nothing() {
         subscribe_response::Outcome::Error(rejected()),
     ] {
         let case = format!("{outcome:?}");
-        link.answer(subscribe.subscription_id, outcome).await;
+        link.respond(subscribe.subscription_id, outcome).await;
         // Batches without a response that allows them.
         link.send(messages::batches(vec![piece(subscribe.subscription_id, 0)])).await;
         let next = link.asked().await;
@@ -537,7 +547,7 @@ async fn unexpected_responses_change_nothing() {
         subscribe = next;
     }
     link.accept(&subscribe).await;
-    link.answer(subscribe.subscription_id, subscribe_response::Outcome::Error(rejected())).await;
+    link.respond(subscribe.subscription_id, subscribe_response::Outcome::Error(rejected())).await;
     let next = link.asked().await;
     assert!(next.subscription_id > subscribe.subscription_id, "a leader may end a subscription that it accepted");
     // Only a message that names no subscription ends the link.
@@ -552,7 +562,7 @@ async fn unexpected_responses_change_nothing() {
 async fn unsubscribed_partition_acknowledges_nothing() {
     let side = Side::new(FOLLOWER.broker);
     let copy = side.open(0, &[LEADER]).await;
-    let mut link = side.follow();
+    let mut link = side.start_following();
     let subscribe = link.asked().await;
     link.accept(&subscribe).await;
     assert_eq!(link.progress().await.log_end, [0], "the progress is acknowledged at once");
@@ -589,9 +599,9 @@ async fn unsubscribed_partition_acknowledges_nothing() {
 async fn moved_high_watermark_is_sent_without_batches() {
     let side = Side::new(LEADER);
     let partition = side.open(0, &[LEADER, FOLLOWER.broker]).await;
-    let mut link = side.lead();
+    let mut link = side.start_leading();
     link.join(1, id(0), EPOCH).await;
-    assert_eq!(link.answer().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
+    assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
     link.send(messages::progress([(1, ReplicaProgress::default())])).await;
     let acked = append(&partition, 10, Acks::All).await;
     let sent = link.pieces().await;
@@ -615,7 +625,7 @@ async fn in_sync_follower_is_not_throttled_by_catch_up_limit() {
         overdrawn.take(1 << 20);
         let mut link = side.lead_at(overdrawn);
         link.join(1, id(0), EPOCH).await;
-        assert_eq!(link.answer().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
+        assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
         let batches = tokio::time::timeout(Duration::from_secs(5), link.pieces()).await;
         assert_eq!(batches.is_err(), waits, "{isr:?}");
         side.tasks.stop().await;
@@ -625,7 +635,7 @@ async fn in_sync_follower_is_not_throttled_by_catch_up_limit() {
 #[tokio::test(start_paused = true)]
 async fn follower_that_reads_no_responses_is_blocked() {
     let side = Side::new(LEADER);
-    let mut link = side.lead();
+    let mut link = side.start_leading();
     let mut sent = 0;
     // The paused clock moves only when no task has work.
     let many = async {
@@ -639,9 +649,9 @@ async fn follower_that_reads_no_responses_is_blocked() {
     assert!((max - 4..=max).contains(&sent), "{sent} subscriptions were received");
     // The link continues when its responses are read.
     for subscription_id in 0..sent {
-        assert_eq!(link.answer().await.subscription_id, subscription_id);
+        assert_eq!(link.next_response().await.subscription_id, subscription_id);
     }
     link.join(sent, id(99), EPOCH).await;
-    assert_eq!(link.answer().await.subscription_id, sent);
+    assert_eq!(link.next_response().await.subscription_id, sent);
     side.tasks.stop().await;
 }

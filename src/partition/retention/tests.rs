@@ -38,7 +38,7 @@ fn input<'a>(
         tiered_bytes: tiered.iter().map(|segment| segment.bytes).sum(),
         uploads: config.tiered,
         leads: true,
-        hurry: false,
+        urgent: false,
     }
 }
 
@@ -191,9 +191,9 @@ fn future_timestamp_neither_blocks_nor_expires() {
         }
         let mut open = input(&config, &[], &[]);
         (open.active, open.active_age) = (odd(0, 5, 8_999), Some(Duration::from_millis(1)));
-        assert!(plan(&open).seal, "{max_timestamp_ms}");
+        assert!(plan(&open).roll, "{max_timestamp_ms}");
         open.active.written_ms = 9_000;
-        assert!(!plan(&open).seal, "{max_timestamp_ms}");
+        assert!(!plan(&open).roll, "{max_timestamp_ms}");
     }
 }
 
@@ -218,7 +218,7 @@ fn expired_active_segment_is_sealed() {
     let mut input = input(&config, &[], &[]);
     input.active = segment(0, 5, 10, 8_000);
     input.active_age = Some(Duration::from_secs(2));
-    assert!(plan(&input).seal);
+    assert!(plan(&input).roll);
 }
 
 #[test]
@@ -258,7 +258,7 @@ fn active_segment_is_sealed_by_monotonic_age() {
         let seals = |age_ms| {
             let mut input = input(&config, &[], &[]);
             (input.now_ms, input.active_age) = (now_ms, Some(Duration::from_millis(age_ms)));
-            plan(&input).seal
+            plan(&input).roll
         };
         assert!(!seals(999) && seals(1000), "{now_ms}");
     }
@@ -269,9 +269,9 @@ fn waiting_tiered_write_seals_the_active_segment() {
     let config = config(&[]);
     let mut input = input(&config, &[], &[]);
     input.active_age = Some(Duration::from_millis(1));
-    assert!(!plan(&input).seal);
-    input.hurry = true;
-    assert!(plan(&input).seal);
+    assert!(!plan(&input).roll);
+    input.urgent = true;
+    assert!(plan(&input).roll);
 }
 
 /// A log as plans find it, and the effect of applied plans.
@@ -301,7 +301,7 @@ impl RetentionState {
             tiered_bytes: self.tiered.iter().map(|segment| segment.bytes).sum(),
             uploads: false,
             leads: true,
-            hurry: false,
+            urgent: false,
         })
     }
 

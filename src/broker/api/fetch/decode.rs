@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{FetchResponseBuilder, FetchSession, Granted};
+use super::{
+    FetchResponseBuilder, FetchSession,
+    memory::{DECODED_BYTES, Granted},
+};
 use crate::{
     broker::{CallMemory, Grant, api::errors},
     limits,
@@ -16,13 +19,6 @@ use crate::{
     },
     record::{Batch, MalformedBatch, Record},
 };
-
-/// Bytes of records after which a decoded response takes no more. Compressed records can grow a thousandfold, but a
-/// response must fit into one message, and into memory until it is sent.
-pub(super) const DECODED_BYTES: usize = limits::MAX_FETCH_BYTES;
-
-/// The same limit for a response with little memory, in bytes.
-pub(super) const SMALL_DECODED_BYTES: usize = DECODED_BYTES / 16;
 
 /// Maximum bytes of records in a decoded response. A first record is accepted up to this size.
 const MAX_DECODED_BYTES: usize = limits::MAX_MESSAGE_BYTES - (4 << 20);

@@ -3,9 +3,10 @@
 
 use futures::stream::FuturesUnordered;
 
-use super::{FetchResponseBuilder, FetchSession, MAX_CONCURRENT_READS, decode};
+use super::{FetchResponseBuilder, FetchSession, MAX_CONCURRENT_READS};
 use crate::{
     broker::budget::{Grant, ResponseGrant},
+    limits,
     partition::{FetchedBatches, ReadError},
 };
 
@@ -14,6 +15,13 @@ pub(super) const MIN_READ_BYTES: usize = 1 << 20;
 
 /// Maximum bytes of batches in a response with little memory.
 pub(super) const SMALL_RESPONSE_BYTES: usize = 64 << 10;
+
+/// Bytes of records after which a decoded response takes no more. Compressed records can grow a thousandfold, but a
+/// response must fit into one message, and into memory until it is sent.
+pub(super) const DECODED_BYTES: usize = limits::MAX_FETCH_BYTES;
+
+/// The same limit for a response with little memory, in bytes.
+const SMALL_DECODED_BYTES: usize = DECODED_BYTES / 16;
 
 /// Maximum bytes per partition of the response message itself, in addition to the batches.
 const PARTITION_BYTES: usize = 512;
@@ -74,8 +82,8 @@ impl FetchSession {
         let batch_bytes = self.expected_batch_bytes.max(self.max_batch_bytes);
         let bytes = max_bytes + reads * self.read_bytes(max_bytes).max(batch_bytes);
         let (bytes, small) = (bytes.max(2 * self.max_batch_bytes), 2 * (SMALL_RESPONSE_BYTES + self.max_batch_bytes));
-        let wanted = bytes + records(decode::DECODED_BYTES);
-        let min_bytes = small + records(decode::SMALL_DECODED_BYTES);
+        let wanted = bytes + records(DECODED_BYTES);
+        let min_bytes = small + records(SMALL_DECODED_BYTES);
         let (grant, granted) = match self.memory.try_response(wanted, min_bytes) {
             Some(granted) => granted,
             None => {
@@ -86,11 +94,11 @@ impl FetchSession {
         };
         let (released, is_used_up, is_small) = (None, false, granted != wanted);
         self.grant = Some(if is_small {
-            let (records, max_bytes) = (records(decode::SMALL_DECODED_BYTES), max_bytes.min(SMALL_RESPONSE_BYTES));
+            let (records, max_bytes) = (records(SMALL_DECODED_BYTES), max_bytes.min(SMALL_RESPONSE_BYTES));
             let batch_bytes = SMALL_RESPONSE_BYTES.max(self.max_batch_bytes);
             Granted { grant, bytes: small, records, max_bytes, batch_bytes, is_small, released, is_used_up }
         } else {
-            let (records, batch_bytes) = (records(decode::DECODED_BYTES), self.read_bytes(max_bytes).max(batch_bytes));
+            let (records, batch_bytes) = (records(DECODED_BYTES), self.read_bytes(max_bytes).max(batch_bytes));
             Granted { grant, bytes, records, max_bytes, batch_bytes, is_small, released, is_used_up }
         });
     }
@@ -117,7 +125,7 @@ impl FetchSession {
             return;
         }
         let bytes = granted.bytes.min(2 * (gathered.bytes + self.reading.len() * granted.batch_bytes));
-        let records = granted.records.min(2 * (decode::SMALL_DECODED_BYTES + self.record_bytes));
+        let records = granted.records.min(2 * (SMALL_DECODED_BYTES + self.record_bytes));
         let before = (granted.bytes, granted.records);
         if before != (bytes, records)
             && let Some(granted) = &mut self.grant

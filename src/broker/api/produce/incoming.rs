@@ -21,7 +21,7 @@ use crate::{
 const MAX_SURPLUS_BYTES: usize = 4 << 10;
 
 /// A checked batch of a write, and its properties.
-pub(super) struct Incoming {
+pub(super) struct IncomingBatch {
     pub(super) batch: Batch,
     /// Fingerprint of the batch that the client sent; `None` if the client sent records.
     pub(super) fingerprint: Option<Fingerprint>,
@@ -42,7 +42,7 @@ impl Produce {
         partition: &Partition,
         config: &TopicConfig,
         quota: &ProducerIdQuota,
-    ) -> Result<Incoming, ApiError> {
+    ) -> Result<IncomingBatch, ApiError> {
         let (batch, fingerprint, timestamps) = match payload {
             Some(Payload::Batch(bytes)) => {
                 let (mut batch, timestamps) = received(bytes).map_err(errors::malformed_batch)?;
@@ -68,13 +68,13 @@ impl Produce {
         // Records that are not compressed yet may still become small enough.
         let counts = fingerprint.is_some() || config.compression.is_none_or(|codec| codec == batch.compression());
         let refusal = (counts && bytes > config.max_message_bytes).then(|| too_large(partition, config, bytes));
-        Ok(Incoming { batch, fingerprint, timestamps, refusal, permit: None })
+        Ok(IncomingBatch { batch, fingerprint, timestamps, refusal, permit: None })
     }
 
     /// Recompresses the batch with the topic's codec, if the batch has another one.
     pub(super) async fn recompress(
         &self,
-        incoming: &mut Incoming,
+        incoming: &mut IncomingBatch,
         partition: &Partition,
         config: &TopicConfig,
         memory: &CallMemory,
@@ -108,7 +108,7 @@ impl Produce {
     /// Takes the produce memory of the batch.
     pub(super) async fn produce_memory_of(
         &self,
-        incoming: &mut Incoming,
+        incoming: &mut IncomingBatch,
         partition: &Partition,
         deadline: Instant,
     ) -> Result<OwnedSemaphorePermit, ApiError> {

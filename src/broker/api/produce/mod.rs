@@ -19,7 +19,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 
-use self::incoming::Incoming;
+use self::incoming::IncomingBatch;
 use super::{errors, service::Requests};
 use crate::{
     broker::{
@@ -193,7 +193,7 @@ impl Produce {
             return Err(AppendError::Refused(refused).into());
         }
         let permit = self.produce_memory_of(&mut incoming, &partition, deadline).await?;
-        let Incoming { batch, fingerprint, timestamps, refusal, .. } = incoming;
+        let IncomingBatch { batch, fingerprint, timestamps, refusal, .. } = incoming;
         let (bytes, records) = (batch.encoded_len() as u64, u64::from(batch.count()));
         let stored = tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored));
         // The object store may have become unavailable while the append waited for memory.

@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use futures::{StreamExt as _, stream};
 use tokio::sync::watch;
 
-use self::parts::Parts;
+use self::parts::ShardedMap;
 use crate::{
     cluster::Revision,
     model::{LeaderEpoch, PartitionId, TopicConfig, TopicId, TopicName},
@@ -94,8 +94,8 @@ impl HostedTopic {
 
 /// Table of all hosted topics. Readers get a consistent entry of each topic.
 pub(in crate::broker) struct PartitionTable {
-    topics: Parts<TopicName, HostedTopic>,
-    ids: Parts<TopicId, TopicName>,
+    topics: ShardedMap<TopicName, HostedTopic>,
+    ids: ShardedMap<TopicId, TopicName>,
     changed: watch::Sender<()>,
     /// Tasks of the partitions.
     tasks: Tasks,
@@ -103,7 +103,12 @@ pub(in crate::broker) struct PartitionTable {
 
 impl Default for PartitionTable {
     fn default() -> Self {
-        Self { topics: Parts::default(), ids: Parts::default(), changed: watch::Sender::new(()), tasks: Tasks::new() }
+        Self {
+            topics: ShardedMap::default(),
+            ids: ShardedMap::default(),
+            changed: watch::Sender::new(()),
+            tasks: Tasks::new(),
+        }
     }
 }
 

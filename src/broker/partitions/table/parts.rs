@@ -36,15 +36,15 @@ fn number_of_name(name: &str) -> usize {
 type Part<K, V> = BTreeMap<K, V>;
 
 /// The map. Readers get a consistent state of each part, and read all parts one after the other.
-pub(super) struct Parts<K, V>(Box<[ArcSwap<Part<K, V>>]>);
+pub(super) struct ShardedMap<K, V>(Box<[ArcSwap<Part<K, V>>]>);
 
-impl<K, V> Default for Parts<K, V> {
+impl<K, V> Default for ShardedMap<K, V> {
     fn default() -> Self {
         Self((0..PART_COUNT).map(|_| ArcSwap::default()).collect())
     }
 }
 
-impl<K: PartKey, V: Clone> Parts<K, V> {
+impl<K: PartKey, V: Clone> ShardedMap<K, V> {
     /// Returns the part for a key.
     pub(super) fn of(&self, key: &K) -> Guard<Arc<Part<K, V>>> {
         self.0[key.number() % PART_COUNT].load()
@@ -74,7 +74,7 @@ impl<K: PartKey, V: Clone> Parts<K, V> {
     }
 }
 
-impl<V: Clone> Parts<TopicName, V> {
+impl<V: Clone> ShardedMap<TopicName, V> {
     /// Returns the part for a name, as [`Self::of`] does. The name need not be valid.
     pub(super) fn of_name(&self, name: &str) -> Guard<Arc<Part<TopicName, V>>>
     where
@@ -96,7 +96,7 @@ mod tests {
     /// by one.
     #[test]
     fn change_of_one_entry_copies_one_part() {
-        let parts = Parts::<TopicName, u32>::default();
+        let parts = ShardedMap::<TopicName, u32>::default();
         parts.apply((0..10_000).map(|number| (name(number), Some(number))));
         let before: Vec<_> = parts.all().collect();
         parts.apply([(name(1), None), (name(10_000), Some(10_000))]);

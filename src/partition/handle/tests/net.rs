@@ -349,9 +349,9 @@ impl Net {
         follower.on_link_event(LinkEvent::Response(response.clone())).unwrap();
         let SubscribeOutcome::Accepted(mut from) = response.outcome else { return };
         let (tail, mut sent_high_watermark) = (leading.tail(), response.high_watermark);
-        leading.follow(&ready, 0, WatermarkKind::LogEnd);
-        leading.follow(&ready, 0, WatermarkKind::HighWatermark);
-        follower.follow(&ready, 1, WatermarkKind::AnyEnd);
+        leading.add_listener(&ready, 0, WatermarkKind::LogEnd);
+        leading.add_listener(&ready, 0, WatermarkKind::HighWatermark);
+        follower.add_listener(&ready, 1, WatermarkKind::AnyEnd);
         while is_current() && tail.epoch() == response.epoch {
             ready.wait_for_index().await;
             let index = ready.take();

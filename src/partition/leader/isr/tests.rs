@@ -74,7 +74,7 @@ fn claim_added(leader: &mut IsrTracker, broker: u32, end: u64, added: Option<u64
 }
 
 /// Subscribes a replica and acknowledges.
-fn follow(leader: &mut IsrTracker, broker: u32, end: u64) {
+fn start_following(leader: &mut IsrTracker, broker: u32, end: u64) {
     assert_eq!(claim(leader, peer(broker), end.min(5)), SubscribeOutcome::Accepted(at(end.min(5))));
     leader.acknowledged(peer(broker), EPOCH, both(end)).unwrap();
 }
@@ -88,9 +88,9 @@ fn isr(proposal: Option<IsrProposal>) -> Option<(Vec<u32>, Vec<u32>)> {
 fn high_watermark_is_the_minimum_end_of_the_isr() {
     let mut leader = leader(&[1, 2, 3], &[], 2);
     assert_eq!((leader.high_watermark(), leader.latest()), (at(3), None), "no follower has acknowledged");
-    follow(&mut leader, 2, 5);
+    start_following(&mut leader, 2, 5);
     assert_eq!(leader.high_watermark(), at(3), "broker 3 is in sync too");
-    follow(&mut leader, 3, 4);
+    start_following(&mut leader, 3, 4);
     assert_eq!((leader.high_watermark(), leader.is_epoch_committed()), (at(4), false));
     leader.acknowledged(peer(3), EPOCH, both(5)).unwrap();
     assert_eq!(leader.latest(), Some(at(5)));
@@ -101,7 +101,7 @@ fn high_watermark_is_the_minimum_end_of_the_isr() {
 #[test]
 fn durability_selects_the_acknowledged_end() {
     let mut leader = leader(&[1, 2], &[], 2);
-    follow(&mut leader, 2, 5);
+    start_following(&mut leader, 2, 5);
     leader.update_local(ReplicaProgress { log_end: at(8), persisted_end: at(6) });
     leader.acknowledged(peer(2), EPOCH, ReplicaProgress { log_end: at(8), persisted_end: at(7) }).unwrap();
     assert_eq!(leader.high_watermark(), at(6));
@@ -120,8 +120,8 @@ fn readded_replica_is_admitted_by_new_acknowledgements() {
     // The value in between may be missed: after a broken watch, a list contains only the current value.
     for values in [vec![(without, Revision(21)), (added.clone(), Revision(22))], vec![(added, Revision(22))]] {
         let mut leader = leader(&[1, 2, 3], &[], 1);
-        follow(&mut leader, 2, 5);
-        follow(&mut leader, 3, 5);
+        start_following(&mut leader, 2, 5);
+        start_following(&mut leader, 3, 5);
         for (value, revision) in &values {
             assert_eq!(leader.observed(value, *revision), ValueUpdate::Adopted);
         }
@@ -154,7 +154,7 @@ fn repeated_addition_resets_acknowledgements() {
     assert_eq!((again.removal_count, &again.replicas), (1, &moving.replicas));
     let mut leader = leader(&[1, 3], &[], 1);
     leader.observed(&moving, Revision(21));
-    follow(&mut leader, 3, 5);
+    start_following(&mut leader, 3, 5);
     assert_eq!(claim_added(&mut leader, 2, 5, Some(0)), SubscribeOutcome::Accepted(at(5)));
     let refused = SubscribeError::OtherAddition { claimed: Some(1), known: Some(0) };
     assert_eq!(
@@ -227,7 +227,7 @@ fn acknowledgement_counts_for_its_epoch_and_link_only() {
 #[test]
 fn proposed_member_holds_the_high_watermark_back() {
     let mut leader = leader(&[1], &[], 1);
-    follow(&mut leader, 2, 5);
+    start_following(&mut leader, 2, 5);
     let proposal = leader.proposal().unwrap();
     assert_eq!((proposal.expect, &proposal.added), (Revision(20), &vec![peer(2)]));
     leader.update_local(both(9));
@@ -235,9 +235,12 @@ fn proposed_member_holds_the_high_watermark_back() {
     assert_eq!(leader.proposal(), None, "one proposal is pending at a time");
 
     // The outcome is unknown, and the old value is still stored: the proposal may come true.
-    assert_eq!(leader.agreed(ProposalOutcome::Unknown), ValueUpdate::Unchanged);
+    assert_eq!(leader.on_outcome(ProposalOutcome::Unknown), ValueUpdate::Unchanged);
     assert!(leader.needs_read_back() && leader.proposal().is_none());
-    assert_eq!(leader.agreed(ProposalOutcome::CurrentValue(value(&[1], &[]), Revision(20))), ValueUpdate::Unchanged);
+    assert_eq!(
+        leader.on_outcome(ProposalOutcome::CurrentValue(value(&[1], &[]), Revision(20))),
+        ValueUpdate::Unchanged
+    );
     leader.update_local(both(10));
     assert_eq!(leader.high_watermark(), at(5));
 
@@ -250,23 +253,23 @@ fn proposed_member_holds_the_high_watermark_back() {
 #[test]
 fn refused_proposal_waits_for_metadata_or_tick() {
     let mut leader = leader(&[1], &[], 1);
-    follow(&mut leader, 2, 5);
+    start_following(&mut leader, 2, 5);
     assert!(leader.proposal().is_some());
-    leader.agreed(ProposalOutcome::CurrentValue(value(&[1], &[]), Revision(20)));
+    leader.on_outcome(ProposalOutcome::CurrentValue(value(&[1], &[]), Revision(20)));
     assert!(leader.proposal().is_none() && leader.wants_ticks());
     leader.update_local(both(6));
     assert_eq!(leader.high_watermark(), at(6), "the refused proposal can no longer come true");
     leader.acknowledged(peer(2), EPOCH, both(6)).unwrap();
     leader.tick(0);
     assert_eq!(isr(leader.proposal()), Some((vec![1, 2], vec![])));
-    assert_eq!(leader.agreed(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Adopted);
+    assert_eq!(leader.on_outcome(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Adopted);
     assert_eq!((leader.revision(), leader.value().isr.len()), (Revision(21), 2));
 }
 
 #[test]
 fn metadata_may_arrive_before_the_outcome() {
     let mut leader = leader(&[1], &[], 1);
-    follow(&mut leader, 2, 5);
+    start_following(&mut leader, 2, 5);
     let proposal = leader.proposal().unwrap();
     assert_eq!(leader.observed(&proposal.value, Revision(21)), ValueUpdate::Adopted);
     assert_eq!(
@@ -275,7 +278,7 @@ fn metadata_may_arrive_before_the_outcome() {
         "the value is older than the known value"
     );
     assert_eq!(leader.proposal(), None, "the outcome is still pending");
-    assert_eq!(leader.agreed(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Unchanged);
+    assert_eq!(leader.on_outcome(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Unchanged);
     leader.on_disconnected(peer(2), DisconnectCause::ProcessGone);
     assert_eq!(isr(leader.proposal()), Some((vec![1], vec![])));
 }
@@ -284,7 +287,7 @@ fn metadata_may_arrive_before_the_outcome() {
 fn commits_need_the_committed_isr_and_an_empty_elr() {
     let mut short = leader(&[1], &[2], 2);
     assert_eq!(short.has_minimum(), Err(1));
-    follow(&mut short, 3, 4);
+    start_following(&mut short, 3, 4);
     assert_eq!(isr(short.proposal()), None, "broker 3 lacks records that may be committed");
     assert_eq!(short.high_watermark(), at(3));
 
@@ -292,7 +295,7 @@ fn commits_need_the_committed_isr_and_an_empty_elr() {
     short.configure(rule(1));
     assert_eq!(short.high_watermark(), at(3));
     assert_eq!(isr(short.proposal()), Some((vec![1], vec![])));
-    short.agreed(ProposalOutcome::Committed(Revision(21)));
+    short.on_outcome(ProposalOutcome::Committed(Revision(21)));
     assert_eq!(short.high_watermark(), at(5));
 }
 
@@ -302,11 +305,11 @@ fn commits_need_the_committed_isr_and_an_empty_elr() {
 fn leader_below_min_isr_admits_a_complete_replica() {
     let mut short = leader(&[1], &[], 2);
     assert!(!short.is_epoch_committed());
-    follow(&mut short, 2, 4);
+    start_following(&mut short, 2, 4);
     assert_eq!(isr(short.proposal()), None, "the replica lacks records that may be committed");
     short.acknowledged(peer(2), EPOCH, both(5)).unwrap();
     assert_eq!(isr(short.proposal()), Some((vec![1, 2], vec![])));
-    short.agreed(ProposalOutcome::Committed(Revision(21)));
+    short.on_outcome(ProposalOutcome::Committed(Revision(21)));
     assert_eq!(short.latest(), Some(at(5)));
 }
 
@@ -322,7 +325,7 @@ fn admission_needs_epoch_start_and_registration() {
         let mut leader = leader(&[1], &[], 1);
         let removing = if removing { vec![BrokerId(2)] } else { vec![] };
         leader.observed(&PartitionValue { removing, ..value(&[1], &[]) }, Revision(21));
-        follow(&mut leader, 2, end);
+        start_following(&mut leader, 2, end);
         leader.on_broker_status(BrokerId(2), status);
         assert_eq!(leader.proposal().is_some(), admitted, "{end} {status:?}");
     }
@@ -336,14 +339,14 @@ fn exited_member_is_removed_and_lost_link_is_not() {
         (DisconnectCause::LinkLost, false),
     ] {
         let mut leader = leader(&[1, 2, 3], &[], 2);
-        follow(&mut leader, 2, 5);
-        follow(&mut leader, 3, 5);
+        start_following(&mut leader, 2, 5);
+        start_following(&mut leader, 3, 5);
         leader.on_disconnected(peer(2), cause);
         assert_eq!(leader.proposal().is_some(), dropped, "{cause:?}");
     }
     // A report about an earlier incarnation arrives late.
     let mut back = leader(&[1, 2], &[], 1);
-    follow(&mut back, 2, 5);
+    start_following(&mut back, 2, 5);
     back.on_disconnected(PeerId { epoch: Revision(9), ..peer(2) }, DisconnectCause::ProcessGone);
     assert_eq!((back.proposal(), back.follows(BrokerId(2))), (None, Some(Revision(10))));
     let mut leader = leader(&[1, 2, 3], &[], 2);
@@ -359,7 +362,7 @@ fn exited_member_is_removed_and_lost_link_is_not() {
 #[test]
 fn member_may_be_behind_by_a_constant_distance() {
     let mut leader = leader(&[1, 2], &[], 1);
-    follow(&mut leader, 2, 5);
+    start_following(&mut leader, 2, 5);
     leader.tick(0);
     assert!(!leader.wants_ticks());
     // At each tick the member has the log end of the tick before.
@@ -383,8 +386,8 @@ fn member_may_be_behind_by_a_constant_distance() {
 #[test]
 fn member_that_lost_records_is_removed_and_not_eligible() {
     let mut leader = leader(&[1, 2, 3], &[], 3);
-    follow(&mut leader, 2, 5);
-    follow(&mut leader, 3, 5);
+    start_following(&mut leader, 2, 5);
+    start_following(&mut leader, 3, 5);
     assert_eq!(leader.latest(), Some(at(5)));
     // The replica returns with an older copy of its disk, in an incarnation that the leader cannot distinguish from the
     // last one.
@@ -394,7 +397,7 @@ fn member_that_lost_records_is_removed_and_not_eligible() {
         "the replica may copy the lost records"
     );
     assert_eq!(isr(leader.proposal()), Some((vec![1, 3], vec![])));
-    assert_eq!(leader.agreed(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Adopted);
+    assert_eq!(leader.on_outcome(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Adopted);
     assert_eq!(leader.proposal(), None, "the replica lacks committed records");
     leader.acknowledged(peer(2), EPOCH, both(5)).unwrap();
     assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
@@ -408,13 +411,16 @@ fn another_epoch_or_a_deleted_key_ends_the_leader() {
         let mut leader = leader(&[1, 2], &[], 1);
         leader.on_disconnected(peer(2), DisconnectCause::ProcessGone);
         assert!(leader.proposal().is_some());
-        assert_eq!(leader.agreed(ProposalOutcome::CurrentValue(value, Revision(30))), ValueUpdate::Deposed { epoch });
+        assert_eq!(
+            leader.on_outcome(ProposalOutcome::CurrentValue(value, Revision(30))),
+            ValueUpdate::Deposed { epoch }
+        );
         assert_eq!(leader.proposal(), None);
     }
     let mut leader = leader(&[1, 2], &[], 1);
     leader.on_disconnected(peer(2), DisconnectCause::ProcessGone);
     leader.proposal();
-    assert_eq!((leader.agreed(ProposalOutcome::Deleted), leader.proposal()), (ValueUpdate::Deleted, None));
+    assert_eq!((leader.on_outcome(ProposalOutcome::Deleted), leader.proposal()), (ValueUpdate::Deleted, None));
 }
 
 #[test]
@@ -497,7 +503,7 @@ fn apply(leader: &mut IsrTracker, event: Event) {
                 2 => ProposalOutcome::CurrentValue(same.0, same.1),
                 _ => ProposalOutcome::CurrentValue(same.0.remove_from_sets(BrokerId(2)), next),
             };
-            leader.agreed(outcome);
+            leader.on_outcome(outcome);
         }
         Event::Configure(persisted, min_insync) => {
             let durability = if persisted { Durability::Persisted } else { Durability::Replicated };

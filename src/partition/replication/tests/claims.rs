@@ -6,12 +6,12 @@ use super::*;
 async fn deposed_leader_ends_its_subscriptions() {
     let side = Side::new(LEADER);
     let partition = side.open(0, &[LEADER]).await;
-    let mut link = side.lead();
+    let mut link = side.start_leading();
     link.join(1, id(0), EPOCH).await;
-    assert_eq!(link.answer().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
+    assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
     let next = LeaderEpoch(EPOCH.0 + 1);
     side.assign(0, value(next, FOLLOWER.broker, &[LEADER]), Revision(2)).await;
-    let Some(subscribe_response::Outcome::Error(error)) = link.answer().await.outcome else {
+    let Some(subscribe_response::Outcome::Error(error)) = link.next_response().await.outcome else {
         panic!("the subscription ends")
     };
     assert!(error.message.contains("no longer leads"), "{}", error.message);
@@ -19,7 +19,7 @@ async fn deposed_leader_ends_its_subscriptions() {
     side.assign(0, value(LeaderEpoch(next.0 + 1), LEADER, &[LEADER]), Revision(3)).await;
     link.join(2, id(0), LeaderEpoch(next.0 + 2)).await;
     side.assign(0, value(LeaderEpoch(next.0 + 2), LEADER, &[LEADER]), Revision(4)).await;
-    assert_eq!(link.answer().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
+    assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
     // The follower reports a newer epoch. Only the stored epoch deposes.
     for (number, stored) in (2..).zip([None, Some(LeaderEpoch(next.0 + 2)), Some(LeaderEpoch(next.0 + 3))]) {
         *side.stored.lock() = stored;
@@ -29,7 +29,7 @@ async fn deposed_leader_ends_its_subscriptions() {
         } else {
             link.join(number + 1, id(0), LeaderEpoch(next.0 + 2)).await;
             assert_eq!(
-                link.answer().await.outcome,
+                link.next_response().await.outcome,
                 Some(subscribe_response::Outcome::AcceptedAt(0)),
                 "the broker still leads: the stored epoch is {stored:?}"
             );
@@ -48,7 +48,7 @@ async fn follower_responds_to_pings_and_unsent_ping_ends_link() {
             .expect("the follower responds");
     }
     link.stop().await;
-    let peer = leader.lead();
+    let peer = leader.start_leading();
     peer.send(messages::pong(99)).await;
     let LinkEnd::Bad(error) = peer.ended.await.unwrap() else { panic!("the link ends with an error") };
     assert!(error.message.contains("a ping that was never sent"), "{error}");
