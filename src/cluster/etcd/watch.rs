@@ -31,6 +31,11 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 /// Number of such intervals in a row after which the watch moves to another member.
 const MAX_MISSED_INTERVALS: u32 = 2;
 
+/// Number of streams in a row without any response after which the watch ends with an error. A member may need longer
+/// than one stream lasts to reach a start revision far behind its own, and then every stream would end early. A relist
+/// continues at a new revision.
+const MAX_TIMED_OUT_STREAMS: u32 = 3;
+
 /// Time without a working member after which the watch ends with an error.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -49,6 +54,8 @@ pub(super) struct ResumableWatch {
     /// Start revision of the stream: the value of `next` at that time, or one below.
     start: Revision,
     stream: MemberWatch,
+    /// Number of streams that have timed out since the last response.
+    timed_out_streams: u32,
     backoff: Backoff,
 }
 
@@ -93,6 +100,7 @@ impl ResumableWatch {
             next,
             start,
             stream,
+            timed_out_streams: 0,
             backoff: Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY),
         })
     }
@@ -130,6 +138,7 @@ impl ResumableWatch {
             return Ok(Err(WatchEnd::Cancelled(error.to_string())));
         }
         self.backoff.reset();
+        self.timed_out_streams = 0;
         let kvs = response.events().iter().filter_map(etcd_client::Event::kv);
         // Skip changes that were returned before: the stream started below `next`.
         let new = kvs.filter(|kv| convert::revision(kv.mod_revision()) >= self.next);
@@ -162,6 +171,10 @@ impl ResumableWatch {
                 );
                 member.replace(&self.stream.channel).await;
                 self.members.use_next_member(member);
+                self.timed_out_streams += 1;
+                if self.timed_out_streams == MAX_TIMED_OUT_STREAMS {
+                    return Err(MetaStoreError::unavailable("no stream of the watch received a response in time"));
+                }
             }
             WatchEnd::StartCompacted => start_at = self.next,
         }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use bytes::{BufMut as _, Bytes, BytesMut};
+use futures::StreamExt as _;
 use http_body_util::StreamBody;
 use hyper::{HeaderMap, Request, Response, body::Frame, body::Incoming, service::service_fn};
 use hyper_util::{
@@ -102,17 +103,23 @@ const HEADER: Option<Header> = Some(Header { cluster_id: 7, revision: 9 });
 #[derive(Clone)]
 struct Reply {
     messages: Vec<Vec<u8>>,
+    /// Pause after the first message.
+    pause: Duration,
     code: Code,
     message: &'static str,
 }
 
 impl Reply {
     fn of(message: &impl Message) -> Self {
-        Self { messages: vec![message.encode_to_vec()], code: Code::Ok, message: "" }
+        Self::stream(vec![message.encode_to_vec()])
+    }
+
+    fn stream(messages: Vec<Vec<u8>>) -> Self {
+        Self { messages, pause: Duration::ZERO, code: Code::Ok, message: "" }
     }
 
     fn error(code: Code, message: &'static str) -> Self {
-        Self { messages: Vec::new(), code, message }
+        Self { messages: Vec::new(), pause: Duration::ZERO, code, message }
     }
 
     fn into_body(self) -> StreamBody<impl futures::Stream<Item = Result<Frame<Bytes>, Infallible>>> {
@@ -127,7 +134,13 @@ impl Reply {
         trailers.insert("grpc-status", i32::from(self.code).into());
         trailers.insert("grpc-message", self.message.parse().expect("printable"));
         let frames: Vec<_> = self.messages.into_iter().map(framed).chain([Frame::trailers(trailers)]).collect();
-        StreamBody::new(futures::stream::iter(frames.into_iter().map(Ok)))
+        let pause = self.pause;
+        StreamBody::new(futures::stream::iter(frames).enumerate().then(move |(index, frame)| async move {
+            if index == 1 {
+                tokio::time::sleep(pause).await;
+            }
+            Ok(frame)
+        }))
     }
 }
 
@@ -253,11 +266,7 @@ async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
             ];
             let created_response = Watched { header: HEADER, created: true, ..Watched::default() };
             let changed = Watched { header: HEADER, events, ..Watched::default() };
-            Reply {
-                messages: vec![created_response.encode_to_vec(), changed.encode_to_vec()],
-                code: Code::Ok,
-                message: "",
-            }
+            Reply::stream(vec![created_response.encode_to_vec(), changed.encode_to_vec()])
         }
         _ => {
             let reason = "etcdserver: mvcc: required revision has been compacted".to_owned();
@@ -279,6 +288,25 @@ async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
     member.stop().await;
 }
 
+/// Regression: every attempt to resume started the same stream, which never lasted until its first changes.
+#[tokio::test]
+async fn watch_without_response_in_time_ends_for_a_relist() {
+    let slow = |path: &str, _: u32| match path {
+        "/etcdserverpb.Watch/Watch" => {
+            let created = Watched { header: HEADER, created: true, ..Watched::default() };
+            let progress = Watched { header: HEADER, ..Watched::default() };
+            let messages = vec![created.encode_to_vec(), progress.encode_to_vec()];
+            Reply { pause: Duration::from_secs(6), ..Reply::stream(messages) }
+        }
+        _ => Reply::of(&Ranged { header: HEADER, ..Ranged::default() }),
+    };
+    let member = Scripted::start(slow).await;
+    let mut watch = member.store().await.watch("n", Revision(9)).await.expect("the watch starts");
+    let error = next(&mut watch).await.expect_err("no stream of the watch lasts until its first response");
+    assert!(matches!(error, MetaStoreError::Unavailable { .. }) && error.retryable(), "{error:?}");
+    member.stop().await;
+}
+
 #[tokio::test]
 async fn invalid_response_is_an_error_of_every_call() {
     let headless = |path: &str, _: u32| match path {
@@ -286,9 +314,9 @@ async fn invalid_response_is_an_error_of_every_call() {
         "/etcdserverpb.KV/Txn" => Reply::of(&Transacted { succeeded: true, ..Transacted::default() }),
         "/etcdserverpb.Watch/Watch" => Reply::of(&Watched { created: true, ..Watched::default() }),
         "/etcdserverpb.Lease/LeaseGrant" => Reply::of(&Leased { header: HEADER, id: 0, ttl: 5 }),
-        _ => Reply { messages: Vec::new(), code: Code::Ok, message: "" },
+        _ => Reply::stream(Vec::new()),
     };
-    let garbage = |_: &str, _: u32| Reply { messages: vec![vec![0xFF; 40]], code: Code::Ok, message: "" };
+    let garbage = |_: &str, _: u32| Reply::stream(vec![vec![0xFF; 40]]);
     let (headless, garbage) = tokio::join!(Scripted::start(headless), Scripted::start(garbage));
     for member in [headless, garbage] {
         let store = member.store().await;
