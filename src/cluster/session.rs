@@ -165,7 +165,8 @@ impl RegistrationRequest {
             lease,
             epoch,
             directory,
-            failing: LogThrottle::default(),
+            renewal_failures: LogThrottle::default(),
+            registration_failures: LogThrottle::default(),
         };
         session_tasks.spawn("broker session", keeper.run(metadata.watch(), session_tasks.clone()));
         Ok(Session { registration, state, flags, renewed, tasks: session_tasks })
@@ -351,7 +352,8 @@ struct LeaseKeeper {
     epoch: Revision,
     /// Revision of the last write to the directory record.
     directory: Revision,
-    failing: LogThrottle,
+    renewal_failures: LogThrottle,
+    registration_failures: LogThrottle,
 }
 
 impl LeaseKeeper {
@@ -405,14 +407,14 @@ impl LeaseKeeper {
         match self.registration.store.keep_alive(self.lease).await {
             Ok(()) => {
                 self.renewed_at(started);
-                if self.failing.recover().is_some() {
+                if self.renewal_failures.recover().is_some() {
                     tracing::info!("the broker's lease is renewed again");
                 }
                 true
             }
             Err(MetaStoreError::LeaseGone { .. }) => self.reregister().await,
             Err(error) => {
-                if self.failing.occur(clock::monotonic()).is_some() {
+                if self.renewal_failures.occur(clock::monotonic()).is_some() {
                     tracing::warn!(%error, "the broker's lease could not be renewed: retrying");
                 }
                 false
@@ -427,7 +429,8 @@ impl LeaseKeeper {
             Ok(RegisterResult::Registered { epoch, directory }) => {
                 tracing::warn!(%epoch, "the broker's registration was lost: the broker is registered again");
                 (self.epoch, self.directory) = (epoch, directory);
-                self.failing.recover();
+                self.renewal_failures.recover();
+                self.registration_failures.recover();
                 self.publish.send_replace(SessionState::Registered { epoch, lease: self.lease });
                 true
             }
@@ -442,7 +445,7 @@ impl LeaseKeeper {
                 true
             }
             Err(error) => {
-                if self.failing.occur(clock::monotonic()).is_some() {
+                if self.registration_failures.occur(clock::monotonic()).is_some() {
                     tracing::error!(%error, "the broker's registration was lost and cannot be created again: retrying");
                 }
                 false
