@@ -35,6 +35,7 @@ mod driver_event;
 mod in_flight;
 mod partition_queue;
 mod partitioner;
+#[doc(hidden)]
 pub mod produce_request;
 mod stream;
 mod topic_queues;
