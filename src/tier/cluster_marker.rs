@@ -1,8 +1,8 @@
 //! Cluster marker: `cluster.json`, which contains the cluster's name and the id of the [`StoreBinding`].
 //!
-//! The metadata store draws the id before the marker is written. So brokers that start together write the same marker,
-//! and need no conditional put. A broker with a wrong URL fails: an empty store is not taken once the binding is
-//! complete, and a marker with another id is rejected.
+//! A broker draws the id, and a compare-and-set in the metadata store decides before any broker writes the marker. So
+//! brokers that start together write the same marker, and need no conditional put. A broker with a wrong URL fails: an
+//! empty store is not taken once the binding is complete, and a marker with another id is rejected.
 
 use std::sync::{Arc, atomic::Ordering};
 
