@@ -79,10 +79,10 @@ impl PartitionTier {
             self.with_readers(|readers| readers.leave(reader, from));
         }
         let (read, at) = read?;
-        if at.fetched.is_some_and(|first| (entry.stamp.base, first + 1) <= reader.completed) {
-            reader.crowded((entry.stamp.base, at.position.div_ceil(CHUNK_BYTES)));
+        if at.fetched.is_some_and(|first| (entry.stamp.base, first + 1) <= reader.requested_before) {
+            reader.shrink_window((entry.stamp.base, at.position.div_ceil(CHUNK_BYTES)));
         }
-        reader.completed = reader.requested;
+        reader.requested_before = reader.requested;
         if reader.window > 0 {
             reader.requested = self.fetch_ahead(&root, entry, at.position, &reader).await;
         }

@@ -25,13 +25,13 @@ pub(super) struct SequentialReader {
     /// Chunks before this position were requested already.
     pub(super) requested: ReadPosition,
     /// Chunks before this position were requested before the reader's last read: they have arrived, or are in flight.
-    pub(super) completed: ReadPosition,
+    pub(super) requested_before: ReadPosition,
 }
 
 impl SequentialReader {
     /// Quarters the window, because a prefetched chunk was missing when its reader needed it. The memory of the cache
-    /// is too small for all readers, or the store fails. The chunks from `place` on are requested again.
-    pub(super) fn crowded(&mut self, position: ReadPosition) {
+    /// is too small for all readers, or the store fails. The chunks from `position` on are requested again.
+    pub(super) fn shrink_window(&mut self, position: ReadPosition) {
         self.window /= 4;
         self.requested = position;
     }
@@ -50,7 +50,7 @@ impl ReadAheadTracker {
         let at = self.recent.iter().position(|reader| reader.next == from);
         match at.and_then(|at| self.recent.remove(at)) {
             Some(reader) => SequentialReader { window: (reader.window * 2).clamp(1, MAX_CHUNKS), ..reader },
-            None => SequentialReader { next: from, window: 0, requested: NO_POSITION, completed: NO_POSITION },
+            None => SequentialReader { next: from, window: 0, requested: NO_POSITION, requested_before: NO_POSITION },
         }
     }
 
@@ -92,7 +92,7 @@ mod tests {
             let mut reader = readers.arrive(at(step * 10));
             windows.push(reader.window);
             if step > 4 {
-                reader.crowded(NO_POSITION);
+                reader.shrink_window(NO_POSITION);
             }
             readers.leave(reader, at(step * 10 + 10));
         }
