@@ -39,7 +39,7 @@ impl ConnectionPool {
     ///
     /// # Errors
     /// No connection could be made in time.
-    pub async fn wire(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
+    pub async fn channel(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         let cell = self.channels.lock().entry(address.clone()).or_default().clone();
         let channel = cell.get_or_try_init(|| self.connect(address)).await?;
         Ok(channel.clone())
@@ -49,7 +49,7 @@ impl ConnectionPool {
     ///
     /// # Errors
     /// No connection could be made in time.
-    pub async fn fresh(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
+    pub async fn connect_separately(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         self.connect(address).await
     }
 
@@ -84,7 +84,8 @@ mod tests {
         drop(listener);
         let timeout = Duration::from_secs(1);
         let pool = ConnectionPool::new(Arc::new(TcpConnector::new(timeout)), timeout);
-        let error = pool.wire(&BrokerAddress::parse(&text).expect("valid")).await.expect_err("the listener is closed");
+        let error =
+            pool.channel(&BrokerAddress::parse(&text).expect("valid")).await.expect_err("the listener is closed");
         assert_eq!(error.to_string(), format!("no broker responds at {text}: connection refused"));
     }
 }

@@ -228,7 +228,7 @@ impl Client {
     }
 
     async fn channel(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
-        let connected = self.inner.pool.wire(address).await;
+        let connected = self.inner.pool.channel(address).await;
         connected.map_err(|error| match error {
             // The user gave other addresses, so the error names the source of this address.
             ConnectError::NoResponse { mut tried } if !self.inner.bootstrap.contains(address) => {

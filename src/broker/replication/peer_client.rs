@@ -85,7 +85,7 @@ impl PeerClient {
     /// The connection cannot be made, or the response does not start within the connect timeout.
     pub(super) async fn replicate(&self, address: &str, hello: v1::Hello) -> Result<ReplicationStream, PeerError> {
         let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
-        let channel = self.pool.fresh(&address).await.map_err(|error| unmade(&address, &error))?;
+        let channel = self.pool.connect_separately(&address).await.map_err(|error| unmade(&address, &error))?;
         let (sender, messages) = mpsc::channel(QUEUE_LEN);
         let hello =
             v1::ReplicateRequest { message: Some(v1::replicate_request::Message::Hello(hello)), ..Default::default() };
@@ -106,7 +106,7 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<v1::GetIdentityResponse, PeerError> {
         let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
-        let channel = within_connecting(&address, timeout, self.pool.fresh(&address)).await?;
+        let channel = within_connecting(&address, timeout, self.pool.connect_separately(&address)).await?;
         within(&address, timeout, client(channel).get_identity(v1::GetIdentityRequest {})).await
     }
 
@@ -154,7 +154,7 @@ impl PeerClient {
     /// Returns the connection that all requests to one address share.
     async fn wire(&self, address: &str, timeout: Duration) -> Result<(BrokerAddress, BrokerChannel), PeerError> {
         let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
-        let channel = within_connecting(&address, timeout, self.pool.wire(&address)).await?;
+        let channel = within_connecting(&address, timeout, self.pool.channel(&address)).await?;
         Ok((address, channel))
     }
 }
