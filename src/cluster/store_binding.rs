@@ -40,9 +40,7 @@ impl MetaBindingStore {
         for _ in 0..MAX_ATTEMPTS {
             let entry = self.store.get(&key).await.map_err(|error| error.to_string())?.entry;
             let stored = match &entry {
-                Some(entry) if !self.is_free() => {
-                    Some(StoreBinding::decode(&key, &entry.value).map_err(|error| error.to_string())?)
-                }
+                Some(entry) if !self.is_free() => Some(decode(&key, &entry.value)?),
                 _ => None,
             };
             let binding = match (stored, id) {
@@ -68,9 +66,21 @@ impl MetaBindingStore {
     }
 }
 
+fn decode(key: &str, value: &[u8]) -> Result<StoreBinding, String> {
+    StoreBinding::decode(key, value).map_err(|error| error.to_string())
+}
+
 impl BindingStore for MetaBindingStore {
     fn bind<'a>(&'a self, url: &'a str, id: Option<Uuid>) -> BoxFuture<'a, Result<StoreBinding, String>> {
         Box::pin(self.compare_and_set(url, id))
+    }
+
+    fn stored(&self) -> BoxFuture<'_, Result<Option<StoreBinding>, String>> {
+        Box::pin(async {
+            let key = self.keys.object_store();
+            let entry = self.store.get(&key).await.map_err(|error| error.to_string())?.entry;
+            entry.map(|entry| decode(&key, &entry.value)).transpose()
+        })
     }
 }
 
@@ -201,6 +211,25 @@ mod tests {
         cluster.broker("right", false).bind().await.expect("the wrong store has no history");
         let binding = cluster.stored_binding().await;
         assert!(binding.url == cluster.url("right") && binding.id != wrong.id && !binding.pending, "{binding:?}");
+    }
+
+    /// Regression: the broker wrote a pending binding before it rejected the empty store.
+    #[tokio::test]
+    async fn missing_store_with_history_changes_no_binding() {
+        let cluster = TestCluster::new();
+        let reject = async || {
+            let broker = cluster.broker("empty", false);
+            broker.require_existing_data();
+            let error = broker.bind().await.expect_err("the objects are in another store");
+            assert!(matches!(error, BindingError::Missing { .. }), "{error}");
+        };
+        reject().await;
+        assert_eq!(cluster.meta.get(&keys().object_store()).await.expect("readable").entry, None);
+        let pending = StoreBinding { id: uuid::Uuid::from_u128(7), url: cluster.url("ours"), pending: true };
+        let put = Transaction::new().put(keys().object_store(), pending.encode());
+        cluster.meta.transact(put).await.expect("written");
+        reject().await;
+        assert_eq!(cluster.stored_binding().await, pending);
     }
 
     #[tokio::test]

@@ -112,16 +112,17 @@ impl TierStore {
 
     /// Takes a prefix without marker, unless the cluster's store is another one.
     async fn take_prefix(&self) -> Result<ClusterMarker, BindingError> {
-        let binding = self.binding(None).await?;
+        let binding = match self.is_expected() {
+            // The objects are in another store, so this one must not become the bound store.
+            true => self.complete_binding().await?.ok_or_else(|| self.missing_store())?,
+            false => self.binding(None).await?,
+        };
         if binding.url != self.location() {
             return Err(self.other_store(binding, "its cluster.json is missing"));
         }
         if !binding.pending {
             // Another broker may have written the marker meanwhile.
             return self.read_marker().await?.ok_or_else(|| self.missing_store());
-        }
-        if self.is_expected() {
-            return Err(self.missing_store());
         }
         // If the generation is not known, the cluster is new.
         let generation = self.inner.owner.generation.load(Ordering::Acquire).max(1);
@@ -173,6 +174,13 @@ impl TierStore {
             Some(bindings) => bindings.bind(&url, id).await.map_err(BindingError::Binding),
             None => Ok(StoreBinding { id: id.unwrap_or_else(random::uuid), url, pending: id.is_none() }),
         }
+    }
+
+    /// Returns the stored binding if it is complete.
+    async fn complete_binding(&self) -> Result<Option<StoreBinding>, BindingError> {
+        let Some(bindings) = self.inner.owner.binding_store.get() else { return Ok(None) };
+        let stored = bindings.stored().await.map_err(BindingError::Binding)?;
+        Ok(stored.filter(|binding| !binding.pending))
     }
 
     /// Returns the marker, if there is one. Fails if it belongs to another cluster.

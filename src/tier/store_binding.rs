@@ -30,6 +30,9 @@ pub trait BindingStore: Send + Sync {
     /// completes the binding with a compare-and-set, so all brokers get the same one. Without an id a new binding is
     /// pending.
     fn bind<'a>(&'a self, url: &'a str, id: Option<Uuid>) -> BoxFuture<'a, Result<StoreBinding, String>>;
+
+    /// Returns the stored binding, if there is one. Changes nothing.
+    fn stored(&self) -> BoxFuture<'_, Result<Option<StoreBinding>, String>>;
 }
 
 /// Knowledge of one process about the owner of its prefix.

@@ -454,6 +454,10 @@ impl BindingStore for FasterBroker {
         std::fs::write(&self.marker, marker).unwrap();
         Box::pin(std::future::ready(Ok(binding)))
     }
+
+    fn stored(&self) -> futures::future::BoxFuture<'_, Result<Option<StoreBinding>, String>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
 }
 
 #[tokio::test]
